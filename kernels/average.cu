@@ -1,0 +1,17 @@
+// CUDA entry points: one kernel a phase, PaArgs by value. Launch `channels` blocks of a power of two of threads, at
+// most PA_THREADS, all resident together with those of every other rank on the device (cooperative launch).
+#include "direct.h"
+#include "ring.h"
+
+#define PA_THREADS 512
+#define PA_KERNEL(name, body)                                                                             \
+  extern "C" __global__ void __launch_bounds__(PA_THREADS, 1) name(const __grid_constant__ PaArgs args) { \
+    const PA_ISA::Exec ex{};                                                                                      \
+    PA_ISA::body(ex, args);                                                                                        \
+  }
+
+PA_KERNEL(pa_direct, run_direct)
+PA_KERNEL(pa_ring, run_ring<PA_RING>)
+PA_KERNEL(pa_ring_reduce, run_ring<PA_RING_REDUCE>)
+PA_KERNEL(pa_ring_gather, run_ring<PA_RING_GATHER>)
+PA_KERNEL(pa_scan, run_scan)

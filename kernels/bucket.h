@@ -1,0 +1,142 @@
+// The segment table: which tensor lies where in a bucket, and the way from a range of packs to the tensors' memory and
+// back. This is where flatten and unflatten happen: in the same loop that adds or copies.
+//
+//   bucket   |0       1       2       3       4 |5       6 |7 …        packs
+//   tensors  |wte: 18 elements of f32 ········- |ln: 8     |…          `-`: what a last pack lacks is zero on the wire
+#pragma once
+#include "pack.h"
+
+namespace PA_ISA {
+
+// Any address will do for a vector of a CPU. A GPU loads 16 bytes from multiples of 16 only.
+#if defined(__CUDACC__)
+constexpr bool kAnyAlignment = false;
+#else
+constexpr bool kAnyAlignment = true;
+#endif
+
+// The memory of whole packs: pack i of the range lies at base + 16 i.
+template <class T> struct Whole {
+  char* base;
+  template <int K> PA_FN Raw<T, K> get(uint32_t i) const { return load_raw<T, K>(base + 16 * uint64_t(i)); }
+  template <int K> PA_FN void put(uint32_t i, const Raw<T, K>& r) const { store_raw<T, K>(base + 16 * uint64_t(i), r); }
+  template <int K> PA_FN void stream(uint32_t i, const Raw<T, K>& r) const { stream_raw<T, K>(base + 16 * uint64_t(i), r); }
+};
+// The same for packs at any address, and for the one at `last` of which only `tail` elements belong to the tensor.
+template <class T> struct Ragged {
+  char* base;
+  uint32_t last, tail;
+  PA_FN uint32_t count(uint32_t i) const { return i == last ? tail : uint32_t(Element<T>::kPerPack); }
+  template <int K> PA_FN Raw<T, K> get(uint32_t i) const { return load_ragged<T>(base + 16 * uint64_t(i), count(i)); }
+  template <int K> PA_FN void put(uint32_t i, const Raw<T, K>& r) const { store_ragged<T>(base + 16 * uint64_t(i), count(i), r); }
+  template <int K> PA_FN void stream(uint32_t i, const Raw<T, K>& r) const { put<K>(i, r); }
+};
+
+// A part of one tensor in a range of packs, counted from the range's begin: packs first … whole are full; a last one,
+// which holds only `tail` elements, follows if end > whole. Pack `first` lies `offset` bytes into the tensor.
+struct Part {
+  uint32_t segment;
+  uint64_t offset;
+  uint32_t first, whole, end;
+  uint32_t tail;
+};
+
+// Calls f with each part of packs begin … end.
+template <class T, class F> PA_FN void each_part(const PaBucket& bucket, uint64_t begin, uint64_t end, F f) {
+  constexpr uint64_t N = Element<T>::kPerPack;
+  const PaSegment* segments = at<const PaSegment>(bucket.segments);
+  uint32_t low = 0, high = bucket.segment_count; // the last segment that begins at or before `begin`
+  while (high - low > 1) {
+    const uint32_t middle = low + (high - low) / 2;
+    if (segments[middle].first_pack <= begin) low = middle;
+    else high = middle;
+  }
+  for (uint32_t s = low; s < bucket.segment_count && segments[s].first_pack < end; ++s) {
+    const uint64_t start = segments[s].first_pack, elements = segments[s].elements;
+    const uint64_t full = elements / N, packs = (elements + N - 1) / N;
+    const uint64_t from = start < begin ? begin - start : 0;
+    const uint64_t to = packs < end - start ? packs : end - start;
+    if (from >= to) continue;
+    const uint64_t whole = to < full ? to : full > from ? full : from;
+    f(Part{s, from * 16, uint32_t(start + from - begin), uint32_t(start + whole - begin), uint32_t(start + to - begin),
+           mutant(17) ? uint32_t(N) : uint32_t(elements - full * N)});
+  }
+}
+
+// The packs of one part, by load(access, group, i) and store(access, group, i, value). whole() and ragged() make the
+// two kinds of access.
+template <int kDeep, class MakeWhole, class MakeRagged, class Load, class Store>
+PA_FN void each_pack_of(const Exec& ex, const Part& part, bool aligned, MakeWhole whole, MakeRagged ragged, Load load, Store store) {
+  uint32_t slow = part.first;
+  if (kAnyAlignment || aligned) {
+    const auto access = whole();
+    each_pack<kDeep>(ex, part.first, part.whole, [&](auto g, uint32_t i) { return load(access, g, i); },
+              [&](auto g, uint32_t i, const auto& v) { store(access, g, i, v); });
+    slow = part.whole;
+  }
+  constexpr Group<1> one;
+  for (uint32_t i = slow + ex.first(slow); i < part.end; i += ex.lanes()) {
+    const auto access = ragged();
+    store(access, one, i, load(access, one, i));
+  }
+}
+
+// The same over the own tensors, for all parts of packs begin … end.
+template <class T, class Load, class Store>
+PA_FN void each_own(const Exec& ex, const PaBucket& bucket, uint64_t begin, uint64_t end, Load load, Store store) {
+  each_part<T>(bucket, begin, end, [&](const Part& part) {
+    const uint64_t address = at<const PaSegment>(bucket.segments)[part.segment].address;
+    char* base = at<char>(address + part.offset) - 16 * uint64_t(part.first);
+    each_pack_of<kInFlight>(ex, part, address % 16 == 0, [&] { return Whole<T>{base}; },
+                 [&] { return Ragged<T>{base, part.whole, part.tail}; }, load, store);
+  });
+}
+
+// ---- how a bucket is shared out -----------------------------------------------------------------------------------
+struct Range {
+  uint64_t begin, end;
+  PA_FN uint64_t packs() const { return end - begin; }
+};
+PA_FN uint64_t least(uint64_t a, uint64_t b) { return a < b ? a : b; }
+PA_FN uint64_t align_up(uint64_t packs) { return (packs + PA_ALIGN_PACKS - 1) / PA_ALIGN_PACKS * PA_ALIGN_PACKS; }
+
+PA_FN Range channel_range(const PaBucket& bucket, uint32_t channel) {
+  const uint64_t begin = least(channel * bucket.channel_packs, bucket.packs);
+  return {begin, least(begin + bucket.channel_packs, bucket.packs)};
+}
+// The part-th of `parts` equal parts of a range; the last ones may be short or empty.
+PA_FN Range part_of(Range all, uint32_t part, uint32_t parts) {
+  const uint64_t each = align_up((all.packs() + parts - 1) / parts);
+  const uint64_t begin = least(all.begin + part * each, all.end);
+  return {begin, least(begin + each, all.end)};
+}
+
+// ---- non-finite values ----------------------------------------------------------------------------------------------
+// After a range looked suspicious: which element it is. The first to say so wins within the block.
+template <class T> PA_SLOW void name_non_finite(const PaBucket* bucket, uint32_t index, uint64_t begin, uint64_t end, PaChannel* me) {
+  constexpr uint32_t N = Element<T>::kPerPack;
+  each_part<T>(*bucket, begin, end, [&](const Part& part) {
+    const char* tensor = at<const char>(at<const PaSegment>(bucket->segments)[part.segment].address + part.offset);
+    const uint64_t elements = uint64_t(part.whole - part.first) * N + (part.end > part.whole ? part.tail : 0);
+    for (uint64_t i = 0; i < elements; ++i) {
+      const Wide<T, 1> x = widen<T, 1>(load_ragged<T>(tensor + i * sizeof(T), 1));
+      if (any_nonzero<T, 1>(x - x)) {
+        // Lanes that find one each may overwrite one another: all are true.
+        return store_relaxed(&me->bad, 1 + (uint64_t(index) << 56 | ((begin + part.first) * N + i)));
+      }
+    }
+  });
+}
+
+// Reads the range of the own tensors, looking for NaN and infinity.
+template <class T> PA_FN void scan_range(const Exec& ex, const PaBucket& bucket, uint32_t index, Range range, PaChannel* me) {
+  constexpr uint64_t kStep = 1u << 14; // packs between two looks at the result
+  for (uint64_t begin = range.begin; begin < range.end; begin += kStep) {
+    const uint64_t end = least(begin + kStep, range.end);
+    Suspicion<T> suspicion;
+    each_own<T>(ex, bucket, begin, end, [&](const auto& own, auto g, uint32_t i) { return own.template get<g.kPacks>(i); },
+                [&](const auto&, auto g, uint32_t, const auto& raw) { suspicion.template look<g.kPacks>(widen<T, g.kPacks>(raw)); });
+    if (suspicion.found()) name_non_finite<T>(&bucket, index, begin, end, me);
+  }
+}
+} // namespace PA_ISA

@@ -1,0 +1,143 @@
+// The direct average, where every rank can address every tensor of every other: the owner of a part reads its n values,
+// adds them in rank order, divides, rounds once, and writes n results. No mailboxes, 2·S of memory traffic a rank. The
+// meeting is the entry barrier and the commit; nobody leaves before all have left off everybody's tensors.
+#pragma once
+#include "meeting.h"
+
+namespace PA_ISA {
+
+// kMost 2 and 4: worlds up to that size; loops over ranks unroll, so that a GPU keeps what it knows of each in registers.
+// kMost 0: any world; it is read from the block's PaChannel.
+template <class T, int kMost> struct Direct {
+  using S = SumOf<T>;
+  Block& b;
+  const PaBucket& bucket;
+  const PaSegment* segments_of[kMost + 1];
+  S scale_of[kMost + 1];
+  S divisor;
+
+  PA_FN Direct(Block& b_, const PaBucket& bucket_) : b(b_), bucket(bucket_) {
+    if constexpr (kMost > 0) {
+      each_rank([&](uint32_t r) {
+        segments_of[r] = segments(r);
+        scale_of[r] = S(b.me->scale[r]);
+      });
+    }
+    divisor = S(PA_SAME(S, float) ? b.me->divisor_f32 : b.me->divisor);
+  }
+
+  template <class F> PA_FN void each_rank(F f) const {
+    if constexpr (kMost > 0) {
+      PA_UNROLL for (uint32_t r = 0; r < kMost; ++r)
+        if (r < b.a.world) f(r);
+    } else {
+      for (uint32_t r = 0; r < b.a.world; ++r) f(r);
+    }
+  }
+  PA_FN const PaSegment* segments(uint32_t r) const { return at<const PaSegment>(b.me->segments[r]); }
+  PA_FN S scale(uint32_t r) const { return kMost > 0 ? scale_of[r] : S(b.me->scale[r]); } // negative: r only receives
+
+  // Pack i of every rank → the mean.
+  template <class G, class Access> PA_FN auto mean(const Access& access, G, uint32_t i) const {
+    constexpr int K = G::kPacks;
+    Wide<T, K> sum = zero<T, K>();
+    each_rank([&](uint32_t r) {
+      if (scale(r) >= 0) sum = sum + widen<T, K>(access(r).template get<K>(i)) * scale(r);
+    });
+    return narrow<T, K>(sum / divisor);
+  }
+
+  PA_FN void run() const {
+    const Range own = part_of(channel_range(bucket, b.ex.block()), b.a.rank, b.a.world);
+    if (own.begin == own.end) return;
+    each_part<T>(bucket, own.begin, own.end, [&](const Part& part) {
+      char* base_of[kMost + 1];
+      uint64_t addresses = 0;
+      each_rank([&](uint32_t r) {
+        const uint64_t address = (kMost > 0 ? segments_of[r] : segments(r))[part.segment].address;
+        if constexpr (kMost > 0) base_of[r] = at<char>(address + part.offset) - 16 * uint64_t(part.first);
+        addresses |= address;
+      });
+      const auto base = [&](uint32_t r) {
+        if constexpr (kMost > 0) return base_of[r];
+        else return at<char>(segments(r)[part.segment].address + part.offset) - 16 * uint64_t(part.first);
+      };
+      const auto whole = [&](uint32_t r) { return Whole<T>{base(r)}; };
+      const auto ragged = [&](uint32_t r) { return Ragged<T>{base(r), part.whole, part.tail}; };
+      each_pack_of<(kMost > 0 && kInFlight > kMost ? kInFlight / kMost : 1)>(
+          b.ex, part, addresses % 16 == 0, [&] { return whole; }, [&] { return ragged; },
+          [&](const auto& access, auto g, uint32_t i) { return mean(access, g, i); },
+          [&](const auto& access, auto g, uint32_t i, const auto& raw) {
+            each_rank([&](uint32_t r) { access(r).template put<g.kPacks>(i, raw); });
+          });
+    });
+  }
+};
+
+// The last block of this rank to be done says so, and whether it did its part.
+PA_FN void say_left(Place p, bool whole) {
+  uint32_t* finished = &at<PaChannel>(p.a->channel)->finished;
+  const uint32_t all = mutant(23) ? 1 : p.a->channels;
+  if (fetch_add(finished, 1) + 1 == all) {
+    store_relaxed(finished, 0); // the next launch is the next to look
+    if (!mutant(16)) announce(p, &p.control()->board[p.a->rank].left, 2 * p.epoch + (whole ? 0 : 1));
+  }
+}
+
+// Waits until nobody touches anybody's tensors any more. False: a rank left its part undone.
+PA_SLOW bool leave_as_leader(Exec ex, Place p) {
+  PaControl* control = p.control();
+  say_left(p, true);
+  uint32_t undone = 0;
+  for (uint32_t r = 0; r < p.a->world && !mutant(15); ++r) {
+    uint32_t* left = &control->board[r].left;
+    wait_for_board(ex, p, r, left, 2 * p.epoch, PA_AT_EXIT);
+    if (load_acquire(left) == 2 * p.epoch + 1) undone = code_of(uint32_t(PA_LEFT), r);
+  }
+  return undone == 0 || !fails(p, undone, PA_AT_EXIT);
+}
+
+// The same bucket of all ranks, averaged by this block where it is the owner.
+template <class T> PA_FN void run_direct_bucket(Block& b, const PaBucket& bucket, uint32_t index) {
+  if (b.ex.leader())
+    for (uint32_t r = 0; r < b.a.world; ++r) {
+      const PaRecord& record = b.place().control()->board[r].record[b.epoch & 1];
+      b.me->segments[r] = at<const PaBucket>(record.buckets)[index].segments;
+    }
+  b.ex.sync();
+  if (b.a.world <= 2) Direct<T, 2>(b, bucket).run();
+  else if (b.a.world <= 4) Direct<T, 4>(b, bucket).run();
+  else Direct<T, 0>(b, bucket).run();
+  if (!mutant(24)) b.ex.sync(); // all lanes have written, and are done with me->segments
+}
+
+PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
+  Block b(ex, a, true);
+  if (meet(b, true)) {
+    const PaBucket* buckets = at<const PaBucket>(a.buckets);
+    if (mutant(16) && ex.leader()) announce(b.place(), &b.place().control()->board[a.rank].left, 2 * b.epoch);
+    bool good = ++b.step != a.fault_step;
+    for (uint32_t i = 0; good && i < a.bucket_count; ++i)
+      with_dtype(buckets[i].dtype, [&](auto element) { run_direct_bucket<decltype(element)>(b, buckets[i], i); });
+    good = good && ++b.step != a.fault_step;
+    if (ex.leader()) {
+      if (!good) say_left(b.place(), false); // it leaves, but never without a word: others wait until it is off their tensors
+      else if (leave_as_leader(ex, b.place())) b.me->outcome = PA_COMMITTED;
+    }
+  }
+  b.save();
+}
+
+// Looks for non-finite values before the meeting, where nothing else reads all own tensors before the commit.
+PA_FN void run_scan(const Exec& ex, const PaArgs& a) {
+  PaChannel* me = at<PaChannel>(a.channel) + ex.block();
+  if (ex.leader()) me->bad = 0;
+  ex.sync();
+  if ((a.flags & PA_FLAG_WEIGHTED) && a.weight == 0) return; // it only receives
+  const PaBucket* buckets = at<const PaBucket>(a.buckets);
+  for (uint32_t i = 0; i < a.bucket_count; ++i)
+    with_dtype(buckets[i].dtype, [&](auto element) {
+      scan_range<decltype(element)>(ex, buckets[i], i, channel_range(buckets[i], ex.block()), me);
+    });
+}
+} // namespace PA_ISA

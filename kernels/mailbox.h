@@ -1,0 +1,234 @@
+// What one block of one rank says to the same block of its neighbours, and how it waits for them.
+//
+//   previous rank            this rank                     next rank
+//   ─────────────            ─────────                     ─────────
+//   writes slot s   ──────▶  inbox[s]   outbox[s]  ──────▶  (its inbox)
+//   filled_out      ──────▶  filled_in  filled_out ──────▶  filled_in       "so many chunks are in"
+//   drained_in      ◀──────  drained_out  drained_in ◀────  drained_out     "so many chunks are out again"
+//
+// Every counter lives beside the one who polls it, has one writer and only grows; comparisons survive the wrap. A step
+// waits for a chunk in the inbox, or for room in the outbox, or for both; works; and publishes. Every wait ends: with
+// what it waited for, or with a failure that names a rank.
+#pragma once
+#include "bucket.h"
+
+namespace PA_ISA {
+
+// A failure or a verdict: (PaKind << 8) | rank. 0: none.
+PA_FN uint32_t code_of(uint32_t kind, uint32_t rank) { return kind << 8 | rank; }
+PA_FN uint32_t kind_of(uint32_t code) { return code >> 8; }
+PA_FN uint32_t rank_of(uint32_t code) { return code & 0xffu; }
+
+PA_FN bool reached(uint32_t seen, uint32_t want) { return mutant(20) ? seen >= want : int32_t(seen - want) >= 0; }
+
+// ---- the decision: one word, one winner an average -------------------------------------------------------------
+PA_FN uint32_t epoch_of(uint64_t decision) { return uint32_t(decision >> 32); }
+PA_FN uint32_t code_of(uint64_t decision) { return uint32_t(decision) & 0xffffu; }
+PA_FN uint32_t where_of(uint64_t decision) { return uint32_t(decision) >> 16; }
+
+// Proposes how average `epoch` ends, and returns how it does. If the word is already about a later average, this one
+// ended without a failure and its outcome follows from the records and the votes: what was proposed by reading all of
+// them is right.
+PA_FN uint64_t propose(PaControl* control, uint32_t epoch, uint32_t where, uint32_t code) {
+  const uint64_t mine = uint64_t(epoch) << 32 | where << 16 | code;
+  uint64_t seen = load_acquire(&control->decision);
+  if (mutant(14)) { // last writer wins
+    control->decision = mine;
+    return mine;
+  }
+  while (int32_t(epoch_of(seen) - epoch) < 0) {
+    if (compare_exchange(&control->decision, seen, mine)) return mine;
+  }
+  return seen;
+}
+
+// ---- waiting ---------------------------------------------------------------------------------------------------
+// Who is to blame when `peer` does not move: whoever is not itself waiting for somebody.
+PA_FN uint32_t culprit(PaControl* control, uint32_t world, uint32_t self, uint32_t peer) {
+  for (uint32_t hop = 0; hop < world; ++hop) {
+    // Relaxed: a hint for an error message, read when everything has stood still for the whole timeout.
+    const uint32_t behind = load_relaxed(&control->board[peer].waiting_on);
+    if (behind == 0 || behind - 1 == self) return peer;
+    peer = behind - 1;
+  }
+  return peer;
+}
+
+// What a wait needs to know of the block that waits. Passed in registers: its address would put it into memory.
+struct Place {
+  const PaArgs* a;
+  PaChannel* me;
+  uint32_t epoch;
+  bool committed;
+  PA_FN PaControl* control() const { return at<PaControl>(a->control); }
+};
+
+// Why to stop waiting, or 0.
+PA_FN uint32_t trouble(Place p, uint32_t peer, uint64_t waited_ns) {
+  PaControl* control = p.control();
+  const uint32_t abort = load_acquire(&control->abort);
+  if (abort != 0 && !mutant(19)) return abort;
+  if (!p.committed) {
+    const uint64_t decision = load_acquire(&control->decision);
+    if (epoch_of(decision) == p.epoch && kind_of(code_of(decision)) != PA_COMMITTED) return code_of(decision);
+  }
+  if (load_acquire(&control->board[peer].gone) != 0) return code_of(uint32_t(PA_LEFT), peer);
+  if (waited_ns > p.a->timeout_ns && !mutant(18)) return code_of(uint32_t(PA_TIMEOUT), culprit(control, p.a->world, p.a->rank, peer));
+  return 0;
+}
+
+// Writes the status record.
+PA_FN void ends(Place p, uint32_t code, uint32_t where) {
+  p.me->outcome = kind_of(code);
+  p.me->peer = rank_of(code);
+  p.me->where = where;
+  // No other kind is about a record: a rank that others gave up on may be writing its own at this moment.
+  const bool about_record = kind_of(code) == PA_LAYOUT || kind_of(code) == PA_NON_FINITE;
+  const PaRecord& record = p.control()->board[rank_of(code)].record[p.epoch & 1];
+  p.me->detail = about_record ? record.detail : 0;
+  p.me->found = about_record ? record.found : 0;
+}
+
+// A wait ended with `failure`. True if that ends this rank's average; false if the others have already decided that all
+// is well, which they can only when what was waited for has happened.
+PA_SLOW bool fails(Place p, uint32_t failure, uint32_t where) {
+  PaControl* control = p.control();
+  if (!p.committed) {
+    const uint64_t decision = propose(control, p.epoch, where, failure);
+    if (epoch_of(decision) != p.epoch || kind_of(code_of(decision)) == PA_COMMITTED) return false;
+    failure = code_of(decision);
+    where = where_of(decision);
+  }
+  if (kind_of(failure) >= PA_TIMEOUT) {
+    set_once(&control->abort, failure);
+    if (p.committed) failure = load_acquire(&control->abort);
+  }
+  ends(p, failure, where);
+  return true;
+}
+
+// The leader's wait until *word has reached `want`, which is up to `peer`. False: the average ended instead.
+PA_SLOW bool poll_slowly(Exec ex, Place p, uint32_t* word, uint32_t* sleepers, uint32_t want, uint32_t peer, uint32_t where) {
+  constexpr uint32_t kLookAround = 16; // polls between two looks at everything else that may end a wait
+  uint32_t* waiting_on = &p.control()->board[p.a->rank].waiting_on;
+  const uint64_t start = ex.now_ns();
+  uint32_t failure = 0;
+  store_relaxed(waiting_on, peer + 1); // read by culprit()
+  for (uint32_t spins = 1;; ++spins) {
+    const uint32_t seen = load_acquire(word);
+    if (reached(seen, want)) break;
+    // At the exit nothing but the word itself will do: until a peer has left, it may write into this rank's tensors,
+    // which the caller is free to drop. Peers wait for nobody on their way there.
+    if (spins % kLookAround == 0 && where != PA_AT_EXIT) {
+      // Another block of this rank may have waited too, and got what it waited for.
+      if (!mutant(25) && load_relaxed(waiting_on) == 0) store_relaxed(waiting_on, peer + 1);
+      failure = trouble(p, peer, ex.now_ns() - start);
+      // A rank that is gone may have said all it had to say first.
+      if (failure != 0 && reached(load_acquire(word), want)) failure = 0;
+      if (failure != 0) break;
+    }
+    ex.pause(spins, word, seen, sleepers);
+  }
+  p.me->waited_ns += ex.now_ns() - start;
+  const bool ended = failure != 0 && fails(p, failure, where);
+  if (!ended) store_relaxed(waiting_on, 0); // one that gave up stays stuck: others may yet ask for the culprit
+  return !ended;
+}
+
+PA_FN bool wait(Exec ex, Place p, uint32_t* word, uint32_t* sleepers, uint32_t want, uint32_t peer, uint32_t where) {
+  return reached(load_acquire(word), want) || poll_slowly(ex, p, word, sleepers, want, peer, where);
+}
+// For a word of a rank's board.
+PA_FN bool wait_for_board(Exec ex, Place p, uint32_t rank, uint32_t* word, uint32_t want, uint32_t where) {
+  return wait(ex, p, word, &p.control()->board[rank].sleepers, want, rank, where);
+}
+PA_FN void announce(Place p, uint32_t* word, uint32_t value) {
+  store_release(word, value);
+  wake(word, &p.control()->board[p.a->rank].sleepers);
+}
+
+// ---- a block -----------------------------------------------------------------------------------------------------
+// One block's view of its rank during one launch. All members have the same value in all lanes.
+struct Block {
+  const Exec ex;
+  const PaArgs& a;
+  PaChannel* me;
+  uint32_t epoch, send_seq, recv_seq, step;
+  bool committed;
+
+  PA_FN Block(const Exec& ex_, const PaArgs& a_, bool begins)
+      : ex(ex_), a(a_), me(at<PaChannel>(a_.channel) + ex_.block()), epoch(me->epoch + (begins ? 1 : 0)),
+        send_seq(me->send_seq), recv_seq(me->recv_seq), step(begins ? 0 : me->step), committed(false) {
+    ex.sync(); // all lanes have read before the leader writes
+    if (begins && ex.leader()) {
+      me->outcome = PA_OPEN;
+      me->waited_ns = 0;
+      me->committed = 0;
+    }
+  }
+
+  PA_FN Place place() const { return {&a, me, epoch, committed}; }
+  PA_FN uint32_t next() const { return a.rank + 1 == a.world ? 0 : a.rank + 1; }
+  PA_FN uint32_t previous() const { return a.rank == 0 ? a.world - 1 : a.rank - 1; }
+  PA_FN uint32_t* line(uint64_t lines) const { return at<uint32_t>(lines) + ex.block() * PA_LINE_WORDS; }
+  PA_FN char* slot(uint64_t box, uint32_t seq) const {
+    const uint64_t index = uint64_t(ex.block()) * a.slots + (seq & (a.slots - 1));
+    return at<char>(box) + index * a.slot_packs * PA_PACK_BYTES;
+  }
+  PA_FN char* inbox() const { return slot(a.inbox, recv_seq); }
+  PA_FN char* outbox() const { return slot(a.outbox, send_seq); }
+
+  // Enters one protocol step: waits for a chunk in the inbox and for room in the outbox. False in all lanes if the
+  // average ended here. Is also the block barrier between the leader's acquire and the lanes' loads.
+  template <bool kReceive, bool kSend> PA_FN bool enter(uint32_t where) {
+    if (++step == a.fault_step) return false;
+    bool failed = false;
+    if (ex.leader()) {
+      if constexpr (kReceive) {
+        uint32_t* filled = line(a.filled_in);
+        failed = !wait_for_line<2>(filled, recv_seq + 1, previous(), where);
+      }
+      if constexpr (kSend) {
+        uint32_t* drained = line(a.drained_in);
+        const uint32_t credit = mutant(5) ? a.slots + 1 : a.slots;
+        if (!failed && !mutant(22)) failed = !wait_for_line<8>(drained, send_seq + 1 - credit, next(), where);
+      }
+      if (mutant(6) && kReceive && !failed) publish(line(a.drained_out), recv_seq + 1);
+    }
+    if (mutant(4)) return !failed || ex.lanes() == 1;
+    return !ex.any(failed);
+  }
+
+  template <int kMutant> PA_FN bool wait_for_line(uint32_t* word, uint32_t want, uint32_t peer, uint32_t where) {
+    if (mutant(kMutant) && reached(load_relaxed(word), want)) return true;
+    return wait(ex, place(), word, word + 1, want, peer, where);
+  }
+
+  // Leaves the step: the slot that was read is free, the slot that was written is full.
+  template <bool kReceive, bool kSend> PA_FN void leave() {
+    if (!mutant(3)) ex.sync();
+    if (kReceive) ++recv_seq;
+    if (kSend) ++send_seq;
+    if (ex.leader()) {
+      if (kSend) mutant(1) ? store_relaxed(line(a.filled_out), send_seq) : publish(line(a.filled_out), send_seq);
+      if (kReceive && !mutant(6)) mutant(7) ? store_relaxed(line(a.drained_out), recv_seq) : publish(line(a.drained_out), recv_seq);
+    }
+  }
+  PA_FN void publish(uint32_t* word, uint32_t value) {
+    store_release(word, value);
+    wake(word, word + 1);
+  }
+  // Ends the launch: what the next one starts from.
+  PA_FN void save() {
+    stream_fence();
+    ex.sync();
+    if (ex.leader()) {
+      me->send_seq = send_seq;
+      me->recv_seq = recv_seq;
+      me->epoch = epoch;
+      me->step = step;
+      me->committed = committed;
+    }
+  }
+};
+} // namespace PA_ISA

@@ -1,0 +1,142 @@
+// The two points where all ranks agree: the meeting, at which they show that they are about the same thing, and the
+// vote before anybody's tensors change. Neither counts on a rank to be there: what is decided is decided by one
+// compare-and-swap, so a rank that gives up and a rank that goes on can't both be right.
+#pragma once
+#include "mailbox.h"
+
+namespace PA_ISA {
+
+// What is wrong with the records of an average, the same for every rank that reads them. 0: nothing.
+PA_FN uint32_t verdict(const PaControl* control, uint32_t world, uint32_t epoch) {
+  const uint32_t parity = mutant(21) ? 0 : epoch & 1;
+  const PaRecord& first = control->board[0].record[parity];
+  bool needed = false, counts = false;
+  uint32_t layout = 0, weight = 0, weighting = 0, schedule = 0, non_finite = 0; // the first rank at fault, as a code
+  for (uint32_t r = world; r-- > 0;) {
+    const PaRecord& record = control->board[r].record[parity];
+    needed |= !(record.flags & PA_FLAG_UNNEEDED);
+    counts |= record.weight > 0;
+    if (record.flags & PA_FLAG_LAYOUT) layout = code_of(uint32_t(PA_LAYOUT), r);
+    if (!(record.weight >= 0) || record.weight - record.weight != 0) weight = code_of(uint32_t(PA_BAD_WEIGHT), r);
+    if ((record.flags ^ first.flags) & PA_FLAG_WEIGHTED) weighting = code_of(uint32_t(PA_WEIGHTING), r);
+    if (record.schedule != first.schedule) schedule = code_of(uint32_t(PA_SCHEDULE), r);
+    if (record.flags & PA_FLAG_NON_FINITE) non_finite = code_of(uint32_t(PA_NON_FINITE), r);
+  }
+  if (layout) return layout;
+  if (schedule) return schedule;
+  if (weighting) return weighting;
+  if (weight) return weight;
+  if (!needed) return code_of(uint32_t(PA_UNNEEDED), 0);
+  if (!counts) return code_of(uint32_t(PA_NO_WEIGHT), 0);
+  return non_finite;
+}
+
+// What each rank's values are multiplied by and what the sum is divided by: w / max w and Σ w / max w, both times a
+// power of two that is at most 1 / world, so that no partial sum overflows where the mean does not. Exact for equal
+// weights, subnormal values aside.
+PA_FN void agree_on_scales(const PaControl* control, uint32_t world, uint32_t epoch, PaChannel* me) {
+  double most = 0, part = 1, sum = 0, sum_f32 = 0;
+  for (uint32_t power = 1; power < world; power *= 2) part *= 0.5;
+  for (uint32_t r = 0; r < world; ++r) {
+    const double w = control->board[r].record[epoch & 1].weight;
+    if (w > most) most = w;
+  }
+  for (uint32_t r = 0; r < world; ++r) {
+    const double w = control->board[r].record[epoch & 1].weight;
+    const double scale = w / most * part;
+    me->scale[r] = w > 0 ? scale : -1.0;
+    if (w > 0) sum += scale, sum_f32 += double(float(scale));
+  }
+  me->divisor = sum;
+  me->divisor_f32 = sum_f32;
+}
+
+// The leader's part of the meeting. False: the average ended. `commits`: what is agreed on here is also the decision to
+// write (PA_DIRECT, PA_RING).
+PA_SLOW bool meet_as_leader(Exec ex, Place p, bool commits) {
+  const PaArgs& a = *p.a;
+  PaControl* control = p.control();
+  if (ex.block() == 0) {
+    PaBoard& own = control->board[a.rank];
+    PaRecord& record = own.record[mutant(21) ? 0 : p.epoch & 1];
+    if (mutant(9)) announce(p, &own.arrived, p.epoch);
+    uint64_t bad = 0;
+    if (commits && (a.flags & PA_FLAG_REJECT_NON_FINITE)) // scanned by the launch before this one
+      for (uint32_t c = 0; c < a.channels && bad == 0; ++c) bad = at<PaChannel>(a.channel)[c].bad;
+    record.schedule = a.schedule;
+    record.weight = a.flags & PA_FLAG_WEIGHTED ? a.weight : 1.0;
+    record.buckets = a.buckets;
+    record.detail = bad != 0 ? bad : a.detail;
+    record.found = a.found;
+    record.flags = a.flags | (bad != 0 ? uint32_t(PA_FLAG_NON_FINITE) : 0u);
+    if (mutant(10)) store_relaxed(&own.arrived, p.epoch);
+    else if (!mutant(9)) announce(p, &own.arrived, p.epoch);
+  }
+  for (uint32_t r = 0; r < a.world; ++r) {
+    if (mutant(11) && r == a.world - 1) continue;
+    if (!wait_for_board(ex, p, r, &control->board[r].arrived, p.epoch, PA_AT_MEET)) return false;
+  }
+  const uint32_t abort = load_acquire(&control->abort);
+  if (abort != 0 && fails(p, abort, PA_AT_MEET)) return false;
+  uint32_t code = verdict(control, a.world, p.epoch);
+  if (code == 0 && commits) code = code_of(uint32_t(PA_COMMITTED), 0);
+  if (code != 0) {
+    // Without a decision to make, a rank that gave up at the meeting is noticed at the vote at the latest.
+    const uint64_t decision = propose(control, p.epoch, PA_AT_MEET, code);
+    if (epoch_of(decision) == p.epoch) code = code_of(decision);
+    if (kind_of(code) >= PA_TIMEOUT) return !fails(p, code, PA_AT_MEET);
+    if (kind_of(code) != PA_COMMITTED) {
+      ends(p, code, PA_AT_MEET);
+      return false;
+    }
+  }
+  agree_on_scales(control, a.world, p.epoch, p.me);
+  return true;
+}
+
+// False in all lanes if the average ended here.
+PA_FN bool meet(Block& b, bool commits) {
+  if (++b.step == b.a.fault_step) return false;
+  bool failed = false;
+  if (b.ex.leader()) failed = !meet_as_leader(b.ex, b.place(), commits);
+  if (b.ex.any(failed)) return false;
+  b.committed = commits;
+  return true;
+}
+
+// The leader's part of the vote.
+PA_SLOW bool vote_as_leader(Exec ex, Place p) {
+  const PaArgs& a = *p.a;
+  PaControl* control = p.control();
+  const uint32_t good = 2 * p.epoch;
+  if (ex.block() == 0) {
+    PaBoard& own = control->board[a.rank];
+    uint64_t bad = 0;
+    for (uint32_t c = 0; c < a.channels && bad == 0; ++c) bad = at<PaChannel>(a.channel)[c].bad;
+    if (bad != 0) own.record[p.epoch & 1].detail = bad;
+    announce(p, &own.vote, bad != 0 ? good + 1 : good);
+  }
+  uint32_t code = code_of(uint32_t(PA_COMMITTED), 0);
+  for (uint32_t r = a.world; r-- > 0 && !mutant(12);) {
+    uint32_t* vote = &control->board[r].vote;
+    if (!wait_for_board(ex, p, r, vote, good, PA_AT_COMMIT)) return false;
+    if (load_acquire(vote) == good + 1 && !mutant(13)) code = code_of(uint32_t(PA_NON_FINITE), r);
+  }
+  const uint64_t decision = propose(control, p.epoch, PA_AT_COMMIT, code);
+  if (epoch_of(decision) == p.epoch) code = code_of(decision);
+  if (kind_of(code) == PA_COMMITTED) return true;
+  if (kind_of(code) >= PA_TIMEOUT) return !fails(p, code, where_of(decision));
+  ends(p, code, PA_AT_COMMIT);
+  return false;
+}
+
+// All or nothing: true in all lanes if every rank has reduced its shard and will write. False: nobody writes.
+PA_FN bool vote(Block& b) {
+  if (++b.step == b.a.fault_step) return false;
+  bool failed = false;
+  if (b.ex.leader()) failed = !vote_as_leader(b.ex, b.place());
+  if (b.ex.any(failed)) return false;
+  b.committed = true;
+  return true;
+}
+} // namespace PA_ISA

@@ -1,0 +1,184 @@
+// The ring. A channel's packs are taken in rounds; a round is one chunk for each rank, its shard. In n - 1 steps every
+// shard travels once around the ring, from the rank after its owner to its owner, and each rank it meets adds its own
+// packs: reduce-scatter. The owner divides, rounds once, and the mean travels around again: all-gather.
+//
+//   step            rank r sends                     rank r receives
+//   0               own packs of shard r-1           -
+//   k = 1 … n-2     what came, plus own packs        shard r-1-k, partial
+//   n-1             shard r, the mean                shard r, all but its own packs
+//   k = 1 … n-2     what came                        shard r-k, the mean
+//   n-1             -                                shard r+1, the mean
+//
+// So shard s is summed in the order of ranks s+1, s+2, …, s. Sums are made in f32 (f64 for f64); on the wire they have
+// the tensors' dtype, or f32 where `wire_f32` asks for it. Every rank makes every step, also for an empty shard.
+#pragma once
+#include "meeting.h"
+
+namespace PA_ISA {
+
+// How partial sums lie in a slot.
+template <class T, bool kF32> struct Wire {
+  char* slot;
+  template <int K> PA_FN Wide<T, K> get(uint32_t i) const {
+    if constexpr (kF32) return load_wide<T, K>(slot + sizeof(Wide<T, 1>) * uint64_t(i));
+    else return widen<T, K>(load_raw<T, K>(slot + 16 * uint64_t(i)));
+  }
+  template <int K> PA_FN void put(uint32_t i, const Wide<T, K>& x) const {
+    if constexpr (kF32) store_wide<T, K>(slot + sizeof(Wide<T, 1>) * uint64_t(i), x);
+    else store_raw<T, K>(slot + 16 * uint64_t(i), narrow<T, K>(x));
+  }
+};
+
+template <class T, bool kF32> struct Ring {
+  using S = SumOf<T>;
+  Block& b;
+  const PaBucket& bucket;
+  uint32_t index; // of the bucket
+  S scale, divisor;
+  bool contributes, rejects;
+
+  PA_FN Ring(Block& b_, const PaBucket& bucket_, uint32_t index_) : b(b_), bucket(bucket_), index(index_) {
+    const double own = b.me->scale[b.a.rank];
+    contributes = own >= 0;
+    scale = contributes ? S(own) : S(0);
+    divisor = S(PA_SAME(S, float) ? b.me->divisor_f32 : b.me->divisor);
+    rejects = (b.a.flags & PA_FLAG_REJECT_NON_FINITE) && contributes;
+  }
+
+  template <int K> PA_FN Wide<T, K> own_share(const Raw<T, K>& raw, Suspicion<T>& suspicion) const {
+    const Wide<T, K> x = widen<T, K>(raw);
+    if (rejects) suspicion.template look<K>(x);
+    return x * scale;
+  }
+  PA_FN void after(Suspicion<T>& suspicion, Range r) {
+    if (rejects && suspicion.found()) name_non_finite<T>(&bucket, index, r.begin, r.end, b.me);
+  }
+
+  // Own packs of a shard → outbox.
+  PA_FN bool send_own(Range r) {
+    if (!b.enter<false, true>(PA_AT_REDUCE)) return false;
+    const Wire<T, kF32> out{b.outbox()};
+    Suspicion<T> suspicion;
+    each_own<T>(b.ex, bucket, r.begin, r.end,
+                [&](const auto& own, auto g, uint32_t i) {
+                  return contributes ? own_share<g.kPacks>(own.template get<g.kPacks>(i), suspicion) : zero<T, g.kPacks>();
+                },
+                [&](const auto&, auto g, uint32_t i, const auto& x) { out.template put<g.kPacks>(i, x); });
+    after(suspicion, r);
+    b.leave<false, true>();
+    return true;
+  }
+
+  // Inbox + own packs → sink(own, group, i, sum). kSend: the sink also fills the outbox.
+  template <bool kSend, class Sink> PA_FN bool receive_and_add(Range r, Sink sink) {
+    if (!b.enter<true, kSend>(PA_AT_REDUCE)) return false;
+    const Wire<T, kF32> in{b.inbox()};
+    Suspicion<T> suspicion;
+    each_own<T>(b.ex, bucket, r.begin, r.end,
+                [&](const auto& own, auto g, uint32_t i) {
+                  const auto sum = in.template get<g.kPacks>(i);
+                  return contributes ? sum + own_share<g.kPacks>(own.template get<g.kPacks>(i), suspicion) : sum;
+                },
+                sink);
+    after(suspicion, r);
+    b.leave<true, kSend>();
+    return true;
+  }
+  PA_FN bool add_and_send(Range r) {
+    const Wire<T, kF32> out{b.outbox()};
+    return receive_and_add<true>(r, [&](const auto&, auto g, uint32_t i, const auto& x) { out.template put<g.kPacks>(i, x); });
+  }
+  // The last step of the reduce: the mean → `shard`, to wait for the commit …
+  PA_FN bool finish_into(Range r, char* shard) {
+    return receive_and_add<false>(r, [&](const auto&, auto g, uint32_t i, const auto& x) {
+      stream_raw<T, g.kPacks>(shard + 16 * uint64_t(i), narrow<T, g.kPacks>(x / divisor));
+    });
+  }
+  // … or → own tensors and outbox.
+  PA_FN bool finish_and_send(Range r) {
+    char* out = b.outbox();
+    return receive_and_add<true>(r, [&](const auto& own, auto g, uint32_t i, const auto& x) {
+      const auto raw = narrow<T, g.kPacks>(x / divisor);
+      own.template put<g.kPacks>(i, raw);
+      store_raw<T, g.kPacks>(out + 16 * uint64_t(i), raw);
+    });
+  }
+
+  // `in` → own tensors, and → outbox. kStream: past the caches, where the tensors were not read a moment ago.
+  template <bool kReceive, bool kSend, bool kStream> PA_FN bool pass_on(Range r, const char* shard) {
+    if (!b.enter<kReceive, kSend>(PA_AT_GATHER)) return false;
+    const char* in = kReceive ? b.inbox() : shard;
+    char* out = kSend ? b.outbox() : nullptr;
+    each_own<T>(b.ex, bucket, r.begin, r.end,
+                [&](const auto&, auto g, uint32_t i) { return load_raw<T, g.kPacks>(in + 16 * uint64_t(i)); },
+                [&](const auto& own, auto g, uint32_t i, const auto& raw) {
+                  if (kStream) own.template stream<g.kPacks>(i, raw);
+                  else own.template put<g.kPacks>(i, raw);
+                  if (kSend) store_raw<T, g.kPacks>(out + 16 * uint64_t(i), raw);
+                });
+    b.leave<kReceive, kSend>();
+    return true;
+  }
+  template <bool kStream> PA_FN bool gather(Range round) {
+    const uint32_t n = b.a.world;
+    for (uint32_t k = 1; k + 1 < n; ++k)
+      if (!pass_on<true, true, kStream>(shard_of(round, b.a.rank + n - k), nullptr)) return false;
+    return pass_on<true, false, kStream>(shard_of(round, b.a.rank + 1), nullptr);
+  }
+  PA_FN bool reduce(Range round) {
+    const uint32_t n = b.a.world;
+    if (!send_own(shard_of(round, b.a.rank + n - 1))) return false;
+    for (uint32_t k = 1; k + 1 < n; ++k)
+      if (!add_and_send(shard_of(round, b.a.rank + n - 1 - k))) return false;
+    return true;
+  }
+
+  PA_FN Range shard_of(Range round, uint32_t rank) const { return part_of(round, rank % b.a.world, b.a.world); }
+
+  // Calls f(round, its number) for each round of this block's channel.
+  template <class F> PA_FN bool each_round(F f) {
+    const Range all = channel_range(bucket, b.ex.block());
+    const uint64_t round_packs = uint64_t(bucket.chunk) * b.a.world;
+    uint64_t number = 0;
+    for (uint64_t begin = all.begin; begin < all.end; begin += round_packs, ++number)
+      if (!f(Range{begin, least(begin + round_packs, all.end)}, number)) return false;
+    return true;
+  }
+  PA_FN char* own_shard(uint64_t round_number) const {
+    return at<char>(bucket.shard) + 16 * (b.ex.block() * bucket.shard_packs + round_number * bucket.chunk);
+  }
+
+  template <uint32_t kPhase> PA_FN bool run() {
+    return each_round([&](Range round, uint64_t number) {
+      const Range mine = shard_of(round, b.a.rank);
+      if constexpr (kPhase == PA_RING_REDUCE) return reduce(round) && finish_into(mine, own_shard(number));
+      else if constexpr (kPhase == PA_RING_GATHER) return pass_on<false, true, true>(mine, own_shard(number)) && gather<true>(round);
+      else return reduce(round) && finish_and_send(mine) && gather<false>(round);
+    });
+  }
+};
+
+// One block's share of one launch of the ring.
+template <uint32_t kPhase> PA_FN void run_ring(const Exec& ex, const PaArgs& a) {
+  constexpr bool kBegins = kPhase != PA_RING_GATHER;
+  const uint32_t reduced = at<PaChannel>(a.channel)[ex.block()].outcome;
+  Block b(ex, a, kBegins);
+  if (kPhase == PA_RING_GATHER && reduced != PA_COMMITTED) return; // the reduce did not end well: it has said why
+  if (kPhase == PA_RING_GATHER && ex.leader()) b.me->outcome = PA_OPEN; // being ready was not the end
+  if (kPhase == PA_RING_REDUCE && ex.leader()) b.me->bad = 0;
+  bool good = kPhase == PA_RING_GATHER ? vote(b) : meet(b, kPhase == PA_RING);
+  const PaBucket* buckets = at<const PaBucket>(a.buckets);
+  for (uint32_t i = 0; good && i < a.bucket_count; ++i) {
+    const PaBucket& bucket = buckets[i];
+    with_dtype(bucket.dtype, [&](auto element) {
+      using T = decltype(element);
+      if constexpr (sizeof(T) == 2) {
+        if (bucket.wire_f32) return void(good = Ring<T, true>(b, bucket, i).template run<kPhase>());
+      }
+      good = Ring<T, false>(b, bucket, i).template run<kPhase>();
+    });
+  }
+  if (good && ex.leader()) b.me->outcome = PA_COMMITTED; // or, after PA_RING_REDUCE: ready to vote
+  b.save();
+}
+} // namespace PA_ISA

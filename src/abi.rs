@@ -1,0 +1,375 @@
+// Made by bindgen from kernels/abi.h: `WRITE_ABI=1 cargo test --test abi`. Do not edit.
+
+pub const PA_MAX_WORLD: u32 = 16;
+pub const PA_LINE_WORDS: u32 = 32;
+pub const PA_PACK_BYTES: u32 = 16;
+pub const PA_ALIGN_PACKS: u32 = 8;
+pub const PA_F32: PaDtype = 0;
+pub const PA_F64: PaDtype = 1;
+pub const PA_F16: PaDtype = 2;
+pub const PA_BF16: PaDtype = 3;
+pub type PaDtype = ::std::os::raw::c_uint;
+pub const PA_DIRECT: PaPhase = 0;
+pub const PA_RING: PaPhase = 1;
+pub const PA_RING_REDUCE: PaPhase = 2;
+pub const PA_RING_GATHER: PaPhase = 3;
+pub const PA_SCAN: PaPhase = 4;
+pub type PaPhase = ::std::os::raw::c_uint;
+pub const PA_OPEN: PaKind = 0;
+pub const PA_COMMITTED: PaKind = 1;
+pub const PA_UNNEEDED: PaKind = 2;
+pub const PA_NON_FINITE: PaKind = 3;
+pub const PA_LAYOUT: PaKind = 4;
+pub const PA_SCHEDULE: PaKind = 5;
+pub const PA_WEIGHTING: PaKind = 6;
+pub const PA_BAD_WEIGHT: PaKind = 7;
+pub const PA_NO_WEIGHT: PaKind = 8;
+pub const PA_TIMEOUT: PaKind = 16;
+pub const PA_ABORTED: PaKind = 17;
+pub const PA_LEFT: PaKind = 18;
+pub type PaKind = ::std::os::raw::c_uint;
+pub const PA_AT_MEET: PaWhere = 0;
+pub const PA_AT_REDUCE: PaWhere = 1;
+pub const PA_AT_COMMIT: PaWhere = 2;
+pub const PA_AT_GATHER: PaWhere = 3;
+pub const PA_AT_EXIT: PaWhere = 4;
+pub type PaWhere = ::std::os::raw::c_uint;
+pub const PA_FLAG_REJECT_NON_FINITE: PaFlag = 1;
+pub const PA_FLAG_WEIGHTED: PaFlag = 2;
+pub const PA_FLAG_UNNEEDED: PaFlag = 4;
+pub const PA_FLAG_LAYOUT: PaFlag = 8;
+pub const PA_FLAG_NON_FINITE: PaFlag = 16;
+pub type PaFlag = ::std::os::raw::c_uint;
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PaSegment {
+    pub address: u64,
+    pub elements: u64,
+    pub first_pack: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PaSegment"][::std::mem::size_of::<PaSegment>() - 24usize];
+    ["Alignment of PaSegment"][::std::mem::align_of::<PaSegment>() - 8usize];
+    [
+        "Offset of field: PaSegment::address",
+    ][::std::mem::offset_of!(PaSegment, address) - 0usize];
+    [
+        "Offset of field: PaSegment::elements",
+    ][::std::mem::offset_of!(PaSegment, elements) - 8usize];
+    [
+        "Offset of field: PaSegment::first_pack",
+    ][::std::mem::offset_of!(PaSegment, first_pack) - 16usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PaBucket {
+    pub segments: u64,
+    pub packs: u64,
+    pub channel_packs: u64,
+    pub shard: u64,
+    pub shard_packs: u64,
+    pub segment_count: u32,
+    pub dtype: u32,
+    pub chunk: u32,
+    pub wire_f32: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PaBucket"][::std::mem::size_of::<PaBucket>() - 56usize];
+    ["Alignment of PaBucket"][::std::mem::align_of::<PaBucket>() - 8usize];
+    [
+        "Offset of field: PaBucket::segments",
+    ][::std::mem::offset_of!(PaBucket, segments) - 0usize];
+    [
+        "Offset of field: PaBucket::packs",
+    ][::std::mem::offset_of!(PaBucket, packs) - 8usize];
+    [
+        "Offset of field: PaBucket::channel_packs",
+    ][::std::mem::offset_of!(PaBucket, channel_packs) - 16usize];
+    [
+        "Offset of field: PaBucket::shard",
+    ][::std::mem::offset_of!(PaBucket, shard) - 24usize];
+    [
+        "Offset of field: PaBucket::shard_packs",
+    ][::std::mem::offset_of!(PaBucket, shard_packs) - 32usize];
+    [
+        "Offset of field: PaBucket::segment_count",
+    ][::std::mem::offset_of!(PaBucket, segment_count) - 40usize];
+    [
+        "Offset of field: PaBucket::dtype",
+    ][::std::mem::offset_of!(PaBucket, dtype) - 44usize];
+    [
+        "Offset of field: PaBucket::chunk",
+    ][::std::mem::offset_of!(PaBucket, chunk) - 48usize];
+    [
+        "Offset of field: PaBucket::wire_f32",
+    ][::std::mem::offset_of!(PaBucket, wire_f32) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PaRecord {
+    pub schedule: u64,
+    pub weight: f64,
+    pub buckets: u64,
+    pub detail: u64,
+    pub found: u64,
+    pub flags: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PaRecord"][::std::mem::size_of::<PaRecord>() - 48usize];
+    ["Alignment of PaRecord"][::std::mem::align_of::<PaRecord>() - 8usize];
+    [
+        "Offset of field: PaRecord::schedule",
+    ][::std::mem::offset_of!(PaRecord, schedule) - 0usize];
+    [
+        "Offset of field: PaRecord::weight",
+    ][::std::mem::offset_of!(PaRecord, weight) - 8usize];
+    [
+        "Offset of field: PaRecord::buckets",
+    ][::std::mem::offset_of!(PaRecord, buckets) - 16usize];
+    [
+        "Offset of field: PaRecord::detail",
+    ][::std::mem::offset_of!(PaRecord, detail) - 24usize];
+    [
+        "Offset of field: PaRecord::found",
+    ][::std::mem::offset_of!(PaRecord, found) - 32usize];
+    [
+        "Offset of field: PaRecord::flags",
+    ][::std::mem::offset_of!(PaRecord, flags) - 40usize];
+    [
+        "Offset of field: PaRecord::reserved",
+    ][::std::mem::offset_of!(PaRecord, reserved) - 44usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PaBoard {
+    pub arrived: u32,
+    pub vote: u32,
+    pub left: u32,
+    pub gone: u32,
+    pub waiting_on: u32,
+    pub sleepers: u32,
+    pub reserved: [u32; 2usize],
+    pub record: [PaRecord; 2usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PaBoard"][::std::mem::size_of::<PaBoard>() - 128usize];
+    ["Alignment of PaBoard"][::std::mem::align_of::<PaBoard>() - 8usize];
+    [
+        "Offset of field: PaBoard::arrived",
+    ][::std::mem::offset_of!(PaBoard, arrived) - 0usize];
+    ["Offset of field: PaBoard::vote"][::std::mem::offset_of!(PaBoard, vote) - 4usize];
+    ["Offset of field: PaBoard::left"][::std::mem::offset_of!(PaBoard, left) - 8usize];
+    ["Offset of field: PaBoard::gone"][::std::mem::offset_of!(PaBoard, gone) - 12usize];
+    [
+        "Offset of field: PaBoard::waiting_on",
+    ][::std::mem::offset_of!(PaBoard, waiting_on) - 16usize];
+    [
+        "Offset of field: PaBoard::sleepers",
+    ][::std::mem::offset_of!(PaBoard, sleepers) - 20usize];
+    [
+        "Offset of field: PaBoard::reserved",
+    ][::std::mem::offset_of!(PaBoard, reserved) - 24usize];
+    [
+        "Offset of field: PaBoard::record",
+    ][::std::mem::offset_of!(PaBoard, record) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PaControl {
+    pub decision: u64,
+    pub reserved0: [u64; 15usize],
+    pub abort: u32,
+    pub reserved1: [u32; 31usize],
+    pub board: [PaBoard; 16usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PaControl"][::std::mem::size_of::<PaControl>() - 2304usize];
+    ["Alignment of PaControl"][::std::mem::align_of::<PaControl>() - 8usize];
+    [
+        "Offset of field: PaControl::decision",
+    ][::std::mem::offset_of!(PaControl, decision) - 0usize];
+    [
+        "Offset of field: PaControl::reserved0",
+    ][::std::mem::offset_of!(PaControl, reserved0) - 8usize];
+    [
+        "Offset of field: PaControl::abort",
+    ][::std::mem::offset_of!(PaControl, abort) - 128usize];
+    [
+        "Offset of field: PaControl::reserved1",
+    ][::std::mem::offset_of!(PaControl, reserved1) - 132usize];
+    [
+        "Offset of field: PaControl::board",
+    ][::std::mem::offset_of!(PaControl, board) - 256usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PaChannel {
+    pub recv_seq: u32,
+    pub send_seq: u32,
+    pub epoch: u32,
+    pub outcome: u32,
+    pub peer: u32,
+    pub where_: u32,
+    pub step: u32,
+    pub committed: u32,
+    pub bad: u64,
+    pub detail: u64,
+    pub found: u64,
+    pub waited_ns: u64,
+    pub divisor: f64,
+    pub divisor_f32: f64,
+    pub finished: u32,
+    pub reserved: [u32; 11usize],
+    pub segments: [u64; 16usize],
+    pub scale: [f64; 16usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PaChannel"][::std::mem::size_of::<PaChannel>() - 384usize];
+    ["Alignment of PaChannel"][::std::mem::align_of::<PaChannel>() - 8usize];
+    [
+        "Offset of field: PaChannel::recv_seq",
+    ][::std::mem::offset_of!(PaChannel, recv_seq) - 0usize];
+    [
+        "Offset of field: PaChannel::send_seq",
+    ][::std::mem::offset_of!(PaChannel, send_seq) - 4usize];
+    [
+        "Offset of field: PaChannel::epoch",
+    ][::std::mem::offset_of!(PaChannel, epoch) - 8usize];
+    [
+        "Offset of field: PaChannel::outcome",
+    ][::std::mem::offset_of!(PaChannel, outcome) - 12usize];
+    [
+        "Offset of field: PaChannel::peer",
+    ][::std::mem::offset_of!(PaChannel, peer) - 16usize];
+    [
+        "Offset of field: PaChannel::where_",
+    ][::std::mem::offset_of!(PaChannel, where_) - 20usize];
+    [
+        "Offset of field: PaChannel::step",
+    ][::std::mem::offset_of!(PaChannel, step) - 24usize];
+    [
+        "Offset of field: PaChannel::committed",
+    ][::std::mem::offset_of!(PaChannel, committed) - 28usize];
+    [
+        "Offset of field: PaChannel::bad",
+    ][::std::mem::offset_of!(PaChannel, bad) - 32usize];
+    [
+        "Offset of field: PaChannel::detail",
+    ][::std::mem::offset_of!(PaChannel, detail) - 40usize];
+    [
+        "Offset of field: PaChannel::found",
+    ][::std::mem::offset_of!(PaChannel, found) - 48usize];
+    [
+        "Offset of field: PaChannel::waited_ns",
+    ][::std::mem::offset_of!(PaChannel, waited_ns) - 56usize];
+    [
+        "Offset of field: PaChannel::divisor",
+    ][::std::mem::offset_of!(PaChannel, divisor) - 64usize];
+    [
+        "Offset of field: PaChannel::divisor_f32",
+    ][::std::mem::offset_of!(PaChannel, divisor_f32) - 72usize];
+    [
+        "Offset of field: PaChannel::finished",
+    ][::std::mem::offset_of!(PaChannel, finished) - 80usize];
+    [
+        "Offset of field: PaChannel::reserved",
+    ][::std::mem::offset_of!(PaChannel, reserved) - 84usize];
+    [
+        "Offset of field: PaChannel::segments",
+    ][::std::mem::offset_of!(PaChannel, segments) - 128usize];
+    [
+        "Offset of field: PaChannel::scale",
+    ][::std::mem::offset_of!(PaChannel, scale) - 256usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PaArgs {
+    pub control: u64,
+    pub channel: u64,
+    pub buckets: u64,
+    pub inbox: u64,
+    pub outbox: u64,
+    pub filled_in: u64,
+    pub filled_out: u64,
+    pub drained_in: u64,
+    pub drained_out: u64,
+    pub timeout_ns: u64,
+    pub schedule: u64,
+    pub weight: f64,
+    pub detail: u64,
+    pub found: u64,
+    pub rank: u32,
+    pub world: u32,
+    pub channels: u32,
+    pub slots: u32,
+    pub slot_packs: u32,
+    pub bucket_count: u32,
+    pub flags: u32,
+    pub fault_step: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PaArgs"][::std::mem::size_of::<PaArgs>() - 144usize];
+    ["Alignment of PaArgs"][::std::mem::align_of::<PaArgs>() - 8usize];
+    [
+        "Offset of field: PaArgs::control",
+    ][::std::mem::offset_of!(PaArgs, control) - 0usize];
+    [
+        "Offset of field: PaArgs::channel",
+    ][::std::mem::offset_of!(PaArgs, channel) - 8usize];
+    [
+        "Offset of field: PaArgs::buckets",
+    ][::std::mem::offset_of!(PaArgs, buckets) - 16usize];
+    ["Offset of field: PaArgs::inbox"][::std::mem::offset_of!(PaArgs, inbox) - 24usize];
+    [
+        "Offset of field: PaArgs::outbox",
+    ][::std::mem::offset_of!(PaArgs, outbox) - 32usize];
+    [
+        "Offset of field: PaArgs::filled_in",
+    ][::std::mem::offset_of!(PaArgs, filled_in) - 40usize];
+    [
+        "Offset of field: PaArgs::filled_out",
+    ][::std::mem::offset_of!(PaArgs, filled_out) - 48usize];
+    [
+        "Offset of field: PaArgs::drained_in",
+    ][::std::mem::offset_of!(PaArgs, drained_in) - 56usize];
+    [
+        "Offset of field: PaArgs::drained_out",
+    ][::std::mem::offset_of!(PaArgs, drained_out) - 64usize];
+    [
+        "Offset of field: PaArgs::timeout_ns",
+    ][::std::mem::offset_of!(PaArgs, timeout_ns) - 72usize];
+    [
+        "Offset of field: PaArgs::schedule",
+    ][::std::mem::offset_of!(PaArgs, schedule) - 80usize];
+    [
+        "Offset of field: PaArgs::weight",
+    ][::std::mem::offset_of!(PaArgs, weight) - 88usize];
+    [
+        "Offset of field: PaArgs::detail",
+    ][::std::mem::offset_of!(PaArgs, detail) - 96usize];
+    ["Offset of field: PaArgs::found"][::std::mem::offset_of!(PaArgs, found) - 104usize];
+    ["Offset of field: PaArgs::rank"][::std::mem::offset_of!(PaArgs, rank) - 112usize];
+    ["Offset of field: PaArgs::world"][::std::mem::offset_of!(PaArgs, world) - 116usize];
+    [
+        "Offset of field: PaArgs::channels",
+    ][::std::mem::offset_of!(PaArgs, channels) - 120usize];
+    ["Offset of field: PaArgs::slots"][::std::mem::offset_of!(PaArgs, slots) - 124usize];
+    [
+        "Offset of field: PaArgs::slot_packs",
+    ][::std::mem::offset_of!(PaArgs, slot_packs) - 128usize];
+    [
+        "Offset of field: PaArgs::bucket_count",
+    ][::std::mem::offset_of!(PaArgs, bucket_count) - 132usize];
+    ["Offset of field: PaArgs::flags"][::std::mem::offset_of!(PaArgs, flags) - 136usize];
+    [
+        "Offset of field: PaArgs::fault_step",
+    ][::std::mem::offset_of!(PaArgs, fault_step) - 140usize];
+};

@@ -1,0 +1,475 @@
+//! The averager: one rank's tensors, the memory it shares with its peers, and the launches of an average.
+
+mod builder;
+mod report;
+mod table;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Instant;
+
+pub use builder::{Builder, Testing};
+pub use report::Report;
+
+use crate::abi::*;
+use crate::backend::cpu::{instruction_sets, Workers};
+use crate::bucket;
+use crate::error::Stage;
+use crate::world::{AbortHandle, Agreement, Card, Communicator, Failure, Region};
+use crate::{Error, Parameters, Result};
+use table::{Problem, Table};
+
+/// How the parameters move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Algorithm {
+    /// Direct where every rank can address every other's tensors (ranks that are threads of one process, on CPUs),
+    /// else the ring.
+    Auto,
+    /// Around a ring through mailboxes: S/n + 4 MiB of extra memory at most. Sums of shard s are made in the order of
+    /// ranks s+1, s+2, …, s.
+    Ring,
+    /// The owner of each part reads all ranks' values, in rank order, and writes all ranks' means: no mailboxes, one
+    /// rounding.
+    Direct,
+}
+
+/// Averages a rank's parameters with those of its peers, in place.
+///
+/// Every average is collective: it returns when all ranks have called it, and gives every rank the same bits. If it
+/// fails before anybody wrote, every tensor of every rank is as it was, and every rank gets the same error.
+///
+/// ```
+/// use param_averager::{Device, ParamAverager, World};
+///
+/// let world = World::in_process(&[Device::cpu(), Device::cpu()])?;
+/// let ranks: Vec<_> = world.into_iter().map(|communicator| std::thread::spawn(move || {
+///     let mut model = vec![vec![communicator.rank() as f32; 1000], vec![1.0; 10]];
+///     let mut averager = ParamAverager::builder(communicator).build(&mut model)?;
+///     let report = averager.average(&mut model)?;
+///     assert_eq!(report.bytes, 4040);
+///     assert_eq!(model[0], [0.5; 1000]);
+///     Ok::<_, param_averager::Error>(())
+/// })).collect();
+/// for rank in ranks {
+///     rank.join().unwrap()?;
+/// }
+/// # Ok::<(), param_averager::Error>(())
+/// ```
+pub struct ParamAverager {
+    communicator: Communicator,
+    agreement: Arc<Agreement>,
+    algorithm: Algorithm,
+    phases: &'static [u32],
+    table: Table,
+    workers: Workers,
+    args: PaArgs,
+    /// A `PaChannel` for each channel.
+    channels: Region,
+    /// Every bucket's own shard of the mean.
+    shards: Vec<Region>,
+    mailbox: Option<Arc<Region>>,
+    timeout: std::time::Duration,
+    failed: Option<Error>,
+}
+
+/// One average, as asked for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Call {
+    pub(crate) weight: Option<f64>,
+    /// What the schedule makes of it; 0: it was asked for by hand.
+    pub(crate) schedule: u64,
+    /// This rank has nothing to average, but takes part if another has.
+    pub(crate) unneeded: bool,
+}
+
+/// How it ended, if it did not fail.
+#[derive(Clone, Debug)]
+pub(crate) enum Outcome {
+    Averaged(Report),
+    Unneeded,
+}
+
+const LINE_BYTES: usize = PA_LINE_WORDS as usize * 4;
+
+impl ParamAverager {
+    /// Starts to build an averager for this rank of a world.
+    pub fn builder(communicator: Communicator) -> Builder {
+        Builder::new(communicator)
+    }
+
+    fn build<P: Parameters + ?Sized>(options: Builder, params: &mut P) -> Result<Self> {
+        let communicator = options.communicator.clone();
+        let (rank, world) = (communicator.rank(), communicator.world_size());
+        let (mut table, problem) = Table::new(params, communicator.device());
+        let algorithm = match options.algorithm {
+            Algorithm::Auto => Algorithm::Direct,
+            chosen => chosen,
+        };
+        let ring = algorithm == Algorithm::Ring && world > 1;
+        // From here on nothing returns before the peers know: an option that is refused is shown to them as such.
+        let refusal = options.check().err().or(problem.map(|problem| table.error(rank, problem)));
+        let usable = refusal.is_none();
+        let channels = if usable { options.channel_count() } else { 1 };
+        let sizes = Sizes::of(&options, &table, channels);
+        let mailbox = (ring && usable).then(|| Arc::new(sizes.mailbox(channels, &options.testing)));
+        let card = Card {
+            refusal,
+            options: options.shown(),
+            tensors: table.describe_all(),
+            mailbox: mailbox.clone(),
+            epoch: options.testing.counter,
+        };
+        let sets = instruction_sets();
+        let named = |name| sets.iter().find(|set| set.name == name).copied().expect("a set this machine has");
+        let isa = options.testing.instruction_set.map_or(sets[0], named);
+        let workers = Workers::new(isa, channels, &format!("rank-{rank}"))
+            .map_err(|e| Error::Thread { rank, reason: e.to_string() })?;
+        let keeps_shard = ring && usable && options.all_or_nothing;
+        let mut shards = vec![];
+        for (bucket, raw) in table.buckets.iter().zip(&mut table.raw) {
+            let channel_packs = bucket::channel_packs(bucket.packs, channels);
+            let shard_packs = bucket::shard_packs(channel_packs, world as u32, sizes.chunk);
+            if keeps_shard {
+                shards.push(Region::new((shard_packs * u64::from(channels)) as usize * PA_PACK_BYTES as usize));
+            }
+            *raw = PaBucket {
+                segments: bucket.segments.as_ptr() as u64,
+                packs: bucket.packs,
+                channel_packs,
+                shard: shards.last().map_or(0, Region::address),
+                shard_packs,
+                segment_count: bucket.segments.len() as u32,
+                dtype: bucket.dtype.code(),
+                chunk: sizes.chunk,
+                wire_f32: u32::from(options.f32_wire && bucket.dtype.size() == 2),
+            };
+        }
+        let agreement = communicator.agree(card, options.timeout)?;
+
+        let mut averager = ParamAverager {
+            args: bytemuck::Zeroable::zeroed(),
+            phases: phases(algorithm, options.all_or_nothing, options.reject_non_finite),
+            channels: channel_states(channels, options.testing.counter),
+            timeout: options.timeout,
+            failed: None,
+            communicator,
+            agreement,
+            algorithm,
+            table,
+            workers,
+            shards,
+            mailbox,
+        };
+        averager.args = averager.launch_args(&options, sizes);
+        Ok(averager)
+    }
+
+    /// The arguments that stay the same for all launches.
+    fn launch_args(&self, options: &Builder, sizes: Sizes) -> PaArgs {
+        let (rank, world) = (self.rank(), self.world_size());
+        let channels = self.channels.bytes() / size_of::<PaChannel>();
+        let cards = &self.agreement.cards;
+        let address = |rank: usize| cards[rank % world].mailbox.as_ref().map_or(0, |region| region.address());
+        let (own, next, previous) = (address(rank), address(rank + 1), address(rank + world - 1));
+        let drained = (channels * LINE_BYTES) as u64;
+        let slots = 2 * drained;
+        PaArgs {
+            control: self.agreement.control.address(),
+            channel: self.channels.address(),
+            buckets: self.table.raw.as_ptr() as u64,
+            inbox: own + slots,
+            outbox: next + slots,
+            filled_in: own,
+            filled_out: next,
+            drained_in: own + drained,
+            drained_out: previous + drained,
+            timeout_ns: u64::try_from(options.timeout.as_nanos()).unwrap_or(u64::MAX),
+            rank: rank as u32,
+            world: world as u32,
+            channels: channels as u32,
+            slots: options.slots,
+            slot_packs: sizes.slot_packs,
+            bucket_count: self.table.raw.len() as u32,
+            flags: if options.reject_non_finite { PA_FLAG_REJECT_NON_FINITE } else { 0 },
+            ..bytemuck::Zeroable::zeroed()
+        }
+    }
+
+    /// This rank's number.
+    pub fn rank(&self) -> usize {
+        self.communicator.rank()
+    }
+
+    /// The number of ranks.
+    pub fn world_size(&self) -> usize {
+        self.communicator.world_size()
+    }
+
+    /// How parameters move: never [`Algorithm::Auto`].
+    pub fn algorithm(&self) -> Algorithm {
+        self.algorithm
+    }
+
+    /// Memory of this rank beyond its parameters, in bytes: slots, shard, counters and tables.
+    pub fn extra_bytes(&self) -> usize {
+        let shards: usize = self.shards.iter().map(Region::bytes).sum();
+        let mailbox = self.mailbox.as_ref().map_or(0, |region| region.bytes());
+        let segments: usize = self.table.buckets.iter().map(|bucket| bucket.segments.len()).sum();
+        shards
+            + mailbox
+            + segments * size_of::<PaSegment>()
+            + self.channels.bytes()
+            + size_of::<PaControl>()
+    }
+
+    /// A handle that ends whatever this world waits for, from any thread.
+    pub fn abort_handle(&self) -> AbortHandle {
+        self.communicator.abort_handle()
+    }
+
+    /// Replaces every tensor by its mean over all ranks. Collective.
+    pub fn average<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Report> {
+        self.average_by_hand(params, None)
+    }
+
+    /// Replaces every tensor by its weighted mean over all ranks, Σ wᵢ·xᵢ / Σ wᵢ. Collective.
+    ///
+    /// `weight` is this rank's, such as the number of samples it has seen since the last average. A rank of weight 0 only
+    /// receives: its values, NaN included, count for nothing. Not all weights may be 0.
+    pub fn average_weighted<P: Parameters + ?Sized>(&mut self, params: &mut P, weight: f64) -> Result<Report> {
+        self.average_by_hand(params, Some(weight))
+    }
+
+    fn average_by_hand<P: Parameters + ?Sized>(&mut self, params: &mut P, weight: Option<f64>) -> Result<Report> {
+        match self.run(params, Call { weight, schedule: 0, unneeded: false })? {
+            Outcome::Averaged(report) => Ok(report),
+            Outcome::Unneeded => unreachable!("this rank needs it"),
+        }
+    }
+
+    pub(crate) fn run<P: Parameters + ?Sized>(&mut self, params: &mut P, call: Call) -> Result<Outcome> {
+        let start = Instant::now();
+        if let Some(cause) = &self.failed {
+            return Err(Error::Poisoned { cause: Box::new(cause.clone()) });
+        }
+        if let Some(failure) = self.agreement.control.failure() {
+            let error = self.fatal(failure, Stage::Meet, false);
+            self.failed = Some(error.clone());
+            return Err(error);
+        }
+        let problem = self.table.refresh(params).err();
+        if self.world_size() == 1 {
+            return self.alone(problem, call, start);
+        }
+        let args = PaArgs {
+            schedule: call.schedule,
+            weight: call.weight.unwrap_or(1.0),
+            detail: problem.map_or(0, |problem| problem.tensor),
+            found: problem.map_or(call.weight.unwrap_or(1.0).to_bits(), |problem| problem.found),
+            flags: self.args.flags
+                | flag(PA_FLAG_WEIGHTED, call.weight.is_some())
+                | flag(PA_FLAG_UNNEEDED, call.unneeded)
+                | flag(PA_FLAG_LAYOUT, problem.is_some()),
+            ..self.args
+        };
+        // Tensors that are not as they should be are not read: the launch that meets is enough to say so.
+        let phases = if problem.is_some() { &self.phases[self.phases.len() - 1..] } else { self.phases };
+        let phases = if problem.is_some() && phases == [PA_RING_GATHER] { &[PA_RING_REDUCE][..] } else { phases };
+        for &phase in phases {
+            if phase == PA_RING_GATHER && self.ended().any(|status| status.outcome != PA_COMMITTED) {
+                break;
+            }
+            // SAFETY: the tables describe the tensors that `params` visited just now and which it borrows mutably
+            // until this returns; all other memory is this averager's or kept by `agreement`.
+            unsafe { self.workers.launch(&args, phase) };
+        }
+        self.outcome(start)
+    }
+
+    /// World size 1: what others would have said, and nothing else.
+    fn alone(&self, problem: Option<Problem>, call: Call, start: Instant) -> Result<Outcome> {
+        let rank = self.rank();
+        match (problem, call.weight) {
+            (Some(problem), _) => Err(self.table.error(rank, problem)),
+            (_, Some(weight)) if !(weight >= 0.0 && weight.is_finite()) => Err(Error::Weight { rank, weight }),
+            (_, Some(0.0)) => Err(Error::NoWeight),
+            _ => Ok(Outcome::Averaged(self.report(start))),
+        }
+    }
+
+    fn report(&self, start: Instant) -> Report {
+        let waited = self.ended().map(|status| status.waited_ns).max().unwrap_or(0);
+        Report {
+            bytes: self.table.bytes,
+            elapsed: start.elapsed(),
+            waited: std::time::Duration::from_nanos(waited),
+            world_size: self.world_size(),
+            algorithm: self.algorithm,
+        }
+    }
+
+    /// The channels' status records. Between launches only.
+    fn ended(&self) -> impl Iterator<Item = PaChannel> + '_ {
+        let channels: *const PaChannel = self.channels.as_ptr();
+        // SAFETY: so many are in the region, and nobody writes them between launches.
+        (0..self.args.channels as usize).map(move |channel| unsafe { *channels.add(channel) })
+    }
+
+    /// What they say.
+    fn outcome(&mut self, start: Instant) -> Result<Outcome> {
+        let committed = self.ended().any(|status| status.committed != 0);
+        let Some(status) = self.ended().max_by_key(|status| (status.outcome != PA_COMMITTED, status.outcome)) else {
+            unreachable!("there is a channel")
+        };
+        let rank = status.peer as usize;
+        let problem = Problem { tensor: status.detail, found: status.found };
+        let error = match status.outcome {
+            PA_COMMITTED => return Ok(Outcome::Averaged(self.report(start))),
+            PA_UNNEEDED => return Ok(Outcome::Unneeded),
+            PA_NON_FINITE => self.non_finite(rank, status.detail),
+            PA_LAYOUT => self.table.error(rank, problem),
+            PA_SCHEDULE => Error::SchedulesDiffer { rank },
+            PA_WEIGHTING => Error::WeightingDiffers { rank },
+            PA_BAD_WEIGHT => Error::Weight { rank, weight: f64::from_bits(status.found) },
+            PA_NO_WEIGHT => Error::NoWeight,
+            // PA_OPEN: told to leave without a word, by a test.
+            PA_OPEN => self.fatal(Failure { kind: PA_LEFT, rank: self.rank() }, Stage::Exit, committed),
+            kind => self.fatal(Failure { kind, rank }, stage(status.where_), committed),
+        };
+        if error.is_fatal() {
+            self.failed = Some(error.clone());
+        }
+        Err(error)
+    }
+
+    fn non_finite(&self, rank: usize, bad: u64) -> Error {
+        let (bucket, element) = ((bad - 1) >> 56, (bad - 1) & ((1 << 56) - 1));
+        let (tensor, element) = self.table.buckets[bucket as usize].locate(element);
+        Error::NonFinite { rank, tensor: self.table.describe(tensor), element }
+    }
+
+    fn fatal(&self, failure: Failure, stage: Stage, committed: bool) -> Error {
+        let Failure { kind, rank } = failure;
+        match kind {
+            PA_TIMEOUT => Error::Timeout { rank, timeout: self.timeout, stage, committed },
+            PA_ABORTED => Error::Aborted { rank, stage, committed },
+            _ => Error::PeerLost { rank, stage, committed },
+        }
+    }
+
+    /// The next averages end without a word before their `step`-th step; 0: they do not.
+    #[doc(hidden)]
+    pub fn leave_before_step(&mut self, step: u32) {
+        self.args.fault_step = step;
+    }
+
+    /// Protocol steps that channel 0 made in the last average.
+    #[doc(hidden)]
+    pub fn steps(&self) -> u32 {
+        self.ended().next().map_or(0, |status| status.step)
+    }
+}
+
+impl Drop for ParamAverager {
+    fn drop(&mut self) {
+        self.agreement.control.leave(self.rank());
+    }
+}
+
+impl fmt::Debug for ParamAverager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ParamAverager")
+            .field("rank", &self.rank())
+            .field("world_size", &self.world_size())
+            .field("algorithm", &self.algorithm)
+            .field("tensors", &self.table.describe_all().len())
+            .field("bytes", &self.table.bytes)
+            .field("workers", &self.workers)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What one slot holds.
+#[derive(Clone, Copy)]
+struct Sizes {
+    /// Data packs.
+    chunk: u32,
+    /// Packs on the wire.
+    slot_packs: u32,
+    slots: u32,
+}
+
+impl Sizes {
+    fn of(options: &Builder, table: &Table, channels: u32) -> Sizes {
+        let pack = PA_PACK_BYTES as usize;
+        let widest = if options.f32_wire && table.buckets.iter().any(|bucket| bucket.dtype.size() == 2) { 2 } else { 1 };
+        let most = builder::SLOT_BUDGET_BYTES / (channels as usize * options.slots as usize * widest);
+        let bytes = options.chunk_bytes.unwrap_or_else(|| builder::DEFAULT_CHUNK_BYTES.min(most).max(128));
+        // No more than the largest bucket has for one rank in one round.
+        let world = options.communicator.world_size() as u64;
+        let packs = table.buckets.iter().map(|bucket| bucket.packs).max().unwrap_or(1);
+        let needed = bucket::align_up(bucket::channel_packs(packs, channels).div_ceil(world));
+        let chunk = bucket::align_up(bytes.div_ceil(pack) as u64).min(needed) as u32;
+        Sizes { chunk, slot_packs: chunk * widest as u32, slots: options.slots }
+    }
+
+    /// Counters and slots: `filled` lines, `drained` lines, then the inbox.
+    fn mailbox(&self, channels: u32, testing: &Testing) -> Region {
+        let counters = 2 * channels as usize;
+        let slots = (channels * self.slots) as usize * self.slot_packs as usize * PA_PACK_BYTES as usize;
+        let region = Region::new(counters * LINE_BYTES + slots);
+        let bytes: *mut u8 = region.as_ptr();
+        // SAFETY: inside of the region, which nobody else has yet.
+        unsafe {
+            for line in 0..counters {
+                bytes.add(line * LINE_BYTES).cast::<u32>().write(testing.counter);
+            }
+            if testing.poison_slots {
+                bytes.add(counters * LINE_BYTES).write_bytes(0xff, slots);
+            }
+        }
+        region
+    }
+}
+
+/// The channels' states before the first average.
+fn channel_states(channels: u32, counter: u32) -> Region {
+    let region = Region::new(channels as usize * size_of::<PaChannel>());
+    let states: *mut PaChannel = region.as_ptr();
+    for channel in 0..channels as usize {
+        // SAFETY: so many are in the region, zeroed, and nobody else has it yet.
+        let state = unsafe { &mut *states.add(channel) };
+        (state.recv_seq, state.send_seq, state.epoch) = (counter, counter, counter);
+    }
+    region
+}
+
+/// The launches of one average.
+fn phases(algorithm: Algorithm, all_or_nothing: bool, reject_non_finite: bool) -> &'static [u32] {
+    match (algorithm, all_or_nothing, reject_non_finite) {
+        (Algorithm::Ring, true, _) => &[PA_RING_REDUCE, PA_RING_GATHER],
+        (Algorithm::Ring, false, true) => &[PA_SCAN, PA_RING],
+        (Algorithm::Ring, false, false) => &[PA_RING],
+        (_, _, true) => &[PA_SCAN, PA_DIRECT],
+        (_, _, false) => &[PA_DIRECT],
+    }
+}
+
+fn flag(flag: PaFlag, set: bool) -> u32 {
+    if set {
+        flag
+    } else {
+        0
+    }
+}
+
+fn stage(at: u32) -> Stage {
+    match at {
+        PA_AT_MEET => Stage::Meet,
+        PA_AT_REDUCE => Stage::Reduce,
+        PA_AT_COMMIT => Stage::Commit,
+        PA_AT_GATHER => Stage::Gather,
+        _ => Stage::Exit,
+    }
+}

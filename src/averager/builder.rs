@@ -1,0 +1,177 @@
+//! Options, defaults, and the memory an averager needs.
+
+use std::time::Duration;
+
+use super::{Algorithm, ParamAverager};
+use crate::world::Communicator;
+use crate::{Error, Parameters, Result};
+
+/// One slot's bytes. Two ranks' slots and the tensor's chunks stay in a core's second-level cache, and a hand-off costs
+/// little against a chunk's time. See benches/record/.
+pub(super) const DEFAULT_CHUNK_BYTES: usize = 128 << 10;
+/// Slots of a mailbox: a rank may be so many chunks ahead of the next one.
+pub(super) const DEFAULT_SLOTS: u32 = 4;
+/// All slots of a rank together, at most, unless options ask for more.
+pub(super) const SLOT_BUDGET_BYTES: usize = 2 << 20;
+/// As long as torch.distributed waits for NCCL.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(600);
+/// More threads than this a rank move no more on one memory.
+const MOST_DEFAULT_CHANNELS: u32 = 8;
+
+/// Options of a [`ParamAverager`]; the same on every rank.
+#[derive(Clone, Debug)]
+#[must_use = "call build"]
+pub struct Builder {
+    pub(super) communicator: Communicator,
+    pub(super) algorithm: Algorithm,
+    pub(super) all_or_nothing: bool,
+    pub(super) reject_non_finite: bool,
+    pub(super) f32_wire: bool,
+    pub(super) timeout: Duration,
+    pub(super) channels: Option<u32>,
+    pub(super) slots: u32,
+    pub(super) chunk_bytes: Option<usize>,
+    pub(super) testing: Testing,
+}
+
+/// For this crate's own tests: what a user has no use for.
+#[doc(hidden)]
+#[derive(Clone, Debug, Default)]
+pub struct Testing {
+    /// Where all counters start.
+    pub counter: u32,
+    /// Fill the slots with NaN first.
+    pub poison_slots: bool,
+    /// An instruction set instead of the best one.
+    pub instruction_set: Option<&'static str>,
+}
+
+impl Builder {
+    pub(super) fn new(communicator: Communicator) -> Self {
+        Builder {
+            communicator,
+            algorithm: Algorithm::Auto,
+            all_or_nothing: true,
+            reject_non_finite: false,
+            f32_wire: false,
+            timeout: DEFAULT_TIMEOUT,
+            channels: None,
+            slots: DEFAULT_SLOTS,
+            chunk_bytes: None,
+            testing: Testing::default(),
+        }
+    }
+
+    /// How the parameters move. Default: [`Algorithm::Auto`].
+    pub fn algorithm(mut self, algorithm: Algorithm) -> Self {
+        self.algorithm = algorithm;
+        self
+    }
+
+    /// For the ring. `true`, the default: a rank writes its tensors only when every rank has its shard of the mean, so
+    /// a failure while summing leaves all tensors as they were. `false`: ranks write as they go, which is faster, needs
+    /// no memory for a shard, and after a failure on the way leaves each element either a rank's own or the mean. The
+    /// direct average decides at its start.
+    pub fn all_or_nothing(mut self, all_or_nothing: bool) -> Self {
+        self.all_or_nothing = all_or_nothing;
+        self
+    }
+
+    /// `true`: if a rank holds a NaN or an infinity, nobody's tensors change and every rank gets
+    /// [`Error::NonFinite`]. Costs the direct average, and the ring without all-or-nothing, one more pass over the
+    /// tensors. Default: `false`.
+    pub fn reject_non_finite(mut self, reject: bool) -> Self {
+        self.reject_non_finite = reject;
+        self
+    }
+
+    /// For the ring, f16 and bf16. `true`: partial sums travel as f32, twice the bytes, and are rounded once in all.
+    /// `false`, the default: they travel in the tensors' dtype and are rounded at each of n − 1 hops. The direct average
+    /// always rounds once.
+    pub fn f32_wire(mut self, f32_wire: bool) -> Self {
+        self.f32_wire = f32_wire;
+        self
+    }
+
+    /// How long one wait for a peer may last before the average fails on every rank. Default: 10 minutes.
+    ///
+    /// The direct average never gives up after it began to write: ranks wait for one another to be off their tensors.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// Threads of a rank that each move a part, 1 to 1,024. Default: this machine's cores shared among the ranks, 8 at
+    /// most.
+    pub fn channels(mut self, channels: u32) -> Self {
+        self.channels = Some(channels);
+        self
+    }
+
+    /// For the ring: slots of a mailbox, a power of two from 2 to 1,024. Default: 4.
+    pub fn slots(mut self, slots: u32) -> Self {
+        self.slots = slots;
+        self
+    }
+
+    /// For the ring: bytes of parameters in one slot, 128 B to 64 MiB, rounded up to a multiple of 128. Default: 128 KiB,
+    /// less where that makes all slots of a rank exceed 2 MiB or where the model is small.
+    pub fn chunk_bytes(mut self, bytes: usize) -> Self {
+        self.chunk_bytes = Some(bytes);
+        self
+    }
+
+    #[doc(hidden)]
+    pub fn testing(mut self, testing: Testing) -> Self {
+        self.testing = testing;
+        self
+    }
+
+    /// Builds the averager for these tensors. Collective: returns when every rank has called it, with the same error
+    /// on every rank if options or tensors differ. The tensors' values and addresses may change afterwards, their
+    /// number, order, dtypes and sizes may not.
+    pub fn build<P: Parameters + ?Sized>(self, params: &mut P) -> Result<ParamAverager> {
+        ParamAverager::build(self, params)
+    }
+
+    pub(super) fn check(&self) -> Result<()> {
+        let refuse = |option, found: String, expected| {
+            Err(Error::Option { rank: self.communicator.rank(), option, found, expected })
+        };
+        match (self.channels, self.chunk_bytes) {
+            (Some(channels), _) if !(1..=1024).contains(&channels) => {
+                refuse("channels", channels.to_string(), "1 to 1024 threads")
+            }
+            (_, Some(bytes)) if !(128..=64 << 20).contains(&bytes) => {
+                refuse("chunk_bytes", bytes.to_string(), "128 B to 64 MiB")
+            }
+            _ if !self.slots.is_power_of_two() || !(2..=1024).contains(&self.slots) => {
+                refuse("slots", self.slots.to_string(), "a power of two from 2 to 1024")
+            }
+            _ if self.timeout.is_zero() => refuse("timeout", "0".into(), "longer than nothing"),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn channel_count(&self) -> u32 {
+        self.channels.unwrap_or_else(|| {
+            let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+            ((cores / self.communicator.world_size()) as u32).clamp(1, MOST_DEFAULT_CHANNELS)
+        })
+    }
+
+    /// What must be the same on every rank.
+    pub(super) fn shown(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("algorithm", format!("{:?}", self.algorithm)),
+            ("all_or_nothing", self.all_or_nothing.to_string()),
+            ("reject_non_finite", self.reject_non_finite.to_string()),
+            ("f32_wire", self.f32_wire.to_string()),
+            ("timeout", format!("{:?}", self.timeout)),
+            ("channels", self.channel_count().to_string()),
+            ("slots", self.slots.to_string()),
+            ("chunk_bytes", self.chunk_bytes.map_or("the default".into(), |bytes| bytes.to_string())),
+            ("counter", self.testing.counter.to_string()),
+        ]
+    }
+}

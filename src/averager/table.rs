@@ -1,0 +1,157 @@
+//! A rank's tensors as the kernels see them: the segment tables, brought up to date at every average.
+
+use crate::abi::{PaBucket, PaSegment};
+use crate::bucket::{self, Bucket, Place, Shape};
+use crate::tensor::Dtype;
+use crate::world::Device;
+use crate::{Error, Parameters, TensorMut};
+
+/// Tensors, and where each lies in its bucket.
+#[derive(Debug)]
+pub(super) struct Table {
+    device: Device,
+    names: Vec<String>,
+    shapes: Vec<Shape>,
+    places: Vec<Place>,
+    pub(super) buckets: Vec<Bucket>,
+    /// What the kernels get.
+    pub(super) raw: Box<[PaBucket]>,
+    /// For `overlap`: begin, end and index of each tensor with elements.
+    spans: Vec<(u64, u64, u32)>,
+    pub(super) bytes: u64,
+}
+
+/// What is wrong with the tensors of a call: for `PaRecord.detail` and `found`, so that every rank can say so.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Problem {
+    pub(super) tensor: u64,
+    pub(super) found: u64,
+}
+
+/// `Problem::found`: what it is about is in the top byte, below 16 a dtype.
+const MISSING: u64 = 16;
+const EXTRA: u64 = 17;
+const NULL: u64 = 18;
+const MISALIGNED: u64 = 19;
+const OVERLAP: u64 = 20;
+const DEVICE: u64 = 21;
+const SHIFT: u32 = 56;
+
+impl Table {
+    /// The table of these tensors; addresses are those of now.
+    pub(super) fn new<P: Parameters + ?Sized>(params: &mut P, device: Device) -> (Table, Option<Problem>) {
+        let (mut names, mut shapes) = (vec![], vec![]);
+        params.visit(&mut |tensor| {
+            names.push(tensor.name().unwrap_or_default().to_owned());
+            shapes.push(Shape { dtype: tensor.dtype(), elements: tensor.len() as u64 });
+        });
+        let (buckets, places) = bucket::plan(&shapes);
+        let raw = buckets.iter().map(|_| bytemuck::Zeroable::zeroed()).collect();
+        let bytes = shapes.iter().map(|shape| shape.elements * shape.dtype.size() as u64).sum();
+        let spans = Vec::with_capacity(shapes.len());
+        let mut table = Table { device, names, shapes, places, buckets, raw, spans, bytes };
+        let problem = table.refresh(params).err();
+        (table, problem)
+    }
+
+    /// Takes over the tensors' addresses, if they are the tensors that the table was made for. Does not allocate.
+    pub(super) fn refresh<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<(), Problem> {
+        let (mut index, mut changed, mut problem) = (0, false, None);
+        params.visit(&mut |tensor| {
+            match self.take(index, &tensor) {
+                Ok(moved) => changed |= moved,
+                Err(found) => problem = problem.or(Some(Problem { tensor: index as u64, found })),
+            }
+            index += 1;
+        });
+        if index < self.shapes.len() {
+            problem = problem.or(Some(Problem { tensor: index as u64, found: MISSING << SHIFT }));
+        }
+        match problem {
+            Some(problem) => Err(problem),
+            None if changed => self.overlap(),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the tensor lies elsewhere than before, or what is wrong with it.
+    fn take(&mut self, index: usize, tensor: &TensorMut<'_>) -> Result<bool, u64> {
+        let found = u64::from(tensor.dtype().code()) << SHIFT | tensor.len() as u64;
+        let Some(&shape) = self.shapes.get(index) else { return Err(EXTRA << SHIFT) };
+        if shape != (Shape { dtype: tensor.dtype(), elements: tensor.len() as u64 }) {
+            return Err(found);
+        }
+        if tensor.device() != self.device {
+            return Err(DEVICE << SHIFT);
+        }
+        let Some((bucket, segment)) = self.places[index] else { return Ok(false) };
+        let address = tensor.address();
+        if address == 0 {
+            return Err(NULL << SHIFT);
+        }
+        if address % shape.dtype.size() as u64 != 0 {
+            return Err(MISALIGNED << SHIFT);
+        }
+        let slot = &mut self.buckets[bucket].segments[segment].address;
+        Ok(std::mem::replace(slot, address) != address)
+    }
+
+    /// Two tensors that share memory would be averaged twice.
+    fn overlap(&mut self) -> Result<(), Problem> {
+        self.spans.clear();
+        for bucket in &self.buckets {
+            let size = bucket.dtype.size() as u64;
+            for (PaSegment { address, elements, .. }, &tensor) in bucket.segments.iter().zip(&bucket.tensors) {
+                self.spans.push((*address, address + elements * size, tensor as u32));
+            }
+        }
+        self.spans.sort_unstable();
+        match self.spans.windows(2).find(|pair| pair[1].0 < pair[0].1) {
+            None => Ok(()),
+            Some(pair) => {
+                let (one, other) = (u64::from(pair[0].2), u64::from(pair[1].2));
+                Err(Problem { tensor: one.max(other), found: OVERLAP << SHIFT | one.min(other) })
+            }
+        }
+    }
+
+    /// The error for a problem of rank `rank`, whose tensors are the same as this rank's.
+    pub(super) fn error(&self, rank: usize, problem: Problem) -> Error {
+        let index = problem.tensor as usize;
+        let (what, low) = (problem.found >> SHIFT, problem.found & ((1 << SHIFT) - 1));
+        let tensor = || self.describe(index);
+        let trouble = |problem: &str| Error::Tensor { rank, tensor: tensor(), problem: problem.into() };
+        match what {
+            NULL => trouble("has a null pointer: pass the address of its first element"),
+            MISALIGNED => trouble("does not lie at a multiple of its element's size: pass the address of its first element"),
+            DEVICE => trouble(&format!("is not on {}, the device of its rank: move it there, or give the rank its device", self.device)),
+            OVERLAP => trouble(&format!(
+                "shares memory with {}: pass tied parameters once",
+                self.describe(low as usize)
+            )),
+            _ => {
+                let count = self.shapes.len();
+                let (found, expected) = match what {
+                    MISSING => (format!("only {index} tensors"), format!("{count}")),
+                    EXTRA => (format!("more than {count} tensors"), format!("{count}")),
+                    dtype => (format!("{}, {low} elements, as tensor {index}", Dtype::ALL[dtype as usize & 3]), tensor()),
+                };
+                Error::LayoutChanged { rank, found, expected }
+            }
+        }
+    }
+
+    /// A line about one tensor, such as "tensor 3 `ln.weight` (f32, 768 elements)".
+    pub(super) fn describe(&self, index: usize) -> String {
+        let Shape { dtype, elements } = self.shapes[index];
+        let name = match self.names[index].as_str() {
+            "" => String::new(),
+            name => format!(" `{name}`"),
+        };
+        format!("tensor {index}{name} ({dtype}, {elements} elements)")
+    }
+
+    pub(super) fn describe_all(&self) -> Vec<String> {
+        (0..self.shapes.len()).map(|index| self.describe(index)).collect()
+    }
+}

@@ -1,0 +1,239 @@
+//! Everything that can go wrong, and what to do about it.
+
+use std::fmt;
+use std::time::Duration;
+
+/// The result of this crate's calls.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Where in an average a rank was when it ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Stage {
+    /// Building the averager: ranks wait for one another and compare layouts.
+    Build,
+    /// The meeting: ranks wait for one another and compare what they are about to do.
+    Meet,
+    /// Summing. No tensor has changed.
+    Reduce,
+    /// The vote before anybody writes. No tensor has changed.
+    Commit,
+    /// Writing the mean.
+    Gather,
+    /// Waiting until every rank has written.
+    Exit,
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Stage::Build => "while building the averager",
+            Stage::Meet => "at the start of an average",
+            Stage::Reduce => "while summing",
+            Stage::Commit => "at the vote before writing",
+            Stage::Gather => "while writing the mean",
+            Stage::Exit => "at the end of an average",
+        })
+    }
+}
+
+/// What was found wrong, and what to do about it.
+///
+/// Errors of one average are the same on every rank. [`Error::is_fatal`] tells whether the averager can be used again,
+/// [`Error::tensors_unchanged`] whether every tensor still holds what it held before the call.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A world needs 1 to 16 ranks.
+    #[error("a world of {found} ranks: give World::in_process a list of 1 to {max} devices, one for each rank", max = crate::abi::PA_MAX_WORLD)]
+    WorldSize {
+        /// Devices given.
+        found: usize,
+    },
+
+    /// A CUDA device was asked for that this build or this machine can't serve.
+    #[error("rank {rank} asks for {device}, which is not available: {reason}")]
+    DeviceUnavailable {
+        /// The rank that asks.
+        rank: usize,
+        /// The device, such as `cuda:0`.
+        device: String,
+        /// Why, and what to do.
+        reason: String,
+    },
+
+    /// An option of the builder has a value it can't have.
+    #[error("rank {rank}: the option `{option}` is {found}: {expected}")]
+    Option {
+        /// This rank.
+        rank: usize,
+        /// The builder's method.
+        option: &'static str,
+        /// The value.
+        found: String,
+        /// What it can be.
+        expected: &'static str,
+    },
+
+    /// Ranks built their averagers with different options.
+    #[error("rank {rank} builds its averager with {found}, rank 0 with {expected}: use the same builder options on every rank")]
+    OptionsDiffer {
+        /// The first rank that differs from rank 0.
+        rank: usize,
+        /// Its option and value.
+        found: String,
+        /// Rank 0's.
+        expected: String,
+    },
+
+    /// Ranks built their averagers for different tensors.
+    #[error("rank {rank} builds its averager with {found} where rank 0 has {expected}: every rank must pass the same tensors in the same order")]
+    LayoutsDiffer {
+        /// The first rank that differs from rank 0.
+        rank: usize,
+        /// Its tensor, or how many it has.
+        found: String,
+        /// Rank 0's.
+        expected: String,
+    },
+
+    /// A rank passed other tensors than it built its averager for. No tensor was changed.
+    #[error("rank {rank} passes {found} where its averager was built for {expected}: pass the same tensors in the same order, or build a new averager on every rank")]
+    LayoutChanged {
+        /// The first rank at fault.
+        rank: usize,
+        /// What it passed.
+        found: String,
+        /// What it built the averager for.
+        expected: String,
+    },
+
+    /// A tensor that can't be averaged as it is.
+    #[error("rank {rank}: {tensor} {problem}")]
+    Tensor {
+        /// This rank.
+        rank: usize,
+        /// The tensor.
+        tensor: String,
+        /// What is wrong with it and what to do.
+        problem: String,
+    },
+
+    /// Ranks average at different points of their schedules. No tensor was changed.
+    #[error("rank {rank} is at another point of its schedule than rank 0: use the same Schedule everywhere and call step once for every optimizer step on every rank, skip where a step was skipped; see LocalSgd")]
+    SchedulesDiffer {
+        /// The first rank that differs from rank 0.
+        rank: usize,
+    },
+
+    /// Some ranks passed a weight and some did not. No tensor was changed.
+    #[error("rank {rank} calls another of average and average_weighted than rank 0: call the same on every rank")]
+    WeightingDiffers {
+        /// The first rank that differs from rank 0.
+        rank: usize,
+    },
+
+    /// A weight that is negative, infinite or NaN. No tensor was changed.
+    #[error("rank {rank} passes the weight {weight}: weights are finite and not negative, such as the number of samples seen")]
+    Weight {
+        /// The first rank at fault.
+        rank: usize,
+        /// Its weight.
+        weight: f64,
+    },
+
+    /// Every rank's weight is zero: there is no mean. No tensor was changed.
+    #[error("all weights are zero, so there is no mean: at least one rank must pass a positive weight")]
+    NoWeight,
+
+    /// A rank holds a NaN or an infinity and was asked to reject it. No tensor was changed.
+    #[error("rank {rank} holds a value that is not finite in {tensor}, element {element}: nobody's parameters were changed; restore that rank from a checkpoint, or leave it out with weight 0")]
+    NonFinite {
+        /// The last rank that does.
+        rank: usize,
+        /// The tensor.
+        tensor: String,
+        /// An element that is not finite, counted in the tensor.
+        element: u64,
+    },
+
+    /// A rank did not come, or stopped on the way.
+    #[error("rank {rank} did not move for {timeout:?} {stage}{}: see what it does, or raise the builder's `timeout`; then build a new world", written(.committed))]
+    Timeout {
+        /// The rank everybody waits for.
+        rank: usize,
+        /// How long one wait may last.
+        timeout: Duration,
+        /// Where the first rank to give up was.
+        stage: Stage,
+        /// Some tensors may hold the mean already, others the rank's own values.
+        committed: bool,
+    },
+
+    /// Somebody called [`AbortHandle::abort`](crate::AbortHandle::abort).
+    #[error("rank {rank} aborted the world {stage}{}: build a new world to go on", written(.committed))]
+    Aborted {
+        /// The rank whose handle it was.
+        rank: usize,
+        /// Where this world was.
+        stage: Stage,
+        /// Some tensors may hold the mean already, others the rank's own values.
+        committed: bool,
+    },
+
+    /// A rank dropped its averager or its communicator: it finished early, failed or panicked.
+    #[error("rank {rank} has left the world {stage}{}: see why it ended; the others can go on in a new world", written(.committed))]
+    PeerLost {
+        /// The rank that is gone.
+        rank: usize,
+        /// Where the first rank to notice was.
+        stage: Stage,
+        /// Some tensors may hold the mean already, others the rank's own values.
+        committed: bool,
+    },
+
+    /// An earlier average failed for good, and this call did nothing.
+    #[error("this world has failed before ({cause}): build a new one")]
+    Poisoned {
+        /// That failure.
+        cause: Box<Error>,
+    },
+
+    /// A thread could not be started for a channel.
+    #[error("rank {rank} cannot start a thread for a channel: {reason}; build with fewer channels")]
+    Thread {
+        /// This rank.
+        rank: usize,
+        /// What the system said.
+        reason: String,
+    },
+}
+
+impl Error {
+    /// Whether the averager, and those of all other ranks, can't be used any more.
+    pub fn is_fatal(&self) -> bool {
+        matches!(
+            self,
+            Error::Timeout { .. } | Error::Aborted { .. } | Error::PeerLost { .. } | Error::Poisoned { .. }
+        )
+    }
+
+    /// Whether every tensor of this rank still holds what it held before the call. If not, each element is either the
+    /// rank's own or the mean, and an average in a new world makes the ranks agree again.
+    pub fn tensors_unchanged(&self) -> bool {
+        match self {
+            Error::Timeout { committed, .. }
+            | Error::Aborted { committed, .. }
+            | Error::PeerLost { committed, .. } => !committed,
+            _ => true,
+        }
+    }
+}
+
+fn written(committed: &bool) -> &'static str {
+    if *committed {
+        " (tensors may be partly averaged)"
+    } else {
+        " (no tensor was changed)"
+    }
+}

@@ -1,0 +1,82 @@
+//! Makes n copies of a model agree: averages their parameters across ranks, in place, every so many optimizer steps
+//! (Local SGD).
+//!
+//! ```
+//! use param_averager::{Device, LocalSgd, ParamAverager, Schedule, World};
+//!
+//! // Two ranks that are threads of this process, each with a model of its own.
+//! let world = World::in_process(&[Device::cpu(), Device::cpu()])?;
+//! std::thread::scope(|scope| {
+//!     for communicator in world {
+//!         scope.spawn(move || -> param_averager::Result<()> {
+//!             let mut params = vec![vec![0.0f32; 1000], vec![communicator.rank() as f32; 10]];
+//!             let averager = ParamAverager::builder(communicator).build(&mut params)?;
+//!             let mut sgd = LocalSgd::new(averager, Schedule::every(8));
+//!             for _batch in 0..100 {
+//!                 // train_step(&mut params, batch);
+//!                 sgd.step(&mut params)?; // averages when due
+//!             }
+//!             sgd.finish(&mut params)?; // the last average
+//!             assert_eq!(params[1], [0.5; 10]);
+//!             Ok(())
+//!         });
+//!     }
+//! });
+//! # Ok::<(), param_averager::Error>(())
+//! ```
+//!
+//! * [`World`] says who the ranks are, [`Communicator`] is one rank's membership.
+//! * [`ParamAverager`] averages a list of tensors ([`Parameters`], [`TensorMut`]): plainly, or weighted.
+//! * [`LocalSgd`] counts optimizer steps and averages when its [`Schedule`] says so.
+//! * [`Error`] says which rank and which tensor, and what to do. If an average fails before anybody wrote, no tensor of
+//!   any rank has changed.
+//!
+//! Sums are made in f32 (f64 for f64) in a fixed order, so all ranks end with the same bits. Nothing is allocated and no
+//! system call is made while averaging, waiting aside.
+
+#![deny(unsafe_op_in_unsafe_fn, missing_docs)]
+
+#[allow(missing_docs, dead_code, clippy::all)]
+#[doc(hidden)]
+pub mod abi;
+mod averager;
+mod backend;
+mod bucket;
+mod error;
+mod local_sgd;
+mod schedule;
+mod tensor;
+mod world;
+
+pub use averager::{Algorithm, Builder, ParamAverager, Report};
+pub use error::{Error, Result, Stage};
+pub use local_sgd::{Action, LocalSgd};
+pub use schedule::Schedule;
+pub use tensor::{Dtype, Element, Parameters, TensorMut};
+pub use world::{AbortHandle, Communicator, Device, World};
+
+/// For this crate's own tests and bench.
+#[doc(hidden)]
+pub mod __private {
+    pub use crate::averager::Testing;
+
+    /// The GPU kernels, or why there are none.
+    pub fn fatbin() -> Result<&'static [u8], &'static str> {
+        crate::backend::cuda::fatbin()
+    }
+
+    /// Names of the instruction sets that this machine has, best first.
+    pub fn instruction_sets() -> Vec<&'static str> {
+        crate::backend::cpu::instruction_sets().into_iter().map(|set| set.name).collect()
+    }
+
+    /// Runs one block of one phase on this thread.
+    ///
+    /// # Safety
+    /// What `args` points at is as `kernels/abi.h` describes it.
+    pub unsafe fn run_block_cpu(args: &crate::abi::PaArgs, phase: u32, channel: u32) {
+        let best = crate::backend::cpu::instruction_sets()[0];
+        // SAFETY: the caller's.
+        unsafe { best.run_block(args, phase, channel) }
+    }
+}

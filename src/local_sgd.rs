@@ -1,0 +1,119 @@
+//! Local SGD: count optimizer steps, average when the schedule says so.
+
+use crate::averager::{Call, Outcome};
+use crate::{ParamAverager, Parameters, Report, Result, Schedule};
+
+/// Averages a model's parameters across ranks every so many optimizer steps.
+///
+/// Call [`step`](Self::step) once after every optimizer step, not after every micro-batch; [`skip`](Self::skip) where
+/// the optimizer step was left out (a loss scaler that found an overflow); [`finish`](Self::finish) once at the end of
+/// the loop. Every rank makes the same sequence of `step` and `skip` taken together, up to the last due average.
+///
+/// Nothing happens on drop or while unwinding: a rank that panics leaves, and its peers get
+/// [`Error::PeerLost`](crate::Error::PeerLost), not a hang.
+#[derive(Debug)]
+pub struct LocalSgd {
+    averager: ParamAverager,
+    schedule: Schedule,
+    enabled: bool,
+    position: u64,
+    applied: u64,
+    since_average: u64,
+    averages: u64,
+}
+
+/// What a call of [`LocalSgd`] did.
+#[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Action {
+    /// No average was due. The next one follows after so many more steps.
+    Counted {
+        /// Steps until then, at least 1.
+        until_next: u64,
+    },
+    /// The parameters are now the mean of all ranks' parameters.
+    Averaged(Report),
+    /// No rank had taken a step since the last average, so nothing moved.
+    Unneeded,
+    /// This is the only rank, or Local SGD is not enabled: the step was counted, and the parameters are as they were.
+    Alone,
+}
+
+impl LocalSgd {
+    /// Local SGD with this rank's averager. The schedule must be the same on every rank.
+    pub fn new(averager: ParamAverager, schedule: Schedule) -> Self {
+        LocalSgd { averager, schedule, enabled: true, position: 0, applied: 0, since_average: 0, averages: 0 }
+    }
+
+    /// `false`: only count steps, never average. Must be the same on every rank.
+    pub fn enabled(mut self, enabled: bool) -> Self {
+        self.enabled = enabled;
+        self
+    }
+
+    /// After an optimizer step was applied: counts it, and averages if it is due.
+    pub fn step<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
+        self.applied += 1;
+        self.since_average += 1;
+        self.advance(params)
+    }
+
+    /// After an optimizer step was left out, on this rank alone or on all: the step is not counted as applied, but this
+    /// rank takes part in the average if one is due, so that its peers need not wait.
+    pub fn skip<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
+        self.advance(params)
+    }
+
+    /// The last average, which makes all ranks' parameters the same. Ranks may have made different numbers of steps
+    /// since the last due average. If no rank has stepped since, nothing moves; calling it twice is calling it once.
+    pub fn finish<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
+        const FINISH: u64 = u64::MAX; // no step is counted so far
+        self.average(params, FINISH)
+    }
+
+    /// Optimizer steps applied so far.
+    pub fn steps(&self) -> u64 {
+        self.applied
+    }
+
+    /// Averages made so far.
+    pub fn averages(&self) -> u64 {
+        self.averages
+    }
+
+    /// The averager, to abort it or to average outside of the schedule.
+    pub fn averager(&mut self) -> &mut ParamAverager {
+        &mut self.averager
+    }
+
+    fn advance<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
+        self.position += 1;
+        if self.schedule.is_due(self.position) {
+            return self.average(params, self.position);
+        }
+        if self.is_alone() {
+            return Ok(Action::Alone);
+        }
+        Ok(Action::Counted { until_next: self.schedule.next_due(self.position) - self.position })
+    }
+
+    fn average<P: Parameters + ?Sized>(&mut self, params: &mut P, reason: u64) -> Result<Action> {
+        if self.is_alone() {
+            return Ok(Action::Alone);
+        }
+        let call = Call { weight: None, schedule: self.schedule.digest(reason), unneeded: self.since_average == 0 };
+        let outcome = self.averager.run(params, call)?;
+        self.since_average = 0;
+        Ok(match outcome {
+            Outcome::Averaged(report) => {
+                self.averages += 1;
+                Action::Averaged(report)
+            }
+            Outcome::Unneeded => Action::Unneeded,
+        })
+    }
+
+    fn is_alone(&self) -> bool {
+        !self.enabled || self.averager.world_size() == 1
+    }
+}

@@ -1,0 +1,94 @@
+//! When to average. Pure: no state, no I/O.
+
+/// Which optimizer steps are followed by an average.
+///
+/// Local SGD with H local steps is `Schedule::every(H)`: an average after steps H, 2·H, 3·H, … H = 8 is the default of
+/// Accelerate's `LocalSGD`; H = 1 averages after every step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Schedule {
+    every: u64,
+    warmup: u64,
+}
+
+impl Schedule {
+    /// An average after every `h`-th step.
+    ///
+    /// # Panics
+    /// If `h` is 0.
+    pub fn every(h: u64) -> Self {
+        assert!(h > 0, "Schedule::every(0): the number of local steps between averages is at least 1");
+        Schedule { every: h, warmup: 0 }
+    }
+
+    /// An average after each of the first `w` steps, and only then after every `h`-th one, counted from there: after
+    /// 1, 2, …, w, w + h, w + 2·h, … Post-local SGD (Lin et al., 2018, "Don't use large mini-batches, use local SGD").
+    pub fn after_warmup(self, w: u64) -> Self {
+        Schedule { warmup: w, ..self }
+    }
+
+    /// Whether an average follows the `step`-th step, counted from 1.
+    pub fn is_due(&self, step: u64) -> bool {
+        step > 0 && (step <= self.warmup || (step - self.warmup) % self.every == 0)
+    }
+
+    /// The first step after `step` that an average follows.
+    pub fn next_due(&self, step: u64) -> u64 {
+        if step < self.warmup {
+            return step + 1;
+        }
+        self.warmup + ((step - self.warmup) / self.every + 1) * self.every
+    }
+
+    /// What ranks compare before they average: two that average for different reasons have different ones.
+    pub(crate) fn digest(&self, reason: u64) -> u64 {
+        // FNV-1a over the words; 0 is the digest of an average outside of any schedule.
+        let words = [self.every, self.warmup, reason];
+        let bytes = words.iter().flat_map(|word| word.to_le_bytes());
+        bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)) | 1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn due(schedule: Schedule) -> Vec<u64> {
+        (0..=12).filter(|&step| schedule.is_due(step)).collect()
+    }
+
+    #[test]
+    fn every_h_steps() {
+        assert_eq!(due(Schedule::every(4)), [4, 8, 12]);
+        assert_eq!(due(Schedule::every(1)), (1..=12).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn every_step_before_the_warmup_ends() {
+        assert_eq!(due(Schedule::every(4).after_warmup(3)), [1, 2, 3, 7, 11]);
+    }
+
+    #[test]
+    fn next_due_is_the_next_step_that_is_due() {
+        for schedule in [Schedule::every(4), Schedule::every(1), Schedule::every(5).after_warmup(3)] {
+            for step in 0..40 {
+                let next = (step + 1..).find(|&s| schedule.is_due(s)).unwrap();
+                assert_eq!(schedule.next_due(step), next, "{schedule:?} after {step}");
+            }
+        }
+    }
+
+    #[test]
+    fn digests_tell_schedules_and_reasons_apart() {
+        let a = Schedule::every(4);
+        let digests = [a.digest(8), a.digest(12), Schedule::every(5).digest(8), a.after_warmup(1).digest(8), 0];
+        for (i, x) in digests.iter().enumerate() {
+            assert!(digests[..i].iter().all(|y| x != y), "digest {i}");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "at least 1")]
+    fn every_zero_steps_is_refused() {
+        Schedule::every(0);
+    }
+}

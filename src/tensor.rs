@@ -1,0 +1,231 @@
+//! A borrowed tensor, and what a list of parameters is.
+
+use std::fmt;
+use std::marker::PhantomData;
+
+use half::{bf16, f16};
+
+use crate::abi::{PA_BF16, PA_F16, PA_F32, PA_F64};
+use crate::world::Device;
+
+/// The element types that can be averaged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum Dtype {
+    /// 32-bit float; sums are made in f32.
+    F32,
+    /// 64-bit float; sums are made in f64.
+    F64,
+    /// IEEE half precision; sums are made in f32.
+    F16,
+    /// bfloat16; sums are made in f32.
+    Bf16,
+}
+
+impl Dtype {
+    /// All of them, in the kernels' order.
+    pub const ALL: [Dtype; 4] = [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::Bf16];
+
+    /// Bytes of one element.
+    pub const fn size(self) -> usize {
+        match self {
+            Dtype::F32 => 4,
+            Dtype::F64 => 8,
+            Dtype::F16 | Dtype::Bf16 => 2,
+        }
+    }
+
+    /// The kernels' number for it.
+    pub(crate) const fn code(self) -> u32 {
+        match self {
+            Dtype::F32 => PA_F32,
+            Dtype::F64 => PA_F64,
+            Dtype::F16 => PA_F16,
+            Dtype::Bf16 => PA_BF16,
+        }
+    }
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Dtype::F32 => "f32",
+            Dtype::F64 => "f64",
+            Dtype::F16 => "f16",
+            Dtype::Bf16 => "bf16",
+        })
+    }
+}
+
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// A Rust type of tensor elements: `f32`, `f64`, [`half::f16`], [`half::bf16`].
+pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
+    /// Its dtype.
+    const DTYPE: Dtype;
+}
+
+/// One tensor of this rank, borrowed for one average: contiguous elements of one dtype, at any address that suits the
+/// dtype. Never copied, never moved.
+///
+/// Made safely from a mutable slice: `TensorMut::from(&mut weights[..]).named("wte")`. The name is for error messages.
+pub struct TensorMut<'a> {
+    name: Option<&'a str>,
+    pointer: *mut u8,
+    elements: usize,
+    dtype: Dtype,
+    device: Device,
+    memory: PhantomData<&'a mut [u8]>,
+}
+
+// Like the mutable slice it stands for.
+unsafe impl Send for TensorMut<'_> {}
+
+impl<'a> TensorMut<'a> {
+    /// A tensor from its parts: `elements` of `dtype` from `pointer` on, in memory of `device`.
+    ///
+    /// A pointer that is null or not aligned to the dtype, and tensors that overlap, are errors when they are used.
+    ///
+    /// # Safety
+    /// For the lifetime `'a`, the memory must be valid for reads and writes of that many elements by the device and by
+    /// this process, hold initialised elements, and be accessed by nobody else; other ranks' averagers aside.
+    pub unsafe fn from_raw_parts(pointer: *mut u8, elements: usize, dtype: Dtype, device: Device) -> Self {
+        TensorMut { name: None, pointer, elements, dtype, device, memory: PhantomData }
+    }
+
+    /// The same tensor with a name, which errors about it will give.
+    pub fn named(mut self, name: &'a str) -> Self {
+        self.name = Some(name);
+        self
+    }
+
+    /// Its name, if it has one.
+    pub fn name(&self) -> Option<&str> {
+        self.name
+    }
+
+    /// Its number of elements.
+    pub fn len(&self) -> usize {
+        self.elements
+    }
+
+    /// Whether it has no elements.
+    pub fn is_empty(&self) -> bool {
+        self.elements == 0
+    }
+
+    /// Its dtype.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Where its memory is.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.pointer as u64
+    }
+}
+
+impl fmt::Debug for TensorMut<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}[{}; {}] on {}", self.name.unwrap_or("tensor"), self.dtype, self.elements, self.device)
+    }
+}
+
+/// A model's parameters: a list of tensors that is the same, pointers aside, on every rank and at every call.
+///
+/// Implemented for slices, vectors and arrays of what is itself a list of tensors, the smallest of which are
+/// [`TensorMut`] and slices and vectors of the element types: `Vec<Vec<f32>>` is a model. Implement it for a model of
+/// your own by calling `visit` once for each tensor:
+///
+/// ```
+/// use param_averager::{Parameters, TensorMut};
+///
+/// struct Mlp { weight: Vec<f32>, bias: Vec<f32> }
+///
+/// impl Parameters for Mlp {
+///     fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+///         visit(TensorMut::from(&mut self.weight[..]).named("weight"));
+///         visit(TensorMut::from(&mut self.bias[..]).named("bias"));
+///     }
+/// }
+/// ```
+pub trait Parameters {
+    /// Calls `visit` once for each tensor, always in the same order. Runs in every average: do not allocate here.
+    fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>));
+}
+
+impl<P: Parameters + ?Sized> Parameters for &mut P {
+    fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+        (**self).visit(visit)
+    }
+}
+
+impl<P: Parameters> Parameters for [P] {
+    fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+        self.iter_mut().for_each(|part| part.visit(visit))
+    }
+}
+
+impl<P: Parameters> Parameters for Vec<P> {
+    fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+        self[..].visit(visit)
+    }
+}
+
+impl<P: Parameters, const N: usize> Parameters for [P; N] {
+    fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+        self[..].visit(visit)
+    }
+}
+
+impl Parameters for TensorMut<'_> {
+    fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+        // The same tensor for as long as this one is borrowed.
+        visit(TensorMut { memory: PhantomData, ..*self })
+    }
+}
+
+macro_rules! elements {
+    ($($element:ty => $dtype:ident),*) => {$(
+        impl sealed::Sealed for $element {}
+        impl Element for $element {
+            const DTYPE: Dtype = Dtype::$dtype;
+        }
+        impl Parameters for [$element] {
+            fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+                visit(TensorMut::from(self))
+            }
+        }
+        impl Parameters for Vec<$element> {
+            fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+                visit(TensorMut::from(&mut self[..]))
+            }
+        }
+        impl<const N: usize> Parameters for [$element; N] {
+            fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+                visit(TensorMut::from(&mut self[..]))
+            }
+        }
+    )*};
+}
+elements!(f32 => F32, f64 => F64, f16 => F16, bf16 => Bf16);
+
+impl<'a, T: Element> From<&'a mut [T]> for TensorMut<'a> {
+    fn from(elements: &'a mut [T]) -> Self {
+        let (pointer, count) = (elements.as_mut_ptr().cast(), elements.len());
+        // SAFETY: the slice is borrowed mutably for 'a, and T is the element type of that dtype.
+        unsafe { Self::from_raw_parts(pointer, count, T::DTYPE, Device::cpu()) }
+    }
+}
+
+impl<'a, T: Element> From<&'a mut Vec<T>> for TensorMut<'a> {
+    fn from(elements: &'a mut Vec<T>) -> Self {
+        Self::from(&mut elements[..])
+    }
+}

@@ -1,0 +1,168 @@
+//! Who the peers are, and the memory they share.
+
+mod control;
+mod in_process;
+mod region;
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::time::Duration;
+
+pub(crate) use control::{Control, Failure};
+pub(crate) use in_process::{Agreement, Card};
+pub(crate) use region::Region;
+
+use crate::abi::PA_MAX_WORLD;
+use crate::backend::cuda;
+use crate::{Error, Result};
+use in_process::Hub;
+
+/// Where a rank's parameters are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Device(Kind);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Kind {
+    Cpu,
+    Cuda(usize),
+}
+
+impl Device {
+    /// This machine's memory and cores.
+    pub const fn cpu() -> Self {
+        Device(Kind::Cpu)
+    }
+
+    /// The CUDA device of this ordinal.
+    pub const fn cuda(ordinal: usize) -> Self {
+        Device(Kind::Cuda(ordinal))
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Kind::Cpu => f.write_str("cpu"),
+            Kind::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+/// All ranks of one training run: iterate over it to get each rank's [`Communicator`], in order.
+///
+/// ```
+/// use param_averager::{Device, World};
+///
+/// let world = World::in_process(&[Device::cpu(), Device::cpu()])?;
+/// assert_eq!(world.size(), 2);
+/// for communicator in world {
+///     std::thread::spawn(move || println!("rank {}", communicator.rank()));
+/// }
+/// # Ok::<(), param_averager::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct World {
+    communicators: Vec<Communicator>,
+}
+
+impl World {
+    /// A world whose ranks are threads of this process: one for each device given, 1 to 16.
+    pub fn in_process(devices: &[Device]) -> Result<World> {
+        if devices.is_empty() || devices.len() > PA_MAX_WORLD as usize {
+            return Err(Error::WorldSize { found: devices.len() });
+        }
+        for (rank, device) in devices.iter().enumerate() {
+            if let Kind::Cuda(_) = device.0 {
+                let (device, reason) = (device.to_string(), cuda::unavailable());
+                return Err(Error::DeviceUnavailable { rank, device, reason });
+            }
+        }
+        let hub = Arc::new(Hub::new(devices.len()));
+        let communicators = devices.iter().enumerate().map(|(rank, &device)| {
+            let membership = Membership { rank, device, hub: hub.clone(), builds: AtomicU64::new(0) };
+            Communicator { membership: Arc::new(membership) }
+        });
+        Ok(World { communicators: communicators.collect() })
+    }
+
+    /// The number of ranks.
+    pub fn size(&self) -> usize {
+        self.communicators.len()
+    }
+}
+
+impl IntoIterator for World {
+    type Item = Communicator;
+    type IntoIter = std::vec::IntoIter<Communicator>;
+    fn into_iter(self) -> Self::IntoIter {
+        self.communicators.into_iter()
+    }
+}
+
+/// A rank's membership of a world. Send it to the thread that trains this rank.
+///
+/// A rank leaves when its last communicator, averager included, is dropped; peers that wait for it get
+/// [`Error::PeerLost`]. Clones are the same rank: they serve to build more than one averager, which all ranks then do in
+/// the same order.
+#[derive(Clone, Debug)]
+pub struct Communicator {
+    membership: Arc<Membership>,
+}
+
+#[derive(Debug)]
+struct Membership {
+    rank: usize,
+    device: Device,
+    hub: Arc<Hub>,
+    /// Averagers built or begun: the k-th of one rank belongs with the k-th of every other.
+    builds: AtomicU64,
+}
+
+impl Communicator {
+    /// This rank's number, from 0.
+    pub fn rank(&self) -> usize {
+        self.membership.rank
+    }
+
+    /// The number of ranks.
+    pub fn world_size(&self) -> usize {
+        self.membership.hub.size()
+    }
+
+    /// Where this rank's parameters are.
+    pub fn device(&self) -> Device {
+        self.membership.device
+    }
+
+    /// A handle that ends whatever this world waits for, from any thread.
+    pub fn abort_handle(&self) -> AbortHandle {
+        AbortHandle { rank: self.membership.rank, hub: self.membership.hub.clone() }
+    }
+
+    /// Collective: shows this rank's card to all others and returns all cards, if they agree.
+    pub(crate) fn agree(&self, card: Card, timeout: Duration) -> Result<Arc<Agreement>> {
+        let number = self.membership.builds.fetch_add(1, Ordering::Relaxed);
+        self.membership.hub.agree(self.membership.rank, number, card, timeout)
+    }
+}
+
+impl Drop for Membership {
+    fn drop(&mut self) {
+        self.hub.leave(self.rank);
+    }
+}
+
+/// Ends the world from any thread: every rank that waits, or averages later, gets [`Error::Aborted`].
+#[derive(Clone, Debug)]
+pub struct AbortHandle {
+    rank: usize,
+    hub: Arc<Hub>,
+}
+
+impl AbortHandle {
+    /// Ends the world. Averages that have not begun to write leave every tensor as it was. Calling it again does nothing.
+    pub fn abort(&self) {
+        self.hub.abort(self.rank);
+    }
+}

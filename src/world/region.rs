@@ -1,0 +1,51 @@
+//! Plain memory that ranks share.
+
+use std::alloc::{alloc, dealloc, handle_alloc_error, Layout};
+use std::ptr::NonNull;
+
+/// Zeroed memory on a page boundary, touched at construction so that no average pays for page faults. Who may access
+/// what in it, and when, is the protocol's business: it is reached through raw addresses only.
+#[derive(Debug)]
+pub(crate) struct Region {
+    pointer: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: an address and a size; all accesses are the kernels' or atomic.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    pub(crate) fn new(bytes: usize) -> Self {
+        const PAGE: usize = 4096;
+        let layout = Layout::from_size_align(bytes.max(1), PAGE).expect("a region is smaller than isize::MAX");
+        // SAFETY: the layout's size is not zero.
+        let pointer = unsafe { alloc(layout) };
+        let Some(pointer) = NonNull::new(pointer) else { handle_alloc_error(layout) };
+        // SAFETY: just allocated with this size. Written, not alloc_zeroed: that maps pages at the first write only.
+        unsafe { pointer.write_bytes(0, layout.size()) };
+        Region { pointer, layout }
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.pointer.as_ptr() as u64
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.layout.size()
+    }
+
+    /// The region as one object, for access by atomics or while nobody else has the region.
+    pub(crate) fn as_ptr<T>(&self) -> *mut T {
+        assert!(size_of::<T>() <= self.layout.size() && align_of::<T>() <= self.layout.align());
+        self.pointer.as_ptr().cast()
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new` with this layout.
+        unsafe { dealloc(self.pointer.as_ptr(), self.layout) };
+    }
+}
