@@ -63,10 +63,7 @@ const CPU_FLAGS: [&str; 6] = [
 const X86_64: [(&str, &[&str]); 3] = [
     ("baseline", &[]),
     ("avx2", &["-mavx2", "-mf16c", "-mfma"]),
-    (
-        "avx512",
-        &["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mf16c", "-mfma"],
-    ),
+    ("avx512", &["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mf16c", "-mfma"]),
 ];
 
 fn main() {
@@ -92,7 +89,9 @@ fn build() -> Result<(), String> {
             fatbin_source(&fatbin)
         }
         Err(reason) if is_one("PARAM_AVERAGER_REQUIRE_NVCC") => {
-            return Err(format!("{reason}, but PARAM_AVERAGER_REQUIRE_NVCC=1 asks for it: {HOW_TO_GET_NVCC}"));
+            return Err(format!(
+                "{reason}, but PARAM_AVERAGER_REQUIRE_NVCC=1 asks for it: {HOW_TO_GET_NVCC}"
+            ));
         }
         Err(reason) => {
             let message = format!("built without GPU kernels, {reason}. For CUDA devices {HOW_TO_GET_NVCC}");
@@ -124,7 +123,10 @@ fn compile_cpu(out: &Path) -> Result<(), String> {
         archive.objects(objects);
     }
     archive.try_compile("param_averager_kernels").map_err(|e| format!("archiving the CPU kernels: {e}"))?;
-    println!("cargo::rustc-env=PARAM_AVERAGER_CPU_ARCHIVE={}", out.join("libparam_averager_kernels.a").display());
+    println!(
+        "cargo::rustc-env=PARAM_AVERAGER_CPU_ARCHIVE={}",
+        out.join("libparam_averager_kernels.a").display()
+    );
     Ok(())
 }
 
@@ -248,8 +250,11 @@ fn architectures(nvcc: &Path) -> Result<Vec<String>, String> {
     if names.is_empty() {
         let listed = run(Command::new(nvcc).arg("--list-gpu-code"))?.stdout;
         let listed = String::from_utf8_lossy(&listed);
-        let known: Vec<&str> = listed.split_whitespace().filter_map(|code| code.strip_prefix("sm_")).collect();
-        names.extend(DEFAULT_ARCHITECTURES.iter().filter(|name| known.contains(name)).map(|name| name.to_string()));
+        let known: Vec<&str> =
+            listed.split_whitespace().filter_map(|code| code.strip_prefix("sm_")).collect();
+        names.extend(
+            DEFAULT_ARCHITECTURES.iter().filter(|name| known.contains(name)).map(|name| name.to_string()),
+        );
         if names.is_empty() {
             return Err(format!(
                 "{} knows none of sm_80, sm_90, sm_100 and sm_120, only {known:?}: set CUDA_COMPUTE_CAP, or NVCC to a newer one",
@@ -258,7 +263,9 @@ fn architectures(nvcc: &Path) -> Result<Vec<String>, String> {
         }
     }
     // By number; "90" before "90a".
-    names.sort_by_key(|name| (name.trim_end_matches(char::is_alphabetic).parse().unwrap_or(u32::MAX), name.clone()));
+    names.sort_by_key(|name| {
+        (name.trim_end_matches(char::is_alphabetic).parse().unwrap_or(u32::MAX), name.clone())
+    });
     names.dedup();
     Ok(names)
 }

@@ -105,7 +105,8 @@ struct PaChannel {
   uint32_t recv_seq;    // chunks taken from the inbox so far
   uint32_t send_seq;    // chunks put into the outbox so far
   uint32_t epoch;       // averages entered so far
-  uint32_t outcome;     // PaKind of the last launch; PA_OPEN: it left without a word (fault_step), or PA_RING_GATHER is to follow
+  uint32_t outcome;     // PaKind of the last launch; PA_OPEN: it left without a word (fault_step). After PA_RING_REDUCE, PA_COMMITTED means
+                        // that this block is ready to vote
   uint32_t peer;        // the rank it names
   uint32_t where;       // PaWhere it ended at
   uint32_t step;        // protocol steps it had made by then
@@ -146,4 +147,6 @@ struct PaArgs {
   uint32_t bucket_count;
   uint32_t flags;       // PaFlag
   uint32_t fault_step;  // tests: leave without a word before this protocol step; 0: never
+  uint32_t spins;       // CPU: how often a wait looks before it gives its core to another thread
+  uint32_t reserved;
 };

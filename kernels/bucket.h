@@ -23,12 +23,20 @@ template <class T> struct Whole {
   template <int K> PA_FN void stream(uint32_t i, const Raw<T, K>& r) const { stream_raw<T, K>(base + 16 * uint64_t(i), r); }
 };
 // The same for packs at any address, and for the one at `last` of which only `tail` elements belong to the tensor.
+// `aligned`: all others are as Whole has them.
 template <class T> struct Ragged {
   char* base;
   uint32_t last, tail;
+  bool aligned;
   PA_FN uint32_t count(uint32_t i) const { return i == last ? tail : uint32_t(Element<T>::kPerPack); }
-  template <int K> PA_FN Raw<T, K> get(uint32_t i) const { return load_ragged<T>(base + 16 * uint64_t(i), count(i)); }
-  template <int K> PA_FN void put(uint32_t i, const Raw<T, K>& r) const { store_ragged<T>(base + 16 * uint64_t(i), count(i), r); }
+  template <int K> PA_FN Raw<T, K> get(uint32_t i) const {
+    if (aligned && i != last) return load_raw<T, K>(base + 16 * uint64_t(i));
+    return load_ragged<T>(base + 16 * uint64_t(i), count(i));
+  }
+  template <int K> PA_FN void put(uint32_t i, const Raw<T, K>& r) const {
+    if (aligned && i != last) return store_raw<T, K>(base + 16 * uint64_t(i), r);
+    store_ragged<T>(base + 16 * uint64_t(i), count(i), r);
+  }
   template <int K> PA_FN void stream(uint32_t i, const Raw<T, K>& r) const { put<K>(i, r); }
 };
 
@@ -55,7 +63,7 @@ template <class T, class F> PA_FN void each_part(const PaBucket& bucket, uint64_
     const uint64_t start = segments[s].first_pack, elements = segments[s].elements;
     const uint64_t full = elements / N, packs = (elements + N - 1) / N;
     const uint64_t from = start < begin ? begin - start : 0;
-    const uint64_t to = packs < end - start ? packs : end - start;
+    const uint64_t to = packs < end - start || mutant(40) ? packs : end - start;
     if (from >= to) continue;
     const uint64_t whole = to < full ? to : full > from ? full : from;
     f(Part{s, from * 16, uint32_t(start + from - begin), uint32_t(start + whole - begin), uint32_t(start + to - begin),
@@ -67,16 +75,15 @@ template <class T, class F> PA_FN void each_part(const PaBucket& bucket, uint64_
 // two kinds of access.
 template <int kDeep, class MakeWhole, class MakeRagged, class Load, class Store>
 PA_FN void each_pack_of(const Exec& ex, const Part& part, bool aligned, MakeWhole whole, MakeRagged ragged, Load load, Store store) {
-  uint32_t slow = part.first;
+  uint32_t i = part.first + ex.first(part.first);
   if (kAnyAlignment || aligned) {
     const auto access = whole();
-    each_pack<kDeep>(ex, part.first, part.whole, [&](auto g, uint32_t i) { return load(access, g, i); },
-              [&](auto g, uint32_t i, const auto& v) { store(access, g, i, v); });
-    slow = part.whole;
+    i = each_pack<kDeep>(ex, part.first, part.whole, [&](auto g, uint32_t at) { return load(access, g, at); },
+              [&](auto g, uint32_t at, const auto& v) { store(access, g, at, v); });
   }
   constexpr Group<1> one;
-  for (uint32_t i = slow + ex.first(slow); i < part.end; i += ex.lanes()) {
-    const auto access = ragged();
+  for (; i < part.end; i += ex.lanes()) {
+    const auto access = ragged(!kAnyAlignment && aligned);
     store(access, one, i, load(access, one, i));
   }
 }
@@ -88,7 +95,7 @@ PA_FN void each_own(const Exec& ex, const PaBucket& bucket, uint64_t begin, uint
     const uint64_t address = at<const PaSegment>(bucket.segments)[part.segment].address;
     char* base = at<char>(address + part.offset) - 16 * uint64_t(part.first);
     each_pack_of<kInFlight>(ex, part, address % 16 == 0, [&] { return Whole<T>{base}; },
-                 [&] { return Ragged<T>{base, part.whole, part.tail}; }, load, store);
+                 [&](bool whole) { return Ragged<T>{base, part.whole, part.tail, whole}; }, load, store);
   });
 }
 

@@ -10,18 +10,15 @@ namespace PA_ISA {
 // kMost 0: any world; it is read from the block's PaChannel.
 template <class T, int kMost> struct Direct {
   using S = SumOf<T>;
+  static constexpr int kDeep = kMost > 0 && kInFlight > kMost ? kInFlight / kMost : 1; // packs of each rank in flight
   Block& b;
   const PaBucket& bucket;
-  const PaSegment* segments_of[kMost + 1];
   S scale_of[kMost + 1];
   S divisor;
 
   PA_FN Direct(Block& b_, const PaBucket& bucket_) : b(b_), bucket(bucket_) {
     if constexpr (kMost > 0) {
-      each_rank([&](uint32_t r) {
-        segments_of[r] = segments(r);
-        scale_of[r] = S(b.me->scale[r]);
-      });
+      each_rank([&](uint32_t r) { scale_of[r] = S(b.me->scale[r]); });
     }
     divisor = S(PA_SAME(S, float) ? b.me->divisor_f32 : b.me->divisor);
   }
@@ -44,17 +41,17 @@ template <class T, int kMost> struct Direct {
     each_rank([&](uint32_t r) {
       if (scale(r) >= 0) sum = sum + widen<T, K>(access(r).template get<K>(i)) * scale(r);
     });
-    return narrow<T, K>(sum / divisor);
+    return narrow<T, K>(divisor == S(1) ? sum : sum / divisor); // by 1 after equal weights in a world of 2, 4, 8 or 16
   }
 
   PA_FN void run() const {
     const Range own = part_of(channel_range(bucket, b.ex.block()), b.a.rank, b.a.world);
     if (own.begin == own.end) return;
     each_part<T>(bucket, own.begin, own.end, [&](const Part& part) {
-      char* base_of[kMost + 1];
+      char* base_of[kMost + 1] = {}; // or those of ranks beyond the world live on from part to part, in memory
       uint64_t addresses = 0;
       each_rank([&](uint32_t r) {
-        const uint64_t address = (kMost > 0 ? segments_of[r] : segments(r))[part.segment].address;
+        const uint64_t address = segments(r)[part.segment].address;
         if constexpr (kMost > 0) base_of[r] = at<char>(address + part.offset) - 16 * uint64_t(part.first);
         addresses |= address;
       });
@@ -63,9 +60,11 @@ template <class T, int kMost> struct Direct {
         else return at<char>(segments(r)[part.segment].address + part.offset) - 16 * uint64_t(part.first);
       };
       const auto whole = [&](uint32_t r) { return Whole<T>{base(r)}; };
-      const auto ragged = [&](uint32_t r) { return Ragged<T>{base(r), part.whole, part.tail}; };
-      each_pack_of<(kMost > 0 && kInFlight > kMost ? kInFlight / kMost : 1)>(
-          b.ex, part, addresses % 16 == 0, [&] { return whole; }, [&] { return ragged; },
+      const auto ragged = [&](bool aligned) {
+        return [&base, &part, aligned](uint32_t r) { return Ragged<T>{base(r), part.whole, part.tail, aligned && kDeep > 1}; };
+      };
+      each_pack_of<kDeep>(
+          b.ex, part, addresses % 16 == 0, [&] { return whole; }, ragged,
           [&](const auto& access, auto g, uint32_t i) { return mean(access, g, i); },
           [&](const auto& access, auto g, uint32_t i, const auto& raw) {
             each_rank([&](uint32_t r) { access(r).template put<g.kPacks>(i, raw); });
@@ -79,8 +78,8 @@ PA_FN void say_left(Place p, bool whole) {
   uint32_t* finished = &at<PaChannel>(p.a->channel)->finished;
   const uint32_t all = mutant(23) ? 1 : p.a->channels;
   if (fetch_add(finished, 1) + 1 == all) {
-    store_relaxed(finished, 0); // the next launch is the next to look
-    if (!mutant(16)) announce(p, &p.control()->board[p.a->rank].left, 2 * p.epoch + (whole ? 0 : 1));
+    if (!mutant(33)) store_relaxed(finished, 0); // the next launch is the next to look
+    if (!mutant(16)) announce(p, &p.control()->board[p.a->rank].left, 2 * p.epoch + (whole || mutant(47) ? 0 : 1));
   }
 }
 
@@ -104,7 +103,7 @@ template <class T> PA_FN void run_direct_bucket(Block& b, const PaBucket& bucket
       const PaRecord& record = b.place().control()->board[r].record[b.epoch & 1];
       b.me->segments[r] = at<const PaBucket>(record.buckets)[index].segments;
     }
-  b.ex.sync();
+  if (!mutant(32)) b.ex.sync();
   if (b.a.world <= 2) Direct<T, 2>(b, bucket).run();
   else if (b.a.world <= 4) Direct<T, 4>(b, bucket).run();
   else Direct<T, 0>(b, bucket).run();
@@ -131,8 +130,8 @@ PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
 // Looks for non-finite values before the meeting, where nothing else reads all own tensors before the commit.
 PA_FN void run_scan(const Exec& ex, const PaArgs& a) {
   PaChannel* me = at<PaChannel>(a.channel) + ex.block();
-  if (ex.leader()) me->bad = 0;
-  ex.sync();
+  if (ex.leader() && !mutant(30)) me->bad = 0;
+  if (!mutant(31)) ex.sync();
   if ((a.flags & PA_FLAG_WEIGHTED) && a.weight == 0) return; // it only receives
   const PaBucket* buckets = at<const PaBucket>(a.buckets);
   for (uint32_t i = 0; i < a.bucket_count; ++i)

@@ -112,7 +112,7 @@ struct Exec {
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
     return t;
   }
-  PA_FN void pause(uint32_t spins, const uint32_t*, uint32_t, uint32_t*) const { __nanosleep(spins < 64 ? 20 : 200); }
+  PA_FN void pause(uint32_t spins, uint32_t, const uint32_t*, uint32_t, uint32_t*) const { __nanosleep(spins < 64 ? 20 : 200); }
 };
 constexpr int kInFlight = 4; // packs a lane loads before it stores any
 constexpr int kGroup = 1;
@@ -126,13 +126,16 @@ PA_FN void store_release(uint32_t* p, uint32_t v) { __atomic_store_n(p, v, __ATO
 PA_FN void store_relaxed(uint32_t* p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 PA_FN void store_relaxed(uint64_t* p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 PA_FN bool compare_exchange(uint64_t* p, uint64_t& expected, uint64_t desired) {
+  if (mutant(43)) return __atomic_compare_exchange_n(p, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   return __atomic_compare_exchange_n(p, &expected, desired, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }
 PA_FN void set_once(uint32_t* p, uint32_t v) {
   uint32_t zero = 0;
   __atomic_compare_exchange_n(p, &zero, v, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }
-PA_FN uint32_t fetch_add(uint32_t* p, uint32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
+PA_FN uint32_t fetch_add(uint32_t* p, uint32_t v) {
+  return mutant(34) ? __atomic_fetch_add(p, v, __ATOMIC_RELAXED) : __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
+}
 // After a word was published: wakes who sleeps on it. One load when nobody does. The word may be in memory that other
 // processes map, hence no FUTEX_PRIVATE.
 PA_FN void wake(uint32_t* word, uint32_t* sleepers) {
@@ -152,11 +155,11 @@ inline void cpu_relax() {
 }
 // Spin while the peer is about to publish, then give the core to whoever can use it, then sleep. A sleep is sliced, so
 // that an abort or a deadline is noticed although it wakes nobody.
-inline void cpu_pause(uint32_t spins, const uint32_t* word, uint32_t seen, uint32_t* sleepers) {
-  constexpr uint32_t kSpin = 200, kYield = kSpin + 200;
+inline void cpu_pause(uint32_t spins, uint32_t most_spins, const uint32_t* word, uint32_t seen, uint32_t* sleepers) {
+  constexpr uint32_t kYields = 200;
   constexpr long kSliceNs = 1000000;
-  if (spins < kSpin) return cpu_relax();
-  if (spins < kYield) {
+  if (spins < most_spins) return cpu_relax();
+  if (spins < most_spins + kYields) {
     sched_yield();
     return;
   }
@@ -187,7 +190,7 @@ struct Exec {
   void sync() const {}
   bool any(bool p) const { return p; }
   uint64_t now_ns() const { return cpu_now_ns(); }
-  void pause(uint32_t spins, const uint32_t* w, uint32_t seen, uint32_t* s) const { cpu_pause(spins, w, seen, s); }
+  void pause(uint32_t spins, uint32_t most, const uint32_t* w, uint32_t seen, uint32_t* s) const { cpu_pause(spins, most, w, seen, s); }
 };
 #else
 struct Lanes { // what the lanes of one block share
@@ -215,7 +218,7 @@ struct Exec {
     return result;
   }
   uint64_t now_ns() const { return cpu_now_ns(); }
-  void pause(uint32_t spins, const uint32_t* w, uint32_t seen, uint32_t* s) const { cpu_pause(spins, w, seen, s); }
+  void pause(uint32_t spins, uint32_t most, const uint32_t* w, uint32_t seen, uint32_t* s) const { cpu_pause(spins, most, w, seen, s); }
 };
 #endif
 constexpr int kInFlight = 1; // the compiler and the core overlap loads themselves
@@ -236,22 +239,21 @@ template <int K> struct Group {
 
 // Packs begin … end of a chunk, by load(group, i) and store(group, i, value) for packs i … i + K of a Group<K>. Shared
 // out so that pack i belongs to lane i mod lanes wherever the range begins: many small tensors in one chunk then keep
-// all lanes busy. A GPU's lane has kDeep packs in flight.
-template <int kDeep, class Load, class Store> PA_FN void each_pack(const Exec& ex, uint32_t begin, uint32_t end, Load load, Store store) {
+// all lanes busy. Returns the first pack of this lane that is left: on a CPU that lies behind the end. A GPU's lane has
+// kDeep packs in flight, and leaves what does not fill them to a loop that costs less code.
+template <int kDeep, class Load, class Store> PA_FN uint32_t each_pack(const Exec& ex, uint32_t begin, uint32_t end, Load load, Store store) {
   const uint32_t step = ex.lanes();
   uint32_t i = begin + ex.first(begin);
   if constexpr (kGroup > 1) {
     constexpr Group<kGroup> group;
-    for (; i + kGroup <= end; i += kGroup) store(group, i, load(group, i));
+    for (; mutant(52) ? i < end : i + kGroup <= end; i += kGroup) store(group, i, load(group, i));
   }
   constexpr Group<1> one;
-  if constexpr (kDeep > 1) {
-    for (; i + (kDeep - 1) * step < end; i += kDeep * step) {
-      decltype(load(one, i)) v[kDeep];
-      PA_UNROLL for (int u = 0; u < kDeep; ++u) v[u] = load(one, i + u * step);
-      PA_UNROLL for (int u = 0; u < kDeep; ++u) store(one, i + u * step, v[u]);
-    }
+  for (; i + (kDeep - 1) * step < end; i += kDeep * step) {
+    decltype(load(one, i)) v[kDeep];
+    PA_UNROLL for (int u = 0; u < kDeep; ++u) v[u] = load(one, i + u * step);
+    PA_UNROLL for (int u = 0; u < kDeep; ++u) store(one, i + u * step, v[u]);
   }
-  for (; i < end; i += step) store(one, i, load(one, i));
+  return i;
 }
 } // namespace PA_ISA

@@ -36,7 +36,7 @@ PA_FN uint64_t propose(PaControl* control, uint32_t epoch, uint32_t where, uint3
     control->decision = mine;
     return mine;
   }
-  while (int32_t(epoch_of(seen) - epoch) < 0) {
+  while (mutant(42) ? epoch_of(seen) < epoch : int32_t(epoch_of(seen) - epoch) < 0) {
     if (compare_exchange(&control->decision, seen, mine)) return mine;
   }
   return seen;
@@ -70,9 +70,9 @@ PA_FN uint32_t trouble(Place p, uint32_t peer, uint64_t waited_ns) {
   if (abort != 0 && !mutant(19)) return abort;
   if (!p.committed) {
     const uint64_t decision = load_acquire(&control->decision);
-    if (epoch_of(decision) == p.epoch && kind_of(code_of(decision)) != PA_COMMITTED) return code_of(decision);
+    if ((epoch_of(decision) == p.epoch || mutant(36)) && kind_of(code_of(decision)) != PA_COMMITTED) return code_of(decision);
   }
-  if (load_acquire(&control->board[peer].gone) != 0) return code_of(uint32_t(PA_LEFT), peer);
+  if (load_acquire(&control->board[peer].gone) != 0 && !mutant(48)) return code_of(uint32_t(PA_LEFT), peer);
   if (waited_ns > p.a->timeout_ns && !mutant(18)) return code_of(uint32_t(PA_TIMEOUT), culprit(control, p.a->world, p.a->rank, peer));
   return 0;
 }
@@ -83,7 +83,8 @@ PA_FN void ends(Place p, uint32_t code, uint32_t where) {
   p.me->peer = rank_of(code);
   p.me->where = where;
   // No other kind is about a record: a rank that others gave up on may be writing its own at this moment.
-  const bool about_record = kind_of(code) == PA_LAYOUT || kind_of(code) == PA_NON_FINITE;
+  const uint32_t kind = kind_of(code);
+  const bool about_record = mutant(51) || kind == PA_LAYOUT || kind == PA_NON_FINITE || kind == PA_BAD_WEIGHT;
   const PaRecord& record = p.control()->board[rank_of(code)].record[p.epoch & 1];
   p.me->detail = about_record ? record.detail : 0;
   p.me->found = about_record ? record.found : 0;
@@ -93,7 +94,7 @@ PA_FN void ends(Place p, uint32_t code, uint32_t where) {
 // is well, which they can only when what was waited for has happened.
 PA_SLOW bool fails(Place p, uint32_t failure, uint32_t where) {
   PaControl* control = p.control();
-  if (!p.committed) {
+  if (!p.committed && !mutant(37)) {
     const uint64_t decision = propose(control, p.epoch, where, failure);
     if (epoch_of(decision) != p.epoch || kind_of(code_of(decision)) == PA_COMMITTED) return false;
     failure = code_of(decision);
@@ -119,15 +120,15 @@ PA_SLOW bool poll_slowly(Exec ex, Place p, uint32_t* word, uint32_t* sleepers, u
     if (reached(seen, want)) break;
     // At the exit nothing but the word itself will do: until a peer has left, it may write into this rank's tensors,
     // which the caller is free to drop. Peers wait for nobody on their way there.
-    if (spins % kLookAround == 0 && where != PA_AT_EXIT) {
+    if (spins % kLookAround == 0 && (where != PA_AT_EXIT || mutant(46))) {
       // Another block of this rank may have waited too, and got what it waited for.
       if (!mutant(25) && load_relaxed(waiting_on) == 0) store_relaxed(waiting_on, peer + 1);
       failure = trouble(p, peer, ex.now_ns() - start);
       // A rank that is gone may have said all it had to say first.
-      if (failure != 0 && reached(load_acquire(word), want)) failure = 0;
+      if (failure != 0 && !mutant(39) && reached(load_acquire(word), want)) failure = 0;
       if (failure != 0) break;
     }
-    ex.pause(spins, word, seen, sleepers);
+    ex.pause(spins, p.a->spins, word, seen, sleepers);
   }
   p.me->waited_ns += ex.now_ns() - start;
   const bool ended = failure != 0 && fails(p, failure, where);
@@ -140,6 +141,7 @@ PA_FN bool wait(Exec ex, Place p, uint32_t* word, uint32_t* sleepers, uint32_t w
 }
 // For a word of a rank's board.
 PA_FN bool wait_for_board(Exec ex, Place p, uint32_t rank, uint32_t* word, uint32_t want, uint32_t where) {
+  if (mutant(44) && reached(load_relaxed(word), want)) return true;
   return wait(ex, p, word, &p.control()->board[rank].sleepers, want, rank, where);
 }
 PA_FN void announce(Place p, uint32_t* word, uint32_t value) {
@@ -159,7 +161,7 @@ struct Block {
   PA_FN Block(const Exec& ex_, const PaArgs& a_, bool begins)
       : ex(ex_), a(a_), me(at<PaChannel>(a_.channel) + ex_.block()), epoch(me->epoch + (begins ? 1 : 0)),
         send_seq(me->send_seq), recv_seq(me->recv_seq), step(begins ? 0 : me->step), committed(false) {
-    ex.sync(); // all lanes have read before the leader writes
+    if (!mutant(26)) ex.sync(); // all lanes have read before the leader writes
     if (begins && ex.leader()) {
       me->outcome = PA_OPEN;
       me->waited_ns = 0;

@@ -77,7 +77,7 @@ PA_SLOW bool meet_as_leader(Exec ex, Place p, bool commits) {
     if (!wait_for_board(ex, p, r, &control->board[r].arrived, p.epoch, PA_AT_MEET)) return false;
   }
   const uint32_t abort = load_acquire(&control->abort);
-  if (abort != 0 && fails(p, abort, PA_AT_MEET)) return false;
+  if (abort != 0 && !mutant(38) && fails(p, abort, PA_AT_MEET)) return false;
   uint32_t code = verdict(control, a.world, p.epoch);
   if (code == 0 && commits) code = code_of(uint32_t(PA_COMMITTED), 0);
   if (code != 0) {
@@ -99,7 +99,7 @@ PA_FN bool meet(Block& b, bool commits) {
   if (++b.step == b.a.fault_step) return false;
   bool failed = false;
   if (b.ex.leader()) failed = !meet_as_leader(b.ex, b.place(), commits);
-  if (b.ex.any(failed)) return false;
+  if (mutant(27) ? failed : b.ex.any(failed)) return false;
   b.committed = commits;
   return true;
 }
@@ -113,8 +113,11 @@ PA_SLOW bool vote_as_leader(Exec ex, Place p) {
     PaBoard& own = control->board[a.rank];
     uint64_t bad = 0;
     for (uint32_t c = 0; c < a.channels && bad == 0; ++c) bad = at<PaChannel>(a.channel)[c].bad;
+    const uint32_t mine = bad != 0 ? good + 1 : good;
+    if (mutant(49)) announce(p, &own.vote, mine);
     if (bad != 0) own.record[p.epoch & 1].detail = bad;
-    announce(p, &own.vote, bad != 0 ? good + 1 : good);
+    if (mutant(35)) store_relaxed(&own.vote, mine);
+    else if (!mutant(49)) announce(p, &own.vote, mine);
   }
   uint32_t code = code_of(uint32_t(PA_COMMITTED), 0);
   for (uint32_t r = a.world; r-- > 0 && !mutant(12);) {
@@ -135,7 +138,7 @@ PA_FN bool vote(Block& b) {
   if (++b.step == b.a.fault_step) return false;
   bool failed = false;
   if (b.ex.leader()) failed = !vote_as_leader(b.ex, b.place());
-  if (b.ex.any(failed)) return false;
+  if (mutant(28) ? failed : b.ex.any(failed)) return false;
   b.committed = true;
   return true;
 }

@@ -41,8 +41,16 @@ template <class T, int K> struct Wide {
   static constexpr int kLength = Element<T>::kPerPack;
   SumOf<T> v[kLength];
 };
-PA_FN uint4 load_16(const char* p) { return *reinterpret_cast<const uint4*>(p); }
-PA_FN void store_16(char* p, uint4 v) { *reinterpret_cast<uint4*>(p) = v; }
+// In PTX, for the compiler can't tell that an address from the segment table is one of global memory and would use
+// generic accesses. (Telling it, by a cast in at(), makes nvcc 13.0 run for ever.)
+PA_FN uint4 load_16(const char* p) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+PA_FN void store_16(char* p, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
 
 template <class T, int K> PA_FN Raw<T, K> load_raw(const char* p) {
   const uint4 v = load_16(p);
@@ -135,7 +143,7 @@ template <class E, int B> PA_FN void store_vector(char* p, V<E, B> v) {
 // Past the caches: for memory that was not just read, so that it is not read to be overwritten.
 template <class E, int B> PA_FN void stream_vector(char* p, V<E, B> v) {
 #if defined(__SSE2__) && !defined(PA_SANITIZE) // sanitizers do not see the intrinsics
-  if ((uintptr_t(p) & (B - 1)) == 0) {
+  if ((uintptr_t(p) & (B - 1)) == 0 || mutant(41)) {
     if constexpr (B == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
 #if defined(__AVX2__)
     if constexpr (B == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);

@@ -50,6 +50,8 @@ template <class T, bool kF32> struct Ring {
     if (rejects) suspicion.template look<K>(x);
     return x * scale;
   }
+  // Division is slow on both machines, and by 1 after equal weights in a world of 2, 4, 8 or 16.
+  template <int K> PA_FN Wide<T, K> mean_of(const Wide<T, K>& sum) const { return divisor == S(1) ? sum : sum / divisor; }
   PA_FN void after(Suspicion<T>& suspicion, Range r) {
     if (rejects && suspicion.found()) name_non_finite<T>(&bucket, index, r.begin, r.end, b.me);
   }
@@ -91,14 +93,14 @@ template <class T, bool kF32> struct Ring {
   // The last step of the reduce: the mean → `shard`, to wait for the commit …
   PA_FN bool finish_into(Range r, char* shard) {
     return receive_and_add<false>(r, [&](const auto&, auto g, uint32_t i, const auto& x) {
-      stream_raw<T, g.kPacks>(shard + 16 * uint64_t(i), narrow<T, g.kPacks>(x / divisor));
+      stream_raw<T, g.kPacks>(shard + 16 * uint64_t(i), narrow<T, g.kPacks>(mean_of<g.kPacks>(x)));
     });
   }
   // … or → own tensors and outbox.
   PA_FN bool finish_and_send(Range r) {
     char* out = b.outbox();
     return receive_and_add<true>(r, [&](const auto& own, auto g, uint32_t i, const auto& x) {
-      const auto raw = narrow<T, g.kPacks>(x / divisor);
+      const auto raw = narrow<T, g.kPacks>(mean_of<g.kPacks>(x));
       own.template put<g.kPacks>(i, raw);
       store_raw<T, g.kPacks>(out + 16 * uint64_t(i), raw);
     });
@@ -119,42 +121,56 @@ template <class T, bool kF32> struct Ring {
     b.leave<kReceive, kSend>();
     return true;
   }
-  template <bool kStream> PA_FN bool gather(Range round) {
-    const uint32_t n = b.a.world;
-    for (uint32_t k = 1; k + 1 < n; ++k)
-      if (!pass_on<true, true, kStream>(shard_of(round, b.a.rank + n - k), nullptr)) return false;
-    return pass_on<true, false, kStream>(shard_of(round, b.a.rank + 1), nullptr);
-  }
-  PA_FN bool reduce(Range round) {
-    const uint32_t n = b.a.world;
-    if (!send_own(shard_of(round, b.a.rank + n - 1))) return false;
-    for (uint32_t k = 1; k + 1 < n; ++k)
-      if (!add_and_send(shard_of(round, b.a.rank + n - 1 - k))) return false;
-    return true;
-  }
-
-  PA_FN Range shard_of(Range round, uint32_t rank) const { return part_of(round, rank % b.a.world, b.a.world); }
-
-  // Calls f(round, its number) for each round of this block's channel.
-  template <class F> PA_FN bool each_round(F f) {
+  // ---- rounds, and the batches in which they go around --------------------------------------------------------
+  PA_FN Range round(uint64_t number) const {
     const Range all = channel_range(bucket, b.ex.block());
-    const uint64_t round_packs = uint64_t(bucket.chunk) * b.a.world;
-    uint64_t number = 0;
-    for (uint64_t begin = all.begin; begin < all.end; begin += round_packs, ++number)
-      if (!f(Range{begin, least(begin + round_packs, all.end)}, number)) return false;
+    const uint64_t packs = uint64_t(bucket.chunk) * b.a.world, begin = all.begin + number * packs;
+    return {begin, mutant(45) ? begin + packs : least(begin + packs, all.end)};
+  }
+  PA_FN char* own_shard(uint64_t number) const {
+    return at<char>(bucket.shard) + 16 * (b.ex.block() * bucket.shard_packs + number * bucket.chunk);
+  }
+
+  // A step is made for all rounds of a batch before the next step, so that while one chunk is worked on another is on
+  // its way. More rounds than half the slots would fill a mailbox with no one left to empty it.
+  struct Batch {
+    uint64_t first, end;
+  };
+  template <class Step> PA_FN bool each(Batch batch, uint32_t shard, Step step) {
+    for (uint64_t number = batch.first; number < batch.end; ++number)
+      if (!step(part_of(round(number), shard % b.a.world, b.a.world), number)) return false;
     return true;
   }
-  PA_FN char* own_shard(uint64_t round_number) const {
-    return at<char>(bucket.shard) + 16 * (b.ex.block() * bucket.shard_packs + round_number * bucket.chunk);
+  PA_FN bool reduce(Batch batch) {
+    const uint32_t n = b.a.world;
+    if (!each(batch, b.a.rank + n - 1, [&](Range r, uint64_t) { return send_own(r); })) return false;
+    for (uint32_t k = 1; k + 1 < n; ++k)
+      if (!each(batch, b.a.rank + n - 1 - k, [&](Range r, uint64_t) { return add_and_send(r); })) return false;
+    return true;
+  }
+  template <bool kStream> PA_FN bool gather(Batch batch) {
+    const uint32_t n = b.a.world;
+    for (uint32_t k = 1; k + 1 < n; ++k)
+      if (!each(batch, b.a.rank + n - k, [&](Range r, uint64_t) { return pass_on<true, true, kStream>(r, nullptr); })) return false;
+    return each(batch, b.a.rank + 1, [&](Range r, uint64_t) { return pass_on<true, false, kStream>(r, nullptr); });
   }
 
   template <uint32_t kPhase> PA_FN bool run() {
-    return each_round([&](Range round, uint64_t number) {
-      const Range mine = shard_of(round, b.a.rank);
-      if constexpr (kPhase == PA_RING_REDUCE) return reduce(round) && finish_into(mine, own_shard(number));
-      else if constexpr (kPhase == PA_RING_GATHER) return pass_on<false, true, true>(mine, own_shard(number)) && gather<true>(round);
-      else return reduce(round) && finish_and_send(mine) && gather<false>(round);
-    });
+    const uint64_t packs = channel_range(bucket, b.ex.block()).packs(), round_packs = uint64_t(bucket.chunk) * b.a.world;
+    const uint64_t rounds = (packs + round_packs - 1) / round_packs, together = mutant(53) ? b.a.slots : b.a.slots / 2;
+    bool good = true;
+    for (uint64_t first = 0; good && first < rounds; first += together) {
+      const Batch batch{first, least(first + together, rounds)};
+      if constexpr (kPhase == PA_RING_REDUCE) {
+        good = reduce(batch) && each(batch, b.a.rank, [&](Range r, uint64_t number) { return finish_into(r, own_shard(number)); });
+      } else if constexpr (kPhase == PA_RING_GATHER) {
+        good = each(batch, b.a.rank, [&](Range r, uint64_t number) { return pass_on<false, true, true>(r, own_shard(number)); }) &&
+               gather<true>(batch);
+      } else {
+        good = reduce(batch) && each(batch, b.a.rank, [&](Range r, uint64_t) { return finish_and_send(r); }) && gather<false>(batch);
+      }
+    }
+    return good;
   }
 };
 
@@ -164,8 +180,8 @@ template <uint32_t kPhase> PA_FN void run_ring(const Exec& ex, const PaArgs& a) 
   const uint32_t reduced = at<PaChannel>(a.channel)[ex.block()].outcome;
   Block b(ex, a, kBegins);
   if (kPhase == PA_RING_GATHER && reduced != PA_COMMITTED) return; // the reduce did not end well: it has said why
-  if (kPhase == PA_RING_GATHER && ex.leader()) b.me->outcome = PA_OPEN; // being ready was not the end
-  if (kPhase == PA_RING_REDUCE && ex.leader()) b.me->bad = 0;
+  if (kPhase == PA_RING_GATHER && ex.leader() && !mutant(50)) b.me->outcome = PA_OPEN; // being ready was not the end
+  if (kPhase == PA_RING_REDUCE && ex.leader() && !mutant(29)) b.me->bad = 0;
   bool good = kPhase == PA_RING_GATHER ? vote(b) : meet(b, kPhase == PA_RING);
   const PaBucket* buckets = at<const PaBucket>(a.buckets);
   for (uint32_t i = 0; good && i < a.bucket_count; ++i) {

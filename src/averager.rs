@@ -131,7 +131,8 @@ impl ParamAverager {
             let channel_packs = bucket::channel_packs(bucket.packs, channels);
             let shard_packs = bucket::shard_packs(channel_packs, world as u32, sizes.chunk);
             if keeps_shard {
-                shards.push(Region::new((shard_packs * u64::from(channels)) as usize * PA_PACK_BYTES as usize));
+                shards
+                    .push(Region::new((shard_packs * u64::from(channels)) as usize * PA_PACK_BYTES as usize));
             }
             *raw = PaBucket {
                 segments: bucket.segments.as_ptr() as u64,
@@ -191,6 +192,7 @@ impl ParamAverager {
             slots: options.slots,
             slot_packs: sizes.slot_packs,
             bucket_count: self.table.raw.len() as u32,
+            spins: spins(world * channels),
             flags: if options.reject_non_finite { PA_FLAG_REJECT_NON_FINITE } else { 0 },
             ..bytemuck::Zeroable::zeroed()
         }
@@ -216,11 +218,7 @@ impl ParamAverager {
         let shards: usize = self.shards.iter().map(Region::bytes).sum();
         let mailbox = self.mailbox.as_ref().map_or(0, |region| region.bytes());
         let segments: usize = self.table.buckets.iter().map(|bucket| bucket.segments.len()).sum();
-        shards
-            + mailbox
-            + segments * size_of::<PaSegment>()
-            + self.channels.bytes()
-            + size_of::<PaControl>()
+        shards + mailbox + segments * size_of::<PaSegment>() + self.channels.bytes() + size_of::<PaControl>()
     }
 
     /// A handle that ends whatever this world waits for, from any thread.
@@ -237,11 +235,19 @@ impl ParamAverager {
     ///
     /// `weight` is this rank's, such as the number of samples it has seen since the last average. A rank of weight 0 only
     /// receives: its values, NaN included, count for nothing. Not all weights may be 0.
-    pub fn average_weighted<P: Parameters + ?Sized>(&mut self, params: &mut P, weight: f64) -> Result<Report> {
+    pub fn average_weighted<P: Parameters + ?Sized>(
+        &mut self,
+        params: &mut P,
+        weight: f64,
+    ) -> Result<Report> {
         self.average_by_hand(params, Some(weight))
     }
 
-    fn average_by_hand<P: Parameters + ?Sized>(&mut self, params: &mut P, weight: Option<f64>) -> Result<Report> {
+    fn average_by_hand<P: Parameters + ?Sized>(
+        &mut self,
+        params: &mut P,
+        weight: Option<f64>,
+    ) -> Result<Report> {
         match self.run(params, Call { weight, schedule: 0, unneeded: false })? {
             Outcome::Averaged(report) => Ok(report),
             Outcome::Unneeded => unreachable!("this rank needs it"),
@@ -275,7 +281,8 @@ impl ParamAverager {
         };
         // Tensors that are not as they should be are not read: the launch that meets is enough to say so.
         let phases = if problem.is_some() { &self.phases[self.phases.len() - 1..] } else { self.phases };
-        let phases = if problem.is_some() && phases == [PA_RING_GATHER] { &[PA_RING_REDUCE][..] } else { phases };
+        let phases =
+            if problem.is_some() && phases == [PA_RING_GATHER] { &[PA_RING_REDUCE][..] } else { phases };
         for &phase in phases {
             if phase == PA_RING_GATHER && self.ended().any(|status| status.outcome != PA_COMMITTED) {
                 break;
@@ -292,7 +299,9 @@ impl ParamAverager {
         let rank = self.rank();
         match (problem, call.weight) {
             (Some(problem), _) => Err(self.table.error(rank, problem)),
-            (_, Some(weight)) if !(weight >= 0.0 && weight.is_finite()) => Err(Error::Weight { rank, weight }),
+            (_, Some(weight)) if !(weight >= 0.0 && weight.is_finite()) => {
+                Err(Error::Weight { rank, weight })
+            }
             (_, Some(0.0)) => Err(Error::NoWeight),
             _ => Ok(Outcome::Averaged(self.report(start))),
         }
@@ -319,7 +328,8 @@ impl ParamAverager {
     /// What they say.
     fn outcome(&mut self, start: Instant) -> Result<Outcome> {
         let committed = self.ended().any(|status| status.committed != 0);
-        let Some(status) = self.ended().max_by_key(|status| (status.outcome != PA_COMMITTED, status.outcome)) else {
+        let Some(status) = self.ended().max_by_key(|status| (status.outcome != PA_COMMITTED, status.outcome))
+        else {
             unreachable!("there is a channel")
         };
         let rank = status.peer as usize;
@@ -403,7 +413,11 @@ struct Sizes {
 impl Sizes {
     fn of(options: &Builder, table: &Table, channels: u32) -> Sizes {
         let pack = PA_PACK_BYTES as usize;
-        let widest = if options.f32_wire && table.buckets.iter().any(|bucket| bucket.dtype.size() == 2) { 2 } else { 1 };
+        let widest = if options.f32_wire && table.buckets.iter().any(|bucket| bucket.dtype.size() == 2) {
+            2
+        } else {
+            1
+        };
         let most = builder::SLOT_BUDGET_BYTES / (channels as usize * options.slots as usize * widest);
         let bytes = options.chunk_bytes.unwrap_or_else(|| builder::DEFAULT_CHUNK_BYTES.min(most).max(128));
         // No more than the largest bucket has for one rank in one round.
@@ -453,6 +467,17 @@ fn phases(algorithm: Algorithm, all_or_nothing: bool, reject_non_finite: bool) -
         (Algorithm::Ring, false, false) => &[PA_RING],
         (_, _, true) => &[PA_SCAN, PA_DIRECT],
         (_, _, false) => &[PA_DIRECT],
+    }
+}
+
+/// How often a wait looks before it yields: where every thread has a core, longer than a hand-off takes; where threads
+/// share cores, not at all, since the peer may be waiting for this very core.
+fn spins(threads: usize) -> u32 {
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+    if threads <= cores {
+        200
+    } else {
+        0
     }
 }
 

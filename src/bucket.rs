@@ -96,7 +96,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn shapes() -> impl Strategy<Value = Vec<Shape>> {
-        let shape = (0..4usize, 0u64..5000).prop_map(|(d, elements)| Shape { dtype: Dtype::ALL[d], elements });
+        let shape =
+            (0..4usize, 0u64..5000).prop_map(|(d, elements)| Shape { dtype: Dtype::ALL[d], elements });
         prop::collection::vec(shape, 0..40)
     }
 

@@ -127,7 +127,9 @@ pub enum Error {
     },
 
     /// Some ranks passed a weight and some did not. No tensor was changed.
-    #[error("rank {rank} calls another of average and average_weighted than rank 0: call the same on every rank")]
+    #[error(
+        "rank {rank} calls another of average and average_weighted than rank 0: call the same on every rank"
+    )]
     WeightingDiffers {
         /// The first rank that differs from rank 0.
         rank: usize,

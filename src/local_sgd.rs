@@ -101,7 +101,8 @@ impl LocalSgd {
         if self.is_alone() {
             return Ok(Action::Alone);
         }
-        let call = Call { weight: None, schedule: self.schedule.digest(reason), unneeded: self.since_average == 0 };
+        let call =
+            Call { weight: None, schedule: self.schedule.digest(reason), unneeded: self.since_average == 0 };
         let outcome = self.averager.run(params, call)?;
         self.since_average = 0;
         Ok(match outcome {

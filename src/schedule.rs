@@ -28,7 +28,7 @@ impl Schedule {
 
     /// Whether an average follows the `step`-th step, counted from 1.
     pub fn is_due(&self, step: u64) -> bool {
-        step > 0 && (step <= self.warmup || (step - self.warmup) % self.every == 0)
+        step > 0 && (step <= self.warmup || (step - self.warmup).is_multiple_of(self.every))
     }
 
     /// The first step after `step` that an average follows.
@@ -44,7 +44,8 @@ impl Schedule {
         // FNV-1a over the words; 0 is the digest of an average outside of any schedule.
         let words = [self.every, self.warmup, reason];
         let bytes = words.iter().flat_map(|word| word.to_le_bytes());
-        bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)) | 1
+        bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+            | 1
     }
 }
 
@@ -80,7 +81,8 @@ mod tests {
     #[test]
     fn digests_tell_schedules_and_reasons_apart() {
         let a = Schedule::every(4);
-        let digests = [a.digest(8), a.digest(12), Schedule::every(5).digest(8), a.after_warmup(1).digest(8), 0];
+        let digests =
+            [a.digest(8), a.digest(12), Schedule::every(5).digest(8), a.after_warmup(1).digest(8), 0];
         for (i, x) in digests.iter().enumerate() {
             assert!(digests[..i].iter().all(|y| x != y), "digest {i}");
         }

@@ -29,13 +29,18 @@ fn abi_rs_is_what_bindgen_makes_of_abi_h() {
             .parse_callbacks(Box::new(Pod))
             .formatter(bindgen::Formatter::Prettyplease)
             .disable_header_comment()
-            .raw_line("// Made by bindgen from kernels/abi.h: `WRITE_ABI=1 cargo test --test abi`. Do not edit.")
+            .raw_line(
+                "// Made by bindgen from kernels/abi.h: `WRITE_ABI=1 cargo test --test abi`. Do not edit.",
+            )
             .generate()
             .expect("kernels/abi.h parses")
             .to_string()
     });
     let Ok(generated) = generated else {
-        return common::skipped("abi_rs_is_what_bindgen_makes_of_abi_h", "libclang was not found: set LIBCLANG_PATH");
+        return common::skipped(
+            "abi_rs_is_what_bindgen_makes_of_abi_h",
+            "libclang was not found: set LIBCLANG_PATH",
+        );
     };
     if std::env::var_os("WRITE_ABI").is_some() {
         std::fs::write("src/abi.rs", &generated).unwrap();

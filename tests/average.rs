@@ -75,7 +75,8 @@ impl Case {
         let weights = self.weights.as_ref().unwrap_or(&even);
         for round in 0..self.averages {
             for (t, &(dtype, elements, _)) in self.tensors.iter().enumerate() {
-                let at = |what: &str, rank: usize| format!("{what}: average {round}, rank {rank}, tensor {t}");
+                let at =
+                    |what: &str, rank: usize| format!("{what}: average {round}, rank {rank}, tensor {t}");
                 for (rank, averages) in result.iter().enumerate() {
                     let after = &averages[round].1[t];
                     if !after.guards_are_whole() {
@@ -86,7 +87,8 @@ impl Case {
                     }
                 }
                 for i in 0..elements {
-                    let values: Vec<f64> = result.iter().map(|averages| averages[round].0[t].get(i)).collect();
+                    let values: Vec<f64> =
+                        result.iter().map(|averages| averages[round].0[t].get(i)).collect();
                     let (mean, most) = mean(&values, weights);
                     let sums = if dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
                     // n ulp for the sum; one more where weights were multiplied in first.
@@ -95,11 +97,13 @@ impl Case {
                         bound += ulp(dtype, mean.abs());
                         if self.algorithm == Algorithm::Ring && !self.f32_wire {
                             // Each hop rounds a partial sum to the wire's dtype; in f16, below 2^-14, to 2^-24 / scale.
-                            bound += (n - 1.0) * ulp(dtype, most) + if dtype == Dtype::F16 { n * n * 2f64.powi(-24) } else { 0.0 };
+                            bound += (n - 1.0) * ulp(dtype, most)
+                                + if dtype == Dtype::F16 { n * n * 2f64.powi(-24) } else { 0.0 };
                         }
                     }
                     let got = result[0][round].1[t].get(i);
-                    if self.world > 1 && !((got - mean).abs() <= bound) || self.world == 1 && got != values[0] {
+                    let right = if self.world == 1 { got == values[0] } else { (got - mean).abs() <= bound };
+                    if !right {
                         return Err(format!(
                             "{}, element {i}: {got:e} instead of {mean:e} of {values:?}, bound {bound:e}",
                             at("wrong mean", 0)
@@ -138,31 +142,35 @@ fn cases(most_ranks: usize, most_elements: usize) -> impl Strategy<Value = Case>
     let weight = prop_oneof![1 => Just(0.0), 4 => (1..1000u32).prop_map(f64::from), 1 => 1e-3..1e6];
     let weights = prop::option::of(prop::collection::vec(weight, 16));
     let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
-    let counter = prop_oneof![Just(0u32), Just(u32::MAX - 3), Just(u32::MAX), Just(0x7fff_fffe), any::<u32>()];
+    let counter =
+        prop_oneof![Just(0u32), Just(u32::MAX - 3), Just(u32::MAX), Just(0x7fff_fffe), any::<u32>()];
     let chunk = prop_oneof![Just(128usize), Just(256), Just(1000), Just(4096), Just(1 << 16)];
-    ((1..=most_ranks, tensors, flags, 1..5u32, 1..4u32), (chunk, weights, counter, 1..4usize, any::<u32>())).prop_map(
-        |((world, tensors, flags, channels, slots), (chunk_bytes, weights, counter, averages, seed))| Case {
-            world,
-            tensors,
-            algorithm: if flags.0 { Algorithm::Ring } else { Algorithm::Direct },
-            all_or_nothing: flags.1,
-            f32_wire: flags.2,
-            reject_non_finite: flags.3,
-            channels,
-            slots: 1 << slots,
-            chunk_bytes,
-            weights: weights.map(|mut weights| {
-                weights.truncate(world);
-                if weights.iter().all(|&w| w == 0.0) {
-                    weights[world - 1] = 1.0;
+    ((1..=most_ranks, tensors, flags, 1..5u32, 1..4u32), (chunk, weights, counter, 1..4usize, any::<u32>()))
+        .prop_map(
+            |((world, tensors, flags, channels, slots), (chunk_bytes, weights, counter, averages, seed))| {
+                Case {
+                    world,
+                    tensors,
+                    algorithm: if flags.0 { Algorithm::Ring } else { Algorithm::Direct },
+                    all_or_nothing: flags.1,
+                    f32_wire: flags.2,
+                    reject_non_finite: flags.3,
+                    channels,
+                    slots: 1 << slots,
+                    chunk_bytes,
+                    weights: weights.map(|mut weights| {
+                        weights.truncate(world);
+                        if weights.iter().all(|&w| w == 0.0) {
+                            weights[world - 1] = 1.0;
+                        }
+                        weights
+                    }),
+                    counter,
+                    averages,
+                    seed: seed.into(),
                 }
-                weights
-            }),
-            counter,
-            averages,
-            seed: seed.into(),
-        },
-    )
+            },
+        )
 }
 
 proptest! {
@@ -204,8 +212,19 @@ fn the_oracle_sees_a_wrong_element() {
     for algorithm in [Algorithm::Ring, Algorithm::Direct] {
         let tensors = vec![(Dtype::F32, 1000, vec![0; 3]), (Dtype::Bf16, 77, vec![1; 3])];
         let case = Case {
-            world: 3, tensors, algorithm, all_or_nothing: true, f32_wire: false, reject_non_finite: false, channels: 2,
-            slots: 2, chunk_bytes: 128, weights: None, counter: 0, averages: 1, seed: 7,
+            world: 3,
+            tensors,
+            algorithm,
+            all_or_nothing: true,
+            f32_wire: false,
+            reject_non_finite: false,
+            channels: 2,
+            slots: 2,
+            chunk_bytes: 128,
+            weights: None,
+            counter: 0,
+            averages: 1,
+            seed: 7,
         };
         let mut result = case.run(None);
         case.check(&result).unwrap();

@@ -8,14 +8,16 @@ use std::time::{Duration, Instant};
 use common::{ranks, Guarded, Random};
 use param_averager::__private::Testing;
 use param_averager::{
-    Algorithm, Builder, Communicator, Device, Dtype, Error, ParamAverager, Parameters, Stage, TensorMut, World,
+    Algorithm, Builder, Communicator, Device, Dtype, Error, ParamAverager, Parameters, Stage, TensorMut,
+    World,
 };
 
 const TIMEOUT: Duration = Duration::from_millis(300);
 /// How long an error may take beyond the timeout on a machine with more threads than cores.
 const GRACE: Duration = Duration::from_secs(5);
 
-const WAYS: [(Algorithm, bool); 3] = [(Algorithm::Direct, true), (Algorithm::Ring, true), (Algorithm::Ring, false)];
+const WAYS: [(Algorithm, bool); 3] =
+    [(Algorithm::Direct, true), (Algorithm::Ring, true), (Algorithm::Ring, false)];
 
 fn builder(communicator: Communicator, (algorithm, all_or_nothing): (Algorithm, bool)) -> Builder {
     let testing = Testing { poison_slots: true, ..Testing::default() };
@@ -25,8 +27,11 @@ fn builder(communicator: Communicator, (algorithm, all_or_nothing): (Algorithm, 
 
 fn model(rank: usize) -> Vec<Guarded> {
     let mut random = Random(rank as u64);
-    let mut model =
-        vec![Guarded::new(Dtype::F32, 700, 0), Guarded::new(Dtype::Bf16, 333, 1), Guarded::new(Dtype::F32, 5, 3)];
+    let mut model = vec![
+        Guarded::new(Dtype::F32, 700, 0),
+        Guarded::new(Dtype::Bf16, 333, 1),
+        Guarded::new(Dtype::F32, 5, 3),
+    ];
     model.iter_mut().for_each(|tensor| tensor.fill_random(&mut random));
     model
 }
@@ -191,13 +196,18 @@ fn leave_at(n: usize, way: (Algorithm, bool), step: u32) {
         .collect();
     // Either all survivors failed before the commit or none did, and then they all say the same.
     assert!(before_commit.windows(2).all(|pair| pair[0] == pair[1]), "{context}: {before_commit:?}");
-    let errors: Vec<_> = outcomes.iter().enumerate().filter(|(r, _)| *r != leaver).map(|(_, o)| o.0.clone()).collect();
+    let errors: Vec<_> =
+        outcomes.iter().enumerate().filter(|(r, _)| *r != leaver).map(|(_, o)| o.0.clone()).collect();
     if before_commit[0] {
         assert!(errors.windows(2).all(|pair| pair[0] == pair[1]), "{context}: {errors:?}");
     }
     // A later average among the survivors makes them agree.
-    let survivors: Vec<_> =
-        outcomes.into_iter().enumerate().filter(|(rank, _)| *rank != leaver).map(|(_, o)| std::sync::Mutex::new(o.2)).collect();
+    let survivors: Vec<_> = outcomes
+        .into_iter()
+        .enumerate()
+        .filter(|(rank, _)| *rank != leaver)
+        .map(|(_, o)| std::sync::Mutex::new(o.2))
+        .collect();
     let after = ranks(n - 1, |communicator| {
         let mut model = survivors[communicator.rank()].lock().unwrap();
         let mut averager = builder(communicator, way).build(&mut *model).unwrap();
@@ -210,30 +220,40 @@ fn leave_at(n: usize, way: (Algorithm, bool), step: u32) {
 #[test]
 fn an_abort_from_another_thread_ends_every_wait() {
     for way in WAYS {
-        let seen = one_average(3, way, |b| b.timeout(Duration::from_secs(60)), |rank, averager, _| {
-            if rank != 2 {
-                return Some(None);
-            }
-            let handle = averager.abort_handle();
-            std::thread::spawn(move || {
-                std::thread::sleep(Duration::from_millis(50));
-                handle.abort();
-            });
-            None // rank 2 never comes
-        });
+        let seen = one_average(
+            3,
+            way,
+            |b| b.timeout(Duration::from_secs(60)),
+            |rank, averager, _| {
+                if rank != 2 {
+                    return Some(None);
+                }
+                let handle = averager.abort_handle();
+                std::thread::spawn(move || {
+                    std::thread::sleep(Duration::from_millis(50));
+                    handle.abort();
+                });
+                None // rank 2 never comes
+            },
+        );
         expect(&seen, &Error::Aborted { rank: 2, stage: Stage::Meet, committed: false });
     }
 }
 
 #[test]
 fn an_abort_while_nobody_waits_is_seen_by_the_next_average() {
-    let seen = one_average(2, WAYS[0], |b| b, |rank, averager, _| {
-        if rank == 0 {
-            averager.abort_handle().abort();
-            averager.abort_handle().abort(); // does nothing more
-        }
-        Some(None)
-    });
+    let seen = one_average(
+        2,
+        WAYS[0],
+        |b| b,
+        |rank, averager, _| {
+            if rank == 0 {
+                averager.abort_handle().abort();
+                averager.abort_handle().abort(); // does nothing more
+            }
+            Some(None)
+        },
+    );
     expect(&seen, &Error::Aborted { rank: 0, stage: Stage::Meet, committed: false });
 }
 
@@ -262,7 +282,8 @@ fn a_rank_that_drops_its_averager_is_lost_at_once() {
 #[test]
 fn a_nan_is_rejected_by_all_when_asked_and_named() {
     for way in WAYS {
-        for (value, tensor, element) in [(f64::NAN, 1, 332), (f64::INFINITY, 0, 0), (f64::NEG_INFINITY, 2, 4)] {
+        for (value, tensor, element) in [(f64::NAN, 1, 332), (f64::INFINITY, 0, 0), (f64::NEG_INFINITY, 2, 4)]
+        {
             let poison = |rank: usize, _: &mut ParamAverager, model: &mut Vec<Guarded>| {
                 if rank == 1 {
                     model[tensor].set(element, value);
@@ -270,18 +291,30 @@ fn a_nan_is_rejected_by_all_when_asked_and_named() {
                 Some(None)
             };
             let seen = one_average(3, way, |b| b.reject_non_finite(true), poison);
-            let described = ["tensor 0 (f32, 700 elements)", "tensor 1 (bf16, 333 elements)", "tensor 2 (f32, 5 elements)"];
-            expect(&seen, &Error::NonFinite { rank: 1, tensor: described[tensor].into(), element: element as u64 });
+            let described = [
+                "tensor 0 (f32, 700 elements)",
+                "tensor 1 (bf16, 333 elements)",
+                "tensor 2 (f32, 5 elements)",
+            ];
+            expect(
+                &seen,
+                &Error::NonFinite { rank: 1, tensor: described[tensor].into(), element: element as u64 },
+            );
             // Nobody is poisoned: the next average says the same again.
             assert!(seen.iter().flatten().all(|seen| matches!(seen.again, Some(Error::NonFinite { .. }))));
 
             // Without being asked, it spreads, as in any mean; with weight 0, it does not.
             let seen = one_average(3, way, |b| b, poison);
             assert!(seen.iter().flatten().all(|seen| seen.error.is_none()));
-            let seen = one_average(3, way, |b| b.reject_non_finite(true), |rank, averager, model| {
-                poison(rank, averager, model);
-                Some(Some(if rank == 1 { 0.0 } else { 2.0 }))
-            });
+            let seen = one_average(
+                3,
+                way,
+                |b| b.reject_non_finite(true),
+                |rank, averager, model| {
+                    poison(rank, averager, model);
+                    Some(Some(if rank == 1 { 0.0 } else { 2.0 }))
+                },
+            );
             assert!(seen.iter().flatten().all(|seen| seen.error.is_none()));
         }
     }
@@ -293,7 +326,9 @@ fn weights_that_make_no_mean_are_refused_by_all() {
         for (weight, rank) in [(-1.0, 2), (f64::NAN, 0), (f64::INFINITY, 1)] {
             let seen = one_average(3, way, |b| b, |r, _, _| Some(Some(if r == rank { weight } else { 1.0 })));
             for seen in seen.iter().flatten() {
-                let Some(Error::Weight { rank: named, weight: found }) = seen.error else { panic!("{:?}", seen.error) };
+                let Some(Error::Weight { rank: named, weight: found }) = seen.error else {
+                    panic!("{:?}", seen.error)
+                };
                 assert_eq!((named, found.to_bits()), (rank, weight.to_bits()));
                 assert!(seen.unchanged);
             }
@@ -317,12 +352,17 @@ fn tensors_that_changed_are_refused_by_all() {
     ];
     for way in WAYS {
         for (change, found, expected) in changes {
-            let seen = one_average(3, way, |b| b, |rank, _, model| {
-                if rank == 2 {
-                    change(model);
-                }
-                Some(None)
-            });
+            let seen = one_average(
+                3,
+                way,
+                |b| b,
+                |rank, _, model| {
+                    if rank == 2 {
+                        change(model);
+                    }
+                    Some(None)
+                },
+            );
             let error = Error::LayoutChanged { rank: 2, found: found.into(), expected: expected.into() };
             expect(&seen, &error);
         }
@@ -379,11 +419,23 @@ fn layouts_and_options_that_differ_are_refused_by_all_at_build() {
         })
     };
     let cases: [(fn(Communicator) -> Result<ParamAverager, Error>, &str); 5] = [
-        (|c| ParamAverager::builder(c).build(&mut vec![vec![0f32; 10], vec![0f32; 21]]), "tensor 1 (f32, 21 elements)"),
-        (|c| ParamAverager::builder(c).build(&mut vec![vec![0f64; 10], vec![0f64; 20]]), "tensor 0 (f64, 10 elements)"),
+        (
+            |c| ParamAverager::builder(c).build(&mut vec![vec![0f32; 10], vec![0f32; 21]]),
+            "tensor 1 (f32, 21 elements)",
+        ),
+        (
+            |c| ParamAverager::builder(c).build(&mut vec![vec![0f64; 10], vec![0f64; 20]]),
+            "tensor 0 (f64, 10 elements)",
+        ),
         (|c| ParamAverager::builder(c).build(&mut vec![vec![0f32; 10]]), "1 tensors"),
-        (|c| ParamAverager::builder(c).slots(8).build(&mut vec![vec![0f32; 10], vec![0f32; 20]]), "slots = 8"),
-        (|c| ParamAverager::builder(c).slots(3).build(&mut vec![vec![0f32; 10], vec![0f32; 20]]), "`slots` is 3"),
+        (
+            |c| ParamAverager::builder(c).slots(8).build(&mut vec![vec![0f32; 10], vec![0f32; 20]]),
+            "slots = 8",
+        ),
+        (
+            |c| ParamAverager::builder(c).slots(3).build(&mut vec![vec![0f32; 10], vec![0f32; 20]]),
+            "`slots` is 3",
+        ),
     ];
     for (rank2, found) in cases {
         let errors = build(rank2);
@@ -408,7 +460,8 @@ fn a_rank_that_does_not_build_is_a_timeout_and_one_that_is_gone_is_lost() {
     assert_eq!(late[1], Error::Poisoned { cause: Box::new(timeout) });
 
     let gone = ranks(3, |communicator| {
-        (communicator.rank() != 1).then(|| ParamAverager::builder(communicator).build(&mut vec![0f32; 10]).unwrap_err())
+        (communicator.rank() != 1)
+            .then(|| ParamAverager::builder(communicator).build(&mut vec![0f32; 10]).unwrap_err())
     });
     let lost = Some(Error::PeerLost { rank: 1, stage: Stage::Build, committed: false });
     assert_eq!(gone, [lost.clone(), None, lost]);

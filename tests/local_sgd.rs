@@ -92,8 +92,11 @@ fn alone_or_disabled_it_only_counts() {
 #[test]
 fn schedules_that_differ_are_an_error_everywhere_and_never_a_hang() {
     // Other H; other warm-up; one rank finishes while the others are due.
-    let cases: [(Schedule, bool); 3] =
-        [(Schedule::every(4), false), (Schedule::every(2).after_warmup(2), false), (Schedule::every(2), true)];
+    let cases: [(Schedule, bool); 3] = [
+        (Schedule::every(4), false),
+        (Schedule::every(2).after_warmup(2), false),
+        (Schedule::every(2), true),
+    ];
     for (schedule, finishes) in cases {
         let errors = ranks(3, |communicator| {
             let odd = communicator.rank() == 2;

@@ -99,14 +99,18 @@ fn memory_is_bounded() {
     let extra = |algorithm: Algorithm, n: usize, megabytes: usize| {
         common::ranks(n, |communicator| {
             let mut model = vec![vec![0f32; megabytes << 16]; 4];
-            let averager = ParamAverager::builder(communicator).algorithm(algorithm).build(&mut model).unwrap();
+            let averager =
+                ParamAverager::builder(communicator).algorithm(algorithm).build(&mut model).unwrap();
             averager.extra_bytes()
         })[0]
     };
     for n in [2, 4, 8] {
         for megabytes in [1, 16] {
             let ring = extra(Algorithm::Ring, n, megabytes);
-            assert!(ring <= (megabytes << 20) / n + (4 << 20), "ring, {n} ranks, {megabytes} MiB: {ring} bytes");
+            assert!(
+                ring <= (megabytes << 20) / n + (4 << 20),
+                "ring, {n} ranks, {megabytes} MiB: {ring} bytes"
+            );
             let direct = extra(Algorithm::Direct, n, megabytes);
             assert!(direct <= 1 << 20, "direct, {n} ranks, {megabytes} MiB: {direct} bytes");
         }
@@ -145,9 +149,11 @@ fn system_calls() {
     }
     assert_eq!(spans, WAYS.len(), "averages that strace saw");
     // Waiting: for the other rank, and of the harness's own threads; a call that was interrupted goes on.
-    let waiting = ["futex(", "sched_yield(", "<... futex resumed>", "<... sched_yield resumed>", "+++ exited"];
+    let waiting =
+        ["futex(", "sched_yield(", "<... futex resumed>", "<... sched_yield resumed>", "+++ exited"];
     // Or the end of the call that marks the begin.
-    let expected = |line: &str| waiting.iter().any(|call| line.contains(call)) || line.contains("openat resumed>) ");
+    let expected =
+        |line: &str| waiting.iter().any(|call| line.contains(call)) || line.contains("openat resumed>) ");
     let others: Vec<_> = seen.iter().filter(|line| !expected(line)).collect();
     assert!(others.is_empty(), "system calls while averaging: {others:#?}");
     assert!(log.contains("mmap("), "strace shows system calls elsewhere");

@@ -89,7 +89,7 @@ impl Table {
         if address == 0 {
             return Err(NULL << SHIFT);
         }
-        if address % shape.dtype.size() as u64 != 0 {
+        if !address.is_multiple_of(shape.dtype.size() as u64) {
             return Err(MISALIGNED << SHIFT);
         }
         let slot = &mut self.buckets[bucket].segments[segment].address;
@@ -101,7 +101,8 @@ impl Table {
         self.spans.clear();
         for bucket in &self.buckets {
             let size = bucket.dtype.size() as u64;
-            for (PaSegment { address, elements, .. }, &tensor) in bucket.segments.iter().zip(&bucket.tensors) {
+            for (PaSegment { address, elements, .. }, &tensor) in bucket.segments.iter().zip(&bucket.tensors)
+            {
                 self.spans.push((*address, address + elements * size, tensor as u32));
             }
         }
@@ -123,8 +124,13 @@ impl Table {
         let trouble = |problem: &str| Error::Tensor { rank, tensor: tensor(), problem: problem.into() };
         match what {
             NULL => trouble("has a null pointer: pass the address of its first element"),
-            MISALIGNED => trouble("does not lie at a multiple of its element's size: pass the address of its first element"),
-            DEVICE => trouble(&format!("is not on {}, the device of its rank: move it there, or give the rank its device", self.device)),
+            MISALIGNED => trouble(
+                "does not lie at a multiple of its element's size: pass the address of its first element",
+            ),
+            DEVICE => trouble(&format!(
+                "is not on {}, the device of its rank: move it there, or give the rank its device",
+                self.device
+            )),
             OVERLAP => trouble(&format!(
                 "shares memory with {}: pass tied parameters once",
                 self.describe(low as usize)
@@ -134,7 +140,10 @@ impl Table {
                 let (found, expected) = match what {
                     MISSING => (format!("only {index} tensors"), format!("{count}")),
                     EXTRA => (format!("more than {count} tensors"), format!("{count}")),
-                    dtype => (format!("{}, {low} elements, as tensor {index}", Dtype::ALL[dtype as usize & 3]), tensor()),
+                    dtype => (
+                        format!("{}, {low} elements, as tensor {index}", Dtype::ALL[dtype as usize & 3]),
+                        tensor(),
+                    ),
                 };
                 Error::LayoutChanged { rank, found, expected }
             }

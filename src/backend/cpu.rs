@@ -97,7 +97,8 @@ impl Workers {
     pub(crate) unsafe fn launch(&self, args: &PaArgs, phase: u32) {
         if !self.threads.is_empty() {
             let mut job = lock(&self.shared.job);
-            *job = Job { number: job.number + 1, phase, args: *args, running: self.threads.len(), stop: false };
+            *job =
+                Job { number: job.number + 1, phase, args: *args, running: self.threads.len(), stop: false };
             self.shared.started.notify_all();
         }
         // SAFETY: the caller's promise; channel 0 is this thread's.

@@ -68,7 +68,13 @@ impl Hub {
         self.size
     }
 
-    pub(super) fn agree(&self, rank: usize, number: u64, card: Card, timeout: Duration) -> Result<Arc<Agreement>> {
+    pub(super) fn agree(
+        &self,
+        rank: usize,
+        number: u64,
+        card: Card,
+        timeout: Duration,
+    ) -> Result<Arc<Agreement>> {
         let start = Instant::now();
         let mut state = self.lock();
         if let Some(failure) = &state.failure {
@@ -109,7 +115,8 @@ impl Hub {
                 return Err(failure);
             }
             // Spurious wake-ups and time-outs only mean another look.
-            state = self.changed.wait_timeout(state, timeout - waited).unwrap_or_else(PoisonError::into_inner).0;
+            state =
+                self.changed.wait_timeout(state, timeout - waited).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -169,6 +176,9 @@ fn disagreement(rank: usize, first: &Card, card: &Card) -> Option<Error> {
         return Some(Error::LayoutsDiffer { rank, found: theirs.clone(), expected: ours.clone() });
     }
     let count = |card: &Card| format!("{} tensors", card.tensors.len());
-    (first.tensors.len() != card.tensors.len())
-        .then(|| Error::LayoutsDiffer { rank, found: count(card), expected: count(first) })
+    (first.tensors.len() != card.tensors.len()).then(|| Error::LayoutsDiffer {
+        rank,
+        found: count(card),
+        expected: count(first),
+    })
 }

@@ -19,7 +19,8 @@ unsafe impl Sync for Region {}
 impl Region {
     pub(crate) fn new(bytes: usize) -> Self {
         const PAGE: usize = 4096;
-        let layout = Layout::from_size_align(bytes.max(1), PAGE).expect("a region is smaller than isize::MAX");
+        let layout =
+            Layout::from_size_align(bytes.max(1), PAGE).expect("a region is smaller than isize::MAX");
         // SAFETY: the layout's size is not zero.
         let pointer = unsafe { alloc(layout) };
         let Some(pointer) = NonNull::new(pointer) else { handle_alloc_error(layout) };

@@ -1,6 +1,8 @@
 //! What several tests share.
 #![allow(dead_code)] // each test uses its own part
 
+use std::sync::atomic::{AtomicU8, Ordering};
+
 use param_averager::{Communicator, Device, Dtype, TensorMut, World};
 
 /// A test that can't run here says so, on one line that `.ci/run` counts.
@@ -49,19 +51,22 @@ pub struct Guarded {
     pub elements: usize,
     memory: Vec<u64>,
     offset: usize,
+    guard: u8,
 }
 
 const GUARD: usize = 64;
-const GUARD_BYTE: u8 = 0xa5;
+/// Each tensor has another guard byte: the mean of equal guards would leave them whole.
+static GUARDS: AtomicU8 = AtomicU8::new(0);
 
 impl Guarded {
     /// `misaligned`: how many elements after a multiple of 16 bytes it begins.
     pub fn new(dtype: Dtype, elements: usize, misaligned: usize) -> Self {
         let bytes = elements * dtype.size();
-        let memory = vec![u64::from_ne_bytes([GUARD_BYTE; 8]); (2 * GUARD + 32 + bytes) / 8 + 1];
+        let guard = GUARDS.fetch_add(37, Ordering::Relaxed);
+        let memory = vec![u64::from_ne_bytes([guard; 8]); (2 * GUARD + 32 + bytes) / 8 + 1];
         let address = memory.as_ptr() as usize + GUARD;
         let offset = address.next_multiple_of(16) - memory.as_ptr() as usize + misaligned * dtype.size();
-        let mut tensor = Guarded { dtype, elements, memory, offset };
+        let mut tensor = Guarded { dtype, elements, memory, offset, guard };
         tensor.bytes_mut().fill(0);
         tensor
     }
@@ -80,7 +85,7 @@ impl Guarded {
     pub fn guards_are_whole(&self) -> bool {
         let all: &[u8] = bytemuck::cast_slice(&self.memory);
         let end = self.offset + self.elements * self.dtype.size();
-        all[..self.offset].iter().chain(&all[end..]).all(|&byte| byte == GUARD_BYTE)
+        all[..self.offset].iter().chain(&all[end..]).all(|&byte| byte == self.guard)
     }
 
     pub fn tensor(&mut self) -> TensorMut<'_> {

@@ -1,0 +1,150 @@
+//! The one-pass limit: what no averager can beat on one host's memory.
+//!
+//! Averaging must read every replica once and write every replica once. This does that and nothing else: all cores, each
+//! with a contiguous part of every replica, no meeting, no votes, no tensors, sums in registers. Plain stores, since
+//! the lines they go to were just read. The mean is the sum times 1/n rounded, one rounding more than the library
+//! allows itself, since dividing could cost time. f32 and f64 are summed as they are; bf16 (shifts) and f16 (ISA, in
+//! software where the machine lacks it) in f32, with instructions of the same width as f32's.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::memory::{Arena, Placed};
+use crate::number::{with_number, Float, Number, LANES};
+use crate::simd::{self, Task};
+
+/// One thread's share of the pass.
+pub struct Pass {
+    pub arenas: Vec<Arc<Arena>>,
+    /// The same in every arena.
+    pub buffers: Arc<[Placed]>,
+    /// This thread, and how many there are.
+    pub part: usize,
+    pub parts: usize,
+}
+
+impl Pass {
+    /// Averages this thread's part of all buffers.
+    pub fn run(&self) {
+        for buffer in self.buffers.iter() {
+            let range = part(buffer.elements, self.part, self.parts);
+            with_number!(buffer.dtype, T => self.average::<T>(buffer.offset, range))
+        }
+    }
+
+    fn average<T: Number>(&self, offset: usize, range: Range<usize>) {
+        // SAFETY: placed inside of the arenas.
+        let starts: Vec<*mut T> =
+            self.arenas.iter().map(|arena| unsafe { arena.start().add(offset) }.cast()).collect();
+        simd::best(Average { replicas: &starts, range })
+    }
+}
+
+/// The `index`-th of `parts` equal ranges of whole lines.
+fn part(elements: usize, index: usize, parts: usize) -> Range<usize> {
+    let lanes = 4 * LANES;
+    let lines = elements.div_ceil(lanes);
+    let at = |index: usize| (lines * index / parts * lanes).min(elements);
+    at(index)..at(index + 1)
+}
+
+/// Replaces a range of every replica by its mean. No two threads share a range.
+struct Average<'a, T> {
+    replicas: &'a [*mut T],
+    range: Range<usize>,
+}
+
+impl<T: Number> Task for Average<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<const ISA: u8>(self) {
+        // Known counts unroll. Lines of one replica that are moved together: fewer turns between replicas, and no more
+        // than the registers hold.
+        match self.replicas.len() {
+            2 => self.of::<ISA, 2, 4>(),
+            3 => self.of::<ISA, 3, 4>(),
+            4 => self.of::<ISA, 4, 4>(),
+            8 => self.of::<ISA, 8, 4>(),
+            _ => self.of::<ISA, 0, 4>(),
+        }
+    }
+}
+
+impl<T: Number> Average<'_, T> {
+    #[inline(always)]
+    fn of<const ISA: u8, const N: usize, const GROUPS: usize>(self) {
+        let replicas = if N > 0 { &self.replicas[..N] } else { self.replicas };
+        let inverse = T::Sum::inverse(replicas.len());
+        let mut at = self.range.start;
+        while at + GROUPS * LANES <= self.range.end {
+            // SAFETY: inside of every replica, which nobody else touches. Plain reads and writes.
+            unsafe {
+                let block = |start: *mut T| start.add(at).cast::<[[T; LANES]; GROUPS]>();
+                let raw = mean::<T, ISA, GROUPS>(replicas, inverse, |start| block(start).read_unaligned());
+                replicas.iter().for_each(|&start| block(start).write_unaligned(raw));
+            }
+            at += GROUPS * LANES;
+        }
+        while at < self.range.end {
+            let count = LANES.min(self.range.end - at);
+            // SAFETY: as above, for `count` elements.
+            unsafe {
+                let raw = mean::<T, ISA, 1>(replicas, inverse, |start| {
+                    let mut raw = [T::default(); LANES];
+                    raw.as_mut_ptr().copy_from_nonoverlapping(start.add(at), count);
+                    [raw]
+                });
+                replicas
+                    .iter()
+                    .for_each(|&start| start.add(at).copy_from_nonoverlapping(raw[0].as_ptr(), count));
+            }
+            at += count;
+        }
+    }
+}
+
+#[inline(always)]
+fn mean<T: Number, const ISA: u8, const GROUPS: usize>(
+    replicas: &[*mut T],
+    inverse: T::Sum,
+    load: impl Fn(*mut T) -> [[T; LANES]; GROUPS],
+) -> [[T; LANES]; GROUPS] {
+    let mut sum = [[T::Sum::default(); LANES]; GROUPS];
+    for &start in replicas {
+        let raw = load(start);
+        for (sum, raw) in sum.iter_mut().zip(&raw) {
+            let wide = T::widen::<ISA>(raw);
+            for k in 0..LANES {
+                sum[k] += wide[k];
+            }
+        }
+    }
+    let mut raw = [[T::default(); LANES]; GROUPS];
+    for (raw, sum) in raw.iter_mut().zip(&mut sum) {
+        for x in sum.iter_mut() {
+            *x *= inverse;
+        }
+        *raw = T::narrow::<ISA>(sum);
+    }
+    raw
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_cover_every_element_once() {
+        for elements in [0, 1, 63, 64, 65, 1000, 12_345] {
+            for parts in 1..9 {
+                let mut end = 0;
+                for index in 0..parts {
+                    let range = part(elements, index, parts);
+                    assert_eq!(range.start, end);
+                    end = range.end;
+                }
+                assert_eq!(end, elements);
+            }
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! Fresh random data for every checked average, and the f64 mean that it is held against.
+//!
+//! Every value is a function of (seed, rank, tensor, element), roughly normal within ±4, so that nothing needs to be kept
+//! to be compared with: the reference is computed again from the seed. An element of a rank counts as wrong if it is
+//! further from the mean than rounding allows, or if its bits are not those of rank 0.
+//!
+//! What rounding allows, with one ulp of x being the distance between neighbours at |x|:
+//!
+//! | | |
+//! |---|---|
+//! | f32, f64 | n ulp of the largest input (n + 1 with weights, and for the limit, which multiplies by 1/n) |
+//! | bf16, f16 | half an ulp of the mean, and n ulp in f32 of the largest input |
+//! | … whose partial sums travelled in the dtype | besides, n − 1 half ulps of the partial sums, divided by n |
+
+use std::sync::Arc;
+
+use crate::memory::{on_all_cores, Arena, Placed};
+use crate::number::{with_number, Float, Number, LANES, MOST_LEVEL};
+use crate::simd::{self, Task};
+
+/// Elements that one core checks at a time; a multiple of LANES.
+const PIECE: usize = 1 << 16;
+
+/// A check: the data of one average and what its result must be.
+pub struct Check {
+    pub seed: u64,
+    pub arenas: Vec<Arc<Arena>>,
+    pub tensors: Arc<[Placed]>,
+    /// One for each rank; all 1: plain.
+    pub weights: Vec<f64>,
+    /// Roundings that the method makes besides those of a plain sum and one division.
+    pub more_roundings: u8,
+    /// Partial sums of 16-bit dtypes were rounded to the dtype on their way.
+    pub narrow_wire: bool,
+}
+
+/// Part of a tensor.
+#[derive(Clone, Copy)]
+struct Piece {
+    tensor: usize,
+    begin: usize,
+    elements: usize,
+}
+
+impl Check {
+    fn pieces(&self) -> Vec<Piece> {
+        let pieces = self.tensors.iter().enumerate().flat_map(|(tensor, placed)| {
+            let begins = (0..placed.elements).step_by(PIECE);
+            begins.map(move |begin| Piece { tensor, begin, elements: PIECE.min(placed.elements - begin) })
+        });
+        pieces.collect()
+    }
+
+    fn start<T>(&self, rank: usize, piece: Piece) -> *mut T {
+        let bytes = self.tensors[piece.tensor].offset + piece.begin * size_of::<T>();
+        // SAFETY: placed inside of the arena.
+        unsafe { self.arenas[rank].start().add(bytes).cast() }
+    }
+
+    fn key(&self, rank: usize, piece: Piece) -> u32 {
+        let place = (rank as u64) << 58 ^ (piece.tensor as u64) << 36 ^ (piece.begin / PIECE) as u64;
+        // splitmix64's finalizer
+        let mut x = self.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ place;
+        x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (x ^ x >> 31) as u32
+    }
+
+    /// Gives every rank its data.
+    ///
+    /// # Safety
+    /// Nobody else accesses the arenas meanwhile.
+    pub unsafe fn fill(&self) {
+        let pieces = self.pieces();
+        let ranks = self.arenas.len();
+        on_all_cores(pieces.len() * ranks, |job| {
+            let (rank, piece) = (job % ranks, pieces[job / ranks]);
+            with_number!(self.tensors[piece.tensor].dtype, T => {
+                // SAFETY: so many elements lie there, and each job has others.
+                let values = unsafe { std::slice::from_raw_parts_mut(self.start::<T>(rank, piece), piece.elements) };
+                simd::best(Fill { values, key: self.key(rank, piece) })
+            });
+            0
+        });
+    }
+
+    /// Elements, of all ranks, that are not what they should be after the average of what `fill` gave.
+    ///
+    /// # Safety
+    /// Nobody else accesses the arenas meanwhile.
+    pub unsafe fn wrong(&self) -> u64 {
+        let pieces = self.pieces();
+        on_all_cores(pieces.len(), |job| {
+            let piece = pieces[job];
+            with_number!(self.tensors[piece.tensor].dtype, T => {
+                // SAFETY: so many elements lie there, and nobody writes them.
+                let of = |rank| unsafe { std::slice::from_raw_parts(self.start::<T>(rank, piece), piece.elements) };
+                let results: Vec<&[T]> = (0..self.arenas.len()).map(of).collect();
+                let keys: Vec<u32> = (0..self.arenas.len()).map(|rank| self.key(rank, piece)).collect();
+                let tolerance = Tolerance::new::<T>(&self.weights, self.more_roundings, self.narrow_wire);
+                simd::best(Compare { results: &results, keys: &keys, weights: &self.weights, tolerance })
+            })
+        })
+    }
+}
+
+/// LANES values from `index` on.
+#[inline(always)]
+fn values<T: Number, const ISA: u8>(key: u32, index: usize) -> [T; LANES] {
+    let mut wide = [T::Sum::default(); LANES];
+    for (k, wide) in wide.iter_mut().enumerate() {
+        // lowbias32 of a Weyl sequence; four 16-bit numbers of it and of its product make a bell.
+        let mut x = key.wrapping_add((index + k) as u32).wrapping_mul(0x9e37_79b9);
+        x = (x ^ x >> 16).wrapping_mul(0x7feb_352d);
+        x = (x ^ x >> 15).wrapping_mul(0x846c_a68b);
+        x ^= x >> 16;
+        let y = (x ^ x >> 13).wrapping_mul(0x85eb_ca6b);
+        let sum = (x & 0xffff) + (x >> 16) + (y & 0xffff) + (y >> 16);
+        *wide = T::Sum::spread(sum as i32 - MOST_LEVEL);
+    }
+    T::narrow::<ISA>(&wide)
+}
+
+struct Fill<'a, T> {
+    values: &'a mut [T],
+    key: u32,
+}
+
+impl<T: Number> Task for Fill<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<const ISA: u8>(self) {
+        for (chunk, lanes) in self.values.chunks_mut(LANES).enumerate() {
+            let values = values::<T, ISA>(self.key, chunk * LANES);
+            match <&mut [T; LANES]>::try_from(&mut *lanes) {
+                Ok(whole) => *whole = values,
+                Err(_) => lanes.copy_from_slice(&values[..lanes.len()]),
+            }
+        }
+    }
+}
+
+/// How far from the mean a result may be.
+#[derive(Clone, Copy, Debug)]
+struct Tolerance {
+    /// Ulps of the largest input, in the type that sums are made in.
+    ulps: f64,
+    /// Half ulps of the weighted sum in the wire's dtype, over the sum of weights.
+    hops: f64,
+    /// The smallest step of a partial sum on the wire: they are scaled down there.
+    wire_step: f64,
+}
+
+impl Tolerance {
+    fn new<T: Number>(weights: &[f64], more_roundings: u8, narrow_wire: bool) -> Self {
+        let (ranks, n) = (weights.len(), weights.len() as f64);
+        let narrow = narrow_wire && size_of::<T>() == 2;
+        // With weights, the wire's scale and with it an ulp can be another power of two than here.
+        let scale = if weights.iter().all(|&weight| weight == 1.0) { 1.0 } else { 2.0 };
+        let hops = if narrow { (n - 1.0) * scale } else { 0.0 };
+        let wire_step = power(T::SMALLEST) * ranks.next_power_of_two() as f64 * scale;
+        Tolerance { ulps: n + f64::from(more_roundings), hops, wire_step }
+    }
+
+    /// Of a result that should be `mean`; `most`: the largest input's |x|; `sum`, Σ w·|x|, and `weight`, Σ w.
+    #[inline(always)]
+    fn of<T: Number>(&self, mean: f64, most: f64, sum: f64, weight: f64) -> f64 {
+        if size_of::<T>() > 2 {
+            return self.ulps * ulp(most, T::MANTISSA, power(T::SMALLEST));
+        }
+        let summed = self.ulps * ulp(most, f32::MANTISSA, power(f32::SMALLEST));
+        // Earlier hops may have carried a partial sum over the next power of two.
+        let carried = sum * (1.0 + self.hops * power(-T::MANTISSA));
+        let wire = self.hops * 0.5 * ulp(carried, T::MANTISSA, self.wire_step) / weight;
+        let before = summed + wire;
+        before + 0.5 * ulp(mean.abs() + before, T::MANTISSA, power(T::SMALLEST))
+    }
+}
+
+/// 2^exponent, for normal f64s and the smallest one.
+#[inline(always)]
+fn power(exponent: i32) -> f64 {
+    if exponent < -1022 {
+        f64::from_bits(1 << (exponent + 1074))
+    } else {
+        f64::from_bits(((exponent + 1023) as u64) << 52)
+    }
+}
+
+/// The distance of neighbours at x ≥ 0 for so many bits of mantissa.
+#[inline(always)]
+fn ulp(x: f64, mantissa: i32, smallest: f64) -> f64 {
+    (f64::from_bits(x.to_bits() & 0x7ff0_0000_0000_0000) * power(-mantissa)).max(smallest)
+}
+
+struct Compare<'a, T> {
+    results: &'a [&'a [T]],
+    keys: &'a [u32],
+    weights: &'a [f64],
+    tolerance: Tolerance,
+}
+
+impl<T: Number> Task for Compare<'_, T> {
+    type Output = u64;
+    #[inline(always)]
+    fn run<const ISA: u8>(self) -> u64 {
+        let elements = self.results[0].len();
+        let total: f64 = self.weights.iter().sum();
+        let mut wrong = 0;
+        for at in (0..elements).step_by(LANES) {
+            let (mut sum, mut lost, mut size, mut most) =
+                ([0.0f64; LANES], [0.0f64; LANES], [0.0f64; LANES], [0.0f64; LANES]);
+            for (&key, &weight) in self.keys.iter().zip(self.weights) {
+                let wide = T::widen::<ISA>(&values::<T, ISA>(key, at));
+                for k in 0..LANES {
+                    let x: f64 = wide[k].into();
+                    let (term, before) = (x * weight, sum[k]);
+                    sum[k] += term;
+                    if T::MANTISSA == f64::MANTISSA {
+                        // What the sum lost, exactly: the reference must be better than what it judges.
+                        let part = sum[k] - before;
+                        lost[k] += (before - (sum[k] - part)) + (term - part);
+                    }
+                    size[k] += term.abs();
+                    most[k] = most[k].max(x.abs());
+                }
+            }
+            let count = LANES.min(elements - at);
+            let mut first = [T::default(); LANES];
+            first[..count].copy_from_slice(&self.results[0][at..at + count]);
+            let wide = T::widen::<ISA>(&first);
+            let mut off = [0u64; LANES];
+            for k in 0..LANES {
+                let mean = (sum[k] + lost[k]) / total;
+                let x: f64 = wide[k].into();
+                let tolerance = self.tolerance.of::<T>(mean, most[k], size[k], total);
+                // A NaN is not within anything.
+                off[k] = 1 - u64::from((x - mean).abs() <= tolerance);
+            }
+            wrong += off[..count].iter().sum::<u64>();
+            for result in &self.results[1..] {
+                let mut other = [T::default(); LANES];
+                other[..count].copy_from_slice(&result[at..at + count]);
+                for k in 0..count {
+                    wrong += off[k] | u64::from(other[k].bits() != first[k].bits());
+                }
+            }
+        }
+        wrong
+    }
+}
+
+#[cfg(test)]
+#[path = "reference_tests.rs"]
+mod tests;

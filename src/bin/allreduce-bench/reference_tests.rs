@@ -1,0 +1,127 @@
+//! The oracle, held against itself: it lets a right mean pass and catches a wrong one.
+
+use half::{bf16, f16};
+use param_averager::Dtype;
+
+use super::*;
+use crate::layout::{Layout, Tensor};
+use crate::memory::place;
+
+const ELEMENTS: u64 = 70_001; // two pieces, the last ragged
+
+fn check(dtype: Dtype, ranks: usize) -> Check {
+    let tensor = |name: &str, elements| Tensor { name: name.into(), shape: vec![elements], dtype };
+    let (tensors, bytes) = place(&Layout::new("test", vec![tensor("a", 5), tensor("b", ELEMENTS)]));
+    let arenas = (0..ranks).map(|_| Arc::new(Arena::new(bytes))).collect();
+    Check { seed: 7, arenas, tensors, weights: vec![1.0; ranks], more_roundings: 0, narrow_wire: false }
+}
+
+/// The elements of a tensor of a rank.
+fn of<T: Number>(check: &Check, rank: usize, tensor: usize) -> &mut [T] {
+    let piece = Piece { tensor, begin: 0, elements: check.tensors[tensor].elements };
+    // SAFETY: the tests use one at a time.
+    unsafe { std::slice::from_raw_parts_mut(check.start::<T>(rank, piece), piece.elements) }
+}
+
+/// The mean in f64, rounded once.
+fn average<T: Number>(check: &Check, round: impl Fn(f64) -> T, back: impl Fn(T) -> f64) {
+    let n = check.arenas.len();
+    for tensor in 0..check.tensors.len() {
+        for k in 0..check.tensors[tensor].elements {
+            let sum: f64 = (0..n).map(|rank| back(of::<T>(check, rank, tensor)[k])).sum();
+            (0..n).for_each(|rank| of::<T>(check, rank, tensor)[k] = round(sum / n as f64));
+        }
+    }
+}
+
+fn catches_what_is_wrong<T: Number>(
+    dtype: Dtype,
+    round: impl Fn(f64) -> T + Copy,
+    back: impl Fn(T) -> f64 + Copy,
+    next: impl Fn(T, u64) -> T,
+) {
+    for ranks in [2, 3, 5] {
+        let check = check(dtype, ranks);
+        // SAFETY: nobody else has the arenas.
+        let wrong = || unsafe { check.wrong() };
+        unsafe { check.fill() };
+        assert!(wrong() > ranks as u64 * ELEMENTS / 2, "nothing has been averaged yet");
+        average(&check, round, back);
+        assert_eq!(wrong(), 0, "{dtype}, {ranks} ranks");
+
+        // One rank's last element differs in its last bit.
+        let last = ELEMENTS as usize - 1;
+        let right = of::<T>(&check, 1, 1)[last];
+        of::<T>(&check, 1, 1)[last] = next(right, 1);
+        assert_eq!(wrong(), 1);
+        of::<T>(&check, 1, 1)[last] = right;
+
+        // All ranks agree on a value in the other tensor that is further off than rounding explains: for halves two
+        // neighbours on, else so many as make it sure at any mean of inputs that are 16 times as large at most.
+        let far = if size_of::<T>() == 2 { 2 } else { 64 * 16 };
+        let large = (0..5).max_by(|&a, &b| {
+            back(of::<T>(&check, 0, 0)[a]).abs().total_cmp(&back(of::<T>(&check, 0, 0)[b]).abs())
+        });
+        let at = large.unwrap();
+        let right = of::<T>(&check, 0, 0)[at];
+        (0..ranks).for_each(|rank| of::<T>(&check, rank, 0)[at] = next(right, far));
+        assert_eq!(wrong(), ranks as u64);
+        (0..ranks).for_each(|rank| of::<T>(&check, rank, 0)[at] = right);
+
+        // A NaN, an element that was left out, a rank that was left out.
+        of::<T>(&check, 0, 1)[3] = round(f64::NAN);
+        assert_eq!(wrong(), ranks as u64, "rank 0 is off, and the others differ from it");
+        of::<T>(&check, 0, 1)[3] = of::<T>(&check, 1, 1)[3];
+        assert_eq!(wrong(), 0);
+        of::<T>(&check, ranks - 1, 1).fill(round(0.25));
+        assert!(wrong() > ELEMENTS * 9 / 10);
+    }
+}
+
+#[test]
+fn a_right_mean_passes_and_a_wrong_one_is_caught() {
+    catches_what_is_wrong::<f32>(
+        Dtype::F32,
+        |x| x as f32,
+        f64::from,
+        |x, k| f32::from_bits(x.to_bits() + k as u32),
+    );
+    catches_what_is_wrong::<f64>(Dtype::F64, |x| x, |x| x, |x, k| f64::from_bits(x.to_bits() + k));
+    catches_what_is_wrong::<f16>(Dtype::F16, f16::from_f64, f64::from, |x, k| {
+        f16::from_bits(x.to_bits() + k as u16)
+    });
+    catches_what_is_wrong::<bf16>(Dtype::Bf16, bf16::from_f64, f64::from, |x, k| {
+        bf16::from_bits(x.to_bits() + k as u16)
+    });
+}
+
+#[test]
+fn the_wire_widens_the_tolerance_of_halves_only() {
+    let at = |narrow| Tolerance::new::<bf16>(&[1.0; 4], 0, narrow).of::<bf16>(1.0, 2.0, 4.0, 4.0);
+    let half_ulp = power(-8);
+    assert!((half_ulp..1.01 * half_ulp).contains(&at(false)));
+    // Three half ulps of a sum of 4, divided by 4.
+    assert!((4.0 * half_ulp..4.1 * half_ulp).contains(&at(true)), "{}", at(true) / half_ulp);
+    let f32_at = |narrow| Tolerance::new::<f32>(&[1.0; 4], 0, narrow).of::<f32>(1.0, 2.0, 4.0, 4.0);
+    assert_eq!(f32_at(true), 4.0 * f64::from(f32::EPSILON) * 2.0);
+    assert_eq!(f32_at(false), f32_at(true));
+}
+
+#[test]
+fn data_is_fresh_spread_and_different_everywhere() {
+    let check = check(Dtype::F32, 2);
+    // SAFETY: nobody else has the arenas.
+    unsafe { check.fill() };
+    let (a, b) = (of::<f32>(&check, 0, 1).to_vec(), of::<f32>(&check, 1, 1).to_vec());
+    let n = a.len() as f64;
+    let mean = a.iter().map(|&x| f64::from(x)).sum::<f64>() / n;
+    let variance = a.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / n;
+    let covariance = a.iter().zip(&b).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum::<f64>() / n;
+    assert!(a.iter().all(|x| x.abs() <= 4.0) && mean.abs() < 0.02, "{mean}");
+    assert!((1.2..1.5).contains(&variance), "{variance}: 4/3 of four uniform numbers");
+    assert!(covariance.abs() < 0.02, "{covariance}: ranks have different values");
+    let check = Check { seed: 8, ..check };
+    // SAFETY: as above.
+    unsafe { check.fill() };
+    assert!(of::<f32>(&check, 0, 1).iter().zip(&a).filter(|(x, y)| x == y).count() < 50);
+}

@@ -1,0 +1,227 @@
+//! What is printed: nccl-tests' columns, for people with 110 columns and for their scripts. Lines of text begin with #.
+
+use std::io::{self, IsTerminal, Write};
+use std::time::Duration;
+
+use indicatif::ProgressBar;
+
+use crate::cli::Args;
+use crate::memory::{available, cores};
+use crate::methods::Options;
+use crate::plan::Section;
+use crate::records::Record;
+
+/// Standard output.
+pub struct Table {
+    out: io::Stdout,
+    colour: bool,
+    /// Cleared while a line is printed.
+    progress: ProgressBar,
+}
+
+const BOLD: &str = "1";
+const DIM: &str = "2";
+const RED: &str = "1;31";
+
+impl Table {
+    pub fn new(progress: ProgressBar) -> Self {
+        let out = io::stdout();
+        let wanted = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+            && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
+        Table { colour: out.is_terminal() && wanted, out, progress }
+    }
+
+    fn line(&mut self, style: &str, text: &str) -> io::Result<()> {
+        let (out, colour) = (&mut self.out, self.colour && !style.is_empty());
+        self.progress.suspend(|| {
+            let mut out = out.lock();
+            if colour {
+                writeln!(out, "\x1b[{style}m{text}\x1b[0m")
+            } else {
+                writeln!(out, "{text}")
+            }
+        })
+    }
+
+    /// Who and what, before anything is measured.
+    pub fn preamble(&mut self, args: &Args, options: &Options) -> io::Result<()> {
+        let set = param_averager::__private::instruction_sets()[0];
+        let memory = available().map_or(String::new(), |(free, all)| {
+            let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+            format!(", {:.1} of {:.1} GiB memory free", gib(free), gib(all))
+        });
+        let version = env!("CARGO_PKG_VERSION");
+        self.line(
+            BOLD,
+            &format!("# allreduce-bench {version}: averages model parameters over ranks, in place"),
+        )?;
+        if cfg!(debug_assertions) {
+            self.line(
+                RED,
+                "# DEBUG BUILD: baselines and limit are slow, ratios mean nothing; build with --release",
+            )?;
+        }
+        self.line("", &format!("# machine   {} cores, {set}{}{memory}", cores(), cpu_model()))?;
+        self.line(
+            "",
+            &format!(
+                "# ranks     threads of this process, each with a replica of its own; {}",
+                choices(args, options)
+            ),
+        )?;
+        for text in [
+            "# time      median, from the release of all ranks to the end of the last; busbw = algbw * 2(n-1)/n",
+            "# #wrong    elements further from the f64 mean than rounding allows, or not the same bits on all ranks",
+            "# xlimit    time / one-pass limit: all cores read all replicas once and write the mean to all, nothing else;",
+            "#           no averager can be faster on one host's memory: a little below 1 is noise",
+        ] {
+            self.line("", text)?;
+        }
+        Ok(())
+    }
+
+    /// A heading and the columns.
+    pub fn section(&mut self, section: &Section, options: &Options) -> io::Result<()> {
+        let Some(first) = section.groups.first() else { return Ok(()) };
+        self.line("", "#")?;
+        self.line(BOLD, &format!("# {}", section.heading))?;
+        let threads = options.threads(first.ranks);
+        let who = format!(
+            "# {} ranks x {threads} thread{} on {} cores{}",
+            first.ranks,
+            if threads == 1 { "" } else { "s" },
+            cores(),
+            if first.ranks * threads as usize > cores() { ", which they share" } else { "" }
+        );
+        self.line("", &who)?;
+        let titles = [
+            "size", "count", "type", "redop", "method", "time", "min", "max", "algbw", "busbw", "#wrong",
+            "xlimit",
+        ];
+        let units = ["(B)", "(elements)", "", "", "", "(us)", "(us)", "(us)", "(GB/s)", "(GB/s)", "", ""];
+        self.line("", &columns("#", titles))?;
+        self.line("", &columns("#", units))
+    }
+
+    /// One row.
+    pub fn row(&mut self, record: &Record) -> io::Result<()> {
+        let style = match record.wrong {
+            Some(1..) => RED,
+            _ if record.method.is_baseline() => DIM,
+            _ => "",
+        };
+        let last = record.times.len() - 1;
+        let cells = [
+            &record.bytes.to_string(),
+            &record.elements.to_string(),
+            &record.dtype,
+            "avg",
+            record.method.label(),
+            &microseconds(record.time()),
+            &microseconds(record.times[0]),
+            &microseconds(record.times[last]),
+            &format!("{:.2}", record.algbw()),
+            &format!("{:.2}", record.busbw()),
+            &record.wrong.map_or("N/A".into(), |wrong| wrong.to_string()),
+            &record.ratio().map_or("-".into(), |ratio| format!("{ratio:.2}")),
+        ];
+        self.line(style, &columns("", cells))
+    }
+
+    /// What nccl-tests ends with.
+    pub fn ending(&mut self, records: &[Record]) -> io::Result<()> {
+        let wrong: u64 = records.iter().filter_map(|record| record.wrong).sum();
+        let checked = records.iter().filter(|record| record.wrong.is_some()).count();
+        self.line("", "#")?;
+        match (checked, wrong) {
+            (0, _) => self.line("", "# Out of bounds values : not checked"),
+            (_, 0) => self.line(BOLD, "# Out of bounds values : 0 OK"),
+            _ => self.line(RED, &format!("# Out of bounds values : {wrong} FAILED")),
+        }
+    }
+}
+
+fn columns(first: &str, cells: [&str; 12]) -> String {
+    let [size, count, dtype, op, method, time, min, max, algbw, busbw, wrong, ratio] = cells;
+    let text = format!(
+        "{first}{size:>width$} {count:>10} {dtype:>5} {op:>5}  {method:<22} {time:>7} {min:>7} {max:>7} {algbw:>6} \
+         {busbw:>6} {wrong:>6} {ratio:>6}",
+        width = 11 - first.len()
+    );
+    text.trim_end().into()
+}
+
+/// Four digits or all before the point.
+fn microseconds(time: Duration) -> String {
+    let us = time.as_nanos() as f64 / 1e3;
+    let decimals = if us < 99.995 {
+        2
+    } else if us < 9999.95 {
+        1
+    } else {
+        0
+    };
+    format!("{us:.decimals$}")
+}
+
+fn choices(args: &Args, options: &Options) -> String {
+    let mut words = vec!["auto is direct".to_string()];
+    words.push(format!(
+        "ring sends {}",
+        if args.f32_wire { "partial sums as f32" } else { "the tensors' dtype" }
+    ));
+    let number = |name: &str, value: Option<String>| value.map(|value| format!("{name} {value}"));
+    words.extend(number("chunk", options.chunk.map(|bytes| bytes.to_string())));
+    words.extend(number("slots", options.slots.map(|slots| slots.to_string())));
+    words.extend(options.reject_non_finite.then(|| "rejects NaN".to_string()));
+    words.extend(options.weighted.then(|| "rank r has weight r + 1".to_string()));
+    words.join(", ")
+}
+
+fn cpu_model() -> String {
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    model.map_or(String::new(), |(_, name)| format!(", {}", name.trim()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_as_wide_as_a_terminal() {
+        let header = columns(
+            "#",
+            [
+                "size", "count", "type", "redop", "method", "time", "min", "max", "algbw", "busbw", "#wrong",
+                "xlimit",
+            ],
+        );
+        let row = columns(
+            "",
+            [
+                "16060522496",
+                "8030261248",
+                "bf16",
+                "avg",
+                "flatten+ring+unflatten",
+                "1234567",
+                "1234567",
+                "1234567",
+                "123.45",
+                "123.45",
+                "0",
+                "123.45",
+            ],
+        );
+        assert_eq!(header.len(), row.len());
+        assert!(row.len() <= 110, "{}", row.len());
+    }
+
+    #[test]
+    fn times_have_the_digits_that_matter() {
+        let shown = [1.234, 99.996, 1234.56, 9999.96, 1_234_567.8]
+            .map(|us| microseconds(Duration::from_secs_f64(us / 1e6)));
+        assert_eq!(shown, ["1.23", "100.0", "1234.6", "10000", "1234568"]);
+    }
+}

@@ -1,0 +1,274 @@
+//! `allreduce-bench` as its users meet it: flags, columns, files, errors and exit codes.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+const FIELDS: [&str; 15] = [
+    "method",
+    "backend",
+    "algorithm",
+    "layout",
+    "tensors",
+    "dtype",
+    "ranks",
+    "bytes",
+    "time_us",
+    "min_us",
+    "max_us",
+    "algbw_gbs",
+    "busbw_gbs",
+    "wrong",
+    "ratio_to_limit",
+];
+
+fn bench(line: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_allreduce-bench"));
+    command.args(line.split_whitespace()).stdin(Stdio::null()).output().expect("the binary was built")
+}
+
+/// What a run prints that succeeds.
+fn table(line: &str) -> String {
+    let output = bench(line);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{line}: {:?}, {said}", output.status);
+    assert_eq!(said, "", "{line}: nothing on standard error that is no terminal");
+    String::from_utf8(output.stdout).expect("text")
+}
+
+/// What a run says that fails so.
+fn error(line: &str, code: i32) -> String {
+    let output = bench(line);
+    assert_eq!(output.status.code(), Some(code), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+    let said = String::from_utf8(output.stderr).expect("text");
+    assert!(said.starts_with("error: "), "{said}");
+    said
+}
+
+/// Cells of the rows; the label of a method, which may have blanks, is one.
+fn rows(table: &str) -> Vec<Vec<String>> {
+    let lines = table.lines().filter(|line| !line.starts_with('#'));
+    let cells = lines.map(|line| {
+        let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+        let label = 4..words.len() - 7;
+        [&words[..4], &[words[label.clone()].join(" ")], &words[label.end..]].concat()
+    });
+    cells.collect()
+}
+
+/// A file in the folder for this build's temporary files.
+fn file(name: &str, content: &[u8]) -> PathBuf {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("bench-cli-{name}"));
+    std::fs::write(&path, content).expect("can write there");
+    path
+}
+
+fn safetensors(header: &str) -> Vec<u8> {
+    [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat()
+}
+
+#[test]
+fn a_sweep_has_a_row_for_each_size_and_nothing_wrong() {
+    let table = table("-b 1K -e 64K -g 3 -n 3 -w 1");
+    let rows = rows(&table);
+    let sizes: Vec<u64> = rows.iter().map(|row| row[0].parse().unwrap()).collect();
+    assert_eq!(sizes, [1, 2, 4, 8, 16, 32, 64].map(|kib| kib << 10));
+    for row in &rows {
+        assert_eq!(row.len(), 12, "{row:?}");
+        assert_eq!(row[1].parse::<u64>().unwrap() * 4, row[0].parse::<u64>().unwrap());
+        assert_eq!([&row[2], &row[3], &row[4], &row[10], &row[11]], ["f32", "avg", "direct", "0", "-"]);
+        let [time, least, most] = [5, 6, 7].map(|cell| row[cell].parse::<f64>().unwrap());
+        assert!(least <= time && time <= most, "{row:?}");
+    }
+    for says in ["(us)", "(GB/s)", "3 ranks", "Out of bounds values : 0 OK"] {
+        assert!(table.contains(says), "{says}:\n{table}");
+    }
+    assert!(table.lines().all(|line| line.chars().count() <= 120), "{table}");
+    assert!(!table.contains('\x1b'), "colour is for terminals");
+}
+
+#[test]
+fn every_dtype_and_algorithm_is_right() {
+    for (flags, methods) in [
+        ("--algorithm auto,ring,direct --baseline", 5),
+        ("--algorithm ring,direct --no-commit --f32-wire --chunk 1K --slots 2 --channels 2", 2),
+        ("--algorithm ring,direct --weighted --reject-non-finite --timeout 60 --baseline=limit", 3),
+    ] {
+        let table = table(&format!("-b 10000 -e 10000 -g 2,3,5 -d all -n 2 -w 0 {flags}"));
+        let rows = rows(&table);
+        assert_eq!(rows.len(), 4 * 3 * methods);
+        assert!(rows.iter().all(|row| row[10] == "0"), "{table}");
+        for dtype in ["f32", "f64", "f16", "bf16"] {
+            assert_eq!(rows.iter().filter(|row| row[2] == dtype).count(), 3 * methods);
+        }
+        assert_eq!(flags.contains("--baseline"), rows.iter().all(|row| row[11] != "-"), "{table}");
+    }
+}
+
+#[test]
+fn one_rank_and_sixteen() {
+    let table = table("-b 1 -e 1K -f 1024 -g 1,16 -n 1 -w 0 --baseline=limit --algorithm direct,ring");
+    assert!(rows(&table).iter().all(|row| row[10] == "0"), "{table}");
+    assert_eq!(rows(&table).len(), 2 * 2 * 3);
+}
+
+#[test]
+fn a_wrong_element_is_seen_and_fails_the_run() {
+    let output = bench("-b 64K -e 64K -d all -n 1 --algorithm direct,ring --baseline --sabotage");
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(rows(&table).iter().all(|row| row[10] == "1"), "{table}");
+    assert!(table.contains("Out of bounds values : 16 FAILED"), "{table}");
+    assert!(String::from_utf8_lossy(&output.stderr).starts_with("error: 16 elements"));
+    // Who does not look does not see.
+    let unchecked = self::table("-b 1K -e 1K -n 1 -c 0 --sabotage");
+    assert_eq!(rows(&unchecked)[0][10], "N/A");
+}
+
+#[test]
+fn records_have_the_fields_that_they_promise() {
+    let (json, csv) = (file("records.json", b""), file("records.csv", b""));
+    let files = format!("--json {} --csv {}", json.display(), csv.display());
+    let table =
+        table(&format!("--layout gpt2 --scale 0.0001 -g 4 -n 3 --baseline --algorithm direct,ring {files}"));
+    let json = std::fs::read_to_string(json).unwrap();
+    let records: Vec<Value> = serde_json::from_str(&json).unwrap();
+    let methods = ["average", "average", "per_tensor_ring", "flatten_ring_unflatten", "one_pass_limit"];
+    let algorithms = ["direct", "ring", "ring", "ring", "one_pass"];
+    assert_eq!(records.len(), 5);
+    let csv = std::fs::read_to_string(csv).unwrap();
+    let mut lines = csv.lines();
+    assert_eq!(lines.next().unwrap(), FIELDS.join(","));
+    for (index, record) in records.iter().enumerate() {
+        assert_eq!(record.as_object().unwrap().len(), FIELDS.len());
+        assert_eq!(
+            (&record["method"], &record["algorithm"]),
+            (&methods[index].into(), &algorithms[index].into())
+        );
+        for (field, value) in [("backend", "cpu"), ("layout", "gpt2"), ("dtype", "f32")] {
+            assert_eq!(record[field], value);
+        }
+        for (field, value) in [("tensors", 148), ("ranks", 4), ("wrong", 0)] {
+            assert_eq!(record[field], value);
+        }
+        let number = |field: &str| record[field].as_f64().unwrap();
+        assert!(number("min_us") <= number("time_us") && number("time_us") <= number("max_us"));
+        assert!(number("bytes") > 100_000.0 && number("ratio_to_limit") > 0.0);
+        assert!((number("busbw_gbs") / number("algbw_gbs") - 1.5).abs() < 0.01, "{record}");
+        let cells: Vec<&str> = lines.next().unwrap().split(',').collect();
+        let of_json = FIELDS.map(|field| record[field].to_string().trim_matches('"').to_owned());
+        assert_eq!(cells, of_json);
+    }
+    // In this order, one a line.
+    let line = json.lines().nth(1).unwrap();
+    let places = FIELDS.map(|field| line.find(&format!("\"{field}\": ")).unwrap());
+    assert!(places.is_sorted(), "{line}");
+    assert!(table.contains("gpt2 at scale 0.0001: 148 tensors"), "{table}");
+}
+
+#[test]
+fn models_come_from_files() {
+    let list = r#"[{"name": "a", "shape": [30, 7], "dtype": "f32"}, {"name": "b", "shape": [9], "dtype": "bf16"},
+        {"name": "empty", "shape": [0, 4], "dtype": "f32"}, {"name": "scalar", "shape": [], "dtype": "half"}]"#;
+    let header = r#"{"__metadata__": {"format": "pt"},
+        "wte": {"dtype": "F16", "shape": [70, 9], "data_offsets": [0, 1260]},
+        "wpe": {"dtype": "F64", "shape": [5], "data_offsets": [1260, 1300]},
+        "mask": {"dtype": "BOOL", "shape": [4], "data_offsets": [1300, 1304]}}"#;
+    for (path, says, bytes) in [
+        (file("model.json", list.as_bytes()), "4 tensors, 220 parameters in mixed", "860"),
+        (
+            file("model.safetensors", &safetensors(header)),
+            "2 tensors, 635 parameters in mixed (1 left out",
+            "1300",
+        ),
+    ] {
+        let table =
+            table(&format!("--layout {} -g 3 -n 3 --algorithm direct,ring --baseline", path.display()));
+        assert!(table.contains(says), "{table}");
+        let rows = rows(&table);
+        assert_eq!(rows.len(), 5);
+        assert!(rows.iter().all(|row| row[0] == bytes && row[2] == "mixed" && row[10] == "0"), "{table}");
+        let table = self::table(&format!("--layout {} -d f64,bf16 -n 1", path.display()));
+        assert_eq!(self::rows(&table).iter().map(|row| row[2].as_str()).collect::<Vec<_>>(), ["f64", "bf16"]);
+    }
+}
+
+#[test]
+fn files_that_are_no_good_are_named_with_what_to_do() {
+    for (name, content, says) in [
+        ("no.json", &b"{\"model\": 1}"[..], "a layout is a list such as"),
+        ("cut.json", b"[{\"name\": \"a\"", "a layout is a list such as"),
+        ("index.json", b"{\"weight_map\": {}}", "give one of its .safetensors files"),
+        ("none.json", b"[]", "holds no tensors"),
+        (
+            "empty.json",
+            b"[{\"name\": \"a\", \"shape\": [0], \"dtype\": \"f32\"}]",
+            "all of its tensors are empty",
+        ),
+        (
+            "int.json",
+            b"[{\"name\": \"a\", \"shape\": [1], \"dtype\": \"i64\"}]",
+            "tensor `a` has dtype `i64`: use f32",
+        ),
+        (
+            "huge.json",
+            b"[{\"name\": \"a\", \"shape\": [9999999999999, 9999999999999], \"dtype\": \"f32\"}]",
+            "tensor `a`",
+        ),
+        ("cut.safetensors", b"\x40\0\0\0\0\0\0\0{\"a\":", "is cut within its header"),
+        ("short.safetensors", b"abc", "shorter than the 8 bytes"),
+        ("text.safetensors", b"this is a text and no checkpoint", "no safetensors file"),
+        ("none.safetensors", b"\x02\0\0\0\0\0\0\0{}", "holds no tensors"),
+        (
+            "f8.safetensors",
+            &safetensors(r#"{"w": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}"#),
+            "tensor `w` has dtype F8_E4M3, which can't be averaged",
+        ),
+    ] {
+        let path = file(name, content);
+        let said = error(&format!("--layout {}", path.display()), 1);
+        assert!(said.contains(says) && said.contains(name), "{said} does not say {says}");
+    }
+    assert!(error("--layout missing.json", 1).contains("missing.json: cannot read it"));
+    assert!(error("--layout missing.safetensors", 1).contains("missing.safetensors: cannot open it"));
+    assert!(error("-b 1K -e 1K --json /nowhere/at/all.json", 1).contains("cannot write /nowhere/at/all.json"));
+}
+
+#[test]
+fn wrong_command_lines_exit_with_2_and_failures_with_1() {
+    for (line, says) in [
+        ("--nonsense", "--nonsense"),
+        ("-g 17", "1..=16"),
+        ("-o sum", "avg"),
+        ("-d int8", "bfloat16"),
+        ("-b 1Q", "64K"),
+        ("-b 2M -e 1M", "swap them"),
+        ("--layout gpt3", "gpt2, resnet50, llama3-8b"),
+        ("--layout gpt2 -b 1K", "cannot be used with"),
+        ("-b 1K -e 1K --slots 3 --algorithm ring", "a power of two"),
+    ] {
+        let said = error(line, 2);
+        assert!(said.contains(says), "{said} does not say {says}");
+    }
+    let said = error("--backend cuda", 1);
+    assert!(said.contains("cuda:0") && said.contains("hint: --backend cpu"), "{said}");
+    let said = error("-b 1T -e 1T -g 16 -n 1", 1);
+    assert!(said.contains("needs 16384.0 GiB of memory") && said.contains("smaller -e"), "{said}");
+}
+
+#[test]
+fn help_teaches_and_a_closed_pipe_is_no_error() {
+    let help = bench("--help");
+    assert!(help.status.success());
+    let help = String::from_utf8(help.stdout).unwrap();
+    for says in ["Examples:", "--baseline", "one-pass limit", "Exit code", "-b, --minbytes"] {
+        assert!(help.contains(says), "{says}");
+    }
+    let mut command = Command::new(env!("CARGO_BIN_EXE_allreduce-bench"));
+    command.args(["-b", "1K", "-e", "16M", "-n", "2"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stderr).as_ref()), (Some(0), ""));
+}

@@ -1,0 +1,130 @@
+// Fresh data into a rank's tensors before an average, and a look at every element and every guard byte after it.
+#pragma once
+#include "world.h"
+
+// The one value that is not finite, if any.
+struct Odd {
+  uint32_t rank = ~0u, bucket = 0, tensor = 0;
+  uint64_t element = 0;
+  bool infinite = false;
+};
+// What average number `number` of a world is about, as all ranks know it.
+struct Plan {
+  uint32_t number = 0;
+  std::vector<double> weights;  // empty: not weighted
+  std::vector<uint32_t> useless; // ranks whose tensors are NaN all over, since their weight is 0
+  Odd odd;
+  double weight(uint32_t r) const { return weights.empty() ? 1 : weights[r]; }
+};
+enum class Expect { kMean, kLocal, kEither };
+
+inline uint64_t local_bits(const World& w, const Plan& plan, uint32_t r, uint32_t b, uint32_t t, uint64_t i) {
+  const uint32_t dtype = w.s.buckets[b].dtype;
+  if (plan.odd.rank == r && plan.odd.bucket == b && plan.odd.tensor == t && plan.odd.element == i)
+    return plan.odd.infinite ? infinity_bits(dtype) : nan_bits(dtype);
+  for (uint32_t useless : plan.useless)
+    if (useless == r) return nan_bits(dtype);
+  return make_bits(dtype, mix(w.s.seed) ^ mix(uint64_t(plan.number) << 40 | uint64_t(r) << 32 | b << 24 | t << 16 | i));
+}
+
+inline void fill(const World& w, const Plan& plan, uint32_t r) {
+  for (uint32_t b = 0; b < w.s.buckets.size(); ++b) {
+    const unsigned bytes = kFormat[w.s.buckets[b].dtype].bytes;
+    for (uint32_t t = 0; t < w.ranks[r].tensors[b].size(); ++t) {
+      const Tensor& tensor = w.ranks[r].tensors[b][t];
+      for (uint64_t i = 0; i < tensor.elements; ++i) {
+        const uint64_t bits = local_bits(w, plan, r, b, t, i);
+        std::memcpy(tensor.data + i * bytes, &bits, bytes);
+      }
+    }
+  }
+}
+
+inline void check_guards(const World& w, uint32_t r) {
+  if (kOffLimits) return;
+  for (uint32_t b = 0; b < w.s.buckets.size(); ++b)
+    for (const Tensor& tensor : w.ranks[r].tensors[b]) {
+      const char *end = tensor.data + tensor.elements * kFormat[w.s.buckets[b].dtype].bytes, *base = tensor.memory->base;
+      for (const char* p = base; p < base + tensor.memory->bytes; p = p + 1 == tensor.data ? end : p + 1)
+        if (*p != char(kGuardByte)) wrong("rank %u wrote %td bytes beside a tensor of %llu elements", r, p - tensor.data, (unsigned long long)tensor.elements);
+    }
+}
+
+// Every element is the mean, or what it was, or one of the two; a digest of all bytes, to compare ranks with.
+inline uint64_t check(const World& w, const Plan& plan, uint32_t r, Expect expect) {
+  uint64_t digest = 0;
+  const uint32_t n = w.s.world;
+  std::vector<double> values(n), weights(n);
+  for (uint32_t q = 0; q < n; ++q) weights[q] = plan.weight(q);
+  for (uint32_t b = 0; b < w.s.buckets.size(); ++b) {
+    const Shape& shape = w.s.buckets[b];
+    const unsigned bytes = kFormat[shape.dtype].bytes;
+    const bool narrow_wire = w.s.mode != Mode::kDirect && !shape.wire_f32;
+    for (uint32_t t = 0; t < w.ranks[r].tensors[b].size(); ++t) {
+      const Tensor& tensor = w.ranks[r].tensors[b][t];
+      for (uint64_t i = 0; i < tensor.elements; ++i) {
+        const uint64_t bits = load_bits(tensor.data + i * bytes, bytes), local = local_bits(w, plan, r, b, t, i);
+        digest = mix(digest ^ bits);
+        if (bits == local && expect != Expect::kMean) continue;
+        for (uint32_t q = 0; q < n; ++q) values[q] = decode(shape.dtype, local_bits(w, plan, q, b, t, i));
+        const Mean mean = mean_of(shape.dtype, values.data(), weights.data(), n, narrow_wire);
+        const double got = decode(shape.dtype, bits);
+        // Infinity times a scale may be NaN, and infinity minus infinity is: either stands for "not finite".
+        const bool is_mean = std::isfinite(mean.value) ? std::fabs(got - mean.value) <= mean.tolerance : !std::isfinite(got);
+        if (is_mean && expect != Expect::kLocal) continue;
+        wrong("%s, n=%u, C=%u, average %u: rank %u, bucket %u (dtype %u, wire_f32 %d), tensor %u[%llu] is %.9g; it was %.9g, the mean is %.9g ± %.2g; expected %s",
+              name_of(w.s.mode), n, w.s.channels, plan.number, r, b, shape.dtype, shape.wire_f32, t, (unsigned long long)i, got,
+              decode(shape.dtype, local), mean.value, mean.tolerance,
+              expect == Expect::kMean ? "the mean" : expect == Expect::kLocal ? "no change" : "one of them");
+      }
+    }
+  }
+  check_guards(w, r);
+  return digest;
+}
+
+// ---- several averages of one world ------------------------------------------------------------------------------
+struct Script {
+  Plan plan;
+  std::vector<Call> calls; // by rank
+};
+inline Script script_of(const World& w, uint32_t number) {
+  Script script;
+  script.plan.number = number;
+  script.calls.resize(w.s.world);
+  return script;
+}
+struct Ended { // of one rank's average
+  Outcome outcome;
+  uint64_t digest = 0;
+};
+inline void expect_outcome(const World& w, uint32_t r, uint32_t number, const Outcome& o, uint32_t kind, uint32_t peer) {
+  if (o.kind != kind || (kind != PA_COMMITTED && kind != PA_UNNEEDED && kind != PA_NO_WEIGHT && o.peer != peer))
+    wrong("%s, n=%u, C=%u, average %u: rank %u ended with %u of rank %u at %u, not %u of rank %u", name_of(w.s.mode), w.s.world,
+          w.s.channels, number, r, o.kind, o.peer, o.where, kind, peer);
+}
+
+// Every rank fills its tensors, averages and checks, average after average, waiting for nobody but through the kernels.
+// script(k) is average k, ending(k) how it must end. All ranks must end with the same bits where they end with the mean.
+inline void run_script(World& w, uint32_t averages, const std::function<Script(uint32_t)>& script,
+                       const std::function<void(uint32_t, uint32_t, const Outcome&)>& ending) {
+  std::vector<std::vector<Ended>> ended(w.s.world, std::vector<Ended>(averages));
+  each_rank(w, [&](uint32_t r) {
+    for (uint32_t k = 0; k < averages; ++k) {
+      const Script now = script(k);
+      fill(w, now.plan, r);
+      Ended& e = ended[r][k];
+      e.outcome = w.average(r, now.calls[r]);
+      ending(k, r, e.outcome);
+      e.digest = check(w, now.plan, r, e.outcome.kind == PA_COMMITTED ? Expect::kMean : Expect::kLocal);
+    }
+  });
+  for (uint32_t k = 0; k < averages; ++k)
+    for (uint32_t r = 1; r < w.s.world; ++r)
+      if (ended[0][k].outcome.kind == PA_COMMITTED && ended[r][k].digest != ended[0][k].digest)
+        wrong("%s, n=%u, average %u: ranks 0 and %u differ in bits", name_of(w.s.mode), w.s.world, k, r);
+}
+// The same where every average must succeed.
+inline void run_good(World& w, uint32_t averages, const std::function<Script(uint32_t)>& script) {
+  run_script(w, averages, script, [&](uint32_t k, uint32_t r, const Outcome& o) { expect_outcome(w, r, k, o, PA_COMMITTED, 0); });
+}

@@ -1,0 +1,149 @@
+// Averages that nothing goes wrong in, and averages that end at a verdict: nothing is broken, the next one works.
+#pragma once
+#include "check.h"
+
+#if defined(PA_LANES)
+constexpr uint32_t kLanes[] = {4, 2};
+#else
+constexpr uint32_t kLanes[] = {1, 1};
+#endif
+
+inline std::vector<Shape> all_dtypes() {
+  return {{PA_F32, false, {130, 1, 2, 3, 5, 64, 257}}, {PA_BF16, false, {300, 7, 1, 9, 16}}, {PA_F16, true, {1, 215, 8, 33}},
+          {PA_F64, false, {61, 1, 2, 3}}, {PA_BF16, true, {129, 5, 64}}, {PA_F16, false, {77, 1}}};
+}
+inline std::vector<Shape> two_dtypes() { return {{PA_F32, false, {333, 1, 2, 3, 70, 5}}, {PA_BF16, true, {301, 3, 1, 90}}}; }
+
+inline Setup setup_of(Mode mode, uint32_t world, uint32_t channels, uint64_t seed) {
+  Setup s;
+  s.mode = mode, s.world = world, s.channels = channels, s.seed = seed;
+  s.slots = seed % 3 == 0 ? 4 : 2;
+  s.chunk = seed % 4 == 1 ? 16 : 8;
+  s.lanes = kLanes[seed % 2];
+  s.buckets = seed % 2 ? all_dtypes() : two_dtypes();
+  return s;
+}
+
+// Worlds of 2 … 5 ranks, 1 … 3 channels.
+inline void many_worlds(Mode mode, uint32_t averages) {
+  uint64_t seed = 1;
+  for (uint32_t world : {3u, 4u, 2u, 5u, 3u})
+    for (uint32_t channels : {2u, 1u, 3u}) {
+      if (channels == 3 && world != 3) continue;
+      World w(setup_of(mode, world, channels, seed++));
+      run_good(w, averages, [&](uint32_t k) { return script_of(w, k); });
+    }
+}
+inline void ring() { many_worlds(Mode::kRing, 5); }
+inline void commit() { many_worlds(Mode::kCommit, 4); }
+inline void direct() { many_worlds(Mode::kDirect, 8); }
+inline void largest() { // world
+  for (Mode mode : {Mode::kRing, Mode::kDirect}) {
+    World w(setup_of(mode, PA_MAX_WORLD, 1, 6));
+    run_good(w, 1, [&](uint32_t k) { return script_of(w, k); });
+  }
+}
+
+// Every counter passes its wrap, and the halves of its range.
+inline void wrap() {
+  uint64_t seed = 30;
+  for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect})
+    for (uint32_t epoch : {0xfffffffdu, 0x7ffffffdu})
+      for (uint32_t sequence : {0xffffffe0u, 0x7fffffe0u}) {
+        Setup s = setup_of(mode, 3, 2, seed++);
+        s.epoch = epoch, s.sequence = sequence;
+        World w(s);
+        run_good(w, 5, [&](uint32_t k) { return script_of(w, k); });
+      }
+}
+
+inline void weights() {
+  uint64_t seed = 50;
+  for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect})
+    for (uint32_t world : {3u, 5u}) {
+      World w(setup_of(mode, world, 2, seed++));
+      run_good(w, 4, [&](uint32_t k) {
+        Script script = script_of(w, k);
+        for (uint32_t r = 0; r < world; ++r) {
+          const double weight = k == 0 ? 1.0 + r : k == 1 ? (r == 1 ? 0.0 : 1.0) : k == 2 ? (r == 2 ? 3.0 : 0.0) : 1e-3 * (1 + (r + k) % 3);
+          script.plan.weights.push_back(weight);
+          if (weight == 0) script.plan.useless.push_back(r);
+          // A rank without weight only receives: its NaNs neither count nor are they found.
+          script.calls[r].flags = PA_FLAG_WEIGHTED | (k % 2 ? PA_FLAG_REJECT_NON_FINITE : 0);
+          script.calls[r].weight = weight;
+        }
+        return script;
+      });
+    }
+}
+
+// Each verdict of the meeting in turn, good averages between. Some follow one another at once: a rank may then write its
+// next record while another still reads this one.
+inline void layout() {
+  uint64_t seed = 60;
+  for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect}) {
+    World w(setup_of(mode, 3, 2, seed++));
+    const double bad[] = {-1, HUGE_VAL, std::nan("")};
+    const uint32_t kinds[] = {PA_COMMITTED, PA_LAYOUT, PA_SCHEDULE, PA_WEIGHTING, PA_BAD_WEIGHT, PA_NO_WEIGHT, PA_UNNEEDED};
+    const auto kind_at = [&](uint32_t k) { return kinds[(k * 5) % 7]; };
+    const auto peer_at = [&](uint32_t k) { return kind_at(k) == PA_WEIGHTING || kind_at(k) == PA_SCHEDULE ? 1 + k % 2 : k % 3; };
+    run_script(
+        w, 42,
+        [&](uint32_t k) {
+          Script script = script_of(w, k);
+          const uint32_t kind = kind_at(k), peer = peer_at(k);
+          for (uint32_t r = 0; r < 3; ++r) {
+            Call& call = script.calls[r];
+            if (kind == PA_UNNEEDED || (kind == PA_COMMITTED && r == 1)) call.flags |= PA_FLAG_UNNEEDED;
+            if (kind == PA_BAD_WEIGHT || kind == PA_NO_WEIGHT) call.flags |= PA_FLAG_WEIGHTED, call.weight = kind == PA_NO_WEIGHT ? 0 : 1;
+            if (r != peer) continue;
+            if (kind == PA_LAYOUT) call.flags |= PA_FLAG_LAYOUT, call.detail = k, call.found = 1000 + k;
+            if (kind == PA_SCHEDULE) ++call.schedule;
+            if (kind == PA_WEIGHTING) call.flags |= PA_FLAG_WEIGHTED;
+            if (kind == PA_BAD_WEIGHT) call.weight = bad[k % 3];
+          }
+          return script;
+        },
+        [&](uint32_t k, uint32_t r, const Outcome& o) {
+          expect_outcome(w, r, k, o, kind_at(k), peer_at(k));
+          if (o.kind == PA_LAYOUT && (o.detail != k || o.found != 1000 + k)) wrong("rank %u was told the wrong tensor of the layout", r);
+        });
+  }
+}
+
+// A NaN or an infinity of one rank, anywhere: nobody writes, all name the rank and the element, the next average works.
+inline void non_finite() {
+  uint64_t seed = 80;
+  for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect}) {
+    World w(setup_of(mode, 3, 2, seed++));
+    const auto odd_at = [&](uint32_t k) {
+      Odd odd;
+      if (k % 2 == 1) return odd; // a good one
+      const uint64_t h = mix(k * 77 + w.s.seed);
+      odd.rank = uint32_t(h % 3), odd.bucket = uint32_t((h >> 8) % w.s.buckets.size());
+      const auto& elements = w.s.buckets[odd.bucket].elements;
+      odd.tensor = uint32_t((h >> 16) % elements.size());
+      odd.element = k % 4 == 0 ? elements[odd.tensor] - 1 : (h >> 24) % elements[odd.tensor];
+      odd.infinite = h >> 60 & 1;
+      return odd;
+    };
+    run_script(
+        w, 13,
+        [&](uint32_t k) {
+          Script script = script_of(w, k);
+          script.plan.odd = odd_at(k);
+          for (Call& call : script.calls) call.flags = k == 12 ? 0 : PA_FLAG_REJECT_NON_FINITE; // at last: not rejected
+          return script;
+        },
+        [&](uint32_t k, uint32_t r, const Outcome& o) {
+          const Odd odd = odd_at(k);
+          const bool refused = odd.rank != ~0u && k != 12;
+          expect_outcome(w, r, k, o, refused ? PA_NON_FINITE : PA_COMMITTED, odd.rank);
+          if (!refused) return;
+          const uint64_t N = per_pack(w.s.buckets[odd.bucket].dtype);
+          const uint64_t place = w.ranks[0].tensors[odd.bucket][odd.tensor].first_pack * N + odd.element;
+          if (o.detail != 1 + (uint64_t(odd.bucket) << 56 | place))
+            wrong("%s, average %u: rank %u was told element %llx, not %llx", name_of(mode), k, r, (unsigned long long)o.detail, (unsigned long long)place);
+        });
+  }
+}

@@ -1,0 +1,272 @@
+// A world of ranks in this process, laid out as abi.h says: control word and boards, and for each rank its tensors,
+// segment tables, mailboxes and channels. Ranks run on threads of their own and share nothing else, so one may be in
+// the next average while another is still in this one.
+#pragma once
+#include <atomic>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "perturb.h"
+// The kernels see the clock and the yield of perturb.h.
+#include "../../kernels/average_cpu.cpp"
+#undef clock_gettime
+#undef sched_yield
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+inline void off_limits(const void* p, size_t bytes) { __asan_poison_memory_region(p, bytes); }
+constexpr bool kOffLimits = true; // guards cannot be read, so they need no check
+#else
+inline void off_limits(const void*, size_t) {}
+constexpr bool kOffLimits = false;
+#endif
+
+inline std::atomic<const char*> scenario_name{"?"};
+[[noreturn]] inline void wrong(const char* format, ...) {
+  va_list list;
+  va_start(list, format);
+  flockfile(stdout);
+  std::printf("WRONG %s: ", scenario_name.load());
+  std::vprintf(format, list);
+  std::printf("\n");
+  std::fflush(stdout);
+  va_end(list);
+  _exit(1);
+}
+
+enum class Mode { kDirect, kRing, kCommit };
+inline const char* name_of(Mode m) { return m == Mode::kDirect ? "direct" : m == Mode::kRing ? "ring" : "commit"; }
+
+struct Shape { // one bucket
+  uint32_t dtype;
+  bool wire_f32;
+  std::vector<uint64_t> elements;
+};
+struct Setup {
+  Mode mode = Mode::kRing;
+  uint32_t world = 3, channels = 2, lanes = 1, slots = 2, chunk = 8;
+  std::vector<Shape> buckets;
+  uint32_t epoch = 0;    // averages made so far
+  uint32_t sequence = 0; // chunks sent so far over the first link; other links differ by a few
+  uint64_t timeout_ns = 200'000'000'000;
+  uint64_t seed = 1;
+};
+// What one rank passes to one average.
+struct Call {
+  uint32_t flags = 0;
+  double weight = 1;
+  uint64_t schedule = 7, detail = 0, found = 0;
+  uint32_t fault_step = 0;
+  // Delays before the average, between its two launches, and of the last channel alone.
+  uint32_t before_us = 0, between_us = 0, last_channel_us = 0;
+};
+// How it ended there.
+struct Outcome {
+  uint32_t kind = PA_OPEN, peer = 0, where = 0;
+  bool committed = false;
+  uint64_t detail = 0, found = 0;
+};
+
+// Memory on lines of its own that is gone when the world is.
+struct Region {
+  char* base;
+  size_t bytes;
+  explicit Region(size_t size, int fill) : bytes((size + 127) / 128 * 128) {
+    base = static_cast<char*>(std::aligned_alloc(128, bytes == 0 ? 128 : bytes));
+    std::memset(base, fill, bytes);
+  }
+  Region(const Region&) = delete;
+  ~Region() { std::free(base); }
+  template <class T> T* as() const { return reinterpret_cast<T*>(base); }
+  uint64_t address() const { return reinterpret_cast<uint64_t>(base); }
+};
+
+constexpr size_t kGuard = 64;
+constexpr int kGuardByte = 0xa5;
+struct Tensor {
+  std::unique_ptr<Region> memory;
+  char* data;
+  uint64_t elements, first_pack;
+};
+
+struct Rank {
+  std::vector<std::vector<Tensor>> tensors;             // by bucket
+  std::vector<std::unique_ptr<Region>> segments, shards; // by bucket
+  std::unique_ptr<Region> buckets, channels, inbox, filled_in, drained_in;
+  uint32_t averages = 0;
+};
+
+inline uint64_t round_up(uint64_t x, uint64_t to) { return (x + to - 1) / to * to; }
+
+struct World {
+  Setup s;
+  Region control_memory;
+  std::vector<Rank> ranks;
+  uint32_t slot_packs = 0;
+
+  PaControl* control() const { return control_memory.as<PaControl>(); }
+  PaChannel* channel(uint32_t rank, uint32_t c) const { return ranks[rank].channels->as<PaChannel>() + c; }
+
+  explicit World(const Setup& setup) : s(setup), control_memory(sizeof(PaControl), 0), ranks(setup.world) {
+    for (const Shape& shape : s.buckets) {
+      const uint32_t wide = shape.wire_f32 && kFormat[shape.dtype].bytes == 2 ? 2 : 1;
+      slot_packs = std::max(slot_packs, s.chunk * wide);
+    }
+    slot_packs += PA_ALIGN_PACKS; // none of them is used
+    control()->decision = uint64_t(s.epoch) << 32 | PA_COMMITTED << 8;
+    for (uint32_t r = 0; r < s.world; ++r) build(r);
+  }
+  World(const World&) = delete;
+
+  void build(uint32_t r) {
+    Rank& rank = ranks[r];
+    PaBoard& board = control()->board[r];
+    board.arrived = s.epoch;
+    board.vote = board.left = 2 * s.epoch;
+    rank.buckets = std::make_unique<Region>(s.buckets.size() * sizeof(PaBucket), 0);
+    for (size_t b = 0; b < s.buckets.size(); ++b) rank.buckets->as<PaBucket>()[b] = build_bucket(rank, r, s.buckets[b]);
+    rank.channels = std::make_unique<Region>(s.channels * sizeof(PaChannel), 0);
+    rank.filled_in = std::make_unique<Region>(s.channels * PA_LINE_WORDS * 4, 0);
+    rank.drained_in = std::make_unique<Region>(s.channels * PA_LINE_WORDS * 4, 0);
+    rank.inbox = std::make_unique<Region>(size_t(s.channels) * s.slots * slot_packs * PA_PACK_BYTES, 0xff); // NaN
+    for (uint32_t i = 0; i < s.channels * s.slots; ++i)
+      off_limits(rank.inbox->base + ((i + 1) * slot_packs - PA_ALIGN_PACKS) * PA_PACK_BYTES, PA_ALIGN_PACKS * PA_PACK_BYTES);
+    for (uint32_t c = 0; c < s.channels; ++c) {
+      const uint32_t out = sequence_of(r, c), in = sequence_of((r + s.world - 1) % s.world, c);
+      PaChannel& own = rank.channels->as<PaChannel>()[c];
+      own.epoch = s.epoch, own.send_seq = out, own.recv_seq = in;
+      rank.filled_in->as<uint32_t>()[c * PA_LINE_WORDS] = in;
+      rank.drained_in->as<uint32_t>()[c * PA_LINE_WORDS] = out;
+    }
+  }
+  uint32_t sequence_of(uint32_t r, uint32_t c) const { return s.sequence + 3 * r + 5 * c; }
+
+  PaBucket build_bucket(Rank& rank, uint32_t r, const Shape& shape) {
+    const unsigned bytes = kFormat[shape.dtype].bytes;
+    std::vector<Tensor> tensors;
+    std::vector<PaSegment> segments;
+    uint64_t packs = 0;
+    for (size_t t = 0; t < shape.elements.size(); ++t) {
+      const uint64_t elements = shape.elements[t];
+      // Two tensors in three lie across packs, on every rank differently.
+      const uint64_t shift = (t + r) % 3 == 0 ? 0 : (1 + t + r) % per_pack(shape.dtype) * bytes;
+      Tensor tensor{std::make_unique<Region>(2 * kGuard + shift + elements * bytes, kGuardByte), nullptr, elements, packs};
+      const Region& memory = *tensor.memory;
+      tensor.data = memory.base + kGuard + shift;
+      const char* end = tensor.data + elements * bytes;
+      off_limits(memory.base, size_t(tensor.data - memory.base) / 8 * 8); // shadow memory has one byte for eight
+      off_limits(end, size_t(memory.base + memory.bytes - end));
+      segments.push_back({reinterpret_cast<uint64_t>(tensor.data), elements, packs});
+      packs += (elements + per_pack(shape.dtype) - 1) / per_pack(shape.dtype);
+      tensors.push_back(std::move(tensor));
+    }
+    PaBucket bucket = {};
+    bucket.packs = packs;
+    bucket.channel_packs = round_up((packs + s.channels - 1) / s.channels, PA_ALIGN_PACKS);
+    bucket.shard_packs = round_up((bucket.channel_packs + s.world - 1) / s.world, PA_ALIGN_PACKS) + PA_ALIGN_PACKS;
+    bucket.segment_count = uint32_t(segments.size());
+    bucket.dtype = shape.dtype;
+    bucket.chunk = s.chunk;
+    bucket.wire_f32 = shape.wire_f32;
+    rank.segments.push_back(std::make_unique<Region>(segments.size() * sizeof(PaSegment), 0));
+    std::memcpy(rank.segments.back()->base, segments.data(), segments.size() * sizeof(PaSegment));
+    rank.shards.push_back(std::make_unique<Region>(bucket.shard_packs * s.channels * PA_PACK_BYTES, 0xff));
+    bucket.segments = rank.segments.back()->address();
+    bucket.shard = rank.shards.back()->address();
+    rank.tensors.push_back(std::move(tensors));
+    return bucket;
+  }
+
+  PaArgs args(uint32_t r, const Call& call) const {
+    const Rank &own = ranks[r], &next = ranks[(r + 1) % s.world], &previous = ranks[(r + s.world - 1) % s.world];
+    PaArgs a = {};
+    a.control = control_memory.address();
+    a.channel = own.channels->address();
+    a.buckets = own.buckets->address();
+    a.inbox = own.inbox->address();
+    a.outbox = next.inbox->address();
+    a.filled_in = own.filled_in->address();
+    a.filled_out = next.filled_in->address();
+    a.drained_in = own.drained_in->address();
+    a.drained_out = previous.drained_in->address();
+    a.timeout_ns = s.timeout_ns;
+    a.schedule = call.schedule, a.weight = call.weight, a.detail = call.detail, a.found = call.found;
+    a.rank = r, a.world = s.world, a.channels = s.channels, a.slots = s.slots, a.slot_packs = slot_packs;
+    a.bucket_count = uint32_t(s.buckets.size());
+    a.flags = call.flags, a.fault_step = call.fault_step;
+    return a;
+  }
+
+  // One launch: a thread for every lane of every block, joined.
+  void launch(uint32_t r, const PaArgs& a, uint32_t phase, uint32_t last_channel_us) const {
+    const uint64_t seed = random_bits();
+    std::vector<std::thread> threads;
+#if defined(PA_LANES)
+    std::vector<PA_ISA::Lanes> shared(s.channels);
+    for (auto& block : shared) pthread_barrier_init(&block.barrier, nullptr, s.lanes), block.flag[0] = block.flag[1] = 0;
+#endif
+    for (uint32_t c = 0; c < s.channels; ++c)
+      for (uint32_t lane = 0; lane < s.lanes; ++lane)
+        threads.emplace_back([&, c, lane] {
+          dawdle_state = mix(seed ^ (r << 20 | c << 10 | lane));
+          perturb(3);
+          if (c + 1 == s.channels && last_channel_us != 0) usleep(last_channel_us);
+#if defined(PA_LANES)
+          PA_ISA::run_phase(PA_ISA::Exec{c, lane, s.lanes, &shared[c]}, a, phase);
+#else
+          PA_ISA::run_phase(PA_ISA::Exec{c}, a, phase);
+#endif
+        });
+    for (auto& thread : threads) thread.join();
+#if defined(PA_LANES)
+    for (auto& block : shared) pthread_barrier_destroy(&block.barrier);
+#endif
+  }
+
+  // One average of one rank, as Rust makes it.
+  Outcome average(uint32_t r, const Call& call) {
+    const PaArgs a = args(r, call);
+    if (call.before_us != 0) usleep(call.before_us);
+    if (s.mode != Mode::kCommit && (call.flags & PA_FLAG_REJECT_NON_FINITE)) launch(r, a, PA_SCAN, 0);
+    if (s.mode == Mode::kDirect) launch(r, a, PA_DIRECT, call.last_channel_us);
+    if (s.mode == Mode::kRing) launch(r, a, PA_RING, call.last_channel_us);
+    if (s.mode == Mode::kCommit) {
+      launch(r, a, PA_RING_REDUCE, call.last_channel_us);
+      if (call.between_us != 0) usleep(call.between_us);
+      launch(r, a, PA_RING_GATHER, 0);
+    }
+    ++ranks[r].averages;
+    return outcome(r);
+  }
+
+  // All channels of a rank must say the same, but for a failure after the commit, which may strike some only.
+  Outcome outcome(uint32_t r) const {
+    const PaChannel& first = *channel(r, 0);
+    Outcome o{first.outcome, first.peer, first.where, first.committed != 0, first.detail, first.found};
+    for (uint32_t c = 1; c < s.channels; ++c) {
+      const PaChannel& other = *channel(r, c);
+      if ((other.committed != 0) != o.committed && other.outcome != PA_OPEN && o.kind != PA_OPEN)
+        wrong("rank %u: channel %u committed=%u, channel 0 %u (outcomes %u and %u)", r, c, other.committed, o.committed, other.outcome, o.kind);
+      if (!o.committed && o.kind != PA_OPEN && other.outcome != PA_OPEN && (other.outcome != o.kind || (o.kind >= PA_NON_FINITE && other.peer != o.peer)))
+        wrong("rank %u: channel %u ended with %u of rank %u, channel 0 with %u of rank %u", r, c, other.outcome, other.peer, o.kind, o.peer);
+      if (other.outcome != PA_COMMITTED && o.kind == PA_COMMITTED) o.kind = other.outcome, o.peer = other.peer, o.where = other.where;
+    }
+    return o;
+  }
+};
+
+// Runs f(rank) on a thread for each rank.
+inline void each_rank(const World& world, const std::function<void(uint32_t)>& f) {
+  std::vector<std::thread> threads;
+  for (uint32_t r = 0; r < world.s.world; ++r)
+    threads.emplace_back([&, r] {
+      dawdle_state = mix(world.s.seed * 1000003 + r);
+      f(r);
+    });
+  for (auto& thread : threads) thread.join();
+}

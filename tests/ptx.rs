@@ -1,0 +1,130 @@
+//! The GPU kernels' PTX, run through the CUDA driver API on a simulated device: `../shared/cudasim`, or the libcuda.so.1
+//! in the folder that `CUDASIM_LIB` names. Every result must have the bits that the CPU kernels give. What this can't
+//! see: ptxas, caches, weak memory, time.
+
+mod common;
+mod ptx {
+    pub mod case;
+    pub mod machines;
+    pub mod scenarios;
+    pub mod simulator;
+}
+
+use ptx::simulator::{child, folder, Ended, FATBIN, SCENARIO};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Not a test by itself: what the others start as a process of its own.
+#[test]
+fn child_process() {
+    let Ok(scenario) = std::env::var(SCENARIO) else { return };
+    let fatbin = match std::env::var_os(FATBIN) {
+        Some(file) => std::fs::read(file).unwrap(),
+        None => param_averager::__private::fatbin().unwrap_or_default().to_vec(),
+    };
+    ptx::scenarios::run(&scenario, &fatbin);
+}
+
+/// The simulator's folder, or a SKIPPED line.
+fn simulator(test: &str) -> Option<PathBuf> {
+    match param_averager::__private::fatbin().map_err(str::to_owned).and_then(|_| folder()) {
+        Ok(folder) => Some(folder),
+        Err(reason) => {
+            common::skipped(test, &reason);
+            None
+        }
+    }
+}
+
+fn succeeds(ended: Ended) {
+    assert_eq!(ended.code, Some(0), "{}", ended.said);
+}
+
+#[test]
+fn ptx_gives_the_bits_of_the_cpu_on_one_device() {
+    let Some(folder) = simulator("ptx_gives_the_bits_of_the_cpu_on_one_device") else { return };
+    succeeds(child("streams", Some(&folder), &[("CUDASIM_DEVICES", "1"), ("CUDASIM_SEED", "1")]));
+}
+
+#[test]
+fn ptx_gives_the_bits_of_the_cpu_on_several_devices() {
+    let Some(folder) = simulator("ptx_gives_the_bits_of_the_cpu_on_several_devices") else { return };
+    succeeds(child("devices", Some(&folder), &[("CUDASIM_DEVICES", "4"), ("CUDASIM_DELAY", "20")]));
+}
+
+#[test]
+fn ptx_failures_are_typed_and_change_nothing() {
+    let Some(folder) = simulator("ptx_failures_are_typed_and_change_nothing") else { return };
+    succeeds(child("failures", Some(&folder), &[("CUDASIM_DEVICES", "1")]));
+}
+
+const RACE: [(&str, &str); 2] = [("CUDASIM_RACE", "1"), ("CUDASIM_DEVICES", "3")];
+const RACE_EXIT: Option<i32> = Some(66);
+
+#[test]
+fn ptx_has_no_race() {
+    let Some(folder) = simulator("ptx_has_no_race") else { return };
+    succeeds(child("race", Some(&folder), &RACE));
+}
+
+/// A fatbin with the ring alone, without one of its synchronisations.
+fn mutant(nvcc: &str, number: u32) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let (source, fatbin) =
+        (folder.join(format!("mutant{number}.cu")), folder.join(format!("mutant{number}.fatbin")));
+    let text = "#include \"ring.h\"\n\
+        extern \"C\" __global__ void pa_ring(const __grid_constant__ PaArgs args) {\n\
+        PA_ISA::run_ring<PA_RING>(PA_ISA::Exec{}, args);\n}\n";
+    std::fs::write(&source, text).unwrap();
+    let output = Command::new(nvcc)
+        .args([
+            "-fatbin",
+            "-std=c++17",
+            "-O3",
+            "-fmad=false",
+            "-Ikernels",
+            "-gencode",
+            "arch=compute_90,code=compute_90",
+        ])
+        .arg(format!("-DPA_MUTANT={number}"))
+        .arg("-o")
+        .args([&fatbin, &source])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    fatbin
+}
+
+#[test]
+fn planted_faults_are_reported() {
+    let test = "planted_faults_are_reported";
+    let Some(folder) = simulator(test) else { return };
+    let nvcc = option_env!("PARAM_AVERAGER_NVCC").unwrap_or_default();
+    if !Path::new(nvcc).is_file() {
+        return common::skipped(test, "the nvcc that built the kernels is gone");
+    }
+    const PANIC: Option<i32> = Some(101);
+    // 0: nothing is planted. 1: `filled` is published relaxed. 3: no block barrier before it is published. 17: a last
+    // pack is taken for a full one, and what lies behind a tensor is averaged too.
+    for (number, settings, expected) in
+        [(0, &RACE[..], Some(0)), (1, &RACE[..], RACE_EXIT), (3, &RACE[..], RACE_EXIT), (17, &[][..], PANIC)]
+    {
+        let fatbin = mutant(nvcc, number);
+        let ended =
+            child("mutant", Some(&folder), &[settings, &[(FATBIN, fatbin.to_str().unwrap())]].concat());
+        assert_eq!(ended.code, expected, "mutant {number}: {}", ended.said);
+    }
+}
+
+#[test]
+fn a_machine_without_a_device_or_a_driver_says_so() {
+    let test = "a_machine_without_a_device_or_a_driver_says_so";
+    let Some(folder) = simulator(test) else { return };
+    succeeds(child("no-device", Some(&folder), &[("CUDASIM_NO_DEVICE", "1")]));
+    // Without LD_LIBRARY_PATH: a driver that is found then is one of the machine's own.
+    let ended = child("no-driver", None, &[]);
+    if ended.code != Some(0) && ended.said.contains("a libcuda is installed here") {
+        return common::skipped(test, "this machine has a driver");
+    }
+    succeeds(ended);
+}

@@ -1,0 +1,152 @@
+//! The two machines: the CPU kernels, and PTX through the driver API on whatever libcuda there is.
+
+use super::case::{Job, Machine};
+use cudarc::driver::{
+    result, sys, CudaContext, CudaFunction, CudaStream, DeviceRepr, LaunchConfig, PushKernelArg,
+};
+use cudarc::nvrtc::Ptx;
+use param_averager::__private::run_block_cpu;
+use param_averager::abi::{PaArgs, PA_DIRECT, PA_RING, PA_RING_GATHER, PA_RING_REDUCE};
+use std::sync::Arc;
+
+/// A block is a thread.
+pub struct Cpu;
+
+impl Machine for Cpu {
+    fn allocate(&self, _: usize, bytes: usize) -> u64 {
+        let memory = vec![0xa5u8; bytes + 128].leak();
+        (memory.as_ptr() as u64).next_multiple_of(128)
+    }
+    fn allocate_shared(&self, bytes: usize) -> u64 {
+        self.allocate(0, bytes)
+    }
+    fn write(&self, _: usize, address: u64, bytes: &[u8]) {
+        // SAFETY: own memory, which no job is using.
+        unsafe { std::ptr::copy(bytes.as_ptr(), address as *mut u8, bytes.len()) }
+    }
+    fn read(&self, _: usize, address: u64, bytes: &mut [u8]) {
+        // SAFETY: as above.
+        unsafe { std::ptr::copy(address as *const u8, bytes.as_mut_ptr(), bytes.len()) }
+    }
+    fn run(&self, jobs: &[Job], meanwhile: &dyn Fn()) {
+        std::thread::scope(|scope| {
+            for job in jobs {
+                scope.spawn(move || {
+                    for &phase in &job.phases {
+                        std::thread::scope(|scope| {
+                            for channel in 0..job.args.channels {
+                                // SAFETY: the case laid the memory out as kernels/abi.h says.
+                                scope.spawn(move || unsafe { run_block_cpu(&job.args, phase, channel) });
+                            }
+                        });
+                    }
+                });
+            }
+            meanwhile();
+        });
+    }
+}
+
+#[repr(transparent)]
+struct Args(PaArgs);
+// SAFETY: plain data, and what the kernels take by value.
+unsafe impl DeviceRepr for Args {}
+
+struct Rank {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    functions: [Option<CudaFunction>; 5], // see index()
+}
+
+/// Rank r is a stream of device r, or of device 0.
+pub struct Cuda {
+    ranks: Vec<Rank>,
+}
+
+impl Cuda {
+    pub fn new(fatbin: &[u8], world: usize, own_devices: bool) -> Cuda {
+        let contexts: Vec<_> =
+            (0..world).map(|rank| CudaContext::new(if own_devices { rank } else { 0 }).unwrap()).collect();
+        for (a, one) in contexts.iter().enumerate().filter(|_| own_devices) {
+            one.bind_to_thread().unwrap();
+            for (_, other) in contexts.iter().enumerate().filter(|&(b, _)| a != b) {
+                // SAFETY: both contexts live.
+                unsafe { sys::cuCtxEnablePeerAccess(other.cu_ctx(), 0) }.result().unwrap();
+            }
+        }
+        // All is loaded before anything runs: loading may wait for running kernels.
+        let mut module = None;
+        let ranks = contexts.into_iter().map(|context| {
+            if module.is_none() || own_devices {
+                module = Some(context.load_module(Ptx::from_binary(fatbin.to_vec())).unwrap());
+            }
+            let names = ["pa_direct", "pa_ring", "pa_ring_reduce", "pa_ring_gather", "pa_scan"];
+            // The fatbin of a mutant holds one kernel.
+            let functions = names.map(|name| module.as_ref().unwrap().load_function(name).ok());
+            let stream = context.new_stream().unwrap();
+            Rank { functions, context, stream }
+        });
+        Cuda { ranks: ranks.collect() }
+    }
+
+    fn bind(&self, rank: usize) {
+        self.ranks[rank].context.bind_to_thread().unwrap();
+    }
+}
+
+impl Machine for Cuda {
+    fn allocate(&self, rank: usize, bytes: usize) -> u64 {
+        self.bind(rank);
+        // Not from the stream's pool, which peer access does not cover. SAFETY: a context is bound.
+        unsafe { result::malloc_sync(bytes.max(1)) }.unwrap()
+    }
+    fn allocate_shared(&self, bytes: usize) -> u64 {
+        self.bind(0);
+        let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+        // SAFETY: a context is bound.
+        unsafe { result::malloc_host(bytes, flags) }.unwrap() as u64
+    }
+    fn write(&self, rank: usize, address: u64, bytes: &[u8]) {
+        self.bind(rank);
+        // SAFETY: own memory, which no kernel is using.
+        unsafe { result::memcpy_htod_sync(address, bytes) }.unwrap();
+    }
+    fn read(&self, rank: usize, address: u64, bytes: &mut [u8]) {
+        self.bind(rank);
+        // SAFETY: as above.
+        unsafe { result::memcpy_dtoh_sync(bytes, address) }.unwrap();
+    }
+    fn run(&self, jobs: &[Job], meanwhile: &dyn Fn()) {
+        self.ranks.iter().for_each(|rank| rank.context.synchronize().unwrap());
+        for job in jobs {
+            let rank = &self.ranks[job.rank];
+            for &phase in &job.phases {
+                let config = LaunchConfig {
+                    grid_dim: (job.args.channels, 1, 1),
+                    block_dim: (job.threads, 1, 1),
+                    shared_mem_bytes: 0,
+                };
+                let args = Args(job.args);
+                let mut launch = rank.stream.launch_builder(
+                    rank.functions[index(phase)].as_ref().expect("the fatbin has the kernel"),
+                );
+                launch.arg(&args);
+                // SAFETY: the case laid the memory out as kernels/abi.h says.
+                unsafe { launch.launch_cooperative(config) }.unwrap();
+            }
+        }
+        meanwhile();
+        jobs.iter().for_each(|job| self.ranks[job.rank].stream.synchronize().unwrap());
+    }
+}
+
+/// Of a phase's kernel among a rank's functions.
+fn index(phase: u32) -> usize {
+    match phase {
+        PA_DIRECT => 0,
+        PA_RING => 1,
+        PA_RING_REDUCE => 2,
+        PA_RING_GATHER => 3,
+        _ => 4,
+    }
+}

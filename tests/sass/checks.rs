@@ -1,0 +1,143 @@
+//! What must hold of the kernels' machine code and PTX. Every check returns what is wrong, so that negative controls can
+//! ask for complaints.
+
+use super::listing::{Instruction, Kernel};
+use super::loops;
+
+/// 512 threads a block and one block a multiprocessor of 65,536 registers. More blocks would not help: all of them must
+/// be resident at once, and a rank leaves multiprocessors to the trainer's own kernels.
+const MOST_REGISTERS: u32 = 65_536 / 512;
+
+/// A loop that moves packs has at least so many 128-bit loads in flight.
+const IN_FLIGHT: usize = 4;
+
+/// What is expected of a kernel.
+pub struct Expected {
+    /// Loops that move packs, at least.
+    pub hot_loops: usize,
+    /// Whether it exchanges flags with other ranks.
+    pub talks: bool,
+    /// Whether a loop over packs may also load 64-bit addresses and scales: a loop over more ranks than registers hold
+    /// does, and counts where a compiler unrolls it.
+    pub tables: bool,
+}
+
+/// Numbers for the table, and complaints.
+pub struct Findings {
+    pub hot_loops: usize,
+    pub loads_128: usize,
+    pub stores_128: usize,
+    pub complaints: Vec<String>,
+}
+
+fn describe(instruction: &Instruction) -> String {
+    format!("{:#x}: {} {}", instruction.address, instruction.opcode, instruction.operands)
+}
+
+pub fn check(kernel: &Kernel, expected: &Expected) -> Findings {
+    let mut complaints = vec![];
+    resources(kernel, &mut complaints);
+    let hot_loops = memory(kernel, expected, &mut complaints);
+    if expected.talks {
+        order(kernel, &mut complaints);
+    }
+    let count = |is: fn(&Instruction) -> bool| kernel.code.iter().filter(|x| is(x) && x.has("128")).count();
+    Findings {
+        hot_loops,
+        loads_128: count(Instruction::is_load),
+        stores_128: count(Instruction::is_store),
+        complaints,
+    }
+}
+
+fn resources(kernel: &Kernel, complaints: &mut Vec<String>) {
+    if kernel.registers > MOST_REGISTERS {
+        complaints.push(format!("registers: {}, at most {MOST_REGISTERS} fit", kernel.registers));
+    }
+    if kernel.stack > 0 || kernel.local > 0 {
+        complaints.push(format!("local memory: STACK:{} LOCAL:{}", kernel.stack, kernel.local));
+    }
+    for instruction in kernel.code.iter().filter(|x| matches!(x.space(), "LDL" | "STL")) {
+        complaints.push(format!("local memory: {}", describe(instruction)));
+    }
+}
+
+fn memory(kernel: &Kernel, expected: &Expected, complaints: &mut Vec<String>) -> usize {
+    let is_byte = |x: &Instruction| x.is_memory() && (x.has("U8") || x.has("S8"));
+    for x in kernel.code.iter().filter(|x| x.is_memory()) {
+        if is_byte(x) && x.space().ends_with('G') {
+            complaints.push(format!("byte access: {}", describe(x)));
+        }
+        if x.has("128") && !x.space().ends_with('G') {
+            complaints.push(format!("generic access, where global memory is meant: {}", describe(x)));
+        }
+    }
+    let mut hot_loops = 0;
+    for body in loops::innermost(&kernel.code) {
+        let accesses: Vec<&Instruction> =
+            body.iter().map(|&i| &kernel.code[i]).filter(|x| x.is_memory()).collect();
+        for x in accesses.iter().filter(|x| is_byte(x)) {
+            complaints.push(format!("byte access in a loop: {}", describe(x)));
+        }
+        if accesses.iter().filter(|x| x.is_load() && x.has("128")).count() < IN_FLIGHT {
+            continue;
+        }
+        hot_loops += 1;
+        let of_tables = |x: &Instruction| expected.tables && x.is_load() && x.has("64");
+        for x in accesses.iter().filter(|x| !x.has("128") && !of_tables(x)) {
+            complaints.push(format!("narrow access in a loop over packs: {}", describe(x)));
+        }
+    }
+    if hot_loops < expected.hot_loops {
+        complaints.push(format!(
+            "{hot_loops} loops with {IN_FLIGHT} or more 128-bit loads, {} expected",
+            expected.hot_loops
+        ));
+    }
+    hot_loops
+}
+
+/// An acquire is a strong load and then an invalidation of the first-level cache; a release is a barrier over all memory
+/// and then a strong store.
+fn order(kernel: &Kernel, complaints: &mut Vec<String>) {
+    const NEAR: usize = 8; // instructions
+    let strong = |x: &Instruction| x.has("STRONG") && x.has("SYS");
+    let barrier = |x: &Instruction| x.space() == "MEMBAR" && x.has("SYS");
+    let around = |i: usize, back: usize, on: usize| {
+        kernel.code[i.saturating_sub(back)..(i + on + 1).min(kernel.code.len())].iter()
+    };
+    let at = |is: fn(&Instruction) -> bool| {
+        kernel.code.iter().enumerate().filter(move |(_, x)| is(x) && strong(x)).map(|(i, _)| i)
+    };
+    let acquires = at(Instruction::is_load)
+        .filter(|&i| around(i, 0, NEAR).any(|x| x.space() == "CCTL" && x.has("IVALL")));
+    let releases = at(Instruction::is_store).filter(|&i| around(i, NEAR, 0).any(barrier));
+    if acquires.count() == 0 {
+        complaints.push("no acquire at system scope: LDG.*.STRONG.SYS, CCTL.IVALL".into());
+    }
+    if releases.count() == 0 {
+        complaints.push("no release at system scope: MEMBAR.*.SYS, STG.*.STRONG.SYS".into());
+    }
+}
+
+/// What the PTX of all kernels must have and must not have.
+pub fn check_ptx(text: &str) -> Vec<String> {
+    let mut complaints = vec![];
+    for needed in ["ld.acquire.sys", "st.release.sys"] {
+        if !text.contains(needed) {
+            complaints.push(format!("no {needed}"));
+        }
+    }
+    for line in text.lines().map(str::trim) {
+        // The read-only cache is not coherent with what other ranks write meanwhile.
+        if line.contains("ld.global.nc") || (line.starts_with("ld.") && line.contains(".nc.")) {
+            complaints.push(format!("not coherent: {line}"));
+        }
+        if line.contains(".local")
+            && (line.contains("ld.") || line.contains("st.") || line.starts_with(".local"))
+        {
+            complaints.push(format!("local memory: {line}"));
+        }
+    }
+    complaints
+}
