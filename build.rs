@@ -73,6 +73,8 @@ fn main() {
     for variable in VARIABLES {
         println!("cargo::rerun-if-env-changed={variable}");
     }
+    // tests/build_script.rs runs this script again.
+    println!("cargo::rustc-env=HOST_TRIPLE={}", env::var("HOST").unwrap_or_default());
     if let Err(message) = build() {
         eprintln!("param-averager: {message}");
         exit(1);

@@ -51,9 +51,15 @@ pub struct PaSegment {
 const _: () = {
     ["Size of PaSegment"][::std::mem::size_of::<PaSegment>() - 24usize];
     ["Alignment of PaSegment"][::std::mem::align_of::<PaSegment>() - 8usize];
-    ["Offset of field: PaSegment::address"][::std::mem::offset_of!(PaSegment, address) - 0usize];
-    ["Offset of field: PaSegment::elements"][::std::mem::offset_of!(PaSegment, elements) - 8usize];
-    ["Offset of field: PaSegment::first_pack"][::std::mem::offset_of!(PaSegment, first_pack) - 16usize];
+    [
+        "Offset of field: PaSegment::address",
+    ][::std::mem::offset_of!(PaSegment, address) - 0usize];
+    [
+        "Offset of field: PaSegment::elements",
+    ][::std::mem::offset_of!(PaSegment, elements) - 8usize];
+    [
+        "Offset of field: PaSegment::first_pack",
+    ][::std::mem::offset_of!(PaSegment, first_pack) - 16usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -72,15 +78,33 @@ pub struct PaBucket {
 const _: () = {
     ["Size of PaBucket"][::std::mem::size_of::<PaBucket>() - 56usize];
     ["Alignment of PaBucket"][::std::mem::align_of::<PaBucket>() - 8usize];
-    ["Offset of field: PaBucket::segments"][::std::mem::offset_of!(PaBucket, segments) - 0usize];
-    ["Offset of field: PaBucket::packs"][::std::mem::offset_of!(PaBucket, packs) - 8usize];
-    ["Offset of field: PaBucket::channel_packs"][::std::mem::offset_of!(PaBucket, channel_packs) - 16usize];
-    ["Offset of field: PaBucket::shard"][::std::mem::offset_of!(PaBucket, shard) - 24usize];
-    ["Offset of field: PaBucket::shard_packs"][::std::mem::offset_of!(PaBucket, shard_packs) - 32usize];
-    ["Offset of field: PaBucket::segment_count"][::std::mem::offset_of!(PaBucket, segment_count) - 40usize];
-    ["Offset of field: PaBucket::dtype"][::std::mem::offset_of!(PaBucket, dtype) - 44usize];
-    ["Offset of field: PaBucket::chunk"][::std::mem::offset_of!(PaBucket, chunk) - 48usize];
-    ["Offset of field: PaBucket::wire_f32"][::std::mem::offset_of!(PaBucket, wire_f32) - 52usize];
+    [
+        "Offset of field: PaBucket::segments",
+    ][::std::mem::offset_of!(PaBucket, segments) - 0usize];
+    [
+        "Offset of field: PaBucket::packs",
+    ][::std::mem::offset_of!(PaBucket, packs) - 8usize];
+    [
+        "Offset of field: PaBucket::channel_packs",
+    ][::std::mem::offset_of!(PaBucket, channel_packs) - 16usize];
+    [
+        "Offset of field: PaBucket::shard",
+    ][::std::mem::offset_of!(PaBucket, shard) - 24usize];
+    [
+        "Offset of field: PaBucket::shard_packs",
+    ][::std::mem::offset_of!(PaBucket, shard_packs) - 32usize];
+    [
+        "Offset of field: PaBucket::segment_count",
+    ][::std::mem::offset_of!(PaBucket, segment_count) - 40usize];
+    [
+        "Offset of field: PaBucket::dtype",
+    ][::std::mem::offset_of!(PaBucket, dtype) - 44usize];
+    [
+        "Offset of field: PaBucket::chunk",
+    ][::std::mem::offset_of!(PaBucket, chunk) - 48usize];
+    [
+        "Offset of field: PaBucket::wire_f32",
+    ][::std::mem::offset_of!(PaBucket, wire_f32) - 52usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -97,13 +121,27 @@ pub struct PaRecord {
 const _: () = {
     ["Size of PaRecord"][::std::mem::size_of::<PaRecord>() - 48usize];
     ["Alignment of PaRecord"][::std::mem::align_of::<PaRecord>() - 8usize];
-    ["Offset of field: PaRecord::schedule"][::std::mem::offset_of!(PaRecord, schedule) - 0usize];
-    ["Offset of field: PaRecord::weight"][::std::mem::offset_of!(PaRecord, weight) - 8usize];
-    ["Offset of field: PaRecord::buckets"][::std::mem::offset_of!(PaRecord, buckets) - 16usize];
-    ["Offset of field: PaRecord::detail"][::std::mem::offset_of!(PaRecord, detail) - 24usize];
-    ["Offset of field: PaRecord::found"][::std::mem::offset_of!(PaRecord, found) - 32usize];
-    ["Offset of field: PaRecord::flags"][::std::mem::offset_of!(PaRecord, flags) - 40usize];
-    ["Offset of field: PaRecord::reserved"][::std::mem::offset_of!(PaRecord, reserved) - 44usize];
+    [
+        "Offset of field: PaRecord::schedule",
+    ][::std::mem::offset_of!(PaRecord, schedule) - 0usize];
+    [
+        "Offset of field: PaRecord::weight",
+    ][::std::mem::offset_of!(PaRecord, weight) - 8usize];
+    [
+        "Offset of field: PaRecord::buckets",
+    ][::std::mem::offset_of!(PaRecord, buckets) - 16usize];
+    [
+        "Offset of field: PaRecord::detail",
+    ][::std::mem::offset_of!(PaRecord, detail) - 24usize];
+    [
+        "Offset of field: PaRecord::found",
+    ][::std::mem::offset_of!(PaRecord, found) - 32usize];
+    [
+        "Offset of field: PaRecord::flags",
+    ][::std::mem::offset_of!(PaRecord, flags) - 40usize];
+    [
+        "Offset of field: PaRecord::reserved",
+    ][::std::mem::offset_of!(PaRecord, reserved) - 44usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -121,14 +159,24 @@ pub struct PaBoard {
 const _: () = {
     ["Size of PaBoard"][::std::mem::size_of::<PaBoard>() - 128usize];
     ["Alignment of PaBoard"][::std::mem::align_of::<PaBoard>() - 8usize];
-    ["Offset of field: PaBoard::arrived"][::std::mem::offset_of!(PaBoard, arrived) - 0usize];
+    [
+        "Offset of field: PaBoard::arrived",
+    ][::std::mem::offset_of!(PaBoard, arrived) - 0usize];
     ["Offset of field: PaBoard::vote"][::std::mem::offset_of!(PaBoard, vote) - 4usize];
     ["Offset of field: PaBoard::left"][::std::mem::offset_of!(PaBoard, left) - 8usize];
     ["Offset of field: PaBoard::gone"][::std::mem::offset_of!(PaBoard, gone) - 12usize];
-    ["Offset of field: PaBoard::waiting_on"][::std::mem::offset_of!(PaBoard, waiting_on) - 16usize];
-    ["Offset of field: PaBoard::sleepers"][::std::mem::offset_of!(PaBoard, sleepers) - 20usize];
-    ["Offset of field: PaBoard::reserved"][::std::mem::offset_of!(PaBoard, reserved) - 24usize];
-    ["Offset of field: PaBoard::record"][::std::mem::offset_of!(PaBoard, record) - 32usize];
+    [
+        "Offset of field: PaBoard::waiting_on",
+    ][::std::mem::offset_of!(PaBoard, waiting_on) - 16usize];
+    [
+        "Offset of field: PaBoard::sleepers",
+    ][::std::mem::offset_of!(PaBoard, sleepers) - 20usize];
+    [
+        "Offset of field: PaBoard::reserved",
+    ][::std::mem::offset_of!(PaBoard, reserved) - 24usize];
+    [
+        "Offset of field: PaBoard::record",
+    ][::std::mem::offset_of!(PaBoard, record) - 32usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -143,11 +191,21 @@ pub struct PaControl {
 const _: () = {
     ["Size of PaControl"][::std::mem::size_of::<PaControl>() - 2304usize];
     ["Alignment of PaControl"][::std::mem::align_of::<PaControl>() - 8usize];
-    ["Offset of field: PaControl::decision"][::std::mem::offset_of!(PaControl, decision) - 0usize];
-    ["Offset of field: PaControl::reserved0"][::std::mem::offset_of!(PaControl, reserved0) - 8usize];
-    ["Offset of field: PaControl::abort"][::std::mem::offset_of!(PaControl, abort) - 128usize];
-    ["Offset of field: PaControl::reserved1"][::std::mem::offset_of!(PaControl, reserved1) - 132usize];
-    ["Offset of field: PaControl::board"][::std::mem::offset_of!(PaControl, board) - 256usize];
+    [
+        "Offset of field: PaControl::decision",
+    ][::std::mem::offset_of!(PaControl, decision) - 0usize];
+    [
+        "Offset of field: PaControl::reserved0",
+    ][::std::mem::offset_of!(PaControl, reserved0) - 8usize];
+    [
+        "Offset of field: PaControl::abort",
+    ][::std::mem::offset_of!(PaControl, abort) - 128usize];
+    [
+        "Offset of field: PaControl::reserved1",
+    ][::std::mem::offset_of!(PaControl, reserved1) - 132usize];
+    [
+        "Offset of field: PaControl::board",
+    ][::std::mem::offset_of!(PaControl, board) - 256usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -175,24 +233,60 @@ pub struct PaChannel {
 const _: () = {
     ["Size of PaChannel"][::std::mem::size_of::<PaChannel>() - 384usize];
     ["Alignment of PaChannel"][::std::mem::align_of::<PaChannel>() - 8usize];
-    ["Offset of field: PaChannel::recv_seq"][::std::mem::offset_of!(PaChannel, recv_seq) - 0usize];
-    ["Offset of field: PaChannel::send_seq"][::std::mem::offset_of!(PaChannel, send_seq) - 4usize];
-    ["Offset of field: PaChannel::epoch"][::std::mem::offset_of!(PaChannel, epoch) - 8usize];
-    ["Offset of field: PaChannel::outcome"][::std::mem::offset_of!(PaChannel, outcome) - 12usize];
-    ["Offset of field: PaChannel::peer"][::std::mem::offset_of!(PaChannel, peer) - 16usize];
-    ["Offset of field: PaChannel::where_"][::std::mem::offset_of!(PaChannel, where_) - 20usize];
-    ["Offset of field: PaChannel::step"][::std::mem::offset_of!(PaChannel, step) - 24usize];
-    ["Offset of field: PaChannel::committed"][::std::mem::offset_of!(PaChannel, committed) - 28usize];
-    ["Offset of field: PaChannel::bad"][::std::mem::offset_of!(PaChannel, bad) - 32usize];
-    ["Offset of field: PaChannel::detail"][::std::mem::offset_of!(PaChannel, detail) - 40usize];
-    ["Offset of field: PaChannel::found"][::std::mem::offset_of!(PaChannel, found) - 48usize];
-    ["Offset of field: PaChannel::waited_ns"][::std::mem::offset_of!(PaChannel, waited_ns) - 56usize];
-    ["Offset of field: PaChannel::divisor"][::std::mem::offset_of!(PaChannel, divisor) - 64usize];
-    ["Offset of field: PaChannel::divisor_f32"][::std::mem::offset_of!(PaChannel, divisor_f32) - 72usize];
-    ["Offset of field: PaChannel::finished"][::std::mem::offset_of!(PaChannel, finished) - 80usize];
-    ["Offset of field: PaChannel::reserved"][::std::mem::offset_of!(PaChannel, reserved) - 84usize];
-    ["Offset of field: PaChannel::segments"][::std::mem::offset_of!(PaChannel, segments) - 128usize];
-    ["Offset of field: PaChannel::scale"][::std::mem::offset_of!(PaChannel, scale) - 256usize];
+    [
+        "Offset of field: PaChannel::recv_seq",
+    ][::std::mem::offset_of!(PaChannel, recv_seq) - 0usize];
+    [
+        "Offset of field: PaChannel::send_seq",
+    ][::std::mem::offset_of!(PaChannel, send_seq) - 4usize];
+    [
+        "Offset of field: PaChannel::epoch",
+    ][::std::mem::offset_of!(PaChannel, epoch) - 8usize];
+    [
+        "Offset of field: PaChannel::outcome",
+    ][::std::mem::offset_of!(PaChannel, outcome) - 12usize];
+    [
+        "Offset of field: PaChannel::peer",
+    ][::std::mem::offset_of!(PaChannel, peer) - 16usize];
+    [
+        "Offset of field: PaChannel::where_",
+    ][::std::mem::offset_of!(PaChannel, where_) - 20usize];
+    [
+        "Offset of field: PaChannel::step",
+    ][::std::mem::offset_of!(PaChannel, step) - 24usize];
+    [
+        "Offset of field: PaChannel::committed",
+    ][::std::mem::offset_of!(PaChannel, committed) - 28usize];
+    [
+        "Offset of field: PaChannel::bad",
+    ][::std::mem::offset_of!(PaChannel, bad) - 32usize];
+    [
+        "Offset of field: PaChannel::detail",
+    ][::std::mem::offset_of!(PaChannel, detail) - 40usize];
+    [
+        "Offset of field: PaChannel::found",
+    ][::std::mem::offset_of!(PaChannel, found) - 48usize];
+    [
+        "Offset of field: PaChannel::waited_ns",
+    ][::std::mem::offset_of!(PaChannel, waited_ns) - 56usize];
+    [
+        "Offset of field: PaChannel::divisor",
+    ][::std::mem::offset_of!(PaChannel, divisor) - 64usize];
+    [
+        "Offset of field: PaChannel::divisor_f32",
+    ][::std::mem::offset_of!(PaChannel, divisor_f32) - 72usize];
+    [
+        "Offset of field: PaChannel::finished",
+    ][::std::mem::offset_of!(PaChannel, finished) - 80usize];
+    [
+        "Offset of field: PaChannel::reserved",
+    ][::std::mem::offset_of!(PaChannel, reserved) - 84usize];
+    [
+        "Offset of field: PaChannel::segments",
+    ][::std::mem::offset_of!(PaChannel, segments) - 128usize];
+    [
+        "Offset of field: PaChannel::scale",
+    ][::std::mem::offset_of!(PaChannel, scale) - 256usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -226,28 +320,62 @@ pub struct PaArgs {
 const _: () = {
     ["Size of PaArgs"][::std::mem::size_of::<PaArgs>() - 152usize];
     ["Alignment of PaArgs"][::std::mem::align_of::<PaArgs>() - 8usize];
-    ["Offset of field: PaArgs::control"][::std::mem::offset_of!(PaArgs, control) - 0usize];
-    ["Offset of field: PaArgs::channel"][::std::mem::offset_of!(PaArgs, channel) - 8usize];
-    ["Offset of field: PaArgs::buckets"][::std::mem::offset_of!(PaArgs, buckets) - 16usize];
+    [
+        "Offset of field: PaArgs::control",
+    ][::std::mem::offset_of!(PaArgs, control) - 0usize];
+    [
+        "Offset of field: PaArgs::channel",
+    ][::std::mem::offset_of!(PaArgs, channel) - 8usize];
+    [
+        "Offset of field: PaArgs::buckets",
+    ][::std::mem::offset_of!(PaArgs, buckets) - 16usize];
     ["Offset of field: PaArgs::inbox"][::std::mem::offset_of!(PaArgs, inbox) - 24usize];
-    ["Offset of field: PaArgs::outbox"][::std::mem::offset_of!(PaArgs, outbox) - 32usize];
-    ["Offset of field: PaArgs::filled_in"][::std::mem::offset_of!(PaArgs, filled_in) - 40usize];
-    ["Offset of field: PaArgs::filled_out"][::std::mem::offset_of!(PaArgs, filled_out) - 48usize];
-    ["Offset of field: PaArgs::drained_in"][::std::mem::offset_of!(PaArgs, drained_in) - 56usize];
-    ["Offset of field: PaArgs::drained_out"][::std::mem::offset_of!(PaArgs, drained_out) - 64usize];
-    ["Offset of field: PaArgs::timeout_ns"][::std::mem::offset_of!(PaArgs, timeout_ns) - 72usize];
-    ["Offset of field: PaArgs::schedule"][::std::mem::offset_of!(PaArgs, schedule) - 80usize];
-    ["Offset of field: PaArgs::weight"][::std::mem::offset_of!(PaArgs, weight) - 88usize];
-    ["Offset of field: PaArgs::detail"][::std::mem::offset_of!(PaArgs, detail) - 96usize];
+    [
+        "Offset of field: PaArgs::outbox",
+    ][::std::mem::offset_of!(PaArgs, outbox) - 32usize];
+    [
+        "Offset of field: PaArgs::filled_in",
+    ][::std::mem::offset_of!(PaArgs, filled_in) - 40usize];
+    [
+        "Offset of field: PaArgs::filled_out",
+    ][::std::mem::offset_of!(PaArgs, filled_out) - 48usize];
+    [
+        "Offset of field: PaArgs::drained_in",
+    ][::std::mem::offset_of!(PaArgs, drained_in) - 56usize];
+    [
+        "Offset of field: PaArgs::drained_out",
+    ][::std::mem::offset_of!(PaArgs, drained_out) - 64usize];
+    [
+        "Offset of field: PaArgs::timeout_ns",
+    ][::std::mem::offset_of!(PaArgs, timeout_ns) - 72usize];
+    [
+        "Offset of field: PaArgs::schedule",
+    ][::std::mem::offset_of!(PaArgs, schedule) - 80usize];
+    [
+        "Offset of field: PaArgs::weight",
+    ][::std::mem::offset_of!(PaArgs, weight) - 88usize];
+    [
+        "Offset of field: PaArgs::detail",
+    ][::std::mem::offset_of!(PaArgs, detail) - 96usize];
     ["Offset of field: PaArgs::found"][::std::mem::offset_of!(PaArgs, found) - 104usize];
     ["Offset of field: PaArgs::rank"][::std::mem::offset_of!(PaArgs, rank) - 112usize];
     ["Offset of field: PaArgs::world"][::std::mem::offset_of!(PaArgs, world) - 116usize];
-    ["Offset of field: PaArgs::channels"][::std::mem::offset_of!(PaArgs, channels) - 120usize];
+    [
+        "Offset of field: PaArgs::channels",
+    ][::std::mem::offset_of!(PaArgs, channels) - 120usize];
     ["Offset of field: PaArgs::slots"][::std::mem::offset_of!(PaArgs, slots) - 124usize];
-    ["Offset of field: PaArgs::slot_packs"][::std::mem::offset_of!(PaArgs, slot_packs) - 128usize];
-    ["Offset of field: PaArgs::bucket_count"][::std::mem::offset_of!(PaArgs, bucket_count) - 132usize];
+    [
+        "Offset of field: PaArgs::slot_packs",
+    ][::std::mem::offset_of!(PaArgs, slot_packs) - 128usize];
+    [
+        "Offset of field: PaArgs::bucket_count",
+    ][::std::mem::offset_of!(PaArgs, bucket_count) - 132usize];
     ["Offset of field: PaArgs::flags"][::std::mem::offset_of!(PaArgs, flags) - 136usize];
-    ["Offset of field: PaArgs::fault_step"][::std::mem::offset_of!(PaArgs, fault_step) - 140usize];
+    [
+        "Offset of field: PaArgs::fault_step",
+    ][::std::mem::offset_of!(PaArgs, fault_step) - 140usize];
     ["Offset of field: PaArgs::spins"][::std::mem::offset_of!(PaArgs, spins) - 144usize];
-    ["Offset of field: PaArgs::reserved"][::std::mem::offset_of!(PaArgs, reserved) - 148usize];
+    [
+        "Offset of field: PaArgs::reserved",
+    ][::std::mem::offset_of!(PaArgs, reserved) - 148usize];
 };

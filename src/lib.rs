@@ -38,6 +38,7 @@
 
 #[allow(missing_docs, dead_code, clippy::all)]
 #[doc(hidden)]
+#[rustfmt::skip]
 pub mod abi;
 mod averager;
 mod backend;

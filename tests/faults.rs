@@ -180,13 +180,12 @@ fn leave_at(n: usize, way: (Algorithm, bool), step: u32) {
                 // Each element is the rank's own or the mean.
                 let original = self::model(rank + 100);
                 for (t, tensor) in model.iter().enumerate() {
-                    for i in 0..tensor.elements {
+                    for (i, &mean) in mean[t].iter().enumerate() {
                         let (now, own) = (tensor.get(i), original[t].get(i));
                         let near = 0.02 * (1.0 + own.abs());
                         assert!(
-                            now == own || (now - mean[t][i]).abs() < near,
-                            "{context}: rank {rank}, tensor {t}, element {i}: {now} is neither {own} nor {}",
-                            mean[t][i]
+                            now == own || (now - mean).abs() < near,
+                            "{context}: rank {rank}, tensor {t}, element {i}: {now} is neither {own} nor {mean}"
                         );
                     }
                 }
@@ -384,7 +383,8 @@ impl Parameters for Raw {
 fn pointers_are_checked_and_the_tensor_is_named() {
     let mut memory = vec![0f32; 100];
     let at = memory.as_mut_ptr().cast::<u8>() as usize;
-    let cases: [(Vec<(usize, usize, &'static str, Device)>, &str); 4] = [
+    type Tensors = Vec<(usize, usize, &'static str, Device)>;
+    let cases: [(Tensors, &str); 4] = [
         (vec![(0, 3, "wte", Device::cpu())], "rank 0: tensor 0 `wte` (f32, 3 elements) has a null pointer"),
         (vec![(at + 2, 3, "ln", Device::cpu())], "rank 0: tensor 0 `ln` (f32, 3 elements) does not lie at a multiple"),
         (
@@ -418,7 +418,8 @@ fn layouts_and_options_that_differ_are_refused_by_all_at_build() {
             ParamAverager::builder(communicator).build(&mut vec![vec![0f32; 10], vec![0f32; 20]]).unwrap_err()
         })
     };
-    let cases: [(fn(Communicator) -> Result<ParamAverager, Error>, &str); 5] = [
+    type Build = fn(Communicator) -> Result<ParamAverager, Error>;
+    let cases: [(Build, &str); 5] = [
         (
             |c| ParamAverager::builder(c).build(&mut vec![vec![0f32; 10], vec![0f32; 21]]),
             "tensor 1 (f32, 21 elements)",

@@ -6,9 +6,10 @@ use super::{Algorithm, ParamAverager};
 use crate::world::Communicator;
 use crate::{Error, Parameters, Result};
 
-/// One slot's bytes. Two ranks' slots and the tensor's chunks stay in a core's second-level cache, and a hand-off costs
-/// little against a chunk's time. See benches/record/.
-pub(super) const DEFAULT_CHUNK_BYTES: usize = 128 << 10;
+/// One slot's bytes. A mailbox of four is then as large as a core's second-level cache: its chunks have moved on to the
+/// cache that cores share by the time the next rank reads them. With 64 KiB the reader fetches them out of the writer's own
+/// cache, and the ring takes twice as long. See benches/record/.
+pub(super) const DEFAULT_CHUNK_BYTES: usize = 256 << 10;
 /// Slots of a mailbox: a rank may be so many chunks ahead of the next one.
 pub(super) const DEFAULT_SLOTS: u32 = 4;
 /// All slots of a rank together, at most, unless options ask for more.
@@ -114,7 +115,7 @@ impl Builder {
         self
     }
 
-    /// For the ring: bytes of parameters in one slot, 128 B to 64 MiB, rounded up to a multiple of 128. Default: 128 KiB,
+    /// For the ring: bytes of parameters in one slot, 128 B to 64 MiB, rounded up to a multiple of 128. Default: 256 KiB,
     /// less where that makes all slots of a rank exceed 2 MiB or where the model is small.
     pub fn chunk_bytes(mut self, bytes: usize) -> Self {
         self.chunk_bytes = Some(bytes);

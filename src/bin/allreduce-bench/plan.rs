@@ -220,7 +220,7 @@ fn counts(group: &Group) -> String {
 pub fn thousands(number: u64) -> String {
     let digits = number.to_string();
     let commas = digits.bytes().enumerate().flat_map(|(index, digit)| {
-        let comma = index > 0 && (digits.len() - index) % 3 == 0;
+        let comma = index > 0 && (digits.len() - index).is_multiple_of(3);
         comma.then_some(',').into_iter().chain([char::from(digit)])
     });
     commas.collect()
