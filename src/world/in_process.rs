@@ -42,6 +42,8 @@ pub(super) struct Hub {
 struct State {
     /// What ended the world.
     failure: Option<Error>,
+    /// Ranks that know.
+    told: Vec<bool>,
     /// Ranks that have left.
     gone: Vec<bool>,
     /// Averagers being built, by their number.
@@ -60,7 +62,13 @@ struct Build {
 
 impl Hub {
     pub(super) fn new(size: usize) -> Self {
-        let state = State { failure: None, gone: vec![false; size], builds: BTreeMap::new(), built: vec![] };
+        let state = State {
+            failure: None,
+            told: vec![false; size],
+            gone: vec![false; size],
+            builds: BTreeMap::new(),
+            built: vec![],
+        };
         Hub { size, state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -77,8 +85,8 @@ impl Hub {
     ) -> Result<Arc<Agreement>> {
         let start = Instant::now();
         let mut state = self.lock();
-        if let Some(failure) = &state.failure {
-            return Err(Error::Poisoned { cause: Box::new(failure.clone()) });
+        if let Some(failure) = state.failure_for(rank) {
+            return Err(failure);
         }
         let build = state.builds.entry(number).or_insert_with(|| Build::new(self.size));
         build.cards[rank] = Some(card);
@@ -98,8 +106,8 @@ impl Hub {
                 return result;
             }
             let missing = build.cards.iter().position(Option::is_none).expect("or it would be complete");
-            if let Some(failure) = &state.failure {
-                return Err(failure.clone());
+            if let Some(failure) = state.failure_for(rank) {
+                return Err(failure);
             }
             let waited = start.elapsed();
             let lost = state.gone[missing];
@@ -110,9 +118,9 @@ impl Hub {
                 } else {
                     Error::Timeout { rank: missing, timeout, stage, committed: false }
                 };
-                state.failure = Some(failure.clone());
+                state.failure = Some(failure);
                 self.changed.notify_all();
-                return Err(failure);
+                continue;
             }
             // Spurious wake-ups and time-outs only mean another look.
             state =
@@ -144,6 +152,15 @@ impl Hub {
     // No code that can panic holds the lock with the state half changed.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// What ended the world, if something did: the failure itself the first time that this rank hears of it.
+    fn failure_for(&mut self, rank: usize) -> Option<Error> {
+        let failure = self.failure.clone()?;
+        let told = std::mem::replace(&mut self.told[rank], true);
+        Some(if told { Error::Poisoned { cause: Box::new(failure) } } else { failure })
     }
 }
 

@@ -17,6 +17,7 @@ fn check(dtype: Dtype, ranks: usize) -> Check {
 }
 
 /// The elements of a tensor of a rank.
+#[allow(clippy::mut_from_ref)] // of memory that the arenas share
 fn of<T: Number>(check: &Check, rank: usize, tensor: usize) -> &mut [T] {
     let piece = Piece { tensor, begin: 0, elements: check.tensors[tensor].elements };
     // SAFETY: the tests use one at a time.
