@@ -21,8 +21,9 @@ use std::process::Command;
 const KERNELS: [(&str, Expected); 5] = [
     // A dtype: two ranks, four ranks. More are read one after another.
     ("pa_direct", Expected { hot_loops: 4 * 2, talks: true, tables: true }),
-    // A dtype: first, middle and last step of the reduce; then middle and last step of the gather.
-    ("pa_ring", Expected { hot_loops: 6 * 5, talks: true, tables: false }),
+    // A dtype: first, middle and last step of the reduce; then middle and last step of the gather. In one place ptxas 13.0
+    // shares a loop between two of them for sm_80 and sm_90; the 128-bit loads are as many as for the others.
+    ("pa_ring", Expected { hot_loops: 6 * 5 - 1, talks: true, tables: false }),
     ("pa_ring_reduce", Expected { hot_loops: 6 * 3, talks: true, tables: false }),
     // A dtype: first, middle and last step of the gather.
     ("pa_ring_gather", Expected { hot_loops: 6 * 3, talks: true, tables: false }),

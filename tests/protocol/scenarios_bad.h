@@ -72,7 +72,7 @@ inline void left() {
   }
   // Gone as soon as its last average is done, while others still work on it: they succeed.
   for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect})
-    for (uint32_t i = 0; i < 12; ++i) {
+    for (uint32_t i = 0; i < 48; ++i) {
       Setup s = setup_of(mode, 3, 1 + i % 2, 2 * seed++);
       World w(s);
       each_rank(w, [&](uint32_t r) {

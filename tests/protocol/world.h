@@ -197,6 +197,7 @@ struct World {
     a.timeout_ns = s.timeout_ns;
     a.schedule = call.schedule, a.weight = call.weight, a.detail = call.detail, a.found = call.found;
     a.rank = r, a.world = s.world, a.channels = s.channels, a.slots = s.slots, a.slot_packs = slot_packs;
+    a.spins = s.seed % 2 == 0 ? 200 : 0; // with a core for each thread, and without
     a.bucket_count = uint32_t(s.buckets.size());
     a.flags = call.flags, a.fault_step = call.fault_step;
     return a;
