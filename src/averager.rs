@@ -1,6 +1,8 @@
 //! The averager: one rank's tensors, the memory it shares with its peers, and the launches of an average.
 
 mod builder;
+mod memory;
+mod outcome;
 mod report;
 mod table;
 
@@ -15,8 +17,9 @@ use crate::abi::*;
 use crate::backend::cpu::{instruction_sets, Workers};
 use crate::bucket;
 use crate::error::Stage;
-use crate::world::{AbortHandle, Agreement, Card, Communicator, Failure, Region};
+use crate::world::{AbortHandle, Agreement, Card, Communicator, Region};
 use crate::{Error, Parameters, Result};
+use memory::{channel_states, Sizes, LINE_BYTES};
 use table::{Problem, Table};
 
 /// How the parameters move.
@@ -89,8 +92,6 @@ pub(crate) enum Outcome {
     Averaged(Report),
     Unneeded,
 }
-
-const LINE_BYTES: usize = PA_LINE_WORDS as usize * 4;
 
 impl ParamAverager {
     /// Starts to build an averager for this rank of a world.
@@ -318,56 +319,6 @@ impl ParamAverager {
         }
     }
 
-    /// The channels' status records. Between launches only.
-    fn ended(&self) -> impl Iterator<Item = PaChannel> + '_ {
-        let channels: *const PaChannel = self.channels.as_ptr();
-        // SAFETY: so many are in the region, and nobody writes them between launches.
-        (0..self.args.channels as usize).map(move |channel| unsafe { *channels.add(channel) })
-    }
-
-    /// What they say.
-    fn outcome(&mut self, start: Instant) -> Result<Outcome> {
-        let committed = self.ended().any(|status| status.committed != 0);
-        let Some(status) = self.ended().max_by_key(|status| (status.outcome != PA_COMMITTED, status.outcome))
-        else {
-            unreachable!("there is a channel")
-        };
-        let rank = status.peer as usize;
-        let problem = Problem { tensor: status.detail, found: status.found };
-        let error = match status.outcome {
-            PA_COMMITTED => return Ok(Outcome::Averaged(self.report(start))),
-            PA_UNNEEDED => return Ok(Outcome::Unneeded),
-            PA_NON_FINITE => self.non_finite(rank, status.detail),
-            PA_LAYOUT => self.table.error(rank, problem),
-            PA_SCHEDULE => Error::SchedulesDiffer { rank },
-            PA_WEIGHTING => Error::WeightingDiffers { rank },
-            PA_BAD_WEIGHT => Error::Weight { rank, weight: f64::from_bits(status.found) },
-            PA_NO_WEIGHT => Error::NoWeight,
-            // PA_OPEN: told to leave without a word, by a test.
-            PA_OPEN => self.fatal(Failure { kind: PA_LEFT, rank: self.rank() }, Stage::Exit, committed),
-            kind => self.fatal(Failure { kind, rank }, stage(status.where_), committed),
-        };
-        if error.is_fatal() {
-            self.failed = Some(error.clone());
-        }
-        Err(error)
-    }
-
-    fn non_finite(&self, rank: usize, bad: u64) -> Error {
-        let (bucket, element) = ((bad - 1) >> 56, (bad - 1) & ((1 << 56) - 1));
-        let (tensor, element) = self.table.buckets[bucket as usize].locate(element);
-        Error::NonFinite { rank, tensor: self.table.describe(tensor), element }
-    }
-
-    fn fatal(&self, failure: Failure, stage: Stage, committed: bool) -> Error {
-        let Failure { kind, rank } = failure;
-        match kind {
-            PA_TIMEOUT => Error::Timeout { rank, timeout: self.timeout, stage, committed },
-            PA_ABORTED => Error::Aborted { rank, stage, committed },
-            _ => Error::PeerLost { rank, stage, committed },
-        }
-    }
-
     /// The next averages end without a word before their `step`-th step; 0: they do not.
     #[doc(hidden)]
     pub fn leave_before_step(&mut self, step: u32) {
@@ -400,65 +351,6 @@ impl fmt::Debug for ParamAverager {
     }
 }
 
-/// What one slot holds.
-#[derive(Clone, Copy)]
-struct Sizes {
-    /// Data packs.
-    chunk: u32,
-    /// Packs on the wire.
-    slot_packs: u32,
-    slots: u32,
-}
-
-impl Sizes {
-    fn of(options: &Builder, table: &Table, channels: u32) -> Sizes {
-        let pack = PA_PACK_BYTES as usize;
-        let widest = if options.f32_wire && table.buckets.iter().any(|bucket| bucket.dtype.size() == 2) {
-            2
-        } else {
-            1
-        };
-        let most = builder::SLOT_BUDGET_BYTES / (channels as usize * options.slots as usize * widest);
-        let bytes = options.chunk_bytes.unwrap_or_else(|| builder::DEFAULT_CHUNK_BYTES.min(most).max(128));
-        // No more than the largest bucket has for one rank in one round.
-        let world = options.communicator.world_size() as u64;
-        let packs = table.buckets.iter().map(|bucket| bucket.packs).max().unwrap_or(1);
-        let needed = bucket::align_up(bucket::channel_packs(packs, channels).div_ceil(world));
-        let chunk = bucket::align_up(bytes.div_ceil(pack) as u64).min(needed) as u32;
-        Sizes { chunk, slot_packs: chunk * widest as u32, slots: options.slots }
-    }
-
-    /// Counters and slots: `filled` lines, `drained` lines, then the inbox.
-    fn mailbox(&self, channels: u32, testing: &Testing) -> Region {
-        let counters = 2 * channels as usize;
-        let slots = (channels * self.slots) as usize * self.slot_packs as usize * PA_PACK_BYTES as usize;
-        let region = Region::new(counters * LINE_BYTES + slots);
-        let bytes: *mut u8 = region.as_ptr();
-        // SAFETY: inside of the region, which nobody else has yet.
-        unsafe {
-            for line in 0..counters {
-                bytes.add(line * LINE_BYTES).cast::<u32>().write(testing.counter);
-            }
-            if testing.poison_slots {
-                bytes.add(counters * LINE_BYTES).write_bytes(0xff, slots);
-            }
-        }
-        region
-    }
-}
-
-/// The channels' states before the first average.
-fn channel_states(channels: u32, counter: u32) -> Region {
-    let region = Region::new(channels as usize * size_of::<PaChannel>());
-    let states: *mut PaChannel = region.as_ptr();
-    for channel in 0..channels as usize {
-        // SAFETY: so many are in the region, zeroed, and nobody else has it yet.
-        let state = unsafe { &mut *states.add(channel) };
-        (state.recv_seq, state.send_seq, state.epoch) = (counter, counter, counter);
-    }
-    region
-}
-
 /// The launches of one average.
 fn phases(algorithm: Algorithm, all_or_nothing: bool, reject_non_finite: bool) -> &'static [u32] {
     match (algorithm, all_or_nothing, reject_non_finite) {
@@ -486,15 +378,5 @@ fn flag(flag: PaFlag, set: bool) -> u32 {
         flag
     } else {
         0
-    }
-}
-
-fn stage(at: u32) -> Stage {
-    match at {
-        PA_AT_MEET => Stage::Meet,
-        PA_AT_REDUCE => Stage::Reduce,
-        PA_AT_COMMIT => Stage::Commit,
-        PA_AT_GATHER => Stage::Gather,
-        _ => Stage::Exit,
     }
 }

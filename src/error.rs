@@ -39,7 +39,8 @@ impl fmt::Display for Stage {
 
 /// What was found wrong, and what to do about it.
 ///
-/// Errors of one average are the same on every rank. [`Error::is_fatal`] tells whether the averager can be used again,
+/// Up to the commit, the error of an average is the same on every rank; after it, ranks that were done may have succeeded.
+/// [`Error::is_fatal`] tells whether the averager can be used again,
 /// [`Error::tensors_unchanged`] whether every tensor still holds what it held before the call.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]

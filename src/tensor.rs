@@ -149,7 +149,7 @@ impl fmt::Debug for TensorMut<'_> {
 /// struct Mlp { weight: Vec<f32>, bias: Vec<f32> }
 ///
 /// impl Parameters for Mlp {
-///     fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+///     fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
 ///         visit(TensorMut::from(&mut self.weight[..]).named("weight"));
 ///         visit(TensorMut::from(&mut self.bias[..]).named("bias"));
 ///     }
@@ -157,35 +157,48 @@ impl fmt::Debug for TensorMut<'_> {
 /// ```
 pub trait Parameters {
     /// Calls `visit` once for each tensor, always in the same order. Runs in every average: do not allocate here.
-    fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>));
+    ///
+    /// The tensors live as long as `self` stays borrowed, since ranks read and write them after this has returned. A
+    /// tensor in memory that ends sooner does not compile:
+    ///
+    /// ```compile_fail
+    /// # use param_averager::{Parameters, TensorMut};
+    /// struct Copies(Vec<f32>);
+    /// impl Parameters for Copies {
+    ///     fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
+    ///         visit(TensorMut::from(&mut self.0.clone()[..]));
+    ///     }
+    /// }
+    /// ```
+    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>));
 }
 
 impl<P: Parameters + ?Sized> Parameters for &mut P {
-    fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
         (**self).visit(visit)
     }
 }
 
 impl<P: Parameters> Parameters for [P] {
-    fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
         self.iter_mut().for_each(|part| part.visit(visit))
     }
 }
 
 impl<P: Parameters> Parameters for Vec<P> {
-    fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
         self[..].visit(visit)
     }
 }
 
 impl<P: Parameters, const N: usize> Parameters for [P; N] {
-    fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
         self[..].visit(visit)
     }
 }
 
 impl Parameters for TensorMut<'_> {
-    fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
         // The same tensor for as long as this one is borrowed.
         visit(TensorMut { memory: PhantomData, ..*self })
     }
@@ -198,17 +211,17 @@ macro_rules! elements {
             const DTYPE: Dtype = Dtype::$dtype;
         }
         impl Parameters for [$element] {
-            fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+            fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
                 visit(TensorMut::from(self))
             }
         }
         impl Parameters for Vec<$element> {
-            fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+            fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
                 visit(TensorMut::from(&mut self[..]))
             }
         }
         impl<const N: usize> Parameters for [$element; N] {
-            fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+            fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
                 visit(TensorMut::from(&mut self[..]))
             }
         }

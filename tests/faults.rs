@@ -371,7 +371,7 @@ fn tensors_that_changed_are_refused_by_all() {
 struct Raw(Vec<(*mut u8, usize, &'static str, Device)>);
 
 impl Parameters for Raw {
-    fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
         for &(pointer, elements, name, device) in &self.0 {
             // SAFETY: only ever refused, never read.
             visit(unsafe { TensorMut::from_raw_parts(pointer, elements, Dtype::F32, device) }.named(name));

@@ -55,9 +55,10 @@ impl Table {
     }
 
     /// Takes over the tensors' addresses, if they are the tensors that the table was made for. Does not allocate.
-    pub(super) fn refresh<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<(), Problem> {
+    /// The addresses are good for as long as the caller's borrow of `params`.
+    pub(super) fn refresh<'a, P: Parameters + ?Sized>(&mut self, params: &'a mut P) -> Result<(), Problem> {
         let (mut index, mut changed, mut problem) = (0, false, None);
-        params.visit(&mut |tensor| {
+        params.visit(&mut |tensor: TensorMut<'a>| {
             match self.take(index, &tensor) {
                 Ok(moved) => changed |= moved,
                 Err(found) => problem = problem.or(Some(Problem { tensor: index as u64, found })),

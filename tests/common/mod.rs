@@ -123,7 +123,7 @@ impl Guarded {
 }
 
 impl param_averager::Parameters for Guarded {
-    fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
+    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
         visit(self.tensor());
     }
 }

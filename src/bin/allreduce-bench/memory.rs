@@ -102,6 +102,11 @@ pub struct Replica {
 impl Replica {
     /// One of its tensors.
     pub fn tensor(&mut self, index: usize) -> TensorMut<'_> {
+        self.placed(index)
+    }
+
+    /// The same; for one borrow, each is to be asked for once.
+    fn placed(&self, index: usize) -> TensorMut<'_> {
         let Placed { name, offset, elements, dtype } = &self.tensors[index];
         // SAFETY: placed inside of the arena, which is initialised; a member has its rank's arena to itself, see `Arena`.
         let tensor = unsafe {
@@ -112,8 +117,9 @@ impl Replica {
 }
 
 impl Parameters for Replica {
-    fn visit(&mut self, visit: &mut dyn FnMut(TensorMut<'_>)) {
-        (0..self.tensors.len()).for_each(|index| visit(self.tensor(index)))
+    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
+        let replica: &'a Replica = self;
+        (0..replica.tensors.len()).for_each(|index| visit(replica.placed(index)))
     }
 }
 
