@@ -12,7 +12,7 @@ use param_averager::{
     World,
 };
 
-const TIMEOUT: Duration = Duration::from_millis(300);
+const TIMEOUT: Duration = Duration::from_millis(600);
 /// How long an error may take beyond the timeout on a machine with more threads than cores.
 const GRACE: Duration = Duration::from_secs(5);
 
