@@ -8,7 +8,8 @@
 //
 // Every counter lives beside the one who polls it, has one writer and only grows; comparisons survive the wrap. A step
 // waits for a chunk in the inbox, or for room in the outbox, or for both; works; and publishes. Every wait ends: with
-// what it waited for, or with a failure that names a rank.
+// what it waited for, or with a failure that names a rank; only the one at the exit of the direct average, see
+// poll_slowly, takes nothing but what it waits for.
 #pragma once
 #include "bucket.h"
 

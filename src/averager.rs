@@ -112,6 +112,12 @@ impl ParamAverager {
         let refusal = options.check().err().or(problem.map(|problem| table.error(rank, problem)));
         let usable = refusal.is_none();
         let channels = if usable { options.channel_count() } else { 1 };
+        let sets = instruction_sets();
+        let named = |name| sets.iter().find(|set| set.name == name).copied().expect("a set this machine has");
+        let isa = options.testing.instruction_set.map_or(sets[0], named);
+        let workers = Workers::new(isa, channels, &format!("rank-{rank}"))
+            .map_err(|e| Error::Thread { rank, reason: e.to_string() });
+        let refusal = refusal.or(workers.as_ref().err().cloned());
         let sizes = Sizes::of(&options, &table, channels);
         let mailbox = (ring && usable).then(|| Arc::new(sizes.mailbox(channels, &options.testing)));
         let card = Card {
@@ -121,11 +127,6 @@ impl ParamAverager {
             mailbox: mailbox.clone(),
             epoch: options.testing.counter,
         };
-        let sets = instruction_sets();
-        let named = |name| sets.iter().find(|set| set.name == name).copied().expect("a set this machine has");
-        let isa = options.testing.instruction_set.map_or(sets[0], named);
-        let workers = Workers::new(isa, channels, &format!("rank-{rank}"))
-            .map_err(|e| Error::Thread { rank, reason: e.to_string() })?;
         let keeps_shard = ring && usable && options.all_or_nothing;
         let mut shards = vec![];
         for (bucket, raw) in table.buckets.iter().zip(&mut table.raw) {
@@ -147,7 +148,8 @@ impl ParamAverager {
                 wire_f32: u32::from(options.f32_wire && bucket.dtype.size() == 2),
             };
         }
-        let agreement = communicator.agree(card, options.timeout)?;
+        let agreement = communicator.agree(card, options.timeout)?; // a refusal comes back from here
+        let workers = workers?;
 
         let mut averager = ParamAverager {
             args: bytemuck::Zeroable::zeroed(),
@@ -281,10 +283,8 @@ impl ParamAverager {
             ..self.args
         };
         // Tensors that are not as they should be are not read: the launch that meets is enough to say so.
-        let phases = if problem.is_some() { &self.phases[self.phases.len() - 1..] } else { self.phases };
-        let phases =
-            if problem.is_some() && phases == [PA_RING_GATHER] { &[PA_RING_REDUCE][..] } else { phases };
-        for &phase in phases {
+        let meets = |phase: u32| phase != PA_SCAN && phase != PA_RING_GATHER;
+        for &phase in self.phases.iter().filter(|&&phase| problem.is_none() || meets(phase)) {
             if phase == PA_RING_GATHER && self.ended().any(|status| status.outcome != PA_COMMITTED) {
                 break;
             }

@@ -419,7 +419,7 @@ fn layouts_and_options_that_differ_are_refused_by_all_at_build() {
         })
     };
     type Build = fn(Communicator) -> Result<ParamAverager, Error>;
-    let cases: [(Build, &str); 5] = [
+    let cases: [(Build, &str); 6] = [
         (
             |c| ParamAverager::builder(c).build(&mut vec![vec![0f32; 10], vec![0f32; 21]]),
             "tensor 1 (f32, 21 elements)",
@@ -433,6 +433,7 @@ fn layouts_and_options_that_differ_are_refused_by_all_at_build() {
             |c| ParamAverager::builder(c).slots(8).build(&mut vec![vec![0f32; 10], vec![0f32; 20]]),
             "slots = 8",
         ),
+        (|c| ParamAverager::builder(c).slots(0).build(&mut vec![vec![0f32; 10]]), "`slots` is 0"),
         (
             |c| ParamAverager::builder(c).slots(3).build(&mut vec![vec![0f32; 10], vec![0f32; 20]]),
             "`slots` is 3",

@@ -27,7 +27,7 @@ impl Sizes {
         } else {
             1
         };
-        let most = builder::SLOT_BUDGET_BYTES / (channels as usize * options.slots as usize * widest);
+        let most = builder::SLOT_BUDGET_BYTES / (channels as usize * options.slots.max(1) as usize * widest);
         let bytes = options.chunk_bytes.unwrap_or_else(|| builder::DEFAULT_CHUNK_BYTES.min(most).max(128));
         // No more than the largest bucket has for one rank in one round.
         let world = options.communicator.world_size() as u64;
