@@ -148,7 +148,8 @@ impl ParamAverager {
                 wire_f32: u32::from(options.f32_wire && bucket.dtype.size() == 2),
             };
         }
-        let agreement = communicator.agree(card, options.timeout)?; // a refusal comes back from here
+        let patience = if options.timeout.is_zero() { builder::DEFAULT_TIMEOUT } else { options.timeout };
+        let agreement = communicator.agree(card, patience)?; // a refusal comes back from here
         let workers = workers?;
 
         let mut averager = ParamAverager {

@@ -419,7 +419,8 @@ fn layouts_and_options_that_differ_are_refused_by_all_at_build() {
         })
     };
     type Build = fn(Communicator) -> Result<ParamAverager, Error>;
-    let cases: [(Build, &str); 6] = [
+    let cases: [(Build, &str); 7] = [
+        (|c| ParamAverager::builder(c).timeout(Duration::ZERO).build(&mut vec![0f32; 10]), "`timeout` is 0"),
         (
             |c| ParamAverager::builder(c).build(&mut vec![vec![0f32; 10], vec![0f32; 21]]),
             "tensor 1 (f32, 21 elements)",

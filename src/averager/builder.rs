@@ -15,7 +15,7 @@ pub(super) const DEFAULT_SLOTS: u32 = 4;
 /// All slots of a rank together, at most, unless options ask for more.
 pub(super) const SLOT_BUDGET_BYTES: usize = 2 << 20;
 /// As long as torch.distributed waits for NCCL.
-const DEFAULT_TIMEOUT: Duration = Duration::from_secs(600);
+pub(super) const DEFAULT_TIMEOUT: Duration = Duration::from_secs(600);
 /// More threads than this a rank move no more on one memory.
 const MOST_DEFAULT_CHANNELS: u32 = 8;
 
