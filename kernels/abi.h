@@ -118,7 +118,8 @@ struct PaChannel {
   double divisor;       // what sums in f64 are divided by, agreed at the meeting
   double divisor_f32;   // what sums in f32 are divided by: the scales were rounded to f32
   uint32_t finished;    // channel 0: blocks that are done with everybody's tensors (PA_DIRECT)
-  uint32_t reserved[11];
+  uint32_t far;         // CPU: 1: the next rank's core is far away, see is_far()
+  uint32_t reserved[10];
   uint64_t segments[PA_MAX_WORLD]; // PA_DIRECT: every rank's segment table of the bucket at hand
   double scale[PA_MAX_WORLD];      // what each rank's values are multiplied by; negative: it only receives
 };
@@ -148,5 +149,5 @@ struct PaArgs {
   uint32_t flags;       // PaFlag
   uint32_t fault_step;  // tests: leave without a word before this protocol step; 0: never
   uint32_t spins;       // CPU: how often a wait looks before it gives its core to another thread
-  uint32_t reserved;
+  uint32_t far_ns;      // CPU: past the caches into slots whose lines take longer to get hold of, each
 };

@@ -72,13 +72,13 @@ template <class T, class F> PA_FN void each_part(const PaBucket& bucket, uint64_
 }
 
 // The packs of one part, by load(access, group, i) and store(access, group, i, value). whole() and ragged() make the
-// two kinds of access.
+// two kinds of access; for `lead` see each_pack().
 template <int kDeep, class MakeWhole, class MakeRagged, class Load, class Store>
-PA_FN void each_pack_of(const Exec& ex, const Part& part, bool aligned, MakeWhole whole, MakeRagged ragged, Load load, Store store) {
+PA_FN void each_pack_of(const Exec& ex, const Part& part, uint32_t lead, bool aligned, MakeWhole whole, MakeRagged ragged, Load load, Store store) {
   uint32_t i = part.first + ex.first(part.first);
   if (kAnyAlignment || aligned) {
     const auto access = whole();
-    i = each_pack<kDeep>(ex, part.first, part.whole, [&](auto g, uint32_t at) { return load(access, g, at); },
+    i = each_pack<kDeep>(ex, part.first, lead, part.whole, [&](auto g, uint32_t at) { return load(access, g, at); },
               [&](auto g, uint32_t at, const auto& v) { store(access, g, at, v); });
   }
   constexpr Group<1> one;
@@ -94,7 +94,8 @@ PA_FN void each_own(const Exec& ex, const PaBucket& bucket, uint64_t begin, uint
   each_part<T>(bucket, begin, end, [&](const Part& part) {
     const uint64_t address = at<const PaSegment>(bucket.segments)[part.segment].address;
     char* base = at<char>(address + part.offset) - 16 * uint64_t(part.first);
-    each_pack_of<kInFlight>(ex, part, address % 16 == 0, [&] { return Whole<T>{base}; },
+    const uint32_t lead = (0u - part.first) % kGroup; // groups are aligned in the chunk
+    each_pack_of<kInFlight>(ex, part, lead, address % 16 == 0, [&] { return Whole<T>{base}; },
                  [&](bool whole) { return Ragged<T>{base, part.whole, part.tail, whole}; }, load, store);
   });
 }

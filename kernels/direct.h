@@ -64,7 +64,7 @@ template <class T, int kMost> struct Direct {
         return [&base, &part, aligned](uint32_t r) { return Ragged<T>{base(r), part.whole, part.tail, aligned && kDeep > 1}; };
       };
       each_pack_of<kDeep>(
-          b.ex, part, addresses % 16 == 0, [&] { return whole; }, ragged,
+          b.ex, part, 0, addresses % 16 == 0, [&] { return whole; }, ragged,
           [&](const auto& access, auto g, uint32_t i) { return mean(access, g, i); },
           [&](const auto& access, auto g, uint32_t i, const auto& raw) {
             each_rank([&](uint32_t r) { access(r).template put<g.kPacks>(i, raw); });

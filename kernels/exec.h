@@ -114,6 +114,7 @@ struct Exec {
   }
   PA_FN void pause(uint32_t spins, uint32_t, const uint32_t*, uint32_t, uint32_t*) const { __nanosleep(spins < 64 ? 20 : 200); }
 };
+PA_FN bool is_far(char*, uint64_t, uint32_t) { return false; } // a GPU's stores wait for nobody's cache
 constexpr int kInFlight = 4; // packs a lane loads before it stores any
 constexpr int kGroup = 1;
 #else
@@ -179,6 +180,23 @@ inline uint64_t cpu_now_ns() {
   return uint64_t(t.tv_sec) * 1000000000u + uint64_t(t.tv_nsec);
 }
 
+// Whether a line of a slot takes longer than `most_ns` to get hold of while the core that read it last still holds it.
+// Where the two share a cache it does not. Where they do not (other sockets, other clusters of cores) such stores make the
+// ring six times slower, while stores past the caches, which ask nobody, take as long as ever.
+inline bool is_far(char* slot, uint64_t bytes, uint32_t most_ns) {
+#if defined(__x86_64__) && !defined(PA_LANES) // one lane finds out
+  constexpr uint64_t kLine = 64, kMost = 64;
+  const uint64_t lines = bytes / kLine < kMost ? bytes / kLine : kMost;
+  const uint64_t start = cpu_now_ns();
+  for (uint64_t i = 0; i < lines; ++i) __atomic_store_n(reinterpret_cast<uint32_t*>(slot + i * kLine), 0u, __ATOMIC_RELAXED);
+  __builtin_ia32_mfence(); // until all of them are in this core's cache
+  return cpu_now_ns() - start > lines * most_ns;
+#else
+  (void)slot, (void)bytes, (void)most_ns;
+  return false;
+#endif
+}
+
 #if !defined(PA_LANES)
 struct Exec {
   uint32_t channel;
@@ -240,12 +258,16 @@ template <int K> struct Group {
 // Packs begin … end of a chunk, by load(group, i) and store(group, i, value) for packs i … i + K of a Group<K>. Shared
 // out so that pack i belongs to lane i mod lanes wherever the range begins: many small tensors in one chunk then keep
 // all lanes busy. Returns the first pack of this lane that is left: on a CPU that lies behind the end. A GPU's lane has
-// kDeep packs in flight, and leaves what does not fill them to a loop that costs less code.
-template <int kDeep, class Load, class Store> PA_FN uint32_t each_pack(const Exec& ex, uint32_t begin, uint32_t end, Load load, Store store) {
+// kDeep packs in flight, and leaves what does not fill them to a loop that costs less code. Groups begin `lead` packs
+// after `begin`, where what they are stored to is aligned.
+template <int kDeep, class Load, class Store>
+PA_FN uint32_t each_pack(const Exec& ex, uint32_t begin, uint32_t lead, uint32_t end, Load load, Store store) {
   const uint32_t step = ex.lanes();
   uint32_t i = begin + ex.first(begin);
   if constexpr (kGroup > 1) {
+    constexpr Group<1> one;
     constexpr Group<kGroup> group;
+    for (; i < begin + lead && i < end; ++i) store(one, i, load(one, i));
     for (; mutant(52) ? i < end : i + kGroup <= end; i += kGroup) store(group, i, load(group, i));
   }
   constexpr Group<1> one;

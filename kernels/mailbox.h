@@ -158,10 +158,11 @@ struct Block {
   PaChannel* me;
   uint32_t epoch, send_seq, recv_seq, step;
   bool committed;
+  bool far; // slots of the outbox are written past the caches
 
   PA_FN Block(const Exec& ex_, const PaArgs& a_, bool begins)
       : ex(ex_), a(a_), me(at<PaChannel>(a_.channel) + ex_.block()), epoch(me->epoch + (begins ? 1 : 0)),
-        send_seq(me->send_seq), recv_seq(me->recv_seq), step(begins ? 0 : me->step), committed(false) {
+        send_seq(me->send_seq), recv_seq(me->recv_seq), step(begins ? 0 : me->step), committed(false), far(me->far != 0) {
     if (!mutant(26)) ex.sync(); // all lanes have read before the leader writes
     if (begins && ex.leader()) {
       me->outcome = PA_OPEN;
@@ -181,12 +182,13 @@ struct Block {
   PA_FN char* inbox() const { return slot(a.inbox, recv_seq); }
   PA_FN char* outbox() const { return slot(a.outbox, send_seq); }
 
-  // Enters one protocol step: waits for a chunk in the inbox and for room in the outbox. False in all lanes if the
+  // Enters one protocol step, for at most `chunk` packs: waits for a chunk in the inbox and for room in the outbox. False in all lanes if the
   // average ended here. Is also the block barrier between the leader's acquire and the lanes' loads.
-  template <bool kReceive, bool kSend> PA_FN bool enter(uint32_t where) {
+  template <bool kReceive, bool kSend> PA_FN bool enter(uint32_t where, uint32_t chunk) {
     if (++step == a.fault_step) return false;
     bool failed = false;
     if (ex.leader()) {
+      if (mutant(54) && kSend) is_far(outbox(), uint64_t(chunk) * PA_PACK_BYTES, a.far_ns);
       if constexpr (kReceive) {
         uint32_t* filled = line(a.filled_in);
         failed = !wait_for_line<2>(filled, recv_seq + 1, previous(), where);
@@ -195,6 +197,10 @@ struct Block {
         uint32_t* drained = line(a.drained_in);
         const uint32_t credit = mutant(5) ? a.slots + 1 : a.slots;
         if (!failed && !mutant(22)) failed = !wait_for_line<8>(drained, send_seq + 1 - credit, next(), where);
+      }
+      // Once a turn of the mailbox: threads move between cores, and virtual cores between real ones.
+      if constexpr (kSend) {
+        if (!failed && (send_seq & (a.slots - 1)) == 0) far = is_far(outbox(), uint64_t(chunk) * PA_PACK_BYTES, a.far_ns);
       }
       if (mutant(6) && kReceive && !failed) publish(line(a.drained_out), recv_seq + 1);
     }
@@ -209,6 +215,7 @@ struct Block {
 
   // Leaves the step: the slot that was read is free, the slot that was written is full.
   template <bool kReceive, bool kSend> PA_FN void leave() {
+    if (kSend && far) stream_fence();
     if (!mutant(3)) ex.sync();
     if (kReceive) ++recv_seq;
     if (kSend) ++send_seq;
@@ -231,6 +238,7 @@ struct Block {
       me->epoch = epoch;
       me->step = step;
       me->committed = committed;
+      me->far = far;
     }
   }
 };

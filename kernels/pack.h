@@ -60,6 +60,7 @@ template <class T, int K> PA_FN void store_raw(char* p, const Raw<T, K>& r) {
   store_16(p, make_uint4(r.w[0], r.w[1], r.w[2], r.w[3]));
 }
 template <class T, int K> PA_FN void stream_raw(char* p, const Raw<T, K>& r) { store_raw<T, K>(p, r); }
+template <class T, int K> PA_FN void pass_raw(char* p, const Raw<T, K>& r, bool) { store_raw<T, K>(p, r); }
 PA_FN void stream_fence() {}
 
 template <class T, int K> PA_FN Wide<T, K> widen(const Raw<T, K>& r) {
@@ -126,6 +127,7 @@ template <class T, int K> PA_FN void store_wide(char* p, const Wide<T, K>& x) {
     store_16(p + 16 * q, v);
   }
 }
+template <class T, int K> PA_FN void pass_wide(char* p, const Wide<T, K>& x, bool) { store_wide<T, K>(p, x); }
 #else
 // ---- CPU: a Wide is one vector, or two where a half is widened to f32 -------------------------------------------
 // A vector of B bytes of E. Its memory may lie at any address and belong to an object of any type.
@@ -188,6 +190,11 @@ template <class T, int K> PA_FN void stream_raw(char* p, const Raw<T, K>& r) {
   } else {
     store_raw<T, K>(p, r);
   }
+}
+// For another core to read. far: past the caches, see is_far().
+template <class T, int K> PA_FN void pass_raw(char* p, const Raw<T, K>& r, bool far) {
+  if (far) stream_raw<T, K>(p, r);
+  else store_raw<T, K>(p, r);
 }
 
 template <int B> PA_FN V<float, B> bf16_to_float(V<uint16_t, B / 2> h) {
@@ -297,6 +304,11 @@ template <class T, int K> PA_FN Wide<T, K> load_wide(const char* p) {
 template <class T, int K> PA_FN void store_wide(char* p, const Wide<T, K>& x) {
   using W = Wide<T, K>;
   for (int h = 0; h < W::kParts; ++h) store_vector<SumOf<T>, W::kBytes>(p + h * W::kBytes, x.part[h]);
+}
+template <class T, int K> PA_FN void pass_wide(char* p, const Wide<T, K>& x, bool far) {
+  using W = Wide<T, K>;
+  if (!far) return store_wide<T, K>(p, x);
+  for (int h = 0; h < W::kParts; ++h) stream_vector<SumOf<T>, W::kBytes>(p + h * W::kBytes, x.part[h]);
 }
 #endif
 

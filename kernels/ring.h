@@ -19,13 +19,14 @@ namespace PA_ISA {
 // How partial sums lie in a slot.
 template <class T, bool kF32> struct Wire {
   char* slot;
+  bool far;
   template <int K> PA_FN Wide<T, K> get(uint32_t i) const {
     if constexpr (kF32) return load_wide<T, K>(slot + sizeof(Wide<T, 1>) * uint64_t(i));
     else return widen<T, K>(load_raw<T, K>(slot + 16 * uint64_t(i)));
   }
   template <int K> PA_FN void put(uint32_t i, const Wide<T, K>& x) const {
-    if constexpr (kF32) store_wide<T, K>(slot + sizeof(Wide<T, 1>) * uint64_t(i), x);
-    else store_raw<T, K>(slot + 16 * uint64_t(i), narrow<T, K>(x));
+    if constexpr (kF32) pass_wide<T, K>(slot + sizeof(Wide<T, 1>) * uint64_t(i), x, far);
+    else pass_raw<T, K>(slot + 16 * uint64_t(i), narrow<T, K>(x), far);
   }
 };
 
@@ -58,8 +59,8 @@ template <class T, bool kF32> struct Ring {
 
   // Own packs of a shard → outbox.
   PA_FN bool send_own(Range r) {
-    if (!b.enter<false, true>(PA_AT_REDUCE)) return false;
-    const Wire<T, kF32> out{b.outbox()};
+    if (!b.enter<false, true>(PA_AT_REDUCE, bucket.chunk)) return false;
+    const Wire<T, kF32> out{b.outbox(), b.far};
     Suspicion<T> suspicion;
     each_own<T>(b.ex, bucket, r.begin, r.end,
                 [&](const auto& own, auto g, uint32_t i) {
@@ -73,8 +74,8 @@ template <class T, bool kF32> struct Ring {
 
   // Inbox + own packs → sink(own, group, i, sum). kSend: the sink also fills the outbox.
   template <bool kSend, class Sink> PA_FN bool receive_and_add(Range r, Sink sink) {
-    if (!b.enter<true, kSend>(PA_AT_REDUCE)) return false;
-    const Wire<T, kF32> in{b.inbox()};
+    if (!b.enter<true, kSend>(PA_AT_REDUCE, bucket.chunk)) return false;
+    const Wire<T, kF32> in{b.inbox(), false};
     Suspicion<T> suspicion;
     each_own<T>(b.ex, bucket, r.begin, r.end,
                 [&](const auto& own, auto g, uint32_t i) {
@@ -87,7 +88,7 @@ template <class T, bool kF32> struct Ring {
     return true;
   }
   PA_FN bool add_and_send(Range r) {
-    const Wire<T, kF32> out{b.outbox()};
+    const Wire<T, kF32> out{b.outbox(), b.far};
     return receive_and_add<true>(r, [&](const auto&, auto g, uint32_t i, const auto& x) { out.template put<g.kPacks>(i, x); });
   }
   // The last step of the reduce: the mean → `shard`, to wait for the commit …
@@ -99,24 +100,26 @@ template <class T, bool kF32> struct Ring {
   // … or → own tensors and outbox.
   PA_FN bool finish_and_send(Range r) {
     char* out = b.outbox();
+    const bool far = b.far;
     return receive_and_add<true>(r, [&](const auto& own, auto g, uint32_t i, const auto& x) {
       const auto raw = narrow<T, g.kPacks>(mean_of<g.kPacks>(x));
       own.template put<g.kPacks>(i, raw);
-      store_raw<T, g.kPacks>(out + 16 * uint64_t(i), raw);
+      pass_raw<T, g.kPacks>(out + 16 * uint64_t(i), raw, far);
     });
   }
 
   // `in` → own tensors, and → outbox. kStream: past the caches, where the tensors were not read a moment ago.
   template <bool kReceive, bool kSend, bool kStream> PA_FN bool pass_on(Range r, const char* shard) {
-    if (!b.enter<kReceive, kSend>(PA_AT_GATHER)) return false;
+    if (!b.enter<kReceive, kSend>(PA_AT_GATHER, bucket.chunk)) return false;
     const char* in = kReceive ? b.inbox() : shard;
     char* out = kSend ? b.outbox() : nullptr;
+    const bool far = b.far;
     each_own<T>(b.ex, bucket, r.begin, r.end,
                 [&](const auto&, auto g, uint32_t i) { return load_raw<T, g.kPacks>(in + 16 * uint64_t(i)); },
                 [&](const auto& own, auto g, uint32_t i, const auto& raw) {
                   if (kStream) own.template stream<g.kPacks>(i, raw);
                   else own.template put<g.kPacks>(i, raw);
-                  if (kSend) store_raw<T, g.kPacks>(out + 16 * uint64_t(i), raw);
+                  if (kSend) pass_raw<T, g.kPacks>(out + 16 * uint64_t(i), raw, far);
                 });
     b.leave<kReceive, kSend>();
     return true;

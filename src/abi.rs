@@ -225,7 +225,8 @@ pub struct PaChannel {
     pub divisor: f64,
     pub divisor_f32: f64,
     pub finished: u32,
-    pub reserved: [u32; 11usize],
+    pub far: u32,
+    pub reserved: [u32; 10usize],
     pub segments: [u64; 16usize],
     pub scale: [f64; 16usize],
 }
@@ -280,7 +281,7 @@ const _: () = {
     ][::std::mem::offset_of!(PaChannel, finished) - 80usize];
     [
         "Offset of field: PaChannel::reserved",
-    ][::std::mem::offset_of!(PaChannel, reserved) - 84usize];
+    ][::std::mem::offset_of!(PaChannel, reserved) - 88usize];
     [
         "Offset of field: PaChannel::segments",
     ][::std::mem::offset_of!(PaChannel, segments) - 128usize];
@@ -314,7 +315,7 @@ pub struct PaArgs {
     pub flags: u32,
     pub fault_step: u32,
     pub spins: u32,
-    pub reserved: u32,
+    pub far_ns: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -376,6 +377,6 @@ const _: () = {
     ][::std::mem::offset_of!(PaArgs, fault_step) - 140usize];
     ["Offset of field: PaArgs::spins"][::std::mem::offset_of!(PaArgs, spins) - 144usize];
     [
-        "Offset of field: PaArgs::reserved",
-    ][::std::mem::offset_of!(PaArgs, reserved) - 148usize];
+        "Offset of field: PaArgs::far_ns",
+    ][::std::mem::offset_of!(PaArgs, far_ns) - 148usize];
 };

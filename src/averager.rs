@@ -197,6 +197,7 @@ impl ParamAverager {
             slot_packs: sizes.slot_packs,
             bucket_count: self.table.raw.len() as u32,
             spins: spins(world * channels),
+            far_ns: options.testing.far_ns.unwrap_or(builder::FAR_NS),
             flags: if options.reject_non_finite { PA_FLAG_REJECT_NON_FINITE } else { 0 },
             ..bytemuck::Zeroable::zeroed()
         }

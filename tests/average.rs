@@ -27,6 +27,8 @@ struct Case {
 
 impl Case {
     fn build(&self, builder: Builder, instruction_set: Option<&'static str>) -> Builder {
+        // Slots written past the caches, through them, and as this machine asks for.
+        let far_ns = [Some(0), Some(u32::MAX), None][(self.seed % 3) as usize];
         builder
             .algorithm(self.algorithm)
             .all_or_nothing(self.all_or_nothing)
@@ -35,7 +37,7 @@ impl Case {
             .channels(self.channels)
             .slots(self.slots)
             .chunk_bytes(self.chunk_bytes)
-            .testing(Testing { counter: self.counter, poison_slots: true, instruction_set })
+            .testing(Testing { counter: self.counter, poison_slots: true, far_ns, instruction_set })
     }
 
     fn model(&self, rank: usize) -> Vec<Guarded> {

@@ -91,7 +91,7 @@ fn a_sweep_has_a_row_for_each_size_and_nothing_wrong() {
 #[test]
 fn every_dtype_and_algorithm_is_right() {
     for (flags, methods) in [
-        ("--algorithm auto,ring,direct --baseline", 5),
+        ("--algorithm auto,ring,direct --baseline", 6),
         ("--algorithm ring,direct --no-commit --f32-wire --chunk 1K --slots 2 --channels 2", 2),
         ("--algorithm ring,direct --weighted --reject-non-finite --timeout 60 --baseline=limit", 3),
     ] {
@@ -119,8 +119,8 @@ fn a_wrong_element_is_seen_and_fails_the_run() {
     let table = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(rows(&table).iter().all(|row| row[10] == "1"), "{table}");
-    assert!(table.contains("Out of bounds values : 16 FAILED"), "{table}");
-    assert!(String::from_utf8_lossy(&output.stderr).starts_with("error: 16 elements"));
+    assert!(table.contains("Out of bounds values : 20 FAILED"), "{table}");
+    assert!(String::from_utf8_lossy(&output.stderr).starts_with("error: 20 elements"));
     // Who does not look does not see.
     let unchecked = self::table("-b 1K -e 1K -n 1 -c 0 --sabotage");
     assert_eq!(rows(&unchecked)[0][10], "N/A");
@@ -134,9 +134,16 @@ fn records_have_the_fields_that_they_promise() {
         table(&format!("--layout gpt2 --scale 0.0001 -g 4 -n 3 --baseline --algorithm direct,ring {files}"));
     let json = std::fs::read_to_string(json).unwrap();
     let records: Vec<Value> = serde_json::from_str(&json).unwrap();
-    let methods = ["average", "average", "per_tensor_ring", "flatten_ring_unflatten", "one_pass_limit"];
-    let algorithms = ["direct", "ring", "ring", "ring", "one_pass"];
-    assert_eq!(records.len(), 5);
+    let methods = [
+        "average",
+        "average",
+        "per_tensor_ring",
+        "flatten_ring_unflatten",
+        "two_pass_limit",
+        "one_pass_limit",
+    ];
+    let algorithms = ["direct", "ring", "ring", "ring", "two_pass", "one_pass"];
+    assert_eq!(records.len(), 6);
     let csv = std::fs::read_to_string(csv).unwrap();
     let mut lines = csv.lines();
     assert_eq!(lines.next().unwrap(), FIELDS.join(","));
@@ -187,7 +194,7 @@ fn models_come_from_files() {
             table(&format!("--layout {} -g 3 -n 3 --algorithm direct,ring --baseline", path.display()));
         assert!(table.contains(says), "{table}");
         let rows = rows(&table);
-        assert_eq!(rows.len(), 5);
+        assert_eq!(rows.len(), 6);
         assert!(rows.iter().all(|row| row[0] == bytes && row[2] == "mixed" && row[10] == "0"), "{table}");
         let table = self::table(&format!("--layout {} -d f64,bf16 -n 1", path.display()));
         assert_eq!(self::rows(&table).iter().map(|row| row[2].as_str()).collect::<Vec<_>>(), ["f64", "bf16"]);

@@ -198,6 +198,7 @@ struct World {
     a.schedule = call.schedule, a.weight = call.weight, a.detail = call.detail, a.found = call.found;
     a.rank = r, a.world = s.world, a.channels = s.channels, a.slots = s.slots, a.slot_packs = slot_packs;
     a.spins = s.seed % 2 == 0 ? 200 : 0; // with a core for each thread, and without
+    a.far_ns = s.seed % 3 == 0 ? 0 : s.seed % 3 == 1 ? ~0u : 8; // slots written past the caches, through them, as it comes
     a.bucket_count = uint32_t(s.buckets.size());
     a.flags = call.flags, a.fault_step = call.fault_step;
     return a;

@@ -40,8 +40,8 @@ impl Bench {
     pub fn run(&mut self, group: &Group) -> Result<Vec<Record>, Failure> {
         let Group { layout, ranks, methods, iterations, warmup } = group;
         let (placed, bytes) = place(layout);
-        let copies = if methods.contains(&Method::FlattenRing) { 2 } else { 1 };
-        let arenas = self.pool.get(ranks * copies, bytes);
+        let spare = methods.iter().map(|method| method.spare_arenas(*ranks)).max().unwrap_or(0);
+        let arenas = self.pool.get(ranks + spare, bytes);
         let (arenas, spare) = arenas.split_at(*ranks);
         let crews = methods.iter().map(|method| method.crew(self.options, layout, &placed, arenas, spare));
         let crews = crews.collect::<Result<Vec<_>, _>>()?;
@@ -121,7 +121,7 @@ impl Bench {
             arenas: arenas.to_vec(),
             tensors: method.tensors(layout, placed),
             weights: (0..arenas.len()).map(weight).collect(),
-            more_roundings: u8::from(weighted || method == Method::OnePassLimit),
+            more_roundings: u8::from(weighted || method.is_limit()),
             narrow_wire: method.is_ring() && !self.options.f32_wire,
         };
         // SAFETY: the crews rest between their orders.

@@ -77,8 +77,9 @@ pub struct Args {
     #[arg(long, value_name = "NAME", value_delimiter = ',', hide_possible_values = true)]
     #[arg(help_heading = "What is averaged, and how")]
     pub algorithm: Vec<Algorithm>,
-    /// Adds rows measured in the same run: limit (the one-pass limit), per-tensor (a ring for each tensor), flatten
-    /// (flatten, ring, unflatten in separate passes), all or none; several with commas. Without a value: all
+    /// Adds rows measured in the same run: limit (the one-pass limit), two-pass (the same for averagers that write only
+    /// when all is summed), per-tensor (a ring for each tensor), flatten (flatten, ring, unflatten in separate passes),
+    /// all or none; several with commas. Without a value: all
     #[arg(long, value_name = "ROWS", value_delimiter = ',', num_args = 0..=1, require_equals = true)]
     #[arg(
         default_missing_value = "all",
@@ -118,7 +119,7 @@ pub struct Args {
     /// Threads of each rank, 1 to 1024 [default: cores / ranks, at most 8]
     #[arg(long, value_name = "N", help_heading = "The averager's options")]
     pub channels: Option<u32>,
-    /// Size of one slot of the ring's mailboxes, 128 to 64M [default: 128K, less for small models]
+    /// Size of one slot of the ring's mailboxes, 128 to 64M [default: 256K, less for small models]
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "The averager's options")]
     pub chunk: Option<u64>,
     /// Slots of a mailbox, a power of two from 2 to 1024 [default: 4]
@@ -176,6 +177,7 @@ pub enum Baseline {
     All,
     None,
     Limit,
+    TwoPass,
     PerTensor,
     Flatten,
 }

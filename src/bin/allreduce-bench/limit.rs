@@ -1,10 +1,15 @@
-//! The one-pass limit: what no averager can beat on one host's memory.
+//! The limits: what no averager can beat on one host's memory.
 //!
-//! Averaging must read every replica once and write every replica once. This does that and nothing else: all cores, each
+//! **One pass.** //! Averaging must read every replica once and write every replica once. This does that and nothing else: all cores, each
 //! with a contiguous part of every replica, no meeting, no votes, no tensors, sums in registers. Plain stores, since
 //! the lines they go to were just read. The mean is the sum times 1/n rounded, one rounding more than the library
 //! allows itself, since dividing could cost time. f32 and f64 are summed as they are; bf16 (shifts) and f16 (ISA, in
 //! software where the machine lacks it) in f32, with instructions of the same width as f32's.
+//!
+//! **Two passes.** An averager that changes no tensor before all have been summed must keep the mean until then, and
+//! whatever is larger than the caches goes to memory and comes back. The first pass reads every replica and writes one
+//! mean, past the caches if it is large; the second reads it and writes every replica, past the caches too, since those
+//! lines were not just read. Again no meeting, no vote, and every thread goes on to its second pass by itself.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -21,22 +26,39 @@ pub struct Pass {
     /// This thread, and how many there are.
     pub part: usize,
     pub parts: usize,
+    /// Where the mean waits between two passes; `None`: there is one.
+    pub between: Option<Arc<Arena>>,
 }
+
+/// Means of more bytes than this are written past the caches: as large as a cluster of cores' third-level cache.
+const LARGE: usize = 32 << 20;
 
 impl Pass {
     /// Averages this thread's part of all buffers.
     pub fn run(&self) {
-        for buffer in self.buffers.iter() {
-            let range = part(buffer.elements, self.part, self.parts);
-            with_number!(buffer.dtype, T => self.average::<T>(buffer.offset, range))
+        match &self.between {
+            None => self.pass(&self.arenas, &self.arenas, false),
+            Some(between) => {
+                let between = std::slice::from_ref(between);
+                let bytes: usize =
+                    self.buffers.iter().map(|buffer| buffer.elements * buffer.dtype.size()).sum();
+                self.pass(&self.arenas, between, bytes > LARGE);
+                self.pass(between, &self.arenas, bytes > LARGE);
+            }
         }
     }
 
-    fn average<T: Number>(&self, offset: usize, range: Range<usize>) {
-        // SAFETY: placed inside of the arenas.
-        let starts: Vec<*mut T> =
-            self.arenas.iter().map(|arena| unsafe { arena.start().add(offset) }.cast()).collect();
-        simd::best(Average { replicas: &starts, range })
+    /// The mean of some → others.
+    fn pass(&self, from: &[Arc<Arena>], to: &[Arc<Arena>], stream: bool) {
+        for buffer in self.buffers.iter() {
+            let range = part(buffer.elements, self.part, self.parts);
+            with_number!(buffer.dtype, T => {
+                // SAFETY: placed inside of the arenas.
+                let start = |arena: &Arc<Arena>| unsafe { arena.start().add(buffer.offset) }.cast::<T>();
+                let (from, to): (Vec<_>, Vec<_>) = (from.iter().map(start).collect(), to.iter().map(start).collect());
+                simd::best(Average { from: &from, to: &to, range, stream })
+            })
+        }
     }
 }
 
@@ -48,10 +70,13 @@ fn part(elements: usize, index: usize, parts: usize) -> Range<usize> {
     at(index)..at(index + 1)
 }
 
-/// Replaces a range of every replica by its mean. No two threads share a range.
+/// The mean of a range of some buffers → the same range of others. No two threads share a range.
 struct Average<'a, T> {
-    replicas: &'a [*mut T],
+    from: &'a [*mut T],
+    to: &'a [*mut T],
     range: Range<usize>,
+    /// Past the caches.
+    stream: bool,
 }
 
 impl<T: Number> Task for Average<'_, T> {
@@ -60,7 +85,8 @@ impl<T: Number> Task for Average<'_, T> {
     fn run<const ISA: u8>(self) {
         // Known counts unroll. Lines of one replica that are moved together: fewer turns between replicas, and no more
         // than the registers hold.
-        match self.replicas.len() {
+        match self.from.len() {
+            1 => self.of::<ISA, 1, 4>(),
             2 => self.of::<ISA, 2, 4>(),
             3 => self.of::<ISA, 3, 4>(),
             4 => self.of::<ISA, 4, 4>(),
@@ -73,15 +99,19 @@ impl<T: Number> Task for Average<'_, T> {
 impl<T: Number> Average<'_, T> {
     #[inline(always)]
     fn of<const ISA: u8, const N: usize, const GROUPS: usize>(self) {
-        let replicas = if N > 0 { &self.replicas[..N] } else { self.replicas };
-        let inverse = T::Sum::inverse(replicas.len());
+        let (from, to) = (if N > 0 { &self.from[..N] } else { self.from }, self.to);
+        let inverse = T::Sum::inverse(from.len());
         let mut at = self.range.start;
         while at + GROUPS * LANES <= self.range.end {
-            // SAFETY: inside of every replica, which nobody else touches. Plain reads and writes.
+            // SAFETY: inside of every buffer, in a range that nobody else touches. Plain reads and writes.
             unsafe {
                 let block = |start: *mut T| start.add(at).cast::<[[T; LANES]; GROUPS]>();
-                let raw = mean::<T, ISA, GROUPS>(replicas, inverse, |start| block(start).read_unaligned());
-                replicas.iter().for_each(|&start| block(start).write_unaligned(raw));
+                let raw = mean::<T, ISA, GROUPS>(from, inverse, |start| block(start).read_unaligned());
+                if self.stream {
+                    to.iter().for_each(|&start| simd::stream(block(start), &raw));
+                } else {
+                    to.iter().for_each(|&start| block(start).write_unaligned(raw));
+                }
             }
             at += GROUPS * LANES;
         }
@@ -89,17 +119,16 @@ impl<T: Number> Average<'_, T> {
             let count = LANES.min(self.range.end - at);
             // SAFETY: as above, for `count` elements.
             unsafe {
-                let raw = mean::<T, ISA, 1>(replicas, inverse, |start| {
+                let raw = mean::<T, ISA, 1>(from, inverse, |start| {
                     let mut raw = [T::default(); LANES];
                     raw.as_mut_ptr().copy_from_nonoverlapping(start.add(at), count);
                     [raw]
                 });
-                replicas
-                    .iter()
-                    .for_each(|&start| start.add(at).copy_from_nonoverlapping(raw[0].as_ptr(), count));
+                to.iter().for_each(|&start| start.add(at).copy_from_nonoverlapping(raw[0].as_ptr(), count));
             }
             at += count;
         }
+        simd::stream_fence();
     }
 }
 

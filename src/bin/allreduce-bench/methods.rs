@@ -19,6 +19,8 @@ pub enum Method {
     Average { algorithm: Algorithm, commit: bool },
     /// No averager can be faster; see limit.rs.
     OnePassLimit,
+    /// No averager that is all or nothing can be faster; see limit.rs.
+    TwoPassLimit,
     /// One ring for each tensor, one tensor after the other, as a loop over `all_reduce` does.
     PerTensorRing,
     /// All tensors copied into one flat buffer, one ring, all copied back.
@@ -77,6 +79,7 @@ impl Method {
             Method::Average { commit: false, algorithm: Algorithm::Ring } => "average_no_commit",
             Method::Average { .. } => "average",
             Method::OnePassLimit => "one_pass_limit",
+            Method::TwoPassLimit => "two_pass_limit",
             Method::PerTensorRing => "per_tensor_ring",
             Method::FlattenRing => "flatten_ring_unflatten",
         }
@@ -90,6 +93,7 @@ impl Method {
             | Method::FlattenRing => "ring",
             Method::Average { .. } => "direct",
             Method::OnePassLimit => "one_pass",
+            Method::TwoPassLimit => "two_pass",
         }
     }
 
@@ -100,6 +104,7 @@ impl Method {
             Method::Average { algorithm: Algorithm::Ring, .. } => "ring",
             Method::Average { .. } => "direct",
             Method::OnePassLimit => "one-pass limit",
+            Method::TwoPassLimit => "two-pass limit",
             Method::PerTensorRing => "ring per tensor",
             Method::FlattenRing => "flatten+ring+unflatten",
         }
@@ -109,29 +114,41 @@ impl Method {
         !matches!(self, Method::Average { .. })
     }
 
+    pub fn is_limit(self) -> bool {
+        matches!(self, Method::OnePassLimit | Method::TwoPassLimit)
+    }
+
     pub fn is_ring(self) -> bool {
         self.algorithm() == "ring"
     }
 
-    /// Bytes that all ranks together need besides their tensors: the second copies, and the shards of a ring with commit.
-    pub fn extra_bytes(self, layout: &Layout, ranks: usize) -> u64 {
+    /// Arenas that it needs besides the ranks' own.
+    pub fn spare_arenas(self, ranks: usize) -> usize {
         match self {
-            Method::FlattenRing => ranks as u64 * layout.bytes(),
-            Method::Average { algorithm: Algorithm::Ring, commit: true } => layout.bytes(),
+            Method::FlattenRing => ranks,
+            Method::TwoPassLimit => 1,
             _ => 0,
         }
     }
 
-    /// The tensors that it averages: the limit's are flat.
+    /// Bytes that all ranks together need besides their tensors: the second copies, and the mean that waits for a commit.
+    pub fn extra_bytes(self, layout: &Layout, ranks: usize) -> u64 {
+        match self {
+            Method::Average { algorithm: Algorithm::Ring, commit: true } => layout.bytes(),
+            _ => self.spare_arenas(ranks) as u64 * layout.bytes(),
+        }
+    }
+
+    /// The tensors that it averages: the limits' are flat.
     pub fn tensors(self, layout: &Layout, placed: &Arc<[Placed]>) -> Arc<[Placed]> {
-        if self == Method::OnePassLimit {
+        if self.is_limit() {
             place_flat(layout)
         } else {
             placed.clone()
         }
     }
 
-    /// Its threads, ready to run. `spare`: as many arenas again, for second copies.
+    /// Its threads, ready to run. `spare`: its `spare_arenas` at least.
     pub fn crew(
         self,
         options: Options,
@@ -140,8 +157,9 @@ impl Method {
         arenas: &[Arc<Arena>],
         spare: &[Arc<Arena>],
     ) -> Result<Crew, Failure> {
-        if self == Method::OnePassLimit {
-            return Crew::new(passes(layout, arenas));
+        if self.is_limit() {
+            let between = (self == Method::TwoPassLimit).then(|| spare[0].clone());
+            return Crew::new(passes(layout, arenas, between));
         }
         let world = World::in_process(&vec![Device::cpu(); arenas.len()])?;
         let members =
@@ -174,10 +192,11 @@ fn average(builder: Builder, mut replica: Replica, weight: Option<f64>) -> param
     }))
 }
 
-fn passes(layout: &Layout, arenas: &[Arc<Arena>]) -> Vec<Make> {
+fn passes(layout: &Layout, arenas: &[Arc<Arena>], between: Option<Arc<Arena>>) -> Vec<Make> {
     let (buffers, parts) = (place_flat(layout), cores());
     let pass = |part| -> Make {
-        let pass = Pass { arenas: arenas.to_vec(), buffers: buffers.clone(), part, parts };
+        let (arenas, buffers, between) = (arenas.to_vec(), buffers.clone(), between.clone());
+        let pass = Pass { arenas, buffers, part, parts, between };
         Box::new(move || {
             Ok(Box::new(move || {
                 pass.run();

@@ -180,6 +180,9 @@ fn methods(averages: &[Method], baselines: &[Baseline], tensors: usize) -> Vec<M
     if asked(Baseline::Flatten) {
         methods.push(Method::FlattenRing);
     }
+    if asked(Baseline::TwoPass) {
+        methods.push(Method::TwoPassLimit);
+    }
     if asked(Baseline::Limit) {
         methods.push(Method::OnePassLimit);
     }
@@ -260,7 +263,7 @@ mod tests {
         let shape: Vec<_> =
             sections.iter().map(|s| (s.groups[0].layout.name.as_str(), s.groups[0].ranks)).collect();
         assert_eq!(shape, [("gpt2", 2), ("gpt2", 4), ("gpt2", 2), ("flat", 2)]);
-        assert_eq!(sections[0].groups[0].methods.len(), 6);
+        assert_eq!(sections[0].groups[0].methods.len(), 7);
         assert_eq!(sections[2].groups[0].layout.dtype(), Some(Dtype::Bf16));
         let sweep: Vec<_> = sections[3].groups.iter().map(|group| group.layout.bytes()).collect();
         assert_eq!((sweep[0], sweep[8], sweep.len()), (1 << 10, 64 << 20, 9));
@@ -273,10 +276,11 @@ mod tests {
     fn baselines_are_added_once_asked_for() {
         let methods = |line: &str| plan(line).unwrap()[0].groups[0].methods.clone();
         assert_eq!(methods("--layout resnet50").len(), 1);
-        assert_eq!(methods("--layout resnet50 --baseline").len(), 4);
+        assert_eq!(methods("--layout resnet50 --baseline").len(), 5);
         assert_eq!(
             methods("-b 1K --baseline"),
-            [averages(&args("")), vec![Method::FlattenRing, Method::OnePassLimit]].concat()
+            [averages(&args("")), vec![Method::FlattenRing, Method::TwoPassLimit, Method::OnePassLimit]]
+                .concat()
         );
         assert_eq!(methods("-b 1K --baseline=none").len(), 1);
     }

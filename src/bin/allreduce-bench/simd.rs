@@ -46,6 +46,36 @@ fn available() -> u8 {
     BASELINE
 }
 
+/// Writes past the caches, where the machine has an instruction for it and `to` lies at a multiple of 16 bytes.
+///
+/// # Safety
+/// `to` is valid for a write at any alignment. `stream_fence` comes before another thread may look.
+#[inline(always)]
+pub unsafe fn stream<T: Copy>(to: *mut T, value: &T) {
+    #[cfg(target_arch = "x86_64")]
+    if size_of::<T>().is_multiple_of(16) && to.addr().is_multiple_of(16) {
+        use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
+        let (from, to) = (std::ptr::from_ref(value).cast::<__m128i>(), to.cast::<__m128i>());
+        for part in 0..size_of::<T>() / 16 {
+            // SAFETY: inside of `value` and of `to`, which is aligned. Every x86-64 has SSE2.
+            unsafe { _mm_stream_si128(to.add(part), _mm_loadu_si128(from.add(part))) };
+        }
+        return;
+    }
+    // SAFETY: as this function's.
+    unsafe { to.write_unaligned(*value) }
+}
+
+/// What was written by `stream` is seen by whoever synchronises with this thread.
+#[inline(always)]
+pub fn stream_fence() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 has SSE.
+    unsafe {
+        std::arch::x86_64::_mm_sfence()
+    }
+}
+
 /// Runs the task on every instruction set that this machine has.
 #[cfg(test)]
 pub fn each<T: Task>(task: impl Fn() -> T, check: impl Fn(T::Output)) {
