@@ -280,6 +280,9 @@ const _: () = {
         "Offset of field: PaChannel::finished",
     ][::std::mem::offset_of!(PaChannel, finished) - 80usize];
     [
+        "Offset of field: PaChannel::far",
+    ][::std::mem::offset_of!(PaChannel, far) - 84usize];
+    [
         "Offset of field: PaChannel::reserved",
     ][::std::mem::offset_of!(PaChannel, reserved) - 88usize];
     [

@@ -14,12 +14,10 @@ pub use builder::{Builder, Testing};
 pub use report::Report;
 
 use crate::abi::*;
-use crate::backend::cpu::{instruction_sets, Workers};
-use crate::bucket;
 use crate::error::Stage;
-use crate::world::{AbortHandle, Agreement, Card, Communicator, Region};
+use crate::world::{AbortHandle, Agreement, Card, Communicator};
 use crate::{Error, Parameters, Result};
-use memory::{channel_states, Sizes, LINE_BYTES};
+use memory::{Own, Sizes, LINE_BYTES};
 use table::{Problem, Table};
 
 /// How the parameters move.
@@ -65,13 +63,8 @@ pub struct ParamAverager {
     algorithm: Algorithm,
     phases: &'static [u32],
     table: Table,
-    workers: Workers,
+    own: Own,
     args: PaArgs,
-    /// A `PaChannel` for each channel.
-    channels: Region,
-    /// Every bucket's own shard of the mean.
-    shards: Vec<Region>,
-    mailbox: Option<Arc<Region>>,
     timeout: std::time::Duration,
     failed: Option<Error>,
 }
@@ -102,87 +95,58 @@ impl ParamAverager {
     fn build<P: Parameters + ?Sized>(options: Builder, params: &mut P) -> Result<Self> {
         let communicator = options.communicator.clone();
         let (rank, world) = (communicator.rank(), communicator.world_size());
-        let (mut table, problem) = Table::new(params, communicator.device());
+        let (mut table, problem) = Table::new(params, communicator.device(), communicator.site().clone());
         let algorithm = match options.algorithm {
             Algorithm::Auto => Algorithm::Direct,
             chosen => chosen,
         };
         let ring = algorithm == Algorithm::Ring && world > 1;
-        // From here on nothing returns before the peers know: an option that is refused is shown to them as such.
+        // From here on nothing returns before the peers know: what is refused here is shown to them as such.
         let refusal = options.check().err().or(problem.map(|problem| table.error(rank, problem)));
-        let usable = refusal.is_none();
-        let channels = if usable { options.channel_count() } else { 1 };
-        let sets = instruction_sets();
-        let named = |name| sets.iter().find(|set| set.name == name).copied().expect("a set this machine has");
-        let isa = options.testing.instruction_set.map_or(sets[0], named);
-        let workers = Workers::new(isa, channels, &format!("rank-{rank}"))
-            .map_err(|e| Error::Thread { rank, reason: e.to_string() });
-        let refusal = refusal.or(workers.as_ref().err().cloned());
+        let channels = if refusal.is_none() { options.channel_count() } else { 1 };
         let sizes = Sizes::of(&options, &table, channels);
-        let mailbox = (ring && usable).then(|| Arc::new(sizes.mailbox(channels, &options.testing)));
+        let own = match refusal {
+            None => Own::new(&options, &mut table, sizes, channels, ring),
+            Some(refusal) => Err(refusal),
+        };
         let card = Card {
-            refusal,
+            refusal: own.as_ref().err().cloned(),
             options: options.shown(),
             tensors: table.describe_all(),
-            mailbox: mailbox.clone(),
+            mailbox: own.as_ref().ok().and_then(|own| own.mailbox.clone()),
             epoch: options.testing.counter,
         };
-        let keeps_shard = ring && usable && options.all_or_nothing;
-        let mut shards = vec![];
-        for (bucket, raw) in table.buckets.iter().zip(&mut table.raw) {
-            let channel_packs = bucket::channel_packs(bucket.packs, channels);
-            let shard_packs = bucket::shard_packs(channel_packs, world as u32, sizes.chunk);
-            if keeps_shard {
-                shards
-                    .push(Region::new((shard_packs * u64::from(channels)) as usize * PA_PACK_BYTES as usize));
-            }
-            *raw = PaBucket {
-                segments: bucket.segments.as_ptr() as u64,
-                packs: bucket.packs,
-                channel_packs,
-                shard: shards.last().map_or(0, Region::address),
-                shard_packs,
-                segment_count: bucket.segments.len() as u32,
-                dtype: bucket.dtype.code(),
-                chunk: sizes.chunk,
-                wire_f32: u32::from(options.f32_wire && bucket.dtype.size() == 2),
-            };
-        }
         let patience = if options.timeout.is_zero() { builder::DEFAULT_TIMEOUT } else { options.timeout };
         let agreement = communicator.agree(card, patience)?; // a refusal comes back from here
-        let workers = workers?;
+        let own = own?;
 
         let mut averager = ParamAverager {
             args: bytemuck::Zeroable::zeroed(),
             phases: phases(algorithm, options.all_or_nothing, options.reject_non_finite),
-            channels: channel_states(channels, options.testing.counter),
             timeout: options.timeout,
             failed: None,
             communicator,
             agreement,
             algorithm,
             table,
-            workers,
-            shards,
-            mailbox,
+            own,
         };
-        averager.args = averager.launch_args(&options, sizes);
+        averager.args = averager.launch_args(&options, sizes, channels);
         Ok(averager)
     }
 
     /// The arguments that stay the same for all launches.
-    fn launch_args(&self, options: &Builder, sizes: Sizes) -> PaArgs {
+    fn launch_args(&self, options: &Builder, sizes: Sizes, channels: u32) -> PaArgs {
         let (rank, world) = (self.rank(), self.world_size());
-        let channels = self.channels.bytes() / size_of::<PaChannel>();
         let cards = &self.agreement.cards;
-        let address = |rank: usize| cards[rank % world].mailbox.as_ref().map_or(0, |region| region.address());
+        let address = |rank: usize| cards[rank % world].mailbox.as_ref().map_or(0, |memory| memory.address());
         let (own, next, previous) = (address(rank), address(rank + 1), address(rank + world - 1));
-        let drained = (channels * LINE_BYTES) as u64;
+        let drained = u64::from(channels) * LINE_BYTES as u64;
         let slots = 2 * drained;
         PaArgs {
             control: self.agreement.control.address(),
-            channel: self.channels.address(),
-            buckets: self.table.raw.as_ptr() as u64,
+            channel: self.own.engine.channels(),
+            buckets: self.own.buckets,
             inbox: own + slots,
             outbox: next + slots,
             filled_in: own,
@@ -192,11 +156,11 @@ impl ParamAverager {
             timeout_ns: u64::try_from(options.timeout.as_nanos()).unwrap_or(u64::MAX),
             rank: rank as u32,
             world: world as u32,
-            channels: channels as u32,
+            channels,
             slots: options.slots,
             slot_packs: sizes.slot_packs,
             bucket_count: self.table.raw.len() as u32,
-            spins: spins(world * channels),
+            spins: spins(world * channels as usize),
             far_ns: options.testing.far_ns.unwrap_or(builder::FAR_NS),
             flags: if options.reject_non_finite { PA_FLAG_REJECT_NON_FINITE } else { 0 },
             ..bytemuck::Zeroable::zeroed()
@@ -220,10 +184,7 @@ impl ParamAverager {
 
     /// Memory of this rank beyond its parameters, in bytes: slots, shard, counters and tables.
     pub fn extra_bytes(&self) -> usize {
-        let shards: usize = self.shards.iter().map(Region::bytes).sum();
-        let mailbox = self.mailbox.as_ref().map_or(0, |region| region.bytes());
-        let segments: usize = self.table.buckets.iter().map(|bucket| bucket.segments.len()).sum();
-        shards + mailbox + segments * size_of::<PaSegment>() + self.channels.bytes() + size_of::<PaControl>()
+        self.own.bytes(&self.table) + size_of::<PaControl>()
     }
 
     /// A handle that ends whatever this world waits for, from any thread.
@@ -284,15 +245,20 @@ impl ParamAverager {
                 | flag(PA_FLAG_LAYOUT, problem.is_some()),
             ..self.args
         };
+        if std::mem::take(&mut self.table.moved) {
+            self.own
+                .engine
+                .set_tables(&self.table.raw, self.table.buckets.iter().map(|bucket| &bucket.segments[..]));
+        }
         // Tensors that are not as they should be are not read: the launch that meets is enough to say so.
         let meets = |phase: u32| phase != PA_SCAN && phase != PA_RING_GATHER;
-        for &phase in self.phases.iter().filter(|&&phase| problem.is_none() || meets(phase)) {
-            if phase == PA_RING_GATHER && self.ended().any(|status| status.outcome != PA_COMMITTED) {
-                break;
-            }
-            // SAFETY: the tables describe the tensors that `params` visited just now and which it borrows mutably
-            // until this returns; all other memory is this averager's or kept by `agreement`.
-            unsafe { self.workers.launch(&args, phase) };
+        let phases = self.phases.iter().copied().filter(|&phase| problem.is_none() || meets(phase));
+        // SAFETY: the tables describe the tensors that `params` visited just now and which it borrows mutably until this
+        // returns; all other memory is this averager's or kept by `agreement`.
+        if let Err(reason) = unsafe { self.own.engine.run(&args, phases) } {
+            let error = Error::DeviceFailed { rank: self.rank(), reason };
+            self.failed = Some(error.clone());
+            return Err(error);
         }
         self.outcome(start)
     }
@@ -348,7 +314,7 @@ impl fmt::Debug for ParamAverager {
             .field("algorithm", &self.algorithm)
             .field("tensors", &self.table.describe_all().len())
             .field("bytes", &self.table.bytes)
-            .field("workers", &self.workers)
+            .field("engine", &self.own.engine)
             .finish_non_exhaustive()
     }
 }

@@ -202,6 +202,15 @@ pub enum Error {
         cause: Box<Error>,
     },
 
+    /// A rank's CUDA device failed: out of memory when the averager was built, or anything that the driver reports later.
+    #[error("rank {rank}: its CUDA device failed: {reason}; free memory or see what the device reports, then build a new world")]
+    DeviceFailed {
+        /// The rank.
+        rank: usize,
+        /// The driver's function, and what it said.
+        reason: String,
+    },
+
     /// A thread could not be started for a channel.
     #[error("rank {rank} cannot start a thread for a channel: {reason}; build with fewer channels")]
     Thread {
@@ -217,7 +226,11 @@ impl Error {
     pub fn is_fatal(&self) -> bool {
         matches!(
             self,
-            Error::Timeout { .. } | Error::Aborted { .. } | Error::PeerLost { .. } | Error::Poisoned { .. }
+            Error::Timeout { .. }
+                | Error::Aborted { .. }
+                | Error::PeerLost { .. }
+                | Error::DeviceFailed { .. }
+                | Error::Poisoned { .. }
         )
     }
 
@@ -228,6 +241,7 @@ impl Error {
             Error::Timeout { committed, .. }
             | Error::Aborted { committed, .. }
             | Error::PeerLost { committed, .. } => !committed,
+            Error::DeviceFailed { .. } => false, // nobody knows
             _ => true,
         }
     }

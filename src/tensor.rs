@@ -89,8 +89,9 @@ impl<'a> TensorMut<'a> {
     /// A pointer that is null or not aligned to the dtype, and tensors that overlap, are errors when they are used.
     ///
     /// # Safety
-    /// For the lifetime `'a`, the memory must be valid for reads and writes of that many elements by the device and by
-    /// this process, hold initialised elements, and be accessed by nobody else; other ranks' averagers aside.
+    /// For the lifetime `'a`, the memory must be valid for reads and writes of that many elements by the device, hold
+    /// initialised elements, and be accessed by nobody else; other ranks' averagers aside. On a CUDA device that includes
+    /// work on non-blocking streams, which an average does not wait for.
     pub unsafe fn from_raw_parts(pointer: *mut u8, elements: usize, dtype: Dtype, device: Device) -> Self {
         TensorMut { name: None, pointer, elements, dtype, device, memory: PhantomData }
     }

@@ -476,10 +476,12 @@ fn worlds_and_devices_that_cannot_be_are_refused() {
     }
     let error = World::in_process(&[Device::cpu(), Device::cuda(0)]).unwrap_err();
     let Error::DeviceUnavailable { rank: 1, device, reason } = &error else { panic!("{error}") };
-    assert_eq!(device, "cuda:0");
-    match param_averager::__private::fatbin() {
+    assert!(device == "cuda:0" && reason.contains("different devices"), "{error}");
+    // What a machine with a driver says, or one without, is tests/cuda.rs's.
+    if let Err(said) = param_averager::__private::fatbin() {
         // Built without nvcc: the same words as the build's warning.
-        Err(said) => assert!(reason == said && said.contains("NVCC"), "{reason}"),
-        Ok(_) => assert!(reason.contains("CPUs only"), "{reason}"),
+        let error = World::in_process(&[Device::cuda(0)]).unwrap_err();
+        let Error::DeviceUnavailable { rank: 0, reason, .. } = &error else { panic!("{error}") };
+        assert!(reason == said && said.contains("NVCC"), "{reason}");
     }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{Algorithm, ParamAverager};
+use crate::backend::Site;
 use crate::world::Communicator;
 use crate::{Error, Parameters, Result};
 
@@ -18,6 +19,10 @@ pub(super) const SLOT_BUDGET_BYTES: usize = 2 << 20;
 /// cores with a common third-level cache, 12 to 21 between others (the middle 80 % on an EPYC of the fourth generation; see
 /// benches/record/). A wrong guess costs one turn of the mailbox.
 pub(super) const FAR_NS: u32 = 8;
+/// On a CUDA device a chunk is 4 packs for each thread of a block, as many as it has in flight. (Reasoned, not measured.)
+pub(super) const CUDA_CHUNK_BYTES: usize = 4 * 16 * crate::backend::cuda::THREADS as usize;
+/// The same for all slots of a rank there: 4 for each of 128 blocks.
+pub(super) const CUDA_SLOT_BUDGET_BYTES: usize = 16 << 20;
 /// As long as torch.distributed waits for NCCL.
 pub(super) const DEFAULT_TIMEOUT: Duration = Duration::from_secs(600);
 /// More threads than this a rank move no more on one memory.
@@ -155,15 +160,45 @@ impl Builder {
             _ if !self.slots.is_power_of_two() || !(2..=1024).contains(&self.slots) => {
                 refuse("slots", self.slots.to_string(), "a power of two from 2 to 1024")
             }
+            _ if self.blocks_fit().is_err() => {
+                let fit = self.blocks_fit().unwrap_err();
+                let world = self.communicator.world_size();
+                let found = format!("{}, on each of {world} ranks", self.channel_count());
+                refuse(
+                    "channels",
+                    format!("{found}, but only {fit} blocks fit on the device"),
+                    "so few that the blocks of all ranks on a device run at the same time",
+                )
+            }
             _ if self.timeout.is_zero() => refuse("timeout", "0".into(), "longer than nothing"),
             _ => Ok(()),
         }
     }
 
+    /// All blocks of all ranks wait for one another: those that share a device must be resident together. Else how many are.
+    fn blocks_fit(&self) -> std::result::Result<(), u32> {
+        match self.communicator.site() {
+            Site::Host => Ok(()),
+            Site::Cuda(context) => {
+                let (all, fit) =
+                    (self.channel_count() * self.communicator.world_size() as u32, context.resident_blocks());
+                if all <= fit {
+                    Ok(())
+                } else {
+                    Err(fit)
+                }
+            }
+        }
+    }
+
     pub(super) fn channel_count(&self) -> u32 {
+        let world = self.communicator.world_size();
         self.channels.unwrap_or_else(|| {
+            if let Site::Cuda(context) = self.communicator.site() {
+                return (context.resident_blocks() / world as u32).clamp(1, 1024);
+            }
             let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-            ((cores / self.communicator.world_size()) as u32).clamp(1, MOST_DEFAULT_CHANNELS)
+            ((cores / world) as u32).clamp(1, MOST_DEFAULT_CHANNELS)
         })
     }
 

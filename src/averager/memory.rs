@@ -1,10 +1,14 @@
-//! How large the shared memory is, and what it holds before the first average.
+//! The memory that a rank needs besides its tensors: how large it is, and what it holds before the first average.
+
+use std::sync::Arc;
 
 use super::builder::{self, Builder, Testing};
 use super::table::Table;
 use crate::abi::*;
+use crate::backend::cpu::instruction_sets;
+use crate::backend::{Engine, Memory, Site};
 use crate::bucket;
-use crate::world::Region;
+use crate::{Error, Result};
 
 /// Bytes between two counters that different ranks write.
 pub(super) const LINE_BYTES: usize = PA_LINE_WORDS as usize * 4;
@@ -27,8 +31,12 @@ impl Sizes {
         } else {
             1
         };
-        let most = builder::SLOT_BUDGET_BYTES / (channels as usize * options.slots.max(1) as usize * widest);
-        let bytes = options.chunk_bytes.unwrap_or_else(|| builder::DEFAULT_CHUNK_BYTES.min(most).max(128));
+        let (default, budget) = match options.communicator.site() {
+            Site::Host => (builder::DEFAULT_CHUNK_BYTES, builder::SLOT_BUDGET_BYTES),
+            Site::Cuda(_) => (builder::CUDA_CHUNK_BYTES, builder::CUDA_SLOT_BUDGET_BYTES),
+        };
+        let most = budget / (channels as usize * options.slots.max(1) as usize * widest);
+        let bytes = options.chunk_bytes.unwrap_or_else(|| default.min(most).max(128));
         // No more than the largest bucket has for one rank in one round.
         let world = options.communicator.world_size() as u64;
         let packs = table.buckets.iter().map(|bucket| bucket.packs).max().unwrap_or(1);
@@ -38,32 +46,81 @@ impl Sizes {
     }
 
     /// Counters and slots: `filled` lines, `drained` lines, then the inbox.
-    pub(super) fn mailbox(&self, channels: u32, testing: &Testing) -> Region {
+    fn mailbox(&self, site: &Site, channels: u32, testing: &Testing) -> Result<Memory, String> {
         let counters = 2 * channels as usize;
         let slots = (channels * self.slots) as usize * self.slot_packs as usize * PA_PACK_BYTES as usize;
-        let region = Region::new(counters * LINE_BYTES + slots);
-        let bytes: *mut u8 = region.as_ptr();
-        // SAFETY: inside of the region, which nobody else has yet.
-        unsafe {
-            for line in 0..counters {
-                bytes.add(line * LINE_BYTES).cast::<u32>().write(testing.counter);
-            }
-            if testing.poison_slots {
-                bytes.add(counters * LINE_BYTES).write_bytes(0xff, slots);
-            }
+        let mut memory = Memory::new(site, counters * LINE_BYTES + slots)?;
+        for line in 0..counters {
+            memory.set(line * LINE_BYTES, &testing.counter.to_ne_bytes())?;
         }
-        region
+        if testing.poison_slots {
+            memory.fill_from(counters * LINE_BYTES, 0xff)?;
+        }
+        Ok(memory)
     }
 }
 
-/// The channels' states before the first average.
-pub(super) fn channel_states(channels: u32, counter: u32) -> Region {
-    let region = Region::new(channels as usize * size_of::<PaChannel>());
-    let states: *mut PaChannel = region.as_ptr();
-    for channel in 0..channels as usize {
-        // SAFETY: so many are in the region, zeroed, and nobody else has it yet.
-        let state = unsafe { &mut *states.add(channel) };
-        (state.recv_seq, state.send_seq, state.epoch) = (counter, counter, counter);
+/// What a rank needs besides its tensors.
+pub(super) struct Own {
+    pub(super) engine: Engine,
+    /// Every bucket's own shard of the mean.
+    pub(super) shards: Vec<Memory>,
+    pub(super) mailbox: Option<Arc<Memory>>,
+    /// Where the kernels find the buckets.
+    pub(super) buckets: u64,
+}
+
+impl Own {
+    /// Allocates all of it, and completes the table of buckets with where it is.
+    pub(super) fn new(
+        options: &Builder,
+        table: &mut Table,
+        sizes: Sizes,
+        channels: u32,
+        ring: bool,
+    ) -> Result<Own> {
+        let (rank, world) = (options.communicator.rank(), options.communicator.world_size() as u32);
+        let (site, testing) = (options.communicator.site(), &options.testing);
+        let failed = |reason| Error::DeviceFailed { rank, reason };
+        let mut shards = vec![];
+        for (bucket, raw) in table.buckets.iter().zip(&mut table.raw) {
+            let channel_packs = bucket::channel_packs(bucket.packs, channels);
+            let shard_packs = bucket::shard_packs(channel_packs, world, sizes.chunk);
+            if ring && options.all_or_nothing {
+                let bytes = (shard_packs * u64::from(channels)) as usize * PA_PACK_BYTES as usize;
+                shards.push(Memory::new(site, bytes).map_err(failed)?);
+            }
+            *raw = PaBucket {
+                segments: 0, // see below
+                packs: bucket.packs,
+                channel_packs,
+                shard: shards.last().map_or(0, Memory::address),
+                shard_packs,
+                segment_count: bucket.segments.len() as u32,
+                dtype: bucket.dtype.code(),
+                chunk: sizes.chunk,
+                wire_f32: u32::from(options.f32_wire && bucket.dtype.size() == 2),
+            };
+        }
+        let mailbox = if ring { Some(sizes.mailbox(site, channels, testing).map_err(failed)?) } else { None };
+        let mut state: PaChannel = bytemuck::Zeroable::zeroed();
+        (state.recv_seq, state.send_seq, state.epoch) = (testing.counter, testing.counter, testing.counter);
+        let sets = instruction_sets();
+        let named = |name| sets.iter().find(|set| set.name == name).copied().expect("a set this machine has");
+        let isa = testing.instruction_set.map_or(sets[0], named);
+        let segments: Vec<&[PaSegment]> = table.buckets.iter().map(|bucket| &bucket.segments[..]).collect();
+        let count = segments.iter().map(|segments| segments.len()).sum();
+        let states = vec![state; channels as usize];
+        let engine = Engine::new(site, &states, segments.len(), count, isa, rank)?;
+        let buckets = engine.place(&mut table.raw, &segments);
+        Ok(Own { engine, shards, mailbox: mailbox.map(Arc::new), buckets })
     }
-    region
+
+    /// Bytes of all of it.
+    pub(super) fn bytes(&self, table: &Table) -> usize {
+        let shards: usize = self.shards.iter().map(Memory::bytes).sum();
+        let mailbox = self.mailbox.as_ref().map_or(0, |memory| memory.bytes());
+        let segments: usize = table.buckets.iter().map(|bucket| bucket.segments.len()).sum();
+        shards + mailbox + self.engine.bytes(segments * size_of::<PaSegment>())
+    }
 }

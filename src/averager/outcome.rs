@@ -12,9 +12,7 @@ use crate::{Error, Result};
 impl ParamAverager {
     /// The channels' status records. Between launches only.
     pub(super) fn ended(&self) -> impl Iterator<Item = PaChannel> + '_ {
-        let channels: *const PaChannel = self.channels.as_ptr();
-        // SAFETY: so many are in the region, and nobody writes them between launches.
-        (0..self.args.channels as usize).map(move |channel| unsafe { *channels.add(channel) })
+        self.own.engine.ended().iter().copied()
     }
 
     /// What they say.

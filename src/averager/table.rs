@@ -1,6 +1,7 @@
 //! A rank's tensors as the kernels see them: the segment tables, brought up to date at every average.
 
 use crate::abi::{PaBucket, PaSegment};
+use crate::backend::Site;
 use crate::bucket::{self, Bucket, Place, Shape};
 use crate::tensor::Dtype;
 use crate::world::Device;
@@ -10,6 +11,7 @@ use crate::{Error, Parameters, TensorMut};
 #[derive(Debug)]
 pub(super) struct Table {
     device: Device,
+    site: Site,
     names: Vec<String>,
     shapes: Vec<Shape>,
     places: Vec<Place>,
@@ -19,6 +21,8 @@ pub(super) struct Table {
     /// For `overlap`: begin, end and index of each tensor with elements.
     spans: Vec<(u64, u64, u32)>,
     pub(super) bytes: u64,
+    /// Addresses have changed since somebody last took this.
+    pub(super) moved: bool,
 }
 
 /// What is wrong with the tensors of a call: for `PaRecord.detail` and `found`, so that every rank can say so.
@@ -35,11 +39,16 @@ const NULL: u64 = 18;
 const MISALIGNED: u64 = 19;
 const OVERLAP: u64 = 20;
 const DEVICE: u64 = 21;
+const FOREIGN: u64 = 22;
 const SHIFT: u32 = 56;
 
 impl Table {
     /// The table of these tensors; addresses are those of now.
-    pub(super) fn new<P: Parameters + ?Sized>(params: &mut P, device: Device) -> (Table, Option<Problem>) {
+    pub(super) fn new<P: Parameters + ?Sized>(
+        params: &mut P,
+        device: Device,
+        site: Site,
+    ) -> (Table, Option<Problem>) {
         let (mut names, mut shapes) = (vec![], vec![]);
         params.visit(&mut |tensor| {
             names.push(tensor.name().unwrap_or_default().to_owned());
@@ -49,7 +58,8 @@ impl Table {
         let raw = buckets.iter().map(|_| bytemuck::Zeroable::zeroed()).collect();
         let bytes = shapes.iter().map(|shape| shape.elements * shape.dtype.size() as u64).sum();
         let spans = Vec::with_capacity(shapes.len());
-        let mut table = Table { device, names, shapes, places, buckets, raw, spans, bytes };
+        let mut table =
+            Table { device, site, names, shapes, places, buckets, raw, spans, bytes, moved: true };
         let problem = table.refresh(params).err();
         (table, problem)
     }
@@ -94,7 +104,15 @@ impl Table {
             return Err(MISALIGNED << SHIFT);
         }
         let slot = &mut self.buckets[bucket].segments[segment].address;
-        Ok(std::mem::replace(slot, address) != address)
+        if *slot == address {
+            return Ok(false);
+        }
+        match &self.site {
+            Site::Cuda(context) if !context.owns(address) => return Err(FOREIGN << SHIFT),
+            _ => *slot = address,
+        }
+        self.moved = true;
+        Ok(true)
     }
 
     /// Two tensors that share memory would be averaged twice.
@@ -130,6 +148,10 @@ impl Table {
             ),
             DEVICE => trouble(&format!(
                 "is not on {}, the device of its rank: move it there, or give the rank its device",
+                self.device
+            )),
+            FOREIGN => trouble(&format!(
+                "is at an address that is not in memory of {}: pass a pointer of that device",
                 self.device
             )),
             OVERLAP => trouble(&format!(

@@ -2,3 +2,10 @@
 
 pub(crate) mod cpu;
 pub(crate) mod cuda;
+mod engine;
+mod memory;
+mod region;
+
+pub(crate) use engine::Engine;
+pub(crate) use memory::{Memory, Site};
+pub(crate) use region::Region;

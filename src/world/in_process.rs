@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::{Control, Region};
+use super::Control;
+use crate::backend::{Memory, Site};
 use crate::error::Stage;
 use crate::{Error, Result};
 
@@ -18,7 +19,7 @@ pub(crate) struct Card {
     /// A line for each tensor: name, dtype and size.
     pub(crate) tensors: Vec<String>,
     /// Its inbox and counters, if it has any.
-    pub(crate) mailbox: Option<Arc<Region>>,
+    pub(crate) mailbox: Option<Arc<Memory>>,
     /// Number of the average before the first.
     pub(crate) epoch: u32,
 }
@@ -34,6 +35,8 @@ pub(crate) struct Agreement {
 #[derive(Debug)]
 pub(super) struct Hub {
     size: usize,
+    /// Of the memory that belongs to no rank.
+    site: Site,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -61,7 +64,7 @@ struct Build {
 }
 
 impl Hub {
-    pub(super) fn new(size: usize) -> Self {
+    pub(super) fn new(size: usize, site: Site) -> Self {
         let state = State {
             failure: None,
             told: vec![false; size],
@@ -69,11 +72,15 @@ impl Hub {
             builds: BTreeMap::new(),
             built: vec![],
         };
-        Hub { size, state: Mutex::new(state), changed: Condvar::new() }
+        Hub { size, site, state: Mutex::new(state), changed: Condvar::new() }
     }
 
     pub(super) fn size(&self) -> usize {
         self.size
+    }
+
+    pub(super) fn site(&self) -> &Site {
+        &self.site
     }
 
     pub(super) fn agree(
@@ -90,7 +97,7 @@ impl Hub {
         }
         let build = state.builds.entry(number).or_insert_with(|| Build::new(self.size));
         build.cards[rank] = Some(card);
-        build.complete();
+        build.complete(&self.site);
         self.changed.notify_all();
         loop {
             let build = state.builds.get_mut(&number).expect("kept until all have taken the result");
@@ -170,7 +177,7 @@ impl Build {
     }
 
     /// If all ranks have shown their cards: whether they agree.
-    fn complete(&mut self) {
+    fn complete(&mut self, site: &Site) {
         if self.cards.iter().any(Option::is_none) {
             return;
         }
@@ -179,7 +186,10 @@ impl Build {
         let disagreement = || (1..cards.len()).find_map(|rank| disagreement(rank, &cards[0], &cards[rank]));
         self.result = Some(match refusal.or_else(disagreement) {
             Some(error) => Err(error),
-            None => Ok(Arc::new(Agreement { control: Control::new(cards[0].epoch), cards })),
+            None => match Control::new(site, cards[0].epoch) {
+                Ok(control) => Ok(Arc::new(Agreement { control, cards })),
+                Err(reason) => Err(Error::DeviceFailed { rank: 0, reason }),
+            },
         });
     }
 }

@@ -2,7 +2,6 @@
 
 mod control;
 mod in_process;
-mod region;
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,10 +10,10 @@ use std::time::Duration;
 
 pub(crate) use control::{Control, Failure};
 pub(crate) use in_process::{Agreement, Card};
-pub(crate) use region::Region;
 
 use crate::abi::PA_MAX_WORLD;
-use crate::backend::cuda;
+use crate::backend::cuda::Context;
+use crate::backend::Site;
 use crate::{Error, Result};
 use in_process::Hub;
 
@@ -68,17 +67,33 @@ pub struct World {
 
 impl World {
     /// A world whose ranks are threads of this process: one for each device given, 1 to 16.
+    ///
+    /// All on CPUs, or all on one CUDA device, which several ranks share: `&[Device::cuda(0); 4]`. Ranks on several devices
+    /// are not supported yet. A rank's average waits for its peers on the device itself, so while one is under way, no
+    /// peer may wait for every kernel of that device, as `cuMemFree`, `cudaFree` and `cuModuleLoad` do: that ends with the
+    /// average's timeout.
     pub fn in_process(devices: &[Device]) -> Result<World> {
         if devices.is_empty() || devices.len() > PA_MAX_WORLD as usize {
             return Err(Error::WorldSize { found: devices.len() });
         }
-        for (rank, device) in devices.iter().enumerate() {
-            if let Kind::Cuda(_) = device.0 {
-                let (device, reason) = (device.to_string(), cuda::unavailable());
-                return Err(Error::DeviceUnavailable { rank, device, reason });
-            }
+        let unavailable = |rank: usize, reason| {
+            Err(Error::DeviceUnavailable { rank, device: devices[rank].to_string(), reason })
+        };
+        if let Some(rank) = devices.iter().position(|&device| device != devices[0]) {
+            let reason = format!(
+                "rank 0 is on {}, and ranks on different devices are not supported yet: give every rank the same one",
+                devices[0]
+            );
+            return unavailable(rank, reason);
         }
-        let hub = Arc::new(Hub::new(devices.len()));
+        let site = match devices[0].0 {
+            Kind::Cpu => Site::Host,
+            Kind::Cuda(ordinal) => match Context::open(ordinal) {
+                Ok(context) => Site::Cuda(context),
+                Err(reason) => return unavailable(0, reason),
+            },
+        };
+        let hub = Arc::new(Hub::new(devices.len(), site));
         let communicators = devices.iter().enumerate().map(|(rank, &device)| {
             let membership = Membership { rank, device, hub: hub.clone(), builds: AtomicU64::new(0) };
             Communicator { membership: Arc::new(membership) }
@@ -133,6 +148,10 @@ impl Communicator {
     /// Where this rank's parameters are.
     pub fn device(&self) -> Device {
         self.membership.device
+    }
+
+    pub(crate) fn site(&self) -> &Site {
+        self.membership.hub.site()
     }
 
     /// A handle that ends whatever this world waits for, from any thread.

@@ -14,7 +14,12 @@ pub fn skipped(test: &str, reason: &str) {
 
 /// Runs `rank` on a thread for each of n CPU ranks, and returns what they return.
 pub fn ranks<T: Send>(n: usize, rank: impl Fn(Communicator) -> T + Sync) -> Vec<T> {
-    let world = World::in_process(&vec![Device::cpu(); n]).unwrap();
+    ranks_on(Device::cpu(), n, rank)
+}
+
+/// The same for n ranks on any device.
+pub fn ranks_on<T: Send>(device: Device, n: usize, rank: impl Fn(Communicator) -> T + Sync) -> Vec<T> {
+    let world = World::in_process(&vec![device; n]).unwrap();
     let rank = &rank;
     std::thread::scope(|scope| {
         let threads: Vec<_> =

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 /// The scenario that a child is to run.
 pub const SCENARIO: &str = "PA_PTX_SCENARIO";
 /// A fatbin to use instead of the crate's.
+#[allow(dead_code)] // of ptx.rs
 pub const FATBIN: &str = "PA_PTX_FATBIN";
 
 /// The folder of libcuda.so.1, or why there is none.

@@ -37,6 +37,12 @@ impl Region {
         self.layout.size()
     }
 
+    /// What it holds, while nobody else has it.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: initialised in `new`, and borrowed with `self`.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.as_ptr(), self.layout.size()) }
+    }
+
     /// The region as one object, for access by atomics or while nobody else has the region.
     pub(crate) fn as_ptr<T>(&self) -> *mut T {
         assert!(size_of::<T>() <= self.layout.size() && align_of::<T>() <= self.layout.align());

@@ -1,0 +1,213 @@
+//! A device of this process: its primary context, which it shares with the trainer, and the kernels, loaded.
+
+use std::collections::BTreeMap;
+use std::ffi::{c_int, CString};
+use std::marker::PhantomData;
+use std::ptr::null_mut;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
+
+use super::driver::{self, call, Failed};
+use super::rank::THREADS;
+
+/// The kernels, by `PaPhase`.
+const KERNELS: [&str; 5] = ["pa_direct", "pa_ring", "pa_ring_reduce", "pa_ring_gather", "pa_scan"];
+
+/// A device whose kernels are loaded. One per device and process, for as long as somebody uses it.
+#[derive(Debug)]
+pub(crate) struct Context {
+    ordinal: usize,
+    device: sys::CUdevice,
+    raw: sys::CUcontext,
+    module: sys::CUmodule,
+    kernels: [sys::CUfunction; 5],
+    /// For what the host copies while kernels run. Does not wait for the null stream.
+    side: sys::CUstream,
+    /// Blocks that can be resident at once, of any of the kernels.
+    resident: u32,
+    /// Memory that nobody uses, kept until the context ends: to free it is to wait for every kernel on the device, and
+    /// one of them may be an average that waits for this very rank.
+    spare: Mutex<Spare>,
+}
+
+/// Device memory and page-locked memory, each as (bytes, address).
+#[derive(Debug, Default)]
+pub(super) struct Spare {
+    pub(super) device: Vec<(usize, u64)>,
+    pub(super) pinned: Vec<(usize, u64)>,
+}
+
+// SAFETY: handles, which the driver lets every thread use.
+unsafe impl Send for Context {}
+// SAFETY: as above.
+unsafe impl Sync for Context {}
+
+impl Context {
+    /// The device of this ordinal, or why it can't be used.
+    pub(crate) fn open(ordinal: usize) -> Result<Arc<Context>, String> {
+        static OPEN: Mutex<BTreeMap<usize, Weak<Context>>> = Mutex::new(BTreeMap::new());
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner); // a map, whole at any time
+        if let Some(context) = open.get(&ordinal).and_then(Weak::upgrade) {
+            return Ok(context);
+        }
+        let context = Arc::new(Context::new(ordinal)?);
+        open.insert(ordinal, Arc::downgrade(&context));
+        Ok(context)
+    }
+
+    fn new(ordinal: usize) -> Result<Context, String> {
+        let fatbin = super::fatbin()?;
+        let driver = driver::get()?;
+        if ordinal >= driver.devices {
+            return Err(format!("there are {} CUDA devices, numbered from 0", driver.devices));
+        }
+        let mut context = Context {
+            ordinal,
+            device: 0,
+            raw: null_mut(),
+            module: null_mut(),
+            kernels: [null_mut(); 5],
+            side: null_mut(),
+            resident: 0,
+            spare: Mutex::default(),
+        };
+        // SAFETY: the driver is there, and is given valid pointers.
+        unsafe {
+            call!(cuDeviceGet(&mut context.device, ordinal as c_int))?;
+            call!(cuDevicePrimaryCtxRetain(&mut context.raw, context.device))?;
+        }
+        context.load(driver, fatbin)?;
+        Ok(context)
+    }
+
+    fn load(&mut self, driver: driver::Driver, fatbin: &[u8]) -> Result<(), String> {
+        let _bound = bind(self.raw)?;
+        let context = self;
+        // SAFETY: the context is bound; handles go where they belong, and the drop gives back those made.
+        unsafe {
+            let (major, minor) = (
+                context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+            );
+            call!(cuModuleLoadData(&mut context.module, fatbin.as_ptr().cast())).map_err(|error| {
+                format!(
+                    "its driver, which supports CUDA {}, can't load the kernels for a device of compute capability \
+                     {major}.{minor}: {error}; update the driver, or build with CUDA_COMPUTE_CAP={major}{minor} and an \
+                     nvcc that is not newer than the driver",
+                    driver.version()
+                )
+            })?;
+            let processors = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+            let mut fit = c_int::MAX;
+            for (kernel, name) in context.kernels.iter_mut().zip(KERNELS) {
+                let name = CString::new(name).expect("no zero in it");
+                call!(cuModuleGetFunction(kernel, context.module, name.as_ptr()))?;
+                let mut blocks = 0;
+                let threads = THREADS as c_int;
+                call!(cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, *kernel, threads, 0))?;
+                fit = fit.min(blocks);
+            }
+            context.resident = (fit * processors).max(0) as u32;
+            call!(cuStreamCreate(&mut context.side, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32))?;
+        }
+        Ok(())
+    }
+
+    /// Blocks of [`THREADS`] that can run at the same time.
+    pub(crate) fn resident_blocks(&self) -> u32 {
+        self.resident
+    }
+
+    /// Makes it this thread's current context, until the result is dropped.
+    pub(super) fn bind(&self) -> Result<Bound, Failed> {
+        bind(self.raw)
+    }
+
+    pub(super) fn kernel(&self, phase: u32) -> sys::CUfunction {
+        self.kernels[phase as usize]
+    }
+
+    pub(super) fn side(&self) -> sys::CUstream {
+        self.side
+    }
+
+    pub(super) fn spare(&self) -> MutexGuard<'_, Spare> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner) // lists, whole at any time
+    }
+
+    /// Frees what nobody uses. Waits for kernels.
+    pub(super) fn free_spare(&self) {
+        let Ok(_bound) = self.bind() else { return };
+        let spare = std::mem::take(&mut *self.spare());
+        for (_, address) in spare.device {
+            // SAFETY: allocated by `memory`, and nobody's since. An error leaves nothing to do.
+            let _ = unsafe { call!(cuMemFree_v2(address)) };
+        }
+        for (_, address) in spare.pinned {
+            // SAFETY: as above.
+            let _ = unsafe { call!(cuMemFreeHost(address as *mut _)) };
+        }
+    }
+
+    fn attribute(&self, attribute: Attribute) -> Result<c_int, Failed> {
+        let mut value = 0;
+        // SAFETY: a device of this driver.
+        unsafe { call!(cuDeviceGetAttribute(&mut value, attribute, self.device)) }?;
+        Ok(value)
+    }
+
+    /// Whether the address is in memory of this device.
+    pub(crate) fn owns(&self, address: u64) -> bool {
+        let Ok(_bound) = self.bind() else { return false };
+        let mut ordinal: c_int = -1;
+        let ordinal_of = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL;
+        let mut kind = 0u32;
+        let kind_of = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
+        // SAFETY: the attributes have these types. What is no address of the driver's is an error, not a fault.
+        let known = unsafe {
+            call!(cuPointerGetAttribute((&raw mut ordinal).cast(), ordinal_of, address)).is_ok()
+                && call!(cuPointerGetAttribute((&raw mut kind).cast(), kind_of, address)).is_ok()
+        };
+        known && ordinal == self.ordinal as c_int && kind == sys::CUmemorytype::CU_MEMORYTYPE_DEVICE as u32
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        if self.raw.is_null() {
+            return;
+        }
+        self.free_spare();
+        // SAFETY: made by `new`, if they are not null, and used by nobody any more. Errors leave nothing to do: a process
+        // that ends may have lost its driver already.
+        unsafe {
+            if let Ok(_bound) = self.bind() {
+                if !self.side.is_null() {
+                    let _ = call!(cuStreamDestroy_v2(self.side));
+                }
+                if !self.module.is_null() {
+                    let _ = call!(cuModuleUnload(self.module));
+                }
+            }
+            let _ = call!(cuDevicePrimaryCtxRelease_v2(self.device));
+        }
+    }
+}
+
+/// While it lives, a context is this thread's current one; then the one before it is again, which is the trainer's.
+pub(super) struct Bound(PhantomData<*const ()>); // of this thread
+
+fn bind(context: sys::CUcontext) -> Result<Bound, Failed> {
+    // SAFETY: retained by whoever calls.
+    unsafe { call!(cuCtxPushCurrent_v2(context)) }?;
+    Ok(Bound(PhantomData))
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        let mut popped = null_mut();
+        // SAFETY: `bind` pushed it. An error leaves nothing to do.
+        let _ = unsafe { call!(cuCtxPopCurrent_v2(&mut popped)) };
+    }
+}

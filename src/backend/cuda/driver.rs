@@ -1,0 +1,148 @@
+//! Whether there is a driver, and what it says when a call fails.
+
+use std::ffi::CStr;
+use std::sync::OnceLock;
+
+use cudarc::driver::sys::{self, CUresult};
+
+/// Every function that this crate calls. cudarc would panic at the first one that is missing.
+const FUNCTIONS: &[&str] = &[
+    "cuInit",
+    "cuDriverGetVersion",
+    "cuGetErrorName",
+    "cuGetErrorString",
+    "cuDeviceGet",
+    "cuDeviceGetCount",
+    "cuDeviceGetAttribute",
+    "cuDevicePrimaryCtxRetain",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuCtxPushCurrent_v2",
+    "cuCtxPopCurrent_v2",
+    "cuModuleLoadData",
+    "cuModuleUnload",
+    "cuModuleGetFunction",
+    "cuOccupancyMaxActiveBlocksPerMultiprocessor",
+    "cuLaunchCooperativeKernel",
+    "cuStreamCreate",
+    "cuStreamDestroy_v2",
+    "cuStreamSynchronize",
+    "cuStreamWaitEvent",
+    "cuEventCreate",
+    "cuEventDestroy_v2",
+    "cuEventRecord",
+    "cuMemAlloc_v2",
+    "cuMemFree_v2",
+    "cuMemHostAlloc",
+    "cuMemFreeHost",
+    "cuMemsetD8Async",
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuPointerGetAttribute",
+];
+
+/// An NVIDIA driver that has been initialised.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Driver {
+    /// The CUDA version it supports, as 1000 · major + 10 · minor.
+    version: i32,
+    /// Devices it shows to this process.
+    pub(crate) devices: usize,
+}
+
+impl Driver {
+    /// Such as 13.0.
+    pub(crate) fn version(&self) -> String {
+        format!("{}.{}", self.version / 1000, self.version % 1000 / 10)
+    }
+}
+
+/// The driver, or why there is none and what to do. Looked for once.
+pub(crate) fn get() -> Result<Driver, String> {
+    static DRIVER: OnceLock<Result<Driver, String>> = OnceLock::new();
+    DRIVER.get_or_init(find).clone()
+}
+
+fn find() -> Result<Driver, String> {
+    let names = if cfg!(windows) { ["nvcuda.dll", "nvcuda"] } else { ["libcuda.so", "libcuda.so.1"] };
+    // SAFETY: a driver's initialisers run, as in every CUDA program.
+    let library = names.iter().find_map(|name| unsafe { libloading::Library::new(*name) }.ok());
+    let Some(library) = library else {
+        return Err(format!(
+            "no NVIDIA driver: neither {} nor {} could be loaded; install the driver, or use Device::cpu()",
+            names[0], names[1]
+        ));
+    };
+    for &function in FUNCTIONS {
+        // SAFETY: only whether it is there matters.
+        if unsafe { library.get::<*const ()>(function.as_bytes()) }.is_err() {
+            return Err(format!("the NVIDIA driver is too old: it has no {function}; update it"));
+        }
+    }
+    std::mem::forget(library); // cudarc keeps it loaded, too
+    let (mut version, mut devices) = (0, 0);
+    // SAFETY: the functions are there, and are given valid pointers.
+    unsafe {
+        check("cuInit", sys::cuInit(0)).map_err(|error| match error {
+            Failed { result: CUresult::CUDA_ERROR_NO_DEVICE, .. } => {
+                "the NVIDIA driver finds no device; is CUDA_VISIBLE_DEVICES set to hide it?".into()
+            }
+            other => other.to_string(),
+        })?;
+        check("cuDriverGetVersion", sys::cuDriverGetVersion(&mut version))?;
+        check("cuDeviceGetCount", sys::cuDeviceGetCount(&mut devices))?;
+    }
+    Ok(Driver { version, devices: devices.max(0) as usize })
+}
+
+/// A driver call that failed.
+#[derive(Clone, Debug)]
+pub(crate) struct Failed {
+    function: &'static str,
+    pub(crate) result: CUresult,
+}
+
+impl std::fmt::Display for Failed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut text = std::ptr::null();
+        // SAFETY: a failed call means that there is a driver; it returns static strings.
+        let name = unsafe {
+            match sys::cuGetErrorName(self.result, &mut text) {
+                CUresult::CUDA_SUCCESS => CStr::from_ptr(text).to_string_lossy(),
+                _ => format!("error {}", self.result as u32).into(),
+            }
+        };
+        // SAFETY: as above.
+        let meaning = unsafe {
+            match sys::cuGetErrorString(self.result, &mut text) {
+                CUresult::CUDA_SUCCESS => CStr::from_ptr(text).to_string_lossy(),
+                _ => "not known to this driver".into(),
+            }
+        };
+        write!(f, "{}: {name} ({meaning})", self.function)
+    }
+}
+
+impl From<Failed> for String {
+    fn from(failed: Failed) -> String {
+        failed.to_string()
+    }
+}
+
+/// The result of a driver call.
+pub(crate) fn check(function: &'static str, result: CUresult) -> Result<(), Failed> {
+    match result {
+        CUresult::CUDA_SUCCESS => Ok(()),
+        result => Err(Failed { function, result }),
+    }
+}
+
+/// `check`, for a call by its name.
+macro_rules! call {
+    ($function:ident($($argument:expr),* $(,)?)) => {
+        $crate::backend::cuda::driver::check(
+            stringify!($function),
+            cudarc::driver::sys::$function($($argument),*),
+        )
+    };
+}
+pub(crate) use call;

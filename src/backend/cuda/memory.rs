@@ -1,0 +1,149 @@
+//! Memory of a device, and of the host where devices read it by themselves.
+
+use std::ffi::c_void;
+use std::ptr::null_mut;
+use std::sync::Arc;
+
+use cudarc::driver::sys::{self, CUresult};
+
+use super::driver::{call, Failed};
+use super::Context;
+
+/// Memory of a device. Not of a pool: peers may be given access to it, and it can be exported.
+#[derive(Debug)]
+pub(crate) struct DeviceMemory {
+    context: Arc<Context>,
+    address: u64,
+    bytes: usize,
+}
+
+impl DeviceMemory {
+    /// Zeroed.
+    pub(crate) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self, Failed> {
+        let bytes = bytes.max(1);
+        let spare = take(&mut context.spare().device, bytes);
+        let address = match spare {
+            Some(address) => address,
+            None => or_free_spare(context, || {
+                let mut address = 0;
+                // SAFETY: the context is bound.
+                unsafe { call!(cuMemAlloc_v2(&mut address, bytes)) }.map(|()| address)
+            })?,
+        };
+        let memory = DeviceMemory { context: context.clone(), address, bytes };
+        memory.fill(0, bytes, 0)?;
+        Ok(memory)
+    }
+
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Writes, and returns when it is written. Kernels may run meanwhile.
+    pub(crate) fn write(&self, offset: usize, from: &[u8]) -> Result<(), Failed> {
+        let to = self.at(offset, from.len());
+        self.on_the_side(|stream| {
+            // SAFETY: inside of this memory; `from` lives until the stream is done.
+            unsafe { call!(cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), stream)) }
+        })
+    }
+
+    /// Reads what is there now.
+    pub(crate) fn read(&self, offset: usize, to: &mut [u8]) -> Result<(), Failed> {
+        let from = self.at(offset, to.len());
+        self.on_the_side(|stream| {
+            // SAFETY: as for `write`.
+            unsafe { call!(cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), stream)) }
+        })
+    }
+
+    pub(crate) fn fill(&self, offset: usize, bytes: usize, value: u8) -> Result<(), Failed> {
+        let to = self.at(offset, bytes);
+        // SAFETY: inside of this memory.
+        self.on_the_side(|stream| unsafe { call!(cuMemsetD8Async(to, value, bytes, stream)) })
+    }
+
+    fn at(&self, offset: usize, bytes: usize) -> u64 {
+        assert!(offset + bytes <= self.bytes);
+        self.address + offset as u64
+    }
+
+    fn on_the_side(&self, f: impl FnOnce(sys::CUstream) -> Result<(), Failed>) -> Result<(), Failed> {
+        let _bound = self.context.bind()?;
+        f(self.context.side())?;
+        // SAFETY: the context's own stream.
+        unsafe { call!(cuStreamSynchronize(self.context.side())) }
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        self.context.spare().device.push((self.bytes, self.address));
+    }
+}
+
+/// Page-locked memory of the host: what is copied from or to it needs no staging.
+#[derive(Debug)]
+pub(super) struct Pinned {
+    context: Arc<Context>,
+    start: *mut u8,
+    bytes: usize,
+}
+
+impl Pinned {
+    /// Zeroed.
+    pub(super) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self, Failed> {
+        let spare = take(&mut context.spare().pinned, bytes);
+        let start = match spare {
+            Some(address) => address as *mut u8,
+            None => or_free_spare(context, || {
+                let mut start: *mut c_void = null_mut();
+                // SAFETY: the context is bound.
+                unsafe { call!(cuMemHostAlloc(&mut start, bytes.max(1), sys::CU_MEMHOSTALLOC_PORTABLE)) }
+                    .map(|()| start.cast())
+            })?,
+        };
+        // SAFETY: allocated with this size.
+        unsafe { start.write_bytes(0, bytes) };
+        Ok(Pinned { context: context.clone(), start, bytes })
+    }
+
+    /// Its bytes. No copy may be under way.
+    pub(super) fn bytes(&self) -> &[u8] {
+        // SAFETY: initialised, and borrowed with `self`.
+        unsafe { std::slice::from_raw_parts(self.start, self.bytes) }
+    }
+
+    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.bytes) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        self.context.spare().pinned.push((self.bytes, self.start as u64));
+    }
+}
+
+/// Memory of that size that nobody uses.
+fn take(spare: &mut Vec<(usize, u64)>, bytes: usize) -> Option<u64> {
+    let index = spare.iter().position(|&(size, _)| size == bytes)?;
+    Some(spare.swap_remove(index).1)
+}
+
+/// Allocates; if there is not enough, once more after everything that nobody uses has been freed.
+fn or_free_spare<T>(context: &Context, allocate: impl Fn() -> Result<T, Failed>) -> Result<T, Failed> {
+    let _bound = context.bind()?;
+    match allocate() {
+        Err(Failed { result: CUresult::CUDA_ERROR_OUT_OF_MEMORY, .. }) => {
+            context.free_spare();
+            allocate()
+        }
+        result => result,
+    }
+}

@@ -1,0 +1,190 @@
+//! One rank on a device: its stream, and what the kernels read and write besides tensors and mailboxes.
+
+use std::ffi::c_void;
+use std::ptr::null_mut;
+use std::sync::Arc;
+
+use cudarc::driver::sys;
+
+use super::driver::{call, Failed};
+use super::memory::Pinned;
+use super::{Context, DeviceMemory};
+use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment};
+
+/// Threads of a block: what the kernels are compiled for at most. 4 packs in flight for each fill a processor's memory
+/// pipe, and the registers of one block a processor suffice without spills (tests/sass.rs).
+pub(crate) const THREADS: u32 = 512;
+
+/// A rank's stream and tables. Dropping it waits for its kernels.
+#[derive(Debug)]
+pub(crate) struct Rank {
+    context: Arc<Context>,
+    stream: sys::CUstream,
+    /// What the null stream had been given when the average was called.
+    before: sys::CUevent,
+    channels: DeviceMemory,
+    /// The channels' states after the last average.
+    ended: Pinned,
+    /// Buckets, then all segments.
+    tables: DeviceMemory,
+    next_tables: Pinned,
+    stale: bool,
+}
+
+// SAFETY: handles, which the driver lets every thread use, and memory that only `self` refers to.
+unsafe impl Send for Rank {}
+
+impl Rank {
+    /// `buckets` and `segments`: how many the tables hold.
+    pub(crate) fn new(
+        context: &Arc<Context>,
+        states: &[PaChannel],
+        buckets: usize,
+        segments: usize,
+    ) -> Result<Rank, String> {
+        let bytes: &[u8] = bytemuck::cast_slice(states);
+        let tables = buckets * size_of::<PaBucket>() + segments * size_of::<PaSegment>();
+        let mut rank = Rank {
+            context: context.clone(),
+            stream: null_mut(),
+            before: null_mut(),
+            channels: DeviceMemory::new(context, bytes.len())?,
+            ended: Pinned::new(context, bytes.len())?,
+            tables: DeviceMemory::new(context, tables)?,
+            next_tables: Pinned::new(context, tables)?,
+            stale: true,
+        };
+        rank.channels.write(0, bytes)?;
+        rank.ended.bytes_mut().copy_from_slice(bytes);
+        let _bound = context.bind()?;
+        let kind = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        let untimed = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        // SAFETY: the context is bound.
+        unsafe {
+            call!(cuStreamCreate(&mut rank.stream, kind))?;
+            call!(cuEventCreate(&mut rank.before, untimed))?;
+        }
+        Ok(rank)
+    }
+
+    /// Memory that it takes on the device.
+    pub(crate) fn bytes(&self) -> usize {
+        self.channels.bytes() + self.tables.bytes()
+    }
+
+    pub(crate) fn channels(&self) -> u64 {
+        self.channels.address()
+    }
+
+    pub(crate) fn buckets(&self) -> u64 {
+        self.tables.address()
+    }
+
+    /// Where the segments of the bucket after `before` others lie.
+    pub(crate) fn segments(&self, buckets: usize, before: usize) -> u64 {
+        let at = buckets * size_of::<PaBucket>() + before * size_of::<PaSegment>();
+        self.tables.address() + at as u64
+    }
+
+    /// Takes over new tables, for the next average. None is under way.
+    pub(crate) fn set_tables<'a>(
+        &mut self,
+        buckets: &'a [PaBucket],
+        segments: impl Iterator<Item = &'a [PaSegment]>,
+    ) {
+        let parts = std::iter::once(bytemuck::cast_slice(buckets)).chain(segments.map(bytemuck::cast_slice));
+        let mut rest = self.next_tables.bytes_mut();
+        for part in parts {
+            let (to, others) = rest.split_at_mut(part.len());
+            to.copy_from_slice(part);
+            rest = others;
+        }
+        self.stale = true;
+    }
+
+    pub(crate) fn ended(&self) -> &[PaChannel] {
+        bytemuck::cast_slice(self.ended.bytes())
+    }
+
+    /// Runs an average: enqueues everything at once, behind the null stream and with it all streams that are not of the
+    /// non-blocking kind, and waits.
+    ///
+    /// # Safety
+    /// What `args` points at is as `kernels/abi.h` describes it, in memory of the device. The tensors are nobody else's
+    /// until this returns, and what non-blocking streams do to them has been done.
+    pub(crate) unsafe fn run(
+        &mut self,
+        args: &PaArgs,
+        phases: impl Iterator<Item = u32>,
+    ) -> Result<(), String> {
+        let _bound = self.context.bind()?;
+        // SAFETY: this rank's event and stream.
+        unsafe {
+            call!(cuEventRecord(self.before, null_mut()))?;
+            call!(cuStreamWaitEvent(self.stream, self.before, 0))?;
+        }
+        if self.stale {
+            let from = self.next_tables.bytes();
+            // SAFETY: as large as the tables, and not written before the stream is done.
+            unsafe {
+                call!(cuMemcpyHtoDAsync_v2(
+                    self.tables.address(),
+                    from.as_ptr().cast(),
+                    from.len(),
+                    self.stream
+                ))
+            }?;
+            self.stale = false;
+        }
+        for phase in phases {
+            // SAFETY: the caller's promise.
+            unsafe { self.launch(args, phase) }?;
+        }
+        let to = self.ended.bytes_mut();
+        // SAFETY: as large as the states; read only when the stream is done.
+        unsafe {
+            call!(cuMemcpyDtoHAsync_v2(
+                to.as_mut_ptr().cast(),
+                self.channels.address(),
+                to.len(),
+                self.stream
+            ))?;
+            call!(cuStreamSynchronize(self.stream))?;
+        }
+        Ok(())
+    }
+
+    unsafe fn launch(&self, args: &PaArgs, phase: u32) -> Result<(), Failed> {
+        let mut parameters: [*mut c_void; 1] = [std::ptr::from_ref(args).cast_mut().cast()];
+        // SAFETY: the kernel takes one PaArgs, which the driver copies now.
+        unsafe {
+            call!(cuLaunchCooperativeKernel(
+                self.context.kernel(phase),
+                args.channels,
+                1,
+                1,
+                THREADS,
+                1,
+                1,
+                0,
+                self.stream,
+                parameters.as_mut_ptr()
+            ))
+        }
+    }
+}
+
+impl Drop for Rank {
+    fn drop(&mut self) {
+        let Ok(_bound) = self.context.bind() else { return };
+        // SAFETY: made by `new`, if they are not null; the driver destroys them when their work is done.
+        unsafe {
+            if !self.stream.is_null() {
+                let _ = call!(cuStreamDestroy_v2(self.stream));
+            }
+            if !self.before.is_null() {
+                let _ = call!(cuEventDestroy_v2(self.before));
+            }
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! The CUDA backend through the public API: ranks on one device. In CI the device is simulated by `../shared/cudasim` (or
+//! the libcuda.so.1 in the folder that `CUDASIM_LIB` names): the real PTX behind the real driver API, with a race
+//! detector, but no ptxas, no caches, no weak memory, no time. Each scenario is a process of its own.
+
+mod common;
+#[path = "ptx/simulator.rs"]
+mod simulator;
+mod cuda {
+    pub mod model;
+    pub mod scenarios;
+}
+
+use simulator::{child, folder, SCENARIO};
+use std::path::PathBuf;
+
+/// Not a test by itself: what the others start as a process of its own.
+#[test]
+fn child_process() {
+    let Ok(scenario) = std::env::var(SCENARIO) else { return };
+    cuda::scenarios::run(&scenario);
+}
+
+/// The simulator's folder, or a SKIPPED line.
+fn simulator(test: &str) -> Option<PathBuf> {
+    match param_averager::__private::fatbin().map_err(str::to_owned).and_then(|_| folder()) {
+        Ok(folder) => Some(folder),
+        Err(reason) => {
+            common::skipped(test, &reason);
+            None
+        }
+    }
+}
+
+/// Runs the scenario with each of some settings.
+fn scenario(name: &str, settings: &[&[(&str, &str)]]) {
+    let Some(folder) = simulator(name) else { return };
+    for settings in settings {
+        let ended = child(name, Some(&folder), settings);
+        assert_eq!(ended.code, Some(0), "{settings:?}: {}", ended.said);
+    }
+}
+
+const ONE: (&str, &str) = ("CUDASIM_DEVICES", "1");
+
+#[test]
+fn averages_have_the_bits_of_the_cpu() {
+    scenario(
+        "averages",
+        &[&[ONE, ("CUDASIM_SEED", "1")], &[ONE, ("CUDASIM_SEED", "2"), ("CUDASIM_DELAY", "30")]],
+    );
+}
+
+#[test]
+fn averages_have_no_race() {
+    scenario("races", &[&[ONE, ("CUDASIM_RACE", "1")]]);
+}
+
+#[test]
+fn what_cannot_be_averaged_is_refused_on_every_rank() {
+    scenario("refusals", &[&[ONE]]);
+}
+
+#[test]
+fn failures_are_typed_and_change_nothing() {
+    scenario("failures", &[&[ONE]]);
+}
+
+#[test]
+fn local_sgd_runs_beside_a_trainer() {
+    scenario("trainers", &[&[ONE, ("CUDASIM_DELAY", "30")]]);
+}
+
+#[test]
+fn a_device_that_is_full_says_so() {
+    scenario("out-of-memory", &[&[ONE, ("CUDASIM_MEM_MB", "64")]]);
+}
+
+#[test]
+fn machines_that_cannot_run_the_kernels_say_why() {
+    scenario("no-device", &[&[("CUDASIM_NO_DEVICE", "1")], &[("CUDA_VISIBLE_DEVICES", "")]]);
+    scenario("old-driver", &[&[("CUDASIM_OLD_DRIVER", "11040")]]);
+    // Without LD_LIBRARY_PATH: a driver that is found then is one of the machine's own.
+    let test = "machines_that_cannot_run_the_kernels_say_why";
+    if simulator(test).is_none() {
+        return;
+    }
+    let ended = child("no-driver", None, &[]);
+    if ended.code != Some(0) && ended.said.contains("a libcuda is installed here") {
+        return common::skipped(test, "this machine has a driver");
+    }
+    assert_eq!(ended.code, Some(0), "{}", ended.said);
+}

@@ -1,0 +1,309 @@
+//! What a child process does.
+
+use super::model::{Model, Shape};
+use crate::common::ranks_on;
+use param_averager::__private::Testing;
+use param_averager::*;
+use std::time::Duration;
+
+const GPU: Device = Device::cuda(0);
+
+pub fn run(scenario: &str) {
+    match scenario {
+        "averages" => averages(),
+        "races" => races(),
+        "refusals" => refusals(),
+        "failures" => failures(),
+        "trainers" => trainers(),
+        "out-of-memory" => out_of_memory(),
+        "no-device" => unavailable(GPU, &["no device", "CUDA_VISIBLE_DEVICES"]),
+        "old-driver" => unavailable(GPU, &["CUDA 11.4", "update the driver"]),
+        "no-driver" => no_driver(),
+        other => panic!("no scenario {other}"),
+    }
+}
+
+/// How an average is made.
+#[derive(Clone, Debug)]
+struct Way {
+    ranks: usize,
+    algorithm: Algorithm,
+    all_or_nothing: bool,
+    reject: bool,
+    f32_wire: bool,
+    weighted: bool,
+    channels: u32,
+    chunk: usize,
+    slots: u32,
+    counter: u32,
+}
+
+const WAY: Way = Way {
+    ranks: 3,
+    algorithm: Algorithm::Ring,
+    all_or_nothing: true,
+    reject: false,
+    f32_wire: false,
+    weighted: false,
+    channels: 2,
+    chunk: 4096,
+    slots: 4,
+    counter: 0,
+};
+
+impl Way {
+    fn build(&self, communicator: Communicator, model: &mut Model) -> Result<ParamAverager> {
+        ParamAverager::builder(communicator)
+            .algorithm(self.algorithm)
+            .all_or_nothing(self.all_or_nothing)
+            .reject_non_finite(self.reject)
+            .f32_wire(self.f32_wire)
+            .channels(self.channels)
+            .chunk_bytes(self.chunk)
+            .slots(self.slots)
+            .timeout(Duration::from_secs(60))
+            .testing(Testing { counter: self.counter, poison_slots: true, ..Testing::default() })
+            .build(model)
+    }
+
+    /// Two averages of fresh models, and what came of them.
+    fn averages(&self, on: Device, shapes: &[Shape]) -> Vec<Vec<u8>> {
+        let results = ranks_on(on, self.ranks, |communicator| {
+            let rank = communicator.rank();
+            // Pointers may change between calls. All are freed at the end: that waits for every kernel on the device, and
+            // so for a peer's average that waits for this rank.
+            let mut models: Vec<Model> =
+                (0..3).map(|round| Model::new(on, shapes, (100 * round + rank) as u64)).collect();
+            let mut averager = self.build(communicator, &mut models[0]).unwrap();
+            let mut results = vec![];
+            for model in &mut models[1..] {
+                let model = &mut *model;
+                let report = match self.weighted {
+                    true => averager.average_weighted(model, rank as f64).unwrap(),
+                    false => averager.average(model).unwrap(),
+                };
+                assert_eq!((report.world_size, report.algorithm), (self.ranks, self.algorithm));
+                model.download();
+                assert!(model.guards_are_whole(), "{self:?}: rank {rank} wrote beside its tensors on {on}");
+                results.push(model.bytes().to_vec());
+            }
+            results
+        });
+        for (rank, result) in results.iter().enumerate() {
+            assert!(*result == results[0], "{self:?}: rank {rank} differs from rank 0 on {on}");
+        }
+        results.into_iter().next().unwrap()
+    }
+
+    fn compare(&self, shapes: &[Shape]) {
+        let (gpu, cpu) = (self.averages(GPU, shapes), self.averages(Device::cpu(), shapes));
+        assert!(gpu == cpu, "{self:?}: not the bits of the CPU");
+    }
+}
+
+/// All dtypes, empty, tiny, misaligned and larger than a round.
+fn shapes() -> Vec<Shape> {
+    let mut shapes = vec![];
+    for (index, dtype) in Dtype::ALL.into_iter().enumerate() {
+        shapes.extend([
+            (dtype, 1000, 0),
+            (dtype, 0, 0),
+            (dtype, 1, index % 2),
+            (dtype, 3001, 1),
+            (dtype, 64, 0),
+        ]);
+    }
+    shapes
+}
+
+fn averages() {
+    let shapes = shapes();
+    let ring = |all_or_nothing, ranks| Way { all_or_nothing, ranks, ..WAY };
+    let direct = |ranks| Way { algorithm: Algorithm::Direct, ranks, ..WAY };
+    for ranks in [2, 3, 4, 8] {
+        for way in [direct(ranks), ring(true, ranks), ring(false, ranks)] {
+            way.compare(&shapes);
+        }
+    }
+    for way in [ring(true, 3), ring(false, 3), direct(3)] {
+        Way { weighted: true, counter: u32::MAX - 3, ..way.clone() }.compare(&shapes);
+        Way { reject: true, slots: 2, chunk: 128, channels: 3, ..way.clone() }.compare(&shapes[10..]);
+        Way { f32_wire: true, channels: 1, ..way }.compare(&shapes[5..]);
+    }
+    Way { algorithm: Algorithm::Direct, ranks: 1, ..WAY }.averages(GPU, &shapes);
+    // The defaults of a device, and two averagers at once.
+    ranks_on(GPU, 4, |communicator| {
+        let mut model = Model::new(GPU, &shapes, communicator.rank() as u64);
+        let mut ring = ParamAverager::builder(communicator.clone())
+            .algorithm(Algorithm::Ring)
+            .build(&mut model)
+            .unwrap();
+        let mut auto = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        assert_eq!(auto.algorithm(), Algorithm::Direct);
+        ring.average(&mut model).unwrap();
+        auto.average(&mut model).unwrap();
+        drop(ring);
+        auto.average(&mut model).unwrap();
+    });
+}
+
+fn races() {
+    let shapes = [(Dtype::F32, 600, 0), (Dtype::Bf16, 77, 1)];
+    for ranks in [2, 3] {
+        for (algorithm, all_or_nothing) in
+            [(Algorithm::Direct, true), (Algorithm::Ring, true), (Algorithm::Ring, false)]
+        {
+            Way { ranks, algorithm, all_or_nothing, slots: 2, chunk: 256, ..WAY }.averages(GPU, &shapes);
+        }
+    }
+}
+
+fn refusals() {
+    // More blocks than can be resident at once: an error before anything is launched, on every rank.
+    let errors = ranks_on(GPU, 4, |communicator| {
+        let mut model = Model::new(GPU, &shapes(), 0);
+        let builder = ParamAverager::builder(communicator).channels(1000);
+        builder.build(&mut model).map(drop).unwrap_err()
+    });
+    for error in &errors {
+        let Error::Option { rank: 0, option: "channels", found, .. } = error else { panic!("{error}") };
+        assert!(found.contains("1000, on each of 4 ranks") && found.contains("fit"), "{error}");
+    }
+    // Memory of the host, at build and later.
+    let host = |model: &mut Vec<f32>| {
+        let pointer = model.as_mut_ptr().cast();
+        // SAFETY: not what it should be; which is found out before anybody reads it.
+        unsafe { TensorMut::from_raw_parts(pointer, model.len(), Dtype::F32, GPU) }
+    };
+    let told = |error: Error| {
+        let Error::Tensor { rank: 1, problem, .. } = &error else { panic!("{error}") };
+        assert!(problem.contains("not in memory of cuda:0"), "{error}");
+    };
+    ranks_on(GPU, 2, |communicator| {
+        let (rank, mut wrong) = (communicator.rank(), vec![1.0f32; 50]);
+        let mut right = Model::new(GPU, &[(Dtype::F32, 50, 0)], 0);
+        let builder = ParamAverager::builder(communicator.clone());
+        told(
+            if rank == 1 { builder.build(&mut host(&mut wrong)) } else { builder.build(&mut right) }
+                .unwrap_err(),
+        );
+        let mut averager = ParamAverager::builder(communicator).build(&mut right).unwrap();
+        let before = right.bytes().to_vec();
+        told(
+            if rank == 1 { averager.average(&mut host(&mut wrong)) } else { averager.average(&mut right) }
+                .unwrap_err(),
+        );
+        right.download();
+        assert!(right.bytes() == before);
+        averager.average(&mut right).unwrap(); // nothing is broken
+    });
+    // A tensor that says it is on the CPU, and a device that is not there.
+    ranks_on(GPU, 2, |communicator| {
+        let error = ParamAverager::builder(communicator).build(&mut vec![vec![0.0f32; 5]]).unwrap_err();
+        assert!(error.to_string().contains("is not on cuda:0"), "{error}");
+    });
+    unavailable(Device::cuda(7), &["there are 1 CUDA devices"]);
+}
+
+fn failures() {
+    let shapes = [(Dtype::F32, 5000, 0), (Dtype::F16, 100, 1)];
+    for (algorithm, all_or_nothing) in
+        [(Algorithm::Ring, true), (Algorithm::Ring, false), (Algorithm::Direct, true)]
+    {
+        for fault in ["late", "abort", "gone", "nan"] {
+            ranks_on(GPU, 3, |communicator| {
+                let (rank, abort) = (communicator.rank(), communicator.abort_handle());
+                let mut model = Model::new(GPU, &shapes, rank as u64);
+                if fault == "nan" && rank == 2 {
+                    model.set(0, 4321, f32::NAN);
+                }
+                let before = model.bytes().to_vec();
+                let timeout =
+                    if fault == "late" { Duration::from_millis(700) } else { Duration::from_secs(50) };
+                let builder = ParamAverager::builder(communicator).algorithm(algorithm).timeout(timeout);
+                let builder =
+                    builder.all_or_nothing(all_or_nothing).reject_non_finite(fault == "nan").channels(2);
+                let mut averager = builder.build(&mut model).unwrap();
+                if rank == 2 && fault != "nan" {
+                    std::thread::sleep(Duration::from_millis(300)); // the others wait by now
+                    match fault {
+                        "late" => std::thread::sleep(Duration::from_millis(2500)),
+                        "abort" => abort.abort(),
+                        _ => return drop(averager),
+                    }
+                }
+                let error = averager.average(&mut model).unwrap_err();
+                let text = format!("{algorithm:?} {all_or_nothing} {fault}, rank {rank}: {error}");
+                let right = match fault {
+                    "late" => {
+                        matches!(error, Error::Timeout { rank: 2, stage: Stage::Meet, committed: false, .. })
+                    }
+                    "abort" => matches!(error, Error::Aborted { rank: 2, committed: false, .. }),
+                    "gone" => {
+                        matches!(error, Error::PeerLost { rank: 2, stage: Stage::Meet, committed: false })
+                    }
+                    _ => matches!(error, Error::NonFinite { rank: 2, element: 4321, .. }),
+                };
+                assert!(right, "{text}");
+                model.download();
+                assert!(error.tensors_unchanged() && model.bytes() == before, "{text}");
+                if error.is_fatal() {
+                    assert!(matches!(averager.average(&mut model), Err(Error::Poisoned { .. })), "{text}");
+                }
+            });
+        }
+    }
+    // The device is as good as ever.
+    WAY.averages(GPU, &shapes);
+}
+
+fn trainers() {
+    let shapes = shapes();
+    let run = |on| {
+        ranks_on(on, 3, |communicator| {
+            let mut model = Model::new(on, &shapes, communicator.rank() as u64);
+            let averager = WAY.build(communicator, &mut model).unwrap();
+            let mut sgd = LocalSgd::new(averager, Schedule::every(3).after_warmup(2));
+            for step in 0..7u8 {
+                model.download();
+                model.set(0, 7, f32::from(step));
+                sgd.step(&mut model).unwrap();
+            }
+            sgd.finish(&mut model).unwrap();
+            model.download();
+            model.bytes().to_vec()
+        })
+    };
+    assert!(run(GPU) == run(Device::cpu()));
+    let address = Model::new(GPU, &shapes, 1).address();
+    assert!(address != 0);
+}
+
+fn out_of_memory() {
+    let shapes = [(Dtype::F32, 1 << 20, 0)]; // 4 MiB a rank
+    let errors = ranks_on(GPU, 2, |communicator| {
+        let mut model = Model::new(GPU, &shapes, 0);
+        let builder = ParamAverager::builder(communicator).algorithm(Algorithm::Ring).channels(1);
+        builder.chunk_bytes(2 << 20).slots(32).build(&mut model).map(drop)
+    });
+    for error in errors {
+        let error = error.unwrap_err();
+        let Error::DeviceFailed { reason, .. } = &error else { panic!("{error}") };
+        assert!(reason.contains("cuMemAlloc") && reason.contains("OUT_OF_MEMORY"), "{error}");
+    }
+}
+
+fn unavailable(on: Device, says: &[&str]) {
+    let error = World::in_process(&[on; 2]).unwrap_err();
+    let Error::DeviceUnavailable { rank: 0, .. } = &error else { panic!("{error}") };
+    for words in says {
+        assert!(error.to_string().contains(words), "{words}: {error}");
+    }
+}
+
+fn no_driver() {
+    match World::in_process(&[GPU]) {
+        Err(error) if error.to_string().contains("no NVIDIA driver") => {}
+        other => panic!("a libcuda is installed here: {other:?}"),
+    }
+}
