@@ -3,14 +3,17 @@
 mod builder;
 mod memory;
 mod outcome;
+mod pending;
 mod report;
 mod table;
 
+use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
 pub use builder::{Builder, Testing};
+pub use pending::Pending;
 pub use report::Report;
 
 use crate::abi::*;
@@ -222,6 +225,25 @@ impl ParamAverager {
 
     pub(crate) fn run<P: Parameters + ?Sized>(&mut self, params: &mut P, call: Call) -> Result<Outcome> {
         let start = Instant::now();
+        // SAFETY: `params` stays borrowed until `end` has returned.
+        match unsafe { self.begin(params, call, None, start) }? {
+            Some(outcome) => Ok(outcome),
+            None => self.end(start),
+        }
+    }
+
+    /// The first half of an average: what is over already, or nothing, and then `end` waits for it.
+    ///
+    /// # Safety
+    /// The tensors that `params` visits are nobody else's until `end` has returned, and are used on the device only by
+    /// what is ordered before or after `stream`, which is one of its primary context and lives as long.
+    unsafe fn begin<P: Parameters + ?Sized>(
+        &mut self,
+        params: &mut P,
+        call: Call,
+        stream: Option<*mut c_void>,
+        start: Instant,
+    ) -> Result<Option<Outcome>> {
         if let Some(cause) = &self.failed {
             return Err(Error::Poisoned { cause: Box::new(cause.clone()) });
         }
@@ -232,7 +254,7 @@ impl ParamAverager {
         }
         let problem = self.table.refresh(params).err();
         if self.world_size() == 1 {
-            return self.alone(problem, call, start);
+            return self.alone(problem, call, start).map(Some);
         }
         let args = PaArgs {
             schedule: call.schedule,
@@ -253,14 +275,30 @@ impl ParamAverager {
         // Tensors that are not as they should be are not read: the launch that meets is enough to say so.
         let meets = |phase: u32| phase != PA_SCAN && phase != PA_RING_GATHER;
         let phases = self.phases.iter().copied().filter(|&phase| problem.is_none() || meets(phase));
-        // SAFETY: the tables describe the tensors that `params` visited just now and which it borrows mutably until this
-        // returns; all other memory is this averager's or kept by `agreement`.
-        if let Err(reason) = unsafe { self.own.engine.run(&args, phases) } {
-            let error = Error::DeviceFailed { rank: self.rank(), reason };
-            self.failed = Some(error.clone());
-            return Err(error);
+        // SAFETY: the tables describe the tensors that `params` visited just now, which are the caller's promise; all other
+        // memory is this averager's or kept by `agreement`.
+        match unsafe { self.own.engine.start(&args, phases, stream) } {
+            Ok(()) => Ok(None),
+            Err(reason) => {
+                let error = self.device_failed(reason);
+                let _ = self.own.engine.finish(); // whatever was enqueued: peers know by now that no more comes
+                Err(error)
+            }
         }
+    }
+
+    /// The second half: waits for it.
+    fn end(&mut self, start: Instant) -> Result<Outcome> {
+        self.own.engine.finish().map_err(|reason| self.device_failed(reason))?;
         self.outcome(start)
+    }
+
+    /// The device did not do what it was told. Peers hear at once that this rank will not come.
+    fn device_failed(&mut self, reason: String) -> Error {
+        self.agreement.control.leave(self.rank());
+        let error = Error::DeviceFailed { rank: self.rank(), reason };
+        self.failed = Some(error.clone());
+        error
     }
 
     /// World size 1: what others would have said, and nothing else.

@@ -49,7 +49,7 @@ mod schedule;
 mod tensor;
 mod world;
 
-pub use averager::{Algorithm, Builder, ParamAverager, Report};
+pub use averager::{Algorithm, Builder, ParamAverager, Pending, Report};
 pub use error::{Error, Result, Stage};
 pub use local_sgd::{Action, LocalSgd};
 pub use schedule::Schedule;

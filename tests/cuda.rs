@@ -71,6 +71,11 @@ fn local_sgd_runs_beside_a_trainer() {
 }
 
 #[test]
+fn averages_are_enqueued_on_streams() {
+    scenario("streams", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
+}
+
+#[test]
 fn a_device_that_is_full_says_so() {
     scenario("out-of-memory", &[&[ONE, ("CUDASIM_MEM_MB", "64")]]);
 }

@@ -1,5 +1,7 @@
 //! What runs one rank's part of an average: threads, or a stream of a device.
 
+use std::ffi::c_void;
+
 use super::cpu::{Isa, Workers};
 use super::{cuda, Region, Site};
 use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PA_COMMITTED, PA_RING_GATHER};
@@ -87,16 +89,18 @@ impl Engine {
         }
     }
 
-    /// Runs the phases of an average, and returns when they are done; what came of it is in `ended`. An error means that
-    /// the machine failed.
+    /// Starts the phases of an average: threads run them, a device has them enqueued, on `stream` or on the rank's own, which
+    /// is ordered behind the null stream. An error means that the machine failed; `finish` is called all the same.
     ///
     /// # Safety
-    /// What `args` points at is as `kernels/abi.h` describes it. The tensors are nobody else's until this returns, and
-    /// what was done to them before is done, or ordered before the null stream.
-    pub(crate) unsafe fn run(
+    /// What `args` points at is as `kernels/abi.h` describes it. The tensors are nobody else's until `finish` has returned,
+    /// and what was done to them before is done, or ordered before that stream. `stream` is one of the device's primary
+    /// context, and lives until then.
+    pub(crate) unsafe fn start(
         &mut self,
         args: &PaArgs,
         phases: impl Iterator<Item = u32>,
+        stream: Option<*mut c_void>,
     ) -> Result<(), String> {
         match self {
             Engine::Cpu { workers, states } => {
@@ -112,7 +116,23 @@ impl Engine {
                 Ok(())
             }
             // SAFETY: the caller's promise.
-            Engine::Cuda(rank) => unsafe { rank.run(args, phases) },
+            Engine::Cuda(rank) => unsafe { rank.start(args, phases, stream.map(<*mut c_void>::cast)) },
+        }
+    }
+
+    /// Whether `finish` would not wait.
+    pub(crate) fn is_done(&self) -> bool {
+        match self {
+            Engine::Cpu { .. } => true,
+            Engine::Cuda(rank) => rank.is_done(),
+        }
+    }
+
+    /// Waits for what was started. What came of it is in `ended`.
+    pub(crate) fn finish(&mut self) -> Result<(), String> {
+        match self {
+            Engine::Cpu { .. } => Ok(()),
+            Engine::Cuda(rank) => Ok(rank.finish()?),
         }
     }
 }

@@ -52,7 +52,7 @@ impl Control {
         // A device that can't be written to any more has failed its kernels, too.
         let (at, mut word) = (offset_of!(PaControl, abort), [0; 4]);
         if first && memory.read(at, &mut word).is_ok() && word == [0; 4] {
-            let _ = memory.write(at, &code.to_ne_bytes());
+            let _ = memory.say(at, code);
         }
     }
 
@@ -64,7 +64,7 @@ impl Control {
             Memory::Host(region) => unsafe { AtomicU32::from_ptr(region.as_ptr::<u8>().add(at).cast()) }
                 .store(1, Ordering::Release),
             Memory::Cuda(memory) => {
-                let _ = memory.write(at, &1u32.to_ne_bytes()); // as in `abort`
+                let _ = memory.say(at, 1); // as in `abort`
             }
         }
     }

@@ -104,8 +104,15 @@ impl Model {
         }
     }
 
-    pub fn address(&self) -> u64 {
-        self.device.as_ref().map_or(self.host.as_ptr() as u64, |(_, address)| *address)
+    /// Of a tensor on a device.
+    pub fn tensor_address(&self, index: usize) -> u64 {
+        let (_, address) = self.device.as_ref().expect("a device");
+        address + self.tensors[index].offset as u64
+    }
+
+    pub fn tensor(&self, index: usize) -> &[u8] {
+        let Tensor { dtype, elements, offset } = &self.tensors[index];
+        &self.bytes()[*offset..][..elements * dtype.size()]
     }
 }
 

@@ -52,6 +52,20 @@ impl DeviceMemory {
         })
     }
 
+    /// Writes a word that running kernels poll, in one piece.
+    pub(crate) fn say(&self, offset: usize, word: u32) -> Result<(), Failed> {
+        let to = self.at(offset, 4);
+        // SAFETY: inside of this memory, and aligned. Flags 0: what was written before is seen before it.
+        let said = self.on_the_side(|stream| unsafe { call!(cuStreamWriteValue32_v2(stream, to, word, 0)) });
+        match said {
+            // A copy of an aligned word does it, too, if not by the letter of the memory model.
+            Err(Failed { result: CUresult::CUDA_ERROR_NOT_SUPPORTED, .. }) => {
+                self.write(offset, &word.to_ne_bytes())
+            }
+            said => said,
+        }
+    }
+
     /// Reads what is there now.
     pub(crate) fn read(&self, offset: usize, to: &mut [u8]) -> Result<(), Failed> {
         let from = self.at(offset, to.len());

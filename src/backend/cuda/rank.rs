@@ -15,13 +15,15 @@ use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment};
 /// pipe, and the registers of one block a processor suffice without spills (tests/sass.rs).
 pub(crate) const THREADS: u32 = 512;
 
-/// A rank's stream and tables. Dropping it waits for its kernels.
+/// A rank's stream and tables.
 #[derive(Debug)]
 pub(crate) struct Rank {
     context: Arc<Context>,
     stream: sys::CUstream,
     /// What the null stream had been given when the average was called.
     before: sys::CUevent,
+    /// The end of the average.
+    done: sys::CUevent,
     channels: DeviceMemory,
     /// The channels' states after the last average.
     ended: Pinned,
@@ -48,6 +50,7 @@ impl Rank {
             context: context.clone(),
             stream: null_mut(),
             before: null_mut(),
+            done: null_mut(),
             channels: DeviceMemory::new(context, bytes.len())?,
             ended: Pinned::new(context, bytes.len())?,
             tables: DeviceMemory::new(context, tables)?,
@@ -63,6 +66,7 @@ impl Rank {
         unsafe {
             call!(cuStreamCreate(&mut rank.stream, kind))?;
             call!(cuEventCreate(&mut rank.before, untimed))?;
+            call!(cuEventCreate(&mut rank.done, untimed))?;
         }
         Ok(rank)
     }
@@ -106,55 +110,74 @@ impl Rank {
         bytemuck::cast_slice(self.ended.bytes())
     }
 
-    /// Runs an average: enqueues everything at once, behind the null stream and with it all streams that are not of the
-    /// non-blocking kind, and waits.
+    /// Enqueues an average: on `stream`, or on the rank's own behind the null stream and with it all streams that are not
+    /// of the non-blocking kind. Returns at once.
     ///
     /// # Safety
     /// What `args` points at is as `kernels/abi.h` describes it, in memory of the device. The tensors are nobody else's
-    /// until this returns, and what non-blocking streams do to them has been done.
-    pub(crate) unsafe fn run(
+    /// until `finish` has returned, and what was done to them before is done or ordered before that stream, which is of the
+    /// same context and lives until then.
+    pub(crate) unsafe fn start(
         &mut self,
         args: &PaArgs,
         phases: impl Iterator<Item = u32>,
+        stream: Option<sys::CUstream>,
     ) -> Result<(), String> {
         let _bound = self.context.bind()?;
-        // SAFETY: this rank's event and stream.
-        unsafe {
-            call!(cuEventRecord(self.before, null_mut()))?;
-            call!(cuStreamWaitEvent(self.stream, self.before, 0))?;
-        }
-        if self.stale {
-            let from = self.next_tables.bytes();
-            // SAFETY: as large as the tables, and not written before the stream is done.
+        if stream.is_none() {
+            // SAFETY: this rank's event and stream.
             unsafe {
-                call!(cuMemcpyHtoDAsync_v2(
-                    self.tables.address(),
-                    from.as_ptr().cast(),
-                    from.len(),
-                    self.stream
-                ))
-            }?;
+                call!(cuEventRecord(self.before, null_mut()))?;
+                call!(cuStreamWaitEvent(self.stream, self.before, 0))?;
+            }
+        }
+        let stream = stream.unwrap_or(self.stream);
+        // SAFETY: the copies are as large as what they go from and to, which nobody else touches until `finish`; the
+        // kernels are the caller's promise. Whatever is enqueued comes before the event.
+        unsafe {
+            let enqueued = self.enqueue(args, phases, stream);
+            let recorded = call!(cuEventRecord(self.done, stream));
+            Ok(enqueued.and(recorded)?)
+        }
+    }
+
+    unsafe fn enqueue(
+        &mut self,
+        args: &PaArgs,
+        phases: impl Iterator<Item = u32>,
+        stream: sys::CUstream,
+    ) -> Result<(), Failed> {
+        if self.stale {
+            let (to, from) = (self.tables.address(), self.next_tables.bytes());
+            // SAFETY: see `start`.
+            unsafe { call!(cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), stream)) }?;
             self.stale = false;
         }
         for phase in phases {
-            // SAFETY: the caller's promise.
-            unsafe { self.launch(args, phase) }?;
+            // SAFETY: see `start`.
+            unsafe { self.launch(args, phase, stream) }?;
         }
-        let to = self.ended.bytes_mut();
-        // SAFETY: as large as the states; read only when the stream is done.
-        unsafe {
-            call!(cuMemcpyDtoHAsync_v2(
-                to.as_mut_ptr().cast(),
-                self.channels.address(),
-                to.len(),
-                self.stream
-            ))?;
-            call!(cuStreamSynchronize(self.stream))?;
-        }
-        Ok(())
+        let (to, from) = (self.ended.bytes_mut(), self.channels.address());
+        // SAFETY: see `start`.
+        unsafe { call!(cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), stream)) }
     }
 
-    unsafe fn launch(&self, args: &PaArgs, phase: u32) -> Result<(), Failed> {
+    /// Whether what was started is done.
+    pub(crate) fn is_done(&self) -> bool {
+        // SAFETY: this rank's event.
+        let ready = self.context.bind().and_then(|_bound| unsafe { call!(cuEventQuery(self.done)) });
+        // Any other error comes back from `finish`, which does not wait for it.
+        !matches!(ready, Err(Failed { result: sys::CUresult::CUDA_ERROR_NOT_READY, .. }))
+    }
+
+    /// Waits for what was started.
+    pub(crate) fn finish(&mut self) -> Result<(), Failed> {
+        let _bound = self.context.bind()?;
+        // SAFETY: this rank's event.
+        unsafe { call!(cuEventSynchronize(self.done)) }
+    }
+
+    unsafe fn launch(&self, args: &PaArgs, phase: u32, stream: sys::CUstream) -> Result<(), Failed> {
         let mut parameters: [*mut c_void; 1] = [std::ptr::from_ref(args).cast_mut().cast()];
         // SAFETY: the kernel takes one PaArgs, which the driver copies now.
         unsafe {
@@ -167,7 +190,7 @@ impl Rank {
                 1,
                 1,
                 0,
-                self.stream,
+                stream,
                 parameters.as_mut_ptr()
             ))
         }
@@ -182,8 +205,8 @@ impl Drop for Rank {
             if !self.stream.is_null() {
                 let _ = call!(cuStreamDestroy_v2(self.stream));
             }
-            if !self.before.is_null() {
-                let _ = call!(cuEventDestroy_v2(self.before));
+            for event in [self.before, self.done].into_iter().filter(|event| !event.is_null()) {
+                let _ = call!(cuEventDestroy_v2(event));
             }
         }
     }

@@ -1,0 +1,103 @@
+//! Averages that are enqueued behind a trainer's work on a CUDA stream.
+
+use std::ffi::c_void;
+use std::time::Instant;
+
+use super::{Call, Outcome, ParamAverager, Report};
+use crate::{Device, Error, Parameters, Result};
+
+/// An average that has been enqueued: wait for it to get its report or its error.
+///
+/// Dropping it waits, too. A fatal error is then the cause of the next call's
+/// [`Error::Poisoned`](crate::Error::Poisoned); any other is lost.
+#[derive(Debug)]
+#[must_use = "wait for it: its error is lost otherwise"]
+pub struct Pending<'a> {
+    averager: &'a mut ParamAverager,
+    start: Instant,
+    /// Nothing was enqueued, or it has been waited for.
+    over: Option<Result<Outcome>>,
+}
+
+impl ParamAverager {
+    /// Enqueues an average on a CUDA stream, behind what it has been given, and returns at once: what it is given later
+    /// sees the mean. Collective, as [`average`](ParamAverager::average).
+    ///
+    /// `stream` is a `CUstream` (a `cudaStream_t` is the same) of the device's primary context, and this rank's own: on a stream
+    /// that ranks share, the first one's average would wait for one that is behind it. So the null stream is refused. With
+    /// ranks on CPUs it is not looked at, and the average is over on return.
+    ///
+    /// # Safety
+    /// Until the average is done, the stream lives, and the tensors live and are used by nobody but by work that is ordered
+    /// before or after it on that stream.
+    pub unsafe fn average_on<P: Parameters + ?Sized>(
+        &mut self,
+        params: &mut P,
+        stream: *mut c_void,
+    ) -> Result<Pending<'_>> {
+        // SAFETY: the caller's promise.
+        unsafe { self.average_later(params, None, stream) }
+    }
+
+    /// Enqueues a weighted average, see [`average_weighted`](ParamAverager::average_weighted).
+    ///
+    /// # Safety
+    /// As [`average_on`](ParamAverager::average_on).
+    pub unsafe fn average_weighted_on<P: Parameters + ?Sized>(
+        &mut self,
+        params: &mut P,
+        weight: f64,
+        stream: *mut c_void,
+    ) -> Result<Pending<'_>> {
+        // SAFETY: the caller's promise.
+        unsafe { self.average_later(params, Some(weight), stream) }
+    }
+
+    unsafe fn average_later<P: Parameters + ?Sized>(
+        &mut self,
+        params: &mut P,
+        weight: Option<f64>,
+        stream: *mut c_void,
+    ) -> Result<Pending<'_>> {
+        let start = Instant::now();
+        let shared = (stream as usize) < 2 && self.communicator.device() != Device::cpu(); // null, and CU_STREAM_LEGACY
+        if shared && self.world_size() > 1 {
+            return Err(Error::Option {
+                rank: self.rank(),
+                option: "stream",
+                found: "the null stream".into(),
+                expected: "a stream of this rank's own, since ranks on one device wait for one another",
+            });
+        }
+        let call = Call { weight, schedule: 0, unneeded: false };
+        // SAFETY: the caller's promise.
+        let over = unsafe { self.begin(params, call, Some(stream), start) }?.map(Ok);
+        Ok(Pending { averager: self, start, over })
+    }
+}
+
+impl Pending<'_> {
+    /// Whether `wait` would return at once.
+    pub fn is_done(&self) -> bool {
+        self.over.is_some() || self.averager.own.engine.is_done()
+    }
+
+    /// Waits until the average is done. `elapsed` of the report is the time from the call to this return.
+    pub fn wait(mut self) -> Result<Report> {
+        match self.end()? {
+            Outcome::Averaged(report) => Ok(report),
+            Outcome::Unneeded => unreachable!("this rank needs it"),
+        }
+    }
+
+    fn end(&mut self) -> Result<Outcome> {
+        let (averager, start) = (&mut *self.averager, self.start);
+        self.over.get_or_insert_with(|| averager.end(start)).clone()
+    }
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        let _ = self.end();
+    }
+}
