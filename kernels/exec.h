@@ -185,8 +185,9 @@ inline uint64_t cpu_now_ns() {
 // ring six times slower, while stores past the caches, which ask nobody, take as long as ever.
 inline bool is_far(char* slot, uint64_t bytes, uint32_t most_ns) {
 #if defined(__x86_64__) && !defined(PA_LANES) // one lane finds out
-  constexpr uint64_t kLine = 64, kMost = 64;
+  constexpr uint64_t kLine = 64, kMost = 64, kLeast = 16; // fewer take no longer than to look at the clock
   const uint64_t lines = bytes / kLine < kMost ? bytes / kLine : kMost;
+  if (lines < kLeast && most_ns != 0) return false;
   const uint64_t start = cpu_now_ns();
   for (uint64_t i = 0; i < lines; ++i) __atomic_store_n(reinterpret_cast<uint32_t*>(slot + i * kLine), 0u, __ATOMIC_RELAXED);
   __builtin_ia32_mfence(); // until all of them are in this core's cache

@@ -215,7 +215,7 @@ struct Block {
 
   // Leaves the step: the slot that was read is free, the slot that was written is full.
   template <bool kReceive, bool kSend> PA_FN void leave() {
-    if (kSend && far) stream_fence();
+    if (kSend) stream_fence(); // `far` may have been another when the step began
     if (!mutant(3)) ex.sync();
     if (kReceive) ++recv_seq;
     if (kSend) ++send_seq;

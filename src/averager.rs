@@ -27,10 +27,10 @@ use table::{Problem, Table};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Algorithm {
-    /// Direct where every rank can address every other's tensors (ranks that are threads of one process, on CPUs),
-    /// else the ring.
+    /// Direct where every rank can address every other's tensors (ranks that are threads of one process, on CPUs or on one
+    /// CUDA device), else the ring.
     Auto,
-    /// Around a ring through mailboxes: S/n + 4 MiB of extra memory at most. Sums of shard s are made in the order of
+    /// Around a ring through mailboxes: S/n + 4 MiB of extra memory at most, 16 MiB more on a CUDA device. Sums of shard s are made in the order of
     /// ranks s+1, s+2, …, s.
     Ring,
     /// The owner of each part reads all ranks' values, in rank order, and writes all ranks' means: no mailboxes, one
@@ -117,7 +117,7 @@ impl ParamAverager {
             options: options.shown(),
             tensors: table.describe_all(),
             mailbox: own.as_ref().ok().and_then(|own| own.mailbox.clone()),
-            epoch: options.testing.counter,
+            control: own.as_ref().ok().and_then(|own| own.control.clone()),
         };
         let patience = if options.timeout.is_zero() { builder::DEFAULT_TIMEOUT } else { options.timeout };
         let agreement = communicator.agree(card, patience)?; // a refusal comes back from here
@@ -252,6 +252,8 @@ impl ParamAverager {
             self.failed = Some(error.clone());
             return Err(error);
         }
+        // If a Pending was forgotten: it uses the tables. An error is told by what comes next.
+        let _ = self.own.engine.finish();
         let problem = self.table.refresh(params).err();
         if self.world_size() == 1 {
             return self.alone(problem, call, start).map(Some);
@@ -340,6 +342,7 @@ impl ParamAverager {
 
 impl Drop for ParamAverager {
     fn drop(&mut self) {
+        let _ = self.own.engine.finish(); // if a Pending was forgotten: its kernels still use the memory that goes now
         self.agreement.control.leave(self.rank());
     }
 }

@@ -32,7 +32,7 @@
 //!   any rank has changed.
 //!
 //! Sums are made in f32 (f64 for f64) in a fixed order, so all ranks end with the same bits. Nothing is allocated and no
-//! system call is made while averaging, waiting aside.
+//! system call is made while averaging on CPUs, waiting aside.
 
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 

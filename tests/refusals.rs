@@ -1,11 +1,11 @@
-//! Invariant 5 before the first average: worlds and averagers that can't be are refused, with the same error on every rank.
+//! Invariants 5 and 7: worlds, averagers and tensors that can't be are refused, with the same error on every rank.
 
 mod common;
 
 use std::time::Duration;
 
 use common::ranks;
-use param_averager::{Communicator, Device, Error, ParamAverager, Stage, World};
+use param_averager::{Communicator, Device, Dtype, Error, ParamAverager, Stage, TensorMut, World};
 
 const TIMEOUT: Duration = Duration::from_millis(600);
 
@@ -85,4 +85,46 @@ fn worlds_and_devices_that_cannot_be_are_refused() {
         let Error::DeviceUnavailable { rank: 0, reason, .. } = &error else { panic!("{error}") };
         assert!(reason == said && said.contains("NVCC"), "{reason}");
     }
+}
+
+/// Also the second time, when nothing has moved since it was first refused.
+#[test]
+fn tensors_that_begin_to_overlap_are_refused_as_long_as_they_do() {
+    ranks(2, |communicator| {
+        let mut memory = vec![1f32; 30];
+        let at = memory.as_mut_ptr();
+        let tensors = |second: usize| {
+            // SAFETY: inside of `memory`, which lives; that they overlap is found out before anybody writes.
+            [0, second].map(|element| unsafe {
+                TensorMut::from_raw_parts(at.add(element).cast(), 10, Dtype::F32, Device::cpu())
+            })
+        };
+        let own = communicator.rank() == 1;
+        let mut averager = ParamAverager::builder(communicator).build(&mut tensors(10)).unwrap();
+        for _ in 0..3 {
+            let error = averager.average(&mut tensors(if own { 9 } else { 10 })).unwrap_err();
+            assert!(matches!(error, Error::Tensor { rank: 1, .. }), "{error}");
+            assert!(error.to_string().contains("shares memory with tensor 0"), "{error}");
+        }
+        averager.average(&mut tensors(20)).unwrap();
+        assert_eq!(memory, [1f32; 30]);
+    });
+}
+
+/// cudarc panics over a function that the driver lacks: each that is called must be in the list that is looked for.
+#[test]
+fn every_driver_function_that_is_called_is_looked_for_first() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/backend/cuda");
+    let sources: String = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap())
+        .collect();
+    let names = |before: &str| -> std::collections::BTreeSet<String> {
+        let ends = |c: char| !c.is_ascii_alphanumeric() && c != '_';
+        let all = sources.match_indices(before).map(|(at, _)| &sources[at + before.len() - 2..]);
+        all.map(|text| text.split(ends).next().unwrap().to_owned()).collect()
+    };
+    let called: Vec<String> = names("call!(cu").into_iter().chain(names("sys::cu")).collect();
+    let listed = names("    \"cu");
+    assert!(called.len() > 25 && called.iter().all(|name| listed.contains(name)), "{called:?} {listed:?}");
 }

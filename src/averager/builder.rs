@@ -114,7 +114,8 @@ impl Builder {
     }
 
     /// Threads of a rank that each move a part, 1 to 1,024. Default: this machine's cores shared among the ranks, 8 at
-    /// most.
+    /// most. On a CUDA device: blocks, by default as many as run at the same time, shared among the ranks. Averagers
+    /// whose averages overlap in time must fit on it together, which nobody checks.
     pub fn channels(mut self, channels: u32) -> Self {
         self.channels = Some(channels);
         self
@@ -127,7 +128,7 @@ impl Builder {
     }
 
     /// For the ring: bytes of parameters in one slot, 128 B to 64 MiB, rounded up to a multiple of 128. Default: 256 KiB,
-    /// less where that makes all slots of a rank exceed 2 MiB or where the model is small.
+    /// less where that makes all slots of a rank exceed 2 MiB or where the model is small; on a CUDA device 32 KiB and 16 MiB.
     pub fn chunk_bytes(mut self, bytes: usize) -> Self {
         self.chunk_bytes = Some(bytes);
         self

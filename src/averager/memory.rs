@@ -8,6 +8,7 @@ use crate::abi::*;
 use crate::backend::cpu::instruction_sets;
 use crate::backend::{Engine, Memory, Site};
 use crate::bucket;
+use crate::world::Control;
 use crate::{Error, Result};
 
 /// Bytes between two counters that different ranks write.
@@ -66,6 +67,8 @@ pub(super) struct Own {
     /// Every bucket's own shard of the mean.
     pub(super) shards: Vec<Memory>,
     pub(super) mailbox: Option<Arc<Memory>>,
+    /// Of rank 0: everybody's notice boards.
+    pub(super) control: Option<Arc<Control>>,
     /// Where the kernels find the buckets.
     pub(super) buckets: u64,
 }
@@ -103,6 +106,7 @@ impl Own {
             };
         }
         let mailbox = if ring { Some(sizes.mailbox(site, channels, testing).map_err(failed)?) } else { None };
+        let control = (rank == 0).then(|| Control::new(site, testing.counter)).transpose().map_err(failed)?;
         let mut state: PaChannel = bytemuck::Zeroable::zeroed();
         (state.recv_seq, state.send_seq, state.epoch) = (testing.counter, testing.counter, testing.counter);
         let sets = instruction_sets();
@@ -113,7 +117,7 @@ impl Own {
         let states = vec![state; channels as usize];
         let engine = Engine::new(site, &states, segments.len(), count, isa, rank)?;
         let buckets = engine.place(&mut table.raw, &segments);
-        Ok(Own { engine, shards, mailbox: mailbox.map(Arc::new), buckets })
+        Ok(Own { engine, shards, mailbox: mailbox.map(Arc::new), control: control.map(Arc::new), buckets })
     }
 
     /// Bytes of all of it.

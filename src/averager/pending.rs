@@ -4,7 +4,7 @@ use std::ffi::c_void;
 use std::time::Instant;
 
 use super::{Call, Outcome, ParamAverager, Report};
-use crate::{Device, Error, Parameters, Result};
+use crate::{Error, Parameters, Result};
 
 /// An average that has been enqueued: wait for it to get its report or its error.
 ///
@@ -23,9 +23,13 @@ impl ParamAverager {
     /// Enqueues an average on a CUDA stream, behind what it has been given, and returns at once: what it is given later
     /// sees the mean. Collective, as [`average`](ParamAverager::average).
     ///
-    /// `stream` is a `CUstream` (a `cudaStream_t` is the same) of the device's primary context, and this rank's own: on a stream
-    /// that ranks share, the first one's average would wait for one that is behind it. So the null stream is refused. With
-    /// ranks on CPUs it is not looked at, and the average is over on return.
+    /// `stream` is a `CUstream` (a `cudaStream_t` is the same) of the device's primary context. It is this rank's own: on a
+    /// stream that ranks share, the first one's average would wait for one that is behind it. And it is of the non-blocking
+    /// kind: what a peer does on the null stream would wait for the others. Any other is refused, on this rank alone, whose
+    /// peers find out when it drops its averager or at the timeout. A stream that is being captured is refused, too. With
+    /// ranks on CPUs no stream is looked at, and the average is over on return.
+    ///
+    /// If the average fails, what the stream is given later runs all the same, on tensors as they were: `wait` tells.
     ///
     /// # Safety
     /// Until the average is done, the stream lives, and the tensors live and are used by nobody but by work that is ordered
@@ -60,13 +64,17 @@ impl ParamAverager {
         stream: *mut c_void,
     ) -> Result<Pending<'_>> {
         let start = Instant::now();
-        let shared = (stream as usize) < 2 && self.communicator.device() != Device::cpu(); // null, and CU_STREAM_LEGACY
-        if shared && self.world_size() > 1 {
+        // SAFETY: the caller's promise.
+        let refused = match unsafe { self.own.engine.refuses(stream) } {
+            Ok(refused) => refused,
+            Err(reason) => return Err(self.device_failed(reason)),
+        };
+        if let Some(found) = refused.filter(|_| self.world_size() > 1) {
             return Err(Error::Option {
                 rank: self.rank(),
                 option: "stream",
-                found: "the null stream".into(),
-                expected: "a stream of this rank's own, since ranks on one device wait for one another",
+                found: found.into(),
+                expected: "a stream of this rank's own that was made with CU_STREAM_NON_BLOCKING and is not being captured",
             });
         }
         let call = Call { weight, schedule: 0, unneeded: false };

@@ -23,6 +23,8 @@ pub(super) struct Table {
     pub(super) bytes: u64,
     /// Addresses have changed since somebody last took this.
     pub(super) moved: bool,
+    /// Addresses have changed since tensors were last seen not to overlap.
+    unchecked: bool,
 }
 
 /// What is wrong with the tensors of a call: for `PaRecord.detail` and `found`, so that every rank can say so.
@@ -58,8 +60,19 @@ impl Table {
         let raw = buckets.iter().map(|_| bytemuck::Zeroable::zeroed()).collect();
         let bytes = shapes.iter().map(|shape| shape.elements * shape.dtype.size() as u64).sum();
         let spans = Vec::with_capacity(shapes.len());
-        let mut table =
-            Table { device, site, names, shapes, places, buckets, raw, spans, bytes, moved: true };
+        let mut table = Table {
+            device,
+            site,
+            names,
+            shapes,
+            places,
+            buckets,
+            raw,
+            spans,
+            bytes,
+            moved: true,
+            unchecked: true,
+        };
         let problem = table.refresh(params).err();
         (table, problem)
     }
@@ -67,11 +80,10 @@ impl Table {
     /// Takes over the tensors' addresses, if they are the tensors that the table was made for. Does not allocate.
     /// The addresses are good for as long as the caller's borrow of `params`.
     pub(super) fn refresh<'a, P: Parameters + ?Sized>(&mut self, params: &'a mut P) -> Result<(), Problem> {
-        let (mut index, mut changed, mut problem) = (0, false, None);
+        let (mut index, mut problem) = (0, None);
         params.visit(&mut |tensor: TensorMut<'a>| {
-            match self.take(index, &tensor) {
-                Ok(moved) => changed |= moved,
-                Err(found) => problem = problem.or(Some(Problem { tensor: index as u64, found })),
+            if let Err(found) = self.take(index, &tensor) {
+                problem = problem.or(Some(Problem { tensor: index as u64, found }));
             }
             index += 1;
         });
@@ -80,13 +92,13 @@ impl Table {
         }
         match problem {
             Some(problem) => Err(problem),
-            None if changed => self.overlap(),
+            None if self.unchecked => self.overlap().map(|()| self.unchecked = false),
             None => Ok(()),
         }
     }
 
-    /// Whether the tensor lies elsewhere than before, or what is wrong with it.
-    fn take(&mut self, index: usize, tensor: &TensorMut<'_>) -> Result<bool, u64> {
+    /// Takes over the tensor's address, or says what is wrong with it.
+    fn take(&mut self, index: usize, tensor: &TensorMut<'_>) -> Result<(), u64> {
         let found = u64::from(tensor.dtype().code()) << SHIFT | tensor.len() as u64;
         let Some(&shape) = self.shapes.get(index) else { return Err(EXTRA << SHIFT) };
         if shape != (Shape { dtype: tensor.dtype(), elements: tensor.len() as u64 }) {
@@ -95,7 +107,7 @@ impl Table {
         if tensor.device() != self.device {
             return Err(DEVICE << SHIFT);
         }
-        let Some((bucket, segment)) = self.places[index] else { return Ok(false) };
+        let Some((bucket, segment)) = self.places[index] else { return Ok(()) };
         let address = tensor.address();
         if address == 0 {
             return Err(NULL << SHIFT);
@@ -105,14 +117,14 @@ impl Table {
         }
         let slot = &mut self.buckets[bucket].segments[segment].address;
         if *slot == address {
-            return Ok(false);
+            return Ok(());
         }
         match &self.site {
             Site::Cuda(context) if !context.owns(address) => return Err(FOREIGN << SHIFT),
             _ => *slot = address,
         }
-        self.moved = true;
-        Ok(true)
+        (self.moved, self.unchecked) = (true, true);
+        Ok(())
     }
 
     /// Two tensors that share memory would be averaged twice.

@@ -120,6 +120,21 @@ impl Engine {
         }
     }
 
+    /// Why an average can't be enqueued on this stream.
+    ///
+    /// # Safety
+    /// It is a stream of the device's primary context.
+    pub(crate) unsafe fn refuses(
+        &self,
+        stream: *mut c_void,
+    ) -> std::result::Result<Option<&'static str>, String> {
+        match self {
+            Engine::Cpu { .. } => Ok(None),
+            // SAFETY: the caller's promise.
+            Engine::Cuda(rank) => Ok(unsafe { rank.refuses(stream.cast()) }?),
+        }
+    }
+
     /// Whether `finish` would not wait.
     pub(crate) fn is_done(&self) -> bool {
         match self {

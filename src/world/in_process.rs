@@ -20,14 +20,14 @@ pub(crate) struct Card {
     pub(crate) tensors: Vec<String>,
     /// Its inbox and counters, if it has any.
     pub(crate) mailbox: Option<Arc<Memory>>,
-    /// Number of the average before the first.
-    pub(crate) epoch: u32,
+    /// Rank 0's: everybody's notice boards.
+    pub(crate) control: Option<Arc<Control>>,
 }
 
 /// What the ranks of one averager have in common.
 #[derive(Debug)]
 pub(crate) struct Agreement {
-    pub(crate) control: Control,
+    pub(crate) control: Arc<Control>,
     /// Every rank's.
     pub(crate) cards: Vec<Card>,
 }
@@ -97,7 +97,7 @@ impl Hub {
         }
         let build = state.builds.entry(number).or_insert_with(|| Build::new(self.size));
         build.cards[rank] = Some(card);
-        build.complete(&self.site);
+        build.complete();
         self.changed.notify_all();
         loop {
             let build = state.builds.get_mut(&number).expect("kept until all have taken the result");
@@ -144,14 +144,13 @@ impl Hub {
         let mut state = self.lock();
         let failure = Error::Aborted { rank, stage: Stage::Build, committed: false };
         state.failure.get_or_insert(failure);
-        for agreement in state.built.iter().filter_map(Weak::upgrade) {
+        // Those that are built, and those that are complete but not yet taken by anybody.
+        let taken = state.built.iter().filter_map(Weak::upgrade);
+        let complete = state.builds.values().filter_map(|build| build.result.clone()?.ok());
+        let all: Vec<Arc<Agreement>> = taken.chain(complete).collect();
+        drop(state); // a device may take its time
+        for agreement in all {
             agreement.control.abort(rank);
-        }
-        // Complete, but not yet taken by anybody.
-        for build in state.builds.values() {
-            if let Some(Ok(agreement)) = &build.result {
-                agreement.control.abort(rank);
-            }
         }
         self.changed.notify_all();
     }
@@ -177,7 +176,7 @@ impl Build {
     }
 
     /// If all ranks have shown their cards: whether they agree.
-    fn complete(&mut self, site: &Site) {
+    fn complete(&mut self) {
         if self.cards.iter().any(Option::is_none) {
             return;
         }
@@ -186,10 +185,10 @@ impl Build {
         let disagreement = || (1..cards.len()).find_map(|rank| disagreement(rank, &cards[0], &cards[rank]));
         self.result = Some(match refusal.or_else(disagreement) {
             Some(error) => Err(error),
-            None => match Control::new(site, cards[0].epoch) {
-                Ok(control) => Ok(Arc::new(Agreement { control, cards })),
-                Err(reason) => Err(Error::DeviceFailed { rank: 0, reason }),
-            },
+            None => {
+                let control = cards[0].control.clone().expect("rank 0 shows one, or a refusal");
+                Ok(Arc::new(Agreement { control, cards }))
+            }
         });
     }
 }

@@ -71,7 +71,8 @@ impl World {
     /// All on CPUs, or all on one CUDA device, which several ranks share: `&[Device::cuda(0); 4]`. Ranks on several devices
     /// are not supported yet. A rank's average waits for its peers on the device itself, so while one is under way, no
     /// peer may wait for every kernel of that device, as `cuMemFree`, `cudaFree` and `cuModuleLoad` do: that ends with the
-    /// average's timeout.
+    /// average's timeout. With many streams, set `CUDA_DEVICE_MAX_CONNECTIONS=32`: streams that share one of 8 hardware queues
+    /// wait for one another. No GPU has shown yet how well this works.
     pub fn in_process(devices: &[Device]) -> Result<World> {
         if devices.is_empty() || devices.len() > PA_MAX_WORLD as usize {
             return Err(Error::WorldSize { found: devices.len() });

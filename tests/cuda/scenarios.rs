@@ -5,6 +5,7 @@ use crate::common::ranks_on;
 use cudarc::driver::{result, sys, CudaContext};
 use param_averager::__private::Testing;
 use param_averager::*;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 const GPU: Device = Device::cuda(0);
@@ -285,6 +286,7 @@ fn streams() {
     const ELEMENTS: usize = 20_000;
     let bits = |value: f32| value.to_bits();
     for algorithm in [Algorithm::Ring, Algorithm::Direct] {
+        let waiting = AtomicUsize::new(0);
         ranks_on(GPU, 3, |communicator| {
             let (rank, abort) = (communicator.rank(), communicator.abort_handle());
             let mut model = Model::new(GPU, &[(Dtype::F32, ELEMENTS, 0)], 9);
@@ -311,12 +313,37 @@ fn streams() {
                 let mean = bits((10 * round + 1) as f32).to_ne_bytes();
                 assert!(seen.tensor(0).chunks_exact(4).all(|element| element == mean), "{algorithm:?}");
             }
-            // Nobody waits for it; the next one finds it done.
+            // Nobody waits for them; the next one does.
             // SAFETY: as above.
-            drop(unsafe { averager.average_weighted_on(&mut model, 1.0 + rank as f64, raw.cast()) }.unwrap());
+            unsafe {
+                drop(averager.average_weighted_on(&mut model, 1.0 + rank as f64, raw.cast()).unwrap());
+                std::mem::forget(averager.average_on(&mut model, raw.cast()).unwrap());
+            }
+            averager.average(&mut seen).unwrap(); // other tensors: new tables
+                                                  // The null stream, and one that is being captured.
+            let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
             // SAFETY: as above.
-            let null = unsafe { averager.average_on(&mut model, std::ptr::null_mut()) }.map(drop);
-            assert!(matches!(null, Err(Error::Option { option: "stream", .. })), "{null:?}");
+            unsafe {
+                let null = averager.average_on(&mut model, std::ptr::null_mut()).map(drop);
+                let Err(Error::Option { option: "stream", found, .. }) = null else { panic!("{null:?}") };
+                assert_eq!(found, "a blocking stream");
+                result::stream::begin_capture(raw, mode).unwrap();
+                let captured = averager.average_on(&mut model, raw.cast()).map(drop);
+                let Err(Error::Option { option: "stream", found, .. }) = captured else {
+                    panic!("{captured:?}")
+                };
+                assert_eq!(found, "a stream that is being captured");
+                let graph = result::stream::end_capture(raw).unwrap();
+                result::graph::destroy(graph).unwrap();
+            }
+            // Work on the null stream comes first.
+            // SAFETY: as above; the other ranks' work is on the null stream, too, and waits for nobody.
+            unsafe { sys::cuMemsetD32Async(weights, bits(rank as f32), ELEMENTS, std::ptr::null_mut()) }
+                .result()
+                .unwrap();
+            averager.average(&mut model).unwrap();
+            model.download();
+            assert!(model.tensor(0).chunks_exact(4).all(|element| element == bits(1.0).to_ne_bytes()));
             if std::env::var_os("CUDASIM_RACE").is_some() {
                 // The simulator's driver has no cuStreamWriteValue32, so an abort is a copy: a race, if a harmless one.
                 return Some(averager);
@@ -325,13 +352,16 @@ fn streams() {
             model.download();
             let before = model.bytes().to_vec();
             if rank == 2 {
-                std::thread::sleep(Duration::from_millis(200));
+                while waiting.load(Ordering::Acquire) < 2 {
+                    std::thread::yield_now();
+                }
                 abort.abort();
                 return None;
             }
             // SAFETY: as above.
             let pending = unsafe { averager.average_on(&mut model, raw.cast()) }.unwrap();
             assert!(!pending.is_done());
+            waiting.fetch_add(1, Ordering::AcqRel);
             let error = pending.wait().unwrap_err();
             assert!(matches!(error, Error::Aborted { rank: 2, committed: false, .. }), "{error}");
             model.download();

@@ -27,6 +27,8 @@ const FUNCTIONS: &[&str] = &[
     "cuStreamDestroy_v2",
     "cuStreamSynchronize",
     "cuStreamWaitEvent",
+    "cuStreamGetFlags",
+    "cuStreamIsCapturing",
     "cuStreamWriteValue32_v2",
     "cuEventCreate",
     "cuEventDestroy_v2",

@@ -137,6 +137,9 @@ impl Rank {
         unsafe {
             let enqueued = self.enqueue(args, phases, stream);
             let recorded = call!(cuEventRecord(self.done, stream));
+            if recorded.is_err() {
+                let _ = call!(cuStreamSynchronize(stream)); // or `finish` would not wait for it
+            }
             Ok(enqueued.and(recorded)?)
         }
     }
@@ -160,6 +163,25 @@ impl Rank {
         let (to, from) = (self.ended.bytes_mut(), self.channels.address());
         // SAFETY: see `start`.
         unsafe { call!(cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), stream)) }
+    }
+
+    /// Why an average can't be enqueued on this stream.
+    ///
+    /// # Safety
+    /// It is one.
+    pub(crate) unsafe fn refuses(&self, stream: sys::CUstream) -> Result<Option<&'static str>, Failed> {
+        let _bound = self.context.bind()?;
+        let (mut flags, mut capture) = (0, sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE);
+        // SAFETY: the caller's promise.
+        unsafe {
+            call!(cuStreamIsCapturing(stream, &mut capture))?;
+            call!(cuStreamGetFlags(stream, &mut flags))?;
+        }
+        if capture != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
+            return Ok(Some("a stream that is being captured"));
+        }
+        let blocking = flags & sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32 == 0;
+        Ok(blocking.then_some("a blocking stream"))
     }
 
     /// Whether what was started is done.
