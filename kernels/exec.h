@@ -265,13 +265,12 @@ template <int kDeep, class Load, class Store>
 PA_FN uint32_t each_pack(const Exec& ex, uint32_t begin, uint32_t lead, uint32_t end, Load load, Store store) {
   const uint32_t step = ex.lanes();
   uint32_t i = begin + ex.first(begin);
+  constexpr Group<1> one;
   if constexpr (kGroup > 1) {
-    constexpr Group<1> one;
     constexpr Group<kGroup> group;
     for (; i < begin + lead && i < end; ++i) store(one, i, load(one, i));
     for (; mutant(52) ? i < end : i + kGroup <= end; i += kGroup) store(group, i, load(group, i));
   }
-  constexpr Group<1> one;
   for (; i + (kDeep - 1) * step < end; i += kDeep * step) {
     decltype(load(one, i)) v[kDeep];
     PA_UNROLL for (int u = 0; u < kDeep; ++u) v[u] = load(one, i + u * step);

@@ -182,8 +182,9 @@ struct Block {
   PA_FN char* inbox() const { return slot(a.inbox, recv_seq); }
   PA_FN char* outbox() const { return slot(a.outbox, send_seq); }
 
-  // Enters one protocol step, for at most `chunk` packs: waits for a chunk in the inbox and for room in the outbox. False in all lanes if the
-  // average ended here. Is also the block barrier between the leader's acquire and the lanes' loads.
+  // Enters one protocol step, for at most `chunk` packs: waits for a chunk in the inbox and for room in the outbox, and
+  // finds out how far away the reader is. False in all lanes if the average ended here. Is also the block barrier between
+  // the leader's acquire and the lanes' loads.
   template <bool kReceive, bool kSend> PA_FN bool enter(uint32_t where, uint32_t chunk) {
     if (++step == a.fault_step) return false;
     bool failed = false;
@@ -215,7 +216,7 @@ struct Block {
 
   // Leaves the step: the slot that was read is free, the slot that was written is full.
   template <bool kReceive, bool kSend> PA_FN void leave() {
-    if (kSend) stream_fence(); // `far` may have been another when the step began
+    if (kSend && far) stream_fence();
     if (!mutant(3)) ex.sync();
     if (kReceive) ++recv_seq;
     if (kSend) ++send_seq;

@@ -72,8 +72,8 @@ template <class T, bool kF32> struct Ring {
     return true;
   }
 
-  // Inbox + own packs → sink(own, group, i, sum). kSend: the sink also fills the outbox.
-  template <bool kSend, class Sink> PA_FN bool receive_and_add(Range r, Sink sink) {
+  // Inbox + own packs → sink(own, group, i, sum), which is made once the step has begun. kSend: it also fills the outbox.
+  template <bool kSend, class MakeSink> PA_FN bool receive_and_add(Range r, MakeSink make_sink) {
     if (!b.enter<true, kSend>(PA_AT_REDUCE, bucket.chunk)) return false;
     const Wire<T, kF32> in{b.inbox(), false};
     Suspicion<T> suspicion;
@@ -82,29 +82,33 @@ template <class T, bool kF32> struct Ring {
                   const auto sum = in.template get<g.kPacks>(i);
                   return contributes ? sum + own_share<g.kPacks>(own.template get<g.kPacks>(i), suspicion) : sum;
                 },
-                sink);
+                make_sink());
     after(suspicion, r);
     b.leave<true, kSend>();
     return true;
   }
   PA_FN bool add_and_send(Range r) {
-    const Wire<T, kF32> out{b.outbox(), b.far};
-    return receive_and_add<true>(r, [&](const auto&, auto g, uint32_t i, const auto& x) { out.template put<g.kPacks>(i, x); });
+    return receive_and_add<true>(r, [&] {
+      const Wire<T, kF32> out{b.outbox(), b.far};
+      return [out](const auto&, auto g, uint32_t i, const auto& x) { out.template put<g.kPacks>(i, x); };
+    });
   }
   // The last step of the reduce: the mean → `shard`, to wait for the commit …
   PA_FN bool finish_into(Range r, char* shard) {
-    return receive_and_add<false>(r, [&](const auto&, auto g, uint32_t i, const auto& x) {
-      stream_raw<T, g.kPacks>(shard + 16 * uint64_t(i), narrow<T, g.kPacks>(mean_of<g.kPacks>(x)));
+    return receive_and_add<false>(r, [&] {
+      return [this, shard](const auto&, auto g, uint32_t i, const auto& x) {
+        stream_raw<T, g.kPacks>(shard + 16 * uint64_t(i), narrow<T, g.kPacks>(mean_of<g.kPacks>(x)));
+      };
     });
   }
   // … or → own tensors and outbox.
   PA_FN bool finish_and_send(Range r) {
-    char* out = b.outbox();
-    const bool far = b.far;
-    return receive_and_add<true>(r, [&](const auto& own, auto g, uint32_t i, const auto& x) {
-      const auto raw = narrow<T, g.kPacks>(mean_of<g.kPacks>(x));
-      own.template put<g.kPacks>(i, raw);
-      pass_raw<T, g.kPacks>(out + 16 * uint64_t(i), raw, far);
+    return receive_and_add<true>(r, [&] {
+      return [this, out = b.outbox(), far = b.far](const auto& own, auto g, uint32_t i, const auto& x) {
+        const auto raw = narrow<T, g.kPacks>(mean_of<g.kPacks>(x));
+        own.template put<g.kPacks>(i, raw);
+        pass_raw<T, g.kPacks>(out + 16 * uint64_t(i), raw, far);
+      };
     });
   }
 

@@ -8,10 +8,10 @@ mod simulator;
 mod cuda {
     pub mod model;
     pub mod scenarios;
+    pub mod streams;
 }
 
-use simulator::{child, folder, SCENARIO};
-use std::path::PathBuf;
+use simulator::{child, folder_for, SCENARIO};
 
 /// Not a test by itself: what the others start as a process of its own.
 #[test]
@@ -20,20 +20,9 @@ fn child_process() {
     cuda::scenarios::run(&scenario);
 }
 
-/// The simulator's folder, or a SKIPPED line.
-fn simulator(test: &str) -> Option<PathBuf> {
-    match param_averager::__private::fatbin().map_err(str::to_owned).and_then(|_| folder()) {
-        Ok(folder) => Some(folder),
-        Err(reason) => {
-            common::skipped(test, &reason);
-            None
-        }
-    }
-}
-
 /// Runs the scenario with each of some settings.
 fn scenario(name: &str, settings: &[&[(&str, &str)]]) {
-    let Some(folder) = simulator(name) else { return };
+    let Some(folder) = folder_for(name) else { return };
     for settings in settings {
         let ended = child(name, Some(&folder), settings);
         assert_eq!(ended.code, Some(0), "{settings:?}: {}", ended.said);
@@ -86,7 +75,7 @@ fn machines_that_cannot_run_the_kernels_say_why() {
     scenario("old-driver", &[&[("CUDASIM_OLD_DRIVER", "11040")]]);
     // Without LD_LIBRARY_PATH: a driver that is found then is one of the machine's own.
     let test = "machines_that_cannot_run_the_kernels_say_why";
-    if simulator(test).is_none() {
+    if folder_for(test).is_none() {
         return;
     }
     let ended = child("no-driver", None, &[]);

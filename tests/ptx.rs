@@ -10,7 +10,7 @@ mod ptx {
     pub mod simulator;
 }
 
-use ptx::simulator::{child, folder, Ended, FATBIN, SCENARIO};
+use ptx::simulator::{child, folder_for, Ended, FATBIN, SCENARIO};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -25,36 +25,25 @@ fn child_process() {
     ptx::scenarios::run(&scenario, &fatbin);
 }
 
-/// The simulator's folder, or a SKIPPED line.
-fn simulator(test: &str) -> Option<PathBuf> {
-    match param_averager::__private::fatbin().map_err(str::to_owned).and_then(|_| folder()) {
-        Ok(folder) => Some(folder),
-        Err(reason) => {
-            common::skipped(test, &reason);
-            None
-        }
-    }
-}
-
 fn succeeds(ended: Ended) {
     assert_eq!(ended.code, Some(0), "{}", ended.said);
 }
 
 #[test]
 fn ptx_gives_the_bits_of_the_cpu_on_one_device() {
-    let Some(folder) = simulator("ptx_gives_the_bits_of_the_cpu_on_one_device") else { return };
+    let Some(folder) = folder_for("ptx_gives_the_bits_of_the_cpu_on_one_device") else { return };
     succeeds(child("streams", Some(&folder), &[("CUDASIM_DEVICES", "1"), ("CUDASIM_SEED", "1")]));
 }
 
 #[test]
 fn ptx_gives_the_bits_of_the_cpu_on_several_devices() {
-    let Some(folder) = simulator("ptx_gives_the_bits_of_the_cpu_on_several_devices") else { return };
+    let Some(folder) = folder_for("ptx_gives_the_bits_of_the_cpu_on_several_devices") else { return };
     succeeds(child("devices", Some(&folder), &[("CUDASIM_DEVICES", "4"), ("CUDASIM_DELAY", "20")]));
 }
 
 #[test]
 fn ptx_failures_are_typed_and_change_nothing() {
-    let Some(folder) = simulator("ptx_failures_are_typed_and_change_nothing") else { return };
+    let Some(folder) = folder_for("ptx_failures_are_typed_and_change_nothing") else { return };
     succeeds(child("failures", Some(&folder), &[("CUDASIM_DEVICES", "1")]));
 }
 
@@ -63,7 +52,7 @@ const RACE_EXIT: Option<i32> = Some(66);
 
 #[test]
 fn ptx_has_no_race() {
-    let Some(folder) = simulator("ptx_has_no_race") else { return };
+    let Some(folder) = folder_for("ptx_has_no_race") else { return };
     succeeds(child("race", Some(&folder), &RACE));
 }
 
@@ -98,7 +87,7 @@ fn mutant(nvcc: &str, number: u32) -> PathBuf {
 #[test]
 fn planted_faults_are_reported() {
     let test = "planted_faults_are_reported";
-    let Some(folder) = simulator(test) else { return };
+    let Some(folder) = folder_for(test) else { return };
     let nvcc = option_env!("PARAM_AVERAGER_NVCC").unwrap_or_default();
     if !Path::new(nvcc).is_file() {
         return common::skipped(test, "the nvcc that built the kernels is gone");
@@ -119,7 +108,7 @@ fn planted_faults_are_reported() {
 #[test]
 fn a_machine_without_a_device_or_a_driver_says_so() {
     let test = "a_machine_without_a_device_or_a_driver_says_so";
-    let Some(folder) = simulator(test) else { return };
+    let Some(folder) = folder_for(test) else { return };
     succeeds(child("no-device", Some(&folder), &[("CUDASIM_NO_DEVICE", "1")]));
     // Without LD_LIBRARY_PATH: a driver that is found then is one of the machine's own.
     let ended = child("no-driver", None, &[]);

@@ -5,7 +5,9 @@ mod common;
 use std::time::Duration;
 
 use common::ranks;
-use param_averager::{Communicator, Device, Dtype, Error, ParamAverager, Stage, TensorMut, World};
+use param_averager::{
+    Communicator, Device, Dtype, Error, ParamAverager, Parameters, Stage, TensorMut, World,
+};
 
 const TIMEOUT: Duration = Duration::from_millis(600);
 
@@ -84,6 +86,46 @@ fn worlds_and_devices_that_cannot_be_are_refused() {
         let error = World::in_process(&[Device::cuda(0)]).unwrap_err();
         let Error::DeviceUnavailable { rank: 0, reason, .. } = &error else { panic!("{error}") };
         assert!(reason == said && said.contains("NVCC"), "{reason}");
+    }
+}
+
+struct Raw(Vec<(*mut u8, usize, &'static str, Device)>);
+
+impl Parameters for Raw {
+    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
+        for &(pointer, elements, name, device) in &self.0 {
+            // SAFETY: only ever refused, never read.
+            visit(unsafe { TensorMut::from_raw_parts(pointer, elements, Dtype::F32, device) }.named(name));
+        }
+    }
+}
+
+#[test]
+fn pointers_are_checked_and_the_tensor_is_named() {
+    let mut memory = vec![0f32; 100];
+    let at = memory.as_mut_ptr().cast::<u8>() as usize;
+    type Tensors = Vec<(usize, usize, &'static str, Device)>;
+    let cases: [(Tensors, &str); 4] = [
+        (vec![(0, 3, "wte", Device::cpu())], "rank 0: tensor 0 `wte` (f32, 3 elements) has a null pointer"),
+        (vec![(at + 2, 3, "ln", Device::cpu())], "rank 0: tensor 0 `ln` (f32, 3 elements) does not lie at a multiple"),
+        (
+            vec![(at, 50, "wte", Device::cpu()), (at + 196, 50, "head", Device::cpu())],
+            "rank 0: tensor 1 `head` (f32, 50 elements) shares memory with tensor 0 `wte` (f32, 50 elements): pass tied",
+        ),
+        (vec![(at, 50, "wte", Device::cuda(1))], "rank 0: tensor 0 `wte` (f32, 50 elements) is not on cpu"),
+    ];
+    for (tensors, message) in cases {
+        // One rank's mistake is every rank's error.
+        let errors = ranks(3, |communicator| {
+            let own = communicator.rank() == 0;
+            let mut good = vec![0f32; 50];
+            let mut raw = Raw(tensors.iter().map(|&(a, e, n, d)| (a as *mut u8, e, n, d)).collect());
+            let builder = ParamAverager::builder(communicator);
+            if own { builder.build(&mut raw) } else { builder.build(&mut good) }.unwrap_err()
+        });
+        for error in errors {
+            assert!(error.to_string().starts_with(message), "{error}");
+        }
     }
 }
 

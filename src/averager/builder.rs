@@ -161,35 +161,28 @@ impl Builder {
             _ if !self.slots.is_power_of_two() || !(2..=1024).contains(&self.slots) => {
                 refuse("slots", self.slots.to_string(), "a power of two from 2 to 1024")
             }
-            _ if self.blocks_fit().is_err() => {
-                let fit = self.blocks_fit().unwrap_err();
-                let world = self.communicator.world_size();
-                let found = format!("{}, on each of {world} ranks", self.channel_count());
-                refuse(
-                    "channels",
-                    format!("{found}, but only {fit} blocks fit on the device"),
-                    "so few that the blocks of all ranks on a device run at the same time",
-                )
-            }
             _ if self.timeout.is_zero() => refuse("timeout", "0".into(), "longer than nothing"),
-            _ => Ok(()),
+            _ => match self.blocks_that_fit() {
+                Some(fit) => refuse(
+                    "channels",
+                    format!(
+                        "{}, on each of {} ranks, but only {fit} blocks fit on the device",
+                        self.channel_count(),
+                        self.communicator.world_size()
+                    ),
+                    "so few that the blocks of all ranks on a device run at the same time",
+                ),
+                None => Ok(()),
+            },
         }
     }
 
-    /// All blocks of all ranks wait for one another: those that share a device must be resident together. Else how many are.
-    fn blocks_fit(&self) -> std::result::Result<(), u32> {
-        match self.communicator.site() {
-            Site::Host => Ok(()),
-            Site::Cuda(context) => {
-                let (all, fit) =
-                    (self.channel_count() * self.communicator.world_size() as u32, context.resident_blocks());
-                if all <= fit {
-                    Ok(())
-                } else {
-                    Err(fit)
-                }
-            }
-        }
+    /// All blocks of all ranks wait for one another: those that share a device must be resident together. How many can be,
+    /// if that is fewer.
+    fn blocks_that_fit(&self) -> Option<u32> {
+        let Site::Cuda(context) = self.communicator.site() else { return None };
+        let all = self.channel_count() * self.communicator.world_size() as u32;
+        Some(context.resident_blocks()).filter(|&fit| fit < all)
     }
 
     pub(super) fn channel_count(&self) -> u32 {

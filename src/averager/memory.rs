@@ -51,9 +51,9 @@ impl Sizes {
         let counters = 2 * channels as usize;
         let slots = (channels * self.slots) as usize * self.slot_packs as usize * PA_PACK_BYTES as usize;
         let mut memory = Memory::new(site, counters * LINE_BYTES + slots)?;
-        for line in 0..counters {
-            memory.set(line * LINE_BYTES, &testing.counter.to_ne_bytes())?;
-        }
+        let mut lines = vec![0; counters * PA_LINE_WORDS as usize];
+        lines.iter_mut().step_by(PA_LINE_WORDS as usize).for_each(|counter| *counter = testing.counter);
+        memory.set(0, bytemuck::cast_slice(&lines))?;
         if testing.poison_slots {
             memory.fill_from(counters * LINE_BYTES, 0xff)?;
         }

@@ -12,9 +12,20 @@ pub const SCENARIO: &str = "PA_PTX_SCENARIO";
 pub const FATBIN: &str = "PA_PTX_FATBIN";
 
 /// The folder of libcuda.so.1, or why there is none.
-pub fn folder() -> Result<PathBuf, String> {
+fn folder() -> Result<PathBuf, String> {
     static FOLDER: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     FOLDER.get_or_init(find_or_build).clone()
+}
+
+/// It, or a SKIPPED line of this test's.
+pub fn folder_for(test: &str) -> Option<PathBuf> {
+    match param_averager::__private::fatbin().map_err(str::to_owned).and_then(|_| folder()) {
+        Ok(folder) => Some(folder),
+        Err(reason) => {
+            crate::common::skipped(test, &reason);
+            None
+        }
+    }
 }
 
 fn find_or_build() -> Result<PathBuf, String> {

@@ -86,14 +86,13 @@ fn progress(sections: &[Section]) -> ProgressBar {
     bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-/// What the library says of a world of CUDA devices.
+/// What the library says of a world of ranks on a CUDA device.
 fn no_cuda(sections: &[Section]) -> Failure {
     let ranks =
         sections.iter().flat_map(|section| &section.groups).map(|group| group.ranks).max().unwrap_or(1);
-    let devices: Vec<Device> = (0..ranks).map(Device::cuda).collect();
-    let reason = match World::in_process(&devices) {
+    let reason = match World::in_process(&vec![Device::cuda(0); ranks]) {
         Err(error) => error.to_string(),
-        Ok(_) => "this bench keeps its tensors in this machine's memory".into(),
+        Ok(_) => "the library can use cuda:0, but this bench measures ranks on CPUs only so far".into(),
     };
     Failure::Failed(format!(
         "{reason}\n\nhint: --backend cpu, the default, runs the same kernels on this machine's cores"
