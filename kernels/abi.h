@@ -85,18 +85,20 @@ struct PaBoard {
   uint32_t gone;       // 1: this rank dropped its averager and never comes again
   uint32_t waiting_on; // rank + 1 it is stuck behind, 0 if none: lets a timeout name the culprit, not the neighbour
   uint32_t sleepers;   // CPU: nonzero when someone may sleep on a word of this board
-  uint32_t reserved[2];
+  uint32_t deciding;     // 1: this rank has its turn to write the decision or `failed`, or waits for it, see take_turn()
+  uint32_t reserved;
   struct PaRecord record[2];
 };
 
 // One per world, in memory that every rank can address.
 struct PaControl {
-  // (epoch << 32) | (where << 16) | (kind << 8) | rank: what was decided about the latest decided average. Moves forward by
-  // compare-and-swap alone, so ranks that time out and ranks that commit can't disagree.
+  // (epoch << 32) | (where << 16) | (kind << 8) | rank: what was decided about the latest decided average. Only moves forward,
+  // and is written in turn, so ranks that time out and ranks that commit can't disagree.
   uint64_t decision;
   uint64_t reserved0[15];
-  uint32_t abort; // (kind << 8) | rank of the first failure that poisoned the world; 0: healthy. Set once.
-  uint32_t reserved1[31];
+  uint32_t abort;  // (kind << 8) | rank: the host poisoned the world; 0: it did not. The kernels' only word that a host writes with `gone`
+  uint32_t failed; // the same of the first failure that a kernel met. Set once, in turn
+  uint32_t reserved1[30];
   struct PaBoard board[PA_MAX_WORLD];
 };
 
@@ -119,7 +121,8 @@ struct PaChannel {
   double divisor_f32;   // what sums in f32 are divided by: the scales were rounded to f32
   uint32_t finished;    // channel 0: blocks that are done with everybody's tensors (PA_DIRECT)
   uint32_t far;         // CPU: 1: the next rank's core is far away, see is_far()
-  uint32_t reserved[10];
+  uint32_t deciding;    // channel 0: 1: one of this rank's blocks takes a turn, see take_turn()
+  uint32_t reserved[9];
   uint64_t segments[PA_MAX_WORLD]; // PA_DIRECT: every rank's segment table of the bucket at hand
   double scale[PA_MAX_WORLD];      // what each rank's values are multiplied by; negative: it only receives
 };

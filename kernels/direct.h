@@ -93,7 +93,7 @@ PA_SLOW bool leave_as_leader(Exec ex, Place p) {
     wait_for_board(ex, p, r, left, 2 * p.epoch, PA_AT_EXIT);
     if (load_acquire(left) == 2 * p.epoch + 1) undone = code_of(uint32_t(PA_LEFT), r);
   }
-  return undone == 0 || !fails(p, undone, PA_AT_EXIT);
+  return undone == 0 || !fails(ex, p, undone, PA_AT_EXIT);
 }
 
 // The same bucket of all ranks, averaged by this block where it is the owner.

@@ -3,8 +3,8 @@
 //   CPU          a block is one OS thread with one lane: barriers vanish, lane loops become plain loops
 //   CPU, tests   (PA_LANES) a block has many lanes, each an OS thread, with a real barrier: so that a missing block
 //                barrier can be seen
-// Flags are published with st.release and polled with ld.acquire at system scope; no fences, which ThreadSanitizer
-// does not model. Whatever is weaker has `relaxed` in its name and says at the call why it may be.
+// Flags are published with st.release and polled with ld.acquire at system scope; no fences on CPUs, since ThreadSanitizer
+// does not model them. Only blocks of one rank share words that are read and modified in one go: between devices PCIe can't. Whatever is weaker has `relaxed` in its name and says at the call why it may be.
 #pragma once
 #include "abi.h"
 #include <stddef.h>
@@ -79,23 +79,24 @@ PA_FN void store_relaxed(uint32_t* p, uint32_t v) {
 PA_FN void store_relaxed(uint64_t* p, uint64_t v) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
-PA_FN bool compare_exchange(uint64_t* p, uint64_t& expected, uint64_t desired) {
-  uint64_t seen;
-  asm volatile("atom.acq_rel.sys.global.cas.b64 %0, [%1], %2, %3;"
-               : "=l"(seen) : "l"(p), "l"(expected), "l"(desired) : "memory");
-  const bool done = seen == expected;
-  expected = seen;
-  return done;
+PA_FN void store_release(uint64_t* p, uint64_t v) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
-PA_FN void set_once(uint32_t* p, uint32_t v) {
-  [[maybe_unused]] uint32_t seen;
-  asm volatile("atom.acq_rel.sys.global.cas.b32 %0, [%1], 0, %2;" : "=r"(seen) : "l"(p), "r"(v) : "memory");
+// Raises a flag, and no load_flag of this thread that follows looks before it is up.
+PA_FN void raise_flag(uint32_t* p) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], 1;\n\tfence.sc.sys;" ::"l"(p) : "memory");
 }
+PA_FN uint32_t load_flag(const uint32_t* p) { return load_acquire(p); }
 // Between the blocks of one rank only.
 PA_FN uint32_t fetch_add(uint32_t* p, uint32_t v) {
   uint32_t seen;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(seen) : "l"(p), "r"(v) : "memory");
   return seen;
+}
+PA_FN bool try_lock(uint32_t* p) {
+  uint32_t seen;
+  asm volatile("atom.acq_rel.gpu.global.exch.b32 %0, [%1], 1;" : "=r"(seen) : "l"(p) : "memory");
+  return seen == 0;
 }
 PA_FN void wake(uint32_t*, uint32_t*) {} // nobody sleeps on a GPU
 
@@ -126,14 +127,10 @@ PA_FN uint32_t load_relaxed(const uint32_t* p) { return __atomic_load_n(p, __ATO
 PA_FN void store_release(uint32_t* p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
 PA_FN void store_relaxed(uint32_t* p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 PA_FN void store_relaxed(uint64_t* p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
-PA_FN bool compare_exchange(uint64_t* p, uint64_t& expected, uint64_t desired) {
-  if (mutant(43)) return __atomic_compare_exchange_n(p, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
-  return __atomic_compare_exchange_n(p, &expected, desired, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
-}
-PA_FN void set_once(uint32_t* p, uint32_t v) {
-  uint32_t zero = 0;
-  __atomic_compare_exchange_n(p, &zero, v, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
-}
+PA_FN void store_release(uint64_t* p, uint64_t v) { __atomic_store_n(p, v, mutant(43) ? __ATOMIC_RELAXED : __ATOMIC_RELEASE); }
+PA_FN void raise_flag(uint32_t* p) { __atomic_store_n(p, 1u, __ATOMIC_SEQ_CST); }
+PA_FN uint32_t load_flag(const uint32_t* p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
+PA_FN bool try_lock(uint32_t* p) { return __atomic_exchange_n(p, 1u, __ATOMIC_ACQ_REL) == 0; }
 PA_FN uint32_t fetch_add(uint32_t* p, uint32_t v) {
   return mutant(34) ? __atomic_fetch_add(p, v, __ATOMIC_RELAXED) : __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
 }

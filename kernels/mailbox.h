@@ -22,24 +22,98 @@ PA_FN uint32_t rank_of(uint32_t code) { return code & 0xffu; }
 
 PA_FN bool reached(uint32_t seen, uint32_t want) { return mutant(20) ? seen >= want : int32_t(seen - want) >= 0; }
 
-// ---- the decision: one word, one winner an average -------------------------------------------------------------
+// ---- the decision: one word, one winner an average: (epoch << 32) | (where << 16) | (kind << 8) | rank -------------
 PA_FN uint32_t epoch_of(uint64_t decision) { return uint32_t(decision >> 32); }
 PA_FN uint32_t code_of(uint64_t decision) { return uint32_t(decision) & 0xffffu; }
 PA_FN uint32_t where_of(uint64_t decision) { return uint32_t(decision) >> 16; }
 
-// Proposes how average `epoch` ends, and returns how it does. If the word is already about a later average, this one
-// ended without a failure and its outcome follows from the records and the votes: what was proposed by reading all of
-// them is right.
-PA_FN uint64_t propose(PaControl* control, uint32_t epoch, uint32_t where, uint32_t code) {
-  const uint64_t mine = uint64_t(epoch) << 32 | where << 16 | code;
-  uint64_t seen = load_acquire(&control->decision);
-  if (mutant(14)) { // last writer wins
-    control->decision = mine;
-    return mine;
+// What a wait needs to know of the block that waits. Passed in registers: its address would put it into memory.
+struct Place {
+  const PaArgs* a;
+  PaChannel* me;
+  uint32_t epoch;
+  bool committed;
+  PA_FN PaControl* control() const { return at<PaControl>(a->control); }
+};
+
+// ---- taking turns ----------------------------------------------------------------------------------------------
+// Words that every rank may write are written in turn. Ranks may be on different devices or in different processes, between
+// which not every machine has a read-modify-write, so a turn is taken by loads and stores: Lamport's one-bit lock ("The
+// Mutual Exclusion Problem", part II, 1986). Each rank has a flag of its own and raises it before it looks at the others'; a rank
+// that finds the flag of a lower one up lowers its own until that is down. Of two that raise theirs, one sees the other's.
+// The blocks of a rank queue on a lock of their own first. A turn is a few loads and stores: a rank that is gone, or that takes
+// a minute for it, is not waited for.
+PA_FN bool has_turn(PaBoard& board, uint64_t waited_ns) {
+  constexpr uint64_t kLongestNs = 60'000'000'000;
+  return load_flag(&board.deciding) != 0 && (mutant(56) || load_acquire(&board.gone) == 0) && waited_ns <= kLongestNs;
+}
+PA_FN void end_turn(Place p) {
+  store_release(&p.control()->board[p.a->rank].deciding, 0);
+  store_release(&at<PaChannel>(p.a->channel)->deciding, 0);
+}
+// False: `over` meanwhile, so there is no need for one.
+template <class Over> PA_FN bool take_turn(Exec ex, Place p, Over over) {
+  const PaArgs& a = *p.a;
+  PaBoard& own = p.control()->board[a.rank];
+  uint32_t* blocks = &at<PaChannel>(a.channel)->deciding;
+  for (uint32_t spins = 1; !try_lock(blocks) && !mutant(57); ++spins) {
+    if (over()) return false;
+    ex.pause(spins, a.spins, blocks, 1, &own.sleepers);
   }
-  while (mutant(42) ? epoch_of(seen) < epoch : int32_t(epoch_of(seen) - epoch) < 0) {
-    if (compare_exchange(&control->decision, seen, mine)) return mine;
+  const uint64_t start = ex.now_ns();
+  for (bool first = false; !first;) {
+    raise_flag(&own.deciding);
+    first = true;
+    for (uint32_t r = 0; first && r < a.world && !mutant(55); ++r) {
+      PaBoard& other = p.control()->board[r];
+      if (r == a.rank || !has_turn(other, 0)) continue;
+      if (r < a.rank) {
+        if (!mutant(58)) store_release(&own.deciding, 0);
+        first = false;
+      }
+      for (uint32_t spins = 1; has_turn(other, ex.now_ns() - start); ++spins) {
+        if (over()) {
+          end_turn(p);
+          return false;
+        }
+        ex.pause(spins, a.spins, &other.deciding, 1, &other.sleepers);
+      }
+    }
   }
+  return true;
+}
+
+// Proposes how this average ends, and returns how it does. If the word is already about a later average, this one ended
+// without a failure and its outcome follows from the records and the votes: what was proposed by reading all of them is
+// right.
+PA_SLOW uint64_t propose(Exec ex, Place p, uint32_t where, uint32_t code) {
+  uint64_t* decision = &p.control()->decision;
+  const uint64_t mine = uint64_t(p.epoch) << 32 | where << 16 | code;
+  uint64_t seen;
+  const auto over = [&] {
+    seen = load_acquire(decision);
+    return mutant(42) ? epoch_of(seen) >= p.epoch : int32_t(epoch_of(seen) - p.epoch) >= 0;
+  };
+  if (over() && !mutant(14)) return seen;
+  if (!mutant(14) && !take_turn(ex, p, over)) return seen;
+  if (!over() || mutant(14)) store_release(decision, seen = mine);
+  if (!mutant(14)) end_turn(p);
+  return seen;
+}
+
+// What poisoned this world, or 0: a host's abort, or a failure of a kernel.
+PA_FN uint32_t poison(PaControl* control) {
+  const uint32_t abort = load_acquire(&control->abort);
+  return abort != 0 ? abort : load_acquire(&control->failed);
+}
+// Poisons it, and returns the failure that did so first.
+PA_SLOW uint32_t poison_with(Exec ex, Place p, uint32_t failure) {
+  uint32_t* failed = &p.control()->failed;
+  uint32_t seen;
+  const auto over = [&] { return (seen = load_acquire(failed)) != 0; };
+  if (over() || !take_turn(ex, p, over)) return seen;
+  if (!over()) store_release(failed, seen = failure);
+  end_turn(p);
   return seen;
 }
 
@@ -55,20 +129,11 @@ PA_FN uint32_t culprit(PaControl* control, uint32_t world, uint32_t self, uint32
   return peer;
 }
 
-// What a wait needs to know of the block that waits. Passed in registers: its address would put it into memory.
-struct Place {
-  const PaArgs* a;
-  PaChannel* me;
-  uint32_t epoch;
-  bool committed;
-  PA_FN PaControl* control() const { return at<PaControl>(a->control); }
-};
-
 // Why to stop waiting, or 0.
 PA_FN uint32_t trouble(Place p, uint32_t peer, uint64_t waited_ns) {
   PaControl* control = p.control();
-  const uint32_t abort = load_acquire(&control->abort);
-  if (abort != 0 && !mutant(19)) return abort;
+  const uint32_t poisoned = poison(control);
+  if (poisoned != 0 && !mutant(19)) return poisoned;
   if (!p.committed) {
     const uint64_t decision = load_acquire(&control->decision);
     if ((epoch_of(decision) == p.epoch || mutant(36)) && kind_of(code_of(decision)) != PA_COMMITTED) return code_of(decision);
@@ -93,17 +158,16 @@ PA_FN void ends(Place p, uint32_t code, uint32_t where) {
 
 // A wait ended with `failure`. True if that ends this rank's average; false if the others have already decided that all
 // is well, which they can only when what was waited for has happened.
-PA_SLOW bool fails(Place p, uint32_t failure, uint32_t where) {
-  PaControl* control = p.control();
+PA_SLOW bool fails(Exec ex, Place p, uint32_t failure, uint32_t where) {
   if (!p.committed && !mutant(37)) {
-    const uint64_t decision = propose(control, p.epoch, where, failure);
+    const uint64_t decision = propose(ex, p, where, failure);
     if (epoch_of(decision) != p.epoch || kind_of(code_of(decision)) == PA_COMMITTED) return false;
     failure = code_of(decision);
     where = where_of(decision);
   }
   if (kind_of(failure) >= PA_TIMEOUT) {
-    set_once(&control->abort, failure);
-    if (p.committed) failure = load_acquire(&control->abort);
+    const uint32_t first = poison_with(ex, p, failure);
+    if (p.committed) failure = first;
   }
   ends(p, failure, where);
   return true;
@@ -132,7 +196,7 @@ PA_SLOW bool poll_slowly(Exec ex, Place p, uint32_t* word, uint32_t* sleepers, u
     ex.pause(spins, p.a->spins, word, seen, sleepers);
   }
   p.me->waited_ns += ex.now_ns() - start;
-  const bool ended = failure != 0 && fails(p, failure, where);
+  const bool ended = failure != 0 && fails(ex, p, failure, where);
   if (!ended) store_relaxed(waiting_on, 0); // one that gave up stays stuck: others may yet ask for the culprit
   return !ended;
 }

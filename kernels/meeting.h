@@ -1,6 +1,6 @@
 // The two points where all ranks agree: the meeting, at which they show that they are about the same thing, and the
-// vote before anybody's tensors change. Neither counts on a rank to be there: what is decided is decided by one
-// compare-and-swap, so a rank that gives up and a rank that goes on can't both be right.
+// vote before anybody's tensors change. Neither counts on a rank to be there: what is decided is decided once, by whoever
+// has its turn first, so a rank that gives up and a rank that goes on can't both be right.
 #pragma once
 #include "mailbox.h"
 
@@ -76,15 +76,15 @@ PA_SLOW bool meet_as_leader(Exec ex, Place p, bool commits) {
     if (mutant(11) && r == a.world - 1) continue;
     if (!wait_for_board(ex, p, r, &control->board[r].arrived, p.epoch, PA_AT_MEET)) return false;
   }
-  const uint32_t abort = load_acquire(&control->abort);
-  if (abort != 0 && !mutant(38) && fails(p, abort, PA_AT_MEET)) return false;
+  const uint32_t poisoned = poison(control);
+  if (poisoned != 0 && !mutant(38) && fails(ex, p, poisoned, PA_AT_MEET)) return false;
   uint32_t code = verdict(control, a.world, p.epoch);
   if (code == 0 && commits) code = code_of(uint32_t(PA_COMMITTED), 0);
   if (code != 0) {
     // Without a decision to make, a rank that gave up at the meeting is noticed at the vote at the latest.
-    const uint64_t decision = propose(control, p.epoch, PA_AT_MEET, code);
+    const uint64_t decision = propose(ex, p, PA_AT_MEET, code);
     if (epoch_of(decision) == p.epoch) code = code_of(decision);
-    if (kind_of(code) >= PA_TIMEOUT) return !fails(p, code, PA_AT_MEET);
+    if (kind_of(code) >= PA_TIMEOUT) return !fails(ex, p, code, PA_AT_MEET);
     if (kind_of(code) != PA_COMMITTED) {
       ends(p, code, PA_AT_MEET);
       return false;
@@ -125,10 +125,10 @@ PA_SLOW bool vote_as_leader(Exec ex, Place p) {
     if (!wait_for_board(ex, p, r, vote, good, PA_AT_COMMIT)) return false;
     if (load_acquire(vote) == good + 1 && !mutant(13)) code = code_of(uint32_t(PA_NON_FINITE), r);
   }
-  const uint64_t decision = propose(control, p.epoch, PA_AT_COMMIT, code);
+  const uint64_t decision = propose(ex, p, PA_AT_COMMIT, code);
   if (epoch_of(decision) == p.epoch) code = code_of(decision);
   if (kind_of(code) == PA_COMMITTED) return true;
-  if (kind_of(code) >= PA_TIMEOUT) return !fails(p, code, where_of(decision));
+  if (kind_of(code) >= PA_TIMEOUT) return !fails(ex, p, code, where_of(decision));
   ends(p, code, PA_AT_COMMIT);
   return false;
 }

@@ -152,7 +152,8 @@ pub struct PaBoard {
     pub gone: u32,
     pub waiting_on: u32,
     pub sleepers: u32,
-    pub reserved: [u32; 2usize],
+    pub deciding: u32,
+    pub reserved: u32,
     pub record: [PaRecord; 2usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -172,8 +173,11 @@ const _: () = {
         "Offset of field: PaBoard::sleepers",
     ][::std::mem::offset_of!(PaBoard, sleepers) - 20usize];
     [
+        "Offset of field: PaBoard::deciding",
+    ][::std::mem::offset_of!(PaBoard, deciding) - 24usize];
+    [
         "Offset of field: PaBoard::reserved",
-    ][::std::mem::offset_of!(PaBoard, reserved) - 24usize];
+    ][::std::mem::offset_of!(PaBoard, reserved) - 28usize];
     [
         "Offset of field: PaBoard::record",
     ][::std::mem::offset_of!(PaBoard, record) - 32usize];
@@ -184,7 +188,8 @@ pub struct PaControl {
     pub decision: u64,
     pub reserved0: [u64; 15usize],
     pub abort: u32,
-    pub reserved1: [u32; 31usize],
+    pub failed: u32,
+    pub reserved1: [u32; 30usize],
     pub board: [PaBoard; 16usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -201,8 +206,11 @@ const _: () = {
         "Offset of field: PaControl::abort",
     ][::std::mem::offset_of!(PaControl, abort) - 128usize];
     [
+        "Offset of field: PaControl::failed",
+    ][::std::mem::offset_of!(PaControl, failed) - 132usize];
+    [
         "Offset of field: PaControl::reserved1",
-    ][::std::mem::offset_of!(PaControl, reserved1) - 132usize];
+    ][::std::mem::offset_of!(PaControl, reserved1) - 136usize];
     [
         "Offset of field: PaControl::board",
     ][::std::mem::offset_of!(PaControl, board) - 256usize];
@@ -226,7 +234,8 @@ pub struct PaChannel {
     pub divisor_f32: f64,
     pub finished: u32,
     pub far: u32,
-    pub reserved: [u32; 10usize],
+    pub deciding: u32,
+    pub reserved: [u32; 9usize],
     pub segments: [u64; 16usize],
     pub scale: [f64; 16usize],
 }
@@ -283,8 +292,11 @@ const _: () = {
         "Offset of field: PaChannel::far",
     ][::std::mem::offset_of!(PaChannel, far) - 84usize];
     [
+        "Offset of field: PaChannel::deciding",
+    ][::std::mem::offset_of!(PaChannel, deciding) - 88usize];
+    [
         "Offset of field: PaChannel::reserved",
-    ][::std::mem::offset_of!(PaChannel, reserved) - 88usize];
+    ][::std::mem::offset_of!(PaChannel, reserved) - 92usize];
     [
         "Offset of field: PaChannel::segments",
     ][::std::mem::offset_of!(PaChannel, segments) - 128usize];

@@ -1,6 +1,6 @@
 //! The mailbox protocol as a model (tests/protocol/ring.pml), explored in every interleaving by spin: no deadlock, no
-//! chunk lost or doubled, nobody writes unless all have voted, all ranks that end agree how. And each planted fault is
-//! found, so the model does look.
+//! chunk lost or doubled, nobody writes unless all have voted, all ranks that end agree how. And the turns in which they write
+//! what they decide (turn.pml). Each planted fault is found, so the models do look.
 mod common;
 
 use std::ffi::OsString;
@@ -8,11 +8,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/protocol/ring.pml");
+/// Of `tests/protocol`, each with the number of its faults.
+const MODELS: [(&str, u32); 2] = [("ring", 15), ("turn", 6)];
+
+fn file(model: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/protocol").join(model).with_extension("pml")
+}
 
 /// What spin is to explore.
 #[derive(Clone, Copy)]
 struct World {
+    model: &'static str,
     ranks: u32,
     /// Nobody dies or gives up, so every rank must get to the end.
     healthy: bool,
@@ -31,7 +37,7 @@ fn c_compiler() -> OsString {
 }
 
 fn explore(world: World) -> Found {
-    let name = format!("model-{}-{}-{}", world.ranks, world.healthy, world.fault);
+    let name = format!("model-{}-{}-{}-{}", world.model, world.ranks, world.healthy, world.fault);
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     fs::create_dir_all(&folder).expect("a folder for the model");
     let mut spin = Command::new("spin");
@@ -40,7 +46,7 @@ fn explore(world: World) -> Found {
     if world.healthy {
         spin.arg("-DHEALTHY");
     }
-    said(spin.arg(MODEL).current_dir(&folder));
+    said(spin.arg(file(world.model)).current_dir(&folder));
     let mut compiler = Command::new(c_compiler());
     // A fault is found soon, often before an optimised search were compiled.
     compiler.arg(if world.fault == 0 { "-O2" } else { "-O0" });
@@ -83,19 +89,19 @@ fn every_interleaving_is_good() {
     if lacks_tools("every_interleaving_is_good") {
         return;
     }
-    for ranks in [2, 3] {
-        for healthy in [true, false] {
-            let found = explore(World { ranks, healthy, fault: 0 });
+    for (model, _) in MODELS {
+        for (ranks, healthy) in [(2, true), (2, false), (3, true), (3, false)] {
+            let found = explore(World { model, ranks, healthy, fault: 0 });
             let kind = if healthy { "nobody fails" } else { "ranks give up and die" };
-            println!("{ranks} ranks, {kind}: {}", found.states);
-            assert!(found.error.is_none(), "{ranks} ranks, {kind}: {:?}", found.error);
+            println!("{model}, {ranks} ranks, {kind}: {}", found.states);
+            assert!(found.error.is_none(), "{model}, {ranks} ranks, {kind}: {:?}", found.error);
         }
     }
 }
 
 /// Number and description of each, from the model's own list.
-fn faults() -> Vec<(u32, String)> {
-    let text = fs::read_to_string(MODEL).expect("the model");
+fn faults(model: &str) -> Vec<(u32, String)> {
+    let text = fs::read_to_string(file(model)).expect("the model");
     let fault = |line: &str| {
         let (_, rest) = line.strip_prefix("#define ")?.split_once("(FAULT == ")?;
         let (number, rest) = rest.split_once(')')?;
@@ -110,15 +116,20 @@ fn every_planted_fault_is_found() {
     if lacks_tools("every_planted_fault_is_found") {
         return;
     }
-    let faults = faults();
-    assert_eq!(faults.iter().map(|fault| fault.0).collect::<Vec<_>>(), (1..=15).collect::<Vec<_>>());
-    for (fault, what) in faults {
-        // Three ranks: of two, neither can get far ahead of the other.
-        let found = [false, true].into_iter().find_map(|healthy| {
-            let error = explore(World { ranks: 3, healthy, fault }).error?;
-            Some((if healthy { "nobody fails" } else { "ranks give up" }, error))
-        });
-        let Some((kind, error)) = found else { panic!("spin does not find fault {fault}: {what}") };
-        println!("{fault:>2}  {what:<58}  {kind:<14}  {}", error.chars().take(90).collect::<String>());
+    for (model, count) in MODELS {
+        let faults = faults(model);
+        assert_eq!(faults.iter().map(|fault| fault.0).collect::<Vec<_>>(), (1..=count).collect::<Vec<_>>());
+        for (fault, what) in faults {
+            // Three ranks: of two, neither can get far ahead of the other.
+            let found = [false, true].into_iter().find_map(|healthy| {
+                let error = explore(World { model, ranks: 3, healthy, fault }).error?;
+                Some((if healthy { "nobody fails" } else { "ranks give up" }, error))
+            });
+            let Some((kind, error)) = found else {
+                panic!("spin does not find fault {fault} of {model}: {what}")
+            };
+            let error = error.chars().take(90).collect::<String>();
+            println!("{model} {fault:>2}  {what:<62}  {kind:<14}  {error}");
+        }
     }
 }

@@ -69,12 +69,19 @@ impl Control {
         }
     }
 
-    /// The failure that ended this world, if the host knows of one: a device's own is told by its next average.
+    /// The failure that ended this world, if the host can know of one without asking a device: one's own is told by its
+    /// next average.
     pub(crate) fn failure(&self) -> Option<Failure> {
-        match self.abort_word().load(Ordering::Acquire) {
-            0 => None,
-            code => Some(Failure { kind: code >> 8, rank: (code & 0xff) as usize }),
-        }
+        let code = [Some(self.abort_word()), self.failed_word()].into_iter().flatten();
+        let code = code.map(|word| word.load(Ordering::Acquire)).find(|&code| code != 0)?;
+        Some(Failure { kind: code >> 8, rank: (code & 0xff) as usize })
+    }
+
+    fn failed_word(&self) -> Option<&AtomicU32> {
+        let Memory::Host(region) = &self.memory else { return None };
+        let control = region.as_ptr::<PaControl>();
+        // SAFETY: in bounds and aligned; this word is accessed by atomics only.
+        Some(unsafe { AtomicU32::from_ptr(&raw mut (*control).failed) })
     }
 
     fn abort_word(&self) -> &AtomicU32 {

@@ -10,6 +10,7 @@ static int chosen_mutant = 0;
 #if defined(PA_MUTANTS) // one build holds all mutants
 #define PA_MUTANT chosen_mutant
 #endif
+#include "scenario_turns.h"
 #include "scenarios_bad.h"
 
 struct Scenario {
@@ -20,7 +21,7 @@ constexpr Scenario kScenarios[] = {
     {"ring", ring},           {"commit", commit},   {"direct", direct}, {"largest", largest}, {"wrap", wrap},
     {"weights", weights},     {"layout", layout},   {"non_finite", non_finite},
     {"timeout", timeout},     {"left", left},       {"abort", aborted},   {"decision", decision},
-    {"leave_at_each_step", leave_at_each_step},
+    {"leave_at_each_step", leave_at_each_step},               {"turns", turns},
 };
 
 static void watch(unsigned seconds) {

@@ -86,7 +86,7 @@ inline void left() {
 }
 
 inline void abort_world(World& w, uint32_t rank) {
-  PA_ISA::set_once(&w.control()->abort, PA_ISA::code_of(uint32_t(PA_ABORTED), rank));
+  PA_ISA::store_release(&w.control()->abort, PA_ISA::code_of(uint32_t(PA_ABORTED), rank));
 }
 // While all others wait for a rank that never comes; and before anybody came.
 inline void abort_at_rest(Mode mode, uint64_t seed) {

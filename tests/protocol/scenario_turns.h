@@ -1,0 +1,63 @@
+// Turns by themselves (take_turn in kernels/mailbox.h): what is written in one is nobody else's meanwhile, everybody gets
+// one, and a rank that is gone keeps none.
+#pragma once
+#include "scenarios_good.h"
+
+inline PA_ISA::Exec leader_of(uint32_t channel) {
+#if defined(PA_LANES)
+  return {channel, 0, 1, nullptr};
+#else
+  return {channel};
+#endif
+}
+
+// Who reads a decision knows all that its writer knew.
+inline void decision_carries_what_led_to_it() {
+  World w(setup_of(Mode::kRing, 2, 1, 3100));
+  uint64_t known = 0; // not atomic
+  each_rank(w, [&](uint32_t r) {
+    const PaArgs a = w.args(r, Call{});
+    const PA_ISA::Place p{&a, w.channel(r, 0), w.s.epoch + 1, false};
+    const uint32_t code = PA_ISA::code_of(uint32_t(PA_LAYOUT), 0);
+    if (r == 0) {
+      known = 1;
+      PA_ISA::propose(leader_of(0), p, PA_AT_MEET, code);
+    } else {
+      while (PA_ISA::epoch_of(PA_ISA::load_acquire(&w.control()->decision)) != p.epoch) sched_yield();
+      if (known != 1 || PA_ISA::propose(leader_of(0), p, PA_AT_COMMIT, 0) != w.control()->decision) wrong("not what was decided");
+    }
+  });
+}
+
+inline void turns() {
+  decision_carries_what_led_to_it();
+  constexpr uint32_t kRanks = 4, kBlocks = 2, kTurns = 60;
+  for (uint32_t round = 0; round < 2 * kRanks; ++round) {
+    World w(setup_of(Mode::kRing, kRanks, kBlocks, 3000 + round));
+    uint64_t taken = 0; // not atomic: two turns at once are a race
+    const bool somebody_is_gone = round >= kRanks;
+    const uint32_t gone = round % kRanks;
+    if (somebody_is_gone) w.control()->board[gone].deciding = w.control()->board[gone].gone = 1;
+    each_rank(w, [&](uint32_t r) {
+      if (somebody_is_gone && r == gone) return;
+      const PaArgs a = w.args(r, Call{});
+      const uint64_t seed = random_bits();
+      std::vector<std::thread> blocks;
+      for (uint32_t c = 0; c < kBlocks; ++c)
+        blocks.emplace_back([&, c] {
+          dawdle_state = mix(seed + c);
+          const PA_ISA::Place p{&a, w.channel(r, c), 1, false};
+          for (uint32_t turn = 0; turn < kTurns; ++turn) {
+            perturb(3);
+            if (!PA_ISA::take_turn(leader_of(c), p, [] { return false; })) wrong("rank %u: no turn", r);
+            ++taken;
+            perturb(3);
+            PA_ISA::end_turn(p);
+          }
+        });
+      for (auto& block : blocks) block.join();
+    });
+    const uint64_t want = (kRanks - somebody_is_gone) * kBlocks * kTurns;
+    if (taken != want) wrong("%llu turns of %llu", (unsigned long long)taken, (unsigned long long)want);
+  }
+}
