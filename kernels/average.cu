@@ -15,3 +15,14 @@ PA_KERNEL(pa_ring, run_ring<PA_RING>)
 PA_KERNEL(pa_ring_reduce, run_ring<PA_RING_REDUCE>)
 PA_KERNEL(pa_ring_gather, run_ring<PA_RING_GATHER>)
 PA_KERNEL(pa_scan, run_scan)
+
+// Whether a device really reaches another's memory: writes `words` words that follow from `seed` to `memory`, or, with
+// somewhere to say so, looks whether they are there. One block.
+extern "C" __global__ void pa_probe(uint32_t* memory, uint32_t words, uint32_t seed, uint32_t* differs) {
+  const uint32_t spread = 2654435761u; // no bit stays the same from word to word
+  for (uint32_t i = threadIdx.x; i < words; i += blockDim.x) {
+    const uint32_t value = (i + seed) * spread;
+    if (differs == nullptr) PA_ISA::store_relaxed(memory + i, value);
+    else if (PA_ISA::load_relaxed(memory + i) != value) PA_ISA::store_relaxed(differs, 1);
+  }
+}

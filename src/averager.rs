@@ -1,6 +1,8 @@
 //! The averager: one rank's tensors, the memory it shares with its peers, and the launches of an average.
 
 mod builder;
+mod defaults;
+mod link;
 mod memory;
 mod outcome;
 mod pending;
@@ -13,10 +15,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use builder::{Builder, Testing};
+pub use link::Link;
 pub use pending::Pending;
 pub use report::Report;
 
 use crate::abi::*;
+use crate::backend::Memory;
 use crate::error::Stage;
 use crate::world::{AbortHandle, Agreement, Card, Communicator};
 use crate::{Error, Parameters, Result};
@@ -28,10 +32,10 @@ use table::{Problem, Table};
 #[non_exhaustive]
 pub enum Algorithm {
     /// Direct where every rank can address every other's tensors (ranks that are threads of one process, on CPUs or on one
-    /// CUDA device), else the ring.
+    /// CUDA device), else the ring: peers may not even read memory of another device's pool, where trainers keep tensors.
     Auto,
     /// Around a ring through mailboxes: S/n + 4 MiB of extra memory at most, 16 MiB more on a CUDA device. Sums of shard s are made in the order of
-    /// ranks s+1, s+2, …, s.
+    /// ranks s+1, s+2, …, s, as they follow one another in [`ring_order`](ParamAverager::ring_order).
     Ring,
     /// The owner of each part reads all ranks' values, in rank order, and writes all ranks' means: no mailboxes, one
     /// rounding.
@@ -99,10 +103,7 @@ impl ParamAverager {
         let communicator = options.communicator.clone();
         let (rank, world) = (communicator.rank(), communicator.world_size());
         let (mut table, problem) = Table::new(params, communicator.device(), communicator.site().clone());
-        let algorithm = match options.algorithm {
-            Algorithm::Auto => Algorithm::Direct,
-            chosen => chosen,
-        };
+        let algorithm = options.chosen_algorithm();
         let ring = algorithm == Algorithm::Ring && world > 1;
         // From here on nothing returns before the peers know: what is refused here is shown to them as such.
         let refusal = options.check().err().or(problem.map(|problem| table.error(rank, problem)));
@@ -116,10 +117,11 @@ impl ParamAverager {
             refusal: own.as_ref().err().cloned(),
             options: options.shown(),
             tensors: table.describe_all(),
-            mailbox: own.as_ref().ok().and_then(|own| own.mailbox.clone()),
+            inbox: own.as_ref().ok().and_then(|own| own.inbox.clone()),
+            credits: own.as_ref().ok().and_then(|own| own.credits.clone()),
             control: own.as_ref().ok().and_then(|own| own.control.clone()),
         };
-        let patience = if options.timeout.is_zero() { builder::DEFAULT_TIMEOUT } else { options.timeout };
+        let patience = if options.timeout.is_zero() { defaults::TIMEOUT } else { options.timeout };
         let agreement = communicator.agree(card, patience)?; // a refusal comes back from here
         let own = own?;
 
@@ -140,31 +142,33 @@ impl ParamAverager {
 
     /// The arguments that stay the same for all launches.
     fn launch_args(&self, options: &Builder, sizes: Sizes, channels: u32) -> PaArgs {
-        let (rank, world) = (self.rank(), self.world_size());
-        let cards = &self.agreement.cards;
-        let address = |rank: usize| cards[rank % world].mailbox.as_ref().map_or(0, |memory| memory.address());
-        let (own, next, previous) = (address(rank), address(rank + 1), address(rank + world - 1));
-        let drained = u64::from(channels) * LINE_BYTES as u64;
-        let slots = 2 * drained;
+        let (position, world) = (self.position(), self.world_size());
+        let order = self.communicator.places().order();
+        let card = |position: usize| &self.agreement.cards[order[position % world]];
+        let address = |memory: &Option<Arc<Memory>>| memory.as_ref().map_or(0, |memory| memory.address());
+        let own = card(position);
+        let (own_inbox, own_credits) = (address(&own.inbox), address(&own.credits));
+        let next = address(&card(position + 1).inbox);
+        let slots = u64::from(channels) * LINE_BYTES as u64; // behind the counters
         PaArgs {
             control: self.agreement.control.address(),
             channel: self.own.engine.channels(),
             buckets: self.own.buckets,
-            inbox: own + slots,
+            inbox: own_inbox + slots,
             outbox: next + slots,
-            filled_in: own,
+            filled_in: own_inbox,
             filled_out: next,
-            drained_in: own + drained,
-            drained_out: previous + drained,
+            drained_in: own_credits,
+            drained_out: address(&card(position + world - 1).credits),
             timeout_ns: u64::try_from(options.timeout.as_nanos()).unwrap_or(u64::MAX),
-            rank: rank as u32,
+            rank: position as u32,
             world: world as u32,
             channels,
             slots: options.slots,
             slot_packs: sizes.slot_packs,
             bucket_count: self.table.raw.len() as u32,
             spins: spins(world * channels as usize),
-            far_ns: options.testing.far_ns.unwrap_or(builder::FAR_NS),
+            far_ns: options.testing.far_ns.unwrap_or(defaults::FAR_NS),
             flags: if options.reject_non_finite { PA_FLAG_REJECT_NON_FINITE } else { 0 },
             ..bytemuck::Zeroable::zeroed()
         }
@@ -178,6 +182,16 @@ impl ParamAverager {
     /// The number of ranks.
     pub fn world_size(&self) -> usize {
         self.communicator.world_size()
+    }
+
+    /// The ranks as they follow one another around the ring, from rank 0: on several CUDA devices, as these lie.
+    pub fn ring_order(&self) -> &[usize] {
+        self.communicator.places().order()
+    }
+
+    /// What this rank is called in the kernels.
+    fn position(&self) -> usize {
+        self.communicator.places().position(self.rank())
     }
 
     /// How parameters move: never [`Algorithm::Auto`].
@@ -297,7 +311,7 @@ impl ParamAverager {
 
     /// The device did not do what it was told. Peers hear at once that this rank will not come.
     fn device_failed(&mut self, reason: String) -> Error {
-        self.agreement.control.leave(self.rank());
+        self.agreement.control.leave(self.position());
         let error = Error::DeviceFailed { rank: self.rank(), reason };
         self.failed = Some(error.clone());
         error
@@ -343,7 +357,7 @@ impl ParamAverager {
 impl Drop for ParamAverager {
     fn drop(&mut self) {
         let _ = self.own.engine.finish(); // if a Pending was forgotten: its kernels still use the memory that goes now
-        self.agreement.control.leave(self.rank());
+        self.agreement.control.leave(self.position());
     }
 }
 

@@ -63,6 +63,13 @@ pub enum Error {
         reason: String,
     },
 
+    /// The CUDA devices can't be looked at.
+    #[error("no CUDA device can be used: {reason}")]
+    CudaUnavailable {
+        /// Why, and what to do.
+        reason: String,
+    },
+
     /// An option of the builder has a value it can't have.
     #[error("rank {rank}: the option `{option}` is {found}: {expected}")]
     Option {

@@ -49,7 +49,8 @@ mod schedule;
 mod tensor;
 mod world;
 
-pub use averager::{Algorithm, Builder, ParamAverager, Pending, Report};
+pub use averager::{Algorithm, Builder, Link, ParamAverager, Pending, Report};
+pub use backend::cuda::{CudaDevice, PciePath, PeerAccess, Topology};
 pub use error::{Error, Result, Stage};
 pub use local_sgd::{Action, LocalSgd};
 pub use schedule::Schedule;

@@ -6,6 +6,7 @@ mod common;
 #[path = "ptx/simulator.rs"]
 mod simulator;
 mod cuda {
+    pub mod links;
     pub mod model;
     pub mod scenarios;
     pub mod streams;
@@ -62,6 +63,34 @@ fn local_sgd_runs_beside_a_trainer() {
 #[test]
 fn averages_are_enqueued_on_streams() {
     scenario("streams", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
+}
+
+const TWO: (&str, &str) = ("CUDASIM_DEVICES", "2");
+const FOUR: (&str, &str) = ("CUDASIM_DEVICES", "4");
+
+#[test]
+fn ranks_on_several_devices_have_the_bits_of_the_cpu() {
+    scenario(
+        "links",
+        &[&[FOUR, ("CUDASIM_SEED", "3")], &[FOUR, ("CUDASIM_SEED", "4"), ("CUDASIM_DELAY", "30")]],
+    );
+    scenario("pairs", &[&[FOUR, ("CUDASIM_P2P", "0-2,1-3")]]);
+}
+
+#[test]
+fn devices_that_do_not_reach_each_other_go_through_the_host() {
+    scenario("no-p2p", &[&[TWO, ("CUDASIM_P2P", "none"), ("CUDASIM_DELAY", "30")]]);
+    scenario("broken-p2p", &[&[TWO, ("CUDASIM_P2P", "broken")]]);
+}
+
+#[test]
+fn links_have_no_race() {
+    scenario("link-races", &[&[TWO, ("CUDASIM_RACE", "1")]]);
+}
+
+#[test]
+fn failures_between_devices_are_typed_and_change_nothing() {
+    scenario("link-failures", &[&[TWO]]);
 }
 
 #[test]

@@ -2,31 +2,11 @@
 
 use std::time::Duration;
 
-use super::{Algorithm, ParamAverager};
+use super::defaults::{self, Cut};
+use super::{Algorithm, Link, ParamAverager};
 use crate::backend::Site;
 use crate::world::Communicator;
 use crate::{Error, Parameters, Result};
-
-/// One slot's bytes. A mailbox of four is then as large as a core's second-level cache: its chunks have moved on to the
-/// cache that cores share by the time the next rank reads them. With 64 KiB the reader fetches them out of the writer's own
-/// cache, and the ring takes twice as long. See benches/record/.
-pub(super) const DEFAULT_CHUNK_BYTES: usize = 256 << 10;
-/// Slots of a mailbox: a rank may be so many chunks ahead of the next one.
-pub(super) const DEFAULT_SLOTS: u32 = 4;
-/// All slots of a rank together, at most, unless options ask for more.
-pub(super) const SLOT_BUDGET_BYTES: usize = 2 << 20;
-/// Slots whose lines take longer than this each to get hold of are written past the caches. 64 at once: 1 to 5 ns between
-/// cores with a common third-level cache, 12 to 21 between others (the middle 80 % on an EPYC of the fourth generation; see
-/// benches/record/). A wrong guess costs one turn of the mailbox.
-pub(super) const FAR_NS: u32 = 8;
-/// On a CUDA device a chunk is 4 packs for each thread of a block, as many as it has in flight. (Reasoned, not measured.)
-pub(super) const CUDA_CHUNK_BYTES: usize = 4 * 16 * crate::backend::cuda::THREADS as usize;
-/// The same for all slots of a rank there: 4 for each of 128 blocks.
-pub(super) const CUDA_SLOT_BUDGET_BYTES: usize = 16 << 20;
-/// As long as torch.distributed waits for NCCL.
-pub(super) const DEFAULT_TIMEOUT: Duration = Duration::from_secs(600);
-/// More threads than this a rank move no more on one memory.
-const MOST_DEFAULT_CHANNELS: u32 = 8;
 
 /// Options of a [`ParamAverager`]; the same on every rank.
 #[derive(Clone, Debug)]
@@ -34,6 +14,7 @@ const MOST_DEFAULT_CHANNELS: u32 = 8;
 pub struct Builder {
     pub(super) communicator: Communicator,
     pub(super) algorithm: Algorithm,
+    pub(super) link: Link,
     pub(super) all_or_nothing: bool,
     pub(super) reject_non_finite: bool,
     pub(super) f32_wire: bool,
@@ -63,12 +44,13 @@ impl Builder {
         Builder {
             communicator,
             algorithm: Algorithm::Auto,
+            link: Link::Auto,
             all_or_nothing: true,
             reject_non_finite: false,
             f32_wire: false,
-            timeout: DEFAULT_TIMEOUT,
+            timeout: defaults::TIMEOUT,
             channels: None,
-            slots: DEFAULT_SLOTS,
+            slots: defaults::SLOTS,
             chunk_bytes: None,
             testing: Testing::default(),
         }
@@ -77,6 +59,12 @@ impl Builder {
     /// How the parameters move. Default: [`Algorithm::Auto`].
     pub fn algorithm(mut self, algorithm: Algorithm) -> Self {
         self.algorithm = algorithm;
+        self
+    }
+
+    /// For the ring on CUDA devices: where mailboxes live. Default: [`Link::Auto`].
+    pub fn link(mut self, link: Link) -> Self {
+        self.link = link;
         self
     }
 
@@ -114,8 +102,8 @@ impl Builder {
     }
 
     /// Threads of a rank that each move a part, 1 to 1,024. Default: this machine's cores shared among the ranks, 8 at
-    /// most. On a CUDA device: blocks, by default as many as run at the same time, shared among the ranks. Averagers
-    /// whose averages overlap in time must fit on it together, which nobody checks.
+    /// most. On a CUDA device: blocks, by default as many as run at the same time, shared among the ranks, or 16 where the ring
+    /// goes through memory of the host. Averagers whose averages overlap in time must fit on it together, which nobody checks.
     pub fn channels(mut self, channels: u32) -> Self {
         self.channels = Some(channels);
         self
@@ -162,37 +150,68 @@ impl Builder {
                 refuse("slots", self.slots.to_string(), "a power of two from 2 to 1024")
             }
             _ if self.timeout.is_zero() => refuse("timeout", "0".into(), "longer than nothing"),
-            _ => match self.blocks_that_fit() {
-                Some(fit) => refuse(
+            _ if self.algorithm == Algorithm::Direct && !self.communicator.places().one_memory() => refuse(
+                "algorithm",
+                "Direct, on several devices".into(),
+                "Auto or Ring, unless all ranks are on CPUs or on one device",
+            ),
+            _ => match (self.crowd(), self.link_refusal()) {
+                (Some(found), _) => refuse(
                     "channels",
-                    format!(
-                        "{}, on each of {} ranks, but only {fit} blocks fit on the device",
-                        self.channel_count(),
-                        self.communicator.world_size()
-                    ),
+                    found,
                     "so few that the blocks of all ranks on a device run at the same time",
                 ),
-                None => Ok(()),
+                (None, Some(refusal)) => Err(refusal),
+                (None, None) => Ok(()),
             },
         }
     }
 
-    /// All blocks of all ranks wait for one another: those that share a device must be resident together. How many can be,
-    /// if that is fewer.
-    fn blocks_that_fit(&self) -> Option<u32> {
-        let Site::Cuda(context) = self.communicator.site() else { return None };
-        let all = self.channel_count() * self.communicator.world_size() as u32;
-        Some(context.resident_blocks()).filter(|&fit| fit < all)
+    fn link_refusal(&self) -> Option<Error> {
+        self.link.refusal(self.communicator.places(), self.communicator.rank(), self.communicator.site())
+    }
+
+    /// All blocks of all ranks wait for one another: those that share a device must be resident together. If they can't be,
+    /// how many there are.
+    fn crowd(&self) -> Option<String> {
+        let room = self.communicator.places().room()?;
+        let channels = self.channel_count();
+        (channels * room.ranks > room.blocks).then(|| {
+            format!(
+                "{channels}, on each of {} ranks of {}, but only {} blocks fit on it",
+                room.ranks, room.device, room.blocks
+            )
+        })
+    }
+
+    /// What `Auto` stands for.
+    pub(super) fn chosen_algorithm(&self) -> Algorithm {
+        match self.algorithm {
+            Algorithm::Auto if self.communicator.places().one_memory() => Algorithm::Direct,
+            Algorithm::Auto => Algorithm::Ring,
+            chosen => chosen,
+        }
+    }
+
+    pub(super) fn cut(&self) -> Cut {
+        let host = || self.link.is_host_anywhere(self.communicator.places());
+        match self.communicator.site() {
+            Site::Host => defaults::CPU,
+            Site::Cuda(_) if self.chosen_algorithm() == Algorithm::Ring && host() => defaults::HOST,
+            Site::Cuda(_) => defaults::PEER,
+        }
     }
 
     pub(super) fn channel_count(&self) -> u32 {
-        let world = self.communicator.world_size();
         self.channels.unwrap_or_else(|| {
-            if let Site::Cuda(context) = self.communicator.site() {
-                return (context.resident_blocks() / world as u32).clamp(1, 1024);
-            }
-            let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-            ((cores / world) as u32).clamp(1, MOST_DEFAULT_CHANNELS)
+            let at_once = match self.communicator.places().room() {
+                Some(room) => room.blocks / room.ranks,
+                None => {
+                    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
+                    (cores / self.communicator.world_size()) as u32
+                }
+            };
+            at_once.clamp(1, self.cut().channels)
         })
     }
 
@@ -200,6 +219,7 @@ impl Builder {
     pub(super) fn shown(&self) -> Vec<(&'static str, String)> {
         vec![
             ("algorithm", format!("{:?}", self.algorithm)),
+            ("link", format!("{:?}", self.link)),
             ("all_or_nothing", self.all_or_nothing.to_string()),
             ("reject_non_finite", self.reject_non_finite.to_string()),
             ("f32_wire", self.f32_wire.to_string()),

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use super::builder::{self, Builder, Testing};
+use super::builder::{Builder, Testing};
+use super::link::Link;
 use super::table::Table;
 use crate::abi::*;
 use crate::backend::cpu::instruction_sets;
@@ -32,12 +33,9 @@ impl Sizes {
         } else {
             1
         };
-        let (default, budget) = match options.communicator.site() {
-            Site::Host => (builder::DEFAULT_CHUNK_BYTES, builder::SLOT_BUDGET_BYTES),
-            Site::Cuda(_) => (builder::CUDA_CHUNK_BYTES, builder::CUDA_SLOT_BUDGET_BYTES),
-        };
-        let most = budget / (channels as usize * options.slots.max(1) as usize * widest);
-        let bytes = options.chunk_bytes.unwrap_or_else(|| default.min(most).max(128));
+        let cut = options.cut();
+        let most = cut.slot_budget_bytes / (channels as usize * options.slots.max(1) as usize * widest);
+        let bytes = options.chunk_bytes.unwrap_or_else(|| cut.chunk_bytes.min(most).max(128));
         // No more than the largest bucket has for one rank in one round.
         let world = options.communicator.world_size() as u64;
         let packs = table.buckets.iter().map(|bucket| bucket.packs).max().unwrap_or(1);
@@ -46,19 +44,23 @@ impl Sizes {
         Sizes { chunk, slot_packs: chunk * widest as u32, slots: options.slots }
     }
 
-    /// Counters and slots: `filled` lines, `drained` lines, then the inbox.
-    fn mailbox(&self, site: &Site, channels: u32, testing: &Testing) -> Result<Memory, String> {
-        let counters = 2 * channels as usize;
+    /// `filled` counters, then the slots.
+    fn inbox(&self, is_host: bool, site: &Site, channels: u32, testing: &Testing) -> Result<Memory, String> {
         let slots = (channels * self.slots) as usize * self.slot_packs as usize * PA_PACK_BYTES as usize;
-        let mut memory = Memory::new(site, counters * LINE_BYTES + slots)?;
-        let mut lines = vec![0; counters * PA_LINE_WORDS as usize];
-        lines.iter_mut().step_by(PA_LINE_WORDS as usize).for_each(|counter| *counter = testing.counter);
-        memory.set(0, bytemuck::cast_slice(&lines))?;
+        let mut memory = Link::place(is_host, site, channels as usize * LINE_BYTES + slots)?;
+        memory.set(0, bytemuck::cast_slice(&counters(channels, testing)))?;
         if testing.poison_slots {
-            memory.fill_from(counters * LINE_BYTES, 0xff)?;
+            memory.fill_from(channels as usize * LINE_BYTES, 0xff)?;
         }
         Ok(memory)
     }
+}
+
+/// Lines of counters as they are before the first average.
+fn counters(channels: u32, testing: &Testing) -> Vec<u32> {
+    let mut lines = vec![0; (channels * PA_LINE_WORDS) as usize];
+    lines.iter_mut().step_by(PA_LINE_WORDS as usize).for_each(|counter| *counter = testing.counter);
+    lines
 }
 
 /// What a rank needs besides its tensors.
@@ -66,7 +68,9 @@ pub(super) struct Own {
     pub(super) engine: Engine,
     /// Every bucket's own shard of the mean.
     pub(super) shards: Vec<Memory>,
-    pub(super) mailbox: Option<Arc<Memory>>,
+    /// See `Card`.
+    pub(super) inbox: Option<Arc<Memory>>,
+    pub(super) credits: Option<Arc<Memory>>,
     /// Of rank 0: everybody's notice boards.
     pub(super) control: Option<Arc<Control>>,
     /// Where the kernels find the buckets.
@@ -105,8 +109,24 @@ impl Own {
                 wire_f32: u32::from(options.f32_wire && bucket.dtype.size() == 2),
             };
         }
-        let mailbox = if ring { Some(sizes.mailbox(site, channels, testing).map_err(failed)?) } else { None };
-        let control = (rank == 0).then(|| Control::new(site, testing.counter)).transpose().map_err(failed)?;
+        let (mut inbox, mut credits) = (None, None);
+        if ring {
+            let (places, link) = (options.communicator.places(), options.link);
+            let (order, position) = (places.order(), places.position(rank));
+            let (previous, next) = (position + order.len() - 1, position + 1);
+            let is_host = |other: usize| link.is_host(places, rank, order[other % order.len()]);
+            inbox = Some(sizes.inbox(is_host(previous), site, channels, testing).map_err(failed)?);
+            let lines = counters(channels, testing);
+            let mut memory = Link::place(is_host(next), site, size_of_val(&lines[..])).map_err(failed)?;
+            memory.set(0, bytemuck::cast_slice(&lines)).map_err(failed)?;
+            credits = Some(memory);
+        }
+        let control = (rank == 0).then(|| {
+            // The host's where that of a device is not everybody's.
+            let is_host = !options.communicator.places().one_memory() || options.link == Link::Host;
+            Control::new(Link::place(is_host, site, Control::BYTES)?, testing.counter)
+        });
+        let control = control.transpose().map_err(failed)?;
         let mut state: PaChannel = bytemuck::Zeroable::zeroed();
         (state.recv_seq, state.send_seq, state.epoch) = (testing.counter, testing.counter, testing.counter);
         let sets = instruction_sets();
@@ -117,13 +137,21 @@ impl Own {
         let states = vec![state; channels as usize];
         let engine = Engine::new(site, &states, segments.len(), count, isa, rank)?;
         let buckets = engine.place(&mut table.raw, &segments);
-        Ok(Own { engine, shards, mailbox: mailbox.map(Arc::new), control: control.map(Arc::new), buckets })
+        Ok(Own {
+            engine,
+            shards,
+            inbox: inbox.map(Arc::new),
+            credits: credits.map(Arc::new),
+            control: control.map(Arc::new),
+            buckets,
+        })
     }
 
     /// Bytes of all of it.
     pub(super) fn bytes(&self, table: &Table) -> usize {
         let shards: usize = self.shards.iter().map(Memory::bytes).sum();
-        let mailbox = self.mailbox.as_ref().map_or(0, |memory| memory.bytes());
+        let mailbox: usize =
+            [&self.inbox, &self.credits].into_iter().flatten().map(|memory| memory.bytes()).sum();
         let segments: usize = table.buckets.iter().map(|bucket| bucket.segments.len()).sum();
         shards + mailbox + self.engine.bytes(segments * size_of::<PaSegment>())
     }

@@ -22,7 +22,8 @@ impl ParamAverager {
         else {
             unreachable!("there is a channel")
         };
-        let rank = status.peer as usize;
+        let position = status.peer as usize;
+        let rank = self.ring_order()[position];
         let problem = Problem { tensor: status.detail, found: status.found };
         let error = match status.outcome {
             PA_COMMITTED => return Ok(Outcome::Averaged(self.report(start))),
@@ -34,8 +35,10 @@ impl ParamAverager {
             PA_BAD_WEIGHT => Error::Weight { rank, weight: f64::from_bits(status.found) },
             PA_NO_WEIGHT => Error::NoWeight,
             // PA_OPEN: told to leave without a word, by a test.
-            PA_OPEN => self.fatal(Failure { kind: PA_LEFT, rank: self.rank() }, Stage::Exit, committed),
-            kind => self.fatal(Failure { kind, rank }, stage(status.where_), committed),
+            PA_OPEN => {
+                self.fatal(Failure { kind: PA_LEFT, position: self.position() }, Stage::Exit, committed)
+            }
+            kind => self.fatal(Failure { kind, position }, stage(status.where_), committed),
         };
         if error.is_fatal() {
             self.failed = Some(error.clone());
@@ -50,7 +53,8 @@ impl ParamAverager {
     }
 
     pub(super) fn fatal(&self, failure: Failure, stage: Stage, committed: bool) -> Error {
-        let Failure { kind, rank } = failure;
+        let Failure { kind, position } = failure;
+        let rank = self.ring_order()[position];
         match kind {
             PA_TIMEOUT => Error::Timeout { rank, timeout: self.timeout, stage, committed },
             PA_ABORTED => Error::Aborted { rank, stage, committed },

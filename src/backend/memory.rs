@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::cuda::{Context, DeviceMemory};
+use super::cuda::{Context, DeviceMemory, Pinned};
 use super::Region;
 
 /// Where memory is to be.
@@ -17,6 +17,8 @@ pub(crate) enum Site {
 pub(crate) enum Memory {
     Host(Region),
     Cuda(DeviceMemory),
+    /// The host's, which every device maps.
+    Mapped(Pinned),
 }
 
 impl Memory {
@@ -28,10 +30,27 @@ impl Memory {
         })
     }
 
+    /// Zeroed, in memory of the host that the devices of this process address, whichever of them asks for it.
+    pub(crate) fn of_the_host(site: &Site, bytes: usize) -> Result<Memory, String> {
+        Ok(match site {
+            Site::Host => Memory::Host(Region::new(bytes)),
+            Site::Cuda(context) => Memory::Mapped(Pinned::new(context, bytes)?),
+        })
+    }
+
+    /// Where the host finds it, unless only a device does. Who accesses what in it, and when, is the protocol's business.
+    pub(crate) fn host_pointer(&self) -> Option<*mut u8> {
+        match self {
+            Memory::Cuda(_) => None,
+            memory => Some(memory.address() as *mut u8),
+        }
+    }
+
     pub(crate) fn address(&self) -> u64 {
         match self {
             Memory::Host(region) => region.address(),
             Memory::Cuda(memory) => memory.address(),
+            Memory::Mapped(pinned) => pinned.address(),
         }
     }
 
@@ -39,6 +58,7 @@ impl Memory {
         match self {
             Memory::Host(region) => region.bytes(),
             Memory::Cuda(memory) => memory.bytes(),
+            Memory::Mapped(pinned) => pinned.size(),
         }
     }
 
@@ -47,6 +67,7 @@ impl Memory {
         match self {
             Memory::Host(region) => region.bytes_mut()[offset..offset + from.len()].copy_from_slice(from),
             Memory::Cuda(memory) => memory.write(offset, from)?,
+            Memory::Mapped(pinned) => pinned.bytes_mut()[offset..offset + from.len()].copy_from_slice(from),
         }
         Ok(())
     }
@@ -56,6 +77,7 @@ impl Memory {
         match self {
             Memory::Host(region) => region.bytes_mut()[offset..].fill(value),
             Memory::Cuda(memory) => memory.fill(offset, memory.bytes() - offset, value)?,
+            Memory::Mapped(pinned) => pinned.bytes_mut()[offset..].fill(value),
         }
         Ok(())
     }

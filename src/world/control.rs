@@ -4,14 +4,15 @@ use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::abi::{PaBoard, PaControl, PA_ABORTED, PA_COMMITTED};
-use crate::backend::{Memory, Site};
+use crate::backend::Memory;
 
 /// A failure that ended a world: what `PaControl.abort` holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Failure {
     /// A `PaKind`.
     pub(crate) kind: u32,
-    pub(crate) rank: usize,
+    /// By its position in the ring, as for everything in here.
+    pub(crate) position: usize,
 }
 
 /// A `PaControl`. After construction the host writes single words of it.
@@ -23,8 +24,12 @@ pub(crate) struct Control {
 }
 
 impl Control {
-    /// As it is before the first average; averages are numbered from `epoch` + 1.
-    pub(crate) fn new(site: &Site, epoch: u32) -> Result<Self, String> {
+    /// What it takes.
+    pub(crate) const BYTES: usize = size_of::<PaControl>();
+
+    /// As it is before the first average; averages are numbered from `epoch` + 1. `memory` is zeroed, and every rank
+    /// can use it.
+    pub(crate) fn new(mut memory: Memory, epoch: u32) -> Result<Self, String> {
         let mut first: PaControl = bytemuck::Zeroable::zeroed();
         first.decision = u64::from(epoch) << 32 | u64::from(PA_COMMITTED << 8);
         for board in &mut first.board {
@@ -32,7 +37,6 @@ impl Control {
             board.vote = epoch.wrapping_mul(2);
             board.left = epoch.wrapping_mul(2);
         }
-        let mut memory = Memory::new(site, size_of::<PaControl>())?;
         memory.set(0, bytemuck::bytes_of(&first))?;
         Ok(Control { memory, aborted: AtomicU32::new(0) })
     }
@@ -42,56 +46,46 @@ impl Control {
     }
 
     /// Poisons this control, unless it already is.
-    pub(crate) fn abort(&self, rank: usize) {
-        let code = PA_ABORTED << 8 | rank as u32;
+    pub(crate) fn abort(&self, position: usize) {
+        let code = PA_ABORTED << 8 | position as u32;
+        let word = self.word(ABORT).unwrap_or(&self.aborted);
         // Release: who sees the abort sees what came before it.
-        let first = self.abort_word().compare_exchange(0, code, Ordering::AcqRel, Ordering::Acquire).is_ok();
-        let Memory::Cuda(memory) = &self.memory else { return };
-        // The kernels' word may hold a failure of theirs. If one arrives between the look and the write, ranks that have
-        // written already may name one of the two and the rest the other; before that, the decision word is what counts.
-        // A device that can't be written to any more has failed its kernels, too.
-        let (at, mut word) = (offset_of!(PaControl, abort), [0; 4]);
-        if first && memory.read(at, &mut word).is_ok() && word == [0; 4] {
-            let _ = memory.say(at, code);
+        let first = word.compare_exchange(0, code, Ordering::AcqRel, Ordering::Acquire).is_ok();
+        if let (true, Memory::Cuda(memory)) = (first, &self.memory) {
+            // A device that can't be written to any more has failed its kernels, too.
+            let _ = memory.say(ABORT, code);
         }
     }
 
     /// Says that this rank never comes again.
-    pub(crate) fn leave(&self, rank: usize) {
-        let at = offset_of!(PaControl, board) + rank * size_of::<PaBoard>() + offset_of!(PaBoard, gone);
-        match &self.memory {
-            // SAFETY: in bounds and aligned; this word is accessed by atomics only.
-            Memory::Host(region) => unsafe { AtomicU32::from_ptr(region.as_ptr::<u8>().add(at).cast()) }
-                .store(1, Ordering::Release),
-            Memory::Cuda(memory) => {
+    pub(crate) fn leave(&self, position: usize) {
+        let at = offset_of!(PaControl, board) + position * size_of::<PaBoard>() + offset_of!(PaBoard, gone);
+        match (self.word(at), &self.memory) {
+            (Some(gone), _) => gone.store(1, Ordering::Release),
+            (None, Memory::Cuda(memory)) => {
                 let _ = memory.say(at, 1); // as in `abort`
             }
+            (None, _) => unreachable!("the host finds all other memory"),
         }
     }
 
     /// The failure that ended this world, if the host can know of one without asking a device: one's own is told by its
     /// next average.
     pub(crate) fn failure(&self) -> Option<Failure> {
-        let code = [Some(self.abort_word()), self.failed_word()].into_iter().flatten();
-        let code = code.map(|word| word.load(Ordering::Acquire)).find(|&code| code != 0)?;
-        Some(Failure { kind: code >> 8, rank: (code & 0xff) as usize })
+        let words = [Some(self.word(ABORT).unwrap_or(&self.aborted)), self.word(FAILED)];
+        let mut codes = words.into_iter().flatten().map(|word| word.load(Ordering::Acquire));
+        let code = codes.find(|&code| code != 0)?;
+        Some(Failure { kind: code >> 8, position: (code & 0xff) as usize })
     }
 
-    fn failed_word(&self) -> Option<&AtomicU32> {
-        let Memory::Host(region) = &self.memory else { return None };
-        let control = region.as_ptr::<PaControl>();
-        // SAFETY: in bounds and aligned; this word is accessed by atomics only.
-        Some(unsafe { AtomicU32::from_ptr(&raw mut (*control).failed) })
-    }
-
-    fn abort_word(&self) -> &AtomicU32 {
-        match &self.memory {
-            Memory::Host(region) => {
-                let control = region.as_ptr::<PaControl>();
-                // SAFETY: in bounds and aligned; this word is accessed by atomics only.
-                unsafe { AtomicU32::from_ptr(&raw mut (*control).abort) }
-            }
-            Memory::Cuda(_) => &self.aborted,
-        }
+    /// A word of it, where the host finds it.
+    fn word(&self, at: usize) -> Option<&AtomicU32> {
+        let start = self.memory.host_pointer()?;
+        assert!(at + 4 <= Self::BYTES);
+        // SAFETY: in bounds, aligned and borrowed with the memory; these words are accessed by atomics only.
+        Some(unsafe { AtomicU32::from_ptr(start.add(at).cast()) })
     }
 }
+
+const ABORT: usize = offset_of!(PaControl, abort);
+const FAILED: usize = offset_of!(PaControl, failed);

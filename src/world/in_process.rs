@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::Control;
-use crate::backend::{Memory, Site};
+use super::{Control, Places};
+use crate::backend::Memory;
 use crate::error::Stage;
 use crate::{Error, Result};
 
@@ -18,8 +18,10 @@ pub(crate) struct Card {
     pub(crate) options: Vec<(&'static str, String)>,
     /// A line for each tensor: name, dtype and size.
     pub(crate) tensors: Vec<String>,
-    /// Its inbox and counters, if it has any.
-    pub(crate) mailbox: Option<Arc<Memory>>,
+    /// What the previous rank of the ring writes: the inbox, after its `filled` counters.
+    pub(crate) inbox: Option<Arc<Memory>>,
+    /// What the next one writes: `drained` counters.
+    pub(crate) credits: Option<Arc<Memory>>,
     /// Rank 0's: everybody's notice boards.
     pub(crate) control: Option<Arc<Control>>,
 }
@@ -34,9 +36,7 @@ pub(crate) struct Agreement {
 
 #[derive(Debug)]
 pub(super) struct Hub {
-    size: usize,
-    /// Of the memory that belongs to no rank.
-    site: Site,
+    places: Places,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -64,7 +64,8 @@ struct Build {
 }
 
 impl Hub {
-    pub(super) fn new(size: usize, site: Site) -> Self {
+    pub(super) fn new(places: Places) -> Self {
+        let size = places.size();
         let state = State {
             failure: None,
             told: vec![false; size],
@@ -72,15 +73,11 @@ impl Hub {
             builds: BTreeMap::new(),
             built: vec![],
         };
-        Hub { size, site, state: Mutex::new(state), changed: Condvar::new() }
+        Hub { places, state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    pub(super) fn size(&self) -> usize {
-        self.size
-    }
-
-    pub(super) fn site(&self) -> &Site {
-        &self.site
+    pub(super) fn places(&self) -> &Places {
+        &self.places
     }
 
     pub(super) fn agree(
@@ -95,7 +92,7 @@ impl Hub {
         if let Some(failure) = state.failure_for(rank) {
             return Err(failure);
         }
-        let build = state.builds.entry(number).or_insert_with(|| Build::new(self.size));
+        let build = state.builds.entry(number).or_insert_with(|| Build::new(self.places.size()));
         build.cards[rank] = Some(card);
         build.complete();
         self.changed.notify_all();
@@ -103,7 +100,7 @@ impl Hub {
             let build = state.builds.get_mut(&number).expect("kept until all have taken the result");
             if let Some(result) = build.result.clone() {
                 build.taken += 1;
-                if build.taken == self.size {
+                if build.taken == self.places.size() {
                     state.builds.remove(&number);
                 }
                 if let Ok(agreement) = &result {
@@ -150,7 +147,7 @@ impl Hub {
         let all: Vec<Arc<Agreement>> = taken.chain(complete).collect();
         drop(state); // a device may take its time
         for agreement in all {
-            agreement.control.abort(rank);
+            agreement.control.abort(self.places.position(rank));
         }
         self.changed.notify_all();
     }

@@ -2,6 +2,7 @@
 
 mod control;
 mod in_process;
+mod places;
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,8 +12,9 @@ use std::time::Duration;
 pub(crate) use control::{Control, Failure};
 pub(crate) use in_process::{Agreement, Card};
 
+pub(crate) use places::Places;
+
 use crate::abi::PA_MAX_WORLD;
-use crate::backend::cuda::Context;
 use crate::backend::Site;
 use crate::{Error, Result};
 use in_process::Hub;
@@ -68,35 +70,22 @@ pub struct World {
 impl World {
     /// A world whose ranks are threads of this process: one for each device given, 1 to 16.
     ///
-    /// All on CPUs, or all on one CUDA device, which several ranks share: `&[Device::cuda(0); 4]`. Ranks on several devices
-    /// are not supported yet. A rank's average waits for its peers on the device itself, so while one is under way, no
-    /// peer may wait for every kernel of that device, as `cuMemFree`, `cudaFree` and `cuModuleLoad` do: that ends with the
-    /// average's timeout. With many streams, set `CUDA_DEVICE_MAX_CONNECTIONS=32`: streams that share one of 8 hardware queues
-    /// wait for one another. No GPU has shown yet how well this works.
+    /// All on CPUs, or all on CUDA devices, in any order, of which several ranks may share one: `&[Device::cuda(0); 4]`.
+    /// Between two devices parameters go straight to the other's memory if bytes that are moved there and back here and now
+    /// are right, else through page-locked memory of the host; see [`Link`](crate::Link). Around the ring, ranks follow one
+    /// another as their devices lie: those of one PCIe switch, then those of one NUMA node.
+    ///
+    /// On CUDA devices, a rank's average waits for its peers on the device itself, so while one is under way, no peer may wait
+    /// for every kernel of that device, as `cuMemFree`, `cudaFree` and `cuModuleLoad` do: that ends with the average's timeout.
+    /// With many streams, set `CUDA_DEVICE_MAX_CONNECTIONS=32`: streams that share one of 8 hardware queues wait for one another.
+    /// No GPU has shown yet how well this works.
     pub fn in_process(devices: &[Device]) -> Result<World> {
         if devices.is_empty() || devices.len() > PA_MAX_WORLD as usize {
             return Err(Error::WorldSize { found: devices.len() });
         }
-        let unavailable = |rank: usize, reason| {
-            Err(Error::DeviceUnavailable { rank, device: devices[rank].to_string(), reason })
-        };
-        if let Some(rank) = devices.iter().position(|&device| device != devices[0]) {
-            let reason = format!(
-                "rank 0 is on {}, and ranks on different devices are not supported yet: give every rank the same one",
-                devices[0]
-            );
-            return unavailable(rank, reason);
-        }
-        let site = match devices[0].0 {
-            Kind::Cpu => Site::Host,
-            Kind::Cuda(ordinal) => match Context::open(ordinal) {
-                Ok(context) => Site::Cuda(context),
-                Err(reason) => return unavailable(0, reason),
-            },
-        };
-        let hub = Arc::new(Hub::new(devices.len(), site));
-        let communicators = devices.iter().enumerate().map(|(rank, &device)| {
-            let membership = Membership { rank, device, hub: hub.clone(), builds: AtomicU64::new(0) };
+        let hub = Arc::new(Hub::new(Places::find(devices)?));
+        let communicators = (0..devices.len()).map(|rank| {
+            let membership = Membership { rank, hub: hub.clone(), builds: AtomicU64::new(0) };
             Communicator { membership: Arc::new(membership) }
         });
         Ok(World { communicators: communicators.collect() })
@@ -129,7 +118,6 @@ pub struct Communicator {
 #[derive(Debug)]
 struct Membership {
     rank: usize,
-    device: Device,
     hub: Arc<Hub>,
     /// Averagers built or begun: the k-th of one rank belongs with the k-th of every other.
     builds: AtomicU64,
@@ -143,16 +131,20 @@ impl Communicator {
 
     /// The number of ranks.
     pub fn world_size(&self) -> usize {
-        self.membership.hub.size()
+        self.places().size()
     }
 
     /// Where this rank's parameters are.
     pub fn device(&self) -> Device {
-        self.membership.device
+        self.places().device(self.rank())
     }
 
     pub(crate) fn site(&self) -> &Site {
-        self.membership.hub.site()
+        self.places().site(self.rank())
+    }
+
+    pub(crate) fn places(&self) -> &Places {
+        self.membership.hub.places()
     }
 
     /// A handle that ends whatever this world waits for, from any thread.

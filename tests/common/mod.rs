@@ -19,7 +19,12 @@ pub fn ranks<T: Send>(n: usize, rank: impl Fn(Communicator) -> T + Sync) -> Vec<
 
 /// The same for n ranks on any device.
 pub fn ranks_on<T: Send>(device: Device, n: usize, rank: impl Fn(Communicator) -> T + Sync) -> Vec<T> {
-    let world = World::in_process(&vec![device; n]).unwrap();
+    ranks_of(&vec![device; n], rank)
+}
+
+/// The same for a rank on each of these devices.
+pub fn ranks_of<T: Send>(devices: &[Device], rank: impl Fn(Communicator) -> T + Sync) -> Vec<T> {
+    let world = World::in_process(devices).unwrap();
     let rank = &rank;
     std::thread::scope(|scope| {
         let threads: Vec<_> =

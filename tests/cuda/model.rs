@@ -21,6 +21,13 @@ pub struct Model {
     /// What it holds: on a CPU, the memory itself.
     host: Vec<u64>,
     device: Option<(Arc<CudaContext>, u64)>,
+    on: Device,
+}
+
+/// Of a CUDA device.
+pub fn ordinal(device: Device) -> usize {
+    let name = device.to_string();
+    name.strip_prefix("cuda:").and_then(|number| number.parse().ok()).expect("a CUDA device")
 }
 
 impl Model {
@@ -51,9 +58,9 @@ impl Model {
                 }
             }
         }
-        let mut model = Model { tensors, host, device: None };
+        let mut model = Model { tensors, host, device: None, on };
         if on != Device::cpu() {
-            let context = CudaContext::new(0).unwrap();
+            let context = CudaContext::new(ordinal(on)).unwrap();
             context.bind_to_thread().unwrap();
             // SAFETY: a context is bound.
             let address = unsafe { result::malloc_sync(model.bytes().len()) }.unwrap();
@@ -118,14 +125,14 @@ impl Model {
 
 impl Parameters for Model {
     fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
-        let (start, on) = match &self.device {
-            Some((_, address)) => (*address, Device::cuda(0)),
-            None => (self.host.as_mut_ptr() as u64, Device::cpu()),
+        let start = match &self.device {
+            Some((_, address)) => *address,
+            None => self.host.as_mut_ptr() as u64,
         };
         for tensor in &self.tensors {
             let pointer = (start + tensor.offset as u64) as *mut u8;
             // SAFETY: inside of own memory, which stays as long as `self`.
-            visit(unsafe { TensorMut::from_raw_parts(pointer, tensor.elements, tensor.dtype, on) });
+            visit(unsafe { TensorMut::from_raw_parts(pointer, tensor.elements, tensor.dtype, self.on) });
         }
     }
 }

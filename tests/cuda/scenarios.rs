@@ -1,8 +1,9 @@
 //! What a child process does.
 
+use super::links;
 use super::model::{Model, Shape};
 use super::streams::streams;
-use crate::common::ranks_on;
+use crate::common::{ranks_of, ranks_on};
 use param_averager::__private::Testing;
 use param_averager::*;
 use std::time::Duration;
@@ -17,6 +18,12 @@ pub fn run(scenario: &str) {
         "failures" => failures(),
         "trainers" => trainers(),
         "streams" => streams(),
+        "links" => links::every_link(),
+        "pairs" => links::pairs(),
+        "no-p2p" => links::not_reached(PeerAccess::Unsupported),
+        "broken-p2p" => links::not_reached(PeerAccess::Broken),
+        "link-races" => links::races(),
+        "link-failures" => links::failures(),
         "out-of-memory" => out_of_memory(),
         "no-device" => unavailable(GPU, &["no device", "CUDA_VISIBLE_DEVICES"]),
         "old-driver" => unavailable(GPU, &["CUDA 11.4", "update the driver"]),
@@ -27,21 +34,26 @@ pub fn run(scenario: &str) {
 
 /// How an average is made.
 #[derive(Clone, Debug)]
-struct Way {
-    ranks: usize,
-    algorithm: Algorithm,
-    all_or_nothing: bool,
-    reject: bool,
-    f32_wire: bool,
-    weighted: bool,
-    channels: u32,
-    chunk: usize,
-    slots: u32,
-    counter: u32,
+pub struct Way {
+    pub ranks: usize,
+    /// By rank, over and over.
+    pub devices: &'static [usize],
+    pub link: Link,
+    pub algorithm: Algorithm,
+    pub all_or_nothing: bool,
+    pub reject: bool,
+    pub f32_wire: bool,
+    pub weighted: bool,
+    pub channels: u32,
+    pub chunk: usize,
+    pub slots: u32,
+    pub counter: u32,
 }
 
-const WAY: Way = Way {
+pub const WAY: Way = Way {
     ranks: 3,
+    devices: &[0],
+    link: Link::Auto,
     algorithm: Algorithm::Ring,
     all_or_nothing: true,
     reject: false,
@@ -54,9 +66,15 @@ const WAY: Way = Way {
 };
 
 impl Way {
-    fn build(&self, communicator: Communicator, model: &mut Model) -> Result<ParamAverager> {
+    pub fn devices(&self) -> Vec<Device> {
+        self.devices.iter().cycle().take(self.ranks).map(|&ordinal| Device::cuda(ordinal)).collect()
+    }
+
+    pub fn build(&self, communicator: Communicator, model: &mut Model) -> Result<ParamAverager> {
+        let link = if communicator.device() == Device::cpu() { Link::Auto } else { self.link };
         ParamAverager::builder(communicator)
             .algorithm(self.algorithm)
+            .link(link)
             .all_or_nothing(self.all_or_nothing)
             .reject_non_finite(self.reject)
             .f32_wire(self.f32_wire)
@@ -68,20 +86,22 @@ impl Way {
             .build(model)
     }
 
-    /// Two averages of fresh models, and what came of them.
-    fn averages(&self, on: Device, shapes: &[Shape]) -> Vec<Vec<u8>> {
-        let results = ranks_on(on, self.ranks, |communicator| {
-            let rank = communicator.rank();
+    /// Two averages of fresh models, and what came of them. The model of rank `order[p]` of a ring on devices is that of rank
+    /// p of one on CPUs, so that both make their sums in the same order.
+    pub fn averages(&self, devices: &[Device], shapes: &[Shape], order: &[usize]) -> Vec<Vec<u8>> {
+        let results = ranks_of(devices, |communicator| {
+            let (rank, on) = (communicator.rank(), communicator.device());
+            let data = if on == Device::cpu() { order[rank] } else { rank };
             // Pointers may change between calls. All are freed at the end: that waits for every kernel on the device, and
             // so for a peer's average that waits for this rank.
             let mut models: Vec<Model> =
-                (0..3).map(|round| Model::new(on, shapes, (100 * round + rank) as u64)).collect();
+                (0..3).map(|round| Model::new(on, shapes, (100 * round + data) as u64)).collect();
             let mut averager = self.build(communicator, &mut models[0]).unwrap();
             let mut results = vec![];
             for model in &mut models[1..] {
                 let model = &mut *model;
                 let report = match self.weighted {
-                    true => averager.average_weighted(model, rank as f64).unwrap(),
+                    true => averager.average_weighted(model, data as f64).unwrap(),
                     false => averager.average(model).unwrap(),
                 };
                 assert_eq!((report.world_size, report.algorithm), (self.ranks, self.algorithm));
@@ -93,19 +113,30 @@ impl Way {
         });
         let results: Vec<_> = results.into_iter().map(|(results, _)| results).collect();
         for (rank, result) in results.iter().enumerate() {
-            assert!(*result == results[0], "{self:?}: rank {rank} differs from rank 0 on {on}");
+            assert!(*result == results[0], "{self:?}: rank {rank} differs from rank 0 on {}", devices[rank]);
         }
         results.into_iter().next().unwrap()
     }
 
-    fn compare(&self, shapes: &[Shape]) {
-        let (gpu, cpu) = (self.averages(GPU, shapes), self.averages(Device::cpu(), shapes));
+    /// With ranks that follow one another around the ring in this order.
+    pub fn compare_in_order(&self, shapes: &[Shape], order: &[usize]) {
+        let gpu = self.averages(&self.devices(), shapes, order);
+        let cpu = self.averages(&vec![Device::cpu(); self.ranks], shapes, order);
         assert!(gpu == cpu, "{self:?}: not the bits of the CPU");
+    }
+
+    pub fn compare(&self, shapes: &[Shape]) {
+        self.compare_in_order(shapes, &Vec::from_iter(0..self.ranks));
+    }
+
+    /// On devices alone.
+    pub fn run(&self, shapes: &[Shape]) {
+        self.averages(&self.devices(), shapes, &[]);
     }
 }
 
 /// All dtypes, empty, tiny, misaligned and larger than a round.
-fn shapes() -> Vec<Shape> {
+pub fn shapes() -> Vec<Shape> {
     let mut shapes = vec![];
     for (index, dtype) in Dtype::ALL.into_iter().enumerate() {
         shapes.extend([
@@ -133,7 +164,7 @@ fn averages() {
         Way { reject: true, slots: 2, chunk: 128, channels: 3, ..way.clone() }.compare(&shapes[10..]);
         Way { f32_wire: true, channels: 1, ..way }.compare(&shapes[5..]);
     }
-    Way { algorithm: Algorithm::Direct, ranks: 1, ..WAY }.averages(GPU, &shapes);
+    Way { algorithm: Algorithm::Direct, ranks: 1, ..WAY }.run(&shapes);
     // The defaults of a device, and two averagers at once.
     ranks_on(GPU, 4, |communicator| {
         let mut model = Model::new(GPU, &shapes, communicator.rank() as u64);
@@ -156,7 +187,7 @@ fn races() {
         for (algorithm, all_or_nothing) in
             [(Algorithm::Direct, true), (Algorithm::Ring, true), (Algorithm::Ring, false)]
         {
-            Way { ranks, algorithm, all_or_nothing, slots: 2, chunk: 256, ..WAY }.averages(GPU, &shapes);
+            Way { ranks, algorithm, all_or_nothing, slots: 2, chunk: 256, ..WAY }.run(&shapes);
         }
     }
 }
@@ -209,14 +240,22 @@ fn refusals() {
 }
 
 fn failures() {
-    let shapes = [(Dtype::F32, 5000, 0), (Dtype::F16, 100, 1)];
     for (algorithm, all_or_nothing) in
         [(Algorithm::Ring, true), (Algorithm::Ring, false), (Algorithm::Direct, true)]
     {
+        fail(&[GPU; 3], Link::Auto, algorithm, all_or_nothing);
+    }
+}
+
+/// Everything that may happen to rank 2 of 3 before the commit.
+pub fn fail(devices: &[Device], link: Link, algorithm: Algorithm, all_or_nothing: bool) {
+    let shapes = [(Dtype::F32, 5000, 0), (Dtype::F16, 100, 1)];
+    {
         for fault in ["late", "abort", "gone", "nan"] {
-            ranks_on(GPU, 3, |communicator| {
+            ranks_of(devices, |communicator| {
+                let on = communicator.device();
                 let (rank, abort) = (communicator.rank(), communicator.abort_handle());
-                let mut model = Model::new(GPU, &shapes, rank as u64);
+                let mut model = Model::new(on, &shapes, rank as u64);
                 if fault == "nan" && rank == 2 {
                     model.set(0, 4321, f32::NAN);
                 }
@@ -224,6 +263,7 @@ fn failures() {
                 let timeout =
                     if fault == "late" { Duration::from_millis(700) } else { Duration::from_secs(50) };
                 let builder = ParamAverager::builder(communicator).algorithm(algorithm).timeout(timeout);
+                let builder = builder.link(link);
                 let builder =
                     builder.all_or_nothing(all_or_nothing).reject_non_finite(fault == "nan").channels(2);
                 let mut averager = builder.build(&mut model).unwrap();
@@ -256,8 +296,9 @@ fn failures() {
             });
         }
     }
-    // The device is as good as ever.
-    WAY.averages(GPU, &shapes);
+    // The devices are as good as ever.
+    let way = WAY;
+    way.averages(devices, &shapes, &[]);
 }
 
 fn trainers() {

@@ -9,10 +9,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
 use super::driver::{self, call, Failed};
+use super::peer::PeerAccess;
 use super::rank::THREADS;
 
 /// The kernels, by `PaPhase`.
 const KERNELS: [&str; 5] = ["pa_direct", "pa_ring", "pa_ring_reduce", "pa_ring_gather", "pa_scan"];
+/// And the one that finds out whether devices reach each other.
+const PROBE: &str = "pa_probe";
 
 /// A device whose kernels are loaded. One per device and process, for as long as somebody uses it.
 #[derive(Debug)]
@@ -22,6 +25,9 @@ pub(crate) struct Context {
     raw: sys::CUcontext,
     module: sys::CUmodule,
     kernels: [sys::CUfunction; 5],
+    probe: sys::CUfunction,
+    /// Ordinals of devices, and whether this one and they can use each other's memory; see `peer`.
+    peers: Mutex<BTreeMap<usize, PeerAccess>>,
     /// For what the host copies while kernels run. Does not wait for the null stream.
     side: sys::CUstream,
     /// Blocks that can be resident at once, of any of the kernels.
@@ -68,6 +74,8 @@ impl Context {
             raw: null_mut(),
             module: null_mut(),
             kernels: [null_mut(); 5],
+            probe: null_mut(),
+            peers: Mutex::default(),
             side: null_mut(),
             resident: 0,
             spare: Mutex::default(),
@@ -100,9 +108,14 @@ impl Context {
             })?;
             let processors = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
             let mut fit = c_int::MAX;
-            for (kernel, name) in context.kernels.iter_mut().zip(KERNELS) {
+            let module = context.module;
+            let find = |kernel: &mut sys::CUfunction, name| {
                 let name = CString::new(name).expect("no zero in it");
-                call!(cuModuleGetFunction(kernel, context.module, name.as_ptr()))?;
+                call!(cuModuleGetFunction(kernel, module, name.as_ptr()))
+            };
+            find(&mut context.probe, PROBE)?;
+            for (kernel, name) in context.kernels.iter_mut().zip(KERNELS) {
+                find(kernel, name)?;
                 let mut blocks = 0;
                 let threads = THREADS as c_int;
                 call!(cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, *kernel, threads, 0))?;
@@ -124,12 +137,40 @@ impl Context {
         bind(self.raw)
     }
 
+    /// The device's number in this process.
+    pub(crate) fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    pub(super) fn device(&self) -> sys::CUdevice {
+        self.device
+    }
+
+    pub(super) fn raw(&self) -> sys::CUcontext {
+        self.raw
+    }
+
+    pub(super) fn probe(&self) -> sys::CUfunction {
+        self.probe
+    }
+
+    pub(super) fn peers(&self) -> MutexGuard<'_, BTreeMap<usize, PeerAccess>> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner) // a map, whole at any time
+    }
+
     pub(super) fn kernel(&self, phase: u32) -> sys::CUfunction {
         self.kernels[phase as usize]
     }
 
-    pub(super) fn side(&self) -> sys::CUstream {
-        self.side
+    /// Does something on the stream that waits for nobody, and returns when it is done.
+    pub(super) fn on_the_side(
+        &self,
+        f: impl FnOnce(sys::CUstream) -> Result<(), Failed>,
+    ) -> Result<(), Failed> {
+        let _bound = self.bind()?;
+        f(self.side)?;
+        // SAFETY: the context's own stream.
+        unsafe { call!(cuStreamSynchronize(self.side)) }
     }
 
     pub(super) fn spare(&self) -> MutexGuard<'_, Spare> {
@@ -150,7 +191,7 @@ impl Context {
         }
     }
 
-    fn attribute(&self, attribute: Attribute) -> Result<c_int, Failed> {
+    pub(super) fn attribute(&self, attribute: Attribute) -> Result<c_int, Failed> {
         let mut value = 0;
         // SAFETY: a device of this driver.
         unsafe { call!(cuDeviceGetAttribute(&mut value, attribute, self.device)) }?;

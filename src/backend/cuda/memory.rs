@@ -46,7 +46,7 @@ impl DeviceMemory {
     /// Writes, and returns when it is written. Kernels may run meanwhile.
     pub(crate) fn write(&self, offset: usize, from: &[u8]) -> Result<(), Failed> {
         let to = self.at(offset, from.len());
-        self.on_the_side(|stream| {
+        self.context.on_the_side(|stream| {
             // SAFETY: inside of this memory; `from` lives until the stream is done.
             unsafe { call!(cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), stream)) }
         })
@@ -56,7 +56,8 @@ impl DeviceMemory {
     pub(crate) fn say(&self, offset: usize, word: u32) -> Result<(), Failed> {
         let to = self.at(offset, 4);
         // SAFETY: inside of this memory, and aligned. Flags 0: what was written before is seen before it.
-        let said = self.on_the_side(|stream| unsafe { call!(cuStreamWriteValue32_v2(stream, to, word, 0)) });
+        let said =
+            self.context.on_the_side(|stream| unsafe { call!(cuStreamWriteValue32_v2(stream, to, word, 0)) });
         match said {
             // A copy of an aligned word does it, too, if not by the letter of the memory model.
             Err(Failed { result: CUresult::CUDA_ERROR_NOT_SUPPORTED, .. }) => {
@@ -69,7 +70,7 @@ impl DeviceMemory {
     /// Reads what is there now.
     pub(crate) fn read(&self, offset: usize, to: &mut [u8]) -> Result<(), Failed> {
         let from = self.at(offset, to.len());
-        self.on_the_side(|stream| {
+        self.context.on_the_side(|stream| {
             // SAFETY: as for `write`.
             unsafe { call!(cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), stream)) }
         })
@@ -78,19 +79,12 @@ impl DeviceMemory {
     pub(crate) fn fill(&self, offset: usize, bytes: usize, value: u8) -> Result<(), Failed> {
         let to = self.at(offset, bytes);
         // SAFETY: inside of this memory.
-        self.on_the_side(|stream| unsafe { call!(cuMemsetD8Async(to, value, bytes, stream)) })
+        self.context.on_the_side(|stream| unsafe { call!(cuMemsetD8Async(to, value, bytes, stream)) })
     }
 
     fn at(&self, offset: usize, bytes: usize) -> u64 {
         assert!(offset + bytes <= self.bytes);
         self.address + offset as u64
-    }
-
-    fn on_the_side(&self, f: impl FnOnce(sys::CUstream) -> Result<(), Failed>) -> Result<(), Failed> {
-        let _bound = self.context.bind()?;
-        f(self.context.side())?;
-        // SAFETY: the context's own stream.
-        unsafe { call!(cuStreamSynchronize(self.context.side())) }
     }
 }
 
@@ -100,25 +94,31 @@ impl Drop for DeviceMemory {
     }
 }
 
-/// Page-locked memory of the host: what is copied from or to it needs no staging.
+/// Page-locked memory of the host: what is copied from or to it needs no staging, and every device addresses it as the host
+/// does.
 #[derive(Debug)]
-pub(super) struct Pinned {
+pub(crate) struct Pinned {
     context: Arc<Context>,
     start: *mut u8,
     bytes: usize,
 }
 
+// SAFETY: an address and a size; all accesses are the kernels', atomic, or through `&mut`.
+unsafe impl Send for Pinned {}
+// SAFETY: as above; `bytes` is for memory that no kernel has.
+unsafe impl Sync for Pinned {}
+
 impl Pinned {
     /// Zeroed.
-    pub(super) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self, Failed> {
+    pub(crate) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self, Failed> {
         let spare = take(&mut context.spare().pinned, bytes);
         let start = match spare {
             Some(address) => address as *mut u8,
             None => or_free_spare(context, || {
                 let mut start: *mut c_void = null_mut();
                 // SAFETY: the context is bound.
-                unsafe { call!(cuMemHostAlloc(&mut start, bytes.max(1), sys::CU_MEMHOSTALLOC_PORTABLE)) }
-                    .map(|()| start.cast())
+                let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
+                unsafe { call!(cuMemHostAlloc(&mut start, bytes.max(1), flags)) }.map(|()| start.cast())
             })?,
         };
         // SAFETY: allocated with this size.
@@ -126,13 +126,23 @@ impl Pinned {
         Ok(Pinned { context: context.clone(), start, bytes })
     }
 
-    /// Its bytes. No copy may be under way.
+    /// The host's and, since addresses are unified, every device's.
+    pub(crate) fn address(&self) -> u64 {
+        self.start as u64
+    }
+
+    pub(crate) fn size(&self) -> usize {
+        self.bytes
+    }
+
+    /// Its bytes. No copy may be under way, and no kernel may have it.
     pub(super) fn bytes(&self) -> &[u8] {
         // SAFETY: initialised, and borrowed with `self`.
         unsafe { std::slice::from_raw_parts(self.start, self.bytes) }
     }
 
-    pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
+    /// The same, to write.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above.
         unsafe { std::slice::from_raw_parts_mut(self.start, self.bytes) }
     }

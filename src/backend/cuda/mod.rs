@@ -6,11 +6,17 @@
 mod context;
 mod driver;
 mod memory;
+pub(crate) mod peer;
 mod rank;
+mod topology;
 
 pub(crate) use context::Context;
-pub(crate) use memory::DeviceMemory;
+pub(crate) use driver::Failed;
+pub(crate) use memory::{DeviceMemory, Pinned};
+pub use peer::PeerAccess;
 pub(crate) use rank::{Rank, THREADS};
+pub(crate) use topology::{facts, path_between};
+pub use topology::{CudaDevice, PciePath, Topology};
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 

@@ -1,0 +1,76 @@
+//! Where mailboxes live.
+
+use crate::backend::cuda::PeerAccess;
+use crate::backend::{Memory, Site};
+use crate::world::Places;
+use crate::Error;
+
+/// Where the mailbox between two neighbours of the ring lives, on CUDA devices. On CPUs all memory is one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Link {
+    /// `Peer` where it works, which is found out by moving bytes, else `Host`: for each two neighbours by itself.
+    Auto,
+    /// In the receiver's device memory: the sender writes over NVLink or PCIe (P2P), or has the same device.
+    Peer,
+    /// In page-locked memory of the host, which both devices map: the sender writes over PCIe and the receiver reads over
+    /// PCIe.
+    Host,
+}
+
+impl Link {
+    /// Whether the mailbox between these ranks is in memory of the host.
+    pub(super) fn is_host(self, places: &Places, rank: usize, other: usize) -> bool {
+        match self {
+            Link::Auto => places.peers(rank, other) != PeerAccess::Verified,
+            Link::Peer => false,
+            Link::Host => true,
+        }
+    }
+
+    /// Whether any is.
+    pub(super) fn is_host_anywhere(self, places: &Places) -> bool {
+        neighbours(places).any(|(rank, next)| self.is_host(places, rank, next))
+    }
+
+    /// Why it can't be had.
+    pub(super) fn refusal(self, places: &Places, rank: usize, site: &Site) -> Option<Error> {
+        let refuse = |found| {
+            let expected = "Auto, or Host, which works everywhere";
+            Some(Error::Option { rank, option: "link", found, expected })
+        };
+        if self != Link::Peer {
+            return None;
+        }
+        if matches!(site, Site::Host) {
+            return refuse("Peer, which is for CUDA devices".into());
+        }
+        let (rank, next, access) = neighbours(places)
+            .map(|(rank, next)| (rank, next, places.peers(rank, next)))
+            .find(|&(_, _, access)| access != PeerAccess::Verified)?;
+        let why = match access {
+            PeerAccess::Broken => {
+                "the driver says that they do, but bytes that were moved to try it were lost"
+            }
+            _ => "the driver says so",
+        };
+        refuse(format!(
+            "Peer, but the devices of ranks {rank} and {next} don't reach each other's memory: {why}"
+        ))
+    }
+
+    /// Memory for what a neighbour writes: zeroed.
+    pub(super) fn place(is_host: bool, site: &Site, bytes: usize) -> Result<Memory, String> {
+        if is_host {
+            Memory::of_the_host(site, bytes)
+        } else {
+            Memory::new(site, bytes)
+        }
+    }
+}
+
+/// Each rank and the next one.
+fn neighbours(places: &Places) -> impl Iterator<Item = (usize, usize)> + '_ {
+    let order = places.order();
+    (0..order.len()).map(|position| (order[position], order[(position + 1) % order.len()]))
+}

@@ -1,0 +1,124 @@
+//! Whether two devices can use each other's memory. What the driver says of it is not enough: behind some IOMMUs, switches
+//! and patched drivers, writes to a peer are lost without an error. So bytes are moved and compared.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use cudarc::driver::sys::CUresult;
+
+use super::driver::{call, Failed};
+use super::{Context, DeviceMemory};
+
+/// What is moved each way.
+const WORDS: u32 = 16 << 10;
+
+/// Whether two devices can use each other's memory (P2P).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum PeerAccess {
+    /// The driver says that they cannot, in one direction at least.
+    Unsupported,
+    /// The driver says that they can, and bytes that were written or read that way were not what they should be.
+    Broken,
+    /// Bytes were moved both ways, by writing and by reading, and were right.
+    Verified,
+}
+
+/// Finds out, once for two contexts, and gives them access to each other's memory if it works.
+pub(crate) fn access(one: &Arc<Context>, other: &Arc<Context>) -> Result<PeerAccess, Failed> {
+    if one.ordinal() == other.ordinal() {
+        return Ok(PeerAccess::Verified);
+    }
+    if let Some(&known) = one.peers().get(&other.ordinal()) {
+        return Ok(known);
+    }
+    let found = find(one, other)?;
+    one.peers().insert(other.ordinal(), found);
+    other.peers().insert(one.ordinal(), found);
+    Ok(found)
+}
+
+fn find(one: &Arc<Context>, other: &Arc<Context>) -> Result<PeerAccess, Failed> {
+    if !can(one, other)? || !can(other, one)? {
+        return Ok(PeerAccess::Unsupported);
+    }
+    let (there, back) = (enable(one, other)?, enable(other, one)?);
+    if moves(one, other, 1)? && moves(other, one, 2)? {
+        return Ok(PeerAccess::Verified);
+    }
+    // As it was: a trainer that asks for it itself is told that it is there already, and may know better.
+    for (from, to, own) in [(one, other, there), (other, one, back)] {
+        if own {
+            let _bound = from.bind()?;
+            // SAFETY: a context that is retained.
+            unsafe { call!(cuCtxDisablePeerAccess(to.raw())) }?;
+        }
+    }
+    Ok(PeerAccess::Broken)
+}
+
+/// What the driver says.
+fn can(from: &Context, to: &Context) -> Result<bool, Failed> {
+    let mut can = 0;
+    // SAFETY: devices of this driver.
+    unsafe { call!(cuDeviceCanAccessPeer(&mut can, from.device(), to.device())) }?;
+    Ok(can != 0)
+}
+
+/// Lets `from` use memory of `to`. True: it could not before.
+fn enable(from: &Context, to: &Context) -> Result<bool, Failed> {
+    let _bound = from.bind()?;
+    // SAFETY: a context that is retained.
+    match unsafe { call!(cuCtxEnablePeerAccess(to.raw(), 0)) } {
+        Ok(()) => Ok(true),
+        Err(Failed { result: CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED, .. }) => Ok(false),
+        Err(failed) => Err(failed),
+    }
+}
+
+/// Whether what `from` writes to memory of `to` is there, and what `to` writes is what `from` reads.
+fn moves(from: &Arc<Context>, to: &Arc<Context>, seed: u32) -> Result<bool, Failed> {
+    let memory = DeviceMemory::new(to, WORDS as usize * 4)?;
+    let (differs_here, differs_there) = (DeviceMemory::new(from, 4)?, DeviceMemory::new(to, 4)?);
+    let there = memory.address();
+    probe(from, there, seed, 0)?;
+    probe(to, there, seed, differs_there.address())?;
+    probe(to, there, !seed, 0)?;
+    probe(from, there, !seed, differs_here.address())?;
+    let (mut here, mut there) = ([1; 4], [1; 4]);
+    differs_here.read(0, &mut here)?;
+    differs_there.read(0, &mut there)?;
+    Ok(here == [0; 4] && there == [0; 4])
+}
+
+/// Runs the probe on a device and waits for it.
+fn probe(on: &Context, memory: u64, seed: u32, differs: u64) -> Result<(), Failed> {
+    const THREADS: u32 = 256;
+    let (mut memory, mut words, mut seed, mut differs) = (memory, WORDS, seed, differs);
+    let mut parameters: [*mut c_void; 4] = [
+        (&raw mut memory).cast(),
+        (&raw mut words).cast(),
+        (&raw mut seed).cast(),
+        (&raw mut differs).cast(),
+    ];
+    on.on_the_side(|stream| {
+        // SAFETY: the kernel takes these four, which the driver copies now; `memory` holds so many words, and peer access to it
+        // is enabled.
+        unsafe {
+            let parameters = parameters.as_mut_ptr();
+            call!(cuLaunchKernel(
+                on.probe(),
+                1,
+                1,
+                1,
+                THREADS,
+                1,
+                1,
+                0,
+                stream,
+                parameters,
+                std::ptr::null_mut()
+            ))
+        }
+    })
+}

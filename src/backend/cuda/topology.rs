@@ -1,0 +1,236 @@
+//! What CUDA devices there are, and how they lie to one another.
+
+use std::ffi::{c_char, c_int, CStr};
+use std::fmt;
+
+use cudarc::driver::sys::CUdevice_attribute as Attribute;
+
+use super::driver::{self, call, Failed};
+use super::{peer, Context, PeerAccess};
+use crate::{Error, Result};
+
+/// A CUDA device of this process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CudaDevice {
+    /// Its number, for [`Device::cuda`](crate::Device::cuda).
+    pub ordinal: usize,
+    /// Such as "NVIDIA H200".
+    pub name: String,
+    /// Major and minor.
+    pub compute_capability: (u32, u32),
+    /// In bytes.
+    pub memory: u64,
+    /// Streaming multiprocessors.
+    pub multiprocessors: u32,
+    /// Domain, bus, device and function, such as `0000:41:00.0`.
+    pub pci: String,
+    /// The node of the host's memory that it is next to, if the system says so.
+    pub numa_node: Option<u32>,
+    /// What lies between the host and it, and itself: a host bridge, PCIe bridges, the device. Empty: not known.
+    path: Vec<String>,
+}
+
+/// What lies between two devices, by the names of `nvidia-smi topo`. NVLink is not looked at: the driver API does not tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum PciePath {
+    /// X: they are the same.
+    Same,
+    /// PIX: one PCIe switch, or one bridge.
+    Pix,
+    /// PXB: several PCIe switches, and no host bridge.
+    Pxb,
+    /// PHB: a host bridge.
+    Phb,
+    /// NODE: host bridges of one NUMA node.
+    Node,
+    /// SYS: the interconnect between NUMA nodes.
+    Sys,
+    /// ?: the system doesn't say.
+    Unknown,
+}
+
+impl fmt::Display for PciePath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            PciePath::Same => "X",
+            PciePath::Pix => "PIX",
+            PciePath::Pxb => "PXB",
+            PciePath::Phb => "PHB",
+            PciePath::Node => "NODE",
+            PciePath::Sys => "SYS",
+            PciePath::Unknown => "?",
+        })
+    }
+}
+
+/// The CUDA devices of this process and what lies between them.
+///
+/// ```no_run
+/// for device in param_averager::Topology::probe()?.devices() {
+///     println!("{}: {}", device.ordinal, device.name);
+/// }
+/// # Ok::<(), param_averager::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Topology {
+    driver: String,
+    devices: Vec<CudaDevice>,
+    peers: Vec<Vec<PeerAccess>>,
+}
+
+impl Topology {
+    /// Looks, and tries between every two devices whether each can write and read the other's memory: that loads this crate's
+    /// kernels on all of them. Without a driver, without a device, or with a driver that is too old:
+    /// [`Error::CudaUnavailable`].
+    pub fn probe() -> Result<Topology> {
+        Self::find().map_err(|reason| Error::CudaUnavailable { reason })
+    }
+
+    fn find() -> Result<Topology, String> {
+        let driver = driver::get()?;
+        let contexts = (0..driver.devices).map(Context::open).collect::<Result<Vec<_>, String>>()?;
+        let devices = contexts.iter().map(|context| facts(context)).collect::<Result<_, _>>()?;
+        let row = |one| contexts.iter().map(|other| peer::access(one, other)).collect();
+        let peers = contexts.iter().map(row).collect::<Result<_, Failed>>()?;
+        Ok(Topology { driver: driver.version(), devices, peers })
+    }
+
+    /// The CUDA version that the driver supports, such as 13.0.
+    pub fn driver_version(&self) -> &str {
+        &self.driver
+    }
+
+    /// All devices, by ordinal.
+    pub fn devices(&self) -> &[CudaDevice] {
+        &self.devices
+    }
+
+    /// What lies between the devices of two ordinals.
+    pub fn pcie_path(&self, one: usize, other: usize) -> PciePath {
+        path_between(&self.devices[one], &self.devices[other])
+    }
+
+    /// Whether they can use each other's memory.
+    pub fn peer_access(&self, one: usize, other: usize) -> PeerAccess {
+        self.peers[one][other]
+    }
+}
+
+/// What the driver and the system say of a device.
+pub(crate) fn facts(context: &Context) -> Result<CudaDevice, Failed> {
+    const LONGEST: usize = 256;
+    let (device, mut bytes) = (context.device(), 0);
+    let (mut name, mut pci) = ([0 as c_char; LONGEST], [0 as c_char; LONGEST]);
+    // SAFETY: a device of this driver, and room for what it says, which ends in a zero.
+    let [name, pci] = unsafe {
+        call!(cuDeviceTotalMem_v2(&mut bytes, device))?;
+        call!(cuDeviceGetName(name.as_mut_ptr(), LONGEST as c_int, device))?;
+        call!(cuDeviceGetPCIBusId(pci.as_mut_ptr(), LONGEST as c_int, device))?;
+        [name, pci].map(|text| CStr::from_ptr(text.as_ptr()).to_string_lossy().into_owned())
+    };
+    let number = |attribute| Ok::<u32, Failed>(context.attribute(attribute)?.max(0) as u32);
+    let pci = pci.to_lowercase(); // as in /sys
+    let (path, numa_node) = in_the_system(&pci);
+    Ok(CudaDevice {
+        ordinal: context.ordinal(),
+        name,
+        compute_capability: (
+            number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            number(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        ),
+        memory: bytes as u64,
+        multiprocessors: number(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        pci,
+        numa_node,
+        path,
+    })
+}
+
+/// Linux's view of a PCI device: its bridges and its NUMA node. Elsewhere, and of a device that is not there: nothing.
+fn in_the_system(pci: &str) -> (Vec<String>, Option<u32>) {
+    let folder = std::path::Path::new("/sys/bus/pci/devices").join(pci);
+    let whole = std::fs::canonicalize(&folder).unwrap_or_default();
+    // /sys/devices/pci0000:40/0000:40:01.1/0000:41:00.0
+    let parts = whole.iter().map(|part| part.to_string_lossy().into_owned());
+    let path = parts.skip_while(|part| !part.starts_with("pci")).collect();
+    let node = std::fs::read_to_string(folder.join("numa_node")).ok();
+    (path, node.and_then(|text| text.trim().parse().ok())) // -1: none
+}
+
+pub(crate) fn path_between(one: &CudaDevice, other: &CudaDevice) -> PciePath {
+    if one.pci == other.pci {
+        return PciePath::Same;
+    }
+    if one.path.is_empty() || other.path.is_empty() {
+        return PciePath::Unknown;
+    }
+    let common = one.path.iter().zip(&other.path).take_while(|(a, b)| a == b).count();
+    match common {
+        0 if one.numa_node.is_some() && one.numa_node == other.numa_node => PciePath::Node,
+        0 => PciePath::Sys,
+        1 => PciePath::Phb,
+        // Both hang on the last one that they have in common, each by a port of its own: that is one switch.
+        _ if common + 2 >= one.path.len().max(other.path.len()) => PciePath::Pix,
+        _ => PciePath::Pxb,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(crate) fn device(pci: &str, path: &str, numa_node: Option<u32>) -> CudaDevice {
+        CudaDevice {
+            ordinal: 0,
+            name: "a device".into(),
+            compute_capability: (9, 0),
+            memory: 1 << 30,
+            multiprocessors: 100,
+            pci: pci.into(),
+            numa_node,
+            path: path.split_whitespace().map(str::to_owned).collect(),
+        }
+    }
+
+    #[test]
+    fn paths_are_those_of_nvidia_smi() {
+        let one =
+            device("0000:03:00.0", "pci0000:00 0000:00:01.0 0000:01:00.0 0000:02:08.0 0000:03:00.0", Some(0));
+        let cases = [
+            ("0000:03:00.0", "", Some(0), PciePath::Same),
+            (
+                "0000:03:00.1",
+                "pci0000:00 0000:00:01.0 0000:01:00.0 0000:02:08.0 0000:03:00.1",
+                Some(0),
+                PciePath::Pix,
+            ),
+            (
+                "0000:04:00.0",
+                "pci0000:00 0000:00:01.0 0000:01:00.0 0000:02:10.0 0000:04:00.0",
+                Some(0),
+                PciePath::Pix,
+            ),
+            (
+                "0000:07:00.0",
+                "pci0000:00 0000:00:01.0 0000:01:00.0 0000:02:18.0 0000:05:00.0 0000:06:00.0 0000:07:00.0",
+                Some(0),
+                PciePath::Pxb,
+            ),
+            ("0000:09:00.0", "pci0000:00 0000:00:03.0 0000:09:00.0", Some(0), PciePath::Phb),
+            ("0000:41:00.0", "pci0000:40 0000:40:01.0 0000:41:00.0", Some(0), PciePath::Node),
+            ("0000:81:00.0", "pci0000:80 0000:80:01.0 0000:81:00.0", Some(1), PciePath::Sys),
+            ("0000:82:00.0", "pci0000:80 0000:80:02.0 0000:82:00.0", None, PciePath::Sys),
+            ("0000:99:00.0", "", None, PciePath::Unknown),
+        ];
+        for (pci, path, node, expected) in cases {
+            let other = device(pci, path, node);
+            assert_eq!(
+                (path_between(&one, &other), path_between(&other, &one)),
+                (expected, expected),
+                "{pci}"
+            );
+        }
+    }
+}

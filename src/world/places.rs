@@ -1,0 +1,156 @@
+//! Where the ranks of a world are, and how they lie to one another.
+
+use std::collections::BTreeMap;
+
+use super::{Device, Kind};
+use crate::backend::cuda::{self, Context, PeerAccess};
+use crate::backend::Site;
+use crate::{Error, Result};
+
+/// The places of all ranks, found out once for a world.
+#[derive(Debug)]
+pub(crate) struct Places {
+    devices: Vec<Device>,
+    sites: Vec<Site>,
+    /// By rank and rank: whether each can use memory of the other.
+    peers: Vec<Vec<PeerAccess>>,
+    /// The ranks as they follow one another around the ring.
+    order: Vec<usize>,
+}
+
+/// How many blocks fit on the device where it is closest.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Room {
+    pub(crate) device: Device,
+    pub(crate) ranks: u32,
+    pub(crate) blocks: u32,
+}
+
+impl Places {
+    pub(super) fn find(devices: &[Device]) -> Result<Places> {
+        let unavailable = |rank: usize, reason: String| Error::DeviceUnavailable {
+            rank,
+            device: devices[rank].to_string(),
+            reason,
+        };
+        let mut sites: Vec<Site> = vec![];
+        for (rank, device) in devices.iter().enumerate() {
+            if (device.0 == Kind::Cpu) != (devices[0].0 == Kind::Cpu) {
+                let reason = format!(
+                    "rank 0 is on {}, and CPUs and CUDA devices can't be in one world: give every rank the same kind",
+                    devices[0]
+                );
+                return Err(unavailable(rank, reason));
+            }
+            sites.push(match device.0 {
+                Kind::Cpu => Site::Host,
+                Kind::Cuda(ordinal) => {
+                    Site::Cuda(Context::open(ordinal).map_err(|reason| unavailable(rank, reason))?)
+                }
+            });
+        }
+        let ranks = 0..devices.len();
+        let failed = |rank| move |failed: cuda::Failed| Error::DeviceFailed { rank, reason: failed.into() };
+        let mut peers = vec![];
+        for rank in ranks.clone() {
+            let access = |other: usize| match (&sites[rank], &sites[other]) {
+                (Site::Cuda(one), Site::Cuda(other)) => cuda::peer::access(one, other),
+                _ => Ok(PeerAccess::Verified),
+            };
+            peers.push(ranks.clone().map(access).collect::<Result<Vec<_>, _>>().map_err(failed(rank))?);
+        }
+        let mut distances = vec![];
+        for rank in ranks.clone() {
+            let distance = |other: usize| match (&sites[rank], &sites[other]) {
+                (Site::Cuda(one), Site::Cuda(two)) => {
+                    let way = cuda::path_between(&cuda::facts(one)?, &cuda::facts(two)?) as u32;
+                    let detour = if peers[rank][other] == PeerAccess::Verified { 0 } else { 100 };
+                    Ok::<u32, cuda::Failed>(way + detour)
+                }
+                _ => Ok(0),
+            };
+            distances.push(ranks.clone().map(distance).collect::<Result<Vec<_>, _>>().map_err(failed(rank))?);
+        }
+        Ok(Places { devices: devices.to_vec(), sites, peers, order: ring_order(&distances) })
+    }
+
+    pub(super) fn size(&self) -> usize {
+        self.devices.len()
+    }
+
+    pub(super) fn device(&self, rank: usize) -> Device {
+        self.devices[rank]
+    }
+
+    pub(super) fn site(&self, rank: usize) -> &Site {
+        &self.sites[rank]
+    }
+
+    /// Whether every rank addresses the memory of every other by itself: threads on CPUs, or all on one device.
+    pub(crate) fn one_memory(&self) -> bool {
+        self.devices.iter().all(|device| *device == self.devices[0])
+    }
+
+    pub(crate) fn peers(&self, rank: usize, other: usize) -> PeerAccess {
+        self.peers[rank][other]
+    }
+
+    pub(crate) fn order(&self) -> &[usize] {
+        &self.order
+    }
+
+    /// Where a rank is in the ring.
+    pub(crate) fn position(&self, rank: usize) -> usize {
+        self.order.iter().position(|&other| other == rank).expect("every rank is in the ring")
+    }
+
+    /// Of CUDA devices: the one with the fewest blocks for each of its ranks.
+    pub(crate) fn room(&self) -> Option<Room> {
+        let mut rooms: BTreeMap<usize, Room> = BTreeMap::new();
+        for (site, &device) in self.sites.iter().zip(&self.devices) {
+            let Site::Cuda(context) = site else { return None };
+            let room = Room { device, ranks: 0, blocks: context.resident_blocks() };
+            rooms.entry(context.ordinal()).or_insert(room).ranks += 1;
+        }
+        rooms.into_values().min_by_key(|room| room.blocks / room.ranks)
+    }
+}
+
+/// From rank 0 always on to the nearest that is left: then all that hang on one switch, and all next to one NUMA node,
+/// follow one another, and no ring crosses between such groups less often. Of several, the lowest rank.
+fn ring_order(distances: &[Vec<u32>]) -> Vec<usize> {
+    let mut left: Vec<usize> = (1..distances.len()).collect();
+    let mut order = vec![0];
+    while let Some(nearest) =
+        left.iter().copied().min_by_key(|&rank| (distances[order[order.len() - 1]][rank], rank))
+    {
+        left.retain(|&rank| rank != nearest);
+        order.push(nearest);
+    }
+    order
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rings_go_through_one_switch_and_one_node_after_the_other() {
+        // Ranks 0 … 7 on switches 0 1 0 1 2 3 2 3, of which 0 and 1 are on one NUMA node, 2 and 3 on the other.
+        let switch = [0, 1, 0, 1, 2, 3, 2, 3];
+        let distance = |a: usize, b: usize| match (switch[a], switch[b]) {
+            _ if a == b => 0,
+            (a, b) if a == b => 1,
+            (a, b) if a / 2 == b / 2 => 4,
+            _ => 5,
+        };
+        let distances: Vec<Vec<u32>> = (0..8).map(|a| (0..8).map(|b| distance(a, b)).collect()).collect();
+        assert_eq!(ring_order(&distances), [0, 2, 1, 3, 4, 6, 5, 7]);
+        // Pairs with access to each other, and no other.
+        let distances: Vec<Vec<u32>> =
+            (0..4).map(|a| (0..4).map(|b| if a % 2 == b % 2 { 3 } else { 103 }).collect()).collect();
+        assert_eq!(ring_order(&distances), [0, 2, 1, 3]);
+        assert_eq!(ring_order(&vec![vec![0; 3]; 3]), [0, 1, 2]);
+        assert_eq!(ring_order(&[vec![0]]), [0]);
+    }
+}

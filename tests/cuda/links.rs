@@ -1,0 +1,121 @@
+//! Ranks on several devices, and mailboxes in memory of the host.
+
+use super::model::Model;
+use super::scenarios::{fail, shapes, Way, WAY};
+use crate::common::ranks_of;
+use param_averager::*;
+
+const LINKS: [Link; 3] = [Link::Auto, Link::Peer, Link::Host];
+
+fn ring(ranks: usize, devices: &'static [usize], link: Link) -> Way {
+    Way { ranks, devices, link, ..WAY }
+}
+
+/// Four devices that reach each other.
+pub fn every_link() {
+    let shapes = shapes();
+    let topology = Topology::probe().unwrap();
+    assert_eq!(topology.devices().len(), 4);
+    for (one, other) in (0..4).flat_map(|one| (0..4).map(move |other| (one, other))) {
+        assert_eq!(topology.peer_access(one, other), PeerAccess::Verified);
+        let path = if one == other { PciePath::Same } else { PciePath::Unknown };
+        assert_eq!(topology.pcie_path(one, other), path, "simulated devices are not in /sys");
+    }
+    // One device, both kinds of link.
+    for ranks in [2, 3, 4, 8] {
+        ring(ranks, &[0], Link::Host).compare(&shapes);
+    }
+    for link in LINKS {
+        ring(2, &[0, 1], link).compare(&shapes);
+        ring(4, &[0, 1, 2, 3], link).compare(&shapes[5..]);
+    }
+    // More ranks than devices; not from 0 on; weights and counters as before.
+    Way { weighted: true, counter: u32::MAX - 3, ..ring(3, &[3, 1], Link::Auto) }
+        .compare_in_order(&shapes, &[0, 2, 1]);
+    Way { all_or_nothing: false, ..ring(4, &[0, 1, 2, 3], Link::Auto) }.compare(&shapes[10..]);
+    Way { all_or_nothing: false, f32_wire: true, ..ring(2, &[1, 0], Link::Host) }.compare(&shapes[5..]);
+    Way { reject: true, slots: 2, chunk: 128, channels: 3, ..ring(3, &[0, 1, 2], Link::Host) }
+        .compare(&shapes[15..]);
+    // The defaults: what Auto stands for, how many blocks there are, and an average of each kind at once.
+    ranks_of(&[Device::cuda(2), Device::cuda(0)], |communicator| {
+        let mut model = Model::new(communicator.device(), &shapes, communicator.rank() as u64);
+        let mut host =
+            ParamAverager::builder(communicator.clone()).link(Link::Host).build(&mut model).unwrap();
+        let mut auto = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        assert_eq!((auto.algorithm(), host.algorithm()), (Algorithm::Ring, Algorithm::Ring));
+        assert_eq!(auto.ring_order(), [0, 1]);
+        auto.average(&mut model).unwrap();
+        host.average(&mut model).unwrap();
+        drop(auto);
+        host.average(&mut model).unwrap();
+    });
+    // What is for one device only.
+    let errors = ranks_of(&[Device::cuda(0), Device::cuda(1)], |communicator| {
+        let mut model = Model::new(communicator.device(), &shapes, 0);
+        ParamAverager::builder(communicator)
+            .algorithm(Algorithm::Direct)
+            .build(&mut model)
+            .map(drop)
+            .unwrap_err()
+    });
+    for error in errors {
+        assert!(matches!(error, Error::Option { rank: 0, option: "algorithm", .. }), "{error}");
+    }
+    let error = World::in_process(&[Device::cuda(0), Device::cpu()]).unwrap_err();
+    assert!(error.to_string().contains("rank 1 asks for cpu"), "{error}");
+}
+
+/// Four devices, of which 0 and 2 reach each other, and 1 and 3.
+pub fn pairs() {
+    let shapes = shapes();
+    ranks_of(&[0, 1, 2, 3].map(Device::cuda), |communicator| {
+        let mut model = Model::new(communicator.device(), &shapes, 0);
+        let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        assert_eq!(averager.ring_order(), [0, 2, 1, 3]);
+    });
+    // Two links of each kind, and weights that go with their ranks.
+    for all_or_nothing in [true, false] {
+        Way { weighted: true, all_or_nothing, ..ring(4, &[0, 1, 2, 3], Link::Auto) }
+            .compare_in_order(&shapes, &[0, 2, 1, 3]);
+    }
+}
+
+/// Two devices that don't reach each other, whatever the driver says.
+pub fn not_reached(access: PeerAccess) {
+    let topology = Topology::probe().unwrap();
+    assert_eq!((topology.peer_access(0, 1), topology.peer_access(1, 0)), (access, access));
+    ring(3, &[0, 1], Link::Auto).compare_in_order(&shapes(), &[0, 2, 1]);
+    ring(2, &[1, 0], Link::Host).compare(&shapes()[5..]);
+    let errors = ranks_of(&[Device::cuda(0), Device::cuda(1)], |communicator| {
+        let mut model = Model::new(communicator.device(), &shapes(), 0);
+        ParamAverager::builder(communicator).link(Link::Peer).build(&mut model).map(drop).unwrap_err()
+    });
+    for error in errors {
+        let Error::Option { rank: 0, option: "link", found, .. } = &error else { panic!("{error}") };
+        assert!(found.contains("ranks 0 and 1"), "{error}");
+        assert_eq!(found.contains("were lost"), access == PeerAccess::Broken, "{error}");
+    }
+    // On one device nothing has to be reached.
+    ring(2, &[0], Link::Peer).compare(&shapes()[15..]);
+}
+
+pub fn races() {
+    let shapes = [(Dtype::F32, 600, 0), (Dtype::Bf16, 77, 1)];
+    for (ranks, devices, link) in [
+        (2, &[0usize, 1][..], Link::Auto),
+        (2, &[0, 1], Link::Host),
+        (3, &[0, 1, 0], Link::Host),
+        (3, &[0], Link::Host),
+    ] {
+        for all_or_nothing in [true, false] {
+            Way { all_or_nothing, slots: 2, chunk: 256, ..ring(ranks, devices, link) }.run(&shapes);
+        }
+    }
+}
+
+pub fn failures() {
+    let two = [0, 1, 0].map(Device::cuda);
+    fail(&two, Link::Auto, Algorithm::Ring, true);
+    fail(&two, Link::Host, Algorithm::Ring, false);
+    fail(&[Device::cuda(0); 3], Link::Host, Algorithm::Ring, true);
+}
