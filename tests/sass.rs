@@ -20,14 +20,14 @@ use std::process::Command;
 /// partial sums of f32.
 const KERNELS: [(&str, Expected); 5] = [
     // A dtype: two ranks, four ranks. More are read one after another.
-    ("pa_direct", Expected { hot_loops: 4 * 2, talks: true, tables: true }),
-    // A dtype: first, middle and last step of the reduce; then middle and last step of the gather. In one place ptxas 13.0
-    // shares a loop between two of them for sm_80 and sm_90; the 128-bit loads are as many as for the others.
-    ("pa_ring", Expected { hot_loops: 6 * 5 - 1, talks: true, tables: false }),
-    ("pa_ring_reduce", Expected { hot_loops: 6 * 3, talks: true, tables: false }),
+    ("pa_direct", Expected { hot_loops: 4 * 2, loads: 44, talks: true, tables: true }),
+    // A dtype: first, middle and last step of the reduce; then middle and last step of the gather. In one or two places ptxas
+    // 13.0 enters a loop at two points, which makes it no natural loop; its 128-bit loads are there all the same.
+    ("pa_ring", Expected { hot_loops: 6 * 5 - 2, loads: 230, talks: true, tables: false }),
+    ("pa_ring_reduce", Expected { hot_loops: 6 * 3, loads: 170, talks: true, tables: false }),
     // A dtype: first, middle and last step of the gather.
-    ("pa_ring_gather", Expected { hot_loops: 6 * 3, talks: true, tables: false }),
-    ("pa_scan", Expected { hot_loops: 4, talks: false, tables: false }),
+    ("pa_ring_gather", Expected { hot_loops: 6 * 3, loads: 90, talks: true, tables: false }),
+    ("pa_scan", Expected { hot_loops: 4, loads: 20, talks: false, tables: false }),
 ];
 
 /// The tools and the fatbin as a file, or a SKIPPED line.
@@ -141,7 +141,8 @@ fn the_checks_find_what_they_look_for() {
         let kernel = all.iter().find(|kernel| kernel.name == name).unwrap_or_else(|| panic!("no {name}"));
         let of_packs = ["flawless", "relaxed_load", "relaxed_store", "narrow_in_the_loop"].contains(&name);
         let hot_loops = usize::from(name != "many_registers");
-        let complaints = check(kernel, &Expected { hot_loops, talks: of_packs, tables: false }).complaints;
+        let complaints =
+            check(kernel, &Expected { hot_loops, loads: 0, talks: of_packs, tables: false }).complaints;
         for complaint in &complaints {
             assert!(expected.iter().any(|flaw| complaint.starts_with(flaw)), "{name}: {complaint}");
         }

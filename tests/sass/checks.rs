@@ -15,6 +15,8 @@ const IN_FLIGHT: usize = 4;
 pub struct Expected {
     /// Loops that move packs, at least.
     pub hot_loops: usize,
+    /// 128-bit loads, at least, in loops or not.
+    pub loads: usize,
     /// Whether it exchanges flags with other ranks.
     pub talks: bool,
     /// Whether a loop over packs may also load 64-bit addresses and scales: a loop over more ranks than registers hold
@@ -42,12 +44,11 @@ pub fn check(kernel: &Kernel, expected: &Expected) -> Findings {
         order(kernel, &mut complaints);
     }
     let count = |is: fn(&Instruction) -> bool| kernel.code.iter().filter(|x| is(x) && x.has("128")).count();
-    Findings {
-        hot_loops,
-        loads_128: count(Instruction::is_load),
-        stores_128: count(Instruction::is_store),
-        complaints,
+    let loads_128 = count(Instruction::is_load);
+    if loads_128 < expected.loads {
+        complaints.push(format!("{loads_128} 128-bit loads, {} expected", expected.loads));
     }
+    Findings { hot_loops, loads_128, stores_128: count(Instruction::is_store), complaints }
 }
 
 fn resources(kernel: &Kernel, complaints: &mut Vec<String>) {
