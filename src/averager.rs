@@ -12,7 +12,7 @@ mod table;
 use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub use builder::{Builder, Testing};
 pub use link::Link;
@@ -72,7 +72,7 @@ pub struct ParamAverager {
     table: Table,
     own: Own,
     args: PaArgs,
-    timeout: std::time::Duration,
+    timeout: Duration,
     failed: Option<Error>,
 }
 
@@ -305,8 +305,16 @@ impl ParamAverager {
 
     /// The second half: waits for it.
     fn end(&mut self, start: Instant) -> Result<Outcome> {
+        if self.own.engine.was_captured() {
+            return Err(Error::Option {
+                rank: self.rank(),
+                option: "stream",
+                found: "being captured, so the average has not run".into(),
+                expected: "nothing to wait for: launch the graph, then ask ParamAverager::replayed",
+            });
+        }
         self.own.engine.finish().map_err(|reason| self.device_failed(reason))?;
-        self.outcome(start)
+        self.outcome(Some(start))
     }
 
     /// The device did not do what it was told. Peers hear at once that this rank will not come.
@@ -326,16 +334,16 @@ impl ParamAverager {
                 Err(Error::Weight { rank, weight })
             }
             (_, Some(0.0)) => Err(Error::NoWeight),
-            _ => Ok(Outcome::Averaged(self.report(start))),
+            _ => Ok(Outcome::Averaged(self.report(Some(start)))),
         }
     }
 
-    fn report(&self, start: Instant) -> Report {
+    fn report(&self, start: Option<Instant>) -> Report {
         let waited = self.ended().map(|status| status.waited_ns).max().unwrap_or(0);
         Report {
             bytes: self.table.bytes,
-            elapsed: start.elapsed(),
-            waited: std::time::Duration::from_nanos(waited),
+            elapsed: start.map_or(Duration::ZERO, |start| start.elapsed()),
+            waited: Duration::from_nanos(waited),
             world_size: self.world_size(),
             algorithm: self.algorithm,
         }

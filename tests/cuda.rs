@@ -6,6 +6,7 @@ mod common;
 #[path = "ptx/simulator.rs"]
 mod simulator;
 mod cuda {
+    pub mod graphs;
     pub mod links;
     pub mod model;
     pub mod scenarios;
@@ -91,6 +92,11 @@ fn links_have_no_race() {
 #[test]
 fn failures_between_devices_are_typed_and_change_nothing() {
     scenario("link-failures", &[&[TWO]]);
+}
+
+#[test]
+fn averages_in_graphs_are_replayed() {
+    scenario("graphs", &[&[TWO, ("CUDASIM_DELAY", "30")], &[TWO, ("CUDASIM_RACE", "1")]]);
 }
 
 #[test]

@@ -15,8 +15,8 @@ impl ParamAverager {
         self.own.engine.ended().iter().copied()
     }
 
-    /// What they say.
-    pub(super) fn outcome(&mut self, start: Instant) -> Result<Outcome> {
+    /// What they say of an average that began at `start`, if that is known.
+    pub(super) fn outcome(&mut self, start: Option<Instant>) -> Result<Outcome> {
         let committed = self.ended().any(|status| status.committed != 0);
         let Some(status) = self.ended().max_by_key(|status| (status.outcome != PA_COMMITTED, status.outcome))
         else {

@@ -26,14 +26,18 @@ impl ParamAverager {
     /// `stream` is a `CUstream` (a `cudaStream_t` is the same) of the device's primary context. It is this rank's own: on a
     /// stream that ranks share, the first one's average would wait for one that is behind it. And it is of the non-blocking
     /// kind: what a peer does on the null stream would wait for the others. Any other is refused, on this rank alone, whose
-    /// peers find out when it drops its averager or at the timeout. A stream that is being captured is refused, too. With
-    /// ranks on CPUs no stream is looked at, and the average is over on return.
+    /// peers find out when it drops its averager or at the timeout. With ranks on CPUs no stream is looked at, and the average
+    /// is over on return.
+    ///
+    /// If the stream is being captured, the average becomes a part of the graph, with the tensors where they are now: nothing
+    /// runs, and there is nothing to wait for. Every rank captures one in a graph of its own and replays it as often as the
+    /// others, each replay is one average, and [`replayed`](ParamAverager::replayed) tells what came of it.
     ///
     /// If the average fails, what the stream is given later runs all the same, on tensors as they were: `wait` tells.
     ///
     /// # Safety
     /// Until the average is done, the stream lives, and the tensors live and are used by nobody but by work that is ordered
-    /// before or after it on that stream.
+    /// before or after it on that stream. This holds for every replay of a graph, which ends before the averager is dropped.
     pub unsafe fn average_on<P: Parameters + ?Sized>(
         &mut self,
         params: &mut P,
@@ -57,6 +61,24 @@ impl ParamAverager {
         unsafe { self.average_later(params, Some(weight), stream) }
     }
 
+    /// Waits for a stream on which a graph with an average in it has been launched, and tells what the last replay did. A
+    /// failure that ended the world ends every later replay at once. `elapsed` of the report is 0: nobody looked at a clock.
+    ///
+    /// # Safety
+    /// The stream is one of the device's primary context, and no replay is under way on another.
+    pub unsafe fn replayed(&mut self, stream: *mut c_void) -> Result<Report> {
+        if let Some(cause) = &self.failed {
+            return Err(Error::Poisoned { cause: Box::new(cause.clone()) });
+        }
+        // SAFETY: the caller's promise.
+        let waited = unsafe { self.own.engine.wait_for(stream) };
+        waited.map_err(|reason| self.device_failed(reason))?;
+        match self.outcome(None)? {
+            Outcome::Averaged(report) => Ok(report),
+            Outcome::Unneeded => unreachable!("this rank needs it"),
+        }
+    }
+
     unsafe fn average_later<P: Parameters + ?Sized>(
         &mut self,
         params: &mut P,
@@ -74,7 +96,7 @@ impl ParamAverager {
                 rank: self.rank(),
                 option: "stream",
                 found: found.into(),
-                expected: "a stream of this rank's own that was made with CU_STREAM_NON_BLOCKING and is not being captured",
+                expected: "a stream of this rank's own that was made with CU_STREAM_NON_BLOCKING",
             });
         }
         let call = Call { weight, schedule: 0, unneeded: false };
@@ -90,7 +112,8 @@ impl Pending<'_> {
         self.over.is_some() || self.averager.own.engine.is_done()
     }
 
-    /// Waits until the average is done. `elapsed` of the report is the time from the call to this return.
+    /// Waits until the average is done. `elapsed` of the report is the time from the call to this return. One that was captured
+    /// has not run, which is an error.
     pub fn wait(mut self) -> Result<Report> {
         match self.end()? {
             Outcome::Averaged(report) => Ok(report),

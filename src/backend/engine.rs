@@ -135,6 +135,26 @@ impl Engine {
         }
     }
 
+    /// Whether what was started last was captured for a CUDA graph, and so has not run.
+    pub(crate) fn was_captured(&self) -> bool {
+        match self {
+            Engine::Cpu { .. } => false,
+            Engine::Cuda(rank) => rank.was_captured(),
+        }
+    }
+
+    /// Waits for all that a stream was given. What came of the last average there is in `ended`.
+    ///
+    /// # Safety
+    /// It is a stream of the device's primary context.
+    pub(crate) unsafe fn wait_for(&self, stream: *mut c_void) -> Result<(), String> {
+        match self {
+            Engine::Cpu { .. } => Ok(()),
+            // SAFETY: the caller's promise.
+            Engine::Cuda(rank) => Ok(unsafe { rank.wait_for(stream.cast()) }?),
+        }
+    }
+
     /// Whether `finish` would not wait.
     pub(crate) fn is_done(&self) -> bool {
         match self {

@@ -1,8 +1,8 @@
 //! What a child process does.
 
-use super::links;
 use super::model::{Model, Shape};
 use super::streams::streams;
+use super::{graphs, links};
 use crate::common::{ranks_of, ranks_on};
 use param_averager::__private::Testing;
 use param_averager::*;
@@ -18,6 +18,7 @@ pub fn run(scenario: &str) {
         "failures" => failures(),
         "trainers" => trainers(),
         "streams" => streams(),
+        "graphs" => graphs::graphs(),
         "links" => links::every_link(),
         "pairs" => links::pairs(),
         "no-p2p" => links::not_reached(PeerAccess::Unsupported),

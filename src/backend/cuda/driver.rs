@@ -36,6 +36,7 @@ const FUNCTIONS: &[&str] = &[
     "cuStreamWaitEvent",
     "cuStreamGetFlags",
     "cuStreamIsCapturing",
+    "cuThreadExchangeStreamCaptureMode",
     "cuStreamWriteValue32_v2",
     "cuEventCreate",
     "cuEventDestroy_v2",

@@ -27,10 +27,19 @@ pub(crate) struct Rank {
     channels: DeviceMemory,
     /// The channels' states after the last average.
     ended: Pinned,
-    /// Buckets, then all segments.
+    /// `buckets` of them, then all segments.
     tables: DeviceMemory,
+    buckets: usize,
     next_tables: Pinned,
     stale: bool,
+    /// Tables of averages that are part of a CUDA graph: as they were when it was captured, whatever comes after.
+    captured: Vec<DeviceMemory>,
+    /// Memory for the first of them: where somebody captures, it may be forbidden to allocate.
+    to_capture: Option<DeviceMemory>,
+    /// What was started last was captured: it has not run.
+    capturing: bool,
+    /// `done` has been recorded and nobody has waited for it.
+    pending: bool,
 }
 
 // SAFETY: handles, which the driver lets every thread use, and memory that only `self` refers to.
@@ -54,8 +63,13 @@ impl Rank {
             channels: DeviceMemory::new(context, bytes.len())?,
             ended: Pinned::new(context, bytes.len())?,
             tables: DeviceMemory::new(context, tables)?,
+            buckets,
             next_tables: Pinned::new(context, tables)?,
             stale: true,
+            captured: vec![],
+            to_capture: Some(DeviceMemory::new(context, tables)?),
+            capturing: false,
+            pending: false,
         };
         rank.channels.write(0, bytes)?;
         rank.ended.bytes_mut().copy_from_slice(bytes);
@@ -73,7 +87,8 @@ impl Rank {
 
     /// Memory that it takes on the device.
     pub(crate) fn bytes(&self) -> usize {
-        self.channels.bytes() + self.tables.bytes()
+        let captured: usize = self.captured.iter().chain(&self.to_capture).map(DeviceMemory::bytes).sum();
+        self.channels.bytes() + self.tables.bytes() + captured
     }
 
     pub(crate) fn channels(&self) -> u64 {
@@ -111,7 +126,8 @@ impl Rank {
     }
 
     /// Enqueues an average: on `stream`, or on the rank's own behind the null stream and with it all streams that are not
-    /// of the non-blocking kind. Returns at once.
+    /// of the non-blocking kind. Returns at once. If `stream` is being captured, the average becomes a part of the graph,
+    /// with the tensors and arguments of now; all that it counts is in memory of the device, so it can be replayed.
     ///
     /// # Safety
     /// What `args` points at is as `kernels/abi.h` describes it, in memory of the device. The tensors are nobody else's
@@ -124,24 +140,66 @@ impl Rank {
         stream: Option<sys::CUstream>,
     ) -> Result<(), String> {
         let _bound = self.context.bind()?;
-        if stream.is_none() {
-            // SAFETY: this rank's event and stream.
-            unsafe {
-                call!(cuEventRecord(self.before, null_mut()))?;
-                call!(cuStreamWaitEvent(self.stream, self.before, 0))?;
+        self.capturing = match stream {
+            // SAFETY: the caller's promise.
+            Some(stream) => unsafe { is_capturing(stream) }?,
+            None => {
+                // SAFETY: this rank's event and stream.
+                unsafe {
+                    call!(cuEventRecord(self.before, null_mut()))?;
+                    call!(cuStreamWaitEvent(self.stream, self.before, 0))?;
+                }
+                false
             }
-        }
+        };
         let stream = stream.unwrap_or(self.stream);
+        if self.capturing {
+            let tables = self.tables_of_now()?;
+            let args = PaArgs { buckets: tables.address(), ..*args };
+            self.captured.push(tables);
+            // SAFETY: as below; nothing of it runs before the graph does.
+            return Ok(unsafe { self.enqueue(&args, phases, stream) }?);
+        }
         // SAFETY: the copies are as large as what they go from and to, which nobody else touches until `finish`; the
         // kernels are the caller's promise. Whatever is enqueued comes before the event.
         unsafe {
-            let enqueued = self.enqueue(args, phases, stream);
+            let enqueued = self.update_tables(stream).and_then(|()| self.enqueue(args, phases, stream));
             let recorded = call!(cuEventRecord(self.done, stream));
-            if recorded.is_err() {
+            self.pending = recorded.is_ok();
+            if !self.pending {
                 let _ = call!(cuStreamSynchronize(stream)); // or `finish` would not wait for it
             }
             Ok(enqueued.and(recorded)?)
         }
+    }
+
+    /// A copy of the tables, which later averages leave alone.
+    fn tables_of_now(&mut self) -> Result<DeviceMemory, Failed> {
+        // What is done here is not a part of the graph, and has nothing to do with what is captured elsewhere.
+        let _relaxed = Relaxed::new()?;
+        let copy = match self.to_capture.take() {
+            Some(memory) => memory,
+            None => DeviceMemory::new(&self.context, self.tables.bytes())?,
+        };
+        let mut bytes = self.next_tables.bytes().to_vec();
+        let (buckets, _) = bytes.split_at_mut(self.buckets * size_of::<PaBucket>());
+        for bucket in buckets.chunks_exact_mut(size_of::<PaBucket>()) {
+            let mut own: PaBucket = bytemuck::pod_read_unaligned(bucket);
+            own.segments = own.segments - self.tables.address() + copy.address();
+            bucket.copy_from_slice(bytemuck::bytes_of(&own));
+        }
+        copy.write(0, &bytes)?;
+        Ok(copy)
+    }
+
+    unsafe fn update_tables(&mut self, stream: sys::CUstream) -> Result<(), Failed> {
+        if std::mem::take(&mut self.stale) {
+            let (to, from) = (self.tables.address(), self.next_tables.bytes());
+            // SAFETY: see `start`.
+            unsafe { call!(cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), stream)) }
+                .inspect_err(|_| self.stale = true)?;
+        }
+        Ok(())
     }
 
     unsafe fn enqueue(
@@ -150,12 +208,6 @@ impl Rank {
         phases: impl Iterator<Item = u32>,
         stream: sys::CUstream,
     ) -> Result<(), Failed> {
-        if self.stale {
-            let (to, from) = (self.tables.address(), self.next_tables.bytes());
-            // SAFETY: see `start`.
-            unsafe { call!(cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), stream)) }?;
-            self.stale = false;
-        }
         for phase in phases {
             // SAFETY: see `start`.
             unsafe { self.launch(args, phase, stream) }?;
@@ -165,35 +217,50 @@ impl Rank {
         unsafe { call!(cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), stream)) }
     }
 
+    /// Whether what was started last was captured, and so has not run.
+    pub(crate) fn was_captured(&self) -> bool {
+        self.capturing
+    }
+
+    /// Waits for a stream that a graph was replayed on.
+    ///
+    /// # Safety
+    /// It is one.
+    pub(crate) unsafe fn wait_for(&self, stream: sys::CUstream) -> Result<(), Failed> {
+        let _bound = self.context.bind()?;
+        // SAFETY: the caller's promise.
+        unsafe { call!(cuStreamSynchronize(stream)) }
+    }
+
     /// Why an average can't be enqueued on this stream.
     ///
     /// # Safety
     /// It is one.
     pub(crate) unsafe fn refuses(&self, stream: sys::CUstream) -> Result<Option<&'static str>, Failed> {
         let _bound = self.context.bind()?;
-        let (mut flags, mut capture) = (0, sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE);
+        let mut flags = 0;
         // SAFETY: the caller's promise.
-        unsafe {
-            call!(cuStreamIsCapturing(stream, &mut capture))?;
-            call!(cuStreamGetFlags(stream, &mut flags))?;
-        }
-        if capture != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
-            return Ok(Some("a stream that is being captured"));
-        }
+        unsafe { call!(cuStreamGetFlags(stream, &mut flags)) }?;
         let blocking = flags & sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32 == 0;
         Ok(blocking.then_some("a blocking stream"))
     }
 
     /// Whether what was started is done.
     pub(crate) fn is_done(&self) -> bool {
+        if !self.pending {
+            return true;
+        }
         // SAFETY: this rank's event.
         let ready = self.context.bind().and_then(|_bound| unsafe { call!(cuEventQuery(self.done)) });
         // Any other error comes back from `finish`, which does not wait for it.
         !matches!(ready, Err(Failed { result: sys::CUresult::CUDA_ERROR_NOT_READY, .. }))
     }
 
-    /// Waits for what was started.
+    /// Waits for what was started, if something was: a thread that captures must not even ask.
     pub(crate) fn finish(&mut self) -> Result<(), Failed> {
+        if !std::mem::take(&mut self.pending) {
+            return Ok(());
+        }
         let _bound = self.context.bind()?;
         // SAFETY: this rank's event.
         unsafe { call!(cuEventSynchronize(self.done)) }
@@ -216,6 +283,34 @@ impl Rank {
                 parameters.as_mut_ptr()
             ))
         }
+    }
+}
+
+/// # Safety
+/// It is a stream of the context that is bound.
+unsafe fn is_capturing(stream: sys::CUstream) -> Result<bool, Failed> {
+    let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    // SAFETY: the caller's promise.
+    unsafe { call!(cuStreamIsCapturing(stream, &mut status)) }?;
+    Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+}
+
+/// While it lives, this thread may do what is forbidden while anybody captures: allocate, and wait.
+struct Relaxed(sys::CUstreamCaptureMode);
+
+impl Relaxed {
+    fn new() -> Result<Relaxed, Failed> {
+        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+        // SAFETY: it swaps the two.
+        unsafe { call!(cuThreadExchangeStreamCaptureMode(&mut mode)) }?;
+        Ok(Relaxed(mode))
+    }
+}
+
+impl Drop for Relaxed {
+    fn drop(&mut self) {
+        // SAFETY: as in `new`. An error leaves nothing to do.
+        let _ = unsafe { call!(cuThreadExchangeStreamCaptureMode(&mut self.0)) };
     }
 }
 

@@ -1,0 +1,123 @@
+//! Averages in CUDA graphs, and replays of them.
+
+use super::model::Model;
+use crate::common::ranks_of;
+use cudarc::driver::{result, sys, CudaContext};
+use param_averager::*;
+use std::sync::Barrier;
+use std::time::Duration;
+
+const ELEMENTS: usize = 5000;
+
+pub fn graphs() {
+    let one = [Device::cuda(0); 3];
+    let two = [0, 1, 0].map(Device::cuda);
+    for (devices, algorithm, commit) in [
+        (&one, Algorithm::Ring, true),
+        (&one, Algorithm::Ring, false),
+        (&one, Algorithm::Direct, true),
+        (&two, Algorithm::Ring, true),
+    ] {
+        replay(devices, algorithm, commit);
+    }
+}
+
+/// Captures work on the stream.
+///
+/// # Safety
+/// All that `f` enqueues stays valid for every replay.
+unsafe fn capture(stream: sys::CUstream, f: impl FnOnce()) -> sys::CUgraphExec {
+    // The strictest mode: no thread may do what might wait.
+    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
+    // SAFETY: the caller's promise.
+    unsafe {
+        result::stream::begin_capture(stream, mode).unwrap();
+        f();
+        let graph = result::stream::end_capture(stream).unwrap();
+        let mut ready = std::ptr::null_mut();
+        sys::cuGraphInstantiateWithFlags(&mut ready, graph, 0).result().unwrap();
+        result::graph::destroy(graph).unwrap();
+        ready
+    }
+}
+
+fn replay(devices: &[Device], algorithm: Algorithm, commit: bool) {
+    let bits = |value: f32| value.to_bits();
+    let all_ready = Barrier::new(devices.len());
+    ranks_of(devices, |communicator| {
+        let (rank, on, abort) = (communicator.rank(), communicator.device(), communicator.abort_handle());
+        let tensors = [(Dtype::F32, ELEMENTS, 0), (Dtype::F32, 3, 1)];
+        let mut models: Vec<Model> = (0..3).map(|seed| Model::new(on, &tensors, seed)).collect();
+        let [mut model, mut other, mut seen] =
+            <[Model; 3]>::try_from(models.drain(..).collect::<Vec<_>>()).ok().unwrap();
+        let weights = model.tensor_address(0);
+        let stream = CudaContext::new(super::model::ordinal(on)).unwrap().new_stream().unwrap();
+        let raw = stream.cu_stream();
+        let builder =
+            ParamAverager::builder(communicator).algorithm(algorithm).all_or_nothing(commit).channels(2);
+        let mut averager = builder.timeout(Duration::from_secs(60)).build(&mut model).unwrap();
+        averager.average(&mut other).unwrap(); // what comes before makes no difference
+                                               // SAFETY: own memory and stream, which live until all is done.
+        let graph = unsafe {
+            capture(raw, || {
+                let pending = averager.average_on(&mut model, raw.cast()).unwrap();
+                let Err(Error::Option { option: "stream", found, .. }) = pending.wait() else {
+                    panic!("it has not run")
+                };
+                assert!(found.starts_with("being captured"), "{found}");
+                result::memcpy_dtod_async(seen.tensor_address(0), weights, 4 * ELEMENTS, raw).unwrap();
+            })
+        };
+        all_ready.wait(); // instantiating may wait for the device
+        for round in 0..4 {
+            if round == 2 {
+                averager.average(&mut other).unwrap(); // with tensors elsewhere, between replays
+            }
+            // SAFETY: as above.
+            let report = unsafe {
+                sys::cuMemsetD32Async(weights, bits((10 * round + rank) as f32), ELEMENTS, raw)
+                    .result()
+                    .unwrap();
+                sys::cuGraphLaunch(graph, raw).result().unwrap();
+                averager.replayed(raw.cast()).unwrap()
+            };
+            assert_eq!((report.bytes, report.world_size), (4 * ELEMENTS as u64 + 12, devices.len()));
+            seen.download();
+            let mean = bits((10 * round + 1) as f32).to_ne_bytes();
+            assert!(
+                seen.tensor(0).chunks_exact(4).all(|element| element == mean),
+                "{algorithm:?}, replay {round}"
+            );
+        }
+        all_ready.wait();
+        if std::env::var_os("CUDASIM_RACE").is_none() || devices.iter().any(|device| *device != devices[0]) {
+            // A world that was ended: nothing changes, and every replay says so.
+            model.download();
+            let before = model.bytes().to_vec();
+            if rank == 1 {
+                abort.abort();
+            }
+            all_ready.wait();
+            for again in [false, true] {
+                // SAFETY: as above.
+                let error = unsafe {
+                    sys::cuGraphLaunch(graph, raw).result().unwrap();
+                    averager.replayed(raw.cast()).unwrap_err()
+                };
+                match again {
+                    false => {
+                        assert!(matches!(error, Error::Aborted { rank: 1, committed: false, .. }), "{error}")
+                    }
+                    true => assert!(matches!(error, Error::Poisoned { .. }), "{error}"),
+                }
+            }
+            stream.synchronize().unwrap();
+            model.download();
+            assert!(model.bytes() == before);
+        }
+        // SAFETY: no replay is under way.
+        unsafe { sys::cuGraphExecDestroy(graph) }.result().unwrap();
+        all_ready.wait();
+        (averager, model, other, seen) // freed when all ranks are done
+    });
+}
