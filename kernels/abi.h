@@ -153,4 +153,6 @@ struct PaArgs {
   uint32_t fault_step;  // tests: leave without a word before this protocol step; 0: never
   uint32_t spins;       // CPU: how often a wait looks before it gives its core to another thread
   uint32_t far_ns;      // CPU: past the caches into slots whose lines take longer to get hold of, each
+  uint32_t delay_ns;    // tests: every block dawdles at each of its protocol steps, for up to so long; 0: no
+  uint32_t reserved;
 };

@@ -214,6 +214,15 @@ PA_FN void announce(Place p, uint32_t* word, uint32_t value) {
   wake(word, &p.control()->board[p.a->rank].sleepers);
 }
 
+// Tests: waits for a while that depends on who is where. Blocks then meet in orders that they would not meet in by themselves.
+PA_SLOW void dawdle(Exec ex, Place p, uint32_t step) {
+  uint64_t h = (uint64_t(p.epoch) << 32 | step) * 0x9e3779b97f4a7c15u + (uint64_t(p.a->rank) << 16 | ex.block()) * 0xbf58476d1ce4e5b9u;
+  h = (h ^ h >> 31) * 0x94d049bb133111ebu;
+  const uint64_t start = ex.now_ns(), longest = (h >> 32) % p.a->delay_ns;
+  while (ex.now_ns() - start < longest) {
+  }
+}
+
 // ---- a block -----------------------------------------------------------------------------------------------------
 // One block's view of its rank during one launch. All members have the same value in all lanes.
 struct Block {
@@ -253,6 +262,7 @@ struct Block {
     if (++step == a.fault_step) return false;
     bool failed = false;
     if (ex.leader()) {
+      if (a.delay_ns != 0) dawdle(ex, place(), step);
       if (mutant(54) && kSend) is_far(outbox(), uint64_t(chunk) * PA_PACK_BYTES, a.far_ns);
       if constexpr (kReceive) {
         uint32_t* filled = line(a.filled_in);

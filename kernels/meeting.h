@@ -98,6 +98,7 @@ PA_SLOW bool meet_as_leader(Exec ex, Place p, bool commits) {
 PA_FN bool meet(Block& b, bool commits) {
   if (++b.step == b.a.fault_step) return false;
   bool failed = false;
+  if (b.ex.leader() && b.a.delay_ns != 0) dawdle(b.ex, b.place(), b.step);
   if (b.ex.leader()) failed = !meet_as_leader(b.ex, b.place(), commits);
   if (mutant(27) ? failed : b.ex.any(failed)) return false;
   b.committed = commits;
@@ -137,6 +138,7 @@ PA_SLOW bool vote_as_leader(Exec ex, Place p) {
 PA_FN bool vote(Block& b) {
   if (++b.step == b.a.fault_step) return false;
   bool failed = false;
+  if (b.ex.leader() && b.a.delay_ns != 0) dawdle(b.ex, b.place(), b.step);
   if (b.ex.leader()) failed = !vote_as_leader(b.ex, b.place());
   if (mutant(28) ? failed : b.ex.any(failed)) return false;
   b.committed = true;

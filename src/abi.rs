@@ -331,10 +331,12 @@ pub struct PaArgs {
     pub fault_step: u32,
     pub spins: u32,
     pub far_ns: u32,
+    pub delay_ns: u32,
+    pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaArgs"][::std::mem::size_of::<PaArgs>() - 152usize];
+    ["Size of PaArgs"][::std::mem::size_of::<PaArgs>() - 160usize];
     ["Alignment of PaArgs"][::std::mem::align_of::<PaArgs>() - 8usize];
     [
         "Offset of field: PaArgs::control",
@@ -394,4 +396,10 @@ const _: () = {
     [
         "Offset of field: PaArgs::far_ns",
     ][::std::mem::offset_of!(PaArgs, far_ns) - 148usize];
+    [
+        "Offset of field: PaArgs::delay_ns",
+    ][::std::mem::offset_of!(PaArgs, delay_ns) - 152usize];
+    [
+        "Offset of field: PaArgs::reserved",
+    ][::std::mem::offset_of!(PaArgs, reserved) - 156usize];
 };

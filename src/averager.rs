@@ -169,6 +169,7 @@ impl ParamAverager {
             bucket_count: self.table.raw.len() as u32,
             spins: spins(world * channels as usize),
             far_ns: options.testing.far_ns.unwrap_or(defaults::FAR_NS),
+            delay_ns: options.testing.delay_ns,
             flags: if options.reject_non_finite { PA_FLAG_REJECT_NON_FINITE } else { 0 },
             ..bytemuck::Zeroable::zeroed()
         }

@@ -37,7 +37,14 @@ impl Case {
             .channels(self.channels)
             .slots(self.slots)
             .chunk_bytes(self.chunk_bytes)
-            .testing(Testing { counter: self.counter, poison_slots: true, far_ns, instruction_set })
+            .testing(Testing {
+                counter: self.counter,
+                poison_slots: true,
+                far_ns,
+                // Every fourth case: blocks meet in other orders.
+                delay_ns: if self.seed % 4 == 3 { 50_000 } else { 0 },
+                instruction_set,
+            })
     }
 
     fn model(&self, rank: usize) -> Vec<Guarded> {

@@ -119,8 +119,12 @@ impl Table {
         if *slot == address {
             return Ok(());
         }
+        // Both ends: a tensor that is longer than its memory would end in another's, or in none.
+        let last = address + shape.elements * shape.dtype.size() as u64 - 1;
         match &self.site {
-            Site::Cuda(context) if !context.owns(address) => return Err(FOREIGN << SHIFT),
+            Site::Cuda(context) if ![address, last].iter().all(|&address| context.owns(address)) => {
+                return Err(FOREIGN << SHIFT)
+            }
             _ => *slot = address,
         }
         (self.moved, self.unchecked) = (true, true);
@@ -163,7 +167,7 @@ impl Table {
                 self.device
             )),
             FOREIGN => trouble(&format!(
-                "is at an address that is not in memory of {}: pass a pointer of that device",
+                "does not lie in memory of {} from its first to its last element: pass a pointer of that device, and a length in elements",
                 self.device
             )),
             OVERLAP => trouble(&format!(

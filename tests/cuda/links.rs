@@ -27,6 +27,7 @@ pub fn every_link() {
     }
     for link in LINKS {
         ring(2, &[0, 1], link).compare(&shapes);
+        Way { delay_ns: 100_000, slots: 2, ..ring(3, &[0, 1, 2], link) }.compare(&shapes);
         ring(4, &[0, 1, 2, 3], link).compare(&shapes[5..]);
     }
     // More ranks than devices; not from 0 on; weights and counters as before.

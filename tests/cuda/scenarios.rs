@@ -49,6 +49,7 @@ pub struct Way {
     pub chunk: usize,
     pub slots: u32,
     pub counter: u32,
+    pub delay_ns: u32,
 }
 
 pub const WAY: Way = Way {
@@ -64,6 +65,7 @@ pub const WAY: Way = Way {
     chunk: 4096,
     slots: 4,
     counter: 0,
+    delay_ns: 0,
 };
 
 impl Way {
@@ -83,7 +85,12 @@ impl Way {
             .chunk_bytes(self.chunk)
             .slots(self.slots)
             .timeout(Duration::from_secs(60))
-            .testing(Testing { counter: self.counter, poison_slots: true, ..Testing::default() })
+            .testing(Testing {
+                counter: self.counter,
+                delay_ns: self.delay_ns,
+                poison_slots: true,
+                ..Testing::default()
+            })
             .build(model)
     }
 
@@ -162,6 +169,9 @@ fn averages() {
     }
     for way in [ring(true, 3), ring(false, 3), direct(3)] {
         Way { weighted: true, counter: u32::MAX - 3, ..way.clone() }.compare(&shapes);
+        for delay_ns in [20_000, 300_000] {
+            Way { delay_ns, slots: 2, channels: 3, ..way.clone() }.compare(&shapes);
+        }
         Way { reject: true, slots: 2, chunk: 128, channels: 3, ..way.clone() }.compare(&shapes[10..]);
         Way { f32_wire: true, channels: 1, ..way }.compare(&shapes[5..]);
     }
@@ -212,7 +222,7 @@ fn refusals() {
     };
     let told = |error: Error| {
         let Error::Tensor { rank: 1, problem, .. } = &error else { panic!("{error}") };
-        assert!(problem.contains("not in memory of cuda:0"), "{error}");
+        assert!(problem.contains("does not lie in memory of cuda:0"), "{error}");
     };
     ranks_on(GPU, 2, |communicator| {
         let (rank, mut wrong) = (communicator.rank(), vec![1.0f32; 50]);
@@ -222,6 +232,12 @@ fn refusals() {
             if rank == 1 { builder.build(&mut host(&mut wrong)) } else { builder.build(&mut right) }
                 .unwrap_err(),
         );
+        // Memory that ends before the tensor does.
+        let builder = ParamAverager::builder(communicator.clone());
+        let (longer, pointer) = (1 << 40, right.tensor_address(0) as *mut u8);
+        // SAFETY: as above.
+        let mut longer = unsafe { TensorMut::from_raw_parts(pointer, longer, Dtype::F32, GPU) };
+        told(if rank == 1 { builder.build(&mut longer) } else { builder.build(&mut right) }.unwrap_err());
         let mut averager = ParamAverager::builder(communicator).build(&mut right).unwrap();
         let before = right.bytes().to_vec();
         told(
