@@ -74,6 +74,10 @@ pub struct ParamAverager {
     args: PaArgs,
     timeout: Duration,
     failed: Option<Error>,
+    /// The stream of the average that may be under way: to cudarc, a context whose last stream is gone has no need to order
+    /// the uses of its slices any more.
+    #[cfg(feature = "cudarc")]
+    stream: Option<Arc<cudarc::driver::CudaStream>>,
 }
 
 /// One average, as asked for.
@@ -130,6 +134,8 @@ impl ParamAverager {
             phases: phases(algorithm, options.all_or_nothing, options.reject_non_finite),
             timeout: options.timeout,
             failed: None,
+            #[cfg(feature = "cudarc")]
+            stream: None,
             communicator,
             agreement,
             algorithm,
@@ -319,7 +325,7 @@ impl ParamAverager {
     }
 
     /// The device did not do what it was told. Peers hear at once that this rank will not come.
-    fn device_failed(&mut self, reason: String) -> Error {
+    pub(crate) fn device_failed(&mut self, reason: String) -> Error {
         self.agreement.control.leave(self.position());
         let error = Error::DeviceFailed { rank: self.rank(), reason };
         self.failed = Some(error.clone());

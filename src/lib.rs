@@ -28,6 +28,10 @@
 //! * [`World`] says who the ranks are, [`Communicator`] is one rank's membership.
 //! * [`ParamAverager`] averages a list of tensors ([`Parameters`], [`TensorMut`]): plainly, or weighted.
 //! * [`LocalSgd`] counts optimizer steps and averages when its [`Schedule`] says so.
+#![cfg_attr(
+    feature = "cudarc",
+    doc = "* [`interop`]: cudarc's slices, averaged on a cudarc stream ([`CudaParams`])."
+)]
 //! * [`Error`] says which rank and which tensor, and what to do. If an average fails before anybody wrote, no tensor of
 //!   any rank has changed.
 //!
@@ -44,6 +48,8 @@ mod averager;
 mod backend;
 mod bucket;
 mod error;
+#[cfg(feature = "cudarc")]
+pub mod interop;
 mod local_sgd;
 mod schedule;
 mod tensor;
@@ -52,6 +58,8 @@ mod world;
 pub use averager::{Algorithm, Builder, Link, ParamAverager, Pending, Report};
 pub use backend::cuda::{CudaDevice, PciePath, PeerAccess, Topology};
 pub use error::{Error, Result, Stage};
+#[cfg(feature = "cudarc")]
+pub use interop::{CudaParams, CudaTensorMut};
 pub use local_sgd::{Action, LocalSgd};
 pub use schedule::Schedule;
 pub use tensor::{Dtype, Element, Parameters, TensorMut};

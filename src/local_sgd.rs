@@ -53,22 +53,19 @@ impl LocalSgd {
 
     /// After an optimizer step was applied: counts it, and averages if it is due.
     pub fn step<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        self.applied += 1;
-        self.since_average += 1;
-        self.advance(params)
+        self.step_by(|averager, call| averager.run(params, call))
     }
 
     /// After an optimizer step was left out, on this rank alone or on all: the step is not counted as applied, but this
     /// rank takes part in the average if one is due, so that its peers need not wait.
     pub fn skip<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        self.advance(params)
+        self.skip_by(|averager, call| averager.run(params, call))
     }
 
     /// The last average, which makes all ranks' parameters the same. Ranks may have made different numbers of steps
     /// since the last due average. If no rank has stepped since, nothing moves; calling it twice is calling it once.
     pub fn finish<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        const FINISH: u64 = u64::MAX; // no step is counted so far
-        self.average(params, FINISH)
+        self.finish_by(|averager, call| averager.run(params, call))
     }
 
     /// Optimizer steps applied so far.
@@ -86,10 +83,24 @@ impl LocalSgd {
         &mut self.averager
     }
 
-    fn advance<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
+    /// `step`, with an average made by `average`.
+    pub(crate) fn step_by(
+        &mut self,
+        average: impl FnOnce(&mut ParamAverager, Call) -> Result<Outcome>,
+    ) -> Result<Action> {
+        self.applied += 1;
+        self.since_average += 1;
+        self.skip_by(average)
+    }
+
+    /// `skip`, likewise.
+    pub(crate) fn skip_by(
+        &mut self,
+        average: impl FnOnce(&mut ParamAverager, Call) -> Result<Outcome>,
+    ) -> Result<Action> {
         self.position += 1;
         if self.schedule.is_due(self.position) {
-            return self.average(params, self.position);
+            return self.average(average, self.position);
         }
         if self.is_alone() {
             return Ok(Action::Alone);
@@ -97,13 +108,26 @@ impl LocalSgd {
         Ok(Action::Counted { until_next: self.schedule.next_due(self.position) - self.position })
     }
 
-    fn average<P: Parameters + ?Sized>(&mut self, params: &mut P, reason: u64) -> Result<Action> {
+    /// `finish`, likewise.
+    pub(crate) fn finish_by(
+        &mut self,
+        average: impl FnOnce(&mut ParamAverager, Call) -> Result<Outcome>,
+    ) -> Result<Action> {
+        const FINISH: u64 = u64::MAX; // no step is counted so far
+        self.average(average, FINISH)
+    }
+
+    fn average(
+        &mut self,
+        average: impl FnOnce(&mut ParamAverager, Call) -> Result<Outcome>,
+        reason: u64,
+    ) -> Result<Action> {
         if self.is_alone() {
             return Ok(Action::Alone);
         }
         let call =
             Call { weight: None, schedule: self.schedule.digest(reason), unneeded: self.since_average == 0 };
-        let outcome = self.averager.run(params, call)?;
+        let outcome = average(&mut self.averager, call)?;
         self.since_average = 0;
         Ok(match outcome {
             Outcome::Averaged(report) => {

@@ -77,7 +77,18 @@ pub struct TensorMut<'a> {
     elements: usize,
     dtype: Dtype,
     device: Device,
+    unordered: Option<Unordered>,
     memory: PhantomData<&'a mut [u8]>,
+}
+
+/// Why the uses of a tensor on other streams can't be ordered with an average: it is refused.
+#[derive(Clone, Copy, Debug)]
+#[cfg_attr(not(feature = "cudarc"), allow(dead_code))] // of cudarc's slices
+pub(crate) enum Unordered {
+    /// It belongs to another `CudaContext` than the stream.
+    OtherContext,
+    /// It was allocated on another stream, and has no events.
+    Untracked,
 }
 
 // Like the mutable slice it stands for.
@@ -93,7 +104,7 @@ impl<'a> TensorMut<'a> {
     /// initialised elements, and be accessed by nobody else; other ranks' averagers aside. On a CUDA device that includes
     /// work on non-blocking streams, which an average does not wait for.
     pub unsafe fn from_raw_parts(pointer: *mut u8, elements: usize, dtype: Dtype, device: Device) -> Self {
-        TensorMut { name: None, pointer, elements, dtype, device, memory: PhantomData }
+        TensorMut { name: None, pointer, elements, dtype, device, unordered: None, memory: PhantomData }
     }
 
     /// The same tensor with a name, which errors about it will give.
@@ -125,6 +136,16 @@ impl<'a> TensorMut<'a> {
     /// Where its memory is.
     pub fn device(&self) -> Device {
         self.device
+    }
+
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn unordered(self, unordered: Option<Unordered>) -> Self {
+        TensorMut { unordered, ..self }
+    }
+
+    /// Why it is to be refused, if it is.
+    pub(crate) fn refusal(&self) -> Option<Unordered> {
+        self.unordered
     }
 
     pub(crate) fn address(&self) -> u64 {

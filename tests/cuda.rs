@@ -7,6 +7,8 @@ mod common;
 mod simulator;
 mod cuda {
     pub mod graphs;
+    #[cfg(feature = "cudarc")]
+    pub mod interop;
     pub mod links;
     pub mod model;
     pub mod scenarios;
@@ -97,6 +99,13 @@ fn failures_between_devices_are_typed_and_change_nothing() {
 #[test]
 fn averages_in_graphs_are_replayed() {
     scenario("graphs", &[&[TWO, ("CUDASIM_DELAY", "30")], &[TWO, ("CUDASIM_RACE", "1")]]);
+}
+
+#[cfg(feature = "cudarc")]
+#[test]
+fn slices_of_cudarc_are_averaged_in_order() {
+    scenario("interop", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
+    scenario("interop-devices", &[&[]]);
 }
 
 #[test]

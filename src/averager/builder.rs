@@ -137,6 +137,11 @@ impl Builder {
         ParamAverager::build(self, params)
     }
 
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn rank(&self) -> usize {
+        self.communicator.rank()
+    }
+
     pub(super) fn check(&self) -> Result<()> {
         let refuse = |option, found: String, expected| {
             Err(Error::Option { rank: self.communicator.rank(), option, found, expected })

@@ -87,26 +87,61 @@ impl ParamAverager {
     ) -> Result<Pending<'_>> {
         let start = Instant::now();
         // SAFETY: the caller's promise.
-        let refused = match unsafe { self.own.engine.refuses(stream) } {
-            Ok(refused) => refused,
-            Err(reason) => return Err(self.device_failed(reason)),
-        };
-        if let Some(found) = refused.filter(|_| self.world_size() > 1) {
-            return Err(Error::Option {
+        unsafe { self.check_stream(stream) }?;
+        let call = Call { weight, schedule: 0, unneeded: false };
+        // SAFETY: the caller's promise.
+        unsafe { self.enqueue(params, call, Some(stream), start) }
+    }
+
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn device(&self) -> crate::Device {
+        self.communicator.device()
+    }
+
+    /// Refuses a stream that an average can't be enqueued on.
+    ///
+    /// # Safety
+    /// It is a stream of the device's primary context.
+    pub(crate) unsafe fn check_stream(&mut self, stream: *mut c_void) -> Result<()> {
+        // SAFETY: the caller's promise.
+        match unsafe { self.refusal(stream) }? {
+            Some(found) if self.world_size() > 1 => Err(Error::Option {
                 rank: self.rank(),
                 option: "stream",
                 found: found.into(),
                 expected: "a stream of this rank's own that was made with CU_STREAM_NON_BLOCKING",
-            });
+            }),
+            _ => Ok(()),
         }
-        let call = Call { weight, schedule: 0, unneeded: false };
+    }
+
+    /// Why an average can't be enqueued on this stream.
+    ///
+    /// # Safety
+    /// It is a stream of the device's primary context.
+    pub(crate) unsafe fn refusal(&mut self, stream: *mut c_void) -> Result<Option<&'static str>> {
         // SAFETY: the caller's promise.
-        let over = unsafe { self.begin(params, call, Some(stream), start) }?.map(Ok);
+        unsafe { self.own.engine.refuses(stream) }.map_err(|reason| self.device_failed(reason))
+    }
+
+    /// The first half of an average, as something to wait for.
+    ///
+    /// # Safety
+    /// As `begin`.
+    pub(crate) unsafe fn enqueue<P: Parameters + ?Sized>(
+        &mut self,
+        params: &mut P,
+        call: Call,
+        stream: Option<*mut c_void>,
+        start: Instant,
+    ) -> Result<Pending<'_>> {
+        // SAFETY: the caller's promise.
+        let over = unsafe { self.begin(params, call, stream, start) }?.map(Ok);
         Ok(Pending { averager: self, start, over })
     }
 }
 
-impl Pending<'_> {
+impl<'a> Pending<'a> {
     /// Whether `wait` would return at once.
     pub fn is_done(&self) -> bool {
         self.over.is_some() || self.averager.own.engine.is_done()
@@ -114,11 +149,34 @@ impl Pending<'_> {
 
     /// Waits until the average is done. `elapsed` of the report is the time from the call to this return. One that was captured
     /// has not run, which is an error.
-    pub fn wait(mut self) -> Result<Report> {
-        match self.end()? {
+    pub fn wait(self) -> Result<Report> {
+        match self.outcome()? {
             Outcome::Averaged(report) => Ok(report),
             Outcome::Unneeded => unreachable!("this rank needs it"),
         }
+    }
+
+    pub(crate) fn outcome(mut self) -> Result<Outcome> {
+        self.end()
+    }
+
+    /// Keeps the stream for as long as the average may be under way, also if `self` is forgotten. If the events that later
+    /// uses of the tensors wait for could not be `recorded`, waits for the average now.
+    #[cfg(feature = "cudarc")]
+    pub(crate) fn keep(
+        mut self,
+        stream: &std::sync::Arc<cudarc::driver::CudaStream>,
+        recorded: std::result::Result<(), String>,
+    ) -> Result<Pending<'a>> {
+        if self.over.is_none() {
+            // The average of the one before it is done: `begin` has waited for it.
+            drop(self.averager.stream.replace(stream.clone()));
+        }
+        if let Err(reason) = recorded {
+            let _ = self.end();
+            return Err(self.averager.device_failed(reason));
+        }
+        Ok(self)
     }
 
     fn end(&mut self) -> Result<Outcome> {

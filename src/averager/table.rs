@@ -3,7 +3,7 @@
 use crate::abi::{PaBucket, PaSegment};
 use crate::backend::Site;
 use crate::bucket::{self, Bucket, Place, Shape};
-use crate::tensor::Dtype;
+use crate::tensor::{Dtype, Unordered};
 use crate::world::Device;
 use crate::{Error, Parameters, TensorMut};
 
@@ -42,6 +42,8 @@ const MISALIGNED: u64 = 19;
 const OVERLAP: u64 = 20;
 const DEVICE: u64 = 21;
 const FOREIGN: u64 = 22;
+const OTHER_CONTEXT: u64 = 23;
+const UNTRACKED: u64 = 24;
 const SHIFT: u32 = 56;
 
 impl Table {
@@ -107,6 +109,11 @@ impl Table {
         if tensor.device() != self.device {
             return Err(DEVICE << SHIFT);
         }
+        match tensor.refusal() {
+            None => {}
+            Some(Unordered::OtherContext) => return Err(OTHER_CONTEXT << SHIFT),
+            Some(Unordered::Untracked) => return Err(UNTRACKED << SHIFT),
+        }
         let Some((bucket, segment)) = self.places[index] else { return Ok(()) };
         let address = tensor.address();
         if address == 0 {
@@ -170,6 +177,14 @@ impl Table {
                 "does not lie in memory of {} from its first to its last element: pass a pointer of that device, and a length in elements",
                 self.device
             )),
+            OTHER_CONTEXT => trouble(
+                "belongs to another CudaContext than the stream of its average, so cudarc would not order its uses: take a \
+                 stream of the context that it was allocated with",
+            ),
+            UNTRACKED => trouble(
+                "was allocated on another stream than that of its average, and cudarc does not track its uses: average on \
+                 the stream that it was allocated on, or allocate it with event tracking enabled",
+            ),
             OVERLAP => trouble(&format!(
                 "shares memory with {}: pass tied parameters once",
                 self.describe(low as usize)

@@ -47,9 +47,8 @@ fn replay(devices: &[Device], algorithm: Algorithm, commit: bool) {
     ranks_of(devices, |communicator| {
         let (rank, on, abort) = (communicator.rank(), communicator.device(), communicator.abort_handle());
         let tensors = [(Dtype::F32, ELEMENTS, 0), (Dtype::F32, 3, 1)];
-        let mut models: Vec<Model> = (0..3).map(|seed| Model::new(on, &tensors, seed)).collect();
-        let [mut model, mut other, mut seen] =
-            <[Model; 3]>::try_from(models.drain(..).collect::<Vec<_>>()).ok().unwrap();
+        let models: Vec<Model> = (0..3).map(|seed| Model::new(on, &tensors, seed)).collect();
+        let [mut model, mut other, mut seen] = <[Model; 3]>::try_from(models).ok().unwrap();
         let weights = model.tensor_address(0);
         let stream = CudaContext::new(super::model::ordinal(on)).unwrap().new_stream().unwrap();
         let raw = stream.cu_stream();

@@ -25,6 +25,10 @@ pub fn run(scenario: &str) {
         "broken-p2p" => links::not_reached(PeerAccess::Broken),
         "link-races" => links::races(),
         "link-failures" => links::failures(),
+        #[cfg(feature = "cudarc")]
+        "interop" => super::interop::interop(),
+        #[cfg(feature = "cudarc")]
+        "interop-devices" => super::interop::devices(),
         "out-of-memory" => out_of_memory(),
         "no-device" => unavailable(GPU, &["no device", "CUDA_VISIBLE_DEVICES"]),
         "old-driver" => unavailable(GPU, &["CUDA 11.4", "update the driver"]),

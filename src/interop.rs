@@ -1,0 +1,384 @@
+//! cudarc's slices as tensors: averages of `CudaSlice`s and `CudaViewMut`s, safely, on a `CudaStream`.
+//!
+//! ```no_run
+//! use cudarc::driver::CudaContext;
+//! use param_averager::{CudaParams, CudaTensorMut, Device, ParamAverager, World};
+//!
+//! let world = World::in_process(&[Device::cuda(0); 2])?;
+//! let ranks: Vec<_> = world.into_iter().map(|communicator| std::thread::spawn(move || {
+//!     let stream = CudaContext::new(0)?.new_stream()?; // of this rank's own
+//!     let mut wte = stream.alloc_zeros::<f32>(1_000_000)?;
+//!     let mut layers = vec![stream.alloc_zeros::<half::bf16>(4096)?, stream.alloc_zeros(4096)?];
+//!
+//!     let mut params = CudaParams::new(&stream);
+//!     params.push(CudaTensorMut::from(&mut wte).named("wte"));
+//!     params.extend(&mut layers);
+//!     let mut averager = ParamAverager::builder(communicator).build_cudarc(&mut params)?;
+//!     let pending = averager.enqueue_cudarc(&mut params)?; // behind the stream's work, and behind other streams' on the slices
+//!     let mean = stream.clone_dtoh(&wte)?; // ordered after it, as everything is that cudarc does with the slices
+//!     println!("{} {:?}", mean[0], pending.wait()?);
+//!     Ok::<_, Box<dyn std::error::Error + Send + Sync>>(())
+//! })).collect();
+//! # Ok::<(), param_averager::Error>(())
+//! ```
+//!
+//! # How it is ordered
+//! cudarc records an event after every use of a slice, and every use on another stream waits for it. An average does the
+//! same: its stream waits for each slice's events first, and records the slice's event when the average has been enqueued.
+//! So later uses of a slice, and freeing it, come after the average, also if its [`Pending`] is forgotten. Where there are
+//! no such events (a slice of another `CudaContext` object, or one whose uses are not tracked and which was allocated on
+//! another stream) the average is refused, on every rank.
+//!
+//! Three things are cudarc's own limits. Views of one slice share its events, so ranks need slices of their own, not halves
+//! of one. `wrap_borrowed_stream` makes a stream that cudarc does not count: while it has no other, it tracks nothing, and
+//! slices must have been allocated on that very stream. And a stream that is captured by one thread while another enqueues
+//! an average on it captures that average.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Instant;
+
+use cudarc::driver::sys::CUstreamCaptureStatus;
+use cudarc::driver::{
+    CudaEvent, CudaSlice, CudaStream, CudaViewMut, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop,
+};
+
+use half::{bf16, f16};
+
+use crate::averager::{Builder, Call, Outcome};
+use crate::local_sgd::Action;
+use crate::tensor::Unordered;
+use crate::{Device, Dtype, Element, Error, LocalSgd, ParamAverager, Pending, Report, Result, TensorMut};
+
+/// A `CudaSlice` or a `CudaViewMut`, borrowed, of any dtype: `CudaTensorMut::from(&mut wte).named("wte")`.
+pub struct CudaTensorMut<'a> {
+    name: Option<&'a str>,
+    view: AnyView<'a>,
+}
+
+/// Not a box: nothing runs when it is dropped, so a borrow ends with its last use.
+enum AnyView<'a> {
+    F32(CudaViewMut<'a, f32>),
+    F64(CudaViewMut<'a, f64>),
+    F16(CudaViewMut<'a, f16>),
+    Bf16(CudaViewMut<'a, bf16>),
+}
+
+impl<'a> CudaTensorMut<'a> {
+    /// The same tensor with a name, which errors about it will give.
+    pub fn named(mut self, name: &'a str) -> Self {
+        self.name = Some(name);
+        self
+    }
+}
+
+macro_rules! elements {
+    ($($element:ty => $dtype:ident),*) => {
+        $(
+            impl<'a> From<&'a mut CudaSlice<$element>> for CudaTensorMut<'a> {
+                fn from(slice: &'a mut CudaSlice<$element>) -> Self {
+                    slice.as_view_mut().into()
+                }
+            }
+
+            impl<'a> From<CudaViewMut<'a, $element>> for CudaTensorMut<'a> {
+                fn from(view: CudaViewMut<'a, $element>) -> Self {
+                    CudaTensorMut { name: None, view: AnyView::$dtype(view) }
+                }
+            }
+        )*
+
+        impl<'a> AnyView<'a> {
+            fn get(&self) -> &(dyn View + 'a) {
+                match self {
+                    $(AnyView::$dtype(view) => view,)*
+                }
+            }
+
+            fn get_mut(&mut self) -> &mut (dyn View + 'a) {
+                match self {
+                    $(AnyView::$dtype(view) => view,)*
+                }
+            }
+        }
+    };
+}
+elements!(f32 => F32, f64 => F64, f16 => F16, bf16 => Bf16);
+
+impl fmt::Debug for CudaTensorMut<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (name, view) = (self.name.unwrap_or("tensor"), self.view.get());
+        write!(f, "{name}[{}; {}] on {}", view.dtype(), view.elements(), device(view.stream()))
+    }
+}
+
+/// A model's parameters in cudarc's slices, and the stream that they are averaged on.
+///
+/// See [`ParamAverager::enqueue_cudarc`]. It can be made anew for every average: addresses may change, the number, order,
+/// dtypes and sizes of the tensors may not. It is no [`Parameters`](crate::Parameters): an average that does not know the
+/// stream would not be ordered behind it.
+#[derive(Debug)]
+pub struct CudaParams<'a> {
+    stream: &'a Arc<CudaStream>,
+    tensors: Vec<CudaTensorMut<'a>>,
+}
+
+impl<'a> CudaParams<'a> {
+    /// No tensors yet. The stream is of the device of this rank, and no other rank averages on it.
+    pub fn new(stream: &'a Arc<CudaStream>) -> Self {
+        CudaParams { stream, tensors: vec![] }
+    }
+
+    /// Adds a tensor: a `&mut CudaSlice` or a `CudaViewMut` of f32, f64, f16 or bf16.
+    pub fn push(&mut self, tensor: impl Into<CudaTensorMut<'a>>) {
+        self.tensors.push(tensor.into());
+    }
+
+    /// The tensors, now that the stream waits for what was done to them; and their events, to be recorded when the stream
+    /// has been given what is to be done.
+    fn order(&mut self) -> std::result::Result<(Vec<TensorMut<'_>>, Vec<&CudaEvent>), DriverError> {
+        let (mut tensors, mut events) = (Vec::with_capacity(self.tensors.len()), vec![]);
+        for CudaTensorMut { name, view } in &mut self.tensors {
+            let view = view.get_mut();
+            let (dtype, elements, on) = (view.dtype(), view.elements(), device(view.stream()));
+            let (mut address, mut unordered) = (0, None);
+            // One without elements is not touched.
+            if elements > 0 {
+                match view.order(self.stream)? {
+                    Ok((found, event)) => {
+                        address = found;
+                        events.extend(event);
+                    }
+                    Err(why) => unordered = Some(why),
+                }
+            }
+            // SAFETY: the view is borrowed mutably for as long, and is of so many initialised elements: cudarc's promise, or
+            // that of who allocated it; any bits are a float. What it is used for on the device is in the hands of `order`'s
+            // callers. An address of 0 is never read: the tensor is refused, or has no elements.
+            let tensor = unsafe { TensorMut::from_raw_parts(address as *mut u8, elements, dtype, on) };
+            let tensor = tensor.unordered(unordered);
+            tensors.push(match name {
+                Some(name) => tensor.named(name),
+                None => tensor,
+            });
+        }
+        Ok((tensors, events))
+    }
+}
+
+impl<'a, T: Into<CudaTensorMut<'a>>> Extend<T> for CudaParams<'a> {
+    fn extend<I: IntoIterator<Item = T>>(&mut self, tensors: I) {
+        self.tensors.extend(tensors.into_iter().map(Into::into));
+    }
+}
+
+fn device(stream: &CudaStream) -> Device {
+    Device::cuda(stream.context().ordinal())
+}
+
+/// A view without its element type.
+trait View {
+    fn dtype(&self) -> Dtype;
+    fn elements(&self) -> usize;
+    /// It was allocated on it, and will be freed on it.
+    fn stream(&self) -> &Arc<CudaStream>;
+    /// Makes the stream wait for what was done to the slice on any stream. Returns the address, and the event that whoever
+    /// uses the slice later waits for; or why that can't be done.
+    #[allow(clippy::type_complexity)] // a driver's failure, or a refusal, or what is wanted
+    fn order<'s>(
+        &'s mut self,
+        on: &'s Arc<CudaStream>,
+    ) -> std::result::Result<std::result::Result<(u64, Option<&'s CudaEvent>), Unordered>, DriverError>;
+}
+
+impl<T: Element> View for CudaViewMut<'_, T> {
+    fn dtype(&self) -> Dtype {
+        T::DTYPE
+    }
+
+    fn elements(&self) -> usize {
+        self.len()
+    }
+
+    fn stream(&self) -> &Arc<CudaStream> {
+        cudarc::driver::DeviceSlice::stream(self)
+    }
+
+    fn order<'s>(
+        &'s mut self,
+        on: &'s Arc<CudaStream>,
+    ) -> std::result::Result<std::result::Result<(u64, Option<&'s CudaEvent>), Unordered>, DriverError> {
+        let context = on.context();
+        // Each object has its own mind about whether uses are tracked, and two may disagree.
+        if !Arc::ptr_eq(View::stream(self).context(), context) {
+            return Ok(Err(Unordered::OtherContext));
+        }
+        let on_its_stream = View::stream(self) == on;
+        // cudarc waits in `device_ptr`, but keeps a failure to itself: so both events are waited for once more. Nothing is
+        // recorded when the guards are dropped, since their events are taken out of them.
+        if let SyncOnDrop::Record(read) = &mut self.device_ptr(on).1 {
+            if let Some((event, _)) = read.take() {
+                on.wait(event)?;
+            }
+        }
+        let (address, mut guard) = self.device_ptr_mut(on);
+        let written = match &mut guard {
+            SyncOnDrop::Record(written) => written.take().map(|(event, _)| event),
+            SyncOnDrop::Sync(_) => None,
+        };
+        if let Some(event) = written {
+            on.wait(event)?;
+        }
+        // On its own stream it is used and freed in order, events or not.
+        let tracked = written.is_some() && context.is_managing_stream_synchronization();
+        Ok(if tracked || on_its_stream { Ok((address, written)) } else { Err(Unordered::Untracked) })
+    }
+}
+
+impl Builder {
+    /// Builds the averager for cudarc's slices, as [`build`](Builder::build) does for others. Nothing is enqueued but waits.
+    pub fn build_cudarc(self, params: &mut CudaParams<'_>) -> Result<ParamAverager> {
+        let rank = self.rank();
+        let ordered = params.order().map(|(tensors, _)| tensors);
+        let mut tensors = ordered.map_err(|error| Error::DeviceFailed { rank, reason: reason(error) })?;
+        self.build(&mut tensors)
+    }
+}
+
+impl ParamAverager {
+    /// Replaces every tensor by its mean over all ranks, and returns when that is done. Collective, as
+    /// [`average`](ParamAverager::average).
+    ///
+    /// The stream may be of any kind, the null stream included, and ordered behind it, the average runs on it or on one of
+    /// the averager's own. Other than on the null stream, only one rank may average on it.
+    pub fn average_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<Report> {
+        self.run_cudarc(params, by_hand(None)).map(averaged)
+    }
+
+    /// Replaces every tensor by its weighted mean, see [`average_weighted`](ParamAverager::average_weighted), and returns
+    /// when that is done.
+    pub fn average_weighted_cudarc(&mut self, params: &mut CudaParams<'_>, weight: f64) -> Result<Report> {
+        self.run_cudarc(params, by_hand(Some(weight))).map(averaged)
+    }
+
+    /// Enqueues an average on the stream of `params`, behind what it has been given and what other streams were given to do
+    /// to the tensors, and returns at once. Collective. What is done later to the tensors through cudarc, on any stream,
+    /// freeing them included, comes after it.
+    ///
+    /// The stream is as for [`average_on`](ParamAverager::average_on): of the rank's device, of the non-blocking kind, as
+    /// `CudaContext::new_stream` makes them, not being captured, and no other rank averages on it. If the average fails, what
+    /// comes later finds the tensors as they were: [`Pending::wait`] tells.
+    pub fn enqueue_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<Pending<'_>> {
+        self.start_cudarc(params, by_hand(None), false)
+    }
+
+    /// Enqueues a weighted average, see [`enqueue_cudarc`](ParamAverager::enqueue_cudarc).
+    pub fn enqueue_weighted_cudarc(
+        &mut self,
+        params: &mut CudaParams<'_>,
+        weight: f64,
+    ) -> Result<Pending<'_>> {
+        self.start_cudarc(params, by_hand(Some(weight)), false)
+    }
+
+    fn run_cudarc(&mut self, params: &mut CudaParams<'_>, call: Call) -> Result<Outcome> {
+        self.start_cudarc(params, call, true)?.outcome()
+    }
+
+    /// `waits`: the caller lets nobody touch the tensors until it has waited for the average.
+    fn start_cudarc(&mut self, params: &mut CudaParams<'_>, call: Call, waits: bool) -> Result<Pending<'_>> {
+        let start = Instant::now();
+        let stream = params.stream;
+        let blocking = self.check_cudarc(stream, waits)?;
+        let (mut tensors, events) = match params.order() {
+            Ok(ordered) => ordered,
+            Err(error) => return Err(self.device_failed(reason(error))),
+        };
+        let null = stream.context().default_stream();
+        if blocking && *stream != null {
+            if let Err(error) = null.join(stream) {
+                return Err(self.device_failed(reason(error)));
+            }
+        }
+        let on = (!blocking).then(|| stream.cu_stream().cast());
+        // SAFETY: the stream is one of the primary context of this rank's device, which was checked, and the averager keeps
+        // it. It, or the null stream behind it, waits for what was done to the tensors, which was checked for each; those that
+        // are not so ordered are refused. What is done later waits for the events that are recorded below, or is given to the
+        // same stream; or, without a stream, comes after the caller has waited.
+        let pending = unsafe { self.enqueue(&mut tensors, call, on, start) }?;
+        let recorded = events.iter().try_for_each(|event| event.record(stream));
+        pending.keep(stream, recorded.map_err(reason))
+    }
+
+    /// Whether the stream is of the blocking kind, if it can be averaged on.
+    fn check_cudarc(&mut self, stream: &Arc<CudaStream>, waits: bool) -> Result<bool> {
+        let refuse =
+            |rank, found: String, expected| Err(Error::Option { rank, option: "stream", found, expected });
+        let (rank, on, context) = (self.rank(), device(stream), stream.context());
+        if self.device() != on || !context.is_primary() {
+            let kind = if context.is_primary() { "" } else { ", in a context that is not its primary one" };
+            let expected =
+                "a stream that CudaContext::new(ordinal) made, with the ordinal of this rank's device";
+            return refuse(
+                rank,
+                format!("one of {on}{kind}, where the rank is on {}", self.device()),
+                expected,
+            );
+        }
+        // It may be that a use of a tensor could not be recorded.
+        if let Err(error) = context.check_err() {
+            let expected = "one whose context has no error left: see what failed, then call again";
+            return refuse(rank, format!("one whose context holds an error, {}", reason(error)), expected);
+        }
+        // A graph that was replayed later would use the tensors when nobody has lent them.
+        let none = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        let captured = stream.capture_status().map(|status| status != none);
+        if captured.map_err(|error| self.device_failed(reason(error)))? {
+            return refuse(
+                rank,
+                "one that is being captured".into(),
+                "one that is not; or average_on, which is unsafe",
+            );
+        }
+        if waits {
+            // SAFETY: a stream of the primary context of this rank's device.
+            return Ok(unsafe { self.refusal(stream.cu_stream().cast()) }?.is_some());
+        }
+        // SAFETY: as above.
+        unsafe { self.check_stream(stream.cu_stream().cast()) }.map(|()| false)
+    }
+}
+
+impl LocalSgd {
+    /// [`step`](LocalSgd::step) for cudarc's slices: an average that is due is made by
+    /// [`average_cudarc`](ParamAverager::average_cudarc).
+    pub fn step_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<Action> {
+        self.step_by(|averager, call| averager.run_cudarc(params, call))
+    }
+
+    /// [`skip`](LocalSgd::skip) for cudarc's slices.
+    pub fn skip_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<Action> {
+        self.skip_by(|averager, call| averager.run_cudarc(params, call))
+    }
+
+    /// [`finish`](LocalSgd::finish) for cudarc's slices.
+    pub fn finish_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<Action> {
+        self.finish_by(|averager, call| averager.run_cudarc(params, call))
+    }
+}
+
+fn by_hand(weight: Option<f64>) -> Call {
+    Call { weight, schedule: 0, unneeded: false }
+}
+
+fn averaged(outcome: Outcome) -> Report {
+    match outcome {
+        Outcome::Averaged(report) => report,
+        Outcome::Unneeded => unreachable!("this rank needs it"),
+    }
+}
+
+/// cudarc's word for it. A stream is there, so a driver is.
+fn reason(error: DriverError) -> String {
+    error.to_string()
+}
