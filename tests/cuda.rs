@@ -1,4 +1,4 @@
-//! The CUDA backend through the public API: ranks on one device. In CI the device is simulated by `../shared/cudasim` (or
+//! The CUDA backend through the public API: ranks on one device and on several. In CI devices are simulated by `../shared/cudasim` (or
 //! the libcuda.so.1 in the folder that `CUDASIM_LIB` names): the real PTX behind the real driver API, with a race
 //! detector, but no ptxas, no caches, no weak memory, no time. Each scenario is a process of its own.
 
@@ -21,6 +21,12 @@ use simulator::{child, folder_for, SCENARIO};
 #[test]
 fn child_process() {
     let Ok(scenario) = std::env::var(SCENARIO) else { return };
+    // A rank that panics ends the process: its peers may wait for it where nothing tells them.
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        usual(panic);
+        std::process::exit(101);
+    }));
     cuda::scenarios::run(&scenario);
 }
 

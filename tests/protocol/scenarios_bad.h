@@ -104,6 +104,20 @@ inline void abort_at_rest(Mode mode, uint64_t seed) {
   });
   check_agreement(w, Plan{}, o, ~0u);
 }
+// Ranks that go on as if nothing had happened, as replayed graphs do: those that are slower must learn of the same failure.
+inline void abort_and_go_on(Mode mode, uint64_t seed) {
+  World w(setup_of(mode, 3, 2, seed));
+  abort_world(w, 2);
+  std::vector<Outcome> o(3);
+  each_rank(w, [&](uint32_t r) {
+    fill(w, Plan{}, r);
+    for (int again = 0; again < 3; ++again) {
+      o[r] = w.average(r, Call{});
+      expect_outcome(w, r, 0, o[r], PA_ABORTED, 2);
+    }
+  });
+  check_agreement(w, Plan{}, o, ~0u);
+}
 // All others have arrived, so that rank 0 has nobody to wait for and yet must notice.
 inline void abort_between_arrivals(Mode mode, uint64_t seed) {
   World w(setup_of(mode, 3, 1, seed));
@@ -146,6 +160,7 @@ inline void aborted() {
   for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect}) {
     abort_at_rest(mode, seed++);
     abort_between_arrivals(mode, seed++);
+    for (int i = 0; i < 16; ++i) abort_and_go_on(mode, seed++);
     for (uint32_t i = 0; i < 24; ++i) abort_within(mode, seed++, i == 0);
   }
 }
