@@ -1,6 +1,7 @@
 //! The CUDA backend through the public API: ranks on one device and on several. In CI devices are simulated by `../shared/cudasim` (or
 //! the libcuda.so.1 in the folder that `CUDASIM_LIB` names): the real PTX behind the real driver API, with a race
-//! detector, but no ptxas, no caches, no weak memory, no time. Each scenario is a process of its own.
+//! detector, but no ptxas, no caches, no weak memory, no time. On a GPU: tests/gpu/suite. Each scenario is a process of
+//! its own.
 
 mod common;
 #[path = "ptx/simulator.rs"]
@@ -15,7 +16,7 @@ mod cuda {
     pub mod streams;
 }
 
-use simulator::{child, folder_for, SCENARIO};
+use simulator::{no_driver, Setting, SCENARIO};
 
 /// Not a test by itself: what the others start as a process of its own.
 #[test]
@@ -31,15 +32,11 @@ fn child_process() {
 }
 
 /// Runs the scenario with each of some settings.
-fn scenario(name: &str, settings: &[&[(&str, &str)]]) {
-    let Some(folder) = folder_for(name) else { return };
-    for settings in settings {
-        let ended = child(name, Some(&folder), settings);
-        assert_eq!(ended.code, Some(0), "{settings:?}: {}", ended.said);
-    }
+fn scenario(name: &str, settings: &[&[Setting<'_>]]) {
+    simulator::scenario(name, name, settings);
 }
 
-const ONE: (&str, &str) = ("CUDASIM_DEVICES", "1");
+const ONE: Setting<'_> = ("CUDASIM_DEVICES", "1");
 
 #[test]
 fn averages_have_the_bits_of_the_cpu() {
@@ -111,7 +108,7 @@ fn averages_in_graphs_are_replayed() {
 #[test]
 fn slices_of_cudarc_are_averaged_in_order() {
     scenario("interop", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
-    scenario("interop-devices", &[&[]]);
+    scenario("interop-devices", &[&[("CUDASIM_DEVICES", "2")]]);
 }
 
 #[test]
@@ -123,14 +120,7 @@ fn a_device_that_is_full_says_so() {
 fn machines_that_cannot_run_the_kernels_say_why() {
     scenario("no-device", &[&[("CUDASIM_NO_DEVICE", "1")], &[("CUDA_VISIBLE_DEVICES", "")]]);
     scenario("old-driver", &[&[("CUDASIM_OLD_DRIVER", "11040")]]);
-    // Without LD_LIBRARY_PATH: a driver that is found then is one of the machine's own.
-    let test = "machines_that_cannot_run_the_kernels_say_why";
-    if folder_for(test).is_none() {
-        return;
+    if simulator::driver_for("no-driver").is_some() {
+        no_driver("no-driver");
     }
-    let ended = child("no-driver", None, &[]);
-    if ended.code != Some(0) && ended.said.contains("a libcuda is installed here") {
-        return common::skipped(test, "this machine has a driver");
-    }
-    assert_eq!(ended.code, Some(0), "{}", ended.said);
 }

@@ -1,6 +1,6 @@
 //! The GPU kernels' PTX, run through the CUDA driver API on a simulated device: `../shared/cudasim`, or the libcuda.so.1
-//! in the folder that `CUDASIM_LIB` names. Every result must have the bits that the CPU kernels give. What this can't
-//! see: ptxas, caches, weak memory, time.
+//! in the folder that `CUDASIM_LIB` names; by tests/gpu/suite, on a GPU. Every result must have the bits that the CPU
+//! kernels give. What a simulation can't see: ptxas, caches, weak memory, time.
 
 mod common;
 mod ptx {
@@ -10,7 +10,7 @@ mod ptx {
     pub mod simulator;
 }
 
-use ptx::simulator::{child, folder_for, Ended, FATBIN, SCENARIO};
+use ptx::simulator::{child, driver_for, no_driver, on_own_driver, scenario, Setting, FATBIN, SCENARIO};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -25,35 +25,29 @@ fn child_process() {
     ptx::scenarios::run(&scenario, &fatbin);
 }
 
-fn succeeds(ended: Ended) {
-    assert_eq!(ended.code, Some(0), "{}", ended.said);
-}
-
 #[test]
 fn ptx_gives_the_bits_of_the_cpu_on_one_device() {
-    let Some(folder) = folder_for("ptx_gives_the_bits_of_the_cpu_on_one_device") else { return };
-    succeeds(child("streams", Some(&folder), &[("CUDASIM_DEVICES", "1"), ("CUDASIM_SEED", "1")]));
+    let test = "ptx_gives_the_bits_of_the_cpu_on_one_device";
+    scenario(test, "streams", &[&[("CUDASIM_DEVICES", "1"), ("CUDASIM_SEED", "1")]]);
 }
 
 #[test]
 fn ptx_gives_the_bits_of_the_cpu_on_several_devices() {
-    let Some(folder) = folder_for("ptx_gives_the_bits_of_the_cpu_on_several_devices") else { return };
-    succeeds(child("devices", Some(&folder), &[("CUDASIM_DEVICES", "4"), ("CUDASIM_DELAY", "20")]));
+    let test = "ptx_gives_the_bits_of_the_cpu_on_several_devices";
+    scenario(test, "devices", &[&[("CUDASIM_DEVICES", "4"), ("CUDASIM_DELAY", "20")]]);
 }
 
 #[test]
 fn ptx_failures_are_typed_and_change_nothing() {
-    let Some(folder) = folder_for("ptx_failures_are_typed_and_change_nothing") else { return };
-    succeeds(child("failures", Some(&folder), &[("CUDASIM_DEVICES", "1")]));
+    scenario("ptx_failures_are_typed_and_change_nothing", "failures", &[&[("CUDASIM_DEVICES", "1")]]);
 }
 
-const RACE: [(&str, &str); 2] = [("CUDASIM_RACE", "1"), ("CUDASIM_DEVICES", "3")];
+const RACE: [Setting<'_>; 2] = [("CUDASIM_RACE", "1"), ("CUDASIM_DEVICES", "3")];
 const RACE_EXIT: Option<i32> = Some(66);
 
 #[test]
 fn ptx_has_no_race() {
-    let Some(folder) = folder_for("ptx_has_no_race") else { return };
-    succeeds(child("race", Some(&folder), &RACE));
+    scenario("ptx_has_no_race", "race", &[&RACE]);
 }
 
 /// A fatbin with the ring alone, without one of its synchronisations.
@@ -87,7 +81,10 @@ fn mutant(nvcc: &str, number: u32) -> PathBuf {
 #[test]
 fn planted_faults_are_reported() {
     let test = "planted_faults_are_reported";
-    let Some(folder) = folder_for(test) else { return };
+    if on_own_driver() {
+        return common::skipped(test, "about a simulated machine");
+    }
+    let Some(driver) = driver_for(test) else { return };
     let nvcc = option_env!("PARAM_AVERAGER_NVCC").unwrap_or_default();
     if !Path::new(nvcc).is_file() {
         return common::skipped(test, "the nvcc that built the kernels is gone");
@@ -100,7 +97,7 @@ fn planted_faults_are_reported() {
     {
         let fatbin = mutant(nvcc, number);
         let ended =
-            child("mutant", Some(&folder), &[settings, &[(FATBIN, fatbin.to_str().unwrap())]].concat());
+            child("mutant", Some(&driver), &[settings, &[(FATBIN, fatbin.to_str().unwrap())]].concat());
         assert_eq!(ended.code, expected, "mutant {number}: {}", ended.said);
     }
 }
@@ -108,12 +105,8 @@ fn planted_faults_are_reported() {
 #[test]
 fn a_machine_without_a_device_or_a_driver_says_so() {
     let test = "a_machine_without_a_device_or_a_driver_says_so";
-    let Some(folder) = folder_for(test) else { return };
-    succeeds(child("no-device", Some(&folder), &[("CUDASIM_NO_DEVICE", "1")]));
-    // Without LD_LIBRARY_PATH: a driver that is found then is one of the machine's own.
-    let ended = child("no-driver", None, &[]);
-    if ended.code != Some(0) && ended.said.contains("a libcuda is installed here") {
-        return common::skipped(test, "this machine has a driver");
+    scenario(test, "no-device", &[&[("CUDASIM_NO_DEVICE", "1")], &[("CUDA_VISIBLE_DEVICES", "")]]);
+    if driver_for(test).is_some() {
+        no_driver(test);
     }
-    succeeds(ended);
 }

@@ -257,7 +257,7 @@ fn refusals() {
         let error = ParamAverager::builder(communicator).build(&mut vec![vec![0.0f32; 5]]).unwrap_err();
         assert!(error.to_string().contains("is not on cuda:0"), "{error}");
     });
-    unavailable(Device::cuda(7), &["there are 1 CUDA devices"]);
+    unavailable(Device::cuda(99), &["CUDA devices, numbered from 0"]);
 }
 
 fn failures() {
