@@ -6,14 +6,14 @@ use indicatif::ProgressBar;
 
 use crate::failure::Failure;
 use crate::layout::Layout;
-use crate::memory::{arena_bytes, available, place, Arena, Placed, Pool};
+use crate::memory::{arena_bytes, available, cores, place, Arena, Placed, Pool};
 use crate::methods::{Method, Options};
 use crate::plan::{Group, Section};
 use crate::records::Record;
-use crate::reference::Check;
+use crate::reference::{Check, Wire};
 
 /// Each method's iterations are made in so many turns.
-const TURNS: u32 = 3;
+pub const TURNS: u32 = 3;
 
 /// What stays the same for a run.
 pub struct Bench {
@@ -75,7 +75,7 @@ impl Bench {
                     sabotage(arenas);
                 }
                 // SAFETY: the crews rest between their orders.
-                Some(unsafe { check.wrong() })
+                Some(unsafe { check.found() }.wrong)
             } else {
                 None
             });
@@ -98,11 +98,24 @@ impl Bench {
                 times,
                 wrong,
                 limit: None,
+                device: None,
             })
             .collect();
-        let limit = records.iter().find(|record| record.method == Method::OnePassLimit).map(Record::time);
+        let limit =
+            records.iter().find(|record| record.method == Method::OnePassLimit).and_then(Record::time);
         records.iter_mut().for_each(|record| record.limit = limit);
         Ok(records)
+    }
+
+    /// Who is where, for the table.
+    pub fn who(&self, ranks: usize) -> String {
+        let threads = self.options.threads(ranks);
+        format!(
+            "{ranks} ranks x {threads} thread{} on {} cores{}",
+            if threads == 1 { "" } else { "s" },
+            cores(),
+            if ranks * threads as usize > cores() { ", which they share" } else { "" }
+        )
     }
 
     /// Gives every rank fresh data, and says how to check what becomes of it. The crews rest.
@@ -122,7 +135,7 @@ impl Bench {
             tensors: method.tensors(layout, placed),
             weights: (0..arenas.len()).map(weight).collect(),
             more_roundings: u8::from(weighted || method.is_limit()),
-            narrow_wire: method.is_ring() && !self.options.f32_wire,
+            wire: if method.is_ring() && !self.options.f32_wire { Wire::Narrow } else { Wire::Wide },
         };
         // SAFETY: the crews rest between their orders.
         unsafe { check.fill() };
@@ -131,7 +144,7 @@ impl Bench {
 }
 
 /// Changes the last bit of the last rank's first element.
-fn sabotage(arenas: &[Arc<Arena>]) {
+pub fn sabotage(arenas: &[Arc<Arena>]) {
     if let Some(arena) = arenas.last() {
         // SAFETY: it has a byte at least, and the crews rest.
         unsafe { *arena.start() ^= 1 };

@@ -17,12 +17,29 @@ Examples:
   allreduce-bench --layout llama3-8b --scale 0.05  a model that does not fit in memory, at a 20th of its size
   allreduce-bench --layout model.safetensors --csv out.csv
                                                    the tensors of your own checkpoint; only its header is read
+  allreduce-bench --backend cuda --layout gpt2 -g 2 --algorithm direct,ring --baseline
+                                                   on GPUs, beside NCCL and what copies take
 
 Columns are those of nccl-tests' all_reduce_perf, in place, since averaging is in place:
   time     median over iterations, in us: from the release of all ranks to the end of the last one; min and max beside it
   algbw    size / time in GB/s (10^9 bytes); busbw = algbw * 2(n-1)/n
   #wrong   elements of any rank that are further from the mean in f64 than rounding allows, or differ between ranks
   xlimit   time / time of the one-pass limit: all cores read all replicas once and write the mean to all, nothing else
+
+With --backend cuda rank r is on device r, or on r modulo the number of devices where there are more ranks than devices
+(CUDA_VISIBLE_DEVICES chooses). What is different there:
+  time     the slowest rank's, from an event before the call to one behind its last kernel, on a stream of its own
+  ulp      the largest error of all elements, in ulp of the dtype at the largest of the n inputs, against the f64 mean
+  xlimit   time / time of the row \"device copy\": every rank reads and writes its size once within its device
+  flatten  flatten+ring+unflatten moves by one launch of a kernel each way, copies+ring+copies by a cuMemcpyDtoDAsync a
+           tensor each way
+  NCCL     grouped: in place, all tensors in one group. flatten: by the same kernel. avg: ncclAvg. sum+scale: ncclSum,
+           then a kernel of the bench's multiplies by 1/n, on the way out of the flat buffer if there is one. The library is
+           libnccl.so.2, libnccl.so, or what PA_NCCL_LIB names; it is tried in a process of its own first. Several ranks on
+           one GPU need 2.30.3; one process a rank with distinct NCCL_HOSTID, for older ones, isn't built
+  pinned host both ways
+           every rank copies its size from page-locked memory of the host, and to it at the same time
+On a simulated device (cudasim) there are no times.
 
 Exit code: 0 if all is well, 1 if an average failed or #wrong is not 0, 2 if the command line can't be right.";
 
@@ -79,7 +96,7 @@ pub struct Args {
     pub algorithm: Vec<Algorithm>,
     /// Adds rows measured in the same run: limit (the one-pass limit), two-pass (the same for averagers that write only
     /// when all is summed), per-tensor (a ring for each tensor), flatten (flatten, ring, unflatten in separate passes),
-    /// all or none; several with commas. Without a value: all
+    /// nccl (on CUDA devices), all or none; several with commas. Without a value: all
     #[arg(long, value_name = "ROWS", value_delimiter = ',', num_args = 0..=1, require_equals = true)]
     #[arg(
         default_missing_value = "all",
@@ -138,6 +155,9 @@ pub struct Args {
     #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "The averager's options")]
     pub timeout: Option<Duration>,
 
+    /// For this bench itself: whether so many ranks can average with NCCL here.
+    #[arg(long, hide = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=16))]
+    pub nccl_probe: Option<u16>,
     /// For this bench's own tests: one wrong element in every checked result.
     #[arg(long, hide = true, action = ArgAction::SetTrue)]
     pub sabotage: bool,
@@ -180,6 +200,7 @@ pub enum Baseline {
     TwoPass,
     PerTensor,
     Flatten,
+    Nccl,
 }
 
 /// Bytes: a number, and K, M, G or T for powers of 1024, as nccl-tests reads them; KB and KiB mean the same.

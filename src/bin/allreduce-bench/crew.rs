@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 use crate::failure::Failure;
 use crate::memory::cores;
 
-/// What one member does in an iteration.
-pub type Work = Box<dyn FnMut() -> param_averager::Result<()>>;
+/// What one member does in an iteration. It may say how long that took by a clock of its own, such as a device's.
+pub type Work = Box<dyn FnMut() -> Result<Option<Duration>, Failure>>;
 
 /// What a member does first, on its thread, while the others do theirs.
-pub type Make = Box<dyn FnOnce() -> param_averager::Result<Work> + Send>;
+pub type Make = Box<dyn FnOnce() -> Result<Work, Failure> + Send>;
 
 /// The members of one method.
 pub struct Crew {
@@ -32,9 +32,16 @@ struct Shared {
     order: Mutex<Option<u32>>,
     line: StartLine,
     /// When each member finished each iteration.
-    finishes: Vec<Mutex<Vec<Instant>>>,
+    finishes: Vec<Mutex<Vec<Finish>>>,
     /// The first.
     failure: Mutex<Option<Failure>>,
+}
+
+/// How an iteration of one member ended.
+struct Finish {
+    at: Instant,
+    /// By a clock of its own.
+    took: Option<Duration>,
 }
 
 impl Crew {
@@ -73,9 +80,11 @@ impl Crew {
         let starts = std::mem::take(&mut *lock(&self.shared.line.starts));
         let finishes: Vec<_> =
             self.shared.finishes.iter().map(|each| std::mem::take(&mut *lock(each))).collect();
-        let last = |iteration: usize| finishes.iter().map(|each| each[iteration]).max();
-        let times = starts.iter().enumerate();
-        Ok(times.filter_map(|(iteration, &start)| Some(last(iteration)?.duration_since(start))).collect())
+        let slowest = |(iteration, &start): (usize, &Instant)| {
+            let time = |finish: &Finish| finish.took.unwrap_or(finish.at.duration_since(start));
+            finishes.iter().map(|each| time(&each[iteration])).max()
+        };
+        Ok(starts.iter().enumerate().filter_map(slowest).collect())
     }
 
     fn failure(&self) -> Option<Failure> {
@@ -107,12 +116,14 @@ fn member(index: usize, make: Make, shared: &Shared) {
         }
         for _ in 0..iterations {
             shared.line.meet();
-            if let Some(run) = &mut work {
-                if attempt(shared, run).is_none() {
-                    work = None;
-                }
+            let took = match &mut work {
+                Some(run) => attempt(shared, run),
+                None => Some(None),
+            };
+            finishes.push(Finish { at: Instant::now(), took: took.flatten() });
+            if took.is_none() {
+                work = None;
             }
-            finishes.push(Instant::now());
         }
         *lock(&shared.finishes[index]) = finishes;
         shared.gate.wait();
@@ -120,10 +131,10 @@ fn member(index: usize, make: Make, shared: &Shared) {
 }
 
 /// Does it and keeps what went wrong. A panic must not leave the others at a gate.
-fn attempt<R>(shared: &Shared, work: impl FnOnce() -> param_averager::Result<R>) -> Option<R> {
+fn attempt<R>(shared: &Shared, work: impl FnOnce() -> Result<R, Failure>) -> Option<R> {
     let failure = match catch_unwind(AssertUnwindSafe(work)) {
         Ok(Ok(result)) => return Some(result),
-        Ok(Err(error)) => Failure::Library(error),
+        Ok(Err(failure)) => failure,
         Err(_) => Failure::Failed("a rank panicked, see above".into()),
     };
     lock(&shared.failure).get_or_insert(failure);
@@ -213,7 +224,7 @@ mod tests {
             Box::new(move || {
                 Ok(Box::new(move || {
                     std::thread::sleep(Duration::from_millis(4 * index));
-                    Ok(())
+                    Ok(None)
                 }))
             })
         };
@@ -226,6 +237,15 @@ mod tests {
     }
 
     #[test]
+    fn a_clock_of_the_members_own_counts_and_the_slowest_of_them() {
+        let member = |index: u64| -> Make {
+            Box::new(move || Ok(Box::new(move || Ok(Some(Duration::from_secs(index))))))
+        };
+        let crew = Crew::new((1..4).map(member).collect()).unwrap();
+        assert_eq!(crew.run(2).unwrap(), [Duration::from_secs(3); 2]);
+    }
+
+    #[test]
     fn a_failure_ends_the_run_for_all_and_hangs_nobody() {
         static RUNS: AtomicUsize = AtomicUsize::new(0);
         let member = |fails: bool| -> Make {
@@ -233,9 +253,9 @@ mod tests {
                 Ok(Box::new(move || {
                     RUNS.fetch_add(1, Ordering::Relaxed);
                     if fails {
-                        Err(param_averager::Error::NoWeight)
+                        Err(param_averager::Error::NoWeight.into())
                     } else {
-                        Ok(())
+                        Ok(None)
                     }
                 }))
             })
@@ -243,7 +263,7 @@ mod tests {
         let crew = Crew::new(vec![member(false), member(true)]).unwrap();
         assert!(matches!(crew.run(5), Err(Failure::Library(param_averager::Error::NoWeight))));
         assert_eq!(RUNS.load(Ordering::Relaxed), 6, "one that failed is not run again");
-        let failing = || -> Make { Box::new(|| Err(param_averager::Error::NoWeight)) };
+        let failing = || -> Make { Box::new(|| Err(param_averager::Error::NoWeight.into())) };
         assert!(Crew::new(vec![failing(), failing()]).is_err());
     }
 }

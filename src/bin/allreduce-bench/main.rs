@@ -3,6 +3,7 @@
 mod bench;
 mod cli;
 mod crew;
+mod cuda;
 mod failure;
 mod layout;
 mod limit;
@@ -21,12 +22,11 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use param_averager::{Device, World};
 
 use bench::Bench;
 use cli::{Args, Backend};
 use failure::Failure;
-use plan::Section;
+use plan::{Group, Section};
 use records::{Record, Sink};
 use table::Table;
 
@@ -49,24 +49,41 @@ fn main() -> ExitCode {
 
 /// Returns the number of wrong elements.
 fn run(args: &Args) -> Result<u64, Failure> {
-    let (sections, options) = (plan::plan(args)?, plan::options(args));
-    if args.backend == Backend::Cuda {
-        return Err(no_cuda(&sections));
+    if let Some(ranks) = args.nccl_probe {
+        cuda::answer_nccl_probe(ranks.into());
+        return Ok(0);
     }
-    bench::fits(&sections)?;
+    let (sections, options) = (plan::plan(args)?, plan::options(args));
+    let machine = match args.backend {
+        Backend::Cpu => None,
+        Backend::Cuda => Some(cuda::Machine::open()?),
+    };
+    match &machine {
+        None => bench::fits(&sections)?,
+        Some(machine) => cuda::prepare_nccl(&sections, machine),
+    }
     let json = args.json.as_deref().map(|path| Sink::create(path, records::json)).transpose()?;
     let csv = args.csv.as_deref().map(|path| Sink::create(path, records::csv)).transpose()?;
 
     let progress = progress(&sections);
-    let mut table = Table::new(progress.clone());
-    let mut bench = Bench::new(options, args.check == 1, args.sabotage, progress.clone());
-    let mut records: Vec<Record> = vec![];
+    let mut table = Table::new(progress.clone(), machine.is_some());
     table.preamble(args, &options)?;
+    if machine.as_ref().is_some_and(|machine| machine.simulated) {
+        table.simulated()?;
+    }
+    let (check, bar) = (args.check == 1, progress.clone());
+    let mut bench = match machine {
+        None => Either::Cpu(Bench::new(options, check, args.sabotage, bar)),
+        Some(machine) => Either::Cuda(cuda::Bench::new(machine, options, check, args.sabotage, bar)),
+    };
+    let mut records: Vec<Record> = vec![];
     for section in &sections {
-        table.section(section, &options)?;
+        let ranks = section.groups.first().map_or(0, |group| group.ranks);
+        table.section(section, &bench.who(ranks))?;
         for group in &section.groups {
             let new = bench.run(group)?;
             new.iter().try_for_each(|record| table.row(record))?;
+            table.notes(&new)?;
             records.extend(new);
         }
     }
@@ -86,15 +103,24 @@ fn progress(sections: &[Section]) -> ProgressBar {
     bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-/// What the library says of a world of ranks on a CUDA device.
-fn no_cuda(sections: &[Section]) -> Failure {
-    let ranks =
-        sections.iter().flat_map(|section| &section.groups).map(|group| group.ranks).max().unwrap_or(1);
-    let reason = match World::in_process(&vec![Device::cuda(0); ranks]) {
-        Err(error) => error.to_string(),
-        Ok(_) => "the library can use cuda:0, but this bench measures ranks on CPUs only so far".into(),
-    };
-    Failure::Failed(format!(
-        "{reason}\n\nhint: --backend cpu, the default, runs the same kernels on this machine's cores"
-    ))
+/// Where ranks are.
+enum Either {
+    Cpu(Bench),
+    Cuda(cuda::Bench),
+}
+
+impl Either {
+    fn run(&mut self, group: &Group) -> Result<Vec<Record>, Failure> {
+        match self {
+            Either::Cpu(bench) => bench.run(group),
+            Either::Cuda(bench) => bench.run(group),
+        }
+    }
+
+    fn who(&self, ranks: usize) -> String {
+        match self {
+            Either::Cpu(bench) => bench.who(ranks),
+            Either::Cuda(bench) => bench.who(ranks),
+        }
+    }
 }

@@ -25,6 +25,15 @@ pub enum Method {
     PerTensorRing,
     /// All tensors copied into one flat buffer, one ring, all copied back.
     FlattenRing,
+    /// The same, by a copy of the device's for each tensor instead of a kernel. On CUDA devices only, as all below.
+    CopiesRing,
+    /// NCCL, on the tensors in one group, or on a flat buffer between flatten and unflatten. `sum`: ncclSum, multiplied by
+    /// 1/n by a kernel of the bench's; else ncclAvg.
+    Nccl { flat: bool, sum: bool },
+    /// Every rank copies as many bytes as it has parameters within its device.
+    DeviceCopy,
+    /// … from page-locked memory of the host, and to it at the same time.
+    HostCopies,
 }
 
 /// The builder's options, as the command line gives them.
@@ -41,7 +50,8 @@ pub struct Options {
 }
 
 impl Options {
-    fn builder(&self, communicator: Communicator, algorithm: Algorithm, commit: bool) -> Builder {
+    /// A builder with these.
+    pub fn builder(&self, communicator: Communicator, algorithm: Algorithm, commit: bool) -> Builder {
         let mut builder = ParamAverager::builder(communicator)
             .algorithm(algorithm)
             .all_or_nothing(commit)
@@ -82,6 +92,13 @@ impl Method {
             Method::TwoPassLimit => "two_pass_limit",
             Method::PerTensorRing => "per_tensor_ring",
             Method::FlattenRing => "flatten_ring_unflatten",
+            Method::CopiesRing => "copies_ring_copies",
+            Method::Nccl { flat: false, sum: false } => "nccl_grouped_avg",
+            Method::Nccl { flat: false, sum: true } => "nccl_grouped_sum_scale",
+            Method::Nccl { flat: true, sum: false } => "nccl_flatten_avg",
+            Method::Nccl { flat: true, sum: true } => "nccl_flatten_sum_scale",
+            Method::DeviceCopy => "device_copy",
+            Method::HostCopies => "pinned_host_both_ways",
         }
     }
 
@@ -90,10 +107,13 @@ impl Method {
         match self {
             Method::Average { algorithm: Algorithm::Ring, .. }
             | Method::PerTensorRing
-            | Method::FlattenRing => "ring",
+            | Method::FlattenRing
+            | Method::CopiesRing => "ring",
             Method::Average { .. } => "direct",
             Method::OnePassLimit => "one_pass",
             Method::TwoPassLimit => "two_pass",
+            Method::Nccl { .. } => "nccl",
+            Method::DeviceCopy | Method::HostCopies => "copy",
         }
     }
 
@@ -107,6 +127,13 @@ impl Method {
             Method::TwoPassLimit => "two-pass limit",
             Method::PerTensorRing => "ring per tensor",
             Method::FlattenRing => "flatten+ring+unflatten",
+            Method::CopiesRing => "copies+ring+copies",
+            Method::Nccl { flat: false, sum: false } => "NCCL grouped avg",
+            Method::Nccl { flat: false, sum: true } => "NCCL grouped sum+scale",
+            Method::Nccl { flat: true, sum: false } => "NCCL flatten avg",
+            Method::Nccl { flat: true, sum: true } => "NCCL flatten sum+scale",
+            Method::DeviceCopy => "device copy",
+            Method::HostCopies => "pinned host both ways",
         }
     }
 
@@ -115,7 +142,29 @@ impl Method {
     }
 
     pub fn is_limit(self) -> bool {
-        matches!(self, Method::OnePassLimit | Method::TwoPassLimit)
+        matches!(self, Method::OnePassLimit | Method::TwoPassLimit | Method::DeviceCopy | Method::HostCopies)
+    }
+
+    /// It moves bytes and averages nothing.
+    pub fn is_copy(self) -> bool {
+        matches!(self, Method::DeviceCopy | Method::HostCopies)
+    }
+
+    pub fn is_nccl(self) -> bool {
+        matches!(self, Method::Nccl { .. })
+    }
+
+    /// On a CUDA device: it needs a second copy of the parameters, or the kernels that make one, which also scale.
+    pub fn needs_flat(self) -> bool {
+        self.is_copy() || self.is_nccl() || matches!(self, Method::FlattenRing | Method::CopiesRing)
+    }
+
+    /// What is reduced with, as nccl-tests has it.
+    pub fn redop(self) -> &'static str {
+        match self {
+            Method::Nccl { sum: true, .. } => "sum",
+            _ => "avg",
+        }
     }
 
     pub fn is_ring(self) -> bool {
@@ -141,7 +190,7 @@ impl Method {
 
     /// The tensors that it averages: the limits' are flat.
     pub fn tensors(self, layout: &Layout, placed: &Arc<[Placed]>) -> Arc<[Placed]> {
-        if self.is_limit() {
+        if matches!(self, Method::OnePassLimit | Method::TwoPassLimit) {
             place_flat(layout)
         } else {
             placed.clone()
@@ -157,7 +206,7 @@ impl Method {
         arenas: &[Arc<Arena>],
         spare: &[Arc<Arena>],
     ) -> Result<Crew, Failure> {
-        if self.is_limit() {
+        if matches!(self, Method::OnePassLimit | Method::TwoPassLimit) {
             let between = (self == Method::TwoPassLimit).then(|| spare[0].clone());
             return Crew::new(passes(layout, arenas, between));
         }
@@ -171,7 +220,11 @@ impl Method {
                         average(builder, replica, options.weighted.then_some(rank as f64 + 1.0))
                     }),
                     Method::PerTensorRing => Box::new(move || per_tensor(options, communicator, replica)),
-                    _ => {
+                    Method::CopiesRing | Method::Nccl { .. } | Method::DeviceCopy | Method::HostCopies => {
+                        let what = format!("{} is measured on CUDA devices only", self.label());
+                        Box::new(|| Err(Failure::Failed(what)))
+                    }
+                    Method::FlattenRing | Method::OnePassLimit | Method::TwoPassLimit => {
                         let flat = Replica { arena: spare[rank].clone(), tensors: place_flat(layout) };
                         Box::new(move || flatten(options, communicator, replica, flat))
                     }
@@ -181,14 +234,14 @@ impl Method {
     }
 }
 
-fn average(builder: Builder, mut replica: Replica, weight: Option<f64>) -> param_averager::Result<Work> {
+fn average(builder: Builder, mut replica: Replica, weight: Option<f64>) -> Result<Work, Failure> {
     let mut averager = builder.build(&mut replica)?;
     Ok(Box::new(move || {
         match weight {
             Some(weight) => averager.average_weighted(&mut replica, weight)?,
             None => averager.average(&mut replica)?,
         };
-        Ok(())
+        Ok(None)
     }))
 }
 
@@ -200,7 +253,7 @@ fn passes(layout: &Layout, arenas: &[Arc<Arena>], between: Option<Arc<Arena>>) -
         Box::new(move || {
             Ok(Box::new(move || {
                 pass.run();
-                Ok(())
+                Ok(None)
             }))
         })
     };
@@ -208,14 +261,10 @@ fn passes(layout: &Layout, arenas: &[Arc<Arena>], between: Option<Arc<Arena>>) -
 }
 
 /// Baselines run in the ring's faster mode: they ask for no commit.
-const COMMIT: bool = false;
+pub const BASELINES_COMMIT: bool = false;
 
 /// Tensors of the same size and dtype share one averager, as its memory and threads are the same for all of them.
-fn per_tensor(
-    options: Options,
-    communicator: Communicator,
-    mut replica: Replica,
-) -> param_averager::Result<Work> {
+fn per_tensor(options: Options, communicator: Communicator, mut replica: Replica) -> Result<Work, Failure> {
     let mut averagers: Vec<ParamAverager> = vec![];
     let mut known = BTreeMap::new();
     let mut uses = vec![];
@@ -223,7 +272,7 @@ fn per_tensor(
         let Placed { elements, dtype, .. } = replica.tensors[index];
         let averager = *known.entry((elements, dtype)).or_insert(averagers.len());
         if averager == averagers.len() {
-            let builder = options.builder(communicator.clone(), Algorithm::Ring, COMMIT);
+            let builder = options.builder(communicator.clone(), Algorithm::Ring, BASELINES_COMMIT);
             averagers.push(builder.build(&mut replica.tensor(index))?);
         }
         uses.push(averager);
@@ -232,7 +281,7 @@ fn per_tensor(
         for (index, &averager) in uses.iter().enumerate() {
             averagers[averager].average(&mut replica.tensor(index))?;
         }
-        Ok(())
+        Ok(None)
     }))
 }
 
@@ -241,8 +290,8 @@ fn flatten(
     communicator: Communicator,
     replica: Replica,
     mut flat: Replica,
-) -> param_averager::Result<Work> {
-    let mut averager = options.builder(communicator, Algorithm::Ring, COMMIT).build(&mut flat)?;
+) -> Result<Work, Failure> {
+    let mut averager = options.builder(communicator, Algorithm::Ring, BASELINES_COMMIT).build(&mut flat)?;
     // Where each tensor goes in the flat buffer of its dtype.
     let mut ends: Vec<(_, usize)> = flat.tensors.iter().map(|buffer| (buffer.dtype, buffer.offset)).collect();
     let copies = replica.tensors.iter().filter(|tensor| tensor.elements > 0).map(|tensor| {
@@ -264,6 +313,6 @@ fn flatten(
             // SAFETY: as above.
             unsafe { own.add(at).copy_from_nonoverlapping(buffer.add(to), bytes) };
         }
-        Ok(())
+        Ok(None)
     }))
 }

@@ -3,7 +3,7 @@
 use param_averager as lib;
 use param_averager::Dtype;
 
-use crate::cli::{Algorithm, Args, Baseline, Datatype};
+use crate::cli::{Algorithm, Args, Backend, Baseline, Datatype};
 use crate::failure::Failure;
 use crate::layout::Layout;
 use crate::methods::{Method, Options};
@@ -27,6 +27,13 @@ pub struct Section {
 
 /// All of a run.
 pub fn plan(args: &Args) -> Result<Vec<Section>, Failure> {
+    let (elsewhere, name, other) = match args.backend {
+        Backend::Cpu => (Baseline::Nccl, "nccl", "cuda"),
+        Backend::Cuda => (Baseline::TwoPass, "two-pass", "cpu"),
+    };
+    if args.baseline.contains(&elsewhere) {
+        return Err(Failure::Usage(format!("--baseline={name} is a row of --backend {other}: leave it out")));
+    }
     if let Some(spec) = &args.layout {
         return models(args, spec);
     }
@@ -55,7 +62,7 @@ fn tour(args: &Args) -> Result<Vec<Section>, Failure> {
     let averages = if args.algorithm.is_empty() && !args.no_commit { all.to_vec() } else { averages(args) };
     let baselines = if args.baseline.is_empty() { &[Baseline::All][..] } else { &args.baseline };
     let group = |layout: Layout, ranks, averages: &[Method], baselines: &[Baseline]| Group {
-        methods: methods(averages, baselines, layout.tensors.len()),
+        methods: methods(args.backend, averages, baselines, layout.tensors.len()),
         layout,
         ranks,
         iterations: args.iterations.unwrap_or(9),
@@ -111,7 +118,7 @@ fn sweeps(args: &Args) -> Result<Vec<Section>, Failure> {
 
 fn group(args: &Args, layout: Layout, ranks: usize) -> Group {
     Group {
-        methods: methods(&averages(args), &args.baseline, layout.tensors.len()),
+        methods: methods(args.backend, &averages(args), &args.baseline, layout.tensors.len()),
         layout,
         ranks,
         iterations: args.iterations.unwrap_or(20),
@@ -171,7 +178,7 @@ fn averages(args: &Args) -> Vec<Method> {
 }
 
 /// The limit last, so that it closes the table it is the yardstick of. One tensor needs no ring for each.
-fn methods(averages: &[Method], baselines: &[Baseline], tensors: usize) -> Vec<Method> {
+fn methods(backend: Backend, averages: &[Method], baselines: &[Baseline], tensors: usize) -> Vec<Method> {
     let asked = |name| baselines.contains(&name) || baselines.contains(&Baseline::All);
     let mut methods = averages.to_vec();
     if asked(Baseline::PerTensor) && tensors > 1 {
@@ -179,6 +186,20 @@ fn methods(averages: &[Method], baselines: &[Baseline], tensors: usize) -> Vec<M
     }
     if asked(Baseline::Flatten) {
         methods.push(Method::FlattenRing);
+    }
+    if backend == Backend::Cuda {
+        if asked(Baseline::Flatten) {
+            methods.push(Method::CopiesRing);
+        }
+        if asked(Baseline::Nccl) {
+            let flats = if tensors > 1 { &[false, true][..] } else { &[false] };
+            let each = |&flat: &bool| [false, true].map(|sum| Method::Nccl { flat, sum });
+            methods.extend(flats.iter().flat_map(each));
+        }
+        if asked(Baseline::Limit) {
+            methods.extend([Method::HostCopies, Method::DeviceCopy]);
+        }
+        return methods;
     }
     if asked(Baseline::TwoPass) {
         methods.push(Method::TwoPassLimit);
@@ -283,6 +304,15 @@ mod tests {
                 .concat()
         );
         assert_eq!(methods("-b 1K --baseline=none").len(), 1);
+        assert_eq!(methods("--layout resnet50 --baseline --backend cuda").len(), 10);
+        assert_eq!(methods("-b 1K --baseline --backend cuda").len(), 7, "one tensor is flat");
+        for (line, says) in [
+            ("-b 1K --baseline=nccl", "a row of --backend cuda"),
+            ("-b 1K --baseline=two-pass --backend cuda", "a row of --backend cpu"),
+        ] {
+            let error = plan(line).unwrap_err();
+            assert!(error.exit_code() == 2 && error.to_string().contains(says), "{error}");
+        }
     }
 
     fn args(line: &str) -> Args {

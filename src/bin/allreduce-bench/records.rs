@@ -21,44 +21,63 @@ pub struct Record {
     pub elements: u64,
     /// Of one rank.
     pub bytes: u64,
-    /// Ascending, not empty.
+    /// Ascending. Empty: not measured.
     pub times: Vec<Duration>,
     /// `None`: not checked.
     pub wrong: Option<u64>,
     /// Median time of the limit's row in the same table.
     pub limit: Option<Duration>,
+    /// `None`: CPUs.
+    pub device: Option<OnDevice>,
+}
+
+/// What a row on CUDA devices has besides.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OnDevice {
+    /// As the driver calls it; the first rank's.
+    pub name: String,
+    /// One rank a GPU, or several on one.
+    pub placement: &'static str,
+    /// There is no GPU, and so there are no times.
+    pub simulated: bool,
+    /// The largest error in ulp, see `Found`. `None`: not checked.
+    pub ulps: Option<f64>,
+    /// What NCCL it was measured with, or why it was not.
+    pub note: Option<String>,
 }
 
 impl Record {
     /// Median.
-    pub fn time(&self) -> Duration {
-        let (low, high) = (self.times[(self.times.len() - 1) / 2], self.times[self.times.len() / 2]);
-        (low + high) / 2
+    pub fn time(&self) -> Option<Duration> {
+        let last = self.times.len().checked_sub(1)?;
+        Some((self.times[last / 2] + self.times[self.times.len() / 2]) / 2)
     }
 
     /// GB/s, 10⁹ bytes: bytes / time.
-    pub fn algbw(&self) -> f64 {
-        self.bytes as f64 / self.time().as_secs_f64().max(1e-9) / 1e9
+    pub fn algbw(&self) -> Option<f64> {
+        Some(self.bytes as f64 / self.time()?.as_secs_f64().max(1e-9) / 1e9)
     }
 
-    /// algbw · 2(n − 1)/n.
-    pub fn busbw(&self) -> f64 {
-        self.algbw() * 2.0 * (self.ranks as f64 - 1.0) / self.ranks as f64
+    /// algbw · 2(n − 1)/n. Of a copy there is none.
+    pub fn busbw(&self) -> Option<f64> {
+        let algbw = self.algbw().filter(|_| !self.method.is_copy())?;
+        Some(algbw * 2.0 * (self.ranks as f64 - 1.0) / self.ranks as f64)
     }
 
     /// Time as a multiple of the limit's.
     pub fn ratio(&self) -> Option<f64> {
-        Some(self.time().as_secs_f64() / self.limit?.as_secs_f64().max(1e-9))
+        Some(self.time()?.as_secs_f64() / self.limit?.as_secs_f64().max(1e-9))
     }
 
     /// All fields, in the order in which they are written.
-    fn fields(&self) -> [(&'static str, Value); 15] {
-        let us = |time: Duration| Value::from(time.as_nanos() as f64 / 1e3);
+    fn fields(&self) -> Vec<(&'static str, Value)> {
+        let us = |time: Option<Duration>| Value::from(time.map(|time| time.as_nanos() as f64 / 1e3));
         // Four digits are more than a measurement has.
-        let short = |x: f64| Value::from((x * 1e4).round() / 1e4);
-        [
+        let short = |x: Option<f64>| Value::from(x.map(|x| (x * 1e4).round() / 1e4));
+        let backend = if self.device.is_some() { "cuda" } else { "cpu" };
+        let mut fields = vec![
             ("method", self.method.name().into()),
-            ("backend", "cpu".into()),
+            ("backend", backend.into()),
             ("algorithm", self.method.algorithm().into()),
             ("layout", self.layout.as_str().into()),
             ("tensors", self.tensors.into()),
@@ -66,21 +85,31 @@ impl Record {
             ("ranks", self.ranks.into()),
             ("bytes", self.bytes.into()),
             ("time_us", us(self.time())),
-            ("min_us", us(self.times[0])),
-            ("max_us", us(self.times[self.times.len() - 1])),
+            ("min_us", us(self.times.first().copied())),
+            ("max_us", us(self.times.last().copied())),
             ("algbw_gbs", short(self.algbw())),
             ("busbw_gbs", short(self.busbw())),
             ("wrong", self.wrong.into()),
-            ("ratio_to_limit", self.ratio().map(short).into()),
-        ]
+            ("ratio_to_limit", short(self.ratio())),
+        ];
+        if let Some(device) = &self.device {
+            fields.extend([
+                ("max_ulp", short(device.ulps)), // null if it is infinite, too: then there are wrong ones
+                ("device", device.name.as_str().into()),
+                ("placement", device.placement.into()),
+                ("simulated", device.simulated.into()),
+                ("note", device.note.as_deref().into()),
+            ]);
+        }
+        fields
     }
 }
 
 /// A list of objects, one a line.
 pub fn json(records: &[Record]) -> String {
     let object = |record: &Record| {
-        let fields = record.fields().map(|(name, value)| format!("\"{name}\": {value}"));
-        format!("  {{{}}}", fields.join(", "))
+        let fields = record.fields().into_iter().map(|(name, value)| format!("\"{name}\": {value}"));
+        format!("  {{{}}}", fields.collect::<Vec<_>>().join(", "))
     };
     format!("[\n{}\n]\n", records.iter().map(object).collect::<Vec<_>>().join(",\n"))
 }
@@ -98,9 +127,10 @@ pub fn csv(records: &[Record]) -> String {
     let mut text = String::new();
     for record in records {
         if text.is_empty() {
-            text = record.fields().map(|(name, _)| name).join(",") + "\n";
+            text = record.fields().iter().map(|(name, _)| *name).collect::<Vec<_>>().join(",") + "\n";
         }
-        text += &(record.fields().map(|(_, value)| cell(value)).join(",") + "\n");
+        let cells = record.fields().into_iter().map(|(_, value)| cell(value));
+        text += &(cells.collect::<Vec<_>>().join(",") + "\n");
     }
     text
 }
@@ -142,15 +172,35 @@ mod tests {
             times: [100, 200, 400, 500].map(Duration::from_micros).to_vec(),
             wrong: Some(0),
             limit: Some(Duration::from_micros(200)),
+            device: None,
         }
     }
 
     #[test]
     fn figures_are_those_of_nccl_tests() {
         let record = record();
-        assert_eq!(record.time(), Duration::from_micros(300), "the median of an even number");
-        assert!((record.algbw() - 3.3333).abs() < 1e-3 && (record.busbw() - 5.0).abs() < 1e-3);
+        assert_eq!(record.time(), Some(Duration::from_micros(300)), "the median of an even number");
+        assert!((record.algbw().unwrap() - 3.3333).abs() < 1e-3);
+        assert!((record.busbw().unwrap() - 5.0).abs() < 1e-3);
         assert!((record.ratio().unwrap() - 1.5).abs() < 1e-9);
+    }
+
+    #[test]
+    fn what_was_not_measured_is_null() {
+        let device = OnDevice {
+            name: "a GPU".into(),
+            placement: "one rank a GPU",
+            simulated: true,
+            ulps: Some(0.5),
+            note: None,
+        };
+        let record = Record { times: vec![], device: Some(device), ..record() };
+        let value: Value = serde_json::from_str(&json(std::slice::from_ref(&record))).unwrap();
+        for field in ["time_us", "min_us", "max_us", "algbw_gbs", "busbw_gbs", "ratio_to_limit", "note"] {
+            assert_eq!(value[0][field], Value::Null, "{field}");
+        }
+        assert_eq!((&value[0]["simulated"], &value[0]["max_ulp"]), (&true.into(), &0.5.into()));
+        assert!(csv(&[record]).ends_with(",0,,0.5,a GPU,one rank a GPU,true,\n"));
     }
 
     #[test]

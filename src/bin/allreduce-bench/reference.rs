@@ -11,7 +11,9 @@
 //! | f32, f64 | n ulp of the largest input (n + 1 with weights, and for the limit, which multiplies by 1/n) |
 //! | bf16, f16 | half an ulp of the mean, and n ulp in f32 of the largest input |
 //! | … whose partial sums travelled in the dtype | besides, n − 1 half ulps of the partial sums, divided by n |
+//! | … of a collective that scales each input in the dtype, too | n + 1 ulp of the largest input |
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 
 use crate::memory::{on_all_cores, Arena, Placed};
@@ -30,8 +32,29 @@ pub struct Check {
     pub weights: Vec<f64>,
     /// Roundings that the method makes besides those of a plain sum and one division.
     pub more_roundings: u8,
-    /// Partial sums of 16-bit dtypes were rounded to the dtype on their way.
-    pub narrow_wire: bool,
+    /// What 16-bit dtypes lose on their way.
+    pub wire: Wire,
+}
+
+/// How partial sums of 16-bit dtypes travel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wire {
+    /// As f32, or not at all.
+    Wide,
+    /// In the dtype.
+    Narrow,
+    /// In the dtype, as a sum of inputs that were multiplied by 1/n in it, which was rounded to it.
+    NarrowAndScaled,
+}
+
+/// What a check found.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Found {
+    /// Elements, of all ranks, that are not what they should be.
+    pub wrong: u64,
+    /// The largest distance from the f64 mean, of rank 0's elements, each in ulp of the largest of its inputs: ulp of the
+    /// mean itself would count what the inputs cancel, not what the average loses. Infinite for a NaN.
+    pub ulps: f64,
 }
 
 /// Part of a tensor.
@@ -84,23 +107,28 @@ impl Check {
         });
     }
 
-    /// Elements, of all ranks, that are not what they should be after the average of what `fill` gave.
+    /// How well the average of what `fill` gave came out.
     ///
     /// # Safety
     /// Nobody else accesses the arenas meanwhile.
-    pub unsafe fn wrong(&self) -> u64 {
+    pub unsafe fn found(&self) -> Found {
         let pieces = self.pieces();
-        on_all_cores(pieces.len(), |job| {
+        let ulps = AtomicU64::new(0f64.to_bits());
+        let wrong = on_all_cores(pieces.len(), |job| {
             let piece = pieces[job];
             with_number!(self.tensors[piece.tensor].dtype, T => {
                 // SAFETY: so many elements lie there, and nobody writes them.
                 let of = |rank| unsafe { std::slice::from_raw_parts(self.start::<T>(rank, piece), piece.elements) };
                 let results: Vec<&[T]> = (0..self.arenas.len()).map(of).collect();
                 let keys: Vec<u32> = (0..self.arenas.len()).map(|rank| self.key(rank, piece)).collect();
-                let tolerance = Tolerance::new::<T>(&self.weights, self.more_roundings, self.narrow_wire);
-                simd::best(Compare { results: &results, keys: &keys, weights: &self.weights, tolerance })
+                let tolerance = Tolerance::new::<T>(&self.weights, self.more_roundings, self.wire);
+                let found = simd::best(Compare { results: &results, keys: &keys, weights: &self.weights, tolerance });
+                // The bits of numbers that are not negative are ordered as they are.
+                ulps.fetch_max(found.ulps.to_bits(), Ordering::Relaxed);
+                found.wrong
             })
-        })
+        });
+        Found { wrong, ulps: f64::from_bits(ulps.into_inner()) }
     }
 }
 
@@ -149,22 +177,29 @@ struct Tolerance {
     hops: f64,
     /// The smallest step of a partial sum on the wire: they are scaled down there.
     wire_step: f64,
+    /// Ulps of the largest input in the dtype itself, instead of all that.
+    scaled: Option<f64>,
 }
 
 impl Tolerance {
-    fn new<T: Number>(weights: &[f64], more_roundings: u8, narrow_wire: bool) -> Self {
+    fn new<T: Number>(weights: &[f64], more_roundings: u8, wire: Wire) -> Self {
         let (ranks, n) = (weights.len(), weights.len() as f64);
-        let narrow = narrow_wire && size_of::<T>() == 2;
+        let narrow = wire == Wire::Narrow && size_of::<T>() == 2;
         // With weights, the wire's scale and with it an ulp can be another power of two than here.
         let scale = if weights.iter().all(|&weight| weight == 1.0) { 1.0 } else { 2.0 };
         let hops = if narrow { (n - 1.0) * scale } else { 0.0 };
         let wire_step = power(T::SMALLEST) * ranks.next_power_of_two() as f64 * scale;
-        Tolerance { ulps: n + f64::from(more_roundings), hops, wire_step }
+        // Each input loses half an ulp to the rounded 1/n and half to its product, each hop half an ulp of the sum.
+        let scaled = (wire == Wire::NarrowAndScaled && size_of::<T>() == 2).then_some(n + 1.0);
+        Tolerance { ulps: n + f64::from(more_roundings), hops, wire_step, scaled }
     }
 
     /// Of a result that should be `mean`; `most`: the largest input's |x|; `sum`, Σ w·|x|, and `weight`, Σ w.
     #[inline(always)]
     fn of<T: Number>(&self, mean: f64, most: f64, sum: f64, weight: f64) -> f64 {
+        if let Some(ulps) = self.scaled {
+            return ulps * ulp(most, T::MANTISSA, power(T::SMALLEST));
+        }
         if size_of::<T>() > 2 {
             return self.ulps * ulp(most, T::MANTISSA, power(T::SMALLEST));
         }
@@ -201,12 +236,12 @@ struct Compare<'a, T> {
 }
 
 impl<T: Number> Task for Compare<'_, T> {
-    type Output = u64;
+    type Output = Found;
     #[inline(always)]
-    fn run<const ISA: u8>(self) -> u64 {
+    fn run<const ISA: u8>(self) -> Found {
         let elements = self.results[0].len();
         let total: f64 = self.weights.iter().sum();
-        let mut wrong = 0;
+        let (mut wrong, mut most_ulps) = (0, 0.0f64);
         for at in (0..elements).step_by(LANES) {
             let (mut sum, mut lost, mut size, mut most) =
                 ([0.0f64; LANES], [0.0f64; LANES], [0.0f64; LANES], [0.0f64; LANES]);
@@ -229,15 +264,20 @@ impl<T: Number> Task for Compare<'_, T> {
             let mut first = [T::default(); LANES];
             first[..count].copy_from_slice(&self.results[0][at..at + count]);
             let wide = T::widen::<ISA>(&first);
-            let mut off = [0u64; LANES];
+            let (mut off, mut ulps) = ([0u64; LANES], [0.0f64; LANES]);
             for k in 0..LANES {
                 let mean = (sum[k] + lost[k]) / total;
                 let x: f64 = wide[k].into();
                 let tolerance = self.tolerance.of::<T>(mean, most[k], size[k], total);
                 // A NaN is not within anything.
-                off[k] = 1 - u64::from((x - mean).abs() <= tolerance);
+                let error = (x - mean).abs();
+                off[k] = 1 - u64::from(error <= tolerance);
+                ulps[k] = error / ulp(most[k], T::MANTISSA, power(T::SMALLEST));
             }
             wrong += off[..count].iter().sum::<u64>();
+            for &ulps in &ulps[..count] {
+                most_ulps = if ulps.is_nan() { f64::INFINITY } else { most_ulps.max(ulps) };
+            }
             for result in &self.results[1..] {
                 let mut other = [T::default(); LANES];
                 other[..count].copy_from_slice(&result[at..at + count]);
@@ -246,7 +286,7 @@ impl<T: Number> Task for Compare<'_, T> {
                 }
             }
         }
-        wrong
+        Found { wrong, ulps: most_ulps }
     }
 }
 

@@ -13,7 +13,7 @@ fn check(dtype: Dtype, ranks: usize) -> Check {
     let tensor = |name: &str, elements| Tensor { name: name.into(), shape: vec![elements], dtype };
     let (tensors, bytes) = place(&Layout::new("test", vec![tensor("a", 5), tensor("b", ELEMENTS)]));
     let arenas = (0..ranks).map(|_| Arc::new(Arena::new(bytes))).collect();
-    Check { seed: 7, arenas, tensors, weights: vec![1.0; ranks], more_roundings: 0, narrow_wire: false }
+    Check { seed: 7, arenas, tensors, weights: vec![1.0; ranks], more_roundings: 0, wire: Wire::Wide }
 }
 
 /// The elements of a tensor of a rank.
@@ -44,7 +44,7 @@ fn catches_what_is_wrong<T: Number>(
     for ranks in [2, 3, 5] {
         let check = check(dtype, ranks);
         // SAFETY: nobody else has the arenas.
-        let wrong = || unsafe { check.wrong() };
+        let wrong = || unsafe { check.found() }.wrong;
         unsafe { check.fill() };
         assert!(wrong() > ranks as u64 * ELEMENTS / 2, "nothing has been averaged yet");
         average(&check, round, back);
@@ -97,15 +97,37 @@ fn a_right_mean_passes_and_a_wrong_one_is_caught() {
 }
 
 #[test]
+fn the_largest_error_is_in_ulps_of_the_largest_input() {
+    let check = check(Dtype::Bf16, 3);
+    // SAFETY: nobody else has the arenas.
+    unsafe { check.fill() };
+    let at = 12_345;
+    let largest = (0..3).map(|rank| f64::from(of::<bf16>(&check, rank, 1)[at]).abs()).fold(0.0, f64::max);
+    average(&check, bf16::from_f64, f64::from);
+    // SAFETY: as above.
+    let found = || unsafe { check.found() };
+    let ulps = found().ulps;
+    assert!(ulps > 0.4 && ulps <= 0.5, "{ulps}: rounded once");
+    let off = of::<bf16>(&check, 0, 1)[at].to_f64() + 20.0 * ulp(largest, bf16::MANTISSA, 0.0);
+    (0..3).for_each(|rank| of::<bf16>(&check, rank, 1)[at] = bf16::from_f64(off));
+    assert!((18.0..22.0).contains(&found().ulps), "{}", found().ulps);
+    of::<bf16>(&check, 0, 0)[0] = bf16::NAN;
+    assert_eq!(found().ulps, f64::INFINITY);
+}
+
+#[test]
 fn the_wire_widens_the_tolerance_of_halves_only() {
-    let at = |narrow| Tolerance::new::<bf16>(&[1.0; 4], 0, narrow).of::<bf16>(1.0, 2.0, 4.0, 4.0);
+    let at = |wire| Tolerance::new::<bf16>(&[1.0; 4], 0, wire).of::<bf16>(1.0, 2.0, 4.0, 4.0);
     let half_ulp = power(-8);
-    assert!((half_ulp..1.01 * half_ulp).contains(&at(false)));
+    assert!((half_ulp..1.01 * half_ulp).contains(&at(Wire::Wide)));
     // Three half ulps of a sum of 4, divided by 4.
-    assert!((4.0 * half_ulp..4.1 * half_ulp).contains(&at(true)), "{}", at(true) / half_ulp);
-    let f32_at = |narrow| Tolerance::new::<f32>(&[1.0; 4], 0, narrow).of::<f32>(1.0, 2.0, 4.0, 4.0);
-    assert_eq!(f32_at(true), 4.0 * f64::from(f32::EPSILON) * 2.0);
-    assert_eq!(f32_at(false), f32_at(true));
+    assert!((4.0 * half_ulp..4.1 * half_ulp).contains(&at(Wire::Narrow)), "{}", at(Wire::Narrow) / half_ulp);
+    let f32_at = |wire| Tolerance::new::<f32>(&[1.0; 4], 0, wire).of::<f32>(1.0, 2.0, 4.0, 4.0);
+    assert_eq!(f32_at(Wire::Narrow), 4.0 * f64::from(f32::EPSILON) * 2.0);
+    assert_eq!(f32_at(Wire::Wide), f32_at(Wire::Narrow));
+    assert_eq!(f32_at(Wire::NarrowAndScaled), f32_at(Wire::Narrow));
+    // Five ulp of the largest input, which is 2.
+    assert_eq!(at(Wire::NarrowAndScaled), 5.0 * 4.0 * half_ulp);
 }
 
 #[test]

@@ -1,11 +1,12 @@
 //! What is printed: nccl-tests' columns, for people with 110 columns and for their scripts. Lines of text begin with #.
 
+use std::collections::BTreeSet;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
 use indicatif::ProgressBar;
 
-use crate::cli::Args;
+use crate::cli::{Args, Backend};
 use crate::memory::{available, cores};
 use crate::methods::Options;
 use crate::plan::Section;
@@ -15,6 +16,10 @@ use crate::records::Record;
 pub struct Table {
     out: io::Stdout,
     colour: bool,
+    /// Of ranks on CUDA devices: it has a column more.
+    cuda: bool,
+    /// Notes of this section that have been printed.
+    noted: BTreeSet<String>,
     /// Cleared while a line is printed.
     progress: ProgressBar,
 }
@@ -24,11 +29,11 @@ const DIM: &str = "2";
 const RED: &str = "1;31";
 
 impl Table {
-    pub fn new(progress: ProgressBar) -> Self {
+    pub fn new(progress: ProgressBar, cuda: bool) -> Self {
         let out = io::stdout();
         let wanted = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
             && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
-        Table { colour: out.is_terminal() && wanted, out, progress }
+        Table { colour: out.is_terminal() && wanted, out, cuda, noted: BTreeSet::new(), progress }
     }
 
     fn line(&mut self, style: &str, text: &str) -> io::Result<()> {
@@ -69,38 +74,29 @@ impl Table {
                 choices(args, options)
             ),
         )?;
-        for text in [
-            "# time      median, from the release of all ranks to the end of the last; busbw = algbw * 2(n-1)/n",
-            "# #wrong    elements further from the f64 mean than rounding allows, or not the same bits on all ranks",
-            "# xlimit    time / one-pass limit: all cores read all replicas once and write the mean to all, nothing else;",
-            "#           no averager can be faster on one host's memory: a little below 1 is noise",
-        ] {
-            self.line("", text)?;
-        }
-        Ok(())
+        let text = if self.cuda { &ON_CUDA[..] } else { &ON_CPUS };
+        text.iter().try_for_each(|text| self.line("", text))
+    }
+
+    /// What stands in for a GPU is not one.
+    pub fn simulated(&mut self) -> io::Result<()> {
+        self.line(RED, "# simulated: no GPU; figures of time are left out")
     }
 
     /// A heading and the columns.
-    pub fn section(&mut self, section: &Section, options: &Options) -> io::Result<()> {
-        let Some(first) = section.groups.first() else { return Ok(()) };
+    pub fn section(&mut self, section: &Section, who: &str) -> io::Result<()> {
+        self.noted.clear();
         self.line("", "#")?;
         self.line(BOLD, &format!("# {}", section.heading))?;
-        let threads = options.threads(first.ranks);
-        let who = format!(
-            "# {} ranks x {threads} thread{} on {} cores{}",
-            first.ranks,
-            if threads == 1 { "" } else { "s" },
-            cores(),
-            if first.ranks * threads as usize > cores() { ", which they share" } else { "" }
-        );
-        self.line("", &who)?;
+        self.line("", &format!("# {who}"))?;
         let titles = [
             "size", "count", "type", "redop", "method", "time", "min", "max", "algbw", "busbw", "#wrong",
             "xlimit",
         ];
         let units = ["(B)", "(elements)", "", "", "", "(us)", "(us)", "(us)", "(GB/s)", "(GB/s)", "", ""];
-        self.line("", &columns("#", titles))?;
-        self.line("", &columns("#", units))
+        let (ulp, none) = (self.cuda.then_some("ulp"), self.cuda.then_some(""));
+        self.line("", &columns("#", titles, ulp))?;
+        self.line("", &columns("#", units, none))
     }
 
     /// One row.
@@ -110,22 +106,35 @@ impl Table {
             _ if record.method.is_baseline() => DIM,
             _ => "",
         };
-        let last = record.times.len() - 1;
+        let time = |time: Option<Duration>| time.map_or("-".into(), microseconds);
+        let figure = |x: Option<f64>| x.map_or("-".into(), |x| format!("{x:.2}"));
         let cells = [
             &record.bytes.to_string(),
             &record.elements.to_string(),
             &record.dtype,
-            "avg",
+            record.method.redop(),
             record.method.label(),
-            &microseconds(record.time()),
-            &microseconds(record.times[0]),
-            &microseconds(record.times[last]),
-            &format!("{:.2}", record.algbw()),
-            &format!("{:.2}", record.busbw()),
+            &time(record.time()),
+            &time(record.times.first().copied()),
+            &time(record.times.last().copied()),
+            &figure(record.algbw()),
+            &figure(record.busbw()),
             &record.wrong.map_or("N/A".into(), |wrong| wrong.to_string()),
-            &record.ratio().map_or("-".into(), |ratio| format!("{ratio:.2}")),
+            &figure(record.ratio()),
         ];
-        self.line(style, &columns("", cells))
+        let ulps = record.device.as_ref().map(|device| device.ulps.map_or("N/A".into(), ulps));
+        self.line(style, &columns("", cells, ulps.as_deref()))
+    }
+
+    /// What NCCL's rows were measured with, or why they were not; once in a section.
+    pub fn notes(&mut self, records: &[Record]) -> io::Result<()> {
+        let notes = records.iter().filter_map(|record| record.device.as_ref()?.note.as_ref());
+        for note in notes {
+            if self.noted.insert(note.clone()) {
+                self.line("", &format!("# NCCL      {note}"))?;
+            }
+        }
+        Ok(())
     }
 
     /// What nccl-tests ends with.
@@ -141,14 +150,36 @@ impl Table {
     }
 }
 
-fn columns(first: &str, cells: [&str; 12]) -> String {
+const ON_CPUS: [&str; 4] = [
+    "# time      median, from the release of all ranks to the end of the last; busbw = algbw * 2(n-1)/n",
+    "# #wrong    elements further from the f64 mean than rounding allows, or not the same bits on all ranks",
+    "# xlimit    time / one-pass limit: all cores read all replicas once and write the mean to all, nothing else;",
+    "#           no averager can be faster on one host's memory: a little below 1 is noise",
+];
+
+const ON_CUDA: [&str; 5] = [
+    "# time      median of the slowest rank's, between events on its stream; busbw = algbw * 2(n-1)/n",
+    "# #wrong    elements further from the f64 mean than rounding allows, or not the same bits on all ranks",
+    "# ulp       largest error against the f64 mean, in ulp of the dtype at the largest input",
+    "# xlimit    time / device copy: every rank reads and writes its size once within its device; between GPUs the",
+    "#           links are a limit, too, which this is not",
+];
+
+/// `ulp`: a column more, before the last.
+fn columns(first: &str, cells: [&str; 12], ulp: Option<&str>) -> String {
     let [size, count, dtype, op, method, time, min, max, algbw, busbw, wrong, ratio] = cells;
+    let ulp = ulp.map_or(String::new(), |ulp| format!("{ulp:>6} "));
     let text = format!(
         "{first}{size:>width$} {count:>10} {dtype:>5} {op:>5}  {method:<22} {time:>7} {min:>7} {max:>7} {algbw:>6} \
-         {busbw:>6} {wrong:>6} {ratio:>6}",
+         {busbw:>6} {wrong:>6} {ulp}{ratio:>6}",
         width = 11 - first.len()
     );
     text.trim_end().into()
+}
+
+fn ulps(x: f64) -> String {
+    let decimals = if x < 999.5 { 2 } else { 0 };
+    format!("{x:.decimals$}")
 }
 
 /// Four digits or all before the point.
@@ -166,6 +197,9 @@ fn microseconds(time: Duration) -> String {
 
 fn choices(args: &Args, options: &Options) -> String {
     let mut words = vec!["auto is direct".to_string()];
+    if args.backend == Backend::Cuda {
+        words.clear(); // rows have the name of what it came to
+    }
     words.push(format!(
         "ring sends {}",
         if args.f32_wire { "partial sums as f32" } else { "the tensors' dtype" }
@@ -196,6 +230,7 @@ mod tests {
                 "size", "count", "type", "redop", "method", "time", "min", "max", "algbw", "busbw", "#wrong",
                 "xlimit",
             ],
+            None,
         );
         let row = columns(
             "",
@@ -213,6 +248,7 @@ mod tests {
                 "0",
                 "123.45",
             ],
+            None,
         );
         assert_eq!(header.len(), row.len());
         assert!(row.len() <= 110, "{}", row.len());

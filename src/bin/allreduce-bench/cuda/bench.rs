@@ -1,0 +1,420 @@
+//! Measures a group on CUDA devices, as `crate::bench` does on CPUs: turn by turn, then each method's result.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use indicatif::ProgressBar;
+use param_averager::{Algorithm, World};
+
+use super::average::{self, Mover};
+use super::device::{DeviceMemory, Gpu, Machine, Pinned};
+use super::flat::Flat;
+use super::kernels::Kernels;
+use super::limits::{self, PINNED_BYTES};
+use super::nccl::{Member, Nccl};
+use super::nccl_rows::{self, within, Row, LIMIT};
+use super::replica::Replica;
+use super::{devices, placement, probe};
+use crate::bench::{sabotage, TURNS};
+use crate::crew::{Crew, Make};
+use crate::failure::Failure;
+use crate::memory::{place, Arena, Placed, Pool};
+use crate::methods::{Method, Options};
+use crate::plan::Group;
+use crate::records::{OnDevice, Record};
+use crate::reference::{Check, Found, Wire};
+
+/// What stays the same for a run.
+pub struct Bench {
+    machine: Machine,
+    options: Options,
+    check: bool,
+    sabotage: bool,
+    pool: Pool,
+    progress: ProgressBar,
+    /// Of the next check's data.
+    seed: u64,
+    /// What NCCL is, or why it can't be used, by the number of ranks.
+    nccl: BTreeMap<usize, Result<String, String>>,
+}
+
+/// What a group's crews share. Freed when all of them are gone.
+struct Shared {
+    gpus: Vec<Gpu>,
+    tensors: Arc<[Placed]>,
+    own: Vec<Arc<DeviceMemory>>,
+    flat: Flat,
+    flats: Vec<Arc<DeviceMemory>>,
+    kernels: Vec<Arc<Kernels>>,
+    pinned: Vec<[Arc<Pinned>; 2]>,
+    members: Vec<Arc<Member>>,
+}
+
+/// A method and what it has come to.
+struct Entry {
+    method: Method,
+    /// None: it can't be measured, as the note says.
+    crew: Option<Arc<Crew>>,
+    note: Option<String>,
+    /// What `Algorithm::Auto` was.
+    ran: Arc<OnceLock<Algorithm>>,
+    times: Vec<Duration>,
+    found: Option<Found>,
+}
+
+impl Entry {
+    fn give_up(&mut self, reason: &str) {
+        (self.crew, self.found) = (None, None);
+        self.times.clear();
+        self.note = Some(format!("not measured: {reason}"));
+    }
+}
+
+impl Bench {
+    pub fn new(
+        machine: Machine,
+        options: Options,
+        check: bool,
+        sabotage: bool,
+        progress: ProgressBar,
+    ) -> Self {
+        let (pool, nccl) = (Pool::default(), BTreeMap::new());
+        Bench { machine, options, check, sabotage, pool, progress, seed: 0, nccl }
+    }
+
+    /// A record for each method.
+    pub fn run(&mut self, group: &Group) -> Result<Vec<Record>, Failure> {
+        let Group { layout, ranks, methods, iterations, warmup } = group;
+        let (tensors, bytes) = place(layout);
+        let mut shared = self.share(group, tensors, bytes)?;
+        let arenas = self.pool.get(*ranks, bytes);
+        self.fill(methods[0], &shared, &arenas)?;
+        let mut entries =
+            methods.iter().map(|&method| self.enter(method, &shared)).collect::<Result<Vec<_>, _>>()?;
+        for turn in 0..TURNS {
+            let share = (iterations + TURNS - 1 - turn) / TURNS;
+            for entry in &mut entries {
+                let label = entry.method.label();
+                self.progress.set_message(format!("{}, {ranks} ranks: {label}", layout.name));
+                if share > 0 {
+                    let before = if turn == 0 { *warmup } else { warmup / 4 };
+                    let times = self.measure(entry, &shared, before + share)?;
+                    entry.times.extend(times.into_iter().skip(before as usize));
+                }
+                self.progress.inc(1);
+            }
+        }
+        for entry in &mut entries {
+            self.progress.set_message(format!(
+                "{}, {ranks} ranks: checking {}",
+                layout.name,
+                entry.method.label()
+            ));
+            if self.check && entry.crew.is_some() && !entry.method.is_limit() {
+                let check = self.fill(entry.method, &shared, &arenas)?;
+                self.measure(entry, &shared, 1)?;
+                shared.own.iter().zip(&arenas).try_for_each(|(own, arena)| {
+                    // SAFETY: nobody else uses the arenas now, and they are initialised.
+                    own.download(unsafe { std::slice::from_raw_parts_mut(arena.start(), bytes) })
+                })?;
+                if self.sabotage {
+                    sabotage(&arenas);
+                }
+                // SAFETY: as above.
+                entry.found = entry.crew.is_some().then(|| unsafe { check.found() });
+            }
+            self.progress.inc(1);
+        }
+        let records = self.records(group, &mut entries);
+        let hung = entries.iter().any(|entry| entry.method.is_nccl() && entry.crew.is_none());
+        drop(entries);
+        nccl_rows::part(std::mem::take(&mut shared.members), &shared.gpus, hung);
+        Ok(records)
+    }
+
+    /// Runs a crew. What goes wrong with NCCL is its rows' note, and the end of the others' only if it never comes back.
+    fn measure(
+        &mut self,
+        entry: &mut Entry,
+        shared: &Shared,
+        iterations: u32,
+    ) -> Result<Vec<Duration>, Failure> {
+        if let (true, Some(Err(reason))) = (entry.method.is_nccl(), self.nccl.get(&shared.gpus.len())) {
+            // What went wrong in one row is wrong for all.
+            entry.give_up(reason);
+        }
+        let Some(crew) = entry.crew.clone() else { return Ok(vec![]) };
+        if matches!(entry.method, Method::FlattenRing | Method::CopiesRing | Method::Nccl { flat: true, .. })
+        {
+            // What the copies of the limits left between its tensors may be NaN.
+            shared.flats.iter().try_for_each(|flat| flat.zero())?;
+        }
+        if !entry.method.is_nccl() {
+            return crew.run(iterations);
+        }
+        // Its waits for the device end by themselves. Those on the host do not.
+        match within(2 * LIMIT + Duration::from_secs(1) * iterations, move || crew.run(iterations)) {
+            Some(Ok(times)) => Ok(times),
+            Some(Err(failure)) => {
+                entry.give_up(&failure.to_string());
+                self.nccl.insert(shared.gpus.len(), Err(failure.to_string()));
+                Ok(vec![])
+            }
+            None => Err(Failure::Failed(format!(
+                "NCCL did not come back from a call, though it did when it was tried ({}): run again without it, with \
+                 --baseline=limit,per-tensor,flatten",
+                entry.note.as_deref().unwrap_or("NCCL")
+            ))),
+        }
+    }
+
+    /// Allocates what the group's methods need, and brings NCCL's ranks together.
+    fn share(&mut self, group: &Group, tensors: Arc<[Placed]>, bytes: usize) -> Result<Shared, Failure> {
+        let Group { layout, ranks, methods, .. } = group;
+        let ordinals = devices(*ranks, self.machine.visible()).into_iter().enumerate();
+        let gpus = ordinals.map(|(rank, ordinal)| Gpu::open(&self.machine, rank, ordinal));
+        let gpus = gpus.collect::<Result<Vec<_>, _>>()?;
+        let memory = |bytes: usize| {
+            let each = gpus.iter().map(|gpu| DeviceMemory::new(gpu, bytes).map(Arc::new));
+            each.collect::<Result<Vec<_>, _>>()
+        };
+        let own = memory(bytes)?;
+        let flat = Flat::new(&tensors);
+        let (mut flats, mut kernels, mut pinned) = (vec![], vec![], vec![]);
+        if methods.iter().any(|method| method.needs_flat()) {
+            flats = memory(flat.bytes.max(layout.bytes() as usize))?;
+            for (gpu, (own, buffer)) in gpus.iter().zip(own.iter().zip(&flats)) {
+                kernels.push(Kernels::new(gpu, &flat, own, buffer)?);
+            }
+        }
+        if methods.contains(&Method::HostCopies) {
+            let bytes = PINNED_BYTES.min(layout.bytes() as usize);
+            for gpu in &gpus {
+                pinned.push([Arc::new(Pinned::new(gpu, bytes)?), Arc::new(Pinned::new(gpu, bytes)?)]);
+            }
+        }
+        let members = if methods.iter().any(|method| method.is_nccl()) { self.join(&gpus) } else { vec![] };
+        Ok(Shared { gpus, tensors, own, flat, flats, kernels, pinned, members })
+    }
+
+    /// NCCL's ranks, if it can be used with so many. `self.nccl` knows it afterwards.
+    fn join(&mut self, gpus: &[Gpu]) -> Vec<Arc<Member>> {
+        let (machine, ranks) = (&self.machine, gpus.len());
+        let known = self.nccl.entry(ranks).or_insert_with(|| probe::ask(machine, ranks));
+        if known.is_err() {
+            return vec![];
+        }
+        match Nccl::load(ranks > machine.visible()).and_then(|nccl| nccl_rows::join(&nccl, gpus)) {
+            Ok(members) => members,
+            Err(reason) => {
+                *known = Err(reason);
+                vec![]
+            }
+        }
+    }
+
+    /// Starts a method's crew, or says why it has none.
+    fn enter(&self, method: Method, shared: &Shared) -> Result<Entry, Failure> {
+        let ran = Arc::new(OnceLock::new());
+        let mut entry = Entry { method, crew: None, note: None, ran, times: vec![], found: None };
+        if method.is_nccl() {
+            match self.nccl.get(&shared.gpus.len()) {
+                Some(Ok(what)) => entry.note = Some(what.clone()),
+                Some(Err(reason)) => {
+                    entry.give_up(reason);
+                    return Ok(entry);
+                }
+                None => return Ok(entry), // `join` has asked
+            }
+        }
+        entry.crew = Some(Arc::new(self.crew(method, shared, &entry.ran)?));
+        Ok(entry)
+    }
+
+    /// A method's threads, ready to run.
+    fn crew(&self, method: Method, shared: &Shared, ran: &Arc<OnceLock<Algorithm>>) -> Result<Crew, Failure> {
+        let (options, ranks) = (self.options, shared.gpus.len());
+        let on: Vec<_> = shared.gpus.iter().map(|gpu| gpu.device()).collect();
+        let mut world = World::in_process(&on).map_err(one_device_instead)?.into_iter();
+        let bytes = shared.tensors.iter().map(|tensor| tensor.elements * tensor.dtype.size()).sum();
+        let mut members: Vec<Make> = vec![];
+        for (rank, gpu) in shared.gpus.iter().enumerate() {
+            let (gpu, own) = (gpu.clone(), shared.own[rank].clone());
+            let replica =
+                Replica { memory: own.clone(), tensors: shared.tensors.clone(), device: gpu.device() };
+            let flat = || Replica {
+                memory: shared.flats[rank].clone(),
+                tensors: shared.flat.buffers.clone(),
+                device: gpu.device(),
+            };
+            let communicator = world.next().expect("one for each rank");
+            members.push(match method {
+                Method::Average { algorithm, commit } => {
+                    let ran = ran.clone();
+                    let weight = options.weighted.then_some(rank as f64 + 1.0);
+                    Box::new(move || {
+                        gpu.bind()?;
+                        average::average(
+                            gpu,
+                            options.builder(communicator, algorithm, commit),
+                            replica,
+                            weight,
+                            ran,
+                        )
+                    })
+                }
+                Method::PerTensorRing => Box::new(move || {
+                    gpu.bind()?;
+                    average::per_tensor(gpu, options, communicator, replica)
+                }),
+                Method::FlattenRing => {
+                    let (flat, mover) = (flat(), Mover::Kernel(shared.kernels[rank].clone()));
+                    Box::new(move || {
+                        gpu.bind()?;
+                        average::flatten(gpu, options, communicator, flat, mover)
+                    })
+                }
+                Method::CopiesRing => {
+                    let (flat, spans) = (flat(), shared.flat.spans.clone());
+                    let mover = Mover::Copies { gpu: gpu.clone(), own: replica, flat: flat.clone(), spans };
+                    Box::new(move || {
+                        gpu.bind()?;
+                        average::flatten(gpu, options, communicator, flat, mover)
+                    })
+                }
+                Method::Nccl { flat, sum } => {
+                    let (memory, tensors) = match flat {
+                        true => (&shared.flats[rank], &shared.flat.buffers),
+                        false => (&own, &shared.tensors),
+                    };
+                    let buffer = |tensor: &Placed| {
+                        (memory.address() + tensor.offset as u64, tensor.elements, tensor.dtype)
+                    };
+                    let row = Row {
+                        member: shared.members[rank].clone(),
+                        buffers: tensors.iter().filter(|tensor| tensor.elements > 0).map(buffer).collect(),
+                        flat,
+                        scale: sum.then_some(1.0 / ranks as f64),
+                        kernels: shared.kernels[rank].clone(),
+                    };
+                    Box::new(move || {
+                        gpu.bind()?;
+                        row.work(gpu)
+                    })
+                }
+                Method::DeviceCopy => {
+                    let flat = shared.flats[rank].clone();
+                    Box::new(move || {
+                        gpu.bind()?;
+                        limits::device_copy(gpu, own, flat, bytes)
+                    })
+                }
+                Method::HostCopies => {
+                    let (flat, pinned) = (shared.flats[rank].clone(), shared.pinned[rank].clone());
+                    Box::new(move || {
+                        gpu.bind()?;
+                        limits::host_copies(gpu, own, flat, pinned, bytes)
+                    })
+                }
+                Method::OnePassLimit | Method::TwoPassLimit => {
+                    return Err(Failure::Failed(format!("{} is a limit of CPUs", method.label())))
+                }
+            });
+        }
+        Crew::new(members)
+    }
+
+    /// Gives every rank fresh data, and says how to check what becomes of it. The crews rest.
+    fn fill(&mut self, method: Method, shared: &Shared, arenas: &[Arc<Arena>]) -> Result<Check, Failure> {
+        self.seed += 1;
+        let weighted = self.options.weighted && !method.is_baseline();
+        let weight = |rank| if weighted { rank as f64 + 1.0 } else { 1.0 };
+        let wire = match method {
+            Method::Nccl { .. } => Wire::NarrowAndScaled,
+            _ if method.is_ring() && !self.options.f32_wire => Wire::Narrow,
+            _ => Wire::Wide,
+        };
+        let check = Check {
+            seed: self.seed,
+            arenas: arenas.to_vec(),
+            tensors: shared.tensors.clone(),
+            weights: (0..arenas.len()).map(weight).collect(),
+            more_roundings: u8::from(weighted || method.is_nccl()),
+            wire,
+        };
+        // SAFETY: nobody else uses the arenas now.
+        unsafe { check.fill() };
+        shared.own.iter().zip(arenas).try_for_each(|(own, arena)| {
+            // SAFETY: as above; they are initialised.
+            own.upload(unsafe { std::slice::from_raw_parts(arena.start(), arena.bytes()) })
+        })?;
+        Ok(check)
+    }
+
+    fn records(&self, group: &Group, entries: &mut [Entry]) -> Vec<Record> {
+        let Group { layout, ranks, .. } = group;
+        let (visible, simulated) = (self.machine.visible(), self.machine.simulated);
+        let name = devices(*ranks, visible)
+            .first()
+            .map_or(String::new(), |&first| self.machine.names[first].clone());
+        let record = |entry: &mut Entry| {
+            let mut times = if simulated { vec![] } else { std::mem::take(&mut entry.times) };
+            times.sort();
+            let method = match (entry.method, entry.ran.get()) {
+                (Method::Average { commit, .. }, Some(&algorithm)) => Method::Average { algorithm, commit },
+                (method, _) => method,
+            };
+            Record {
+                method,
+                layout: layout.name.clone(),
+                tensors: layout.tensors.len(),
+                dtype: layout.dtype_name(),
+                ranks: *ranks,
+                elements: layout.elements(),
+                bytes: layout.bytes(),
+                times,
+                wrong: entry.found.map(|found| found.wrong),
+                limit: None,
+                device: Some(OnDevice {
+                    name: name.clone(),
+                    placement: placement(*ranks, visible),
+                    simulated,
+                    ulps: entry.found.map(|found| found.ulps),
+                    note: entry.note.clone(),
+                }),
+            }
+        };
+        let mut records: Vec<Record> = entries.iter_mut().map(record).collect();
+        let limit = records.iter().find(|record| record.method == Method::DeviceCopy).and_then(Record::time);
+        records.iter_mut().for_each(|record| record.limit = limit);
+        records
+    }
+
+    /// Who is where, for the table.
+    pub fn who(&self, ranks: usize) -> String {
+        let names = |ordinals: Vec<usize>| {
+            let each = ordinals
+                .into_iter()
+                .map(|ordinal| format!("cuda:{ordinal} ({})", self.machine.names[ordinal]));
+            each.collect::<Vec<_>>().join(", ")
+        };
+        let visible = self.machine.visible();
+        let on = names((0..visible.min(ranks)).collect());
+        if ranks <= visible {
+            format!("one rank a GPU: {on}")
+        } else {
+            format!("{ranks} ranks on {on}, which they share")
+        }
+    }
+}
+
+/// Says how to have all ranks on one device.
+fn one_device_instead(error: param_averager::Error) -> Failure {
+    match error {
+        param_averager::Error::DeviceUnavailable { .. } => {
+            Failure::Failed(format!("{error}\n\nhint: CUDA_VISIBLE_DEVICES=0 puts all ranks on one GPU"))
+        }
+        other => other.into(),
+    }
+}
