@@ -1,6 +1,8 @@
 //! The averager by itself, under criterion: `cargo bench --bench average`. For comparisons with the one-pass limit and
 //! with other ways to do it, in one run, see `allreduce-bench`.
 
+mod common;
+
 use std::hint::black_box;
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Barrier};
@@ -61,25 +63,13 @@ impl Drop for Ranks {
     }
 }
 
-/// Elements of GPT-2's 148 tensors.
-fn gpt2() -> Vec<usize> {
-    const D: usize = 768;
-    let block = [D, D, D * 3 * D, 3 * D, D * D, D, D, D, D * 4 * D, 4 * D, 4 * D * D, D];
-    let mut layout = vec![50257 * D, 1024 * D];
-    (0..12).for_each(|_| layout.extend(block));
-    layout.extend([D, D]);
-    layout
-}
-
 fn average(criterion: &mut Criterion) {
-    let layouts =
-        [("gpt2", gpt2()), ("gpt2_as_one", vec![gpt2().iter().sum()]), ("100x1000", vec![1000; 100])];
     let ways = [
         ("direct", Algorithm::Direct, true),
         ("ring", Algorithm::Ring, true),
         ("ring_no_commit", Algorithm::Ring, false),
     ];
-    for (name, layout) in layouts {
+    for (name, layout) in common::layouts() {
         for n in [2, 4] {
             let mut group = criterion.benchmark_group(format!("{name}/f32/{n}_ranks"));
             group.throughput(Throughput::Bytes(4 * layout.iter().sum::<usize>() as u64));

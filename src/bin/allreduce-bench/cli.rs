@@ -151,7 +151,7 @@ pub struct Args {
     /// A weighted mean: rank r has the weight r + 1. Baselines stay unweighted
     #[arg(long, help_heading = "The averager's options")]
     pub weighted: bool,
-    /// How long a rank waits for another, in seconds [default: 600]
+    /// How long a rank waits for another, in seconds [default: 600; 60 for NCCL]
     #[arg(long, value_name = "SECONDS", value_parser = seconds, help_heading = "The averager's options")]
     pub timeout: Option<Duration>,
 

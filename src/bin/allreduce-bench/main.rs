@@ -50,7 +50,7 @@ fn main() -> ExitCode {
 /// Returns the number of wrong elements.
 fn run(args: &Args) -> Result<u64, Failure> {
     if let Some(ranks) = args.nccl_probe {
-        cuda::answer_nccl_probe(ranks.into());
+        cuda::answer_nccl_probe(ranks.into(), cuda::nccl_limit(args.timeout));
         return Ok(0);
     }
     let (sections, options) = (plan::plan(args)?, plan::options(args));

@@ -131,7 +131,7 @@ impl Table {
         let notes = records.iter().filter_map(|record| record.device.as_ref()?.note.as_ref());
         for note in notes {
             if self.noted.insert(note.clone()) {
-                self.line("", &format!("# NCCL      {note}"))?;
+                self.line("", &format!("# {note}"))?;
             }
         }
         Ok(())

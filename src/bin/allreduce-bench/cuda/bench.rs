@@ -13,7 +13,7 @@ use super::flat::Flat;
 use super::kernels::Kernels;
 use super::limits::{self, PINNED_BYTES};
 use super::nccl::{Member, Nccl};
-use super::nccl_rows::{self, within, Row, LIMIT};
+use super::nccl_rows::{self, nccl_limit, within, Row};
 use super::replica::Replica;
 use super::{devices, placement, probe};
 use crate::bench::{sabotage, TURNS};
@@ -35,6 +35,8 @@ pub struct Bench {
     progress: ProgressBar,
     /// Of the next check's data.
     seed: u64,
+    /// How long NCCL may take for one thing.
+    limit: Duration,
     /// What NCCL is, or why it can't be used, by the number of ranks.
     nccl: BTreeMap<usize, Result<String, String>>,
 }
@@ -67,7 +69,7 @@ impl Entry {
     fn give_up(&mut self, reason: &str) {
         (self.crew, self.found) = (None, None);
         self.times.clear();
-        self.note = Some(format!("not measured: {reason}"));
+        self.note = Some(format!("NCCL not measured: {reason}"));
     }
 }
 
@@ -79,8 +81,8 @@ impl Bench {
         sabotage: bool,
         progress: ProgressBar,
     ) -> Self {
-        let (pool, nccl) = (Pool::default(), BTreeMap::new());
-        Bench { machine, options, check, sabotage, pool, progress, seed: 0, nccl }
+        let (pool, nccl, limit) = (Pool::default(), BTreeMap::new(), nccl_limit(options.timeout));
+        Bench { machine, options, check, sabotage, pool, progress, seed: 0, limit, nccl }
     }
 
     /// A record for each method.
@@ -129,7 +131,7 @@ impl Bench {
         let records = self.records(group, &mut entries);
         let hung = entries.iter().any(|entry| entry.method.is_nccl() && entry.crew.is_none());
         drop(entries);
-        nccl_rows::part(std::mem::take(&mut shared.members), &shared.gpus, hung);
+        nccl_rows::part(std::mem::take(&mut shared.members), &shared.gpus, hung, self.limit);
         Ok(records)
     }
 
@@ -154,7 +156,7 @@ impl Bench {
             return crew.run(iterations);
         }
         // Its waits for the device end by themselves. Those on the host do not.
-        match within(2 * LIMIT + Duration::from_secs(1) * iterations, move || crew.run(iterations)) {
+        match within(2 * self.limit + Duration::from_secs(1) * iterations, move || crew.run(iterations)) {
             Some(Ok(times)) => Ok(times),
             Some(Err(failure)) => {
                 entry.give_up(&failure.to_string());
@@ -200,12 +202,12 @@ impl Bench {
 
     /// NCCL's ranks, if it can be used with so many. `self.nccl` knows it afterwards.
     fn join(&mut self, gpus: &[Gpu]) -> Vec<Arc<Member>> {
-        let (machine, ranks) = (&self.machine, gpus.len());
-        let known = self.nccl.entry(ranks).or_insert_with(|| probe::ask(machine, ranks));
+        let (machine, ranks, limit) = (&self.machine, gpus.len(), self.limit);
+        let known = self.nccl.entry(ranks).or_insert_with(|| probe::ask(machine, ranks, limit));
         if known.is_err() {
             return vec![];
         }
-        match Nccl::load(ranks > machine.visible()).and_then(|nccl| nccl_rows::join(&nccl, gpus)) {
+        match Nccl::load(ranks > machine.visible()).and_then(|nccl| nccl_rows::join(&nccl, gpus, limit)) {
             Ok(members) => members,
             Err(reason) => {
                 *known = Err(reason);
@@ -297,6 +299,7 @@ impl Bench {
                         flat,
                         scale: sum.then_some(1.0 / ranks as f64),
                         kernels: shared.kernels[rank].clone(),
+                        limit: self.limit,
                     };
                     Box::new(move || {
                         gpu.bind()?;

@@ -17,6 +17,7 @@ mod replica;
 
 pub use bench::Bench;
 pub use device::Machine;
+pub use nccl_rows::nccl_limit;
 pub use probe::{answer as answer_nccl_probe, prepare as prepare_nccl};
 
 /// The ordinal of each rank's device: one each where there are enough, else they take turns.

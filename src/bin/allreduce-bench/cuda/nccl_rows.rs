@@ -11,8 +11,10 @@ use super::nccl::{Member, Nccl, Op};
 use crate::crew::Work;
 use crate::failure::Failure;
 
-/// How long NCCL may take for anything.
-pub const LIMIT: Duration = Duration::from_secs(60);
+/// How long NCCL may take for one thing, if `--timeout` says so.
+pub fn nccl_limit(timeout: Option<Duration>) -> Duration {
+    timeout.unwrap_or(Duration::from_secs(60))
+}
 
 /// What a row all-reduces, and how.
 pub struct Row {
@@ -24,12 +26,14 @@ pub struct Row {
     /// ncclSum, and the kernels multiply by this (on the way out of the flat buffers, if there are any); else ncclAvg.
     pub scale: Option<f64>,
     pub kernels: Arc<Kernels>,
+    /// How long it may take.
+    pub limit: Duration,
 }
 
 impl Row {
     pub fn work(self, gpu: Gpu) -> Result<Work, Failure> {
         let clock = Clock::new(&gpu)?;
-        let Row { member, buffers, flat, scale, kernels } = self;
+        let Row { member, buffers, flat, scale, kernels, limit } = self;
         let op = if scale.is_some() { Op::Sum } else { Op::Avg };
         Ok(Box::new(move || {
             clock.start()?;
@@ -44,19 +48,19 @@ impl Row {
                 (false, None) => {}
             }
             clock.stop()?;
-            wait(&clock)?;
+            wait(&clock, limit)?;
             clock.took()
         }))
     }
 }
 
 /// Waits for the end, but not for ever.
-pub fn wait(clock: &Clock) -> Result<(), Failure> {
+pub fn wait(clock: &Clock, limit: Duration) -> Result<(), Failure> {
     let begin = Instant::now();
     while !clock.stop.is_done()? {
-        if begin.elapsed() > LIMIT {
+        if begin.elapsed() > limit {
             return Err(Failure::Failed(format!(
-                "NCCL: an all-reduce was not done after {LIMIT:?}; NCCL_DEBUG=INFO says more"
+                "NCCL: an all-reduce was not done after {limit:?}; NCCL_DEBUG=INFO says more"
             )));
         }
         std::thread::yield_now();
@@ -73,7 +77,7 @@ pub fn within<T: Send + 'static>(limit: Duration, what: impl FnOnce() -> T + Sen
 }
 
 /// All ranks' members, or why there are none. Collective, on a thread for each rank.
-pub fn join(nccl: &Nccl, gpus: &[Gpu]) -> Result<Vec<Arc<Member>>, String> {
+pub fn join(nccl: &Nccl, gpus: &[Gpu], limit: Duration) -> Result<Vec<Arc<Member>>, String> {
     let (nccl, gpus) = (nccl.clone(), gpus.to_vec());
     let all = move || -> Result<Vec<Arc<Member>>, String> {
         let id = nccl.unique_id()?;
@@ -88,11 +92,11 @@ pub fn join(nccl: &Nccl, gpus: &[Gpu]) -> Result<Vec<Arc<Member>>, String> {
             joined.map(|member| member.unwrap_or_else(|_| Err("a rank panicked, see above".into()))).collect()
         })
     };
-    within(LIMIT, all).unwrap_or_else(|| Err(format!("ncclCommInitRank did not come back within {LIMIT:?}")))
+    within(limit, all).unwrap_or_else(|| Err(format!("ncclCommInitRank did not come back within {limit:?}")))
 }
 
 /// Gives all of them back: `aborted`, with whatever they wait for. Each on a thread, as they wait for one another.
-pub fn part(members: Vec<Arc<Member>>, gpus: &[Gpu], aborted: bool) {
+pub fn part(members: Vec<Arc<Member>>, gpus: &[Gpu], aborted: bool, limit: Duration) {
     let members: Vec<_> = members.into_iter().filter_map(Arc::into_inner).zip(gpus.to_vec()).collect();
     let all = move || {
         std::thread::scope(|scope| {
@@ -108,5 +112,5 @@ pub fn part(members: Vec<Arc<Member>>, gpus: &[Gpu], aborted: bool) {
             }
         })
     };
-    let _ = within(LIMIT, all); // what does not end now ends with the process
+    let _ = within(limit, all); // what does not end now ends with the process
 }

@@ -3,13 +3,13 @@
 
 use std::io::Read;
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use param_averager::Dtype;
 
 use super::device::{Clock, DeviceMemory, Gpu, Machine};
 use super::nccl::{Nccl, Op, SHARING};
-use super::nccl_rows::{join, part, wait, LIMIT};
+use super::nccl_rows::{join, part, wait};
 use super::{devices, placement};
 use crate::failure::Failure;
 use crate::plan::Section;
@@ -37,10 +37,10 @@ fn settings() -> impl Iterator<Item = (&'static str, &'static str)> {
 }
 
 /// Whether so many ranks can average with NCCL here: what it is, or why not.
-pub fn ask(machine: &Machine, ranks: usize) -> Result<String, String> {
+pub fn ask(machine: &Machine, ranks: usize, limit: Duration) -> Result<String, String> {
     let failed = |error: std::io::Error| format!("this program can't start itself to try NCCL: {error}");
     let mut command = Command::new(std::env::current_exe().map_err(failed)?);
-    command.arg(format!("--nccl-probe={ranks}"));
+    command.arg(format!("--nccl-probe={ranks}")).arg(format!("--timeout={}", limit.as_secs_f64()));
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn().map_err(failed)?;
     let mut out = child.stdout.take();
@@ -49,12 +49,13 @@ pub fn ask(machine: &Machine, ranks: usize) -> Result<String, String> {
         let _ = out.as_mut().map(|out| out.read_to_end(&mut text)); // what came before an error may do
         String::from_utf8_lossy(&text).into_owned()
     });
-    let (begin, limit) = (Instant::now(), 2 * LIMIT);
+    // A start, a meeting, an average, and the end.
+    let (begin, limit) = (Instant::now(), 4 * limit);
     let status = loop {
         match child.try_wait().map_err(failed)? {
             Some(status) => break Some(status),
             None if begin.elapsed() > limit => break None,
-            None => std::thread::sleep(std::time::Duration::from_millis(20)),
+            None => std::thread::sleep(Duration::from_millis(20)),
         }
     };
     if status.is_none() {
@@ -65,9 +66,7 @@ pub fn ask(machine: &Machine, ranks: usize) -> Result<String, String> {
     let answer = said.lines().rev().find_map(|line| line.strip_prefix(ANSWER));
     match (answer.map(|answer| answer.split_once(' ').unwrap_or((answer, ""))), status) {
         (Some(("ok", version)), _) => Ok(described(version, ranks, machine)),
-        (Some((_, reason)), _) => {
-            Err(format!("{}: NCCL can't be used: {reason}", placement(ranks, machine.visible())))
-        }
+        (Some((_, reason)), _) => Err(format!("{}: {reason}", placement(ranks, machine.visible()))),
         (None, Some(status)) => {
             Err(format!("NCCL ended the process that tried it ({status}); NCCL_DEBUG=INFO says more"))
         }
@@ -84,21 +83,21 @@ fn described(version: &str, ranks: usize, machine: &Machine) -> String {
 const ANSWER: &str = "nccl-probe: ";
 
 /// The process of its own: averages once, and says how that went.
-pub fn answer(ranks: usize) {
-    match try_once(ranks) {
+pub fn answer(ranks: usize, limit: Duration) {
+    match try_once(ranks, limit) {
         Ok(version) => println!("{ANSWER}ok {version}"),
         Err(reason) => println!("{ANSWER}no {}", reason.replace('\n', " ")),
     }
 }
 
-fn try_once(ranks: usize) -> Result<String, String> {
+fn try_once(ranks: usize, limit: Duration) -> Result<String, String> {
     let text = |failure: Failure| failure.to_string();
     let machine = Machine::open().map_err(text)?;
     let nccl = Nccl::load(ranks > machine.visible())?;
     let gpus = devices(ranks, machine.visible()).into_iter().enumerate();
     let gpus = gpus.map(|(rank, ordinal)| Gpu::open(&machine, rank, ordinal));
     let gpus = gpus.collect::<Result<Vec<_>, _>>().map_err(text)?;
-    let members = join(&nccl, &gpus)?;
+    let members = join(&nccl, &gpus, limit)?;
     let rank = |gpu: &Gpu| -> Result<(), Failure> {
         gpu.bind()?;
         let (clock, memory) = (Clock::new(gpu)?, DeviceMemory::new(gpu, 4 * ELEMENTS)?);
@@ -107,7 +106,7 @@ fn try_once(ranks: usize) -> Result<String, String> {
         // SAFETY: own memory, and the stream is waited for.
         unsafe { members[gpu.rank].all_reduce(&[buffer], Op::Avg, &clock.stream) }?;
         clock.stop()?;
-        wait(&clock)?;
+        wait(&clock, limit)?;
         let mut mean = vec![0f32; ELEMENTS];
         memory.download(bytemuck::cast_slice_mut(&mut mean))?;
         let right = (ranks - 1) as f32 / 2.0;
@@ -119,12 +118,12 @@ fn try_once(ranks: usize) -> Result<String, String> {
     let rank = &rank;
     std::thread::scope(|scope| {
         let threads: Vec<_> = gpus.iter().map(|gpu| scope.spawn(move || rank(gpu))).collect();
-        let ended = threads.into_iter().map(|thread| thread.join());
-        ended
-            .map(|result| result.unwrap_or_else(|_| Err(Failure::Failed("a rank panicked".into()))))
-            .collect::<Result<(), Failure>>()
+        let mut ended = threads.into_iter().map(|thread| thread.join());
+        ended.try_for_each(|result| {
+            result.unwrap_or_else(|_| Err(Failure::Failed("a rank panicked, see above".into())))
+        })
     })
     .map_err(text)?;
-    part(members, &gpus, false);
+    part(members, &gpus, false, limit);
     Ok(nccl.version())
 }

@@ -1,0 +1,265 @@
+//! `allreduce-bench --backend cuda`, on the simulated driver. NCCL can't use that one, so a stand-in takes its place where its rows are to
+//! have a result: it shows that the bench calls NCCL as it should and what it makes of the answers, not what NCCL does.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use serde_json::Value;
+
+mod common;
+#[allow(dead_code)] // which starts this program, not the bench
+#[path = "ptx/simulator.rs"]
+mod simulator;
+
+use simulator::folder_for;
+
+/// Of a record: those of ranks on CPUs, and five more.
+const FIELDS: [&str; 20] = [
+    "method",
+    "backend",
+    "algorithm",
+    "layout",
+    "tensors",
+    "dtype",
+    "ranks",
+    "bytes",
+    "time_us",
+    "min_us",
+    "max_us",
+    "algbw_gbs",
+    "busbw_gbs",
+    "wrong",
+    "ratio_to_limit",
+    "max_ulp",
+    "device",
+    "placement",
+    "simulated",
+    "note",
+];
+
+/// What a run printed on standard output and standard error, and its exit code.
+struct Ended {
+    table: String,
+    said: String,
+    code: Option<i32>,
+}
+
+fn bench(line: &str, driver: &Path, settings: &[(&str, &str)]) -> Ended {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_allreduce-bench"));
+    for name in
+        ["CUDA_VISIBLE_DEVICES", "CUDASIM_RACE", "PA_NCCL_LIB", "FAKE_NCCL", "NCCL_MULTI_RANK_GPU_ENABLE"]
+    {
+        command.env_remove(name);
+    }
+    command.args(["--backend", "cuda"]).args(line.split_whitespace());
+    command.env("LD_LIBRARY_PATH", driver).env("CUDASIM_DEVICES", "1").env("CUDASIM_KILL_S", "60");
+    let output = command.envs(settings.iter().copied()).output().expect("the binary was built");
+    let text = |bytes| String::from_utf8(bytes).expect("text");
+    Ended { table: text(output.stdout), said: text(output.stderr), code: output.status.code() }
+}
+
+/// A file in the folder for this build's temporary files.
+fn file(name: &str, content: &[u8]) -> PathBuf {
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("bench-cuda-{name}"));
+    std::fs::write(&path, content).expect("can write there");
+    path
+}
+
+/// Cells of the rows: size, count, type, redop, method, and the seven figures and the ulps after it.
+fn rows(table: &str) -> Vec<Vec<String>> {
+    let lines = table.lines().filter(|line| !line.starts_with('#'));
+    let cells = lines.map(|line| {
+        let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+        let label = 4..words.len() - 8;
+        [&words[..4], &[words[label.clone()].join(" ")], &words[label.end..]].concat()
+    });
+    cells.collect()
+}
+
+fn methods(table: &str) -> Vec<String> {
+    rows(table).into_iter().map(|row| row[4].clone()).collect()
+}
+
+/// The stand-in, or a SKIPPED line.
+fn fake_nccl(test: &str) -> Option<&'static str> {
+    static LIBRARY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    let build = || {
+        let compiler =
+            std::env::var_os("CXX").filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".into());
+        let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join("libfake_nccl.so");
+        let mut command = Command::new(compiler);
+        command.args([
+            "-std=c++17",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-pthread",
+            "tests/bench_cuda/fake_nccl.cpp",
+            "-o",
+        ]);
+        let output = command.arg(&library).arg("-ldl").output().map_err(|error| error.to_string())?;
+        // It needs _Float16 of the compiler.
+        output.status.success().then_some(library).ok_or(String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    match LIBRARY.get_or_init(build) {
+        Ok(library) => library.to_str(),
+        Err(reason) => {
+            common::skipped(test, &format!("the stand-in for NCCL did not build: {reason}"));
+            None
+        }
+    }
+}
+
+/// No figure of time anywhere, and it says why.
+fn is_timeless(table: &str) {
+    assert!(table.contains("# simulated: no GPU; figures of time are left out"), "{table}");
+    for row in rows(table) {
+        assert!(row[5..10].iter().chain([&row[12]]).all(|cell| cell == "-"), "{row:?}");
+    }
+}
+
+#[test]
+fn averages_on_a_device_are_right_and_have_no_times_where_it_is_simulated() {
+    let Some(driver) = folder_for("averages_on_a_device_are_right") else { return };
+    let (json, csv) = (file("records.json", b""), file("records.csv", b""));
+    let line = format!(
+        "-b 3K -e 3K -g 2 -d f32,bf16 -n 2 -w 1 --algorithm direct,ring --baseline --channels 2 --json {} --csv {}",
+        json.display(),
+        csv.display()
+    );
+    let ended = bench(&line, &driver, &[("PA_NCCL_LIB", "/nowhere/libnccl.so.2")]);
+    assert_eq!((ended.code, ended.said.as_str()), (Some(0), ""), "{}", ended.table);
+    is_timeless(&ended.table);
+    let ours = ["direct", "ring", "flatten+ring+unflatten", "copies+ring+copies"];
+    let others = ["NCCL grouped avg", "NCCL grouped sum+scale", "pinned host both ways", "device copy"];
+    assert_eq!(methods(&ended.table), [ours, others, ours, others].concat());
+    for row in rows(&ended.table) {
+        let ulp = row[11].parse::<f64>();
+        match ours.contains(&row[4].as_str()) {
+            true => assert!(row[10] == "0" && (0.01..=1.0).contains(&ulp.unwrap()), "{row:?}"),
+            false => assert_eq!(row[10..12], ["N/A", "N/A"]),
+        }
+    }
+    for says in [
+        "2 ranks on cuda:0 (cudasim (CPU simulation)), which they share",
+        "NCCL not measured: several ranks on one GPU: /nowhere/libnccl.so.2 could not be loaded",
+        "Out of bounds values : 0 OK",
+    ] {
+        assert!(ended.table.contains(says), "{says}:\n{}", ended.table);
+    }
+
+    let records: Vec<Value> = serde_json::from_str(&std::fs::read_to_string(json).unwrap()).unwrap();
+    assert_eq!(records.len(), 16);
+    for record in &records {
+        assert_eq!(record.as_object().unwrap().len(), FIELDS.len());
+        assert_eq!((&record["backend"], &record["simulated"]), (&"cuda".into(), &true.into()));
+        assert_eq!(record["placement"], "several ranks on one GPU");
+        for time in ["time_us", "min_us", "max_us", "algbw_gbs", "busbw_gbs", "ratio_to_limit"] {
+            assert_eq!(record[time], Value::Null, "{record}");
+        }
+        let nccl = record["algorithm"] == "nccl";
+        assert_eq!(nccl, record["note"].as_str().is_some_and(|note| note.starts_with("NCCL not measured")));
+    }
+    let csv = std::fs::read_to_string(csv).unwrap();
+    assert_eq!(csv.lines().next().unwrap(), FIELDS.join(","));
+    assert_eq!(csv.lines().count(), 17);
+}
+
+#[test]
+fn models_of_many_dtypes_weights_and_a_wrong_element() {
+    let Some(driver) = folder_for("models_of_many_dtypes") else { return };
+    let list = r#"[{"name": "a", "shape": [300], "dtype": "f32"}, {"name": "b", "shape": [301], "dtype": "bf16"},
+        {"name": "c", "shape": [17], "dtype": "half"}, {"name": "none", "shape": [0], "dtype": "f64"},
+        {"name": "d", "shape": [33], "dtype": "f64"}, {"name": "e", "shape": [1], "dtype": "f32"}]"#;
+    let model = file("model.json", list.as_bytes());
+    let line = format!("--layout {} -n 1 -w 0 --channels 1 --f32-wire --weighted", model.display());
+    let ended = bench(
+        &format!("{line} -g 1,3 --algorithm auto,ring --reject-non-finite --baseline=per-tensor,flatten"),
+        &driver,
+        &[],
+    );
+    assert_eq!((ended.code, ended.said.as_str()), (Some(0), ""), "{}", ended.table);
+    let rows = rows(&ended.table);
+    assert!(
+        rows.len() == 10 && rows.iter().all(|row| row[2] == "mixed" && row[10] == "0"),
+        "{}",
+        ended.table
+    );
+    // One rank has nobody to differ from.
+    let wrong = bench(&format!("{line} -g 3 --sabotage"), &driver, &[]);
+    assert_eq!(wrong.code, Some(1), "{}", wrong.table);
+    assert!(wrong.table.contains("Out of bounds values : 1 FAILED"), "{}", wrong.table);
+}
+
+#[test]
+fn nccl_has_rows_of_its_own() {
+    let test = "nccl_has_rows_of_its_own";
+    let (Some(driver), Some(fake)) = (folder_for(test), fake_nccl(test)) else { return };
+    let list =
+        r#"[{"name": "a", "shape": [300], "dtype": "f32"}, {"name": "b", "shape": [33], "dtype": "f32"}]"#;
+    let model = file("two.json", list.as_bytes());
+    let line = format!("--layout {} -d all -g 3 -n 1 -w 1 --channels 1 --baseline=nccl", model.display());
+    let ended = bench(&line, &driver, &[("PA_NCCL_LIB", fake)]);
+    assert_eq!((ended.code, ended.said.as_str()), (Some(0), ""), "{}", ended.table);
+    is_timeless(&ended.table);
+    let each = [
+        "direct",
+        "NCCL grouped avg",
+        "NCCL grouped sum+scale",
+        "NCCL flatten avg",
+        "NCCL flatten sum+scale",
+    ];
+    assert_eq!(methods(&ended.table), [each; 4].concat());
+    let rows = rows(&ended.table);
+    assert!(rows.iter().all(|row| row[10] == "0"), "{}", ended.table);
+    for row in &rows {
+        assert_eq!(row[3], if row[4].contains("sum") { "sum" } else { "avg" });
+    }
+    let ulp = |dtype: &str, method: &str| -> f64 {
+        rows.iter().find(|row| row[2] == dtype && row[4] == method).unwrap()[11].parse().unwrap()
+    };
+    assert!(ulp("bf16", "direct") <= 0.5, "one rounding");
+    assert!(ulp("bf16", "NCCL grouped avg") > 0.5, "the scale and every hop are rounded");
+    let says = "# NCCL 2.32.3, several ranks on one GPU, in process, with NCCL_MULTI_RANK_GPU_ENABLE=1";
+    assert!(ended.table.contains(says), "{}", ended.table);
+}
+
+#[test]
+fn where_nccl_fails_its_rows_say_so_and_the_rest_runs() {
+    let test = "where_nccl_fails_its_rows_say_so";
+    let (Some(driver), Some(fake)) = (folder_for(test), fake_nccl(test)) else { return };
+    for (name, value, says) in [
+        ("FAKE_NCCL", "crash", "NCCL ended the process that tried it"),
+        ("FAKE_NCCL", "hang", "ncclCommInitRank did not come back within 15s"),
+        ("FAKE_NCCL", "late", "ncclGroupEnd: a fault that was asked for"),
+        ("FAKE_NCCL_VERSION", "22907", "NCCL 2.29.7 can't have several ranks of a process on one GPU"),
+        ("FAKE_NCCL_VERSION", "2708", "has no ncclAvg"),
+    ] {
+        // Long enough for ranks on a busy machine.
+        let timeout = if value == "hang" { 15 } else { 60 };
+        let line = format!("-b 1K -e 1K -n 1 -w 0 --channels 1 --baseline=nccl,limit --timeout {timeout}");
+        let ended = bench(&line, &driver, &[("PA_NCCL_LIB", fake), (name, value)]);
+        assert_eq!((ended.code, ended.said.as_str()), (Some(0), ""), "{value}: {}", ended.table);
+        let note = ended.table.lines().find(|line| line.starts_with("# NCCL not measured: "));
+        assert!(note.is_some_and(|note| note.contains(says)), "{value}: {}", ended.table);
+        let rows = rows(&ended.table);
+        let checked = rows.iter().map(|row| (row[4].as_str(), row[10] == "0"));
+        let ours: Vec<_> = checked.filter(|(_, checked)| *checked).collect();
+        assert_eq!((rows.len(), ours), (5, vec![("direct", true)]), "{value}: {}", ended.table);
+    }
+}
+
+#[test]
+fn machines_that_do_not_suit_say_what_to_do() {
+    let Some(driver) = folder_for("machines_that_do_not_suit") else { return };
+    for (settings, line, says) in [
+        (("CUDASIM_NO_DEVICE", "1"), "-b 1K", ["cuda:0", "CUDA_VISIBLE_DEVICES"]),
+        (("CUDASIM_OLD_DRIVER", "11040"), "-b 1K", ["cuda:0", "update the driver"]),
+        (("CUDASIM_MEM_MB", "64"), "-b 64M -e 64M -n 1", ["OUT_OF_MEMORY", "smaller -e"]),
+    ] {
+        let ended = bench(line, &driver, &[settings]);
+        assert_eq!(ended.code, Some(1), "{settings:?}: {}", ended.said);
+        assert!(says.iter().all(|words| ended.said.contains(words)), "{settings:?}: {}", ended.said);
+    }
+}
