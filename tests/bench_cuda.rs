@@ -12,7 +12,7 @@ mod common;
 #[path = "ptx/simulator.rs"]
 mod simulator;
 
-use simulator::folder_for;
+use simulator::{driver_for, Driver};
 
 /// Of a record: those of ranks on CPUs, and five more.
 const FIELDS: [&str; 20] = [
@@ -37,6 +37,17 @@ const FIELDS: [&str; 20] = [
     "simulated",
     "note",
 ];
+
+/// The folder of the simulator's driver, or a SKIPPED line of this test's.
+fn folder_for(test: &str) -> Option<PathBuf> {
+    match driver_for(test)? {
+        Driver::Simulated(folder) => Some(folder),
+        Driver::Own => {
+            common::skipped(test, "about a simulated machine");
+            None
+        }
+    }
+}
 
 /// What a run printed on standard output and standard error, and its exit code.
 struct Ended {

@@ -75,6 +75,12 @@ const TWO: (&str, &str) = ("CUDASIM_DEVICES", "2");
 const FOUR: (&str, &str) = ("CUDASIM_DEVICES", "4");
 
 #[test]
+fn mailboxes_in_memory_of_the_host_make_no_difference() {
+    scenario("host-links", &[&[ONE, ("CUDASIM_SEED", "5")], &[ONE, ("CUDASIM_DELAY", "30")]]);
+    scenario("host-failures", &[&[ONE]]);
+}
+
+#[test]
 fn ranks_on_several_devices_have_the_bits_of_the_cpu() {
     scenario(
         "links",
@@ -101,7 +107,8 @@ fn failures_between_devices_are_typed_and_change_nothing() {
 
 #[test]
 fn averages_in_graphs_are_replayed() {
-    scenario("graphs", &[&[TWO, ("CUDASIM_DELAY", "30")], &[TWO, ("CUDASIM_RACE", "1")]]);
+    scenario("graphs", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
+    scenario("graphs-devices", &[&[TWO, ("CUDASIM_DELAY", "30")], &[TWO, ("CUDASIM_RACE", "1")]]);
 }
 
 #[cfg(feature = "cudarc")]

@@ -9,17 +9,15 @@ use std::time::Duration;
 
 const ELEMENTS: usize = 5000;
 
-pub fn graphs() {
-    let one = [Device::cuda(0); 3];
-    let two = [0, 1, 0].map(Device::cuda);
-    for (devices, algorithm, commit) in [
-        (&one, Algorithm::Ring, true),
-        (&one, Algorithm::Ring, false),
-        (&one, Algorithm::Direct, true),
-        (&two, Algorithm::Ring, true),
-    ] {
-        replay(devices, algorithm, commit);
+pub fn on_one_device() {
+    for (algorithm, commit) in [(Algorithm::Ring, true), (Algorithm::Ring, false), (Algorithm::Direct, true)]
+    {
+        replay(&[Device::cuda(0); 3], algorithm, commit);
     }
+}
+
+pub fn on_two_devices() {
+    replay(&[0, 1, 0].map(Device::cuda), Algorithm::Ring, true);
 }
 
 /// Captures work on the stream.

@@ -23,7 +23,8 @@ pub const FATBIN: &str = "PA_PTX_FATBIN";
 pub type Setting<'a> = (&'a str, &'a str);
 
 /// What makes a machine that a GPU's owner has not got, or a detector that a GPU has not got.
-const SIMULATED: [&str; 4] = ["CUDASIM_NO_DEVICE", "CUDASIM_OLD_DRIVER", "CUDASIM_MEM_MB", "CUDASIM_RACE"];
+const SIMULATED: [&str; 5] =
+    ["CUDASIM_NO_DEVICE", "CUDASIM_OLD_DRIVER", "CUDASIM_MEM_MB", "CUDASIM_RACE", "CUDASIM_P2P"];
 const ABOUT_SIMULATED: &str = "about a simulated machine";
 
 /// Where scenarios run.
