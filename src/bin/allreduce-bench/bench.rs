@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use indicatif::ProgressBar;
 
+use crate::cli::Backend;
 use crate::failure::Failure;
 use crate::layout::Layout;
 use crate::memory::{arena_bytes, available, cores, place, Arena, Placed, Pool};
@@ -151,16 +152,20 @@ pub fn sabotage(arenas: &[Arc<Arena>]) {
     }
 }
 
-/// Memory for a group's tensors, second copies and shards.
-fn needed_bytes(group: &Group, layout: &Layout) -> u64 {
+/// Memory of the host for a group's tensors, second copies and shards. With ranks on CUDA devices: for what is uploaded and
+/// compared alone.
+fn needed_bytes(backend: Backend, group: &Group, layout: &Layout) -> u64 {
+    if backend == Backend::Cuda {
+        return arena_bytes(layout, group.ranks);
+    }
     let extra: u64 = group.methods.iter().map(|method| method.extra_bytes(layout, group.ranks)).sum();
     arena_bytes(layout, group.ranks) + extra
 }
 
 /// Refuses what does not fit in memory, before anything is allocated.
-pub fn fits(sections: &[Section]) -> Result<(), Failure> {
+pub fn fits(backend: Backend, sections: &[Section]) -> Result<(), Failure> {
     let Some((free, _)) = available() else { return Ok(()) };
-    let needs = |group: &&Group| needed_bytes(group, &group.layout);
+    let needs = |group: &&Group| needed_bytes(backend, group, &group.layout);
     let Some(group) = sections.iter().flat_map(|section| &section.groups).max_by_key(needs) else {
         return Ok(());
     };
@@ -169,7 +174,8 @@ pub fn fits(sections: &[Section]) -> Result<(), Failure> {
         return Ok(());
     }
     let scale = group.layout.scale.unwrap_or(1.0);
-    let fits = |factor: f64| needed_bytes(group, &group.layout.clone().scaled(factor / scale)) <= budget;
+    let fits =
+        |factor: f64| needed_bytes(backend, group, &group.layout.clone().scaled(factor / scale)) <= budget;
     let smaller =
         (1..=6).flat_map(|digits| (1..=9).rev().map(move |first| f64::from(first) / 10f64.powi(digits)));
     let instead = match smaller.filter(|&factor| factor < scale).find(|&factor| fits(factor)) {
@@ -205,10 +211,11 @@ mod tests {
         if available().is_none_or(|(free, _)| free > 16 * 2 * layout.bytes()) {
             return;
         }
-        let error = fits(&section(layout.clone(), 16)).unwrap_err().to_string();
+        let error = fits(Backend::Cpu, &section(layout.clone(), 16)).unwrap_err().to_string();
         let scale = error.split("--scale ").nth(1).unwrap().split(',').next().unwrap().parse().unwrap();
-        fits(&section(layout.scaled(scale), 16)).unwrap();
-        let error = fits(&section(Layout::flat(1 << 47, param_averager::Dtype::F32), 2)).unwrap_err();
+        fits(Backend::Cpu, &section(layout.scaled(scale), 16)).unwrap();
+        let error =
+            fits(Backend::Cpu, &section(Layout::flat(1 << 47, param_averager::Dtype::F32), 2)).unwrap_err();
         assert!(error.to_string().contains("smaller -e"), "{error}");
     }
 }

@@ -58,9 +58,9 @@ fn run(args: &Args) -> Result<u64, Failure> {
         Backend::Cpu => None,
         Backend::Cuda => Some(cuda::Machine::open()?),
     };
-    match &machine {
-        None => bench::fits(&sections)?,
-        Some(machine) => cuda::prepare_nccl(&sections, machine),
+    bench::fits(args.backend, &sections)?;
+    if let Some(machine) = &machine {
+        cuda::prepare_nccl(&sections, machine);
     }
     let json = args.json.as_deref().map(|path| Sink::create(path, records::json)).transpose()?;
     let csv = args.csv.as_deref().map(|path| Sink::create(path, records::csv)).transpose()?;
