@@ -19,6 +19,7 @@ Examples:
                                                    the tensors of your own checkpoint; only its header is read
   allreduce-bench --backend cuda --layout gpt2 -g 2 --algorithm direct,ring --baseline
                                                    on GPUs, beside NCCL and what copies take
+  allreduce-bench --devices                        which GPUs there are, and whether they reach each other
 
 Columns are those of nccl-tests' all_reduce_perf, in place, since averaging is in place:
   time     median over iterations, in us: from the release of all ranks to the end of the last one; min and max beside it
@@ -28,6 +29,7 @@ Columns are those of nccl-tests' all_reduce_perf, in place, since averaging is i
 
 With --backend cuda rank r is on device r, or on r modulo the number of devices where there are more ranks than devices
 (CUDA_VISIBLE_DEVICES chooses). What is different there:
+  direct   is for ranks on one device; on several, auto is the ring
   time     the slowest rank's, from an event before the call to one behind its last kernel, on a stream of its own
   ulp      the largest error of all elements, in ulp of the dtype at the largest of the n inputs, against the f64 mean
   xlimit   time / time of the row \"device copy\": every rank reads and writes its size once within its device
@@ -90,6 +92,19 @@ pub struct Args {
     #[arg(long, value_name = "BACKEND", default_value = "cpu", hide_possible_values = true)]
     #[arg(help_heading = "What is averaged, and how")]
     pub backend: Backend,
+    /// Prints the CUDA devices that there are and what lies between them, and ends: peer access counts as OK when bytes were
+    /// moved both ways and were right
+    #[arg(long, help_heading = "What is averaged, and how")]
+    pub devices: bool,
+    /// On CUDA devices, where the ring's mailboxes are: auto, peer (device memory) or host (page-locked memory of the host)
+    /// [default: auto]
+    #[arg(
+        long,
+        value_name = "LINK",
+        hide_possible_values = true,
+        help_heading = "What is averaged, and how"
+    )]
+    pub link: Option<Link>,
     /// auto, ring or direct; several with commas. auto is direct where ranks share an address space [default: auto]
     #[arg(long, value_name = "NAME", value_delimiter = ',', hide_possible_values = true)]
     #[arg(help_heading = "What is averaged, and how")]
@@ -181,6 +196,14 @@ pub enum Op {
 pub enum Backend {
     Cpu,
     Cuda,
+}
+
+/// Of `--link`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Link {
+    Auto,
+    Peer,
+    Host,
 }
 
 /// Of `--algorithm`.

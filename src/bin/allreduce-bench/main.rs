@@ -53,6 +53,10 @@ fn run(args: &Args) -> Result<u64, Failure> {
         cuda::answer_nccl_probe(ranks.into(), cuda::nccl_limit(args.timeout));
         return Ok(0);
     }
+    if args.devices {
+        print!("{}", cuda::show_devices()?);
+        return Ok(0);
+    }
     let (sections, options) = (plan::plan(args)?, plan::options(args));
     let machine = match args.backend {
         Backend::Cpu => None,

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use param_averager::{Algorithm, Builder, Communicator, Device, ParamAverager, Parameters, World};
+use param_averager::{Algorithm, Builder, Communicator, Device, Link, ParamAverager, Parameters, World};
 
 use crate::crew::{Crew, Make, Work};
 use crate::failure::Failure;
@@ -37,8 +37,9 @@ pub enum Method {
 }
 
 /// The builder's options, as the command line gives them.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct Options {
+    pub link: Link,
     pub channels: Option<u32>,
     pub chunk: Option<u64>,
     pub slots: Option<u32>,
@@ -54,6 +55,7 @@ impl Options {
     pub fn builder(&self, communicator: Communicator, algorithm: Algorithm, commit: bool) -> Builder {
         let mut builder = ParamAverager::builder(communicator)
             .algorithm(algorithm)
+            .link(self.link)
             .all_or_nothing(commit)
             .f32_wire(self.f32_wire)
             .reject_non_finite(self.reject_non_finite);

@@ -3,7 +3,7 @@
 use param_averager as lib;
 use param_averager::Dtype;
 
-use crate::cli::{Algorithm, Args, Backend, Baseline, Datatype};
+use crate::cli::{Algorithm, Args, Backend, Baseline, Datatype, Link};
 use crate::failure::Failure;
 use crate::layout::Layout;
 use crate::methods::{Method, Options};
@@ -45,6 +45,11 @@ pub fn plan(args: &Args) -> Result<Vec<Section>, Failure> {
 
 pub fn options(args: &Args) -> Options {
     Options {
+        link: match args.link {
+            None | Some(Link::Auto) => lib::Link::Auto,
+            Some(Link::Peer) => lib::Link::Peer,
+            Some(Link::Host) => lib::Link::Host,
+        },
         channels: args.channels,
         chunk: args.chunk,
         slots: args.slots,

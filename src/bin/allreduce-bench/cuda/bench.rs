@@ -15,7 +15,7 @@ use super::limits::{self, PINNED_BYTES};
 use super::nccl::{Member, Nccl};
 use super::nccl_rows::{self, nccl_limit, within, Row};
 use super::replica::Replica;
-use super::{devices, placement, probe};
+use super::{devices, on_one, placement, probe};
 use crate::bench::{sabotage, TURNS};
 use crate::crew::{Crew, Make};
 use crate::failure::Failure;
@@ -69,7 +69,8 @@ impl Entry {
     fn give_up(&mut self, reason: &str) {
         (self.crew, self.found) = (None, None);
         self.times.clear();
-        self.note = Some(format!("NCCL not measured: {reason}"));
+        let what = if self.method.is_nccl() { "NCCL" } else { self.method.label() };
+        self.note = Some(format!("{what} not measured: {reason}"));
     }
 }
 
@@ -230,6 +231,10 @@ impl Bench {
                 None => return Ok(entry), // `join` has asked
             }
         }
+        if method == Method::DIRECT && !on_one(shared.gpus.len(), self.machine.visible()) {
+            entry.give_up("it is for ranks on one device");
+            return Ok(entry);
+        }
         entry.crew = Some(Arc::new(self.crew(method, shared, &entry.ran)?));
         Ok(entry)
     }
@@ -238,7 +243,7 @@ impl Bench {
     fn crew(&self, method: Method, shared: &Shared, ran: &Arc<OnceLock<Algorithm>>) -> Result<Crew, Failure> {
         let (options, ranks) = (self.options, shared.gpus.len());
         let on: Vec<_> = shared.gpus.iter().map(|gpu| gpu.device()).collect();
-        let mut world = World::in_process(&on).map_err(one_device_instead)?.into_iter();
+        let mut world = World::in_process(&on)?.into_iter();
         let bytes = shared.tensors.iter().map(|tensor| tensor.elements * tensor.dtype.size()).sum();
         let mut members: Vec<Make> = vec![];
         for (rank, gpu) in shared.gpus.iter().enumerate() {
@@ -409,15 +414,5 @@ impl Bench {
         } else {
             format!("{ranks} ranks on {on}, which they share")
         }
-    }
-}
-
-/// Says how to have all ranks on one device.
-fn one_device_instead(error: param_averager::Error) -> Failure {
-    match error {
-        param_averager::Error::DeviceUnavailable { .. } => {
-            Failure::Failed(format!("{error}\n\nhint: CUDA_VISIBLE_DEVICES=0 puts all ranks on one GPU"))
-        }
-        other => other.into(),
     }
 }

@@ -14,15 +14,22 @@ mod nccl;
 mod nccl_rows;
 mod probe;
 mod replica;
+mod show;
 
 pub use bench::Bench;
 pub use device::Machine;
 pub use nccl_rows::nccl_limit;
 pub use probe::{answer as answer_nccl_probe, prepare as prepare_nccl};
+pub use show::devices as show_devices;
 
 /// The ordinal of each rank's device: one each where there are enough, else they take turns.
 pub fn devices(ranks: usize, visible: usize) -> Vec<usize> {
     (0..ranks).map(|rank| rank % visible.max(1)).collect()
+}
+
+/// Whether these ranks are on one device, all of them.
+pub fn on_one(ranks: usize, visible: usize) -> bool {
+    ranks == 1 || visible <= 1
 }
 
 /// What a row's ranks have to do with devices.
@@ -43,6 +50,7 @@ mod tests {
         assert_eq!(devices(2, 4), [0, 1]);
         assert_eq!(devices(4, 2), [0, 1, 0, 1]);
         assert_eq!(devices(3, 1), [0; 3]);
+        assert!(on_one(1, 4) && on_one(4, 1) && !on_one(2, 2) && !on_one(4, 2));
         assert_eq!(placement(2, 2), "one rank a GPU");
         assert_eq!(placement(2, 1), "several ranks on one GPU");
         assert_eq!(placement(1, 1), "one rank a GPU");
