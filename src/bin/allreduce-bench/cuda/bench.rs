@@ -5,19 +5,18 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use indicatif::ProgressBar;
-use param_averager::{Algorithm, World};
+use param_averager::Algorithm;
 
-use super::average::{self, Mover};
+use super::crews::{crew, Shared};
 use super::device::{DeviceMemory, Gpu, Machine, Pinned};
 use super::flat::Flat;
 use super::kernels::Kernels;
-use super::limits::{self, PINNED_BYTES};
+use super::limits::PINNED_BYTES;
 use super::nccl::{Member, Nccl};
-use super::nccl_rows::{self, nccl_limit, within, Row};
-use super::replica::Replica;
+use super::nccl_rows::{self, nccl_limit, within};
 use super::{devices, on_one, placement, probe};
 use crate::bench::{sabotage, TURNS};
-use crate::crew::{Crew, Make};
+use crate::crew::Crew;
 use crate::failure::Failure;
 use crate::memory::{place, Arena, Placed, Pool};
 use crate::methods::{Method, Options};
@@ -39,18 +38,6 @@ pub struct Bench {
     limit: Duration,
     /// What NCCL is, or why it can't be used, by the number of ranks.
     nccl: BTreeMap<usize, Result<String, String>>,
-}
-
-/// What a group's crews share. Freed when all of them are gone.
-struct Shared {
-    gpus: Vec<Gpu>,
-    tensors: Arc<[Placed]>,
-    own: Vec<Arc<DeviceMemory>>,
-    flat: Flat,
-    flats: Vec<Arc<DeviceMemory>>,
-    kernels: Vec<Arc<Kernels>>,
-    pinned: Vec<[Arc<Pinned>; 2]>,
-    members: Vec<Arc<Member>>,
 }
 
 /// A method and what it has come to.
@@ -235,102 +222,8 @@ impl Bench {
             entry.give_up("it is for ranks on one device");
             return Ok(entry);
         }
-        entry.crew = Some(Arc::new(self.crew(method, shared, &entry.ran)?));
+        entry.crew = Some(Arc::new(crew(method, self.options, self.limit, shared, &entry.ran)?));
         Ok(entry)
-    }
-
-    /// A method's threads, ready to run.
-    fn crew(&self, method: Method, shared: &Shared, ran: &Arc<OnceLock<Algorithm>>) -> Result<Crew, Failure> {
-        let (options, ranks) = (self.options, shared.gpus.len());
-        let on: Vec<_> = shared.gpus.iter().map(|gpu| gpu.device()).collect();
-        let mut world = World::in_process(&on)?.into_iter();
-        let bytes = shared.tensors.iter().map(|tensor| tensor.elements * tensor.dtype.size()).sum();
-        let mut members: Vec<Make> = vec![];
-        for (rank, gpu) in shared.gpus.iter().enumerate() {
-            let (gpu, own) = (gpu.clone(), shared.own[rank].clone());
-            let replica =
-                Replica { memory: own.clone(), tensors: shared.tensors.clone(), device: gpu.device() };
-            let flat = || Replica {
-                memory: shared.flats[rank].clone(),
-                tensors: shared.flat.buffers.clone(),
-                device: gpu.device(),
-            };
-            let communicator = world.next().expect("one for each rank");
-            members.push(match method {
-                Method::Average { algorithm, commit } => {
-                    let ran = ran.clone();
-                    let weight = options.weighted.then_some(rank as f64 + 1.0);
-                    Box::new(move || {
-                        gpu.bind()?;
-                        average::average(
-                            gpu,
-                            options.builder(communicator, algorithm, commit),
-                            replica,
-                            weight,
-                            ran,
-                        )
-                    })
-                }
-                Method::PerTensorRing => Box::new(move || {
-                    gpu.bind()?;
-                    average::per_tensor(gpu, options, communicator, replica)
-                }),
-                Method::FlattenRing => {
-                    let (flat, mover) = (flat(), Mover::Kernel(shared.kernels[rank].clone()));
-                    Box::new(move || {
-                        gpu.bind()?;
-                        average::flatten(gpu, options, communicator, flat, mover)
-                    })
-                }
-                Method::CopiesRing => {
-                    let (flat, spans) = (flat(), shared.flat.spans.clone());
-                    let mover = Mover::Copies { gpu: gpu.clone(), own: replica, flat: flat.clone(), spans };
-                    Box::new(move || {
-                        gpu.bind()?;
-                        average::flatten(gpu, options, communicator, flat, mover)
-                    })
-                }
-                Method::Nccl { flat, sum } => {
-                    let (memory, tensors) = match flat {
-                        true => (&shared.flats[rank], &shared.flat.buffers),
-                        false => (&own, &shared.tensors),
-                    };
-                    let buffer = |tensor: &Placed| {
-                        (memory.address() + tensor.offset as u64, tensor.elements, tensor.dtype)
-                    };
-                    let row = Row {
-                        member: shared.members[rank].clone(),
-                        buffers: tensors.iter().filter(|tensor| tensor.elements > 0).map(buffer).collect(),
-                        flat,
-                        scale: sum.then_some(1.0 / ranks as f64),
-                        kernels: shared.kernels[rank].clone(),
-                        limit: self.limit,
-                    };
-                    Box::new(move || {
-                        gpu.bind()?;
-                        row.work(gpu)
-                    })
-                }
-                Method::DeviceCopy => {
-                    let flat = shared.flats[rank].clone();
-                    Box::new(move || {
-                        gpu.bind()?;
-                        limits::device_copy(gpu, own, flat, bytes)
-                    })
-                }
-                Method::HostCopies => {
-                    let (flat, pinned) = (shared.flats[rank].clone(), shared.pinned[rank].clone());
-                    Box::new(move || {
-                        gpu.bind()?;
-                        limits::host_copies(gpu, own, flat, pinned, bytes)
-                    })
-                }
-                Method::OnePassLimit | Method::TwoPassLimit => {
-                    return Err(Failure::Failed(format!("{} is a limit of CPUs", method.label())))
-                }
-            });
-        }
-        Crew::new(members)
     }
 
     /// Gives every rank fresh data, and says how to check what becomes of it. The crews rest.

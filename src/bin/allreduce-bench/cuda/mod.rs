@@ -6,6 +6,7 @@
 
 mod average;
 mod bench;
+mod crews;
 mod device;
 mod flat;
 mod kernels;
