@@ -7,6 +7,7 @@ mod common;
 #[path = "ptx/simulator.rs"]
 mod simulator;
 mod cuda {
+    pub mod beside;
     pub mod graphs;
     #[cfg(feature = "cudarc")]
     pub mod interop;
@@ -64,6 +65,11 @@ fn failures_are_typed_and_change_nothing() {
 #[test]
 fn local_sgd_runs_beside_a_trainer() {
     scenario("trainers", &[&[ONE, ("CUDASIM_DELAY", "30")]]);
+}
+
+#[test]
+fn averages_run_beside_kernels_and_each_other() {
+    scenario("beside", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
 }
 
 #[test]

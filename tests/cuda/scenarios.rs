@@ -2,7 +2,7 @@
 
 use super::model::{Model, Shape};
 use super::streams::streams;
-use super::{graphs, links};
+use super::{beside, graphs, links};
 use crate::common::{ranks_of, ranks_on};
 use param_averager::__private::Testing;
 use param_averager::*;
@@ -18,6 +18,7 @@ pub fn run(scenario: &str) {
         "failures" => failures(),
         "trainers" => trainers(),
         "streams" => streams(),
+        "beside" => beside::beside(),
         "graphs" => graphs::on_one_device(),
         "graphs-devices" => graphs::on_two_devices(),
         "host-links" => links::host_links(),
