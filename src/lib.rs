@@ -56,7 +56,7 @@ mod tensor;
 mod world;
 
 pub use averager::{Algorithm, Builder, Link, ParamAverager, Pending, Report};
-pub use backend::cuda::{CudaDevice, PciePath, PeerAccess, Topology};
+pub use backend::cuda::{Connection, CudaDevice, PeerAccess, Topology};
 pub use error::{Error, Result, Stage};
 #[cfg(feature = "cudarc")]
 pub use interop::{CudaParams, CudaTensorMut};

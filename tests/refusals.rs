@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use common::ranks;
 use param_averager::{
-    Communicator, Device, Dtype, Error, ParamAverager, Parameters, Stage, TensorMut, World,
+    Algorithm, Communicator, Device, Dtype, Error, Link, ParamAverager, Parameters, Stage, TensorMut, World,
 };
 
 const TIMEOUT: Duration = Duration::from_millis(600);
@@ -79,7 +79,17 @@ fn worlds_and_devices_that_cannot_be_are_refused() {
     }
     let error = World::in_process(&[Device::cpu(), Device::cuda(0)]).unwrap_err();
     let Error::DeviceUnavailable { rank: 1, device, reason } = &error else { panic!("{error}") };
-    assert!(device == "cuda:0" && reason.contains("different devices"), "{error}");
+    assert!(device == "cuda:0" && reason.contains("can't be in one world"), "{error}");
+    // On CPUs all memory is one, and there is no peer's.
+    let errors = ranks(2, |communicator| {
+        let builder =
+            |link| ParamAverager::builder(communicator.clone()).algorithm(Algorithm::Ring).link(link);
+        builder(Link::Host).build(&mut vec![0f32; 10]).unwrap().average(&mut vec![0f32; 10]).unwrap();
+        builder(Link::Peer).build(&mut vec![0f32; 10]).map(drop).unwrap_err()
+    });
+    for error in errors {
+        assert!(matches!(error, Error::Option { rank: 0, option: "link", .. }), "{error}");
+    }
     // What a machine with a driver says, or one without, is tests/cuda.rs's.
     if let Err(said) = param_averager::__private::fatbin() {
         // Built without nvcc: the same words as the build's warning.

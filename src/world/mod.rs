@@ -73,7 +73,7 @@ impl World {
     /// All on CPUs, or all on CUDA devices, in any order, of which several ranks may share one: `&[Device::cuda(0); 4]`.
     /// Between two devices parameters go straight to the other's memory if bytes that are moved there and back here and now
     /// are right, else through page-locked memory of the host; see [`Link`](crate::Link). Around the ring, ranks follow one
-    /// another as their devices lie: those of one PCIe switch, then those of one NUMA node.
+    /// another as their devices lie: joined by NVLink, on one PCIe switch, next to one NUMA node.
     ///
     /// On CUDA devices, a rank's average waits for its peers on the device itself, so while one is under way, no peer may wait
     /// for every kernel of that device, as `cuMemFree`, `cudaFree` and `cuModuleLoad` do: that ends with the average's timeout.

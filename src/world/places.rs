@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{Device, Kind};
-use crate::backend::cuda::{self, Context, PeerAccess};
+use crate::backend::cuda::{self, Connection, Context, PeerAccess};
 use crate::backend::Site;
 use crate::{Error, Result};
 
@@ -49,27 +49,22 @@ impl Places {
                 }
             });
         }
-        let ranks = 0..devices.len();
-        let failed = |rank| move |failed: cuda::Failed| Error::DeviceFailed { rank, reason: failed.into() };
-        let mut peers = vec![];
-        for rank in ranks.clone() {
-            let access = |other: usize| match (&sites[rank], &sites[other]) {
-                (Site::Cuda(one), Site::Cuda(other)) => cuda::peer::access(one, other),
-                _ => Ok(PeerAccess::Verified),
-            };
-            peers.push(ranks.clone().map(access).collect::<Result<Vec<_>, _>>().map_err(failed(rank))?);
-        }
+        let failed = |failed: cuda::Failed| Error::DeviceFailed { rank: 0, reason: failed.into() };
+        let peers = cuda::all_pairs(&sites, |one, other| match (one, other) {
+            (Site::Cuda(one), Site::Cuda(other)) => cuda::peer::access(one, other),
+            _ => Ok(PeerAccess::Verified),
+        });
+        let peers = peers.map_err(failed)?;
+        let connections = cuda::all_pairs(&sites, |one, other| match (one, other) {
+            (Site::Cuda(one), Site::Cuda(other)) => cuda::connection(one, other),
+            _ => Ok(Connection::Same),
+        });
         let mut distances = vec![];
-        for rank in ranks.clone() {
-            let distance = |other: usize| match (&sites[rank], &sites[other]) {
-                (Site::Cuda(one), Site::Cuda(two)) => {
-                    let way = cuda::path_between(&cuda::facts(one)?, &cuda::facts(two)?) as u32;
-                    let detour = if peers[rank][other] == PeerAccess::Verified { 0 } else { 100 };
-                    Ok::<u32, cuda::Failed>(way + detour)
-                }
-                _ => Ok(0),
-            };
-            distances.push(ranks.clone().map(distance).collect::<Result<Vec<_>, _>>().map_err(failed(rank))?);
+        for (connections, peers) in connections.map_err(failed)?.iter().zip(&peers) {
+            const DETOUR: u32 = 100; // longer than any way that is straight
+            let detour = |access| if access == PeerAccess::Verified { 0 } else { DETOUR };
+            let ways = connections.iter().zip(peers);
+            distances.push(ways.map(|(&way, &access)| way as u32 + detour(access)).collect::<Vec<u32>>());
         }
         Ok(Places { devices: devices.to_vec(), sites, peers, order: ring_order(&distances) })
     }

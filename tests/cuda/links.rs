@@ -52,8 +52,9 @@ pub fn every_link() {
     if simulated {
         assert_eq!((topology.devices().len(), links.len()), (4, 3));
         for (one, other) in all() {
-            let path = if one == other { PciePath::Same } else { PciePath::Unknown };
-            assert_eq!(topology.pcie_path(one, other), path, "simulated devices are not in /sys");
+            // Simulated devices have all native atomics where they reach each other.
+            let connection = if one == other { Connection::Same } else { Connection::NvLink };
+            assert_eq!(topology.connection(one, other), connection);
         }
     }
     for link in links {
@@ -117,6 +118,9 @@ pub fn pairs() {
 pub fn not_reached(access: PeerAccess) {
     let topology = Topology::probe().unwrap();
     assert_eq!((topology.peer_access(0, 1), topology.peer_access(1, 0)), (access, access));
+    // Simulated devices are not in /sys, and say that they have native atomics if they say that they have access.
+    let says = if access == PeerAccess::Broken { Connection::NvLink } else { Connection::Unknown };
+    assert_eq!(topology.connection(0, 1), says);
     ring(3, &[0, 1], Link::Auto).compare_in_order(&shapes(), &[0, 2, 1]);
     ring(2, &[1, 0], Link::Host).compare(&shapes()[5..]);
     let errors = ranks_of(&[Device::cuda(0), Device::cuda(1)], |communicator| {

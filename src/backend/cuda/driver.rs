@@ -18,6 +18,7 @@ const FUNCTIONS: &[&str] = &[
     "cuDeviceTotalMem_v2",
     "cuDeviceGetPCIBusId",
     "cuDeviceCanAccessPeer",
+    "cuDeviceGetP2PAttribute",
     "cuDevicePrimaryCtxRetain",
     "cuDevicePrimaryCtxRelease_v2",
     "cuCtxPushCurrent_v2",

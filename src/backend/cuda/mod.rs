@@ -15,8 +15,8 @@ pub(crate) use driver::Failed;
 pub(crate) use memory::{DeviceMemory, Pinned};
 pub use peer::PeerAccess;
 pub(crate) use rank::{Rank, THREADS};
-pub(crate) use topology::{facts, path_between};
-pub use topology::{CudaDevice, PciePath, Topology};
+pub(crate) use topology::{all_pairs, connection};
+pub use topology::{Connection, CudaDevice, Topology};
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 

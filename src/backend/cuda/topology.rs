@@ -3,7 +3,7 @@
 use std::ffi::{c_char, c_int, CStr};
 use std::fmt;
 
-use cudarc::driver::sys::CUdevice_attribute as Attribute;
+use cudarc::driver::sys::{CUdevice_P2PAttribute as P2pAttribute, CUdevice_attribute as Attribute};
 
 use super::driver::{self, call, Failed};
 use super::{peer, Context, PeerAccess};
@@ -31,12 +31,15 @@ pub struct CudaDevice {
     path: Vec<String>,
 }
 
-/// What lies between two devices, by the names of `nvidia-smi topo`. NVLink is not looked at: the driver API does not tell.
+/// What lies between two devices, by the names of `nvidia-smi topo`, nearest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
-pub enum PciePath {
+pub enum Connection {
     /// X: they are the same.
     Same,
+    /// NV: NVLink. The driver API does not name it; it does say whether all native atomics work between two devices, which over
+    /// PCIe they do not.
+    NvLink,
     /// PIX: one PCIe switch, or one bridge.
     Pix,
     /// PXB: several PCIe switches, and no host bridge.
@@ -51,16 +54,17 @@ pub enum PciePath {
     Unknown,
 }
 
-impl fmt::Display for PciePath {
+impl fmt::Display for Connection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
-            PciePath::Same => "X",
-            PciePath::Pix => "PIX",
-            PciePath::Pxb => "PXB",
-            PciePath::Phb => "PHB",
-            PciePath::Node => "NODE",
-            PciePath::Sys => "SYS",
-            PciePath::Unknown => "?",
+            Connection::Same => "X",
+            Connection::NvLink => "NV",
+            Connection::Pix => "PIX",
+            Connection::Pxb => "PXB",
+            Connection::Phb => "PHB",
+            Connection::Node => "NODE",
+            Connection::Sys => "SYS",
+            Connection::Unknown => "?",
         })
     }
 }
@@ -77,6 +81,7 @@ impl fmt::Display for PciePath {
 pub struct Topology {
     driver: String,
     devices: Vec<CudaDevice>,
+    connections: Vec<Vec<Connection>>,
     peers: Vec<Vec<PeerAccess>>,
 }
 
@@ -91,10 +96,11 @@ impl Topology {
     fn find() -> Result<Topology, String> {
         let driver = driver::get()?;
         let contexts = (0..driver.devices).map(Context::open).collect::<Result<Vec<_>, String>>()?;
-        let devices = contexts.iter().map(|context| facts(context)).collect::<Result<_, _>>()?;
-        let row = |one| contexts.iter().map(|other| peer::access(one, other)).collect();
-        let peers = contexts.iter().map(row).collect::<Result<_, Failed>>()?;
-        Ok(Topology { driver: driver.version(), devices, peers })
+        let devices: Vec<CudaDevice> =
+            contexts.iter().map(|context| facts(context)).collect::<Result<_, _>>()?;
+        let connections = all_pairs(&contexts, |one, other| connection(one, other))?;
+        let peers = all_pairs(&contexts, peer::access)?;
+        Ok(Topology { driver: driver.version(), devices, connections, peers })
     }
 
     /// The CUDA version that the driver supports, such as 13.0.
@@ -108,8 +114,8 @@ impl Topology {
     }
 
     /// What lies between the devices of two ordinals.
-    pub fn pcie_path(&self, one: usize, other: usize) -> PciePath {
-        path_between(&self.devices[one], &self.devices[other])
+    pub fn connection(&self, one: usize, other: usize) -> Connection {
+        self.connections[one][other]
     }
 
     /// Whether they can use each other's memory.
@@ -159,21 +165,44 @@ fn in_the_system(pci: &str) -> (Vec<String>, Option<u32>) {
     (path, node.and_then(|text| text.trim().parse().ok())) // -1: none
 }
 
-pub(crate) fn path_between(one: &CudaDevice, other: &CudaDevice) -> PciePath {
+/// What lies between two devices.
+pub(crate) fn connection(one: &Context, other: &Context) -> Result<Connection, Failed> {
+    if one.ordinal() != other.ordinal() && native_atomics(one, other)? && native_atomics(other, one)? {
+        return Ok(Connection::NvLink);
+    }
+    Ok(over_pcie(&facts(one)?, &facts(other)?))
+}
+
+fn native_atomics(from: &Context, to: &Context) -> Result<bool, Failed> {
+    let (mut all, attribute) = (0, P2pAttribute::CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED);
+    // SAFETY: two devices of this driver.
+    unsafe { call!(cuDeviceGetP2PAttribute(&mut all, attribute, from.device(), to.device())) }?;
+    Ok(all != 0)
+}
+
+/// A table of something about every two devices.
+pub(crate) fn all_pairs<T, C, E>(
+    contexts: &[C],
+    f: impl Fn(&C, &C) -> Result<T, E>,
+) -> Result<Vec<Vec<T>>, E> {
+    contexts.iter().map(|one| contexts.iter().map(|other| f(one, other)).collect()).collect()
+}
+
+fn over_pcie(one: &CudaDevice, other: &CudaDevice) -> Connection {
     if one.pci == other.pci {
-        return PciePath::Same;
+        return Connection::Same;
     }
     if one.path.is_empty() || other.path.is_empty() {
-        return PciePath::Unknown;
+        return Connection::Unknown;
     }
     let common = one.path.iter().zip(&other.path).take_while(|(a, b)| a == b).count();
     match common {
-        0 if one.numa_node.is_some() && one.numa_node == other.numa_node => PciePath::Node,
-        0 => PciePath::Sys,
-        1 => PciePath::Phb,
+        0 if one.numa_node.is_some() && one.numa_node == other.numa_node => Connection::Node,
+        0 => Connection::Sys,
+        1 => Connection::Phb,
         // Both hang on the last one that they have in common, each by a port of its own: that is one switch.
-        _ if common + 2 >= one.path.len().max(other.path.len()) => PciePath::Pix,
-        _ => PciePath::Pxb,
+        _ if common + 2 >= one.path.len().max(other.path.len()) => Connection::Pix,
+        _ => Connection::Pxb,
     }
 }
 
@@ -181,7 +210,7 @@ pub(crate) fn path_between(one: &CudaDevice, other: &CudaDevice) -> PciePath {
 mod tests {
     use super::*;
 
-    pub(crate) fn device(pci: &str, path: &str, numa_node: Option<u32>) -> CudaDevice {
+    fn device(pci: &str, path: &str, numa_node: Option<u32>) -> CudaDevice {
         CudaDevice {
             ordinal: 0,
             name: "a device".into(),
@@ -199,38 +228,34 @@ mod tests {
         let one =
             device("0000:03:00.0", "pci0000:00 0000:00:01.0 0000:01:00.0 0000:02:08.0 0000:03:00.0", Some(0));
         let cases = [
-            ("0000:03:00.0", "", Some(0), PciePath::Same),
+            ("0000:03:00.0", "", Some(0), Connection::Same),
             (
                 "0000:03:00.1",
                 "pci0000:00 0000:00:01.0 0000:01:00.0 0000:02:08.0 0000:03:00.1",
                 Some(0),
-                PciePath::Pix,
+                Connection::Pix,
             ),
             (
                 "0000:04:00.0",
                 "pci0000:00 0000:00:01.0 0000:01:00.0 0000:02:10.0 0000:04:00.0",
                 Some(0),
-                PciePath::Pix,
+                Connection::Pix,
             ),
             (
                 "0000:07:00.0",
                 "pci0000:00 0000:00:01.0 0000:01:00.0 0000:02:18.0 0000:05:00.0 0000:06:00.0 0000:07:00.0",
                 Some(0),
-                PciePath::Pxb,
+                Connection::Pxb,
             ),
-            ("0000:09:00.0", "pci0000:00 0000:00:03.0 0000:09:00.0", Some(0), PciePath::Phb),
-            ("0000:41:00.0", "pci0000:40 0000:40:01.0 0000:41:00.0", Some(0), PciePath::Node),
-            ("0000:81:00.0", "pci0000:80 0000:80:01.0 0000:81:00.0", Some(1), PciePath::Sys),
-            ("0000:82:00.0", "pci0000:80 0000:80:02.0 0000:82:00.0", None, PciePath::Sys),
-            ("0000:99:00.0", "", None, PciePath::Unknown),
+            ("0000:09:00.0", "pci0000:00 0000:00:03.0 0000:09:00.0", Some(0), Connection::Phb),
+            ("0000:41:00.0", "pci0000:40 0000:40:01.0 0000:41:00.0", Some(0), Connection::Node),
+            ("0000:81:00.0", "pci0000:80 0000:80:01.0 0000:81:00.0", Some(1), Connection::Sys),
+            ("0000:82:00.0", "pci0000:80 0000:80:02.0 0000:82:00.0", None, Connection::Sys),
+            ("0000:99:00.0", "", None, Connection::Unknown),
         ];
         for (pci, path, node, expected) in cases {
             let other = device(pci, path, node);
-            assert_eq!(
-                (path_between(&one, &other), path_between(&other, &one)),
-                (expected, expected),
-                "{pci}"
-            );
+            assert_eq!((over_pcie(&one, &other), over_pcie(&other, &one)), (expected, expected), "{pci}");
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use param_averager::{PciePath, PeerAccess, Topology};
+use param_averager::{Connection, PeerAccess, Topology};
 
 use crate::failure::Failure;
 
@@ -27,7 +27,7 @@ fn draw(topology: &Topology) -> String {
         );
     }
     let count = topology.devices().len();
-    text += &matrix("between them", count, |one, other| topology.pcie_path(one, other).to_string());
+    text += &matrix("between them", count, |one, other| topology.connection(one, other).to_string());
     text += &matrix("peer access, as tried", count, |one, other| peers(topology, one, other).into());
     text.push_str(LEGEND);
     text
@@ -35,7 +35,7 @@ fn draw(topology: &Topology) -> String {
 
 fn peers(topology: &Topology, one: usize, other: usize) -> &'static str {
     match topology.peer_access(one, other) {
-        _ if topology.pcie_path(one, other) == PciePath::Same => "X",
+        _ if topology.connection(one, other) == Connection::Same => "X",
         PeerAccess::Verified => "OK",
         PeerAccess::Broken => "BAD",
         _ => "NO",
@@ -58,11 +58,10 @@ fn matrix(title: &str, count: usize, cell: impl Fn(usize, usize) -> String) -> S
 }
 
 const LEGEND: &str = "
-X     the same device
+X     the same device                     NV    NVLink: all native atomics work between them
 PIX   one PCIe switch or bridge           NODE  host bridges of one NUMA node
 PXB   several PCIe switches               SYS   the link between NUMA nodes
 PHB   a PCIe host bridge                  ?     the system doesn't say
-      (NVLink is not shown: the driver API does not tell)
 OK    bytes were moved both ways, by writing and by reading, and were right: mailboxes are in device memory
 BAD   the driver says that it works, and bytes were lost: mailboxes are in memory of the host
 NO    the driver says that it doesn't: mailboxes are in memory of the host
