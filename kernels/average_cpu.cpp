@@ -24,6 +24,4 @@ PA_FN void run_phase(const Exec& ex, const PaArgs& args, uint32_t phase) {
 extern "C" void PA_NAME(pa_run_block_, PA_ISA)(const PaArgs* args, uint32_t phase, uint32_t channel) {
   PA_ISA::run_phase(PA_ISA::Exec{channel}, *args, phase);
 }
-
-
 #endif
