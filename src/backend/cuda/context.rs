@@ -26,8 +26,9 @@ pub(crate) struct Context {
     module: sys::CUmodule,
     kernels: [sys::CUfunction; 5],
     probe: sys::CUfunction,
-    /// Ordinals of devices, and whether this one and they can use each other's memory; see `peer`.
-    peers: Mutex<BTreeMap<usize, PeerAccess>>,
+    /// By ordinal, other contexts, and whether this one and they can use each other's memory; see `peer`. It holds for these
+    /// alone: when a primary context is released, access to it ends.
+    peers: Mutex<BTreeMap<usize, (Weak<Context>, PeerAccess)>>,
     /// For what the host copies while kernels run. Does not wait for the null stream.
     side: sys::CUstream,
     /// Blocks that can be resident at once, of any of the kernels.
@@ -154,7 +155,7 @@ impl Context {
         self.probe
     }
 
-    pub(super) fn peers(&self) -> MutexGuard<'_, BTreeMap<usize, PeerAccess>> {
+    pub(super) fn peers(&self) -> MutexGuard<'_, BTreeMap<usize, (Weak<Context>, PeerAccess)>> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner) // a map, whole at any time
     }
 

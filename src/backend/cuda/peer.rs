@@ -29,12 +29,14 @@ pub(crate) fn access(one: &Arc<Context>, other: &Arc<Context>) -> Result<PeerAcc
     if one.ordinal() == other.ordinal() {
         return Ok(PeerAccess::Verified);
     }
-    if let Some(&known) = one.peers().get(&other.ordinal()) {
-        return Ok(known);
+    if let Some((context, known)) = one.peers().get(&other.ordinal()) {
+        if context.ptr_eq(&Arc::downgrade(other)) {
+            return Ok(*known);
+        }
     }
     let found = find(one, other)?;
-    one.peers().insert(other.ordinal(), found);
-    other.peers().insert(one.ordinal(), found);
+    one.peers().insert(other.ordinal(), (Arc::downgrade(other), found));
+    other.peers().insert(one.ordinal(), (Arc::downgrade(one), found));
     Ok(found)
 }
 
