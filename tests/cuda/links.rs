@@ -83,11 +83,6 @@ pub fn every_link() {
         drop(auto);
         host.average(&mut model).unwrap();
     });
-    // A device that everybody has let go of and that comes back: access to its memory is given again.
-    let kept = World::in_process(&[Device::cuda(0)]).unwrap();
-    ranks_of(&[Device::cuda(0), Device::cuda(3)], |communicator| communicator.rank());
-    compare(ring(2, &[0, 3], Link::Auto), &shapes[15..]);
-    drop(kept);
     // What is for one device only.
     let errors = ranks_of(&[Device::cuda(0), Device::cuda(1)], |communicator| {
         let mut model = Model::new(communicator.device(), &shapes, 0);
