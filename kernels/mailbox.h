@@ -66,7 +66,7 @@ template <class Over> PA_FN bool take_turn(Exec ex, Place p, Over over) {
     first = true;
     for (uint32_t r = 0; first && r < a.world && !mutant(55); ++r) {
       PaBoard& other = p.control()->board[r];
-      if (r == a.rank || !has_turn(other, 0)) continue;
+      if (r == a.rank || !has_turn(other, ex.now_ns() - start)) continue;
       if (r < a.rank) {
         if (!mutant(58)) store_release(&own.deciding, 0);
         first = false;

@@ -237,19 +237,34 @@ impl Drop for Context {
     }
 }
 
-/// While it lives, a context is this thread's current one; then the one before it is again, which is the trainer's.
-pub(super) struct Bound(PhantomData<*const ()>); // of this thread
+/// While it lives, a context is this thread's current one; then the one before it is again, which is the trainer's. And
+/// the thread may allocate and wait although another captures a CUDA graph: nothing that is done here is a part of one but what
+/// goes to the very stream that is captured.
+pub(super) struct Bound {
+    mode: sys::CUstreamCaptureMode,
+    of_this_thread: PhantomData<*const ()>,
+}
 
 fn bind(context: sys::CUcontext) -> Result<Bound, Failed> {
-    // SAFETY: retained by whoever calls.
-    unsafe { call!(cuCtxPushCurrent_v2(context)) }?;
-    Ok(Bound(PhantomData))
+    let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
+    // SAFETY: retained by whoever calls; the mode is swapped for the one before.
+    unsafe {
+        call!(cuCtxPushCurrent_v2(context))?;
+        if let Err(failed) = call!(cuThreadExchangeStreamCaptureMode(&mut mode)) {
+            let _ = call!(cuCtxPopCurrent_v2(&mut null_mut()));
+            return Err(failed);
+        }
+    }
+    Ok(Bound { mode, of_this_thread: PhantomData })
 }
 
 impl Drop for Bound {
     fn drop(&mut self) {
         let mut popped = null_mut();
-        // SAFETY: `bind` pushed it. An error leaves nothing to do.
-        let _ = unsafe { call!(cuCtxPopCurrent_v2(&mut popped)) };
+        // SAFETY: `bind` pushed it, and took the mode. An error leaves nothing to do.
+        unsafe {
+            let _ = call!(cuThreadExchangeStreamCaptureMode(&mut self.mode));
+            let _ = call!(cuCtxPopCurrent_v2(&mut popped));
+        }
     }
 }

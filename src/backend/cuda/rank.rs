@@ -34,7 +34,7 @@ pub(crate) struct Rank {
     stale: bool,
     /// Tables of averages that are part of a CUDA graph: as they were when it was captured, whatever comes after.
     captured: Vec<DeviceMemory>,
-    /// Memory for the first of them: where somebody captures, it may be forbidden to allocate.
+    /// Memory for the first of them: where somebody captures, a driver may forbid to allocate.
     to_capture: Option<DeviceMemory>,
     /// What was started last was captured: it has not run.
     capturing: bool,
@@ -175,8 +175,6 @@ impl Rank {
 
     /// A copy of the tables, which later averages leave alone.
     fn tables_of_now(&mut self) -> Result<DeviceMemory, Failed> {
-        // What is done here is not a part of the graph, and has nothing to do with what is captured elsewhere.
-        let _relaxed = Relaxed::new()?;
         let copy = match self.to_capture.take() {
             Some(memory) => memory,
             None => DeviceMemory::new(&self.context, self.tables.bytes())?,
@@ -258,12 +256,14 @@ impl Rank {
 
     /// Waits for what was started, if something was: a thread that captures must not even ask.
     pub(crate) fn finish(&mut self) -> Result<(), Failed> {
-        if !std::mem::take(&mut self.pending) {
+        if !self.pending {
             return Ok(());
         }
         let _bound = self.context.bind()?;
         // SAFETY: this rank's event.
-        unsafe { call!(cuEventSynchronize(self.done)) }
+        unsafe { call!(cuEventSynchronize(self.done)) }?;
+        self.pending = false; // not before: whoever asks again waits again
+        Ok(())
     }
 
     unsafe fn launch(&self, args: &PaArgs, phase: u32, stream: sys::CUstream) -> Result<(), Failed> {
@@ -293,25 +293,6 @@ unsafe fn is_capturing(stream: sys::CUstream) -> Result<bool, Failed> {
     // SAFETY: the caller's promise.
     unsafe { call!(cuStreamIsCapturing(stream, &mut status)) }?;
     Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
-}
-
-/// While it lives, this thread may do what is forbidden while anybody captures: allocate, and wait.
-struct Relaxed(sys::CUstreamCaptureMode);
-
-impl Relaxed {
-    fn new() -> Result<Relaxed, Failed> {
-        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: it swaps the two.
-        unsafe { call!(cuThreadExchangeStreamCaptureMode(&mut mode)) }?;
-        Ok(Relaxed(mode))
-    }
-}
-
-impl Drop for Relaxed {
-    fn drop(&mut self) {
-        // SAFETY: as in `new`. An error leaves nothing to do.
-        let _ = unsafe { call!(cuThreadExchangeStreamCaptureMode(&mut self.0)) };
-    }
 }
 
 impl Drop for Rank {
