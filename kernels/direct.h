@@ -111,6 +111,7 @@ template <class T> PA_FN void run_direct_bucket(Block& b, const PaBucket& bucket
 }
 
 PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
+  if (has_failed(ex, a)) return;
   Block b(ex, a, true);
   if (meet(b, true)) {
     const PaBucket* buckets = at<const PaBucket>(a.buckets);

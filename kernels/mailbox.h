@@ -223,6 +223,12 @@ PA_SLOW void dawdle(Exec ex, Place p, uint32_t step) {
   }
 }
 
+// Whether this block has failed for good. A graph may be replayed all the same; the record of what happened must outlive that,
+// since it says whether tensors are half written.
+PA_FN bool has_failed(const Exec& ex, const PaArgs& a) {
+  return at<PaChannel>(a.channel)[ex.block()].outcome >= PA_TIMEOUT && !mutant(60);
+}
+
 // ---- a block -----------------------------------------------------------------------------------------------------
 // One block's view of its rank during one launch. All members have the same value in all lanes.
 struct Block {

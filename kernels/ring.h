@@ -185,6 +185,7 @@ template <class T, bool kF32> struct Ring {
 template <uint32_t kPhase> PA_FN void run_ring(const Exec& ex, const PaArgs& a) {
   constexpr bool kBegins = kPhase != PA_RING_GATHER;
   const uint32_t reduced = at<PaChannel>(a.channel)[ex.block()].outcome;
+  if (kBegins && has_failed(ex, a)) return;
   Block b(ex, a, kBegins);
   if (kPhase == PA_RING_GATHER && reduced != PA_COMMITTED) return; // the reduce did not end well: it has said why
   if (kPhase == PA_RING_GATHER && ex.leader() && !mutant(50)) b.me->outcome = PA_OPEN; // being ready was not the end
