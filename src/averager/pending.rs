@@ -4,6 +4,7 @@ use std::ffi::c_void;
 use std::time::Instant;
 
 use super::{Call, Outcome, ParamAverager, Report};
+use crate::abi::PA_OPEN;
 use crate::{Error, Parameters, Result};
 
 /// An average that has been enqueued: wait for it to get its report or its error.
@@ -65,7 +66,7 @@ impl ParamAverager {
     /// failure that ended the world ends every later replay at once. `elapsed` of the report is 0: nobody looked at a clock.
     ///
     /// # Safety
-    /// The stream is one of the device's primary context, and no replay is under way on another.
+    /// The stream is one of the device's primary context, and no replay is under way on another. While a replay is under way, this averager makes no other average.
     pub unsafe fn replayed(&mut self, stream: *mut c_void) -> Result<Report> {
         if let Some(cause) = &self.failed {
             return Err(Error::Poisoned { cause: Box::new(cause.clone()) });
@@ -76,9 +77,19 @@ impl ParamAverager {
         if self.world_size() == 1 {
             return Ok(self.report(None));
         }
+        let none = Error::Option {
+            rank: self.rank(),
+            option: "stream",
+            found: "one on which no captured average has been replayed".into(),
+            expected: "one that a graph with this averager's average was launched on",
+        };
+        // No block has begun an average yet, or the last one was none.
+        if self.args.fault_step == 0 && self.ended().any(|status| status.outcome == PA_OPEN) {
+            return Err(none);
+        }
         match self.outcome(None)? {
             Outcome::Averaged(report) => Ok(report),
-            Outcome::Unneeded => unreachable!("this rank needs it"),
+            Outcome::Unneeded => Err(none),
         }
     }
 

@@ -53,6 +53,9 @@ fn replay(devices: &[Device], algorithm: Algorithm, commit: bool) {
         let builder =
             ParamAverager::builder(communicator).algorithm(algorithm).all_or_nothing(commit).channels(2);
         let mut averager = builder.timeout(Duration::from_secs(60)).build(&mut model).unwrap();
+        // SAFETY: the stream lives, and nothing runs on it.
+        let none = unsafe { averager.replayed(raw.cast()) };
+        assert!(matches!(none, Err(Error::Option { option: "stream", .. })), "{none:?}");
         averager.average(&mut other).unwrap(); // what comes before makes no difference
                                                // SAFETY: own memory and stream, which live until all is done.
         let graph = unsafe {

@@ -44,19 +44,44 @@ fn find(one: &Arc<Context>, other: &Arc<Context>) -> Result<PeerAccess, Failed> 
     if !can(one, other)? || !can(other, one)? {
         return Ok(PeerAccess::Unsupported);
     }
-    let (there, back) = (enable(one, other)?, enable(other, one)?);
+    let there = match enable(one, other) {
+        Err(failed) => return not_to_be_had(failed),
+        Ok(there) => there,
+    };
+    let back = match enable(other, one) {
+        Err(failed) => {
+            disable(one, other, there)?;
+            return not_to_be_had(failed);
+        }
+        Ok(back) => back,
+    };
     if moves(one, other, 1)? && moves(other, one, 2)? {
         return Ok(PeerAccess::Verified);
     }
     // As it was: a trainer that asks for it itself is told that it is there already, and may know better.
-    for (from, to, own) in [(one, other, there), (other, one, back)] {
-        if own {
-            let _bound = from.bind()?;
-            // SAFETY: a context that is retained.
-            unsafe { call!(cuCtxDisablePeerAccess(to.raw())) }?;
-        }
-    }
+    disable(one, other, there)?;
+    disable(other, one, back)?;
     Ok(PeerAccess::Broken)
+}
+
+/// A device has no more than 8 peers where no switch joins them all: others are reached through the host.
+fn not_to_be_had(failed: Failed) -> Result<PeerAccess, Failed> {
+    match failed.result {
+        CUresult::CUDA_ERROR_TOO_MANY_PEERS | CUresult::CUDA_ERROR_PEER_ACCESS_UNSUPPORTED => {
+            Ok(PeerAccess::Unsupported)
+        }
+        _ => Err(failed),
+    }
+}
+
+/// Takes back what `enable` gave, if it gave it.
+fn disable(from: &Context, to: &Context, given: bool) -> Result<(), Failed> {
+    if !given {
+        return Ok(());
+    }
+    let _bound = from.bind()?;
+    // SAFETY: a context that is retained.
+    unsafe { call!(cuCtxDisablePeerAccess(to.raw())) }
 }
 
 /// What the driver says.
