@@ -85,7 +85,7 @@ struct PaBoard {
   uint32_t gone;       // 1: this rank dropped its averager and never comes again
   uint32_t waiting_on; // rank + 1 it is stuck behind, 0 if none: lets a timeout name the culprit, not the neighbour
   uint32_t sleepers;   // CPU: nonzero when someone may sleep on a word of this board
-  uint32_t deciding;     // 1: this rank has its turn to write the decision or `failed`, or waits for it, see take_turn()
+  uint32_t deciding;   // 1: this rank has its turn to write the decision or `failed`, or waits for it, see take_turn()
   uint32_t reserved;
   struct PaRecord record[2];
 };
@@ -96,7 +96,7 @@ struct PaControl {
   // and is written in turn, so ranks that time out and ranks that commit can't disagree.
   uint64_t decision;
   uint64_t reserved0[15];
-  uint32_t abort;  // (kind << 8) | rank: the host poisoned the world; 0: it did not. The kernels' only word that a host writes with `gone`
+  uint32_t abort;  // (kind << 8) | rank: the host poisoned the world; 0: it did not. Besides `gone`, all that a host writes
   uint32_t failed; // the same of the first failure that a kernel met. Set once, in turn
   uint32_t reserved1[30];
   struct PaBoard board[PA_MAX_WORLD];

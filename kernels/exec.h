@@ -4,7 +4,8 @@
 //   CPU, tests   (PA_LANES) a block has many lanes, each an OS thread, with a real barrier: so that a missing block
 //                barrier can be seen
 // Flags are published with st.release and polled with ld.acquire at system scope; no fences on CPUs, since ThreadSanitizer
-// does not model them. Only blocks of one rank share words that are read and modified in one go: between devices PCIe can't. Whatever is weaker has `relaxed` in its name and says at the call why it may be.
+// does not model them. Only blocks of one rank share words that are read and modified in one go: between devices PCIe can't.
+// Whatever is weaker has `relaxed` in its name and says at the call why it may be.
 #pragma once
 #include "abi.h"
 #include <stddef.h>
