@@ -56,13 +56,6 @@ PA_FN void agree_on_scales(const PaControl* control, uint32_t world, uint32_t ep
 PA_SLOW bool meet_as_leader(Exec ex, Place p, bool commits) {
   const PaArgs& a = *p.a;
   PaControl* control = p.control();
-  // A graph may be replayed after a failure. That begins no other average: its decision would hide the one that slower ranks
-  // have yet to learn of.
-  const uint64_t before = load_acquire(&control->decision);
-  if (kind_of(code_of(before)) >= PA_TIMEOUT && int32_t(epoch_of(before) - p.epoch) < 0 && !mutant(59)) {
-    ends(p, code_of(before), where_of(before));
-    return false;
-  }
   if (ex.block() == 0) {
     PaBoard& own = control->board[a.rank];
     PaRecord& record = own.record[mutant(21) ? 0 : p.epoch & 1];
