@@ -101,10 +101,10 @@ PA_SLOW uint64_t propose(Exec ex, Place p, uint32_t where, uint32_t code) {
   return seen;
 }
 
-// What poisoned this world, or 0: a host's abort, or a failure of a kernel.
+// What poisoned this world, or 0: a failure of a kernel, or a host's abort. One that came first is a failure by now, or will be.
 PA_FN uint32_t poison(PaControl* control) {
-  const uint32_t abort = load_acquire(&control->abort);
-  return abort != 0 ? abort : load_acquire(&control->failed);
+  const uint32_t failed = load_acquire(&control->failed);
+  return failed != 0 ? failed : load_acquire(&control->abort);
 }
 // Poisons it, and returns the failure that did so first.
 PA_SLOW uint32_t poison_with(Exec ex, Place p, uint32_t failure) {

@@ -72,7 +72,8 @@ impl Control {
     /// The failure that ended this world, if the host can know of one without asking a device: one's own is told by its
     /// next average.
     pub(crate) fn failure(&self) -> Option<Failure> {
-        let words = [Some(self.word(ABORT).unwrap_or(&self.aborted)), self.word(FAILED)];
+        // In this order: who aborts because of a failure does not hide it.
+        let words = [self.word(FAILED), Some(self.word(ABORT).unwrap_or(&self.aborted))];
         let mut codes = words.into_iter().flatten().map(|word| word.load(Ordering::Acquire));
         let code = codes.find(|&code| code != 0)?;
         Some(Failure { kind: code >> 8, position: (code & 0xff) as usize })
