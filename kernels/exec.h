@@ -99,6 +99,11 @@ PA_FN bool try_lock(uint32_t* p) {
   asm volatile("atom.acq_rel.gpu.global.exch.b32 %0, [%1], 1;" : "=r"(seen) : "l"(p) : "memory");
   return seen == 0;
 }
+// In turn, so that nobody else writes.
+template <class T> PA_FN bool replace(T* p, T, T v) {
+  store_release(p, v);
+  return true;
+}
 PA_FN void wake(uint32_t*, uint32_t*) {} // nobody sleeps on a GPU
 
 struct Exec {
@@ -134,6 +139,11 @@ PA_FN uint32_t load_flag(const uint32_t* p) { return __atomic_load_n(p, __ATOMIC
 PA_FN bool try_lock(uint32_t* p) { return __atomic_exchange_n(p, 1u, __ATOMIC_ACQ_REL) == 0; }
 PA_FN uint32_t fetch_add(uint32_t* p, uint32_t v) {
   return mutant(34) ? __atomic_fetch_add(p, v, __ATOMIC_RELAXED) : __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
+}
+// In turn, and yet by compare-and-swap: a process that is stopped in its turn until others have taken it for gone does not
+// overwrite what they wrote.
+template <class T> PA_FN bool replace(T* p, T seen, T v) {
+  return __atomic_compare_exchange_n(p, &seen, v, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }
 // After a word was published: wakes who sleeps on it. One load when nobody does. The word may be in memory that other
 // processes map, hence no FUTEX_PRIVATE.

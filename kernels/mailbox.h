@@ -42,7 +42,7 @@ struct Place {
 // Mutual Exclusion Problem", part II, 1986). Each rank has a flag of its own and raises it before it looks at the others'; a rank
 // that finds the flag of a lower one up lowers its own until that is down. Of two that raise theirs, one sees the other's.
 // The blocks of a rank queue on a lock of their own first. A turn is a few loads and stores: a rank that is gone, or that takes
-// a minute for it, is not waited for.
+// a minute for it, is not waited for; see replace().
 PA_FN bool has_turn(PaBoard& board, uint64_t waited_ns) {
   constexpr uint64_t kLongestNs = 60'000'000'000;
   return load_flag(&board.deciding) != 0 && (mutant(56) || load_acquire(&board.gone) == 0) && waited_ns <= kLongestNs;
@@ -96,7 +96,8 @@ PA_SLOW uint64_t propose(Exec ex, Place p, uint32_t where, uint32_t code) {
   };
   if (over() && !mutant(14)) return seen;
   if (!mutant(14) && !take_turn(ex, p, over)) return seen;
-  if (!over() || mutant(14)) store_release(decision, seen = mine);
+  if (mutant(14)) store_release(decision, seen = mine);
+  else if (!over()) replace(decision, seen, mine) ? void(seen = mine) : void(over());
   if (!mutant(14)) end_turn(p);
   return seen;
 }
@@ -112,7 +113,7 @@ PA_SLOW uint32_t poison_with(Exec ex, Place p, uint32_t failure) {
   uint32_t seen;
   const auto over = [&] { return (seen = load_acquire(failed)) != 0; };
   if (over() || !take_turn(ex, p, over)) return seen;
-  if (!over()) store_release(failed, seen = failure);
+  if (!over()) replace(failed, seen, failure) ? void(seen = failure) : void(over());
   end_turn(p);
   return seen;
 }

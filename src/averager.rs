@@ -6,6 +6,7 @@ mod link;
 mod memory;
 mod outcome;
 mod pending;
+mod recover;
 mod report;
 mod table;
 
@@ -73,6 +74,8 @@ pub struct ParamAverager {
     own: Own,
     args: PaArgs,
     timeout: Duration,
+    /// To build another one by.
+    options: Builder,
     failed: Option<Error>,
     /// The stream of the average that may be under way: to cudarc, a context whose last stream is gone has no need to order
     /// the uses of its slices any more.
@@ -121,6 +124,7 @@ impl ParamAverager {
             refusal: own.as_ref().err().cloned(),
             options: options.shown(),
             tensors: table.describe_all(),
+            schedule_position: options.schedule_position,
             inbox: own.as_ref().ok().and_then(|own| own.inbox.clone()),
             credits: own.as_ref().ok().and_then(|own| own.credits.clone()),
             control: own.as_ref().ok().and_then(|own| own.control.clone()),
@@ -133,6 +137,7 @@ impl ParamAverager {
             args: bytemuck::Zeroable::zeroed(),
             phases: phases(algorithm, options.all_or_nothing, options.reject_non_finite),
             timeout: options.timeout,
+            options: options.clone(),
             failed: None,
             #[cfg(feature = "cudarc")]
             stream: None,

@@ -46,9 +46,9 @@ impl fmt::Display for Stage {
 #[non_exhaustive]
 pub enum Error {
     /// A world needs 1 to 16 ranks.
-    #[error("a world of {found} ranks: give World::in_process a list of 1 to {max} devices, one for each rank", max = crate::abi::PA_MAX_WORLD)]
+    #[error("a world of {found} ranks: it has 1 to {max}; World::in_process takes a list of devices, one for each rank", max = crate::abi::PA_MAX_WORLD)]
     WorldSize {
-        /// Devices given.
+        /// Ranks asked for.
         found: usize,
     },
 
@@ -68,6 +68,47 @@ pub enum Error {
     CudaUnavailable {
         /// Why, and what to do.
         reason: String,
+    },
+
+    /// What a launcher says of this process through environment variables is missing or contradicts itself.
+    #[error("{problem}")]
+    Environment {
+        /// The variables, what was found, and what to do.
+        problem: String,
+    },
+
+    /// The processes of a world did not find one another. Every rank that waits gets the same error.
+    #[error("rank {rank} does not get into its world: {reason}")]
+    Rendezvous {
+        /// This rank.
+        rank: usize,
+        /// Who is missing or disagrees, and what to do.
+        reason: String,
+    },
+
+    /// A rank that is another process could not build its averager.
+    #[error("rank {rank} can't build its averager: {reason}")]
+    PeerRefused {
+        /// The rank.
+        rank: usize,
+        /// Its own error.
+        reason: String,
+    },
+
+    /// The others went on without this rank, since it did not come to the recovery in time.
+    #[error("the others went on without what was rank {rank}, which was not there within {timeout:?}: its parameters are its own; start it again with the next run")]
+    LeftOut {
+        /// What this rank was.
+        rank: usize,
+        /// How long this rank would have waited.
+        timeout: Duration,
+    },
+
+    /// A world of this kind can't go on after a failure.
+    #[error("rank {rank} is a thread of its process, whose world can't recover: build a new one with World::in_process")]
+    NoRecovery {
+        /// This rank.
+        rank: usize,
     },
 
     /// An option of the builder has a value it can't have.

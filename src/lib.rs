@@ -63,6 +63,8 @@ pub use interop::{CudaParams, CudaTensorMut};
 pub use local_sgd::{Action, LocalSgd};
 pub use schedule::Schedule;
 pub use tensor::{Dtype, Element, Parameters, TensorMut};
+#[cfg(target_os = "linux")]
+pub use world::WorldBuilder;
 pub use world::{AbortHandle, Communicator, Device, World};
 
 /// For this crate's own tests and bench.

@@ -22,6 +22,10 @@ pub struct LocalSgd {
     averages: u64,
 }
 
+/// Reasons to average that are no position in a schedule: no step is counted so far.
+const FINISH: u64 = u64::MAX;
+const RECOVER: u64 = u64::MAX - 1;
+
 /// What a call of [`LocalSgd`] did.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
@@ -66,6 +70,17 @@ impl LocalSgd {
     /// since the last due average. If no rank has stepped since, nothing moves; calling it twice is calling it once.
     pub fn finish<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
         self.finish_by(|averager, call| averager.run(params, call))
+    }
+
+    /// After an error that [is fatal](crate::Error::is_fatal): goes on among the ranks that are left, all of which call it; see
+    /// [`ParamAverager::recover`]. The average that failed is made up for at once, so that all have the same parameters.
+    ///
+    /// All take the place in the schedule of the one that is farthest on: some may have been done with the average that failed for
+    /// others.
+    pub fn recover<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
+        self.position = self.averager.recover_at(params, self.position)?;
+        self.since_average += 1; // whatever was half written
+        self.average(|averager, call| averager.run(params, call), RECOVER)
     }
 
     /// Optimizer steps applied so far.
@@ -113,7 +128,6 @@ impl LocalSgd {
         &mut self,
         average: impl FnOnce(&mut ParamAverager, Call) -> Result<Outcome>,
     ) -> Result<Action> {
-        const FINISH: u64 = u64::MAX; // no step is counted so far
         self.average(average, FINISH)
     }
 

@@ -22,6 +22,8 @@ pub struct Builder {
     pub(super) channels: Option<u32>,
     pub(super) slots: u32,
     pub(super) chunk_bytes: Option<usize>,
+    /// Shown to the others, for whom it may be of use.
+    pub(super) schedule_position: u64,
     pub(super) testing: Testing,
 }
 
@@ -54,6 +56,7 @@ impl Builder {
             channels: None,
             slots: defaults::SLOTS,
             chunk_bytes: None,
+            schedule_position: 0,
             testing: Testing::default(),
         }
     }
@@ -159,8 +162,8 @@ impl Builder {
             _ if self.timeout.is_zero() => refuse("timeout", "0".into(), "longer than nothing"),
             _ if self.algorithm == Algorithm::Direct && !self.communicator.places().one_memory() => refuse(
                 "algorithm",
-                "Direct, on several devices".into(),
-                "Auto or Ring, unless all ranks are on CPUs or on one device",
+                "Direct, on several devices or between processes".into(),
+                "Auto or Ring, unless all ranks are threads of one process, on CPUs or on one device",
             ),
             _ => match (self.crowd(), self.link_refusal()) {
                 (Some(found), _) => refuse(
@@ -213,18 +216,15 @@ impl Builder {
         self.channels.unwrap_or_else(|| {
             let at_once = match self.communicator.places().room() {
                 Some(room) => room.blocks / room.ranks,
-                None => {
-                    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-                    (cores / self.communicator.world_size()) as u32
-                }
+                None => (self.communicator.places().cores() / self.communicator.world_size()) as u32,
             };
             at_once.clamp(1, self.cut().channels)
         })
     }
 
     /// What must be the same on every rank.
-    pub(super) fn shown(&self) -> Vec<(&'static str, String)> {
-        vec![
+    pub(super) fn shown(&self) -> Vec<(String, String)> {
+        let shown = [
             ("algorithm", format!("{:?}", self.algorithm)),
             ("link", format!("{:?}", self.link)),
             ("all_or_nothing", self.all_or_nothing.to_string()),
@@ -235,6 +235,7 @@ impl Builder {
             ("slots", self.slots.to_string()),
             ("chunk_bytes", self.chunk_bytes.map_or("the default".into(), |bytes| bytes.to_string())),
             ("counter", self.testing.counter.to_string()),
-        ]
+        ];
+        shown.map(|(name, value)| (name.to_owned(), value)).into()
     }
 }

@@ -60,7 +60,11 @@ impl Link {
     }
 
     /// Memory for what a neighbour writes: zeroed.
-    pub(super) fn place(is_host: bool, site: &Site, bytes: usize) -> Result<Memory, String> {
+    pub(super) fn place(is_host: bool, places: &Places, site: &Site, bytes: usize) -> Result<Memory, String> {
+        #[cfg(target_os = "linux")]
+        if places.between_processes() {
+            return Memory::between_processes(bytes);
+        }
         if is_host {
             Memory::of_the_host(site, bytes)
         } else {

@@ -7,7 +7,7 @@ use super::link::Link;
 use super::table::Table;
 use crate::abi::*;
 use crate::backend::cpu::instruction_sets;
-use crate::backend::{Engine, Memory, Site};
+use crate::backend::{Engine, Memory};
 use crate::bucket;
 use crate::world::Control;
 use crate::{Error, Result};
@@ -45,9 +45,10 @@ impl Sizes {
     }
 
     /// `filled` counters, then the slots.
-    fn inbox(&self, is_host: bool, site: &Site, channels: u32, testing: &Testing) -> Result<Memory, String> {
+    fn inbox(&self, is_host: bool, options: &Builder, channels: u32) -> Result<Memory, String> {
+        let (testing, communicator) = (&options.testing, &options.communicator);
         let slots = (channels * self.slots) as usize * self.slot_packs as usize * PA_PACK_BYTES as usize;
-        let mut memory = Link::place(is_host, site, channels as usize * LINE_BYTES + slots)?;
+        let mut memory = Link::place(is_host, communicator.places(), communicator.site(), channels as usize * LINE_BYTES + slots)?;
         memory.set(0, bytemuck::cast_slice(&counters(channels, testing)))?;
         if testing.poison_slots {
             memory.fill_from(channels as usize * LINE_BYTES, 0xff)?;
@@ -115,16 +116,17 @@ impl Own {
             let (order, position) = (places.order(), places.position(rank));
             let (previous, next) = (position + order.len() - 1, position + 1);
             let is_host = |other: usize| link.is_host(places, rank, order[other % order.len()]);
-            inbox = Some(sizes.inbox(is_host(previous), site, channels, testing).map_err(failed)?);
+            inbox = Some(sizes.inbox(is_host(previous), options, channels).map_err(failed)?);
             let lines = counters(channels, testing);
-            let mut memory = Link::place(is_host(next), site, size_of_val(&lines[..])).map_err(failed)?;
+            let mut memory = Link::place(is_host(next), places, site, size_of_val(&lines[..])).map_err(failed)?;
             memory.set(0, bytemuck::cast_slice(&lines)).map_err(failed)?;
             credits = Some(memory);
         }
         let control = (rank == 0).then(|| {
             // The host's where that of a device is not everybody's.
-            let is_host = !options.communicator.places().one_memory() || options.link == Link::Host;
-            Control::new(Link::place(is_host, site, Control::BYTES)?, testing.counter)
+            let places = options.communicator.places();
+            let is_host = !places.one_memory() || options.link == Link::Host;
+            Control::new(Link::place(is_host, places, site, Control::BYTES)?, testing.counter)
         });
         let control = control.transpose().map_err(failed)?;
         let mut state: PaChannel = bytemuck::Zeroable::zeroed();

@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use super::cuda::{Context, DeviceMemory, Pinned};
 use super::Region;
+#[cfg(target_os = "linux")]
+use super::Shared;
 
 /// Where memory is to be.
 #[derive(Clone, Debug)]
@@ -19,6 +21,9 @@ pub(crate) enum Memory {
     Cuda(DeviceMemory),
     /// The host's, which every device maps.
     Mapped(Pinned),
+    /// The host's, which other processes map.
+    #[cfg(target_os = "linux")]
+    Shared(Shared),
 }
 
 impl Memory {
@@ -38,6 +43,21 @@ impl Memory {
         })
     }
 
+    /// Zeroed, in memory of the host that other processes can be given.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn between_processes(bytes: usize) -> Result<Memory, String> {
+        Shared::new(bytes).map(Memory::Shared)
+    }
+
+    /// What other processes can be given.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn shared(&self) -> Option<&Shared> {
+        match self {
+            Memory::Shared(shared) => Some(shared),
+            _ => None,
+        }
+    }
+
     /// Where the host finds it, unless only a device does. Who accesses what in it, and when, is the protocol's business.
     pub(crate) fn host_pointer(&self) -> Option<*mut u8> {
         match self {
@@ -51,6 +71,8 @@ impl Memory {
             Memory::Host(region) => region.address(),
             Memory::Cuda(memory) => memory.address(),
             Memory::Mapped(pinned) => pinned.address(),
+            #[cfg(target_os = "linux")]
+            Memory::Shared(shared) => shared.address(),
         }
     }
 
@@ -59,6 +81,8 @@ impl Memory {
             Memory::Host(region) => region.bytes(),
             Memory::Cuda(memory) => memory.bytes(),
             Memory::Mapped(pinned) => pinned.size(),
+            #[cfg(target_os = "linux")]
+            Memory::Shared(shared) => shared.bytes(),
         }
     }
 
@@ -68,6 +92,8 @@ impl Memory {
             Memory::Host(region) => region.bytes_mut()[offset..offset + from.len()].copy_from_slice(from),
             Memory::Cuda(memory) => memory.write(offset, from)?,
             Memory::Mapped(pinned) => pinned.bytes_mut()[offset..offset + from.len()].copy_from_slice(from),
+            #[cfg(target_os = "linux")]
+            Memory::Shared(shared) => shared.bytes_mut()[offset..offset + from.len()].copy_from_slice(from),
         }
         Ok(())
     }
@@ -78,6 +104,8 @@ impl Memory {
             Memory::Host(region) => region.bytes_mut()[offset..].fill(value),
             Memory::Cuda(memory) => memory.fill(offset, memory.bytes() - offset, value)?,
             Memory::Mapped(pinned) => pinned.bytes_mut()[offset..].fill(value),
+            #[cfg(target_os = "linux")]
+            Memory::Shared(shared) => shared.bytes_mut()[offset..].fill(value),
         }
         Ok(())
     }

@@ -5,7 +5,11 @@ pub(crate) mod cuda;
 mod engine;
 mod memory;
 mod region;
+#[cfg(target_os = "linux")]
+mod shared;
 
 pub(crate) use engine::Engine;
 pub(crate) use memory::{Memory, Site};
 pub(crate) use region::Region;
+#[cfg(target_os = "linux")]
+pub(crate) use shared::Shared;

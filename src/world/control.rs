@@ -41,6 +41,17 @@ impl Control {
         Ok(Control { memory, aborted: AtomicU32::new(0) })
     }
 
+    /// One that another process made.
+    #[cfg(target_os = "linux")]
+    pub(super) fn of(memory: Memory) -> Self {
+        Control { memory, aborted: AtomicU32::new(0) }
+    }
+
+    #[cfg(target_os = "linux")]
+    pub(super) fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
     pub(crate) fn address(&self) -> u64 {
         self.memory.address()
     }

@@ -4,35 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::{Control, Places};
-use crate::backend::Memory;
+use super::{Agreement, Card, Places};
 use crate::error::Stage;
 use crate::{Error, Result};
-
-/// What a rank shows the others when it builds an averager.
-#[derive(Clone, Debug)]
-pub(crate) struct Card {
-    /// What is wrong with it by itself: then nobody builds.
-    pub(crate) refusal: Option<Error>,
-    /// What must be the same on every rank, by the builder's name for it.
-    pub(crate) options: Vec<(&'static str, String)>,
-    /// A line for each tensor: name, dtype and size.
-    pub(crate) tensors: Vec<String>,
-    /// What the previous rank of the ring writes: the inbox, after its `filled` counters.
-    pub(crate) inbox: Option<Arc<Memory>>,
-    /// What the next one writes: `drained` counters.
-    pub(crate) credits: Option<Arc<Memory>>,
-    /// Rank 0's: everybody's notice boards.
-    pub(crate) control: Option<Arc<Control>>,
-}
-
-/// What the ranks of one averager have in common.
-#[derive(Debug)]
-pub(crate) struct Agreement {
-    pub(crate) control: Arc<Control>,
-    /// Every rank's.
-    pub(crate) cards: Vec<Card>,
-}
 
 #[derive(Debug)]
 pub(super) struct Hub {
@@ -177,31 +151,7 @@ impl Build {
         if self.cards.iter().any(Option::is_none) {
             return;
         }
-        let cards: Vec<Card> = self.cards.iter_mut().filter_map(Option::take).collect();
-        let refusal = cards.iter().find_map(|card| card.refusal.clone());
-        let disagreement = || (1..cards.len()).find_map(|rank| disagreement(rank, &cards[0], &cards[rank]));
-        self.result = Some(match refusal.or_else(disagreement) {
-            Some(error) => Err(error),
-            None => {
-                let control = cards[0].control.clone().expect("rank 0 shows one, or a refusal");
-                Ok(Arc::new(Agreement { control, cards }))
-            }
-        });
+        let cards = self.cards.iter_mut().filter_map(Option::take).collect();
+        self.result = Some(Agreement::of(cards).map(Arc::new));
     }
-}
-
-fn disagreement(rank: usize, first: &Card, card: &Card) -> Option<Error> {
-    let show = |(name, value): &(&str, String)| format!("{name} = {value}");
-    if let Some((ours, theirs)) = first.options.iter().zip(&card.options).find(|(a, b)| a != b) {
-        return Some(Error::OptionsDiffer { rank, found: show(theirs), expected: show(ours) });
-    }
-    if let Some((ours, theirs)) = first.tensors.iter().zip(&card.tensors).find(|(a, b)| a != b) {
-        return Some(Error::LayoutsDiffer { rank, found: theirs.clone(), expected: ours.clone() });
-    }
-    let count = |card: &Card| format!("{} tensors", card.tensors.len());
-    (first.tensors.len() != card.tensors.len()).then(|| Error::LayoutsDiffer {
-        rank,
-        found: count(card),
-        expected: count(first),
-    })
 }

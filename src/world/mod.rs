@@ -1,16 +1,23 @@
 //! Who the peers are, and the memory they share.
 
+mod card;
 mod control;
 mod in_process;
+#[cfg(target_os = "linux")]
+mod launched;
 mod places;
+#[cfg(target_os = "linux")]
+mod processes;
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub(crate) use card::{Agreement, Card};
+#[cfg(target_os = "linux")]
+pub use launched::WorldBuilder;
 pub(crate) use control::{Control, Failure};
-pub(crate) use in_process::{Agreement, Card};
 
 pub(crate) use places::Places;
 
@@ -85,8 +92,7 @@ impl World {
         }
         let hub = Arc::new(Hub::new(Places::find(devices)?));
         let communicators = (0..devices.len()).map(|rank| {
-            let membership = Membership { rank, hub: hub.clone(), builds: AtomicU64::new(0) };
-            Communicator { membership: Arc::new(membership) }
+            Communicator::new(Group::Threads(rank, hub.clone()))
         });
         Ok(World { communicators: communicators.collect() })
     }
@@ -115,10 +121,18 @@ pub struct Communicator {
     membership: Arc<Membership>,
 }
 
+/// One rank's way to the others.
+#[derive(Clone, Debug)]
+enum Group {
+    Threads(usize, Arc<Hub>),
+    #[cfg(target_os = "linux")]
+    Processes(Arc<processes::Processes>),
+}
+
 #[derive(Debug)]
 struct Membership {
     rank: usize,
-    hub: Arc<Hub>,
+    group: Group,
     /// Averagers built or begun: the k-th of one rank belongs with the k-th of every other.
     builds: AtomicU64,
 }
@@ -144,37 +158,78 @@ impl Communicator {
     }
 
     pub(crate) fn places(&self) -> &Places {
-        self.membership.hub.places()
+        match &self.membership.group {
+            Group::Threads(_, hub) => hub.places(),
+            #[cfg(target_os = "linux")]
+            Group::Processes(processes) => processes.places(),
+        }
     }
 
     /// A handle that ends whatever this world waits for, from any thread.
     pub fn abort_handle(&self) -> AbortHandle {
-        AbortHandle { rank: self.membership.rank, hub: self.membership.hub.clone() }
+        AbortHandle { group: self.membership.group.clone() }
+    }
+
+    /// Collective among the ranks that are left, after an error that [is fatal](Error::is_fatal): the same ranks without those
+    /// that are gone and those that do not call it within `timeout`, renumbered from 0 in the order they had. The old
+    /// communicator, and averagers built with it, are of no more use.
+    ///
+    /// For ranks that are processes; it needs no rank in particular. [`ParamAverager::recover`](crate::ParamAverager::recover) does
+    /// the rest, too. Of several that are cut off in time, all but one group are [left out](Error::LeftOut).
+    pub fn recover(&self, timeout: Duration) -> Result<Communicator> {
+        match &self.membership.group {
+            Group::Threads(rank, _) => Err(Error::NoRecovery { rank: *rank }),
+            #[cfg(target_os = "linux")]
+            Group::Processes(processes) => {
+                let next = processes.next_generation(timeout)?;
+                Ok(Communicator::new(Group::Processes(Arc::new(next))))
+            }
+        }
     }
 
     /// Collective: shows this rank's card to all others and returns all cards, if they agree.
     pub(crate) fn agree(&self, card: Card, timeout: Duration) -> Result<Arc<Agreement>> {
         let number = self.membership.builds.fetch_add(1, Ordering::Relaxed);
-        self.membership.hub.agree(self.membership.rank, number, card, timeout)
+        match &self.membership.group {
+            Group::Threads(rank, hub) => hub.agree(*rank, number, card, timeout),
+            #[cfg(target_os = "linux")]
+            Group::Processes(processes) => processes.agree(number, card, timeout),
+        }
+    }
+
+    fn new(group: Group) -> Self {
+        let rank = match &group {
+            Group::Threads(rank, _) => *rank,
+            #[cfg(target_os = "linux")]
+            Group::Processes(processes) => processes.rank(),
+        };
+        Communicator { membership: Arc::new(Membership { rank, group, builds: AtomicU64::new(0) }) }
     }
 }
 
 impl Drop for Membership {
     fn drop(&mut self) {
-        self.hub.leave(self.rank);
+        match &self.group {
+            Group::Threads(rank, hub) => hub.leave(*rank),
+            #[cfg(target_os = "linux")]
+            Group::Processes(_) => {} // its sockets are closed
+        }
     }
 }
 
 /// Ends the world from any thread: every rank that waits, or averages later, gets [`Error::Aborted`].
 #[derive(Clone, Debug)]
 pub struct AbortHandle {
-    rank: usize,
-    hub: Arc<Hub>,
+    group: Group,
 }
 
 impl AbortHandle {
     /// Ends the world. Averages that have not begun to write leave every tensor as it was. Calling it again does nothing.
     pub fn abort(&self) {
-        self.hub.abort(self.rank);
+        match &self.group {
+            Group::Threads(rank, hub) => hub.abort(*rank),
+            #[cfg(target_os = "linux")]
+            Group::Processes(processes) => processes.abort(),
+        }
     }
 }

@@ -16,6 +16,8 @@ pub(crate) struct Places {
     peers: Vec<Vec<PeerAccess>>,
     /// The ranks as they follow one another around the ring.
     order: Vec<usize>,
+    /// Of ranks that are processes: cores that each of them may use, which is the fewest of any.
+    processes: Option<usize>,
 }
 
 /// How many blocks fit on the device where it is closest.
@@ -66,7 +68,30 @@ impl Places {
             let ways = connections.iter().zip(peers);
             distances.push(ways.map(|(&way, &access)| way as u32 + detour(access)).collect::<Vec<u32>>());
         }
-        Ok(Places { devices: devices.to_vec(), sites, peers, order: ring_order(&distances) })
+        Ok(Places { devices: devices.to_vec(), sites, peers, order: ring_order(&distances), processes: None })
+    }
+
+    /// Of ranks that are processes of this host.
+    #[cfg(target_os = "linux")]
+    pub(super) fn of_processes(size: usize, device: Device, cores: usize) -> Places {
+        Places {
+            devices: vec![device; size],
+            sites: vec![Site::Host; size],
+            peers: vec![vec![PeerAccess::Verified; size]; size],
+            order: (0..size).collect(),
+            processes: Some(cores),
+        }
+    }
+
+    /// Whether every rank is a process of its own.
+    pub(crate) fn between_processes(&self) -> bool {
+        self.processes.is_some()
+    }
+
+    /// Cores that all ranks share, if they are on CPUs.
+    pub(crate) fn cores(&self) -> usize {
+        let all = || std::thread::available_parallelism().map_or(1, |cores| cores.get());
+        self.processes.unwrap_or_else(all)
     }
 
     pub(super) fn size(&self) -> usize {
@@ -83,7 +108,7 @@ impl Places {
 
     /// Whether every rank addresses the memory of every other by itself: threads on CPUs, or all on one device.
     pub(crate) fn one_memory(&self) -> bool {
-        self.devices.iter().all(|device| *device == self.devices[0])
+        !self.between_processes() && self.devices.iter().all(|device| *device == self.devices[0])
     }
 
     pub(crate) fn peers(&self, rank: usize, other: usize) -> PeerAccess {

@@ -1,0 +1,65 @@
+//! What ranks show one another when they build an averager, and whether it goes together.
+
+use std::sync::Arc;
+
+use super::Control;
+use crate::backend::Memory;
+use crate::{Error, Result};
+
+/// What a rank shows the others when it builds an averager.
+#[derive(Clone, Debug)]
+pub(crate) struct Card {
+    /// What is wrong with it by itself: then nobody builds.
+    pub(crate) refusal: Option<Error>,
+    /// What must be the same on every rank, by the builder's name for it.
+    pub(crate) options: Vec<(String, String)>,
+    /// A line for each tensor: name, dtype and size.
+    pub(crate) tensors: Vec<String>,
+    /// Where its schedule stands, after a recovery.
+    pub(crate) schedule_position: u64,
+    /// What the previous rank of the ring writes: the inbox, after its `filled` counters.
+    pub(crate) inbox: Option<Arc<Memory>>,
+    /// What the next one writes: `drained` counters.
+    pub(crate) credits: Option<Arc<Memory>>,
+    /// Rank 0's: everybody's notice boards.
+    pub(crate) control: Option<Arc<Control>>,
+}
+
+/// What the ranks of one averager have in common.
+#[derive(Debug)]
+pub(crate) struct Agreement {
+    pub(crate) control: Arc<Control>,
+    /// Every rank's.
+    pub(crate) cards: Vec<Card>,
+}
+
+impl Agreement {
+    /// If nobody refuses, and all ranks show the same.
+    pub(super) fn of(cards: Vec<Card>) -> Result<Agreement> {
+        let refusal = cards.iter().find_map(|card| card.refusal.clone());
+        let disagreement = || (1..cards.len()).find_map(|rank| disagreement(rank, &cards[0], &cards[rank]));
+        match refusal.or_else(disagreement) {
+            Some(error) => Err(error),
+            None => {
+                let control = cards[0].control.clone().expect("rank 0 shows one, or a refusal");
+                Ok(Agreement { control, cards })
+            }
+        }
+    }
+}
+
+fn disagreement(rank: usize, first: &Card, card: &Card) -> Option<Error> {
+    let show = |(name, value): &(String, String)| format!("{name} = {value}");
+    if let Some((ours, theirs)) = first.options.iter().zip(&card.options).find(|(a, b)| a != b) {
+        return Some(Error::OptionsDiffer { rank, found: show(theirs), expected: show(ours) });
+    }
+    if let Some((ours, theirs)) = first.tensors.iter().zip(&card.tensors).find(|(a, b)| a != b) {
+        return Some(Error::LayoutsDiffer { rank, found: theirs.clone(), expected: ours.clone() });
+    }
+    let count = |card: &Card| format!("{} tensors", card.tensors.len());
+    (first.tensors.len() != card.tensors.len()).then(|| Error::LayoutsDiffer {
+        rank,
+        found: count(card),
+        expected: count(first),
+    })
+}

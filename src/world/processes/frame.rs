@@ -1,0 +1,243 @@
+//! Messages between processes: a header with a version and a generation, a bounded body of JSON, and file descriptors.
+
+use std::io::{self, Error, ErrorKind, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use rustix::net::{recvmsg, sendmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use serde::{de::DeserializeOwned, Serialize};
+
+/// Of everything that two processes say to each other. One that says another is not understood.
+const VERSION: u16 = 1;
+const MAGIC: [u8; 4] = *b"PAVG";
+const HEADER: usize = 20;
+/// What the kernel passes on at once is more (253).
+pub(super) const MOST_FILES: usize = 64;
+
+/// What a message is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub(super) enum Kind {
+    /// To rank 0, from a rank that wants to take part.
+    Hello = 1,
+    /// From rank 0: here are your peers.
+    Welcome = 2,
+    /// From rank 0: nobody begins, for this reason.
+    Refuse = 3,
+    /// What a rank shows when it builds an averager.
+    Card = 4,
+    /// The sender's world is aborted.
+    Abort = 5,
+    /// The sender is ready for the next generation of its world.
+    Ready = 6,
+}
+
+impl Kind {
+    fn of(byte: u8) -> Option<Kind> {
+        let all = [Kind::Hello, Kind::Welcome, Kind::Refuse, Kind::Card, Kind::Abort, Kind::Ready];
+        all.into_iter().find(|&kind| kind as u8 == byte)
+    }
+
+    /// Bytes that a body may have: those of a stranger few.
+    fn most(self) -> usize {
+        match self {
+            Kind::Hello => 4 << 10,
+            Kind::Card => 64 << 20,
+            _ => 64 << 10,
+        }
+    }
+}
+
+/// One message.
+#[derive(Debug)]
+pub(super) struct Frame {
+    pub(super) kind: Kind,
+    /// Of the sender's world: what an older one says is nothing to a newer.
+    pub(super) generation: u32,
+    /// Which of several of a kind.
+    pub(super) number: u32,
+    pub(super) body: Vec<u8>,
+    pub(super) files: Vec<OwnedFd>,
+}
+
+/// Sends a message. One at a time on a stream.
+pub(super) fn send(
+    mut stream: &UnixStream,
+    kind: Kind,
+    generation: u32,
+    number: u32,
+    body: &impl Serialize,
+    files: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    let body = serde_json::to_vec(body)?;
+    if body.len() > kind.most() || files.len() > MOST_FILES {
+        let what = format!("a message of {} bytes and {} files is too large", body.len(), files.len());
+        return Err(Error::new(ErrorKind::InvalidInput, what));
+    }
+    let mut header = [0; HEADER];
+    header[..4].copy_from_slice(&MAGIC);
+    header[4..6].copy_from_slice(&VERSION.to_le_bytes());
+    header[6] = kind as u8;
+    header[7] = files.len() as u8;
+    header[8..12].copy_from_slice(&generation.to_le_bytes());
+    header[12..16].copy_from_slice(&number.to_le_bytes());
+    header[16..20].copy_from_slice(&(body.len() as u32).to_le_bytes());
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !files.is_empty() {
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(files)), "there is space for so many");
+    }
+    let sent = loop {
+        match sendmsg(stream, &[IoSlice::new(&header)], &mut ancillary, SendFlags::NOSIGNAL) {
+            Err(rustix::io::Errno::INTR) => {}
+            sent => break sent?,
+        }
+    };
+    stream.write_all(&header[sent..])?;
+    stream.write_all(&body)
+}
+
+/// Receives a message, if all of it comes before `deadline`.
+pub(super) fn receive(stream: &UnixStream, deadline: Instant) -> io::Result<Frame> {
+    let (mut header, mut files) = ([0; HEADER], vec![]);
+    let mut got = 0;
+    while got < HEADER {
+        wait_at_most(stream, deadline)?;
+        got += receive_some(stream, &mut header[got..], &mut files)?;
+    }
+    let bad = |what: &str| Err(Error::new(ErrorKind::InvalidData, what.to_owned()));
+    let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("4 bytes"));
+    if header[..4] != MAGIC {
+        return bad("no message of param-averager");
+    }
+    let version = u16::from_le_bytes([header[4], header[5]]);
+    if version != VERSION {
+        return bad(&format!("a message of version {version}, where this is version {VERSION}"));
+    }
+    let Some(kind) = Kind::of(header[6]) else { return bad("a message of a kind that is not known") };
+    if files.len() != header[7] as usize {
+        return bad("file descriptors of a message are missing: raise ulimit -n");
+    }
+    let bytes = word(16) as usize;
+    if bytes > kind.most() {
+        return bad("a message that is longer than any");
+    }
+    // It grows as bytes come: who announces many and sends none costs nothing.
+    let (mut body, mut part) = (vec![], [0; 64 << 10]);
+    while body.len() < bytes {
+        wait_at_most(stream, deadline)?;
+        let most = part.len().min(bytes - body.len());
+        match (&*stream).read(&mut part[..most]) {
+            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok(count) => body.extend_from_slice(&part[..count]),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(Frame { kind, generation: word(8), number: word(12), body, files })
+}
+
+fn wait_at_most(stream: &UnixStream, deadline: Instant) -> io::Result<()> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(ErrorKind::TimedOut.into());
+    }
+    stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))
+}
+
+fn receive_some(stream: &UnixStream, into: &mut [u8], files: &mut Vec<OwnedFd>) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let message = match recvmsg(stream, &mut [IoSliceMut::new(into)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+    {
+        Err(rustix::io::Errno::INTR) => return Ok(0),
+        message => message?,
+    };
+    for ancillary in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = ancillary {
+            files.extend(received);
+        }
+    }
+    match message.bytes {
+        0 => Err(ErrorKind::UnexpectedEof.into()),
+        bytes => Ok(bytes),
+    }
+}
+
+impl Frame {
+    pub(super) fn parse<T: DeserializeOwned>(&self) -> io::Result<T> {
+        Ok(serde_json::from_slice(&self.body)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::os::fd::AsFd;
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(5)
+    }
+
+    #[test]
+    fn a_message_arrives_with_its_files_and_in_order() {
+        let (one, other) = UnixStream::pair().unwrap();
+        let body: Vec<u32> = (0..200_000).collect();
+        let sender = std::thread::spawn(move || {
+            send(&one, Kind::Card, 3, 7, &body, &[one.as_fd(), one.as_fd()]).unwrap();
+            send(&one, Kind::Ready, 4, 0, &"", &[]).unwrap();
+        });
+        let frame = receive(&other, soon()).unwrap();
+        assert_eq!((frame.kind, frame.generation, frame.number, frame.files.len()), (Kind::Card, 3, 7, 2));
+        assert_eq!(frame.parse::<Vec<u32>>().unwrap()[199_999], 199_999);
+        assert_eq!(receive(&other, soon()).unwrap().kind, Kind::Ready);
+        sender.join().unwrap();
+        drop(frame);
+        assert_eq!(receive(&other, soon()).unwrap_err().kind(), ErrorKind::UnexpectedEof);
+    }
+
+    #[test]
+    fn who_says_nothing_or_half_of_it_is_not_waited_for() {
+        let (one, other) = UnixStream::pair().unwrap();
+        (&one).write_all(&MAGIC).unwrap();
+        let start = Instant::now();
+        let error = receive(&other, start + Duration::from_millis(50)).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock), "{error}");
+        assert!(start.elapsed() < Duration::from_secs(4));
+    }
+
+    #[test]
+    fn a_hello_of_a_megabyte_is_refused_unread() {
+        let (one, other) = UnixStream::pair().unwrap();
+        let mut header = [0; HEADER];
+        header[..4].copy_from_slice(&MAGIC);
+        header[4] = VERSION as u8;
+        header[6] = Kind::Hello as u8;
+        header[16..20].copy_from_slice(&(1u32 << 20).to_le_bytes());
+        (&one).write_all(&header).unwrap();
+        let error = receive(&other, soon()).unwrap_err();
+        assert!(error.to_string().contains("longer than any"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_is_an_error(mut bytes in proptest::collection::vec(any::<u8>(), 0..200), honest in 0usize..8) {
+            // The first so many bytes of the header are right.
+            let right = [b'P', b'A', b'V', b'G', VERSION as u8, 0, Kind::Hello as u8, 0];
+            for (byte, right) in bytes.iter_mut().zip(&right[..honest]) {
+                *byte = *right;
+            }
+            let (one, other) = UnixStream::pair().unwrap();
+            (&one).write_all(&bytes).unwrap();
+            drop(one);
+            if let Ok(frame) = receive(&other, soon()) {
+                prop_assert!(bytes.starts_with(&MAGIC));
+                prop_assert_eq!(frame.body.len(), u32::from_le_bytes(bytes[16..20].try_into().unwrap()) as usize);
+            }
+        }
+    }
+}

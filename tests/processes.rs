@@ -1,0 +1,21 @@
+//! Ranks that are processes: they find one another, average, and go on when one of them is killed or stopped.
+//!
+//! Every rank is this very test program, run with `PA_TEST_ROLE`; see `worker`.
+#![cfg(target_os = "linux")]
+
+#[path = "processes/crew.rs"]
+mod crew;
+#[path = "processes/deaths.rs"]
+mod deaths;
+#[path = "processes/meeting.rs"]
+mod meeting;
+#[path = "processes/worker.rs"]
+mod worker;
+
+/// Not a test by itself: what a rank does, in a process of its own.
+#[test]
+fn worker() {
+    if let Ok(role) = std::env::var("PA_TEST_ROLE") {
+        worker::run(&role);
+    }
+}

@@ -1,0 +1,113 @@
+//! A world of processes, and what its ranks say.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// A rank. Killed when it is dropped.
+pub struct Rank {
+    pub child: Child,
+    lines: std::sync::mpsc::Receiver<String>,
+    pub heard: Vec<String>,
+}
+
+/// A name that no other world has.
+pub fn name() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    format!("test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Starts one rank.
+pub fn start(role: &str, variables: &[(&str, String)]) -> Rank {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["worker", "--exact", "--nocapture", "--test-threads=1"]);
+    command.env("PA_TEST_ROLE", role).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    for (name, value) in variables {
+        command.env(name, value);
+    }
+    let mut child = command.spawn().unwrap();
+    let (send, lines) = std::sync::mpsc::channel();
+    let out = child.stdout.take().unwrap();
+    let errors = child.stderr.take().unwrap();
+    let send_errors = send.clone();
+    std::thread::spawn(move || {
+        for line in BufReader::new(out).lines().map_while(Result::ok) {
+            if let Some(line) = line.strip_prefix('@') {
+                let _ = send.send(line.to_owned());
+            }
+        }
+    });
+    std::thread::spawn(move || {
+        for line in BufReader::new(errors).lines().map_while(Result::ok) {
+            let _ = send_errors.send(format!("stderr: {line}"));
+        }
+    });
+    Rank { child, lines, heard: vec![] }
+}
+
+/// Starts n ranks of one world that have nothing but their ranks of their own.
+pub fn start_all(role: &str, n: usize, variables: impl Fn(usize) -> Vec<(&'static str, String)>) -> Vec<Rank> {
+    let name = name();
+    let rank = |rank: usize| {
+        let mut all = vec![
+            ("PA_TEST_RANK", rank.to_string()),
+            ("PA_TEST_WORLD", n.to_string()),
+            ("PA_TEST_NAME", name.clone()),
+        ];
+        all.extend(variables(rank));
+        start(role, &all)
+    };
+    (0..n).map(rank).collect()
+}
+
+impl Rank {
+    /// Waits for a line that begins so, and returns the rest.
+    pub fn hear(&mut self, begin: &str) -> String {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let mut next = 0;
+        loop {
+            while next < self.heard.len() {
+                if let Some(rest) = self.heard[next].strip_prefix(begin) {
+                    return rest.trim().to_owned();
+                }
+                next += 1;
+            }
+            match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) => self.heard.push(line),
+                Err(error) => panic!("no {begin:?} ({error}), only {:#?}", self.heard),
+            }
+        }
+    }
+
+    /// Waits for its end, and returns its exit code, or none if a signal ended it. All it has said is in `heard`.
+    pub fn end(&mut self) -> Option<i32> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                self.heard.extend(self.lines.iter());
+                return status.code();
+            }
+            assert!(Instant::now() < deadline, "it hangs: {:#?}", self.heard);
+            self.heard.extend(self.lines.try_iter());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// The lines that begin so, without that.
+    pub fn said(&self, begin: &str) -> Vec<String> {
+        self.heard.iter().filter_map(|line| line.strip_prefix(begin)).map(|rest| rest.trim().to_owned()).collect()
+    }
+
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+}
+
+impl Drop for Rank {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

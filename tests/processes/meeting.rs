@@ -1,0 +1,118 @@
+//! How ranks find one another, and what they are told if they do not.
+
+use std::io::Write;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixStream};
+use std::time::{Duration, Instant};
+
+use super::crew::{name, start, start_all, Rank};
+
+/// All fail, with an error that holds each of these.
+fn all_fail(mut ranks: Vec<Rank>, with: &[&str]) {
+    for rank in &mut ranks {
+        assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+        let errors = rank.said("error");
+        for with in with {
+            assert!(errors[0].contains(with), "{errors:?} without {with:?}");
+        }
+    }
+}
+
+#[test]
+fn worlds_of_2_3_4_and_8_processes_average() {
+    for n in [2, 3, 4, 8] {
+        let mut ranks = start_all("meet", n, |_| vec![]);
+        for rank in &mut ranks {
+            assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+            assert_eq!(rank.said("averaged"), [n.to_string()]);
+        }
+    }
+}
+
+#[test]
+fn the_environment_of_torchrun_is_enough() {
+    let port = name();
+    let ranks = (0..3).map(|rank: usize| {
+        let variables = [
+            ("RANK", rank.to_string()),
+            ("WORLD_SIZE", "3".into()),
+            ("LOCAL_RANK", rank.to_string()),
+            ("LOCAL_WORLD_SIZE", "3".into()),
+            ("MASTER_ADDR", "127.0.0.1".into()),
+            ("MASTER_PORT", port.clone()),
+        ];
+        start("meet", &variables)
+    });
+    for mut rank in ranks.collect::<Vec<_>>() {
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+    }
+    let mut alone = start("meet", &[("RANK", "0".into())]);
+    assert_eq!(alone.end(), Some(3));
+    assert!(alone.said("error")[0].contains("WORLD_SIZE is not"), "{:?}", alone.heard);
+}
+
+#[test]
+fn ranks_that_disagree_are_named_on_every_rank() {
+    let world = |n| move |rank| if rank == 2 { vec![("PA_TEST_WORLD", format!("{n}"))] } else { vec![] };
+    all_fail(start_all("meet", 3, world(4)), &["rank 2 has the world size \"4\", rank 0 \"3\""]);
+    let twice = |rank| if rank == 2 { vec![("PA_TEST_RANK", "1".to_owned())] } else { vec![] };
+    all_fail(start_all("meet", 3, twice), &["two processes say that they are rank 1"]);
+    let layout = |rank| if rank == 1 { vec![("PA_TEST_ELEMENTS", "999".to_owned())] } else { vec![] };
+    all_fail(start_all("meet", 3, layout), &["rank 1 builds its averager with", "999", "rank 0 has", "1000"]);
+    let options = |rank| if rank == 2 { vec![("PA_TEST_SLOTS", "8".to_owned())] } else { vec![] };
+    all_fail(start_all("meet", 3, options), &["rank 2 builds its averager with slots = 8, rank 0 with slots = 4"]);
+}
+
+#[test]
+fn ranks_that_do_not_come_are_named() {
+    let soon = |_| vec![("PA_TEST_MEET_MS", "500".to_owned()), ("PA_TEST_WORLD", "5".to_owned())];
+    let mut ranks = start_all("meet", 3, soon);
+    for (rank, process) in ranks.iter_mut().enumerate() {
+        assert_eq!(process.end(), Some(3));
+        // A rank's own patience may end a moment before rank 0's.
+        let error = &process.said("error")[0];
+        let told = error.contains("did not come within 500ms: 3, 4");
+        assert!(told || rank > 0 && error.contains("was not to be found"), "{error}");
+    }
+    let late = |_| vec![("PA_TEST_MEET_MS", "300".to_owned()), ("PA_TEST_RANK", "1".to_owned())];
+    all_fail(start_all("meet", 1, |rank| [late(rank), vec![("PA_TEST_WORLD", "2".to_owned())]].concat()), &[
+        "rank 0 of the world",
+        "within 300ms",
+    ]);
+}
+
+/// Connections that say nothing, half of something, or garbage, many of them, neither keep ranks out nor get in.
+#[test]
+fn strangers_are_not_waited_for() {
+    let name = name();
+    let variables = |rank: usize| {
+        vec![
+            ("PA_TEST_RANK", rank.to_string()),
+            ("PA_TEST_WORLD", "2".to_owned()),
+            ("PA_TEST_NAME", name.clone()),
+        ]
+    };
+    let mut host = start("meet", &variables(0));
+    let uid = rustix::process::getuid().as_raw();
+    let address = SocketAddr::from_abstract_name(format!("param-averager/{uid}/{name}")).unwrap();
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let mut strangers = vec![];
+    while strangers.len() < 300 {
+        match UnixStream::connect_addr(&address) {
+            Ok(mut stream) => {
+                let said: &[u8] = match strangers.len() % 4 {
+                    0 => b"",
+                    1 => b"PAVG",
+                    2 => b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+                    _ => b"PAVG\x01\x00\x01\x00\0\0\0\0\0\0\0\0\x02\0\0\0{}",
+                };
+                let _ = stream.write_all(said);
+                strangers.push(stream);
+            }
+            Err(_) => std::thread::sleep(Duration::from_millis(1)),
+        }
+        assert!(Instant::now() < deadline);
+    }
+    let mut other = start("meet", &variables(1));
+    assert_eq!((host.end(), other.end()), (Some(0), Some(0)), "{:#?} {:#?}", host.heard, other.heard);
+}

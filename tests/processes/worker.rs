@@ -1,0 +1,272 @@
+//! What a rank does: averages until a failure, checks every element, recovers, and says what it saw in lines that begin with @.
+
+use std::io::Write;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use param_averager::{Algorithm, Builder, Communicator, Device, Error, LocalSgd, ParamAverager, Schedule, World};
+
+/// Ranks that a test can have.
+const MOST: usize = 16;
+
+pub fn say(line: &str) {
+    // Behind whatever the test harness has written.
+    let _ = std::io::stdout().write_all(format!("\n@{line}\n").as_bytes());
+    let _ = std::io::stdout().flush();
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|value| value.parse().unwrap())
+}
+
+pub fn now_us() -> u128 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros()
+}
+
+/// Ends as a killed process does: nothing is dropped or flushed.
+fn die() -> ! {
+    let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    unreachable!()
+}
+
+pub fn run(role: &str) {
+    let code = match role {
+        "meet" => meet(),
+        "survive" => survive(),
+        "train" => train(),
+        other => panic!("no role {other}"),
+    };
+    std::process::exit(code);
+}
+
+fn join() -> Result<Communicator, Error> {
+    let timeout = Duration::from_millis(number("PA_TEST_MEET_MS").unwrap_or(20_000));
+    match number("PA_TEST_RANK") {
+        None => World::from_env(Device::cpu()),
+        Some(rank) => World::builder()
+            .rank(rank as usize)
+            .world_size(number("PA_TEST_WORLD").unwrap() as usize)
+            .rendezvous(std::env::var("PA_TEST_NAME").unwrap())
+            .timeout(timeout)
+            .join(),
+    }
+}
+
+fn builder(communicator: Communicator) -> Builder {
+    let timeout = Duration::from_millis(number("PA_TEST_TIMEOUT_MS").unwrap_or(20_000));
+    ParamAverager::builder(communicator)
+        .timeout(timeout)
+        .all_or_nothing(number("PA_TEST_ALL_OR_NOTHING") != Some(0))
+        .chunk_bytes(1 << 10)
+}
+
+/// Finds the others, averages once, says what happened.
+fn meet() -> i32 {
+    let mut model = vec![vec![0.0f32; number("PA_TEST_ELEMENTS").unwrap_or(1000) as usize], vec![1.0; 10]];
+    let result = join().and_then(|communicator| {
+        let rank = communicator.rank();
+        model[0].fill(rank as f32);
+        let mut builder = builder(communicator);
+        if number("PA_TEST_SLOTS").is_some() {
+            builder = builder.slots(8);
+        }
+        let mut averager = builder.build(&mut model)?;
+        assert_eq!(averager.algorithm(), Algorithm::Ring);
+        averager.average(&mut model)?;
+        Ok(averager.world_size())
+    });
+    match result {
+        Ok(size) => {
+            let mean = (size as f32 - 1.0) / 2.0;
+            assert!(model[0].iter().all(|&x| x == mean), "{:?}", &model[0][..10]);
+            assert!(model[1].iter().all(|&x| x == 1.0));
+            say(&format!("averaged {size}"));
+            0
+        }
+        Err(error) => {
+            say(&format!("error {error}"));
+            3
+        }
+    }
+}
+
+/// What a rank's element is in a generation. Sums of them are exact.
+fn value(origin: usize, generation: u64, element: usize) -> f32 {
+    ((origin as u64 * 7919 + generation * 104_729 + element as u64 * 31) % 4096) as f32
+}
+
+struct Model {
+    origin: usize,
+    generation: u64,
+    /// The last tells who took part: 1 at this rank's place.
+    tensors: Vec<Vec<f32>>,
+}
+
+impl Model {
+    fn fill(&mut self) {
+        let mut element = 0;
+        for tensor in &mut self.tensors {
+            for x in tensor.iter_mut() {
+                *x = value(self.origin, self.generation, element);
+                element += 1;
+            }
+        }
+        let mask = self.tensors.last_mut().unwrap();
+        mask.fill(0.0);
+        mask[self.origin] = 1.0;
+    }
+
+    /// The mean over these ranks.
+    fn mean(&self, ranks: &[usize], element: usize) -> f64 {
+        let sum: f64 = ranks.iter().map(|&rank| f64::from(value(rank, self.generation, element))).sum();
+        sum / ranks.len() as f64
+    }
+
+    fn elements(&self) -> impl Iterator<Item = f32> + '_ {
+        self.tensors[..self.tensors.len() - 1].iter().flatten().copied()
+    }
+
+    /// Every element is the mean over the ranks that the mask names, which are returned.
+    fn check(&self) -> Vec<usize> {
+        let mask = self.tensors.last().unwrap();
+        let ranks: Vec<usize> = (0..MOST).filter(|&rank| mask[rank] != 0.0).collect();
+        for (element, x) in self.elements().enumerate() {
+            let mean = self.mean(&ranks, element);
+            assert!((f64::from(x) - mean).abs() <= 1e-3, "element {element} is {x}, not {mean}, of {ranks:?}");
+        }
+        ranks
+    }
+
+    /// Every element is this rank's own, or, where it may be, the mean over `all`.
+    fn check_failed(&self, unchanged: bool, all: &[usize]) {
+        for (element, x) in self.elements().enumerate() {
+            let own = x == value(self.origin, self.generation, element);
+            let mean = (f64::from(x) - self.mean(all, element)).abs() <= 1e-3;
+            assert!(own || !unchanged && mean, "element {element} is {x} after a failure, unchanged: {unchanged}");
+        }
+    }
+
+    fn digest(&self) -> u64 {
+        self.tensors.iter().flatten().fold(0xcbf2_9ce4_8422_2325, |hash: u64, x| {
+            (hash ^ u64::from(x.to_bits())).wrapping_mul(0x100_0000_01b3)
+        })
+    }
+}
+
+/// Averages until somebody is lost, recovers, and so on until `PA_TEST_FINAL` ranks are left; then three times more.
+fn survive() -> i32 {
+    let communicator = join().unwrap();
+    let origin = communicator.rank();
+    let mut all: Vec<usize> = (0..communicator.world_size()).collect();
+    let mut model = Model { origin, generation: 0, tensors: vec![vec![0.0; 5000], vec![], vec![0.0; 777], vec![0.0; MOST]] };
+    let mut averager = builder(communicator).build(&mut model.tensors).unwrap();
+    let left = number("PA_TEST_FINAL").unwrap() as usize;
+    let files = count_files();
+    say("ready");
+    let (mut rounds, mut good) = (0, 0);
+    loop {
+        model.fill();
+        rounds += 1;
+        let doomed = number("PA_TEST_DIE_AT").filter(|_| rounds == 3);
+        if let Some(step) = doomed {
+            averager.leave_before_step(step as u32);
+        }
+        let result = averager.average(&mut model.tensors);
+        if let Some(step) = doomed {
+            if result.is_err() {
+                die();
+            }
+            say(&format!("no step {step}: it has {}", averager.steps()));
+            return 4;
+        }
+        let error = match result {
+            Ok(report) => {
+                let ranks = model.check();
+                assert_eq!(ranks, all);
+                assert_eq!(report.world_size, ranks.len());
+                good = if ranks.len() == left { good + 1 } else { 0 };
+                if good > 3 {
+                    assert!(count_files() <= files, "{} files, there were {files}", count_files());
+                    say(&format!("done {ranks:?}"));
+                    return 0;
+                }
+                continue;
+            }
+            Err(error) => error,
+        };
+        say(&format!("failed {} {error:?}", now_us()));
+        assert!(error.is_fatal(), "{error}");
+        model.check_failed(error.tensors_unchanged(), &all);
+        let start = now_us();
+        match averager.recover(&mut model.tensors) {
+            Ok(()) => {}
+            Err(Error::LeftOut { .. }) => {
+                say("left out");
+                return 5;
+            }
+            Err(error) => panic!("recover: {error}"),
+        }
+        say(&format!("recovered {} {}", now_us() - start, averager.world_size()));
+        // What some have half written is made one again. A further rank may be lost meanwhile.
+        if averager.average(&mut model.tensors).is_ok() {
+            let mask = model.tensors.last().unwrap();
+            say(&format!("agreed {} {:x}", (0..MOST).filter(|&rank| mask[rank] != 0.0).count(), model.digest()));
+        }
+        // From here on with values of who is left, which is learned from the mask.
+        model.generation += 1;
+        all = loop {
+            model.fill();
+            match averager.average(&mut model.tensors) {
+                Ok(_) => break model.check(),
+                Err(error) => {
+                    say(&format!("failed {} {error:?}", now_us()));
+                    match averager.recover(&mut model.tensors) {
+                        Ok(()) => {}
+                        Err(Error::LeftOut { .. }) => {
+                            say("left out");
+                            return 5;
+                        }
+                        Err(error) => panic!("recover: {error}"),
+                    }
+                }
+            }
+        };
+    }
+}
+
+fn count_files() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// Minimises Σ (x - target)² with noise of each rank's own; rank 1 of 4 panics half way.
+fn train() -> i32 {
+    let communicator = join().unwrap();
+    let (origin, dies) = (communicator.rank() as u64, number("PA_TEST_PANIC"));
+    let target: Vec<f32> = (0..100).map(|i| (i as f32 * 0.37).sin()).collect();
+    let mut x = vec![vec![0.0f32; 100]];
+    let averager = builder(communicator).build(&mut x).unwrap();
+    let mut sgd = LocalSgd::new(averager, Schedule::every(8));
+    let mut seed = origin + 1;
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || {
+        for step in 0..400u64 {
+            for (x, target) in x[0].iter_mut().zip(&target) {
+                seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                let noise = (seed >> 33) as f32 / (1u64 << 31) as f32 - 0.5;
+                *x -= 0.05 * (*x - target + noise);
+            }
+            assert!(dies != Some(step), "as it should");
+            if let Err(error) = sgd.step(&mut x) {
+                say(&format!("failed {error:?}"));
+                sgd.recover(&mut x).unwrap();
+            }
+        }
+        sgd.finish(&mut x).unwrap();
+        let loss: f32 = x[0].iter().zip(&target).map(|(x, target)| (x - target).powi(2)).sum();
+        let bits = x[0].iter().fold(0u64, |hash, x| hash.rotate_left(7) ^ u64::from(x.to_bits()));
+        say(&format!("trained {} {loss} {bits:x}", sgd.averager().world_size()));
+    }));
+    if result.is_err() {
+        std::thread::sleep(Duration::from_millis(200)); // alive, but out of the world
+        return 6;
+    }
+    0
+}
