@@ -48,7 +48,12 @@ impl Sizes {
     fn inbox(&self, is_host: bool, options: &Builder, channels: u32) -> Result<Memory, String> {
         let (testing, communicator) = (&options.testing, &options.communicator);
         let slots = (channels * self.slots) as usize * self.slot_packs as usize * PA_PACK_BYTES as usize;
-        let mut memory = Link::place(is_host, communicator.places(), communicator.site(), channels as usize * LINE_BYTES + slots)?;
+        let mut memory = Link::place(
+            is_host,
+            communicator.places(),
+            communicator.site(),
+            channels as usize * LINE_BYTES + slots,
+        )?;
         memory.set(0, bytemuck::cast_slice(&counters(channels, testing)))?;
         if testing.poison_slots {
             memory.fill_from(channels as usize * LINE_BYTES, 0xff)?;
@@ -118,7 +123,8 @@ impl Own {
             let is_host = |other: usize| link.is_host(places, rank, order[other % order.len()]);
             inbox = Some(sizes.inbox(is_host(previous), options, channels).map_err(failed)?);
             let lines = counters(channels, testing);
-            let mut memory = Link::place(is_host(next), places, site, size_of_val(&lines[..])).map_err(failed)?;
+            let mut memory =
+                Link::place(is_host(next), places, site, size_of_val(&lines[..])).map_err(failed)?;
             memory.set(0, bytemuck::cast_slice(&lines)).map_err(failed)?;
             credits = Some(memory);
         }

@@ -17,7 +17,11 @@ impl ParamAverager {
 
     /// The same with this rank's place in its schedule. Returns the one farthest on of all ranks: some may have been done with the
     /// average that failed for others, and have gone on to the next.
-    pub(crate) fn recover_at<P: Parameters + ?Sized>(&mut self, params: &mut P, position: u64) -> Result<u64> {
+    pub(crate) fn recover_at<P: Parameters + ?Sized>(
+        &mut self,
+        params: &mut P,
+        position: u64,
+    ) -> Result<u64> {
         if self.failed.is_none() && self.agreement.control.failure().is_none() {
             return Ok(position);
         }
@@ -34,7 +38,9 @@ impl ParamAverager {
                     return Ok(positions.max().unwrap_or(position));
                 }
                 // A rank that was there a moment ago: each round is without one more.
-                Err(Error::PeerLost { stage: Stage::Build, .. } | Error::Timeout { stage: Stage::Build, .. }) => {}
+                Err(
+                    Error::PeerLost { stage: Stage::Build, .. } | Error::Timeout { stage: Stage::Build, .. },
+                ) => {}
                 Err(error) => return Err(error),
             }
         }

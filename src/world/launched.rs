@@ -33,7 +33,13 @@ impl World {
 
     /// The same with everything said by the caller.
     pub fn builder() -> WorldBuilder {
-        WorldBuilder { rank: None, world_size: None, rendezvous: None, device: Device::cpu(), timeout: TIMEOUT }
+        WorldBuilder {
+            rank: None,
+            world_size: None,
+            rendezvous: None,
+            device: Device::cpu(),
+            timeout: TIMEOUT,
+        }
     }
 }
 
@@ -90,8 +96,10 @@ impl WorldBuilder {
 
     /// Waits for the other ranks. Collective.
     pub fn join(self) -> Result<Communicator> {
-        let missing = |what| Error::Environment {
+        let missing = |what| {
+            Error::Environment {
             problem: format!("World::builder() needs .{what}(..): every process of a world says its rank, the world's size and a name"),
+        }
         };
         let setup = Setup {
             rank: self.rank.ok_or_else(|| missing("rank"))?,
@@ -107,7 +115,8 @@ fn join(setup: Setup, device: Device, timeout: Duration) -> Result<Communicator>
         return Err(Error::WorldSize { found: setup.world_size });
     }
     if setup.rank >= setup.world_size {
-        let problem = format!("rank {} of a world of {}: ranks are numbered from 0", setup.rank, setup.world_size);
+        let problem =
+            format!("rank {} of a world of {}: ranks are numbered from 0", setup.rank, setup.world_size);
         return Err(Error::Environment { problem });
     }
     let processes = Processes::meet(setup, device, timeout)?;

@@ -15,9 +15,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) use card::{Agreement, Card};
+pub(crate) use control::{Control, Failure};
 #[cfg(target_os = "linux")]
 pub use launched::WorldBuilder;
-pub(crate) use control::{Control, Failure};
 
 pub(crate) use places::Places;
 
@@ -91,9 +91,8 @@ impl World {
             return Err(Error::WorldSize { found: devices.len() });
         }
         let hub = Arc::new(Hub::new(Places::find(devices)?));
-        let communicators = (0..devices.len()).map(|rank| {
-            Communicator::new(Group::Threads(rank, hub.clone()))
-        });
+        let communicators =
+            (0..devices.len()).map(|rank| Communicator::new(Group::Threads(rank, hub.clone())));
         Ok(World { communicators: communicators.collect() })
     }
 

@@ -47,7 +47,11 @@ pub fn start(role: &str, variables: &[(&str, String)]) -> Rank {
 }
 
 /// Starts n ranks of one world that have nothing but their ranks of their own.
-pub fn start_all(role: &str, n: usize, variables: impl Fn(usize) -> Vec<(&'static str, String)>) -> Vec<Rank> {
+pub fn start_all(
+    role: &str,
+    n: usize,
+    variables: impl Fn(usize) -> Vec<(&'static str, String)>,
+) -> Vec<Rank> {
     let name = name();
     let rank = |rank: usize| {
         let mut all = vec![
@@ -96,7 +100,11 @@ impl Rank {
 
     /// The lines that begin so, without that.
     pub fn said(&self, begin: &str) -> Vec<String> {
-        self.heard.iter().filter_map(|line| line.strip_prefix(begin)).map(|rest| rest.trim().to_owned()).collect()
+        self.heard
+            .iter()
+            .filter_map(|line| line.strip_prefix(begin))
+            .map(|rest| rest.trim().to_owned())
+            .collect()
     }
 
     pub fn signal(&self, signal: rustix::process::Signal) {

@@ -18,7 +18,9 @@ fn check_survivors(ranks: &mut [Rank], dead: usize) {
     }
     assert_eq!(agreed.len(), ranks.len() - 1);
     assert!(agreed.windows(2).all(|pair| pair[0] == pair[1]), "{agreed:?}");
-    let lost = |rank: &Rank| rank.said("failed").iter().any(|error| error.contains(&format!("PeerLost {{ rank: {dead}")));
+    let lost = |rank: &Rank| {
+        rank.said("failed").iter().any(|error| error.contains(&format!("PeerLost {{ rank: {dead}")))
+    };
     assert!(ranks.iter().any(lost), "{:#?}", ranks[0].heard);
 }
 
@@ -72,7 +74,8 @@ fn a_kill_is_noticed_at_once() {
     check_survivors(&mut ranks, 0);
     let first = |rank: &Rank| -> u128 { rank.said("failed")[0].split(' ').next().unwrap().parse().unwrap() };
     let told = ranks[1..].iter().map(first).max().unwrap() - killed;
-    let recovered = |rank: &Rank| -> u128 { rank.said("recovered")[0].split(' ').next().unwrap().parse().unwrap() };
+    let recovered =
+        |rank: &Rank| -> u128 { rank.said("recovered")[0].split(' ').next().unwrap().parse().unwrap() };
     let recovered = ranks[1..].iter().map(recovered).max().unwrap();
     println!("from the kill to the last error {told} us; recovery {recovered} us");
     assert!(told < 20_000_000, "the timeout, not the death, ended it"); // how fast it is, a benchmark tells

@@ -60,7 +60,10 @@ fn ranks_that_disagree_are_named_on_every_rank() {
     let layout = |rank| if rank == 1 { vec![("PA_TEST_ELEMENTS", "999".to_owned())] } else { vec![] };
     all_fail(start_all("meet", 3, layout), &["rank 1 builds its averager with", "999", "rank 0 has", "1000"]);
     let options = |rank| if rank == 2 { vec![("PA_TEST_SLOTS", "8".to_owned())] } else { vec![] };
-    all_fail(start_all("meet", 3, options), &["rank 2 builds its averager with slots = 8, rank 0 with slots = 4"]);
+    all_fail(
+        start_all("meet", 3, options),
+        &["rank 2 builds its averager with slots = 8, rank 0 with slots = 4"],
+    );
 }
 
 #[test]
@@ -75,10 +78,10 @@ fn ranks_that_do_not_come_are_named() {
         assert!(told || rank > 0 && error.contains("was not to be found"), "{error}");
     }
     let late = |_| vec![("PA_TEST_MEET_MS", "300".to_owned()), ("PA_TEST_RANK", "1".to_owned())];
-    all_fail(start_all("meet", 1, |rank| [late(rank), vec![("PA_TEST_WORLD", "2".to_owned())]].concat()), &[
-        "rank 0 of the world",
-        "within 300ms",
-    ]);
+    all_fail(
+        start_all("meet", 1, |rank| [late(rank), vec![("PA_TEST_WORLD", "2".to_owned())]].concat()),
+        &["rank 0 of the world", "within 300ms"],
+    );
 }
 
 /// Connections that say nothing, half of something, or garbage, many of them, neither keep ranks out nor get in.

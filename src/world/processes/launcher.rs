@@ -22,6 +22,9 @@ struct Launcher {
 /// What a user sets to name the world by hand, for any launcher.
 pub(super) const RENDEZVOUS: &str = "PARAM_AVERAGER_RENDEZVOUS";
 
+/// Not a variable: the number of the process that started this one.
+pub(super) const PARENT: &str = "the parent process";
+
 /// In this order: a launcher inside of another's job is the one that is meant.
 const LAUNCHERS: [Launcher; 4] = [
     Launcher {
@@ -43,7 +46,7 @@ const LAUNCHERS: [Launcher; 4] = [
         rank: "PMI_RANK",
         world_size: "PMI_SIZE",
         local_size: "MPI_LOCALNRANKS",
-        job: &["PMI_JOBID"],
+        job: &[PARENT], // it gives jobs no name, but starts all ranks of a host from one process
     },
     Launcher {
         name: "Slurm",
@@ -55,7 +58,7 @@ const LAUNCHERS: [Launcher; 4] = [
 ];
 
 impl Launched {
-    /// From the variables that `get` knows, or what is wrong with them and what to do.
+    /// From the variables that `get` knows, `PARENT` among them, or what is wrong with them and what to do.
     pub(super) fn find(get: impl Fn(&str) -> Option<String>) -> Result<Launched, String> {
         let Some(launcher) = LAUNCHERS.iter().find(|launcher| get(launcher.rank).is_some()) else {
             let names: Vec<_> = LAUNCHERS.iter().map(|l| format!("{} ({})", l.rank, l.name)).collect();
@@ -131,7 +134,9 @@ mod tests {
             ("PMIX_NAMESPACE", "1234"),
         ];
         assert_eq!(find(&mpirun).unwrap(), Launched { rank: 1, world_size: 2, name: "1234".into() });
-        let mpich = [("PMI_RANK", "1"), ("PMI_SIZE", "2"), ("MPI_LOCALNRANKS", "2"), (RENDEZVOUS, "a job")];
+        let mpich = [("PMI_RANK", "1"), ("PMI_SIZE", "2"), ("MPI_LOCALNRANKS", "2"), (PARENT, "77")];
+        assert_eq!(find(&mpich).unwrap().name, "77");
+        let mpich = [mpich[0], mpich[1], (RENDEZVOUS, "a job")];
         assert_eq!(find(&mpich).unwrap().name, "a job");
         let slurm = [
             ("SLURM_PROCID", "0"),
@@ -152,8 +157,11 @@ mod tests {
         assert!(error(&[("RANK", "2"), ("WORLD_SIZE", "2")]).contains("RANK is 2 and WORLD_SIZE is 2"));
         let two_hosts = [("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_PORT", "1")];
         assert!(error(&two_hosts).contains("LOCAL_WORLD_SIZE is 2 and WORLD_SIZE is 4"));
-        assert!(error(&[("RANK", "0"), ("WORLD_SIZE", "2")]).contains("neither MASTER_PORT nor PARAM_AVERAGER"));
-        let slurm = [("SLURM_PROCID", "0"), ("SLURM_STEP_NUM_TASKS", "4"), ("SLURM_STEP_TASKS_PER_NODE", "2(x2)")];
+        assert!(
+            error(&[("RANK", "0"), ("WORLD_SIZE", "2")]).contains("neither MASTER_PORT nor PARAM_AVERAGER")
+        );
+        let slurm =
+            [("SLURM_PROCID", "0"), ("SLURM_STEP_NUM_TASKS", "4"), ("SLURM_STEP_TASKS_PER_NODE", "2(x2)")];
         assert!(error(&slurm).contains("2(x2)"));
     }
 }

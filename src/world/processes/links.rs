@@ -151,7 +151,9 @@ impl Links {
     pub(super) fn watch(&self, agreement: &Arc<Agreement>, ring: Ring) {
         let mut state = self.lock();
         state.built.retain(|(other, _)| other.strong_count() > 0);
-        for &peer in ring.peers.iter().filter(|&&peer| state.gone[peer] || state.is_past(peer, ring.generation)) {
+        for &peer in
+            ring.peers.iter().filter(|&&peer| state.gone[peer] || state.is_past(peer, ring.generation))
+        {
             leave(agreement, &ring, peer);
         }
         state.built.push((Arc::downgrade(agreement), ring));

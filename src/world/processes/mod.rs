@@ -49,7 +49,10 @@ pub(super) struct Setup {
 impl Setup {
     /// What the environment says.
     pub(super) fn of_the_environment() -> Result<Setup> {
-        let found = launcher::Launched::find(|name| std::env::var(name).ok());
+        let found = launcher::Launched::find(|name| match name {
+            launcher::PARENT => rustix::process::getppid().map(|parent| parent.as_raw_pid().to_string()),
+            name => std::env::var(name).ok(),
+        });
         let launcher::Launched { rank, world_size, name } =
             found.map_err(|problem| Error::Environment { problem })?;
         Ok(Setup { rank, world_size, name })
@@ -72,7 +75,8 @@ impl Processes {
         let me = Me { name, rank, world_size, device: device.to_string(), cores };
         let crew = rendezvous::meet(&me, timeout).map_err(failed)?;
         let places = Places::of_processes(world_size, device, crew.cores);
-        let links = Links::new(rank, crew).map_err(|error| failed(format!("can't listen to peers: {error}")))?;
+        let links =
+            Links::new(rank, crew).map_err(|error| failed(format!("can't listen to peers: {error}")))?;
         let members: Arc<[usize]> = (0..world_size).collect();
         // All write the same, before anybody can be in another generation.
         let _ = links.membership().compare_exchange(
@@ -234,7 +238,8 @@ struct Shown {
 
 impl Shown {
     fn of(card: &Card) -> (Shown, Vec<&Shared>) {
-        let memories = [card.inbox.as_deref(), card.credits.as_deref(), card.control.as_ref().map(|c| c.memory())];
+        let memories =
+            [card.inbox.as_deref(), card.credits.as_deref(), card.control.as_ref().map(|c| c.memory())];
         let shared = memories.map(|memory| memory.and_then(Memory::shared));
         let shown = Shown {
             refusal: card.refusal.as_ref().map(Error::to_string),
@@ -248,11 +253,13 @@ impl Shown {
 
     fn read(frame: Frame, rank: usize, wanted: [bool; 3]) -> Result<Card> {
         let refuse = |reason: String| Error::PeerRefused { rank, reason };
-        let shown: Shown = frame.parse().map_err(|error| refuse(format!("its message is not understood: {error}")))?;
+        let shown: Shown =
+            frame.parse().map_err(|error| refuse(format!("its message is not understood: {error}")))?;
         let mut files = frame.files.into_iter();
         let mut open = |index: usize| -> Result<Option<Memory>> {
             let Some(bytes) = shown.memories[index] else { return Ok(None) };
-            let file: OwnedFd = files.next().ok_or_else(|| refuse("a file of its memory is missing".into()))?;
+            let file: OwnedFd =
+                files.next().ok_or_else(|| refuse("a file of its memory is missing".into()))?;
             if !wanted[index] {
                 return Ok(None);
             }

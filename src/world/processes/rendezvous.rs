@@ -255,7 +255,9 @@ impl Host<'_> {
         let mut left = (self.me.world_size - 1).saturating_sub(self.came.len());
         let until = self.deadline.min(Instant::now() + GRACE);
         while left > 0 {
-            let Ok(visitor) = visitors.recv_timeout(until.saturating_duration_since(Instant::now())) else { return };
+            let Ok(visitor) = visitors.recv_timeout(until.saturating_duration_since(Instant::now())) else {
+                return;
+            };
             refuse(&visitor.stream);
             left -= 1;
         }
@@ -310,18 +312,18 @@ impl Host<'_> {
         let failed = |error: io::Error| format!("can't make sockets for all ranks: {error}; raise ulimit -n");
         let page = Shared::new(PAGE)?;
         let size = self.me.world_size;
-        let mut sockets: Vec<Vec<Option<UnixStream>>> = (0..size).map(|_| (0..size).map(|_| None).collect()).collect();
-        for one in 0..size {
-            for other in one + 1..size {
-                let (left, right) = UnixStream::pair().map_err(failed)?;
-                (sockets[one][other], sockets[other][one]) = (Some(left), Some(right));
-            }
+        // By whose it is, and to whom it leads.
+        let mut sockets = BTreeMap::new();
+        for (one, other) in (0..size).flat_map(|one| (one + 1..size).map(move |other| (one, other))) {
+            let (left, right) = UnixStream::pair().map_err(failed)?;
+            sockets.insert((one, other), left);
+            sockets.insert((other, one), right);
         }
         let cores = self.came.values().map(|visitor| visitor.hello.cores).min();
         let welcome = Welcome { cores: cores.unwrap_or(self.me.cores).min(self.me.cores) };
         let own = pidfd_open(getpid(), PidfdFlags::empty()).ok();
         for (&rank, visitor) in &self.came {
-            let streams = sockets[rank].iter().flatten().map(AsFd::as_fd);
+            let streams = sockets.range((rank, 0)..(rank + 1, 0)).map(|(_, stream)| stream.as_fd());
             let mut files = vec![page.file()];
             files.extend(streams);
             let processes = (0..size).filter(|&other| other != rank).map(|other| match other {
@@ -335,9 +337,9 @@ impl Host<'_> {
             let _ = frame::send(&visitor.stream, Kind::Welcome, 0, 0, &welcome, &files);
         }
         let mut came = self.came;
-        let peers = sockets.swap_remove(0).into_iter().enumerate().map(|(rank, stream)| {
+        let peers = (0..size).map(|rank| {
             let process = came.get_mut(&rank).and_then(|visitor| visitor.process.take());
-            stream.map(|stream| Met { stream, process })
+            sockets.remove(&(0, rank)).map(|stream| Met { stream, process })
         });
         Ok(Crew { page, cores: welcome.cores, peers: peers.collect() })
     }
@@ -357,7 +359,9 @@ fn doorkeeper(listener: &UnixListener, send: SyncSender<Visitor>) {
     loop {
         let stream = match listener.accept() {
             Ok((stream, _)) => stream,
-            Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => continue,
+            Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => {
+                continue
+            }
             // No descriptors left: those inside give some back, or the rendezvous times out.
             Err(error) if matches!(error.raw_os_error(), Some(23 | 24)) => {
                 std::thread::sleep(AGAIN);
