@@ -259,6 +259,15 @@ pub enum Error {
         reason: String,
     },
 
+    /// Memory that processes share can't be had.
+    #[error("rank {rank} can't get memory to share with other processes: {reason}")]
+    SharedMemory {
+        /// The rank.
+        rank: usize,
+        /// What the system said, and what to do.
+        reason: String,
+    },
+
     /// A thread could not be started for a channel.
     #[error("rank {rank} cannot start a thread for a channel: {reason}; build with fewer channels")]
     Thread {

@@ -25,7 +25,7 @@
 //! # Ok::<(), param_averager::Error>(())
 //! ```
 //!
-//! * [`World`] says who the ranks are, [`Communicator`] is one rank's membership.
+//! * [`World`] says who the ranks are, threads or processes ([`World::from_env`]); [`Communicator`] is one rank's membership.
 //! * [`ParamAverager`] averages a list of tensors ([`Parameters`], [`TensorMut`]): plainly, or weighted.
 //! * [`LocalSgd`] counts optimizer steps and averages when its [`Schedule`] says so.
 #![cfg_attr(

@@ -94,7 +94,11 @@ impl Own {
     ) -> Result<Own> {
         let (rank, world) = (options.communicator.rank(), options.communicator.world_size() as u32);
         let (site, testing) = (options.communicator.site(), &options.testing);
-        let failed = |reason| Error::DeviceFailed { rank, reason };
+        let processes = options.communicator.places().between_processes();
+        let failed = |reason| match processes {
+            true => Error::SharedMemory { rank, reason },
+            false => Error::DeviceFailed { rank, reason },
+        };
         let mut shards = vec![];
         for (bucket, raw) in table.buckets.iter().zip(&mut table.raw) {
             let channel_packs = bucket::channel_packs(bucket.packs, channels);

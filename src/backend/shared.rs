@@ -29,7 +29,7 @@ impl Shared {
     pub(crate) fn new(bytes: usize) -> Result<Shared, String> {
         let why = |what, error: rustix::io::Errno| {
             let error = io::Error::from(error);
-            format!("{bytes} bytes to share with other processes: {what}: {error}; raise ulimit -n or free memory")
+            format!("{what} of {bytes} bytes: {error}; raise ulimit -n, or free memory")
         };
         let file = memfd_create("param-averager", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
             .map_err(|error| why("memfd_create", error))?;
@@ -41,11 +41,11 @@ impl Shared {
 
     /// What another process made with `new`, of at least so many bytes.
     pub(crate) fn open(file: OwnedFd, bytes: usize) -> Result<Shared, String> {
-        let failed = |error: rustix::io::Errno| format!("a peer's memory: {}", io::Error::from(error));
+        let failed = |error: rustix::io::Errno| format!("opening a peer's: {}", io::Error::from(error));
         let found = fstat(&file).map_err(failed)?.st_size;
         let sealed = fcntl_get_seals(&file).map_err(failed)?.contains(SEALS);
         if !sealed || u64::try_from(found).is_ok_and(|found| found < bytes as u64) {
-            return Err(format!("a peer's memory: {found} bytes, sealed: {sealed}; wanted {bytes}, sealed"));
+            return Err(format!("a peer's has {found} bytes, sealed: {sealed}; wanted {bytes}, sealed"));
         }
         Shared::map(file, bytes).map_err(failed)
     }

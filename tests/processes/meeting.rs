@@ -84,6 +84,30 @@ fn ranks_that_do_not_come_are_named() {
     );
 }
 
+/// A rank that runs out of them at any point says so, and nobody hangs.
+#[test]
+fn a_rank_may_have_too_few_file_descriptors() {
+    for short in [0, 2] {
+        let mut good = 0;
+        for most in 4..40 {
+            let limit = |rank| if rank == short { vec![("PA_TEST_FILES", most.to_string())] } else { vec![] };
+            let soon = |rank| [limit(rank), vec![("PA_TEST_MEET_MS", "2000".to_owned())]].concat();
+            let mut ranks = start_all("meet", 3, soon);
+            let codes: Vec<_> = ranks.iter_mut().map(|rank| rank.end()).collect();
+            let heard: Vec<_> = ranks.iter().map(|rank| rank.heard.clone()).collect();
+            if codes.iter().all(|&code| code == Some(0)) {
+                good += 1;
+                continue;
+            }
+            assert!(codes.iter().all(|&code| code == Some(3)), "{most}: {codes:?} {heard:#?}");
+            let why = ranks[short].said("error");
+            let told = ["ulimit -n", "open files"].iter().any(|what| why[0].contains(what));
+            assert!(told, "{most}: {heard:#?}");
+        }
+        assert!(good > 0 && good < 36, "{good} of 36");
+    }
+}
+
 /// Connections that say nothing, half of something, or garbage, many of them, neither keep ranks out nor get in.
 #[test]
 fn strangers_are_not_waited_for() {

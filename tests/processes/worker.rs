@@ -63,6 +63,10 @@ fn builder(communicator: Communicator) -> Builder {
 
 /// Finds the others, averages once, says what happened.
 fn meet() -> i32 {
+    if let Some(most) = number("PA_TEST_FILES") {
+        let limit = rustix::process::Rlimit { current: Some(most), maximum: Some(most) };
+        rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+    }
     let mut model = vec![vec![0.0f32; number("PA_TEST_ELEMENTS").unwrap_or(1000) as usize], vec![1.0; 10]];
     let result = join().and_then(|communicator| {
         let rank = communicator.rank();

@@ -52,6 +52,8 @@ struct Common {
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) gone: Vec<bool>,
+    /// Why one of them, which may still be there, can't be understood.
+    pub(super) trouble: Option<String>,
     /// By peer: what it said first, among all that nobody has asked for.
     messages: Vec<BTreeMap<(Kind, u32, u32), Frame>>,
     /// Averagers built: peers that are gone are marked on their boards.
@@ -76,7 +78,7 @@ impl Links {
     pub(super) fn new(me: usize, crew: Crew) -> io::Result<Links> {
         let size = crew.peers.len();
         let messages = (0..size).map(|_| BTreeMap::new()).collect();
-        let state = State { gone: vec![false; size], messages, built: vec![] };
+        let state = State { gone: vec![false; size], trouble: None, messages, built: vec![] };
         let common = Arc::new(Common { state: Mutex::new(state), changed: Condvar::new() });
         let mut links = Links { me, page: crew.page, peers: vec![], common, threads: vec![] };
         for (peer, met) in crew.peers.into_iter().enumerate() {
@@ -217,7 +219,14 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, common: &
             Ok(_) if watched[0].revents().is_empty() => break, // its process has ended
             Ok(_) => {}
         }
-        let Ok(frame) = frame::receive(stream, Instant::now() + WHOLE_MESSAGE) else { break };
+        let frame = match frame::receive(stream, Instant::now() + WHOLE_MESSAGE) {
+            Ok(frame) => frame,
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                common.lock().trouble.get_or_insert_with(|| error.to_string());
+                break;
+            }
+            Err(_) => break, // it is gone
+        };
         let (kind, generation) = (frame.kind, frame.generation);
         let mut state = common.lock();
         let messages = &mut state.messages[peer];

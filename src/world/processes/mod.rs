@@ -124,8 +124,12 @@ impl Processes {
                 if let Some(failure) = self.failure() {
                     return Some(Err(failure));
                 }
-                let lost = || Error::PeerLost { rank, stage: Stage::Build, committed: false };
-                state.take(peer, key).map(Ok).or_else(|| state.gone[peer].then(|| Err(lost())))
+                let gone = |trouble: &Option<String>| match trouble.clone() {
+                    Some(reason) => Error::SharedMemory { rank: self.rank(), reason },
+                    None => Error::PeerLost { rank, stage: Stage::Build, committed: false },
+                };
+                let came = state.take(peer, key).map(Ok);
+                came.or_else(|| state.gone[peer].then(|| Err(gone(&state.trouble))))
             });
             let late = || Error::Timeout { rank, timeout, stage: Stage::Build, committed: false };
             let frame = came.unwrap_or_else(|| Err(late())).map_err(|error| self.fail(error))?;

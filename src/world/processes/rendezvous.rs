@@ -6,8 +6,9 @@ use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError, SyncSender};
-use std::sync::{atomic::AtomicUsize, atomic::Ordering, Arc};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::process::{getpid, getuid, pidfd_open, PidfdFlags};
@@ -198,20 +199,25 @@ impl Host<'_> {
     fn meet(mut self, address: &SocketAddr) -> Result<Crew, String> {
         let listener = self.listen(address)?;
         let (send, visitors) = mpsc::sync_channel(MOST_STRANGERS);
+        let (closed, short) = (AtomicBool::new(false), AtomicBool::new(false));
         std::thread::scope(|scope| {
             let door = std::thread::Builder::new().name("rendezvous".into());
-            let accept = || doorkeeper(&listener, send);
+            let accept = || doorkeeper(&listener, send, &closed, &short);
             let opened = door.spawn_scoped(scope, accept).map(|_| ());
             let result = opened.map_err(|error| format!("can't start a thread: {error}"));
-            let result = result.and_then(|()| self.gather(&visitors));
+            let result = result.and_then(|()| self.gather(&visitors)).and_then(|()| self.introduce());
+            let result = result.map_err(|reason| match short.load(Ordering::Relaxed) {
+                true => format!("{reason}; rank 0 has run out of file descriptors: raise ulimit -n"),
+                false => reason,
+            });
             if let Err(reason) = &result {
                 self.refuse_all(&visitors, reason);
             }
-            // The doorkeeper's accept then fails.
+            // The doorkeeper's accept then fails, if it does not for want of descriptors.
+            closed.store(true, Ordering::Relaxed);
             let _ = rustix::net::shutdown(&listener, rustix::net::Shutdown::Both);
             result
-        })?;
-        self.introduce()
+        })
     }
 
     fn listen(&self, address: &SocketAddr) -> Result<UnixListener, String> {
@@ -308,7 +314,7 @@ impl Host<'_> {
     }
 
     /// Gives every rank a socket to every other.
-    fn introduce(self) -> Result<Crew, String> {
+    fn introduce(&mut self) -> Result<Crew, String> {
         let failed = |error: io::Error| format!("can't make sockets for all ranks: {error}; raise ulimit -n");
         let page = Shared::new(PAGE)?;
         let size = self.me.world_size;
@@ -336,13 +342,18 @@ impl Host<'_> {
             // One that has gone is found out by all, as a peer.
             let _ = frame::send(&visitor.stream, Kind::Welcome, 0, 0, &welcome, &files);
         }
-        let mut came = self.came;
         let peers = (0..size).map(|rank| {
-            let process = came.get_mut(&rank).and_then(|visitor| visitor.process.take());
+            let process = self.came.get_mut(&rank).and_then(|visitor| visitor.process.take());
             sockets.remove(&(0, rank)).map(|stream| Met { stream, process })
         });
         Ok(Crew { page, cores: welcome.cores, peers: peers.collect() })
     }
+}
+
+/// Of file descriptors.
+fn is_short(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    [Errno::MFILE, Errno::NFILE].iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
 /// Whether the other end is closed: nobody says anything after its hello.
@@ -354,7 +365,7 @@ fn has_hung_up(stream: &UnixStream) -> bool {
 }
 
 /// Lets in who says hello in time: each on a thread of its own, so that nobody keeps others waiting, and not too many.
-fn doorkeeper(listener: &UnixListener, send: SyncSender<Visitor>) {
+fn doorkeeper(listener: &UnixListener, send: SyncSender<Visitor>, closed: &AtomicBool, short: &AtomicBool) {
     let inside = Arc::new(AtomicUsize::new(0));
     loop {
         let stream = match listener.accept() {
@@ -363,7 +374,8 @@ fn doorkeeper(listener: &UnixListener, send: SyncSender<Visitor>) {
                 continue
             }
             // No descriptors left: those inside give some back, or the rendezvous times out.
-            Err(error) if matches!(error.raw_os_error(), Some(23 | 24)) => {
+            Err(error) if is_short(&error) && !closed.load(Ordering::Relaxed) => {
+                short.store(true, Ordering::Relaxed);
                 std::thread::sleep(AGAIN);
                 continue;
             }
