@@ -133,7 +133,7 @@ PA_FN uint32_t load_relaxed(const uint32_t* p) { return __atomic_load_n(p, __ATO
 PA_FN void store_release(uint32_t* p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
 PA_FN void store_relaxed(uint32_t* p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 PA_FN void store_relaxed(uint64_t* p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
-PA_FN void store_release(uint64_t* p, uint64_t v) { __atomic_store_n(p, v, mutant(43) ? __ATOMIC_RELAXED : __ATOMIC_RELEASE); }
+PA_FN void store_release(uint64_t* p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 PA_FN void raise_flag(uint32_t* p) { __atomic_store_n(p, 1u, __ATOMIC_SEQ_CST); }
 PA_FN uint32_t load_flag(const uint32_t* p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 PA_FN bool try_lock(uint32_t* p) { return __atomic_exchange_n(p, 1u, __ATOMIC_ACQ_REL) == 0; }
@@ -143,6 +143,7 @@ PA_FN uint32_t fetch_add(uint32_t* p, uint32_t v) {
 // In turn, and yet by compare-and-swap: a process that is stopped in its turn until others have taken it for gone does not
 // overwrite what they wrote.
 template <class T> PA_FN bool replace(T* p, T seen, T v) {
+  if (mutant(43)) return __atomic_compare_exchange_n(p, &seen, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   return __atomic_compare_exchange_n(p, &seen, v, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }
 // After a word was published: wakes who sleeps on it. One load when nobody does. The word may be in memory that other
