@@ -3,6 +3,7 @@
 //! Every rank is this very test program, run with `PA_TEST_ROLE`; see `worker`.
 #![cfg(target_os = "linux")]
 
+mod common;
 #[path = "processes/crew.rs"]
 mod crew;
 #[path = "processes/deaths.rs"]

@@ -1,6 +1,6 @@
 //! A world of processes, and what its ranks say.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ pub fn name() -> String {
 pub fn start(role: &str, variables: &[(&str, String)]) -> Rank {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args(["worker", "--exact", "--nocapture", "--test-threads=1"]);
-    command.env("PA_TEST_ROLE", role).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.env("PA_TEST_ROLE", role).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     for (name, value) in variables {
         command.env(name, value);
     }
@@ -105,6 +105,11 @@ impl Rank {
             .filter_map(|line| line.strip_prefix(begin))
             .map(|rest| rest.trim().to_owned())
             .collect()
+    }
+
+    /// Tells it to end.
+    pub fn enough(&mut self) {
+        let _ = writeln!(self.child.stdin.as_ref().unwrap(), "enough"); // it may be dead
     }
 
     pub fn signal(&self, signal: rustix::process::Signal) {

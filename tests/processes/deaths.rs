@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
+use super::common::Random;
 use super::crew::{start_all, Rank};
 use super::worker::now_us;
 
@@ -98,26 +99,26 @@ fn a_rank_that_is_stopped_is_late_and_finds_itself_left_out() {
     assert_eq!(ranks[1].end(), Some(5), "{:#?}", ranks[1].heard);
 }
 
+fn runs(variable: &str, otherwise: usize) -> usize {
+    std::env::var(variable).map_or(otherwise, |runs| runs.parse().unwrap())
+}
+
 /// Kills of several ranks at any time, the second often while the others recover from the first.
 #[test]
 fn kills_at_any_time() {
-    let runs = std::env::var("PA_TEST_KILLS").map_or(40, |runs| runs.parse().unwrap());
-    let mut random = std::process::id() as u64 | 1;
-    let mut below = move |n: u64| {
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (random >> 33) % n
-    };
+    let runs = runs("PA_TEST_KILLS", 200);
+    let mut chance = Random(seed());
     let start = Instant::now();
     let mut kills = 0;
     for _ in 0..runs {
-        let n = 3 + below(2) as usize;
-        let deaths = 1 + below(n as u64 - 2) as usize;
+        let n = 3 + chance.below(2) as usize;
+        let deaths = 1 + chance.below(n as u64 - 2) as usize;
         let mut ranks = start_all("survive", n, |_| vec![("PA_TEST_FINAL", (n - deaths).to_string())]);
         ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
         let mut alive: Vec<usize> = (0..n).collect();
         for _ in 0..deaths {
-            std::thread::sleep(Duration::from_micros(below(20_000)));
-            let dead = alive.remove(below(alive.len() as u64) as usize);
+            std::thread::sleep(Duration::from_micros(chance.below(20_000)));
+            let dead = alive.remove(chance.below(alive.len() as u64) as usize);
             ranks[dead].signal(Signal::KILL);
             kills += 1;
         }
@@ -127,6 +128,55 @@ fn kills_at_any_time() {
         }
     }
     println!("{kills} kills in {runs} worlds, {:?}: no element wrong, no hang", start.elapsed());
+}
+
+/// Ranks that are stopped for a while, some of them killed then, with a timeout that the while is around. Who is late is
+/// left out, or comes in time for the recovery, or for the average.
+#[test]
+fn stops_and_kills_at_any_time() {
+    let runs = runs("PA_TEST_STOPS", 6);
+    let mut chance = Random(seed());
+    let (mut stops, mut left_out) = (0, 0);
+    let start = Instant::now();
+    for _ in 0..runs {
+        let n = 3 + chance.below(2) as usize;
+        let mut ranks = start_all("survive", n, |_| vec![("PA_TEST_TIMEOUT_MS", "400".to_owned())]);
+        ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        let mut dead = vec![false; n];
+        for _ in 0..3 {
+            std::thread::sleep(Duration::from_micros(chance.below(20_000)));
+            let one = chance.below(n as u64) as usize;
+            if dead[one] || ranks[one].child.try_wait().unwrap().is_some() {
+                continue;
+            }
+            ranks[one].signal(Signal::STOP);
+            stops += 1;
+            std::thread::sleep(Duration::from_millis(chance.below(1200)));
+            dead[one] = chance.below(4) == 0;
+            ranks[one].signal(if dead[one] { Signal::KILL } else { Signal::CONT });
+        }
+        ranks.iter_mut().for_each(|rank| rank.enough());
+        for (rank, process) in ranks.iter_mut().enumerate() {
+            match process.end() {
+                None => assert!(dead[rank], "{:#?}", process.heard),
+                Some(0) => assert_eq!(process.said("enough").len(), 1),
+                Some(5) => left_out += 1,
+                code => panic!("rank {rank} ended with {code:?}: {:#?}", process.heard),
+            }
+        }
+    }
+    println!(
+        "{stops} stops in {runs} worlds, {left_out} ranks left out, {:?}: no element wrong, no hang",
+        start.elapsed()
+    );
+}
+
+/// Of this run; printed, so that it can be asked for again.
+fn seed() -> u64 {
+    let seed =
+        std::env::var("PA_TEST_SEED").map_or(u64::from(std::process::id()), |seed| seed.parse().unwrap());
+    println!("PA_TEST_SEED={seed}");
+    seed
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! What a rank does: averages until a failure, checks every element, recovers, and says what it saw in lines that begin with @.
 
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use param_averager::{
@@ -163,19 +164,32 @@ impl Model {
     }
 }
 
-/// Averages, and recovers where somebody was lost, until it was done three times with no more than `PA_TEST_FINAL` ranks.
+/// Set by a line on the standard input: enough.
+static ENOUGH: AtomicBool = AtomicBool::new(false);
+
+/// Averages, and recovers where somebody was lost, until it was done three times with no more than `PA_TEST_FINAL` ranks, or
+/// until it is told to end.
 fn survive() -> i32 {
+    std::thread::spawn(|| {
+        if std::io::stdin().read_line(&mut String::new()).is_ok_and(|bytes| bytes > 0) {
+            ENOUGH.store(true, Ordering::Relaxed);
+        }
+    });
     let communicator = join().unwrap();
     let origin = communicator.rank();
     // Who takes part, where that is known.
     let mut all = Some((0..communicator.world_size()).collect::<Vec<usize>>());
     let mut model = Model { origin, tensors: vec![vec![0.0; 5000], vec![], vec![0.0; 777], vec![0.0; MOST]] };
     let mut averager = builder(communicator).build(&mut model.tensors).unwrap();
-    let left = number("PA_TEST_FINAL").unwrap() as usize;
+    let left = number("PA_TEST_FINAL").unwrap_or(0) as usize;
     let files = count_files();
     say("ready");
     let (mut rounds, mut good) = (0, 0);
     loop {
+        if ENOUGH.load(Ordering::Relaxed) {
+            say(&format!("enough {rounds}"));
+            return 0;
+        }
         model.fill();
         rounds += 1;
         let doomed = number("PA_TEST_DIE_AT").filter(|_| rounds == 3);
