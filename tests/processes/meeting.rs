@@ -5,6 +5,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
 use std::time::{Duration, Instant};
 
+use super::common::skipped;
 use super::crew::{name, start, start_all, Rank};
 
 /// All fail, with an error that holds each of these.
@@ -49,6 +50,23 @@ fn the_environment_of_torchrun_is_enough() {
     let mut alone = start("meet", &[("RANK", "0".into())]);
     assert_eq!(alone.end(), Some(3));
     assert!(alone.said("error")[0].contains("WORLD_SIZE is not"), "{:?}", alone.heard);
+}
+
+#[test]
+fn open_mpi_starts_ranks() {
+    let program = std::env::current_exe().unwrap();
+    let mut mpirun = std::process::Command::new("mpirun");
+    mpirun.args(["--oversubscribe", "-n", "3"]).arg(program).args(["worker", "--exact", "--nocapture"]);
+    mpirun
+        .env("PA_TEST_ROLE", "meet")
+        .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
+        .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+    let Ok(output) = mpirun.output() else {
+        return skipped("open_mpi_starts_ranks", "there is no mpirun; install openmpi-bin");
+    };
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said} {}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(said.matches("@averaged 3").count(), 3, "{said}");
 }
 
 #[test]
