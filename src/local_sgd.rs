@@ -1,7 +1,7 @@
 //! Local SGD: count optimizer steps, average when the schedule says so.
 
 use crate::averager::{Call, Outcome};
-use crate::{ParamAverager, Parameters, Report, Result, Schedule};
+use crate::{Error, ParamAverager, Parameters, Report, Result, Schedule};
 
 /// Averages a model's parameters across ranks every so many optimizer steps.
 ///
@@ -78,9 +78,14 @@ impl LocalSgd {
     /// All take the place in the schedule of the one that is farthest on: some may have been done with the average that failed for
     /// others.
     pub fn recover<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        self.position = self.averager.recover_at(params, self.position)?;
-        self.since_average += 1; // whatever was half written
-        self.average(|averager, call| averager.run(params, call), RECOVER)
+        loop {
+            self.position = self.averager.recover_at(params, self.position)?;
+            self.since_average += 1; // whatever was half written
+            match self.average(|averager, call| averager.run(params, call), RECOVER) {
+                Err(Error::PeerLost { .. } | Error::Timeout { .. }) => {} // another one
+                made => return made,
+            }
+        }
     }
 
     /// Optimizer steps applied so far.

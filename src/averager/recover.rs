@@ -27,11 +27,11 @@ impl ParamAverager {
         }
         // Whatever was enqueued ends by itself: its world has failed.
         let _ = self.own.engine.finish();
-        let mut options = self.options.clone();
-        options.schedule_position = position;
+        self.options.schedule_position = position;
         loop {
-            options.communicator = options.communicator.recover(self.timeout)?;
-            match options.clone().build(params) {
+            // Kept also where what follows fails: the next call begins from there.
+            self.options.communicator = self.options.communicator.recover(self.timeout)?;
+            match self.options.clone().build(params) {
                 Ok(averager) => {
                     *self = averager;
                     let positions = self.agreement.cards.iter().map(|card| card.schedule_position);

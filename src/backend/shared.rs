@@ -33,7 +33,7 @@ impl Shared {
         };
         let file = memfd_create("param-averager", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
             .map_err(|error| why("memfd_create", error))?;
-        fallocate(&file, FallocateFlags::empty(), 0, bytes.max(1) as u64)
+        rustix::io::retry_on_intr(|| fallocate(&file, FallocateFlags::empty(), 0, bytes.max(1) as u64))
             .map_err(|error| why("fallocate", error))?;
         fcntl_add_seals(&file, SEALS | SealFlags::SEAL).map_err(|error| why("F_ADD_SEALS", error))?;
         Shared::map(file, bytes).map_err(|error| why("mmap", error))

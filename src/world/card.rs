@@ -41,7 +41,8 @@ impl Agreement {
         match refusal.or_else(disagreement) {
             Some(error) => Err(error),
             None => {
-                let control = cards[0].control.clone().expect("rank 0 shows one, or a refusal");
+                let reason = "it shows no notice boards".to_owned();
+                let control = cards[0].control.clone().ok_or(Error::PeerRefused { rank: 0, reason })?;
                 Ok(Agreement { control, cards })
             }
         }
@@ -55,6 +56,10 @@ fn disagreement(rank: usize, first: &Card, card: &Card) -> Option<Error> {
     }
     if let Some((ours, theirs)) = first.tensors.iter().zip(&card.tensors).find(|(a, b)| a != b) {
         return Some(Error::LayoutsDiffer { rank, found: theirs.clone(), expected: ours.clone() });
+    }
+    if first.options.len() != card.options.len() {
+        let count = |card: &Card| format!("{} options", card.options.len());
+        return Some(Error::OptionsDiffer { rank, found: count(card), expected: count(first) });
     }
     let count = |card: &Card| format!("{} tensors", card.tensors.len());
     (first.tensors.len() != card.tensors.len()).then(|| Error::LayoutsDiffer {

@@ -188,11 +188,13 @@ impl Communicator {
 
     /// Collective: shows this rank's card to all others and returns all cards, if they agree.
     pub(crate) fn agree(&self, card: Card, timeout: Duration) -> Result<Arc<Agreement>> {
-        let number = self.membership.builds.fetch_add(1, Ordering::Relaxed);
         match &self.membership.group {
-            Group::Threads(rank, hub) => hub.agree(*rank, number, card, timeout),
+            Group::Threads(rank, hub) => {
+                let number = self.membership.builds.fetch_add(1, Ordering::Relaxed);
+                hub.agree(*rank, number, card, timeout)
+            }
             #[cfg(target_os = "linux")]
-            Group::Processes(processes) => processes.agree(number, card, timeout),
+            Group::Processes(processes) => processes.agree(card, timeout),
         }
     }
 

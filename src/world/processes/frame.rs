@@ -63,14 +63,13 @@ pub(super) struct Frame {
     pub(super) files: Vec<OwnedFd>,
 }
 
-/// Sends a message. One at a time on a stream.
+/// Sends a message, if all of it can be by `deadline`. One at a time on a stream. `InvalidInput`: nothing was sent.
 pub(super) fn send(
-    mut stream: &UnixStream,
-    kind: Kind,
-    generation: u32,
-    number: u32,
+    stream: &UnixStream,
+    (kind, generation, number): (Kind, u32, u32),
     body: &impl Serialize,
     files: &[BorrowedFd<'_>],
+    deadline: Instant,
 ) -> io::Result<()> {
     let body = serde_json::to_vec(body)?;
     if body.len() > kind.most() || files.len() > MOST_FILES {
@@ -90,25 +89,39 @@ pub(super) fn send(
     if !files.is_empty() {
         assert!(ancillary.push(SendAncillaryMessage::ScmRights(files)), "there is space for so many");
     }
+    let patience = || deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+    stream.set_write_timeout(Some(patience()))?;
     let sent = loop {
         match sendmsg(stream, &[IoSlice::new(&header)], &mut ancillary, SendFlags::NOSIGNAL) {
             Err(rustix::io::Errno::INTR) => {}
             sent => break sent?,
         }
     };
+    let mut stream = stream;
     stream.write_all(&header[sent..])?;
-    stream.write_all(&body)
+    for part in body.chunks(64 << 10) {
+        stream.set_write_timeout(Some(patience()))?;
+        stream.write_all(part)?;
+    }
+    Ok(())
 }
 
-/// Receives a message, if all of it comes before `deadline`.
-pub(super) fn receive(stream: &UnixStream, deadline: Instant) -> io::Result<Frame> {
+/// Receives a message of one of these kinds with at most so many files, if all of it comes before `deadline`.
+pub(super) fn receive(
+    stream: &UnixStream,
+    kinds: &[Kind],
+    most_files: usize,
+    deadline: Instant,
+) -> io::Result<Frame> {
     let (mut header, mut files) = ([0; HEADER], vec![]);
     let mut got = 0;
     while got < HEADER {
         wait_at_most(stream, deadline)?;
         got += receive_some(stream, &mut header[got..], &mut files)?;
+        if files.len() > most_files {
+            return bad("a message with more files than any");
+        }
     }
-    let bad = |what: &str| Err(Error::new(ErrorKind::InvalidData, what.to_owned()));
     let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("4 bytes"));
     if header[..4] != MAGIC {
         return bad("no message of param-averager");
@@ -117,7 +130,9 @@ pub(super) fn receive(stream: &UnixStream, deadline: Instant) -> io::Result<Fram
     if version != VERSION {
         return bad(&format!("a message of version {version}, where this is version {VERSION}"));
     }
-    let Some(kind) = Kind::of(header[6]) else { return bad("a message of a kind that is not known") };
+    let Some(kind) = Kind::of(header[6]).filter(|kind| kinds.contains(kind)) else {
+        return bad("a message of a kind that does not belong here");
+    };
     if files.len() != header[7] as usize {
         return bad("file descriptors of a message are missing: raise ulimit -n");
     }
@@ -140,11 +155,13 @@ pub(super) fn receive(stream: &UnixStream, deadline: Instant) -> io::Result<Fram
     Ok(Frame { kind, generation: word(8), number: word(12), body, files })
 }
 
+fn bad(what: &str) -> io::Result<Frame> {
+    Err(Error::new(ErrorKind::InvalidData, what.to_owned()))
+}
+
+/// What is there is read even after the deadline: this process may have been stopped.
 fn wait_at_most(stream: &UnixStream, deadline: Instant) -> io::Result<()> {
     let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        return Err(ErrorKind::TimedOut.into());
-    }
     stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))
 }
 
@@ -179,6 +196,8 @@ mod tests {
     use proptest::prelude::*;
     use std::os::fd::AsFd;
 
+    const ALL: [Kind; 3] = [Kind::Hello, Kind::Card, Kind::Ready];
+
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(5)
     }
@@ -188,16 +207,16 @@ mod tests {
         let (one, other) = UnixStream::pair().unwrap();
         let body: Vec<u32> = (0..200_000).collect();
         let sender = std::thread::spawn(move || {
-            send(&one, Kind::Card, 3, 7, &body, &[one.as_fd(), one.as_fd()]).unwrap();
-            send(&one, Kind::Ready, 4, 0, &"", &[]).unwrap();
+            send(&one, (Kind::Card, 3, 7), &body, &[one.as_fd(), one.as_fd()], soon()).unwrap();
+            send(&one, (Kind::Ready, 4, 0), &"", &[], soon()).unwrap();
         });
-        let frame = receive(&other, soon()).unwrap();
+        let frame = receive(&other, &ALL, 2, soon()).unwrap();
         assert_eq!((frame.kind, frame.generation, frame.number, frame.files.len()), (Kind::Card, 3, 7, 2));
         assert_eq!(frame.parse::<Vec<u32>>().unwrap()[199_999], 199_999);
-        assert_eq!(receive(&other, soon()).unwrap().kind, Kind::Ready);
+        assert_eq!(receive(&other, &ALL, 2, soon()).unwrap().kind, Kind::Ready);
         sender.join().unwrap();
         drop(frame);
-        assert_eq!(receive(&other, soon()).unwrap_err().kind(), ErrorKind::UnexpectedEof);
+        assert_eq!(receive(&other, &ALL, 2, soon()).unwrap_err().kind(), ErrorKind::UnexpectedEof);
     }
 
     #[test]
@@ -205,22 +224,31 @@ mod tests {
         let (one, other) = UnixStream::pair().unwrap();
         (&one).write_all(&MAGIC).unwrap();
         let start = Instant::now();
-        let error = receive(&other, start + Duration::from_millis(50)).unwrap_err();
+        let error = receive(&other, &ALL, 2, start + Duration::from_millis(50)).unwrap_err();
         assert!(matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock), "{error}");
         assert!(start.elapsed() < Duration::from_secs(4));
     }
 
     #[test]
-    fn a_hello_of_a_megabyte_is_refused_unread() {
-        let (one, other) = UnixStream::pair().unwrap();
-        let mut header = [0; HEADER];
-        header[..4].copy_from_slice(&MAGIC);
-        header[4] = VERSION as u8;
-        header[6] = Kind::Hello as u8;
-        header[16..20].copy_from_slice(&(1u32 << 20).to_le_bytes());
-        (&one).write_all(&header).unwrap();
-        let error = receive(&other, soon()).unwrap_err();
-        assert!(error.to_string().contains("longer than any"), "{error}");
+    fn what_a_stranger_may_not_send_is_refused_unread() {
+        let refused = |kind: Kind, bytes: u32, files: usize| {
+            let (one, other) = UnixStream::pair().unwrap();
+            let mut header = [0; HEADER];
+            header[..4].copy_from_slice(&MAGIC);
+            header[4] = VERSION as u8;
+            header[6] = kind as u8;
+            header[7] = files as u8;
+            header[16..20].copy_from_slice(&bytes.to_le_bytes());
+            let fds = vec![other.as_fd(); files];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            assert!(files == 0 || ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
+            sendmsg(&one, &[IoSlice::new(&header)], &mut ancillary, SendFlags::empty()).unwrap();
+            receive(&other, &[Kind::Hello], 1, soon()).unwrap_err().to_string()
+        };
+        assert!(refused(Kind::Hello, 1 << 20, 0).contains("longer than any"));
+        assert!(refused(Kind::Card, 1 << 20, 0).contains("does not belong here"));
+        assert!(refused(Kind::Hello, 2, 4).contains("more files"));
     }
 
     proptest! {
@@ -234,7 +262,7 @@ mod tests {
             let (one, other) = UnixStream::pair().unwrap();
             (&one).write_all(&bytes).unwrap();
             drop(one);
-            if let Ok(frame) = receive(&other, soon()) {
+            if let Ok(frame) = receive(&other, &ALL, 2, soon()) {
                 prop_assert!(bytes.starts_with(&MAGIC));
                 prop_assert_eq!(frame.body.len(), u32::from_le_bytes(bytes[16..20].try_into().unwrap()) as usize);
             }

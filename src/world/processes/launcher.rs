@@ -60,7 +60,11 @@ const LAUNCHERS: [Launcher; 4] = [
 impl Launched {
     /// From the variables that `get` knows, `PARENT` among them, or what is wrong with them and what to do.
     pub(super) fn find(get: impl Fn(&str) -> Option<String>) -> Result<Launched, String> {
-        let Some(launcher) = LAUNCHERS.iter().find(|launcher| get(launcher.rank).is_some()) else {
+        // srun sets PMI_RANK, too, for programs that talk to its own PMI.
+        let is_slurm = get("SLURM_PROCID").is_some() && get("MPI_LOCALNRANKS").is_none();
+        let is_meant =
+            |launcher: &&Launcher| get(launcher.rank).is_some() && !(is_slurm && launcher.rank == "PMI_RANK");
+        let Some(launcher) = LAUNCHERS.iter().find(is_meant) else {
             let names: Vec<_> = LAUNCHERS.iter().map(|l| format!("{} ({})", l.rank, l.name)).collect();
             let names = names.join(", ");
             return Err(format!(
@@ -70,8 +74,12 @@ impl Launched {
         };
         let number = |name: &str| -> Result<usize, String> {
             let by = launcher.name;
-            let value = get(name)
-                .ok_or_else(|| format!("{} is set, but {name} is not: {by} sets both", launcher.rank))?;
+            let value = get(name).ok_or_else(|| {
+                format!(
+                    "{} is set, but {name} is not: {by} sets both for the ranks that it starts",
+                    launcher.rank
+                )
+            })?;
             value.trim().parse().map_err(|_| format!("{name} is {value:?}, which is no number from 0"))
         };
         let (rank, world_size) = (number(launcher.rank)?, number(launcher.world_size)?);
@@ -89,6 +97,11 @@ impl Launched {
             }
         }
         if let Some(name) = get(RENDEZVOUS) {
+            if name.is_empty() {
+                return Err(format!(
+                    "{RENDEZVOUS} is empty: unset it, or give every rank of this world the same name"
+                ));
+            }
             return Ok(Launched { rank, world_size, name });
         }
         if get(launcher.job[0]).is_none() {
@@ -146,6 +159,8 @@ mod tests {
             ("SLURM_STEP_ID", "0"),
         ];
         assert_eq!(find(&slurm).unwrap().name, "77/0");
+        let pmi2 = [&slurm[..], &[("PMI_RANK", "0"), ("PMI_SIZE", "2")]].concat();
+        assert_eq!(find(&pmi2).unwrap().name, "77/0");
     }
 
     #[test]
@@ -156,6 +171,7 @@ mod tests {
         assert!(error(&[("RANK", "0"), ("WORLD_SIZE", "two")]).contains("WORLD_SIZE is \"two\""));
         assert!(error(&[("RANK", "2"), ("WORLD_SIZE", "2")]).contains("RANK is 2 and WORLD_SIZE is 2"));
         let two_hosts = [("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_PORT", "1")];
+        assert!(error(&[("RANK", "0"), ("WORLD_SIZE", "2"), (RENDEZVOUS, "")]).contains("is empty"));
         assert!(error(&two_hosts).contains("LOCAL_WORLD_SIZE is 2 and WORLD_SIZE is 4"));
         assert!(
             error(&[("RANK", "0"), ("WORLD_SIZE", "2")]).contains("neither MASTER_PORT nor PARAM_AVERAGER")

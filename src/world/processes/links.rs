@@ -5,7 +5,7 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -17,6 +17,7 @@ use super::frame::{self, Frame, Kind};
 use super::rendezvous::{Crew, Met};
 use crate::backend::Shared;
 use crate::world::Agreement;
+use crate::Error;
 
 /// A message that has begun is there within this time, or its sender is taken for gone.
 const WHOLE_MESSAGE: Duration = Duration::from_secs(60);
@@ -32,6 +33,32 @@ pub(super) struct Links {
     peers: Vec<Option<Peer>>,
     common: Arc<Common>,
     threads: Vec<JoinHandle<()>>,
+    /// Locked for as long as this process goes from one generation to the next.
+    pub(super) latest: Mutex<Generation>,
+}
+
+/// What all communicators of one generation of this process have in common.
+#[derive(Clone, Debug)]
+pub(super) struct Generation {
+    pub(super) number: u32,
+    /// By rank.
+    pub(super) members: Arc<[usize]>,
+    pub(super) fate: Arc<Mutex<Fate>>,
+    /// Averagers built or begun: the k-th of one rank belongs with the k-th of every other.
+    pub(super) builds: Arc<AtomicU32>,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Fate {
+    /// What ended it.
+    pub(super) failure: Option<Error>,
+    pub(super) told: bool,
+}
+
+impl Generation {
+    pub(super) fn new(number: u32, members: Arc<[usize]>) -> Self {
+        Generation { number, members, fate: Arc::default(), builds: Arc::default() }
+    }
 }
 
 #[derive(Debug)]
@@ -52,8 +79,8 @@ struct Common {
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) gone: Vec<bool>,
-    /// Why one of them, which may still be there, can't be understood.
-    pub(super) trouble: Option<String>,
+    /// Why one of them, which may still be there, can't be heard any more.
+    pub(super) trouble: BTreeMap<usize, String>,
     /// By peer: what it said first, among all that nobody has asked for.
     messages: Vec<BTreeMap<(Kind, u32, u32), Frame>>,
     /// Averagers built: peers that are gone are marked on their boards.
@@ -78,9 +105,10 @@ impl Links {
     pub(super) fn new(me: usize, crew: Crew) -> io::Result<Links> {
         let size = crew.peers.len();
         let messages = (0..size).map(|_| BTreeMap::new()).collect();
-        let state = State { gone: vec![false; size], trouble: None, messages, built: vec![] };
+        let state = State { gone: vec![false; size], trouble: BTreeMap::new(), messages, built: vec![] };
         let common = Arc::new(Common { state: Mutex::new(state), changed: Condvar::new() });
-        let mut links = Links { me, page: crew.page, peers: vec![], common, threads: vec![] };
+        let latest = Mutex::new(Generation::new(0, (0..size).collect()));
+        let mut links = Links { me, page: crew.page, peers: vec![], common, threads: vec![], latest };
         for (peer, met) in crew.peers.into_iter().enumerate() {
             let Some(Met { stream, process }) = met else {
                 links.peers.push(None);
@@ -95,22 +123,32 @@ impl Links {
         Ok(links)
     }
 
-    /// Sends a message, which waits for a peer that does not listen, but not for longer than `timeout`.
+    /// Sends a message, which waits for a peer that does not listen, but not for longer than `deadline`.
     pub(super) fn send(
         &self,
         peer: usize,
-        (kind, generation, number): (Kind, u32, u32),
+        key: (Kind, u32, u32),
         body: &impl Serialize,
         files: &[BorrowedFd<'_>],
-        timeout: Duration,
+        deadline: Instant,
     ) -> io::Result<()> {
         let Some(Peer { stream, sending }) = &self.peers[peer] else { return Ok(()) };
         let _one = sending.lock().unwrap_or_else(PoisonError::into_inner);
-        stream.set_write_timeout(Some(timeout.max(Duration::from_millis(1))))?;
-        frame::send(stream, kind, generation, number, body, files).inspect_err(|_| {
-            // It may be half sent: nothing that follows would be understood.
-            let _ = stream.shutdown(Shutdown::Both);
+        frame::send(stream, key, body, files, deadline).inspect_err(|error| {
+            if error.kind() != io::ErrorKind::InvalidInput {
+                // It may be half sent: nothing that follows would be understood.
+                let _ = stream.shutdown(Shutdown::Both);
+            }
         })
+    }
+
+    /// The same, at once or not at all.
+    pub(super) fn try_send(&self, peer: usize, key: (Kind, u32, u32)) {
+        const SHORT: Duration = Duration::from_millis(100);
+        let Some(Peer { sending, .. }) = &self.peers[peer] else { return };
+        if sending.try_lock().is_ok() {
+            let _ = self.send(peer, key, &(), &[], Instant::now() + SHORT); // it may be gone
+        }
     }
 
     /// Waits until `done` gives something, looking again whenever a message came or a peer went. `None`: it is too late.
@@ -158,6 +196,11 @@ impl Links {
         {
             leave(agreement, &ring, peer);
         }
+        for (position, &peer) in ring.peers.iter().enumerate() {
+            if state.has(peer, (Kind::Abort, ring.generation, 0)) {
+                agreement.control.abort(position);
+            }
+        }
         state.built.push((Arc::downgrade(agreement), ring));
     }
 }
@@ -172,7 +215,7 @@ impl State {
     }
 
     /// Whether the peer has given this generation up.
-    fn is_past(&self, peer: usize, generation: u32) -> bool {
+    pub(super) fn is_past(&self, peer: usize, generation: u32) -> bool {
         self.messages[peer].keys().any(|&(kind, of, _)| kind == Kind::Ready && of > generation)
     }
 
@@ -219,10 +262,10 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, common: &
             Ok(_) if watched[0].revents().is_empty() => break, // its process has ended
             Ok(_) => {}
         }
-        let frame = match frame::receive(stream, Instant::now() + WHOLE_MESSAGE) {
+        let frame = match frame::receive(stream, &KINDS, MOST_FILES, Instant::now() + WHOLE_MESSAGE) {
             Ok(frame) => frame,
             Err(error) if error.kind() == io::ErrorKind::InvalidData => {
-                common.lock().trouble.get_or_insert_with(|| error.to_string());
+                common.lock().trouble.insert(peer, error.to_string());
                 break;
             }
             Err(_) => break, // it is gone
@@ -232,6 +275,7 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, common: &
         let messages = &mut state.messages[peer];
         messages.entry((kind, generation, frame.number)).or_insert(frame);
         if messages.len() > MOST_WAITING {
+            state.trouble.insert(peer, format!("rank {peer} builds averagers that this one does not build"));
             break;
         }
         for (agreement, ring) in state.built() {
@@ -247,8 +291,14 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, common: &
         drop(state);
         common.changed.notify_all();
     }
+    let _ = stream.shutdown(Shutdown::Both); // the peer is to know that it is not heard any more
     common.is_gone(peer);
 }
+
+/// All that peers say to each other once they have met.
+const KINDS: [Kind; 3] = [Kind::Card, Kind::Abort, Kind::Ready];
+/// Those of a card.
+const MOST_FILES: usize = 3;
 
 impl Drop for Links {
     fn drop(&mut self) {

@@ -7,7 +7,7 @@ mod rendezvous;
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -17,25 +17,15 @@ use crate::backend::{Memory, Shared};
 use crate::error::Stage;
 use crate::{Error, Result};
 use frame::{Frame, Kind};
-use links::{Links, Ring};
+use links::{Fate, Generation, Links, Ring};
 use rendezvous::Me;
 
 /// One generation of a world, as one of its processes sees it.
 #[derive(Debug)]
 pub(super) struct Processes {
     links: Arc<Links>,
-    generation: u32,
-    /// By rank, what the peer is called in `links`.
-    members: Arc<[usize]>,
+    generation: Generation,
     places: Places,
-    fate: Mutex<Fate>,
-}
-
-#[derive(Debug, Default)]
-struct Fate {
-    /// What ended this generation.
-    failure: Option<Error>,
-    told: bool,
 }
 
 /// What a launcher, or the caller, says.
@@ -77,92 +67,139 @@ impl Processes {
         let places = Places::of_processes(world_size, device, crew.cores);
         let links =
             Links::new(rank, crew).map_err(|error| failed(format!("can't listen to peers: {error}")))?;
-        let members: Arc<[usize]> = (0..world_size).collect();
+        let generation = links.latest.lock().unwrap_or_else(PoisonError::into_inner).clone();
         // All write the same, before anybody can be in another generation.
         let _ = links.membership().compare_exchange(
             0,
-            links::word(0, members.iter().copied()),
+            links::word(0, generation.members.iter().copied()),
             Ordering::AcqRel,
             Ordering::Acquire,
         );
-        Ok(Processes { links: Arc::new(links), generation: 0, members, places, fate: Mutex::default() })
+        Ok(Processes { links: Arc::new(links), generation, places })
     }
 
     pub(super) fn rank(&self) -> usize {
-        self.members.iter().position(|&peer| peer == self.links.me).expect("it is a member")
+        self.members().iter().position(|&peer| peer == self.links.me).expect("it is a member")
     }
 
     pub(super) fn places(&self) -> &Places {
         &self.places
     }
 
+    fn members(&self) -> &[usize] {
+        &self.generation.members
+    }
+
+    fn others(&self) -> impl Iterator<Item = usize> + '_ {
+        self.members().iter().copied().filter(|&peer| peer != self.links.me)
+    }
+
     /// As `Hub::agree`: every rank sends its card to every other, and each sees for itself whether they go together.
-    pub(super) fn agree(&self, number: u64, card: Card, timeout: Duration) -> Result<Arc<Agreement>> {
+    pub(super) fn agree(&self, card: Card, timeout: Duration) -> Result<Arc<Agreement>> {
+        let number = self.generation.builds.fetch_add(1, Ordering::Relaxed);
         if let Some(failure) = self.failure() {
             return Err(failure);
         }
         let deadline = Instant::now() + timeout;
-        let key = (Kind::Card, self.generation, number as u32);
+        let key = (Kind::Card, self.generation.number, number);
         let (body, memories) = Shown::of(&card);
         let files: Vec<_> = memories.iter().map(|memory| memory.file()).collect();
-        let others: Vec<usize> = self.members.iter().copied().filter(|&peer| peer != self.links.me).collect();
-        for &peer in &others {
-            // One that can't be told is gone or stopped, which is found out below.
-            let _ = self.links.send(peer, key, &body, &files, timeout);
-        }
+        let (body, files) = (&body, &files);
+        let sent = std::thread::scope(|scope| {
+            // To all at once: one that does not listen keeps no other waiting. Who is gone is found out below.
+            let send = |peer| scope.spawn(move || self.links.send(peer, key, body, files, deadline));
+            let sends: Vec<_> = self.others().map(send).collect();
+            sends.into_iter().try_for_each(|sent| match sent.join() {
+                Ok(Err(error)) if error.kind() == std::io::ErrorKind::InvalidInput => Err(error.to_string()),
+                _ => Ok(()),
+            })
+        });
+        sent.map_err(|reason| self.fail(Error::SharedMemory { rank: self.rank(), reason }))?;
         let mut cards = vec![];
-        for (rank, &peer) in self.members.iter().enumerate() {
+        for (rank, &peer) in self.members().iter().enumerate() {
             if peer == self.links.me {
                 cards.push(card.clone());
                 continue;
             }
-            let came = self.links.wait(deadline, |state| {
-                let aborts = |peer: &usize| state.has(*peer, (Kind::Abort, self.generation, 0));
-                if let Some(rank) = self.members.iter().position(aborts) {
-                    return Some(Err(Error::Aborted { rank, stage: Stage::Build, committed: false }));
-                }
-                if let Some(failure) = self.failure() {
-                    return Some(Err(failure));
-                }
-                let gone = |trouble: &Option<String>| match trouble.clone() {
-                    Some(reason) => Error::SharedMemory { rank: self.rank(), reason },
-                    None => Error::PeerLost { rank, stage: Stage::Build, committed: false },
-                };
-                let came = state.take(peer, key).map(Ok);
-                came.or_else(|| state.gone[peer].then(|| Err(gone(&state.trouble))))
-            });
+            let came = self.links.wait(deadline, |state| self.card_of(rank, peer, key, state));
             let late = || Error::Timeout { rank, timeout, stage: Stage::Build, committed: false };
             let frame = came.unwrap_or_else(|| Err(late())).map_err(|error| self.fail(error))?;
             cards.push(Shown::read(frame, rank, self.wanted(rank)).map_err(|error| self.fail(error))?);
         }
-        let agreement = Arc::new(Agreement::of(cards)?);
+        let agreement = Agreement::of(cards)?;
+        for (rank, theirs) in agreement.cards.iter().enumerate() {
+            let [inbox, credits, control] = self.wanted(rank);
+            let bytes = |memory: &Option<Arc<Memory>>| memory.as_ref().map(|memory| memory.bytes());
+            let right = (!inbox || bytes(&theirs.inbox) == bytes(&card.inbox))
+                && (!credits || bytes(&theirs.credits) == bytes(&card.credits))
+                && (!control
+                    || theirs.control.as_ref().is_some_and(|c| c.memory().bytes() == Control::BYTES));
+            if !right {
+                let reason = "its memory is not of the size that its options make it".into();
+                return Err(self.fail(Error::PeerRefused { rank, reason }));
+            }
+        }
+        let agreement = Arc::new(agreement);
         self.links.watch(&agreement, self.ring());
-        Ok(agreement)
+        match self.failure() {
+            Some(failure) => Err(failure), // aborted meanwhile
+            None => Ok(agreement),
+        }
+    }
+
+    /// Whether a peer's card has come, or why it does not.
+    fn card_of(
+        &self,
+        rank: usize,
+        peer: usize,
+        key: (Kind, u32, u32),
+        state: &mut links::State,
+    ) -> Option<Result<Frame>> {
+        let stage = Stage::Build;
+        let aborts = |peer: &usize| state.has(*peer, (Kind::Abort, self.generation.number, 0));
+        if let Some(rank) = self.members().iter().position(aborts) {
+            return Some(Err(Error::Aborted { rank, stage, committed: false }));
+        }
+        if let Some(failure) = self.failure() {
+            return Some(Err(failure));
+        }
+        if let Some(frame) = state.take(peer, key) {
+            return Some(Ok(frame));
+        }
+        match state.trouble.get(&peer) {
+            Some(reason) => {
+                let reason = format!("what rank {rank} says can't be understood: {reason}");
+                Some(Err(Error::SharedMemory { rank: self.rank(), reason }))
+            }
+            None if state.gone[peer] || state.is_past(peer, self.generation.number) => {
+                Some(Err(Error::PeerLost { rank, stage, committed: false }))
+            }
+            None => None,
+        }
     }
 
     pub(super) fn abort(&self) {
         let rank = self.rank();
-        self.fail(Error::Aborted { rank, stage: Stage::Build, committed: false });
-        self.fate().told = false; // it was this rank's handle, which may not be what averages
-        for &peer in self.members.iter() {
-            const SHORT: Duration = Duration::from_millis(100);
-            let _ = self.links.send(peer, (Kind::Abort, self.generation, 0), &(), &[], SHORT);
-        }
+        // Told once more, to what averages or builds in another thread.
+        let failure = Error::Aborted { rank, stage: Stage::Build, committed: false };
+        self.fate().failure.get_or_insert(failure);
         let built = self.links.lock().built();
-        for (agreement, _) in built.into_iter().filter(|(_, ring)| ring.generation == self.generation) {
+        for (agreement, _) in built.into_iter().filter(|(_, ring)| ring.generation == self.generation.number)
+        {
             agreement.control.abort(rank);
         }
         self.links.changed();
+        self.others().for_each(|peer| self.links.try_send(peer, (Kind::Abort, self.generation.number, 0)));
     }
 
     /// Whether the inbox, the credits and the control of this rank are used here.
     fn wanted(&self, rank: usize) -> [bool; 3] {
-        let (own, world) = (self.rank(), self.members.len());
+        let (own, world) = (self.rank(), self.members().len());
         [rank == (own + 1) % world, (rank + 1) % world == own, rank == 0]
     }
 
     fn ring(&self) -> Ring {
-        Ring { generation: self.generation, peers: self.members.clone() }
+        Ring { generation: self.generation.number, peers: self.generation.members.clone() }
     }
 
     /// Collective among those that are left: the next generation, of all members that are there and say so within `timeout`.
@@ -173,13 +210,22 @@ impl Processes {
     pub(super) fn next_generation(&self, timeout: Duration) -> Result<Processes> {
         const READY: u32 = 0;
         const DECIDED: u32 = 1;
-        let (next, me) = (self.generation + 1, self.links.me);
+        let mut latest = self.links.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        if latest.number > self.generation.number {
+            return Ok(self.view(latest.clone())); // another communicator of this process has been through it
+        }
+        let (next, me) = (self.generation.number + 1, self.links.me);
         let deadline = Instant::now() + timeout;
-        let others: Vec<usize> = self.members.iter().copied().filter(|&peer| peer != me).collect();
+        // Who can't hear the others is not the one to say who is there.
+        if let Some((_, reason)) =
+            self.links.lock().trouble.iter().find(|(peer, _)| self.members().contains(peer))
+        {
+            return Err(Error::SharedMemory { rank: self.rank(), reason: reason.clone() });
+        }
         let tell = |number| {
-            for &peer in others.iter().filter(|&&peer| !self.links.lock().gone[peer]) {
+            for peer in self.others().filter(|&peer| !self.links.lock().gone[peer]) {
                 // One that does not listen is not ready, either.
-                let _ = self.links.send(peer, (Kind::Ready, next, number), &(), &[], timeout);
+                let _ = self.links.send(peer, (Kind::Ready, next, number), &(), &[], deadline);
             }
         };
         let word = self.links.membership();
@@ -188,14 +234,14 @@ impl Processes {
             tell(READY);
             let ready = |state: &links::State, peer: usize| state.has(peer, (Kind::Ready, next, READY));
             let _ = self.links.wait(deadline, |state| {
-                let all = others.iter().all(|&peer| state.gone[peer] || ready(state, peer));
+                let all = self.others().all(|peer| state.gone[peer] || ready(state, peer));
                 (all || is_decided()).then_some(())
             });
             let state = self.links.lock();
             let there = |peer: &usize| *peer == me || (ready(&state, *peer) && !state.gone[*peer]);
-            let proposed = links::word(next, self.members.iter().copied().filter(there));
+            let proposed = links::word(next, self.members().iter().copied().filter(there));
             drop(state);
-            let last = links::word(self.generation, self.members.iter().copied());
+            let last = links::word(self.generation.number, self.members().iter().copied());
             let _ = word.compare_exchange(last, proposed, Ordering::AcqRel, Ordering::Acquire);
             tell(DECIDED); // wakes those that wait for somebody who is not coming
         }
@@ -204,9 +250,13 @@ impl Processes {
             return Err(Error::LeftOut { rank: self.rank(), timeout });
         }
         self.links.lock().forget_before(next);
-        let places = Places::of_processes(members.len(), Device::cpu(), self.places.cores());
-        let (links, members) = (self.links.clone(), members.into());
-        Ok(Processes { links, generation, members, places, fate: Mutex::default() })
+        *latest = Generation::new(next, members.into());
+        Ok(self.view(latest.clone()))
+    }
+
+    fn view(&self, generation: Generation) -> Processes {
+        let places = Places::of_processes(generation.members.len(), Device::cpu(), self.places.cores());
+        Processes { links: self.links.clone(), generation, places }
     }
 
     /// What ended this generation, if something did: the failure itself the first time.
@@ -224,8 +274,8 @@ impl Processes {
         error
     }
 
-    fn fate(&self) -> std::sync::MutexGuard<'_, Fate> {
-        self.fate.lock().unwrap_or_else(PoisonError::into_inner) // plain data
+    fn fate(&self) -> MutexGuard<'_, Fate> {
+        self.generation.fate.lock().unwrap_or_else(PoisonError::into_inner) // plain data
     }
 }
 

@@ -84,11 +84,18 @@ pub(super) fn meet(me: &Me, timeout: Duration) -> Result<Crew, String> {
     }
 }
 
-/// No file: it goes with the process that listens.
+/// No file: it goes with the process that listens. A name that is too long is cut, and told from others by its hash.
 fn address(name: &str) -> Result<SocketAddr, String> {
-    let full = format!("param-averager/{}/{name}", getuid().as_raw());
-    SocketAddr::from_abstract_name(&full)
-        .map_err(|_| format!("the name of the world is {} bytes long: give it at most 64", name.len()))
+    let mut short = name.to_owned();
+    if name.len() > 64 {
+        // FNV-1a, the same everywhere. Names that collide are told apart by the hello.
+        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+        });
+        short = format!("{}…{hash:016x}", name.chars().take(10).collect::<String>());
+    }
+    SocketAddr::from_abstract_name(format!("param-averager/{}/{short}", getuid().as_raw()))
+        .map_err(|error| format!("the name of the world, {name:?}: {error}"))
 }
 
 impl Me {
@@ -122,12 +129,12 @@ fn is_same_user(stream: &UnixStream) -> Result<(), String> {
 fn visit(me: &Me, address: &SocketAddr, deadline: Instant, timeout: Duration) -> Result<Crew, String> {
     let failed = |error: io::Error| format!("rank 0 of the world {:?}: {error}", me.name);
     loop {
-        let tried = UnixStream::connect_addr(address).and_then(|stream| {
+        let tried = connect(address).and_then(|stream| {
             is_same_user(&stream).map_err(io::Error::other)?;
             let process = pidfd_open(getpid(), PidfdFlags::empty()).ok();
             let files: Vec<_> = process.iter().map(AsFd::as_fd).collect();
-            frame::send(&stream, Kind::Hello, 0, 0, &me.hello(), &files)?;
-            frame::receive(&stream, deadline)
+            frame::send(&stream, (Kind::Hello, 0, 0), &me.hello(), &files, deadline)?;
+            frame::receive(&stream, &[Kind::Welcome, Kind::Refuse], frame::MOST_FILES, deadline)
         });
         match tried {
             Ok(frame) => return welcomed(me, frame),
@@ -136,13 +143,28 @@ fn visit(me: &Me, address: &SocketAddr, deadline: Instant, timeout: Duration) ->
             Err(error) if is_early(&error) || is_late(&error) => {
                 return Err(format!(
                     "rank 0 of the world {:?} was not to be found on this host within {timeout:?}, or did not answer: see that it was \
-                     started, and that every rank gives the same name",
+                     started, and that every rank gives the same name, which PARAM_AVERAGER_RENDEZVOUS can set",
                     me.name
                 ))
             }
             Err(error) => return Err(failed(error)),
         }
     }
+}
+
+/// Without waiting where somebody listens and lets nobody in.
+fn connect(address: &SocketAddr) -> io::Result<UnixStream> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+    let name = address.as_abstract_name().expect("made of one");
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match rustix::net::connect(&socket, &SocketAddrUnix::new_abstract_name(name)?) {
+        Err(rustix::io::Errno::AGAIN) => return Err(ErrorKind::ConnectionRefused.into()),
+        connected => connected?,
+    }
+    let stream = UnixStream::from(socket);
+    stream.set_nonblocking(false)?;
+    Ok(stream)
 }
 
 fn is_early(error: &io::Error) -> bool {
@@ -256,7 +278,9 @@ impl Host<'_> {
     /// Tells those that came, and those that come now.
     fn refuse_all(&mut self, visitors: &mpsc::Receiver<Visitor>, reason: &str) {
         // What can't be sent goes to one that has gone.
-        let refuse = |stream: &UnixStream| drop(frame::send(stream, Kind::Refuse, 0, 0, &reason, &[]));
+        let refuse = |stream: &UnixStream| {
+            drop(frame::send(stream, (Kind::Refuse, 0, 0), &reason, &[], Instant::now() + GRACE))
+        };
         self.came.values().for_each(|visitor| refuse(&visitor.stream));
         let mut left = (self.me.world_size - 1).saturating_sub(self.came.len());
         let until = self.deadline.min(Instant::now() + GRACE);
@@ -307,7 +331,9 @@ impl Host<'_> {
                 Ok(())
             }
             Some(reason) => {
-                let _ = frame::send(&visitor.stream, Kind::Refuse, 0, 0, &reason, &[]); // it may have gone
+                // It may have gone.
+                let _ =
+                    frame::send(&visitor.stream, (Kind::Refuse, 0, 0), &reason, &[], Instant::now() + GRACE);
                 Err(reason)
             }
         }
@@ -339,8 +365,10 @@ impl Host<'_> {
             // All, or none.
             let processes: Option<Vec<&OwnedFd>> = processes.collect();
             files.extend(processes.unwrap_or_default().into_iter().map(AsFd::as_fd));
-            // One that has gone is found out by all, as a peer.
-            let _ = frame::send(&visitor.stream, Kind::Welcome, 0, 0, &welcome, &files);
+            match frame::send(&visitor.stream, (Kind::Welcome, 0, 0), &welcome, &files, self.deadline) {
+                Err(error) if !is_early(&error) => return Err(failed(error)),
+                _ => {} // one that has gone is found out by all, as a peer
+            }
         }
         let peers = (0..size).map(|rank| {
             let process = self.came.get_mut(&rank).and_then(|visitor| visitor.process.take());
@@ -387,14 +415,12 @@ fn doorkeeper(listener: &UnixListener, send: SyncSender<Visitor>, closed: &Atomi
         inside.fetch_add(1, Ordering::Relaxed);
         let (send, leaving) = (send.clone(), inside.clone());
         let receive = move || {
-            let hello = frame::receive(&stream, Instant::now() + HELLO);
+            let hello = frame::receive(&stream, &[Kind::Hello], 1, Instant::now() + HELLO);
             leaving.fetch_sub(1, Ordering::Relaxed);
             let Ok(mut frame) = hello else { return };
             let Ok(hello) = frame.parse::<Hello>() else { return };
             let process = frame.files.pop();
-            if frame.kind == Kind::Hello {
-                let _ = send.try_send(Visitor { stream, hello, process }); // it comes again
-            }
+            let _ = send.try_send(Visitor { stream, hello, process }); // it comes again
         };
         if std::thread::Builder::new().name("hello".into()).spawn(receive).is_err() {
             inside.fetch_sub(1, Ordering::Relaxed);
