@@ -33,6 +33,7 @@ pub fn run(scenario: &str) {
         "interop" => super::interop::interop(),
         #[cfg(feature = "cudarc")]
         "interop-devices" => super::interop::devices(),
+        "memory" => beside::memory(),
         "out-of-memory" => out_of_memory(),
         "no-device" => unavailable(GPU, &["no device", "CUDA_VISIBLE_DEVICES"]),
         "old-driver" => unavailable(GPU, &["CUDA 11.4", "update the driver"]),

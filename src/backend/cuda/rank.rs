@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys;
 
+use super::context::Running;
 use super::driver::{call, Failed};
 use super::memory::Pinned;
 use super::{Context, DeviceMemory};
@@ -40,6 +41,8 @@ pub(crate) struct Rank {
     capturing: bool,
     /// `done` has been recorded and nobody has waited for it.
     pending: bool,
+    /// The last field: memory above is nobody's before it goes.
+    _running: Running,
 }
 
 // SAFETY: handles, which the driver lets every thread use, and memory that only `self` refers to.
@@ -70,6 +73,7 @@ impl Rank {
             to_capture: Some(DeviceMemory::new(context, tables)?),
             capturing: false,
             pending: false,
+            _running: Running::new(),
         };
         rank.channels.write(0, bytes)?;
         rank.ended.bytes_mut().copy_from_slice(bytes);
