@@ -276,8 +276,16 @@ impl ParamAverager {
         // If a Pending was forgotten: it uses the tables. An error is told by what comes next.
         let _ = self.own.engine.finish();
         let problem = self.table.refresh(params).err();
+        let refusal = self.refusal_of(problem, call);
         if self.world_size() == 1 {
-            return self.alone(problem, call, start).map(Some);
+            return self.alone(refusal, call, start).map(Some);
+        }
+        if let (Some(refusal), Some(stream)) = (refusal, stream) {
+            // What peers are told by an average, they would be told by every replay of a graph.
+            // SAFETY: the caller's promise.
+            if unsafe { self.own.engine.is_capturing(stream) }.map_err(|reason| self.device_failed(reason))? {
+                return Err(refusal);
+            }
         }
         let args = PaArgs {
             schedule: call.schedule,
@@ -332,14 +340,22 @@ impl ParamAverager {
         error
     }
 
-    /// World size 1: what others would have said, and nothing else.
-    fn alone(&self, problem: Option<Problem>, call: Call, start: Instant) -> Result<Outcome> {
+    /// What is wrong with this rank's tensors or weight, whatever its peers do.
+    fn refusal_of(&self, problem: Option<Problem>, call: Call) -> Option<Error> {
         let rank = self.rank();
         match (problem, call.weight) {
-            (Some(problem), _) => Err(self.table.error(rank, problem)),
+            (Some(problem), _) => Some(self.table.error(rank, problem)),
             (_, Some(weight)) if !(weight >= 0.0 && weight.is_finite()) => {
-                Err(Error::Weight { rank, weight })
+                Some(Error::Weight { rank, weight })
             }
+            _ => None,
+        }
+    }
+
+    /// World size 1: what others would have said, and nothing else.
+    fn alone(&self, refusal: Option<Error>, call: Call, start: Instant) -> Result<Outcome> {
+        match (refusal, call.weight) {
+            (Some(refusal), _) => Err(refusal),
             (_, Some(0.0)) => Err(Error::NoWeight),
             _ => Ok(Outcome::Averaged(self.report(Some(start)))),
         }

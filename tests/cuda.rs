@@ -125,6 +125,11 @@ fn slices_of_cudarc_are_averaged_in_order() {
 }
 
 #[test]
+fn what_a_graph_would_refuse_is_not_captured() {
+    scenario("graph-refusals", &[&[ONE]]);
+}
+
+#[test]
 fn memory_is_freed_when_nobody_averages_any_more() {
     scenario("memory", &[&[ONE, ("CUDASIM_MEM_MB", "1024")]]); // nobody else takes memory of it
 }

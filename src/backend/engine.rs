@@ -120,6 +120,18 @@ impl Engine {
         }
     }
 
+    /// Whether the stream is being captured.
+    ///
+    /// # Safety
+    /// It is a stream of the device's primary context.
+    pub(crate) unsafe fn is_capturing(&self, stream: *mut c_void) -> Result<bool, String> {
+        match self {
+            Engine::Cpu { .. } => Ok(false),
+            // SAFETY: the caller's promise.
+            Engine::Cuda(rank) => Ok(unsafe { rank.is_capturing(stream.cast()) }?),
+        }
+    }
+
     /// Why an average can't be enqueued on this stream.
     ///
     /// # Safety

@@ -20,6 +20,7 @@ pub fn run(scenario: &str) {
         "streams" => streams(),
         "beside" => beside::beside(),
         "graphs" => graphs::on_one_device(),
+        "graph-refusals" => graphs::refusals(),
         "graphs-devices" => graphs::on_two_devices(),
         "host-links" => links::host_links(),
         "host-failures" => links::host_failures(),

@@ -234,6 +234,16 @@ impl Rank {
         unsafe { call!(cuStreamSynchronize(stream)) }
     }
 
+    /// Whether the stream is being captured.
+    ///
+    /// # Safety
+    /// It is one.
+    pub(crate) unsafe fn is_capturing(&self, stream: sys::CUstream) -> Result<bool, Failed> {
+        let _bound = self.context.bind()?;
+        // SAFETY: the caller's promise.
+        unsafe { is_capturing(stream) }
+    }
+
     /// Why an average can't be enqueued on this stream.
     ///
     /// # Safety
