@@ -20,12 +20,12 @@ pub use pending::Pending;
 pub use report::Report;
 
 use crate::abi::*;
-use crate::backend::Memory;
+use crate::backend::{Memory, Unstarted};
 use crate::error::Stage;
 use crate::world::{AbortHandle, Agreement, Card, Communicator};
 use crate::{Error, Parameters, Result};
 use memory::{Own, Sizes, LINE_BYTES};
-use table::{Problem, Table};
+use table::Table;
 
 /// How the parameters move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -280,11 +280,11 @@ impl ParamAverager {
         if self.world_size() == 1 {
             return self.alone(refusal, call, start).map(Some);
         }
-        if let (Some(refusal), Some(stream)) = (refusal, stream) {
+        if let (Some(refusal), Some(stream)) = (&refusal, stream) {
             // What peers are told by an average, they would be told by every replay of a graph.
             // SAFETY: the caller's promise.
             if unsafe { self.own.engine.is_capturing(stream) }.map_err(|reason| self.device_failed(reason))? {
-                return Err(refusal);
+                return Err(refusal.clone());
             }
         }
         let args = PaArgs {
@@ -310,10 +310,14 @@ impl ParamAverager {
         // memory is this averager's or kept by `agreement`.
         match unsafe { self.own.engine.start(&args, phases, stream) } {
             Ok(()) => Ok(None),
-            Err(reason) => {
-                let error = self.device_failed(reason);
-                let _ = self.own.engine.finish(); // whatever was enqueued: peers know by now that no more comes
-                Err(error)
+            Err(refused @ Unstarted::Refused { .. }) => {
+                Err(refusal.unwrap_or_else(|| self.unstarted(refused)))
+            }
+            Err(failed @ Unstarted::Failed(_)) => {
+                // Half an average may have been enqueued, whose kernels wait for peers, which wait for the other half, or for
+                // this very call to return before they come: all must hear first.
+                self.agreement.control.give_up(self.position());
+                Err(self.unstarted(failed))
             }
         }
     }
@@ -330,46 +334,6 @@ impl ParamAverager {
         }
         self.own.engine.finish().map_err(|reason| self.device_failed(reason))?;
         self.outcome(Some(start))
-    }
-
-    /// The device did not do what it was told. Peers hear at once that this rank will not come.
-    pub(crate) fn device_failed(&mut self, reason: String) -> Error {
-        self.agreement.control.leave(self.position());
-        let error = Error::DeviceFailed { rank: self.rank(), reason };
-        self.failed = Some(error.clone());
-        error
-    }
-
-    /// What is wrong with this rank's tensors or weight, whatever its peers do.
-    fn refusal_of(&self, problem: Option<Problem>, call: Call) -> Option<Error> {
-        let rank = self.rank();
-        match (problem, call.weight) {
-            (Some(problem), _) => Some(self.table.error(rank, problem)),
-            (_, Some(weight)) if !(weight >= 0.0 && weight.is_finite()) => {
-                Some(Error::Weight { rank, weight })
-            }
-            _ => None,
-        }
-    }
-
-    /// World size 1: what others would have said, and nothing else.
-    fn alone(&self, refusal: Option<Error>, call: Call, start: Instant) -> Result<Outcome> {
-        match (refusal, call.weight) {
-            (Some(refusal), _) => Err(refusal),
-            (_, Some(0.0)) => Err(Error::NoWeight),
-            _ => Ok(Outcome::Averaged(self.report(Some(start)))),
-        }
-    }
-
-    fn report(&self, start: Option<Instant>) -> Report {
-        let waited = self.ended().map(|status| status.waited_ns).max().unwrap_or(0);
-        Report {
-            bytes: self.table.bytes,
-            elapsed: start.map_or(Duration::ZERO, |start| start.elapsed()),
-            waited: Duration::from_nanos(waited),
-            world_size: self.world_size(),
-            algorithm: self.algorithm,
-        }
     }
 
     /// The next averages end without a word before their `step`-th step; 0: they do not.

@@ -73,8 +73,7 @@ impl ParamAverager {
             return Err(Error::Poisoned { cause: Box::new(cause.clone()) });
         }
         // SAFETY: the caller's promise.
-        let waited = unsafe { self.own.engine.wait_for(stream) };
-        waited.map_err(|reason| self.device_failed(reason))?;
+        unsafe { self.own.engine.wait_for(stream) }.map_err(|unwaited| self.unstarted(unwaited))?;
         if self.world_size() == 1 {
             return Ok(self.report(None));
         }

@@ -6,6 +6,6 @@ mod engine;
 mod memory;
 mod region;
 
-pub(crate) use engine::Engine;
+pub(crate) use engine::{Engine, Unstarted};
 pub(crate) use memory::{Memory, Site};
 pub(crate) use region::Region;

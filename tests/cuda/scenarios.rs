@@ -2,7 +2,7 @@
 
 use super::model::{Model, Shape};
 use super::streams::streams;
-use super::{beside, graphs, links};
+use super::{beside, graphs, links, strict};
 use crate::common::{ranks_of, ranks_on};
 use param_averager::__private::Testing;
 use param_averager::*;
@@ -34,6 +34,11 @@ pub fn run(scenario: &str) {
         "interop" => super::interop::interop(),
         #[cfg(feature = "cudarc")]
         "interop-devices" => super::interop::devices(),
+        "strict-failures" => strict::failures(),
+        #[cfg(feature = "cudarc")]
+        "strict-ends" => strict::whole_averages_end(),
+        "strict-captures" => strict::beside_a_blocking_capture(),
+        "strict-peers" => strict::one_peer_each(),
         "memory" => beside::memory(),
         "out-of-memory" => out_of_memory(),
         "no-device" => unavailable(GPU, &["no device", "CUDA_VISIBLE_DEVICES"]),
