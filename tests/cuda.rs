@@ -169,6 +169,8 @@ fn what_a_graph_would_refuse_is_not_captured() {
 fn captures_elsewhere_refuse_nothing_but_what_they_must() {
     strict("graphs", &[ONE]);
     strict("strict-captures", &[ONE]);
+    #[cfg(feature = "cudarc")]
+    strict("strict-slices", &[ONE]);
 }
 
 #[test]

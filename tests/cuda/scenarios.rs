@@ -37,6 +37,8 @@ pub fn run(scenario: &str) {
         "strict-failures" => strict::failures(),
         #[cfg(feature = "cudarc")]
         "strict-ends" => strict::whole_averages_end(),
+        #[cfg(feature = "cudarc")]
+        "strict-slices" => super::interop::captured_slices(),
         "strict-captures" => strict::beside_a_blocking_capture(),
         "strict-peers" => strict::one_peer_each(),
         "memory" => beside::memory(),

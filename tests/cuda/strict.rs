@@ -153,6 +153,10 @@ pub fn beside_a_blocking_capture() {
                 sys::cuStreamBeginCapture_v2(stream, mode).result().unwrap();
             }
             refused(averager.average(&mut model).unwrap_err());
+            #[cfg(feature = "cudarc")]
+            for stream in [context.default_stream(), context.per_thread_stream()] {
+                refused(averager.average_cudarc(&mut CudaParams::new(&stream)).unwrap_err());
+            }
             // SAFETY: as above.
             unsafe {
                 // Nor can a stream be waited for that is being captured.
