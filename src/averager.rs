@@ -21,12 +21,12 @@ pub use pending::Pending;
 pub use report::Report;
 
 use crate::abi::*;
-use crate::backend::Memory;
+use crate::backend::{Memory, Unstarted};
 use crate::error::Stage;
 use crate::world::{AbortHandle, Agreement, Card, Communicator};
 use crate::{Error, Parameters, Result};
 use memory::{Own, Sizes, LINE_BYTES};
-use table::{Problem, Table};
+use table::Table;
 
 /// How the parameters move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -281,8 +281,16 @@ impl ParamAverager {
         // If a Pending was forgotten: it uses the tables. An error is told by what comes next.
         let _ = self.own.engine.finish();
         let problem = self.table.refresh(params).err();
+        let refusal = self.refusal_of(problem, call);
         if self.world_size() == 1 {
-            return self.alone(problem, call, start).map(Some);
+            return self.alone(refusal, call, start).map(Some);
+        }
+        if let (Some(refusal), Some(stream)) = (&refusal, stream) {
+            // What peers are told by an average, they would be told by every replay of a graph.
+            // SAFETY: the caller's promise.
+            if unsafe { self.own.engine.is_capturing(stream) }.map_err(|reason| self.device_failed(reason))? {
+                return Err(refusal.clone());
+            }
         }
         let args = PaArgs {
             schedule: call.schedule,
@@ -307,10 +315,14 @@ impl ParamAverager {
         // memory is this averager's or kept by `agreement`.
         match unsafe { self.own.engine.start(&args, phases, stream) } {
             Ok(()) => Ok(None),
-            Err(reason) => {
-                let error = self.device_failed(reason);
-                let _ = self.own.engine.finish(); // whatever was enqueued: peers know by now that no more comes
-                Err(error)
+            Err(refused @ Unstarted::Refused { .. }) => {
+                Err(refusal.unwrap_or_else(|| self.unstarted(refused)))
+            }
+            Err(failed @ Unstarted::Failed(_)) => {
+                // Half an average may have been enqueued, whose kernels wait for peers, which wait for the other half, or for
+                // this very call to return before they come: all must hear first.
+                self.agreement.control.give_up(self.position());
+                Err(self.unstarted(failed))
             }
         }
     }
@@ -327,38 +339,6 @@ impl ParamAverager {
         }
         self.own.engine.finish().map_err(|reason| self.device_failed(reason))?;
         self.outcome(Some(start))
-    }
-
-    /// The device did not do what it was told. Peers hear at once that this rank will not come.
-    pub(crate) fn device_failed(&mut self, reason: String) -> Error {
-        self.agreement.control.leave(self.position());
-        let error = Error::DeviceFailed { rank: self.rank(), reason };
-        self.failed = Some(error.clone());
-        error
-    }
-
-    /// World size 1: what others would have said, and nothing else.
-    fn alone(&self, problem: Option<Problem>, call: Call, start: Instant) -> Result<Outcome> {
-        let rank = self.rank();
-        match (problem, call.weight) {
-            (Some(problem), _) => Err(self.table.error(rank, problem)),
-            (_, Some(weight)) if !(weight >= 0.0 && weight.is_finite()) => {
-                Err(Error::Weight { rank, weight })
-            }
-            (_, Some(0.0)) => Err(Error::NoWeight),
-            _ => Ok(Outcome::Averaged(self.report(Some(start)))),
-        }
-    }
-
-    fn report(&self, start: Option<Instant>) -> Report {
-        let waited = self.ended().map(|status| status.waited_ns).max().unwrap_or(0);
-        Report {
-            bytes: self.table.bytes,
-            elapsed: start.map_or(Duration::ZERO, |start| start.elapsed()),
-            waited: Duration::from_nanos(waited),
-            world_size: self.world_size(),
-            algorithm: self.algorithm,
-        }
     }
 
     /// The next averages end without a word before their `step`-th step; 0: they do not.

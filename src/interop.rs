@@ -26,13 +26,14 @@
 //! cudarc records an event after every use of a slice, and every use on another stream waits for it. An average does the
 //! same: its stream waits for each slice's events first, and records the slice's event when the average has been enqueued.
 //! So later uses of a slice, and freeing it, come after the average, also if its [`Pending`] is forgotten. Where there are
-//! no such events (a slice of another `CudaContext` object, or one whose uses are not tracked and which was allocated on
-//! another stream) the average is refused, on every rank.
+//! no such events (a slice of another `CudaContext` object, one whose uses are not tracked and which was allocated on
+//! another stream, or one whose last use was captured for a graph) the average is refused, on every rank.
 //!
-//! Three things are cudarc's own limits. Views of one slice share its events, so ranks need slices of their own, not halves
+//! Four things are cudarc's own limits. Views of one slice share its events, so ranks need slices of their own, not halves
 //! of one. `wrap_borrowed_stream` makes a stream that cudarc does not count: while it has no other, it tracks nothing, and
-//! slices must have been allocated on that very stream. And a stream that is captured by one thread while another enqueues
-//! an average on it captures that average.
+//! slices must have been allocated on that very stream. A stream that is captured by one thread while another enqueues
+//! an average on it captures that average. And a stream that waits for what a capture under way does to a slice becomes a
+//! part of that capture, although the average is refused.
 
 use std::fmt;
 use std::sync::Arc;
@@ -46,6 +47,8 @@ use cudarc::driver::{
 use half::{bf16, f16};
 
 use crate::averager::{Builder, Call, Outcome};
+use crate::backend::cuda::is_of_capture;
+use crate::backend::Unstarted;
 use crate::local_sgd::Action;
 use crate::tensor::Unordered;
 use crate::{Device, Dtype, Element, Error, LocalSgd, ParamAverager, Pending, Report, Result, TensorMut};
@@ -218,7 +221,9 @@ impl<T: Element> View for CudaViewMut<'_, T> {
         // recorded when the guards are dropped, since their events are taken out of them.
         if let SyncOnDrop::Record(read) = &mut self.device_ptr(on).1 {
             if let Some((event, _)) = read.take() {
-                on.wait(event)?;
+                if !waits(on, event)? {
+                    return Ok(Err(Unordered::InAGraph));
+                }
             }
         }
         let (address, mut guard) = self.device_ptr_mut(on);
@@ -227,12 +232,38 @@ impl<T: Element> View for CudaViewMut<'_, T> {
             SyncOnDrop::Sync(_) => None,
         };
         if let Some(event) = written {
-            on.wait(event)?;
+            if !waits(on, event)? {
+                return Ok(Err(Unordered::InAGraph));
+            }
         }
         // On its own stream it is used and freed in order, events or not.
         let tracked = written.is_some() && context.is_managing_stream_synchronization();
         Ok(if tracked || on_its_stream { Ok((address, written)) } else { Err(Unordered::Untracked) })
     }
+}
+
+/// Makes the stream wait for the event. False: that is one of a graph.
+fn waits(on: &CudaStream, event: &CudaEvent) -> std::result::Result<bool, DriverError> {
+    match on.wait(event) {
+        // Of a capture that goes on: the stream has become a part of it.
+        Ok(()) => is_not_captured(on),
+        Err(error) => {
+            // cudarc has met the same error, and would tell it to whoever comes next.
+            match on.context().check_err() {
+                Err(other) if other != error => on.context().record_err::<()>(Err(other)),
+                _ => {}
+            }
+            let of_a_graph = |error: DriverError| is_of_capture(error.0);
+            if of_a_graph(error) || event.try_is_complete().is_err_and(of_a_graph) {
+                return Ok(false);
+            }
+            Err(error)
+        }
+    }
+}
+
+fn is_not_captured(stream: &CudaStream) -> std::result::Result<bool, DriverError> {
+    stream.capture_status().map(|status| status == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
 }
 
 impl Builder {
@@ -292,12 +323,13 @@ impl ParamAverager {
         let blocking = self.check_cudarc(stream, waits)?;
         let (mut tensors, events) = match params.order() {
             Ok(ordered) => ordered,
-            Err(error) => return Err(self.device_failed(reason(error))),
+            Err(error) => return Err(self.not_beside_a_capture(error)),
         };
         let null = stream.context().default_stream();
-        if blocking && *stream != null {
+        // Tensors that are refused are not used, so that nothing need wait for them.
+        if blocking && *stream != null && tensors.iter().all(|tensor| tensor.refusal().is_none()) {
             if let Err(error) = null.join(stream) {
-                return Err(self.device_failed(reason(error)));
+                return Err(self.not_beside_a_capture(error));
             }
         }
         let on = (!blocking).then(|| stream.cu_stream().cast());
@@ -331,9 +363,7 @@ impl ParamAverager {
             return refuse(rank, format!("one whose context holds an error, {}", reason(error)), expected);
         }
         // A graph that was replayed later would use the tensors when nobody has lent them.
-        let none = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-        let captured = stream.capture_status().map(|status| status != none);
-        if captured.map_err(|error| self.device_failed(reason(error)))? {
+        if !is_not_captured(stream).map_err(|error| self.not_beside_a_capture(error))? {
             return refuse(
                 rank,
                 "one that is being captured".into(),
@@ -346,6 +376,15 @@ impl ParamAverager {
         }
         // SAFETY: as above.
         unsafe { self.check_stream(stream.cu_stream().cast()) }.map(|()| false)
+    }
+
+    /// The driver failed with what was to order the null stream, or on it.
+    fn not_beside_a_capture(&mut self, error: DriverError) -> Error {
+        let failure = reason(error);
+        self.unstarted(match is_of_capture(error.0) {
+            true => Unstarted::beside_a_capture(&failure),
+            false => Unstarted::Failed(failure),
+        })
     }
 }
 

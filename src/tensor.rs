@@ -89,6 +89,8 @@ pub(crate) enum Unordered {
     OtherContext,
     /// It was allocated on another stream, and has no events.
     Untracked,
+    /// Its last use was captured: its events are of a graph.
+    InAGraph,
 }
 
 // Like the mutable slice it stands for.

@@ -15,9 +15,12 @@ mod cuda {
     pub mod model;
     pub mod scenarios;
     pub mod streams;
+    pub mod strict;
 }
 
-use simulator::{no_driver, Setting, SCENARIO};
+use simulator::{driver_for, no_driver, Driver, Setting, SCENARIO};
+use std::path::Path;
+use std::process::Command;
 
 /// Not a test by itself: what the others start as a process of its own.
 #[test]
@@ -35,6 +38,39 @@ fn child_process() {
 /// Runs the scenario with each of some settings.
 fn scenario(name: &str, settings: &[&[Setting<'_>]]) {
     simulator::scenario(name, name, settings);
+}
+
+/// Runs the scenario on cudasim behind `cuda/strict_driver.cpp`, which refuses more, or prints a SKIPPED line.
+fn strict(name: &str, settings: &[Setting<'_>]) {
+    let folder = match driver_for(name) {
+        None => return,
+        Some(Driver::Own) => return common::skipped(name, "about a simulated driver"),
+        Some(Driver::Simulated(folder)) => folder,
+    };
+    let strict = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::create_dir_all(&strict).unwrap();
+    let compiler = std::env::var_os("CXX").filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".into());
+    let built = Command::new(compiler)
+        .args([
+            "-std=c++17",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-pthread",
+            "tests/cuda/strict_driver.cpp",
+            "-Wl,--no-as-needed",
+            "-o",
+        ])
+        .args([strict.join("libcuda.so"), folder.join("libcuda.so.1")])
+        .arg("-ldl")
+        .output();
+    match built {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => panic!("{}", String::from_utf8_lossy(&output.stderr)),
+        Err(error) => return common::skipped(name, &format!("the strict driver did not build: {error}")),
+    }
+    let path = format!("{}:{}", strict.display(), folder.display());
+    scenario(name, &[&[&[("LD_LIBRARY_PATH", path.as_str())], settings].concat()]);
 }
 
 const ONE: Setting<'_> = ("CUDASIM_DEVICES", "1");
@@ -122,6 +158,36 @@ fn averages_in_graphs_are_replayed() {
 fn slices_of_cudarc_are_averaged_in_order() {
     scenario("interop", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
     scenario("interop-devices", &[&[("CUDASIM_DEVICES", "2")]]);
+}
+
+#[test]
+fn what_a_graph_would_refuse_is_not_captured() {
+    scenario("graph-refusals", &[&[ONE]]);
+}
+
+#[test]
+fn captures_elsewhere_refuse_nothing_but_what_they_must() {
+    strict("graphs", &[ONE]);
+    strict("strict-captures", &[ONE]);
+    #[cfg(feature = "cudarc")]
+    strict("strict-slices", &[ONE]);
+}
+
+#[test]
+fn a_rank_whose_device_fails_tells_its_peers_and_waits_for_none() {
+    strict("strict-failures", &[ONE]);
+    #[cfg(feature = "cudarc")]
+    strict("strict-ends", &[ONE]);
+}
+
+#[test]
+fn a_device_with_too_many_peers_goes_through_the_host() {
+    strict("strict-peers", &[FOUR, ("STRICT_PEERS", "1")]);
+}
+
+#[test]
+fn memory_is_freed_when_nobody_averages_any_more() {
+    scenario("memory", &[&[ONE, ("CUDASIM_MEM_MB", "1024")]]); // nobody else takes memory of it
 }
 
 #[test]

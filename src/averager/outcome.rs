@@ -1,10 +1,11 @@
-//! What the kernels' status records say, as a result.
+//! How an average ended, as a result: what the kernels' status records say, and what the device does.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::table::Problem;
-use super::{Outcome, ParamAverager};
+use super::{Call, Outcome, ParamAverager, Report};
 use crate::abi::*;
+use crate::backend::Unstarted;
 use crate::error::Stage;
 use crate::world::Failure;
 use crate::{Error, Result};
@@ -44,6 +45,59 @@ impl ParamAverager {
             self.failed = Some(error.clone());
         }
         Err(error)
+    }
+
+    /// The device did not do what it was told. Peers hear that this rank will not come.
+    pub(crate) fn device_failed(&mut self, reason: String) -> Error {
+        // Peers don't mind what a rank that has left is doing, so its kernels end first. They do: what was enqueued is a whole
+        // average, which waits for nothing but peers' part of it; or `begin` has told all to end; or the device is lost.
+        let _ = self.own.engine.finish();
+        self.agreement.control.leave(self.position());
+        let error = Error::DeviceFailed { rank: self.rank(), reason };
+        self.failed = Some(error.clone());
+        error
+    }
+
+    /// What is wrong with this rank's tensors or weight, whatever its peers do.
+    pub(super) fn refusal_of(&self, problem: Option<Problem>, call: Call) -> Option<Error> {
+        let rank = self.rank();
+        match (problem, call.weight) {
+            (Some(problem), _) => Some(self.table.error(rank, problem)),
+            (_, Some(weight)) if !(weight >= 0.0 && weight.is_finite()) => {
+                Some(Error::Weight { rank, weight })
+            }
+            _ => None,
+        }
+    }
+
+    /// World size 1: what others would have said, and nothing else.
+    pub(super) fn alone(&self, refusal: Option<Error>, call: Call, start: Instant) -> Result<Outcome> {
+        match (refusal, call.weight) {
+            (Some(refusal), _) => Err(refusal),
+            (_, Some(0.0)) => Err(Error::NoWeight),
+            _ => Ok(Outcome::Averaged(self.report(Some(start)))),
+        }
+    }
+
+    pub(super) fn report(&self, start: Option<Instant>) -> Report {
+        let waited = self.ended().map(|status| status.waited_ns).max().unwrap_or(0);
+        Report {
+            bytes: self.table.bytes,
+            elapsed: start.map_or(Duration::ZERO, |start| start.elapsed()),
+            waited: Duration::from_nanos(waited),
+            world_size: self.world_size(),
+            algorithm: self.algorithm,
+        }
+    }
+
+    /// Why an average could not be started or waited for, as an error.
+    pub(crate) fn unstarted(&mut self, unstarted: Unstarted) -> Error {
+        match unstarted {
+            Unstarted::Refused { found, expected } => {
+                Error::Option { rank: self.rank(), option: "stream", found, expected }
+            }
+            Unstarted::Failed(reason) => self.device_failed(reason),
+        }
     }
 
     fn non_finite(&self, rank: usize, bad: u64) -> Error {

@@ -32,7 +32,8 @@ impl ParamAverager {
     ///
     /// If the stream is being captured, the average becomes a part of the graph, with the tensors where they are now: nothing
     /// runs, and there is nothing to wait for. Every rank captures one in a graph of its own and replays it as often as the
-    /// others, each replay is one average, and [`replayed`](ParamAverager::replayed) tells what came of it.
+    /// others, each replay is one average, and [`replayed`](ParamAverager::replayed) tells what came of it. Wrong
+    /// tensors or a wrong weight are this rank's error alone then, at once, and nothing is captured.
     ///
     /// If the average fails, what the stream is given later runs all the same, on tensors as they were: `wait` tells.
     ///
@@ -72,8 +73,7 @@ impl ParamAverager {
             return Err(Error::Poisoned { cause: Box::new(cause.clone()) });
         }
         // SAFETY: the caller's promise.
-        let waited = unsafe { self.own.engine.wait_for(stream) };
-        waited.map_err(|reason| self.device_failed(reason))?;
+        unsafe { self.own.engine.wait_for(stream) }.map_err(|unwaited| self.unstarted(unwaited))?;
         if self.world_size() == 1 {
             return Ok(self.report(None));
         }

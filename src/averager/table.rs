@@ -44,6 +44,7 @@ const DEVICE: u64 = 21;
 const FOREIGN: u64 = 22;
 const OTHER_CONTEXT: u64 = 23;
 const UNTRACKED: u64 = 24;
+const IN_A_GRAPH: u64 = 25;
 const SHIFT: u32 = 56;
 
 impl Table {
@@ -113,6 +114,7 @@ impl Table {
             None => {}
             Some(Unordered::OtherContext) => return Err(OTHER_CONTEXT << SHIFT),
             Some(Unordered::Untracked) => return Err(UNTRACKED << SHIFT),
+            Some(Unordered::InAGraph) => return Err(IN_A_GRAPH << SHIFT),
         }
         let Some((bucket, segment)) = self.places[index] else { return Ok(()) };
         let address = tensor.address();
@@ -184,6 +186,10 @@ impl Table {
             UNTRACKED => trouble(
                 "was allocated on another stream than that of its average, and cudarc does not track its uses: average on \
                  the stream that it was allocated on, or allocate it with event tracking enabled",
+            ),
+            IN_A_GRAPH => trouble(
+                "was last used on a stream that was being captured, and nothing can wait for that: allocate it anew, and \
+                 disable cudarc's event tracking while its uses are captured",
             ),
             OVERLAP => trouble(&format!(
                 "shares memory with {}: pass tied parameters once",

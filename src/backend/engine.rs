@@ -14,6 +14,32 @@ pub(crate) enum Engine {
     Cuda(cuda::Rank),
 }
 
+/// Why an average was not started, or a replay of one not waited for.
+#[derive(Debug)]
+pub(crate) enum Unstarted {
+    /// A capture is in its way, and nothing has been enqueued: what was found of the stream, and what it can be.
+    Refused { found: String, expected: &'static str },
+    /// The device failed. A part may have been enqueued.
+    Failed(String),
+}
+
+impl Unstarted {
+    /// Who waits for the null stream would wait for a stream that is being captured, so the driver refuses with this.
+    pub(crate) fn beside_a_capture(failure: &str) -> Unstarted {
+        Unstarted::Refused {
+            found: format!("the null stream while a blocking stream is being captured ({failure})"),
+            expected:
+                "it when the capture has ended, or a non-blocking stream by average_on or enqueue_cudarc",
+        }
+    }
+}
+
+impl<E: Into<String>> From<E> for Unstarted {
+    fn from(failure: E) -> Self {
+        Unstarted::Failed(failure.into())
+    }
+}
+
 impl Engine {
     /// `states`: of each channel, before the first average. `isa` is for threads.
     pub(crate) fn new(
@@ -90,7 +116,7 @@ impl Engine {
     }
 
     /// Starts the phases of an average: threads run them, a device has them enqueued, on `stream` or on the rank's own, which
-    /// is ordered behind the null stream. An error means that the machine failed; `finish` is called all the same.
+    /// is ordered behind the null stream. If the machine fails, `finish` is called all the same.
     ///
     /// # Safety
     /// What `args` points at is as `kernels/abi.h` describes it. The tensors are nobody else's until `finish` has returned,
@@ -101,7 +127,7 @@ impl Engine {
         args: &PaArgs,
         phases: impl Iterator<Item = u32>,
         stream: Option<*mut c_void>,
-    ) -> Result<(), String> {
+    ) -> Result<(), Unstarted> {
         match self {
             Engine::Cpu { workers, states } => {
                 for phase in phases {
@@ -117,6 +143,18 @@ impl Engine {
             }
             // SAFETY: the caller's promise.
             Engine::Cuda(rank) => unsafe { rank.start(args, phases, stream.map(<*mut c_void>::cast)) },
+        }
+    }
+
+    /// Whether the stream is being captured.
+    ///
+    /// # Safety
+    /// It is a stream of the device's primary context.
+    pub(crate) unsafe fn is_capturing(&self, stream: *mut c_void) -> Result<bool, String> {
+        match self {
+            Engine::Cpu { .. } => Ok(false),
+            // SAFETY: the caller's promise.
+            Engine::Cuda(rank) => Ok(unsafe { rank.is_capturing(stream.cast()) }?),
         }
     }
 
@@ -147,11 +185,11 @@ impl Engine {
     ///
     /// # Safety
     /// It is a stream of the device's primary context.
-    pub(crate) unsafe fn wait_for(&self, stream: *mut c_void) -> Result<(), String> {
+    pub(crate) unsafe fn wait_for(&self, stream: *mut c_void) -> Result<(), Unstarted> {
         match self {
             Engine::Cpu { .. } => Ok(()),
             // SAFETY: the caller's promise.
-            Engine::Cuda(rank) => Ok(unsafe { rank.wait_for(stream.cast()) }?),
+            Engine::Cuda(rank) => unsafe { rank.wait_for(stream.cast()) },
         }
     }
 

@@ -8,7 +8,7 @@ mod region;
 #[cfg(target_os = "linux")]
 mod shared;
 
-pub(crate) use engine::Engine;
+pub(crate) use engine::{Engine, Unstarted};
 pub(crate) use memory::{Memory, Site};
 pub(crate) use region::Region;
 #[cfg(target_os = "linux")]

@@ -3,7 +3,7 @@
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::abi::{PaBoard, PaControl, PA_ABORTED, PA_COMMITTED};
+use crate::abi::{PaBoard, PaControl, PA_ABORTED, PA_COMMITTED, PA_LEFT};
 use crate::backend::Memory;
 
 /// A failure that ended a world: what `PaControl.abort` holds.
@@ -58,9 +58,19 @@ impl Control {
 
     /// Poisons this control, unless it already is.
     pub(crate) fn abort(&self, position: usize) {
-        let code = PA_ABORTED << 8 | position as u32;
+        self.poison(PA_ABORTED, position);
+    }
+
+    /// The same for an average that this rank can't bring to its end. Unlike `leave`, it ends this rank's own kernels, too, and
+    /// says nothing that is not true while they run.
+    pub(crate) fn give_up(&self, position: usize) {
+        self.poison(PA_LEFT, position);
+    }
+
+    fn poison(&self, kind: u32, position: usize) {
+        let code = kind << 8 | position as u32;
         let word = self.word(ABORT).unwrap_or(&self.aborted);
-        // Release: who sees the abort sees what came before it.
+        // Release: who sees it sees what came before it.
         let first = word.compare_exchange(0, code, Ordering::AcqRel, Ordering::Acquire).is_ok();
         if let (true, Memory::Cuda(memory)) = (first, &self.memory) {
             // A device that can't be written to any more has failed its kernels, too.

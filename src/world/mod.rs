@@ -82,6 +82,9 @@ impl World {
     /// are right, else through page-locked memory of the host; see [`Link`](crate::Link). Around the ring, ranks follow one
     /// another as their devices lie: joined by NVLink, on one PCIe switch, next to one NUMA node.
     ///
+    /// A CUDA device that was once opened stays so for the life of the process, with this crate's kernels loaded, as frameworks keep
+    /// its primary context; memory of averagers is freed when the last one in the process has gone.
+    ///
     /// On CUDA devices, a rank's average waits for its peers on the device itself, so while one is under way, no peer may wait
     /// for every kernel of that device, as `cuMemFree`, `cudaFree` and `cuModuleLoad` do: that ends with the average's timeout.
     /// With many streams, set `CUDA_DEVICE_MAX_CONNECTIONS=32`: streams that share one of 8 hardware queues wait for one another.

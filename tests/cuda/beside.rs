@@ -1,4 +1,4 @@
-//! Averages while the device has other work: a trainer's own kernels, and another average.
+//! Averages while the device has other work: a trainer's own kernels, and another average, also of another world.
 
 use super::model::Model;
 use super::scenarios::GPU;
@@ -108,4 +108,42 @@ pub fn beside() {
         together.wait();
         (averagers, models, own) // freed when all ranks are done
     });
+}
+
+/// Memory of averagers that have gone is kept while others live, since to free it is to wait for them; then it is freed.
+pub fn memory() {
+    let context = CudaContext::new(0).unwrap();
+    let free = || context.mem_get_info().unwrap().0;
+    let build = |communicator, elements, seed| {
+        let mut model = Model::new(GPU, &[(Dtype::F32, elements, 0)], seed);
+        let builder = ParamAverager::builder(communicator).algorithm(Algorithm::Ring).channels(1);
+        (builder.timeout(Duration::from_secs(30)).build(&mut model).unwrap(), model)
+    };
+    let worlds = [(); 2].map(|()| World::in_process(&[GPU; 2]).unwrap());
+    let before = free();
+    let [first, second] = worlds.map(|world| {
+        std::thread::scope(|scope| {
+            let ranks: Vec<_> = world.into_iter().zip(0..).collect();
+            let threads = ranks
+                .into_iter()
+                .map(|(communicator, seed)| scope.spawn(move || build(communicator, 100_000, seed)));
+            let threads: Vec<_> = threads.collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+        })
+    });
+    let [(mut one, mut its), (mut other, mut others)] = <[_; 2]>::try_from(second).ok().unwrap();
+    let (averagers, models): (Vec<_>, Vec<_>) = first.into_iter().unzip();
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(move || {
+            one.average(&mut its).unwrap();
+            (one, its)
+        });
+        std::thread::sleep(Duration::from_millis(300));
+        drop(averagers); // while the other world's average waits for this thread
+        assert!(!waits.is_finished());
+        other.average(&mut others).unwrap();
+        drop((waits.join().unwrap(), other, others, models));
+    });
+    const SLACK: usize = 64 << 10; // a launch of the simulator's keeps a little for a while; a shard is larger
+    assert!(free() + SLACK > before, "{} of {before}", free());
 }

@@ -1,13 +1,16 @@
 //! Averages in CUDA graphs, and replays of them.
 
 use super::model::Model;
-use crate::common::ranks_of;
+use super::scenarios::GPU;
+use crate::common::{ranks_of, ranks_on};
 use cudarc::driver::{result, sys, CudaContext};
 use param_averager::*;
 use std::sync::Barrier;
 use std::time::Duration;
 
 const ELEMENTS: usize = 5000;
+/// The strictest: no thread may do what might wait.
+const MODE: sys::CUstreamCaptureMode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
 
 pub fn on_one_device() {
     for (algorithm, commit) in [(Algorithm::Ring, true), (Algorithm::Ring, false), (Algorithm::Direct, true)]
@@ -25,17 +28,92 @@ pub fn on_two_devices() {
 /// # Safety
 /// All that `f` enqueues stays valid for every replay.
 unsafe fn capture(stream: sys::CUstream, f: impl FnOnce()) -> sys::CUgraphExec {
-    // The strictest mode: no thread may do what might wait.
-    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
     // SAFETY: the caller's promise.
     unsafe {
-        result::stream::begin_capture(stream, mode).unwrap();
+        result::stream::begin_capture(stream, MODE).unwrap();
         f();
         let graph = result::stream::end_capture(stream).unwrap();
         let mut ready = std::ptr::null_mut();
         sys::cuGraphInstantiateWithFlags(&mut ready, graph, 0).result().unwrap();
         result::graph::destroy(graph).unwrap();
         ready
+    }
+}
+
+/// What every replay would refuse is refused when it is captured, and nothing of it is in the graph.
+pub fn refusals() {
+    let weights = [-1.0, f64::INFINITY, f64::NAN];
+    for algorithm in [Algorithm::Ring, Algorithm::Direct] {
+        let all_ready = Barrier::new(2);
+        ranks_on(GPU, 2, |communicator| {
+            let rank = communicator.rank();
+            let tensors = [(Dtype::F32, ELEMENTS, 0), (Dtype::F32, 3, 1)];
+            let mut model = Model::new(GPU, &tensors, rank as u64);
+            let mut others = [&tensors[..1], &[(Dtype::F64, ELEMENTS, 0), tensors[1]]]
+                .map(|tensors| Model::new(GPU, tensors, 5));
+            let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
+            let raw = stream.cu_stream();
+            let builder = ParamAverager::builder(communicator).algorithm(algorithm).channels(2);
+            let mut averager = builder.timeout(Duration::from_secs(60)).build(&mut model).unwrap();
+            let mut wrong = |averager: &mut ParamAverager, model: &mut Model| {
+                for other in &mut others {
+                    // SAFETY: own memory and stream, which live until all is done.
+                    let error = unsafe { averager.average_on(other, raw.cast()) }.map(drop).unwrap_err();
+                    assert!(matches!(error, Error::LayoutChanged { rank: at, .. } if at == rank), "{error}");
+                }
+                for weight in weights {
+                    // SAFETY: as above.
+                    let error = unsafe { averager.average_weighted_on(model, weight, raw.cast()) }
+                        .map(drop)
+                        .unwrap_err();
+                    assert!(matches!(error, Error::Weight { rank: at, .. } if at == rank), "{error}");
+                }
+            };
+            // SAFETY: as above.
+            let graph = unsafe {
+                if rank == 1 {
+                    let mut nodes = usize::MAX;
+                    result::stream::begin_capture(raw, MODE).unwrap();
+                    wrong(&mut averager, &mut model);
+                    let graph = result::stream::end_capture(raw).unwrap();
+                    sys::cuGraphGetNodes(graph, std::ptr::null_mut(), &mut nodes).result().unwrap();
+                    assert_eq!(nodes, 0);
+                    result::graph::destroy(graph).unwrap();
+                }
+                capture(raw, || {
+                    wrong(&mut averager, &mut model);
+                    drop(averager.average_weighted_on(&mut model, rank as f64, raw.cast()).unwrap());
+                })
+            };
+            all_ready.wait();
+            averager.average(&mut model).unwrap();
+            let set = |address: u64, value: usize| {
+                // SAFETY: as above.
+                unsafe { sys::cuMemsetD32Async(address, (value as f32).to_bits(), ELEMENTS, raw) }
+                    .result()
+                    .unwrap()
+            };
+            for round in 0..2 {
+                set(model.tensor_address(0), 10 * round + rank);
+                // SAFETY: as above.
+                unsafe {
+                    sys::cuGraphLaunch(graph, raw).result().unwrap();
+                    averager.replayed(raw.cast()).unwrap();
+                }
+                model.download();
+                let mean = ((10 * round + 1) as f32).to_ne_bytes();
+                assert!(model.tensor(0).chunks_exact(4).all(|element| element == mean), "{algorithm:?}");
+            }
+            // Where nothing is captured, every rank hears, as ever.
+            let weight = if rank == 1 { -1.0 } else { 1.0 };
+            // SAFETY: as above.
+            let pending = unsafe { averager.average_weighted_on(&mut model, weight, raw.cast()) }.unwrap();
+            assert!(matches!(pending.wait(), Err(Error::Weight { rank: 1, .. })));
+            all_ready.wait();
+            // SAFETY: no replay is under way.
+            unsafe { sys::cuGraphExecDestroy(graph) }.result().unwrap();
+            (averager, model, others)
+        });
     }
 }
 

@@ -261,6 +261,72 @@ fn refusals() {
     });
 }
 
+/// Slices whose last use is a part of a graph, on the strict driver.
+pub fn captured_slices() {
+    ranks_on(GPU, 2, |communicator| {
+        let (rank, stream) = (communicator.rank(), stream());
+        let (context, work) = (stream.context(), stream.context().new_stream().unwrap());
+        let blocking = context.per_thread_stream();
+        let mut right = stream.clone_htod(&vec![rank as f32; 50]).unwrap();
+        let mut averager = {
+            let mut params = CudaParams::new(&stream);
+            params.push(CudaTensorMut::from(&mut right).named("wte"));
+            build(communicator, &mut params).unwrap()
+        };
+        for written in [true, false] {
+            let flags =
+                cudarc::driver::sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+            let mut wrong = work.clone_htod(&vec![9.0f32; 50]).unwrap();
+            let mut read = work.alloc_zeros::<f32>(50).unwrap();
+            work.synchronize().unwrap();
+            work.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
+            match written {
+                true => work.memset_zeros(&mut wrong).unwrap(),
+                false => work.memcpy_dtod(&wrong, &mut read).unwrap(),
+            }
+            drop(work.end_capture(flags).unwrap());
+            // On any kind of stream every rank hears, and can go on.
+            for on in [&stream, &context.default_stream(), &blocking] {
+                let mut params = CudaParams::new(on);
+                params.push(if rank == 1 { &mut wrong } else { &mut right });
+                tensor_is(refused(&mut averager, &mut params), "a stream that was being captured");
+                context.check_err().unwrap();
+            }
+            all(&right, rank as f32);
+            drop((wrong, read));
+            let _ = context.check_err(); // cudarc's own waits for it failed, too
+            let mut params = CudaParams::new(&stream);
+            params.push(&mut right);
+            averager.average_cudarc(&mut params).unwrap();
+            all(&right, 0.5);
+            right = stream.clone_htod(&vec![rank as f32; 50]).unwrap();
+        }
+        // While the capture goes on, a stream that waits becomes a part of it: this rank alone hears.
+        if rank == 1 {
+            let on = context.new_stream().unwrap();
+            let mut wrong = work.clone_htod(&vec![9.0f32; 50]).unwrap();
+            work.synchronize().unwrap();
+            work.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
+            work.memset_zeros(&mut wrong).unwrap();
+            let mut params = CudaParams::new(&on);
+            params.push(&mut wrong);
+            let error = averager.enqueue_cudarc(&mut params).map(drop).unwrap_err();
+            tensor_is(error, "a stream that was being captured");
+            work.join(&on).unwrap();
+            // SAFETY: a stream that is being captured, and a graph that nobody launches.
+            unsafe { result::graph::destroy(result::stream::end_capture(work.cu_stream()).unwrap()) }
+                .unwrap();
+            drop(wrong);
+            let _ = context.check_err();
+        }
+        let mut params = CudaParams::new(&stream);
+        params.push(&mut right);
+        averager.average_cudarc(&mut params).unwrap();
+        all(&right, 0.5);
+        averager
+    });
+}
+
 /// Two devices, and ranks on the first.
 pub fn devices() {
     ranks_on(GPU, 2, |communicator| {

@@ -2,7 +2,7 @@
 
 use super::model::{Model, Shape};
 use super::streams::streams;
-use super::{beside, graphs, links};
+use super::{beside, graphs, links, strict};
 use crate::common::{ranks_of, ranks_on};
 use param_averager::__private::Testing;
 use param_averager::*;
@@ -20,6 +20,7 @@ pub fn run(scenario: &str) {
         "streams" => streams(),
         "beside" => beside::beside(),
         "graphs" => graphs::on_one_device(),
+        "graph-refusals" => graphs::refusals(),
         "graphs-devices" => graphs::on_two_devices(),
         "host-links" => links::host_links(),
         "host-failures" => links::host_failures(),
@@ -33,6 +34,14 @@ pub fn run(scenario: &str) {
         "interop" => super::interop::interop(),
         #[cfg(feature = "cudarc")]
         "interop-devices" => super::interop::devices(),
+        "strict-failures" => strict::failures(),
+        #[cfg(feature = "cudarc")]
+        "strict-ends" => strict::whole_averages_end(),
+        #[cfg(feature = "cudarc")]
+        "strict-slices" => super::interop::captured_slices(),
+        "strict-captures" => strict::beside_a_blocking_capture(),
+        "strict-peers" => strict::one_peer_each(),
+        "memory" => beside::memory(),
         "out-of-memory" => out_of_memory(),
         "no-device" => unavailable(GPU, &["no device", "CUDA_VISIBLE_DEVICES"]),
         "old-driver" => unavailable(GPU, &["CUDA 11.4", "update the driver"]),

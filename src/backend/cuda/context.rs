@@ -4,12 +4,11 @@ use std::collections::BTreeMap;
 use std::ffi::{c_int, CString};
 use std::marker::PhantomData;
 use std::ptr::null_mut;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
 use super::driver::{self, call, Failed};
-use super::peer::PeerAccess;
 use super::rank::THREADS;
 
 /// The kernels, by `PaPhase`.
@@ -17,7 +16,8 @@ const KERNELS: [&str; 5] = ["pa_direct", "pa_ring", "pa_ring_reduce", "pa_ring_g
 /// And the one that finds out whether devices reach each other.
 const PROBE: &str = "pa_probe";
 
-/// A device whose kernels are loaded. One per device and process, for as long as somebody uses it.
+/// A device whose kernels are loaded. One per device and process, and for the life of the process: to unload them is to wait
+/// for every kernel on the device, and one of them may be another world's average that waits for this very thread.
 #[derive(Debug)]
 pub(crate) struct Context {
     ordinal: usize,
@@ -26,15 +26,12 @@ pub(crate) struct Context {
     module: sys::CUmodule,
     kernels: [sys::CUfunction; 5],
     probe: sys::CUfunction,
-    /// By ordinal, other contexts, and whether this one and they can use each other's memory; see `peer`. It holds for these
-    /// alone: when a primary context is released, access to it ends.
-    peers: Mutex<BTreeMap<usize, (Weak<Context>, PeerAccess)>>,
     /// For what the host copies while kernels run. Does not wait for the null stream.
     side: sys::CUstream,
     /// Blocks that can be resident at once, of any of the kernels.
     resident: u32,
-    /// Memory that nobody uses, kept until the context ends: to free it is to wait for every kernel on the device, and
-    /// one of them may be an average that waits for this very rank.
+    /// Memory that nobody uses. It is kept while this process has an averager on any device: to free it is to wait for every
+    /// kernel on the device, and one of them may be an average that waits for this very rank.
     spare: Mutex<Spare>,
 }
 
@@ -53,13 +50,12 @@ unsafe impl Sync for Context {}
 impl Context {
     /// The device of this ordinal, or why it can't be used.
     pub(crate) fn open(ordinal: usize) -> Result<Arc<Context>, String> {
-        static OPEN: Mutex<BTreeMap<usize, Weak<Context>>> = Mutex::new(BTreeMap::new());
-        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner); // a map, whole at any time
-        if let Some(context) = open.get(&ordinal).and_then(Weak::upgrade) {
-            return Ok(context);
+        let mut open = opened();
+        if let Some(context) = open.get(&ordinal) {
+            return Ok(context.clone());
         }
         let context = Arc::new(Context::new(ordinal)?);
-        open.insert(ordinal, Arc::downgrade(&context));
+        open.insert(ordinal, context.clone());
         Ok(context)
     }
 
@@ -76,7 +72,6 @@ impl Context {
             module: null_mut(),
             kernels: [null_mut(); 5],
             probe: null_mut(),
-            peers: Mutex::default(),
             side: null_mut(),
             resident: 0,
             spare: Mutex::default(),
@@ -155,10 +150,6 @@ impl Context {
         self.probe
     }
 
-    pub(super) fn peers(&self) -> MutexGuard<'_, BTreeMap<usize, (Weak<Context>, PeerAccess)>> {
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner) // a map, whole at any time
-    }
-
     pub(super) fn kernel(&self, phase: u32) -> sys::CUfunction {
         self.kernels[phase as usize]
     }
@@ -180,8 +171,11 @@ impl Context {
 
     /// Frees what nobody uses. Waits for kernels.
     pub(super) fn free_spare(&self) {
-        let Ok(_bound) = self.bind() else { return };
         let spare = std::mem::take(&mut *self.spare());
+        if spare.device.is_empty() && spare.pinned.is_empty() {
+            return;
+        }
+        let Ok(_bound) = self.bind() else { return };
         for (_, address) in spare.device {
             // SAFETY: allocated by `memory`, and nobody's since. An error leaves nothing to do.
             let _ = unsafe { call!(cuMemFree_v2(address)) };
@@ -220,9 +214,7 @@ impl Drop for Context {
         if self.raw.is_null() {
             return;
         }
-        self.free_spare();
-        // SAFETY: made by `new`, if they are not null, and used by nobody any more. Errors leave nothing to do: a process
-        // that ends may have lost its driver already.
+        // SAFETY: made by `new`, which failed, if they are not null. Errors leave nothing to do.
         unsafe {
             if let Ok(_bound) = self.bind() {
                 if !self.side.is_null() {
@@ -234,6 +226,44 @@ impl Drop for Context {
             }
             let _ = call!(cuDevicePrimaryCtxRelease_v2(self.device));
         }
+    }
+}
+
+/// All that have been opened.
+fn opened() -> MutexGuard<'static, BTreeMap<usize, Arc<Context>>> {
+    static OPENED: Mutex<BTreeMap<usize, Arc<Context>>> = Mutex::new(BTreeMap::new());
+    OPENED.lock().unwrap_or_else(PoisonError::into_inner) // a map, whole at any time
+}
+
+/// Ranks of this process, of all worlds, whose kernels may be waiting for one another. While one lives, nothing is freed.
+#[derive(Debug)]
+pub(super) struct Running(());
+
+impl Running {
+    /// One more rank. Waits while memory is being freed.
+    pub(super) fn new() -> Running {
+        *Running::count() += 1;
+        Running(())
+    }
+
+    /// Frees what nobody uses, on all devices, unless a rank lives.
+    pub(super) fn free_if_none() {
+        let count = Running::count();
+        if *count == 0 {
+            opened().values().for_each(|context| context.free_spare());
+        }
+    }
+
+    fn count() -> MutexGuard<'static, usize> {
+        static COUNT: Mutex<usize> = Mutex::new(0);
+        COUNT.lock().unwrap_or_else(PoisonError::into_inner) // a number, whole at any time
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        *Running::count() -= 1;
+        Running::free_if_none();
     }
 }
 

@@ -115,6 +115,20 @@ pub(crate) struct Failed {
     pub(crate) result: CUresult,
 }
 
+impl Failed {
+    /// Whether a capture forbids the call: then it did nothing, and the device is as good as before.
+    pub(crate) fn is_of_capture(&self) -> bool {
+        is_of_capture(self.result)
+    }
+}
+
+/// Whether it is one of the errors that captures have for themselves.
+pub(crate) fn is_of_capture(result: CUresult) -> bool {
+    let errors = CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED as u32
+        ..=CUresult::CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD as u32;
+    errors.contains(&(result as u32)) // CUDA_ERROR_CAPTURED_EVENT among them
+}
+
 impl std::fmt::Display for Failed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut text = std::ptr::null();

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUresult};
 
+use super::context::Running;
 use super::driver::{call, Failed};
 use super::Context;
 
@@ -91,6 +92,7 @@ impl DeviceMemory {
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
         self.context.spare().device.push((self.bytes, self.address));
+        Running::free_if_none();
     }
 }
 
@@ -151,6 +153,7 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         self.context.spare().pinned.push((self.bytes, self.start as u64));
+        Running::free_if_none();
     }
 }
 

@@ -11,6 +11,8 @@ mod rank;
 mod topology;
 
 pub(crate) use context::Context;
+#[cfg(feature = "cudarc")]
+pub(crate) use driver::is_of_capture;
 pub(crate) use driver::Failed;
 pub(crate) use memory::{DeviceMemory, Pinned};
 pub use peer::PeerAccess;

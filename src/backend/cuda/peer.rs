@@ -1,8 +1,9 @@
 //! Whether two devices can use each other's memory. What the driver says of it is not enough: behind some IOMMUs, switches
 //! and patched drivers, writes to a peer are lost without an error. So bytes are moved and compared.
 
+use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::CUresult;
 
@@ -24,19 +25,21 @@ pub enum PeerAccess {
     Verified,
 }
 
-/// Finds out, once for two contexts, and gives them access to each other's memory if it works.
+/// Finds out, once for two devices, and gives them access to each other's memory if it works.
 pub(crate) fn access(one: &Arc<Context>, other: &Arc<Context>) -> Result<PeerAccess, Failed> {
     if one.ordinal() == other.ordinal() {
         return Ok(PeerAccess::Verified);
     }
-    if let Some((context, known)) = one.peers().get(&other.ordinal()) {
-        if context.ptr_eq(&Arc::downgrade(other)) {
-            return Ok(*known);
-        }
+    // By ordinals, the lower one first. Held while it is found out: who finds a pair broken takes the access back, under
+    // the kernels of whoever tries the same pair at that moment.
+    static KNOWN: Mutex<BTreeMap<(usize, usize), PeerAccess>> = Mutex::new(BTreeMap::new());
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner); // a map, whole at any time
+    let pair = (one.ordinal().min(other.ordinal()), one.ordinal().max(other.ordinal()));
+    if let Some(&known) = known.get(&pair) {
+        return Ok(known);
     }
     let found = find(one, other)?;
-    one.peers().insert(other.ordinal(), (Arc::downgrade(other), found));
-    other.peers().insert(one.ordinal(), (Arc::downgrade(one), found));
+    known.insert(pair, found);
     Ok(found)
 }
 

@@ -6,10 +6,12 @@ use std::sync::Arc;
 
 use cudarc::driver::sys;
 
+use super::context::Running;
 use super::driver::{call, Failed};
 use super::memory::Pinned;
 use super::{Context, DeviceMemory};
 use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment};
+use crate::backend::Unstarted;
 
 /// Threads of a block: what the kernels are compiled for at most. 4 packs in flight for each fill a processor's memory
 /// pipe, and the registers of one block a processor suffice without spills (tests/sass.rs).
@@ -38,8 +40,19 @@ pub(crate) struct Rank {
     to_capture: Option<DeviceMemory>,
     /// What was started last was captured: it has not run.
     capturing: bool,
-    /// `done` has been recorded and nobody has waited for it.
-    pending: bool,
+    /// What was started and nobody has waited for.
+    pending: Option<Pending>,
+    /// The last field: memory above is nobody's before it goes.
+    _running: Running,
+}
+
+/// What tells the end of what was started.
+#[derive(Clone, Copy, Debug)]
+enum Pending {
+    /// `Rank::done`.
+    Done,
+    /// All that this stream was given, since `done` could not be recorded.
+    All(sys::CUstream),
 }
 
 // SAFETY: handles, which the driver lets every thread use, and memory that only `self` refers to.
@@ -69,7 +82,8 @@ impl Rank {
             captured: vec![],
             to_capture: Some(DeviceMemory::new(context, tables)?),
             capturing: false,
-            pending: false,
+            pending: None,
+            _running: Running::new(),
         };
         rank.channels.write(0, bytes)?;
         rank.ended.bytes_mut().copy_from_slice(bytes);
@@ -138,17 +152,13 @@ impl Rank {
         args: &PaArgs,
         phases: impl Iterator<Item = u32>,
         stream: Option<sys::CUstream>,
-    ) -> Result<(), String> {
+    ) -> Result<(), Unstarted> {
         let _bound = self.context.bind()?;
         self.capturing = match stream {
             // SAFETY: the caller's promise.
             Some(stream) => unsafe { is_capturing(stream) }?,
             None => {
-                // SAFETY: this rank's event and stream.
-                unsafe {
-                    call!(cuEventRecord(self.before, null_mut()))?;
-                    call!(cuStreamWaitEvent(self.stream, self.before, 0))?;
-                }
+                self.follow_the_null_stream()?;
                 false
             }
         };
@@ -156,20 +166,44 @@ impl Rank {
         if self.capturing {
             let tables = self.tables_of_now()?;
             let args = PaArgs { buckets: tables.address(), ..*args };
-            self.captured.push(tables);
             // SAFETY: as below; nothing of it runs before the graph does.
-            return Ok(unsafe { self.enqueue(&args, phases, stream) }?);
+            let captured = unsafe { self.enqueue(&args, phases, stream) };
+            return match captured {
+                // There will be no graph.
+                Err(failed) if failed.is_of_capture() => {
+                    self.to_capture = Some(tables);
+                    self.capturing = false;
+                    Err(Unstarted::Refused {
+                        found: format!("one whose capture has failed ({failed})"),
+                        expected: "one whose capture can go on: end it, and capture again",
+                    })
+                }
+                captured => {
+                    self.captured.push(tables);
+                    Ok(captured?)
+                }
+            };
         }
         // SAFETY: the copies are as large as what they go from and to, which nobody else touches until `finish`; the
         // kernels are the caller's promise. Whatever is enqueued comes before the event.
         unsafe {
             let enqueued = self.update_tables(stream).and_then(|()| self.enqueue(args, phases, stream));
             let recorded = call!(cuEventRecord(self.done, stream));
-            self.pending = recorded.is_ok();
-            if !self.pending {
-                let _ = call!(cuStreamSynchronize(stream)); // or `finish` would not wait for it
-            }
+            self.pending = Some(if recorded.is_ok() { Pending::Done } else { Pending::All(stream) });
             Ok(enqueued.and(recorded)?)
+        }
+    }
+
+    /// Orders the rank's own stream behind the null stream.
+    fn follow_the_null_stream(&self) -> Result<(), Unstarted> {
+        // SAFETY: this rank's event and stream.
+        let follows = unsafe {
+            call!(cuEventRecord(self.before, null_mut()))
+                .and_then(|()| call!(cuStreamWaitEvent(self.stream, self.before, 0)))
+        };
+        match follows {
+            Err(failed) if failed.is_of_capture() => Err(Unstarted::beside_a_capture(&failed.to_string())),
+            follows => Ok(follows?),
         }
     }
 
@@ -224,10 +258,37 @@ impl Rank {
     ///
     /// # Safety
     /// It is one.
-    pub(crate) unsafe fn wait_for(&self, stream: sys::CUstream) -> Result<(), Failed> {
+    pub(crate) unsafe fn wait_for(&self, stream: sys::CUstream) -> Result<(), Unstarted> {
+        // SAFETY: the caller's promise.
+        match unsafe { self.is_capturing(stream) } {
+            // To wait for it would end the capture.
+            Ok(true) => Err(Unstarted::Refused {
+                found: "one that is being captured".into(),
+                expected: "one that a graph with this averager's average was launched on",
+            }),
+            // SAFETY: as above.
+            Ok(false) => Ok(unsafe { self.synchronize(stream) }?),
+            Err(failed) if failed.is_of_capture() => Err(Unstarted::beside_a_capture(&failed.to_string())),
+            Err(failed) => Err(failed.into()),
+        }
+    }
+
+    /// # Safety
+    /// It is a stream of the context.
+    unsafe fn synchronize(&self, stream: sys::CUstream) -> Result<(), Failed> {
         let _bound = self.context.bind()?;
         // SAFETY: the caller's promise.
         unsafe { call!(cuStreamSynchronize(stream)) }
+    }
+
+    /// Whether the stream is being captured.
+    ///
+    /// # Safety
+    /// It is one.
+    pub(crate) unsafe fn is_capturing(&self, stream: sys::CUstream) -> Result<bool, Failed> {
+        let _bound = self.context.bind()?;
+        // SAFETY: the caller's promise.
+        unsafe { is_capturing(stream) }
     }
 
     /// Why an average can't be enqueued on this stream.
@@ -245,9 +306,7 @@ impl Rank {
 
     /// Whether what was started is done.
     pub(crate) fn is_done(&self) -> bool {
-        if !self.pending {
-            return true;
-        }
+        let Some(Pending::Done) = self.pending else { return true };
         // SAFETY: this rank's event.
         let ready = self.context.bind().and_then(|_bound| unsafe { call!(cuEventQuery(self.done)) });
         // Any other error comes back from `finish`, which does not wait for it.
@@ -256,13 +315,20 @@ impl Rank {
 
     /// Waits for what was started, if something was: a thread that captures must not even ask.
     pub(crate) fn finish(&mut self) -> Result<(), Failed> {
-        if !self.pending {
-            return Ok(());
+        match self.pending {
+            None => return Ok(()),
+            Some(Pending::Done) => {
+                let _bound = self.context.bind()?;
+                // SAFETY: this rank's event.
+                unsafe { call!(cuEventSynchronize(self.done)) }?;
+            }
+            Some(Pending::All(stream)) => {
+                self.pending = None; // the stream may not live longer
+                                     // SAFETY: one that was promised to live until now.
+                unsafe { self.synchronize(stream) }?;
+            }
         }
-        let _bound = self.context.bind()?;
-        // SAFETY: this rank's event.
-        unsafe { call!(cuEventSynchronize(self.done)) }?;
-        self.pending = false; // not before: whoever asks again waits again
+        self.pending = None; // not before: whoever asks again waits again
         Ok(())
     }
 
