@@ -15,6 +15,7 @@ import crews
 import peers
 
 MEMORY = "peak of VmHWM, reset through /proc/self/clear_refs before each average, less VmRSS with the model filled"
+BUSY = 0.5  # mean load of the minute before the first turn
 
 
 @dataclass
@@ -72,12 +73,13 @@ def ratio(row, to):
 
 
 def heading(about):
-    versions = ", ".join(f"{name} {about['versions'].get(name) or 'not there'}" for name in ["torch", "accelerate", "openmpi"])
+    versions = ", ".join(f"{name} {about['versions'].get(name) or '-'}" for name in ["torch", "accelerate", "openmpi"])
+    busy = "\n# BUSY     in the minute before it began: if something else goes on, these figures are no record"
     return "\n".join([
         f"# {about['date']}, commit {about['commit']}",
         f"# {about['command']}",
         f"# machine  {about['cores']} cores, {about['cpu']}, {about['memory_gib']} GiB, Linux {about['kernel']}, "
-        f"load {about['load'][0]:.1f} before and {about['load_at_end'][0]:.1f} after",
+        f"load {about['load'][0]:.1f} before and {about['load_at_end'][0]:.1f} after{busy if about['load'][0] > BUSY else ''}",
         f"# peers    {versions}",
         "# model    GPT-2: 148 tensors, 124,439,808 parameters in f32, a replica a rank",
         f"# turns    {about['repetitions']} of every peer, round-robin: new processes average {crews.WARM_UPS} times, then once timed",
