@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use super::common::Random;
-use super::crew::{start_all, Rank};
+use super::crew::{name, start, start_all, Rank};
 use super::worker::now_us;
 
 /// Survivors are done, agree, and have seen `dead` lost first.
@@ -200,15 +200,52 @@ fn training_goes_on_without_a_rank_that_panics() {
     assert!(disturbed < 2.0 * undisturbed + 0.05 && undisturbed < 1.0, "{undisturbed} {disturbed}");
 }
 
+/// Killed while they still wait for one another, and while they average.
 #[test]
 fn nothing_is_left_of_a_world_that_was_killed() {
-    let shm = || std::fs::read_dir("/dev/shm").map_or(0, Iterator::count);
-    let before = shm();
-    let mut ranks = start_all("survive", 3, |_| vec![("PA_TEST_FINAL", "1".to_owned())]);
+    let name = name();
+    let sockets = || std::fs::read_to_string("/proc/net/unix").unwrap().matches(&name).count();
+    let files = || -> Vec<_> {
+        let all =
+            ["/dev/shm", "/tmp"].into_iter().filter_map(|folder| std::fs::read_dir(folder).ok()).flatten();
+        all.map(|file| file.unwrap().file_name())
+            .filter(|file| file.to_string_lossy().contains(&name))
+            .collect()
+    };
+    let rank = |rank: usize| {
+        let variables = [
+            ("PA_TEST_RANK", rank.to_string()),
+            ("PA_TEST_WORLD", "3".into()),
+            ("PA_TEST_NAME", name.clone()),
+        ];
+        start("survive", &variables)
+    };
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let mut waiting = [rank(0), rank(1)];
+    while sockets() == 0 {
+        assert!(Instant::now() < deadline, "rank 0 does not listen");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    waiting.iter_mut().for_each(|rank| rank.signal(Signal::KILL));
+    waiting.iter_mut().for_each(|rank| assert_eq!(rank.end(), None));
+    assert_eq!((sockets(), files()), (0, vec![]));
+    // The name is free again at once.
+    let mut ranks: Vec<Rank> = (0..3).map(rank).collect();
     ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
     ranks.iter().for_each(|rank| rank.signal(Signal::KILL));
     ranks.iter_mut().for_each(|rank| assert_eq!(rank.end(), None));
-    let sockets = std::fs::read_to_string("/proc/net/unix").unwrap();
-    assert!(!sockets.contains(&format!("test-{}", std::process::id())), "{sockets}");
-    assert_eq!(shm(), before);
+    assert_eq!((sockets(), files()), (0, vec![]));
+}
+
+/// Averagers built by clones of one communicator recover one after the other, in one new generation.
+#[test]
+fn two_averagers_of_a_world_recover() {
+    let n = 3;
+    let mut ranks = start_all("two", n, |_| vec![]);
+    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    ranks[0].signal(Signal::KILL);
+    for rank in &mut ranks[1..] {
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        assert_eq!(rank.said("two of"), ["2"]);
+    }
 }

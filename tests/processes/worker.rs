@@ -36,6 +36,7 @@ pub fn run(role: &str) {
         "meet" => meet(),
         "survive" => survive(),
         "train" => train(),
+        "two" => two(),
         other => panic!("no role {other}"),
     };
     std::process::exit(code);
@@ -240,6 +241,28 @@ fn survive() -> i32 {
         }
         all = None;
     }
+}
+
+/// Two averagers, in turn, until one fails; then both recover.
+fn two() -> i32 {
+    let communicator = join().unwrap();
+    let mut models = [vec![vec![1.0f32; 3000]], vec![vec![2.0f32; 30]]];
+    let mut build = |index: usize| builder(communicator.clone()).build(&mut models[index]).unwrap();
+    let mut averagers = [build(0), build(1)];
+    say("ready");
+    while averagers.iter_mut().zip(&mut models).all(|(averager, model)| averager.average(model).is_ok()) {}
+    for (averager, model) in averagers.iter_mut().zip(&mut models) {
+        if averager.average(model).is_ok() {
+            return 7; // a rank is gone, so it can't be
+        }
+        averager.recover(model).unwrap();
+    }
+    for (averager, model) in averagers.iter_mut().zip(&mut models) {
+        averager.average(model).unwrap();
+    }
+    assert!(models[0][0].iter().all(|&x| x == 1.0) && models[1][0].iter().all(|&x| x == 2.0));
+    say(&format!("two of {}", averagers[1].world_size()));
+    0
 }
 
 fn count_files() -> usize {
