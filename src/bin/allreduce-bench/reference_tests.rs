@@ -13,7 +13,15 @@ fn check(dtype: Dtype, ranks: usize) -> Check {
     let tensor = |name: &str, elements| Tensor { name: name.into(), shape: vec![elements], dtype };
     let (tensors, bytes) = place(&Layout::new("test", vec![tensor("a", 5), tensor("b", ELEMENTS)]));
     let arenas = (0..ranks).map(|_| Arc::new(Arena::new(bytes))).collect();
-    Check { seed: 7, arenas, tensors, weights: vec![1.0; ranks], more_roundings: 0, wire: Wire::Wide }
+    Check {
+        seed: 7,
+        arenas,
+        first: 0,
+        tensors,
+        weights: vec![1.0; ranks],
+        more_roundings: 0,
+        wire: Wire::Wide,
+    }
 }
 
 /// The elements of a tensor of a rank.
