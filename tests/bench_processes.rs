@@ -89,7 +89,8 @@ fn worlds_of_2_and_4_are_right_and_recorded() {
         (3, "-b 10001 -e 10001 -d all --no-commit --weighted --f32-wire --chunk 1K --channels 2", 8),
     ] {
         let folder = env!("CARGO_TARGET_TMPDIR");
-        let (json, csv) = (format!("{folder}/processes-{ranks}.json"), format!("{folder}/processes-{ranks}.csv"));
+        let (json, csv) =
+            (format!("{folder}/processes-{ranks}.json"), format!("{folder}/processes-{ranks}.csv"));
         let line = format!("-g {ranks} -n 3 -w 1 {flags} --json {json} --csv {csv}");
         let output = ended(command(&line).spawn().unwrap());
         let (printed, said) = text(&output);
@@ -182,15 +183,20 @@ fn ranks_end_with_whoever_started_them() {
     std::thread::sleep(Duration::from_millis(300));
     child.kill().unwrap();
     child.wait().unwrap();
-    let gone = |pid: &Pid| state(pid.as_raw_nonzero().get()).is_none_or(|(state, _)| state == "Z" || state == "X");
+    let gone =
+        |pid: &Pid| state(pid.as_raw_nonzero().get()).is_none_or(|(state, _)| state == "Z" || state == "X");
     wait_for("the ranks end", || ranks.iter().all(gone).then_some(()));
 }
 
 /// Rank `rank` of `world`, as a shell would start it.
 fn by_hand(line: &str, rank: usize, world: usize, port: &str) -> Child {
     let (rank, world) = (rank.to_string(), world.to_string());
-    let variables =
-        [("RANK", rank.as_str()), ("WORLD_SIZE", &world), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", port)];
+    let variables = [
+        ("RANK", rank.as_str()),
+        ("WORLD_SIZE", &world),
+        ("MASTER_ADDR", "localhost"),
+        ("MASTER_PORT", port),
+    ];
     command(line).envs(variables).spawn().unwrap()
 }
 
@@ -221,7 +227,11 @@ fn a_shell_loop_is_a_launcher() {
     for child in [0, 1].map(|rank| by_hand("-g 3", rank, 2, &port)) {
         let output = ended(child);
         assert_eq!(output.status.code(), Some(2));
-        assert!(text(&output).1.contains("-g 3, but the launcher has started 2 ranks"), "{:?}", text(&output));
+        assert!(
+            text(&output).1.contains("-g 3, but the launcher has started 2 ranks"),
+            "{:?}",
+            text(&output)
+        );
     }
 }
 
@@ -229,7 +239,15 @@ fn a_shell_loop_is_a_launcher() {
 fn mpirun_is_a_launcher() {
     let mut mpirun = Command::new("mpirun");
     mpirun.args(["--oversubscribe", "--bind-to", "none", "-n", "2"]);
-    mpirun.arg(env!("CARGO_BIN_EXE_allreduce-bench")).args(["--processes", "-b", "100K", "-e", "100K", "-n", "2"]);
+    mpirun.arg(env!("CARGO_BIN_EXE_allreduce-bench")).args([
+        "--processes",
+        "-b",
+        "100K",
+        "-e",
+        "100K",
+        "-n",
+        "2",
+    ]);
     mpirun.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1").env("NO_COLOR", "1");
     let Ok(child) = mpirun.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn() else {
         return common::skipped("mpirun_is_a_launcher", "there is no mpirun");

@@ -156,3 +156,23 @@ fn data_is_fresh_spread_and_different_everywhere() {
     unsafe { check.fill() };
     assert!(of::<f32>(&check, 0, 1).iter().zip(&a).filter(|(x, y)| x == y).count() < 50);
 }
+
+#[test]
+fn a_rank_alone_has_the_data_and_the_digest_of_the_rank_among_all() {
+    let all = check(Dtype::Bf16, 3);
+    // SAFETY: nobody else has the arenas.
+    unsafe { all.fill() };
+    for rank in 0..3 {
+        let alone = Check { arenas: check(Dtype::Bf16, 1).arenas, first: rank, ..check(Dtype::Bf16, 3) };
+        let same = Check { arenas: vec![all.arenas[rank].clone()], ..check(Dtype::Bf16, 3) };
+        unsafe { alone.fill() };
+        let digests = || unsafe { (alone.digest(), same.digest()) };
+        assert_eq!(digests().0, digests().1);
+        for place in [0, ELEMENTS as usize - 1] {
+            let element = &mut of::<bf16>(&same, 0, 1)[place];
+            *element = bf16::from_bits(element.to_bits() ^ 1);
+            assert_ne!(digests().0, digests().1, "rank {rank}, element {place}");
+            *element = bf16::from_bits(element.to_bits() ^ 1);
+        }
+    }
+}

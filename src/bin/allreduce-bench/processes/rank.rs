@@ -153,11 +153,10 @@ impl World {
 
     fn average(&self, averager: &mut ParamAverager, replica: &Replica) -> Result<(), Failure> {
         let mut replica = replica.clone();
-        if self.options.weighted {
-            averager.average_weighted(&mut replica, self.rank as f64 + 1.0)?;
-        } else {
-            averager.average(&mut replica)?;
-        }
+        match self.options.weighted {
+            true => averager.average_weighted(&mut replica, self.rank as f64 + 1.0)?,
+            false => averager.average(&mut replica)?,
+        };
         Ok(())
     }
 
@@ -170,6 +169,7 @@ impl World {
     ) -> Result<Vec<Duration>, Failure> {
         let (mut times, mut start, mut end) = (vec![], 0, 0);
         let room = self.ranks <= cores();
+        let wait: fn() = if room { std::hint::spin_loop } else { std::thread::yield_now };
         for iteration in 0..=iterations {
             let told = self.exchange.tell([now(), start, end, 0])?;
             let all = |field: usize| told.iter().map(move |told| told[field]);
@@ -182,11 +182,7 @@ impl World {
                 let release = all(0).max().unwrap_or(0) + notice;
                 start = now();
                 while start < release {
-                    if room {
-                        std::hint::spin_loop();
-                    } else {
-                        std::thread::yield_now();
-                    }
+                    wait();
                     start = now();
                 }
                 self.average(averager, replica)?;
