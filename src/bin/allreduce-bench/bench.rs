@@ -53,14 +53,13 @@ impl Bench {
         self.fill(methods[0], layout, &placed, arenas);
         let mut times = vec![vec![]; methods.len()];
         for turn in 0..TURNS {
-            let share = (iterations + TURNS - 1 - turn) / TURNS;
+            let (before, share) = self::turn(turn, *iterations, *warmup);
             for ((crew, method), times) in crews.iter().zip(methods).zip(&mut times) {
                 self.progress.set_message(format!("{}, {ranks} ranks: {}", layout.name, method.label()));
                 if share > 0 {
                     if mixed {
                         self.fill(*method, layout, &placed, arenas);
                     }
-                    let before = if turn == 0 { *warmup } else { warmup / 4 };
                     times.extend_from_slice(&crew.run(before + share)?[before as usize..]);
                 }
                 self.progress.inc(1);
@@ -100,6 +99,7 @@ impl Bench {
                 wrong,
                 limit: None,
                 device: None,
+                apart: None,
             })
             .collect();
         let limit =
@@ -110,13 +110,7 @@ impl Bench {
 
     /// Who is where, for the table.
     pub fn who(&self, ranks: usize) -> String {
-        let threads = self.options.threads(ranks);
-        format!(
-            "{ranks} ranks x {threads} thread{} on {} cores{}",
-            if threads == 1 { "" } else { "s" },
-            cores(),
-            if ranks * threads as usize > cores() { ", which they share" } else { "" }
-        )
+        who(&self.options, ranks)
     }
 
     /// Gives every rank fresh data, and says how to check what becomes of it. The crews rest.
@@ -133,6 +127,7 @@ impl Bench {
         let check = Check {
             seed: self.seed,
             arenas: arenas.to_vec(),
+            first: 0,
             tensors: method.tensors(layout, placed),
             weights: (0..arenas.len()).map(weight).collect(),
             more_roundings: u8::from(weighted || method.is_limit()),
@@ -142,6 +137,22 @@ impl Bench {
         unsafe { check.fill() };
         check
     }
+}
+
+/// Iterations of a turn that do not count, and that do.
+pub fn turn(turn: u32, iterations: u32, warmup: u32) -> (u32, u32) {
+    (if turn == 0 { warmup } else { warmup / 4 }, (iterations + TURNS - 1 - turn) / TURNS)
+}
+
+/// Ranks, their threads and cores.
+pub fn who(options: &Options, ranks: usize) -> String {
+    let threads = options.threads(ranks);
+    format!(
+        "{ranks} ranks x {threads} thread{} on {} cores{}",
+        if threads == 1 { "" } else { "s" },
+        cores(),
+        if ranks * threads as usize > cores() { ", which they share" } else { "" }
+    )
 }
 
 /// Changes the last bit of the last rank's first element.

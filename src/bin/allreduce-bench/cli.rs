@@ -19,6 +19,7 @@ Examples:
                                                    the tensors of your own checkpoint; only its header is read
   allreduce-bench --backend cuda --layout gpt2 -g 2 --algorithm direct,ring --baseline
                                                    on GPUs, beside NCCL and what copies take
+  allreduce-bench --processes --layout gpt2 -g 4   one process a rank, beside the same ring between threads
   allreduce-bench --devices                        which GPUs there are, and whether they reach each other
 
 Columns are those of nccl-tests' all_reduce_perf, in place, since averaging is in place:
@@ -43,13 +44,17 @@ With --backend cuda rank r is on device r, or on r modulo the number of devices 
            every rank copies its size from page-locked memory of the host, and to it at the same time
 On a simulated device (cudasim) there are no times.
 
+With --processes this program starts a process for each rank, or is one if a launcher started it: torchrun --no-python, mpirun, srun, or a
+shell that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Rank 0 prints. What is different there:
+  xthr     time / that of the same ring between threads of one process, in the same run
+
 Exit code: 0 if all is well, 1 if an average failed or #wrong is not 0, 2 if the command line can't be right.";
 
 /// Times the averaging of model parameters over ranks, in place, with the flags and columns of nccl-tests.
 ///
 /// Without flags: GPT-2's 148 tensors on 2 and 4 ranks, all algorithms and baselines, then a sweep of sizes. Ranks are
 /// threads of this process, each with a replica of its own.
-#[derive(Debug, Parser)]
+#[derive(Clone, Debug, Parser)]
 #[command(version, after_help = EXAMPLES, max_term_width = 110)]
 pub struct Args {
     /// Smallest size of a sweep, in bytes a rank: 1024, 64K, 32M, 1G [default: 32M]
@@ -96,6 +101,9 @@ pub struct Args {
     /// moved both ways and were right
     #[arg(long, help_heading = "What is averaged, and how")]
     pub devices: bool,
+    /// Every rank is a process of its own, on this host, beside threads: the ring only. -g has one number, or is the launcher's
+    #[arg(long, help_heading = "What is averaged, and how")]
+    pub processes: bool,
     /// On CUDA devices, where the ring's mailboxes are: auto, peer (device memory) or host (page-locked memory of the host)
     /// [default: auto]
     #[arg(

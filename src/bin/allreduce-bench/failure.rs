@@ -14,6 +14,9 @@ pub enum Failure {
     /// The library said no.
     #[error("{0}")]
     Library(#[from] param_averager::Error),
+    /// A process of one of the ranks has said why it failed, and with which exit code.
+    #[error("a rank failed")]
+    Told(u8),
     /// Standard output.
     #[error("cannot write to standard output: {0}")]
     Output(#[from] io::Error),
@@ -23,6 +26,7 @@ impl Failure {
     pub fn exit_code(&self) -> u8 {
         match self {
             Failure::Usage(_) | Failure::Library(param_averager::Error::Option { .. }) => 2,
+            Failure::Told(code) => *code,
             // Whoever reads has seen enough, as in `allreduce-bench | head`.
             Failure::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => 0,
             _ => 1,
@@ -31,6 +35,10 @@ impl Failure {
 
     /// Whether there is anything to tell.
     pub fn is_silent(&self) -> bool {
-        matches!(self, Failure::Output(error) if error.kind() == io::ErrorKind::BrokenPipe)
+        match self {
+            Failure::Told(_) => true,
+            Failure::Output(error) => error.kind() == io::ErrorKind::BrokenPipe,
+            _ => false,
+        }
     }
 }

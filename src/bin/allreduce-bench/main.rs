@@ -12,6 +12,8 @@ mod methods;
 mod models;
 mod number;
 mod plan;
+#[cfg(target_os = "linux")]
+mod processes;
 mod records;
 mod reference;
 mod safetensors;
@@ -40,7 +42,9 @@ fn main() -> ExitCode {
         }
         Err(failure) => {
             if !failure.is_silent() {
-                eprintln!("error: {failure}");
+                // In one piece: other ranks may write, too.
+                let line = format!("error: {failure}\n");
+                eprint!("{line}");
             }
             ExitCode::from(failure.exit_code())
         }
@@ -57,6 +61,12 @@ fn run(args: &Args) -> Result<u64, Failure> {
         print!("{}", cuda::show_devices()?);
         return Ok(0);
     }
+    if args.processes {
+        #[cfg(target_os = "linux")]
+        return processes::run(args);
+        #[cfg(not(target_os = "linux"))]
+        return Err(Failure::Usage("--processes is for Linux".into()));
+    }
     let (sections, options) = (plan::plan(args)?, plan::options(args));
     let machine = match args.backend {
         Backend::Cpu => None,
@@ -70,7 +80,7 @@ fn run(args: &Args) -> Result<u64, Failure> {
     let csv = args.csv.as_deref().map(|path| Sink::create(path, records::csv)).transpose()?;
 
     let progress = progress(&sections);
-    let mut table = Table::new(progress.clone(), machine.is_some());
+    let mut table = Table::new(progress.clone(), machine.is_some(), false);
     table.preamble(args, &options)?;
     if machine.as_ref().is_some_and(|machine| machine.simulated) {
         table.simulated()?;

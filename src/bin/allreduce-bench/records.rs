@@ -29,6 +29,19 @@ pub struct Record {
     pub limit: Option<Duration>,
     /// `None`: CPUs.
     pub device: Option<OnDevice>,
+    /// Of `--processes`.
+    pub apart: Option<Apart>,
+}
+
+/// What a row has besides that is about ranks that are processes, or that such a row is held against.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Apart {
+    /// Each rank is a process, else a thread.
+    pub processes: bool,
+    /// Median time of the same method between threads.
+    pub threads: Option<Duration>,
+    /// From the start of the processes to the end of their first average.
+    pub start: Duration,
 }
 
 /// What a row on CUDA devices has besides.
@@ -69,6 +82,21 @@ impl Record {
         Some(self.time()?.as_secs_f64() / self.limit?.as_secs_f64().max(1e-9))
     }
 
+    /// Time of processes as a multiple of that of threads.
+    pub fn times_threads(&self) -> Option<f64> {
+        Some(self.time()?.as_secs_f64() / self.apart.as_ref()?.threads?.as_secs_f64().max(1e-9))
+    }
+
+    /// Its name in the table.
+    pub fn label(&self) -> String {
+        let ranks = match &self.apart {
+            None => return self.method.label().into(),
+            Some(apart) if apart.processes => "processes",
+            Some(_) => "threads",
+        };
+        format!("{}, {ranks}", if self.method == Method::RING { "ring" } else { "no commit" })
+    }
+
     /// All fields, in the order in which they are written.
     fn fields(&self) -> Vec<(&'static str, Value)> {
         let us = |time: Option<Duration>| Value::from(time.map(|time| time.as_nanos() as f64 / 1e3));
@@ -99,6 +127,13 @@ impl Record {
                 ("placement", device.placement.into()),
                 ("simulated", device.simulated.into()),
                 ("note", device.note.as_deref().into()),
+            ]);
+        }
+        if let Some(apart) = &self.apart {
+            fields.extend([
+                ("ranks_are", if apart.processes { "processes" } else { "threads" }.into()),
+                ("ratio_to_threads", short(self.times_threads())),
+                ("start_ms", short(Some(apart.start.as_secs_f64() * 1e3))),
             ]);
         }
         fields
@@ -173,6 +208,7 @@ mod tests {
             wrong: Some(0),
             limit: Some(Duration::from_micros(200)),
             device: None,
+            apart: None,
         }
     }
 

@@ -26,7 +26,9 @@ const PIECE: usize = 1 << 16;
 /// A check: the data of one average and what its result must be.
 pub struct Check {
     pub seed: u64,
+    /// Of all ranks, or of as many as this process has, from rank `first` on.
     pub arenas: Vec<Arc<Arena>>,
+    pub first: usize,
     pub tensors: Arc<[Placed]>,
     /// One for each rank; all 1: plain.
     pub weights: Vec<f64>,
@@ -74,10 +76,10 @@ impl Check {
         pieces.collect()
     }
 
-    fn start<T>(&self, rank: usize, piece: Piece) -> *mut T {
+    fn start<T>(&self, arena: usize, piece: Piece) -> *mut T {
         let bytes = self.tensors[piece.tensor].offset + piece.begin * size_of::<T>();
         // SAFETY: placed inside of the arena.
-        unsafe { self.arenas[rank].start().add(bytes).cast() }
+        unsafe { self.arenas[arena].start().add(bytes).cast() }
     }
 
     fn key(&self, rank: usize, piece: Piece) -> u32 {
@@ -95,16 +97,40 @@ impl Check {
     /// Nobody else accesses the arenas meanwhile.
     pub unsafe fn fill(&self) {
         let pieces = self.pieces();
-        let ranks = self.arenas.len();
-        on_all_cores(pieces.len() * ranks, |job| {
-            let (rank, piece) = (job % ranks, pieces[job / ranks]);
+        let arenas = self.arenas.len();
+        on_all_cores(pieces.len() * arenas, |job| {
+            let (arena, piece) = (job % arenas, pieces[job / arenas]);
             with_number!(self.tensors[piece.tensor].dtype, T => {
                 // SAFETY: so many elements lie there, and each job has others.
-                let values = unsafe { std::slice::from_raw_parts_mut(self.start::<T>(rank, piece), piece.elements) };
-                simd::best(Fill { values, key: self.key(rank, piece) })
+                let values = unsafe { std::slice::from_raw_parts_mut(self.start::<T>(arena, piece), piece.elements) };
+                simd::best(Fill { values, key: self.key(self.first + arena, piece) })
             });
             0
         });
+    }
+
+    /// A number that two ranks have in common if their elements have the same bits.
+    ///
+    /// # Safety
+    /// Nobody else writes to the arenas meanwhile.
+    pub unsafe fn digest(&self) -> u64 {
+        let pieces = self.pieces();
+        // Of 32 bits a piece, so that the sum has room.
+        on_all_cores(pieces.len(), |job| {
+            let piece = pieces[job];
+            with_number!(self.tensors[piece.tensor].dtype, T => {
+                // SAFETY: so many elements lie there, and nobody writes them.
+                let bytes = unsafe {
+                    std::slice::from_raw_parts(self.start::<T>(0, piece).cast::<u8>(), piece.elements * size_of::<T>())
+                };
+                let mix = |sum: u64, word: u64| (sum ^ word).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+                let words = bytes.chunks(8).map(|word| match word.try_into() {
+                    Ok(whole) => u64::from_ne_bytes(whole),
+                    Err(_) => word.iter().fold(0, |sum, &byte| sum << 8 | u64::from(byte)),
+                });
+                words.fold(job as u64, mix) >> 32
+            })
+        })
     }
 
     /// How well the average of what `fill` gave came out.
@@ -118,9 +144,9 @@ impl Check {
             let piece = pieces[job];
             with_number!(self.tensors[piece.tensor].dtype, T => {
                 // SAFETY: so many elements lie there, and nobody writes them.
-                let of = |rank| unsafe { std::slice::from_raw_parts(self.start::<T>(rank, piece), piece.elements) };
+                let of = |arena| unsafe { std::slice::from_raw_parts(self.start::<T>(arena, piece), piece.elements) };
                 let results: Vec<&[T]> = (0..self.arenas.len()).map(of).collect();
-                let keys: Vec<u32> = (0..self.arenas.len()).map(|rank| self.key(rank, piece)).collect();
+                let keys: Vec<u32> = (0..self.weights.len()).map(|rank| self.key(rank, piece)).collect();
                 let tolerance = Tolerance::new::<T>(&self.weights, self.more_roundings, self.wire);
                 let found = simd::best(Compare { results: &results, keys: &keys, weights: &self.weights, tolerance });
                 // The bits of numbers that are not negative are ordered as they are.

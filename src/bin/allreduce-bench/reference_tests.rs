@@ -13,7 +13,15 @@ fn check(dtype: Dtype, ranks: usize) -> Check {
     let tensor = |name: &str, elements| Tensor { name: name.into(), shape: vec![elements], dtype };
     let (tensors, bytes) = place(&Layout::new("test", vec![tensor("a", 5), tensor("b", ELEMENTS)]));
     let arenas = (0..ranks).map(|_| Arc::new(Arena::new(bytes))).collect();
-    Check { seed: 7, arenas, tensors, weights: vec![1.0; ranks], more_roundings: 0, wire: Wire::Wide }
+    Check {
+        seed: 7,
+        arenas,
+        first: 0,
+        tensors,
+        weights: vec![1.0; ranks],
+        more_roundings: 0,
+        wire: Wire::Wide,
+    }
 }
 
 /// The elements of a tensor of a rank.
@@ -147,4 +155,24 @@ fn data_is_fresh_spread_and_different_everywhere() {
     // SAFETY: as above.
     unsafe { check.fill() };
     assert!(of::<f32>(&check, 0, 1).iter().zip(&a).filter(|(x, y)| x == y).count() < 50);
+}
+
+#[test]
+fn a_rank_alone_has_the_data_and_the_digest_of_the_rank_among_all() {
+    let all = check(Dtype::Bf16, 3);
+    // SAFETY: nobody else has the arenas.
+    unsafe { all.fill() };
+    for rank in 0..3 {
+        let alone = Check { arenas: check(Dtype::Bf16, 1).arenas, first: rank, ..check(Dtype::Bf16, 3) };
+        let same = Check { arenas: vec![all.arenas[rank].clone()], ..check(Dtype::Bf16, 3) };
+        unsafe { alone.fill() };
+        let digests = || unsafe { (alone.digest(), same.digest()) };
+        assert_eq!(digests().0, digests().1);
+        for place in [0, ELEMENTS as usize - 1] {
+            let element = &mut of::<bf16>(&same, 0, 1)[place];
+            *element = bf16::from_bits(element.to_bits() ^ 1);
+            assert_ne!(digests().0, digests().1, "rank {rank}, element {place}");
+            *element = bf16::from_bits(element.to_bits() ^ 1);
+        }
+    }
 }

@@ -18,6 +18,8 @@ pub struct Table {
     colour: bool,
     /// Of ranks on CUDA devices: it has a column more.
     cuda: bool,
+    /// Of ranks that are processes, beside threads: the last column is another.
+    processes: bool,
     /// Notes of this section that have been printed.
     noted: BTreeSet<String>,
     /// Cleared while a line is printed.
@@ -29,11 +31,11 @@ const DIM: &str = "2";
 const RED: &str = "1;31";
 
 impl Table {
-    pub fn new(progress: ProgressBar, cuda: bool) -> Self {
+    pub fn new(progress: ProgressBar, cuda: bool, processes: bool) -> Self {
         let out = io::stdout();
         let wanted = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
             && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
-        Table { colour: out.is_terminal() && wanted, out, cuda, noted: BTreeSet::new(), progress }
+        Table { colour: out.is_terminal() && wanted, out, cuda, processes, noted: BTreeSet::new(), progress }
     }
 
     fn line(&mut self, style: &str, text: &str) -> io::Result<()> {
@@ -70,17 +72,36 @@ impl Table {
         self.line(
             "",
             &format!(
-                "# ranks     threads of this process, each with a replica of its own; {}",
+                "# ranks     {}, each with a replica of its own; {}",
+                if self.processes { "processes" } else { "threads of this process" },
                 choices(args, options)
             ),
         )?;
-        let text = if self.cuda { &ON_CUDA[..] } else { &ON_CPUS };
+        let text = match (self.cuda, self.processes) {
+            (true, _) => &ON_CUDA[..],
+            (_, true) => &APART,
+            _ => &ON_CPUS,
+        };
         text.iter().try_for_each(|text| self.line("", text))
     }
 
     /// What stands in for a GPU is not one.
     pub fn simulated(&mut self) -> io::Result<()> {
         self.line(RED, "# simulated: no GPU; figures of time are left out")
+    }
+
+    /// How long processes take to begin.
+    pub fn started(&mut self, ranks: u16, start: Duration) -> io::Result<()> {
+        let ms = start.as_secs_f64() * 1e3;
+        self.line("", &format!("# start     {ranks} processes: {ms:.0} ms from start to first average"))
+    }
+
+    /// A launcher has bound each rank, and with it rank 0's threads.
+    pub fn bound(&mut self, cores: usize, all: usize) -> io::Result<()> {
+        let text = format!(
+            "# bound     rank 0 may use {cores} of {all} cores, and so its threads: xthr means little"
+        );
+        self.line(RED, &format!("{text}; try mpirun --bind-to none"))
     }
 
     /// A heading and the columns.
@@ -90,8 +111,18 @@ impl Table {
         self.line(BOLD, &format!("# {}", section.heading))?;
         self.line("", &format!("# {who}"))?;
         let titles = [
-            "size", "count", "type", "redop", "method", "time", "min", "max", "algbw", "busbw", "#wrong",
-            "xlimit",
+            "size",
+            "count",
+            "type",
+            "redop",
+            "method",
+            "time",
+            "min",
+            "max",
+            "algbw",
+            "busbw",
+            "#wrong",
+            if self.processes { "xthr" } else { "xlimit" },
         ];
         let units = ["(B)", "(elements)", "", "", "", "(us)", "(us)", "(us)", "(GB/s)", "(GB/s)", "", ""];
         let (ulp, none) = (self.cuda.then_some("ulp"), self.cuda.then_some(""));
@@ -104,6 +135,7 @@ impl Table {
         let style = match record.wrong {
             Some(1..) => RED,
             _ if record.method.is_baseline() => DIM,
+            _ if record.apart.as_ref().is_some_and(|apart| !apart.processes) => DIM,
             _ => "",
         };
         let time = |time: Option<Duration>| time.map_or("-".into(), microseconds);
@@ -113,14 +145,14 @@ impl Table {
             &record.elements.to_string(),
             &record.dtype,
             record.method.redop(),
-            record.method.label(),
+            &record.label(),
             &time(record.time()),
             &time(record.times.first().copied()),
             &time(record.times.last().copied()),
             &figure(record.algbw()),
             &figure(record.busbw()),
             &record.wrong.map_or("N/A".into(), |wrong| wrong.to_string()),
-            &figure(record.ratio()),
+            &figure(if self.processes { record.times_threads() } else { record.ratio() }),
         ];
         let ulps = record.device.as_ref().map(|device| device.ulps.map_or("N/A".into(), ulps));
         self.line(style, &columns("", cells, ulps.as_deref()))
@@ -155,6 +187,12 @@ const ON_CPUS: [&str; 4] = [
     "# #wrong    elements further from the f64 mean than rounding allows, or not the same bits on all ranks",
     "# xlimit    time / one-pass limit: all cores read all replicas once and write the mean to all, nothing else;",
     "#           no averager can be faster on one host's memory: a little below 1 is noise",
+];
+
+const APART: [&str; 3] = [
+    "# time      median, from the release of all ranks to the end of the last; busbw = algbw * 2(n-1)/n",
+    "# #wrong    elements further from the f64 mean than rounding allows, or ranks that have not the same bits",
+    "# xthr      time / the same ring between threads of one process, which is measured turn by turn with it",
 ];
 
 const ON_CUDA: [&str; 5] = [
@@ -197,7 +235,7 @@ fn microseconds(time: Duration) -> String {
 
 fn choices(args: &Args, options: &Options) -> String {
     let mut words = vec!["auto is direct".to_string()];
-    if args.backend == Backend::Cuda {
+    if args.backend == Backend::Cuda || args.processes {
         words.clear(); // rows have the name of what it came to
     }
     words.push(format!(

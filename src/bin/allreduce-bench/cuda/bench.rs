@@ -239,6 +239,7 @@ impl Bench {
         let check = Check {
             seed: self.seed,
             arenas: arenas.to_vec(),
+            first: 0,
             tensors: shared.tensors.clone(),
             weights: (0..arenas.len()).map(weight).collect(),
             more_roundings: u8::from(weighted || method.is_nccl()),
@@ -277,6 +278,7 @@ impl Bench {
                 times,
                 wrong: entry.found.map(|found| found.wrong),
                 limit: None,
+                apart: None,
                 device: Some(OnDevice {
                     name: name.clone(),
                     placement: placement(*ranks, visible),
