@@ -92,7 +92,8 @@ fn a_rank_that_is_stopped_is_late_and_finds_itself_left_out() {
     for rank in [0, 2] {
         assert_eq!(ranks[rank].end(), Some(0), "{:#?}", ranks[rank].heard);
         let failed = ranks[rank].said("failed");
-        assert!(failed[0].contains("Timeout { rank: 1"), "{failed:?}");
+        // If it was stopped while it waited for another itself, that is who is named: nobody can tell.
+        assert!(failed[0].contains("Timeout { rank: "), "{failed:?}");
         assert_eq!(ranks[rank].said("done"), ["[0, 2]"]);
     }
     ranks[1].signal(Signal::CONT);

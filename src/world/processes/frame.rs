@@ -6,7 +6,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use rustix::net::{recvmsg, sendmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags};
+use rustix::net::{recvmsg, sendmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::{de::DeserializeOwned, Serialize};
 
@@ -14,6 +14,8 @@ use serde::{de::DeserializeOwned, Serialize};
 const VERSION: u16 = 1;
 const MAGIC: [u8; 4] = *b"PAVG";
 const HEADER: usize = 20;
+/// This process has no file descriptor left.
+pub(super) const SHORT: ErrorKind = ErrorKind::QuotaExceeded;
 /// What the kernel passes on at once is more (253).
 pub(super) const MOST_FILES: usize = 64;
 
@@ -134,7 +136,7 @@ pub(super) fn receive(
         return bad("a message of a kind that does not belong here");
     };
     if files.len() != header[7] as usize {
-        return bad("file descriptors of a message are missing: raise ulimit -n");
+        return bad("a message without the files that it announces");
     }
     let bytes = word(16) as usize;
     if bytes > kind.most() {
@@ -173,6 +175,12 @@ fn receive_some(stream: &UnixStream, into: &mut [u8], files: &mut Vec<OwnedFd>) 
         Err(rustix::io::Errno::INTR) => return Ok(0),
         message => message?,
     };
+    if message.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(Error::new(
+            SHORT,
+            "file descriptors that came with a message could not be had: raise ulimit -n",
+        ));
+    }
     for ancillary in ancillary.drain() {
         if let RecvAncillaryMessage::ScmRights(received) = ancillary {
             files.extend(received);

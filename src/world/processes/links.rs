@@ -264,7 +264,7 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, common: &
         }
         let frame = match frame::receive(stream, &KINDS, MOST_FILES, Instant::now() + WHOLE_MESSAGE) {
             Ok(frame) => frame,
-            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+            Err(error) if [io::ErrorKind::InvalidData, frame::SHORT].contains(&error.kind()) => {
                 common.lock().trouble.insert(peer, error.to_string());
                 break;
             }

@@ -221,7 +221,7 @@ impl Host<'_> {
     fn meet(mut self, address: &SocketAddr) -> Result<Crew, String> {
         let listener = self.listen(address)?;
         let (send, visitors) = mpsc::sync_channel(MOST_STRANGERS);
-        let (closed, short) = (AtomicBool::new(false), AtomicBool::new(false));
+        let (closed, short) = (AtomicBool::new(false), Arc::new(AtomicBool::new(false)));
         std::thread::scope(|scope| {
             let door = std::thread::Builder::new().name("rendezvous".into());
             let accept = || doorkeeper(&listener, send, &closed, &short);
@@ -393,7 +393,12 @@ fn has_hung_up(stream: &UnixStream) -> bool {
 }
 
 /// Lets in who says hello in time: each on a thread of its own, so that nobody keeps others waiting, and not too many.
-fn doorkeeper(listener: &UnixListener, send: SyncSender<Visitor>, closed: &AtomicBool, short: &AtomicBool) {
+fn doorkeeper(
+    listener: &UnixListener,
+    send: SyncSender<Visitor>,
+    closed: &AtomicBool,
+    short: &Arc<AtomicBool>,
+) {
     let inside = Arc::new(AtomicUsize::new(0));
     loop {
         let stream = match listener.accept() {
@@ -413,11 +418,15 @@ fn doorkeeper(listener: &UnixListener, send: SyncSender<Visitor>, closed: &Atomi
             continue;
         }
         inside.fetch_add(1, Ordering::Relaxed);
-        let (send, leaving) = (send.clone(), inside.clone());
+        let (send, leaving, short) = (send.clone(), inside.clone(), short.clone());
         let receive = move || {
             let hello = frame::receive(&stream, &[Kind::Hello], 1, Instant::now() + HELLO);
             leaving.fetch_sub(1, Ordering::Relaxed);
-            let Ok(mut frame) = hello else { return };
+            let mut frame = match hello {
+                Ok(frame) => frame,
+                Err(error) if error.kind() == frame::SHORT => return short.store(true, Ordering::Relaxed),
+                Err(_) => return,
+            };
             let Ok(hello) = frame.parse::<Hello>() else { return };
             let process = frame.files.pop();
             let _ = send.try_send(Visitor { stream, hello, process }); // it comes again
