@@ -10,7 +10,7 @@ impl ParamAverager {
     /// [`Communicator::recover`](crate::Communicator::recover). Ranks are numbered anew. If another is lost on the way, the rest goes on
     /// without it. The next average is the mean over them, and makes them agree where some tensors were half written.
     ///
-    /// Does nothing if the averager has not failed. An error leaves it as it was.
+    /// Does nothing if the averager has not failed. After an error that says nothing of this rank being left out, it can be called again.
     pub fn recover<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<()> {
         self.recover_at(params, 0).map(drop)
     }

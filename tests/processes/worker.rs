@@ -193,6 +193,10 @@ fn survive() -> i32 {
         }
         model.fill();
         rounds += 1;
+        if let Some(pause) = number("PA_TEST_PAUSE_MS") {
+            say("pausing");
+            std::thread::sleep(Duration::from_millis(pause));
+        }
         let doomed = number("PA_TEST_DIE_AT").filter(|_| rounds == 3);
         if let Some(step) = doomed {
             averager.leave_before_step(step as u32);
