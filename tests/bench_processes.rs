@@ -107,12 +107,20 @@ fn worlds_of_2_and_4_are_right_and_recorded() {
                 assert_eq!(record["algorithm"], "ring");
                 assert!(record["start_ms"].as_f64().unwrap() > 0.0);
             }
+            // Mailboxes are 4 slots of 256 KiB or less, whatever the tensors; a page is the least.
+            let extra = pair[0]["extra_rss_bytes"].as_u64().unwrap();
+            assert!((4096..64 << 20).contains(&extra), "{extra}");
+            assert!(pair[1]["extra_rss_bytes"].is_null());
             let number = |index: usize, field: &str| pair[index][field].as_f64().unwrap();
             let ratio = number(0, "time_us") / number(1, "time_us");
             assert!((number(0, "ratio_to_threads") / ratio - 1.0).abs() < 0.01, "{pair:?}");
         }
         let csv = std::fs::read_to_string(csv).unwrap();
-        assert!(csv.lines().next().unwrap().ends_with(",ranks_are,ratio_to_threads,start_ms"));
+        assert!(csv
+            .lines()
+            .next()
+            .unwrap()
+            .ends_with(",ranks_are,ratio_to_threads,start_ms,extra_rss_bytes"));
         assert_eq!(csv.lines().count(), rows + 1);
     }
 }

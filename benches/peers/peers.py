@@ -60,8 +60,8 @@ class Mpi:
 class Ours:
     """allreduce-bench, with flags; each row is the record with its pair of method and algorithm, None for any."""
 
-    def __init__(self, key, flags, rows):
-        self.key, self.flags = key, flags
+    def __init__(self, key, flags, rows, ranks_are=None):
+        self.key, self.flags, self.ranks_are = key, flags, ranks_are
         self.rows = {row: title for row, (title, _) in rows.items()}
         self.records = {row: record for row, (_, record) in rows.items()}
 
@@ -81,7 +81,8 @@ class Ours:
         found = json.loads((folder / "rows.json").read_text())
         samples = {}
         for row, (method, algorithm) in self.records.items():
-            mine = [one for one in found if one["method"] == method and algorithm in (None, one["algorithm"])]
+            mine = [one for one in found if one["method"] == method and algorithm in (None, one["algorithm"])
+                    and one.get("ranks_are") == self.ranks_are]
             if len(mine) != 1:
                 raise Failed(f"{len(mine)} records of {method} in what allreduce-bench wrote")
             asked = {"ranks": ranks, "tensors": len(crews.sizes()), "bytes": 4 * sum(crews.sizes()), "dtype": "f32"}
@@ -93,7 +94,7 @@ class Ours:
 
 
 PEERS = [
-    Ours("ours", ["--processes"], {"ours": ("param-averager, processes", ("average", None))}),
+    Ours("ours", ["--processes"], {"ours": ("param-averager, processes", ("average", None))}, "processes"),
     Torch("gloo", "per_tensor", "torch + gloo, an all_reduce a tensor"),
     Torch("gloo-async", "overlapped", "torch + gloo, all of them at once"),
     Torch("gloo-flat", "flattened", "torch + gloo, flattened"),

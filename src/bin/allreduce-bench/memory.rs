@@ -190,3 +190,20 @@ pub fn available() -> Option<(u64, u64)> {
     let used = number("/sys/fs/cgroup/memory.current").unwrap_or(0);
     Some((free.min(limit.saturating_sub(used)), all.min(limit)))
 }
+
+/// Bytes of memory that this process holds now; `most_resident` is of the time from here on.
+pub fn resident_afresh() -> Option<u64> {
+    std::fs::write("/proc/self/clear_refs", "5").ok()?; // resets VmHWM
+    status_bytes("VmRSS:")
+}
+
+/// The most bytes of memory that this process has held since `resident_afresh`.
+pub fn most_resident() -> Option<u64> {
+    status_bytes("VmHWM:")
+}
+
+fn status_bytes(field: &str) -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}

@@ -42,6 +42,9 @@ pub struct Apart {
     pub threads: Option<Duration>,
     /// From the start of the processes to the end of their first average.
     pub start: Duration,
+    /// What the first average adds to the memory of a process, bytes of the rank that took most: an averager's mailboxes, its own
+    /// and those it writes into, and its shard. `None`: threads, or not known.
+    pub extra: Option<u64>,
 }
 
 /// What a row on CUDA devices has besides.
@@ -134,6 +137,7 @@ impl Record {
                 ("ranks_are", if apart.processes { "processes" } else { "threads" }.into()),
                 ("ratio_to_threads", short(self.times_threads())),
                 ("start_ms", short(Some(apart.start.as_secs_f64() * 1e3))),
+                ("extra_rss_bytes", apart.extra.into()),
             ]);
         }
         fields

@@ -12,7 +12,7 @@ use crate::bench::{self, TURNS};
 use crate::cli::Args;
 use crate::crew::Crew;
 use crate::failure::Failure;
-use crate::memory::{cores, place, Arena, Placed, Pool, Replica};
+use crate::memory::{self, cores, place, Arena, Placed, Pool, Replica};
 use crate::methods::{Method, Options};
 use crate::plan::{self, Group};
 use crate::records::{Apart, Record};
@@ -98,16 +98,16 @@ impl World {
         // Rank 0's threads need replicas, too. One is its own: it does one thing at a time.
         let arenas = self.pool.get(if self.rank == 0 { *ranks } else { 1 }, bytes);
         let replica = Replica { arena: arenas[0].clone(), tensors: placed.clone() };
+        self.data(&placed, &arenas);
         let mut rings = vec![];
         for &method in methods {
-            let averager = self.averager(method, &replica)?;
+            let (averager, extra) = self.averager_and_extra(method, &replica)?;
             let crew = (self.rank == 0).then(|| method.crew(self.options, layout, &placed, &arenas, &[]));
-            rings.push((method, averager, crew.transpose()?, vec![], vec![]));
+            rings.push((method, averager, extra, crew.transpose()?, vec![], vec![]));
         }
-        self.data(&placed, &arenas);
         for turn in 0..TURNS {
             let (before, share) = bench::turn(turn, *iterations, *warmup);
-            for (_, averager, crew, by_threads, by_processes) in rings.iter_mut().filter(|_| share > 0) {
+            for (_, averager, _, crew, by_threads, by_processes) in rings.iter_mut().filter(|_| share > 0) {
                 let times = self.watch(crew.as_ref(), before + share)?;
                 by_threads.extend(times.into_iter().skip(before as usize));
                 let times = self.iterate(averager, &replica, before + share)?;
@@ -115,14 +115,14 @@ impl World {
             }
         }
         let mut records = vec![];
-        for (method, mut averager, crew, by_threads, by_processes) in rings {
+        for (method, mut averager, extra, crew, by_threads, by_processes) in rings {
             let wrong = [
                 self.check_processes(&mut averager, &replica)?,
                 crew.map_or(Ok(None), |crew| self.check_threads(&crew, &placed, &arenas))?,
             ];
-            let apart = |processes, threads| Apart { processes, threads, start };
-            let threads = record(layout, *ranks, method, by_threads, wrong[1], apart(false, None));
-            let apart = apart(true, threads.time());
+            let apart = Apart { processes: false, threads: None, start, extra: None };
+            let threads = record(layout, *ranks, method, by_threads, wrong[1], apart);
+            let apart = Apart { processes: true, threads: threads.time(), start, extra };
             records.extend([record(layout, *ranks, method, by_processes, wrong[0], apart), threads]);
         }
         Ok(records)
@@ -149,6 +149,21 @@ impl World {
         let commit = method == Method::RING;
         let builder = self.options.builder(self.communicator.clone(), Algorithm::Ring, commit);
         Ok(builder.build(&mut replica.clone())?)
+    }
+
+    /// And what it and its first average add to the memory of the rank that took most, in bytes; `None` if a rank can't tell.
+    fn averager_and_extra(
+        &mut self,
+        method: Method,
+        replica: &Replica,
+    ) -> Result<(ParamAverager, Option<u64>), Failure> {
+        let before = memory::resident_afresh();
+        let mut averager = self.averager(method, replica)?;
+        self.average(&mut averager, replica)?;
+        let extra = before.and_then(|before| Some(memory::most_resident()?.saturating_sub(before)));
+        let told = self.exchange.tell([extra.map_or(0, |extra| extra + 1), 0, 0, 0])?;
+        let known = told.iter().all(|told| told[0] > 0);
+        Ok((averager, told.iter().map(|told| told[0].saturating_sub(1)).max().filter(|_| known)))
     }
 
     fn average(&self, averager: &mut ParamAverager, replica: &Replica) -> Result<(), Failure> {
