@@ -41,6 +41,7 @@ enum PaFlag {
   PA_FLAG_UNNEEDED = 4,          // this rank has no steps to average; it takes part if another rank has
   PA_FLAG_LAYOUT = 8,            // this rank's tensors are not the ones the averager was built for; see PaRecord
   PA_FLAG_NON_FINITE = 16,       // in a record: the scan before the meeting found a NaN or infinity
+  PA_FLAG_GUEST = 32,            // this rank knows of a process that waits to join the world
 };
 
 // One tensor's place in its bucket. `first_pack` ascends; a tensor of no elements has no segment.
@@ -122,7 +123,8 @@ struct PaChannel {
   uint32_t finished;    // channel 0: blocks that are done with everybody's tensors (PA_DIRECT)
   uint32_t far;         // CPU: 1: the next rank's core is far away, see is_far()
   uint32_t deciding;    // channel 0: 1: one of this rank's blocks takes a turn, see take_turn()
-  uint32_t reserved[9];
+  uint32_t guest;       // 1: the record of some rank has PA_FLAG_GUEST
+  uint32_t reserved[8];
   uint64_t segments[PA_MAX_WORLD]; // PA_DIRECT: every rank's segment table of the bucket at hand
   double scale[PA_MAX_WORLD];      // what each rank's values are multiplied by; negative: it only receives
 };

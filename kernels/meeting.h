@@ -51,6 +51,13 @@ PA_FN void agree_on_scales(const PaControl* control, uint32_t world, uint32_t ep
   me->divisor_f32 = sum_f32;
 }
 
+// Whether any rank knows of a guest: the same on all ranks, so that all let it in or none does.
+PA_FN uint32_t has_guest(const PaControl* control, uint32_t world, uint32_t epoch) {
+  uint32_t flags = 0;
+  for (uint32_t r = 0; r < world; ++r) flags |= control->board[r].record[epoch & 1].flags;
+  return flags & PA_FLAG_GUEST ? 1 : 0;
+}
+
 // The leader's part of the meeting. False: the average ended. `commits`: what is agreed on here is also the decision to
 // write (PA_DIRECT, PA_RING).
 PA_SLOW bool meet_as_leader(Exec ex, Place p, bool commits) {
@@ -91,6 +98,7 @@ PA_SLOW bool meet_as_leader(Exec ex, Place p, bool commits) {
     }
   }
   agree_on_scales(control, a.world, p.epoch, p.me);
+  p.me->guest = has_guest(control, a.world, p.epoch);
   return true;
 }
 

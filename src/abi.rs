@@ -39,6 +39,7 @@ pub const PA_FLAG_WEIGHTED: PaFlag = 2;
 pub const PA_FLAG_UNNEEDED: PaFlag = 4;
 pub const PA_FLAG_LAYOUT: PaFlag = 8;
 pub const PA_FLAG_NON_FINITE: PaFlag = 16;
+pub const PA_FLAG_GUEST: PaFlag = 32;
 pub type PaFlag = ::std::os::raw::c_uint;
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -235,7 +236,8 @@ pub struct PaChannel {
     pub finished: u32,
     pub far: u32,
     pub deciding: u32,
-    pub reserved: [u32; 9usize],
+    pub guest: u32,
+    pub reserved: [u32; 8usize],
     pub segments: [u64; 16usize],
     pub scale: [f64; 16usize],
 }
@@ -295,8 +297,11 @@ const _: () = {
         "Offset of field: PaChannel::deciding",
     ][::std::mem::offset_of!(PaChannel, deciding) - 88usize];
     [
+        "Offset of field: PaChannel::guest",
+    ][::std::mem::offset_of!(PaChannel, guest) - 92usize];
+    [
         "Offset of field: PaChannel::reserved",
-    ][::std::mem::offset_of!(PaChannel, reserved) - 92usize];
+    ][::std::mem::offset_of!(PaChannel, reserved) - 96usize];
     [
         "Offset of field: PaChannel::segments",
     ][::std::mem::offset_of!(PaChannel, segments) - 128usize];

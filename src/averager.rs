@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 pub use builder::{Builder, Testing};
 pub use link::Link;
 pub use pending::Pending;
+pub(crate) use recover::Regrouped;
 pub use report::Report;
 
 use crate::abi::*;
@@ -77,6 +78,8 @@ pub struct ParamAverager {
     /// To build another one by.
     options: Builder,
     failed: Option<Error>,
+    /// The average that gave a process that joined its model, until somebody asks.
+    let_in: Option<Report>,
     /// The stream of the average that may be under way: to cudarc, a context whose last stream is gone has no need to order
     /// the uses of its slices any more.
     #[cfg(feature = "cudarc")]
@@ -108,6 +111,15 @@ impl ParamAverager {
 
     fn build<P: Parameters + ?Sized>(options: Builder, params: &mut P) -> Result<Self> {
         let communicator = options.communicator.clone();
+        let built = Self::assemble(options, params).and_then(|mut averager| {
+            averager.average_with_joiner(params)?;
+            Ok(averager)
+        });
+        built.inspect_err(|_| communicator.leave_if_new())
+    }
+
+    fn assemble<P: Parameters + ?Sized>(options: Builder, params: &mut P) -> Result<Self> {
+        let communicator = options.communicator.clone();
         let (rank, world) = (communicator.rank(), communicator.world_size());
         let (mut table, problem) = Table::new(params, communicator.device(), communicator.site().clone());
         let algorithm = options.chosen_algorithm();
@@ -125,6 +137,7 @@ impl ParamAverager {
             options: options.shown(),
             tensors: table.describe_all(),
             schedule_position: options.schedule_position,
+            admits: options.admits,
             inbox: own.as_ref().ok().and_then(|own| own.inbox.clone()),
             credits: own.as_ref().ok().and_then(|own| own.credits.clone()),
             control: own.as_ref().ok().and_then(|own| own.control.clone()),
@@ -139,6 +152,7 @@ impl ParamAverager {
             timeout: options.timeout,
             options: options.clone(),
             failed: None,
+            let_in: None,
             #[cfg(feature = "cudarc")]
             stream: None,
             communicator,
@@ -292,6 +306,8 @@ impl ParamAverager {
                 return Err(refusal.clone());
             }
         }
+        // What a graph replays is always the same, but guests come and go.
+        let has_guest = stream.is_none() && self.communicator.has_guest();
         let args = PaArgs {
             schedule: call.schedule,
             weight: call.weight.unwrap_or(1.0),
@@ -300,7 +316,8 @@ impl ParamAverager {
             flags: self.args.flags
                 | flag(PA_FLAG_WEIGHTED, call.weight.is_some())
                 | flag(PA_FLAG_UNNEEDED, call.unneeded)
-                | flag(PA_FLAG_LAYOUT, problem.is_some()),
+                | flag(PA_FLAG_LAYOUT, problem.is_some())
+                | flag(PA_FLAG_GUEST, has_guest),
             ..self.args
         };
         if std::mem::take(&mut self.table.moved) {

@@ -86,6 +86,15 @@ pub enum Error {
         reason: String,
     },
 
+    /// A process could not join a world that has begun.
+    #[error("this process was not let into the world {rendezvous:?}: {reason}")]
+    Join {
+        /// The name of the world.
+        rendezvous: String,
+        /// Why, and what to do.
+        reason: String,
+    },
+
     /// A rank that is another process could not build its averager.
     #[error("rank {rank} can't build its averager: {reason}")]
     PeerRefused {

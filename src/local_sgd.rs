@@ -1,6 +1,6 @@
 //! Local SGD: count optimizer steps, average when the schedule says so.
 
-use crate::averager::{Call, Outcome};
+use crate::averager::{Call, Outcome, Regrouped};
 use crate::{Error, ParamAverager, Parameters, Report, Result, Schedule};
 
 /// Averages a model's parameters across ranks every so many optimizer steps.
@@ -44,9 +44,11 @@ pub enum Action {
 }
 
 impl LocalSgd {
-    /// Local SGD with this rank's averager. The schedule must be the same on every rank.
+    /// Local SGD with this rank's averager. The schedule must be the same on every rank. In a process that
+    /// [joined](crate::World::join), it begins at the place in the schedule that the others have.
     pub fn new(averager: ParamAverager, schedule: Schedule) -> Self {
-        LocalSgd { averager, schedule, enabled: true, position: 0, applied: 0, since_average: 0, averages: 0 }
+        let position = averager.schedule_position();
+        LocalSgd { averager, schedule, enabled: true, position, applied: 0, since_average: 0, averages: 0 }
     }
 
     /// `false`: only count steps, never average. Must be the same on every rank.
@@ -56,14 +58,18 @@ impl LocalSgd {
     }
 
     /// After an optimizer step was applied: counts it, and averages if it is due.
+    ///
+    /// After an average, a process that waits to [join](crate::World::join) is let in.
     pub fn step<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        self.step_by(|averager, call| averager.run(params, call))
+        let action = self.step_by(|averager, call| averager.run(params, call))?;
+        self.let_in(params, action)
     }
 
     /// After an optimizer step was left out, on this rank alone or on all: the step is not counted as applied, but this
     /// rank takes part in the average if one is due, so that its peers need not wait.
     pub fn skip<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        self.skip_by(|averager, call| averager.run(params, call))
+        let action = self.skip_by(|averager, call| averager.run(params, call))?;
+        self.let_in(params, action)
     }
 
     /// The last average, which makes all ranks' parameters the same. Ranks may have made different numbers of steps
@@ -79,7 +85,11 @@ impl LocalSgd {
     /// others.
     pub fn recover<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
         loop {
-            self.position = self.averager.recover_at(params, self.position)?;
+            let Regrouped { position, averaged } = self.averager.recover_at(params, self.position)?;
+            self.position = position;
+            if let Some(report) = averaged {
+                return Ok(self.averaged(report));
+            }
             self.since_average += 1; // whatever was half written
             match self.average(|averager, call| averager.run(params, call), RECOVER) {
                 Err(Error::PeerLost { .. } | Error::Timeout { .. }) => {} // another one
@@ -88,7 +98,39 @@ impl LocalSgd {
         }
     }
 
-    /// Optimizer steps applied so far.
+    /// Lets in who waits, after an average that was due.
+    fn let_in<P: Parameters + ?Sized>(&mut self, params: &mut P, action: Action) -> Result<Action> {
+        let waits = match &action {
+            Action::Averaged(report) => report.joiner_waits,
+            Action::Alone => {
+                self.enabled && self.schedule.is_due(self.position) && self.averager.joiner_waits()
+            }
+            _ => false,
+        };
+        if !waits {
+            return Ok(action);
+        }
+        let Regrouped { position, averaged } = self.averager.regroup(params, self.position, true)?;
+        self.position = position;
+        match averaged {
+            Some(report) => Ok(self.averaged(report)),
+            // Nobody came, so all that are left make the average that those make to whom the last one was a failure.
+            None => self.recover(params),
+        }
+    }
+
+    fn averaged(&mut self, report: Report) -> Action {
+        self.since_average = 0;
+        self.averages += 1;
+        Action::Averaged(report)
+    }
+
+    /// The place in the schedule: steps taken and skipped by this rank and, in a process that joined, by the others before.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
+    /// Optimizer steps applied so far, by this rank.
     pub fn steps(&self) -> u64 {
         self.applied
     }
@@ -149,10 +191,7 @@ impl LocalSgd {
         let outcome = average(&mut self.averager, call)?;
         self.since_average = 0;
         Ok(match outcome {
-            Outcome::Averaged(report) => {
-                self.averages += 1;
-                Action::Averaged(report)
-            }
+            Outcome::Averaged(report) => self.averaged(report),
             Outcome::Unneeded => Action::Unneeded,
         })
     }

@@ -8,6 +8,8 @@ mod common;
 mod crew;
 #[path = "processes/deaths.rs"]
 mod deaths;
+#[path = "processes/joins.rs"]
+mod joins;
 #[path = "processes/meeting.rs"]
 mod meeting;
 #[path = "processes/worker.rs"]

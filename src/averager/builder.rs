@@ -24,6 +24,8 @@ pub struct Builder {
     pub(super) chunk_bytes: Option<usize>,
     /// Shown to the others, for whom it may be of use.
     pub(super) schedule_position: u64,
+    /// Others are let in, for whom the first average is.
+    pub(super) admits: bool,
     pub(super) testing: Testing,
 }
 
@@ -57,6 +59,7 @@ impl Builder {
             slots: defaults::SLOTS,
             chunk_bytes: None,
             schedule_position: 0,
+            admits: false,
             testing: Testing::default(),
         }
     }
@@ -136,6 +139,8 @@ impl Builder {
     /// Builds the averager for these tensors. Collective: returns when every rank has called it, with the same error
     /// on every rank if options or tensors differ. The tensors' values and addresses may change afterwards, their
     /// number, order, dtypes and sizes may not.
+    ///
+    /// In a process that [joined](crate::World::join) it gives the tensors the values that the others have.
     pub fn build<P: Parameters + ?Sized>(self, params: &mut P) -> Result<ParamAverager> {
         ParamAverager::build(self, params)
     }

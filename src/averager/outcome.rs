@@ -87,6 +87,10 @@ impl ParamAverager {
             waited: Duration::from_nanos(waited),
             world_size: self.world_size(),
             algorithm: self.algorithm,
+            joiner_waits: match self.world_size() {
+                1 => self.communicator.has_guest(),
+                _ => self.ended().next().is_some_and(|status| status.guest != 0),
+            },
         }
     }
 

@@ -1,8 +1,19 @@
-//! Going on after a failure, among the ranks that are left.
+//! Going on with other ranks: without those that were lost, or with one that joins.
 
-use super::ParamAverager;
+use super::{Call, Outcome, ParamAverager, Report};
 use crate::error::Stage;
 use crate::{Error, Parameters, Result};
+
+/// Why the average is made that gives a process that joined its model; no schedule asks for it.
+const ADMIT: u64 = u64::MAX;
+
+/// What came of it.
+pub(crate) struct Regrouped {
+    /// The place in the schedule of the rank that is farthest on.
+    pub(crate) position: u64,
+    /// The average that was made since a process joined, if one did.
+    pub(crate) averaged: Option<Report>,
+}
 
 impl ParamAverager {
     /// Collective among the ranks that are left, after an error that [is fatal](Error::is_fatal): builds the averager anew, with
@@ -15,34 +26,106 @@ impl ParamAverager {
         self.recover_at(params, 0).map(drop)
     }
 
-    /// The same with this rank's place in its schedule. Returns the one farthest on of all ranks: some may have been done with the
-    /// average that failed for others, and have gone on to the next.
+    /// The same with this rank's place in its schedule: some ranks may have been done with the average that failed for others, and
+    /// have gone on to the next.
     pub(crate) fn recover_at<P: Parameters + ?Sized>(
         &mut self,
         params: &mut P,
         position: u64,
-    ) -> Result<u64> {
+    ) -> Result<Regrouped> {
         if self.failed.is_none() && self.agreement.control.failure().is_none() {
-            return Ok(position);
+            return Ok(Regrouped { position, averaged: None });
         }
-        // Whatever was enqueued ends by itself: its world has failed.
+        self.regroup(params, position, false)
+    }
+
+    /// Collective, after an average whose report says that a process [waits to join](Report::joiner_waits): lets it in, as the last
+    /// rank, and averages, with weight 0 for it and 1 for all others, which gives it the model. If it is gone by now, or its
+    /// tensors or options are not those of the others, these go on without it, and average all the same.
+    ///
+    /// Every other averager of this world is to call it next, in the order in which they were built.
+    ///
+    /// ```no_run
+    /// # fn train(averager: &mut param_averager::ParamAverager, model: &mut Vec<Vec<f32>>) -> param_averager::Result<()> {
+    /// if averager.average(model)?.joiner_waits {
+    ///     averager.admit(model)?;
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn admit<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Report> {
+        match self.regroup(params, 0, true)?.averaged {
+            Some(report) => Ok(report),
+            None => self.average(params),
+        }
+    }
+
+    /// The next generation of the world, and this averager in it.
+    pub(crate) fn regroup<P: Parameters + ?Sized>(
+        &mut self,
+        params: &mut P,
+        position: u64,
+        mut admits: bool,
+    ) -> Result<Regrouped> {
+        // Whatever was enqueued ends by itself.
         let _ = self.own.engine.finish();
         self.options.schedule_position = position;
         loop {
             // Kept also where what follows fails: the next call begins from there.
-            self.options.communicator = self.options.communicator.recover(self.timeout)?;
+            let next = self.options.communicator.next(self.timeout, admits);
+            self.options.communicator = next.inspect_err(|error| self.fail_by(error))?;
+            let joined = self.options.communicator.has_joined();
+            self.options.admits = admits && joined;
             match self.options.clone().build(params) {
                 Ok(averager) => {
                     *self = averager;
-                    let positions = self.agreement.cards.iter().map(|card| card.schedule_position);
-                    return Ok(positions.max().unwrap_or(position));
+                    self.options.admits = false;
+                    return Ok(Regrouped {
+                        position: self.schedule_position(),
+                        averaged: self.let_in.take(),
+                    });
                 }
                 // A rank that was there a moment ago: each round is without one more.
                 Err(
                     Error::PeerLost { stage: Stage::Build, .. } | Error::Timeout { stage: Stage::Build, .. },
                 ) => {}
-                Err(error) => return Err(error),
+                // The one that joined is not like the others, or was lost before it had the model: it has left.
+                Err(_) if joined => admits = false,
+                Err(error) => {
+                    self.fail_by(&error);
+                    return Err(error);
+                }
             }
         }
+    }
+
+    /// Its world is over, so that `recover` is the way on.
+    fn fail_by(&mut self, error: &Error) {
+        self.failed.get_or_insert_with(|| error.clone());
+    }
+
+    /// The first average of an averager that was built since a process joined.
+    pub(super) fn average_with_joiner<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<()> {
+        if !self.agreement.cards.iter().any(|card| card.admits) {
+            return Ok(());
+        }
+        let weight = if self.options.admits { 1.0 } else { 0.0 };
+        let call = Call { weight: Some(weight), schedule: ADMIT, unneeded: false };
+        if let Outcome::Averaged(report) = self.run(params, call)? {
+            self.let_in = Some(report);
+        }
+        self.communicator.has_model();
+        Ok(())
+    }
+
+    /// Of all ranks, when the averager was built.
+    pub(crate) fn schedule_position(&self) -> u64 {
+        let positions = self.agreement.cards.iter().map(|card| card.schedule_position);
+        positions.max().unwrap_or(0)
+    }
+
+    /// Whether this rank knows of a process that waits to join.
+    pub(crate) fn joiner_waits(&self) -> bool {
+        self.communicator.has_guest()
     }
 }

@@ -19,6 +19,9 @@ pub struct Report {
     pub world_size: usize,
     /// How it was done.
     pub algorithm: Algorithm,
+    /// A process waits to [join](crate::World::join) this world; the same on every rank. [`LocalSgd`](crate::LocalSgd) lets it
+    /// in, or [`ParamAverager::admit`](crate::ParamAverager::admit).
+    pub joiner_waits: bool,
 }
 
 impl Report {

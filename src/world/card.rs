@@ -17,6 +17,8 @@ pub(crate) struct Card {
     pub(crate) tensors: Vec<String>,
     /// Where its schedule stands, after a recovery.
     pub(crate) schedule_position: u64,
+    /// It lets others in: its first average is theirs, too.
+    pub(crate) admits: bool,
     /// What the previous rank of the ring writes: the inbox, after its `filled` counters.
     pub(crate) inbox: Option<Arc<Memory>>,
     /// What the next one writes: `drained` counters.

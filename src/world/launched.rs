@@ -28,7 +28,36 @@ impl World {
     /// Ranks find one another by a name, which is made of the launcher's variables or is that in `PARAM_AVERAGER_RENDEZVOUS`. It
     /// becomes an abstract Unix socket of rank 0's: no file, no port. Processes of other users are not let in.
     pub fn from_env(device: Device) -> Result<Communicator> {
-        join(Setup::of_the_environment()?, device, TIMEOUT)
+        meet(Setup::of_the_environment()?, device, TIMEOUT)
+    }
+
+    /// This process as one more rank of a world of processes that has begun, on this host and of this user: waits until the others
+    /// let it in, which [`LocalSgd`](crate::LocalSgd) does after the next average that is due, and
+    /// [`ParamAverager::admit`](crate::ParamAverager::admit) where it is called. `rendezvous` is the name of the world that its
+    /// ranks gave, or [`Communicator::rendezvous`] tells. Waits as [`WorldBuilder::timeout`] does, also for the world itself to begin.
+    ///
+    /// It has no model of its own: building its averager gives its tensors the values that the others have, and
+    /// [`LocalSgd::position`](crate::LocalSgd::position) tells how far they are. It builds the averagers that they have, in the same
+    /// order. If that fails, it has left, and can join again.
+    ///
+    /// ```no_run
+    /// use param_averager::{Device, LocalSgd, ParamAverager, Schedule, World};
+    ///
+    /// let communicator = World::join("my-run", Device::cpu())?;
+    /// let mut model = vec![vec![0.0f32; 1000]];
+    /// let averager = ParamAverager::builder(communicator).build(&mut model)?;
+    /// let mut sgd = LocalSgd::new(averager, Schedule::every(8));
+    /// for _step in sgd.position()..10_000 {
+    ///     // forward, backward, optimizer step
+    ///     sgd.step(&mut model)?;
+    /// }
+    /// sgd.finish(&mut model)?;
+    /// # Ok::<(), param_averager::Error>(())
+    /// ```
+    ///
+    /// Of several worlds of one name, it is the first that answers.
+    pub fn join(rendezvous: impl Into<String>, device: Device) -> Result<Communicator> {
+        World::builder().rendezvous(rendezvous).device(device).join()
     }
 
     /// The same with everything said by the caller.
@@ -49,11 +78,11 @@ impl World {
 /// use param_averager::World;
 ///
 /// let rank: usize = std::env::args().nth(1).and_then(|rank| rank.parse().ok()).expect("a rank");
-/// let communicator = World::builder().rank(rank).world_size(2).rendezvous("my-run").join()?;
+/// let communicator = World::builder().rank(rank).world_size(2).rendezvous("my-run").build()?;
 /// # Ok::<(), param_averager::Error>(())
 /// ```
 #[derive(Clone, Debug)]
-#[must_use = "call join"]
+#[must_use = "call build or join"]
 pub struct WorldBuilder {
     rank: Option<usize>,
     world_size: Option<usize>,
@@ -88,29 +117,41 @@ impl WorldBuilder {
         self
     }
 
-    /// How long to wait for the other ranks to start. Default: 10 minutes.
+    /// How long to wait for the other ranks to start, or to be let in. Default: 10 minutes.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
     }
 
     /// Waits for the other ranks. Collective.
-    pub fn join(self) -> Result<Communicator> {
-        let missing = |what| {
-            Error::Environment {
-            problem: format!("World::builder() needs .{what}(..): every process of a world says its rank, the world's size and a name"),
-        }
-        };
+    pub fn build(self) -> Result<Communicator> {
         let setup = Setup {
             rank: self.rank.ok_or_else(|| missing("rank"))?,
             world_size: self.world_size.ok_or_else(|| missing("world_size"))?,
             name: self.rendezvous.ok_or_else(|| missing("rendezvous"))?,
         };
-        join(setup, self.device, self.timeout)
+        meet(setup, self.device, self.timeout)
+    }
+
+    /// [`World::join`] with more said by the caller. A rank and the world's size are the others' to say.
+    pub fn join(self) -> Result<Communicator> {
+        let name = self.rendezvous.ok_or_else(|| missing("rendezvous"))?;
+        if self.rank.is_some() || self.world_size.is_some() {
+            let problem = "World::builder().join() joins a world that has begun, and gets its rank from that: leave .rank(..) and \
+                           .world_size(..) out, or call .build() to begin one";
+            return Err(Error::Environment { problem: problem.into() });
+        }
+        let processes = Processes::join(&name, self.device, self.timeout)?;
+        Ok(Communicator::new(Group::Processes(std::sync::Arc::new(processes))))
     }
 }
 
-fn join(setup: Setup, device: Device, timeout: Duration) -> Result<Communicator> {
+fn missing(what: &str) -> Error {
+    let problem = format!("World::builder() needs .{what}(..): every process of a world says its rank, the world's size and a name");
+    Error::Environment { problem }
+}
+
+fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<Communicator> {
     if !(1..=PA_MAX_WORLD as usize).contains(&setup.world_size) {
         return Err(Error::WorldSize { found: setup.world_size });
     }
@@ -121,4 +162,38 @@ fn join(setup: Setup, device: Device, timeout: Duration) -> Result<Communicator>
     }
     let processes = Processes::meet(setup, device, timeout)?;
     Ok(Communicator::new(Group::Processes(std::sync::Arc::new(processes))))
+}
+
+impl Communicator {
+    /// What ranks that are processes have as the name of their world, for those that [join](World::join) it later.
+    pub fn rendezvous(&self) -> Option<&str> {
+        self.processes().map(|processes| processes.name())
+    }
+
+    /// Whether a process waits to join, as far as this rank knows.
+    pub(crate) fn has_guest(&self) -> bool {
+        self.processes().is_some_and(|processes| processes.has_guest())
+    }
+
+    /// Whether one has joined with this generation of the world.
+    pub(crate) fn has_joined(&self) -> bool {
+        self.processes().is_some_and(|processes| processes.has_joined())
+    }
+
+    /// If this rank is one that joined: it has the model now.
+    pub(crate) fn has_model(&self) {
+        self.processes().into_iter().for_each(|processes| processes.has_model());
+    }
+
+    /// If this rank is one that joined and has no model: it never will.
+    pub(crate) fn leave_if_new(&self) {
+        self.processes().into_iter().for_each(|processes| processes.leave_if_new());
+    }
+
+    fn processes(&self) -> Option<&Processes> {
+        match &self.membership.group {
+            Group::Threads(..) => None,
+            Group::Processes(processes) => Some(processes),
+        }
+    }
 }

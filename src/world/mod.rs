@@ -182,8 +182,17 @@ impl Communicator {
         match &self.membership.group {
             Group::Threads(rank, _) => Err(Error::NoRecovery { rank: *rank }),
             #[cfg(target_os = "linux")]
+            Group::Processes(_) => self.next(timeout, false),
+        }
+    }
+
+    /// The same, after an error or not, and with a process that waits to join, if all ranks `admit` it.
+    pub(crate) fn next(&self, timeout: Duration, admits: bool) -> Result<Communicator> {
+        match &self.membership.group {
+            Group::Threads(rank, _) => Err(Error::NoRecovery { rank: *rank }),
+            #[cfg(target_os = "linux")]
             Group::Processes(processes) => {
-                let next = processes.next_generation(timeout)?;
+                let next = processes.next_generation(timeout, admits)?;
                 Ok(Communicator::new(Group::Processes(Arc::new(next))))
             }
         }
@@ -209,6 +218,21 @@ impl Communicator {
         };
         Communicator { membership: Arc::new(Membership { rank, group, builds: AtomicU64::new(0) }) }
     }
+}
+
+#[cfg(not(target_os = "linux"))]
+impl Communicator {
+    pub(crate) fn has_guest(&self) -> bool {
+        false
+    }
+
+    pub(crate) fn has_joined(&self) -> bool {
+        false
+    }
+
+    pub(crate) fn has_model(&self) {}
+
+    pub(crate) fn leave_if_new(&self) {}
 }
 
 impl Drop for Membership {

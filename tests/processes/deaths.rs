@@ -106,7 +106,7 @@ fn a_rank_that_is_stopped_is_late_and_finds_itself_left_out() {
     assert_eq!(ranks[1].end(), Some(5), "{:#?}", ranks[1].heard);
 }
 
-fn runs(variable: &str, otherwise: usize) -> usize {
+pub fn runs(variable: &str, otherwise: usize) -> usize {
     std::env::var(variable).map_or(otherwise, |runs| runs.parse().unwrap())
 }
 
@@ -179,7 +179,7 @@ fn stops_and_kills_at_any_time() {
 }
 
 /// Of this run; printed, so that it can be asked for again.
-fn seed() -> u64 {
+pub fn seed() -> u64 {
     let seed =
         std::env::var("PA_TEST_SEED").map_or(u64::from(std::process::id()), |seed| seed.parse().unwrap());
     println!("PA_TEST_SEED={seed}");

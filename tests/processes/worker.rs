@@ -1,5 +1,6 @@
 //! What a rank does: averages until a failure, checks every element, recovers, and says what it saw in lines that begin with @.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -42,8 +43,16 @@ pub fn run(role: &str) {
     std::process::exit(code);
 }
 
+/// Whether this process comes late.
+fn is_late() -> bool {
+    number("PA_TEST_JOIN").is_some()
+}
+
 fn join() -> Result<Communicator, Error> {
     let timeout = Duration::from_millis(number("PA_TEST_MEET_MS").unwrap_or(20_000));
+    if is_late() {
+        return World::builder().rendezvous(std::env::var("PA_TEST_NAME").unwrap()).timeout(timeout).join();
+    }
     match number("PA_TEST_RANK") {
         None => World::from_env(Device::cpu()),
         Some(rank) => World::builder()
@@ -51,7 +60,7 @@ fn join() -> Result<Communicator, Error> {
             .world_size(number("PA_TEST_WORLD").unwrap() as usize)
             .rendezvous(std::env::var("PA_TEST_NAME").unwrap())
             .timeout(timeout)
-            .join(),
+            .build(),
     }
 }
 
@@ -79,6 +88,9 @@ fn meet() -> i32 {
         }
         let mut averager = builder.build(&mut model)?;
         assert_eq!(averager.algorithm(), Algorithm::Ring);
+        if is_late() {
+            return Err(Error::WorldSize { found: 0 }); // this rank was to be refused
+        }
         averager.average(&mut model)?;
         Ok(averager.world_size())
     });
@@ -176,14 +188,28 @@ fn survive() -> i32 {
             ENOUGH.store(true, Ordering::Relaxed);
         }
     });
-    let communicator = join().unwrap();
-    let origin = communicator.rank();
+    let tensors = vec![vec![0.0; 5000], vec![], vec![0.0; 777], vec![0.0; MOST]];
+    let mut model = Model { origin: 0, tensors };
+    let (communicator, mut averager) = loop {
+        let communicator = join().unwrap();
+        match builder(communicator.clone()).build(&mut model.tensors) {
+            Ok(averager) => break (communicator, averager),
+            Err(error) => assert!(is_late() && error.is_fatal(), "{error}"), // a peer was lost on the way: once more
+        }
+    };
+    let origin = number("PA_TEST_ORIGIN").map_or(communicator.rank(), |origin| origin as usize);
+    model.origin = origin;
     // Who takes part, where that is known.
-    let mut all = Some((0..communicator.world_size()).collect::<Vec<usize>>());
-    let mut model = Model { origin, tensors: vec![vec![0.0; 5000], vec![], vec![0.0; 777], vec![0.0; MOST]] };
-    let mut averager = builder(communicator).build(&mut model.tensors).unwrap();
+    let mut all = (!is_late()).then(|| (0..communicator.world_size()).collect::<Vec<usize>>());
+    drop(communicator);
     let left = number("PA_TEST_FINAL").unwrap_or(0) as usize;
-    let files = count_files();
+    if is_late() {
+        let ranks = model.check();
+        assert!(!ranks.is_empty() && !ranks.contains(&origin), "{ranks:?}");
+        say(&format!("joined {ranks:?}"));
+    }
+    // By the number of ranks.
+    let mut files = BTreeMap::from([(averager.world_size(), count_files())]);
     say("ready");
     let (mut rounds, mut good) = (0, 0);
     loop {
@@ -202,6 +228,7 @@ fn survive() -> i32 {
             averager.leave_before_step(step as u32);
         }
         let result = averager.average(&mut model.tensors);
+        let averaged = result.is_ok();
         if let Some(step) = doomed {
             if result.is_err() {
                 die();
@@ -216,18 +243,35 @@ fn survive() -> i32 {
                 assert!(ranks.contains(&origin) && all.is_none_or(|all| all == ranks), "{ranks:?}");
                 good = if ranks.len() == left { good + 1 } else { 0 };
                 if good > 3 {
-                    assert!(count_files() <= files, "{} files, there were {files}", count_files());
+                    let most = files.entry(ranks.len()).or_insert(usize::MAX);
+                    assert!(count_files() <= *most, "{} files, there were {most}", count_files());
                     say(&format!("done {ranks:?}"));
                     return 0;
                 }
                 all = Some(ranks);
-                continue;
+                if !report.joiner_waits {
+                    continue;
+                }
+                all = None;
+                match averager.admit(&mut model.tensors) {
+                    Ok(report) => {
+                        say(&format!("admitted {} {:x}", report.world_size, model.digest()));
+                        continue;
+                    }
+                    Err(Error::LeftOut { .. }) => {
+                        say("left out");
+                        return 5;
+                    }
+                    Err(error) => error,
+                }
             }
             Err(error) => error,
         };
         say(&format!("failed {} {error:?}", now_us()));
         assert!(error.is_fatal(), "{error}");
-        model.check_failed(error.tensors_unchanged(), all.as_deref());
+        if !averaged {
+            model.check_failed(error.tensors_unchanged(), all.as_deref());
+        }
         let start = now_us();
         match averager.recover(&mut model.tensors) {
             Ok(()) => {}
@@ -276,14 +320,17 @@ fn count_files() -> usize {
 /// Minimises Σ (x - target)² with noise of each rank's own; rank 1 of 4 panics half way.
 fn train() -> i32 {
     let communicator = join().unwrap();
-    let (origin, dies) = (communicator.rank() as u64, number("PA_TEST_PANIC"));
+    let origin = number("PA_TEST_ORIGIN").unwrap_or(communicator.rank() as u64);
+    let (dies, pause) = (number("PA_TEST_PANIC"), number("PA_TEST_STEP_US"));
     let target: Vec<f32> = (0..100).map(|i| (i as f32 * 0.37).sin()).collect();
     let mut x = vec![vec![0.0f32; 100]];
     let averager = builder(communicator).build(&mut x).unwrap();
     let mut sgd = LocalSgd::new(averager, Schedule::every(8));
     let mut seed = origin + 1;
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || {
-        for step in 0..400u64 {
+        say(&format!("begins at {}", sgd.position()));
+        for step in sgd.position()..400 {
+            pause.into_iter().for_each(|pause| std::thread::sleep(Duration::from_micros(pause)));
             for (x, target) in x[0].iter_mut().zip(&target) {
                 seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
                 let noise = (seed >> 33) as f32 / (1u64 << 31) as f32 - 0.5;

@@ -35,18 +35,29 @@ pub(super) enum Kind {
     Abort = 5,
     /// The sender is ready for the next generation of its world.
     Ready = 6,
+    /// To a member's door, from a process that wants to join its world.
+    Knock = 7,
+    /// From the door: here is the world.
+    Inside = 8,
+    /// To the door: be my peer. The number is the sender's id.
+    Enter = 9,
+    /// From the member: you are heard as a peer is.
+    Entered = 10,
+    /// To all members, whose peer the sender is by now: let me in after this generation.
+    Waiting = 11,
 }
 
 impl Kind {
     fn of(byte: u8) -> Option<Kind> {
-        let all = [Kind::Hello, Kind::Welcome, Kind::Refuse, Kind::Card, Kind::Abort, Kind::Ready];
+        use Kind::*;
+        let all = [Hello, Welcome, Refuse, Card, Abort, Ready, Knock, Inside, Enter, Entered, Waiting];
         all.into_iter().find(|&kind| kind as u8 == byte)
     }
 
     /// Bytes that a body may have: those of a stranger few.
     fn most(self) -> usize {
         match self {
-            Kind::Hello => 4 << 10,
+            Kind::Hello | Kind::Knock | Kind::Enter => 4 << 10,
             Kind::Card => 64 << 20,
             _ => 64 << 10,
         }

@@ -1,11 +1,11 @@
 //! This process's sockets to its peers: a thread for each listens to what the peer says, and sees when it is gone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -14,8 +14,9 @@ use rustix::event::{poll, PollFd, PollFlags};
 use serde::Serialize;
 
 use super::frame::{self, Frame, Kind};
-use super::rendezvous::{Crew, Met};
-use crate::backend::Shared;
+use super::home::Home;
+use super::page::{Decision, Page};
+use super::rendezvous::Met;
 use crate::world::Agreement;
 use crate::Error;
 
@@ -24,25 +25,22 @@ const WHOLE_MESSAGE: Duration = Duration::from_secs(60);
 /// Messages of one peer that nobody has asked for yet.
 const MOST_WAITING: usize = 256;
 
-/// The sockets of one process in one world. Peers are named by the ranks that they had in the first generation. When it is
-/// dropped, this process has left the world.
+/// The sockets of one process in one world. Peers are named by their ids, which are their ranks in the first generation or were
+/// given to those that came later. When it is dropped, this process has left the world.
 #[derive(Debug)]
 pub(super) struct Links {
     pub(super) me: usize,
-    page: Shared,
-    peers: Vec<Option<Peer>>,
-    common: Arc<Common>,
-    threads: Vec<JoinHandle<()>>,
+    pub(super) common: Arc<Common>,
     /// Locked for as long as this process goes from one generation to the next.
     pub(super) latest: Mutex<Generation>,
+    /// This process came late, and has no model of its own until its first average.
+    pub(super) is_new: AtomicBool,
 }
 
 /// What all communicators of one generation of this process have in common.
 #[derive(Clone, Debug)]
 pub(super) struct Generation {
-    pub(super) number: u32,
-    /// By rank.
-    pub(super) members: Arc<[usize]>,
+    pub(super) decision: Arc<Decision>,
     pub(super) fate: Arc<Mutex<Fate>>,
     /// Averagers built or begun: the k-th of one rank belongs with the k-th of every other.
     pub(super) builds: Arc<AtomicU32>,
@@ -56,8 +54,17 @@ pub(super) struct Fate {
 }
 
 impl Generation {
-    pub(super) fn new(number: u32, members: Arc<[usize]>) -> Self {
-        Generation { number, members, fate: Arc::default(), builds: Arc::default() }
+    pub(super) fn new(decision: Decision) -> Self {
+        Generation { decision: Arc::new(decision), fate: Arc::default(), builds: Arc::default() }
+    }
+
+    pub(super) fn number(&self) -> u32 {
+        self.decision.generation
+    }
+
+    /// By rank.
+    pub(super) fn members(&self) -> &[usize] {
+        &self.decision.members
     }
 }
 
@@ -70,19 +77,27 @@ struct Peer {
 
 /// What the listening threads have a part in.
 #[derive(Debug)]
-struct Common {
+pub(super) struct Common {
+    pub(super) page: Page,
+    /// None: this process has left.
+    peers: Mutex<Option<BTreeMap<usize, Arc<Peer>>>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
     state: Mutex<State>,
     changed: Condvar,
+    /// Somebody waits to be let in after the generation before this one; 0: nobody.
+    guest: AtomicU32,
 }
 
 /// What is known of the peers.
 #[derive(Debug, Default)]
 pub(super) struct State {
-    pub(super) gone: Vec<bool>,
+    pub(super) gone: BTreeSet<usize>,
     /// Why one of them, which may still be there, can't be heard any more.
     pub(super) trouble: BTreeMap<usize, String>,
+    /// Where they are.
+    pub(super) homes: BTreeMap<usize, Home>,
     /// By peer: what it said first, among all that nobody has asked for.
-    messages: Vec<BTreeMap<(Kind, u32, u32), Frame>>,
+    messages: BTreeMap<usize, BTreeMap<(Kind, u32, u32), Frame>>,
     /// Averagers built: peers that are gone are marked on their boards.
     built: Vec<(Weak<Agreement>, Ring)>,
 }
@@ -102,28 +117,22 @@ fn leave(agreement: &Agreement, ring: &Ring, peer: usize) {
 }
 
 impl Links {
-    pub(super) fn new(me: usize, crew: Crew) -> io::Result<Links> {
-        let size = crew.peers.len();
-        let messages = (0..size).map(|_| BTreeMap::new()).collect();
-        let state = State { gone: vec![false; size], trouble: BTreeMap::new(), messages, built: vec![] };
-        let common = Arc::new(Common { state: Mutex::new(state), changed: Condvar::new() });
-        let latest = Mutex::new(Generation::new(0, (0..size).collect()));
-        let mut links = Links { me, page: crew.page, peers: vec![], common, threads: vec![], latest };
-        for (peer, met) in crew.peers.into_iter().enumerate() {
-            let Some(Met { stream, process }) = met else {
-                links.peers.push(None);
-                continue;
-            };
-            let (listens, common) = (stream.try_clone()?, links.common.clone());
-            // On an error the drop of `links` ends the threads that did start.
-            links.peers.push(Some(Peer { stream, sending: Mutex::new(()) }));
-            let thread = std::thread::Builder::new().name(format!("peer-{peer}")).stack_size(256 << 10);
-            links.threads.push(thread.spawn(move || listen(peer, &listens, process.as_ref(), &common))?);
-        }
-        Ok(links)
+    /// Of a process that is in no generation yet, or in the one that is `latest`.
+    pub(super) fn new(me: usize, home: Home, page: Page, latest: Decision) -> Links {
+        let state = State { homes: [(me, home)].into(), ..State::default() };
+        let common = Common {
+            page,
+            peers: Mutex::new(Some(BTreeMap::new())),
+            threads: Mutex::default(),
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+            guest: AtomicU32::new(0),
+        };
+        let latest = Mutex::new(Generation::new(latest));
+        Links { me, common: Arc::new(common), latest, is_new: AtomicBool::new(false) }
     }
 
-    /// Sends a message, which waits for a peer that does not listen, but not for longer than `deadline`.
+    /// See `Common::send`.
     pub(super) fn send(
         &self,
         peer: usize,
@@ -132,21 +141,13 @@ impl Links {
         files: &[BorrowedFd<'_>],
         deadline: Instant,
     ) -> io::Result<()> {
-        let Some(Peer { stream, sending }) = &self.peers[peer] else { return Ok(()) };
-        let _one = sending.lock().unwrap_or_else(PoisonError::into_inner);
-        frame::send(stream, key, body, files, deadline).inspect_err(|error| {
-            if error.kind() != io::ErrorKind::InvalidInput {
-                // It may be half sent: nothing that follows would be understood.
-                let _ = stream.shutdown(Shutdown::Both);
-            }
-        })
+        self.common.send(peer, key, body, files, deadline)
     }
 
     /// The same, at once or not at all.
     pub(super) fn try_send(&self, peer: usize, key: (Kind, u32, u32)) {
         const SHORT: Duration = Duration::from_millis(100);
-        let Some(Peer { sending, .. }) = &self.peers[peer] else { return };
-        if sending.try_lock().is_ok() {
+        if self.common.peer(peer).is_some_and(|peer| peer.sending.try_lock().is_ok()) {
             let _ = self.send(peer, key, &(), &[], Instant::now() + SHORT); // it may be gone
         }
     }
@@ -175,25 +176,23 @@ impl Links {
         self.common.lock()
     }
 
+    /// Both ends of all sockets see it, if the other is still there.
+    pub(super) fn leave(&self) {
+        for peer in self.common.peers().take().into_iter().flatten() {
+            let _ = peer.1.stream.shutdown(Shutdown::Both);
+        }
+    }
+
     /// Wakes whoever waits.
     pub(super) fn changed(&self) {
         self.common.changed.notify_all();
-    }
-
-    /// Which generation of the world is the last, and which of its first ranks are in it: (generation << 32) | bits. The one
-    /// word that all processes share, and in which a generation is decided.
-    pub(super) fn membership(&self) -> &AtomicU64 {
-        // SAFETY: in bounds and aligned, borrowed with the page, and accessed by atomics only.
-        unsafe { AtomicU64::from_ptr(self.page.address() as *mut u64) }
     }
 
     /// Remembers an averager, so that the death of a peer ends its waits.
     pub(super) fn watch(&self, agreement: &Arc<Agreement>, ring: Ring) {
         let mut state = self.lock();
         state.built.retain(|(other, _)| other.strong_count() > 0);
-        for &peer in
-            ring.peers.iter().filter(|&&peer| state.gone[peer] || state.is_past(peer, ring.generation))
-        {
+        for &peer in ring.peers.iter().filter(|&&peer| state.is_lost(peer, ring.generation)) {
             leave(agreement, &ring, peer);
         }
         for (position, &peer) in ring.peers.iter().enumerate() {
@@ -207,23 +206,41 @@ impl Links {
 
 impl State {
     pub(super) fn take(&mut self, peer: usize, key: (Kind, u32, u32)) -> Option<Frame> {
-        self.messages[peer].remove(&key)
+        self.messages.get_mut(&peer)?.remove(&key)
+    }
+
+    pub(super) fn get(&self, peer: usize, key: (Kind, u32, u32)) -> Option<&Frame> {
+        self.messages.get(&peer)?.get(&key)
     }
 
     pub(super) fn has(&self, peer: usize, key: (Kind, u32, u32)) -> bool {
-        self.messages[peer].contains_key(&key)
+        self.get(peer, key).is_some()
     }
 
-    /// Whether the peer has given this generation up.
-    pub(super) fn is_past(&self, peer: usize, generation: u32) -> bool {
-        self.messages[peer].keys().any(|&(kind, of, _)| kind == Kind::Ready && of > generation)
+    /// Whether the peer is gone or has given this generation up.
+    pub(super) fn is_lost(&self, peer: usize, generation: u32) -> bool {
+        let is_past = |&(kind, of, _): &(Kind, u32, u32)| kind == Kind::Ready && of > generation;
+        self.gone.contains(&peer) || self.messages.get(&peer).is_some_and(|said| said.keys().any(is_past))
+    }
+
+    /// Those that are there, and wait to be let in after this generation.
+    pub(super) fn guests(&self, generation: u32) -> Vec<usize> {
+        let waits =
+            |peer: &usize| self.has(*peer, (Kind::Waiting, generation, 0)) && !self.gone.contains(peer);
+        self.messages.keys().copied().filter(waits).collect()
+    }
+
+    /// How many there are that are no members.
+    pub(super) fn outsiders(&self, members: &[usize]) -> usize {
+        self.homes.keys().filter(|peer| !members.contains(peer) && !self.gone.contains(peer)).count()
     }
 
     /// Forgets what was said in generations before this one.
     pub(super) fn forget_before(&mut self, generation: u32) {
-        for messages in &mut self.messages {
+        self.messages.retain(|_, messages| {
             messages.retain(|&(_, of, _), _| of >= generation);
-        }
+            !messages.is_empty()
+        });
     }
 
     /// The averagers of all generations that are still there.
@@ -234,18 +251,75 @@ impl State {
 
 impl Common {
     // No code that can panic holds the lock with the state half changed.
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn peers(&self) -> MutexGuard<'_, Option<BTreeMap<usize, Arc<Peer>>>> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn peer(&self, peer: usize) -> Option<Arc<Peer>> {
+        self.peers().as_ref()?.get(&peer).cloned()
+    }
+
+    /// Sends a message, which waits for a peer that does not listen, but not for longer than `deadline`.
+    pub(super) fn send(
+        &self,
+        peer: usize,
+        key: (Kind, u32, u32),
+        body: &impl Serialize,
+        files: &[BorrowedFd<'_>],
+        deadline: Instant,
+    ) -> io::Result<()> {
+        let Some(peer) = self.peer(peer) else { return Ok(()) }; // it is gone
+        let Peer { stream, sending } = &*peer;
+        let _one = sending.lock().unwrap_or_else(PoisonError::into_inner);
+        frame::send(stream, key, body, files, deadline).inspect_err(|error| {
+            if error.kind() != io::ErrorKind::InvalidInput {
+                // It may be half sent: nothing that follows would be understood.
+                let _ = stream.shutdown(Shutdown::Both);
+            }
+        })
+    }
+
+    /// Begins to listen to a peer that was met.
+    pub(super) fn add(self: &Arc<Self>, peer: usize, home: Home, met: Met) -> io::Result<()> {
+        let Met { stream, process } = met;
+        let (listens, common) = (stream.try_clone()?, self.clone());
+        self.lock().homes.insert(peer, home);
+        let Some(peers) = &mut *self.peers() else { return Ok(()) };
+        peers.insert(peer, Arc::new(Peer { stream, sending: Mutex::new(()) }));
+        let thread = std::thread::Builder::new().name(format!("peer-{peer}")).stack_size(256 << 10);
+        let listens = move || listen(peer, &listens, process.as_ref(), &common);
+        let thread = thread.spawn(listens).inspect_err(|_| drop(peers.remove(&peer)))?;
+        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        threads.retain(|thread| !thread.is_finished());
+        threads.push(thread);
+        Ok(())
+    }
+
+    /// Whether somebody waits to be let in after this generation. Costs next to nothing.
+    pub(super) fn has_guest(&self, generation: u32) -> bool {
+        self.guest.load(Ordering::Relaxed) == generation + 1
+    }
+
+    fn count_guests(&self, state: &State) {
+        let generation = self.page.generation();
+        let guest = if state.guests(generation).is_empty() { 0 } else { generation + 1 };
+        self.guest.store(guest, Ordering::Relaxed);
     }
 
     fn is_gone(&self, peer: usize) {
         let mut state = self.lock();
-        state.gone[peer] = true;
+        state.gone.insert(peer);
         // Under the lock, so that `watch` misses nobody. The memory is the host's.
         for (agreement, ring) in state.built() {
             leave(&agreement, &ring, peer);
         }
+        self.count_guests(&state);
         drop(state);
+        self.peers().as_mut().and_then(|peers| peers.remove(&peer));
         self.changed.notify_all();
     }
 }
@@ -272,7 +346,7 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, common: &
         };
         let (kind, generation) = (frame.kind, frame.generation);
         let mut state = common.lock();
-        let messages = &mut state.messages[peer];
+        let messages = state.messages.entry(peer).or_default();
         messages.entry((kind, generation, frame.number)).or_insert(frame);
         if messages.len() > MOST_WAITING {
             state.trouble.insert(peer, format!("rank {peer} builds averagers that this one does not build"));
@@ -288,6 +362,9 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, common: &
                 _ => {}
             }
         }
+        if kind == Kind::Waiting {
+            common.count_guests(&state);
+        }
         drop(state);
         common.changed.notify_all();
     }
@@ -296,28 +373,17 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, common: &
 }
 
 /// All that peers say to each other once they have met.
-const KINDS: [Kind; 3] = [Kind::Card, Kind::Abort, Kind::Ready];
+const KINDS: [Kind; 5] = [Kind::Card, Kind::Abort, Kind::Ready, Kind::Entered, Kind::Waiting];
 /// Those of a card.
 const MOST_FILES: usize = 3;
 
 impl Drop for Links {
     fn drop(&mut self) {
-        for Peer { stream, .. } in self.peers.iter().flatten() {
-            let _ = stream.shutdown(Shutdown::Both); // both ends see it, if the other is still there
-        }
-        for thread in self.threads.drain(..) {
+        self.leave();
+        let threads =
+            std::mem::take(&mut *self.common.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in threads {
             let _ = thread.join();
         }
     }
-}
-
-/// A membership word.
-pub(super) fn word(generation: u32, members: impl IntoIterator<Item = usize>) -> u64 {
-    u64::from(generation) << 32 | members.into_iter().fold(0, |bits, peer| bits | 1 << peer)
-}
-
-/// The generation and the peers in it.
-pub(super) fn read(word: &AtomicU64) -> (u32, Vec<usize>) {
-    let word = word.load(Ordering::Acquire);
-    ((word >> 32) as u32, (0..32).filter(|bit| word >> bit & 1 != 0).collect())
 }

@@ -1,9 +1,14 @@
 //! Ranks that are processes of one host: they meet over sockets, and their mailboxes are in memory that they share.
 
+mod door;
 mod frame;
+mod guest;
+mod home;
 mod launcher;
 mod links;
+mod page;
 mod rendezvous;
+mod strangers;
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
@@ -13,10 +18,13 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::{Agreement, Card, Control, Device, Places};
+use crate::abi::PA_MAX_WORLD;
 use crate::backend::{Memory, Shared};
 use crate::error::Stage;
 use crate::{Error, Result};
+use door::Door;
 use frame::{Frame, Kind};
+use home::Home;
 use links::{Fate, Generation, Links, Ring};
 use rendezvous::Me;
 
@@ -26,6 +34,8 @@ pub(super) struct Processes {
     links: Arc<Links>,
     generation: Generation,
     places: Places,
+    /// What late processes find this world by.
+    door: Arc<Door>,
 }
 
 /// What a launcher, or the caller, says.
@@ -61,21 +71,30 @@ impl Processes {
                 reason: "ranks that are processes are on CPUs so far: use Device::cpu(), or threads of one process".into(),
             });
         }
-        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        let me = Me { name, rank, world_size, device: device.to_string(), cores };
+        let me = Me { name, rank, world_size, home: Home::of(device) };
         let crew = rendezvous::meet(&me, timeout).map_err(failed)?;
-        let places = Places::of_processes(world_size, device, crew.cores);
-        let links =
-            Links::new(rank, crew).map_err(|error| failed(format!("can't listen to peers: {error}")))?;
+        let first = crew.page.decision();
+        let links = Links::new(rank, me.home, crew.page, first);
+        for (peer, met) in crew.peers.into_iter().enumerate() {
+            let Some((home, met)) = met else { continue };
+            let added = links.common.add(peer, home, met);
+            added.map_err(|error| failed(format!("can't listen to peers: {error}")))?;
+        }
+        Ok(Processes::of(links, &me.name))
+    }
+
+    /// Of a world that has begun, when that lets it in; see `World::join`.
+    pub(super) fn join(name: &str, device: Device, timeout: Duration) -> Result<Processes> {
+        let failed = |reason| Error::Join { rendezvous: name.to_owned(), reason };
+        let links = guest::join(name, Home::of(device), timeout).map_err(failed)?;
+        Ok(Processes::of(links, name))
+    }
+
+    fn of(links: Links, name: &str) -> Processes {
         let generation = links.latest.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        // All write the same, before anybody can be in another generation.
-        let _ = links.membership().compare_exchange(
-            0,
-            links::word(0, generation.members.iter().copied()),
-            Ordering::AcqRel,
-            Ordering::Acquire,
-        );
-        Ok(Processes { links: Arc::new(links), generation, places })
+        let places = places(&links, &generation);
+        let door = Door::open(name, links.me, &links.common);
+        Processes { links: Arc::new(links), generation, places, door: Arc::new(door) }
     }
 
     pub(super) fn rank(&self) -> usize {
@@ -87,7 +106,11 @@ impl Processes {
     }
 
     fn members(&self) -> &[usize] {
-        &self.generation.members
+        self.generation.members()
+    }
+
+    fn number(&self) -> u32 {
+        self.generation.number()
     }
 
     fn others(&self) -> impl Iterator<Item = usize> + '_ {
@@ -101,7 +124,7 @@ impl Processes {
             return Err(failure);
         }
         let deadline = Instant::now() + timeout;
-        let key = (Kind::Card, self.generation.number, number);
+        let key = (Kind::Card, self.number(), number);
         let (body, memories) = Shown::of(&card);
         let files: Vec<_> = memories.iter().map(|memory| memory.file()).collect();
         let (body, files) = (&body, &files);
@@ -156,7 +179,7 @@ impl Processes {
         state: &mut links::State,
     ) -> Option<Result<Frame>> {
         let stage = Stage::Build;
-        let aborts = |peer: &usize| state.has(*peer, (Kind::Abort, self.generation.number, 0));
+        let aborts = |peer: &usize| state.has(*peer, (Kind::Abort, self.number(), 0));
         if let Some(rank) = self.members().iter().position(aborts) {
             return Some(Err(Error::Aborted { rank, stage, committed: false }));
         }
@@ -171,7 +194,7 @@ impl Processes {
                 let reason = format!("what rank {rank} says can't be understood: {reason}");
                 Some(Err(Error::SharedMemory { rank: self.rank(), reason }))
             }
-            None if state.gone[peer] || state.is_past(peer, self.generation.number) => {
+            None if state.is_lost(peer, self.number()) => {
                 Some(Err(Error::PeerLost { rank, stage, committed: false }))
             }
             None => None,
@@ -184,12 +207,11 @@ impl Processes {
         let failure = Error::Aborted { rank, stage: Stage::Build, committed: false };
         self.fate().failure.get_or_insert(failure);
         let built = self.links.lock().built();
-        for (agreement, _) in built.into_iter().filter(|(_, ring)| ring.generation == self.generation.number)
-        {
+        for (agreement, _) in built.into_iter().filter(|(_, ring)| ring.generation == self.number()) {
             agreement.control.abort(rank);
         }
         self.links.changed();
-        self.others().for_each(|peer| self.links.try_send(peer, (Kind::Abort, self.generation.number, 0)));
+        self.others().for_each(|peer| self.links.try_send(peer, (Kind::Abort, self.number(), 0)));
     }
 
     /// Whether the inbox, the credits and the control of this rank are used here.
@@ -199,22 +221,53 @@ impl Processes {
     }
 
     fn ring(&self) -> Ring {
-        Ring { generation: self.generation.number, peers: self.generation.members.clone() }
+        Ring { generation: self.number(), peers: self.members().into() }
     }
 
-    /// Collective among those that are left: the next generation, of all members that are there and say so within `timeout`.
+    pub(super) fn name(&self) -> &str {
+        self.door.name()
+    }
+
+    /// Whether a process waits to be let in. Costs next to nothing.
+    pub(super) fn has_guest(&self) -> bool {
+        self.members().len() < PA_MAX_WORLD as usize && self.links.common.has_guest(self.number())
+    }
+
+    /// Whether a process was let in with this generation.
+    pub(super) fn has_joined(&self) -> bool {
+        self.generation.decision.joined.is_some()
+    }
+
+    /// This process has the model of the others, if it came late.
+    pub(super) fn has_model(&self) {
+        self.links.is_new.store(false, Ordering::Relaxed);
+    }
+
+    /// Leaves the world, if this process came late and has no model yet: others are not to wait for what it can't do.
+    pub(super) fn leave_if_new(&self) {
+        if self.links.is_new.load(Ordering::Relaxed) {
+            self.links.leave();
+        }
+    }
+
+    /// Collective among those that are left: the next generation, of all members that are there and say so within `timeout`, and
+    /// of one more if all of them `admit` it.
     ///
-    /// Each tells all others that it is ready, and waits until every other is ready or gone. Who comes first to such a list
-    /// of members, or to the end of its patience, puts it into the word that all share, by compare-and-swap from the one of the
-    /// generation before: the first list is everybody's. A process that dies on the way leaves nothing half done.
-    pub(super) fn next_generation(&self, timeout: Duration) -> Result<Processes> {
+    /// Each tells all others that it is ready, and which guests it knows, and waits until every other is ready or gone. Who comes
+    /// first to such a list of members, or to the end of its patience, has it decided, by compare-and-swap from the generation
+    /// before: the first list is everybody's. A process that dies on the way leaves nothing half done.
+    pub(super) fn next_generation(&self, timeout: Duration, admits: bool) -> Result<Processes> {
         const READY: u32 = 0;
         const DECIDED: u32 = 1;
         let mut latest = self.links.latest.lock().unwrap_or_else(PoisonError::into_inner);
-        if latest.number > self.generation.number {
+        if latest.number() > self.number() {
             return Ok(self.view(latest.clone())); // another communicator of this process has been through it
         }
-        let (next, me) = (self.generation.number + 1, self.links.me);
+        if self.links.is_new.load(Ordering::Relaxed) {
+            let reason = "it was let in, but lost a peer before it had the model: call World::join again";
+            return Err(Error::Join { rendezvous: self.door.name().to_owned(), reason: reason.into() });
+        }
+        let (next, me) = (self.number() + 1, self.links.me);
         let deadline = Instant::now() + timeout;
         // Who can't hear the others is not the one to say who is there.
         if let Some((_, reason)) =
@@ -222,41 +275,53 @@ impl Processes {
         {
             return Err(Error::SharedMemory { rank: self.rank(), reason: reason.clone() });
         }
-        let tell = |number| {
-            for peer in self.others().filter(|&peer| !self.links.lock().gone[peer]) {
+        let guests = if admits { self.links.lock().guests(self.number()) } else { vec![] };
+        let tell = |number, to: &[usize]| {
+            for &peer in to.iter().filter(|&&peer| !self.links.lock().gone.contains(&peer)) {
                 // One that does not listen is not ready, either.
-                let _ = self.links.send(peer, (Kind::Ready, next, number), &(), &[], deadline);
+                let _ = self.links.send(peer, (Kind::Ready, next, number), &guests, &[], deadline);
             }
         };
-        let word = self.links.membership();
-        let is_decided = || links::read(word).0 >= next;
+        let page = &self.links.common.page;
+        let is_decided = || page.generation() >= next;
         if !is_decided() {
-            tell(READY);
+            let others: Vec<usize> = self.others().collect();
+            tell(READY, &others);
             let ready = |state: &links::State, peer: usize| state.has(peer, (Kind::Ready, next, READY));
             let _ = self.links.wait(deadline, |state| {
-                let all = self.others().all(|peer| state.gone[peer] || ready(state, peer));
+                let all = others.iter().all(|&peer| state.gone.contains(&peer) || ready(state, peer));
                 (all || is_decided()).then_some(())
             });
             let state = self.links.lock();
-            let there = |peer: &usize| *peer == me || (ready(&state, *peer) && !state.gone[*peer]);
-            let proposed = links::word(next, self.members().iter().copied().filter(there));
+            let there = |peer: usize| peer == me || (ready(&state, peer) && !state.gone.contains(&peer));
+            let mut members: Vec<usize> =
+                self.members().iter().copied().filter(|&peer| there(peer)).collect();
+            let known = |peer: usize, guest: usize| {
+                let said = state.get(peer, (Kind::Ready, next, READY)).and_then(|frame| frame.parse().ok());
+                peer == me || said.is_some_and(|guests: Vec<usize>| guests.contains(&guest))
+            };
+            // One at a time: two guests don't know each other.
+            let joined = guests.iter().copied().find(|&guest| {
+                !state.gone.contains(&guest) && members.iter().all(|&peer| known(peer, guest))
+            });
+            members.extend(joined.filter(|_| members.len() < PA_MAX_WORLD as usize));
             drop(state);
-            let last = links::word(self.generation.number, self.members().iter().copied());
-            let _ = word.compare_exchange(last, proposed, Ordering::AcqRel, Ordering::Acquire);
-            tell(DECIDED); // wakes those that wait for somebody who is not coming
+            page.propose(me, &self.generation.decision, &members, joined);
+            // Wakes those that wait for somebody who is not coming, and guests.
+            tell(DECIDED, &[others, guests.clone()].concat());
         }
-        let (generation, members) = links::read(word);
-        if generation != next || !members.contains(&me) {
+        let decision = page.decision();
+        if decision.generation != next || !decision.members.contains(&me) {
             return Err(Error::LeftOut { rank: self.rank(), timeout });
         }
         self.links.lock().forget_before(next);
-        *latest = Generation::new(next, members.into());
+        *latest = Generation::new(decision);
         Ok(self.view(latest.clone()))
     }
 
     fn view(&self, generation: Generation) -> Processes {
-        let places = Places::of_processes(generation.members.len(), Device::cpu(), self.places.cores());
-        Processes { links: self.links.clone(), generation, places }
+        let places = places(&self.links, &generation);
+        Processes { links: self.links.clone(), generation, places, door: self.door.clone() }
     }
 
     /// What ended this generation, if something did: the failure itself the first time.
@@ -279,6 +344,14 @@ impl Processes {
     }
 }
 
+/// Of the members of a generation.
+fn places(links: &Links, generation: &Generation) -> Places {
+    let state = links.lock();
+    let homes = generation.members().iter().filter_map(|id| state.homes.get(id));
+    let cores = homes.map(|home| home.cores).min().unwrap_or(1);
+    Places::of_processes(generation.members().len(), Device::cpu(), cores)
+}
+
 /// A card, as it is sent: its memories are files.
 #[derive(Debug, Serialize, Deserialize)]
 struct Shown {
@@ -286,6 +359,7 @@ struct Shown {
     options: Vec<(String, String)>,
     tensors: Vec<String>,
     schedule_position: u64,
+    admits: bool,
     /// Bytes of inbox, credits and control, if there is one.
     memories: [Option<usize>; 3],
 }
@@ -300,6 +374,7 @@ impl Shown {
             options: card.options.clone(),
             tensors: card.tensors.clone(),
             schedule_position: card.schedule_position,
+            admits: card.admits,
             memories: shared.map(|memory| memory.map(Shared::bytes)),
         };
         (shown, shared.into_iter().flatten().collect())
@@ -325,6 +400,7 @@ impl Shown {
             options: shown.options,
             tensors: shown.tensors,
             schedule_position: shown.schedule_position,
+            admits: shown.admits,
             inbox: inbox.map(Arc::new),
             credits: credits.map(Arc::new),
             control: control.map(|memory| Arc::new(Control::of(memory))),

@@ -15,7 +15,8 @@ use rustix::process::{getpid, getuid, pidfd_open, PidfdFlags};
 use serde::{Deserialize, Serialize};
 
 use super::frame::{self, Frame, Kind};
-use crate::backend::Shared;
+use super::home::Home;
+use super::page::Page;
 
 /// Strangers that may be half way through their first message at once.
 const MOST_STRANGERS: usize = 64;
@@ -25,8 +26,6 @@ const HELLO: Duration = Duration::from_secs(2);
 const GRACE: Duration = Duration::from_secs(1);
 /// Between two tries to reach rank 0.
 const AGAIN: Duration = Duration::from_millis(2);
-/// Bytes of the page that all processes of a world share.
-pub(super) const PAGE: usize = 4096;
 
 /// What a rank tells rank 0.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -36,16 +35,15 @@ struct Hello {
     name: String,
     rank: usize,
     world_size: usize,
-    device: String,
-    cores: usize,
+    home: Home,
 }
 
 /// What rank 0 tells everybody.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Welcome {
-    /// The fewest that any rank may use.
-    cores: usize,
+    /// By rank.
+    homes: Vec<Home>,
 }
 
 /// What this process brings.
@@ -54,8 +52,7 @@ pub(super) struct Me {
     pub(super) name: String,
     pub(super) rank: usize,
     pub(super) world_size: usize,
-    pub(super) device: String,
-    pub(super) cores: usize,
+    pub(super) home: Home,
 }
 
 /// A peer: a socket, and what tells when its process ends, if the kernel has such a thing.
@@ -68,24 +65,23 @@ pub(super) struct Met {
 /// What comes of it.
 #[derive(Debug)]
 pub(super) struct Crew {
-    pub(super) page: Shared,
-    pub(super) cores: usize,
+    pub(super) page: Page,
     /// By rank; none for this one.
-    pub(super) peers: Vec<Option<Met>>,
+    pub(super) peers: Vec<Option<(Home, Met)>>,
 }
 
 /// Collective. An error says what is wrong and what to do.
 pub(super) fn meet(me: &Me, timeout: Duration) -> Result<Crew, String> {
     let deadline = Instant::now() + timeout;
-    let address = address(&me.name)?;
+    let address = address(&me.name, None)?;
     match me.rank {
         0 => Host { me, deadline, timeout, came: BTreeMap::new() }.meet(&address),
         _ => visit(me, &address, deadline, timeout),
     }
 }
 
-/// No file: it goes with the process that listens. A name that is too long is cut, and told from others by its hash.
-fn address(name: &str) -> Result<SocketAddr, String> {
+/// Of rank 0, or of the door of a process of this id. No file: it goes with the process that listens. A name that is too long is cut, and told from others by its hash.
+pub(super) fn address(name: &str, door: Option<usize>) -> Result<SocketAddr, String> {
     let mut short = name.to_owned();
     if name.len() > 64 {
         // FNV-1a, the same everywhere. Names that collide are told apart by the hello.
@@ -94,7 +90,12 @@ fn address(name: &str) -> Result<SocketAddr, String> {
         });
         short = format!("{}…{hash:016x}", name.chars().take(10).collect::<String>());
     }
-    SocketAddr::from_abstract_name(format!("param-averager/{}/{short}", getuid().as_raw()))
+    let uid = getuid().as_raw();
+    let name_of = match door {
+        None => format!("param-averager/{uid}/{short}"),
+        Some(door) => format!("param-averager-door/{uid}/{short}/{door}"),
+    };
+    SocketAddr::from_abstract_name(name_of)
         .map_err(|error| format!("the name of the world, {name:?}: {error}"))
 }
 
@@ -105,14 +106,13 @@ impl Me {
             name: self.name.clone(),
             rank: self.rank,
             world_size: self.world_size,
-            device: self.device.clone(),
-            cores: self.cores,
+            home: self.home.clone(),
         }
     }
 }
 
 /// Whoever is at the other end of an abstract socket: its name is free to all, this user's processes are to be trusted.
-fn is_same_user(stream: &UnixStream) -> Result<(), String> {
+pub(super) fn is_same_user(stream: &UnixStream) -> Result<(), String> {
     let peer = rustix::net::sockopt::socket_peercred(stream).map_err(|error| error.to_string())?;
     if peer.uid == getuid() {
         return Ok(());
@@ -153,7 +153,7 @@ fn visit(me: &Me, address: &SocketAddr, deadline: Instant, timeout: Duration) ->
 }
 
 /// Without waiting where somebody listens and lets nobody in.
-fn connect(address: &SocketAddr) -> io::Result<UnixStream> {
+pub(super) fn connect(address: &SocketAddr) -> io::Result<UnixStream> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
     let name = address.as_abstract_name().expect("made of one");
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
@@ -184,21 +184,24 @@ fn welcomed(me: &Me, frame: Frame) -> Result<Crew, String> {
     let welcome: Welcome = frame.parse().map_err(failed)?;
     let mut files = frame.files.into_iter();
     let missing = || "rank 0's answer lacks file descriptors: raise ulimit -n".to_owned();
-    let page = Shared::open(files.next().ok_or_else(missing)?, PAGE)?;
+    let page = Page::open(files.next().ok_or_else(missing)?)?;
+    if welcome.homes.len() != me.world_size {
+        return Err(format!("rank 0's answer is about {} ranks, not {}", welcome.homes.len(), me.world_size));
+    }
     let mut peers = vec![];
-    for rank in 0..me.world_size {
+    for (rank, home) in welcome.homes.into_iter().enumerate() {
         peers.push(if rank == me.rank {
             None
         } else {
             let stream = UnixStream::from(files.next().ok_or_else(missing)?);
-            Some(Met { stream, process: None })
+            Some((home, Met { stream, process: None }))
         });
     }
     // Those without a process of their own have none for anybody.
-    for peer in peers.iter_mut().flatten() {
+    for (_, peer) in peers.iter_mut().flatten() {
         peer.process = files.next();
     }
-    Ok(Crew { page, cores: welcome.cores, peers })
+    Ok(Crew { page, peers })
 }
 
 // ---- rank 0 ------------------------------------------------------------------------------------------------------
@@ -342,8 +345,8 @@ impl Host<'_> {
     /// Gives every rank a socket to every other.
     fn introduce(&mut self) -> Result<Crew, String> {
         let failed = |error: io::Error| format!("can't make sockets for all ranks: {error}; raise ulimit -n");
-        let page = Shared::new(PAGE)?;
         let size = self.me.world_size;
+        let page = Page::new(size)?;
         // By whose it is, and to whom it leads.
         let mut sockets = BTreeMap::new();
         for (one, other) in (0..size).flat_map(|one| (one + 1..size).map(move |other| (one, other))) {
@@ -351,8 +354,9 @@ impl Host<'_> {
             sockets.insert((one, other), left);
             sockets.insert((other, one), right);
         }
-        let cores = self.came.values().map(|visitor| visitor.hello.cores).min();
-        let welcome = Welcome { cores: cores.unwrap_or(self.me.cores).min(self.me.cores) };
+        let homes =
+            (0..size).map(|rank| self.came.get(&rank).map_or(&self.me.home, |v| &v.hello.home).clone());
+        let welcome = Welcome { homes: homes.collect() };
         let own = pidfd_open(getpid(), PidfdFlags::empty()).ok();
         for (&rank, visitor) in &self.came {
             let streams = sockets.range((rank, 0)..(rank + 1, 0)).map(|(_, stream)| stream.as_fd());
@@ -370,11 +374,11 @@ impl Host<'_> {
                 _ => {} // one that has gone is found out by all, as a peer
             }
         }
-        let peers = (0..size).map(|rank| {
+        let peers = welcome.homes.into_iter().enumerate().map(|(rank, home)| {
             let process = self.came.get_mut(&rank).and_then(|visitor| visitor.process.take());
-            sockets.remove(&(0, rank)).map(|stream| Met { stream, process })
+            sockets.remove(&(0, rank)).map(|stream| (home, Met { stream, process }))
         });
-        Ok(Crew { page, cores: welcome.cores, peers: peers.collect() })
+        Ok(Crew { page, peers: peers.collect() })
     }
 }
 

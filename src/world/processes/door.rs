@@ -1,0 +1,105 @@
+//! The door of a process: what those that come late find its world by, and become its peers through.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::process::{getpid, pidfd_open, PidfdFlags};
+use serde::{Deserialize, Serialize};
+
+use super::frame::{self, Frame, Kind};
+use super::home::Home;
+use super::links::Common;
+use super::page::MOST_IDS;
+use super::rendezvous::{address, Met};
+use super::strangers;
+
+/// Processes that wait at a door.
+const MOST_GUESTS: usize = 16;
+/// How long either side has for one message.
+pub(super) const PATIENCE: Duration = Duration::from_secs(2);
+
+/// What a process that wants to join says.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Knock {
+    pub(super) crate_version: String,
+    pub(super) name: String,
+    pub(super) home: Home,
+}
+
+/// What it is answered, with the page of the world.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Inside {
+    /// Whose door this is.
+    pub(super) id: usize,
+    pub(super) home: Home,
+    /// Of the world, which may not be the only one of its name.
+    pub(super) nonce: u64,
+}
+
+/// Open until it is dropped.
+#[derive(Debug)]
+pub(super) struct Door {
+    name: String,
+    _open: Option<strangers::Door>,
+}
+
+impl Door {
+    /// A world that can't have one, such as the second of a name, is a world all the same: nobody joins it.
+    pub(super) fn open(name: &str, me: usize, common: &Arc<Common>) -> Door {
+        let listener =
+            address(name, Some(me)).ok().and_then(|address| UnixListener::bind_addr(&address).ok());
+        let (common, called) = (common.clone(), name.to_owned());
+        let came = move |stream, knock| serve(&called, me, &common, stream, knock);
+        let open =
+            listener.and_then(|listener| strangers::Door::open(listener, &[Kind::Knock], 1, came).ok());
+        Door { name: name.to_owned(), _open: open }
+    }
+
+    /// Of the world.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+/// Makes one that knocks a peer. What it says wrong, or not at all, is its own loss.
+fn serve(name: &str, me: usize, common: &Arc<Common>, stream: UnixStream, mut knock: Frame) {
+    let deadline = Instant::now() + PATIENCE;
+    let Ok(said) = knock.parse::<Knock>() else { return };
+    let home = |id: usize| common.lock().homes.get(&id).cloned();
+    let Some(own) = home(me) else { return };
+    let version = env!("CARGO_PKG_VERSION");
+    let refusal = if said.crate_version != version {
+        Some(format!("it is of crate version {}, this process of {version}", said.crate_version))
+    } else if said.name != name {
+        Some(format!("it is called {name:?}")) // the hashes of two long names are the same
+    } else if said.home.kind() != own.kind() {
+        Some(format!("its ranks are on {}, this process is on {}", own.device, said.home.device))
+    } else if common.lock().outsiders(&common.page.decision().members) >= MOST_GUESTS {
+        Some(format!("{MOST_GUESTS} processes wait for it already"))
+    } else {
+        None
+    };
+    if let Some(refusal) = refusal {
+        let _ = frame::send(&stream, (Kind::Refuse, 0, 0), &refusal, &[], deadline);
+        return;
+    }
+    let process = pidfd_open(getpid(), PidfdFlags::empty()).ok();
+    let files: Vec<_> = [common.page.file()].into_iter().chain(process.iter().map(AsFd::as_fd)).collect();
+    let inside = Inside { id: me, home: own, nonce: common.page.nonce() };
+    if frame::send(&stream, (Kind::Inside, 0, 0), &inside, &files, deadline).is_err() {
+        return;
+    }
+    let Ok(enter) = frame::receive(&stream, &[Kind::Enter], 0, deadline) else { return };
+    let id = enter.number as usize;
+    if id >= MOST_IDS || home(id).is_some() {
+        return;
+    }
+    let met = Met { stream, process: knock.files.pop() };
+    if common.add(id, said.home, met).is_ok() {
+        let _ = common.send(id, (Kind::Entered, 0, 0), &(), &[], deadline); // it may be gone
+    }
+}

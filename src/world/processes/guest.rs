@@ -1,0 +1,203 @@
+//! A process that joins a world that has begun: it becomes a peer of every member, and waits until they let it in.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
+use std::sync::PoisonError;
+use std::time::{Duration, Instant};
+
+use rustix::process::{getpid, pidfd_open, PidfdFlags};
+
+use super::door::{Inside, Knock, PATIENCE};
+use super::frame::{self, Kind};
+use super::home::Home;
+use super::links::{Generation, Links};
+use super::page::{Decision, Page, MOST_IDS};
+use super::rendezvous::{address, connect, is_same_user, Met};
+use crate::abi::PA_MAX_WORLD;
+
+/// Between two looks for a world that is not there yet, or for a member that does not answer.
+const AGAIN: Duration = Duration::from_millis(20);
+
+/// Until it is let in.
+pub(super) fn join(name: &str, home: Home, timeout: Duration) -> Result<Links, String> {
+    let deadline = Instant::now() + timeout;
+    let page = find(name, &home, deadline).map_err(|reason| match reason {
+        Some(reason) => reason,
+        None => format!(
+            "no such world was to be found on this host within {timeout:?}: see that its ranks are running, and that they gave the same \
+             name, which PARAM_AVERAGER_RENDEZVOUS can set"
+        ),
+    })?;
+    let id = page.new_id().ok_or_else(|| format!("it has had {MOST_IDS} processes, and can't have more"))?;
+    let first = page.decision();
+    let links = Links::new(id, home, page, first);
+    let mut guest = Guest { name, links: &links, peers: BTreeSet::new(), said_for: None };
+    let decision = guest.wait(deadline, timeout)?;
+    links.lock().forget_before(decision.generation);
+    links.is_new.store(true, Ordering::Relaxed);
+    *links.latest.lock().unwrap_or_else(PoisonError::into_inner) = Generation::new(decision);
+    Ok(links)
+}
+
+/// The page of the first world of this name that answers. `None`: there is none.
+fn find(name: &str, home: &Home, deadline: Instant) -> Result<Page, Option<String>> {
+    loop {
+        for id in 0..MOST_IDS {
+            match knock(name, id, home, deadline) {
+                Ok((_, page, ..)) => return Ok(page),
+                Err(Refused::For(reason)) => return Err(Some(reason)),
+                Err(Refused::NotThere) => {}
+            }
+        }
+        if Instant::now() + AGAIN > deadline {
+            return Err(None);
+        }
+        std::thread::sleep(AGAIN);
+    }
+}
+
+enum Refused {
+    /// Nobody answers at that door.
+    NotThere,
+    For(String),
+}
+
+/// What is behind a door.
+fn knock(
+    name: &str,
+    id: usize,
+    home: &Home,
+    deadline: Instant,
+) -> Result<(UnixStream, Page, Inside, Option<std::os::fd::OwnedFd>), Refused> {
+    let deadline = deadline.min(Instant::now() + PATIENCE);
+    let knock =
+        Knock { crate_version: env!("CARGO_PKG_VERSION").into(), name: name.into(), home: home.clone() };
+    let asked = || -> io::Result<_> {
+        let stream = connect(&address(name, Some(id)).map_err(io::Error::other)?)?;
+        is_same_user(&stream).map_err(io::Error::other)?;
+        let process = pidfd_open(getpid(), PidfdFlags::empty()).ok();
+        let files: Vec<_> = process.iter().map(AsFd::as_fd).collect();
+        frame::send(&stream, (Kind::Knock, 0, 0), &knock, &files, deadline)?;
+        let answer = frame::receive(&stream, &[Kind::Inside, Kind::Refuse], 2, deadline)?;
+        Ok((stream, answer))
+    };
+    let (stream, answer) = asked().map_err(|error| match error.kind() {
+        frame::SHORT => Refused::For(error.to_string()),
+        _ => Refused::NotThere,
+    })?;
+    let failed = |what: String| Refused::For(format!("what it answers: {what}"));
+    if answer.kind == Kind::Refuse {
+        return Err(Refused::For(answer.parse().unwrap_or_else(|error| error.to_string())));
+    }
+    let inside: Inside = answer.parse().map_err(|error| failed(error.to_string()))?;
+    let mut files = answer.files.into_iter();
+    let page = files.next().ok_or_else(|| failed("no memory".into()))?;
+    let page = Page::open(page).map_err(failed)?;
+    Ok((stream, page, inside, files.next()))
+}
+
+/// On its way in.
+struct Guest<'a> {
+    name: &'a str,
+    links: &'a Links,
+    /// Members that hear it.
+    peers: BTreeSet<usize>,
+    /// The generation whose members were all told that it waits.
+    said_for: Option<u32>,
+}
+
+impl Guest<'_> {
+    /// Until a generation has it as a member.
+    fn wait(&mut self, deadline: Instant, timeout: Duration) -> Result<Decision, String> {
+        let common = &self.links.common;
+        loop {
+            let decision = common.page.decision();
+            if decision.members.contains(&self.links.me) {
+                return Ok(decision);
+            }
+            let (generation, members) = (decision.generation, &decision.members);
+            let mut silent = None;
+            for (rank, &member) in members.iter().enumerate() {
+                if !self.is_peer(member, deadline)? {
+                    silent.get_or_insert(rank);
+                }
+            }
+            if silent.is_none() && self.said_for != Some(generation) {
+                for &member in members {
+                    let told = (Kind::Waiting, generation, 0);
+                    let _ = self.links.send(member, told, &(), &[], deadline); // who is gone is found out below
+                }
+                self.said_for = Some(generation);
+            }
+            if Instant::now() >= deadline {
+                return Err(why(silent, members.len(), timeout));
+            }
+            let soon = deadline.min(Instant::now() + if silent.is_some() { AGAIN } else { PATIENCE });
+            let ended = self.links.wait(soon, |state| {
+                let ended = members.iter().all(|member| state.gone.contains(member));
+                (ended || common.page.generation() != generation).then_some(ended)
+            });
+            if ended == Some(true) && common.page.generation() == generation {
+                return Err("it has come to its end meanwhile: all its ranks are gone".into());
+            }
+        }
+    }
+
+    /// Whether this member hears it. Asks it to, if it does not.
+    fn is_peer(&mut self, member: usize, deadline: Instant) -> Result<bool, String> {
+        if self.links.lock().gone.contains(&member) {
+            return Ok(false); // until the others have recovered
+        }
+        if self.peers.contains(&member) {
+            return Ok(true);
+        }
+        let common = &self.links.common;
+        if !self.links.lock().homes.contains_key(&member) {
+            let home = self.links.lock().homes[&self.links.me].clone();
+            let (stream, inside, process) = match knock(self.name, member, &home, deadline) {
+                Ok((stream, _, inside, process)) => (stream, inside, process),
+                Err(Refused::NotThere) => return Ok(false),
+                Err(Refused::For(reason)) => return Err(reason),
+            };
+            if inside.nonce != common.page.nonce() || inside.id != member {
+                return Ok(false); // it is of another world of this name
+            }
+            let enter = (Kind::Enter, 0, self.links.me as u32);
+            if frame::send(&stream, enter, &(), &[], deadline).is_err() {
+                return Ok(false);
+            }
+            let added = common.add(member, inside.home, Met { stream, process });
+            added.map_err(|error| format!("can't listen to peers: {error}"))?;
+        }
+        let soon = deadline.min(Instant::now() + PATIENCE);
+        let came = self.links.wait(soon, |state| {
+            let came = state.take(member, (Kind::Entered, 0, 0)).is_some();
+            (came || state.gone.contains(&member)).then_some(came)
+        });
+        if came == Some(true) {
+            self.peers.insert(member);
+        }
+        Ok(came == Some(true))
+    }
+}
+
+/// The time is over: what it was waited for.
+fn why(silent: Option<usize>, ranks: usize, timeout: Duration) -> String {
+    if let Some(rank) = silent {
+        return format!(
+            "its rank {rank} did not answer within {timeout:?}: it may be stopped, or its process has ended"
+        );
+    }
+    if ranks == PA_MAX_WORLD as usize {
+        return format!(
+            "it has {ranks} ranks, which is all that it can have, and none has left within {timeout:?}"
+        );
+    }
+    format!(
+        "its {ranks} ranks let nobody in within {timeout:?}: LocalSgd does after an average that is due, ParamAverager::admit where it is \
+         called"
+    )
+}

@@ -1,0 +1,180 @@
+//! Processes that join a world that has begun.
+
+use std::time::Duration;
+
+use rustix::process::Signal;
+
+use super::common::Random;
+use super::crew::{name, start, start_all, Rank};
+use super::deaths::{runs, seed};
+
+/// Starts one rank of a world of this name; `origin` is what its elements are made of.
+fn first(role: &str, name: &str, n: usize, origin: usize, more: &[(&str, String)]) -> Rank {
+    let variables = [
+        ("PA_TEST_RANK", origin.to_string()),
+        ("PA_TEST_WORLD", n.to_string()),
+        ("PA_TEST_NAME", name.to_owned()),
+    ];
+    start(role, &[&variables, more].concat())
+}
+
+/// One more.
+fn late(role: &str, name: &str, origin: usize, more: &[(&str, String)]) -> Rank {
+    let variables = [
+        ("PA_TEST_JOIN", "1".to_owned()),
+        ("PA_TEST_ORIGIN", origin.to_string()),
+        ("PA_TEST_NAME", name.to_owned()),
+    ];
+    start(role, &[&variables, more].concat())
+}
+
+#[test]
+fn processes_join_one_after_the_other_and_at_once() {
+    for (begin, end) in [(1, 2), (3, 4), (2, 5)] {
+        let (name, last) = (name(), [("PA_TEST_FINAL", end.to_string())]);
+        let mut ranks: Vec<Rank> =
+            (0..begin).map(|origin| first("survive", &name, begin, origin, &last)).collect();
+        ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        ranks.extend((begin..end).map(|origin| late("survive", &name, origin, &last)));
+        let mut done = vec![];
+        for (rank, process) in ranks.iter_mut().enumerate() {
+            assert_eq!(process.end(), Some(0), "rank {rank}: {:#?}", process.heard);
+            assert_eq!((process.said("failed").len(), process.said("recovered").len()), (0, 0));
+            done.extend(process.said("done"));
+        }
+        let all: Vec<usize> = (0..end).collect();
+        assert_eq!(done, vec![format!("{all:?}"); end]);
+        // All that were there have the same model after each admission.
+        let admitted = ranks[0].said("admitted");
+        assert_eq!(admitted.len(), end - begin, "{admitted:?}");
+        for rank in &ranks[..begin] {
+            assert_eq!(rank.said("admitted"), admitted);
+        }
+    }
+}
+
+/// Joins, kills of any rank and of those that are on their way in, again and again.
+#[test]
+fn joins_and_kills_at_any_time() {
+    let rounds = runs("PA_TEST_JOINS", 30);
+    let mut chance = Random(seed());
+    let (name, n) = (name(), 3);
+    let mut ranks: Vec<(usize, Rank)> =
+        (0..n).map(|origin| (origin, first("survive", &name, n, origin, &[]))).collect();
+    ranks.iter_mut().for_each(|(_, rank)| drop(rank.hear("ready")));
+    let (mut joins, mut kills) = (0, 0);
+    for _ in 0..rounds {
+        let origin = (0..16).find(|origin| ranks.iter().all(|(other, _)| other != origin)).unwrap();
+        let mut rank = late("survive", &name, origin, &[]);
+        if chance.below(2) == 0 {
+            std::thread::sleep(Duration::from_micros(chance.below(40_000))); // it may be in by then, or not
+            rank.signal(Signal::KILL);
+            assert_eq!(rank.end(), None, "{:#?}", rank.heard);
+        } else {
+            if chance.below(2) == 0 && ranks.len() > 2 {
+                std::thread::sleep(Duration::from_micros(chance.below(40_000)));
+                let (_, mut dead) = ranks.remove(chance.below(ranks.len() as u64) as usize);
+                dead.signal(Signal::KILL);
+                assert_eq!(dead.end(), None, "{:#?}", dead.heard);
+                kills += 1;
+            }
+            rank.hear("joined");
+            joins += 1;
+            ranks.push((origin, rank));
+        }
+        while ranks.len() > 5 {
+            let (_, mut dead) = ranks.remove(chance.below(ranks.len() as u64) as usize);
+            dead.signal(Signal::KILL);
+            assert_eq!(dead.end(), None, "{:#?}", dead.heard);
+            kills += 1;
+        }
+    }
+    ranks.iter_mut().for_each(|(_, rank)| rank.enough());
+    for (origin, rank) in &mut ranks {
+        assert_eq!(rank.end(), Some(0), "{origin}: {:#?}", rank.heard);
+    }
+    println!("{joins} joins of {rounds}, {kills} kills besides: no element wrong, no hang");
+}
+
+#[test]
+fn who_can_not_join_is_told_why_and_harms_nobody() {
+    let soon = [("PA_TEST_MEET_MS", "300".to_owned())];
+    let mut nowhere = late("meet", &name(), 1, &soon);
+    assert_eq!(nowhere.end(), Some(3));
+    let error = &nowhere.said("error")[0];
+    assert!(error.contains("no such world was to be found on this host within 300ms"), "{error}");
+
+    // Nobody averages meanwhile.
+    let name = name();
+    let mut pausing: Vec<Rank> = (0..2)
+        .map(|origin| first("survive", &name, 2, origin, &[("PA_TEST_PAUSE_MS", "2000".into())]))
+        .collect();
+    pausing.iter_mut().for_each(|rank| drop(rank.hear("pausing")));
+    let mut early = late("meet", &name, 2, &soon);
+    assert_eq!(early.end(), Some(3));
+    let error = &early.said("error")[0];
+    assert!(error.contains("its 2 ranks let nobody in within 300ms"), "{error}");
+    pausing[1].signal(Signal::STOP);
+    let mut silent = late("meet", &name, 2, &soon);
+    assert_eq!(silent.end(), Some(3));
+    let error = &silent.said("error")[0];
+    assert!(error.contains("its rank 1 did not answer"), "{error}");
+    pausing[1].signal(Signal::CONT);
+
+    // Another model: it is let in to see that, and leaves. The others go on.
+    let mut other = late("meet", &name, 2, &[]);
+    assert_eq!(other.end(), Some(3), "{:#?}", other.heard);
+    let error = &other.said("error")[0];
+    assert!(error.contains("rank 2 builds its averager with"), "{error}");
+    pausing.iter_mut().for_each(|rank| rank.enough());
+    for rank in &mut pausing {
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        assert_eq!(rank.said("failed").len(), 0, "{:#?}", rank.heard);
+        assert!(rank.said("admitted")[0].starts_with("2 "), "{:#?}", rank.heard);
+    }
+
+    // A world that ends while it waits.
+    let mut pausing: Vec<Rank> = (0..2)
+        .map(|origin| first("survive", &name, 2, origin, &[("PA_TEST_PAUSE_MS", "9000".into())]))
+        .collect();
+    pausing.iter_mut().for_each(|rank| drop(rank.hear("pausing")));
+    let mut waiting = late("meet", &name, 2, &[]);
+    std::thread::sleep(Duration::from_millis(300));
+    pausing.iter().for_each(|rank| rank.signal(Signal::KILL));
+    assert_eq!(waiting.end(), Some(3));
+    let error = &waiting.said("error")[0];
+    assert!(error.contains("come to its end"), "{error}");
+}
+
+/// One of four panics, and another takes its place.
+#[test]
+fn training_goes_on_with_a_process_that_joins() {
+    let pause = ("PA_TEST_STEP_US", "3000".to_owned());
+    let trained = |ranks: &mut [Rank]| -> f64 {
+        let mut said = vec![];
+        for rank in ranks {
+            assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+            said.extend(rank.said("trained"));
+        }
+        assert_eq!(said.len(), 4);
+        assert!(said.iter().all(|line| *line == said[0] && line.starts_with("4 ")), "{said:?}");
+        said[0].split(' ').nth(1).unwrap().parse().unwrap()
+    };
+    let undisturbed = trained(&mut start_all("train", 4, |_| vec![]));
+    let name = name();
+    let mut ranks: Vec<Rank> = (0..4)
+        .map(|origin| {
+            let dies = (origin == 1).then(|| ("PA_TEST_PANIC", "103".to_owned()));
+            let more: Vec<_> = [pause.clone()].into_iter().chain(dies).collect();
+            first("train", &name, 4, origin, &more)
+        })
+        .collect();
+    assert_eq!(ranks[1].end(), Some(6));
+    assert!(ranks[0].hear("failed").contains("PeerLost { rank: 1"));
+    ranks[1] = late("train", &name, 4, &[pause]);
+    let disturbed = trained(&mut ranks);
+    let began: u64 = ranks[1].said("begins at")[0].parse().unwrap();
+    assert!(began > 103 && began < 400 && began.is_multiple_of(8), "{began}");
+    println!("loss {undisturbed} undisturbed, {disturbed} with a rank that was replaced at step {began}");
+    assert!(disturbed < 2.0 * undisturbed + 0.05 && undisturbed < 1.0, "{undisturbed} {disturbed}");
+}
