@@ -19,7 +19,7 @@ struct Scenario {
 };
 constexpr Scenario kScenarios[] = {
     {"ring", ring},           {"commit", commit},   {"direct", direct}, {"largest", largest}, {"wrap", wrap},
-    {"weights", weights},     {"layout", layout},   {"non_finite", non_finite},
+    {"weights", weights},     {"guests", guests},   {"layout", layout}, {"non_finite", non_finite},
     {"timeout", timeout},     {"left", left},       {"abort", aborted},   {"decision", decision},
     {"leave_at_each_step", leave_at_each_step},               {"turns", turns},
 };

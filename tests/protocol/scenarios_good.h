@@ -77,6 +77,25 @@ inline void weights() {
     }
 }
 
+// A rank that knows of a guest: after that average every rank does, and after the next none.
+inline void guests() {
+  uint64_t seed = 55;
+  for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect}) {
+    World w(setup_of(mode, 3, 2, seed++));
+    run_script(
+        w, 12,
+        [&](uint32_t k) {
+          Script script = script_of(w, k);
+          if (k % 3 == 1) script.calls[k / 3 % 3].flags |= PA_FLAG_GUEST;
+          return script;
+        },
+        [&](uint32_t k, uint32_t r, const Outcome& o) {
+          expect_outcome(w, r, k, o, PA_COMMITTED, 0);
+          if (o.guest != (k % 3 == 1)) wrong("%s, average %u: rank %u says guest = %d", name_of(mode), k, r, o.guest);
+        });
+  }
+}
+
 // Each verdict of the meeting in turn, good averages between. Some follow one another at once: a rank may then write its
 // next record while another still reads this one.
 inline void layout() {

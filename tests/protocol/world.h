@@ -70,6 +70,7 @@ struct Outcome {
   uint32_t kind = PA_OPEN, peer = 0, where = 0;
   bool committed = false;
   uint64_t detail = 0, found = 0;
+  bool guest = false;
 };
 
 // Memory on lines of its own that is gone when the world is.
@@ -249,7 +250,7 @@ struct World {
   // All channels of a rank must say the same, but for a failure after the commit, which may strike some only.
   Outcome outcome(uint32_t r) const {
     const PaChannel& first = *channel(r, 0);
-    Outcome o{first.outcome, first.peer, first.where, first.committed != 0, first.detail, first.found};
+    Outcome o{first.outcome, first.peer, first.where, first.committed != 0, first.detail, first.found, first.guest != 0};
     for (uint32_t c = 1; c < s.channels; ++c) {
       const PaChannel& other = *channel(r, c);
       if ((other.committed != 0) != o.committed && other.outcome != PA_OPEN && o.kind != PA_OPEN)
