@@ -78,7 +78,7 @@ fn serve(name: &str, me: usize, common: &Arc<Common>, stream: UnixStream, mut kn
         Some(format!("it is called {name:?}")) // the hashes of two long names are the same
     } else if said.home.kind() != own.kind() {
         Some(format!("its ranks are on {}, this process is on {}", own.device, said.home.device))
-    } else if common.lock().outsiders(&common.page.decision().members) >= MOST_GUESTS {
+    } else if common.lock().outsiders(&common.page.decision().members).len() >= MOST_GUESTS {
         Some(format!("{MOST_GUESTS} processes wait for it already"))
     } else {
         None

@@ -230,9 +230,10 @@ impl State {
         self.messages.keys().copied().filter(waits).collect()
     }
 
-    /// How many there are that are no members.
-    pub(super) fn outsiders(&self, members: &[usize]) -> usize {
-        self.homes.keys().filter(|peer| !members.contains(peer) && !self.gone.contains(peer)).count()
+    /// Those that are there and no members.
+    pub(super) fn outsiders(&self, members: &[usize]) -> Vec<usize> {
+        let is_one = |peer: &&usize| !members.contains(peer) && !self.gone.contains(peer);
+        self.homes.keys().filter(is_one).copied().collect()
     }
 
     /// Forgets what was said in generations before this one.
