@@ -4,6 +4,7 @@ mod frame;
 mod launcher;
 mod links;
 mod rendezvous;
+mod strangers;
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;

@@ -1,0 +1,192 @@
+//! Who comes to a socket that anybody on this host can find: other users, programs that wanted something else, floods. Only
+//! who says, soon, a first message of the kind that belongs here is heard.
+
+use std::io::ErrorKind;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::process::getuid;
+
+use super::frame::{self, Frame, Kind};
+
+/// Strangers that may be half way through their first message at once.
+pub(super) const MOST: usize = 64;
+/// How long one may take for it.
+const HELLO: Duration = Duration::from_secs(2);
+/// Between two tries to accept one, where it can't be.
+const AGAIN: Duration = Duration::from_millis(2);
+
+/// An open socket. Shut when it is dropped, and its name free soon after.
+#[derive(Debug)]
+pub(super) struct Door {
+    // In this order: the thread, which waits for `open`, is the last to have the listener, see `open`.
+    listener: Arc<UnixListener>,
+    short: Arc<AtomicBool>,
+    _open: mpsc::Sender<()>,
+}
+
+impl Door {
+    /// Calls `came` with everyone of this user's who says a message of these kinds, with so many files at most. Each is heard
+    /// on a thread of its own, so that nobody keeps others waiting; those above `MOST` are turned away, and may come again.
+    ///
+    /// No thread is waited for: to close a file that a stranger has sent can take as long as he likes (`SO_LINGER`).
+    pub(super) fn open(
+        listener: UnixListener,
+        kinds: &'static [Kind],
+        most_files: usize,
+        came: impl Fn(UnixStream, Frame) + Send + Sync + 'static,
+    ) -> std::io::Result<Door> {
+        let (listener, short) = (Arc::new(listener), Arc::new(AtomicBool::new(false)));
+        let (open, is_open) = mpsc::channel();
+        let door = Door { listener: listener.clone(), short: short.clone(), _open: open };
+        let hear = move |stream: UnixStream| {
+            if is_same_user(&stream).is_err() {
+                return;
+            }
+            match frame::receive(&stream, kinds, most_files, Instant::now() + HELLO) {
+                Ok(frame) => came(stream, frame),
+                Err(error) if error.kind() == frame::SHORT => short.store(true, Ordering::Relaxed),
+                Err(_) => {}
+            }
+        };
+        let (hear, short) = (Arc::new(hear), door.short.clone());
+        std::thread::Builder::new().name("door".into()).spawn(move || {
+            keep(&listener, &is_open, &short, &hear);
+            let _ = is_open.recv(); // who has the listener last closes what strangers have sent to it
+        })?;
+        Ok(door)
+    }
+
+    /// Whether there was no file descriptor for one who came, or for what he brought.
+    pub(super) fn was_short(&self) -> bool {
+        self.short.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        // Wakes the thread.
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
+    }
+}
+
+/// Until the door is shut.
+fn keep(
+    listener: &UnixListener,
+    is_open: &mpsc::Receiver<()>,
+    short: &AtomicBool,
+    hear: &Arc<impl Fn(UnixStream) + Send + Sync + 'static>,
+) {
+    let inside = Arc::new(AtomicUsize::new(0));
+    loop {
+        let stream = match listener.accept() {
+            Ok((stream, _)) => stream,
+            Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => {
+                continue
+            }
+            // Shut, or no descriptors left: those inside give some back, or whoever waits here gives up.
+            Err(error) => {
+                short.fetch_or(is_short(&error), Ordering::Relaxed);
+                match is_open.recv_timeout(AGAIN) {
+                    Err(RecvTimeoutError::Timeout) => continue,
+                    _ => return,
+                }
+            }
+        };
+        if inside.load(Ordering::Relaxed) >= MOST {
+            continue;
+        }
+        inside.fetch_add(1, Ordering::Relaxed);
+        let (hear, leaving) = (hear.clone(), inside.clone());
+        let stranger = move || {
+            hear(stream);
+            leaving.fetch_sub(1, Ordering::Relaxed); // last: one that can't be closed still counts
+        };
+        if std::thread::Builder::new().name("hello".into()).stack_size(256 << 10).spawn(stranger).is_err() {
+            inside.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Of file descriptors.
+fn is_short(error: &std::io::Error) -> bool {
+    use rustix::io::Errno;
+    [Errno::MFILE, Errno::NFILE].iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+}
+
+/// Whoever is at the other end of an abstract socket: its name is free to all, this user's processes are to be trusted.
+pub(super) fn is_same_user(stream: &UnixStream) -> Result<(), String> {
+    let peer = rustix::net::sockopt::socket_peercred(stream).map_err(|error| error.to_string())?;
+    if peer.uid == getuid() {
+        return Ok(());
+    }
+    Err(format!(
+        "it belongs to user {}, not to user {}: choose another name for this world",
+        peer.uid.as_raw(),
+        getuid().as_raw()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+    use std::io::{IoSlice, Write};
+    use std::mem::MaybeUninit;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd;
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::SocketAddr;
+
+    const LINGER: Duration = Duration::from_secs(20);
+
+    /// A socket that takes as long as `LINGER` to close, and its other end, which does not listen.
+    fn lingering() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (other, _) = listener.accept().unwrap();
+        one.set_nonblocking(true).unwrap();
+        while one.write(&[0; 1 << 16]).is_ok() {}
+        one.set_nonblocking(false).unwrap();
+        rustix::net::sockopt::set_socket_linger(&one, Some(LINGER)).unwrap();
+        (one, other)
+    }
+
+    /// Neither those who come after him, nor whoever shuts the door, wait until a stranger's file is closed.
+    #[test]
+    fn what_a_stranger_sends_may_take_long_to_close() {
+        let address = SocketAddr::from_abstract_name(format!("strangers-{}", std::process::id())).unwrap();
+        let listener = UnixListener::bind_addr(&address).unwrap();
+        let come = || UnixStream::connect_addr(&address).unwrap();
+        let mut ends = vec![];
+        // The bytes and the file, of which this was the last copy.
+        let mut send = |stream: &UnixStream, bytes: &[u8]| {
+            let (file, end) = lingering();
+            let files = [file.as_fd()];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            assert!(ancillary.push(SendAncillaryMessage::ScmRights(&files)));
+            sendmsg(stream, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::empty()).unwrap();
+            ends.push(end);
+        };
+        let garbage = come();
+        send(&garbage, b"GET / HTTP/1.1\r\n\r\n  ");
+        let honest = come();
+        let begin = Instant::now();
+        frame::send(&honest, (Kind::Hello, 0, 7), &(), &[], begin + LINGER).unwrap();
+        let _crowd: Vec<UnixStream> = (0..MOST).map(|_| come()).collect();
+        // One is turned away, and the other is not let in yet when the door is shut.
+        let late = [come(), come()];
+        late.iter().for_each(|late| send(late, b"P"));
+        let (say, heard) = mpsc::channel();
+        let door = Door::open(listener, &[Kind::Hello], 1, move |_, frame| say.send(frame.number).unwrap());
+        let door = door.unwrap();
+        assert_eq!(heard.recv_timeout(LINGER / 2), Ok(7));
+        std::thread::sleep(Duration::from_millis(100));
+        drop(door);
+        assert!(begin.elapsed() < LINGER / 2, "{:?}", begin.elapsed());
+    }
+}
