@@ -17,6 +17,9 @@ use super::strangers;
 
 /// Processes that wait at a door.
 const MOST_GUESTS: usize = 16;
+/// How often to try to have a door, and how long after one another.
+const TRIES: u32 = 5;
+const AGAIN: Duration = Duration::from_millis(2);
 /// How long either side has for one message.
 pub(super) const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -50,8 +53,13 @@ pub(super) struct Door {
 impl Door {
     /// A world that can't have one, such as the second of a name, is a world all the same: nobody joins it.
     pub(super) fn open(name: &str, me: usize, common: &Arc<Common>) -> Door {
-        let listener =
-            address(name, Some(me)).ok().and_then(|address| UnixListener::bind_addr(&address).ok());
+        let listener = address(name, Some(me)).ok().and_then(|address| {
+            // One of this process, of a world that it has left, may be about to close.
+            (0..TRIES).find_map(|tries: u32| {
+                std::thread::sleep(tries.min(1) * AGAIN);
+                UnixListener::bind_addr(&address).ok()
+            })
+        });
         let (common, called) = (common.clone(), name.to_owned());
         let came = move |stream, knock| serve(&called, me, &common, stream, knock);
         let open =

@@ -15,7 +15,8 @@ use super::frame::{self, Kind};
 use super::home::Home;
 use super::links::{Generation, Links};
 use super::page::{Decision, Page, MOST_IDS};
-use super::rendezvous::{address, connect, is_same_user, Met};
+use super::rendezvous::{address, connect, Met};
+use super::strangers::is_same_user;
 use crate::abi::PA_MAX_WORLD;
 
 /// Between two looks for a world that is not there yet, or for a member that does not answer.

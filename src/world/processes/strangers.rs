@@ -68,7 +68,7 @@ impl Door {
 
 impl Drop for Door {
     fn drop(&mut self) {
-        // The thread's accept then fails, and it sees why.
+        // Wakes the thread.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
     }
 }
@@ -128,4 +128,65 @@ pub(super) fn is_same_user(stream: &UnixStream) -> Result<(), String> {
         peer.uid.as_raw(),
         getuid().as_raw()
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+    use std::io::{IoSlice, Write};
+    use std::mem::MaybeUninit;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd;
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::SocketAddr;
+
+    const LINGER: Duration = Duration::from_secs(20);
+
+    /// A socket that takes as long as `LINGER` to close, and its other end, which does not listen.
+    fn lingering() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (other, _) = listener.accept().unwrap();
+        one.set_nonblocking(true).unwrap();
+        while one.write(&[0; 1 << 16]).is_ok() {}
+        one.set_nonblocking(false).unwrap();
+        rustix::net::sockopt::set_socket_linger(&one, Some(LINGER)).unwrap();
+        (one, other)
+    }
+
+    /// Neither those who come after him, nor whoever shuts the door, wait until a stranger's file is closed.
+    #[test]
+    fn what_a_stranger_sends_may_take_long_to_close() {
+        let address = SocketAddr::from_abstract_name(format!("strangers-{}", std::process::id())).unwrap();
+        let listener = UnixListener::bind_addr(&address).unwrap();
+        let come = || UnixStream::connect_addr(&address).unwrap();
+        let mut ends = vec![];
+        // The bytes and the file, of which this was the last copy.
+        let mut send = |stream: &UnixStream, bytes: &[u8]| {
+            let (file, end) = lingering();
+            let files = [file.as_fd()];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut ancillary = SendAncillaryBuffer::new(&mut space);
+            assert!(ancillary.push(SendAncillaryMessage::ScmRights(&files)));
+            sendmsg(stream, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::empty()).unwrap();
+            ends.push(end);
+        };
+        let garbage = come();
+        send(&garbage, b"GET / HTTP/1.1\r\n\r\n  ");
+        let honest = come();
+        let begin = Instant::now();
+        frame::send(&honest, (Kind::Hello, 0, 7), &(), &[], begin + LINGER).unwrap();
+        let _crowd: Vec<UnixStream> = (0..MOST).map(|_| come()).collect();
+        // One is turned away, and the other is not let in yet when the door is shut.
+        let late = [come(), come()];
+        late.iter().for_each(|late| send(late, b"P"));
+        let (say, heard) = mpsc::channel();
+        let door = Door::open(listener, &[Kind::Hello], 1, move |_, frame| say.send(frame.number).unwrap());
+        let door = door.unwrap();
+        assert_eq!(heard.recv_timeout(LINGER / 2), Ok(7));
+        std::thread::sleep(Duration::from_millis(100));
+        drop(door);
+        assert!(begin.elapsed() < LINGER / 2, "{:?}", begin.elapsed());
+    }
 }
