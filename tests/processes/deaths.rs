@@ -25,11 +25,11 @@ fn check_survivors(ranks: &mut [Rank], dead: usize) {
     assert!(ranks.iter().any(lost), "{:#?}", ranks[0].heard);
 }
 
-/// `all_or_nothing`: 1 or 0.
-fn die_at_every_step(n: usize, all_or_nothing: u32) {
+/// `all_or_nothing`: 1 or 0. Of `stride` steps one, not the same for all ranks.
+fn die_at_every_step(n: usize, all_or_nothing: u32, stride: usize) {
     let mut steps = 0;
     for dead in 0..n {
-        for step in 1.. {
+        for step in (1 + dead % stride..).step_by(stride) {
             let mut ranks = start_all("survive", n, |rank| {
                 let mut variables = vec![
                     ("PA_TEST_FINAL", (n - 1).to_string()),
@@ -49,18 +49,26 @@ fn die_at_every_step(n: usize, all_or_nothing: u32) {
             steps += 1;
         }
     }
-    assert!(steps >= 8 * n, "only {steps} steps");
-    println!("{n} ranks: killed at {steps} steps");
+    assert!(steps >= 8 * n / stride, "only {steps} steps");
+    println!("{n} ranks: killed at {steps} steps, {stride} apart");
 }
 
 #[test]
 fn a_rank_killed_at_any_step_of_3() {
-    die_at_every_step(3, 1);
+    die_at_every_step(3, 1, 1);
 }
 
 #[test]
-fn a_rank_killed_at_any_step_of_2_without_the_commit() {
-    die_at_every_step(2, 0);
+fn a_rank_killed_at_steps_of_4_and_of_8() {
+    let stride = runs("PA_TEST_STRIDE", 9);
+    die_at_every_step(4, 1, stride);
+    die_at_every_step(8, 1, stride);
+}
+
+#[test]
+fn a_rank_killed_at_any_step_of_2() {
+    die_at_every_step(2, 1, 1);
+    die_at_every_step(2, 0, 1);
 }
 
 /// From the death to the error and from the error to the new world, as seen by the slowest survivor.
