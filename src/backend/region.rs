@@ -19,11 +19,14 @@ unsafe impl Sync for Region {}
 impl Region {
     pub(crate) fn new(bytes: usize) -> Self {
         const PAGE: usize = 4096;
+        // What is large is made of large pages where the system has some: one fault where there would be 512.
+        let align = if bytes < HUGE { PAGE } else { HUGE };
         let layout =
-            Layout::from_size_align(bytes.max(1), PAGE).expect("a region is smaller than isize::MAX");
+            Layout::from_size_align(bytes.max(1), align).expect("a region is smaller than isize::MAX");
         // SAFETY: the layout's size is not zero.
         let pointer = unsafe { alloc(layout) };
         let Some(pointer) = NonNull::new(pointer) else { handle_alloc_error(layout) };
+        advise(pointer, bytes / HUGE * HUGE);
         // SAFETY: just allocated with this size. Written, not alloc_zeroed: that maps pages at the first write only.
         unsafe { pointer.write_bytes(0, layout.size()) };
         Region { pointer, layout }
@@ -48,6 +51,20 @@ impl Region {
         assert!(size_of::<T>() <= self.layout.size() && align_of::<T>() <= self.layout.align());
         self.pointer.as_ptr().cast()
     }
+}
+
+const HUGE: usize = 2 << 20;
+
+/// To be made of large pages. It is all the same to whoever uses it.
+fn advise(pointer: NonNull<u8>, bytes: usize) {
+    #[cfg(target_os = "linux")]
+    if bytes > 0 {
+        // SAFETY: of one allocation; the advice changes nothing that it holds. Without such pages it is an error without a consequence.
+        let _ =
+            unsafe { rustix::mm::madvise(pointer.as_ptr().cast(), bytes, rustix::mm::Advice::LinuxHugepage) };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (pointer, bytes);
 }
 
 impl Drop for Region {
