@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 pub use builder::{Builder, Testing};
 pub use link::Link;
 pub use pending::Pending;
-pub(crate) use recover::Regrouped;
+pub(crate) use recover::{Admission, Regrouped};
 pub use report::Report;
 
 use crate::abi::*;
@@ -115,7 +115,11 @@ impl ParamAverager {
             averager.average_with_joiner(params)?;
             Ok(averager)
         });
-        built.inspect_err(|_| communicator.leave_if_new())
+        built.inspect_err(|_| {
+            if communicator.is_new() {
+                communicator.leave();
+            }
+        })
     }
 
     fn assemble<P: Parameters + ?Sized>(options: Builder, params: &mut P) -> Result<Self> {
@@ -137,7 +141,8 @@ impl ParamAverager {
             options: options.shown(),
             tensors: table.describe_all(),
             schedule_position: options.schedule_position,
-            admits: options.admits,
+            admits: options.admission != Admission::None,
+            ordinal: options.ordinal.clone(),
             inbox: own.as_ref().ok().and_then(|own| own.inbox.clone()),
             credits: own.as_ref().ok().and_then(|own| own.credits.clone()),
             control: own.as_ref().ok().and_then(|own| own.control.clone()),
@@ -150,7 +155,7 @@ impl ParamAverager {
             args: bytemuck::Zeroable::zeroed(),
             phases: phases(algorithm, options.all_or_nothing, options.reject_non_finite),
             timeout: options.timeout,
-            options: options.clone(),
+            options: Builder { ordinal: agreement.ordinal.clone(), ..options.clone() },
             failed: None,
             let_in: None,
             #[cfg(feature = "cudarc")]
@@ -230,6 +235,12 @@ impl ParamAverager {
         self.own.bytes(&self.table) + size_of::<PaControl>()
     }
 
+    /// This rank's membership of its world, as it is now: after ranks were lost or let in, with another number and size than the
+    /// one that the averager was built with. For further averagers.
+    pub fn communicator(&self) -> &Communicator {
+        &self.communicator
+    }
+
     /// A handle that ends whatever this world waits for, from any thread.
     pub fn abort_handle(&self) -> AbortHandle {
         self.communicator.abort_handle()
@@ -287,8 +298,10 @@ impl ParamAverager {
         if let Some(cause) = &self.failed {
             return Err(Error::Poisoned { cause: Box::new(cause.clone()) });
         }
-        if let Some(failure) = self.agreement.control.failure() {
-            let error = self.fatal(failure, Stage::Meet, false);
+        let failure = self.agreement.control.failure().map(|failure| self.fatal(failure, Stage::Meet, false));
+        let superseded =
+            || self.communicator.is_superseded().then(|| Error::Superseded { rank: self.rank() });
+        if let Some(error) = failure.or_else(superseded) {
             self.failed = Some(error.clone());
             return Err(error);
         }

@@ -105,12 +105,19 @@ pub enum Error {
     },
 
     /// The others went on without this rank, since it did not come to the recovery in time.
-    #[error("the others went on without what was rank {rank}, which was not there within {timeout:?}: its parameters are its own; start it again with the next run")]
+    #[error("the others went on without what was rank {rank}, which was not there within {timeout:?}: its parameters are its own; it can drop its averagers and join them again with World::join")]
     LeftOut {
         /// What this rank was.
         rank: usize,
         /// How long this rank would have waited.
         timeout: Duration,
+    },
+
+    /// The ranks of this averager's world have lost one or let one in since it was built, through another averager.
+    #[error("rank {rank}: the world has lost a rank or let one in since this averager was built: call recover on it, on every rank")]
+    Superseded {
+        /// What this rank was.
+        rank: usize,
     },
 
     /// A world of this kind can't go on after a failure.
@@ -297,6 +304,7 @@ impl Error {
                 | Error::PeerLost { .. }
                 | Error::DeviceFailed { .. }
                 | Error::Poisoned { .. }
+                | Error::Superseded { .. }
         )
     }
 

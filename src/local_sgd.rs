@@ -1,6 +1,6 @@
 //! Local SGD: count optimizer steps, average when the schedule says so.
 
-use crate::averager::{Call, Outcome, Regrouped};
+use crate::averager::{Admission, Call, Outcome, Regrouped};
 use crate::{Error, ParamAverager, Parameters, Report, Result, Schedule};
 
 /// Averages a model's parameters across ranks every so many optimizer steps.
@@ -59,7 +59,8 @@ impl LocalSgd {
 
     /// After an optimizer step was applied: counts it, and averages if it is due.
     ///
-    /// After an average, a process that waits to [join](crate::World::join) is let in.
+    /// After an average that was due, a process that waits to [join](crate::World::join) is let in. [`finish`](Self::finish) lets
+    /// nobody in.
     pub fn step<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
         let action = self.step_by(|averager, call| averager.run(params, call))?;
         self.let_in(params, action)
@@ -110,10 +111,14 @@ impl LocalSgd {
         if !waits {
             return Ok(action);
         }
-        let Regrouped { position, averaged } = self.averager.regroup(params, self.position, true)?;
+        let Regrouped { position, averaged } =
+            self.averager.regroup(params, self.position, Admission::Same)?;
         self.position = position;
         match averaged {
-            Some(report) => Ok(self.averaged(report)),
+            Some(report) => {
+                let admitted = self.averaged(report);
+                Ok(if action == Action::Alone { admitted } else { action })
+            }
             // Nobody came, so all that are left make the average that those make to whom the last one was a failure.
             None => self.recover(params),
         }

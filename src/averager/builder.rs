@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::defaults::{self, Cut};
-use super::{Algorithm, Link, ParamAverager};
+use super::{Admission, Algorithm, Link, ParamAverager};
 use crate::backend::Site;
 use crate::world::Communicator;
 use crate::{Error, Parameters, Result};
@@ -24,8 +24,10 @@ pub struct Builder {
     pub(super) chunk_bytes: Option<usize>,
     /// Shown to the others, for whom it may be of use.
     pub(super) schedule_position: u64,
-    /// Others are let in, for whom the first average is.
-    pub(super) admits: bool,
+    /// Of this rank, if others are let in.
+    pub(super) admission: Admission,
+    /// Which averager of the world it is, if it is built anew.
+    pub(super) ordinal: Option<String>,
     pub(super) testing: Testing,
 }
 
@@ -59,7 +61,8 @@ impl Builder {
             slots: defaults::SLOTS,
             chunk_bytes: None,
             schedule_position: 0,
-            admits: false,
+            admission: Admission::None,
+            ordinal: None,
             testing: Testing::default(),
         }
     }

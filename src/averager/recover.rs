@@ -15,6 +15,17 @@ pub(crate) struct Regrouped {
     pub(crate) averaged: Option<Report>,
 }
 
+/// What a rank's tensors are worth in the average that gives a process that joined its model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Admission {
+    /// Nothing: it is the one that joined, or nobody has.
+    None,
+    /// As much as those of all that were there.
+    Mean,
+    /// All that were there have the same, of which one is enough, and is not rounded.
+    Same,
+}
+
 impl ParamAverager {
     /// Collective among the ranks that are left, after an error that [is fatal](Error::is_fatal): builds the averager anew, with
     /// the same options, for the ranks that call it within the builder's `timeout` and are not gone; see
@@ -36,14 +47,16 @@ impl ParamAverager {
         if self.failed.is_none() && self.agreement.control.failure().is_none() {
             return Ok(Regrouped { position, averaged: None });
         }
-        self.regroup(params, position, false)
+        self.regroup(params, position, Admission::None)
     }
 
     /// Collective, after an average whose report says that a process [waits to join](Report::joiner_waits): lets it in, as the last
     /// rank, and averages, with weight 0 for it and 1 for all others, which gives it the model. If it is gone by now, or its
     /// tensors or options are not those of the others, these go on without it, and average all the same.
     ///
-    /// Every other averager of this world is to call it next, in the order in which they were built.
+    /// Every other averager of this world is to call it next, in the order in which they were built; one that averages first gets
+    /// an error, and [`recover`](Self::recover) then does the same. What the new process needs to know besides, such as how many steps were
+    /// made, belongs into a tensor: `LocalSgd` tells it by itself.
     ///
     /// ```no_run
     /// # fn train(averager: &mut param_averager::ParamAverager, model: &mut Vec<Vec<f32>>) -> param_averager::Result<()> {
@@ -54,7 +67,7 @@ impl ParamAverager {
     /// # }
     /// ```
     pub fn admit<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Report> {
-        match self.regroup(params, 0, true)?.averaged {
+        match self.regroup(params, 0, Admission::Mean)?.averaged {
             Some(report) => Ok(report),
             None => self.average(params),
         }
@@ -65,21 +78,29 @@ impl ParamAverager {
         &mut self,
         params: &mut P,
         position: u64,
-        mut admits: bool,
+        mut admission: Admission,
     ) -> Result<Regrouped> {
         // Whatever was enqueued ends by itself.
         let _ = self.own.engine.finish();
         self.options.schedule_position = position;
         loop {
+            let next = self.options.communicator.next(self.timeout, admission != Admission::None);
+            if let Err(Error::NoRecovery { .. }) = next {
+                return next.map(|_| unreachable!("an error")); // nothing has happened
+            }
             // Kept also where what follows fails: the next call begins from there.
-            let next = self.options.communicator.next(self.timeout, admits);
             self.options.communicator = next.inspect_err(|error| self.fail_by(error))?;
             let joined = self.options.communicator.has_joined();
-            self.options.admits = admits && joined;
+            // Also if this averager comes to the new generation by an error: another has let the process in.
+            self.options.admission = match admission {
+                _ if !joined || self.options.communicator.is_new() => Admission::None,
+                Admission::None => Admission::Mean,
+                admission => admission,
+            };
             match self.options.clone().build(params) {
                 Ok(averager) => {
                     *self = averager;
-                    self.options.admits = false;
+                    self.options.admission = Admission::None;
                     return Ok(Regrouped {
                         position: self.schedule_position(),
                         averaged: self.let_in.take(),
@@ -90,7 +111,7 @@ impl ParamAverager {
                     Error::PeerLost { stage: Stage::Build, .. } | Error::Timeout { stage: Stage::Build, .. },
                 ) => {}
                 // The one that joined is not like the others, or was lost before it had the model: it has left.
-                Err(_) if joined => admits = false,
+                Err(_) if joined && !self.options.communicator.is_new() => admission = Admission::None,
                 Err(error) => {
                     self.fail_by(&error);
                     return Err(error);
@@ -107,9 +128,17 @@ impl ParamAverager {
     /// The first average of an averager that was built since a process joined.
     pub(super) fn average_with_joiner<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<()> {
         if !self.agreement.cards.iter().any(|card| card.admits) {
-            return Ok(());
+            return match self.communicator.lacks_model() {
+                true => Err(self.communicator.not_admitted()),
+                false => Ok(()),
+            };
         }
-        let weight = if self.options.admits { 1.0 } else { 0.0 };
+        let counts = match self.options.admission {
+            Admission::None => false,
+            Admission::Mean => true,
+            Admission::Same => self.rank() == 0,
+        };
+        let weight = if counts { 1.0 } else { 0.0 };
         let call = Call { weight: Some(weight), schedule: ADMIT, unneeded: false };
         if let Outcome::Averaged(report) = self.run(params, call)? {
             self.let_in = Some(report);

@@ -19,6 +19,8 @@ pub(crate) struct Card {
     pub(crate) schedule_position: u64,
     /// It lets others in: its first average is theirs, too.
     pub(crate) admits: bool,
+    /// Which averager of the world it is, if it is built anew: others may be like it.
+    pub(crate) ordinal: Option<String>,
     /// What the previous rank of the ring writes: the inbox, after its `filled` counters.
     pub(crate) inbox: Option<Arc<Memory>>,
     /// What the next one writes: `drained` counters.
@@ -33,19 +35,34 @@ pub(crate) struct Agreement {
     pub(crate) control: Arc<Control>,
     /// Every rank's.
     pub(crate) cards: Vec<Card>,
+    /// See `Card`; the same on all.
+    pub(crate) ordinal: Option<String>,
 }
 
 impl Agreement {
     /// If nobody refuses, and all ranks show the same.
     pub(super) fn of(cards: Vec<Card>) -> Result<Agreement> {
         let refusal = cards.iter().find_map(|card| card.refusal.clone());
+        // One that has none yet goes with every other.
+        let mut known =
+            cards.iter().enumerate().filter_map(|(rank, card)| Some((rank, card.ordinal.as_ref()?)));
+        let first = known.next().map(|(_, ordinal)| ordinal.clone());
+        let other = known.find(|(_, ordinal)| first.as_ref() != Some(ordinal)).map(|(rank, ordinal)| {
+            let show = |ordinal: &String| format!("the averager that was number {ordinal}");
+            Error::OptionsDiffer {
+                rank,
+                found: show(ordinal),
+                expected: first.as_ref().map(show).unwrap_or_default(),
+            }
+        });
         let disagreement = || (1..cards.len()).find_map(|rank| disagreement(rank, &cards[0], &cards[rank]));
-        match refusal.or_else(disagreement) {
+        match refusal.or(other).or_else(disagreement) {
             Some(error) => Err(error),
             None => {
                 let reason = "it shows no notice boards".to_owned();
                 let control = cards[0].control.clone().ok_or(Error::PeerRefused { rank: 0, reason })?;
-                Ok(Agreement { control, cards })
+                let ordinal = cards.iter().find_map(|card| card.ordinal.clone());
+                Ok(Agreement { control, cards, ordinal })
             }
         }
     }

@@ -38,7 +38,8 @@ impl World {
     ///
     /// It has no model of its own: building its averager gives its tensors the values that the others have, and
     /// [`LocalSgd::position`](crate::LocalSgd::position) tells how far they are. It builds the averagers that they have, in the same
-    /// order. If that fails, it has left, and can join again.
+    /// order, and at once, since they wait for it, a minute at most: whatever takes long comes before this call. If building fails, as it does
+    /// when another rank is lost meanwhile, this process has left, and can join again.
     ///
     /// ```no_run
     /// use param_averager::{Device, LocalSgd, ParamAverager, Schedule, World};
@@ -133,9 +134,11 @@ impl WorldBuilder {
         meet(setup, self.device, self.timeout)
     }
 
-    /// [`World::join`] with more said by the caller. A rank and the world's size are the others' to say.
+    /// [`World::join`] with more said by the caller. A rank and the world's size are the others' to say. Without a name it is that
+    /// in `PARAM_AVERAGER_RENDEZVOUS`.
     pub fn join(self) -> Result<Communicator> {
-        let name = self.rendezvous.ok_or_else(|| missing("rendezvous"))?;
+        let name =
+            self.rendezvous.or_else(Setup::name_of_the_environment).ok_or_else(|| missing("rendezvous"))?;
         if self.rank.is_some() || self.world_size.is_some() {
             let problem = "World::builder().join() joins a world that has begun, and gets its rank from that: leave .rank(..) and \
                            .world_size(..) out, or call .build() to begin one";
@@ -180,14 +183,34 @@ impl Communicator {
         self.processes().is_some_and(|processes| processes.has_joined())
     }
 
-    /// If this rank is one that joined: it has the model now.
+    /// Whether this process is in another generation of the world by now.
+    pub(crate) fn is_superseded(&self) -> bool {
+        self.processes().is_some_and(|processes| processes.is_superseded())
+    }
+
+    /// Whether that is this rank.
+    pub(crate) fn is_new(&self) -> bool {
+        self.processes().is_some_and(|processes| processes.is_new())
+    }
+
+    /// Whether it still has no model.
+    pub(crate) fn lacks_model(&self) -> bool {
+        self.processes().is_some_and(|processes| processes.lacks_model())
+    }
+
+    pub(crate) fn not_admitted(&self) -> Error {
+        let reason = "the others have built an averager without letting this process in: it joins as they call ParamAverager::admit".into();
+        Error::Join { rendezvous: self.rendezvous().unwrap_or_default().to_owned(), reason }
+    }
+
+    /// Whoever joined has the model now.
     pub(crate) fn has_model(&self) {
         self.processes().into_iter().for_each(|processes| processes.has_model());
     }
 
-    /// If this rank is one that joined and has no model: it never will.
-    pub(crate) fn leave_if_new(&self) {
-        self.processes().into_iter().for_each(|processes| processes.leave_if_new());
+    /// This process can't go on in this world.
+    pub(crate) fn leave(&self) {
+        self.processes().into_iter().for_each(|processes| processes.leave());
     }
 
     fn processes(&self) -> Option<&Processes> {

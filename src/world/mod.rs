@@ -11,7 +11,7 @@ mod processes;
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 pub(crate) use card::{Agreement, Card};
@@ -168,8 +168,16 @@ impl Communicator {
     }
 
     /// A handle that ends whatever this world waits for, from any thread.
+    ///
+    /// It holds nothing: it serves for as long as the rank is in its world, also after ranks were lost or let in.
     pub fn abort_handle(&self) -> AbortHandle {
-        AbortHandle { group: self.membership.group.clone() }
+        AbortHandle {
+            of: match &self.membership.group {
+                Group::Threads(rank, hub) => Handle::Threads(*rank, Arc::downgrade(hub)),
+                #[cfg(target_os = "linux")]
+                Group::Processes(processes) => Handle::Processes(processes.handle()),
+            },
+        }
     }
 
     /// Collective among the ranks that are left, after an error that [is fatal](Error::is_fatal): the same ranks without those
@@ -230,9 +238,25 @@ impl Communicator {
         false
     }
 
+    pub(crate) fn is_superseded(&self) -> bool {
+        false
+    }
+
+    pub(crate) fn is_new(&self) -> bool {
+        false
+    }
+
+    pub(crate) fn lacks_model(&self) -> bool {
+        false
+    }
+
+    pub(crate) fn not_admitted(&self) -> Error {
+        Error::NoRecovery { rank: self.rank() }
+    }
+
     pub(crate) fn has_model(&self) {}
 
-    pub(crate) fn leave_if_new(&self) {}
+    pub(crate) fn leave(&self) {}
 }
 
 impl Drop for Membership {
@@ -248,16 +272,23 @@ impl Drop for Membership {
 /// Ends the world from any thread: every rank that waits, or averages later, gets [`Error::Aborted`].
 #[derive(Clone, Debug)]
 pub struct AbortHandle {
-    group: Group,
+    of: Handle,
+}
+
+#[derive(Clone, Debug)]
+enum Handle {
+    Threads(usize, Weak<Hub>),
+    #[cfg(target_os = "linux")]
+    Processes(processes::Handle),
 }
 
 impl AbortHandle {
     /// Ends the world. Averages that have not begun to write leave every tensor as it was. Calling it again does nothing.
     pub fn abort(&self) {
-        match &self.group {
-            Group::Threads(rank, hub) => hub.abort(*rank),
+        match &self.of {
+            Handle::Threads(rank, hub) => hub.upgrade().into_iter().for_each(|hub| hub.abort(*rank)),
             #[cfg(target_os = "linux")]
-            Group::Processes(processes) => processes.abort(),
+            Handle::Processes(processes) => processes.abort(),
         }
     }
 }

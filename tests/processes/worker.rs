@@ -38,6 +38,7 @@ pub fn run(role: &str) {
         "survive" => survive(),
         "train" => train(),
         "two" => two(),
+        "two_admit" => two_admit(),
         other => panic!("no role {other}"),
     };
     std::process::exit(code);
@@ -69,6 +70,7 @@ fn builder(communicator: Communicator) -> Builder {
     ParamAverager::builder(communicator)
         .timeout(timeout)
         .all_or_nothing(number("PA_TEST_ALL_OR_NOTHING") != Some(0))
+        .reject_non_finite(number("PA_TEST_REJECT") == Some(1))
         .chunk_bytes(1 << 10)
 }
 
@@ -188,10 +190,18 @@ fn survive() -> i32 {
             ENOUGH.store(true, Ordering::Relaxed);
         }
     });
-    let tensors = vec![vec![0.0; 5000], vec![], vec![0.0; 777], vec![0.0; MOST]];
+    // What a process that joins has of its own is nothing to anybody.
+    let own = if is_late() { f32::NAN } else { 0.0 };
+    let tensors = [5000, 0, 777, MOST].map(|elements| vec![own; elements]).to_vec();
     let mut model = Model { origin: 0, tensors };
     let (communicator, mut averager) = loop {
-        let communicator = join().unwrap();
+        let communicator = match join() {
+            Ok(communicator) => communicator,
+            Err(error) => {
+                say(&format!("error {error}"));
+                return 3;
+            }
+        };
         match builder(communicator.clone()).build(&mut model.tensors) {
             Ok(averager) => break (communicator, averager),
             Err(error) => assert!(is_late() && error.is_fatal(), "{error}"), // a peer was lost on the way: once more
@@ -208,6 +218,7 @@ fn survive() -> i32 {
         assert!(!ranks.is_empty() && !ranks.contains(&origin), "{ranks:?}");
         say(&format!("joined {ranks:?}"));
     }
+    let handle = averager.abort_handle();
     // By the number of ranks.
     let mut files = BTreeMap::from([(averager.world_size(), count_files())]);
     say("ready");
@@ -256,6 +267,9 @@ fn survive() -> i32 {
                 match averager.admit(&mut model.tensors) {
                     Ok(report) => {
                         say(&format!("admitted {} {:x}", report.world_size, model.digest()));
+                        if number("PA_TEST_ABORT").is_some() {
+                            handle.abort(); // taken in another generation of the world
+                        }
                         continue;
                     }
                     Err(Error::LeftOut { .. }) => {
@@ -310,6 +324,40 @@ fn two() -> i32 {
     }
     assert!(models[0][0].iter().all(|&x| x == 1.0) && models[1][0].iter().all(|&x| x == 2.0));
     say(&format!("two of {}", averagers[1].world_size()));
+    0
+}
+
+/// Two averagers, in turn, that let in who comes, until there are so many ranks as there are to be. Each has a value of its own.
+fn two_admit() -> i32 {
+    let communicator = join().unwrap();
+    let own = if is_late() { [f32::NAN; 2] } else { [1.0, 2.0] };
+    let mut models = own.map(|own| vec![vec![own; 3000]]);
+    let mut averagers: Vec<ParamAverager> =
+        models.iter_mut().map(|model| builder(communicator.clone()).build(model).unwrap()).collect();
+    say("ready");
+    let (mut rounds, mut is_behind) = (0, !is_late());
+    while rounds < 5 {
+        // Who joins goes on where the others are: behind their admission.
+        let behind = std::mem::replace(&mut is_behind, true);
+        if behind && averagers[0].average(&mut models[0]).unwrap().joiner_waits {
+            averagers[0].admit(&mut models[0]).unwrap();
+            if number("PA_TEST_BY_RECOVER").is_none() {
+                averagers[1].admit(&mut models[1]).unwrap();
+            } else if averagers[1].average(&mut models[1]).is_ok() {
+                return 7; // its world is another one by now
+            } else {
+                averagers[1].recover(&mut models[1]).unwrap();
+            }
+        }
+        averagers[1].average(&mut models[1]).unwrap();
+        for (model, value) in models.iter().zip([1.0, 2.0]) {
+            assert!(model[0].iter().all(|&x| x == value), "{} is not {value}", model[0][0]);
+        }
+        rounds += usize::from(averagers[1].world_size() == number("PA_TEST_FINAL").unwrap() as usize);
+    }
+    let communicator = averagers[1].communicator();
+    assert_eq!(communicator.world_size(), averagers[0].world_size());
+    say(&format!("two of {}", communicator.world_size()));
     0
 }
 

@@ -2,6 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -17,9 +18,8 @@ use super::strangers;
 
 /// Processes that wait at a door.
 const MOST_GUESTS: usize = 16;
-/// How often to try to have a door, and how long after one another.
-const TRIES: u32 = 5;
-const AGAIN: Duration = Duration::from_millis(2);
+/// Between two tries to have a door.
+const AGAIN: Duration = Duration::from_millis(200);
 /// How long either side has for one message.
 pub(super) const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -47,24 +47,32 @@ pub(super) struct Inside {
 #[derive(Debug)]
 pub(super) struct Door {
     name: String,
-    _open: Option<strangers::Door>,
+    _closes: mpsc::Sender<()>,
 }
 
 impl Door {
-    /// A world that can't have one, such as the second of a name, is a world all the same: nobody joins it.
+    /// A world that can't have one yet, such as the second of a name, is a world all the same: nobody joins it meanwhile.
     pub(super) fn open(name: &str, me: usize, common: &Arc<Common>) -> Door {
-        let listener = address(name, Some(me)).ok().and_then(|address| {
-            // One of this process, of a world that it has left, may be about to close.
-            (0..TRIES).find_map(|tries: u32| {
-                std::thread::sleep(tries.min(1) * AGAIN);
-                UnixListener::bind_addr(&address).ok()
-            })
-        });
+        let (closes, is_closed) = mpsc::channel();
         let (common, called) = (common.clone(), name.to_owned());
-        let came = move |stream, knock| serve(&called, me, &common, stream, knock);
-        let open =
-            listener.and_then(|listener| strangers::Door::open(listener, &[Kind::Knock], 1, came).ok());
-        Door { name: name.to_owned(), _open: open }
+        let open = move || {
+            let address = address(&called, Some(me))?;
+            let listener = UnixListener::bind_addr(&address).map_err(|error| error.to_string())?;
+            let (common, called) = (common.clone(), called.clone());
+            let came = move |stream, knock| serve(&called, me, &common, stream, knock);
+            strangers::Door::open(listener, &[Kind::Knock], 1, came).map_err(|error| error.to_string())
+        };
+        // Tried until it succeeds: another world of this name may come to its end, or descriptors be free again.
+        let keep = move || loop {
+            let open = open();
+            match is_closed.recv_timeout(if open.is_ok() { Duration::MAX } else { AGAIN }) {
+                Err(RecvTimeoutError::Timeout) => {}
+                _ => return,
+            }
+        };
+        // Without a thread it has no door.
+        let _ = std::thread::Builder::new().name("door".into()).stack_size(256 << 10).spawn(keep);
+        Door { name: name.to_owned(), _closes: closes }
     }
 
     /// Of the world.
@@ -80,6 +88,9 @@ fn serve(name: &str, me: usize, common: &Arc<Common>, stream: UnixStream, mut kn
     let home = |id: usize| common.lock().homes.get(&id).cloned();
     let Some(own) = home(me) else { return };
     let version = env!("CARGO_PKG_VERSION");
+    if common.has_left() || !common.page.decision().members.contains(&me) {
+        return; // its world goes on without it
+    }
     let refusal = if said.crate_version != version {
         Some(format!("it is of crate version {}, this process of {version}", said.crate_version))
     } else if said.name != name {

@@ -8,6 +8,7 @@ use super::frame::Kind;
 use super::links::{Generation, State};
 use super::{places, Processes};
 use crate::abi::PA_MAX_WORLD;
+use crate::error::Stage;
 use crate::{Error, Result};
 
 /// What a `Kind::Ready` says: the sender will take part.
@@ -28,16 +29,30 @@ impl Processes {
         self.generation.decision.joined.is_some()
     }
 
-    /// This process has the model of the others, if it came late.
+    /// Whether this process is in a later one by now. Costs next to nothing.
+    pub(in crate::world) fn is_superseded(&self) -> bool {
+        self.links.number.load(Ordering::Relaxed) != self.number()
+    }
+
+    /// Whether that was this one.
+    pub(in crate::world) fn is_new(&self) -> bool {
+        self.generation.decision.joined == Some(self.links.me)
+    }
+
+    /// Whether this process came late and has no model yet.
+    pub(in crate::world) fn lacks_model(&self) -> bool {
+        self.links.is_new.load(Ordering::Relaxed)
+    }
+
+    /// The process that joined has the model of the others.
     pub(in crate::world) fn has_model(&self) {
+        self.generation.settled.store(true, Ordering::Relaxed);
         self.links.is_new.store(false, Ordering::Relaxed);
     }
 
-    /// Leaves the world, if this process came late and has no model yet: others are not to wait for what it can't do.
-    pub(in crate::world) fn leave_if_new(&self) {
-        if self.links.is_new.load(Ordering::Relaxed) {
-            self.links.leave();
-        }
+    /// Leaves the world: others are not to wait for what this process can't do.
+    pub(in crate::world) fn leave(&self) {
+        self.links.leave();
     }
 
     /// Collective among those that are left: the next generation, of all members that are there and say so within `timeout`, and
@@ -51,20 +66,26 @@ impl Processes {
         if latest.number() > self.number() {
             return Ok(self.view(latest.clone())); // another communicator of this process has been through it
         }
-        if self.links.is_new.load(Ordering::Relaxed) {
+        if self.lacks_model() {
+            self.leave();
             let reason = "it was let in, but lost a peer before it had the model: call World::join again";
             return Err(Error::Join { rendezvous: self.door.name().to_owned(), reason: reason.into() });
         }
         let (next, me) = (self.number() + 1, self.links.me);
         let deadline = Instant::now() + timeout;
         // Who can't hear the others is not the one to say who is there.
-        if let Some((_, reason)) =
-            self.links.lock().trouble.iter().find(|(peer, _)| self.members().contains(peer))
-        {
+        let is_needed = |peer: &usize| self.members().contains(peer) && Some(*peer) != self.unsettled();
+        if let Some((_, reason)) = self.links.lock().trouble.iter().find(|(peer, _)| is_needed(peer)) {
             return Err(Error::SharedMemory { rank: self.rank(), reason: reason.clone() });
         }
+        let aborted = |state: &State| {
+            let ends = |peer: &usize| state.has(*peer, (Kind::Abort, self.number(), 0));
+            let peer = self.others().filter(ends).map(|peer| self.rank_of(peer)).next();
+            peer.or(self.fate().aborted.then(|| self.rank()))
+        };
+        let before = aborted(&self.links.lock());
         let guests = if admits { self.guests(deadline) } else { vec![] };
-        let tell = |number, to: &[usize]| {
+        let tell = |number, to: &[usize], deadline| {
             for &peer in to.iter().filter(|&&peer| !self.links.lock().gone.contains(&peer)) {
                 // One that does not listen is not ready, either.
                 let _ = self.links.send(peer, (Kind::Ready, next, number), &guests, &[], deadline);
@@ -74,12 +95,23 @@ impl Processes {
         let is_decided = || page.generation() >= next;
         if !is_decided() {
             let others: Vec<usize> = self.others().collect();
-            tell(READY, &others);
+            tell(READY, &others, deadline);
             let ready = |state: &State, peer: usize| state.has(peer, (Kind::Ready, next, READY));
-            let _ = self.links.wait(deadline, |state| {
-                let all = others.iter().all(|&peer| state.gone.contains(&peer) || ready(state, peer));
-                (all || is_decided()).then_some(())
-            });
+            let all = |state: &State, but: Option<usize>| {
+                let settled =
+                    |&peer: &usize| state.gone.contains(&peer) || ready(state, peer) || Some(peer) == but;
+                others.iter().all(settled) || is_decided() || (before.is_none() && aborted(state).is_some())
+            };
+            // One that joined and has not got its model is not waited for.
+            let unsettled = self.unsettled();
+            let _ = self.links.wait(deadline, |state| all(state, unsettled).then_some(()));
+            let _ =
+                self.links.wait(deadline.min(Instant::now() + SOON), |state| all(state, None).then_some(()));
+            let state = self.links.lock();
+            if let (None, Some(rank)) = (before, aborted(&state)) {
+                return Err(Error::Aborted { rank, stage: Stage::Build, committed: false });
+            }
+            drop(state);
             let state = self.links.lock();
             let there = |peer: usize| peer == me || (ready(&state, peer) && !state.gone.contains(&peer));
             let mut members: Vec<usize> =
@@ -89,22 +121,33 @@ impl Processes {
                 peer == me || said.is_some_and(|guests: Vec<usize>| guests.contains(&guest))
             };
             // One at a time: two guests don't know each other.
-            let joined = guests.iter().copied().find(|&guest| {
+            let mut guests = guests.iter().copied().filter(|_| members.len() < PA_MAX_WORLD as usize);
+            let joined = guests.find(|&guest| {
                 !state.gone.contains(&guest) && members.iter().all(|&peer| known(peer, guest))
             });
-            members.extend(joined.filter(|_| members.len() < PA_MAX_WORLD as usize));
+            members.extend(joined);
             let told = [others, state.outsiders(self.members())].concat();
             drop(state);
             page.propose(me, &self.generation.decision, &members, joined);
-            tell(DECIDED, &told); // wakes those that wait for somebody who is not coming, and guests
+            // Wakes those that wait for somebody who is not coming, and guests.
+            tell(DECIDED, &told, Instant::now() + SOON);
         }
         let decision = page.decision();
         if decision.generation != next || !decision.members.contains(&me) {
             return Err(Error::LeftOut { rank: self.rank(), timeout });
         }
-        self.links.lock().forget_before(next);
         *latest = Generation::new(decision);
+        self.links.enter(&latest);
         Ok(self.view(latest.clone()))
+    }
+
+    fn rank_of(&self, peer: usize) -> usize {
+        self.members().iter().position(|&other| other == peer).expect("a member")
+    }
+
+    /// The process that joined with this generation, while it may have no model.
+    fn unsettled(&self) -> Option<usize> {
+        self.generation.decision.joined.filter(|_| !self.generation.settled.load(Ordering::Relaxed))
     }
 
     /// Those that wait. Somebody has heard of one, so this process soon will, too, if it is still there.

@@ -21,48 +21,82 @@ use crate::abi::PA_MAX_WORLD;
 
 /// Between two looks for a world that is not there yet, or for a member that does not answer.
 const AGAIN: Duration = Duration::from_millis(20);
+/// Worlds of this name that are over or out of reach. More there will hardly be.
+const MOST_WORLDS: usize = 64;
 
 /// Until it is let in.
 pub(super) fn join(name: &str, home: Home, timeout: Duration) -> Result<Links, String> {
     let deadline = Instant::now() + timeout;
-    let page = find(name, &home, deadline).map_err(|reason| match reason {
-        Some(reason) => reason,
-        None => format!(
-            "no such world was to be found on this host within {timeout:?}: see that its ranks are running, and that they gave the same \
-             name, which PARAM_AVERAGER_RENDEZVOUS can set"
-        ),
-    })?;
-    let id = page.new_id().ok_or_else(|| format!("it has had {MOST_IDS} processes, and can't have more"))?;
+    let mut lost = vec![];
+    loop {
+        let page = find(name, &home, &lost, deadline).map_err(|reason| match reason {
+            Some(reason) => reason,
+            None => format!(
+                "no such world was to be found on this host within {timeout:?}: see that its ranks are running, and that they gave the \
+                 same name"
+            ),
+        })?;
+        let nonce = page.nonce();
+        match enter(name, &home, page, deadline, timeout) {
+            Err(Outside::Lost) if lost.len() < MOST_WORLDS => lost.push(nonce),
+            Err(Outside::Lost) => return Err("its ranks are not to be reached".into()),
+            Err(Outside::For(reason)) => return Err(reason),
+            Ok(links) => return Ok(links),
+        }
+    }
+}
+
+/// Until the world of this page lets it in.
+fn enter(
+    name: &str,
+    home: &Home,
+    page: Page,
+    deadline: Instant,
+    timeout: Duration,
+) -> Result<Links, Outside> {
+    let full = || Outside::For(format!("it has had {MOST_IDS} processes, and can't have more"));
+    let id = page.new_id().ok_or_else(full)?;
     let first = page.decision();
-    let links = Links::new(id, home, page, first);
-    let mut guest = Guest { name, links: &links, peers: BTreeSet::new(), said_for: None };
-    let decision = guest.wait(deadline, timeout)?;
-    links.lock().forget_before(decision.generation);
+    let links = Links::new(id, home.clone(), page, first);
+    let mut guest =
+        Guest { name, links: &links, peers: BTreeSet::new(), said_for: None, reached: Instant::now() };
+    let generation = Generation::new(guest.wait(deadline, timeout)?);
     links.is_new.store(true, Ordering::Relaxed);
-    *links.latest.lock().unwrap_or_else(PoisonError::into_inner) = Generation::new(decision);
+    links.enter(&generation);
+    *links.latest.lock().unwrap_or_else(PoisonError::into_inner) = generation;
     Ok(links)
 }
 
-/// The page of the first world of this name that answers. `None`: there is none.
-fn find(name: &str, home: &Home, deadline: Instant) -> Result<Page, Option<String>> {
+/// Why a process is not let in.
+enum Outside {
+    /// No member is to be reached any more.
+    Lost,
+    For(String),
+}
+
+/// The page of the first world of this name that answers, but for those that were lost. `None`: there is none.
+fn find(name: &str, home: &Home, lost: &[u64], deadline: Instant) -> Result<Page, Option<String>> {
+    let (mut pause, mut why) = (AGAIN, None);
     loop {
         for id in 0..MOST_IDS {
             match knock(name, id, home, deadline) {
+                Ok((_, page, ..)) if lost.contains(&page.nonce()) => {}
                 Ok((_, page, ..)) => return Ok(page),
                 Err(Refused::For(reason)) => return Err(Some(reason)),
-                Err(Refused::NotThere) => {}
+                Err(Refused::NotThere(reason)) => why = reason.or(why),
             }
         }
-        if Instant::now() + AGAIN > deadline {
-            return Err(None);
+        if Instant::now() + pause > deadline {
+            return Err(why);
         }
-        std::thread::sleep(AGAIN);
+        std::thread::sleep(pause);
+        pause = (2 * pause).min(10 * AGAIN);
     }
 }
 
 enum Refused {
-    /// Nobody answers at that door.
-    NotThere,
+    /// Nobody answers at that door, or nobody that is understood, for this reason.
+    NotThere(Option<String>),
     For(String),
 }
 
@@ -87,7 +121,8 @@ fn knock(
     };
     let (stream, answer) = asked().map_err(|error| match error.kind() {
         frame::SHORT => Refused::For(error.to_string()),
-        _ => Refused::NotThere,
+        io::ErrorKind::InvalidData | io::ErrorKind::Other => Refused::NotThere(Some(error.to_string())),
+        _ => Refused::NotThere(None),
     })?;
     let failed = |what: String| Refused::For(format!("what it answers: {what}"));
     if answer.kind == Kind::Refuse {
@@ -108,11 +143,13 @@ struct Guest<'a> {
     peers: BTreeSet<usize>,
     /// The generation whose members were all told that it waits.
     said_for: Option<u32>,
+    /// When a member last was.
+    reached: Instant,
 }
 
 impl Guest<'_> {
     /// Until a generation has it as a member.
-    fn wait(&mut self, deadline: Instant, timeout: Duration) -> Result<Decision, String> {
+    fn wait(&mut self, deadline: Instant, timeout: Duration) -> Result<Decision, Outside> {
         let common = &self.links.common;
         loop {
             let decision = common.page.decision();
@@ -120,11 +157,17 @@ impl Guest<'_> {
                 return Ok(decision);
             }
             let (generation, members) = (decision.generation, &decision.members);
+            self.links.lock().forget_before(generation);
             let mut silent = None;
             for (rank, &member) in members.iter().enumerate() {
-                if !self.is_peer(member, deadline)? {
+                if self.is_peer(member, deadline)? {
+                    self.reached = Instant::now();
+                } else {
                     silent.get_or_insert(rank);
                 }
+            }
+            if self.reached.elapsed() > PATIENCE {
+                return Err(Outside::Lost); // that world is over, or these doors are another's
             }
             if silent.is_none() && self.said_for != Some(generation) {
                 for &member in members {
@@ -134,34 +177,37 @@ impl Guest<'_> {
                 self.said_for = Some(generation);
             }
             if Instant::now() >= deadline {
-                return Err(why(silent, members.len(), timeout));
+                return Err(Outside::For(why(silent, members.len(), timeout)));
             }
             let soon = deadline.min(Instant::now() + if silent.is_some() { AGAIN } else { PATIENCE });
-            let ended = self.links.wait(soon, |state| {
-                let ended = members.iter().all(|member| state.gone.contains(member));
-                (ended || common.page.generation() != generation).then_some(ended)
+            let gone = self.links.wait(soon, |state| {
+                let gone = members.iter().all(|member| state.gone.contains(member));
+                (gone || common.page.generation() != generation).then_some(gone)
             });
-            if ended == Some(true) && common.page.generation() == generation {
-                return Err("it has come to its end meanwhile: all its ranks are gone".into());
+            if gone == Some(true) && common.page.generation() == generation && !self.peers.is_empty() {
+                return Err(Outside::For("it has come to its end meanwhile: all its ranks are gone".into()));
             }
         }
     }
 
     /// Whether this member hears it. Asks it to, if it does not.
-    fn is_peer(&mut self, member: usize, deadline: Instant) -> Result<bool, String> {
-        if self.links.lock().gone.contains(&member) {
-            return Ok(false); // until the others have recovered
-        }
+    fn is_peer(&mut self, member: usize, deadline: Instant) -> Result<bool, Outside> {
+        let mut state = self.links.lock();
+        let is_gone = state.gone.contains(&member);
         if self.peers.contains(&member) {
-            return Ok(true);
+            return Ok(!is_gone); // until the others have recovered
         }
+        if is_gone {
+            state.forget(member); // it hung up before it knew this process: once more
+        }
+        drop(state);
         let common = &self.links.common;
         if !self.links.lock().homes.contains_key(&member) {
             let home = self.links.lock().homes[&self.links.me].clone();
             let (stream, inside, process) = match knock(self.name, member, &home, deadline) {
                 Ok((stream, _, inside, process)) => (stream, inside, process),
-                Err(Refused::NotThere) => return Ok(false),
-                Err(Refused::For(reason)) => return Err(reason),
+                Err(Refused::NotThere(_)) => return Ok(false),
+                Err(Refused::For(reason)) => return Err(Outside::For(reason)),
             };
             if inside.nonce != common.page.nonce() || inside.id != member {
                 return Ok(false); // it is of another world of this name
@@ -171,7 +217,7 @@ impl Guest<'_> {
                 return Ok(false);
             }
             let added = common.add(member, inside.home, Met { stream, process });
-            added.map_err(|error| format!("can't listen to peers: {error}"))?;
+            added.map_err(|error| Outside::For(format!("can't listen to peers: {error}")))?;
         }
         let soon = deadline.min(Instant::now() + PATIENCE);
         let came = self.links.wait(soon, |state| {

@@ -17,6 +17,7 @@ use super::frame::{self, Frame, Kind};
 use super::home::Home;
 use super::page::{Decision, Page};
 use super::rendezvous::Met;
+use crate::error::Stage;
 use crate::world::Agreement;
 use crate::Error;
 
@@ -33,6 +34,10 @@ pub(super) struct Links {
     pub(super) common: Arc<Common>,
     /// Locked for as long as this process goes from one generation to the next.
     pub(super) latest: Mutex<Generation>,
+    /// The same, locked for a moment only.
+    current: Mutex<Generation>,
+    /// The number of it.
+    pub(super) number: AtomicU32,
     /// This process came late, and has no model of its own until its first average.
     pub(super) is_new: AtomicBool,
 }
@@ -41,9 +46,11 @@ pub(super) struct Links {
 #[derive(Clone, Debug)]
 pub(super) struct Generation {
     pub(super) decision: Arc<Decision>,
-    pub(super) fate: Arc<Mutex<Fate>>,
+    fate: Arc<Mutex<Fate>>,
     /// Averagers built or begun: the k-th of one rank belongs with the k-th of every other.
     pub(super) builds: Arc<AtomicU32>,
+    /// The process that joined with it, if one did, has the model, as far as this one knows.
+    pub(super) settled: Arc<AtomicBool>,
 }
 
 #[derive(Debug, Default)]
@@ -51,11 +58,14 @@ pub(super) struct Fate {
     /// What ended it.
     pub(super) failure: Option<Error>,
     pub(super) told: bool,
+    /// By this process.
+    pub(super) aborted: bool,
 }
 
 impl Generation {
     pub(super) fn new(decision: Decision) -> Self {
-        Generation { decision: Arc::new(decision), fate: Arc::default(), builds: Arc::default() }
+        let (fate, builds, settled) = (Arc::default(), Arc::default(), Arc::default());
+        Generation { decision: Arc::new(decision), fate, builds, settled }
     }
 
     pub(super) fn number(&self) -> u32 {
@@ -65,6 +75,10 @@ impl Generation {
     /// By rank.
     pub(super) fn members(&self) -> &[usize] {
         &self.decision.members
+    }
+
+    pub(super) fn fate(&self) -> MutexGuard<'_, Fate> {
+        self.fate.lock().unwrap_or_else(PoisonError::into_inner) // plain data
     }
 }
 
@@ -128,8 +142,41 @@ impl Links {
             changed: Condvar::new(),
             guest: AtomicU32::new(0),
         };
-        let latest = Mutex::new(Generation::new(latest));
-        Links { me, common: Arc::new(common), latest, is_new: AtomicBool::new(false) }
+        let latest = Generation::new(latest);
+        let number = AtomicU32::new(latest.number());
+        let (current, latest) = (Mutex::new(latest.clone()), Mutex::new(latest));
+        Links { me, common: Arc::new(common), latest, current, number, is_new: AtomicBool::new(false) }
+    }
+
+    /// The generation that this process is in.
+    pub(super) fn current(&self) -> Generation {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// It is in this one from now on, which is `latest`, too.
+    pub(super) fn enter(&self, generation: &Generation) {
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = generation.clone();
+        self.number.store(generation.number(), Ordering::Relaxed);
+        self.lock().forget_before(generation.number());
+    }
+
+    /// Ends the generation that this process is in, for all its members.
+    pub(super) fn abort(&self) {
+        let generation = self.current();
+        let Some(rank) = generation.members().iter().position(|&peer| peer == self.me) else { return };
+        // Told once more, to what averages or builds in another thread.
+        let failure = Error::Aborted { rank, stage: Stage::Build, committed: false };
+        let mut fate = generation.fate();
+        fate.aborted = true;
+        fate.failure.get_or_insert(failure);
+        drop(fate);
+        let built = self.lock().built();
+        for (agreement, _) in built.iter().filter(|(_, ring)| ring.generation == generation.number()) {
+            agreement.control.abort(rank);
+        }
+        self.changed();
+        let others = generation.members().iter().filter(|&&peer| peer != self.me);
+        others.for_each(|&peer| self.try_send(peer, (Kind::Abort, generation.number(), 0)));
     }
 
     /// See `Common::send`.
@@ -196,7 +243,7 @@ impl Links {
             leave(agreement, &ring, peer);
         }
         for (position, &peer) in ring.peers.iter().enumerate() {
-            if state.has(peer, (Kind::Abort, ring.generation, 0)) {
+            if state.aborts(peer, ring.generation) {
                 agreement.control.abort(position);
             }
         }
@@ -221,6 +268,18 @@ impl State {
     pub(super) fn is_lost(&self, peer: usize, generation: u32) -> bool {
         let is_past = |&(kind, of, _): &(Kind, u32, u32)| kind == Kind::Ready && of > generation;
         self.gone.contains(&peer) || self.messages.get(&peer).is_some_and(|said| said.keys().any(is_past))
+    }
+
+    /// Whether the peer has ended this generation. One that ended the generation before it, after that was over, was on its way.
+    pub(super) fn aborts(&self, peer: usize, generation: u32) -> bool {
+        let last = generation.checked_sub(1);
+        [Some(generation), last].into_iter().flatten().any(|of| self.has(peer, (Kind::Abort, of, 0)))
+    }
+
+    /// A peer that did not become one is a stranger again.
+    pub(super) fn forget(&mut self, peer: usize) {
+        self.gone.remove(&peer);
+        self.homes.remove(&peer);
     }
 
     /// Those that are there, and wait to be let in after this generation.
@@ -254,6 +313,10 @@ impl Common {
     // No code that can panic holds the lock with the state half changed.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn has_left(&self) -> bool {
+        self.peers().is_none()
     }
 
     fn peers(&self) -> MutexGuard<'_, Option<BTreeMap<usize, Arc<Peer>>>> {
@@ -293,7 +356,10 @@ impl Common {
         peers.insert(peer, Arc::new(Peer { stream, sending: Mutex::new(()) }));
         let thread = std::thread::Builder::new().name(format!("peer-{peer}")).stack_size(256 << 10);
         let listens = move || listen(peer, &listens, process.as_ref(), &common);
-        let thread = thread.spawn(listens).inspect_err(|_| drop(peers.remove(&peer)))?;
+        let thread = thread.spawn(listens).inspect_err(|_| {
+            drop(peers.remove(&peer));
+            self.lock().homes.remove(&peer);
+        })?;
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         threads.retain(|thread| !thread.is_finished());
         threads.push(thread);
@@ -355,7 +421,7 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, common: &
         }
         for (agreement, ring) in state.built() {
             match kind {
-                Kind::Abort if generation == ring.generation => {
+                Kind::Abort if [generation, generation + 1].contains(&ring.generation) => {
                     let position = ring.peers.iter().position(|&other| other == peer);
                     position.into_iter().for_each(|position| agreement.control.abort(position));
                 }

@@ -13,7 +13,7 @@ mod strangers;
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -27,6 +27,9 @@ use frame::{Frame, Kind};
 use home::Home;
 use links::{Fate, Generation, Links, Ring};
 use rendezvous::Me;
+
+/// How long a process may take from `World::join` to its averager.
+const JOINING: Duration = Duration::from_secs(60);
 
 /// One generation of a world, as one of its processes sees it.
 #[derive(Debug)]
@@ -56,6 +59,13 @@ impl Setup {
         let launcher::Launched { rank, world_size, name } =
             found.map_err(|problem| Error::Environment { problem })?;
         Ok(Setup { rank, world_size, name })
+    }
+}
+
+impl Setup {
+    /// Only the name, where it is said by itself.
+    pub(super) fn name_of_the_environment() -> Option<String> {
+        std::env::var(launcher::RENDEZVOUS).ok().filter(|name| !name.is_empty())
     }
 }
 
@@ -123,6 +133,8 @@ impl Processes {
         if let Some(failure) = self.failure() {
             return Err(failure);
         }
+        // Who joined is to be here soon: the others have a model to train.
+        let timeout = if self.has_joined() { timeout.min(JOINING) } else { timeout };
         let deadline = Instant::now() + timeout;
         let key = (Kind::Card, self.number(), number);
         let (body, memories) = Shown::of(&card);
@@ -130,8 +142,13 @@ impl Processes {
         let (body, files) = (&body, &files);
         let sent = std::thread::scope(|scope| {
             // To all at once: one that does not listen keeps no other waiting. Who is gone is found out below.
-            let send = |peer| scope.spawn(move || self.links.send(peer, key, body, files, deadline));
+            let send = |peer| {
+                let send = move || self.links.send(peer, key, body, files, deadline);
+                std::thread::Builder::new().spawn_scoped(scope, send)
+            };
             let sends: Vec<_> = self.others().map(send).collect();
+            let sends: std::io::Result<Vec<_>> = sends.into_iter().collect();
+            let sends = sends.map_err(|error| format!("can't start a thread to send its card: {error}"))?;
             sends.into_iter().try_for_each(|sent| match sent.join() {
                 Ok(Err(error)) if error.kind() == std::io::ErrorKind::InvalidInput => Err(error.to_string()),
                 _ => Ok(()),
@@ -149,7 +166,7 @@ impl Processes {
             let frame = came.unwrap_or_else(|| Err(late())).map_err(|error| self.fail(error))?;
             cards.push(Shown::read(frame, rank, self.wanted(rank)).map_err(|error| self.fail(error))?);
         }
-        let agreement = Agreement::of(cards)?;
+        let mut agreement = Agreement::of(cards)?;
         for (rank, theirs) in agreement.cards.iter().enumerate() {
             let [inbox, credits, control] = self.wanted(rank);
             let bytes = |memory: &Option<Arc<Memory>>| memory.as_ref().map(|memory| memory.bytes());
@@ -162,6 +179,7 @@ impl Processes {
                 return Err(self.fail(Error::PeerRefused { rank, reason }));
             }
         }
+        agreement.ordinal.get_or_insert_with(|| format!("{number} of generation {}", self.number()));
         let agreement = Arc::new(agreement);
         self.links.watch(&agreement, self.ring());
         match self.failure() {
@@ -179,7 +197,7 @@ impl Processes {
         state: &mut links::State,
     ) -> Option<Result<Frame>> {
         let stage = Stage::Build;
-        let aborts = |peer: &usize| state.has(*peer, (Kind::Abort, self.number(), 0));
+        let aborts = |peer: &usize| state.aborts(*peer, self.number());
         if let Some(rank) = self.members().iter().position(aborts) {
             return Some(Err(Error::Aborted { rank, stage, committed: false }));
         }
@@ -201,17 +219,9 @@ impl Processes {
         }
     }
 
-    pub(super) fn abort(&self) {
-        let rank = self.rank();
-        // Told once more, to what averages or builds in another thread.
-        let failure = Error::Aborted { rank, stage: Stage::Build, committed: false };
-        self.fate().failure.get_or_insert(failure);
-        let built = self.links.lock().built();
-        for (agreement, _) in built.into_iter().filter(|(_, ring)| ring.generation == self.number()) {
-            agreement.control.abort(rank);
-        }
-        self.links.changed();
-        self.others().for_each(|peer| self.links.try_send(peer, (Kind::Abort, self.number(), 0)));
+    /// What ends this world from any thread, for as long as this process is in it.
+    pub(super) fn handle(&self) -> Handle {
+        Handle(Arc::downgrade(&self.links))
     }
 
     /// Whether the inbox, the credits and the control of this rank are used here.
@@ -244,7 +254,17 @@ impl Processes {
     }
 
     fn fate(&self) -> MutexGuard<'_, Fate> {
-        self.generation.fate.lock().unwrap_or_else(PoisonError::into_inner) // plain data
+        self.generation.fate()
+    }
+}
+
+/// See `Processes::handle`.
+#[derive(Clone, Debug)]
+pub(super) struct Handle(Weak<Links>);
+
+impl Handle {
+    pub(super) fn abort(&self) {
+        self.0.upgrade().into_iter().for_each(|links| links.abort());
     }
 }
 
@@ -264,6 +284,7 @@ struct Shown {
     tensors: Vec<String>,
     schedule_position: u64,
     admits: bool,
+    ordinal: Option<String>,
     /// Bytes of inbox, credits and control, if there is one.
     memories: [Option<usize>; 3],
 }
@@ -279,6 +300,7 @@ impl Shown {
             tensors: card.tensors.clone(),
             schedule_position: card.schedule_position,
             admits: card.admits,
+            ordinal: card.ordinal.clone(),
             memories: shared.map(|memory| memory.map(Shared::bytes)),
         };
         (shown, shared.into_iter().flatten().collect())
@@ -305,6 +327,7 @@ impl Shown {
             tensors: shown.tensors,
             schedule_position: shown.schedule_position,
             admits: shown.admits,
+            ordinal: shown.ordinal,
             inbox: inbox.map(Arc::new),
             credits: credits.map(Arc::new),
             control: control.map(|memory| Arc::new(Control::of(memory))),

@@ -12,7 +12,7 @@ use crate::abi::PA_MAX_WORLD;
 use crate::backend::Shared;
 
 /// Processes that a world can have had in its life.
-pub(super) const MOST_IDS: usize = 1024;
+pub(super) const MOST_IDS: usize = 4096;
 const MOST: usize = PA_MAX_WORLD as usize;
 
 /// What is in it. Zeroed at first.
