@@ -19,6 +19,8 @@ use crate::error::Stage;
 use crate::{Error, Result};
 use frame::{Frame, Kind};
 use links::{Fate, Generation, Links, Ring};
+#[cfg(fuzzing)]
+pub use rendezvous::fuzz;
 use rendezvous::Me;
 
 /// One generation of a world, as one of its processes sees it.
