@@ -4,6 +4,7 @@
 use std::io::{Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -165,7 +166,7 @@ pub fn frames(data: &[u8]) {
     let Some((&how, data)) = data.split_first() else { return };
     let (kinds, most) = [DOOR, VISITOR, PEER][how as usize % 3];
     let (at_once, stays) = (how & 8 == 0, how & 16 != 0);
-    let before = open_files();
+    let before = left();
     let me = me("a name", 1, 3);
     let (theirs, ours) = UnixStream::pair().expect("a pair of sockets");
     let write = || {
@@ -225,7 +226,7 @@ fn parse(me: &Me, frame: Frame, how: u8) {
 /// A world whose ranks meet while strangers do as they like; the first byte says how many ranks.
 pub fn rendezvous(data: &[u8]) {
     let Some((&how, data)) = data.split_first() else { return };
-    let before = open_files();
+    let before = left();
     play(2 + usize::from(how % 4 == 3), &script(data));
     nothing_is_left(before);
 }
@@ -349,24 +350,28 @@ impl Strangers<'_> {
 }
 
 /// Where nothing else happens in the process meanwhile, as it does beside other tests.
-fn nothing_is_left(files: u64) {
+fn nothing_is_left(before: Left) {
     // Strangers are heard on threads that end when they see them gone.
     let deadline = Instant::now() + Duration::from_secs(10);
-    while cfg!(fuzzing) && open_files() != files {
-        assert!(Instant::now() < deadline, "{} file descriptors, there were {files}", open_files());
+    while cfg!(fuzzing) && left() != before {
+        assert!(Instant::now() < deadline, "{:?}, there were {before:?}", left());
         std::thread::sleep(Duration::from_micros(50));
     }
 }
 
-fn open_files() -> u64 {
-    let folder = "/proc/self/fd";
-    // Linux says it from 6.2 on.
-    let count = std::fs::metadata(folder).expect("a folder of files").len();
-    if count > 0 {
-        count
-    } else {
-        std::fs::read_dir(folder).expect("the same").count() as u64
-    }
+#[derive(Debug, PartialEq)]
+struct Left {
+    files: u64,
+    threads: u64,
+}
+
+fn left() -> Left {
+    let of = |folder| std::fs::metadata(folder).expect("/proc");
+    let files = match of("/proc/self/fd").len() {
+        0 => std::fs::read_dir("/proc/self/fd").expect("/proc").count() as u64, // before Linux 6.2
+        files => files,
+    };
+    Left { files, threads: of("/proc/self/task").nlink() }
 }
 
 #[cfg(test)]
