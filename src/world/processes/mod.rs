@@ -42,13 +42,23 @@ pub(super) struct Setup {
 impl Setup {
     /// What the environment says.
     pub(super) fn of_the_environment() -> Result<Setup> {
-        let found = launcher::Launched::find(|name| match name {
-            launcher::PARENT => rustix::process::getppid().map(|parent| parent.as_raw_pid().to_string()),
-            name => std::env::var(name).ok(),
-        });
+        let found = launcher::Launched::find(variable);
         let launcher::Launched { rank, world_size, name } =
             found.map_err(|problem| Error::Environment { problem })?;
         Ok(Setup { rank, world_size, name })
+    }
+
+    /// Whether there is a launcher to say it.
+    pub(super) fn is_in_the_environment() -> bool {
+        launcher::Launched::is_there(variable)
+    }
+}
+
+/// Of the environment.
+fn variable(name: &str) -> Option<String> {
+    match name {
+        launcher::PARENT => rustix::process::getppid().map(|parent| parent.as_raw_pid().to_string()),
+        name => std::env::var(name).ok(),
     }
 }
 
