@@ -334,7 +334,7 @@ impl Shown {
         };
         let (inbox, credits, control) = (open(0)?, open(1)?, open(2)?);
         Ok(Card {
-            refusal: shown.refusal.map(refuse),
+            refusal: shown.refusal.map(|reason| refuse(of_itself(reason, rank))),
             options: shown.options,
             tensors: shown.tensors,
             schedule_position: shown.schedule_position,
@@ -342,5 +342,14 @@ impl Shown {
             credits: credits.map(Arc::new),
             control: control.map(|memory| Arc::new(Control::of(memory))),
         })
+    }
+}
+
+/// A rank's own error without the rank, which the error that it becomes part of names.
+fn of_itself(reason: String, rank: usize) -> String {
+    match reason.strip_prefix(&format!("rank {rank}")) {
+        Some(rest) if rest.starts_with(": ") => rest[2..].into(),
+        Some(rest) if rest.starts_with(' ') => format!("it{rest}"),
+        _ => reason,
     }
 }
