@@ -10,6 +10,8 @@ mod crew;
 mod deaths;
 #[path = "processes/meeting.rs"]
 mod meeting;
+#[path = "processes/stops.rs"]
+mod stops;
 #[path = "processes/worker.rs"]
 mod worker;
 
