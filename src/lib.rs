@@ -67,6 +67,11 @@ pub use tensor::{Dtype, Element, Parameters, TensorMut};
 pub use world::WorldBuilder;
 pub use world::{AbortHandle, Communicator, Device, World};
 
+/// For `fuzz/` in the repository.
+#[cfg(all(fuzzing, target_os = "linux"))]
+#[doc(hidden)]
+pub use world::fuzz as __fuzz;
+
 /// For this crate's own tests and bench.
 #[doc(hidden)]
 pub mod __private {

@@ -12,6 +12,8 @@ mod deaths;
 mod joins;
 #[path = "processes/meeting.rs"]
 mod meeting;
+#[path = "processes/stops.rs"]
+mod stops;
 #[path = "processes/worker.rs"]
 mod worker;
 

@@ -61,7 +61,13 @@ impl World {
         World::builder().rendezvous(rendezvous).device(device).join()
     }
 
-    /// The same with everything said by the caller.
+    /// Whether a launcher has made this process a rank, by one of the variables that [`World::from_env`] reads; that still fails if
+    /// the others are wrong. A program that no launcher has started can start ranks itself, or do without them.
+    pub fn is_launched() -> bool {
+        Setup::is_in_the_environment()
+    }
+
+    /// The same as [`World::from_env`] with everything said by the caller.
     pub fn builder() -> WorldBuilder {
         WorldBuilder {
             rank: None,

@@ -18,6 +18,8 @@ pub(crate) use card::{Agreement, Card};
 pub(crate) use control::{Control, Failure};
 #[cfg(target_os = "linux")]
 pub use launched::WorldBuilder;
+#[cfg(all(fuzzing, target_os = "linux"))]
+pub use processes::fuzz;
 
 pub(crate) use places::Places;
 

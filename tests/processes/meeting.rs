@@ -69,6 +69,23 @@ fn open_mpi_starts_ranks() {
     assert_eq!(said.matches("@averaged 3").count(), 3, "{said}");
 }
 
+/// Also again, after one has failed at first.
+#[test]
+fn torchrun_starts_ranks() {
+    let Ok(torchrun) = std::env::var("PA_TEST_TORCHRUN") else {
+        return skipped("torchrun_starts_ranks", "PA_TEST_TORCHRUN does not say where a torchrun is");
+    };
+    let program = std::env::current_exe().unwrap();
+    let mut torchrun = std::process::Command::new(torchrun);
+    torchrun.args(["--standalone", "--nproc-per-node", "3", "--max-restarts", "1", "--no-python"]);
+    torchrun.arg(program).args(["worker", "--exact", "--nocapture"]).env("PA_TEST_ROLE", "restart");
+    let output = torchrun.output().expect("PA_TEST_TORCHRUN is a torchrun");
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{said} {}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(said.matches("@averaged 3").count(), 3, "{said}");
+    assert_eq!(said.matches("@failing").count(), 1, "{said}");
+}
+
 #[test]
 fn ranks_that_disagree_are_named_on_every_rank() {
     let world = |n| move |rank| if rank == 2 { vec![("PA_TEST_WORLD", format!("{n}"))] } else { vec![] };
@@ -82,6 +99,20 @@ fn ranks_that_disagree_are_named_on_every_rank() {
         start_all("meet", 3, options),
         &["rank 2 builds its averager with slots = 8, rank 0 with slots = 4"],
     );
+}
+
+/// Once.
+#[test]
+fn a_rank_that_refuses_by_itself_is_named_on_every_rank() {
+    let wrong = |rank| if rank == 1 { vec![("PA_TEST_SLOTS", "3".to_owned())] } else { vec![] };
+    let mut ranks = start_all("meet", 3, wrong);
+    for (rank, process) in ranks.iter_mut().enumerate() {
+        assert_eq!(process.end(), Some(3), "{:#?}", process.heard);
+        let error = &process.said("error")[0];
+        let begin =
+            if rank == 1 { "rank 1: the option" } else { "rank 1 can't build its averager: the option" };
+        assert!(error.starts_with(begin) && error.matches("rank 1").count() == 1, "{error}");
+    }
 }
 
 #[test]

@@ -35,6 +35,8 @@ fn die() -> ! {
 pub fn run(role: &str) {
     let code = match role {
         "meet" => meet(),
+        "restart" => restart(),
+        "stages" => stages(),
         "survive" => survive(),
         "train" => train(),
         "two" => two(),
@@ -85,8 +87,8 @@ fn meet() -> i32 {
         let rank = communicator.rank();
         model[0].fill(rank as f32);
         let mut builder = builder(communicator);
-        if number("PA_TEST_SLOTS").is_some() {
-            builder = builder.slots(8);
+        if let Some(slots) = number("PA_TEST_SLOTS") {
+            builder = builder.slots(slots as u32);
         }
         let mut averager = builder.build(&mut model)?;
         assert_eq!(averager.algorithm(), Algorithm::Ring);
@@ -108,6 +110,67 @@ fn meet() -> i32 {
             say(&format!("error {error}"));
             3
         }
+    }
+}
+
+/// Under torchrun, which starts all ranks again when one fails: rank 1 does, while the others wait for it.
+fn restart() -> i32 {
+    let is = |name, what| std::env::var(name).is_ok_and(|value| value == what);
+    if is("TORCHELASTIC_RESTART_COUNT", "0") && is("RANK", "1") {
+        say("failing");
+        return 9;
+    }
+    meet()
+}
+
+/// Stops, if this is the place to do so for the first time.
+fn stop_at(place: &str) {
+    static STOPPED: AtomicBool = AtomicBool::new(false);
+    let is_here = std::env::var("PA_TEST_STOP_AT").is_ok_and(|at| at == place);
+    if is_here && !STOPPED.swap(true, Ordering::Relaxed) {
+        say("stopping");
+        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
+        std::thread::sleep(Duration::from_millis(20)); // another thread may have got the signal, which stops all soon
+    }
+}
+
+/// Finds the others, builds, recovers and builds again until there is an averager, averages, and waits until it is told to end.
+/// On the way it stops where it is told to, or aborts.
+fn stages() -> i32 {
+    let timeout = Duration::from_millis(number("PA_TEST_TIMEOUT_MS").unwrap_or(20_000));
+    let failed = |error: Error| {
+        say(&format!("error {error}"));
+        3
+    };
+    stop_at("join");
+    let mut communicator = match join() {
+        Ok(communicator) => communicator,
+        Err(error) => return failed(error),
+    };
+    loop {
+        stop_at("build");
+        if std::env::var("PA_TEST_STOP_AT").is_ok_and(|at| at == "abort") {
+            stop_at("abort");
+            communicator.abort_handle().abort();
+        }
+        say("building");
+        let mut model = vec![vec![communicator.rank() as f32; 100]];
+        let built = builder(communicator.clone()).build(&mut model);
+        match built.and_then(|mut averager| averager.average(&mut model).map(|_| averager)) {
+            Ok(averager) => {
+                say(&format!("averaged {}", averager.world_size()));
+                let _ = std::io::stdin().read_line(&mut String::new());
+                return 0;
+            }
+            Err(error) if matches!(error, Error::Aborted { .. }) => return failed(error),
+            Err(error) => say(&format!("failed {error}")),
+        }
+        stop_at("recover");
+        say("recovering");
+        communicator = match communicator.recover(timeout) {
+            Ok(communicator) => communicator,
+            Err(error) => return failed(error),
+        };
     }
 }
 

@@ -1,6 +1,6 @@
 //! Messages between processes: a header with a version and a generation, a bounded body of JSON, and file descriptors.
 
-use std::io::{self, Error, ErrorKind, IoSlice, IoSliceMut, Read, Write};
+use std::io::{self, Error, ErrorKind, IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -76,27 +76,36 @@ pub(super) struct Frame {
     pub(super) files: Vec<OwnedFd>,
 }
 
+pub(super) fn header(
+    (kind, generation, number): (Kind, u32, u32),
+    bytes: usize,
+    files: usize,
+) -> [u8; HEADER] {
+    let mut header = [0; HEADER];
+    header[..4].copy_from_slice(&MAGIC);
+    header[4..6].copy_from_slice(&VERSION.to_le_bytes());
+    header[6] = kind as u8;
+    header[7] = files as u8;
+    header[8..12].copy_from_slice(&generation.to_le_bytes());
+    header[12..16].copy_from_slice(&number.to_le_bytes());
+    header[16..20].copy_from_slice(&(bytes as u32).to_le_bytes());
+    header
+}
+
 /// Sends a message, if all of it can be by `deadline`. One at a time on a stream. `InvalidInput`: nothing was sent.
 pub(super) fn send(
     stream: &UnixStream,
-    (kind, generation, number): (Kind, u32, u32),
+    key: (Kind, u32, u32),
     body: &impl Serialize,
     files: &[BorrowedFd<'_>],
     deadline: Instant,
 ) -> io::Result<()> {
     let body = serde_json::to_vec(body)?;
-    if body.len() > kind.most() || files.len() > MOST_FILES {
+    if body.len() > key.0.most() || files.len() > MOST_FILES {
         let what = format!("a message of {} bytes and {} files is too large", body.len(), files.len());
         return Err(Error::new(ErrorKind::InvalidInput, what));
     }
-    let mut header = [0; HEADER];
-    header[..4].copy_from_slice(&MAGIC);
-    header[4..6].copy_from_slice(&VERSION.to_le_bytes());
-    header[6] = kind as u8;
-    header[7] = files.len() as u8;
-    header[8..12].copy_from_slice(&generation.to_le_bytes());
-    header[12..16].copy_from_slice(&number.to_le_bytes());
-    header[16..20].copy_from_slice(&(body.len() as u32).to_le_bytes());
+    let header = header(key, body.len(), files.len());
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !files.is_empty() {
@@ -129,11 +138,8 @@ pub(super) fn receive(
     let (mut header, mut files) = ([0; HEADER], vec![]);
     let mut got = 0;
     while got < HEADER {
-        wait_at_most(stream, deadline)?;
-        got += receive_some(stream, &mut header[got..], &mut files)?;
-        if files.len() > most_files {
-            return bad("a message with more files than any");
-        }
+        let flags = wait_at_most(stream, deadline)?;
+        got += receive_some(stream, flags, &mut header[got..], &mut files, most_files)?;
     }
     let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("4 bytes"));
     if header[..4] != MAGIC {
@@ -156,13 +162,13 @@ pub(super) fn receive(
     // It grows as bytes come: who announces many and sends none costs nothing.
     let (mut body, mut part) = (vec![], [0; 64 << 10]);
     while body.len() < bytes {
-        wait_at_most(stream, deadline)?;
+        let flags = wait_at_most(stream, deadline)?;
         let most = part.len().min(bytes - body.len());
-        match (&*stream).read(&mut part[..most]) {
-            Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-            Ok(count) => body.extend_from_slice(&part[..count]),
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+        match rustix::net::recv(stream, &mut part[..most], flags) {
+            Ok((0, _)) => return Err(ErrorKind::UnexpectedEof.into()),
+            Ok((count, _)) => body.extend_from_slice(&part[..count]),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
         }
     }
     Ok(Frame { kind, generation: word(8), number: word(12), body, files })
@@ -172,30 +178,45 @@ fn bad(what: &str) -> io::Result<Frame> {
     Err(Error::new(ErrorKind::InvalidData, what.to_owned()))
 }
 
-/// What is there is read even after the deadline: this process may have been stopped.
-fn wait_at_most(stream: &UnixStream, deadline: Instant) -> io::Result<()> {
+/// What is there is read even after the deadline, since this process may have been stopped; but nothing is waited for then, or who
+/// sends a byte now and then would be heard for long.
+fn wait_at_most(stream: &UnixStream, deadline: Instant) -> io::Result<RecvFlags> {
     let left = deadline.saturating_duration_since(Instant::now());
-    stream.set_read_timeout(Some(left.max(Duration::from_millis(1))))
+    if left.is_zero() {
+        return Ok(RecvFlags::DONTWAIT);
+    }
+    stream.set_read_timeout(Some(left)).map(|()| RecvFlags::empty())
 }
 
-fn receive_some(stream: &UnixStream, into: &mut [u8], files: &mut Vec<OwnedFd>) -> io::Result<usize> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let message = match recvmsg(stream, &mut [IoSliceMut::new(into)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)
-    {
+/// No more than one file above so many is ever taken: many strangers together would leave this process without.
+fn receive_some(
+    stream: &UnixStream,
+    flags: RecvFlags,
+    into: &mut [u8],
+    files: &mut Vec<OwnedFd>,
+    most_files: usize,
+) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES + 1))];
+    let space = &mut space[..rustix::cmsg_space!(ScmRights(most_files + 1))];
+    let mut ancillary = RecvAncillaryBuffer::new(space);
+    let flags = flags | RecvFlags::CMSG_CLOEXEC;
+    let message = match recvmsg(stream, &mut [IoSliceMut::new(into)], &mut ancillary, flags) {
         Err(rustix::io::Errno::INTR) => return Ok(0),
         message => message?,
     };
+    for ancillary in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(received) = ancillary {
+            files.extend(received);
+        }
+    }
+    if files.len() > most_files {
+        return Err(Error::new(ErrorKind::InvalidData, "a message with more files than any"));
+    }
     if message.flags.contains(ReturnFlags::CTRUNC) {
         return Err(Error::new(
             SHORT,
             "file descriptors that came with a message could not be had: raise ulimit -n",
         ));
-    }
-    for ancillary in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(received) = ancillary {
-            files.extend(received);
-        }
     }
     match message.bytes {
         0 => Err(ErrorKind::UnexpectedEof.into()),
@@ -249,6 +270,28 @@ mod tests {
     }
 
     #[test]
+    fn a_deadline_is_for_what_is_still_to_come() {
+        let (one, other) = UnixStream::pair().unwrap();
+        send(&one, (Kind::Ready, 0, 0), &vec![7; 1000], &[], soon()).unwrap();
+        let past = Instant::now();
+        assert_eq!(receive(&other, &ALL, 2, past).unwrap().parse::<Vec<u8>>().unwrap(), [7; 1000]);
+        // Who is never quite silent is not heard for longer, either.
+        (&one).write_all(&header((Kind::Hello, 0, 0), 4000, 0)).unwrap();
+        let write = move || {
+            while (&one).write_all(b" ").is_ok() {
+                std::thread::sleep(Duration::from_micros(500));
+            }
+        };
+        let writer = std::thread::spawn(write);
+        let start = Instant::now();
+        let error = receive(&other, &ALL, 2, start + Duration::from_millis(50)).unwrap_err();
+        assert!(matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock), "{error}");
+        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
+        drop(other);
+        writer.join().unwrap();
+    }
+
+    #[test]
     fn what_a_stranger_may_not_send_is_refused_unread() {
         let refused = |kind: Kind, bytes: u32, files: usize| {
             let (one, other) = UnixStream::pair().unwrap();
@@ -259,15 +302,22 @@ mod tests {
             header[7] = files as u8;
             header[16..20].copy_from_slice(&bytes.to_le_bytes());
             let fds = vec![other.as_fd(); files];
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
             let mut ancillary = SendAncillaryBuffer::new(&mut space);
             assert!(files == 0 || ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
-            sendmsg(&one, &[IoSlice::new(&header)], &mut ancillary, SendFlags::empty()).unwrap();
-            receive(&other, &[Kind::Hello], 1, soon()).unwrap_err().to_string()
+            for _ in 0..2 {
+                sendmsg(&one, &[IoSlice::new(&header)], &mut ancillary, SendFlags::empty()).unwrap();
+            }
+            let error = receive(&other, &[Kind::Hello], 1, soon()).unwrap_err().to_string();
+            let mut taken = vec![];
+            let _ = receive_some(&other, RecvFlags::empty(), &mut header, &mut taken, 1);
+            assert!(taken.len() <= 3, "{}", taken.len()); // there is space for one more than needed
+            error
         };
         assert!(refused(Kind::Hello, 1 << 20, 0).contains("longer than any"));
         assert!(refused(Kind::Card, 1 << 20, 0).contains("does not belong here"));
         assert!(refused(Kind::Hello, 2, 4).contains("more files"));
+        assert!(refused(Kind::Hello, 2, 253).contains("more files"));
     }
 
     proptest! {

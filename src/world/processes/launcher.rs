@@ -57,14 +57,26 @@ const LAUNCHERS: [Launcher; 4] = [
     },
 ];
 
-impl Launched {
-    /// From the variables that `get` knows, `PARENT` among them, or what is wrong with them and what to do.
-    pub(super) fn find(get: impl Fn(&str) -> Option<String>) -> Result<Launched, String> {
+impl Launcher {
+    /// The one that has set the rank of this process, if there is one.
+    fn find(get: &impl Fn(&str) -> Option<String>) -> Option<&'static Launcher> {
         // srun sets PMI_RANK, too, for programs that talk to its own PMI.
         let is_slurm = get("SLURM_PROCID").is_some() && get("MPI_LOCALNRANKS").is_none();
         let is_meant =
             |launcher: &&Launcher| get(launcher.rank).is_some() && !(is_slurm && launcher.rank == "PMI_RANK");
-        let Some(launcher) = LAUNCHERS.iter().find(is_meant) else {
+        LAUNCHERS.iter().find(is_meant)
+    }
+}
+
+impl Launched {
+    /// Whether a launcher has set the rank of this process, be the rest right or wrong.
+    pub(super) fn is_there(get: impl Fn(&str) -> Option<String>) -> bool {
+        Launcher::find(&get).is_some()
+    }
+
+    /// From the variables that `get` knows, `PARENT` among them, or what is wrong with them and what to do.
+    pub(super) fn find(get: impl Fn(&str) -> Option<String>) -> Result<Launched, String> {
+        let Some(launcher) = Launcher::find(&get) else {
             let names: Vec<_> = LAUNCHERS.iter().map(|l| format!("{} ({})", l.rank, l.name)).collect();
             let names = names.join(", ");
             return Err(format!(
@@ -167,6 +179,15 @@ mod tests {
     fn what_is_missing_or_contradictory_is_named() {
         let error = |variables: &[(&str, &str)]| find(variables).unwrap_err();
         assert!(error(&[]).contains("RANK (torchrun)"));
+        let is_there = |names: &[&str]| {
+            Launched::is_there(|name| names.iter().any(|other| *other == name).then(|| "x".to_owned()))
+        };
+        assert!(
+            !is_there(&[]) && !is_there(&["WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", RENDEZVOUS, PARENT])
+        );
+        assert!(["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"]
+            .iter()
+            .all(|rank| is_there(&[rank])));
         assert!(error(&[("RANK", "0")]).contains("RANK is set, but WORLD_SIZE is not"));
         assert!(error(&[("RANK", "0"), ("WORLD_SIZE", "two")]).contains("WORLD_SIZE is \"two\""));
         assert!(error(&[("RANK", "2"), ("WORLD_SIZE", "2")]).contains("RANK is 2 and WORLD_SIZE is 2"));

@@ -26,6 +26,8 @@ use door::Door;
 use frame::{Frame, Kind};
 use home::Home;
 use links::{Fate, Generation, Links, Ring};
+#[cfg(fuzzing)]
+pub use rendezvous::fuzz;
 use rendezvous::Me;
 
 /// How long a process may take from `World::join` to its averager.
@@ -52,13 +54,23 @@ pub(super) struct Setup {
 impl Setup {
     /// What the environment says.
     pub(super) fn of_the_environment() -> Result<Setup> {
-        let found = launcher::Launched::find(|name| match name {
-            launcher::PARENT => rustix::process::getppid().map(|parent| parent.as_raw_pid().to_string()),
-            name => std::env::var(name).ok(),
-        });
+        let found = launcher::Launched::find(variable);
         let launcher::Launched { rank, world_size, name } =
             found.map_err(|problem| Error::Environment { problem })?;
         Ok(Setup { rank, world_size, name })
+    }
+
+    /// Whether there is a launcher to say it.
+    pub(super) fn is_in_the_environment() -> bool {
+        launcher::Launched::is_there(variable)
+    }
+}
+
+/// Of the environment.
+fn variable(name: &str) -> Option<String> {
+    match name {
+        launcher::PARENT => rustix::process::getppid().map(|parent| parent.as_raw_pid().to_string()),
+        name => std::env::var(name).ok(),
     }
 }
 
@@ -322,7 +334,7 @@ impl Shown {
         };
         let (inbox, credits, control) = (open(0)?, open(1)?, open(2)?);
         Ok(Card {
-            refusal: shown.refusal.map(refuse),
+            refusal: shown.refusal.map(|reason| refuse(of_itself(reason, rank))),
             options: shown.options,
             tensors: shown.tensors,
             schedule_position: shown.schedule_position,
@@ -332,5 +344,14 @@ impl Shown {
             credits: credits.map(Arc::new),
             control: control.map(|memory| Arc::new(Control::of(memory))),
         })
+    }
+}
+
+/// A rank's own error without the rank, which the error that it becomes part of names.
+fn of_itself(reason: String, rank: usize) -> String {
+    match reason.strip_prefix(&format!("rank {rank}")) {
+        Some(rest) if rest.starts_with(": ") => rest[2..].into(),
+        Some(rest) if rest.starts_with(' ') => format!("it{rest}"),
+        _ => reason,
     }
 }

@@ -1,6 +1,8 @@
 //! How the processes of a world find one another: rank 0 listens on an abstract Unix socket, which leaves nothing behind, and
 //! hands every rank a socket to every other. Here is what all have in common, and the way of ranks 1 … to rank 0.
 
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod host;
 
 use std::io::{self, ErrorKind};

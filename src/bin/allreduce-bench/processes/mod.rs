@@ -8,7 +8,7 @@ mod rank;
 
 use std::time::Duration;
 
-use param_averager::{Device, Error, World};
+use param_averager::{Device, World};
 use rustix::time::{clock_gettime, ClockId};
 
 use crate::cli::{Algorithm, Args, Backend, Baseline};
@@ -28,21 +28,17 @@ pub fn run(args: &Args) -> Result<u64, Failure> {
     let ranks = args.ranks.first().map_or(2, |&ranks| ranks.into());
     plan::plan(&settled(args, ranks))?; // what is wrong with it is said once
     let began = launch::started().unwrap_or(began);
-    match World::from_env(Device::cpu()) {
-        Ok(communicator) => {
-            let world = communicator.world_size();
-            if !args.ranks.is_empty() && ranks != world {
-                return Err(Failure::Usage(format!(
-                    "-g {ranks}, but the launcher has started {world} ranks: leave -g out"
-                )));
-            }
-            rank::run(&settled(args, world), communicator, began)
-        }
-        Err(Error::Environment { problem }) if problem.starts_with("no launcher ") => {
-            launch::launch(ranks, began).map(|()| 0)
-        }
-        Err(error) => Err(error.into()),
+    if !World::is_launched() {
+        return launch::launch(ranks, began).map(|()| 0);
     }
+    let communicator = World::from_env(Device::cpu())?;
+    let world = communicator.world_size();
+    if !args.ranks.is_empty() && ranks != world {
+        return Err(Failure::Usage(format!(
+            "-g {ranks}, but the launcher has started {world} ranks: leave -g out"
+        )));
+    }
+    rank::run(&settled(args, world), communicator, began)
 }
 
 fn refuse(args: &Args) -> Result<(), Failure> {

@@ -1,0 +1,178 @@
+//! Ranks that are stopped while they meet, build or recover: the others name them in time, and they find out when they go on.
+
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use super::crew::{name, start, start_all, Rank};
+
+/// For what fails by it.
+const SHORT_MS: u64 = 2000;
+/// For what does not.
+const LONG_MS: u64 = 20_000;
+
+/// For the rendezvous, and for builds and recoveries.
+fn timeouts(meet: u64, build: u64) -> [(&'static str, String); 2] {
+    [("PA_TEST_MEET_MS", meet.to_string()), ("PA_TEST_TIMEOUT_MS", build.to_string())]
+}
+
+/// n ranks, of which one stops itself there.
+fn stopped_at(n: usize, stopped: usize, place: &str, timeouts: [(&'static str, String); 2]) -> Vec<Rank> {
+    let mut ranks = start_all("stages", n, |rank| {
+        let stop = (rank == stopped).then(|| ("PA_TEST_STOP_AT", place.to_owned()));
+        timeouts.clone().into_iter().chain(stop).collect()
+    });
+    ranks[stopped].hear("stopping");
+    ranks
+}
+
+/// All of them but `except` end so, with errors of which each holds one of these.
+fn ends(ranks: &mut [Rank], except: usize, code: i32, with: &[&str]) {
+    for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != except) {
+        assert_eq!(process.end(), Some(code), "rank {rank}: {:#?}", process.heard);
+        let errors = process.said("error");
+        assert!(with.iter().any(|with| errors[0].contains(with)), "rank {rank}: {errors:?} without {with:?}");
+    }
+}
+
+/// Goes on, and ends with one of these errors.
+fn wakes(rank: &mut Rank, with: &[&str]) {
+    rank.signal(Signal::CONT);
+    assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+    let errors = rank.said("error");
+    assert!(with.iter().any(|with| errors[0].contains(with)), "{errors:?} without {with:?}");
+}
+
+/// What ranks other than 0 are told when rank 0 says nothing in their time.
+const NO_HOST: &str = "was not to be found on this host within";
+
+#[test]
+fn one_that_is_stopped_before_it_comes() {
+    for stopped in [0, 2] {
+        let mut ranks = stopped_at(3, stopped, "join", timeouts(SHORT_MS, LONG_MS));
+        let missing: &[&str] =
+            if stopped == 0 { &[NO_HOST] } else { &["did not come within 2s: 2", NO_HOST] };
+        ends(&mut ranks, stopped, 3, missing);
+        let alone = if stopped == 0 { "did not come within 2s: 1, 2" } else { NO_HOST };
+        wakes(&mut ranks[stopped], &[alone]);
+    }
+}
+
+/// It has come, so that the world begins, but does not hear of it.
+#[test]
+fn one_that_is_stopped_while_it_waits_for_the_others() {
+    for stopped in [0, 2] {
+        let world = name();
+        let come = |rank: usize| {
+            let mut variables = timeouts(if stopped == 0 { SHORT_MS } else { LONG_MS }, SHORT_MS).to_vec();
+            variables.extend([
+                ("PA_TEST_RANK", rank.to_string()),
+                ("PA_TEST_WORLD", "3".into()),
+                ("PA_TEST_NAME", world.clone()),
+            ]);
+            start("stages", &variables)
+        };
+        // Rank 0's socket, and its end of rank 2's.
+        let sockets = || std::fs::read_to_string("/proc/net/unix").unwrap().matches(&world).count();
+        let mut ranks = vec![come(0)];
+        let deadline = Instant::now() + Duration::from_secs(60);
+        let wait = |count| {
+            while sockets() < count {
+                assert!(Instant::now() < deadline, "{count} sockets");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        wait(1);
+        if stopped == 0 {
+            ranks[0].signal(Signal::STOP);
+            ranks.extend([come(1), come(2)]);
+            ends(&mut ranks, 0, 3, &[NO_HOST]);
+            // What they said to it is still there, or not; in any case it is alone.
+            ranks[0].signal(Signal::CONT);
+            ranks[0].enough();
+            assert!([Some(0), Some(3)].contains(&ranks[0].end()), "{:#?}", ranks[0].heard);
+            let told = [ranks[0].said("error"), ranks[0].said("failed")].concat();
+            let why = ["did not come within", "has left the world while building"];
+            assert!(why.iter().any(|why| told[0].contains(why)), "{told:?}");
+            continue;
+        }
+        let waiting = come(2);
+        wait(2);
+        std::thread::sleep(Duration::from_millis(50)); // for its hello
+        waiting.signal(Signal::STOP);
+        ranks.extend([come(1), waiting]);
+        go_on_without(&mut ranks, 2);
+    }
+}
+
+/// The others say that it is late, and go on without it, before it wakes up.
+fn go_on_without(ranks: &mut [Rank], stopped: usize) {
+    for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != stopped) {
+        assert_eq!(process.hear("averaged"), "2", "rank {rank}");
+        let failed = process.said("failed");
+        assert!(
+            failed[0].starts_with(&format!("rank {stopped} did not move for 2s while building")),
+            "{failed:?}"
+        );
+    }
+    wakes(&mut ranks[stopped], &[&format!("went on without what was rank {stopped}")]);
+    for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != stopped) {
+        process.enough();
+        assert_eq!(process.end(), Some(0), "rank {rank}: {:#?}", process.heard);
+    }
+}
+
+#[test]
+fn one_that_is_stopped_before_it_builds() {
+    for stopped in [0, 2] {
+        go_on_without(&mut stopped_at(3, stopped, "build", timeouts(LONG_MS, SHORT_MS)), stopped);
+    }
+}
+
+/// Rank 0 is killed. Rank 2 stops before it recovers, and goes on in time. Rank 1 is stopped meanwhile, while it waits for rank 2, so that
+/// it has said that it takes part: ranks 2 and 3 build with it, in vain, and then without it.
+#[test]
+fn one_that_is_stopped_while_it_recovers() {
+    let mut ranks = start_all("stages", 4, |rank| {
+        let stop = [Some("build"), None, Some("recover"), None][rank];
+        timeouts(LONG_MS, 3000)
+            .into_iter()
+            .chain(stop.map(|place| ("PA_TEST_STOP_AT", place.to_owned())))
+            .collect()
+    });
+    ranks[0].hear("stopping");
+    ranks[0].signal(Signal::KILL);
+    ranks[2].hear("stopping");
+    ranks[1].hear("recovering");
+    std::thread::sleep(Duration::from_millis(50)); // for its message
+    ranks[1].signal(Signal::STOP);
+    ranks[2].signal(Signal::CONT);
+    for rank in &mut ranks[2..] {
+        assert_eq!(rank.hear("averaged"), "2");
+        let failed = rank.said("failed");
+        assert!(failed[0].starts_with("rank 0 has left the world while building"), "{failed:?}");
+        // Numbered anew: what was rank 1 is rank 0.
+        assert!(failed[1].starts_with("rank 0 did not move for 3s while building"), "{failed:?}");
+    }
+    wakes(&mut ranks[1], &["went on without what was rank"]);
+    for rank in &mut ranks[2..] {
+        rank.enough();
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+    }
+}
+
+#[test]
+fn an_abort_ends_the_wait_of_those_that_build() {
+    let mut ranks = start_all("stages", 3, |rank| {
+        if rank == 2 {
+            vec![("PA_TEST_STOP_AT", "abort".to_owned())]
+        } else {
+            vec![]
+        }
+    });
+    ranks[2].hear("stopping");
+    (0..2).for_each(|rank| drop(ranks[rank].hear("building")));
+    std::thread::sleep(Duration::from_millis(50)); // so that they do wait
+    ranks[2].signal(Signal::CONT);
+    ends(&mut ranks, 3, 3, &["rank 2 aborted the world while building the averager"]);
+}
