@@ -10,8 +10,12 @@ mod crew;
 mod deaths;
 #[path = "processes/meeting.rs"]
 mod meeting;
+#[path = "processes/model.rs"]
+mod model;
 #[path = "processes/worker.rs"]
 mod worker;
+
+const WORKER: &str = "worker";
 
 /// Not a test by itself: what a rank does, in a process of its own.
 #[test]

@@ -5,11 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use param_averager::{
-    Algorithm, Builder, Communicator, Device, Error, LocalSgd, ParamAverager, Schedule, World,
+    Algorithm, Builder, Communicator, Device, Error, Link, LocalSgd, ParamAverager, Schedule, World,
 };
 
-/// Ranks that a test can have.
-const MOST: usize = 16;
+use super::model::Model;
 
 pub fn say(line: &str) {
     // Behind whatever the test harness has written.
@@ -17,7 +16,7 @@ pub fn say(line: &str) {
     let _ = std::io::stdout().flush();
 }
 
-fn number(name: &str) -> Option<u64> {
+pub fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().unwrap())
 }
 
@@ -42,22 +41,38 @@ pub fn run(role: &str) {
     std::process::exit(code);
 }
 
-fn join() -> Result<Communicator, Error> {
+/// That of this ordinal, or the CPU.
+pub fn device() -> Device {
+    number("PA_TEST_DEVICE").map_or(Device::cpu(), |ordinal| Device::cuda(ordinal as usize))
+}
+
+pub fn join() -> Result<Communicator, Error> {
     let timeout = Duration::from_millis(number("PA_TEST_MEET_MS").unwrap_or(20_000));
     match number("PA_TEST_RANK") {
-        None => World::from_env(Device::cpu()),
+        None => World::from_env(device()),
         Some(rank) => World::builder()
             .rank(rank as usize)
             .world_size(number("PA_TEST_WORLD").unwrap() as usize)
             .rendezvous(std::env::var("PA_TEST_NAME").unwrap())
+            .device(device())
             .timeout(timeout)
             .join(),
     }
 }
 
-fn builder(communicator: Communicator) -> Builder {
+pub fn builder(communicator: Communicator) -> Builder {
     let timeout = Duration::from_millis(number("PA_TEST_TIMEOUT_MS").unwrap_or(20_000));
-    ParamAverager::builder(communicator)
+    let link = match std::env::var("PA_TEST_LINK").as_deref() {
+        Ok("peer") => Link::Peer,
+        Ok("host") => Link::Host,
+        _ => Link::Auto,
+    };
+    let builder = match device() == Device::cpu() {
+        true => ParamAverager::builder(communicator),
+        false => ParamAverager::builder(communicator).channels(2),
+    };
+    builder
+        .link(link)
         .timeout(timeout)
         .all_or_nothing(number("PA_TEST_ALL_OR_NOTHING") != Some(0))
         .chunk_bytes(1 << 10)
@@ -97,74 +112,6 @@ fn meet() -> i32 {
     }
 }
 
-/// What a rank's element is. Sums of them are exact.
-fn value(origin: usize, element: usize) -> f32 {
-    ((origin * 7919 + element * 31) % 4096) as f32
-}
-
-struct Model {
-    origin: usize,
-    /// The last tells who took part: 1 at this rank's place.
-    tensors: Vec<Vec<f32>>,
-}
-
-impl Model {
-    fn fill(&mut self) {
-        let mut element = 0;
-        for tensor in &mut self.tensors {
-            for x in tensor.iter_mut() {
-                *x = value(self.origin, element);
-                element += 1;
-            }
-        }
-        let mask = self.tensors.last_mut().unwrap();
-        mask.fill(0.0);
-        mask[self.origin] = 1.0;
-    }
-
-    /// The mean over these ranks.
-    fn mean(&self, ranks: &[usize], element: usize) -> f64 {
-        let sum: f64 = ranks.iter().map(|&rank| f64::from(value(rank, element))).sum();
-        sum / ranks.len() as f64
-    }
-
-    fn elements(&self) -> impl Iterator<Item = f32> + '_ {
-        self.tensors[..self.tensors.len() - 1].iter().flatten().copied()
-    }
-
-    /// Every element is the mean over the ranks that the mask names, which are returned.
-    fn check(&self) -> Vec<usize> {
-        let mask = self.tensors.last().unwrap();
-        let ranks: Vec<usize> = (0..MOST).filter(|&rank| mask[rank] != 0.0).collect();
-        for (element, x) in self.elements().enumerate() {
-            let mean = self.mean(&ranks, element);
-            assert!(
-                (f64::from(x) - mean).abs() <= 1e-3,
-                "element {element} is {x}, not {mean}, of {ranks:?}"
-            );
-        }
-        ranks
-    }
-
-    /// Every element is this rank's own, or, where it may be, the mean over `all`, if it is known who that was.
-    fn check_failed(&self, unchanged: bool, all: Option<&[usize]>) {
-        for (element, x) in self.elements().enumerate() {
-            let own = x == value(self.origin, element);
-            let mean = || all.is_none_or(|all| (f64::from(x) - self.mean(all, element)).abs() <= 1e-3);
-            assert!(
-                own || !unchanged && mean(),
-                "element {element} is {x} after a failure, unchanged: {unchanged}"
-            );
-        }
-    }
-
-    fn digest(&self) -> u64 {
-        self.tensors.iter().flatten().fold(0xcbf2_9ce4_8422_2325, |hash: u64, x| {
-            (hash ^ u64::from(x.to_bits())).wrapping_mul(0x100_0000_01b3)
-        })
-    }
-}
-
 /// Set by a line on the standard input: enough.
 static ENOUGH: AtomicBool = AtomicBool::new(false);
 
@@ -180,10 +127,10 @@ fn survive() -> i32 {
     let origin = communicator.rank();
     // Who takes part, where that is known.
     let mut all = Some((0..communicator.world_size()).collect::<Vec<usize>>());
-    let mut model = Model { origin, tensors: vec![vec![0.0; 5000], vec![], vec![0.0; 777], vec![0.0; MOST]] };
-    let mut averager = builder(communicator).build(&mut model.tensors).unwrap();
+    let mut model = Model::new(origin, device());
+    let mut averager = builder(communicator).build(&mut model).unwrap();
     let left = number("PA_TEST_FINAL").unwrap_or(0) as usize;
-    let files = count_files();
+    let before = Used::now(model.device_bytes_used());
     say("ready");
     let (mut rounds, mut good) = (0, 0);
     loop {
@@ -201,7 +148,8 @@ fn survive() -> i32 {
         if let Some(step) = doomed {
             averager.leave_before_step(step as u32);
         }
-        let result = averager.average(&mut model.tensors);
+        let result = averager.average(&mut model);
+        model.download();
         if let Some(step) = doomed {
             if result.is_err() {
                 die();
@@ -216,7 +164,8 @@ fn survive() -> i32 {
                 assert!(ranks.contains(&origin) && all.is_none_or(|all| all == ranks), "{ranks:?}");
                 good = if ranks.len() == left { good + 1 } else { 0 };
                 if good > 3 {
-                    assert!(count_files() <= files, "{} files, there were {files}", count_files());
+                    let now = Used::now(model.device_bytes_used());
+                    assert!(now.is_no_more_than(&before), "{now:?}, there were {before:?}");
                     say(&format!("done {ranks:?}"));
                     return 0;
                 }
@@ -229,7 +178,7 @@ fn survive() -> i32 {
         assert!(error.is_fatal(), "{error}");
         model.check_failed(error.tensors_unchanged(), all.as_deref());
         let start = now_us();
-        match averager.recover(&mut model.tensors) {
+        match averager.recover(&mut model) {
             Ok(()) => {}
             Err(Error::LeftOut { .. }) => {
                 say("left out");
@@ -239,8 +188,11 @@ fn survive() -> i32 {
         }
         say(&format!("recovered {} {}", now_us() - start, averager.world_size()));
         // What some have half written is made one again.
-        match averager.average(&mut model.tensors) {
-            Ok(_) => say(&format!("agreed {:x}", model.digest())),
+        match averager.average(&mut model) {
+            Ok(_) => {
+                model.download();
+                say(&format!("agreed {:x}", model.digest()));
+            }
             Err(error) => assert!(error.is_fatal(), "{error}"), // a further rank was lost
         }
         all = None;
@@ -269,8 +221,30 @@ fn two() -> i32 {
     0
 }
 
-fn count_files() -> usize {
-    std::fs::read_dir("/proc/self/fd").unwrap().count()
+/// What a world takes of its process.
+#[derive(Debug)]
+pub struct Used {
+    files: usize,
+    /// Of memory that has a file, such as that which processes share.
+    mappings: usize,
+    /// Of the device.
+    bytes: usize,
+}
+
+impl Used {
+    pub fn now(bytes: usize) -> Used {
+        let mappings = std::fs::read_to_string("/proc/self/maps").unwrap();
+        Used {
+            files: std::fs::read_dir("/proc/self/fd").unwrap().count(),
+            mappings: mappings.matches("/memfd:").count(),
+            bytes,
+        }
+    }
+
+    pub fn is_no_more_than(&self, before: &Used) -> bool {
+        const SLACK: usize = 64 << 10; // a launch of the simulator's keeps a little for a while; a mailbox is larger
+        self.files <= before.files && self.mappings <= before.mappings && self.bytes <= before.bytes + SLACK
+    }
 }
 
 /// Minimises Σ (x - target)² with noise of each rank's own; rank 1 of 4 panics half way.

@@ -35,11 +35,14 @@ pub(super) enum Kind {
     Abort = 5,
     /// The sender is ready for the next generation of its world.
     Ready = 6,
+    /// Whether the sender reaches memory of the receiver's device.
+    Reach = 10,
 }
 
 impl Kind {
     fn of(byte: u8) -> Option<Kind> {
-        let all = [Kind::Hello, Kind::Welcome, Kind::Refuse, Kind::Card, Kind::Abort, Kind::Ready];
+        let all =
+            [Kind::Hello, Kind::Welcome, Kind::Refuse, Kind::Card, Kind::Abort, Kind::Ready, Kind::Reach];
         all.into_iter().find(|&kind| kind as u8 == byte)
     }
 

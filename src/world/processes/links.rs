@@ -296,7 +296,7 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, common: &
 }
 
 /// All that peers say to each other once they have met.
-const KINDS: [Kind; 3] = [Kind::Card, Kind::Abort, Kind::Ready];
+const KINDS: [Kind; 4] = [Kind::Card, Kind::Abort, Kind::Ready, Kind::Reach];
 /// Those of a card.
 const MOST_FILES: usize = 3;
 

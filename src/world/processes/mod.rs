@@ -1,30 +1,34 @@
 //! Ranks that are processes of one host: they meet over sockets, and their mailboxes are in memory that they share.
 
 mod frame;
+mod home;
 mod launcher;
 mod links;
+mod reach;
 mod rendezvous;
+mod shown;
 
-use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-
 use super::{Agreement, Card, Control, Device, Places};
-use crate::backend::{Memory, Shared};
+use crate::backend::Memory;
 use crate::error::Stage;
 use crate::{Error, Result};
 use frame::{Frame, Kind};
+pub(super) use home::Home;
+use home::{Homes, Own};
 use links::{Fate, Generation, Links, Ring};
 use rendezvous::Me;
+use shown::{Reader, Shown};
 
 /// One generation of a world, as one of its processes sees it.
 #[derive(Debug)]
 pub(super) struct Processes {
     links: Arc<Links>,
     generation: Generation,
+    homes: Arc<Homes>,
     places: Places,
 }
 
@@ -54,20 +58,17 @@ impl Processes {
     pub(super) fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<Processes> {
         let Setup { rank, world_size, name } = setup;
         let failed = |reason| Error::Rendezvous { rank, reason };
-        if device != Device::cpu() {
-            return Err(Error::DeviceUnavailable {
-                rank,
-                device: device.to_string(),
-                reason: "ranks that are processes are on CPUs so far: use Device::cpu(), or threads of one process".into(),
-            });
-        }
-        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        let me = Me { name, rank, world_size, device: device.to_string(), cores };
-        let crew = rendezvous::meet(&me, timeout).map_err(failed)?;
-        let places = Places::of_processes(world_size, device, crew.cores);
+        let deadline = Instant::now() + timeout;
+        let own = Own::find(device, rank)?;
+        let me = Me { name, rank, world_size, home: own.home.clone() };
+        let mut crew = rendezvous::meet(&me, timeout).map_err(failed)?;
+        let homes = std::mem::take(&mut crew.homes);
         let links =
             Links::new(rank, crew).map_err(|error| failed(format!("can't listen to peers: {error}")))?;
         let generation = links.latest.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut homes = Homes::new(own, homes.into_iter().enumerate().collect());
+        reach::find(&links, generation.number, &generation.members, &mut homes, deadline).map_err(failed)?;
+        let places = homes.places(&generation.members);
         // All write the same, before anybody can be in another generation.
         let _ = links.membership().compare_exchange(
             0,
@@ -75,7 +76,7 @@ impl Processes {
             Ordering::AcqRel,
             Ordering::Acquire,
         );
-        Ok(Processes { links: Arc::new(links), generation, places })
+        Ok(Processes { links: Arc::new(links), generation, homes: Arc::new(homes), places })
     }
 
     pub(super) fn rank(&self) -> usize {
@@ -102,8 +103,7 @@ impl Processes {
         }
         let deadline = Instant::now() + timeout;
         let key = (Kind::Card, self.generation.number, number);
-        let (body, memories) = Shown::of(&card);
-        let files: Vec<_> = memories.iter().map(|memory| memory.file()).collect();
+        let (body, files) = Shown::of(&card);
         let (body, files) = (&body, &files);
         let sent = std::thread::scope(|scope| {
             // To all at once: one that does not listen keeps no other waiting. Who is gone is found out below.
@@ -124,7 +124,9 @@ impl Processes {
             let came = self.links.wait(deadline, |state| self.card_of(rank, peer, key, state));
             let late = || Error::Timeout { rank, timeout, stage: Stage::Build, committed: false };
             let frame = came.unwrap_or_else(|| Err(late())).map_err(|error| self.fail(error))?;
-            cards.push(Shown::read(frame, rank, self.wanted(rank)).map_err(|error| self.fail(error))?);
+            let reader =
+                Reader { rank: self.rank(), site: self.places.site(self.rank()), wanted: self.wanted(rank) };
+            cards.push(Shown::read(frame, rank, reader).map_err(|error| self.fail(error))?);
         }
         let agreement = Agreement::of(cards)?;
         for (rank, theirs) in agreement.cards.iter().enumerate() {
@@ -186,7 +188,7 @@ impl Processes {
         let built = self.links.lock().built();
         for (agreement, _) in built.into_iter().filter(|(_, ring)| ring.generation == self.generation.number)
         {
-            agreement.control.abort(rank);
+            agreement.control.abort(self.places.position(rank));
         }
         self.links.changed();
         self.others().for_each(|peer| self.links.try_send(peer, (Kind::Abort, self.generation.number, 0)));
@@ -194,12 +196,14 @@ impl Processes {
 
     /// Whether the inbox, the credits and the control of this rank are used here.
     fn wanted(&self, rank: usize) -> [bool; 3] {
-        let (own, world) = (self.rank(), self.members().len());
-        [rank == (own + 1) % world, (rank + 1) % world == own, rank == 0]
+        let (own, world) = (self.places.position(self.rank()), self.members().len());
+        let position = self.places.position(rank);
+        [position == (own + 1) % world, (position + 1) % world == own, rank == 0]
     }
 
     fn ring(&self) -> Ring {
-        Ring { generation: self.generation.number, peers: self.generation.members.clone() }
+        let peers = self.places.order().iter().map(|&rank| self.members()[rank]);
+        Ring { generation: self.generation.number, peers: peers.collect() }
     }
 
     /// Collective among those that are left: the next generation, of all members that are there and say so within `timeout`.
@@ -255,8 +259,8 @@ impl Processes {
     }
 
     fn view(&self, generation: Generation) -> Processes {
-        let places = Places::of_processes(generation.members.len(), Device::cpu(), self.places.cores());
-        Processes { links: self.links.clone(), generation, places }
+        let places = self.homes.places(&generation.members);
+        Processes { links: self.links.clone(), generation, homes: self.homes.clone(), places }
     }
 
     /// What ended this generation, if something did: the failure itself the first time.
@@ -276,58 +280,5 @@ impl Processes {
 
     fn fate(&self) -> MutexGuard<'_, Fate> {
         self.generation.fate.lock().unwrap_or_else(PoisonError::into_inner) // plain data
-    }
-}
-
-/// A card, as it is sent: its memories are files.
-#[derive(Debug, Serialize, Deserialize)]
-struct Shown {
-    refusal: Option<String>,
-    options: Vec<(String, String)>,
-    tensors: Vec<String>,
-    schedule_position: u64,
-    /// Bytes of inbox, credits and control, if there is one.
-    memories: [Option<usize>; 3],
-}
-
-impl Shown {
-    fn of(card: &Card) -> (Shown, Vec<&Shared>) {
-        let memories =
-            [card.inbox.as_deref(), card.credits.as_deref(), card.control.as_ref().map(|c| c.memory())];
-        let shared = memories.map(|memory| memory.and_then(Memory::shared));
-        let shown = Shown {
-            refusal: card.refusal.as_ref().map(Error::to_string),
-            options: card.options.clone(),
-            tensors: card.tensors.clone(),
-            schedule_position: card.schedule_position,
-            memories: shared.map(|memory| memory.map(Shared::bytes)),
-        };
-        (shown, shared.into_iter().flatten().collect())
-    }
-
-    fn read(frame: Frame, rank: usize, wanted: [bool; 3]) -> Result<Card> {
-        let refuse = |reason: String| Error::PeerRefused { rank, reason };
-        let shown: Shown =
-            frame.parse().map_err(|error| refuse(format!("its message is not understood: {error}")))?;
-        let mut files = frame.files.into_iter();
-        let mut open = |index: usize| -> Result<Option<Memory>> {
-            let Some(bytes) = shown.memories[index] else { return Ok(None) };
-            let file: OwnedFd =
-                files.next().ok_or_else(|| refuse("a file of its memory is missing".into()))?;
-            if !wanted[index] {
-                return Ok(None);
-            }
-            Shared::open(file, bytes).map(Memory::Shared).map(Some).map_err(refuse)
-        };
-        let (inbox, credits, control) = (open(0)?, open(1)?, open(2)?);
-        Ok(Card {
-            refusal: shown.refusal.map(refuse),
-            options: shown.options,
-            tensors: shown.tensors,
-            schedule_position: shown.schedule_position,
-            inbox: inbox.map(Arc::new),
-            credits: credits.map(Arc::new),
-            control: control.map(|memory| Arc::new(Control::of(memory))),
-        })
     }
 }

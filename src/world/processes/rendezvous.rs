@@ -15,6 +15,7 @@ use rustix::process::{getpid, getuid, pidfd_open, PidfdFlags};
 use serde::{Deserialize, Serialize};
 
 use super::frame::{self, Frame, Kind};
+use super::home::Home;
 use crate::backend::Shared;
 
 /// Strangers that may be half way through their first message at once.
@@ -36,16 +37,15 @@ struct Hello {
     name: String,
     rank: usize,
     world_size: usize,
-    device: String,
-    cores: usize,
+    home: Home,
 }
 
 /// What rank 0 tells everybody.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Welcome {
-    /// The fewest that any rank may use.
-    cores: usize,
+    /// By rank.
+    homes: Vec<Home>,
 }
 
 /// What this process brings.
@@ -54,8 +54,7 @@ pub(super) struct Me {
     pub(super) name: String,
     pub(super) rank: usize,
     pub(super) world_size: usize,
-    pub(super) device: String,
-    pub(super) cores: usize,
+    pub(super) home: Home,
 }
 
 /// A peer: a socket, and what tells when its process ends, if the kernel has such a thing.
@@ -69,7 +68,8 @@ pub(super) struct Met {
 #[derive(Debug)]
 pub(super) struct Crew {
     pub(super) page: Shared,
-    pub(super) cores: usize,
+    /// By rank.
+    pub(super) homes: Vec<Home>,
     /// By rank; none for this one.
     pub(super) peers: Vec<Option<Met>>,
 }
@@ -105,8 +105,7 @@ impl Me {
             name: self.name.clone(),
             rank: self.rank,
             world_size: self.world_size,
-            device: self.device.clone(),
-            cores: self.cores,
+            home: self.home.clone(),
         }
     }
 }
@@ -198,7 +197,10 @@ fn welcomed(me: &Me, frame: Frame) -> Result<Crew, String> {
     for peer in peers.iter_mut().flatten() {
         peer.process = files.next();
     }
-    Ok(Crew { page, cores: welcome.cores, peers })
+    match welcome.homes.len() == me.world_size {
+        true => Ok(Crew { page, homes: welcome.homes, peers }),
+        false => Err("rank 0's answer lacks homes of ranks".into()),
+    }
 }
 
 // ---- rank 0 ------------------------------------------------------------------------------------------------------
@@ -323,7 +325,7 @@ impl Host<'_> {
         } else if self.came.get(&rank).is_some_and(|earlier| !has_hung_up(&earlier.stream)) {
             Some(format!("two processes say that they are rank {rank}: give each a rank of its own"))
         } else {
-            None
+            hello.home.refusal(rank, &mine.home)
         };
         match refusal {
             None => {
@@ -351,8 +353,8 @@ impl Host<'_> {
             sockets.insert((one, other), left);
             sockets.insert((other, one), right);
         }
-        let cores = self.came.values().map(|visitor| visitor.hello.cores).min();
-        let welcome = Welcome { cores: cores.unwrap_or(self.me.cores).min(self.me.cores) };
+        let others = self.came.values().map(|visitor| visitor.hello.home.clone()); // in the order of ranks
+        let welcome = Welcome { homes: std::iter::once(self.me.home.clone()).chain(others).collect() };
         let own = pidfd_open(getpid(), PidfdFlags::empty()).ok();
         for (&rank, visitor) in &self.came {
             let streams = sockets.range((rank, 0)..(rank + 1, 0)).map(|(_, stream)| stream.as_fd());
@@ -374,7 +376,7 @@ impl Host<'_> {
             let process = self.came.get_mut(&rank).and_then(|visitor| visitor.process.take());
             sockets.remove(&(0, rank)).map(|stream| Met { stream, process })
         });
-        Ok(Crew { page, cores: welcome.cores, peers: peers.collect() })
+        Ok(Crew { page, homes: welcome.homes, peers: peers.collect() })
     }
 }
 
