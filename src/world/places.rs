@@ -13,6 +13,7 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub(crate) struct Places {
     devices: Vec<Device>,
+    /// Of ranks that are processes: this one's, wherever the others are.
     sites: Vec<Site>,
     /// By rank and rank: whether each can use memory of the other.
     peers: Vec<Vec<PeerAccess>>,

@@ -31,9 +31,9 @@ fn hash(bytes: &[u8]) -> u64 {
     })
 }
 
-/// Averages, checks every element, says what came of it, and drops all.
-pub fn rank() -> i32 {
-    match averages() {
+/// Averages, checks every element, says what came of it, and drops all. Or aborts.
+pub fn rank(role: &str) -> i32 {
+    match if role == "abort" { abort() } else { averages() } {
         Ok(()) => 0,
         Err(error) => {
             say(&format!("error {error}"));
@@ -87,6 +87,23 @@ fn averages() -> Result<()> {
     assert!(after.is_no_more_than(&before), "{after:?}, there were {before:?}");
     say("done");
     Ok(())
+}
+
+/// Rank 1 aborts while the kernels of the others wait for it.
+fn abort() -> Result<()> {
+    let communicator = join()?;
+    let (rank, handle) = (communicator.rank(), communicator.abort_handle());
+    let mut model = fresh(device(), rank, 0);
+    let before = model.bytes().to_vec();
+    let mut averager = builder(communicator).build(&mut model)?;
+    if rank == 1 {
+        std::thread::sleep(Duration::from_millis(300));
+        handle.abort();
+    }
+    let result = averager.average(&mut model);
+    model.download();
+    assert!(model.bytes() == before);
+    result.map(drop)
 }
 
 /// Every element is the mean of what all ranks had, as exact as the ring is.
@@ -243,16 +260,31 @@ fn cpus_and_devices_are_not_in_one_world() {
 }
 
 #[test]
-fn processes_without_a_device_say_so() {
-    let test = "processes_without_a_device_say_so";
-    let case = Case { test, devices: &[7], hidden: false, link: "auto", settings: &[ONE] };
-    let Some(mut ranks) = case.start("devices", |_| vec![]) else { return };
-    assert_eq!(ranks[0].end(), Some(3), "{:#?}", ranks[0].heard);
-    let error = &ranks[0].said("error")[0];
-    assert!(
-        error.contains("rank 0 asks for cuda:7") && error.contains("CUDA devices, numbered from 0"),
-        "{error}"
-    );
+fn a_process_without_its_device_tells_the_others() {
+    let test = "a_process_without_its_device_tells_the_others";
+    for (devices, rank) in [(&[7, 0, 0][..], 0), (&[0, 0, 7], 2)] {
+        let case = Case { test, devices, hidden: false, link: "auto", settings: &[ONE] };
+        let Some(mut ranks) = case.start("devices", |_| vec![]) else { return };
+        for process in &mut ranks {
+            assert_eq!(process.end(), Some(3), "{:#?}", process.heard);
+            let error = &process.said("error")[0];
+            assert!(error.contains(&format!("rank {rank} asks for cuda:7")), "{error}");
+            assert!(error.contains("CUDA devices, numbered from 0"), "{error}");
+        }
+    }
+}
+
+#[test]
+fn an_abort_ends_the_kernels_of_all_processes() {
+    let test = "an_abort_ends_the_kernels_of_all_processes";
+    for case in DOOMED {
+        let Some(mut ranks) = (Case { test, ..case }).start("abort", |_| vec![]) else { return };
+        for rank in &mut ranks {
+            assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+            let error = &rank.said("error")[0];
+            assert!(error.contains("rank 1") && error.contains("abort"), "{error}");
+        }
+    }
 }
 
 /// Where ranks are killed: with links of each kind.

@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 use crate::backend::cuda::{Connection, Context, Identity, PeerAccess};
 use crate::backend::Site;
 use crate::world::{Device, Kind, Places};
-use crate::{Error, Result};
 
 /// Where a rank is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,22 +30,10 @@ pub(in crate::world) struct Gpu {
 }
 
 impl Home {
-    /// This process's, and what runs its kernels there.
-    fn of(device: Device, rank: usize) -> Result<(Home, Site)> {
+    /// Of a process whose device, if it has one, is not known.
+    pub(super) fn unknown(device: Device) -> Home {
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        let open = |ordinal| {
-            let context = Context::open(ordinal)?;
-            let identity = Identity::of(&context)?;
-            Ok((Gpu { identity, resident_blocks: context.resident_blocks() }, context))
-        };
-        let name = device.to_string();
-        match device.0 {
-            Kind::Cpu => Ok((Home { device: name, cores, gpu: None }, Site::Host)),
-            Kind::Cuda(ordinal) => match open(ordinal) {
-                Ok((gpu, context)) => Ok((Home { device: name, cores, gpu: Some(gpu) }, Site::Cuda(context))),
-                Err(reason) => Err(Error::DeviceUnavailable { rank, device: name, reason }),
-            },
-        }
+        Home { device: device.to_string(), cores, gpu: None }
     }
 
     /// Why this rank's can't be in one world with rank 0's.
@@ -78,8 +65,14 @@ pub(super) struct Own {
 
 impl Own {
     /// Opens the device, if it is one.
-    pub(super) fn find(device: Device, rank: usize) -> Result<Own> {
-        let (home, site) = Home::of(device, rank)?;
+    pub(super) fn find(device: Device) -> Result<Own, String> {
+        let (mut home, mut site) = (Home::unknown(device), Site::Host);
+        if let Kind::Cuda(ordinal) = device.0 {
+            let context = Context::open(ordinal)?;
+            let identity = Identity::of(&context)?;
+            home.gpu = Some(Gpu { identity, resident_blocks: context.resident_blocks() });
+            site = Site::Cuda(context);
+        }
         Ok(Own { home, device, site })
     }
 

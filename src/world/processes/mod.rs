@@ -58,15 +58,24 @@ impl Processes {
     pub(super) fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<Processes> {
         let Setup { rank, world_size, name } = setup;
         let failed = |reason| Error::Rendezvous { rank, reason };
-        let deadline = Instant::now() + timeout;
-        let own = Own::find(device, rank)?;
-        let me = Me { name, rank, world_size, home: own.home.clone() };
-        let mut crew = rendezvous::meet(&me, timeout).map_err(failed)?;
+        let own = Own::find(device);
+        let home = own.as_ref().map_or_else(|_| Home::unknown(device), |own| own.home.clone());
+        let unavailable = |reason: &String| Error::DeviceUnavailable {
+            rank,
+            device: device.to_string(),
+            reason: reason.clone(),
+        };
+        let refusal = own.as_ref().err().map(unavailable);
+        let me = Me { name, rank, world_size, home, refusal: refusal.as_ref().map(Error::to_string) };
+        let met = rendezvous::meet(&me, timeout);
+        let own = own.map_err(|reason| unavailable(&reason))?; // the others know
+        let mut crew = met.map_err(failed)?;
         let homes = std::mem::take(&mut crew.homes);
         let links =
             Links::new(rank, crew).map_err(|error| failed(format!("can't listen to peers: {error}")))?;
         let generation = links.latest.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut homes = Homes::new(own, homes.into_iter().enumerate().collect());
+        let deadline = Instant::now() + timeout;
         reach::find(&links, generation.number, &generation.members, &mut homes, deadline).map_err(failed)?;
         let places = homes.places(&generation.members);
         // All write the same, before anybody can be in another generation.

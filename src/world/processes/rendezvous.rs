@@ -24,6 +24,8 @@ const MOST_STRANGERS: usize = 64;
 const HELLO: Duration = Duration::from_secs(2);
 /// How long ranks that come late are told why there is no world.
 const GRACE: Duration = Duration::from_secs(1);
+/// How long a rank that can't take part tries to tell others so: those that were started when it was.
+const PARTING: Duration = Duration::from_secs(10);
 /// Between two tries to reach rank 0.
 const AGAIN: Duration = Duration::from_millis(2);
 /// Bytes of the page that all processes of a world share.
@@ -38,6 +40,8 @@ struct Hello {
     rank: usize,
     world_size: usize,
     home: Home,
+    /// Why it can't take part: then nobody begins.
+    refusal: Option<String>,
 }
 
 /// What rank 0 tells everybody.
@@ -55,6 +59,8 @@ pub(super) struct Me {
     pub(super) rank: usize,
     pub(super) world_size: usize,
     pub(super) home: Home,
+    /// Why it can't take part.
+    pub(super) refusal: Option<String>,
 }
 
 /// A peer: a socket, and what tells when its process ends, if the kernel has such a thing.
@@ -74,8 +80,10 @@ pub(super) struct Crew {
     pub(super) peers: Vec<Option<Met>>,
 }
 
-/// Collective. An error says what is wrong and what to do.
+/// Collective. An error says what is wrong and what to do. Who can't take part says so to those that come
+/// soon.
 pub(super) fn meet(me: &Me, timeout: Duration) -> Result<Crew, String> {
+    let timeout = if me.refusal.is_some() { timeout.min(PARTING) } else { timeout };
     let deadline = Instant::now() + timeout;
     let address = address(&me.name)?;
     match me.rank {
@@ -106,6 +114,7 @@ impl Me {
             rank: self.rank,
             world_size: self.world_size,
             home: self.home.clone(),
+            refusal: self.refusal.clone(),
         }
     }
 }
@@ -266,6 +275,9 @@ impl Host<'_> {
 
     /// Until every rank has come.
     fn gather(&mut self, visitors: &mpsc::Receiver<Visitor>) -> Result<(), String> {
+        if let Some(reason) = &self.me.refusal {
+            return Err(reason.clone());
+        }
         while self.came.len() + 1 < self.me.world_size {
             let left = self.deadline.saturating_duration_since(Instant::now());
             match visitors.recv_timeout(left) {
@@ -285,7 +297,8 @@ impl Host<'_> {
         };
         self.came.values().for_each(|visitor| refuse(&visitor.stream));
         let mut left = (self.me.world_size - 1).saturating_sub(self.came.len());
-        let until = self.deadline.min(Instant::now() + GRACE);
+        let grace = if self.me.refusal.is_some() { PARTING } else { GRACE };
+        let until = self.deadline.min(Instant::now() + grace);
         while left > 0 {
             let Ok(visitor) = visitors.recv_timeout(until.saturating_duration_since(Instant::now())) else {
                 return;
@@ -325,7 +338,7 @@ impl Host<'_> {
         } else if self.came.get(&rank).is_some_and(|earlier| !has_hung_up(&earlier.stream)) {
             Some(format!("two processes say that they are rank {rank}: give each a rank of its own"))
         } else {
-            hello.home.refusal(rank, &mine.home)
+            hello.refusal.clone().or_else(|| hello.home.refusal(rank, &mine.home))
         };
         match refusal {
             None => {
