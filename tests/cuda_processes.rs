@@ -24,7 +24,7 @@ const WORKER: &str = "child_process";
 #[test]
 fn child_process() {
     match std::env::var("PA_TEST_ROLE").as_deref() {
-        Ok(role @ ("devices" | "abort")) => std::process::exit(cuda::processes::rank(role)),
+        Ok(role @ ("devices" | "abort" | "threads")) => std::process::exit(cuda::processes::rank(role)),
         Ok(role) => worker::run(role),
         Err(_) => {}
     }

@@ -8,6 +8,7 @@ use rustix::process::Signal;
 use super::model::{Model, Shape};
 use crate::common::{ranks, ulp, Random};
 use crate::crew::{check_survivors, start_all, Rank};
+use crate::model::bytes_used;
 use crate::simulator::{environment, Setting};
 use crate::worker::{builder, device, join, say, Used};
 
@@ -31,9 +32,14 @@ fn hash(bytes: &[u8]) -> u64 {
     })
 }
 
-/// Averages, checks every element, says what came of it, and drops all. Or aborts.
+/// Averages, checks every element, says what came of it, and drops all. Or whatever its role is.
 pub fn rank(role: &str) -> i32 {
-    match if role == "abort" { abort() } else { averages() } {
+    let result = match role {
+        "abort" => abort(),
+        "threads" => threads(),
+        _ => averages(),
+    };
+    match result {
         Ok(()) => 0,
         Err(error) => {
             say(&format!("error {error}"));
@@ -50,11 +56,8 @@ fn averages() -> Result<()> {
     // a peer is.
     let mut models: Vec<Model> = (0..ROUNDS).map(|round| fresh(on, rank, round)).collect();
     let mut other = fresh(on, rank, ROUNDS);
-    let used = || {
-        let (free, all) =
-            cudarc::driver::CudaContext::new(super::model::ordinal(on)).unwrap().mem_get_info().unwrap();
-        Used::now(all - free)
-    };
+    let context = cudarc::driver::CudaContext::new(super::model::ordinal(on)).unwrap();
+    let used = || Used::now(bytes_used(&context));
     // Lends nothing, and when it is built, all have closed what was theirs of the others.
     let host = |model: &mut Model| -> Result<()> {
         let builder = ParamAverager::builder(communicator.clone()).link(Link::Host).channels(1);
@@ -86,6 +89,27 @@ fn averages() -> Result<()> {
     let after = used();
     assert!(after.is_no_more_than(&before), "{after:?}, there were {before:?}");
     say("done");
+    Ok(())
+}
+
+/// Two ranks of a world of processes that are in one process, to which a driver lends none of its own memory.
+fn threads() -> Result<()> {
+    let rank = |rank: usize| {
+        let world = World::builder().rank(rank).world_size(2).device(device());
+        let communicator = world.rendezvous(std::env::var("PA_TEST_NAME").unwrap()).join()?;
+        let mut model = fresh(device(), rank, 0);
+        let builder = |link| builder(communicator.clone()).link(link);
+        let error = builder(Link::Peer).build(&mut model).map(drop).unwrap_err();
+        assert!(error.to_string().contains("ranks 0 and 1 don't reach"), "{error}");
+        let mut averager = builder(Link::Auto).build(&mut model)?;
+        averager.average(&mut model)?;
+        model.download();
+        check(&model, 2, 0);
+        Ok((averager, model)) // freed when both are done
+    };
+    let other = std::thread::spawn(move || rank(1));
+    let both = [rank(0)?, other.join().unwrap()?];
+    drop(both);
     Ok(())
 }
 
@@ -244,6 +268,23 @@ fn a_link_that_is_not_there_is_refused_by_all_processes() {
     }
 }
 
+/// Those that have it by one number, and those that see nothing else and call it their first.
+#[test]
+fn blocks_of_processes_that_share_a_device_must_fit_on_it_together() {
+    let test = "blocks_of_processes_that_share_a_device_must_fit_on_it_together";
+    for (devices, hidden, ranks) in [(&[0, 0, 1][..], false, 2), (&[0, 1, 1], true, 2), (&[0, 1], true, 1)] {
+        let case = Case { test, devices, hidden, link: "auto", settings: &[TWO] };
+        let Some(mut all) = case.start("devices", |_| vec![("PA_TEST_CHANNELS", "1000".into())]) else {
+            return;
+        };
+        for process in &mut all {
+            assert_eq!(process.end(), Some(3), "{:#?}", process.heard);
+            let error = &process.said("error")[0];
+            assert!(error.contains(&format!("1000, on each of {ranks} ranks of cuda:")), "{error}");
+        }
+    }
+}
+
 #[test]
 fn cpus_and_devices_are_not_in_one_world() {
     let test = "cpus_and_devices_are_not_in_one_world";
@@ -272,6 +313,14 @@ fn a_process_without_its_device_tells_the_others() {
             assert!(error.contains("CUDA devices, numbered from 0"), "{error}");
         }
     }
+}
+
+#[test]
+fn two_ranks_of_one_process_go_through_the_host() {
+    let test = "two_ranks_of_one_process_go_through_the_host";
+    let case = Case { test, devices: &[0], hidden: false, link: "auto", settings: &[ONE] };
+    let Some(mut ranks) = case.start("threads", |_| vec![]) else { return };
+    assert_eq!(ranks[0].end(), Some(0), "{:#?}", ranks[0].heard);
 }
 
 #[test]

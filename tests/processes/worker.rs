@@ -69,7 +69,9 @@ pub fn builder(communicator: Communicator) -> Builder {
     };
     let builder = match device() == Device::cpu() {
         true => ParamAverager::builder(communicator),
-        false => ParamAverager::builder(communicator).channels(2),
+        false => {
+            ParamAverager::builder(communicator).channels(number("PA_TEST_CHANNELS").unwrap_or(2) as u32)
+        }
     };
     builder
         .link(link)

@@ -36,7 +36,7 @@ pub(super) fn find(
     homes: &mut Homes,
     deadline: Instant,
 ) -> Result<(), String> {
-    let Some(context) = homes.own().context().cloned() else { return Ok(()) };
+    let Some(context) = homes.own().context().cloned().filter(|_| members.len() > 1) else { return Ok(()) };
     let me = members.iter().position(|&peer| peer == links.me).ok_or("this rank is no member")?;
     let talk = Talk { links, generation, members, deadline };
     // None, if memory of this device can't be lent: there are systems without CUDA IPC.
