@@ -12,10 +12,14 @@ mod deaths;
 mod joins;
 #[path = "processes/meeting.rs"]
 mod meeting;
+#[path = "processes/model.rs"]
+mod model;
 #[path = "processes/stops.rs"]
 mod stops;
 #[path = "processes/worker.rs"]
 mod worker;
+
+const WORKER: &str = "worker";
 
 /// Not a test by itself: what a rank does, in a process of its own.
 #[test]

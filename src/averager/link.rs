@@ -5,7 +5,8 @@ use crate::backend::{Memory, Site};
 use crate::world::Places;
 use crate::Error;
 
-/// Where the mailbox between two neighbours of the ring lives, on CUDA devices. On CPUs all memory is one.
+/// Where the mailbox between two neighbours of the ring lives, on CUDA devices. On CPUs all memory is one. All of it holds for ranks
+/// that are threads and for ranks that are processes, which open each other's device memory by CUDA IPC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Link {
@@ -52,6 +53,9 @@ impl Link {
             PeerAccess::Broken => {
                 "the driver says that they do, but bytes that were moved to try it were lost"
             }
+            _ if places.between_processes() => {
+                "the driver says so, or lends no memory to other processes (CUDA IPC)"
+            }
             _ => "the driver says so",
         };
         refuse(format!(
@@ -63,7 +67,10 @@ impl Link {
     pub(super) fn place(is_host: bool, places: &Places, site: &Site, bytes: usize) -> Result<Memory, String> {
         #[cfg(target_os = "linux")]
         if places.between_processes() {
-            return Memory::between_processes(bytes);
+            return match site {
+                Site::Cuda(context) if !is_host => Memory::to_lend(context, bytes),
+                site => Memory::between_processes(site, bytes),
+            };
         }
         if is_host {
             Memory::of_the_host(site, bytes)

@@ -105,7 +105,8 @@ impl Own {
             let shard_packs = bucket::shard_packs(channel_packs, world, sizes.chunk);
             if ring && options.all_or_nothing {
                 let bytes = (shard_packs * u64::from(channels)) as usize * PA_PACK_BYTES as usize;
-                shards.push(Memory::new(site, bytes).map_err(failed)?);
+                let device_failed = |reason| Error::DeviceFailed { rank, reason };
+                shards.push(Memory::new(site, bytes).map_err(device_failed)?);
             }
             *raw = PaBucket {
                 segments: 0, // see below

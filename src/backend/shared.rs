@@ -11,15 +11,21 @@ use rustix::mm::{mmap, munmap, MapFlags, ProtFlags};
 /// Mapped memory of a memfd whose size is sealed: nobody who has it can make an access to it fault.
 #[derive(Debug)]
 pub(crate) struct Shared {
-    pointer: NonNull<u8>,
-    bytes: usize,
+    mapping: Mapping,
     file: OwnedFd,
 }
 
+/// The memory alone, which stays without its file.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    pointer: NonNull<u8>,
+    bytes: usize,
+}
+
 // SAFETY: an address and a size; all accesses are the kernels' or atomic.
-unsafe impl Send for Shared {}
+unsafe impl Send for Mapping {}
 // SAFETY: as above.
-unsafe impl Sync for Shared {}
+unsafe impl Sync for Mapping {}
 
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW);
 
@@ -55,15 +61,16 @@ impl Shared {
                                                            // SAFETY: a new mapping, wherever the system puts it.
         let pointer =
             unsafe { mmap(null_mut(), bytes.max(1), ProtFlags::READ | ProtFlags::WRITE, flags, &file, 0) }?;
-        Ok(Shared { pointer: NonNull::new(pointer.cast()).expect("not at 0"), bytes, file })
+        let mapping = Mapping { pointer: NonNull::new(pointer.cast()).expect("not at 0"), bytes };
+        Ok(Shared { mapping, file })
     }
 
     pub(crate) fn address(&self) -> u64 {
-        self.pointer.as_ptr() as u64
+        self.mapping.address()
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.bytes
+        self.mapping.bytes
     }
 
     /// What another process opens it by.
@@ -74,11 +81,22 @@ impl Shared {
     /// What it holds, while no other process has it.
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: mapped with this size, initialised by the system, and borrowed with `self`.
-        unsafe { std::slice::from_raw_parts_mut(self.pointer.as_ptr(), self.bytes) }
+        unsafe { std::slice::from_raw_parts_mut(self.mapping.pointer.as_ptr(), self.mapping.bytes) }
+    }
+
+    /// Closes the file.
+    pub(crate) fn into_mapping(self) -> Mapping {
+        self.mapping
     }
 }
 
-impl Drop for Shared {
+impl Mapping {
+    pub(crate) fn address(&self) -> u64 {
+        self.pointer.as_ptr() as u64
+    }
+}
+
+impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: mapped by `map` with this size, and used by nobody any more. An error leaves nothing to do.
         let _ = unsafe { munmap(self.pointer.as_ptr().cast(), self.bytes.max(1)) };

@@ -25,6 +25,12 @@ impl World {
     /// # Ok::<(), param_averager::Error>(())
     /// ```
     ///
+    /// On CUDA devices, `World::from_env(Device::cuda(local_rank))`, several processes may have one, and each may see other ones: they
+    /// know them by UUID. Before it returns, every two ranks try whether they reach each other's memory by CUDA IPC; see
+    /// [`Link`](crate::Link). Ranks are all on CPUs or all on CUDA devices. What [`World::in_process`] says of CUDA devices holds here, too;
+    /// and processes that share a GPU without MPS run by turns there, so that every hand-off between them takes one. No GPU has shown yet
+    /// how well this works.
+    ///
     /// Ranks find one another by a name, which is made of the launcher's variables or is that in `PARAM_AVERAGER_RENDEZVOUS`. It
     /// becomes an abstract Unix socket of rank 0's: no file, no port. Processes of other users are not let in.
     pub fn from_env(device: Device) -> Result<Communicator> {

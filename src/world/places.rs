@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+#[cfg(target_os = "linux")]
+use super::processes::Home;
 use super::{Device, Kind};
 use crate::backend::cuda::{self, Connection, Context, PeerAccess};
 use crate::backend::Site;
@@ -11,6 +13,7 @@ use crate::{Error, Result};
 #[derive(Debug)]
 pub(crate) struct Places {
     devices: Vec<Device>,
+    /// Of ranks that are processes: this one's, wherever the others are.
     sites: Vec<Site>,
     /// By rank and rank: whether each can use memory of the other.
     peers: Vec<Vec<PeerAccess>>,
@@ -18,12 +21,14 @@ pub(crate) struct Places {
     order: Vec<usize>,
     /// Of ranks that are processes: cores that each of them may use, which is the fewest of any.
     processes: Option<usize>,
+    /// Of CUDA devices: the one with the fewest blocks for each of its ranks.
+    room: Option<Room>,
 }
 
 /// How many blocks fit on the device where it is closest.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Room {
-    pub(crate) device: Device,
+    pub(crate) device: String,
     pub(crate) ranks: u32,
     pub(crate) blocks: u32,
 }
@@ -61,25 +66,39 @@ impl Places {
             (Site::Cuda(one), Site::Cuda(other)) => cuda::connection(one, other),
             _ => Ok(Connection::Same),
         });
-        let mut distances = vec![];
-        for (connections, peers) in connections.map_err(failed)?.iter().zip(&peers) {
-            const DETOUR: u32 = 100; // longer than any way that is straight
-            let detour = |access| if access == PeerAccess::Verified { 0 } else { DETOUR };
-            let ways = connections.iter().zip(peers);
-            distances.push(ways.map(|(&way, &access)| way as u32 + detour(access)).collect::<Vec<u32>>());
-        }
-        Ok(Places { devices: devices.to_vec(), sites, peers, order: ring_order(&distances), processes: None })
+        let order = ring_order(&distances(&connections.map_err(failed)?, &peers));
+        let rooms = sites.iter().zip(devices).filter_map(|(site, device)| match site {
+            Site::Host => None,
+            Site::Cuda(context) => Some((context.ordinal(), device.to_string(), context.resident_blocks())),
+        });
+        let room = closest(rooms);
+        Ok(Places { devices: devices.to_vec(), sites, peers, order, processes: None, room })
     }
 
-    /// Of ranks that are processes of this host.
+    /// Of ranks that are processes of this host, by rank. `own`: what this process calls its device, and what runs its kernels,
+    /// which here stands for all. `access`: whether two ranks reach each other's memory, as all ranks know it.
     #[cfg(target_os = "linux")]
-    pub(super) fn of_processes(size: usize, device: Device, cores: usize) -> Places {
+    pub(super) fn of_processes(
+        homes: &[&Home],
+        own: (Device, &Site),
+        access: impl Fn(usize, usize) -> PeerAccess,
+    ) -> Places {
+        let ranks = || 0..homes.len();
+        let peers: Vec<Vec<_>> =
+            ranks().map(|one| ranks().map(|other| access(one, other)).collect()).collect();
+        let connections: Vec<Vec<_>> =
+            homes.iter().map(|one| homes.iter().map(|other| one.connection(other)).collect()).collect();
+        let rooms = homes.iter().filter_map(|home| {
+            let gpu = home.gpu.as_ref()?;
+            Some((gpu.identity.uuid.as_str(), home.device.clone(), gpu.resident_blocks))
+        });
         Places {
-            devices: vec![device; size],
-            sites: vec![Site::Host; size],
-            peers: vec![vec![PeerAccess::Verified; size]; size],
-            order: (0..size).collect(),
-            processes: Some(cores),
+            devices: vec![own.0; homes.len()],
+            sites: vec![own.1.clone(); homes.len()],
+            order: ring_order(&distances(&connections, &peers)),
+            peers,
+            processes: homes.iter().map(|home| home.cores).min(),
+            room: closest(rooms),
         }
     }
 
@@ -124,16 +143,33 @@ impl Places {
         self.order.iter().position(|&other| other == rank).expect("every rank is in the ring")
     }
 
-    /// Of CUDA devices: the one with the fewest blocks for each of its ranks.
-    pub(crate) fn room(&self) -> Option<Room> {
-        let mut rooms: BTreeMap<usize, Room> = BTreeMap::new();
-        for (site, &device) in self.sites.iter().zip(&self.devices) {
-            let Site::Cuda(context) = site else { return None };
-            let room = Room { device, ranks: 0, blocks: context.resident_blocks() };
-            rooms.entry(context.ordinal()).or_insert(room).ranks += 1;
-        }
-        rooms.into_values().min_by_key(|room| room.blocks / room.ranks)
+    /// Of CUDA devices.
+    pub(crate) fn room(&self) -> Option<&Room> {
+        self.room.as_ref()
     }
+}
+
+/// How far every two ranks are from each other.
+fn distances(connections: &[Vec<Connection>], peers: &[Vec<PeerAccess>]) -> Vec<Vec<u32>> {
+    const DETOUR: u32 = 100; // longer than any way that is straight
+    let distance = |(&way, &access): (&Connection, &PeerAccess)| {
+        way as u32 + if access == PeerAccess::Verified { 0 } else { DETOUR }
+    };
+    connections
+        .iter()
+        .zip(peers)
+        .map(|(ways, peers)| ways.iter().zip(peers).map(distance).collect())
+        .collect()
+}
+
+/// Of devices with a rank each, by what tells them apart, with a name and the blocks that fit: the one with the fewest blocks
+/// for each of its ranks.
+fn closest<K: Ord>(devices: impl Iterator<Item = (K, String, u32)>) -> Option<Room> {
+    let mut rooms: BTreeMap<K, Room> = BTreeMap::new();
+    for (key, device, blocks) in devices {
+        rooms.entry(key).or_insert(Room { device, ranks: 0, blocks }).ranks += 1;
+    }
+    rooms.into_values().min_by_key(|room| room.blocks / room.ranks)
 }
 
 /// From rank 0 always on to the nearest that is left: then all that hang on one switch, and all next to one NUMA node,

@@ -18,10 +18,10 @@ pub fn name() -> String {
     format!("test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// Starts one rank.
+/// Starts one rank, in the test that is for it.
 pub fn start(role: &str, variables: &[(&str, String)]) -> Rank {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["worker", "--exact", "--nocapture", "--test-threads=1"]);
+    command.args([crate::WORKER, "--exact", "--nocapture", "--test-threads=1"]);
     command.env("PA_TEST_ROLE", role).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     for (name, value) in variables {
         command.env(name, value);
@@ -123,4 +123,21 @@ impl Drop for Rank {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Survivors are done, agree, and have seen `dead` lost first.
+pub fn check_survivors(ranks: &mut [Rank], dead: usize) {
+    let mut agreed = vec![];
+    for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != dead) {
+        assert_eq!(process.end(), Some(0), "rank {rank}: {:#?}", process.heard);
+        assert_eq!(process.said("done").len(), 1, "{:#?}", process.heard);
+        assert!(!process.said("failed").is_empty());
+        agreed.extend(process.said("agreed"));
+    }
+    assert_eq!(agreed.len(), ranks.len() - 1);
+    assert!(agreed.windows(2).all(|pair| pair[0] == pair[1]), "{agreed:?}");
+    let lost = |rank: &Rank| {
+        rank.said("failed").iter().any(|error| error.contains(&format!("PeerLost {{ rank: {dead}")))
+    };
+    assert!(ranks.iter().any(lost), "{:#?}", ranks[0].heard);
 }

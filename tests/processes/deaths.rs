@@ -5,25 +5,8 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use super::common::Random;
-use super::crew::{name, start, start_all, Rank};
+use super::crew::{check_survivors, name, start, start_all, Rank};
 use super::worker::now_us;
-
-/// Survivors are done, agree, and have seen `dead` lost first.
-fn check_survivors(ranks: &mut [Rank], dead: usize) {
-    let mut agreed = vec![];
-    for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != dead) {
-        assert_eq!(process.end(), Some(0), "rank {rank}: {:#?}", process.heard);
-        assert_eq!(process.said("done").len(), 1, "{:#?}", process.heard);
-        assert!(!process.said("failed").is_empty());
-        agreed.extend(process.said("agreed"));
-    }
-    assert_eq!(agreed.len(), ranks.len() - 1);
-    assert!(agreed.windows(2).all(|pair| pair[0] == pair[1]), "{agreed:?}");
-    let lost = |rank: &Rank| {
-        rank.said("failed").iter().any(|error| error.contains(&format!("PeerLost {{ rank: {dead}")))
-    };
-    assert!(ranks.iter().any(lost), "{:#?}", ranks[0].heard);
-}
 
 /// `all_or_nothing`: 1 or 0. Of `stride` steps one, not the same for all ranks.
 fn die_at_every_step(n: usize, all_or_nothing: u32, stride: usize) {

@@ -6,11 +6,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use param_averager::{
-    Algorithm, Builder, Communicator, Device, Error, LocalSgd, ParamAverager, Schedule, World,
+    Algorithm, Builder, Communicator, Device, Error, Link, LocalSgd, ParamAverager, Schedule, World,
 };
 
-/// Ranks that a test can have.
-const MOST: usize = 16;
+use super::model::Model;
 
 pub fn say(line: &str) {
     // Behind whatever the test harness has written.
@@ -18,7 +17,7 @@ pub fn say(line: &str) {
     let _ = std::io::stdout().flush();
 }
 
-fn number(name: &str) -> Option<u64> {
+pub fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().unwrap())
 }
 
@@ -51,25 +50,44 @@ fn is_late() -> bool {
     number("PA_TEST_JOIN").is_some()
 }
 
-fn join() -> Result<Communicator, Error> {
+/// That of this ordinal, or the CPU.
+pub fn device() -> Device {
+    number("PA_TEST_DEVICE").map_or(Device::cpu(), |ordinal| Device::cuda(ordinal as usize))
+}
+
+pub fn join() -> Result<Communicator, Error> {
     let timeout = Duration::from_millis(number("PA_TEST_MEET_MS").unwrap_or(20_000));
     if is_late() {
-        return World::builder().rendezvous(std::env::var("PA_TEST_NAME").unwrap()).timeout(timeout).join();
+        let world = World::builder().rendezvous(std::env::var("PA_TEST_NAME").unwrap());
+        return world.device(device()).timeout(timeout).join();
     }
     match number("PA_TEST_RANK") {
-        None => World::from_env(Device::cpu()),
+        None => World::from_env(device()),
         Some(rank) => World::builder()
             .rank(rank as usize)
             .world_size(number("PA_TEST_WORLD").unwrap() as usize)
             .rendezvous(std::env::var("PA_TEST_NAME").unwrap())
+            .device(device())
             .timeout(timeout)
             .build(),
     }
 }
 
-fn builder(communicator: Communicator) -> Builder {
+pub fn builder(communicator: Communicator) -> Builder {
     let timeout = Duration::from_millis(number("PA_TEST_TIMEOUT_MS").unwrap_or(20_000));
-    ParamAverager::builder(communicator)
+    let link = match std::env::var("PA_TEST_LINK").as_deref() {
+        Ok("peer") => Link::Peer,
+        Ok("host") => Link::Host,
+        _ => Link::Auto,
+    };
+    let builder = match device() == Device::cpu() {
+        true => ParamAverager::builder(communicator),
+        false => {
+            ParamAverager::builder(communicator).channels(number("PA_TEST_CHANNELS").unwrap_or(2) as u32)
+        }
+    };
+    builder
+        .link(link)
         .timeout(timeout)
         .all_or_nothing(number("PA_TEST_ALL_OR_NOTHING") != Some(0))
         .reject_non_finite(number("PA_TEST_REJECT") == Some(1))
@@ -174,74 +192,6 @@ fn stages() -> i32 {
     }
 }
 
-/// What a rank's element is. Sums of them are exact.
-fn value(origin: usize, element: usize) -> f32 {
-    ((origin * 7919 + element * 31) % 4096) as f32
-}
-
-struct Model {
-    origin: usize,
-    /// The last tells who took part: 1 at this rank's place.
-    tensors: Vec<Vec<f32>>,
-}
-
-impl Model {
-    fn fill(&mut self) {
-        let mut element = 0;
-        for tensor in &mut self.tensors {
-            for x in tensor.iter_mut() {
-                *x = value(self.origin, element);
-                element += 1;
-            }
-        }
-        let mask = self.tensors.last_mut().unwrap();
-        mask.fill(0.0);
-        mask[self.origin] = 1.0;
-    }
-
-    /// The mean over these ranks.
-    fn mean(&self, ranks: &[usize], element: usize) -> f64 {
-        let sum: f64 = ranks.iter().map(|&rank| f64::from(value(rank, element))).sum();
-        sum / ranks.len() as f64
-    }
-
-    fn elements(&self) -> impl Iterator<Item = f32> + '_ {
-        self.tensors[..self.tensors.len() - 1].iter().flatten().copied()
-    }
-
-    /// Every element is the mean over the ranks that the mask names, which are returned.
-    fn check(&self) -> Vec<usize> {
-        let mask = self.tensors.last().unwrap();
-        let ranks: Vec<usize> = (0..MOST).filter(|&rank| mask[rank] != 0.0).collect();
-        for (element, x) in self.elements().enumerate() {
-            let mean = self.mean(&ranks, element);
-            assert!(
-                (f64::from(x) - mean).abs() <= 1e-3,
-                "element {element} is {x}, not {mean}, of {ranks:?}"
-            );
-        }
-        ranks
-    }
-
-    /// Every element is this rank's own, or, where it may be, the mean over `all`, if it is known who that was.
-    fn check_failed(&self, unchanged: bool, all: Option<&[usize]>) {
-        for (element, x) in self.elements().enumerate() {
-            let own = x == value(self.origin, element);
-            let mean = || all.is_none_or(|all| (f64::from(x) - self.mean(all, element)).abs() <= 1e-3);
-            assert!(
-                own || !unchanged && mean(),
-                "element {element} is {x} after a failure, unchanged: {unchanged}"
-            );
-        }
-    }
-
-    fn digest(&self) -> u64 {
-        self.tensors.iter().flatten().fold(0xcbf2_9ce4_8422_2325, |hash: u64, x| {
-            (hash ^ u64::from(x.to_bits())).wrapping_mul(0x100_0000_01b3)
-        })
-    }
-}
-
 /// Set by a line on the standard input: enough.
 static ENOUGH: AtomicBool = AtomicBool::new(false);
 
@@ -253,10 +203,10 @@ fn survive() -> i32 {
             ENOUGH.store(true, Ordering::Relaxed);
         }
     });
-    // What a process that joins has of its own is nothing to anybody.
-    let own = if is_late() { f32::NAN } else { 0.0 };
-    let tensors = [5000, 0, 777, MOST].map(|elements| vec![own; elements]).to_vec();
-    let mut model = Model { origin: 0, tensors };
+    let mut model = Model::new(0, device());
+    if is_late() {
+        model.spoil(); // what it has of its own is nothing to anybody
+    }
     let (communicator, mut averager) = loop {
         let communicator = match join() {
             Ok(communicator) => communicator,
@@ -265,7 +215,7 @@ fn survive() -> i32 {
                 return 3;
             }
         };
-        match builder(communicator.clone()).build(&mut model.tensors) {
+        match builder(communicator.clone()).build(&mut model) {
             Ok(averager) => break (communicator, averager),
             Err(error) => assert!(is_late() && error.is_fatal(), "{error}"), // a peer was lost on the way: once more
         }
@@ -277,13 +227,14 @@ fn survive() -> i32 {
     drop(communicator);
     let left = number("PA_TEST_FINAL").unwrap_or(0) as usize;
     if is_late() {
+        model.download();
         let ranks = model.check();
         assert!(!ranks.is_empty() && !ranks.contains(&origin), "{ranks:?}");
         say(&format!("joined {ranks:?}"));
     }
     let handle = averager.abort_handle();
     // By the number of ranks.
-    let mut files = BTreeMap::from([(averager.world_size(), count_files())]);
+    let used = BTreeMap::from([(averager.world_size(), Used::now(model.device_bytes_used()))]);
     say("ready");
     let (mut rounds, mut good) = (0, 0);
     loop {
@@ -301,7 +252,8 @@ fn survive() -> i32 {
         if let Some(step) = doomed {
             averager.leave_before_step(step as u32);
         }
-        let result = averager.average(&mut model.tensors);
+        let result = averager.average(&mut model);
+        model.download();
         let averaged = result.is_ok();
         if let Some(step) = doomed {
             if result.is_err() {
@@ -317,8 +269,10 @@ fn survive() -> i32 {
                 assert!(ranks.contains(&origin) && all.is_none_or(|all| all == ranks), "{ranks:?}");
                 good = if ranks.len() == left { good + 1 } else { 0 };
                 if good > 3 {
-                    let most = files.entry(ranks.len()).or_insert(usize::MAX);
-                    assert!(count_files() <= *most, "{} files, there were {most}", count_files());
+                    let now = Used::now(model.device_bytes_used());
+                    if let Some(before) = used.get(&ranks.len()) {
+                        assert!(now.is_no_more_than(before), "{now:?}, there were {before:?}");
+                    }
                     say(&format!("done {ranks:?}"));
                     return 0;
                 }
@@ -327,8 +281,9 @@ fn survive() -> i32 {
                     continue;
                 }
                 all = None;
-                match averager.admit(&mut model.tensors) {
+                match averager.admit(&mut model) {
                     Ok(report) => {
+                        model.download();
                         say(&format!("admitted {} {:x}", report.world_size, model.digest()));
                         if number("PA_TEST_ABORT").is_some() {
                             handle.abort(); // taken in another generation of the world
@@ -350,7 +305,7 @@ fn survive() -> i32 {
             model.check_failed(error.tensors_unchanged(), all.as_deref());
         }
         let start = now_us();
-        match averager.recover(&mut model.tensors) {
+        match averager.recover(&mut model) {
             Ok(()) => {}
             Err(Error::LeftOut { .. }) => {
                 say("left out");
@@ -360,8 +315,11 @@ fn survive() -> i32 {
         }
         say(&format!("recovered {} {}", now_us() - start, averager.world_size()));
         // What some have half written is made one again.
-        match averager.average(&mut model.tensors) {
-            Ok(_) => say(&format!("agreed {:x}", model.digest())),
+        match averager.average(&mut model) {
+            Ok(_) => {
+                model.download();
+                say(&format!("agreed {:x}", model.digest()));
+            }
             Err(error) => assert!(error.is_fatal(), "{error}"), // a further rank was lost
         }
         all = None;
@@ -424,8 +382,30 @@ fn two_admit() -> i32 {
     0
 }
 
-fn count_files() -> usize {
-    std::fs::read_dir("/proc/self/fd").unwrap().count()
+/// What a world takes of its process.
+#[derive(Debug)]
+pub struct Used {
+    files: usize,
+    /// Of memory that has a file, such as that which processes share.
+    mappings: usize,
+    /// Of the device.
+    bytes: usize,
+}
+
+impl Used {
+    pub fn now(bytes: usize) -> Used {
+        let mappings = std::fs::read_to_string("/proc/self/maps").unwrap();
+        Used {
+            files: std::fs::read_dir("/proc/self/fd").unwrap().count(),
+            mappings: mappings.matches("/memfd:").count(),
+            bytes,
+        }
+    }
+
+    pub fn is_no_more_than(&self, before: &Used) -> bool {
+        const SLACK: usize = 64 << 10; // a launch of the simulator's keeps a little for a while; a mailbox is larger
+        self.files <= before.files && self.mappings <= before.mappings && self.bytes <= before.bytes + SLACK
+    }
 }
 
 /// Minimises Σ (x - target)² with noise of each rank's own; rank 1 of 4 panics half way.

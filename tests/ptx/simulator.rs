@@ -126,6 +126,31 @@ fn on_a_machine<'a>(settings: &[&[Setting<'a>]]) -> Result<Vec<Vec<Setting<'a>>>
     }
 }
 
+/// What a process of a test's own needs in its environment to run with these settings, or a SKIPPED line of the test's.
+#[allow(dead_code)] // of cuda_processes.rs
+pub fn environment(test: &str, settings: &[Setting<'static>]) -> Option<Vec<(&'static str, String)>> {
+    let own = |settings: Vec<Setting<'static>>| -> Vec<(&'static str, String)> {
+        settings.into_iter().map(|(name, value)| (name, value.to_owned())).collect()
+    };
+    match driver_for(test)? {
+        Driver::Simulated(folder) => {
+            let library = ("LD_LIBRARY_PATH", folder.to_str().expect("a name in UTF-8").to_owned());
+            Some([own(settings.to_vec()), vec![library, ("CUDASIM_KILL_S", "60".to_owned())]].concat())
+        }
+        Driver::Own => match on_a_machine(&[settings]) {
+            Ok(mut left) => {
+                let line = format!("RAN {test} {settings:?}\n");
+                let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
+                Some(own(left.remove(0)))
+            }
+            Err(reason) => {
+                skipped(test, &reason);
+                None
+            }
+        },
+    }
+}
+
 /// Of this machine's own driver.
 fn devices() -> i32 {
     // SAFETY: it opens a library and looks no further.

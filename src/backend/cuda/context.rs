@@ -230,41 +230,9 @@ impl Drop for Context {
 }
 
 /// All that have been opened.
-fn opened() -> MutexGuard<'static, BTreeMap<usize, Arc<Context>>> {
+pub(super) fn opened() -> MutexGuard<'static, BTreeMap<usize, Arc<Context>>> {
     static OPENED: Mutex<BTreeMap<usize, Arc<Context>>> = Mutex::new(BTreeMap::new());
     OPENED.lock().unwrap_or_else(PoisonError::into_inner) // a map, whole at any time
-}
-
-/// Ranks of this process, of all worlds, whose kernels may be waiting for one another. While one lives, nothing is freed.
-#[derive(Debug)]
-pub(super) struct Running(());
-
-impl Running {
-    /// One more rank. Waits while memory is being freed.
-    pub(super) fn new() -> Running {
-        *Running::count() += 1;
-        Running(())
-    }
-
-    /// Frees what nobody uses, on all devices, unless a rank lives.
-    pub(super) fn free_if_none() {
-        let count = Running::count();
-        if *count == 0 {
-            opened().values().for_each(|context| context.free_spare());
-        }
-    }
-
-    fn count() -> MutexGuard<'static, usize> {
-        static COUNT: Mutex<usize> = Mutex::new(0);
-        COUNT.lock().unwrap_or_else(PoisonError::into_inner) // a number, whole at any time
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        *Running::count() -= 1;
-        Running::free_if_none();
-    }
 }
 
 /// While it lives, a context is this thread's current one; then the one before it is again, which is the trainer's. And

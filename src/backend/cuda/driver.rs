@@ -17,6 +17,7 @@ const FUNCTIONS: &[&str] = &[
     "cuDeviceGetName",
     "cuDeviceTotalMem_v2",
     "cuDeviceGetPCIBusId",
+    "cuDeviceGetUuid_v2",
     "cuDeviceCanAccessPeer",
     "cuDeviceGetP2PAttribute",
     "cuDevicePrimaryCtxRetain",
@@ -48,6 +49,13 @@ const FUNCTIONS: &[&str] = &[
     "cuMemFree_v2",
     "cuMemHostAlloc",
     "cuMemFreeHost",
+    "cuMemHostRegister_v2",
+    "cuMemHostGetDevicePointer_v2",
+    "cuMemHostUnregister",
+    "cuMemGetAddressRange_v2",
+    "cuIpcGetMemHandle",
+    "cuIpcOpenMemHandle_v2",
+    "cuIpcCloseMemHandle",
     "cuMemsetD8Async",
     "cuMemcpyHtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
@@ -174,3 +182,25 @@ macro_rules! call {
     };
 }
 pub(crate) use call;
+
+#[cfg(test)]
+mod tests {
+    use super::FUNCTIONS;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn every_function_that_is_called_is_looked_for() {
+        let mut called = BTreeSet::new();
+        for file in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src/backend/cuda")).unwrap() {
+            let text = std::fs::read_to_string(file.unwrap().path()).unwrap();
+            let calls = text.split('(').map(|before| {
+                before.rsplit(|c: char| !c.is_ascii_alphanumeric() && c != '_').next().unwrap_or_default()
+            });
+            let of_the_driver = |name: &&str| {
+                name.strip_prefix("cu").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_uppercase()))
+            };
+            called.extend(calls.filter(of_the_driver).map(str::to_owned));
+        }
+        assert_eq!(called, FUNCTIONS.iter().map(|&name| name.to_owned()).collect());
+    }
+}

@@ -1,13 +1,17 @@
 //! Memory of a device, and of the host where devices read it by themselves.
 
 use std::ffi::c_void;
+#[cfg(target_os = "linux")]
+use std::os::fd::BorrowedFd;
 use std::ptr::null_mut;
 use std::sync::Arc;
 
 use cudarc::driver::sys::{self, CUresult};
 
-use super::context::Running;
 use super::driver::{call, Failed};
+#[cfg(target_os = "linux")]
+use super::ipc::Loan;
+use super::running::Running;
 use super::Context;
 
 /// Memory of a device. Not of a pool: peers may be given access to it, and it can be exported.
@@ -16,6 +20,9 @@ pub(crate) struct DeviceMemory {
     context: Arc<Context>,
     address: u64,
     bytes: usize,
+    /// To other processes.
+    #[cfg(target_os = "linux")]
+    loan: Option<Box<Loan>>,
 }
 
 impl DeviceMemory {
@@ -25,15 +32,33 @@ impl DeviceMemory {
         let spare = take(&mut context.spare().device, bytes);
         let address = match spare {
             Some(address) => address,
-            None => or_free_spare(context, || {
-                let mut address = 0;
-                // SAFETY: the context is bound.
-                unsafe { call!(cuMemAlloc_v2(&mut address, bytes)) }.map(|()| address)
-            })?,
+            None => allocate(context, bytes)?,
         };
-        let memory = DeviceMemory { context: context.clone(), address, bytes };
+        let memory = DeviceMemory {
+            context: context.clone(),
+            address,
+            bytes,
+            #[cfg(target_os = "linux")]
+            loan: None,
+        };
         memory.fill(0, bytes, 0)?;
         Ok(memory)
+    }
+
+    /// The same for other processes to open: nothing else is in its blocks, and it is never used for anything else again.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn to_lend(context: &Arc<Context>, bytes: usize) -> Result<Self, String> {
+        let address = allocate(context, bytes.max(1).next_multiple_of(Loan::BLOCK))?;
+        let mut memory = DeviceMemory { context: context.clone(), address, bytes, loan: None };
+        memory.loan = Some(Box::new(Loan::new(context, address)?));
+        memory.fill(0, bytes, 0)?;
+        Ok(memory)
+    }
+
+    /// What other processes open it by.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn offer(&self) -> Option<(Vec<u8>, BorrowedFd<'_>)> {
+        self.loan.as_deref().map(Loan::offer)
     }
 
     pub(crate) fn address(&self) -> u64 {
@@ -91,6 +116,10 @@ impl DeviceMemory {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
+        #[cfg(target_os = "linux")]
+        if let Some(loan) = self.loan.take() {
+            return loan.end(&self.context, self.address);
+        }
         self.context.spare().device.push((self.bytes, self.address));
         Running::free_if_none();
     }
@@ -161,6 +190,14 @@ impl Drop for Pinned {
 fn take(spare: &mut Vec<(usize, u64)>, bytes: usize) -> Option<u64> {
     let index = spare.iter().position(|&(size, _)| size == bytes)?;
     Some(spare.swap_remove(index).1)
+}
+
+fn allocate(context: &Context, bytes: usize) -> Result<u64, Failed> {
+    or_free_spare(context, || {
+        let mut address = 0;
+        // SAFETY: the context is bound.
+        unsafe { call!(cuMemAlloc_v2(&mut address, bytes)) }.map(|()| address)
+    })
 }
 
 /// Allocates; if there is not enough, once more after everything that nobody uses has been freed.

@@ -11,7 +11,7 @@ use super::driver::{call, Failed};
 use super::{Context, DeviceMemory};
 
 /// What is moved each way.
-const WORDS: u32 = 16 << 10;
+pub(super) const WORDS: u32 = 16 << 10;
 
 /// Whether two devices can use each other's memory (P2P).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -122,7 +122,7 @@ fn moves(from: &Arc<Context>, to: &Arc<Context>, seed: u32) -> Result<bool, Fail
 }
 
 /// Runs the probe on a device and waits for it.
-fn probe(on: &Context, memory: u64, seed: u32, differs: u64) -> Result<(), Failed> {
+pub(super) fn probe(on: &Context, memory: u64, seed: u32, differs: u64) -> Result<(), Failed> {
     const THREADS: u32 = 256;
     let (mut memory, mut words, mut seed, mut differs) = (memory, WORDS, seed, differs);
     let mut parameters: [*mut c_void; 4] = [

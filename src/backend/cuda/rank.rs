@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use cudarc::driver::sys;
 
-use super::context::Running;
 use super::driver::{call, Failed};
 use super::memory::Pinned;
+use super::running::{Busy, Running};
 use super::{Context, DeviceMemory};
 use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment};
 use crate::backend::Unstarted;
@@ -42,6 +42,8 @@ pub(crate) struct Rank {
     capturing: bool,
     /// What was started and nobody has waited for.
     pending: Option<Pending>,
+    /// While something is pending, and for good once an average is part of a graph: nobody here sees it replayed.
+    busy: Option<Busy>,
     /// The last field: memory above is nobody's before it goes.
     _running: Running,
 }
@@ -83,6 +85,7 @@ impl Rank {
             to_capture: Some(DeviceMemory::new(context, tables)?),
             capturing: false,
             pending: None,
+            busy: None,
             _running: Running::new(),
         };
         rank.channels.write(0, bytes)?;
@@ -163,6 +166,7 @@ impl Rank {
             }
         };
         let stream = stream.unwrap_or(self.stream);
+        self.busy.get_or_insert_with(Busy::new);
         if self.capturing {
             let tables = self.tables_of_now()?;
             let args = PaArgs { buckets: tables.address(), ..*args };
@@ -316,7 +320,7 @@ impl Rank {
     /// Waits for what was started, if something was: a thread that captures must not even ask.
     pub(crate) fn finish(&mut self) -> Result<(), Failed> {
         match self.pending {
-            None => return Ok(()),
+            None => {}
             Some(Pending::Done) => {
                 let _bound = self.context.bind()?;
                 // SAFETY: this rank's event.
@@ -329,6 +333,9 @@ impl Rank {
             }
         }
         self.pending = None; // not before: whoever asks again waits again
+        if self.captured.is_empty() {
+            self.busy = None;
+        }
         Ok(())
     }
 

@@ -3,7 +3,8 @@
 use std::ffi::{c_char, c_int, CStr};
 use std::fmt;
 
-use cudarc::driver::sys::{CUdevice_P2PAttribute as P2pAttribute, CUdevice_attribute as Attribute};
+use cudarc::driver::sys::{self, CUdevice_P2PAttribute as P2pAttribute, CUdevice_attribute as Attribute};
+use serde::{Deserialize, Serialize};
 
 use super::driver::{self, call, Failed};
 use super::{peer, Context, PeerAccess};
@@ -167,17 +168,79 @@ fn in_the_system(pci: &str) -> (Vec<String>, Option<u32>) {
 
 /// What lies between two devices.
 pub(crate) fn connection(one: &Context, other: &Context) -> Result<Connection, Failed> {
-    if one.ordinal() != other.ordinal() && native_atomics(one, other)? && native_atomics(other, one)? {
+    if one.ordinal() != other.ordinal() && joined(one.device(), other.device())? {
         return Ok(Connection::NvLink);
     }
-    Ok(over_pcie(&facts(one)?, &facts(other)?))
+    Ok(over_pcie(&facts(one)?.slot(), &facts(other)?.slot()))
 }
 
-fn native_atomics(from: &Context, to: &Context) -> Result<bool, Failed> {
-    let (mut all, attribute) = (0, P2pAttribute::CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED);
+/// Whether all native atomics work between two devices, both ways.
+fn joined(one: sys::CUdevice, other: sys::CUdevice) -> Result<bool, Failed> {
+    let attribute = P2pAttribute::CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED;
+    let (mut there, mut back) = (0, 0);
     // SAFETY: two devices of this driver.
-    unsafe { call!(cuDeviceGetP2PAttribute(&mut all, attribute, from.device(), to.device())) }?;
-    Ok(all != 0)
+    unsafe {
+        call!(cuDeviceGetP2PAttribute(&mut there, attribute, one, other))?;
+        call!(cuDeviceGetP2PAttribute(&mut back, attribute, other, one))?;
+    }
+    Ok(there != 0 && back != 0)
+}
+
+/// Where a device is plugged in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Slot {
+    pci: String,
+    numa_node: Option<u32>,
+    path: Vec<String>,
+}
+
+impl CudaDevice {
+    fn slot(&self) -> Slot {
+        Slot { pci: self.pci.clone(), numa_node: self.numa_node, path: self.path.clone() }
+    }
+}
+
+/// A device as all processes of a host know it, whatever number each has for it, and whether they see it or not.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg(target_os = "linux")]
+pub(crate) struct Identity {
+    pub(crate) uuid: String,
+    slot: Slot,
+    /// Of the devices that its process sees: those that it is joined to by NVLink, by UUID.
+    joined: Vec<String>,
+}
+
+#[cfg(target_os = "linux")]
+impl Identity {
+    pub(crate) fn of(context: &Context) -> Result<Identity, String> {
+        let own = context.device();
+        let mut others = vec![];
+        for ordinal in 0..driver::get()?.devices {
+            let mut other = 0;
+            // SAFETY: a device of this driver.
+            unsafe { call!(cuDeviceGet(&mut other, ordinal as c_int)) }?;
+            if other != own && joined(own, other)? {
+                others.push(uuid(other)?);
+            }
+        }
+        Ok(Identity { uuid: uuid(own)?, slot: facts(context)?.slot(), joined: others })
+    }
+
+    /// As `connection`, as far as the two processes know it.
+    pub(crate) fn connection(&self, other: &Identity) -> Connection {
+        match self.joined.contains(&other.uuid) || other.joined.contains(&self.uuid) {
+            true => Connection::NvLink,
+            false => over_pcie(&self.slot, &other.slot),
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn uuid(device: sys::CUdevice) -> Result<String, Failed> {
+    let mut uuid = sys::CUuuid_st { bytes: [0; 16] };
+    // SAFETY: a device of this driver.
+    unsafe { call!(cuDeviceGetUuid_v2(&mut uuid, device)) }?;
+    Ok(uuid.bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect())
 }
 
 /// A table of something about every two devices.
@@ -188,7 +251,7 @@ pub(crate) fn all_pairs<T, C, E>(
     contexts.iter().map(|one| contexts.iter().map(|other| f(one, other)).collect()).collect()
 }
 
-fn over_pcie(one: &CudaDevice, other: &CudaDevice) -> Connection {
+fn over_pcie(one: &Slot, other: &Slot) -> Connection {
     if one.pci == other.pci {
         return Connection::Same;
     }
@@ -254,7 +317,7 @@ mod tests {
             ("0000:99:00.0", "", None, Connection::Unknown),
         ];
         for (pci, path, node, expected) in cases {
-            let other = device(pci, path, node);
+            let (one, other) = (one.slot(), device(pci, path, node).slot());
             assert_eq!((over_pcie(&one, &other), over_pcie(&other, &one)), (expected, expected), "{pci}");
         }
     }

@@ -95,7 +95,7 @@ fn serve(name: &str, me: usize, common: &Arc<Common>, stream: UnixStream, mut kn
         Some(format!("it is of crate version {}, this process of {version}", said.crate_version))
     } else if said.name != name {
         Some(format!("it is called {name:?}")) // the hashes of two long names are the same
-    } else if said.home.kind() != own.kind() {
+    } else if said.home.gpu.is_some() != own.gpu.is_some() {
         Some(format!("its ranks are on {}, this process is on {}", own.device, said.home.device))
     } else if common.lock().outsiders(&common.page.decision().members).len() >= MOST_GUESTS {
         Some(format!("{MOST_GUESTS} processes wait for it already"))

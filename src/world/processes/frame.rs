@@ -45,12 +45,14 @@ pub(super) enum Kind {
     Entered = 10,
     /// To all members, whose peer the sender is by now: let me in after this generation.
     Waiting = 11,
+    /// Whether the sender reaches memory of the receiver's device.
+    Reach = 12,
 }
 
 impl Kind {
     fn of(byte: u8) -> Option<Kind> {
         use Kind::*;
-        let all = [Hello, Welcome, Refuse, Card, Abort, Ready, Knock, Inside, Enter, Entered, Waiting];
+        let all = [Hello, Welcome, Refuse, Card, Abort, Ready, Knock, Inside, Enter, Entered, Waiting, Reach];
         all.into_iter().find(|&kind| kind as u8 == byte)
     }
 

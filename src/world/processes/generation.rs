@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::frame::Kind;
 use super::links::{Generation, State};
-use super::{places, Processes};
+use super::{reach, Processes, JOINING};
 use crate::abi::PA_MAX_WORLD;
 use crate::error::Stage;
 use crate::{Error, Result};
@@ -138,6 +138,14 @@ impl Processes {
         }
         *latest = Generation::new(decision);
         self.links.enter(&latest);
+        if let Some(joined) = latest.decision.joined {
+            let tried = reach::find(&self.links, &latest, Instant::now() + timeout.min(JOINING));
+            if tried.is_err() {
+                // What follows in this generation fails by it, on all ranks, and the next one has that process no more.
+                let rank = latest.members().iter().position(|&id| id == joined).unwrap_or(0);
+                latest.fate().failure = Some(Error::PeerLost { rank, stage: Stage::Build, committed: false });
+            }
+        }
         Ok(self.view(latest.clone()))
     }
 
@@ -160,7 +168,7 @@ impl Processes {
     }
 
     fn view(&self, generation: Generation) -> Processes {
-        let places = places(&self.links, &generation);
+        let places = self.links.places(&generation);
         Processes { links: self.links.clone(), generation, places, door: self.door.clone() }
     }
 }

@@ -12,7 +12,7 @@ use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
 use super::door::{Inside, Knock, PATIENCE};
 use super::frame::{self, Kind};
-use super::home::Home;
+use super::home::{Home, Own};
 use super::links::{Generation, Links};
 use super::page::{Decision, Page, MOST_IDS};
 use super::rendezvous::{address, connect, Met};
@@ -25,11 +25,11 @@ const AGAIN: Duration = Duration::from_millis(20);
 const MOST_WORLDS: usize = 64;
 
 /// Until it is let in.
-pub(super) fn join(name: &str, home: Home, timeout: Duration) -> Result<Links, String> {
+pub(super) fn join(name: &str, own: Own, timeout: Duration) -> Result<Links, String> {
     let deadline = Instant::now() + timeout;
     let mut lost = vec![];
     loop {
-        let page = find(name, &home, &lost, deadline).map_err(|reason| match reason {
+        let page = find(name, &own.home, &lost, deadline).map_err(|reason| match reason {
             Some(reason) => reason,
             None => format!(
                 "no such world was to be found on this host within {timeout:?}: see that its ranks are running, and that they gave the \
@@ -37,7 +37,7 @@ pub(super) fn join(name: &str, home: Home, timeout: Duration) -> Result<Links, S
             ),
         })?;
         let nonce = page.nonce();
-        match enter(name, &home, page, deadline, timeout) {
+        match enter(name, &own, page, deadline, timeout) {
             Err(Outside::Lost) if lost.len() < MOST_WORLDS => lost.push(nonce),
             Err(Outside::Lost) => return Err("its ranks are not to be reached".into()),
             Err(Outside::For(reason)) => return Err(reason),
@@ -47,17 +47,11 @@ pub(super) fn join(name: &str, home: Home, timeout: Duration) -> Result<Links, S
 }
 
 /// Until the world of this page lets it in.
-fn enter(
-    name: &str,
-    home: &Home,
-    page: Page,
-    deadline: Instant,
-    timeout: Duration,
-) -> Result<Links, Outside> {
+fn enter(name: &str, own: &Own, page: Page, deadline: Instant, timeout: Duration) -> Result<Links, Outside> {
     let full = || Outside::For(format!("it has had {MOST_IDS} processes, and can't have more"));
     let id = page.new_id().ok_or_else(full)?;
     let first = page.decision();
-    let links = Links::new(id, home.clone(), page, first);
+    let links = Links::new(id, own.clone(), page, first);
     let mut guest =
         Guest { name, links: &links, peers: BTreeSet::new(), said_for: None, reached: Instant::now() };
     let generation = Generation::new(guest.wait(deadline, timeout)?);

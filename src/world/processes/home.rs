@@ -1,26 +1,124 @@
-//! Where a process is.
+//! Where each rank is, as ranks tell one another when they meet, and which of them reach each other's memory.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::world::Device;
+use crate::backend::cuda::{Connection, Context, Identity, PeerAccess};
+use crate::backend::Site;
+use crate::world::{Device, Kind, Places};
 
-/// What the others need to know of a process.
+/// Where a rank is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Home {
-    pub(super) device: String,
-    /// That it may use.
-    pub(super) cores: usize,
+pub(in crate::world) struct Home {
+    /// As its process calls it, which another one may call by another number.
+    pub(in crate::world) device: String,
+    /// That its process may use.
+    pub(in crate::world) cores: usize,
+    pub(in crate::world) gpu: Option<Gpu>,
+}
+
+/// The CUDA device of a rank.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(in crate::world) struct Gpu {
+    pub(in crate::world) identity: Identity,
+    /// Blocks that can run on it at the same time.
+    pub(in crate::world) resident_blocks: u32,
 }
 
 impl Home {
-    /// This process's.
-    pub(super) fn of(device: Device) -> Home {
+    /// Of a process whose device, if it has one, is not known.
+    pub(super) fn unknown(device: Device) -> Home {
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        Home { device: device.to_string(), cores }
+        Home { device: device.to_string(), cores, gpu: None }
     }
-    /// What all ranks of a world have in common.
-    pub(super) fn kind(&self) -> &str {
-        self.device.split(':').next().unwrap_or_default()
+
+    /// Why this rank's can't be in one world with rank 0's.
+    pub(super) fn refusal(&self, rank: usize, first: &Home) -> Option<String> {
+        (self.gpu.is_some() != first.gpu.is_some()).then(|| {
+            format!(
+                "rank {rank} is on {} and rank 0 on {}, and CPUs and CUDA devices can't be in one world: give every rank the same kind",
+                self.device, first.device
+            )
+        })
+    }
+
+    /// What lies between two.
+    pub(in crate::world) fn connection(&self, other: &Home) -> Connection {
+        match (&self.gpu, &other.gpu) {
+            (Some(one), Some(other)) => one.identity.connection(&other.identity),
+            _ => Connection::Same,
+        }
+    }
+}
+
+/// This process's own.
+#[derive(Clone, Debug)]
+pub(super) struct Own {
+    pub(super) home: Home,
+    device: Device,
+    site: Site,
+}
+
+impl Own {
+    /// Opens the device, if it is one.
+    pub(super) fn find(device: Device) -> Result<Own, String> {
+        let (mut home, mut site) = (Home::unknown(device), Site::Host);
+        if let Kind::Cuda(ordinal) = device.0 {
+            let context = Context::open(ordinal)?;
+            let identity = Identity::of(&context)?;
+            home.gpu = Some(Gpu { identity, resident_blocks: context.resident_blocks() });
+            site = Site::Cuda(context);
+        }
+        Ok(Own { home, device, site })
+    }
+
+    /// What runs its kernels, if that is a CUDA device.
+    pub(super) fn context(&self) -> Option<&Arc<Context>> {
+        match &self.site {
+            Site::Host => None,
+            Site::Cuda(context) => Some(context),
+        }
+    }
+}
+
+/// Where this process is, and which peers reach each other's memory. It knows the same as all others.
+#[derive(Clone, Debug)]
+pub(super) struct Homes {
+    own: Own,
+    /// Of each two peers, the lower one first, that were tried.
+    reach: BTreeMap<(usize, usize), PeerAccess>,
+}
+
+impl Homes {
+    pub(super) fn new(own: Own) -> Homes {
+        Homes { own, reach: BTreeMap::new() }
+    }
+
+    pub(super) fn own(&self) -> &Own {
+        &self.own
+    }
+
+    /// Takes over what trying two peers has shown.
+    pub(super) fn know(&mut self, one: usize, other: usize, access: PeerAccess) {
+        self.reach.insert((one.min(other), one.max(other)), access);
+    }
+
+    /// The places of a world of these peers, with where they are, by rank. Those that were not tried go through the host.
+    pub(super) fn places(&self, members: &[(usize, &Home)]) -> Places {
+        let homes: Vec<&Home> = members.iter().map(|&(_, home)| home).collect();
+        let access = |one: usize, other: usize| {
+            let (one, other) = (members[one].0, members[other].0);
+            let known = self.reach.get(&(one.min(other), one.max(other)));
+            match known {
+                _ if self.own.context().is_none() || one == other => PeerAccess::Verified,
+                Some(&access) => access,
+                None => PeerAccess::Unsupported,
+            }
+        };
+        Places::of_processes(&homes, (self.own.device, &self.own.site), access)
     }
 }

@@ -14,11 +14,11 @@ use rustix::event::{poll, PollFd, PollFlags};
 use serde::Serialize;
 
 use super::frame::{self, Frame, Kind};
-use super::home::Home;
+use super::home::{Home, Homes, Own};
 use super::page::{Decision, Page};
 use super::rendezvous::Met;
 use crate::error::Stage;
-use crate::world::Agreement;
+use crate::world::{Agreement, Places};
 use crate::Error;
 
 /// A message that has begun is there within this time, or its sender is taken for gone.
@@ -38,6 +38,7 @@ pub(super) struct Links {
     current: Mutex<Generation>,
     /// The number of it.
     pub(super) number: AtomicU32,
+    homes: Mutex<Homes>,
     /// This process came late, and has no model of its own until its first average.
     pub(super) is_new: AtomicBool,
 }
@@ -132,8 +133,8 @@ fn leave(agreement: &Agreement, ring: &Ring, peer: usize) {
 
 impl Links {
     /// Of a process that is in no generation yet, or in the one that is `latest`.
-    pub(super) fn new(me: usize, home: Home, page: Page, latest: Decision) -> Links {
-        let state = State { homes: [(me, home)].into(), ..State::default() };
+    pub(super) fn new(me: usize, own: Own, page: Page, latest: Decision) -> Links {
+        let state = State { homes: [(me, own.home.clone())].into(), ..State::default() };
         let common = Common {
             page,
             peers: Mutex::new(Some(BTreeMap::new())),
@@ -145,7 +146,8 @@ impl Links {
         let latest = Generation::new(latest);
         let number = AtomicU32::new(latest.number());
         let (current, latest) = (Mutex::new(latest.clone()), Mutex::new(latest));
-        Links { me, common: Arc::new(common), latest, current, number, is_new: AtomicBool::new(false) }
+        let homes = Mutex::new(Homes::new(own));
+        Links { me, common: Arc::new(common), latest, current, number, homes, is_new: AtomicBool::new(false) }
     }
 
     /// The generation that this process is in.
@@ -160,6 +162,18 @@ impl Links {
         self.lock().forget_before(generation.number());
     }
 
+    /// Where this process is, and which peers reach each other.
+    pub(super) fn homes(&self) -> MutexGuard<'_, Homes> {
+        self.homes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Of the members of a generation, all of which this process has met.
+    pub(super) fn places(&self, generation: &Generation) -> Places {
+        let state = self.lock();
+        let members: Vec<_> = generation.members().iter().map(|id| (*id, &state.homes[id])).collect();
+        self.homes().places(&members)
+    }
+
     /// Ends the generation that this process is in, for all its members.
     pub(super) fn abort(&self) {
         let generation = self.current();
@@ -171,8 +185,9 @@ impl Links {
         fate.failure.get_or_insert(failure);
         drop(fate);
         let built = self.lock().built();
-        for (agreement, _) in built.iter().filter(|(_, ring)| ring.generation == generation.number()) {
-            agreement.control.abort(rank);
+        for (agreement, ring) in built.iter().filter(|(_, ring)| ring.generation == generation.number()) {
+            let position = ring.peers.iter().position(|&peer| peer == self.me);
+            position.into_iter().for_each(|position| agreement.control.abort(position));
         }
         self.changed();
         let others = generation.members().iter().filter(|&&peer| peer != self.me);
@@ -440,7 +455,7 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, common: &
 }
 
 /// All that peers say to each other once they have met.
-const KINDS: [Kind; 5] = [Kind::Card, Kind::Abort, Kind::Ready, Kind::Entered, Kind::Waiting];
+const KINDS: [Kind; 6] = [Kind::Card, Kind::Abort, Kind::Ready, Kind::Entered, Kind::Waiting, Kind::Reach];
 /// Those of a card.
 const MOST_FILES: usize = 3;
 

@@ -8,27 +8,29 @@ mod home;
 mod launcher;
 mod links;
 mod page;
+mod reach;
 mod rendezvous;
+mod shown;
 mod strangers;
 
-use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-
 use super::{Agreement, Card, Control, Device, Places};
-use crate::backend::{Memory, Shared};
+use crate::backend::Memory;
 use crate::error::Stage;
 use crate::{Error, Result};
 use door::Door;
 use frame::{Frame, Kind};
-use home::Home;
+pub(super) use home::Home;
+use home::Own;
 use links::{Fate, Generation, Links, Ring};
+use page::Page;
 #[cfg(fuzzing)]
 pub use rendezvous::fuzz;
 use rendezvous::Me;
+use shown::{Reader, Shown};
 
 /// How long a process may take from `World::join` to its averager.
 const JOINING: Duration = Duration::from_secs(60);
@@ -86,35 +88,43 @@ impl Processes {
     pub(super) fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<Processes> {
         let Setup { rank, world_size, name } = setup;
         let failed = |reason| Error::Rendezvous { rank, reason };
-        if device != Device::cpu() {
-            return Err(Error::DeviceUnavailable {
-                rank,
-                device: device.to_string(),
-                reason: "ranks that are processes are on CPUs so far: use Device::cpu(), or threads of one process".into(),
-            });
-        }
-        let me = Me { name, rank, world_size, home: Home::of(device) };
-        let crew = rendezvous::meet(&me, timeout).map_err(failed)?;
-        let first = crew.page.decision();
-        let links = Links::new(rank, me.home, crew.page, first);
+        let own = Own::find(device);
+        let home = own.as_ref().map_or_else(|_| Home::unknown(device), |own| own.home.clone());
+        let unavailable = |reason: &String| Error::DeviceUnavailable {
+            rank,
+            device: device.to_string(),
+            reason: reason.clone(),
+        };
+        let refusal = own.as_ref().err().map(unavailable);
+        let me = Me { name, rank, world_size, home, refusal: refusal.as_ref().map(Error::to_string) };
+        let deadline = Instant::now() + timeout;
+        let met = rendezvous::meet(&me, timeout);
+        let own = own.map_err(|reason| unavailable(&reason))?; // the others know
+        let crew = met.map_err(failed)?;
+        let first = Page::first(world_size);
+        let links = Links::new(rank, own, crew.page, first);
         for (peer, met) in crew.peers.into_iter().enumerate() {
             let Some((home, met)) = met else { continue };
             let added = links.common.add(peer, home, met);
             added.map_err(|error| failed(format!("can't listen to peers: {error}")))?;
         }
+        reach::find(&links, &links.current(), deadline).map_err(failed)?;
         Ok(Processes::of(links, &me.name))
     }
 
     /// Of a world that has begun, when that lets it in; see `World::join`.
     pub(super) fn join(name: &str, device: Device, timeout: Duration) -> Result<Processes> {
         let failed = |reason| Error::Join { rendezvous: name.to_owned(), reason };
-        let links = guest::join(name, Home::of(device), timeout).map_err(failed)?;
+        let own =
+            Own::find(device).map_err(|reason| failed(format!("{device} is not available: {reason}")))?;
+        let links = guest::join(name, own, timeout).map_err(failed)?;
+        reach::find(&links, &links.current(), Instant::now() + JOINING).map_err(failed)?;
         Ok(Processes::of(links, name))
     }
 
     fn of(links: Links, name: &str) -> Processes {
         let generation = links.latest.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let places = places(&links, &generation);
+        let places = links.places(&generation);
         let door = Door::open(name, links.me, &links.common);
         Processes { links: Arc::new(links), generation, places, door: Arc::new(door) }
     }
@@ -149,8 +159,7 @@ impl Processes {
         let timeout = if self.has_joined() { timeout.min(JOINING) } else { timeout };
         let deadline = Instant::now() + timeout;
         let key = (Kind::Card, self.number(), number);
-        let (body, memories) = Shown::of(&card);
-        let files: Vec<_> = memories.iter().map(|memory| memory.file()).collect();
+        let (body, files) = Shown::of(&card);
         let (body, files) = (&body, &files);
         let sent = std::thread::scope(|scope| {
             // To all at once: one that does not listen keeps no other waiting. Who is gone is found out below.
@@ -176,7 +185,9 @@ impl Processes {
             let came = self.links.wait(deadline, |state| self.card_of(rank, peer, key, state));
             let late = || Error::Timeout { rank, timeout, stage: Stage::Build, committed: false };
             let frame = came.unwrap_or_else(|| Err(late())).map_err(|error| self.fail(error))?;
-            cards.push(Shown::read(frame, rank, self.wanted(rank)).map_err(|error| self.fail(error))?);
+            let reader =
+                Reader { rank: self.rank(), site: self.places.site(self.rank()), wanted: self.wanted(rank) };
+            cards.push(Shown::read(frame, rank, reader).map_err(|error| self.fail(error))?);
         }
         let mut agreement = Agreement::of(cards)?;
         for (rank, theirs) in agreement.cards.iter().enumerate() {
@@ -238,12 +249,14 @@ impl Processes {
 
     /// Whether the inbox, the credits and the control of this rank are used here.
     fn wanted(&self, rank: usize) -> [bool; 3] {
-        let (own, world) = (self.rank(), self.members().len());
-        [rank == (own + 1) % world, (rank + 1) % world == own, rank == 0]
+        let (own, world) = (self.places.position(self.rank()), self.members().len());
+        let position = self.places.position(rank);
+        [position == (own + 1) % world, (position + 1) % world == own, rank == 0]
     }
 
     fn ring(&self) -> Ring {
-        Ring { generation: self.number(), peers: self.members().into() }
+        let peers = self.places.order().iter().map(|&rank| self.members()[rank]);
+        Ring { generation: self.number(), peers: peers.collect() }
     }
 
     pub(super) fn name(&self) -> &str {
@@ -277,81 +290,5 @@ pub(super) struct Handle(Weak<Links>);
 impl Handle {
     pub(super) fn abort(&self) {
         self.0.upgrade().into_iter().for_each(|links| links.abort());
-    }
-}
-
-/// Of the members of a generation.
-fn places(links: &Links, generation: &Generation) -> Places {
-    let state = links.lock();
-    let homes = generation.members().iter().filter_map(|id| state.homes.get(id));
-    let cores = homes.map(|home| home.cores).min().unwrap_or(1);
-    Places::of_processes(generation.members().len(), Device::cpu(), cores)
-}
-
-/// A card, as it is sent: its memories are files.
-#[derive(Debug, Serialize, Deserialize)]
-struct Shown {
-    refusal: Option<String>,
-    options: Vec<(String, String)>,
-    tensors: Vec<String>,
-    schedule_position: u64,
-    admits: bool,
-    ordinal: Option<String>,
-    /// Bytes of inbox, credits and control, if there is one.
-    memories: [Option<usize>; 3],
-}
-
-impl Shown {
-    fn of(card: &Card) -> (Shown, Vec<&Shared>) {
-        let memories =
-            [card.inbox.as_deref(), card.credits.as_deref(), card.control.as_ref().map(|c| c.memory())];
-        let shared = memories.map(|memory| memory.and_then(Memory::shared));
-        let shown = Shown {
-            refusal: card.refusal.as_ref().map(Error::to_string),
-            options: card.options.clone(),
-            tensors: card.tensors.clone(),
-            schedule_position: card.schedule_position,
-            admits: card.admits,
-            ordinal: card.ordinal.clone(),
-            memories: shared.map(|memory| memory.map(Shared::bytes)),
-        };
-        (shown, shared.into_iter().flatten().collect())
-    }
-
-    fn read(frame: Frame, rank: usize, wanted: [bool; 3]) -> Result<Card> {
-        let refuse = |reason: String| Error::PeerRefused { rank, reason };
-        let shown: Shown =
-            frame.parse().map_err(|error| refuse(format!("its message is not understood: {error}")))?;
-        let mut files = frame.files.into_iter();
-        let mut open = |index: usize| -> Result<Option<Memory>> {
-            let Some(bytes) = shown.memories[index] else { return Ok(None) };
-            let file: OwnedFd =
-                files.next().ok_or_else(|| refuse("a file of its memory is missing".into()))?;
-            if !wanted[index] {
-                return Ok(None);
-            }
-            Shared::open(file, bytes).map(Memory::Shared).map(Some).map_err(refuse)
-        };
-        let (inbox, credits, control) = (open(0)?, open(1)?, open(2)?);
-        Ok(Card {
-            refusal: shown.refusal.map(|reason| refuse(of_itself(reason, rank))),
-            options: shown.options,
-            tensors: shown.tensors,
-            schedule_position: shown.schedule_position,
-            admits: shown.admits,
-            ordinal: shown.ordinal,
-            inbox: inbox.map(Arc::new),
-            credits: credits.map(Arc::new),
-            control: control.map(|memory| Arc::new(Control::of(memory))),
-        })
-    }
-}
-
-/// A rank's own error without the rank, which the error that it becomes part of names.
-fn of_itself(reason: String, rank: usize) -> String {
-    match reason.strip_prefix(&format!("rank {rank}")) {
-        Some(rest) if rest.starts_with(": ") => rest[2..].into(),
-        Some(rest) if rest.starts_with(' ') => format!("it{rest}"),
-        _ => reason,
     }
 }

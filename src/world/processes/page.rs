@@ -88,6 +88,11 @@ impl Page {
         id.ok().map(|id| id as usize)
     }
 
+    /// The generation that a world begins with, which may be over.
+    pub(super) fn first(size: usize) -> Decision {
+        Decision { generation: 0, members: (0..size).collect(), joined: None, word: 0 }
+    }
+
     /// The generation that the world is in.
     pub(super) fn decision(&self) -> Decision {
         loop {
@@ -144,7 +149,7 @@ mod tests {
     fn the_first_proposal_holds_for_all() {
         let page = Page::new(3).unwrap();
         let first = page.decision();
-        assert_eq!((first.generation, &first.members[..], first.joined), (0, &[0, 1, 2][..], None));
+        assert_eq!(first, Page::first(3));
         assert_eq!((page.new_id(), page.new_id()), (Some(3), Some(4)));
         page.propose(1, &first, &[1, 2, 4], Some(4));
         page.propose(2, &first, &[0, 2], None);

@@ -19,6 +19,8 @@ use super::home::Home;
 use super::page::Page;
 use super::strangers::is_same_user;
 
+/// How long a rank that can't take part tries to tell others so: those that were started when it was.
+const PARTING: Duration = Duration::from_secs(10);
 /// Between two tries to reach rank 0.
 const AGAIN: Duration = Duration::from_millis(2);
 
@@ -31,6 +33,8 @@ struct Hello {
     rank: usize,
     world_size: usize,
     home: Home,
+    /// Why it can't take part: then nobody begins.
+    refusal: Option<String>,
 }
 
 /// What rank 0 tells everybody.
@@ -48,6 +52,8 @@ pub(super) struct Me {
     pub(super) rank: usize,
     pub(super) world_size: usize,
     pub(super) home: Home,
+    /// Why it can't take part.
+    pub(super) refusal: Option<String>,
 }
 
 /// A peer: a socket, and what tells when its process ends, if the kernel has such a thing.
@@ -65,8 +71,10 @@ pub(super) struct Crew {
     pub(super) peers: Vec<Option<(Home, Met)>>,
 }
 
-/// Collective. An error says what is wrong and what to do.
+/// Collective. An error says what is wrong and what to do. Who can't take part says so to those that come
+/// soon.
 pub(super) fn meet(me: &Me, timeout: Duration) -> Result<Crew, String> {
+    let timeout = if me.refusal.is_some() { timeout.min(PARTING) } else { timeout };
     let deadline = Instant::now() + timeout;
     let address = address(&me.name, None)?;
     match me.rank {
@@ -102,6 +110,7 @@ impl Me {
             rank: self.rank,
             world_size: self.world_size,
             home: self.home.clone(),
+            refusal: self.refusal.clone(),
         }
     }
 }

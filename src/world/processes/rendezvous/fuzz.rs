@@ -11,10 +11,13 @@ use std::time::{Duration, Instant};
 
 use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
-use super::{address, connect, meet, welcomed, Crew, Hello, Me, Welcome, PAGE};
-use crate::backend::Shared;
+use super::{address, connect, meet, welcomed, Crew, Hello, Me, Welcome};
+use crate::backend::{Offer, Shared, Site};
+use crate::world::processes::door::{Inside, Knock};
 use crate::world::processes::frame::{self, Frame, Kind};
-use crate::world::processes::Shown;
+use crate::world::processes::home::Home;
+use crate::world::processes::shown::{Reader, Shown};
+use crate::world::Device;
 
 /// An act of a stranger, or of a rank.
 #[derive(Clone, Debug)]
@@ -73,7 +76,7 @@ fn script(mut data: &[u8]) -> Vec<Act> {
 }
 
 fn me(name: &str, rank: usize, world_size: usize) -> Me {
-    Me { name: name.into(), rank, world_size, device: "cpu".into(), cores: 1 }
+    Me { name: name.into(), rank, world_size, home: Home::unknown(Device::cpu()), refusal: None }
 }
 
 /// Files that a message has: none, few, the most that there may be, the most that the kernel passes on.
@@ -85,7 +88,7 @@ fn files(files: u8, own: BorrowedFd<'_>) -> Vec<OwnedFd> {
     let file = || match files >> 3 & 3 {
         0 => std::fs::File::open("/dev/null").ok().map(OwnedFd::from),
         1 => own.try_clone_to_owned().ok(),
-        2 => Shared::new(PAGE).ok()?.file().try_clone_to_owned().ok(),
+        2 => Shared::new(4096).ok()?.file().try_clone_to_owned().ok(),
         _ => std::io::pipe().ok().map(|(read, _)| read.into()),
     };
     let Some(file) = (count > 0).then(file).flatten() else { return vec![] };
@@ -107,14 +110,14 @@ fn message(me: &Me, kind: u8, files: usize, keep: u8) -> Vec<u8> {
     let json = |body: serde_json::Result<Vec<u8>>| body.expect("plain data");
     let (kind, body) = match kind % 6 {
         0 => (Kind::Hello, json(serde_json::to_vec(&me.hello()))),
-        1 => (Kind::Welcome, json(serde_json::to_vec(&Welcome { cores: 1 }))),
+        1 => (Kind::Welcome, json(serde_json::to_vec(&Welcome { homes: vec![me.home.clone(); 2] }))),
         2 => (Kind::Refuse, json(serde_json::to_vec("no"))),
         3 => {
-            let one = || ("slots".to_owned(), "4".to_owned());
-            let memories = [Some(1), Some(PAGE), Some(PAGE + 1)];
-            let tensors = vec!["tensor".into()];
-            let shown =
-                Shown { refusal: None, options: vec![one()], tensors, schedule_position: 0, memories };
+            let memory = |bytes: usize| serde_json::json!({ "bytes": bytes, "handle": null });
+            let shown = serde_json::json!({
+                "refusal": null, "options": [["slots", "4"]], "tensors": ["tensor"], "schedule_position": 0,
+                "admits": false, "ordinal": null, "memories": [memory(1), memory(4096), memory(4097)],
+            });
             (Kind::Card, json(serde_json::to_vec(&shown)))
         }
         4 => (Kind::Abort, b"null".to_vec()),
@@ -218,8 +221,15 @@ fn parse(me: &Me, frame: Frame, how: u8) {
     match frame.kind {
         Kind::Hello => drop(frame.parse::<Hello>()),
         Kind::Welcome | Kind::Refuse => drop(welcomed(me, frame)),
-        Kind::Card => drop(Shown::read(frame, 1, [how & 32 != 0, how & 64 != 0, how & 128 != 0])),
-        Kind::Abort | Kind::Ready => {}
+        Kind::Card => {
+            let wanted = [how & 32 != 0, how & 64 != 0, how & 128 != 0];
+            drop(Shown::read(frame, 1, Reader { rank: 0, site: &Site::Host, wanted }))
+        }
+        Kind::Knock => drop(frame.parse::<Knock>()),
+        Kind::Inside => drop(frame.parse::<Inside>()),
+        Kind::Ready => drop(frame.parse::<Vec<usize>>()),
+        Kind::Reach => drop(frame.parse::<Option<Offer>>()),
+        Kind::Abort | Kind::Enter | Kind::Entered | Kind::Waiting => {}
     }
 }
 
@@ -243,7 +253,8 @@ pub(super) fn play(world_size: usize, script: &[Act]) {
         let name = &name;
         let join = |rank| scope.spawn(move || meet(&me(name, rank, world_size), timeout));
         let mut ranks = vec![join(0)];
-        let mut strangers = Strangers { name, address: address(name).expect("a name"), all: vec![], turn: 0 };
+        let mut strangers =
+            Strangers { name, address: address(name, None).expect("a name"), all: vec![], turn: 0 };
         for act in script {
             match act {
                 Act::Join if ranks.len() < world_size => ranks.push(join(ranks.len())),
@@ -260,7 +271,7 @@ pub(super) fn play(world_size: usize, script: &[Act]) {
     }
     let crews: Vec<Crew> = crews.into_iter().map(|crew| crew.expect("all ranks meet")).collect();
     for (one, other) in (0..world_size).flat_map(|one| (0..one).map(move |other| (one, other))) {
-        let stream = |from: usize, to: usize| &crews[from].peers[to].as_ref().expect("a peer").stream;
+        let stream = |from: usize, to: usize| &crews[from].peers[to].as_ref().expect("a peer").1.stream;
         let mut heard = [0];
         let mut at_the_other_end = stream(other, one);
         at_the_other_end.set_read_timeout(Some(Duration::from_secs(5))).expect("a time");

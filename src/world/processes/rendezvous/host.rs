@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
-use super::{is_early, Crew, Hello, Me, Met, Welcome, AGAIN};
+use super::{is_early, Crew, Hello, Me, Met, Welcome, AGAIN, PARTING};
 use crate::world::processes::frame::{self, Frame, Kind};
 use crate::world::processes::page::Page;
 use crate::world::processes::strangers::{self, Door};
@@ -84,6 +84,9 @@ impl Host<'_> {
 
     /// Until every rank has come.
     fn gather(&mut self, visitors: &mpsc::Receiver<Visitor>) -> Result<(), String> {
+        if let Some(reason) = &self.me.refusal {
+            return Err(reason.clone());
+        }
         while self.came.len() + 1 < self.me.world_size {
             let left = self.deadline.saturating_duration_since(Instant::now());
             match visitors.recv_timeout(left) {
@@ -103,7 +106,8 @@ impl Host<'_> {
         };
         self.came.values().for_each(|visitor| refuse(&visitor.stream));
         let mut left = (self.me.world_size - 1).saturating_sub(self.came.len());
-        let until = self.deadline.min(Instant::now() + GRACE);
+        let grace = if self.me.refusal.is_some() { PARTING } else { GRACE };
+        let until = self.deadline.min(Instant::now() + grace);
         while left > 0 {
             let Ok(visitor) = visitors.recv_timeout(until.saturating_duration_since(Instant::now())) else {
                 return;
@@ -143,7 +147,7 @@ impl Host<'_> {
         } else if self.came.get(&rank).is_some_and(|earlier| !has_hung_up(&earlier.stream)) {
             Some(format!("two processes say that they are rank {rank}: give each a rank of its own"))
         } else {
-            None
+            hello.refusal.clone().or_else(|| hello.home.refusal(rank, &mine.home))
         };
         match refusal {
             None => {

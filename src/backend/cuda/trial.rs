@@ -1,0 +1,68 @@
+//! Whether two processes can use each other's device memory. As between devices of one process, see `peer`, only bytes that were
+//! moved tell, and here by just the mapping that mailboxes are reached through.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+use super::peer::{probe, WORDS};
+use super::{Context, DeviceMemory};
+use crate::backend::{Memory, Offer, Site};
+
+/// Bytes of one part of it.
+const PART: usize = WORDS as usize * 4;
+
+/// Memory of this process's device that others try to use: a part that all of them read, and one that each of them writes.
+#[derive(Debug)]
+pub(crate) struct Trial {
+    context: Arc<Context>,
+    memory: Memory,
+}
+
+impl Trial {
+    pub(crate) fn new(context: &Arc<Context>, visitors: usize) -> Result<Trial, String> {
+        let memory = Memory::to_lend(context, (1 + visitors) * PART)?;
+        probe(context, memory.address(), 0, 0)?;
+        Ok(Trial { context: context.clone(), memory })
+    }
+
+    pub(crate) fn offer(&self) -> (Offer, BorrowedFd<'_>) {
+        self.memory.offer().expect("memory that is to be lent")
+    }
+
+    /// By the other process: whether what it reads is right. It writes what the owner is to read. An error: it can't be opened.
+    pub(crate) fn visit(
+        context: &Arc<Context>,
+        offer: &Offer,
+        file: OwnedFd,
+        visitor: usize,
+    ) -> Result<bool, String> {
+        let memory = Memory::open(&Site::Cuda(context.clone()), offer, file)?;
+        if memory.bytes() < (visitor + 2) * PART {
+            return Err(format!("it has {} bytes", memory.bytes()));
+        }
+        let right = is_there(context, memory.address(), 0)?;
+        probe(context, part(&memory, visitor), seed(visitor), 0)?;
+        Ok(right)
+    }
+
+    /// Whether what it wrote is there.
+    pub(crate) fn was_visited(&self, visitor: usize) -> Result<bool, String> {
+        is_there(&self.context, part(&self.memory, visitor), seed(visitor))
+    }
+}
+
+fn part(memory: &Memory, visitor: usize) -> u64 {
+    memory.address() + ((1 + visitor) * PART) as u64
+}
+
+fn seed(visitor: usize) -> u32 {
+    1 + visitor as u32
+}
+
+fn is_there(context: &Arc<Context>, memory: u64, seed: u32) -> Result<bool, String> {
+    let differs = DeviceMemory::new(context, 4)?;
+    probe(context, memory, seed, differs.address())?;
+    let mut word = [1; 4];
+    differs.read(0, &mut word)?;
+    Ok(word == [0; 4])
+}

@@ -1,0 +1,113 @@
+//! Which ranks that are processes reach each other's device memory: all try it, each with every other, before they build anything.
+
+use std::os::fd::BorrowedFd;
+use std::time::Instant;
+
+use serde::{de::DeserializeOwned, Serialize};
+
+use super::frame::{Frame, Kind};
+use super::links::{Generation, Links};
+use crate::backend::cuda::{PeerAccess, Trial};
+use crate::backend::Offer;
+
+/// What ranks tell each other, in this order.
+const OFFER: u32 = 0;
+const VISITED: u32 = 1;
+const FOUND: u32 = 2;
+
+/// What is found: nothing if memory can't be opened, else whether the bytes that were moved are right.
+type Found = Option<bool>;
+
+/// Collective among the members of a generation. Does nothing on CPUs, where all memory is one.
+///
+/// ```text
+///  one                                           other
+///  writes to memory that it lends      ────────▶ opens it, reads, and writes there, too
+///  looks for what the other has written ◀─────── whether it could
+///  what it found                       ────────▶ everybody
+/// ```
+///
+/// and the same the other way, at once.
+pub(super) fn find(links: &Links, generation: &Generation, deadline: Instant) -> Result<(), String> {
+    let (generation, members) = (generation.number(), generation.members());
+    let context = links.homes().own().context().cloned();
+    let Some(context) = context.filter(|_| members.len() > 1) else { return Ok(()) };
+    let me = members.iter().position(|&peer| peer == links.me).ok_or("this rank is no member")?;
+    let talk = Talk { links, generation, members, deadline };
+    // None, if memory of this device can't be lent: there are systems without CUDA IPC.
+    let trial = Trial::new(&context, members.len()).ok();
+    let (offer, file) = trial.as_ref().map(Trial::offer).unzip();
+    let frames = talk.exchange(OFFER, |_| offer.clone(), file.as_slice())?;
+    let mut visited: Vec<Found> = vec![None; members.len()];
+    for (rank, frame) in frames {
+        let offer: Option<Offer> = talk.parse(rank, &frame)?;
+        let opened = offer.zip(frame.files.into_iter().next());
+        visited[rank] = opened.and_then(|(offer, file)| Trial::visit(&context, &offer, file, me).ok());
+    }
+    let mut found: Vec<Found> = vec![None; members.len()];
+    for (rank, frame) in talk.exchange(VISITED, |rank| visited[rank], &[])? {
+        let theirs: Found = talk.parse(rank, &frame)?;
+        if let (Some(trial), Some(ours), Some(theirs)) = (&trial, visited[rank], theirs) {
+            found[rank] = Some(ours && theirs && trial.was_visited(rank)?);
+        }
+    }
+    let mut all: Vec<Vec<Found>> = vec![vec![]; members.len()];
+    for (rank, frame) in talk.exchange(FOUND, |_| found.clone(), &[])? {
+        all[rank] = talk.parse(rank, &frame)?;
+    }
+    all[me] = found;
+    let of = |one: usize, other: usize| all[one].get(other).copied().flatten();
+    for (one, other) in (0..members.len()).flat_map(|one| (0..one).map(move |other| (one, other))) {
+        let access = match (of(one, other), of(other, one)) {
+            (Some(true), Some(true)) => PeerAccess::Verified,
+            (None, _) | (_, None) => PeerAccess::Unsupported,
+            _ => PeerAccess::Broken,
+        };
+        links.homes().know(members[one], members[other], access);
+    }
+    Ok(())
+}
+
+struct Talk<'a> {
+    links: &'a Links,
+    generation: u32,
+    members: &'a [usize],
+    deadline: Instant,
+}
+
+impl Talk<'_> {
+    /// Tells every other rank something, and returns what each of them tells.
+    fn exchange<T: Serialize>(
+        &self,
+        number: u32,
+        say: impl Fn(usize) -> T,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<Vec<(usize, Frame)>, String> {
+        let key = (Kind::Reach, self.generation, number);
+        let others = || self.members.iter().copied().enumerate().filter(|&(_, peer)| peer != self.links.me);
+        for (rank, peer) in others() {
+            // Who is gone is found out below.
+            let _ = self.links.send(peer, key, &say(rank), files, self.deadline);
+        }
+        let hear = |(rank, peer): (usize, usize)| {
+            let came = self.links.wait(self.deadline, |state| {
+                if let Some(frame) = state.take(peer, key) {
+                    return Some(Ok((rank, frame)));
+                }
+                let reason = match state.trouble.get(&peer) {
+                    Some(reason) => format!("can't be understood: {reason}"),
+                    None if state.gone.contains(&peer) => "has left".into(),
+                    None => return None,
+                };
+                Some(Err(format!("rank {rank} {reason}, while ranks tried to reach each other's memory")))
+            });
+            let late = || format!("rank {rank} did not try in time whether ranks reach each other's memory");
+            came.unwrap_or_else(|| Err(late()))
+        };
+        others().map(hear).collect()
+    }
+
+    fn parse<T: DeserializeOwned>(&self, rank: usize, frame: &Frame) -> Result<T, String> {
+        frame.parse().map_err(|error| format!("what rank {rank} says is not understood: {error}"))
+    }
+}

@@ -1,0 +1,100 @@
+//! A card, as it is sent: its memories are files, and what else they are opened by.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use super::frame::Frame;
+use crate::backend::{Memory, Offer, Site};
+use crate::world::{Card, Control};
+use crate::{Error, Result};
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Shown {
+    refusal: Option<String>,
+    options: Vec<(String, String)>,
+    tensors: Vec<String>,
+    schedule_position: u64,
+    admits: bool,
+    ordinal: Option<String>,
+    /// Inbox, credits and control, if there is one.
+    memories: [Option<Offer>; 3],
+}
+
+/// Who opens a card.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reader<'a> {
+    pub(super) rank: usize,
+    pub(super) site: &'a Site,
+    /// Whether inbox, credits and control are used there.
+    pub(super) wanted: [bool; 3],
+}
+
+impl Shown {
+    pub(super) fn of(card: &Card) -> (Shown, Vec<BorrowedFd<'_>>) {
+        let memories =
+            [card.inbox.as_deref(), card.credits.as_deref(), card.control.as_ref().map(|c| c.memory())];
+        let mut files = vec![];
+        let memories = memories.map(|memory| {
+            let (offer, file) = memory.and_then(Memory::offer)?;
+            files.push(file);
+            Some(offer)
+        });
+        let shown = Shown {
+            refusal: card.refusal.as_ref().map(Error::to_string),
+            options: card.options.clone(),
+            tensors: card.tensors.clone(),
+            schedule_position: card.schedule_position,
+            admits: card.admits,
+            ordinal: card.ordinal.clone(),
+            memories,
+        };
+        (shown, files)
+    }
+
+    /// The card of this rank.
+    pub(super) fn read(frame: Frame, rank: usize, reader: Reader<'_>) -> Result<Card> {
+        let refuse = |reason: String| Error::PeerRefused { rank, reason };
+        let shown: Shown =
+            frame.parse().map_err(|error| refuse(format!("its message is not understood: {error}")))?;
+        let mut files = frame.files.into_iter();
+        let mut open = |index: usize| -> Result<Option<Memory>> {
+            let Some(offer) = &shown.memories[index] else { return Ok(None) };
+            let file = files.next().ok_or_else(|| refuse("a file of its memory is missing".into()))?;
+            if !reader.wanted[index] {
+                return Ok(None);
+            }
+            let opened = Memory::open(reader.site, offer, file).map(Some);
+            opened.map_err(|reason| match reader.site {
+                Site::Host => refuse(reason),
+                // This rank's device had its part in it.
+                Site::Cuda(_) => {
+                    let reason = format!("opening that of rank {rank}: {reason}");
+                    Error::SharedMemory { rank: reader.rank, reason }
+                }
+            })
+        };
+        let (inbox, credits, control) = (open(0)?, open(1)?, open(2)?);
+        Ok(Card {
+            refusal: shown.refusal.map(|reason| refuse(of_itself(reason, rank))),
+            options: shown.options,
+            tensors: shown.tensors,
+            schedule_position: shown.schedule_position,
+            admits: shown.admits,
+            ordinal: shown.ordinal,
+            inbox: inbox.map(Arc::new),
+            credits: credits.map(Arc::new),
+            control: control.map(|memory| Arc::new(Control::of(memory))),
+        })
+    }
+}
+
+/// A rank's own error without the rank, which the error that it becomes part of names.
+fn of_itself(reason: String, rank: usize) -> String {
+    match reason.strip_prefix(&format!("rank {rank}")) {
+        Some(rest) if rest.starts_with(": ") => rest[2..].into(),
+        Some(rest) if rest.starts_with(' ') => format!("it{rest}"),
+        _ => reason,
+    }
+}
