@@ -232,7 +232,7 @@ fn survive() -> i32 {
         assert!(!ranks.is_empty() && !ranks.contains(&origin), "{ranks:?}");
         say(&format!("joined {ranks:?}"));
     }
-    let handle = averager.abort_handle();
+    let (handle, mut aborted) = (averager.abort_handle(), false);
     // By the number of ranks.
     let used = BTreeMap::from([(averager.world_size(), Used::now(model.device_bytes_used()))]);
     say("ready");
@@ -285,7 +285,10 @@ fn survive() -> i32 {
                     Ok(report) => {
                         model.download();
                         say(&format!("admitted {} {:x}", report.world_size, model.digest()));
-                        if number("PA_TEST_ABORT").is_some() {
+                        if number("PA_TEST_ABORT").is_some()
+                            && origin == 0
+                            && !std::mem::replace(&mut aborted, true)
+                        {
                             handle.abort(); // taken in another generation of the world
                         }
                         continue;

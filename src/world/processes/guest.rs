@@ -229,7 +229,8 @@ impl Guest<'_> {
 fn why(silent: Option<usize>, ranks: usize, timeout: Duration) -> String {
     if let Some(rank) = silent {
         return format!(
-            "its rank {rank} did not answer within {timeout:?}: it may be stopped, or its process has ended"
+            "its rank {rank} did not answer within {timeout:?}: it may be stopped, or have no door, which another world of this name or \
+             too few file descriptors keep it from having"
         );
     }
     if ranks == PA_MAX_WORLD as usize {
