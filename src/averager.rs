@@ -1,5 +1,6 @@
 //! The averager: one rank's tensors, the memory it shares with its peers, and the launches of an average.
 
+mod assemble;
 mod builder;
 mod defaults;
 mod link;
@@ -9,6 +10,7 @@ mod pending;
 mod recover;
 mod report;
 mod table;
+mod tensors;
 
 use std::ffi::c_void;
 use std::fmt;
@@ -20,13 +22,14 @@ pub use link::Link;
 pub use pending::Pending;
 pub(crate) use recover::{Admission, Regrouped};
 pub use report::Report;
+pub(crate) use tensors::{Plain, Tensors};
 
 use crate::abi::*;
-use crate::backend::{Memory, Unstarted};
+use crate::backend::Unstarted;
 use crate::error::Stage;
-use crate::world::{AbortHandle, Agreement, Card, Communicator};
+use crate::world::{AbortHandle, Agreement, Communicator};
 use crate::{Error, Parameters, Result};
-use memory::{Own, Sizes, LINE_BYTES};
+use memory::Own;
 use table::Table;
 
 /// How the parameters move.
@@ -107,102 +110,6 @@ impl ParamAverager {
     /// Starts to build an averager for this rank of a world.
     pub fn builder(communicator: Communicator) -> Builder {
         Builder::new(communicator)
-    }
-
-    fn build<P: Parameters + ?Sized>(options: Builder, params: &mut P) -> Result<Self> {
-        let communicator = options.communicator.clone();
-        let built = Self::assemble(options, params).and_then(|mut averager| {
-            averager.average_with_joiner(params)?;
-            Ok(averager)
-        });
-        built.inspect_err(|_| {
-            if communicator.is_new() {
-                communicator.leave();
-            }
-        })
-    }
-
-    fn assemble<P: Parameters + ?Sized>(options: Builder, params: &mut P) -> Result<Self> {
-        let communicator = options.communicator.clone();
-        let (rank, world) = (communicator.rank(), communicator.world_size());
-        let (mut table, problem) = Table::new(params, communicator.device(), communicator.site().clone());
-        let algorithm = options.chosen_algorithm();
-        let ring = algorithm == Algorithm::Ring && world > 1;
-        // From here on nothing returns before the peers know: what is refused here is shown to them as such.
-        let refusal = options.check().err().or(problem.map(|problem| table.error(rank, problem)));
-        let channels = if refusal.is_none() { options.channel_count() } else { 1 };
-        let sizes = Sizes::of(&options, &table, channels);
-        let own = match refusal {
-            None => Own::new(&options, &mut table, sizes, channels, ring),
-            Some(refusal) => Err(refusal),
-        };
-        let card = Card {
-            refusal: own.as_ref().err().cloned(),
-            options: options.shown(),
-            tensors: table.describe_all(),
-            schedule_position: options.schedule_position,
-            admits: options.admission != Admission::None,
-            ordinal: options.ordinal.clone(),
-            inbox: own.as_ref().ok().and_then(|own| own.inbox.clone()),
-            credits: own.as_ref().ok().and_then(|own| own.credits.clone()),
-            control: own.as_ref().ok().and_then(|own| own.control.clone()),
-        };
-        let patience = if options.timeout.is_zero() { defaults::TIMEOUT } else { options.timeout };
-        let agreement = communicator.agree(card, patience)?; // a refusal comes back from here
-        let own = own?;
-
-        let mut averager = ParamAverager {
-            args: bytemuck::Zeroable::zeroed(),
-            phases: phases(algorithm, options.all_or_nothing, options.reject_non_finite),
-            timeout: options.timeout,
-            options: Builder { ordinal: agreement.ordinal.clone(), ..options.clone() },
-            failed: None,
-            let_in: None,
-            #[cfg(feature = "cudarc")]
-            stream: None,
-            communicator,
-            agreement,
-            algorithm,
-            table,
-            own,
-        };
-        averager.args = averager.launch_args(&options, sizes, channels);
-        Ok(averager)
-    }
-
-    /// The arguments that stay the same for all launches.
-    fn launch_args(&self, options: &Builder, sizes: Sizes, channels: u32) -> PaArgs {
-        let (position, world) = (self.position(), self.world_size());
-        let order = self.communicator.places().order();
-        let card = |position: usize| &self.agreement.cards[order[position % world]];
-        let address = |memory: &Option<Arc<Memory>>| memory.as_ref().map_or(0, |memory| memory.address());
-        let own = card(position);
-        let (own_inbox, own_credits) = (address(&own.inbox), address(&own.credits));
-        let next = address(&card(position + 1).inbox);
-        let slots = u64::from(channels) * LINE_BYTES as u64; // behind the counters
-        PaArgs {
-            control: self.agreement.control.address(),
-            channel: self.own.engine.channels(),
-            buckets: self.own.buckets,
-            inbox: own_inbox + slots,
-            outbox: next + slots,
-            filled_in: own_inbox,
-            filled_out: next,
-            drained_in: own_credits,
-            drained_out: address(&card(position + world - 1).credits),
-            timeout_ns: u64::try_from(options.timeout.as_nanos()).unwrap_or(u64::MAX),
-            rank: position as u32,
-            world: world as u32,
-            channels,
-            slots: options.slots,
-            slot_packs: sizes.slot_packs,
-            bucket_count: self.table.raw.len() as u32,
-            spins: spins(world * channels as usize),
-            far_ns: options.testing.far_ns.unwrap_or(defaults::FAR_NS),
-            delay_ns: options.testing.delay_ns,
-            flags: if options.reject_non_finite { PA_FLAG_REJECT_NON_FINITE } else { 0 },
-            ..bytemuck::Zeroable::zeroed()
-        }
     }
 
     /// This rank's number.
@@ -319,8 +226,13 @@ impl ParamAverager {
                 return Err(refusal.clone());
             }
         }
-        // What a graph replays is always the same, but guests come and go.
-        let has_guest = stream.is_none() && self.communicator.has_guest();
+        let mut has_guest = self.communicator.has_guest();
+        if let (true, Some(stream)) = (has_guest, stream) {
+            // What a graph replays is always the same, but guests come and go.
+            // SAFETY: the caller's promise.
+            has_guest = !unsafe { self.own.engine.is_capturing(stream) }
+                .map_err(|reason| self.device_failed(reason))?;
+        }
         let args = PaArgs {
             schedule: call.schedule,
             weight: call.weight.unwrap_or(1.0),

@@ -46,7 +46,7 @@ use cudarc::driver::{
 
 use half::{bf16, f16};
 
-use crate::averager::{Builder, Call, Outcome};
+use crate::averager::{Builder, Call, Outcome, Plain, Tensors};
 use crate::backend::cuda::is_of_capture;
 use crate::backend::Unstarted;
 use crate::local_sgd::Action;
@@ -269,10 +269,20 @@ fn is_not_captured(stream: &CudaStream) -> std::result::Result<bool, DriverError
 impl Builder {
     /// Builds the averager for cudarc's slices, as [`build`](Builder::build) does for others. Nothing is enqueued but waits.
     pub fn build_cudarc(self, params: &mut CudaParams<'_>) -> Result<ParamAverager> {
-        let rank = self.rank();
-        let ordered = params.order().map(|(tensors, _)| tensors);
+        ParamAverager::build(self, params)
+    }
+}
+
+impl Tensors for CudaParams<'_> {
+    fn assemble(&mut self, options: Builder) -> Result<ParamAverager> {
+        let rank = options.rank();
+        let ordered = self.order().map(|(tensors, _)| tensors);
         let mut tensors = ordered.map_err(|error| Error::DeviceFailed { rank, reason: reason(error) })?;
-        self.build(&mut tensors)
+        Plain(&mut tensors).assemble(options)
+    }
+
+    fn average(&mut self, averager: &mut ParamAverager, call: Call) -> Result<Outcome> {
+        averager.run_cudarc(self, call)
     }
 }
 
@@ -310,6 +320,16 @@ impl ParamAverager {
         weight: f64,
     ) -> Result<Pending<'_>> {
         self.start_cudarc(params, by_hand(Some(weight)), false)
+    }
+
+    /// [`recover`](ParamAverager::recover) for cudarc's slices.
+    pub fn recover_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<()> {
+        self.recover_at(params, 0).map(drop)
+    }
+
+    /// [`admit`](ParamAverager::admit) for cudarc's slices.
+    pub fn admit_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<Report> {
+        self.admit_with(params)
     }
 
     fn run_cudarc(&mut self, params: &mut CudaParams<'_>, call: Call) -> Result<Outcome> {
@@ -392,17 +412,22 @@ impl LocalSgd {
     /// [`step`](LocalSgd::step) for cudarc's slices: an average that is due is made by
     /// [`average_cudarc`](ParamAverager::average_cudarc).
     pub fn step_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<Action> {
-        self.step_by(|averager, call| averager.run_cudarc(params, call))
+        self.step_with(params)
     }
 
     /// [`skip`](LocalSgd::skip) for cudarc's slices.
     pub fn skip_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<Action> {
-        self.skip_by(|averager, call| averager.run_cudarc(params, call))
+        self.skip_with(params)
     }
 
     /// [`finish`](LocalSgd::finish) for cudarc's slices.
     pub fn finish_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<Action> {
-        self.finish_by(|averager, call| averager.run_cudarc(params, call))
+        self.finish_with(params)
+    }
+
+    /// [`recover`](LocalSgd::recover) for cudarc's slices.
+    pub fn recover_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<Action> {
+        self.recover_with(params)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Local SGD: count optimizer steps, average when the schedule says so.
 
-use crate::averager::{Admission, Call, Outcome, Regrouped};
+use crate::averager::{Admission, Call, Outcome, Plain, Regrouped, Tensors};
 use crate::{Error, ParamAverager, Parameters, Report, Result, Schedule};
 
 /// Averages a model's parameters across ranks every so many optimizer steps.
@@ -62,21 +62,19 @@ impl LocalSgd {
     /// After an average that was due, a process that waits to [join](crate::World::join) is let in. [`finish`](Self::finish) lets
     /// nobody in.
     pub fn step<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        let action = self.step_by(|averager, call| averager.run(params, call))?;
-        self.let_in(params, action)
+        self.step_with(&mut Plain(params))
     }
 
     /// After an optimizer step was left out, on this rank alone or on all: the step is not counted as applied, but this
     /// rank takes part in the average if one is due, so that its peers need not wait.
     pub fn skip<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        let action = self.skip_by(|averager, call| averager.run(params, call))?;
-        self.let_in(params, action)
+        self.skip_with(&mut Plain(params))
     }
 
     /// The last average, which makes all ranks' parameters the same. Ranks may have made different numbers of steps
     /// since the last due average. If no rank has stepped since, nothing moves; calling it twice is calling it once.
     pub fn finish<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        self.finish_by(|averager, call| averager.run(params, call))
+        self.finish_with(&mut Plain(params))
     }
 
     /// After an error that [is fatal](crate::Error::is_fatal): goes on among the ranks that are left, all of which call it; see
@@ -85,43 +83,7 @@ impl LocalSgd {
     /// All take the place in the schedule of the one that is farthest on: some may have been done with the average that failed for
     /// others.
     pub fn recover<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        loop {
-            let Regrouped { position, averaged } = self.averager.recover_at(params, self.position)?;
-            self.position = position;
-            if let Some(report) = averaged {
-                return Ok(self.averaged(report));
-            }
-            self.since_average += 1; // whatever was half written
-            match self.average(|averager, call| averager.run(params, call), RECOVER) {
-                Err(Error::PeerLost { .. } | Error::Timeout { .. }) => {} // another one
-                made => return made,
-            }
-        }
-    }
-
-    /// Lets in who waits, after an average that was due.
-    fn let_in<P: Parameters + ?Sized>(&mut self, params: &mut P, action: Action) -> Result<Action> {
-        let waits = match &action {
-            Action::Averaged(report) => report.joiner_waits,
-            Action::Alone => {
-                self.enabled && self.schedule.is_due(self.position) && self.averager.joiner_waits()
-            }
-            _ => false,
-        };
-        if !waits {
-            return Ok(action);
-        }
-        let Regrouped { position, averaged } =
-            self.averager.regroup(params, self.position, Admission::Same)?;
-        self.position = position;
-        match averaged {
-            Some(report) => {
-                let admitted = self.averaged(report);
-                Ok(if action == Action::Alone { admitted } else { action })
-            }
-            // Nobody came, so all that are left make the average that those make to whom the last one was a failure.
-            None => self.recover(params),
-        }
+        self.recover_with(&mut Plain(params))
     }
 
     fn averaged(&mut self, report: Report) -> Action {
@@ -150,24 +112,17 @@ impl LocalSgd {
         &mut self.averager
     }
 
-    /// `step`, with an average made by `average`.
-    pub(crate) fn step_by(
-        &mut self,
-        average: impl FnOnce(&mut ParamAverager, Call) -> Result<Outcome>,
-    ) -> Result<Action> {
+    pub(crate) fn step_with(&mut self, tensors: &mut impl Tensors) -> Result<Action> {
         self.applied += 1;
         self.since_average += 1;
-        self.skip_by(average)
+        self.skip_with(tensors)
     }
 
-    /// `skip`, likewise.
-    pub(crate) fn skip_by(
-        &mut self,
-        average: impl FnOnce(&mut ParamAverager, Call) -> Result<Outcome>,
-    ) -> Result<Action> {
+    pub(crate) fn skip_with(&mut self, tensors: &mut impl Tensors) -> Result<Action> {
         self.position += 1;
         if self.schedule.is_due(self.position) {
-            return self.average(average, self.position);
+            let action = self.average(tensors, self.position)?;
+            return self.let_in(tensors, action);
         }
         if self.is_alone() {
             return Ok(Action::Alone);
@@ -175,29 +130,60 @@ impl LocalSgd {
         Ok(Action::Counted { until_next: self.schedule.next_due(self.position) - self.position })
     }
 
-    /// `finish`, likewise.
-    pub(crate) fn finish_by(
-        &mut self,
-        average: impl FnOnce(&mut ParamAverager, Call) -> Result<Outcome>,
-    ) -> Result<Action> {
-        self.average(average, FINISH)
+    pub(crate) fn finish_with(&mut self, tensors: &mut impl Tensors) -> Result<Action> {
+        self.average(tensors, FINISH)
     }
 
-    fn average(
-        &mut self,
-        average: impl FnOnce(&mut ParamAverager, Call) -> Result<Outcome>,
-        reason: u64,
-    ) -> Result<Action> {
+    pub(crate) fn recover_with(&mut self, tensors: &mut impl Tensors) -> Result<Action> {
+        loop {
+            let Regrouped { position, averaged } = self.averager.recover_at(tensors, self.position)?;
+            self.position = position;
+            if let Some(report) = averaged {
+                return Ok(self.averaged(report));
+            }
+            self.since_average += 1; // whatever was half written
+            match self.average(tensors, RECOVER) {
+                Err(Error::PeerLost { .. } | Error::Timeout { .. }) => {} // another one
+                made => return made,
+            }
+        }
+    }
+
+    /// Lets in who waits, after an average that was due.
+    fn let_in(&mut self, tensors: &mut impl Tensors, action: Action) -> Result<Action> {
+        let waits = match &action {
+            Action::Averaged(report) => report.joiner_waits,
+            Action::Alone => self.enabled && self.averager.joiner_waits(),
+            _ => false,
+        };
+        if !waits {
+            return Ok(action);
+        }
+        let Regrouped { position, averaged } =
+            self.averager.regroup(tensors, self.position, Admission::Same)?;
+        self.position = position;
+        match averaged {
+            Some(report) => {
+                let admitted = self.averaged(report);
+                Ok(if action == Action::Alone { admitted } else { action })
+            }
+            // Nobody came, so all that are left make the average that those make to whom the last one was a failure.
+            None => self.recover_with(tensors),
+        }
+    }
+
+    fn average(&mut self, tensors: &mut impl Tensors, reason: u64) -> Result<Action> {
         if self.is_alone() {
             return Ok(Action::Alone);
         }
         let call =
             Call { weight: None, schedule: self.schedule.digest(reason), unneeded: self.since_average == 0 };
-        let outcome = average(&mut self.averager, call)?;
-        self.since_average = 0;
-        Ok(match outcome {
+        Ok(match tensors.average(&mut self.averager, call)? {
             Outcome::Averaged(report) => self.averaged(report),
-            Outcome::Unneeded => Action::Unneeded,
+            Outcome::Unneeded => {
+                self.since_average = 0;
+                Action::Unneeded
+            }
         })
     }
 

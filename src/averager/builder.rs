@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::defaults::{self, Cut};
-use super::{Admission, Algorithm, Link, ParamAverager};
+use super::{Admission, Algorithm, Link, ParamAverager, Plain};
 use crate::backend::Site;
 use crate::world::Communicator;
 use crate::{Error, Parameters, Result};
@@ -145,7 +145,7 @@ impl Builder {
     ///
     /// In a process that [joined](crate::World::join) it gives the tensors the values that the others have.
     pub fn build<P: Parameters + ?Sized>(self, params: &mut P) -> Result<ParamAverager> {
-        ParamAverager::build(self, params)
+        ParamAverager::build(self, &mut Plain(params))
     }
 
     #[cfg(feature = "cudarc")]

@@ -1,6 +1,6 @@
 //! Going on with other ranks: without those that were lost, or with one that joins.
 
-use super::{Call, Outcome, ParamAverager, Report};
+use super::{Call, Outcome, ParamAverager, Plain, Report, Tensors};
 use crate::error::Stage;
 use crate::{Error, Parameters, Result};
 
@@ -34,20 +34,16 @@ impl ParamAverager {
     ///
     /// Does nothing if the averager has not failed. After an error that says nothing of this rank being left out, it can be called again.
     pub fn recover<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<()> {
-        self.recover_at(params, 0).map(drop)
+        self.recover_at(&mut Plain(params), 0).map(drop)
     }
 
     /// The same with this rank's place in its schedule: some ranks may have been done with the average that failed for others, and
     /// have gone on to the next.
-    pub(crate) fn recover_at<P: Parameters + ?Sized>(
-        &mut self,
-        params: &mut P,
-        position: u64,
-    ) -> Result<Regrouped> {
+    pub(crate) fn recover_at(&mut self, tensors: &mut impl Tensors, position: u64) -> Result<Regrouped> {
         if self.failed.is_none() && self.agreement.control.failure().is_none() {
             return Ok(Regrouped { position, averaged: None });
         }
-        self.regroup(params, position, Admission::None)
+        self.regroup(tensors, position, Admission::None)
     }
 
     /// Collective, after an average whose report says that a process [waits to join](Report::joiner_waits): lets it in, as the last
@@ -67,16 +63,23 @@ impl ParamAverager {
     /// # }
     /// ```
     pub fn admit<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Report> {
-        match self.regroup(params, 0, Admission::Mean)?.averaged {
-            Some(report) => Ok(report),
-            None => self.average(params),
+        self.admit_with(&mut Plain(params))
+    }
+
+    pub(crate) fn admit_with(&mut self, tensors: &mut impl Tensors) -> Result<Report> {
+        if let Some(report) = self.regroup(tensors, 0, Admission::Mean)?.averaged {
+            return Ok(report);
+        }
+        match tensors.average(self, Call { weight: None, schedule: 0, unneeded: false })? {
+            Outcome::Averaged(report) => Ok(report),
+            Outcome::Unneeded => unreachable!("this rank needs it"),
         }
     }
 
     /// The next generation of the world, and this averager in it.
-    pub(crate) fn regroup<P: Parameters + ?Sized>(
+    pub(crate) fn regroup(
         &mut self,
-        params: &mut P,
+        tensors: &mut impl Tensors,
         position: u64,
         mut admission: Admission,
     ) -> Result<Regrouped> {
@@ -97,7 +100,7 @@ impl ParamAverager {
                 Admission::None => Admission::Mean,
                 admission => admission,
             };
-            match self.options.clone().build(params) {
+            match ParamAverager::build(self.options.clone(), tensors) {
                 Ok(averager) => {
                     *self = averager;
                     self.options.admission = Admission::None;
@@ -126,7 +129,7 @@ impl ParamAverager {
     }
 
     /// The first average of an averager that was built since a process joined.
-    pub(super) fn average_with_joiner<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<()> {
+    pub(super) fn average_with_joiner(&mut self, tensors: &mut impl Tensors) -> Result<()> {
         if !self.agreement.cards.iter().any(|card| card.admits) {
             return match self.communicator.lacks_model() {
                 true => Err(self.communicator.not_admitted()),
@@ -140,7 +143,7 @@ impl ParamAverager {
         };
         let weight = if counts { 1.0 } else { 0.0 };
         let call = Call { weight: Some(weight), schedule: ADMIT, unneeded: false };
-        if let Outcome::Averaged(report) = self.run(params, call)? {
+        if let Outcome::Averaged(report) = tensors.average(self, call)? {
             self.let_in = Some(report);
         }
         self.communicator.has_model();

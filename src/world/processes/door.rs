@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use super::frame::{self, Frame, Kind};
 use super::home::Home;
-use super::links::Common;
 use super::page::MOST_IDS;
+use super::peers::Common;
 use super::rendezvous::{address, Met};
 use super::strangers;
 

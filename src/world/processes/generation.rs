@@ -5,7 +5,8 @@ use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use super::frame::Kind;
-use super::links::{Generation, State};
+use super::links::Generation;
+use super::peers::State;
 use super::{reach, Processes, JOINING};
 use crate::abi::PA_MAX_WORLD;
 use crate::error::Stage;

@@ -1,30 +1,16 @@
-//! This process's sockets to its peers: a thread for each listens to what the peer says, and sees when it is gone.
+//! What this process has of a world: its peers, and the generation that it is in.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::io;
-use std::net::Shutdown;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
-use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rustix::event::{poll, PollFd, PollFlags};
-use serde::Serialize;
-
-use super::frame::{self, Frame, Kind};
-use super::home::{Home, Homes, Own};
+use super::frame::Kind;
+use super::home::{Homes, Own};
 use super::page::{Decision, Page};
-use super::rendezvous::Met;
+use super::peers::Common;
 use crate::error::Stage;
-use crate::world::{Agreement, Places};
+use crate::world::Places;
 use crate::Error;
-
-/// A message that has begun is there within this time, or its sender is taken for gone.
-const WHOLE_MESSAGE: Duration = Duration::from_secs(60);
-/// Messages of one peer that nobody has asked for yet.
-const MOST_WAITING: usize = 256;
 
 /// The sockets of one process in one world. Peers are named by their ids, which are their ranks in the first generation or were
 /// given to those that came later. When it is dropped, this process has left the world.
@@ -83,66 +69,10 @@ impl Generation {
     }
 }
 
-#[derive(Debug)]
-struct Peer {
-    stream: UnixStream,
-    /// One message at a time.
-    sending: Mutex<()>,
-}
-
-/// What the listening threads have a part in.
-#[derive(Debug)]
-pub(super) struct Common {
-    pub(super) page: Page,
-    /// None: this process has left.
-    peers: Mutex<Option<BTreeMap<usize, Arc<Peer>>>>,
-    threads: Mutex<Vec<JoinHandle<()>>>,
-    state: Mutex<State>,
-    changed: Condvar,
-    /// Somebody waits to be let in after the generation before this one; 0: nobody.
-    guest: AtomicU32,
-}
-
-/// What is known of the peers.
-#[derive(Debug, Default)]
-pub(super) struct State {
-    pub(super) gone: BTreeSet<usize>,
-    /// Why one of them, which may still be there, can't be heard any more.
-    pub(super) trouble: BTreeMap<usize, String>,
-    /// Where they are.
-    pub(super) homes: BTreeMap<usize, Home>,
-    /// By peer: what it said first, among all that nobody has asked for.
-    messages: BTreeMap<usize, BTreeMap<(Kind, u32, u32), Frame>>,
-    /// Averagers built: peers that are gone are marked on their boards.
-    built: Vec<(Weak<Agreement>, Ring)>,
-}
-
-/// The generation of an averager, and the peers by their position in it.
-#[derive(Clone, Debug)]
-pub(super) struct Ring {
-    pub(super) generation: u32,
-    pub(super) peers: Arc<[usize]>,
-}
-
-/// Says on an averager's board that a peer does not come again.
-fn leave(agreement: &Agreement, ring: &Ring, peer: usize) {
-    if let Some(position) = ring.peers.iter().position(|&other| other == peer) {
-        agreement.control.leave(position);
-    }
-}
-
 impl Links {
     /// Of a process that is in no generation yet, or in the one that is `latest`.
     pub(super) fn new(me: usize, own: Own, page: Page, latest: Decision) -> Links {
-        let state = State { homes: [(me, own.home.clone())].into(), ..State::default() };
-        let common = Common {
-            page,
-            peers: Mutex::new(Some(BTreeMap::new())),
-            threads: Mutex::default(),
-            state: Mutex::new(state),
-            changed: Condvar::new(),
-            guest: AtomicU32::new(0),
-        };
+        let common = Common::new(page, me, own.home.clone());
         let latest = Generation::new(latest);
         let number = AtomicU32::new(latest.number());
         let (current, latest) = (Mutex::new(latest.clone()), Mutex::new(latest));
@@ -189,283 +119,23 @@ impl Links {
             let position = ring.peers.iter().position(|&peer| peer == self.me);
             position.into_iter().for_each(|position| agreement.control.abort(position));
         }
-        self.changed();
+        self.wake();
         let others = generation.members().iter().filter(|&&peer| peer != self.me);
         others.for_each(|&peer| self.try_send(peer, (Kind::Abort, generation.number(), 0)));
     }
-
-    /// See `Common::send`.
-    pub(super) fn send(
-        &self,
-        peer: usize,
-        key: (Kind, u32, u32),
-        body: &impl Serialize,
-        files: &[BorrowedFd<'_>],
-        deadline: Instant,
-    ) -> io::Result<()> {
-        self.common.send(peer, key, body, files, deadline)
-    }
-
-    /// The same, at once or not at all.
-    pub(super) fn try_send(&self, peer: usize, key: (Kind, u32, u32)) {
-        const SHORT: Duration = Duration::from_millis(100);
-        if self.common.peer(peer).is_some_and(|peer| peer.sending.try_lock().is_ok()) {
-            let _ = self.send(peer, key, &(), &[], Instant::now() + SHORT); // it may be gone
-        }
-    }
-
-    /// Waits until `done` gives something, looking again whenever a message came or a peer went. `None`: it is too late.
-    pub(super) fn wait<T>(
-        &self,
-        deadline: Instant,
-        mut done: impl FnMut(&mut State) -> Option<T>,
-    ) -> Option<T> {
-        let mut state = self.lock();
-        loop {
-            if let Some(result) = done(&mut state) {
-                return Some(result);
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return None;
-            }
-            let changed = self.common.changed.wait_timeout(state, left);
-            state = changed.unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.common.lock()
-    }
-
-    /// Both ends of all sockets see it, if the other is still there.
-    pub(super) fn leave(&self) {
-        for peer in self.common.peers().take().into_iter().flatten() {
-            let _ = peer.1.stream.shutdown(Shutdown::Both);
-        }
-    }
-
-    /// Wakes whoever waits.
-    pub(super) fn changed(&self) {
-        self.common.changed.notify_all();
-    }
-
-    /// Remembers an averager, so that the death of a peer ends its waits.
-    pub(super) fn watch(&self, agreement: &Arc<Agreement>, ring: Ring) {
-        let mut state = self.lock();
-        state.built.retain(|(other, _)| other.strong_count() > 0);
-        for &peer in ring.peers.iter().filter(|&&peer| state.is_lost(peer, ring.generation)) {
-            leave(agreement, &ring, peer);
-        }
-        for (position, &peer) in ring.peers.iter().enumerate() {
-            if state.aborts(peer, ring.generation) {
-                agreement.control.abort(position);
-            }
-        }
-        state.built.push((Arc::downgrade(agreement), ring));
-    }
 }
 
-impl State {
-    pub(super) fn take(&mut self, peer: usize, key: (Kind, u32, u32)) -> Option<Frame> {
-        self.messages.get_mut(&peer)?.remove(&key)
-    }
-
-    pub(super) fn get(&self, peer: usize, key: (Kind, u32, u32)) -> Option<&Frame> {
-        self.messages.get(&peer)?.get(&key)
-    }
-
-    pub(super) fn has(&self, peer: usize, key: (Kind, u32, u32)) -> bool {
-        self.get(peer, key).is_some()
-    }
-
-    /// Whether the peer is gone or has given this generation up.
-    pub(super) fn is_lost(&self, peer: usize, generation: u32) -> bool {
-        let is_past = |&(kind, of, _): &(Kind, u32, u32)| kind == Kind::Ready && of > generation;
-        self.gone.contains(&peer) || self.messages.get(&peer).is_some_and(|said| said.keys().any(is_past))
-    }
-
-    /// Whether the peer has ended this generation. One that ended the generation before it, after that was over, was on its way.
-    pub(super) fn aborts(&self, peer: usize, generation: u32) -> bool {
-        let last = generation.checked_sub(1);
-        [Some(generation), last].into_iter().flatten().any(|of| self.has(peer, (Kind::Abort, of, 0)))
-    }
-
-    /// A peer that did not become one is a stranger again.
-    pub(super) fn forget(&mut self, peer: usize) {
-        self.gone.remove(&peer);
-        self.homes.remove(&peer);
-    }
-
-    /// Those that are there, and wait to be let in after this generation.
-    pub(super) fn guests(&self, generation: u32) -> Vec<usize> {
-        let waits =
-            |peer: &usize| self.has(*peer, (Kind::Waiting, generation, 0)) && !self.gone.contains(peer);
-        self.messages.keys().copied().filter(waits).collect()
-    }
-
-    /// Those that are there and no members.
-    pub(super) fn outsiders(&self, members: &[usize]) -> Vec<usize> {
-        let is_one = |peer: &&usize| !members.contains(peer) && !self.gone.contains(peer);
-        self.homes.keys().filter(is_one).copied().collect()
-    }
-
-    /// Forgets what was said in generations before this one.
-    pub(super) fn forget_before(&mut self, generation: u32) {
-        self.messages.retain(|_, messages| {
-            messages.retain(|&(_, of, _), _| of >= generation);
-            !messages.is_empty()
-        });
-    }
-
-    /// The averagers of all generations that are still there.
-    pub(super) fn built(&self) -> Vec<(Arc<Agreement>, Ring)> {
-        self.built.iter().filter_map(|(built, ring)| Some((built.upgrade()?, ring.clone()))).collect()
+/// All that it does with its peers.
+impl Deref for Links {
+    type Target = Common;
+    fn deref(&self) -> &Common {
+        &self.common
     }
 }
-
-impl Common {
-    // No code that can panic holds the lock with the state half changed.
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn has_left(&self) -> bool {
-        self.peers().is_none()
-    }
-
-    fn peers(&self) -> MutexGuard<'_, Option<BTreeMap<usize, Arc<Peer>>>> {
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn peer(&self, peer: usize) -> Option<Arc<Peer>> {
-        self.peers().as_ref()?.get(&peer).cloned()
-    }
-
-    /// Sends a message, which waits for a peer that does not listen, but not for longer than `deadline`.
-    pub(super) fn send(
-        &self,
-        peer: usize,
-        key: (Kind, u32, u32),
-        body: &impl Serialize,
-        files: &[BorrowedFd<'_>],
-        deadline: Instant,
-    ) -> io::Result<()> {
-        let Some(peer) = self.peer(peer) else { return Ok(()) }; // it is gone
-        let Peer { stream, sending } = &*peer;
-        let _one = sending.lock().unwrap_or_else(PoisonError::into_inner);
-        frame::send(stream, key, body, files, deadline).inspect_err(|error| {
-            if error.kind() != io::ErrorKind::InvalidInput {
-                // It may be half sent: nothing that follows would be understood.
-                let _ = stream.shutdown(Shutdown::Both);
-            }
-        })
-    }
-
-    /// Begins to listen to a peer that was met.
-    pub(super) fn add(self: &Arc<Self>, peer: usize, home: Home, met: Met) -> io::Result<()> {
-        let Met { stream, process } = met;
-        let (listens, common) = (stream.try_clone()?, self.clone());
-        self.lock().homes.insert(peer, home);
-        let Some(peers) = &mut *self.peers() else { return Ok(()) };
-        peers.insert(peer, Arc::new(Peer { stream, sending: Mutex::new(()) }));
-        let thread = std::thread::Builder::new().name(format!("peer-{peer}")).stack_size(256 << 10);
-        let listens = move || listen(peer, &listens, process.as_ref(), &common);
-        let thread = thread.spawn(listens).inspect_err(|_| {
-            drop(peers.remove(&peer));
-            self.lock().homes.remove(&peer);
-        })?;
-        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
-        threads.retain(|thread| !thread.is_finished());
-        threads.push(thread);
-        Ok(())
-    }
-
-    /// Whether somebody waits to be let in after this generation. Costs next to nothing.
-    pub(super) fn has_guest(&self, generation: u32) -> bool {
-        self.guest.load(Ordering::Relaxed) == generation + 1
-    }
-
-    fn count_guests(&self, state: &State) {
-        let generation = self.page.generation();
-        let guest = if state.guests(generation).is_empty() { 0 } else { generation + 1 };
-        self.guest.store(guest, Ordering::Relaxed);
-    }
-
-    fn is_gone(&self, peer: usize) {
-        let mut state = self.lock();
-        state.gone.insert(peer);
-        // Under the lock, so that `watch` misses nobody. The memory is the host's.
-        for (agreement, ring) in state.built() {
-            leave(&agreement, &ring, peer);
-        }
-        self.count_guests(&state);
-        drop(state);
-        self.peers().as_mut().and_then(|peers| peers.remove(&peer));
-        self.changed.notify_all();
-    }
-}
-
-/// Until the peer is gone, or this process leaves.
-fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, common: &Common) {
-    loop {
-        let mut watched = vec![PollFd::new(stream, PollFlags::IN)];
-        // Children of the peer may hold its socket open when it has ended. What it said is heard all the same.
-        watched.extend(process.map(|process| PollFd::from_borrowed_fd(process.as_fd(), PollFlags::IN)));
-        match poll(&mut watched, None) {
-            Err(rustix::io::Errno::INTR) => continue,
-            Err(_) => break,
-            Ok(_) if watched[0].revents().is_empty() => break, // its process has ended
-            Ok(_) => {}
-        }
-        let frame = match frame::receive(stream, &KINDS, MOST_FILES, Instant::now() + WHOLE_MESSAGE) {
-            Ok(frame) => frame,
-            Err(error) if [io::ErrorKind::InvalidData, frame::SHORT].contains(&error.kind()) => {
-                common.lock().trouble.insert(peer, error.to_string());
-                break;
-            }
-            Err(_) => break, // it is gone
-        };
-        let (kind, generation) = (frame.kind, frame.generation);
-        let mut state = common.lock();
-        let messages = state.messages.entry(peer).or_default();
-        messages.entry((kind, generation, frame.number)).or_insert(frame);
-        if messages.len() > MOST_WAITING {
-            state.trouble.insert(peer, format!("rank {peer} builds averagers that this one does not build"));
-            break;
-        }
-        for (agreement, ring) in state.built() {
-            match kind {
-                Kind::Abort if [generation, generation + 1].contains(&ring.generation) => {
-                    let position = ring.peers.iter().position(|&other| other == peer);
-                    position.into_iter().for_each(|position| agreement.control.abort(position));
-                }
-                Kind::Ready if generation > ring.generation => leave(&agreement, &ring, peer),
-                _ => {}
-            }
-        }
-        if kind == Kind::Waiting {
-            common.count_guests(&state);
-        }
-        drop(state);
-        common.changed.notify_all();
-    }
-    let _ = stream.shutdown(Shutdown::Both); // the peer is to know that it is not heard any more
-    common.is_gone(peer);
-}
-
-/// All that peers say to each other once they have met.
-const KINDS: [Kind; 6] = [Kind::Card, Kind::Abort, Kind::Ready, Kind::Entered, Kind::Waiting, Kind::Reach];
-/// Those of a card.
-const MOST_FILES: usize = 3;
 
 impl Drop for Links {
     fn drop(&mut self) {
         self.leave();
-        let threads =
-            std::mem::take(&mut *self.common.threads.lock().unwrap_or_else(PoisonError::into_inner));
-        for thread in threads {
-            let _ = thread.join();
-        }
+        self.join();
     }
 }

@@ -8,6 +8,7 @@ mod home;
 mod launcher;
 mod links;
 mod page;
+mod peers;
 mod reach;
 mod rendezvous;
 mod shown;
@@ -25,8 +26,9 @@ use door::Door;
 use frame::{Frame, Kind};
 pub(super) use home::Home;
 use home::Own;
-use links::{Fate, Generation, Links, Ring};
+use links::{Fate, Generation, Links};
 use page::Page;
+use peers::{Ring, State};
 #[cfg(fuzzing)]
 pub use rendezvous::fuzz;
 use rendezvous::Me;
@@ -217,7 +219,7 @@ impl Processes {
         rank: usize,
         peer: usize,
         key: (Kind, u32, u32),
-        state: &mut links::State,
+        state: &mut State,
     ) -> Option<Result<Frame>> {
         let stage = Stage::Build;
         let aborts = |peer: &usize| state.aborts(*peer, self.number());
