@@ -143,6 +143,7 @@ PA_FN uint32_t fetch_add(uint32_t* p, uint32_t v) {
 // In turn, and yet by compare-and-swap: a process that is stopped in its turn until others have taken it for gone does not
 // overwrite what they wrote.
 template <class T> PA_FN bool replace(T* p, T seen, T v) {
+  if (mutant(60)) return store_release(p, v), true;
   if (mutant(43)) return __atomic_compare_exchange_n(p, &seen, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   return __atomic_compare_exchange_n(p, &seen, v, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }
