@@ -39,6 +39,7 @@ pub const PA_FLAG_WEIGHTED: PaFlag = 2;
 pub const PA_FLAG_UNNEEDED: PaFlag = 4;
 pub const PA_FLAG_LAYOUT: PaFlag = 8;
 pub const PA_FLAG_NON_FINITE: PaFlag = 16;
+pub const PA_FLAG_THROUGH: PaFlag = 64;
 pub type PaFlag = ::std::os::raw::c_uint;
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -153,7 +154,7 @@ pub struct PaBoard {
     pub waiting_on: u32,
     pub sleepers: u32,
     pub deciding: u32,
-    pub reserved: u32,
+    pub through: u32,
     pub record: [PaRecord; 2usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -176,8 +177,8 @@ const _: () = {
         "Offset of field: PaBoard::deciding",
     ][::std::mem::offset_of!(PaBoard, deciding) - 24usize];
     [
-        "Offset of field: PaBoard::reserved",
-    ][::std::mem::offset_of!(PaBoard, reserved) - 28usize];
+        "Offset of field: PaBoard::through",
+    ][::std::mem::offset_of!(PaBoard, through) - 28usize];
     [
         "Offset of field: PaBoard::record",
     ][::std::mem::offset_of!(PaBoard, record) - 32usize];
@@ -235,7 +236,8 @@ pub struct PaChannel {
     pub finished: u32,
     pub far: u32,
     pub deciding: u32,
-    pub reserved: [u32; 9usize],
+    pub reserved: u32,
+    pub beats: [u16; 16usize],
     pub segments: [u64; 16usize],
     pub scale: [f64; 16usize],
 }
@@ -297,6 +299,9 @@ const _: () = {
     [
         "Offset of field: PaChannel::reserved",
     ][::std::mem::offset_of!(PaChannel, reserved) - 92usize];
+    [
+        "Offset of field: PaChannel::beats",
+    ][::std::mem::offset_of!(PaChannel, beats) - 96usize];
     [
         "Offset of field: PaChannel::segments",
     ][::std::mem::offset_of!(PaChannel, segments) - 128usize];

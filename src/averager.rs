@@ -181,7 +181,8 @@ impl ParamAverager {
             spins: spins(world * channels as usize),
             far_ns: options.testing.far_ns.unwrap_or(defaults::FAR_NS),
             delay_ns: options.testing.delay_ns,
-            flags: if options.reject_non_finite { PA_FLAG_REJECT_NON_FINITE } else { 0 },
+            flags: flag(PA_FLAG_REJECT_NON_FINITE, options.reject_non_finite)
+                | flag(PA_FLAG_THROUGH, self.agreement.control.has_through()),
             ..bytemuck::Zeroable::zeroed()
         }
     }
@@ -357,6 +358,7 @@ impl ParamAverager {
 impl Drop for ParamAverager {
     fn drop(&mut self) {
         let _ = self.own.engine.finish(); // if a Pending was forgotten: its kernels still use the memory that goes now
+        self.say_through();
         self.agreement.control.leave(self.position());
     }
 }
