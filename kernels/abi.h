@@ -42,6 +42,7 @@ enum PaFlag {
   PA_FLAG_LAYOUT = 8,            // this rank's tensors are not the ones the averager was built for; see PaRecord
   PA_FLAG_NON_FINITE = 16,       // in a record: the scan before the meeting found a NaN or infinity
   PA_FLAG_GUEST = 32,            // this rank knows of a process that waits to join the world
+  PA_FLAG_THROUGH = 64,          // hosts keep PaBoard.through: who is gone before it was through ends every wait, not only those for it
 };
 
 // One tensor's place in its bucket. `first_pack` ascends; a tensor of no elements has no segment.
@@ -84,10 +85,10 @@ struct PaBoard {
   uint32_t vote;       // 2·e: its tensors are finite and its reduce is done; 2·e + 1: done, but it holds a non-finite value
   uint32_t left;       // 2·e: direct only, it touches nobody's tensors any more; 2·e + 1: it gave up half way
   uint32_t gone;       // 1: this rank dropped its averager and never comes again
-  uint32_t waiting_on; // rank + 1 it is stuck behind, 0 if none: lets a timeout name the culprit, not the neighbour
+  uint32_t waiting_on; // (beat << 8) | rank + 1 it is stuck behind, 0 if none: lets a timeout name the culprit, not the neighbour
   uint32_t sleepers;   // CPU: nonzero when someone may sleep on a word of this board
   uint32_t deciding;   // 1: this rank has its turn to write the decision or `failed`, or waits for it, see take_turn()
-  uint32_t reserved;
+  uint32_t through;    // PA_FLAG_THROUGH: the last average this rank is through with, said by its host, before `gone`
   struct PaRecord record[2];
 };
 
@@ -97,7 +98,7 @@ struct PaControl {
   // and is written in turn, so ranks that time out and ranks that commit can't disagree.
   uint64_t decision;
   uint64_t reserved0[15];
-  uint32_t abort;  // (kind << 8) | rank: the host poisoned the world; 0: it did not. Besides `gone`, all that a host writes
+  uint32_t abort;  // (kind << 8) | rank: the host poisoned the world; 0: it did not. Besides `gone` and `through`, all that a host writes
   uint32_t failed; // the same of the first failure that a kernel met. Set once, in turn
   uint32_t reserved1[30];
   struct PaBoard board[PA_MAX_WORLD];
@@ -124,7 +125,7 @@ struct PaChannel {
   uint32_t far;         // CPU: 1: the next rank's core is far away, see is_far()
   uint32_t deciding;    // channel 0: 1: one of this rank's blocks takes a turn, see take_turn()
   uint32_t guest;       // 1: the record of some rank has PA_FLAG_GUEST
-  uint32_t reserved[8];
+  uint16_t beats[PA_MAX_WORLD];    // what every rank's beat was when a wait had almost lasted too long, see culprit()
   uint64_t segments[PA_MAX_WORLD]; // PA_DIRECT: every rank's segment table of the bucket at hand
   double scale[PA_MAX_WORLD];      // what each rank's values are multiplied by; negative: it only receives
 };

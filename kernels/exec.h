@@ -120,6 +120,7 @@ struct Exec {
     return t;
   }
   PA_FN void pause(uint32_t spins, uint32_t, const uint32_t*, uint32_t, uint32_t*) const { __nanosleep(spins < 64 ? 20 : 200); }
+  PA_FN bool sleeps(uint32_t, uint32_t) const { return false; } // not for so long that it matters
 };
 PA_FN bool is_far(char*, uint64_t, uint32_t) { return false; } // a GPU's stores wait for nobody's cache
 constexpr int kInFlight = 4; // packs a lane loads before it stores any
@@ -143,6 +144,7 @@ PA_FN uint32_t fetch_add(uint32_t* p, uint32_t v) {
 // In turn, and yet by compare-and-swap: a process that is stopped in its turn until others have taken it for gone does not
 // overwrite what they wrote.
 template <class T> PA_FN bool replace(T* p, T seen, T v) {
+  if (mutant(60)) return store_release(p, v), true;
   if (mutant(43)) return __atomic_compare_exchange_n(p, &seen, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   return __atomic_compare_exchange_n(p, &seen, v, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }
@@ -165,11 +167,14 @@ inline void cpu_relax() {
 }
 // Spin while the peer is about to publish, then give the core to whoever can use it, then sleep. A sleep is sliced, so
 // that an abort or a deadline is noticed although it wakes nobody.
-inline void cpu_pause(uint32_t spins, uint32_t most_spins, const uint32_t* word, uint32_t seen, uint32_t* sleepers) {
+inline bool cpu_sleeps(uint32_t spins, uint32_t most_spins) {
   constexpr uint32_t kYields = 200;
+  return spins >= most_spins + kYields;
+}
+inline void cpu_pause(uint32_t spins, uint32_t most_spins, const uint32_t* word, uint32_t seen, uint32_t* sleepers) {
   constexpr long kSliceNs = 1000000;
   if (spins < most_spins) return cpu_relax();
-  if (spins < most_spins + kYields) {
+  if (!cpu_sleeps(spins, most_spins)) {
     sched_yield();
     return;
   }
@@ -219,6 +224,7 @@ struct Exec {
   bool any(bool p) const { return p; }
   uint64_t now_ns() const { return cpu_now_ns(); }
   void pause(uint32_t spins, uint32_t most, const uint32_t* w, uint32_t seen, uint32_t* s) const { cpu_pause(spins, most, w, seen, s); }
+  bool sleeps(uint32_t spins, uint32_t most) const { return cpu_sleeps(spins, most); }
 };
 #else
 struct Lanes { // what the lanes of one block share
@@ -247,6 +253,7 @@ struct Exec {
   }
   uint64_t now_ns() const { return cpu_now_ns(); }
   void pause(uint32_t spins, uint32_t most, const uint32_t* w, uint32_t seen, uint32_t* s) const { cpu_pause(spins, most, w, seen, s); }
+  bool sleeps(uint32_t spins, uint32_t most) const { return cpu_sleeps(spins, most); }
 };
 #endif
 constexpr int kInFlight = 1; // the compiler and the core overlap loads themselves

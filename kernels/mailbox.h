@@ -119,19 +119,48 @@ PA_SLOW uint32_t poison_with(Exec ex, Place p, uint32_t failure) {
 }
 
 // ---- waiting ---------------------------------------------------------------------------------------------------
-// Who is to blame when `peer` does not move: whoever is not itself waiting for somebody.
-PA_FN uint32_t culprit(PaControl* control, uint32_t world, uint32_t self, uint32_t peer) {
-  for (uint32_t hop = 0; hop < world; ++hop) {
-    // Relaxed: a hint for an error message, read when everything has stood still for the whole timeout.
-    const uint32_t behind = load_relaxed(&control->board[peer].waiting_on);
-    if (behind == 0 || behind - 1 == self) return peer;
-    peer = behind - 1;
+// A rank that waits shows for whom, and beats: the clock moves what it shows once in a millisecond or so. One that was stopped
+// while it waited shows it, too, but does not beat. Blocks of a rank that wait for different ranks show them by turns.
+PA_FN uint32_t beat_of(uint64_t now_ns) { return uint32_t(now_ns >> 20) & 0xffffu; }
+PA_FN uint32_t shown_beat(PaControl* control, uint32_t rank) { return load_relaxed(&control->board[rank].waiting_on) >> 8; }
+
+// Before somebody is blamed for a timeout, all are watched for a while, which ends with the deadline. It is half the timeout
+// for those that are shorter than any rank can be sure to beat in.
+PA_FN uint64_t watch_ns(const PaArgs& a) { return least(a.timeout_ns / 2, 250'000'000); }
+PA_SLOW void begin_watch(Place p) {
+  for (uint32_t r = 0; r < p.a->world; ++r) p.me->beats[r] = uint16_t(shown_beat(p.control(), r));
+}
+// Who is to blame when `peer` does not move: the first of those that wait for one another that has not beaten meanwhile, since it
+// was stopped or does not wait. Relaxed: a hint for an error message, read when everything has stood still for long.
+PA_SLOW uint32_t culprit(Place p, uint32_t peer) {
+  PaControl* control = p.control();
+  const uint32_t n = p.a->world, self = p.a->rank;
+  const bool says_through = (p.a->flags & PA_FLAG_THROUGH) != 0;
+  const auto beats = [&](uint32_t shown, uint32_t r) { return uint16_t(shown >> 8) != p.me->beats[r] || mutant(64); };
+  for (uint32_t suspect = peer, hop = 0; hop < n; ++hop) {
+    const uint32_t shown = load_relaxed(&control->board[suspect].waiting_on), behind = shown & 0xffu;
+    if (behind == 0 || behind - 1 == suspect || !beats(shown, suspect)) return suspect; // for itself: for a block that has left
+    if (behind - 1 == self) break;
+    suspect = behind - 1;
+  }
+  // A circle, of ranks some of whose blocks wait for somebody else. One of them does for the one that is to blame.
+  for (uint32_t r = 0; r < n && !mutant(65); ++r) {
+    const bool through = says_through && reached(load_relaxed(&control->board[r].through), p.epoch);
+    if (r != self && !through && !beats(load_relaxed(&control->board[r].waiting_on), r)) return r;
   }
   return peer;
 }
 
-// Why to stop waiting, or 0.
-PA_FN uint32_t trouble(Place p, uint32_t peer, uint64_t waited_ns) {
+// Whether a rank will not do its part of this average any more. It is not asked for more than that: who is through with an average
+// may go at once. Relaxed: `through` was last written before `gone`, which is acquired first.
+PA_FN bool is_lost(Place p, uint32_t rank) {
+  const PaBoard& board = p.control()->board[rank];
+  return load_acquire(&board.gone) != 0 && (mutant(62) || !reached(load_relaxed(&board.through), p.epoch));
+}
+
+// Why to stop waiting, or 0. `all`: with a look at all ranks, not only at the awaited one, which may be stuck behind one that
+// is stopped, while a third one has died.
+PA_FN uint32_t trouble(Place p, uint32_t peer, bool all) {
   PaControl* control = p.control();
   const uint32_t poisoned = poison(control);
   if (poisoned != 0 && !mutant(19)) return poisoned;
@@ -140,7 +169,9 @@ PA_FN uint32_t trouble(Place p, uint32_t peer, uint64_t waited_ns) {
     if ((epoch_of(decision) == p.epoch || mutant(36)) && kind_of(code_of(decision)) != PA_COMMITTED) return code_of(decision);
   }
   if (load_acquire(&control->board[peer].gone) != 0 && !mutant(48)) return code_of(uint32_t(PA_LEFT), peer);
-  if (waited_ns > p.a->timeout_ns && !mutant(18)) return code_of(uint32_t(PA_TIMEOUT), culprit(control, p.a->world, p.a->rank, peer));
+  if (all && (p.a->flags & PA_FLAG_THROUGH) && !mutant(61))
+    for (uint32_t r = 0; r < p.a->world; ++r)
+      if (r != p.a->rank && is_lost(p, r) && !mutant(48)) return code_of(uint32_t(PA_LEFT), r);
   return 0;
 }
 
@@ -177,19 +208,33 @@ PA_SLOW bool fails(Exec ex, Place p, uint32_t failure, uint32_t where) {
 // The leader's wait until *word has reached `want`, which is up to `peer`. False: the average ended instead.
 PA_SLOW bool poll_slowly(Exec ex, Place p, uint32_t* word, uint32_t* sleepers, uint32_t want, uint32_t peer, uint32_t where) {
   constexpr uint32_t kLookAround = 16; // polls between two looks at everything else that may end a wait
+  constexpr uint64_t kMostAwakeNs = 25'000'000;
   uint32_t* waiting_on = &p.control()->board[p.a->rank].waiting_on;
   const uint64_t start = ex.now_ns();
-  uint32_t failure = 0;
-  store_relaxed(waiting_on, peer + 1); // read by culprit()
+  uint64_t last = 0, watched = 0; // 0: the watch has not begun
+  uint32_t failure = 0, beat = beat_of(start);
+  store_relaxed(waiting_on, beat << 8 | (peer + 1)); // read by culprit()
   for (uint32_t spins = 1;; ++spins) {
     const uint32_t seen = load_acquire(word);
     if (reached(seen, want)) break;
     // At the exit nothing but the word itself will do: until a peer has left, it may write into this rank's tensors,
     // which the caller is free to drop. Peers wait for nobody on their way there.
-    if (spins % kLookAround == 0 && (where != PA_AT_EXIT || mutant(46))) {
-      // Another block of this rank may have waited too, and got what it waited for.
-      if (!mutant(25) && load_relaxed(waiting_on) == 0) store_relaxed(waiting_on, peer + 1);
-      failure = trouble(p, peer, ex.now_ns() - start);
+    if ((spins % kLookAround == 0 || ex.sleeps(spins, p.a->spins)) && (where != PA_AT_EXIT || mutant(46))) {
+      const uint64_t now = ex.now_ns(), waited = now - start;
+      const bool beats = beat != beat_of(now);
+      if (beats) {
+        beat = beat_of(now);
+        // Also where another block of this rank has waited too, and got what it waited for.
+        if (!mutant(63) && !(mutant(25) && load_relaxed(waiting_on) == 0)) store_relaxed(waiting_on, beat << 8 | (peer + 1));
+      }
+      failure = trouble(p, peer, beats);
+      if (failure == 0 && waited + watch_ns(*p.a) >= p.a->timeout_ns && !mutant(18)) {
+        // Time that this block itself was stopped for is no time in which it has watched others.
+        if (last != 0) watched += least(now - last, kMostAwakeNs);
+        else begin_watch(p);
+        last = now;
+        if (waited > p.a->timeout_ns && (watched >= watch_ns(*p.a) || mutant(66))) failure = code_of(uint32_t(PA_TIMEOUT), culprit(p, peer));
+      }
       // A rank that is gone may have said all it had to say first.
       if (failure != 0 && !mutant(39) && reached(load_acquire(word), want)) failure = 0;
       if (failure != 0) break;

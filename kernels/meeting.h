@@ -54,7 +54,7 @@ PA_FN void agree_on_scales(const PaControl* control, uint32_t world, uint32_t ep
 // Whether any rank knows of a guest: the same on all ranks, so that all let it in or none does.
 PA_FN uint32_t has_guest(const PaControl* control, uint32_t world, uint32_t epoch) {
   uint32_t flags = 0;
-  for (uint32_t r = 0; r < world; ++r) flags |= control->board[r].record[mutant(70) ? 0 : epoch & 1].flags;
+  for (uint32_t r = 0; r < world; ++r) flags |= control->board[r].record[mutant(67) ? 0 : epoch & 1].flags;
   return flags & PA_FLAG_GUEST ? 1 : 0;
 }
 

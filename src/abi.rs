@@ -40,6 +40,7 @@ pub const PA_FLAG_UNNEEDED: PaFlag = 4;
 pub const PA_FLAG_LAYOUT: PaFlag = 8;
 pub const PA_FLAG_NON_FINITE: PaFlag = 16;
 pub const PA_FLAG_GUEST: PaFlag = 32;
+pub const PA_FLAG_THROUGH: PaFlag = 64;
 pub type PaFlag = ::std::os::raw::c_uint;
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -154,7 +155,7 @@ pub struct PaBoard {
     pub waiting_on: u32,
     pub sleepers: u32,
     pub deciding: u32,
-    pub reserved: u32,
+    pub through: u32,
     pub record: [PaRecord; 2usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -177,8 +178,8 @@ const _: () = {
         "Offset of field: PaBoard::deciding",
     ][::std::mem::offset_of!(PaBoard, deciding) - 24usize];
     [
-        "Offset of field: PaBoard::reserved",
-    ][::std::mem::offset_of!(PaBoard, reserved) - 28usize];
+        "Offset of field: PaBoard::through",
+    ][::std::mem::offset_of!(PaBoard, through) - 28usize];
     [
         "Offset of field: PaBoard::record",
     ][::std::mem::offset_of!(PaBoard, record) - 32usize];
@@ -237,7 +238,7 @@ pub struct PaChannel {
     pub far: u32,
     pub deciding: u32,
     pub guest: u32,
-    pub reserved: [u32; 8usize],
+    pub beats: [u16; 16usize],
     pub segments: [u64; 16usize],
     pub scale: [f64; 16usize],
 }
@@ -300,8 +301,8 @@ const _: () = {
         "Offset of field: PaChannel::guest",
     ][::std::mem::offset_of!(PaChannel, guest) - 92usize];
     [
-        "Offset of field: PaChannel::reserved",
-    ][::std::mem::offset_of!(PaChannel, reserved) - 96usize];
+        "Offset of field: PaChannel::beats",
+    ][::std::mem::offset_of!(PaChannel, beats) - 96usize];
     [
         "Offset of field: PaChannel::segments",
     ][::std::mem::offset_of!(PaChannel, segments) - 128usize];

@@ -299,6 +299,7 @@ impl ParamAverager {
 impl Drop for ParamAverager {
     fn drop(&mut self) {
         let _ = self.own.engine.finish(); // if a Pending was forgotten: its kernels still use the memory that goes now
+        self.say_through();
         self.agreement.control.leave(self.position());
     }
 }

@@ -275,6 +275,33 @@ fn a_rank_that_drops_its_averager_is_lost_at_once() {
     }
 }
 
+/// Also by those that wait for another one at the time.
+#[test]
+fn a_rank_that_is_gone_is_missed_while_another_is_late() {
+    for way in WAYS {
+        let known = std::sync::Barrier::new(2);
+        ranks(3, |communicator| {
+            let rank = communicator.rank();
+            let mut model = model(rank);
+            let long = Duration::from_secs(60);
+            let mut averager = builder(communicator, way).timeout(long).build(&mut model).unwrap();
+            averager.average(&mut model).unwrap();
+            match rank {
+                0 => drop(known.wait()), // it does not come before rank 2 knows
+                1 => return,
+                _ => {}
+            }
+            let start = Instant::now();
+            let error = averager.average(&mut model).unwrap_err();
+            if rank == 2 {
+                known.wait();
+            }
+            assert!(start.elapsed() < GRACE, "{way:?}, rank {rank}");
+            assert_eq!(error, Error::PeerLost { rank: 1, stage: Stage::Meet, committed: false }, "{way:?}");
+        });
+    }
+}
+
 #[test]
 fn a_nan_is_rejected_by_all_when_asked_and_named() {
     for way in WAYS {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::memory::{Own, Sizes, LINE_BYTES};
 use super::table::Table;
-use super::{defaults, phases, spins, Admission, Algorithm, Builder, ParamAverager, Tensors};
+use super::{defaults, flag, phases, spins, Admission, Algorithm, Builder, ParamAverager, Tensors};
 use crate::abi::*;
 use crate::backend::Memory;
 use crate::world::Card;
@@ -103,7 +103,8 @@ impl ParamAverager {
             spins: spins(world * channels as usize),
             far_ns: options.testing.far_ns.unwrap_or(defaults::FAR_NS),
             delay_ns: options.testing.delay_ns,
-            flags: if options.reject_non_finite { PA_FLAG_REJECT_NON_FINITE } else { 0 },
+            flags: flag(PA_FLAG_REJECT_NON_FINITE, options.reject_non_finite)
+                | flag(PA_FLAG_THROUGH, self.agreement.control.has_through()),
             ..bytemuck::Zeroable::zeroed()
         }
     }

@@ -16,8 +16,23 @@ impl ParamAverager {
         self.own.engine.ended().iter().copied()
     }
 
+    /// Tells the peers that this rank is through with its last average, if it is: it may go then, and they need not give up an
+    /// average that they are still in.
+    pub(super) fn say_through(&self) {
+        let is_through = |status: PaChannel| match status.outcome {
+            PA_COMMITTED => status.committed != 0, // else it has only reduced
+            verdict => (PA_UNNEEDED..=PA_NO_WEIGHT).contains(&verdict),
+        };
+        if self.ended().all(is_through) {
+            self.agreement
+                .control
+                .through(self.position(), self.ended().next().map_or(0, |status| status.epoch));
+        }
+    }
+
     /// What they say of an average that began at `start`, if that is known.
     pub(super) fn outcome(&mut self, start: Option<Instant>) -> Result<Outcome> {
+        self.say_through();
         let committed = self.ended().any(|status| status.committed != 0);
         let Some(status) = self.ended().max_by_key(|status| (status.outcome != PA_COMMITTED, status.outcome))
         else {

@@ -36,6 +36,7 @@ impl Control {
             board.arrived = epoch;
             board.vote = epoch.wrapping_mul(2);
             board.left = epoch.wrapping_mul(2);
+            board.through = epoch;
         }
         memory.set(0, bytemuck::bytes_of(&first))?;
         Ok(Control { memory, aborted: AtomicU32::new(0) })
@@ -78,9 +79,23 @@ impl Control {
         }
     }
 
+    /// Whether hosts say here when a rank is through with an average: where they find the memory.
+    pub(crate) fn has_through(&self) -> bool {
+        self.memory.host_pointer().is_some()
+    }
+
+    /// Says that this rank is through with an average, so that it may go: its peers then need it no more to bring theirs to
+    /// its end.
+    pub(crate) fn through(&self, position: usize, epoch: u32) {
+        if let Some(through) = self.word(of_board(position, offset_of!(PaBoard, through))) {
+            // Release: who sees it, or finds this rank gone after it, sees what the rank said in the average.
+            through.store(epoch, Ordering::Release);
+        }
+    }
+
     /// Says that this rank never comes again.
     pub(crate) fn leave(&self, position: usize) {
-        let at = offset_of!(PaControl, board) + position * size_of::<PaBoard>() + offset_of!(PaBoard, gone);
+        let at = of_board(position, offset_of!(PaBoard, gone));
         match (self.word(at), &self.memory) {
             (Some(gone), _) => gone.store(1, Ordering::Release),
             (None, Memory::Cuda(memory)) => {
@@ -107,6 +122,11 @@ impl Control {
         // SAFETY: in bounds, aligned and borrowed with the memory; these words are accessed by atomics only.
         Some(unsafe { AtomicU32::from_ptr(start.add(at).cast()) })
     }
+}
+
+/// Where a rank's board has a word.
+fn of_board(position: usize, word: usize) -> usize {
+    offset_of!(PaControl, board) + position * size_of::<PaBoard>() + word
 }
 
 const ABORT: usize = offset_of!(PaControl, abort);

@@ -73,28 +73,86 @@ fn a_kill_is_noticed_at_once() {
     assert!(told < 20_000_000, "the timeout, not the death, ended it"); // how fast it is, a benchmark tells
 }
 
-/// Stopped between two averages, so that there is no doubt who is late.
-#[test]
-fn a_rank_that_is_stopped_is_late_and_finds_itself_left_out() {
-    let variables = |rank| {
-        let mut variables =
-            vec![("PA_TEST_FINAL", "2".to_owned()), ("PA_TEST_TIMEOUT_MS", "1500".to_owned())];
-        if rank == 1 {
-            variables.push(("PA_TEST_PAUSE_MS", "500".to_owned()));
+/// n ranks, of which `pauses` makes a pause before every average; the others wait for it then.
+fn start_with_a_pause(n: usize, pauses: Option<usize>, left: usize, timeout: Duration) -> Vec<Rank> {
+    let mut ranks = start_all("survive", n, |rank| {
+        let mut variables = vec![
+            ("PA_TEST_FINAL", left.to_string()),
+            ("PA_TEST_TIMEOUT_MS", timeout.as_millis().to_string()),
+        ];
+        if pauses == Some(rank) {
+            variables.push(("PA_TEST_PAUSE_MS", "600".to_owned()));
         }
         variables
-    };
-    let mut ranks = start_all("survive", 3, variables);
-    ranks[1].hear("pausing");
-    ranks[1].signal(Signal::STOP);
-    for rank in [0, 2] {
+    });
+    match pauses {
+        Some(rank) => drop(ranks[rank].hear("pausing")),
+        None => ranks.iter_mut().for_each(|rank| drop(rank.hear("ready"))),
+    }
+    ranks
+}
+
+/// A rank that is stopped before an average, or while it waits for one that pauses and comes then, or while all average.
+fn stop_one(n: usize, pauses: Option<usize>, stopped: usize) {
+    let mut ranks = start_with_a_pause(n, pauses, n - 1, Duration::from_millis(1500));
+    std::thread::sleep(Duration::from_millis(if pauses.is_some() { 150 } else { 20 }));
+    ranks[stopped].signal(Signal::STOP);
+    let others: Vec<usize> = (0..n).filter(|&rank| rank != stopped).collect();
+    for &rank in &others {
         assert_eq!(ranks[rank].end(), Some(0), "{:#?}", ranks[rank].heard);
         let failed = ranks[rank].said("failed");
-        assert!(failed[0].contains("Timeout { rank: 1"), "{failed:?}");
-        assert_eq!(ranks[rank].said("done"), ["[0, 2]"]);
+        let late = format!("Timeout {{ rank: {stopped},");
+        assert!(failed[0].contains(&late), "{n} ranks, {pauses:?} pauses, {stopped} is stopped: {failed:?}");
+        assert_eq!(ranks[rank].said("done"), [format!("{others:?}")]);
     }
-    ranks[1].signal(Signal::CONT);
-    assert_eq!(ranks[1].end(), Some(5), "{:#?}", ranks[1].heard);
+    ranks[stopped].signal(Signal::CONT);
+    assert_eq!(ranks[stopped].end(), Some(5), "{:#?}", ranks[stopped].heard);
+}
+
+#[test]
+fn a_rank_that_is_stopped_is_late_and_finds_itself_left_out() {
+    let of_3 = [(Some(1), 1), (Some(0), 1), (Some(2), 1), (None, 2)];
+    let of_4 = [(Some(3), 3), (Some(0), 2), (Some(2), 0), (None, 1)];
+    for (n, stops) in [(3, of_3), (4, of_4)] {
+        std::thread::scope(|scope| {
+            for (pauses, stopped) in stops {
+                scope.spawn(move || stop_one(n, pauses, stopped));
+            }
+        });
+    }
+}
+
+/// The others wait for the one that is stopped, when another is killed: they hear of it long before they give up the first.
+fn kill_beside_a_stop(n: usize, stopped: usize, dead: usize) {
+    const TIMEOUT: Duration = Duration::from_secs(8);
+    let mut ranks = start_with_a_pause(n, Some(stopped), n - 2, TIMEOUT);
+    ranks[stopped].signal(Signal::STOP);
+    std::thread::sleep(Duration::from_millis(100));
+    let killed = now_us();
+    ranks[dead].signal(Signal::KILL);
+    let others: Vec<usize> = (0..n).filter(|&rank| rank != stopped && rank != dead).collect();
+    let mut told = 0;
+    for &rank in &others {
+        assert_eq!(ranks[rank].end(), Some(0), "{:#?}", ranks[rank].heard);
+        let failed = ranks[rank].said("failed");
+        let lost = format!("PeerLost {{ rank: {dead}, stage: Meet, committed: false");
+        assert!(failed[0].contains(&lost), "{n} ranks, {stopped} is stopped, {dead} killed: {failed:?}");
+        told = told.max(failed[0].split(' ').next().unwrap().parse::<u128>().unwrap() - killed);
+        assert_eq!(ranks[rank].said("done"), [format!("{others:?}")]);
+    }
+    println!("{n} ranks, {stopped} is stopped, {dead} killed: the others know after {told} us");
+    assert!(told < TIMEOUT.as_micros() / 2, "the stop, not the death, ended it: {told} us");
+    ranks[stopped].signal(Signal::CONT);
+    assert_eq!(ranks[stopped].end(), Some(5), "{:#?}", ranks[stopped].heard);
+}
+
+#[test]
+fn a_kill_is_noticed_at_once_while_another_rank_is_stopped() {
+    std::thread::scope(|scope| {
+        for (n, stopped, dead) in [(3, 0, 2), (3, 1, 0), (4, 0, 3), (4, 2, 0)] {
+            scope.spawn(move || kill_beside_a_stop(n, stopped, dead));
+        }
+    });
 }
 
 pub fn runs(variable: &str, otherwise: usize) -> usize {

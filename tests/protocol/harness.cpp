@@ -12,6 +12,7 @@ static int chosen_mutant = 0;
 #endif
 #include "scenario_turns.h"
 #include "scenarios_bad.h"
+#include "scenarios_stopped.h"
 
 struct Scenario {
   const char* name;
@@ -21,7 +22,7 @@ constexpr Scenario kScenarios[] = {
     {"ring", ring},           {"commit", commit},   {"direct", direct}, {"largest", largest}, {"wrap", wrap},
     {"weights", weights},     {"guests", guests},   {"layout", layout}, {"non_finite", non_finite},
     {"timeout", timeout},     {"left", left},       {"abort", aborted},   {"decision", decision},
-    {"leave_at_each_step", leave_at_each_step},               {"turns", turns},
+    {"leave_at_each_step", leave_at_each_step},               {"turns", turns},       {"beside", beside},   {"stopped", stopped},
 };
 
 static void watch(unsigned seconds) {

@@ -1,6 +1,7 @@
 // Delays at random places, from a seed: the windows of a race last nanoseconds, and these make them last long enough to
 // be met. The kernels' clock and yield are replaced by ones that dawdle. To be included before the kernels.
 #pragma once
+#include <atomic>
 #include <sched.h>
 #include <time.h>
 #include <unistd.h>
@@ -19,10 +20,34 @@ inline void perturb(unsigned chance) {
   if (h >> 32 & 1) sched_yield();
   else usleep(unsigned(h >> 40) % unsigned(dawdle_us + 1));
 }
+// Stops a rank as a signal stops a process: all its threads, each at its next look at the clock, which one that waits takes again
+// and again. Relaxed: it must not order what the kernels don't.
+struct Stop {
+  std::atomic<uint32_t> looks{0}; // the one at which it is stopped; 0: it is not
+  uint32_t later_looks = 0;       // the same, from its average's second launch on
+  std::atomic<bool> stopped{false}, goes_on{false};
+  const uint32_t* deciding = nullptr; // of its board: in its turn it isn't, since others give it a minute for that
+  void look() {
+    const auto relaxed = std::memory_order_relaxed;
+    const auto in_turn = [&] { return __atomic_load_n(deciding, __ATOMIC_RELAXED) != 0; };
+    if (looks.load(relaxed) != 0 && looks.fetch_sub(1, relaxed) == 1) stopped.store(true, relaxed);
+    while (stopped.load(relaxed) && !goes_on.load(relaxed) && !in_turn()) usleep(100);
+  }
+};
+inline thread_local Stop* own_stop = nullptr; // of the rank whose thread this is
+// The look of this thread at which it was stopped for so long before, as its clock shows.
+inline thread_local uint32_t look_after_stop = 0;
+inline thread_local uint64_t stop_ns = 0, clock_ahead_ns = 0;
+
 // Looked at between a poll of the awaited word and a look at what else may have happened.
 inline int perturbed_clock(clockid_t clock, timespec* t) {
   perturb(8);
-  return clock_gettime(clock, t);
+  if (own_stop != nullptr) own_stop->look();
+  if (look_after_stop != 0 && --look_after_stop == 0) clock_ahead_ns += stop_ns;
+  const int result = clock_gettime(clock, t);
+  t->tv_sec += time_t(clock_ahead_ns / 1'000'000'000);
+  t->tv_nsec += long(clock_ahead_ns % 1'000'000'000); // the kernels take it for nanoseconds, however many
+  return result;
 }
 inline int perturbed_yield() {
   perturb(16);

@@ -29,8 +29,24 @@ inline void decision_carries_what_led_to_it() {
   });
 }
 
+// Who is stopped in its turn, taken for gone and then goes on overwrites nothing.
+inline void one_that_was_taken_for_gone() {
+  World w(setup_of(Mode::kRing, 2, 1, 3200));
+  const PaArgs a[] = {w.args(0, Call{}), w.args(1, Call{})};
+  const PA_ISA::Place p[] = {{&a[0], w.channel(0, 0), 1, false}, {&a[1], w.channel(1, 0), 1, false}};
+  uint64_t* decision = &w.control()->decision;
+  if (!PA_ISA::take_turn(leader_of(0), p[0], [] { return false; })) wrong("no turn");
+  const uint64_t seen = PA_ISA::load_acquire(decision);
+  PA_ISA::store_release(&w.control()->board[0].gone, 1);
+  const uint64_t decided = PA_ISA::propose(leader_of(0), p[1], PA_AT_MEET, PA_ISA::code_of(uint32_t(PA_LEFT), 0));
+  if (PA_ISA::replace(decision, seen, uint64_t(1) << 32 | PA_COMMITTED << 8)) wrong("it was not told that it is late");
+  PA_ISA::end_turn(p[0]);
+  if (PA_ISA::load_acquire(decision) != decided) wrong("what others decided was overwritten");
+}
+
 inline void turns() {
   decision_carries_what_led_to_it();
+  one_that_was_taken_for_gone();
   constexpr uint32_t kRanks = 4, kBlocks = 2, kTurns = 60;
   for (uint32_t round = 0; round < 2 * kRanks; ++round) {
     World w(setup_of(Mode::kRing, kRanks, kBlocks, 3000 + round));

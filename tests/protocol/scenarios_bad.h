@@ -70,15 +70,20 @@ inline void left() {
     const uint32_t absent = uint32_t(seed % 3);
     without_a_rank(s, 2, absent, PA_LEFT, [&](World& w) { PA_ISA::store_release(&w.control()->board[absent].gone, 1); });
   }
-  // Gone as soon as its last average is done, while others still work on it: they succeed.
+  // Gone as soon as its last average is done, while others still work on it, one of them for long: they succeed.
   for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect})
     for (uint32_t i = 0; i < 48; ++i) {
       Setup s = setup_of(mode, 3, 1 + i % 2, 2 * seed++);
+      s.says_through = i % 4 != 0;
+      if (i % 3 == 0) s.buckets = {{PA_F32, false, {190, 3, 70}}};
+      s.epoch = 0xffffffffu; // the number of the average has wrapped
       World w(s);
       each_rank(w, [&](uint32_t r) {
         const Plan plan;
         fill(w, plan, r);
-        expect_outcome(w, r, 0, w.average(r, Call{}), PA_COMMITTED, 0);
+        Call call;
+        if (i % 3 == 0 && r == i / 3 % 3) call.delay_ns = 6'000'000;
+        expect_outcome(w, r, 0, w.average(r, call), PA_COMMITTED, 0);
         PA_ISA::store_release(&w.control()->board[r].gone, 1);
         check(w, plan, r, Expect::kMean);
       });

@@ -54,6 +54,7 @@ struct Setup {
   uint32_t epoch = 0;    // averages made so far
   uint32_t sequence = 0; // chunks sent so far over the first link; other links differ by a few
   uint64_t timeout_ns = 200'000'000'000;
+  bool says_through = true; // hosts keep PaBoard.through
   uint64_t seed = 1;
 };
 // What one rank passes to one average.
@@ -61,7 +62,7 @@ struct Call {
   uint32_t flags = 0;
   double weight = 1;
   uint64_t schedule = 7, detail = 0, found = 0;
-  uint32_t fault_step = 0;
+  uint32_t fault_step = 0, delay_ns = 0;
   // Delays before the average, between its two launches, and of the last channel alone.
   uint32_t before_us = 0, between_us = 0, last_channel_us = 0;
 };
@@ -108,6 +109,7 @@ struct World {
   Setup s;
   Region control_memory;
   std::vector<Rank> ranks;
+  mutable Stop stop[PA_MAX_WORLD];
   uint32_t slot_packs = 0;
 
   PaControl* control() const { return control_memory.as<PaControl>(); }
@@ -129,6 +131,8 @@ struct World {
     PaBoard& board = control()->board[r];
     board.arrived = s.epoch;
     board.vote = board.left = 2 * s.epoch;
+    board.through = s.epoch;
+    stop[r].deciding = &board.deciding;
     rank.buckets = std::make_unique<Region>(s.buckets.size() * sizeof(PaBucket), 0);
     for (size_t b = 0; b < s.buckets.size(); ++b) rank.buckets->as<PaBucket>()[b] = build_bucket(rank, r, s.buckets[b]);
     rank.channels = std::make_unique<Region>(s.channels * sizeof(PaChannel), 0);
@@ -201,7 +205,7 @@ struct World {
     a.spins = s.seed % 2 == 0 ? 200 : 0; // with a core for each thread, and without
     a.far_ns = s.seed % 3 == 0 ? 0 : s.seed % 3 == 1 ? ~0u : 8; // slots written past the caches, through them, as it comes
     a.bucket_count = uint32_t(s.buckets.size());
-    a.flags = call.flags, a.fault_step = call.fault_step;
+    a.flags = call.flags | (s.says_through ? PA_FLAG_THROUGH : 0u), a.fault_step = call.fault_step, a.delay_ns = call.delay_ns;
     return a;
   }
 
@@ -217,6 +221,7 @@ struct World {
       for (uint32_t lane = 0; lane < s.lanes; ++lane)
         threads.emplace_back([&, c, lane] {
           dawdle_state = mix(seed ^ (r << 20 | c << 10 | lane));
+          own_stop = &stop[r];
           perturb(3);
           if (c + 1 == s.channels && last_channel_us != 0) usleep(last_channel_us);
 #if defined(PA_LANES)
@@ -241,10 +246,13 @@ struct World {
     if (s.mode == Mode::kCommit) {
       launch(r, a, PA_RING_REDUCE, call.last_channel_us);
       if (call.between_us != 0) usleep(call.between_us);
+      if (stop[r].later_looks != 0) stop[r].looks = stop[r].later_looks;
       launch(r, a, PA_RING_GATHER, 0);
     }
     ++ranks[r].averages;
-    return outcome(r);
+    const Outcome o = outcome(r);
+    if (s.says_through && o.kind != PA_OPEN && o.kind < PA_TIMEOUT) PA_ISA::store_release(&control()->board[r].through, channel(r, 0)->epoch);
+    return o;
   }
 
   // All channels of a rank must say the same, but for a failure after the commit, which may strike some only.

@@ -187,6 +187,7 @@ impl Case {
             board.arrived = self.counter;
             board.vote = self.counter.wrapping_mul(2);
             board.left = self.counter.wrapping_mul(2);
+            board.through = self.counter;
         }
         machine.write(0, address, bytemuck::bytes_of(&control));
         address
