@@ -7,7 +7,7 @@ use rustix::process::Signal;
 
 use super::model::{Model, Shape};
 use crate::common::{ranks, ulp, Random};
-use crate::crew::{check_survivors, start_all, Rank};
+use crate::crew::{check_survivors, name, start, start_all, Rank};
 use crate::model::bytes_used;
 use crate::simulator::{driver_for, environment, Setting};
 use crate::worker::{builder, device, join, say, Used};
@@ -96,7 +96,7 @@ fn averages() -> Result<()> {
 fn threads() -> Result<()> {
     let rank = |rank: usize| {
         let world = World::builder().rank(rank).world_size(2).device(device());
-        let communicator = world.rendezvous(std::env::var("PA_TEST_NAME").unwrap()).join()?;
+        let communicator = world.rendezvous(std::env::var("PA_TEST_NAME").unwrap()).build()?;
         let mut model = fresh(device(), rank, 0);
         let builder = |link| builder(communicator.clone()).link(link);
         let error = builder(Link::Peer).build(&mut model).map(drop).unwrap_err();
@@ -385,6 +385,43 @@ fn processes_go_on_without_one_that_is_killed_at_any_time() {
             ranks[dead].signal(Signal::KILL);
             assert_eq!(ranks[dead].end(), None, "{:#?}", ranks[dead].heard);
             check_survivors(&mut ranks, dead);
+        }
+    }
+}
+
+/// On another device than the others, and where one of them is; then one of those that were there is killed.
+#[test]
+fn a_process_joins_processes_on_devices() {
+    let test = "a_process_joins_processes_on_devices";
+    for (settings, device) in [(&[TWO][..], "1"), (&[TWO], "0"), (&[TWO, NO_P2P], "1")] {
+        let Some(environment) = environment(test, settings) else { return };
+        let name = name();
+        let place = |rank: usize, device: &str| {
+            let variables = [
+                ("PA_TEST_NAME", name.clone()),
+                ("PA_TEST_ORIGIN", rank.to_string()),
+                ("PA_TEST_DEVICE", device.to_owned()),
+            ];
+            [environment.clone(), variables.to_vec()].concat()
+        };
+        let first = |rank: usize| {
+            let of = [("PA_TEST_RANK", rank.to_string()), ("PA_TEST_WORLD", "2".to_owned())];
+            start("survive", &[place(rank, "0"), of.to_vec()].concat())
+        };
+        let mut ranks = vec![first(0), first(1)];
+        ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        ranks.push(start("survive", &[place(2, device), vec![("PA_TEST_JOIN", "1".into())]].concat()));
+        assert_eq!(ranks[2].hear("joined"), "[0, 1]");
+        assert_eq!(ranks[0].hear("admitted"), ranks[1].hear("admitted"));
+        ranks[2].hear("ready");
+        std::thread::sleep(Duration::from_millis(100));
+        ranks[0].signal(Signal::KILL);
+        assert_eq!(ranks[0].end(), None);
+        let agreed = [ranks[1].hear("agreed"), ranks[2].hear("agreed")];
+        assert_eq!(agreed[0], agreed[1]);
+        for rank in &mut ranks[1..] {
+            rank.enough();
+            assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
         }
     }
 }
