@@ -389,6 +389,51 @@ fn processes_go_on_without_one_that_is_killed_at_any_time() {
     }
 }
 
+/// A rank of its own origin on a device: one of so many that begin, or one that joins.
+fn one(
+    environment: &[(&'static str, String)],
+    name: &str,
+    origin: usize,
+    device: &str,
+    begin: Option<usize>,
+) -> Rank {
+    let mut variables = environment.to_vec();
+    variables.push(("PA_TEST_NAME", name.to_owned()));
+    variables.push(("PA_TEST_ORIGIN", origin.to_string()));
+    variables.push(("PA_TEST_DEVICE", device.to_owned()));
+    match begin {
+        Some(world) => {
+            variables.extend([("PA_TEST_RANK", origin.to_string()), ("PA_TEST_WORLD", world.to_string())])
+        }
+        None => variables.push(("PA_TEST_JOIN", "1".to_owned())),
+    }
+    start("survive", &variables)
+}
+
+/// Such as while all try whether they reach each other's memory.
+#[test]
+fn processes_go_on_without_one_that_is_killed_on_its_way_in() {
+    let Some(environment) = environment("processes_go_on_without_one_that_is_killed_on_its_way_in", &[TWO])
+    else {
+        return;
+    };
+    let (name, mut chance) = (name(), Random(u64::from(std::process::id())));
+    let mut ranks = [0, 1].map(|origin| one(&environment, &name, origin, "0", Some(2)));
+    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    for _ in 0..8 {
+        let mut guest = one(&environment, &name, 2, "1", None);
+        std::thread::sleep(Duration::from_micros(chance.below(1_500_000)));
+        guest.signal(Signal::KILL);
+        assert_eq!(guest.end(), None, "{:#?}", guest.heard);
+    }
+    let mut last = one(&environment, &name, 2, "1", None);
+    last.hear("ready");
+    for rank in ranks.iter_mut().chain([&mut last]) {
+        rank.enough();
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+    }
+}
+
 /// On another device than the others, and where one of them is; then one of those that were there is killed.
 #[test]
 fn a_process_joins_processes_on_devices() {
@@ -396,21 +441,9 @@ fn a_process_joins_processes_on_devices() {
     for (settings, device) in [(&[TWO][..], "1"), (&[TWO], "0"), (&[TWO, NO_P2P], "1")] {
         let Some(environment) = environment(test, settings) else { return };
         let name = name();
-        let place = |rank: usize, device: &str| {
-            let variables = [
-                ("PA_TEST_NAME", name.clone()),
-                ("PA_TEST_ORIGIN", rank.to_string()),
-                ("PA_TEST_DEVICE", device.to_owned()),
-            ];
-            [environment.clone(), variables.to_vec()].concat()
-        };
-        let first = |rank: usize| {
-            let of = [("PA_TEST_RANK", rank.to_string()), ("PA_TEST_WORLD", "2".to_owned())];
-            start("survive", &[place(rank, "0"), of.to_vec()].concat())
-        };
-        let mut ranks = vec![first(0), first(1)];
+        let mut ranks = Vec::from([0, 1].map(|origin| one(&environment, &name, origin, "0", Some(2))));
         ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
-        ranks.push(start("survive", &[place(2, device), vec![("PA_TEST_JOIN", "1".into())]].concat()));
+        ranks.push(one(&environment, &name, 2, device, None));
         assert_eq!(ranks[2].hear("joined"), "[0, 1]");
         assert_eq!(ranks[0].hear("admitted"), ranks[1].hear("admitted"));
         ranks[2].hear("ready");
