@@ -7,7 +7,7 @@ use rustix::process::Signal;
 
 use super::model::{Model, Shape};
 use crate::common::{ranks, ulp, Random};
-use crate::crew::{check_survivors, start_all, Rank};
+use crate::crew::{check_survivors, name, start, start_all, Rank};
 use crate::model::bytes_used;
 use crate::simulator::{driver_for, environment, Setting};
 use crate::worker::{builder, device, join, say, Used};
@@ -96,7 +96,7 @@ fn averages() -> Result<()> {
 fn threads() -> Result<()> {
     let rank = |rank: usize| {
         let world = World::builder().rank(rank).world_size(2).device(device());
-        let communicator = world.rendezvous(std::env::var("PA_TEST_NAME").unwrap()).join()?;
+        let communicator = world.rendezvous(std::env::var("PA_TEST_NAME").unwrap()).build()?;
         let mut model = fresh(device(), rank, 0);
         let builder = |link| builder(communicator.clone()).link(link);
         let error = builder(Link::Peer).build(&mut model).map(drop).unwrap_err();
@@ -385,6 +385,76 @@ fn processes_go_on_without_one_that_is_killed_at_any_time() {
             ranks[dead].signal(Signal::KILL);
             assert_eq!(ranks[dead].end(), None, "{:#?}", ranks[dead].heard);
             check_survivors(&mut ranks, dead);
+        }
+    }
+}
+
+/// A rank of its own origin on a device: one of so many that begin, or one that joins.
+fn one(
+    environment: &[(&'static str, String)],
+    name: &str,
+    origin: usize,
+    device: &str,
+    begin: Option<usize>,
+) -> Rank {
+    let mut variables = environment.to_vec();
+    variables.push(("PA_TEST_NAME", name.to_owned()));
+    variables.push(("PA_TEST_ORIGIN", origin.to_string()));
+    variables.push(("PA_TEST_DEVICE", device.to_owned()));
+    match begin {
+        Some(world) => {
+            variables.extend([("PA_TEST_RANK", origin.to_string()), ("PA_TEST_WORLD", world.to_string())])
+        }
+        None => variables.push(("PA_TEST_JOIN", "1".to_owned())),
+    }
+    start("survive", &variables)
+}
+
+/// Such as while all try whether they reach each other's memory.
+#[test]
+fn processes_go_on_without_one_that_is_killed_on_its_way_in() {
+    let Some(environment) = environment("processes_go_on_without_one_that_is_killed_on_its_way_in", &[TWO])
+    else {
+        return;
+    };
+    let (name, mut chance) = (name(), Random(u64::from(std::process::id())));
+    let mut ranks = [0, 1].map(|origin| one(&environment, &name, origin, "0", Some(2)));
+    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    for _ in 0..8 {
+        let mut guest = one(&environment, &name, 2, "1", None);
+        std::thread::sleep(Duration::from_micros(chance.below(1_500_000)));
+        guest.signal(Signal::KILL);
+        assert_eq!(guest.end(), None, "{:#?}", guest.heard);
+    }
+    let mut last = one(&environment, &name, 2, "1", None);
+    last.hear("ready");
+    for rank in ranks.iter_mut().chain([&mut last]) {
+        rank.enough();
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+    }
+}
+
+/// On another device than the others, and where one of them is; then one of those that were there is killed.
+#[test]
+fn a_process_joins_processes_on_devices() {
+    let test = "a_process_joins_processes_on_devices";
+    for (settings, device) in [(&[TWO][..], "1"), (&[TWO], "0"), (&[TWO, NO_P2P], "1")] {
+        let Some(environment) = environment(test, settings) else { return };
+        let name = name();
+        let mut ranks = Vec::from([0, 1].map(|origin| one(&environment, &name, origin, "0", Some(2))));
+        ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        ranks.push(one(&environment, &name, 2, device, None));
+        assert_eq!(ranks[2].hear("joined"), "[0, 1]");
+        assert_eq!(ranks[0].hear("admitted"), ranks[1].hear("admitted"));
+        ranks[2].hear("ready");
+        std::thread::sleep(Duration::from_millis(100));
+        ranks[0].signal(Signal::KILL);
+        assert_eq!(ranks[0].end(), None);
+        let agreed = [ranks[1].hear("agreed"), ranks[2].hear("agreed")];
+        assert_eq!(agreed[0], agreed[1]);
+        for rank in &mut ranks[1..] {
+            rank.enough();
+            assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
         }
     }
 }

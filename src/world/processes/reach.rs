@@ -96,7 +96,8 @@ impl Talk<'_> {
                 }
                 let reason = match state.trouble.get(&peer) {
                     Some(reason) => format!("can't be understood: {reason}"),
-                    None if state.gone.contains(&peer) => "has left".into(),
+                    None if state.is_lost(peer, self.generation) => "has left".into(),
+                    None if state.aborts(peer, self.generation) => "has aborted".into(),
                     None => return None,
                 };
                 Some(Err(format!("rank {rank} {reason}, while ranks tried to reach each other's memory")))
