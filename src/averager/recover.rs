@@ -85,6 +85,11 @@ impl ParamAverager {
     ) -> Result<Regrouped> {
         // Whatever was enqueued ends by itself.
         let _ = self.own.engine.finish();
+        if let (true, Some(failure)) = (admission != Admission::None, self.agreement.control.failure()) {
+            let error = self.fatal(failure, Stage::Build, false);
+            self.fail_by(&error);
+            return Err(error);
+        }
         self.options.schedule_position = position;
         loop {
             let next = self.options.communicator.next(self.timeout, admission != Admission::None);

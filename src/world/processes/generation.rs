@@ -5,7 +5,7 @@ use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use super::frame::Kind;
-use super::links::Generation;
+use super::links::{Generation, Links};
 use super::peers::State;
 use super::{reach, Processes, JOINING};
 use crate::abi::PA_MAX_WORLD;
@@ -79,12 +79,15 @@ impl Processes {
         if let Some((_, reason)) = self.links.lock().trouble.iter().find(|(peer, _)| is_needed(peer)) {
             return Err(Error::SharedMemory { rank: self.rank(), reason: reason.clone() });
         }
+        // One that came before ends an admission. Who recovers has heard of it.
+        let counts = if admits { &[0, 1][..] } else { &[1] };
         let aborted = |state: &State| {
-            let ends = |peer: &usize| state.has(*peer, (Kind::Abort, self.number(), 0));
-            let peer = self.others().filter(ends).map(|peer| self.rank_of(peer)).next();
-            peer.or(self.fate().aborted.then(|| self.rank()))
+            let has =
+                |peer: &usize| counts.iter().any(|&going| state.has(*peer, (Kind::Abort, next - 1, going)));
+            let own = counts.iter().any(|&going| self.fate().aborted[going as usize]);
+            self.others().find(has).or(own.then_some(me)).map(|peer| self.rank_of(peer))
         };
-        let before = aborted(&self.links.lock());
+        let _going = Going::new(&self.links);
         let guests = if admits { self.guests(deadline) } else { vec![] };
         let tell = |number, to: &[usize], deadline| {
             for &peer in to.iter().filter(|&&peer| !self.links.lock().gone.contains(&peer)) {
@@ -101,19 +104,19 @@ impl Processes {
             let all = |state: &State, but: Option<usize>| {
                 let settled =
                     |&peer: &usize| state.gone.contains(&peer) || ready(state, peer) || Some(peer) == but;
-                others.iter().all(settled) || is_decided() || (before.is_none() && aborted(state).is_some())
+                others.iter().all(settled) || is_decided() || aborted(state).is_some()
             };
             // One that joined and has not got its model is not waited for.
             let unsettled = self.unsettled();
             let _ = self.links.wait(deadline, |state| all(state, unsettled).then_some(()));
             let _ =
                 self.links.wait(deadline.min(Instant::now() + SOON), |state| all(state, None).then_some(()));
-            let state = self.links.lock();
-            if let (None, Some(rank)) = (before, aborted(&state)) {
+            let mut state = self.links.lock();
+            if let Some(rank) = aborted(&state) {
+                self.others().for_each(|peer| drop(state.take(peer, (Kind::Abort, next - 1, 1))));
+                self.fate().aborted[1] = false;
                 return Err(Error::Aborted { rank, stage: Stage::Build, committed: false });
             }
-            drop(state);
-            let state = self.links.lock();
             let there = |peer: usize| peer == me || (ready(&state, peer) && !state.gone.contains(&peer));
             let mut members: Vec<usize> =
                 self.members().iter().copied().filter(|&peer| there(peer)).collect();
@@ -171,5 +174,21 @@ impl Processes {
     fn view(&self, generation: Generation) -> Processes {
         let places = self.links.places(&generation);
         Processes { links: self.links.clone(), generation, places, door: self.door.clone() }
+    }
+}
+
+/// While it is there, an abort is one of a process that is on its way.
+struct Going<'a>(&'a Links);
+
+impl<'a> Going<'a> {
+    fn new(links: &'a Links) -> Self {
+        links.going.store(true, Ordering::Relaxed);
+        Going(links)
+    }
+}
+
+impl Drop for Going<'_> {
+    fn drop(&mut self) {
+        self.0.going.store(false, Ordering::Relaxed);
     }
 }

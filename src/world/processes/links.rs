@@ -25,6 +25,8 @@ pub(super) struct Links {
     /// The number of it.
     pub(super) number: AtomicU32,
     homes: Mutex<Homes>,
+    /// It is on its way to the next one.
+    pub(super) going: AtomicBool,
     /// This process came late, and has no model of its own until its first average.
     pub(super) is_new: AtomicBool,
 }
@@ -45,8 +47,8 @@ pub(super) struct Fate {
     /// What ended it.
     pub(super) failure: Option<Error>,
     pub(super) told: bool,
-    /// By this process.
-    pub(super) aborted: bool,
+    /// By this process; and while it was on its way to the next one.
+    pub(super) aborted: [bool; 2],
 }
 
 impl Generation {
@@ -77,7 +79,8 @@ impl Links {
         let number = AtomicU32::new(latest.number());
         let (current, latest) = (Mutex::new(latest.clone()), Mutex::new(latest));
         let homes = Mutex::new(Homes::new(own));
-        Links { me, common: Arc::new(common), latest, current, number, homes, is_new: AtomicBool::new(false) }
+        let (going, is_new) = (AtomicBool::new(false), AtomicBool::new(false));
+        Links { me, common: Arc::new(common), latest, current, number, homes, going, is_new }
     }
 
     /// The generation that this process is in.
@@ -111,7 +114,8 @@ impl Links {
         // Told once more, to what averages or builds in another thread.
         let failure = Error::Aborted { rank, stage: Stage::Build, committed: false };
         let mut fate = generation.fate();
-        fate.aborted = true;
+        let going = self.going.load(Ordering::Relaxed);
+        fate.aborted[usize::from(going)] = true;
         fate.failure.get_or_insert(failure);
         drop(fate);
         let built = self.lock().built();
@@ -121,7 +125,7 @@ impl Links {
         }
         self.wake();
         let others = generation.members().iter().filter(|&&peer| peer != self.me);
-        others.for_each(|&peer| self.try_send(peer, (Kind::Abort, generation.number(), 0)));
+        others.for_each(|&peer| self.try_send(peer, (Kind::Abort, generation.number(), going.into())));
     }
 }
 

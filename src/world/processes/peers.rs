@@ -91,10 +91,10 @@ impl State {
         self.gone.contains(&peer) || self.messages.get(&peer).is_some_and(|said| said.keys().any(is_past))
     }
 
-    /// Whether the peer has ended this generation. One that ended the generation before it, after that was over, was on its way.
+    /// Whether the peer has aborted this generation, or the one before when it was on its way to this.
     pub(super) fn aborts(&self, peer: usize, generation: u32) -> bool {
-        let last = generation.checked_sub(1);
-        [Some(generation), last].into_iter().flatten().any(|of| self.has(peer, (Kind::Abort, of, 0)))
+        let before = generation.checked_sub(1).is_some_and(|last| self.has(peer, (Kind::Abort, last, 1)));
+        before || [0, 1].into_iter().any(|going| self.has(peer, (Kind::Abort, generation, going)))
     }
 
     /// A peer that did not become one is a stranger again.
@@ -308,17 +308,19 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, common: &
             }
             Err(_) => break, // it is gone
         };
-        let (kind, generation) = (frame.kind, frame.generation);
+        let (kind, generation, number) = (frame.kind, frame.generation, frame.number);
         let mut state = common.lock();
         let messages = state.messages.entry(peer).or_default();
-        messages.entry((kind, generation, frame.number)).or_insert(frame);
+        messages.entry((kind, generation, number)).or_insert(frame);
         if messages.len() > MOST_WAITING {
             state.trouble.insert(peer, format!("rank {peer} builds averagers that this one does not build"));
             break;
         }
         for (agreement, ring) in state.built() {
             match kind {
-                Kind::Abort if [generation, generation + 1].contains(&ring.generation) => {
+                Kind::Abort
+                    if generation == ring.generation || number == 1 && generation + 1 == ring.generation =>
+                {
                     let position = ring.peers.iter().position(|&other| other == peer);
                     position.into_iter().for_each(|position| agreement.control.abort(position));
                 }
