@@ -179,9 +179,8 @@ mod tests {
     fn what_is_missing_or_contradictory_is_named() {
         let error = |variables: &[(&str, &str)]| find(variables).unwrap_err();
         assert!(error(&[]).contains("RANK (torchrun)"));
-        let is_there = |names: &[&str]| {
-            Launched::is_there(|name| names.iter().any(|other| *other == name).then(|| "x".to_owned()))
-        };
+        let is_there =
+            |names: &[&str]| Launched::is_there(|name| names.contains(&name).then(|| "x".to_owned()));
         assert!(
             !is_there(&[]) && !is_there(&["WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", RENDEZVOUS, PARENT])
         );
