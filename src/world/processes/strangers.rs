@@ -22,7 +22,7 @@ const AGAIN: Duration = Duration::from_millis(2);
 /// An open socket. Shut when it is dropped, and its name free soon after.
 #[derive(Debug)]
 pub(super) struct Door {
-    // In this order: the thread, which waits for `open`, is the last to have the listener, see `open`.
+    // In this order, so that the thread, which waits for `_open` to go, is the last to have the listener.
     listener: Arc<UnixListener>,
     short: Arc<AtomicBool>,
     _open: mpsc::Sender<()>,
@@ -32,7 +32,8 @@ impl Door {
     /// Calls `came` with everyone of this user's who says a message of these kinds, with so many files at most. Each is heard
     /// on a thread of its own, so that nobody keeps others waiting; those above `MOST` are turned away, and may come again.
     ///
-    /// No thread is waited for: to close a file that a stranger has sent can take as long as he likes (`SO_LINGER`).
+    /// No thread is waited for: to close a file that a stranger has sent can take as long as he likes (`SO_LINGER`). So `came` may
+    /// still be called when the door has just been shut.
     pub(super) fn open(
         listener: UnixListener,
         kinds: &'static [Kind],

@@ -1,165 +1,21 @@
 //! What a stranger can do, as bytes that a fuzzer makes up (`fuzz/` in the repository) or acts that a property test does, and
 //! what must come of it all the same.
 
+mod script;
+
 use std::io::{Read, Write};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use script::{me, message, read_header, script, Act, Said, COUNTS};
 
-use super::{address, connect, meet, welcomed, Crew, Hello, Me, Welcome};
-use crate::backend::{Offer, Shared, Site};
+use super::{address, connect, meet, welcomed, Crew, Hello, Me};
+use crate::backend::{Offer, Site};
 use crate::world::processes::door::{Inside, Knock};
 use crate::world::processes::frame::{self, Frame, Kind};
-use crate::world::processes::home::Home;
 use crate::world::processes::shown::{Reader, Shown};
-use crate::world::Device;
-
-/// An act of a stranger, or of a rank.
-#[derive(Clone, Debug)]
-pub(super) enum Act {
-    /// One more connection, the one of the acts that follow.
-    Connect,
-    /// So many more that say nothing.
-    Flood(u8),
-    /// Back to this one, of those that there are.
-    Turn(u8),
-    /// Bytes, with the files that `files` makes.
-    Write {
-        files: u8,
-        bytes: Vec<u8>,
-    },
-    /// A message of a kind, as it should be, or its first bytes.
-    Say {
-        kind: u8,
-        files: u8,
-        keep: u8,
-    },
-    /// In tenths of a millisecond.
-    Pause(u8),
-    Close,
-    /// The next rank of the world comes.
-    Join,
-}
-
-/// What bytes stand for. All do for something.
-fn script(mut data: &[u8]) -> Vec<Act> {
-    let mut acts = vec![];
-    let byte = |data: &mut &[u8]| {
-        let (&first, rest) = data.split_first()?;
-        *data = rest;
-        Some(first)
-    };
-    while let Some(act) = byte(&mut data) {
-        let mut next = || byte(&mut data).unwrap_or(0);
-        acts.push(match act % 8 {
-            0 => Act::Connect,
-            1 => {
-                let (files, most) = (if act & 8 != 0 { next() } else { 0 }, next() as usize);
-                let (bytes, rest) = data.split_at(most.min(data.len()));
-                data = rest;
-                Act::Write { files, bytes: bytes.into() }
-            }
-            2 => Act::Say { kind: next(), files: next(), keep: next() },
-            3 => Act::Close,
-            4 => Act::Turn(next()),
-            5 => Act::Pause(next() % 32),
-            6 => Act::Flood(next() % 80),
-            _ => Act::Join,
-        });
-    }
-    acts
-}
-
-fn me(name: &str, rank: usize, world_size: usize) -> Me {
-    Me { name: name.into(), rank, world_size, home: Home::unknown(Device::cpu()), refusal: None }
-}
-
-/// Files that a message has: none, few, the most that there may be, the most that the kernel passes on.
-const COUNTS: [usize; 8] = [0, 1, 2, 3, 31, 64, 65, 253];
-
-/// So many of them, and what they are.
-fn files(files: u8, own: BorrowedFd<'_>) -> Vec<OwnedFd> {
-    let count = COUNTS[files as usize & 7];
-    let file = || match files >> 3 & 3 {
-        0 => std::fs::File::open("/dev/null").ok().map(OwnedFd::from),
-        1 => own.try_clone_to_owned().ok(),
-        2 => Shared::new(4096).ok()?.file().try_clone_to_owned().ok(),
-        _ => std::io::pipe().ok().map(|(read, _)| read.into()),
-    };
-    let Some(file) = (count > 0).then(file).flatten() else { return vec![] };
-    (0..count).filter_map(|_| file.try_clone().ok()).collect()
-}
-
-/// As much of it as there is room for; who is not there any more hears nothing. Returns how much that was.
-fn write(stream: &UnixStream, bytes: &[u8], files: &[OwnedFd]) -> usize {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-    assert!(files.is_empty() || ancillary.push(SendAncillaryMessage::ScmRights(&files)));
-    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
-    sendmsg(stream, &[std::io::IoSlice::new(bytes)], &mut ancillary, flags).unwrap_or(0)
-}
-
-/// What `Act::Say` says.
-fn message(me: &Me, kind: u8, files: usize, keep: u8) -> Vec<u8> {
-    let json = |body: serde_json::Result<Vec<u8>>| body.expect("plain data");
-    let (kind, body) = match kind % 6 {
-        0 => (Kind::Hello, json(serde_json::to_vec(&me.hello()))),
-        1 => (Kind::Welcome, json(serde_json::to_vec(&Welcome { homes: vec![me.home.clone(); 2] }))),
-        2 => (Kind::Refuse, json(serde_json::to_vec("no"))),
-        3 => {
-            let memory = |bytes: usize| serde_json::json!({ "bytes": bytes, "handle": null });
-            let shown = serde_json::json!({
-                "refusal": null, "options": [["slots", "4"]], "tensors": ["tensor"], "schedule_position": 0,
-                "admits": false, "ordinal": null, "memories": [memory(1), memory(4096), memory(4097)],
-            });
-            (Kind::Card, json(serde_json::to_vec(&shown)))
-        }
-        4 => (Kind::Abort, b"null".to_vec()),
-        _ => (Kind::Ready, b"null".to_vec()),
-    };
-    let mut message = frame::header((kind, 0, 0), body.len(), files).to_vec();
-    message.extend(body);
-    message.truncate(if keep == 0 { usize::MAX } else { keep.into() });
-    message
-}
-
-/// The header of a message that begins so, as it is written down in `frame`: its kind, files and bytes of body.
-fn read_header(bytes: &[u8]) -> Option<(u8, usize, usize)> {
-    let header = bytes.get(..20)?;
-    let right = header.starts_with(b"PAVG\x01\x00");
-    right.then(|| {
-        (header[6], header[7].into(), u32::from_le_bytes([16, 17, 18, 19].map(|at| header[at])) as usize)
-    })
-}
-
-/// What was said on a connection, as far as there was room.
-#[derive(Default)]
-struct Said {
-    bytes: Vec<u8>,
-    with_files: bool,
-}
-
-impl Said {
-    /// Does what an act says, if it is one that says something.
-    fn say(&mut self, act: &Act, me: &Me, stream: &UnixStream) {
-        let (bytes, files) = match act {
-            Act::Write { files: which, bytes } => (bytes.clone(), files(*which, stream.as_fd())),
-            Act::Say { kind, files: which, keep } => {
-                let files = files(*which, stream.as_fd());
-                (message(me, *kind, files.len(), *keep), files)
-            }
-            _ => return,
-        };
-        self.with_files |= !files.is_empty();
-        self.bytes.extend_from_slice(&bytes[..write(stream, &bytes, &files)]);
-    }
-}
 
 /// Arbitrary bytes and files, to the very functions that read them: of a stranger, of a rank 0, or of a peer.
 pub fn frames(data: &[u8]) {
@@ -243,7 +99,7 @@ pub fn rendezvous(data: &[u8]) {
 
 /// All ranks get into their world, and no stranger does; unless one of them says that he is a rank, in so many words: then
 /// all ranks at least end in time.
-pub(super) fn play(world_size: usize, script: &[Act]) {
+fn play(world_size: usize, script: &[Act]) {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let name = format!("fuzz-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
     let is_quiet = !says_hello(&name, script);
@@ -412,7 +268,7 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(50))]
+        #![proptest_config(ProptestConfig { cases: 50, max_shrink_iters: 5, ..ProptestConfig::default() })] // each may take 20 s
 
         #[test]
         fn ranks_meet_whatever_strangers_do(ranks in 2usize..5, script in vec(act(), 0..40)) {
