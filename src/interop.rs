@@ -25,7 +25,7 @@
 //! # How it is ordered
 //! cudarc records an event after every use of a slice, and every use on another stream waits for it. An average does the
 //! same: its stream waits for each slice's events first, and records the slice's event when the average has been enqueued.
-//! So later uses of a slice, and freeing it, come after the average, also if its [`Pending`] is forgotten. Where there are
+//! So later uses of a slice, and freeing it, come after the average, also if its [`Pending`](crate::Pending) is forgotten. Where there are
 //! no such events (a slice of another `CudaContext` object, one whose uses are not tracked and which was allocated on
 //! another stream, or one whose last use was captured for a graph) the average is refused, on every rank.
 //!
@@ -114,7 +114,7 @@ impl fmt::Debug for CudaTensorMut<'_> {
 
 /// A model's parameters in cudarc's slices, and the stream that they are averaged on.
 ///
-/// See [`ParamAverager::enqueue_cudarc`]. It can be made anew for every average: addresses may change, the number, order,
+/// See [`ParamAverager::enqueue_cudarc`](crate::ParamAverager::enqueue_cudarc). It can be made anew for every average: addresses may change, the number, order,
 /// dtypes and sizes of the tensors may not. It is no [`Parameters`](crate::Parameters): an average that does not know the
 /// stream would not be ordered behind it.
 #[derive(Debug)]
