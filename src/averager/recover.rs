@@ -52,7 +52,8 @@ impl ParamAverager {
     ///
     /// Every other averager of this world is to call it next, in the order in which they were built; one that averages first gets
     /// an error, and [`recover`](Self::recover) then does the same. What the new process needs to know besides, such as how many steps were
-    /// made, belongs into a tensor: `LocalSgd` tells it by itself.
+    /// made, belongs into a tensor: `LocalSgd` tells it by itself. For ranks that are processes; threads get
+    /// [`Error::NoRecovery`], and nothing has happened.
     ///
     /// ```no_run
     /// # fn train(averager: &mut param_averager::ParamAverager, model: &mut Vec<Vec<f32>>) -> param_averager::Result<()> {
