@@ -15,6 +15,8 @@ mod cuda {
 mod crew;
 #[path = "processes/model.rs"]
 mod model;
+#[path = "processes/pairs.rs"]
+mod pairs;
 #[path = "processes/worker.rs"]
 mod worker;
 

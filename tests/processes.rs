@@ -14,6 +14,8 @@ mod joins;
 mod meeting;
 #[path = "processes/model.rs"]
 mod model;
+#[path = "processes/pairs.rs"]
+mod pairs;
 #[path = "processes/stops.rs"]
 mod stops;
 #[path = "processes/worker.rs"]

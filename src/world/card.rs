@@ -87,3 +87,32 @@ fn disagreement(rank: usize, first: &Card, card: &Card) -> Option<Error> {
         expected: count(first),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn averagers_that_are_built_anew_go_with_those_that_they_were() {
+        let card = |ordinal: Option<&str>| Card {
+            refusal: None,
+            options: vec![],
+            tensors: vec![],
+            schedule_position: 0,
+            admits: false,
+            ordinal: ordinal.map(str::to_owned),
+            inbox: None,
+            credits: None,
+            control: None,
+        };
+        let of = |ordinals: [Option<&str>; 3]| Agreement::of(ordinals.map(card).into());
+        // A process that joined has none yet.
+        for ordinals in [[Some("0"), None, Some("1")], [None, Some("0"), Some("1")]] {
+            assert!(matches!(of(ordinals), Err(Error::OptionsDiffer { rank: 2, .. })), "{:?}", of(ordinals));
+        }
+        // What is left to find wrong is that rank 0 shows no notice boards.
+        for ordinals in [[Some("0"), Some("0"), None], [None; 3]] {
+            assert!(matches!(of(ordinals), Err(Error::PeerRefused { rank: 0, .. })), "{:?}", of(ordinals));
+        }
+    }
+}
