@@ -17,7 +17,9 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-pub use builder::{Builder, Testing};
+pub use builder::Builder;
+#[cfg(feature = "__testing")]
+pub use builder::Testing;
 pub use link::Link;
 pub use pending::Pending;
 pub(crate) use recover::{Admission, Regrouped};
@@ -282,15 +284,21 @@ impl ParamAverager {
         self.own.engine.finish().map_err(|reason| self.device_failed(reason))?;
         self.outcome(Some(start))
     }
+}
 
-    /// The next averages end without a word before their `step`-th step; 0: they do not.
-    #[doc(hidden)]
-    pub fn leave_before_step(&mut self, step: u32) {
+#[cfg(feature = "__testing")]
+#[doc(hidden)]
+impl ParamAverager {
+    /// Makes the next averages end silently before their `step`-th protocol step; 0: at none.
+    ///
+    /// # Safety
+    /// A rank that ends a direct average early does not wait for its peers. Its tensors must stay
+    /// alive and untouched until every peer has returned from that average.
+    pub unsafe fn leave_before_step(&mut self, step: u32) {
         self.args.fault_step = step;
     }
 
     /// Protocol steps that channel 0 made in the last average.
-    #[doc(hidden)]
     pub fn steps(&self) -> u32 {
         self.ended().next().map_or(0, |status| status.step)
     }

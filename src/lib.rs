@@ -41,9 +41,8 @@
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 
 #[allow(missing_docs, dead_code, clippy::all)]
-#[doc(hidden)]
 #[rustfmt::skip]
-pub mod abi;
+mod abi;
 mod averager;
 mod backend;
 mod bucket;
@@ -72,11 +71,9 @@ pub use world::{AbortHandle, Communicator, Device, World};
 #[doc(hidden)]
 pub use world::fuzz as __fuzz;
 
-/// For this crate's own tests and bench.
+/// For this crate's own bench.
 #[doc(hidden)]
 pub mod __private {
-    pub use crate::averager::Testing;
-
     /// The GPU kernels, or why there are none.
     pub fn fatbin() -> Result<&'static [u8], &'static str> {
         crate::backend::cuda::fatbin()
@@ -85,6 +82,18 @@ pub mod __private {
     /// Names of the instruction sets that this machine has, best first.
     pub fn instruction_sets() -> Vec<&'static str> {
         crate::backend::cpu::instruction_sets().into_iter().map(|set| set.name).collect()
+    }
+}
+
+/// Hooks of this crate's own tests. Not part of the API.
+#[cfg(feature = "__testing")]
+#[doc(hidden)]
+pub mod __testing {
+    pub use crate::averager::Testing;
+
+    /// The structures that the kernels share with Rust.
+    pub mod abi {
+        pub use crate::abi::*;
     }
 
     /// Runs one block of one phase on this thread.

@@ -31,8 +31,7 @@ pub struct Builder {
     pub(super) testing: Testing,
 }
 
-/// For this crate's own tests: what a user has no use for.
-#[doc(hidden)]
+/// Settings of this crate's own tests.
 #[derive(Clone, Debug, Default)]
 pub struct Testing {
     /// Where all counters start.
@@ -133,6 +132,8 @@ impl Builder {
         self
     }
 
+    /// For this crate's own tests.
+    #[cfg(feature = "__testing")]
     #[doc(hidden)]
     pub fn testing(mut self, testing: Testing) -> Self {
         self.testing = testing;

@@ -5,7 +5,7 @@ use super::scenarios::GPU;
 use crate::common::{ranks_of, ranks_on};
 use cudarc::driver::{sys, CudaContext};
 #[cfg(feature = "cudarc")]
-use param_averager::__private::Testing;
+use param_averager::__testing::Testing;
 use param_averager::*;
 use std::ffi::{c_char, c_int, CStr};
 use std::sync::Barrier;

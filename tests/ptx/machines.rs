@@ -5,8 +5,8 @@ use cudarc::driver::{
     result, sys, CudaContext, CudaFunction, CudaStream, DeviceRepr, LaunchConfig, PushKernelArg,
 };
 use cudarc::nvrtc::Ptx;
-use param_averager::__private::run_block_cpu;
-use param_averager::abi::{PaArgs, PA_DIRECT, PA_RING, PA_RING_GATHER, PA_RING_REDUCE};
+use param_averager::__testing::abi::{PaArgs, PA_DIRECT, PA_RING, PA_RING_GATHER, PA_RING_REDUCE};
+use param_averager::__testing::run_block_cpu;
 use std::sync::Arc;
 
 /// A block is a thread.

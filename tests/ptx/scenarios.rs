@@ -2,7 +2,7 @@
 
 use super::case::{Case, How, Outcome};
 use super::machines::{Cpu, Cuda};
-use param_averager::abi::*;
+use param_averager::__testing::abi::*;
 use param_averager::Dtype::{self, Bf16, F16, F32, F64};
 
 pub fn run(name: &str, fatbin: &[u8]) {
