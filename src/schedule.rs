@@ -31,12 +31,13 @@ impl Schedule {
         step > 0 && (step <= self.warmup || (step - self.warmup).is_multiple_of(self.every))
     }
 
-    /// The first step after `step` that an average follows.
+    /// The first step after `step` that an average follows; [`u64::MAX`] if that is no `u64`.
     pub fn next_due(&self, step: u64) -> u64 {
         if step < self.warmup {
             return step + 1;
         }
-        self.warmup + ((step - self.warmup) / self.every + 1) * self.every
+        let past = (step - self.warmup) % self.every;
+        step.saturating_add(self.every - past)
     }
 
     /// What ranks compare before they average: two that average for different reasons have different ones.
@@ -52,6 +53,7 @@ impl Schedule {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn due(schedule: Schedule) -> Vec<u64> {
         (0..=12).filter(|&step| schedule.is_due(step)).collect()
@@ -76,6 +78,30 @@ mod tests {
                 assert_eq!(schedule.next_due(step), next, "{schedule:?} after {step}");
             }
         }
+    }
+
+    proptest! {
+        #[test]
+        fn any_schedule_and_step_have_an_answer(
+            every in near_powers(), warmup in near_powers(), step in near_powers()
+        ) {
+            let schedule = Schedule::every(every.max(1)).after_warmup(warmup);
+            let next = schedule.next_due(step);
+            prop_assert!(next > step || step == u64::MAX);
+            prop_assert!(schedule.is_due(next) || next == u64::MAX);
+            prop_assert!(next - step <= every.max(1));
+            // No step in between is due: the nearest ones are looked at.
+            for between in (step.saturating_add(1)..next).take(20) {
+                prop_assert!(!schedule.is_due(between));
+            }
+            prop_assert_ne!(schedule.digest(step), 0);
+        }
+    }
+
+    /// Numbers of every magnitude, and those next to a power of two or to the ends of the range.
+    fn near_powers() -> impl Strategy<Value = u64> {
+        let near = (0u32..64, -3i64..=3).prop_map(|(bit, off)| (1u64 << bit).wrapping_add_signed(off));
+        prop_oneof![any::<u64>(), near, 0u64..40, (0u64..40).prop_map(|off| u64::MAX - off)]
     }
 
     #[test]
