@@ -46,6 +46,7 @@ mod abi;
 mod averager;
 mod backend;
 mod bucket;
+mod deadline;
 mod error;
 #[cfg(feature = "cudarc")]
 pub mod interop;
