@@ -7,6 +7,8 @@ mod link;
 mod memory;
 mod outcome;
 mod pending;
+mod progress;
+mod rebuild;
 mod recover;
 mod report;
 mod table;
@@ -22,7 +24,8 @@ pub use builder::Builder;
 pub use builder::Testing;
 pub use link::Link;
 pub use pending::Pending;
-pub(crate) use recover::{Admission, Regrouped};
+pub(crate) use progress::{Halt, Progress};
+pub(crate) use recover::Regrouped;
 pub use report::Report;
 pub(crate) use tensors::{Plain, Tensors};
 
@@ -32,6 +35,8 @@ use crate::error::Stage;
 use crate::world::{AbortHandle, Agreement, Communicator};
 use crate::{Error, Parameters, Result};
 use memory::Own;
+use rebuild::Blueprint;
+use recover::Admitted;
 use table::Table;
 
 /// How the parameters move.
@@ -83,8 +88,10 @@ pub struct ParamAverager {
     /// To build another one by.
     options: Builder,
     failed: Option<Error>,
-    /// The average that gave a process that joined its model, until somebody asks.
-    let_in: Option<Report>,
+    /// Until `regroup` returns it.
+    admitted: Option<Admitted>,
+    /// To build another one without the tensors. `None` only until a successor is taken.
+    blueprint: Option<Arc<Blueprint>>,
     /// The stream of the average that may be under way: to cudarc, a context whose last stream is gone has no need to order
     /// the uses of its slices any more.
     #[cfg(feature = "cudarc")]
@@ -99,6 +106,15 @@ pub(crate) struct Call {
     pub(crate) schedule: u64,
     /// This rank has nothing to average, but takes part if another has.
     pub(crate) unneeded: bool,
+    /// This rank takes part, but its tensors stay as they are. By the ring only.
+    pub(crate) keeps: bool,
+}
+
+impl Call {
+    /// An average outside of every schedule.
+    pub(crate) fn by_hand(weight: Option<f64>) -> Call {
+        Call { weight, schedule: 0, unneeded: false, keeps: false }
+    }
 }
 
 /// How it ended, if it did not fail.
@@ -177,7 +193,7 @@ impl ParamAverager {
         params: &mut P,
         weight: Option<f64>,
     ) -> Result<Report> {
-        match self.run(params, Call { weight, schedule: 0, unneeded: false })? {
+        match self.run(params, Call::by_hand(weight))? {
             Outcome::Averaged(report) => Ok(report),
             Outcome::Unneeded => unreachable!("this rank needs it"),
         }
@@ -235,7 +251,10 @@ impl ParamAverager {
             has_guest = !unsafe { self.own.engine.is_capturing(stream) }
                 .map_err(|reason| self.device_failed(reason))?;
         }
+        let segments = || self.table.buckets.iter().map(|bucket| &bucket.segments[..]);
+        let buckets = self.own.engine.place(&mut self.table.raw, segments());
         let args = PaArgs {
+            buckets,
             schedule: call.schedule,
             weight: call.weight.unwrap_or(1.0),
             detail: problem.map_or(0, |problem| problem.tensor),
@@ -244,13 +263,12 @@ impl ParamAverager {
                 | flag(PA_FLAG_WEIGHTED, call.weight.is_some())
                 | flag(PA_FLAG_UNNEEDED, call.unneeded)
                 | flag(PA_FLAG_LAYOUT, problem.is_some())
-                | flag(PA_FLAG_GUEST, has_guest),
+                | flag(PA_FLAG_GUEST, has_guest)
+                | flag(PA_FLAG_KEEP, call.keeps),
             ..self.args
         };
         if std::mem::take(&mut self.table.moved) {
-            self.own
-                .engine
-                .set_tables(&self.table.raw, self.table.buckets.iter().map(|bucket| &bucket.segments[..]));
+            self.own.engine.set_tables(&self.table.raw, segments());
         }
         // Tensors that are not as they should be are not read: the launch that meets is enough to say so.
         let meets = |phase: u32| phase != PA_SCAN && phase != PA_RING_GATHER;

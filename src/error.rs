@@ -259,6 +259,18 @@ pub enum Error {
         committed: bool,
     },
 
+    /// A call of several steps had changed tensors before one of its steps failed: such as
+    /// [`LocalSgd::step`](crate::LocalSgd::step), which averages, and then lets a process in.
+    #[error("{}; what followed failed: {cause}", before(.averaged))]
+    AfterAverage {
+        /// The average that was completed; `None`: one that failed while tensors were written, and
+        /// that the call had begun to recover from.
+        averaged: Option<Box<crate::Report>>,
+        /// The error of the step that failed.
+        #[source]
+        cause: Box<Error>,
+    },
+
     /// An earlier average failed for good, and this call did nothing.
     #[error("this world has failed before ({cause}): build a new one")]
     Poisoned {
@@ -297,6 +309,9 @@ pub enum Error {
 impl Error {
     /// Whether the averager, and those of all other ranks, can't be used any more.
     pub fn is_fatal(&self) -> bool {
+        if let Error::AfterAverage { cause, .. } = self {
+            return cause.is_fatal();
+        }
         matches!(
             self,
             Error::Timeout { .. }
@@ -315,9 +330,17 @@ impl Error {
             Error::Timeout { committed, .. }
             | Error::Aborted { committed, .. }
             | Error::PeerLost { committed, .. } => !committed,
+            Error::AfterAverage { .. } => false,
             Error::DeviceFailed { .. } => false, // nobody knows
             _ => true,
         }
+    }
+}
+
+fn before(averaged: &Option<Box<crate::Report>>) -> &'static str {
+    match averaged {
+        Some(_) => "the average was made, and every tensor holds the mean",
+        None => "an average failed while tensors were written, which may be partly averaged",
     }
 }
 

@@ -1,6 +1,7 @@
 //! Local SGD: count optimizer steps, average when the schedule says so.
 
-use crate::averager::{Admission, Call, Outcome, Plain, Regrouped, Tensors};
+use crate::averager::{Call, Halt, Outcome, Plain, Progress, Regrouped, Tensors};
+use crate::world::Admission;
 use crate::{Error, ParamAverager, Parameters, Report, Result, Schedule};
 
 /// Averages a model's parameters across ranks every so many optimizer steps.
@@ -37,10 +38,28 @@ pub enum Action {
     },
     /// The parameters are now the mean of all ranks' parameters.
     Averaged(Report),
+    /// A process was let in: the world has one rank more, which has a copy of the model. The parameters
+    /// are what `average` has made them.
+    Admitted {
+        /// The average that was due, made just before; `None`: this rank was alone, and its parameters
+        /// are as they were.
+        average: Option<Report>,
+    },
     /// No rank had taken a step since the last average, so nothing moved.
     Unneeded,
     /// This is the only rank, or Local SGD is not enabled: the step was counted, and the parameters are as they were.
     Alone,
+}
+
+impl Action {
+    /// The average that was made, if one was.
+    pub fn report(&self) -> Option<&Report> {
+        match self {
+            Action::Averaged(report) => Some(report),
+            Action::Admitted { average } => average.as_ref(),
+            _ => None,
+        }
+    }
 }
 
 impl LocalSgd {
@@ -59,7 +78,8 @@ impl LocalSgd {
 
     /// After an optimizer step was applied: counts it, and averages if it is due.
     ///
-    /// After an average that was due, a process that waits to [join](crate::World::join) is let in. [`finish`](Self::finish) lets
+    /// After an average that was due, a process that waits to [join](crate::World::join) is let in, with a copy of the model. If
+    /// that fails, the error is [`Error::AfterAverage`]: the parameters are the mean. [`finish`](Self::finish) lets
     /// nobody in.
     pub fn step<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
         self.step_with(&mut Plain(params))
@@ -120,9 +140,10 @@ impl LocalSgd {
 
     pub(crate) fn skip_with(&mut self, tensors: &mut impl Tensors) -> Result<Action> {
         self.position += 1;
+        self.averager.set_position_in_schedule(self.position);
         if self.schedule.is_due(self.position) {
             let action = self.average(tensors, self.position)?;
-            return self.let_in(tensors, action);
+            return Ok(self.let_in(tensors, action)?);
         }
         if self.is_alone() {
             return Ok(Action::Alone);
@@ -135,40 +156,50 @@ impl LocalSgd {
     }
 
     pub(crate) fn recover_with(&mut self, tensors: &mut impl Tensors) -> Result<Action> {
+        Ok(self.recover_step(tensors, &mut Progress::default())?)
+    }
+
+    fn recover_step(&mut self, tensors: &mut impl Tensors, progress: &mut Progress) -> Result<Action, Halt> {
         loop {
-            let Regrouped { position, averaged } = self.averager.recover_at(tensors, self.position)?;
+            let Regrouped { position, admitted } = self.averager.recover_step(tensors, progress)?;
             self.position = position;
-            if let Some(report) = averaged {
-                return Ok(self.averaged(report));
+            match admitted {
+                Some(admitted) if admitted.is_mean => return Ok(self.averaged(admitted.report)),
+                // A joiner came to an averager that had not failed: there is nothing to make up for.
+                Some(_) => return Ok(Action::Admitted { average: None }),
+                None => {}
             }
             self.since_average += 1; // whatever was half written
             match self.average(tensors, RECOVER) {
-                Err(Error::PeerLost { .. } | Error::Timeout { .. }) => {} // another one
-                made => return made,
+                // Another rank is lost, and the next view is without it.
+                Err(error @ (Error::PeerLost { .. } | Error::Timeout { .. })) => progress.survived(&error),
+                made => return made.map_err(|error| progress.halt(error)),
             }
         }
     }
 
-    /// Lets in who waits, after an average that was due.
-    fn let_in(&mut self, tensors: &mut impl Tensors, action: Action) -> Result<Action> {
-        let waits = match &action {
-            Action::Averaged(report) => report.joiner_waits,
-            Action::Alone => self.enabled && self.averager.joiner_waits(),
-            _ => false,
+    /// Lets a process in that waits, after an average that was due.
+    fn let_in(&mut self, tensors: &mut impl Tensors, action: Action) -> Result<Action, Halt> {
+        let (average, waits) = match &action {
+            Action::Averaged(report) => (Some(report.clone()), report.joiner_waits),
+            Action::Alone => (None, self.enabled && self.averager.joiner_waits()),
+            _ => (None, false),
         };
         if !waits {
             return Ok(action);
         }
-        let Regrouped { position, averaged } =
-            self.averager.regroup(tensors, self.position, Admission::Same)?;
-        self.position = position;
-        match averaged {
-            Some(report) => {
-                let admitted = self.averaged(report);
-                Ok(if action == Action::Alone { admitted } else { action })
-            }
-            // Nobody came, so all that are left make the average that those make to whom the last one was a failure.
-            None => self.recover_with(tensors),
+        let mut progress = Progress::default();
+        average.iter().for_each(|report| progress.averaged(report));
+        let regrouped = self.averager.regroup(tensors, Admission::Copy, &mut progress)?;
+        self.position = regrouped.position;
+        if regrouped.admitted.is_some() {
+            return Ok(Action::Admitted { average });
+        }
+        // The joiner is gone. Some ranks may have seen it in and then lost it, and recover: this is the
+        // average that they make.
+        match self.recover_step(tensors, &mut progress)? {
+            made @ Action::Averaged(_) => Ok(made),
+            _ => Ok(action),
         }
     }
 
@@ -176,8 +207,11 @@ impl LocalSgd {
         if self.is_alone() {
             return Ok(Action::Alone);
         }
-        let call =
-            Call { weight: None, schedule: self.schedule.digest(reason), unneeded: self.since_average == 0 };
+        let call = Call {
+            schedule: self.schedule.digest(reason),
+            unneeded: self.since_average == 0,
+            ..Call::by_hand(None)
+        };
         Ok(match tensors.average(&mut self.averager, call)? {
             Outcome::Averaged(report) => self.averaged(report),
             Outcome::Unneeded => {

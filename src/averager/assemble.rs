@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use super::memory::{Own, Sizes, LINE_BYTES};
-use super::table::Table;
-use super::{defaults, flag, phases, spins, Admission, Algorithm, Builder, ParamAverager, Tensors};
+use super::rebuild::Blueprint;
+use super::table::{Problem, Table};
+use super::{defaults, flag, phases, spins, Algorithm, Builder, ParamAverager, Tensors};
 use crate::abi::*;
 use crate::backend::Memory;
 use crate::world::Card;
@@ -26,9 +27,22 @@ impl ParamAverager {
     }
 
     pub(super) fn assemble<P: Parameters + ?Sized>(options: Builder, params: &mut P) -> Result<Self> {
+        let communicator = &options.communicator;
+        let (table, problem) = Table::new(params, communicator.device(), communicator.site().clone());
+        let mut averager = ParamAverager::assemble_for(options, table, problem, None)?;
+        averager.blueprint = Some(Blueprint::of(&averager));
+        Ok(averager)
+    }
+
+    /// `number`: which of the averagers that all ranks build again it is; `None`: the next one of its view.
+    pub(super) fn assemble_for(
+        options: Builder,
+        mut table: Table,
+        problem: Option<Problem>,
+        number: Option<u32>,
+    ) -> Result<Self> {
         let communicator = options.communicator.clone();
         let (rank, world) = (communicator.rank(), communicator.world_size());
-        let (mut table, problem) = Table::new(params, communicator.device(), communicator.site().clone());
         let algorithm = options.chosen_algorithm();
         let ring = algorithm == Algorithm::Ring && world > 1;
         // From here on nothing returns before the peers know: what is refused here is shown to them as such.
@@ -44,14 +58,14 @@ impl ParamAverager {
             options: options.shown(),
             tensors: table.describe_all(),
             schedule_position: options.schedule_position,
-            admits: options.admission != Admission::None,
+            admission: options.admission,
             ordinal: options.ordinal.clone(),
             inbox: own.as_ref().ok().and_then(|own| own.inbox.clone()),
             credits: own.as_ref().ok().and_then(|own| own.credits.clone()),
             control: own.as_ref().ok().and_then(|own| own.control.clone()),
         };
         let patience = if options.timeout.is_zero() { defaults::TIMEOUT } else { options.timeout };
-        let agreement = communicator.agree(card, patience)?; // a refusal comes back from here
+        let agreement = communicator.agree(card, number, patience)?; // a refusal comes back from here
         let own = own?;
 
         let mut averager = ParamAverager {
@@ -60,7 +74,8 @@ impl ParamAverager {
             timeout: options.timeout,
             options: Builder { ordinal: agreement.ordinal.clone(), ..options.clone() },
             failed: None,
-            let_in: None,
+            admitted: None,
+            blueprint: None,
             #[cfg(feature = "cudarc")]
             stream: None,
             communicator,
@@ -86,7 +101,6 @@ impl ParamAverager {
         PaArgs {
             control: self.agreement.control.address(),
             channel: self.own.engine.channels(),
-            buckets: self.own.buckets,
             inbox: own_inbox + slots,
             outbox: next + slots,
             filled_in: own_inbox,

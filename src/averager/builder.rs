@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use super::defaults::{self, Cut};
-use super::{Admission, Algorithm, Link, ParamAverager, Plain};
+use super::{Algorithm, Link, ParamAverager, Plain};
 use crate::backend::Site;
-use crate::world::Communicator;
+use crate::world::{Admission, Communicator};
 use crate::{Error, Parameters, Result};
 
 /// Options of a [`ParamAverager`]; the same on every rank.

@@ -79,8 +79,6 @@ pub(super) struct Own {
     pub(super) credits: Option<Arc<Memory>>,
     /// Of rank 0: everybody's notice boards.
     pub(super) control: Option<Arc<Control>>,
-    /// Where the kernels find the buckets.
-    pub(super) buckets: u64,
 }
 
 impl Own {
@@ -109,7 +107,7 @@ impl Own {
                 shards.push(Memory::new(site, bytes).map_err(device_failed)?);
             }
             *raw = PaBucket {
-                segments: 0, // see below
+                segments: 0, // set for every average
                 packs: bucket.packs,
                 channel_packs,
                 shard: shards.last().map_or(0, Memory::address),
@@ -145,18 +143,15 @@ impl Own {
         let sets = instruction_sets();
         let named = |name| sets.iter().find(|set| set.name == name).copied().expect("a set this machine has");
         let isa = testing.instruction_set.map_or(sets[0], named);
-        let segments: Vec<&[PaSegment]> = table.buckets.iter().map(|bucket| &bucket.segments[..]).collect();
-        let count = segments.iter().map(|segments| segments.len()).sum();
+        let count = table.buckets.iter().map(|bucket| bucket.segments.len()).sum();
         let states = vec![state; channels as usize];
-        let engine = Engine::new(site, &states, segments.len(), count, isa, rank)?;
-        let buckets = engine.place(&mut table.raw, &segments);
+        let engine = Engine::new(site, &states, table.buckets.len(), count, isa, rank)?;
         Ok(Own {
             engine,
             shards,
             inbox: inbox.map(Arc::new),
             credits: credits.map(Arc::new),
             control: control.map(Arc::new),
-            buckets,
         })
     }
 

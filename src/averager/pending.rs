@@ -102,7 +102,7 @@ impl ParamAverager {
         let start = Instant::now();
         // SAFETY: the caller's promise.
         unsafe { self.check_stream(stream) }?;
-        let call = Call { weight, schedule: 0, unneeded: false };
+        let call = Call::by_hand(weight);
         // SAFETY: the caller's promise.
         unsafe { self.enqueue(params, call, Some(stream), start) }
     }

@@ -1,29 +1,29 @@
 //! Going on with other ranks: without those that were lost, or with one that joins.
 
-use super::{Call, Outcome, ParamAverager, Plain, Report, Tensors};
+use super::progress::Halt;
+use super::rebuild::is_of_the_view;
+use super::{Call, Outcome, ParamAverager, Plain, Progress, Report, Tensors};
 use crate::error::Stage;
+use crate::world::{Admission, Communicator};
 use crate::{Error, Parameters, Result};
 
-/// Why the average is made that gives a process that joined its model; no schedule asks for it.
+/// Reason of the average that gives a process that joined its model; no schedule asks for it.
 const ADMIT: u64 = u64::MAX;
 
-/// What came of it.
+/// An averager's way to the next view of its world.
 pub(crate) struct Regrouped {
     /// The place in the schedule of the rank that is farthest on.
     pub(crate) position: u64,
-    /// The average that was made since a process joined, if one did.
-    pub(crate) averaged: Option<Report>,
+    /// What a process that joined was given, if one did.
+    pub(crate) admitted: Option<Admitted>,
 }
 
-/// What a rank's tensors are worth in the average that gives a process that joined its model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Admission {
-    /// Nothing: it is the one that joined, or nobody has.
-    None,
-    /// As much as those of all that were there.
-    Mean,
-    /// All that were there have the same, of which one is enough, and is not rounded.
-    Same,
+/// The average that gave a process that joined its model.
+#[derive(Clone, Debug)]
+pub(crate) struct Admitted {
+    pub(crate) report: Report,
+    /// The tensors of this rank are the mean now; else they are as they were.
+    pub(crate) is_mean: bool,
 }
 
 impl ParamAverager {
@@ -32,23 +32,37 @@ impl ParamAverager {
     /// [`Communicator::recover`](crate::Communicator::recover). Ranks are numbered anew. If another is lost on the way, the rest goes on
     /// without it. The next average is the mean over them, and makes them agree where some tensors were half written.
     ///
-    /// Does nothing if the averager has not failed. After an error that says nothing of this rank being left out, it can be called again.
+    /// A process with several averagers calls it on each, in any order: the world has lost the rank for
+    /// all of them, whichever has failed. Does nothing while the world has all its ranks and the averager has not failed.
+    /// After an error that says nothing of this rank being left out, it can be called again.
     pub fn recover<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<()> {
-        self.recover_at(&mut Plain(params), 0).map(drop)
+        self.recover_with(&mut Plain(params))
     }
 
-    /// The same with this rank's place in its schedule: some ranks may have been done with the average that failed for others, and
-    /// have gone on to the next.
-    pub(crate) fn recover_at(&mut self, tensors: &mut impl Tensors, position: u64) -> Result<Regrouped> {
-        if self.failed.is_none() && self.agreement.control.failure().is_none() {
-            return Ok(Regrouped { position, averaged: None });
+    pub(crate) fn recover_with(&mut self, tensors: &mut impl Tensors) -> Result<()> {
+        let mut progress = Progress::default();
+        self.recover_step(tensors, &mut progress)?;
+        Ok(())
+    }
+
+    /// One step of a call that may have more: the place in the schedule comes with it, since some ranks may have been done with the
+    /// average that failed for others, and have gone on to the next.
+    pub(crate) fn recover_step(
+        &mut self,
+        tensors: &mut impl Tensors,
+        progress: &mut Progress,
+    ) -> Result<Regrouped, Halt> {
+        if !self.has_failed() && !self.communicator.is_superseded() && !self.communicator.has_lost_a_member()
+        {
+            return Ok(Regrouped { position: self.position_in_schedule(), admitted: None });
         }
-        self.regroup(tensors, position, Admission::None)
+        self.regroup(tensors, Admission::None, progress)
     }
 
     /// Collective, after an average whose report says that a process [waits to join](Report::joiner_waits): lets it in, as the last
-    /// rank, and averages, with weight 0 for it and 1 for all others, which gives it the model. If it is gone by now, or its
-    /// tensors or options are not those of the others, these go on without it, and average all the same.
+    /// rank, and gives it a copy of rank 0's tensors, by an average in which rank 0 alone has a weight. The tensors of all other
+    /// ranks stay as they are, bit for bit. If it is gone by now, or its tensors or options are not those of the others, these
+    /// go on without it, and make a plain average instead, since some of them may have to recover.
     ///
     /// Every other averager of this world is to call it next, in the order in which they were built; one that averages first gets
     /// an error, and [`recover`](Self::recover) then does the same. What the new process needs to know besides, such as how many steps were
@@ -68,89 +82,113 @@ impl ParamAverager {
     }
 
     pub(crate) fn admit_with(&mut self, tensors: &mut impl Tensors) -> Result<Report> {
-        if let Some(report) = self.regroup(tensors, 0, Admission::Mean)?.averaged {
-            return Ok(report);
+        let mut progress = Progress::default();
+        if let Some(admitted) = self.regroup(tensors, Admission::Copy, &mut progress)?.admitted {
+            return Ok(admitted.report);
         }
-        match tensors.average(self, Call { weight: None, schedule: 0, unneeded: false })? {
-            Outcome::Averaged(report) => Ok(report),
-            Outcome::Unneeded => unreachable!("this rank needs it"),
+        match tensors.average(self, Call::by_hand(None)) {
+            Ok(Outcome::Averaged(report)) => Ok(report),
+            Ok(Outcome::Unneeded) => unreachable!("this rank needs it"),
+            Err(error) => Err(progress.halt(error).into()),
         }
     }
 
-    /// The next generation of the world, and this averager in it.
+    fn has_failed(&self) -> bool {
+        self.failed.is_some() || self.agreement.control.failure().is_some()
+    }
+
+    /// The next view of the world, and this averager in it.
     pub(crate) fn regroup(
         &mut self,
         tensors: &mut impl Tensors,
-        position: u64,
         mut admission: Admission,
-    ) -> Result<Regrouped> {
+        progress: &mut Progress,
+    ) -> Result<Regrouped, Halt> {
         // Whatever was enqueued ends by itself.
         let _ = self.own.engine.finish();
         if let (true, Some(failure)) = (admission != Admission::None, self.agreement.control.failure()) {
             let error = self.fatal(failure, Stage::Build, false);
-            self.fail_by(&error);
-            return Err(error);
+            return Err(self.halt(error, progress));
         }
-        self.options.schedule_position = position;
+        // Tensors of an averager that has not failed are whole: a joiner copies them.
+        let by_recovery = if self.has_failed() { Admission::Mean } else { Admission::Copy };
+        self.options.schedule_position = self.position_in_schedule();
         loop {
             let next = self.options.communicator.next(self.timeout, admission != Admission::None);
-            if let Err(Error::NoRecovery { .. }) = next {
-                return next.map(|_| unreachable!("an error")); // nothing has happened
-            }
             // Kept also where what follows fails: the next call begins from there.
-            self.options.communicator = next.inspect_err(|error| self.fail_by(error))?;
-            let joined = self.options.communicator.has_joined();
-            // Also if this averager comes to the new generation by an error: another has let the process in.
-            self.options.admission = match admission {
-                _ if !joined || self.options.communicator.is_new() => Admission::None,
-                Admission::None => Admission::Mean,
-                admission => admission,
+            self.options.communicator = match next {
+                Ok(communicator) => communicator,
+                Err(error @ Error::NoRecovery { .. }) => return Err(progress.halt(error)), // nothing has happened
+                Err(error) => return Err(self.halt(error, progress)),
             };
-            match ParamAverager::build(self.options.clone(), tensors) {
+            let communicator = self.options.communicator.clone();
+            let joins = communicator.has_joined() && !communicator.is_new();
+            let built = if communicator.has_joined() {
+                // Also where this averager comes to the new view through recovery, because another averager
+                // admitted the joiner.
+                self.options.admission = match admission {
+                    _ if !joins => Admission::None,
+                    Admission::None => by_recovery,
+                    admission => admission,
+                };
+                ParamAverager::build(self.options.clone(), tensors)
+            } else {
+                self.successor(&communicator)
+            };
+            match built {
                 Ok(averager) => {
                     *self = averager;
                     self.options.admission = Admission::None;
-                    return Ok(Regrouped {
-                        position: self.schedule_position(),
-                        averaged: self.let_in.take(),
-                    });
+                    let (position, admitted) = (self.schedule_position(), self.admitted.take());
+                    self.set_position_in_schedule(position);
+                    return Ok(Regrouped { position, admitted });
                 }
                 // A rank that was there a moment ago: each round is without one more.
-                Err(
-                    Error::PeerLost { stage: Stage::Build, .. } | Error::Timeout { stage: Stage::Build, .. },
-                ) => {}
-                // The one that joined is not like the others, or was lost before it had the model: it has left.
-                Err(_) if joined && !self.options.communicator.is_new() => admission = Admission::None,
-                Err(error) => {
-                    self.fail_by(&error);
-                    return Err(error);
+                Err(error) if is_of_the_view(&error) => progress.survived(&error),
+                // The joiner is not like the others, or was lost before it had the model: it has left.
+                Err(error) if joins => {
+                    progress.survived(&error);
+                    admission = Admission::None;
                 }
+                Err(error) => return Err(self.halt(error, progress)),
             }
         }
     }
 
+    /// This averager in a view without a joiner; see `rebuild`.
+    fn successor(&self, communicator: &Communicator) -> Result<ParamAverager> {
+        communicator.rebuild(self.timeout)?;
+        let taken = self.blueprint.as_ref().and_then(|blueprint| blueprint.take(communicator.view()));
+        taken.unwrap_or_else(|| Err(Error::Superseded { rank: communicator.rank() }))
+    }
+
     /// Its world is over, so that `recover` is the way on.
-    fn fail_by(&mut self, error: &Error) {
+    fn halt(&mut self, error: Error, progress: &mut Progress) -> Halt {
         self.failed.get_or_insert_with(|| error.clone());
+        progress.halt(error)
     }
 
     /// The first average of an averager that was built since a process joined.
     pub(super) fn average_with_joiner(&mut self, tensors: &mut impl Tensors) -> Result<()> {
-        if !self.agreement.cards.iter().any(|card| card.admits) {
+        let cards = &self.agreement.cards;
+        if cards.iter().all(|card| card.admission == Admission::None) {
             return match self.communicator.lacks_model() {
                 true => Err(self.communicator.not_admitted()),
                 false => Ok(()),
             };
         }
-        let counts = match self.options.admission {
-            Admission::None => false,
-            Admission::Mean => true,
-            Admission::Same => self.rank() == 0,
+        // The same on every rank: some may come from an average that failed, others from one that did not.
+        let is_mean = cards.iter().any(|card| card.admission == Admission::Mean);
+        let is_member = self.options.admission != Admission::None;
+        let counts = is_member && (is_mean || self.rank() == 0);
+        let call = Call {
+            weight: Some(if counts { 1.0 } else { 0.0 }),
+            schedule: ADMIT,
+            unneeded: false,
+            keeps: is_member && !is_mean,
         };
-        let weight = if counts { 1.0 } else { 0.0 };
-        let call = Call { weight: Some(weight), schedule: ADMIT, unneeded: false };
         if let Outcome::Averaged(report) = tensors.average(self, call)? {
-            self.let_in = Some(report);
+            self.admitted = Some(Admitted { report, is_mean });
         }
         self.communicator.has_model();
         Ok(())
@@ -160,6 +198,15 @@ impl ParamAverager {
     pub(crate) fn schedule_position(&self) -> u64 {
         let positions = self.agreement.cards.iter().map(|card| card.schedule_position);
         positions.max().unwrap_or(0)
+    }
+
+    /// The place in the schedule that this rank is at.
+    fn position_in_schedule(&self) -> u64 {
+        self.blueprint.as_ref().map_or(0, |blueprint| blueprint.position())
+    }
+
+    pub(crate) fn set_position_in_schedule(&self, position: u64) {
+        self.blueprint.iter().for_each(|blueprint| blueprint.set_position(position));
     }
 
     /// Whether this rank knows of a process that waits to join.

@@ -1,5 +1,7 @@
 //! A rank's tensors as the kernels see them: the segment tables, brought up to date at every average.
 
+use std::sync::Arc;
+
 use crate::abi::{PaBucket, PaSegment};
 use crate::backend::Site;
 use crate::bucket::{self, Bucket, Place, Shape};
@@ -7,17 +9,23 @@ use crate::tensor::{Dtype, Unordered};
 use crate::world::Device;
 use crate::{Error, Parameters, TensorMut};
 
-/// Tensors, and where each lies in its bucket.
+/// The tensors that an averager is built for, wherever they lie.
 #[derive(Debug)]
-pub(super) struct Table {
+pub(super) struct Layout {
     device: Device,
     site: Site,
     names: Vec<String>,
     shapes: Vec<Shape>,
+}
+
+/// Tensors, and where each lies in its bucket.
+#[derive(Debug)]
+pub(super) struct Table {
+    pub(super) layout: Arc<Layout>,
     places: Vec<Place>,
     pub(super) buckets: Vec<Bucket>,
     /// What the kernels get.
-    pub(super) raw: Box<[PaBucket]>,
+    pub(super) raw: Vec<PaBucket>,
     /// For `overlap`: begin, end and index of each tensor with elements.
     spans: Vec<(u64, u64, u32)>,
     pub(super) bytes: u64,
@@ -59,25 +67,18 @@ impl Table {
             names.push(tensor.name().unwrap_or_default().to_owned());
             shapes.push(Shape { dtype: tensor.dtype(), elements: tensor.len() as u64 });
         });
-        let (buckets, places) = bucket::plan(&shapes);
-        let raw = buckets.iter().map(|_| bytemuck::Zeroable::zeroed()).collect();
-        let bytes = shapes.iter().map(|shape| shape.elements * shape.dtype.size() as u64).sum();
-        let spans = Vec::with_capacity(shapes.len());
-        let mut table = Table {
-            device,
-            site,
-            names,
-            shapes,
-            places,
-            buckets,
-            raw,
-            spans,
-            bytes,
-            moved: true,
-            unchecked: true,
-        };
+        let mut table = Table::of(Arc::new(Layout { device, site, names, shapes }));
         let problem = table.refresh(params).err();
         (table, problem)
+    }
+
+    /// A table of the same tensors, whose addresses are not known yet.
+    pub(super) fn of(layout: Arc<Layout>) -> Table {
+        let (buckets, places) = bucket::plan(&layout.shapes);
+        let raw = buckets.iter().map(|_| bytemuck::Zeroable::zeroed()).collect();
+        let bytes = layout.shapes.iter().map(|shape| shape.elements * shape.dtype.size() as u64).sum();
+        let spans = Vec::with_capacity(layout.shapes.len());
+        Table { layout, places, buckets, raw, spans, bytes, moved: true, unchecked: true }
     }
 
     /// Takes over the tensors' addresses, if they are the tensors that the table was made for. Does not allocate.
@@ -90,7 +91,7 @@ impl Table {
             }
             index += 1;
         });
-        if index < self.shapes.len() {
+        if index < self.layout.shapes.len() {
             problem = problem.or(Some(Problem { tensor: index as u64, found: MISSING << SHIFT }));
         }
         match problem {
@@ -103,11 +104,11 @@ impl Table {
     /// Takes over the tensor's address, or says what is wrong with it.
     fn take(&mut self, index: usize, tensor: &TensorMut<'_>) -> Result<(), u64> {
         let found = u64::from(tensor.dtype().code()) << SHIFT | tensor.len() as u64;
-        let Some(&shape) = self.shapes.get(index) else { return Err(EXTRA << SHIFT) };
+        let Some(&shape) = self.layout.shapes.get(index) else { return Err(EXTRA << SHIFT) };
         if shape != (Shape { dtype: tensor.dtype(), elements: tensor.len() as u64 }) {
             return Err(found);
         }
-        if tensor.device() != self.device {
+        if tensor.device() != self.layout.device {
             return Err(DEVICE << SHIFT);
         }
         match tensor.refusal() {
@@ -130,7 +131,7 @@ impl Table {
         }
         // Both ends: a tensor that is longer than its memory would end in another's, or in none.
         let last = address + shape.elements * shape.dtype.size() as u64 - 1;
-        match &self.site {
+        match &self.layout.site {
             Site::Cuda(context) if ![address, last].iter().all(|&address| context.owns(address)) => {
                 return Err(FOREIGN << SHIFT)
             }
@@ -173,11 +174,11 @@ impl Table {
             ),
             DEVICE => trouble(&format!(
                 "is not on {}, the device of its rank: move it there, or give the rank its device",
-                self.device
+                self.layout.device
             )),
             FOREIGN => trouble(&format!(
                 "does not lie in memory of {} from its first to its last element: pass a pointer of that device, and a length in elements",
-                self.device
+                self.layout.device
             )),
             OTHER_CONTEXT => trouble(
                 "belongs to another CudaContext than the stream of its average, so cudarc would not order its uses: take a \
@@ -196,7 +197,7 @@ impl Table {
                 self.describe(low as usize)
             )),
             _ => {
-                let count = self.shapes.len();
+                let count = self.layout.shapes.len();
                 let (found, expected) = match what {
                     MISSING => (format!("only {index} tensors"), format!("{count}")),
                     EXTRA => (format!("more than {count} tensors"), format!("{count}")),
@@ -212,8 +213,8 @@ impl Table {
 
     /// A line about one tensor, such as "tensor 3 `ln.weight` (f32, 768 elements)".
     pub(super) fn describe(&self, index: usize) -> String {
-        let Shape { dtype, elements } = self.shapes[index];
-        let name = match self.names[index].as_str() {
+        let Shape { dtype, elements } = self.layout.shapes[index];
+        let name = match self.layout.names[index].as_str() {
             "" => String::new(),
             name => format!(" `{name}`"),
         };
@@ -221,6 +222,6 @@ impl Table {
     }
 
     pub(super) fn describe_all(&self) -> Vec<String> {
-        (0..self.shapes.len()).map(|index| self.describe(index)).collect()
+        (0..self.layout.shapes.len()).map(|index| self.describe(index)).collect()
     }
 }

@@ -72,8 +72,15 @@ impl Engine {
         }
     }
 
-    /// Where they find the buckets, whose `segments` become those that they find.
-    pub(crate) fn place(&self, buckets: &mut [PaBucket], segments: &[&[PaSegment]]) -> u64 {
+    /// Address of the buckets, as the kernels see them; sets the address of each bucket's segments.
+    ///
+    /// Threads read both tables where they are, so this is called for every average: a pointer that
+    /// was taken before the tables were last borrowed mutably, or moved, is no longer valid.
+    pub(crate) fn place<'a>(
+        &self,
+        buckets: &mut [PaBucket],
+        segments: impl Iterator<Item = &'a [PaSegment]>,
+    ) -> u64 {
         let (count, mut before) = (buckets.len(), 0);
         for (bucket, segments) in buckets.iter_mut().zip(segments) {
             bucket.segments = match self {

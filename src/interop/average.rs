@@ -39,13 +39,13 @@ impl ParamAverager {
     /// The stream may be of any kind, the null stream included, and ordered behind it, the average runs on it or on one of
     /// the averager's own. Other than on the null stream, only one rank may average on it.
     pub fn average_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<Report> {
-        self.run_cudarc(params, by_hand(None)).map(averaged)
+        self.run_cudarc(params, Call::by_hand(None)).map(averaged)
     }
 
     /// Replaces every tensor by its weighted mean, see [`average_weighted`](ParamAverager::average_weighted), and returns
     /// when that is done.
     pub fn average_weighted_cudarc(&mut self, params: &mut CudaParams<'_>, weight: f64) -> Result<Report> {
-        self.run_cudarc(params, by_hand(Some(weight))).map(averaged)
+        self.run_cudarc(params, Call::by_hand(Some(weight))).map(averaged)
     }
 
     /// Enqueues an average on the stream of `params`, behind what it has been given and what other streams were given to do
@@ -56,7 +56,7 @@ impl ParamAverager {
     /// `CudaContext::new_stream` makes them, not being captured, and no other rank averages on it. If the average fails, what
     /// comes later finds the tensors as they were: [`Pending::wait`] tells.
     pub fn enqueue_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<Pending<'_>> {
-        self.start_cudarc(params, by_hand(None), false)
+        self.start_cudarc(params, Call::by_hand(None), false)
     }
 
     /// Enqueues a weighted average, see [`enqueue_cudarc`](ParamAverager::enqueue_cudarc).
@@ -65,12 +65,12 @@ impl ParamAverager {
         params: &mut CudaParams<'_>,
         weight: f64,
     ) -> Result<Pending<'_>> {
-        self.start_cudarc(params, by_hand(Some(weight)), false)
+        self.start_cudarc(params, Call::by_hand(Some(weight)), false)
     }
 
     /// [`recover`](ParamAverager::recover) for cudarc's slices.
     pub fn recover_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<()> {
-        self.recover_at(params, 0).map(drop)
+        self.recover_with(params)
     }
 
     /// [`admit`](ParamAverager::admit) for cudarc's slices.
@@ -175,10 +175,6 @@ impl LocalSgd {
     pub fn recover_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<Action> {
         self.recover_with(params)
     }
-}
-
-fn by_hand(weight: Option<f64>) -> Call {
-    Call { weight, schedule: 0, unneeded: false }
 }
 
 fn averaged(outcome: Outcome) -> Report {

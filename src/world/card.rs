@@ -6,6 +6,18 @@ use super::Control;
 use crate::backend::Memory;
 use crate::{Error, Result};
 
+/// How a process that joins gets its model from the members of its world.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(target_os = "linux", derive(serde::Serialize, serde::Deserialize))]
+pub(crate) enum Admission {
+    /// This rank is the one that joined, or none has.
+    None,
+    /// A copy of rank 0's. The tensors of all members stay as they are, bit for bit.
+    Copy,
+    /// The mean over all members, which they take, too: some of them may hold half of an average.
+    Mean,
+}
+
 /// What a rank shows the others when it builds an averager.
 #[derive(Clone, Debug)]
 pub(crate) struct Card {
@@ -17,8 +29,8 @@ pub(crate) struct Card {
     pub(crate) tensors: Vec<String>,
     /// Where its schedule stands, after a recovery.
     pub(crate) schedule_position: u64,
-    /// It lets others in: its first average is theirs, too.
-    pub(crate) admits: bool,
+    /// How this rank lets a process in by its first average.
+    pub(crate) admission: Admission,
     /// Which averager of the world it is, if it is built anew: others may be like it.
     pub(crate) ordinal: Option<String>,
     /// What the previous rank of the ring writes: the inbox, after its `filled` counters.
@@ -99,7 +111,7 @@ mod tests {
             options: vec![],
             tensors: vec![],
             schedule_position: 0,
-            admits: false,
+            admission: Admission::None,
             ordinal: ordinal.map(str::to_owned),
             inbox: None,
             credits: None,

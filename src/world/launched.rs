@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::processes::{Processes, Setup};
-use super::{Communicator, Device, Group, World};
+use super::{Communicator, Device, Group, Rebuild, World};
 use crate::abi::PA_MAX_WORLD;
 use crate::{Error, Result};
 
@@ -193,6 +193,30 @@ impl Communicator {
     /// Whether one has joined with this generation of the world.
     pub(crate) fn has_joined(&self) -> bool {
         self.processes().is_some_and(|processes| processes.has_joined())
+    }
+
+    /// Whether a member of this view is gone, or has left it for the next one, as far as this rank knows.
+    pub(crate) fn has_lost_a_member(&self) -> bool {
+        self.processes().is_some_and(|processes| processes.has_lost_a_member())
+    }
+
+    /// Number of this view of the world.
+    pub(crate) fn view(&self) -> u32 {
+        self.processes().map_or(0, |processes| processes.number())
+    }
+
+    /// Remembers what an averager of this process can be built from again.
+    pub(crate) fn register(&self, averager: std::sync::Weak<dyn Rebuild>) {
+        self.processes().into_iter().for_each(|processes| processes.register(averager.clone()));
+    }
+
+    /// Builds all averagers of this process again, unless that was done in this view. Collective; by
+    /// whichever averager a process recovers first.
+    pub(crate) fn rebuild(&self, timeout: Duration) -> Result<()> {
+        match self.processes() {
+            Some(processes) => processes.rebuild(self, timeout),
+            None => Err(Error::NoRecovery { rank: self.rank() }),
+        }
     }
 
     /// Whether this process is in another generation of the world by now.

@@ -8,18 +8,20 @@ mod launched;
 mod places;
 #[cfg(target_os = "linux")]
 mod processes;
+mod rebuild;
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-pub(crate) use card::{Agreement, Card};
+pub(crate) use card::{Admission, Agreement, Card};
 pub(crate) use control::{Control, Failure};
 #[cfg(target_os = "linux")]
 pub use launched::WorldBuilder;
 #[cfg(all(fuzzing, target_os = "linux"))]
 pub use processes::fuzz;
+pub(crate) use rebuild::Rebuild;
 
 pub(crate) use places::Places;
 
@@ -209,14 +211,15 @@ impl Communicator {
     }
 
     /// Collective: shows this rank's card to all others and returns all cards, if they agree.
-    pub(crate) fn agree(&self, card: Card, timeout: Duration) -> Result<Arc<Agreement>> {
+    /// `number`: which of the averagers that are built [again](Rebuild); `None`: the next one of this view.
+    pub(crate) fn agree(&self, card: Card, number: Option<u32>, timeout: Duration) -> Result<Arc<Agreement>> {
         match &self.membership.group {
             Group::Threads(rank, hub) => {
                 let number = self.membership.builds.fetch_add(1, Ordering::Relaxed);
                 hub.agree(*rank, number, card, timeout)
             }
             #[cfg(target_os = "linux")]
-            Group::Processes(processes) => processes.agree(card, timeout),
+            Group::Processes(processes) => processes.agree(card, number, timeout),
         }
     }
 
@@ -242,6 +245,20 @@ impl Communicator {
 
     pub(crate) fn is_superseded(&self) -> bool {
         false
+    }
+
+    pub(crate) fn has_lost_a_member(&self) -> bool {
+        false
+    }
+
+    pub(crate) fn view(&self) -> u32 {
+        0
+    }
+
+    pub(crate) fn register(&self, _: std::sync::Weak<dyn Rebuild>) {}
+
+    pub(crate) fn rebuild(&self, _: Duration) -> Result<()> {
+        Err(Error::NoRecovery { rank: self.rank() })
     }
 
     pub(crate) fn is_new(&self) -> bool {

@@ -54,6 +54,47 @@ fn a_rank_killed_at_any_step_of_2() {
     die_at_every_step(2, 0, 1);
 }
 
+/// Every process recovers its averagers in another order, wherever the death has struck each.
+#[test]
+fn averagers_are_recovered_in_any_order() {
+    let rounds = runs("PA_TEST_ORDERS", 30);
+    let mut chance = Random(seed());
+    for round in 0..rounds {
+        let (n, averagers) = (3 + round % 3, 2 + round % 2);
+        let deaths = 1 + round / 2 % 2;
+        let mut ranks = start_all("many_recover", n, |_| {
+            vec![("PA_TEST_FINAL", (n - deaths).to_string()), ("PA_TEST_AVERAGERS", averagers.to_string())]
+        });
+        ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        std::thread::sleep(Duration::from_micros(chance.below(30_000)));
+        let first = chance.below(n as u64) as usize;
+        for dead in (0..deaths).map(|next| (first + next) % n) {
+            ranks[dead].signal(Signal::KILL);
+            std::thread::sleep(Duration::from_micros(chance.below(3_000))); // the next one may be recovering
+        }
+        let is_dead = |rank: usize| (rank + n - first) % n < deaths;
+        for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| !is_dead(*rank)) {
+            assert_eq!(process.end(), Some(0), "round {round}, rank {rank}: {:#?}", process.heard);
+            assert_eq!(process.said("many of"), [(n - deaths).to_string()]);
+            assert!(!process.said("recovered").is_empty());
+        }
+    }
+}
+
+/// An averager that one rank has dropped can't be built again; the others can.
+#[test]
+fn an_averager_that_a_rank_has_dropped_is_named() {
+    let mut ranks = start_all("one_dropped", 3, |_| vec![]);
+    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    ranks[2].signal(Signal::KILL);
+    for rank in &mut ranks[..2] {
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        assert_eq!(rank.said("one of"), ["2"]);
+    }
+    let error = &ranks[0].said("error")[0];
+    assert!(error.contains("rank 1") && error.contains("has dropped this averager"), "{error}");
+}
+
 /// From the death to the error and from the error to the new world, as seen by the slowest survivor.
 #[test]
 fn a_kill_is_noticed_at_once() {

@@ -1,4 +1,4 @@
-//! What a rank with two averagers does.
+//! What a rank with several averagers does.
 
 use param_averager::ParamAverager;
 
@@ -57,5 +57,67 @@ pub fn two_admit() -> i32 {
     let communicator = averagers[1].communicator();
     assert_eq!(communicator.world_size(), averagers[0].world_size());
     say(&format!("two of {}", communicator.world_size()));
+    0
+}
+
+/// Several averagers, in turn. When one fails, all are recovered, in an order of this rank's own; until
+/// there are so few ranks as are to be left, and three rounds went well.
+pub fn many_recover() -> i32 {
+    let communicator = join().unwrap();
+    let origin = communicator.rank();
+    let count = number("PA_TEST_AVERAGERS").unwrap() as usize;
+    let mut models: Vec<_> = (0..count).map(|index| vec![vec![index as f32 + 1.0; 2000]]).collect();
+    let mut averagers: Vec<ParamAverager> =
+        models.iter_mut().map(|model| builder(communicator.clone()).build(model).unwrap()).collect();
+    drop(communicator);
+    let left = number("PA_TEST_FINAL").unwrap() as usize;
+    say("ready");
+    let mut good = 0;
+    while good < 3 {
+        let all = averagers.iter_mut().zip(&mut models);
+        let failed = all.map(|(averager, model)| averager.average(model)).find_map(Result::err);
+        for (model, value) in models.iter().zip(1..) {
+            assert!(model[0].iter().all(|&x| x == value as f32), "{} is not {value}", model[0][0]);
+        }
+        let Some(error) = failed else {
+            good = if averagers[0].world_size() == left { good + 1 } else { 0 };
+            continue;
+        };
+        assert!(error.is_fatal(), "{error}");
+        say(&format!("failed {error}"));
+        // The first to be recovered is another one on every rank, and every second rank goes backwards.
+        let mut order: Vec<usize> = (0..count).collect();
+        order.rotate_left(origin % count);
+        if origin % 2 == 1 {
+            order.reverse();
+        }
+        for index in order {
+            averagers[index].recover(&mut models[index]).unwrap();
+        }
+        say(&format!("recovered {}", averagers[0].world_size()));
+    }
+    assert!(averagers.iter().all(|averager| averager.world_size() == left));
+    say(&format!("many of {left}"));
+    0
+}
+
+/// Two averagers, of which rank 1 drops the second before rank 2 dies.
+pub fn one_dropped() -> i32 {
+    let communicator = join().unwrap();
+    let mut models = [vec![vec![1.0f32; 3000]], vec![vec![2.0f32; 30]]];
+    let mut averagers: Vec<ParamAverager> =
+        models.iter_mut().map(|model| builder(communicator.clone()).build(model).unwrap()).collect();
+    if communicator.rank() == 1 {
+        averagers.pop();
+    }
+    say("ready");
+    while averagers[0].average(&mut models[0]).is_ok() {}
+    if let Some(second) = averagers.get_mut(1) {
+        let error = second.recover(&mut models[1]).unwrap_err();
+        say(&format!("error {error}"));
+    }
+    averagers[0].recover(&mut models[0]).unwrap();
+    averagers[0].average(&mut models[0]).unwrap();
+    say(&format!("one of {}", averagers[0].world_size()));
     0
 }

@@ -41,6 +41,8 @@ pub fn run(role: &str) {
         "train" => train(),
         "two" => pairs::two(),
         "two_admit" => pairs::two_admit(),
+        "many_recover" => pairs::many_recover(),
+        "one_dropped" => pairs::one_dropped(),
         other => panic!("no role {other}"),
     };
     std::process::exit(code);

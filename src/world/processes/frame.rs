@@ -47,12 +47,17 @@ pub(super) enum Kind {
     Waiting = 11,
     /// Whether the sender reaches memory of the receiver's device.
     Reach = 12,
+    /// The averagers that the sender has, as it begins to build them again.
+    Averagers = 13,
 }
 
 impl Kind {
     fn of(byte: u8) -> Option<Kind> {
         use Kind::*;
-        let all = [Hello, Welcome, Refuse, Card, Abort, Ready, Knock, Inside, Enter, Entered, Waiting, Reach];
+        let all = [
+            Hello, Welcome, Refuse, Card, Abort, Ready, Knock, Inside, Enter, Entered, Waiting, Reach,
+            Averagers,
+        ];
         all.into_iter().find(|&kind| kind as u8 == byte)
     }
 

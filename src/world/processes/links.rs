@@ -8,6 +8,7 @@ use super::frame::Kind;
 use super::home::{Homes, Own};
 use super::page::{Decision, Page};
 use super::peers::Common;
+use super::rebuild::Averagers;
 use crate::error::Stage;
 use crate::world::Places;
 use crate::Error;
@@ -25,6 +26,8 @@ pub(super) struct Links {
     /// The number of it.
     pub(super) number: AtomicU32,
     homes: Mutex<Homes>,
+    /// Of this process.
+    pub(super) averagers: Averagers,
     /// It is on its way to the next one.
     pub(super) going: AtomicBool,
     /// This process came late, and has no model of its own until its first average.
@@ -80,7 +83,8 @@ impl Links {
         let (current, latest) = (Mutex::new(latest.clone()), Mutex::new(latest));
         let homes = Mutex::new(Homes::new(own));
         let (going, is_new) = (AtomicBool::new(false), AtomicBool::new(false));
-        Links { me, common: Arc::new(common), latest, current, number, homes, going, is_new }
+        let averagers = Averagers::default();
+        Links { me, common: Arc::new(common), latest, current, number, homes, averagers, going, is_new }
     }
 
     /// The generation that this process is in.

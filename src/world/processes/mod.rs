@@ -10,11 +10,11 @@ mod links;
 mod page;
 mod peers;
 mod reach;
+mod rebuild;
 mod rendezvous;
 mod shown;
 mod strangers;
 
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -143,7 +143,7 @@ impl Processes {
         self.generation.members()
     }
 
-    fn number(&self) -> u32 {
+    pub(in crate::world) fn number(&self) -> u32 {
         self.generation.number()
     }
 
@@ -152,8 +152,9 @@ impl Processes {
     }
 
     /// As `Hub::agree`: every rank sends its card to every other, and each sees for itself whether they go together.
-    pub(super) fn agree(&self, card: Card, timeout: Duration) -> Result<Arc<Agreement>> {
-        let number = self.generation.builds.fetch_add(1, Ordering::Relaxed);
+    /// `again`: its number, if it is built again.
+    pub(super) fn agree(&self, card: Card, again: Option<u32>, timeout: Duration) -> Result<Arc<Agreement>> {
+        let number = self.number_of_build(again);
         if let Some(failure) = self.failure() {
             return Err(failure);
         }

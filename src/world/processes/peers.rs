@@ -339,6 +339,7 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, common: &
 }
 
 /// All that peers say to each other once they have met.
-const KINDS: [Kind; 6] = [Kind::Card, Kind::Abort, Kind::Ready, Kind::Entered, Kind::Waiting, Kind::Reach];
+const KINDS: [Kind; 7] =
+    [Kind::Card, Kind::Abort, Kind::Ready, Kind::Entered, Kind::Waiting, Kind::Reach, Kind::Averagers];
 /// Those of a card.
 const MOST_FILES: usize = 3;

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::frame::Frame;
 use crate::backend::{Memory, Offer, Site};
-use crate::world::{Card, Control};
+use crate::world::{Admission, Card, Control};
 use crate::{Error, Result};
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -16,7 +16,7 @@ pub(super) struct Shown {
     options: Vec<(String, String)>,
     tensors: Vec<String>,
     schedule_position: u64,
-    admits: bool,
+    admission: Admission,
     ordinal: Option<String>,
     /// Inbox, credits and control, if there is one.
     memories: [Option<Offer>; 3],
@@ -46,7 +46,7 @@ impl Shown {
             options: card.options.clone(),
             tensors: card.tensors.clone(),
             schedule_position: card.schedule_position,
-            admits: card.admits,
+            admission: card.admission,
             ordinal: card.ordinal.clone(),
             memories,
         };
@@ -81,7 +81,7 @@ impl Shown {
             options: shown.options,
             tensors: shown.tensors,
             schedule_position: shown.schedule_position,
-            admits: shown.admits,
+            admission: shown.admission,
             ordinal: shown.ordinal,
             inbox: inbox.map(Arc::new),
             credits: credits.map(Arc::new),

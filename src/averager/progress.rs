@@ -1,0 +1,88 @@
+//! What a call of several steps has done to the tensors so far.
+
+use crate::{Error, Report};
+
+/// The changes that one call has made to the tensors before its current step.
+///
+/// A call such as `LocalSgd::step` averages, lets a process in, and may recover. Each step has its own
+/// result, but the caller gets one. The functions that make several steps return [`Halt`] as their
+/// error, which only a `Progress` can make of an [`Error`], so that none of them can report "no tensor
+/// was changed" after an earlier step has changed some.
+#[derive(Debug, Default)]
+pub(crate) struct Progress {
+    averaged: Option<Box<Report>>,
+    written: bool,
+}
+
+/// The error of a call of several steps.
+#[derive(Debug)]
+pub(crate) struct Halt(Error);
+
+impl Progress {
+    /// Notes an average that was completed.
+    pub(crate) fn averaged(&mut self, report: &Report) {
+        self.averaged = Some(Box::new(report.clone()));
+    }
+
+    /// Notes a step that failed and after which the call goes on.
+    pub(crate) fn survived(&mut self, error: &Error) {
+        self.written |= !error.tensors_unchanged();
+    }
+
+    /// The error of the whole call, of which `cause` ended the current step.
+    pub(crate) fn halt(&mut self, cause: Error) -> Halt {
+        let hides_a_change = self.written && cause.tensors_unchanged();
+        if self.averaged.is_none() && !hides_a_change {
+            return Halt(cause);
+        }
+        Halt(Error::AfterAverage { averaged: self.averaged.take(), cause: Box::new(cause) })
+    }
+}
+
+impl From<Halt> for Error {
+    fn from(halt: Halt) -> Error {
+        halt.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Stage;
+    use crate::Algorithm;
+
+    fn lost(committed: bool) -> Error {
+        Error::PeerLost { rank: 1, stage: Stage::Gather, committed }
+    }
+
+    #[test]
+    fn errors_tell_what_earlier_steps_have_changed() {
+        let mut progress = Progress::default();
+        assert_eq!(Error::from(progress.halt(lost(false))), lost(false));
+        progress.survived(&lost(false));
+        assert_eq!(Error::from(progress.halt(lost(false))), lost(false));
+        progress.survived(&lost(true));
+        assert_eq!(Error::from(progress.halt(lost(true))), lost(true), "it says so itself");
+        let error = Error::from(progress.halt(lost(false)));
+        assert!(!error.tensors_unchanged() && error.is_fatal(), "{error:?}");
+        assert!(error.to_string().contains("partly averaged"), "{error}");
+
+        let report = Report {
+            bytes: 4,
+            elapsed: Default::default(),
+            waited: Default::default(),
+            world_size: 2,
+            algorithm: Algorithm::Ring,
+            joiner_waits: true,
+        };
+        for cause in [lost(true), lost(false), Error::NoWeight] {
+            let mut progress = Progress::default();
+            progress.averaged(&report);
+            let error = Error::from(progress.halt(cause.clone()));
+            assert!(!error.tensors_unchanged() && error.is_fatal() == cause.is_fatal(), "{error:?}");
+            assert!(error.to_string().contains("every tensor holds the mean"), "{error}");
+            let source = std::error::Error::source(&error).unwrap();
+            assert_eq!(source.to_string(), cause.to_string());
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! What it takes to build an averager again, without its tensors.
+//!
+//! After a rank is lost, every averager of a process needs a successor in the new view of the world.
+//! Which of them a process recovers first is its own affair, but building is collective. So the first
+//! `recover` of a process builds successors for all its averagers, in an order that all ranks agree on,
+//! and each averager takes its successor when its own `recover` is called.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::table::{Layout, Table};
+use super::{Builder, ParamAverager};
+use crate::error::Stage;
+use crate::world::{Admission, Communicator, Rebuild};
+use crate::{Error, Result};
+
+/// What an averager is built from.
+pub(super) struct Blueprint {
+    options: Builder,
+    layout: Arc<Layout>,
+    /// The same on every rank, and for all successors.
+    ordinal: String,
+    /// The place in the schedule, kept up to date by `LocalSgd`.
+    position: AtomicU64,
+    successor: Mutex<Option<Successor>>,
+}
+
+/// The averager in a later view, which has no `Blueprint` until it is taken: it would never be dropped.
+struct Successor {
+    view: u32,
+    built: Result<Box<ParamAverager>>,
+}
+
+impl Blueprint {
+    /// Of an averager that was built just now.
+    pub(super) fn of(averager: &ParamAverager) -> Arc<Blueprint> {
+        let blueprint = Arc::new(Blueprint {
+            options: averager.options.clone(),
+            layout: averager.table.layout.clone(),
+            ordinal: averager.agreement.ordinal.clone().unwrap_or_default(),
+            position: AtomicU64::new(averager.schedule_position()),
+            successor: Mutex::new(None),
+        });
+        let weak = Arc::downgrade(&blueprint);
+        averager.communicator.register(weak);
+        blueprint
+    }
+
+    pub(super) fn position(&self) -> u64 {
+        self.position.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_position(&self, position: u64) {
+        self.position.store(position, Ordering::Relaxed);
+    }
+
+    /// The successor in this view, if this process has built one.
+    pub(super) fn take(self: &Arc<Self>, view: u32) -> Option<Result<ParamAverager>> {
+        let successor = self.lock().take_if(|successor| successor.view == view)?;
+        Some(successor.built.map(|mut averager| {
+            self.set_position(averager.schedule_position());
+            averager.blueprint = Some(self.clone());
+            *averager
+        }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Successor>> {
+        self.successor.lock().unwrap_or_else(PoisonError::into_inner) // replaced as a whole
+    }
+
+    fn put(&self, communicator: &Communicator, built: Result<ParamAverager>) {
+        let built = built.map(Box::new);
+        let before = self.lock().replace(Successor { view: communicator.view(), built });
+        drop(before); // after the lock: ends the threads of one that nobody has taken
+    }
+}
+
+impl Rebuild for Blueprint {
+    fn ordinal(&self) -> &str {
+        &self.ordinal
+    }
+
+    fn rebuild(&self, communicator: &Communicator, number: u32) -> Result<()> {
+        let options = Builder {
+            communicator: communicator.clone(),
+            schedule_position: self.position(),
+            admission: Admission::None,
+            ordinal: Some(self.ordinal.clone()),
+            ..self.options.clone()
+        };
+        let table = Table::of(self.layout.clone());
+        let built = ParamAverager::assemble_for(options, table, None, Some(number));
+        match built {
+            // The view has lost a rank again: none of its averagers can be built.
+            Err(error @ (Error::PeerLost { .. } | Error::Timeout { .. } | Error::Aborted { .. })) => {
+                Err(error)
+            }
+            built => {
+                self.put(communicator, built);
+                Ok(())
+            }
+        }
+    }
+
+    fn refuse(&self, communicator: &Communicator, rank: usize) {
+        let reason = "it has dropped this averager: drop it on every rank, or on none".into();
+        self.put(communicator, Err(Error::PeerRefused { rank, reason }));
+    }
+}
+
+impl fmt::Debug for Blueprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Blueprint({})", self.ordinal)
+    }
+}
+
+/// Whether an error of building means that the view has lost a rank, so that the next view can do without it.
+pub(super) fn is_of_the_view(error: &Error) -> bool {
+    matches!(error, Error::PeerLost { stage: Stage::Build, .. } | Error::Timeout { stage: Stage::Build, .. })
+}

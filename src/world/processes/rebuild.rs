@@ -1,0 +1,114 @@
+//! Building all averagers of a world again, in an order that all its processes agree on.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
+
+use super::frame::{Frame, Kind};
+use super::Processes;
+use crate::deadline;
+use crate::error::Stage;
+use crate::world::{Communicator, Rebuild};
+use crate::{Error, Result};
+
+/// Numbers of averagers that are built again begin here: above all that are built for the first time.
+const AGAIN: u32 = 1 << 31;
+
+/// The averagers of one process.
+#[derive(Debug, Default)]
+pub(super) struct Averagers {
+    all: Mutex<Vec<Weak<dyn Rebuild>>>,
+    /// The view whose averagers were all built. Locked for as long as a thread builds them.
+    built_in: Mutex<Option<u32>>,
+}
+
+impl Averagers {
+    /// Those that are still there, by their ordinals.
+    fn alive(&self) -> BTreeMap<String, Arc<dyn Rebuild>> {
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner); // whole at any time
+        all.retain(|averager| averager.strong_count() > 0);
+        let alive = all.iter().filter_map(Weak::upgrade);
+        alive.map(|averager| (averager.ordinal().to_owned(), averager)).collect()
+    }
+}
+
+impl Processes {
+    pub(in crate::world) fn register(&self, averager: Weak<dyn Rebuild>) {
+        let mut all = self.links.averagers.all.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|averager| averager.strong_count() > 0);
+        all.push(averager);
+    }
+
+    /// Whether a member is gone or has given this view up.
+    pub(in crate::world) fn has_lost_a_member(&self) -> bool {
+        let state = self.links.lock();
+        let lost = self.others().any(|peer| state.is_lost(peer, self.number()));
+        lost
+    }
+
+    /// See `Communicator::rebuild`. Each process tells all others which averagers it has. Those that every
+    /// process has are built, one after the other.
+    pub(in crate::world) fn rebuild(&self, communicator: &Communicator, timeout: Duration) -> Result<()> {
+        let averagers = &self.links.averagers;
+        let mut built_in = averagers.built_in.lock().unwrap_or_else(PoisonError::into_inner);
+        if *built_in == Some(self.number()) {
+            return Ok(());
+        }
+        let ours = averagers.alive();
+        let named: Vec<&String> = ours.keys().collect();
+        let mut theirs: Vec<BTreeSet<String>> = vec![];
+        for frame in self.gather((Kind::Averagers, self.number(), 0), &named, timeout)? {
+            theirs.push(match frame {
+                None => ours.keys().cloned().collect(),
+                Some(frame) => frame.parse().map_err(|error| {
+                    let reason = format!("its list of averagers is not understood: {error}");
+                    self.fail(Error::PeerRefused { rank: theirs.len(), reason })
+                })?,
+            });
+        }
+        let all: BTreeSet<&String> = theirs.iter().flatten().collect();
+        for (index, ordinal) in all.into_iter().enumerate() {
+            let lacks = theirs.iter().position(|theirs| !theirs.contains(ordinal));
+            match (ours.get(ordinal), lacks) {
+                (Some(averager), None) => averager.rebuild(communicator, AGAIN + index as u32)?,
+                (Some(averager), Some(rank)) => averager.refuse(communicator, rank),
+                (None, _) => {} // the others hear that this process does not have it
+            }
+        }
+        *built_in = Some(self.number());
+        Ok(())
+    }
+
+    /// Sends a message to every other rank, and returns theirs by rank; `None` is this rank's own.
+    fn gather(
+        &self,
+        key: (Kind, u32, u32),
+        message: &impl serde::Serialize,
+        timeout: Duration,
+    ) -> Result<Vec<Option<Frame>>> {
+        if let Some(failure) = self.failure() {
+            return Err(failure);
+        }
+        let deadline = deadline::after(timeout);
+        for peer in self.others() {
+            let _ = self.links.send(peer, key, message, &[], deadline); // a peer that is gone is found below
+        }
+        let mut frames = vec![];
+        for (rank, &peer) in self.members().iter().enumerate() {
+            if peer == self.links.me {
+                frames.push(None);
+                continue;
+            }
+            let came = self.links.wait(deadline, |state| self.card_of(rank, peer, key, state));
+            let late = || Error::Timeout { rank, timeout, stage: Stage::Build, committed: false };
+            frames.push(Some(came.unwrap_or_else(|| Err(late())).map_err(|error| self.fail(error))?));
+        }
+        Ok(frames)
+    }
+
+    /// The number under which an averager is built.
+    pub(super) fn number_of_build(&self, again: Option<u32>) -> u32 {
+        again.unwrap_or_else(|| self.generation.builds.fetch_add(1, Ordering::Relaxed))
+    }
+}
