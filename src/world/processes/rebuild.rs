@@ -6,10 +6,11 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use super::frame::{Frame, Kind};
+use super::peers::Ring;
 use super::Processes;
 use crate::deadline;
 use crate::error::Stage;
-use crate::world::{Communicator, Rebuild};
+use crate::world::{Agreement, Communicator, Rebuild};
 use crate::{Error, Result};
 
 /// Numbers of averagers that are built again begin here: above all that are built for the first time.
@@ -40,11 +41,19 @@ impl Processes {
         all.push(averager);
     }
 
-    /// Whether a member is gone or has given this view up.
+    /// Whether a member is gone or has given this view up, or one of its averagers has failed for good. A
+    /// failure may be known by a peer's word, before this process sees the death by itself.
     pub(in crate::world) fn has_lost_a_member(&self) -> bool {
+        let view = self.number();
+        if self.fate().failure.is_some() {
+            return true;
+        }
         let state = self.links.lock();
-        let lost = self.others().any(|peer| state.is_lost(peer, self.number()));
-        lost
+        let has_failed = |(averager, ring): (Arc<Agreement>, Ring)| {
+            ring.generation == view && averager.control.failure().is_some()
+        };
+        let lost = self.others().any(|peer| state.is_lost(peer, view));
+        lost || state.built().into_iter().any(has_failed)
     }
 
     /// See `Communicator::rebuild`. Each process tells all others which averagers it has. Those that every
