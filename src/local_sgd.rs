@@ -197,10 +197,8 @@ impl LocalSgd {
         }
         // The joiner is gone. Some ranks may have seen it in and then lost it, and recover: this is the
         // average that they make.
-        match self.recover_step(tensors, &mut progress)? {
-            made @ Action::Averaged(_) => Ok(made),
-            _ => Ok(action),
-        }
+        self.recover_step(tensors, &mut progress)?;
+        Ok(action)
     }
 
     fn average(&mut self, tensors: &mut impl Tensors, reason: u64) -> Result<Action> {

@@ -3,6 +3,8 @@
 //! Every rank is this very test program, run with `PA_TEST_ROLE`; see `worker`.
 #![cfg(target_os = "linux")]
 
+#[path = "processes/admissions.rs"]
+mod admissions;
 mod common;
 #[path = "processes/crew.rs"]
 mod crew;

@@ -145,6 +145,7 @@ impl ParamAverager {
                 }
                 // A rank that was there a moment ago: each round is without one more.
                 Err(error) if is_of_the_view(&error) => progress.survived(&error),
+                Err(error @ Error::Aborted { .. }) => return Err(self.halt(error, progress)),
                 // The joiner is not like the others, or was lost before it had the model: it has left.
                 Err(error) if joins => {
                     progress.survived(&error);

@@ -74,6 +74,11 @@ impl Model {
         self.tensors[..self.tensors.len() - 1].iter().flatten().copied()
     }
 
+    /// Whether every element is this rank's own.
+    pub fn is_own(&self) -> bool {
+        self.elements().enumerate().all(|(element, x)| x == value(self.origin, element))
+    }
+
     /// Every element is the mean over the ranks that the mask names, which are returned.
     pub fn check(&self) -> Vec<usize> {
         let mask = self.tensors.last().unwrap();

@@ -10,7 +10,7 @@ use param_averager::{
 };
 
 use super::model::Model;
-use super::pairs;
+use super::{admissions, pairs};
 
 pub fn say(line: &str) {
     // Behind whatever the test harness has written.
@@ -41,6 +41,9 @@ pub fn run(role: &str) {
         "train" => train(),
         "two" => pairs::two(),
         "two_admit" => pairs::two_admit(),
+        "copies" => admissions::copies(),
+        "lets_in" => admissions::lets_in(),
+        "joins_only" => admissions::joins_only(),
         "many_recover" => pairs::many_recover(),
         "one_dropped" => pairs::one_dropped(),
         other => panic!("no role {other}"),
@@ -285,9 +288,16 @@ fn survive() -> i32 {
                     continue;
                 }
                 all = None;
+                let refills = number("PA_TEST_REFILL").is_some();
+                if refills {
+                    model.fill(); // of another rank's own when it lets a process in
+                }
                 match averager.admit(&mut model) {
                     Ok(report) => {
                         model.download();
+                        if refills && !model.is_own() {
+                            model.check();
+                        }
                         say(&format!("admitted {} {:x}", report.world_size, model.digest()));
                         if number("PA_TEST_ABORT").is_some()
                             && origin == 0

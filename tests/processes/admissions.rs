@@ -1,0 +1,234 @@
+//! What letting a process in does to the models of the others, and what is said when it fails half way.
+
+use std::io::BufRead;
+use std::time::Duration;
+
+use half::{bf16, f16};
+use param_averager::{Action, Error, LocalSgd, Parameters, Schedule, TensorMut};
+use rustix::process::Signal;
+
+use super::common::Random;
+use super::crew::{name, start, Rank};
+use super::deaths::{runs, seed};
+use super::worker::{builder, is_late, join, number, say};
+
+/// A model of every dtype.
+struct Mixed {
+    f32: Vec<f32>,
+    f64: Vec<f64>,
+    f16: Vec<f16>,
+    bf16: Vec<bf16>,
+}
+
+impl Mixed {
+    /// Finite numbers of all magnitudes, of which each origin has others.
+    fn new(origin: u64) -> Mixed {
+        let mut random = Random(origin);
+        let mut bits = || random.next();
+        let f32 = (0..1500).map(|_| f32::from_bits(bits() as u32 & 0xbf7f_ffff)).collect();
+        let f64 = (0..300).map(|_| f64::from_bits(bits() & 0xbfef_ffff_ffff_ffff)).collect();
+        let f16 = (0..4000).map(|_| f16::from_bits(bits() as u16 & 0xbbff)).collect();
+        let bf16 = (0..4000).map(|_| bf16::from_bits(bits() as u16 & 0xbf7f)).collect();
+        Mixed { f32, f64, f16, bf16 }
+    }
+
+    fn digest(&self) -> u64 {
+        let all = self.f32.iter().map(|x| u64::from(x.to_bits()));
+        let all = all.chain(self.f64.iter().map(|x| x.to_bits()));
+        let all = all.chain(self.f16.iter().map(|x| u64::from(x.to_bits())));
+        let all = all.chain(self.bf16.iter().map(|x| u64::from(x.to_bits())));
+        all.fold(0xcbf2_9ce4_8422_2325, |hash: u64, x| (hash ^ x).wrapping_mul(0x100_0000_01b3))
+    }
+}
+
+impl Parameters for Mixed {
+    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
+        visit(TensorMut::from(&mut self.f32));
+        visit(TensorMut::from(&mut self.f64));
+        visit(TensorMut::from(&mut self.f16));
+        visit(TensorMut::from(&mut self.bf16));
+    }
+}
+
+/// Averages until a process waits to join, takes a model of its own, and lets that process in.
+pub fn copies() -> i32 {
+    let communicator = join().unwrap();
+    let origin = number("PA_TEST_ORIGIN").unwrap_or(communicator.rank() as u64);
+    let mut model = Mixed::new(origin);
+    let mut averager = builder(communicator).build(&mut model).unwrap();
+    if !is_late() {
+        say("ready");
+        while !averager.average(&mut model).unwrap().joiner_waits {}
+        model = Mixed::new(origin);
+        let before = model.digest();
+        averager.admit(&mut model).unwrap();
+        assert_eq!(model.digest(), before, "letting a process in has changed the model of rank {origin}");
+    }
+    say(&format!("has {:x} of {}", model.digest(), averager.world_size()));
+    averager.average(&mut model).unwrap(); // nobody leaves before
+    0
+}
+
+/// One step of Local SGD after another until one tells more than that it averaged, with the mean of two
+/// ranks' own elements expected after each. A line on the standard input aborts the world.
+pub fn lets_in() -> i32 {
+    let communicator = join().unwrap();
+    let origin = communicator.rank();
+    let mut model = vec![vec![0.0f32; 3000]];
+    let mut sgd = LocalSgd::new(builder(communicator).build(&mut model).unwrap(), Schedule::every(1));
+    let handle = sgd.averager().abort_handle();
+    std::thread::spawn(move || {
+        if std::io::stdin().lock().read_line(&mut String::new()).is_ok_and(|bytes| bytes > 0) {
+            handle.abort();
+        }
+    });
+    say("ready");
+    loop {
+        model[0].fill(origin as f32);
+        let result = sgd.step(&mut model);
+        let is_mean = model[0].iter().all(|&x| x == 0.5);
+        match result {
+            Ok(Action::Averaged(report)) if !report.joiner_waits => assert!(is_mean),
+            Ok(action) => {
+                assert!(is_mean);
+                assert_eq!(action.report().map(|report| report.world_size), Some(2), "{action:?}");
+                say(&format!("action {action:?}"));
+                return 0;
+            }
+            Err(error) => {
+                assert!(is_mean && !error.tensors_unchanged(), "{error:?}");
+                say(&format!("error {error:?}"));
+                let Error::AfterAverage { averaged: Some(report), .. } = error else { return 7 };
+                assert!(report.joiner_waits && report.world_size == 2);
+                return 0;
+            }
+        }
+    }
+}
+
+/// Joins, and builds nothing.
+pub fn joins_only() -> i32 {
+    let communicator = join().unwrap();
+    say(&format!("joined as {}", communicator.rank()));
+    std::thread::sleep(Duration::from_secs(60));
+    drop(communicator);
+    0
+}
+
+/// Two ranks that let a process in, which has joined and does not build its averager.
+fn half_way_in(name: &str) -> (Vec<Rank>, Rank) {
+    let member = |rank: usize| {
+        let variables = [
+            ("PA_TEST_RANK", rank.to_string()),
+            ("PA_TEST_WORLD", "2".to_owned()),
+            ("PA_TEST_NAME", name.to_owned()),
+        ];
+        start("lets_in", &variables)
+    };
+    let mut members = vec![member(0), member(1)];
+    members.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    let mut joiner =
+        start("joins_only", &[("PA_TEST_JOIN", "1".to_owned()), ("PA_TEST_NAME", name.to_owned())]);
+    joiner.hear("joined as 2");
+    (members, joiner)
+}
+
+#[test]
+fn letting_a_process_in_changes_no_other_model() {
+    for n in [1, 2, 8] {
+        let name = name();
+        let mut ranks: Vec<Rank> = (0..n)
+            .map(|rank| {
+                let variables = [
+                    ("PA_TEST_RANK", rank.to_string()),
+                    ("PA_TEST_WORLD", n.to_string()),
+                    ("PA_TEST_NAME", name.clone()),
+                ];
+                start("copies", &variables)
+            })
+            .collect();
+        ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        let variables = [
+            ("PA_TEST_JOIN", "1".to_owned()),
+            ("PA_TEST_ORIGIN", n.to_string()),
+            ("PA_TEST_NAME", name.clone()),
+        ];
+        ranks.push(start("copies", &variables));
+        for rank in &mut ranks {
+            assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        }
+        let has: Vec<String> = ranks.iter().map(|rank| rank.said("has")[0].clone()).collect();
+        let of = |rank: usize| format!("{:x} of {}", Mixed::new(rank as u64).digest(), n + 1);
+        for (rank, has) in has[..n].iter().enumerate() {
+            assert_eq!(*has, of(rank));
+        }
+        assert_eq!(has[n], of(0), "the joiner has a copy of rank 0's model");
+    }
+}
+
+/// The average that was due was made, so no error may say that nothing was changed.
+#[test]
+fn an_abort_while_a_process_is_let_in_tells_both_halves() {
+    let (mut members, joiner) = half_way_in(&name());
+    std::thread::sleep(Duration::from_millis(100));
+    members[0].enough();
+    for rank in &mut members {
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        let error = &rank.said("error")[0];
+        assert!(error.contains("AfterAverage") && error.contains("cause: Aborted"), "{error}");
+    }
+    drop(joiner);
+}
+
+/// A joiner that never builds, or dies: the others have averaged, and say so, also the last one.
+#[test]
+fn a_joiner_that_is_lost_on_its_way_does_not_hide_the_average() {
+    for last in [false, true] {
+        let (mut members, joiner) = half_way_in(&name());
+        if last {
+            members[1].signal(Signal::KILL);
+        }
+        joiner.signal(Signal::KILL);
+        for rank in &mut members[..if last { 1 } else { 2 }] {
+            assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+            let action = &rank.said("action")[0];
+            assert!(action.starts_with("Averaged"), "{action}");
+        }
+    }
+}
+
+/// Without all-or-nothing, too, a member has its own elements or the mean over all members, whenever the
+/// joiner dies: never a mean of what was half written.
+#[test]
+fn a_joiner_that_dies_at_any_time_leaves_whole_models() {
+    let rounds = runs("PA_TEST_HALF_JOINS", 12);
+    let mut chance = Random(seed());
+    let name = name();
+    let more = [("PA_TEST_ALL_OR_NOTHING", "0".to_owned()), ("PA_TEST_REFILL", "1".to_owned())];
+    let mut ranks: Vec<Rank> = (0..2)
+        .map(|rank| {
+            let variables = [
+                ("PA_TEST_RANK", rank.to_string()),
+                ("PA_TEST_WORLD", "2".to_owned()),
+                ("PA_TEST_NAME", name.clone()),
+            ];
+            start("survive", &[&variables[..], &more].concat())
+        })
+        .collect();
+    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    for _ in 0..rounds {
+        let variables = [
+            ("PA_TEST_JOIN", "1".to_owned()),
+            ("PA_TEST_ORIGIN", "2".to_owned()),
+            ("PA_TEST_NAME", name.clone()),
+        ];
+        let mut joiner = start("survive", &[&variables[..], &more].concat());
+        std::thread::sleep(Duration::from_micros(chance.below(40_000)));
+        joiner.signal(Signal::KILL);
+        assert_eq!(joiner.end(), None, "{:#?}", joiner.heard);
+    }
+    ranks.iter_mut().for_each(|rank| rank.enough());
+    for rank in &mut ranks {
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+    }
+}
