@@ -74,7 +74,7 @@ struct PaRecord {
   double weight;
   uint64_t buckets;  // PaBucket*, which PA_DIRECT lets every rank read
   uint64_t detail;   // PA_FLAG_LAYOUT: index of the tensor that differs. Non-finite: PaChannel.bad
-  uint64_t found;    // PA_FLAG_LAYOUT: (dtype << 56) | elements found
+  uint64_t found;    // PA_FLAG_LAYOUT: (dtype << 56) | elements found. Else: where in its schedule the rank is, for PA_SCHEDULE
   uint32_t flags;    // PaFlag
   uint32_t reserved;
 };
@@ -118,8 +118,8 @@ struct PaChannel {
   uint32_t step;        // protocol steps it had made by then
   uint32_t committed;   // 1: tensors may have been written
   uint64_t bad;         // 0, or 1 + (bucket << 56 | element of the bucket): a NaN or an infinity in the own tensors
-  uint64_t detail;      // of the record of rank `peer`, where the outcome is about one
-  uint64_t found;       // the same
+  uint64_t detail;      // of the record of rank `peer`, where the outcome is about one. PA_SCHEDULE: `found` of rank 0's record
+  uint64_t found;       // of the record of rank `peer`. PA_BAD_WEIGHT: its weight
   uint64_t waited_ns;   // time spent waiting for peers, over all launches of this average
   double divisor;       // what sums in f64 are divided by, agreed at the meeting
   double divisor_f32;   // what sums in f32 are divided by: the scales were rounded to f32

@@ -182,10 +182,12 @@ PA_FN void ends(Place p, uint32_t code, uint32_t where) {
   p.me->where = where;
   // No other kind is about a record: a rank that others gave up on may be writing its own at this moment.
   const uint32_t kind = kind_of(code);
-  const bool about_record = mutant(51) || kind == PA_LAYOUT || kind == PA_NON_FINITE || kind == PA_BAD_WEIGHT;
+  const bool about_record = mutant(51) || kind == PA_LAYOUT || kind == PA_NON_FINITE || kind == PA_BAD_WEIGHT || kind == PA_SCHEDULE;
   const PaRecord& record = p.control()->board[rank_of(code)].record[p.epoch & 1];
   p.me->detail = about_record ? record.detail : 0;
   p.me->found = about_record ? record.found : 0;
+  if (kind == PA_BAD_WEIGHT) memcpy(&p.me->found, &record.weight, sizeof record.weight);
+  if (kind == PA_SCHEDULE) p.me->detail = p.control()->board[0].record[p.epoch & 1].found; // compared with that of rank 0
 }
 
 // A wait ended with `failure`. True if that ends this rank's average; false if the others have already decided that all

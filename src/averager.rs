@@ -32,6 +32,7 @@ pub(crate) use tensors::{Plain, Tensors};
 use crate::abi::*;
 use crate::backend::Unstarted;
 use crate::error::Stage;
+use crate::schedule::place;
 use crate::world::{AbortHandle, Agreement, Communicator};
 use crate::{Error, Parameters, Result};
 use memory::Own;
@@ -102,8 +103,10 @@ pub struct ParamAverager {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Call {
     pub(crate) weight: Option<f64>,
-    /// What the schedule makes of it; 0: it was asked for by hand.
+    /// Digest of the schedule and of the place in it; 0: outside of every schedule.
     pub(crate) schedule: u64,
+    /// The place in the schedule: a step, or one of `schedule::place`. For errors.
+    pub(crate) place: u64,
     /// This rank has nothing to average, but takes part if another has.
     pub(crate) unneeded: bool,
     /// This rank takes part, but its tensors stay as they are. By the ring only.
@@ -113,7 +116,7 @@ pub(crate) struct Call {
 impl Call {
     /// An average outside of every schedule.
     pub(crate) fn by_hand(weight: Option<f64>) -> Call {
-        Call { weight, schedule: 0, unneeded: false, keeps: false }
+        Call { weight, schedule: 0, place: place::BY_HAND, unneeded: false, keeps: false }
     }
 }
 
@@ -258,7 +261,7 @@ impl ParamAverager {
             schedule: call.schedule,
             weight: call.weight.unwrap_or(1.0),
             detail: problem.map_or(0, |problem| problem.tensor),
-            found: problem.map_or(call.weight.unwrap_or(1.0).to_bits(), |problem| problem.found),
+            found: problem.map_or(call.place, |problem| problem.found),
             flags: self.args.flags
                 | flag(PA_FLAG_WEIGHTED, call.weight.is_some())
                 | flag(PA_FLAG_UNNEEDED, call.unneeded)

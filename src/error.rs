@@ -184,11 +184,15 @@ pub enum Error {
         problem: String,
     },
 
-    /// Ranks average at different points of their schedules. No tensor was changed.
-    #[error("rank {rank} is at another point of its schedule than rank 0: use the same Schedule everywhere and call step once for every optimizer step on every rank, skip where a step was skipped; see LocalSgd")]
+    /// Ranks average at different points of their schedules. No tensor was changed, and every rank can go on.
+    #[error("rank {rank} averages {found}, rank 0 {expected} (no tensor was changed): use the same Schedule on every rank, and call step once for each optimizer step, or skip where it was left out; a rank that has made fewer steps than the others and is in `finish` calls it again until they are there, too")]
     SchedulesDiffer {
         /// The first rank that differs from rank 0.
         rank: usize,
+        /// Its place in the schedule, such as "after step 12".
+        found: String,
+        /// Rank 0's.
+        expected: String,
     },
 
     /// Some ranks passed a weight and some did not. No tensor was changed.

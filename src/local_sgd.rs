@@ -1,6 +1,7 @@
 //! Local SGD: count optimizer steps, average when the schedule says so.
 
 use crate::averager::{Call, Halt, Outcome, Plain, Progress, Regrouped, Tensors};
+use crate::schedule::place;
 use crate::world::Admission;
 use crate::{Error, ParamAverager, Parameters, Report, Result, Schedule};
 
@@ -22,10 +23,6 @@ pub struct LocalSgd {
     since_average: u64,
     averages: u64,
 }
-
-/// Reasons to average that are no position in a schedule: no step is counted so far.
-const FINISH: u64 = u64::MAX;
-const RECOVER: u64 = u64::MAX - 1;
 
 /// What a call of [`LocalSgd`] did.
 #[derive(Clone, Debug, PartialEq)]
@@ -152,7 +149,7 @@ impl LocalSgd {
     }
 
     pub(crate) fn finish_with(&mut self, tensors: &mut impl Tensors) -> Result<Action> {
-        self.average(tensors, FINISH)
+        self.average(tensors, place::FINISH)
     }
 
     pub(crate) fn recover_with(&mut self, tensors: &mut impl Tensors) -> Result<Action> {
@@ -170,7 +167,7 @@ impl LocalSgd {
                 None => {}
             }
             self.since_average += 1; // whatever was half written
-            match self.average(tensors, RECOVER) {
+            match self.average(tensors, place::RECOVERY) {
                 // Another rank is lost, and the next view is without it.
                 Err(error @ (Error::PeerLost { .. } | Error::Timeout { .. })) => progress.survived(&error),
                 made => return made.map_err(|error| progress.halt(error)),
@@ -201,12 +198,13 @@ impl LocalSgd {
         Ok(action)
     }
 
-    fn average(&mut self, tensors: &mut impl Tensors, reason: u64) -> Result<Action> {
+    fn average(&mut self, tensors: &mut impl Tensors, place: u64) -> Result<Action> {
         if self.is_alone() {
             return Ok(Action::Alone);
         }
         let call = Call {
-            schedule: self.schedule.digest(reason),
+            schedule: self.schedule.digest(place),
+            place,
             unneeded: self.since_average == 0,
             ..Call::by_hand(None)
         };

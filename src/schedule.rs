@@ -10,6 +10,25 @@ pub struct Schedule {
     warmup: u64,
 }
 
+/// Places in a schedule that are no step: no step is counted so far.
+pub(crate) mod place {
+    pub(crate) const FINISH: u64 = u64::MAX;
+    pub(crate) const RECOVERY: u64 = u64::MAX - 1;
+    pub(crate) const ADMISSION: u64 = u64::MAX - 2;
+    pub(crate) const BY_HAND: u64 = u64::MAX - 3;
+
+    /// In words, after "averages".
+    pub(crate) fn in_words(place: u64) -> String {
+        match place {
+            FINISH => "in `finish`".into(),
+            RECOVERY => "in a recovery".into(),
+            ADMISSION => "to let a process in".into(),
+            BY_HAND => "outside of a schedule".into(),
+            step => format!("after step {step}"),
+        }
+    }
+}
+
 impl Schedule {
     /// An average after every `h`-th step.
     ///
@@ -40,10 +59,10 @@ impl Schedule {
         step.saturating_add(self.every - past)
     }
 
-    /// What ranks compare before they average: two that average for different reasons have different ones.
-    pub(crate) fn digest(&self, reason: u64) -> u64 {
+    /// The value that ranks compare before they average. It differs where the schedules or the places in them do.
+    pub(crate) fn digest(&self, place: u64) -> u64 {
         // FNV-1a over the words; 0 is the digest of an average outside of any schedule.
-        let words = [self.every, self.warmup, reason];
+        let words = [self.every, self.warmup, place];
         let bytes = words.iter().flat_map(|word| word.to_le_bytes());
         bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
             | 1

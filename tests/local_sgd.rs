@@ -92,12 +92,12 @@ fn alone_or_disabled_it_only_counts() {
 #[test]
 fn schedules_that_differ_are_an_error_everywhere_and_never_a_hang() {
     // Other H; other warm-up; one rank finishes while the others are due.
-    let cases: [(Schedule, bool); 3] = [
-        (Schedule::every(4), false),
-        (Schedule::every(2).after_warmup(2), false),
-        (Schedule::every(2), true),
+    let cases: [(Schedule, bool, &str, &str); 3] = [
+        (Schedule::every(4), false, "after step 4", "after step 2"),
+        (Schedule::every(2).after_warmup(2), false, "after step 1", "after step 2"),
+        (Schedule::every(2), true, "in `finish`", "after step 2"),
     ];
-    for (schedule, finishes) in cases {
+    for (schedule, finishes, found, expected) in cases {
         let errors = ranks(3, |communicator| {
             let odd = communicator.rank() == 2;
             let mut model = vec![communicator.rank() as f32; 4];
@@ -111,8 +111,40 @@ fn schedules_that_differ_are_an_error_everywhere_and_never_a_hang() {
             assert!(error.tensors_unchanged());
             error
         });
-        assert_eq!(errors, vec![Error::SchedulesDiffer { rank: 2 }; 3]);
+        let (found, expected) = (found.to_owned(), expected.to_owned());
+        assert_eq!(errors, vec![Error::SchedulesDiffer { rank: 2, found, expected }; 3]);
     }
+    // The same step of two schedules.
+    let errors = ranks(2, |communicator| {
+        let schedule = Schedule::every(2 + communicator.rank() as u64).after_warmup(1);
+        let mut model = vec![1.0f32; 4];
+        let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let mut sgd = LocalSgd::new(averager, schedule);
+        sgd.step(&mut model).unwrap_err().to_string()
+    });
+    let says = "rank 1 averages after step 1 of another schedule, rank 0 after step 1";
+    assert!(errors[0].contains(says) && errors[0] == errors[1], "{errors:?}");
+}
+
+/// What the error says to do: the rank that has run out of steps calls `finish` again and again.
+#[test]
+fn a_rank_with_fewer_steps_finishes_until_the_others_do() {
+    let seen = ranks(3, |communicator| {
+        let rank = communicator.rank();
+        let mut model = vec![rank as f32; 4];
+        let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let mut sgd = LocalSgd::new(averager, Schedule::every(2));
+        let mut differed = 0;
+        for _ in 0..if rank == 1 { 3 } else { 8 } {
+            differed += usize::from(matches!(sgd.step(&mut model), Err(Error::SchedulesDiffer { .. })));
+        }
+        while let Err(error) = sgd.finish(&mut model) {
+            assert!(matches!(error, Error::SchedulesDiffer { .. }), "{error}");
+            differed += 1;
+        }
+        (model, differed)
+    });
+    assert!(seen.iter().all(|(model, differed)| *model == seen[0].0 && *differed == 3), "{seen:?}");
 }
 
 #[test]

@@ -7,6 +7,7 @@ use super::{Call, Outcome, ParamAverager, Report};
 use crate::abi::*;
 use crate::backend::Unstarted;
 use crate::error::Stage;
+use crate::schedule::place;
 use crate::world::Failure;
 use crate::{Error, Result};
 
@@ -46,7 +47,16 @@ impl ParamAverager {
             PA_UNNEEDED => return Ok(Outcome::Unneeded),
             PA_NON_FINITE => self.non_finite(rank, status.detail),
             PA_LAYOUT => self.table.error(rank, problem),
-            PA_SCHEDULE => Error::SchedulesDiffer { rank },
+            PA_SCHEDULE if status.found == status.detail => Error::SchedulesDiffer {
+                rank,
+                found: format!("{} of another schedule", place::in_words(status.found)),
+                expected: place::in_words(status.detail),
+            },
+            PA_SCHEDULE => Error::SchedulesDiffer {
+                rank,
+                found: place::in_words(status.found),
+                expected: place::in_words(status.detail),
+            },
             PA_WEIGHTING => Error::WeightingDiffers { rank },
             PA_BAD_WEIGHT => Error::Weight { rank, weight: f64::from_bits(status.found) },
             PA_NO_WEIGHT => Error::NoWeight,

@@ -4,11 +4,9 @@ use super::progress::Halt;
 use super::rebuild::is_of_the_view;
 use super::{Call, Outcome, ParamAverager, Plain, Progress, Report, Tensors};
 use crate::error::Stage;
+use crate::schedule::place;
 use crate::world::{Admission, Communicator};
 use crate::{Error, Parameters, Result};
-
-/// Reason of the average that gives a process that joined its model; no schedule asks for it.
-const ADMIT: u64 = u64::MAX;
 
 /// An averager's way to the next view of its world.
 pub(crate) struct Regrouped {
@@ -184,7 +182,8 @@ impl ParamAverager {
         let counts = is_member && (is_mean || self.rank() == 0);
         let call = Call {
             weight: Some(if counts { 1.0 } else { 0.0 }),
-            schedule: ADMIT,
+            schedule: u64::MAX, // the digest of no schedule
+            place: place::ADMISSION,
             unneeded: false,
             keeps: is_member && !is_mean,
         };

@@ -148,7 +148,7 @@ inline void layout() {
             if (kind == PA_BAD_WEIGHT || kind == PA_NO_WEIGHT) call.flags |= PA_FLAG_WEIGHTED, call.weight = kind == PA_NO_WEIGHT ? 0 : 1;
             if (r != peer) continue;
             if (kind == PA_LAYOUT) call.flags |= PA_FLAG_LAYOUT, call.detail = k, call.found = 1000 + k;
-            if (kind == PA_SCHEDULE) ++call.schedule;
+            if (kind == PA_SCHEDULE) ++call.schedule, call.found = 2000 + k;
             if (kind == PA_WEIGHTING) call.flags |= PA_FLAG_WEIGHTED;
             if (kind == PA_BAD_WEIGHT) call.weight = bad[k % 3];
           }
@@ -156,6 +156,7 @@ inline void layout() {
         },
         [&](uint32_t k, uint32_t r, const Outcome& o) {
           expect_outcome(w, r, k, o, kind_at(k), peer_at(k));
+          if (o.kind == PA_SCHEDULE && (o.detail != 0 || o.found != 2000 + k)) wrong("rank %u was told the wrong places in the schedule", r);
           if (o.kind == PA_LAYOUT && (o.detail != k || o.found != 1000 + k)) wrong("rank %u was told the wrong tensor of the layout", r);
         });
   }
