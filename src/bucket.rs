@@ -49,7 +49,7 @@ pub fn plan(shapes: &[Shape]) -> (Vec<Bucket>, Vec<Place>) {
                 first_pack: bucket.packs,
             });
             bucket.tensors.push(index);
-            bucket.packs += packs(*shape);
+            bucket.packs = bucket.packs.saturating_add(packs(*shape));
         }
         if bucket.packs > 0 {
             buckets.push(bucket);
@@ -77,7 +77,8 @@ pub fn shard_packs(channel_packs: u64, world: u32, chunk: u32) -> u64 {
 
 /// Up to a multiple of [`PA_ALIGN_PACKS`].
 pub fn align_up(packs: u64) -> u64 {
-    packs.next_multiple_of(u64::from(PA_ALIGN_PACKS))
+    let align = u64::from(PA_ALIGN_PACKS);
+    packs.checked_next_multiple_of(align).unwrap_or(u64::MAX / align * align)
 }
 
 impl Bucket {

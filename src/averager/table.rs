@@ -18,6 +18,12 @@ pub(super) struct Layout {
     shapes: Vec<Shape>,
 }
 
+/// Elements of a tensor at most: no memory is longer. Larger numbers come of a wrong length in
+/// `TensorMut::from_raw_parts`, and would overflow sums of sizes.
+fn most_elements(dtype: Dtype) -> u64 {
+    isize::MAX as u64 / dtype.size() as u64
+}
+
 /// Tensors, and where each lies in its bucket.
 #[derive(Debug)]
 pub(super) struct Table {
@@ -53,6 +59,7 @@ const FOREIGN: u64 = 22;
 const OTHER_CONTEXT: u64 = 23;
 const UNTRACKED: u64 = 24;
 const IN_A_GRAPH: u64 = 25;
+const TOO_LONG: u64 = 26;
 const SHIFT: u32 = 56;
 
 impl Table {
@@ -65,7 +72,10 @@ impl Table {
         let (mut names, mut shapes) = (vec![], vec![]);
         params.visit(&mut |tensor| {
             names.push(tensor.name().unwrap_or_default().to_owned());
-            shapes.push(Shape { dtype: tensor.dtype(), elements: tensor.len() as u64 });
+            let (dtype, elements) = (tensor.dtype(), tensor.len() as u64);
+            // `refresh` refuses a tensor that is too long, whatever its shape is here.
+            let elements = if elements > most_elements(dtype) { 0 } else { elements };
+            shapes.push(Shape { dtype, elements });
         });
         let mut table = Table::of(Arc::new(Layout { device, site, names, shapes }));
         let problem = table.refresh(params).err();
@@ -76,7 +86,8 @@ impl Table {
     pub(super) fn of(layout: Arc<Layout>) -> Table {
         let (buckets, places) = bucket::plan(&layout.shapes);
         let raw = buckets.iter().map(|_| bytemuck::Zeroable::zeroed()).collect();
-        let bytes = layout.shapes.iter().map(|shape| shape.elements * shape.dtype.size() as u64).sum();
+        let bytes = layout.shapes.iter().map(|shape| shape.elements * shape.dtype.size() as u64);
+        let bytes = bytes.fold(0, u64::saturating_add);
         let spans = Vec::with_capacity(layout.shapes.len());
         Table { layout, places, buckets, raw, spans, bytes, moved: true, unchecked: true }
     }
@@ -105,6 +116,9 @@ impl Table {
     fn take(&mut self, index: usize, tensor: &TensorMut<'_>) -> Result<(), u64> {
         let found = u64::from(tensor.dtype().code()) << SHIFT | tensor.len() as u64;
         let Some(&shape) = self.layout.shapes.get(index) else { return Err(EXTRA << SHIFT) };
+        if tensor.len() as u64 > most_elements(tensor.dtype()) {
+            return Err(TOO_LONG << SHIFT);
+        }
         if shape != (Shape { dtype: tensor.dtype(), elements: tensor.len() as u64 }) {
             return Err(found);
         }
@@ -169,6 +183,7 @@ impl Table {
         let trouble = |problem: &str| Error::Tensor { rank, tensor: tensor(), problem: problem.into() };
         match what {
             NULL => trouble("has a null pointer: pass the address of its first element"),
+            TOO_LONG => trouble("is longer than any memory: pass its length in elements"),
             MISALIGNED => trouble(
                 "does not lie at a multiple of its element's size: pass the address of its first element",
             ),

@@ -81,6 +81,32 @@ fn averagers_are_recovered_in_any_order() {
     }
 }
 
+/// Meeting, building, averaging, recovering and joining with a timeout that no clock can add to.
+#[test]
+fn the_longest_timeouts_are_timeouts() {
+    let longest = u64::MAX.to_string();
+    let timeouts = [("PA_TEST_TIMEOUT_MS", longest.clone()), ("PA_TEST_MEET_MS", longest)];
+    let name = name();
+    let start = |rank: usize, more: &[(&'static str, String)]| {
+        let mut variables = vec![("PA_TEST_NAME", name.clone()), ("PA_TEST_FINAL", "3".to_owned())];
+        variables.extend_from_slice(&timeouts);
+        variables.extend_from_slice(more);
+        variables.push(("PA_TEST_ORIGIN", rank.to_string()));
+        start("survive", &variables)
+    };
+    let member =
+        |rank: usize| start(rank, &[("PA_TEST_RANK", rank.to_string()), ("PA_TEST_WORLD", "3".to_owned())]);
+    let mut ranks: Vec<Rank> = (0..3).map(member).collect();
+    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    ranks[1].signal(Signal::KILL);
+    ranks[0].hear("recovered");
+    ranks[1] = start(3, &[("PA_TEST_JOIN", "1".to_owned())]);
+    for rank in &mut ranks {
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        assert_eq!(rank.said("done"), ["[0, 2, 3]"]);
+    }
+}
+
 /// An averager that one rank has dropped can't be built again; the others can.
 #[test]
 fn an_averager_that_a_rank_has_dropped_is_named() {
