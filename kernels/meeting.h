@@ -32,15 +32,17 @@ PA_FN uint32_t verdict(const PaControl* control, uint32_t world, uint32_t epoch)
 }
 
 // What each rank's values are multiplied by and what the sum is divided by: w / max w and Σ w / max w, both times a
-// power of two that is at most 1 / world, so that no partial sum overflows where the mean does not. Exact for equal
-// weights, subnormal values aside.
+// power of two that is at most 1 over the number of ranks that count, so that no partial sum overflows where the mean does
+// not. Exact for equal weights, subnormal values aside. Both are 1 where one rank counts: its values arrive unchanged.
 PA_FN void agree_on_scales(const PaControl* control, uint32_t world, uint32_t epoch, PaChannel* me) {
   double most = 0, part = 1, sum = 0, sum_f32 = 0;
-  for (uint32_t power = 1; power < world; power *= 2) part *= 0.5;
+  uint32_t count = 0;
   for (uint32_t r = 0; r < world; ++r) {
     const double w = control->board[r].record[epoch & 1].weight;
     if (w > most) most = w;
+    if (w > 0) ++count;
   }
+  for (uint32_t power = 1; power < count; power *= 2) part *= 0.5;
   for (uint32_t r = 0; r < world; ++r) {
     const double w = control->board[r].record[epoch & 1].weight;
     const double scale = w / most * part;

@@ -36,7 +36,7 @@ template <class T, bool kF32> struct Ring {
   const PaBucket& bucket;
   uint32_t index; // of the bucket
   S scale, divisor;
-  bool contributes, rejects;
+  bool contributes, rejects, keeps;
 
   PA_FN Ring(Block& b_, const PaBucket& bucket_, uint32_t index_) : b(b_), bucket(bucket_), index(index_) {
     const double own = b.me->scale[b.a.rank];
@@ -44,6 +44,7 @@ template <class T, bool kF32> struct Ring {
     scale = contributes ? S(own) : S(0);
     divisor = S(PA_SAME(S, float) ? b.me->divisor_f32 : b.me->divisor);
     rejects = (b.a.flags & PA_FLAG_REJECT_NON_FINITE) && contributes;
+    keeps = (b.a.flags & PA_FLAG_KEEP) && !mutant(68);
   }
 
   template <int K> PA_FN Wide<T, K> own_share(const Raw<T, K>& raw, Suspicion<T>& suspicion) const {
@@ -64,7 +65,7 @@ template <class T, bool kF32> struct Ring {
     Suspicion<T> suspicion;
     each_own<T>(b.ex, bucket, r.begin, r.end,
                 [&](const auto& own, auto g, uint32_t i) {
-                  return contributes ? own_share<g.kPacks>(own.template get<g.kPacks>(i), suspicion) : zero<T, g.kPacks>();
+                  return contributes ? own_share<g.kPacks>(own.template get<g.kPacks>(i), suspicion) : nothing<T, g.kPacks>();
                 },
                 [&](const auto&, auto g, uint32_t i, const auto& x) { out.template put<g.kPacks>(i, x); });
     after(suspicion, r);
@@ -104,25 +105,27 @@ template <class T, bool kF32> struct Ring {
   // … or → own tensors and outbox.
   PA_FN bool finish_and_send(Range r) {
     return receive_and_add<true>(r, [&] {
-      return [this, out = b.outbox(), far = b.far](const auto& own, auto g, uint32_t i, const auto& x) {
+      return [this, out = b.outbox(), far = b.far, keeps = keeps](const auto& own, auto g, uint32_t i, const auto& x) {
         const auto raw = narrow<T, g.kPacks>(mean_of<g.kPacks>(x));
-        own.template put<g.kPacks>(i, raw);
+        if (!keeps) own.template put<g.kPacks>(i, raw);
         pass_raw<T, g.kPacks>(out + 16 * uint64_t(i), raw, far);
       };
     });
   }
 
-  // `in` → own tensors, and → outbox. kStream: past the caches, where the tensors were not read a moment ago.
+  // `in` → own tensors, unless they are kept, and → outbox. kStream: past the caches, where the tensors were not read a moment ago.
   template <bool kReceive, bool kSend, bool kStream> PA_FN bool pass_on(Range r, const char* shard) {
     if (!b.enter<kReceive, kSend>(PA_AT_GATHER, bucket.chunk)) return false;
     const char* in = kReceive ? b.inbox() : shard;
     char* out = kSend ? b.outbox() : nullptr;
-    const bool far = b.far;
+    const bool far = b.far, writes = !keeps;
     each_own<T>(b.ex, bucket, r.begin, r.end,
                 [&](const auto&, auto g, uint32_t i) { return load_raw<T, g.kPacks>(in + 16 * uint64_t(i)); },
                 [&](const auto& own, auto g, uint32_t i, const auto& raw) {
-                  if (kStream) own.template stream<g.kPacks>(i, raw);
-                  else own.template put<g.kPacks>(i, raw);
+                  if (writes) {
+                    if (kStream) own.template stream<g.kPacks>(i, raw);
+                    else own.template put<g.kPacks>(i, raw);
+                  }
                   if (kSend) pass_raw<T, g.kPacks>(out + 16 * uint64_t(i), raw, far);
                 });
     b.leave<kReceive, kSend>();

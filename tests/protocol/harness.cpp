@@ -20,7 +20,7 @@ struct Scenario {
 };
 constexpr Scenario kScenarios[] = {
     {"ring", ring},           {"commit", commit},   {"direct", direct}, {"largest", largest}, {"wrap", wrap},
-    {"weights", weights},     {"guests", guests},   {"layout", layout}, {"non_finite", non_finite},
+    {"weights", weights},     {"guests", guests},   {"keep", keep},       {"layout", layout}, {"non_finite", non_finite},
     {"timeout", timeout},     {"left", left},       {"abort", aborted},   {"decision", decision},
     {"leave_at_each_step", leave_at_each_step},               {"turns", turns},       {"beside", beside},   {"stopped", stopped},
 };

@@ -77,6 +77,37 @@ inline void weights() {
     }
 }
 
+// Ranks that keep their tensors: the others get the mean all the same. As where a process joins: one rank counts, its bits
+// arrive with those that do not keep theirs, and theirs, which may be anything, count for nothing.
+inline void keep() {
+  uint64_t seed = 57;
+  for (Mode mode : {Mode::kRing, Mode::kCommit})
+    for (uint32_t world : {2u, 3u, 5u}) {
+      World w(setup_of(mode, world, 2, seed++));
+      const auto script_at = [&](uint32_t k) {
+        Script script = script_of(w, k);
+        const uint32_t giver = k % world;
+        for (uint32_t r = 0; r < world; ++r) {
+          const bool keeps = k % 3 == 2 ? r == giver : r != (giver + 1) % world;
+          if (keeps) script.plan.keepers.push_back(r), script.calls[r].flags |= PA_FLAG_KEEP;
+          if (k % 3 == 2) continue; // all count
+          script.plan.weights.push_back(r == giver ? 0.3 : 0);
+          if (r != giver) script.plan.useless.push_back(r);
+          script.calls[r].flags |= PA_FLAG_WEIGHTED, script.calls[r].weight = script.plan.weights[r];
+        }
+        return script;
+      };
+      const auto good = [&](uint32_t k, uint32_t r, const Outcome& o) {
+        expect_outcome(w, r, k, o, PA_COMMITTED, 0);
+        const Plan plan = script_at(k).plan;
+        if (k % 3 == 2 || plan.keeps(r)) return;
+        if (check(w, plan, r, Expect::kMean) != local_digest(w, plan, k % world))
+          wrong("%s, average %u: rank %u has other bits than the only rank that counts", name_of(mode), k, r);
+      };
+      run_script(w, 7, script_at, good);
+    }
+}
+
 // A rank that knows of a guest: after that average every rank does, and after the next none.
 inline void guests() {
   uint64_t seed = 55;
