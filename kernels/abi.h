@@ -65,7 +65,7 @@ struct PaBucket {
   uint32_t segment_count;
   uint32_t dtype;    // PaDtype
   uint32_t chunk;    // data packs that one slot carries at most; a multiple of PA_ALIGN_PACKS
-  uint32_t wire_f32; // 1: partial sums of f16 or bf16 travel as f32, two wire packs for one data pack
+  uint32_t wire_f32; // 1: partial sums of f16 or bf16, which more than two ranks send, travel as f32: two wire packs for one data pack
 };
 
 // What a rank says as it enters an average: everything that must agree, and its weight.

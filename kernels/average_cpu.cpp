@@ -18,10 +18,27 @@ PA_FN void run_phase(const Exec& ex, const PaArgs& args, uint32_t phase) {
 }
 } // namespace PA_ISA
 
+// The trainer's thread may round in another direction, take subnormal numbers for zero or trap: results must not depend on that.
+struct UsualArithmetic {
+#if defined(__SSE2__)
+  const unsigned before = _mm_getcsr();
+  UsualArithmetic() { _mm_setcsr(0x1f80); } // to nearest, nothing flushed, nothing trapped
+  ~UsualArithmetic() { _mm_setcsr(before); }
+#elif defined(__aarch64__)
+  uint64_t before;
+  UsualArithmetic() {
+    asm volatile("mrs %0, fpcr" : "=r"(before)::"memory");
+    asm volatile("msr fpcr, %0" ::"r"(uint64_t(0)) : "memory");
+  }
+  ~UsualArithmetic() { asm volatile("msr fpcr, %0" ::"r"(before) : "memory"); }
+#endif
+};
+
 #if !defined(PA_LANES)
 #define PA_JOIN(a, b) a##b
 #define PA_NAME(prefix, isa) PA_JOIN(prefix, isa)
 extern "C" void PA_NAME(pa_run_block_, PA_ISA)(const PaArgs* args, uint32_t phase, uint32_t channel) {
+  const UsualArithmetic usual;
   PA_ISA::run_phase(PA_ISA::Exec{channel}, *args, phase);
 }
 #endif

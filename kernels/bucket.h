@@ -49,7 +49,7 @@ struct Part {
   uint32_t tail;
 };
 
-// Calls f with each part of packs begin … end.
+// Calls f with each part of packs begin … end, of which there are fewer than 2^32.
 template <class T, class F> PA_FN void each_part(const PaBucket& bucket, uint64_t begin, uint64_t end, F f) {
   constexpr uint64_t N = Element<T>::kPerPack;
   const PaSegment* segments = at<const PaSegment>(bucket.segments);
@@ -69,6 +69,19 @@ template <class T, class F> PA_FN void each_part(const PaBucket& bucket, uint64_
     f(Part{s, from * 16, uint32_t(start + from - begin), uint32_t(start + whole - begin), uint32_t(start + to - begin),
            mutant(17) ? uint32_t(N) : uint32_t(elements - full * N)});
   }
+}
+
+// A Part counts packs in 32 bits, so a range is taken in pieces: f(begin, end) with at most so many packs each.
+constexpr uint64_t kMostPacks = 1u << 30;
+template <class F> PA_FN void in_pieces(uint64_t begin, uint64_t end, uint64_t most, F f) {
+  for (uint64_t next; begin < end; begin = next) {
+    next = end - begin < most || (mutant(71) && most == kMostPacks) ? end : begin + most;
+    f(begin, next);
+  }
+}
+// each_part() of any range.
+template <class T, class F> PA_FN void each_part_of_any(const PaBucket& bucket, uint64_t begin, uint64_t end, F f) {
+  in_pieces(begin, end, kMostPacks, [&](uint64_t from, uint64_t to) { each_part<T>(bucket, from, to, f); });
 }
 
 // The packs of one part, by load(access, group, i) and store(access, group, i, value). whole() and ragged() make the
@@ -139,12 +152,11 @@ template <class T> PA_SLOW void name_non_finite(const PaBucket* bucket, uint32_t
 // Reads the range of the own tensors, looking for NaN and infinity.
 template <class T> PA_FN void scan_range(const Exec& ex, const PaBucket& bucket, uint32_t index, Range range, PaChannel* me) {
   constexpr uint64_t kStep = 1u << 14; // packs between two looks at the result
-  for (uint64_t begin = range.begin; begin < range.end; begin += kStep) {
-    const uint64_t end = least(begin + kStep, range.end);
+  in_pieces(range.begin, range.end, kStep, [&](uint64_t begin, uint64_t end) {
     Suspicion<T> suspicion;
     each_own<T>(ex, bucket, begin, end, [&](const auto& own, auto g, uint32_t i) { return own.template get<g.kPacks>(i); },
                 [&](const auto&, auto g, uint32_t, const auto& raw) { suspicion.template look<g.kPacks>(widen<T, g.kPacks>(raw)); });
     if (suspicion.found()) name_non_finite<T>(&bucket, index, begin, end, me);
-  }
+  });
 }
 } // namespace PA_ISA

@@ -1,6 +1,7 @@
 // The direct average, where every rank can address every tensor of every other: the owner of a part reads its n values,
-// adds them in rank order, divides, rounds once, and writes n results. No mailboxes, 2·S of memory traffic a rank. The
-// meeting is the entry barrier and the commit; nobody leaves before all have left off everybody's tensors.
+// adds them in rank order, divides, rounds once, and writes n results. Values that are the same on all ranks that count stay
+// as they are, bit for bit. No mailboxes, 2·S of memory traffic a rank. The meeting is the entry barrier and the commit;
+// nobody leaves before all have left off everybody's tensors.
 #pragma once
 #include "meeting.h"
 
@@ -15,12 +16,15 @@ template <class T, int kMost> struct Direct {
   const PaBucket& bucket;
   S scale_of[kMost + 1];
   S divisor;
+  uint32_t first; // rank that counts
 
   PA_FN Direct(Block& b_, const PaBucket& bucket_) : b(b_), bucket(bucket_) {
     if constexpr (kMost > 0) {
       each_rank([&](uint32_t r) { scale_of[r] = S(b.me->scale[r]); });
     }
     divisor = S(PA_SAME(S, float) ? b.me->divisor_f32 : b.me->divisor);
+    first = 0;
+    while (first + 1 < b.a.world && b.me->scale[first] < 0) ++first;
   }
 
   template <class F> PA_FN void each_rank(F f) const {
@@ -38,16 +42,23 @@ template <class T, int kMost> struct Direct {
   template <class G, class Access> PA_FN auto mean(const Access& access, G, uint32_t i) const {
     constexpr int K = G::kPacks;
     Wide<T, K> sum = nothing<T, K>();
+    Raw<T, K> value{}, differs{};
     each_rank([&](uint32_t r) {
-      if (scale(r) >= 0) sum = sum + widen<T, K>(access(r).template get<K>(i)) * scale(r);
+      if (scale(r) < 0) return;
+      const Raw<T, K> raw = access(r).template get<K>(i);
+      if (r == first) value = raw;
+      else differs = differing_bits<T, K>(value, raw, differs);
+      sum = sum + widen<T, K>(raw) * scale(r);
     });
-    return narrow<T, K>(divisor == S(1) ? sum : sum / divisor); // by 1 after equal weights in a world of 2, 4, 8 or 16
+    // By 1 after equal weights in a world of 2, 4, 8 or 16.
+    const Raw<T, K> mean = narrow<T, K>(divisor == S(1) ? sum : sum / divisor);
+    return mutant(69) ? mean : where_equal<T, K>(differs, value, mean);
   }
 
   PA_FN void run() const {
     const Range own = part_of(channel_range(bucket, b.ex.block()), b.a.rank, b.a.world);
     if (own.begin == own.end) return;
-    each_part<T>(bucket, own.begin, own.end, [&](const Part& part) {
+    each_part_of_any<T>(bucket, own.begin, own.end, [&](const Part& part) {
       char* base_of[kMost + 1] = {}; // or those of ranks beyond the world live on from part to part, in memory
       uint64_t addresses = 0;
       each_rank([&](uint32_t r) {

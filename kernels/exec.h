@@ -30,6 +30,15 @@
 #define PA_MUTANT 0
 #endif
 
+// The longest wait for a rank in its turn, whatever the timeout: see longest_turn_ns(). A variable in tests.
+#ifndef PA_MOST_TURN_NS
+#if defined(__CUDACC__)
+#define PA_MOST_TURN_NS ~uint64_t(0)
+#else
+#define PA_MOST_TURN_NS uint64_t(250'000'000)
+#endif
+#endif
+
 #define PA_SAME(a, b) std::is_same_v<a, b>
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 #define PA_SANITIZE

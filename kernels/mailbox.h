@@ -41,11 +41,22 @@ struct Place {
 // which not every machine has a read-modify-write, so a turn is taken by loads and stores: Lamport's one-bit lock ("The
 // Mutual Exclusion Problem", part II, 1986). Each rank has a flag of its own and raises it before it looks at the others'; a rank
 // that finds the flag of a lower one up lowers its own until that is down. Of two that raise theirs, one sees the other's.
-// The blocks of a rank queue on a lock of their own first. A turn is a few loads and stores: a rank that is gone, or that takes
-// a minute for it, is not waited for; see replace().
-PA_FN bool has_turn(PaBoard& board, uint64_t waited_ns) {
-  constexpr uint64_t kLongestNs = 60'000'000'000;
-  return load_flag(&board.deciding) != 0 && (mutant(56) || load_acquire(&board.gone) == 0) && waited_ns <= kLongestNs;
+// The blocks of a rank queue on a lock of their own first. A turn is a few loads and stores: a rank that is gone is not waited
+// for, nor one that holds up its flag for longer than longest_turn_ns(), since it was stopped.
+//
+// That is a sixteenth of the timeout at most, so that an average that waits for three turns, to decide, then to fail and to poison
+// the world, ends within the timeout and a third. Two ranks can then be in a turn at once. On CPUs, where a signal stops a
+// process anywhere, that is safe however short the wait is: replace() is a compare-and-swap there. On CUDA devices it is a plain
+// store, and the last of two such turns would win. Nothing stops a kernel there but the end of its time slice, which others'
+// slices follow, a few milliseconds each: a turn outlasts the wait only if such a slice ends between the turn's last look at the
+// word and its store, and the others' then last for a sixteenth of the timeout. Ranks that wait for the same stopped one lose
+// patience one after another, the lowest first, since they hold up their own flags as well.
+PA_FN uint64_t longest_turn_ns(const PaArgs& a) {
+  const uint64_t least_ns = mutant(70) ? 60'000'000'000 : least(a.timeout_ns / 16, PA_MOST_TURN_NS);
+  return least_ns + least_ns / 32 * a.rank;
+}
+PA_FN bool has_turn(PaBoard& board, uint64_t waited_ns, uint64_t longest_ns) {
+  return load_flag(&board.deciding) != 0 && (mutant(56) || load_acquire(&board.gone) == 0) && waited_ns <= longest_ns;
 }
 PA_FN void end_turn(Place p) {
   store_release(&p.control()->board[p.a->rank].deciding, 0);
@@ -60,18 +71,18 @@ template <class Over> PA_FN bool take_turn(Exec ex, Place p, Over over) {
     if (over()) return false;
     ex.pause(spins, a.spins, blocks, 1, &own.sleepers);
   }
-  const uint64_t start = ex.now_ns();
+  const uint64_t start = ex.now_ns(), longest = longest_turn_ns(a);
   for (bool first = false; !first;) {
     raise_flag(&own.deciding);
     first = true;
     for (uint32_t r = 0; first && r < a.world && !mutant(55); ++r) {
       PaBoard& other = p.control()->board[r];
-      if (r == a.rank || !has_turn(other, ex.now_ns() - start)) continue;
+      if (r == a.rank || !has_turn(other, ex.now_ns() - start, longest)) continue;
       if (r < a.rank) {
         if (!mutant(58)) store_release(&own.deciding, 0);
         first = false;
       }
-      for (uint32_t spins = 1; has_turn(other, ex.now_ns() - start); ++spins) {
+      for (uint32_t spins = 1; has_turn(other, ex.now_ns() - start, longest); ++spins) {
         if (over()) {
           end_turn(p);
           return false;

@@ -33,9 +33,10 @@ PA_FN uint32_t verdict(const PaControl* control, uint32_t world, uint32_t epoch)
 
 // What each rank's values are multiplied by and what the sum is divided by: w / max w and Σ w / max w, both times a
 // power of two that is at most 1 over the number of ranks that count, so that no partial sum overflows where the mean does
-// not. Exact for equal weights, subnormal values aside. Both are 1 where one rank counts: its values arrive unchanged.
+// not. Both are 1 where one rank counts, whose values arrive unchanged.
 PA_FN void agree_on_scales(const PaControl* control, uint32_t world, uint32_t epoch, PaChannel* me) {
-  double most = 0, part = 1, sum = 0, sum_f32 = 0;
+  constexpr double kLeast = 0x1p-126; // no scale is less: it would be 0 in f32, which makes NaN of infinity
+  double most = 0, part = 1, sum = 0, lost = 0, sum_f32 = 0;
   uint32_t count = 0;
   for (uint32_t r = 0; r < world; ++r) {
     const double w = control->board[r].record[epoch & 1].weight;
@@ -45,11 +46,15 @@ PA_FN void agree_on_scales(const PaControl* control, uint32_t world, uint32_t ep
   for (uint32_t power = 1; power < count; power *= 2) part *= 0.5;
   for (uint32_t r = 0; r < world; ++r) {
     const double w = control->board[r].record[epoch & 1].weight;
-    const double scale = w / most * part;
+    const double ratio = w / most * part, scale = ratio > kLeast ? ratio : kLeast;
     me->scale[r] = w > 0 ? scale : -1.0;
-    if (w > 0) sum += scale, sum_f32 += double(float(scale));
+    if (!(w > 0)) continue;
+    const double next = sum + scale;
+    lost += sum >= scale ? sum - next + scale : scale - next + sum; // rounded once in all
+    sum = next;
+    sum_f32 += double(float(scale));
   }
-  me->divisor = sum;
+  me->divisor = sum + lost;
   me->divisor_f32 = sum_f32;
 }
 
@@ -69,8 +74,11 @@ PA_SLOW bool meet_as_leader(Exec ex, Place p, bool commits) {
     PaBoard& own = control->board[a.rank];
     PaRecord& record = own.record[mutant(21) ? 0 : p.epoch & 1];
     if (mutant(9)) announce(p, &own.arrived, p.epoch);
+    // What this average's scan found, the launch before this one. Tensors that are not as they should be are not scanned: `bad`
+    // is that of an earlier average then.
+    const bool scanned = commits && (a.flags & PA_FLAG_REJECT_NON_FINITE) && (!(a.flags & PA_FLAG_LAYOUT) || mutant(72));
     uint64_t bad = 0;
-    if (commits && (a.flags & PA_FLAG_REJECT_NON_FINITE)) // scanned by the launch before this one
+    if (scanned)
       for (uint32_t c = 0; c < a.channels && bad == 0; ++c) bad = at<PaChannel>(a.channel)[c].bad;
     record.schedule = a.schedule;
     record.weight = a.flags & PA_FLAG_WEIGHTED ? a.weight : 1.0;

@@ -134,6 +134,20 @@ template <class T, int K> PA_FN void store_wide(char* p, const Wide<T, K>& x) {
   }
 }
 template <class T, int K> PA_FN void pass_wide(char* p, const Wide<T, K>& x, bool) { store_wide<T, K>(p, x); }
+
+template <class T, int K> PA_FN Raw<T, K> differing_bits(const Raw<T, K>& a, const Raw<T, K>& b, Raw<T, K> before) {
+  PA_UNROLL for (int i = 0; i < 4; ++i) before.w[i] |= a.w[i] ^ b.w[i];
+  return before;
+}
+template <class T, int K> PA_FN Raw<T, K> where_equal(const Raw<T, K>& differs, Raw<T, K> equal, const Raw<T, K>& other) {
+  PA_UNROLL for (int i = 0; i < 4; ++i) {
+    uint32_t mask = differs.w[i] != 0 ? ~0u : 0u;
+    if constexpr (sizeof(T) == 2) mask = (differs.w[i] & 0xffffu ? 0xffffu : 0u) | (differs.w[i] >> 16 ? 0xffff0000u : 0u);
+    if constexpr (sizeof(T) == 8) mask = differs.w[i] | differs.w[i ^ 1] ? ~0u : 0u;
+    equal.w[i] = (equal.w[i] & ~mask) | (other.w[i] & mask);
+  }
+  return equal;
+}
 #else
 // ---- CPU: a Wide is one vector, or two where a half is widened to f32 -------------------------------------------
 // A vector of B bytes of E. Its memory may lie at any address and belong to an object of any type.
@@ -320,6 +334,22 @@ template <class T, int K> PA_FN void pass_wide(char* p, const Wide<T, K>& x, boo
   using W = Wide<T, K>;
   if (!far) return store_wide<T, K>(p, x);
   for (int h = 0; h < W::kParts; ++h) stream_vector<SumOf<T>, W::kBytes>(p + h * W::kBytes, x.part[h]);
+}
+
+// Where elements have equal bits, whatever these stand for, NaN included.
+// The bits in which a and b differ, and those of `before`.
+template <class T, int K> PA_FN Raw<T, K> differing_bits(const Raw<T, K>& a, const Raw<T, K>& b, Raw<T, K> before) {
+  using R = Raw<T, K>;
+  using B = V<BitsOf<T>, R::kBytes>;
+  for (int h = 0; h < R::kParts; ++h) before.part[h] = (V<typename R::E, R::kBytes>)((B)before.part[h] | ((B)a.part[h] ^ (B)b.part[h]));
+  return before;
+}
+// Element by element: `equal` where `differs` has no bit, else `other`.
+template <class T, int K> PA_FN Raw<T, K> where_equal(const Raw<T, K>& differs, Raw<T, K> equal, const Raw<T, K>& other) {
+  using R = Raw<T, K>;
+  using B = V<BitsOf<T>, R::kBytes>;
+  for (int h = 0; h < R::kParts; ++h) equal.part[h] = (B)differs.part[h] == B{} ? equal.part[h] : other.part[h];
+  return equal;
 }
 #endif
 

@@ -9,29 +9,20 @@
 //   k = 1 … n-2     what came                        shard r-k, the mean
 //   n-1             -                                shard r+1, the mean
 //
-// So shard s is summed in the order of ranks s+1, s+2, …, s. Sums are made in f32 (f64 for f64); on the wire they have
-// the tensors' dtype, or f32 where `wire_f32` asks for it. Every rank makes every step, also for an empty shard.
+// So shard s is summed in the order of ranks s+1, s+2, …, s. Sums are made in f32 (f64 for f64). What step 0 sends is raw, and
+// multiplied by the sender's scale when it has been widened; so is the mean. Partial sums, which are there from 3 ranks on,
+// travel as f32 (f64), or in the tensors' 16 bits where `wire_f32` does not ask for f32: as partial means then, which are
+// no smaller and no larger than what they are made of. A rank that only receives adds nothing, and where no rank before has
+// added anything, the slot holds nothing. Every rank makes every step, also for an empty shard.
 #pragma once
 #include "meeting.h"
 
 namespace PA_ISA {
 
-// How partial sums lie in a slot.
-template <class T, bool kF32> struct Wire {
-  char* slot;
-  bool far;
-  template <int K> PA_FN Wide<T, K> get(uint32_t i) const {
-    if constexpr (kF32) return load_wide<T, K>(slot + sizeof(Wide<T, 1>) * uint64_t(i));
-    else return widen<T, K>(load_raw<T, K>(slot + 16 * uint64_t(i)));
-  }
-  template <int K> PA_FN void put(uint32_t i, const Wide<T, K>& x) const {
-    if constexpr (kF32) pass_wide<T, K>(slot + sizeof(Wide<T, 1>) * uint64_t(i), x, far);
-    else pass_raw<T, K>(slot + 16 * uint64_t(i), narrow<T, K>(x), far);
-  }
-};
-
+// kF32: partial sums of f16 or bf16 travel as f32.
 template <class T, bool kF32> struct Ring {
   using S = SumOf<T>;
+  static constexpr bool kPartialMeans = sizeof(T) == 2 && !kF32;
   Block& b;
   const PaBucket& bucket;
   uint32_t index; // of the bucket
@@ -47,10 +38,28 @@ template <class T, bool kF32> struct Ring {
     keeps = (b.a.flags & PA_FLAG_KEEP) && !mutant(68);
   }
 
+  // What a shard brings along when it has made k steps.
+  struct Brought {
+    bool any;    // of the k ranks that it has met one counts at least
+    S in, out;   // what the values in the inbox are multiplied by, and those that go into the outbox
+  };
+  PA_FN Brought brought(uint32_t k) const {
+    double sum = 0;
+    bool any = false;
+    for (uint32_t j = k; j > 0; --j) {
+      const double other = b.me->scale[(b.a.rank + b.a.world - j) % b.a.world];
+      if (other >= 0) any = true, sum += other;
+    }
+    const double with_own = contributes ? sum + double(scale) : sum;
+    return {any, k == 1 || kPartialMeans ? S(sum) : S(1), kPartialMeans && with_own > 0 ? S(1 / with_own) : S(1)};
+  }
+
+  // As it is, also a NaN, where one rank counts.
+  template <int K> PA_FN static Wide<T, K> times(const Wide<T, K>& x, S factor) { return factor == S(1) ? x : x * factor; }
   template <int K> PA_FN Wide<T, K> own_share(const Raw<T, K>& raw, Suspicion<T>& suspicion) const {
     const Wide<T, K> x = widen<T, K>(raw);
     if (rejects) suspicion.template look<K>(x);
-    return x * scale;
+    return times<K>(x, scale);
   }
   // Division is slow on both machines, and by 1 after equal weights in a world of 2, 4, 8 or 16.
   template <int K> PA_FN Wide<T, K> mean_of(const Wide<T, K>& sum) const { return divisor == S(1) ? sum : sum / divisor; }
@@ -61,51 +70,66 @@ template <class T, bool kF32> struct Ring {
   // Own packs of a shard → outbox.
   PA_FN bool send_own(Range r) {
     if (!b.enter<false, true>(PA_AT_REDUCE, bucket.chunk)) return false;
-    const Wire<T, kF32> out{b.outbox(), b.far};
+    char* out = b.outbox();
+    const bool far = b.far;
     Suspicion<T> suspicion;
-    each_own<T>(b.ex, bucket, r.begin, r.end,
-                [&](const auto& own, auto g, uint32_t i) {
-                  return contributes ? own_share<g.kPacks>(own.template get<g.kPacks>(i), suspicion) : nothing<T, g.kPacks>();
-                },
-                [&](const auto&, auto g, uint32_t i, const auto& x) { out.template put<g.kPacks>(i, x); });
+    if (contributes)
+      each_own<T>(b.ex, bucket, r.begin, r.end,
+                  [&](const auto& own, auto g, uint32_t i) {
+                    const auto raw = own.template get<g.kPacks>(i);
+                    if (rejects) suspicion.template look<g.kPacks>(widen<T, g.kPacks>(raw));
+                    return raw;
+                  },
+                  [&](const auto&, auto g, uint32_t i, const auto& raw) { pass_raw<T, g.kPacks>(out + 16 * uint64_t(i), raw, far); });
     after(suspicion, r);
     b.leave<false, true>();
     return true;
   }
 
   // Inbox + own packs → sink(own, group, i, sum), which is made once the step has begun. kSend: it also fills the outbox.
-  template <bool kSend, class MakeSink> PA_FN bool receive_and_add(Range r, MakeSink make_sink) {
+  // kRaw: the inbox holds packs as they lie in memory, not partial sums as f32.
+  template <bool kRaw, bool kSend, class MakeSink> PA_FN bool receive_and_add(Range r, const Brought& brought, MakeSink make_sink) {
     if (!b.enter<true, kSend>(PA_AT_REDUCE, bucket.chunk)) return false;
-    const Wire<T, kF32> in{b.inbox(), false};
+    const char* in = b.inbox();
+    const auto partial = [in, factor = brought.in](auto g, uint32_t i) {
+      constexpr int K = g.kPacks;
+      if constexpr (kRaw) return times<K>(widen<T, K>(load_raw<T, K>(in + 16 * uint64_t(i))), factor);
+      else return load_wide<T, K>(in + sizeof(Wide<T, 1>) * uint64_t(i));
+    };
     Suspicion<T> suspicion;
-    each_own<T>(b.ex, bucket, r.begin, r.end,
-                [&](const auto& own, auto g, uint32_t i) {
-                  const auto sum = in.template get<g.kPacks>(i);
-                  return contributes ? sum + own_share<g.kPacks>(own.template get<g.kPacks>(i), suspicion) : sum;
-                },
-                make_sink());
+    if (brought.any || contributes)
+      each_own<T>(b.ex, bucket, r.begin, r.end,
+                  [&](const auto& own, auto g, uint32_t i) {
+                    if (!contributes) return partial(g, i);
+                    const auto share = own_share<g.kPacks>(own.template get<g.kPacks>(i), suspicion);
+                    return brought.any ? partial(g, i) + share : share;
+                  },
+                  make_sink());
     after(suspicion, r);
     b.leave<true, kSend>();
     return true;
   }
-  PA_FN bool add_and_send(Range r) {
-    return receive_and_add<true>(r, [&] {
-      const Wire<T, kF32> out{b.outbox(), b.far};
-      return [out](const auto&, auto g, uint32_t i, const auto& x) { out.template put<g.kPacks>(i, x); };
+  template <bool kRaw> PA_FN bool add_and_send(Range r, const Brought& brought) {
+    return receive_and_add<kRaw, true>(r, brought, [&] {
+      return [out = b.outbox(), far = b.far, factor = brought.out](const auto&, auto g, uint32_t i, const auto& x) {
+        constexpr int K = g.kPacks;
+        if constexpr (kF32) pass_wide<T, K>(out + sizeof(Wide<T, 1>) * uint64_t(i), x, far);
+        else pass_raw<T, K>(out + 16 * uint64_t(i), narrow<T, K>(kPartialMeans ? times<K>(x, factor) : x), far);
+      };
     });
   }
   // The last step of the reduce: the mean → `shard`, to wait for the commit …
-  PA_FN bool finish_into(Range r, char* shard) {
-    return receive_and_add<false>(r, [&] {
+  PA_FN bool finish_into(Range r, const Brought& brought, char* shard) {
+    return receive_and_add<!kF32, false>(r, brought, [&] {
       return [this, shard](const auto&, auto g, uint32_t i, const auto& x) {
         stream_raw<T, g.kPacks>(shard + 16 * uint64_t(i), narrow<T, g.kPacks>(mean_of<g.kPacks>(x)));
       };
     });
   }
-  // … or → own tensors and outbox.
-  PA_FN bool finish_and_send(Range r) {
-    return receive_and_add<true>(r, [&] {
-      return [this, out = b.outbox(), far = b.far, keeps = keeps](const auto& own, auto g, uint32_t i, const auto& x) {
+  // … or → own tensors, unless they are kept, and outbox.
+  PA_FN bool finish_and_send(Range r, const Brought& brought) {
+    return receive_and_add<!kF32, true>(r, brought, [&] {
+      return [this, out = b.outbox(), far = b.far](const auto& own, auto g, uint32_t i, const auto& x) {
         const auto raw = narrow<T, g.kPacks>(mean_of<g.kPacks>(x));
         if (!keeps) own.template put<g.kPacks>(i, raw);
         pass_raw<T, g.kPacks>(out + 16 * uint64_t(i), raw, far);
@@ -154,8 +178,14 @@ template <class T, bool kF32> struct Ring {
   PA_FN bool reduce(Batch batch) {
     const uint32_t n = b.a.world;
     if (!each(batch, b.a.rank + n - 1, [&](Range r, uint64_t) { return send_own(r); })) return false;
-    for (uint32_t k = 1; k + 1 < n; ++k)
-      if (!each(batch, b.a.rank + n - 1 - k, [&](Range r, uint64_t) { return add_and_send(r); })) return false;
+    for (uint32_t k = 1; k + 1 < n; ++k) {
+      const Brought with = brought(k);
+      const auto step = [&](Range r, uint64_t) {
+        if constexpr (kF32) return k == 1 ? add_and_send<true>(r, with) : add_and_send<false>(r, with);
+        else return add_and_send<true>(r, with);
+      };
+      if (!each(batch, b.a.rank + n - 1 - k, step)) return false;
+    }
     return true;
   }
   template <bool kStream> PA_FN bool gather(Batch batch) {
@@ -168,16 +198,17 @@ template <class T, bool kF32> struct Ring {
   template <uint32_t kPhase> PA_FN bool run() {
     const uint64_t packs = channel_range(bucket, b.ex.block()).packs(), round_packs = uint64_t(bucket.chunk) * b.a.world;
     const uint64_t rounds = (packs + round_packs - 1) / round_packs, together = mutant(53) ? b.a.slots : b.a.slots / 2;
+    const Brought last = brought(b.a.world - 1);
     bool good = true;
     for (uint64_t first = 0; good && first < rounds; first += together) {
       const Batch batch{first, least(first + together, rounds)};
       if constexpr (kPhase == PA_RING_REDUCE) {
-        good = reduce(batch) && each(batch, b.a.rank, [&](Range r, uint64_t number) { return finish_into(r, own_shard(number)); });
+        good = reduce(batch) && each(batch, b.a.rank, [&](Range r, uint64_t number) { return finish_into(r, last, own_shard(number)); });
       } else if constexpr (kPhase == PA_RING_GATHER) {
         good = each(batch, b.a.rank, [&](Range r, uint64_t number) { return pass_on<false, true, true>(r, own_shard(number)); }) &&
                gather<true>(batch);
       } else {
-        good = reduce(batch) && each(batch, b.a.rank, [&](Range r, uint64_t) { return finish_and_send(r); }) && gather<false>(batch);
+        good = reduce(batch) && each(batch, b.a.rank, [&](Range r, uint64_t) { return finish_and_send(r, last); }) && gather<false>(batch);
       }
     }
     return good;
@@ -200,7 +231,7 @@ template <uint32_t kPhase> PA_FN void run_ring(const Exec& ex, const PaArgs& a) 
     with_dtype(bucket.dtype, [&](auto element) {
       using T = decltype(element);
       if constexpr (sizeof(T) == 2) {
-        if (bucket.wire_f32) return void(good = Ring<T, true>(b, bucket, i).template run<kPhase>());
+        if (bucket.wire_f32 && a.world > 2) return void(good = Ring<T, true>(b, bucket, i).template run<kPhase>());
       }
       good = Ring<T, false>(b, bucket, i).template run<kPhase>();
     });

@@ -92,7 +92,7 @@ fn a_sweep_has_a_row_for_each_size_and_nothing_wrong() {
 fn every_dtype_and_algorithm_is_right() {
     for (flags, methods) in [
         ("--algorithm auto,ring,direct --baseline", 6),
-        ("--algorithm ring,direct --no-commit --f32-wire --chunk 1K --slots 2 --channels 2", 2),
+        ("--algorithm ring,direct --no-commit --narrow-wire --chunk 1K --slots 2 --channels 2", 2),
         ("--algorithm ring,direct --weighted --reject-non-finite --timeout 60 --baseline=limit", 3),
     ] {
         let table = table(&format!("-b 10000 -e 10000 -g 2,3,5 -d all -n 2 -w 0 {flags}"));

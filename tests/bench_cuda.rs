@@ -184,7 +184,7 @@ fn models_of_many_dtypes_weights_and_a_wrong_element() {
         {"name": "c", "shape": [17], "dtype": "half"}, {"name": "none", "shape": [0], "dtype": "f64"},
         {"name": "d", "shape": [33], "dtype": "f64"}, {"name": "e", "shape": [1], "dtype": "f32"}]"#;
     let model = file("model.json", list.as_bytes());
-    let line = format!("--layout {} -n 1 -w 0 --channels 1 --f32-wire --weighted", model.display());
+    let line = format!("--layout {} -n 1 -w 0 --channels 1 --narrow-wire --weighted", model.display());
     let ended = bench(
         &format!("{line} -g 1,3 --algorithm auto,ring --reject-non-finite --baseline=per-tensor,flatten"),
         &driver,

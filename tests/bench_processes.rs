@@ -86,7 +86,7 @@ fn worlds_of_2_and_4_are_right_and_recorded() {
     for (ranks, flags, rows) in [
         (2, "-b 1000 -e 64K -f 8 -d all", 24),
         (4, "--layout gpt2 --scale 0.0001", 2),
-        (3, "-b 10001 -e 10001 -d all --no-commit --weighted --f32-wire --chunk 1K --channels 2", 8),
+        (3, "-b 10001 -e 10001 -d all --no-commit --weighted --narrow-wire --chunk 1K --channels 2", 8),
     ] {
         let folder = env!("CARGO_TARGET_TMPDIR");
         let (json, csv) =

@@ -163,6 +163,55 @@ fn tensors_that_begin_to_overlap_are_refused_as_long_as_they_do() {
     });
 }
 
+/// What a scan found in one average says nothing about the next, whose tensors it may not have read.
+#[test]
+fn a_nan_of_one_average_is_not_told_in_the_next() {
+    for (algorithm, all_or_nothing) in
+        [(Algorithm::Direct, true), (Algorithm::Ring, false), (Algorithm::Ring, true)]
+    {
+        let errors = ranks(3, |communicator| {
+            let own = communicator.rank() == 1;
+            let model = |elements: usize| vec![vec![1f32; 10], vec![1.0; elements], vec![1.0; 500]];
+            let mut averager = ParamAverager::builder(communicator)
+                .algorithm(algorithm)
+                .all_or_nothing(all_or_nothing)
+                .reject_non_finite(true)
+                .channels(2)
+                .build(&mut model(20))
+                .unwrap();
+            let mut with_nan = model(20);
+            if own {
+                with_nan[2][499] = f32::NAN;
+            }
+            let mut errors = vec![averager.average(&mut with_nan).unwrap_err()];
+            // One element more, as the last one; and a tensor too few; and a wrong weight; each after the NaN.
+            errors.push(averager.average(&mut model(if own { 21 } else { 20 })).unwrap_err());
+            averager.average(&mut with_nan).unwrap_err();
+            let mut fewer = model(20);
+            fewer.truncate(if own { 2 } else { 3 });
+            errors.push(averager.average(&mut fewer).unwrap_err());
+            averager.average(&mut with_nan).unwrap_err();
+            errors.push(averager.average_weighted(&mut model(20), if own { -1.0 } else { 1.0 }).unwrap_err());
+            // It only receives now, so its NaN counts for nothing.
+            averager.average_weighted(&mut with_nan, if own { 0.0 } else { 1.0 }).unwrap();
+            averager.average(&mut with_nan).unwrap();
+            errors
+        });
+        for error in &errors {
+            assert_eq!(error, &errors[0], "{algorithm:?}");
+        }
+        let nan = Error::NonFinite { rank: 1, tensor: "tensor 2 (f32, 500 elements)".into(), element: 499 };
+        assert_eq!(errors[0][0], nan, "{algorithm:?}");
+        for (error, found) in
+            [(&errors[0][1], "f32, 21 elements, as tensor 1"), (&errors[0][2], "only 2 tensors")]
+        {
+            assert!(matches!(error, Error::LayoutChanged { rank: 1, .. }), "{algorithm:?}: {error}");
+            assert!(error.to_string().contains(found), "{algorithm:?}: {error}");
+        }
+        assert_eq!(errors[0][3], Error::Weight { rank: 1, weight: -1.0 }, "{algorithm:?}");
+    }
+}
+
 /// cudarc panics over a function that the driver lacks: each that is called must be in the list that is looked for.
 #[test]
 fn every_driver_function_that_is_called_is_looked_for_first() {

@@ -28,7 +28,8 @@ pub(super) struct Sizes {
 impl Sizes {
     pub(super) fn of(options: &Builder, table: &Table, channels: u32) -> Sizes {
         let pack = PA_PACK_BYTES as usize;
-        let widest = if options.f32_wire && table.buckets.iter().any(|bucket| bucket.dtype.size() == 2) {
+        let widest = if options.has_f32_wire() && table.buckets.iter().any(|bucket| bucket.dtype.size() == 2)
+        {
             2
         } else {
             1
@@ -115,7 +116,7 @@ impl Own {
                 segment_count: bucket.segments.len() as u32,
                 dtype: bucket.dtype.code(),
                 chunk: sizes.chunk,
-                wire_f32: u32::from(options.f32_wire && bucket.dtype.size() == 2),
+                wire_f32: u32::from(options.has_f32_wire() && bucket.dtype.size() == 2),
             };
         }
         let (mut inbox, mut credits) = (None, None);

@@ -130,9 +130,17 @@ impl ParamAverager {
     }
 
     fn non_finite(&self, rank: usize, bad: u64) -> Error {
-        let (bucket, element) = ((bad - 1) >> 56, (bad - 1) & ((1 << 56) - 1));
-        let (tensor, element) = self.table.buckets[bucket as usize].locate(element);
-        Error::NonFinite { rank, tensor: self.table.describe(tensor), element }
+        let place = bad.wrapping_sub(1);
+        let (bucket, element) = ((place >> 56) as usize, place & ((1 << 56) - 1));
+        let (tensor, element) = match self.table.buckets.get(bucket) {
+            Some(bucket) => {
+                let (tensor, element) = bucket.locate(element);
+                (self.table.describe(tensor), element)
+            }
+            // What a peer says must not bring this rank down.
+            None => ("a tensor that it has not named".into(), 0),
+        };
+        Error::NonFinite { rank, tensor, element }
     }
 
     pub(super) fn fatal(&self, failure: Failure, stage: Stage, committed: bool) -> Error {

@@ -36,7 +36,7 @@ pub fn host_links() {
     Way { weighted: true, counter: u32::MAX - 3, ..ring(3, &[0], Link::Host) }.compare(&shapes);
     Way { reject: true, slots: 2, chunk: 128, channels: 3, ..ring(4, &[0], Link::Host) }
         .compare(&shapes[10..]);
-    Way { f32_wire: true, channels: 1, ..ring(2, &[0], Link::Host) }.compare(&shapes[5..]);
+    Way { narrow_wire: true, channels: 1, ..ring(3, &[0], Link::Host) }.compare(&shapes[5..]);
 }
 
 /// Four devices. Simulated ones reach each other.
@@ -65,7 +65,7 @@ pub fn every_link() {
     // More ranks than devices; not from 0 on; weights and counters as before.
     compare(Way { weighted: true, counter: u32::MAX - 3, ..ring(3, &[3, 1], Link::Auto) }, &shapes);
     compare(Way { all_or_nothing: false, ..ring(4, &[0, 1, 2, 3], Link::Auto) }, &shapes[10..]);
-    compare(Way { all_or_nothing: false, f32_wire: true, ..ring(2, &[1, 0], Link::Host) }, &shapes[5..]);
+    compare(Way { all_or_nothing: false, narrow_wire: true, ..ring(3, &[1, 0], Link::Host) }, &shapes[5..]);
     compare(
         Way { reject: true, slots: 2, chunk: 128, channels: 3, ..ring(3, &[0, 1, 2], Link::Host) },
         &shapes[15..],

@@ -60,7 +60,7 @@ pub struct Way {
     pub algorithm: Algorithm,
     pub all_or_nothing: bool,
     pub reject: bool,
-    pub f32_wire: bool,
+    pub narrow_wire: bool,
     pub weighted: bool,
     pub channels: u32,
     pub chunk: usize,
@@ -76,7 +76,7 @@ pub const WAY: Way = Way {
     algorithm: Algorithm::Ring,
     all_or_nothing: true,
     reject: false,
-    f32_wire: false,
+    narrow_wire: false,
     weighted: false,
     channels: 2,
     chunk: 4096,
@@ -97,7 +97,7 @@ impl Way {
             .link(link)
             .all_or_nothing(self.all_or_nothing)
             .reject_non_finite(self.reject)
-            .f32_wire(self.f32_wire)
+            .narrow_wire(self.narrow_wire)
             .channels(self.channels)
             .chunk_bytes(self.chunk)
             .slots(self.slots)
@@ -190,7 +190,7 @@ fn averages() {
             Way { delay_ns, slots: 2, channels: 3, ..way.clone() }.compare(&shapes);
         }
         Way { reject: true, slots: 2, chunk: 128, channels: 3, ..way.clone() }.compare(&shapes[10..]);
-        Way { f32_wire: true, channels: 1, ..way }.compare(&shapes[5..]);
+        Way { narrow_wire: true, channels: 1, ..way }.compare(&shapes[5..]);
     }
     Way { algorithm: Algorithm::Direct, ranks: 1, ..WAY }.run(&shapes);
     // The defaults of a device, and two averagers at once.

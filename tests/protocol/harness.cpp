@@ -23,6 +23,7 @@ constexpr Scenario kScenarios[] = {
     {"weights", weights},     {"guests", guests},   {"keep", keep},       {"layout", layout}, {"non_finite", non_finite},
     {"timeout", timeout},     {"left", left},       {"abort", aborted},   {"decision", decision},
     {"leave_at_each_step", leave_at_each_step},               {"turns", turns},       {"beside", beside},   {"stopped", stopped},
+    {"stopped_in_its_turn", stopped_in_its_turn}, {"equal", equal}, {"huge", huge},     {"stale", stale},
 };
 
 static void watch(unsigned seconds) {

@@ -10,6 +10,8 @@
 
 inline thread_local uint64_t dawdle_state = 1;
 inline int dawdle_us = 40; // the longest delay
+inline uint64_t most_turn_ns = 250'000'000;
+#define PA_MOST_TURN_NS most_turn_ns
 
 inline uint64_t random_bits() { return mix(dawdle_state++); }
 inline uint64_t random_below(uint64_t n) { return n == 0 ? 0 : random_bits() % n; }
@@ -26,12 +28,13 @@ struct Stop {
   std::atomic<uint32_t> looks{0}; // the one at which it is stopped; 0: it is not
   uint32_t later_looks = 0;       // the same, from its average's second launch on
   std::atomic<bool> stopped{false}, goes_on{false};
-  const uint32_t* deciding = nullptr; // of its board: in its turn it isn't, since others give it a minute for that
+  bool in_its_turn = false;           // stops it when it first looks with its flag up
+  const uint32_t* deciding = nullptr; // that flag, of its board
   void look() {
     const auto relaxed = std::memory_order_relaxed;
-    const auto in_turn = [&] { return __atomic_load_n(deciding, __ATOMIC_RELAXED) != 0; };
+    if (in_its_turn && __atomic_load_n(deciding, __ATOMIC_RELAXED) != 0) stopped.store(true, relaxed);
     if (looks.load(relaxed) != 0 && looks.fetch_sub(1, relaxed) == 1) stopped.store(true, relaxed);
-    while (stopped.load(relaxed) && !goes_on.load(relaxed) && !in_turn()) usleep(100);
+    while (stopped.load(relaxed) && !goes_on.load(relaxed)) usleep(100);
   }
 };
 inline thread_local Stop* own_stop = nullptr; // of the rank whose thread this is

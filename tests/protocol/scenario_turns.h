@@ -48,8 +48,12 @@ inline void turns() {
   decision_carries_what_led_to_it();
   one_that_was_taken_for_gone();
   constexpr uint32_t kRanks = 4, kBlocks = 2, kTurns = 60;
+  const uint64_t usual_ns = most_turn_ns;
+  most_turn_ns = ~uint64_t(0); // a thread that waits for a core must not be taken for one that was stopped
   for (uint32_t round = 0; round < 2 * kRanks; ++round) {
-    World w(setup_of(Mode::kRing, kRanks, kBlocks, 3000 + round));
+    Setup s = setup_of(Mode::kRing, kRanks, kBlocks, 3000 + round);
+    s.timeout_ns = 100'000'000'000'000;
+    World w(s);
     uint64_t taken = 0; // not atomic: two turns at once are a race
     const bool somebody_is_gone = round >= kRanks;
     const uint32_t gone = round % kRanks;
@@ -76,4 +80,5 @@ inline void turns() {
     const uint64_t want = (kRanks - somebody_is_gone) * kBlocks * kTurns;
     if (taken != want) wrong("%llu turns of %llu", (unsigned long long)taken, (unsigned long long)want);
   }
+  most_turn_ns = usual_ns;
 }

@@ -198,3 +198,99 @@ inline void non_finite() {
         });
   }
 }
+
+// After an average that a NaN was found in, another rank's tensors are wrong, or its own: that is told, with its tensor, and not
+// what was found before.
+inline void stale() {
+  uint64_t seed = 90;
+  for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect}) {
+    World w(setup_of(mode, 3, 2, seed++));
+    const auto kind_at = [](uint32_t k) { return k % 4 == 0 ? PA_NON_FINITE : k % 4 == 1 ? PA_LAYOUT : k % 4 == 2 ? PA_BAD_WEIGHT : PA_COMMITTED; };
+    const auto peer_at = [](uint32_t k) { return k / 4 % 3; }; // the same one that held the NaN
+    run_script(
+        w, 24,
+        [&](uint32_t k) {
+          Script script = script_of(w, k);
+          const uint32_t peer = peer_at(k);
+          for (Call& call : script.calls) call.flags = PA_FLAG_REJECT_NON_FINITE | PA_FLAG_WEIGHTED;
+          if (kind_at(k) == PA_NON_FINITE) script.plan.odd = {peer, 0, 0, k};
+          if (kind_at(k) == PA_LAYOUT) script.calls[peer].flags |= PA_FLAG_LAYOUT, script.calls[peer].detail = 2, script.calls[peer].found = k;
+          if (kind_at(k) == PA_BAD_WEIGHT) script.calls[peer].weight = -1, script.calls[peer].found = k;
+          return script;
+        },
+        [&](uint32_t k, uint32_t r, const Outcome& o) {
+          expect_outcome(w, r, k, o, kind_at(k), peer_at(k));
+          const uint64_t detail = kind_at(k) == PA_NON_FINITE ? 1 + k : kind_at(k) == PA_LAYOUT ? 2 : 0;
+          if (o.detail != detail) wrong("%s, average %u: rank %u was told %llx", name_of(mode), k, r, (unsigned long long)o.detail);
+          if (kind_at(k) != PA_NON_FINITE && o.kind != PA_COMMITTED && o.found != k) wrong("%s, average %u: found is another's", name_of(mode), k);
+        });
+  }
+}
+
+// Values that are the same on all ranks that count stay as they are, bit for bit, NaN included. (By the ring: tests/equal.rs.)
+inline void equal() {
+  uint64_t seed = 95;
+  for (uint32_t world : {2u, 3u, 4u, 5u, 9u}) {
+    World w(setup_of(Mode::kDirect, world, 2, 2 * seed++ + 1)); // all dtypes
+    for (uint32_t k = 0; k < 4; ++k) {
+      const auto bits_of = [&](uint32_t r, uint32_t b, uint32_t t, uint64_t i) {
+        const uint64_t same = mix(seed << 40 ^ uint64_t(k) << 32 ^ b << 24 ^ t << 16 ^ i);
+        return i % 3 == 2 && k % 2 == 1 ? make_bits(w.s.buckets[b].dtype, mix(same + r)) : r == k % world && k > 1 ? ~same : same;
+      };
+      const auto each = [&](uint32_t r, auto f) {
+        for (uint32_t b = 0; b < w.s.buckets.size(); ++b)
+          for (uint32_t t = 0; t < w.ranks[r].tensors[b].size(); ++t)
+            for (uint64_t i = 0; i < w.ranks[r].tensors[b][t].elements; ++i) {
+              const unsigned bytes = kFormat[w.s.buckets[b].dtype].bytes;
+              f(w.ranks[r].tensors[b][t].data + i * bytes, bytes, bits_of(r, b, t, i), b, t, i);
+            }
+      };
+      each_rank(w, [&](uint32_t r) {
+        each(r, [&](char* at, unsigned bytes, uint64_t bits, uint32_t, uint32_t, uint64_t) { std::memcpy(at, &bits, bytes); });
+        Call call;
+        call.flags = PA_FLAG_WEIGHTED;
+        call.weight = r == k % world && k > 1 ? 0 : 0.3 + r; // one whose bits are others has no weight
+        expect_outcome(w, r, k, w.average(r, call), PA_COMMITTED, 0);
+        each(r, [&](char* at, unsigned bytes, uint64_t, uint32_t b, uint32_t t, uint64_t i) {
+          const uint64_t want = bits_of(k > 1 && k % world == 0 ? 1 : 0, b, t, i), mask = ~uint64_t(0) >> (64 - 8 * bytes);
+          const bool differ = i % 3 == 2 && k % 2 == 1 && (world > 2 || k <= 1);
+          if (differ && bytes == 2) return; // a mean of halves may well be one of them
+          if ((load_bits(at, bytes) == (want & mask)) == differ) wrong("n=%u, average %u: rank %u, bucket %u, tensor %u[%llu]: %llx of %llx", world, k, r, b, t,
+                                                              (unsigned long long)i, (unsigned long long)load_bits(at, bytes), (unsigned long long)(want & mask));
+        });
+      });
+    }
+  }
+}
+
+// A bucket of 2^40 packs, whose memory nobody touches: every pack is met once, as parts that count packs in 32 bits, in the order
+// of addresses, by whoever walks a range of any length.
+inline void huge() {
+  using T = float;
+  constexpr uint64_t kTensor = (uint64_t(1) << 38) - 1; // packs; of the last one only 3 elements are there
+  PaSegment segments[5];
+  for (uint64_t s = 0; s < 5; ++s) segments[s] = {uint64_t(s) << 50, s == 4 ? 7 : kTensor * 4 - 1, s * kTensor};
+  PaBucket bucket = {};
+  bucket.segments = reinterpret_cast<uint64_t>(segments), bucket.segment_count = 5, bucket.packs = 4 * kTensor + 2;
+  bucket.chunk = 64u << 20 >> 4, bucket.dtype = PA_F32;
+  for (uint32_t channels : {1u, 3u, 1024u}) {
+    bucket.channel_packs = PA_ISA::align_up((bucket.packs + channels - 1) / channels);
+    uint64_t met = 0;
+    for (uint32_t c = 0; c < channels; ++c)
+      for (uint32_t r = 0; r < PA_MAX_WORLD; ++r) {
+        const PA_ISA::Range own = PA_ISA::part_of(PA_ISA::channel_range(bucket, c), r, PA_MAX_WORLD);
+        if (own.begin != own.end && own.begin != met) wrong("%u channels: part %u of channel %u begins at %llu", channels, r, c, (unsigned long long)own.begin);
+        PA_ISA::each_part_of_any<T>(bucket, own.begin, own.end, [&](const PA_ISA::Part& part) {
+          const PaSegment& segment = segments[part.segment];
+          if (part.end <= part.first || part.whole < part.first || part.end - part.whole > 1) wrong("%u channels: a part of no packs", channels);
+          if (part.offset != (met - segment.first_pack) * PA_PACK_BYTES) wrong("%u channels: pack %llu is met at %llu of its tensor", channels, (unsigned long long)met, (unsigned long long)part.offset);
+          met += part.end - part.first;
+          const bool ends = met == segment.first_pack + (segment.elements + 3) / 4;
+          if ((part.end != part.whole) != ends || (ends && part.tail != 3)) wrong("%u channels: a tensor's last pack is taken for another", channels);
+        });
+      }
+    if (met != bucket.packs) wrong("%u channels: %llu packs of %llu", channels, (unsigned long long)met, (unsigned long long)bucket.packs);
+    // What the ring's steps and the scan walk at once is short: a chunk.
+    if (bucket.chunk >= PA_ISA::kMostPacks) wrong("a chunk is too long");
+  }
+}

@@ -99,6 +99,68 @@ inline void beside() {
   if (before < 10 || after < 10) wrong("hardly any rank was killed there");
 }
 
+// ---- stopped in its turn ----------------------------------------------------------------------------------------
+
+// One rank is stopped while it has its turn, or waits for it: the others are over it within the timeout and a little, and what
+// they decide is what it finds when it goes on.
+inline bool one_is_stopped_in_its_turn(Mode mode, uint64_t seed) {
+  Setup s = setup_of(mode, 3 + uint32_t(seed % 2), 1 + uint32_t(mix(seed) % 2), 2 * seed);
+  s.buckets = {{PA_F32, false, {190, 3, 70}}};
+  s.timeout_ns = 2 * kTimeoutNs;
+  World w(s);
+  const uint32_t idle = uint32_t(mix(seed + 1) % s.world);
+  w.stop[idle].in_its_turn = true;
+  std::vector<Outcome> o(s.world);
+  std::atomic<uint32_t> back{0};
+  each_rank(w, [&](uint32_t r) {
+    fill(w, Plan{}, r);
+    Call call;
+    // It comes last, when the others sleep, so that it has its turn first.
+    if (r == idle) call.before_us = 8000, call.between_us = 8000;
+    const uint64_t start = PA_ISA::cpu_now_ns();
+    o[r] = w.average(r, call);
+    if (r != idle && PA_ISA::cpu_now_ns() - start > kSoonNs) wrong("%s: rank %u was held for too long", name_of(mode), r);
+    if (o[r].kind != PA_COMMITTED) expect_outcome(w, r, 0, o[r], PA_TIMEOUT, idle);
+    if (r != idle && ++back == s.world - 1) w.stop[idle].goes_on = true;
+  });
+  check_agreement(w, Plan{}, o, ~0u);
+  return w.stop[idle].stopped;
+}
+
+// The same where it never goes on, so that it is not there at the meeting either.
+inline void gone_astray_in_its_turn(Mode mode, uint64_t seed) {
+  Setup s = setup_of(mode, 3, 2, seed);
+  s.timeout_ns = kTimeoutNs;
+  World w(s);
+  w.control()->board[1].deciding = 1;
+  std::vector<Outcome> o(s.world);
+  each_rank(w, [&](uint32_t r) {
+    fill(w, Plan{}, r);
+    if (r == 1) return;
+    const uint64_t start = PA_ISA::cpu_now_ns();
+    o[r] = w.average(r, Call{});
+    if (PA_ISA::cpu_now_ns() - start > kSoonNs) wrong("%s: rank %u was held for too long", name_of(mode), r);
+    expect_outcome(w, r, 0, o[r], PA_TIMEOUT, 1);
+  });
+  check_agreement(w, Plan{}, o, 1);
+}
+
+inline void stopped_in_its_turn() {
+  for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect}) gone_astray_in_its_turn(mode, 6900 + uint64_t(mode));
+  std::atomic<uint64_t> next{0};
+  std::atomic<uint32_t> stops{0};
+  constexpr uint64_t kRuns = 24;
+  std::vector<std::thread> helpers; // most of their time is the waiting for a deadline
+  for (uint32_t i = 0; i < 8; ++i)
+    helpers.emplace_back([&, i] {
+      dawdle_state = mix(i + 7000);
+      for (uint64_t run; (run = next++) < kRuns;) stops += one_is_stopped_in_its_turn(run % 2 ? Mode::kCommit : Mode::kRing, 7000 + run);
+    });
+  for (auto& helper : helpers) helper.join();
+  std::printf("stopped_in_its_turn: %u of %u\n", stops.load(), uint32_t(kRuns));
+  if (stops < 6) wrong("hardly any rank was stopped in its turn");
+}
+
 // ---- who is to blame --------------------------------------------------------------------------------------------
 
 // What a rank shows of its waiting, in a wait of rank 0's that comes to its deadline.

@@ -240,7 +240,8 @@ struct World {
   Outcome average(uint32_t r, const Call& call) {
     const PaArgs a = args(r, call);
     if (call.before_us != 0) usleep(call.before_us);
-    if (s.mode != Mode::kCommit && (call.flags & PA_FLAG_REJECT_NON_FINITE)) launch(r, a, PA_SCAN, 0);
+    const bool scans = (call.flags & PA_FLAG_REJECT_NON_FINITE) && !(call.flags & PA_FLAG_LAYOUT); // wrong tensors are not read
+    if (s.mode != Mode::kCommit && scans) launch(r, a, PA_SCAN, 0);
     if (s.mode == Mode::kDirect) launch(r, a, PA_DIRECT, call.last_channel_us);
     if (s.mode == Mode::kRing) launch(r, a, PA_RING, call.last_channel_us);
     if (s.mode == Mode::kCommit) {

@@ -131,7 +131,7 @@ impl Bench {
             tensors: method.tensors(layout, placed),
             weights: (0..arenas.len()).map(weight).collect(),
             more_roundings: u8::from(weighted || method.is_limit()),
-            wire: if method.is_ring() && !self.options.f32_wire { Wire::Narrow } else { Wire::Wide },
+            wire: if method.is_ring() && self.options.narrow_wire { Wire::Narrow } else { Wire::Wide },
         };
         // SAFETY: the crews rest between their orders.
         unsafe { check.fill() };

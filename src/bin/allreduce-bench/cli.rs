@@ -165,9 +165,9 @@ pub struct Args {
     /// Slots of a mailbox, a power of two from 2 to 1024 [default: 4]
     #[arg(long, value_name = "N", help_heading = "The averager's options")]
     pub slots: Option<u32>,
-    /// The ring's partial sums of half and bfloat16 travel as f32
+    /// The ring's partial sums of half and bfloat16 travel in their dtype, not as f32
     #[arg(long, help_heading = "The averager's options")]
-    pub f32_wire: bool,
+    pub narrow_wire: bool,
     /// Looks for NaN and infinity before anything is written
     #[arg(long, help_heading = "The averager's options")]
     pub reject_non_finite: bool,

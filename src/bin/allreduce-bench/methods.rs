@@ -43,7 +43,7 @@ pub struct Options {
     pub channels: Option<u32>,
     pub chunk: Option<u64>,
     pub slots: Option<u32>,
-    pub f32_wire: bool,
+    pub narrow_wire: bool,
     pub reject_non_finite: bool,
     pub timeout: Option<Duration>,
     /// Rank r has the weight r + 1. For the library's own rows.
@@ -57,7 +57,7 @@ impl Options {
             .algorithm(algorithm)
             .link(self.link)
             .all_or_nothing(commit)
-            .f32_wire(self.f32_wire)
+            .narrow_wire(self.narrow_wire)
             .reject_non_finite(self.reject_non_finite);
         if let Some(channels) = self.channels {
             builder = builder.channels(channels);

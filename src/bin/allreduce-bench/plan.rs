@@ -53,7 +53,7 @@ pub fn options(args: &Args) -> Options {
         channels: args.channels,
         chunk: args.chunk,
         slots: args.slots,
-        f32_wire: args.f32_wire,
+        narrow_wire: args.narrow_wire,
         reject_non_finite: args.reject_non_finite,
         timeout: args.timeout,
         weighted: args.weighted,

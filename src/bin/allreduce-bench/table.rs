@@ -240,7 +240,7 @@ fn choices(args: &Args, options: &Options) -> String {
     }
     words.push(format!(
         "ring sends {}",
-        if args.f32_wire { "partial sums as f32" } else { "the tensors' dtype" }
+        if args.narrow_wire { "the tensors' dtype" } else { "partial sums as f32" }
     ));
     let number = |name: &str, value: Option<String>| value.map(|value| format!("{name} {value}"));
     words.extend(number("chunk", options.chunk.map(|bytes| bytes.to_string())));

@@ -233,7 +233,7 @@ impl Bench {
         let weight = |rank| if weighted { rank as f64 + 1.0 } else { 1.0 };
         let wire = match method {
             Method::Nccl { .. } => Wire::NarrowAndScaled,
-            _ if method.is_ring() && !self.options.f32_wire => Wire::Narrow,
+            _ if method.is_ring() && self.options.narrow_wire => Wire::Narrow,
             _ => Wire::Wide,
         };
         let check = Check {

@@ -217,7 +217,7 @@ impl World {
             tensors: placed.clone(),
             weights: (0..self.ranks).map(|rank| if weighted { rank as f64 + 1.0 } else { 1.0 }).collect(),
             more_roundings: u8::from(weighted),
-            wire: if self.options.f32_wire { Wire::Wide } else { Wire::Narrow },
+            wire: if self.options.narrow_wire { Wire::Narrow } else { Wire::Wide },
         };
         // SAFETY: nobody averages.
         unsafe { check.fill() };
