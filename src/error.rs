@@ -284,12 +284,21 @@ pub enum Error {
         reason: String,
     },
 
+    /// Memory of this process that an averager needs can't be had. Nobody builds one.
+    #[error("rank {rank} can't get the memory that its averager needs: {reason}")]
+    Memory {
+        /// The rank.
+        rank: usize,
+        /// What the system said, the limit that was met, and what to do.
+        reason: String,
+    },
+
     /// A thread could not be started for a channel.
     #[error("rank {rank} cannot start a thread for a channel: {reason}; build with fewer channels")]
     Thread {
         /// This rank.
         rank: usize,
-        /// What the system said.
+        /// What the system said, the limit that was met, and what to do.
         reason: String,
     },
 }

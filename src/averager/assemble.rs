@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::memory::{Own, Sizes, LINE_BYTES};
+use super::memory::{check_room, Own, Sizes, LINE_BYTES};
 use super::table::Table;
 use super::{defaults, flag, phases, spins, Admission, Algorithm, Builder, ParamAverager, Tensors};
 use crate::abi::*;
@@ -28,11 +28,17 @@ impl ParamAverager {
     pub(super) fn assemble<P: Parameters + ?Sized>(options: Builder, params: &mut P) -> Result<Self> {
         let communicator = options.communicator.clone();
         let (rank, world) = (communicator.rank(), communicator.world_size());
-        let (mut table, problem) = Table::new(params, communicator.device(), communicator.site().clone());
+        let (device, site) = (communicator.device(), communicator.site().clone());
+        let room = check_room(params, rank, world);
+        let (mut table, problem) = match &room {
+            Ok(()) => Table::new(params, device, site),
+            Err(_) => Table::new(&mut [] as &mut [Vec<f32>], device, site),
+        };
         let algorithm = options.chosen_algorithm();
         let ring = algorithm == Algorithm::Ring && world > 1;
         // From here on nothing returns before the peers know: what is refused here is shown to them as such.
-        let refusal = options.check().err().or(problem.map(|problem| table.error(rank, problem)));
+        let refusal =
+            room.err().or(options.check().err()).or(problem.map(|problem| table.error(rank, problem)));
         let channels = if refusal.is_none() { options.channel_count() } else { 1 };
         let sizes = Sizes::of(&options, &table, channels);
         let own = match refusal {

@@ -15,6 +15,7 @@ use super::page::MOST_IDS;
 use super::peers::Common;
 use super::rendezvous::{address, Met};
 use super::strangers;
+use crate::backend::limits::thread;
 
 /// Processes that wait at a door.
 const MOST_GUESTS: usize = 16;
@@ -71,7 +72,7 @@ impl Door {
             }
         };
         // Without a thread it has no door.
-        let _ = std::thread::Builder::new().name("door".into()).stack_size(256 << 10).spawn(keep);
+        let _ = thread("door".into(), 256 << 10, keep);
         Door { name: name.to_owned(), _closes: closes }
     }
 
@@ -118,7 +119,12 @@ fn serve(name: &str, me: usize, common: &Arc<Common>, stream: UnixStream, mut kn
         return;
     }
     let met = Met { stream, process: knock.files.pop() };
-    if common.add(id, said.home, met).is_ok() {
-        let _ = common.send(id, (Kind::Entered, 0, 0), &(), &[], deadline); // it may be gone
-    }
+    // It may be gone.
+    let _ = match common.add(id, said.home, met) {
+        Ok(()) => common.send(id, (Kind::Entered, 0, 0), &None::<String>, &[], deadline),
+        Err(unheard) => {
+            let reason = Some(&unheard.reason);
+            frame::send(unheard.stream(), (Kind::Entered, 0, 0), &reason, &[], deadline)
+        }
+    };
 }

@@ -6,16 +6,21 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::net::{recvmsg, sendmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::{de::DeserializeOwned, Serialize};
 
+use crate::backend::limits::{why, Wanted};
+
 /// Of everything that two processes say to each other. One that says another is not understood.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const MAGIC: [u8; 4] = *b"PAVG";
 const HEADER: usize = 20;
-/// This process has no file descriptor left.
+/// This process has no file descriptor, or no memory, for a message.
 pub(super) const SHORT: ErrorKind = ErrorKind::QuotaExceeded;
+/// A wait that is as good as one without an end.
+const LONG: Timespec = Timespec { tv_sec: 1 << 30, tv_nsec: 0 };
 /// What the kernel passes on at once is more (253).
 pub(super) const MOST_FILES: usize = 64;
 
@@ -47,13 +52,16 @@ pub(super) enum Kind {
     Waiting = 11,
     /// Whether the sender reaches memory of the receiver's device.
     Reach = 12,
+    /// Whether the sender has all that it needs: when ranks meet, and when they build an averager.
+    Verdict = 13,
 }
 
 impl Kind {
     fn of(byte: u8) -> Option<Kind> {
         use Kind::*;
-        let all = [Hello, Welcome, Refuse, Card, Abort, Ready, Knock, Inside, Enter, Entered, Waiting, Reach];
-        all.into_iter().find(|&kind| kind as u8 == byte)
+        let met = [Card, Abort, Ready, Waiting, Reach, Verdict];
+        let strangers = [Hello, Welcome, Refuse, Knock, Inside, Enter, Entered];
+        met.into_iter().chain(strangers).find(|&kind| kind as u8 == byte)
     }
 
     /// Bytes that a body may have: those of a stranger few.
@@ -102,12 +110,7 @@ pub(super) fn send(
     files: &[BorrowedFd<'_>],
     deadline: Instant,
 ) -> io::Result<()> {
-    let body = serde_json::to_vec(body)?;
-    if body.len() > key.0.most() || files.len() > MOST_FILES {
-        let what = format!("a message of {} bytes and {} files is too large", body.len(), files.len());
-        return Err(Error::new(ErrorKind::InvalidInput, what));
-    }
-    let header = header(key, body.len(), files.len());
+    let (header, body) = encode(key, body, files)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !files.is_empty() {
@@ -128,6 +131,77 @@ pub(super) fn send(
         stream.write_all(part)?;
     }
     Ok(())
+}
+
+fn encode(
+    key: (Kind, u32, u32),
+    body: &impl Serialize,
+    files: &[BorrowedFd<'_>],
+) -> io::Result<([u8; HEADER], Vec<u8>)> {
+    let body = serde_json::to_vec(body)?;
+    if body.len() > key.0.most() || files.len() > MOST_FILES {
+        let what = format!("a message of {} bytes and {} files is too large", body.len(), files.len());
+        return Err(Error::new(ErrorKind::InvalidInput, what));
+    }
+    Ok((header(key, body.len(), files.len()), body))
+}
+
+/// Sends a message on several streams at once, on this thread: a peer that does not listen keeps no other waiting. Tells `ended` of
+/// each stream, by its index, when it is done with or has failed, by `deadline` at the latest. An error: nothing was sent.
+pub(super) fn send_to_all(
+    streams: &[&UnixStream],
+    key: (Kind, u32, u32),
+    body: &impl Serialize,
+    files: &[BorrowedFd<'_>],
+    deadline: Instant,
+    mut ended: impl FnMut(usize, io::Result<()>),
+) -> io::Result<()> {
+    let (header, body) = encode(key, body, files)?;
+    let all = HEADER + body.len();
+    // By stream: its index, and how much of the message it has taken.
+    let mut left: Vec<(usize, usize)> = (0..streams.len()).map(|index| (index, 0)).collect();
+    loop {
+        left.retain_mut(|(index, sent)| loop {
+            match send_some(streams[*index], [&header, &body], *sent, files) {
+                Ok(bytes) => *sent += bytes,
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(rustix::io::Errno::AGAIN) => return true,
+                Err(error) => {
+                    ended(*index, Err(error.into()));
+                    return false;
+                }
+            }
+            if *sent == all {
+                ended(*index, Ok(()));
+                return false;
+            }
+        });
+        let patience = deadline.saturating_duration_since(Instant::now());
+        if left.is_empty() || patience.is_zero() {
+            left.iter().for_each(|&(index, _)| ended(index, Err(ErrorKind::TimedOut.into())));
+            return Ok(());
+        }
+        let mut watched: Vec<PollFd<'_>> =
+            left.iter().map(|&(index, _)| PollFd::new(streams[index], PollFlags::OUT)).collect();
+        // A wait that fails or is interrupted only means another look.
+        let _ = poll(&mut watched, Some(&patience.try_into().unwrap_or(LONG)));
+    }
+}
+
+/// Sends what a stream takes of a message without waiting, from byte `sent` of it on. Files go with the first byte.
+fn send_some(
+    stream: &UnixStream,
+    [header, body]: [&[u8]; 2],
+    sent: usize,
+    files: &[BorrowedFd<'_>],
+) -> rustix::io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if sent == 0 && !files.is_empty() {
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(files)), "there is space for so many");
+    }
+    let rest = [&header[sent.min(HEADER)..], &body[sent.saturating_sub(HEADER)..]];
+    sendmsg(stream, &rest.map(IoSlice::new), &mut ancillary, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
 }
 
 /// Receives a message of one of these kinds with at most so many files, if all of it comes before `deadline`.
@@ -168,7 +242,12 @@ pub(super) fn receive(
         let most = part.len().min(bytes - body.len());
         match rustix::net::recv(stream, &mut part[..most], flags) {
             Ok((0, _)) => return Err(ErrorKind::UnexpectedEof.into()),
-            Ok((count, _)) => body.extend_from_slice(&part[..count]),
+            Ok((count, _)) => {
+                // Room for all of it is asked for as its bytes come; where there is none, the message can't be had.
+                body.try_reserve(count)
+                    .map_err(|_| Error::new(SHORT, "no memory for a message: free memory"))?;
+                body.extend_from_slice(&part[..count]);
+            }
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
@@ -215,10 +294,8 @@ fn receive_some(
         return Err(Error::new(ErrorKind::InvalidData, "a message with more files than any"));
     }
     if message.flags.contains(ReturnFlags::CTRUNC) {
-        return Err(Error::new(
-            SHORT,
-            "file descriptors that came with a message could not be had: raise ulimit -n",
-        ));
+        let what = "taking file descriptors that came with a message";
+        return Err(Error::new(SHORT, why(what, Wanted::Descriptor, rustix::io::Errno::MFILE)));
     }
     match message.bytes {
         0 => Err(ErrorKind::UnexpectedEof.into()),
@@ -259,6 +336,43 @@ mod tests {
         sender.join().unwrap();
         drop(frame);
         assert_eq!(receive(&other, &ALL, 2, soon()).unwrap_err().kind(), ErrorKind::UnexpectedEof);
+    }
+
+    /// A large message gets to those that read, and to nobody else; who does not read is late, and keeps nobody waiting.
+    #[test]
+    fn a_message_to_all_waits_for_nobody() {
+        let pairs: Vec<_> = (0..3).map(|_| UnixStream::pair().unwrap()).collect();
+        let body: Vec<u32> = (0..300_000).collect();
+        let readers: Vec<_> = pairs[1..]
+            .iter()
+            .map(|(_, other)| {
+                let other = other.try_clone().unwrap();
+                std::thread::spawn(move || receive(&other, &ALL, 2, soon()).unwrap())
+            })
+            .collect();
+        let streams: Vec<&UnixStream> = pairs.iter().map(|(one, _)| one).collect();
+        let (mut ended, start) = (vec![], Instant::now());
+        let deadline = start + Duration::from_millis(500);
+        let files = [pairs[0].0.as_fd()];
+        send_to_all(&streams, (Kind::Card, 1, 2), &body, &files, deadline, |index, result| {
+            ended.push((index, result.is_ok(), start.elapsed()))
+        })
+        .unwrap();
+        ended.sort();
+        assert_eq!(
+            ended.iter().map(|&(index, good, _)| (index, good)).collect::<Vec<_>>(),
+            [(0, false), (1, true), (2, true)]
+        );
+        assert!(ended[0].2 >= Duration::from_millis(500) && ended[1].2 < ended[0].2, "{ended:?}");
+        for reader in readers {
+            let frame = reader.join().unwrap();
+            assert_eq!((frame.number, frame.files.len()), (2, 1));
+            assert_eq!(frame.parse::<Vec<u32>>().unwrap(), body);
+        }
+        let too_large = vec![0u8; 1 << 20];
+        let nothing = |_, _| panic!("nothing is sent");
+        let error = send_to_all(&streams, (Kind::Ready, 0, 0), &too_large, &[], deadline, nothing);
+        assert_eq!(error.unwrap_err().kind(), ErrorKind::InvalidInput);
     }
 
     #[test]

@@ -11,13 +11,14 @@ use std::time::{Duration, Instant};
 use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
 use super::door::{Inside, Knock, PATIENCE};
-use super::frame::{self, Kind};
+use super::frame::{self, Frame, Kind};
 use super::home::{Home, Own};
 use super::links::{Generation, Links};
 use super::page::{Decision, Page, MOST_IDS};
 use super::rendezvous::{address, connect, Met};
 use super::strangers::is_same_user;
 use crate::abi::PA_MAX_WORLD;
+use crate::backend::limits::{self, is_shortage, Wanted};
 
 /// Between two looks for a world that is not there yet, or for a member that does not answer.
 const AGAIN: Duration = Duration::from_millis(20);
@@ -115,6 +116,7 @@ fn knock(
     };
     let (stream, answer) = asked().map_err(|error| match error.kind() {
         frame::SHORT => Refused::For(error.to_string()),
+        _ if is_shortage(&error) => Refused::For(limits::why("coming to it", Wanted::Descriptor, error)),
         io::ErrorKind::InvalidData | io::ErrorKind::Other => Refused::NotThere(Some(error.to_string())),
         _ => Refused::NotThere(None),
     })?;
@@ -211,13 +213,21 @@ impl Guest<'_> {
                 return Ok(false);
             }
             let added = common.add(member, inside.home, Met { stream, process });
-            added.map_err(|error| Outside::For(format!("can't listen to peers: {error}")))?;
+            added.map_err(|unheard| Outside::For(unheard.reason))?;
         }
         let soon = deadline.min(Instant::now() + PATIENCE);
         let came = self.links.wait(soon, |state| {
-            let came = state.take(member, (Kind::Entered, 0, 0)).is_some();
-            (came || state.gone.contains(&member)).then_some(came)
+            let came = state.take(member, (Kind::Entered, 0, 0));
+            (came.is_some() || state.gone.contains(&member)).then_some(came)
         });
+        let refusal =
+            |frame: Frame| frame.parse::<Option<String>>().unwrap_or_else(|error| Some(error.to_string()));
+        let came = came.map(|came| came.map(refusal));
+        if let Some(Some(Some(reason))) = came {
+            let rank = common.page.decision().members.iter().position(|&other| other == member);
+            return Err(Outside::For(format!("its rank {} {reason}", rank.unwrap_or(member))));
+        }
+        let came = came.map(|came| came.is_some());
         if came == Some(true) {
             self.peers.insert(member);
         }

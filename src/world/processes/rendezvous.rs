@@ -14,10 +14,12 @@ use std::time::{Duration, Instant};
 use rustix::process::{getpid, getuid, pidfd_open, PidfdFlags};
 use serde::{Deserialize, Serialize};
 
+use super::confirm::{self, Confirmation};
 use super::frame::{self, Frame, Kind};
 use super::home::Home;
 use super::page::Page;
 use super::strangers::is_same_user;
+use crate::backend::limits::{why, Wanted};
 
 /// How long a rank that can't take part tries to tell others so: those that were started when it was.
 const PARTING: Duration = Duration::from_secs(10);
@@ -69,6 +71,8 @@ pub(super) struct Crew {
     pub(super) page: Page,
     /// By rank; none for this one.
     pub(super) peers: Vec<Option<(Home, Met)>>,
+    /// For what they need besides.
+    pub(super) confirmation: Confirmation,
 }
 
 /// Collective. An error says what is wrong and what to do. Who can't take part says so to those that come
@@ -116,17 +120,28 @@ impl Me {
 }
 
 fn visit(me: &Me, address: &SocketAddr, deadline: Instant, timeout: Duration) -> Result<Crew, String> {
-    let failed = |error: io::Error| format!("rank 0 of the world {:?}: {error}", me.name);
+    let failed =
+        |error: io::Error| why(&format!("rank 0 of the world {:?}", me.name), Wanted::Descriptor, error);
     loop {
         let tried = connect(address).and_then(|stream| {
             is_same_user(&stream).map_err(io::Error::other)?;
             let process = pidfd_open(getpid(), PidfdFlags::empty()).ok();
             let files: Vec<_> = process.iter().map(AsFd::as_fd).collect();
             frame::send(&stream, (Kind::Hello, 0, 0), &me.hello(), &files, deadline)?;
-            frame::receive(&stream, &[Kind::Welcome, Kind::Refuse], frame::MOST_FILES, deadline)
+            let answer = frame::receive(&stream, &[Kind::Welcome, Kind::Refuse], frame::MOST_FILES, deadline);
+            let answer = answer.inspect_err(|error| match error.kind() {
+                frame::SHORT => confirm::refuse(&stream, &error.to_string(), deadline),
+                _ => {}
+            });
+            Ok((answer?, stream))
         });
         match tried {
-            Ok(frame) => return welcomed(me, frame),
+            Ok((frame, stream)) => {
+                let crew = welcomed(me, frame);
+                let mut crew = crew.inspect_err(|reason| confirm::refuse(&stream, reason, deadline))?;
+                crew.confirmation = Confirmation::of_a_visitor(stream);
+                return Ok(crew);
+            }
             // Nobody listens yet, or no longer, or has its hands full.
             Err(error) if is_early(&error) && Instant::now() < deadline => std::thread::sleep(AGAIN),
             Err(error) if is_early(&error) || is_late(&error) => {
@@ -190,5 +205,5 @@ fn welcomed(me: &Me, frame: Frame) -> Result<Crew, String> {
     for (_, peer) in peers.iter_mut().flatten() {
         peer.process = files.next();
     }
-    Ok(Crew { page, peers })
+    Ok(Crew { page, peers, confirmation: Confirmation::default() })
 }

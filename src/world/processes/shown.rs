@@ -6,7 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::frame::Frame;
-use crate::backend::{Memory, Offer, Site};
+use crate::backend::{Memory, Offer, Site, Unopened};
 use crate::world::{Card, Control};
 use crate::{Error, Result};
 
@@ -66,10 +66,9 @@ impl Shown {
                 return Ok(None);
             }
             let opened = Memory::open(reader.site, offer, file).map(Some);
-            opened.map_err(|reason| match reader.site {
-                Site::Host => refuse(reason),
-                // This rank's device had its part in it.
-                Site::Cuda(_) => {
+            opened.map_err(|unopened| match unopened {
+                Unopened::Wrong(reason) => refuse(reason),
+                Unopened::Short(reason) => {
                     let reason = format!("opening that of rank {rank}: {reason}");
                     Error::SharedMemory { rank: reader.rank, reason }
                 }
@@ -91,7 +90,7 @@ impl Shown {
 }
 
 /// A rank's own error without the rank, which the error that it becomes part of names.
-fn of_itself(reason: String, rank: usize) -> String {
+pub(super) fn of_itself(reason: String, rank: usize) -> String {
     match reason.strip_prefix(&format!("rank {rank}")) {
         Some(rest) if rest.starts_with(": ") => rest[2..].into(),
         Some(rest) if rest.starts_with(' ') => format!("it{rest}"),

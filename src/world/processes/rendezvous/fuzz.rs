@@ -21,7 +21,7 @@ use crate::world::processes::shown::{Reader, Shown};
 pub fn frames(data: &[u8]) {
     const DOOR: (&[Kind], usize) = (&[Kind::Hello], 1);
     const VISITOR: (&[Kind], usize) = (&[Kind::Welcome, Kind::Refuse], frame::MOST_FILES);
-    const PEER: (&[Kind], usize) = (&[Kind::Card, Kind::Abort, Kind::Ready], 3);
+    const PEER: (&[Kind], usize) = (&[Kind::Card, Kind::Verdict, Kind::Abort, Kind::Ready], 3);
     let Some((&how, data)) = data.split_first() else { return };
     let (kinds, most) = [DOOR, VISITOR, PEER][how as usize % 3];
     let (at_once, stays) = (how & 8 == 0, how & 16 != 0);
@@ -85,6 +85,7 @@ fn parse(me: &Me, frame: Frame, how: u8) {
         Kind::Inside => drop(frame.parse::<Inside>()),
         Kind::Ready => drop(frame.parse::<Vec<usize>>()),
         Kind::Reach => drop(frame.parse::<Option<Offer>>()),
+        Kind::Verdict => drop(frame.parse::<Option<String>>()),
         Kind::Abort | Kind::Enter | Kind::Entered | Kind::Waiting => {}
     }
 }
@@ -249,7 +250,7 @@ mod tests {
 
     /// Of strangers who never say that they are a rank, but much that is nearly that.
     fn act() -> impl Strategy<Value = Act> {
-        let bytes = prop_oneof![vec(any::<u8>(), 0..100), vec(any::<u8>(), 5000), Just(b"PAVG\x01".to_vec())];
+        let bytes = prop_oneof![vec(any::<u8>(), 0..100), vec(any::<u8>(), 5000), Just(b"PAVG\x02".to_vec())];
         let files = prop_oneof![4 => Just(0), 1 => any::<u8>()];
         let half_a_hello =
             (files.clone(), 1u8..100).prop_map(|(files, keep)| Act::Say { kind: 0, files, keep });

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
 use super::{is_early, Crew, Hello, Me, Met, Welcome, AGAIN, PARTING};
+use crate::backend::limits::{why, Wanted};
+use crate::world::processes::confirm::Confirmation;
 use crate::world::processes::frame::{self, Frame, Kind};
 use crate::world::processes::page::Page;
 use crate::world::processes::strangers::{self, Door};
@@ -165,7 +167,7 @@ impl Host<'_> {
 
     /// Gives every rank a socket to every other.
     fn introduce(&mut self) -> Result<Crew, String> {
-        let failed = |error: io::Error| format!("can't make sockets for all ranks: {error}; raise ulimit -n");
+        let failed = |error: io::Error| why("making sockets for all ranks", Wanted::Descriptor, error);
         let size = self.me.world_size;
         let page = Page::new(size)?;
         // By whose it is, and to whom it leads.
@@ -199,7 +201,9 @@ impl Host<'_> {
             let process = self.came.get_mut(&rank).and_then(|visitor| visitor.process.take());
             sockets.remove(&(0, rank)).map(|stream| (home, Met { stream, process }))
         });
-        Ok(Crew { page, peers: peers.collect() })
+        let peers = peers.collect();
+        let came = std::mem::take(&mut self.came).into_iter().map(|(rank, visitor)| (rank, visitor.stream));
+        Ok(Crew { page, peers, confirmation: Confirmation::of_rank_0(came) })
     }
 }
 

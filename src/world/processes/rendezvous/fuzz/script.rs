@@ -125,7 +125,7 @@ pub(super) fn message(me: &Me, kind: u8, files: usize, keep: u8) -> Vec<u8> {
 /// The header of a message that begins so, as it is written down in `frame`: its kind, files and bytes of body.
 pub(super) fn read_header(bytes: &[u8]) -> Option<(u8, usize, usize)> {
     let header = bytes.get(..20)?;
-    let right = header.starts_with(b"PAVG\x01\x00");
+    let right = header.starts_with(b"PAVG\x02\x00");
     right.then(|| {
         (header[6], header[7].into(), u32::from_le_bytes([16, 17, 18, 19].map(|at| header[at])) as usize)
     })
