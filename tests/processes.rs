@@ -10,6 +10,8 @@ mod crew;
 mod deaths;
 #[path = "processes/joins.rs"]
 mod joins;
+#[path = "processes/limits.rs"]
+mod limits;
 #[path = "processes/meeting.rs"]
 mod meeting;
 #[path = "processes/model.rs"]
@@ -26,7 +28,9 @@ const WORKER: &str = "worker";
 /// Not a test by itself: what a rank does, in a process of its own.
 #[test]
 fn worker() {
-    if let Ok(role) = std::env::var("PA_TEST_ROLE") {
-        worker::run(&role);
+    match std::env::var("PA_TEST_ROLE").as_deref() {
+        Ok("limited") => std::process::exit(limits::limited()),
+        Ok(role) => worker::run(role),
+        Err(_) => {}
     }
 }

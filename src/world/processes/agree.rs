@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::frame::{Frame, Kind};
 use super::peers::{Ring, State};
-use super::shown::{of_itself, Reader, Shown};
+use super::shown::{of_itself, Reader, Shown, Unopened};
 use super::{Processes, JOINING};
 use crate::backend::Memory;
 use crate::deadline;
@@ -17,6 +17,9 @@ use crate::{Error, Result};
 
 /// What all that is said about one averager is said by: the generation, and which of its averagers it is.
 type Number = (u32, u32);
+
+/// How long ranks are waited for when one has refused.
+const SOON: Duration = Duration::from_millis(300);
 
 impl Processes {
     /// Collective, as `Hub::agree`. An error of one rank's card, or of what it opens, is every rank's.
@@ -30,10 +33,15 @@ impl Processes {
         let deadline = deadline::after(timeout);
         let (body, files) = Shown::of(&card);
         self.tell(Kind::Card, number, &body, &files, deadline)?;
-        let frames = self.hear(Kind::Card, number, deadline, timeout, |_, frame| Ok(frame))?;
-        let opened = self.open(frames, &card);
+        let frames = self.hear(Kind::Card, number, deadline, timeout, false, |_| false)?;
+        let unopened = frames.into_iter().map(|(rank, frame)| Shown::read(frame, rank));
+        let unopened = unopened.collect::<Result<Vec<Unopened>>>().map_err(|error| self.fail(error))?;
+        let mut cards = vec![card.clone(); self.members().len()];
+        unopened.iter().for_each(|unopened| cards[unopened.rank] = unopened.card.clone());
+        Agreement::check(&cards)?; // on every rank, so that none waits for verdicts
+        let opened = self.open(unopened, cards);
         let verdict = self.verdict(number, opened.as_ref().err(), deadline, timeout);
-        let cards = opened.and_then(|cards| verdict.map(|()| cards))?; // this rank's own error first
+        let cards = verdict.and(opened)?;
         let mut agreement = Agreement::of(cards)?;
         agreement.ordinal.get_or_insert_with(|| format!("{} of generation {}", number.1, number.0));
         let agreement = Arc::new(agreement);
@@ -45,23 +53,19 @@ impl Processes {
     }
 
     /// All cards, by rank, with the memory that this rank uses.
-    fn open(&self, frames: Vec<(usize, Frame)>, own: &Card) -> Result<Vec<Card>> {
+    fn open(&self, unopened: Vec<Unopened>, mut cards: Vec<Card>) -> Result<Vec<Card>> {
         let bytes = |memory: &Option<Arc<Memory>>| memory.as_ref().map(|memory| memory.bytes());
-        let mut cards = vec![own.clone(); self.members().len()];
-        for (rank, frame) in frames {
-            let [inbox, credits, control] = self.wanted(rank);
-            let reader = Reader {
-                rank: self.rank(),
-                site: self.places.site(self.rank()),
-                wanted: [inbox, credits, control],
-            };
-            let theirs = Shown::read(frame, rank, reader)?;
+        let own = cards[self.rank()].clone();
+        for unopened in unopened {
+            let rank = unopened.rank;
+            let wanted @ [inbox, credits, control] = self.wanted(rank);
+            let theirs =
+                unopened.open(Reader { rank: self.rank(), site: self.places.site(self.rank()), wanted })?;
             let right = (!inbox || bytes(&theirs.inbox) == bytes(&own.inbox))
                 && (!credits || bytes(&theirs.credits) == bytes(&own.credits))
                 && (!control
                     || theirs.control.as_ref().is_some_and(|c| c.memory().bytes() == Control::BYTES));
-            // Cards that do not go together are told by what differs.
-            if !right && Agreement::of(vec![own.clone(), theirs.clone()]).is_ok() {
+            if !right {
                 let reason = "its memory is not of the size that its options make it".into();
                 return Err(Error::PeerRefused { rank, reason });
             }
@@ -70,8 +74,8 @@ impl Processes {
         Ok(cards)
     }
 
-    /// Collective: tells all others whether this rank could open what it needs, and hears whether they could. The first refusal
-    /// that comes is enough.
+    /// Collective: tells all others whether this rank could open what it needs, and hears whether they could. Of several that could
+    /// not, every rank names the lowest.
     fn verdict(
         &self,
         number: Number,
@@ -81,14 +85,15 @@ impl Processes {
     ) -> Result<()> {
         let said = own.map(|error| of_itself(error.to_string(), self.rank()));
         self.tell(Kind::Verdict, number, &said, &[], deadline)?;
-        let refused = |rank, frame: Frame| match frame.parse::<Option<String>>() {
-            Ok(None) => Ok(()),
-            Ok(Some(reason)) => Err(Error::PeerRefused { rank, reason }),
-            Err(error) => {
-                Err(Error::PeerRefused { rank, reason: format!("its verdict is not understood: {error}") })
-            }
-        };
-        self.hear(Kind::Verdict, number, deadline, timeout, refused).map(drop)
+        let is_refusal = |frame: &Frame| frame.body != b"null";
+        let frames = self.hear(Kind::Verdict, number, deadline, timeout, own.is_some(), is_refusal)?;
+        let refused = frames.into_iter().filter(|(_, frame)| is_refusal(frame)).map(|(rank, frame)| {
+            let reason =
+                frame.parse().unwrap_or_else(|error| format!("its verdict is not understood: {error}"));
+            (rank, Error::PeerRefused { rank, reason })
+        });
+        let own = own.map(|error| (self.rank(), error.clone()));
+        refused.chain(own).min_by_key(|&(rank, _)| rank).map_or(Ok(()), |(_, error)| Err(error))
     }
 
     /// Says something to every other rank.
@@ -106,37 +111,46 @@ impl Processes {
         sent.map_err(|error| self.fail(failed(error)))
     }
 
-    /// What every other rank says, by rank, as it comes. What `take` refuses is told at once, whoever else is waited for.
-    fn hear<T>(
+    /// What every other rank says of this kind. When this rank or another has refused, the rest is waited for a moment only, and may
+    /// be missing.
+    fn hear(
         &self,
         kind: Kind,
         (generation, number): Number,
-        deadline: Instant,
+        mut deadline: Instant,
         timeout: Duration,
-        take: impl Fn(usize, Frame) -> Result<T>,
-    ) -> Result<Vec<(usize, T)>> {
+        mut is_refused: bool,
+        refuses: impl Fn(&Frame) -> bool,
+    ) -> Result<Vec<(usize, Frame)>> {
         let key = (kind, generation, number);
-        let peers = || self.members().iter().copied().enumerate().filter(|&(_, peer)| peer != self.links.me);
-        let mut missing: Vec<(usize, usize)> = peers().collect();
+        let peers = self.members().iter().copied().enumerate();
+        let mut missing: Vec<(usize, usize)> = peers.filter(|&(_, peer)| peer != self.links.me).collect();
         let mut heard = vec![];
-        while !missing.is_empty() {
-            let came = self.links.wait(deadline, |state| {
-                let said: Vec<_> =
-                    missing.iter().filter_map(|&(rank, peer)| Some((rank, state.take(peer, key)?))).collect();
-                if !said.is_empty() {
-                    return Some(Ok(said));
-                }
-                missing.iter().find_map(|&(rank, peer)| self.silence(rank, peer, state)).map(Err)
-            });
-            let late =
-                || Error::Timeout { rank: missing[0].0, timeout, stage: Stage::Build, committed: false };
-            let said = came.unwrap_or_else(|| Err(late())).map_err(|error| self.fail(error))?;
-            for (rank, frame) in said {
-                missing.retain(|&(other, _)| other != rank);
-                heard.push((rank, take(rank, frame)?));
+        loop {
+            if is_refused {
+                deadline = deadline.min(Instant::now() + SOON);
             }
+            let Some(&(first, _)) = missing.first() else { return Ok(heard) };
+            let came = self.links.wait(deadline, |state| {
+                let said: Vec<(usize, Frame)> =
+                    missing.iter().filter_map(|&(rank, peer)| Some((rank, state.take(peer, key)?))).collect();
+                let silence = || missing.iter().find_map(|&(rank, peer)| self.silence(rank, peer, state));
+                if said.is_empty() {
+                    silence().map(Err)
+                } else {
+                    Some(Ok(said))
+                }
+            });
+            let late = || Error::Timeout { rank: first, timeout, stage: Stage::Build, committed: false };
+            let said = match came.unwrap_or_else(|| Err(late())) {
+                Ok(said) => said,
+                Err(_) if is_refused => return Ok(heard),
+                Err(error) => return Err(self.fail(error)),
+            };
+            missing.retain(|(rank, _)| said.iter().all(|(other, _)| other != rank));
+            is_refused |= said.iter().any(|(_, said)| refuses(said));
+            heard.extend(said);
         }
-        Ok(heard)
     }
 
     /// Why a peer that has not said it yet will not, if that is so.

@@ -84,6 +84,8 @@ pub(super) struct Frame {
     pub(super) number: u32,
     pub(super) body: Vec<u8>,
     pub(super) files: Vec<OwnedFd>,
+    /// This process had no descriptors for the files, so that there are none.
+    pub(super) is_short: bool,
 }
 
 pub(super) fn header(
@@ -211,11 +213,13 @@ pub(super) fn receive(
     most_files: usize,
     deadline: Instant,
 ) -> io::Result<Frame> {
-    let (mut header, mut files) = ([0; HEADER], vec![]);
+    let (mut header, mut files, mut is_short) = ([0; HEADER], vec![], false);
     let mut got = 0;
     while got < HEADER {
         let flags = wait_at_most(stream, deadline)?;
-        got += receive_some(stream, flags, &mut header[got..], &mut files, most_files)?;
+        let (bytes, short) = receive_some(stream, flags, &mut header[got..], &mut files, most_files)?;
+        got += bytes;
+        is_short |= short;
     }
     let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("4 bytes"));
     if header[..4] != MAGIC {
@@ -228,7 +232,13 @@ pub(super) fn receive(
     let Some(kind) = Kind::of(header[6]).filter(|kind| kinds.contains(kind)) else {
         return bad("a message of a kind that does not belong here");
     };
-    if files.len() != header[7] as usize {
+    if is_short {
+        files.clear(); // which of them are missing can't be told
+                       // A peer goes on being heard, or this process could not tell it why.
+        if ![Kind::Card, Kind::Reach].contains(&kind) {
+            return Err(Error::new(SHORT, short_of_files()));
+        }
+    } else if files.len() != header[7] as usize {
         return bad("a message without the files that it announces");
     }
     let bytes = word(16) as usize;
@@ -252,7 +262,7 @@ pub(super) fn receive(
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(Frame { kind, generation: word(8), number: word(12), body, files })
+    Ok(Frame { kind, generation: word(8), number: word(12), body, files, is_short })
 }
 
 fn bad(what: &str) -> io::Result<Frame> {
@@ -269,20 +279,26 @@ fn wait_at_most(stream: &UnixStream, deadline: Instant) -> io::Result<RecvFlags>
     stream.set_read_timeout(Some(left)).map(|()| RecvFlags::empty())
 }
 
-/// Only few files above so many are ever taken: many strangers together would leave this process without.
+/// What is wrong where file descriptors that came with a message could not be had.
+pub(super) fn short_of_files() -> String {
+    let what = "taking file descriptors that came with a message";
+    why(what, Wanted::Descriptor, rustix::io::Errno::MFILE)
+}
+
+/// Bytes that came, and whether there was no descriptor for a file that came with them. Only few files above so many are ever taken: many strangers together would leave this process without.
 fn receive_some(
     stream: &UnixStream,
     flags: RecvFlags,
     into: &mut [u8],
     files: &mut Vec<OwnedFd>,
     most_files: usize,
-) -> io::Result<usize> {
+) -> io::Result<(usize, bool)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES + 1))];
     let space = &mut space[..rustix::cmsg_space!(ScmRights(most_files + 1))];
     let mut ancillary = RecvAncillaryBuffer::new(space);
     let flags = flags | RecvFlags::CMSG_CLOEXEC;
     let message = match recvmsg(stream, &mut [IoSliceMut::new(into)], &mut ancillary, flags) {
-        Err(rustix::io::Errno::INTR) => return Ok(0),
+        Err(rustix::io::Errno::INTR) => return Ok((0, false)),
         message => message?,
     };
     for ancillary in ancillary.drain() {
@@ -293,13 +309,9 @@ fn receive_some(
     if files.len() > most_files {
         return Err(Error::new(ErrorKind::InvalidData, "a message with more files than any"));
     }
-    if message.flags.contains(ReturnFlags::CTRUNC) {
-        let what = "taking file descriptors that came with a message";
-        return Err(Error::new(SHORT, why(what, Wanted::Descriptor, rustix::io::Errno::MFILE)));
-    }
     match message.bytes {
         0 => Err(ErrorKind::UnexpectedEof.into()),
-        bytes => Ok(bytes),
+        bytes => Ok((bytes, message.flags.contains(ReturnFlags::CTRUNC))),
     }
 }
 

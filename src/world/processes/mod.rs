@@ -108,7 +108,7 @@ impl Processes {
         let met = crew.peers.into_iter().enumerate().filter_map(|(peer, met)| Some((peer, met?)));
         let heard = met.map(|(peer, (home, met))| links.common.add(peer, home, met));
         let heard = heard.collect::<Result<(), Unheard>>().map_err(|unheard| unheard.reason);
-        crew.confirmation.give(heard, deadline).map_err(failed)?;
+        crew.confirmation.give(heard).map_err(failed)?;
         reach::find(&links, &links.current(), deadline).map_err(failed)?;
         Ok(Processes::of(links, &me.name))
     }

@@ -130,7 +130,7 @@ fn visit(me: &Me, address: &SocketAddr, deadline: Instant, timeout: Duration) ->
             frame::send(&stream, (Kind::Hello, 0, 0), &me.hello(), &files, deadline)?;
             let answer = frame::receive(&stream, &[Kind::Welcome, Kind::Refuse], frame::MOST_FILES, deadline);
             let answer = answer.inspect_err(|error| match error.kind() {
-                frame::SHORT => confirm::refuse(&stream, &error.to_string(), deadline),
+                frame::SHORT => confirm::refuse(&stream, &error.to_string()),
                 _ => {}
             });
             Ok((answer?, stream))
@@ -138,7 +138,7 @@ fn visit(me: &Me, address: &SocketAddr, deadline: Instant, timeout: Duration) ->
         match tried {
             Ok((frame, stream)) => {
                 let crew = welcomed(me, frame);
-                let mut crew = crew.inspect_err(|reason| confirm::refuse(&stream, reason, deadline))?;
+                let mut crew = crew.inspect_err(|reason| confirm::refuse(&stream, reason))?;
                 crew.confirmation = Confirmation::of_a_visitor(stream);
                 return Ok(crew);
             }

@@ -79,7 +79,8 @@ fn parse(me: &Me, frame: Frame, how: u8) {
         Kind::Welcome | Kind::Refuse => drop(welcomed(me, frame)),
         Kind::Card => {
             let wanted = [how & 32 != 0, how & 64 != 0, how & 128 != 0];
-            drop(Shown::read(frame, 1, Reader { rank: 0, site: &Site::Host, wanted }))
+            let reader = Reader { rank: 0, site: &Site::Host, wanted };
+            drop(Shown::read(frame, 1).and_then(|unopened| unopened.open(reader)))
         }
         Kind::Knock => drop(frame.parse::<Knock>()),
         Kind::Inside => drop(frame.parse::<Inside>()),
