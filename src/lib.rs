@@ -47,6 +47,7 @@ pub mod abi;
 mod averager;
 mod backend;
 mod bucket;
+mod deadline;
 mod error;
 #[cfg(feature = "cudarc")]
 pub mod interop;

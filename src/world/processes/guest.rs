@@ -26,7 +26,7 @@ const MOST_WORLDS: usize = 64;
 
 /// Until it is let in.
 pub(super) fn join(name: &str, own: Own, timeout: Duration) -> Result<Links, String> {
-    let deadline = Instant::now() + timeout;
+    let deadline = crate::deadline::after(timeout);
     let mut lost = vec![];
     loop {
         let page = find(name, &own.home, &lost, deadline).map_err(|reason| match reason {

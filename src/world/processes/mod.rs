@@ -99,7 +99,7 @@ impl Processes {
         };
         let refusal = own.as_ref().err().map(unavailable);
         let me = Me { name, rank, world_size, home, refusal: refusal.as_ref().map(Error::to_string) };
-        let deadline = Instant::now() + timeout;
+        let deadline = crate::deadline::after(timeout);
         let met = rendezvous::meet(&me, timeout);
         let own = own.map_err(|reason| unavailable(&reason))?; // the others know
         let crew = met.map_err(failed)?;

@@ -75,7 +75,7 @@ pub(super) struct Crew {
 /// soon.
 pub(super) fn meet(me: &Me, timeout: Duration) -> Result<Crew, String> {
     let timeout = if me.refusal.is_some() { timeout.min(PARTING) } else { timeout };
-    let deadline = Instant::now() + timeout;
+    let deadline = crate::deadline::after(timeout);
     let address = address(&me.name, None)?;
     match me.rank {
         0 => host::meet(me, &address, deadline, timeout),
