@@ -11,7 +11,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::{de::DeserializeOwned, Serialize};
 
 /// Of everything that two processes say to each other. One that says another is not understood.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const MAGIC: [u8; 4] = *b"PAVG";
 const HEADER: usize = 20;
 /// This process has no file descriptor left.
@@ -59,7 +59,8 @@ impl Kind {
     /// Bytes that a body may have: those of a stranger few.
     fn most(self) -> usize {
         match self {
-            Kind::Hello | Kind::Knock | Kind::Enter => 4 << 10,
+            Kind::Hello | Kind::Knock => 32 << 10,
+            Kind::Enter => 4 << 10,
             Kind::Card => 64 << 20,
             _ => 64 << 10,
         }
