@@ -46,7 +46,7 @@ impl fmt::Display for Stage {
 #[non_exhaustive]
 pub enum Error {
     /// A world needs 1 to 16 ranks.
-    #[error("a world of {found} ranks: it has 1 to {max}; World::in_process takes a list of devices, one for each rank", max = crate::abi::PA_MAX_WORLD)]
+    #[error("a world of {found} ranks: it has 1 to {max}; start so many processes, or give World::in_process so many devices", max = crate::abi::PA_MAX_WORLD)]
     WorldSize {
         /// Ranks asked for.
         found: usize,

@@ -8,6 +8,8 @@ mod launched;
 mod places;
 #[cfg(target_os = "linux")]
 mod processes;
+#[cfg(target_os = "linux")]
+mod world_id;
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,6 +22,8 @@ pub(crate) use control::{Control, Failure};
 pub use launched::WorldBuilder;
 #[cfg(all(fuzzing, target_os = "linux"))]
 pub use processes::fuzz;
+#[cfg(target_os = "linux")]
+pub use world_id::WorldId;
 
 pub(crate) use places::Places;
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{poll, PollFd, PollFlags};
 
 use super::frame::{self, Kind};
+use super::private::Private;
 
 /// How long a rank is waited for that says nothing. It is stopped or gone, as it may be at any later time, and is found out as a peer.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -17,15 +18,15 @@ const MOST_REASON: usize = 2000;
 /// The streams that ranks came by: rank 0's to every other, and every other's to rank 0.
 #[derive(Debug, Default)]
 pub(super) struct Confirmation {
-    streams: Vec<(usize, UnixStream)>,
+    streams: Vec<(usize, Private<UnixStream>)>,
 }
 
 impl Confirmation {
-    pub(super) fn of_rank_0(visitors: impl Iterator<Item = (usize, UnixStream)>) -> Confirmation {
+    pub(super) fn of_rank_0(visitors: impl Iterator<Item = (usize, Private<UnixStream>)>) -> Confirmation {
         Confirmation { streams: visitors.collect() }
     }
 
-    pub(super) fn of_a_visitor(stream: UnixStream) -> Confirmation {
+    pub(super) fn of_a_visitor(stream: Private<UnixStream>) -> Confirmation {
         Confirmation { streams: vec![(0, stream)] }
     }
 
@@ -47,26 +48,26 @@ impl Confirmation {
 }
 
 /// Tells rank 0 why this rank does not get so far.
-pub(super) fn refuse(stream: &UnixStream, reason: &String) {
+pub(super) fn refuse(stream: &Private<UnixStream>, reason: &String) {
     say(stream, Some(reason));
 }
 
 /// An end that is gone is found out by what is heard there.
-fn say(stream: &UnixStream, refusal: Option<&String>) {
+fn say(stream: &Private<UnixStream>, refusal: Option<&String>) {
     let refusal = refusal.map(|reason| reason.chars().take(MOST_REASON).collect::<String>());
     let _ = frame::send(stream, (Kind::Verdict, 0, 0), &refusal, &[], Instant::now() + PATIENCE);
 }
 
 /// What is said on a stream. No word is no refusal.
-fn hear(stream: &UnixStream, deadline: Instant) -> Result<(), String> {
+fn hear(stream: &Private<UnixStream>, deadline: Instant) -> Result<(), String> {
     let said = frame::receive(stream, &[Kind::Verdict], 0, deadline).and_then(|frame| frame.parse());
     said.unwrap_or(None::<String>).map_or(Ok(()), Err)
 }
 
 /// Until all have all that they need, or one says that it has not, whichever comes first.
-fn gather(others: &[(usize, UnixStream)]) -> Result<(), String> {
+fn gather(others: &[(usize, Private<UnixStream>)]) -> Result<(), String> {
     let deadline = Instant::now() + PATIENCE;
-    let mut missing: Vec<&(usize, UnixStream)> = others.iter().collect();
+    let mut missing: Vec<&(usize, Private<UnixStream>)> = others.iter().collect();
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         if missing.is_empty() || left.is_zero() {

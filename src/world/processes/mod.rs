@@ -1,16 +1,20 @@
 //! Ranks that are processes of one host: they meet over sockets, and their mailboxes are in memory that they share.
 
 mod agree;
+mod ancestry;
 mod confirm;
+mod credentials;
 mod door;
 mod frame;
 mod generation;
 mod guest;
 mod home;
+mod job;
 mod launcher;
 mod links;
 mod page;
 mod peers;
+mod private;
 mod reach;
 mod rendezvous;
 mod shown;
@@ -19,12 +23,14 @@ mod strangers;
 use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::{Device, Places};
+use super::{Device, Places, WorldId};
 use crate::backend::limits;
 use crate::{Error, Result};
 use door::Door;
 pub(super) use home::Home;
 use home::Own;
+use job::Job;
+pub(super) use job::Known;
 use links::{Fate, Generation, Links};
 use page::Page;
 use peers::Unheard;
@@ -51,42 +57,60 @@ pub(super) struct Setup {
     pub(super) rank: usize,
     pub(super) world_size: usize,
     pub(super) name: String,
+    /// What the name was taken from, in words.
+    pub(super) source: String,
+    pub(super) known: Known,
+    /// The variable that the rank was taken from.
+    pub(super) variable: Option<&'static str>,
 }
 
 impl Setup {
-    /// What the environment says.
-    pub(super) fn of_the_environment() -> Result<Setup> {
-        let found = launcher::Launched::find(variable);
-        let launcher::Launched { rank, world_size, name } =
-            found.map_err(|problem| Error::Environment { problem })?;
-        Ok(Setup { rank, world_size, name })
+    /// What the environment says, but for the name if one is `given`.
+    pub(super) fn of_the_environment(given: Option<String>) -> Result<Setup> {
+        let failed = |problem| Error::Environment { problem };
+        launcher::variables().try_for_each(|name| text(name).map(drop))?;
+        let launcher::Launched { rank, world_size, name, source, known, variable } =
+            launcher::Launched::find(variable, given).map_err(failed)?;
+        Ok(Setup { rank, world_size, name, source, known, variable: Some(variable) })
     }
 
     /// Whether there is a launcher to say it.
     pub(super) fn is_in_the_environment() -> bool {
         launcher::Launched::is_there(variable)
     }
-}
 
-/// Of the environment.
-fn variable(name: &str) -> Option<String> {
-    match name {
-        launcher::PARENT => rustix::process::getppid().map(|parent| parent.as_raw_pid().to_string()),
-        name => std::env::var(name).ok(),
+    /// Only the name, where it is said by itself.
+    pub(super) fn name_of_the_environment() -> Result<Option<String>> {
+        Ok(text(launcher::RENDEZVOUS)?.filter(|name| !name.is_empty()))
     }
 }
 
-impl Setup {
-    /// Only the name, where it is said by itself.
-    pub(super) fn name_of_the_environment() -> Option<String> {
-        std::env::var(launcher::RENDEZVOUS).ok().filter(|name| !name.is_empty())
+/// Of the environment, as far as it is text.
+fn variable(name: &str) -> Option<String> {
+    match name {
+        launcher::PARENT => launcher::parent(),
+        launcher::TERMINAL => launcher::has_terminal().then(String::new),
+        name => std::env::var_os(name).map(|value| value.to_string_lossy().into_owned()),
+    }
+}
+
+fn text(name: &str) -> Result<Option<String>> {
+    use std::env::VarError;
+    match std::env::var(name) {
+        Ok(value) => Ok(Some(value)),
+        Err(VarError::NotPresent) => Ok(None),
+        Err(VarError::NotUnicode(value)) => {
+            let problem =
+                format!("{name} is {value:?}, which is not UTF-8: set it to a text, the same on every rank");
+            Err(Error::Environment { problem })
+        }
     }
 }
 
 impl Processes {
     /// Collective.
     pub(super) fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<Processes> {
-        let Setup { rank, world_size, name } = setup;
+        let Setup { rank, world_size, name, source, known, variable } = setup;
         let failed = |reason| Error::Rendezvous { rank, reason };
         let own = Own::find(device);
         let home = own.as_ref().map_or_else(|_| Home::unknown(device), |own| own.home.clone());
@@ -97,7 +121,9 @@ impl Processes {
         };
         let refusal = own.as_ref().err().map(unavailable);
         let refusal = refusal.or(limits::spare(0).err().map(failed));
-        let me = Me { name, rank, world_size, home, refusal: refusal.as_ref().map(Error::to_string) };
+        let job = Job::own(&known, rank, variable);
+        let told = refusal.as_ref().map(Error::to_string);
+        let me = Me { name, source, rank, world_size, home, job, refusal: told };
         let deadline = crate::deadline::after(timeout);
         let met = rendezvous::meet(&me, timeout);
         let own = own.map_err(|reason| unavailable(&reason))?; // the others know
@@ -110,7 +136,8 @@ impl Processes {
         let heard = heard.collect::<Result<(), Unheard>>().map_err(|unheard| unheard.reason);
         crew.confirmation.give(heard).map_err(failed)?;
         reach::find(&links, &links.current(), deadline).map_err(failed)?;
-        Ok(Processes::of(links, &me.name))
+        let door = Door::open(&me.name, crew.origin, links.me, &links.common, crew.held);
+        Ok(Processes::of(links, door))
     }
 
     /// Of a world that has begun, when that lets it in; see `World::join`.
@@ -119,15 +146,15 @@ impl Processes {
         let own =
             Own::find(device).map_err(|reason| failed(format!("{device} is not available: {reason}")))?;
         limits::spare(0).map_err(failed)?;
-        let links = guest::join(name, own, timeout).map_err(failed)?;
+        let (links, origin, others) = guest::join(name, own, timeout).map_err(failed)?;
         reach::find(&links, &links.current(), Instant::now() + JOINING).map_err(failed)?;
-        Ok(Processes::of(links, name))
+        let door = Door::open(name, origin, links.me, &links.common, None).beside(others);
+        Ok(Processes::of(links, door))
     }
 
-    fn of(links: Links, name: &str) -> Processes {
+    fn of(links: Links, door: Door) -> Processes {
         let generation = links.latest.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let places = links.places(&generation);
-        let door = Door::open(name, links.me, &links.common);
         Processes { links: Arc::new(links), generation, places, door: Arc::new(door) }
     }
 
@@ -158,6 +185,10 @@ impl Processes {
 
     pub(super) fn name(&self) -> &str {
         self.door.name()
+    }
+
+    pub(super) fn world(&self) -> &WorldId {
+        self.door.world()
     }
 
     /// What ended this generation, if something did: the failure itself the first time.

@@ -16,6 +16,7 @@ use serde::Serialize;
 use super::frame::{self, Frame, Kind};
 use super::home::Home;
 use super::page::Page;
+use super::private::Private;
 use super::rendezvous::Met;
 use crate::backend::limits::thread;
 use crate::world::Agreement;
@@ -29,7 +30,7 @@ const MOST_WAITING: usize = 256;
 
 #[derive(Debug)]
 struct Peer {
-    stream: UnixStream,
+    stream: Private<UnixStream>,
     /// One message at a time.
     sending: Mutex<()>,
 }
@@ -118,6 +119,17 @@ impl State {
     pub(super) fn forget(&mut self, peer: usize) {
         self.gone.remove(&peer);
         self.homes.remove(&peer);
+    }
+
+    /// Forgets all but the last `most` of those that are gone and no members.
+    pub(super) fn forget_gone(&mut self, members: &[usize], most: usize) {
+        // The later one came, the higher is its id.
+        let outside = self.gone.iter().filter(|&peer| !members.contains(peer)).rev().skip(most);
+        for peer in outside.copied().collect::<Vec<_>>() {
+            self.forget(peer);
+            self.messages.remove(&peer);
+            self.trouble.remove(&peer);
+        }
     }
 
     /// Those that are there, and wait to be let in after this generation.
@@ -212,7 +224,7 @@ impl Common {
         // Each is locked until its peer has the message.
         let locks = peers.iter().map(|peer| peer.sending.lock().unwrap_or_else(PoisonError::into_inner));
         let mut sending: Vec<_> = locks.map(Some).collect();
-        let streams: Vec<&UnixStream> = peers.iter().map(|peer| &peer.stream).collect();
+        let streams: Vec<&UnixStream> = peers.iter().map(|peer| &*peer.stream).collect();
         frame::send_to_all(&streams, key, body, files, deadline, |index, result| {
             if result.is_err() {
                 let _ = streams[index].shutdown(Shutdown::Both); // as in `send`

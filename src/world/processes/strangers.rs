@@ -5,12 +5,12 @@ use std::io::ErrorKind;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::process::getuid;
-
+use super::credentials::is_same_user;
 use super::frame::{self, Frame, Kind};
+use super::private::Private;
 
 /// Strangers that may be half way through their first message at once.
 pub(super) const MOST: usize = 64;
@@ -23,9 +23,16 @@ const AGAIN: Duration = Duration::from_millis(2);
 #[derive(Debug)]
 pub(super) struct Door {
     // In this order, so that the thread, which waits for `_open` to go, is the last to have the listener.
-    listener: Arc<UnixListener>,
-    short: Arc<AtomicBool>,
+    listener: Arc<Private<UnixListener>>,
+    short: Arc<Short>,
     _open: mpsc::Sender<()>,
+}
+
+/// What there was not enough of for one who came, or for what he brought.
+#[derive(Debug, Default)]
+struct Short {
+    files: AtomicBool,
+    threads: AtomicBool,
 }
 
 impl Door {
@@ -38,20 +45,20 @@ impl Door {
         listener: UnixListener,
         kinds: &'static [Kind],
         most_files: usize,
-        came: impl Fn(UnixStream, Frame) + Send + Sync + 'static,
+        came: impl Fn(Private<UnixStream>, Frame) + Send + Sync + 'static,
     ) -> std::io::Result<Door> {
-        let (listener, short) = (Arc::new(listener), Arc::new(AtomicBool::new(false)));
+        let (listener, short) = (Arc::new(Private::new(listener)), Arc::new(Short::default()));
         let (open, is_open) = mpsc::channel();
         let door = Door { listener: listener.clone(), short: short.clone(), _open: open };
-        let hear = move |stream: UnixStream| {
-            if is_same_user(&stream).is_err() {
-                return;
-            }
-            match frame::receive(&stream, kinds, most_files, Instant::now() + HELLO) {
-                Ok(frame) => came(stream, frame),
-                Err(error) if error.kind() == frame::SHORT => short.store(true, Ordering::Relaxed),
-                Err(_) => {}
-            }
+        let hear = move |stream: Private<UnixStream>| match frame::receive(
+            &stream,
+            kinds,
+            most_files,
+            Instant::now() + HELLO,
+        ) {
+            Ok(frame) => came(stream, frame),
+            Err(error) if error.kind() == frame::SHORT => short.files.store(true, Ordering::Relaxed),
+            Err(_) => {}
         };
         let (hear, short) = (Arc::new(hear), door.short.clone());
         std::thread::Builder::new().name("door".into()).spawn(move || {
@@ -61,9 +68,18 @@ impl Door {
         Ok(door)
     }
 
-    /// Whether there was no file descriptor for one who came, or for what he brought.
-    pub(super) fn was_short(&self) -> bool {
-        self.short.load(Ordering::Relaxed)
+    /// What was wanting, if something was, and what to do.
+    pub(super) fn shortage(&self) -> Option<&'static str> {
+        match (self.short.threads.load(Ordering::Relaxed), self.short.files.load(Ordering::Relaxed)) {
+            (true, _) => Some(THREADS),
+            (_, true) => Some("rank 0 has run out of file descriptors: raise ulimit -n"),
+            _ => None,
+        }
+    }
+
+    /// Whether a thread could not be started for one who came.
+    pub(super) fn lacks_threads(&self) -> bool {
+        self.short.threads.load(Ordering::Relaxed)
     }
 }
 
@@ -78,57 +94,58 @@ impl Drop for Door {
 fn keep(
     listener: &UnixListener,
     is_open: &mpsc::Receiver<()>,
-    short: &AtomicBool,
-    hear: &Arc<impl Fn(UnixStream) + Send + Sync + 'static>,
+    short: &Short,
+    hear: &Arc<impl Fn(Private<UnixStream>) + Send + Sync + 'static>,
 ) {
     let inside = Arc::new(AtomicUsize::new(0));
     loop {
         let stream = match listener.accept() {
-            Ok((stream, _)) => stream,
+            Ok((stream, _)) => Private::new(stream),
             Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => {
                 continue
             }
             // Shut, or no descriptors left: those inside give some back, or whoever waits here gives up.
             Err(error) => {
-                short.fetch_or(is_short(&error), Ordering::Relaxed);
+                short.files.fetch_or(is_short(&error), Ordering::Relaxed);
                 match is_open.recv_timeout(AGAIN) {
                     Err(RecvTimeoutError::Timeout) => continue,
                     _ => return,
                 }
             }
         };
-        if inside.load(Ordering::Relaxed) >= MOST {
+        // First, so that no other user has a thread started.
+        if is_same_user(&stream).is_err() || inside.load(Ordering::Relaxed) >= MOST {
             continue;
         }
         inside.fetch_add(1, Ordering::Relaxed);
         let (hear, leaving) = (hear.clone(), inside.clone());
+        let stream = Arc::new(Mutex::new(Some(stream)));
+        let untold = stream.clone();
         let stranger = move || {
-            hear(stream);
+            let stream = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
+            stream.into_iter().for_each(|stream| hear(stream));
             leaving.fetch_sub(1, Ordering::Relaxed); // last: one that can't be closed still counts
         };
-        if std::thread::Builder::new().name("hello".into()).stack_size(256 << 10).spawn(stranger).is_err() {
+        let thread = std::thread::Builder::new().name("hello".into()).stack_size(256 << 10);
+        if thread.spawn(stranger).is_err() {
             inside.fetch_sub(1, Ordering::Relaxed);
+            short.threads.store(true, Ordering::Relaxed);
+            // A socket that nothing was sent on has room for it, so that nobody is waited for.
+            let stream = untold.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let _ = stream
+                .map(|stream| frame::send(&stream, (Kind::Refuse, 0, 0), &THREADS, &[], Instant::now()));
         }
     }
 }
+
+/// Of a process that can't start one.
+const THREADS: &str = "this world's rank 0, or a member, can't start a thread to hear others: raise ulimit -u, or the pids.max of its \
+     cgroup";
 
 /// Of file descriptors.
 fn is_short(error: &std::io::Error) -> bool {
     use rustix::io::Errno;
     [Errno::MFILE, Errno::NFILE].iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
-}
-
-/// Whoever is at the other end of an abstract socket: its name is free to all, this user's processes are to be trusted.
-pub(super) fn is_same_user(stream: &UnixStream) -> Result<(), String> {
-    let peer = rustix::net::sockopt::socket_peercred(stream).map_err(|error| error.to_string())?;
-    if peer.uid == getuid() {
-        return Ok(());
-    }
-    Err(format!(
-        "it belongs to user {}, not to user {}: choose another name for this world",
-        peer.uid.as_raw(),
-        getuid().as_raw()
-    ))
 }
 
 #[cfg(test)]

@@ -129,11 +129,14 @@ fn play(world_size: usize, script: &[Act]) {
     }
     let crews: Vec<Crew> = crews.into_iter().map(|crew| crew.expect("all ranks meet")).collect();
     for (one, other) in (0..world_size).flat_map(|one| (0..one).map(move |other| (one, other))) {
-        let stream = |from: usize, to: usize| &crews[from].peers[to].as_ref().expect("a peer").1.stream;
+        let stream = |from: usize, to: usize| -> &UnixStream {
+            &crews[from].peers[to].as_ref().expect("a peer").1.stream
+        };
         let mut heard = [0];
         let mut at_the_other_end = stream(other, one);
         at_the_other_end.set_read_timeout(Some(Duration::from_secs(5))).expect("a time");
-        let said = stream(one, other).write(&[7]).and_then(|_| at_the_other_end.read_exact(&mut heard));
+        let mut this_end = stream(one, other);
+        let said = this_end.write(&[7]).and_then(|_| at_the_other_end.read_exact(&mut heard));
         assert!(said.is_ok() && heard == [7], "ranks {one} and {other} do not hear each other: {said:?}");
     }
     for mut stranger in strangers.all.into_iter().flatten() {
