@@ -39,8 +39,10 @@ impl Confirmation {
                 own.and_then(|()| hear(first, Instant::now() + 2 * PATIENCE))
             }
             others => {
+                let refused = own.as_ref().err().map(|reason| format!("rank 0 can't take part: {reason}"));
                 let result = own.and_then(|()| gather(others));
-                others.iter().for_each(|(_, stream)| say(stream, result.as_ref().err()));
+                let told = refused.as_ref().or(result.as_ref().err());
+                others.iter().for_each(|(_, stream)| say(stream, told));
                 result
             }
         }

@@ -74,7 +74,7 @@ impl Door {
             let listener = bind(&called, me)?;
             let (common, called, origin) = (common.clone(), called.clone(), origin.clone());
             let came = move |stream, knock| serve(&called, &origin, me, &common, stream, knock);
-            strangers::Door::open(listener, &[Kind::Knock], 1, came).map_err(|error| error.to_string())
+            strangers::Door::open(listener, &[Kind::Knock], 1, came).map_err(|shut| shut.reason)
         };
         // Tried until it succeeds: descriptors may be free again.
         let keep = move || loop {

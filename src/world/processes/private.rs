@@ -3,7 +3,6 @@
 
 use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::Once;
 
@@ -32,12 +31,6 @@ impl<T: AsFd> Private<T> {
         let take =
             |slot: &&AtomicI32| slot.compare_exchange(FREE, raw, Ordering::SeqCst, Ordering::SeqCst).is_ok();
         Private { slot: REGISTERED.iter().find(take), socket }
-    }
-}
-
-impl Private<UnixStream> {
-    pub(super) fn try_clone(&self) -> std::io::Result<Self> {
-        self.socket.try_clone().map(Private::new)
     }
 }
 

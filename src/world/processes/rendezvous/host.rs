@@ -45,7 +45,8 @@ pub(super) fn meet(
     timeout: Duration,
 ) -> Result<Crew, String> {
     let came = BTreeMap::new();
-    Host { me, deadline, timeout, came, strays: vec![], firsts: vec![], is_contested: false }.meet(address)
+    Host { me, deadline, timeout, came, strays: vec![], firsts: vec![], is_contested: false, refused: 0 }
+        .meet(address)
 }
 
 struct Host<'a> {
@@ -59,6 +60,8 @@ struct Host<'a> {
     firsts: Vec<Job>,
     /// Another process says that it is a rank that is there.
     is_contested: bool,
+    /// Ranks that were refused, and told so.
+    refused: usize,
 }
 
 #[derive(Debug)]
@@ -91,14 +94,31 @@ impl Host<'_> {
                 }
             }
         };
-        let door = Door::open(listener, &[Kind::Hello], 1, came);
-        let door = door.map_err(|error| format!("can't start a thread: {error}"))?;
-        let result = self.gather(&visitors, &door).and_then(|()| self.introduce());
+        let door = Door::open(listener, &[Kind::Hello], 1, came).map_err(|shut| {
+            let reason = self
+                .me
+                .refusal
+                .clone()
+                .unwrap_or_else(|| format!("rank 0 can't hear the others: {}", shut.reason));
+            let until = self.deadline.min(Instant::now() + GRACE);
+            shut.refuse(&[Kind::Hello], 1, self.me.world_size - 1, &reason, until);
+            reason
+        })?;
+        // Descriptors that are there again when others must be told that there are too few.
+        let reserve = [(); 2].map(|()| pidfd_open(getpid(), PidfdFlags::empty()));
+        let gathered = self.gather(&visitors, &door);
+        drop(reserve);
+        let result = gathered.and_then(|()| {
+            self.introduce().map_err(|reason| format!("rank 0 can't bring the ranks together: {reason}"))
+        });
         match result {
             // From here on, whoever comes is told that the world has begun.
             Ok(crew) => Ok(Crew { held: Some(door), ..crew }),
             Err(mut reason) => {
-                if let Some(shortage) = door.shortage().filter(|shortage| !reason.contains(shortage)) {
+                if let Some(shortage) = door
+                    .shortage()
+                    .filter(|shortage| !reason.contains(shortage) && !reason.contains("ulimit"))
+                {
                     reason = format!("{reason}; {shortage}");
                 }
                 self.refuse_all(&visitors, &reason);
@@ -160,7 +180,7 @@ impl Host<'_> {
         }
         let mut notice = Notice::new();
         while self.came.len() + 1 < self.me.world_size {
-            if door.lacks_threads() {
+            if door.is_stuck() {
                 return Err(format!("rank 0 can't hear the others; {}", door.shortage().unwrap_or_default()));
             }
             let now = Instant::now();
@@ -182,8 +202,9 @@ impl Host<'_> {
 
     /// Tells those that came, and those that come now.
     fn refuse_all(&mut self, visitors: &mpsc::Receiver<Visitor>, reason: &str) {
-        self.came.values().for_each(|visitor| visitor.refuse(reason));
-        let mut left = (self.me.world_size - 1).saturating_sub(self.came.len());
+        let mut left = (self.me.world_size - 1).saturating_sub(self.came.len() + self.refused);
+        // Closed, so that others get their descriptors.
+        std::mem::take(&mut self.came).values().for_each(|visitor| visitor.refuse(reason));
         // Two jobs fail by it.
         left += if self.is_contested { self.me.world_size } else { 0 };
         let grace = if self.me.refusal.is_some() { PARTING } else { GRACE };
@@ -271,6 +292,7 @@ impl Host<'_> {
             }
             Some(reason) => {
                 visitor.refuse(&reason);
+                self.refused += 1;
                 Err(reason)
             }
         }
