@@ -46,7 +46,7 @@ impl fmt::Display for Stage {
 #[non_exhaustive]
 pub enum Error {
     /// A world needs 1 to 16 ranks.
-    #[error("a world of {found} ranks: it has 1 to {max}; World::in_process takes a list of devices, one for each rank", max = crate::abi::PA_MAX_WORLD)]
+    #[error("a world of {found} ranks: it has 1 to {max}; start so many processes, or give World::in_process so many devices", max = crate::abi::PA_MAX_WORLD)]
     WorldSize {
         /// Ranks asked for.
         found: usize,
@@ -300,12 +300,21 @@ pub enum Error {
         reason: String,
     },
 
+    /// Memory of this process that an averager needs can't be had. Nobody builds one.
+    #[error("rank {rank} can't get the memory that its averager needs: {reason}")]
+    Memory {
+        /// The rank.
+        rank: usize,
+        /// What the system said, the limit that was met, and what to do.
+        reason: String,
+    },
+
     /// A thread could not be started for a channel.
     #[error("rank {rank} cannot start a thread for a channel: {reason}; build with fewer channels")]
     Thread {
         /// This rank.
         rank: usize,
-        /// What the system said.
+        /// What the system said, the limit that was met, and what to do.
         reason: String,
     },
 }

@@ -63,9 +63,9 @@ pub use interop::{CudaParams, CudaTensorMut};
 pub use local_sgd::{Action, LocalSgd};
 pub use schedule::Schedule;
 pub use tensor::{Dtype, Element, Parameters, TensorMut};
-#[cfg(target_os = "linux")]
-pub use world::WorldBuilder;
 pub use world::{AbortHandle, Communicator, Device, World};
+#[cfg(target_os = "linux")]
+pub use world::{WorldBuilder, WorldId};
 
 /// For `fuzz/` in the repository.
 #[cfg(all(fuzzing, target_os = "linux"))]

@@ -140,7 +140,7 @@ impl LocalSgd {
         self.averager.set_position_in_schedule(self.position);
         if self.schedule.is_due(self.position) {
             let action = self.average(tensors, self.position)?;
-            return Ok(self.let_in(tensors, action)?);
+            return self.let_in(tensors, action).map_err(Halt::error);
         }
         if self.is_alone() {
             return Ok(Action::Alone);
@@ -153,7 +153,7 @@ impl LocalSgd {
     }
 
     pub(crate) fn recover_with(&mut self, tensors: &mut impl Tensors) -> Result<Action> {
-        Ok(self.recover_step(tensors, &mut Progress::default())?)
+        self.recover_step(tensors, &mut Progress::default()).map_err(Halt::error)
     }
 
     fn recover_step(&mut self, tensors: &mut impl Tensors, progress: &mut Progress) -> Result<Action, Halt> {

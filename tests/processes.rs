@@ -12,6 +12,8 @@ mod crew;
 mod deaths;
 #[path = "processes/joins.rs"]
 mod joins;
+#[path = "processes/limits.rs"]
+mod limits;
 #[path = "processes/meeting.rs"]
 mod meeting;
 #[path = "processes/model.rs"]
@@ -28,7 +30,12 @@ const WORKER: &str = "worker";
 /// Not a test by itself: what a rank does, in a process of its own.
 #[test]
 fn worker() {
-    if let Ok(role) = std::env::var("PA_TEST_ROLE") {
-        worker::run(&role);
+    match std::env::var("PA_TEST_ROLE").as_deref() {
+        Ok("limited") => std::process::exit(limits::limited()),
+        Ok("copies") => std::process::exit(admissions::copies()),
+        Ok("lets_in") => std::process::exit(admissions::lets_in()),
+        Ok("joins_only") => std::process::exit(admissions::joins_only()),
+        Ok(role) => worker::run(role),
+        Err(_) => {}
     }
 }

@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use super::memory::{Own, Sizes, LINE_BYTES};
+use super::memory::{check_room, Own, Sizes, LINE_BYTES};
 use super::rebuild::Blueprint;
-use super::table::{Problem, Table};
+use super::table::{Layout, Table};
 use super::{defaults, flag, phases, spins, Algorithm, Builder, ParamAverager, Tensors};
 use crate::abi::*;
 use crate::backend::Memory;
 use crate::world::Card;
-use crate::{Parameters, Result};
+use crate::{Error, Parameters, Result};
 
 impl ParamAverager {
     /// With the first average in it, if a process joins.
@@ -28,25 +28,40 @@ impl ParamAverager {
 
     pub(super) fn assemble<P: Parameters + ?Sized>(options: Builder, params: &mut P) -> Result<Self> {
         let communicator = &options.communicator;
-        let (table, problem) = Table::new(params, communicator.device(), communicator.site().clone());
-        let mut averager = ParamAverager::assemble_for(options, table, problem, None)?;
+        let (rank, world) = (communicator.rank(), communicator.world_size());
+        let (device, site) = (communicator.device(), communicator.site().clone());
+        let (mut tensors, mut names) = (0, 0);
+        params.visit(&mut |tensor| {
+            tensors += 1;
+            names += tensor.name().map_or(0, str::len);
+        });
+        let (table, refusal) = match check_room(tensors, names, rank, world) {
+            Ok(()) => {
+                let (table, problem) = Table::new(params, device, site);
+                let refusal = problem.map(|problem| table.error(rank, problem));
+                (table, refusal)
+            }
+            Err(error) => (Table::of(Layout::none(device, site).into()), Some(error)),
+        };
+        let mut averager = ParamAverager::assemble_for(options, table, refusal, None)?;
         averager.blueprint = Some(Blueprint::of(&averager));
         Ok(averager)
     }
 
-    /// `number`: which of the averagers that all ranks build again it is; `None`: the next one of its view.
+    /// `refusal`: why it can't be built, which all ranks are to hear. `number`: which of the averagers that
+    /// are built again it is; `None`: the next one of its view.
     pub(super) fn assemble_for(
         options: Builder,
         mut table: Table,
-        problem: Option<Problem>,
+        refusal: Option<Error>,
         number: Option<u32>,
     ) -> Result<Self> {
         let communicator = options.communicator.clone();
-        let (rank, world) = (communicator.rank(), communicator.world_size());
+        let world = communicator.world_size();
         let algorithm = options.chosen_algorithm();
         let ring = algorithm == Algorithm::Ring && world > 1;
         // From here on nothing returns before the peers know: what is refused here is shown to them as such.
-        let refusal = options.check().err().or(problem.map(|problem| table.error(rank, problem)));
+        let refusal = options.check().err().or(refusal);
         let channels = if refusal.is_none() { options.channel_count() } else { 1 };
         let sizes = Sizes::of(&options, &table, channels);
         let own = match refusal {

@@ -7,7 +7,7 @@ use super::link::Link;
 use super::table::Table;
 use crate::abi::*;
 use crate::backend::cpu::instruction_sets;
-use crate::backend::{Engine, Memory};
+use crate::backend::{limits, Engine, Memory, Site};
 use crate::bucket;
 use crate::world::Control;
 use crate::{Error, Result};
@@ -70,6 +70,17 @@ fn counters(channels: u32, testing: &Testing) -> Vec<u32> {
     lines
 }
 
+/// Whether there is memory for what grows with the number of tensors: this rank's tables, and a line for each tensor from every
+/// rank. It is allocated in small pieces, none of which can fail but by an abort.
+/// `names`: bytes of all their names.
+pub(super) fn check_room(tensors: usize, names: usize, rank: usize, world: usize) -> Result<()> {
+    // Bytes for a tensor besides its name: in tables that double as they grow; in a line, of which this rank has 5 and 2 from each peer.
+    const TABLES: usize = 320;
+    const LINE: usize = 96;
+    let lines = (tensors * LINE + names) * (5 + 2 * world);
+    limits::spare(tensors * TABLES + names + lines).map_err(|reason| Error::Memory { rank, reason })
+}
+
 /// What a rank needs besides its tensors.
 pub(super) struct Own {
     pub(super) engine: Engine,
@@ -94,9 +105,13 @@ impl Own {
         let (rank, world) = (options.communicator.rank(), options.communicator.world_size() as u32);
         let (site, testing) = (options.communicator.site(), &options.testing);
         let processes = options.communicator.places().between_processes();
+        let own_failed = |reason| match site {
+            Site::Host => Error::Memory { rank, reason },
+            Site::Cuda(_) => Error::DeviceFailed { rank, reason },
+        };
         let failed = |reason| match processes {
             true => Error::SharedMemory { rank, reason },
-            false => Error::DeviceFailed { rank, reason },
+            false => own_failed(reason),
         };
         let mut shards = vec![];
         for (bucket, raw) in table.buckets.iter().zip(&mut table.raw) {
@@ -104,8 +119,7 @@ impl Own {
             let shard_packs = bucket::shard_packs(channel_packs, world, sizes.chunk);
             if ring && options.all_or_nothing {
                 let bytes = (shard_packs * u64::from(channels)) as usize * PA_PACK_BYTES as usize;
-                let device_failed = |reason| Error::DeviceFailed { rank, reason };
-                shards.push(Memory::new(site, bytes).map_err(device_failed)?);
+                shards.push(Memory::new(site, bytes).map_err(own_failed)?);
             }
             *raw = PaBucket {
                 segments: 0, // set for every average

@@ -39,9 +39,11 @@ impl Progress {
     }
 }
 
-impl From<Halt> for Error {
-    fn from(halt: Halt) -> Error {
-        halt.0
+impl Halt {
+    /// The error for the caller. No `From`: a second one for `Error` would leave `?` in users' closures
+    /// without a type.
+    pub(crate) fn error(self) -> Error {
+        self.0
     }
 }
 
@@ -58,12 +60,12 @@ mod tests {
     #[test]
     fn errors_tell_what_earlier_steps_have_changed() {
         let mut progress = Progress::default();
-        assert_eq!(Error::from(progress.halt(lost(false))), lost(false));
+        assert_eq!(progress.halt(lost(false)).error(), lost(false));
         progress.survived(&lost(false));
-        assert_eq!(Error::from(progress.halt(lost(false))), lost(false));
+        assert_eq!(progress.halt(lost(false)).error(), lost(false));
         progress.survived(&lost(true));
-        assert_eq!(Error::from(progress.halt(lost(true))), lost(true), "it says so itself");
-        let error = Error::from(progress.halt(lost(false)));
+        assert_eq!(progress.halt(lost(true)).error(), lost(true), "it says so itself");
+        let error = progress.halt(lost(false)).error();
         assert!(!error.tensors_unchanged() && error.is_fatal(), "{error:?}");
         assert!(error.to_string().contains("partly averaged"), "{error}");
 
@@ -78,7 +80,7 @@ mod tests {
         for cause in [lost(true), lost(false), Error::NoWeight] {
             let mut progress = Progress::default();
             progress.averaged(&report);
-            let error = Error::from(progress.halt(cause.clone()));
+            let error = progress.halt(cause.clone()).error();
             assert!(!error.tensors_unchanged() && error.is_fatal() == cause.is_fatal(), "{error:?}");
             assert!(error.to_string().contains("every tensor holds the mean"), "{error}");
             let source = std::error::Error::source(&error).unwrap();

@@ -9,6 +9,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::memory::check_room;
 use super::table::{Layout, Table};
 use super::{Builder, ParamAverager};
 use crate::error::Stage;
@@ -89,8 +90,13 @@ impl Rebuild for Blueprint {
             ordinal: Some(self.ordinal.clone()),
             ..self.options.clone()
         };
-        let table = Table::of(self.layout.clone());
-        let built = ParamAverager::assemble_for(options, table, None, Some(number));
+        let (tensors, names) = self.layout.size();
+        let (table, refusal) =
+            match check_room(tensors, names, communicator.rank(), communicator.world_size()) {
+                Ok(()) => (Table::of(self.layout.clone()), None),
+                Err(error) => (Table::of(self.layout.without_tensors().into()), Some(error)),
+            };
+        let built = ParamAverager::assemble_for(options, table, refusal, Some(number));
         match built {
             // The view has lost a rank again: none of its averagers can be built.
             Err(error @ (Error::PeerLost { .. } | Error::Timeout { .. } | Error::Aborted { .. })) => {

@@ -39,8 +39,7 @@ impl ParamAverager {
 
     pub(crate) fn recover_with(&mut self, tensors: &mut impl Tensors) -> Result<()> {
         let mut progress = Progress::default();
-        self.recover_step(tensors, &mut progress)?;
-        Ok(())
+        self.recover_step(tensors, &mut progress).map(drop).map_err(Halt::error)
     }
 
     /// One step of a call that may have more: the place in the schedule comes with it, since some ranks may have been done with the
@@ -81,13 +80,14 @@ impl ParamAverager {
 
     pub(crate) fn admit_with(&mut self, tensors: &mut impl Tensors) -> Result<Report> {
         let mut progress = Progress::default();
-        if let Some(admitted) = self.regroup(tensors, Admission::Copy, &mut progress)?.admitted {
+        let regrouped = self.regroup(tensors, Admission::Copy, &mut progress).map_err(Halt::error)?;
+        if let Some(admitted) = regrouped.admitted {
             return Ok(admitted.report);
         }
         match tensors.average(self, Call::by_hand(None)) {
             Ok(Outcome::Averaged(report)) => Ok(report),
             Ok(Outcome::Unneeded) => unreachable!("this rank needs it"),
-            Err(error) => Err(progress.halt(error).into()),
+            Err(error) => Err(progress.halt(error).error()),
         }
     }
 

@@ -62,6 +62,23 @@ const IN_A_GRAPH: u64 = 25;
 const TOO_LONG: u64 = 26;
 const SHIFT: u32 = 56;
 
+impl Layout {
+    /// The layout of no tensors.
+    pub(super) fn none(device: Device, site: Site) -> Layout {
+        Layout { device, site, names: vec![], shapes: vec![] }
+    }
+
+    /// The number of tensors, and bytes of all their names.
+    pub(super) fn size(&self) -> (usize, usize) {
+        (self.shapes.len(), self.names.iter().map(String::len).sum())
+    }
+
+    /// The same device without tensors.
+    pub(super) fn without_tensors(&self) -> Layout {
+        Layout::none(self.device, self.site.clone())
+    }
+}
+
 impl Table {
     /// The table of these tensors; addresses are those of now.
     pub(super) fn new<P: Parameters + ?Sized>(

@@ -3,7 +3,11 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
+use super::limits::thread;
 use crate::abi::PaArgs;
+
+/// Bytes of the stack of a channel's thread.
+const STACK: usize = 2 << 20;
 
 type RunBlock = unsafe extern "C" fn(args: *const PaArgs, phase: u32, channel: u32);
 
@@ -76,16 +80,16 @@ struct Job {
 }
 
 impl Workers {
-    pub(crate) fn new(isa: Isa, channels: u32, name: &str) -> std::io::Result<Self> {
+    pub(crate) fn new(isa: Isa, channels: u32, name: &str) -> Result<Self, String> {
         let args = bytemuck::Zeroable::zeroed();
         let job = Mutex::new(Job { number: 0, phase: 0, args, running: 0, stop: false });
         let shared = Arc::new(Shared { job, started: Condvar::new(), ended: Condvar::new() });
         let mut workers = Workers { isa, shared, threads: vec![] };
         for channel in 1..channels {
             let shared = workers.shared.clone();
-            let thread = std::thread::Builder::new().name(format!("{name}-channel-{channel}"));
             // On an error the drop of `workers` ends the threads that did start.
-            workers.threads.push(thread.spawn(move || work(isa, channel, &shared))?);
+            let name = format!("{name}-channel-{channel}");
+            workers.threads.push(thread(name, STACK, move || work(isa, channel, &shared))?);
         }
         Ok(workers)
     }

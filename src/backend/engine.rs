@@ -52,10 +52,11 @@ impl Engine {
     ) -> Result<Engine> {
         match site {
             Site::Host => {
-                let mut region = Region::new(size_of_val(states));
+                let mut region =
+                    Region::new(size_of_val(states)).map_err(|reason| Error::Memory { rank, reason })?;
                 region.bytes_mut().copy_from_slice(bytemuck::cast_slice(states));
                 let workers = Workers::new(isa, states.len() as u32, &format!("rank-{rank}"))
-                    .map_err(|e| Error::Thread { rank, reason: e.to_string() })?;
+                    .map_err(|reason| Error::Thread { rank, reason })?;
                 Ok(Engine::Cpu { workers, states: region })
             }
             Site::Cuda(context) => cuda::Rank::new(context, states, buckets, segments)

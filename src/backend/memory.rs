@@ -12,7 +12,7 @@ use super::cuda::{Borrowed, Registered};
 use super::cuda::{Context, DeviceMemory, Pinned};
 use super::Region;
 #[cfg(target_os = "linux")]
-use super::Shared;
+use super::{Shared, Unopened};
 
 /// Where memory is to be.
 #[derive(Clone, Debug)]
@@ -52,7 +52,7 @@ impl Memory {
     /// Zeroed.
     pub(crate) fn new(site: &Site, bytes: usize) -> Result<Memory, String> {
         Ok(match site {
-            Site::Host => Memory::Host(Region::new(bytes)),
+            Site::Host => Memory::Host(Region::new(bytes)?),
             Site::Cuda(context) => Memory::Cuda(DeviceMemory::new(context, bytes)?),
         })
     }
@@ -60,7 +60,7 @@ impl Memory {
     /// Zeroed, in memory of the host that the devices of this process address, whichever of them asks for it.
     pub(crate) fn of_the_host(site: &Site, bytes: usize) -> Result<Memory, String> {
         Ok(match site {
-            Site::Host => Memory::Host(Region::new(bytes)),
+            Site::Host => Memory::Host(Region::new(bytes)?),
             Site::Cuda(context) => Memory::Mapped(Pinned::new(context, bytes)?),
         })
     }
@@ -99,13 +99,14 @@ impl Memory {
 
     /// What another process offers, for the kernels that run here.
     #[cfg(target_os = "linux")]
-    pub(crate) fn open(site: &Site, offer: &Offer, file: OwnedFd) -> Result<Memory, String> {
+    pub(crate) fn open(site: &Site, offer: &Offer, file: OwnedFd) -> Result<Memory, Unopened> {
         match (&offer.handle, site) {
-            (None, _) => Memory::of_shared(site, Shared::open(file, offer.bytes)?),
+            (None, _) => Ok(Memory::of_shared(site, Shared::open(file, offer.bytes)?)?),
+            // This rank's device has its part in what fails.
             (Some(handle), Site::Cuda(context)) => {
-                Borrowed::open(context, handle, file, offer.bytes).map(Memory::Borrowed)
+                Ok(Memory::Borrowed(Borrowed::open(context, handle, file, offer.bytes)?))
             }
-            (Some(_), Site::Host) => Err("it is a device's, and this rank has none".into()),
+            (Some(_), Site::Host) => Err(Unopened::Wrong("it is a device's, and this rank has none".into())),
         }
     }
 

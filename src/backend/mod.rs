@@ -5,6 +5,7 @@ pub(crate) mod cuda;
 mod engine;
 #[cfg(target_os = "linux")]
 mod lease;
+pub(crate) mod limits;
 mod memory;
 mod region;
 #[cfg(target_os = "linux")]
@@ -18,4 +19,4 @@ pub(crate) use memory::Offer;
 pub(crate) use memory::{Memory, Site};
 pub(crate) use region::Region;
 #[cfg(target_os = "linux")]
-pub(crate) use shared::{Mapping, Shared};
+pub(crate) use shared::{Mapping, Shared, Unopened};

@@ -1,7 +1,10 @@
 //! Plain memory that ranks share.
 
-use std::alloc::{alloc, dealloc, handle_alloc_error, Layout};
+use std::alloc::{alloc, dealloc, Layout};
+use std::io;
 use std::ptr::NonNull;
+
+use super::limits::{spare, why, Wanted};
 
 /// Zeroed memory on a page boundary, touched at construction so that no average pays for page faults. Who may access
 /// what in it, and when, is the protocol's business: it is reached through raw addresses only.
@@ -17,19 +20,23 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
-    pub(crate) fn new(bytes: usize) -> Self {
+    /// Memory that can't be had is an error, with the limit in its text.
+    pub(crate) fn new(bytes: usize) -> Result<Self, String> {
         const PAGE: usize = 4096;
         // What is large is made of large pages where the system has some: one fault where there would be 512.
         let align = if bytes < HUGE { PAGE } else { HUGE };
-        let layout =
-            Layout::from_size_align(bytes.max(1), align).expect("a region is smaller than isize::MAX");
+        let failed = |error: io::Error| why("an allocation", Wanted::Memory(bytes), error);
+        let layout = Layout::from_size_align(bytes.max(1), align)
+            .map_err(|_| failed(io::ErrorKind::OutOfMemory.into()))?;
         // SAFETY: the layout's size is not zero.
         let pointer = unsafe { alloc(layout) };
-        let Some(pointer) = NonNull::new(pointer) else { handle_alloc_error(layout) };
+        let pointer = NonNull::new(pointer).ok_or_else(|| failed(io::Error::last_os_error()))?;
+        let region = Region { pointer, layout };
+        spare(0)?;
         advise(pointer, bytes / HUGE * HUGE);
         // SAFETY: just allocated with this size. Written, not alloc_zeroed: that maps pages at the first write only.
         unsafe { pointer.write_bytes(0, layout.size()) };
-        Region { pointer, layout }
+        Ok(region)
     }
 
     pub(crate) fn address(&self) -> u64 {

@@ -1,12 +1,13 @@
 //! Memory that processes of one host share: a memfd, which goes when the last of them does, however it ends.
 
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::{null_mut, NonNull};
 
 use rustix::fs::{fallocate, fcntl_add_seals, fcntl_get_seals, fstat, memfd_create};
 use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags};
 use rustix::mm::{mmap, munmap, MapFlags, ProtFlags};
+
+use super::limits::{check_file_size, spare, why, Wanted};
 
 /// Mapped memory of a memfd whose size is sealed: nobody who has it can make an access to it fault.
 #[derive(Debug)]
@@ -22,6 +23,29 @@ pub(crate) struct Mapping {
     bytes: usize,
 }
 
+/// Why memory of a peer's was not opened.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Unopened {
+    /// The memory is not what it has to be: its owner's fault.
+    Wrong(String),
+    /// The process that opens it is short of something.
+    Short(String),
+}
+
+impl From<String> for Unopened {
+    fn from(reason: String) -> Self {
+        Unopened::Short(reason)
+    }
+}
+
+impl From<Unopened> for String {
+    fn from(unopened: Unopened) -> Self {
+        match unopened {
+            Unopened::Wrong(reason) | Unopened::Short(reason) => reason,
+        }
+    }
+}
+
 // SAFETY: an address and a size; all accesses are the kernels' or atomic.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
@@ -31,37 +55,38 @@ const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW);
 
 impl Shared {
     /// Zeroed, and allocated here and now: a file system that is full, or a file descriptor that can't be had, is an error and
-    /// no fault later.
+    /// no fault later. The error names the limit that was met.
     pub(crate) fn new(bytes: usize) -> Result<Shared, String> {
-        let why = |what, error: rustix::io::Errno| {
-            let error = io::Error::from(error);
-            format!("{what} of {bytes} bytes: {error}; raise ulimit -n, or free memory")
-        };
+        check_file_size(bytes.max(1))?; // before fallocate, which would be answered by SIGXFSZ
         let file = memfd_create("param-averager", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
-            .map_err(|error| why("memfd_create", error))?;
+            .map_err(|error| why("memfd_create", Wanted::Memfd, error))?;
         rustix::io::retry_on_intr(|| fallocate(&file, FallocateFlags::empty(), 0, bytes.max(1) as u64))
-            .map_err(|error| why("fallocate", error))?;
-        fcntl_add_seals(&file, SEALS | SealFlags::SEAL).map_err(|error| why("F_ADD_SEALS", error))?;
-        Shared::map(file, bytes).map_err(|error| why("mmap", error))
+            .map_err(|error| why("fallocate", Wanted::File(bytes), error))?;
+        fcntl_add_seals(&file, SEALS | SealFlags::SEAL)
+            .map_err(|error| why("F_ADD_SEALS", Wanted::Memfd, error))?;
+        Shared::map(file, bytes)
     }
 
     /// What another process made with `new`, of at least so many bytes.
-    pub(crate) fn open(file: OwnedFd, bytes: usize) -> Result<Shared, String> {
-        let failed = |error: rustix::io::Errno| format!("opening a peer's: {}", io::Error::from(error));
-        let found = fstat(&file).map_err(failed)?.st_size;
-        let sealed = fcntl_get_seals(&file).map_err(failed)?.contains(SEALS);
+    pub(crate) fn open(file: OwnedFd, bytes: usize) -> Result<Shared, Unopened> {
+        // A file that can't be asked for its size or its seals is no memfd.
+        let (found, seals) = (fstat(&file).map_or(0, |stat| stat.st_size), fcntl_get_seals(&file));
+        let sealed = seals.is_ok_and(|seals| seals.contains(SEALS));
         if !sealed || u64::try_from(found).is_ok_and(|found| found < bytes as u64) {
-            return Err(format!("a peer's has {found} bytes, sealed: {sealed}; wanted {bytes}, sealed"));
+            let reason = format!("a peer's has {found} bytes, sealed: {sealed}; wanted {bytes}, sealed");
+            return Err(Unopened::Wrong(reason));
         }
-        Shared::map(file, bytes).map_err(failed)
+        Shared::map(file, bytes).map_err(Unopened::Short)
     }
 
-    fn map(file: OwnedFd, bytes: usize) -> rustix::io::Result<Shared> {
-        let flags = MapFlags::SHARED | MapFlags::POPULATE; // no average pays for page faults
-                                                           // SAFETY: a new mapping, wherever the system puts it.
-        let pointer =
-            unsafe { mmap(null_mut(), bytes.max(1), ProtFlags::READ | ProtFlags::WRITE, flags, &file, 0) }?;
+    fn map(file: OwnedFd, bytes: usize) -> Result<Shared, String> {
+        // Populated: no average pays for page faults.
+        let (flags, access) = (MapFlags::SHARED | MapFlags::POPULATE, ProtFlags::READ | ProtFlags::WRITE);
+        // SAFETY: a new mapping, wherever the system puts it.
+        let pointer = unsafe { mmap(null_mut(), bytes.max(1), access, flags, &file, 0) }
+            .map_err(|error| why("mmap", Wanted::Memory(bytes), error))?;
         let mapping = Mapping { pointer: NonNull::new(pointer.cast()).expect("not at 0"), bytes };
+        spare(0)?;
         Ok(Shared { mapping, file })
     }
 
@@ -116,9 +141,10 @@ mod tests {
         assert_eq!(unsafe { *(other.address() as *const u8).add(4999) }, 7);
         assert!(rustix::fs::ftruncate(one.file(), 1).is_err());
         let error = Shared::open(one.file().try_clone_to_owned().unwrap(), 5001).unwrap_err();
-        assert!(error.contains("5001"), "{error}");
+        assert!(matches!(&error, Unopened::Wrong(reason) if reason.contains("5001")), "{error:?}");
         let unsealed = memfd_create("unsealed", MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&unsealed, 5000).unwrap();
-        assert!(Shared::open(unsealed, 5000).unwrap_err().contains("sealed: false"));
+        let error = Shared::open(unsealed, 5000).unwrap_err();
+        assert!(matches!(&error, Unopened::Wrong(reason) if reason.contains("sealed: false")), "{error:?}");
     }
 }

@@ -54,6 +54,15 @@ pub(crate) struct Agreement {
 impl Agreement {
     /// If nobody refuses, and all ranks show the same.
     pub(super) fn of(cards: Vec<Card>) -> Result<Agreement> {
+        Agreement::check(&cards)?;
+        let reason = "it shows no notice boards".to_owned();
+        let control = cards[0].control.clone().ok_or(Error::PeerRefused { rank: 0, reason })?;
+        let ordinal = cards.iter().find_map(|card| card.ordinal.clone());
+        Ok(Agreement { control, cards, ordinal })
+    }
+
+    /// Whether cards go together, whatever memory comes with them. The same on every rank.
+    pub(super) fn check(cards: &[Card]) -> Result<()> {
         let refusal = cards.iter().find_map(|card| card.refusal.clone());
         // One that has none yet goes with every other.
         let mut known =
@@ -68,15 +77,7 @@ impl Agreement {
             }
         });
         let disagreement = || (1..cards.len()).find_map(|rank| disagreement(rank, &cards[0], &cards[rank]));
-        match refusal.or(other).or_else(disagreement) {
-            Some(error) => Err(error),
-            None => {
-                let reason = "it shows no notice boards".to_owned();
-                let control = cards[0].control.clone().ok_or(Error::PeerRefused { rank: 0, reason })?;
-                let ordinal = cards.iter().find_map(|card| card.ordinal.clone());
-                Ok(Agreement { control, cards, ordinal })
-            }
-        }
+        refusal.or(other).or_else(disagreement).map_or(Ok(()), Err)
     }
 }
 

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::processes::{Processes, Setup};
-use super::{Communicator, Device, Group, Rebuild, World};
+use super::processes::{Known, Processes, Setup};
+use super::{Communicator, Device, Group, Rebuild, World, WorldId};
 use crate::abi::PA_MAX_WORLD;
 use crate::{Error, Result};
 
@@ -32,9 +32,12 @@ impl World {
     /// how well this works.
     ///
     /// Ranks find one another by a name, which is made of the launcher's variables or is that in `PARAM_AVERAGER_RENDEZVOUS`. It
-    /// becomes an abstract Unix socket of rank 0's: no file, no port. Processes of other users are not let in.
+    /// becomes an abstract Unix socket of rank 0's: no file, no port. Rank 0 keeps it for as long as it is in the world. Processes of
+    /// other users are not let in, and neither are those of another job, which is told by the launcher's name for it, or else by the
+    /// process that started the ranks and by their arguments. A name in `PARAM_AVERAGER_RENDEZVOUS` is trusted to be one job's.
+    /// [`WorldBuilder::from_env`] does the same with other options.
     pub fn from_env(device: Device) -> Result<Communicator> {
-        meet(Setup::of_the_environment()?, device, TIMEOUT)
+        World::builder().device(device).from_env()?.build()
     }
 
     /// This process as one more rank of a world of processes that has begun, on this host and of this user: waits until the others
@@ -62,13 +65,14 @@ impl World {
     /// # Ok::<(), param_averager::Error>(())
     /// ```
     ///
-    /// Of several worlds of one name, it is the first that answers.
+    /// A name belongs to one world while the rank 0 that began it is there. Of several worlds of one name, it is the first that answers;
+    /// [`Communicator::world`] tells which, and how many there were.
     pub fn join(rendezvous: impl Into<String>, device: Device) -> Result<Communicator> {
         World::builder().rendezvous(rendezvous).device(device).join()
     }
 
     /// Whether a launcher has made this process a rank, by one of the variables that [`World::from_env`] reads; that still fails if
-    /// the others are wrong. A program that no launcher has started can start ranks itself, or do without them.
+    /// the others are wrong. A shell of Slurm's, in a batch script or by `srun --pty`, is no rank. A program that no launcher has started can start ranks itself, or do without them.
     pub fn is_launched() -> bool {
         Setup::is_in_the_environment()
     }
@@ -79,6 +83,9 @@ impl World {
             rank: None,
             world_size: None,
             rendezvous: None,
+            source: "that of World::builder().rendezvous(..)".into(),
+            known: Known::No,
+            variable: None,
             device: Device::cpu(),
             timeout: TIMEOUT,
         }
@@ -100,6 +107,9 @@ pub struct WorldBuilder {
     rank: Option<usize>,
     world_size: Option<usize>,
     rendezvous: Option<String>,
+    source: String,
+    known: Known,
+    variable: Option<&'static str>,
     device: Device,
     timeout: Duration,
 }
@@ -118,7 +128,7 @@ impl WorldBuilder {
     }
 
     /// What the ranks find one another by: the same on every rank, and no other world of this user's on this host. Any name
-    /// will do; `"localhost:29500"` and `"unix:/run/my-run"` are names, too: nothing listens on a port, and no file is made.
+    /// will do, up to 1,024 bytes; `"localhost:29500"` and `"unix:/run/my-run"` are names, too: nothing listens on a port, and no file is made.
     pub fn rendezvous(mut self, name: impl Into<String>) -> Self {
         self.rendezvous = Some(name.into());
         self
@@ -136,12 +146,46 @@ impl WorldBuilder {
         self
     }
 
+    /// A name for the job, the same on every rank of it and no other job's: such as a scheduler's id. Ranks that give one belong
+    /// together, however they were started. Default: that of the launcher; without one, ranks belong together that were started by one
+    /// process, wrappers and subshells of each rank aside, with the same arguments but for the rank's number.
+    pub fn job(mut self, job: impl Into<String>) -> Self {
+        self.known = Known::By("job".into(), job.into());
+        self
+    }
+
+    /// Takes rank and world size from the launcher's variables, as [`World::from_env`] does, and the name unless
+    /// [`rendezvous`](WorldBuilder::rendezvous) has set one before. Other options stay as they are.
+    ///
+    /// ```no_run
+    /// use std::time::Duration;
+    /// use param_averager::World;
+    ///
+    /// let communicator = World::builder().timeout(Duration::from_secs(30)).from_env()?.build()?;
+    /// # Ok::<(), param_averager::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Environment`] names the variables that are missing or contradict one another.
+    pub fn from_env(mut self) -> Result<Self> {
+        let found = Setup::of_the_environment(self.rendezvous.take())?;
+        (self.rank, self.world_size) = (Some(found.rank), Some(found.world_size));
+        (self.rendezvous, self.source, self.variable) = (Some(found.name), found.source, found.variable);
+        if self.known == Known::No {
+            self.known = found.known;
+        }
+        Ok(self)
+    }
+
     /// Waits for the other ranks. Collective.
     pub fn build(self) -> Result<Communicator> {
         let setup = Setup {
             rank: self.rank.ok_or_else(|| missing("rank"))?,
             world_size: self.world_size.ok_or_else(|| missing("world_size"))?,
             name: self.rendezvous.ok_or_else(|| missing("rendezvous"))?,
+            source: self.source,
+            known: self.known,
+            variable: self.variable,
         };
         meet(setup, self.device, self.timeout)
     }
@@ -149,8 +193,10 @@ impl WorldBuilder {
     /// [`World::join`] with more said by the caller. A rank and the world's size are the others' to say. Without a name it is that
     /// in `PARAM_AVERAGER_RENDEZVOUS`.
     pub fn join(self) -> Result<Communicator> {
-        let name =
-            self.rendezvous.or_else(Setup::name_of_the_environment).ok_or_else(|| missing("rendezvous"))?;
+        let name = match self.rendezvous {
+            Some(name) => name,
+            None => Setup::name_of_the_environment()?.ok_or_else(|| missing("rendezvous"))?,
+        };
         if self.rank.is_some() || self.world_size.is_some() {
             let problem = "World::builder().join() joins a world that has begun, and gets its rank from that: leave .rank(..) and \
                            .world_size(..) out, or call .build() to begin one";
@@ -183,6 +229,12 @@ impl Communicator {
     /// What ranks that are processes have as the name of their world, for those that [join](World::join) it later.
     pub fn rendezvous(&self) -> Option<&str> {
         self.processes().map(|processes| processes.name())
+    }
+
+    /// Which world of processes this is: its name, and who has begun it. After [`World::join`] it tells which one was entered. `None` for
+    /// ranks that are threads.
+    pub fn world(&self) -> Option<&WorldId> {
+        self.processes().map(|processes| processes.world())
     }
 
     /// Whether a process waits to join, as far as this rank knows.

@@ -9,6 +9,8 @@ mod places;
 #[cfg(target_os = "linux")]
 mod processes;
 mod rebuild;
+#[cfg(target_os = "linux")]
+mod world_id;
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,6 +24,8 @@ pub use launched::WorldBuilder;
 #[cfg(all(fuzzing, target_os = "linux"))]
 pub use processes::fuzz;
 pub(crate) use rebuild::Rebuild;
+#[cfg(target_os = "linux")]
+pub use world_id::WorldId;
 
 pub(crate) use places::Places;
 

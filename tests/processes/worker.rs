@@ -10,7 +10,7 @@ use param_averager::{
 };
 
 use super::model::Model;
-use super::{admissions, pairs};
+use super::pairs;
 
 pub fn say(line: &str) {
     // Behind whatever the test harness has written.
@@ -41,9 +41,6 @@ pub fn run(role: &str) {
         "train" => train(),
         "two" => pairs::two(),
         "two_admit" => pairs::two_admit(),
-        "copies" => admissions::copies(),
-        "lets_in" => admissions::lets_in(),
-        "joins_only" => admissions::joins_only(),
         "many_recover" => pairs::many_recover(),
         "one_dropped" => pairs::one_dropped(),
         other => panic!("no role {other}"),

@@ -11,13 +11,19 @@ use serde::{Deserialize, Serialize};
 
 use super::frame::{self, Frame, Kind};
 use super::home::Home;
-use super::page::MOST_IDS;
 use super::peers::Common;
-use super::rendezvous::{address, Met};
+use super::private::Private;
+use super::rendezvous::{address, Met, Origin};
 use super::strangers;
+use crate::backend::limits::thread;
+use crate::world::WorldId;
 
+/// Doors that the worlds of one name have together: more than a world has ranks, so that each of its ranks finds a free one.
+pub(super) const DOORS: usize = 64;
 /// Processes that wait at a door.
 const MOST_GUESTS: usize = 16;
+/// Processes that came and went which a member remembers, so that one of them that is let in at this moment is known to be gone.
+const MOST_GONE: usize = 64;
 /// Between two tries to have a door.
 const AGAIN: Duration = Duration::from_millis(200);
 /// How long either side has for one message.
@@ -41,28 +47,36 @@ pub(super) struct Inside {
     pub(super) home: Home,
     /// Of the world, which may not be the only one of its name.
     pub(super) nonce: u64,
+    pub(super) origin: Origin,
 }
 
 /// Open until it is dropped.
 #[derive(Debug)]
 pub(super) struct Door {
-    name: String,
+    world: WorldId,
     _closes: mpsc::Sender<()>,
+    /// Rank 0's of the first generation: the name of the world, and answers for those that want it.
+    _held: Option<strangers::Door>,
 }
 
 impl Door {
-    /// A world that can't have one yet, such as the second of a name, is a world all the same: nobody joins it meanwhile.
-    pub(super) fn open(name: &str, me: usize, common: &Arc<Common>) -> Door {
+    /// A world that can't have one yet, for want of descriptors, is a world all the same: nobody joins it meanwhile.
+    pub(super) fn open(
+        name: &str,
+        origin: Origin,
+        me: usize,
+        common: &Arc<Common>,
+        held: Option<strangers::Door>,
+    ) -> Door {
         let (closes, is_closed) = mpsc::channel();
-        let (common, called) = (common.clone(), name.to_owned());
+        let (common, called, world) = (common.clone(), name.to_owned(), origin.world(name, 0));
         let open = move || {
-            let address = address(&called, Some(me))?;
-            let listener = UnixListener::bind_addr(&address).map_err(|error| error.to_string())?;
-            let (common, called) = (common.clone(), called.clone());
-            let came = move |stream, knock| serve(&called, me, &common, stream, knock);
-            strangers::Door::open(listener, &[Kind::Knock], 1, came).map_err(|error| error.to_string())
+            let listener = bind(&called, me)?;
+            let (common, called, origin) = (common.clone(), called.clone(), origin.clone());
+            let came = move |stream, knock| serve(&called, &origin, me, &common, stream, knock);
+            strangers::Door::open(listener, &[Kind::Knock], 1, came).map_err(|shut| shut.reason)
         };
-        // Tried until it succeeds: another world of this name may come to its end, or descriptors be free again.
+        // Tried until it succeeds: descriptors may be free again.
         let keep = move || loop {
             let open = open();
             match is_closed.recv_timeout(if open.is_ok() { Duration::MAX } else { AGAIN }) {
@@ -71,18 +85,47 @@ impl Door {
             }
         };
         // Without a thread it has no door.
-        let _ = std::thread::Builder::new().name("door".into()).stack_size(256 << 10).spawn(keep);
-        Door { name: name.to_owned(), _closes: closes }
+        let _ = thread("door".into(), 256 << 10, keep);
+        Door { world, _closes: closes, _held: held }
+    }
+
+    /// With how many other worlds of the name this process found.
+    pub(super) fn beside(mut self, others: usize) -> Door {
+        self.world.others = others;
+        self
     }
 
     /// Of the world.
     pub(super) fn name(&self) -> &str {
-        &self.name
+        &self.world.name
+    }
+
+    pub(super) fn world(&self) -> &WorldId {
+        &self.world
     }
 }
 
+/// The first door of this name that is free, from the one of this id's number on.
+fn bind(name: &str, id: usize) -> Result<UnixListener, String> {
+    let mut last = String::new();
+    for number in (0..DOORS).map(|number| (id + number) % DOORS) {
+        match UnixListener::bind_addr(&address(name, Some(number))?) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => last = error.to_string(),
+        }
+    }
+    Err(last)
+}
+
 /// Makes one that knocks a peer. What it says wrong, or not at all, is its own loss.
-fn serve(name: &str, me: usize, common: &Arc<Common>, stream: UnixStream, mut knock: Frame) {
+fn serve(
+    name: &str,
+    origin: &Origin,
+    me: usize,
+    common: &Arc<Common>,
+    stream: Private<UnixStream>,
+    mut knock: Frame,
+) {
     let deadline = Instant::now() + PATIENCE;
     let Ok(said) = knock.parse::<Knock>() else { return };
     let home = |id: usize| common.lock().homes.get(&id).cloned();
@@ -108,17 +151,23 @@ fn serve(name: &str, me: usize, common: &Arc<Common>, stream: UnixStream, mut kn
     }
     let process = pidfd_open(getpid(), PidfdFlags::empty()).ok();
     let files: Vec<_> = [common.page.file()].into_iter().chain(process.iter().map(AsFd::as_fd)).collect();
-    let inside = Inside { id: me, home: own, nonce: common.page.nonce() };
+    let inside = Inside { id: me, home: own, nonce: common.page.nonce(), origin: origin.clone() };
     if frame::send(&stream, (Kind::Inside, 0, 0), &inside, &files, deadline).is_err() {
         return;
     }
     let Ok(enter) = frame::receive(&stream, &[Kind::Enter], 0, deadline) else { return };
     let id = enter.number as usize;
-    if id >= MOST_IDS || home(id).is_some() {
+    if home(id).is_some() {
         return;
     }
+    common.lock().forget_gone(&common.page.decision().members, MOST_GONE);
     let met = Met { stream, process: knock.files.pop() };
-    if common.add(id, said.home, met).is_ok() {
-        let _ = common.send(id, (Kind::Entered, 0, 0), &(), &[], deadline); // it may be gone
-    }
+    // It may be gone.
+    let _ = match common.add(id, said.home, met) {
+        Ok(()) => common.send(id, (Kind::Entered, 0, 0), &None::<String>, &[], deadline),
+        Err(unheard) => {
+            let reason = Some(&unheard.reason);
+            frame::send(unheard.stream(), (Kind::Entered, 0, 0), &reason, &[], deadline)
+        }
+    };
 }

@@ -6,16 +6,21 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::net::{recvmsg, sendmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::{de::DeserializeOwned, Serialize};
 
+use crate::backend::limits::{why, Wanted};
+
 /// Of everything that two processes say to each other. One that says another is not understood.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const MAGIC: [u8; 4] = *b"PAVG";
 const HEADER: usize = 20;
-/// This process has no file descriptor left.
+/// This process has no file descriptor, or no memory, for a message.
 pub(super) const SHORT: ErrorKind = ErrorKind::QuotaExceeded;
+/// A wait that is as good as one without an end.
+const LONG: Timespec = Timespec { tv_sec: 1 << 30, tv_nsec: 0 };
 /// What the kernel passes on at once is more (253).
 pub(super) const MOST_FILES: usize = 64;
 
@@ -47,24 +52,25 @@ pub(super) enum Kind {
     Waiting = 11,
     /// Whether the sender reaches memory of the receiver's device.
     Reach = 12,
+    /// Whether the sender has all that it needs: when ranks meet, and when they build an averager.
+    Verdict = 13,
     /// The averagers that the sender has, as it begins to build them again.
-    Averagers = 13,
+    Averagers = 14,
 }
 
 impl Kind {
     fn of(byte: u8) -> Option<Kind> {
         use Kind::*;
-        let all = [
-            Hello, Welcome, Refuse, Card, Abort, Ready, Knock, Inside, Enter, Entered, Waiting, Reach,
-            Averagers,
-        ];
-        all.into_iter().find(|&kind| kind as u8 == byte)
+        let met = [Card, Abort, Ready, Waiting, Reach, Verdict, Averagers];
+        let strangers = [Hello, Welcome, Refuse, Knock, Inside, Enter, Entered];
+        met.into_iter().chain(strangers).find(|&kind| kind as u8 == byte)
     }
 
     /// Bytes that a body may have: those of a stranger few.
     fn most(self) -> usize {
         match self {
-            Kind::Hello | Kind::Knock | Kind::Enter => 4 << 10,
+            Kind::Hello | Kind::Knock => 32 << 10,
+            Kind::Enter => 4 << 10,
             Kind::Card => 64 << 20,
             _ => 64 << 10,
         }
@@ -81,6 +87,8 @@ pub(super) struct Frame {
     pub(super) number: u32,
     pub(super) body: Vec<u8>,
     pub(super) files: Vec<OwnedFd>,
+    /// This process had no descriptors for the files, so that there are none.
+    pub(super) is_short: bool,
 }
 
 pub(super) fn header(
@@ -107,12 +115,7 @@ pub(super) fn send(
     files: &[BorrowedFd<'_>],
     deadline: Instant,
 ) -> io::Result<()> {
-    let body = serde_json::to_vec(body)?;
-    if body.len() > key.0.most() || files.len() > MOST_FILES {
-        let what = format!("a message of {} bytes and {} files is too large", body.len(), files.len());
-        return Err(Error::new(ErrorKind::InvalidInput, what));
-    }
-    let header = header(key, body.len(), files.len());
+    let (header, body) = encode(key, body, files)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !files.is_empty() {
@@ -135,6 +138,77 @@ pub(super) fn send(
     Ok(())
 }
 
+fn encode(
+    key: (Kind, u32, u32),
+    body: &impl Serialize,
+    files: &[BorrowedFd<'_>],
+) -> io::Result<([u8; HEADER], Vec<u8>)> {
+    let body = serde_json::to_vec(body)?;
+    if body.len() > key.0.most() || files.len() > MOST_FILES {
+        let what = format!("a message of {} bytes and {} files is too large", body.len(), files.len());
+        return Err(Error::new(ErrorKind::InvalidInput, what));
+    }
+    Ok((header(key, body.len(), files.len()), body))
+}
+
+/// Sends a message on several streams at once, on this thread: a peer that does not listen keeps no other waiting. Tells `ended` of
+/// each stream, by its index, when it is done with or has failed, by `deadline` at the latest. An error: nothing was sent.
+pub(super) fn send_to_all(
+    streams: &[&UnixStream],
+    key: (Kind, u32, u32),
+    body: &impl Serialize,
+    files: &[BorrowedFd<'_>],
+    deadline: Instant,
+    mut ended: impl FnMut(usize, io::Result<()>),
+) -> io::Result<()> {
+    let (header, body) = encode(key, body, files)?;
+    let all = HEADER + body.len();
+    // By stream: its index, and how much of the message it has taken.
+    let mut left: Vec<(usize, usize)> = (0..streams.len()).map(|index| (index, 0)).collect();
+    loop {
+        left.retain_mut(|(index, sent)| loop {
+            match send_some(streams[*index], [&header, &body], *sent, files) {
+                Ok(bytes) => *sent += bytes,
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(rustix::io::Errno::AGAIN) => return true,
+                Err(error) => {
+                    ended(*index, Err(error.into()));
+                    return false;
+                }
+            }
+            if *sent == all {
+                ended(*index, Ok(()));
+                return false;
+            }
+        });
+        let patience = deadline.saturating_duration_since(Instant::now());
+        if left.is_empty() || patience.is_zero() {
+            left.iter().for_each(|&(index, _)| ended(index, Err(ErrorKind::TimedOut.into())));
+            return Ok(());
+        }
+        let mut watched: Vec<PollFd<'_>> =
+            left.iter().map(|&(index, _)| PollFd::new(streams[index], PollFlags::OUT)).collect();
+        // A wait that fails or is interrupted only means another look.
+        let _ = poll(&mut watched, Some(&patience.try_into().unwrap_or(LONG)));
+    }
+}
+
+/// Sends what a stream takes of a message without waiting, from byte `sent` of it on. Files go with the first byte.
+fn send_some(
+    stream: &UnixStream,
+    [header, body]: [&[u8]; 2],
+    sent: usize,
+    files: &[BorrowedFd<'_>],
+) -> rustix::io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if sent == 0 && !files.is_empty() {
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(files)), "there is space for so many");
+    }
+    let rest = [&header[sent.min(HEADER)..], &body[sent.saturating_sub(HEADER)..]];
+    sendmsg(stream, &rest.map(IoSlice::new), &mut ancillary, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+}
+
 /// Receives a message of one of these kinds with at most so many files, if all of it comes before `deadline`.
 pub(super) fn receive(
     stream: &UnixStream,
@@ -142,11 +216,13 @@ pub(super) fn receive(
     most_files: usize,
     deadline: Instant,
 ) -> io::Result<Frame> {
-    let (mut header, mut files) = ([0; HEADER], vec![]);
+    let (mut header, mut files, mut is_short) = ([0; HEADER], vec![], false);
     let mut got = 0;
     while got < HEADER {
         let flags = wait_at_most(stream, deadline)?;
-        got += receive_some(stream, flags, &mut header[got..], &mut files, most_files)?;
+        let (bytes, short) = receive_some(stream, flags, &mut header[got..], &mut files, most_files)?;
+        got += bytes;
+        is_short |= short;
     }
     let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("4 bytes"));
     if header[..4] != MAGIC {
@@ -159,7 +235,13 @@ pub(super) fn receive(
     let Some(kind) = Kind::of(header[6]).filter(|kind| kinds.contains(kind)) else {
         return bad("a message of a kind that does not belong here");
     };
-    if files.len() != header[7] as usize {
+    if is_short {
+        files.clear(); // which of them are missing can't be told
+                       // A peer goes on being heard, or this process could not tell it why.
+        if ![Kind::Card, Kind::Reach].contains(&kind) {
+            return Err(Error::new(SHORT, short_of_files()));
+        }
+    } else if files.len() != header[7] as usize {
         return bad("a message without the files that it announces");
     }
     let bytes = word(16) as usize;
@@ -173,12 +255,17 @@ pub(super) fn receive(
         let most = part.len().min(bytes - body.len());
         match rustix::net::recv(stream, &mut part[..most], flags) {
             Ok((0, _)) => return Err(ErrorKind::UnexpectedEof.into()),
-            Ok((count, _)) => body.extend_from_slice(&part[..count]),
+            Ok((count, _)) => {
+                // Room for all of it is asked for as its bytes come; where there is none, the message can't be had.
+                body.try_reserve(count)
+                    .map_err(|_| Error::new(SHORT, "no memory for a message: free memory"))?;
+                body.extend_from_slice(&part[..count]);
+            }
             Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(Frame { kind, generation: word(8), number: word(12), body, files })
+    Ok(Frame { kind, generation: word(8), number: word(12), body, files, is_short })
 }
 
 fn bad(what: &str) -> io::Result<Frame> {
@@ -195,20 +282,26 @@ fn wait_at_most(stream: &UnixStream, deadline: Instant) -> io::Result<RecvFlags>
     stream.set_read_timeout(Some(left)).map(|()| RecvFlags::empty())
 }
 
-/// Only few files above so many are ever taken: many strangers together would leave this process without.
+/// What is wrong where file descriptors that came with a message could not be had.
+pub(super) fn short_of_files() -> String {
+    let what = "taking file descriptors that came with a message";
+    why(what, Wanted::Descriptor, rustix::io::Errno::MFILE)
+}
+
+/// Bytes that came, and whether there was no descriptor for a file that came with them. Only few files above so many are ever taken: many strangers together would leave this process without.
 fn receive_some(
     stream: &UnixStream,
     flags: RecvFlags,
     into: &mut [u8],
     files: &mut Vec<OwnedFd>,
     most_files: usize,
-) -> io::Result<usize> {
+) -> io::Result<(usize, bool)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES + 1))];
     let space = &mut space[..rustix::cmsg_space!(ScmRights(most_files + 1))];
     let mut ancillary = RecvAncillaryBuffer::new(space);
     let flags = flags | RecvFlags::CMSG_CLOEXEC;
     let message = match recvmsg(stream, &mut [IoSliceMut::new(into)], &mut ancillary, flags) {
-        Err(rustix::io::Errno::INTR) => return Ok(0),
+        Err(rustix::io::Errno::INTR) => return Ok((0, false)),
         message => message?,
     };
     for ancillary in ancillary.drain() {
@@ -219,15 +312,9 @@ fn receive_some(
     if files.len() > most_files {
         return Err(Error::new(ErrorKind::InvalidData, "a message with more files than any"));
     }
-    if message.flags.contains(ReturnFlags::CTRUNC) {
-        return Err(Error::new(
-            SHORT,
-            "file descriptors that came with a message could not be had: raise ulimit -n",
-        ));
-    }
     match message.bytes {
         0 => Err(ErrorKind::UnexpectedEof.into()),
-        bytes => Ok(bytes),
+        bytes => Ok((bytes, message.flags.contains(ReturnFlags::CTRUNC))),
     }
 }
 
@@ -264,6 +351,43 @@ mod tests {
         sender.join().unwrap();
         drop(frame);
         assert_eq!(receive(&other, &ALL, 2, soon()).unwrap_err().kind(), ErrorKind::UnexpectedEof);
+    }
+
+    /// A large message gets to those that read, and to nobody else; who does not read is late, and keeps nobody waiting.
+    #[test]
+    fn a_message_to_all_waits_for_nobody() {
+        let pairs: Vec<_> = (0..3).map(|_| UnixStream::pair().unwrap()).collect();
+        let body: Vec<u32> = (0..300_000).collect();
+        let readers: Vec<_> = pairs[1..]
+            .iter()
+            .map(|(_, other)| {
+                let other = other.try_clone().unwrap();
+                std::thread::spawn(move || receive(&other, &ALL, 2, soon()).unwrap())
+            })
+            .collect();
+        let streams: Vec<&UnixStream> = pairs.iter().map(|(one, _)| one).collect();
+        let (mut ended, start) = (vec![], Instant::now());
+        let deadline = start + Duration::from_millis(500);
+        let files = [pairs[0].0.as_fd()];
+        send_to_all(&streams, (Kind::Card, 1, 2), &body, &files, deadline, |index, result| {
+            ended.push((index, result.is_ok(), start.elapsed()))
+        })
+        .unwrap();
+        ended.sort();
+        assert_eq!(
+            ended.iter().map(|&(index, good, _)| (index, good)).collect::<Vec<_>>(),
+            [(0, false), (1, true), (2, true)]
+        );
+        assert!(ended[0].2 >= Duration::from_millis(500) && ended[1].2 < ended[0].2, "{ended:?}");
+        for reader in readers {
+            let frame = reader.join().unwrap();
+            assert_eq!((frame.number, frame.files.len()), (2, 1));
+            assert_eq!(frame.parse::<Vec<u32>>().unwrap(), body);
+        }
+        let too_large = vec![0u8; 1 << 20];
+        let nothing = |_, _| panic!("nothing is sent");
+        let error = send_to_all(&streams, (Kind::Ready, 0, 0), &too_large, &[], deadline, nothing);
+        assert_eq!(error.unwrap_err().kind(), ErrorKind::InvalidInput);
     }
 
     #[test]

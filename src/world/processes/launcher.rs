@@ -1,5 +1,9 @@
 //! Who this process is, as launchers tell it through the environment.
 
+use super::ancestry::Process;
+use super::job::Known;
+use crate::abi::PA_MAX_WORLD;
+
 /// What the environment says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Launched {
@@ -7,6 +11,11 @@ pub(super) struct Launched {
     pub(super) world_size: usize,
     /// Names the world among those of this host.
     pub(super) name: String,
+    /// What the name was taken from, in words.
+    pub(super) source: String,
+    pub(super) known: Known,
+    /// The variable that the rank was taken from.
+    pub(super) variable: &'static str,
 }
 
 /// A launcher's variables for rank, world size, and how many of the ranks are on this host, if it says.
@@ -17,13 +26,22 @@ struct Launcher {
     local_size: &'static str,
     /// Variables that, taken together, no two jobs of one host have the same. The first must be there.
     job: &'static [&'static str],
+    /// That of them which only the launcher itself gives, for each job another.
+    knows: &'static str,
 }
 
 /// What a user sets to name the world by hand, for any launcher.
 pub(super) const RENDEZVOUS: &str = "PARAM_AVERAGER_RENDEZVOUS";
 
-/// Not a variable: the number of the process that started this one.
-pub(super) const PARENT: &str = "the parent process";
+/// Not variables: the process that starts all ranks of a host, and whether this one has a terminal.
+pub(super) const PARENT: &str = "the process that has started this one";
+pub(super) const TERMINAL: &str = "the terminal";
+
+/// Programs of MPICH and Intel MPI that are the ancestor of all ranks of a host, nearest first.
+const PROXIES: [&str; 3] = ["hydra_pmi_proxy", "pmi_proxy", "mpiexec.hydra"];
+
+/// Ids of Slurm's steps that run a shell: the interactive one, the batch script, and what is outside of any.
+const SHELLS: [&str; 3] = ["4294967290", "4294967291", "4294967292"];
 
 /// In this order: a launcher inside of another's job is the one that is meant.
 const LAUNCHERS: [Launcher; 4] = [
@@ -33,6 +51,7 @@ const LAUNCHERS: [Launcher; 4] = [
         world_size: "WORLD_SIZE",
         local_size: "LOCAL_WORLD_SIZE",
         job: &["MASTER_PORT", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"],
+        knows: "TORCHELASTIC_RUN_ID",
     },
     Launcher {
         name: "Open MPI",
@@ -40,6 +59,7 @@ const LAUNCHERS: [Launcher; 4] = [
         world_size: "OMPI_COMM_WORLD_SIZE",
         local_size: "OMPI_COMM_WORLD_LOCAL_SIZE",
         job: &["PMIX_NAMESPACE"],
+        knows: "PMIX_NAMESPACE",
     },
     Launcher {
         name: "MPICH",
@@ -47,6 +67,7 @@ const LAUNCHERS: [Launcher; 4] = [
         world_size: "PMI_SIZE",
         local_size: "MPI_LOCALNRANKS",
         job: &[PARENT], // it gives jobs no name, but starts all ranks of a host from one process
+        knows: PARENT,
     },
     Launcher {
         name: "Slurm",
@@ -54,8 +75,39 @@ const LAUNCHERS: [Launcher; 4] = [
         world_size: "SLURM_STEP_NUM_TASKS",
         local_size: "SLURM_STEP_TASKS_PER_NODE",
         job: &["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"],
+        knows: "SLURM_JOB_ID",
     },
 ];
+
+/// All variables that are read as text.
+pub(super) fn variables() -> impl Iterator<Item = &'static str> {
+    let of = |launcher: &Launcher| {
+        let Launcher { rank, world_size, local_size, job, .. } = *launcher;
+        [rank, world_size, local_size].into_iter().chain(job.iter().copied())
+    };
+    LAUNCHERS.iter().flat_map(of).chain([RENDEZVOUS]).filter(|name| *name != PARENT)
+}
+
+/// The process that started all ranks of this host, beneath wrappers of each rank's own.
+pub(super) fn parent() -> Option<String> {
+    let own = Process::own()?;
+    let proxy = own.ancestors().find(|ancestor| PROXIES.contains(&ancestor.name.as_str()));
+    let found = proxy.or_else(|| own.parent())?;
+    Some(format!("{}.{}", found.pid, found.start))
+}
+
+pub(super) fn has_terminal() -> bool {
+    Process::own().is_some_and(|own| own.has_terminal)
+}
+
+/// Whether an address is this host's own. A name that is not known is not asked for anywhere.
+fn is_here(address: &str) -> bool {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let first = |name: &str| name.split('.').next().unwrap_or_default().to_owned();
+    let is_named = !address.is_empty() && first(address) == first(host.trim());
+    let is_own = |ip: std::net::IpAddr| ip.is_loopback() || std::net::UdpSocket::bind((ip, 0)).is_ok();
+    address == "localhost" || is_named || address.parse().is_ok_and(is_own)
+}
 
 impl Launcher {
     /// The one that has set the rank of this process, if there is one.
@@ -66,16 +118,41 @@ impl Launcher {
             |launcher: &&Launcher| get(launcher.rank).is_some() && !(is_slurm && launcher.rank == "PMI_RANK");
         LAUNCHERS.iter().find(is_meant)
     }
+
+    /// Why the variables are those of a shell, from which ranks are still to be started, if they are.
+    fn shell(&self, get: &impl Fn(&str) -> Option<String>) -> Option<String> {
+        if self.name != "Slurm" {
+            return None;
+        }
+        let is_alone = get(self.world_size).as_deref().map(str::trim) == Some("1");
+        let what = if get(self.world_size).is_none() {
+            format!("{} is set, but {} is not, as in a batch script", self.rank, self.world_size)
+        } else if get("SLURM_STEP_ID").is_some_and(|step| SHELLS.contains(&step.as_str())) {
+            "SLURM_STEP_ID is that of a shell".into()
+        } else if get("SLURM_PTY_PORT").is_some() && (is_alone || get(TERMINAL).is_some()) {
+            "SLURM_PTY_PORT is set, as by srun --pty".into() // and in what this shell starts, by srun again without a terminal
+        } else {
+            return None;
+        };
+        Some(format!(
+            "this is a shell of Slurm's and no rank ({what}): start the ranks in it by srun, or set RANK, WORLD_SIZE, MASTER_ADDR and \
+             MASTER_PORT"
+        ))
+    }
 }
 
 impl Launched {
     /// Whether a launcher has set the rank of this process, be the rest right or wrong.
     pub(super) fn is_there(get: impl Fn(&str) -> Option<String>) -> bool {
-        Launcher::find(&get).is_some()
+        Launcher::find(&get).is_some_and(|launcher| launcher.shell(&get).is_none())
     }
 
-    /// From the variables that `get` knows, `PARENT` among them, or what is wrong with them and what to do.
-    pub(super) fn find(get: impl Fn(&str) -> Option<String>) -> Result<Launched, String> {
+    /// From the variables that `get` knows, `PARENT` among them, or what is wrong with them and what to do. A name that is `given` is
+    /// the world's.
+    pub(super) fn find(
+        get: impl Fn(&str) -> Option<String>,
+        given: Option<String>,
+    ) -> Result<Launched, String> {
         let Some(launcher) = Launcher::find(&get) else {
             let names: Vec<_> = LAUNCHERS.iter().map(|l| format!("{} ({})", l.rank, l.name)).collect();
             let names = names.join(", ");
@@ -84,6 +161,9 @@ impl Launched {
                  mpirun or srun, set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT yourself, or use World::builder()"
             ));
         };
+        if let Some(problem) = launcher.shell(&get) {
+            return Err(problem);
+        }
         let number = |name: &str| -> Result<usize, String> {
             let by = launcher.name;
             let value = get(name).ok_or_else(|| {
@@ -95,36 +175,78 @@ impl Launched {
             value.trim().parse().map_err(|_| format!("{name} is {value:?}, which is no number from 0"))
         };
         let (rank, world_size) = (number(launcher.rank)?, number(launcher.world_size)?);
+        let (a, b) = (launcher.rank, launcher.world_size);
+        if !(1..=PA_MAX_WORLD as usize).contains(&world_size) {
+            return Err(format!("{b} is {world_size}: a world has 1 to {PA_MAX_WORLD} ranks; start so many"));
+        }
         if rank >= world_size {
-            let (a, b) = (launcher.rank, launcher.world_size);
             return Err(format!("{a} is {rank} and {b} is {world_size}: ranks are 0 to {b} - 1"));
         }
+        let is_empty = |name: &String| name.is_empty();
+        let by_hand = get(RENDEZVOUS);
+        if by_hand.as_ref().is_some_and(is_empty) {
+            return Err(format!(
+                "{RENDEZVOUS} is empty: unset it, or give every rank of this world the same name"
+            ));
+        }
         // Slurm writes "4", "4(x2)" or "4,2".
-        if let Some(local) = get(launcher.local_size) {
-            if local.trim() != world_size.to_string() {
-                let (a, b) = (launcher.local_size, launcher.world_size);
+        if let Some(local) = get(launcher.local_size).filter(|local| local.trim() != world_size.to_string()) {
+            let c = launcher.local_size;
+            // Several agents of torchrun may be on one host.
+            let is_torchrun = launcher.rank == "RANK";
+            let is_one_host =
+                is_torchrun && (by_hand.is_some() || get("MASTER_ADDR").is_some_and(|a| is_here(&a)));
+            if !is_one_host {
+                let how = if is_torchrun {
+                    format!("; if they are, set MASTER_ADDR to localhost, or {RENDEZVOUS} to one name, on all of them")
+                } else {
+                    String::new()
+                };
                 return Err(format!(
-                    "{a} is {local} and {b} is {world_size}: all ranks must be processes of one host"
+                    "{c} is {local} and {b} is {world_size}: all ranks must be processes of one host{how}"
                 ));
             }
         }
-        if let Some(name) = get(RENDEZVOUS) {
-            if name.is_empty() {
-                return Err(format!(
-                    "{RENDEZVOUS} is empty: unset it, or give every rank of this world the same name"
-                ));
-            }
-            return Ok(Launched { rank, world_size, name });
+        let known = || match get(launcher.knows) {
+            Some(_) => Known::By(launcher.name.into(), launcher.id(&get)),
+            None => Known::No,
+        };
+        let found = |name: String, source: String, known: Known| {
+            Ok(Launched { rank, world_size, name, source, known, variable: launcher.rank })
+        };
+        if let Some(name) = given {
+            return found(name, "that of World::builder().rendezvous(..)".into(), known());
+        }
+        if let Some(name) = by_hand {
+            return found(name, format!("that in {RENDEZVOUS}"), Known::ByName);
         }
         if get(launcher.job[0]).is_none() {
+            if world_size == 1 {
+                // It has nobody to meet.
+                let own = Process::own().map_or(0, |own| own.start);
+                let name = format!(
+                    "alone/{}.{own}/{}",
+                    std::process::id(),
+                    super::ancestry::pid_namespace().unwrap_or(0)
+                );
+                return found(name, "made of its process".into(), Known::ByName);
+            }
             return Err(format!(
                 "{} is set, but neither {} nor {RENDEZVOUS} is, by which ranks find one another: set one of them to the \
                  same on every rank, {RENDEZVOUS} to any name that no other job on this host has",
                 launcher.rank, launcher.job[0]
             ));
         }
-        let job: Vec<String> = launcher.job.iter().filter_map(|name| get(name)).collect();
-        Ok(Launched { rank, world_size, name: job.join("/") })
+        let there = launcher.job.iter().filter(|name| get(name).is_some());
+        let source = format!("made of {}", there.copied().collect::<Vec<_>>().join(", "));
+        found(launcher.id(&get), source, known())
+    }
+}
+
+impl Launcher {
+    fn id(&self, get: &impl Fn(&str) -> Option<String>) -> String {
+        let job: Vec<String> = self.job.iter().filter_map(|name| get(name)).collect();
+        job.join("/")
     }
 }
 
@@ -134,7 +256,7 @@ mod tests {
 
     fn find(variables: &[(&str, &str)]) -> Result<Launched, String> {
         let get = |name: &str| variables.iter().find(|(other, _)| *other == name).map(|(_, v)| v.to_string());
-        Launched::find(get)
+        Launched::find(get, None)
     }
 
     #[test]
@@ -158,7 +280,13 @@ mod tests {
             ("OMPI_COMM_WORLD_LOCAL_SIZE", "2"),
             ("PMIX_NAMESPACE", "1234"),
         ];
-        assert_eq!(find(&mpirun).unwrap(), Launched { rank: 1, world_size: 2, name: "1234".into() });
+        let found = find(&mpirun).unwrap();
+        assert_eq!((found.rank, found.world_size, found.name.as_str()), (1, 2, "1234"));
+        assert_eq!(
+            (found.source.as_str(), found.variable),
+            ("made of PMIX_NAMESPACE", "OMPI_COMM_WORLD_RANK")
+        );
+        assert_eq!(found.known, Known::By("Open MPI".into(), "1234".into()));
         let mpich = [("PMI_RANK", "1"), ("PMI_SIZE", "2"), ("MPI_LOCALNRANKS", "2"), (PARENT, "77")];
         assert_eq!(find(&mpich).unwrap().name, "77");
         let mpich = [mpich[0], mpich[1], (RENDEZVOUS, "a job")];
@@ -184,9 +312,8 @@ mod tests {
         assert!(
             !is_there(&[]) && !is_there(&["WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", RENDEZVOUS, PARENT])
         );
-        assert!(["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"]
-            .iter()
-            .all(|rank| is_there(&[rank])));
+        assert!(["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"].iter().all(|rank| is_there(&[rank])));
+        assert!(is_there(&["SLURM_PROCID", "SLURM_STEP_NUM_TASKS"]));
         assert!(error(&[("RANK", "0")]).contains("RANK is set, but WORLD_SIZE is not"));
         assert!(error(&[("RANK", "0"), ("WORLD_SIZE", "two")]).contains("WORLD_SIZE is \"two\""));
         assert!(error(&[("RANK", "2"), ("WORLD_SIZE", "2")]).contains("RANK is 2 and WORLD_SIZE is 2"));
@@ -199,5 +326,82 @@ mod tests {
         let slurm =
             [("SLURM_PROCID", "0"), ("SLURM_STEP_NUM_TASKS", "4"), ("SLURM_STEP_TASKS_PER_NODE", "2(x2)")];
         assert!(error(&slurm).contains("2(x2)"));
+    }
+
+    #[test]
+    fn a_shell_is_no_rank() {
+        let srun = [
+            ("SLURM_PROCID", "0"),
+            ("SLURM_STEP_NUM_TASKS", "2"),
+            ("SLURM_STEP_TASKS_PER_NODE", "2"),
+            ("SLURM_JOB_ID", "77"),
+            ("SLURM_STEP_ID", "3"),
+        ];
+        let is_there = |variables: &[(&str, &str)]| {
+            Launched::is_there(|name| {
+                variables.iter().find(|(other, _)| *other == name).map(|(_, v)| v.to_string())
+            })
+        };
+        let is_shell = |variables: &[(&str, &str)]| {
+            let error = find(variables).map_or_else(|error| error, |_| String::new());
+            assert_eq!(error.contains("no rank"), !is_there(variables), "{error}");
+            error.contains("start the ranks in it by srun")
+        };
+        assert!(!is_shell(&srun));
+        // sbatch, an interactive step of salloc, srun --pty; and ranks that the latter starts by srun.
+        let sbatch =
+            [("SLURM_PROCID", "0"), ("SLURM_NTASKS", "2"), ("SLURM_JOB_ID", "77"), ("SLURM_LOCALID", "0")];
+        assert!(is_shell(&sbatch));
+        for step in SHELLS {
+            assert!(is_shell(&[&srun[..4], &[("SLURM_STEP_ID", step)]].concat()));
+        }
+        let pty = [("SLURM_PTY_PORT", "4711")];
+        let alone = [("SLURM_STEP_NUM_TASKS", "1"), ("SLURM_STEP_TASKS_PER_NODE", "1")];
+        assert!(is_shell(&[&srun[..], &pty, &[(TERMINAL, "")]].concat()));
+        assert!(is_shell(&[&alone[..], &srun[..1], &srun[3..], &pty].concat()));
+        assert!(!is_shell(&[&srun[..], &pty].concat()));
+        // What starts ranks in the shell is what counts.
+        let torchrun = [("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", "1")];
+        assert!(!is_shell(&[&sbatch[..], &torchrun].concat()));
+    }
+
+    #[test]
+    fn agents_of_torchrun_on_one_host_are_one_world() {
+        let agents = |more: &[(&str, &str)]| {
+            let two = [("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_PORT", "1")];
+            find(&[&two[..], more].concat())
+        };
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+        for here in
+            ["localhost", "127.0.0.1", "127.3.4.5", "::1", host.trim(), &format!("{}.example", host.trim())]
+        {
+            assert!(agents(&[("MASTER_ADDR", here)]).is_ok(), "{here}");
+        }
+        for elsewhere in ["192.0.2.7", "another-host", ""] {
+            let error = agents(&[("MASTER_ADDR", elsewhere)]).unwrap_err();
+            assert!(error.contains("set MASTER_ADDR to localhost, or PARAM_AVERAGER_RENDEZVOUS"), "{error}");
+            assert_eq!(agents(&[("MASTER_ADDR", elsewhere), (RENDEZVOUS, "x")]).unwrap().name, "x");
+        }
+    }
+
+    #[test]
+    fn sizes_are_those_of_a_world() {
+        let of = |rank: &str, size: &str| find(&[("RANK", rank), ("WORLD_SIZE", size)]);
+        let error = of("0", "17").unwrap_err();
+        assert!(error.contains("WORLD_SIZE is 17: a world has 1 to 16 ranks"), "{error}");
+        assert!(of("0", "0").unwrap_err().contains("WORLD_SIZE is 0"));
+        // One rank needs no port.
+        let alone = of("0", "1").unwrap();
+        assert!(alone.name.starts_with("alone/"), "{alone:?}");
+        assert!(of("0", "2").is_err() && of("1", "1").is_err());
+    }
+
+    #[test]
+    fn a_shell_loop_is_known_by_its_process_and_torchrun_by_its_run() {
+        let hand = [("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", "29500")];
+        assert_eq!(find(&hand).unwrap().known, Known::No);
+        let run = [&hand[..], &[("TORCHELASTIC_RUN_ID", "a"), ("TORCHELASTIC_RESTART_COUNT", "1")]].concat();
+        assert_eq!(find(&run).unwrap().known, Known::By("torchrun".into(), "29500/a/1".into()));
+        assert_eq!(find(&[&run[..], &[(RENDEZVOUS, "x")]].concat()).unwrap().known, Known::ByName);
     }
 }

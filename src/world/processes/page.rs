@@ -1,41 +1,42 @@
 //! The memory that all processes of a world share: which generation the world is in, and who belongs to it.
 //!
-//! A generation is decided by one compare-and-swap of one word, which names a process and thereby a list of members that this
-//! process has written before. Processes have ids, given once, so that no list is ever written by two.
+//! A generation is decided by one compare-and-swap of one word, which names a list of members that was written before. Each member of
+//! a generation has a pair of lists of its own, by its rank, in which it proposes the next one; the pair's parity keeps the list that
+//! holds as it is meanwhile. Ranks pass to other processes in later generations, and one that was stopped may go on writing then. So
+//! every word of a list carries the generation that it was proposed for, and a word is only ever replaced by one of a later generation:
+//! once a list is written, no proposal of an earlier generation changes it. Ids of processes are counted, and never run out.
 
 use std::mem::offset_of;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::{fence, AtomicU32, AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::abi::PA_MAX_WORLD;
 use crate::backend::Shared;
 
-/// Processes that a world can have had in its life.
-pub(super) const MOST_IDS: usize = 4096;
 const MOST: usize = PA_MAX_WORLD as usize;
 
 /// What is in it. Zeroed at first.
 #[repr(C)]
 struct Words {
-    /// (generation << 32) | the id of the process whose list holds.
+    /// (generation << 32) | the rank, in the generation before, of the process whose list holds.
     decision: AtomicU64,
     /// Tells this world from others of its name.
     nonce: AtomicU64,
     /// The id that the next process gets.
     next_id: AtomicU32,
     reserved: AtomicU32,
-    /// By id, for odd and even generations: who proposes the next list leaves the one that holds as it is.
-    lists: [[List; 2]; MOST_IDS],
+    /// By rank in the generation before, for even and odd generations.
+    lists: [[List; 2]; MOST],
 }
 
+/// Each word is (generation << 32) | value.
 #[repr(C)]
 struct List {
-    count: AtomicU32,
+    count: AtomicU64,
     /// The id of the one that is new, plus 1; 0: nobody is.
-    joined: AtomicU32,
+    joined: AtomicU64,
     /// By rank.
-    members: [AtomicU32; MOST],
+    members: [AtomicU64; MOST],
 }
 
 #[derive(Debug)]
@@ -59,10 +60,11 @@ impl Page {
     /// Of a world whose first generation has the ids 0 to `size` - 1, by rank.
     pub(super) fn new(size: usize) -> Result<Page, String> {
         let page = Page { memory: Shared::new(size_of::<Words>())? };
-        let time = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as u64);
-        // Two processes may begin at once, but have two ids.
-        let nonce = time ^ u64::from(std::process::id()) << 40;
-        page.words().nonce.store(nonce, Ordering::Relaxed);
+        // Not of the clock and the process: two processes of two PID namespaces may have one id.
+        let mut nonce = [0; 8];
+        let filled = rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty());
+        filled.map_err(|error| format!("no random number for the name of the world: {error}"))?;
+        page.words().nonce.store(u64::from_ne_bytes(nonce), Ordering::Relaxed);
         page.words().next_id.store(size as u32, Ordering::Relaxed);
         page.write(0, 0, &(0..size).collect::<Vec<_>>(), None);
         Ok(page)
@@ -81,9 +83,9 @@ impl Page {
         self.words().nonce.load(Ordering::Relaxed)
     }
 
-    /// An id that nobody had. `None`: there are no more.
+    /// An id that nobody had. `None`: 2^32 processes have asked for one.
     pub(super) fn new_id(&self) -> Option<usize> {
-        let next = |id: u32| (id < MOST_IDS as u32).then_some(id + 1);
+        let next = |id: u32| id.checked_add(1);
         let id = self.words().next_id.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
         id.ok().map(|id| id as usize)
     }
@@ -96,18 +98,27 @@ impl Page {
     /// The generation that the world is in.
     pub(super) fn decision(&self) -> Decision {
         loop {
+            // Acquire: every word of the list is at least as new as the one that its proposer wrote.
             let word = self.words().decision.load(Ordering::Acquire);
-            let (generation, by) = ((word >> 32) as u32, word as u32 as usize);
-            let list = &self.words().lists[by % MOST_IDS][generation as usize & 1];
-            let load = |word: &AtomicU32| word.load(Ordering::Relaxed) as usize;
-            let members = list.members.iter().take(load(&list.count)).map(load).collect();
-            let joined = load(&list.joined).checked_sub(1);
-            // With the fence in `write`: who has read a word of the list after this one has seen that this one is over.
-            fence(Ordering::Acquire);
-            if self.words().decision.load(Ordering::Relaxed) == word {
+            let generation = (word >> 32) as u32;
+            if let Some((members, joined)) = self.read(word as u32 as usize, generation) {
                 return Decision { generation, members, joined, word };
             }
+            // Its place has been taken by the list of a later generation: another decision holds.
+            std::hint::spin_loop();
         }
+    }
+
+    /// The list that a rank proposed for a generation. `None`: a part of it is of another one.
+    fn read(&self, rank: usize, generation: u32) -> Option<(Vec<usize>, Option<usize>)> {
+        let list = &self.words().lists[rank % MOST][generation as usize & 1];
+        let load = |word: &AtomicU64| {
+            let word = word.load(Ordering::Relaxed);
+            ((word >> 32) as u32 == generation).then_some(word as u32 as usize)
+        };
+        let count = load(&list.count)?;
+        let members: Option<Vec<usize>> = list.members.iter().take(count).map(load).collect();
+        Some((members?, load(&list.joined)?.checked_sub(1)))
     }
 
     /// Only the generation: it may be over.
@@ -115,22 +126,30 @@ impl Page {
         (self.words().decision.load(Ordering::Acquire) >> 32) as u32
     }
 
-    /// Proposes the generation after `last`: it is that if nobody else was earlier. One proposal a process at a time.
+    /// Proposes the generation after `last`, of which `me` is a member: it is that if nobody else was earlier. Each member proposes
+    /// once for each generation.
     pub(super) fn propose(&self, me: usize, last: &Decision, members: &[usize], joined: Option<usize>) {
+        let Some(rank) = last.members.iter().position(|&id| id == me) else { return };
         let next = last.generation + 1;
-        self.write(me, next, members, joined);
-        let word = u64::from(next) << 32 | me as u64;
+        self.write(rank, next, members, joined);
+        let word = u64::from(next) << 32 | rank as u64;
+        // Release: whoever reads the decision sees the list.
         let _ = self.words().decision.compare_exchange(last.word, word, Ordering::AcqRel, Ordering::Acquire);
     }
 
-    fn write(&self, me: usize, generation: u32, members: &[usize], joined: Option<usize>) {
-        let list = &self.words().lists[me][generation as usize & 1];
-        fence(Ordering::Release);
-        list.count.store(members.len() as u32, Ordering::Relaxed);
-        list.joined.store(joined.map_or(0, |id| id as u32 + 1), Ordering::Relaxed);
+    fn write(&self, rank: usize, generation: u32, members: &[usize], joined: Option<usize>) {
+        let list = &self.words().lists[rank][generation as usize & 1];
+        let write = |word: &AtomicU64, value: usize| {
+            let new = u64::from(generation) << 32 | value as u64;
+            // Unless a later generation's is there: then this proposal is too late, and is not decided.
+            let older = |word: u64| ((word >> 32) as u32 <= generation).then_some(new);
+            let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, older);
+        };
         for (word, &id) in list.members.iter().zip(members) {
-            word.store(id as u32, Ordering::Relaxed);
+            write(word, id);
         }
+        write(&list.joined, joined.map_or(0, |id| id + 1));
+        write(&list.count, members.len());
     }
 
     fn words(&self) -> &Words {
@@ -155,40 +174,81 @@ mod tests {
         page.propose(2, &first, &[0, 2], None);
         let second = page.decision();
         assert_eq!((second.generation, &second.members[..], second.joined), (1, &[1, 2, 4][..], Some(4)));
-        page.propose(1, &second, &[1], None);
-        assert_eq!(page.decision().members, [1]);
+        page.propose(0, &second, &[0], None); // is no member
+        assert_eq!(page.generation(), 1);
+        page.propose(4, &second, &[4], None);
+        assert_eq!(page.decision().members, [4]);
         assert_eq!(page.generation(), 2);
     }
 
     #[test]
-    fn ids_come_to_an_end() {
+    fn ids_are_not_used_up() {
         let page = Page::new(1).unwrap();
-        assert_eq!((1..MOST_IDS).filter(|&id| page.new_id() == Some(id)).count(), MOST_IDS - 1);
+        for id in 1..100_000 {
+            assert_eq!(page.new_id(), Some(id));
+        }
+        page.words().next_id.store(u32::MAX, Ordering::Relaxed);
         assert_eq!((page.new_id(), page.new_id()), (None, None));
+        let (first, last) = (page.decision(), u32::MAX as usize - 1);
+        page.propose(0, &first, &[0, last], Some(last));
+        assert_eq!((page.decision().members, page.decision().joined), (vec![0, last], Some(last)));
     }
 
-    /// Threads that propose as fast as they can, and one that reads: it sees no list that nobody has proposed.
+    /// A process that was stopped half way through its proposal, at any word, goes on when its rank is another process's.
+    #[test]
+    fn a_late_proposal_changes_no_later_list() {
+        for late in [1, 2, 3, 4] {
+            let page = Page::new(2).unwrap();
+            let mut decisions = vec![page.decision()];
+            for generation in 1..6 {
+                let last = decisions.last().unwrap();
+                let members: Vec<usize> = (0..2 + generation % 3).map(|at| 10 * generation + at).collect();
+                page.propose(last.members[0], last, &members, None);
+                decisions.push(page.decision());
+                assert_eq!(decisions[generation].members, members);
+            }
+            let now = page.decision();
+            let stale = &decisions[late - 1];
+            page.propose(stale.members[0], stale, &[7; MOST], Some(7));
+            page.propose(stale.members[1], stale, &[8; MOST], Some(8));
+            assert_eq!(page.decision(), now);
+        }
+    }
+
+    /// Threads that propose as fast as they can, in each other's places, and readers: no list is seen that nobody has proposed.
     #[test]
     fn what_is_read_was_proposed_by_one() {
+        const LAST: u32 = 20_000;
         let page = Page::new(2).unwrap();
         std::thread::scope(|scope| {
             for me in 0..2 {
                 let page = &page;
                 scope.spawn(move || {
-                    while page.generation() < 20_000 {
+                    let mut stopped: Option<Decision> = None;
+                    while page.generation() < LAST {
                         let last = page.decision();
-                        // All members are the same number.
+                        // All members but those that propose are the same number. Ranks change every time.
                         let number = (last.generation as usize + 1) * 2 + me;
-                        page.propose(me, &last, &vec![number; 1 + number % MOST], Some(number));
+                        if let Some(late) = stopped.take().filter(|late| late.generation < last.generation) {
+                            page.propose(me, &late, &[3; MOST], Some(3));
+                        } else if number % 7 == 0 {
+                            stopped = Some(last); // before its proposal, until others have gone on
+                            std::thread::yield_now();
+                            continue;
+                        }
+                        let both = if number & 2 == 0 { [0, 1] } else { [1, 0] };
+                        let members = [&both[..], &vec![number; number % (MOST - 1)]].concat();
+                        page.propose(me, &last, &members, Some(number));
                     }
                 });
             }
-            while page.generation() < 20_000 {
+            while page.generation() < LAST {
                 let seen = page.decision();
                 if seen.generation > 0 {
                     let number = seen.joined.unwrap();
                     assert_eq!(number / 2, seen.generation as usize);
-                    assert_eq!(seen.members, vec![number; 1 + number % MOST]);
+                    let both = if number & 2 == 0 { [0, 1] } else { [1, 0] };
+                    assert_eq!(seen.members, [&both[..], &vec![number; number % (MOST - 1)]].concat());
                 }
             }
         });

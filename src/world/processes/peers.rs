@@ -16,19 +16,37 @@ use serde::Serialize;
 use super::frame::{self, Frame, Kind};
 use super::home::Home;
 use super::page::Page;
+use super::private::Private;
 use super::rendezvous::Met;
+use crate::backend::limits::thread;
 use crate::world::Agreement;
 
 /// A message that has begun is there within this time, or its sender is taken for gone.
 const WHOLE_MESSAGE: Duration = Duration::from_secs(60);
+/// Bytes of the stack of a listening thread.
+const STACK: usize = 256 << 10;
 /// Messages of one peer that nobody has asked for yet.
 const MOST_WAITING: usize = 256;
 
 #[derive(Debug)]
 struct Peer {
-    stream: UnixStream,
+    stream: Private<UnixStream>,
     /// One message at a time.
     sending: Mutex<()>,
+}
+
+/// Why a peer is not listened to.
+#[derive(Debug)]
+pub(super) struct Unheard {
+    pub(super) reason: String,
+    peer: Arc<Peer>,
+}
+
+impl Unheard {
+    /// The peer can still be told.
+    pub(super) fn stream(&self) -> &UnixStream {
+        &self.peer.stream
+    }
 }
 
 /// What the listening threads have a part in.
@@ -101,6 +119,17 @@ impl State {
     pub(super) fn forget(&mut self, peer: usize) {
         self.gone.remove(&peer);
         self.homes.remove(&peer);
+    }
+
+    /// Forgets all but the last `most` of those that are gone and no members.
+    pub(super) fn forget_gone(&mut self, members: &[usize], most: usize) {
+        // The later one came, the higher is its id.
+        let outside = self.gone.iter().filter(|&peer| !members.contains(peer)).rev().skip(most);
+        for peer in outside.copied().collect::<Vec<_>>() {
+            self.forget(peer);
+            self.messages.remove(&peer);
+            self.trouble.remove(&peer);
+        }
     }
 
     /// Those that are there, and wait to be let in after this generation.
@@ -181,6 +210,29 @@ impl Common {
         })
     }
 
+    /// Sends a message to several peers at once, on this thread. Peers that are gone, or do not listen until `deadline`, are found
+    /// out by what they do not answer. An error: the message is too large, and nothing was sent.
+    pub(super) fn send_to_all(
+        &self,
+        peers: impl Iterator<Item = usize>,
+        key: (Kind, u32, u32),
+        body: &impl Serialize,
+        files: &[BorrowedFd<'_>],
+        deadline: Instant,
+    ) -> io::Result<()> {
+        let peers: Vec<Arc<Peer>> = peers.filter_map(|peer| self.peer(peer)).collect();
+        // Each is locked until its peer has the message.
+        let locks = peers.iter().map(|peer| peer.sending.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut sending: Vec<_> = locks.map(Some).collect();
+        let streams: Vec<&UnixStream> = peers.iter().map(|peer| &*peer.stream).collect();
+        frame::send_to_all(&streams, key, body, files, deadline, |index, result| {
+            if result.is_err() {
+                let _ = streams[index].shutdown(Shutdown::Both); // as in `send`
+            }
+            sending[index] = None;
+        })
+    }
+
     /// The same, at once or not at all.
     pub(super) fn try_send(&self, peer: usize, key: (Kind, u32, u32)) {
         const SHORT: Duration = Duration::from_millis(100);
@@ -245,17 +297,18 @@ impl Common {
     }
 
     /// Begins to listen to a peer that was met.
-    pub(super) fn add(self: &Arc<Self>, peer: usize, home: Home, met: Met) -> io::Result<()> {
+    pub(super) fn add(self: &Arc<Self>, peer: usize, home: Home, met: Met) -> Result<(), Unheard> {
         let Met { stream, process } = met;
-        let (listens, common) = (stream.try_clone()?, self.clone());
+        let one = Arc::new(Peer { stream, sending: Mutex::new(()) });
         self.lock().homes.insert(peer, home);
         let Some(peers) = &mut *self.peers() else { return Ok(()) };
-        peers.insert(peer, Arc::new(Peer { stream, sending: Mutex::new(()) }));
-        let thread = std::thread::Builder::new().name(format!("peer-{peer}")).stack_size(256 << 10);
-        let listens = move || listen(peer, &listens, process.as_ref(), &common);
-        let thread = thread.spawn(listens).inspect_err(|_| {
+        peers.insert(peer, one.clone());
+        let (heard, common) = (one.clone(), self.clone());
+        let listens = move || listen(peer, &heard.stream, process.as_ref(), &common);
+        let thread = thread(format!("peer-{peer}"), STACK, listens).map_err(|reason| {
             drop(peers.remove(&peer));
             self.lock().homes.remove(&peer);
+            Unheard { reason: format!("can't listen to peers: {reason}"), peer: one }
         })?;
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         threads.retain(|thread| !thread.is_finished());
@@ -339,7 +392,15 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, common: &
 }
 
 /// All that peers say to each other once they have met.
-const KINDS: [Kind; 7] =
-    [Kind::Card, Kind::Abort, Kind::Ready, Kind::Entered, Kind::Waiting, Kind::Reach, Kind::Averagers];
+const KINDS: [Kind; 8] = [
+    Kind::Card,
+    Kind::Verdict,
+    Kind::Averagers,
+    Kind::Abort,
+    Kind::Ready,
+    Kind::Entered,
+    Kind::Waiting,
+    Kind::Reach,
+];
 /// Those of a card.
 const MOST_FILES: usize = 3;

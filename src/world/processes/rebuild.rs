@@ -5,11 +5,10 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
-use super::frame::{Frame, Kind};
+use super::frame::Kind;
 use super::peers::Ring;
 use super::Processes;
 use crate::deadline;
-use crate::error::Stage;
 use crate::world::{Agreement, Communicator, Rebuild};
 use crate::{Error, Result};
 
@@ -66,15 +65,17 @@ impl Processes {
         }
         let ours = averagers.alive();
         let named: Vec<&String> = ours.keys().collect();
-        let mut theirs: Vec<BTreeSet<String>> = vec![];
-        for frame in self.gather((Kind::Averagers, self.number(), 0), &named, timeout)? {
-            theirs.push(match frame {
-                None => ours.keys().cloned().collect(),
-                Some(frame) => frame.parse().map_err(|error| {
-                    let reason = format!("its list of averagers is not understood: {error}");
-                    self.fail(Error::PeerRefused { rank: theirs.len(), reason })
-                })?,
-            });
+        let (number, deadline) = ((self.number(), 0), deadline::after(timeout));
+        if let Some(failure) = self.failure() {
+            return Err(failure);
+        }
+        self.tell(Kind::Averagers, number, &named, &[], deadline)?;
+        let mut theirs: Vec<BTreeSet<String>> = vec![ours.keys().cloned().collect(); self.members().len()];
+        for (rank, frame) in self.hear(Kind::Averagers, number, deadline, timeout, false, |_| false)? {
+            theirs[rank] = frame.parse().map_err(|error| {
+                let reason = format!("its list of averagers is not understood: {error}");
+                self.fail(Error::PeerRefused { rank, reason })
+            })?;
         }
         let all: BTreeSet<&String> = theirs.iter().flatten().collect();
         for (index, ordinal) in all.into_iter().enumerate() {
@@ -87,33 +88,6 @@ impl Processes {
         }
         *built_in = Some(self.number());
         Ok(())
-    }
-
-    /// Sends a message to every other rank, and returns theirs by rank; `None` is this rank's own.
-    fn gather(
-        &self,
-        key: (Kind, u32, u32),
-        message: &impl serde::Serialize,
-        timeout: Duration,
-    ) -> Result<Vec<Option<Frame>>> {
-        if let Some(failure) = self.failure() {
-            return Err(failure);
-        }
-        let deadline = deadline::after(timeout);
-        for peer in self.others() {
-            let _ = self.links.send(peer, key, message, &[], deadline); // a peer that is gone is found below
-        }
-        let mut frames = vec![];
-        for (rank, &peer) in self.members().iter().enumerate() {
-            if peer == self.links.me {
-                frames.push(None);
-                continue;
-            }
-            let came = self.links.wait(deadline, |state| self.card_of(rank, peer, key, state));
-            let late = || Error::Timeout { rank, timeout, stage: Stage::Build, committed: false };
-            frames.push(Some(came.unwrap_or_else(|| Err(late())).map_err(|error| self.fail(error))?));
-        }
-        Ok(frames)
     }
 
     /// The number under which an averager is built.

@@ -1,28 +1,42 @@
 //! How the processes of a world find one another: rank 0 listens on an abstract Unix socket, which leaves nothing behind, and
-//! hands every rank a socket to every other. Here is what all have in common, and the way of ranks 1 … to rank 0.
+//! hands every rank a socket to every other. It keeps the socket, and with it the name, for as long as it is in the world. Here is what
+//! all have in common, and the way of ranks 1 … to rank 0.
 
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod host;
+mod notice;
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use rustix::process::{getpid, getuid, pidfd_open, PidfdFlags};
+use rustix::event::{poll, PollFd, PollFlags, Timespec};
+use rustix::process::{getpid, pidfd_open, PidfdFlags};
 use serde::{Deserialize, Serialize};
 
+use super::confirm::{self, Confirmation};
+use super::credentials::{is_same_user, is_some_user, user_of_the_name, CAUSES};
 use super::frame::{self, Frame, Kind};
 use super::home::Home;
+use super::job::{self, Job};
 use super::page::Page;
-use super::strangers::is_same_user;
+use super::private::Private;
+use super::strangers;
+use crate::backend::limits::{why, Wanted};
+use crate::world::WorldId;
+use notice::Notice;
 
 /// How long a rank that can't take part tries to tell others so: those that were started when it was.
 const PARTING: Duration = Duration::from_secs(10);
 /// Between two tries to reach rank 0.
 const AGAIN: Duration = Duration::from_millis(2);
+/// Bytes of a name. Messages to strangers are short, and have room for it.
+pub(super) const MOST_NAME: usize = 1024;
+/// Bytes of a reason that a first message has room for.
+const MOST_REASON: usize = 2048;
 
 /// What a rank tells rank 0.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -33,6 +47,7 @@ struct Hello {
     rank: usize,
     world_size: usize,
     home: Home,
+    job: Job,
     /// Why it can't take part: then nobody begins.
     refusal: Option<String>,
 }
@@ -43,15 +58,47 @@ struct Hello {
 struct Welcome {
     /// By rank.
     homes: Vec<Home>,
+    origin: Origin,
+}
+
+/// Rank 0 of the first generation, which names the world.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Origin {
+    pub(super) job: Job,
+    /// When all ranks had met, in milliseconds of Unix time.
+    since: u64,
+}
+
+impl Origin {
+    fn now(job: &Job) -> Origin {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Origin { job: job.clone(), since: since.as_millis().try_into().unwrap_or(u64::MAX) }
+    }
+
+    /// For the user, with how many other worlds of the name there are.
+    pub(super) fn world(&self, name: &str, others: usize) -> WorldId {
+        WorldId {
+            name: name.into(),
+            process: self.job.process(),
+            pid: self.job.pid(),
+            job: self.job.name(),
+            since: UNIX_EPOCH.checked_add(Duration::from_millis(self.since)).unwrap_or(UNIX_EPOCH),
+            others,
+        }
+    }
 }
 
 /// What this process brings.
 #[derive(Clone, Debug)]
 pub(super) struct Me {
     pub(super) name: String,
+    /// What the name was taken from, in words.
+    pub(super) source: String,
     pub(super) rank: usize,
     pub(super) world_size: usize,
     pub(super) home: Home,
+    pub(super) job: Job,
     /// Why it can't take part.
     pub(super) refusal: Option<String>,
 }
@@ -59,7 +106,7 @@ pub(super) struct Me {
 /// A peer: a socket, and what tells when its process ends, if the kernel has such a thing.
 #[derive(Debug)]
 pub(super) struct Met {
-    pub(super) stream: UnixStream,
+    pub(super) stream: Private<UnixStream>,
     pub(super) process: Option<OwnedFd>,
 }
 
@@ -69,6 +116,11 @@ pub(super) struct Crew {
     pub(super) page: Page,
     /// By rank; none for this one.
     pub(super) peers: Vec<Option<(Home, Met)>>,
+    /// For what they need besides.
+    pub(super) confirmation: Confirmation,
+    pub(super) origin: Origin,
+    /// Rank 0's: holds the name, and answers those that want it.
+    pub(super) held: Option<strangers::Door>,
 }
 
 /// Collective. An error says what is wrong and what to do. Who can't take part says so to those that come
@@ -76,6 +128,7 @@ pub(super) struct Crew {
 pub(super) fn meet(me: &Me, timeout: Duration) -> Result<Crew, String> {
     let timeout = if me.refusal.is_some() { timeout.min(PARTING) } else { timeout };
     let deadline = crate::deadline::after(timeout);
+    is_some_user()?;
     let address = address(&me.name, None)?;
     match me.rank {
         0 => host::meet(me, &address, deadline, timeout),
@@ -83,20 +136,20 @@ pub(super) fn meet(me: &Me, timeout: Duration) -> Result<Crew, String> {
     }
 }
 
-/// Of rank 0, or of the door of the process of this id. No file: it goes with the process that listens. A name that is too long is cut, and told from others by its hash.
+/// Of rank 0, or of the door of this number. No file: it goes with the process that listens. A name that is too long is cut, and told from others by its hash.
 pub(super) fn address(name: &str, door: Option<usize>) -> Result<SocketAddr, String> {
+    if name.len() > MOST_NAME {
+        return Err(format!("the name of the world has {} bytes: it can have {MOST_NAME}", name.len()));
+    }
     let mut short = name.to_owned();
     if name.len() > 64 {
-        // FNV-1a, the same everywhere. Names that collide are told apart by the hello.
-        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
-        });
-        short = format!("{}…{hash:016x}", name.chars().take(10).collect::<String>());
+        // Names that collide are told apart by the hello.
+        short = format!("{}…{:016x}", name.chars().take(10).collect::<String>(), job::hash(name));
     }
-    let uid = getuid().as_raw();
+    let uid = user_of_the_name();
     let socket = match door {
         None => format!("param-averager/{uid}/{short}"),
-        Some(id) => format!("param-averager-door/{uid}/{short}/{id}"),
+        Some(number) => format!("param-averager-door/{uid}/{short}/{number}"),
     };
     SocketAddr::from_abstract_name(socket)
         .map_err(|error| format!("the name of the world, {name:?}: {error}"))
@@ -104,40 +157,87 @@ pub(super) fn address(name: &str, door: Option<usize>) -> Result<SocketAddr, Str
 
 impl Me {
     fn hello(&self) -> Hello {
+        let cut = |reason: &String| reason.chars().take(MOST_REASON / 8).collect();
         Hello {
             crate_version: env!("CARGO_PKG_VERSION").into(),
             name: self.name.clone(),
             rank: self.rank,
             world_size: self.world_size,
             home: self.home.clone(),
-            refusal: self.refusal.clone(),
+            job: self.job.clone(),
+            refusal: self.refusal.as_ref().map(cut),
         }
     }
 }
 
 fn visit(me: &Me, address: &SocketAddr, deadline: Instant, timeout: Duration) -> Result<Crew, String> {
-    let failed = |error: io::Error| format!("rank 0 of the world {:?}: {error}", me.name);
+    let failed =
+        |error: io::Error| why(&format!("rank 0 of the world {:?}", me.name), Wanted::Descriptor, error);
+    let mut notice = Notice::new();
     loop {
-        let tried = connect(address).and_then(|stream| {
-            is_same_user(&stream).map_err(io::Error::other)?;
-            let process = pidfd_open(getpid(), PidfdFlags::empty()).ok();
-            let files: Vec<_> = process.iter().map(AsFd::as_fd).collect();
-            frame::send(&stream, (Kind::Hello, 0, 0), &me.hello(), &files, deadline)?;
-            frame::receive(&stream, &[Kind::Welcome, Kind::Refuse], frame::MOST_FILES, deadline)
+        let greeted = connect(address).map(Private::new).and_then(|stream| {
+            let answer = greet(me, &stream, deadline, &mut notice).inspect_err(|error| match error.kind() {
+                frame::SHORT => confirm::refuse(&stream, &error.to_string()),
+                _ => {}
+            });
+            Ok((answer?, stream))
         });
-        match tried {
-            Ok(frame) => return welcomed(me, frame),
+        match greeted {
+            Ok((frame, stream)) => {
+                let crew = welcomed(me, frame);
+                let mut crew = crew.inspect_err(|reason| confirm::refuse(&stream, reason))?;
+                crew.confirmation = Confirmation::of_a_visitor(stream);
+                return Ok(crew);
+            }
             // Nobody listens yet, or no longer, or has its hands full.
-            Err(error) if is_early(&error) && Instant::now() < deadline => std::thread::sleep(AGAIN),
+            Err(error) if is_early(&error) && Instant::now() < deadline => {
+                notice.look(|| waiting(me));
+                std::thread::sleep(AGAIN);
+            }
             Err(error) if is_early(&error) || is_late(&error) => {
                 return Err(format!(
                     "rank 0 of the world {:?} was not to be found on this host within {timeout:?}, or did not answer: see that it was \
-                     started, and that every rank gives the same name, which PARAM_AVERAGER_RENDEZVOUS can set",
-                    me.name
+                     started, and that every rank gives the same name (this one's is {}); PARAM_AVERAGER_RENDEZVOUS can set it; {CAUSES}",
+                    me.name, me.source
                 ))
             }
             Err(error) => return Err(failed(error)),
         }
+    }
+}
+
+fn waiting(me: &Me) -> String {
+    if me.rank == 0 {
+        return format!(
+            "rank 0 waits for the name {:?} ({}): the process that holds it is about to end",
+            me.name, me.source
+        );
+    }
+    format!(
+        "rank {} of {} waits for rank 0 of the world {:?}, whose name is {}: see that it was started on this host with the same name, \
+         or set PARAM_AVERAGER_RENDEZVOUS to one name on every rank; {CAUSES}",
+        me.rank, me.world_size, me.name, me.source
+    )
+}
+
+/// Says hello to the process that listens there, and waits for its answer.
+fn greet(me: &Me, stream: &UnixStream, deadline: Instant, notice: &mut Notice) -> io::Result<Frame> {
+    is_same_user(stream).map_err(io::Error::other)?;
+    let process = pidfd_open(getpid(), PidfdFlags::empty()).ok();
+    let files: Vec<_> = process.iter().map(AsFd::as_fd).collect();
+    frame::send(stream, (Kind::Hello, 0, 0), &me.hello(), &files, deadline)?;
+    while !notice.is_said() && !is_readable(stream, deadline.min(notice.at()))? && Instant::now() < deadline {
+        notice.look(|| waiting(me));
+    }
+    frame::receive(stream, &[Kind::Welcome, Kind::Refuse], frame::MOST_FILES, deadline)
+}
+
+fn is_readable(stream: &UnixStream, until: Instant) -> io::Result<bool> {
+    let left = until.saturating_duration_since(Instant::now());
+    let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+    match poll(&mut [PollFd::new(stream, PollFlags::IN)], Some(&left)) {
+        Err(rustix::io::Errno::INTR) => Ok(false),
+        ready => Ok(ready? > 0),
     }
 }
 
@@ -170,19 +270,19 @@ fn welcomed(me: &Me, frame: Frame) -> Result<Crew, String> {
     if frame.kind == Kind::Refuse {
         return Err(frame.parse::<String>().map_err(failed)?);
     }
-    let welcome: Welcome = frame.parse().map_err(failed)?;
+    let Welcome { homes, origin } = frame.parse().map_err(failed)?;
     let mut files = frame.files.into_iter();
     let missing = || "rank 0's answer lacks file descriptors: raise ulimit -n".to_owned();
     let page = Page::open(files.next().ok_or_else(missing)?)?;
-    if welcome.homes.len() != me.world_size {
-        return Err(format!("rank 0's answer is about {} ranks, not {}", welcome.homes.len(), me.world_size));
+    if homes.len() != me.world_size {
+        return Err(format!("rank 0's answer is about {} ranks, not {}", homes.len(), me.world_size));
     }
     let mut peers = vec![];
-    for (rank, home) in welcome.homes.into_iter().enumerate() {
+    for (rank, home) in homes.into_iter().enumerate() {
         peers.push(if rank == me.rank {
             None
         } else {
-            let stream = UnixStream::from(files.next().ok_or_else(missing)?);
+            let stream = Private::new(UnixStream::from(files.next().ok_or_else(missing)?));
             Some((home, Met { stream, process: None }))
         });
     }
@@ -190,5 +290,5 @@ fn welcomed(me: &Me, frame: Frame) -> Result<Crew, String> {
     for (_, peer) in peers.iter_mut().flatten() {
         peer.process = files.next();
     }
-    Ok(Crew { page, peers })
+    Ok(Crew { page, peers, confirmation: Confirmation::default(), origin, held: None })
 }

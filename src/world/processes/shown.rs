@@ -1,12 +1,12 @@
 //! A card, as it is sent: its memories are files, and what else they are opened by.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::frame::Frame;
-use crate::backend::{Memory, Offer, Site};
+use super::frame::{short_of_files, Frame};
+use crate::backend::{Memory, Offer, Site, Unopened as Fault};
 use crate::world::{Admission, Card, Control};
 use crate::{Error, Result};
 
@@ -53,45 +53,70 @@ impl Shown {
         (shown, files)
     }
 
-    /// The card of this rank.
-    pub(super) fn read(frame: Frame, rank: usize, reader: Reader<'_>) -> Result<Card> {
+    /// The card of this rank, whose memory is still to be opened.
+    pub(super) fn read(frame: Frame, rank: usize) -> Result<Unopened> {
         let refuse = |reason: String| Error::PeerRefused { rank, reason };
         let shown: Shown =
             frame.parse().map_err(|error| refuse(format!("its message is not understood: {error}")))?;
-        let mut files = frame.files.into_iter();
-        let mut open = |index: usize| -> Result<Option<Memory>> {
-            let Some(offer) = &shown.memories[index] else { return Ok(None) };
-            let file = files.next().ok_or_else(|| refuse("a file of its memory is missing".into()))?;
-            if !reader.wanted[index] {
-                return Ok(None);
-            }
-            let opened = Memory::open(reader.site, offer, file).map(Some);
-            opened.map_err(|reason| match reader.site {
-                Site::Host => refuse(reason),
-                // This rank's device had its part in it.
-                Site::Cuda(_) => {
-                    let reason = format!("opening that of rank {rank}: {reason}");
-                    Error::SharedMemory { rank: reader.rank, reason }
-                }
-            })
-        };
-        let (inbox, credits, control) = (open(0)?, open(1)?, open(2)?);
-        Ok(Card {
+        let card = Card {
             refusal: shown.refusal.map(|reason| refuse(of_itself(reason, rank))),
             options: shown.options,
             tensors: shown.tensors,
             schedule_position: shown.schedule_position,
             admission: shown.admission,
             ordinal: shown.ordinal,
-            inbox: inbox.map(Arc::new),
-            credits: credits.map(Arc::new),
-            control: control.map(|memory| Arc::new(Control::of(memory))),
-        })
+            inbox: None,
+            credits: None,
+            control: None,
+        };
+        Ok(Unopened { rank, card, memories: shown.memories, files: frame.files, is_short: frame.is_short })
+    }
+}
+
+/// A card without its memory.
+#[derive(Debug)]
+pub(super) struct Unopened {
+    pub(super) rank: usize,
+    pub(super) card: Card,
+    memories: [Option<Offer>; 3],
+    files: Vec<OwnedFd>,
+    is_short: bool,
+}
+
+impl Unopened {
+    /// The card with what the reader wants. An error names the rank at fault: the owner of memory that is not what it has to be, or
+    /// the reader, which lacks something.
+    pub(super) fn open(self, reader: Reader<'_>) -> Result<Card> {
+        let Unopened { rank, mut card, memories, files, is_short } = self;
+        let refuse = |reason: String| Error::PeerRefused { rank, reason };
+        let mut files = files.into_iter();
+        let mut open = |index: usize| -> Result<Option<Memory>> {
+            let Some(offer) = &memories[index] else { return Ok(None) };
+            if is_short {
+                return Err(Error::SharedMemory { rank: reader.rank, reason: short_of_files() });
+            }
+            let file = files.next().ok_or_else(|| refuse("a file of its memory is missing".into()))?;
+            if !reader.wanted[index] {
+                return Ok(None);
+            }
+            let opened = Memory::open(reader.site, offer, file).map(Some);
+            opened.map_err(|unopened| match unopened {
+                Fault::Wrong(reason) => refuse(reason),
+                Fault::Short(reason) => {
+                    let reason = format!("opening that of rank {rank}: {reason}");
+                    Error::SharedMemory { rank: reader.rank, reason }
+                }
+            })
+        };
+        card.inbox = open(0)?.map(Arc::new);
+        card.credits = open(1)?.map(Arc::new);
+        card.control = open(2)?.map(|memory| Arc::new(Control::of(memory)));
+        Ok(card)
     }
 }
 
 /// A rank's own error without the rank, which the error that it becomes part of names.
-fn of_itself(reason: String, rank: usize) -> String {
+pub(super) fn of_itself(reason: String, rank: usize) -> String {
     match reason.strip_prefix(&format!("rank {rank}")) {
         Some(rest) if rest.starts_with(": ") => rest[2..].into(),
         Some(rest) if rest.starts_with(' ') => format!("it{rest}"),

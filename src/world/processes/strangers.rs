@@ -5,17 +5,24 @@ use std::io::ErrorKind;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::process::getuid;
+use rustix::event::{poll, PollFd, PollFlags};
 
+use super::credentials::is_same_user;
 use super::frame::{self, Frame, Kind};
+use super::private::Private;
+use crate::backend::limits::thread;
 
 /// Strangers that may be half way through their first message at once.
 pub(super) const MOST: usize = 64;
 /// How long one may take for it.
 const HELLO: Duration = Duration::from_millis(if cfg!(any(test, fuzzing)) { 50 } else { 2000 });
+/// How long one may take where the others wait for it.
+const PATIENCE: Duration = Duration::from_millis(500);
+/// Bytes of the stack of a thread.
+const STACK: usize = 256 << 10;
 /// Between two tries to accept one, where it can't be.
 const AGAIN: Duration = Duration::from_millis(2);
 
@@ -23,9 +30,21 @@ const AGAIN: Duration = Duration::from_millis(2);
 #[derive(Debug)]
 pub(super) struct Door {
     // In this order, so that the thread, which waits for `_open` to go, is the last to have the listener.
-    listener: Arc<UnixListener>,
-    short: Arc<AtomicBool>,
+    listener: Arc<Private<UnixListener>>,
+    short: Arc<Short>,
     _open: mpsc::Sender<()>,
+}
+
+/// What there was not enough of for one who came, or for what he brought.
+#[derive(Debug, Default)]
+struct Short {
+    files: AtomicBool,
+    /// The same, though no stranger had one that another could have.
+    is_alone: AtomicBool,
+    /// Why no thread could be started.
+    thread: Mutex<Option<String>>,
+    /// Strangers that are being heard.
+    inside: AtomicUsize,
 }
 
 impl Door {
@@ -38,32 +57,84 @@ impl Door {
         listener: UnixListener,
         kinds: &'static [Kind],
         most_files: usize,
-        came: impl Fn(UnixStream, Frame) + Send + Sync + 'static,
-    ) -> std::io::Result<Door> {
-        let (listener, short) = (Arc::new(listener), Arc::new(AtomicBool::new(false)));
+        came: impl Fn(Private<UnixStream>, Frame) + Send + Sync + 'static,
+    ) -> Result<Door, Shut> {
+        let (listener, short) = (Arc::new(Private::new(listener)), Arc::new(Short::default()));
         let (open, is_open) = mpsc::channel();
-        let door = Door { listener: listener.clone(), short: short.clone(), _open: open };
-        let hear = move |stream: UnixStream| {
-            if is_same_user(&stream).is_err() {
-                return;
-            }
-            match frame::receive(&stream, kinds, most_files, Instant::now() + HELLO) {
-                Ok(frame) => came(stream, frame),
-                Err(error) if error.kind() == frame::SHORT => short.store(true, Ordering::Relaxed),
-                Err(_) => {}
-            }
+        let lacks = short.clone();
+        let hear = move |stream: Private<UnixStream>| match frame::receive(
+            &stream,
+            kinds,
+            most_files,
+            Instant::now() + HELLO,
+        ) {
+            Ok(frame) => came(stream, frame),
+            Err(error) if error.kind() == frame::SHORT => lacks.file(1),
+            Err(_) => {}
         };
-        let (hear, short) = (Arc::new(hear), door.short.clone());
-        std::thread::Builder::new().name("door".into()).spawn(move || {
-            keep(&listener, &is_open, &short, &hear);
+        let (hear, kept, lacks) = (Arc::new(hear), listener.clone(), short.clone());
+        let keep = move || {
+            keep(&kept, &is_open, &lacks, &hear);
             let _ = is_open.recv(); // who has the listener last closes what strangers have sent to it
-        })?;
-        Ok(door)
+        };
+        match thread("door".into(), STACK, keep) {
+            Ok(_) => Ok(Door { listener, short, _open: open }),
+            Err(reason) => Err(Shut { reason, listener }),
+        }
     }
 
-    /// Whether there was no file descriptor for one who came, or for what he brought.
-    pub(super) fn was_short(&self) -> bool {
-        self.short.load(Ordering::Relaxed)
+    /// What was wanting, if something was, and what to do.
+    pub(super) fn shortage(&self) -> Option<String> {
+        let thread = self.short.thread.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        thread.or_else(|| self.short.files.load(Ordering::Relaxed).then(frame::short_of_files))
+    }
+
+    /// Whether nobody can be heard: there is no thread for one that came, or no file descriptor, though no other stranger has any.
+    pub(super) fn is_stuck(&self) -> bool {
+        let thread = self.short.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        thread.is_some() || self.short.is_alone.load(Ordering::Relaxed)
+    }
+}
+
+/// A socket on which nobody is heard, since no thread could be started.
+#[derive(Debug)]
+pub(super) struct Shut {
+    pub(super) reason: String,
+    listener: Arc<Private<UnixListener>>,
+}
+
+impl Shut {
+    /// Answers so many of those that come with a reason, on this thread.
+    pub(super) fn refuse(
+        &self,
+        kinds: &[Kind],
+        most_files: usize,
+        most: usize,
+        reason: &str,
+        until: Instant,
+    ) {
+        let mut told = 0;
+        while told < most {
+            let left = until.saturating_duration_since(Instant::now());
+            let mut watched = [PollFd::new(&**self.listener, PollFlags::IN)];
+            if left.is_zero() || poll(&mut watched, left.try_into().ok().as_ref()) == Ok(0) {
+                return;
+            }
+            let Ok((stream, _)) = self.listener.accept() else { return };
+            let soon = || Instant::now() + PATIENCE;
+            if is_same_user(&stream).is_ok() && frame::receive(&stream, kinds, most_files, soon()).is_ok() {
+                let _ = frame::send(&stream, (Kind::Refuse, 0, 0), &reason, &[], soon());
+                told += 1;
+            }
+        }
+    }
+}
+
+impl Short {
+    /// There was no descriptor, while so many strangers were being heard that do not count.
+    fn file(&self, own: usize) {
+        self.files.store(true, Ordering::Relaxed);
+        self.is_alone.fetch_or(self.inside.load(Ordering::Relaxed) <= own, Ordering::Relaxed);
     }
 }
 
@@ -78,36 +149,47 @@ impl Drop for Door {
 fn keep(
     listener: &UnixListener,
     is_open: &mpsc::Receiver<()>,
-    short: &AtomicBool,
-    hear: &Arc<impl Fn(UnixStream) + Send + Sync + 'static>,
+    short: &Arc<Short>,
+    hear: &Arc<impl Fn(Private<UnixStream>) + Send + Sync + 'static>,
 ) {
-    let inside = Arc::new(AtomicUsize::new(0));
     loop {
         let stream = match listener.accept() {
-            Ok((stream, _)) => stream,
+            Ok((stream, _)) => Private::new(stream),
             Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => {
                 continue
             }
             // Shut, or no descriptors left: those inside give some back, or whoever waits here gives up.
             Err(error) => {
-                short.fetch_or(is_short(&error), Ordering::Relaxed);
+                if is_short(&error) {
+                    short.file(0);
+                }
                 match is_open.recv_timeout(AGAIN) {
                     Err(RecvTimeoutError::Timeout) => continue,
                     _ => return,
                 }
             }
         };
-        if inside.load(Ordering::Relaxed) >= MOST {
+        // First, so that no other user has a thread started.
+        if is_same_user(&stream).is_err() || short.inside.load(Ordering::Relaxed) >= MOST {
             continue;
         }
-        inside.fetch_add(1, Ordering::Relaxed);
-        let (hear, leaving) = (hear.clone(), inside.clone());
+        short.inside.fetch_add(1, Ordering::Relaxed);
+        let (hear, leaving) = (hear.clone(), short.clone());
+        let stream = Arc::new(Mutex::new(Some(stream)));
+        let untold = stream.clone();
         let stranger = move || {
-            hear(stream);
-            leaving.fetch_sub(1, Ordering::Relaxed); // last: one that can't be closed still counts
+            let stream = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
+            stream.into_iter().for_each(|stream| hear(stream));
+            leaving.inside.fetch_sub(1, Ordering::Relaxed); // last: one that can't be closed still counts
         };
-        if std::thread::Builder::new().name("hello".into()).stack_size(256 << 10).spawn(stranger).is_err() {
-            inside.fetch_sub(1, Ordering::Relaxed);
+        if let Err(reason) = thread("hello".into(), STACK, stranger) {
+            short.inside.fetch_sub(1, Ordering::Relaxed);
+            let reason = format!("this world's rank 0, or a member, can't hear others: {reason}");
+            // A socket that nothing was sent on has room for it, so that nobody is waited for.
+            let stream = untold.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let _ =
+                stream.map(|stream| frame::send(&stream, (Kind::Refuse, 0, 0), &reason, &[], Instant::now()));
+            *short.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
         }
     }
 }
@@ -116,19 +198,6 @@ fn keep(
 fn is_short(error: &std::io::Error) -> bool {
     use rustix::io::Errno;
     [Errno::MFILE, Errno::NFILE].iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
-}
-
-/// Whoever is at the other end of an abstract socket: its name is free to all, this user's processes are to be trusted.
-pub(super) fn is_same_user(stream: &UnixStream) -> Result<(), String> {
-    let peer = rustix::net::sockopt::socket_peercred(stream).map_err(|error| error.to_string())?;
-    if peer.uid == getuid() {
-        return Ok(());
-    }
-    Err(format!(
-        "it belongs to user {}, not to user {}: choose another name for this world",
-        peer.uid.as_raw(),
-        getuid().as_raw()
-    ))
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ use crate::world::processes::shown::{Reader, Shown};
 pub fn frames(data: &[u8]) {
     const DOOR: (&[Kind], usize) = (&[Kind::Hello], 1);
     const VISITOR: (&[Kind], usize) = (&[Kind::Welcome, Kind::Refuse], frame::MOST_FILES);
-    const PEER: (&[Kind], usize) = (&[Kind::Card, Kind::Abort, Kind::Ready], 3);
+    const PEER: (&[Kind], usize) = (&[Kind::Card, Kind::Verdict, Kind::Abort, Kind::Ready], 3);
     let Some((&how, data)) = data.split_first() else { return };
     let (kinds, most) = [DOOR, VISITOR, PEER][how as usize % 3];
     let (at_once, stays) = (how & 8 == 0, how & 16 != 0);
@@ -79,12 +79,15 @@ fn parse(me: &Me, frame: Frame, how: u8) {
         Kind::Welcome | Kind::Refuse => drop(welcomed(me, frame)),
         Kind::Card => {
             let wanted = [how & 32 != 0, how & 64 != 0, how & 128 != 0];
-            drop(Shown::read(frame, 1, Reader { rank: 0, site: &Site::Host, wanted }))
+            let reader = Reader { rank: 0, site: &Site::Host, wanted };
+            drop(Shown::read(frame, 1).and_then(|unopened| unopened.open(reader)))
         }
         Kind::Knock => drop(frame.parse::<Knock>()),
         Kind::Inside => drop(frame.parse::<Inside>()),
         Kind::Ready => drop(frame.parse::<Vec<usize>>()),
         Kind::Reach => drop(frame.parse::<Option<Offer>>()),
+        Kind::Averagers => drop(frame.parse::<std::collections::BTreeSet<String>>()),
+        Kind::Verdict => drop(frame.parse::<Option<String>>()),
         Kind::Abort | Kind::Enter | Kind::Entered | Kind::Waiting => {}
     }
 }
@@ -127,11 +130,14 @@ fn play(world_size: usize, script: &[Act]) {
     }
     let crews: Vec<Crew> = crews.into_iter().map(|crew| crew.expect("all ranks meet")).collect();
     for (one, other) in (0..world_size).flat_map(|one| (0..one).map(move |other| (one, other))) {
-        let stream = |from: usize, to: usize| &crews[from].peers[to].as_ref().expect("a peer").1.stream;
+        let stream = |from: usize, to: usize| -> &UnixStream {
+            &crews[from].peers[to].as_ref().expect("a peer").1.stream
+        };
         let mut heard = [0];
         let mut at_the_other_end = stream(other, one);
         at_the_other_end.set_read_timeout(Some(Duration::from_secs(5))).expect("a time");
-        let said = stream(one, other).write(&[7]).and_then(|_| at_the_other_end.read_exact(&mut heard));
+        let mut this_end = stream(one, other);
+        let said = this_end.write(&[7]).and_then(|_| at_the_other_end.read_exact(&mut heard));
         assert!(said.is_ok() && heard == [7], "ranks {one} and {other} do not hear each other: {said:?}");
     }
     for mut stranger in strangers.all.into_iter().flatten() {
@@ -249,7 +255,7 @@ mod tests {
 
     /// Of strangers who never say that they are a rank, but much that is nearly that.
     fn act() -> impl Strategy<Value = Act> {
-        let bytes = prop_oneof![vec(any::<u8>(), 0..100), vec(any::<u8>(), 5000), Just(b"PAVG\x01".to_vec())];
+        let bytes = prop_oneof![vec(any::<u8>(), 0..100), vec(any::<u8>(), 5000), Just(b"PAVG\x02".to_vec())];
         let files = prop_oneof![4 => Just(0), 1 => any::<u8>()];
         let half_a_hello =
             (files.clone(), 1u8..100).prop_map(|(files, keep)| Act::Say { kind: 0, files, keep });

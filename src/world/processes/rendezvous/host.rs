@@ -4,18 +4,38 @@ use std::collections::BTreeMap;
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc::{self, RecvTimeoutError, TrySendError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
-use super::{is_early, Crew, Hello, Me, Met, Welcome, AGAIN, PARTING};
+use super::{
+    connect, greet, is_early, is_late, Crew, Hello, Me, Met, Notice, Origin, Welcome, AGAIN, CAUSES, PARTING,
+};
+use crate::backend::limits::{why, Wanted};
+use crate::world::processes::ancestry::Process;
+use crate::world::processes::confirm::Confirmation;
+use crate::world::processes::credentials::Credentials;
 use crate::world::processes::frame::{self, Frame, Kind};
+use crate::world::processes::job::Job;
 use crate::world::processes::page::Page;
+use crate::world::processes::private::Private;
 use crate::world::processes::strangers::{self, Door};
 
 /// How long ranks that come late are told why there is no world.
 const GRACE: Duration = Duration::from_secs(1);
+/// How long a rank's place is kept for it after a process of another job has claimed it.
+const STRAY: Duration = Duration::from_secs(5);
+/// How long a process that holds the name has for one answer, and in all. One that is ending has as long as it takes.
+const ANSWER: Duration = Duration::from_millis(500);
+const SILENCE: Duration = Duration::from_secs(5);
+/// Between two looks for anything but a rank that comes.
+const TICK: Duration = Duration::from_millis(100);
+
+/// What to do about two jobs that use one name.
+const APART: &str = "if they are one job, set PARAM_AVERAGER_RENDEZVOUS to one name on every rank, or say so by WorldBuilder::job; if they \
+     are two, give each a name of its own, such as another MASTER_PORT";
 
 /// Collective, with `visit` of all others.
 pub(super) fn meet(
@@ -24,7 +44,9 @@ pub(super) fn meet(
     deadline: Instant,
     timeout: Duration,
 ) -> Result<Crew, String> {
-    Host { me, deadline, timeout, came: BTreeMap::new() }.meet(address)
+    let came = BTreeMap::new();
+    Host { me, deadline, timeout, came, strays: vec![], firsts: vec![], is_contested: false, refused: 0 }
+        .meet(address)
 }
 
 struct Host<'a> {
@@ -32,65 +54,145 @@ struct Host<'a> {
     deadline: Instant,
     timeout: Duration,
     came: BTreeMap<usize, Visitor>,
+    /// Ranks of other jobs that came.
+    strays: Vec<Stray>,
+    /// Jobs that have a rank 0 of their own, which came, too.
+    firsts: Vec<Job>,
+    /// Another process says that it is a rank that is there.
+    is_contested: bool,
+    /// Ranks that were refused, and told so.
+    refused: usize,
 }
 
 #[derive(Debug)]
 struct Visitor {
-    stream: UnixStream,
+    stream: Private<UnixStream>,
     hello: Hello,
     process: Option<OwnedFd>,
+}
+
+#[derive(Debug)]
+struct Stray {
+    rank: usize,
+    job: Job,
+    reason: String,
+    until: Instant,
 }
 
 impl Host<'_> {
     fn meet(mut self, address: &SocketAddr) -> Result<Crew, String> {
         let listener = self.listen(address)?;
         let (send, visitors) = mpsc::sync_channel(strangers::MOST);
+        let (since, me) = (Instant::now(), Arc::new(self.me.clone()));
         let came = move |stream, mut frame: Frame| {
             let Ok(hello) = frame.parse::<Hello>() else { return };
             let process = frame.files.pop();
-            let _ = send.try_send(Visitor { stream, hello, process }); // it comes again
-        };
-        let door = Door::open(listener, &[Kind::Hello], 1, came);
-        let door = door.map_err(|error| format!("can't start a thread: {error}"))?;
-        let result = self.gather(&visitors).and_then(|()| self.introduce());
-        result.map_err(|mut reason| {
-            if door.was_short() {
-                reason.push_str("; rank 0 has run out of file descriptors: raise ulimit -n");
+            match send.try_send(Visitor { stream, hello, process }) {
+                Ok(()) | Err(TrySendError::Full(_)) => {} // it comes again
+                Err(TrySendError::Disconnected(visitor)) => {
+                    visitor.refuse(&begun(&me, &visitor.hello, since))
+                }
             }
-            self.refuse_all(&visitors, &reason);
+        };
+        let door = Door::open(listener, &[Kind::Hello], 1, came).map_err(|shut| {
+            let reason = self
+                .me
+                .refusal
+                .clone()
+                .unwrap_or_else(|| format!("rank 0 can't hear the others: {}", shut.reason));
+            let until = self.deadline.min(Instant::now() + GRACE);
+            shut.refuse(&[Kind::Hello], 1, self.me.world_size - 1, &reason, until);
             reason
-        })
+        })?;
+        // Descriptors that are there again when others must be told that there are too few.
+        let reserve = [(); 2].map(|()| pidfd_open(getpid(), PidfdFlags::empty()));
+        let gathered = self.gather(&visitors, &door);
+        drop(reserve);
+        let result = gathered.and_then(|()| {
+            self.introduce().map_err(|reason| format!("rank 0 can't bring the ranks together: {reason}"))
+        });
+        match result {
+            // From here on, whoever comes is told that the world has begun.
+            Ok(crew) => Ok(Crew { held: Some(door), ..crew }),
+            Err(mut reason) => {
+                if let Some(shortage) = door
+                    .shortage()
+                    .filter(|shortage| !reason.contains(shortage) && !reason.contains("ulimit"))
+                {
+                    reason = format!("{reason}; {shortage}");
+                }
+                self.refuse_all(&visitors, &reason);
+                Err(reason)
+            }
+        }
     }
 
+    /// Takes the name. Fails if another process has it, and says so.
     fn listen(&self, address: &SocketAddr) -> Result<UnixListener, String> {
+        let name = &self.me.name;
+        let (mut silent, mut notice) = (None, Notice::new());
         loop {
             match UnixListener::bind_addr(address) {
                 Ok(listener) => return Ok(listener),
-                // A world of that name may be about to begin or to end.
-                Err(error)
-                    if error.kind() == ErrorKind::AddrInUse && Instant::now() + AGAIN < self.deadline =>
-                {
-                    std::thread::sleep(AGAIN);
-                }
-                Err(error) => {
-                    return Err(format!(
-                        "the name {:?}: {error}; another rank 0 has it: end that, or give this world a name of its own",
-                        self.me.name
-                    ))
-                }
+                Err(error) if error.kind() == ErrorKind::AddrInUse => {}
+                Err(error) => return Err(format!("can't listen by the name {name:?}: {error}")),
             }
+            if Instant::now() >= self.deadline {
+                return Err(format!("the name {name:?} was in use for all of {:?}", self.timeout));
+            }
+            let until = self.deadline.min(Instant::now() + ANSWER);
+            let holder = connect(address).map(Private::new);
+            let pid = holder.as_ref().ok().and_then(|holder| Credentials::of(holder).ok()?.pid);
+            match holder.and_then(|holder| greet(self.me, &holder, until, &mut notice)) {
+                Ok(frame) if frame.kind == Kind::Refuse => {
+                    return Err(frame.parse().unwrap_or_else(|error: io::Error| error.to_string()))
+                }
+                Ok(_) => {
+                    return Err(format!("the name {name:?} is held by a process that takes no part in this"))
+                }
+                // A world of that name has just ended, or is about to begin.
+                Err(error) if is_early(&error) => {}
+                Err(error) if is_late(&error) => {
+                    // A process that ends frees its memory first, which takes long where there is much, and closes its sockets then.
+                    let is_ending = pid.and_then(Process::of).is_some_and(|process| process.is_ending);
+                    let since = *silent.get_or_insert_with(Instant::now);
+                    if !is_ending && since.elapsed() > SILENCE {
+                        let pid = pid.map_or("a process of another PID namespace".into(), |pid| {
+                            format!("process {pid}")
+                        });
+                        return Err(format!(
+                            "two processes say that they are rank 0 of the world {name:?}: its name, {}, is held by {pid}, which does \
+                             not answer: end that, or give this world a name of its own by PARAM_AVERAGER_RENDEZVOUS",
+                            self.me.source
+                        ));
+                    }
+                }
+                Err(error) => return Err(format!("the process that holds the name {name:?}: {error}")),
+            }
+            std::thread::sleep(AGAIN);
         }
     }
 
     /// Until every rank has come.
-    fn gather(&mut self, visitors: &mpsc::Receiver<Visitor>) -> Result<(), String> {
+    fn gather(&mut self, visitors: &mpsc::Receiver<Visitor>, door: &Door) -> Result<(), String> {
         if let Some(reason) = &self.me.refusal {
             return Err(reason.clone());
         }
+        let mut notice = Notice::new();
         while self.came.len() + 1 < self.me.world_size {
-            let left = self.deadline.saturating_duration_since(Instant::now());
-            match visitors.recv_timeout(left) {
+            if door.is_stuck() {
+                return Err(format!("rank 0 can't hear the others; {}", door.shortage().unwrap_or_default()));
+            }
+            let now = Instant::now();
+            let is_open = |stray: &&Stray| !self.came.contains_key(&stray.rank) && stray.until <= now;
+            if let Some(stray) = self.strays.iter().find(is_open) {
+                return Err(stray.reason.clone());
+            }
+            notice.look(|| self.waiting());
+            let left = self.deadline.saturating_duration_since(now);
+            match visitors.recv_timeout(left.min(TICK)) {
                 Ok(visitor) => self.admit(visitor)?,
+                Err(RecvTimeoutError::Timeout) if left > TICK => {}
                 Err(RecvTimeoutError::Timeout) => return Err(self.missing()),
                 Err(RecvTimeoutError::Disconnected) => return Err("the listening thread has ended".into()),
             }
@@ -100,52 +202,86 @@ impl Host<'_> {
 
     /// Tells those that came, and those that come now.
     fn refuse_all(&mut self, visitors: &mpsc::Receiver<Visitor>, reason: &str) {
-        // What can't be sent goes to one that has gone.
-        let refuse = |stream: &UnixStream| {
-            drop(frame::send(stream, (Kind::Refuse, 0, 0), &reason, &[], Instant::now() + GRACE))
-        };
-        self.came.values().for_each(|visitor| refuse(&visitor.stream));
-        let mut left = (self.me.world_size - 1).saturating_sub(self.came.len());
+        let mut left = (self.me.world_size - 1).saturating_sub(self.came.len() + self.refused);
+        // Closed, so that others get their descriptors.
+        std::mem::take(&mut self.came).values().for_each(|visitor| visitor.refuse(reason));
+        // Two jobs fail by it.
+        left += if self.is_contested { self.me.world_size } else { 0 };
         let grace = if self.me.refusal.is_some() { PARTING } else { GRACE };
         let until = self.deadline.min(Instant::now() + grace);
         while left > 0 {
             let Ok(visitor) = visitors.recv_timeout(until.saturating_duration_since(Instant::now())) else {
                 return;
             };
-            refuse(&visitor.stream);
+            visitor.refuse(reason);
             left -= 1;
         }
     }
 
-    fn missing(&self) -> String {
+    fn absent(&self) -> String {
         let missing = (1..self.me.world_size).filter(|rank| !self.came.contains_key(rank));
-        let missing: Vec<String> = missing.map(|rank| rank.to_string()).collect();
+        missing.map(|rank| rank.to_string()).collect::<Vec<_>>().join(", ")
+    }
+
+    fn missing(&self) -> String {
         format!(
-            "of the {} ranks of the world {:?}, these did not come within {:?}: {}; see that they were started, on this host",
+            "of the {} ranks of the world {:?}, these did not come within {:?}: {}; see that they were started, on this host, with the \
+             same name (this one's is {}); {CAUSES}",
             self.me.world_size,
             self.me.name,
             self.timeout,
-            missing.join(", ")
+            self.absent(),
+            self.me.source
+        )
+    }
+
+    fn waiting(&self) -> String {
+        format!(
+            "rank 0 of {} waits for ranks {} of the world {:?}, whose name is {}: see that they were started on this host with the same \
+             name, or set PARAM_AVERAGER_RENDEZVOUS to one name on every rank; {CAUSES}",
+            self.me.world_size,
+            self.absent(),
+            self.me.name,
+            self.me.source
         )
     }
 
     fn admit(&mut self, visitor: Visitor) -> Result<(), String> {
         let (hello, mine) = (&visitor.hello, self.me.hello());
-        let rank = hello.rank;
+        let (rank, name) = (hello.rank, &self.me.name);
+        if hello.name != *name {
+            // The hashes of two long names are the same.
+            visitor.refuse(&format!("this socket is that of the world {name:?}: choose another name"));
+            return Ok(());
+        }
+        if let Some(differs) = mine.job.differs(&hello.job) {
+            self.turn_away(&visitor, &differs);
+            return Ok(());
+        }
         let differs = [
             ("the crate version", &hello.crate_version, &mine.crate_version),
-            ("the world", &hello.name, &mine.name),
             ("the world size", &hello.world_size.to_string(), &mine.world_size.to_string()),
         ];
         let differs = differs.into_iter().find(|(_, theirs, ours)| theirs != ours);
-        let refusal = if let Some((what, theirs, ours)) = differs {
+        let earlier = match rank {
+            0 => Some(&mine.job),
+            rank => {
+                self.came.get(&rank).filter(|earlier| !has_hung_up(&earlier.stream)).map(|v| &v.hello.job)
+            }
+        };
+        let refusal = if let Some(earlier) = earlier {
+            self.is_contested = true;
+            Some(format!(
+                "two processes say that they are rank {rank} of the world {name:?}: {earlier} and {}: give each rank a number of its \
+                 own, and each job a name of its own, such as another MASTER_PORT",
+                hello.job
+            ))
+        } else if let Some((what, theirs, ours)) = differs {
             Some(format!(
                 "rank {rank} has {what} {theirs:?}, rank 0 {ours:?}: start every rank of the same program, with the same numbers"
             ))
-        } else if rank == 0 || rank >= self.me.world_size {
-            Some(format!("two processes say that they are rank {rank} of {}", self.me.world_size))
-        } else if self.came.get(&rank).is_some_and(|earlier| !has_hung_up(&earlier.stream)) {
-            Some(format!("two processes say that they are rank {rank}: give each a rank of its own"))
+        } else if rank >= self.me.world_size {
+            Some(format!("a process says that it is rank {rank} of {}", self.me.world_size))
         } else {
             hello.refusal.clone().or_else(|| hello.home.refusal(rank, &mine.home))
         };
@@ -155,29 +291,47 @@ impl Host<'_> {
                 Ok(())
             }
             Some(reason) => {
-                // It may have gone.
-                let _ =
-                    frame::send(&visitor.stream, (Kind::Refuse, 0, 0), &reason, &[], Instant::now() + GRACE);
+                visitor.refuse(&reason);
+                self.refused += 1;
                 Err(reason)
             }
         }
     }
 
+    /// Refuses a rank of another job. That job has a rank 0 of its own, and this world begins without it; or else it is not another
+    /// job, and nobody is to wait.
+    fn turn_away(&mut self, visitor: &Visitor, differs: &str) {
+        let Hello { rank, job, .. } = &visitor.hello;
+        let reason = format!(
+            "a process says that it is rank {rank} of the world {:?}, but it seems to be of another job than rank 0: it is {job}, and rank 0 \
+             is {}: {differs}; {APART}",
+            self.me.name, self.me.job
+        );
+        visitor.refuse(&reason);
+        if *rank == 0 {
+            self.firsts.push(job.clone());
+            self.strays.retain(|stray| stray.job.differs(job).is_some());
+        } else if self.firsts.iter().all(|first| first.differs(job).is_some()) {
+            let until = Instant::now() + STRAY;
+            self.strays.push(Stray { rank: *rank, job: job.clone(), reason, until });
+        }
+    }
+
     /// Gives every rank a socket to every other.
     fn introduce(&mut self) -> Result<Crew, String> {
-        let failed = |error: io::Error| format!("can't make sockets for all ranks: {error}; raise ulimit -n");
+        let failed = |error: io::Error| why("making sockets for all ranks", Wanted::Descriptor, error);
         let size = self.me.world_size;
         let page = Page::new(size)?;
         // By whose it is, and to whom it leads.
         let mut sockets = BTreeMap::new();
         for (one, other) in (0..size).flat_map(|one| (one + 1..size).map(move |other| (one, other))) {
             let (left, right) = UnixStream::pair().map_err(failed)?;
-            sockets.insert((one, other), left);
-            sockets.insert((other, one), right);
+            sockets.insert((one, other), Private::new(left));
+            sockets.insert((other, one), Private::new(right));
         }
         let homes =
             (0..size).map(|rank| self.came.get(&rank).map_or(&self.me.home, |v| &v.hello.home).clone());
-        let welcome = Welcome { homes: homes.collect() };
+        let welcome = Welcome { homes: homes.collect(), origin: Origin::now(&self.me.job) };
         let own = pidfd_open(getpid(), PidfdFlags::empty()).ok();
         for (&rank, visitor) in &self.came {
             let streams = sockets.range((rank, 0)..(rank + 1, 0)).map(|(_, stream)| stream.as_fd());
@@ -199,8 +353,35 @@ impl Host<'_> {
             let process = self.came.get_mut(&rank).and_then(|visitor| visitor.process.take());
             sockets.remove(&(0, rank)).map(|stream| (home, Met { stream, process }))
         });
-        Ok(Crew { page, peers: peers.collect() })
+        let peers = peers.collect();
+        let came = std::mem::take(&mut self.came).into_iter().map(|(rank, visitor)| (rank, visitor.stream));
+        let confirmation = Confirmation::of_rank_0(came);
+        Ok(Crew { page, peers, confirmation, origin: welcome.origin, held: None })
     }
+}
+
+impl Visitor {
+    fn refuse(&self, reason: &str) {
+        // It may have gone.
+        let _ = frame::send(&self.stream, (Kind::Refuse, 0, 0), &reason, &[], Instant::now() + GRACE);
+    }
+}
+
+/// What a process is told that comes when all ranks are there.
+fn begun(me: &Me, hello: &Hello, since: Instant) -> String {
+    let differs = me.job.differs(&hello.job);
+    let seconds = since.elapsed().as_secs();
+    let how = match (&differs, hello.rank) {
+        (Some(differs), _) => format!("{differs}; {APART}"),
+        (None, 0) => "end that, or give this world a name of its own, such as another MASTER_PORT".into(),
+        (None, rank) => format!(
+            "it has a rank {rank}: see whether this process was started twice, or use World::join to join it"
+        ),
+    };
+    format!(
+        "two processes say that they are rank {} of the world {:?}, which has begun, {seconds} s ago: its rank 0 is {}; this is {}: {how}",
+        hello.rank, me.name, me.job, hello.job
+    )
 }
 
 /// Whether the other end is closed: nobody says anything after its hello.

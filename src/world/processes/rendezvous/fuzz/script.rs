@@ -9,7 +9,8 @@ use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags}
 use crate::backend::Shared;
 use crate::world::processes::frame::{self, Kind};
 use crate::world::processes::home::Home;
-use crate::world::processes::rendezvous::{Me, Welcome};
+use crate::world::processes::job::{Job, Known};
+use crate::world::processes::rendezvous::{Me, Origin, Welcome};
 use crate::world::Device;
 
 /// An act of a stranger, or of a rank.
@@ -69,7 +70,8 @@ pub(super) fn script(mut data: &[u8]) -> Vec<Act> {
 }
 
 pub(super) fn me(name: &str, rank: usize, world_size: usize) -> Me {
-    Me { name: name.into(), rank, world_size, home: Home::unknown(Device::cpu()), refusal: None }
+    let (home, job) = (Home::unknown(Device::cpu()), Job::own(&Known::ByName, rank, None));
+    Me { name: name.into(), source: "made up".into(), rank, world_size, home, job, refusal: None }
 }
 
 /// Files that a message has: none, few, the most that there may be, the most that the kernel passes on.
@@ -103,7 +105,10 @@ pub(super) fn message(me: &Me, kind: u8, files: usize, keep: u8) -> Vec<u8> {
     let json = |body: serde_json::Result<Vec<u8>>| body.expect("plain data");
     let (kind, body) = match kind % 6 {
         0 => (Kind::Hello, json(serde_json::to_vec(&me.hello()))),
-        1 => (Kind::Welcome, json(serde_json::to_vec(&Welcome { homes: vec![me.home.clone(); 2] }))),
+        1 => {
+            let origin = Origin::now(&me.job);
+            (Kind::Welcome, json(serde_json::to_vec(&Welcome { homes: vec![me.home.clone(); 2], origin })))
+        }
         2 => (Kind::Refuse, json(serde_json::to_vec("no"))),
         3 => {
             let memory = |bytes: usize| serde_json::json!({ "bytes": bytes, "handle": null });
@@ -125,7 +130,7 @@ pub(super) fn message(me: &Me, kind: u8, files: usize, keep: u8) -> Vec<u8> {
 /// The header of a message that begins so, as it is written down in `frame`: its kind, files and bytes of body.
 pub(super) fn read_header(bytes: &[u8]) -> Option<(u8, usize, usize)> {
     let header = bytes.get(..20)?;
-    let right = header.starts_with(b"PAVG\x01\x00");
+    let right = header.starts_with(b"PAVG\x02\x00");
     right.then(|| {
         (header[6], header[7].into(), u32::from_le_bytes([16, 17, 18, 19].map(|at| header[at])) as usize)
     })

@@ -1,0 +1,271 @@
+//! Limits of the system on what a process may take: checked before a call where exceeding one would be a signal or an abort, and
+//! named, with their values, in the text of an error.
+
+use std::io;
+use std::thread::JoinHandle;
+
+/// What a call asked the system for, in bytes where it has a size.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Wanted {
+    /// Memory of this process: address space, or a mapping.
+    Memory(usize),
+    /// A memfd.
+    #[cfg(target_os = "linux")]
+    Memfd,
+    /// A file of this size.
+    #[cfg(target_os = "linux")]
+    File(usize),
+    /// A socket, or another file descriptor.
+    #[cfg(target_os = "linux")]
+    Descriptor,
+    Thread,
+}
+
+/// The text of an error: the call, its size, what the system said, and the limits that explain it.
+pub(crate) fn why(call: &str, wanted: Wanted, error: impl Into<io::Error>) -> String {
+    let error = error.into();
+    let size = match wanted {
+        Wanted::Memory(bytes) => format!(" of {bytes} bytes"),
+        #[cfg(target_os = "linux")]
+        Wanted::File(bytes) => format!(" of {bytes} bytes"),
+        _ => String::new(),
+    };
+    match limits(wanted, &error) {
+        Some(limits) => format!("{call}{size}: {error}; {limits}"),
+        None => format!("{call}{size}: {error}"),
+    }
+}
+
+/// A thread with a stack of `stack` bytes. Between the start of a thread and its first line, std maps memory whose lack aborts the
+/// process: a thread that might be short of it is not started.
+pub(crate) fn thread(
+    name: String,
+    stack: usize,
+    run: impl FnOnce() + Send + 'static,
+) -> Result<JoinHandle<()>, String> {
+    spare(stack).map_err(|reason| format!("a thread's {reason}"))?;
+    let thread = std::thread::Builder::new().name(name).stack_size(stack);
+    thread.spawn(run).map_err(|error| why("starting a thread", Wanted::Thread, error))
+}
+
+#[cfg(target_os = "linux")]
+pub(crate) use linux::{check_file_size, is_shortage, spare};
+
+/// Limits that no test can know are left to the calls themselves.
+#[cfg(not(target_os = "linux"))]
+pub(crate) fn spare(_bytes: usize) -> Result<(), String> {
+    Ok(())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn limits(_wanted: Wanted, _error: &io::Error) -> Option<String> {
+    None
+}
+
+#[cfg(target_os = "linux")]
+use linux::limits;
+
+#[cfg(target_os = "linux")]
+mod linux {
+    use std::fs::File;
+    use std::io::{self, BufRead, BufReader};
+    use std::ptr::null_mut;
+
+    use rustix::io::Errno;
+    use rustix::mm::{mmap_anonymous, mprotect, munmap, MapFlags, MprotectFlags, ProtFlags};
+    use rustix::process::{getrlimit, Resource};
+
+    use super::{why, Wanted};
+
+    /// What small allocations, which can't fail but by an abort, find left after every larger one.
+    const MARGIN: usize = 2 << 20;
+    /// A multiple of every page size.
+    const STEP: usize = 64 << 10;
+    /// Further mappings that `spare` asks for: a thread has a stack, a guard, a signal stack, its guard, and an arena of malloc's.
+    const MAPPINGS: usize = 4;
+
+    /// Whether `bytes` of memory, and a margin for small allocations, could be mapped now. It is given back at once: another thread
+    /// may be faster, but a process that is short of memory finds out here, by an error.
+    pub(crate) fn spare(bytes: usize) -> Result<(), String> {
+        let all =
+            bytes.saturating_add(MARGIN).checked_next_multiple_of(STEP).unwrap_or(usize::MAX - STEP + 1);
+        let failed = |error: Errno| why("memory", Wanted::Memory(all), error);
+        // SAFETY: a new mapping, wherever the system puts it.
+        let start =
+            unsafe { mmap_anonymous(null_mut(), all, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE) };
+        let start = start.map_err(failed)?;
+        // Memory of another protection is a mapping of its own.
+        let split = |index: usize| {
+            // SAFETY: inside of the new mapping, which nobody uses.
+            unsafe { mprotect(start.byte_add((2 * index + 1) * STEP), STEP, MprotectFlags::READ) }
+        };
+        let split = (0..MAPPINGS).try_for_each(split).map_err(failed);
+        // SAFETY: mapped above, with this size.
+        let _ = unsafe { munmap(start, all) };
+        split
+    }
+
+    /// Whether a file of this size may be made: the call that exceeds the limit would be answered by SIGXFSZ.
+    pub(crate) fn check_file_size(bytes: usize) -> Result<(), String> {
+        match getrlimit(Resource::Fsize).current {
+            Some(most) if most < bytes as u64 => Err(why("a memfd", Wanted::File(bytes), Errno::FBIG)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the error is about something that the system has too little of, as opposed to a peer that is not there.
+    pub(crate) fn is_shortage(error: &io::Error) -> bool {
+        let all = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS];
+        all.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+    }
+
+    pub(super) fn limits(wanted: Wanted, error: &io::Error) -> Option<String> {
+        let errno = Errno::from_io_error(error)?;
+        match (errno, wanted) {
+            (Errno::MFILE, _) => Some(limit(
+                Resource::Nofile,
+                "the files that this process may have open are limited to",
+                "RLIMIT_NOFILE",
+                "ulimit -n",
+            )),
+            (Errno::NFILE, _) => {
+                Some("the system has no open file left: raise the sysctl fs.file-max".into())
+            }
+            (Errno::FBIG, _) => Some(limit(
+                Resource::Fsize,
+                "files of this process, memfds included, are limited in bytes to",
+                "RLIMIT_FSIZE",
+                "ulimit -f",
+            )),
+            (Errno::PERM | Errno::ACCESS | Errno::NOSYS, Wanted::Memfd) => Some(
+                "a sandbox (seccomp) forbids memfd_create, by which processes share memory: allow it".into(),
+            ),
+            (Errno::NOSPC, _) => Some("the system's shared memory is full: free memory".into()),
+            (Errno::AGAIN, Wanted::Thread) => Some(threads()),
+            (Errno::NOMEM | Errno::AGAIN, Wanted::Memory(bytes) | Wanted::File(bytes)) => Some(memory(bytes)),
+            (Errno::NOMEM, _) => Some(memory(0)),
+            _ => None,
+        }
+    }
+
+    /// A sentence about one limit.
+    fn limit(resource: Resource, what: &str, name: &str, raise: &str) -> String {
+        match getrlimit(resource).current {
+            Some(most) => format!("{what} {most} ({name}): raise {raise}"),
+            None => format!("{what} no number ({name}), but the system's own limits: free some"),
+        }
+    }
+
+    /// The limit that memory of this size exceeds.
+    fn memory(bytes: usize) -> String {
+        let used = used();
+        let exceeds = |resource, used: Option<u64>| {
+            let most = getrlimit(resource).current?;
+            used.is_none_or(|used| used.saturating_add(bytes as u64) > most).then_some(most)
+        };
+        let all =
+            |used: Option<u64>| used.map_or(String::new(), |used| format!(", of which {used} are used"));
+        let [space, data] = used.map_or([None; 2], |used| used.map(Some));
+        if let Some(most) = exceeds(Resource::As, space) {
+            let used = all(space);
+            return format!("the address space of this process is limited to {most} bytes{used} (RLIMIT_AS): raise ulimit -v");
+        }
+        if let Some(most) = exceeds(Resource::Data, data) {
+            let used = all(data);
+            return format!(
+                "the data of this process are limited to {most} bytes{used} (RLIMIT_DATA): raise ulimit -d"
+            );
+        }
+        // SAFETY: a new mapping, wherever the system puts it, and unmapped at once.
+        let probe = unsafe {
+            mmap_anonymous(null_mut(), bytes.max(1), ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
+                .and_then(|start| munmap(start, bytes.max(1)))
+        };
+        if probe == Err(Errno::AGAIN) {
+            let what = "this process locks its memory (mlockall), of which it may lock at most";
+            return limit(Resource::Memlock, what, "RLIMIT_MEMLOCK", "ulimit -l");
+        }
+        match (mappings(), number("/proc/sys/vm/max_map_count")) {
+            (Some(found), Some(most)) if found + 16 >= most => format!(
+                "this process has {found} of at most {most} mappings: raise the sysctl vm.max_map_count"
+            ),
+            (None, Some(most)) => format!(
+                "the system has no memory left, or this process has the {most} mappings that the sysctl vm.max_map_count allows: free \
+                 memory, or raise that"
+            ),
+            _ => "the system has no memory left: free some, or see vm.overcommit_memory".into(),
+        }
+    }
+
+    /// Of this process: its address space and its data, in bytes.
+    fn used() -> Option<[u64; 2]> {
+        let status = std::fs::read_to_string("/proc/self/status").ok()?;
+        let kibibytes = |name: &str| -> Option<u64> {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            line.split_whitespace().next()?.parse().ok()
+        };
+        Some([kibibytes("VmSize:")? << 10, kibibytes("VmData:")? << 10])
+    }
+
+    fn mappings() -> Option<u64> {
+        let mut maps = BufReader::new(File::open("/proc/self/maps").ok()?);
+        let mut count = 0;
+        loop {
+            let (lines, bytes) = {
+                let some = maps.fill_buf().ok()?;
+                (some.iter().filter(|&&byte| byte == b'\n').count(), some.len())
+            };
+            if bytes == 0 {
+                return Some(count);
+            }
+            count += lines as u64;
+            maps.consume(bytes);
+        }
+    }
+
+    /// Why no thread can be started, where memory is not the reason.
+    fn threads() -> String {
+        if let Some((most, path)) = full_cgroup() {
+            return format!("the processes and threads of the control group {path} are limited to {most}: raise its pids.max");
+        }
+        limit(
+            Resource::Nproc,
+            "the processes and threads of this user are limited to",
+            "RLIMIT_NPROC",
+            "ulimit -u",
+        )
+    }
+
+    /// The control group of this process, or one above it, that may have no more processes: its limit and its path.
+    fn full_cgroup() -> Option<(u64, String)> {
+        let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+        for line in groups.lines() {
+            let mut parts = line.splitn(3, ':').skip(1);
+            let (controllers, path) = (parts.next()?, parts.next()?);
+            let mount = match controllers {
+                "" => "/sys/fs/cgroup",
+                all if all.split(',').any(|controller| controller == "pids") => "/sys/fs/cgroup/pids",
+                _ => continue,
+            };
+            let mut path = path.trim_end_matches('/');
+            loop {
+                let file = |name: &str| number(&format!("{mount}{path}/{name}"));
+                if let (Some(most), Some(found)) = (file("pids.max"), file("pids.current")) {
+                    if found >= most {
+                        return Some((most, if path.is_empty() { "/".into() } else { path.into() }));
+                    }
+                }
+                match path.rfind('/') {
+                    Some(end) => path = &path[..end],
+                    None => break,
+                }
+            }
+        }
+        None
+    }
+
+    /// What a file of the kernel's says, if that is a number.
+    fn number(path: &str) -> Option<u64> {
+        std::fs::read_to_string(path).ok()?.trim().parse().ok()
+    }
+}

@@ -1,0 +1,194 @@
+//! How ranks that are processes build an averager together: each shows its card to all others, opens the memory that it needs of
+//! theirs, and says whether it could. What one rank refuses or lacks, all of them are told.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::frame::{Frame, Kind};
+use super::peers::{Ring, State};
+use super::shown::{of_itself, Reader, Shown, Unopened};
+use super::{Processes, JOINING};
+use crate::backend::Memory;
+use crate::deadline;
+use crate::error::Stage;
+use crate::world::{Agreement, Card, Control};
+use crate::{Error, Result};
+
+/// What all that is said about one averager is said by: the generation, and which of its averagers it is.
+type Number = (u32, u32);
+
+/// How long ranks are waited for when one has refused.
+const SOON: Duration = Duration::from_millis(300);
+
+impl Processes {
+    /// Collective, as `Hub::agree`. An error of one rank's card, or of what it opens, is every rank's.
+    /// `again`: its number, if it is built again.
+    pub(in crate::world) fn agree(
+        &self,
+        card: Card,
+        again: Option<u32>,
+        timeout: Duration,
+    ) -> Result<Arc<Agreement>> {
+        let number = (self.number(), self.number_of_build(again));
+        if let Some(failure) = self.failure() {
+            return Err(failure);
+        }
+        // A process that joined is to be here soon: the others have a model to train.
+        let timeout = if self.has_joined() { timeout.min(JOINING) } else { timeout };
+        let deadline = deadline::after(timeout);
+        let (body, files) = Shown::of(&card);
+        self.tell(Kind::Card, number, &body, &files, deadline)?;
+        let frames = self.hear(Kind::Card, number, deadline, timeout, false, |_| false)?;
+        let unopened = frames.into_iter().map(|(rank, frame)| Shown::read(frame, rank));
+        let unopened = unopened.collect::<Result<Vec<Unopened>>>().map_err(|error| self.fail(error))?;
+        let mut cards = vec![card.clone(); self.members().len()];
+        unopened.iter().for_each(|unopened| cards[unopened.rank] = unopened.card.clone());
+        Agreement::check(&cards)?; // on every rank, so that none waits for verdicts
+        let opened = self.open(unopened, cards);
+        let verdict = self.verdict(number, opened.as_ref().err(), deadline, timeout);
+        let cards = verdict.and(opened)?;
+        let mut agreement = Agreement::of(cards)?;
+        agreement.ordinal.get_or_insert_with(|| format!("{} of generation {}", number.1, number.0));
+        let agreement = Arc::new(agreement);
+        self.links.watch(&agreement, self.ring());
+        match self.failure() {
+            Some(failure) => Err(failure), // aborted meanwhile
+            None => Ok(agreement),
+        }
+    }
+
+    /// All cards, by rank, with the memory that this rank uses.
+    fn open(&self, unopened: Vec<Unopened>, mut cards: Vec<Card>) -> Result<Vec<Card>> {
+        let bytes = |memory: &Option<Arc<Memory>>| memory.as_ref().map(|memory| memory.bytes());
+        let own = cards[self.rank()].clone();
+        for unopened in unopened {
+            let rank = unopened.rank;
+            let wanted @ [inbox, credits, control] = self.wanted(rank);
+            let theirs =
+                unopened.open(Reader { rank: self.rank(), site: self.places.site(self.rank()), wanted })?;
+            let right = (!inbox || bytes(&theirs.inbox) == bytes(&own.inbox))
+                && (!credits || bytes(&theirs.credits) == bytes(&own.credits))
+                && (!control
+                    || theirs.control.as_ref().is_some_and(|c| c.memory().bytes() == Control::BYTES));
+            if !right {
+                let reason = "its memory is not of the size that its options make it".into();
+                return Err(Error::PeerRefused { rank, reason });
+            }
+            cards[rank] = theirs;
+        }
+        Ok(cards)
+    }
+
+    /// Collective: tells all others whether this rank could open what it needs, and hears whether they could. Of several that could
+    /// not, every rank names the lowest.
+    fn verdict(
+        &self,
+        number: Number,
+        own: Option<&Error>,
+        deadline: Instant,
+        timeout: Duration,
+    ) -> Result<()> {
+        let said = own.map(|error| of_itself(error.to_string(), self.rank()));
+        self.tell(Kind::Verdict, number, &said, &[], deadline)?;
+        let is_refusal = |frame: &Frame| frame.body != b"null";
+        let frames = self.hear(Kind::Verdict, number, deadline, timeout, own.is_some(), is_refusal)?;
+        let refused = frames.into_iter().filter(|(_, frame)| is_refusal(frame)).map(|(rank, frame)| {
+            let reason =
+                frame.parse().unwrap_or_else(|error| format!("its verdict is not understood: {error}"));
+            (rank, Error::PeerRefused { rank, reason })
+        });
+        let own = own.map(|error| (self.rank(), error.clone()));
+        refused.chain(own).min_by_key(|&(rank, _)| rank).map_or(Ok(()), |(_, error)| Err(error))
+    }
+
+    /// Says something to every other rank.
+    pub(super) fn tell(
+        &self,
+        kind: Kind,
+        (generation, number): Number,
+        body: &impl serde::Serialize,
+        files: &[std::os::fd::BorrowedFd<'_>],
+        deadline: Instant,
+    ) -> Result<()> {
+        let sent = self.links.send_to_all(self.others(), (kind, generation, number), body, files, deadline);
+        let failed =
+            |error: std::io::Error| Error::SharedMemory { rank: self.rank(), reason: error.to_string() };
+        sent.map_err(|error| self.fail(failed(error)))
+    }
+
+    /// What every other rank says of this kind. When this rank or another has refused, the rest is waited for a moment only, and may
+    /// be missing.
+    pub(super) fn hear(
+        &self,
+        kind: Kind,
+        (generation, number): Number,
+        mut deadline: Instant,
+        timeout: Duration,
+        mut is_refused: bool,
+        refuses: impl Fn(&Frame) -> bool,
+    ) -> Result<Vec<(usize, Frame)>> {
+        let key = (kind, generation, number);
+        let peers = self.members().iter().copied().enumerate();
+        let mut missing: Vec<(usize, usize)> = peers.filter(|&(_, peer)| peer != self.links.me).collect();
+        let mut heard = vec![];
+        loop {
+            if is_refused {
+                deadline = deadline.min(Instant::now() + SOON);
+            }
+            let Some(&(first, _)) = missing.first() else { return Ok(heard) };
+            let came = self.links.wait(deadline, |state| {
+                let said: Vec<(usize, Frame)> =
+                    missing.iter().filter_map(|&(rank, peer)| Some((rank, state.take(peer, key)?))).collect();
+                let silence = || missing.iter().find_map(|&(rank, peer)| self.silence(rank, peer, state));
+                if said.is_empty() {
+                    silence().map(Err)
+                } else {
+                    Some(Ok(said))
+                }
+            });
+            let late = || Error::Timeout { rank: first, timeout, stage: Stage::Build, committed: false };
+            let said = match came.unwrap_or_else(|| Err(late())) {
+                Ok(said) => said,
+                Err(_) if is_refused => return Ok(heard),
+                Err(error) => return Err(self.fail(error)),
+            };
+            missing.retain(|(rank, _)| said.iter().all(|(other, _)| other != rank));
+            is_refused |= said.iter().any(|(_, said)| refuses(said));
+            heard.extend(said);
+        }
+    }
+
+    /// Why a peer that has not said it yet will not, if that is so.
+    fn silence(&self, rank: usize, peer: usize, state: &State) -> Option<Error> {
+        let stage = Stage::Build;
+        let aborts = |peer: &usize| state.aborts(*peer, self.number());
+        if let Some(rank) = self.members().iter().position(aborts) {
+            return Some(Error::Aborted { rank, stage, committed: false });
+        }
+        if let Some(failure) = self.failure() {
+            return Some(failure);
+        }
+        match state.trouble.get(&peer) {
+            Some(reason) => {
+                let reason = format!("what rank {rank} says can't be understood: {reason}");
+                Some(Error::SharedMemory { rank: self.rank(), reason })
+            }
+            None if state.is_lost(peer, self.number()) => {
+                Some(Error::PeerLost { rank, stage, committed: false })
+            }
+            None => None,
+        }
+    }
+
+    /// Whether the inbox, the credits and the control of this rank are used here.
+    fn wanted(&self, rank: usize) -> [bool; 3] {
+        let (own, world) = (self.places.position(self.rank()), self.members().len());
+        let position = self.places.position(rank);
+        [position == (own + 1) % world, (position + 1) % world == own, rank == 0]
+    }
+
+    fn ring(&self) -> Ring {
+        let peers = self.places.order().iter().map(|&rank| self.members()[rank]);
+        Ring { generation: self.number(), peers: peers.collect() }
+    }
+}

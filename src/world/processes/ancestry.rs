@@ -1,0 +1,128 @@
+//! Processes as /proc shows them: parents, starts and programs. Anything that can't be read is `None`: /proc may be missing, may hide
+//! other users' processes (hidepid), and shows nothing outside of this PID namespace.
+
+use std::fs::{read, read_to_string};
+use std::os::unix::fs::MetadataExt;
+
+/// `PF_EXITING` of the kernel's `task_struct.flags`.
+const EXITING: u64 = 0x4;
+
+/// One line of /proc/PID/stat.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Process {
+    pub(super) pid: u32,
+    /// The program's name, 15 bytes at most.
+    pub(super) name: String,
+    /// 0: outside of this PID namespace.
+    pub(super) parent: u32,
+    pub(super) group: u32,
+    pub(super) session: u32,
+    pub(super) has_terminal: bool,
+    /// In clock ticks since boot. With the pid it names the process.
+    pub(super) start: u64,
+    /// It frees its memory and closes its files, in this order, or has done so.
+    pub(super) is_ending: bool,
+    /// Where its arguments lie, which is random for every exec: a process forked without exec has its parent's.
+    arguments_at: u64,
+}
+
+impl Process {
+    pub(super) fn of(pid: u32) -> Option<Process> {
+        // Names of programs may be any bytes.
+        Process::parse(pid, &String::from_utf8_lossy(&read(format!("/proc/{pid}/stat")).ok()?))
+    }
+
+    pub(super) fn own() -> Option<Process> {
+        let text = read("/proc/self/stat").ok()?;
+        Process::parse(std::process::id(), &String::from_utf8_lossy(&text))
+    }
+
+    fn parse(pid: u32, text: &str) -> Option<Process> {
+        // The name is in parentheses, and may hold some itself.
+        let (name, rest) = text.split_once('(')?.1.rsplit_once(')')?;
+        let fields: Vec<&str> = rest.split_whitespace().collect();
+        // As proc_pid_stat(5) numbers them.
+        let number = |field: usize| fields.get(field - 3).and_then(|text| text.parse::<u64>().ok());
+        let small = |field: usize| number(field).and_then(|number| u32::try_from(number).ok());
+        Some(Process {
+            pid,
+            name: name.into(),
+            parent: small(4)?,
+            group: small(5)?,
+            session: small(6)?,
+            has_terminal: fields.get(7 - 3)? != &"0",
+            start: number(22)?,
+            is_ending: number(9)? & EXITING != 0 || ["Z", "X", "x"].contains(fields.first()?),
+            arguments_at: number(48).unwrap_or(0),
+        })
+    }
+
+    pub(super) fn parent(&self) -> Option<Process> {
+        let parent = (self.parent != 0).then(|| Process::of(self.parent))??;
+        // A pid that was given anew meanwhile is no parent.
+        (parent.start <= self.start).then_some(parent)
+    }
+
+    /// Parent, grandparent and so on.
+    pub(super) fn ancestors(&self) -> impl Iterator<Item = Process> {
+        const MOST: usize = 64;
+        std::iter::successors(self.parent(), Process::parent).take(MOST)
+    }
+
+    /// Whether its parent forked it without exec, as shells make subshells.
+    pub(super) fn is_copy_of(&self, parent: &Process) -> bool {
+        let arguments = |process: &Process| read(format!("/proc/{}/cmdline", process.pid)).ok();
+        self.arguments_at != 0
+            && self.arguments_at == parent.arguments_at
+            && arguments(self).is_some_and(|own| Some(own) == arguments(parent))
+    }
+
+    /// Whether it was started with this variable in its environment.
+    pub(super) fn was_given(&self, variable: &str, value: &str) -> bool {
+        let wanted = format!("{variable}={value}");
+        let environment = read(format!("/proc/{}/environ", self.pid)).unwrap_or_default();
+        environment.split(|&byte| byte == 0).any(|entry| entry == wanted.as_bytes())
+    }
+
+    /// Other children that run `program`.
+    pub(super) fn has_other_child(&self, child: u32, program: &std::path::Path) -> bool {
+        let children = read_to_string(format!("/proc/{0}/task/{0}/children", self.pid)).unwrap_or_default();
+        let runs = |pid: &str| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == program);
+        children.split_whitespace().filter(|pid| *pid != child.to_string()).any(runs)
+    }
+}
+
+/// Tells the PID namespace of this process from others: where it is another one, numbers mean other processes.
+pub(super) fn pid_namespace() -> Option<u64> {
+    std::fs::metadata("/proc/self/ns/pid").ok().map(|found| found.ino())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_of_the_kernel_is_read() {
+        let line = "4213 (a) b (c) R 12 4213 77 0 -1 4194564 1 0 0 0 0 0 0 0 20 0 3 0 987654 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 \
+                    19 20 21 22 23 24 25 140737 140738 140739 140740 0";
+        let found = Process::parse(4213, line).unwrap();
+        assert_eq!(
+            (found.name.as_str(), found.parent, found.group, found.session),
+            ("a) b (c", 12, 4213, 77)
+        );
+        assert_eq!((found.has_terminal, found.start, found.is_ending), (false, 987_654, true));
+        assert_eq!(found.arguments_at, 140_737);
+        for end in [0, 5, 12, 20, 60] {
+            assert_eq!(Process::parse(1, &line[..end]), None);
+        }
+    }
+
+    #[test]
+    fn this_process_has_a_parent() {
+        let own = Process::own().unwrap();
+        assert_eq!((own.pid, own.is_ending), (std::process::id(), false));
+        assert_eq!(own.ancestors().next().map_or(0, |parent| parent.pid), own.parent);
+        assert!(own.start > 0 && pid_namespace().is_some());
+        assert!(!own.parent().is_some_and(|parent| own.is_copy_of(&parent)));
+    }
+}
