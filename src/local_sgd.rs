@@ -42,6 +42,9 @@ pub enum Action {
         /// are as they were.
         average: Option<Report>,
     },
+    /// This is the only rank that is left, and an average with those that are gone had begun to write: each
+    /// element is this rank's own or their mean.
+    PartlyAveraged,
     /// No rank had taken a step since the last average, so nothing moved.
     Unneeded,
     /// This is the only rank, or Local SGD is not enabled: the step was counted, and the parameters are as they were.
@@ -64,6 +67,7 @@ impl LocalSgd {
     /// [joined](crate::World::join), it begins at the place in the schedule that the others have.
     pub fn new(averager: ParamAverager, schedule: Schedule) -> Self {
         let position = averager.schedule_position();
+        averager.set_position_in_schedule(position);
         LocalSgd { averager, schedule, enabled: true, position, applied: 0, since_average: 0, averages: 0 }
     }
 
@@ -97,8 +101,12 @@ impl LocalSgd {
     /// After an error that [is fatal](crate::Error::is_fatal): goes on among the ranks that are left, all of which call it; see
     /// [`ParamAverager::recover`]. The average that failed is made up for at once, so that all have the same parameters.
     ///
-    /// All take the place in the schedule of the one that is farthest on: some may have been done with the average that failed for
-    /// others.
+    /// All take the place in the schedule of the one that was farthest on when the first averager of the world
+    /// was recovered: some may have been done with the average that failed for others. It can be one that this
+    /// rank has passed.
+    ///
+    /// A process with several `LocalSgd`s of one world recovers all of them when one has failed, in the same
+    /// order on every rank, since each makes an average; ranks that begin with different ones are told so.
     pub fn recover<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
         self.recover_with(&mut Plain(params))
     }
@@ -157,19 +165,26 @@ impl LocalSgd {
     }
 
     fn recover_step(&mut self, tensors: &mut impl Tensors, progress: &mut Progress) -> Result<Action, Halt> {
+        let mut last: Option<(Error, usize)> = None;
         loop {
-            let Regrouped { position, admitted } = self.averager.recover_step(tensors, progress)?;
+            let Regrouped { position, admitted } = self.averager.recover_step(tensors, true, progress)?;
             self.position = position;
-            match admitted {
-                Some(admitted) if admitted.is_mean => return Ok(self.averaged(admitted.report)),
-                // A joiner came to an averager that had not failed: there is nothing to make up for.
-                Some(_) => return Ok(Action::Admitted { average: None }),
-                None => {}
+            if let Some(admitted) = admitted {
+                return Ok(self.averaged(admitted.report)); // the mean over all members
+            }
+            if let Some((error, ranks)) = last.take() {
+                if self.averager.world_size() >= ranks {
+                    return Err(progress.halt(error)); // nobody is lost, so that the next try would end as this one
+                }
             }
             self.since_average += 1; // whatever was half written
             match self.average(tensors, place::RECOVERY) {
                 // Another rank is lost, and the next view is without it.
-                Err(error @ (Error::PeerLost { .. } | Error::Timeout { .. })) => progress.survived(&error),
+                Err(error @ (Error::PeerLost { .. } | Error::Timeout { .. })) => {
+                    progress.survived(&error);
+                    last = Some((error, self.averager.world_size()));
+                }
+                Ok(Action::Alone) if progress.has_written() => return Ok(Action::PartlyAveraged),
                 made => return made.map_err(|error| progress.halt(error)),
             }
         }
@@ -187,15 +202,20 @@ impl LocalSgd {
         }
         let mut progress = Progress::default();
         average.iter().for_each(|report| progress.averaged(report));
-        let regrouped = self.averager.regroup(tensors, Admission::Copy, &mut progress)?;
+        let regrouped = self.averager.regroup(tensors, Admission::Copy, false, &mut progress)?;
         self.position = regrouped.position;
-        if regrouped.admitted.is_some() {
-            return Ok(Action::Admitted { average });
+        match regrouped.admitted {
+            Some(admitted) if admitted.is_mean => return Ok(self.averaged(admitted.report)),
+            Some(_) => return Ok(Action::Admitted { average }),
+            None => {}
         }
         // The joiner is gone. Some ranks may have seen it in and then lost it, and recover: this is the
         // average that they make.
-        self.recover_step(tensors, &mut progress)?;
-        Ok(action)
+        match self.recover_step(tensors, &mut progress)? {
+            made @ (Action::Averaged(_) | Action::PartlyAveraged) if average.is_none() => Ok(made),
+            Action::PartlyAveraged => Ok(Action::PartlyAveraged),
+            _ => Ok(action),
+        }
     }
 
     fn average(&mut self, tensors: &mut impl Tensors, place: u64) -> Result<Action> {

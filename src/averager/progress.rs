@@ -29,6 +29,11 @@ impl Progress {
         self.written |= !error.tensors_unchanged();
     }
 
+    /// Whether a step that failed may have left tensors half written.
+    pub(crate) fn has_written(&self) -> bool {
+        self.written
+    }
+
     /// The error of the whole call, of which `cause` ended the current step.
     pub(crate) fn halt(&mut self, cause: Error) -> Halt {
         let hides_a_change = self.written && cause.tensors_unchanged();

@@ -56,8 +56,18 @@ impl Blueprint {
         self.position.store(position, Ordering::Relaxed);
     }
 
-    /// The successor in this view, if this process has built one.
+    /// Why there is no successor in this view, if that was found out.
+    pub(super) fn refusal(&self, view: u32) -> Option<Error> {
+        let successor = self.lock();
+        let of_view = successor.as_ref().filter(|successor| successor.view == view)?;
+        of_view.built.as_ref().err().cloned()
+    }
+
+    /// The successor in this view, if this process has built one. An error stays.
     pub(super) fn take(self: &Arc<Self>, view: u32) -> Option<Result<ParamAverager>> {
+        if let Some(error) = self.refusal(view) {
+            return Some(Err(error));
+        }
         let successor = self.lock().take_if(|successor| successor.view == view)?;
         Some(successor.built.map(|mut averager| {
             self.set_position(averager.schedule_position());
@@ -98,10 +108,8 @@ impl Rebuild for Blueprint {
             };
         let built = ParamAverager::assemble_for(options, table, refusal, Some(number));
         match built {
-            // The view has lost a rank again: none of its averagers can be built.
-            Err(error @ (Error::PeerLost { .. } | Error::Timeout { .. } | Error::Aborted { .. })) => {
-                Err(error)
-            }
+            // The view has lost a rank again, or was aborted: none of its averagers can be built.
+            Err(error) if is_of_the_view(&error) || matches!(error, Error::Aborted { .. }) => Err(error),
             built => {
                 self.put(communicator, built);
                 Ok(())
@@ -110,7 +118,7 @@ impl Rebuild for Blueprint {
     }
 
     fn refuse(&self, communicator: &Communicator, rank: usize) {
-        let reason = "it has dropped this averager: drop it on every rank, or on none".into();
+        let reason = "it has dropped this averager, or has joined without it: drop it on every rank".into();
         self.put(communicator, Err(Error::PeerRefused { rank, reason }));
     }
 }
@@ -123,5 +131,9 @@ impl fmt::Debug for Blueprint {
 
 /// Whether an error of building means that the view has lost a rank, so that the next view can do without it.
 pub(super) fn is_of_the_view(error: &Error) -> bool {
-    matches!(error, Error::PeerLost { stage: Stage::Build, .. } | Error::Timeout { stage: Stage::Build, .. })
+    match error {
+        Error::PeerLost { stage, .. } | Error::Timeout { stage, .. } => *stage == Stage::Build,
+        Error::Poisoned { cause } => is_of_the_view(cause), // another thread was told first
+        _ => false,
+    }
 }

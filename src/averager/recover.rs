@@ -24,36 +24,49 @@ pub(crate) struct Admitted {
     pub(crate) is_mean: bool,
 }
 
+/// Tries after which nobody is lost, of those that a peer has given up: it may be on its way to the next.
+const TRIES: u32 = 8;
+
 impl ParamAverager {
     /// Collective among the ranks that are left, after an error that [is fatal](Error::is_fatal): builds the averager anew, with
     /// the same options, for the ranks that call it within the builder's `timeout` and are not gone; see
     /// [`Communicator::recover`](crate::Communicator::recover). Ranks are numbered anew. If another is lost on the way, the rest goes on
     /// without it. The next average is the mean over them, and makes them agree where some tensors were half written.
     ///
-    /// A process with several averagers calls it on each, in any order: the world has lost the rank for
-    /// all of them, whichever has failed. Does nothing while the world has all its ranks and the averager has not failed.
-    /// After an error that says nothing of this rank being left out, it can be called again.
+    /// A process with several averagers calls it on each, in any order, unless a process joins meanwhile: the
+    /// world has lost the rank for all of them, whichever has failed. Does nothing while the world has all its
+    /// ranks and the averager has not failed. After an error that says nothing of this rank being left out, it
+    /// can be called again. It ends when nobody was lost in its last try, which takes the builder's `timeout`
+    /// for each averager and each rank that is lost, at most.
     pub fn recover<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<()> {
         self.recover_with(&mut Plain(params))
     }
 
     pub(crate) fn recover_with(&mut self, tensors: &mut impl Tensors) -> Result<()> {
         let mut progress = Progress::default();
-        self.recover_step(tensors, &mut progress).map(drop).map_err(Halt::error)
+        self.recover_step(tensors, false, &mut progress).map(drop).map_err(Halt::error)
     }
 
     /// One step of a call that may have more: the place in the schedule comes with it, since some ranks may have been done with the
     /// average that failed for others, and have gone on to the next.
+    /// `averages`: the caller averages next, to make up for an average that was due.
     pub(crate) fn recover_step(
         &mut self,
         tensors: &mut impl Tensors,
+        averages: bool,
         progress: &mut Progress,
     ) -> Result<Regrouped, Halt> {
-        if !self.has_failed() && !self.communicator.is_superseded() && !self.communicator.has_lost_a_member()
-        {
+        let latest = &self.options.communicator;
+        let is_over = latest.is_superseded() || latest.has_lost_a_member();
+        if !is_over && !self.has_failed() && !self.communicator.is_superseded() {
             return Ok(Regrouped { position: self.position_in_schedule(), admitted: None });
         }
-        self.regroup(tensors, Admission::None, progress)
+        // This view was tried, and none but this averager could not be built in it: others are at work there.
+        let refused = self.blueprint.as_ref().and_then(|blueprint| blueprint.refusal(latest.view()));
+        match refused {
+            Some(error) if !is_over => Err(progress.halt(error)),
+            _ => self.regroup(tensors, Admission::None, averages, progress),
+        }
     }
 
     /// Collective, after an average whose report says that a process [waits to join](Report::joiner_waits): lets it in, as the last
@@ -80,7 +93,7 @@ impl ParamAverager {
 
     pub(crate) fn admit_with(&mut self, tensors: &mut impl Tensors) -> Result<Report> {
         let mut progress = Progress::default();
-        let regrouped = self.regroup(tensors, Admission::Copy, &mut progress).map_err(Halt::error)?;
+        let regrouped = self.regroup(tensors, Admission::Copy, false, &mut progress).map_err(Halt::error)?;
         if let Some(admitted) = regrouped.admitted {
             return Ok(admitted.report);
         }
@@ -95,22 +108,37 @@ impl ParamAverager {
         self.failed.is_some() || self.agreement.control.failure().is_some()
     }
 
+    /// Whether no average can have left them half written. One that the world has left behind began none.
+    fn tensors_are_whole(&self) -> bool {
+        matches!(self.failed, None | Some(Error::Superseded { .. }))
+            && self.agreement.control.failure().is_none()
+    }
+
     /// The next view of the world, and this averager in it.
     pub(crate) fn regroup(
         &mut self,
         tensors: &mut impl Tensors,
         mut admission: Admission,
+        averages: bool,
         progress: &mut Progress,
     ) -> Result<Regrouped, Halt> {
         // Whatever was enqueued ends by itself.
         let _ = self.own.engine.finish();
-        if let (true, Some(failure)) = (admission != Admission::None, self.agreement.control.failure()) {
-            let error = self.fatal(failure, Stage::Build, false);
-            return Err(self.halt(error, progress));
+        if admission != Admission::None {
+            if let Some(cause) = &self.failed {
+                return Err(progress.halt(Error::Poisoned { cause: Box::new(cause.clone()) }));
+            }
+            if let Some(failure) = self.agreement.control.failure() {
+                let error = self.fatal(failure, Stage::Build, false);
+                return Err(self.halt(error, progress));
+            }
         }
-        // Tensors of an averager that has not failed are whole: a joiner copies them.
-        let by_recovery = if self.has_failed() { Admission::Mean } else { Admission::Copy };
+        // Tensors of an averager that has not failed are whole: a joiner copies them, unless an average is due.
+        let is_whole = !averages && self.tensors_are_whole();
         self.options.schedule_position = self.position_in_schedule();
+        // What ended the last try, and how many ranks it had. A try in vain after which nobody is lost is the last.
+        let mut last: Option<(Error, usize)> = None;
+        let mut in_vain = 0;
         loop {
             let next = self.options.communicator.next(self.timeout, admission != Admission::None);
             // Kept also where what follows fails: the next call begins from there.
@@ -120,18 +148,26 @@ impl ParamAverager {
                 Err(error) => return Err(self.halt(error, progress)),
             };
             let communicator = self.options.communicator.clone();
+            if let Some((error, ranks)) = last.take() {
+                in_vain = if communicator.world_size() < ranks { 0 } else { in_vain + 1 };
+                let is_late = matches!(error, Error::Timeout { .. });
+                if in_vain > if is_late { 0 } else { TRIES } {
+                    return Err(self.halt(error, progress));
+                }
+            }
             let joins = communicator.has_joined() && !communicator.is_new();
             let built = if communicator.has_joined() {
                 // Also where this averager comes to the new view through recovery, because another averager
                 // admitted the joiner.
                 self.options.admission = match admission {
                     _ if !joins => Admission::None,
-                    Admission::None => by_recovery,
+                    Admission::None if is_whole && !progress.has_written() => Admission::Copy,
+                    Admission::None => Admission::Mean,
                     admission => admission,
                 };
                 ParamAverager::build(self.options.clone(), tensors)
             } else {
-                self.successor(&communicator)
+                self.successor(&communicator, averages)
             };
             match built {
                 Ok(averager) => {
@@ -141,8 +177,11 @@ impl ParamAverager {
                     self.set_position_in_schedule(position);
                     return Ok(Regrouped { position, admitted });
                 }
-                // A rank that was there a moment ago: each round is without one more.
-                Err(error) if is_of_the_view(&error) => progress.survived(&error),
+                // A rank was lost that was there a moment ago.
+                Err(error) if is_of_the_view(&error) => {
+                    progress.survived(&error);
+                    last = Some((error, communicator.world_size()));
+                }
                 Err(error @ Error::Aborted { .. }) => return Err(self.halt(error, progress)),
                 // The joiner is not like the others, or was lost before it had the model: it has left.
                 Err(error) if joins => {
@@ -155,8 +194,9 @@ impl ParamAverager {
     }
 
     /// This averager in a view without a joiner; see `rebuild`.
-    fn successor(&self, communicator: &Communicator) -> Result<ParamAverager> {
-        communicator.rebuild(self.timeout)?;
+    fn successor(&self, communicator: &Communicator, averages: bool) -> Result<ParamAverager> {
+        let ordinal = self.agreement.ordinal.as_deref().filter(|_| averages);
+        communicator.rebuild(ordinal, self.timeout)?;
         let taken = self.blueprint.as_ref().and_then(|blueprint| blueprint.take(communicator.view()));
         taken.unwrap_or_else(|| Err(Error::Superseded { rank: communicator.rank() }))
     }

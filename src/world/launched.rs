@@ -263,10 +263,10 @@ impl Communicator {
     }
 
     /// Builds all averagers of this process again, unless that was done in this view. Collective; by
-    /// whichever averager a process recovers first.
-    pub(crate) fn rebuild(&self, timeout: Duration) -> Result<()> {
+    /// whichever averager a process recovers first. `averages`: the one that this rank averages next.
+    pub(crate) fn rebuild(&self, averages: Option<&str>, timeout: Duration) -> Result<()> {
         match self.processes() {
-            Some(processes) => processes.rebuild(self, timeout),
+            Some(processes) => processes.rebuild(self, averages, timeout),
             None => Err(Error::NoRecovery { rank: self.rank() }),
         }
     }

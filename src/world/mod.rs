@@ -261,7 +261,7 @@ impl Communicator {
 
     pub(crate) fn register(&self, _: std::sync::Weak<dyn Rebuild>) {}
 
-    pub(crate) fn rebuild(&self, _: Duration) -> Result<()> {
+    pub(crate) fn rebuild(&self, _: Option<&str>, _: Duration) -> Result<()> {
         Err(Error::NoRecovery { rank: self.rank() })
     }
 

@@ -50,22 +50,34 @@ impl Parameters for Mixed {
     }
 }
 
-/// Averages until a process waits to join, takes a model of its own, and lets that process in.
+/// Averages until a process waits to join, takes models of its own, and lets that process in: by the
+/// first of two averagers, which the second finds out.
 pub fn copies() -> i32 {
     let communicator = join().unwrap();
     let origin = number("PA_TEST_ORIGIN").unwrap_or(communicator.rank() as u64);
-    let mut model = Mixed::new(origin);
-    let mut averager = builder(communicator).build(&mut model).unwrap();
+    let own = || [Mixed::new(origin), Mixed::new(origin + 100)];
+    let mut models = own();
+    let mut build = |index: usize| builder(communicator.clone()).build(&mut models[index]).unwrap();
+    let [mut first, mut second] = [build(0), build(1)];
     if !is_late() {
         say("ready");
-        while !averager.average(&mut model).unwrap().joiner_waits {}
-        model = Mixed::new(origin);
-        let before = model.digest();
-        averager.admit(&mut model).unwrap();
-        assert_eq!(model.digest(), before, "letting a process in has changed the model of rank {origin}");
+        while !first.average(&mut models[0]).unwrap().joiner_waits {}
+        models = own();
+        first.admit(&mut models[0]).unwrap();
+        let error = second.average(&mut models[1]).unwrap_err();
+        assert!(matches!(error, Error::Superseded { .. }), "{error}");
+        second.recover(&mut models[1]).unwrap();
+        for (model, before) in models.iter().zip(own()) {
+            assert_eq!(
+                model.digest(),
+                before.digest(),
+                "letting a process in has changed a model of rank {origin}"
+            );
+        }
     }
-    say(&format!("has {:x} of {}", model.digest(), averager.world_size()));
-    averager.average(&mut model).unwrap(); // nobody leaves before
+    let [one, other] = models.each_ref().map(Mixed::digest);
+    say(&format!("has {one:x} {other:x} of {}", second.world_size()));
+    second.average(&mut models[1]).unwrap(); // nobody leaves before
     0
 }
 
@@ -158,7 +170,8 @@ fn letting_a_process_in_changes_no_other_model() {
             assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
         }
         let has: Vec<String> = ranks.iter().map(|rank| rank.said("has")[0].clone()).collect();
-        let of = |rank: usize| format!("{:x} of {}", Mixed::new(rank as u64).digest(), n + 1);
+        let digest = |origin: usize| Mixed::new(origin as u64).digest();
+        let of = |rank: usize| format!("{:x} {:x} of {}", digest(rank), digest(rank + 100), n + 1);
         for (rank, has) in has[..n].iter().enumerate() {
             assert_eq!(*has, of(rank));
         }

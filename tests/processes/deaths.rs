@@ -107,6 +107,23 @@ fn the_longest_timeouts_are_timeouts() {
     }
 }
 
+/// Each `LocalSgd` makes an average when it is recovered, so ranks that begin with different ones would wait
+/// for one another: they are told at once.
+#[test]
+fn local_sgds_that_are_recovered_in_different_orders_are_told_so() {
+    let mut ranks = start_all("two_sgd", 3, |_| vec![]);
+    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    ranks[2].signal(Signal::KILL);
+    let start = Instant::now();
+    for rank in &mut ranks[..2] {
+        let error = rank.hear("error");
+        assert!(error.contains("rank 1") && error.contains("in the same order on every rank"), "{error}");
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        assert_eq!(rank.said("two of"), ["2"]);
+    }
+    assert!(start.elapsed() < Duration::from_secs(15), "they waited for the timeout of 20 s");
+}
+
 /// An averager that one rank has dropped can't be built again; the others can.
 #[test]
 fn an_averager_that_a_rank_has_dropped_is_named() {

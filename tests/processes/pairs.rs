@@ -1,6 +1,6 @@
 //! What a rank with several averagers does.
 
-use param_averager::ParamAverager;
+use param_averager::{LocalSgd, ParamAverager, Schedule};
 
 use super::worker::{builder, is_late, join, number, say};
 
@@ -98,6 +98,27 @@ pub fn many_recover() -> i32 {
     }
     assert!(averagers.iter().all(|averager| averager.world_size() == left));
     say(&format!("many of {left}"));
+    0
+}
+
+/// Two `LocalSgd`s that this rank first recovers in an order of its own, and then in the one of all.
+pub fn two_sgd() -> i32 {
+    let communicator = join().unwrap();
+    let origin = communicator.rank();
+    let mut models = [vec![vec![1.0f32; 3000]], vec![vec![2.0f32; 30]]];
+    let mut build = |index: usize| {
+        LocalSgd::new(builder(communicator.clone()).build(&mut models[index]).unwrap(), Schedule::every(1))
+    };
+    let mut all = [build(0), build(1)];
+    say("ready");
+    while all.iter_mut().zip(&mut models).all(|(sgd, model)| sgd.step(model).is_ok()) {}
+    let error = all[origin % 2].recover(&mut models[origin % 2]).unwrap_err();
+    say(&format!("error {error}"));
+    for (sgd, model) in all.iter_mut().zip(&mut models) {
+        sgd.recover(model).unwrap();
+        sgd.step(model).unwrap();
+    }
+    say(&format!("two of {}", all[1].averager().world_size()));
     0
 }
 

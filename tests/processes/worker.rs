@@ -42,6 +42,7 @@ pub fn run(role: &str) {
         "two" => pairs::two(),
         "two_admit" => pairs::two_admit(),
         "many_recover" => pairs::many_recover(),
+        "two_sgd" => pairs::two_sgd(),
         "one_dropped" => pairs::one_dropped(),
         other => panic!("no role {other}"),
     };

@@ -5,6 +5,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::frame::Kind;
 use super::peers::Ring;
 use super::Processes;
@@ -21,6 +23,16 @@ pub(super) struct Averagers {
     all: Mutex<Vec<Weak<dyn Rebuild>>>,
     /// The view whose averagers were all built. Locked for as long as a thread builds them.
     built_in: Mutex<Option<u32>>,
+}
+
+/// What a process tells the others before it builds its averagers again.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Offered {
+    /// Ordinals of those that it has.
+    all: BTreeSet<String>,
+    /// The one that it averages as soon as it is built, if it does.
+    averages: Option<String>,
 }
 
 impl Averagers {
@@ -57,29 +69,42 @@ impl Processes {
 
     /// See `Communicator::rebuild`. Each process tells all others which averagers it has. Those that every
     /// process has are built, one after the other.
-    pub(in crate::world) fn rebuild(&self, communicator: &Communicator, timeout: Duration) -> Result<()> {
+    pub(in crate::world) fn rebuild(
+        &self,
+        communicator: &Communicator,
+        averages: Option<&str>,
+        timeout: Duration,
+    ) -> Result<()> {
         let averagers = &self.links.averagers;
         let mut built_in = averagers.built_in.lock().unwrap_or_else(PoisonError::into_inner);
         if *built_in == Some(self.number()) {
             return Ok(());
         }
         let ours = averagers.alive();
-        let named: Vec<&String> = ours.keys().collect();
+        let own = Offered { all: ours.keys().cloned().collect(), averages: averages.map(str::to_owned) };
         let (number, deadline) = ((self.number(), 0), deadline::after(timeout));
         if let Some(failure) = self.failure() {
             return Err(failure);
         }
-        self.tell(Kind::Averagers, number, &named, &[], deadline)?;
-        let mut theirs: Vec<BTreeSet<String>> = vec![ours.keys().cloned().collect(); self.members().len()];
+        self.tell(Kind::Averagers, number, &own, &[], deadline)?;
+        let mut theirs = vec![own; self.members().len()];
         for (rank, frame) in self.hear(Kind::Averagers, number, deadline, timeout, false, |_| false)? {
             theirs[rank] = frame.parse().map_err(|error| {
                 let reason = format!("its list of averagers is not understood: {error}");
                 self.fail(Error::PeerRefused { rank, reason })
             })?;
         }
-        let all: BTreeSet<&String> = theirs.iter().flatten().collect();
+        // A rank that averages another one next would be waited for in vain.
+        let mut next =
+            theirs.iter().enumerate().filter_map(|(rank, theirs)| Some((rank, theirs.averages.as_ref()?)));
+        let first = next.next().map(|(_, ordinal)| ordinal);
+        if let Some((rank, _)) = next.find(|&(_, ordinal)| Some(ordinal) != first) {
+            let reason = "it recovers another LocalSgd first: when one fails, recover all, in the same order on every rank";
+            return Err(Error::PeerRefused { rank, reason: reason.into() });
+        }
+        let all: BTreeSet<&String> = theirs.iter().flat_map(|theirs| &theirs.all).collect();
         for (index, ordinal) in all.into_iter().enumerate() {
-            let lacks = theirs.iter().position(|theirs| !theirs.contains(ordinal));
+            let lacks = theirs.iter().position(|theirs| !theirs.all.contains(ordinal));
             match (ours.get(ordinal), lacks) {
                 (Some(averager), None) => averager.rebuild(communicator, AGAIN + index as u32)?,
                 (Some(averager), Some(rank)) => averager.refuse(communicator, rank),

@@ -15,6 +15,7 @@ use super::{address, connect, meet, welcomed, Crew, Hello, Me};
 use crate::backend::{Offer, Site};
 use crate::world::processes::door::{Inside, Knock};
 use crate::world::processes::frame::{self, Frame, Kind};
+use crate::world::processes::rebuild::Offered;
 use crate::world::processes::shown::{Reader, Shown};
 
 /// Arbitrary bytes and files, to the very functions that read them: of a stranger, of a rank 0, or of a peer.
@@ -86,7 +87,7 @@ fn parse(me: &Me, frame: Frame, how: u8) {
         Kind::Inside => drop(frame.parse::<Inside>()),
         Kind::Ready => drop(frame.parse::<Vec<usize>>()),
         Kind::Reach => drop(frame.parse::<Option<Offer>>()),
-        Kind::Averagers => drop(frame.parse::<std::collections::BTreeSet<String>>()),
+        Kind::Averagers => drop(frame.parse::<Offered>()),
         Kind::Verdict => drop(frame.parse::<Option<String>>()),
         Kind::Abort | Kind::Enter | Kind::Entered | Kind::Waiting => {}
     }
