@@ -121,7 +121,7 @@ impl Host<'_> {
                 {
                     reason = format!("{reason}; {shortage}");
                 }
-                self.refuse_all(&visitors, &reason);
+                self.refuse_all(&visitors, &door, &reason);
                 Err(reason)
             }
         }
@@ -201,19 +201,22 @@ impl Host<'_> {
     }
 
     /// Tells those that came, and those that come now.
-    fn refuse_all(&mut self, visitors: &mpsc::Receiver<Visitor>, reason: &str) {
+    fn refuse_all(&mut self, visitors: &mpsc::Receiver<Visitor>, door: &Door, reason: &str) {
         let mut left = (self.me.world_size - 1).saturating_sub(self.came.len() + self.refused);
         // Closed, so that others get their descriptors.
         std::mem::take(&mut self.came).values().for_each(|visitor| visitor.refuse(reason));
         // Two jobs fail by it.
         left += if self.is_contested { self.me.world_size } else { 0 };
-        let grace = if self.me.refusal.is_some() { PARTING } else { GRACE };
-        let until = self.deadline.min(Instant::now() + grace);
+        let begin = Instant::now();
         while left > 0 {
-            let Ok(visitor) = visitors.recv_timeout(until.saturating_duration_since(Instant::now())) else {
-                return;
-            };
-            visitor.refuse(reason);
+            // Those that nobody can hear are told by the door.
+            let grace = if self.me.refusal.is_some() && !door.is_stuck() { PARTING } else { GRACE };
+            let patience = self.deadline.min(begin + grace).saturating_duration_since(Instant::now());
+            match visitors.recv_timeout(patience.min(TICK)) {
+                Ok(visitor) => visitor.refuse(reason),
+                Err(_) if patience <= TICK => return,
+                Err(_) => continue,
+            }
             left -= 1;
         }
     }
