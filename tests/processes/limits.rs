@@ -268,6 +268,30 @@ fn any_amount_of_memory_is_enough_or_an_error() {
     }
 }
 
+/// The longest timeouts that can be written are timeouts like others: for meeting, building, recovering and joining.
+#[test]
+fn the_longest_timeouts_are_timeouts() {
+    let longest = [
+        ("PA_TEST_MEET_MS", "longest".to_owned()),
+        ("PA_TEST_TIMEOUT_MS", "longest".into()),
+        ("PA_TEST_FINAL", "3".into()),
+    ];
+    let name = name();
+    let one = |more: &[(&'static str, String)]| {
+        start("survive", &[&longest[..], &[("PA_TEST_NAME", name.clone())], more].concat())
+    };
+    let first = |rank: usize| one(&[("PA_TEST_RANK", rank.to_string()), ("PA_TEST_WORLD", "3".into())]);
+    let mut ranks: Vec<Rank> = (0..3).map(first).collect();
+    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    ranks[1].signal(Signal::KILL);
+    ranks[0].hear("recovered");
+    ranks[1] = one(&[("PA_TEST_JOIN", "1".into()), ("PA_TEST_ORIGIN", "3".into())]);
+    for rank in &mut ranks {
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        assert_eq!(rank.said("done"), ["[0, 2, 3]"], "{:#?}", rank.heard);
+    }
+}
+
 // ---- what a rank does ------------------------------------------------------------------------------------------------
 
 /// Comes to a stage: takes its limit, if it is that of this stage, and goes on when it is told to.

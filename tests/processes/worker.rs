@@ -22,6 +22,14 @@ pub fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().unwrap())
 }
 
+/// In ms, or the longest that there is; else 20 s.
+fn duration(name: &str) -> Duration {
+    match std::env::var(name) {
+        Ok(longest) if longest == "longest" => Duration::MAX,
+        _ => Duration::from_millis(number(name).unwrap_or(20_000)),
+    }
+}
+
 pub fn now_us() -> u128 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_micros()
 }
@@ -57,7 +65,7 @@ pub fn device() -> Device {
 }
 
 pub fn join() -> Result<Communicator, Error> {
-    let timeout = Duration::from_millis(number("PA_TEST_MEET_MS").unwrap_or(20_000));
+    let timeout = duration("PA_TEST_MEET_MS");
     if is_late() {
         let world = World::builder().rendezvous(std::env::var("PA_TEST_NAME").unwrap());
         return world.device(device()).timeout(timeout).join();
@@ -75,7 +83,7 @@ pub fn join() -> Result<Communicator, Error> {
 }
 
 pub fn builder(communicator: Communicator) -> Builder {
-    let timeout = Duration::from_millis(number("PA_TEST_TIMEOUT_MS").unwrap_or(20_000));
+    let timeout = duration("PA_TEST_TIMEOUT_MS");
     let link = match std::env::var("PA_TEST_LINK").as_deref() {
         Ok("peer") => Link::Peer,
         Ok("host") => Link::Host,
@@ -156,7 +164,7 @@ fn stop_at(place: &str) {
 /// Finds the others, builds, recovers and builds again until there is an averager, averages, and waits until it is told to end.
 /// On the way it stops where it is told to, or aborts.
 fn stages() -> i32 {
-    let timeout = Duration::from_millis(number("PA_TEST_TIMEOUT_MS").unwrap_or(20_000));
+    let timeout = duration("PA_TEST_TIMEOUT_MS");
     let failed = |error: Error| {
         say(&format!("error {error}"));
         3

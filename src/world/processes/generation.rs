@@ -73,7 +73,7 @@ impl Processes {
             return Err(Error::Join { rendezvous: self.door.name().to_owned(), reason: reason.into() });
         }
         let (next, me) = (self.number() + 1, self.links.me);
-        let deadline = Instant::now() + timeout;
+        let deadline = crate::deadline::after(timeout);
         // Who can't hear the others is not the one to say who is there.
         let is_needed = |peer: &usize| self.members().contains(peer) && Some(*peer) != self.unsettled();
         if let Some((_, reason)) = self.links.lock().trouble.iter().find(|(peer, _)| is_needed(peer)) {
