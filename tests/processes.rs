@@ -8,16 +8,26 @@ mod common;
 mod crew;
 #[path = "processes/deaths.rs"]
 mod deaths;
+#[path = "processes/forks.rs"]
+mod forks;
+#[path = "processes/jobs.rs"]
+mod jobs;
 #[path = "processes/joins.rs"]
 mod joins;
+#[path = "processes/launchers.rs"]
+mod launchers;
 #[path = "processes/limits.rs"]
 mod limits;
 #[path = "processes/meeting.rs"]
 mod meeting;
 #[path = "processes/model.rs"]
 mod model;
+#[path = "processes/namespaces.rs"]
+mod namespaces;
 #[path = "processes/pairs.rs"]
 mod pairs;
+#[path = "processes/roles.rs"]
+mod roles;
 #[path = "processes/stops.rs"]
 mod stops;
 #[path = "processes/worker.rs"]

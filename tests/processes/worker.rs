@@ -10,7 +10,7 @@ use param_averager::{
 };
 
 use super::model::Model;
-use super::pairs;
+use super::{pairs, roles};
 
 pub fn say(line: &str) {
     // Behind whatever the test harness has written.
@@ -49,6 +49,12 @@ pub fn run(role: &str) {
         "train" => train(),
         "two" => pairs::two(),
         "two_admit" => pairs::two_admit(),
+        "job" => roles::job(),
+        "hold" => roles::hold(),
+        "fork" => roles::fork(),
+        "let_in" => roles::let_in(),
+        "launched" => roles::launched(),
+        "try" => roles::try_to_join(),
         other => panic!("no role {other}"),
     };
     std::process::exit(code);
@@ -71,14 +77,19 @@ pub fn join() -> Result<Communicator, Error> {
         return world.device(device()).timeout(timeout).join();
     }
     match number("PA_TEST_RANK") {
-        None => World::from_env(device()),
-        Some(rank) => World::builder()
-            .rank(rank as usize)
-            .world_size(number("PA_TEST_WORLD").unwrap() as usize)
-            .rendezvous(std::env::var("PA_TEST_NAME").unwrap())
-            .device(device())
-            .timeout(timeout)
-            .build(),
+        None => World::builder().device(device()).timeout(timeout).from_env()?.build(),
+        Some(rank) => {
+            let world = World::builder()
+                .rank(rank as usize)
+                .world_size(number("PA_TEST_WORLD").unwrap() as usize)
+                .rendezvous(std::env::var("PA_TEST_NAME").unwrap())
+                .device(device())
+                .timeout(timeout);
+            match std::env::var("PA_TEST_JOB_NAME") {
+                Ok(job) => world.job(job).build(),
+                Err(_) => world.build(),
+            }
+        }
     }
 }
 

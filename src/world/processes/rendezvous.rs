@@ -5,6 +5,7 @@
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod host;
+mod name;
 mod notice;
 
 use std::io::{self, ErrorKind};
@@ -33,6 +34,10 @@ use notice::Notice;
 const PARTING: Duration = Duration::from_secs(10);
 /// Between two tries to reach rank 0.
 const AGAIN: Duration = Duration::from_millis(2);
+/// How long ranks that come late are told why there is no world.
+const GRACE: Duration = Duration::from_secs(2);
+/// The number of a `Kind::Refuse` by a rank 0 whose world is not that of the process it refuses.
+const FOREIGN: u32 = 1;
 /// Bytes of a name. Messages to strangers are short, and have room for it.
 pub(super) const MOST_NAME: usize = 1024;
 /// Bytes of a reason that a first message has room for.
@@ -184,8 +189,13 @@ fn visit(me: &Me, address: &SocketAddr, deadline: Instant, timeout: Duration) ->
         });
         match greeted {
             Ok((frame, stream)) => {
-                let crew = welcomed(me, frame);
-                let mut crew = crew.inspect_err(|reason| confirm::refuse(&stream, reason))?;
+                let is_foreign = frame.kind == Kind::Refuse && frame.number == FOREIGN;
+                let mut crew = welcomed(me, frame).inspect_err(|reason| {
+                    confirm::refuse(&stream, reason);
+                    if is_foreign {
+                        part(me, address, reason);
+                    }
+                })?;
                 crew.confirmation = Confirmation::of_a_visitor(stream);
                 return Ok(crew);
             }
@@ -202,6 +212,22 @@ fn visit(me: &Me, address: &SocketAddr, deadline: Instant, timeout: Duration) ->
                 ))
             }
             Err(error) => return Err(failed(error)),
+        }
+    }
+}
+
+/// Tells this job's own rank 0, should it come to have the name: it would wait for this rank.
+fn part(me: &Me, address: &SocketAddr, reason: &str) {
+    const PAUSE: Duration = Duration::from_millis(20);
+    let refused = Me { refusal: Some(reason.into()), ..me.clone() };
+    let until = Instant::now() + GRACE;
+    let mut notice = Notice::new();
+    while Instant::now() < until {
+        std::thread::sleep(PAUSE);
+        let told = connect(address).map(Private::new);
+        let told = told.and_then(|stream| greet(&refused, &stream, until, &mut notice));
+        if told.is_ok_and(|answer| answer.kind == Kind::Refuse && answer.number != FOREIGN) {
+            return;
         }
     }
 }
