@@ -16,6 +16,8 @@ mod jobs;
 mod joins;
 #[path = "processes/launchers.rs"]
 mod launchers;
+#[path = "processes/limited.rs"]
+mod limited;
 #[path = "processes/limits.rs"]
 mod limits;
 #[path = "processes/meeting.rs"]
@@ -39,7 +41,8 @@ const WORKER: &str = "worker";
 #[test]
 fn worker() {
     match std::env::var("PA_TEST_ROLE").as_deref() {
-        Ok("limited") => std::process::exit(limits::limited()),
+        Ok("limited") => std::process::exit(limited::limited()),
+        Ok("limited_threads") => std::process::exit(limited::limited_threads()),
         Ok(role) => worker::run(role),
         Err(_) => {}
     }

@@ -76,11 +76,9 @@ impl Host<'_> {
             }
         };
         let door = Door::open(listener, &[Kind::Hello], 1, came).map_err(|shut| {
-            let reason = self
-                .me
-                .refusal
-                .clone()
-                .unwrap_or_else(|| format!("rank 0 can't hear the others: {}", shut.reason));
+            let reason = self.me.refusal.clone().unwrap_or_else(|| {
+                format!("rank 0 can't start a thread to hear the others: {}", shut.reason)
+            });
             let until = self.deadline.min(Instant::now() + GRACE);
             shut.refuse(&[Kind::Hello], 1, self.me.world_size - 1, &reason, until);
             reason
