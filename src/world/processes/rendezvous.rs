@@ -181,9 +181,10 @@ fn visit(me: &Me, address: &SocketAddr, deadline: Instant, timeout: Duration) ->
     let mut notice = Notice::new();
     loop {
         let greeted = connect(address).map(Private::new).and_then(|stream| {
-            let answer = greet(me, &stream, deadline, &mut notice).inspect_err(|error| match error.kind() {
-                frame::SHORT => confirm::refuse(&stream, &error.to_string()),
-                _ => {}
+            let answer = greet(me, &stream, deadline, &mut notice).inspect_err(|error| {
+                if error.kind() == frame::SHORT {
+                    confirm::refuse(&stream, &error.to_string());
+                }
             });
             Ok((answer?, stream))
         });
