@@ -25,7 +25,8 @@ fn shell(line: &str, port: &str, job: usize, more: &[(&str, String)]) -> Command
     sh
 }
 
-/// What two shells say that were started so long after one another. Returns how many ranks of each have averaged.
+/// What two shells say that were started so long after one another. Returns how many ranks of each
+/// have averaged.
 fn play(one: Command, other: Command, apart: Duration) -> [usize; 2] {
     let mut jobs = vec![spawn(one)];
     std::thread::sleep(apart);
@@ -246,7 +247,8 @@ fn jobs_are_told_apart_by_what_the_program_says() {
             "{error}"
         );
     }
-    // Ranks that are started by two processes, with other arguments, are one job if the program says so.
+    // Ranks that are started by two processes, with other arguments, are one job if the program
+    // says so.
     let own = std::env::current_exe().unwrap();
     let start = |rank: usize| {
         let line = format!(

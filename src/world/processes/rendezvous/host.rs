@@ -209,8 +209,8 @@ impl Host<'_> {
         }
     }
 
-    /// Refuses a rank of another job. That job has a rank 0 of its own, and this world begins without it; or else it is not another
-    /// job, and nobody is to wait.
+    /// Refuses a rank of another job. That job has a rank 0 of its own, and this world begins
+    /// without it; or else it is not another job, and nobody is to wait.
     fn turn_away(&mut self, visitor: &Visitor, differs: &str) {
         let Hello { rank, job, .. } = &visitor.hello;
         let reason = format!(
