@@ -25,7 +25,8 @@ fn shell(line: &str, port: &str, job: usize, more: &[(&str, String)]) -> Command
     sh
 }
 
-/// What two shells say that were started so long after one another. Returns how many ranks of each have averaged.
+/// What two shells say that were started so long after one another. Returns how many ranks of each
+/// have averaged.
 fn play(one: Command, other: Command, apart: Duration) -> [usize; 2] {
     let mut jobs = vec![spawn(one)];
     std::thread::sleep(apart);
@@ -99,6 +100,19 @@ fn jobs_with_one_name_never_mix() {
     }
     println!("{pairs} pairs: in {both} both jobs ran, in {one} one did, in {neither} none; 0 mixed");
     assert!(one + both > 0, "no job gets into its world");
+}
+
+/// The first job's rank 1 comes late, and the second job's rank 0: its rank 1 comes in between.
+#[test]
+fn an_early_rank_of_another_job_takes_no_place() {
+    for _ in 0..runs("PA_TEST_EARLY", 3) {
+        let port = name();
+        let job = |job: usize, late: usize| {
+            let line = format!("(test $r = {late} && sleep 0.5; RANK=$r TRAINER; true)");
+            shell(&line, &port, job, &[("PA_TEST_LINGER_MS", "1500".to_owned())])
+        };
+        assert_eq!(play(job(10, 1), job(20, 0), Duration::from_millis(50)), [2, 0]);
+    }
 }
 
 /// As a sweep does that one script starts: what tells the jobs apart is an argument.
@@ -194,32 +208,32 @@ fn a_name_is_held_for_the_life_of_a_world() {
     assert!(world.iter_mut().all(|rank| rank.child.try_wait().unwrap().is_none()), "the world is untouched");
 }
 
-/// A process that ends closes its sockets after it has freed its memory.
+/// A process that ends closes its sockets after it has freed its memory: the next rank 0 finds the
+/// name taken, and no answer.
 #[test]
 fn a_job_that_was_killed_restarts_at_once() {
-    let restarts = runs("PA_TEST_RESTARTS", 8);
+    let restarts = runs("PA_TEST_RESTARTS", 4);
     let name = name();
-    let rank = |rank: usize| {
+    let rank = |rank: usize, megabytes: usize| {
         let variables = [
             ("PA_TEST_RANK", rank.to_string()),
             ("PA_TEST_WORLD", "2".to_owned()),
             ("PA_TEST_NAME", name.clone()),
-            ("PA_TEST_MEGABYTES", "600".to_owned()),
+            ("PA_TEST_MEGABYTES", megabytes.to_string()),
         ];
         start("hold", &variables)
     };
     let mut slowest = Duration::ZERO;
-    let mut ranks = [rank(0), rank(1)];
     for _ in 0..restarts {
-        for rank in &mut ranks {
-            rank.hear("ready");
-        }
-        ranks.iter().for_each(|rank| rank.signal(Signal::KILL));
+        let mut large = [rank(0, 2000), rank(1, 0)];
+        large.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        large.iter().for_each(|rank| rank.signal(Signal::KILL));
         let begin = Instant::now();
-        let next = [rank(0), rank(1)];
-        drop(std::mem::replace(&mut ranks, next));
-        ranks[0].hear("ready");
+        // One that is ready soon.
+        let mut next = [rank(0, 0), rank(1, 0)];
+        next.iter_mut().for_each(|rank| drop(rank.hear("ready")));
         slowest = slowest.max(begin.elapsed());
+        next.iter().for_each(|rank| rank.signal(Signal::KILL));
     }
     println!("{restarts} restarts at once, the slowest took {slowest:?}");
 }
@@ -246,7 +260,8 @@ fn jobs_are_told_apart_by_what_the_program_says() {
             "{error}"
         );
     }
-    // Ranks that are started by two processes, with other arguments, are one job if the program says so.
+    // Ranks that are started by two processes, with other arguments, are one job if the program
+    // says so.
     let own = std::env::current_exe().unwrap();
     let start = |rank: usize| {
         let line = format!(

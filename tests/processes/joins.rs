@@ -269,8 +269,7 @@ fn thousands_of_tries_to_join_do_not_use_a_world_up() {
     for rank in &mut world {
         assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
     }
-    println!("{withdrawn} of {tries} tries had come as far as the members");
-    assert!(withdrawn * 10 > tries * 9, "{withdrawn} of {tries}");
+    assert!(withdrawn >= tries);
 }
 
 #[test]

@@ -1,4 +1,5 @@
-//! What launchers say through the environment: each rank meets, or is told within seconds what to set.
+//! What launchers say through the environment: each rank meets, or is told within seconds what to
+//! set.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -93,7 +94,8 @@ fn agents_of_torchrun_on_one_host_meet() {
     }
 }
 
-/// A wrapper script between the process manager and each rank; the manager is found by its program's name.
+/// A wrapper script between the process manager and each rank; the manager is found by its
+/// program's name.
 #[test]
 fn ranks_of_mpich_meet_through_wrappers() {
     let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(name());
@@ -159,7 +161,8 @@ fn a_rank_that_waits_says_for_what_and_what_to_set() {
 fn names_have_a_length() {
     for (bytes, is_right) in [(1024, true), (1025, false), (100_000, false)] {
         // Control characters take the most space in a message.
-        let name = format!("{:\u{1}<1$}", name(), bytes);
+        let mut name = name();
+        name += &"\u{1}".repeat(bytes - name.len());
         let begin = Instant::now();
         let mut ranks = start_all("meet", 2, |_| vec![("PA_TEST_NAME", name.clone())]);
         if !is_right {

@@ -129,3 +129,34 @@ fn users_that_are_not_mapped_are_refused() {
     assert!(late.said("error")[0].contains("runs as user 65534"), "{:#?}", late.heard);
     assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
 }
+
+/// One user, whom the container calls by another number.
+#[test]
+fn a_user_in_a_container_meets_itself_outside() {
+    const TEST: &str = "a_user_in_a_container_meets_itself_outside";
+    const USER: &[&str] = &["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"];
+    const OTHER: &[&str] = &["setpriv", "--reuid=54322", "--regid=54322", "--clear-groups"];
+    let inside = |user: &[&'static str]| [user, CONTAINER].concat();
+    if !is_possible(TEST, &inside(USER)) {
+        return;
+    }
+    for first_is_inside in [false, true] {
+        let name = name();
+        let (one, other) = (inside(USER), USER.to_vec());
+        let (first, second) = if first_is_inside { (one, other) } else { (other, one) };
+        let mut ranks = [rank(&first, "meet", &name, (0, 2), &[]), rank(&second, "meet", &name, (1, 2), &[])];
+        for rank in &mut ranks {
+            assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+            assert_eq!(rank.said("averaged"), ["2"]);
+        }
+    }
+    // Two users who are both root in their containers are two.
+    let (name, soon) = (name(), [("PA_TEST_MEET_MS", "700")]);
+    let first = inside(USER);
+    let mut ranks =
+        [rank(&first, "hold", &name, (0, 2), &soon), rank(&inside(OTHER), "hold", &name, (1, 2), &soon)];
+    for rank in &mut ranks {
+        assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+        assert!(rank.said("error")[0].contains("as one user"), "{:#?}", rank.heard);
+    }
+}

@@ -1,8 +1,9 @@
 //! What ranks do in tests about meeting.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use param_averager::{Device, ParamAverager, World};
+use param_averager::{Device, World};
 
 use super::worker::{builder, join, number, say};
 
@@ -115,16 +116,16 @@ pub fn try_to_join() -> i32 {
     let name = std::env::var("PA_TEST_NAME").unwrap();
     let timeout = Duration::from_millis(number("PA_TEST_TRY_MS").unwrap());
     let tries = number("PA_TEST_TRIES").unwrap();
-    let withdrawn = std::sync::atomic::AtomicU64::new(0);
+    let withdrawn = AtomicU64::new(0);
     std::thread::scope(|scope| {
         for _ in 0..THREADS {
             scope.spawn(|| {
-                for _ in 0..tries.div_ceil(THREADS) {
+                while withdrawn.load(Ordering::Relaxed) < tries {
                     let joined = World::builder().rendezvous(&name).timeout(timeout).join();
                     let error = joined.unwrap_err().to_string();
                     // Such a one was a peer of the members, or on its way to be.
                     let was_in = error.contains("let nobody in") || error.contains("did not answer");
-                    withdrawn.fetch_add(u64::from(was_in), std::sync::atomic::Ordering::Relaxed);
+                    withdrawn.fetch_add(u64::from(was_in), Ordering::Relaxed);
                 }
             });
         }
@@ -132,7 +133,7 @@ pub fn try_to_join() -> i32 {
     say(&format!("withdrawn {}", withdrawn.into_inner()));
     let communicator = World::join(name, Device::cpu()).unwrap();
     let mut model = vec![vec![0.0f32; 1000]];
-    let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+    let averager = builder(communicator).build(&mut model).unwrap();
     say(&format!("joined {} {}", averager.world_size(), model[0][0]));
     0
 }

@@ -1,6 +1,7 @@
-//! How the processes of a world find one another: rank 0 listens on an abstract Unix socket, which leaves nothing behind, and
-//! hands every rank a socket to every other. It keeps the socket, and with it the name, for as long as it is in the world. Here is what
-//! all have in common, and the way of ranks 1 … to rank 0.
+//! How the processes of a world find one another: rank 0 listens on an abstract Unix socket, which
+//! leaves nothing behind, and hands every rank a socket to every other. It keeps the socket, and
+//! with it the name, for as long as it is in the world. Here is what all have in common, and the
+//! way of ranks 1 … to rank 0.
 
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -141,7 +142,8 @@ pub(super) fn meet(me: &Me, timeout: Duration) -> Result<Crew, String> {
     }
 }
 
-/// Of rank 0, or of the door of this number. No file: it goes with the process that listens. A name that is too long is cut, and told from others by its hash.
+/// Of rank 0, or of the door of this number. No file: it goes with the process that listens. A name
+/// that is too long is cut, and told from others by its hash.
 pub(super) fn address(name: &str, door: Option<usize>) -> Result<SocketAddr, String> {
     if name.len() > MOST_NAME {
         return Err(format!("the name of the world has {} bytes: it can have {MOST_NAME}", name.len()));

@@ -22,6 +22,8 @@ use crate::world::processes::strangers::{self, Door};
 
 /// How long a rank's place is kept for it after a process of another job has claimed it.
 const STRAY: Duration = Duration::from_secs(5);
+/// Ranks and jobs of others that are remembered.
+const MOST_OTHERS: usize = 64;
 /// Between two looks for anything but a rank that comes.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -146,11 +148,15 @@ impl Host<'_> {
             let grace = if self.me.refusal.is_some() && !door.is_stuck() { PARTING } else { GRACE };
             let patience = self.deadline.min(begin + grace).saturating_duration_since(Instant::now());
             match visitors.recv_timeout(patience.min(TICK)) {
-                Ok(visitor) => visitor.refuse(reason),
+                // A rank of another job comes again when this process has ended: it may have its own world.
+                Ok(visitor) if self.me.job.differs(&visitor.hello.job).is_some() => {}
+                Ok(visitor) => {
+                    visitor.refuse(reason);
+                    left -= 1;
+                }
                 Err(_) if patience <= TICK => return,
-                Err(_) => continue,
+                Err(_) => {}
             }
-            left -= 1;
         }
     }
 
@@ -234,22 +240,25 @@ impl Host<'_> {
         }
     }
 
-    /// Refuses a rank of another job. That job has a rank 0 of its own, and this world begins without it; or else it is not another
-    /// job, and nobody is to wait.
+    /// Refuses a rank of another job. That job has a rank 0 of its own, and this world begins
+    /// without it; or else it is not another job, and nobody is to wait.
     fn turn_away(&mut self, visitor: &Visitor, differs: &str) {
-        let Hello { rank, job, .. } = &visitor.hello;
+        let Hello { rank, job, world_size, .. } = &visitor.hello;
         let reason = format!(
             "a process says that it is rank {rank} of the world {:?}, but it seems to be of another job than rank 0: it is {job}, and rank 0 \
              is {}: {differs}; {APART}",
             self.me.name, self.me.job
         );
         visitor.refuse_as_foreign(&reason);
+        // One that has parted, or is of a larger world, does not stand for a rank of this one.
+        let is_one = visitor.hello.refusal.is_none() && *world_size == self.me.world_size;
+        let is_known = self.firsts.iter().any(|first| first.differs(job).is_none());
         if *rank == 0 {
-            self.firsts.push(job.clone());
             self.strays.retain(|stray| stray.job.differs(job).is_some());
-        } else if visitor.hello.refusal.is_none()
-            && self.firsts.iter().all(|first| first.differs(job).is_some())
-        {
+            if !is_known && self.firsts.len() < MOST_OTHERS {
+                self.firsts.push(job.clone());
+            }
+        } else if is_one && !is_known && self.strays.len() < MOST_OTHERS {
             let until = Instant::now() + STRAY;
             self.strays.push(Stray { rank: *rank, job: job.clone(), reason, until });
         }

@@ -14,7 +14,8 @@ use crate::world::processes::frame::{self, Frame, Kind};
 use crate::world::processes::private::Private;
 use crate::world::processes::strangers::{self, Door};
 
-/// How long a process that holds the name has for one answer, and in all. One that is ending has as long as it takes.
+/// How long a process that holds the name has for one answer, and in all. One that is ending has as
+/// long as it takes.
 const ANSWER: Duration = Duration::from_millis(500);
 const SILENCE: Duration = Duration::from_secs(5);
 
@@ -81,7 +82,8 @@ pub(super) fn take(
             // A world of that name has just ended, or is about to begin.
             Err(error) if is_early(&error) => {}
             Err(error) if is_late(&error) => {
-                // A process that ends frees its memory first, which takes long where there is much, and closes its sockets then.
+                // A process that ends frees its memory first, which takes long where there is much,
+                // and closes its sockets then.
                 let is_ending = pid.and_then(Process::of).is_some_and(|process| process.is_ending);
                 let since = *silent.get_or_insert_with(Instant::now);
                 if !is_ending && since.elapsed() > SILENCE {
@@ -100,7 +102,8 @@ pub(super) fn take(
     }
 }
 
-/// Tells the other ranks of this job, should the process that holds the name end meanwhile: they would wait for this one.
+/// Tells the other ranks of this job, should the process that holds the name end meanwhile: they
+/// would wait for this one.
 fn part(me: &Me, address: &SocketAddr, deadline: Instant, reason: &str) {
     let until = deadline.min(Instant::now() + GRACE);
     let mut left = me.world_size - 1;
