@@ -2,10 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-/// Any timeout from here on counts as this one: a century, which no clock of the kernel's overflows.
+/// Any timeout from here on counts as this one: a century, which no clock of the kernel's
+/// overflows.
 const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
-/// The instant after `timeout`, for every `timeout`: `Instant::now() + timeout` panics for those that are very long.
+/// The instant after `timeout`, for every `timeout`: `Instant::now() + timeout` panics for those
+/// that are very long.
 pub(crate) fn after(timeout: Duration) -> Instant {
     Instant::now() + timeout.min(LONGEST)
 }

@@ -284,3 +284,18 @@ fn means_of_extreme_values() {
         }
     }
 }
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+    /// Ranks that are threads build and average with every timeout that is longer than they take.
+    #[test]
+    fn any_timeout_is_one(seconds in prop_oneof![60u64..100, any::<u64>().prop_map(|x| x.max(60)), Just(u64::MAX)], nanoseconds in 0u32..1_000_000_000) {
+        let timeout = std::time::Duration::new(seconds, nanoseconds);
+        ranks(2, |communicator| {
+            let mut model = vec![vec![communicator.rank() as f32; 100]];
+            let builder = ParamAverager::builder(communicator).algorithm(Algorithm::Ring).timeout(timeout);
+            builder.build(&mut model).unwrap().average(&mut model).unwrap();
+            assert_eq!(model[0], [0.5; 100]);
+        });
+    }
+}

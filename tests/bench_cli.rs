@@ -226,6 +226,38 @@ fn files_that_are_no_good_are_named_with_what_to_do() {
         ("cut.safetensors", b"\x40\0\0\0\0\0\0\0{\"a\":", "is cut within its header"),
         ("short.safetensors", b"abc", "shorter than the 8 bytes"),
         ("text.safetensors", b"this is a text and no checkpoint", "no safetensors file"),
+        (
+            "pointer.safetensors",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548\n",
+            "git lfs pull",
+        ),
+        ("page.safetensors", b"<!DOCTYPE html>\n<html><title>Sign in</title>", "an HTML page"),
+        (
+            "torch.safetensors",
+            b"PK\x03\x04\0\0\x08\x08\0\0\0\0\0\0archive/data.pkl",
+            "a zip, as torch.save writes",
+        ),
+        (
+            "ids.safetensors",
+            &safetensors(r#"{"ids": {"dtype": "I64", "shape": [2], "data_offsets": [0, 16]}}"#),
+            "none of its 1 tensors, such as `ids`, has elements that are floats",
+        ),
+        (
+            "twice.safetensors",
+            &safetensors(
+                r#"{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+                    "w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}"#,
+            ),
+            "has `w` twice",
+        ),
+        (
+            "overlap.safetensors",
+            &safetensors(
+                r#"{"v": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+                    "w": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}"#,
+            ),
+            "of `w` begin at 4, those of v end at 8, so that they overlap",
+        ),
         ("none.safetensors", b"\x02\0\0\0\0\0\0\0{}", "holds no tensors"),
         (
             "f8.safetensors",

@@ -78,7 +78,7 @@ pub(super) fn check_room(tensors: usize, names: usize, rank: usize, world: usize
     const TABLES: usize = 320;
     const LINE: usize = 96;
     let lines = (tensors * LINE + names) * (5 + 2 * world);
-    limits::spare(tensors * TABLES + names + lines).map_err(|reason| Error::Memory { rank, reason })
+    limits::spare_for_all(tensors * TABLES + names + lines).map_err(|reason| Error::Memory { rank, reason })
 }
 
 /// What a rank needs besides its tensors.

@@ -43,19 +43,24 @@ pub(crate) fn thread(
     stack: usize,
     run: impl FnOnce() + Send + 'static,
 ) -> Result<JoinHandle<()>, String> {
-    spare(stack).map_err(|reason| format!("a thread's {reason}"))?;
+    spare_for_a_thread(stack).map_err(|reason| format!("a thread's {reason}"))?;
     let thread = std::thread::Builder::new().name(name).stack_size(stack);
     thread.spawn(run).map_err(|error| why("starting a thread", Wanted::Thread, error))
 }
 
 #[cfg(target_os = "linux")]
-pub(crate) use linux::{check_file_size, is_shortage, spare};
+use linux::spare_for_a_thread;
+#[cfg(target_os = "linux")]
+pub(crate) use linux::{check_file_size, is_shortage, spare, spare_for_all};
 
-/// Limits that no test can know are left to the calls themselves.
+/// Elsewhere the calls themselves are what finds out.
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn spare(_bytes: usize) -> Result<(), String> {
     Ok(())
 }
+
+#[cfg(not(target_os = "linux"))]
+pub(crate) use {spare as spare_for_all, spare as spare_for_a_thread};
 
 #[cfg(not(target_os = "linux"))]
 fn limits(_wanted: Wanted, _error: &io::Error) -> Option<String> {
@@ -78,15 +83,33 @@ mod linux {
     use super::{why, Wanted};
 
     /// What small allocations, which can't fail but by an abort, find left after every larger one.
-    const MARGIN: usize = 2 << 20;
+    const MARGIN: usize = 4 << 20;
     /// A multiple of every page size.
     const STEP: usize = 64 << 10;
-    /// Further mappings that `spare` asks for: a thread has a stack, a guard, a signal stack, its guard, and an arena of malloc's.
-    const MAPPINGS: usize = 4;
+    /// Mappings that a thread takes: its stack, its signal stack and an arena of malloc's, each with a guard.
+    const OF_A_THREAD: usize = 6;
+    /// The same for all that is mapped from the beginning of a meeting, or of a build, to its end, but for threads that are started
+    /// there; and for arenas of threads that are there already.
+    const OF_A_PHASE: usize = 48;
 
     /// Whether `bytes` of memory, and a margin for small allocations, could be mapped now. It is given back at once: another thread
-    /// may be faster, but a process that is short of memory finds out here, by an error.
+    /// may be faster, but a process that is short of memory finds out here, by an error. A few µs.
     pub(crate) fn spare(bytes: usize) -> Result<(), String> {
+        map(bytes, 1)
+    }
+
+    /// The same before a meeting or a build, which take mappings, too. Some 0.1 ms.
+    pub(crate) fn spare_for_all(bytes: usize) -> Result<(), String> {
+        map(bytes, OF_A_PHASE)
+    }
+
+    /// The same for a thread with such a stack.
+    pub(super) fn spare_for_a_thread(stack: usize) -> Result<(), String> {
+        map(stack, OF_A_THREAD)
+    }
+
+    /// Maps so many bytes, as so many mappings, and unmaps them.
+    fn map(bytes: usize, mappings: usize) -> Result<(), String> {
         let all =
             bytes.saturating_add(MARGIN).checked_next_multiple_of(STEP).unwrap_or(usize::MAX - STEP + 1);
         let failed = |error: Errno| why("memory", Wanted::Memory(all), error);
@@ -99,7 +122,7 @@ mod linux {
             // SAFETY: inside of the new mapping, which nobody uses.
             unsafe { mprotect(start.byte_add((2 * index + 1) * STEP), STEP, MprotectFlags::READ) }
         };
-        let split = (0..MAPPINGS).try_for_each(split).map_err(failed);
+        let split = (0..mappings / 2).try_for_each(split).map_err(failed);
         // SAFETY: mapped above, with this size.
         let _ = unsafe { munmap(start, all) };
         split

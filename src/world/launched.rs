@@ -11,9 +11,10 @@ use crate::{Error, Result};
 const TIMEOUT: Duration = Duration::from_secs(600);
 
 impl World {
-    /// This process as one rank of a world of processes on this host, as its launcher says: torchrun (`--no-python`), Open MPI's or
-    /// MPICH's mpirun, srun, or a script that sets `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`. Collective: returns when all
-    /// ranks have come, which it waits for as [`WorldBuilder::timeout`] does.
+    /// This process as one rank of a world of processes on this host, as its launcher says:
+    /// torchrun (`--no-python`), Open MPI's or MPICH's mpirun, srun, or a script that sets `RANK`,
+    /// `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`. Collective: returns when all ranks have come,
+    /// which it waits for as [`WorldBuilder::timeout`] does.
     ///
     /// ```no_run
     /// use param_averager::{Device, ParamAverager, World};
@@ -25,30 +26,36 @@ impl World {
     /// # Ok::<(), param_averager::Error>(())
     /// ```
     ///
-    /// On CUDA devices, `World::from_env(Device::cuda(local_rank))`, several processes may have one, and each may see other ones: they
-    /// know them by UUID. Before it returns, every two ranks try whether they reach each other's memory by CUDA IPC; see
-    /// [`Link`](crate::Link). Ranks are all on CPUs or all on CUDA devices. What [`World::in_process`] says of CUDA devices holds here, too;
-    /// and processes that share a GPU without MPS run by turns there, so that every hand-off between them takes one. No GPU has shown yet
-    /// how well this works.
+    /// On CUDA devices, `World::from_env(Device::cuda(local_rank))`, several processes may have
+    /// one, and each may see other ones: they know them by UUID. Before it returns, every two ranks
+    /// try whether they reach each other's memory by CUDA IPC; see [`Link`](crate::Link). Ranks are
+    /// all on CPUs or all on CUDA devices. What [`World::in_process`] says of CUDA devices holds
+    /// here, too; and processes that share a GPU without MPS run by turns there, so that every
+    /// hand-off between them takes one. No GPU has shown yet how well this works.
     ///
-    /// Ranks find one another by a name, which is made of the launcher's variables or is that in `PARAM_AVERAGER_RENDEZVOUS`. It
-    /// becomes an abstract Unix socket of rank 0's: no file, no port. Rank 0 keeps it for as long as it is in the world. Processes of
-    /// other users are not let in, and neither are those of another job, which is told by the launcher's name for it, or else by the
-    /// process that started the ranks and by their arguments. A name in `PARAM_AVERAGER_RENDEZVOUS` is trusted to be one job's.
-    /// [`WorldBuilder::from_env`] does the same with other options.
+    /// Ranks find one another by a name, which is made of the launcher's variables or is that in
+    /// `PARAM_AVERAGER_RENDEZVOUS`. It becomes an abstract Unix socket of rank 0's: no file, no
+    /// port. Rank 0 keeps it for as long as it is in the world. Processes of other users are not
+    /// let in, and neither are those of another job, which is told by the launcher's name for it,
+    /// or else by the process that started the ranks and by their arguments. A name in
+    /// `PARAM_AVERAGER_RENDEZVOUS` is trusted to be one job's. [`WorldBuilder::from_env`] does the
+    /// same with other options.
     pub fn from_env(device: Device) -> Result<Communicator> {
         World::builder().device(device).from_env()?.build()
     }
 
-    /// This process as one more rank of a world of processes that has begun, on this host and of this user: waits until the others
-    /// let it in, which [`LocalSgd`](crate::LocalSgd) does after the next average that is due, and
-    /// [`ParamAverager::admit`](crate::ParamAverager::admit) where it is called. `rendezvous` is the name of the world that its
-    /// ranks gave, or [`Communicator::rendezvous`] tells. Waits as [`WorldBuilder::timeout`] does, also for the world itself to begin.
+    /// This process as one more rank of a world of processes that has begun, on this host and of
+    /// this user: waits until the others let it in, which [`LocalSgd`](crate::LocalSgd) does after
+    /// the next average that is due, and [`ParamAverager::admit`](crate::ParamAverager::admit)
+    /// where it is called. `rendezvous` is the name of the world that its ranks gave, or
+    /// [`Communicator::rendezvous`] tells. Waits as [`WorldBuilder::timeout`] does, also for the
+    /// world itself to begin.
     ///
-    /// It has no model of its own: building its averager gives its tensors the values that the others have, and
-    /// [`LocalSgd::position`](crate::LocalSgd::position) tells how far they are. It builds the averagers that they have, in the same
-    /// order, and at once, since they wait for it, a minute at most: whatever takes long comes before this call. If building fails, as it does
-    /// when another rank is lost meanwhile, this process has left, and can join again.
+    /// It has no model of its own: building its averager gives its tensors the values that the
+    /// others have, and [`LocalSgd::position`](crate::LocalSgd::position) tells how far they are.
+    /// It builds the averagers that they have, in the same order, and at once, since they wait for
+    /// it, a minute at most: whatever takes long comes before this call. If building fails, as it
+    /// does when another rank is lost meanwhile, this process has left, and can join again.
     ///
     /// ```no_run
     /// use param_averager::{Device, LocalSgd, ParamAverager, Schedule, World};
@@ -65,14 +72,17 @@ impl World {
     /// # Ok::<(), param_averager::Error>(())
     /// ```
     ///
-    /// A name belongs to one world while the rank 0 that began it is there. Of several worlds of one name, it is the first that answers;
-    /// [`Communicator::world`] tells which, and how many there were.
+    /// A name belongs to one world while the rank 0 that began it is there. Of several worlds of
+    /// one name, it is the first that answers; [`Communicator::world`] tells which, and how many
+    /// there were.
     pub fn join(rendezvous: impl Into<String>, device: Device) -> Result<Communicator> {
         World::builder().rendezvous(rendezvous).device(device).join()
     }
 
-    /// Whether a launcher has made this process a rank, by one of the variables that [`World::from_env`] reads; that still fails if
-    /// the others are wrong. A shell of Slurm's, in a batch script or by `srun --pty`, is no rank. A program that no launcher has started can start ranks itself, or do without them.
+    /// Whether a launcher has made this process a rank, by one of the variables that
+    /// [`World::from_env`] reads; that still fails if the others are wrong. A shell of Slurm's, in
+    /// a batch script or by `srun --pty`, is no rank. A program that no launcher has started can
+    /// start ranks itself, or do without them.
     pub fn is_launched() -> bool {
         Setup::is_in_the_environment()
     }
@@ -127,8 +137,9 @@ impl WorldBuilder {
         self
     }
 
-    /// What the ranks find one another by: the same on every rank, and no other world of this user's on this host. Any name
-    /// will do, up to 1,024 bytes; `"localhost:29500"` and `"unix:/run/my-run"` are names, too: nothing listens on a port, and no file is made.
+    /// What the ranks find one another by: the same on every rank, and no other world of this
+    /// user's on this host. Any name will do, up to 1,024 bytes; `"localhost:29500"` and
+    /// `"unix:/run/my-run"` are names, too: nothing listens on a port, and no file is made.
     pub fn rendezvous(mut self, name: impl Into<String>) -> Self {
         self.rendezvous = Some(name.into());
         self
@@ -146,16 +157,18 @@ impl WorldBuilder {
         self
     }
 
-    /// A name for the job, the same on every rank of it and no other job's: such as a scheduler's id. Ranks that give one belong
-    /// together, however they were started. Default: that of the launcher; without one, ranks belong together that were started by one
-    /// process, wrappers and subshells of each rank aside, with the same arguments but for the rank's number.
+    /// A name for the job, the same on every rank of it and no other job's: such as a scheduler's
+    /// id. Ranks that give one belong together, however they were started. Default: that of the
+    /// launcher; without one, ranks belong together that were started by one process, wrappers and
+    /// subshells of each rank aside, with the same arguments but for the rank's number.
     pub fn job(mut self, job: impl Into<String>) -> Self {
         self.known = Known::By("job".into(), job.into());
         self
     }
 
-    /// Takes rank and world size from the launcher's variables, as [`World::from_env`] does, and the name unless
-    /// [`rendezvous`](WorldBuilder::rendezvous) has set one before. Other options stay as they are.
+    /// Takes rank and world size from the launcher's variables, as [`World::from_env`] does, and
+    /// the name unless [`rendezvous`](WorldBuilder::rendezvous) has set one before. Other options
+    /// stay as they are.
     ///
     /// ```no_run
     /// use std::time::Duration;
@@ -231,8 +244,8 @@ impl Communicator {
         self.processes().map(|processes| processes.name())
     }
 
-    /// Which world of processes this is: its name, and who has begun it. After [`World::join`] it tells which one was entered. `None` for
-    /// ranks that are threads.
+    /// Which world of processes this is: its name, and who has begun it. After [`World::join`] it
+    /// tells which one was entered. `None` for ranks that are threads.
     pub fn world(&self) -> Option<&WorldId> {
         self.processes().map(|processes| processes.world())
     }

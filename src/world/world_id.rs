@@ -3,8 +3,8 @@
 use std::fmt;
 use std::time::SystemTime;
 
-/// The world of processes that a rank is in: its name, and who has begun it. The same on every rank. See
-/// [`Communicator::world`](crate::Communicator::world).
+/// The world of processes that a rank is in: its name, and who has begun it. The same on every
+/// rank. See [`Communicator::world`](crate::Communicator::world).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorldId {
     pub(super) name: String,
@@ -21,13 +21,14 @@ impl WorldId {
         &self.name
     }
 
-    /// The process that was rank 0 when the world began, which may have ended. `None`: it is in another PID namespace, where numbers
-    /// mean other processes.
+    /// The process that was rank 0 when the world began, which may have ended. `None`: it is in
+    /// another PID namespace, where numbers mean other processes.
     pub fn pid(&self) -> Option<u32> {
         self.pid
     }
 
-    /// The job of that process, in words: its launcher's name for it, or the process that has started it.
+    /// The job of that process, in words: its launcher's name for it, or the process that has
+    /// started it.
     pub fn job(&self) -> &str {
         &self.job
     }
@@ -37,8 +38,9 @@ impl WorldId {
         self.since
     }
 
-    /// Other worlds of the name that [`World::join`](crate::World::join) found beside the one that it entered: those whose rank 0 is
-    /// gone, since a rank 0 keeps the name. 0 on ranks that have begun a world.
+    /// Other worlds of the name that [`World::join`](crate::World::join) found beside the one that
+    /// it entered: those whose rank 0 is gone, since a rank 0 keeps the name. 0 on ranks that have
+    /// begun a world.
     pub fn others(&self) -> usize {
         self.others
     }

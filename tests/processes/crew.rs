@@ -20,12 +20,31 @@ pub fn name() -> String {
 
 /// Starts one rank, in the test that is for it.
 pub fn start(role: &str, variables: &[(&str, String)]) -> Rank {
-    let mut command = Command::new(std::env::current_exe().unwrap());
+    spawn(command(&[], role, variables))
+}
+
+/// What starts one rank, by another program if there is one before it.
+pub fn command(before: &[&str], role: &str, variables: &[(&str, String)]) -> Command {
+    let own = std::env::current_exe().unwrap();
+    let mut command = match before {
+        [] => Command::new(own),
+        [program, arguments @ ..] => {
+            let mut command = Command::new(program);
+            command.args(arguments).arg(own);
+            command
+        }
+    };
     command.args([crate::WORKER, "--exact", "--nocapture", "--test-threads=1"]);
-    command.env("PA_TEST_ROLE", role).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.env("PA_TEST_ROLE", role);
     for (name, value) in variables {
         command.env(name, value);
     }
+    command
+}
+
+/// A rank, or what starts some.
+pub fn spawn(mut command: Command) -> Rank {
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let (send, lines) = std::sync::mpsc::channel();
     let out = child.stdout.take().unwrap();
@@ -68,7 +87,12 @@ pub fn start_all(
 impl Rank {
     /// Waits for a line that begins so, and returns the rest.
     pub fn hear(&mut self, begin: &str) -> String {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        self.hear_for(begin, Duration::from_secs(60))
+    }
+
+    /// The same, for so long.
+    pub fn hear_for(&mut self, begin: &str, patience: Duration) -> String {
+        let deadline = Instant::now() + patience;
         let mut next = 0;
         loop {
             while next < self.heard.len() {

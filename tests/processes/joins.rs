@@ -252,3 +252,37 @@ fn training_goes_on_with_a_process_that_joins() {
     println!("loss {undisturbed} undisturbed, {disturbed} with a rank that was replaced at step {began}");
     assert!(disturbed < 2.0 * undisturbed + 0.05 && undisturbed < 1.0, "{undisturbed} {disturbed}");
 }
+
+/// Tries that come to nothing take nothing from a world.
+#[test]
+fn thousands_of_tries_to_join_do_not_use_a_world_up() {
+    let tries = runs("PA_TEST_TRIES", 4200);
+    let name = name();
+    let mut world: Vec<Rank> = (0..2).map(|origin| first("let_in", &name, 2, origin, &[])).collect();
+    world.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    let more = [("PA_TEST_TRIES", tries.to_string()), ("PA_TEST_TRY_MS", "12".to_owned())];
+    let mut late = late("try", &name, 2, &more);
+    let withdrawn: usize = late.hear_for("withdrawn", Duration::from_secs(300)).parse().unwrap();
+    world.iter_mut().for_each(|rank| rank.enough());
+    assert_eq!(late.end(), Some(0), "{:#?}", late.heard);
+    assert_eq!(late.said("joined"), ["3 0.5"]);
+    for rank in &mut world {
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+    }
+    assert!(withdrawn >= tries);
+}
+
+#[test]
+fn who_joins_is_told_which_world_it_enters() {
+    let name = name();
+    let mut world = first("survive", &name, 1, 0, &[]);
+    world.hear("ready");
+    let mut late = late("hold", &name, 1, &[]);
+    let told = late.hear("in");
+    let process = format!(
+        "the world {name:?} that process {} (started by process {}, ",
+        world.child.id(),
+        std::process::id()
+    );
+    assert!(told.starts_with(&process) && told.ends_with(" s ago"), "{told}");
+}

@@ -10,7 +10,7 @@ use param_averager::{
 };
 
 use super::model::Model;
-use super::pairs;
+use super::{pairs, roles};
 
 pub fn say(line: &str) {
     // Behind whatever the test harness has written.
@@ -20,6 +20,14 @@ pub fn say(line: &str) {
 
 pub fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().unwrap())
+}
+
+/// In ms, or the longest that there is; else 20 s.
+fn duration(name: &str) -> Duration {
+    match std::env::var(name) {
+        Ok(longest) if longest == "longest" => Duration::MAX,
+        _ => Duration::from_millis(number(name).unwrap_or(20_000)),
+    }
 }
 
 pub fn now_us() -> u128 {
@@ -44,6 +52,12 @@ pub fn run(role: &str) {
         "many_recover" => pairs::many_recover(),
         "two_sgd" => pairs::two_sgd(),
         "one_dropped" => pairs::one_dropped(),
+        "job" => roles::job(),
+        "hold" => roles::hold(),
+        "fork" => roles::fork(),
+        "let_in" => roles::let_in(),
+        "launched" => roles::launched(),
+        "try" => roles::try_to_join(),
         other => panic!("no role {other}"),
     };
     std::process::exit(code);
@@ -60,25 +74,30 @@ pub fn device() -> Device {
 }
 
 pub fn join() -> Result<Communicator, Error> {
-    let timeout = Duration::from_millis(number("PA_TEST_MEET_MS").unwrap_or(20_000));
+    let timeout = duration("PA_TEST_MEET_MS");
     if is_late() {
         let world = World::builder().rendezvous(std::env::var("PA_TEST_NAME").unwrap());
         return world.device(device()).timeout(timeout).join();
     }
     match number("PA_TEST_RANK") {
-        None => World::from_env(device()),
-        Some(rank) => World::builder()
-            .rank(rank as usize)
-            .world_size(number("PA_TEST_WORLD").unwrap() as usize)
-            .rendezvous(std::env::var("PA_TEST_NAME").unwrap())
-            .device(device())
-            .timeout(timeout)
-            .build(),
+        None => World::builder().device(device()).timeout(timeout).from_env()?.build(),
+        Some(rank) => {
+            let world = World::builder()
+                .rank(rank as usize)
+                .world_size(number("PA_TEST_WORLD").unwrap() as usize)
+                .rendezvous(std::env::var("PA_TEST_NAME").unwrap())
+                .device(device())
+                .timeout(timeout);
+            match std::env::var("PA_TEST_JOB_NAME") {
+                Ok(job) => world.job(job).build(),
+                Err(_) => world.build(),
+            }
+        }
     }
 }
 
 pub fn builder(communicator: Communicator) -> Builder {
-    let timeout = Duration::from_millis(number("PA_TEST_TIMEOUT_MS").unwrap_or(20_000));
+    let timeout = duration("PA_TEST_TIMEOUT_MS");
     let link = match std::env::var("PA_TEST_LINK").as_deref() {
         Ok("peer") => Link::Peer,
         Ok("host") => Link::Host,
@@ -159,7 +178,7 @@ fn stop_at(place: &str) {
 /// Finds the others, builds, recovers and builds again until there is an averager, averages, and waits until it is told to end.
 /// On the way it stops where it is told to, or aborts.
 fn stages() -> i32 {
-    let timeout = Duration::from_millis(number("PA_TEST_TIMEOUT_MS").unwrap_or(20_000));
+    let timeout = duration("PA_TEST_TIMEOUT_MS");
     let failed = |error: Error| {
         say(&format!("error {error}"));
         3

@@ -1,5 +1,6 @@
-//! Processes as /proc shows them: parents, starts and programs. Anything that can't be read is `None`: /proc may be missing, may hide
-//! other users' processes (hidepid), and shows nothing outside of this PID namespace.
+//! Processes as /proc shows them: parents, starts and programs. Anything that can't be read is
+//! `None`: /proc may be missing, may hide other users' processes (hidepid), and shows nothing
+//! outside of this PID namespace.
 
 use std::fs::{read, read_to_string};
 use std::os::unix::fs::MetadataExt;
@@ -22,24 +23,28 @@ pub(super) struct Process {
     pub(super) start: u64,
     /// It frees its memory and closes its files, in this order, or has done so.
     pub(super) is_ending: bool,
-    /// Where its arguments lie, which is random for every exec: a process forked without exec has its parent's.
+    /// Where its arguments lie, which is random for every exec: a process forked without exec has
+    /// its parent's.
     arguments_at: u64,
 }
 
 impl Process {
     pub(super) fn of(pid: u32) -> Option<Process> {
         // Names of programs may be any bytes.
-        Process::parse(pid, &String::from_utf8_lossy(&read(format!("/proc/{pid}/stat")).ok()?))
+        Process::parse(&String::from_utf8_lossy(&read(format!("/proc/{pid}/stat")).ok()?))
     }
 
+    /// This process, as /proc numbers it: it may show another PID namespace than this process is
+    /// in.
     pub(super) fn own() -> Option<Process> {
-        let text = read("/proc/self/stat").ok()?;
-        Process::parse(std::process::id(), &String::from_utf8_lossy(&text))
+        Process::parse(&String::from_utf8_lossy(&read("/proc/self/stat").ok()?))
     }
 
-    fn parse(pid: u32, text: &str) -> Option<Process> {
+    fn parse(text: &str) -> Option<Process> {
         // The name is in parentheses, and may hold some itself.
-        let (name, rest) = text.split_once('(')?.1.rsplit_once(')')?;
+        let (pid, rest) = text.split_once('(')?;
+        let (name, rest) = rest.rsplit_once(')')?;
+        let pid = pid.trim().parse().ok()?;
         let fields: Vec<&str> = rest.split_whitespace().collect();
         // As proc_pid_stat(5) numbers them.
         let number = |field: usize| fields.get(field - 3).and_then(|text| text.parse::<u64>().ok());
@@ -92,7 +97,8 @@ impl Process {
     }
 }
 
-/// Tells the PID namespace of this process from others: where it is another one, numbers mean other processes.
+/// Tells the PID namespace of this process from others: where it is another one, numbers mean other
+/// processes.
 pub(super) fn pid_namespace() -> Option<u64> {
     std::fs::metadata("/proc/self/ns/pid").ok().map(|found| found.ino())
 }
@@ -105,7 +111,7 @@ mod tests {
     fn a_line_of_the_kernel_is_read() {
         let line = "4213 (a) b (c) R 12 4213 77 0 -1 4194564 1 0 0 0 0 0 0 0 20 0 3 0 987654 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 \
                     19 20 21 22 23 24 25 140737 140738 140739 140740 0";
-        let found = Process::parse(4213, line).unwrap();
+        let found = Process::parse(line).unwrap();
         assert_eq!(
             (found.name.as_str(), found.parent, found.group, found.session),
             ("a) b (c", 12, 4213, 77)
@@ -113,7 +119,7 @@ mod tests {
         assert_eq!((found.has_terminal, found.start, found.is_ending), (false, 987_654, true));
         assert_eq!(found.arguments_at, 140_737);
         for end in [0, 5, 12, 20, 60] {
-            assert_eq!(Process::parse(1, &line[..end]), None);
+            assert_eq!(Process::parse(&line[..end]), None);
         }
     }
 

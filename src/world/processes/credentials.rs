@@ -1,7 +1,9 @@
-//! The process at the other end of a socket, as the kernel knows it, and the user that this process runs as.
+//! The process at the other end of a socket, as the kernel knows it, and the user that this process
+//! runs as.
 //!
-//! Process ids and user ids are those of a namespace: the kernel reports 0 for a process that is in no PID namespace of the
-//! reader's, and the overflow uid for a user that the reader's user namespace does not map.
+//! Process ids and user ids are those of a namespace: the kernel reports 0 for a process that is in
+//! no PID namespace of the reader's, and the overflow uid for a user that the reader's user
+//! namespace does not map.
 
 use std::fs::read_to_string;
 use std::io;
@@ -25,12 +27,13 @@ pub(super) struct Credentials {
 }
 
 impl Credentials {
-    /// Not by rustix, whose type for a pid can't be the 0 that the kernel gives for a process of another PID namespace.
+    /// Not by rustix, whose type for a pid can't be the 0 that the kernel gives for a process of
+    /// another PID namespace.
     pub(super) fn of(stream: &UnixStream) -> io::Result<Credentials> {
         let mut found = libc::ucred { pid: 0, uid: 0, gid: 0 };
         let mut bytes = size_of::<libc::ucred>() as libc::socklen_t;
-        // SAFETY: the descriptor is borrowed and open, and `found` has room for the `bytes` that the kernel may write, all of whose
-        // values are valid for it.
+        // SAFETY: the descriptor is borrowed and open, and `found` has room for the `bytes` that
+        // the kernel may write, all of whose values are valid for it.
         let failed = unsafe {
             libc::getsockopt(
                 stream.as_fd().as_raw_fd(),
@@ -47,7 +50,8 @@ impl Credentials {
     }
 }
 
-/// Refuses a peer of another user: abstract names are free to all, and only this user's processes are trusted.
+/// Refuses a peer of another user: abstract names are free to all, and only this user's processes
+/// are trusted.
 pub(super) fn is_same_user(stream: &UnixStream) -> Result<Credentials, String> {
     let found = Credentials::of(stream).map_err(|error| format!("SO_PEERCRED: {error}"))?;
     Users::now().check(found.uid)?;
@@ -60,8 +64,9 @@ pub(super) fn is_some_user() -> Result<(), String> {
     users.check(users.own)
 }
 
-/// The user of this process in the listening socket's name. Ranks in a rootless container and outside of it run as other numbers
-/// but as one user, so it is the number that the parent user namespace has.
+/// The user of this process in the listening socket's name. Ranks in a rootless container and
+/// outside of it run as other numbers but as one user, so it is the number that the parent user
+/// namespace has.
 pub(super) fn user_of_the_name() -> u32 {
     Users::now().outside()
 }
@@ -91,7 +96,8 @@ impl Users {
         map.lines().filter_map(line).collect()
     }
 
-    /// Whether every user has a number of its own here. Without /proc it can't be told, and the overflow uid is refused.
+    /// Whether every user has a number of its own here. Without /proc it can't be told, and the
+    /// overflow uid is refused.
     fn is_identity(&self) -> bool {
         self.map.as_deref() == Some(&[[0, 0, u32::MAX]])
     }

@@ -18,11 +18,13 @@ use super::strangers;
 use crate::backend::limits::thread;
 use crate::world::WorldId;
 
-/// Doors that the worlds of one name have together: more than a world has ranks, so that each of its ranks finds a free one.
+/// Doors that the worlds of one name have together: more than a world has ranks, so that each of
+/// its ranks finds a free one.
 pub(super) const DOORS: usize = 64;
 /// Processes that wait at a door.
 const MOST_GUESTS: usize = 16;
-/// Processes that came and went which a member remembers, so that one of them that is let in at this moment is known to be gone.
+/// Processes that came and went which a member remembers, so that one of them that is let in at
+/// this moment is known to be gone.
 const MOST_GONE: usize = 64;
 /// Between two tries to have a door.
 const AGAIN: Duration = Duration::from_millis(200);
@@ -60,7 +62,8 @@ pub(super) struct Door {
 }
 
 impl Door {
-    /// A world that can't have one yet, for want of descriptors, is a world all the same: nobody joins it meanwhile.
+    /// A world that can't have one yet, for want of descriptors, is a world all the same: nobody
+    /// joins it meanwhile.
     pub(super) fn open(
         name: &str,
         origin: Origin,

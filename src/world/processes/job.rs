@@ -1,4 +1,5 @@
-//! Which job a process belongs to: what tells the ranks of one job from those of another that uses the same name.
+//! Which job a process belongs to: what tells the ranks of one job from those of another that uses
+//! the same name.
 
 use std::fmt;
 
@@ -36,7 +37,8 @@ enum Kind {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Start {
-    /// The nearest ancestor that is not this rank's alone: its pid, its start and its name. `None`: /proc does not tell.
+    /// The nearest ancestor that is not this rank's alone: its pid, its start and its name. `None`:
+    /// /proc does not tell.
     starter: Option<(u32, u64, String)>,
     session: u32,
     group: u32,
@@ -155,7 +157,8 @@ impl Start {
             }
             below = ancestor;
         }
-        // A new session has its first process as leader; any other process has its parent's, or has lost its parent.
+        // A new session has its first process as leader; any other process has its parent's, or has
+        // lost its parent.
         let is_leader = own.session == own.pid;
         let is_orphan = !is_leader && own.parent().is_none_or(|parent| parent.session != own.session);
         let starter = starter.map(|starter| (starter.pid, starter.start, shown(&starter.name)));

@@ -40,7 +40,8 @@ pub(super) const TERMINAL: &str = "the terminal";
 /// Programs of MPICH and Intel MPI that are the ancestor of all ranks of a host, nearest first.
 const PROXIES: [&str; 3] = ["hydra_pmi_proxy", "pmi_proxy", "mpiexec.hydra"];
 
-/// Ids of Slurm's steps that run a shell: the interactive one, the batch script, and what is outside of any.
+/// Ids of Slurm's steps that run a shell: the interactive one, the batch script, and what is
+/// outside of any.
 const SHELLS: [&str; 3] = ["4294967290", "4294967291", "4294967292"];
 
 /// In this order: a launcher inside of another's job is the one that is meant.
@@ -119,7 +120,8 @@ impl Launcher {
         LAUNCHERS.iter().find(is_meant)
     }
 
-    /// Why the variables are those of a shell, from which ranks are still to be started, if they are.
+    /// Why the variables are those of a shell, from which ranks are still to be started, if they
+    /// are.
     fn shell(&self, get: &impl Fn(&str) -> Option<String>) -> Option<String> {
         if self.name != "Slurm" {
             return None;
@@ -147,8 +149,8 @@ impl Launched {
         Launcher::find(&get).is_some_and(|launcher| launcher.shell(&get).is_none())
     }
 
-    /// From the variables that `get` knows, `PARENT` among them, or what is wrong with them and what to do. A name that is `given` is
-    /// the world's.
+    /// From the variables that `get` knows, `PARENT` among them, or what is wrong with them and
+    /// what to do. A name that is `given` is the world's.
     pub(super) fn find(
         get: impl Fn(&str) -> Option<String>,
         given: Option<String>,
@@ -348,7 +350,8 @@ mod tests {
             error.contains("start the ranks in it by srun")
         };
         assert!(!is_shell(&srun));
-        // sbatch, an interactive step of salloc, srun --pty; and ranks that the latter starts by srun.
+        // sbatch, an interactive step of salloc, srun --pty; and ranks that the latter starts by
+        // srun.
         let sbatch =
             [("SLURM_PROCID", "0"), ("SLURM_NTASKS", "2"), ("SLURM_JOB_ID", "77"), ("SLURM_LOCALID", "0")];
         assert!(is_shell(&sbatch));

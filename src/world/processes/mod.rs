@@ -121,7 +121,7 @@ impl Processes {
             reason: reason.clone(),
         };
         let refusal = own.as_ref().err().map(unavailable);
-        let refusal = refusal.or(limits::spare(0).err().map(failed));
+        let refusal = refusal.or(limits::spare_for_all(0).err().map(failed));
         let job = Job::own(&known, rank, variable);
         let told = refusal.as_ref().map(Error::to_string);
         let me = Me { name, source, rank, world_size, home, job, refusal: told };
@@ -146,7 +146,7 @@ impl Processes {
         let failed = |reason| Error::Join { rendezvous: name.to_owned(), reason };
         let own =
             Own::find(device).map_err(|reason| failed(format!("{device} is not available: {reason}")))?;
-        limits::spare(0).map_err(failed)?;
+        limits::spare_for_all(0).map_err(failed)?;
         let (links, origin, others) = guest::join(name, own, timeout).map_err(failed)?;
         reach::find(&links, &links.current(), Instant::now() + JOINING).map_err(failed)?;
         let door = Door::open(name, origin, links.me, &links.common, None).beside(others);

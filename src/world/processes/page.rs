@@ -1,10 +1,13 @@
-//! The memory that all processes of a world share: which generation the world is in, and who belongs to it.
+//! The memory that all processes of a world share: which generation the world is in, and who
+//! belongs to it.
 //!
-//! A generation is decided by one compare-and-swap of one word, which names a list of members that was written before. Each member of
-//! a generation has a pair of lists of its own, by its rank, in which it proposes the next one; the pair's parity keeps the list that
-//! holds as it is meanwhile. Ranks pass to other processes in later generations, and one that was stopped may go on writing then. So
-//! every word of a list carries the generation that it was proposed for, and a word is only ever replaced by one of a later generation:
-//! once a list is written, no proposal of an earlier generation changes it. Ids of processes are counted, and never run out.
+//! A generation is decided by one compare-and-swap of one word, which names a list of members that
+//! was written before. Each member of a generation has a pair of lists of its own, by its rank, in
+//! which it proposes the next one; the pair's parity keeps the list that holds as it is meanwhile.
+//! Ranks pass to other processes in later generations, and one that was stopped may go on writing
+//! then. So every word of a list carries the generation that it was proposed for, and a word is
+//! only ever replaced by one of a later generation: once a list is written, no proposal of an
+//! earlier generation changes it. Ids of processes are counted, and never run out.
 
 use std::mem::offset_of;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -98,7 +101,8 @@ impl Page {
     /// The generation that the world is in.
     pub(super) fn decision(&self) -> Decision {
         loop {
-            // Acquire: every word of the list is at least as new as the one that its proposer wrote.
+            // Acquire: every word of the list is at least as new as the one that its proposer
+            // wrote.
             let word = self.words().decision.load(Ordering::Acquire);
             let generation = (word >> 32) as u32;
             if let Some((members, joined)) = self.read(word as u32 as usize, generation) {
@@ -126,8 +130,8 @@ impl Page {
         (self.words().decision.load(Ordering::Acquire) >> 32) as u32
     }
 
-    /// Proposes the generation after `last`, of which `me` is a member: it is that if nobody else was earlier. Each member proposes
-    /// once for each generation.
+    /// Proposes the generation after `last`, of which `me` is a member: it is that if nobody else
+    /// was earlier. Each member proposes once for each generation.
     pub(super) fn propose(&self, me: usize, last: &Decision, members: &[usize], joined: Option<usize>) {
         let Some(rank) = last.members.iter().position(|&id| id == me) else { return };
         let next = last.generation + 1;
@@ -141,7 +145,8 @@ impl Page {
         let list = &self.words().lists[rank][generation as usize & 1];
         let write = |word: &AtomicU64, value: usize| {
             let new = u64::from(generation) << 32 | value as u64;
-            // Unless a later generation's is there: then this proposal is too late, and is not decided.
+            // Unless a later generation's is there: then this proposal is too late, and is not
+            // decided.
             let older = |word: u64| ((word >> 32) as u32 <= generation).then_some(new);
             let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, older);
         };
@@ -194,7 +199,8 @@ mod tests {
         assert_eq!((page.decision().members, page.decision().joined), (vec![0, last], Some(last)));
     }
 
-    /// A process that was stopped half way through its proposal, at any word, goes on when its rank is another process's.
+    /// A process that was stopped half way through its proposal, at any word, goes on when its rank
+    /// is another process's.
     #[test]
     fn a_late_proposal_changes_no_later_list() {
         for late in [1, 2, 3, 4] {
@@ -215,7 +221,8 @@ mod tests {
         }
     }
 
-    /// Threads that propose as fast as they can, in each other's places, and readers: no list is seen that nobody has proposed.
+    /// Threads that propose as fast as they can, in each other's places, and readers: no list is
+    /// seen that nobody has proposed.
     #[test]
     fn what_is_read_was_proposed_by_one() {
         const LAST: u32 = 20_000;
@@ -227,11 +234,12 @@ mod tests {
                     let mut stopped: Option<Decision> = None;
                     while page.generation() < LAST {
                         let last = page.decision();
-                        // All members but those that propose are the same number. Ranks change every time.
+                        // All members but those that propose are the same number. Ranks change
+                        // every time.
                         let number = (last.generation as usize + 1) * 2 + me;
                         if let Some(late) = stopped.take().filter(|late| late.generation < last.generation) {
                             page.propose(me, &late, &[3; MOST], Some(3));
-                        } else if number % 7 == 0 {
+                        } else if number.is_multiple_of(7) {
                             stopped = Some(last); // before its proposal, until others have gone on
                             std::thread::yield_now();
                             continue;

@@ -1,20 +1,22 @@
-//! Sockets that a forked child does not keep. `O_CLOEXEC` closes them in a child that execs; in one that does not, a copy would hold
-//! the name of a world that is over, or a peer's connection.
+//! Sockets that a forked child does not keep. `O_CLOEXEC` closes them in a child that execs; in one
+//! that does not, a copy would hold the name of a world that is over, or a peer's connection.
 
 use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::Once;
 
-/// Descriptors that can be registered at once: those of several worlds of 16. Above, a forked child keeps what it is given.
+/// Descriptors that can be registered at once: those of several worlds of 16. Above, a forked child
+/// keeps what it is given.
 const MOST: usize = 1024;
 const FREE: i32 = -1;
 
-/// The raw descriptors of every `Private`. Fixed and free of locks: the handler runs in a child whose other threads are gone.
+/// The raw descriptors of every `Private`. Fixed and free of locks: the handler runs in a child
+/// whose other threads are gone.
 static REGISTERED: [AtomicI32; MOST] = [const { AtomicI32::new(FREE) }; MOST];
 
-/// A socket that is replaced by an unconnected one in each child that is forked without exec. Dropping it there, or calling shutdown
-/// on it, does nothing to this process's.
+/// A socket that is replaced by an unconnected one in each child that is forked without exec.
+/// Dropping it there, or calling shutdown on it, does nothing to this process's.
 #[derive(Debug)]
 pub(super) struct Private<T: AsFd> {
     slot: Option<&'static AtomicI32>,
@@ -24,8 +26,8 @@ pub(super) struct Private<T: AsFd> {
 impl<T: AsFd> Private<T> {
     pub(super) fn new(socket: T) -> Private<T> {
         static HANDLER: Once = Once::new();
-        // SAFETY: the handler calls async-signal-safe functions only, and is never unloaded: it is a function of this program.
-        // Without memory for it, children keep their copies.
+        // SAFETY: the handler calls async-signal-safe functions only, and is never unloaded: it is
+        // a function of this program. Without memory for it, children keep their copies.
         HANDLER.call_once(|| _ = unsafe { libc::pthread_atfork(None, None, Some(in_child)) });
         let raw = socket.as_fd().as_raw_fd();
         let take =
@@ -56,8 +58,9 @@ impl<T: AsFd> Drop for Private<T> {
 
 /// Runs in the child, on its only thread.
 extern "C" fn in_child() {
-    // SAFETY: socket, dup3 and close are async-signal-safe; errno, which they change, is restored. The descriptors are those of live
-    // `Private`s, copied at the fork, which the child's copies of these objects go on to own.
+    // SAFETY: socket, dup3 and close are async-signal-safe; errno, which they change, is restored.
+    // The descriptors are those of live `Private`s, copied at the fork, which the child's copies of
+    // these objects go on to own.
     unsafe {
         let errno = libc::__errno_location();
         let saved = *errno;

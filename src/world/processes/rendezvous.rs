@@ -1,10 +1,12 @@
-//! How the processes of a world find one another: rank 0 listens on an abstract Unix socket, which leaves nothing behind, and
-//! hands every rank a socket to every other. It keeps the socket, and with it the name, for as long as it is in the world. Here is what
-//! all have in common, and the way of ranks 1 … to rank 0.
+//! How the processes of a world find one another: rank 0 listens on an abstract Unix socket, which
+//! leaves nothing behind, and hands every rank a socket to every other. It keeps the socket, and
+//! with it the name, for as long as it is in the world. Here is what all have in common, and the
+//! way of ranks 1 … to rank 0.
 
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod host;
+mod name;
 mod notice;
 
 use std::io::{self, ErrorKind};
@@ -33,6 +35,10 @@ use notice::Notice;
 const PARTING: Duration = Duration::from_secs(10);
 /// Between two tries to reach rank 0.
 const AGAIN: Duration = Duration::from_millis(2);
+/// How long ranks that come late are told why there is no world.
+const GRACE: Duration = Duration::from_secs(2);
+/// The number of a `Kind::Refuse` by a rank 0 whose world is not that of the process it refuses.
+const FOREIGN: u32 = 1;
 /// Bytes of a name. Messages to strangers are short, and have room for it.
 pub(super) const MOST_NAME: usize = 1024;
 /// Bytes of a reason that a first message has room for.
@@ -136,7 +142,8 @@ pub(super) fn meet(me: &Me, timeout: Duration) -> Result<Crew, String> {
     }
 }
 
-/// Of rank 0, or of the door of this number. No file: it goes with the process that listens. A name that is too long is cut, and told from others by its hash.
+/// Of rank 0, or of the door of this number. No file: it goes with the process that listens. A name
+/// that is too long is cut, and told from others by its hash.
 pub(super) fn address(name: &str, door: Option<usize>) -> Result<SocketAddr, String> {
     if name.len() > MOST_NAME {
         return Err(format!("the name of the world has {} bytes: it can have {MOST_NAME}", name.len()));
@@ -176,16 +183,22 @@ fn visit(me: &Me, address: &SocketAddr, deadline: Instant, timeout: Duration) ->
     let mut notice = Notice::new();
     loop {
         let greeted = connect(address).map(Private::new).and_then(|stream| {
-            let answer = greet(me, &stream, deadline, &mut notice).inspect_err(|error| match error.kind() {
-                frame::SHORT => confirm::refuse(&stream, &error.to_string()),
-                _ => {}
+            let answer = greet(me, &stream, deadline, &mut notice).inspect_err(|error| {
+                if error.kind() == frame::SHORT {
+                    confirm::refuse(&stream, &error.to_string());
+                }
             });
             Ok((answer?, stream))
         });
         match greeted {
             Ok((frame, stream)) => {
-                let crew = welcomed(me, frame);
-                let mut crew = crew.inspect_err(|reason| confirm::refuse(&stream, reason))?;
+                let is_foreign = frame.kind == Kind::Refuse && frame.number == FOREIGN;
+                let mut crew = welcomed(me, frame).inspect_err(|reason| {
+                    confirm::refuse(&stream, reason);
+                    if is_foreign {
+                        part(me, address, reason);
+                    }
+                })?;
                 crew.confirmation = Confirmation::of_a_visitor(stream);
                 return Ok(crew);
             }
@@ -202,6 +215,22 @@ fn visit(me: &Me, address: &SocketAddr, deadline: Instant, timeout: Duration) ->
                 ))
             }
             Err(error) => return Err(failed(error)),
+        }
+    }
+}
+
+/// Tells this job's own rank 0, should it come to have the name: it would wait for this rank.
+fn part(me: &Me, address: &SocketAddr, reason: &str) {
+    const PAUSE: Duration = Duration::from_millis(20);
+    let refused = Me { refusal: Some(reason.into()), ..me.clone() };
+    let until = Instant::now() + GRACE;
+    let mut notice = Notice::new();
+    while Instant::now() < until {
+        std::thread::sleep(PAUSE);
+        let told = connect(address).map(Private::new);
+        let told = told.and_then(|stream| greet(&refused, &stream, until, &mut notice));
+        if told.is_ok_and(|answer| answer.kind == Kind::Refuse && answer.number != FOREIGN) {
+            return;
         }
     }
 }

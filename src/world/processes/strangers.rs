@@ -184,7 +184,8 @@ fn keep(
         };
         if let Err(reason) = thread("hello".into(), STACK, stranger) {
             short.inside.fetch_sub(1, Ordering::Relaxed);
-            let reason = format!("this world's rank 0, or a member, can't hear others: {reason}");
+            let reason =
+                format!("this world's rank 0, or a member, can't start a thread to hear others: {reason}");
             // A socket that nothing was sent on has room for it, so that nobody is waited for.
             let stream = untold.lock().unwrap_or_else(PoisonError::into_inner).take();
             let _ =

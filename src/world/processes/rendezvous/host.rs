@@ -1,41 +1,31 @@
 //! Rank 0: waits until every rank has come, and makes them known to one another.
 
 use std::collections::BTreeMap;
-use std::io::{self, ErrorKind};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixStream};
 use std::sync::mpsc::{self, RecvTimeoutError, TrySendError};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
-use super::{
-    connect, greet, is_early, is_late, Crew, Hello, Me, Met, Notice, Origin, Welcome, AGAIN, CAUSES, PARTING,
-};
+use super::name::{self, Visitor, APART};
+use super::{is_early, Crew, Hello, Me, Met, Notice, Origin, Welcome, CAUSES, GRACE, PARTING};
 use crate::backend::limits::{why, Wanted};
-use crate::world::processes::ancestry::Process;
 use crate::world::processes::confirm::Confirmation;
-use crate::world::processes::credentials::Credentials;
 use crate::world::processes::frame::{self, Frame, Kind};
 use crate::world::processes::job::Job;
 use crate::world::processes::page::Page;
 use crate::world::processes::private::Private;
 use crate::world::processes::strangers::{self, Door};
 
-/// How long ranks that come late are told why there is no world.
-const GRACE: Duration = Duration::from_secs(1);
 /// How long a rank's place is kept for it after a process of another job has claimed it.
 const STRAY: Duration = Duration::from_secs(5);
-/// How long a process that holds the name has for one answer, and in all. One that is ending has as long as it takes.
-const ANSWER: Duration = Duration::from_millis(500);
-const SILENCE: Duration = Duration::from_secs(5);
+/// Ranks and jobs of others that are remembered.
+const MOST_OTHERS: usize = 64;
 /// Between two looks for anything but a rank that comes.
 const TICK: Duration = Duration::from_millis(100);
-
-/// What to do about two jobs that use one name.
-const APART: &str = "if they are one job, set PARAM_AVERAGER_RENDEZVOUS to one name on every rank, or say so by WorldBuilder::job; if they \
-     are two, give each a name of its own, such as another MASTER_PORT";
 
 /// Collective, with `visit` of all others.
 pub(super) fn meet(
@@ -65,13 +55,6 @@ struct Host<'a> {
 }
 
 #[derive(Debug)]
-struct Visitor {
-    stream: Private<UnixStream>,
-    hello: Hello,
-    process: Option<OwnedFd>,
-}
-
-#[derive(Debug)]
 struct Stray {
     rank: usize,
     job: Job,
@@ -81,7 +64,7 @@ struct Stray {
 
 impl Host<'_> {
     fn meet(mut self, address: &SocketAddr) -> Result<Crew, String> {
-        let listener = self.listen(address)?;
+        let listener = name::take(self.me, address, self.deadline, self.timeout)?;
         let (send, visitors) = mpsc::sync_channel(strangers::MOST);
         let (since, me) = (Instant::now(), Arc::new(self.me.clone()));
         let came = move |stream, mut frame: Frame| {
@@ -90,16 +73,14 @@ impl Host<'_> {
             match send.try_send(Visitor { stream, hello, process }) {
                 Ok(()) | Err(TrySendError::Full(_)) => {} // it comes again
                 Err(TrySendError::Disconnected(visitor)) => {
-                    visitor.refuse(&begun(&me, &visitor.hello, since))
+                    visitor.refuse_as_foreign(&name::begun(&me, &visitor.hello, since))
                 }
             }
         };
         let door = Door::open(listener, &[Kind::Hello], 1, came).map_err(|shut| {
-            let reason = self
-                .me
-                .refusal
-                .clone()
-                .unwrap_or_else(|| format!("rank 0 can't hear the others: {}", shut.reason));
+            let reason = self.me.refusal.clone().unwrap_or_else(|| {
+                format!("rank 0 can't start a thread to hear the others: {}", shut.reason)
+            });
             let until = self.deadline.min(Instant::now() + GRACE);
             shut.refuse(&[Kind::Hello], 1, self.me.world_size - 1, &reason, until);
             reason
@@ -121,55 +102,9 @@ impl Host<'_> {
                 {
                     reason = format!("{reason}; {shortage}");
                 }
-                self.refuse_all(&visitors, &reason);
+                self.refuse_all(&visitors, &door, &reason);
                 Err(reason)
             }
-        }
-    }
-
-    /// Takes the name. Fails if another process has it, and says so.
-    fn listen(&self, address: &SocketAddr) -> Result<UnixListener, String> {
-        let name = &self.me.name;
-        let (mut silent, mut notice) = (None, Notice::new());
-        loop {
-            match UnixListener::bind_addr(address) {
-                Ok(listener) => return Ok(listener),
-                Err(error) if error.kind() == ErrorKind::AddrInUse => {}
-                Err(error) => return Err(format!("can't listen by the name {name:?}: {error}")),
-            }
-            if Instant::now() >= self.deadline {
-                return Err(format!("the name {name:?} was in use for all of {:?}", self.timeout));
-            }
-            let until = self.deadline.min(Instant::now() + ANSWER);
-            let holder = connect(address).map(Private::new);
-            let pid = holder.as_ref().ok().and_then(|holder| Credentials::of(holder).ok()?.pid);
-            match holder.and_then(|holder| greet(self.me, &holder, until, &mut notice)) {
-                Ok(frame) if frame.kind == Kind::Refuse => {
-                    return Err(frame.parse().unwrap_or_else(|error: io::Error| error.to_string()))
-                }
-                Ok(_) => {
-                    return Err(format!("the name {name:?} is held by a process that takes no part in this"))
-                }
-                // A world of that name has just ended, or is about to begin.
-                Err(error) if is_early(&error) => {}
-                Err(error) if is_late(&error) => {
-                    // A process that ends frees its memory first, which takes long where there is much, and closes its sockets then.
-                    let is_ending = pid.and_then(Process::of).is_some_and(|process| process.is_ending);
-                    let since = *silent.get_or_insert_with(Instant::now);
-                    if !is_ending && since.elapsed() > SILENCE {
-                        let pid = pid.map_or("a process of another PID namespace".into(), |pid| {
-                            format!("process {pid}")
-                        });
-                        return Err(format!(
-                            "two processes say that they are rank 0 of the world {name:?}: its name, {}, is held by {pid}, which does \
-                             not answer: end that, or give this world a name of its own by PARAM_AVERAGER_RENDEZVOUS",
-                            self.me.source
-                        ));
-                    }
-                }
-                Err(error) => return Err(format!("the process that holds the name {name:?}: {error}")),
-            }
-            std::thread::sleep(AGAIN);
         }
     }
 
@@ -201,20 +136,27 @@ impl Host<'_> {
     }
 
     /// Tells those that came, and those that come now.
-    fn refuse_all(&mut self, visitors: &mpsc::Receiver<Visitor>, reason: &str) {
+    fn refuse_all(&mut self, visitors: &mpsc::Receiver<Visitor>, door: &Door, reason: &str) {
         let mut left = (self.me.world_size - 1).saturating_sub(self.came.len() + self.refused);
         // Closed, so that others get their descriptors.
         std::mem::take(&mut self.came).values().for_each(|visitor| visitor.refuse(reason));
         // Two jobs fail by it.
         left += if self.is_contested { self.me.world_size } else { 0 };
-        let grace = if self.me.refusal.is_some() { PARTING } else { GRACE };
-        let until = self.deadline.min(Instant::now() + grace);
+        let begin = Instant::now();
         while left > 0 {
-            let Ok(visitor) = visitors.recv_timeout(until.saturating_duration_since(Instant::now())) else {
-                return;
-            };
-            visitor.refuse(reason);
-            left -= 1;
+            // Those that nobody can hear are told by the door.
+            let grace = if self.me.refusal.is_some() && !door.is_stuck() { PARTING } else { GRACE };
+            let patience = self.deadline.min(begin + grace).saturating_duration_since(Instant::now());
+            match visitors.recv_timeout(patience.min(TICK)) {
+                // A rank of another job comes again when this process has ended: it may have its own world.
+                Ok(visitor) if self.me.job.differs(&visitor.hello.job).is_some() => {}
+                Ok(visitor) => {
+                    visitor.refuse(reason);
+                    left -= 1;
+                }
+                Err(_) if patience <= TICK => return,
+                Err(_) => {}
+            }
         }
     }
 
@@ -298,20 +240,25 @@ impl Host<'_> {
         }
     }
 
-    /// Refuses a rank of another job. That job has a rank 0 of its own, and this world begins without it; or else it is not another
-    /// job, and nobody is to wait.
+    /// Refuses a rank of another job. That job has a rank 0 of its own, and this world begins
+    /// without it; or else it is not another job, and nobody is to wait.
     fn turn_away(&mut self, visitor: &Visitor, differs: &str) {
-        let Hello { rank, job, .. } = &visitor.hello;
+        let Hello { rank, job, world_size, .. } = &visitor.hello;
         let reason = format!(
             "a process says that it is rank {rank} of the world {:?}, but it seems to be of another job than rank 0: it is {job}, and rank 0 \
              is {}: {differs}; {APART}",
             self.me.name, self.me.job
         );
-        visitor.refuse(&reason);
+        visitor.refuse_as_foreign(&reason);
+        // One that has parted, or is of a larger world, does not stand for a rank of this one.
+        let is_one = visitor.hello.refusal.is_none() && *world_size == self.me.world_size;
+        let is_known = self.firsts.iter().any(|first| first.differs(job).is_none());
         if *rank == 0 {
-            self.firsts.push(job.clone());
             self.strays.retain(|stray| stray.job.differs(job).is_some());
-        } else if self.firsts.iter().all(|first| first.differs(job).is_some()) {
+            if !is_known && self.firsts.len() < MOST_OTHERS {
+                self.firsts.push(job.clone());
+            }
+        } else if is_one && !is_known && self.strays.len() < MOST_OTHERS {
             let until = Instant::now() + STRAY;
             self.strays.push(Stray { rank: *rank, job: job.clone(), reason, until });
         }
@@ -358,30 +305,6 @@ impl Host<'_> {
         let confirmation = Confirmation::of_rank_0(came);
         Ok(Crew { page, peers, confirmation, origin: welcome.origin, held: None })
     }
-}
-
-impl Visitor {
-    fn refuse(&self, reason: &str) {
-        // It may have gone.
-        let _ = frame::send(&self.stream, (Kind::Refuse, 0, 0), &reason, &[], Instant::now() + GRACE);
-    }
-}
-
-/// What a process is told that comes when all ranks are there.
-fn begun(me: &Me, hello: &Hello, since: Instant) -> String {
-    let differs = me.job.differs(&hello.job);
-    let seconds = since.elapsed().as_secs();
-    let how = match (&differs, hello.rank) {
-        (Some(differs), _) => format!("{differs}; {APART}"),
-        (None, 0) => "end that, or give this world a name of its own, such as another MASTER_PORT".into(),
-        (None, rank) => format!(
-            "it has a rank {rank}: see whether this process was started twice, or use World::join to join it"
-        ),
-    };
-    format!(
-        "two processes say that they are rank {} of the world {:?}, which has begun, {seconds} s ago: its rank 0 is {}; this is {}: {how}",
-        hello.rank, me.name, me.job, hello.job
-    )
 }
 
 /// Whether the other end is closed: nobody says anything after its hello.

@@ -1,0 +1,150 @@
+//! The name of a world: how rank 0 takes it, and what it answers later to those that want it, too.
+
+use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use super::{connect, greet, is_early, is_late, Hello, Me, Notice, AGAIN, FOREIGN, GRACE};
+use crate::backend::limits::{why, Wanted};
+use crate::world::processes::ancestry::Process;
+use crate::world::processes::credentials::Credentials;
+use crate::world::processes::frame::{self, Frame, Kind};
+use crate::world::processes::private::Private;
+use crate::world::processes::strangers::{self, Door};
+
+/// How long a process that holds the name has for one answer, and in all. One that is ending has as
+/// long as it takes.
+const ANSWER: Duration = Duration::from_millis(500);
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// What to do about two jobs that use one name.
+pub(super) const APART: &str = "if they are one job, set PARAM_AVERAGER_RENDEZVOUS to one name on every rank, or say so by WorldBuilder::job; if they \
+     are two, give each a name of its own, such as another MASTER_PORT";
+
+/// A rank that has said its hello.
+#[derive(Debug)]
+pub(super) struct Visitor {
+    pub(super) stream: Private<UnixStream>,
+    pub(super) hello: Hello,
+    pub(super) process: Option<OwnedFd>,
+}
+
+impl Visitor {
+    pub(super) fn refuse(&self, reason: &str) {
+        self.answer(0, reason);
+    }
+
+    /// Its job may have a rank 0 of its own.
+    pub(super) fn refuse_as_foreign(&self, reason: &str) {
+        self.answer(FOREIGN, reason);
+    }
+
+    fn answer(&self, number: u32, reason: &str) {
+        // It may have gone.
+        let _ = frame::send(&self.stream, (Kind::Refuse, 0, number), &reason, &[], Instant::now() + GRACE);
+    }
+}
+
+/// Takes the name. Fails if another process has it, and says so.
+pub(super) fn take(
+    me: &Me,
+    address: &SocketAddr,
+    deadline: Instant,
+    timeout: Duration,
+) -> Result<UnixListener, String> {
+    let name = &me.name;
+    let (mut silent, mut notice) = (None, Notice::new());
+    loop {
+        match UnixListener::bind_addr(address) {
+            Ok(listener) => return Ok(listener),
+            Err(error) if error.kind() == ErrorKind::AddrInUse => {}
+            Err(error) => {
+                return Err(why(&format!("listening by the name {name:?}"), Wanted::Descriptor, error))
+            }
+        }
+        if Instant::now() >= deadline {
+            return Err(format!("the name {name:?} was in use for all of {:?}", timeout));
+        }
+        let until = deadline.min(Instant::now() + ANSWER);
+        let holder = connect(address).map(Private::new);
+        let pid = holder.as_ref().ok().and_then(|holder| Credentials::of(holder).ok()?.pid);
+        match holder.and_then(|holder| greet(me, &holder, until, &mut notice)) {
+            Ok(frame) if frame.kind == Kind::Refuse => {
+                let reason = frame.parse().unwrap_or_else(|error: io::Error| error.to_string());
+                part(me, address, deadline, &reason);
+                return Err(reason);
+            }
+            Ok(_) => {
+                return Err(format!("the name {name:?} is held by a process that takes no part in this"))
+            }
+            // A world of that name has just ended, or is about to begin.
+            Err(error) if is_early(&error) => {}
+            Err(error) if is_late(&error) => {
+                // A process that ends frees its memory first, which takes long where there is much,
+                // and closes its sockets then.
+                let is_ending = pid.and_then(Process::of).is_some_and(|process| process.is_ending);
+                let since = *silent.get_or_insert_with(Instant::now);
+                if !is_ending && since.elapsed() > SILENCE {
+                    let pid = pid
+                        .map_or("a process of another PID namespace".into(), |pid| format!("process {pid}"));
+                    return Err(format!(
+                        "two processes say that they are rank 0 of the world {name:?}: its name, {}, is held by {pid}, which does \
+                         not answer: end that, or give this world a name of its own by PARAM_AVERAGER_RENDEZVOUS",
+                        me.source
+                    ));
+                }
+            }
+            Err(error) => return Err(format!("the process that holds the name {name:?}: {error}")),
+        }
+        std::thread::sleep(AGAIN);
+    }
+}
+
+/// Tells the other ranks of this job, should the process that holds the name end meanwhile: they
+/// would wait for this one.
+fn part(me: &Me, address: &SocketAddr, deadline: Instant, reason: &str) {
+    let until = deadline.min(Instant::now() + GRACE);
+    let mut left = me.world_size - 1;
+    while left > 0 && Instant::now() < until {
+        std::thread::sleep(AGAIN);
+        let Ok(listener) = UnixListener::bind_addr(address) else { continue };
+        let (send, visitors) = mpsc::sync_channel(strangers::MOST);
+        let (mine, size) = (me.job.clone(), me.world_size);
+        let came = move |stream, frame: Frame| {
+            let hello = frame.parse::<Hello>();
+            // Those of another job come again when this process has ended.
+            let is_mine =
+                |hello: &Hello| (1..size).contains(&hello.rank) && mine.differs(&hello.job).is_none();
+            if let Some(hello) = hello.ok().filter(is_mine) {
+                let _ = send.try_send(Visitor { stream, hello, process: None });
+            }
+        };
+        let Ok(_door) = Door::open(listener, &[Kind::Hello], 1, came) else { return };
+        while let Ok(visitor) = visitors.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            visitor.refuse(reason);
+            left -= 1;
+            if left == 0 {
+                return;
+            }
+        }
+    }
+}
+
+/// What a process is told that comes when all ranks are there.
+pub(super) fn begun(me: &Me, hello: &Hello, since: Instant) -> String {
+    let differs = me.job.differs(&hello.job);
+    let seconds = since.elapsed().as_secs();
+    let how = match (&differs, hello.rank) {
+        (Some(differs), _) => format!("{differs}; {APART}"),
+        (None, 0) => "end that, or give this world a name of its own, such as another MASTER_PORT".into(),
+        (None, rank) => format!(
+            "it has a rank {rank}: see whether this process was started twice, or use World::join to join it"
+        ),
+    };
+    format!(
+        "two processes say that they are rank {} of the world {:?}, which has begun, {seconds} s ago: its rank 0 is {}; this is {}: {how}",
+        hello.rank, me.name, me.job, hello.job
+    )
+}

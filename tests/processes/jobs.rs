@@ -1,0 +1,284 @@
+//! Two jobs that use one name: they never mix, never hang, and each is told about the other.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use rustix::process::Signal;
+
+use super::crew::{command, name, spawn, start, start_all, Rank};
+use super::deaths::runs;
+
+/// No process takes longer from the start of the last job.
+const SOON: Duration = Duration::from_secs(30);
+
+/// A shell that starts two ranks by `line`, in which $r is the rank, and waits for them.
+fn shell(line: &str, port: &str, job: usize, more: &[(&str, String)]) -> Command {
+    let own = std::env::current_exe().unwrap();
+    let own = format!("{} {} --exact --nocapture --test-threads=1", own.display(), crate::WORKER);
+    let loops = format!("for r in 0 1; do {} & done; wait", line.replace("TRAINER", &own));
+    let mut sh = Command::new("sh");
+    sh.args(["-c", &loops]).env("PA_TEST_ROLE", "job").env("PA_TEST_JOB", job.to_string());
+    sh.env("WORLD_SIZE", "2").env("MASTER_ADDR", "localhost").env("MASTER_PORT", port);
+    for (name, value) in more {
+        sh.env(name, value);
+    }
+    sh
+}
+
+/// What two shells say that were started so long after one another. Returns how many ranks of each
+/// have averaged.
+fn play(one: Command, other: Command, apart: Duration) -> [usize; 2] {
+    let mut jobs = vec![spawn(one)];
+    std::thread::sleep(apart);
+    jobs.push(spawn(other));
+    let begin = Instant::now();
+    let mut averaged = [0; 2];
+    for (job, shell) in jobs.iter_mut().enumerate() {
+        assert_eq!(shell.end(), Some(0), "{:#?}", shell.heard);
+        let (good, errors) = (shell.said("averaged"), shell.said("error"));
+        assert_eq!(good.len() + errors.len(), 2, "{:#?}", shell.heard);
+        for error in &errors {
+            let names = error.matches("process ").count() >= 2;
+            assert!(
+                names && error.contains("say") || error.contains("seems to be of another job"),
+                "{error}"
+            );
+        }
+        averaged[job] = good.len();
+    }
+    assert!(begin.elapsed() < SOON, "{:?}", begin.elapsed());
+    assert!(averaged.iter().all(|count| [0, 2].contains(count)), "{averaged:?}");
+    averaged
+}
+
+/// Shell loops, subshells and wrappers for each rank.
+const LINES: [&str; 4] = [
+    "RANK=$r TRAINER",
+    "(true; RANK=$r TRAINER; true)",
+    "RANK=$r timeout 60 TRAINER",
+    "RANK=$r sh -c 'TRAINER; exit $?'",
+];
+
+#[test]
+fn shell_loops_meet_by_themselves() {
+    for line in LINES {
+        let mut shell = spawn(shell(line, &name(), 7, &[]));
+        assert_eq!(shell.end(), Some(0));
+        assert_eq!(shell.said("averaged"), ["7", "7"], "{line}: {:#?}", shell.heard);
+    }
+}
+
+/// The loop has ended before its ranks meet, so that their parent is another process.
+#[test]
+fn ranks_meet_whose_shell_has_ended() {
+    let own = std::env::current_exe().unwrap();
+    let own = format!("{} {} --exact --nocapture --test-threads=1", own.display(), crate::WORKER);
+    for late in [0, 1] {
+        let line = format!("for r in 0 1; do (test $r = {late} && sleep 0.3; RANK=$r exec {own}) & done");
+        let mut sh = Command::new("sh");
+        sh.args(["-c", &line]).env("PA_TEST_ROLE", "job").env("PA_TEST_JOB", "7");
+        sh.env("WORLD_SIZE", "2").env("MASTER_PORT", name());
+        let mut shell = spawn(sh);
+        assert_eq!(shell.end(), Some(0));
+        assert_eq!(shell.said("averaged"), ["7", "7"], "{:#?}", shell.heard);
+    }
+}
+
+#[test]
+fn jobs_with_one_name_never_mix() {
+    let pairs = runs("PA_TEST_PAIRS", 12);
+    let (mut both, mut one, mut neither) = (0, 0, 0);
+    for pair in 0..pairs {
+        let (port, line) = (name(), LINES[pair % LINES.len()]);
+        let linger = [("PA_TEST_LINGER_MS", (pair % 3 * 200).to_string())];
+        let job = |job| shell(line, &port, job, &linger);
+        match play(job(10), job(20), Duration::from_millis((pair % 5) as u64 * 3)) {
+            [2, 2] => both += 1, // one after the other
+            [0, 0] => neither += 1,
+            _ => one += 1,
+        }
+    }
+    println!("{pairs} pairs: in {both} both jobs ran, in {one} one did, in {neither} none; 0 mixed");
+    assert!(one + both > 0, "no job gets into its world");
+}
+
+/// The first job's rank 1 comes late, and the second job's rank 0: its rank 1 comes in between.
+#[test]
+fn an_early_rank_of_another_job_takes_no_place() {
+    for _ in 0..runs("PA_TEST_EARLY", 3) {
+        let port = name();
+        let job = |job: usize, late: usize| {
+            let line = format!("(test $r = {late} && sleep 0.5; RANK=$r TRAINER; true)");
+            shell(&line, &port, job, &[("PA_TEST_LINGER_MS", "1500".to_owned())])
+        };
+        assert_eq!(play(job(10, 1), job(20, 0), Duration::from_millis(50)), [2, 0]);
+    }
+}
+
+/// As a sweep does that one script starts: what tells the jobs apart is an argument.
+#[test]
+fn jobs_that_one_process_starts_are_told_apart_by_their_arguments() {
+    for _ in 0..runs("PA_TEST_SWEEPS", 3) {
+        let port = name();
+        let rank = |rank: usize, job: usize| {
+            let variables = [
+                ("RANK", rank.to_string()),
+                ("WORLD_SIZE", "2".to_owned()),
+                ("MASTER_PORT", port.clone()),
+                ("PA_TEST_JOB", job.to_string()),
+            ];
+            let mut command = command(&[], "job", &variables);
+            command.args([format!("rank-{rank}"), format!("lr-0.{job}")]);
+            spawn(command)
+        };
+        let mut ranks = [rank(0, 1), rank(1, 2), rank(1, 1), rank(0, 2)];
+        let codes: Vec<_> = ranks.iter_mut().map(Rank::end).collect();
+        assert_eq!((codes[0], codes[1]), (codes[2], codes[3]), "{codes:?}");
+        let errors: Vec<String> = ranks.iter().flat_map(|rank| rank.said("error")).collect();
+        assert!(!errors.is_empty());
+        for error in errors {
+            let is_named =
+                error.contains("\"lr-0.1\" and \"lr-0.2\"") || error.contains("\"lr-0.2\" and \"lr-0.1\"");
+            assert!(is_named && error.contains("PARAM_AVERAGER_RENDEZVOUS"), "{error}");
+        }
+    }
+}
+
+/// Jobs that nothing tells apart: who comes second to a number ends both meetings.
+#[test]
+fn two_processes_with_one_number_end_the_meeting_for_all() {
+    for twice in [0, 1] {
+        let numbers = [0, 1, twice];
+        let name = name();
+        let rank = |rank: &usize| {
+            let variables = [
+                ("PA_TEST_RANK", rank.to_string()),
+                ("PA_TEST_WORLD", "3".into()),
+                ("PA_TEST_NAME", name.clone()),
+            ];
+            start("hold", &variables)
+        };
+        let begin = Instant::now();
+        let mut ranks: Vec<Rank> = numbers.iter().map(rank).collect();
+        let pids: Vec<String> = ranks.iter().map(|rank| format!("process {} ", rank.child.id())).collect();
+        for rank in &mut ranks {
+            assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+            let error = &rank.said("error")[0];
+            let both = [twice, 2].iter().all(|&at| error.contains(&pids[at]));
+            assert!(
+                both && error.contains(&format!("two processes say that they are rank {twice}")),
+                "{error}"
+            );
+        }
+        assert!(begin.elapsed() < SOON);
+    }
+}
+
+#[test]
+fn a_name_is_held_for_the_life_of_a_world() {
+    let mut world = start_all("hold", 2, |_| vec![]);
+    world.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    let about = world[0].said("in")[0].clone();
+    let held = about.split('"').nth(1).unwrap().to_owned();
+    assert!(about.contains(&format!("process {} ", world[0].child.id())), "{about}");
+    let rank = |rank: usize| {
+        let variables = [
+            ("PA_TEST_RANK", rank.to_string()),
+            ("PA_TEST_WORLD", "2".into()),
+            ("PA_TEST_NAME", held.clone()),
+        ];
+        start("hold", &variables)
+    };
+    for number in [0, 1] {
+        let begin = Instant::now();
+        let mut second = rank(number);
+        assert_eq!(second.end(), Some(3));
+        let error = &second.said("error")[0];
+        let names = error.contains(&format!("process {} ", world[0].child.id()));
+        assert!(names && error.contains("which has begun"), "{error}");
+        assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+    }
+    // A rank 0 that is stopped holds it, too.
+    world[0].signal(Signal::STOP);
+    let mut second = rank(0);
+    assert_eq!(second.end(), Some(3));
+    let error = &second.said("error")[0];
+    let pid = format!("is held by process {}, which does not answer", world[0].child.id());
+    assert!(error.contains(&pid), "{error}");
+    assert!(world.iter_mut().all(|rank| rank.child.try_wait().unwrap().is_none()), "the world is untouched");
+}
+
+/// A process that ends closes its sockets after it has freed its memory: the next rank 0 finds the
+/// name taken, and no answer.
+#[test]
+fn a_job_that_was_killed_restarts_at_once() {
+    let restarts = runs("PA_TEST_RESTARTS", 4);
+    let name = name();
+    let rank = |rank: usize, megabytes: usize| {
+        let variables = [
+            ("PA_TEST_RANK", rank.to_string()),
+            ("PA_TEST_WORLD", "2".to_owned()),
+            ("PA_TEST_NAME", name.clone()),
+            ("PA_TEST_MEGABYTES", megabytes.to_string()),
+        ];
+        start("hold", &variables)
+    };
+    let mut slowest = Duration::ZERO;
+    for _ in 0..restarts {
+        let mut large = [rank(0, 2000), rank(1, 0)];
+        large.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        large.iter().for_each(|rank| rank.signal(Signal::KILL));
+        let begin = Instant::now();
+        // One that is ready soon.
+        let mut next = [rank(0, 0), rank(1, 0)];
+        next.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        slowest = slowest.max(begin.elapsed());
+        next.iter().for_each(|rank| rank.signal(Signal::KILL));
+    }
+    println!("{restarts} restarts at once, the slowest took {slowest:?}");
+}
+
+#[test]
+fn jobs_are_told_apart_by_what_the_program_says() {
+    let name = name();
+    let rank = |rank: usize, job: &str| {
+        let variables = [
+            ("PA_TEST_RANK", rank.to_string()),
+            ("PA_TEST_WORLD", "2".to_owned()),
+            ("PA_TEST_NAME", name.clone()),
+            ("PA_TEST_JOB", "1".into()),
+            ("PA_TEST_JOB_NAME", job.to_owned()),
+        ];
+        start("job", &variables)
+    };
+    let mut ranks = [rank(0, "a"), rank(1, "b")];
+    for process in &mut ranks {
+        assert_eq!(process.end(), Some(3), "{:#?}", process.heard);
+        let error = &process.said("error")[0];
+        assert!(
+            error.contains("of job \"a\" and of job \"b\"") && error.contains("WorldBuilder::job"),
+            "{error}"
+        );
+    }
+    // Ranks that are started by two processes, with other arguments, are one job if the program
+    // says so.
+    let own = std::env::current_exe().unwrap();
+    let start = |rank: usize| {
+        let line = format!(
+            "{} {} --exact --nocapture --test-threads=1 x{}; exit $?",
+            own.display(),
+            crate::WORKER,
+            rank + 5
+        );
+        let mut sh = Command::new("sh");
+        sh.args(["-c", &line])
+            .env("PA_TEST_ROLE", "job")
+            .env("PA_TEST_JOB", "1")
+            .env("PA_TEST_JOB_NAME", "c");
+        sh.env("PA_TEST_RANK", rank.to_string()).env("PA_TEST_WORLD", "2").env("PA_TEST_NAME", &name);
+        spawn(sh)
+    };
+    for mut shell in [start(0), start(1)] {
+        assert_eq!(shell.end(), Some(0), "{:#?}", shell.heard);
+    }
+}
