@@ -80,7 +80,7 @@ fn world(
     limit: Limit,
     stage: &str,
     limited: usize,
-    group: &String,
+    group: &str,
     more: &[(&'static str, String)],
 ) -> Vec<Rank> {
     let name = name();
@@ -91,7 +91,7 @@ fn world(
             ("PA_TEST_NAME", name.clone()),
             ("PA_TEST_MEET_MS", "60000".into()),
             ("PA_TEST_TIMEOUT_MS", "60000".into()),
-            ("PA_TEST_GROUP", group.clone()),
+            ("PA_TEST_GROUP", group.to_owned()),
             ("PA_TEST_LAST", stage.into()),
         ];
         all.extend_from_slice(more);
@@ -223,7 +223,7 @@ fn limits_while_joining_harm_nobody_else() {
                     ("PA_TEST_NAME", name.clone()),
                     ("PA_TEST_MEET_MS", "60000".into()),
                     ("PA_TEST_TIMEOUT_MS", "60000".into()),
-                    ("PA_TEST_GROUP", group.clone()),
+                    ("PA_TEST_GROUP", group.to_owned()),
                 ];
                 all.extend(limit.not_root.then(|| ("PA_TEST_USER", USER.to_string())));
                 all.extend_from_slice(more);
@@ -276,7 +276,7 @@ fn limits_of_members_are_told_to_processes_that_join() {
                 ("PA_TEST_NAME", name.clone()),
                 ("PA_TEST_MEET_MS", "60000".into()),
                 ("PA_TEST_TIMEOUT_MS", "60000".into()),
-                ("PA_TEST_GROUP", group.clone()),
+                ("PA_TEST_GROUP", group.to_owned()),
             ];
             all.extend(limit.not_root.then(|| ("PA_TEST_USER", USER.to_string())));
             all.extend_from_slice(more);
@@ -324,7 +324,7 @@ fn limits_of_ranks_that_are_threads_are_typed_errors() {
             }
             let group = group();
             let mut all = variables(limit, "building");
-            all.extend([("PA_TEST_GROUP", group.clone()), ("PA_TEST_ALGORITHM", algorithm.into())]);
+            all.extend([("PA_TEST_GROUP", group.to_owned()), ("PA_TEST_ALGORITHM", algorithm.into())]);
             all.extend(limit.not_root.then(|| ("PA_TEST_USER", USER.to_string())));
             let mut process = start("limited_threads", &all);
             process.enough();
