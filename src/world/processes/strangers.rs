@@ -139,7 +139,7 @@ fn keep(
 }
 
 /// Of a process that can't start one.
-const THREADS: &str = "this world's rank 0, or a member, can't start a thread to hear others: raise ulimit -u, or the pids.max of its \
+pub(super) const THREADS: &str = "this world's rank 0, or a member, can't start a thread to hear others: raise ulimit -u, or the pids.max of its \
      cgroup";
 
 /// Of file descriptors.

@@ -73,7 +73,7 @@ impl Host<'_> {
             }
         };
         let door = Door::open(listener, &[Kind::Hello], 1, came);
-        let door = door.map_err(|error| format!("can't start a thread: {error}"))?;
+        let door = door.map_err(|error| format!("can't start a thread: {error}: {}", strangers::THREADS))?;
         let result = self.gather(&visitors, &door).and_then(|()| self.introduce());
         match result {
             // From here on, whoever comes is told that the world has begun.
