@@ -17,6 +17,8 @@ mod crew;
 mod model;
 #[path = "processes/pairs.rs"]
 mod pairs;
+#[path = "processes/roles.rs"]
+mod roles;
 #[path = "processes/worker.rs"]
 mod worker;
 

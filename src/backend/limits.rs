@@ -2,6 +2,7 @@
 //! named, with their values, in the text of an error.
 
 use std::io;
+use std::sync::{Arc, Barrier};
 use std::thread::JoinHandle;
 
 /// What a call asked the system for, in bytes where it has a size.
@@ -37,15 +38,22 @@ pub(crate) fn why(call: &str, wanted: Wanted, error: impl Into<io::Error>) -> St
 }
 
 /// A thread with a stack of `stack` bytes. Between the start of a thread and its first line, std maps memory whose lack aborts the
-/// process: a thread that might be short of it is not started.
+/// process: a thread that might be short of it is not started, and one that was started has it when this returns.
 pub(crate) fn thread(
     name: String,
     stack: usize,
     run: impl FnOnce() + Send + 'static,
 ) -> Result<JoinHandle<()>, String> {
     spare_for_a_thread(stack).map_err(|reason| format!("a thread's {reason}"))?;
-    let thread = std::thread::Builder::new().name(name).stack_size(stack);
-    thread.spawn(run).map_err(|error| why("starting a thread", Wanted::Thread, error))
+    let begun = Arc::new(Barrier::new(2));
+    let begins = begun.clone();
+    let thread = std::thread::Builder::new().name(name).stack_size(stack).spawn(move || {
+        begins.wait();
+        run();
+    });
+    let thread = thread.map_err(|error| why("starting a thread", Wanted::Thread, error))?;
+    begun.wait();
+    Ok(thread)
 }
 
 #[cfg(target_os = "linux")]

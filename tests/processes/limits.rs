@@ -1,6 +1,8 @@
 //! Limits of the system that one rank meets, at every place where a world or an averager takes something: all ranks get a typed error
 //! that names the limit and the rank, soon, or nothing is needed there and all goes on. No signal ends a process, and nothing aborts.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use rustix::process::Signal;
 
 use super::common::skipped;
@@ -54,7 +56,7 @@ fn can_be_set(limit: Limit) -> bool {
     let is_root = rustix::process::getuid().is_root();
     match limit.resource {
         "pids" => {
-            let group = group(0);
+            let group = group();
             let made =
                 std::fs::create_dir(&group).is_ok() && std::fs::metadata(group.clone() + "/pids.max").is_ok();
             let _ = std::fs::remove_dir(group);
@@ -64,16 +66,23 @@ fn can_be_set(limit: Limit) -> bool {
     }
 }
 
-/// The control group of a process of these tests.
-fn group(process: u32) -> String {
-    let first = ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"]
-        .into_iter()
-        .find(|path| std::path::Path::new(path).exists());
-    format!("{}/param-averager-test-{}-{process}", first.unwrap_or("/sys/fs/cgroup"), std::process::id())
+/// A control group that no other process of these tests has.
+fn group() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let all = ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"];
+    let all = all.into_iter().find(|path| std::path::Path::new(path).exists()).unwrap_or("/sys/fs/cgroup");
+    let number = NEXT.fetch_add(1, Ordering::Relaxed);
+    format!("{all}/param-averager-test-{}-{number}", std::process::id())
 }
 
 /// Starts ranks of which one meets the limit at `stage`.
-fn world(limit: Limit, stage: &str, limited: usize, more: &[(&'static str, String)]) -> Vec<Rank> {
+fn world(
+    limit: Limit,
+    stage: &str,
+    limited: usize,
+    group: &str,
+    more: &[(&'static str, String)],
+) -> Vec<Rank> {
     let name = name();
     let rank = |rank: usize| {
         let mut all = vec![
@@ -82,7 +91,7 @@ fn world(limit: Limit, stage: &str, limited: usize, more: &[(&'static str, Strin
             ("PA_TEST_NAME", name.clone()),
             ("PA_TEST_MEET_MS", "60000".into()),
             ("PA_TEST_TIMEOUT_MS", "60000".into()),
-            ("PA_TEST_GROUP", group(1 + rank as u32)),
+            ("PA_TEST_GROUP", group.to_owned()),
             ("PA_TEST_LAST", stage.into()),
         ];
         all.extend_from_slice(more);
@@ -110,7 +119,8 @@ fn error(rank: &mut Rank, what: &str) -> Option<(u64, String)> {
 /// One cell of the table: what the rank that met the limit says, if it was met.
 fn cell(limit: Limit, stage: &str, limited: usize, more: &[(&'static str, String)]) -> Option<String> {
     let what = format!("{} while {stage}, rank {limited} {more:?}", limit.resource);
-    let mut ranks = world(limit, stage, limited, more);
+    let group = group();
+    let mut ranks = world(limit, stage, limited, &group, more);
     // All have begun when the first is told to.
     ranks.iter_mut().for_each(|rank| drop(rank.hear("starting")));
     ranks.iter_mut().for_each(|rank| STAGES.iter().for_each(|_| rank.enough()));
@@ -119,7 +129,7 @@ fn cell(limit: Limit, stage: &str, limited: usize, more: &[(&'static str, String
         let dies = rank + 1 == RANKS && process.end().is_none();
         errors.extend((!dies).then(|| error(process, &what)));
     }
-    let _ = std::fs::remove_dir(group(1 + limited as u32));
+    let _ = std::fs::remove_dir(group);
     if errors.iter().all(Option::is_none) {
         return None;
     }
@@ -207,13 +217,13 @@ fn limits_while_joining_harm_nobody_else() {
                 skipped(&format!("limits while joining, {what}"), "this user can't set that limit");
                 continue;
             }
-            let name = name();
+            let (name, group) = (name(), group());
             let one = |more: &[(&'static str, String)]| {
                 let mut all = vec![
                     ("PA_TEST_NAME", name.clone()),
                     ("PA_TEST_MEET_MS", "60000".into()),
                     ("PA_TEST_TIMEOUT_MS", "60000".into()),
-                    ("PA_TEST_GROUP", group(1)),
+                    ("PA_TEST_GROUP", group.to_owned()),
                 ];
                 all.extend(limit.not_root.then(|| ("PA_TEST_USER", USER.to_string())));
                 all.extend_from_slice(more);
@@ -233,7 +243,7 @@ fn limits_while_joining_harm_nobody_else() {
             let mut late = one(&[variables(limit, stage), vec![("PA_TEST_JOIN", "1".into())]].concat());
             STAGES.iter().for_each(|_| late.enough());
             let (after, error) = error(&mut late, &what).unwrap_or_else(|| panic!("{what}: it was not met"));
-            let _ = std::fs::remove_dir(group(1));
+            let _ = std::fs::remove_dir(&group);
             assert!(error.contains(limit.says), "{what}: {error}");
             assert!(after < SOON_MS, "{what}: it was told after {after} ms");
             println!("{what}: after {after} ms: {error}");
@@ -260,13 +270,13 @@ fn limits_of_members_are_told_to_processes_that_join() {
             skipped(&what, "this user can't set that limit");
             continue;
         }
-        let name = name();
+        let (name, group) = (name(), group());
         let one = |more: &[(&'static str, String)]| {
             let mut all = vec![
                 ("PA_TEST_NAME", name.clone()),
                 ("PA_TEST_MEET_MS", "60000".into()),
                 ("PA_TEST_TIMEOUT_MS", "60000".into()),
-                ("PA_TEST_GROUP", group(1)),
+                ("PA_TEST_GROUP", group.to_owned()),
             ];
             all.extend(limit.not_root.then(|| ("PA_TEST_USER", USER.to_string())));
             all.extend_from_slice(more);
@@ -287,7 +297,7 @@ fn limits_of_members_are_told_to_processes_that_join() {
         let mut late = one(&[("PA_TEST_JOIN", "1".into())]);
         STAGES.iter().for_each(|_| late.enough());
         let (after, error) = error(&mut late, &what).unwrap_or_else(|| panic!("{what}: it was not met"));
-        let _ = std::fs::remove_dir(group(1));
+        let _ = std::fs::remove_dir(&group);
         assert!(error.contains(limit.says), "{what}: {error}");
         assert!(after < SOON_MS, "{what}: it was told after {after} ms");
         println!("{what}: after {after} ms: {error}");
@@ -312,13 +322,14 @@ fn limits_of_ranks_that_are_threads_are_typed_errors() {
                 );
                 continue;
             }
+            let group = group();
             let mut all = variables(limit, "building");
-            all.extend([("PA_TEST_GROUP", group(1)), ("PA_TEST_ALGORITHM", algorithm.into())]);
+            all.extend([("PA_TEST_GROUP", group.to_owned()), ("PA_TEST_ALGORITHM", algorithm.into())]);
             all.extend(limit.not_root.then(|| ("PA_TEST_USER", USER.to_string())));
             let mut process = start("limited_threads", &all);
             process.enough();
             let code = process.end();
-            let _ = std::fs::remove_dir(group(1));
+            let _ = std::fs::remove_dir(&group);
             let errors = process.said("error");
             if ["memfds", "file size", "descriptors"].contains(&limit.resource) {
                 assert_eq!((code, errors.len()), (Some(0), 0), "{what}: {:#?}", process.heard);

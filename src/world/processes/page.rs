@@ -11,7 +11,7 @@
 
 use std::mem::offset_of;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{fence, AtomicU32, AtomicU64, Ordering};
 
 use crate::abi::PA_MAX_WORLD;
 use crate::backend::Shared;
@@ -108,8 +108,13 @@ impl Page {
             if let Some((members, joined)) = self.read(word as u32 as usize, generation) {
                 return Decision { generation, members, joined, word };
             }
-            // Its place has been taken by the list of a later generation: another decision holds.
-            std::hint::spin_loop();
+            // Its place has been taken by the list of a later generation, whose proposer has seen
+            // that another decision holds. With the release in `write`, so does this process.
+            fence(Ordering::Acquire);
+            if self.words().decision.load(Ordering::Relaxed) == word {
+                // Not written by this crate: no process is a member, and nobody waits for it.
+                return Decision { generation, members: vec![], joined: None, word };
+            }
         }
     }
 
@@ -148,7 +153,7 @@ impl Page {
             // Unless a later generation's is there: then this proposal is too late, and is not
             // decided.
             let older = |word: u64| ((word >> 32) as u32 <= generation).then_some(new);
-            let _ = word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, older);
+            let _ = word.fetch_update(Ordering::Release, Ordering::Relaxed, older);
         };
         for (word, &id) in list.members.iter().zip(members) {
             write(word, id);
@@ -218,6 +223,15 @@ mod tests {
             page.propose(stale.members[0], stale, &[7; MOST], Some(7));
             page.propose(stale.members[1], stale, &[8; MOST], Some(8));
             assert_eq!(page.decision(), now);
+        }
+    }
+
+    #[test]
+    fn a_page_that_is_damaged_has_no_members() {
+        let page = Page::new(2).unwrap();
+        for word in [5 << 32, 5 << 32 | 3, u64::MAX] {
+            page.words().decision.store(word, Ordering::Relaxed);
+            assert!(page.decision().members.is_empty());
         }
     }
 
