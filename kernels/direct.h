@@ -41,7 +41,7 @@ template <class T, int kMost> struct Direct {
   // Pack i of every rank → the mean.
   template <class G, class Access> PA_FN auto mean(const Access& access, G, uint32_t i) const {
     constexpr int K = G::kPacks;
-    Wide<T, K> sum = nothing<T, K>();
+    Wide<T, K> sum = zero<T, K>();
     Raw<T, K> value{}, differs{};
     each_rank([&](uint32_t r) {
       if (scale(r) < 0) return;

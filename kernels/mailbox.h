@@ -306,6 +306,7 @@ struct Block {
       me->outcome = PA_OPEN;
       me->waited_ns = 0;
       me->committed = 0;
+      me->guest = 0;
     }
   }
 

@@ -91,12 +91,6 @@ template <class T, int K> PA_FN Wide<T, K> zero() {
   PA_UNROLL for (int i = 0; i < Wide<T, K>::kLength; ++i) x.v[i] = SumOf<T>(0);
   return x;
 }
-// What a sum begins with: -0, or a sum of -0 would be +0.
-template <class T, int K> PA_FN Wide<T, K> nothing() {
-  Wide<T, K> x;
-  PA_UNROLL for (int i = 0; i < Wide<T, K>::kLength; ++i) x.v[i] = -SumOf<T>(0);
-  return x;
-}
 template <class T, int K> PA_FN Wide<T, K> operator+(Wide<T, K> a, const Wide<T, K>& b) {
   PA_UNROLL for (int i = 0; i < Wide<T, K>::kLength; ++i) a.v[i] = a.v[i] + b.v[i];
   return a;
@@ -293,11 +287,6 @@ template <class T, int K> PA_FN Raw<T, K> narrow(const Wide<T, K>& x) {
   return r;
 }
 template <class T, int K> PA_FN Wide<T, K> zero() { return Wide<T, K>{}; }
-template <class T, int K> PA_FN Wide<T, K> nothing() {
-  Wide<T, K> x;
-  for (int h = 0; h < Wide<T, K>::kParts; ++h) x.part[h] = -V<SumOf<T>, Wide<T, K>::kBytes>{};
-  return x;
-}
 template <class T, int K> PA_FN Wide<T, K> operator+(Wide<T, K> a, const Wide<T, K>& b) {
   for (int h = 0; h < Wide<T, K>::kParts; ++h) a.part[h] = a.part[h] + b.part[h];
   return a;

@@ -178,13 +178,15 @@ template <class T, bool kF32> struct Ring {
   PA_FN bool reduce(Batch batch) {
     const uint32_t n = b.a.world;
     if (!each(batch, b.a.rank + n - 1, [&](Range r, uint64_t) { return send_own(r); })) return false;
-    for (uint32_t k = 1; k + 1 < n; ++k) {
+    uint32_t k = 1;
+    if constexpr (kF32) { // for more than two ranks; what comes first is raw
       const Brought with = brought(k);
-      const auto step = [&](Range r, uint64_t) {
-        if constexpr (kF32) return k == 1 ? add_and_send<true>(r, with) : add_and_send<false>(r, with);
-        else return add_and_send<true>(r, with);
-      };
-      if (!each(batch, b.a.rank + n - 1 - k, step)) return false;
+      if (!each(batch, b.a.rank + n - 1 - k, [&](Range r, uint64_t) { return add_and_send<true>(r, with); })) return false;
+      ++k;
+    }
+    for (; k + 1 < n; ++k) {
+      const Brought with = brought(k);
+      if (!each(batch, b.a.rank + n - 1 - k, [&](Range r, uint64_t) { return add_and_send<!kF32>(r, with); })) return false;
     }
     return true;
   }
@@ -228,7 +230,8 @@ template <uint32_t kPhase> PA_FN void run_ring(const Exec& ex, const PaArgs& a) 
   const PaBucket* buckets = at<const PaBucket>(a.buckets);
   for (uint32_t i = 0; good && i < a.bucket_count; ++i) {
     const PaBucket& bucket = buckets[i];
-    with_dtype(bucket.dtype, [&](auto element) {
+    // Inlined by force: what is passed to a function by address, as `b` would be, lies in memory on a GPU.
+    with_dtype(bucket.dtype, [&](auto element) __attribute__((always_inline)) {
       using T = decltype(element);
       if constexpr (sizeof(T) == 2) {
         if (bucket.wire_f32 && a.world > 2) return void(good = Ring<T, true>(b, bucket, i).template run<kPhase>());

@@ -213,6 +213,7 @@ inline void stale() {
           Script script = script_of(w, k);
           const uint32_t peer = peer_at(k);
           for (Call& call : script.calls) call.flags = PA_FLAG_REJECT_NON_FINITE | PA_FLAG_WEIGHTED;
+          if (kind_at(k) == PA_COMMITTED) script.calls[0].flags |= PA_FLAG_GUEST;
           if (kind_at(k) == PA_NON_FINITE) script.plan.odd = {peer, 0, 0, k};
           if (kind_at(k) == PA_LAYOUT) script.calls[peer].flags |= PA_FLAG_LAYOUT, script.calls[peer].detail = 2, script.calls[peer].found = k;
           if (kind_at(k) == PA_BAD_WEIGHT) script.calls[peer].weight = -1, script.calls[peer].found = k;
@@ -222,6 +223,7 @@ inline void stale() {
           expect_outcome(w, r, k, o, kind_at(k), peer_at(k));
           const uint64_t detail = kind_at(k) == PA_NON_FINITE ? 1 + k : kind_at(k) == PA_LAYOUT ? 2 : 0;
           if (o.detail != detail) wrong("%s, average %u: rank %u was told %llx", name_of(mode), k, r, (unsigned long long)o.detail);
+          if (o.guest != (o.kind == PA_COMMITTED)) wrong("%s, average %u: rank %u says guest = %d", name_of(mode), k, r, o.guest);
           if (kind_at(k) != PA_NON_FINITE && o.kind != PA_COMMITTED && o.found != k) wrong("%s, average %u: found is another's", name_of(mode), k);
         });
   }

@@ -37,6 +37,8 @@ pub struct Case {
     pub missing: Option<usize>,
     /// A rank that leaves before a step.
     pub fault: Option<(usize, u32)>,
+    /// A rank that keeps its tensors.
+    pub keeps: Option<usize>,
     /// The host aborts while the ranks wait.
     pub abort: bool,
 }
@@ -60,6 +62,7 @@ impl Default for Case {
             nan: None,
             missing: None,
             fault: None,
+            keeps: None,
             abort: false,
         }
     }
@@ -137,7 +140,13 @@ impl Case {
                 })
                 .collect()
         };
-        (0..self.world).map(tensors).collect()
+        let mut inputs: Vec<Vec<Guarded>> = (0..self.world).map(tensors).collect();
+        // Every fifth element is the same everywhere.
+        let (first, others) = inputs.split_at_mut(1);
+        for (tensor, same) in others.iter_mut().flat_map(|rank| rank.iter_mut().zip(&first[0])) {
+            (0..tensor.elements).step_by(5).for_each(|i| tensor.set(i, same.get(i)));
+        }
+        inputs
     }
 
     pub fn run(&self, machine: &dyn Machine, inputs: &[Vec<Guarded>]) -> Outcome {
@@ -280,6 +289,9 @@ impl Case {
             args.flags |= PA_FLAG_WEIGHTED;
             args.weight = weights[rank];
         }
+        if self.keeps == Some(rank) {
+            args.flags |= PA_FLAG_KEEP;
+        }
         if let Some((_, step)) = self.fault.filter(|&(r, _)| r == rank) {
             args.fault_step = step;
         }
@@ -312,12 +324,13 @@ impl Case {
         let total: f64 = weights.iter().sum();
         for (index, &(dtype, elements, _, _)) in self.tensors.iter().enumerate() {
             let mut got = Guarded::new(dtype, elements, 0);
-            got.bytes_mut().copy_from_slice(&outcome.tensors[0][index]);
-            for other in &outcome.tensors {
-                assert!(
-                    other[index] == outcome.tensors[0][index],
-                    "ranks differ in tensor {index}, {self:?}"
-                );
+            let written = |rank: &usize| self.keeps != Some(*rank);
+            if let Some(keeper) = self.keeps {
+                assert!(outcome.tensors[keeper][index] == inputs[keeper][index].bytes(), "written, {self:?}");
+            }
+            got.bytes_mut().copy_from_slice(&outcome.tensors[(0..self.world).find(written).unwrap()][index]);
+            for other in (0..self.world).filter(written).map(|rank| &outcome.tensors[rank]) {
+                assert!(other[index] == got.bytes(), "ranks differ in tensor {index}, {self:?}");
             }
             for i in 0..elements {
                 let values = || {

@@ -60,6 +60,11 @@ fn good() -> Vec<Case> {
                 });
             }
         }
+        if how != How::Direct {
+            let all = ALL.iter().map(|&dtype| (dtype, 300, 0, 1)).collect();
+            let weights = Some(vec![1.0, 0.0, 0.0]); // as where a process joins
+            cases.push(Case { world: 3, tensors: all, how, weights, keeps: Some(1), ..Case::default() });
+        }
         // All dtypes at once; several averages, across the wrap of every counter, with nobody in between.
         let all = ALL.iter().flat_map(|&dtype| vec![(dtype, 500, 0, 0), (dtype, 77, 1, 1)]).collect();
         let counter = u32::MAX - 1;

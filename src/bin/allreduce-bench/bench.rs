@@ -130,7 +130,7 @@ impl Bench {
             first: 0,
             tensors: method.tensors(layout, placed),
             weights: (0..arenas.len()).map(weight).collect(),
-            more_roundings: u8::from(weighted || method.is_limit()),
+            more_roundings: if weighted { 3 } else { u8::from(method.is_limit()) },
             wire: if method.is_ring() && self.options.narrow_wire { Wire::Narrow } else { Wire::Wide },
         };
         // SAFETY: the crews rest between their orders.

@@ -199,41 +199,34 @@ impl<T: Number> Task for Fill<'_, T> {
 struct Tolerance {
     /// Ulps of the largest input, in the type that sums are made in.
     ulps: f64,
-    /// Half ulps of the weighted sum in the wire's dtype, over the sum of weights.
+    /// How often a partial mean, which is no larger than the largest input, is rounded to the wire's dtype.
     hops: f64,
-    /// The smallest step of a partial sum on the wire: they are scaled down there.
-    wire_step: f64,
     /// Ulps of the largest input in the dtype itself, instead of all that.
     scaled: Option<f64>,
 }
 
 impl Tolerance {
     fn new<T: Number>(weights: &[f64], more_roundings: u8, wire: Wire) -> Self {
-        let (ranks, n) = (weights.len(), weights.len() as f64);
+        let n = weights.len() as f64;
         let narrow = wire == Wire::Narrow && size_of::<T>() == 2;
-        // With weights, the wire's scale and with it an ulp can be another power of two than here.
-        let scale = if weights.iter().all(|&weight| weight == 1.0) { 1.0 } else { 2.0 };
-        let hops = if narrow { (n - 1.0) * scale } else { 0.0 };
-        let wire_step = power(T::SMALLEST) * ranks.next_power_of_two() as f64 * scale;
+        let hops = if narrow { (n - 2.0).max(0.0) } else { 0.0 };
         // Each input loses half an ulp to the rounded 1/n and half to its product, each hop half an ulp of the sum.
         let scaled = (wire == Wire::NarrowAndScaled && size_of::<T>() == 2).then_some(n + 1.0);
-        Tolerance { ulps: n + f64::from(more_roundings), hops, wire_step, scaled }
+        Tolerance { ulps: n + f64::from(more_roundings), hops, scaled }
     }
 
-    /// Of a result that should be `mean`; `most`: the largest input's |x|; `sum`, Σ w·|x|, and `weight`, Σ w.
+    /// Of a result that should be `mean`; `most`: the largest input's |x|.
     #[inline(always)]
-    fn of<T: Number>(&self, mean: f64, most: f64, sum: f64, weight: f64) -> f64 {
+    fn of<T: Number>(&self, mean: f64, most: f64) -> f64 {
         if let Some(ulps) = self.scaled {
             return ulps * ulp(most, T::MANTISSA, power(T::SMALLEST));
         }
         if size_of::<T>() > 2 {
             return self.ulps * ulp(most, T::MANTISSA, power(T::SMALLEST));
         }
-        let summed = self.ulps * ulp(most, f32::MANTISSA, power(f32::SMALLEST));
-        // Earlier hops may have carried a partial sum over the next power of two.
-        let carried = sum * (1.0 + self.hops * power(-T::MANTISSA));
-        let wire = self.hops * 0.5 * ulp(carried, T::MANTISSA, self.wire_step) / weight;
-        let before = summed + wire;
+        // A partial mean is made of a partial sum in f32, and back, with five roundings.
+        let summed = (self.ulps + 5.0 * self.hops) * ulp(most, f32::MANTISSA, power(f32::SMALLEST));
+        let before = summed + self.hops * 0.5 * ulp(most, T::MANTISSA, power(T::SMALLEST));
         before + 0.5 * ulp(mean.abs() + before, T::MANTISSA, power(T::SMALLEST))
     }
 }
@@ -269,8 +262,7 @@ impl<T: Number> Task for Compare<'_, T> {
         let total: f64 = self.weights.iter().sum();
         let (mut wrong, mut most_ulps) = (0, 0.0f64);
         for at in (0..elements).step_by(LANES) {
-            let (mut sum, mut lost, mut size, mut most) =
-                ([0.0f64; LANES], [0.0f64; LANES], [0.0f64; LANES], [0.0f64; LANES]);
+            let (mut sum, mut lost, mut most) = ([0.0f64; LANES], [0.0f64; LANES], [0.0f64; LANES]);
             for (&key, &weight) in self.keys.iter().zip(self.weights) {
                 let wide = T::widen::<ISA>(&values::<T, ISA>(key, at));
                 for k in 0..LANES {
@@ -282,7 +274,6 @@ impl<T: Number> Task for Compare<'_, T> {
                         let part = sum[k] - before;
                         lost[k] += (before - (sum[k] - part)) + (term - part);
                     }
-                    size[k] += term.abs();
                     most[k] = most[k].max(x.abs());
                 }
             }
@@ -294,7 +285,7 @@ impl<T: Number> Task for Compare<'_, T> {
             for k in 0..LANES {
                 let mean = (sum[k] + lost[k]) / total;
                 let x: f64 = wide[k].into();
-                let tolerance = self.tolerance.of::<T>(mean, most[k], size[k], total);
+                let tolerance = self.tolerance.of::<T>(mean, most[k]);
                 // A NaN is not within anything.
                 let error = (x - mean).abs();
                 off[k] = 1 - u64::from(error <= tolerance);

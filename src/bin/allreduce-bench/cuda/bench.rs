@@ -242,7 +242,7 @@ impl Bench {
             first: 0,
             tensors: shared.tensors.clone(),
             weights: (0..arenas.len()).map(weight).collect(),
-            more_roundings: u8::from(weighted || method.is_nccl()),
+            more_roundings: if weighted { 3 } else { u8::from(method.is_nccl()) },
             wire,
         };
         // SAFETY: nobody else uses the arenas now.

@@ -216,7 +216,7 @@ impl World {
             first: self.rank,
             tensors: placed.clone(),
             weights: (0..self.ranks).map(|rank| if weighted { rank as f64 + 1.0 } else { 1.0 }).collect(),
-            more_roundings: u8::from(weighted),
+            more_roundings: if weighted { 3 } else { 0 },
             wire: if self.options.narrow_wire { Wire::Narrow } else { Wire::Wide },
         };
         // SAFETY: nobody averages.
