@@ -17,12 +17,13 @@ pub fn job() -> i32 {
     let result = join().and_then(|communicator| {
         say(&format!("in {}", communicator.world().unwrap()));
         let mut model = vec![vec![own; 1000]];
-        builder(communicator).build(&mut model)?.average(&mut model)?;
+        let mut averager = builder(communicator).build(&mut model)?;
+        averager.average(&mut model)?;
         assert!(model[0].iter().all(|&x| x == own), "jobs are mixed: {} is not {own}", model[0][0]);
-        Ok(())
+        Ok(averager)
     });
     match result {
-        Ok(()) => {
+        Ok(_its_world) => {
             pause(number("PA_TEST_LINGER_MS").unwrap_or(0));
             say(&format!("averaged {own}"));
             0

@@ -69,7 +69,7 @@ impl Kind {
     /// Bytes that a body may have: those of a stranger few.
     fn most(self) -> usize {
         match self {
-            Kind::Hello | Kind::Knock => 32 << 10,
+            Kind::Hello | Kind::Knock => 48 << 10,
             Kind::Enter => 4 << 10,
             Kind::Card => 64 << 20,
             _ => 64 << 10,

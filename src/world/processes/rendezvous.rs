@@ -41,8 +41,8 @@ const GRACE: Duration = Duration::from_secs(2);
 const FOREIGN: u32 = 1;
 /// Bytes of a name. Messages to strangers are short, and have room for it.
 pub(super) const MOST_NAME: usize = 1024;
-/// Bytes of a reason that a first message has room for.
-const MOST_REASON: usize = 2048;
+/// Characters of a reason that a first message has room for.
+const MOST_REASON: usize = 1200;
 
 /// What a rank tells rank 0.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -164,7 +164,7 @@ pub(super) fn address(name: &str, door: Option<usize>) -> Result<SocketAddr, Str
 
 impl Me {
     fn hello(&self) -> Hello {
-        let cut = |reason: &String| reason.chars().take(MOST_REASON / 8).collect();
+        let cut = |reason: &String| reason.chars().take(MOST_REASON).collect();
         Hello {
             crate_version: env!("CARGO_PKG_VERSION").into(),
             name: self.name.clone(),
