@@ -25,9 +25,9 @@ impl Bits {
             vec![0, 1, 1 << 63, f64::MAX.to_bits(), 0x7ff0 << 48, 0xfff0 << 48, 0x7ff4_0000_0000_0001];
         while f32.len() < count {
             let bits = random.next();
-            // Every sixth one is subnormal.
-            f32.push(bits as u32 & if bits.is_multiple_of(6) { 0x807f_ffff } else { u32::MAX });
-            f64.push(random.next() & if bits.is_multiple_of(6) { 0x800f_ffff_ffff_ffff } else { u64::MAX });
+            let is_small = bits.is_multiple_of(6); // subnormal
+            f32.push(bits as u32 & if is_small { 0x807f_ffff } else { u32::MAX });
+            f64.push(random.next() & if is_small { 0x800f_ffff_ffff_ffff } else { u64::MAX });
         }
         Bits { halves: (0..=u16::MAX).collect(), f32, f64 }
     }
@@ -241,7 +241,7 @@ fn how_the_thread_of_a_trainer_rounds_does_not_matter() {
     });
 }
 
-/// Ranks, tensors, channels, bytes of a chunk, two options, a seed, and which weights.
+/// Ranks; dtype, elements and place of each tensor; channels, bytes of a chunk; direct, all or nothing; seed; weights.
 type Case = (usize, Vec<(usize, usize, usize)>, u32, usize, bool, bool, u64, usize);
 
 fn case() -> impl Strategy<Value = Case> {
