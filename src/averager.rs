@@ -25,7 +25,7 @@ pub use builder::Testing;
 pub use link::Link;
 pub use pending::Pending;
 pub(crate) use progress::{Halt, Progress};
-pub(crate) use recover::Regrouped;
+pub(crate) use recover::{Regrouped, TRIES};
 pub use report::Report;
 pub(crate) use tensors::{Plain, Tensors};
 

@@ -1,6 +1,6 @@
 //! Local SGD: count optimizer steps, average when the schedule says so.
 
-use crate::averager::{Call, Halt, Outcome, Plain, Progress, Regrouped, Tensors};
+use crate::averager::{Call, Halt, Outcome, Plain, Progress, Regrouped, Tensors, TRIES};
 use crate::schedule::place;
 use crate::world::Admission;
 use crate::{Error, ParamAverager, Parameters, Report, Result, Schedule};
@@ -165,7 +165,7 @@ impl LocalSgd {
     }
 
     fn recover_step(&mut self, tensors: &mut impl Tensors, progress: &mut Progress) -> Result<Action, Halt> {
-        let mut last: Option<(Error, usize)> = None;
+        let (mut last, mut in_vain) = (None::<(Error, usize)>, 0);
         loop {
             let Regrouped { position, admitted } = self.averager.recover_step(tensors, true, progress)?;
             self.position = position;
@@ -173,8 +173,9 @@ impl LocalSgd {
                 return Ok(self.averaged(admitted.report)); // the mean over all members
             }
             if let Some((error, ranks)) = last.take() {
-                if self.averager.world_size() >= ranks {
-                    return Err(progress.halt(error)); // nobody is lost, so that the next try would end as this one
+                in_vain = if self.averager.world_size() < ranks { 0 } else { in_vain + 1 };
+                if in_vain == TRIES {
+                    return Err(progress.halt(error));
                 }
             }
             self.since_average += 1; // whatever was half written

@@ -24,8 +24,9 @@ pub(crate) struct Admitted {
     pub(crate) is_mean: bool,
 }
 
-/// Tries after which nobody is lost, of those that a peer has given up: it may be on its way to the next.
-const TRIES: u32 = 8;
+/// Tries in a row after which nobody was lost: a peer may have been stopped for a while, or have been on its
+/// way to the next view. More would end as these.
+pub(crate) const TRIES: u32 = 4;
 
 impl ParamAverager {
     /// Collective among the ranks that are left, after an error that [is fatal](Error::is_fatal): builds the averager anew, with
@@ -36,8 +37,8 @@ impl ParamAverager {
     /// A process with several averagers calls it on each, in any order, unless a process joins meanwhile: the
     /// world has lost the rank for all of them, whichever has failed. Does nothing while the world has all its
     /// ranks and the averager has not failed. After an error that says nothing of this rank being left out, it
-    /// can be called again. It ends when nobody was lost in its last try, which takes the builder's `timeout`
-    /// for each averager and each rank that is lost, at most.
+    /// can be called again. It gives up after a few tries in which nobody was lost; a try takes the builder's
+    /// `timeout` for each averager at most.
     pub fn recover<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<()> {
         self.recover_with(&mut Plain(params))
     }
@@ -136,7 +137,7 @@ impl ParamAverager {
         // Tensors of an averager that has not failed are whole: a joiner copies them, unless an average is due.
         let is_whole = !averages && self.tensors_are_whole();
         self.options.schedule_position = self.position_in_schedule();
-        // What ended the last try, and how many ranks it had. A try in vain after which nobody is lost is the last.
+        // What ended the last try, and how many ranks it had.
         let mut last: Option<(Error, usize)> = None;
         let mut in_vain = 0;
         loop {
@@ -150,8 +151,7 @@ impl ParamAverager {
             let communicator = self.options.communicator.clone();
             if let Some((error, ranks)) = last.take() {
                 in_vain = if communicator.world_size() < ranks { 0 } else { in_vain + 1 };
-                let is_late = matches!(error, Error::Timeout { .. });
-                if in_vain > if is_late { 0 } else { TRIES } {
+                if in_vain == TRIES {
                     return Err(self.halt(error, progress));
                 }
             }
