@@ -1,5 +1,7 @@
 //! Children that a process of a world forks, without exec: they hold nothing of it.
 
+use std::time::{Duration, Instant};
+
 use super::crew::{name, start, Rank};
 
 /// The sockets of a process that have a name or a peer.
@@ -38,6 +40,11 @@ fn a_forked_child_holds_neither_the_name_nor_a_socket() {
     for (rank, child) in ranks.iter().zip(&children) {
         let own = sockets(rank.child.id() as i32);
         assert!(own.len() >= 2 && own.iter().any(|line| line.contains("param-averager")), "{own:#?}");
+        // The parent may go on before the child has run at all.
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !sockets(*child).is_empty() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         assert_eq!(sockets(*child), Vec::<String>::new());
     }
     for rank in &mut ranks {
