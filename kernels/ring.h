@@ -100,9 +100,11 @@ template <class T, bool kF32> struct Ring {
     if (brought.any || contributes)
       each_own<T>(b.ex, bucket, r.begin, r.end,
                   [&](const auto& own, auto g, uint32_t i) {
-                    if (!contributes) return partial(g, i);
+                    auto sum = zero<T, g.kPacks>();
+                    if (brought.any) sum = partial(g, i);
+                    if (!contributes) return sum;
                     const auto share = own_share<g.kPacks>(own.template get<g.kPacks>(i), suspicion);
-                    return brought.any ? partial(g, i) + share : share;
+                    return brought.any ? sum + share : share;
                   },
                   make_sink());
     after(suspicion, r);
