@@ -193,7 +193,8 @@ impl Communicator {
     /// communicator, and averagers built with it, are of no more use.
     ///
     /// For ranks that are processes; it needs no rank in particular. [`ParamAverager::recover`](crate::ParamAverager::recover) does
-    /// the rest, too. Of several that are cut off in time, all but one group are [left out](Error::LeftOut).
+    /// the rest, too; every rank goes on in the same one of these two ways, since a rank that recovers an averager waits for that of every
+    /// other. Of several that are cut off in time, all but one group are [left out](Error::LeftOut).
     pub fn recover(&self, timeout: Duration) -> Result<Communicator> {
         match &self.membership.group {
             Group::Threads(rank, _) => Err(Error::NoRecovery { rank: *rank }),
