@@ -126,8 +126,9 @@ impl ParamAverager {
         // Whatever was enqueued ends by itself.
         let _ = self.own.engine.finish();
         if admission != Admission::None {
-            if let Some(cause) = &self.failed {
-                return Err(progress.halt(Error::Poisoned { cause: Box::new(cause.clone()) }));
+            match &self.failed {
+                None | Some(Error::Superseded { .. }) => {}
+                Some(cause) => return Err(progress.halt(Error::Poisoned { cause: Box::new(cause.clone()) })),
             }
             if let Some(failure) = self.agreement.control.failure() {
                 let error = self.fatal(failure, Stage::Build, false);
