@@ -51,6 +51,73 @@ fn play(one: Command, other: Command, apart: Duration) -> [usize; 2] {
     averaged
 }
 
+/// A script in which TRAINER is a rank.
+fn script(text: &str, port: &str, job: usize) -> Command {
+    let mut sh = shell("", port, job, &[]);
+    let own = std::env::current_exe().unwrap();
+    let own = format!("{} {} --exact --nocapture --test-threads=1", own.display(), crate::WORKER);
+    let mut script = Command::new("sh");
+    script.args(["-c", &text.replace("TRAINER", &own)]);
+    for (name, value) in sh.get_envs() {
+        script.env(name, value.unwrap());
+    }
+    sh.env_clear();
+    script
+}
+
+/// Ways to start one job in which ranks have different parents, or look for them at different times.
+#[test]
+fn one_job_meets_however_its_ranks_are_started() {
+    for text in [
+        // The first looks before the second is there.
+        "{ for r in 0 1; do RANK=$r TRAINER & sleep 0.4; done; wait; } | cat",
+        // The wrapper does not have the variable.
+        "timeout 60 env RANK=0 TRAINER & timeout 60 env RANK=1 TRAINER & wait",
+        // The script itself has the variable of rank 0.
+        "exec env RANK=0 sh -c 'for r in 0 1; do RANK=$r TRAINER & sleep 0.3; done; wait'",
+        // A wrapper takes the rank from another launcher's variable.
+        "for r in 0 1; do SLURM_PROCID=$r sh -c 'export RANK=$SLURM_PROCID; TRAINER; exit $?' & done; wait",
+        // Rank 0 is the process that has started rank 1.
+        "RANK=1 TRAINER & export RANK=0; exec TRAINER",
+        "for r in 0 1; do RANK=$r TRAINER 2>&1 | cat & done; wait",
+    ] {
+        let mut job = spawn(script(text, &name(), 7));
+        assert_eq!(job.end(), Some(0), "{text}: {:#?}", job.heard);
+        assert_eq!(job.said("averaged"), ["7", "7"], "{text}: {:#?}", job.heard);
+    }
+}
+
+/// The first rank of one job and the second of another come first. Their shells have ended, or are
+/// subshells of one.
+#[test]
+fn jobs_of_ended_shells_and_of_one_shell_never_mix() {
+    let ended = |job, first: f32, second: f32| {
+        let text = format!("(sleep {first}; RANK=0 exec TRAINER) & (sleep {second}; RANK=1 exec TRAINER) &");
+        let mut script = script(&text, "", job);
+        std::os::unix::process::CommandExt::process_group(&mut script, 0); // as a shell with job control does
+        script
+    };
+    for _ in 0..runs("PA_TEST_EARLY", 3) {
+        let port = name();
+        let [mut one, mut other] = [ended(10, 0.2, 1.2), ended(20, 1.2, 0.5)];
+        one.env("MASTER_PORT", &port);
+        other.env("MASTER_PORT", &port);
+        play(one, other, Duration::ZERO);
+        let job = |job: usize, first: f32, second: f32| {
+            format!(
+                "(export PA_TEST_JOB={job}; (sleep {first}; RANK=0 exec timeout 60 TRAINER) & \
+                 (sleep {second}; RANK=1 exec timeout 60 TRAINER) & wait)"
+            )
+        };
+        let text = format!("{} & {} & wait", job(10, 0.0, 1.0), job(20, 1.0, 0.4));
+        let mut both = spawn(script(&text, &name(), 7));
+        assert_eq!(both.end(), Some(0), "{:#?}", both.heard);
+        let averaged = both.said("averaged");
+        assert!(averaged.windows(2).all(|pair| pair[0] == pair[1]), "{:#?}", both.heard);
+        assert_eq!(averaged.len() + both.said("error").len(), 4, "{:#?}", both.heard);
+    }
+}
+
 /// Shell loops, subshells and wrappers for each rank.
 const LINES: [&str; 4] = [
     "RANK=$r TRAINER",

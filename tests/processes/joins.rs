@@ -171,6 +171,22 @@ fn joins_and_kills_at_any_time() {
     println!("{joins} joins of {rounds}, {kills} kills besides: no element wrong, no hang");
 }
 
+/// The member that is asked last is stopped for longer than a member may be silent.
+#[test]
+fn a_process_joins_when_a_member_that_was_stopped_goes_on() {
+    let (name, last) = (name(), [("PA_TEST_FINAL", "3".to_owned())]);
+    let mut ranks: Vec<Rank> = (0..2).map(|origin| first("survive", &name, 2, origin, &last)).collect();
+    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    ranks[1].signal(Signal::STOP);
+    ranks.push(late("survive", &name, 2, &last));
+    std::thread::sleep(Duration::from_secs(5));
+    ranks[1].signal(Signal::CONT);
+    for rank in &mut ranks {
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        assert_eq!(rank.said("done"), ["[0, 1, 2]"]);
+    }
+}
+
 #[test]
 fn who_can_not_join_is_told_why_and_harms_nobody() {
     let soon = [("PA_TEST_MEET_MS", "1500".to_owned())];

@@ -2,8 +2,9 @@
 //! `None`: /proc may be missing, may hide other users' processes (hidepid), and shows nothing
 //! outside of this PID namespace.
 
-use std::fs::{read, read_to_string};
+use std::fs::{read, read_link, read_to_string};
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 
 /// `PF_EXITING` of the kernel's `task_struct.flags`.
 const EXITING: u64 = 0x4;
@@ -89,10 +90,22 @@ impl Process {
         environment.split(|&byte| byte == 0).any(|entry| entry == wanted.as_bytes())
     }
 
-    /// Other children that run `program`.
-    pub(super) fn has_other_child(&self, child: u32, program: &std::path::Path) -> bool {
+    /// Whether it is a wrapper such as `timeout`: its arguments end with all of that process's.
+    pub(super) fn is_wrapper_of(&self, process: &Process) -> bool {
+        let arguments = |pid: u32| read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let (ours, theirs) = (arguments(self.pid), arguments(process.pid));
+        !theirs.is_empty() && ours.strip_suffix(&theirs[..]).is_some_and(|before| before.last() == Some(&0))
+    }
+
+    /// The file that it runs; empty if that can't be read.
+    pub(super) fn program(&self) -> PathBuf {
+        read_link(format!("/proc/{}/exe", self.pid)).unwrap_or_default()
+    }
+
+    /// Other children that run one of these programs.
+    pub(super) fn has_other_child(&self, child: u32, programs: &[PathBuf]) -> bool {
         let children = read_to_string(format!("/proc/{0}/task/{0}/children", self.pid)).unwrap_or_default();
-        let runs = |pid: &str| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe == program);
+        let runs = |pid: &str| read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| programs.contains(&exe));
         children.split_whitespace().filter(|pid| *pid != child.to_string()).any(runs)
     }
 }

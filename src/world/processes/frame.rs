@@ -21,6 +21,8 @@ const HEADER: usize = 20;
 pub(super) const SHORT: ErrorKind = ErrorKind::QuotaExceeded;
 /// A wait that is as good as one without an end.
 const LONG: Timespec = Timespec { tv_sec: 1 << 30, tv_nsec: 0 };
+/// A message is of another version of this crate.
+pub(super) const OTHER_VERSION: ErrorKind = ErrorKind::Unsupported;
 /// What the kernel passes on at once is more (253).
 pub(super) const MOST_FILES: usize = 64;
 
@@ -230,7 +232,11 @@ pub(super) fn receive(
     }
     let version = u16::from_le_bytes([header[4], header[5]]);
     if version != VERSION {
-        return bad(&format!("a message of version {version}, where this is version {VERSION}"));
+        let what = format!(
+            "a message of version {version}, where this is version {VERSION}: use one version of \
+             param-averager on every rank"
+        );
+        return Err(Error::new(OTHER_VERSION, what));
     }
     let Some(kind) = Kind::of(header[6]).filter(|kind| kinds.contains(kind)) else {
         return bad("a message of a kind that does not belong here");

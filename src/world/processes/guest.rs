@@ -144,7 +144,9 @@ fn knock(name: &str, door: usize, home: &Home, deadline: Instant) -> Result<Answ
     let (stream, answer) = asked().map_err(|error| match error.kind() {
         frame::SHORT => Refused::For(error.to_string()),
         _ if is_shortage(&error) => Refused::For(limits::why("coming to it", Wanted::Descriptor, error)),
-        io::ErrorKind::InvalidData | io::ErrorKind::Other => Refused::NotThere(Some(error.to_string())),
+        io::ErrorKind::InvalidData | frame::OTHER_VERSION | io::ErrorKind::Other => {
+            Refused::NotThere(Some(error.to_string()))
+        }
         _ => Refused::NotThere(None),
     })?;
     let failed = |what: String| Refused::For(format!("what it answers: {what}"));
@@ -183,13 +185,17 @@ impl Guest<'_> {
             }
             let (generation, members) = (decision.generation, &decision.members);
             self.links.lock().forget_before(generation);
-            let mut silent = None;
+            let (mut silent, mut is_heard) = (None, false);
             for (rank, &member) in members.iter().enumerate() {
                 if self.is_peer(member, deadline)? {
-                    self.reached = Instant::now();
+                    is_heard = true;
                 } else {
                     silent.get_or_insert(rank);
                 }
+            }
+            // Asking a member that is stopped takes as long as all of them may be silent.
+            if is_heard {
+                self.reached = Instant::now();
             }
             if self.reached.elapsed() > PATIENCE {
                 return Err(Outside::Lost); // that world is over, or these doors are another's
@@ -211,6 +217,9 @@ impl Guest<'_> {
             });
             if gone == Some(true) && common.page.generation() == generation && !self.peers.is_empty() {
                 return Err(Outside::For("it has come to its end meanwhile: all its ranks are gone".into()));
+            }
+            if gone == Some(true) {
+                std::thread::sleep(AGAIN); // there is nobody to wait for
             }
         }
     }

@@ -9,6 +9,9 @@ use super::ancestry::{pid_namespace, Process};
 
 /// Arguments that are compared one by one; those that follow are compared together.
 const MOST_ARGUMENTS: usize = 48;
+/// Variables by which launchers give a process its rank. A wrapper that was given one is that rank's alone,
+/// also where it hands the rank on under another name.
+const RANK_VARIABLES: [&str; 5] = ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"];
 /// Characters of an argument, or of an id, that an error shows.
 const MOST_SHOWN: usize = 64;
 
@@ -37,12 +40,15 @@ enum Kind {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Start {
-    /// The nearest ancestor that is not this rank's alone: its pid, its start and its name. `None`:
-    /// /proc does not tell.
-    starter: Option<(u32, u64, String)>,
+    /// This process and its ancestors up to the nearest that is not this rank's alone, the starter: the
+    /// pid and the start of each. Empty: /proc does not tell. A rank that looks before the next one is
+    /// there goes further up, so the starter of one is looked for in the chain of the other.
+    chain: Vec<(u32, u64)>,
+    /// Name of the starter.
+    starter: String,
     session: u32,
     group: u32,
-    /// Its parent has ended.
+    /// The process that started this rank has ended: the starter is whichever adopts orphans.
     is_orphan: bool,
 }
 
@@ -131,8 +137,10 @@ impl fmt::Display for Kind {
         match self {
             Kind::Named => f.write_str("of the job that has this name"),
             Kind::Known(by, id) => write!(f, "of {by} {id:?}"),
-            Kind::Started(start) => match &start.starter {
-                Some((pid, _, name)) if !start.is_orphan => write!(f, "started by process {pid}, {name:?}"),
+            Kind::Started(start) => match start.chain.last() {
+                Some((pid, _)) if !start.is_orphan => {
+                    write!(f, "started by process {pid}, {:?}", start.starter)
+                }
                 _ => write!(f, "of session {}, process group {}", start.session, start.group),
             },
         }
@@ -142,34 +150,51 @@ impl fmt::Display for Kind {
 impl Start {
     fn own(rank: usize, variable: Option<&str>) -> Start {
         let Some(own) = Process::own() else {
-            return Start { starter: None, session: 0, group: 0, is_orphan: false };
+            return Start { chain: vec![], starter: String::new(), session: 0, group: 0, is_orphan: false };
         };
         let program = std::env::current_exe().unwrap_or_default();
-        let mut below = own.clone();
-        let mut starter = None;
+        let value = rank.to_string();
+        let mut chain = vec![own.clone()];
         for ancestor in own.ancestors() {
-            let is_alone = variable.is_some_and(|variable| ancestor.was_given(variable, &rank.to_string()))
-                || ancestor.parent().is_some_and(|parent| ancestor.is_copy_of(&parent))
-                    && !ancestor.has_other_child(below.pid, &program);
-            starter = Some(ancestor.clone());
+            let below = chain.last().expect("it begins with this process");
+            // Siblings of a wrapper run that wrapper; those of a subshell may still be subshells.
+            let of_ranks = || [program.clone(), below.program(), ancestor.program()];
+            let is_shared = || ancestor.has_other_child(below.pid, &of_ranks());
+            let was_given = |variable: &str| ancestor.was_given(variable, &value);
+            let is_alone = RANK_VARIABLES.into_iter().chain(variable).any(was_given)
+                || (ancestor.parent().is_some_and(|parent| ancestor.is_copy_of(&parent))
+                    || ancestor.is_wrapper_of(&own))
+                    && !is_shared();
+            chain.push(ancestor);
             if !is_alone {
                 break;
             }
-            below = ancestor;
         }
+        let starter = chain.last().expect("it begins with this process");
         // A new session has its first process as leader; any other process has its parent's, or has
         // lost its parent.
-        let is_leader = own.session == own.pid;
-        let is_orphan = !is_leader && own.parent().is_none_or(|parent| parent.session != own.session);
-        let starter = starter.map(|starter| (starter.pid, starter.start, shown(&starter.name)));
-        Start { starter, session: own.session, group: own.group, is_orphan }
+        let below = &chain[chain.len().saturating_sub(2)];
+        let is_orphan = below.session != below.pid && starter.session != below.session;
+        Start {
+            starter: shown(&starter.name),
+            chain: chain.iter().map(|process| (process.pid, process.start)).collect(),
+            session: own.session,
+            group: own.group,
+            is_orphan,
+        }
     }
 
     fn differs(&self, other: &Start) -> Option<String> {
-        let (Some(one), Some(two)) = (&self.starter, &other.starter) else { return None };
-        let is_same = (one.0, one.1) == (two.0, two.1)
-            || (self.is_orphan || other.is_orphan)
-                && (self.session, self.group) == (other.session, other.group);
+        // Whichever adopts orphans is the starter of all of them, of any job.
+        let is_same = if self.is_orphan || other.is_orphan {
+            (self.session, self.group) == (other.session, other.group)
+        } else {
+            let has =
+                |one: &Start, two: &Start| one.chain.last().is_some_and(|last| two.chain.contains(last));
+            // Without an ancestor that this PID namespace shows, nothing tells.
+            let is_known = self.chain.len() > 1 && other.chain.len() > 1;
+            !is_known || has(self, other) || has(other, self)
+        };
         (!is_same).then(|| "they were not started by one process".into())
     }
 }
@@ -279,8 +304,13 @@ mod tests {
     }
 
     fn started(starter: u32, session: u32, group: u32, is_orphan: bool) -> Job {
-        let starter = Some((starter, 7, "sh".into()));
-        let kind = Kind::Started(Start { starter, session, group, is_orphan });
+        chain_of(&[9, starter], session, group, is_orphan)
+    }
+
+    /// This process and its ancestors, the starter last.
+    fn chain_of(pids: &[u32], session: u32, group: u32, is_orphan: bool) -> Job {
+        let chain = pids.iter().map(|&pid| (pid, 7)).collect();
+        let kind = Kind::Started(Start { chain, starter: "sh".into(), session, group, is_orphan });
         Job { kind, pid: 9, namespace: Some(1), arguments: vec![] }
     }
 
@@ -291,6 +321,18 @@ mod tests {
         assert!(one.differs(&started(11, 5, 6, false)).unwrap().contains("not started by one process"));
         assert_eq!(one.differs(&started(1, 5, 6, true)), None); // the script has ended meanwhile
         assert!(one.differs(&started(1, 5, 7, true)).is_some());
+        // Two scripts that have ended: their ranks have one adopter.
+        assert!(started(1, 5, 6, true).differs(&started(1, 5, 7, true)).is_some());
+        assert_eq!(started(1, 5, 6, true).differs(&started(1, 5, 6, true)), None);
+        // The first rank looks before the second is there, and takes its subshell (30) for its own.
+        let early = chain_of(&[20, 30, 10], 5, 6, false);
+        assert_eq!(early.differs(&chain_of(&[21, 30], 5, 6, false)), None);
+        assert_eq!(chain_of(&[21, 30], 5, 6, false).differs(&early), None);
+        assert!(early.differs(&chain_of(&[41, 40], 5, 6, false)).is_some());
+        // The first rank is the process that has started the second.
+        assert_eq!(chain_of(&[30, 10], 5, 6, false).differs(&chain_of(&[21, 30], 5, 6, false)), None);
+        // Nothing is known of the ancestors.
+        assert_eq!(chain_of(&[20], 5, 6, false).differs(&chain_of(&[21], 8, 9, false)), None);
         let elsewhere = Job { namespace: Some(2), ..started(1, 1, 1, false) };
         assert_eq!(one.differs(&elsewhere), None);
         let known = |id: &str| Job { kind: Kind::Known("torchrun".into(), id.into()), ..elsewhere.clone() };

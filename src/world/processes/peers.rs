@@ -355,7 +355,10 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, common: &
         }
         let frame = match frame::receive(stream, &KINDS, MOST_FILES, Instant::now() + WHOLE_MESSAGE) {
             Ok(frame) => frame,
-            Err(error) if [io::ErrorKind::InvalidData, frame::SHORT].contains(&error.kind()) => {
+            Err(error)
+                if [io::ErrorKind::InvalidData, frame::OTHER_VERSION, frame::SHORT]
+                    .contains(&error.kind()) =>
+            {
                 common.lock().trouble.insert(peer, error.to_string());
                 break;
             }

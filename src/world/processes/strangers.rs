@@ -70,6 +70,11 @@ impl Door {
         ) {
             Ok(frame) => came(stream, frame),
             Err(error) if error.kind() == frame::SHORT => lacks.file(1),
+            // Whatever it understands of the answer, it sees that this is another version.
+            Err(error) if error.kind() == frame::OTHER_VERSION => {
+                let refuse = (Kind::Refuse, 0, 0);
+                let _ = frame::send(&stream, refuse, &error.to_string(), &[], Instant::now() + HELLO);
+            }
             Err(_) => {}
         };
         let (hear, kept, lacks) = (Arc::new(hear), listener.clone(), short.clone());
@@ -224,6 +229,22 @@ mod tests {
         one.set_nonblocking(false).unwrap();
         rustix::net::sockopt::set_socket_linger(&one, Some(LINGER)).unwrap();
         (one, other)
+    }
+
+    /// A process with another version of this crate is answered, and hears nothing else.
+    #[test]
+    fn another_version_is_told_so() {
+        let address = format!("other-version-{}", std::process::id());
+        let address = SocketAddr::from_abstract_name(address).unwrap();
+        let listener = UnixListener::bind_addr(&address).unwrap();
+        let _door = Door::open(listener, &[Kind::Hello], 1, |_, _| panic!("it was heard")).unwrap();
+        let stream = UnixStream::connect_addr(&address).unwrap();
+        let mut header = frame::header((Kind::Hello, 0, 0), 2, 0);
+        header[4] ^= 0x80;
+        (&stream).write_all(&header).unwrap();
+        let answer = frame::receive(&stream, &[Kind::Refuse], 0, Instant::now() + LINGER).unwrap();
+        let reason: String = answer.parse().unwrap();
+        assert!(reason.contains("use one version of param-averager on every rank"), "{reason}");
     }
 
     /// Neither those who come after him, nor whoever shuts the door, wait until a stranger's file is closed.
