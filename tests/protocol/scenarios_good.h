@@ -216,7 +216,7 @@ inline void stale() {
           if (kind_at(k) == PA_COMMITTED) script.calls[0].flags |= PA_FLAG_GUEST;
           if (kind_at(k) == PA_NON_FINITE) script.plan.odd = {peer, 0, 0, k};
           if (kind_at(k) == PA_LAYOUT) script.calls[peer].flags |= PA_FLAG_LAYOUT, script.calls[peer].detail = 2, script.calls[peer].found = k;
-          if (kind_at(k) == PA_BAD_WEIGHT) script.calls[peer].weight = -1, script.calls[peer].found = k;
+          if (kind_at(k) == PA_BAD_WEIGHT) script.calls[peer].weight = -1;
           return script;
         },
         [&](uint32_t k, uint32_t r, const Outcome& o) {
@@ -224,7 +224,10 @@ inline void stale() {
           const uint64_t detail = kind_at(k) == PA_NON_FINITE ? 1 + k : kind_at(k) == PA_LAYOUT ? 2 : 0;
           if (o.detail != detail) wrong("%s, average %u: rank %u was told %llx", name_of(mode), k, r, (unsigned long long)o.detail);
           if (o.guest != (o.kind == PA_COMMITTED)) wrong("%s, average %u: rank %u says guest = %d", name_of(mode), k, r, o.guest);
-          if (kind_at(k) != PA_NON_FINITE && o.kind != PA_COMMITTED && o.found != k) wrong("%s, average %u: found is another's", name_of(mode), k);
+          const double weight = -1;
+          uint64_t found = k;
+          if (kind_at(k) == PA_BAD_WEIGHT) memcpy(&found, &weight, sizeof found);
+          if (kind_at(k) != PA_NON_FINITE && o.kind != PA_COMMITTED && o.found != found) wrong("%s, average %u: found is another's", name_of(mode), k);
         });
   }
 }

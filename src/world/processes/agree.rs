@@ -8,7 +8,7 @@ use super::frame::{Frame, Kind};
 use super::peers::{Ring, State};
 use super::shown::{of_itself, Reader, Shown, Unopened};
 use super::{Processes, JOINING};
-use crate::backend::Memory;
+use crate::backend::{limits, Memory};
 use crate::deadline;
 use crate::error::Stage;
 use crate::world::{Agreement, Card, Control};
@@ -39,6 +39,13 @@ impl Processes {
         let (body, files) = Shown::of(&card);
         self.tell(Kind::Card, number, &body, &files, deadline)?;
         let frames = self.hear(Kind::Card, number, deadline, timeout, false, |_| false)?;
+        // Cards of layouts that are larger than this rank's own are read into small pieces, none of which can
+        // fail but by an abort.
+        let bytes: usize = frames.iter().map(|(_, frame)| frame.body.len()).sum();
+        if let Err(reason) = limits::spare(4 * bytes) {
+            let error = Error::Memory { rank: self.rank(), reason };
+            return Err(self.verdict(number, Some(&error), deadline, timeout).err().unwrap_or(error));
+        }
         let unopened = frames.into_iter().map(|(rank, frame)| Shown::read(frame, rank));
         let unopened = unopened.collect::<Result<Vec<Unopened>>>().map_err(|error| self.fail(error))?;
         let mut cards = vec![card.clone(); self.members().len()];

@@ -23,6 +23,9 @@ pub(super) const SHORT: ErrorKind = ErrorKind::QuotaExceeded;
 const LONG: Timespec = Timespec { tv_sec: 1 << 30, tv_nsec: 0 };
 /// A message is of another version of this crate.
 pub(super) const OTHER_VERSION: ErrorKind = ErrorKind::Unsupported;
+/// Between two tries to send files, of which a user may have so many under way as one process may have
+/// open: others of this user's are still to be received. Root may have any number.
+const CROWDED: Duration = Duration::from_millis(1);
 /// What the kernel passes on at once is more (253).
 pub(super) const MOST_FILES: usize = 64;
 
@@ -128,6 +131,7 @@ pub(super) fn send(
     let sent = loop {
         match sendmsg(stream, &[IoSlice::new(&header)], &mut ancillary, SendFlags::NOSIGNAL) {
             Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::TOOMANYREFS) if Instant::now() < deadline => std::thread::sleep(CROWDED),
             sent => break sent?,
         }
     };
@@ -168,11 +172,16 @@ pub(super) fn send_to_all(
     // By stream: its index, and how much of the message it has taken.
     let mut left: Vec<(usize, usize)> = (0..streams.len()).map(|index| (index, 0)).collect();
     loop {
+        let mut is_crowded = false;
         left.retain_mut(|(index, sent)| loop {
             match send_some(streams[*index], [&header, &body], *sent, files) {
                 Ok(bytes) => *sent += bytes,
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(rustix::io::Errno::AGAIN) => return true,
+                Err(rustix::io::Errno::TOOMANYREFS) => {
+                    is_crowded = true;
+                    return true;
+                }
                 Err(error) => {
                     ended(*index, Err(error.into()));
                     return false;
@@ -187,6 +196,10 @@ pub(super) fn send_to_all(
         if left.is_empty() || patience.is_zero() {
             left.iter().for_each(|&(index, _)| ended(index, Err(ErrorKind::TimedOut.into())));
             return Ok(());
+        }
+        if is_crowded {
+            std::thread::sleep(CROWDED.min(patience)); // `poll` would not wait
+            continue;
         }
         let mut watched: Vec<PollFd<'_>> =
             left.iter().map(|&(index, _)| PollFd::new(streams[index], PollFlags::OUT)).collect();
