@@ -31,7 +31,7 @@ fn one() -> Communicator {
     World::in_process(&[Device::cpu()]).unwrap().into_iter().next().unwrap()
 }
 
-/// What the options say that an averager may be built with.
+/// True if an averager may be built with these options, by their documentation.
 fn are_valid(channels: u32, slots: u32, chunk: usize, timeout: Duration) -> bool {
     (1..=1024).contains(&channels)
         && slots.is_power_of_two()

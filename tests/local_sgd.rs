@@ -126,7 +126,7 @@ fn schedules_that_differ_are_an_error_everywhere_and_never_a_hang() {
     assert!(errors[0].contains(says) && errors[0] == errors[1], "{errors:?}");
 }
 
-/// What the error says to do: the rank that has run out of steps calls `finish` again and again.
+/// The way out that the error names: the rank that has run out of steps calls `finish` again and again.
 #[test]
 fn a_rank_with_fewer_steps_finishes_until_the_others_do() {
     let seen = ranks(3, |communicator| {

@@ -106,7 +106,7 @@ impl Builder {
         self
     }
 
-    /// Whether partial sums of f16 and bf16 travel as f32. Of two ranks none sends any.
+    /// True if partial sums of f16 and bf16 travel as f32. Of two ranks none sends any.
     pub(super) fn has_f32_wire(&self) -> bool {
         !self.narrow_wire && self.communicator.world_size() > 2
     }

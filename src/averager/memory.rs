@@ -70,7 +70,7 @@ fn counters(channels: u32, testing: &Testing) -> Vec<u32> {
     lines
 }
 
-/// Whether there is memory for what grows with the number of tensors: this rank's tables, and a line for each tensor from every
+/// Checks that there is memory for what grows with the number of tensors: this rank's tables, and a line for each tensor from every
 /// rank. It is allocated in small pieces, none of which can fail but by an abort.
 /// `names`: bytes of all their names.
 pub(super) fn check_room(tensors: usize, names: usize, rank: usize, world: usize) -> Result<()> {

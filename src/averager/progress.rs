@@ -1,4 +1,4 @@
-//! What a call of several steps has done to the tensors so far.
+//! Record of what a call of several steps has done to the tensors so far.
 
 use crate::{Error, Report};
 
@@ -29,7 +29,7 @@ impl Progress {
         self.written |= !error.tensors_unchanged();
     }
 
-    /// Whether a step that failed may have left tensors half written.
+    /// True if a step that failed may have left tensors half written.
     pub(crate) fn has_written(&self) -> bool {
         self.written
     }

@@ -1,4 +1,4 @@
-//! What it takes to build an averager again, without its tensors.
+//! Building an averager again, without its tensors.
 //!
 //! After a rank is lost, every averager of a process needs a successor in the new view of the world.
 //! Which of them a process recovers first is its own affair, but building is collective. So the first
@@ -16,7 +16,7 @@ use crate::error::Stage;
 use crate::world::{Admission, Communicator, Rebuild};
 use crate::{Error, Result};
 
-/// What an averager is built from.
+/// Everything that an averager is built from.
 pub(super) struct Blueprint {
     options: Builder,
     layout: Arc<Layout>,
@@ -34,7 +34,7 @@ struct Successor {
 }
 
 impl Blueprint {
-    /// Of an averager that was built just now.
+    /// The blueprint of an averager that was built just now. Its world knows it from now on.
     pub(super) fn of(averager: &ParamAverager) -> Arc<Blueprint> {
         let blueprint = Arc::new(Blueprint {
             options: averager.options.clone(),
@@ -129,7 +129,7 @@ impl fmt::Debug for Blueprint {
     }
 }
 
-/// Whether an error of building means that the view has lost a rank, so that the next view can do without it.
+/// True if an error of building means that the view has lost a rank, so that the next view can do without it.
 pub(super) fn is_of_the_view(error: &Error) -> bool {
     match error {
         Error::PeerLost { stage, .. } | Error::Timeout { stage, .. } => *stage == Stage::Build,

@@ -12,7 +12,7 @@ use crate::{Error, Parameters, Result};
 pub(crate) struct Regrouped {
     /// The place in the schedule of the rank that is farthest on.
     pub(crate) position: u64,
-    /// What a process that joined was given, if one did.
+    /// The average that gave a process that joined its model, if one did.
     pub(crate) admitted: Option<Admitted>,
 }
 
@@ -109,7 +109,7 @@ impl ParamAverager {
         self.failed.is_some() || self.agreement.control.failure().is_some()
     }
 
-    /// Whether no average can have left them half written. One that the world has left behind began none.
+    /// True if no average can have left them half written. One that the world has left behind began none.
     fn tensors_are_whole(&self) -> bool {
         matches!(self.failed, None | Some(Error::Superseded { .. }))
             && self.agreement.control.failure().is_none()
@@ -138,7 +138,7 @@ impl ParamAverager {
         // Tensors of an averager that has not failed are whole: a joiner copies them, unless an average is due.
         let is_whole = !averages && self.tensors_are_whole();
         self.options.schedule_position = self.position_in_schedule();
-        // What ended the last try, and how many ranks it had.
+        // Error that ended the last try, and the number of ranks in that try.
         let mut last: Option<(Error, usize)> = None;
         let mut in_vain = 0;
         loop {

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::{Arc, Barrier};
 use std::thread::JoinHandle;
 
-/// What a call asked the system for, in bytes where it has a size.
+/// The resource that a call asked the system for, in bytes where it has a size.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Wanted {
     /// Memory of this process: address space, or a mapping.
@@ -100,7 +100,7 @@ mod linux {
     /// there; and for arenas of threads that are there already.
     const OF_A_PHASE: usize = 48;
 
-    /// Whether `bytes` of memory, and a margin for small allocations, could be mapped now. It is given back at once: another thread
+    /// Checks that `bytes` of memory, and a margin for small allocations, can be mapped now. It is given back at once: another thread
     /// may be faster, but a process that is short of memory finds out here, by an error. A few µs.
     pub(crate) fn spare(bytes: usize) -> Result<(), String> {
         map(bytes, 1)
@@ -136,7 +136,7 @@ mod linux {
         split
     }
 
-    /// Whether a file of this size may be made: the call that exceeds the limit would be answered by SIGXFSZ.
+    /// Checks that a file of this size may be made: the call that exceeds the limit would be answered by SIGXFSZ.
     pub(crate) fn check_file_size(bytes: usize) -> Result<(), String> {
         match getrlimit(Resource::Fsize).current {
             Some(most) if most < bytes as u64 => Err(why("a memfd", Wanted::File(bytes), Errno::FBIG)),
@@ -144,7 +144,7 @@ mod linux {
         }
     }
 
-    /// Whether the error is about something that the system has too little of, as opposed to a peer that is not there.
+    /// True if the error is about something that the system has too little of, as opposed to a peer that is not there.
     pub(crate) fn is_shortage(error: &io::Error) -> bool {
         let all = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS];
         all.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))

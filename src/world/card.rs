@@ -61,7 +61,7 @@ impl Agreement {
         Ok(Agreement { control, cards, ordinal })
     }
 
-    /// Whether cards go together, whatever memory comes with them. The same on every rank.
+    /// Checks that cards go together, whatever memory comes with them. The same on every rank.
     pub(super) fn check(cards: &[Card]) -> Result<()> {
         let refusal = cards.iter().find_map(|card| card.refusal.clone());
         // One that has none yet goes with every other.

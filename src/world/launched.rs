@@ -79,7 +79,7 @@ impl World {
         World::builder().rendezvous(rendezvous).device(device).join()
     }
 
-    /// Whether a launcher has made this process a rank, by one of the variables that
+    /// True if a launcher has made this process a rank, by one of the variables that
     /// [`World::from_env`] reads; that still fails if the others are wrong. A shell of Slurm's, in
     /// a batch script or by `srun --pty`, is no rank. A program that no launcher has started can
     /// start ranks itself, or do without them.
@@ -260,7 +260,7 @@ impl Communicator {
         self.processes().is_some_and(|processes| processes.has_joined())
     }
 
-    /// Whether a member of this view is gone, or has left it for the next one, as far as this rank knows.
+    /// True if a member of this view is gone, or has left it for the next one, as far as this rank knows.
     pub(crate) fn has_lost_a_member(&self) -> bool {
         self.processes().is_some_and(|processes| processes.has_lost_a_member())
     }

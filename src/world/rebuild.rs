@@ -3,7 +3,7 @@
 use super::Communicator;
 use crate::Result;
 
-/// What an averager can be built from again. The world knows those of its process.
+/// Everything that an averager can be built from again. The world knows those of its process.
 pub(crate) trait Rebuild: Send + Sync + std::fmt::Debug {
     /// Identifies the averager: the same on every rank and in every view.
     fn ordinal(&self) -> &str;

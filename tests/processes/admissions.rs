@@ -1,4 +1,4 @@
-//! What letting a process in does to the models of the others, and what is said when it fails half way.
+//! Effects of letting a process in on the models of the others, and the errors when it fails half way.
 
 use std::io::BufRead;
 use std::time::Duration;

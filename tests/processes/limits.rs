@@ -51,7 +51,7 @@ fn is_asked_for(limit: &Limit) -> bool {
     std::env::var("PA_TEST_LIMITS").map_or(true, |all| all.split(',').any(|one| one == limit.resource))
 }
 
-/// Whether the limit can be set here. Control groups can be made by root alone, if at all.
+/// True if the limit can be set here. Control groups can be made by root alone, if at all.
 fn can_be_set(limit: Limit) -> bool {
     let is_root = rustix::process::getuid().is_root();
     match limit.resource {

@@ -74,7 +74,7 @@ impl Model {
         self.tensors[..self.tensors.len() - 1].iter().flatten().copied()
     }
 
-    /// Whether every element is this rank's own.
+    /// True if every element is this rank's own.
     pub fn is_own(&self) -> bool {
         self.elements().enumerate().all(|(element, x)| x == value(self.origin, element))
     }

@@ -14,7 +14,7 @@ const NETWORK: &[&str] = &["unshare", "-Urn"];
 /// Its user is mapped to none.
 const NOBODY: &[&str] = &["unshare", "-U"];
 
-/// Whether the kernel lets this user have them.
+/// True if the kernel lets this user have them.
 fn is_possible(test: &str, unshare: &[&str]) -> bool {
     let mut tried = Command::new(unshare[0]);
     tried.args(&unshare[1..]).arg("true").stdout(Stdio::null()).stderr(Stdio::null());

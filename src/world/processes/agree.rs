@@ -187,7 +187,7 @@ impl Processes {
         }
     }
 
-    /// Whether the inbox, the credits and the control of this rank are used here.
+    /// True if the inbox, the credits and the control of this rank are used here.
     fn wanted(&self, rank: usize) -> [bool; 3] {
         let (own, world) = (self.places.position(self.rank()), self.members().len());
         let position = self.places.position(rank);

@@ -75,7 +75,7 @@ impl Process {
         std::iter::successors(self.parent(), Process::parent).take(MOST)
     }
 
-    /// Whether its parent forked it without exec, as shells make subshells.
+    /// True if its parent forked it without exec, as shells make subshells.
     pub(super) fn is_copy_of(&self, parent: &Process) -> bool {
         let arguments = |process: &Process| read(format!("/proc/{}/cmdline", process.pid)).ok();
         self.arguments_at != 0
@@ -83,14 +83,14 @@ impl Process {
             && arguments(self).is_some_and(|own| Some(own) == arguments(parent))
     }
 
-    /// Whether it was started with this variable in its environment.
+    /// True if it was started with this variable in its environment.
     pub(super) fn was_given(&self, variable: &str, value: &str) -> bool {
         let wanted = format!("{variable}={value}");
         let environment = read(format!("/proc/{}/environ", self.pid)).unwrap_or_default();
         environment.split(|&byte| byte == 0).any(|entry| entry == wanted.as_bytes())
     }
 
-    /// Whether it is a wrapper such as `timeout`: its arguments end with all of that process's.
+    /// True if it is a wrapper such as `timeout`: its arguments end with all of that process's.
     pub(super) fn is_wrapper_of(&self, process: &Process) -> bool {
         let arguments = |pid: u32| read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let (ours, theirs) = (arguments(self.pid), arguments(process.pid));

@@ -10,7 +10,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 
-/// What every error says in which ranks did not find one another.
+/// Possible causes, for every error in which ranks did not find one another.
 pub(super) const CAUSES: &str =
     "ranks find one another only within one network namespace (containers need a common one, such as \
      --network=host) and as one user";
@@ -71,7 +71,7 @@ pub(super) fn user_of_the_name() -> u32 {
     Users::now().outside()
 }
 
-/// What the user ids that this process sees mean.
+/// Meaning of the user ids that this process sees.
 #[derive(Debug)]
 struct Users {
     own: u32,
@@ -96,7 +96,7 @@ impl Users {
         map.lines().filter_map(line).collect()
     }
 
-    /// Whether every user has a number of its own here. Without /proc it can't be told, and the
+    /// True if every user has a number of its own here. Without /proc it can't be told, and the
     /// overflow uid is refused.
     fn is_identity(&self) -> bool {
         self.map.as_deref() == Some(&[[0, 0, u32::MAX]])

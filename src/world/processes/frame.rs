@@ -57,7 +57,7 @@ pub(super) enum Kind {
     Waiting = 11,
     /// Whether the sender reaches memory of the receiver's device.
     Reach = 12,
-    /// Whether the sender has all that it needs: when ranks meet, and when they build an averager.
+    /// The sender has all that it needs, or says what it lacks: when ranks meet, and when they build an averager.
     Verdict = 13,
     /// The averagers that the sender has, as it begins to build them again.
     Averagers = 14,

@@ -15,7 +15,7 @@ const RANK_VARIABLES: [&str; 5] = ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "
 /// Characters of an argument, or of an id, that an error shows.
 const MOST_SHOWN: usize = 64;
 
-/// What a rank says about its job. Bounded: it is part of the first message to a stranger.
+/// A rank's description of its job. Bounded: it is part of the first message to an unknown process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Job {
@@ -92,7 +92,7 @@ impl Job {
         Job { kind, pid: std::process::id(), namespace: pid_namespace(), arguments }
     }
 
-    /// What shows that a rank of the other job is not of this one, if something does.
+    /// Evidence that a rank of the other job is not of this one, if there is some.
     pub(super) fn differs(&self, other: &Job) -> Option<String> {
         match (&self.kind, &other.kind) {
             (Kind::Named, Kind::Named) => None,

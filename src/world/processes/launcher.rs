@@ -11,7 +11,7 @@ pub(super) struct Launched {
     pub(super) world_size: usize,
     /// Names the world among those of this host.
     pub(super) name: String,
-    /// What the name was taken from, in words.
+    /// Source of the name, in words.
     pub(super) source: String,
     pub(super) known: Known,
     /// The variable that the rank was taken from.
@@ -101,7 +101,7 @@ pub(super) fn has_terminal() -> bool {
     Process::own().is_some_and(|own| own.has_terminal)
 }
 
-/// Whether an address is this host's own. A name that is not known is not asked for anywhere.
+/// True if an address is this host's own. A name that is not known is not asked for anywhere.
 fn is_here(address: &str) -> bool {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let first = |name: &str| name.split('.').next().unwrap_or_default().to_owned();

@@ -58,7 +58,7 @@ pub(super) struct Setup {
     pub(super) rank: usize,
     pub(super) world_size: usize,
     pub(super) name: String,
-    /// What the name was taken from, in words.
+    /// Source of the name, in words.
     pub(super) source: String,
     pub(super) known: Known,
     /// The variable that the rank was taken from.

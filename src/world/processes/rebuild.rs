@@ -25,7 +25,7 @@ pub(super) struct Averagers {
     built_in: Mutex<Option<u32>>,
 }
 
-/// What a process tells the others before it builds its averagers again.
+/// The message of a process before it builds its averagers again.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Offered {
@@ -36,7 +36,7 @@ pub(super) struct Offered {
 }
 
 impl Averagers {
-    /// Those that are still there, by their ordinals.
+    /// The averagers that have not been dropped, by their ordinals.
     fn alive(&self) -> BTreeMap<String, Arc<dyn Rebuild>> {
         let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner); // whole at any time
         all.retain(|averager| averager.strong_count() > 0);
@@ -52,7 +52,7 @@ impl Processes {
         all.push(averager);
     }
 
-    /// Whether a member is gone or has given this view up, or one of its averagers has failed for good. A
+    /// True if a member is gone or has given this view up, or one of its averagers has failed for good. A
     /// failure may be known by a peer's word, before this process sees the death by itself.
     pub(in crate::world) fn has_lost_a_member(&self) -> bool {
         let view = self.number();

@@ -99,7 +99,7 @@ impl Origin {
 #[derive(Clone, Debug)]
 pub(super) struct Me {
     pub(super) name: String,
-    /// What the name was taken from, in words.
+    /// Source of the name, in words.
     pub(super) source: String,
     pub(super) rank: usize,
     pub(super) world_size: usize,

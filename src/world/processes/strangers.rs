@@ -94,7 +94,7 @@ impl Door {
         thread.or_else(|| self.short.files.load(Ordering::Relaxed).then(frame::short_of_files))
     }
 
-    /// Whether nobody can be heard: there is no thread for one that came, or no file descriptor, though no other stranger has any.
+    /// True if nobody can be heard: there is no thread for one that came, or no file descriptor, though no other stranger has any.
     pub(super) fn is_stuck(&self) -> bool {
         let thread = self.short.thread.lock().unwrap_or_else(PoisonError::into_inner);
         thread.is_some() || self.short.is_alone.load(Ordering::Relaxed)

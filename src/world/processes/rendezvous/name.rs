@@ -19,7 +19,7 @@ use crate::world::processes::strangers::{self, Door};
 const ANSWER: Duration = Duration::from_millis(500);
 const SILENCE: Duration = Duration::from_secs(5);
 
-/// What to do about two jobs that use one name.
+/// Advice for two jobs that use one name.
 pub(super) const APART: &str = "if they are one job, set PARAM_AVERAGER_RENDEZVOUS to one name on every rank, or, where the program gives the name, say \
      so by WorldBuilder::job; if they are two, give each a name of its own, such as another MASTER_PORT";
 

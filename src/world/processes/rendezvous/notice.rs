@@ -1,4 +1,4 @@
-//! What a rank that waits for others for long tells its user.
+//! Notice of a rank to its user when it waits for others for long.
 
 use std::io::Write;
 use std::time::{Duration, Instant};
