@@ -42,9 +42,9 @@ enum PaFlag {
   PA_FLAG_LAYOUT = 8,            // this rank's tensors are not the ones the averager was built for; see PaRecord
   PA_FLAG_NON_FINITE = 16,       // in a record: the scan before the meeting found a NaN or infinity
   PA_FLAG_GUEST = 32,            // this rank knows of a process that waits to join the world
+  PA_FLAG_THROUGH = 64,          // hosts keep PaBoard.through: who is gone before it was through ends every wait, not only those for it
   PA_FLAG_KEEP = 128,            // by the ring only: this rank makes every step, but its own tensors are not written. Of no concern to the
                                  // others. Not with PA_DIRECT, where the owner of a part writes the tensors of all ranks
-  PA_FLAG_THROUGH = 64,          // hosts keep PaBoard.through: who is gone before it was through ends every wait, not only those for it
 };
 
 // One tensor's place in its bucket. `first_pack` ascends; a tensor of no elements has no segment.

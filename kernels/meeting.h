@@ -74,7 +74,7 @@ PA_SLOW bool meet_as_leader(Exec ex, Place p, bool commits) {
     PaBoard& own = control->board[a.rank];
     PaRecord& record = own.record[mutant(21) ? 0 : p.epoch & 1];
     if (mutant(9)) announce(p, &own.arrived, p.epoch);
-    // What this average's scan found, the launch before this one. Tensors that are not as they should be are not scanned: `bad`
+    // Finding of this average's scan, the launch before this one. Tensors that are not as they should be are not scanned: `bad`
     // is that of an earlier average then.
     const bool scanned = commits && (a.flags & PA_FLAG_REJECT_NON_FINITE) && (!(a.flags & PA_FLAG_LAYOUT) || mutant(72));
     uint64_t bad = 0;

@@ -38,7 +38,7 @@ template <class T, bool kF32> struct Ring {
     keeps = (b.a.flags & PA_FLAG_KEEP) && !mutant(68);
   }
 
-  // What a shard brings along when it has made k steps.
+  // Contents of a shard that has made k steps.
   struct Brought {
     bool any;    // of the k ranks that it has met one counts at least
     S in, out;   // what the values in the inbox are multiplied by, and those that go into the outbox

@@ -40,8 +40,8 @@ pub const PA_FLAG_UNNEEDED: PaFlag = 4;
 pub const PA_FLAG_LAYOUT: PaFlag = 8;
 pub const PA_FLAG_NON_FINITE: PaFlag = 16;
 pub const PA_FLAG_GUEST: PaFlag = 32;
-pub const PA_FLAG_KEEP: PaFlag = 128;
 pub const PA_FLAG_THROUGH: PaFlag = 64;
+pub const PA_FLAG_KEEP: PaFlag = 128;
 pub type PaFlag = ::std::os::raw::c_uint;
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]

@@ -137,7 +137,7 @@ impl ParamAverager {
                 let (tensor, element) = bucket.locate(element);
                 (self.table.describe(tensor), element)
             }
-            // What a peer says must not bring this rank down.
+            // A peer's word must not make this rank panic.
             None => ("a tensor that it has not named".into(), 0),
         };
         Error::NonFinite { rank, tensor, element }

@@ -90,7 +90,7 @@ mod linux {
 
     use super::{why, Wanted};
 
-    /// What small allocations, which can't fail but by an abort, find left after every larger one.
+    /// Memory that every larger allocation leaves for small ones, which can't fail but by an abort.
     const MARGIN: usize = 4 << 20;
     /// A multiple of every page size.
     const STEP: usize = 64 << 10;
@@ -228,7 +228,7 @@ mod linux {
         }
     }
 
-    /// Of this process: its address space and its data, in bytes.
+    /// Address space and data of this process, in bytes.
     fn used() -> Option<[u64; 2]> {
         let status = std::fs::read_to_string("/proc/self/status").ok()?;
         let kibibytes = |name: &str| -> Option<u64> {
@@ -295,7 +295,7 @@ mod linux {
         None
     }
 
-    /// What a file of the kernel's says, if that is a number.
+    /// The number in a file of the kernel's, if it holds one.
     fn number(path: &str) -> Option<u64> {
         std::fs::read_to_string(path).ok()?.trim().parse().ok()
     }

@@ -3,8 +3,6 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use rustix::process::Signal;
-
 use super::common::skipped;
 use super::crew::{name, start, Rank};
 
@@ -207,6 +205,51 @@ fn limits_while_recovering_are_named_on_all_ranks() {
     limits_at("recovering", |_, _| true);
 }
 
+/// A world of two members, `limits` being the second one's, that have averaged, and a process that joins
+/// it with limits of its own. The joiner is told of `limit`, soon, and the members go on.
+fn joiner_is_told(
+    limit: Limit,
+    what: &str,
+    limits: Vec<(&'static str, String)>,
+    own: Vec<(&'static str, String)>,
+) {
+    let (name, group) = (name(), group());
+    let one = |more: &[(&'static str, String)]| {
+        let mut all = vec![
+            ("PA_TEST_NAME", name.clone()),
+            ("PA_TEST_MEET_MS", "60000".into()),
+            ("PA_TEST_TIMEOUT_MS", "60000".into()),
+            ("PA_TEST_GROUP", group.to_owned()),
+        ];
+        all.extend(limit.not_root.then(|| ("PA_TEST_USER", USER.to_string())));
+        all.extend_from_slice(more);
+        start("limited", &all)
+    };
+    let member = |rank: usize| {
+        let variables = [
+            ("PA_TEST_RANK", rank.to_string()),
+            ("PA_TEST_WORLD", "2".into()),
+            ("PA_TEST_LETS_IN", "1".into()),
+        ];
+        one(&[&variables[..], if rank == 1 { &limits } else { &[] }].concat())
+    };
+    let mut members: Vec<Rank> = (0..2).map(member).collect();
+    members.iter_mut().for_each(|rank| STAGES[..3].iter().for_each(|_| rank.enough()));
+    members.iter_mut().for_each(|rank| drop(rank.hear("averaged")));
+    let mut late = one(&[own, vec![("PA_TEST_JOIN", "1".into())]].concat());
+    STAGES.iter().for_each(|_| late.enough());
+    let (after, error) = error(&mut late, what).unwrap_or_else(|| panic!("{what}: it was not met"));
+    let _ = std::fs::remove_dir(&group);
+    assert!(error.contains(limit.says), "{what}: {error}");
+    assert!(after < SOON_MS, "{what}: it was told after {after} ms");
+    println!("{what}: after {after} ms: {error}");
+    members.iter_mut().for_each(|rank| rank.enough());
+    for member in &mut members {
+        assert_eq!(member.end(), Some(0), "{what}: {:#?}", member.heard);
+        assert_eq!(member.said("done"), ["2"], "{what}: {:#?}", member.heard);
+    }
+}
+
 /// A process that joins and meets a limit leaves, and the others go on.
 #[test]
 fn limits_while_joining_harm_nobody_else() {
@@ -217,46 +260,12 @@ fn limits_while_joining_harm_nobody_else() {
                 skipped(&format!("limits while joining, {what}"), "this user can't set that limit");
                 continue;
             }
-            let (name, group) = (name(), group());
-            let one = |more: &[(&'static str, String)]| {
-                let mut all = vec![
-                    ("PA_TEST_NAME", name.clone()),
-                    ("PA_TEST_MEET_MS", "60000".into()),
-                    ("PA_TEST_TIMEOUT_MS", "60000".into()),
-                    ("PA_TEST_GROUP", group.to_owned()),
-                ];
-                all.extend(limit.not_root.then(|| ("PA_TEST_USER", USER.to_string())));
-                all.extend_from_slice(more);
-                start("limited", &all)
-            };
-            let member = |rank: usize| {
-                let variables = [
-                    ("PA_TEST_RANK", rank.to_string()),
-                    ("PA_TEST_WORLD", "2".into()),
-                    ("PA_TEST_LETS_IN", "1".into()),
-                ];
-                one(&variables)
-            };
-            let mut members: Vec<Rank> = (0..2).map(member).collect();
-            members.iter_mut().for_each(|rank| STAGES[..3].iter().for_each(|_| rank.enough()));
-            members.iter_mut().for_each(|rank| drop(rank.hear("averaged")));
-            let mut late = one(&[variables(limit, stage), vec![("PA_TEST_JOIN", "1".into())]].concat());
-            STAGES.iter().for_each(|_| late.enough());
-            let (after, error) = error(&mut late, &what).unwrap_or_else(|| panic!("{what}: it was not met"));
-            let _ = std::fs::remove_dir(&group);
-            assert!(error.contains(limit.says), "{what}: {error}");
-            assert!(after < SOON_MS, "{what}: it was told after {after} ms");
-            println!("{what}: after {after} ms: {error}");
-            members.iter_mut().for_each(|rank| rank.enough());
-            for member in &mut members {
-                assert_eq!(member.end(), Some(0), "{what}: {:#?}", member.heard);
-                assert_eq!(member.said("done"), ["2"], "{what}: {:#?}", member.heard);
-            }
+            joiner_is_told(limit, &what, vec![], variables(limit, stage));
         }
     }
 }
 
-/// A member that meets a limit where a process comes that wants to join tells it so, and all members go on.
+/// A member that meets a limit when a process comes that wants to join tells it so, and all members go on.
 #[test]
 fn limits_of_members_are_told_to_processes_that_join() {
     for limit in LIMITS.into_iter().filter(is_asked_for) {
@@ -270,42 +279,7 @@ fn limits_of_members_are_told_to_processes_that_join() {
             skipped(&what, "this user can't set that limit");
             continue;
         }
-        let (name, group) = (name(), group());
-        let one = |more: &[(&'static str, String)]| {
-            let mut all = vec![
-                ("PA_TEST_NAME", name.clone()),
-                ("PA_TEST_MEET_MS", "60000".into()),
-                ("PA_TEST_TIMEOUT_MS", "60000".into()),
-                ("PA_TEST_GROUP", group.to_owned()),
-            ];
-            all.extend(limit.not_root.then(|| ("PA_TEST_USER", USER.to_string())));
-            all.extend_from_slice(more);
-            start("limited", &all)
-        };
-        let member = |rank: usize| {
-            let own = [
-                ("PA_TEST_RANK", rank.to_string()),
-                ("PA_TEST_WORLD", "2".into()),
-                ("PA_TEST_LETS_IN", "1".into()),
-            ];
-            let limits = if rank == 1 { variables(limit, "letting in") } else { vec![] };
-            one(&[&own[..], &limits].concat())
-        };
-        let mut members: Vec<Rank> = (0..2).map(member).collect();
-        members.iter_mut().for_each(|rank| STAGES[..3].iter().for_each(|_| rank.enough()));
-        members.iter_mut().for_each(|rank| drop(rank.hear("averaged")));
-        let mut late = one(&[("PA_TEST_JOIN", "1".into())]);
-        STAGES.iter().for_each(|_| late.enough());
-        let (after, error) = error(&mut late, &what).unwrap_or_else(|| panic!("{what}: it was not met"));
-        let _ = std::fs::remove_dir(&group);
-        assert!(error.contains(limit.says), "{what}: {error}");
-        assert!(after < SOON_MS, "{what}: it was told after {after} ms");
-        println!("{what}: after {after} ms: {error}");
-        members.iter_mut().for_each(|rank| rank.enough());
-        for member in &mut members {
-            assert_eq!(member.end(), Some(0), "{what}: {:#?}", member.heard);
-            assert_eq!(member.said("done"), ["2"], "{what}: {:#?}", member.heard);
-        }
+        joiner_is_told(limit, &what, variables(limit, "letting in"), vec![]);
     }
 }
 
@@ -380,29 +354,5 @@ fn any_amount_of_memory_is_enough_or_an_error() {
         }
         println!("{}: {good} ranks averaged, {bad} were told", limit.resource);
         assert!(good > 0 && bad > 0, "{}: {good} {bad}", limit.resource);
-    }
-}
-
-/// The longest timeouts that can be written are timeouts like others: for meeting, building, recovering and joining.
-#[test]
-fn the_longest_timeouts_are_timeouts() {
-    let longest = [
-        ("PA_TEST_MEET_MS", "longest".to_owned()),
-        ("PA_TEST_TIMEOUT_MS", "longest".into()),
-        ("PA_TEST_FINAL", "3".into()),
-    ];
-    let name = name();
-    let one = |more: &[(&'static str, String)]| {
-        start("survive", &[&longest[..], &[("PA_TEST_NAME", name.clone())], more].concat())
-    };
-    let first = |rank: usize| one(&[("PA_TEST_RANK", rank.to_string()), ("PA_TEST_WORLD", "3".into())]);
-    let mut ranks: Vec<Rank> = (0..3).map(first).collect();
-    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
-    ranks[1].signal(Signal::KILL);
-    ranks[0].hear("recovered");
-    ranks[1] = one(&[("PA_TEST_JOIN", "1".into()), ("PA_TEST_ORIGIN", "3".into())]);
-    for rank in &mut ranks {
-        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
-        assert_eq!(rank.said("done"), ["[0, 2, 3]"], "{:#?}", rank.heard);
     }
 }

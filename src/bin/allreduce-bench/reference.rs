@@ -215,7 +215,7 @@ impl Tolerance {
         Tolerance { ulps: n + f64::from(more_roundings), hops, scaled }
     }
 
-    /// Of a result that should be `mean`; `most`: the largest input's |x|.
+    /// Bound of the error of a result that should be `mean`; `most`: the largest input's |x|.
     #[inline(always)]
     fn of<T: Number>(&self, mean: f64, most: f64) -> f64 {
         if let Some(ulps) = self.scaled {

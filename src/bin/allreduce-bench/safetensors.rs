@@ -100,7 +100,7 @@ fn read_header(mut file: impl Read) -> Result<Vec<u8>, String> {
     Ok(header)
 }
 
-/// What else a file is that begins so, where that is no length that the format allows.
+/// The kind of another file, by its first bytes, where they are no length that the format allows.
 fn other_format(begin: [u8; 8]) -> Option<&'static str> {
     const FORMATS: [(&[u8], &str); 8] = [
         (
