@@ -118,6 +118,35 @@ fn jobs_of_ended_shells_and_of_one_shell_never_mix() {
     }
 }
 
+/// The process that adopts the ranks of ended shells is in their session, as pid 1 of a container may be:
+/// nothing but process groups tells one job from the other.
+#[test]
+fn jobs_of_ended_shells_never_mix_where_a_process_of_their_session_adopts_them() {
+    let port = name();
+    let ended = |job: usize, first: f32, second: f32| {
+        format!(
+            "(export PA_TEST_JOB={job}; (sleep {first}; RANK=0 exec TRAINER) & \
+             (sleep {second}; RANK=1 exec TRAINER) &) &"
+        )
+    };
+    // With job control, each line has a process group of its own. dash has that with a terminal only.
+    let [one, other] = [ended(10, 0.2, 1.2), ended(20, 1.2, 0.5)];
+    let text = format!("exec bash -c 'set -m; {one} {other} wait; exec sleep 4'");
+    let mut adopter = script(&text, &port, 7);
+    let adopts = || {
+        rustix::process::setsid()?;
+        rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
+        Ok(())
+    };
+    // SAFETY: two system calls.
+    unsafe { std::os::unix::process::CommandExt::pre_exec(&mut adopter, adopts) };
+    let mut both = spawn(adopter);
+    assert_eq!(both.end(), Some(0), "{:#?}", both.heard);
+    let averaged = both.said("averaged");
+    assert!(averaged.windows(2).all(|pair| pair[0] == pair[1]), "{:#?}", both.heard);
+    assert_eq!(averaged.len() + both.said("error").len(), 4, "{:#?}", both.heard);
+}
+
 /// Shell loops, subshells and wrappers for each rank.
 const LINES: [&str; 4] = [
     "RANK=$r TRAINER",

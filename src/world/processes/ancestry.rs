@@ -83,6 +83,23 @@ impl Process {
             && arguments(self).is_some_and(|own| Some(own) == arguments(parent))
     }
 
+    /// True if its parent has adopted it: the process that started it has ended, and with it what
+    /// tells its children from others' that were adopted by the same process.
+    pub(super) fn is_adopted_by(&self, parent: &Process) -> bool {
+        // A new session has its first process as leader; any other process has its parent's.
+        if self.session != self.pid && self.session != parent.session {
+            return true;
+        }
+        // The same of process groups, except that a shell with job control also puts a process into
+        // the group of one of its siblings. Where the shell has a terminal, that one may have ended.
+        let has_group_of_parent = [self.pid, parent.group].contains(&self.group);
+        let has_group_of_sibling = || {
+            Process::of(self.group).is_some_and(|leader| leader.parent == parent.pid)
+                || parent.has_terminal && parent.pid != 1
+        };
+        !has_group_of_parent && !has_group_of_sibling()
+    }
+
     /// True if it was started with this variable in its environment.
     pub(super) fn was_given(&self, variable: &str, value: &str) -> bool {
         let wanted = format!("{variable}={value}");
@@ -133,6 +150,39 @@ mod tests {
         assert_eq!(found.arguments_at, 140_737);
         for end in [0, 5, 12, 20, 60] {
             assert_eq!(Process::parse(&line[..end]), None);
+        }
+    }
+
+    #[test]
+    fn adopted_processes_are_told_from_children() {
+        let process = |pid, parent, group, session, has_terminal| Process {
+            pid,
+            name: "p".into(),
+            parent,
+            group,
+            session,
+            has_terminal,
+            start: 1,
+            is_ending: false,
+            arguments_at: 0,
+        };
+        let none = u32::MAX; // no process has this pid
+        let shell = process(none - 1, 0, 5, 5, true);
+        let reaper = process(none - 1, 0, 5, 5, false);
+        let first = process(1, 0, 1, 1, true);
+        for (parent, group, session, is_adopted) in [
+            (&reaper, 5, 5, false),      // a child of a script
+            (&reaper, 9, 9, false),      // a child that leads a session
+            (&reaper, 9, 5, false),      // a child that leads a group
+            (&reaper, none, none, true), // of an ended session
+            (&reaper, none, 5, true),    // of an ended group
+            (&shell, none, 5, false),    // the first of its pipeline has ended
+            (&shell, 5, none, true),
+            (&first, none, 1, true), // pid 1 of a container adopts, terminal or not
+            (&first, 1, 1, false),
+        ] {
+            let child = process(9, parent.pid, group, session, false);
+            assert_eq!(child.is_adopted_by(parent), is_adopted, "{child:?} {parent:?}");
         }
     }
 

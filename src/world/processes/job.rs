@@ -171,10 +171,8 @@ impl Start {
             }
         }
         let starter = chain.last().expect("it begins with this process");
-        // A new session has its first process as leader; any other process has its parent's, or has
-        // lost its parent.
         let below = &chain[chain.len().saturating_sub(2)];
-        let is_orphan = below.session != below.pid && starter.session != below.session;
+        let is_orphan = below.is_adopted_by(starter);
         Start {
             starter: shown(&starter.name),
             chain: chain.iter().map(|process| (process.pid, process.start)).collect(),
