@@ -35,7 +35,7 @@ use crate::error::Stage;
 use crate::schedule::place;
 use crate::world::{AbortHandle, Agreement, Communicator};
 use crate::{Error, Parameters, Result};
-use memory::Own;
+use memory::RankMemory;
 use rebuild::Blueprint;
 use recover::Admitted;
 use table::Table;
@@ -83,7 +83,7 @@ pub struct ParamAverager {
     algorithm: Algorithm,
     phases: &'static [u32],
     table: Table,
-    own: Own,
+    own: RankMemory,
     args: PaArgs,
     timeout: Duration,
     /// To build another one by.
@@ -145,12 +145,12 @@ impl ParamAverager {
 
     /// The ranks as they follow one another around the ring, from rank 0: on several CUDA devices, as these lie.
     pub fn ring_order(&self) -> &[usize] {
-        self.communicator.places().order()
+        self.communicator.placement().order()
     }
 
     /// What this rank is called in the kernels.
     fn position(&self) -> usize {
-        self.communicator.places().position(self.rank())
+        self.communicator.placement().position(self.rank())
     }
 
     /// How parameters move: never [`Algorithm::Auto`].
@@ -247,11 +247,11 @@ impl ParamAverager {
                 return Err(refusal.clone());
             }
         }
-        let mut has_guest = self.communicator.has_guest();
-        if let (true, Some(stream)) = (has_guest, stream) {
+        let mut has_joiner = self.communicator.has_joiner();
+        if let (true, Some(stream)) = (has_joiner, stream) {
             // What a graph replays is always the same, but guests come and go.
             // SAFETY: the caller's promise.
-            has_guest = !unsafe { self.own.engine.is_capturing(stream) }
+            has_joiner = !unsafe { self.own.engine.is_capturing(stream) }
                 .map_err(|reason| self.device_failed(reason))?;
         }
         let segments = || self.table.buckets.iter().map(|bucket| &bucket.segments[..]);
@@ -266,7 +266,7 @@ impl ParamAverager {
                 | flag(PA_FLAG_WEIGHTED, call.weight.is_some())
                 | flag(PA_FLAG_UNNEEDED, call.unneeded)
                 | flag(PA_FLAG_LAYOUT, problem.is_some())
-                | flag(PA_FLAG_GUEST, has_guest)
+                | flag(PA_FLAG_GUEST, has_joiner)
                 | flag(PA_FLAG_KEEP, call.keeps),
             ..self.args
         };

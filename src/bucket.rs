@@ -38,11 +38,11 @@ pub type Place = Option<(usize, usize)>;
 /// Sorts tensors into buckets, one for each dtype that occurs with elements, in the order of [`Dtype::ALL`].
 pub fn plan(shapes: &[Shape]) -> (Vec<Bucket>, Vec<Place>) {
     let mut buckets = Vec::new();
-    let mut places = vec![None; shapes.len()];
+    let mut placement = vec![None; shapes.len()];
     for dtype in Dtype::ALL {
         let mut bucket = Bucket { dtype, packs: 0, segments: vec![], tensors: vec![] };
         for (index, shape) in shapes.iter().enumerate().filter(|(_, s)| s.dtype == dtype && s.elements > 0) {
-            places[index] = Some((buckets.len(), bucket.segments.len()));
+            placement[index] = Some((buckets.len(), bucket.segments.len()));
             bucket.segments.push(PaSegment {
                 address: 0,
                 elements: shape.elements,
@@ -55,7 +55,7 @@ pub fn plan(shapes: &[Shape]) -> (Vec<Bucket>, Vec<Place>) {
             buckets.push(bucket);
         }
     }
-    (buckets, places)
+    (buckets, placement)
 }
 
 /// Packs that a tensor takes.
@@ -105,7 +105,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_element_has_one_place(shapes in shapes()) {
-            let (buckets, places) = plan(&shapes);
+            let (buckets, placement) = plan(&shapes);
             for bucket in &buckets {
                 let per_pack = 16 / bucket.dtype.size() as u64;
                 let mut end = 0;
@@ -119,7 +119,7 @@ mod tests {
                 }
                 prop_assert_eq!(bucket.packs, end);
             }
-            for (shape, place) in shapes.iter().zip(&places) {
+            for (shape, place) in shapes.iter().zip(&placement) {
                 prop_assert_eq!(place.is_some(), shape.elements > 0);
                 if let Some((bucket, segment)) = *place {
                     prop_assert_eq!(buckets[bucket].dtype, shape.dtype);

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use super::memory::{check_room, Own, Sizes, LINE_BYTES};
+use super::memory::{check_room, RankMemory, Sizes, LINE_BYTES};
 use super::rebuild::Blueprint;
 use super::table::{Layout, Table};
 use super::{defaults, flag, phases, spins, Algorithm, Builder, ParamAverager, Tensors};
 use crate::abi::*;
 use crate::backend::Memory;
-use crate::world::Card;
+use crate::world::Handshake;
 use crate::{Error, Parameters, Result};
 
 impl ParamAverager {
@@ -29,7 +29,7 @@ impl ParamAverager {
     pub(super) fn assemble<P: Parameters + ?Sized>(options: Builder, params: &mut P) -> Result<Self> {
         let communicator = &options.communicator;
         let (rank, world) = (communicator.rank(), communicator.world_size());
-        let (device, site) = (communicator.device(), communicator.site().clone());
+        let (device, space) = (communicator.device(), communicator.space().clone());
         let (mut tensors, mut names) = (0, 0);
         params.visit(&mut |tensor| {
             tensors += 1;
@@ -37,11 +37,11 @@ impl ParamAverager {
         });
         let (table, refusal) = match check_room(tensors, names, rank, world) {
             Ok(()) => {
-                let (table, problem) = Table::new(params, device, site);
+                let (table, problem) = Table::new(params, device, space);
                 let refusal = problem.map(|problem| table.error(rank, problem));
                 (table, refusal)
             }
-            Err(error) => (Table::of(Layout::none(device, site).into()), Some(error)),
+            Err(error) => (Table::of(Layout::none(device, space).into()), Some(error)),
         };
         let mut averager = ParamAverager::assemble_for(options, table, refusal, None)?;
         averager.blueprint = Some(Blueprint::of(&averager));
@@ -65,10 +65,10 @@ impl ParamAverager {
         let channels = if refusal.is_none() { options.channel_count() } else { 1 };
         let sizes = Sizes::of(&options, &table, channels);
         let own = match refusal {
-            None => Own::new(&options, &mut table, sizes, channels, ring),
+            None => RankMemory::new(&options, &mut table, sizes, channels, ring),
             Some(refusal) => Err(refusal),
         };
-        let card = Card {
+        let handshake = Handshake {
             refusal: own.as_ref().err().cloned(),
             options: options.shown(),
             tensors: table.describe_all(),
@@ -80,7 +80,7 @@ impl ParamAverager {
             control: own.as_ref().ok().and_then(|own| own.control.clone()),
         };
         let patience = if options.timeout.is_zero() { defaults::TIMEOUT } else { options.timeout };
-        let agreement = communicator.agree(card, number, patience)?; // a refusal comes back from here
+        let agreement = communicator.agree(handshake, number, patience)?; // a refusal comes back from here
         let own = own?;
 
         let mut averager = ParamAverager {
@@ -106,12 +106,12 @@ impl ParamAverager {
     /// The arguments that stay the same for all launches.
     fn launch_args(&self, options: &Builder, sizes: Sizes, channels: u32) -> PaArgs {
         let (position, world) = (self.position(), self.world_size());
-        let order = self.communicator.places().order();
-        let card = |position: usize| &self.agreement.cards[order[position % world]];
+        let order = self.communicator.placement().order();
+        let handshake = |position: usize| &self.agreement.handshakes[order[position % world]];
         let address = |memory: &Option<Arc<Memory>>| memory.as_ref().map_or(0, |memory| memory.address());
-        let own = card(position);
+        let own = handshake(position);
         let (own_inbox, own_credits) = (address(&own.inbox), address(&own.credits));
-        let next = address(&card(position + 1).inbox);
+        let next = address(&handshake(position + 1).inbox);
         let slots = u64::from(channels) * LINE_BYTES as u64; // behind the counters
         PaArgs {
             control: self.agreement.control.address(),
@@ -121,7 +121,7 @@ impl ParamAverager {
             filled_in: own_inbox,
             filled_out: next,
             drained_in: own_credits,
-            drained_out: address(&card(position + world - 1).credits),
+            drained_out: address(&handshake(position + world - 1).credits),
             timeout_ns: u64::try_from(options.timeout.as_nanos()).unwrap_or(u64::MAX),
             rank: position as u32,
             world: world as u32,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::defaults::{self, Cut};
 use super::{Algorithm, Link, ParamAverager, Plain};
-use crate::backend::Site;
+use crate::backend::MemorySpace;
 use crate::world::{Admission, Communicator};
 use crate::{Error, Parameters, Result};
 
@@ -177,11 +177,13 @@ impl Builder {
                 refuse("slots", self.slots.to_string(), "a power of two from 2 to 1024")
             }
             _ if self.timeout.is_zero() => refuse("timeout", "0".into(), "longer than nothing"),
-            _ if self.algorithm == Algorithm::Direct && !self.communicator.places().one_memory() => refuse(
-                "algorithm",
-                "Direct, on several devices or between processes".into(),
-                "Auto or Ring, unless all ranks are threads of one process, on CPUs or on one device",
-            ),
+            _ if self.algorithm == Algorithm::Direct && !self.communicator.placement().one_memory() => {
+                refuse(
+                    "algorithm",
+                    "Direct, on several devices or between processes".into(),
+                    "Auto or Ring, unless all ranks are threads of one process, on CPUs or on one device",
+                )
+            }
             _ => match (self.crowd(), self.link_refusal()) {
                 (Some(found), _) => refuse(
                     "channels",
@@ -195,13 +197,13 @@ impl Builder {
     }
 
     fn link_refusal(&self) -> Option<Error> {
-        self.link.refusal(self.communicator.places(), self.communicator.rank(), self.communicator.site())
+        self.link.refusal(self.communicator.placement(), self.communicator.rank(), self.communicator.space())
     }
 
     /// All blocks of all ranks wait for one another: those that share a device must be resident together. If they can't be,
     /// how many there are.
     fn crowd(&self) -> Option<String> {
-        let room = self.communicator.places().room()?;
+        let room = self.communicator.placement().room()?;
         let channels = self.channel_count();
         (channels * room.ranks > room.blocks).then(|| {
             format!(
@@ -214,26 +216,26 @@ impl Builder {
     /// What `Auto` stands for.
     pub(super) fn chosen_algorithm(&self) -> Algorithm {
         match self.algorithm {
-            Algorithm::Auto if self.communicator.places().one_memory() => Algorithm::Direct,
+            Algorithm::Auto if self.communicator.placement().one_memory() => Algorithm::Direct,
             Algorithm::Auto => Algorithm::Ring,
             chosen => chosen,
         }
     }
 
     pub(super) fn cut(&self) -> Cut {
-        let host = || self.link.is_host_anywhere(self.communicator.places());
-        match self.communicator.site() {
-            Site::Host => defaults::CPU,
-            Site::Cuda(_) if self.chosen_algorithm() == Algorithm::Ring && host() => defaults::HOST,
-            Site::Cuda(_) => defaults::PEER,
+        let host = || self.link.is_host_anywhere(self.communicator.placement());
+        match self.communicator.space() {
+            MemorySpace::Host => defaults::CPU,
+            MemorySpace::Cuda(_) if self.chosen_algorithm() == Algorithm::Ring && host() => defaults::HOST,
+            MemorySpace::Cuda(_) => defaults::PEER,
         }
     }
 
     pub(super) fn channel_count(&self) -> u32 {
         self.channels.unwrap_or_else(|| {
-            let at_once = match self.communicator.places().room() {
+            let at_once = match self.communicator.placement().room() {
                 Some(room) => room.blocks / room.ranks,
-                None => (self.communicator.places().cores() / self.communicator.world_size()) as u32,
+                None => (self.communicator.placement().cores() / self.communicator.world_size()) as u32,
             };
             at_once.clamp(1, self.cut().channels)
         })

@@ -1,8 +1,8 @@
 //! Where mailboxes live.
 
 use crate::backend::cuda::PeerAccess;
-use crate::backend::{Memory, Site};
-use crate::world::Places;
+use crate::backend::{Memory, MemorySpace};
+use crate::world::Placement;
 use crate::Error;
 
 /// Where the mailbox between two neighbours of the ring lives, on CUDA devices. On CPUs all memory is one. All of it holds for ranks
@@ -21,21 +21,21 @@ pub enum Link {
 
 impl Link {
     /// Whether the mailbox between these ranks is in memory of the host.
-    pub(super) fn is_host(self, places: &Places, rank: usize, other: usize) -> bool {
+    pub(super) fn is_host(self, placement: &Placement, rank: usize, other: usize) -> bool {
         match self {
-            Link::Auto => places.peers(rank, other) != PeerAccess::Verified,
+            Link::Auto => placement.peers(rank, other) != PeerAccess::Verified,
             Link::Peer => false,
             Link::Host => true,
         }
     }
 
     /// Whether any is.
-    pub(super) fn is_host_anywhere(self, places: &Places) -> bool {
-        neighbours(places).any(|(rank, next)| self.is_host(places, rank, next))
+    pub(super) fn is_host_anywhere(self, placement: &Placement) -> bool {
+        neighbours(placement).any(|(rank, next)| self.is_host(placement, rank, next))
     }
 
     /// Why it can't be had.
-    pub(super) fn refusal(self, places: &Places, rank: usize, site: &Site) -> Option<Error> {
+    pub(super) fn refusal(self, placement: &Placement, rank: usize, space: &MemorySpace) -> Option<Error> {
         let refuse = |found| {
             let expected = "Auto, or Host, which works everywhere";
             Some(Error::Option { rank, option: "link", found, expected })
@@ -43,17 +43,17 @@ impl Link {
         if self != Link::Peer {
             return None;
         }
-        if matches!(site, Site::Host) {
+        if matches!(space, MemorySpace::Host) {
             return refuse("Peer, which is for CUDA devices".into());
         }
-        let (rank, next, access) = neighbours(places)
-            .map(|(rank, next)| (rank, next, places.peers(rank, next)))
+        let (rank, next, access) = neighbours(placement)
+            .map(|(rank, next)| (rank, next, placement.peers(rank, next)))
             .find(|&(_, _, access)| access != PeerAccess::Verified)?;
         let why = match access {
             PeerAccess::Broken => {
                 "the driver says that they do, but bytes that were moved to try it were lost"
             }
-            _ if places.between_processes() => {
+            _ if placement.between_processes() => {
                 "the driver says so, or lends no memory to other processes (CUDA IPC)"
             }
             _ => "the driver says so",
@@ -64,24 +64,29 @@ impl Link {
     }
 
     /// Memory for what a neighbour writes: zeroed.
-    pub(super) fn place(is_host: bool, places: &Places, site: &Site, bytes: usize) -> Result<Memory, String> {
+    pub(super) fn place(
+        is_host: bool,
+        placement: &Placement,
+        space: &MemorySpace,
+        bytes: usize,
+    ) -> Result<Memory, String> {
         #[cfg(target_os = "linux")]
-        if places.between_processes() {
-            return match site {
-                Site::Cuda(context) if !is_host => Memory::to_lend(context, bytes),
-                site => Memory::between_processes(site, bytes),
+        if placement.between_processes() {
+            return match space {
+                MemorySpace::Cuda(context) if !is_host => Memory::to_lend(context, bytes),
+                space => Memory::between_processes(space, bytes),
             };
         }
         if is_host {
-            Memory::of_the_host(site, bytes)
+            Memory::of_the_host(space, bytes)
         } else {
-            Memory::new(site, bytes)
+            Memory::new(space, bytes)
         }
     }
 }
 
 /// Each rank and the next one.
-fn neighbours(places: &Places) -> impl Iterator<Item = (usize, usize)> + '_ {
-    let order = places.order();
+fn neighbours(placement: &Placement) -> impl Iterator<Item = (usize, usize)> + '_ {
+    let order = placement.order();
     (0..order.len()).map(|position| (order[position], order[(position + 1) % order.len()]))
 }

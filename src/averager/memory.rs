@@ -7,7 +7,7 @@ use super::link::Link;
 use super::table::Table;
 use crate::abi::*;
 use crate::backend::cpu::instruction_sets;
-use crate::backend::{limits, Engine, Memory, Site};
+use crate::backend::{limits, Engine, Memory, MemorySpace};
 use crate::bucket;
 use crate::world::Control;
 use crate::{Error, Result};
@@ -51,8 +51,8 @@ impl Sizes {
         let slots = (channels * self.slots) as usize * self.slot_packs as usize * PA_PACK_BYTES as usize;
         let mut memory = Link::place(
             is_host,
-            communicator.places(),
-            communicator.site(),
+            communicator.placement(),
+            communicator.space(),
             channels as usize * LINE_BYTES + slots,
         )?;
         memory.set(0, bytemuck::cast_slice(&counters(channels, testing)))?;
@@ -82,18 +82,18 @@ pub(super) fn check_room(tensors: usize, names: usize, rank: usize, world: usize
 }
 
 /// What a rank needs besides its tensors.
-pub(super) struct Own {
+pub(super) struct RankMemory {
     pub(super) engine: Engine,
     /// Every bucket's own shard of the mean.
     pub(super) shards: Vec<Memory>,
-    /// See `Card`.
+    /// See `Handshake`.
     pub(super) inbox: Option<Arc<Memory>>,
     pub(super) credits: Option<Arc<Memory>>,
     /// Of rank 0: everybody's notice boards.
     pub(super) control: Option<Arc<Control>>,
 }
 
-impl Own {
+impl RankMemory {
     /// Allocates all of it, and completes the table of buckets with where it is.
     pub(super) fn new(
         options: &Builder,
@@ -101,13 +101,13 @@ impl Own {
         sizes: Sizes,
         channels: u32,
         ring: bool,
-    ) -> Result<Own> {
+    ) -> Result<RankMemory> {
         let (rank, world) = (options.communicator.rank(), options.communicator.world_size() as u32);
-        let (site, testing) = (options.communicator.site(), &options.testing);
-        let processes = options.communicator.places().between_processes();
-        let own_failed = |reason| match site {
-            Site::Host => Error::Memory { rank, reason },
-            Site::Cuda(_) => Error::DeviceFailed { rank, reason },
+        let (space, testing) = (options.communicator.space(), &options.testing);
+        let processes = options.communicator.placement().between_processes();
+        let own_failed = |reason| match space {
+            MemorySpace::Host => Error::Memory { rank, reason },
+            MemorySpace::Cuda(_) => Error::DeviceFailed { rank, reason },
         };
         let failed = |reason| match processes {
             true => Error::SharedMemory { rank, reason },
@@ -119,7 +119,7 @@ impl Own {
             let shard_packs = bucket::shard_packs(channel_packs, world, sizes.chunk);
             if ring && options.all_or_nothing {
                 let bytes = (shard_packs * u64::from(channels)) as usize * PA_PACK_BYTES as usize;
-                shards.push(Memory::new(site, bytes).map_err(own_failed)?);
+                shards.push(Memory::new(space, bytes).map_err(own_failed)?);
             }
             *raw = PaBucket {
                 segments: 0, // set for every average
@@ -135,22 +135,22 @@ impl Own {
         }
         let (mut inbox, mut credits) = (None, None);
         if ring {
-            let (places, link) = (options.communicator.places(), options.link);
-            let (order, position) = (places.order(), places.position(rank));
+            let (placement, link) = (options.communicator.placement(), options.link);
+            let (order, position) = (placement.order(), placement.position(rank));
             let (previous, next) = (position + order.len() - 1, position + 1);
-            let is_host = |other: usize| link.is_host(places, rank, order[other % order.len()]);
+            let is_host = |other: usize| link.is_host(placement, rank, order[other % order.len()]);
             inbox = Some(sizes.inbox(is_host(previous), options, channels).map_err(failed)?);
             let lines = counters(channels, testing);
             let mut memory =
-                Link::place(is_host(next), places, site, size_of_val(&lines[..])).map_err(failed)?;
+                Link::place(is_host(next), placement, space, size_of_val(&lines[..])).map_err(failed)?;
             memory.set(0, bytemuck::cast_slice(&lines)).map_err(failed)?;
             credits = Some(memory);
         }
         let control = (rank == 0).then(|| {
             // The host's where that of a device is not everybody's.
-            let places = options.communicator.places();
-            let is_host = !places.one_memory() || options.link == Link::Host;
-            Control::new(Link::place(is_host, places, site, Control::BYTES)?, testing.counter)
+            let placement = options.communicator.placement();
+            let is_host = !placement.one_memory() || options.link == Link::Host;
+            Control::new(Link::place(is_host, placement, space, Control::BYTES)?, testing.counter)
         });
         let control = control.transpose().map_err(failed)?;
         let mut state: PaChannel = bytemuck::Zeroable::zeroed();
@@ -160,8 +160,8 @@ impl Own {
         let isa = testing.instruction_set.map_or(sets[0], named);
         let count = table.buckets.iter().map(|bucket| bucket.segments.len()).sum();
         let states = vec![state; channels as usize];
-        let engine = Engine::new(site, &states, table.buckets.len(), count, isa, rank)?;
-        Ok(Own {
+        let engine = Engine::new(space, &states, table.buckets.len(), count, isa, rank)?;
+        Ok(RankMemory {
             engine,
             shards,
             inbox: inbox.map(Arc::new),

@@ -113,7 +113,7 @@ impl ParamAverager {
             world_size: self.world_size(),
             algorithm: self.algorithm,
             joiner_waits: match self.world_size() {
-                1 => self.communicator.has_guest(),
+                1 => self.communicator.has_joiner(),
                 _ => self.ended().next().is_some_and(|status| status.guest != 0),
             },
         }

@@ -210,15 +210,15 @@ impl ParamAverager {
 
     /// The first average of an averager that was built since a process joined.
     pub(super) fn average_with_joiner(&mut self, tensors: &mut impl Tensors) -> Result<()> {
-        let cards = &self.agreement.cards;
-        if cards.iter().all(|card| card.admission == Admission::None) {
+        let handshakes = &self.agreement.handshakes;
+        if handshakes.iter().all(|handshake| handshake.admission == Admission::None) {
             return match self.communicator.lacks_model() {
                 true => Err(self.communicator.not_admitted()),
                 false => Ok(()),
             };
         }
         // The same on every rank: some may come from an average that failed, others from one that did not.
-        let is_mean = cards.iter().any(|card| card.admission == Admission::Mean);
+        let is_mean = handshakes.iter().any(|handshake| handshake.admission == Admission::Mean);
         let is_member = self.options.admission != Admission::None;
         let counts = is_member && (is_mean || self.rank() == 0);
         let call = Call {
@@ -237,7 +237,7 @@ impl ParamAverager {
 
     /// Of all ranks, when the averager was built.
     pub(crate) fn schedule_position(&self) -> u64 {
-        let positions = self.agreement.cards.iter().map(|card| card.schedule_position);
+        let positions = self.agreement.handshakes.iter().map(|handshake| handshake.schedule_position);
         positions.max().unwrap_or(0)
     }
 
@@ -252,6 +252,6 @@ impl ParamAverager {
 
     /// Whether this rank knows of a process that waits to join.
     pub(crate) fn joiner_waits(&self) -> bool {
-        self.communicator.has_guest()
+        self.communicator.has_joiner()
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::abi::{PaBucket, PaSegment};
-use crate::backend::Site;
+use crate::backend::MemorySpace;
 use crate::bucket::{self, Bucket, Place, Shape};
 use crate::tensor::{Dtype, Unordered};
 use crate::world::Device;
@@ -13,7 +13,7 @@ use crate::{Error, Parameters, TensorMut};
 #[derive(Debug)]
 pub(super) struct Layout {
     device: Device,
-    site: Site,
+    space: MemorySpace,
     names: Vec<String>,
     shapes: Vec<Shape>,
 }
@@ -28,7 +28,7 @@ fn most_elements(dtype: Dtype) -> u64 {
 #[derive(Debug)]
 pub(super) struct Table {
     pub(super) layout: Arc<Layout>,
-    places: Vec<Place>,
+    placement: Vec<Place>,
     pub(super) buckets: Vec<Bucket>,
     /// What the kernels get.
     pub(super) raw: Vec<PaBucket>,
@@ -64,8 +64,8 @@ const SHIFT: u32 = 56;
 
 impl Layout {
     /// The layout of no tensors.
-    pub(super) fn none(device: Device, site: Site) -> Layout {
-        Layout { device, site, names: vec![], shapes: vec![] }
+    pub(super) fn none(device: Device, space: MemorySpace) -> Layout {
+        Layout { device, space, names: vec![], shapes: vec![] }
     }
 
     /// The number of tensors, and bytes of all their names.
@@ -75,7 +75,7 @@ impl Layout {
 
     /// The same device without tensors.
     pub(super) fn without_tensors(&self) -> Layout {
-        Layout::none(self.device, self.site.clone())
+        Layout::none(self.device, self.space.clone())
     }
 }
 
@@ -84,7 +84,7 @@ impl Table {
     pub(super) fn new<P: Parameters + ?Sized>(
         params: &mut P,
         device: Device,
-        site: Site,
+        space: MemorySpace,
     ) -> (Table, Option<Problem>) {
         let (mut names, mut shapes) = (vec![], vec![]);
         params.visit(&mut |tensor| {
@@ -94,19 +94,19 @@ impl Table {
             let elements = if elements > most_elements(dtype) { 0 } else { elements };
             shapes.push(Shape { dtype, elements });
         });
-        let mut table = Table::of(Arc::new(Layout { device, site, names, shapes }));
+        let mut table = Table::of(Arc::new(Layout { device, space, names, shapes }));
         let problem = table.refresh(params).err();
         (table, problem)
     }
 
     /// A table of the same tensors, whose addresses are not known yet.
     pub(super) fn of(layout: Arc<Layout>) -> Table {
-        let (buckets, places) = bucket::plan(&layout.shapes);
+        let (buckets, placement) = bucket::plan(&layout.shapes);
         let raw = buckets.iter().map(|_| bytemuck::Zeroable::zeroed()).collect();
         let bytes = layout.shapes.iter().map(|shape| shape.elements * shape.dtype.size() as u64);
         let bytes = bytes.fold(0, u64::saturating_add);
         let spans = Vec::with_capacity(layout.shapes.len());
-        Table { layout, places, buckets, raw, spans, bytes, moved: true, unchecked: true }
+        Table { layout, placement, buckets, raw, spans, bytes, moved: true, unchecked: true }
     }
 
     /// Takes over the tensors' addresses, if they are the tensors that the table was made for. Does not allocate.
@@ -148,7 +148,7 @@ impl Table {
             Some(Unordered::Untracked) => return Err(UNTRACKED << SHIFT),
             Some(Unordered::InAGraph) => return Err(IN_A_GRAPH << SHIFT),
         }
-        let Some((bucket, segment)) = self.places[index] else { return Ok(()) };
+        let Some((bucket, segment)) = self.placement[index] else { return Ok(()) };
         let address = tensor.address();
         if address == 0 {
             return Err(NULL << SHIFT);
@@ -162,8 +162,8 @@ impl Table {
         }
         // Both ends: a tensor that is longer than its memory would end in another's, or in none.
         let last = address + shape.elements * shape.dtype.size() as u64 - 1;
-        match &self.layout.site {
-            Site::Cuda(context) if ![address, last].iter().all(|&address| context.owns(address)) => {
+        match &self.layout.space {
+            MemorySpace::Cuda(context) if ![address, last].iter().all(|&address| context.owns(address)) => {
                 return Err(FOREIGN << SHIFT)
             }
             _ => *slot = address,

@@ -3,14 +3,14 @@
 use std::ffi::c_void;
 
 use super::cpu::{Isa, Workers};
-use super::{cuda, Region, Site};
+use super::{cuda, HostBuffer, MemorySpace};
 use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PA_COMMITTED, PA_RING_GATHER};
 use crate::{Error, Result};
 
 /// Runs the kernels of one rank and keeps its channels' states.
 #[derive(Debug)]
 pub(crate) enum Engine {
-    Cpu { workers: Workers, states: Region },
+    Cpu { workers: Workers, states: HostBuffer },
     Cuda(cuda::Rank),
 }
 
@@ -43,23 +43,23 @@ impl<E: Into<String>> From<E> for Unstarted {
 impl Engine {
     /// `states`: of each channel, before the first average. `isa` is for threads.
     pub(crate) fn new(
-        site: &Site,
+        space: &MemorySpace,
         states: &[PaChannel],
         buckets: usize,
         segments: usize,
         isa: Isa,
         rank: usize,
     ) -> Result<Engine> {
-        match site {
-            Site::Host => {
+        match space {
+            MemorySpace::Host => {
                 let mut region =
-                    Region::new(size_of_val(states)).map_err(|reason| Error::Memory { rank, reason })?;
+                    HostBuffer::new(size_of_val(states)).map_err(|reason| Error::Memory { rank, reason })?;
                 region.bytes_mut().copy_from_slice(bytemuck::cast_slice(states));
                 let workers = Workers::new(isa, states.len() as u32, &format!("rank-{rank}"))
                     .map_err(|reason| Error::Thread { rank, reason })?;
                 Ok(Engine::Cpu { workers, states: region })
             }
-            Site::Cuda(context) => cuda::Rank::new(context, states, buckets, segments)
+            MemorySpace::Cuda(context) => cuda::Rank::new(context, states, buckets, segments)
                 .map(Engine::Cuda)
                 .map_err(|reason| Error::DeviceFailed { rank, reason }),
         }
@@ -219,7 +219,7 @@ impl Engine {
 }
 
 /// Between launches nobody writes them.
-fn states_of(region: &Region) -> &[PaChannel] {
+fn states_of(region: &HostBuffer) -> &[PaChannel] {
     let count = region.bytes() / size_of::<PaChannel>();
     // SAFETY: made of so many, aligned to a page, and borrowed for as long.
     unsafe { std::slice::from_raw_parts(region.as_ptr::<PaChannel>(), count) }

@@ -7,16 +7,16 @@ use std::sync::Arc;
 #[cfg(target_os = "linux")]
 use serde::{Deserialize, Serialize};
 
-#[cfg(target_os = "linux")]
-use super::cuda::{Borrowed, Registered};
 use super::cuda::{Context, DeviceMemory, Pinned};
-use super::Region;
 #[cfg(target_os = "linux")]
-use super::{Shared, Unopened};
+use super::cuda::{IpcImport, Registered};
+use super::HostBuffer;
+#[cfg(target_os = "linux")]
+use super::{Memfd, Unopened};
 
 /// Where memory is to be.
 #[derive(Clone, Debug)]
-pub(crate) enum Site {
+pub(crate) enum MemorySpace {
     Host,
     Cuda(Arc<Context>),
 }
@@ -24,25 +24,25 @@ pub(crate) enum Site {
 /// Memory that the kernels of every rank can address.
 #[derive(Debug)]
 pub(crate) enum Memory {
-    Host(Region),
+    Host(HostBuffer),
     Cuda(DeviceMemory),
     /// The host's, which every device maps.
     Mapped(Pinned),
     /// The host's, which other processes map.
     #[cfg(target_os = "linux")]
-    Shared(Shared),
+    Memfd(Memfd),
     /// The same, which devices of this process and of others map.
     #[cfg(target_os = "linux")]
     Registered(Registered),
     /// A device's, of another process.
     #[cfg(target_os = "linux")]
-    Borrowed(Borrowed),
+    IpcImport(IpcImport),
 }
 
 /// What another process opens memory by, besides a file.
 #[cfg(target_os = "linux")]
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct Offer {
+pub(crate) struct MemoryHandle {
     pub(crate) bytes: usize,
     /// Of memory of a device. The host's is the file itself.
     handle: Option<Vec<u8>>,
@@ -50,25 +50,25 @@ pub(crate) struct Offer {
 
 impl Memory {
     /// Zeroed.
-    pub(crate) fn new(site: &Site, bytes: usize) -> Result<Memory, String> {
-        Ok(match site {
-            Site::Host => Memory::Host(Region::new(bytes)?),
-            Site::Cuda(context) => Memory::Cuda(DeviceMemory::new(context, bytes)?),
+    pub(crate) fn new(space: &MemorySpace, bytes: usize) -> Result<Memory, String> {
+        Ok(match space {
+            MemorySpace::Host => Memory::Host(HostBuffer::new(bytes)?),
+            MemorySpace::Cuda(context) => Memory::Cuda(DeviceMemory::new(context, bytes)?),
         })
     }
 
     /// Zeroed, in memory of the host that the devices of this process address, whichever of them asks for it.
-    pub(crate) fn of_the_host(site: &Site, bytes: usize) -> Result<Memory, String> {
-        Ok(match site {
-            Site::Host => Memory::Host(Region::new(bytes)?),
-            Site::Cuda(context) => Memory::Mapped(Pinned::new(context, bytes)?),
+    pub(crate) fn of_the_host(space: &MemorySpace, bytes: usize) -> Result<Memory, String> {
+        Ok(match space {
+            MemorySpace::Host => Memory::Host(HostBuffer::new(bytes)?),
+            MemorySpace::Cuda(context) => Memory::Mapped(Pinned::new(context, bytes)?),
         })
     }
 
     /// Zeroed, in memory of the host that other processes can be given, and that the device of this one addresses.
     #[cfg(target_os = "linux")]
-    pub(crate) fn between_processes(site: &Site, bytes: usize) -> Result<Memory, String> {
-        Memory::of_shared(site, Shared::new(bytes)?)
+    pub(crate) fn between_processes(space: &MemorySpace, bytes: usize) -> Result<Memory, String> {
+        Memory::of_shared(space, Memfd::new(bytes)?)
     }
 
     /// Zeroed, in memory of a device that other processes can be given.
@@ -78,35 +78,37 @@ impl Memory {
     }
 
     #[cfg(target_os = "linux")]
-    fn of_shared(site: &Site, shared: Shared) -> Result<Memory, String> {
-        Ok(match site {
-            Site::Host => Memory::Shared(shared),
-            Site::Cuda(context) => Memory::Registered(Registered::new(context, shared)?),
+    fn of_shared(space: &MemorySpace, shared: Memfd) -> Result<Memory, String> {
+        Ok(match space {
+            MemorySpace::Host => Memory::Memfd(shared),
+            MemorySpace::Cuda(context) => Memory::Registered(Registered::new(context, shared)?),
         })
     }
 
     /// What other processes can be given.
     #[cfg(target_os = "linux")]
-    pub(crate) fn offer(&self) -> Option<(Offer, BorrowedFd<'_>)> {
+    pub(crate) fn offer(&self) -> Option<(MemoryHandle, BorrowedFd<'_>)> {
         let (handle, file) = match self {
-            Memory::Shared(shared) => (None, shared.file()),
+            Memory::Memfd(shared) => (None, shared.file()),
             Memory::Registered(registered) => (None, registered.shared().file()),
             Memory::Cuda(memory) => memory.offer().map(|(handle, file)| (Some(handle), file))?,
             _ => return None,
         };
-        Some((Offer { bytes: self.bytes(), handle }, file))
+        Some((MemoryHandle { bytes: self.bytes(), handle }, file))
     }
 
     /// What another process offers, for the kernels that run here.
     #[cfg(target_os = "linux")]
-    pub(crate) fn open(site: &Site, offer: &Offer, file: OwnedFd) -> Result<Memory, Unopened> {
-        match (&offer.handle, site) {
-            (None, _) => Ok(Memory::of_shared(site, Shared::open(file, offer.bytes)?)?),
+    pub(crate) fn open(space: &MemorySpace, offer: &MemoryHandle, file: OwnedFd) -> Result<Memory, Unopened> {
+        match (&offer.handle, space) {
+            (None, _) => Ok(Memory::of_shared(space, Memfd::open(file, offer.bytes)?)?),
             // This rank's device has its part in what fails.
-            (Some(handle), Site::Cuda(context)) => {
-                Ok(Memory::Borrowed(Borrowed::open(context, handle, file, offer.bytes)?))
+            (Some(handle), MemorySpace::Cuda(context)) => {
+                Ok(Memory::IpcImport(IpcImport::open(context, handle, file, offer.bytes)?))
             }
-            (Some(_), Site::Host) => Err(Unopened::Wrong("it is a device's, and this rank has none".into())),
+            (Some(_), MemorySpace::Host) => {
+                Err(Unopened::Wrong("it is a device's, and this rank has none".into()))
+            }
         }
     }
 
@@ -115,7 +117,7 @@ impl Memory {
         match self {
             Memory::Cuda(_) => None,
             #[cfg(target_os = "linux")]
-            Memory::Borrowed(_) => None,
+            Memory::IpcImport(_) => None,
             #[cfg(target_os = "linux")]
             Memory::Registered(registered) => Some(registered.shared().address() as *mut u8),
             memory => Some(memory.address() as *mut u8),
@@ -128,11 +130,11 @@ impl Memory {
             Memory::Cuda(memory) => memory.address(),
             Memory::Mapped(pinned) => pinned.address(),
             #[cfg(target_os = "linux")]
-            Memory::Shared(shared) => shared.address(),
+            Memory::Memfd(shared) => shared.address(),
             #[cfg(target_os = "linux")]
             Memory::Registered(registered) => registered.address(),
             #[cfg(target_os = "linux")]
-            Memory::Borrowed(borrowed) => borrowed.address(),
+            Memory::IpcImport(borrowed) => borrowed.address(),
         }
     }
 
@@ -142,11 +144,11 @@ impl Memory {
             Memory::Cuda(memory) => memory.bytes(),
             Memory::Mapped(pinned) => pinned.size(),
             #[cfg(target_os = "linux")]
-            Memory::Shared(shared) => shared.bytes(),
+            Memory::Memfd(shared) => shared.bytes(),
             #[cfg(target_os = "linux")]
             Memory::Registered(registered) => registered.shared().bytes(),
             #[cfg(target_os = "linux")]
-            Memory::Borrowed(borrowed) => borrowed.bytes(),
+            Memory::IpcImport(borrowed) => borrowed.bytes(),
         }
     }
 
@@ -174,12 +176,12 @@ impl Memory {
             Memory::Host(region) => region.bytes_mut(),
             Memory::Mapped(pinned) => pinned.bytes_mut(),
             #[cfg(target_os = "linux")]
-            Memory::Shared(shared) => shared.bytes_mut(),
+            Memory::Memfd(shared) => shared.bytes_mut(),
             #[cfg(target_os = "linux")]
             Memory::Registered(registered) => registered.shared_mut().bytes_mut(),
             Memory::Cuda(_) => unreachable!("the host does not find it"),
             #[cfg(target_os = "linux")]
-            Memory::Borrowed(_) => unreachable!("somebody else has it"),
+            Memory::IpcImport(_) => unreachable!("somebody else has it"),
         }
     }
 }

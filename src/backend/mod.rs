@@ -3,20 +3,20 @@
 pub(crate) mod cpu;
 pub(crate) mod cuda;
 mod engine;
+mod host_buffer;
 #[cfg(target_os = "linux")]
-mod lease;
+mod import_lock;
 pub(crate) mod limits;
-mod memory;
-mod region;
 #[cfg(target_os = "linux")]
-mod shared;
+mod memfd;
+mod memory;
 
 pub(crate) use engine::{Engine, Unstarted};
+pub(crate) use host_buffer::HostBuffer;
 #[cfg(target_os = "linux")]
-pub(crate) use lease::Lease;
+pub(crate) use import_lock::ImportLock;
 #[cfg(target_os = "linux")]
-pub(crate) use memory::Offer;
-pub(crate) use memory::{Memory, Site};
-pub(crate) use region::Region;
+pub(crate) use memfd::{Mapping, Memfd, Unopened};
 #[cfg(target_os = "linux")]
-pub(crate) use shared::{Mapping, Shared, Unopened};
+pub(crate) use memory::MemoryHandle;
+pub(crate) use memory::{Memory, MemorySpace};

@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::{Agreement, Card, Places};
+use super::{Agreement, Handshake, Placement};
 use crate::error::Stage;
 use crate::{Error, Result};
 
 #[derive(Debug)]
-pub(super) struct Hub {
-    places: Places,
+pub(super) struct ThreadBootstrap {
+    placement: Placement,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -31,15 +31,15 @@ struct State {
 
 #[derive(Debug)]
 struct Build {
-    cards: Vec<Option<Card>>,
+    handshakes: Vec<Option<Handshake>>,
     result: Option<Result<Arc<Agreement>>>,
     /// Ranks that have taken the result.
     taken: usize,
 }
 
-impl Hub {
-    pub(super) fn new(places: Places) -> Self {
-        let size = places.size();
+impl ThreadBootstrap {
+    pub(super) fn new(placement: Placement) -> Self {
+        let size = placement.size();
         let state = State {
             failure: None,
             told: vec![false; size],
@@ -47,18 +47,18 @@ impl Hub {
             builds: BTreeMap::new(),
             built: vec![],
         };
-        Hub { places, state: Mutex::new(state), changed: Condvar::new() }
+        ThreadBootstrap { placement, state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    pub(super) fn places(&self) -> &Places {
-        &self.places
+    pub(super) fn placement(&self) -> &Placement {
+        &self.placement
     }
 
     pub(super) fn agree(
         &self,
         rank: usize,
         number: u64,
-        card: Card,
+        handshake: Handshake,
         timeout: Duration,
     ) -> Result<Arc<Agreement>> {
         let start = Instant::now();
@@ -66,15 +66,15 @@ impl Hub {
         if let Some(failure) = state.failure_for(rank) {
             return Err(failure);
         }
-        let build = state.builds.entry(number).or_insert_with(|| Build::new(self.places.size()));
-        build.cards[rank] = Some(card);
+        let build = state.builds.entry(number).or_insert_with(|| Build::new(self.placement.size()));
+        build.handshakes[rank] = Some(handshake);
         build.complete();
         self.changed.notify_all();
         loop {
             let build = state.builds.get_mut(&number).expect("kept until all have taken the result");
             if let Some(result) = build.result.clone() {
                 build.taken += 1;
-                if build.taken == self.places.size() {
+                if build.taken == self.placement.size() {
                     state.builds.remove(&number);
                 }
                 if let Ok(agreement) = &result {
@@ -83,7 +83,7 @@ impl Hub {
                 }
                 return result;
             }
-            let missing = build.cards.iter().position(Option::is_none).expect("or it would be complete");
+            let missing = build.handshakes.iter().position(Option::is_none).expect("or it would be complete");
             if let Some(failure) = state.failure_for(rank) {
                 return Err(failure);
             }
@@ -121,7 +121,7 @@ impl Hub {
         let all: Vec<Arc<Agreement>> = taken.chain(complete).collect();
         drop(state); // a device may take its time
         for agreement in all {
-            agreement.control.abort(self.places.position(rank));
+            agreement.control.abort(self.placement.position(rank));
         }
         self.changed.notify_all();
     }
@@ -143,15 +143,15 @@ impl State {
 
 impl Build {
     fn new(size: usize) -> Self {
-        Build { cards: vec![None; size], result: None, taken: 0 }
+        Build { handshakes: vec![None; size], result: None, taken: 0 }
     }
 
     /// If all ranks have shown their cards: whether they agree.
     fn complete(&mut self) {
-        if self.cards.iter().any(Option::is_none) {
+        if self.handshakes.iter().any(Option::is_none) {
             return;
         }
-        let cards = self.cards.iter_mut().filter_map(Option::take).collect();
-        self.result = Some(Agreement::of(cards).map(Arc::new));
+        let handshakes = self.handshakes.iter_mut().filter_map(Option::take).collect();
+        self.result = Some(Agreement::of(handshakes).map(Arc::new));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::processes::{Known, Processes, Setup};
+use super::processes::{Known, ProcessBootstrap, Setup};
 use super::{Communicator, Device, Group, Rebuild, World, WorldId};
 use crate::abi::PA_MAX_WORLD;
 use crate::{Error, Result};
@@ -215,7 +215,7 @@ impl WorldBuilder {
                            .world_size(..) out, or call .build() to begin one";
             return Err(Error::Environment { problem: problem.into() });
         }
-        let processes = Processes::join(&name, self.device, self.timeout)?;
+        let processes = ProcessBootstrap::join(&name, self.device, self.timeout)?;
         Ok(Communicator::new(Group::Processes(std::sync::Arc::new(processes))))
     }
 }
@@ -234,7 +234,7 @@ fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<Communicator>
             format!("rank {} of a world of {}: ranks are numbered from 0", setup.rank, setup.world_size);
         return Err(Error::Environment { problem });
     }
-    let processes = Processes::meet(setup, device, timeout)?;
+    let processes = ProcessBootstrap::meet(setup, device, timeout)?;
     Ok(Communicator::new(Group::Processes(std::sync::Arc::new(processes))))
 }
 
@@ -251,8 +251,8 @@ impl Communicator {
     }
 
     /// Whether a process waits to join, as far as this rank knows.
-    pub(crate) fn has_guest(&self) -> bool {
-        self.processes().is_some_and(|processes| processes.has_guest())
+    pub(crate) fn has_joiner(&self) -> bool {
+        self.processes().is_some_and(|processes| processes.has_joiner())
     }
 
     /// Whether one has joined with this generation of the world.
@@ -314,7 +314,7 @@ impl Communicator {
         self.processes().into_iter().for_each(|processes| processes.leave());
     }
 
-    fn processes(&self) -> Option<&Processes> {
+    fn processes(&self) -> Option<&ProcessBootstrap> {
         match &self.membership.group {
             Group::Threads(..) => None,
             Group::Processes(processes) => Some(processes),

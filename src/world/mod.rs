@@ -1,11 +1,11 @@
 //! Who the peers are, and the memory they share.
 
-mod card;
 mod control;
+mod handshake;
 mod in_process;
 #[cfg(target_os = "linux")]
 mod launched;
-mod places;
+mod placement;
 #[cfg(target_os = "linux")]
 mod processes;
 mod rebuild;
@@ -17,8 +17,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-pub(crate) use card::{Admission, Agreement, Card};
 pub(crate) use control::{Control, Failure};
+pub(crate) use handshake::{Admission, Agreement, Handshake};
 #[cfg(target_os = "linux")]
 pub use launched::WorldBuilder;
 #[cfg(all(fuzzing, target_os = "linux"))]
@@ -27,12 +27,12 @@ pub(crate) use rebuild::Rebuild;
 #[cfg(target_os = "linux")]
 pub use world_id::WorldId;
 
-pub(crate) use places::Places;
+pub(crate) use placement::Placement;
 
 use crate::abi::PA_MAX_WORLD;
-use crate::backend::Site;
+use crate::backend::MemorySpace;
 use crate::{Error, Result};
-use in_process::Hub;
+use in_process::ThreadBootstrap;
 
 /// Where a rank's parameters are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -101,9 +101,9 @@ impl World {
         if devices.is_empty() || devices.len() > PA_MAX_WORLD as usize {
             return Err(Error::WorldSize { found: devices.len() });
         }
-        let hub = Arc::new(Hub::new(Places::find(devices)?));
+        let threads = Arc::new(ThreadBootstrap::new(Placement::find(devices)?));
         let communicators =
-            (0..devices.len()).map(|rank| Communicator::new(Group::Threads(rank, hub.clone())));
+            (0..devices.len()).map(|rank| Communicator::new(Group::Threads(rank, threads.clone())));
         Ok(World { communicators: communicators.collect() })
     }
 
@@ -134,9 +134,9 @@ pub struct Communicator {
 /// One rank's way to the others.
 #[derive(Clone, Debug)]
 enum Group {
-    Threads(usize, Arc<Hub>),
+    Threads(usize, Arc<ThreadBootstrap>),
     #[cfg(target_os = "linux")]
-    Processes(Arc<processes::Processes>),
+    Processes(Arc<processes::ProcessBootstrap>),
 }
 
 #[derive(Debug)]
@@ -155,23 +155,23 @@ impl Communicator {
 
     /// The number of ranks.
     pub fn world_size(&self) -> usize {
-        self.places().size()
+        self.placement().size()
     }
 
     /// Where this rank's parameters are.
     pub fn device(&self) -> Device {
-        self.places().device(self.rank())
+        self.placement().device(self.rank())
     }
 
-    pub(crate) fn site(&self) -> &Site {
-        self.places().site(self.rank())
+    pub(crate) fn space(&self) -> &MemorySpace {
+        self.placement().space(self.rank())
     }
 
-    pub(crate) fn places(&self) -> &Places {
+    pub(crate) fn placement(&self) -> &Placement {
         match &self.membership.group {
-            Group::Threads(_, hub) => hub.places(),
+            Group::Threads(_, threads) => threads.placement(),
             #[cfg(target_os = "linux")]
-            Group::Processes(processes) => processes.places(),
+            Group::Processes(processes) => processes.placement(),
         }
     }
 
@@ -181,7 +181,7 @@ impl Communicator {
     pub fn abort_handle(&self) -> AbortHandle {
         AbortHandle {
             of: match &self.membership.group {
-                Group::Threads(rank, hub) => Handle::Threads(*rank, Arc::downgrade(hub)),
+                Group::Threads(rank, threads) => Handle::Threads(*rank, Arc::downgrade(threads)),
                 #[cfg(target_os = "linux")]
                 Group::Processes(processes) => Handle::Processes(processes.handle()),
             },
@@ -209,7 +209,7 @@ impl Communicator {
             Group::Threads(rank, _) => Err(Error::NoRecovery { rank: *rank }),
             #[cfg(target_os = "linux")]
             Group::Processes(processes) => {
-                let next = processes.next_generation(timeout, admits)?;
+                let next = processes.next_view(timeout, admits)?;
                 Ok(Communicator::new(Group::Processes(Arc::new(next))))
             }
         }
@@ -217,14 +217,19 @@ impl Communicator {
 
     /// Collective: shows this rank's card to all others and returns all cards, if they agree.
     /// `number`: which of the averagers that are built [again](Rebuild); `None`: the next one of this view.
-    pub(crate) fn agree(&self, card: Card, number: Option<u32>, timeout: Duration) -> Result<Arc<Agreement>> {
+    pub(crate) fn agree(
+        &self,
+        handshake: Handshake,
+        number: Option<u32>,
+        timeout: Duration,
+    ) -> Result<Arc<Agreement>> {
         match &self.membership.group {
-            Group::Threads(rank, hub) => {
+            Group::Threads(rank, threads) => {
                 let number = self.membership.builds.fetch_add(1, Ordering::Relaxed);
-                hub.agree(*rank, number, card, timeout)
+                threads.agree(*rank, number, handshake, timeout)
             }
             #[cfg(target_os = "linux")]
-            Group::Processes(processes) => processes.agree(card, number, timeout),
+            Group::Processes(processes) => processes.agree(handshake, number, timeout),
         }
     }
 
@@ -240,7 +245,7 @@ impl Communicator {
 
 #[cfg(not(target_os = "linux"))]
 impl Communicator {
-    pub(crate) fn has_guest(&self) -> bool {
+    pub(crate) fn has_joiner(&self) -> bool {
         false
     }
 
@@ -286,7 +291,7 @@ impl Communicator {
 impl Drop for Membership {
     fn drop(&mut self) {
         match &self.group {
-            Group::Threads(rank, hub) => hub.leave(*rank),
+            Group::Threads(rank, threads) => threads.leave(*rank),
             #[cfg(target_os = "linux")]
             Group::Processes(_) => {} // its sockets are closed
         }
@@ -301,7 +306,7 @@ pub struct AbortHandle {
 
 #[derive(Clone, Debug)]
 enum Handle {
-    Threads(usize, Weak<Hub>),
+    Threads(usize, Weak<ThreadBootstrap>),
     #[cfg(target_os = "linux")]
     Processes(processes::Handle),
 }
@@ -310,7 +315,9 @@ impl AbortHandle {
     /// Ends the world. Averages that have not begun to write leave every tensor as it was. Calling it again does nothing.
     pub fn abort(&self) {
         match &self.of {
-            Handle::Threads(rank, hub) => hub.upgrade().into_iter().for_each(|hub| hub.abort(*rank)),
+            Handle::Threads(rank, threads) => {
+                threads.upgrade().into_iter().for_each(|threads| threads.abort(*rank))
+            }
             #[cfg(target_os = "linux")]
             Handle::Processes(processes) => processes.abort(),
         }

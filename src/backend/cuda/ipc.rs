@@ -8,22 +8,22 @@ use std::sync::Arc;
 use cudarc::driver::sys;
 
 use super::driver::{call, Failed};
-use super::running::give_back_later;
+use super::running::defer;
 use super::Context;
-use crate::backend::{Lease, Mapping, Shared};
+use crate::backend::{ImportLock, Mapping, Memfd};
 
 /// Memory of the host that other processes have, too, page-locked here and mapped for every device of this one.
 #[derive(Debug)]
 pub(crate) struct Registered {
     context: Arc<Context>,
     /// Until it is dropped.
-    shared: Option<Shared>,
+    shared: Option<Memfd>,
     /// As devices know it.
     address: u64,
 }
 
 impl Registered {
-    pub(crate) fn new(context: &Arc<Context>, shared: Shared) -> Result<Self, Failed> {
+    pub(crate) fn new(context: &Arc<Context>, shared: Memfd) -> Result<Self, Failed> {
         let _bound = context.bind()?;
         let start = shared.address() as *mut _;
         let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
@@ -39,11 +39,11 @@ impl Registered {
         self.address
     }
 
-    pub(crate) fn shared(&self) -> &Shared {
+    pub(crate) fn shared(&self) -> &Memfd {
         self.shared.as_ref().expect("until it is dropped")
     }
 
-    pub(crate) fn shared_mut(&mut self) -> &mut Shared {
+    pub(crate) fn shared_mut(&mut self) -> &mut Memfd {
         self.shared.as_mut().expect("until it is dropped")
     }
 }
@@ -52,28 +52,28 @@ impl Drop for Registered {
     fn drop(&mut self) {
         if let Some(shared) = self.shared.take() {
             let what = What::Registered(shared.into_mapping());
-            give_back_later(Return { context: self.context.clone(), what });
+            defer(DeferredFree { context: self.context.clone(), what });
         }
     }
 }
 
 /// What goes with memory that other processes may open.
 #[derive(Debug)]
-pub(super) struct Loan {
+pub(super) struct IpcExport {
     handle: sys::CUipcMemHandle,
-    lease: Lease,
+    lease: ImportLock,
 }
 
-impl Loan {
+impl IpcExport {
     /// Drivers lend whole blocks of this size, with all that is in them.
     pub(super) const BLOCK: usize = 2 << 20;
 
-    pub(super) fn new(context: &Context, address: u64) -> Result<Loan, String> {
-        let (mut handle, lease) = (sys::CUipcMemHandle { reserved: [0; 64] }, Lease::new()?);
+    pub(super) fn new(context: &Context, address: u64) -> Result<IpcExport, String> {
+        let (mut handle, lease) = (sys::CUipcMemHandle { reserved: [0; 64] }, ImportLock::new()?);
         let _bound = context.bind()?;
         // SAFETY: the start of memory of this context.
         unsafe { call!(cuIpcGetMemHandle(&mut handle, address)) }?;
-        Ok(Loan { handle, lease })
+        Ok(IpcExport { handle, lease })
     }
 
     /// What others open the memory by.
@@ -85,21 +85,21 @@ impl Loan {
     /// it goes on.
     pub(super) fn end(self, context: &Arc<Context>, address: u64) {
         let what = What::Lent(address, self.lease);
-        give_back_later(Return { context: context.clone(), what });
+        defer(DeferredFree { context: context.clone(), what });
     }
 }
 
 /// Memory of another process's device, or of this one's that another process allocated.
 #[derive(Debug)]
-pub(crate) struct Borrowed {
+pub(crate) struct IpcImport {
     context: Arc<Context>,
     address: u64,
     bytes: usize,
     /// Until it is dropped.
-    lease: Option<Lease>,
+    lease: Option<ImportLock>,
 }
 
-impl Borrowed {
+impl IpcImport {
     /// What another process offers, of so many bytes. Drivers open nothing that is this process's own.
     pub(crate) fn open(
         context: &Arc<Context>,
@@ -112,13 +112,13 @@ impl Borrowed {
             return Err(format!("a handle of {} bytes", handle.len()));
         }
         raw.reserved.iter_mut().zip(handle).for_each(|(raw, byte)| *raw = *byte as c_char);
-        let lease = Some(Lease::take(file)?);
+        let lease = Some(ImportLock::take(file)?);
         let _bound = context.bind()?;
         let (mut address, mut base, mut found) = (0, 0, 0);
         let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as c_uint;
         // SAFETY: the context is bound; a handle that is none is an error.
         unsafe { call!(cuIpcOpenMemHandle_v2(&mut address, raw, flags)) }?;
-        let borrowed = Borrowed { context: context.clone(), address, bytes, lease };
+        let borrowed = IpcImport { context: context.clone(), address, bytes, lease };
         // SAFETY: an address of this context's.
         unsafe { call!(cuMemGetAddressRange_v2(&mut base, &mut found, address)) }?;
         let room = (base + found as u64).saturating_sub(address);
@@ -137,18 +137,18 @@ impl Borrowed {
     }
 }
 
-impl Drop for Borrowed {
+impl Drop for IpcImport {
     fn drop(&mut self) {
         if let Some(lease) = self.lease.take() {
-            let what = What::Borrowed { address: self.address, _lease: lease };
-            give_back_later(Return { context: self.context.clone(), what });
+            let what = What::IpcImport { address: self.address, _lease: lease };
+            defer(DeferredFree { context: self.context.clone(), what });
         }
     }
 }
 
 /// Memory that this process does not use any more, and that other processes had or have.
 #[derive(Debug)]
-pub(super) struct Return {
+pub(super) struct DeferredFree {
     context: Arc<Context>,
     what: What,
 }
@@ -158,14 +158,14 @@ enum What {
     /// Unmapped afterwards.
     Registered(Mapping),
     /// Its lease ends afterwards.
-    Borrowed {
+    IpcImport {
         address: u64,
-        _lease: Lease,
+        _lease: ImportLock,
     },
-    Lent(u64, Lease),
+    Lent(u64, ImportLock),
 }
 
-impl Return {
+impl DeferredFree {
     /// Gives it back, unless a process that it is lent to still has it open. Waits for kernels.
     pub(super) fn give_back(&self) -> bool {
         let Ok(_bound) = self.context.bind() else { return true }; // the device is lost, and all with it
@@ -173,7 +173,7 @@ impl Return {
         unsafe {
             let _ = match &self.what {
                 What::Registered(mapping) => call!(cuMemHostUnregister(mapping.address() as *mut _)),
-                What::Borrowed { address, .. } => call!(cuIpcCloseMemHandle(*address)),
+                What::IpcImport { address, .. } => call!(cuIpcCloseMemHandle(*address)),
                 What::Lent(_, lease) if !lease.end() => return false,
                 What::Lent(address, _) => call!(cuMemFree_v2(*address)),
             };

@@ -10,7 +10,7 @@ use cudarc::driver::sys::{self, CUresult};
 
 use super::driver::{call, Failed};
 #[cfg(target_os = "linux")]
-use super::ipc::Loan;
+use super::ipc::IpcExport;
 use super::running::Running;
 use super::Context;
 
@@ -22,7 +22,7 @@ pub(crate) struct DeviceMemory {
     bytes: usize,
     /// To other processes.
     #[cfg(target_os = "linux")]
-    loan: Option<Box<Loan>>,
+    loan: Option<Box<IpcExport>>,
 }
 
 impl DeviceMemory {
@@ -48,9 +48,9 @@ impl DeviceMemory {
     /// The same for other processes to open: nothing else is in its blocks, and it is never used for anything else again.
     #[cfg(target_os = "linux")]
     pub(crate) fn to_lend(context: &Arc<Context>, bytes: usize) -> Result<Self, String> {
-        let address = allocate(context, bytes.max(1).next_multiple_of(Loan::BLOCK))?;
+        let address = allocate(context, bytes.max(1).next_multiple_of(IpcExport::BLOCK))?;
         let mut memory = DeviceMemory { context: context.clone(), address, bytes, loan: None };
-        memory.loan = Some(Box::new(Loan::new(context, address)?));
+        memory.loan = Some(Box::new(IpcExport::new(context, address)?));
         memory.fill(0, bytes, 0)?;
         Ok(memory)
     }
@@ -58,7 +58,7 @@ impl DeviceMemory {
     /// What other processes open it by.
     #[cfg(target_os = "linux")]
     pub(crate) fn offer(&self) -> Option<(Vec<u8>, BorrowedFd<'_>)> {
-        self.loan.as_deref().map(Loan::offer)
+        self.loan.as_deref().map(IpcExport::offer)
     }
 
     pub(crate) fn address(&self) -> u64 {

@@ -7,20 +7,22 @@ mod context;
 mod driver;
 #[cfg(target_os = "linux")]
 mod ipc;
+#[cfg(target_os = "linux")]
+mod ipc_probe;
 mod memory;
 pub(crate) mod peer;
 mod rank;
 mod running;
 mod topology;
-#[cfg(target_os = "linux")]
-mod trial;
 
 pub(crate) use context::Context;
 #[cfg(feature = "cudarc")]
 pub(crate) use driver::is_of_capture;
 pub(crate) use driver::Failed;
 #[cfg(target_os = "linux")]
-pub(crate) use ipc::{Borrowed, Registered};
+pub(crate) use ipc::{IpcImport, Registered};
+#[cfg(target_os = "linux")]
+pub(crate) use ipc_probe::IpcProbe;
 pub(crate) use memory::{DeviceMemory, Pinned};
 pub use peer::PeerAccess;
 pub(crate) use rank::{Rank, THREADS};
@@ -28,8 +30,6 @@ pub(crate) use rank::{Rank, THREADS};
 pub(crate) use topology::Identity;
 pub(crate) use topology::{all_pairs, connection};
 pub use topology::{Connection, CudaDevice, Topology};
-#[cfg(target_os = "linux")]
-pub(crate) use trial::Trial;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 

@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::context::opened;
 #[cfg(target_os = "linux")]
-use super::ipc::Return;
+use super::ipc::DeferredFree;
 
 /// Ranks of this process, of all worlds.
 #[derive(Debug)]
@@ -16,7 +16,7 @@ struct Count {
     busy: usize,
     /// Memory that other processes have a part in, and that this one does not use any more.
     #[cfg(target_os = "linux")]
-    returns: Vec<Return>,
+    returns: Vec<DeferredFree>,
 }
 
 /// A rank that lives. While one does, nothing is freed that another may use instead.
@@ -69,7 +69,7 @@ impl Drop for Busy {
 
 /// Gives this back as soon as may be.
 #[cfg(target_os = "linux")]
-pub(super) fn give_back_later(this: Return) {
+pub(super) fn defer(this: DeferredFree) {
     let mut count = count();
     count.returns.push(this);
     give_back(&mut count);

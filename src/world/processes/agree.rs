@@ -6,12 +6,12 @@ use std::time::{Duration, Instant};
 
 use super::frame::{Frame, Kind};
 use super::peers::{Ring, State};
-use super::shown::{of_itself, Reader, Shown, Unopened};
-use super::{Processes, JOINING};
+use super::wire_handshake::{of_itself, Reader, Unopened, WireHandshake};
+use super::{ProcessBootstrap, JOINING};
 use crate::backend::{limits, Memory};
 use crate::deadline;
 use crate::error::Stage;
-use crate::world::{Agreement, Card, Control};
+use crate::world::{Agreement, Control, Handshake};
 use crate::{Error, Result};
 
 /// What all that is said about one averager is said by: the generation, and which of its averagers it is.
@@ -20,12 +20,12 @@ type Number = (u32, u32);
 /// How long ranks are waited for when one has refused.
 const SOON: Duration = Duration::from_millis(300);
 
-impl Processes {
-    /// Collective, as `Hub::agree`. An error of one rank's card, or of what it opens, is every rank's.
+impl ProcessBootstrap {
+    /// Collective, as `ThreadBootstrap::agree`. An error of one rank's card, or of what it opens, is every rank's.
     /// `again`: its number, if it is built again.
     pub(in crate::world) fn agree(
         &self,
-        card: Card,
+        handshake: Handshake,
         again: Option<u32>,
         timeout: Duration,
     ) -> Result<Arc<Agreement>> {
@@ -36,9 +36,9 @@ impl Processes {
         // A process that joined is to be here soon: the others have a model to train.
         let timeout = if self.has_joined() { timeout.min(JOINING) } else { timeout };
         let deadline = deadline::after(timeout);
-        let (body, files) = Shown::of(&card);
-        self.tell(Kind::Card, number, &body, &files, deadline)?;
-        let frames = self.hear(Kind::Card, number, deadline, timeout, false, |_| false)?;
+        let (body, files) = WireHandshake::of(&handshake);
+        self.tell(Kind::Handshake, number, &body, &files, deadline)?;
+        let frames = self.hear(Kind::Handshake, number, deadline, timeout, false, |_| false)?;
         // Cards of layouts that are larger than this rank's own are read into small pieces, none of which can
         // fail but by an abort.
         let bytes: usize = frames.iter().map(|(_, frame)| frame.body.len()).sum();
@@ -46,18 +46,18 @@ impl Processes {
             let error = Error::Memory { rank: self.rank(), reason };
             return Err(self.verdict(number, Some(&error), deadline, timeout).err().unwrap_or(error));
         }
-        let unopened = frames.into_iter().map(|(rank, frame)| Shown::read(frame, rank));
+        let unopened = frames.into_iter().map(|(rank, frame)| WireHandshake::read(frame, rank));
         let unopened = unopened.collect::<Result<Vec<Unopened>>>().map_err(|error| self.fail(error))?;
-        let mut cards = vec![card.clone(); self.members().len()];
-        unopened.iter().for_each(|unopened| cards[unopened.rank] = unopened.card.clone());
-        Agreement::check(&cards)?; // on every rank, so that none waits for verdicts
-        let opened = self.open(unopened, cards);
+        let mut handshakes = vec![handshake.clone(); self.members().len()];
+        unopened.iter().for_each(|unopened| handshakes[unopened.rank] = unopened.handshake.clone());
+        Agreement::check(&handshakes)?; // on every rank, so that none waits for verdicts
+        let opened = self.open(unopened, handshakes);
         let verdict = self.verdict(number, opened.as_ref().err(), deadline, timeout);
-        let cards = verdict.and(opened)?;
-        let mut agreement = Agreement::of(cards)?;
+        let handshakes = verdict.and(opened)?;
+        let mut agreement = Agreement::of(handshakes)?;
         agreement.ordinal.get_or_insert_with(|| format!("{} of generation {}", number.1, number.0));
         let agreement = Arc::new(agreement);
-        self.links.watch(&agreement, self.ring());
+        self.peer_set.watch(&agreement, self.ring());
         match self.failure() {
             Some(failure) => Err(failure), // aborted meanwhile
             None => Ok(agreement),
@@ -65,14 +65,17 @@ impl Processes {
     }
 
     /// All cards, by rank, with the memory that this rank uses.
-    fn open(&self, unopened: Vec<Unopened>, mut cards: Vec<Card>) -> Result<Vec<Card>> {
+    fn open(&self, unopened: Vec<Unopened>, mut handshakes: Vec<Handshake>) -> Result<Vec<Handshake>> {
         let bytes = |memory: &Option<Arc<Memory>>| memory.as_ref().map(|memory| memory.bytes());
-        let own = cards[self.rank()].clone();
+        let own = handshakes[self.rank()].clone();
         for unopened in unopened {
             let rank = unopened.rank;
             let wanted @ [inbox, credits, control] = self.wanted(rank);
-            let theirs =
-                unopened.open(Reader { rank: self.rank(), site: self.places.site(self.rank()), wanted })?;
+            let theirs = unopened.open(Reader {
+                rank: self.rank(),
+                space: self.placement.space(self.rank()),
+                wanted,
+            })?;
             let right = (!inbox || bytes(&theirs.inbox) == bytes(&own.inbox))
                 && (!credits || bytes(&theirs.credits) == bytes(&own.credits))
                 && (!control
@@ -81,9 +84,9 @@ impl Processes {
                 let reason = "its memory is not of the size that its options make it".into();
                 return Err(Error::PeerRefused { rank, reason });
             }
-            cards[rank] = theirs;
+            handshakes[rank] = theirs;
         }
-        Ok(cards)
+        Ok(handshakes)
     }
 
     /// Collective: tells all others whether this rank could open what it needs, and hears whether they could. Of several that could
@@ -112,12 +115,12 @@ impl Processes {
     pub(super) fn tell(
         &self,
         kind: Kind,
-        (generation, number): Number,
+        (view, number): Number,
         body: &impl serde::Serialize,
         files: &[std::os::fd::BorrowedFd<'_>],
         deadline: Instant,
     ) -> Result<()> {
-        let sent = self.links.send_to_all(self.others(), (kind, generation, number), body, files, deadline);
+        let sent = self.peer_set.send_to_all(self.others(), (kind, view, number), body, files, deadline);
         let failed =
             |error: std::io::Error| Error::SharedMemory { rank: self.rank(), reason: error.to_string() };
         sent.map_err(|error| self.fail(failed(error)))
@@ -128,22 +131,22 @@ impl Processes {
     pub(super) fn hear(
         &self,
         kind: Kind,
-        (generation, number): Number,
+        (view, number): Number,
         mut deadline: Instant,
         timeout: Duration,
         mut is_refused: bool,
         refuses: impl Fn(&Frame) -> bool,
     ) -> Result<Vec<(usize, Frame)>> {
-        let key = (kind, generation, number);
+        let key = (kind, view, number);
         let peers = self.members().iter().copied().enumerate();
-        let mut missing: Vec<(usize, usize)> = peers.filter(|&(_, peer)| peer != self.links.me).collect();
+        let mut missing: Vec<(usize, usize)> = peers.filter(|&(_, peer)| peer != self.peer_set.me).collect();
         let mut heard = vec![];
         loop {
             if is_refused {
                 deadline = deadline.min(Instant::now() + SOON);
             }
             let Some(&(first, _)) = missing.first() else { return Ok(heard) };
-            let came = self.links.wait(deadline, |state| {
+            let came = self.peer_set.wait(deadline, |state| {
                 let said: Vec<(usize, Frame)> =
                     missing.iter().filter_map(|&(rank, peer)| Some((rank, state.take(peer, key)?))).collect();
                 let silence = || missing.iter().find_map(|&(rank, peer)| self.silence(rank, peer, state));
@@ -189,13 +192,13 @@ impl Processes {
 
     /// True if the inbox, the credits and the control of this rank are used here.
     fn wanted(&self, rank: usize) -> [bool; 3] {
-        let (own, world) = (self.places.position(self.rank()), self.members().len());
-        let position = self.places.position(rank);
+        let (own, world) = (self.placement.position(self.rank()), self.members().len());
+        let position = self.placement.position(rank);
         [position == (own + 1) % world, (position + 1) % world == own, rank == 0]
     }
 
     fn ring(&self) -> Ring {
-        let peers = self.places.order().iter().map(|&rank| self.members()[rank]);
-        Ring { generation: self.number(), peers: peers.collect() }
+        let peers = self.placement.order().iter().map(|&rank| self.members()[rank]);
+        Ring { view: self.number(), peers: peers.collect() }
     }
 }

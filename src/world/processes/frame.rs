@@ -14,7 +14,7 @@ use serde::{de::DeserializeOwned, Serialize};
 use crate::backend::limits::{why, Wanted};
 
 /// Of everything that two processes say to each other. One that says another is not understood.
-const VERSION: u16 = 2;
+const VERSION: u16 = 3;
 const MAGIC: [u8; 4] = *b"PAVG";
 const HEADER: usize = 20;
 /// This process has no file descriptor, or no memory, for a message.
@@ -40,21 +40,21 @@ pub(super) enum Kind {
     /// From rank 0: nobody begins, for this reason.
     Refuse = 3,
     /// What a rank shows when it builds an averager.
-    Card = 4,
+    Handshake = 4,
     /// The sender's world is aborted.
     Abort = 5,
     /// The sender is ready for the next generation of its world.
     Ready = 6,
     /// To a member's door, from a process that wants to join its world.
-    Knock = 7,
+    JoinRequest = 7,
     /// From the door: here is the world.
-    Inside = 8,
+    JoinOffer = 8,
     /// To the door: be my peer. The number is the sender's id.
-    Enter = 9,
+    Connect = 9,
     /// From the member: you are heard as a peer is.
-    Entered = 10,
+    Connected = 10,
     /// To all members, whose peer the sender is by now: let me in after this generation.
-    Waiting = 11,
+    JoinPending = 11,
     /// Whether the sender reaches memory of the receiver's device.
     Reach = 12,
     /// The sender has all that it needs, or says what it lacks: when ranks meet, and when they build an averager.
@@ -66,17 +66,17 @@ pub(super) enum Kind {
 impl Kind {
     fn of(byte: u8) -> Option<Kind> {
         use Kind::*;
-        let met = [Card, Abort, Ready, Waiting, Reach, Verdict, Averagers];
-        let strangers = [Hello, Welcome, Refuse, Knock, Inside, Enter, Entered];
+        let met = [Handshake, Abort, Ready, JoinPending, Reach, Verdict, Averagers];
+        let strangers = [Hello, Welcome, Refuse, JoinRequest, JoinOffer, Connect, Connected];
         met.into_iter().chain(strangers).find(|&kind| kind as u8 == byte)
     }
 
     /// Bytes that a body may have: those of a stranger few.
     fn most(self) -> usize {
         match self {
-            Kind::Hello | Kind::Knock => 48 << 10,
-            Kind::Enter => 4 << 10,
-            Kind::Card => 64 << 20,
+            Kind::Hello | Kind::JoinRequest => 48 << 10,
+            Kind::Connect => 4 << 10,
+            Kind::Handshake => 64 << 20,
             _ => 64 << 10,
         }
     }
@@ -87,7 +87,7 @@ impl Kind {
 pub(super) struct Frame {
     pub(super) kind: Kind,
     /// Of the sender's world: what an older one says is nothing to a newer.
-    pub(super) generation: u32,
+    pub(super) view: u32,
     /// Which of several of a kind.
     pub(super) number: u32,
     pub(super) body: Vec<u8>,
@@ -96,17 +96,13 @@ pub(super) struct Frame {
     pub(super) is_short: bool,
 }
 
-pub(super) fn header(
-    (kind, generation, number): (Kind, u32, u32),
-    bytes: usize,
-    files: usize,
-) -> [u8; HEADER] {
+pub(super) fn header((kind, view, number): (Kind, u32, u32), bytes: usize, files: usize) -> [u8; HEADER] {
     let mut header = [0; HEADER];
     header[..4].copy_from_slice(&MAGIC);
     header[4..6].copy_from_slice(&VERSION.to_le_bytes());
     header[6] = kind as u8;
     header[7] = files as u8;
-    header[8..12].copy_from_slice(&generation.to_le_bytes());
+    header[8..12].copy_from_slice(&view.to_le_bytes());
     header[12..16].copy_from_slice(&number.to_le_bytes());
     header[16..20].copy_from_slice(&(bytes as u32).to_le_bytes());
     header
@@ -257,7 +253,7 @@ pub(super) fn receive(
     if is_short {
         files.clear(); // which of them are missing can't be told
                        // A peer goes on being heard, or this process could not tell it why.
-        if ![Kind::Card, Kind::Reach].contains(&kind) {
+        if ![Kind::Handshake, Kind::Reach].contains(&kind) {
             return Err(Error::new(SHORT, short_of_files()));
         }
     } else if files.len() != header[7] as usize {
@@ -284,7 +280,7 @@ pub(super) fn receive(
             Err(error) => return Err(error.into()),
         }
     }
-    Ok(Frame { kind, generation: word(8), number: word(12), body, files, is_short })
+    Ok(Frame { kind, view: word(8), number: word(12), body, files, is_short })
 }
 
 fn bad(what: &str) -> io::Result<Frame> {
@@ -349,7 +345,7 @@ mod tests {
     use proptest::prelude::*;
     use std::os::fd::AsFd;
 
-    const ALL: [Kind; 3] = [Kind::Hello, Kind::Card, Kind::Ready];
+    const ALL: [Kind; 3] = [Kind::Hello, Kind::Handshake, Kind::Ready];
 
     fn soon() -> Instant {
         Instant::now() + Duration::from_secs(5)
@@ -360,11 +356,11 @@ mod tests {
         let (one, other) = UnixStream::pair().unwrap();
         let body: Vec<u32> = (0..200_000).collect();
         let sender = std::thread::spawn(move || {
-            send(&one, (Kind::Card, 3, 7), &body, &[one.as_fd(), one.as_fd()], soon()).unwrap();
+            send(&one, (Kind::Handshake, 3, 7), &body, &[one.as_fd(), one.as_fd()], soon()).unwrap();
             send(&one, (Kind::Ready, 4, 0), &"", &[], soon()).unwrap();
         });
         let frame = receive(&other, &ALL, 2, soon()).unwrap();
-        assert_eq!((frame.kind, frame.generation, frame.number, frame.files.len()), (Kind::Card, 3, 7, 2));
+        assert_eq!((frame.kind, frame.view, frame.number, frame.files.len()), (Kind::Handshake, 3, 7, 2));
         assert_eq!(frame.parse::<Vec<u32>>().unwrap()[199_999], 199_999);
         assert_eq!(receive(&other, &ALL, 2, soon()).unwrap().kind, Kind::Ready);
         sender.join().unwrap();
@@ -388,7 +384,7 @@ mod tests {
         let (mut ended, start) = (vec![], Instant::now());
         let deadline = start + Duration::from_millis(500);
         let files = [pairs[0].0.as_fd()];
-        send_to_all(&streams, (Kind::Card, 1, 2), &body, &files, deadline, |index, result| {
+        send_to_all(&streams, (Kind::Handshake, 1, 2), &body, &files, deadline, |index, result| {
             ended.push((index, result.is_ok(), start.elapsed()))
         })
         .unwrap();
@@ -465,7 +461,7 @@ mod tests {
             error
         };
         assert!(refused(Kind::Hello, 1 << 20, 0).contains("longer than any"));
-        assert!(refused(Kind::Card, 1 << 20, 0).contains("does not belong here"));
+        assert!(refused(Kind::Handshake, 1 << 20, 0).contains("does not belong here"));
         assert!(refused(Kind::Hello, 2, 4).contains("more files"));
         assert!(refused(Kind::Hello, 2, 253).contains("more files"));
     }

@@ -4,52 +4,52 @@ mod agree;
 mod ancestry;
 mod confirm;
 mod credentials;
-mod door;
 mod frame;
-mod generation;
-mod guest;
-mod home;
+mod host_info;
 mod job;
+mod join_listener;
+mod joiner;
 mod launcher;
-mod links;
-mod page;
+mod listener;
+mod p2p_probe;
+mod peer_set;
 mod peers;
 mod private;
-mod reach;
 mod rebuild;
 mod rendezvous;
-mod shown;
-mod strangers;
+mod view_board;
+mod view_change;
+mod wire_handshake;
 
 use std::sync::{Arc, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::{Device, Places, WorldId};
+use super::{Device, Placement, WorldId};
 use crate::backend::limits;
 use crate::{Error, Result};
-use door::Door;
-pub(super) use home::Home;
-use home::Own;
+pub(super) use host_info::HostInfo;
+use host_info::LocalDevice;
 use job::Job;
 pub(super) use job::Known;
-use links::{Fate, Generation, Links};
-use page::Page;
+use join_listener::JoinListener;
+use peer_set::{CurrentView, PeerSet, ViewStatus};
 use peers::Unheard;
 #[cfg(fuzzing)]
 pub use rendezvous::fuzz;
-use rendezvous::Me;
+use rendezvous::RankInfo;
+use view_board::ViewBoard;
 
 /// How long a process may take from `World::join` to its averager.
 const JOINING: Duration = Duration::from_secs(60);
 
 /// One generation of a world, as one of its processes sees it.
 #[derive(Debug)]
-pub(super) struct Processes {
-    links: Arc<Links>,
-    generation: Generation,
-    places: Places,
+pub(super) struct ProcessBootstrap {
+    peer_set: Arc<PeerSet>,
+    view: CurrentView,
+    placement: Placement,
     /// What late processes find this world by.
-    door: Arc<Door>,
+    listener: Arc<JoinListener>,
 }
 
 /// What a launcher, or the caller, says.
@@ -108,13 +108,13 @@ fn text(name: &str) -> Result<Option<String>> {
     }
 }
 
-impl Processes {
+impl ProcessBootstrap {
     /// Collective.
-    pub(super) fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<Processes> {
+    pub(super) fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<ProcessBootstrap> {
         let Setup { rank, world_size, name, source, known, variable } = setup;
         let failed = |reason| Error::Rendezvous { rank, reason };
-        let own = Own::find(device);
-        let home = own.as_ref().map_or_else(|_| Home::unknown(device), |own| own.home.clone());
+        let own = LocalDevice::find(device);
+        let host_info = own.as_ref().map_or_else(|_| HostInfo::unknown(device), |own| own.host_info.clone());
         let unavailable = |reason: &String| Error::DeviceUnavailable {
             rank,
             device: device.to_string(),
@@ -124,100 +124,102 @@ impl Processes {
         let refusal = refusal.or(limits::spare_for_all(0).err().map(failed));
         let job = Job::own(&known, rank, variable);
         let told = refusal.as_ref().map(Error::to_string);
-        let me = Me { name, source, rank, world_size, home, job, refusal: told };
+        let me = RankInfo { name, source, rank, world_size, host_info, job, refusal: told };
         let deadline = crate::deadline::after(timeout);
         let met = rendezvous::meet(&me, timeout);
         let own = own.map_err(|reason| unavailable(&reason))?; // the others know
         refusal.map_or(Ok(()), Err)?;
-        let crew = met.map_err(failed)?;
-        let first = Page::first(world_size);
-        let links = Links::new(rank, own, crew.page, first);
-        let met = crew.peers.into_iter().enumerate().filter_map(|(peer, met)| Some((peer, met?)));
-        let heard = met.map(|(peer, (home, met))| links.common.add(peer, home, met));
+        let peers = met.map_err(failed)?;
+        let first = ViewBoard::first(world_size);
+        let peer_set = PeerSet::new(rank, own, peers.board, first);
+        let met = peers.peers.into_iter().enumerate().filter_map(|(peer, met)| Some((peer, met?)));
+        let heard = met.map(|(peer, (host_info, met))| peer_set.connections.add(peer, host_info, met));
         let heard = heard.collect::<Result<(), Unheard>>().map_err(|unheard| unheard.reason);
-        crew.confirmation.give(heard).map_err(failed)?;
-        reach::find(&links, &links.current(), deadline).map_err(failed)?;
-        let door = Door::open(&me.name, crew.origin, links.me, &links.common, crew.held);
-        Ok(Processes::of(links, door))
+        peers.confirmation.give(heard).map_err(failed)?;
+        p2p_probe::find(&peer_set, &peer_set.current(), deadline).map_err(failed)?;
+        let listener =
+            JoinListener::open(&me.name, peers.origin, peer_set.me, &peer_set.connections, peers.held);
+        Ok(ProcessBootstrap::of(peer_set, listener))
     }
 
     /// Of a world that has begun, when that lets it in; see `World::join`.
-    pub(super) fn join(name: &str, device: Device, timeout: Duration) -> Result<Processes> {
+    pub(super) fn join(name: &str, device: Device, timeout: Duration) -> Result<ProcessBootstrap> {
         let failed = |reason| Error::Join { rendezvous: name.to_owned(), reason };
-        let own =
-            Own::find(device).map_err(|reason| failed(format!("{device} is not available: {reason}")))?;
+        let own = LocalDevice::find(device)
+            .map_err(|reason| failed(format!("{device} is not available: {reason}")))?;
         limits::spare_for_all(0).map_err(failed)?;
-        let (links, origin, others) = guest::join(name, own, timeout).map_err(failed)?;
-        reach::find(&links, &links.current(), Instant::now() + JOINING).map_err(failed)?;
-        let door = Door::open(name, origin, links.me, &links.common, None).beside(others);
-        Ok(Processes::of(links, door))
+        let (peer_set, origin, others) = joiner::join(name, own, timeout).map_err(failed)?;
+        p2p_probe::find(&peer_set, &peer_set.current(), Instant::now() + JOINING).map_err(failed)?;
+        let listener =
+            JoinListener::open(name, origin, peer_set.me, &peer_set.connections, None).beside(others);
+        Ok(ProcessBootstrap::of(peer_set, listener))
     }
 
-    fn of(links: Links, door: Door) -> Processes {
-        let generation = links.latest.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let places = links.places(&generation);
-        Processes { links: Arc::new(links), generation, places, door: Arc::new(door) }
+    fn of(peer_set: PeerSet, listener: JoinListener) -> ProcessBootstrap {
+        let view = peer_set.latest.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let placement = peer_set.placement(&view);
+        ProcessBootstrap { peer_set: Arc::new(peer_set), view, placement, listener: Arc::new(listener) }
     }
 
     pub(super) fn rank(&self) -> usize {
-        self.members().iter().position(|&peer| peer == self.links.me).expect("it is a member")
+        self.members().iter().position(|&peer| peer == self.peer_set.me).expect("it is a member")
     }
 
-    pub(super) fn places(&self) -> &Places {
-        &self.places
+    pub(super) fn placement(&self) -> &Placement {
+        &self.placement
     }
 
     fn members(&self) -> &[usize] {
-        self.generation.members()
+        self.view.members()
     }
 
     pub(in crate::world) fn number(&self) -> u32 {
-        self.generation.number()
+        self.view.number()
     }
 
     fn others(&self) -> impl Iterator<Item = usize> + '_ {
-        self.members().iter().copied().filter(|&peer| peer != self.links.me)
+        self.members().iter().copied().filter(|&peer| peer != self.peer_set.me)
     }
 
     /// What ends this world from any thread, for as long as this process is in it.
     pub(super) fn handle(&self) -> Handle {
-        Handle(Arc::downgrade(&self.links))
+        Handle(Arc::downgrade(&self.peer_set))
     }
 
     pub(super) fn name(&self) -> &str {
-        self.door.name()
+        self.listener.name()
     }
 
     pub(super) fn world(&self) -> &WorldId {
-        self.door.world()
+        self.listener.world()
     }
 
     /// What ended this generation, if something did: the failure itself the first time.
     fn failure(&self) -> Option<Error> {
-        let mut fate = self.fate();
-        let failure = fate.failure.clone()?;
-        let told = std::mem::replace(&mut fate.told, true);
+        let mut status = self.status();
+        let failure = status.failure.clone()?;
+        let told = std::mem::replace(&mut status.told, true);
         Some(if told { Error::Poisoned { cause: Box::new(failure) } } else { failure })
     }
 
     fn fail(&self, error: Error) -> Error {
-        let mut fate = self.fate();
-        fate.told = true;
-        fate.failure.get_or_insert_with(|| error.clone());
+        let mut status = self.status();
+        status.told = true;
+        status.failure.get_or_insert_with(|| error.clone());
         error
     }
 
-    fn fate(&self) -> MutexGuard<'_, Fate> {
-        self.generation.fate()
+    fn status(&self) -> MutexGuard<'_, ViewStatus> {
+        self.view.status()
     }
 }
 
-/// See `Processes::handle`.
+/// See `ProcessBootstrap::handle`.
 #[derive(Clone, Debug)]
-pub(super) struct Handle(Weak<Links>);
+pub(super) struct Handle(Weak<PeerSet>);
 
 impl Handle {
     pub(super) fn abort(&self) {
-        self.0.upgrade().into_iter().for_each(|links| links.abort());
+        self.0.upgrade().into_iter().for_each(|peer_set| peer_set.abort());
     }
 }

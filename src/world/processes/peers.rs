@@ -14,10 +14,10 @@ use rustix::event::{poll, PollFd, PollFlags};
 use serde::Serialize;
 
 use super::frame::{self, Frame, Kind};
-use super::home::Home;
-use super::page::Page;
+use super::host_info::HostInfo;
 use super::private::Private;
-use super::rendezvous::Met;
+use super::rendezvous::Connection;
+use super::view_board::ViewBoard;
 use crate::backend::limits::thread;
 use crate::world::Agreement;
 
@@ -51,15 +51,15 @@ impl Unheard {
 
 /// What the listening threads have a part in.
 #[derive(Debug)]
-pub(super) struct Common {
-    pub(super) page: Page,
+pub(super) struct Connections {
+    pub(super) board: ViewBoard,
     /// None: this process has left.
     peers: Mutex<Option<BTreeMap<usize, Arc<Peer>>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     state: Mutex<State>,
     changed: Condvar,
     /// Somebody waits to be let in after the generation before this one; 0: nobody.
-    guest: AtomicU32,
+    joiner: AtomicU32,
 }
 
 /// What is known of the peers.
@@ -69,7 +69,7 @@ pub(super) struct State {
     /// Why one of them, which may still be there, can't be heard any more.
     pub(super) trouble: BTreeMap<usize, String>,
     /// Where they are.
-    pub(super) homes: BTreeMap<usize, Home>,
+    pub(super) host_infos: BTreeMap<usize, HostInfo>,
     /// By peer: what it said first, among all that nobody has asked for.
     messages: BTreeMap<usize, BTreeMap<(Kind, u32, u32), Frame>>,
     /// Averagers built: peers that are gone are marked on their boards.
@@ -79,7 +79,7 @@ pub(super) struct State {
 /// The generation of an averager, and the peers by their position in it.
 #[derive(Clone, Debug)]
 pub(super) struct Ring {
-    pub(super) generation: u32,
+    pub(super) view: u32,
     pub(super) peers: Arc<[usize]>,
 }
 
@@ -104,21 +104,21 @@ impl State {
     }
 
     /// Whether the peer is gone or has given this generation up.
-    pub(super) fn is_lost(&self, peer: usize, generation: u32) -> bool {
-        let is_past = |&(kind, of, _): &(Kind, u32, u32)| kind == Kind::Ready && of > generation;
+    pub(super) fn is_lost(&self, peer: usize, view: u32) -> bool {
+        let is_past = |&(kind, of, _): &(Kind, u32, u32)| kind == Kind::Ready && of > view;
         self.gone.contains(&peer) || self.messages.get(&peer).is_some_and(|said| said.keys().any(is_past))
     }
 
     /// Whether the peer has aborted this generation, or the one before when it was on its way to this.
-    pub(super) fn aborts(&self, peer: usize, generation: u32) -> bool {
-        let before = generation.checked_sub(1).is_some_and(|last| self.has(peer, (Kind::Abort, last, 1)));
-        before || [0, 1].into_iter().any(|going| self.has(peer, (Kind::Abort, generation, going)))
+    pub(super) fn aborts(&self, peer: usize, view: u32) -> bool {
+        let before = view.checked_sub(1).is_some_and(|last| self.has(peer, (Kind::Abort, last, 1)));
+        before || [0, 1].into_iter().any(|going| self.has(peer, (Kind::Abort, view, going)))
     }
 
     /// A peer that did not become one is a stranger again.
     pub(super) fn forget(&mut self, peer: usize) {
         self.gone.remove(&peer);
-        self.homes.remove(&peer);
+        self.host_infos.remove(&peer);
     }
 
     /// Forgets all but the last `most` of those that are gone and no members.
@@ -133,22 +133,21 @@ impl State {
     }
 
     /// Those that are there, and wait to be let in after this generation.
-    pub(super) fn guests(&self, generation: u32) -> Vec<usize> {
-        let waits =
-            |peer: &usize| self.has(*peer, (Kind::Waiting, generation, 0)) && !self.gone.contains(peer);
+    pub(super) fn joiners(&self, view: u32) -> Vec<usize> {
+        let waits = |peer: &usize| self.has(*peer, (Kind::JoinPending, view, 0)) && !self.gone.contains(peer);
         self.messages.keys().copied().filter(waits).collect()
     }
 
     /// Those that are there and no members.
     pub(super) fn outsiders(&self, members: &[usize]) -> Vec<usize> {
         let is_one = |peer: &&usize| !members.contains(peer) && !self.gone.contains(peer);
-        self.homes.keys().filter(is_one).copied().collect()
+        self.host_infos.keys().filter(is_one).copied().collect()
     }
 
     /// Forgets what was said in generations before this one.
-    pub(super) fn forget_before(&mut self, generation: u32) {
+    pub(super) fn forget_before(&mut self, view: u32) {
         self.messages.retain(|_, messages| {
-            messages.retain(|&(_, of, _), _| of >= generation);
+            messages.retain(|&(_, of, _), _| of >= view);
             !messages.is_empty()
         });
     }
@@ -159,17 +158,17 @@ impl State {
     }
 }
 
-impl Common {
+impl Connections {
     /// Of a process that has met nobody yet.
-    pub(super) fn new(page: Page, me: usize, home: Home) -> Common {
-        let state = State { homes: [(me, home)].into(), ..State::default() };
-        Common {
-            page,
+    pub(super) fn new(board: ViewBoard, me: usize, host_info: HostInfo) -> Connections {
+        let state = State { host_infos: [(me, host_info)].into(), ..State::default() };
+        Connections {
+            board,
             peers: Mutex::new(Some(BTreeMap::new())),
             threads: Mutex::default(),
             state: Mutex::new(state),
             changed: Condvar::new(),
-            guest: AtomicU32::new(0),
+            joiner: AtomicU32::new(0),
         }
     }
 
@@ -277,11 +276,11 @@ impl Common {
     pub(super) fn watch(&self, agreement: &Arc<Agreement>, ring: Ring) {
         let mut state = self.lock();
         state.built.retain(|(other, _)| other.strong_count() > 0);
-        for &peer in ring.peers.iter().filter(|&&peer| state.is_lost(peer, ring.generation)) {
+        for &peer in ring.peers.iter().filter(|&&peer| state.is_lost(peer, ring.view)) {
             leave(agreement, &ring, peer);
         }
         for (position, &peer) in ring.peers.iter().enumerate() {
-            if state.aborts(peer, ring.generation) {
+            if state.aborts(peer, ring.view) {
                 agreement.control.abort(position);
             }
         }
@@ -297,17 +296,22 @@ impl Common {
     }
 
     /// Begins to listen to a peer that was met.
-    pub(super) fn add(self: &Arc<Self>, peer: usize, home: Home, met: Met) -> Result<(), Unheard> {
-        let Met { stream, process } = met;
+    pub(super) fn add(
+        self: &Arc<Self>,
+        peer: usize,
+        host_info: HostInfo,
+        met: Connection,
+    ) -> Result<(), Unheard> {
+        let Connection { stream, process } = met;
         let one = Arc::new(Peer { stream, sending: Mutex::new(()) });
-        self.lock().homes.insert(peer, home);
+        self.lock().host_infos.insert(peer, host_info);
         let Some(peers) = &mut *self.peers() else { return Ok(()) };
         peers.insert(peer, one.clone());
-        let (heard, common) = (one.clone(), self.clone());
-        let listens = move || listen(peer, &heard.stream, process.as_ref(), &common);
+        let (heard, connections) = (one.clone(), self.clone());
+        let listens = move || listen(peer, &heard.stream, process.as_ref(), &connections);
         let thread = thread(format!("peer-{peer}"), STACK, listens).map_err(|reason| {
             drop(peers.remove(&peer));
-            self.lock().homes.remove(&peer);
+            self.lock().host_infos.remove(&peer);
             Unheard { reason: format!("can't listen to peers: {reason}"), peer: one }
         })?;
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
@@ -317,14 +321,14 @@ impl Common {
     }
 
     /// Whether somebody waits to be let in after this generation. Costs next to nothing.
-    pub(super) fn has_guest(&self, generation: u32) -> bool {
-        self.guest.load(Ordering::Relaxed) == generation + 1
+    pub(super) fn has_joiner(&self, view: u32) -> bool {
+        self.joiner.load(Ordering::Relaxed) == view + 1
     }
 
     fn count_guests(&self, state: &State) {
-        let generation = self.page.generation();
-        let guest = if state.guests(generation).is_empty() { 0 } else { generation + 1 };
-        self.guest.store(guest, Ordering::Relaxed);
+        let view = self.board.view();
+        let joiner = if state.joiners(view).is_empty() { 0 } else { view + 1 };
+        self.joiner.store(joiner, Ordering::Relaxed);
     }
 
     fn is_gone(&self, peer: usize) {
@@ -342,7 +346,7 @@ impl Common {
 }
 
 /// Until the peer is gone, or this process leaves.
-fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, common: &Common) {
+fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, connections: &Connections) {
     loop {
         let mut watched = vec![PollFd::new(stream, PollFlags::IN)];
         // Children of the peer may hold its socket open when it has ended. What it said is heard all the same.
@@ -359,50 +363,48 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, common: &
                 if [io::ErrorKind::InvalidData, frame::OTHER_VERSION, frame::SHORT]
                     .contains(&error.kind()) =>
             {
-                common.lock().trouble.insert(peer, error.to_string());
+                connections.lock().trouble.insert(peer, error.to_string());
                 break;
             }
             Err(_) => break, // it is gone
         };
-        let (kind, generation, number) = (frame.kind, frame.generation, frame.number);
-        let mut state = common.lock();
+        let (kind, view, number) = (frame.kind, frame.view, frame.number);
+        let mut state = connections.lock();
         let messages = state.messages.entry(peer).or_default();
-        messages.entry((kind, generation, number)).or_insert(frame);
+        messages.entry((kind, view, number)).or_insert(frame);
         if messages.len() > MOST_WAITING {
             state.trouble.insert(peer, format!("rank {peer} builds averagers that this one does not build"));
             break;
         }
         for (agreement, ring) in state.built() {
             match kind {
-                Kind::Abort
-                    if generation == ring.generation || number == 1 && generation + 1 == ring.generation =>
-                {
+                Kind::Abort if view == ring.view || number == 1 && view + 1 == ring.view => {
                     let position = ring.peers.iter().position(|&other| other == peer);
                     position.into_iter().for_each(|position| agreement.control.abort(position));
                 }
-                Kind::Ready if generation > ring.generation => leave(&agreement, &ring, peer),
+                Kind::Ready if view > ring.view => leave(&agreement, &ring, peer),
                 _ => {}
             }
         }
-        if kind == Kind::Waiting {
-            common.count_guests(&state);
+        if kind == Kind::JoinPending {
+            connections.count_guests(&state);
         }
         drop(state);
-        common.changed.notify_all();
+        connections.changed.notify_all();
     }
     let _ = stream.shutdown(Shutdown::Both); // the peer is to know that it is not heard any more
-    common.is_gone(peer);
+    connections.is_gone(peer);
 }
 
 /// All that peers say to each other once they have met.
 const KINDS: [Kind; 8] = [
-    Kind::Card,
+    Kind::Handshake,
     Kind::Verdict,
     Kind::Averagers,
     Kind::Abort,
     Kind::Ready,
-    Kind::Entered,
-    Kind::Waiting,
+    Kind::Connected,
+    Kind::JoinPending,
     Kind::Reach,
 ];
 /// Those of a card.

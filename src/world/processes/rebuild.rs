@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::frame::Kind;
 use super::peers::Ring;
-use super::Processes;
+use super::ProcessBootstrap;
 use crate::deadline;
 use crate::world::{Agreement, Communicator, Rebuild};
 use crate::{Error, Result};
@@ -45,9 +45,9 @@ impl Averagers {
     }
 }
 
-impl Processes {
+impl ProcessBootstrap {
     pub(in crate::world) fn register(&self, averager: Weak<dyn Rebuild>) {
-        let mut all = self.links.averagers.all.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.peer_set.averagers.all.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|averager| averager.strong_count() > 0);
         all.push(averager);
     }
@@ -56,12 +56,12 @@ impl Processes {
     /// failure may be known by a peer's word, before this process sees the death by itself.
     pub(in crate::world) fn has_lost_a_member(&self) -> bool {
         let view = self.number();
-        if self.fate().failure.is_some() {
+        if self.status().failure.is_some() {
             return true;
         }
-        let state = self.links.lock();
+        let state = self.peer_set.lock();
         let has_failed = |(averager, ring): (Arc<Agreement>, Ring)| {
-            ring.generation == view && averager.control.failure().is_some()
+            ring.view == view && averager.control.failure().is_some()
         };
         let lost = self.others().any(|peer| state.is_lost(peer, view));
         lost || state.built().into_iter().any(has_failed)
@@ -75,7 +75,7 @@ impl Processes {
         averages: Option<&str>,
         timeout: Duration,
     ) -> Result<()> {
-        let averagers = &self.links.averagers;
+        let averagers = &self.peer_set.averagers;
         let mut built_in = averagers.built_in.lock().unwrap_or_else(PoisonError::into_inner);
         if *built_in == Some(self.number()) {
             return Ok(());
@@ -117,6 +117,6 @@ impl Processes {
 
     /// The number under which an averager is built.
     pub(super) fn number_of_build(&self, again: Option<u32>) -> u32 {
-        again.unwrap_or_else(|| self.generation.builds.fetch_add(1, Ordering::Relaxed))
+        again.unwrap_or_else(|| self.view.builds.fetch_add(1, Ordering::Relaxed))
     }
 }

@@ -22,11 +22,11 @@ use serde::{Deserialize, Serialize};
 use super::confirm::{self, Confirmation};
 use super::credentials::{is_same_user, is_some_user, user_of_the_name, CAUSES};
 use super::frame::{self, Frame, Kind};
-use super::home::Home;
+use super::host_info::HostInfo;
 use super::job::{self, Job};
-use super::page::Page;
+use super::listener;
 use super::private::Private;
-use super::strangers;
+use super::view_board::ViewBoard;
 use crate::backend::limits::{why, Wanted};
 use crate::world::WorldId;
 use notice::Notice;
@@ -52,7 +52,7 @@ struct Hello {
     name: String,
     rank: usize,
     world_size: usize,
-    home: Home,
+    host_info: HostInfo,
     job: Job,
     /// Why it can't take part: then nobody begins.
     refusal: Option<String>,
@@ -63,7 +63,7 @@ struct Hello {
 #[serde(deny_unknown_fields)]
 struct Welcome {
     /// By rank.
-    homes: Vec<Home>,
+    host_infos: Vec<HostInfo>,
     origin: Origin,
 }
 
@@ -97,13 +97,13 @@ impl Origin {
 
 /// What this process brings.
 #[derive(Clone, Debug)]
-pub(super) struct Me {
+pub(super) struct RankInfo {
     pub(super) name: String,
     /// Source of the name, in words.
     pub(super) source: String,
     pub(super) rank: usize,
     pub(super) world_size: usize,
-    pub(super) home: Home,
+    pub(super) host_info: HostInfo,
     pub(super) job: Job,
     /// Why it can't take part.
     pub(super) refusal: Option<String>,
@@ -111,27 +111,27 @@ pub(super) struct Me {
 
 /// A peer: a socket, and what tells when its process ends, if the kernel has such a thing.
 #[derive(Debug)]
-pub(super) struct Met {
+pub(super) struct Connection {
     pub(super) stream: Private<UnixStream>,
     pub(super) process: Option<OwnedFd>,
 }
 
 /// What comes of it.
 #[derive(Debug)]
-pub(super) struct Crew {
-    pub(super) page: Page,
+pub(super) struct Peers {
+    pub(super) board: ViewBoard,
     /// By rank; none for this one.
-    pub(super) peers: Vec<Option<(Home, Met)>>,
+    pub(super) peers: Vec<Option<(HostInfo, Connection)>>,
     /// For what they need besides.
     pub(super) confirmation: Confirmation,
     pub(super) origin: Origin,
     /// Rank 0's: holds the name, and answers those that want it.
-    pub(super) held: Option<strangers::Door>,
+    pub(super) held: Option<listener::Listener>,
 }
 
 /// Collective. An error says what is wrong and what to do. Who can't take part says so to those that come
 /// soon.
-pub(super) fn meet(me: &Me, timeout: Duration) -> Result<Crew, String> {
+pub(super) fn meet(me: &RankInfo, timeout: Duration) -> Result<Peers, String> {
     let timeout = if me.refusal.is_some() { timeout.min(PARTING) } else { timeout };
     let deadline = crate::deadline::after(timeout);
     is_some_user()?;
@@ -144,7 +144,7 @@ pub(super) fn meet(me: &Me, timeout: Duration) -> Result<Crew, String> {
 
 /// Of rank 0, or of the door of this number. No file: it goes with the process that listens. A name
 /// that is too long is cut, and told from others by its hash.
-pub(super) fn address(name: &str, door: Option<usize>) -> Result<SocketAddr, String> {
+pub(super) fn address(name: &str, listener: Option<usize>) -> Result<SocketAddr, String> {
     if name.len() > MOST_NAME {
         return Err(format!("the name of the world has {} bytes: it can have {MOST_NAME}", name.len()));
     }
@@ -154,7 +154,7 @@ pub(super) fn address(name: &str, door: Option<usize>) -> Result<SocketAddr, Str
         short = format!("{}…{:016x}", name.chars().take(10).collect::<String>(), job::hash(name));
     }
     let uid = user_of_the_name();
-    let socket = match door {
+    let socket = match listener {
         None => format!("param-averager/{uid}/{short}"),
         Some(number) => format!("param-averager-door/{uid}/{short}/{number}"),
     };
@@ -162,7 +162,7 @@ pub(super) fn address(name: &str, door: Option<usize>) -> Result<SocketAddr, Str
         .map_err(|error| format!("the name of the world, {name:?}: {error}"))
 }
 
-impl Me {
+impl RankInfo {
     fn hello(&self) -> Hello {
         let cut = |reason: &String| reason.chars().take(MOST_REASON).collect();
         Hello {
@@ -170,14 +170,14 @@ impl Me {
             name: self.name.clone(),
             rank: self.rank,
             world_size: self.world_size,
-            home: self.home.clone(),
+            host_info: self.host_info.clone(),
             job: self.job.clone(),
             refusal: self.refusal.as_ref().map(cut),
         }
     }
 }
 
-fn visit(me: &Me, address: &SocketAddr, deadline: Instant, timeout: Duration) -> Result<Crew, String> {
+fn visit(me: &RankInfo, address: &SocketAddr, deadline: Instant, timeout: Duration) -> Result<Peers, String> {
     let failed =
         |error: io::Error| why(&format!("rank 0 of the world {:?}", me.name), Wanted::Descriptor, error);
     let mut notice = Notice::new();
@@ -193,14 +193,14 @@ fn visit(me: &Me, address: &SocketAddr, deadline: Instant, timeout: Duration) ->
         match greeted {
             Ok((frame, stream)) => {
                 let is_foreign = frame.kind == Kind::Refuse && frame.number == FOREIGN;
-                let mut crew = welcomed(me, frame).inspect_err(|reason| {
+                let mut peers = welcomed(me, frame).inspect_err(|reason| {
                     confirm::refuse(&stream, reason);
                     if is_foreign {
                         part(me, address, reason);
                     }
                 })?;
-                crew.confirmation = Confirmation::of_a_visitor(stream);
-                return Ok(crew);
+                peers.confirmation = Confirmation::of_a_visitor(stream);
+                return Ok(peers);
             }
             // Nobody listens yet, or no longer, or has its hands full.
             Err(error) if is_early(&error) && Instant::now() < deadline => {
@@ -220,9 +220,9 @@ fn visit(me: &Me, address: &SocketAddr, deadline: Instant, timeout: Duration) ->
 }
 
 /// Tells this job's own rank 0, should it come to have the name: it would wait for this rank.
-fn part(me: &Me, address: &SocketAddr, reason: &str) {
+fn part(me: &RankInfo, address: &SocketAddr, reason: &str) {
     const PAUSE: Duration = Duration::from_millis(20);
-    let refused = Me { refusal: Some(reason.into()), ..me.clone() };
+    let refused = RankInfo { refusal: Some(reason.into()), ..me.clone() };
     let until = Instant::now() + GRACE;
     let mut notice = Notice::new();
     while Instant::now() < until {
@@ -235,7 +235,7 @@ fn part(me: &Me, address: &SocketAddr, reason: &str) {
     }
 }
 
-fn waiting(me: &Me) -> String {
+fn waiting(me: &RankInfo) -> String {
     if me.rank == 0 {
         return format!(
             "rank 0 waits for the name {:?} ({}): the process that holds it is about to end",
@@ -250,7 +250,7 @@ fn waiting(me: &Me) -> String {
 }
 
 /// Says hello to the process that listens there, and waits for its answer.
-fn greet(me: &Me, stream: &UnixStream, deadline: Instant, notice: &mut Notice) -> io::Result<Frame> {
+fn greet(me: &RankInfo, stream: &UnixStream, deadline: Instant, notice: &mut Notice) -> io::Result<Frame> {
     is_same_user(stream).map_err(io::Error::other)?;
     let process = pidfd_open(getpid(), PidfdFlags::empty()).ok();
     let files: Vec<_> = process.iter().map(AsFd::as_fd).collect();
@@ -294,30 +294,30 @@ fn is_late(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock)
 }
 
-fn welcomed(me: &Me, frame: Frame) -> Result<Crew, String> {
+fn welcomed(me: &RankInfo, frame: Frame) -> Result<Peers, String> {
     let failed = |error: io::Error| format!("rank 0's answer: {error}");
     if frame.kind == Kind::Refuse {
         return Err(frame.parse::<String>().map_err(failed)?);
     }
-    let Welcome { homes, origin } = frame.parse().map_err(failed)?;
+    let Welcome { host_infos, origin } = frame.parse().map_err(failed)?;
     let mut files = frame.files.into_iter();
     let missing = || "rank 0's answer lacks file descriptors: raise ulimit -n".to_owned();
-    let page = Page::open(files.next().ok_or_else(missing)?)?;
-    if homes.len() != me.world_size {
-        return Err(format!("rank 0's answer is about {} ranks, not {}", homes.len(), me.world_size));
+    let board = ViewBoard::open(files.next().ok_or_else(missing)?)?;
+    if host_infos.len() != me.world_size {
+        return Err(format!("rank 0's answer is about {} ranks, not {}", host_infos.len(), me.world_size));
     }
     let mut peers = vec![];
-    for (rank, home) in homes.into_iter().enumerate() {
+    for (rank, host_info) in host_infos.into_iter().enumerate() {
         peers.push(if rank == me.rank {
             None
         } else {
             let stream = Private::new(UnixStream::from(files.next().ok_or_else(missing)?));
-            Some((home, Met { stream, process: None }))
+            Some((host_info, Connection { stream, process: None }))
         });
     }
     // Those without a process of their own have none for anybody.
     for (_, peer) in peers.iter_mut().flatten() {
         peer.process = files.next();
     }
-    Ok(Crew { page, peers, confirmation: Confirmation::default(), origin, held: None })
+    Ok(Peers { board, peers, confirmation: Confirmation::default(), origin, held: None })
 }

@@ -11,18 +11,18 @@ use std::time::{Duration, Instant};
 
 use script::{me, message, read_header, script, Act, Said, COUNTS};
 
-use super::{address, connect, meet, welcomed, Crew, Hello, Me};
-use crate::backend::{Offer, Site};
-use crate::world::processes::door::{Inside, Knock};
+use super::{address, connect, meet, welcomed, Hello, Peers, RankInfo};
+use crate::backend::{MemoryHandle, MemorySpace};
 use crate::world::processes::frame::{self, Frame, Kind};
+use crate::world::processes::join_listener::{JoinOffer, JoinRequest};
 use crate::world::processes::rebuild::Offered;
-use crate::world::processes::shown::{Reader, Shown};
+use crate::world::processes::wire_handshake::{Reader, WireHandshake};
 
 /// Arbitrary bytes and files, to the very functions that read them: of a stranger, of a rank 0, or of a peer.
 pub fn frames(data: &[u8]) {
     const DOOR: (&[Kind], usize) = (&[Kind::Hello], 1);
     const VISITOR: (&[Kind], usize) = (&[Kind::Welcome, Kind::Refuse], frame::MOST_FILES);
-    const PEER: (&[Kind], usize) = (&[Kind::Card, Kind::Verdict, Kind::Abort, Kind::Ready], 3);
+    const PEER: (&[Kind], usize) = (&[Kind::Handshake, Kind::Verdict, Kind::Abort, Kind::Ready], 3);
     let Some((&how, data)) = data.split_first() else { return };
     let (kinds, most) = [DOOR, VISITOR, PEER][how as usize % 3];
     let (at_once, stays) = (how & 8 == 0, how & 16 != 0);
@@ -74,22 +74,22 @@ pub fn frames(data: &[u8]) {
 }
 
 /// What whoever receives it does next.
-fn parse(me: &Me, frame: Frame, how: u8) {
+fn parse(me: &RankInfo, frame: Frame, how: u8) {
     match frame.kind {
         Kind::Hello => drop(frame.parse::<Hello>()),
         Kind::Welcome | Kind::Refuse => drop(welcomed(me, frame)),
-        Kind::Card => {
+        Kind::Handshake => {
             let wanted = [how & 32 != 0, how & 64 != 0, how & 128 != 0];
-            let reader = Reader { rank: 0, site: &Site::Host, wanted };
-            drop(Shown::read(frame, 1).and_then(|unopened| unopened.open(reader)))
+            let reader = Reader { rank: 0, space: &MemorySpace::Host, wanted };
+            drop(WireHandshake::read(frame, 1).and_then(|unopened| unopened.open(reader)))
         }
-        Kind::Knock => drop(frame.parse::<Knock>()),
-        Kind::Inside => drop(frame.parse::<Inside>()),
+        Kind::JoinRequest => drop(frame.parse::<JoinRequest>()),
+        Kind::JoinOffer => drop(frame.parse::<JoinOffer>()),
         Kind::Ready => drop(frame.parse::<Vec<usize>>()),
-        Kind::Reach => drop(frame.parse::<Option<Offer>>()),
+        Kind::Reach => drop(frame.parse::<Option<MemoryHandle>>()),
         Kind::Averagers => drop(frame.parse::<Offered>()),
         Kind::Verdict => drop(frame.parse::<Option<String>>()),
-        Kind::Abort | Kind::Enter | Kind::Entered | Kind::Waiting => {}
+        Kind::Abort | Kind::Connect | Kind::Connected | Kind::JoinPending => {}
     }
 }
 
@@ -129,7 +129,7 @@ fn play(world_size: usize, script: &[Act]) {
         assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
         return;
     }
-    let crews: Vec<Crew> = crews.into_iter().map(|crew| crew.expect("all ranks meet")).collect();
+    let crews: Vec<Peers> = crews.into_iter().map(|peers| peers.expect("all ranks meet")).collect();
     for (one, other) in (0..world_size).flat_map(|one| (0..one).map(move |other| (one, other))) {
         let stream = |from: usize, to: usize| -> &UnixStream {
             &crews[from].peers[to].as_ref().expect("a peer").1.stream

@@ -10,15 +10,15 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
-use super::name::{self, Visitor, APART};
-use super::{is_early, Crew, Hello, Me, Met, Notice, Origin, Welcome, CAUSES, GRACE, PARTING};
+use super::name::{self, Pending, APART};
+use super::{is_early, Connection, Hello, Notice, Origin, Peers, RankInfo, Welcome, CAUSES, GRACE, PARTING};
 use crate::backend::limits::{why, Wanted};
 use crate::world::processes::confirm::Confirmation;
 use crate::world::processes::frame::{self, Frame, Kind};
 use crate::world::processes::job::Job;
-use crate::world::processes::page::Page;
+use crate::world::processes::listener::{self, Listener};
 use crate::world::processes::private::Private;
-use crate::world::processes::strangers::{self, Door};
+use crate::world::processes::view_board::ViewBoard;
 
 /// How long a rank's place is kept for it after a process of another job has claimed it.
 const STRAY: Duration = Duration::from_secs(5);
@@ -29,21 +29,21 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// Collective, with `visit` of all others.
 pub(super) fn meet(
-    me: &Me,
+    me: &RankInfo,
     address: &SocketAddr,
     deadline: Instant,
     timeout: Duration,
-) -> Result<Crew, String> {
+) -> Result<Peers, String> {
     let came = BTreeMap::new();
-    Host { me, deadline, timeout, came, strays: vec![], firsts: vec![], is_contested: false, refused: 0 }
+    RankZero { me, deadline, timeout, came, strays: vec![], firsts: vec![], is_contested: false, refused: 0 }
         .meet(address)
 }
 
-struct Host<'a> {
-    me: &'a Me,
+struct RankZero<'a> {
+    me: &'a RankInfo,
     deadline: Instant,
     timeout: Duration,
-    came: BTreeMap<usize, Visitor>,
+    came: BTreeMap<usize, Pending>,
     /// Ranks of other jobs that came.
     strays: Vec<Stray>,
     /// Jobs that have a rank 0 of their own, which came, too.
@@ -62,22 +62,22 @@ struct Stray {
     until: Instant,
 }
 
-impl Host<'_> {
-    fn meet(mut self, address: &SocketAddr) -> Result<Crew, String> {
+impl RankZero<'_> {
+    fn meet(mut self, address: &SocketAddr) -> Result<Peers, String> {
         let listener = name::take(self.me, address, self.deadline, self.timeout)?;
-        let (send, visitors) = mpsc::sync_channel(strangers::MOST);
+        let (send, pendings) = mpsc::sync_channel(listener::MOST);
         let (since, me) = (Instant::now(), Arc::new(self.me.clone()));
         let came = move |stream, mut frame: Frame| {
             let Ok(hello) = frame.parse::<Hello>() else { return };
             let process = frame.files.pop();
-            match send.try_send(Visitor { stream, hello, process }) {
+            match send.try_send(Pending { stream, hello, process }) {
                 Ok(()) | Err(TrySendError::Full(_)) => {} // it comes again
-                Err(TrySendError::Disconnected(visitor)) => {
-                    visitor.refuse_as_foreign(&name::begun(&me, &visitor.hello, since))
+                Err(TrySendError::Disconnected(pending)) => {
+                    pending.refuse_as_foreign(&name::begun(&me, &pending.hello, since))
                 }
             }
         };
-        let door = Door::open(listener, &[Kind::Hello], 1, came).map_err(|shut| {
+        let listener = Listener::open(listener, &[Kind::Hello], 1, came).map_err(|shut| {
             let reason = self.me.refusal.clone().unwrap_or_else(|| {
                 format!("rank 0 can't start a thread to hear the others: {}", shut.reason)
             });
@@ -87,36 +87,39 @@ impl Host<'_> {
         })?;
         // Descriptors that are there again when others must be told that there are too few.
         let reserve = [(); 2].map(|()| pidfd_open(getpid(), PidfdFlags::empty()));
-        let gathered = self.gather(&visitors, &door);
+        let gathered = self.gather(&pendings, &listener);
         drop(reserve);
         let result = gathered.and_then(|()| {
             self.introduce().map_err(|reason| format!("rank 0 can't bring the ranks together: {reason}"))
         });
         match result {
             // From here on, whoever comes is told that the world has begun.
-            Ok(crew) => Ok(Crew { held: Some(door), ..crew }),
+            Ok(peers) => Ok(Peers { held: Some(listener), ..peers }),
             Err(mut reason) => {
-                if let Some(shortage) = door
+                if let Some(shortage) = listener
                     .shortage()
                     .filter(|shortage| !reason.contains(shortage) && !reason.contains("ulimit"))
                 {
                     reason = format!("{reason}; {shortage}");
                 }
-                self.refuse_all(&visitors, &door, &reason);
+                self.refuse_all(&pendings, &listener, &reason);
                 Err(reason)
             }
         }
     }
 
     /// Until every rank has come.
-    fn gather(&mut self, visitors: &mpsc::Receiver<Visitor>, door: &Door) -> Result<(), String> {
+    fn gather(&mut self, pendings: &mpsc::Receiver<Pending>, listener: &Listener) -> Result<(), String> {
         if let Some(reason) = &self.me.refusal {
             return Err(reason.clone());
         }
         let mut notice = Notice::new();
         while self.came.len() + 1 < self.me.world_size {
-            if door.is_stuck() {
-                return Err(format!("rank 0 can't hear the others; {}", door.shortage().unwrap_or_default()));
+            if listener.is_stuck() {
+                return Err(format!(
+                    "rank 0 can't hear the others; {}",
+                    listener.shortage().unwrap_or_default()
+                ));
             }
             let now = Instant::now();
             let is_open = |stray: &&Stray| !self.came.contains_key(&stray.rank) && stray.until <= now;
@@ -125,8 +128,8 @@ impl Host<'_> {
             }
             notice.look(|| self.waiting());
             let left = self.deadline.saturating_duration_since(now);
-            match visitors.recv_timeout(left.min(TICK)) {
-                Ok(visitor) => self.admit(visitor)?,
+            match pendings.recv_timeout(left.min(TICK)) {
+                Ok(pending) => self.admit(pending)?,
                 Err(RecvTimeoutError::Timeout) if left > TICK => {}
                 Err(RecvTimeoutError::Timeout) => return Err(self.missing()),
                 Err(RecvTimeoutError::Disconnected) => return Err("the listening thread has ended".into()),
@@ -136,22 +139,22 @@ impl Host<'_> {
     }
 
     /// Tells those that came, and those that come now.
-    fn refuse_all(&mut self, visitors: &mpsc::Receiver<Visitor>, door: &Door, reason: &str) {
+    fn refuse_all(&mut self, pendings: &mpsc::Receiver<Pending>, listener: &Listener, reason: &str) {
         let mut left = (self.me.world_size - 1).saturating_sub(self.came.len() + self.refused);
         // Closed, so that others get their descriptors.
-        std::mem::take(&mut self.came).values().for_each(|visitor| visitor.refuse(reason));
+        std::mem::take(&mut self.came).values().for_each(|pending| pending.refuse(reason));
         // Two jobs fail by it.
         left += if self.is_contested { self.me.world_size } else { 0 };
         let begin = Instant::now();
         while left > 0 {
             // Those that nobody can hear are told by the door.
-            let grace = if self.me.refusal.is_some() && !door.is_stuck() { PARTING } else { GRACE };
+            let grace = if self.me.refusal.is_some() && !listener.is_stuck() { PARTING } else { GRACE };
             let patience = self.deadline.min(begin + grace).saturating_duration_since(Instant::now());
-            match visitors.recv_timeout(patience.min(TICK)) {
+            match pendings.recv_timeout(patience.min(TICK)) {
                 // A rank of another job comes again when this process has ended: it may have its own world.
-                Ok(visitor) if self.me.job.differs(&visitor.hello.job).is_some() => {}
-                Ok(visitor) => {
-                    visitor.refuse(reason);
+                Ok(pending) if self.me.job.differs(&pending.hello.job).is_some() => {}
+                Ok(pending) => {
+                    pending.refuse(reason);
                     left -= 1;
                 }
                 Err(_) if patience <= TICK => return,
@@ -188,16 +191,16 @@ impl Host<'_> {
         )
     }
 
-    fn admit(&mut self, visitor: Visitor) -> Result<(), String> {
-        let (hello, mine) = (&visitor.hello, self.me.hello());
+    fn admit(&mut self, pending: Pending) -> Result<(), String> {
+        let (hello, mine) = (&pending.hello, self.me.hello());
         let (rank, name) = (hello.rank, &self.me.name);
         if hello.name != *name {
             // The hashes of two long names are the same.
-            visitor.refuse(&format!("this socket is that of the world {name:?}: choose another name"));
+            pending.refuse(&format!("this socket is that of the world {name:?}: choose another name"));
             return Ok(());
         }
         if let Some(differs) = mine.job.differs(&hello.job) {
-            self.turn_away(&visitor, &differs);
+            self.turn_away(&pending, &differs);
             return Ok(());
         }
         let differs = [
@@ -225,15 +228,15 @@ impl Host<'_> {
         } else if rank >= self.me.world_size {
             Some(format!("a process says that it is rank {rank} of {}", self.me.world_size))
         } else {
-            hello.refusal.clone().or_else(|| hello.home.refusal(rank, &mine.home))
+            hello.refusal.clone().or_else(|| hello.host_info.refusal(rank, &mine.host_info))
         };
         match refusal {
             None => {
-                self.came.insert(rank, visitor);
+                self.came.insert(rank, pending);
                 Ok(())
             }
             Some(reason) => {
-                visitor.refuse(&reason);
+                pending.refuse(&reason);
                 self.refused += 1;
                 Err(reason)
             }
@@ -242,16 +245,16 @@ impl Host<'_> {
 
     /// Refuses a rank of another job. That job has a rank 0 of its own, and this world begins
     /// without it; or else it is not another job, and nobody is to wait.
-    fn turn_away(&mut self, visitor: &Visitor, differs: &str) {
-        let Hello { rank, job, world_size, .. } = &visitor.hello;
+    fn turn_away(&mut self, pending: &Pending, differs: &str) {
+        let Hello { rank, job, world_size, .. } = &pending.hello;
         let reason = format!(
             "a process says that it is rank {rank} of the world {:?}, but it seems to be of another job than rank 0: it is {job}, and rank 0 \
              is {}: {differs}; {APART}",
             self.me.name, self.me.job
         );
-        visitor.refuse_as_foreign(&reason);
+        pending.refuse_as_foreign(&reason);
         // One that has parted, or is of a larger world, does not stand for a rank of this one.
-        let is_one = visitor.hello.refusal.is_none() && *world_size == self.me.world_size;
+        let is_one = pending.hello.refusal.is_none() && *world_size == self.me.world_size;
         let is_known = self.firsts.iter().any(|first| first.differs(job).is_none());
         if *rank == 0 {
             self.strays.retain(|stray| stray.job.differs(job).is_some());
@@ -265,10 +268,10 @@ impl Host<'_> {
     }
 
     /// Gives every rank a socket to every other.
-    fn introduce(&mut self) -> Result<Crew, String> {
+    fn introduce(&mut self) -> Result<Peers, String> {
         let failed = |error: io::Error| why("making sockets for all ranks", Wanted::Descriptor, error);
         let size = self.me.world_size;
-        let page = Page::new(size)?;
+        let board = ViewBoard::new(size)?;
         // By whose it is, and to whom it leads.
         let mut sockets = BTreeMap::new();
         for (one, other) in (0..size).flat_map(|one| (one + 1..size).map(move |other| (one, other))) {
@@ -276,13 +279,13 @@ impl Host<'_> {
             sockets.insert((one, other), Private::new(left));
             sockets.insert((other, one), Private::new(right));
         }
-        let homes =
-            (0..size).map(|rank| self.came.get(&rank).map_or(&self.me.home, |v| &v.hello.home).clone());
-        let welcome = Welcome { homes: homes.collect(), origin: Origin::now(&self.me.job) };
+        let host_infos = (0..size)
+            .map(|rank| self.came.get(&rank).map_or(&self.me.host_info, |v| &v.hello.host_info).clone());
+        let welcome = Welcome { host_infos: host_infos.collect(), origin: Origin::now(&self.me.job) };
         let own = pidfd_open(getpid(), PidfdFlags::empty()).ok();
-        for (&rank, visitor) in &self.came {
+        for (&rank, pending) in &self.came {
             let streams = sockets.range((rank, 0)..(rank + 1, 0)).map(|(_, stream)| stream.as_fd());
-            let mut files = vec![page.file()];
+            let mut files = vec![board.file()];
             files.extend(streams);
             let processes = (0..size).filter(|&other| other != rank).map(|other| match other {
                 0 => own.as_ref(),
@@ -291,19 +294,19 @@ impl Host<'_> {
             // All, or none.
             let processes: Option<Vec<&OwnedFd>> = processes.collect();
             files.extend(processes.unwrap_or_default().into_iter().map(AsFd::as_fd));
-            match frame::send(&visitor.stream, (Kind::Welcome, 0, 0), &welcome, &files, self.deadline) {
+            match frame::send(&pending.stream, (Kind::Welcome, 0, 0), &welcome, &files, self.deadline) {
                 Err(error) if !is_early(&error) => return Err(failed(error)),
                 _ => {} // one that has gone is found out by all, as a peer
             }
         }
-        let peers = welcome.homes.into_iter().enumerate().map(|(rank, home)| {
-            let process = self.came.get_mut(&rank).and_then(|visitor| visitor.process.take());
-            sockets.remove(&(0, rank)).map(|stream| (home, Met { stream, process }))
+        let peers = welcome.host_infos.into_iter().enumerate().map(|(rank, host_info)| {
+            let process = self.came.get_mut(&rank).and_then(|pending| pending.process.take());
+            sockets.remove(&(0, rank)).map(|stream| (host_info, Connection { stream, process }))
         });
         let peers = peers.collect();
-        let came = std::mem::take(&mut self.came).into_iter().map(|(rank, visitor)| (rank, visitor.stream));
+        let came = std::mem::take(&mut self.came).into_iter().map(|(rank, pending)| (rank, pending.stream));
         let confirmation = Confirmation::of_rank_0(came);
-        Ok(Crew { page, peers, confirmation, origin: welcome.origin, held: None })
+        Ok(Peers { board, peers, confirmation, origin: welcome.origin, held: None })
     }
 }
 

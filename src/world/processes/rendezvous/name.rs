@@ -6,13 +6,13 @@ use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use super::{connect, greet, is_early, is_late, Hello, Me, Notice, AGAIN, FOREIGN, GRACE};
+use super::{connect, greet, is_early, is_late, Hello, Notice, RankInfo, AGAIN, FOREIGN, GRACE};
 use crate::backend::limits::{why, Wanted};
 use crate::world::processes::ancestry::Process;
 use crate::world::processes::credentials::Credentials;
 use crate::world::processes::frame::{self, Frame, Kind};
+use crate::world::processes::listener::{self, Listener};
 use crate::world::processes::private::Private;
-use crate::world::processes::strangers::{self, Door};
 
 /// How long a process that holds the name has for one answer, and in all. One that is ending has as
 /// long as it takes.
@@ -25,13 +25,13 @@ pub(super) const APART: &str = "if they are one job, set PARAM_AVERAGER_RENDEZVO
 
 /// A rank that has said its hello.
 #[derive(Debug)]
-pub(super) struct Visitor {
+pub(super) struct Pending {
     pub(super) stream: Private<UnixStream>,
     pub(super) hello: Hello,
     pub(super) process: Option<OwnedFd>,
 }
 
-impl Visitor {
+impl Pending {
     pub(super) fn refuse(&self, reason: &str) {
         self.answer(0, reason);
     }
@@ -49,7 +49,7 @@ impl Visitor {
 
 /// Takes the name. Fails if another process has it, and says so.
 pub(super) fn take(
-    me: &Me,
+    me: &RankInfo,
     address: &SocketAddr,
     deadline: Instant,
     timeout: Duration,
@@ -104,13 +104,13 @@ pub(super) fn take(
 
 /// Tells the other ranks of this job, should the process that holds the name end meanwhile: they
 /// would wait for this one.
-fn part(me: &Me, address: &SocketAddr, deadline: Instant, reason: &str) {
+fn part(me: &RankInfo, address: &SocketAddr, deadline: Instant, reason: &str) {
     let until = deadline.min(Instant::now() + GRACE);
     let mut left = me.world_size - 1;
     while left > 0 && Instant::now() < until {
         std::thread::sleep(AGAIN);
         let Ok(listener) = UnixListener::bind_addr(address) else { continue };
-        let (send, visitors) = mpsc::sync_channel(strangers::MOST);
+        let (send, pendings) = mpsc::sync_channel(listener::MOST);
         let (mine, size) = (me.job.clone(), me.world_size);
         let came = move |stream, frame: Frame| {
             let hello = frame.parse::<Hello>();
@@ -118,12 +118,12 @@ fn part(me: &Me, address: &SocketAddr, deadline: Instant, reason: &str) {
             let is_mine =
                 |hello: &Hello| (1..size).contains(&hello.rank) && mine.differs(&hello.job).is_none();
             if let Some(hello) = hello.ok().filter(is_mine) {
-                let _ = send.try_send(Visitor { stream, hello, process: None });
+                let _ = send.try_send(Pending { stream, hello, process: None });
             }
         };
-        let Ok(_door) = Door::open(listener, &[Kind::Hello], 1, came) else { return };
-        while let Ok(visitor) = visitors.recv_timeout(until.saturating_duration_since(Instant::now())) {
-            visitor.refuse(reason);
+        let Ok(_door) = Listener::open(listener, &[Kind::Hello], 1, came) else { return };
+        while let Ok(pending) = pendings.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            pending.refuse(reason);
             left -= 1;
             if left == 0 {
                 return;
@@ -133,7 +133,7 @@ fn part(me: &Me, address: &SocketAddr, deadline: Instant, reason: &str) {
 }
 
 /// What a process is told that comes when all ranks are there.
-pub(super) fn begun(me: &Me, hello: &Hello, since: Instant) -> String {
+pub(super) fn begun(me: &RankInfo, hello: &Hello, since: Instant) -> String {
     let differs = me.job.differs(&hello.job);
     let seconds = since.elapsed().as_secs();
     let how = match (&differs, hello.rank) {

@@ -6,11 +6,11 @@ use std::os::unix::net::UnixStream;
 
 use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
-use crate::backend::Shared;
+use crate::backend::Memfd;
 use crate::world::processes::frame::{self, Kind};
-use crate::world::processes::home::Home;
+use crate::world::processes::host_info::HostInfo;
 use crate::world::processes::job::{Job, Known};
-use crate::world::processes::rendezvous::{Me, Origin, Welcome};
+use crate::world::processes::rendezvous::{Origin, RankInfo, Welcome};
 use crate::world::Device;
 
 /// An act of a stranger, or of a rank.
@@ -69,9 +69,9 @@ pub(super) fn script(mut data: &[u8]) -> Vec<Act> {
     acts
 }
 
-pub(super) fn me(name: &str, rank: usize, world_size: usize) -> Me {
-    let (home, job) = (Home::unknown(Device::cpu()), Job::own(&Known::ByName, rank, None));
-    Me { name: name.into(), source: "made up".into(), rank, world_size, home, job, refusal: None }
+pub(super) fn me(name: &str, rank: usize, world_size: usize) -> RankInfo {
+    let (host_info, job) = (HostInfo::unknown(Device::cpu()), Job::own(&Known::ByName, rank, None));
+    RankInfo { name: name.into(), source: "made up".into(), rank, world_size, host_info, job, refusal: None }
 }
 
 /// Files that a message has: none, few, the most that there may be, the most that the kernel passes on.
@@ -83,7 +83,7 @@ fn files(files: u8, own: BorrowedFd<'_>) -> Vec<OwnedFd> {
     let file = || match files >> 3 & 3 {
         0 => std::fs::File::open("/dev/null").ok().map(OwnedFd::from),
         1 => own.try_clone_to_owned().ok(),
-        2 => Shared::new(4096).ok()?.file().try_clone_to_owned().ok(),
+        2 => Memfd::new(4096).ok()?.file().try_clone_to_owned().ok(),
         _ => std::io::pipe().ok().map(|(read, _)| read.into()),
     };
     let Some(file) = (count > 0).then(file).flatten() else { return vec![] };
@@ -101,13 +101,16 @@ fn write(stream: &UnixStream, bytes: &[u8], files: &[OwnedFd]) -> usize {
 }
 
 /// What `Act::Say` says.
-pub(super) fn message(me: &Me, kind: u8, files: usize, keep: u8) -> Vec<u8> {
+pub(super) fn message(me: &RankInfo, kind: u8, files: usize, keep: u8) -> Vec<u8> {
     let json = |body: serde_json::Result<Vec<u8>>| body.expect("plain data");
     let (kind, body) = match kind % 6 {
         0 => (Kind::Hello, json(serde_json::to_vec(&me.hello()))),
         1 => {
             let origin = Origin::now(&me.job);
-            (Kind::Welcome, json(serde_json::to_vec(&Welcome { homes: vec![me.home.clone(); 2], origin })))
+            (
+                Kind::Welcome,
+                json(serde_json::to_vec(&Welcome { host_infos: vec![me.host_info.clone(); 2], origin })),
+            )
         }
         2 => (Kind::Refuse, json(serde_json::to_vec("no"))),
         3 => {
@@ -116,7 +119,7 @@ pub(super) fn message(me: &Me, kind: u8, files: usize, keep: u8) -> Vec<u8> {
                 "refusal": null, "options": [["slots", "4"]], "tensors": ["tensor"], "schedule_position": 0,
                 "admits": false, "ordinal": null, "memories": [memory(1), memory(4096), memory(4097)],
             });
-            (Kind::Card, json(serde_json::to_vec(&shown)))
+            (Kind::Handshake, json(serde_json::to_vec(&shown)))
         }
         4 => (Kind::Abort, b"null".to_vec()),
         _ => (Kind::Ready, b"null".to_vec()),
@@ -145,7 +148,7 @@ pub(super) struct Said {
 
 impl Said {
     /// Does what an act says, if it is one that says something.
-    pub(super) fn say(&mut self, act: &Act, me: &Me, stream: &UnixStream) {
+    pub(super) fn say(&mut self, act: &Act, me: &RankInfo, stream: &UnixStream) {
         let (bytes, files) = match act {
             Act::Write { files: which, bytes } => (bytes.clone(), files(*which, stream.as_fd())),
             Act::Say { kind, files: which, keep } => {

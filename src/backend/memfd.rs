@@ -11,7 +11,7 @@ use super::limits::{check_file_size, spare, why, Wanted};
 
 /// Mapped memory of a memfd whose size is sealed: nobody who has it can make an access to it fault.
 #[derive(Debug)]
-pub(crate) struct Shared {
+pub(crate) struct Memfd {
     mapping: Mapping,
     file: OwnedFd,
 }
@@ -53,10 +53,10 @@ unsafe impl Sync for Mapping {}
 
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW);
 
-impl Shared {
+impl Memfd {
     /// Zeroed, and allocated here and now: a file system that is full, or a file descriptor that can't be had, is an error and
     /// no fault later. The error names the limit that was met.
-    pub(crate) fn new(bytes: usize) -> Result<Shared, String> {
+    pub(crate) fn new(bytes: usize) -> Result<Memfd, String> {
         check_file_size(bytes.max(1))?; // before fallocate, which would be answered by SIGXFSZ
         let file = memfd_create("param-averager", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
             .map_err(|error| why("memfd_create", Wanted::Memfd, error))?;
@@ -64,11 +64,11 @@ impl Shared {
             .map_err(|error| why("fallocate", Wanted::File(bytes), error))?;
         fcntl_add_seals(&file, SEALS | SealFlags::SEAL)
             .map_err(|error| why("F_ADD_SEALS", Wanted::Memfd, error))?;
-        Shared::map(file, bytes)
+        Memfd::map(file, bytes)
     }
 
     /// What another process made with `new`, of at least so many bytes.
-    pub(crate) fn open(file: OwnedFd, bytes: usize) -> Result<Shared, Unopened> {
+    pub(crate) fn open(file: OwnedFd, bytes: usize) -> Result<Memfd, Unopened> {
         // A file that can't be asked for its size or its seals is no memfd.
         let (found, seals) = (fstat(&file).map_or(0, |stat| stat.st_size), fcntl_get_seals(&file));
         let sealed = seals.is_ok_and(|seals| seals.contains(SEALS));
@@ -76,10 +76,10 @@ impl Shared {
             let reason = format!("a peer's has {found} bytes, sealed: {sealed}; wanted {bytes}, sealed");
             return Err(Unopened::Wrong(reason));
         }
-        Shared::map(file, bytes).map_err(Unopened::Short)
+        Memfd::map(file, bytes).map_err(Unopened::Short)
     }
 
-    fn map(file: OwnedFd, bytes: usize) -> Result<Shared, String> {
+    fn map(file: OwnedFd, bytes: usize) -> Result<Memfd, String> {
         // Populated: no average pays for page faults.
         let (flags, access) = (MapFlags::SHARED | MapFlags::POPULATE, ProtFlags::READ | ProtFlags::WRITE);
         // SAFETY: a new mapping, wherever the system puts it.
@@ -87,7 +87,7 @@ impl Shared {
             .map_err(|error| why("mmap", Wanted::Memory(bytes), error))?;
         let mapping = Mapping { pointer: NonNull::new(pointer.cast()).expect("not at 0"), bytes };
         spare(0)?;
-        Ok(Shared { mapping, file })
+        Ok(Memfd { mapping, file })
     }
 
     pub(crate) fn address(&self) -> u64 {
@@ -134,17 +134,17 @@ mod tests {
 
     #[test]
     fn two_mappings_are_one_memory_and_keep_their_size() {
-        let mut one = Shared::new(5000).unwrap();
-        let other = Shared::open(one.file().try_clone_to_owned().unwrap(), 5000).unwrap();
+        let mut one = Memfd::new(5000).unwrap();
+        let other = Memfd::open(one.file().try_clone_to_owned().unwrap(), 5000).unwrap();
         one.bytes_mut()[4999] = 7;
         // SAFETY: in bounds; nobody writes.
         assert_eq!(unsafe { *(other.address() as *const u8).add(4999) }, 7);
         assert!(rustix::fs::ftruncate(one.file(), 1).is_err());
-        let error = Shared::open(one.file().try_clone_to_owned().unwrap(), 5001).unwrap_err();
+        let error = Memfd::open(one.file().try_clone_to_owned().unwrap(), 5001).unwrap_err();
         assert!(matches!(&error, Unopened::Wrong(reason) if reason.contains("5001")), "{error:?}");
         let unsealed = memfd_create("unsealed", MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&unsealed, 5000).unwrap();
-        let error = Shared::open(unsealed, 5000).unwrap_err();
+        let error = Memfd::open(unsealed, 5000).unwrap_err();
         assert!(matches!(&error, Unopened::Wrong(reason) if reason.contains("sealed: false")), "{error:?}");
     }
 }

@@ -20,7 +20,7 @@ pub(crate) enum Admission {
 
 /// What a rank shows the others when it builds an averager.
 #[derive(Clone, Debug)]
-pub(crate) struct Card {
+pub(crate) struct Handshake {
     /// What is wrong with it by itself: then nobody builds.
     pub(crate) refusal: Option<Error>,
     /// What must be the same on every rank, by the builder's name for it.
@@ -46,27 +46,29 @@ pub(crate) struct Card {
 pub(crate) struct Agreement {
     pub(crate) control: Arc<Control>,
     /// Every rank's.
-    pub(crate) cards: Vec<Card>,
-    /// See `Card`; the same on all.
+    pub(crate) handshakes: Vec<Handshake>,
+    /// See `Handshake`; the same on all.
     pub(crate) ordinal: Option<String>,
 }
 
 impl Agreement {
     /// If nobody refuses, and all ranks show the same.
-    pub(super) fn of(cards: Vec<Card>) -> Result<Agreement> {
-        Agreement::check(&cards)?;
+    pub(super) fn of(handshakes: Vec<Handshake>) -> Result<Agreement> {
+        Agreement::check(&handshakes)?;
         let reason = "it shows no notice boards".to_owned();
-        let control = cards[0].control.clone().ok_or(Error::PeerRefused { rank: 0, reason })?;
-        let ordinal = cards.iter().find_map(|card| card.ordinal.clone());
-        Ok(Agreement { control, cards, ordinal })
+        let control = handshakes[0].control.clone().ok_or(Error::PeerRefused { rank: 0, reason })?;
+        let ordinal = handshakes.iter().find_map(|handshake| handshake.ordinal.clone());
+        Ok(Agreement { control, handshakes, ordinal })
     }
 
     /// Checks that cards go together, whatever memory comes with them. The same on every rank.
-    pub(super) fn check(cards: &[Card]) -> Result<()> {
-        let refusal = cards.iter().find_map(|card| card.refusal.clone());
+    pub(super) fn check(handshakes: &[Handshake]) -> Result<()> {
+        let refusal = handshakes.iter().find_map(|handshake| handshake.refusal.clone());
         // One that has none yet goes with every other.
-        let mut known =
-            cards.iter().enumerate().filter_map(|(rank, card)| Some((rank, card.ordinal.as_ref()?)));
+        let mut known = handshakes
+            .iter()
+            .enumerate()
+            .filter_map(|(rank, handshake)| Some((rank, handshake.ordinal.as_ref()?)));
         let first = known.next().map(|(_, ordinal)| ordinal.clone());
         let other = known.find(|(_, ordinal)| first.as_ref() != Some(ordinal)).map(|(rank, ordinal)| {
             let show = |ordinal: &String| format!("the averager that was number {ordinal}");
@@ -76,27 +78,28 @@ impl Agreement {
                 expected: first.as_ref().map(show).unwrap_or_default(),
             }
         });
-        let disagreement = || (1..cards.len()).find_map(|rank| disagreement(rank, &cards[0], &cards[rank]));
+        let disagreement =
+            || (1..handshakes.len()).find_map(|rank| disagreement(rank, &handshakes[0], &handshakes[rank]));
         refusal.or(other).or_else(disagreement).map_or(Ok(()), Err)
     }
 }
 
-fn disagreement(rank: usize, first: &Card, card: &Card) -> Option<Error> {
+fn disagreement(rank: usize, first: &Handshake, handshake: &Handshake) -> Option<Error> {
     let show = |(name, value): &(String, String)| format!("{name} = {value}");
-    if let Some((ours, theirs)) = first.options.iter().zip(&card.options).find(|(a, b)| a != b) {
+    if let Some((ours, theirs)) = first.options.iter().zip(&handshake.options).find(|(a, b)| a != b) {
         return Some(Error::OptionsDiffer { rank, found: show(theirs), expected: show(ours) });
     }
-    if let Some((ours, theirs)) = first.tensors.iter().zip(&card.tensors).find(|(a, b)| a != b) {
+    if let Some((ours, theirs)) = first.tensors.iter().zip(&handshake.tensors).find(|(a, b)| a != b) {
         return Some(Error::LayoutsDiffer { rank, found: theirs.clone(), expected: ours.clone() });
     }
-    if first.options.len() != card.options.len() {
-        let count = |card: &Card| format!("{} options", card.options.len());
-        return Some(Error::OptionsDiffer { rank, found: count(card), expected: count(first) });
+    if first.options.len() != handshake.options.len() {
+        let count = |handshake: &Handshake| format!("{} options", handshake.options.len());
+        return Some(Error::OptionsDiffer { rank, found: count(handshake), expected: count(first) });
     }
-    let count = |card: &Card| format!("{} tensors", card.tensors.len());
-    (first.tensors.len() != card.tensors.len()).then(|| Error::LayoutsDiffer {
+    let count = |handshake: &Handshake| format!("{} tensors", handshake.tensors.len());
+    (first.tensors.len() != handshake.tensors.len()).then(|| Error::LayoutsDiffer {
         rank,
-        found: count(card),
+        found: count(handshake),
         expected: count(first),
     })
 }
@@ -107,7 +110,7 @@ mod tests {
 
     #[test]
     fn averagers_that_are_built_anew_go_with_those_that_they_were() {
-        let card = |ordinal: Option<&str>| Card {
+        let handshake = |ordinal: Option<&str>| Handshake {
             refusal: None,
             options: vec![],
             tensors: vec![],
@@ -118,7 +121,7 @@ mod tests {
             credits: None,
             control: None,
         };
-        let of = |ordinals: [Option<&str>; 3]| Agreement::of(ordinals.map(card).into());
+        let of = |ordinals: [Option<&str>; 3]| Agreement::of(ordinals.map(handshake).into());
         // A process that joined has none yet.
         for ordinals in [[Some("0"), None, Some("1")], [None, Some("0"), Some("1")]] {
             assert!(matches!(of(ordinals), Err(Error::OptionsDiffer { rank: 2, .. })), "{:?}", of(ordinals));

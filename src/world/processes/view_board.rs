@@ -14,7 +14,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{fence, AtomicU32, AtomicU64, Ordering};
 
 use crate::abi::PA_MAX_WORLD;
-use crate::backend::Shared;
+use crate::backend::Memfd;
 
 const MOST: usize = PA_MAX_WORLD as usize;
 
@@ -22,7 +22,7 @@ const MOST: usize = PA_MAX_WORLD as usize;
 #[repr(C)]
 struct Words {
     /// (generation << 32) | the rank, in the generation before, of the process whose list holds.
-    decision: AtomicU64,
+    agreed: AtomicU64,
     /// Tells this world from others of its name.
     nonce: AtomicU64,
     /// The id that the next process gets.
@@ -43,14 +43,14 @@ struct List {
 }
 
 #[derive(Debug)]
-pub(super) struct Page {
-    memory: Shared,
+pub(super) struct ViewBoard {
+    memory: Memfd,
 }
 
 /// What was decided.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Decision {
-    pub(super) generation: u32,
+pub(super) struct View {
+    pub(super) number: u32,
     /// Ids, by rank.
     pub(super) members: Vec<usize>,
     /// The one of them that was let in with this generation.
@@ -59,23 +59,23 @@ pub(super) struct Decision {
     word: u64,
 }
 
-impl Page {
+impl ViewBoard {
     /// Of a world whose first generation has the ids 0 to `size` - 1, by rank.
-    pub(super) fn new(size: usize) -> Result<Page, String> {
-        let page = Page { memory: Shared::new(size_of::<Words>())? };
+    pub(super) fn new(size: usize) -> Result<ViewBoard, String> {
+        let board = ViewBoard { memory: Memfd::new(size_of::<Words>())? };
         // Not of the clock and the process: two processes of two PID namespaces may have one id.
         let mut nonce = [0; 8];
         let filled = rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty());
         filled.map_err(|error| format!("no random number for the name of the world: {error}"))?;
-        page.words().nonce.store(u64::from_ne_bytes(nonce), Ordering::Relaxed);
-        page.words().next_id.store(size as u32, Ordering::Relaxed);
-        page.write(0, 0, &(0..size).collect::<Vec<_>>(), None);
-        Ok(page)
+        board.words().nonce.store(u64::from_ne_bytes(nonce), Ordering::Relaxed);
+        board.words().next_id.store(size as u32, Ordering::Relaxed);
+        board.write(0, 0, &(0..size).collect::<Vec<_>>(), None);
+        Ok(board)
     }
 
     /// What another process made with `new`.
-    pub(super) fn open(file: OwnedFd) -> Result<Page, String> {
-        Ok(Page { memory: Shared::open(file, size_of::<Words>())? })
+    pub(super) fn open(file: OwnedFd) -> Result<ViewBoard, String> {
+        Ok(ViewBoard { memory: Memfd::open(file, size_of::<Words>())? })
     }
 
     pub(super) fn file(&self) -> BorrowedFd<'_> {
@@ -94,36 +94,36 @@ impl Page {
     }
 
     /// The generation that a world begins with, which may be over.
-    pub(super) fn first(size: usize) -> Decision {
-        Decision { generation: 0, members: (0..size).collect(), joined: None, word: 0 }
+    pub(super) fn first(size: usize) -> View {
+        View { number: 0, members: (0..size).collect(), joined: None, word: 0 }
     }
 
     /// The generation that the world is in.
-    pub(super) fn decision(&self) -> Decision {
+    pub(super) fn agreed(&self) -> View {
         loop {
             // Acquire: every word of the list is at least as new as the one that its proposer
             // wrote.
-            let word = self.words().decision.load(Ordering::Acquire);
-            let generation = (word >> 32) as u32;
-            if let Some((members, joined)) = self.read(word as u32 as usize, generation) {
-                return Decision { generation, members, joined, word };
+            let word = self.words().agreed.load(Ordering::Acquire);
+            let view = (word >> 32) as u32;
+            if let Some((members, joined)) = self.read(word as u32 as usize, view) {
+                return View { number: view, members, joined, word };
             }
             // Its place has been taken by the list of a later generation, whose proposer has seen
             // that another decision holds. With the release in `write`, so does this process.
             fence(Ordering::Acquire);
-            if self.words().decision.load(Ordering::Relaxed) == word {
+            if self.words().agreed.load(Ordering::Relaxed) == word {
                 // Not written by this crate: no process is a member, and nobody waits for it.
-                return Decision { generation, members: vec![], joined: None, word };
+                return View { number: view, members: vec![], joined: None, word };
             }
         }
     }
 
     /// The list that a rank proposed for a generation. `None`: a part of it is of another one.
-    fn read(&self, rank: usize, generation: u32) -> Option<(Vec<usize>, Option<usize>)> {
-        let list = &self.words().lists[rank % MOST][generation as usize & 1];
+    fn read(&self, rank: usize, view: u32) -> Option<(Vec<usize>, Option<usize>)> {
+        let list = &self.words().lists[rank % MOST][view as usize & 1];
         let load = |word: &AtomicU64| {
             let word = word.load(Ordering::Relaxed);
-            ((word >> 32) as u32 == generation).then_some(word as u32 as usize)
+            ((word >> 32) as u32 == view).then_some(word as u32 as usize)
         };
         let count = load(&list.count)?;
         let members: Option<Vec<usize>> = list.members.iter().take(count).map(load).collect();
@@ -131,28 +131,28 @@ impl Page {
     }
 
     /// Only the generation: it may be over.
-    pub(super) fn generation(&self) -> u32 {
-        (self.words().decision.load(Ordering::Acquire) >> 32) as u32
+    pub(super) fn view(&self) -> u32 {
+        (self.words().agreed.load(Ordering::Acquire) >> 32) as u32
     }
 
     /// Proposes the generation after `last`, of which `me` is a member: it is that if nobody else
     /// was earlier. Each member proposes once for each generation.
-    pub(super) fn propose(&self, me: usize, last: &Decision, members: &[usize], joined: Option<usize>) {
+    pub(super) fn propose(&self, me: usize, last: &View, members: &[usize], joined: Option<usize>) {
         let Some(rank) = last.members.iter().position(|&id| id == me) else { return };
-        let next = last.generation + 1;
+        let next = last.number + 1;
         self.write(rank, next, members, joined);
         let word = u64::from(next) << 32 | rank as u64;
         // Release: whoever reads the decision sees the list.
-        let _ = self.words().decision.compare_exchange(last.word, word, Ordering::AcqRel, Ordering::Acquire);
+        let _ = self.words().agreed.compare_exchange(last.word, word, Ordering::AcqRel, Ordering::Acquire);
     }
 
-    fn write(&self, rank: usize, generation: u32, members: &[usize], joined: Option<usize>) {
-        let list = &self.words().lists[rank][generation as usize & 1];
+    fn write(&self, rank: usize, view: u32, members: &[usize], joined: Option<usize>) {
+        let list = &self.words().lists[rank][view as usize & 1];
         let write = |word: &AtomicU64, value: usize| {
-            let new = u64::from(generation) << 32 | value as u64;
+            let new = u64::from(view) << 32 | value as u64;
             // Unless a later generation's is there: then this proposal is too late, and is not
             // decided.
-            let older = |word: u64| ((word >> 32) as u32 <= generation).then_some(new);
+            let older = |word: u64| ((word >> 32) as u32 <= view).then_some(new);
             let _ = word.fetch_update(Ordering::Release, Ordering::Relaxed, older);
         };
         for (word, &id) in list.members.iter().zip(members) {
@@ -176,32 +176,32 @@ mod tests {
 
     #[test]
     fn the_first_proposal_holds_for_all() {
-        let page = Page::new(3).unwrap();
-        let first = page.decision();
-        assert_eq!(first, Page::first(3));
-        assert_eq!((page.new_id(), page.new_id()), (Some(3), Some(4)));
-        page.propose(1, &first, &[1, 2, 4], Some(4));
-        page.propose(2, &first, &[0, 2], None);
-        let second = page.decision();
-        assert_eq!((second.generation, &second.members[..], second.joined), (1, &[1, 2, 4][..], Some(4)));
-        page.propose(0, &second, &[0], None); // is no member
-        assert_eq!(page.generation(), 1);
-        page.propose(4, &second, &[4], None);
-        assert_eq!(page.decision().members, [4]);
-        assert_eq!(page.generation(), 2);
+        let board = ViewBoard::new(3).unwrap();
+        let first = board.agreed();
+        assert_eq!(first, ViewBoard::first(3));
+        assert_eq!((board.new_id(), board.new_id()), (Some(3), Some(4)));
+        board.propose(1, &first, &[1, 2, 4], Some(4));
+        board.propose(2, &first, &[0, 2], None);
+        let second = board.agreed();
+        assert_eq!((second.number, &second.members[..], second.joined), (1, &[1, 2, 4][..], Some(4)));
+        board.propose(0, &second, &[0], None); // is no member
+        assert_eq!(board.view(), 1);
+        board.propose(4, &second, &[4], None);
+        assert_eq!(board.agreed().members, [4]);
+        assert_eq!(board.view(), 2);
     }
 
     #[test]
     fn ids_are_not_used_up() {
-        let page = Page::new(1).unwrap();
+        let board = ViewBoard::new(1).unwrap();
         for id in 1..100_000 {
-            assert_eq!(page.new_id(), Some(id));
+            assert_eq!(board.new_id(), Some(id));
         }
-        page.words().next_id.store(u32::MAX, Ordering::Relaxed);
-        assert_eq!((page.new_id(), page.new_id()), (None, None));
-        let (first, last) = (page.decision(), u32::MAX as usize - 1);
-        page.propose(0, &first, &[0, last], Some(last));
-        assert_eq!((page.decision().members, page.decision().joined), (vec![0, last], Some(last)));
+        board.words().next_id.store(u32::MAX, Ordering::Relaxed);
+        assert_eq!((board.new_id(), board.new_id()), (None, None));
+        let (first, last) = (board.agreed(), u32::MAX as usize - 1);
+        board.propose(0, &first, &[0, last], Some(last));
+        assert_eq!((board.agreed().members, board.agreed().joined), (vec![0, last], Some(last)));
     }
 
     /// A process that was stopped half way through its proposal, at any word, goes on when its rank
@@ -209,29 +209,29 @@ mod tests {
     #[test]
     fn a_late_proposal_changes_no_later_list() {
         for late in [1, 2, 3, 4] {
-            let page = Page::new(2).unwrap();
-            let mut decisions = vec![page.decision()];
-            for generation in 1..6 {
-                let last = decisions.last().unwrap();
-                let members: Vec<usize> = (0..2 + generation % 3).map(|at| 10 * generation + at).collect();
-                page.propose(last.members[0], last, &members, None);
-                decisions.push(page.decision());
-                assert_eq!(decisions[generation].members, members);
+            let board = ViewBoard::new(2).unwrap();
+            let mut views = vec![board.agreed()];
+            for view in 1..6 {
+                let last = views.last().unwrap();
+                let members: Vec<usize> = (0..2 + view % 3).map(|at| 10 * view + at).collect();
+                board.propose(last.members[0], last, &members, None);
+                views.push(board.agreed());
+                assert_eq!(views[view].members, members);
             }
-            let now = page.decision();
-            let stale = &decisions[late - 1];
-            page.propose(stale.members[0], stale, &[7; MOST], Some(7));
-            page.propose(stale.members[1], stale, &[8; MOST], Some(8));
-            assert_eq!(page.decision(), now);
+            let now = board.agreed();
+            let stale = &views[late - 1];
+            board.propose(stale.members[0], stale, &[7; MOST], Some(7));
+            board.propose(stale.members[1], stale, &[8; MOST], Some(8));
+            assert_eq!(board.agreed(), now);
         }
     }
 
     #[test]
     fn a_page_that_is_damaged_has_no_members() {
-        let page = Page::new(2).unwrap();
+        let board = ViewBoard::new(2).unwrap();
         for word in [5 << 32, 5 << 32 | 3, u64::MAX] {
-            page.words().decision.store(word, Ordering::Relaxed);
-            assert!(page.decision().members.is_empty());
+            board.words().agreed.store(word, Ordering::Relaxed);
+            assert!(board.agreed().members.is_empty());
         }
     }
 
@@ -240,19 +240,19 @@ mod tests {
     #[test]
     fn what_is_read_was_proposed_by_one() {
         const LAST: u32 = 20_000;
-        let page = Page::new(2).unwrap();
+        let board = ViewBoard::new(2).unwrap();
         std::thread::scope(|scope| {
             for me in 0..2 {
-                let page = &page;
+                let board = &board;
                 scope.spawn(move || {
-                    let mut stopped: Option<Decision> = None;
-                    while page.generation() < LAST {
-                        let last = page.decision();
+                    let mut stopped: Option<View> = None;
+                    while board.view() < LAST {
+                        let last = board.agreed();
                         // All members but those that propose are the same number. Ranks change
                         // every time.
-                        let number = (last.generation as usize + 1) * 2 + me;
-                        if let Some(late) = stopped.take().filter(|late| late.generation < last.generation) {
-                            page.propose(me, &late, &[3; MOST], Some(3));
+                        let number = (last.number as usize + 1) * 2 + me;
+                        if let Some(late) = stopped.take().filter(|late| late.number < last.number) {
+                            board.propose(me, &late, &[3; MOST], Some(3));
                         } else if number.is_multiple_of(7) {
                             stopped = Some(last); // before its proposal, until others have gone on
                             std::thread::yield_now();
@@ -260,15 +260,15 @@ mod tests {
                         }
                         let both = if number & 2 == 0 { [0, 1] } else { [1, 0] };
                         let members = [&both[..], &vec![number; number % (MOST - 1)]].concat();
-                        page.propose(me, &last, &members, Some(number));
+                        board.propose(me, &last, &members, Some(number));
                     }
                 });
             }
-            while page.generation() < LAST {
-                let seen = page.decision();
-                if seen.generation > 0 {
+            while board.view() < LAST {
+                let seen = board.agreed();
+                if seen.number > 0 {
                     let number = seen.joined.unwrap();
-                    assert_eq!(number / 2, seen.generation as usize);
+                    assert_eq!(number / 2, seen.number as usize);
                     let both = if number & 2 == 0 { [0, 1] } else { [1, 0] };
                     assert_eq!(seen.members, [&both[..], &vec![number; number % (MOST - 1)]].concat());
                 }

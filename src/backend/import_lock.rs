@@ -9,16 +9,16 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::fs::{fcntl_lock, FlockOperation};
 
-use super::Shared;
+use super::Memfd;
 
 /// A lender's, or that of one borrower: for each a file of its own, since a process that closes one loses its locks.
 #[derive(Debug)]
-pub(crate) struct Lease(Shared);
+pub(crate) struct ImportLock(Memfd);
 
-impl Lease {
+impl ImportLock {
     /// Of a lender.
-    pub(crate) fn new() -> Result<Lease, String> {
-        Shared::new(size_of::<u32>()).map(Lease)
+    pub(crate) fn new() -> Result<ImportLock, String> {
+        Memfd::new(size_of::<u32>()).map(ImportLock)
     }
 
     /// What borrowers get.
@@ -27,8 +27,8 @@ impl Lease {
     }
 
     /// A borrower's, before it opens the memory; dropped when that is closed.
-    pub(crate) fn take(file: OwnedFd) -> Result<Lease, String> {
-        let lease = Lease(Shared::open(file, size_of::<u32>())?);
+    pub(crate) fn take(file: OwnedFd) -> Result<ImportLock, String> {
+        let lease = ImportLock(Memfd::open(file, size_of::<u32>())?);
         let taken = fcntl_lock(lease.file(), FlockOperation::NonBlockingLockShared).is_ok();
         if taken && lease.over().load(Ordering::Acquire) == 0 {
             return Ok(lease);
@@ -65,7 +65,7 @@ mod tests {
     fn borrower() {
         let Ok(path) = std::env::var(FILE) else { return };
         let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
-        let lease = Lease::take(file.into());
+        let lease = ImportLock::take(file.into());
         println!("\n@{}", lease.is_ok());
         let _ = std::io::stdin().read_line(&mut String::new());
         drop(lease);
@@ -73,9 +73,9 @@ mod tests {
         let _ = std::io::stdin().read_line(&mut String::new());
     }
 
-    fn start(lease: &Lease) -> (Child, impl FnMut() -> String) {
+    fn start(lease: &ImportLock) -> (Child, impl FnMut() -> String) {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["backend::lease::tests::borrower", "--exact", "--nocapture"]);
+        command.args(["backend::import_lock::tests::borrower", "--exact", "--nocapture"]);
         command.env(FILE, format!("/proc/{}/fd/{}", std::process::id(), lease.file().as_raw_fd()));
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
@@ -86,7 +86,7 @@ mod tests {
     #[test]
     fn memory_is_lent_until_it_is_closed_or_the_borrower_ends() {
         for killed in [true, false] {
-            let lease = Lease::new().unwrap();
+            let lease = ImportLock::new().unwrap();
             let (mut one, mut first) = start(&lease);
             let (mut other, mut second) = start(&lease);
             assert_eq!((first(), second()), ("true".to_owned(), "true".to_owned()));

@@ -3,18 +3,18 @@
 use std::collections::BTreeMap;
 
 #[cfg(target_os = "linux")]
-use super::processes::Home;
+use super::processes::HostInfo;
 use super::{Device, Kind};
 use crate::backend::cuda::{self, Connection, Context, PeerAccess};
-use crate::backend::Site;
+use crate::backend::MemorySpace;
 use crate::{Error, Result};
 
 /// The places of all ranks, found out once for a world.
 #[derive(Debug)]
-pub(crate) struct Places {
+pub(crate) struct Placement {
     devices: Vec<Device>,
     /// Of ranks that are processes: this one's, wherever the others are.
-    sites: Vec<Site>,
+    sites: Vec<MemorySpace>,
     /// By rank and rank: whether each can use memory of the other.
     peers: Vec<Vec<PeerAccess>>,
     /// The ranks as they follow one another around the ring.
@@ -22,25 +22,25 @@ pub(crate) struct Places {
     /// Of ranks that are processes: cores that each of them may use, which is the fewest of any.
     processes: Option<usize>,
     /// Of CUDA devices: the one with the fewest blocks for each of its ranks.
-    room: Option<Room>,
+    room: Option<Occupancy>,
 }
 
 /// How many blocks fit on the device where it is closest.
 #[derive(Clone, Debug)]
-pub(crate) struct Room {
+pub(crate) struct Occupancy {
     pub(crate) device: String,
     pub(crate) ranks: u32,
     pub(crate) blocks: u32,
 }
 
-impl Places {
-    pub(super) fn find(devices: &[Device]) -> Result<Places> {
+impl Placement {
+    pub(super) fn find(devices: &[Device]) -> Result<Placement> {
         let unavailable = |rank: usize, reason: String| Error::DeviceUnavailable {
             rank,
             device: devices[rank].to_string(),
             reason,
         };
-        let mut sites: Vec<Site> = vec![];
+        let mut sites: Vec<MemorySpace> = vec![];
         for (rank, device) in devices.iter().enumerate() {
             if (device.0 == Kind::Cpu) != (devices[0].0 == Kind::Cpu) {
                 let reason = format!(
@@ -50,54 +50,58 @@ impl Places {
                 return Err(unavailable(rank, reason));
             }
             sites.push(match device.0 {
-                Kind::Cpu => Site::Host,
+                Kind::Cpu => MemorySpace::Host,
                 Kind::Cuda(ordinal) => {
-                    Site::Cuda(Context::open(ordinal).map_err(|reason| unavailable(rank, reason))?)
+                    MemorySpace::Cuda(Context::open(ordinal).map_err(|reason| unavailable(rank, reason))?)
                 }
             });
         }
         let failed = |failed: cuda::Failed| Error::DeviceFailed { rank: 0, reason: failed.into() };
         let peers = cuda::all_pairs(&sites, |one, other| match (one, other) {
-            (Site::Cuda(one), Site::Cuda(other)) => cuda::peer::access(one, other),
+            (MemorySpace::Cuda(one), MemorySpace::Cuda(other)) => cuda::peer::access(one, other),
             _ => Ok(PeerAccess::Verified),
         });
         let peers = peers.map_err(failed)?;
         let connections = cuda::all_pairs(&sites, |one, other| match (one, other) {
-            (Site::Cuda(one), Site::Cuda(other)) => cuda::connection(one, other),
+            (MemorySpace::Cuda(one), MemorySpace::Cuda(other)) => cuda::connection(one, other),
             _ => Ok(Connection::Same),
         });
         let order = ring_order(&distances(&connections.map_err(failed)?, &peers));
-        let rooms = sites.iter().zip(devices).filter_map(|(site, device)| match site {
-            Site::Host => None,
-            Site::Cuda(context) => Some((context.ordinal(), device.to_string(), context.resident_blocks())),
+        let rooms = sites.iter().zip(devices).filter_map(|(space, device)| match space {
+            MemorySpace::Host => None,
+            MemorySpace::Cuda(context) => {
+                Some((context.ordinal(), device.to_string(), context.resident_blocks()))
+            }
         });
         let room = closest(rooms);
-        Ok(Places { devices: devices.to_vec(), sites, peers, order, processes: None, room })
+        Ok(Placement { devices: devices.to_vec(), sites, peers, order, processes: None, room })
     }
 
     /// Of ranks that are processes of this host, by rank. `own`: what this process calls its device, and what runs its kernels,
     /// which here stands for all. `access`: whether two ranks reach each other's memory, as all ranks know it.
     #[cfg(target_os = "linux")]
     pub(super) fn of_processes(
-        homes: &[&Home],
-        own: (Device, &Site),
+        host_infos: &[&HostInfo],
+        own: (Device, &MemorySpace),
         access: impl Fn(usize, usize) -> PeerAccess,
-    ) -> Places {
-        let ranks = || 0..homes.len();
+    ) -> Placement {
+        let ranks = || 0..host_infos.len();
         let peers: Vec<Vec<_>> =
             ranks().map(|one| ranks().map(|other| access(one, other)).collect()).collect();
-        let connections: Vec<Vec<_>> =
-            homes.iter().map(|one| homes.iter().map(|other| one.connection(other)).collect()).collect();
-        let rooms = homes.iter().filter_map(|home| {
-            let gpu = home.gpu.as_ref()?;
-            Some((gpu.identity.uuid.as_str(), home.device.clone(), gpu.resident_blocks))
+        let connections: Vec<Vec<_>> = host_infos
+            .iter()
+            .map(|one| host_infos.iter().map(|other| one.connection(other)).collect())
+            .collect();
+        let rooms = host_infos.iter().filter_map(|host_info| {
+            let gpu = host_info.gpu.as_ref()?;
+            Some((gpu.identity.uuid.as_str(), host_info.device.clone(), gpu.resident_blocks))
         });
-        Places {
-            devices: vec![own.0; homes.len()],
-            sites: vec![own.1.clone(); homes.len()],
+        Placement {
+            devices: vec![own.0; host_infos.len()],
+            sites: vec![own.1.clone(); host_infos.len()],
             order: ring_order(&distances(&connections, &peers)),
             peers,
-            processes: homes.iter().map(|home| home.cores).min(),
+            processes: host_infos.iter().map(|host_info| host_info.cores).min(),
             room: closest(rooms),
         }
     }
@@ -121,7 +125,7 @@ impl Places {
         self.devices[rank]
     }
 
-    pub(super) fn site(&self, rank: usize) -> &Site {
+    pub(super) fn space(&self, rank: usize) -> &MemorySpace {
         &self.sites[rank]
     }
 
@@ -144,7 +148,7 @@ impl Places {
     }
 
     /// Of CUDA devices.
-    pub(crate) fn room(&self) -> Option<&Room> {
+    pub(crate) fn room(&self) -> Option<&Occupancy> {
         self.room.as_ref()
     }
 }
@@ -164,10 +168,10 @@ fn distances(connections: &[Vec<Connection>], peers: &[Vec<PeerAccess>]) -> Vec<
 
 /// Of devices with a rank each, by what tells them apart, with a name and the blocks that fit: the one with the fewest blocks
 /// for each of its ranks.
-fn closest<K: Ord>(devices: impl Iterator<Item = (K, String, u32)>) -> Option<Room> {
-    let mut rooms: BTreeMap<K, Room> = BTreeMap::new();
+fn closest<K: Ord>(devices: impl Iterator<Item = (K, String, u32)>) -> Option<Occupancy> {
+    let mut rooms: BTreeMap<K, Occupancy> = BTreeMap::new();
     for (key, device, blocks) in devices {
-        rooms.entry(key).or_insert(Room { device, ranks: 0, blocks }).ranks += 1;
+        rooms.entry(key).or_insert(Occupancy { device, ranks: 0, blocks }).ranks += 1;
     }
     rooms.into_values().min_by_key(|room| room.blocks / room.ranks)
 }

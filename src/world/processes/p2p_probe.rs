@@ -6,9 +6,9 @@ use std::time::Instant;
 use serde::{de::DeserializeOwned, Serialize};
 
 use super::frame::{Frame, Kind};
-use super::links::{Generation, Links};
-use crate::backend::cuda::{PeerAccess, Trial};
-use crate::backend::Offer;
+use super::peer_set::{CurrentView, PeerSet};
+use crate::backend::cuda::{IpcProbe, PeerAccess};
+use crate::backend::MemoryHandle;
 
 /// What ranks tell each other, in this order.
 const OFFER: u32 = 0;
@@ -28,21 +28,21 @@ type Found = Option<bool>;
 /// ```
 ///
 /// and the same the other way, at once.
-pub(super) fn find(links: &Links, generation: &Generation, deadline: Instant) -> Result<(), String> {
-    let (generation, members) = (generation.number(), generation.members());
-    let context = links.homes().own().context().cloned();
+pub(super) fn find(peer_set: &PeerSet, view: &CurrentView, deadline: Instant) -> Result<(), String> {
+    let (view, members) = (view.number(), view.members());
+    let context = peer_set.host_infos().own().context().cloned();
     let Some(context) = context.filter(|_| members.len() > 1) else { return Ok(()) };
-    let me = members.iter().position(|&peer| peer == links.me).ok_or("this rank is no member")?;
-    let talk = Talk { links, generation, members, deadline };
+    let me = members.iter().position(|&peer| peer == peer_set.me).ok_or("this rank is no member")?;
+    let talk = Talk { peer_set, view, members, deadline };
     // None, if memory of this device can't be lent: there are systems without CUDA IPC.
-    let trial = Trial::new(&context, members.len()).ok();
-    let (offer, file) = trial.as_ref().map(Trial::offer).unzip();
+    let trial = IpcProbe::new(&context, members.len()).ok();
+    let (offer, file) = trial.as_ref().map(IpcProbe::offer).unzip();
     let frames = talk.exchange(OFFER, |_| offer.clone(), file.as_slice())?;
     let mut visited: Vec<Found> = vec![None; members.len()];
     for (rank, frame) in frames {
-        let offer: Option<Offer> = talk.parse(rank, &frame)?;
+        let offer: Option<MemoryHandle> = talk.parse(rank, &frame)?;
         let opened = offer.zip(frame.files.into_iter().next());
-        visited[rank] = opened.and_then(|(offer, file)| Trial::visit(&context, &offer, file, me).ok());
+        visited[rank] = opened.and_then(|(offer, file)| IpcProbe::visit(&context, &offer, file, me).ok());
     }
     let mut found: Vec<Found> = vec![None; members.len()];
     for (rank, frame) in talk.exchange(VISITED, |rank| visited[rank], &[])? {
@@ -63,14 +63,14 @@ pub(super) fn find(links: &Links, generation: &Generation, deadline: Instant) ->
             (None, _) | (_, None) => PeerAccess::Unsupported,
             _ => PeerAccess::Broken,
         };
-        links.homes().know(members[one], members[other], access);
+        peer_set.host_infos().know(members[one], members[other], access);
     }
     Ok(())
 }
 
 struct Talk<'a> {
-    links: &'a Links,
-    generation: u32,
+    peer_set: &'a PeerSet,
+    view: u32,
     members: &'a [usize],
     deadline: Instant,
 }
@@ -83,21 +83,22 @@ impl Talk<'_> {
         say: impl Fn(usize) -> T,
         files: &[BorrowedFd<'_>],
     ) -> Result<Vec<(usize, Frame)>, String> {
-        let key = (Kind::Reach, self.generation, number);
-        let others = || self.members.iter().copied().enumerate().filter(|&(_, peer)| peer != self.links.me);
+        let key = (Kind::Reach, self.view, number);
+        let others =
+            || self.members.iter().copied().enumerate().filter(|&(_, peer)| peer != self.peer_set.me);
         for (rank, peer) in others() {
             // Who is gone is found out below.
-            let _ = self.links.send(peer, key, &say(rank), files, self.deadline);
+            let _ = self.peer_set.send(peer, key, &say(rank), files, self.deadline);
         }
         let hear = |(rank, peer): (usize, usize)| {
-            let came = self.links.wait(self.deadline, |state| {
+            let came = self.peer_set.wait(self.deadline, |state| {
                 if let Some(frame) = state.take(peer, key) {
                     return Some(Ok((rank, frame)));
                 }
                 let reason = match state.trouble.get(&peer) {
                     Some(reason) => format!("can't be understood: {reason}"),
-                    None if state.is_lost(peer, self.generation) => "has left".into(),
-                    None if state.aborts(peer, self.generation) => "has aborted".into(),
+                    None if state.is_lost(peer, self.view) => "has left".into(),
+                    None if state.aborts(peer, self.view) => "has aborted".into(),
                     None => return None,
                 };
                 Some(Err(format!("rank {rank} {reason}, while ranks tried to reach each other's memory")))

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::cuda::{Connection, Context, Identity, PeerAccess};
-use crate::backend::Site;
-use crate::world::{Device, Kind, Places};
+use crate::backend::MemorySpace;
+use crate::world::{Device, Kind, Placement};
 
 /// Where a rank is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(in crate::world) struct Home {
+pub(in crate::world) struct HostInfo {
     /// As its process calls it, which another one may call by another number.
     pub(in crate::world) device: String,
     /// That its process may use.
@@ -29,15 +29,15 @@ pub(in crate::world) struct Gpu {
     pub(in crate::world) resident_blocks: u32,
 }
 
-impl Home {
+impl HostInfo {
     /// Of a process whose device, if it has one, is not known.
-    pub(super) fn unknown(device: Device) -> Home {
+    pub(super) fn unknown(device: Device) -> HostInfo {
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        Home { device: device.to_string(), cores, gpu: None }
+        HostInfo { device: device.to_string(), cores, gpu: None }
     }
 
     /// Why this rank's can't be in one world with rank 0's.
-    pub(super) fn refusal(&self, rank: usize, first: &Home) -> Option<String> {
+    pub(super) fn refusal(&self, rank: usize, first: &HostInfo) -> Option<String> {
         (self.gpu.is_some() != first.gpu.is_some()).then(|| {
             format!(
                 "rank {rank} is on {} and rank 0 on {}, and CPUs and CUDA devices can't be in one world: give every rank the same kind",
@@ -47,7 +47,7 @@ impl Home {
     }
 
     /// What lies between two.
-    pub(in crate::world) fn connection(&self, other: &Home) -> Connection {
+    pub(in crate::world) fn connection(&self, other: &HostInfo) -> Connection {
         match (&self.gpu, &other.gpu) {
             (Some(one), Some(other)) => one.identity.connection(&other.identity),
             _ => Connection::Same,
@@ -57,48 +57,48 @@ impl Home {
 
 /// This process's own.
 #[derive(Clone, Debug)]
-pub(super) struct Own {
-    pub(super) home: Home,
+pub(super) struct LocalDevice {
+    pub(super) host_info: HostInfo,
     device: Device,
-    site: Site,
+    space: MemorySpace,
 }
 
-impl Own {
+impl LocalDevice {
     /// Opens the device, if it is one.
-    pub(super) fn find(device: Device) -> Result<Own, String> {
-        let (mut home, mut site) = (Home::unknown(device), Site::Host);
+    pub(super) fn find(device: Device) -> Result<LocalDevice, String> {
+        let (mut host_info, mut space) = (HostInfo::unknown(device), MemorySpace::Host);
         if let Kind::Cuda(ordinal) = device.0 {
             let context = Context::open(ordinal)?;
             let identity = Identity::of(&context)?;
-            home.gpu = Some(Gpu { identity, resident_blocks: context.resident_blocks() });
-            site = Site::Cuda(context);
+            host_info.gpu = Some(Gpu { identity, resident_blocks: context.resident_blocks() });
+            space = MemorySpace::Cuda(context);
         }
-        Ok(Own { home, device, site })
+        Ok(LocalDevice { host_info, device, space })
     }
 
     /// What runs its kernels, if that is a CUDA device.
     pub(super) fn context(&self) -> Option<&Arc<Context>> {
-        match &self.site {
-            Site::Host => None,
-            Site::Cuda(context) => Some(context),
+        match &self.space {
+            MemorySpace::Host => None,
+            MemorySpace::Cuda(context) => Some(context),
         }
     }
 }
 
 /// Where this process is, and which peers reach each other's memory. It knows the same as all others.
 #[derive(Clone, Debug)]
-pub(super) struct Homes {
-    own: Own,
+pub(super) struct P2pMatrix {
+    own: LocalDevice,
     /// Of each two peers, the lower one first, that were tried.
     reach: BTreeMap<(usize, usize), PeerAccess>,
 }
 
-impl Homes {
-    pub(super) fn new(own: Own) -> Homes {
-        Homes { own, reach: BTreeMap::new() }
+impl P2pMatrix {
+    pub(super) fn new(own: LocalDevice) -> P2pMatrix {
+        P2pMatrix { own, reach: BTreeMap::new() }
     }
 
-    pub(super) fn own(&self) -> &Own {
+    pub(super) fn own(&self) -> &LocalDevice {
         &self.own
     }
 
@@ -108,8 +108,8 @@ impl Homes {
     }
 
     /// The places of a world of these peers, with where they are, by rank. Those that were not tried go through the host.
-    pub(super) fn places(&self, members: &[(usize, &Home)]) -> Places {
-        let homes: Vec<&Home> = members.iter().map(|&(_, home)| home).collect();
+    pub(super) fn placement(&self, members: &[(usize, &HostInfo)]) -> Placement {
+        let host_infos: Vec<&HostInfo> = members.iter().map(|&(_, host_info)| host_info).collect();
         let access = |one: usize, other: usize| {
             let (one, other) = (members[one].0, members[other].0);
             let known = self.reach.get(&(one.min(other), one.max(other)));
@@ -119,6 +119,6 @@ impl Homes {
                 None => PeerAccess::Unsupported,
             }
         };
-        Places::of_processes(&homes, (self.own.device, &self.own.site), access)
+        Placement::of_processes(&host_infos, (self.own.device, &self.own.space), access)
     }
 }

@@ -9,17 +9,17 @@ use super::limits::{spare, why, Wanted};
 /// Zeroed memory on a page boundary, touched at construction so that no average pays for page faults. Who may access
 /// what in it, and when, is the protocol's business: it is reached through raw addresses only.
 #[derive(Debug)]
-pub(crate) struct Region {
+pub(crate) struct HostBuffer {
     pointer: NonNull<u8>,
     layout: Layout,
 }
 
 // SAFETY: an address and a size; all accesses are the kernels' or atomic.
-unsafe impl Send for Region {}
+unsafe impl Send for HostBuffer {}
 // SAFETY: as above.
-unsafe impl Sync for Region {}
+unsafe impl Sync for HostBuffer {}
 
-impl Region {
+impl HostBuffer {
     /// Memory that can't be had is an error, with the limit in its text.
     pub(crate) fn new(bytes: usize) -> Result<Self, String> {
         const PAGE: usize = 4096;
@@ -31,7 +31,7 @@ impl Region {
         // SAFETY: the layout's size is not zero.
         let pointer = unsafe { alloc(layout) };
         let pointer = NonNull::new(pointer).ok_or_else(|| failed(io::Error::last_os_error()))?;
-        let region = Region { pointer, layout };
+        let region = HostBuffer { pointer, layout };
         spare(0)?;
         advise(pointer, bytes / HUGE * HUGE);
         // SAFETY: just allocated with this size. Written, not alloc_zeroed: that maps pages at the first write only.
@@ -74,7 +74,7 @@ fn advise(pointer: NonNull<u8>, bytes: usize) {
     let _ = (pointer, bytes);
 }
 
-impl Drop for Region {
+impl Drop for HostBuffer {
     fn drop(&mut self) {
         // SAFETY: allocated in `new` with this layout.
         unsafe { dealloc(self.pointer.as_ptr(), self.layout) };

@@ -6,57 +6,57 @@ use std::sync::Arc;
 
 use super::peer::{probe, WORDS};
 use super::{Context, DeviceMemory};
-use crate::backend::{Memory, Offer, Site};
+use crate::backend::{Memory, MemoryHandle, MemorySpace};
 
 /// Bytes of one part of it.
 const PART: usize = WORDS as usize * 4;
 
 /// Memory of this process's device that others try to use: a part that all of them read, and one that each of them writes.
 #[derive(Debug)]
-pub(crate) struct Trial {
+pub(crate) struct IpcProbe {
     context: Arc<Context>,
     memory: Memory,
 }
 
-impl Trial {
-    pub(crate) fn new(context: &Arc<Context>, visitors: usize) -> Result<Trial, String> {
-        let memory = Memory::to_lend(context, (1 + visitors) * PART)?;
+impl IpcProbe {
+    pub(crate) fn new(context: &Arc<Context>, pendings: usize) -> Result<IpcProbe, String> {
+        let memory = Memory::to_lend(context, (1 + pendings) * PART)?;
         probe(context, memory.address(), 0, 0)?;
-        Ok(Trial { context: context.clone(), memory })
+        Ok(IpcProbe { context: context.clone(), memory })
     }
 
-    pub(crate) fn offer(&self) -> (Offer, BorrowedFd<'_>) {
+    pub(crate) fn offer(&self) -> (MemoryHandle, BorrowedFd<'_>) {
         self.memory.offer().expect("memory that is to be lent")
     }
 
     /// By the other process: whether what it reads is right. It writes what the owner is to read. An error: it can't be opened.
     pub(crate) fn visit(
         context: &Arc<Context>,
-        offer: &Offer,
+        offer: &MemoryHandle,
         file: OwnedFd,
-        visitor: usize,
+        pending: usize,
     ) -> Result<bool, String> {
-        let memory = Memory::open(&Site::Cuda(context.clone()), offer, file)?;
-        if memory.bytes() < (visitor + 2) * PART {
+        let memory = Memory::open(&MemorySpace::Cuda(context.clone()), offer, file)?;
+        if memory.bytes() < (pending + 2) * PART {
             return Err(format!("it has {} bytes", memory.bytes()));
         }
         let right = is_there(context, memory.address(), 0)?;
-        probe(context, part(&memory, visitor), seed(visitor), 0)?;
+        probe(context, part(&memory, pending), seed(pending), 0)?;
         Ok(right)
     }
 
     /// Whether what it wrote is there.
-    pub(crate) fn was_visited(&self, visitor: usize) -> Result<bool, String> {
-        is_there(&self.context, part(&self.memory, visitor), seed(visitor))
+    pub(crate) fn was_visited(&self, pending: usize) -> Result<bool, String> {
+        is_there(&self.context, part(&self.memory, pending), seed(pending))
     }
 }
 
-fn part(memory: &Memory, visitor: usize) -> u64 {
-    memory.address() + ((1 + visitor) * PART) as u64
+fn part(memory: &Memory, pending: usize) -> u64 {
+    memory.address() + ((1 + pending) * PART) as u64
 }
 
-fn seed(visitor: usize) -> u32 {
-    1 + visitor as u32
+fn seed(pending: usize) -> u32 {
+    1 + pending as u32
 }
 
 fn is_there(context: &Arc<Context>, memory: u64, seed: u32) -> Result<bool, String> {

@@ -10,11 +10,11 @@ use rustix::process::{getpid, pidfd_open, PidfdFlags};
 use serde::{Deserialize, Serialize};
 
 use super::frame::{self, Frame, Kind};
-use super::home::Home;
-use super::peers::Common;
+use super::host_info::HostInfo;
+use super::listener;
+use super::peers::Connections;
 use super::private::Private;
-use super::rendezvous::{address, Met, Origin};
-use super::strangers;
+use super::rendezvous::{address, Connection, Origin};
 use crate::backend::limits::thread;
 use crate::world::WorldId;
 
@@ -34,19 +34,19 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(2);
 /// What a process that wants to join says.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Knock {
+pub(super) struct JoinRequest {
     pub(super) crate_version: String,
     pub(super) name: String,
-    pub(super) home: Home,
+    pub(super) host_info: HostInfo,
 }
 
 /// What it is answered, with the page of the world.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Inside {
+pub(super) struct JoinOffer {
     /// Whose door this is.
     pub(super) id: usize,
-    pub(super) home: Home,
+    pub(super) host_info: HostInfo,
     /// Of the world, which may not be the only one of its name.
     pub(super) nonce: u64,
     pub(super) origin: Origin,
@@ -54,30 +54,30 @@ pub(super) struct Inside {
 
 /// Open until it is dropped.
 #[derive(Debug)]
-pub(super) struct Door {
+pub(super) struct JoinListener {
     world: WorldId,
     _closes: mpsc::Sender<()>,
     /// Rank 0's of the first generation: the name of the world, and answers for those that want it.
-    _held: Option<strangers::Door>,
+    _held: Option<listener::Listener>,
 }
 
-impl Door {
+impl JoinListener {
     /// A world that can't have one yet, for want of descriptors, is a world all the same: nobody
     /// joins it meanwhile.
     pub(super) fn open(
         name: &str,
         origin: Origin,
         me: usize,
-        common: &Arc<Common>,
-        held: Option<strangers::Door>,
-    ) -> Door {
+        connections: &Arc<Connections>,
+        held: Option<listener::Listener>,
+    ) -> JoinListener {
         let (closes, is_closed) = mpsc::channel();
-        let (common, called, world) = (common.clone(), name.to_owned(), origin.world(name, 0));
+        let (connections, called, world) = (connections.clone(), name.to_owned(), origin.world(name, 0));
         let open = move || {
             let listener = bind(&called, me)?;
-            let (common, called, origin) = (common.clone(), called.clone(), origin.clone());
-            let came = move |stream, knock| serve(&called, &origin, me, &common, stream, knock);
-            strangers::Door::open(listener, &[Kind::Knock], 1, came).map_err(|shut| shut.reason)
+            let (connections, called, origin) = (connections.clone(), called.clone(), origin.clone());
+            let came = move |stream, request| serve(&called, &origin, me, &connections, stream, request);
+            listener::Listener::open(listener, &[Kind::JoinRequest], 1, came).map_err(|shut| shut.reason)
         };
         // Tried until it succeeds: descriptors may be free again.
         let keep = move || loop {
@@ -89,11 +89,11 @@ impl Door {
         };
         // Without a thread it has no door.
         let _ = thread("door".into(), 256 << 10, keep);
-        Door { world, _closes: closes, _held: held }
+        JoinListener { world, _closes: closes, _held: held }
     }
 
     /// With how many other worlds of the name this process found.
-    pub(super) fn beside(mut self, others: usize) -> Door {
+    pub(super) fn beside(mut self, others: usize) -> JoinListener {
         self.world.others = others;
         self
     }
@@ -125,25 +125,25 @@ fn serve(
     name: &str,
     origin: &Origin,
     me: usize,
-    common: &Arc<Common>,
+    connections: &Arc<Connections>,
     stream: Private<UnixStream>,
-    mut knock: Frame,
+    mut request: Frame,
 ) {
     let deadline = Instant::now() + PATIENCE;
-    let Ok(said) = knock.parse::<Knock>() else { return };
-    let home = |id: usize| common.lock().homes.get(&id).cloned();
-    let Some(own) = home(me) else { return };
+    let Ok(said) = request.parse::<JoinRequest>() else { return };
+    let host_info = |id: usize| connections.lock().host_infos.get(&id).cloned();
+    let Some(own) = host_info(me) else { return };
     let version = env!("CARGO_PKG_VERSION");
-    if common.has_left() || !common.page.decision().members.contains(&me) {
+    if connections.has_left() || !connections.board.agreed().members.contains(&me) {
         return; // its world goes on without it
     }
     let refusal = if said.crate_version != version {
         Some(format!("it is of crate version {}, this process of {version}", said.crate_version))
     } else if said.name != name {
         Some(format!("it is called {name:?}")) // the hashes of two long names are the same
-    } else if said.home.gpu.is_some() != own.gpu.is_some() {
-        Some(format!("its ranks are on {}, this process is on {}", own.device, said.home.device))
-    } else if common.lock().outsiders(&common.page.decision().members).len() >= MOST_GUESTS {
+    } else if said.host_info.gpu.is_some() != own.gpu.is_some() {
+        Some(format!("its ranks are on {}, this process is on {}", own.device, said.host_info.device))
+    } else if connections.lock().outsiders(&connections.board.agreed().members).len() >= MOST_GUESTS {
         Some(format!("{MOST_GUESTS} processes wait for it already"))
     } else {
         None
@@ -153,24 +153,26 @@ fn serve(
         return;
     }
     let process = pidfd_open(getpid(), PidfdFlags::empty()).ok();
-    let files: Vec<_> = [common.page.file()].into_iter().chain(process.iter().map(AsFd::as_fd)).collect();
-    let inside = Inside { id: me, home: own, nonce: common.page.nonce(), origin: origin.clone() };
-    if frame::send(&stream, (Kind::Inside, 0, 0), &inside, &files, deadline).is_err() {
+    let files: Vec<_> =
+        [connections.board.file()].into_iter().chain(process.iter().map(AsFd::as_fd)).collect();
+    let inside =
+        JoinOffer { id: me, host_info: own, nonce: connections.board.nonce(), origin: origin.clone() };
+    if frame::send(&stream, (Kind::JoinOffer, 0, 0), &inside, &files, deadline).is_err() {
         return;
     }
-    let Ok(enter) = frame::receive(&stream, &[Kind::Enter], 0, deadline) else { return };
+    let Ok(enter) = frame::receive(&stream, &[Kind::Connect], 0, deadline) else { return };
     let id = enter.number as usize;
-    if home(id).is_some() {
+    if host_info(id).is_some() {
         return;
     }
-    common.lock().forget_gone(&common.page.decision().members, MOST_GONE);
-    let met = Met { stream, process: knock.files.pop() };
+    connections.lock().forget_gone(&connections.board.agreed().members, MOST_GONE);
+    let met = Connection { stream, process: request.files.pop() };
     // It may be gone.
-    let _ = match common.add(id, said.home, met) {
-        Ok(()) => common.send(id, (Kind::Entered, 0, 0), &None::<String>, &[], deadline),
+    let _ = match connections.add(id, said.host_info, met) {
+        Ok(()) => connections.send(id, (Kind::Connected, 0, 0), &None::<String>, &[], deadline),
         Err(unheard) => {
             let reason = Some(&unheard.reason);
-            frame::send(unheard.stream(), (Kind::Entered, 0, 0), &reason, &[], deadline)
+            frame::send(unheard.stream(), (Kind::Connected, 0, 0), &reason, &[], deadline)
         }
     };
 }

@@ -28,7 +28,7 @@ const AGAIN: Duration = Duration::from_millis(2);
 
 /// An open socket. Shut when it is dropped, and its name free soon after.
 #[derive(Debug)]
-pub(super) struct Door {
+pub(super) struct Listener {
     // In this order, so that the thread, which waits for `_open` to go, is the last to have the listener.
     listener: Arc<Private<UnixListener>>,
     short: Arc<Short>,
@@ -47,7 +47,7 @@ struct Short {
     inside: AtomicUsize,
 }
 
-impl Door {
+impl Listener {
     /// Calls `came` with everyone of this user's who says a message of these kinds, with so many files at most. Each is heard
     /// on a thread of its own, so that nobody keeps others waiting; those above `MOST` are turned away, and may come again.
     ///
@@ -58,7 +58,7 @@ impl Door {
         kinds: &'static [Kind],
         most_files: usize,
         came: impl Fn(Private<UnixStream>, Frame) + Send + Sync + 'static,
-    ) -> Result<Door, Shut> {
+    ) -> Result<Listener, Shut> {
         let (listener, short) = (Arc::new(Private::new(listener)), Arc::new(Short::default()));
         let (open, is_open) = mpsc::channel();
         let lacks = short.clone();
@@ -83,7 +83,7 @@ impl Door {
             let _ = is_open.recv(); // who has the listener last closes what strangers have sent to it
         };
         match thread("door".into(), STACK, keep) {
-            Ok(_) => Ok(Door { listener, short, _open: open }),
+            Ok(_) => Ok(Listener { listener, short, _open: open }),
             Err(reason) => Err(Shut { reason, listener }),
         }
     }
@@ -143,7 +143,7 @@ impl Short {
     }
 }
 
-impl Drop for Door {
+impl Drop for Listener {
     fn drop(&mut self) {
         // Wakes the thread.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
@@ -237,7 +237,7 @@ mod tests {
         let address = format!("other-version-{}", std::process::id());
         let address = SocketAddr::from_abstract_name(address).unwrap();
         let listener = UnixListener::bind_addr(&address).unwrap();
-        let _door = Door::open(listener, &[Kind::Hello], 1, |_, _| panic!("it was heard")).unwrap();
+        let _door = Listener::open(listener, &[Kind::Hello], 1, |_, _| panic!("it was heard")).unwrap();
         let stream = UnixStream::connect_addr(&address).unwrap();
         let mut header = frame::header((Kind::Hello, 0, 0), 2, 0);
         header[4] ^= 0x80;
@@ -274,11 +274,12 @@ mod tests {
         let late = [come(), come()];
         late.iter().for_each(|late| send(late, b"P"));
         let (say, heard) = mpsc::channel();
-        let door = Door::open(listener, &[Kind::Hello], 1, move |_, frame| say.send(frame.number).unwrap());
-        let door = door.unwrap();
+        let listener =
+            Listener::open(listener, &[Kind::Hello], 1, move |_, frame| say.send(frame.number).unwrap());
+        let listener = listener.unwrap();
         assert_eq!(heard.recv_timeout(LINGER / 2), Ok(7));
         std::thread::sleep(Duration::from_millis(100));
-        drop(door);
+        drop(listener);
         assert!(begin.elapsed() < LINGER / 2, "{:?}", begin.elapsed());
     }
 }

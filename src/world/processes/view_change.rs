@@ -5,9 +5,9 @@ use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use super::frame::Kind;
-use super::links::{Generation, Links};
+use super::peer_set::{CurrentView, PeerSet};
 use super::peers::State;
-use super::{reach, Processes, JOINING};
+use super::{p2p_probe, ProcessBootstrap, JOINING};
 use crate::abi::PA_MAX_WORLD;
 use crate::deadline;
 use crate::error::Stage;
@@ -20,41 +20,41 @@ const DECIDED: u32 = 1;
 /// How long a message takes that was sent already.
 const SOON: Duration = Duration::from_millis(100);
 
-impl Processes {
+impl ProcessBootstrap {
     /// Whether a process waits to be let in. Costs next to nothing.
-    pub(in crate::world) fn has_guest(&self) -> bool {
-        self.members().len() < PA_MAX_WORLD as usize && self.links.common.has_guest(self.number())
+    pub(in crate::world) fn has_joiner(&self) -> bool {
+        self.members().len() < PA_MAX_WORLD as usize && self.peer_set.connections.has_joiner(self.number())
     }
 
     /// Whether a process was let in with this generation.
     pub(in crate::world) fn has_joined(&self) -> bool {
-        self.generation.decision.joined.is_some()
+        self.view.agreed.joined.is_some()
     }
 
     /// Whether this process is in a later one by now. Costs next to nothing.
     pub(in crate::world) fn is_superseded(&self) -> bool {
-        self.links.number.load(Ordering::Relaxed) != self.number()
+        self.peer_set.number.load(Ordering::Relaxed) != self.number()
     }
 
     /// Whether that was this one.
     pub(in crate::world) fn is_new(&self) -> bool {
-        self.generation.decision.joined == Some(self.links.me)
+        self.view.agreed.joined == Some(self.peer_set.me)
     }
 
     /// Whether this process came late and has no model yet.
     pub(in crate::world) fn lacks_model(&self) -> bool {
-        self.links.is_new.load(Ordering::Relaxed)
+        self.peer_set.is_new.load(Ordering::Relaxed)
     }
 
     /// The process that joined has the model of the others.
     pub(in crate::world) fn has_model(&self) {
-        self.generation.settled.store(true, Ordering::Relaxed);
-        self.links.is_new.store(false, Ordering::Relaxed);
+        self.view.settled.store(true, Ordering::Relaxed);
+        self.peer_set.is_new.store(false, Ordering::Relaxed);
     }
 
     /// Leaves the world: others are not to wait for what this process can't do.
     pub(in crate::world) fn leave(&self) {
-        self.links.leave();
+        self.peer_set.leave();
     }
 
     /// Collective among those that are left: the next generation, of all members that are there and say so within `timeout`, and
@@ -63,21 +63,21 @@ impl Processes {
     /// Each tells all others that it is ready, and which guests it knows, and waits until every other is ready or gone. Who comes
     /// first to such a list of members, or to the end of its patience, has it decided, by compare-and-swap from the generation
     /// before: the first list is everybody's. A process that dies on the way leaves nothing half done.
-    pub(in crate::world) fn next_generation(&self, timeout: Duration, admits: bool) -> Result<Processes> {
-        let mut latest = self.links.latest.lock().unwrap_or_else(PoisonError::into_inner);
+    pub(in crate::world) fn next_view(&self, timeout: Duration, admits: bool) -> Result<ProcessBootstrap> {
+        let mut latest = self.peer_set.latest.lock().unwrap_or_else(PoisonError::into_inner);
         if latest.number() > self.number() {
             return Ok(self.view(latest.clone())); // another communicator of this process has been through it
         }
         if self.lacks_model() {
             self.leave();
             let reason = "it was let in, but lost a peer before it had the model: call World::join again";
-            return Err(Error::Join { rendezvous: self.door.name().to_owned(), reason: reason.into() });
+            return Err(Error::Join { rendezvous: self.listener.name().to_owned(), reason: reason.into() });
         }
-        let (next, me) = (self.number() + 1, self.links.me);
+        let (next, me) = (self.number() + 1, self.peer_set.me);
         let deadline = deadline::after(timeout);
         // Who can't hear the others is not the one to say who is there.
         let is_needed = |peer: &usize| self.members().contains(peer) && Some(*peer) != self.unsettled();
-        if let Some((_, reason)) = self.links.lock().trouble.iter().find(|(peer, _)| is_needed(peer)) {
+        if let Some((_, reason)) = self.peer_set.lock().trouble.iter().find(|(peer, _)| is_needed(peer)) {
             return Err(Error::SharedMemory { rank: self.rank(), reason: reason.clone() });
         }
         // One that came before ends an admission. Who recovers has heard of it.
@@ -85,19 +85,19 @@ impl Processes {
         let aborted = |state: &State| {
             let has =
                 |peer: &usize| counts.iter().any(|&going| state.has(*peer, (Kind::Abort, next - 1, going)));
-            let own = counts.iter().any(|&going| self.fate().aborted[going as usize]);
+            let own = counts.iter().any(|&going| self.status().aborted[going as usize]);
             self.others().find(has).or(own.then_some(me)).map(|peer| self.rank_of(peer))
         };
-        let _going = Going::new(&self.links);
-        let guests = if admits { self.guests(deadline) } else { vec![] };
+        let _going = ViewChangeGuard::new(&self.peer_set);
+        let joiners = if admits { self.joiners(deadline) } else { vec![] };
         let tell = |number, to: &[usize], deadline| {
-            for &peer in to.iter().filter(|&&peer| !self.links.lock().gone.contains(&peer)) {
+            for &peer in to.iter().filter(|&&peer| !self.peer_set.lock().gone.contains(&peer)) {
                 // One that does not listen is not ready, either.
-                let _ = self.links.send(peer, (Kind::Ready, next, number), &guests, &[], deadline);
+                let _ = self.peer_set.send(peer, (Kind::Ready, next, number), &joiners, &[], deadline);
             }
         };
-        let page = &self.links.common.page;
-        let is_decided = || page.generation() >= next;
+        let board = &self.peer_set.connections.board;
+        let is_decided = || board.view() >= next;
         if !is_decided() {
             let others: Vec<usize> = self.others().collect();
             tell(READY, &others, deadline);
@@ -109,46 +109,48 @@ impl Processes {
             };
             // One that joined and has not got its model is not waited for.
             let unsettled = self.unsettled();
-            let _ = self.links.wait(deadline, |state| all(state, unsettled).then_some(()));
-            let _ =
-                self.links.wait(deadline.min(Instant::now() + SOON), |state| all(state, None).then_some(()));
-            let mut state = self.links.lock();
+            let _ = self.peer_set.wait(deadline, |state| all(state, unsettled).then_some(()));
+            let _ = self
+                .peer_set
+                .wait(deadline.min(Instant::now() + SOON), |state| all(state, None).then_some(()));
+            let mut state = self.peer_set.lock();
             if let Some(rank) = aborted(&state) {
                 self.others().for_each(|peer| drop(state.take(peer, (Kind::Abort, next - 1, 1))));
-                self.fate().aborted[1] = false;
+                self.status().aborted[1] = false;
                 return Err(Error::Aborted { rank, stage: Stage::Build, committed: false });
             }
             let there = |peer: usize| peer == me || (ready(&state, peer) && !state.gone.contains(&peer));
             let mut members: Vec<usize> =
                 self.members().iter().copied().filter(|&peer| there(peer)).collect();
-            let known = |peer: usize, guest: usize| {
+            let known = |peer: usize, joiner: usize| {
                 let said = state.get(peer, (Kind::Ready, next, READY)).and_then(|frame| frame.parse().ok());
-                peer == me || said.is_some_and(|guests: Vec<usize>| guests.contains(&guest))
+                peer == me || said.is_some_and(|joiners: Vec<usize>| joiners.contains(&joiner))
             };
             // One at a time: two guests don't know each other.
-            let mut guests = guests.iter().copied().filter(|_| members.len() < PA_MAX_WORLD as usize);
-            let joined = guests.find(|&guest| {
-                !state.gone.contains(&guest) && members.iter().all(|&peer| known(peer, guest))
+            let mut joiners = joiners.iter().copied().filter(|_| members.len() < PA_MAX_WORLD as usize);
+            let joined = joiners.find(|&joiner| {
+                !state.gone.contains(&joiner) && members.iter().all(|&peer| known(peer, joiner))
             });
             members.extend(joined);
             let told = [others, state.outsiders(self.members())].concat();
             drop(state);
-            page.propose(me, &self.generation.decision, &members, joined);
+            board.propose(me, &self.view.agreed, &members, joined);
             // Wakes those that wait for somebody who is not coming, and guests.
             tell(DECIDED, &told, Instant::now() + SOON);
         }
-        let decision = page.decision();
-        if decision.generation != next || !decision.members.contains(&me) {
+        let agreed = board.agreed();
+        if agreed.number != next || !agreed.members.contains(&me) {
             return Err(Error::LeftOut { rank: self.rank(), timeout });
         }
-        *latest = Generation::new(decision);
-        self.links.enter(&latest);
-        if let Some(joined) = latest.decision.joined {
-            let tried = reach::find(&self.links, &latest, Instant::now() + timeout.min(JOINING));
+        *latest = CurrentView::new(agreed);
+        self.peer_set.enter(&latest);
+        if let Some(joined) = latest.agreed.joined {
+            let tried = p2p_probe::find(&self.peer_set, &latest, Instant::now() + timeout.min(JOINING));
             if tried.is_err() {
                 // What follows in this generation fails by it, on all ranks, and the next one has that process no more.
                 let rank = latest.members().iter().position(|&id| id == joined).unwrap_or(0);
-                latest.fate().failure = Some(Error::PeerLost { rank, stage: Stage::Build, committed: false });
+                latest.status().failure =
+                    Some(Error::PeerLost { rank, stage: Stage::Build, committed: false });
             }
         }
         Ok(self.view(latest.clone()))
@@ -160,35 +162,35 @@ impl Processes {
 
     /// The process that joined with this generation, while it may have no model.
     fn unsettled(&self) -> Option<usize> {
-        self.generation.decision.joined.filter(|_| !self.generation.settled.load(Ordering::Relaxed))
+        self.view.agreed.joined.filter(|_| !self.view.settled.load(Ordering::Relaxed))
     }
 
     /// Those that wait. Somebody has heard of one, so this process soon will, too, if it is still there.
-    fn guests(&self, deadline: Instant) -> Vec<usize> {
+    fn joiners(&self, deadline: Instant) -> Vec<usize> {
         let soon = deadline.min(Instant::now() + SOON);
         let found = self
-            .links
-            .wait(soon, |state| Some(state.guests(self.number())).filter(|guests| !guests.is_empty()));
+            .peer_set
+            .wait(soon, |state| Some(state.joiners(self.number())).filter(|joiners| !joiners.is_empty()));
         found.unwrap_or_default()
     }
 
-    fn view(&self, generation: Generation) -> Processes {
-        let places = self.links.places(&generation);
-        Processes { links: self.links.clone(), generation, places, door: self.door.clone() }
+    fn view(&self, view: CurrentView) -> ProcessBootstrap {
+        let placement = self.peer_set.placement(&view);
+        ProcessBootstrap { peer_set: self.peer_set.clone(), view, placement, listener: self.listener.clone() }
     }
 }
 
 /// While it is there, an abort is one of a process that is on its way.
-struct Going<'a>(&'a Links);
+struct ViewChangeGuard<'a>(&'a PeerSet);
 
-impl<'a> Going<'a> {
-    fn new(links: &'a Links) -> Self {
-        links.going.store(true, Ordering::Relaxed);
-        Going(links)
+impl<'a> ViewChangeGuard<'a> {
+    fn new(peer_set: &'a PeerSet) -> Self {
+        peer_set.going.store(true, Ordering::Relaxed);
+        ViewChangeGuard(peer_set)
     }
 }
 
-impl Drop for Going<'_> {
+impl Drop for ViewChangeGuard<'_> {
     fn drop(&mut self) {
         self.0.going.store(false, Ordering::Relaxed);
     }

@@ -5,27 +5,27 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::frame::Kind;
-use super::home::{Homes, Own};
-use super::page::{Decision, Page};
-use super::peers::Common;
+use super::host_info::{LocalDevice, P2pMatrix};
+use super::peers::Connections;
 use super::rebuild::Averagers;
+use super::view_board::{View, ViewBoard};
 use crate::error::Stage;
-use crate::world::Places;
+use crate::world::Placement;
 use crate::Error;
 
 /// The sockets of one process in one world. Peers are named by their ids, which are their ranks in the first generation or were
 /// given to those that came later. When it is dropped, this process has left the world.
 #[derive(Debug)]
-pub(super) struct Links {
+pub(super) struct PeerSet {
     pub(super) me: usize,
-    pub(super) common: Arc<Common>,
+    pub(super) connections: Arc<Connections>,
     /// Locked for as long as this process goes from one generation to the next.
-    pub(super) latest: Mutex<Generation>,
+    pub(super) latest: Mutex<CurrentView>,
     /// The same, locked for a moment only.
-    current: Mutex<Generation>,
+    current: Mutex<CurrentView>,
     /// The number of it.
     pub(super) number: AtomicU32,
-    homes: Mutex<Homes>,
+    host_infos: Mutex<P2pMatrix>,
     /// Of this process.
     pub(super) averagers: Averagers,
     /// It is on its way to the next one.
@@ -36,9 +36,9 @@ pub(super) struct Links {
 
 /// What all communicators of one generation of this process have in common.
 #[derive(Clone, Debug)]
-pub(super) struct Generation {
-    pub(super) decision: Arc<Decision>,
-    fate: Arc<Mutex<Fate>>,
+pub(super) struct CurrentView {
+    pub(super) agreed: Arc<View>,
+    status: Arc<Mutex<ViewStatus>>,
     /// Averagers built or begun: the k-th of one rank belongs with the k-th of every other.
     pub(super) builds: Arc<AtomicU32>,
     /// The process that joined with it, if one did, has the model, as far as this one knows.
@@ -46,7 +46,7 @@ pub(super) struct Generation {
 }
 
 #[derive(Debug, Default)]
-pub(super) struct Fate {
+pub(super) struct ViewStatus {
     /// What ended it.
     pub(super) failure: Option<Error>,
     pub(super) told: bool,
@@ -54,94 +54,104 @@ pub(super) struct Fate {
     pub(super) aborted: [bool; 2],
 }
 
-impl Generation {
-    pub(super) fn new(decision: Decision) -> Self {
-        let (fate, builds, settled) = (Arc::default(), Arc::default(), Arc::default());
-        Generation { decision: Arc::new(decision), fate, builds, settled }
+impl CurrentView {
+    pub(super) fn new(agreed: View) -> Self {
+        let (status, builds, settled) = (Arc::default(), Arc::default(), Arc::default());
+        CurrentView { agreed: Arc::new(agreed), status, builds, settled }
     }
 
     pub(super) fn number(&self) -> u32 {
-        self.decision.generation
+        self.agreed.number
     }
 
     /// By rank.
     pub(super) fn members(&self) -> &[usize] {
-        &self.decision.members
+        &self.agreed.members
     }
 
-    pub(super) fn fate(&self) -> MutexGuard<'_, Fate> {
-        self.fate.lock().unwrap_or_else(PoisonError::into_inner) // plain data
+    pub(super) fn status(&self) -> MutexGuard<'_, ViewStatus> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner) // plain data
     }
 }
 
-impl Links {
+impl PeerSet {
     /// Of a process that is in no generation yet, or in the one that is `latest`.
-    pub(super) fn new(me: usize, own: Own, page: Page, latest: Decision) -> Links {
-        let common = Common::new(page, me, own.home.clone());
-        let latest = Generation::new(latest);
+    pub(super) fn new(me: usize, own: LocalDevice, board: ViewBoard, latest: View) -> PeerSet {
+        let connections = Connections::new(board, me, own.host_info.clone());
+        let latest = CurrentView::new(latest);
         let number = AtomicU32::new(latest.number());
         let (current, latest) = (Mutex::new(latest.clone()), Mutex::new(latest));
-        let homes = Mutex::new(Homes::new(own));
+        let host_infos = Mutex::new(P2pMatrix::new(own));
         let (going, is_new) = (AtomicBool::new(false), AtomicBool::new(false));
         let averagers = Averagers::default();
-        Links { me, common: Arc::new(common), latest, current, number, homes, averagers, going, is_new }
+        PeerSet {
+            me,
+            connections: Arc::new(connections),
+            latest,
+            current,
+            number,
+            host_infos,
+            averagers,
+            going,
+            is_new,
+        }
     }
 
     /// The generation that this process is in.
-    pub(super) fn current(&self) -> Generation {
+    pub(super) fn current(&self) -> CurrentView {
         self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// It is in this one from now on, which is `latest`, too.
-    pub(super) fn enter(&self, generation: &Generation) {
-        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = generation.clone();
-        self.number.store(generation.number(), Ordering::Relaxed);
-        self.lock().forget_before(generation.number());
+    pub(super) fn enter(&self, view: &CurrentView) {
+        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = view.clone();
+        self.number.store(view.number(), Ordering::Relaxed);
+        self.lock().forget_before(view.number());
     }
 
     /// Where this process is, and which peers reach each other.
-    pub(super) fn homes(&self) -> MutexGuard<'_, Homes> {
-        self.homes.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn host_infos(&self) -> MutexGuard<'_, P2pMatrix> {
+        self.host_infos.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Of the members of a generation, all of which this process has met.
-    pub(super) fn places(&self, generation: &Generation) -> Places {
+    pub(super) fn placement(&self, view: &CurrentView) -> Placement {
         let state = self.lock();
-        let members: Vec<_> = generation.members().iter().map(|id| (*id, &state.homes[id])).collect();
-        self.homes().places(&members)
+        let members: Vec<_> = view.members().iter().map(|id| (*id, &state.host_infos[id])).collect();
+        self.host_infos().placement(&members)
     }
 
     /// Ends the generation that this process is in, for all its members.
     pub(super) fn abort(&self) {
-        let generation = self.current();
-        let Some(rank) = generation.members().iter().position(|&peer| peer == self.me) else { return };
+        let view = self.current();
+        let Some(rank) = view.members().iter().position(|&peer| peer == self.me) else { return };
         // Told once more, to what averages or builds in another thread.
         let failure = Error::Aborted { rank, stage: Stage::Build, committed: false };
-        let mut fate = generation.fate();
+        let mut status = view.status();
         let going = self.going.load(Ordering::Relaxed);
-        fate.aborted[usize::from(going)] = true;
-        fate.failure.get_or_insert(failure);
-        drop(fate);
+        status.aborted[usize::from(going)] = true;
+        status.failure.get_or_insert(failure);
+        drop(status);
         let built = self.lock().built();
-        for (agreement, ring) in built.iter().filter(|(_, ring)| ring.generation == generation.number()) {
+        for (agreement, ring) in built.iter().filter(|(_, ring)| ring.view == view.number()) {
             let position = ring.peers.iter().position(|&peer| peer == self.me);
             position.into_iter().for_each(|position| agreement.control.abort(position));
         }
         self.wake();
-        let others = generation.members().iter().filter(|&&peer| peer != self.me);
-        others.for_each(|&peer| self.try_send(peer, (Kind::Abort, generation.number(), going.into())));
+        let others = view.members().iter().filter(|&&peer| peer != self.me);
+        others.for_each(|&peer| self.try_send(peer, (Kind::Abort, view.number(), going.into())));
     }
 }
 
 /// All that it does with its peers.
-impl Deref for Links {
-    type Target = Common;
-    fn deref(&self) -> &Common {
-        &self.common
+impl Deref for PeerSet {
+    type Target = Connections;
+    fn deref(&self) -> &Connections {
+        &self.connections
     }
 }
 
-impl Drop for Links {
+impl Drop for PeerSet {
     fn drop(&mut self) {
         self.leave();
         self.join();

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::frame::{short_of_files, Frame};
-use crate::backend::{Memory, Offer, Site, Unopened as Fault};
-use crate::world::{Admission, Card, Control};
+use crate::backend::{Memory, MemoryHandle, MemorySpace, Unopened as Fault};
+use crate::world::{Admission, Control, Handshake};
 use crate::{Error, Result};
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Shown {
+pub(super) struct WireHandshake {
     refusal: Option<String>,
     options: Vec<(String, String)>,
     tensors: Vec<String>,
@@ -19,35 +19,38 @@ pub(super) struct Shown {
     admission: Admission,
     ordinal: Option<String>,
     /// Inbox, credits and control, if there is one.
-    memories: [Option<Offer>; 3],
+    memories: [Option<MemoryHandle>; 3],
 }
 
 /// Who opens a card.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reader<'a> {
     pub(super) rank: usize,
-    pub(super) site: &'a Site,
+    pub(super) space: &'a MemorySpace,
     /// Whether inbox, credits and control are used there.
     pub(super) wanted: [bool; 3],
 }
 
-impl Shown {
-    pub(super) fn of(card: &Card) -> (Shown, Vec<BorrowedFd<'_>>) {
-        let memories =
-            [card.inbox.as_deref(), card.credits.as_deref(), card.control.as_ref().map(|c| c.memory())];
+impl WireHandshake {
+    pub(super) fn of(handshake: &Handshake) -> (WireHandshake, Vec<BorrowedFd<'_>>) {
+        let memories = [
+            handshake.inbox.as_deref(),
+            handshake.credits.as_deref(),
+            handshake.control.as_ref().map(|c| c.memory()),
+        ];
         let mut files = vec![];
         let memories = memories.map(|memory| {
             let (offer, file) = memory.and_then(Memory::offer)?;
             files.push(file);
             Some(offer)
         });
-        let shown = Shown {
-            refusal: card.refusal.as_ref().map(Error::to_string),
-            options: card.options.clone(),
-            tensors: card.tensors.clone(),
-            schedule_position: card.schedule_position,
-            admission: card.admission,
-            ordinal: card.ordinal.clone(),
+        let shown = WireHandshake {
+            refusal: handshake.refusal.as_ref().map(Error::to_string),
+            options: handshake.options.clone(),
+            tensors: handshake.tensors.clone(),
+            schedule_position: handshake.schedule_position,
+            admission: handshake.admission,
+            ordinal: handshake.ordinal.clone(),
             memories,
         };
         (shown, files)
@@ -56,9 +59,9 @@ impl Shown {
     /// The card of this rank, whose memory is still to be opened.
     pub(super) fn read(frame: Frame, rank: usize) -> Result<Unopened> {
         let refuse = |reason: String| Error::PeerRefused { rank, reason };
-        let shown: Shown =
+        let shown: WireHandshake =
             frame.parse().map_err(|error| refuse(format!("its message is not understood: {error}")))?;
-        let card = Card {
+        let handshake = Handshake {
             refusal: shown.refusal.map(|reason| refuse(of_itself(reason, rank))),
             options: shown.options,
             tensors: shown.tensors,
@@ -69,7 +72,13 @@ impl Shown {
             credits: None,
             control: None,
         };
-        Ok(Unopened { rank, card, memories: shown.memories, files: frame.files, is_short: frame.is_short })
+        Ok(Unopened {
+            rank,
+            handshake,
+            memories: shown.memories,
+            files: frame.files,
+            is_short: frame.is_short,
+        })
     }
 }
 
@@ -77,8 +86,8 @@ impl Shown {
 #[derive(Debug)]
 pub(super) struct Unopened {
     pub(super) rank: usize,
-    pub(super) card: Card,
-    memories: [Option<Offer>; 3],
+    pub(super) handshake: Handshake,
+    memories: [Option<MemoryHandle>; 3],
     files: Vec<OwnedFd>,
     is_short: bool,
 }
@@ -86,8 +95,8 @@ pub(super) struct Unopened {
 impl Unopened {
     /// The card with what the reader wants. An error names the rank at fault: the owner of memory that is not what it has to be, or
     /// the reader, which lacks something.
-    pub(super) fn open(self, reader: Reader<'_>) -> Result<Card> {
-        let Unopened { rank, mut card, memories, files, is_short } = self;
+    pub(super) fn open(self, reader: Reader<'_>) -> Result<Handshake> {
+        let Unopened { rank, mut handshake, memories, files, is_short } = self;
         let refuse = |reason: String| Error::PeerRefused { rank, reason };
         let mut files = files.into_iter();
         let mut open = |index: usize| -> Result<Option<Memory>> {
@@ -99,7 +108,7 @@ impl Unopened {
             if !reader.wanted[index] {
                 return Ok(None);
             }
-            let opened = Memory::open(reader.site, offer, file).map(Some);
+            let opened = Memory::open(reader.space, offer, file).map(Some);
             opened.map_err(|unopened| match unopened {
                 Fault::Wrong(reason) => refuse(reason),
                 Fault::Short(reason) => {
@@ -108,10 +117,10 @@ impl Unopened {
                 }
             })
         };
-        card.inbox = open(0)?.map(Arc::new);
-        card.credits = open(1)?.map(Arc::new);
-        card.control = open(2)?.map(|memory| Arc::new(Control::of(memory)));
-        Ok(card)
+        handshake.inbox = open(0)?.map(Arc::new);
+        handshake.credits = open(1)?.map(Arc::new);
+        handshake.control = open(2)?.map(|memory| Arc::new(Control::of(memory)));
+        Ok(handshake)
     }
 }
 
