@@ -58,7 +58,7 @@ pub enum Algorithm {
 /// Averages a rank's parameters with those of its peers, in place.
 ///
 /// Every average is collective: it returns when all ranks have called it, and gives every rank the same bits. If it
-/// fails before anybody wrote, every tensor of every rank is as it was, and every rank gets the same error.
+/// fails before any rank wrote, every tensor of every rank is as it was, and every rank gets the same error.
 ///
 /// ```
 /// use param_averager::{Device, ParamAverager, World};
@@ -249,7 +249,7 @@ impl ParamAverager {
         }
         let mut has_joiner = self.communicator.has_joiner();
         if let (true, Some(stream)) = (has_joiner, stream) {
-            // What a graph replays is always the same, but guests come and go.
+            // What a graph replays is always the same, but joiners come and go.
             // SAFETY: the caller's promise.
             has_joiner = !unsafe { self.own.engine.is_capturing(stream) }
                 .map_err(|reason| self.device_failed(reason))?;

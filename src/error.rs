@@ -16,7 +16,7 @@ pub enum Stage {
     Meet,
     /// Summing. No tensor has changed.
     Reduce,
-    /// The vote before anybody writes. No tensor has changed.
+    /// The vote before any rank writes. No tensor has changed.
     Commit,
     /// Writing the mean.
     Gather,
@@ -241,7 +241,7 @@ pub enum Error {
         committed: bool,
     },
 
-    /// Somebody called [`AbortHandle::abort`](crate::AbortHandle::abort).
+    /// Some process called [`AbortHandle::abort`](crate::AbortHandle::abort).
     #[error("rank {rank} aborted the world {stage}{}: build a new world to go on", written(.committed))]
     Aborted {
         /// The rank whose handle it was.

@@ -32,7 +32,7 @@
     feature = "cudarc",
     doc = "* [`interop`]: cudarc's slices, averaged on a cudarc stream ([`CudaParams`])."
 )]
-//! * [`Error`] says which rank and which tensor, and what to do. If an average fails before anybody wrote, no tensor of
+//! * [`Error`] says which rank and which tensor, and what to do. If an average fails before any rank wrote, no tensor of
 //!   any rank has changed.
 //!
 //! Sums are made in f32 (f64 for f64) in a fixed order, so all ranks end with the same bits. Nothing is allocated and no

@@ -42,7 +42,7 @@ pub enum Action {
         /// are as they were.
         average: Option<Report>,
     },
-    /// This is the only rank that is left, and an average with those that are gone had begun to write: each
+    /// This is the only rank left, and the failed average had begun to write: each
     /// element is this rank's own or their mean.
     PartlyAveraged,
     /// No rank had taken a step since the last average, so nothing moved.
@@ -81,7 +81,7 @@ impl LocalSgd {
     ///
     /// After an average that was due, a process that waits to [join](crate::World::join) is let in, with a copy of the model. If
     /// that fails, the error is [`Error::AfterAverage`]: the parameters are the mean. [`finish`](Self::finish) lets
-    /// nobody in.
+    /// no process in.
     pub fn step<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
         self.step_with(&mut Plain(params))
     }

@@ -89,7 +89,7 @@ pub(super) struct RankMemory {
     /// See `Handshake`.
     pub(super) inbox: Option<Arc<Memory>>,
     pub(super) credits: Option<Arc<Memory>>,
-    /// Of rank 0: everybody's notice boards.
+    /// Rank 0's: the notice boards of all ranks.
     pub(super) control: Option<Arc<Control>>,
 }
 

@@ -1,4 +1,4 @@
-//! Going on with other ranks: without those that were lost, or with one that joins.
+//! Recovery and joins: averagers in a view without lost ranks, or with a joiner.
 
 use super::progress::Halt;
 use super::rebuild::is_of_the_view;

@@ -218,7 +218,7 @@ impl Engine {
     }
 }
 
-/// Between launches nobody writes them.
+/// They are not written between launches.
 fn states_of(region: &HostBuffer) -> &[PaChannel] {
     let count = region.bytes() / size_of::<PaChannel>();
     // SAFETY: made of so many, aligned to a page, and borrowed for as long.

@@ -170,7 +170,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Of memory of the host, while nobody else has it.
+    /// Of memory of the host, while no other process has it.
     fn bytes_mut(&mut self) -> &mut [u8] {
         match self {
             Memory::Host(region) => region.bytes_mut(),

@@ -71,7 +71,7 @@ impl Control {
     fn poison(&self, kind: u32, position: usize) {
         let code = kind << 8 | position as u32;
         let word = self.word(ABORT).unwrap_or(&self.aborted);
-        // Release: who sees it sees what came before it.
+        // Release: a reader that sees it also sees what came before it.
         let first = word.compare_exchange(0, code, Ordering::AcqRel, Ordering::Acquire).is_ok();
         if let (true, Memory::Cuda(memory)) = (first, &self.memory) {
             // A device that can't be written to any more has failed its kernels, too.
@@ -88,7 +88,7 @@ impl Control {
     /// its end.
     pub(crate) fn through(&self, position: usize, epoch: u32) {
         if let Some(through) = self.word(of_board(position, offset_of!(PaBoard, through))) {
-            // Release: who sees it, or finds this rank gone after it, sees what the rank said in the average.
+            // Release: a reader that sees it, or finds this rank departed after it, sees what the rank wrote in the average.
             through.store(epoch, Ordering::Release);
         }
     }
@@ -108,7 +108,7 @@ impl Control {
     /// The failure that ended this world, if the host can know of one without asking a device: one's own is told by its
     /// next average.
     pub(crate) fn failure(&self) -> Option<Failure> {
-        // In this order: who aborts because of a failure does not hide it.
+        // In this order: a rank that aborts because of a failure does not hide the failure.
         let words = [self.word(FAILED), Some(self.word(ABORT).unwrap_or(&self.aborted))];
         let mut codes = words.into_iter().flatten().map(|word| word.load(Ordering::Acquire));
         let code = codes.find(|&code| code != 0)?;

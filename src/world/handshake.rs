@@ -21,7 +21,7 @@ pub(crate) enum Admission {
 /// What a rank shows the others when it builds an averager.
 #[derive(Clone, Debug)]
 pub(crate) struct Handshake {
-    /// What is wrong with it by itself: then nobody builds.
+    /// Fault that this rank has found itself: then no rank builds.
     pub(crate) refusal: Option<Error>,
     /// What must be the same on every rank, by the builder's name for it.
     pub(crate) options: Vec<(String, String)>,
@@ -37,7 +37,7 @@ pub(crate) struct Handshake {
     pub(crate) inbox: Option<Arc<Memory>>,
     /// What the next one writes: `drained` counters.
     pub(crate) credits: Option<Arc<Memory>>,
-    /// Rank 0's: everybody's notice boards.
+    /// Rank 0's: the notice boards of all ranks.
     pub(crate) control: Option<Arc<Control>>,
 }
 
@@ -52,7 +52,7 @@ pub(crate) struct Agreement {
 }
 
 impl Agreement {
-    /// If nobody refuses, and all ranks show the same.
+    /// Result where no rank refuses and all ranks show the same.
     pub(super) fn of(handshakes: Vec<Handshake>) -> Result<Agreement> {
         Agreement::check(&handshakes)?;
         let reason = "it shows no notice boards".to_owned();
@@ -61,7 +61,7 @@ impl Agreement {
         Ok(Agreement { control, handshakes, ordinal })
     }
 
-    /// Checks that cards go together, whatever memory comes with them. The same on every rank.
+    /// Checks that handshakes go together, whatever memory comes with them. The same on every rank.
     pub(super) fn check(handshakes: &[Handshake]) -> Result<()> {
         let refusal = handshakes.iter().find_map(|handshake| handshake.refusal.clone());
         // One that has none yet goes with every other.

@@ -146,7 +146,7 @@ impl Build {
         Build { handshakes: vec![None; size], result: None, taken: 0 }
     }
 
-    /// If all ranks have shown their cards: whether they agree.
+    /// Outcome of comparing the handshakes, once every rank has shown its own.
     fn complete(&mut self) {
         if self.handshakes.iter().any(Option::is_none) {
             return;

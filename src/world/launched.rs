@@ -239,12 +239,12 @@ fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<Communicator>
 }
 
 impl Communicator {
-    /// What ranks that are processes have as the name of their world, for those that [join](World::join) it later.
+    /// Name of a world of processes, for processes that [join](World::join) it later.
     pub fn rendezvous(&self) -> Option<&str> {
         self.processes().map(|processes| processes.name())
     }
 
-    /// Which world of processes this is: its name, and who has begun it. After [`World::join`] it
+    /// Identity of a world of processes: its name, and the process that began it. After [`World::join`] it
     /// tells which one was entered. `None` for ranks that are threads.
     pub fn world(&self) -> Option<&WorldId> {
         self.processes().map(|processes| processes.world())
@@ -255,7 +255,7 @@ impl Communicator {
         self.processes().is_some_and(|processes| processes.has_joiner())
     }
 
-    /// Whether one has joined with this generation of the world.
+    /// True if a process has joined with this view.
     pub(crate) fn has_joined(&self) -> bool {
         self.processes().is_some_and(|processes| processes.has_joined())
     }
@@ -284,7 +284,7 @@ impl Communicator {
         }
     }
 
-    /// Whether this process is in another generation of the world by now.
+    /// True if this process is in another view by now.
     pub(crate) fn is_superseded(&self) -> bool {
         self.processes().is_some_and(|processes| processes.is_superseded())
     }

@@ -215,7 +215,7 @@ impl Communicator {
         }
     }
 
-    /// Collective: shows this rank's card to all others and returns all cards, if they agree.
+    /// Collective: shows this rank's handshake to all others and returns all handshakes, if they agree.
     /// `number`: which of the averagers that are built [again](Rebuild); `None`: the next one of this view.
     pub(crate) fn agree(
         &self,

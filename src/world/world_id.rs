@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::SystemTime;
 
-/// The world of processes that a rank is in: its name, and who has begun it. The same on every
+/// Identity of a world of processes: its name, and the process that began it. The same on every
 /// rank. See [`Communicator::world`](crate::Communicator::world).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorldId {

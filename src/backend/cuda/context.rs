@@ -30,7 +30,7 @@ pub(crate) struct Context {
     side: sys::CUstream,
     /// Blocks that can be resident at once, of any of the kernels.
     resident: u32,
-    /// Memory that nobody uses. It is kept while this process has an averager on any device: to free it is to wait for every
+    /// Memory that nobody uses. It is kept while this process has an averager on any device: freeing it waits for every
     /// kernel on the device, and one of them may be an average that waits for this very rank.
     spare: Mutex<Spare>,
 }
@@ -154,7 +154,7 @@ impl Context {
         self.kernels[phase as usize]
     }
 
-    /// Does something on the stream that waits for nobody, and returns when it is done.
+    /// Does something on a stream that waits for no other, and returns when it is done.
     pub(super) fn on_the_side(
         &self,
         f: impl FnOnce(sys::CUstream) -> Result<(), Failed>,

@@ -1,4 +1,4 @@
-//! How ranks that are processes build an averager together: each shows its card to all others, opens the memory that it needs of
+//! How ranks that are processes build an averager together: each shows its handshake to all others, opens the memory that it needs of
 //! theirs, and says whether it could. What one rank refuses or lacks, all of them are told.
 
 use std::sync::Arc;
@@ -14,14 +14,14 @@ use crate::error::Stage;
 use crate::world::{Agreement, Control, Handshake};
 use crate::{Error, Result};
 
-/// What all that is said about one averager is said by: the generation, and which of its averagers it is.
+/// Number of an averager in messages: the view, and its ordinal in that view.
 type Number = (u32, u32);
 
 /// How long ranks are waited for when one has refused.
 const SOON: Duration = Duration::from_millis(300);
 
 impl ProcessBootstrap {
-    /// Collective, as `ThreadBootstrap::agree`. An error of one rank's card, or of what it opens, is every rank's.
+    /// Collective, as `ThreadBootstrap::agree`. An error of one rank's handshake, or of what it opens, is every rank's.
     /// `again`: its number, if it is built again.
     pub(in crate::world) fn agree(
         &self,
@@ -64,7 +64,7 @@ impl ProcessBootstrap {
         }
     }
 
-    /// All cards, by rank, with the memory that this rank uses.
+    /// All handshakes, by rank, with the memory that this rank uses.
     fn open(&self, unopened: Vec<Unopened>, mut handshakes: Vec<Handshake>) -> Result<Vec<Handshake>> {
         let bytes = |memory: &Option<Arc<Memory>>| memory.as_ref().map(|memory| memory.bytes());
         let own = handshakes[self.rank()].clone();

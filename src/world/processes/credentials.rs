@@ -143,7 +143,7 @@ mod tests {
     fn users_that_look_alike_are_refused() {
         assert!(users(0, IDENTITY).check(0).is_ok());
         assert!(users(0, IDENTITY).check(1000).unwrap_err().contains("belongs to user 1000"));
-        // A user who really is nobody.
+        // The overflow user, as an account of its own.
         assert!(users(OVERFLOW, IDENTITY).check(OVERFLOW).is_ok());
         for map in [Some(""), Some("0 1000 1"), ROOTLESS, None, Some("65534 65534 1")] {
             let error = users(OVERFLOW, map).check(OVERFLOW).unwrap_err();

@@ -1,4 +1,4 @@
-//! Messages between processes: a header with a version and a generation, a bounded body of JSON, and file descriptors.
+//! Messages between processes: a header with a version and a view, a bounded body of JSON, and file descriptors.
 
 use std::io::{self, Error, ErrorKind, IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
@@ -37,23 +37,23 @@ pub(super) enum Kind {
     Hello = 1,
     /// From rank 0: here are your peers.
     Welcome = 2,
-    /// From rank 0: nobody begins, for this reason.
+    /// From rank 0: the world does not begin, for this reason.
     Refuse = 3,
     /// What a rank shows when it builds an averager.
     Handshake = 4,
     /// The sender's world is aborted.
     Abort = 5,
-    /// The sender is ready for the next generation of its world.
+    /// The sender is ready for the next view of its world.
     Ready = 6,
-    /// To a member's door, from a process that wants to join its world.
+    /// To a member's join listener, from a process that wants to join its world.
     JoinRequest = 7,
-    /// From the door: here is the world.
+    /// From the join listener: the world.
     JoinOffer = 8,
-    /// To the door: be my peer. The number is the sender's id.
+    /// To the join listener: become a peer. The number is the sender's id.
     Connect = 9,
     /// From the member: you are heard as a peer is.
     Connected = 10,
-    /// To all members, whose peer the sender is by now: let me in after this generation.
+    /// To all members, whose peer the sender is by now: admit the sender after this view.
     JoinPending = 11,
     /// Whether the sender reaches memory of the receiver's device.
     Reach = 12,
@@ -71,7 +71,7 @@ impl Kind {
         met.into_iter().chain(strangers).find(|&kind| kind as u8 == byte)
     }
 
-    /// Bytes that a body may have: those of a stranger few.
+    /// Most bytes of a body; few before the sender is known.
     fn most(self) -> usize {
         match self {
             Kind::Hello | Kind::JoinRequest => 48 << 10,
@@ -263,7 +263,7 @@ pub(super) fn receive(
     if bytes > kind.most() {
         return bad("a message that is longer than any");
     }
-    // It grows as bytes come: who announces many and sends none costs nothing.
+    // It grows as bytes come: a header that announces many costs nothing.
     let (mut body, mut part) = (vec![], [0; 64 << 10]);
     while body.len() < bytes {
         let flags = wait_at_most(stream, deadline)?;
@@ -303,7 +303,7 @@ pub(super) fn short_of_files() -> String {
     why(what, Wanted::Descriptor, rustix::io::Errno::MFILE)
 }
 
-/// Bytes that came, and whether there was no descriptor for a file that came with them. Only few files above so many are ever taken: many strangers together would leave this process without.
+/// Bytes that came, and whether there was no descriptor for a file that came with them. Only few files above so many are ever taken: many unknown processes together would leave this process without.
 fn receive_some(
     stream: &UnixStream,
     flags: RecvFlags,
@@ -368,7 +368,7 @@ mod tests {
         assert_eq!(receive(&other, &ALL, 2, soon()).unwrap_err().kind(), ErrorKind::UnexpectedEof);
     }
 
-    /// A large message gets to those that read, and to nobody else; who does not read is late, and keeps nobody waiting.
+    /// A large message reaches the peers that read. A peer that does not read is late, and delays no other.
     #[test]
     fn a_message_to_all_waits_for_nobody() {
         let pairs: Vec<_> = (0..3).map(|_| UnixStream::pair().unwrap()).collect();

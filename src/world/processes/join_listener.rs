@@ -1,4 +1,4 @@
-//! The door of a process: what those that come late find its world by, and become its peers through.
+//! Join listener of a process: where late processes find its world and become its peers.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -20,13 +20,13 @@ use crate::world::WorldId;
 
 /// Doors that the worlds of one name have together: more than a world has ranks, so that each of
 /// its ranks finds a free one.
-pub(super) const DOORS: usize = 64;
-/// Processes that wait at a door.
+pub(super) const MOST_LISTENERS: usize = 64;
+/// Processes that may wait at one listener.
 const MOST_GUESTS: usize = 16;
 /// Processes that came and went which a member remembers, so that one of them that is let in at
 /// this moment is known to be gone.
 const MOST_GONE: usize = 64;
-/// Between two tries to have a door.
+/// Pause between two tries to bind a listener.
 const AGAIN: Duration = Duration::from_millis(200);
 /// How long either side has for one message.
 pub(super) const PATIENCE: Duration = Duration::from_secs(2);
@@ -44,7 +44,7 @@ pub(super) struct JoinRequest {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct JoinOffer {
-    /// Whose door this is.
+    /// Member that this listener belongs to.
     pub(super) id: usize,
     pub(super) host_info: HostInfo,
     /// Of the world, which may not be the only one of its name.
@@ -57,7 +57,7 @@ pub(super) struct JoinOffer {
 pub(super) struct JoinListener {
     world: WorldId,
     _closes: mpsc::Sender<()>,
-    /// Rank 0's of the first generation: the name of the world, and answers for those that want it.
+    /// Rank 0's of the first view: the name of the world, and answers for those that want it.
     _held: Option<listener::Listener>,
 }
 
@@ -87,8 +87,8 @@ impl JoinListener {
                 _ => return,
             }
         };
-        // Without a thread it has no door.
-        let _ = thread("door".into(), 256 << 10, keep);
+        // Without a thread this process can't be joined.
+        let _ = thread("listener".into(), 256 << 10, keep);
         JoinListener { world, _closes: closes, _held: held }
     }
 
@@ -108,10 +108,10 @@ impl JoinListener {
     }
 }
 
-/// The first door of this name that is free, from the one of this id's number on.
+/// Binds the first free address of this name, beginning with the one of this id's number.
 fn bind(name: &str, id: usize) -> Result<UnixListener, String> {
     let mut last = String::new();
-    for number in (0..DOORS).map(|number| (id + number) % DOORS) {
+    for number in (0..MOST_LISTENERS).map(|number| (id + number) % MOST_LISTENERS) {
         match UnixListener::bind_addr(&address(name, Some(number))?) {
             Ok(listener) => return Ok(listener),
             Err(error) => last = error.to_string(),
@@ -120,7 +120,7 @@ fn bind(name: &str, id: usize) -> Result<UnixListener, String> {
     Err(last)
 }
 
-/// Makes one that knocks a peer. What it says wrong, or not at all, is its own loss.
+/// Makes a process that asks to join a peer. An invalid or missing message drops the connection.
 fn serve(
     name: &str,
     origin: &Origin,

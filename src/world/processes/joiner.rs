@@ -13,7 +13,7 @@ use rustix::process::{getpid, pidfd_open, PidfdFlags};
 use super::credentials::{is_same_user, is_some_user, CAUSES};
 use super::frame::{self, Frame, Kind};
 use super::host_info::{HostInfo, LocalDevice};
-use super::join_listener::{JoinOffer, JoinRequest, DOORS, PATIENCE};
+use super::join_listener::{JoinOffer, JoinRequest, MOST_LISTENERS, PATIENCE};
 use super::peer_set::{CurrentView, PeerSet};
 use super::private::Private;
 use super::rendezvous::{address, connect, Connection, Origin};
@@ -23,7 +23,7 @@ use crate::backend::limits::{self, is_shortage, Wanted};
 
 /// Between two looks for a world that is not there yet, or for a member that does not answer.
 const AGAIN: Duration = Duration::from_millis(20);
-/// How long a further door has to say which world is behind it.
+/// How long a further listener has to say which world it belongs to.
 const GLANCE: Duration = Duration::from_millis(200);
 /// Worlds of this name that are over or out of reach. More there will hardly be.
 const MOST_WORLDS: usize = 64;
@@ -100,7 +100,7 @@ fn find(name: &str, host_info: &HostInfo, lost: &[u64], deadline: Instant) -> Re
     let (mut pause, mut why) = (AGAIN, None);
     loop {
         let (mut found, mut others) = (None::<Answer>, BTreeSet::new());
-        for listener in 0..DOORS {
+        for listener in 0..MOST_LISTENERS {
             let until = if found.is_some() { deadline.min(Instant::now() + GLANCE) } else { deadline };
             match (request(name, listener, host_info, until), &found) {
                 (Ok(answer), _) if lost.contains(&answer.inside.nonce) => {}
@@ -124,7 +124,7 @@ fn find(name: &str, host_info: &HostInfo, lost: &[u64], deadline: Instant) -> Re
     }
 }
 
-/// Of a member, at its door.
+/// A member's answer at its join listener.
 struct Answer {
     stream: Private<UnixStream>,
     board: ViewBoard,
@@ -133,12 +133,12 @@ struct Answer {
 }
 
 enum Refused {
-    /// Nobody answers at that door, or nobody that is understood, for this reason.
+    /// That listener does not answer, or gives no valid answer, for this reason.
     NotThere(Option<String>),
     For(String),
 }
 
-/// What is behind a door.
+/// The world behind a join listener.
 fn request(name: &str, listener: usize, host_info: &HostInfo, deadline: Instant) -> Result<Answer, Refused> {
     let deadline = deadline.min(Instant::now() + PATIENCE);
     let request = JoinRequest {
@@ -180,16 +180,16 @@ struct Joiner<'a> {
     peer_set: &'a PeerSet,
     /// Members that hear it.
     peers: BTreeSet<usize>,
-    /// Where members' doors were, by id.
+    /// Where members' listeners were, by id.
     listeners: BTreeMap<usize, usize>,
-    /// The generation whose members were all told that it waits.
+    /// The view whose members were all told that it waits.
     said_for: Option<u32>,
     /// When a member last was.
     reached: Instant,
 }
 
 impl Joiner<'_> {
-    /// Until a generation has it as a member.
+    /// Waits until a view has this process as a member.
     fn wait(&mut self, deadline: Instant, timeout: Duration) -> Result<View, Outside> {
         let connections = &self.peer_set.connections;
         loop {
@@ -212,13 +212,13 @@ impl Joiner<'_> {
                 self.reached = Instant::now();
             }
             if self.reached.elapsed() > PATIENCE {
-                return Err(Outside::Lost); // that world is over, or these doors are another's
+                return Err(Outside::Lost); // that world is over, or these listeners are another world's
             }
             if silent.is_none() && self.said_for != Some(view) {
                 for &member in members {
                     let told = (Kind::JoinPending, view, 0);
                     let _ = self.peer_set.send(member, told, &(), &[], deadline);
-                    // who is gone is found out below
+                    // departed peers are found out below
                 }
                 self.said_for = Some(view);
             }
@@ -234,7 +234,7 @@ impl Joiner<'_> {
                 return Err(Outside::For("it has come to its end meanwhile: all its ranks are gone".into()));
             }
             if gone == Some(true) {
-                std::thread::sleep(AGAIN); // there is nobody to wait for
+                std::thread::sleep(AGAIN); // no peer is left to wait for
             }
         }
     }
@@ -282,12 +282,14 @@ impl Joiner<'_> {
         Ok(came == Some(true))
     }
 
-    /// Knocks at the door of a member, wherever it is. `None`: it does not answer.
+    /// Sends a `JoinRequest` to a member's listener, whichever it has. `None`: no answer.
     fn ask(&mut self, member: usize, deadline: Instant) -> Result<Option<Answer>, Outside> {
         let nonce = self.peer_set.connections.board.nonce();
         let host_info = self.peer_set.lock().host_infos[&self.peer_set.me].clone();
         let (known, mut why) = (self.listeners.get(&member).copied(), None);
-        for listener in known.into_iter().chain((0..DOORS).filter(|listener| Some(*listener) != known)) {
+        for listener in
+            known.into_iter().chain((0..MOST_LISTENERS).filter(|listener| Some(*listener) != known))
+        {
             // Those of peers are theirs for as long as they are there.
             let is_there = |peer: &&usize| !self.peer_set.lock().gone.contains(peer);
             if self.peers.iter().filter(is_there).any(|peer| self.listeners.get(peer) == Some(&listener)) {

@@ -111,7 +111,7 @@ fn is_here(address: &str) -> bool {
 }
 
 impl Launcher {
-    /// The one that has set the rank of this process, if there is one.
+    /// Launcher that has set the rank of this process, if any.
     fn find(get: &impl Fn(&str) -> Option<String>) -> Option<&'static Launcher> {
         // srun sets PMI_RANK, too, for programs that talk to its own PMI.
         let is_slurm = get("SLURM_PROCID").is_some() && get("MPI_LOCALNRANKS").is_none();
@@ -224,7 +224,7 @@ impl Launched {
         }
         if get(launcher.job[0]).is_none() {
             if world_size == 1 {
-                // It has nobody to meet.
+                // It has no peer to meet.
                 let own = Process::own().map_or(0, |own| own.start);
                 let name = format!(
                     "alone/{}.{own}/{}",

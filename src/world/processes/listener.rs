@@ -1,5 +1,5 @@
-//! Who comes to a socket that anybody on this host can find: other users, programs that wanted something else, floods. Only
-//! who says, soon, a first message of the kind that belongs here is heard.
+//! Accept loop for sockets with a guessable name. A connection is handed on only after a valid first
+//! message from the same user, within `HELLO`: other users, other programs and floods are dropped.
 
 use std::io::ErrorKind;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -35,11 +35,11 @@ pub(super) struct Listener {
     _open: mpsc::Sender<()>,
 }
 
-/// What there was not enough of for one who came, or for what he brought.
+/// The resource that was missing for a connection or for the files it sent.
 #[derive(Debug, Default)]
 struct Short {
     files: AtomicBool,
-    /// The same, though no stranger had one that another could have.
+    /// The same, although no other connection held any that could be freed.
     is_alone: AtomicBool,
     /// Why no thread could be started.
     thread: Mutex<Option<String>>,
@@ -48,11 +48,12 @@ struct Short {
 }
 
 impl Listener {
-    /// Calls `came` with everyone of this user's who says a message of these kinds, with so many files at most. Each is heard
-    /// on a thread of its own, so that nobody keeps others waiting; those above `MOST` are turned away, and may come again.
+    /// Calls `came` with each connection of this user's whose first message is of these kinds, with at
+    /// most so many files. Each is read on a thread of its own, so that none delays others; those above
+    /// `MOST` are refused, and may try again.
     ///
-    /// No thread is waited for: to close a file that a stranger has sent can take as long as he likes (`SO_LINGER`). So `came` may
-    /// still be called when the door has just been shut.
+    /// No thread is waited for: closing a file from an unknown process can take as long as that process
+    /// likes (`SO_LINGER`). So `came` may still be called just after the listener was closed.
     pub(super) fn open(
         listener: UnixListener,
         kinds: &'static [Kind],
@@ -80,9 +81,9 @@ impl Listener {
         let (hear, kept, lacks) = (Arc::new(hear), listener.clone(), short.clone());
         let keep = move || {
             keep(&kept, &is_open, &lacks, &hear);
-            let _ = is_open.recv(); // who has the listener last closes what strangers have sent to it
+            let _ = is_open.recv(); // the last holder of the listener closes what was sent to it
         };
-        match thread("door".into(), STACK, keep) {
+        match thread("listener".into(), STACK, keep) {
             Ok(_) => Ok(Listener { listener, short, _open: open }),
             Err(reason) => Err(Shut { reason, listener }),
         }
@@ -94,14 +95,14 @@ impl Listener {
         thread.or_else(|| self.short.files.load(Ordering::Relaxed).then(frame::short_of_files))
     }
 
-    /// True if nobody can be heard: there is no thread for one that came, or no file descriptor, though no other stranger has any.
+    /// True if no connection can be read: a thread or a file descriptor is missing, although no other connection holds one.
     pub(super) fn is_stuck(&self) -> bool {
         let thread = self.short.thread.lock().unwrap_or_else(PoisonError::into_inner);
         thread.is_some() || self.short.is_alone.load(Ordering::Relaxed)
     }
 }
 
-/// A socket on which nobody is heard, since no thread could be started.
+/// A socket on which no connection is read, since no thread could be started.
 #[derive(Debug)]
 pub(super) struct Shut {
     pub(super) reason: String,
@@ -109,7 +110,7 @@ pub(super) struct Shut {
 }
 
 impl Shut {
-    /// Answers so many of those that come with a reason, on this thread.
+    /// Answers so many connections with a reason, on this thread.
     pub(super) fn refuse(
         &self,
         kinds: &[Kind],
@@ -136,7 +137,7 @@ impl Shut {
 }
 
 impl Short {
-    /// There was no descriptor, while so many strangers were being heard that do not count.
+    /// There was no descriptor, while so many connections were being read that do not count.
     fn file(&self, own: usize) {
         self.files.store(true, Ordering::Relaxed);
         self.is_alone.fetch_or(self.inside.load(Ordering::Relaxed) <= own, Ordering::Relaxed);
@@ -150,7 +151,7 @@ impl Drop for Listener {
     }
 }
 
-/// Until the door is shut.
+/// Runs until the listener is closed.
 fn keep(
     listener: &UnixListener,
     is_open: &mpsc::Receiver<()>,
@@ -185,13 +186,13 @@ fn keep(
         let stranger = move || {
             let stream = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
             stream.into_iter().for_each(|stream| hear(stream));
-            leaving.inside.fetch_sub(1, Ordering::Relaxed); // last: one that can't be closed still counts
+            leaving.inside.fetch_sub(1, Ordering::Relaxed); // last: a connection that can't be closed still counts
         };
         if let Err(reason) = thread("hello".into(), STACK, stranger) {
             short.inside.fetch_sub(1, Ordering::Relaxed);
             let reason =
                 format!("this world's rank 0, or a member, can't start a thread to hear others: {reason}");
-            // A socket that nothing was sent on has room for it, so that nobody is waited for.
+            // A socket that nothing was sent on has room for it: this does not block.
             let stream = untold.lock().unwrap_or_else(PoisonError::into_inner).take();
             let _ =
                 stream.map(|stream| frame::send(&stream, (Kind::Refuse, 0, 0), &reason, &[], Instant::now()));
@@ -237,7 +238,7 @@ mod tests {
         let address = format!("other-version-{}", std::process::id());
         let address = SocketAddr::from_abstract_name(address).unwrap();
         let listener = UnixListener::bind_addr(&address).unwrap();
-        let _door = Listener::open(listener, &[Kind::Hello], 1, |_, _| panic!("it was heard")).unwrap();
+        let _listener = Listener::open(listener, &[Kind::Hello], 1, |_, _| panic!("it was heard")).unwrap();
         let stream = UnixStream::connect_addr(&address).unwrap();
         let mut header = frame::header((Kind::Hello, 0, 0), 2, 0);
         header[4] ^= 0x80;
@@ -247,7 +248,7 @@ mod tests {
         assert!(reason.contains("use one version of param-averager on every rank"), "{reason}");
     }
 
-    /// Neither those who come after him, nor whoever shuts the door, wait until a stranger's file is closed.
+    /// Neither later connections nor closing the listener wait until an unknown process's file is closed.
     #[test]
     fn what_a_stranger_sends_may_take_long_to_close() {
         let address = SocketAddr::from_abstract_name(format!("strangers-{}", std::process::id())).unwrap();
@@ -270,7 +271,7 @@ mod tests {
         let begin = Instant::now();
         frame::send(&honest, (Kind::Hello, 0, 7), &(), &[], begin + LINGER).unwrap();
         let _crowd: Vec<UnixStream> = (0..MOST).map(|_| come()).collect();
-        // One is turned away, and the other is not let in yet when the door is shut.
+        // One is refused, and the other is not admitted yet when the listener is closed.
         let late = [come(), come()];
         late.iter().for_each(|late| send(late, b"P"));
         let (say, heard) = mpsc::channel();

@@ -42,7 +42,7 @@ use view_board::ViewBoard;
 /// How long a process may take from `World::join` to its averager.
 const JOINING: Duration = Duration::from_secs(60);
 
-/// One generation of a world, as one of its processes sees it.
+/// A process's membership in one view of a world.
 #[derive(Debug)]
 pub(super) struct ProcessBootstrap {
     peer_set: Arc<PeerSet>,
@@ -194,7 +194,7 @@ impl ProcessBootstrap {
         self.listener.world()
     }
 
-    /// What ended this generation, if something did: the failure itself the first time.
+    /// What ended this view, if anything did: the failure itself the first time.
     fn failure(&self) -> Option<Error> {
         let mut status = self.status();
         let failure = status.failure.clone()?;

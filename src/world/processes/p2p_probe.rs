@@ -18,7 +18,7 @@ const FOUND: u32 = 2;
 /// What is found: nothing if memory can't be opened, else whether the bytes that were moved are right.
 type Found = Option<bool>;
 
-/// Collective among the members of a generation. Does nothing on CPUs, where all memory is one.
+/// Collective among the members of a view. Does nothing on CPUs, where all memory is one.
 ///
 /// ```text
 ///  one                                           other

@@ -1,4 +1,4 @@
-//! What this process has of a world: its peers, and the generation that it is in.
+//! This process's part of a world: its peers and its current view.
 
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -13,13 +13,13 @@ use crate::error::Stage;
 use crate::world::Placement;
 use crate::Error;
 
-/// The sockets of one process in one world. Peers are named by their ids, which are their ranks in the first generation or were
+/// The sockets of one process in one world. Peers are named by their ids, which are their ranks in the first view or were
 /// given to those that came later. When it is dropped, this process has left the world.
 #[derive(Debug)]
 pub(super) struct PeerSet {
     pub(super) me: usize,
     pub(super) connections: Arc<Connections>,
-    /// Locked for as long as this process goes from one generation to the next.
+    /// Held during a view change.
     pub(super) latest: Mutex<CurrentView>,
     /// The same, locked for a moment only.
     current: Mutex<CurrentView>,
@@ -34,7 +34,7 @@ pub(super) struct PeerSet {
     pub(super) is_new: AtomicBool,
 }
 
-/// What all communicators of one generation of this process have in common.
+/// State that all communicators of one view of this process share.
 #[derive(Clone, Debug)]
 pub(super) struct CurrentView {
     pub(super) agreed: Arc<View>,
@@ -75,7 +75,7 @@ impl CurrentView {
 }
 
 impl PeerSet {
-    /// Of a process that is in no generation yet, or in the one that is `latest`.
+    /// State of a process that is in no view yet, or in `latest`.
     pub(super) fn new(me: usize, own: LocalDevice, board: ViewBoard, latest: View) -> PeerSet {
         let connections = Connections::new(board, me, own.host_info.clone());
         let latest = CurrentView::new(latest);
@@ -97,7 +97,7 @@ impl PeerSet {
         }
     }
 
-    /// The generation that this process is in.
+    /// The view that this process is in.
     pub(super) fn current(&self) -> CurrentView {
         self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -114,14 +114,14 @@ impl PeerSet {
         self.host_infos.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Of the members of a generation, all of which this process has met.
+    /// Of the members of a view, all of which this process has met.
     pub(super) fn placement(&self, view: &CurrentView) -> Placement {
         let state = self.lock();
         let members: Vec<_> = view.members().iter().map(|id| (*id, &state.host_infos[id])).collect();
         self.host_infos().placement(&members)
     }
 
-    /// Ends the generation that this process is in, for all its members.
+    /// Aborts the current view for all its members.
     pub(super) fn abort(&self) {
         let view = self.current();
         let Some(rank) = view.members().iter().position(|&peer| peer == self.me) else { return };

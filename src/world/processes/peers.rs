@@ -58,7 +58,7 @@ pub(super) struct Connections {
     threads: Mutex<Vec<JoinHandle<()>>>,
     state: Mutex<State>,
     changed: Condvar,
-    /// Somebody waits to be let in after the generation before this one; 0: nobody.
+    /// Number of the view after which a joiner waits to be admitted, plus 1; 0: none waits.
     joiner: AtomicU32,
 }
 
@@ -70,13 +70,13 @@ pub(super) struct State {
     pub(super) trouble: BTreeMap<usize, String>,
     /// Where they are.
     pub(super) host_infos: BTreeMap<usize, HostInfo>,
-    /// By peer: what it said first, among all that nobody has asked for.
+    /// By peer: the oldest of its messages that were not asked for yet.
     messages: BTreeMap<usize, BTreeMap<(Kind, u32, u32), Frame>>,
     /// Averagers built: peers that are gone are marked on their boards.
     built: Vec<(Weak<Agreement>, Ring)>,
 }
 
-/// The generation of an averager, and the peers by their position in it.
+/// The view of an averager, and the peers by their position in it.
 #[derive(Clone, Debug)]
 pub(super) struct Ring {
     pub(super) view: u32,
@@ -103,25 +103,25 @@ impl State {
         self.get(peer, key).is_some()
     }
 
-    /// Whether the peer is gone or has given this generation up.
+    /// True if the peer has departed or has abandoned this view.
     pub(super) fn is_lost(&self, peer: usize, view: u32) -> bool {
         let is_past = |&(kind, of, _): &(Kind, u32, u32)| kind == Kind::Ready && of > view;
         self.gone.contains(&peer) || self.messages.get(&peer).is_some_and(|said| said.keys().any(is_past))
     }
 
-    /// Whether the peer has aborted this generation, or the one before when it was on its way to this.
+    /// True if the peer has aborted this view, or the one before it on its way to this one.
     pub(super) fn aborts(&self, peer: usize, view: u32) -> bool {
         let before = view.checked_sub(1).is_some_and(|last| self.has(peer, (Kind::Abort, last, 1)));
         before || [0, 1].into_iter().any(|going| self.has(peer, (Kind::Abort, view, going)))
     }
 
-    /// A peer that did not become one is a stranger again.
+    /// Forgets a peer whose connection was not completed.
     pub(super) fn forget(&mut self, peer: usize) {
         self.gone.remove(&peer);
         self.host_infos.remove(&peer);
     }
 
-    /// Forgets all but the last `most` of those that are gone and no members.
+    /// Forgets all but the last `most` departed peers that are no members.
     pub(super) fn forget_gone(&mut self, members: &[usize], most: usize) {
         // The later one came, the higher is its id.
         let outside = self.gone.iter().filter(|&peer| !members.contains(peer)).rev().skip(most);
@@ -132,7 +132,7 @@ impl State {
         }
     }
 
-    /// Those that are there, and wait to be let in after this generation.
+    /// Joiners that are connected and wait to be admitted after this view.
     pub(super) fn joiners(&self, view: u32) -> Vec<usize> {
         let waits = |peer: &usize| self.has(*peer, (Kind::JoinPending, view, 0)) && !self.gone.contains(peer);
         self.messages.keys().copied().filter(waits).collect()
@@ -144,7 +144,7 @@ impl State {
         self.host_infos.keys().filter(is_one).copied().collect()
     }
 
-    /// Forgets what was said in generations before this one.
+    /// Forgets what was said in views before this one.
     pub(super) fn forget_before(&mut self, view: u32) {
         self.messages.retain(|_, messages| {
             messages.retain(|&(_, of, _), _| of >= view);
@@ -152,14 +152,14 @@ impl State {
         });
     }
 
-    /// The averagers of all generations that are still there.
+    /// The averagers of all views that are still there.
     pub(super) fn built(&self) -> Vec<(Arc<Agreement>, Ring)> {
         self.built.iter().filter_map(|(built, ring)| Some((built.upgrade()?, ring.clone()))).collect()
     }
 }
 
 impl Connections {
-    /// Of a process that has met nobody yet.
+    /// State of a process without peers.
     pub(super) fn new(board: ViewBoard, me: usize, host_info: HostInfo) -> Connections {
         let state = State { host_infos: [(me, host_info)].into(), ..State::default() };
         Connections {
@@ -320,7 +320,7 @@ impl Connections {
         Ok(())
     }
 
-    /// Whether somebody waits to be let in after this generation. Costs next to nothing.
+    /// True if a joiner waits to be admitted after this view. One relaxed load.
     pub(super) fn has_joiner(&self, view: u32) -> bool {
         self.joiner.load(Ordering::Relaxed) == view + 1
     }
@@ -407,5 +407,5 @@ const KINDS: [Kind; 8] = [
     Kind::JoinPending,
     Kind::Reach,
 ];
-/// Those of a card.
+/// Those of a handshake.
 const MOST_FILES: usize = 3;

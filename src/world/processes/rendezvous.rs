@@ -39,7 +39,7 @@ const AGAIN: Duration = Duration::from_millis(2);
 const GRACE: Duration = Duration::from_secs(2);
 /// The number of a `Kind::Refuse` by a rank 0 whose world is not that of the process it refuses.
 const FOREIGN: u32 = 1;
-/// Bytes of a name. Messages to strangers are short, and have room for it.
+/// Bytes of a name. Messages to unknown processes are short, and have room for it.
 pub(super) const MOST_NAME: usize = 1024;
 /// Characters of a reason that a first message has room for.
 const MOST_REASON: usize = 1200;
@@ -54,11 +54,11 @@ struct Hello {
     world_size: usize,
     host_info: HostInfo,
     job: Job,
-    /// Why it can't take part: then nobody begins.
+    /// Why this rank can't take part: then the world does not begin.
     refusal: Option<String>,
 }
 
-/// What rank 0 tells everybody.
+/// Rank 0's answer to all ranks.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Welcome {
@@ -67,7 +67,7 @@ struct Welcome {
     origin: Origin,
 }
 
-/// Rank 0 of the first generation, which names the world.
+/// Rank 0 of the first view, which names the world.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Origin {
@@ -125,11 +125,11 @@ pub(super) struct Peers {
     /// For what they need besides.
     pub(super) confirmation: Confirmation,
     pub(super) origin: Origin,
-    /// Rank 0's: holds the name, and answers those that want it.
+    /// Rank 0's: holds the name, and answers processes that want it.
     pub(super) held: Option<listener::Listener>,
 }
 
-/// Collective. An error says what is wrong and what to do. Who can't take part says so to those that come
+/// Collective. An error says what is wrong and what to do. A rank that can't take part tells the ranks that come
 /// soon.
 pub(super) fn meet(me: &RankInfo, timeout: Duration) -> Result<Peers, String> {
     let timeout = if me.refusal.is_some() { timeout.min(PARTING) } else { timeout };
@@ -142,7 +142,8 @@ pub(super) fn meet(me: &RankInfo, timeout: Duration) -> Result<Peers, String> {
     }
 }
 
-/// Of rank 0, or of the door of this number. No file: it goes with the process that listens. A name
+/// Abstract socket address of rank 0 (`None`), or of the join listener of this number. It ends with the
+/// process that listens. A name
 /// that is too long is cut, and told from others by its hash.
 pub(super) fn address(name: &str, listener: Option<usize>) -> Result<SocketAddr, String> {
     if name.len() > MOST_NAME {
@@ -156,7 +157,7 @@ pub(super) fn address(name: &str, listener: Option<usize>) -> Result<SocketAddr,
     let uid = user_of_the_name();
     let socket = match listener {
         None => format!("param-averager/{uid}/{short}"),
-        Some(number) => format!("param-averager-door/{uid}/{short}/{number}"),
+        Some(number) => format!("param-averager-join/{uid}/{short}/{number}"),
     };
     SocketAddr::from_abstract_name(socket)
         .map_err(|error| format!("the name of the world, {name:?}: {error}"))
@@ -270,7 +271,7 @@ fn is_readable(stream: &UnixStream, until: Instant) -> io::Result<bool> {
     }
 }
 
-/// Without waiting where somebody listens and lets nobody in.
+/// Without waiting where somebody listens and lets no process in.
 pub(super) fn connect(address: &SocketAddr) -> io::Result<UnixStream> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
     let name = address.as_abstract_name().expect("made of one");
@@ -315,7 +316,7 @@ fn welcomed(me: &RankInfo, frame: Frame) -> Result<Peers, String> {
             Some((host_info, Connection { stream, process: None }))
         });
     }
-    // Those without a process of their own have none for anybody.
+    // Ranks without a process of their own have none to show.
     for (_, peer) in peers.iter_mut().flatten() {
         peer.process = files.next();
     }

@@ -1,13 +1,13 @@
-//! The memory that all processes of a world share: which generation the world is in, and who
+//! The memory that all processes of a world share: which view the world is in, and who
 //! belongs to it.
 //!
-//! A generation is decided by one compare-and-swap of one word, which names a list of members that
-//! was written before. Each member of a generation has a pair of lists of its own, by its rank, in
+//! A view is decided by one compare-and-swap of one word, which names a list of members that
+//! was written before. Each member of a view has a pair of lists of its own, by its rank, in
 //! which it proposes the next one; the pair's parity keeps the list that holds as it is meanwhile.
-//! Ranks pass to other processes in later generations, and one that was stopped may go on writing
-//! then. So every word of a list carries the generation that it was proposed for, and a word is
-//! only ever replaced by one of a later generation: once a list is written, no proposal of an
-//! earlier generation changes it. Ids of processes are counted, and never run out.
+//! Ranks pass to other processes in later views, and one that was stopped may go on writing
+//! then. So every word of a list carries the view that it was proposed for, and a word is
+//! only ever replaced by one of a later view: once a list is written, no proposal of an
+//! earlier view changes it. Ids of processes are counted, and never run out.
 
 use std::mem::offset_of;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -21,18 +21,18 @@ const MOST: usize = PA_MAX_WORLD as usize;
 /// What is in it. Zeroed at first.
 #[repr(C)]
 struct Words {
-    /// (generation << 32) | the rank, in the generation before, of the process whose list holds.
+    /// (view << 32) | the rank, in the view before, of the process whose list holds.
     agreed: AtomicU64,
     /// Tells this world from others of its name.
     nonce: AtomicU64,
     /// The id that the next process gets.
     next_id: AtomicU32,
     reserved: AtomicU32,
-    /// By rank in the generation before, for even and odd generations.
+    /// By rank in the view before, for even and odd views.
     lists: [[List; 2]; MOST],
 }
 
-/// Each word is (generation << 32) | value.
+/// Each word is (view << 32) | value.
 #[repr(C)]
 struct List {
     count: AtomicU64,
@@ -53,14 +53,14 @@ pub(super) struct View {
     pub(super) number: u32,
     /// Ids, by rank.
     pub(super) members: Vec<usize>,
-    /// The one of them that was let in with this generation.
+    /// The one of them that was let in with this view.
     pub(super) joined: Option<usize>,
     /// The word that says so.
     word: u64,
 }
 
 impl ViewBoard {
-    /// Of a world whose first generation has the ids 0 to `size` - 1, by rank.
+    /// Of a world whose first view has the ids 0 to `size` - 1, by rank.
     pub(super) fn new(size: usize) -> Result<ViewBoard, String> {
         let board = ViewBoard { memory: Memfd::new(size_of::<Words>())? };
         // Not of the clock and the process: two processes of two PID namespaces may have one id.
@@ -93,12 +93,12 @@ impl ViewBoard {
         id.ok().map(|id| id as usize)
     }
 
-    /// The generation that a world begins with, which may be over.
+    /// The view that a world begins with, which may be over.
     pub(super) fn first(size: usize) -> View {
         View { number: 0, members: (0..size).collect(), joined: None, word: 0 }
     }
 
-    /// The generation that the world is in.
+    /// The view that the world is in.
     pub(super) fn agreed(&self) -> View {
         loop {
             // Acquire: every word of the list is at least as new as the one that its proposer
@@ -108,7 +108,7 @@ impl ViewBoard {
             if let Some((members, joined)) = self.read(word as u32 as usize, view) {
                 return View { number: view, members, joined, word };
             }
-            // Its place has been taken by the list of a later generation, whose proposer has seen
+            // Its place has been taken by the list of a later view, whose proposer has seen
             // that another decision holds. With the release in `write`, so does this process.
             fence(Ordering::Acquire);
             if self.words().agreed.load(Ordering::Relaxed) == word {
@@ -118,7 +118,7 @@ impl ViewBoard {
         }
     }
 
-    /// The list that a rank proposed for a generation. `None`: a part of it is of another one.
+    /// The list that a rank proposed for a view. `None`: a part of it is of another one.
     fn read(&self, rank: usize, view: u32) -> Option<(Vec<usize>, Option<usize>)> {
         let list = &self.words().lists[rank % MOST][view as usize & 1];
         let load = |word: &AtomicU64| {
@@ -130,13 +130,13 @@ impl ViewBoard {
         Some((members?, load(&list.joined)?.checked_sub(1)))
     }
 
-    /// Only the generation: it may be over.
+    /// Only the view: it may be over.
     pub(super) fn view(&self) -> u32 {
         (self.words().agreed.load(Ordering::Acquire) >> 32) as u32
     }
 
-    /// Proposes the generation after `last`, of which `me` is a member: it is that if nobody else
-    /// was earlier. Each member proposes once for each generation.
+    /// Proposes the view after `last`, of which `me` is a member: it is that if nobody else
+    /// was earlier. Each member proposes once for each view.
     pub(super) fn propose(&self, me: usize, last: &View, members: &[usize], joined: Option<usize>) {
         let Some(rank) = last.members.iter().position(|&id| id == me) else { return };
         let next = last.number + 1;
@@ -150,7 +150,7 @@ impl ViewBoard {
         let list = &self.words().lists[rank][view as usize & 1];
         let write = |word: &AtomicU64, value: usize| {
             let new = u64::from(view) << 32 | value as u64;
-            // Unless a later generation's is there: then this proposal is too late, and is not
+            // Unless a later view's is there: then this proposal is too late, and is not
             // decided.
             let older = |word: u64| ((word >> 32) as u32 <= view).then_some(new);
             let _ = word.fetch_update(Ordering::Release, Ordering::Relaxed, older);

@@ -1,4 +1,4 @@
-//! From one generation of a world to the next: without members that were lost, or with one that joins.
+//! View changes: without members that were lost, or with a process that joins.
 
 use std::sync::atomic::Ordering;
 use std::sync::PoisonError;
@@ -26,7 +26,7 @@ impl ProcessBootstrap {
         self.members().len() < PA_MAX_WORLD as usize && self.peer_set.connections.has_joiner(self.number())
     }
 
-    /// Whether a process was let in with this generation.
+    /// True if a process was admitted with this view.
     pub(in crate::world) fn has_joined(&self) -> bool {
         self.view.agreed.joined.is_some()
     }
@@ -57,12 +57,12 @@ impl ProcessBootstrap {
         self.peer_set.leave();
     }
 
-    /// Collective among those that are left: the next generation, of all members that are there and say so within `timeout`, and
+    /// Collective among those that are left: the next view, of all members that are there and say so within `timeout`, and
     /// of one more if all of them `admit` it.
     ///
-    /// Each tells all others that it is ready, and which guests it knows, and waits until every other is ready or gone. Who comes
-    /// first to such a list of members, or to the end of its patience, has it decided, by compare-and-swap from the generation
-    /// before: the first list is everybody's. A process that dies on the way leaves nothing half done.
+    /// Each tells all others that it is ready, and which joiners it knows, and waits until every other is ready or gone. The
+    /// first process to have such a list of members, or to run out of time, decides it, by
+    /// compare-and-swap from the view before: all members adopt the first list. A process that dies on the way leaves nothing half done.
     pub(in crate::world) fn next_view(&self, timeout: Duration, admits: bool) -> Result<ProcessBootstrap> {
         let mut latest = self.peer_set.latest.lock().unwrap_or_else(PoisonError::into_inner);
         if latest.number() > self.number() {
@@ -75,7 +75,7 @@ impl ProcessBootstrap {
         }
         let (next, me) = (self.number() + 1, self.peer_set.me);
         let deadline = deadline::after(timeout);
-        // Who can't hear the others is not the one to say who is there.
+        // A process that can't hear its peers must not decide the list of members.
         let is_needed = |peer: &usize| self.members().contains(peer) && Some(*peer) != self.unsettled();
         if let Some((_, reason)) = self.peer_set.lock().trouble.iter().find(|(peer, _)| is_needed(peer)) {
             return Err(Error::SharedMemory { rank: self.rank(), reason: reason.clone() });
@@ -126,7 +126,7 @@ impl ProcessBootstrap {
                 let said = state.get(peer, (Kind::Ready, next, READY)).and_then(|frame| frame.parse().ok());
                 peer == me || said.is_some_and(|joiners: Vec<usize>| joiners.contains(&joiner))
             };
-            // One at a time: two guests don't know each other.
+            // One at a time: two joiners don't know each other.
             let mut joiners = joiners.iter().copied().filter(|_| members.len() < PA_MAX_WORLD as usize);
             let joined = joiners.find(|&joiner| {
                 !state.gone.contains(&joiner) && members.iter().all(|&peer| known(peer, joiner))
@@ -135,7 +135,7 @@ impl ProcessBootstrap {
             let told = [others, state.outsiders(self.members())].concat();
             drop(state);
             board.propose(me, &self.view.agreed, &members, joined);
-            // Wakes those that wait for somebody who is not coming, and guests.
+            // Wakes ranks that wait for a process that is not coming, and joiners.
             tell(DECIDED, &told, Instant::now() + SOON);
         }
         let agreed = board.agreed();
@@ -147,7 +147,7 @@ impl ProcessBootstrap {
         if let Some(joined) = latest.agreed.joined {
             let tried = p2p_probe::find(&self.peer_set, &latest, Instant::now() + timeout.min(JOINING));
             if tried.is_err() {
-                // What follows in this generation fails by it, on all ranks, and the next one has that process no more.
+                // What follows in this view fails by it, on all ranks, and the next one has that process no more.
                 let rank = latest.members().iter().position(|&id| id == joined).unwrap_or(0);
                 latest.status().failure =
                     Some(Error::PeerLost { rank, stage: Stage::Build, committed: false });
@@ -160,12 +160,12 @@ impl ProcessBootstrap {
         self.members().iter().position(|&other| other == peer).expect("a member")
     }
 
-    /// The process that joined with this generation, while it may have no model.
+    /// The process that joined with this view, while it may have no model.
     fn unsettled(&self) -> Option<usize> {
         self.view.agreed.joined.filter(|_| !self.view.settled.load(Ordering::Relaxed))
     }
 
-    /// Those that wait. Somebody has heard of one, so this process soon will, too, if it is still there.
+    /// Those that wait. Some process has heard of one, so this process soon will, too, if it is still there.
     fn joiners(&self, deadline: Instant) -> Vec<usize> {
         let soon = deadline.min(Instant::now() + SOON);
         let found = self

@@ -1,4 +1,4 @@
-//! A card, as it is sent: its memories are files, and what else they are opened by.
+//! Wire form of a handshake: memory is sent as files, with what else is needed to open it.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -22,7 +22,7 @@ pub(super) struct WireHandshake {
     memories: [Option<MemoryHandle>; 3],
 }
 
-/// Who opens a card.
+/// Reader of a handshake.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reader<'a> {
     pub(super) rank: usize,
@@ -56,7 +56,7 @@ impl WireHandshake {
         (shown, files)
     }
 
-    /// The card of this rank, whose memory is still to be opened.
+    /// The handshake of this rank, whose memory is still to be opened.
     pub(super) fn read(frame: Frame, rank: usize) -> Result<Unopened> {
         let refuse = |reason: String| Error::PeerRefused { rank, reason };
         let shown: WireHandshake =
@@ -82,7 +82,7 @@ impl WireHandshake {
     }
 }
 
-/// A card without its memory.
+/// A handshake without its memory.
 #[derive(Debug)]
 pub(super) struct Unopened {
     pub(super) rank: usize,
@@ -93,7 +93,7 @@ pub(super) struct Unopened {
 }
 
 impl Unopened {
-    /// The card with what the reader wants. An error names the rank at fault: the owner of memory that is not what it has to be, or
+    /// The handshake with what the reader wants. An error names the rank at fault: the owner of memory that is not what it has to be, or
     /// the reader, which lacks something.
     pub(super) fn open(self, reader: Reader<'_>) -> Result<Handshake> {
         let Unopened { rank, mut handshake, memories, files, is_short } = self;

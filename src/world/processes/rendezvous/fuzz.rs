@@ -1,4 +1,4 @@
-//! What a stranger can do, as bytes that a fuzzer makes up (`fuzz/` in the repository) or acts that a property test does, and
+//! What an unknown process can send, as bytes from a fuzzer (`fuzz/` in the repository) or acts that a property test does, and
 //! what must come of it all the same.
 
 mod script;
@@ -18,13 +18,13 @@ use crate::world::processes::join_listener::{JoinOffer, JoinRequest};
 use crate::world::processes::rebuild::Offered;
 use crate::world::processes::wire_handshake::{Reader, WireHandshake};
 
-/// Arbitrary bytes and files, to the very functions that read them: of a stranger, of a rank 0, or of a peer.
+/// Feeds arbitrary bytes and files to the functions that read them: as an unknown process, as rank 0, or as a peer.
 pub fn frames(data: &[u8]) {
-    const DOOR: (&[Kind], usize) = (&[Kind::Hello], 1);
-    const VISITOR: (&[Kind], usize) = (&[Kind::Welcome, Kind::Refuse], frame::MOST_FILES);
+    const LISTENER: (&[Kind], usize) = (&[Kind::Hello], 1);
+    const PENDING: (&[Kind], usize) = (&[Kind::Welcome, Kind::Refuse], frame::MOST_FILES);
     const PEER: (&[Kind], usize) = (&[Kind::Handshake, Kind::Verdict, Kind::Abort, Kind::Ready], 3);
     let Some((&how, data)) = data.split_first() else { return };
-    let (kinds, most) = [DOOR, VISITOR, PEER][how as usize % 3];
+    let (kinds, most) = [LISTENER, PENDING, PEER][how as usize % 3];
     let (at_once, stays) = (how & 8 == 0, how & 16 != 0);
     let before = left();
     let me = me("a name", 1, 3);
@@ -93,7 +93,7 @@ fn parse(me: &RankInfo, frame: Frame, how: u8) {
     }
 }
 
-/// A world whose ranks meet while strangers do as they like; the first byte says how many ranks.
+/// Lets a world meet while unknown processes do as a script says; the first byte gives the number of ranks.
 pub fn rendezvous(data: &[u8]) {
     let Some((&how, data)) = data.split_first() else { return };
     let before = left();
@@ -101,8 +101,8 @@ pub fn rendezvous(data: &[u8]) {
     nothing_is_left(before);
 }
 
-/// All ranks get into their world, and no stranger does; unless one of them says that he is a rank, in so many words: then
-/// all ranks at least end in time.
+/// All ranks enter their world, and no unknown process does. Where one sends a valid `Hello`, all ranks at
+/// least end in time.
 fn play(world_size: usize, script: &[Act]) {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let name = format!("fuzz-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
@@ -146,11 +146,11 @@ fn play(world_size: usize, script: &[Act]) {
         let heard = stranger.set_nonblocking(true).and_then(|()| stranger.read(&mut answer));
         // Only a message of another version is answered.
         let is_refused = answer[..7] == frame::header((Kind::Refuse, 0, 0), 0, 0)[..7];
-        assert!(!matches!(heard, Ok(1..)) || is_refused, "a stranger was answered");
+        assert!(!matches!(heard, Ok(1..)) || is_refused, "an unknown process was answered");
     }
 }
 
-/// Whether one says that he is a rank, were there room for all that he says.
+/// True if a script sends a valid `Hello`, provided the socket has room for it.
 fn says_hello(name: &str, script: &[Act]) -> bool {
     let (mut said, mut turn) = (vec![], 0);
     for act in script {
@@ -176,7 +176,7 @@ fn says_hello(name: &str, script: &[Act]) -> bool {
     })
 }
 
-/// Of all strangers of a script.
+/// Most connections of one script.
 const MOST_CONNECTIONS: usize = 200;
 
 struct Strangers<'a> {
@@ -213,7 +213,7 @@ impl Strangers<'_> {
         }
     }
 
-    /// Once somebody listens, and while there is room.
+    /// Connects once rank 0 listens, and while there is room.
     fn connect(&self, is_over: &dyn Fn() -> bool) -> Option<UnixStream> {
         let patience = Instant::now() + Duration::from_millis(20);
         while !is_over() && Instant::now() < patience {
@@ -257,9 +257,9 @@ mod tests {
     use proptest::collection::vec;
     use proptest::prelude::*;
 
-    /// Of strangers who never say that they are a rank, but much that is nearly that.
+    /// Scripts without a valid `Hello`, but with much that is nearly one.
     fn act() -> impl Strategy<Value = Act> {
-        let bytes = prop_oneof![vec(any::<u8>(), 0..100), vec(any::<u8>(), 5000), Just(b"PAVG\x02".to_vec())];
+        let bytes = prop_oneof![vec(any::<u8>(), 0..100), vec(any::<u8>(), 5000), Just(b"PAVG\x03".to_vec())];
         let files = prop_oneof![4 => Just(0), 1 => any::<u8>()];
         let half_a_hello =
             (files.clone(), 1u8..100).prop_map(|(files, keep)| Act::Say { kind: 0, files, keep });

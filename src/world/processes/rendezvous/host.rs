@@ -138,7 +138,7 @@ impl RankZero<'_> {
         Ok(())
     }
 
-    /// Tells those that came, and those that come now.
+    /// Tells the ranks that came, and those that come now.
     fn refuse_all(&mut self, pendings: &mpsc::Receiver<Pending>, listener: &Listener, reason: &str) {
         let mut left = (self.me.world_size - 1).saturating_sub(self.came.len() + self.refused);
         // Closed, so that others get their descriptors.
@@ -147,7 +147,7 @@ impl RankZero<'_> {
         left += if self.is_contested { self.me.world_size } else { 0 };
         let begin = Instant::now();
         while left > 0 {
-            // Those that nobody can hear are told by the door.
+            // Connections that can't be read are answered by the listener.
             let grace = if self.me.refusal.is_some() && !listener.is_stuck() { PARTING } else { GRACE };
             let patience = self.deadline.min(begin + grace).saturating_duration_since(Instant::now());
             match pendings.recv_timeout(patience.min(TICK)) {
@@ -244,7 +244,7 @@ impl RankZero<'_> {
     }
 
     /// Refuses a rank of another job. That job has a rank 0 of its own, and this world begins
-    /// without it; or else it is not another job, and nobody is to wait.
+    /// without it; otherwise it is no other job, and no rank has to wait.
     fn turn_away(&mut self, pending: &Pending, differs: &str) {
         let Hello { rank, job, world_size, .. } = &pending.hello;
         let reason = format!(
@@ -296,7 +296,7 @@ impl RankZero<'_> {
             files.extend(processes.unwrap_or_default().into_iter().map(AsFd::as_fd));
             match frame::send(&pending.stream, (Kind::Welcome, 0, 0), &welcome, &files, self.deadline) {
                 Err(error) if !is_early(&error) => return Err(failed(error)),
-                _ => {} // one that has gone is found out by all, as a peer
+                _ => {} // a departed one is found out by all, as a peer
             }
         }
         let peers = welcome.host_infos.into_iter().enumerate().map(|(rank, host_info)| {
@@ -310,7 +310,7 @@ impl RankZero<'_> {
     }
 }
 
-/// Whether the other end is closed: nobody says anything after its hello.
+/// True if the other end is closed: no rank sends anything after its hello.
 fn has_hung_up(stream: &UnixStream) -> bool {
     let _ = stream.set_nonblocking(true);
     let peeked = rustix::net::recv(stream, &mut [0; 1], rustix::net::RecvFlags::PEEK);

@@ -1,4 +1,4 @@
-//! The name of a world: how rank 0 takes it, and what it answers later to those that want it, too.
+//! The name of a world: how rank 0 takes it, and what it answers to later processes that want it.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
@@ -121,7 +121,7 @@ fn part(me: &RankInfo, address: &SocketAddr, deadline: Instant, reason: &str) {
                 let _ = send.try_send(Pending { stream, hello, process: None });
             }
         };
-        let Ok(_door) = Listener::open(listener, &[Kind::Hello], 1, came) else { return };
+        let Ok(_listener) = Listener::open(listener, &[Kind::Hello], 1, came) else { return };
         while let Ok(pending) = pendings.recv_timeout(until.saturating_duration_since(Instant::now())) {
             pending.refuse(reason);
             left -= 1;

@@ -1,4 +1,4 @@
-//! What strangers do and say, made of bytes.
+//! Acts of unknown processes, decoded from bytes.
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,7 +13,7 @@ use crate::world::processes::job::{Job, Known};
 use crate::world::processes::rendezvous::{Origin, RankInfo, Welcome};
 use crate::world::Device;
 
-/// An act of a stranger, or of a rank.
+/// An act of an unknown process, or of a rank.
 #[derive(Clone, Debug)]
 pub(super) enum Act {
     /// One more connection, the one of the acts that follow.
@@ -90,7 +90,7 @@ fn files(files: u8, own: BorrowedFd<'_>) -> Vec<OwnedFd> {
     (0..count).filter_map(|_| file.try_clone().ok()).collect()
 }
 
-/// As much of it as there is room for; who is not there any more hears nothing. Returns how much that was.
+/// As much of it as there is room for; a closed peer receives nothing. Returns how much that was.
 fn write(stream: &UnixStream, bytes: &[u8], files: &[OwnedFd]) -> usize {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -133,7 +133,7 @@ pub(super) fn message(me: &RankInfo, kind: u8, files: usize, keep: u8) -> Vec<u8
 /// The header of a message that begins so, as it is written down in `frame`: its kind, files and bytes of body.
 pub(super) fn read_header(bytes: &[u8]) -> Option<(u8, usize, usize)> {
     let header = bytes.get(..20)?;
-    let right = header.starts_with(b"PAVG\x02\x00");
+    let right = header.starts_with(b"PAVG\x03\x00");
     right.then(|| {
         (header[6], header[7].into(), u32::from_le_bytes([16, 17, 18, 19].map(|at| header[at])) as usize)
     })
