@@ -31,7 +31,7 @@ pub(crate) use tensors::{Plain, Tensors};
 
 use crate::abi::*;
 use crate::backend::Unstarted;
-use crate::error::Stage;
+use crate::error::Phase;
 use crate::schedule::place;
 use crate::world::{AbortHandle, Agreement, Communicator};
 use crate::{Error, Parameters, Result};
@@ -226,9 +226,8 @@ impl ParamAverager {
         if let Some(cause) = &self.failed {
             return Err(Error::Poisoned { cause: Box::new(cause.clone()) });
         }
-        let failure = self.agreement.control.failure().map(|failure| self.fatal(failure, Stage::Meet, false));
-        let superseded =
-            || self.communicator.is_superseded().then(|| Error::Superseded { rank: self.rank() });
+        let failure = self.agreement.control.failure().map(|failure| self.fatal(failure, Phase::Meet, false));
+        let superseded = || self.communicator.is_superseded().then(|| Error::StaleView { rank: self.rank() });
         if let Some(error) = failure.or_else(superseded) {
             self.failed = Some(error.clone());
             return Err(error);
@@ -295,7 +294,7 @@ impl ParamAverager {
     /// The second half: waits for it.
     fn end(&mut self, start: Instant) -> Result<Outcome> {
         if self.own.engine.was_captured() {
-            return Err(Error::Option {
+            return Err(Error::InvalidOption {
                 rank: self.rank(),
                 option: "stream",
                 found: "being captured, so the average has not run".into(),

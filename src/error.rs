@@ -9,7 +9,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// Where in an average a rank was when it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
-pub enum Stage {
+pub enum Phase {
     /// Building the averager: ranks wait for one another and compare layouts.
     Build,
     /// The meeting: ranks wait for one another and compare what they are about to do.
@@ -24,15 +24,15 @@ pub enum Stage {
     Exit,
 }
 
-impl fmt::Display for Stage {
+impl fmt::Display for Phase {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Stage::Build => "while building the averager",
-            Stage::Meet => "at the start of an average",
-            Stage::Reduce => "while summing",
-            Stage::Commit => "at the vote before writing",
-            Stage::Gather => "while writing the mean",
-            Stage::Exit => "at the end of an average",
+            Phase::Build => "while building the averager",
+            Phase::Meet => "at the start of an average",
+            Phase::Reduce => "while summing",
+            Phase::Commit => "at the vote before writing",
+            Phase::Gather => "while writing the mean",
+            Phase::Exit => "at the end of an average",
         })
     }
 }
@@ -78,7 +78,7 @@ pub enum Error {
     },
 
     /// The processes of a world did not find one another. Every rank that waits gets the same error.
-    #[error("rank {rank} does not get into its world: {reason}")]
+    #[error("rank {rank} can't enter its world: {reason}")]
     Rendezvous {
         /// This rank.
         rank: usize,
@@ -87,8 +87,8 @@ pub enum Error {
     },
 
     /// A process could not join a world that has begun.
-    #[error("this process was not let into the world {rendezvous:?}: {reason}")]
-    Join {
+    #[error("this process was refused by the world {rendezvous:?}: {reason}")]
+    JoinRefused {
         /// The name of the world.
         rendezvous: String,
         /// Why, and what to do.
@@ -97,7 +97,7 @@ pub enum Error {
 
     /// A rank that is another process could not build its averager.
     #[error("rank {rank} can't build its averager: {reason}")]
-    PeerRefused {
+    PeerBuildFailed {
         /// The rank.
         rank: usize,
         /// Its own error.
@@ -105,8 +105,8 @@ pub enum Error {
     },
 
     /// The others went on without this rank, since it did not come to the recovery in time.
-    #[error("the others went on without what was rank {rank}, which was not there within {timeout:?}: its parameters are its own; it can drop its averagers and join them again with World::join")]
-    LeftOut {
+    #[error("rank {rank} was excluded: it did not reach the recovery within {timeout:?}. The recovery has not changed its parameters. Drop its averagers and rejoin with World::join")]
+    Excluded {
         /// What this rank was.
         rank: usize,
         /// How long this rank would have waited.
@@ -114,22 +114,22 @@ pub enum Error {
     },
 
     /// The ranks of this averager's world have lost one or let one in since it was built, through another averager.
-    #[error("rank {rank}: the world has lost a rank or let one in since this averager was built: call recover on it, on every rank")]
-    Superseded {
+    #[error("rank {rank}: the world has lost or admitted a rank since this averager was built: call recover on it, on every rank")]
+    StaleView {
         /// What this rank was.
         rank: usize,
     },
 
     /// A world of this kind can't go on after a failure.
-    #[error("rank {rank} is a thread of its process, whose world can't recover: build a new one with World::in_process")]
-    NoRecovery {
+    #[error("rank {rank} is a thread, and a world of threads can't recover: build a new one with World::in_process")]
+    RecoveryUnsupported {
         /// This rank.
         rank: usize,
     },
 
     /// An option of the builder has a value it can't have.
     #[error("rank {rank}: the option `{option}` is {found}: {expected}")]
-    Option {
+    InvalidOption {
         /// This rank.
         rank: usize,
         /// The builder's method.
@@ -175,7 +175,7 @@ pub enum Error {
 
     /// A tensor that can't be averaged as it is.
     #[error("rank {rank}: {tensor} {problem}")]
-    Tensor {
+    InvalidTensor {
         /// This rank.
         rank: usize,
         /// The tensor.
@@ -196,9 +196,7 @@ pub enum Error {
     },
 
     /// Some ranks passed a weight and some did not. No tensor was changed.
-    #[error(
-        "rank {rank} calls another of average and average_weighted than rank 0: call the same on every rank"
-    )]
+    #[error("one of rank {rank} and rank 0 called average_weighted, the other average: use the same call on every rank")]
     WeightingDiffers {
         /// The first rank that differs from rank 0.
         rank: usize,
@@ -206,7 +204,7 @@ pub enum Error {
 
     /// A weight that is negative, infinite or NaN. No tensor was changed.
     #[error("rank {rank} passes the weight {weight}: weights are finite and not negative, such as the number of samples seen")]
-    Weight {
+    InvalidWeight {
         /// The first rank at fault.
         rank: usize,
         /// Its weight.
@@ -215,10 +213,10 @@ pub enum Error {
 
     /// Every rank's weight is zero: there is no mean. No tensor was changed.
     #[error("all weights are zero, so there is no mean: at least one rank must pass a positive weight")]
-    NoWeight,
+    AllWeightsZero,
 
     /// A rank holds a NaN or an infinity and was asked to reject it. No tensor was changed.
-    #[error("rank {rank} holds a value that is not finite in {tensor}, element {element}: nobody's parameters were changed; restore that rank from a checkpoint, or leave it out with weight 0")]
+    #[error("rank {rank} holds a value that is not finite in {tensor}, element {element} (no tensor of any rank was changed): restore that rank from a checkpoint, or leave it out with weight 0")]
     NonFinite {
         /// The last rank that does.
         rank: usize,
@@ -229,36 +227,36 @@ pub enum Error {
     },
 
     /// A rank did not come, or stopped on the way.
-    #[error("rank {rank} did not move for {timeout:?} {stage}{}: see what it does, or raise the builder's `timeout`; then build a new world", written(.committed))]
+    #[error("rank {rank} did not move for {timeout:?} {phase}{}: see what it does, or raise the builder's `timeout`; then build a new world", written(.committed))]
     Timeout {
         /// The rank everybody waits for.
         rank: usize,
         /// How long one wait may last.
         timeout: Duration,
         /// Where the first rank to give up was.
-        stage: Stage,
+        phase: Phase,
         /// Some tensors may hold the mean already, others the rank's own values.
         committed: bool,
     },
 
     /// Some process called [`AbortHandle::abort`](crate::AbortHandle::abort).
-    #[error("rank {rank} aborted the world {stage}{}: build a new world to go on", written(.committed))]
+    #[error("rank {rank} aborted the world {phase}{}: build a new world to go on", written(.committed))]
     Aborted {
         /// The rank whose handle it was.
         rank: usize,
         /// Where this world was.
-        stage: Stage,
+        phase: Phase,
         /// Some tensors may hold the mean already, others the rank's own values.
         committed: bool,
     },
 
     /// A rank dropped its averager or its communicator: it finished early, failed or panicked.
-    #[error("rank {rank} has left the world {stage}{}: see why it ended; the others can go on in a new world", written(.committed))]
+    #[error("rank {rank} has left the world {phase}{}: see why it ended; the others can go on in a new world", written(.committed))]
     PeerLost {
         /// The rank that is gone.
         rank: usize,
         /// Where the first rank to notice was.
-        stage: Stage,
+        phase: Phase,
         /// Some tensors may hold the mean already, others the rank's own values.
         committed: bool,
     },
@@ -279,6 +277,7 @@ pub enum Error {
     #[error("this world has failed before ({cause}): build a new one")]
     Poisoned {
         /// That failure.
+        #[source]
         cause: Box<Error>,
     },
 
@@ -319,8 +318,59 @@ pub enum Error {
     },
 }
 
+/// Cause of an [`Error`], by what has to be mended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// An argument, an option or a call of this program.
+    Usage,
+    /// A difference between ranks that must be the same on all of them.
+    Mismatch,
+    /// A rank that is late, gone, aborted or can't take part.
+    Peer,
+    /// A device or its driver.
+    Device,
+    /// Variables, limits and memory of the process.
+    Environment,
+}
+
 impl Error {
-    /// Whether the averager, and those of all other ranks, can't be used any more.
+    /// Cause of the error. An error that was caused by another one has that one's kind.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Error::AfterAverage { cause, .. } | Error::Poisoned { cause } => cause.kind(),
+            Error::WorldSize { .. }
+            | Error::RecoveryUnsupported { .. }
+            | Error::InvalidOption { .. }
+            | Error::InvalidTensor { .. }
+            | Error::InvalidWeight { .. }
+            | Error::AllWeightsZero
+            | Error::LayoutChanged { .. }
+            | Error::NonFinite { .. } => ErrorKind::Usage,
+            Error::OptionsDiffer { .. }
+            | Error::LayoutsDiffer { .. }
+            | Error::SchedulesDiffer { .. }
+            | Error::WeightingDiffers { .. } => ErrorKind::Mismatch,
+            Error::Rendezvous { .. }
+            | Error::JoinRefused { .. }
+            | Error::PeerBuildFailed { .. }
+            | Error::Excluded { .. }
+            | Error::StaleView { .. }
+            | Error::Timeout { .. }
+            | Error::Aborted { .. }
+            | Error::PeerLost { .. } => ErrorKind::Peer,
+            Error::DeviceUnavailable { .. } | Error::CudaUnavailable { .. } | Error::DeviceFailed { .. } => {
+                ErrorKind::Device
+            }
+            Error::Environment { .. }
+            | Error::SharedMemory { .. }
+            | Error::Memory { .. }
+            | Error::Thread { .. } => ErrorKind::Environment,
+        }
+    }
+
+    /// True if no averager of this rank in this world can be used any more. Those of all other ranks
+    /// can't either, except after [`Error::Excluded`], where the others went on.
     pub fn is_fatal(&self) -> bool {
         if let Error::AfterAverage { cause, .. } = self {
             return cause.is_fatal();
@@ -332,7 +382,8 @@ impl Error {
                 | Error::PeerLost { .. }
                 | Error::DeviceFailed { .. }
                 | Error::Poisoned { .. }
-                | Error::Superseded { .. }
+                | Error::StaleView { .. }
+                | Error::Excluded { .. }
         )
     }
 
@@ -362,5 +413,30 @@ fn written(committed: &bool) -> &'static str {
         " (tensors may be partly averaged)"
     } else {
         " (no tensor was changed)"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_that_follow_from_others_show_them() {
+        let cause = Error::PeerLost { rank: 1, phase: Phase::Meet, committed: false };
+        let boxed = || Box::new(cause.clone());
+        for error in
+            [Error::Poisoned { cause: boxed() }, Error::AfterAverage { averaged: None, cause: boxed() }]
+        {
+            let source = std::error::Error::source(&error).expect("a source").to_string();
+            assert_eq!(source, cause.to_string());
+            assert_eq!((error.kind(), error.is_fatal()), (ErrorKind::Peer, true));
+        }
+        assert!(std::error::Error::source(&cause).is_none());
+    }
+
+    #[test]
+    fn an_excluded_rank_has_no_averager_left() {
+        let excluded = Error::Excluded { rank: 2, timeout: Duration::from_secs(1) };
+        assert!(excluded.is_fatal() && excluded.tensors_unchanged());
     }
 }

@@ -57,7 +57,7 @@ mod world;
 
 pub use averager::{Algorithm, Builder, Link, ParamAverager, Pending, Report};
 pub use backend::cuda::{Connection, CudaDevice, PeerAccess, Topology};
-pub use error::{Error, Result, Stage};
+pub use error::{Error, ErrorKind, Phase, Result};
 #[cfg(feature = "cudarc")]
 pub use interop::{CudaParams, CudaTensorMut};
 pub use local_sgd::{Action, LocalSgd};

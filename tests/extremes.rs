@@ -64,7 +64,7 @@ proptest! {
         prop_assert_eq!(&results[0], &results[1]);
         match &results[0] {
             Ok(()) => prop_assert!(valid),
-            Err(Error::Option { option, .. }) => {
+            Err(Error::InvalidOption { option, .. }) => {
                 prop_assert!(!valid && ["channels", "slots", "chunk_bytes", "timeout"].contains(option))
             }
             Err(error) => prop_assert!(false, "{}", error),
@@ -95,8 +95,8 @@ proptest! {
         let is_weight = |weight: f64| weight >= 0.0 && weight.is_finite();
         match &results[0] {
             Ok(()) => prop_assert!(is_weight(weights.0) && is_weight(weights.1)),
-            Err(Error::Weight { .. }) => prop_assert!(!is_weight(weights.0) || !is_weight(weights.1)),
-            Err(Error::NoWeight) => prop_assert!(weights.0 == 0.0 && weights.1 == 0.0),
+            Err(Error::InvalidWeight { .. }) => prop_assert!(!is_weight(weights.0) || !is_weight(weights.1)),
+            Err(Error::AllWeightsZero) => prop_assert!(weights.0 == 0.0 && weights.1 == 0.0),
             Err(error) => prop_assert!(false, "{}", error),
         }
     }
@@ -125,7 +125,7 @@ proptest! {
         let mut builder = ParamAverager::builder(one());
         builder = builder.channels(1);
         let error = builder.build(&mut tensors).map(drop).unwrap_err();
-        prop_assert!(matches!(error, Error::Tensor { rank: 0, .. }), "{}", error);
+        prop_assert!(matches!(error, Error::InvalidTensor { rank: 0, .. }), "{}", error);
     }
 
     #[test]
@@ -148,6 +148,6 @@ proptest! {
         let world = World::builder().rank(rank).world_size(size).rendezvous("extremes").timeout(timeout);
         let error = world.build().map(drop).unwrap_err();
         prop_assert!(matches!(error, Error::WorldSize { .. } | Error::Environment { .. }), "{}", error);
-        prop_assert_eq!(one().recover(timeout).unwrap_err(), Error::NoRecovery { rank: 0 });
+        prop_assert_eq!(one().recover(timeout).unwrap_err(), Error::RecoveryUnsupported { rank: 0 });
     }
 }

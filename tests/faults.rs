@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use common::{ranks, Guarded, Random};
 use param_averager::__testing::Testing;
-use param_averager::{Algorithm, Builder, Communicator, Dtype, Error, ParamAverager, Stage};
+use param_averager::{Algorithm, Builder, Communicator, Dtype, Error, ParamAverager, Phase};
 
 const TIMEOUT: Duration = Duration::from_millis(600);
 /// How long an error may take beyond the timeout on a machine with more threads than cores.
@@ -96,7 +96,7 @@ fn a_rank_that_never_arrives_is_named_by_all_others() {
     for way in WAYS {
         for (n, late) in [(2, 1), (3, 0), (4, 2)] {
             let seen = one_average(n, way, |b| b, |rank, _, _| (rank != late).then_some(None));
-            let error = Error::Timeout { rank: late, timeout: TIMEOUT, stage: Stage::Meet, committed: false };
+            let error = Error::Timeout { rank: late, timeout: TIMEOUT, phase: Phase::Meet, committed: false };
             expect(&seen, &error);
         }
     }
@@ -233,7 +233,7 @@ fn an_abort_from_another_thread_ends_every_wait() {
                 None // rank 2 never comes
             },
         );
-        expect(&seen, &Error::Aborted { rank: 2, stage: Stage::Meet, committed: false });
+        expect(&seen, &Error::Aborted { rank: 2, phase: Phase::Meet, committed: false });
     }
 }
 
@@ -251,7 +251,7 @@ fn an_abort_while_nobody_waits_is_seen_by_the_next_average() {
             Some(None)
         },
     );
-    expect(&seen, &Error::Aborted { rank: 0, stage: Stage::Meet, committed: false });
+    expect(&seen, &Error::Aborted { rank: 0, phase: Phase::Meet, committed: false });
 }
 
 #[test]
@@ -271,7 +271,7 @@ fn a_rank_that_drops_its_averager_is_lost_at_once() {
             assert!(start.elapsed() < GRACE);
             Some(error)
         });
-        let lost = Some(Error::PeerLost { rank: 1, stage: Stage::Meet, committed: false });
+        let lost = Some(Error::PeerLost { rank: 1, phase: Phase::Meet, committed: false });
         assert_eq!(results, [lost.clone(), None, lost], "{way:?}");
     }
 }
@@ -298,7 +298,7 @@ fn a_rank_that_is_gone_is_missed_while_another_is_late() {
                 known.wait();
             }
             assert!(start.elapsed() < GRACE, "{way:?}, rank {rank}");
-            assert_eq!(error, Error::PeerLost { rank: 1, stage: Stage::Meet, committed: false }, "{way:?}");
+            assert_eq!(error, Error::PeerLost { rank: 1, phase: Phase::Meet, committed: false }, "{way:?}");
         });
     }
 }
@@ -350,7 +350,7 @@ fn weights_that_make_no_mean_are_refused_by_all() {
         for (weight, rank) in [(-1.0, 2), (f64::NAN, 0), (f64::INFINITY, 1)] {
             let seen = one_average(3, way, |b| b, |r, _, _| Some(Some(if r == rank { weight } else { 1.0 })));
             for seen in seen.iter().flatten() {
-                let Some(Error::Weight { rank: named, weight: found }) = seen.error else {
+                let Some(Error::InvalidWeight { rank: named, weight: found }) = seen.error else {
                     panic!("{:?}", seen.error)
                 };
                 assert_eq!((named, found.to_bits()), (rank, weight.to_bits()));
@@ -358,7 +358,7 @@ fn weights_that_make_no_mean_are_refused_by_all() {
             }
         }
         let seen = one_average(3, way, |b| b, |_, _, _| Some(Some(0.0)));
-        expect(&seen, &Error::NoWeight);
+        expect(&seen, &Error::AllWeightsZero);
         let seen = one_average(3, way, |b| b, |rank, _, _| Some((rank == 2).then_some(1.0)));
         expect(&seen, &Error::WeightingDiffers { rank: 2 });
     }

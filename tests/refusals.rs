@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use common::ranks;
 use param_averager::{
-    Algorithm, Communicator, Device, Dtype, Error, Link, ParamAverager, Parameters, Stage, TensorMut, World,
+    Algorithm, Communicator, Device, Dtype, Error, Link, ParamAverager, Parameters, Phase, TensorMut, World,
 };
 
 const TIMEOUT: Duration = Duration::from_millis(600);
@@ -61,14 +61,14 @@ fn a_rank_that_does_not_build_is_a_timeout_and_one_that_is_gone_is_lost() {
         }
         ParamAverager::builder(communicator).timeout(TIMEOUT).build(&mut vec![0f32; 10]).unwrap_err()
     });
-    let timeout = Error::Timeout { rank: 1, timeout: TIMEOUT, stage: Stage::Build, committed: false };
+    let timeout = Error::Timeout { rank: 1, timeout: TIMEOUT, phase: Phase::Build, committed: false };
     assert_eq!(late, vec![timeout; 3], "the late one, too");
 
     let gone = ranks(3, |communicator| {
         (communicator.rank() != 1)
             .then(|| ParamAverager::builder(communicator).build(&mut vec![0f32; 10]).unwrap_err())
     });
-    let lost = Some(Error::PeerLost { rank: 1, stage: Stage::Build, committed: false });
+    let lost = Some(Error::PeerLost { rank: 1, phase: Phase::Build, committed: false });
     assert_eq!(gone, [lost.clone(), None, lost]);
 }
 
@@ -88,7 +88,7 @@ fn worlds_and_devices_that_cannot_be_are_refused() {
         builder(Link::Peer).build(&mut vec![0f32; 10]).map(drop).unwrap_err()
     });
     for error in errors {
-        assert!(matches!(error, Error::Option { rank: 0, option: "link", .. }), "{error}");
+        assert!(matches!(error, Error::InvalidOption { rank: 0, option: "link", .. }), "{error}");
     }
     // What a machine with a driver says, or one without, is tests/cuda.rs's.
     if let Err(said) = param_averager::__private::fatbin() {
@@ -155,7 +155,7 @@ fn tensors_that_begin_to_overlap_are_refused_as_long_as_they_do() {
         let mut averager = ParamAverager::builder(communicator).build(&mut tensors(10)).unwrap();
         for _ in 0..3 {
             let error = averager.average(&mut tensors(if own { 9 } else { 10 })).unwrap_err();
-            assert!(matches!(error, Error::Tensor { rank: 1, .. }), "{error}");
+            assert!(matches!(error, Error::InvalidTensor { rank: 1, .. }), "{error}");
             assert!(error.to_string().contains("shares memory with tensor 0"), "{error}");
         }
         averager.average(&mut tensors(20)).unwrap();
@@ -208,7 +208,7 @@ fn a_nan_of_one_average_is_not_told_in_the_next() {
             assert!(matches!(error, Error::LayoutChanged { rank: 1, .. }), "{algorithm:?}: {error}");
             assert!(error.to_string().contains(found), "{algorithm:?}: {error}");
         }
-        assert_eq!(errors[0][3], Error::Weight { rank: 1, weight: -1.0 }, "{algorithm:?}");
+        assert_eq!(errors[0][3], Error::InvalidWeight { rank: 1, weight: -1.0 }, "{algorithm:?}");
     }
 }
 

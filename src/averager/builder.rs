@@ -164,7 +164,7 @@ impl Builder {
 
     pub(super) fn check(&self) -> Result<()> {
         let refuse = |option, found: String, expected| {
-            Err(Error::Option { rank: self.communicator.rank(), option, found, expected })
+            Err(Error::InvalidOption { rank: self.communicator.rank(), option, found, expected })
         };
         match (self.channels, self.chunk_bytes) {
             (Some(channels), _) if !(1..=1024).contains(&channels) => {

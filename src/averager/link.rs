@@ -38,7 +38,7 @@ impl Link {
     pub(super) fn refusal(self, placement: &Placement, rank: usize, space: &MemorySpace) -> Option<Error> {
         let refuse = |found| {
             let expected = "Auto, or Host, which works everywhere";
-            Some(Error::Option { rank, option: "link", found, expected })
+            Some(Error::InvalidOption { rank, option: "link", found, expected })
         };
         if self != Link::Peer {
             return None;

@@ -6,7 +6,7 @@ use super::table::Problem;
 use super::{Call, Outcome, ParamAverager, Report};
 use crate::abi::*;
 use crate::backend::Unstarted;
-use crate::error::Stage;
+use crate::error::Phase;
 use crate::schedule::place;
 use crate::world::Failure;
 use crate::{Error, Result};
@@ -58,13 +58,13 @@ impl ParamAverager {
                 expected: place::in_words(status.detail),
             },
             PA_WEIGHTING => Error::WeightingDiffers { rank },
-            PA_BAD_WEIGHT => Error::Weight { rank, weight: f64::from_bits(status.found) },
-            PA_NO_WEIGHT => Error::NoWeight,
+            PA_BAD_WEIGHT => Error::InvalidWeight { rank, weight: f64::from_bits(status.found) },
+            PA_NO_WEIGHT => Error::AllWeightsZero,
             // PA_OPEN: told to leave without a word, by a test.
             PA_OPEN => {
-                self.fatal(Failure { kind: PA_LEFT, position: self.position() }, Stage::Exit, committed)
+                self.fatal(Failure { kind: PA_LEFT, position: self.position() }, Phase::Exit, committed)
             }
-            kind => self.fatal(Failure { kind, position }, stage(status.where_), committed),
+            kind => self.fatal(Failure { kind, position }, phase(status.where_), committed),
         };
         if error.is_fatal() {
             self.failed = Some(error.clone());
@@ -89,7 +89,7 @@ impl ParamAverager {
         match (problem, call.weight) {
             (Some(problem), _) => Some(self.table.error(rank, problem)),
             (_, Some(weight)) if !(weight >= 0.0 && weight.is_finite()) => {
-                Some(Error::Weight { rank, weight })
+                Some(Error::InvalidWeight { rank, weight })
             }
             _ => None,
         }
@@ -99,7 +99,7 @@ impl ParamAverager {
     pub(super) fn alone(&self, refusal: Option<Error>, call: Call, start: Instant) -> Result<Outcome> {
         match (refusal, call.weight) {
             (Some(refusal), _) => Err(refusal),
-            (_, Some(0.0)) => Err(Error::NoWeight),
+            (_, Some(0.0)) => Err(Error::AllWeightsZero),
             _ => Ok(Outcome::Averaged(self.report(Some(start)))),
         }
     }
@@ -123,7 +123,7 @@ impl ParamAverager {
     pub(crate) fn unstarted(&mut self, unstarted: Unstarted) -> Error {
         match unstarted {
             Unstarted::Refused { found, expected } => {
-                Error::Option { rank: self.rank(), option: "stream", found, expected }
+                Error::InvalidOption { rank: self.rank(), option: "stream", found, expected }
             }
             Unstarted::Failed(reason) => self.device_failed(reason),
         }
@@ -143,23 +143,23 @@ impl ParamAverager {
         Error::NonFinite { rank, tensor, element }
     }
 
-    pub(super) fn fatal(&self, failure: Failure, stage: Stage, committed: bool) -> Error {
+    pub(super) fn fatal(&self, failure: Failure, phase: Phase, committed: bool) -> Error {
         let Failure { kind, position } = failure;
         let rank = self.ring_order()[position];
         match kind {
-            PA_TIMEOUT => Error::Timeout { rank, timeout: self.timeout, stage, committed },
-            PA_ABORTED => Error::Aborted { rank, stage, committed },
-            _ => Error::PeerLost { rank, stage, committed },
+            PA_TIMEOUT => Error::Timeout { rank, timeout: self.timeout, phase, committed },
+            PA_ABORTED => Error::Aborted { rank, phase, committed },
+            _ => Error::PeerLost { rank, phase, committed },
         }
     }
 }
 
-fn stage(at: u32) -> Stage {
+fn phase(at: u32) -> Phase {
     match at {
-        PA_AT_MEET => Stage::Meet,
-        PA_AT_REDUCE => Stage::Reduce,
-        PA_AT_COMMIT => Stage::Commit,
-        PA_AT_GATHER => Stage::Gather,
-        _ => Stage::Exit,
+        PA_AT_MEET => Phase::Meet,
+        PA_AT_REDUCE => Phase::Reduce,
+        PA_AT_COMMIT => Phase::Commit,
+        PA_AT_GATHER => Phase::Gather,
+        _ => Phase::Exit,
     }
 }

@@ -77,7 +77,7 @@ impl ParamAverager {
         if self.world_size() == 1 {
             return Ok(self.report(None));
         }
-        let none = Error::Option {
+        let none = Error::InvalidOption {
             rank: self.rank(),
             option: "stream",
             found: "one on which no captured average has been replayed".into(),
@@ -119,7 +119,7 @@ impl ParamAverager {
     pub(crate) unsafe fn check_stream(&mut self, stream: *mut c_void) -> Result<()> {
         // SAFETY: the caller's promise.
         match unsafe { self.refusal(stream) }? {
-            Some(found) if self.world_size() > 1 => Err(Error::Option {
+            Some(found) if self.world_size() > 1 => Err(Error::InvalidOption {
                 rank: self.rank(),
                 option: "stream",
                 found: found.into(),

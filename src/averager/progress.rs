@@ -55,11 +55,11 @@ impl Halt {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Stage;
+    use crate::error::Phase;
     use crate::Algorithm;
 
     fn lost(committed: bool) -> Error {
-        Error::PeerLost { rank: 1, stage: Stage::Gather, committed }
+        Error::PeerLost { rank: 1, phase: Phase::Gather, committed }
     }
 
     #[test]
@@ -82,7 +82,7 @@ mod tests {
             algorithm: Algorithm::Ring,
             joiner_waits: true,
         };
-        for cause in [lost(true), lost(false), Error::NoWeight] {
+        for cause in [lost(true), lost(false), Error::AllWeightsZero] {
             let mut progress = Progress::default();
             progress.averaged(&report);
             let error = progress.halt(cause.clone()).error();

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::memory::check_room;
 use super::table::{Layout, Table};
 use super::{Builder, ParamAverager};
-use crate::error::Stage;
+use crate::error::Phase;
 use crate::world::{Admission, Communicator, Rebuild};
 use crate::{Error, Result};
 
@@ -119,7 +119,7 @@ impl Rebuild for Blueprint {
 
     fn refuse(&self, communicator: &Communicator, rank: usize) {
         let reason = "it has dropped this averager, or has joined without it: drop it on every rank".into();
-        self.put(communicator, Err(Error::PeerRefused { rank, reason }));
+        self.put(communicator, Err(Error::PeerBuildFailed { rank, reason }));
     }
 }
 
@@ -132,7 +132,7 @@ impl fmt::Debug for Blueprint {
 /// True if an error of building means that the view has lost a rank, so that the next view can do without it.
 pub(super) fn is_of_the_view(error: &Error) -> bool {
     match error {
-        Error::PeerLost { stage, .. } | Error::Timeout { stage, .. } => *stage == Stage::Build,
+        Error::PeerLost { phase, .. } | Error::Timeout { phase, .. } => *phase == Phase::Build,
         Error::Poisoned { cause } => is_of_the_view(cause), // another thread was told first
         _ => false,
     }

@@ -3,7 +3,7 @@
 use super::progress::Halt;
 use super::rebuild::is_of_the_view;
 use super::{Call, Outcome, ParamAverager, Plain, Progress, Report, Tensors};
-use crate::error::Stage;
+use crate::error::Phase;
 use crate::schedule::place;
 use crate::world::{Admission, Communicator};
 use crate::{Error, Parameters, Result};
@@ -78,7 +78,7 @@ impl ParamAverager {
     /// Every other averager of this world is to call it next, in the order in which they were built; one that averages first gets
     /// an error, and [`recover`](Self::recover) then does the same. What the new process needs to know besides, such as how many steps were
     /// made, belongs into a tensor: `LocalSgd` tells it by itself. For ranks that are processes; threads get
-    /// [`Error::NoRecovery`], and nothing has happened.
+    /// [`Error::RecoveryUnsupported`], and nothing has happened.
     ///
     /// ```no_run
     /// # fn train(averager: &mut param_averager::ParamAverager, model: &mut Vec<Vec<f32>>) -> param_averager::Result<()> {
@@ -111,7 +111,7 @@ impl ParamAverager {
 
     /// True if no average can have left them half written. One that the world has left behind began none.
     fn tensors_are_whole(&self) -> bool {
-        matches!(self.failed, None | Some(Error::Superseded { .. }))
+        matches!(self.failed, None | Some(Error::StaleView { .. }))
             && self.agreement.control.failure().is_none()
     }
 
@@ -127,11 +127,11 @@ impl ParamAverager {
         let _ = self.own.engine.finish();
         if admission != Admission::None {
             match &self.failed {
-                None | Some(Error::Superseded { .. }) => {}
+                None | Some(Error::StaleView { .. }) => {}
                 Some(cause) => return Err(progress.halt(Error::Poisoned { cause: Box::new(cause.clone()) })),
             }
             if let Some(failure) = self.agreement.control.failure() {
-                let error = self.fatal(failure, Stage::Build, false);
+                let error = self.fatal(failure, Phase::Build, false);
                 return Err(self.halt(error, progress));
             }
         }
@@ -146,7 +146,7 @@ impl ParamAverager {
             // Kept also where what follows fails: the next call begins from there.
             self.options.communicator = match next {
                 Ok(communicator) => communicator,
-                Err(error @ Error::NoRecovery { .. }) => return Err(progress.halt(error)), // nothing has happened
+                Err(error @ Error::RecoveryUnsupported { .. }) => return Err(progress.halt(error)), // nothing has happened
                 Err(error) => return Err(self.halt(error, progress)),
             };
             let communicator = self.options.communicator.clone();
@@ -199,7 +199,7 @@ impl ParamAverager {
         let ordinal = self.agreement.ordinal.as_deref().filter(|_| averages);
         communicator.rebuild(ordinal, self.timeout)?;
         let taken = self.blueprint.as_ref().and_then(|blueprint| blueprint.take(communicator.view()));
-        taken.unwrap_or_else(|| Err(Error::Superseded { rank: communicator.rank() }))
+        taken.unwrap_or_else(|| Err(Error::StaleView { rank: communicator.rank() }))
     }
 
     /// Its world is over, so that `recover` is the way on.

@@ -197,7 +197,8 @@ impl Table {
         let index = problem.tensor as usize;
         let (what, low) = (problem.found >> SHIFT, problem.found & ((1 << SHIFT) - 1));
         let tensor = || self.describe(index);
-        let trouble = |problem: &str| Error::Tensor { rank, tensor: tensor(), problem: problem.into() };
+        let trouble =
+            |problem: &str| Error::InvalidTensor { rank, tensor: tensor(), problem: problem.into() };
         match what {
             NULL => trouble("has a null pointer: pass the address of its first element"),
             TOO_LONG => trouble("is longer than any memory: pass its length in elements"),

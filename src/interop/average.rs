@@ -110,8 +110,9 @@ impl ParamAverager {
 
     /// Whether the stream is of the blocking kind, if it can be averaged on.
     fn check_cudarc(&mut self, stream: &Arc<CudaStream>, waits: bool) -> Result<bool> {
-        let refuse =
-            |rank, found: String, expected| Err(Error::Option { rank, option: "stream", found, expected });
+        let refuse = |rank, found: String, expected| {
+            Err(Error::InvalidOption { rank, option: "stream", found, expected })
+        };
         let (rank, on, context) = (self.rank(), device(stream), stream.context());
         if self.device() != on || !context.is_primary() {
             let kind = if context.is_primary() { "" } else { ", in a context that is not its primary one" };

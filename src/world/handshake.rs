@@ -56,7 +56,7 @@ impl Agreement {
     pub(super) fn of(handshakes: Vec<Handshake>) -> Result<Agreement> {
         Agreement::check(&handshakes)?;
         let reason = "it shows no notice boards".to_owned();
-        let control = handshakes[0].control.clone().ok_or(Error::PeerRefused { rank: 0, reason })?;
+        let control = handshakes[0].control.clone().ok_or(Error::PeerBuildFailed { rank: 0, reason })?;
         let ordinal = handshakes.iter().find_map(|handshake| handshake.ordinal.clone());
         Ok(Agreement { control, handshakes, ordinal })
     }
@@ -128,7 +128,11 @@ mod tests {
         }
         // What is left to find wrong is that rank 0 shows no notice boards.
         for ordinals in [[Some("0"), Some("0"), None], [None; 3]] {
-            assert!(matches!(of(ordinals), Err(Error::PeerRefused { rank: 0, .. })), "{:?}", of(ordinals));
+            assert!(
+                matches!(of(ordinals), Err(Error::PeerBuildFailed { rank: 0, .. })),
+                "{:?}",
+                of(ordinals)
+            );
         }
     }
 }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use super::{Agreement, Handshake, Placement};
-use crate::error::Stage;
+use crate::error::Phase;
 use crate::{Error, Result};
 
 #[derive(Debug)]
@@ -90,11 +90,11 @@ impl ThreadBootstrap {
             let waited = start.elapsed();
             let lost = state.gone[missing];
             if lost || waited >= timeout {
-                let stage = Stage::Build;
+                let phase = Phase::Build;
                 let failure = if lost {
-                    Error::PeerLost { rank: missing, stage, committed: false }
+                    Error::PeerLost { rank: missing, phase, committed: false }
                 } else {
-                    Error::Timeout { rank: missing, timeout, stage, committed: false }
+                    Error::Timeout { rank: missing, timeout, phase, committed: false }
                 };
                 state.failure = Some(failure);
                 self.changed.notify_all();
@@ -113,7 +113,7 @@ impl ThreadBootstrap {
 
     pub(super) fn abort(&self, rank: usize) {
         let mut state = self.lock();
-        let failure = Error::Aborted { rank, stage: Stage::Build, committed: false };
+        let failure = Error::Aborted { rank, phase: Phase::Build, committed: false };
         state.failure.get_or_insert(failure);
         // Those that are built, and those that are complete but not yet taken by anybody.
         let taken = state.built.iter().filter_map(Weak::upgrade);

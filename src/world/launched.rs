@@ -280,7 +280,7 @@ impl Communicator {
     pub(crate) fn rebuild(&self, averages: Option<&str>, timeout: Duration) -> Result<()> {
         match self.processes() {
             Some(processes) => processes.rebuild(self, averages, timeout),
-            None => Err(Error::NoRecovery { rank: self.rank() }),
+            None => Err(Error::RecoveryUnsupported { rank: self.rank() }),
         }
     }
 
@@ -301,7 +301,7 @@ impl Communicator {
 
     pub(crate) fn not_admitted(&self) -> Error {
         let reason = "the others have built an averager without letting this process in: it joins as they call ParamAverager::admit".into();
-        Error::Join { rendezvous: self.rendezvous().unwrap_or_default().to_owned(), reason }
+        Error::JoinRefused { rendezvous: self.rendezvous().unwrap_or_default().to_owned(), reason }
     }
 
     /// Whoever joined has the model now.

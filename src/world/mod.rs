@@ -194,10 +194,10 @@ impl Communicator {
     ///
     /// For ranks that are processes; it needs no rank in particular. [`ParamAverager::recover`](crate::ParamAverager::recover) does
     /// the rest, too; every rank goes on in the same one of these two ways, since a rank that recovers an averager waits for that of every
-    /// other. Of several that are cut off in time, all but one group are [left out](Error::LeftOut).
+    /// other. Of several that are cut off in time, all but one group are [left out](Error::Excluded).
     pub fn recover(&self, timeout: Duration) -> Result<Communicator> {
         match &self.membership.group {
-            Group::Threads(rank, _) => Err(Error::NoRecovery { rank: *rank }),
+            Group::Threads(rank, _) => Err(Error::RecoveryUnsupported { rank: *rank }),
             #[cfg(target_os = "linux")]
             Group::Processes(_) => self.next(timeout, false),
         }
@@ -206,7 +206,7 @@ impl Communicator {
     /// The same, after an error or not, and with a process that waits to join, if all ranks `admit` it.
     pub(crate) fn next(&self, timeout: Duration, admits: bool) -> Result<Communicator> {
         match &self.membership.group {
-            Group::Threads(rank, _) => Err(Error::NoRecovery { rank: *rank }),
+            Group::Threads(rank, _) => Err(Error::RecoveryUnsupported { rank: *rank }),
             #[cfg(target_os = "linux")]
             Group::Processes(processes) => {
                 let next = processes.next_view(timeout, admits)?;
@@ -268,7 +268,7 @@ impl Communicator {
     pub(crate) fn register(&self, _: std::sync::Weak<dyn Rebuild>) {}
 
     pub(crate) fn rebuild(&self, _: Option<&str>, _: Duration) -> Result<()> {
-        Err(Error::NoRecovery { rank: self.rank() })
+        Err(Error::RecoveryUnsupported { rank: self.rank() })
     }
 
     pub(crate) fn is_new(&self) -> bool {
@@ -280,7 +280,7 @@ impl Communicator {
     }
 
     pub(crate) fn not_admitted(&self) -> Error {
-        Error::NoRecovery { rank: self.rank() }
+        Error::RecoveryUnsupported { rank: self.rank() }
     }
 
     pub(crate) fn has_model(&self) {}

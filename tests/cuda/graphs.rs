@@ -66,7 +66,7 @@ pub fn refusals() {
                     let error = unsafe { averager.average_weighted_on(model, weight, raw.cast()) }
                         .map(drop)
                         .unwrap_err();
-                    assert!(matches!(error, Error::Weight { rank: at, .. } if at == rank), "{error}");
+                    assert!(matches!(error, Error::InvalidWeight { rank: at, .. } if at == rank), "{error}");
                 }
             };
             // SAFETY: as above.
@@ -108,7 +108,7 @@ pub fn refusals() {
             let weight = if rank == 1 { -1.0 } else { 1.0 };
             // SAFETY: as above.
             let pending = unsafe { averager.average_weighted_on(&mut model, weight, raw.cast()) }.unwrap();
-            assert!(matches!(pending.wait(), Err(Error::Weight { rank: 1, .. })));
+            assert!(matches!(pending.wait(), Err(Error::InvalidWeight { rank: 1, .. })));
             all_ready.wait();
             // SAFETY: no replay is under way.
             unsafe { sys::cuGraphExecDestroy(graph) }.result().unwrap();
@@ -133,13 +133,13 @@ fn replay(devices: &[Device], algorithm: Algorithm, commit: bool) {
         let mut averager = builder.timeout(Duration::from_secs(60)).build(&mut model).unwrap();
         // SAFETY: the stream lives, and nothing runs on it.
         let none = unsafe { averager.replayed(raw.cast()) };
-        assert!(matches!(none, Err(Error::Option { option: "stream", .. })), "{none:?}");
+        assert!(matches!(none, Err(Error::InvalidOption { option: "stream", .. })), "{none:?}");
         averager.average(&mut other).unwrap(); // what comes before makes no difference
                                                // SAFETY: own memory and stream, which live until all is done.
         let graph = unsafe {
             capture(raw, || {
                 let pending = averager.average_on(&mut model, raw.cast()).unwrap();
-                let Err(Error::Option { option: "stream", found, .. }) = pending.wait() else {
+                let Err(Error::InvalidOption { option: "stream", found, .. }) = pending.wait() else {
                     panic!("it has not run")
                 };
                 assert!(found.starts_with("being captured"), "{found}");

@@ -157,7 +157,9 @@ fn one_null_stream() {
             let mut averager = build(communicator, &mut params).unwrap();
             averager.average_cudarc(&mut params).unwrap();
             let later = averager.enqueue_cudarc(&mut params).map(drop);
-            let Err(Error::Option { option: "stream", found, .. }) = later else { panic!("{later:?}") };
+            let Err(Error::InvalidOption { option: "stream", found, .. }) = later else {
+                panic!("{later:?}")
+            };
             assert_eq!(found, "a blocking stream");
             averager.average_cudarc(&mut params).unwrap();
             all(&weights, 1.0);
@@ -192,13 +194,13 @@ fn refused(averager: &mut ParamAverager, params: &mut CudaParams<'_>) -> Error {
 }
 
 fn stream_is(error: Error, words: &str) {
-    let Error::Option { option: "stream", found, .. } = &error else { panic!("{error}") };
+    let Error::InvalidOption { option: "stream", found, .. } = &error else { panic!("{error}") };
     assert!(found.contains(words), "{error}");
 }
 
 /// Every rank hears that rank 1 passes this tensor.
 fn tensor_is(error: Error, words: &str) {
-    let Error::Tensor { rank: 1, tensor, problem } = &error else { panic!("{error}") };
+    let Error::InvalidTensor { rank: 1, tensor, problem } = &error else { panic!("{error}") };
     assert!(tensor.contains("tensor 0 `wte`") && problem.contains(words), "{error}");
 }
 

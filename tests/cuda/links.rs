@@ -93,7 +93,7 @@ pub fn every_link() {
             .unwrap_err()
     });
     for error in errors {
-        assert!(matches!(error, Error::Option { rank: 0, option: "algorithm", .. }), "{error}");
+        assert!(matches!(error, Error::InvalidOption { rank: 0, option: "algorithm", .. }), "{error}");
     }
     let error = World::in_process(&[Device::cuda(0), Device::cpu()]).unwrap_err();
     assert!(error.to_string().contains("rank 1 asks for cpu"), "{error}");
@@ -132,7 +132,7 @@ pub fn not_reached(access: PeerAccess) {
         ParamAverager::builder(communicator).link(Link::Peer).build(&mut model).map(drop).unwrap_err()
     });
     for error in errors {
-        let Error::Option { rank: 0, option: "link", found, .. } = &error else { panic!("{error}") };
+        let Error::InvalidOption { rank: 0, option: "link", found, .. } = &error else { panic!("{error}") };
         assert!(found.contains("ranks 0 and 1"), "{error}");
         assert_eq!(found.contains("were lost"), access == PeerAccess::Broken, "{error}");
     }

@@ -228,7 +228,9 @@ fn refusals() {
         builder.build(&mut model).map(drop).unwrap_err()
     });
     for error in &errors {
-        let Error::Option { rank: 0, option: "channels", found, .. } = error else { panic!("{error}") };
+        let Error::InvalidOption { rank: 0, option: "channels", found, .. } = error else {
+            panic!("{error}")
+        };
         assert!(found.contains("1000, on each of 4 ranks") && found.contains("fit"), "{error}");
     }
     // Memory of the host, at build and later.
@@ -238,7 +240,7 @@ fn refusals() {
         unsafe { TensorMut::from_raw_parts(pointer, model.len(), Dtype::F32, GPU) }
     };
     let told = |error: Error| {
-        let Error::Tensor { rank: 1, problem, .. } = &error else { panic!("{error}") };
+        let Error::InvalidTensor { rank: 1, problem, .. } = &error else { panic!("{error}") };
         assert!(problem.contains("does not lie in memory of cuda:0"), "{error}");
     };
     ranks_on(GPU, 2, |communicator| {
@@ -313,11 +315,11 @@ pub fn fail(devices: &[Device], link: Link, algorithm: Algorithm, all_or_nothing
                 let text = format!("{algorithm:?} {all_or_nothing} {fault}, rank {rank}: {error}");
                 let right = match fault {
                     "late" => {
-                        matches!(error, Error::Timeout { rank: 2, stage: Stage::Meet, committed: false, .. })
+                        matches!(error, Error::Timeout { rank: 2, phase: Phase::Meet, committed: false, .. })
                     }
                     "abort" => matches!(error, Error::Aborted { rank: 2, committed: false, .. }),
                     "gone" => {
-                        matches!(error, Error::PeerLost { rank: 2, stage: Stage::Meet, committed: false })
+                        matches!(error, Error::PeerLost { rank: 2, phase: Phase::Meet, committed: false })
                     }
                     _ => matches!(error, Error::NonFinite { rank: 2, element: 4321, .. }),
                 };

@@ -49,7 +49,7 @@ pub fn streams() {
             averager.average(&mut seen).unwrap(); // other tensors: new tables
                                                   // SAFETY: as above.
             let null = unsafe { averager.average_on(&mut model, std::ptr::null_mut()) }.map(drop);
-            let Err(Error::Option { option: "stream", found, .. }) = null else { panic!("{null:?}") };
+            let Err(Error::InvalidOption { option: "stream", found, .. }) = null else { panic!("{null:?}") };
             assert_eq!(found, "a blocking stream");
             // Work on the null stream comes first.
             // SAFETY: as above; the other ranks' work is on the null stream, too, and waits for nobody.

@@ -137,7 +137,7 @@ pub fn beside_a_blocking_capture() {
             context.bind_to_thread().unwrap();
             let (mut stream, mut graph) = (std::ptr::null_mut(), std::ptr::null_mut());
             let refused = |error: Error| {
-                let Error::Option { rank: 0, option: "stream", found, .. } = &error else {
+                let Error::InvalidOption { rank: 0, option: "stream", found, .. } = &error else {
                     panic!("{error}")
                 };
                 assert!(
@@ -162,7 +162,7 @@ pub fn beside_a_blocking_capture() {
                 // Nor can a stream be waited for that is being captured.
                 refused(averager.replayed(std::ptr::null_mut()).unwrap_err());
                 let error = averager.replayed(stream.cast()).unwrap_err();
-                assert!(matches!(error, Error::Option { option: "stream", .. }), "{error}");
+                assert!(matches!(error, Error::InvalidOption { option: "stream", .. }), "{error}");
                 sys::cuStreamEndCapture(stream, &mut graph).result().unwrap();
                 sys::cuGraphDestroy(graph).result().unwrap();
                 sys::cuStreamDestroy_v2(stream).result().unwrap();
@@ -174,7 +174,7 @@ pub fn beside_a_blocking_capture() {
                     .unwrap();
                 assert!(sys::cuStreamSynchronize(raw).result().is_err());
                 let error = averager.average_on(&mut model, raw.cast()).map(drop).unwrap_err();
-                let Error::Option { option: "stream", found, .. } = &error else { panic!("{error}") };
+                let Error::InvalidOption { option: "stream", found, .. } = &error else { panic!("{error}") };
                 assert!(found.starts_with("one whose capture has failed"), "{error}");
                 assert!(sys::cuStreamEndCapture(raw, &mut graph).result().is_err());
             }

@@ -65,7 +65,7 @@ pub fn copies() -> i32 {
         models = own();
         first.admit(&mut models[0]).unwrap();
         let error = second.average(&mut models[1]).unwrap_err();
-        assert!(matches!(error, Error::Superseded { .. }), "{error}");
+        assert!(matches!(error, Error::StaleView { .. }), "{error}");
         second.recover(&mut models[1]).unwrap();
         for (model, before) in models.iter().zip(own()) {
             assert_eq!(

@@ -218,7 +218,7 @@ fn kill_beside_a_stop(n: usize, stopped: usize, dead: usize) {
     for &rank in &others {
         assert_eq!(ranks[rank].end(), Some(0), "{:#?}", ranks[rank].heard);
         let failed = ranks[rank].said("failed");
-        let lost = format!("PeerLost {{ rank: {dead}, stage: Meet, committed: false");
+        let lost = format!("PeerLost {{ rank: {dead}, phase: Meet, committed: false");
         assert!(failed[0].contains(&lost), "{n} ranks, {stopped} is stopped, {dead} killed: {failed:?}");
         told = told.max(failed[0].split(' ').next().unwrap().parse::<u128>().unwrap() - killed);
         assert_eq!(ranks[rank].said("done"), [format!("{others:?}")]);

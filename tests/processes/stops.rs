@@ -115,7 +115,7 @@ fn go_on_without(ranks: &mut [Rank], stopped: usize) {
             "{failed:?}"
         );
     }
-    wakes(&mut ranks[stopped], &[&format!("went on without what was rank {stopped}")]);
+    wakes(&mut ranks[stopped], &[&format!("rank {stopped} was excluded")]);
     for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != stopped) {
         process.enough();
         assert_eq!(process.end(), Some(0), "rank {rank}: {:#?}", process.heard);
@@ -154,7 +154,7 @@ fn one_that_is_stopped_while_it_recovers() {
         // Numbered anew: what was rank 1 is rank 0.
         assert!(failed[1].starts_with("rank 0 did not move for 3s while building"), "{failed:?}");
     }
-    wakes(&mut ranks[1], &["went on without what was rank"]);
+    wakes(&mut ranks[1], &["was excluded: it did not reach the recovery"]);
     for rank in &mut ranks[2..] {
         rank.enough();
         assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);

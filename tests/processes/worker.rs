@@ -324,7 +324,7 @@ fn survive() -> i32 {
                         }
                         continue;
                     }
-                    Err(Error::LeftOut { .. }) => {
+                    Err(Error::Excluded { .. }) => {
                         say("left out");
                         return 5;
                     }
@@ -341,7 +341,7 @@ fn survive() -> i32 {
         let start = now_us();
         match averager.recover(&mut model) {
             Ok(()) => {}
-            Err(Error::LeftOut { .. }) => {
+            Err(Error::Excluded { .. }) => {
                 say("left out");
                 return 5;
             }

@@ -253,7 +253,7 @@ mod tests {
                 Ok(Box::new(move || {
                     RUNS.fetch_add(1, Ordering::Relaxed);
                     if fails {
-                        Err(param_averager::Error::NoWeight.into())
+                        Err(param_averager::Error::AllWeightsZero.into())
                     } else {
                         Ok(None)
                     }
@@ -261,9 +261,9 @@ mod tests {
             })
         };
         let crew = Crew::new(vec![member(false), member(true)]).unwrap();
-        assert!(matches!(crew.run(5), Err(Failure::Library(param_averager::Error::NoWeight))));
+        assert!(matches!(crew.run(5), Err(Failure::Library(param_averager::Error::AllWeightsZero))));
         assert_eq!(RUNS.load(Ordering::Relaxed), 6, "one that failed is not run again");
-        let failing = || -> Make { Box::new(|| Err(param_averager::Error::NoWeight.into())) };
+        let failing = || -> Make { Box::new(|| Err(param_averager::Error::AllWeightsZero.into())) };
         assert!(Crew::new(vec![failing(), failing()]).is_err());
     }
 }

@@ -25,7 +25,7 @@ pub enum Failure {
 impl Failure {
     pub fn exit_code(&self) -> u8 {
         match self {
-            Failure::Usage(_) | Failure::Library(param_averager::Error::Option { .. }) => 2,
+            Failure::Usage(_) | Failure::Library(param_averager::Error::InvalidOption { .. }) => 2,
             Failure::Told(code) => *code,
             // Whoever reads has seen enough, as in `allreduce-bench | head`.
             Failure::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => 0,

@@ -10,7 +10,7 @@ use super::wire_handshake::{of_itself, Reader, Unopened, WireHandshake};
 use super::{ProcessBootstrap, JOINING};
 use crate::backend::{limits, Memory};
 use crate::deadline;
-use crate::error::Stage;
+use crate::error::Phase;
 use crate::world::{Agreement, Control, Handshake};
 use crate::{Error, Result};
 
@@ -82,7 +82,7 @@ impl ProcessBootstrap {
                     || theirs.control.as_ref().is_some_and(|c| c.memory().bytes() == Control::BYTES));
             if !right {
                 let reason = "its memory is not of the size that its options make it".into();
-                return Err(Error::PeerRefused { rank, reason });
+                return Err(Error::PeerBuildFailed { rank, reason });
             }
             handshakes[rank] = theirs;
         }
@@ -105,7 +105,7 @@ impl ProcessBootstrap {
         let refused = frames.into_iter().filter(|(_, frame)| is_refusal(frame)).map(|(rank, frame)| {
             let reason =
                 frame.parse().unwrap_or_else(|error| format!("its verdict is not understood: {error}"));
-            (rank, Error::PeerRefused { rank, reason })
+            (rank, Error::PeerBuildFailed { rank, reason })
         });
         let own = own.map(|error| (self.rank(), error.clone()));
         refused.chain(own).min_by_key(|&(rank, _)| rank).map_or(Ok(()), |(_, error)| Err(error))
@@ -156,7 +156,7 @@ impl ProcessBootstrap {
                     Some(Ok(said))
                 }
             });
-            let late = || Error::Timeout { rank: first, timeout, stage: Stage::Build, committed: false };
+            let late = || Error::Timeout { rank: first, timeout, phase: Phase::Build, committed: false };
             let said = match came.unwrap_or_else(|| Err(late())) {
                 Ok(said) => said,
                 Err(_) if is_refused => return Ok(heard),
@@ -170,10 +170,10 @@ impl ProcessBootstrap {
 
     /// Why a peer that has not said it yet will not, if that is so.
     fn silence(&self, rank: usize, peer: usize, state: &State) -> Option<Error> {
-        let stage = Stage::Build;
+        let phase = Phase::Build;
         let aborts = |peer: &usize| state.aborts(*peer, self.number());
         if let Some(rank) = self.members().iter().position(aborts) {
-            return Some(Error::Aborted { rank, stage, committed: false });
+            return Some(Error::Aborted { rank, phase, committed: false });
         }
         if let Some(failure) = self.failure() {
             return Some(failure);
@@ -184,7 +184,7 @@ impl ProcessBootstrap {
                 Some(Error::SharedMemory { rank: self.rank(), reason })
             }
             None if state.is_lost(peer, self.number()) => {
-                Some(Error::PeerLost { rank, stage, committed: false })
+                Some(Error::PeerLost { rank, phase, committed: false })
             }
             None => None,
         }

@@ -144,7 +144,7 @@ impl ProcessBootstrap {
 
     /// Of a world that has begun, when that lets it in; see `World::join`.
     pub(super) fn join(name: &str, device: Device, timeout: Duration) -> Result<ProcessBootstrap> {
-        let failed = |reason| Error::Join { rendezvous: name.to_owned(), reason };
+        let failed = |reason| Error::JoinRefused { rendezvous: name.to_owned(), reason };
         let own = LocalDevice::find(device)
             .map_err(|reason| failed(format!("{device} is not available: {reason}")))?;
         limits::spare_for_all(0).map_err(failed)?;

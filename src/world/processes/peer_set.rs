@@ -9,7 +9,7 @@ use super::host_info::{LocalDevice, P2pMatrix};
 use super::peers::Connections;
 use super::rebuild::Averagers;
 use super::view_board::{View, ViewBoard};
-use crate::error::Stage;
+use crate::error::Phase;
 use crate::world::Placement;
 use crate::Error;
 
@@ -126,7 +126,7 @@ impl PeerSet {
         let view = self.current();
         let Some(rank) = view.members().iter().position(|&peer| peer == self.me) else { return };
         // Told once more, to what averages or builds in another thread.
-        let failure = Error::Aborted { rank, stage: Stage::Build, committed: false };
+        let failure = Error::Aborted { rank, phase: Phase::Build, committed: false };
         let mut status = view.status();
         let going = self.going.load(Ordering::Relaxed);
         status.aborted[usize::from(going)] = true;

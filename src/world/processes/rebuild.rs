@@ -91,7 +91,7 @@ impl ProcessBootstrap {
         for (rank, frame) in self.hear(Kind::Averagers, number, deadline, timeout, false, |_| false)? {
             theirs[rank] = frame.parse().map_err(|error| {
                 let reason = format!("its list of averagers is not understood: {error}");
-                self.fail(Error::PeerRefused { rank, reason })
+                self.fail(Error::PeerBuildFailed { rank, reason })
             })?;
         }
         // A rank that averages another one next would be waited for in vain.
@@ -100,7 +100,7 @@ impl ProcessBootstrap {
         let first = next.next().map(|(_, ordinal)| ordinal);
         if let Some((rank, _)) = next.find(|&(_, ordinal)| Some(ordinal) != first) {
             let reason = "it recovers another LocalSgd first: when one fails, recover all, in the same order on every rank";
-            return Err(Error::PeerRefused { rank, reason: reason.into() });
+            return Err(Error::PeerBuildFailed { rank, reason: reason.into() });
         }
         let all: BTreeSet<&String> = theirs.iter().flat_map(|theirs| &theirs.all).collect();
         for (index, ordinal) in all.into_iter().enumerate() {

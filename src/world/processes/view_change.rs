@@ -10,7 +10,7 @@ use super::peers::State;
 use super::{p2p_probe, ProcessBootstrap, JOINING};
 use crate::abi::PA_MAX_WORLD;
 use crate::deadline;
-use crate::error::Stage;
+use crate::error::Phase;
 use crate::{Error, Result};
 
 /// What a `Kind::Ready` says: the sender will take part.
@@ -71,7 +71,10 @@ impl ProcessBootstrap {
         if self.lacks_model() {
             self.leave();
             let reason = "it was let in, but lost a peer before it had the model: call World::join again";
-            return Err(Error::Join { rendezvous: self.listener.name().to_owned(), reason: reason.into() });
+            return Err(Error::JoinRefused {
+                rendezvous: self.listener.name().to_owned(),
+                reason: reason.into(),
+            });
         }
         let (next, me) = (self.number() + 1, self.peer_set.me);
         let deadline = deadline::after(timeout);
@@ -117,7 +120,7 @@ impl ProcessBootstrap {
             if let Some(rank) = aborted(&state) {
                 self.others().for_each(|peer| drop(state.take(peer, (Kind::Abort, next - 1, 1))));
                 self.status().aborted[1] = false;
-                return Err(Error::Aborted { rank, stage: Stage::Build, committed: false });
+                return Err(Error::Aborted { rank, phase: Phase::Build, committed: false });
             }
             let there = |peer: usize| peer == me || (ready(&state, peer) && !state.gone.contains(&peer));
             let mut members: Vec<usize> =
@@ -140,7 +143,7 @@ impl ProcessBootstrap {
         }
         let agreed = board.agreed();
         if agreed.number != next || !agreed.members.contains(&me) {
-            return Err(Error::LeftOut { rank: self.rank(), timeout });
+            return Err(Error::Excluded { rank: self.rank(), timeout });
         }
         *latest = CurrentView::new(agreed);
         self.peer_set.enter(&latest);
@@ -150,7 +153,7 @@ impl ProcessBootstrap {
                 // What follows in this view fails by it, on all ranks, and the next one has that process no more.
                 let rank = latest.members().iter().position(|&id| id == joined).unwrap_or(0);
                 latest.status().failure =
-                    Some(Error::PeerLost { rank, stage: Stage::Build, committed: false });
+                    Some(Error::PeerLost { rank, phase: Phase::Build, committed: false });
             }
         }
         Ok(self.view(latest.clone()))

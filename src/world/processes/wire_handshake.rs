@@ -58,7 +58,7 @@ impl WireHandshake {
 
     /// The handshake of this rank, whose memory is still to be opened.
     pub(super) fn read(frame: Frame, rank: usize) -> Result<Unopened> {
-        let refuse = |reason: String| Error::PeerRefused { rank, reason };
+        let refuse = |reason: String| Error::PeerBuildFailed { rank, reason };
         let shown: WireHandshake =
             frame.parse().map_err(|error| refuse(format!("its message is not understood: {error}")))?;
         let handshake = Handshake {
@@ -97,7 +97,7 @@ impl Unopened {
     /// the reader, which lacks something.
     pub(super) fn open(self, reader: Reader<'_>) -> Result<Handshake> {
         let Unopened { rank, mut handshake, memories, files, is_short } = self;
-        let refuse = |reason: String| Error::PeerRefused { rank, reason };
+        let refuse = |reason: String| Error::PeerBuildFailed { rank, reason };
         let mut files = files.into_iter();
         let mut open = |index: usize| -> Result<Option<Memory>> {
             let Some(offer) = &memories[index] else { return Ok(None) };
