@@ -65,10 +65,12 @@ fn find_or_build() -> Result<PathBuf, String> {
             .then(|| folder.clone())
             .ok_or(format!("CUDASIM_LIB={} holds no libcuda.so.1", folder.display()));
     }
-    let source = Path::new("../shared/cudasim");
-    if !source.is_dir() {
+    // Beside the checkout. Packages of this workspace at different depths use this file.
+    let folders = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().skip(1);
+    let Some(source) = folders.map(|folder| folder.join("shared/cudasim")).find(|source| source.is_dir())
+    else {
         return Err("no ../shared/cudasim, and CUDASIM_LIB is not set".into());
-    }
+    };
     let build = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cudasim");
     let make = Command::new("make")
         .args(["-j2", "-C"])

@@ -7,9 +7,10 @@ use std::sync::OnceLock;
 
 use serde_json::Value;
 
+#[path = "../../../tests/common/mod.rs"]
 mod common;
 #[allow(dead_code)] // which starts this program, not the bench
-#[path = "ptx/simulator.rs"]
+#[path = "../../../tests/ptx/simulator.rs"]
 mod simulator;
 
 use simulator::{driver_for, Driver};

@@ -1,6 +1,7 @@
 //! `allreduce-bench --processes`: started by itself, by a shell and by mpirun; right, wrong, and with a rank that is killed.
 #![cfg(target_os = "linux")]
 
+#[path = "../../../tests/common/mod.rs"]
 mod common;
 
 use std::process::{Child, Command, Output, Stdio};
