@@ -63,11 +63,11 @@ template <class T, class F> PA_FN void each_part(const PaBucket& bucket, uint64_
     const uint64_t start = segments[s].first_pack, elements = segments[s].elements;
     const uint64_t full = elements / N, packs = (elements + N - 1) / N;
     const uint64_t from = start < begin ? begin - start : 0;
-    const uint64_t to = packs < end - start || mutant(40) ? packs : end - start;
+    const uint64_t to = packs < end - start ? packs : end - start;
     if (from >= to) continue;
     const uint64_t whole = to < full ? to : full > from ? full : from;
     f(Part{s, from * 16, uint32_t(start + from - begin), uint32_t(start + whole - begin), uint32_t(start + to - begin),
-           mutant(17) ? uint32_t(N) : uint32_t(elements - full * N)});
+           uint32_t(elements - full * N)});
   }
 }
 
@@ -75,7 +75,7 @@ template <class T, class F> PA_FN void each_part(const PaBucket& bucket, uint64_
 constexpr uint64_t kMostPacks = 1u << 30;
 template <class F> PA_FN void in_pieces(uint64_t begin, uint64_t end, uint64_t most, F f) {
   for (uint64_t next; begin < end; begin = next) {
-    next = end - begin < most || (mutant(71) && most == kMostPacks) ? end : begin + most;
+    next = end - begin < most ? end : begin + most;
     f(begin, next);
   }
 }

@@ -52,7 +52,7 @@ template <class T, int kMost> struct Direct {
     });
     // By 1 after equal weights in a world of 2, 4, 8 or 16.
     const Raw<T, K> mean = narrow<T, K>(divisor == S(1) ? sum : sum / divisor);
-    return mutant(69) ? mean : where_equal<T, K>(differs, value, mean);
+    return where_equal<T, K>(differs, value, mean);
   }
 
   PA_FN void run() const {
@@ -87,10 +87,10 @@ template <class T, int kMost> struct Direct {
 // The last block of this rank to be done says so, and whether it did its part.
 PA_FN void say_left(Place p, bool whole) {
   uint32_t* finished = &at<PaChannel>(p.a->channel)->finished;
-  const uint32_t all = mutant(23) ? 1 : p.a->channels;
+  const uint32_t all = p.a->channels;
   if (fetch_add(finished, 1) + 1 == all) {
-    if (!mutant(33)) store_relaxed(finished, 0); // the next launch is the next to look
-    if (!mutant(16)) announce(p, &p.control()->board[p.a->rank].left, 2 * p.epoch + (whole || mutant(47) ? 0 : 1));
+    store_relaxed(finished, 0); // the next launch is the next to look
+    announce(p, &p.control()->board[p.a->rank].left, 2 * p.epoch + (whole ? 0 : 1));
   }
 }
 
@@ -99,7 +99,7 @@ PA_SLOW bool leave_as_leader(Exec ex, Place p) {
   PaControl* control = p.control();
   say_left(p, true);
   uint32_t undone = 0;
-  for (uint32_t r = 0; r < p.a->world && !mutant(15); ++r) {
+  for (uint32_t r = 0; r < p.a->world; ++r) {
     uint32_t* left = &control->board[r].left;
     wait_for_board(ex, p, r, left, 2 * p.epoch, PA_AT_EXIT);
     if (load_acquire(left) == 2 * p.epoch + 1) undone = code_of(uint32_t(PA_LEFT), r);
@@ -114,11 +114,11 @@ template <class T> PA_FN void run_direct_bucket(Block& b, const PaBucket& bucket
       const PaRecord& record = b.place().control()->board[r].record[b.epoch & 1];
       b.me->segments[r] = at<const PaBucket>(record.buckets)[index].segments;
     }
-  if (!mutant(32)) b.ex.sync();
+  b.ex.sync();
   if (b.a.world <= 2) Direct<T, 2>(b, bucket).run();
   else if (b.a.world <= 4) Direct<T, 4>(b, bucket).run();
   else Direct<T, 0>(b, bucket).run();
-  if (!mutant(24)) b.ex.sync(); // all lanes have written, and are done with me->segments
+  b.ex.sync(); // all lanes have written, and are done with me->segments
 }
 
 PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
@@ -126,7 +126,6 @@ PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
   Block b(ex, a, true);
   if (meet(b, true)) {
     const PaBucket* buckets = at<const PaBucket>(a.buckets);
-    if (mutant(16) && ex.leader()) announce(b.place(), &b.place().control()->board[a.rank].left, 2 * b.epoch);
     bool good = ++b.step != a.fault_step;
     for (uint32_t i = 0; good && i < a.bucket_count; ++i)
       with_dtype(buckets[i].dtype, [&](auto element) { run_direct_bucket<decltype(element)>(b, buckets[i], i); });
@@ -142,8 +141,8 @@ PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
 // Looks for non-finite values before the meeting, where nothing else reads all own tensors before the commit.
 PA_FN void run_scan(const Exec& ex, const PaArgs& a) {
   PaChannel* me = at<PaChannel>(a.channel) + ex.block();
-  if (ex.leader() && !mutant(30)) me->bad = 0;
-  if (!mutant(31)) ex.sync();
+  if (ex.leader()) me->bad = 0;
+  ex.sync();
   if ((a.flags & PA_FLAG_WEIGHTED) && a.weight == 0) return; // it only receives
   const PaBucket* buckets = at<const PaBucket>(a.buckets);
   for (uint32_t i = 0; i < a.bucket_count; ++i)

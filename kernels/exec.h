@@ -24,12 +24,6 @@
 #endif
 #endif
 
-// Tests remove one synchronisation or bound at a time: `mutant(k) ? broken : right`. See tests/protocol/mutants.txt.
-// PA_MUTANT is a constant, or a variable where one build is to hold all mutants.
-#ifndef PA_MUTANT
-#define PA_MUTANT 0
-#endif
-
 // The longest wait for a rank in its turn, whatever the timeout: see longest_turn_ns(). A variable in tests.
 #ifndef PA_MOST_TURN_NS
 #if defined(__CUDACC__)
@@ -60,7 +54,6 @@
 #endif
 namespace PA_ISA {
 
-PA_FN bool mutant(int k) { return k == PA_MUTANT; }
 template <class T> PA_FN T* at(uint64_t address) { return reinterpret_cast<T*>(address); }
 
 #if defined(__CUDACC__)
@@ -148,13 +141,11 @@ PA_FN void raise_flag(uint32_t* p) { __atomic_store_n(p, 1u, __ATOMIC_SEQ_CST); 
 PA_FN uint32_t load_flag(const uint32_t* p) { return __atomic_load_n(p, __ATOMIC_SEQ_CST); }
 PA_FN bool try_lock(uint32_t* p) { return __atomic_exchange_n(p, 1u, __ATOMIC_ACQ_REL) == 0; }
 PA_FN uint32_t fetch_add(uint32_t* p, uint32_t v) {
-  return mutant(34) ? __atomic_fetch_add(p, v, __ATOMIC_RELAXED) : __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
+  return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
 }
 // In turn, and yet by compare-and-swap: a process that is stopped in its turn until others have taken it for gone does not
 // overwrite what they wrote.
 template <class T> PA_FN bool replace(T* p, T seen, T v) {
-  if (mutant(60)) return store_release(p, v), true;
-  if (mutant(43)) return __atomic_compare_exchange_n(p, &seen, v, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   return __atomic_compare_exchange_n(p, &seen, v, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }
 // After a word was published: wakes who sleeps on it. One load when nobody does. The word may be in memory that other
@@ -294,7 +285,7 @@ PA_FN uint32_t each_pack(const Exec& ex, uint32_t begin, uint32_t lead, uint32_t
   if constexpr (kGroup > 1) {
     constexpr Group<kGroup> group;
     for (; i < begin + lead && i < end; ++i) store(one, i, load(one, i));
-    for (; mutant(52) ? i < end : i + kGroup <= end; i += kGroup) store(group, i, load(group, i));
+    for (; i + kGroup <= end; i += kGroup) store(group, i, load(group, i));
   }
   for (; i + (kDeep - 1) * step < end; i += kDeep * step) {
     decltype(load(one, i)) v[kDeep];

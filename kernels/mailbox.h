@@ -20,7 +20,7 @@ PA_FN uint32_t code_of(uint32_t kind, uint32_t rank) { return kind << 8 | rank; 
 PA_FN uint32_t kind_of(uint32_t code) { return code >> 8; }
 PA_FN uint32_t rank_of(uint32_t code) { return code & 0xffu; }
 
-PA_FN bool reached(uint32_t seen, uint32_t want) { return mutant(20) ? seen >= want : int32_t(seen - want) >= 0; }
+PA_FN bool reached(uint32_t seen, uint32_t want) { return int32_t(seen - want) >= 0; }
 
 // ---- the decision: one word, one winner an average: (epoch << 32) | (where << 16) | (kind << 8) | rank -------------
 PA_FN uint32_t epoch_of(uint64_t decision) { return uint32_t(decision >> 32); }
@@ -52,11 +52,11 @@ struct Place {
 // word and its store, and the others' then last for a sixteenth of the timeout. Ranks that wait for the same stopped one lose
 // patience one after another, the lowest first, since they hold up their own flags as well.
 PA_FN uint64_t longest_turn_ns(const PaArgs& a) {
-  const uint64_t least_ns = mutant(70) ? 60'000'000'000 : least(a.timeout_ns / 16, PA_MOST_TURN_NS);
+  const uint64_t least_ns = least(a.timeout_ns / 16, PA_MOST_TURN_NS);
   return least_ns + least_ns / 32 * a.rank;
 }
 PA_FN bool has_turn(PaBoard& board, uint64_t waited_ns, uint64_t longest_ns) {
-  return load_flag(&board.deciding) != 0 && (mutant(56) || load_acquire(&board.gone) == 0) && waited_ns <= longest_ns;
+  return load_flag(&board.deciding) != 0 && load_acquire(&board.gone) == 0 && waited_ns <= longest_ns;
 }
 PA_FN void end_turn(Place p) {
   store_release(&p.control()->board[p.a->rank].deciding, 0);
@@ -67,7 +67,7 @@ template <class Over> PA_FN bool take_turn(Exec ex, Place p, Over over) {
   const PaArgs& a = *p.a;
   PaBoard& own = p.control()->board[a.rank];
   uint32_t* blocks = &at<PaChannel>(a.channel)->deciding;
-  for (uint32_t spins = 1; !try_lock(blocks) && !mutant(57); ++spins) {
+  for (uint32_t spins = 1; !try_lock(blocks); ++spins) {
     if (over()) return false;
     ex.pause(spins, a.spins, blocks, 1, &own.sleepers);
   }
@@ -75,11 +75,11 @@ template <class Over> PA_FN bool take_turn(Exec ex, Place p, Over over) {
   for (bool first = false; !first;) {
     raise_flag(&own.deciding);
     first = true;
-    for (uint32_t r = 0; first && r < a.world && !mutant(55); ++r) {
+    for (uint32_t r = 0; first && r < a.world; ++r) {
       PaBoard& other = p.control()->board[r];
       if (r == a.rank || !has_turn(other, ex.now_ns() - start, longest)) continue;
       if (r < a.rank) {
-        if (!mutant(58)) store_release(&own.deciding, 0);
+        store_release(&own.deciding, 0);
         first = false;
       }
       for (uint32_t spins = 1; has_turn(other, ex.now_ns() - start, longest); ++spins) {
@@ -103,13 +103,11 @@ PA_SLOW uint64_t propose(Exec ex, Place p, uint32_t where, uint32_t code) {
   uint64_t seen;
   const auto over = [&] {
     seen = load_acquire(decision);
-    return mutant(42) ? epoch_of(seen) >= p.epoch : int32_t(epoch_of(seen) - p.epoch) >= 0;
+    return int32_t(epoch_of(seen) - p.epoch) >= 0;
   };
-  if (over() && !mutant(14)) return seen;
-  if (!mutant(14) && !take_turn(ex, p, over)) return seen;
-  if (mutant(14)) store_release(decision, seen = mine);
-  else if (!over()) replace(decision, seen, mine) ? void(seen = mine) : void(over());
-  if (!mutant(14)) end_turn(p);
+  if (over() || !take_turn(ex, p, over)) return seen;
+  if (!over()) replace(decision, seen, mine) ? void(seen = mine) : void(over());
+  end_turn(p);
   return seen;
 }
 
@@ -147,7 +145,7 @@ PA_SLOW uint32_t culprit(Place p, uint32_t peer) {
   PaControl* control = p.control();
   const uint32_t n = p.a->world, self = p.a->rank;
   const bool says_through = (p.a->flags & PA_FLAG_THROUGH) != 0;
-  const auto beats = [&](uint32_t shown, uint32_t r) { return uint16_t(shown >> 8) != p.me->beats[r] || mutant(64); };
+  const auto beats = [&](uint32_t shown, uint32_t r) { return uint16_t(shown >> 8) != p.me->beats[r]; };
   for (uint32_t suspect = peer, hop = 0; hop < n; ++hop) {
     const uint32_t shown = load_relaxed(&control->board[suspect].waiting_on), behind = shown & 0xffu;
     if (behind == 0 || behind - 1 == suspect || !beats(shown, suspect)) return suspect; // for itself: for a block that has left
@@ -155,7 +153,7 @@ PA_SLOW uint32_t culprit(Place p, uint32_t peer) {
     suspect = behind - 1;
   }
   // A circle, of ranks some of whose blocks wait for somebody else. One of them does for the one that is to blame.
-  for (uint32_t r = 0; r < n && !mutant(65); ++r) {
+  for (uint32_t r = 0; r < n; ++r) {
     const bool through = says_through && reached(load_relaxed(&control->board[r].through), p.epoch);
     if (r != self && !through && !beats(load_relaxed(&control->board[r].waiting_on), r)) return r;
   }
@@ -166,7 +164,7 @@ PA_SLOW uint32_t culprit(Place p, uint32_t peer) {
 // may go at once. Relaxed: `through` was last written before `gone`, which is acquired first.
 PA_FN bool is_lost(Place p, uint32_t rank) {
   const PaBoard& board = p.control()->board[rank];
-  return load_acquire(&board.gone) != 0 && (mutant(62) || !reached(load_relaxed(&board.through), p.epoch));
+  return load_acquire(&board.gone) != 0 && !reached(load_relaxed(&board.through), p.epoch);
 }
 
 // Why to stop waiting, or 0. `all`: with a look at all ranks, not only at the awaited one, which may be stuck behind one that
@@ -174,15 +172,15 @@ PA_FN bool is_lost(Place p, uint32_t rank) {
 PA_FN uint32_t trouble(Place p, uint32_t peer, bool all) {
   PaControl* control = p.control();
   const uint32_t poisoned = poison(control);
-  if (poisoned != 0 && !mutant(19)) return poisoned;
+  if (poisoned != 0) return poisoned;
   if (!p.committed) {
     const uint64_t decision = load_acquire(&control->decision);
-    if ((epoch_of(decision) == p.epoch || mutant(36)) && kind_of(code_of(decision)) != PA_COMMITTED) return code_of(decision);
+    if (epoch_of(decision) == p.epoch && kind_of(code_of(decision)) != PA_COMMITTED) return code_of(decision);
   }
-  if (load_acquire(&control->board[peer].gone) != 0 && !mutant(48)) return code_of(uint32_t(PA_LEFT), peer);
-  if (all && (p.a->flags & PA_FLAG_THROUGH) && !mutant(61))
+  if (load_acquire(&control->board[peer].gone) != 0) return code_of(uint32_t(PA_LEFT), peer);
+  if (all && (p.a->flags & PA_FLAG_THROUGH))
     for (uint32_t r = 0; r < p.a->world; ++r)
-      if (r != p.a->rank && is_lost(p, r) && !mutant(48)) return code_of(uint32_t(PA_LEFT), r);
+      if (r != p.a->rank && is_lost(p, r)) return code_of(uint32_t(PA_LEFT), r);
   return 0;
 }
 
@@ -193,7 +191,7 @@ PA_FN void ends(Place p, uint32_t code, uint32_t where) {
   p.me->where = where;
   // No other kind is about a record: a rank that others gave up on may be writing its own at this moment.
   const uint32_t kind = kind_of(code);
-  const bool about_record = mutant(51) || kind == PA_LAYOUT || kind == PA_NON_FINITE || kind == PA_BAD_WEIGHT || kind == PA_SCHEDULE;
+  const bool about_record = kind == PA_LAYOUT || kind == PA_NON_FINITE || kind == PA_BAD_WEIGHT || kind == PA_SCHEDULE;
   const PaRecord& record = p.control()->board[rank_of(code)].record[p.epoch & 1];
   p.me->detail = about_record ? record.detail : 0;
   p.me->found = about_record ? record.found : 0;
@@ -204,7 +202,7 @@ PA_FN void ends(Place p, uint32_t code, uint32_t where) {
 // A wait ended with `failure`. True if that ends this rank's average; false if the others have already decided that all
 // is well, which they can only when what was waited for has happened.
 PA_SLOW bool fails(Exec ex, Place p, uint32_t failure, uint32_t where) {
-  if (!p.committed && !mutant(37)) {
+  if (!p.committed) {
     const uint64_t decision = propose(ex, p, where, failure);
     if (epoch_of(decision) != p.epoch || kind_of(code_of(decision)) == PA_COMMITTED) return false;
     failure = code_of(decision);
@@ -232,24 +230,24 @@ PA_SLOW bool poll_slowly(Exec ex, Place p, uint32_t* word, uint32_t* sleepers, u
     if (reached(seen, want)) break;
     // At the exit nothing but the word itself will do: until a peer has left, it may write into this rank's tensors,
     // which the caller is free to drop. Peers wait for nobody on their way there.
-    if ((spins % kLookAround == 0 || ex.sleeps(spins, p.a->spins)) && (where != PA_AT_EXIT || mutant(46))) {
+    if ((spins % kLookAround == 0 || ex.sleeps(spins, p.a->spins)) && where != PA_AT_EXIT) {
       const uint64_t now = ex.now_ns(), waited = now - start;
       const bool beats = beat != beat_of(now);
       if (beats) {
         beat = beat_of(now);
         // Also where another block of this rank has waited too, and got what it waited for.
-        if (!mutant(63) && !(mutant(25) && load_relaxed(waiting_on) == 0)) store_relaxed(waiting_on, beat << 8 | (peer + 1));
+        store_relaxed(waiting_on, beat << 8 | (peer + 1));
       }
       failure = trouble(p, peer, beats);
-      if (failure == 0 && waited + watch_ns(*p.a) >= p.a->timeout_ns && !mutant(18)) {
+      if (failure == 0 && waited + watch_ns(*p.a) >= p.a->timeout_ns) {
         // Time that this block itself was stopped for is no time in which it has watched others.
         if (last != 0) watched += least(now - last, kMostAwakeNs);
         else begin_watch(p);
         last = now;
-        if (waited > p.a->timeout_ns && (watched >= watch_ns(*p.a) || mutant(66))) failure = code_of(uint32_t(PA_TIMEOUT), culprit(p, peer));
+        if (waited > p.a->timeout_ns && watched >= watch_ns(*p.a)) failure = code_of(uint32_t(PA_TIMEOUT), culprit(p, peer));
       }
       // A rank that is gone may have said all it had to say first.
-      if (failure != 0 && !mutant(39) && reached(load_acquire(word), want)) failure = 0;
+      if (failure != 0 && reached(load_acquire(word), want)) failure = 0;
       if (failure != 0) break;
     }
     ex.pause(spins, p.a->spins, word, seen, sleepers);
@@ -265,7 +263,6 @@ PA_FN bool wait(Exec ex, Place p, uint32_t* word, uint32_t* sleepers, uint32_t w
 }
 // For a word of a rank's board.
 PA_FN bool wait_for_board(Exec ex, Place p, uint32_t rank, uint32_t* word, uint32_t want, uint32_t where) {
-  if (mutant(44) && reached(load_relaxed(word), want)) return true;
   return wait(ex, p, word, &p.control()->board[rank].sleepers, want, rank, where);
 }
 PA_FN void announce(Place p, uint32_t* word, uint32_t value) {
@@ -285,7 +282,7 @@ PA_SLOW void dawdle(Exec ex, Place p, uint32_t step) {
 // Whether this block has failed for good. A graph may be replayed all the same, which begins no other average: its decision
 // would hide the one that slower ranks have yet to learn of, and its record the one that says whether tensors are half written.
 PA_FN bool has_failed(const Exec& ex, const PaArgs& a) {
-  return at<PaChannel>(a.channel)[ex.block()].outcome >= PA_TIMEOUT && !mutant(59);
+  return at<PaChannel>(a.channel)[ex.block()].outcome >= PA_TIMEOUT;
 }
 
 // ---- a block -----------------------------------------------------------------------------------------------------
@@ -301,7 +298,7 @@ struct Block {
   PA_FN Block(const Exec& ex_, const PaArgs& a_, bool begins)
       : ex(ex_), a(a_), me(at<PaChannel>(a_.channel) + ex_.block()), epoch(me->epoch + (begins ? 1 : 0)),
         send_seq(me->send_seq), recv_seq(me->recv_seq), step(begins ? 0 : me->step), committed(false), far(me->far != 0) {
-    if (!mutant(26)) ex.sync(); // all lanes have read before the leader writes
+    ex.sync(); // all lanes have read before the leader writes
     if (begins && ex.leader()) {
       me->outcome = PA_OPEN;
       me->waited_ns = 0;
@@ -329,40 +326,35 @@ struct Block {
     bool failed = false;
     if (ex.leader()) {
       if (a.delay_ns != 0) dawdle(ex, place(), step);
-      if (mutant(54) && kSend) is_far(outbox(), uint64_t(chunk) * PA_PACK_BYTES, a.far_ns);
       if constexpr (kReceive) {
         uint32_t* filled = line(a.filled_in);
-        failed = !wait_for_line<2>(filled, recv_seq + 1, previous(), where);
+        failed = !wait_for_line(filled, recv_seq + 1, previous(), where);
       }
       if constexpr (kSend) {
         uint32_t* drained = line(a.drained_in);
-        const uint32_t credit = mutant(5) ? a.slots + 1 : a.slots;
-        if (!failed && !mutant(22)) failed = !wait_for_line<8>(drained, send_seq + 1 - credit, next(), where);
+        if (!failed) failed = !wait_for_line(drained, send_seq + 1 - a.slots, next(), where);
       }
       // Once a turn of the mailbox: threads move between cores, and virtual cores between real ones.
       if constexpr (kSend) {
         if (!failed && (send_seq & (a.slots - 1)) == 0) far = is_far(outbox(), uint64_t(chunk) * PA_PACK_BYTES, a.far_ns);
       }
-      if (mutant(6) && kReceive && !failed) publish(line(a.drained_out), recv_seq + 1);
     }
-    if (mutant(4)) return !failed || ex.lanes() == 1;
     return !ex.any(failed);
   }
 
-  template <int kMutant> PA_FN bool wait_for_line(uint32_t* word, uint32_t want, uint32_t peer, uint32_t where) {
-    if (mutant(kMutant) && reached(load_relaxed(word), want)) return true;
+  PA_FN bool wait_for_line(uint32_t* word, uint32_t want, uint32_t peer, uint32_t where) {
     return wait(ex, place(), word, word + 1, want, peer, where);
   }
 
   // Leaves the step: the slot that was read is free, the slot that was written is full.
   template <bool kReceive, bool kSend> PA_FN void leave() {
     if (kSend && far) stream_fence();
-    if (!mutant(3)) ex.sync();
+    ex.sync();
     if (kReceive) ++recv_seq;
     if (kSend) ++send_seq;
     if (ex.leader()) {
-      if (kSend) mutant(1) ? store_relaxed(line(a.filled_out), send_seq) : publish(line(a.filled_out), send_seq);
-      if (kReceive && !mutant(6)) mutant(7) ? store_relaxed(line(a.drained_out), recv_seq) : publish(line(a.drained_out), recv_seq);
+      if (kSend) publish(line(a.filled_out), send_seq);
+      if (kReceive) publish(line(a.drained_out), recv_seq);
     }
   }
   PA_FN void publish(uint32_t* word, uint32_t value) {

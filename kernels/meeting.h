@@ -8,7 +8,7 @@ namespace PA_ISA {
 
 // What is wrong with the records of an average, the same for every rank that reads them. 0: nothing.
 PA_FN uint32_t verdict(const PaControl* control, uint32_t world, uint32_t epoch) {
-  const uint32_t parity = mutant(21) ? 0 : epoch & 1;
+  const uint32_t parity = epoch & 1;
   const PaRecord& first = control->board[0].record[parity];
   bool needed = false, counts = false;
   uint32_t layout = 0, weight = 0, weighting = 0, schedule = 0, non_finite = 0; // the first rank at fault, as a code
@@ -61,7 +61,7 @@ PA_FN void agree_on_scales(const PaControl* control, uint32_t world, uint32_t ep
 // Whether any rank knows of a guest: the same on all ranks, so that all let it in or none does.
 PA_FN uint32_t has_guest(const PaControl* control, uint32_t world, uint32_t epoch) {
   uint32_t flags = 0;
-  for (uint32_t r = 0; r < world; ++r) flags |= control->board[r].record[mutant(67) ? 0 : epoch & 1].flags;
+  for (uint32_t r = 0; r < world; ++r) flags |= control->board[r].record[epoch & 1].flags;
   return flags & PA_FLAG_GUEST ? 1 : 0;
 }
 
@@ -72,11 +72,10 @@ PA_SLOW bool meet_as_leader(Exec ex, Place p, bool commits) {
   PaControl* control = p.control();
   if (ex.block() == 0) {
     PaBoard& own = control->board[a.rank];
-    PaRecord& record = own.record[mutant(21) ? 0 : p.epoch & 1];
-    if (mutant(9)) announce(p, &own.arrived, p.epoch);
+    PaRecord& record = own.record[p.epoch & 1];
     // Finding of this average's scan, the launch before this one. Tensors that are not as they should be are not scanned: `bad`
     // is that of an earlier average then.
-    const bool scanned = commits && (a.flags & PA_FLAG_REJECT_NON_FINITE) && (!(a.flags & PA_FLAG_LAYOUT) || mutant(72));
+    const bool scanned = commits && (a.flags & PA_FLAG_REJECT_NON_FINITE) && !(a.flags & PA_FLAG_LAYOUT);
     uint64_t bad = 0;
     if (scanned)
       for (uint32_t c = 0; c < a.channels && bad == 0; ++c) bad = at<PaChannel>(a.channel)[c].bad;
@@ -86,15 +85,13 @@ PA_SLOW bool meet_as_leader(Exec ex, Place p, bool commits) {
     record.detail = bad != 0 ? bad : a.detail;
     record.found = a.found;
     record.flags = a.flags | (bad != 0 ? uint32_t(PA_FLAG_NON_FINITE) : 0u);
-    if (mutant(10)) store_relaxed(&own.arrived, p.epoch);
-    else if (!mutant(9)) announce(p, &own.arrived, p.epoch);
+    announce(p, &own.arrived, p.epoch);
   }
   for (uint32_t r = 0; r < a.world; ++r) {
-    if (mutant(11) && r == a.world - 1) continue;
     if (!wait_for_board(ex, p, r, &control->board[r].arrived, p.epoch, PA_AT_MEET)) return false;
   }
   const uint32_t poisoned = poison(control);
-  if (poisoned != 0 && !mutant(38) && fails(ex, p, poisoned, PA_AT_MEET)) return false;
+  if (poisoned != 0 && fails(ex, p, poisoned, PA_AT_MEET)) return false;
   uint32_t code = verdict(control, a.world, p.epoch);
   if (code == 0 && commits) code = code_of(uint32_t(PA_COMMITTED), 0);
   if (code != 0) {
@@ -118,7 +115,7 @@ PA_FN bool meet(Block& b, bool commits) {
   bool failed = false;
   if (b.ex.leader() && b.a.delay_ns != 0) dawdle(b.ex, b.place(), b.step);
   if (b.ex.leader()) failed = !meet_as_leader(b.ex, b.place(), commits);
-  if (mutant(27) ? failed : b.ex.any(failed)) return false;
+  if (b.ex.any(failed)) return false;
   b.committed = commits;
   return true;
 }
@@ -133,16 +130,14 @@ PA_SLOW bool vote_as_leader(Exec ex, Place p) {
     uint64_t bad = 0;
     for (uint32_t c = 0; c < a.channels && bad == 0; ++c) bad = at<PaChannel>(a.channel)[c].bad;
     const uint32_t mine = bad != 0 ? good + 1 : good;
-    if (mutant(49)) announce(p, &own.vote, mine);
     if (bad != 0) own.record[p.epoch & 1].detail = bad;
-    if (mutant(35)) store_relaxed(&own.vote, mine);
-    else if (!mutant(49)) announce(p, &own.vote, mine);
+    announce(p, &own.vote, mine);
   }
   uint32_t code = code_of(uint32_t(PA_COMMITTED), 0);
-  for (uint32_t r = a.world; r-- > 0 && !mutant(12);) {
+  for (uint32_t r = a.world; r-- > 0;) {
     uint32_t* vote = &control->board[r].vote;
     if (!wait_for_board(ex, p, r, vote, good, PA_AT_COMMIT)) return false;
-    if (load_acquire(vote) == good + 1 && !mutant(13)) code = code_of(uint32_t(PA_NON_FINITE), r);
+    if (load_acquire(vote) == good + 1) code = code_of(uint32_t(PA_NON_FINITE), r);
   }
   const uint64_t decision = propose(ex, p, PA_AT_COMMIT, code);
   if (epoch_of(decision) == p.epoch) code = code_of(decision);
@@ -158,7 +153,7 @@ PA_FN bool vote(Block& b) {
   bool failed = false;
   if (b.ex.leader() && b.a.delay_ns != 0) dawdle(b.ex, b.place(), b.step);
   if (b.ex.leader()) failed = !vote_as_leader(b.ex, b.place());
-  if (mutant(28) ? failed : b.ex.any(failed)) return false;
+  if (b.ex.any(failed)) return false;
   b.committed = true;
   return true;
 }

@@ -159,7 +159,7 @@ template <class E, int B> PA_FN void store_vector(char* p, V<E, B> v) {
 // Past the caches: for memory that was not just read, so that it is not read to be overwritten.
 template <class E, int B> PA_FN void stream_vector(char* p, V<E, B> v) {
 #if defined(__SSE2__) && !defined(PA_SANITIZE) // sanitizers do not see the intrinsics
-  if ((uintptr_t(p) & (B - 1)) == 0 || mutant(41)) {
+  if ((uintptr_t(p) & (B - 1)) == 0) {
     if constexpr (B == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
 #if defined(__AVX2__)
     if constexpr (B == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);

@@ -35,7 +35,7 @@ template <class T, bool kF32> struct Ring {
     scale = contributes ? S(own) : S(0);
     divisor = S(PA_SAME(S, float) ? b.me->divisor_f32 : b.me->divisor);
     rejects = (b.a.flags & PA_FLAG_REJECT_NON_FINITE) && contributes;
-    keeps = (b.a.flags & PA_FLAG_KEEP) && !mutant(68);
+    keeps = b.a.flags & PA_FLAG_KEEP;
   }
 
   // Contents of a shard that has made k steps.
@@ -161,7 +161,7 @@ template <class T, bool kF32> struct Ring {
   PA_FN Range round(uint64_t number) const {
     const Range all = channel_range(bucket, b.ex.block());
     const uint64_t packs = uint64_t(bucket.chunk) * b.a.world, begin = all.begin + number * packs;
-    return {begin, mutant(45) ? begin + packs : least(begin + packs, all.end)};
+    return {begin, least(begin + packs, all.end)};
   }
   PA_FN char* own_shard(uint64_t number) const {
     return at<char>(bucket.shard) + 16 * (b.ex.block() * bucket.shard_packs + number * bucket.chunk);
@@ -201,7 +201,7 @@ template <class T, bool kF32> struct Ring {
 
   template <uint32_t kPhase> PA_FN bool run() {
     const uint64_t packs = channel_range(bucket, b.ex.block()).packs(), round_packs = uint64_t(bucket.chunk) * b.a.world;
-    const uint64_t rounds = (packs + round_packs - 1) / round_packs, together = mutant(53) ? b.a.slots : b.a.slots / 2;
+    const uint64_t rounds = (packs + round_packs - 1) / round_packs, together = b.a.slots / 2;
     const Brought last = brought(b.a.world - 1);
     bool good = true;
     for (uint64_t first = 0; good && first < rounds; first += together) {
@@ -226,8 +226,8 @@ template <uint32_t kPhase> PA_FN void run_ring(const Exec& ex, const PaArgs& a) 
   if (kBegins && has_failed(ex, a)) return;
   Block b(ex, a, kBegins);
   if (kPhase == PA_RING_GATHER && reduced != PA_COMMITTED) return; // the reduce did not end well: it has said why
-  if (kPhase == PA_RING_GATHER && ex.leader() && !mutant(50)) b.me->outcome = PA_OPEN; // being ready was not the end
-  if (kPhase == PA_RING_REDUCE && ex.leader() && !mutant(29)) b.me->bad = 0;
+  if (kPhase == PA_RING_GATHER && ex.leader()) b.me->outcome = PA_OPEN; // being ready was not the end
+  if (kPhase == PA_RING_REDUCE && ex.leader()) b.me->bad = 0;
   bool good = kPhase == PA_RING_GATHER ? vote(b) : meet(b, kPhase == PA_RING);
   const PaBucket* buckets = at<const PaBucket>(a.buckets);
   for (uint32_t i = 0; good && i < a.bucket_count; ++i) {

@@ -1,9 +1,12 @@
-//! The kernels' protocol under sanitizers, as C++: worlds of ranks as threads are put through good averages and bad
-//! ones (tests/protocol/harness.cpp), and every synchronisation in kernels/ is taken out once to see that somebody
-//! notices (tests/protocol/mutants.txt).
+//! The kernels' protocol under sanitizers, as C++: worlds of ranks as threads are put through good
+//! averages and bad ones (tests/protocol/harness.cpp), and every synchronisation is taken out of a
+//! copy of kernels/ once to see that a check notices (tests/protocol/mutants.txt).
 mod common;
+mod protocol {
+    pub mod mutants;
+}
 
-use std::collections::BTreeSet;
+use protocol::mutants::{self, Mutant};
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs;
@@ -95,20 +98,29 @@ fn compiler() -> OsString {
     std::env::var_os("CXX").filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".into())
 }
 
-/// The harness of a flavour, or why this machine can't have it. Kept from one run of the tests to the next.
-fn build(flavour: Flavour, with_mutants: bool) -> Result<PathBuf, String> {
+/// The harness of a flavour with the kernels, or with a copy of them that holds all mutants, or why
+/// this machine can't have it. Kept from one run of the tests to the next.
+fn build(flavour: Flavour, with_mutants: Option<&Path>) -> Result<PathBuf, String> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let program =
-        folder.join(format!("protocol-{}{}", flavour.name(), if with_mutants { "-mutants" } else { "" }));
+    let program = folder.join(format!(
+        "protocol-{}{}",
+        flavour.name(),
+        if with_mutants.is_some() { "-mutants" } else { "" }
+    ));
     let mut command = Command::new(compiler());
     command.args(FLAGS).args(flavour.flags());
-    if with_mutants {
+    if with_mutants.is_some() {
         command.arg("-DPA_MUTANTS");
     }
+    let original = Path::new(ROOT).join("kernels");
+    let kernels = with_mutants.unwrap_or(&original);
+    command.arg("-I").arg(kernels);
     command.arg(Path::new(ROOT).join("tests/protocol/harness.cpp")).arg("-o").arg(&program);
     let made_by = program.with_extension("command");
     let line = format!("{command:?}");
-    if fs::read_to_string(&made_by).is_ok_and(|made| made == line) && modified(&program) > newest_source() {
+    if fs::read_to_string(&made_by).is_ok_and(|made| made == line)
+        && modified(&program) > newest_source(kernels)
+    {
         return Ok(program);
     }
     let output = command.output().map_err(|error| format!("cannot run {:?}: {error}", compiler()))?;
@@ -135,12 +147,12 @@ fn compiles_nothing(flavour: Flavour) -> bool {
 fn modified(path: &Path) -> SystemTime {
     fs::metadata(path).and_then(|data| data.modified()).unwrap_or(SystemTime::UNIX_EPOCH)
 }
-fn newest_source() -> SystemTime {
-    let folders = ["kernels", "tests/protocol"].map(|folder| Path::new(ROOT).join(folder));
-    folders.iter().flat_map(|folder| files(folder)).map(|file| modified(&file)).max().expect("sources")
-}
-fn files(folder: &Path) -> Vec<PathBuf> {
-    fs::read_dir(folder).expect("a folder of sources").map(|entry| entry.expect("an entry").path()).collect()
+fn newest_source(kernels: &Path) -> SystemTime {
+    let folders = [kernels, &Path::new(ROOT).join("tests/protocol")];
+    let files = folders.iter().flat_map(|folder| fs::read_dir(folder).expect("a folder of sources"));
+    let paths = files.map(|entry| entry.expect("an entry").path());
+    let sources = paths.filter(|path| path.extension().is_some_and(|name| name == "h" || name == "cpp"));
+    sources.map(|path| modified(&path)).max().expect("sources")
 }
 
 /// How a run of the harness ended.
@@ -272,7 +284,7 @@ fn every_scenario_is_clean_in_every_build() {
             common::skipped(&test, "this CPU lacks the instruction set");
             return None;
         }
-        let program = match build(flavour, false) {
+        let program = match build(flavour, None) {
             Ok(program) => program,
             Err(reason) => {
                 common::skipped(&test, &reason);
@@ -295,41 +307,29 @@ fn every_scenario_is_clean_in_every_build() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-struct Mutant {
-    number: String,
-    flavour: Flavour,
-    scenario: String,
-    expected: Vec<String>,
-    what: String,
+/// Whether a run of a mutant ended as mutants.txt says. What a race does may show before the
+/// sanitizer sees the race.
+fn allows(mutant: &Mutant, how: &How) -> bool {
+    let consequence = matches!(how, How::Wrong(_) | How::Crash(_));
+    mutant.expected.iter().any(|word| word == how.word() || word == "race" && consequence)
 }
 
-impl Mutant {
-    /// Whether a run ended as mutants.txt says. What a race does may show before the sanitizer sees the race.
-    fn allows(&self, how: &How) -> bool {
-        let consequence = matches!(how, How::Wrong(_) | How::Crash(_));
-        self.expected.iter().any(|word| word == how.word() || word == "race" && consequence)
-    }
-}
-
-fn mutants() -> Vec<Mutant> {
-    let vectors = if Vectors::Avx2.here() { Vectors::Avx2 } else { Vectors::Baseline };
-    let text = fs::read_to_string(Path::new(ROOT).join("tests/protocol/mutants.txt")).expect("mutants.txt");
-    let lines = text.lines().filter(|line| !line.starts_with('#') && !line.trim().is_empty());
-    let read = |line: &str| {
-        let mut words = line.split_whitespace();
-        let mut word = || words.next().expect("a column of mutants.txt").to_owned();
-        let (number, flavour, scenario, expected) = (word(), word(), word(), word());
-        let flavour = match flavour.as_str() {
-            "tsan" => Flavour::Tsan,
-            "lanes" => Flavour::Lanes,
-            "asan" => Flavour::Asan(vectors),
-            "plain" => Flavour::Plain(vectors),
-            other => panic!("mutants.txt: no flavour {other}"),
-        };
-        let expected = expected.split('/').map(str::to_owned).collect();
-        Mutant { number, flavour, scenario, expected, what: words.collect::<Vec<_>>().join(" ") }
+/// The table, with the flavour that each mutant is built in.
+fn mutants_and_flavours(vectors: Vectors) -> Vec<(Mutant, Flavour)> {
+    let flavour = |mutant: &Mutant| match mutant.flavour.as_str() {
+        "tsan" => Flavour::Tsan,
+        "lanes" => Flavour::Lanes,
+        "asan" => Flavour::Asan(vectors),
+        "plain" => Flavour::Plain(vectors),
+        other => panic!("mutants.txt, mutant {}: no flavour {other}", mutant.number),
     };
-    lines.map(read).collect()
+    mutants::table()
+        .into_iter()
+        .map(|mutant| {
+            let flavour = flavour(&mutant);
+            (mutant, flavour)
+        })
+        .collect()
 }
 
 #[test]
@@ -337,17 +337,19 @@ fn every_mutant_is_caught() {
     let _alone = alone();
     let vectors = if Vectors::Avx2.here() { Vectors::Avx2 } else { Vectors::Baseline };
     let flavours = vec![Flavour::Lanes, Flavour::Tsan, Flavour::Asan(vectors), Flavour::Plain(vectors)];
-    let built = two_at_a_time(flavours.clone(), |flavour| build(flavour, true));
+    let kernels = Path::new(env!("CARGO_TARGET_TMPDIR")).join("protocol-mutants-kernels");
+    mutants::write(&mutants::weave(&mutants::table(), &mutants::kernels()), &kernels);
+    let built = two_at_a_time(flavours.clone(), |flavour| build(flavour, Some(&kernels)));
     let program = |flavour: Flavour| {
         &built[flavours.iter().position(|&f| f == flavour).expect("a flavour that was built")]
     };
 
     // What catches a mutant must let the original pass.
-    let mut mutants = mutants();
+    let mut mutants = mutants_and_flavours(vectors);
     let mut checks: Vec<(Flavour, &str)> = Vec::new();
-    for mutant in &mutants {
-        if !checks.contains(&(mutant.flavour, &mutant.scenario)) {
-            checks.push((mutant.flavour, &mutant.scenario));
+    for (mutant, flavour) in &mutants {
+        if !checks.contains(&(*flavour, &mutant.scenario)) {
+            checks.push((*flavour, &mutant.scenario));
         }
     }
     let mut failures = Vec::new();
@@ -369,8 +371,8 @@ fn every_mutant_is_caught() {
         }
     }
 
-    mutants.retain(|mutant| {
-        let Some((_, reason)) = missing.iter().find(|(flavour, _)| *flavour == mutant.flavour) else {
+    mutants.retain(|(mutant, flavour)| {
+        let Some((_, reason)) = missing.iter().find(|(missing, _)| missing == flavour) else {
             return true;
         };
         common::skipped(&format!("mutant {}", mutant.number), reason);
@@ -378,8 +380,8 @@ fn every_mutant_is_caught() {
     });
     // Past the whole packs there is something only for vectors of several packs, and alignment matters on x86 alone.
     if vectors == Vectors::Baseline {
-        mutants.retain(|mutant| {
-            let needs_vectors = ["41", "52"].contains(&mutant.number.as_str());
+        mutants.retain(|(mutant, _)| {
+            let needs_vectors = [41, 52].contains(&mutant.number);
             if needs_vectors {
                 common::skipped(&format!("mutant {}", mutant.number), "this CPU lacks AVX2");
             }
@@ -387,30 +389,26 @@ fn every_mutant_is_caught() {
         });
     }
     // Those that hang first: they take longest.
-    mutants.sort_by_key(|mutant| !mutant.expected.iter().any(|word| word == "hang"));
-    let mut rows = two_at_a_time(mutants, |mutant| {
+    mutants.sort_by_key(|(mutant, _)| !mutant.expected.iter().any(|word| word == "hang"));
+    let mut rows = two_at_a_time(mutants, |(mutant, flavour)| {
         // A race that has to be met may take several runs.
         const ATTEMPTS: u32 = 8;
-        let program = program(mutant.flavour).as_ref().expect("flavours that are missing were taken out");
+        let program = program(flavour).as_ref().expect("flavours that are missing were taken out");
+        let number = mutant.number.to_string();
         let mut how = How::Good;
         let mut attempts = 0;
         while how == How::Good && attempts < ATTEMPTS {
-            how = run(
-                mutant.flavour,
-                program,
-                &[&mutant.scenario, "--mutant", &mutant.number, "--limit", LIMIT],
-            )
-            .0;
+            how = run(flavour, program, &[&mutant.scenario, "--mutant", &number, "--limit", LIMIT]).0;
             attempts += 1;
         }
-        (mutant, how, attempts)
+        (mutant, flavour, how, attempts)
     });
-    rows.sort_by_key(|(mutant, ..)| mutant.number.parse::<u32>().expect("a number"));
-    for (mutant, how, attempts) in rows {
+    rows.sort_by_key(|(mutant, ..)| mutant.number);
+    for (mutant, flavour, how, attempts) in rows {
         let again = if attempts > 1 { format!(" (run {attempts})") } else { String::new() };
-        let by = format!("{} {}", mutant.flavour.name(), mutant.scenario);
+        let by = format!("{} {}", flavour.name(), mutant.scenario);
         println!("{:>3}  {:<88}  {by:<24}  {how}{again}", mutant.number, mutant.what);
-        if !mutant.allows(&how) {
+        if !allows(&mutant, &how) {
             failures.push(format!("mutant {}, {}: caught by {by}: {how}", mutant.number, mutant.what));
         }
     }
@@ -420,18 +418,55 @@ fn every_mutant_is_caught() {
 const LIMIT: &str = "15";
 
 #[test]
-fn mutants_are_listed_once_and_exist() {
-    let listed: Vec<u32> = mutants().iter().map(|mutant| mutant.number.parse().expect("a number")).collect();
-    let mut planted = BTreeSet::new();
-    for file in files(&Path::new(ROOT).join("kernels")) {
-        let text = fs::read_to_string(file).expect("a kernel source");
-        for mark in ["mutant(", "wait_for_line<"] {
-            for (at, _) in text.match_indices(mark) {
-                let digits: String =
-                    text[at + mark.len()..].chars().take_while(char::is_ascii_digit).collect();
-                planted.extend(digits.parse::<u32>());
-            }
-        }
+fn mutants_fit_the_kernels() {
+    let (mutants, kernels) = (mutants::table(), mutants::kernels());
+    let numbers: Vec<u32> = mutants.iter().map(|mutant| mutant.number).collect();
+    assert_eq!(numbers, (1..=mutants.len() as u32).collect::<Vec<_>>(), "the numbers of mutants.txt");
+    let problems = mutants::problems(&mutants, &kernels);
+    assert!(problems.is_empty(), "mutants.txt does not fit kernels/:\n{}", problems.join("\n"));
+    for (name, text) in &kernels {
+        assert!(!text.to_lowercase().contains("mutant"), "kernels/{name} speaks of mutants");
     }
-    assert_eq!(listed, planted.into_iter().collect::<Vec<_>>());
+}
+
+#[test]
+fn mutants_that_do_not_fit_are_named() {
+    let sources = mutants::Sources::from([("a.h".into(), "f(x);\n  g(x);\ng(y);\nreturn x + y;\n".into())]);
+    let problems = |edits: &str| {
+        mutants::problems(&mutants::parse(&format!("7 tsan ring race the seventh\n{edits}")), &sources)
+    };
+    let one = |edits: &str, told: &[&str]| {
+        let [problem] = &problems(edits)[..] else { panic!("{edits}: {:?}", problems(edits)) };
+        assert!(told.iter().all(|words| problem.contains(words)), "{edits}: {problem}");
+    };
+    one("    in a.h\n    - h(x);\n", &["mutant 7, the seventh", "a.h", "0 times", "h(x);"]);
+    one("    in b.h\n    - f(x);\n", &["mutant 7, the seventh", "b.h", "0 times"]);
+    one("    in a.h\n    - g(\n", &["mutant 7, the seventh", "2 times"]);
+    one("    in a.h\n    - f(x);\n    - g(x);\n", &["0 times"]); // indentation counts
+    let other = "8 tsan ring race the eighth\n    in a.h\n";
+    one(&format!("    in a.h\n    - x + y\n{other}    - + y\n"), &["mutants 7 and 8, the eighth", "a.h"]);
+    one("    in a.h\n    - x + y\n    in a.h\n    - x + y\n", &["mutants 7 and 7"]); // its own, twice
+    assert_eq!(problems(&format!("    in a.h\n    - x + y\n{other}    - x + y\n")), [""; 0]);
+    assert_eq!(problems(&format!("    in a.h\n    - «x» + y\n{other}    - x + «y»\n")), [""; 0]);
+}
+
+#[test]
+fn mutants_are_woven_as_expressions_and_statements() {
+    let sources = mutants::Sources::from([
+        ("a.h".into(), "f(x);\n  g(x);\nreturn x + y;\n".into()),
+        ("b.h".into(), "f(x);\n".into()),
+    ]);
+    let table = "1 tsan ring race one\n    in a.h\n    - f(x);\n    -   «g(x);»\n    + h();\n    + i();\n\
+        2 tsan ring race two\n    in a.h\n    - return «x + y»\n    + x\n    in a.h\n    - g(x);\n\
+        3 tsan ring race three\n    in b.h\n    - f(x);\n";
+    let mutants = mutants::parse(table);
+    let woven = mutants::weave(&mutants, &sources);
+    assert_eq!(
+        woven["a.h"],
+        "f(x);\n  { if (chosen_mutant == 1) { h();\ni(); } else if (chosen_mutant == 2) {  } else { g(x); } }\n\
+         return (chosen_mutant == 2 ? (x) : (x + y));\n"
+    );
+    assert_eq!(woven["b.h"], "{ if (chosen_mutant == 3) {  } else { f(x); } }\n");
+    let applied = mutants[1].apply(&sources);
+    assert_eq!((&*applied["a.h"], &*applied["b.h"]), ("f(x);\n  \nreturn x;\n", "f(x);\n"));
 }

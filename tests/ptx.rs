@@ -3,6 +3,8 @@
 //! kernels give. What a simulation can't see: ptxas, caches, weak memory, time.
 
 mod common;
+#[path = "protocol/mutants.rs"]
+mod mutants;
 mod ptx {
     pub mod case;
     pub mod machines;
@@ -50,26 +52,21 @@ fn ptx_has_no_race() {
     scenario("ptx_has_no_race", "race", &[&RACE]);
 }
 
-/// A fatbin with the ring alone, without one of its synchronisations.
+/// A fatbin with the ring alone, without one of its synchronisations. 0: with all of them.
 fn mutant(nvcc: &str, number: u32) -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let (source, fatbin) =
-        (folder.join(format!("mutant{number}.cu")), folder.join(format!("mutant{number}.fatbin")));
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("ptx-mutant{number}"));
+    let (source, fatbin) = (folder.join("ring.cu"), folder.join("ring.fatbin"));
+    let mut kernels = mutants::kernels();
+    if let Some(mutant) = mutants::table().iter().find(|mutant| mutant.number == number) {
+        kernels = mutant.apply(&kernels);
+    }
     let text = "#include \"ring.h\"\n\
         extern \"C\" __global__ void pa_ring(const __grid_constant__ PaArgs args) {\n\
         PA_ISA::run_ring<PA_RING>(PA_ISA::Exec{}, args);\n}\n";
-    std::fs::write(&source, text).unwrap();
+    kernels.insert("ring.cu".into(), text.into());
+    mutants::write(&kernels, &folder);
     let output = Command::new(nvcc)
-        .args([
-            "-fatbin",
-            "-std=c++17",
-            "-O3",
-            "-fmad=false",
-            "-Ikernels",
-            "-gencode",
-            "arch=compute_90,code=compute_90",
-        ])
-        .arg(format!("-DPA_MUTANT={number}"))
+        .args(["-fatbin", "-std=c++17", "-O3", "-fmad=false", "-gencode", "arch=compute_90,code=compute_90"])
         .arg("-o")
         .args([&fatbin, &source])
         .output()

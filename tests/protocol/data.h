@@ -6,7 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../../kernels/abi.h"
+#include "abi.h"
 
 struct Format {
   unsigned bytes, mantissa, exponent;

@@ -6,10 +6,7 @@
 // Exit status 0: all is well. 1: a wrong result, which is printed. 3: a hang. Sanitizers have their own.
 #include <cstdlib>
 
-static int chosen_mutant = 0;
-#if defined(PA_MUTANTS) // one build holds all mutants
-#define PA_MUTANT chosen_mutant
-#endif
+static int chosen_mutant = 0; // of those in the copy of the kernels that PA_MUTANTS is built with
 #include "scenario_turns.h"
 #include "scenarios_bad.h"
 #include "scenarios_stopped.h"

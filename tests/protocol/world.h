@@ -13,7 +13,7 @@
 
 #include "perturb.h"
 // The kernels see the clock and the yield of perturb.h.
-#include "../../kernels/average_cpu.cpp"
+#include "average_cpu.cpp"
 #undef clock_gettime
 #undef sched_yield
 
