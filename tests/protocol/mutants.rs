@@ -1,5 +1,7 @@
 //! The mutants of tests/protocol/mutants.txt, and copies of `kernels/` that hold one of them or all.
 
+#![allow(dead_code)] // each test uses its own part
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Range;
@@ -35,6 +37,10 @@ struct Edit {
 
 /// Where an edit finds its text: the file and the bytes that are replaced.
 type Place = (String, Range<usize>);
+/// The same in an order.
+type Span = (String, usize, usize);
+/// Mutants that replace one text, and what each puts there.
+type Choices<'a> = Vec<(u32, &'a str)>;
 
 /// The table.
 pub fn table() -> Vec<Mutant> {
@@ -126,7 +132,6 @@ impl Mutant {
     }
 
     /// Sources that are wrong in this one way.
-    #[allow(dead_code)] // of ptx.rs
     pub fn apply(&self, sources: &Sources) -> Sources {
         let places = self.places(sources).unwrap_or_else(|problem| panic!("{problem}"));
         substitute(sources, places.into_iter().zip(self.edits.iter().map(|edit| edit.with.clone())).collect())
@@ -172,16 +177,15 @@ pub fn problems(mutants: &[Mutant], sources: &Sources) -> Vec<String> {
 }
 
 /// Sources that hold all mutants: `chosen_mutant` says at run time which one counts.
-#[allow(dead_code)] // of protocol.rs
 pub fn weave(mutants: &[Mutant], sources: &Sources) -> Sources {
-    let mut woven: BTreeMap<(String, usize, usize), Vec<(u32, &str)>> = BTreeMap::new();
+    let mut woven: BTreeMap<Span, Choices> = BTreeMap::new();
     for mutant in mutants {
         let places = mutant.places(sources).unwrap_or_else(|problem| panic!("{problem}"));
         for ((file, range), edit) in places.into_iter().zip(&mutant.edits) {
             woven.entry((file, range.start, range.end)).or_default().push((mutant.number, &edit.with));
         }
     }
-    let choose = |((file, start, end), choices): ((String, usize, usize), Vec<(u32, &str)>)| {
+    let choose = |((file, start, end), choices): (Span, Choices)| {
         let right = &sources[&file][start..end];
         let text = if right.ends_with([';', '}']) {
             let wrong = choices
