@@ -248,7 +248,7 @@ impl ParamAverager {
         }
         let mut has_joiner = self.communicator.has_joiner();
         if let (true, Some(stream)) = (has_joiner, stream) {
-            // What a graph replays is always the same, but joiners come and go.
+            // A graph replays the same flags each time, but joiners come and go.
             // SAFETY: the caller's promise.
             has_joiner = !unsafe { self.own.engine.is_capturing(stream) }
                 .map_err(|reason| self.device_failed(reason))?;

@@ -229,7 +229,7 @@ pub enum Error {
     /// A rank did not come, or stopped on the way.
     #[error("rank {rank} did not move for {timeout:?} {phase}{}: see what it does, or raise the builder's `timeout`; then build a new world", written(.committed))]
     Timeout {
-        /// The rank everybody waits for.
+        /// The rank that every other one waits for.
         rank: usize,
         /// How long one wait may last.
         timeout: Duration,
@@ -239,7 +239,7 @@ pub enum Error {
         committed: bool,
     },
 
-    /// Some process called [`AbortHandle::abort`](crate::AbortHandle::abort).
+    /// A rank called [`AbortHandle::abort`](crate::AbortHandle::abort).
     #[error("rank {rank} aborted the world {phase}{}: build a new world to go on", written(.committed))]
     Aborted {
         /// The rank whose handle it was.

@@ -48,7 +48,7 @@ const DEEP: usize = 4 * 16 * crate::backend::cuda::THREADS as usize;
 pub(super) const SLOTS: u32 = 4;
 
 /// Slots whose lines take longer than this each to get hold of are written past the caches. 64 at once: 1 to 5 ns between
-/// cores with a common third-level cache, 12 to 21 between others (the middle 80 % on an EPYC of the fourth view;
+/// cores with a common third-level cache, 12 to 21 between others (the middle 80 % on an EPYC of the fourth generation;
 /// measured). A wrong guess costs one turn of the mailbox.
 pub(super) const FAR_NS: u32 = 8;
 

@@ -47,7 +47,7 @@ impl HostBuffer {
         self.layout.size()
     }
 
-    /// What it holds, while no other process has it.
+    /// The contents, while nothing else uses the buffer.
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: initialised in `new`, and borrowed with `self`.
         unsafe { std::slice::from_raw_parts_mut(self.pointer.as_ptr(), self.layout.size()) }

@@ -170,7 +170,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Of memory of the host, while no other process has it.
+    /// The contents of host memory, while nothing else uses it.
     fn bytes_mut(&mut self) -> &mut [u8] {
         match self {
             Memory::Host(region) => region.bytes_mut(),
@@ -181,7 +181,7 @@ impl Memory {
             Memory::Registered(registered) => registered.shared_mut().bytes_mut(),
             Memory::Cuda(_) => unreachable!("the host does not find it"),
             #[cfg(target_os = "linux")]
-            Memory::IpcImport(_) => unreachable!("somebody else has it"),
+            Memory::IpcImport(_) => unreachable!("a peer has it"),
         }
     }
 }

@@ -19,8 +19,8 @@ pub(crate) struct IpcProbe {
 }
 
 impl IpcProbe {
-    pub(crate) fn new(context: &Arc<Context>, pendings: usize) -> Result<IpcProbe, String> {
-        let memory = Memory::to_lend(context, (1 + pendings) * PART)?;
+    pub(crate) fn new(context: &Arc<Context>, peers: usize) -> Result<IpcProbe, String> {
+        let memory = Memory::to_lend(context, (1 + peers) * PART)?;
         probe(context, memory.address(), 0, 0)?;
         Ok(IpcProbe { context: context.clone(), memory })
     }

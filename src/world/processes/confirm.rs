@@ -22,8 +22,8 @@ pub(super) struct Confirmation {
 }
 
 impl Confirmation {
-    pub(super) fn of_rank_0(pendings: impl Iterator<Item = (usize, Private<UnixStream>)>) -> Confirmation {
-        Confirmation { streams: pendings.collect() }
+    pub(super) fn of_rank_0(connections: impl Iterator<Item = (usize, Private<UnixStream>)>) -> Confirmation {
+        Confirmation { streams: connections.collect() }
     }
 
     pub(super) fn of_a_visitor(stream: Private<UnixStream>) -> Confirmation {

@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 
 /// Possible causes, for every error in which ranks did not find one another.
 pub(super) const CAUSES: &str =
-    "ranks find one another only within one network namespace (containers need a connections one, such as \
+    "ranks find one another only within one network namespace (containers need a common one, such as \
      --network=host) and as one user";
 /// The kernel's overflow uid where /proc does not tell it.
 const OVERFLOW: u32 = 65534;

@@ -194,7 +194,7 @@ impl ProcessBootstrap {
         self.listener.world()
     }
 
-    /// What ended this view, if anything did: the failure itself the first time.
+    /// Failure that ended this view, if any: the failure itself the first time.
     fn failure(&self) -> Option<Error> {
         let mut status = self.status();
         let failure = status.failure.clone()?;

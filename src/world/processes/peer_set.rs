@@ -21,14 +21,14 @@ pub(super) struct PeerSet {
     pub(super) connections: Arc<Connections>,
     /// Held during a view change.
     pub(super) latest: Mutex<CurrentView>,
-    /// The same, locked for a moment only.
+    /// Copy of `latest`, locked for a moment only.
     current: Mutex<CurrentView>,
-    /// The number of it.
+    /// Number of the current view.
     pub(super) number: AtomicU32,
     host_infos: Mutex<P2pMatrix>,
-    /// Of this process.
+    /// Averagers of this process.
     pub(super) averagers: Averagers,
-    /// It is on its way to the next one.
+    /// True during a view change.
     pub(super) going: AtomicBool,
     /// This process came late, and has no model of its own until its first average.
     pub(super) is_new: AtomicBool,
@@ -41,16 +41,16 @@ pub(super) struct CurrentView {
     status: Arc<Mutex<ViewStatus>>,
     /// Averagers built or begun: the k-th of one rank belongs with the k-th of every other.
     pub(super) builds: Arc<AtomicU32>,
-    /// The process that joined with it, if one did, has the model, as far as this one knows.
+    /// True once the joiner of this view, if any, has the model, as far as this process knows.
     pub(super) settled: Arc<AtomicBool>,
 }
 
 #[derive(Debug, Default)]
 pub(super) struct ViewStatus {
-    /// What ended it.
+    /// Failure that ended this view.
     pub(super) failure: Option<Error>,
     pub(super) told: bool,
-    /// By this process; and while it was on its way to the next one.
+    /// True if this process has aborted the view; the second, if it did so during the next view change.
     pub(super) aborted: [bool; 2],
 }
 
@@ -102,7 +102,7 @@ impl PeerSet {
         self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// It is in this one from now on, which is `latest`, too.
+    /// Makes a view the current one; it is `latest`, too.
     pub(super) fn enter(&self, view: &CurrentView) {
         *self.current.lock().unwrap_or_else(PoisonError::into_inner) = view.clone();
         self.number.store(view.number(), Ordering::Relaxed);
@@ -114,7 +114,7 @@ impl PeerSet {
         self.host_infos.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Of the members of a view, all of which this process has met.
+    /// Placement of the members of a view, all of which this process has met.
     pub(super) fn placement(&self, view: &CurrentView) -> Placement {
         let state = self.lock();
         let members: Vec<_> = view.members().iter().map(|id| (*id, &state.host_infos[id])).collect();

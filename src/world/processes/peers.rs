@@ -407,5 +407,5 @@ const KINDS: [Kind; 8] = [
     Kind::JoinPending,
     Kind::Reach,
 ];
-/// Those of a handshake.
+/// Messages of a handshake.
 const MOST_FILES: usize = 3;

@@ -143,8 +143,7 @@ pub(super) fn meet(me: &RankInfo, timeout: Duration) -> Result<Peers, String> {
 }
 
 /// Abstract socket address of rank 0 (`None`), or of the join listener of this number. It ends with the
-/// process that listens. A name
-/// that is too long is cut, and told from others by its hash.
+/// process that listens. A name that is too long is cut, and has a hash as suffix.
 pub(super) fn address(name: &str, listener: Option<usize>) -> Result<SocketAddr, String> {
     if name.len() > MOST_NAME {
         return Err(format!("the name of the world has {} bytes: it can have {MOST_NAME}", name.len()));
@@ -271,7 +270,7 @@ fn is_readable(stream: &UnixStream, until: Instant) -> io::Result<bool> {
     }
 }
 
-/// Without waiting where somebody listens and lets no process in.
+/// Connects without blocking where a socket listens but accepts nothing.
 pub(super) fn connect(address: &SocketAddr) -> io::Result<UnixStream> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
     let name = address.as_abstract_name().expect("made of one");

@@ -36,7 +36,7 @@ struct Words {
 #[repr(C)]
 struct List {
     count: AtomicU64,
-    /// The id of the one that is new, plus 1; 0: nobody is.
+    /// Id of the joiner of this view, plus 1; 0: there is none.
     joined: AtomicU64,
     /// By rank.
     members: [AtomicU64; MOST],
@@ -47,15 +47,15 @@ pub(super) struct ViewBoard {
     memory: Memfd,
 }
 
-/// What was decided.
+/// The agreed list of members.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct View {
     pub(super) number: u32,
     /// Ids, by rank.
     pub(super) members: Vec<usize>,
-    /// The one of them that was let in with this view.
+    /// The member that was admitted with this view.
     pub(super) joined: Option<usize>,
-    /// The word that says so.
+    /// The word that decided it.
     word: u64,
 }
 

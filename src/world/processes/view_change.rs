@@ -21,7 +21,7 @@ const DECIDED: u32 = 1;
 const SOON: Duration = Duration::from_millis(100);
 
 impl ProcessBootstrap {
-    /// Whether a process waits to be let in. Costs next to nothing.
+    /// True if a joiner waits to be admitted. One relaxed load.
     pub(in crate::world) fn has_joiner(&self) -> bool {
         self.members().len() < PA_MAX_WORLD as usize && self.peer_set.connections.has_joiner(self.number())
     }
@@ -62,7 +62,8 @@ impl ProcessBootstrap {
     ///
     /// Each tells all others that it is ready, and which joiners it knows, and waits until every other is ready or gone. The
     /// first process to have such a list of members, or to run out of time, decides it, by
-    /// compare-and-swap from the view before: all members adopt the first list. A process that dies on the way leaves nothing half done.
+    /// compare-and-swap from the view before: all members adopt the first list. A process that dies on
+    /// the way leaves nothing half done.
     pub(in crate::world) fn next_view(&self, timeout: Duration, admits: bool) -> Result<ProcessBootstrap> {
         let mut latest = self.peer_set.latest.lock().unwrap_or_else(PoisonError::into_inner);
         if latest.number() > self.number() {
@@ -83,7 +84,8 @@ impl ProcessBootstrap {
         if let Some((_, reason)) = self.peer_set.lock().trouble.iter().find(|(peer, _)| is_needed(peer)) {
             return Err(Error::SharedMemory { rank: self.rank(), reason: reason.clone() });
         }
-        // One that came before ends an admission. Who recovers has heard of it.
+        // An abort sent before this view change cancels an admission. A recovery ignores it: it is the
+        // failure that is recovered from.
         let counts = if admits { &[0, 1][..] } else { &[1] };
         let aborted = |state: &State| {
             let has =
@@ -110,7 +112,7 @@ impl ProcessBootstrap {
                     |&peer: &usize| state.gone.contains(&peer) || ready(state, peer) || Some(peer) == but;
                 others.iter().all(settled) || is_decided() || aborted(state).is_some()
             };
-            // One that joined and has not got its model is not waited for.
+            // A joiner of this view without its model is not waited for.
             let unsettled = self.unsettled();
             let _ = self.peer_set.wait(deadline, |state| all(state, unsettled).then_some(()));
             let _ = self
@@ -168,7 +170,8 @@ impl ProcessBootstrap {
         self.view.agreed.joined.filter(|_| !self.view.settled.load(Ordering::Relaxed))
     }
 
-    /// Those that wait. Some process has heard of one, so this process soon will, too, if it is still there.
+    /// Joiners that wait. A peer has heard of one, so its `JoinPending` reaches this process soon, if the
+    /// joiner is still connected.
     fn joiners(&self, deadline: Instant) -> Vec<usize> {
         let soon = deadline.min(Instant::now() + SOON);
         let found = self

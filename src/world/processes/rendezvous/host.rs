@@ -65,7 +65,7 @@ struct Stray {
 impl RankZero<'_> {
     fn meet(mut self, address: &SocketAddr) -> Result<Peers, String> {
         let listener = name::take(self.me, address, self.deadline, self.timeout)?;
-        let (send, pendings) = mpsc::sync_channel(listener::MOST);
+        let (send, arrivals) = mpsc::sync_channel(listener::MOST);
         let (since, me) = (Instant::now(), Arc::new(self.me.clone()));
         let came = move |stream, mut frame: Frame| {
             let Ok(hello) = frame.parse::<Hello>() else { return };
@@ -87,7 +87,7 @@ impl RankZero<'_> {
         })?;
         // Descriptors that are there again when others must be told that there are too few.
         let reserve = [(); 2].map(|()| pidfd_open(getpid(), PidfdFlags::empty()));
-        let gathered = self.gather(&pendings, &listener);
+        let gathered = self.gather(&arrivals, &listener);
         drop(reserve);
         let result = gathered.and_then(|()| {
             self.introduce().map_err(|reason| format!("rank 0 can't bring the ranks together: {reason}"))
@@ -102,14 +102,14 @@ impl RankZero<'_> {
                 {
                     reason = format!("{reason}; {shortage}");
                 }
-                self.refuse_all(&pendings, &listener, &reason);
+                self.refuse_all(&arrivals, &listener, &reason);
                 Err(reason)
             }
         }
     }
 
     /// Until every rank has come.
-    fn gather(&mut self, pendings: &mpsc::Receiver<Pending>, listener: &Listener) -> Result<(), String> {
+    fn gather(&mut self, arrivals: &mpsc::Receiver<Pending>, listener: &Listener) -> Result<(), String> {
         if let Some(reason) = &self.me.refusal {
             return Err(reason.clone());
         }
@@ -128,7 +128,7 @@ impl RankZero<'_> {
             }
             notice.look(|| self.waiting());
             let left = self.deadline.saturating_duration_since(now);
-            match pendings.recv_timeout(left.min(TICK)) {
+            match arrivals.recv_timeout(left.min(TICK)) {
                 Ok(pending) => self.admit(pending)?,
                 Err(RecvTimeoutError::Timeout) if left > TICK => {}
                 Err(RecvTimeoutError::Timeout) => return Err(self.missing()),
@@ -139,7 +139,7 @@ impl RankZero<'_> {
     }
 
     /// Tells the ranks that came, and those that come now.
-    fn refuse_all(&mut self, pendings: &mpsc::Receiver<Pending>, listener: &Listener, reason: &str) {
+    fn refuse_all(&mut self, arrivals: &mpsc::Receiver<Pending>, listener: &Listener, reason: &str) {
         let mut left = (self.me.world_size - 1).saturating_sub(self.came.len() + self.refused);
         // Closed, so that others get their descriptors.
         std::mem::take(&mut self.came).values().for_each(|pending| pending.refuse(reason));
@@ -150,7 +150,7 @@ impl RankZero<'_> {
             // Connections that can't be read are answered by the listener.
             let grace = if self.me.refusal.is_some() && !listener.is_stuck() { PARTING } else { GRACE };
             let patience = self.deadline.min(begin + grace).saturating_duration_since(Instant::now());
-            match pendings.recv_timeout(patience.min(TICK)) {
+            match arrivals.recv_timeout(patience.min(TICK)) {
                 // A rank of another job comes again when this process has ended: it may have its own world.
                 Ok(pending) if self.me.job.differs(&pending.hello.job).is_some() => {}
                 Ok(pending) => {

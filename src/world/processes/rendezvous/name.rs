@@ -110,7 +110,7 @@ fn part(me: &RankInfo, address: &SocketAddr, deadline: Instant, reason: &str) {
     while left > 0 && Instant::now() < until {
         std::thread::sleep(AGAIN);
         let Ok(listener) = UnixListener::bind_addr(address) else { continue };
-        let (send, pendings) = mpsc::sync_channel(listener::MOST);
+        let (send, arrivals) = mpsc::sync_channel(listener::MOST);
         let (mine, size) = (me.job.clone(), me.world_size);
         let came = move |stream, frame: Frame| {
             let hello = frame.parse::<Hello>();
@@ -122,7 +122,7 @@ fn part(me: &RankInfo, address: &SocketAddr, deadline: Instant, reason: &str) {
             }
         };
         let Ok(_listener) = Listener::open(listener, &[Kind::Hello], 1, came) else { return };
-        while let Ok(pending) = pendings.recv_timeout(until.saturating_duration_since(Instant::now())) {
+        while let Ok(pending) = arrivals.recv_timeout(until.saturating_duration_since(Instant::now())) {
             pending.refuse(reason);
             left -= 1;
             if left == 0 {
