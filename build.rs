@@ -1,10 +1,12 @@
-//! Compiles `kernels/` twice: by the C++ compiler for the CPU backend, and by nvcc into one fatbin for the GPU.
+//! Compiles `kernels/` twice: by the C++ compiler for the CPU backend, and by nvcc into one fatbin
+//! for the GPU.
 //!
-//! CPU: `average_cpu.cpp` once per instruction set (x86-64: baseline, AVX2, AVX-512; elsewhere: baseline), always
-//! optimised, into the archive `param_averager_kernels`. Which copy runs is decided at run time. The compiler is the
-//! one the `cc` crate picks (`CXX`, `CXXFLAGS`, …).
+//! CPU: `average_cpu.cpp` once per instruction set (x86-64: baseline, AVX2, AVX-512; elsewhere:
+//! baseline), always optimised, into the archive `param_averager_kernels`. Which copy runs is
+//! decided at run time. The compiler is the one the `cc` crate picks (`CXX`, `CXXFLAGS`, …).
 //!
-//! CUDA: `average.cu` into `$OUT_DIR/average.fatbin`, reachable through `$OUT_DIR/kernels.rs`. Variables read:
+//! CUDA: `average.cu` into `$OUT_DIR/average.fatbin`, reachable through `$OUT_DIR/kernels.rs`.
+//! Variables read:
 //!
 //! | variable | meaning |
 //! |---|---|
@@ -18,9 +20,9 @@
 //! | `PARAM_AVERAGER_REQUIRE_NVCC` | `1`: fail instead of building without GPU kernels |
 //! | `DOCS_RS` | set: do not look for nvcc |
 //!
-//! Without nvcc the crate builds, with one warning; an nvcc that was found and fails, fails the build. The script runs
-//! again when a file in `kernels/` or one of these variables changes. A toolkit that is installed later in one of those
-//! places changes neither: set `NVCC`.
+//! Without nvcc the crate builds, with one warning; an nvcc that was found and fails, fails the
+//! build. The script runs again when a file in `kernels/` or one of these variables changes. A
+//! toolkit that is installed later in one of those places changes neither: set `NVCC`.
 
 use std::env;
 use std::ffi::OsString;
@@ -45,11 +47,12 @@ const VARIABLES: [&str; 11] = [
 
 const DEFAULT_ARCHITECTURES: [&str; 4] = ["80", "90", "100", "120"];
 
-const HOW_TO_GET_NVCC: &str = "install the CUDA toolkit (or, in an active virtual environment, `pip install \
+const HOW_TO_GET_NVCC: &str =
+    "install the CUDA toolkit (or, in an active virtual environment, `pip install \
     cuda-toolkit[nvcc,cccl]`), set NVCC=/path/to/nvcc or CUDA_HOME, and build again";
 
-/// Flags that every instruction set shares. No contraction and no reassociation: CPU and GPU give the same bits. No
-/// exceptions, no RTTI: nothing of the C++ runtime is needed at link time.
+/// Flags that every instruction set shares. No contraction and no reassociation: CPU and GPU give
+/// the same bits. No exceptions, no RTTI: nothing of the C++ runtime is needed at link time.
 const CPU_FLAGS: [&str; 6] = [
     "-std=c++17",
     "-ffp-contract=off",
@@ -63,7 +66,10 @@ const CPU_FLAGS: [&str; 6] = [
 const X86_64: [(&str, &[&str]); 3] = [
     ("baseline", &[]),
     ("avx2", &["-mavx2", "-mf16c", "-mfma"]),
-    ("avx512", &["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mf16c", "-mfma"]),
+    (
+        "avx512",
+        &["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mf16c", "-mfma"],
+    ),
 ];
 
 fn main() {
@@ -82,7 +88,8 @@ fn main() {
 }
 
 fn build() -> Result<(), String> {
-    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set: run this through cargo")?);
+    let out =
+        PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set: run this through cargo")?);
     let kernels = match nvcc_or_reason()? {
         Ok(nvcc) => {
             let fatbin = compile_cuda(&nvcc, &out)?;
@@ -96,7 +103,8 @@ fn build() -> Result<(), String> {
             ));
         }
         Err(reason) => {
-            let message = format!("built without GPU kernels, {reason}. For CUDA devices {HOW_TO_GET_NVCC}");
+            let message =
+                format!("built without GPU kernels, {reason}. For CUDA devices {HOW_TO_GET_NVCC}");
             println!("cargo::warning={message}");
             println!("cargo::rustc-env=PARAM_AVERAGER_NVCC=");
             format!("pub(crate) static FATBIN: Result<&[u8], &str> = Err({message:?});\n")
@@ -120,11 +128,14 @@ fn compile_cpu(out: &Path) -> Result<(), String> {
         // An own directory each: cc names an object after its source, which is the same for all.
         compiler.out_dir(out.join(set)).file(source).define("PA_ISA", set);
         compiler.flags(CPU_FLAGS).flags(flags);
-        let objects =
-            compiler.try_compile_intermediates().map_err(|e| format!("compiling {source} for {set}: {e}"))?;
+        let objects = compiler
+            .try_compile_intermediates()
+            .map_err(|e| format!("compiling {source} for {set}: {e}"))?;
         archive.objects(objects);
     }
-    archive.try_compile("param_averager_kernels").map_err(|e| format!("archiving the CPU kernels: {e}"))?;
+    archive
+        .try_compile("param_averager_kernels")
+        .map_err(|e| format!("archiving the CPU kernels: {e}"))?;
     println!(
         "cargo::rustc-env=PARAM_AVERAGER_CPU_ARCHIVE={}",
         out.join("libparam_averager_kernels.a").display()
@@ -134,7 +145,8 @@ fn compile_cpu(out: &Path) -> Result<(), String> {
 
 fn cpp_compiler() -> cc::Build {
     let mut compiler = cc::Build::new();
-    // Optimised in every profile: scalar loops over a model's parameters would make debug builds crawl.
+    // Optimised in every profile: scalar loops over a model's parameters would make debug builds
+    // crawl.
     compiler.cpp(true).cpp_link_stdlib(None).opt_level(3).extra_warnings(true);
     compiler
 }
@@ -156,7 +168,8 @@ fn nvcc_or_reason() -> Result<Result<PathBuf, String>, String> {
         return match path {
             Some(path) => Ok(Ok(path)),
             None => Err(format!(
-                "NVCC names {}, which does not exist: correct NVCC, unset it to search for nvcc, or set it to nothing \
+                "NVCC names {}, which does not exist: correct NVCC, unset it to search for nvcc, \
+                 or set it to nothing \
                  to build without GPU kernels",
                 Path::new(&named).display()
             )),
@@ -182,7 +195,9 @@ fn nvcc_or_reason() -> Result<Result<PathBuf, String>, String> {
 }
 
 fn on_path(name: &OsString) -> Option<PathBuf> {
-    env::split_paths(&env::var_os("PATH")?).map(|folder| folder.join(name)).find(|path| path.is_file())
+    env::split_paths(&env::var_os("PATH")?)
+        .map(|folder| folder.join(name))
+        .find(|path| path.is_file())
 }
 
 /// PyPI's toolkit of the newest CUDA in the active virtual environment.
@@ -206,8 +221,8 @@ fn children(folder: &Path, prefix: &str) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Compiles the GPU kernels to machine code for each architecture, and to PTX for the oldest of them (any GPU since) and
-/// the newest (any GPU to come).
+/// Compiles the GPU kernels to machine code for each architecture, and to PTX for the oldest of
+/// them (any GPU since) and the newest (any GPU to come).
 fn compile_cuda(nvcc: &Path, out: &Path) -> Result<PathBuf, String> {
     let architectures = architectures(nvcc)?;
     let fatbin = out.join("average.fatbin");
@@ -216,7 +231,8 @@ fn compile_cuda(nvcc: &Path, out: &Path) -> Result<PathBuf, String> {
     command.args(["-fatbin", "-std=c++17", "-O3", "-fmad=false"]);
     command.arg(format!("--threads={}", env::var("NUM_JOBS").unwrap_or_else(|_| "1".into())));
     if env::var_os("NVCC_CCBIN").is_none_or(|compiler| compiler.is_empty()) {
-        // The build machine's compiler, also when the target is another: a fatbin holds no host code.
+        // The build machine's compiler, also when the target is another: a fatbin holds no host
+        // code.
         let host = env::var("HOST").map_err(|e| format!("HOST: {e}"))?;
         let compiler = cpp_compiler().target(&host).try_get_compiler();
         let compiler = compiler.map_err(|e| format!("looking for a C++ compiler for nvcc: {e}"))?;
@@ -232,7 +248,9 @@ fn compile_cuda(nvcc: &Path, out: &Path) -> Result<PathBuf, String> {
     }
     command.arg("-o").arg(&fatbin).arg("kernels/average.cu");
     let output = run(&mut command)?;
-    for line in [output.stdout, output.stderr].iter().flat_map(|text| text.split(|&byte| byte == b'\n')) {
+    for line in
+        [output.stdout, output.stderr].iter().flat_map(|text| text.split(|&byte| byte == b'\n'))
+    {
         if !line.is_empty() {
             println!("cargo::warning={}", String::from_utf8_lossy(line));
         }
@@ -246,7 +264,10 @@ fn architectures(nvcc: &Path) -> Result<Vec<String>, String> {
     let mut names = Vec::new();
     for word in asked.split([',', ';', ' ']).filter(|word| !word.is_empty()) {
         names.push(architecture(word).ok_or_else(|| {
-            format!("CUDA_COMPUTE_CAP holds `{word}`: write compute capabilities such as 90, 9.0 or sm_90, with commas between")
+            format!(
+                "CUDA_COMPUTE_CAP holds `{word}`: write compute capabilities such as 90, 9.0 \
+                or sm_90, with commas between"
+            )
         })?);
     }
     if names.is_empty() {
@@ -255,11 +276,15 @@ fn architectures(nvcc: &Path) -> Result<Vec<String>, String> {
         let known: Vec<&str> =
             listed.split_whitespace().filter_map(|code| code.strip_prefix("sm_")).collect();
         names.extend(
-            DEFAULT_ARCHITECTURES.iter().filter(|name| known.contains(name)).map(|name| name.to_string()),
+            DEFAULT_ARCHITECTURES
+                .iter()
+                .filter(|name| known.contains(name))
+                .map(|name| name.to_string()),
         );
         if names.is_empty() {
             return Err(format!(
-                "{} knows none of sm_80, sm_90, sm_100 and sm_120, only {known:?}: set CUDA_COMPUTE_CAP, or NVCC to a newer one",
+                "{} knows none of sm_80, sm_90, sm_100 and sm_120, only {known:?}: set \
+                 CUDA_COMPUTE_CAP, or NVCC to a newer one",
                 nvcc.display()
             ));
         }
@@ -278,7 +303,8 @@ fn architecture(word: &str) -> Option<String> {
     let (major, minor) = name.split_once('.').unwrap_or((name, ""));
     let number = format!("{major}{minor}");
     let digits = number.strip_suffix(['a', 'f']).unwrap_or(&number);
-    let plausible = (2..=3).contains(&digits.len()) && digits.bytes().all(|digit| digit.is_ascii_digit());
+    let plausible =
+        (2..=3).contains(&digits.len()) && digits.bytes().all(|digit| digit.is_ascii_digit());
     plausible.then_some(number)
 }
 

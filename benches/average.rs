@@ -1,5 +1,5 @@
-//! The averager by itself, under criterion: `cargo bench --bench average`. For comparisons with the one-pass limit and
-//! with other ways to do it, in one run, see `allreduce-bench`.
+//! The averager by itself, under criterion: `cargo bench --bench average`. For comparisons with the
+//! one-pass limit and with other ways to do it, in one run, see `allreduce-bench`.
 
 mod common;
 
@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use criterion::{criterion_group, criterion_main, Criterion, SamplingMode, Throughput};
 use param_averager::{Algorithm, Device, ParamAverager, World};
 
-/// Rank threads that average the same layout of f32 again and again. Rank 0 is timed; all begin together.
+/// Rank threads that average the same layout of f32 again and again. Rank 0 is timed; all begin
+/// together.
 struct Ranks {
     orders: Vec<Sender<u64>>,
     times: Receiver<Duration>,
@@ -30,9 +31,11 @@ impl Ranks {
             orders.push(order);
             threads.push(std::thread::spawn(move || {
                 let rank = communicator.rank();
-                let mut model: Vec<Vec<f32>> = layout.iter().map(|&len| vec![rank as f32; len]).collect();
-                let builder =
-                    ParamAverager::builder(communicator).algorithm(algorithm).all_or_nothing(all_or_nothing);
+                let mut model: Vec<Vec<f32>> =
+                    layout.iter().map(|&len| vec![rank as f32; len]).collect();
+                let builder = ParamAverager::builder(communicator)
+                    .algorithm(algorithm)
+                    .all_or_nothing(all_or_nothing);
                 let mut averager = builder.build(&mut model).unwrap();
                 for iterations in ordered {
                     barrier.wait();
@@ -73,10 +76,15 @@ fn average(criterion: &mut Criterion) {
         for n in [2, 4] {
             let mut group = criterion.benchmark_group(format!("{name}/f32/{n}_ranks"));
             group.throughput(Throughput::Bytes(4 * layout.iter().sum::<usize>() as u64));
-            group.sampling_mode(SamplingMode::Flat).sample_size(10).measurement_time(Duration::from_secs(3));
+            group
+                .sampling_mode(SamplingMode::Flat)
+                .sample_size(10)
+                .measurement_time(Duration::from_secs(3));
             for (way, algorithm, all_or_nothing) in ways {
                 let ranks = Ranks::new(n, &layout, algorithm, all_or_nothing);
-                group.bench_function(way, |bencher| bencher.iter_custom(|iterations| ranks.time(iterations)));
+                group.bench_function(way, |bencher| {
+                    bencher.iter_custom(|iterations| ranks.time(iterations))
+                });
             }
             group.finish();
         }

@@ -1,7 +1,9 @@
-//! The averager on a CUDA device, under criterion: `cargo bench --bench cuda`. Two ranks on device 0, timed by events on
-//! their streams. For comparisons with NCCL and with what the device can do, see `allreduce-bench --backend cuda`.
+//! The averager on a CUDA device, under criterion: `cargo bench --bench cuda`. Two ranks on device
+//! 0, timed by events on their streams. For comparisons with NCCL and with what the device can do,
+//! see `allreduce-bench --backend cuda`.
 //!
-//! Without a device, on a simulated one, or without kernels, it prints SKIPPED and the reason, and succeeds.
+//! Without a device, on a simulated one, or without kernels, it prints SKIPPED and the reason, and
+//! succeeds.
 
 mod common;
 
@@ -21,7 +23,8 @@ use param_averager::{
 const RANKS: usize = 2;
 const GPU: Device = Device::cuda(0);
 
-/// cuEventElapsedTime of the driver. cudarc calls its second version, and panics where the driver is older than that.
+/// cuEventElapsedTime of the driver. cudarc calls its second version, and panics where the driver
+/// is older than that.
 type ElapsedTime = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
 
 /// Of an averager.
@@ -31,11 +34,14 @@ type Options = fn(Builder) -> Builder;
 fn usable() -> Result<ElapsedTime, String> {
     // The library looks before it calls cudarc, which panics without a driver.
     World::in_process(&[GPU]).map_err(|error| error.to_string())?;
-    let name = CudaContext::new(0).and_then(|context| context.name()).map_err(|error| error.to_string())?;
+    let name = CudaContext::new(0)
+        .and_then(|context| context.name())
+        .map_err(|error| error.to_string())?;
     if name.contains("cudasim") {
         return Err(format!("{name} is no GPU, and its times are nobody's"));
     }
-    let names = if cfg!(windows) { ["nvcuda.dll", "nvcuda"] } else { ["libcuda.so.1", "libcuda.so"] };
+    let names =
+        if cfg!(windows) { ["nvcuda.dll", "nvcuda"] } else { ["libcuda.so.1", "libcuda.so"] };
     // SAFETY: the driver, which is loaded already; the function has had this type since CUDA 2.
     let function = unsafe {
         let library = names.iter().find_map(|name| libloading::Library::new(*name).ok());
@@ -92,11 +98,13 @@ impl Drop for Model {
     fn drop(&mut self) {
         // All ranks rest by now: this waits for every kernel.
         // SAFETY: allocated by `new`. An error leaves nothing to do.
-        let _ = self.context.bind_to_thread().and_then(|()| unsafe { result::free_sync(self.address) });
+        let _ =
+            self.context.bind_to_thread().and_then(|()| unsafe { result::free_sync(self.address) });
     }
 }
 
-/// Rank threads that average the same layout again and again. An iteration takes as long as its slowest rank.
+/// Rank threads that average the same layout again and again. An iteration takes as long as its
+/// slowest rank.
 struct Ranks {
     orders: Vec<Sender<u64>>,
     times: Receiver<Vec<Duration>>,
@@ -155,8 +163,8 @@ fn rank(
                 std::hint::spin_loop();
             }
             let mut milliseconds = 0.0;
-            // SAFETY: the stream and the tensors are this rank's, and outlive the wait; the events are recorded and over
-            // when they are compared.
+            // SAFETY: the stream and the tensors are this rank's, and outlive the wait; the events
+            // are recorded and over when they are compared.
             unsafe {
                 result::event::record(start, stream).unwrap();
                 let pending = averager.average_on(&mut model, stream.cast()).unwrap();
@@ -184,12 +192,18 @@ fn average(criterion: &mut Criterion, elapsed: ElapsedTime) {
         ("ring_no_commit", |builder| builder.algorithm(Algorithm::Ring).all_or_nothing(false)),
     ];
     for (name, layout) in common::layouts() {
-        let mut group = criterion.benchmark_group(format!("cuda/{name}/f32/{RANKS}_ranks_on_one_gpu"));
+        let mut group =
+            criterion.benchmark_group(format!("cuda/{name}/f32/{RANKS}_ranks_on_one_gpu"));
         group.throughput(Throughput::Bytes(4 * layout.iter().sum::<usize>() as u64));
-        group.sampling_mode(SamplingMode::Flat).sample_size(10).measurement_time(Duration::from_secs(3));
+        group
+            .sampling_mode(SamplingMode::Flat)
+            .sample_size(10)
+            .measurement_time(Duration::from_secs(3));
         for (way, options) in ways {
             let ranks = Ranks::new(&layout, options, elapsed);
-            group.bench_function(way, |bencher| bencher.iter_custom(|iterations| ranks.time(iterations)));
+            group.bench_function(way, |bencher| {
+                bencher.iter_custom(|iterations| ranks.time(iterations))
+            });
         }
         group.finish();
     }

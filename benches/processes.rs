@@ -1,8 +1,10 @@
-//! How long the changes of a world of processes take, with a model of GPT-2's size: `cargo bench --bench processes`.
+//! How long the changes of a world of processes take, with a model of GPT-2's size: `cargo bench
+//! --bench processes`.
 //!
-//! Each run begins a world of 4 processes, kills one at a random time while they average, and lets another one join. This very
-//! program is each of them. Times are by the clock that all processes of the host share, from the first event of any process to
-//! the last of all. For how long averages take, see `allreduce-bench --processes`.
+//! Each run begins a world of 4 processes, kills one at a random time while they average, and lets
+//! another one join. This very program is each of them. Times are by the clock that all processes
+//! of the host share, from the first event of any process to the last of all. For how long averages
+//! take, see `allreduce-bench --processes`.
 
 #[cfg(target_os = "linux")]
 mod common;
@@ -38,7 +40,8 @@ mod linux {
         Duration::new(time.tv_sec as u64, time.tv_nsec as u32).as_secs_f64() * 1e3
     }
 
-    // ---- a rank --------------------------------------------------------------------------------------------------
+    // ---- a rank
+    // --------------------------------------------------------------------------------------------------
 
     fn say(what: &str, since: f64) {
         println!("{what} {since} {}", now());
@@ -101,7 +104,8 @@ mod linux {
         }
     }
 
-    // ---- all of them ---------------------------------------------------------------------------------------------
+    // ---- all of them
+    // ---------------------------------------------------------------------------------------------
 
     struct Process {
         child: Child,
@@ -121,7 +125,8 @@ mod linux {
         fn hear(&mut self, what: &str) -> (f64, f64) {
             let begin = format!("{what} ");
             let mut lines = self.lines.by_ref().map_while(Result::ok);
-            let line = lines.find(|line| line.starts_with(&begin)).unwrap_or_else(|| panic!("no {what}"));
+            let line =
+                lines.find(|line| line.starts_with(&begin)).unwrap_or_else(|| panic!("no {what}"));
             let mut numbers = line.split(' ').skip(1).map(|number| number.parse().unwrap());
             (numbers.next().unwrap(), numbers.next().unwrap())
         }
@@ -140,9 +145,10 @@ mod linux {
 
     /// From the first that began to the last that ended.
     fn span(times: impl IntoIterator<Item = (f64, f64)>) -> f64 {
-        let (first, last) = times
-            .into_iter()
-            .fold((f64::MAX, f64::MIN), |(first, last), (begin, end)| (first.min(begin), last.max(end)));
+        let (first, last) =
+            times.into_iter().fold((f64::MAX, f64::MIN), |(first, last), (begin, end)| {
+                (first.min(begin), last.max(end))
+            });
         last - first
     }
 
@@ -165,7 +171,10 @@ mod linux {
             rows.iter_mut().zip(times).for_each(|((_, all), time)| all.push(time));
             eprintln!("# run {} of {RUNS}: {times:.1?}", run + 1);
         }
-        println!("# GPT-2: 148 tensors, 124,439,808 parameters in f32, {RANKS} processes, {RUNS} runs; ms");
+        println!(
+            "# GPT-2: 148 tensors, 124,439,808 parameters in f32, {RANKS} processes, {RUNS} \
+            runs; ms"
+        );
         println!("{:68} {:>8} {:>8} {:>8}", "#", "median", "min", "max");
         for (name, mut times) in rows {
             times.sort_by(f64::total_cmp);

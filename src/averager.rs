@@ -1,4 +1,5 @@
-//! The averager: one rank's tensors, the memory it shares with its peers, and the launches of an average.
+//! The averager: one rank's tensors, the memory it shares with its peers, and the launches of an
+//! average.
 
 mod assemble;
 mod builder;
@@ -44,21 +45,24 @@ use table::Table;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Algorithm {
-    /// Direct where every rank can address every other's tensors (ranks that are threads of one process, on CPUs or on one
-    /// CUDA device), else the ring: peers may not even read memory of another device's pool, where trainers keep tensors.
+    /// Direct where every rank can address every other's tensors (ranks that are threads of one
+    /// process, on CPUs or on one CUDA device), else the ring: peers may not even read memory of
+    /// another device's pool, where trainers keep tensors.
     Auto,
-    /// Around a ring through mailboxes: S/n + 4 MiB of extra memory at most, 16 MiB more on a CUDA device. Sums of shard s are made in the order of
-    /// ranks s+1, s+2, …, s, as they follow one another in [`ring_order`](ParamAverager::ring_order).
+    /// Around a ring through mailboxes: S/n + 4 MiB of extra memory at most, 16 MiB more on a CUDA
+    /// device. Sums of shard s are made in the order of ranks s+1, s+2, …, s, as they follow one
+    /// another in [`ring_order`](ParamAverager::ring_order).
     Ring,
-    /// The owner of each part reads all ranks' values, in rank order, and writes all ranks' means: no mailboxes, one
-    /// rounding.
+    /// The owner of each part reads all ranks' values, in rank order, and writes all ranks' means:
+    /// no mailboxes, one rounding.
     Direct,
 }
 
 /// Averages a rank's parameters with those of its peers, in place.
 ///
-/// Every average is collective: it returns when all ranks have called it, and gives every rank the same bits. If it
-/// fails before any rank wrote, every tensor of every rank is as it was, and every rank gets the same error.
+/// Every average is collective: it returns when all ranks have called it, and gives every rank the
+/// same bits. If it fails before any rank wrote, every tensor of every rank is as it was, and every
+/// rank gets the same error.
 ///
 /// ```
 /// use param_averager::{Device, ParamAverager, World};
@@ -93,8 +97,8 @@ pub struct ParamAverager {
     admitted: Option<Admitted>,
     /// To build another one without the tensors. `None` only until a successor is taken.
     blueprint: Option<Arc<Blueprint>>,
-    /// The stream of the average that may be under way: to cudarc, a context whose last stream is gone has no need to order
-    /// the uses of its slices any more.
+    /// The stream of the average that may be under way: to cudarc, a context whose last stream is
+    /// gone has no need to order the uses of its slices any more.
     #[cfg(feature = "cudarc")]
     stream: Option<Arc<cudarc::driver::CudaStream>>,
 }
@@ -143,7 +147,8 @@ impl ParamAverager {
         self.communicator.world_size()
     }
 
-    /// The ranks as they follow one another around the ring, from rank 0: on several CUDA devices, as these lie.
+    /// The ranks as they follow one another around the ring, from rank 0: on several CUDA devices,
+    /// as these lie.
     pub fn ring_order(&self) -> &[usize] {
         self.communicator.placement().order()
     }
@@ -163,8 +168,9 @@ impl ParamAverager {
         self.own.bytes(&self.table) + size_of::<PaControl>()
     }
 
-    /// This rank's membership of its world, as it is now: after ranks were lost or let in, with another number and size than the
-    /// one that the averager was built with. For further averagers.
+    /// This rank's membership of its world, as it is now: after ranks were lost or let in, with
+    /// another number and size than the one that the averager was built with. For further
+    /// averagers.
     pub fn communicator(&self) -> &Communicator {
         &self.communicator
     }
@@ -181,8 +187,9 @@ impl ParamAverager {
 
     /// Replaces every tensor by its weighted mean over all ranks, Σ wᵢ·xᵢ / Σ wᵢ. Collective.
     ///
-    /// `weight` is this rank's, such as the number of samples it has seen since the last average. A rank of weight 0 only
-    /// receives: its values, NaN included, count for nothing. Not all weights may be 0.
+    /// `weight` is this rank's, such as the number of samples it has seen since the last average. A
+    /// rank of weight 0 only receives: its values, NaN included, count for nothing. Not all weights
+    /// may be 0.
     pub fn average_weighted<P: Parameters + ?Sized>(
         &mut self,
         params: &mut P,
@@ -202,7 +209,11 @@ impl ParamAverager {
         }
     }
 
-    pub(crate) fn run<P: Parameters + ?Sized>(&mut self, params: &mut P, call: Call) -> Result<Outcome> {
+    pub(crate) fn run<P: Parameters + ?Sized>(
+        &mut self,
+        params: &mut P,
+        call: Call,
+    ) -> Result<Outcome> {
         let start = Instant::now();
         // SAFETY: `params` stays borrowed until `end` has returned.
         match unsafe { self.begin(params, call, None, start) }? {
@@ -214,8 +225,9 @@ impl ParamAverager {
     /// The first half of an average: what is over already, or nothing, and then `end` waits for it.
     ///
     /// # Safety
-    /// The tensors that `params` visits are nobody else's until `end` has returned, and are used on the device only by
-    /// what is ordered before or after `stream`, which is one of its primary context and lives as long.
+    /// The tensors that `params` visits are nobody else's until `end` has returned, and are used on
+    /// the device only by what is ordered before or after `stream`, which is one of its primary
+    /// context and lives as long.
     unsafe fn begin<P: Parameters + ?Sized>(
         &mut self,
         params: &mut P,
@@ -226,8 +238,10 @@ impl ParamAverager {
         if let Some(cause) = &self.failed {
             return Err(Error::Poisoned { cause: Box::new(cause.clone()) });
         }
-        let failure = self.agreement.control.failure().map(|failure| self.fatal(failure, Phase::Meet, false));
-        let superseded = || self.communicator.is_superseded().then(|| Error::StaleView { rank: self.rank() });
+        let failure =
+            self.agreement.control.failure().map(|failure| self.fatal(failure, Phase::Meet, false));
+        let superseded =
+            || self.communicator.is_superseded().then(|| Error::StaleView { rank: self.rank() });
         if let Some(error) = failure.or_else(superseded) {
             self.failed = Some(error.clone());
             return Err(error);
@@ -242,7 +256,9 @@ impl ParamAverager {
         if let (Some(refusal), Some(stream)) = (&refusal, stream) {
             // What peers are told by an average, they would be told by every replay of a graph.
             // SAFETY: the caller's promise.
-            if unsafe { self.own.engine.is_capturing(stream) }.map_err(|reason| self.device_failed(reason))? {
+            if unsafe { self.own.engine.is_capturing(stream) }
+                .map_err(|reason| self.device_failed(reason))?
+            {
                 return Err(refusal.clone());
             }
         }
@@ -272,19 +288,21 @@ impl ParamAverager {
         if std::mem::take(&mut self.table.moved) {
             self.own.engine.set_tables(&self.table.raw, segments());
         }
-        // Tensors that are not as they should be are not read: the launch that meets is enough to say so.
+        // Tensors that are not as they should be are not read: the launch that meets is enough to
+        // say so.
         let meets = |phase: u32| phase != PA_SCAN && phase != PA_RING_GATHER;
         let phases = self.phases.iter().copied().filter(|&phase| problem.is_none() || meets(phase));
-        // SAFETY: the tables describe the tensors that `params` visited just now, which are the caller's promise; all other
-        // memory is this averager's or kept by `agreement`.
+        // SAFETY: the tables describe the tensors that `params` visited just now, which are the
+        // caller's promise; all other memory is this averager's or kept by `agreement`.
         match unsafe { self.own.engine.start(&args, phases, stream) } {
             Ok(()) => Ok(None),
             Err(refused @ Unstarted::Refused { .. }) => {
                 Err(refusal.unwrap_or_else(|| self.unstarted(refused)))
             }
             Err(failed @ Unstarted::Failed(_)) => {
-                // Half an average may have been enqueued, whose kernels wait for peers, which wait for the other half, or for
-                // this very call to return before they come: all must hear first.
+                // Half an average may have been enqueued, whose kernels wait for peers, which wait
+                // for the other half, or for this very call to return before they come: all must
+                // hear first.
                 self.agreement.control.give_up(self.position());
                 Err(self.unstarted(failed))
             }
@@ -326,7 +344,8 @@ impl ParamAverager {
 
 impl Drop for ParamAverager {
     fn drop(&mut self) {
-        let _ = self.own.engine.finish(); // if a Pending was forgotten: its kernels still use the memory that goes now
+        // if a Pending was forgotten: its kernels still use the memory that goes now
+        let _ = self.own.engine.finish();
         self.say_through();
         self.agreement.control.leave(self.position());
     }
@@ -356,8 +375,8 @@ fn phases(algorithm: Algorithm, all_or_nothing: bool, reject_non_finite: bool) -
     }
 }
 
-/// How often a wait looks before it yields: where every thread has a core, longer than a hand-off takes; where threads
-/// share cores, not at all, since the peer may be waiting for this very core.
+/// How often a wait looks before it yields: where every thread has a core, longer than a hand-off
+/// takes; where threads share cores, not at all, since the peer may be waiting for this very core.
 fn spins(threads: usize) -> u32 {
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     if threads <= cores {

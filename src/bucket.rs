@@ -1,4 +1,5 @@
-//! Tensors to buckets, buckets to channels and shards: pure arithmetic, no memory. `kernels/bucket.h` walks the result.
+//! Tensors to buckets, buckets to channels and shards: pure arithmetic, no memory.
+//! `kernels/bucket.h` walks the result.
 //!
 //! ```text
 //! tensors  wte f32 | ln f32 | wpe bf16 | head f32          in the order they are visited
@@ -35,13 +36,16 @@ pub struct Bucket {
 /// Where a tensor went: the bucket's index and the segment's, none for a tensor without elements.
 pub type Place = Option<(usize, usize)>;
 
-/// Sorts tensors into buckets, one for each dtype that occurs with elements, in the order of [`Dtype::ALL`].
+/// Sorts tensors into buckets, one for each dtype that occurs with elements, in the order of
+/// [`Dtype::ALL`].
 pub fn plan(shapes: &[Shape]) -> (Vec<Bucket>, Vec<Place>) {
     let mut buckets = Vec::new();
     let mut placement = vec![None; shapes.len()];
     for dtype in Dtype::ALL {
         let mut bucket = Bucket { dtype, packs: 0, segments: vec![], tensors: vec![] };
-        for (index, shape) in shapes.iter().enumerate().filter(|(_, s)| s.dtype == dtype && s.elements > 0) {
+        for (index, shape) in
+            shapes.iter().enumerate().filter(|(_, s)| s.dtype == dtype && s.elements > 0)
+        {
             placement[index] = Some((buckets.len(), bucket.segments.len()));
             bucket.segments.push(PaSegment {
                 address: 0,
@@ -68,7 +72,8 @@ pub fn channel_packs(packs: u64, channels: u32) -> u64 {
     align_up(packs.div_ceil(u64::from(channels)))
 }
 
-/// Packs at most that one rank reduces of one channel: full rounds give it a chunk each, the rest an aligned n-th.
+/// Packs at most that one rank reduces of one channel: full rounds give it a chunk each, the rest
+/// an aligned n-th.
 pub fn shard_packs(channel_packs: u64, world: u32, chunk: u32) -> u64 {
     let round = u64::from(chunk) * u64::from(world);
     let (rounds, rest) = (channel_packs / round, channel_packs % round);
@@ -82,10 +87,12 @@ pub fn align_up(packs: u64) -> u64 {
 }
 
 impl Bucket {
-    /// The tensor that element `element` of the bucket (packs × elements a pack) lies in, and which of its elements.
+    /// The tensor that element `element` of the bucket (packs × elements a pack) lies in, and which
+    /// of its elements.
     pub fn locate(&self, element: u64) -> (usize, u64) {
         let per_pack = u64::from(PA_PACK_BYTES) / self.dtype.size() as u64;
-        let after = self.segments.partition_point(|segment| segment.first_pack * per_pack <= element);
+        let after =
+            self.segments.partition_point(|segment| segment.first_pack * per_pack <= element);
         let segment = after.saturating_sub(1);
         (self.tensors[segment], element - self.segments[segment].first_pack * per_pack)
     }
@@ -97,8 +104,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn shapes() -> impl Strategy<Value = Vec<Shape>> {
-        let shape =
-            (0..4usize, 0u64..5000).prop_map(|(d, elements)| Shape { dtype: Dtype::ALL[d], elements });
+        let shape = (0..4usize, 0u64..5000)
+            .prop_map(|(d, elements)| Shape { dtype: Dtype::ALL[d], elements });
         prop::collection::vec(shape, 0..40)
     }
 
@@ -133,7 +140,8 @@ mod tests {
             let chunk = chunk * PA_ALIGN_PACKS;
             let each = channel_packs(packs, channels);
             prop_assert!(each * u64::from(channels) >= packs);
-            // What kernels/ring.h gives one rank of one channel: a chunk a full round, part_of the rest.
+            // What kernels/ring.h gives one rank of one channel: a chunk a full round, part_of the
+            // rest.
             let round = u64::from(chunk) * u64::from(world);
             let last = each % round;
             let own = each / round * u64::from(chunk) + align_up(last.div_ceil(u64::from(world)));

@@ -39,14 +39,15 @@ impl fmt::Display for Phase {
 
 /// What was found wrong, and what to do about it.
 ///
-/// Up to the commit, the error of an average is the same on every rank; after it, ranks that were done may have succeeded.
-/// [`Error::is_fatal`] tells whether the averager can be used again,
+/// Up to the commit, the error of an average is the same on every rank; after it, ranks that were
+/// done may have succeeded. [`Error::is_fatal`] tells whether the averager can be used again,
 /// [`Error::tensors_unchanged`] whether every tensor still holds what it held before the call.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// A world needs 1 to 16 ranks.
-    #[error("a world of {found} ranks: it has 1 to {max}; start so many processes, or give World::in_process so many devices", max = crate::abi::PA_MAX_WORLD)]
+    #[error("a world of {found} ranks: it has 1 to {max}; start so many processes, or give \
+        World::in_process so many devices", max = crate::abi::PA_MAX_WORLD)]
     WorldSize {
         /// Ranks asked for.
         found: usize,
@@ -70,14 +71,16 @@ pub enum Error {
         reason: String,
     },
 
-    /// What a launcher says of this process through environment variables is missing or contradicts itself.
+    /// What a launcher says of this process through environment variables is missing or contradicts
+    /// itself.
     #[error("{problem}")]
     Environment {
         /// The variables, what was found, and what to do.
         problem: String,
     },
 
-    /// The processes of a world did not find one another. Every rank that waits gets the same error.
+    /// The processes of a world did not find one another. Every rank that waits gets the same
+    /// error.
     #[error("rank {rank} can't enter its world: {reason}")]
     Rendezvous {
         /// This rank.
@@ -105,7 +108,10 @@ pub enum Error {
     },
 
     /// The others went on without this rank, since it did not come to the recovery in time.
-    #[error("rank {rank} was excluded: it did not reach the recovery within {timeout:?}. The recovery has not changed its parameters. Drop its averagers and rejoin with World::join")]
+    #[error(
+        "rank {rank} was excluded: it did not reach the recovery within {timeout:?}. The \
+        recovery has not changed its parameters. Drop its averagers and rejoin with World::join"
+    )]
     Excluded {
         /// What this rank was.
         rank: usize,
@@ -113,15 +119,22 @@ pub enum Error {
         timeout: Duration,
     },
 
-    /// The ranks of this averager's world have lost one or let one in since it was built, through another averager.
-    #[error("rank {rank}: the world has lost or admitted a rank since this averager was built: call recover on it, on every rank")]
+    /// The ranks of this averager's world have lost one or let one in since it was built, through
+    /// another averager.
+    #[error(
+        "rank {rank}: the world has lost or admitted a rank since this averager was built: \
+        call recover on it, on every rank"
+    )]
     StaleView {
         /// What this rank was.
         rank: usize,
     },
 
     /// A world of this kind can't go on after a failure.
-    #[error("rank {rank} is a thread, and a world of threads can't recover: build a new one with World::in_process")]
+    #[error(
+        "rank {rank} is a thread, and a world of threads can't recover: build a new one with \
+        World::in_process"
+    )]
     RecoveryUnsupported {
         /// This rank.
         rank: usize,
@@ -141,7 +154,10 @@ pub enum Error {
     },
 
     /// Ranks built their averagers with different options.
-    #[error("rank {rank} builds its averager with {found}, rank 0 with {expected}: use the same builder options on every rank")]
+    #[error(
+        "rank {rank} builds its averager with {found}, rank 0 with {expected}: use the same \
+        builder options on every rank"
+    )]
     OptionsDiffer {
         /// The first rank that differs from rank 0.
         rank: usize,
@@ -152,7 +168,10 @@ pub enum Error {
     },
 
     /// Ranks built their averagers for different tensors.
-    #[error("rank {rank} builds its averager with {found} where rank 0 has {expected}: every rank must pass the same tensors in the same order")]
+    #[error(
+        "rank {rank} builds its averager with {found} where rank 0 has {expected}: every rank \
+        must pass the same tensors in the same order"
+    )]
     LayoutsDiffer {
         /// The first rank that differs from rank 0.
         rank: usize,
@@ -163,7 +182,10 @@ pub enum Error {
     },
 
     /// A rank passed other tensors than it built its averager for. No tensor was changed.
-    #[error("rank {rank} passes {found} where its averager was built for {expected}: pass the same tensors in the same order, or build a new averager on every rank")]
+    #[error(
+        "rank {rank} passes {found} where its averager was built for {expected}: pass the same \
+        tensors in the same order, or build a new averager on every rank"
+    )]
     LayoutChanged {
         /// The first rank at fault.
         rank: usize,
@@ -184,8 +206,14 @@ pub enum Error {
         problem: String,
     },
 
-    /// Ranks average at different points of their schedules. No tensor was changed, and every rank can go on.
-    #[error("rank {rank} averages {found}, rank 0 {expected} (no tensor was changed): use the same Schedule on every rank, and call step once for each optimizer step, or skip where it was left out; a rank that has made fewer steps than the others and is in `finish` calls it again until they are there, too")]
+    /// Ranks average at different points of their schedules. No tensor was changed, and every rank
+    /// can go on.
+    #[error(
+        "rank {rank} averages {found}, rank 0 {expected} (no tensor was changed): use the same \
+        Schedule on every rank, and call step once for each optimizer step, or skip where it was \
+        left out; a rank that has made fewer steps than the others and is in `finish` calls it \
+        again until they are there, too"
+    )]
     SchedulesDiffer {
         /// The first rank that differs from rank 0.
         rank: usize,
@@ -196,14 +224,20 @@ pub enum Error {
     },
 
     /// Some ranks passed a weight and some did not. No tensor was changed.
-    #[error("one of rank {rank} and rank 0 called average_weighted, the other average: use the same call on every rank")]
+    #[error(
+        "one of rank {rank} and rank 0 called average_weighted, the other average: use the \
+        same call on every rank"
+    )]
     WeightingDiffers {
         /// The first rank that differs from rank 0.
         rank: usize,
     },
 
     /// A weight that is negative, infinite or NaN. No tensor was changed.
-    #[error("rank {rank} passes the weight {weight}: weights are finite and not negative, such as the number of samples seen")]
+    #[error(
+        "rank {rank} passes the weight {weight}: weights are finite and not negative, such as \
+        the number of samples seen"
+    )]
     InvalidWeight {
         /// The first rank at fault.
         rank: usize,
@@ -212,11 +246,17 @@ pub enum Error {
     },
 
     /// Every rank's weight is zero: there is no mean. No tensor was changed.
-    #[error("all weights are zero, so there is no mean: at least one rank must pass a positive weight")]
+    #[error(
+        "all weights are zero, so there is no mean: at least one rank must pass a positive weight"
+    )]
     AllWeightsZero,
 
     /// A rank holds a NaN or an infinity and was asked to reject it. No tensor was changed.
-    #[error("rank {rank} holds a value that is not finite in {tensor}, element {element} (no tensor of any rank was changed): restore that rank from a checkpoint, or leave it out with weight 0")]
+    #[error(
+        "rank {rank} holds a value that is not finite in {tensor}, element {element} (no \
+        tensor of any rank was changed): restore that rank from a checkpoint, or leave it out with \
+        weight 0"
+    )]
     NonFinite {
         /// The last rank that does.
         rank: usize,
@@ -227,7 +267,8 @@ pub enum Error {
     },
 
     /// A rank did not come, or stopped on the way.
-    #[error("rank {rank} did not move for {timeout:?} {phase}{}: see what it does, or raise the builder's `timeout`; then build a new world", written(.committed))]
+    #[error("rank {rank} did not move for {timeout:?} {phase}{}: see what it does, or raise the \
+        builder's `timeout`; then build a new world", written(.committed))]
     Timeout {
         /// The rank that every other one waits for.
         rank: usize,
@@ -240,7 +281,8 @@ pub enum Error {
     },
 
     /// A rank called [`AbortHandle::abort`](crate::AbortHandle::abort).
-    #[error("rank {rank} aborted the world {phase}{}: build a new world to go on", written(.committed))]
+    #[error("rank {rank} aborted the world {phase}{}: build a new world to go \
+        on", written(.committed))]
     Aborted {
         /// The rank whose handle it was.
         rank: usize,
@@ -251,7 +293,8 @@ pub enum Error {
     },
 
     /// A rank dropped its averager or its communicator: it finished early, failed or panicked.
-    #[error("rank {rank} has left the world {phase}{}: see why it ended; the others can go on in a new world", written(.committed))]
+    #[error("rank {rank} has left the world {phase}{}: see why it ended; the others can go on in a \
+        new world", written(.committed))]
     PeerLost {
         /// The rank that is gone.
         rank: usize,
@@ -281,8 +324,12 @@ pub enum Error {
         cause: Box<Error>,
     },
 
-    /// A rank's CUDA device failed: out of memory when the averager was built, or anything that the driver reports later.
-    #[error("rank {rank}: its CUDA device failed: {reason}; free memory or see what the device reports, then build a new world")]
+    /// A rank's CUDA device failed: out of memory when the averager was built, or anything that the
+    /// driver reports later.
+    #[error(
+        "rank {rank}: its CUDA device failed: {reason}; free memory or see what the device \
+        reports, then build a new world"
+    )]
     DeviceFailed {
         /// The rank.
         rank: usize,
@@ -309,7 +356,9 @@ pub enum Error {
     },
 
     /// A thread could not be started for a channel.
-    #[error("rank {rank} cannot start a thread for a channel: {reason}; build with fewer channels")]
+    #[error(
+        "rank {rank} cannot start a thread for a channel: {reason}; build with fewer channels"
+    )]
     Thread {
         /// This rank.
         rank: usize,
@@ -359,9 +408,9 @@ impl Error {
             | Error::Timeout { .. }
             | Error::Aborted { .. }
             | Error::PeerLost { .. } => ErrorKind::Peer,
-            Error::DeviceUnavailable { .. } | Error::CudaUnavailable { .. } | Error::DeviceFailed { .. } => {
-                ErrorKind::Device
-            }
+            Error::DeviceUnavailable { .. }
+            | Error::CudaUnavailable { .. }
+            | Error::DeviceFailed { .. } => ErrorKind::Device,
             Error::Environment { .. }
             | Error::SharedMemory { .. }
             | Error::Memory { .. }
@@ -369,8 +418,8 @@ impl Error {
         }
     }
 
-    /// True if no averager of this rank in this world can be used any more. Those of all other ranks
-    /// can't either, except after [`Error::Excluded`], where the others went on.
+    /// True if no averager of this rank in this world can be used any more. Those of all other
+    /// ranks can't either, except after [`Error::Excluded`], where the others went on.
     pub fn is_fatal(&self) -> bool {
         if let Error::AfterAverage { cause, .. } = self {
             return cause.is_fatal();
@@ -387,8 +436,9 @@ impl Error {
         )
     }
 
-    /// Whether every tensor of this rank still holds what it held before the call. If not, each element is either the
-    /// rank's own or the mean, and an average in a new world makes the ranks agree again.
+    /// Whether every tensor of this rank still holds what it held before the call. If not, each
+    /// element is either the rank's own or the mean, and an average in a new world makes the ranks
+    /// agree again.
     pub fn tensors_unchanged(&self) -> bool {
         match self {
             Error::Timeout { committed, .. }
@@ -424,9 +474,10 @@ mod tests {
     fn errors_that_follow_from_others_show_them() {
         let cause = Error::PeerLost { rank: 1, phase: Phase::Meet, committed: false };
         let boxed = || Box::new(cause.clone());
-        for error in
-            [Error::Poisoned { cause: boxed() }, Error::AfterAverage { averaged: None, cause: boxed() }]
-        {
+        for error in [
+            Error::Poisoned { cause: boxed() },
+            Error::AfterAverage { averaged: None, cause: boxed() },
+        ] {
             let source = std::error::Error::source(&error).expect("a source").to_string();
             assert_eq!(source, cause.to_string());
             assert_eq!((error.kind(), error.is_fatal()), (ErrorKind::Peer, true));

@@ -1,4 +1,5 @@
-//! cudarc's slices as tensors: averages of `CudaSlice`s and `CudaViewMut`s, safely, on a `CudaStream`.
+//! cudarc's slices as tensors: averages of `CudaSlice`s and `CudaViewMut`s, safely, on a
+//! `CudaStream`.
 //!
 //! ```no_run
 //! use cudarc::driver::CudaContext;
@@ -14,8 +15,10 @@
 //!     params.push(CudaTensorMut::from(&mut wte).named("wte"));
 //!     params.extend(&mut layers);
 //!     let mut averager = ParamAverager::builder(communicator).build_cudarc(&mut params)?;
-//!     let pending = averager.enqueue_cudarc(&mut params)?; // behind the stream's work, and behind other streams' on the slices
-//!     let mean = stream.clone_dtoh(&wte)?; // ordered after it, as everything is that cudarc does with the slices
+// behind the stream's work, and behind other streams' on the slices
+//!     let pending = averager.enqueue_cudarc(&mut params)?;
+// ordered after it, as everything is that cudarc does with the slices
+//!     let mean = stream.clone_dtoh(&wte)?;
 //!     println!("{} {:?}", mean[0], pending.wait()?);
 //!     Ok::<_, Box<dyn std::error::Error + Send + Sync>>(())
 //! })).collect();
@@ -50,7 +53,8 @@ use crate::backend::cuda::is_of_capture;
 use crate::tensor::Unordered;
 use crate::{Device, Dtype, Element, TensorMut};
 
-/// A `CudaSlice` or a `CudaViewMut`, borrowed, of any dtype: `CudaTensorMut::from(&mut wte).named("wte")`.
+/// A `CudaSlice` or a `CudaViewMut`, borrowed, of any dtype: `CudaTensorMut::from(&mut
+/// wte).named("wte")`.
 pub struct CudaTensorMut<'a> {
     name: Option<&'a str>,
     view: AnyView<'a>,
@@ -114,9 +118,10 @@ impl fmt::Debug for CudaTensorMut<'_> {
 
 /// A model's parameters in cudarc's slices, and the stream that they are averaged on.
 ///
-/// See [`ParamAverager::enqueue_cudarc`](crate::ParamAverager::enqueue_cudarc). It can be made anew for every average: addresses may change, the number, order,
-/// dtypes and sizes of the tensors may not. It is no [`Parameters`](crate::Parameters): an average that does not know the
-/// stream would not be ordered behind it.
+/// See [`ParamAverager::enqueue_cudarc`](crate::ParamAverager::enqueue_cudarc). It can be made anew
+/// for every average: addresses may change, the number, order, dtypes and sizes of the tensors may
+/// not. It is no [`Parameters`](crate::Parameters): an average that does not know the stream would
+/// not be ordered behind it.
 #[derive(Debug)]
 pub struct CudaParams<'a> {
     stream: &'a Arc<CudaStream>,
@@ -134,8 +139,8 @@ impl<'a> CudaParams<'a> {
         self.tensors.push(tensor.into());
     }
 
-    /// The tensors, now that the stream waits for what was done to them; and their events, to be recorded when the stream
-    /// has been given what is to be done.
+    /// The tensors, now that the stream waits for what was done to them; and their events, to be
+    /// recorded when the stream has been given what is to be done.
     fn order(&mut self) -> std::result::Result<(Vec<TensorMut<'_>>, Vec<&CudaEvent>), DriverError> {
         let (mut tensors, mut events) = (Vec::with_capacity(self.tensors.len()), vec![]);
         for CudaTensorMut { name, view } in &mut self.tensors {
@@ -152,10 +157,12 @@ impl<'a> CudaParams<'a> {
                     Err(why) => unordered = Some(why),
                 }
             }
-            // SAFETY: the view is borrowed mutably for as long, and is of so many initialised elements: cudarc's promise, or
-            // that of who allocated it; any bits are a float. What it is used for on the device is in the hands of `order`'s
-            // callers. An address of 0 is never read: the tensor is refused, or has no elements.
-            let tensor = unsafe { TensorMut::from_raw_parts(address as *mut u8, elements, dtype, on) };
+            // SAFETY: the view is borrowed mutably for as long, and is of so many initialised
+            // elements: cudarc's promise, or that of who allocated it; any bits are a float. What
+            // it is used for on the device is in the hands of `order`'s callers. An address of 0 is
+            // never read: the tensor is refused, or has no elements.
+            let tensor =
+                unsafe { TensorMut::from_raw_parts(address as *mut u8, elements, dtype, on) };
             let tensor = tensor.unordered(unordered);
             tensors.push(match name {
                 Some(name) => tensor.named(name),
@@ -182,13 +189,16 @@ trait View {
     fn elements(&self) -> usize;
     /// It was allocated on it, and will be freed on it.
     fn stream(&self) -> &Arc<CudaStream>;
-    /// Makes the stream wait for what was done to the slice on any stream. Returns the address, and the event that whoever
-    /// uses the slice later waits for; or why that can't be done.
+    /// Makes the stream wait for what was done to the slice on any stream. Returns the address, and
+    /// the event that whoever uses the slice later waits for; or why that can't be done.
     #[allow(clippy::type_complexity)] // a driver's failure, or a refusal, or what is wanted
     fn order<'s>(
         &'s mut self,
         on: &'s Arc<CudaStream>,
-    ) -> std::result::Result<std::result::Result<(u64, Option<&'s CudaEvent>), Unordered>, DriverError>;
+    ) -> std::result::Result<
+        std::result::Result<(u64, Option<&'s CudaEvent>), Unordered>,
+        DriverError,
+    >;
 }
 
 impl<T: Element> View for CudaViewMut<'_, T> {
@@ -207,15 +217,19 @@ impl<T: Element> View for CudaViewMut<'_, T> {
     fn order<'s>(
         &'s mut self,
         on: &'s Arc<CudaStream>,
-    ) -> std::result::Result<std::result::Result<(u64, Option<&'s CudaEvent>), Unordered>, DriverError> {
+    ) -> std::result::Result<
+        std::result::Result<(u64, Option<&'s CudaEvent>), Unordered>,
+        DriverError,
+    > {
         let context = on.context();
         // Each object has its own mind about whether uses are tracked, and two may disagree.
         if !Arc::ptr_eq(View::stream(self).context(), context) {
             return Ok(Err(Unordered::OtherContext));
         }
         let on_its_stream = View::stream(self) == on;
-        // cudarc waits in `device_ptr`, but keeps a failure to itself: so both events are waited for once more. Nothing is
-        // recorded when the guards are dropped, since their events are taken out of them.
+        // cudarc waits in `device_ptr`, but keeps a failure to itself: so both events are waited
+        // for once more. Nothing is recorded when the guards are dropped, since their events are
+        // taken out of them.
         if let SyncOnDrop::Record(read) = &mut self.device_ptr(on).1 {
             if let Some((event, _)) = read.take() {
                 if !waits(on, event)? {
@@ -235,7 +249,11 @@ impl<T: Element> View for CudaViewMut<'_, T> {
         }
         // On its own stream it is used and freed in order, events or not.
         let tracked = written.is_some() && context.is_managing_stream_synchronization();
-        Ok(if tracked || on_its_stream { Ok((address, written)) } else { Err(Unordered::Untracked) })
+        Ok(if tracked || on_its_stream {
+            Ok((address, written))
+        } else {
+            Err(Unordered::Untracked)
+        })
     }
 }
 
@@ -260,5 +278,7 @@ fn waits(on: &CudaStream, event: &CudaEvent) -> std::result::Result<bool, Driver
 }
 
 fn is_not_captured(stream: &CudaStream) -> std::result::Result<bool, DriverError> {
-    stream.capture_status().map(|status| status == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+    stream
+        .capture_status()
+        .map(|status| status == CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
 }

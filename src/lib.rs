@@ -1,5 +1,5 @@
-//! Makes n copies of a model agree: averages their parameters across ranks, in place, every so many optimizer steps
-//! (Local SGD).
+//! Makes n copies of a model agree: averages their parameters across ranks, in place, every so many
+//! optimizer steps (Local SGD).
 //!
 //! ```
 //! use param_averager::{Device, LocalSgd, ParamAverager, Schedule, World};
@@ -25,18 +25,20 @@
 //! # Ok::<(), param_averager::Error>(())
 //! ```
 //!
-//! * [`World`] says who the ranks are, threads or processes ([`World::from_env`]); [`Communicator`] is one rank's membership.
-//! * [`ParamAverager`] averages a list of tensors ([`Parameters`], [`TensorMut`]): plainly, or weighted.
+//! * [`World`] says who the ranks are, threads or processes ([`World::from_env`]); [`Communicator`]
+//!   is one rank's membership.
+//! * [`ParamAverager`] averages a list of tensors ([`Parameters`], [`TensorMut`]): plainly, or
+//!   weighted.
 //! * [`LocalSgd`] counts optimizer steps and averages when its [`Schedule`] says so.
 #![cfg_attr(
     feature = "cudarc",
     doc = "* [`interop`]: cudarc's slices, averaged on a cudarc stream ([`CudaParams`])."
 )]
-//! * [`Error`] says which rank and which tensor, and what to do. If an average fails before any rank wrote, no tensor of
-//!   any rank has changed.
+//! * [`Error`] says which rank and which tensor, and what to do. If an average fails before any
+//!   rank wrote, no tensor of any rank has changed.
 //!
-//! Sums are made in f32 (f64 for f64) in a fixed order, so all ranks end with the same bits. Nothing is allocated and no
-//! system call is made while averaging on CPUs, waiting aside.
+//! Sums are made in f32 (f64 for f64) in a fixed order, so all ranks end with the same bits.
+//! Nothing is allocated and no system call is made while averaging on CPUs, waiting aside.
 
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 

@@ -7,9 +7,10 @@ use crate::{Error, ParamAverager, Parameters, Report, Result, Schedule};
 
 /// Averages a model's parameters across ranks every so many optimizer steps.
 ///
-/// Call [`step`](Self::step) once after every optimizer step, not after every micro-batch; [`skip`](Self::skip) where
-/// the optimizer step was left out (a loss scaler that found an overflow); [`finish`](Self::finish) once at the end of
-/// the loop. Every rank makes the same sequence of `step` and `skip` taken together, up to the last due average.
+/// Call [`step`](Self::step) once after every optimizer step, not after every micro-batch;
+/// [`skip`](Self::skip) where the optimizer step was left out (a loss scaler that found an
+/// overflow); [`finish`](Self::finish) once at the end of the loop. Every rank makes the same
+/// sequence of `step` and `skip` taken together, up to the last due average.
 ///
 /// Nothing happens on drop or while unwinding: a rank that panics leaves, and its peers get
 /// [`Error::PeerLost`](crate::Error::PeerLost), not a hang.
@@ -35,11 +36,11 @@ pub enum Action {
     },
     /// The parameters are now the mean of all ranks' parameters.
     Averaged(Report),
-    /// A process was let in: the world has one rank more, which has a copy of the model. The parameters
-    /// are what `average` has made them.
+    /// A process was let in: the world has one rank more, which has a copy of the model. The
+    /// parameters are what `average` has made them.
     Admitted {
-        /// The average that was due, made just before; `None`: this rank was alone, and its parameters
-        /// are as they were.
+        /// The average that was due, made just before; `None`: this rank was alone, and its
+        /// parameters are as they were.
         average: Option<Report>,
     },
     /// This is the only rank left, and the failed average had begun to write: each
@@ -47,7 +48,8 @@ pub enum Action {
     PartlyAveraged,
     /// No rank had taken a step since the last average, so nothing moved.
     Unneeded,
-    /// This is the only rank, or Local SGD is not enabled: the step was counted, and the parameters are as they were.
+    /// This is the only rank, or Local SGD is not enabled: the step was counted, and the parameters
+    /// are as they were.
     Alone,
 }
 
@@ -63,12 +65,21 @@ impl Action {
 }
 
 impl LocalSgd {
-    /// Local SGD with this rank's averager. The schedule must be the same on every rank. In a process that
-    /// [joined](crate::World::join), it begins at the place in the schedule that the others have.
+    /// Local SGD with this rank's averager. The schedule must be the same on every rank. In a
+    /// process that [joined](crate::World::join), it begins at the place in the schedule that the
+    /// others have.
     pub fn new(averager: ParamAverager, schedule: Schedule) -> Self {
         let position = averager.schedule_position();
         averager.set_position_in_schedule(position);
-        LocalSgd { averager, schedule, enabled: true, position, applied: 0, since_average: 0, averages: 0 }
+        LocalSgd {
+            averager,
+            schedule,
+            enabled: true,
+            position,
+            applied: 0,
+            since_average: 0,
+            averages: 0,
+        }
     }
 
     /// `false`: only count steps, never average. Must be the same on every rank.
@@ -79,34 +90,38 @@ impl LocalSgd {
 
     /// After an optimizer step was applied: counts it, and averages if it is due.
     ///
-    /// After an average that was due, a process that waits to [join](crate::World::join) is let in, with a copy of the model. If
-    /// that fails, the error is [`Error::AfterAverage`]: the parameters are the mean. [`finish`](Self::finish) lets
-    /// no process in.
+    /// After an average that was due, a process that waits to [join](crate::World::join) is let in,
+    /// with a copy of the model. If that fails, the error is [`Error::AfterAverage`]: the
+    /// parameters are the mean. [`finish`](Self::finish) lets no process in.
     pub fn step<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
         self.step_with(&mut Plain(params))
     }
 
-    /// After an optimizer step was left out, on this rank alone or on all: the step is not counted as applied, but this
-    /// rank takes part in the average if one is due, so that its peers need not wait.
+    /// After an optimizer step was left out, on this rank alone or on all: the step is not counted
+    /// as applied, but this rank takes part in the average if one is due, so that its peers need
+    /// not wait.
     pub fn skip<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
         self.skip_with(&mut Plain(params))
     }
 
-    /// The last average, which makes all ranks' parameters the same. Ranks may have made different numbers of steps
-    /// since the last due average. If no rank has stepped since, nothing moves; calling it twice is calling it once.
+    /// The last average, which makes all ranks' parameters the same. Ranks may have made different
+    /// numbers of steps since the last due average. If no rank has stepped since, nothing moves;
+    /// calling it twice is calling it once.
     pub fn finish<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
         self.finish_with(&mut Plain(params))
     }
 
-    /// After an error that [is fatal](crate::Error::is_fatal): goes on among the ranks that are left, all of which call it; see
-    /// [`ParamAverager::recover`]. The average that failed is made up for at once, so that all have the same parameters.
+    /// After an error that [is fatal](crate::Error::is_fatal): goes on among the ranks that are
+    /// left, all of which call it; see [`ParamAverager::recover`]. The average that failed is made
+    /// up for at once, so that all have the same parameters.
     ///
-    /// All take the place in the schedule of the one that was farthest on when the first averager of the world
-    /// was recovered: some may have been done with the average that failed for others. It can be one that this
-    /// rank has passed.
+    /// All take the place in the schedule of the one that was farthest on when the first averager
+    /// of the world was recovered: some may have been done with the average that failed for others.
+    /// It can be one that this rank has passed.
     ///
-    /// A process with several `LocalSgd`s of one world recovers all of them when one has failed, in the same
-    /// order on every rank, since each makes an average; ranks that begin with different ones are told so.
+    /// A process with several `LocalSgd`s of one world recovers all of them when one has failed, in
+    /// the same order on every rank, since each makes an average; ranks that begin with different
+    /// ones are told so.
     pub fn recover<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
         self.recover_with(&mut Plain(params))
     }
@@ -117,7 +132,8 @@ impl LocalSgd {
         Action::Averaged(report)
     }
 
-    /// The place in the schedule: steps taken and skipped by this rank and, in a process that joined, by the others before.
+    /// The place in the schedule: steps taken and skipped by this rank and, in a process that
+    /// joined, by the others before.
     pub fn position(&self) -> u64 {
         self.position
     }
@@ -164,10 +180,15 @@ impl LocalSgd {
         self.recover_step(tensors, &mut Progress::default()).map_err(Halt::error)
     }
 
-    fn recover_step(&mut self, tensors: &mut impl Tensors, progress: &mut Progress) -> Result<Action, Halt> {
+    fn recover_step(
+        &mut self,
+        tensors: &mut impl Tensors,
+        progress: &mut Progress,
+    ) -> Result<Action, Halt> {
         let (mut last, mut in_vain) = (None::<(Error, usize)>, 0);
         loop {
-            let Regrouped { position, admitted } = self.averager.recover_step(tensors, true, progress)?;
+            let Regrouped { position, admitted } =
+                self.averager.recover_step(tensors, true, progress)?;
             self.position = position;
             if let Some(admitted) = admitted {
                 return Ok(self.averaged(admitted.report)); // the mean over all members
@@ -210,8 +231,8 @@ impl LocalSgd {
             Some(_) => return Ok(Action::Admitted { average }),
             None => {}
         }
-        // The joiner is gone. Some ranks may have seen it in and then lost it, and recover: this is the
-        // average that they make.
+        // The joiner is gone. Some ranks may have seen it in and then lost it, and recover: this is
+        // the average that they make.
         match self.recover_step(tensors, &mut progress)? {
             made @ (Action::Averaged(_) | Action::PartlyAveraged) if average.is_none() => Ok(made),
             Action::PartlyAveraged => Ok(Action::PartlyAveraged),

@@ -2,8 +2,8 @@
 
 /// Which optimizer steps are followed by an average.
 ///
-/// Local SGD with H local steps is `Schedule::every(H)`: an average after steps H, 2·H, 3·H, … H = 8 is the default of
-/// Accelerate's `LocalSGD`; H = 1 averages after every step.
+/// Local SGD with H local steps is `Schedule::every(H)`: an average after steps H, 2·H, 3·H, … H =
+/// 8 is the default of Accelerate's `LocalSGD`; H = 1 averages after every step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Schedule {
     every: u64,
@@ -35,12 +35,16 @@ impl Schedule {
     /// # Panics
     /// If `h` is 0.
     pub fn every(h: u64) -> Self {
-        assert!(h > 0, "Schedule::every(0): the number of local steps between averages is at least 1");
+        assert!(
+            h > 0,
+            "Schedule::every(0): the number of local steps between averages is at least 1"
+        );
         Schedule { every: h, warmup: 0 }
     }
 
-    /// An average after each of the first `w` steps, and only then after every `h`-th one, counted from there: after
-    /// 1, 2, …, w, w + h, w + 2·h, … Post-local SGD (Lin et al., 2018, "Don't use large mini-batches, use local SGD").
+    /// An average after each of the first `w` steps, and only then after every `h`-th one, counted
+    /// from there: after 1, 2, …, w, w + h, w + 2·h, … Post-local SGD (Lin et al., 2018, "Don't use
+    /// large mini-batches, use local SGD").
     pub fn after_warmup(self, w: u64) -> Self {
         Schedule { warmup: w, ..self }
     }
@@ -59,13 +63,15 @@ impl Schedule {
         step.saturating_add(self.every - past)
     }
 
-    /// The value that ranks compare before they average. It differs where the schedules or the places in them do.
+    /// The value that ranks compare before they average. It differs where the schedules or the
+    /// places in them do.
     pub(crate) fn digest(&self, place: u64) -> u64 {
         // FNV-1a over the words; 0 is the digest of an average outside of any schedule.
         let words = [self.every, self.warmup, place];
         let bytes = words.iter().flat_map(|word| word.to_le_bytes());
-        bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
-            | 1
+        bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+        }) | 1
     }
 }
 
@@ -91,7 +97,8 @@ mod tests {
 
     #[test]
     fn next_due_is_the_next_step_that_is_due() {
-        for schedule in [Schedule::every(4), Schedule::every(1), Schedule::every(5).after_warmup(3)] {
+        for schedule in [Schedule::every(4), Schedule::every(1), Schedule::every(5).after_warmup(3)]
+        {
             for step in 0..40 {
                 let next = (step + 1..).find(|&s| schedule.is_due(s)).unwrap();
                 assert_eq!(schedule.next_due(step), next, "{schedule:?} after {step}");
@@ -119,15 +126,21 @@ mod tests {
 
     /// Numbers of every magnitude, and those next to a power of two or to the ends of the range.
     fn near_powers() -> impl Strategy<Value = u64> {
-        let near = (0u32..64, -3i64..=3).prop_map(|(bit, off)| (1u64 << bit).wrapping_add_signed(off));
+        let near =
+            (0u32..64, -3i64..=3).prop_map(|(bit, off)| (1u64 << bit).wrapping_add_signed(off));
         prop_oneof![any::<u64>(), near, 0u64..40, (0u64..40).prop_map(|off| u64::MAX - off)]
     }
 
     #[test]
     fn digests_tell_schedules_and_reasons_apart() {
         let a = Schedule::every(4);
-        let digests =
-            [a.digest(8), a.digest(12), Schedule::every(5).digest(8), a.after_warmup(1).digest(8), 0];
+        let digests = [
+            a.digest(8),
+            a.digest(12),
+            Schedule::every(5).digest(8),
+            a.after_warmup(1).digest(8),
+            0,
+        ];
         for (i, x) in digests.iter().enumerate() {
             assert!(digests[..i].iter().all(|y| x != y), "digest {i}");
         }

@@ -67,10 +67,11 @@ pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
     const DTYPE: Dtype;
 }
 
-/// One tensor of this rank, borrowed for one average: contiguous elements of one dtype, at any address that suits the
-/// dtype. Never copied, never moved.
+/// One tensor of this rank, borrowed for one average: contiguous elements of one dtype, at any
+/// address that suits the dtype. Never copied, never moved.
 ///
-/// Made safely from a mutable slice: `TensorMut::from(&mut weights[..]).named("wte")`. The name is for error messages.
+/// Made safely from a mutable slice: `TensorMut::from(&mut weights[..]).named("wte")`. The name is
+/// for error messages.
 pub struct TensorMut<'a> {
     name: Option<&'a str>,
     pointer: *mut u8,
@@ -99,14 +100,29 @@ unsafe impl Send for TensorMut<'_> {}
 impl<'a> TensorMut<'a> {
     /// A tensor from its parts: `elements` of `dtype` from `pointer` on, in memory of `device`.
     ///
-    /// A pointer that is null or not aligned to the dtype, and tensors that overlap, are errors when they are used.
+    /// A pointer that is null or not aligned to the dtype, and tensors that overlap, are errors
+    /// when they are used.
     ///
     /// # Safety
-    /// For the lifetime `'a`, the memory must be valid for reads and writes of that many elements by the device, hold
-    /// initialised elements, and be accessed by nobody else; other ranks' averagers aside. On a CUDA device that includes
-    /// work on non-blocking streams, which an average does not wait for.
-    pub unsafe fn from_raw_parts(pointer: *mut u8, elements: usize, dtype: Dtype, device: Device) -> Self {
-        TensorMut { name: None, pointer, elements, dtype, device, unordered: None, memory: PhantomData }
+    /// For the lifetime `'a`, the memory must be valid for reads and writes of that many elements
+    /// by the device, hold initialised elements, and be accessed by nobody else; other ranks'
+    /// averagers aside. On a CUDA device that includes work on non-blocking streams, which an
+    /// average does not wait for.
+    pub unsafe fn from_raw_parts(
+        pointer: *mut u8,
+        elements: usize,
+        dtype: Dtype,
+        device: Device,
+    ) -> Self {
+        TensorMut {
+            name: None,
+            pointer,
+            elements,
+            dtype,
+            device,
+            unordered: None,
+            memory: PhantomData,
+        }
     }
 
     /// The same tensor with a name, which errors about it will give.
@@ -157,15 +173,23 @@ impl<'a> TensorMut<'a> {
 
 impl fmt::Debug for TensorMut<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}[{}; {}] on {}", self.name.unwrap_or("tensor"), self.dtype, self.elements, self.device)
+        write!(
+            f,
+            "{}[{}; {}] on {}",
+            self.name.unwrap_or("tensor"),
+            self.dtype,
+            self.elements,
+            self.device
+        )
     }
 }
 
-/// A model's parameters: a list of tensors that is the same, pointers aside, on every rank and at every call.
+/// A model's parameters: a list of tensors that is the same, pointers aside, on every rank and at
+/// every call.
 ///
-/// Implemented for slices, vectors and arrays of what is itself a list of tensors, the smallest of which are
-/// [`TensorMut`] and slices and vectors of the element types: `Vec<Vec<f32>>` is a model. Implement it for a model of
-/// your own by calling `visit` once for each tensor:
+/// Implemented for slices, vectors and arrays of what is itself a list of tensors, the smallest of
+/// which are [`TensorMut`] and slices and vectors of the element types: `Vec<Vec<f32>>` is a model.
+/// Implement it for a model of your own by calling `visit` once for each tensor:
 ///
 /// ```
 /// use param_averager::{Parameters, TensorMut};
@@ -180,10 +204,11 @@ impl fmt::Debug for TensorMut<'_> {
 /// }
 /// ```
 pub trait Parameters {
-    /// Calls `visit` once for each tensor, always in the same order. Runs in every average: do not allocate here.
+    /// Calls `visit` once for each tensor, always in the same order. Runs in every average: do not
+    /// allocate here.
     ///
-    /// The tensors live as long as `self` stays borrowed, since ranks read and write them after this has returned. A
-    /// tensor in memory that ends sooner does not compile:
+    /// The tensors live as long as `self` stays borrowed, since ranks read and write them after
+    /// this has returned. A tensor in memory that ends sooner does not compile:
     ///
     /// ```compile_fail
     /// # use param_averager::{Parameters, TensorMut};

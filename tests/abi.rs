@@ -1,7 +1,7 @@
 //! `src/abi.rs` is what bindgen makes of `kernels/abi.h`, today.
 //!
-//! After a change to the header: `WRITE_ABI=1 cargo test --test abi`. Needs libclang (`LIBCLANG_PATH`); prints SKIPPED
-//! without it.
+//! After a change to the header: `WRITE_ABI=1 cargo test --test abi`. Needs libclang
+//! (`LIBCLANG_PATH`); prints SKIPPED without it.
 
 mod common;
 
@@ -12,7 +12,9 @@ impl bindgen::callbacks::ParseCallbacks for Pod {
     fn add_derives(&self, info: &bindgen::callbacks::DeriveInfo<'_>) -> Vec<String> {
         match info.kind {
             // Pod refuses padding: a struct with any fails the build.
-            bindgen::callbacks::TypeKind::Struct => vec!["bytemuck::Pod".into(), "bytemuck::Zeroable".into()],
+            bindgen::callbacks::TypeKind::Struct => {
+                vec!["bytemuck::Pod".into(), "bytemuck::Zeroable".into()]
+            }
             _ => vec![],
         }
     }
@@ -30,7 +32,8 @@ fn abi_rs_is_what_bindgen_makes_of_abi_h() {
             .formatter(bindgen::Formatter::Prettyplease)
             .disable_header_comment()
             .raw_line(
-                "// Made by bindgen from kernels/abi.h: `WRITE_ABI=1 cargo test --test abi`. Do not edit.",
+                "// Made by bindgen from kernels/abi.h: `WRITE_ABI=1 cargo test --test abi`. Do \
+                 not edit.",
             )
             .generate()
             .expect("kernels/abi.h parses")
@@ -48,6 +51,7 @@ fn abi_rs_is_what_bindgen_makes_of_abi_h() {
     let committed = std::fs::read_to_string("src/abi.rs").unwrap();
     assert!(
         committed == generated,
-        "src/abi.rs is not what bindgen makes of kernels/abi.h: run `WRITE_ABI=1 cargo test --test abi`"
+        "src/abi.rs is not what bindgen makes of kernels/abi.h: run `WRITE_ABI=1 cargo test --test \
+         abi`"
     );
 }

@@ -1,5 +1,5 @@
-//! How exact the mean is, as README promises it, against an exact one: for values of any magnitude, subnormal and huge ones, and
-//! weights from 1e-30 to 1e30.
+//! How exact the mean is, as README promises it, against an exact one: for values of any magnitude,
+//! subnormal and huge ones, and weights from 1e-30 to 1e30.
 
 mod common;
 
@@ -56,7 +56,9 @@ impl Case {
         let sign = if random.below(2) == 0 { 1.0 } else { -1.0 };
         let exponent = match self.class {
             Class::Any => least - mantissa + random.below((most - least + mantissa) as u64) as i32,
-            Class::Near(part) => least + ((most - 2 - least) as f64 * part) as i32 + random.below(2) as i32,
+            Class::Near(part) => {
+                least + ((most - 2 - least) as f64 * part) as i32 + random.below(2) as i32
+            }
             Class::Subnormal => least - mantissa + random.below(mantissa as u64 + 6) as i32,
             Class::Huge => most,
         };
@@ -75,8 +77,10 @@ impl Case {
         let results = ranks(self.weights.len(), |communicator| {
             let rank = communicator.rank();
             let mut random = Random(self.seed ^ (rank as u64) << 32);
-            let (mut before, mut after) =
-                (Guarded::new(self.dtype, ELEMENTS, 0), Guarded::new(self.dtype, ELEMENTS, rank % 2));
+            let (mut before, mut after) = (
+                Guarded::new(self.dtype, ELEMENTS, 0),
+                Guarded::new(self.dtype, ELEMENTS, rank % 2),
+            );
             for i in 0..ELEMENTS {
                 before.set(i, self.value(&mut random));
             }
@@ -97,29 +101,38 @@ impl Case {
 
     /// What README promises, for a mean of about `mean` of values up to `most`.
     fn bound(&self, mean: f64, most: f64) -> f64 {
-        let counting: Vec<f64> = self.weights.iter().copied().filter(|&weight| weight > 0.0).collect();
+        let counting: Vec<f64> =
+            self.weights.iter().copied().filter(|&weight| weight > 0.0).collect();
         let n = counting.len() as f64;
         if counting.len() == 1 {
             return 0.0;
         }
         let equal = counting.iter().all(|&weight| weight == counting[0]);
-        let (sums, least) = if self.dtype == Dtype::F64 { (Dtype::F64, -1017) } else { (Dtype::F32, -121) };
+        let (sums, least) =
+            if self.dtype == Dtype::F64 { (Dtype::F64, -1017) } else { (Dtype::F32, -121) };
         let of_sums = ulp(sums, most.max(power(least)));
         let sum = if equal { n } else { n + 3.0 } * of_sums;
         if self.dtype.size() > 2 {
             return sum;
         }
         let world = self.weights.len() as f64;
-        let hops = if self.algorithm == Algorithm::Ring && self.narrow_wire { world - 2.0 } else { 0.0 };
-        sum + 0.5 * ulp(self.dtype, mean.abs() + sum) + hops * (0.5 * ulp(self.dtype, most) + 5.0 * of_sums)
+        let hops =
+            if self.algorithm == Algorithm::Ring && self.narrow_wire { world - 2.0 } else { 0.0 };
+        sum + 0.5 * ulp(self.dtype, mean.abs() + sum)
+            + hops * (0.5 * ulp(self.dtype, most) + 5.0 * of_sums)
     }
 
     fn check(&self) -> Result<(), String> {
         let (before, after) = self.run();
         let total: BigInt = self.weights.iter().map(|&weight| exact(weight)).sum();
         for i in 0..ELEMENTS {
-            let values =
-                || before.iter().zip(&self.weights).filter(|(_, &w)| w > 0.0).map(|(t, &w)| (t.get(i), w));
+            let values = || {
+                before
+                    .iter()
+                    .zip(&self.weights)
+                    .filter(|(_, &w)| w > 0.0)
+                    .map(|(t, &w)| (t.get(i), w))
+            };
             let sum: BigInt = values().map(|(x, w)| exact(x) * exact(w)).sum();
             let most = values().map(|(x, _)| x.abs()).fold(0.0, f64::max);
             let got = after[0].get(i);
@@ -147,7 +160,8 @@ fn exact(x: f64) -> BigInt {
     }
     let bits = x.to_bits();
     let (exponent, fraction) = (bits >> 52 & 0x7ff, bits & ((1 << 52) - 1));
-    let (mantissa, exponent) = if exponent == 0 { (fraction, 1) } else { (fraction | 1 << 52, exponent) };
+    let (mantissa, exponent) =
+        if exponent == 0 { (fraction, 1) } else { (fraction | 1 << 52, exponent) };
     let integer = BigInt::from(mantissa) << (exponent as usize + 1100 - 1075);
     if x < 0.0 {
         -integer
@@ -187,20 +201,22 @@ fn cases() -> impl Strategy<Value = Case> {
         1 => Just(Class::Huge),
     ];
     let flags = (any::<bool>(), any::<bool>(), any::<bool>());
-    (0..4usize, flags, weights, class, any::<u64>()).prop_map(|(dtype, flags, mut weights, class, seed)| {
-        if weights.iter().all(|&weight| weight == 0.0) {
-            weights[1] = 1.0;
-        }
-        Case {
-            dtype: Dtype::ALL[dtype],
-            algorithm: if flags.0 { Algorithm::Ring } else { Algorithm::Direct },
-            all_or_nothing: flags.1,
-            narrow_wire: flags.2,
-            weights,
-            class,
-            seed,
-        }
-    })
+    (0..4usize, flags, weights, class, any::<u64>()).prop_map(
+        |(dtype, flags, mut weights, class, seed)| {
+            if weights.iter().all(|&weight| weight == 0.0) {
+                weights[1] = 1.0;
+            }
+            Case {
+                dtype: Dtype::ALL[dtype],
+                algorithm: if flags.0 { Algorithm::Ring } else { Algorithm::Direct },
+                all_or_nothing: flags.1,
+                narrow_wire: flags.2,
+                weights,
+                class,
+                seed,
+            }
+        },
+    )
 }
 
 proptest! {
@@ -226,7 +242,9 @@ fn small_halves_and_unequal_weights_by_the_ring() {
                         algorithm: Algorithm::Ring,
                         all_or_nothing: exponent % 2 == 0,
                         narrow_wire: false,
-                        weights: (0..world).map(|rank| if rank == 0 { 1.0 } else { other }).collect(),
+                        weights: (0..world)
+                            .map(|rank| if rank == 0 { 1.0 } else { other })
+                            .collect(),
                         class: if part < 0.0 { Class::Subnormal } else { Class::Near(part) },
                         seed: world as u64,
                     };

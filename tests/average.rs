@@ -1,4 +1,5 @@
-//! Invariants 1, 2 and 3 against an f64 oracle: every element averaged once, the same bits everywhere, and how exact.
+//! Invariants 1, 2 and 3 against an f64 oracle: every element averaged once, the same bits
+//! everywhere, and how exact.
 
 mod common;
 
@@ -49,7 +50,10 @@ impl Case {
     }
 
     fn model(&self, rank: usize) -> Vec<Guarded> {
-        self.tensors.iter().map(|(dtype, elements, at)| Guarded::new(*dtype, *elements, at[rank])).collect()
+        self.tensors
+            .iter()
+            .map(|(dtype, elements, at)| Guarded::new(*dtype, *elements, at[rank]))
+            .collect()
     }
 
     /// All ranks' tensors before and after each average.
@@ -69,7 +73,9 @@ impl Case {
                         other.bytes_mut().copy_from_slice(one.bytes());
                     }
                     match &self.weights {
-                        Some(weights) => averager.average_weighted(&mut after, weights[rank]).unwrap(),
+                        Some(weights) => {
+                            averager.average_weighted(&mut after, weights[rank]).unwrap()
+                        }
                         None => averager.average(&mut after).unwrap(),
                     };
                     (before, after)
@@ -85,8 +91,9 @@ impl Case {
         let weights = self.weights.as_ref().unwrap_or(&even);
         for round in 0..self.averages {
             for (t, &(dtype, elements, _)) in self.tensors.iter().enumerate() {
-                let at =
-                    |what: &str, rank: usize| format!("{what}: average {round}, rank {rank}, tensor {t}");
+                let at = |what: &str, rank: usize| {
+                    format!("{what}: average {round}, rank {rank}, tensor {t}")
+                };
                 for (rank, averages) in result.iter().enumerate() {
                     let after = &averages[round].1[t];
                     if !after.guards_are_whole() {
@@ -101,20 +108,28 @@ impl Case {
                         result.iter().map(|averages| averages[round].0[t].get(i)).collect();
                     let (mean, most) = mean(&values, weights);
                     let sums = if dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
-                    // As README says; tests/accuracy.rs has values and weights of every magnitude, and where it comes from.
-                    let mut bound = (n + if self.weights.is_some() { 3.0 } else { 0.0 }) * ulp(sums, most);
+                    // As README says; tests/accuracy.rs has values and weights of every magnitude,
+                    // and where it comes from.
+                    let mut bound =
+                        (n + if self.weights.is_some() { 3.0 } else { 0.0 }) * ulp(sums, most);
                     if dtype.size() == 2 {
                         bound += 0.5 * ulp(dtype, mean.abs() + bound);
                         if self.algorithm == Algorithm::Ring && self.narrow_wire {
                             // Each hop but the first and the last rounds a partial mean.
-                            bound += (n - 2.0).max(0.0) * (0.5 * ulp(dtype, most) + 5.0 * ulp(sums, most));
+                            bound += (n - 2.0).max(0.0)
+                                * (0.5 * ulp(dtype, most) + 5.0 * ulp(sums, most));
                         }
                     }
                     let got = result[0][round].1[t].get(i);
-                    let right = if self.world == 1 { got == values[0] } else { (got - mean).abs() <= bound };
+                    let right = if self.world == 1 {
+                        got == values[0]
+                    } else {
+                        (got - mean).abs() <= bound
+                    };
                     if !right {
                         return Err(format!(
-                            "{}, element {i}: {got:e} instead of {mean:e} of {values:?}, bound {bound:e}",
+                            "{}, element {i}: {got:e} instead of {mean:e} of {values:?}, bound \
+                             {bound:e}",
                             at("wrong mean", 0)
                         ));
                     }
@@ -143,7 +158,8 @@ fn mean(values: &[f64], weights: &[f64]) -> (f64, f64) {
 fn cases(most_ranks: usize, most_elements: usize) -> impl Strategy<Value = Case> {
     let dtype = (0..4usize).prop_map(|d| Dtype::ALL[d]);
     let elements = prop_oneof![Just(0), Just(1), 2..40usize, 0..most_elements];
-    let tensor = (dtype, elements, prop::collection::vec(prop_oneof![3 => Just(0), 1 => 0..8usize], 16));
+    let tensor =
+        (dtype, elements, prop::collection::vec(prop_oneof![3 => Just(0), 1 => 0..8usize], 16));
     let tensors = prop_oneof![
         9 => prop::collection::vec(tensor.clone(), 0..12),
         1 => prop::collection::vec(tensor.prop_map(|(d, e, at)| (d, e.min(70), at)), 200..400),
@@ -151,12 +167,23 @@ fn cases(most_ranks: usize, most_elements: usize) -> impl Strategy<Value = Case>
     let weight = prop_oneof![1 => Just(0.0), 4 => (1..1000u32).prop_map(f64::from), 1 => 1e-3..1e6];
     let weights = prop::option::of(prop::collection::vec(weight, 16));
     let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
-    let counter =
-        prop_oneof![Just(0u32), Just(u32::MAX - 3), Just(u32::MAX), Just(0x7fff_fffe), any::<u32>()];
+    let counter = prop_oneof![
+        Just(0u32),
+        Just(u32::MAX - 3),
+        Just(u32::MAX),
+        Just(0x7fff_fffe),
+        any::<u32>()
+    ];
     let chunk = prop_oneof![Just(128usize), Just(256), Just(1000), Just(4096), Just(1 << 16)];
-    ((1..=most_ranks, tensors, flags, 1..5u32, 1..4u32), (chunk, weights, counter, 1..4usize, any::<u32>()))
+    (
+        (1..=most_ranks, tensors, flags, 1..5u32, 1..4u32),
+        (chunk, weights, counter, 1..4usize, any::<u32>()),
+    )
         .prop_map(
-            |((world, tensors, flags, channels, slots), (chunk_bytes, weights, counter, averages, seed))| {
+            |(
+                (world, tensors, flags, channels, slots),
+                (chunk_bytes, weights, counter, averages, seed),
+            )| {
                 Case {
                     world,
                     tensors,
@@ -215,7 +242,8 @@ proptest! {
     }
 }
 
-/// The checker itself: one element that is off by a little more than allowed is seen, as is a byte beside a tensor.
+/// The checker itself: one element that is off by a little more than allowed is seen, as is a byte
+/// beside a tensor.
 #[test]
 fn the_oracle_sees_a_wrong_element() {
     for algorithm in [Algorithm::Ring, Algorithm::Direct] {
@@ -250,7 +278,8 @@ fn the_oracle_sees_a_wrong_element() {
     }
 }
 
-/// Values near the top of the range do not overflow on the way. (What is the same everywhere is tests/equal.rs's.)
+/// Values near the top of the range do not overflow on the way. (What is the same everywhere is
+/// tests/equal.rs's.)
 #[test]
 fn means_of_extreme_values() {
     let extremes = [
@@ -268,8 +297,10 @@ fn means_of_extreme_values() {
                     let mut tensor = Guarded::new(dtype, 100, 0);
                     (0..100).for_each(|i| tensor.set(i, if i % 2 == 0 { value } else { -value }));
                     let before = tensor.bytes().to_vec();
-                    let mut averager =
-                        ParamAverager::builder(communicator).algorithm(algorithm).build(&mut tensor).unwrap();
+                    let mut averager = ParamAverager::builder(communicator)
+                        .algorithm(algorithm)
+                        .build(&mut tensor)
+                        .unwrap();
                     averager.average(&mut tensor).unwrap();
                     // The smallest numbers lose bits when scaled; they stay within n ulp.
                     let exact = value > 1e-30;
@@ -279,7 +310,11 @@ fn means_of_extreme_values() {
                     });
                     near && (!exact || tensor.bytes() == before)
                 });
-                assert_eq!(results, vec![true; world], "{algorithm:?}, {world} ranks, {dtype} {value:e}");
+                assert_eq!(
+                    results,
+                    vec![true; world],
+                    "{algorithm:?}, {world} ranks, {dtype} {value:e}"
+                );
             }
         }
     }

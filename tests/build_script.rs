@@ -1,4 +1,5 @@
-//! What build.rs does with the nvcc it finds or does not find. Runs the build script itself, as cargo does.
+//! What build.rs does with the nvcc it finds or does not find. Runs the build script itself, as
+//! cargo does.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -28,9 +29,16 @@ fn scratch(name: &str) -> PathBuf {
 fn build(folder: &Path, variables: &[(&str, &str)]) -> Output {
     let mut command = Command::new(program());
     command.current_dir(env!("CARGO_MANIFEST_DIR")).env_clear();
-    command.envs([("PATH", "/usr/bin:/bin"), ("HOST", env!("HOST_TRIPLE")), ("TARGET", env!("HOST_TRIPLE"))]);
+    command.envs([
+        ("PATH", "/usr/bin:/bin"),
+        ("HOST", env!("HOST_TRIPLE")),
+        ("TARGET", env!("HOST_TRIPLE")),
+    ]);
     command.envs([("OPT_LEVEL", "0"), ("DEBUG", "false"), ("PROFILE", "debug"), ("NUM_JOBS", "2")]);
-    command.envs([("CARGO_CFG_TARGET_ARCH", std::env::consts::ARCH), ("CARGO_CFG_TARGET_OS", "linux")]);
+    command.envs([
+        ("CARGO_CFG_TARGET_ARCH", std::env::consts::ARCH),
+        ("CARGO_CFG_TARGET_OS", "linux"),
+    ]);
     command.envs([("CARGO_CFG_TARGET_ENV", "gnu"), ("CARGO_CFG_TARGET_FEATURE", "fxsr,sse,sse2")]);
     command.env("OUT_DIR", folder).envs(variables.iter().copied()).output().unwrap()
 }
@@ -62,7 +70,8 @@ fn without_nvcc_it_builds_with_one_warning_that_says_what_to_set() {
     assert!(kernels.contains("Err(") && kernels.contains("NVCC=/path/to/nvcc"), "{kernels}");
 
     // Runs again for these and nothing else.
-    let mut watched: Vec<_> = said.lines().filter_map(|line| line.strip_prefix("cargo::rerun-if-")).collect();
+    let mut watched: Vec<_> =
+        said.lines().filter_map(|line| line.strip_prefix("cargo::rerun-if-")).collect();
     watched.retain(|line| !line.starts_with("env-changed=C") || line.contains("CUDA"));
     for what in [
         "changed=build.rs",
@@ -83,12 +92,18 @@ fn what_is_named_and_missing_or_required_is_fatal() {
     let cases: [(&[(&str, &str)], &str); 5] = [
         (&[("NVCC", "/nonexistent/nvcc")], "NVCC names /nonexistent/nvcc, which does not exist"),
         (&[("NVCC", "no-such-nvcc")], "NVCC names no-such-nvcc, which does not exist"),
-        (&[("CUDA_HOME", "/nonexistent")], "CUDA_HOME names /nonexistent, which is not a directory"),
+        (
+            &[("CUDA_HOME", "/nonexistent")],
+            "CUDA_HOME names /nonexistent, which is not a directory",
+        ),
         (
             &[("PARAM_AVERAGER_REQUIRE_NVCC", "1")],
             "no nvcc was found, but PARAM_AVERAGER_REQUIRE_NVCC=1 asks for it",
         ),
-        (&[("PARAM_AVERAGER_REQUIRE_NVCC", "1"), ("NVCC", "")], "since NVCC is set to nothing, but"),
+        (
+            &[("PARAM_AVERAGER_REQUIRE_NVCC", "1"), ("NVCC", "")],
+            "since NVCC is set to nothing, but",
+        ),
     ];
     for (variables, message) in cases {
         let output = build(&folder, variables);
@@ -100,7 +115,8 @@ fn what_is_named_and_missing_or_required_is_fatal() {
 #[test]
 fn an_nvcc_that_fails_is_fatal_and_all_it_said_is_shown() {
     let folder = scratch("fails");
-    let nvcc = nvcc(&folder, "echo to stdout; echo 'kernels/average.cu(1): error: something' >&2; exit 2");
+    let nvcc =
+        nvcc(&folder, "echo to stdout; echo 'kernels/average.cu(1): error: something' >&2; exit 2");
     let output = build(&folder, &[("NVCC", &nvcc), ("CUDA_COMPUTE_CAP", "90")]);
     assert!(!output.status.success());
     let said = text(&output.stderr);
@@ -113,8 +129,9 @@ fn an_nvcc_that_fails_is_fatal_and_all_it_said_is_shown() {
 fn architectures_come_from_the_variable_or_from_what_this_nvcc_knows() {
     // Writes down its arguments, then fails: the C++ compiler need not run.
     let record = "echo \"$@\" >&2; exit 1";
-    let list =
-        format!("[ \"$1\" = --list-gpu-code ] && echo 'sm_75\nsm_80\nsm_90\nsm_100' && exit 0\n{record}");
+    let list = format!(
+        "[ \"$1\" = --list-gpu-code ] && echo 'sm_75\nsm_80\nsm_90\nsm_100' && exit 0\n{record}"
+    );
     let cases = [
         ("90", vec!["compute_90,code=sm_90", "compute_90,code=compute_90"]),
         (
@@ -139,7 +156,8 @@ fn architectures_come_from_the_variable_or_from_what_this_nvcc_knows() {
     ];
     for (asked, wanted) in cases {
         let folder = scratch(&format!("arch-{}", asked.len()));
-        let output = build(&folder, &[("NVCC", &nvcc(&folder, &list)), ("CUDA_COMPUTE_CAP", asked)]);
+        let output =
+            build(&folder, &[("NVCC", &nvcc(&folder, &list)), ("CUDA_COMPUTE_CAP", asked)]);
         let said = text(&output.stderr);
         let arguments = said.lines().last().unwrap();
         let made: Vec<_> =
@@ -147,8 +165,13 @@ fn architectures_come_from_the_variable_or_from_what_this_nvcc_knows() {
         assert_eq!(made, wanted, "CUDA_COMPUTE_CAP={asked:?}: {said}");
     }
     let folder = scratch("arch-bad");
-    let output = build(&folder, &[("NVCC", &nvcc(&folder, record)), ("CUDA_COMPUTE_CAP", "hopper")]);
-    assert!(text(&output.stderr).contains("CUDA_COMPUTE_CAP holds `hopper`"), "{}", text(&output.stderr));
+    let output =
+        build(&folder, &[("NVCC", &nvcc(&folder, record)), ("CUDA_COMPUTE_CAP", "hopper")]);
+    assert!(
+        text(&output.stderr).contains("CUDA_COMPUTE_CAP holds `hopper`"),
+        "{}",
+        text(&output.stderr)
+    );
 }
 
 #[test]
@@ -163,7 +186,8 @@ fn nvcc_is_found_in_a_toolkit_and_in_a_virtual_environment() {
     for (variable, value) in
         [("CUDA_HOME", &home), ("CUDA_PATH", &home), ("VIRTUAL_ENV", &folder.join("venv"))]
     {
-        let output = build(&folder, &[(variable, value.to_str().unwrap()), ("CUDA_COMPUTE_CAP", "90")]);
+        let output =
+            build(&folder, &[(variable, value.to_str().unwrap()), ("CUDA_COMPUTE_CAP", "90")]);
         let expected = if variable == "VIRTUAL_ENV" { &python } else { &home };
         let said = text(&output.stderr);
         assert!(said.contains(&format!("this is {}", expected.display())), "{variable}: {said}");

@@ -1,7 +1,7 @@
-//! The CUDA backend through the public API: ranks on one device and on several. In CI devices are simulated by `../shared/cudasim` (or
-//! the libcuda.so.1 in the folder that `CUDASIM_LIB` names): the real PTX behind the real driver API, with a race
-//! detector, but no ptxas, no caches, no weak memory, no time. On a GPU: tests/gpu/suite. Each scenario is a process of
-//! its own.
+//! The CUDA backend through the public API: ranks on one device and on several. In CI devices are
+//! simulated by `../shared/cudasim` (or the libcuda.so.1 in the folder that `CUDASIM_LIB` names):
+//! the real PTX behind the real driver API, with a race detector, but no ptxas, no caches, no weak
+//! memory, no time. On a GPU: tests/gpu/suite. Each scenario is a process of its own.
 
 mod common;
 #[path = "ptx/simulator.rs"]
@@ -40,7 +40,8 @@ fn scenario(name: &str, settings: &[&[Setting<'_>]]) {
     simulator::scenario(name, name, settings);
 }
 
-/// Runs the scenario on cudasim behind `cuda/strict_driver.cpp`, which refuses more, or prints a SKIPPED line.
+/// Runs the scenario on cudasim behind `cuda/strict_driver.cpp`, which refuses more, or prints a
+/// SKIPPED line.
 fn strict(name: &str, settings: &[Setting<'_>]) {
     let folder = match driver_for(name) {
         None => return,
@@ -49,7 +50,8 @@ fn strict(name: &str, settings: &[Setting<'_>]) {
     };
     let strict = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     std::fs::create_dir_all(&strict).unwrap();
-    let compiler = std::env::var_os("CXX").filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".into());
+    let compiler =
+        std::env::var_os("CXX").filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".into());
     let built = Command::new(compiler)
         .args([
             "-std=c++17",
@@ -67,7 +69,9 @@ fn strict(name: &str, settings: &[Setting<'_>]) {
     match built {
         Ok(output) if output.status.success() => {}
         Ok(output) => panic!("{}", String::from_utf8_lossy(&output.stderr)),
-        Err(error) => return common::skipped(name, &format!("the strict driver did not build: {error}")),
+        Err(error) => {
+            return common::skipped(name, &format!("the strict driver did not build: {error}"))
+        }
     }
     let path = format!("{}:{}", strict.display(), folder.display());
     scenario(name, &[&[&[("LD_LIBRARY_PATH", path.as_str())], settings].concat()]);

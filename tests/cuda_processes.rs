@@ -1,5 +1,6 @@
-//! Ranks that are processes, each on a CUDA device: they share one, or reach each other's, or go through the host. In CI devices are
-//! simulated, see cuda.rs; every process loads the simulator by itself, and they share its memory as processes share a GPU's.
+//! Ranks that are processes, each on a CUDA device: they share one, or reach each other's, or go
+//! through the host. In CI devices are simulated, see cuda.rs; every process loads the simulator by
+//! itself, and they share its memory as processes share a GPU's.
 #![cfg(target_os = "linux")]
 
 mod common;
@@ -28,7 +29,9 @@ const WORKER: &str = "child_process";
 #[test]
 fn child_process() {
     match std::env::var("PA_TEST_ROLE").as_deref() {
-        Ok(role @ ("devices" | "abort" | "threads")) => std::process::exit(cuda::processes::rank(role)),
+        Ok(role @ ("devices" | "abort" | "threads")) => {
+            std::process::exit(cuda::processes::rank(role))
+        }
         Ok(role) => worker::run(role),
         Err(_) => {}
     }

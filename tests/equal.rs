@@ -1,5 +1,5 @@
-//! Averaging what is the same everywhere changes nothing: bit for bit by the direct average; by the ring for f16 and bf16;
-//! within a stated bound by the ring for f32 and f64.
+//! Averaging what is the same everywhere changes nothing: bit for bit by the direct average; by the
+//! ring for f16 and bf16; within a stated bound by the ring for f32 and f64.
 
 mod common;
 
@@ -16,13 +16,29 @@ struct Bits {
 }
 
 impl Bits {
-    /// Every bit pattern of f16 and of bf16, and `count` of f32 and f64: of any class, subnormal, infinite and NaN included.
+    /// Every bit pattern of f16 and of bf16, and `count` of f32 and f64: of any class, subnormal,
+    /// infinite and NaN included.
     fn all(count: usize, seed: u64) -> Bits {
         let mut random = Random(seed);
-        let mut f32 =
-            vec![0, 1, 1 << 31, f32::MAX.to_bits(), 0x7f80_0000, 0xff80_0000, 0x7fc0_0000, 0xffa0_0001];
-        let mut f64 =
-            vec![0, 1, 1 << 63, f64::MAX.to_bits(), 0x7ff0 << 48, 0xfff0 << 48, 0x7ff4_0000_0000_0001];
+        let mut f32 = vec![
+            0,
+            1,
+            1 << 31,
+            f32::MAX.to_bits(),
+            0x7f80_0000,
+            0xff80_0000,
+            0x7fc0_0000,
+            0xffa0_0001,
+        ];
+        let mut f64 = vec![
+            0,
+            1,
+            1 << 63,
+            f64::MAX.to_bits(),
+            0x7ff0 << 48,
+            0xfff0 << 48,
+            0x7ff4_0000_0000_0001,
+        ];
         while f32.len() < count {
             let bits = random.next();
             let is_small = bits.is_multiple_of(6); // subnormal
@@ -34,7 +50,9 @@ impl Bits {
 
     /// Of rank `rank`, whose values count for nothing.
     fn disturb(&mut self, rank: usize) {
-        self.halves.iter_mut().for_each(|bits| *bits = bits.wrapping_mul(7).wrapping_add(rank as u16));
+        self.halves
+            .iter_mut()
+            .for_each(|bits| *bits = bits.wrapping_mul(7).wrapping_add(rank as u16));
         self.f32.fill(f32::NAN.to_bits() + rank as u32);
         self.f64.iter_mut().for_each(|bits| *bits = bits.wrapping_mul(5));
     }
@@ -56,7 +74,8 @@ impl Model {
 impl Parameters for Model {
     fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
         let mut one = |address: *mut u8, elements: usize, dtype: Dtype| {
-            // SAFETY: own memory, borrowed for as long; any bits are a value of any of these dtypes.
+            // SAFETY: own memory, borrowed for as long; any bits are a value of any of these
+            // dtypes.
             visit(unsafe { TensorMut::from_raw_parts(address, elements, dtype, Device::cpu()) });
         };
         one(self.f16.as_mut_ptr().cast(), self.f16.len(), Dtype::F16);
@@ -120,7 +139,12 @@ fn is_nan_bf16(bits: u16) -> bool {
 }
 
 /// The first element that `same` says no to.
-fn check<T: Copy + std::fmt::LowerHex>(what: &str, got: &[T], want: &[T], same: impl Fn(T, T) -> bool) {
+fn check<T: Copy + std::fmt::LowerHex>(
+    what: &str,
+    got: &[T],
+    want: &[T],
+    same: impl Fn(T, T) -> bool,
+) {
     for (i, (&got, &want)) in got.iter().zip(want).enumerate() {
         assert!(same(got, want), "{what}, element {i}: {want:#x} has become {got:#x}");
     }
@@ -146,9 +170,17 @@ fn the_direct_average_keeps_every_bit_of_every_dtype() {
 fn the_direct_average_keeps_a_million_values() {
     let bits = Bits::all(1_000_000, 2);
     for (world, which) in [(2, 0), (3, 1), (4, 4), (5, 3), (16, 2)] {
-        averaged(world, &weightings(world)[which], &bits, Algorithm::Direct, true, false, |model| {
-            assert!(model.bits.f32 == bits.f32 && model.bits.f64 == bits.f64, "{world} ranks");
-        });
+        averaged(
+            world,
+            &weightings(world)[which],
+            &bits,
+            Algorithm::Direct,
+            true,
+            false,
+            |model| {
+                assert!(model.bits.f32 == bits.f32 && model.bits.f64 == bits.f64, "{world} ranks");
+            },
+        );
     }
 }
 
@@ -159,28 +191,37 @@ fn the_ring_keeps_every_value_of_f16_and_bf16() {
     for world in 2..=16 {
         for (i, weights) in weightings(world).into_iter().enumerate() {
             let what = |dtype| format!("{dtype}, {world} ranks, weights {weights:?}");
-            averaged(world, &weights, &bits, Algorithm::Ring, i % 2 == 0, (i + world) % 3 == 0, |model| {
-                let want = &bits.halves;
-                // Of a NaN only that it is one: narrowing gives the same one for all.
-                check(&what("f16"), &model.f16, want, |got, want| {
-                    got == want || is_nan_f16(got) && is_nan_f16(want)
-                });
-                check(&what("bf16"), &model.bf16, want, |got, want| {
-                    got == want || is_nan_bf16(got) && is_nan_bf16(want)
-                });
-            });
+            averaged(
+                world,
+                &weights,
+                &bits,
+                Algorithm::Ring,
+                i % 2 == 0,
+                (i + world) % 3 == 0,
+                |model| {
+                    let want = &bits.halves;
+                    // Of a NaN only that it is one: narrowing gives the same one for all.
+                    check(&what("f16"), &model.f16, want, |got, want| {
+                        got == want || is_nan_f16(got) && is_nan_f16(want)
+                    });
+                    check(&what("bf16"), &model.bf16, want, |got, want| {
+                        got == want || is_nan_bf16(got) && is_nan_bf16(want)
+                    });
+                },
+            );
         }
     }
 }
 
-/// f32 and f64 by the ring: by the number of ranks that count, in ulp, where sums neither overflow nor are subnormal. Infinities
-/// stay, NaNs stay NaN, and where one rank counts every bit does.
+/// f32 and f64 by the ring: by the number of ranks that count, in ulp, where sums neither overflow
+/// nor are subnormal. Infinities stay, NaNs stay NaN, and where one rank counts every bit does.
 #[test]
 fn the_ring_keeps_f32_and_f64_within_the_stated_bound() {
     let bits = Bits::all(1 << 14, 4);
     for world in 2..=16usize {
         for (i, weights) in weightings(world).into_iter().enumerate() {
-            let counting = weights.as_ref().map_or(world, |w| w.iter().filter(|&&w| w > 0.0).count()) as u64;
+            let counting =
+                weights.as_ref().map_or(world, |w| w.iter().filter(|&&w| w > 0.0).count()) as u64;
             let bound = match (counting, &weights) {
                 (1, _) => 0,
                 (2 | 4, None) => 0,
@@ -195,13 +236,15 @@ fn the_ring_keeps_f32_and_f64_within_the_stated_bound() {
                     got == want
                         || counting > 1
                             && (x.is_nan() && y.is_nan() || usual && u64::from(got.abs_diff(want)) <= bound)
-                        || counting > 1 && !usual && y.is_finite() // its bound is that of tests/accuracy.rs
+                        // its bound is that of tests/accuracy.rs
+                        || counting > 1 && !usual && y.is_finite()
                 });
                 check(&what, &model.bits.f64, &bits.f64, |got, want| {
                     let (x, y) = (f64::from_bits(got), f64::from_bits(want));
                     let usual = (2f64.powi(-1017)..f64::MAX / 1.000_000_000_1).contains(&y.abs());
                     got == want
-                        || counting > 1 && (x.is_nan() && y.is_nan() || usual && got.abs_diff(want) <= bound)
+                        || counting > 1
+                            && (x.is_nan() && y.is_nan() || usual && got.abs_diff(want) <= bound)
                         || counting > 1 && !usual && y.is_finite()
                 });
             });
@@ -209,7 +252,8 @@ fn the_ring_keeps_f32_and_f64_within_the_stated_bound() {
     }
 }
 
-/// A trainer's thread that rounds upwards and takes subnormal numbers for zero does not change what is averaged on it.
+/// A trainer's thread that rounds upwards and takes subnormal numbers for zero does not change what
+/// is averaged on it.
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn how_the_thread_of_a_trainer_rounds_does_not_matter() {
@@ -226,7 +270,8 @@ fn how_the_thread_of_a_trainer_rounds_does_not_matter() {
     };
     let tiny: Vec<u16> = (0..0x80).chain(0x8000..0x8080).collect(); // all subnormals of bf16
     ranks(3, |communicator| {
-        let mut values: Vec<half::bf16> = tiny.iter().map(|&bits| half::bf16::from_bits(bits)).collect();
+        let mut values: Vec<half::bf16> =
+            tiny.iter().map(|&bits| half::bf16::from_bits(bits)).collect();
         let mut averager = ParamAverager::builder(communicator)
             .algorithm(Algorithm::Ring)
             .channels(1)
@@ -236,12 +281,17 @@ fn how_the_thread_of_a_trainer_rounds_does_not_matter() {
         let before = control(Some(UPWARDS_AND_FLUSHED));
         averager.average(&mut values).unwrap();
         let during = control(Some(before));
-        assert_eq!(during & 0xe040, UPWARDS_AND_FLUSHED & 0xe040, "the thread has its own way back");
+        assert_eq!(
+            during & 0xe040,
+            UPWARDS_AND_FLUSHED & 0xe040,
+            "the thread has its own way back"
+        );
         assert!(values.iter().map(|value| value.to_bits()).eq(tiny.iter().copied()));
     });
 }
 
-/// Ranks; dtype, elements and place of each tensor; channels, bytes of a chunk; direct, all or nothing; seed; weights.
+/// Ranks; dtype, elements and place of each tensor; channels, bytes of a chunk; direct, all or
+/// nothing; seed; weights.
 type Case = (usize, Vec<(usize, usize, usize)>, u32, usize, bool, bool, u64, usize);
 
 fn case() -> impl Strategy<Value = Case> {

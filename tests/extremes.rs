@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use common::ranks;
 use param_averager::{
-    Algorithm, Communicator, Device, Dtype, Error, LocalSgd, ParamAverager, Schedule, TensorMut, World,
+    Algorithm, Communicator, Device, Dtype, Error, LocalSgd, ParamAverager, Schedule, TensorMut,
+    World,
 };
 use proptest::prelude::*;
 
@@ -17,13 +18,21 @@ fn number() -> impl Strategy<Value = u64> {
 }
 
 fn duration() -> impl Strategy<Value = Duration> {
-    let any = (number(), 0u32..1_000_000_000).prop_map(|(seconds, rest)| Duration::new(seconds, rest));
+    let any =
+        (number(), 0u32..1_000_000_000).prop_map(|(seconds, rest)| Duration::new(seconds, rest));
     prop_oneof![any, Just(Duration::MAX), Just(Duration::ZERO), Just(Duration::from_nanos(1))]
 }
 
 fn weight() -> impl Strategy<Value = f64> {
-    let special =
-        prop::sample::select(vec![0.0, -0.0, -1.0, f64::NAN, f64::INFINITY, f64::MIN_POSITIVE, f64::MAX]);
+    let special = prop::sample::select(vec![
+        0.0,
+        -0.0,
+        -1.0,
+        f64::NAN,
+        f64::INFINITY,
+        f64::MIN_POSITIVE,
+        f64::MAX,
+    ]);
     prop_oneof![any::<u64>().prop_map(f64::from_bits), special]
 }
 
@@ -84,14 +93,16 @@ proptest! {
             let weight = if rank == 0 { weights.0 } else { weights.1 };
             let weighted = averager.average_weighted(&mut model, weight);
             if weighted.is_ok() {
-                assert!(model.iter().all(|x| (0.0..=1.0).contains(x)), "{weights:?} give {}", model[0]);
+                assert!(model.iter().all(|x| (0.0..=1.0).contains(x)), "{weights:?} give \
+                    {}", model[0]);
             }
             model.fill(rank as f32);
             averager.average(&mut model).unwrap();
             assert!(model.iter().all(|&x| x == 0.5));
             weighted.map(drop)
         });
-        prop_assert_eq!(format!("{:?}", results[0]), format!("{:?}", results[1])); // a NaN may be in it
+        // a NaN may be in it
+        prop_assert_eq!(format!("{:?}", results[0]), format!("{:?}", results[1]));
         let is_weight = |weight: f64| weight >= 0.0 && weight.is_finite();
         match &results[0] {
             Ok(()) => prop_assert!(is_weight(weights.0) && is_weight(weights.1)),
@@ -113,7 +124,8 @@ proptest! {
         sgd.finish(&mut model).unwrap();
     }
 
-    /// A pointer that is null is refused whatever the length is, and a length that no memory has, too.
+    /// A pointer that is null is refused whatever the length is, and a length that no memory has,
+    /// too.
     #[test]
     fn any_length_is_refused_by_name(elements in number(), dtype in 0..4usize, null in any::<bool>()) {
         let dtype = Dtype::ALL[dtype];

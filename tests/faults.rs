@@ -1,5 +1,5 @@
-//! Invariants 4, 5 and 7: whatever goes wrong, every rank gets the same typed error in time, and as long as nobody wrote,
-//! every tensor holds the bytes it held before.
+//! Invariants 4, 5 and 7: whatever goes wrong, every rank gets the same typed error in time, and as
+//! long as nobody wrote, every tensor holds the bytes it held before.
 
 mod common;
 
@@ -18,7 +18,8 @@ const WAYS: [(Algorithm, bool); 3] =
 
 fn builder(communicator: Communicator, (algorithm, all_or_nothing): (Algorithm, bool)) -> Builder {
     let testing = Testing { poison_slots: true, ..Testing::default() };
-    let builder = ParamAverager::builder(communicator).algorithm(algorithm).all_or_nothing(all_or_nothing);
+    let builder =
+        ParamAverager::builder(communicator).algorithm(algorithm).all_or_nothing(all_or_nothing);
     builder.timeout(TIMEOUT).chunk_bytes(128).slots(2).channels(1).testing(testing)
 }
 
@@ -45,7 +46,8 @@ struct Seen {
     again: Option<Error>,
 }
 
-/// One average after a good one, with a chance for each rank to misbehave first; `None`: it does not come at all.
+/// One average after a good one, with a chance for each rank to misbehave first; `None`: it does
+/// not come at all.
 fn one_average(
     n: usize,
     way: (Algorithm, bool),
@@ -70,7 +72,12 @@ fn one_average(
             };
             let unchanged = bytes(&model) == held && model.iter().all(Guarded::guards_are_whole);
             let elapsed = start.elapsed();
-            Seen { error: result.err(), unchanged, elapsed, again: averager.average(&mut model).err() }
+            Seen {
+                error: result.err(),
+                unchanged,
+                elapsed,
+                again: averager.average(&mut model).err(),
+            }
         });
         barrier.wait(); // nobody leaves the world before all have an answer
         seen
@@ -80,7 +87,9 @@ fn one_average(
 /// All ranks that came got `error`, in time, with their tensors as they were.
 #[track_caller]
 fn expect(seen: &[Option<Seen>], error: &Error) {
-    for (rank, seen) in seen.iter().enumerate().filter_map(|(rank, seen)| Some((rank, seen.as_ref()?))) {
+    for (rank, seen) in
+        seen.iter().enumerate().filter_map(|(rank, seen)| Some((rank, seen.as_ref()?)))
+    {
         assert_eq!(seen.error.as_ref(), Some(error), "rank {rank}");
         assert!(seen.unchanged && error.tensors_unchanged(), "rank {rank}: tensors changed");
         assert!(seen.elapsed < TIMEOUT + GRACE, "rank {rank} took {:?}", seen.elapsed);
@@ -96,7 +105,12 @@ fn a_rank_that_never_arrives_is_named_by_all_others() {
     for way in WAYS {
         for (n, late) in [(2, 1), (3, 0), (4, 2)] {
             let seen = one_average(n, way, |b| b, |rank, _, _| (rank != late).then_some(None));
-            let error = Error::Timeout { rank: late, timeout: TIMEOUT, phase: Phase::Meet, committed: false };
+            let error = Error::Timeout {
+                rank: late,
+                timeout: TIMEOUT,
+                phase: Phase::Meet,
+                committed: false,
+            };
             expect(&seen, &error);
         }
     }
@@ -129,7 +143,8 @@ fn a_rank_that_leaves_at_any_step_is_named_and_nothing_is_lost() {
     }
 }
 
-/// Rank 1 leaves before this step of its second average. Survivors build a new world and agree again.
+/// Rank 1 leaves before this step of its second average. Survivors build a new world and agree
+/// again.
 fn leave_at(n: usize, way: (Algorithm, bool), step: u32) {
     let leaver = 1;
     let context = format!("{way:?}, {n} ranks, step {step}");
@@ -156,7 +171,9 @@ fn leave_at(n: usize, way: (Algorithm, bool), step: u32) {
         .map(|t| {
             let originals: Vec<Vec<Guarded>> = (0..n).map(|rank| self::model(rank + 100)).collect();
             let count = originals[0][t].elements;
-            (0..count).map(|i| originals.iter().map(|m| m[t].get(i)).sum::<f64>() / n as f64).collect()
+            (0..count)
+                .map(|i| originals.iter().map(|m| m[t].get(i)).sum::<f64>() / n as f64)
+                .collect()
         })
         .collect();
     let before_commit: Vec<bool> = outcomes
@@ -183,7 +200,8 @@ fn leave_at(n: usize, way: (Algorithm, bool), step: u32) {
                         let near = 0.02 * (1.0 + own.abs());
                         assert!(
                             now == own || (now - mean).abs() < near,
-                            "{context}: rank {rank}, tensor {t}, element {i}: {now} is neither {own} nor {mean}"
+                            "{context}: rank {rank}, tensor {t}, element {i}: {now} is neither \
+                             {own} nor {mean}"
                         );
                     }
                 }
@@ -192,9 +210,16 @@ fn leave_at(n: usize, way: (Algorithm, bool), step: u32) {
         })
         .collect();
     // Either all survivors failed before the commit or none did, and then they all say the same.
-    assert!(before_commit.windows(2).all(|pair| pair[0] == pair[1]), "{context}: {before_commit:?}");
-    let errors: Vec<_> =
-        outcomes.iter().enumerate().filter(|(r, _)| *r != leaver).map(|(_, o)| o.0.clone()).collect();
+    assert!(
+        before_commit.windows(2).all(|pair| pair[0] == pair[1]),
+        "{context}: {before_commit:?}"
+    );
+    let errors: Vec<_> = outcomes
+        .iter()
+        .enumerate()
+        .filter(|(r, _)| *r != leaver)
+        .map(|(_, o)| o.0.clone())
+        .collect();
     if before_commit[0] {
         assert!(errors.windows(2).all(|pair| pair[0] == pair[1]), "{context}: {errors:?}");
     }
@@ -298,7 +323,11 @@ fn a_rank_that_is_gone_is_missed_while_another_is_late() {
                 known.wait();
             }
             assert!(start.elapsed() < GRACE, "{way:?}, rank {rank}");
-            assert_eq!(error, Error::PeerLost { rank: 1, phase: Phase::Meet, committed: false }, "{way:?}");
+            assert_eq!(
+                error,
+                Error::PeerLost { rank: 1, phase: Phase::Meet, committed: false },
+                "{way:?}"
+            );
         });
     }
 }
@@ -306,7 +335,8 @@ fn a_rank_that_is_gone_is_missed_while_another_is_late() {
 #[test]
 fn a_nan_is_rejected_by_all_when_asked_and_named() {
     for way in WAYS {
-        for (value, tensor, element) in [(f64::NAN, 1, 332), (f64::INFINITY, 0, 0), (f64::NEG_INFINITY, 2, 4)]
+        for (value, tensor, element) in
+            [(f64::NAN, 1, 332), (f64::INFINITY, 0, 0), (f64::NEG_INFINITY, 2, 4)]
         {
             let poison = |rank: usize, _: &mut ParamAverager, model: &mut Vec<Guarded>| {
                 if rank == 1 {
@@ -322,10 +352,17 @@ fn a_nan_is_rejected_by_all_when_asked_and_named() {
             ];
             expect(
                 &seen,
-                &Error::NonFinite { rank: 1, tensor: described[tensor].into(), element: element as u64 },
+                &Error::NonFinite {
+                    rank: 1,
+                    tensor: described[tensor].into(),
+                    element: element as u64,
+                },
             );
             // Nobody is poisoned: the next average says the same again.
-            assert!(seen.iter().flatten().all(|seen| matches!(seen.again, Some(Error::NonFinite { .. }))));
+            assert!(seen
+                .iter()
+                .flatten()
+                .all(|seen| matches!(seen.again, Some(Error::NonFinite { .. }))));
 
             // Without being asked, it spreads, as in any mean; with weight 0, it does not.
             let seen = one_average(3, way, |b| b, poison);
@@ -348,7 +385,12 @@ fn a_nan_is_rejected_by_all_when_asked_and_named() {
 fn weights_that_make_no_mean_are_refused_by_all() {
     for way in WAYS {
         for (weight, rank) in [(-1.0, 2), (f64::NAN, 0), (f64::INFINITY, 1)] {
-            let seen = one_average(3, way, |b| b, |r, _, _| Some(Some(if r == rank { weight } else { 1.0 })));
+            let seen = one_average(
+                3,
+                way,
+                |b| b,
+                |r, _, _| Some(Some(if r == rank { weight } else { 1.0 })),
+            );
             for seen in seen.iter().flatten() {
                 let Some(Error::InvalidWeight { rank: named, weight: found }) = seen.error else {
                     panic!("{:?}", seen.error)
@@ -369,8 +411,16 @@ fn tensors_that_changed_are_refused_by_all() {
     type Change = fn(&mut Vec<Guarded>);
     let was = "tensor 1 (bf16, 333 elements)";
     let changes: [(Change, &str, &str); 4] = [
-        (|model| model[1] = Guarded::new(Dtype::Bf16, 334, 0), "bf16, 334 elements, as tensor 1", was),
-        (|model| model[1] = Guarded::new(Dtype::F16, 333, 0), "f16, 333 elements, as tensor 1", was),
+        (
+            |model| model[1] = Guarded::new(Dtype::Bf16, 334, 0),
+            "bf16, 334 elements, as tensor 1",
+            was,
+        ),
+        (
+            |model| model[1] = Guarded::new(Dtype::F16, 333, 0),
+            "f16, 333 elements, as tensor 1",
+            was,
+        ),
         (|model| drop(model.pop()), "only 2 tensors", "3"),
         (|model| model.push(Guarded::new(Dtype::F32, 5, 0)), "more than 3 tensors", "3"),
     ];
@@ -387,7 +437,8 @@ fn tensors_that_changed_are_refused_by_all() {
                     Some(None)
                 },
             );
-            let error = Error::LayoutChanged { rank: 2, found: found.into(), expected: expected.into() };
+            let error =
+                Error::LayoutChanged { rank: 2, found: found.into(), expected: expected.into() };
             expect(&seen, &error);
         }
     }

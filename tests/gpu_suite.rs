@@ -1,4 +1,5 @@
-//! What `tests/gpu/suite run` makes of a bundle: made of shell scripts here, on a driver that does nothing.
+//! What `tests/gpu/suite run` makes of a bundle: made of shell scripts here, on a driver that does
+//! nothing.
 
 mod common;
 
@@ -18,8 +19,10 @@ fn driver(folder: &Path, device: &str) -> PathBuf {
          int cuDriverGetVersion(int* version) {{ *version = 13010; return 0; }}\n\
          int cuDeviceGetCount(int* count) {{ *count = 1; return 0; }}\n\
          int cuDeviceGet(int* device, int ordinal) {{ *device = ordinal; return 0; }}\n\
-         int cuDeviceGetName(char* name, int size, int device) {{ strncpy(name, \"{device}\", size); return 0; }}\n\
-         int cuDeviceGetAttribute(int* value, int attribute, int device) {{ *value = attribute == 75 ? 9 : 0; return 0; }}\n"
+         int cuDeviceGetName(char* name, int size, int device) {{ strncpy(name, \"{device}\", \
+         size); return 0; }}\n\
+         int cuDeviceGetAttribute(int* value, int attribute, int device) {{ *value = attribute == \
+         75 ? 9 : 0; return 0; }}\n"
     );
     std::fs::create_dir_all(&folder).unwrap();
     std::fs::write(&source, text).unwrap();
@@ -37,7 +40,8 @@ fn bundle(folder: &Path) -> PathBuf {
     let cuda = "#!/bin/sh\n\
         echo \"$1 on $LD_LIBRARY_PATH, $PARAM_AVERAGER_GPU, $PA_PTX_SCENARIO\"\n\
         case $1 in\n\
-        --list) for name in child_process simulator::own good partly unable silent bad hangs; do echo $name: test; done;;\n\
+        --list) for name in child_process simulator::own good partly unable silent bad hangs; do \
+        echo $name: test; done;;\n\
         good) echo 'test good ... RAN it []';;\n\
         partly) echo 'RAN it []'; echo 'SKIPPED other: a reason';;\n\
         unable) echo 'SKIPPED unable: another reason';;\n\
@@ -55,7 +59,8 @@ fn bundle(folder: &Path) -> PathBuf {
         let file = bundle.join(name);
         std::fs::write(&file, text).unwrap();
         assert!(Command::new("chmod").arg("+x").arg(&file).status().unwrap().success());
-        let sum = String::from_utf8(Command::new("sha256sum").arg(&file).output().unwrap().stdout).unwrap();
+        let sum = String::from_utf8(Command::new("sha256sum").arg(&file).output().unwrap().stdout)
+            .unwrap();
         if !kind.is_empty() {
             files.insert(name.into(), serde_json::json!({ "kind": kind, "sha256": sum[..64] }));
         }
@@ -89,8 +94,9 @@ fn run(suite: &Path, sanitizer: bool, arguments: &[&dyn AsRef<OsStr>]) -> (Outpu
         command.env("COMPUTE_SANITIZER", suite.with_file_name("compute-sanitizer"));
     }
     let output = command.output().unwrap();
-    let said =
-        [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text).into_owned()).concat();
+    let said = [&output.stdout, &output.stderr]
+        .map(|text| String::from_utf8_lossy(text).into_owned())
+        .concat();
     (output, said)
 }
 
@@ -111,14 +117,24 @@ fn every_end_of_a_test_is_told_apart() {
     for (device, simulated) in [("Some GPU", false), ("cudasim (CPU simulation)", true)] {
         let driver = driver(&folder, device);
         let _ = std::fs::remove_dir_all(&out);
-        let (output, said) =
-            run(&bundle.join("suite"), true, &[&"run", &out, &"--driver", &driver, &"--limit", &"2"]);
+        let (output, said) = run(
+            &bundle.join("suite"),
+            true,
+            &[&"run", &out, &"--driver", &driver, &"--limit", &"2"],
+        );
         assert_eq!(output.status.code(), Some(1), "{said}");
         let results = results(&out);
-        assert_eq!((&results["complete"], &results["simulated"]), (&true.into(), &simulated.into()));
+        assert_eq!(
+            (&results["complete"], &results["simulated"]),
+            (&true.into(), &simulated.into())
+        );
         let ends = ["good", "partly", "unable", "silent", "bad", "hangs"]
             .map(|test| status(&results, &format!("cuda {test}")));
-        assert_eq!(ends, ["passed", "passed", "skipped", "failed", "failed", "timed-out"], "{said}");
+        assert_eq!(
+            ends,
+            ["passed", "passed", "skipped", "failed", "failed", "timed-out"],
+            "{said}"
+        );
         assert!(!said.contains("simulator::own") && !said.contains("cuda child_process"), "{said}");
         let log = std::fs::read_to_string(out.join("cuda-good.log")).unwrap();
         assert!(log.contains(&format!("good on {}, 1, ", driver.display())), "{log}");
@@ -134,7 +150,10 @@ fn every_end_of_a_test_is_told_apart() {
         let log = if simulated { "bench-average-not-timed.log" } else { "bench-average.log" };
         let arguments = std::fs::read_to_string(out.join(log)).unwrap();
         assert_eq!(arguments.trim(), if simulated { "--test" } else { "--bench" });
-        assert!(said.contains("SIMULATED") == simulated && said.contains("2 failed, 1 timed-out"), "{said}");
+        assert!(
+            said.contains("SIMULATED") == simulated && said.contains("2 failed, 1 timed-out"),
+            "{said}"
+        );
     }
 }
 

@@ -64,7 +64,11 @@ fn a_skipped_step_still_takes_part_when_the_others_are_due() {
         let mut sgd = LocalSgd::new(averager, Schedule::every(2));
         for step in 1..=4 {
             // Rank 1's loss scaler skips every second optimizer step.
-            let action = if rank == 1 && step % 2 == 0 { sgd.skip(&mut model) } else { sgd.step(&mut model) };
+            let action = if rank == 1 && step % 2 == 0 {
+                sgd.skip(&mut model)
+            } else {
+                sgd.step(&mut model)
+            };
             assert_eq!(matches!(action.unwrap(), Action::Averaged(_)), step % 2 == 0);
         }
         assert_eq!(sgd.steps(), if rank == 1 { 2 } else { 4 });
@@ -126,7 +130,8 @@ fn schedules_that_differ_are_an_error_everywhere_and_never_a_hang() {
     assert!(errors[0].contains(says) && errors[0] == errors[1], "{errors:?}");
 }
 
-/// The way out that the error names: the rank that has run out of steps calls `finish` again and again.
+/// The way out that the error names: the rank that has run out of steps calls `finish` again and
+/// again.
 #[test]
 fn a_rank_with_fewer_steps_finishes_until_the_others_do() {
     let seen = ranks(3, |communicator| {
@@ -136,7 +141,8 @@ fn a_rank_with_fewer_steps_finishes_until_the_others_do() {
         let mut sgd = LocalSgd::new(averager, Schedule::every(2));
         let mut differed = 0;
         for _ in 0..if rank == 1 { 3 } else { 8 } {
-            differed += usize::from(matches!(sgd.step(&mut model), Err(Error::SchedulesDiffer { .. })));
+            differed +=
+                usize::from(matches!(sgd.step(&mut model), Err(Error::SchedulesDiffer { .. })));
         }
         while let Err(error) = sgd.finish(&mut model) {
             assert!(matches!(error, Error::SchedulesDiffer { .. }), "{error}");
@@ -165,11 +171,14 @@ fn a_panic_in_the_training_loop_starts_no_collective() {
         }));
         result.ok()
     });
-    assert!(matches!(seen[..], [None, Some(Error::PeerLost { rank: 0, committed: false, .. })]), "{seen:?}");
+    assert!(
+        matches!(seen[..], [None, Some(Error::PeerLost { rank: 0, committed: false, .. })]),
+        "{seen:?}"
+    );
 }
 
-/// Linear regression with each rank seeing its own part of the data: the ranks agree, and all of them find the weights
-/// that only all the data together determine.
+/// Linear regression with each rank seeing its own part of the data: the ranks agree, and all of
+/// them find the weights that only all the data together determine.
 #[test]
 fn ranks_learn_together_what_none_could_alone() {
     const WEIGHTS: [f64; 4] = [1.0, -2.0, 0.5, 3.0];
@@ -183,7 +192,8 @@ fn ranks_learn_together_what_none_could_alone() {
             // Rank r only ever sees feature r.
             let mut features = [0.0; 4];
             features[rank] = random.value();
-            let predicted: f64 = features.iter().enumerate().map(|(i, f)| f * model[i / 2][i % 2]).sum();
+            let predicted: f64 =
+                features.iter().enumerate().map(|(i, f)| f * model[i / 2][i % 2]).sum();
             let error = predicted - features[rank] * WEIGHTS[rank];
             for (i, feature) in features.iter().enumerate() {
                 model[i / 2][i % 2] -= 0.5 * error * feature;

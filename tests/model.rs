@@ -1,7 +1,8 @@
-//! The mailbox protocol as a model (tests/protocol/ring.pml), explored in every interleaving by spin: no deadlock, no
-//! chunk lost or doubled, nobody writes unless all have voted, all ranks that end agree how. And the turns in which they write
-//! what they decide (turn.pml), and how they leave (leave.pml): who is through with an average fails nobody, who dies in it ends every
-//! wait. Each planted fault is found, so the models do look.
+//! The mailbox protocol as a model (tests/protocol/ring.pml), explored in every interleaving by
+//! spin: no deadlock, no chunk lost or doubled, nobody writes unless all have voted, all ranks that
+//! end agree how. And the turns in which they write what they decide (turn.pml), and how they leave
+//! (leave.pml): who is through with an average fails nobody, who dies in it ends every wait. Each
+//! planted fault is found, so the models do look.
 mod common;
 
 use std::ffi::OsString;
@@ -51,7 +52,8 @@ fn explore(world: World) -> Found {
     let mut compiler = Command::new(c_compiler());
     // A fault is found soon, often before an optimised search were compiled.
     compiler.arg(if world.fault == 0 { "-O2" } else { "-O0" });
-    // SAFETY: invalid end states and assertions, no cycles. COLLAPSE: states in a third of the memory.
+    // SAFETY: invalid end states and assertions, no cycles. COLLAPSE: states in a third of the
+    // memory.
     compiler.args(["-w", "-DSAFETY", "-DNOCLAIM", "-DCOLLAPSE", "-o", "pan", "pan.c"]);
     said(compiler.current_dir(&folder));
     let text = said(Command::new(folder.join("pan")).arg("-m200000").current_dir(&folder));
@@ -59,7 +61,8 @@ fn explore(world: World) -> Found {
         text.contains("errors: ") && !text.contains("too small") && !text.contains("out of memory"),
         "{text}"
     );
-    let states = text.lines().find(|line| line.contains("states, stored")).unwrap_or("").trim().to_owned();
+    let states =
+        text.lines().find(|line| line.contains("states, stored")).unwrap_or("").trim().to_owned();
     let error = text.lines().find_map(|line| line.strip_prefix("pan:1: ")).map(str::to_owned);
     assert_eq!(error.is_none(), text.contains("errors: 0"), "{text}");
     Found { states, error }
@@ -68,8 +71,9 @@ fn explore(world: World) -> Found {
 /// Runs a program to success; what it printed.
 fn said(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"));
-    let text =
-        [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+    let text = [output.stdout, output.stderr]
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        .concat();
     assert!(output.status.success(), "{command:?}\n{text}");
     text
 }
@@ -119,7 +123,10 @@ fn every_planted_fault_is_found() {
     }
     for (model, count) in MODELS {
         let faults = faults(model);
-        assert_eq!(faults.iter().map(|fault| fault.0).collect::<Vec<_>>(), (1..=count).collect::<Vec<_>>());
+        assert_eq!(
+            faults.iter().map(|fault| fault.0).collect::<Vec<_>>(),
+            (1..=count).collect::<Vec<_>>()
+        );
         for (fault, what) in faults {
             // Three ranks: of two, neither can get far ahead of the other.
             let found = [false, true].into_iter().find_map(|healthy| {

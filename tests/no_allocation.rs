@@ -1,5 +1,5 @@
-//! After construction, averaging allocates nothing and makes no system call, waiting aside. And the memory beside the
-//! parameters is within its bounds.
+//! After construction, averaging allocates nothing and makes no system call, waiting aside. And the
+//! memory beside the parameters is within its bounds.
 
 mod common;
 
@@ -48,7 +48,8 @@ const WAYS: [(Algorithm, bool, bool); 5] = [
     (Algorithm::Ring, false, true),
 ];
 
-/// Averages a model many times on two ranks, between two calls of `mark` that nothing else runs beside.
+/// Averages a model many times on two ranks, between two calls of `mark` that nothing else runs
+/// beside.
 fn average_between(mark: impl Fn(&str) + Sync) {
     for (algorithm, all_or_nothing, reject) in WAYS {
         let barrier = Barrier::new(2);
@@ -112,8 +113,10 @@ fn memory_is_bounded() {
     let extra = |algorithm: Algorithm, n: usize, megabytes: usize| {
         common::ranks(n, |communicator| {
             let mut model = vec![vec![0f32; megabytes << 16]; 4];
-            let averager =
-                ParamAverager::builder(communicator).algorithm(algorithm).build(&mut model).unwrap();
+            let averager = ParamAverager::builder(communicator)
+                .algorithm(algorithm)
+                .build(&mut model)
+                .unwrap();
             averager.extra_bytes()
         })[0]
     };
@@ -161,12 +164,19 @@ fn system_calls() {
         }
     }
     assert_eq!(spans, WAYS.len(), "averages that strace saw");
-    // Waiting: for the other rank, and of the harness's own threads; a call that was interrupted goes on.
-    let waiting =
-        ["futex(", "sched_yield(", "<... futex resumed>", "<... sched_yield resumed>", "+++ exited"];
+    // Waiting: for the other rank, and of the harness's own threads; a call that was interrupted
+    // goes on.
+    let waiting = [
+        "futex(",
+        "sched_yield(",
+        "<... futex resumed>",
+        "<... sched_yield resumed>",
+        "+++ exited",
+    ];
     // Or the end of the call that marks the begin.
-    let expected =
-        |line: &str| waiting.iter().any(|call| line.contains(call)) || line.contains("openat resumed>) ");
+    let expected = |line: &str| {
+        waiting.iter().any(|call| line.contains(call)) || line.contains("openat resumed>) ")
+    };
     let others: Vec<_> = seen.iter().filter(|line| !expected(line)).collect();
     assert!(others.is_empty(), "system calls while averaging: {others:#?}");
     assert!(log.contains("mmap("), "strace shows system calls elsewhere");

@@ -1,4 +1,5 @@
-//! Ranks that are processes: they find one another, average, and go on when one of them is killed or stopped.
+//! Ranks that are processes: they find one another, average, and go on when one of them is killed
+//! or stopped.
 //!
 //! Every rank is this very test program, run with `PA_TEST_ROLE`; see `worker`.
 #![cfg(target_os = "linux")]

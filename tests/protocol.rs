@@ -16,8 +16,15 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
-const FLAGS: [&str; 7] =
-    ["-std=c++17", "-O1", "-g1", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread"];
+const FLAGS: [&str; 7] = [
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-pthread",
+];
 const THREAD: [&str; 1] = ["-fsanitize=thread"];
 const ADDRESS: [&str; 1] = ["-fsanitize=address"];
 const UNDEFINED: [&str; 2] = ["-fsanitize=undefined", "-fno-sanitize-recover=all"];
@@ -47,7 +54,9 @@ impl Vectors {
         match self {
             Vectors::Baseline => &[],
             Vectors::Avx2 => &["-mavx2", "-mf16c"],
-            Vectors::Avx512 => &["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mf16c"],
+            Vectors::Avx512 => {
+                &["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mf16c"]
+            }
         }
     }
 
@@ -77,7 +86,8 @@ impl Flavour {
         match self {
             Flavour::Tsan => THREAD.to_vec(),
             Flavour::Lanes => [&THREAD[..], &["-DPA_LANES"]].concat(),
-            // The narrowest and the widest vectors with UBSan too, which doubles the time to compile.
+            // The narrowest and the widest vectors with UBSan too, which doubles the time to
+            // compile.
             Flavour::Asan(Vectors::Avx2) => [&ADDRESS[..], Vectors::Avx2.flags()].concat(),
             Flavour::Asan(vectors) => [&ADDRESS[..], &UNDEFINED, vectors.flags()].concat(),
             Flavour::Plain(vectors) => vectors.flags().to_vec(),
@@ -123,7 +133,8 @@ fn build(flavour: Flavour, with_mutants: Option<&Path>) -> Result<PathBuf, Strin
     {
         return Ok(program);
     }
-    let output = command.output().map_err(|error| format!("cannot run {:?}: {error}", compiler()))?;
+    let output =
+        command.output().map_err(|error| format!("cannot run {:?}: {error}", compiler()))?;
     if !output.status.success() {
         if !compiles_nothing(flavour) {
             return Err(format!("{:?} cannot build with {:?}", compiler(), flavour.flags()));
@@ -140,7 +151,12 @@ fn compiles_nothing(flavour: Flavour) -> bool {
     let source = folder.join(format!("nothing-{}.cpp", flavour.name()));
     fs::write(&source, "int main() {}\n").expect("writing a source file");
     let mut command = Command::new(compiler());
-    command.args(FLAGS).args(flavour.flags()).arg(&source).arg("-o").arg(source.with_extension("out"));
+    command
+        .args(FLAGS)
+        .args(flavour.flags())
+        .arg(&source)
+        .arg("-o")
+        .arg(source.with_extension("out"));
     command.output().is_ok_and(|output| output.status.success())
 }
 
@@ -149,9 +165,11 @@ fn modified(path: &Path) -> SystemTime {
 }
 fn newest_source(kernels: &Path) -> SystemTime {
     let folders = [kernels, &Path::new(ROOT).join("tests/protocol")];
-    let files = folders.iter().flat_map(|folder| fs::read_dir(folder).expect("a folder of sources"));
+    let files =
+        folders.iter().flat_map(|folder| fs::read_dir(folder).expect("a folder of sources"));
     let paths = files.map(|entry| entry.expect("an entry").path());
-    let sources = paths.filter(|path| path.extension().is_some_and(|name| name == "h" || name == "cpp"));
+    let sources =
+        paths.filter(|path| path.extension().is_some_and(|name| name == "h" || name == "cpp"));
     sources.map(|path| modified(&path)).max().expect("sources")
 }
 
@@ -186,7 +204,9 @@ impl fmt::Display for How {
             How::Good => write!(f, "not at all"),
             How::Race => write!(f, "data race"),
             How::Memory(kind) => write!(f, "{kind}"),
-            How::Wrong(what) => write!(f, "wrong result: {}", what.chars().take(110).collect::<String>()),
+            How::Wrong(what) => {
+                write!(f, "wrong result: {}", what.chars().take(110).collect::<String>())
+            }
             How::Hang => write!(f, "hang (watchdog)"),
             How::Crash(status) => write!(f, "crash, {status}"),
         }
@@ -210,10 +230,12 @@ fn run(flavour: Flavour, program: &Path, arguments: &[&str]) -> (How, String) {
         .env("ASAN_OPTIONS", "")
         .env("UBSAN_OPTIONS", "");
     let output = command.output().expect("the harness runs");
-    let text =
-        [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
-    let after =
-        |mark: &str| text.split_once(mark).map(|(_, rest)| rest.lines().next().unwrap_or("").to_owned());
+    let text = [output.stdout, output.stderr]
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        .concat();
+    let after = |mark: &str| {
+        text.split_once(mark).map(|(_, rest)| rest.lines().next().unwrap_or("").to_owned())
+    };
     let how = if output.status.success() {
         How::Good
     } else if text.contains("ThreadSanitizer: data race") {
@@ -233,7 +255,8 @@ fn run(flavour: Flavour, program: &Path, arguments: &[&str]) -> (How, String) {
 }
 
 fn has_setarch() -> bool {
-    let quiet = |command: &mut Command| command.stdout(Stdio::null()).stderr(Stdio::null()).status();
+    let quiet =
+        |command: &mut Command| command.stdout(Stdio::null()).stderr(Stdio::null()).status();
     quiet(Command::new("setarch").args([OsStr::new("-R"), OsStr::new("true")]))
         .is_ok_and(|status| status.success())
 }
@@ -336,7 +359,8 @@ fn mutants_and_flavours(vectors: Vectors) -> Vec<(Mutant, Flavour)> {
 fn every_mutant_is_caught() {
     let _alone = alone();
     let vectors = if Vectors::Avx2.here() { Vectors::Avx2 } else { Vectors::Baseline };
-    let flavours = vec![Flavour::Lanes, Flavour::Tsan, Flavour::Asan(vectors), Flavour::Plain(vectors)];
+    let flavours =
+        vec![Flavour::Lanes, Flavour::Tsan, Flavour::Asan(vectors), Flavour::Plain(vectors)];
     let kernels = Path::new(env!("CARGO_TARGET_TMPDIR")).join("protocol-mutants-kernels");
     mutants::write(&mutants::weave(&mutants::table(), &mutants::kernels()), &kernels);
     let built = two_at_a_time(flavours.clone(), |flavour| build(flavour, Some(&kernels)));
@@ -367,7 +391,10 @@ fn every_mutant_is_caught() {
         if unfit(&text) {
             missing.push((flavour, "ThreadSanitizer does not know this memory layout".to_owned()));
         } else if how != How::Good {
-            failures.push(format!("{scenario} under {} without any mutant: {how}\n{text}", flavour.name()));
+            failures.push(format!(
+                "{scenario} under {} without any mutant: {how}\n{text}",
+                flavour.name()
+            ));
         }
     }
 
@@ -378,7 +405,8 @@ fn every_mutant_is_caught() {
         common::skipped(&format!("mutant {}", mutant.number), reason);
         false
     });
-    // Past the whole packs there is something only for vectors of several packs, and alignment matters on x86 alone.
+    // Past the whole packs there is something only for vectors of several packs, and alignment
+    // matters on x86 alone.
     if vectors == Vectors::Baseline {
         mutants.retain(|(mutant, _)| {
             let needs_vectors = [41, 52].contains(&mutant.number);
@@ -398,7 +426,8 @@ fn every_mutant_is_caught() {
         let mut how = How::Good;
         let mut attempts = 0;
         while how == How::Good && attempts < ATTEMPTS {
-            how = run(flavour, program, &[&mutant.scenario, "--mutant", &number, "--limit", LIMIT]).0;
+            how =
+                run(flavour, program, &[&mutant.scenario, "--mutant", &number, "--limit", LIMIT]).0;
             attempts += 1;
         }
         (mutant, flavour, how, attempts)
@@ -409,7 +438,8 @@ fn every_mutant_is_caught() {
         let by = format!("{} {}", flavour.name(), mutant.scenario);
         println!("{:>3}  {:<88}  {by:<24}  {how}{again}", mutant.number, mutant.what);
         if !allows(&mutant, &how) {
-            failures.push(format!("mutant {}, {}: caught by {by}: {how}", mutant.number, mutant.what));
+            failures
+                .push(format!("mutant {}, {}: caught by {by}: {how}", mutant.number, mutant.what));
         }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
@@ -421,7 +451,11 @@ const LIMIT: &str = "15";
 fn mutants_fit_the_kernels() {
     let (mutants, kernels) = (mutants::table(), mutants::kernels());
     let numbers: Vec<u32> = mutants.iter().map(|mutant| mutant.number).collect();
-    assert_eq!(numbers, (1..=mutants.len() as u32).collect::<Vec<_>>(), "the numbers of mutants.txt");
+    assert_eq!(
+        numbers,
+        (1..=mutants.len() as u32).collect::<Vec<_>>(),
+        "the numbers of mutants.txt"
+    );
     let problems = mutants::problems(&mutants, &kernels);
     assert!(problems.is_empty(), "mutants.txt does not fit kernels/:\n{}", problems.join("\n"));
     for (name, text) in &kernels {
@@ -431,9 +465,13 @@ fn mutants_fit_the_kernels() {
 
 #[test]
 fn mutants_that_do_not_fit_are_named() {
-    let sources = mutants::Sources::from([("a.h".into(), "f(x);\n  g(x);\ng(y);\nreturn x + y;\n".into())]);
+    let sources =
+        mutants::Sources::from([("a.h".into(), "f(x);\n  g(x);\ng(y);\nreturn x + y;\n".into())]);
     let problems = |edits: &str| {
-        mutants::problems(&mutants::parse(&format!("7 tsan ring race the seventh\n{edits}")), &sources)
+        mutants::problems(
+            &mutants::parse(&format!("7 tsan ring race the seventh\n{edits}")),
+            &sources,
+        )
     };
     let one = |edits: &str, told: &[&str]| {
         let [problem] = &problems(edits)[..] else { panic!("{edits}: {:?}", problems(edits)) };
@@ -444,8 +482,12 @@ fn mutants_that_do_not_fit_are_named() {
     one("    in a.h\n    - g(\n", &["mutant 7, the seventh", "2 times"]);
     one("    in a.h\n    - f(x);\n    - g(x);\n", &["0 times"]); // indentation counts
     let other = "8 tsan ring race the eighth\n    in a.h\n";
-    one(&format!("    in a.h\n    - x + y\n{other}    - + y\n"), &["mutants 7 and 8, the eighth", "a.h"]);
-    one("    in a.h\n    - x + y\n    in a.h\n    - x + y\n", &["mutants 7 and 7"]); // its own, twice
+    one(
+        &format!("    in a.h\n    - x + y\n{other}    - + y\n"),
+        &["mutants 7 and 8, the eighth", "a.h"],
+    );
+    // its own, twice
+    one("    in a.h\n    - x + y\n    in a.h\n    - x + y\n", &["mutants 7 and 7"]);
     assert_eq!(problems(&format!("    in a.h\n    - x + y\n{other}    - x + y\n")), [""; 0]);
     assert_eq!(problems(&format!("    in a.h\n    - «x» + y\n{other}    - x + «y»\n")), [""; 0]);
 }
@@ -456,14 +498,16 @@ fn mutants_are_woven_as_expressions_and_statements() {
         ("a.h".into(), "f(x);\n  g(x);\nreturn x + y;\n".into()),
         ("b.h".into(), "f(x);\n".into()),
     ]);
-    let table = "1 tsan ring race one\n    in a.h\n    - f(x);\n    -   «g(x);»\n    + h();\n    + i();\n\
+    let table =
+        "1 tsan ring race one\n    in a.h\n    - f(x);\n    -   «g(x);»\n    + h();\n    + i();\n\
         2 tsan ring race two\n    in a.h\n    - return «x + y»\n    + x\n    in a.h\n    - g(x);\n\
         3 tsan ring race three\n    in b.h\n    - f(x);\n";
     let mutants = mutants::parse(table);
     let woven = mutants::weave(&mutants, &sources);
     assert_eq!(
         woven["a.h"],
-        "f(x);\n  { if (chosen_mutant == 1) { h();\ni(); } else if (chosen_mutant == 2) {  } else { g(x); } }\n\
+        "f(x);\n  { if (chosen_mutant == 1) { h();\ni(); } else if (chosen_mutant == 2) {  } else \
+         { g(x); } }\n\
          return (chosen_mutant == 2 ? (x) : (x + y));\n"
     );
     assert_eq!(woven["b.h"], "{ if (chosen_mutant == 3) {  } else { f(x); } }\n");

@@ -1,6 +1,7 @@
-//! The GPU kernels' PTX, run through the CUDA driver API on a simulated device: `../shared/cudasim`, or the libcuda.so.1
-//! in the folder that `CUDASIM_LIB` names; by tests/gpu/suite, on a GPU. Every result must have the bits that the CPU
-//! kernels give. What a simulation can't see: ptxas, caches, weak memory, time.
+//! The GPU kernels' PTX, run through the CUDA driver API on a simulated device:
+//! `../shared/cudasim`, or the libcuda.so.1 in the folder that `CUDASIM_LIB` names; by
+//! tests/gpu/suite, on a GPU. Every result must have the bits that the CPU kernels give. What a
+//! simulation can't see: ptxas, caches, weak memory, time.
 
 mod common;
 #[path = "protocol/mutants.rs"]
@@ -12,7 +13,9 @@ mod ptx {
     pub mod simulator;
 }
 
-use ptx::simulator::{child, driver_for, no_driver, on_own_driver, scenario, Setting, FATBIN, SCENARIO};
+use ptx::simulator::{
+    child, driver_for, no_driver, on_own_driver, scenario, Setting, FATBIN, SCENARIO,
+};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -41,7 +44,11 @@ fn ptx_gives_the_bits_of_the_cpu_on_several_devices() {
 
 #[test]
 fn ptx_failures_are_typed_and_change_nothing() {
-    scenario("ptx_failures_are_typed_and_change_nothing", "failures", &[&[("CUDASIM_DEVICES", "1")]]);
+    scenario(
+        "ptx_failures_are_typed_and_change_nothing",
+        "failures",
+        &[&[("CUDASIM_DEVICES", "1")]],
+    );
 }
 
 const RACE: [Setting<'_>; 2] = [("CUDASIM_RACE", "1"), ("CUDASIM_DEVICES", "3")];
@@ -66,7 +73,14 @@ fn mutant(nvcc: &str, number: u32) -> PathBuf {
     kernels.insert("ring.cu".into(), text.into());
     mutants::write(&kernels, &folder);
     let output = Command::new(nvcc)
-        .args(["-fatbin", "-std=c++17", "-O3", "-fmad=false", "-gencode", "arch=compute_90,code=compute_90"])
+        .args([
+            "-fatbin",
+            "-std=c++17",
+            "-O3",
+            "-fmad=false",
+            "-gencode",
+            "arch=compute_90,code=compute_90",
+        ])
         .arg("-o")
         .args([&fatbin, &source])
         .output()
@@ -87,14 +101,21 @@ fn planted_faults_are_reported() {
         return common::skipped(test, "the nvcc that built the kernels is gone");
     }
     const PANIC: Option<i32> = Some(101);
-    // 0: nothing is planted. 1: `filled` is published relaxed. 3: no block barrier before it is published. 17: a last
-    // pack is taken for a full one, and what lies behind a tensor is averaged too.
-    for (number, settings, expected) in
-        [(0, &RACE[..], Some(0)), (1, &RACE[..], RACE_EXIT), (3, &RACE[..], RACE_EXIT), (17, &[][..], PANIC)]
-    {
+    // 0: nothing is planted. 1: `filled` is published relaxed. 3: no block barrier before it is
+    // published. 17: a last pack is taken for a full one, and what lies behind a tensor is averaged
+    // too.
+    for (number, settings, expected) in [
+        (0, &RACE[..], Some(0)),
+        (1, &RACE[..], RACE_EXIT),
+        (3, &RACE[..], RACE_EXIT),
+        (17, &[][..], PANIC),
+    ] {
         let fatbin = mutant(nvcc, number);
-        let ended =
-            child("mutant", Some(&driver), &[settings, &[(FATBIN, fatbin.to_str().unwrap())]].concat());
+        let ended = child(
+            "mutant",
+            Some(&driver),
+            &[settings, &[(FATBIN, fatbin.to_str().unwrap())]].concat(),
+        );
         assert_eq!(ended.code, expected, "mutant {number}: {}", ended.said);
     }
 }

@@ -13,8 +13,8 @@ fn sources(folder: &Path, found: &mut Vec<(String, String)>) {
     }
 }
 
-/// A hidden item is as callable as any other. Each is behind a feature or a `cfg` that no user sets,
-/// or is in `__private`, which holds two functions that read what was compiled in.
+/// A hidden item is as callable as any other. Each is behind a feature or a `cfg` that no user
+/// sets, or is in `__private`, which holds two functions that read what was compiled in.
 #[test]
 fn hidden_items_are_behind_a_gate() {
     let mut found = vec![];

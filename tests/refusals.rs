@@ -1,4 +1,5 @@
-//! Invariants 5 and 7: worlds, averagers and tensors that can't be are refused, with the same error on every rank.
+//! Invariants 5 and 7: worlds, averagers and tensors that can't be are refused, with the same error
+//! on every rank.
 
 mod common;
 
@@ -6,7 +7,8 @@ use std::time::Duration;
 
 use common::ranks;
 use param_averager::{
-    Algorithm, Communicator, Device, Dtype, Error, Link, ParamAverager, Parameters, Phase, TensorMut, World,
+    Algorithm, Communicator, Device, Dtype, Error, Link, ParamAverager, Parameters, Phase,
+    TensorMut, World,
 };
 
 const TIMEOUT: Duration = Duration::from_millis(600);
@@ -18,12 +20,17 @@ fn layouts_and_options_that_differ_are_refused_by_all_at_build() {
             if communicator.rank() == 2 {
                 return rank2(communicator).unwrap_err();
             }
-            ParamAverager::builder(communicator).build(&mut vec![vec![0f32; 10], vec![0f32; 20]]).unwrap_err()
+            ParamAverager::builder(communicator)
+                .build(&mut vec![vec![0f32; 10], vec![0f32; 20]])
+                .unwrap_err()
         })
     };
     type Build = fn(Communicator) -> Result<ParamAverager, Error>;
     let cases: [(Build, &str); 7] = [
-        (|c| ParamAverager::builder(c).timeout(Duration::ZERO).build(&mut vec![0f32; 10]), "`timeout` is 0"),
+        (
+            |c| ParamAverager::builder(c).timeout(Duration::ZERO).build(&mut vec![0f32; 10]),
+            "`timeout` is 0",
+        ),
         (
             |c| ParamAverager::builder(c).build(&mut vec![vec![0f32; 10], vec![0f32; 21]]),
             "tensor 1 (f32, 21 elements)",
@@ -47,7 +54,10 @@ fn layouts_and_options_that_differ_are_refused_by_all_at_build() {
         let errors = build(rank2);
         for error in &errors {
             assert_eq!(error, &errors[0]);
-            assert!(error.to_string().starts_with("rank 2") && error.to_string().contains(found), "{error}");
+            assert!(
+                error.to_string().starts_with("rank 2") && error.to_string().contains(found),
+                "{error}"
+            );
             assert!(!error.is_fatal() && error.tensors_unchanged());
         }
     }
@@ -59,9 +69,13 @@ fn a_rank_that_does_not_build_is_a_timeout_and_one_that_is_gone_is_lost() {
         if communicator.rank() == 1 {
             std::thread::sleep(2 * TIMEOUT);
         }
-        ParamAverager::builder(communicator).timeout(TIMEOUT).build(&mut vec![0f32; 10]).unwrap_err()
+        ParamAverager::builder(communicator)
+            .timeout(TIMEOUT)
+            .build(&mut vec![0f32; 10])
+            .unwrap_err()
     });
-    let timeout = Error::Timeout { rank: 1, timeout: TIMEOUT, phase: Phase::Build, committed: false };
+    let timeout =
+        Error::Timeout { rank: 1, timeout: TIMEOUT, phase: Phase::Build, committed: false };
     assert_eq!(late, vec![timeout; 3], "the late one, too");
 
     let gone = ranks(3, |communicator| {
@@ -75,16 +89,24 @@ fn a_rank_that_does_not_build_is_a_timeout_and_one_that_is_gone_is_lost() {
 #[test]
 fn worlds_and_devices_that_cannot_be_are_refused() {
     for n in [0, 17] {
-        assert_eq!(World::in_process(&vec![Device::cpu(); n]).unwrap_err(), Error::WorldSize { found: n });
+        assert_eq!(
+            World::in_process(&vec![Device::cpu(); n]).unwrap_err(),
+            Error::WorldSize { found: n }
+        );
     }
     let error = World::in_process(&[Device::cpu(), Device::cuda(0)]).unwrap_err();
     let Error::DeviceUnavailable { rank: 1, device, reason } = &error else { panic!("{error}") };
     assert!(device == "cuda:0" && reason.contains("can't be in one world"), "{error}");
     // On CPUs all memory is one, and there is no peer's.
     let errors = ranks(2, |communicator| {
-        let builder =
-            |link| ParamAverager::builder(communicator.clone()).algorithm(Algorithm::Ring).link(link);
-        builder(Link::Host).build(&mut vec![0f32; 10]).unwrap().average(&mut vec![0f32; 10]).unwrap();
+        let builder = |link| {
+            ParamAverager::builder(communicator.clone()).algorithm(Algorithm::Ring).link(link)
+        };
+        builder(Link::Host)
+            .build(&mut vec![0f32; 10])
+            .unwrap()
+            .average(&mut vec![0f32; 10])
+            .unwrap();
         builder(Link::Peer).build(&mut vec![0f32; 10]).map(drop).unwrap_err()
     });
     for error in errors {
@@ -105,7 +127,10 @@ impl Parameters for Raw {
     fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
         for &(pointer, elements, name, device) in &self.0 {
             // SAFETY: only ever refused, never read.
-            visit(unsafe { TensorMut::from_raw_parts(pointer, elements, Dtype::F32, device) }.named(name));
+            visit(
+                unsafe { TensorMut::from_raw_parts(pointer, elements, Dtype::F32, device) }
+                    .named(name),
+            );
         }
     }
 }
@@ -116,20 +141,25 @@ fn pointers_are_checked_and_the_tensor_is_named() {
     let at = memory.as_mut_ptr().cast::<u8>() as usize;
     type Tensors = Vec<(usize, usize, &'static str, Device)>;
     let cases: [(Tensors, &str); 4] = [
-        (vec![(0, 3, "wte", Device::cpu())], "rank 0: tensor 0 `wte` (f32, 3 elements) has a null pointer"),
-        (vec![(at + 2, 3, "ln", Device::cpu())], "rank 0: tensor 0 `ln` (f32, 3 elements) does not lie at a multiple"),
+        (vec![(0, 3, "wte", Device::cpu())], "rank 0: tensor 0 `wte` (f32, 3 elements) has a null \
+            pointer"),
+        (vec![(at + 2, 3, "ln", Device::cpu())], "rank 0: tensor 0 `ln` (f32, 3 elements) does not \
+            lie at a multiple"),
         (
             vec![(at, 50, "wte", Device::cpu()), (at + 196, 50, "head", Device::cpu())],
-            "rank 0: tensor 1 `head` (f32, 50 elements) shares memory with tensor 0 `wte` (f32, 50 elements): pass tied",
+            "rank 0: tensor 1 `head` (f32, 50 elements) shares memory with tensor 0 `wte` (f32, 50 \
+             elements): pass tied",
         ),
-        (vec![(at, 50, "wte", Device::cuda(1))], "rank 0: tensor 0 `wte` (f32, 50 elements) is not on cpu"),
+        (vec![(at, 50, "wte", Device::cuda(1))], "rank 0: tensor 0 `wte` (f32, 50 elements) is not \
+            on cpu"),
     ];
     for (tensors, message) in cases {
         // One rank's mistake is every rank's error.
         let errors = ranks(3, |communicator| {
             let own = communicator.rank() == 0;
             let mut good = vec![0f32; 50];
-            let mut raw = Raw(tensors.iter().map(|&(a, e, n, d)| (a as *mut u8, e, n, d)).collect());
+            let mut raw =
+                Raw(tensors.iter().map(|&(a, e, n, d)| (a as *mut u8, e, n, d)).collect());
             let builder = ParamAverager::builder(communicator);
             if own { builder.build(&mut raw) } else { builder.build(&mut good) }.unwrap_err()
         });
@@ -146,7 +176,8 @@ fn tensors_that_begin_to_overlap_are_refused_as_long_as_they_do() {
         let mut memory = vec![1f32; 30];
         let at = memory.as_mut_ptr();
         let tensors = |second: usize| {
-            // SAFETY: inside of `memory`, which lives; that they overlap is found out before anybody writes.
+            // SAFETY: inside of `memory`, which lives; that they overlap is found out before
+            // anybody writes.
             [0, second].map(|element| unsafe {
                 TensorMut::from_raw_parts(at.add(element).cast(), 10, Dtype::F32, Device::cpu())
             })
@@ -163,7 +194,8 @@ fn tensors_that_begin_to_overlap_are_refused_as_long_as_they_do() {
     });
 }
 
-/// What a scan found in one average says nothing about the next, whose tensors it may not have read.
+/// What a scan found in one average says nothing about the next, whose tensors it may not have
+/// read.
 #[test]
 fn a_nan_of_one_average_is_not_told_in_the_next() {
     for (algorithm, all_or_nothing) in
@@ -184,14 +216,19 @@ fn a_nan_of_one_average_is_not_told_in_the_next() {
                 with_nan[2][499] = f32::NAN;
             }
             let mut errors = vec![averager.average(&mut with_nan).unwrap_err()];
-            // One element more, as the last one; and a tensor too few; and a wrong weight; each after the NaN.
+            // One element more, as the last one; and a tensor too few; and a wrong weight; each
+            // after the NaN.
             errors.push(averager.average(&mut model(if own { 21 } else { 20 })).unwrap_err());
             averager.average(&mut with_nan).unwrap_err();
             let mut fewer = model(20);
             fewer.truncate(if own { 2 } else { 3 });
             errors.push(averager.average(&mut fewer).unwrap_err());
             averager.average(&mut with_nan).unwrap_err();
-            errors.push(averager.average_weighted(&mut model(20), if own { -1.0 } else { 1.0 }).unwrap_err());
+            errors.push(
+                averager
+                    .average_weighted(&mut model(20), if own { -1.0 } else { 1.0 })
+                    .unwrap_err(),
+            );
             // It only receives now, so its NaN counts for nothing.
             averager.average_weighted(&mut with_nan, if own { 0.0 } else { 1.0 }).unwrap();
             averager.average(&mut with_nan).unwrap();
@@ -200,19 +237,27 @@ fn a_nan_of_one_average_is_not_told_in_the_next() {
         for error in &errors {
             assert_eq!(error, &errors[0], "{algorithm:?}");
         }
-        let nan = Error::NonFinite { rank: 1, tensor: "tensor 2 (f32, 500 elements)".into(), element: 499 };
+        let nan = Error::NonFinite {
+            rank: 1,
+            tensor: "tensor 2 (f32, 500 elements)".into(),
+            element: 499,
+        };
         assert_eq!(errors[0][0], nan, "{algorithm:?}");
         for (error, found) in
             [(&errors[0][1], "f32, 21 elements, as tensor 1"), (&errors[0][2], "only 2 tensors")]
         {
-            assert!(matches!(error, Error::LayoutChanged { rank: 1, .. }), "{algorithm:?}: {error}");
+            assert!(
+                matches!(error, Error::LayoutChanged { rank: 1, .. }),
+                "{algorithm:?}: {error}"
+            );
             assert!(error.to_string().contains(found), "{algorithm:?}: {error}");
         }
         assert_eq!(errors[0][3], Error::InvalidWeight { rank: 1, weight: -1.0 }, "{algorithm:?}");
     }
 }
 
-/// cudarc panics over a function that the driver lacks: each that is called must be in the list that is looked for.
+/// cudarc panics over a function that the driver lacks: each that is called must be in the list
+/// that is looked for.
 #[test]
 fn every_driver_function_that_is_called_is_looked_for_first() {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/backend/cuda");
@@ -227,5 +272,8 @@ fn every_driver_function_that_is_called_is_looked_for_first() {
     };
     let called: Vec<String> = names("call!(cu").into_iter().chain(names("sys::cu")).collect();
     let listed = names("    \"cu");
-    assert!(called.len() > 25 && called.iter().all(|name| listed.contains(name)), "{called:?} {listed:?}");
+    assert!(
+        called.len() > 25 && called.iter().all(|name| listed.contains(name)),
+        "{called:?} {listed:?}"
+    );
 }

@@ -1,7 +1,9 @@
-//! Static checks of the GPU kernels: what nvcc made of them, for each architecture of the fatbin. No GPU needed.
+//! Static checks of the GPU kernels: what nvcc made of them, for each architecture of the fatbin.
+//! No GPU needed.
 //!
-//! Registers, spills, the width of accesses in the loops that move packs, and the orderings that publish a flag. The
-//! kernels in `tests/sass/controls.cu` have one flaw each, and the same checks must find it.
+//! Registers, spills, the width of accesses in the loops that move packs, and the orderings that
+//! publish a flag. The kernels in `tests/sass/controls.cu` have one flaw each, and the same checks
+//! must find it.
 
 mod common;
 mod sass {
@@ -16,13 +18,14 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The kernels and the loops that move packs in each: f32, f64, f16, bf16, and in the ring the last two again with
-/// partial sums of f32.
+/// The kernels and the loops that move packs in each: f32, f64, f16, bf16, and in the ring the last
+/// two again with partial sums of f32.
 const KERNELS: [(&str, Expected); 5] = [
     // A dtype: two ranks, four ranks. More are read one after another.
     ("pa_direct", Expected { hot_loops: 4 * 2, loads: 44, talks: true, tables: true }),
-    // A dtype: first, middle and last step of the reduce; then middle and last step of the gather. In one or two places ptxas
-    // 13.0 enters a loop at two points, which makes it no natural loop; its 128-bit loads are there all the same.
+    // A dtype: first, middle and last step of the reduce; then middle and last step of the gather.
+    // In one or two places ptxas 13.0 enters a loop at two points, which makes it no natural loop;
+    // its 128-bit loads are there all the same.
     ("pa_ring", Expected { hot_loops: 6 * 5 - 2, loads: 230, talks: true, tables: false }),
     ("pa_ring_reduce", Expected { hot_loops: 6 * 3, loads: 170, talks: true, tables: false }),
     // A dtype: first, middle and last step of the gather.
@@ -73,7 +76,8 @@ fn kernels_are_compiled_as_they_are_meant() {
         "arch", "kernel", "registers", "stack", "instructions", "128-bit loads*", "128-bit stores"
     );
     let mut complaints = String::new();
-    let mut architectures: Vec<&str> = all.iter().map(|kernel| kernel.architecture.as_str()).collect();
+    let mut architectures: Vec<&str> =
+        all.iter().map(|kernel| kernel.architecture.as_str()).collect();
     architectures.dedup();
     assert!(!architectures.is_empty(), "the fatbin holds machine code");
     for architecture in architectures {
@@ -99,7 +103,10 @@ fn ptx_is_ordered_and_coherent() {
     let all = ptx(&tools, &file);
     assert!(!all.is_empty(), "the fatbin holds PTX");
     for (architecture, text) in &all {
-        assert!(KERNELS.iter().all(|(name, _)| text.contains(&format!(".entry {name}("))), "{architecture}");
+        assert!(
+            KERNELS.iter().all(|(name, _)| text.contains(&format!(".entry {name}("))),
+            "{architecture}"
+        );
         assert_eq!(check_ptx(text), Vec::<String>::new(), "{architecture}");
     }
 }
@@ -138,11 +145,14 @@ fn the_checks_find_what_they_look_for() {
         ("many_registers", &["registers:"]),
     ];
     for (name, expected) in flaws {
-        let kernel = all.iter().find(|kernel| kernel.name == name).unwrap_or_else(|| panic!("no {name}"));
-        let of_packs = ["flawless", "relaxed_load", "relaxed_store", "narrow_in_the_loop"].contains(&name);
+        let kernel =
+            all.iter().find(|kernel| kernel.name == name).unwrap_or_else(|| panic!("no {name}"));
+        let of_packs =
+            ["flawless", "relaxed_load", "relaxed_store", "narrow_in_the_loop"].contains(&name);
         let hot_loops = usize::from(name != "many_registers");
         let complaints =
-            check(kernel, &Expected { hot_loops, loads: 0, talks: of_packs, tables: false }).complaints;
+            check(kernel, &Expected { hot_loops, loads: 0, talks: of_packs, tables: false })
+                .complaints;
         for complaint in &complaints {
             assert!(expected.iter().any(|flaw| complaint.starts_with(flaw)), "{name}: {complaint}");
         }
@@ -155,13 +165,23 @@ fn the_checks_find_what_they_look_for() {
     }
     let text = &ptx(&tools, &controls)[0].1;
     let complaints = check_ptx(text);
-    assert!(complaints.iter().any(|complaint| complaint.starts_with("not coherent")), "{complaints:?}");
-    assert!(complaints.iter().any(|complaint| complaint.starts_with("local memory")), "{complaints:?}");
-    let without = check_ptx(
-        &text.replace("ld.acquire.sys", "ld.relaxed.sys").replace("st.release.sys", "st.relaxed.sys"),
+    assert!(
+        complaints.iter().any(|complaint| complaint.starts_with("not coherent")),
+        "{complaints:?}"
     );
     assert!(
-        ["no ld.acquire.sys", "no st.release.sys"].iter().all(|flaw| without.iter().any(|c| c == flaw)),
+        complaints.iter().any(|complaint| complaint.starts_with("local memory")),
+        "{complaints:?}"
+    );
+    let without = check_ptx(
+        &text
+            .replace("ld.acquire.sys", "ld.relaxed.sys")
+            .replace("st.release.sys", "st.relaxed.sys"),
+    );
+    assert!(
+        ["no ld.acquire.sys", "no st.release.sys"]
+            .iter()
+            .all(|flaw| without.iter().any(|c| c == flaw)),
         "{without:?}"
     );
 }

@@ -1,4 +1,5 @@
-//! How an averager is put together: what it needs, what the others show, and what is the same in all of its launches.
+//! How an averager is put together: what it needs, what the others show, and what is the same in
+//! all of its launches.
 
 use std::sync::Arc;
 
@@ -26,7 +27,10 @@ impl ParamAverager {
         })
     }
 
-    pub(super) fn assemble<P: Parameters + ?Sized>(options: Builder, params: &mut P) -> Result<Self> {
+    pub(super) fn assemble<P: Parameters + ?Sized>(
+        options: Builder,
+        params: &mut P,
+    ) -> Result<Self> {
         let communicator = &options.communicator;
         let (rank, world) = (communicator.rank(), communicator.world_size());
         let (device, space) = (communicator.device(), communicator.space().clone());
@@ -48,8 +52,8 @@ impl ParamAverager {
         Ok(averager)
     }
 
-    /// `refusal`: why it can't be built, which all ranks are to hear. `number`: which of the averagers that
-    /// are built again it is; `None`: the next one of its view.
+    /// `refusal`: why it can't be built, which all ranks are to hear. `number`: which of the
+    /// averagers that are built again it is; `None`: the next one of its view.
     pub(super) fn assemble_for(
         options: Builder,
         mut table: Table,
@@ -60,7 +64,8 @@ impl ParamAverager {
         let world = communicator.world_size();
         let algorithm = options.chosen_algorithm();
         let ring = algorithm == Algorithm::Ring && world > 1;
-        // From here on nothing returns before the peers know: what is refused here is shown to them as such.
+        // From here on nothing returns before the peers know: what is refused here is shown to them
+        // as such.
         let refusal = options.check().err().or(refusal);
         let channels = if refusal.is_none() { options.channel_count() } else { 1 };
         let sizes = Sizes::of(&options, &table, channels);
@@ -80,7 +85,8 @@ impl ParamAverager {
             control: own.as_ref().ok().and_then(|own| own.control.clone()),
         };
         let patience = if options.timeout.is_zero() { defaults::TIMEOUT } else { options.timeout };
-        let agreement = communicator.agree(handshake, number, patience)?; // a refusal comes back from here
+        // a refusal comes back from here
+        let agreement = communicator.agree(handshake, number, patience)?;
         let own = own?;
 
         let mut averager = ParamAverager {
@@ -108,7 +114,8 @@ impl ParamAverager {
         let (position, world) = (self.position(), self.world_size());
         let order = self.communicator.placement().order();
         let handshake = |position: usize| &self.agreement.handshakes[order[position % world]];
-        let address = |memory: &Option<Arc<Memory>>| memory.as_ref().map_or(0, |memory| memory.address());
+        let address =
+            |memory: &Option<Arc<Memory>>| memory.as_ref().map_or(0, |memory| memory.address());
         let own = handshake(position);
         let (own_inbox, own_credits) = (address(&own.inbox), address(&own.credits));
         let next = address(&handshake(position + 1).inbox);

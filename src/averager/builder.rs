@@ -38,7 +38,8 @@ pub struct Testing {
     pub counter: u32,
     /// Fill the slots with NaN first.
     pub poison_slots: bool,
-    /// Write slots past the caches if their lines take longer than this to get hold of: 0 always, `u32::MAX` never.
+    /// Write slots past the caches if their lines take longer than this to get hold of: 0 always,
+    /// `u32::MAX` never.
     pub far_ns: Option<u32>,
     /// Every block waits at each of its protocol steps, for up to so long.
     pub delay_ns: u32,
@@ -78,27 +79,29 @@ impl Builder {
         self
     }
 
-    /// For the ring. `true`, the default: a rank writes its tensors only when every rank has its shard of the mean, so
-    /// a failure while summing leaves all tensors as they were. `false`: ranks write as they go, which is faster, needs
-    /// no memory for a shard, and after a failure on the way leaves each element either a rank's own or the mean. The
-    /// direct average decides at its start.
+    /// For the ring. `true`, the default: a rank writes its tensors only when every rank has its
+    /// shard of the mean, so a failure while summing leaves all tensors as they were. `false`:
+    /// ranks write as they go, which is faster, needs no memory for a shard, and after a failure on
+    /// the way leaves each element either a rank's own or the mean. The direct average decides at
+    /// its start.
     pub fn all_or_nothing(mut self, all_or_nothing: bool) -> Self {
         self.all_or_nothing = all_or_nothing;
         self
     }
 
     /// `true`: if a rank holds a NaN or an infinity, nobody's tensors change and every rank gets
-    /// [`Error::NonFinite`]. Costs the direct average, and the ring without all-or-nothing, one more pass over the
-    /// tensors. Default: `false`.
+    /// [`Error::NonFinite`]. Costs the direct average, and the ring without all-or-nothing, one
+    /// more pass over the tensors. Default: `false`.
     pub fn reject_non_finite(mut self, reject: bool) -> Self {
         self.reject_non_finite = reject;
         self
     }
 
-    /// For the ring, f16 and bf16, with three ranks or more. `false`, the default: partial sums travel as f32, so that
-    /// the mean is rounded once, and values that are equal on all ranks stay as they are. n ranks then send
-    /// (n − 2) / (2n − 2) more bytes: 33 % for 4 ranks. `true`: partial sums travel as partial means in the tensors'
-    /// dtype, and are rounded at each of n − 2 hops more.
+    /// For the ring, f16 and bf16, with three ranks or more. `false`, the default: partial sums
+    /// travel as f32, so that the mean is rounded once, and values that are equal on all ranks stay
+    /// as they are. n ranks then send (n − 2) / (2n − 2) more bytes: 33 % for 4 ranks. `true`:
+    /// partial sums travel as partial means in the tensors' dtype, and are rounded at each of n − 2
+    /// hops more.
     ///
     /// All else travels in the tensors' dtype either way; between two ranks that is everything.
     pub fn narrow_wire(mut self, narrow_wire: bool) -> Self {
@@ -111,17 +114,20 @@ impl Builder {
         !self.narrow_wire && self.communicator.world_size() > 2
     }
 
-    /// How long one wait for a peer may last before the average fails on every rank. Default: 10 minutes.
+    /// How long one wait for a peer may last before the average fails on every rank. Default: 10
+    /// minutes.
     ///
-    /// The direct average never gives up after it began to write: ranks wait for one another to be off their tensors.
+    /// The direct average never gives up after it began to write: ranks wait for one another to be
+    /// off their tensors.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
     }
 
-    /// Threads of a rank that each move a part, 1 to 1,024. Default: this machine's cores shared among the ranks, 8 at
-    /// most. On a CUDA device: blocks, by default as many as run at the same time, shared among the ranks, or 16 where the ring
-    /// goes through memory of the host. Averagers whose averages overlap in time must fit on it together, which nobody checks.
+    /// Threads of a rank that each move a part, 1 to 1,024. Default: this machine's cores shared
+    /// among the ranks, 8 at most. On a CUDA device: blocks, by default as many as run at the same
+    /// time, shared among the ranks, or 16 where the ring goes through memory of the host.
+    /// Averagers whose averages overlap in time must fit on it together, which nobody checks.
     pub fn channels(mut self, channels: u32) -> Self {
         self.channels = Some(channels);
         self
@@ -133,8 +139,9 @@ impl Builder {
         self
     }
 
-    /// For the ring: bytes of parameters in one slot, 128 B to 64 MiB, rounded up to a multiple of 128. Default: 256 KiB,
-    /// less where that makes all slots of a rank exceed 2 MiB or where the model is small; on a CUDA device 32 KiB and 16 MiB.
+    /// For the ring: bytes of parameters in one slot, 128 B to 64 MiB, rounded up to a multiple of
+    /// 128. Default: 256 KiB, less where that makes all slots of a rank exceed 2 MiB or where the
+    /// model is small; on a CUDA device 32 KiB and 16 MiB.
     pub fn chunk_bytes(mut self, bytes: usize) -> Self {
         self.chunk_bytes = Some(bytes);
         self
@@ -148,11 +155,12 @@ impl Builder {
         self
     }
 
-    /// Builds the averager for these tensors. Collective: returns when every rank has called it, with the same error
-    /// on every rank if options or tensors differ. The tensors' values and addresses may change afterwards, their
-    /// number, order, dtypes and sizes may not.
+    /// Builds the averager for these tensors. Collective: returns when every rank has called it,
+    /// with the same error on every rank if options or tensors differ. The tensors' values and
+    /// addresses may change afterwards, their number, order, dtypes and sizes may not.
     ///
-    /// In a process that [joined](crate::World::join) it gives the tensors the values that the others have.
+    /// In a process that [joined](crate::World::join) it gives the tensors the values that the
+    /// others have.
     pub fn build<P: Parameters + ?Sized>(self, params: &mut P) -> Result<ParamAverager> {
         ParamAverager::build(self, &mut Plain(params))
     }
@@ -177,11 +185,14 @@ impl Builder {
                 refuse("slots", self.slots.to_string(), "a power of two from 2 to 1024")
             }
             _ if self.timeout.is_zero() => refuse("timeout", "0".into(), "longer than nothing"),
-            _ if self.algorithm == Algorithm::Direct && !self.communicator.placement().one_memory() => {
+            _ if self.algorithm == Algorithm::Direct
+                && !self.communicator.placement().one_memory() =>
+            {
                 refuse(
                     "algorithm",
                     "Direct, on several devices or between processes".into(),
-                    "Auto or Ring, unless all ranks are threads of one process, on CPUs or on one device",
+                    "Auto or Ring, unless all ranks are threads of one process, on CPUs or on one \
+                     device",
                 )
             }
             _ => match (self.crowd(), self.link_refusal()) {
@@ -197,11 +208,15 @@ impl Builder {
     }
 
     fn link_refusal(&self) -> Option<Error> {
-        self.link.refusal(self.communicator.placement(), self.communicator.rank(), self.communicator.space())
+        self.link.refusal(
+            self.communicator.placement(),
+            self.communicator.rank(),
+            self.communicator.space(),
+        )
     }
 
-    /// All blocks of all ranks wait for one another: those that share a device must be resident together. If they can't be,
-    /// how many there are.
+    /// All blocks of all ranks wait for one another: those that share a device must be resident
+    /// together. If they can't be, how many there are.
     fn crowd(&self) -> Option<String> {
         let room = self.communicator.placement().room()?;
         let channels = self.channel_count();
@@ -226,7 +241,9 @@ impl Builder {
         let host = || self.link.is_host_anywhere(self.communicator.placement());
         match self.communicator.space() {
             MemorySpace::Host => defaults::CPU,
-            MemorySpace::Cuda(_) if self.chosen_algorithm() == Algorithm::Ring && host() => defaults::HOST,
+            MemorySpace::Cuda(_) if self.chosen_algorithm() == Algorithm::Ring && host() => {
+                defaults::HOST
+            }
             MemorySpace::Cuda(_) => defaults::PEER,
         }
     }
@@ -235,7 +252,9 @@ impl Builder {
         self.channels.unwrap_or_else(|| {
             let at_once = match self.communicator.placement().room() {
                 Some(room) => room.blocks / room.ranks,
-                None => (self.communicator.placement().cores() / self.communicator.world_size()) as u32,
+                None => {
+                    (self.communicator.placement().cores() / self.communicator.world_size()) as u32
+                }
             };
             at_once.clamp(1, self.cut().channels)
         })
@@ -252,7 +271,10 @@ impl Builder {
             ("timeout", format!("{:?}", self.timeout)),
             ("channels", self.channel_count().to_string()),
             ("slots", self.slots.to_string()),
-            ("chunk_bytes", self.chunk_bytes.map_or("the default".into(), |bytes| bytes.to_string())),
+            (
+                "chunk_bytes",
+                self.chunk_bytes.map_or("the default".into(), |bytes| bytes.to_string()),
+            ),
             ("counter", self.testing.counter.to_string()),
         ];
         shown.map(|(name, value)| (name.to_owned(), value)).into()

@@ -5,17 +5,20 @@ use crate::backend::{Memory, MemorySpace};
 use crate::world::Placement;
 use crate::Error;
 
-/// Where the mailbox between two neighbours of the ring lives, on CUDA devices. On CPUs all memory is one. All of it holds for ranks
-/// that are threads and for ranks that are processes, which open each other's device memory by CUDA IPC.
+/// Where the mailbox between two neighbours of the ring lives, on CUDA devices. On CPUs all memory
+/// is one. All of it holds for ranks that are threads and for ranks that are processes, which open
+/// each other's device memory by CUDA IPC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Link {
-    /// `Peer` where it works, which is found out by moving bytes, else `Host`: for each two neighbours by itself.
+    /// `Peer` where it works, which is found out by moving bytes, else `Host`: for each two
+    /// neighbours by itself.
     Auto,
-    /// In the receiver's device memory: the sender writes over NVLink or PCIe (P2P), or has the same device.
+    /// In the receiver's device memory: the sender writes over NVLink or PCIe (P2P), or has the
+    /// same device.
     Peer,
-    /// In page-locked memory of the host, which both devices map: the sender writes over PCIe and the receiver reads over
-    /// PCIe.
+    /// In page-locked memory of the host, which both devices map: the sender writes over PCIe and
+    /// the receiver reads over PCIe.
     Host,
 }
 
@@ -35,7 +38,12 @@ impl Link {
     }
 
     /// Why it can't be had.
-    pub(super) fn refusal(self, placement: &Placement, rank: usize, space: &MemorySpace) -> Option<Error> {
+    pub(super) fn refusal(
+        self,
+        placement: &Placement,
+        rank: usize,
+        space: &MemorySpace,
+    ) -> Option<Error> {
         let refuse = |found| {
             let expected = "Auto, or Host, which works everywhere";
             Some(Error::InvalidOption { rank, option: "link", found, expected })
@@ -59,7 +67,8 @@ impl Link {
             _ => "the driver says so",
         };
         refuse(format!(
-            "Peer, but the devices of ranks {rank} and {next} don't reach each other's memory: {why}"
+            "Peer, but the devices of ranks {rank} and {next} don't reach each other's memory: \
+             {why}"
         ))
     }
 

@@ -1,4 +1,5 @@
-//! The memory that a rank needs besides its tensors: how large it is, and what it holds before the first average.
+//! The memory that a rank needs besides its tensors: how large it is, and what it holds before the
+//! first average.
 
 use std::sync::Arc;
 
@@ -28,14 +29,16 @@ pub(super) struct Sizes {
 impl Sizes {
     pub(super) fn of(options: &Builder, table: &Table, channels: u32) -> Sizes {
         let pack = PA_PACK_BYTES as usize;
-        let widest = if options.has_f32_wire() && table.buckets.iter().any(|bucket| bucket.dtype.size() == 2)
+        let widest = if options.has_f32_wire()
+            && table.buckets.iter().any(|bucket| bucket.dtype.size() == 2)
         {
             2
         } else {
             1
         };
         let cut = options.cut();
-        let most = cut.slot_budget_bytes / (channels as usize * options.slots.max(1) as usize * widest);
+        let most =
+            cut.slot_budget_bytes / (channels as usize * options.slots.max(1) as usize * widest);
         let bytes = options.chunk_bytes.unwrap_or_else(|| cut.chunk_bytes.min(most).max(128));
         // No more than the largest bucket has for one rank in one round.
         let world = options.communicator.world_size() as u64;
@@ -48,7 +51,8 @@ impl Sizes {
     /// `filled` counters, then the slots.
     fn inbox(&self, is_host: bool, options: &Builder, channels: u32) -> Result<Memory, String> {
         let (testing, communicator) = (&options.testing, &options.communicator);
-        let slots = (channels * self.slots) as usize * self.slot_packs as usize * PA_PACK_BYTES as usize;
+        let slots =
+            (channels * self.slots) as usize * self.slot_packs as usize * PA_PACK_BYTES as usize;
         let mut memory = Link::place(
             is_host,
             communicator.placement(),
@@ -70,15 +74,17 @@ fn counters(channels: u32, testing: &Testing) -> Vec<u32> {
     lines
 }
 
-/// Checks that there is memory for what grows with the number of tensors: this rank's tables, and a line for each tensor from every
-/// rank. It is allocated in small pieces, none of which can fail but by an abort.
-/// `names`: bytes of all their names.
+/// Checks that there is memory for what grows with the number of tensors: this rank's tables, and a
+/// line for each tensor from every rank. It is allocated in small pieces, none of which can fail
+/// but by an abort. `names`: bytes of all their names.
 pub(super) fn check_room(tensors: usize, names: usize, rank: usize, world: usize) -> Result<()> {
-    // Bytes for a tensor besides its name: in tables that double as they grow; in a line, of which this rank has 5 and 2 from each peer.
+    // Bytes for a tensor besides its name: in tables that double as they grow; in a line, of which
+    // this rank has 5 and 2 from each peer.
     const TABLES: usize = 320;
     const LINE: usize = 96;
     let lines = (tensors * LINE + names) * (5 + 2 * world);
-    limits::spare_for_all(tensors * TABLES + names + lines).map_err(|reason| Error::Memory { rank, reason })
+    limits::spare_for_all(tensors * TABLES + names + lines)
+        .map_err(|reason| Error::Memory { rank, reason })
 }
 
 /// What a rank needs besides its tensors.
@@ -141,8 +147,8 @@ impl RankMemory {
             let is_host = |other: usize| link.is_host(placement, rank, order[other % order.len()]);
             inbox = Some(sizes.inbox(is_host(previous), options, channels).map_err(failed)?);
             let lines = counters(channels, testing);
-            let mut memory =
-                Link::place(is_host(next), placement, space, size_of_val(&lines[..])).map_err(failed)?;
+            let mut memory = Link::place(is_host(next), placement, space, size_of_val(&lines[..]))
+                .map_err(failed)?;
             memory.set(0, bytemuck::cast_slice(&lines)).map_err(failed)?;
             credits = Some(memory);
         }
@@ -154,9 +160,12 @@ impl RankMemory {
         });
         let control = control.transpose().map_err(failed)?;
         let mut state: PaChannel = bytemuck::Zeroable::zeroed();
-        (state.recv_seq, state.send_seq, state.epoch) = (testing.counter, testing.counter, testing.counter);
+        (state.recv_seq, state.send_seq, state.epoch) =
+            (testing.counter, testing.counter, testing.counter);
         let sets = instruction_sets();
-        let named = |name| sets.iter().find(|set| set.name == name).copied().expect("a set this machine has");
+        let named = |name| {
+            sets.iter().find(|set| set.name == name).copied().expect("a set this machine has")
+        };
         let isa = testing.instruction_set.map_or(sets[0], named);
         let count = table.buckets.iter().map(|bucket| bucket.segments.len()).sum();
         let states = vec![state; channels as usize];

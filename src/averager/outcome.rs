@@ -1,4 +1,5 @@
-//! How an average ended, as a result: what the kernels' status records say, and what the device does.
+//! How an average ended, as a result: what the kernels' status records say, and what the device
+//! does.
 
 use std::time::{Duration, Instant};
 
@@ -17,8 +18,8 @@ impl ParamAverager {
         self.own.engine.ended().iter().copied()
     }
 
-    /// Tells the peers that this rank is through with its last average, if it is: it may go then, and they need not give up an
-    /// average that they are still in.
+    /// Tells the peers that this rank is through with its last average, if it is: it may go then,
+    /// and they need not give up an average that they are still in.
     pub(super) fn say_through(&self) {
         let is_through = |status: PaChannel| match status.outcome {
             PA_COMMITTED => status.committed != 0, // else it has only reduced
@@ -35,7 +36,8 @@ impl ParamAverager {
     pub(super) fn outcome(&mut self, start: Option<Instant>) -> Result<Outcome> {
         self.say_through();
         let committed = self.ended().any(|status| status.committed != 0);
-        let Some(status) = self.ended().max_by_key(|status| (status.outcome != PA_COMMITTED, status.outcome))
+        let Some(status) =
+            self.ended().max_by_key(|status| (status.outcome != PA_COMMITTED, status.outcome))
         else {
             unreachable!("there is a channel")
         };
@@ -61,9 +63,11 @@ impl ParamAverager {
             PA_BAD_WEIGHT => Error::InvalidWeight { rank, weight: f64::from_bits(status.found) },
             PA_NO_WEIGHT => Error::AllWeightsZero,
             // PA_OPEN: told to leave without a word, by a test.
-            PA_OPEN => {
-                self.fatal(Failure { kind: PA_LEFT, position: self.position() }, Phase::Exit, committed)
-            }
+            PA_OPEN => self.fatal(
+                Failure { kind: PA_LEFT, position: self.position() },
+                Phase::Exit,
+                committed,
+            ),
             kind => self.fatal(Failure { kind, position }, phase(status.where_), committed),
         };
         if error.is_fatal() {
@@ -74,8 +78,9 @@ impl ParamAverager {
 
     /// The device did not do what it was told. Peers hear that this rank will not come.
     pub(crate) fn device_failed(&mut self, reason: String) -> Error {
-        // Peers don't mind what a rank that has left is doing, so its kernels end first. They do: what was enqueued is a whole
-        // average, which waits for nothing but peers' part of it; or `begin` has told all to end; or the device is lost.
+        // Peers don't mind what a rank that has left is doing, so its kernels end first. They do:
+        // what was enqueued is a whole average, which waits for nothing but peers' part of it; or
+        // `begin` has told all to end; or the device is lost.
         let _ = self.own.engine.finish();
         self.agreement.control.leave(self.position());
         let error = Error::DeviceFailed { rank: self.rank(), reason };
@@ -96,7 +101,12 @@ impl ParamAverager {
     }
 
     /// World size 1: what others would have said, and nothing else.
-    pub(super) fn alone(&self, refusal: Option<Error>, call: Call, start: Instant) -> Result<Outcome> {
+    pub(super) fn alone(
+        &self,
+        refusal: Option<Error>,
+        call: Call,
+        start: Instant,
+    ) -> Result<Outcome> {
         match (refusal, call.weight) {
             (Some(refusal), _) => Err(refusal),
             (_, Some(0.0)) => Err(Error::AllWeightsZero),

@@ -21,25 +21,29 @@ pub struct Pending<'a> {
 }
 
 impl ParamAverager {
-    /// Enqueues an average on a CUDA stream, behind what it has been given, and returns at once: what it is given later
-    /// sees the mean. Collective, as [`average`](ParamAverager::average).
+    /// Enqueues an average on a CUDA stream, behind what it has been given, and returns at once:
+    /// what it is given later sees the mean. Collective, as [`average`](ParamAverager::average).
     ///
-    /// `stream` is a `CUstream` (a `cudaStream_t` is the same) of the device's primary context. It is this rank's own: on a
-    /// stream that ranks share, the first one's average would wait for one that is behind it. And it is of the non-blocking
-    /// kind: what a peer does on the null stream would wait for the others. Any other is refused, on this rank alone, whose
-    /// peers find out when it drops its averager or at the timeout. With ranks on CPUs no stream is looked at, and the average
-    /// is over on return.
+    /// `stream` is a `CUstream` (a `cudaStream_t` is the same) of the device's primary context. It
+    /// is this rank's own: on a stream that ranks share, the first one's average would wait for one
+    /// that is behind it. And it is of the non-blocking kind: what a peer does on the null stream
+    /// would wait for the others. Any other is refused, on this rank alone, whose peers find out
+    /// when it drops its averager or at the timeout. With ranks on CPUs no stream is looked at, and
+    /// the average is over on return.
     ///
-    /// If the stream is being captured, the average becomes a part of the graph, with the tensors where they are now: nothing
-    /// runs, and there is nothing to wait for. Every rank captures one in a graph of its own and replays it as often as the
-    /// others, each replay is one average, and [`replayed`](ParamAverager::replayed) tells what came of it. Wrong
-    /// tensors or a wrong weight are this rank's error alone then, at once, and nothing is captured.
+    /// If the stream is being captured, the average becomes a part of the graph, with the tensors
+    /// where they are now: nothing runs, and there is nothing to wait for. Every rank captures one
+    /// in a graph of its own and replays it as often as the others, each replay is one average, and
+    /// [`replayed`](ParamAverager::replayed) tells what came of it. Wrong tensors or a wrong weight
+    /// are this rank's error alone then, at once, and nothing is captured.
     ///
-    /// If the average fails, what the stream is given later runs all the same, on tensors as they were: `wait` tells.
+    /// If the average fails, what the stream is given later runs all the same, on tensors as they
+    /// were: `wait` tells.
     ///
     /// # Safety
-    /// Until the average is done, the stream lives, and the tensors live and are used by nobody but by work that is ordered
-    /// before or after it on that stream. This holds for every replay of a graph, which ends before the averager is dropped.
+    /// Until the average is done, the stream lives, and the tensors live and are used by nobody but
+    /// by work that is ordered before or after it on that stream. This holds for every replay of a
+    /// graph, which ends before the averager is dropped.
     pub unsafe fn average_on<P: Parameters + ?Sized>(
         &mut self,
         params: &mut P,
@@ -63,11 +67,13 @@ impl ParamAverager {
         unsafe { self.average_later(params, Some(weight), stream) }
     }
 
-    /// Waits for a stream on which a graph with an average in it has been launched, and tells what the last replay did. A
-    /// failure that ended the world ends every later replay at once. `elapsed` of the report is 0: nobody looked at a clock.
+    /// Waits for a stream on which a graph with an average in it has been launched, and tells what
+    /// the last replay did. A failure that ended the world ends every later replay at once.
+    /// `elapsed` of the report is 0: nobody looked at a clock.
     ///
     /// # Safety
-    /// The stream is one of the device's primary context, and no replay is under way on another. While a replay is under way, this averager makes no other average.
+    /// The stream is one of the device's primary context, and no replay is under way on another.
+    /// While a replay is under way, this averager makes no other average.
     pub unsafe fn replayed(&mut self, stream: *mut c_void) -> Result<Report> {
         if let Some(cause) = &self.failed {
             return Err(Error::Poisoned { cause: Box::new(cause.clone()) });
@@ -161,8 +167,8 @@ impl<'a> Pending<'a> {
         self.over.is_some() || self.averager.own.engine.is_done()
     }
 
-    /// Waits until the average is done. `elapsed` of the report is the time from the call to this return. One that was captured
-    /// has not run, which is an error.
+    /// Waits until the average is done. `elapsed` of the report is the time from the call to this
+    /// return. One that was captured has not run, which is an error.
     pub fn wait(self) -> Result<Report> {
         match self.outcome()? {
             Outcome::Averaged(report) => Ok(report),
@@ -174,8 +180,9 @@ impl<'a> Pending<'a> {
         self.end()
     }
 
-    /// Keeps the stream for as long as the average may be under way, also if `self` is forgotten. If the events that later
-    /// uses of the tensors wait for could not be `recorded`, waits for the average now.
+    /// Keeps the stream for as long as the average may be under way, also if `self` is forgotten.
+    /// If the events that later uses of the tensors wait for could not be `recorded`, waits for the
+    /// average now.
     #[cfg(feature = "cudarc")]
     pub(crate) fn keep(
         mut self,

@@ -4,10 +4,10 @@ use crate::{Error, Report};
 
 /// The changes that one call has made to the tensors before its current step.
 ///
-/// A call such as `LocalSgd::step` averages, lets a process in, and may recover. Each step has its own
-/// result, but the caller gets one. The functions that make several steps return [`Halt`] as their
-/// error, which only a `Progress` can make of an [`Error`], so that none of them can report "no tensor
-/// was changed" after an earlier step has changed some.
+/// A call such as `LocalSgd::step` averages, lets a process in, and may recover. Each step has its
+/// own result, but the caller gets one. The functions that make several steps return [`Halt`] as
+/// their error, which only a `Progress` can make of an [`Error`], so that none of them can report
+/// "no tensor was changed" after an earlier step has changed some.
 #[derive(Debug, Default)]
 pub(crate) struct Progress {
     averaged: Option<Box<Report>>,
@@ -45,8 +45,8 @@ impl Progress {
 }
 
 impl Halt {
-    /// The error for the caller. No `From`: a second one for `Error` would leave `?` in users' closures
-    /// without a type.
+    /// The error for the caller. No `From`: a second one for `Error` would leave `?` in users'
+    /// closures without a type.
     pub(crate) fn error(self) -> Error {
         self.0
     }
@@ -86,7 +86,10 @@ mod tests {
             let mut progress = Progress::default();
             progress.averaged(&report);
             let error = progress.halt(cause.clone()).error();
-            assert!(!error.tensors_unchanged() && error.is_fatal() == cause.is_fatal(), "{error:?}");
+            assert!(
+                !error.tensors_unchanged() && error.is_fatal() == cause.is_fatal(),
+                "{error:?}"
+            );
             assert!(error.to_string().contains("every tensor holds the mean"), "{error}");
             let source = std::error::Error::source(&error).unwrap();
             assert_eq!(source.to_string(), cause.to_string());

@@ -1,9 +1,9 @@
 //! Building an averager again, without its tensors.
 //!
-//! After a rank is lost, every averager of a process needs a successor in the new view of the world.
-//! Which of them a process recovers first is its own affair, but building is collective. So the first
-//! `recover` of a process builds successors for all its averagers, in an order that all ranks agree on,
-//! and each averager takes its successor when its own `recover` is called.
+//! After a rank is lost, every averager of a process needs a successor in the new view of the
+//! world. Which of them a process recovers first is its own affair, but building is collective. So
+//! the first `recover` of a process builds successors for all its averagers, in an order that all
+//! ranks agree on, and each averager takes its successor when its own `recover` is called.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -27,7 +27,8 @@ pub(super) struct Blueprint {
     successor: Mutex<Option<Successor>>,
 }
 
-/// The averager in a later view, which has no `Blueprint` until it is taken: it would never be dropped.
+/// The averager in a later view, which has no `Blueprint` until it is taken: it would never be
+/// dropped.
 struct Successor {
     view: u32,
     built: Result<Box<ParamAverager>>,
@@ -109,7 +110,9 @@ impl Rebuild for Blueprint {
         let built = ParamAverager::assemble_for(options, table, refusal, Some(number));
         match built {
             // The view has lost a rank again, or was aborted: none of its averagers can be built.
-            Err(error) if is_of_the_view(&error) || matches!(error, Error::Aborted { .. }) => Err(error),
+            Err(error) if is_of_the_view(&error) || matches!(error, Error::Aborted { .. }) => {
+                Err(error)
+            }
             built => {
                 self.put(communicator, built);
                 Ok(())
@@ -118,7 +121,8 @@ impl Rebuild for Blueprint {
     }
 
     fn refuse(&self, communicator: &Communicator, rank: usize) {
-        let reason = "it has dropped this averager, or has joined without it: drop it on every rank".into();
+        let reason =
+            "it has dropped this averager, or has joined without it: drop it on every rank".into();
         self.put(communicator, Err(Error::PeerBuildFailed { rank, reason }));
     }
 }
@@ -129,7 +133,8 @@ impl fmt::Debug for Blueprint {
     }
 }
 
-/// True if an error of building means that the view has lost a rank, so that the next view can do without it.
+/// True if an error of building means that the view has lost a rank, so that the next view can do
+/// without it.
 pub(super) fn is_of_the_view(error: &Error) -> bool {
     match error {
         Error::PeerLost { phase, .. } | Error::Timeout { phase, .. } => *phase == Phase::Build,

@@ -24,21 +24,23 @@ pub(crate) struct Admitted {
     pub(crate) is_mean: bool,
 }
 
-/// Tries in a row after which nobody was lost: a peer may have been stopped for a while, or have been on its
-/// way to the next view. More would end as these.
+/// Tries in a row after which nobody was lost: a peer may have been stopped for a while, or have
+/// been on its way to the next view. More would end as these.
 pub(crate) const TRIES: u32 = 4;
 
 impl ParamAverager {
-    /// Collective among the ranks that are left, after an error that [is fatal](Error::is_fatal): builds the averager anew, with
-    /// the same options, for the ranks that call it within the builder's `timeout` and are not gone; see
-    /// [`Communicator::recover`](crate::Communicator::recover). Ranks are numbered anew. If another is lost on the way, the rest goes on
-    /// without it. The next average is the mean over them, and makes them agree where some tensors were half written.
+    /// Collective among the ranks that are left, after an error that [is fatal](Error::is_fatal):
+    /// builds the averager anew, with the same options, for the ranks that call it within the
+    /// builder's `timeout` and are not gone; see
+    /// [`Communicator::recover`](crate::Communicator::recover). Ranks are numbered anew. If another
+    /// is lost on the way, the rest goes on without it. The next average is the mean over them, and
+    /// makes them agree where some tensors were half written.
     ///
-    /// A process with several averagers calls it on each, in any order, unless a process joins meanwhile: the
-    /// world has lost the rank for all of them, whichever has failed. Does nothing while the world has all its
-    /// ranks and the averager has not failed. After an error that says nothing of this rank being left out, it
-    /// can be called again. It gives up after a few tries in which nobody was lost; a try takes the builder's
-    /// `timeout` for each averager at most.
+    /// A process with several averagers calls it on each, in any order, unless a process joins
+    /// meanwhile: the world has lost the rank for all of them, whichever has failed. Does nothing
+    /// while the world has all its ranks and the averager has not failed. After an error that says
+    /// nothing of this rank being left out, it can be called again. It gives up after a few tries
+    /// in which nobody was lost; a try takes the builder's `timeout` for each averager at most.
     pub fn recover<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<()> {
         self.recover_with(&mut Plain(params))
     }
@@ -48,9 +50,9 @@ impl ParamAverager {
         self.recover_step(tensors, false, &mut progress).map(drop).map_err(Halt::error)
     }
 
-    /// One step of a call that may have more: the place in the schedule comes with it, since some ranks may have been done with the
-    /// average that failed for others, and have gone on to the next.
-    /// `averages`: the caller averages next, to make up for an average that was due.
+    /// One step of a call that may have more: the place in the schedule comes with it, since some
+    /// ranks may have been done with the average that failed for others, and have gone on to the
+    /// next. `averages`: the caller averages next, to make up for an average that was due.
     pub(crate) fn recover_step(
         &mut self,
         tensors: &mut impl Tensors,
@@ -62,22 +64,27 @@ impl ParamAverager {
         if !is_over && !self.has_failed() && !self.communicator.is_superseded() {
             return Ok(Regrouped { position: self.position_in_schedule(), admitted: None });
         }
-        // This view was tried, and none but this averager could not be built in it: others are at work there.
-        let refused = self.blueprint.as_ref().and_then(|blueprint| blueprint.refusal(latest.view()));
+        // This view was tried, and none but this averager could not be built in it: others are at
+        // work there.
+        let refused =
+            self.blueprint.as_ref().and_then(|blueprint| blueprint.refusal(latest.view()));
         match refused {
             Some(error) if !is_over => Err(progress.halt(error)),
             _ => self.regroup(tensors, Admission::None, averages, progress),
         }
     }
 
-    /// Collective, after an average whose report says that a process [waits to join](Report::joiner_waits): lets it in, as the last
-    /// rank, and gives it a copy of rank 0's tensors, by an average in which rank 0 alone has a weight. The tensors of all other
-    /// ranks stay as they are, bit for bit. If it is gone by now, or its tensors or options are not those of the others, these
-    /// go on without it, and make a plain average instead, since some of them may have to recover.
+    /// Collective, after an average whose report says that a process [waits to
+    /// join](Report::joiner_waits): lets it in, as the last rank, and gives it a copy of rank 0's
+    /// tensors, by an average in which rank 0 alone has a weight. The tensors of all other ranks
+    /// stay as they are, bit for bit. If it is gone by now, or its tensors or options are not those
+    /// of the others, these go on without it, and make a plain average instead, since some of them
+    /// may have to recover.
     ///
-    /// Every other averager of this world is to call it next, in the order in which they were built; one that averages first gets
-    /// an error, and [`recover`](Self::recover) then does the same. What the new process needs to know besides, such as how many steps were
-    /// made, belongs into a tensor: `LocalSgd` tells it by itself. For ranks that are processes; threads get
+    /// Every other averager of this world is to call it next, in the order in which they were
+    /// built; one that averages first gets an error, and [`recover`](Self::recover) then does the
+    /// same. What the new process needs to know besides, such as how many steps were made, belongs
+    /// into a tensor: `LocalSgd` tells it by itself. For ranks that are processes; threads get
     /// [`Error::RecoveryUnsupported`], and nothing has happened.
     ///
     /// ```no_run
@@ -94,7 +101,8 @@ impl ParamAverager {
 
     pub(crate) fn admit_with(&mut self, tensors: &mut impl Tensors) -> Result<Report> {
         let mut progress = Progress::default();
-        let regrouped = self.regroup(tensors, Admission::Copy, false, &mut progress).map_err(Halt::error)?;
+        let regrouped =
+            self.regroup(tensors, Admission::Copy, false, &mut progress).map_err(Halt::error)?;
         if let Some(admitted) = regrouped.admitted {
             return Ok(admitted.report);
         }
@@ -109,7 +117,8 @@ impl ParamAverager {
         self.failed.is_some() || self.agreement.control.failure().is_some()
     }
 
-    /// True if no average can have left them half written. One that the world has left behind began none.
+    /// True if no average can have left them half written. One that the world has left behind began
+    /// none.
     fn tensors_are_whole(&self) -> bool {
         matches!(self.failed, None | Some(Error::StaleView { .. }))
             && self.agreement.control.failure().is_none()
@@ -128,14 +137,17 @@ impl ParamAverager {
         if admission != Admission::None {
             match &self.failed {
                 None | Some(Error::StaleView { .. }) => {}
-                Some(cause) => return Err(progress.halt(Error::Poisoned { cause: Box::new(cause.clone()) })),
+                Some(cause) => {
+                    return Err(progress.halt(Error::Poisoned { cause: Box::new(cause.clone()) }))
+                }
             }
             if let Some(failure) = self.agreement.control.failure() {
                 let error = self.fatal(failure, Phase::Build, false);
                 return Err(self.halt(error, progress));
             }
         }
-        // Tensors of an averager that has not failed are whole: a joiner copies them, unless an average is due.
+        // Tensors of an averager that has not failed are whole: a joiner copies them, unless an
+        // average is due.
         let is_whole = !averages && self.tensors_are_whole();
         self.options.schedule_position = self.position_in_schedule();
         // Error that ended the last try, and the number of ranks in that try.
@@ -146,7 +158,8 @@ impl ParamAverager {
             // Kept also where what follows fails: the next call begins from there.
             self.options.communicator = match next {
                 Ok(communicator) => communicator,
-                Err(error @ Error::RecoveryUnsupported { .. }) => return Err(progress.halt(error)), // nothing has happened
+                // nothing has happened
+                Err(error @ Error::RecoveryUnsupported { .. }) => return Err(progress.halt(error)),
                 Err(error) => return Err(self.halt(error, progress)),
             };
             let communicator = self.options.communicator.clone();
@@ -158,8 +171,8 @@ impl ParamAverager {
             }
             let joins = communicator.has_joined() && !communicator.is_new();
             let built = if communicator.has_joined() {
-                // Also where this averager comes to the new view through recovery, because another averager
-                // admitted the joiner.
+                // Also where this averager comes to the new view through recovery, because another
+                // averager admitted the joiner.
                 self.options.admission = match admission {
                     _ if !joins => Admission::None,
                     Admission::None if is_whole && !progress.has_written() => Admission::Copy,
@@ -184,7 +197,8 @@ impl ParamAverager {
                     last = Some((error, communicator.world_size()));
                 }
                 Err(error @ Error::Aborted { .. }) => return Err(self.halt(error, progress)),
-                // The joiner is not like the others, or was lost before it had the model: it has left.
+                // The joiner is not like the others, or was lost before it had the model: it has
+                // left.
                 Err(error) if joins => {
                     progress.survived(&error);
                     admission = Admission::None;
@@ -198,7 +212,8 @@ impl ParamAverager {
     fn successor(&self, communicator: &Communicator, averages: bool) -> Result<ParamAverager> {
         let ordinal = self.agreement.ordinal.as_deref().filter(|_| averages);
         communicator.rebuild(ordinal, self.timeout)?;
-        let taken = self.blueprint.as_ref().and_then(|blueprint| blueprint.take(communicator.view()));
+        let taken =
+            self.blueprint.as_ref().and_then(|blueprint| blueprint.take(communicator.view()));
         taken.unwrap_or_else(|| Err(Error::StaleView { rank: communicator.rank() }))
     }
 
@@ -217,7 +232,8 @@ impl ParamAverager {
                 false => Ok(()),
             };
         }
-        // The same on every rank: some may come from an average that failed, others from one that did not.
+        // The same on every rank: some may come from an average that failed, others from one that
+        // did not.
         let is_mean = handshakes.iter().any(|handshake| handshake.admission == Admission::Mean);
         let is_member = self.options.admission != Admission::None;
         let counts = is_member && (is_mean || self.rank() == 0);
@@ -237,7 +253,8 @@ impl ParamAverager {
 
     /// Of all ranks, when the averager was built.
     pub(crate) fn schedule_position(&self) -> u64 {
-        let positions = self.agreement.handshakes.iter().map(|handshake| handshake.schedule_position);
+        let positions =
+            self.agreement.handshakes.iter().map(|handshake| handshake.schedule_position);
         positions.max().unwrap_or(0)
     }
 

@@ -12,15 +12,16 @@ pub struct Report {
     pub bytes: u64,
     /// From the call to the return.
     pub elapsed: Duration,
-    /// Of it, time spent waiting for peers: for late ones at the start, for slow ones on the way. The longest of all
-    /// channels.
+    /// Of it, time spent waiting for peers: for late ones at the start, for slow ones on the way.
+    /// The longest of all channels.
     pub waited: Duration,
     /// Ranks that took part.
     pub world_size: usize,
     /// How it was done.
     pub algorithm: Algorithm,
-    /// A process waits to [join](crate::World::join) this world; the same on every rank. [`LocalSgd`](crate::LocalSgd) lets it
-    /// in, or [`ParamAverager::admit`](crate::ParamAverager::admit).
+    /// A process waits to [join](crate::World::join) this world; the same on every rank.
+    /// [`LocalSgd`](crate::LocalSgd) lets it in, or
+    /// [`ParamAverager::admit`](crate::ParamAverager::admit).
     pub joiner_waits: bool,
 }
 
@@ -35,7 +36,8 @@ impl Report {
         }
     }
 
-    /// Bus bandwidth in GB/s: algbw · 2·(n − 1)/n, what a ring puts on each link. As in nccl-tests, for all algorithms.
+    /// Bus bandwidth in GB/s: algbw · 2·(n − 1)/n, what a ring puts on each link. As in nccl-tests,
+    /// for all algorithms.
     pub fn busbw(&self) -> f64 {
         let n = self.world_size as f64;
         self.algbw() * 2.0 * (n - 1.0) / n

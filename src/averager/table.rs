@@ -1,4 +1,5 @@
-//! A rank's tensors as the kernels see them: the segment tables, brought up to date at every average.
+//! A rank's tensors as the kernels see them: the segment tables, brought up to date at every
+//! average.
 
 use std::sync::Arc;
 
@@ -41,7 +42,8 @@ pub(super) struct Table {
     unchecked: bool,
 }
 
-/// What is wrong with the tensors of a call: for `PaRecord.detail` and `found`, so that every rank can say so.
+/// What is wrong with the tensors of a call: for `PaRecord.detail` and `found`, so that every rank
+/// can say so.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Problem {
     pub(super) tensor: u64,
@@ -109,9 +111,12 @@ impl Table {
         Table { layout, placement, buckets, raw, spans, bytes, moved: true, unchecked: true }
     }
 
-    /// Takes over the tensors' addresses, if they are the tensors that the table was made for. Does not allocate.
-    /// The addresses are good for as long as the caller's borrow of `params`.
-    pub(super) fn refresh<'a, P: Parameters + ?Sized>(&mut self, params: &'a mut P) -> Result<(), Problem> {
+    /// Takes over the tensors' addresses, if they are the tensors that the table was made for. Does
+    /// not allocate. The addresses are good for as long as the caller's borrow of `params`.
+    pub(super) fn refresh<'a, P: Parameters + ?Sized>(
+        &mut self,
+        params: &'a mut P,
+    ) -> Result<(), Problem> {
         let (mut index, mut problem) = (0, None);
         params.visit(&mut |tensor: TensorMut<'a>| {
             if let Err(found) = self.take(index, &tensor) {
@@ -163,7 +168,9 @@ impl Table {
         // Both ends: a tensor that is longer than its memory would end in another's, or in none.
         let last = address + shape.elements * shape.dtype.size() as u64 - 1;
         match &self.layout.space {
-            MemorySpace::Cuda(context) if ![address, last].iter().all(|&address| context.owns(address)) => {
+            MemorySpace::Cuda(context)
+                if ![address, last].iter().all(|&address| context.owns(address)) =>
+            {
                 return Err(FOREIGN << SHIFT)
             }
             _ => *slot = address,
@@ -177,7 +184,8 @@ impl Table {
         self.spans.clear();
         for bucket in &self.buckets {
             let size = bucket.dtype.size() as u64;
-            for (PaSegment { address, elements, .. }, &tensor) in bucket.segments.iter().zip(&bucket.tensors)
+            for (PaSegment { address, elements, .. }, &tensor) in
+                bucket.segments.iter().zip(&bucket.tensors)
             {
                 self.spans.push((*address, address + elements * size, tensor as u32));
             }
@@ -197,32 +205,40 @@ impl Table {
         let index = problem.tensor as usize;
         let (what, low) = (problem.found >> SHIFT, problem.found & ((1 << SHIFT) - 1));
         let tensor = || self.describe(index);
-        let trouble =
-            |problem: &str| Error::InvalidTensor { rank, tensor: tensor(), problem: problem.into() };
+        let trouble = |problem: &str| Error::InvalidTensor {
+            rank,
+            tensor: tensor(),
+            problem: problem.into(),
+        };
         match what {
             NULL => trouble("has a null pointer: pass the address of its first element"),
             TOO_LONG => trouble("is longer than any memory: pass its length in elements"),
             MISALIGNED => trouble(
-                "does not lie at a multiple of its element's size: pass the address of its first element",
+                "does not lie at a multiple of its element's size: pass the address of its first \
+                 element",
             ),
             DEVICE => trouble(&format!(
                 "is not on {}, the device of its rank: move it there, or give the rank its device",
                 self.layout.device
             )),
             FOREIGN => trouble(&format!(
-                "does not lie in memory of {} from its first to its last element: pass a pointer of that device, and a length in elements",
+                "does not lie in memory of {} from its first to its last element: pass a pointer \
+                 of that device, and a length in elements",
                 self.layout.device
             )),
             OTHER_CONTEXT => trouble(
-                "belongs to another CudaContext than the stream of its average, so cudarc would not order its uses: take a \
+                "belongs to another CudaContext than the stream of its average, so cudarc would \
+                 not order its uses: take a \
                  stream of the context that it was allocated with",
             ),
             UNTRACKED => trouble(
-                "was allocated on another stream than that of its average, and cudarc does not track its uses: average on \
+                "was allocated on another stream than that of its average, and cudarc does not \
+                 track its uses: average on \
                  the stream that it was allocated on, or allocate it with event tracking enabled",
             ),
             IN_A_GRAPH => trouble(
-                "was last used on a stream that was being captured, and nothing can wait for that: allocate it anew, and \
+                "was last used on a stream that was being captured, and nothing can wait for that: \
+                 allocate it anew, and \
                  disable cudarc's event tracking while its uses are captured",
             ),
             OVERLAP => trouble(&format!(
@@ -235,7 +251,8 @@ impl Table {
                     MISSING => (format!("only {index} tensors"), format!("{count}")),
                     EXTRA => (format!("more than {count} tensors"), format!("{count}")),
                     dtype => (
-                        format!("{}, {low} elements, as tensor {index}", Dtype::ALL[dtype as usize & 3]),
+                        format!("{}, {low} elements, as tensor \
+                            {index}", Dtype::ALL[dtype as usize & 3]),
                         tensor(),
                     ),
                 };

@@ -1,4 +1,5 @@
-//! Runs the kernels on CPU threads: a block is a thread, the averager's own for channel 0 and one more for each other.
+//! Runs the kernels on CPU threads: a block is a thread, the averager's own for channel 0 and one
+//! more for each other.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -48,10 +49,12 @@ impl Isa {
     /// Runs one block of one phase on this thread.
     ///
     /// # Safety
-    /// What `args` points at is as `kernels/abi.h` describes it and valid until the call returns, and only one thread
-    /// runs this channel of this rank. The tensors are borrowed mutably for as long.
+    /// What `args` points at is as `kernels/abi.h` describes it and valid until the call returns,
+    /// and only one thread runs this channel of this rank. The tensors are borrowed mutably for as
+    /// long.
     pub(crate) unsafe fn run_block(self, args: &PaArgs, phase: u32, channel: u32) {
-        // SAFETY: as this function's; the machine has the instruction set, or `self` would not exist.
+        // SAFETY: as this function's; the machine has the instruction set, or `self` would not
+        // exist.
         unsafe { (self.run)(args, phase, channel) }
     }
 }
@@ -101,8 +104,13 @@ impl Workers {
     pub(crate) unsafe fn launch(&self, args: &PaArgs, phase: u32) {
         if !self.threads.is_empty() {
             let mut job = lock(&self.shared.job);
-            *job =
-                Job { number: job.number + 1, phase, args: *args, running: self.threads.len(), stop: false };
+            *job = Job {
+                number: job.number + 1,
+                phase,
+                args: *args,
+                running: self.threads.len(),
+                stop: false,
+            };
             self.shared.started.notify_all();
         }
         // SAFETY: the caller's promise; channel 0 is this thread's.
@@ -130,7 +138,8 @@ fn work(isa: Isa, channel: u32, shared: &Shared) {
             done = job.number;
             (job.phase, job.args)
         };
-        // SAFETY: `launch` holds its caller's promise until `running` is 0; each worker has its own channel.
+        // SAFETY: `launch` holds its caller's promise until `running` is 0; each worker has its own
+        // channel.
         unsafe { isa.run_block(&args, phase, channel) };
         let mut job = lock(&shared.job);
         job.running -= 1;

@@ -17,19 +17,21 @@ pub(crate) enum Engine {
 /// Why an average was not started, or a replay of one not waited for.
 #[derive(Debug)]
 pub(crate) enum Unstarted {
-    /// A capture is in its way, and nothing has been enqueued: what was found of the stream, and what it can be.
+    /// A capture is in its way, and nothing has been enqueued: what was found of the stream, and
+    /// what it can be.
     Refused { found: String, expected: &'static str },
     /// The device failed. A part may have been enqueued.
     Failed(String),
 }
 
 impl Unstarted {
-    /// Who waits for the null stream would wait for a stream that is being captured, so the driver refuses with this.
+    /// Who waits for the null stream would wait for a stream that is being captured, so the driver
+    /// refuses with this.
     pub(crate) fn beside_a_capture(failure: &str) -> Unstarted {
         Unstarted::Refused {
             found: format!("the null stream while a blocking stream is being captured ({failure})"),
-            expected:
-                "it when the capture has ended, or a non-blocking stream by average_on or enqueue_cudarc",
+            expected: "it when the capture has ended, or a non-blocking stream by average_on or \
+                 enqueue_cudarc",
         }
     }
 }
@@ -52,8 +54,8 @@ impl Engine {
     ) -> Result<Engine> {
         match space {
             MemorySpace::Host => {
-                let mut region =
-                    HostBuffer::new(size_of_val(states)).map_err(|reason| Error::Memory { rank, reason })?;
+                let mut region = HostBuffer::new(size_of_val(states))
+                    .map_err(|reason| Error::Memory { rank, reason })?;
                 region.bytes_mut().copy_from_slice(bytemuck::cast_slice(states));
                 let workers = Workers::new(isa, states.len() as u32, &format!("rank-{rank}"))
                     .map_err(|reason| Error::Thread { rank, reason })?;
@@ -123,13 +125,14 @@ impl Engine {
         }
     }
 
-    /// Starts the phases of an average: threads run them, a device has them enqueued, on `stream` or on the rank's own, which
-    /// is ordered behind the null stream. If the machine fails, `finish` is called all the same.
+    /// Starts the phases of an average: threads run them, a device has them enqueued, on `stream`
+    /// or on the rank's own, which is ordered behind the null stream. If the machine fails,
+    /// `finish` is called all the same.
     ///
     /// # Safety
-    /// What `args` points at is as `kernels/abi.h` describes it. The tensors are nobody else's until `finish` has returned,
-    /// and what was done to them before is done, or ordered before that stream. `stream` is one of the device's primary
-    /// context, and lives until then.
+    /// What `args` points at is as `kernels/abi.h` describes it. The tensors are nobody else's
+    /// until `finish` has returned, and what was done to them before is done, or ordered before
+    /// that stream. `stream` is one of the device's primary context, and lives until then.
     pub(crate) unsafe fn start(
         &mut self,
         args: &PaArgs,
@@ -140,7 +143,8 @@ impl Engine {
             Engine::Cpu { workers, states } => {
                 for phase in phases {
                     // The kernel sees for itself; this saves waking threads.
-                    let failed = || states_of(states).iter().any(|state| state.outcome != PA_COMMITTED);
+                    let failed =
+                        || states_of(states).iter().any(|state| state.outcome != PA_COMMITTED);
                     if phase == PA_RING_GATHER && failed() {
                         break;
                     }
@@ -150,7 +154,9 @@ impl Engine {
                 Ok(())
             }
             // SAFETY: the caller's promise.
-            Engine::Cuda(rank) => unsafe { rank.start(args, phases, stream.map(<*mut c_void>::cast)) },
+            Engine::Cuda(rank) => unsafe {
+                rank.start(args, phases, stream.map(<*mut c_void>::cast))
+            },
         }
     }
 

@@ -6,8 +6,9 @@ use std::ptr::NonNull;
 
 use super::limits::{spare, why, Wanted};
 
-/// Zeroed memory on a page boundary, touched at construction so that no average pays for page faults. Who may access
-/// what in it, and when, is the protocol's business: it is reached through raw addresses only.
+/// Zeroed memory on a page boundary, touched at construction so that no average pays for page
+/// faults. Who may access what in it, and when, is the protocol's business: it is reached through
+/// raw addresses only.
 #[derive(Debug)]
 pub(crate) struct HostBuffer {
     pointer: NonNull<u8>,
@@ -23,7 +24,8 @@ impl HostBuffer {
     /// Memory that can't be had is an error, with the limit in its text.
     pub(crate) fn new(bytes: usize) -> Result<Self, String> {
         const PAGE: usize = 4096;
-        // What is large is made of large pages where the system has some: one fault where there would be 512.
+        // What is large is made of large pages where the system has some: one fault where there
+        // would be 512.
         let align = if bytes < HUGE { PAGE } else { HUGE };
         let failed = |error: io::Error| why("an allocation", Wanted::Memory(bytes), error);
         let layout = Layout::from_size_align(bytes.max(1), align)
@@ -34,7 +36,8 @@ impl HostBuffer {
         let region = HostBuffer { pointer, layout };
         spare(0)?;
         advise(pointer, bytes / HUGE * HUGE);
-        // SAFETY: just allocated with this size. Written, not alloc_zeroed: that maps pages at the first write only.
+        // SAFETY: just allocated with this size. Written, not alloc_zeroed: that maps pages at the
+        // first write only.
         unsafe { pointer.write_bytes(0, layout.size()) };
         Ok(region)
     }
@@ -66,9 +69,11 @@ const HUGE: usize = 2 << 20;
 fn advise(pointer: NonNull<u8>, bytes: usize) {
     #[cfg(target_os = "linux")]
     if bytes > 0 {
-        // SAFETY: of one allocation; the advice changes nothing that it holds. Without such pages it is an error without a consequence.
-        let _ =
-            unsafe { rustix::mm::madvise(pointer.as_ptr().cast(), bytes, rustix::mm::Advice::LinuxHugepage) };
+        // SAFETY: of one allocation; the advice changes nothing that it holds. Without such pages
+        // it is an error without a consequence.
+        let _ = unsafe {
+            rustix::mm::madvise(pointer.as_ptr().cast(), bytes, rustix::mm::Advice::LinuxHugepage)
+        };
     }
     #[cfg(not(target_os = "linux"))]
     let _ = (pointer, bytes);

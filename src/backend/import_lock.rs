@@ -1,8 +1,10 @@
-//! Whether other processes use memory that they were lent: memory of a device, which the driver frees under their hands.
+//! Whether other processes use memory that they were lent: memory of a device, which the driver
+//! frees under their hands.
 //!
-//! A lease is a memfd that goes to them with whatever the memory is opened by. Who opens the memory holds a lock on that file
-//! until it has closed it again; the system takes the lock from a process that ends, however it ends. A lender that gets the
-//! lock for itself says in the file that it is over, so that who comes later does not open what is gone.
+//! A lease is a memfd that goes to them with whatever the memory is opened by. Who opens the memory
+//! holds a lock on that file until it has closed it again; the system takes the lock from a process
+//! that ends, however it ends. A lender that gets the lock for itself says in the file that it is
+//! over, so that who comes later does not open what is gone.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,7 +13,8 @@ use rustix::fs::{fcntl_lock, FlockOperation};
 
 use super::Memfd;
 
-/// A lender's, or that of one borrower: for each a file of its own, since a process that closes one loses its locks.
+/// A lender's, or that of one borrower: for each a file of its own, since a process that closes one
+/// loses its locks.
 #[derive(Debug)]
 pub(crate) struct ImportLock(Memfd);
 
@@ -60,7 +63,8 @@ mod tests {
 
     const FILE: &str = "PA_TEST_LEASE";
 
-    /// Not a test by itself: another process, which takes a lease, says whether it has it, and keeps it until it is told.
+    /// Not a test by itself: another process, which takes a lease, says whether it has it, and
+    /// keeps it until it is told.
     #[test]
     fn borrower() {
         let Ok(path) = std::env::var(FILE) else { return };
@@ -79,7 +83,8 @@ mod tests {
         command.env(FILE, format!("/proc/{}/fd/{}", std::process::id(), lease.file().as_raw_fd()));
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
-        let hear = move || lines.find_map(|line| line.strip_prefix('@').map(str::to_owned)).unwrap();
+        let hear =
+            move || lines.find_map(|line| line.strip_prefix('@').map(str::to_owned)).unwrap();
         (child, hear)
     }
 

@@ -1,5 +1,5 @@
-//! Limits of the system on what a process may take: checked before a call where exceeding one would be a signal or an abort, and
-//! named, with their values, in the text of an error.
+//! Limits of the system on what a process may take: checked before a call where exceeding one would
+//! be a signal or an abort, and named, with their values, in the text of an error.
 
 use std::io;
 use std::sync::{Arc, Barrier};
@@ -37,8 +37,9 @@ pub(crate) fn why(call: &str, wanted: Wanted, error: impl Into<io::Error>) -> St
     }
 }
 
-/// A thread with a stack of `stack` bytes. Between the start of a thread and its first line, std maps memory whose lack aborts the
-/// process: a thread that might be short of it is not started, and one that was started has it when this returns.
+/// A thread with a stack of `stack` bytes. Between the start of a thread and its first line, std
+/// maps memory whose lack aborts the process: a thread that might be short of it is not started,
+/// and one that was started has it when this returns.
 pub(crate) fn thread(
     name: String,
     stack: usize,
@@ -94,14 +95,16 @@ mod linux {
     const MARGIN: usize = 4 << 20;
     /// A multiple of every page size.
     const STEP: usize = 64 << 10;
-    /// Mappings that a thread takes: its stack, its signal stack and an arena of malloc's, each with a guard.
+    /// Mappings that a thread takes: its stack, its signal stack and an arena of malloc's, each
+    /// with a guard.
     const OF_A_THREAD: usize = 6;
-    /// The same for all that is mapped from the beginning of a meeting, or of a build, to its end, but for threads that are started
-    /// there; and for arenas of threads that are there already.
+    /// The same for all that is mapped from the beginning of a meeting, or of a build, to its end,
+    /// but for threads that are started there; and for arenas of threads that are there already.
     const OF_A_PHASE: usize = 48;
 
-    /// Checks that `bytes` of memory, and a margin for small allocations, can be mapped now. It is given back at once: another thread
-    /// may be faster, but a process that is short of memory finds out here, by an error. A few µs.
+    /// Checks that `bytes` of memory, and a margin for small allocations, can be mapped now. It is
+    /// given back at once: another thread may be faster, but a process that is short of memory
+    /// finds out here, by an error. A few µs.
     pub(crate) fn spare(bytes: usize) -> Result<(), String> {
         map(bytes, 1)
     }
@@ -118,12 +121,15 @@ mod linux {
 
     /// Maps so many bytes, as so many mappings, and unmaps them.
     fn map(bytes: usize, mappings: usize) -> Result<(), String> {
-        let all =
-            bytes.saturating_add(MARGIN).checked_next_multiple_of(STEP).unwrap_or(usize::MAX - STEP + 1);
+        let all = bytes
+            .saturating_add(MARGIN)
+            .checked_next_multiple_of(STEP)
+            .unwrap_or(usize::MAX - STEP + 1);
         let failed = |error: Errno| why("memory", Wanted::Memory(all), error);
         // SAFETY: a new mapping, wherever the system puts it.
-        let start =
-            unsafe { mmap_anonymous(null_mut(), all, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE) };
+        let start = unsafe {
+            mmap_anonymous(null_mut(), all, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
+        };
         let start = start.map_err(failed)?;
         // Memory of another protection is a mapping of its own.
         let split = |index: usize| {
@@ -136,15 +142,19 @@ mod linux {
         split
     }
 
-    /// Checks that a file of this size may be made: the call that exceeds the limit would be answered by SIGXFSZ.
+    /// Checks that a file of this size may be made: the call that exceeds the limit would be
+    /// answered by SIGXFSZ.
     pub(crate) fn check_file_size(bytes: usize) -> Result<(), String> {
         match getrlimit(Resource::Fsize).current {
-            Some(most) if most < bytes as u64 => Err(why("a memfd", Wanted::File(bytes), Errno::FBIG)),
+            Some(most) if most < bytes as u64 => {
+                Err(why("a memfd", Wanted::File(bytes), Errno::FBIG))
+            }
             _ => Ok(()),
         }
     }
 
-    /// True if the error is about something that the system has too little of, as opposed to a peer that is not there.
+    /// True if the error is about something that the system has too little of, as opposed to a peer
+    /// that is not there.
     pub(crate) fn is_shortage(error: &io::Error) -> bool {
         let all = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS];
         all.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
@@ -169,11 +179,15 @@ mod linux {
                 "ulimit -f",
             )),
             (Errno::PERM | Errno::ACCESS | Errno::NOSYS, Wanted::Memfd) => Some(
-                "a sandbox (seccomp) forbids memfd_create, by which processes share memory: allow it".into(),
+                "a sandbox (seccomp) forbids memfd_create, by which processes share memory: allow \
+                 it"
+                .into(),
             ),
             (Errno::NOSPC, _) => Some("the system's shared memory is full: free memory".into()),
             (Errno::AGAIN, Wanted::Thread) => Some(threads()),
-            (Errno::NOMEM | Errno::AGAIN, Wanted::Memory(bytes) | Wanted::File(bytes)) => Some(memory(bytes)),
+            (Errno::NOMEM | Errno::AGAIN, Wanted::Memory(bytes) | Wanted::File(bytes)) => {
+                Some(memory(bytes))
+            }
             (Errno::NOMEM, _) => Some(memory(0)),
             _ => None,
         }
@@ -194,23 +208,33 @@ mod linux {
             let most = getrlimit(resource).current?;
             used.is_none_or(|used| used.saturating_add(bytes as u64) > most).then_some(most)
         };
-        let all =
-            |used: Option<u64>| used.map_or(String::new(), |used| format!(", of which {used} are used"));
+        let all = |used: Option<u64>| {
+            used.map_or(String::new(), |used| format!(", of which {used} are used"))
+        };
         let [space, data] = used.map_or([None; 2], |used| used.map(Some));
         if let Some(most) = exceeds(Resource::As, space) {
             let used = all(space);
-            return format!("the address space of this process is limited to {most} bytes{used} (RLIMIT_AS): raise ulimit -v");
+            return format!(
+                "the address space of this process is limited to {most} bytes{used} \
+                (RLIMIT_AS): raise ulimit -v"
+            );
         }
         if let Some(most) = exceeds(Resource::Data, data) {
             let used = all(data);
             return format!(
-                "the data of this process are limited to {most} bytes{used} (RLIMIT_DATA): raise ulimit -d"
+                "the data of this process are limited to {most} bytes{used} (RLIMIT_DATA): raise \
+                 ulimit -d"
             );
         }
         // SAFETY: a new mapping, wherever the system puts it, and unmapped at once.
         let probe = unsafe {
-            mmap_anonymous(null_mut(), bytes.max(1), ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
-                .and_then(|start| munmap(start, bytes.max(1)))
+            mmap_anonymous(
+                null_mut(),
+                bytes.max(1),
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE,
+            )
+            .and_then(|start| munmap(start, bytes.max(1)))
         };
         if probe == Err(Errno::AGAIN) {
             let what = "this process locks its memory (mlockall), of which it may lock at most";
@@ -218,10 +242,12 @@ mod linux {
         }
         match (mappings(), number("/proc/sys/vm/max_map_count")) {
             (Some(found), Some(most)) if found + 16 >= most => format!(
-                "this process has {found} of at most {most} mappings: raise the sysctl vm.max_map_count"
+                "this process has {found} of at most {most} mappings: raise the sysctl \
+                 vm.max_map_count"
             ),
             (None, Some(most)) => format!(
-                "the system has no memory left, or this process has the {most} mappings that the sysctl vm.max_map_count allows: free \
+                "the system has no memory left, or this process has the {most} mappings that the \
+                 sysctl vm.max_map_count allows: free \
                  memory, or raise that"
             ),
             _ => "the system has no memory left: free some, or see vm.overcommit_memory".into(),
@@ -257,7 +283,10 @@ mod linux {
     /// Why no thread can be started, where memory is not the reason.
     fn threads() -> String {
         if let Some((most, path)) = full_cgroup() {
-            return format!("the processes and threads of the control group {path} are limited to {most}: raise its pids.max");
+            return format!(
+                "the processes and threads of the control group {path} are limited to \
+                {most}: raise its pids.max"
+            );
         }
         limit(
             Resource::Nproc,
@@ -267,7 +296,8 @@ mod linux {
         )
     }
 
-    /// The control group of this process, or one above it, that may have no more processes: its limit and its path.
+    /// The control group of this process, or one above it, that may have no more processes: its
+    /// limit and its path.
     fn full_cgroup() -> Option<(u64, String)> {
         let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
         for line in groups.lines() {
@@ -275,7 +305,9 @@ mod linux {
             let (controllers, path) = (parts.next()?, parts.next()?);
             let mount = match controllers {
                 "" => "/sys/fs/cgroup",
-                all if all.split(',').any(|controller| controller == "pids") => "/sys/fs/cgroup/pids",
+                all if all.split(',').any(|controller| controller == "pids") => {
+                    "/sys/fs/cgroup/pids"
+                }
                 _ => continue,
             };
             let mut path = path.trim_end_matches('/');
@@ -283,7 +315,10 @@ mod linux {
                 let file = |name: &str| number(&format!("{mount}{path}/{name}"));
                 if let (Some(most), Some(found)) = (file("pids.max"), file("pids.current")) {
                     if found >= most {
-                        return Some((most, if path.is_empty() { "/".into() } else { path.into() }));
+                        return Some((
+                            most,
+                            if path.is_empty() { "/".into() } else { path.into() },
+                        ));
                     }
                 }
                 match path.rfind('/') {

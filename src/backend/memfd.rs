@@ -1,4 +1,5 @@
-//! Memory that processes of one host share: a memfd, which goes when the last of them does, however it ends.
+//! Memory that processes of one host share: a memfd, which goes when the last of them does, however
+//! it ends.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::{null_mut, NonNull};
@@ -54,14 +55,16 @@ unsafe impl Sync for Mapping {}
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW);
 
 impl Memfd {
-    /// Zeroed, and allocated here and now: a file system that is full, or a file descriptor that can't be had, is an error and
-    /// no fault later. The error names the limit that was met.
+    /// Zeroed, and allocated here and now: a file system that is full, or a file descriptor that
+    /// can't be had, is an error and no fault later. The error names the limit that was met.
     pub(crate) fn new(bytes: usize) -> Result<Memfd, String> {
         check_file_size(bytes.max(1))?; // before fallocate, which would be answered by SIGXFSZ
         let file = memfd_create("param-averager", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
             .map_err(|error| why("memfd_create", Wanted::Memfd, error))?;
-        rustix::io::retry_on_intr(|| fallocate(&file, FallocateFlags::empty(), 0, bytes.max(1) as u64))
-            .map_err(|error| why("fallocate", Wanted::File(bytes), error))?;
+        rustix::io::retry_on_intr(|| {
+            fallocate(&file, FallocateFlags::empty(), 0, bytes.max(1) as u64)
+        })
+        .map_err(|error| why("fallocate", Wanted::File(bytes), error))?;
         fcntl_add_seals(&file, SEALS | SealFlags::SEAL)
             .map_err(|error| why("F_ADD_SEALS", Wanted::Memfd, error))?;
         Memfd::map(file, bytes)
@@ -73,7 +76,8 @@ impl Memfd {
         let (found, seals) = (fstat(&file).map_or(0, |stat| stat.st_size), fcntl_get_seals(&file));
         let sealed = seals.is_ok_and(|seals| seals.contains(SEALS));
         if !sealed || u64::try_from(found).is_ok_and(|found| found < bytes as u64) {
-            let reason = format!("a peer's has {found} bytes, sealed: {sealed}; wanted {bytes}, sealed");
+            let reason =
+                format!("a peer's has {found} bytes, sealed: {sealed}; wanted {bytes}, sealed");
             return Err(Unopened::Wrong(reason));
         }
         Memfd::map(file, bytes).map_err(Unopened::Short)
@@ -81,7 +85,8 @@ impl Memfd {
 
     fn map(file: OwnedFd, bytes: usize) -> Result<Memfd, String> {
         // Populated: no average pays for page faults.
-        let (flags, access) = (MapFlags::SHARED | MapFlags::POPULATE, ProtFlags::READ | ProtFlags::WRITE);
+        let (flags, access) =
+            (MapFlags::SHARED | MapFlags::POPULATE, ProtFlags::READ | ProtFlags::WRITE);
         // SAFETY: a new mapping, wherever the system puts it.
         let pointer = unsafe { mmap(null_mut(), bytes.max(1), access, flags, &file, 0) }
             .map_err(|error| why("mmap", Wanted::Memory(bytes), error))?;
@@ -123,7 +128,8 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: mapped by `map` with this size, and used by nobody any more. An error leaves nothing to do.
+        // SAFETY: mapped by `map` with this size, and used by nobody any more. An error leaves
+        // nothing to do.
         let _ = unsafe { munmap(self.pointer.as_ptr().cast(), self.bytes.max(1)) };
     }
 }
@@ -145,6 +151,9 @@ mod tests {
         let unsealed = memfd_create("unsealed", MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&unsealed, 5000).unwrap();
         let error = Memfd::open(unsealed, 5000).unwrap_err();
-        assert!(matches!(&error, Unopened::Wrong(reason) if reason.contains("sealed: false")), "{error:?}");
+        assert!(
+            matches!(&error, Unopened::Wrong(reason) if reason.contains("sealed: false")),
+            "{error:?}"
+        );
     }
 }

@@ -57,7 +57,8 @@ impl Memory {
         })
     }
 
-    /// Zeroed, in memory of the host that the devices of this process address, whichever of them asks for it.
+    /// Zeroed, in memory of the host that the devices of this process address, whichever of them
+    /// asks for it.
     pub(crate) fn of_the_host(space: &MemorySpace, bytes: usize) -> Result<Memory, String> {
         Ok(match space {
             MemorySpace::Host => Memory::Host(HostBuffer::new(bytes)?),
@@ -65,7 +66,8 @@ impl Memory {
         })
     }
 
-    /// Zeroed, in memory of the host that other processes can be given, and that the device of this one addresses.
+    /// Zeroed, in memory of the host that other processes can be given, and that the device of this
+    /// one addresses.
     #[cfg(target_os = "linux")]
     pub(crate) fn between_processes(space: &MemorySpace, bytes: usize) -> Result<Memory, String> {
         Memory::of_shared(space, Memfd::new(bytes)?)
@@ -99,7 +101,11 @@ impl Memory {
 
     /// What another process offers, for the kernels that run here.
     #[cfg(target_os = "linux")]
-    pub(crate) fn open(space: &MemorySpace, offer: &MemoryHandle, file: OwnedFd) -> Result<Memory, Unopened> {
+    pub(crate) fn open(
+        space: &MemorySpace,
+        offer: &MemoryHandle,
+        file: OwnedFd,
+    ) -> Result<Memory, Unopened> {
         match (&offer.handle, space) {
             (None, _) => Ok(Memory::of_shared(space, Memfd::open(file, offer.bytes)?)?),
             // This rank's device has its part in what fails.
@@ -112,7 +118,8 @@ impl Memory {
         }
     }
 
-    /// Where the host finds it, unless only a device does. Who accesses what in it, and when, is the protocol's business.
+    /// Where the host finds it, unless only a device does. Who accesses what in it, and when, is
+    /// the protocol's business.
     pub(crate) fn host_pointer(&self) -> Option<*mut u8> {
         match self {
             Memory::Cuda(_) => None,

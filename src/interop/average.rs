@@ -13,7 +13,8 @@ use crate::local_sgd::Action;
 use crate::{Error, LocalSgd, ParamAverager, Pending, Report, Result};
 
 impl Builder {
-    /// Builds the averager for cudarc's slices, as [`build`](Builder::build) does for others. Nothing is enqueued but waits.
+    /// Builds the averager for cudarc's slices, as [`build`](Builder::build) does for others.
+    /// Nothing is enqueued but waits.
     pub fn build_cudarc(self, params: &mut CudaParams<'_>) -> Result<ParamAverager> {
         ParamAverager::build(self, params)
     }
@@ -23,7 +24,8 @@ impl Tensors for CudaParams<'_> {
     fn assemble(&mut self, options: Builder) -> Result<ParamAverager> {
         let rank = options.rank();
         let ordered = self.order().map(|(tensors, _)| tensors);
-        let mut tensors = ordered.map_err(|error| Error::DeviceFailed { rank, reason: reason(error) })?;
+        let mut tensors =
+            ordered.map_err(|error| Error::DeviceFailed { rank, reason: reason(error) })?;
         Plain(&mut tensors).assemble(options)
     }
 
@@ -33,28 +35,34 @@ impl Tensors for CudaParams<'_> {
 }
 
 impl ParamAverager {
-    /// Replaces every tensor by its mean over all ranks, and returns when that is done. Collective, as
-    /// [`average`](ParamAverager::average).
+    /// Replaces every tensor by its mean over all ranks, and returns when that is done. Collective,
+    /// as [`average`](ParamAverager::average).
     ///
-    /// The stream may be of any kind, the null stream included, and ordered behind it, the average runs on it or on one of
-    /// the averager's own. Other than on the null stream, only one rank may average on it.
+    /// The stream may be of any kind, the null stream included, and ordered behind it, the average
+    /// runs on it or on one of the averager's own. Other than on the null stream, only one rank may
+    /// average on it.
     pub fn average_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<Report> {
         self.run_cudarc(params, Call::by_hand(None)).map(averaged)
     }
 
-    /// Replaces every tensor by its weighted mean, see [`average_weighted`](ParamAverager::average_weighted), and returns
-    /// when that is done.
-    pub fn average_weighted_cudarc(&mut self, params: &mut CudaParams<'_>, weight: f64) -> Result<Report> {
+    /// Replaces every tensor by its weighted mean, see
+    /// [`average_weighted`](ParamAverager::average_weighted), and returns when that is done.
+    pub fn average_weighted_cudarc(
+        &mut self,
+        params: &mut CudaParams<'_>,
+        weight: f64,
+    ) -> Result<Report> {
         self.run_cudarc(params, Call::by_hand(Some(weight))).map(averaged)
     }
 
-    /// Enqueues an average on the stream of `params`, behind what it has been given and what other streams were given to do
-    /// to the tensors, and returns at once. Collective. What is done later to the tensors through cudarc, on any stream,
-    /// freeing them included, comes after it.
+    /// Enqueues an average on the stream of `params`, behind what it has been given and what other
+    /// streams were given to do to the tensors, and returns at once. Collective. What is done later
+    /// to the tensors through cudarc, on any stream, freeing them included, comes after it.
     ///
-    /// The stream is as for [`average_on`](ParamAverager::average_on): of the rank's device, of the non-blocking kind, as
-    /// `CudaContext::new_stream` makes them, not being captured, and no other rank averages on it. If the average fails, what
-    /// comes later finds the tensors as they were: [`Pending::wait`] tells.
+    /// The stream is as for [`average_on`](ParamAverager::average_on): of the rank's device, of the
+    /// non-blocking kind, as `CudaContext::new_stream` makes them, not being captured, and no other
+    /// rank averages on it. If the average fails, what comes later finds the tensors as they were:
+    /// [`Pending::wait`] tells.
     pub fn enqueue_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<Pending<'_>> {
         self.start_cudarc(params, Call::by_hand(None), false)
     }
@@ -83,7 +91,12 @@ impl ParamAverager {
     }
 
     /// `waits`: the caller lets nobody touch the tensors until it has waited for the average.
-    fn start_cudarc(&mut self, params: &mut CudaParams<'_>, call: Call, waits: bool) -> Result<Pending<'_>> {
+    fn start_cudarc(
+        &mut self,
+        params: &mut CudaParams<'_>,
+        call: Call,
+        waits: bool,
+    ) -> Result<Pending<'_>> {
         let start = Instant::now();
         let stream = params.stream;
         let blocking = self.check_cudarc(stream, waits)?;
@@ -99,10 +112,11 @@ impl ParamAverager {
             }
         }
         let on = (!blocking).then(|| stream.cu_stream().cast());
-        // SAFETY: the stream is one of the primary context of this rank's device, which was checked, and the averager keeps
-        // it. It, or the null stream behind it, waits for what was done to the tensors, which was checked for each; those that
-        // are not so ordered are refused. What is done later waits for the events that are recorded below, or is given to the
-        // same stream; or, without a stream, comes after the caller has waited.
+        // SAFETY: the stream is one of the primary context of this rank's device, which was
+        // checked, and the averager keeps it. It, or the null stream behind it, waits for what was
+        // done to the tensors, which was checked for each; those that are not so ordered are
+        // refused. What is done later waits for the events that are recorded below, or is given to
+        // the same stream; or, without a stream, comes after the caller has waited.
         let pending = unsafe { self.enqueue(&mut tensors, call, on, start) }?;
         let recorded = events.iter().try_for_each(|event| event.record(stream));
         pending.keep(stream, recorded.map_err(reason))
@@ -115,9 +129,14 @@ impl ParamAverager {
         };
         let (rank, on, context) = (self.rank(), device(stream), stream.context());
         if self.device() != on || !context.is_primary() {
-            let kind = if context.is_primary() { "" } else { ", in a context that is not its primary one" };
+            let kind = if context.is_primary() {
+                ""
+            } else {
+                ", in a context that is not its primary one"
+            };
             let expected =
-                "a stream that CudaContext::new(ordinal) made, with the ordinal of this rank's device";
+                "a stream that CudaContext::new(ordinal) made, with the ordinal of this rank's \
+                 device";
             return refuse(
                 rank,
                 format!("one of {on}{kind}, where the rank is on {}", self.device()),
@@ -127,7 +146,11 @@ impl ParamAverager {
         // It may be that a use of a tensor could not be recorded.
         if let Err(error) = context.check_err() {
             let expected = "one whose context has no error left: see what failed, then call again";
-            return refuse(rank, format!("one whose context holds an error, {}", reason(error)), expected);
+            return refuse(
+                rank,
+                format!("one whose context holds an error, {}", reason(error)),
+                expected,
+            );
         }
         // A graph that was replayed later would use the tensors when nobody has lent them.
         if !is_not_captured(stream).map_err(|error| self.not_beside_a_capture(error))? {

@@ -27,8 +27,8 @@ impl Control {
     /// What it takes.
     pub(crate) const BYTES: usize = size_of::<PaControl>();
 
-    /// As it is before the first average; averages are numbered from `epoch` + 1. `memory` is zeroed, and every rank
-    /// can use it.
+    /// As it is before the first average; averages are numbered from `epoch` + 1. `memory` is
+    /// zeroed, and every rank can use it.
     pub(crate) fn new(mut memory: Memory, epoch: u32) -> Result<Self, String> {
         let mut first: PaControl = bytemuck::Zeroable::zeroed();
         first.decision = u64::from(epoch) << 32 | u64::from(PA_COMMITTED << 8);
@@ -62,8 +62,8 @@ impl Control {
         self.poison(PA_ABORTED, position);
     }
 
-    /// The same for an average that this rank can't bring to its end. Unlike `leave`, it ends this rank's own kernels, too, and
-    /// says nothing that is not true while they run.
+    /// The same for an average that this rank can't bring to its end. Unlike `leave`, it ends this
+    /// rank's own kernels, too, and says nothing that is not true while they run.
     pub(crate) fn give_up(&self, position: usize) {
         self.poison(PA_LEFT, position);
     }
@@ -84,11 +84,12 @@ impl Control {
         self.memory.host_pointer().is_some()
     }
 
-    /// Says that this rank is through with an average, so that it may go: its peers then need it no more to bring theirs to
-    /// its end.
+    /// Says that this rank is through with an average, so that it may go: its peers then need it no
+    /// more to bring theirs to its end.
     pub(crate) fn through(&self, position: usize, epoch: u32) {
         if let Some(through) = self.word(of_board(position, offset_of!(PaBoard, through))) {
-            // Release: a reader that sees it, or finds this rank departed after it, sees what the rank wrote in the average.
+            // Release: a reader that sees it, or finds this rank departed after it, sees what the
+            // rank wrote in the average.
             through.store(epoch, Ordering::Release);
         }
     }
@@ -105,8 +106,8 @@ impl Control {
         }
     }
 
-    /// The failure that ended this world, if the host can know of one without asking a device: one's own is told by its
-    /// next average.
+    /// The failure that ended this world, if the host can know of one without asking a device:
+    /// one's own is told by its next average.
     pub(crate) fn failure(&self) -> Option<Failure> {
         // In this order: a rank that aborts because of a failure does not hide the failure.
         let words = [self.word(FAILED), Some(self.word(ABORT).unwrap_or(&self.aborted))];
@@ -119,7 +120,8 @@ impl Control {
     fn word(&self, at: usize) -> Option<&AtomicU32> {
         let start = self.memory.host_pointer()?;
         assert!(at + 4 <= Self::BYTES);
-        // SAFETY: in bounds, aligned and borrowed with the memory; these words are accessed by atomics only.
+        // SAFETY: in bounds, aligned and borrowed with the memory; these words are accessed by
+        // atomics only.
         Some(unsafe { AtomicU32::from_ptr(start.add(at).cast()) })
     }
 }

@@ -56,7 +56,8 @@ impl Agreement {
     pub(super) fn of(handshakes: Vec<Handshake>) -> Result<Agreement> {
         Agreement::check(&handshakes)?;
         let reason = "it shows no notice boards".to_owned();
-        let control = handshakes[0].control.clone().ok_or(Error::PeerBuildFailed { rank: 0, reason })?;
+        let control =
+            handshakes[0].control.clone().ok_or(Error::PeerBuildFailed { rank: 0, reason })?;
         let ordinal = handshakes.iter().find_map(|handshake| handshake.ordinal.clone());
         Ok(Agreement { control, handshakes, ordinal })
     }
@@ -70,31 +71,40 @@ impl Agreement {
             .enumerate()
             .filter_map(|(rank, handshake)| Some((rank, handshake.ordinal.as_ref()?)));
         let first = known.next().map(|(_, ordinal)| ordinal.clone());
-        let other = known.find(|(_, ordinal)| first.as_ref() != Some(ordinal)).map(|(rank, ordinal)| {
-            let show = |ordinal: &String| format!("the averager that was number {ordinal}");
-            Error::OptionsDiffer {
-                rank,
-                found: show(ordinal),
-                expected: first.as_ref().map(show).unwrap_or_default(),
-            }
-        });
-        let disagreement =
-            || (1..handshakes.len()).find_map(|rank| disagreement(rank, &handshakes[0], &handshakes[rank]));
+        let other =
+            known.find(|(_, ordinal)| first.as_ref() != Some(ordinal)).map(|(rank, ordinal)| {
+                let show = |ordinal: &String| format!("the averager that was number {ordinal}");
+                Error::OptionsDiffer {
+                    rank,
+                    found: show(ordinal),
+                    expected: first.as_ref().map(show).unwrap_or_default(),
+                }
+            });
+        let disagreement = || {
+            (1..handshakes.len())
+                .find_map(|rank| disagreement(rank, &handshakes[0], &handshakes[rank]))
+        };
         refusal.or(other).or_else(disagreement).map_or(Ok(()), Err)
     }
 }
 
 fn disagreement(rank: usize, first: &Handshake, handshake: &Handshake) -> Option<Error> {
     let show = |(name, value): &(String, String)| format!("{name} = {value}");
-    if let Some((ours, theirs)) = first.options.iter().zip(&handshake.options).find(|(a, b)| a != b) {
+    if let Some((ours, theirs)) = first.options.iter().zip(&handshake.options).find(|(a, b)| a != b)
+    {
         return Some(Error::OptionsDiffer { rank, found: show(theirs), expected: show(ours) });
     }
-    if let Some((ours, theirs)) = first.tensors.iter().zip(&handshake.tensors).find(|(a, b)| a != b) {
+    if let Some((ours, theirs)) = first.tensors.iter().zip(&handshake.tensors).find(|(a, b)| a != b)
+    {
         return Some(Error::LayoutsDiffer { rank, found: theirs.clone(), expected: ours.clone() });
     }
     if first.options.len() != handshake.options.len() {
         let count = |handshake: &Handshake| format!("{} options", handshake.options.len());
-        return Some(Error::OptionsDiffer { rank, found: count(handshake), expected: count(first) });
+        return Some(Error::OptionsDiffer {
+            rank,
+            found: count(handshake),
+            expected: count(first),
+        });
     }
     let count = |handshake: &Handshake| format!("{} tensors", handshake.tensors.len());
     (first.tensors.len() != handshake.tensors.len()).then(|| Error::LayoutsDiffer {
@@ -124,7 +134,11 @@ mod tests {
         let of = |ordinals: [Option<&str>; 3]| Agreement::of(ordinals.map(handshake).into());
         // A process that joined has none yet.
         for ordinals in [[Some("0"), None, Some("1")], [None, Some("0"), Some("1")]] {
-            assert!(matches!(of(ordinals), Err(Error::OptionsDiffer { rank: 2, .. })), "{:?}", of(ordinals));
+            assert!(
+                matches!(of(ordinals), Err(Error::OptionsDiffer { rank: 2, .. })),
+                "{:?}",
+                of(ordinals)
+            );
         }
         // What is left to find wrong is that rank 0 shows no notice boards.
         for ordinals in [[Some("0"), Some("0"), None], [None; 3]] {

@@ -71,7 +71,8 @@ impl ThreadBootstrap {
         build.complete();
         self.changed.notify_all();
         loop {
-            let build = state.builds.get_mut(&number).expect("kept until all have taken the result");
+            let build =
+                state.builds.get_mut(&number).expect("kept until all have taken the result");
             if let Some(result) = build.result.clone() {
                 build.taken += 1;
                 if build.taken == self.placement.size() {
@@ -83,7 +84,8 @@ impl ThreadBootstrap {
                 }
                 return result;
             }
-            let missing = build.handshakes.iter().position(Option::is_none).expect("or it would be complete");
+            let missing =
+                build.handshakes.iter().position(Option::is_none).expect("or it would be complete");
             if let Some(failure) = state.failure_for(rank) {
                 return Err(failure);
             }
@@ -101,8 +103,11 @@ impl ThreadBootstrap {
                 continue;
             }
             // Spurious wake-ups and time-outs only mean another look.
-            state =
-                self.changed.wait_timeout(state, timeout - waited).unwrap_or_else(PoisonError::into_inner).0;
+            state = self
+                .changed
+                .wait_timeout(state, timeout - waited)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
         }
     }
 
@@ -133,7 +138,8 @@ impl ThreadBootstrap {
 }
 
 impl State {
-    /// What ended the world, if something did: the failure itself the first time that this rank hears of it.
+    /// What ended the world, if something did: the failure itself the first time that this rank
+    /// hears of it.
     fn failure_for(&mut self, rank: usize) -> Option<Error> {
         let failure = self.failure.clone()?;
         let told = std::mem::replace(&mut self.told[rank], true);

@@ -183,7 +183,8 @@ impl WorldBuilder {
     pub fn from_env(mut self) -> Result<Self> {
         let found = Setup::of_the_environment(self.rendezvous.take())?;
         (self.rank, self.world_size) = (Some(found.rank), Some(found.world_size));
-        (self.rendezvous, self.source, self.variable) = (Some(found.name), found.source, found.variable);
+        (self.rendezvous, self.source, self.variable) =
+            (Some(found.name), found.source, found.variable);
         if self.known == Known::No {
             self.known = found.known;
         }
@@ -203,15 +204,17 @@ impl WorldBuilder {
         meet(setup, self.device, self.timeout)
     }
 
-    /// [`World::join`] with more said by the caller. A rank and the world's size are the others' to say. Without a name it is that
-    /// in `PARAM_AVERAGER_RENDEZVOUS`.
+    /// [`World::join`] with more said by the caller. A rank and the world's size are the others' to
+    /// say. Without a name it is that in `PARAM_AVERAGER_RENDEZVOUS`.
     pub fn join(self) -> Result<Communicator> {
         let name = match self.rendezvous {
             Some(name) => name,
             None => Setup::name_of_the_environment()?.ok_or_else(|| missing("rendezvous"))?,
         };
         if self.rank.is_some() || self.world_size.is_some() {
-            let problem = "World::builder().join() joins a world that has begun, and gets its rank from that: leave .rank(..) and \
+            let problem =
+                "World::builder().join() joins a world that has begun, and gets its rank \
+                from that: leave .rank(..) and \
                            .world_size(..) out, or call .build() to begin one";
             return Err(Error::Environment { problem: problem.into() });
         }
@@ -221,7 +224,10 @@ impl WorldBuilder {
 }
 
 fn missing(what: &str) -> Error {
-    let problem = format!("World::builder() needs .{what}(..): every process of a world says its rank, the world's size and a name");
+    let problem = format!(
+        "World::builder() needs .{what}(..): every process of a world says its \
+        rank, the world's size and a name"
+    );
     Error::Environment { problem }
 }
 
@@ -230,8 +236,10 @@ fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<Communicator>
         return Err(Error::WorldSize { found: setup.world_size });
     }
     if setup.rank >= setup.world_size {
-        let problem =
-            format!("rank {} of a world of {}: ranks are numbered from 0", setup.rank, setup.world_size);
+        let problem = format!(
+            "rank {} of a world of {}: ranks are numbered from 0",
+            setup.rank, setup.world_size
+        );
         return Err(Error::Environment { problem });
     }
     let processes = ProcessBootstrap::meet(setup, device, timeout)?;
@@ -244,8 +252,8 @@ impl Communicator {
         self.processes().map(|processes| processes.name())
     }
 
-    /// Identity of a world of processes: its name, and the process that began it. After [`World::join`] it
-    /// tells which one was entered. `None` for ranks that are threads.
+    /// Identity of a world of processes: its name, and the process that began it. After
+    /// [`World::join`] it tells which one was entered. `None` for ranks that are threads.
     pub fn world(&self) -> Option<&WorldId> {
         self.processes().map(|processes| processes.world())
     }
@@ -260,7 +268,8 @@ impl Communicator {
         self.processes().is_some_and(|processes| processes.has_joined())
     }
 
-    /// True if a member of this view is gone, or has left it for the next one, as far as this rank knows.
+    /// True if a member of this view is gone, or has left it for the next one, as far as this rank
+    /// knows.
     pub(crate) fn has_lost_a_member(&self) -> bool {
         self.processes().is_some_and(|processes| processes.has_lost_a_member())
     }
@@ -275,8 +284,9 @@ impl Communicator {
         self.processes().into_iter().for_each(|processes| processes.register(averager.clone()));
     }
 
-    /// Builds all averagers of this process again, unless that was done in this view. Collective; by
-    /// whichever averager a process recovers first. `averages`: the one that this rank averages next.
+    /// Builds all averagers of this process again, unless that was done in this view. Collective;
+    /// by whichever averager a process recovers first. `averages`: the one that this rank averages
+    /// next.
     pub(crate) fn rebuild(&self, averages: Option<&str>, timeout: Duration) -> Result<()> {
         match self.processes() {
             Some(processes) => processes.rebuild(self, averages, timeout),
@@ -300,7 +310,9 @@ impl Communicator {
     }
 
     pub(crate) fn not_admitted(&self) -> Error {
-        let reason = "the others have built an averager without letting this process in: it joins as they call ParamAverager::admit".into();
+        let reason = "the others have built an averager without letting this process in: it joins \
+            as they call ParamAverager::admit"
+            .into();
         Error::JoinRefused { rendezvous: self.rendezvous().unwrap_or_default().to_owned(), reason }
     }
 

@@ -85,18 +85,21 @@ pub struct World {
 impl World {
     /// A world whose ranks are threads of this process: one for each device given, 1 to 16.
     ///
-    /// All on CPUs, or all on CUDA devices, in any order, of which several ranks may share one: `&[Device::cuda(0); 4]`.
-    /// Between two devices parameters go straight to the other's memory if bytes that are moved there and back here and now
-    /// are right, else through page-locked memory of the host; see [`Link`](crate::Link). Around the ring, ranks follow one
-    /// another as their devices lie: joined by NVLink, on one PCIe switch, next to one NUMA node.
+    /// All on CPUs, or all on CUDA devices, in any order, of which several ranks may share one:
+    /// `&[Device::cuda(0); 4]`. Between two devices parameters go straight to the other's memory if
+    /// bytes that are moved there and back here and now are right, else through page-locked memory
+    /// of the host; see [`Link`](crate::Link). Around the ring, ranks follow one another as their
+    /// devices lie: joined by NVLink, on one PCIe switch, next to one NUMA node.
     ///
-    /// A CUDA device that was once opened stays so for the life of the process, with this crate's kernels loaded, as frameworks keep
-    /// its primary context; memory of averagers is freed when the last one in the process has gone.
+    /// A CUDA device that was once opened stays so for the life of the process, with this crate's
+    /// kernels loaded, as frameworks keep its primary context; memory of averagers is freed when
+    /// the last one in the process has gone.
     ///
-    /// On CUDA devices, a rank's average waits for its peers on the device itself, so while one is under way, no peer may wait
-    /// for every kernel of that device, as `cuMemFree`, `cudaFree` and `cuModuleLoad` do: that ends with the average's timeout.
-    /// With many streams, set `CUDA_DEVICE_MAX_CONNECTIONS=32`: streams that share one of 8 hardware queues wait for one another.
-    /// No GPU has shown yet how well this works.
+    /// On CUDA devices, a rank's average waits for its peers on the device itself, so while one is
+    /// under way, no peer may wait for every kernel of that device, as `cuMemFree`, `cudaFree` and
+    /// `cuModuleLoad` do: that ends with the average's timeout. With many streams, set
+    /// `CUDA_DEVICE_MAX_CONNECTIONS=32`: streams that share one of 8 hardware queues wait for one
+    /// another. No GPU has shown yet how well this works.
     pub fn in_process(devices: &[Device]) -> Result<World> {
         if devices.is_empty() || devices.len() > PA_MAX_WORLD as usize {
             return Err(Error::WorldSize { found: devices.len() });
@@ -123,9 +126,9 @@ impl IntoIterator for World {
 
 /// A rank's membership of a world. Send it to the thread that trains this rank.
 ///
-/// A rank leaves when its last communicator, averager included, is dropped; peers that wait for it get
-/// [`Error::PeerLost`]. Clones are the same rank: they serve to build more than one averager, which all ranks then do in
-/// the same order.
+/// A rank leaves when its last communicator, averager included, is dropped; peers that wait for it
+/// get [`Error::PeerLost`]. Clones are the same rank: they serve to build more than one averager,
+/// which all ranks then do in the same order.
 #[derive(Clone, Debug)]
 pub struct Communicator {
     membership: Arc<Membership>,
@@ -177,7 +180,8 @@ impl Communicator {
 
     /// A handle that ends whatever this world waits for, from any thread.
     ///
-    /// It holds nothing: it serves for as long as the rank is in its world, also after ranks were lost or let in.
+    /// It holds nothing: it serves for as long as the rank is in its world, also after ranks were
+    /// lost or let in.
     pub fn abort_handle(&self) -> AbortHandle {
         AbortHandle {
             of: match &self.membership.group {
@@ -188,13 +192,16 @@ impl Communicator {
         }
     }
 
-    /// Collective among the ranks that are left, after an error that [is fatal](Error::is_fatal): the same ranks without those
-    /// that are gone and those that do not call it within `timeout`, renumbered from 0 in the order they had. The old
-    /// communicator, and averagers built with it, are of no more use.
+    /// Collective among the ranks that are left, after an error that [is fatal](Error::is_fatal):
+    /// the same ranks without those that are gone and those that do not call it within `timeout`,
+    /// renumbered from 0 in the order they had. The old communicator, and averagers built with it,
+    /// are of no more use.
     ///
-    /// For ranks that are processes; it needs no rank in particular. [`ParamAverager::recover`](crate::ParamAverager::recover) does
-    /// the rest, too; every rank goes on in the same one of these two ways, since a rank that recovers an averager waits for that of every
-    /// other. Of several that are cut off in time, all but one group are [left out](Error::Excluded).
+    /// For ranks that are processes; it needs no rank in particular.
+    /// [`ParamAverager::recover`](crate::ParamAverager::recover) does the rest, too; every rank
+    /// goes on in the same one of these two ways, since a rank that recovers an averager waits for
+    /// that of every other. Of several that are cut off in time, all but one group are [left
+    /// out](Error::Excluded).
     pub fn recover(&self, timeout: Duration) -> Result<Communicator> {
         match &self.membership.group {
             Group::Threads(rank, _) => Err(Error::RecoveryUnsupported { rank: *rank }),
@@ -203,7 +210,8 @@ impl Communicator {
         }
     }
 
-    /// The same, after an error or not, and with a process that waits to join, if all ranks `admit` it.
+    /// The same, after an error or not, and with a process that waits to join, if all ranks `admit`
+    /// it.
     pub(crate) fn next(&self, timeout: Duration, admits: bool) -> Result<Communicator> {
         match &self.membership.group {
             Group::Threads(rank, _) => Err(Error::RecoveryUnsupported { rank: *rank }),
@@ -215,8 +223,9 @@ impl Communicator {
         }
     }
 
-    /// Collective: shows this rank's handshake to all others and returns all handshakes, if they agree.
-    /// `number`: which of the averagers that are built [again](Rebuild); `None`: the next one of this view.
+    /// Collective: shows this rank's handshake to all others and returns all handshakes, if they
+    /// agree. `number`: which of the averagers that are built [again](Rebuild); `None`: the next
+    /// one of this view.
     pub(crate) fn agree(
         &self,
         handshake: Handshake,
@@ -298,7 +307,8 @@ impl Drop for Membership {
     }
 }
 
-/// Ends the world from any thread: every rank that waits, or averages later, gets [`Error::Aborted`].
+/// Ends the world from any thread: every rank that waits, or averages later, gets
+/// [`Error::Aborted`].
 #[derive(Clone, Debug)]
 pub struct AbortHandle {
     of: Handle,
@@ -312,7 +322,8 @@ enum Handle {
 }
 
 impl AbortHandle {
-    /// Ends the world. Averages that have not begun to write leave every tensor as it was. Calling it again does nothing.
+    /// Ends the world. Averages that have not begun to write leave every tensor as it was. Calling
+    /// it again does nothing.
     pub fn abort(&self) {
         match &self.of {
             Handle::Threads(rank, threads) => {

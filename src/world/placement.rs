@@ -44,16 +44,17 @@ impl Placement {
         for (rank, device) in devices.iter().enumerate() {
             if (device.0 == Kind::Cpu) != (devices[0].0 == Kind::Cpu) {
                 let reason = format!(
-                    "rank 0 is on {}, and CPUs and CUDA devices can't be in one world: give every rank the same kind",
+                    "rank 0 is on {}, and CPUs and CUDA devices can't be in one world: give every \
+                     rank the same kind",
                     devices[0]
                 );
                 return Err(unavailable(rank, reason));
             }
             sites.push(match device.0 {
                 Kind::Cpu => MemorySpace::Host,
-                Kind::Cuda(ordinal) => {
-                    MemorySpace::Cuda(Context::open(ordinal).map_err(|reason| unavailable(rank, reason))?)
-                }
+                Kind::Cuda(ordinal) => MemorySpace::Cuda(
+                    Context::open(ordinal).map_err(|reason| unavailable(rank, reason))?,
+                ),
             });
         }
         let failed = |failed: cuda::Failed| Error::DeviceFailed { rank: 0, reason: failed.into() };
@@ -77,8 +78,9 @@ impl Placement {
         Ok(Placement { devices: devices.to_vec(), sites, peers, order, processes: None, room })
     }
 
-    /// Of ranks that are processes of this host, by rank. `own`: what this process calls its device, and what runs its kernels,
-    /// which here stands for all. `access`: whether two ranks reach each other's memory, as all ranks know it.
+    /// Of ranks that are processes of this host, by rank. `own`: what this process calls its
+    /// device, and what runs its kernels, which here stands for all. `access`: whether two ranks
+    /// reach each other's memory, as all ranks know it.
     #[cfg(target_os = "linux")]
     pub(super) fn of_processes(
         host_infos: &[&HostInfo],
@@ -129,7 +131,8 @@ impl Placement {
         &self.sites[rank]
     }
 
-    /// Whether every rank addresses the memory of every other by itself: threads on CPUs, or all on one device.
+    /// Whether every rank addresses the memory of every other by itself: threads on CPUs, or all on
+    /// one device.
     pub(crate) fn one_memory(&self) -> bool {
         !self.between_processes() && self.devices.iter().all(|device| *device == self.devices[0])
     }
@@ -166,8 +169,8 @@ fn distances(connections: &[Vec<Connection>], peers: &[Vec<PeerAccess>]) -> Vec<
         .collect()
 }
 
-/// Of devices with a rank each, by what tells them apart, with a name and the blocks that fit: the one with the fewest blocks
-/// for each of its ranks.
+/// Of devices with a rank each, by what tells them apart, with a name and the blocks that fit: the
+/// one with the fewest blocks for each of its ranks.
 fn closest<K: Ord>(devices: impl Iterator<Item = (K, String, u32)>) -> Option<Occupancy> {
     let mut rooms: BTreeMap<K, Occupancy> = BTreeMap::new();
     for (key, device, blocks) in devices {
@@ -176,8 +179,9 @@ fn closest<K: Ord>(devices: impl Iterator<Item = (K, String, u32)>) -> Option<Oc
     rooms.into_values().min_by_key(|room| room.blocks / room.ranks)
 }
 
-/// From rank 0 always on to the nearest that is left: then all that hang on one switch, and all next to one NUMA node,
-/// follow one another, and no ring crosses between such groups less often. Of several, the lowest rank.
+/// From rank 0 always on to the nearest that is left: then all that hang on one switch, and all
+/// next to one NUMA node, follow one another, and no ring crosses between such groups less often.
+/// Of several, the lowest rank.
 fn ring_order(distances: &[Vec<u32>]) -> Vec<usize> {
     let mut left: Vec<usize> = (1..distances.len()).collect();
     let mut order = vec![0];
@@ -196,7 +200,8 @@ mod tests {
 
     #[test]
     fn rings_go_through_one_switch_and_one_node_after_the_other() {
-        // Ranks 0 … 7 on switches 0 1 0 1 2 3 2 3, of which 0 and 1 are on one NUMA node, 2 and 3 on the other.
+        // Ranks 0 … 7 on switches 0 1 0 1 2 3 2 3, of which 0 and 1 are on one NUMA node, 2 and 3
+        // on the other.
         let switch = [0, 1, 0, 1, 2, 3, 2, 3];
         let distance = |a: usize, b: usize| match (switch[a], switch[b]) {
             _ if a == b => 0,
@@ -204,11 +209,13 @@ mod tests {
             (a, b) if a / 2 == b / 2 => 4,
             _ => 5,
         };
-        let distances: Vec<Vec<u32>> = (0..8).map(|a| (0..8).map(|b| distance(a, b)).collect()).collect();
+        let distances: Vec<Vec<u32>> =
+            (0..8).map(|a| (0..8).map(|b| distance(a, b)).collect()).collect();
         assert_eq!(ring_order(&distances), [0, 2, 1, 3, 4, 6, 5, 7]);
         // Pairs with access to each other, and no other.
-        let distances: Vec<Vec<u32>> =
-            (0..4).map(|a| (0..4).map(|b| if a % 2 == b % 2 { 3 } else { 103 }).collect()).collect();
+        let distances: Vec<Vec<u32>> = (0..4)
+            .map(|a| (0..4).map(|b| if a % 2 == b % 2 { 3 } else { 103 }).collect())
+            .collect();
         assert_eq!(ring_order(&distances), [0, 2, 1, 3]);
         assert_eq!(ring_order(&vec![vec![0; 3]; 3]), [0, 1, 2]);
         assert_eq!(ring_order(&[vec![0]]), [0]);

@@ -10,7 +10,8 @@ pub(crate) trait Rebuild: Send + Sync + std::fmt::Debug {
 
     /// Builds its successor. Collective. `number` is its place among all that are built again.
     ///
-    /// An error means that the view has lost a rank. What concerns this averager alone is kept for it.
+    /// An error means that the view has lost a rank. What concerns this averager alone is kept for
+    /// it.
     fn rebuild(&self, communicator: &Communicator, number: u32) -> Result<()>;
 
     /// Notes that there is no successor, since rank `rank` does not have the averager any more.

@@ -18,7 +18,11 @@ pub fn ranks<T: Send>(n: usize, rank: impl Fn(Communicator) -> T + Sync) -> Vec<
 }
 
 /// The same for n ranks on any device.
-pub fn ranks_on<T: Send>(device: Device, n: usize, rank: impl Fn(Communicator) -> T + Sync) -> Vec<T> {
+pub fn ranks_on<T: Send>(
+    device: Device,
+    n: usize,
+    rank: impl Fn(Communicator) -> T + Sync,
+) -> Vec<T> {
     ranks_of(&vec![device; n], rank)
 }
 
@@ -75,7 +79,8 @@ impl Guarded {
         let guard = GUARDS.fetch_add(37, Ordering::Relaxed);
         let memory = vec![u64::from_ne_bytes([guard; 8]); (2 * GUARD + 32 + bytes) / 8 + 1];
         let address = memory.as_ptr() as usize + GUARD;
-        let offset = address.next_multiple_of(16) - memory.as_ptr() as usize + misaligned * dtype.size();
+        let offset =
+            address.next_multiple_of(16) - memory.as_ptr() as usize + misaligned * dtype.size();
         let mut tensor = Guarded { dtype, elements, memory, offset, guard };
         tensor.bytes_mut().fill(0);
         tensor
@@ -101,7 +106,9 @@ impl Guarded {
     pub fn tensor(&mut self) -> TensorMut<'_> {
         let (dtype, elements) = (self.dtype, self.elements);
         // SAFETY: own memory, borrowed for as long.
-        unsafe { TensorMut::from_raw_parts(self.bytes_mut().as_mut_ptr(), elements, dtype, Device::cpu()) }
+        unsafe {
+            TensorMut::from_raw_parts(self.bytes_mut().as_mut_ptr(), elements, dtype, Device::cpu())
+        }
     }
 
     pub fn get(&self, i: usize) -> f64 {
@@ -146,6 +153,7 @@ pub fn ulp(dtype: Dtype, magnitude: f64) -> f64 {
         Dtype::F16 => (10, -14),
         _ => (7, -126),
     };
-    let exponent = if magnitude > 0.0 { (magnitude.log2().floor() as i32).max(least) } else { least };
+    let exponent =
+        if magnitude > 0.0 { (magnitude.log2().floor() as i32).max(least) } else { least };
     f64::from(exponent - bits).exp2() // powi would take the reciprocal of infinity
 }

@@ -1,4 +1,5 @@
-//! Averages while the device has other work: a trainer's own kernels, and another average, also of another world.
+//! Averages while the device has other work: a trainer's own kernels, and another average, also of
+//! another world.
 
 use super::model::Model;
 use super::scenarios::GPU;
@@ -52,13 +53,15 @@ pub fn beside() {
         let context = CudaContext::new(0).unwrap();
         let streams = [0; 3].map(|_| context.new_stream().unwrap());
         let [ring, direct, trainer] = [0, 1, 2].map(|index| streams[index].cu_stream());
-        // SAFETY: PTX, and a name that it has. It stays loaded: to unload is to wait for every kernel.
+        // SAFETY: PTX, and a name that it has. It stays loaded: to unload is to wait for every
+        // kernel.
         let add_one = unsafe {
             let module = result::module::load_data(TRAINER.as_ptr().cast()).unwrap();
             result::module::get_function(module, c"add_one".to_owned()).unwrap()
         };
         let build = |algorithm, model: &mut Model| {
-            let builder = ParamAverager::builder(communicator.clone()).algorithm(algorithm).channels(2);
+            let builder =
+                ParamAverager::builder(communicator.clone()).algorithm(algorithm).channels(2);
             builder.timeout(Duration::from_secs(60)).build(model).unwrap()
         };
         let mut averagers =
@@ -72,14 +75,27 @@ pub fn beside() {
             // SAFETY: own memory, streams and kernel, which live until all is done.
             let pending = unsafe {
                 let (mut memory, mut count) = (counted, ELEMENTS as u32);
-                let mut parameters: [*mut c_void; 2] = [(&raw mut memory).cast(), (&raw mut count).cast()];
+                let mut parameters: [*mut c_void; 2] =
+                    [(&raw mut memory).cast(), (&raw mut count).cast()];
                 let grid = (ELEMENTS as u32).div_ceil(256);
-                result::launch_kernel(add_one, (grid, 1, 1), (256, 1, 1), 0, trainer, &mut parameters)
-                    .unwrap();
+                result::launch_kernel(
+                    add_one,
+                    (grid, 1, 1),
+                    (256, 1, 1),
+                    0,
+                    trainer,
+                    &mut parameters,
+                )
+                .unwrap();
                 sys::cuMemsetD32Async(first, bits(round + rank), ELEMENTS, ring).result().unwrap();
-                sys::cuMemsetD32Async(second, bits(7 * round + 3 * rank), ELEMENTS, direct).result().unwrap();
+                sys::cuMemsetD32Async(second, bits(7 * round + 3 * rank), ELEMENTS, direct)
+                    .result()
+                    .unwrap();
                 // Both are under way at once.
-                [one.average_on(mine, ring.cast()).unwrap(), other.average_on(yours, direct.cast()).unwrap()]
+                [
+                    one.average_on(mine, ring.cast()).unwrap(),
+                    other.average_on(yours, direct.cast()).unwrap(),
+                ]
             };
             for pending in pending {
                 pending.wait().unwrap();
@@ -110,7 +126,8 @@ pub fn beside() {
     });
 }
 
-/// Memory of averagers that have gone is kept while others live, since to free it is to wait for them; then it is freed.
+/// Memory of averagers that have gone is kept while others live, since to free it is to wait for
+/// them; then it is freed.
 pub fn memory() {
     let context = CudaContext::new(0).unwrap();
     let free = || context.mem_get_info().unwrap().0;
@@ -124,9 +141,9 @@ pub fn memory() {
     let [first, second] = worlds.map(|world| {
         std::thread::scope(|scope| {
             let ranks: Vec<_> = world.into_iter().zip(0..).collect();
-            let threads = ranks
-                .into_iter()
-                .map(|(communicator, seed)| scope.spawn(move || build(communicator, 100_000, seed)));
+            let threads = ranks.into_iter().map(|(communicator, seed)| {
+                scope.spawn(move || build(communicator, 100_000, seed))
+            });
             let threads: Vec<_> = threads.collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
         })
@@ -144,6 +161,7 @@ pub fn memory() {
         other.average(&mut others).unwrap();
         drop((waits.join().unwrap(), other, others, models));
     });
-    const SLACK: usize = 64 << 10; // a launch of the simulator's keeps a little for a while; a shard is larger
+    // a launch of the simulator's keeps a little for a while; a shard is larger
+    const SLACK: usize = 64 << 10;
     assert!(free() + SLACK > before, "{} of {before}", free());
 }

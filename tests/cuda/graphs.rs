@@ -13,7 +13,8 @@ const ELEMENTS: usize = 5000;
 const MODE: sys::CUstreamCaptureMode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
 
 pub fn on_one_device() {
-    for (algorithm, commit) in [(Algorithm::Ring, true), (Algorithm::Ring, false), (Algorithm::Direct, true)]
+    for (algorithm, commit) in
+        [(Algorithm::Ring, true), (Algorithm::Ring, false), (Algorithm::Direct, true)]
     {
         replay(&[Device::cuda(0); 3], algorithm, commit);
     }
@@ -40,7 +41,8 @@ unsafe fn capture(stream: sys::CUstream, f: impl FnOnce()) -> sys::CUgraphExec {
     }
 }
 
-/// What every replay would refuse is refused when it is captured, and nothing of it is in the graph.
+/// What every replay would refuse is refused when it is captured, and nothing of it is in the
+/// graph.
 pub fn refusals() {
     let weights = [-1.0, f64::INFINITY, f64::NAN];
     for algorithm in [Algorithm::Ring, Algorithm::Direct] {
@@ -58,15 +60,22 @@ pub fn refusals() {
             let mut wrong = |averager: &mut ParamAverager, model: &mut Model| {
                 for other in &mut others {
                     // SAFETY: own memory and stream, which live until all is done.
-                    let error = unsafe { averager.average_on(other, raw.cast()) }.map(drop).unwrap_err();
-                    assert!(matches!(error, Error::LayoutChanged { rank: at, .. } if at == rank), "{error}");
+                    let error =
+                        unsafe { averager.average_on(other, raw.cast()) }.map(drop).unwrap_err();
+                    assert!(
+                        matches!(error, Error::LayoutChanged { rank: at, .. } if at == rank),
+                        "{error}"
+                    );
                 }
                 for weight in weights {
                     // SAFETY: as above.
                     let error = unsafe { averager.average_weighted_on(model, weight, raw.cast()) }
                         .map(drop)
                         .unwrap_err();
-                    assert!(matches!(error, Error::InvalidWeight { rank: at, .. } if at == rank), "{error}");
+                    assert!(
+                        matches!(error, Error::InvalidWeight { rank: at, .. } if at == rank),
+                        "{error}"
+                    );
                 }
             };
             // SAFETY: as above.
@@ -82,7 +91,9 @@ pub fn refusals() {
                 }
                 capture(raw, || {
                     wrong(&mut averager, &mut model);
-                    drop(averager.average_weighted_on(&mut model, rank as f64, raw.cast()).unwrap());
+                    drop(
+                        averager.average_weighted_on(&mut model, rank as f64, raw.cast()).unwrap(),
+                    );
                 })
             };
             all_ready.wait();
@@ -102,12 +113,16 @@ pub fn refusals() {
                 }
                 model.download();
                 let mean = ((10 * round + 1) as f32).to_ne_bytes();
-                assert!(model.tensor(0).chunks_exact(4).all(|element| element == mean), "{algorithm:?}");
+                assert!(
+                    model.tensor(0).chunks_exact(4).all(|element| element == mean),
+                    "{algorithm:?}"
+                );
             }
             // Where nothing is captured, every rank hears, as ever.
             let weight = if rank == 1 { -1.0 } else { 1.0 };
             // SAFETY: as above.
-            let pending = unsafe { averager.average_weighted_on(&mut model, weight, raw.cast()) }.unwrap();
+            let pending =
+                unsafe { averager.average_weighted_on(&mut model, weight, raw.cast()) }.unwrap();
             assert!(matches!(pending.wait(), Err(Error::InvalidWeight { rank: 1, .. })));
             all_ready.wait();
             // SAFETY: no replay is under way.
@@ -121,29 +136,35 @@ fn replay(devices: &[Device], algorithm: Algorithm, commit: bool) {
     let bits = |value: f32| value.to_bits();
     let all_ready = Barrier::new(devices.len());
     ranks_of(devices, |communicator| {
-        let (rank, on, abort) = (communicator.rank(), communicator.device(), communicator.abort_handle());
+        let (rank, on, abort) =
+            (communicator.rank(), communicator.device(), communicator.abort_handle());
         let tensors = [(Dtype::F32, ELEMENTS, 0), (Dtype::F32, 3, 1)];
         let models: Vec<Model> = (0..3).map(|seed| Model::new(on, &tensors, seed)).collect();
         let [mut model, mut other, mut seen] = <[Model; 3]>::try_from(models).ok().unwrap();
         let weights = model.tensor_address(0);
         let stream = CudaContext::new(super::model::ordinal(on)).unwrap().new_stream().unwrap();
         let raw = stream.cu_stream();
-        let builder =
-            ParamAverager::builder(communicator).algorithm(algorithm).all_or_nothing(commit).channels(2);
+        let builder = ParamAverager::builder(communicator)
+            .algorithm(algorithm)
+            .all_or_nothing(commit)
+            .channels(2);
         let mut averager = builder.timeout(Duration::from_secs(60)).build(&mut model).unwrap();
         // SAFETY: the stream lives, and nothing runs on it.
         let none = unsafe { averager.replayed(raw.cast()) };
         assert!(matches!(none, Err(Error::InvalidOption { option: "stream", .. })), "{none:?}");
         averager.average(&mut other).unwrap(); // what comes before makes no difference
-                                               // SAFETY: own memory and stream, which live until all is done.
+                                               // SAFETY: own memory and stream, which live until
+                                               // all is done.
         let graph = unsafe {
             capture(raw, || {
                 let pending = averager.average_on(&mut model, raw.cast()).unwrap();
-                let Err(Error::InvalidOption { option: "stream", found, .. }) = pending.wait() else {
+                let Err(Error::InvalidOption { option: "stream", found, .. }) = pending.wait()
+                else {
                     panic!("it has not run")
                 };
                 assert!(found.starts_with("being captured"), "{found}");
-                result::memcpy_dtod_async(seen.tensor_address(0), weights, 4 * ELEMENTS, raw).unwrap();
+                result::memcpy_dtod_async(seen.tensor_address(0), weights, 4 * ELEMENTS, raw)
+                    .unwrap();
             })
         };
         all_ready.wait(); // instantiating may wait for the device
@@ -159,7 +180,10 @@ fn replay(devices: &[Device], algorithm: Algorithm, commit: bool) {
                 sys::cuGraphLaunch(graph, raw).result().unwrap();
                 averager.replayed(raw.cast()).unwrap()
             };
-            assert_eq!((report.bytes, report.world_size), (4 * ELEMENTS as u64 + 12, devices.len()));
+            assert_eq!(
+                (report.bytes, report.world_size),
+                (4 * ELEMENTS as u64 + 12, devices.len())
+            );
             seen.download();
             let mean = bits((10 * round + 1) as f32).to_ne_bytes();
             assert!(
@@ -168,7 +192,9 @@ fn replay(devices: &[Device], algorithm: Algorithm, commit: bool) {
             );
         }
         all_ready.wait();
-        if std::env::var_os("CUDASIM_RACE").is_none() || devices.iter().any(|device| *device != devices[0]) {
+        if std::env::var_os("CUDASIM_RACE").is_none()
+            || devices.iter().any(|device| *device != devices[0])
+        {
             // A world that was ended: nothing changes, and every replay says so.
             model.download();
             let before = model.bytes().to_vec();
@@ -184,7 +210,10 @@ fn replay(devices: &[Device], algorithm: Algorithm, commit: bool) {
                 };
                 match again {
                     false => {
-                        assert!(matches!(error, Error::Aborted { rank: 1, committed: false, .. }), "{error}")
+                        assert!(
+                            matches!(error, Error::Aborted { rank: 1, committed: false, .. }),
+                            "{error}"
+                        )
                     }
                     true => assert!(matches!(error, Error::Poisoned { .. }), "{error}"),
                 }

@@ -18,7 +18,8 @@ pub fn interop() {
     refusals();
 }
 
-/// A stream of the non-blocking kind. cudarc waits for the device when a context makes its first, so before anybody averages.
+/// A stream of the non-blocking kind. cudarc waits for the device when a context makes its first,
+/// so before anybody averages.
 fn stream() -> Arc<CudaStream> {
     CudaContext::new(0).unwrap().new_stream().unwrap()
 }
@@ -28,7 +29,10 @@ fn build(communicator: Communicator, params: &mut CudaParams<'_>) -> Result<Para
     builder.build_cudarc(params)
 }
 
-fn all<T: DeviceRepr + Clone + Default + PartialEq + std::fmt::Debug>(slice: &CudaSlice<T>, value: T) {
+fn all<T: DeviceRepr + Clone + Default + PartialEq + std::fmt::Debug>(
+    slice: &CudaSlice<T>,
+    value: T,
+) {
     let found = slice.stream().clone_dtoh(slice).unwrap();
     let wrong = found.iter().position(|element| *element != value);
     assert_eq!(wrong, None, "{:?}, not {value:?}", found[wrong.unwrap()]);
@@ -55,7 +59,8 @@ fn every_dtype() {
             params.push(middle.slice_mut(1..76));
             params.push(&mut brain);
             params.extend(&mut more);
-            let averager = averager.get_or_insert_with(|| build(communicator.clone(), &mut params).unwrap());
+            let averager =
+                averager.get_or_insert_with(|| build(communicator.clone(), &mut params).unwrap());
             let report = match weighted {
                 false => averager.average_cudarc(&mut params).unwrap(),
                 true => averager.average_weighted_cudarc(&mut params, 1.0 + rank as f64).unwrap(),
@@ -64,7 +69,8 @@ fn every_dtype() {
         }
         all(&single, 1.0);
         all(&brain, bf16::from_f32(0.5));
-        let (double, half) = (stream.clone_dtoh(&double).unwrap(), stream.clone_dtoh(&half).unwrap());
+        let (double, half) =
+            (stream.clone_dtoh(&double).unwrap(), stream.clone_dtoh(&half).unwrap());
         for (index, &element) in double.iter().enumerate() {
             let averaged = index == 7 || index >= 100;
             assert_eq!(element, if averaged { 1.5 } else { 3.0 * rank as f64 }, "{index}");
@@ -116,12 +122,14 @@ fn other_streams() {
     });
 }
 
-/// A stream that ends at once, and was the only one that its context counted; then the slice is freed, on the null stream.
+/// A stream that ends at once, and was the only one that its context counted; then the slice is
+/// freed, on the null stream.
 fn last_stream() {
     ranks_on(GPU, 2, |communicator| {
         let context = CudaContext::new(0).unwrap();
         let null = context.default_stream();
-        let mut weights = [1, 2].map(|_| null.clone_htod(&vec![communicator.rank() as f32; 30_000]).unwrap());
+        let mut weights =
+            [1, 2].map(|_| null.clone_htod(&vec![communicator.rank() as f32; 30_000]).unwrap());
         let stream = context.new_stream().unwrap();
         let mut averager = {
             let mut params = CudaParams::new(&stream);
@@ -143,14 +151,16 @@ fn last_stream() {
     });
 }
 
-/// What a trainer does that knows of no streams: all ranks are on the null stream, in a context of their own or in one.
+/// What a trainer does that knows of no streams: all ranks are on the null stream, in a context of
+/// their own or in one.
 fn one_null_stream() {
     let shared = CudaContext::new(0).unwrap();
     for own in [true, false] {
         ranks_on(GPU, 3, |communicator| {
             let rank = communicator.rank() as f32;
             let context = if own { CudaContext::new(0).unwrap() } else { shared.clone() };
-            let stream = if rank == 1.0 { context.per_thread_stream() } else { context.default_stream() };
+            let stream =
+                if rank == 1.0 { context.per_thread_stream() } else { context.default_stream() };
             let mut weights = stream.clone_htod(&vec![rank; 5000]).unwrap();
             let mut params = CudaParams::new(&stream);
             params.push(&mut weights);
@@ -248,7 +258,10 @@ fn refusals() {
         drop(stream.end_capture(flags));
         let _ = context.check_err();
         context.record_err::<()>(Err(DriverError(CUresult::CUDA_ERROR_UNKNOWN)));
-        stream_is(refused(&mut averager, &mut params), "holds an error, DriverError(CUDA_ERROR_UNKNOWN");
+        stream_is(
+            refused(&mut averager, &mut params),
+            "holds an error, DriverError(CUDA_ERROR_UNKNOWN",
+        );
         // Nothing is broken.
         averager.average_cudarc(&mut params).unwrap();
         all(&right, 0.5);
@@ -259,7 +272,10 @@ fn refusals() {
         let mut model = vec![communicator.rank() as f32; 10];
         let mut averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
         let stream = stream();
-        stream_is(refused(&mut averager, &mut CudaParams::new(&stream)), "where the rank is on cpu");
+        stream_is(
+            refused(&mut averager, &mut CudaParams::new(&stream)),
+            "where the rank is on cpu",
+        );
     });
 }
 
@@ -303,7 +319,8 @@ pub fn captured_slices() {
             all(&right, 0.5);
             right = stream.clone_htod(&vec![rank as f32; 50]).unwrap();
         }
-        // While the capture goes on, a stream that waits becomes a part of it: this rank alone hears.
+        // While the capture goes on, a stream that waits becomes a part of it: this rank alone
+        // hears.
         if rank == 1 {
             let on = context.new_stream().unwrap();
             let mut wrong = work.clone_htod(&vec![9.0f32; 50]).unwrap();
@@ -316,8 +333,10 @@ pub fn captured_slices() {
             tensor_is(error, "a stream that was being captured");
             work.join(&on).unwrap();
             // SAFETY: a stream that is being captured, and a graph that nobody launches.
-            unsafe { result::graph::destroy(result::stream::end_capture(work.cu_stream()).unwrap()) }
-                .unwrap();
+            unsafe {
+                result::graph::destroy(result::stream::end_capture(work.cu_stream()).unwrap())
+            }
+            .unwrap();
             drop(wrong);
             let _ = context.check_err();
         }
@@ -347,7 +366,10 @@ pub fn devices() {
         assert!(build(communicator, &mut params).is_err());
         let mut params = CudaParams::new(&elsewhere);
         params.push(&mut wrong);
-        stream_is(refused(&mut averager, &mut params), "one of cuda:1, where the rank is on cuda:0");
+        stream_is(
+            refused(&mut averager, &mut params),
+            "one of cuda:1, where the rank is on cuda:0",
+        );
         all(&wrong, 9.0);
         // And not the primary context.
         let (device, raw) = (result::device::get(0).unwrap(), right.context().cu_ctx());

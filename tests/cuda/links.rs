@@ -65,16 +65,22 @@ pub fn every_link() {
     // More ranks than devices; not from 0 on; weights and counters as before.
     compare(Way { weighted: true, counter: u32::MAX - 3, ..ring(3, &[3, 1], Link::Auto) }, &shapes);
     compare(Way { all_or_nothing: false, ..ring(4, &[0, 1, 2, 3], Link::Auto) }, &shapes[10..]);
-    compare(Way { all_or_nothing: false, narrow_wire: true, ..ring(3, &[1, 0], Link::Host) }, &shapes[5..]);
+    compare(
+        Way { all_or_nothing: false, narrow_wire: true, ..ring(3, &[1, 0], Link::Host) },
+        &shapes[5..],
+    );
     compare(
         Way { reject: true, slots: 2, chunk: 128, channels: 3, ..ring(3, &[0, 1, 2], Link::Host) },
         &shapes[15..],
     );
-    // The defaults: what Auto stands for, how many blocks there are, and an average of each kind at once.
+    // The defaults: what Auto stands for, how many blocks there are, and an average of each kind at
+    // once.
     ranks_of(&[Device::cuda(2), Device::cuda(0)], |communicator| {
         let mut model = Model::new(communicator.device(), &shapes, communicator.rank() as u64);
-        let mut host =
-            ParamAverager::builder(communicator.clone()).link(Link::Host).build(&mut model).unwrap();
+        let mut host = ParamAverager::builder(communicator.clone())
+            .link(Link::Host)
+            .build(&mut model)
+            .unwrap();
         let mut auto = ParamAverager::builder(communicator).build(&mut model).unwrap();
         assert_eq!((auto.algorithm(), host.algorithm()), (Algorithm::Ring, Algorithm::Ring));
         assert_eq!(auto.ring_order(), [0, 1]);
@@ -93,7 +99,10 @@ pub fn every_link() {
             .unwrap_err()
     });
     for error in errors {
-        assert!(matches!(error, Error::InvalidOption { rank: 0, option: "algorithm", .. }), "{error}");
+        assert!(
+            matches!(error, Error::InvalidOption { rank: 0, option: "algorithm", .. }),
+            "{error}"
+        );
     }
     let error = World::in_process(&[Device::cuda(0), Device::cpu()]).unwrap_err();
     assert!(error.to_string().contains("rank 1 asks for cpu"), "{error}");
@@ -122,17 +131,24 @@ pub fn not_reached(access: PeerAccess) {
         threads.map(|thread| thread.join().unwrap()).into_iter().last().unwrap()
     });
     assert_eq!((topology.peer_access(0, 1), topology.peer_access(1, 0)), (access, access));
-    // Simulated devices are not in /sys, and say that they have native atomics if they say that they have access.
+    // Simulated devices are not in /sys, and say that they have native atomics if they say that
+    // they have access.
     let says = if access == PeerAccess::Broken { Connection::NvLink } else { Connection::Unknown };
     assert_eq!(topology.connection(0, 1), says);
     ring(3, &[0, 1], Link::Auto).compare_in_order(&shapes(), &[0, 2, 1]);
     ring(2, &[1, 0], Link::Host).compare(&shapes()[5..]);
     let errors = ranks_of(&[Device::cuda(0), Device::cuda(1)], |communicator| {
         let mut model = Model::new(communicator.device(), &shapes(), 0);
-        ParamAverager::builder(communicator).link(Link::Peer).build(&mut model).map(drop).unwrap_err()
+        ParamAverager::builder(communicator)
+            .link(Link::Peer)
+            .build(&mut model)
+            .map(drop)
+            .unwrap_err()
     });
     for error in errors {
-        let Error::InvalidOption { rank: 0, option: "link", found, .. } = &error else { panic!("{error}") };
+        let Error::InvalidOption { rank: 0, option: "link", found, .. } = &error else {
+            panic!("{error}")
+        };
         assert!(found.contains("ranks 0 and 1"), "{error}");
         assert_eq!(found.contains("were lost"), access == PeerAccess::Broken, "{error}");
     }

@@ -5,7 +5,8 @@ use cudarc::driver::{result, CudaContext};
 use param_averager::{Device, Dtype, Parameters, TensorMut};
 use std::sync::Arc;
 
-pub type Shape = (Dtype, usize, usize); // dtype, elements, and how many elements after a multiple of 16 bytes it begins
+// dtype, elements, and how many elements after a multiple of 16 bytes it begins
+pub type Shape = (Dtype, usize, usize);
 
 const GUARD: usize = 64;
 const GUARD_BYTE: u8 = 0xa5;
@@ -53,7 +54,9 @@ impl Model {
                 match tensor.dtype {
                     Dtype::F32 => element.copy_from_slice(&(value as f32).to_ne_bytes()),
                     Dtype::F64 => element.copy_from_slice(&value.to_ne_bytes()),
-                    Dtype::F16 => element.copy_from_slice(&half::f16::from_f64(value).to_ne_bytes()),
+                    Dtype::F16 => {
+                        element.copy_from_slice(&half::f16::from_f64(value).to_ne_bytes())
+                    }
                     _ => element.copy_from_slice(&half::bf16::from_f64(value).to_ne_bytes()),
                 }
             }
@@ -82,14 +85,16 @@ impl Model {
             at = next;
             good
         };
-        let between = self.tensors.iter().all(|t| whole(t.offset, t.offset + t.elements * t.dtype.size()));
+        let between =
+            self.tensors.iter().all(|t| whole(t.offset, t.offset + t.elements * t.dtype.size()));
         between && whole(self.bytes().len(), 0)
     }
 
     /// Sets an element of an f32 tensor.
     pub fn set(&mut self, tensor: usize, element: usize, value: f32) {
         let at = self.tensors[tensor].offset + 4 * element;
-        bytemuck::cast_slice_mut::<u64, u8>(&mut self.host)[at..at + 4].copy_from_slice(&value.to_ne_bytes());
+        bytemuck::cast_slice_mut::<u64, u8>(&mut self.host)[at..at + 4]
+            .copy_from_slice(&value.to_ne_bytes());
         self.upload();
     }
 
@@ -132,7 +137,9 @@ impl Parameters for Model {
         for tensor in &self.tensors {
             let pointer = (start + tensor.offset as u64) as *mut u8;
             // SAFETY: inside of own memory, which stays as long as `self`.
-            visit(unsafe { TensorMut::from_raw_parts(pointer, tensor.elements, tensor.dtype, self.on) });
+            visit(unsafe {
+                TensorMut::from_raw_parts(pointer, tensor.elements, tensor.dtype, self.on)
+            });
         }
     }
 }

@@ -52,8 +52,8 @@ fn averages() -> Result<()> {
     let communicator = join()?;
     let (rank, world, on) = (communicator.rank(), communicator.world_size(), device());
     assert_eq!(communicator.device(), on);
-    // All are allocated before and freed after all averages: a device frees when its kernels are done, and one that waits for
-    // a peer is.
+    // All are allocated before and freed after all averages: a device frees when its kernels are
+    // done, and one that waits for a peer is.
     let mut models: Vec<Model> = (0..ROUNDS).map(|round| fresh(on, rank, round)).collect();
     let mut other = fresh(on, rank, ROUNDS);
     let context = cudarc::driver::CudaContext::new(super::model::ordinal(on)).unwrap();
@@ -76,8 +76,9 @@ fn averages() -> Result<()> {
         say(&format!("bits {:x}", hash(model.bytes())));
     }
     // As many channels as there is room for, while the first one lives.
-    let mut defaults =
-        ParamAverager::builder(communicator.clone()).timeout(Duration::from_secs(50)).build(&mut other)?;
+    let mut defaults = ParamAverager::builder(communicator.clone())
+        .timeout(Duration::from_secs(50))
+        .build(&mut other)?;
     defaults.average(&mut other)?;
     averager.average(&mut models[0])?; // of what is equal: it stays so
     models[0].download();
@@ -92,7 +93,8 @@ fn averages() -> Result<()> {
     Ok(())
 }
 
-/// Two ranks of a world of processes that are in one process, to which a driver lends none of its own memory.
+/// Two ranks of a world of processes that are in one process, to which a driver lends none of its
+/// own memory.
 fn threads() -> Result<()> {
     let rank = |rank: usize| {
         let world = World::builder().rank(rank).world_size(2).device(device());
@@ -159,7 +161,8 @@ fn check(model: &Model, world: usize, round: u64) {
 fn bits_of_the_cpu(world: usize) -> Vec<String> {
     let mut all = ranks(world, |communicator| {
         let rank = communicator.rank();
-        let mut models: Vec<Model> = (0..ROUNDS).map(|round| fresh(Device::cpu(), rank, round)).collect();
+        let mut models: Vec<Model> =
+            (0..ROUNDS).map(|round| fresh(Device::cpu(), rank, round)).collect();
         let builder = ParamAverager::builder(communicator).algorithm(Algorithm::Ring);
         let mut averager = builder.channels(2).chunk_bytes(1 << 10).build(&mut models[0]).unwrap();
         let bits = |model: &mut Model| {
@@ -183,7 +186,11 @@ struct Case {
 
 impl Case {
     /// With these variables, by rank.
-    fn start(&self, role: &str, more: impl Fn(usize) -> Vec<(&'static str, String)>) -> Option<Vec<Rank>> {
+    fn start(
+        &self,
+        role: &str,
+        more: impl Fn(usize) -> Vec<(&'static str, String)>,
+    ) -> Option<Vec<Rank>> {
         let environment = environment(self.test, self.settings)?;
         Some(start_all(role, self.devices.len(), |rank| {
             let device = self.devices[rank].to_string();
@@ -191,7 +198,8 @@ impl Case {
                 true => vec![("PA_TEST_DEVICE", "0".into()), ("CUDA_VISIBLE_DEVICES", device)],
                 false => vec![("PA_TEST_DEVICE", device)],
             };
-            [environment.clone(), place, vec![("PA_TEST_LINK", self.link.to_owned())], more(rank)].concat()
+            [environment.clone(), place, vec![("PA_TEST_LINK", self.link.to_owned())], more(rank)]
+                .concat()
         }))
     }
 
@@ -229,8 +237,14 @@ fn processes_share_a_device() {
         Case { test, devices: &[0, 0], hidden: false, link, settings: &[ONE] }.averages("[0, 1]");
     }
     for link in ["auto", "host"] {
-        Case { test, devices: &[0; 4], hidden: false, link, settings: &[ONE, ("CUDASIM_DELAY", "30")] }
-            .averages("[0, 1, 2, 3]");
+        Case {
+            test,
+            devices: &[0; 4],
+            hidden: false,
+            link,
+            settings: &[ONE, ("CUDASIM_DELAY", "30")],
+        }
+        .averages("[0, 1, 2, 3]");
     }
 }
 
@@ -278,9 +292,12 @@ fn a_link_that_is_not_there_is_refused_by_all_processes() {
 #[test]
 fn blocks_of_processes_that_share_a_device_must_fit_on_it_together() {
     let test = "blocks_of_processes_that_share_a_device_must_fit_on_it_together";
-    for (devices, hidden, ranks) in [(&[0, 0, 1][..], false, 2), (&[0, 1, 1], true, 2), (&[0, 1], true, 1)] {
+    for (devices, hidden, ranks) in
+        [(&[0, 0, 1][..], false, 2), (&[0, 1, 1], true, 2), (&[0, 1], true, 1)]
+    {
         let case = Case { test, devices, hidden, link: "auto", settings: &[TWO] };
-        let Some(mut all) = case.start("devices", |_| vec![("PA_TEST_CHANNELS", "1000".into())]) else {
+        let Some(mut all) = case.start("devices", |_| vec![("PA_TEST_CHANNELS", "1000".into())])
+        else {
             return;
         };
         for process in &mut all {
@@ -359,14 +376,17 @@ fn processes_go_on_without_one_that_is_killed_at_a_step() {
     let test = "processes_go_on_without_one_that_is_killed_at_a_step";
     for (index, case) in DOOMED.into_iter().enumerate() {
         // In the first launch, in the second, and without the commit in the only one.
-        for (dead, step, all_or_nothing) in [(0, 1, "1"), (1, 3 + index, "0"), (2, 6 + index, "1")] {
+        for (dead, step, all_or_nothing) in [(0, 1, "1"), (1, 3 + index, "0"), (2, 6 + index, "1")]
+        {
             let variables = |rank| {
                 let step = ("PA_TEST_DIE_AT", step.to_string());
                 let last = if rank == dead { vec![step] } else { vec![] };
                 let all = ("PA_TEST_ALL_OR_NOTHING", all_or_nothing.to_owned());
                 [survivors(), vec![all], last].concat()
             };
-            let Some(mut ranks) = (Case { test, ..case }).start("survive", variables) else { return };
+            let Some(mut ranks) = (Case { test, ..case }).start("survive", variables) else {
+                return;
+            };
             assert_eq!(ranks[dead].end(), None, "{:#?}", ranks[dead].heard);
             check_survivors(&mut ranks, dead);
         }
@@ -379,7 +399,9 @@ fn processes_go_on_without_one_that_is_killed_at_any_time() {
     let mut chance = Random(u64::from(std::process::id()));
     for case in DOOMED {
         for dead in 0..3 {
-            let Some(mut ranks) = (Case { test, ..case }).start("survive", |_| survivors()) else { return };
+            let Some(mut ranks) = (Case { test, ..case }).start("survive", |_| survivors()) else {
+                return;
+            };
             ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
             std::thread::sleep(Duration::from_micros(chance.below(200_000)));
             ranks[dead].signal(Signal::KILL);
@@ -402,9 +424,8 @@ fn one(
     variables.push(("PA_TEST_ORIGIN", origin.to_string()));
     variables.push(("PA_TEST_DEVICE", device.to_owned()));
     match begin {
-        Some(world) => {
-            variables.extend([("PA_TEST_RANK", origin.to_string()), ("PA_TEST_WORLD", world.to_string())])
-        }
+        Some(world) => variables
+            .extend([("PA_TEST_RANK", origin.to_string()), ("PA_TEST_WORLD", world.to_string())]),
         None => variables.push(("PA_TEST_JOIN", "1".to_owned())),
     }
     start("survive", &variables)
@@ -413,7 +434,8 @@ fn one(
 /// Such as while all try whether they reach each other's memory.
 #[test]
 fn processes_go_on_without_one_that_is_killed_on_its_way_in() {
-    let Some(environment) = environment("processes_go_on_without_one_that_is_killed_on_its_way_in", &[TWO])
+    let Some(environment) =
+        environment("processes_go_on_without_one_that_is_killed_on_its_way_in", &[TWO])
     else {
         return;
     };
@@ -434,14 +456,16 @@ fn processes_go_on_without_one_that_is_killed_on_its_way_in() {
     }
 }
 
-/// On another device than the others, and where one of them is; then one of those that were there is killed.
+/// On another device than the others, and where one of them is; then one of those that were there
+/// is killed.
 #[test]
 fn a_process_joins_processes_on_devices() {
     let test = "a_process_joins_processes_on_devices";
     for (settings, device) in [(&[TWO][..], "1"), (&[TWO], "0"), (&[TWO, NO_P2P], "1")] {
         let Some(environment) = environment(test, settings) else { return };
         let name = name();
-        let mut ranks = Vec::from([0, 1].map(|origin| one(&environment, &name, origin, "0", Some(2))));
+        let mut ranks =
+            Vec::from([0, 1].map(|origin| one(&environment, &name, origin, "0", Some(2))));
         ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
         ranks.push(one(&environment, &name, 2, device, None));
         assert_eq!(ranks[2].hear("joined"), "[0, 1]");

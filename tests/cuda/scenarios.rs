@@ -111,14 +111,14 @@ impl Way {
             .build(model)
     }
 
-    /// Two averages of fresh models, and what came of them. The model of rank `order[p]` of a ring on devices is that of rank
-    /// p of one on CPUs, so that both make their sums in the same order.
+    /// Two averages of fresh models, and what came of them. The model of rank `order[p]` of a ring
+    /// on devices is that of rank p of one on CPUs, so that both make their sums in the same order.
     pub fn averages(&self, devices: &[Device], shapes: &[Shape], order: &[usize]) -> Vec<Vec<u8>> {
         let results = ranks_of(devices, |communicator| {
             let (rank, on) = (communicator.rank(), communicator.device());
             let data = if on == Device::cpu() { order[rank] } else { rank };
-            // Pointers may change between calls. All are freed at the end: that waits for every kernel on the device, and
-            // so for a peer's average that waits for this rank.
+            // Pointers may change between calls. All are freed at the end: that waits for every
+            // kernel on the device, and so for a peer's average that waits for this rank.
             let mut models: Vec<Model> =
                 (0..3).map(|round| Model::new(on, shapes, (100 * round + data) as u64)).collect();
             let mut averager = self.build(communicator, &mut models[0]).unwrap();
@@ -131,14 +131,22 @@ impl Way {
                 };
                 assert_eq!((report.world_size, report.algorithm), (self.ranks, self.algorithm));
                 model.download();
-                assert!(model.guards_are_whole(), "{self:?}: rank {rank} wrote beside its tensors on {on}");
+                assert!(
+                    model.guards_are_whole(),
+                    "{self:?}: rank {rank} wrote beside its tensors on {on}"
+                );
                 results.push(model.bytes().to_vec());
             }
-            (results, averager) // which says that it leaves, by a copy that the race detector takes for a race
+            // which says that it leaves, by a copy that the race detector takes for a race
+            (results, averager)
         });
         let results: Vec<_> = results.into_iter().map(|(results, _)| results).collect();
         for (rank, result) in results.iter().enumerate() {
-            assert!(*result == results[0], "{self:?}: rank {rank} differs from rank 0 on {}", devices[rank]);
+            assert!(
+                *result == results[0],
+                "{self:?}: rank {rank} differs from rank 0 on {}",
+                devices[rank]
+            );
         }
         results.into_iter().next().unwrap()
     }
@@ -189,7 +197,8 @@ fn averages() {
         for delay_ns in [20_000, 300_000] {
             Way { delay_ns, slots: 2, channels: 3, ..way.clone() }.compare(&shapes);
         }
-        Way { reject: true, slots: 2, chunk: 128, channels: 3, ..way.clone() }.compare(&shapes[10..]);
+        Way { reject: true, slots: 2, chunk: 128, channels: 3, ..way.clone() }
+            .compare(&shapes[10..]);
         Way { narrow_wire: true, channels: 1, ..way }.compare(&shapes[5..]);
     }
     Way { algorithm: Algorithm::Direct, ranks: 1, ..WAY }.run(&shapes);
@@ -221,7 +230,8 @@ fn races() {
 }
 
 fn refusals() {
-    // More blocks than can be resident at once: an error before anything is launched, on every rank.
+    // More blocks than can be resident at once: an error before anything is launched, on every
+    // rank.
     let errors = ranks_on(GPU, 4, |communicator| {
         let mut model = Model::new(GPU, &shapes(), 0);
         let builder = ParamAverager::builder(communicator).channels(1000);
@@ -248,20 +258,31 @@ fn refusals() {
         let mut right = Model::new(GPU, &[(Dtype::F32, 50, 0)], 0);
         let builder = ParamAverager::builder(communicator.clone());
         told(
-            if rank == 1 { builder.build(&mut host(&mut wrong)) } else { builder.build(&mut right) }
-                .unwrap_err(),
+            if rank == 1 {
+                builder.build(&mut host(&mut wrong))
+            } else {
+                builder.build(&mut right)
+            }
+            .unwrap_err(),
         );
         // Memory that ends before the tensor does.
         let builder = ParamAverager::builder(communicator.clone());
         let (longer, pointer) = (1 << 40, right.tensor_address(0) as *mut u8);
         // SAFETY: as above.
         let mut longer = unsafe { TensorMut::from_raw_parts(pointer, longer, Dtype::F32, GPU) };
-        told(if rank == 1 { builder.build(&mut longer) } else { builder.build(&mut right) }.unwrap_err());
+        told(
+            if rank == 1 { builder.build(&mut longer) } else { builder.build(&mut right) }
+                .unwrap_err(),
+        );
         let mut averager = ParamAverager::builder(communicator).build(&mut right).unwrap();
         let before = right.bytes().to_vec();
         told(
-            if rank == 1 { averager.average(&mut host(&mut wrong)) } else { averager.average(&mut right) }
-                .unwrap_err(),
+            if rank == 1 {
+                averager.average(&mut host(&mut wrong))
+            } else {
+                averager.average(&mut right)
+            }
+            .unwrap_err(),
         );
         right.download();
         assert!(right.bytes() == before);
@@ -269,7 +290,8 @@ fn refusals() {
     });
     // A tensor that says it is on the CPU, and a device that is not there.
     ranks_on(GPU, 2, |communicator| {
-        let error = ParamAverager::builder(communicator).build(&mut vec![vec![0.0f32; 5]]).unwrap_err();
+        let error =
+            ParamAverager::builder(communicator).build(&mut vec![vec![0.0f32; 5]]).unwrap_err();
         assert!(error.to_string().contains("is not on cuda:0"), "{error}");
     });
     unavailable(Device::cuda(99), &["CUDA devices, numbered from 0"]);
@@ -296,12 +318,18 @@ pub fn fail(devices: &[Device], link: Link, algorithm: Algorithm, all_or_nothing
                     model.set(0, 4321, f32::NAN);
                 }
                 let before = model.bytes().to_vec();
-                let timeout =
-                    if fault == "late" { Duration::from_millis(700) } else { Duration::from_secs(50) };
-                let builder = ParamAverager::builder(communicator).algorithm(algorithm).timeout(timeout);
-                let builder = builder.link(link);
+                let timeout = if fault == "late" {
+                    Duration::from_millis(700)
+                } else {
+                    Duration::from_secs(50)
+                };
                 let builder =
-                    builder.all_or_nothing(all_or_nothing).reject_non_finite(fault == "nan").channels(2);
+                    ParamAverager::builder(communicator).algorithm(algorithm).timeout(timeout);
+                let builder = builder.link(link);
+                let builder = builder
+                    .all_or_nothing(all_or_nothing)
+                    .reject_non_finite(fault == "nan")
+                    .channels(2);
                 let mut averager = builder.build(&mut model).unwrap();
                 if rank == 2 && fault != "nan" {
                     std::thread::sleep(Duration::from_millis(300)); // the others wait by now
@@ -315,11 +343,17 @@ pub fn fail(devices: &[Device], link: Link, algorithm: Algorithm, all_or_nothing
                 let text = format!("{algorithm:?} {all_or_nothing} {fault}, rank {rank}: {error}");
                 let right = match fault {
                     "late" => {
-                        matches!(error, Error::Timeout { rank: 2, phase: Phase::Meet, committed: false, .. })
+                        matches!(
+                            error,
+                            Error::Timeout { rank: 2, phase: Phase::Meet, committed: false, .. }
+                        )
                     }
                     "abort" => matches!(error, Error::Aborted { rank: 2, committed: false, .. }),
                     "gone" => {
-                        matches!(error, Error::PeerLost { rank: 2, phase: Phase::Meet, committed: false })
+                        matches!(
+                            error,
+                            Error::PeerLost { rank: 2, phase: Phase::Meet, committed: false }
+                        )
                     }
                     _ => matches!(error, Error::NonFinite { rank: 2, element: 4321, .. }),
                 };
@@ -327,7 +361,10 @@ pub fn fail(devices: &[Device], link: Link, algorithm: Algorithm, all_or_nothing
                 model.download();
                 assert!(error.tensors_unchanged() && model.bytes() == before, "{text}");
                 if error.is_fatal() {
-                    assert!(matches!(averager.average(&mut model), Err(Error::Poisoned { .. })), "{text}");
+                    assert!(
+                        matches!(averager.average(&mut model), Err(Error::Poisoned { .. })),
+                        "{text}"
+                    );
                 }
             });
         }

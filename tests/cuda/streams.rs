@@ -19,7 +19,8 @@ pub fn streams() {
             let mut model = Model::new(GPU, &[(Dtype::F32, ELEMENTS, 0)], 9);
             let mut seen = Model::new(GPU, &[(Dtype::F32, ELEMENTS, 0)], 10);
             let (weights, copy) = (model.tensor_address(0), seen.tensor_address(0));
-            // Of the non-blocking kind. cudarc waits for the device when it makes the first, so before anybody averages.
+            // Of the non-blocking kind. cudarc waits for the device when it makes the first, so
+            // before anybody averages.
             let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
             let raw = stream.cu_stream();
             let builder = ParamAverager::builder(communicator).algorithm(algorithm).channels(2);
@@ -38,29 +39,44 @@ pub fn streams() {
                 stream.synchronize().unwrap();
                 seen.download();
                 let mean = bits((10 * round + 1) as f32).to_ne_bytes();
-                assert!(seen.tensor(0).chunks_exact(4).all(|element| element == mean), "{algorithm:?}");
+                assert!(
+                    seen.tensor(0).chunks_exact(4).all(|element| element == mean),
+                    "{algorithm:?}"
+                );
             }
             // Nobody waits for them; the next one does.
             // SAFETY: as above.
             unsafe {
-                drop(averager.average_weighted_on(&mut model, 1.0 + rank as f64, raw.cast()).unwrap());
+                drop(
+                    averager
+                        .average_weighted_on(&mut model, 1.0 + rank as f64, raw.cast())
+                        .unwrap(),
+                );
                 std::mem::forget(averager.average_on(&mut model, raw.cast()).unwrap());
             }
             averager.average(&mut seen).unwrap(); // other tensors: new tables
                                                   // SAFETY: as above.
             let null = unsafe { averager.average_on(&mut model, std::ptr::null_mut()) }.map(drop);
-            let Err(Error::InvalidOption { option: "stream", found, .. }) = null else { panic!("{null:?}") };
+            let Err(Error::InvalidOption { option: "stream", found, .. }) = null else {
+                panic!("{null:?}")
+            };
             assert_eq!(found, "a blocking stream");
-            // Work on the null stream comes first.
-            // SAFETY: as above; the other ranks' work is on the null stream, too, and waits for nobody.
-            unsafe { sys::cuMemsetD32Async(weights, bits(rank as f32), ELEMENTS, std::ptr::null_mut()) }
-                .result()
-                .unwrap();
+            // Work on the null stream comes first. SAFETY: as above; the other ranks' work is on
+            // the null stream, too, and waits for nobody.
+            unsafe {
+                sys::cuMemsetD32Async(weights, bits(rank as f32), ELEMENTS, std::ptr::null_mut())
+            }
+            .result()
+            .unwrap();
             averager.average(&mut model).unwrap();
             model.download();
-            assert!(model.tensor(0).chunks_exact(4).all(|element| element == bits(1.0).to_ne_bytes()));
+            assert!(model
+                .tensor(0)
+                .chunks_exact(4)
+                .all(|element| element == bits(1.0).to_ne_bytes()));
             if std::env::var_os("CUDASIM_RACE").is_some() {
-                // The simulator's driver has no cuStreamWriteValue32, so an abort is a copy: a race, if a harmless one.
+                // The simulator's driver has no cuStreamWriteValue32, so an abort is a copy: a
+                // race, if a harmless one.
                 return Some(averager);
             }
             // An abort while it is under way, and what comes after.

@@ -27,7 +27,8 @@ fn fail(function: &'static CStr, calls: c_int) {
 const TENSORS: [(Dtype, usize, usize); 1] = [(Dtype::F32, 40_000, 0)];
 const LAUNCH: &CStr = c"cuLaunchCooperativeKernel";
 
-/// Each call of an average fails on rank 0, which returns at once although its peer has not come, and the peer hears.
+/// Each call of an average fails on rank 0, which returns at once although its peer has not come,
+/// and the peer hears.
 pub fn failures() {
     for (algorithm, function, calls) in [
         (Algorithm::Ring, LAUNCH, 0),
@@ -44,7 +45,8 @@ pub fn failures() {
                 let mut model = Model::new(GPU, &TENSORS, rank as u64);
                 let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
                 let builder = ParamAverager::builder(communicator).algorithm(algorithm).channels(2);
-                let mut averager = builder.timeout(Duration::from_secs(50)).build(&mut model).unwrap();
+                let mut averager =
+                    builder.timeout(Duration::from_secs(50)).build(&mut model).unwrap();
                 let before = model.bytes().to_vec();
                 let what = format!("{algorithm:?}, {function:?} {calls}, {peer_is_there}");
                 if rank == 0 {
@@ -55,14 +57,18 @@ pub fn failures() {
                     fail(function, calls);
                     // SAFETY: own memory and stream, which live until all is done.
                     let error =
-                        unsafe { averager.average_on(&mut model, stream.cu_stream().cast()) }.map(drop);
+                        unsafe { averager.average_on(&mut model, stream.cu_stream().cast()) }
+                            .map(drop);
                     let Err(Error::DeviceFailed { rank: 0, reason }) = &error else {
                         panic!("{what}: {error:?}")
                     };
                     assert!(reason.contains("OUT_OF_RESOURCES"), "{what}: {reason}");
                     assert!(start.elapsed() < Duration::from_secs(25), "{what}");
                     failed.wait();
-                    assert!(matches!(averager.average(&mut model), Err(Error::Poisoned { .. })), "{what}");
+                    assert!(
+                        matches!(averager.average(&mut model), Err(Error::Poisoned { .. })),
+                        "{what}"
+                    );
                 } else {
                     if !peer_is_there {
                         failed.wait();
@@ -101,13 +107,16 @@ pub fn whole_averages_end() {
         let (stream, blocking) = (context.new_stream().unwrap(), context.per_thread_stream());
         let mut slice = blocking.clone_htod(&vec![0.0f32; TENSORS[0].1]).unwrap();
         // Rank 0 dawdles, so that rank 1 has to wait for it, and looks whether it is gone.
-        let testing = Testing { delay_ns: if rank == 0 { 3_000_000 } else { 0 }, ..Testing::default() };
+        let testing =
+            Testing { delay_ns: if rank == 0 { 3_000_000 } else { 0 }, ..Testing::default() };
         let builder = ParamAverager::builder(communicator).algorithm(Algorithm::Ring).channels(2);
         let builder = builder.chunk_bytes(4096).slots(2).testing(testing);
         let mut averager = builder.timeout(Duration::from_secs(50)).build(&mut model).unwrap();
         if rank == 0 {
             // SAFETY: own memory and stream, which live until all is done.
-            std::mem::forget(unsafe { averager.average_on(&mut model, stream.cu_stream().cast()) }.unwrap());
+            std::mem::forget(
+                unsafe { averager.average_on(&mut model, stream.cu_stream().cast()) }.unwrap(),
+            );
             let mut params = CudaParams::new(&blocking);
             params.push(&mut slice);
             fail(c"cuEventRecord", 0); // the null stream can't be ordered behind the other one
@@ -125,13 +134,15 @@ pub fn whole_averages_end() {
     });
 }
 
-/// The null stream waits for blocking streams, so a driver refuses it while one is being captured: this rank alone hears.
+/// The null stream waits for blocking streams, so a driver refuses it while one is being captured:
+/// this rank alone hears.
 pub fn beside_a_blocking_capture() {
     let ended = Barrier::new(2);
     ranks_on(GPU, 2, |communicator| {
         let rank = communicator.rank();
         let mut model = Model::new(GPU, &TENSORS, rank as u64);
-        let mut averager = ParamAverager::builder(communicator).channels(2).build(&mut model).unwrap();
+        let mut averager =
+            ParamAverager::builder(communicator).channels(2).build(&mut model).unwrap();
         if rank == 0 {
             let context = CudaContext::new(0).unwrap();
             context.bind_to_thread().unwrap();
@@ -169,12 +180,17 @@ pub fn beside_a_blocking_capture() {
                 // A capture that the driver has given up.
                 let stream = context.new_stream().unwrap();
                 let raw = stream.cu_stream();
-                sys::cuStreamBeginCapture_v2(raw, sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
-                    .result()
-                    .unwrap();
+                sys::cuStreamBeginCapture_v2(
+                    raw,
+                    sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED,
+                )
+                .result()
+                .unwrap();
                 assert!(sys::cuStreamSynchronize(raw).result().is_err());
                 let error = averager.average_on(&mut model, raw.cast()).map(drop).unwrap_err();
-                let Error::InvalidOption { option: "stream", found, .. } = &error else { panic!("{error}") };
+                let Error::InvalidOption { option: "stream", found, .. } = &error else {
+                    panic!("{error}")
+                };
                 assert!(found.starts_with("one whose capture has failed"), "{error}");
                 assert!(sys::cuStreamEndCapture(raw, &mut graph).result().is_err());
             }
@@ -186,7 +202,8 @@ pub fn beside_a_blocking_capture() {
     });
 }
 
-/// Four devices, each of which can be given access to one other: those that come too late go through the host.
+/// Four devices, each of which can be given access to one other: those that come too late go
+/// through the host.
 pub fn one_peer_each() {
     let verified = |devices: [usize; 2]| {
         let [one, other] = devices.map(Device::cuda);
@@ -200,7 +217,8 @@ pub fn one_peer_each() {
         links[0]
     };
     assert!(verified([0, 1]));
-    assert!(!verified([2, 0])); // 2 had been given access to 0 when 0 had no room: that is taken back
+    // 2 had been given access to 0 when 0 had no room: that is taken back
+    assert!(!verified([2, 0]));
     assert!(verified([2, 3]));
     let topology = Topology::probe().unwrap();
     assert_eq!(topology.peer_access(3, 0), PeerAccess::Unsupported);

@@ -1,4 +1,5 @@
-//! Effects of letting a process in on the models of the others, and the errors when it fails half way.
+//! Effects of letting a process in on the models of the others, and the errors when it fails half
+//! way.
 
 use std::io::BufRead;
 use std::time::Duration;
@@ -50,8 +51,8 @@ impl Parameters for Mixed {
     }
 }
 
-/// Averages until a process waits to join, takes models of its own, and lets that process in: by the
-/// first of two averagers, which the second finds out.
+/// Averages until a process waits to join, takes models of its own, and lets that process in: by
+/// the first of two averagers, which the second finds out.
 pub fn copies() -> i32 {
     let communicator = join().unwrap();
     let origin = number("PA_TEST_ORIGIN").unwrap_or(communicator.rank() as u64);
@@ -81,13 +82,14 @@ pub fn copies() -> i32 {
     0
 }
 
-/// One step of Local SGD after another until one tells more than that it averaged, with the mean of two
-/// ranks' own elements expected after each. A line on the standard input aborts the world.
+/// One step of Local SGD after another until one tells more than that it averaged, with the mean of
+/// two ranks' own elements expected after each. A line on the standard input aborts the world.
 pub fn lets_in() -> i32 {
     let communicator = join().unwrap();
     let origin = communicator.rank();
     let mut model = vec![vec![0.0f32; 3000]];
-    let mut sgd = LocalSgd::new(builder(communicator).build(&mut model).unwrap(), Schedule::every(1));
+    let mut sgd =
+        LocalSgd::new(builder(communicator).build(&mut model).unwrap(), Schedule::every(1));
     let handle = sgd.averager().abort_handle();
     std::thread::spawn(move || {
         if std::io::stdin().lock().read_line(&mut String::new()).is_ok_and(|bytes| bytes > 0) {
@@ -210,8 +212,8 @@ fn a_joiner_that_is_lost_on_its_way_does_not_hide_the_average() {
     }
 }
 
-/// Without all-or-nothing, too, a member has its own elements or the mean over all members, whenever the
-/// joiner dies: never a mean of what was half written.
+/// Without all-or-nothing, too, a member has its own elements or the mean over all members,
+/// whenever the joiner dies: never a mean of what was half written.
 #[test]
 fn a_joiner_that_dies_at_any_time_leaves_whole_models() {
     let rounds = runs("PA_TEST_HALF_JOINS", 12);

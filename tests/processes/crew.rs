@@ -108,7 +108,8 @@ impl Rank {
         }
     }
 
-    /// Waits for its end, and returns its exit code, or none if a signal ended it. All it has said is in `heard`.
+    /// Waits for its end, and returns its exit code, or none if a signal ended it. All it has said
+    /// is in `heard`.
     pub fn end(&mut self) -> Option<i32> {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {

@@ -1,4 +1,5 @@
-//! Ranks that are killed or stopped, at every step and at any time: nobody hangs, nothing is wrong, the others go on.
+//! Ranks that are killed or stopped, at every step and at any time: nobody hangs, nothing is wrong,
+//! the others go on.
 
 use std::time::{Duration, Instant};
 
@@ -63,14 +64,18 @@ fn averagers_are_recovered_in_any_order() {
         let (n, averagers) = (3 + round % 3, 2 + round % 2);
         let deaths = 1 + round / 2 % 2;
         let mut ranks = start_all("many_recover", n, |_| {
-            vec![("PA_TEST_FINAL", (n - deaths).to_string()), ("PA_TEST_AVERAGERS", averagers.to_string())]
+            vec![
+                ("PA_TEST_FINAL", (n - deaths).to_string()),
+                ("PA_TEST_AVERAGERS", averagers.to_string()),
+            ]
         });
         ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
         std::thread::sleep(Duration::from_micros(chance.below(30_000)));
         let first = chance.below(n as u64) as usize;
         for dead in (0..deaths).map(|next| (first + next) % n) {
             ranks[dead].signal(Signal::KILL);
-            std::thread::sleep(Duration::from_micros(chance.below(3_000))); // the next one may be recovering
+            // the next one may be recovering
+            std::thread::sleep(Duration::from_micros(chance.below(3_000)));
         }
         let is_dead = |rank: usize| (rank + n - first) % n < deaths;
         for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| !is_dead(*rank)) {
@@ -84,7 +89,8 @@ fn averagers_are_recovered_in_any_order() {
 /// Meeting, building, averaging, recovering and joining with a timeout that no clock can add to.
 #[test]
 fn the_longest_timeouts_are_timeouts() {
-    let timeouts = [("PA_TEST_TIMEOUT_MS", "longest".to_owned()), ("PA_TEST_MEET_MS", "longest".to_owned())];
+    let timeouts =
+        [("PA_TEST_TIMEOUT_MS", "longest".to_owned()), ("PA_TEST_MEET_MS", "longest".to_owned())];
     let name = name();
     let start = |rank: usize, more: &[(&'static str, String)]| {
         let mut variables = vec![("PA_TEST_NAME", name.clone()), ("PA_TEST_FINAL", "3".to_owned())];
@@ -93,8 +99,9 @@ fn the_longest_timeouts_are_timeouts() {
         variables.push(("PA_TEST_ORIGIN", rank.to_string()));
         start("survive", &variables)
     };
-    let member =
-        |rank: usize| start(rank, &[("PA_TEST_RANK", rank.to_string()), ("PA_TEST_WORLD", "3".to_owned())]);
+    let member = |rank: usize| {
+        start(rank, &[("PA_TEST_RANK", rank.to_string()), ("PA_TEST_WORLD", "3".to_owned())])
+    };
     let mut ranks: Vec<Rank> = (0..3).map(member).collect();
     ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
     ranks[1].signal(Signal::KILL);
@@ -106,8 +113,8 @@ fn the_longest_timeouts_are_timeouts() {
     }
 }
 
-/// Each `LocalSgd` makes an average when it is recovered, so ranks that begin with different ones would wait
-/// for one another: they are told at once.
+/// Each `LocalSgd` makes an average when it is recovered, so ranks that begin with different ones
+/// would wait for one another: they are told at once.
 #[test]
 fn local_sgds_that_are_recovered_in_different_orders_are_told_so() {
     let mut ranks = start_all("two_sgd", 3, |_| vec![]);
@@ -116,7 +123,10 @@ fn local_sgds_that_are_recovered_in_different_orders_are_told_so() {
     let start = Instant::now();
     for rank in &mut ranks[..2] {
         let error = rank.hear("error");
-        assert!(error.contains("rank 1") && error.contains("in the same order on every rank"), "{error}");
+        assert!(
+            error.contains("rank 1") && error.contains("in the same order on every rank"),
+            "{error}"
+        );
         assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
         assert_eq!(rank.said("two of"), ["2"]);
     }
@@ -137,7 +147,8 @@ fn an_averager_that_a_rank_has_dropped_is_named() {
     assert!(error.contains("rank 1") && error.contains("has dropped this averager"), "{error}");
 }
 
-/// From the death to the error and from the error to the new world, as seen by the slowest survivor.
+/// From the death to the error and from the error to the new world, as seen by the slowest
+/// survivor.
 #[test]
 fn a_kill_is_noticed_at_once() {
     let n = 4;
@@ -147,17 +158,26 @@ fn a_kill_is_noticed_at_once() {
     let killed = now_us();
     ranks[0].signal(Signal::KILL);
     check_survivors(&mut ranks, 0);
-    let first = |rank: &Rank| -> u128 { rank.said("failed")[0].split(' ').next().unwrap().parse().unwrap() };
+    let first = |rank: &Rank| -> u128 {
+        rank.said("failed")[0].split(' ').next().unwrap().parse().unwrap()
+    };
     let told = ranks[1..].iter().map(first).max().unwrap() - killed;
-    let recovered =
-        |rank: &Rank| -> u128 { rank.said("recovered")[0].split(' ').next().unwrap().parse().unwrap() };
+    let recovered = |rank: &Rank| -> u128 {
+        rank.said("recovered")[0].split(' ').next().unwrap().parse().unwrap()
+    };
     let recovered = ranks[1..].iter().map(recovered).max().unwrap();
     println!("from the kill to the last error {told} us; recovery {recovered} us");
-    assert!(told < 20_000_000, "the timeout, not the death, ended it"); // how fast it is, a benchmark tells
+    // how fast it is, a benchmark tells
+    assert!(told < 20_000_000, "the timeout, not the death, ended it");
 }
 
 /// n ranks, of which `pauses` makes a pause before every average; the others wait for it then.
-fn start_with_a_pause(n: usize, pauses: Option<usize>, left: usize, timeout: Duration) -> Vec<Rank> {
+fn start_with_a_pause(
+    n: usize,
+    pauses: Option<usize>,
+    left: usize,
+    timeout: Duration,
+) -> Vec<Rank> {
     let mut ranks = start_all("survive", n, |rank| {
         let mut variables = vec![
             ("PA_TEST_FINAL", left.to_string()),
@@ -175,7 +195,8 @@ fn start_with_a_pause(n: usize, pauses: Option<usize>, left: usize, timeout: Dur
     ranks
 }
 
-/// A rank that is stopped before an average, or while it waits for one that pauses and comes then, or while all average.
+/// A rank that is stopped before an average, or while it waits for one that pauses and comes then,
+/// or while all average.
 fn stop_one(n: usize, pauses: Option<usize>, stopped: usize) {
     let mut ranks = start_with_a_pause(n, pauses, n - 1, Duration::from_millis(1500));
     std::thread::sleep(Duration::from_millis(if pauses.is_some() { 150 } else { 20 }));
@@ -185,7 +206,10 @@ fn stop_one(n: usize, pauses: Option<usize>, stopped: usize) {
         assert_eq!(ranks[rank].end(), Some(0), "{:#?}", ranks[rank].heard);
         let failed = ranks[rank].said("failed");
         let late = format!("Timeout {{ rank: {stopped},");
-        assert!(failed[0].contains(&late), "{n} ranks, {pauses:?} pauses, {stopped} is stopped: {failed:?}");
+        assert!(
+            failed[0].contains(&late),
+            "{n} ranks, {pauses:?} pauses, {stopped} is stopped: {failed:?}"
+        );
         assert_eq!(ranks[rank].said("done"), [format!("{others:?}")]);
     }
     ranks[stopped].signal(Signal::CONT);
@@ -205,7 +229,8 @@ fn a_rank_that_is_stopped_is_late_and_finds_itself_left_out() {
     }
 }
 
-/// The others wait for the one that is stopped, when another is killed: they hear of it long before they give up the first.
+/// The others wait for the one that is stopped, when another is killed: they hear of it long before
+/// they give up the first.
 fn kill_beside_a_stop(n: usize, stopped: usize, dead: usize) {
     const TIMEOUT: Duration = Duration::from_secs(8);
     let mut ranks = start_with_a_pause(n, Some(stopped), n - 2, TIMEOUT);
@@ -219,7 +244,10 @@ fn kill_beside_a_stop(n: usize, stopped: usize, dead: usize) {
         assert_eq!(ranks[rank].end(), Some(0), "{:#?}", ranks[rank].heard);
         let failed = ranks[rank].said("failed");
         let lost = format!("PeerLost {{ rank: {dead}, phase: Meet, committed: false");
-        assert!(failed[0].contains(&lost), "{n} ranks, {stopped} is stopped, {dead} killed: {failed:?}");
+        assert!(
+            failed[0].contains(&lost),
+            "{n} ranks, {stopped} is stopped, {dead} killed: {failed:?}"
+        );
         told = told.max(failed[0].split(' ').next().unwrap().parse::<u128>().unwrap() - killed);
         assert_eq!(ranks[rank].said("done"), [format!("{others:?}")]);
     }
@@ -252,7 +280,8 @@ fn kills_at_any_time() {
     for _ in 0..runs {
         let n = 3 + chance.below(2) as usize;
         let deaths = 1 + chance.below(n as u64 - 2) as usize;
-        let mut ranks = start_all("survive", n, |_| vec![("PA_TEST_FINAL", (n - deaths).to_string())]);
+        let mut ranks =
+            start_all("survive", n, |_| vec![("PA_TEST_FINAL", (n - deaths).to_string())]);
         ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
         let mut alive: Vec<usize> = (0..n).collect();
         for _ in 0..deaths {
@@ -269,8 +298,8 @@ fn kills_at_any_time() {
     println!("{kills} kills in {runs} worlds, {:?}: no element wrong, no hang", start.elapsed());
 }
 
-/// Ranks that are stopped for a while, some of them killed then, with a timeout that the while is around. Who is late is
-/// left out, or comes in time for the recovery, or for the average.
+/// Ranks that are stopped for a while, some of them killed then, with a timeout that the while is
+/// around. Who is late is left out, or comes in time for the recovery, or for the average.
 #[test]
 fn stops_and_kills_at_any_time() {
     let runs = runs("PA_TEST_STOPS", 6);
@@ -305,15 +334,16 @@ fn stops_and_kills_at_any_time() {
         }
     }
     println!(
-        "{stops} stops in {runs} worlds, {left_out} ranks left out, {:?}: no element wrong, no hang",
+        "{stops} stops in {runs} worlds, {left_out} ranks left out, {:?}: no element wrong, no \
+         hang",
         start.elapsed()
     );
 }
 
 /// Of this run; printed, so that it can be asked for again.
 pub fn seed() -> u64 {
-    let seed =
-        std::env::var("PA_TEST_SEED").map_or(u64::from(std::process::id()), |seed| seed.parse().unwrap());
+    let seed = std::env::var("PA_TEST_SEED")
+        .map_or(u64::from(std::process::id()), |seed| seed.parse().unwrap());
     println!("PA_TEST_SEED={seed}");
     seed
 }
@@ -334,7 +364,8 @@ fn training_goes_on_without_a_rank_that_panics() {
     let undisturbed = loss(&mut start_all("train", 4, |_| vec![]), None);
     let panics = |rank| if rank == 1 { vec![("PA_TEST_PANIC", "203".to_owned())] } else { vec![] };
     let disturbed = loss(&mut start_all("train", 4, panics), Some(1));
-    // Noise of variance σ² leaves a loss of about σ² · lr / (2 n) an element, so of a quarter or a third of it.
+    // Noise of variance σ² leaves a loss of about σ² · lr / (2 n) an element, so of a quarter or a
+    // third of it.
     println!("loss {undisturbed} undisturbed, {disturbed} with 3 of 4 ranks");
     assert!(disturbed < 2.0 * undisturbed + 0.05 && undisturbed < 1.0, "{undisturbed} {disturbed}");
 }
@@ -345,8 +376,10 @@ fn nothing_is_left_of_a_world_that_was_killed() {
     let name = name();
     let sockets = || std::fs::read_to_string("/proc/net/unix").unwrap().matches(&name).count();
     let files = || -> Vec<_> {
-        let all =
-            ["/dev/shm", "/tmp"].into_iter().filter_map(|folder| std::fs::read_dir(folder).ok()).flatten();
+        let all = ["/dev/shm", "/tmp"]
+            .into_iter()
+            .filter_map(|folder| std::fs::read_dir(folder).ok())
+            .flatten();
         all.map(|file| file.unwrap().file_name())
             .filter(|file| file.to_string_lossy().contains(&name))
             .collect()
@@ -376,7 +409,8 @@ fn nothing_is_left_of_a_world_that_was_killed() {
     assert_eq!((sockets(), files()), (0, vec![]));
 }
 
-/// Averagers built by clones of one communicator recover one after the other, in one new generation.
+/// Averagers built by clones of one communicator recover one after the other, in one new
+/// generation.
 #[test]
 fn two_averagers_of_a_world_recover() {
     let n = 3;

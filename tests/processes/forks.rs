@@ -7,7 +7,8 @@ use super::crew::{name, start, Rank};
 /// The sockets of a process that have a name or a peer.
 fn sockets(pid: i32) -> Vec<String> {
     let known = std::fs::read_to_string("/proc/net/unix").unwrap();
-    let links = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().filter_map(|entry| entry.ok());
+    let links =
+        std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().filter_map(|entry| entry.ok());
     let inode = |entry: std::fs::DirEntry| {
         let link = std::fs::read_link(entry.path()).ok()?.to_string_lossy().into_owned();
         link.strip_prefix("socket:[")?.strip_suffix(']').map(str::to_owned)
@@ -36,10 +37,14 @@ fn a_forked_child_holds_neither_the_name_nor_a_socket() {
         start(role, &variables)
     };
     let mut ranks = [rank("fork", 0), rank("fork", 1)];
-    let children: Vec<i32> = ranks.iter_mut().map(|rank| rank.hear("child").parse().unwrap()).collect();
+    let children: Vec<i32> =
+        ranks.iter_mut().map(|rank| rank.hear("child").parse().unwrap()).collect();
     for (rank, child) in ranks.iter().zip(&children) {
         let own = sockets(rank.child.id() as i32);
-        assert!(own.len() >= 2 && own.iter().any(|line| line.contains("param-averager")), "{own:#?}");
+        assert!(
+            own.len() >= 2 && own.iter().any(|line| line.contains("param-averager")),
+            "{own:#?}"
+        );
         // The parent may go on before the child has run at all.
         let deadline = Instant::now() + Duration::from_secs(20);
         while !sockets(*child).is_empty() && Instant::now() < deadline {
@@ -66,7 +71,8 @@ fn a_forked_child_holds_neither_the_name_nor_a_socket() {
         assert_eq!(rank.said("done"), ["[0, 1, 2]"]);
     }
     let is_alive = |child: &i32| {
-        std::fs::read_to_string(format!("/proc/{child}/stat")).is_ok_and(|stat| !stat.contains(") Z"))
+        std::fs::read_to_string(format!("/proc/{child}/stat"))
+            .is_ok_and(|stat| !stat.contains(") Z"))
     };
     assert!(children.iter().all(is_alive), "the children were there all the time");
     for child in children {

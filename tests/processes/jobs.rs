@@ -65,7 +65,8 @@ fn script(text: &str, port: &str, job: usize) -> Command {
     script
 }
 
-/// Ways to start one job in which ranks have different parents, or look for them at different times.
+/// Ways to start one job in which ranks have different parents, or look for them at different
+/// times.
 #[test]
 fn one_job_meets_however_its_ranks_are_started() {
     for text in [
@@ -76,7 +77,8 @@ fn one_job_meets_however_its_ranks_are_started() {
         // The script itself has the variable of rank 0.
         "exec env RANK=0 sh -c 'for r in 0 1; do RANK=$r TRAINER & sleep 0.3; done; wait'",
         // A wrapper takes the rank from another launcher's variable.
-        "for r in 0 1; do SLURM_PROCID=$r sh -c 'export RANK=$SLURM_PROCID; TRAINER; exit $?' & done; wait",
+        "for r in 0 1; do SLURM_PROCID=$r sh -c 'export RANK=$SLURM_PROCID; TRAINER; exit $?' & \
+         done; wait",
         // Rank 0 is the process that has started rank 1.
         "RANK=1 TRAINER & export RANK=0; exec TRAINER",
         "for r in 0 1; do RANK=$r TRAINER 2>&1 | cat & done; wait",
@@ -92,9 +94,12 @@ fn one_job_meets_however_its_ranks_are_started() {
 #[test]
 fn jobs_of_ended_shells_and_of_one_shell_never_mix() {
     let ended = |job, first: f32, second: f32| {
-        let text = format!("(sleep {first}; RANK=0 exec TRAINER) & (sleep {second}; RANK=1 exec TRAINER) &");
+        let text = format!(
+            "(sleep {first}; RANK=0 exec TRAINER) & (sleep {second}; RANK=1 exec TRAINER) &"
+        );
         let mut script = script(&text, "", job);
-        std::os::unix::process::CommandExt::process_group(&mut script, 0); // as a shell with job control does
+        // as a shell with job control does
+        std::os::unix::process::CommandExt::process_group(&mut script, 0);
         script
     };
     for _ in 0..runs("PA_TEST_EARLY", 3) {
@@ -118,8 +123,8 @@ fn jobs_of_ended_shells_and_of_one_shell_never_mix() {
     }
 }
 
-/// The process that adopts the ranks of ended shells is in their session, as pid 1 of a container may be:
-/// nothing but process groups tells one job from the other.
+/// The process that adopts the ranks of ended shells is in their session, as pid 1 of a container
+/// may be: nothing but process groups tells one job from the other.
 #[test]
 fn jobs_of_ended_shells_never_mix_where_a_process_of_their_session_adopts_them() {
     let port = name();
@@ -129,7 +134,8 @@ fn jobs_of_ended_shells_never_mix_where_a_process_of_their_session_adopts_them()
              (sleep {second}; RANK=1 exec TRAINER) &) &"
         )
     };
-    // With job control, each line has a process group of its own. dash has that with a terminal only.
+    // With job control, each line has a process group of its own. dash has that with a terminal
+    // only.
     let [one, other] = [ended(10, 0.2, 1.2), ended(20, 1.2, 0.5)];
     let text = format!("exec bash -c 'set -m; {one} {other} wait; exec sleep 4'");
     let mut adopter = script(&text, &port, 7);
@@ -170,7 +176,8 @@ fn ranks_meet_whose_shell_has_ended() {
     let own = std::env::current_exe().unwrap();
     let own = format!("{} {} --exact --nocapture --test-threads=1", own.display(), crate::WORKER);
     for late in [0, 1] {
-        let line = format!("for r in 0 1; do (test $r = {late} && sleep 0.3; RANK=$r exec {own}) & done");
+        let line =
+            format!("for r in 0 1; do (test $r = {late} && sleep 0.3; RANK=$r exec {own}) & done");
         let mut sh = Command::new("sh");
         sh.args(["-c", &line]).env("PA_TEST_ROLE", "job").env("PA_TEST_JOB", "7");
         sh.env("WORLD_SIZE", "2").env("MASTER_PORT", name());
@@ -194,7 +201,9 @@ fn jobs_with_one_name_never_mix() {
             _ => one += 1,
         }
     }
-    println!("{pairs} pairs: in {both} both jobs ran, in {one} one did, in {neither} none; 0 mixed");
+    println!(
+        "{pairs} pairs: in {both} both jobs ran, in {one} one did, in {neither} none; 0 mixed"
+    );
     assert!(one + both > 0, "no job gets into its world");
 }
 
@@ -235,8 +244,8 @@ fn jobs_that_one_process_starts_are_told_apart_by_their_arguments() {
         let heard: Vec<_> = ranks.iter().map(|rank| &rank.heard).collect();
         assert!(codes.contains(&Some(0)) && codes.contains(&Some(3)), "{codes:?} {heard:#?}");
         for error in errors {
-            let is_named =
-                error.contains("\"lr-0.1\" and \"lr-0.2\"") || error.contains("\"lr-0.2\" and \"lr-0.1\"");
+            let is_named = error.contains("\"lr-0.1\" and \"lr-0.2\"")
+                || error.contains("\"lr-0.2\" and \"lr-0.1\"");
             assert!(is_named && error.contains("PARAM_AVERAGER_RENDEZVOUS"), "{error}");
         }
     }
@@ -258,7 +267,8 @@ fn two_processes_with_one_number_end_the_meeting_for_all() {
         };
         let begin = Instant::now();
         let mut ranks: Vec<Rank> = numbers.iter().map(rank).collect();
-        let pids: Vec<String> = ranks.iter().map(|rank| format!("process {} ", rank.child.id())).collect();
+        let pids: Vec<String> =
+            ranks.iter().map(|rank| format!("process {} ", rank.child.id())).collect();
         for rank in &mut ranks {
             assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
             let error = &rank.said("error")[0];
@@ -303,7 +313,10 @@ fn a_name_is_held_for_the_life_of_a_world() {
     let error = &second.said("error")[0];
     let pid = format!("is held by process {}, which does not answer", world[0].child.id());
     assert!(error.contains(&pid), "{error}");
-    assert!(world.iter_mut().all(|rank| rank.child.try_wait().unwrap().is_none()), "the world is untouched");
+    assert!(
+        world.iter_mut().all(|rank| rank.child.try_wait().unwrap().is_none()),
+        "the world is untouched"
+    );
 }
 
 /// A process that ends closes its sockets after it has freed its memory: the next rank 0 finds the
@@ -373,7 +386,9 @@ fn jobs_are_told_apart_by_what_the_program_says() {
             .env("PA_TEST_ROLE", "job")
             .env("PA_TEST_JOB", "1")
             .env("PA_TEST_JOB_NAME", "c");
-        sh.env("PA_TEST_RANK", rank.to_string()).env("PA_TEST_WORLD", "2").env("PA_TEST_NAME", &name);
+        sh.env("PA_TEST_RANK", rank.to_string())
+            .env("PA_TEST_WORLD", "2")
+            .env("PA_TEST_NAME", &name);
         spawn(sh)
     };
     for mut shell in [start(0), start(1)] {

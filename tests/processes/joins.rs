@@ -45,23 +45,28 @@ fn processes_join_one_after_the_other_and_at_once() {
         }
         let all: Vec<usize> = (0..end).collect();
         assert_eq!(done, vec![format!("{all:?}"); end]);
-        // All that were there have the same model after each admission, of which one may have come to nothing.
+        // All that were there have the same model after each admission, of which one may have come
+        // to nothing.
         let admitted = ranks[0].said("admitted");
         for rank in &ranks[..begin] {
             assert_eq!(rank.said("admitted"), admitted);
         }
         let size = |line: &String| line.split(' ').next().unwrap().parse().unwrap();
-        let sizes: BTreeSet<usize> = admitted.iter().map(size).filter(|&size| size > begin).collect();
+        let sizes: BTreeSet<usize> =
+            admitted.iter().map(size).filter(|&size| size > begin).collect();
         assert_eq!(sizes.len(), end - begin, "{admitted:?}");
     }
 }
 
-/// NaNs of the new process harm nobody; a handle that was taken before it came aborts the world that it is in.
+/// NaNs of the new process harm nobody; a handle that was taken before it came aborts the world
+/// that it is in.
 #[test]
 fn a_process_joins_a_world_that_rejects_and_one_that_is_aborted() {
     for (variable, fails) in [("PA_TEST_REJECT", 0), ("PA_TEST_ABORT", 1)] {
-        let (name, last) = (name(), [("PA_TEST_FINAL", "3".to_owned()), (variable, "1".to_owned())]);
-        let mut ranks: Vec<Rank> = (0..2).map(|origin| first("survive", &name, 2, origin, &last)).collect();
+        let (name, last) =
+            (name(), [("PA_TEST_FINAL", "3".to_owned()), (variable, "1".to_owned())]);
+        let mut ranks: Vec<Rank> =
+            (0..2).map(|origin| first("survive", &name, 2, origin, &last)).collect();
         ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
         ranks.push(late("survive", &name, 2, &last));
         for rank in &mut ranks {
@@ -82,7 +87,8 @@ fn a_process_joins_a_world_with_two_averagers() {
         let name = name();
         let mut more = vec![("PA_TEST_FINAL", "4".to_owned())];
         more.extend(by_recover.then(|| ("PA_TEST_BY_RECOVER", "1".to_owned())));
-        let mut ranks: Vec<Rank> = (0..2).map(|origin| first("two_admit", &name, 2, origin, &more)).collect();
+        let mut ranks: Vec<Rank> =
+            (0..2).map(|origin| first("two_admit", &name, 2, origin, &more)).collect();
         ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
         ranks.push(late("two_admit", &name, 2, &more));
         ranks[2].hear("ready");
@@ -101,7 +107,8 @@ fn guests_may_be_stopped_at_any_time() {
     let mut chance = Random(seed());
     let name = name();
     let timeout = [("PA_TEST_TIMEOUT_MS", "1000".to_owned())];
-    let mut ranks: Vec<Rank> = (0..3).map(|origin| first("survive", &name, 3, origin, &timeout)).collect();
+    let mut ranks: Vec<Rank> =
+        (0..3).map(|origin| first("survive", &name, 3, origin, &timeout)).collect();
     ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
     for _ in 0..rounds {
         let mut guest = late("survive", &name, 3, &timeout);
@@ -142,7 +149,8 @@ fn joins_and_kills_at_any_time() {
         let origin = (0..16).find(|origin| ranks.iter().all(|(other, _)| other != origin)).unwrap();
         let mut rank = late("survive", &name, origin, &[]);
         if chance.below(2) == 0 {
-            std::thread::sleep(Duration::from_micros(chance.below(40_000))); // it may be in by then, or not
+            // it may be in by then, or not
+            std::thread::sleep(Duration::from_micros(chance.below(40_000)));
             rank.signal(Signal::KILL);
             assert_eq!(rank.end(), None, "{:#?}", rank.heard);
         } else {
@@ -175,7 +183,8 @@ fn joins_and_kills_at_any_time() {
 #[test]
 fn a_process_joins_when_a_member_that_was_stopped_goes_on() {
     let (name, last) = (name(), [("PA_TEST_FINAL", "3".to_owned())]);
-    let mut ranks: Vec<Rank> = (0..2).map(|origin| first("survive", &name, 2, origin, &last)).collect();
+    let mut ranks: Vec<Rank> =
+        (0..2).map(|origin| first("survive", &name, 2, origin, &last)).collect();
     ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
     ranks[1].signal(Signal::STOP);
     ranks.push(late("survive", &name, 2, &last));
@@ -265,7 +274,9 @@ fn training_goes_on_with_a_process_that_joins() {
     let disturbed = trained(&mut ranks);
     let began: u64 = ranks[1].said("begins at")[0].parse().unwrap();
     assert!(began > 103 && began < 400 && began.is_multiple_of(8), "{began}");
-    println!("loss {undisturbed} undisturbed, {disturbed} with a rank that was replaced at step {began}");
+    println!(
+        "loss {undisturbed} undisturbed, {disturbed} with a rank that was replaced at step {began}"
+    );
     assert!(disturbed < 2.0 * undisturbed + 0.05 && undisturbed < 1.0, "{undisturbed} {disturbed}");
 }
 
@@ -274,7 +285,8 @@ fn training_goes_on_with_a_process_that_joins() {
 fn thousands_of_tries_to_join_do_not_use_a_world_up() {
     let tries = runs("PA_TEST_TRIES", 4200);
     let name = name();
-    let mut world: Vec<Rank> = (0..2).map(|origin| first("let_in", &name, 2, origin, &[])).collect();
+    let mut world: Vec<Rank> =
+        (0..2).map(|origin| first("let_in", &name, 2, origin, &[])).collect();
     world.iter_mut().for_each(|rank| drop(rank.hear("ready")));
     let more = [("PA_TEST_TRIES", tries.to_string()), ("PA_TEST_TRY_MS", "12".to_owned())];
     let mut late = late("try", &name, 2, &more);

@@ -11,7 +11,8 @@ use super::common::skipped;
 use super::crew::{command, name, spawn, start, start_all, Rank};
 
 fn said(variables: &[(&str, &str)]) -> Rank {
-    let variables: Vec<_> = variables.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
+    let variables: Vec<_> =
+        variables.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
     let mut rank = start("launched", &variables);
     assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
     rank
@@ -30,7 +31,11 @@ fn a_shell_of_slurms_is_no_rank() {
     for variables in [&sbatch[..], &pty] {
         let rank = said(variables);
         assert_eq!(rank.said("is_launched"), ["false"]);
-        assert!(rank.said("error")[0].contains("a shell of Slurm's and no rank"), "{:?}", rank.heard);
+        assert!(
+            rank.said("error")[0].contains("a shell of Slurm's and no rank"),
+            "{:?}",
+            rank.heard
+        );
     }
     assert_eq!(said(&[]).said("is_launched"), ["false"]);
     assert_eq!(said(&[("RANK", "0"), ("WORLD_SIZE", "1")]).said("is_launched"), ["true"]);
@@ -45,17 +50,24 @@ fn what_is_wrong_with_the_environment_is_said_at_once() {
         rank.heard
     );
     let two = [("RANK", "0"), ("WORLD_SIZE", "2")];
-    let agents =
-        [&two[..], &[("LOCAL_WORLD_SIZE", "1"), ("MASTER_ADDR", "192.0.2.1"), ("MASTER_PORT", "1")]].concat();
+    let agents = [
+        &two[..],
+        &[("LOCAL_WORLD_SIZE", "1"), ("MASTER_ADDR", "192.0.2.1"), ("MASTER_PORT", "1")],
+    ]
+    .concat();
     assert!(said(&agents).said("error")[0].contains("set MASTER_ADDR to localhost"));
     // No text, for each variable that is read.
     for variable in ["RANK", "WORLD_SIZE", "MASTER_PORT", "PARAM_AVERAGER_RENDEZVOUS"] {
-        let mut command = command(&[], "launched", &[("RANK", "0".into()), ("WORLD_SIZE", "2".into())]);
+        let mut command =
+            command(&[], "launched", &[("RANK", "0".into()), ("WORLD_SIZE", "2".into())]);
         command.env("MASTER_PORT", "1").env(variable, OsString::from_vec(b"0\xff".into()));
         let mut rank = spawn(command);
         assert_eq!(rank.end(), Some(0));
         let error = &rank.said("error")[0];
-        assert!(error.starts_with(&format!("{variable} is")) && error.contains("not UTF-8"), "{error}");
+        assert!(
+            error.starts_with(&format!("{variable} is")) && error.contains("not UTF-8"),
+            "{error}"
+        );
     }
 }
 
@@ -103,14 +115,18 @@ fn ranks_of_mpich_meet_through_wrappers() {
     let own = std::env::current_exe().unwrap();
     for (proxy, meets) in [("hydra_pmi_proxy", true), ("pmi_proxy", true), ("another", false)] {
         let script = folder.join(proxy);
-        let rank = format!("sh -c '{} {} --exact --nocapture; exit $?'", own.display(), crate::WORKER);
+        let rank =
+            format!("sh -c '{} {} --exact --nocapture; exit $?'", own.display(), crate::WORKER);
         let ranks = format!(
-            "#!/bin/sh\nfor r in 0 1; do PMI_RANK=$r PMI_SIZE=2 MPI_LOCALNRANKS=2 {rank} & done\nwait\n"
+            "#!/bin/sh\nfor r in 0 1; do PMI_RANK=$r PMI_SIZE=2 MPI_LOCALNRANKS=2 {rank} & \
+             done\nwait\n"
         );
         std::fs::write(&script, ranks).unwrap();
         std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
         let mut command = std::process::Command::new(&script);
-        command.env("PA_TEST_ROLE", "meet").env("PA_TEST_MEET_MS", if meets { "20000" } else { "500" });
+        command
+            .env("PA_TEST_ROLE", "meet")
+            .env("PA_TEST_MEET_MS", if meets { "20000" } else { "500" });
         let mut manager = spawn(command);
         assert_eq!(manager.end(), Some(0));
         if meets {
@@ -147,11 +163,15 @@ fn a_rank_that_waits_says_for_what_and_what_to_set() {
         ],
     );
     let mut ranks = [rank(0), rank(1)];
-    for (rank, waits) in [(0, "rank 0 of 3 waits for ranks 2"), (1, "rank 1 of 3 waits for rank 0")] {
+    for (rank, waits) in [(0, "rank 0 of 3 waits for ranks 2"), (1, "rank 1 of 3 waits for rank 0")]
+    {
         assert_eq!(ranks[rank].end(), Some(3));
         let told = ranks[rank].said("stderr: param-averager: after 10s,");
         assert!(told.len() == 1 && told[0].starts_with(waits), "{told:?}");
-        assert!(told[0].contains("made of MASTER_PORT") && told[0].contains("set PARAM_AVERAGER_RENDEZVOUS"));
+        assert!(
+            told[0].contains("made of MASTER_PORT")
+                && told[0].contains("set PARAM_AVERAGER_RENDEZVOUS")
+        );
     }
     assert_eq!(alone.end(), Some(3));
     assert_eq!(alone.said("stderr: param-averager: after 10s,").len(), 1, "{:#?}", alone.heard);
@@ -166,12 +186,17 @@ fn names_have_a_length() {
         let begin = Instant::now();
         let mut ranks = start_all("meet", 2, |_| vec![("PA_TEST_NAME", name.clone())]);
         if !is_right {
-            ranks.push(start("hold", &[("PA_TEST_JOIN", "1".into()), ("PA_TEST_NAME", name.clone())]));
+            ranks.push(start(
+                "hold",
+                &[("PA_TEST_JOIN", "1".into()), ("PA_TEST_NAME", name.clone())],
+            ));
         }
         for rank in &mut ranks {
             assert_eq!(rank.end(), Some(if is_right { 0 } else { 3 }), "{:#?}", rank.heard);
             assert!(
-                is_right || rank.said("error")[0].contains(&format!("has {bytes} bytes: it can have 1024"))
+                is_right
+                    || rank.said("error")[0]
+                        .contains(&format!("has {bytes} bytes: it can have 1024"))
             );
         }
         assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());

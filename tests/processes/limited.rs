@@ -21,14 +21,16 @@ fn come_to(stage: &str) -> Instant {
 
 fn be_limited(stage: &str) {
     if std::env::var("PA_TEST_STAGE").is_ok_and(|limited| limited == stage) {
-        std::thread::sleep(Duration::from_millis(20)); // threads that were started have what they take by then
+        // threads that were started have what they take by then
+        std::thread::sleep(Duration::from_millis(20));
         take_limit(&std::env::var("PA_TEST_LIMIT").unwrap());
     }
 }
 
 static ENOUGH: AtomicBool = AtomicBool::new(false);
 
-/// Meets, builds, averages and recovers; says of the first error how long after its stage began it came.
+/// Meets, builds, averages and recovers; says of the first error how long after its stage began it
+/// came.
 pub fn limited() -> i32 {
     if let Some(user) = number("PA_TEST_USER") {
         // SAFETY: no pointer is passed.
@@ -166,7 +168,8 @@ fn take_limit(resource: &str) {
         "pids" => {
             let group = std::env::var("PA_TEST_GROUP").unwrap();
             std::fs::create_dir(&group).unwrap();
-            std::fs::write(group.clone() + "/cgroup.procs", std::process::id().to_string()).unwrap();
+            std::fs::write(group.clone() + "/cgroup.procs", std::process::id().to_string())
+                .unwrap();
             // Below what it has, of which a thread may end: none can be started.
             std::fs::write(group + "/pids.max", "1").unwrap();
         }
@@ -174,7 +177,9 @@ fn take_limit(resource: &str) {
             set(Resource::Memlock, 1 << 20);
             rustix::mm::mlockall(MlockAllFlags::FUTURE).unwrap();
         }
-        "mappings" => take_mappings(room.map_or(if stage == "averaging" { 0 } else { 4 }, |room| room * 2)),
+        "mappings" => {
+            take_mappings(room.map_or(if stage == "averaging" { 0 } else { 4 }, |room| room * 2))
+        }
         other => panic!("no limit {other}"),
     }
 }
@@ -185,15 +190,18 @@ fn take_mappings(left: u64) {
     const MOST: usize = 1 << 20;
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
     // SAFETY: a new mapping, wherever the system puts it; nobody uses it.
-    let start =
-        unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), MOST * PAGE, ProtFlags::empty(), flags) };
+    let start = unsafe {
+        rustix::mm::mmap_anonymous(std::ptr::null_mut(), MOST * PAGE, ProtFlags::empty(), flags)
+    };
     let start = start.unwrap();
     // Each page of another protection than its neighbours is two mappings more.
     let protect = |page: usize, flags| {
         // SAFETY: inside of the mapping.
         unsafe { rustix::mm::mprotect(start.byte_add((2 * page + 1) * PAGE), PAGE, flags) }
     };
-    let pages = (0..MOST / 2 - 1).find(|&page| protect(page, MprotectFlags::READ).is_err()).expect("a limit");
+    let pages = (0..MOST / 2 - 1)
+        .find(|&page| protect(page, MprotectFlags::READ).is_err())
+        .expect("a limit");
     for page in 0..left.div_ceil(2) as usize {
         protect(pages - 1 - page, MprotectFlags::empty()).unwrap();
     }

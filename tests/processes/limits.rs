@@ -1,5 +1,6 @@
-//! Limits of the system that one rank meets, at every place where a world or an averager takes something: all ranks get a typed error
-//! that names the limit and the rank, soon, or nothing is needed there and all goes on. No signal ends a process, and nothing aborts.
+//! Limits of the system that one rank meets, at every place where a world or an averager takes
+//! something: all ranks get a typed error that names the limit and the rank, soon, or nothing is
+//! needed there and all goes on. No signal ends a process, and nothing aborts.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -34,7 +35,8 @@ const LIMITS: [Limit; 9] = [
 const STAGES: [&str; 4] = ["starting", "building", "averaging", "recovering"];
 /// The ranks of a world, of which the last one dies before the others recover.
 pub const RANKS: usize = 3;
-/// A second, and more where this machine is busy with other things; no timeout of these worlds is below a minute.
+/// A second, and more where this machine is busy with other things; no timeout of these worlds is
+/// below a minute.
 const SOON_MS: u64 = 5000;
 /// A user that has no other processes, for limits that do not bind root.
 const USER: u32 = 54_321;
@@ -46,7 +48,8 @@ fn variables(limit: Limit, stage: &str) -> Vec<(&'static str, String)> {
 
 /// PA_TEST_LIMITS, where it is set, is a list of resources to try.
 fn is_asked_for(limit: &Limit) -> bool {
-    std::env::var("PA_TEST_LIMITS").map_or(true, |all| all.split(',').any(|one| one == limit.resource))
+    std::env::var("PA_TEST_LIMITS")
+        .map_or(true, |all| all.split(',').any(|one| one == limit.resource))
 }
 
 /// True if the limit can be set here. Control groups can be made by root alone, if at all.
@@ -55,8 +58,8 @@ fn can_be_set(limit: Limit) -> bool {
     match limit.resource {
         "pids" => {
             let group = group();
-            let made =
-                std::fs::create_dir(&group).is_ok() && std::fs::metadata(group.clone() + "/pids.max").is_ok();
+            let made = std::fs::create_dir(&group).is_ok()
+                && std::fs::metadata(group.clone() + "/pids.max").is_ok();
             let _ = std::fs::remove_dir(group);
             made
         }
@@ -68,7 +71,10 @@ fn can_be_set(limit: Limit) -> bool {
 fn group() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let all = ["/sys/fs/cgroup/pids", "/sys/fs/cgroup"];
-    let all = all.into_iter().find(|path| std::path::Path::new(path).exists()).unwrap_or("/sys/fs/cgroup");
+    let all = all
+        .into_iter()
+        .find(|path| std::path::Path::new(path).exists())
+        .unwrap_or("/sys/fs/cgroup");
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     format!("{all}/param-averager-test-{}-{number}", std::process::id())
 }
@@ -115,7 +121,12 @@ fn error(rank: &mut Rank, what: &str) -> Option<(u64, String)> {
 }
 
 /// One cell of the table: what the rank that met the limit says, if it was met.
-fn cell(limit: Limit, stage: &str, limited: usize, more: &[(&'static str, String)]) -> Option<String> {
+fn cell(
+    limit: Limit,
+    stage: &str,
+    limited: usize,
+    more: &[(&'static str, String)],
+) -> Option<String> {
     let what = format!("{} while {stage}, rank {limited} {more:?}", limit.resource);
     let group = group();
     let mut ranks = world(limit, stage, limited, &group, more);
@@ -132,8 +143,9 @@ fn cell(limit: Limit, stage: &str, limited: usize, more: &[(&'static str, String
         return None;
     }
     for (rank, error) in errors.iter().enumerate() {
-        let (after, error) =
-            error.as_ref().unwrap_or_else(|| panic!("{what}: rank {rank} is not told: {errors:#?}"));
+        let (after, error) = error
+            .as_ref()
+            .unwrap_or_else(|| panic!("{what}: rank {rank} is not told: {errors:#?}"));
         let names = |rank: usize| error.contains(&format!("rank {rank} "));
         assert!(error.contains(limit.says) && names(limited), "{what}: rank {rank} says {error}");
         assert!(*after < SOON_MS, "{what}: rank {rank} was told after {after} ms: {error}");
@@ -148,7 +160,10 @@ fn cell(limit: Limit, stage: &str, limited: usize, more: &[(&'static str, String
 fn limits_at(stage: &str, is_met: impl Fn(&str, usize) -> bool) {
     for limit in LIMITS.into_iter().filter(is_asked_for) {
         if !can_be_set(limit) {
-            skipped(&format!("limits while {stage}, {}", limit.resource), "this user can't set that limit");
+            skipped(
+                &format!("limits while {stage}, {}", limit.resource),
+                "this user can't set that limit",
+            );
             continue;
         }
         for limited in 0..2 {
@@ -166,7 +181,9 @@ fn limits_at(stage: &str, is_met: impl Fn(&str, usize) -> bool) {
 /// Rank 0 alone makes a file, the memory that all of a world share.
 #[test]
 fn limits_while_starting_are_named_on_all_ranks() {
-    limits_at("starting", |resource, limited| limited == 0 || !["memfds", "file size"].contains(&resource));
+    limits_at("starting", |resource, limited| {
+        limited == 0 || !["memfds", "file size"].contains(&resource)
+    });
 }
 
 #[test]
@@ -174,7 +191,8 @@ fn limits_while_building_are_named_on_all_ranks() {
     limits_at("building", |_, _| true);
 }
 
-/// A rank that has what it needs of its own, but not what it takes to open a peer's memory, is the one that is named.
+/// A rank that has what it needs of its own, but not what it takes to open a peer's memory, is the
+/// one that is named.
 #[test]
 fn a_rank_that_can_not_open_a_peers_memory_blames_itself() {
     for (resource, rooms, says) in [
@@ -185,7 +203,8 @@ fn a_rank_that_can_not_open_a_peers_memory_blames_itself() {
         let mut opening = 0;
         for room in rooms.step_by(if resource == "memory" { 8 } else { 1 }) {
             for limited in 0..2 {
-                let more = [("PA_TEST_ROOM", room.to_string()), ("PA_TEST_CHUNK", (1 << 20).to_string())];
+                let more =
+                    [("PA_TEST_ROOM", room.to_string()), ("PA_TEST_CHUNK", (1 << 20).to_string())];
                 let met = cell(limit, "building", limited, &more);
                 opening += usize::from(met.is_some_and(|error| error.contains(says)));
             }
@@ -205,8 +224,8 @@ fn limits_while_recovering_are_named_on_all_ranks() {
     limits_at("recovering", |_, _| true);
 }
 
-/// A world of two members, `limits` being the second one's, that have averaged, and a process that joins
-/// it with limits of its own. The joiner is told of `limit`, soon, and the members go on.
+/// A world of two members, `limits` being the second one's, that have averaged, and a process that
+/// joins it with limits of its own. The joiner is told of `limit`, soon, and the members go on.
 fn joiner_is_told(
     limit: Limit,
     what: &str,
@@ -265,14 +284,17 @@ fn limits_while_joining_harm_nobody_else() {
     }
 }
 
-/// A member that meets a limit when a process comes that wants to join tells it so, and all members go on.
+/// A member that meets a limit when a process comes that wants to join tells it so, and all members
+/// go on.
 #[test]
 fn limits_of_members_are_told_to_processes_that_join() {
     for limit in LIMITS.into_iter().filter(is_asked_for) {
         let what = format!("{} of a member", limit.resource);
-        // What a member makes for an averager with the joiner is the table of those that build; no process hears of a socket that
-        // nobody can take.
-        if !["memory", "data", "threads", "pids", "locked memory", "mappings"].contains(&limit.resource) {
+        // What a member makes for an averager with the joiner is the table of those that build; no
+        // process hears of a socket that nobody can take.
+        if !["memory", "data", "threads", "pids", "locked memory", "mappings"]
+            .contains(&limit.resource)
+        {
             continue;
         }
         if !can_be_set(limit) {
@@ -298,7 +320,10 @@ fn limits_of_ranks_that_are_threads_are_typed_errors() {
             }
             let group = group();
             let mut all = variables(limit, "building");
-            all.extend([("PA_TEST_GROUP", group.to_owned()), ("PA_TEST_ALGORITHM", algorithm.into())]);
+            all.extend([
+                ("PA_TEST_GROUP", group.to_owned()),
+                ("PA_TEST_ALGORITHM", algorithm.into()),
+            ]);
             all.extend(limit.not_root.then(|| ("PA_TEST_USER", USER.to_string())));
             let mut process = start("limited_threads", &all);
             process.enough();
@@ -312,17 +337,21 @@ fn limits_of_ranks_that_are_threads_are_typed_errors() {
             assert_eq!((code, errors.len()), (Some(0), 2), "{what}: {:#?}", process.heard);
             assert!(errors[0] == errors[1] && errors[0].contains(limit.says), "{what}: {errors:?}");
             assert!(
-                errors[0].starts_with("Memory { rank: ") || errors[0].starts_with("Thread { rank: "),
+                errors[0].starts_with("Memory { rank: ")
+                    || errors[0].starts_with("Thread { rank: "),
                 "{errors:?}"
             );
         }
     }
 }
 
-/// With ever less address space, or ever fewer mappings, ranks meet and average, or are told: nothing between aborts.
+/// With ever less address space, or ever fewer mappings, ranks meet and average, or are told:
+/// nothing between aborts.
 #[test]
 fn any_amount_of_memory_is_enough_or_an_error() {
-    for limit in LIMITS.iter().filter(|limit| ["memory", "data", "mappings"].contains(&limit.resource)) {
+    for limit in
+        LIMITS.iter().filter(|limit| ["memory", "data", "mappings"].contains(&limit.resource))
+    {
         let (mut good, mut bad) = (0, 0);
         for stage in ["starting", "building"] {
             // In half MiB, or in two mappings.

@@ -56,7 +56,11 @@ fn the_environment_of_torchrun_is_enough() {
 fn open_mpi_starts_ranks() {
     let program = std::env::current_exe().unwrap();
     let mut mpirun = std::process::Command::new("mpirun");
-    mpirun.args(["--oversubscribe", "-n", "3"]).arg(program).args(["worker", "--exact", "--nocapture"]);
+    mpirun.args(["--oversubscribe", "-n", "3"]).arg(program).args([
+        "worker",
+        "--exact",
+        "--nocapture",
+    ]);
     mpirun
         .env("PA_TEST_ROLE", "meet")
         .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
@@ -73,7 +77,10 @@ fn open_mpi_starts_ranks() {
 #[test]
 fn torchrun_starts_ranks() {
     let Ok(torchrun) = std::env::var("PA_TEST_TORCHRUN") else {
-        return skipped("torchrun_starts_ranks", "PA_TEST_TORCHRUN does not say where a torchrun is");
+        return skipped(
+            "torchrun_starts_ranks",
+            "PA_TEST_TORCHRUN does not say where a torchrun is",
+        );
     };
     let program = std::env::current_exe().unwrap();
     let mut torchrun = std::process::Command::new(torchrun);
@@ -88,12 +95,17 @@ fn torchrun_starts_ranks() {
 
 #[test]
 fn ranks_that_disagree_are_named_on_every_rank() {
-    let world = |n| move |rank| if rank == 2 { vec![("PA_TEST_WORLD", format!("{n}"))] } else { vec![] };
+    let world =
+        |n| move |rank| if rank == 2 { vec![("PA_TEST_WORLD", format!("{n}"))] } else { vec![] };
     all_fail(start_all("meet", 3, world(4)), &["rank 2 has the world size \"4\", rank 0 \"3\""]);
     let twice = |rank| if rank == 2 { vec![("PA_TEST_RANK", "1".to_owned())] } else { vec![] };
     all_fail(start_all("meet", 3, twice), &["two processes say that they are rank 1"]);
-    let layout = |rank| if rank == 1 { vec![("PA_TEST_ELEMENTS", "999".to_owned())] } else { vec![] };
-    all_fail(start_all("meet", 3, layout), &["rank 1 builds its averager with", "999", "rank 0 has", "1000"]);
+    let layout =
+        |rank| if rank == 1 { vec![("PA_TEST_ELEMENTS", "999".to_owned())] } else { vec![] };
+    all_fail(
+        start_all("meet", 3, layout),
+        &["rank 1 builds its averager with", "999", "rank 0 has", "1000"],
+    );
     let options = |rank| if rank == 2 { vec![("PA_TEST_SLOTS", "8".to_owned())] } else { vec![] };
     all_fail(
         start_all("meet", 3, options),
@@ -109,8 +121,11 @@ fn a_rank_that_refuses_by_itself_is_named_on_every_rank() {
     for (rank, process) in ranks.iter_mut().enumerate() {
         assert_eq!(process.end(), Some(3), "{:#?}", process.heard);
         let error = &process.said("error")[0];
-        let begin =
-            if rank == 1 { "rank 1: the option" } else { "rank 1 can't build its averager: the option" };
+        let begin = if rank == 1 {
+            "rank 1: the option"
+        } else {
+            "rank 1 can't build its averager: the option"
+        };
         assert!(error.starts_with(begin) && error.matches("rank 1").count() == 1, "{error}");
     }
 }
@@ -139,7 +154,13 @@ fn a_rank_may_have_too_few_file_descriptors() {
     for short in [0, 2] {
         let mut good = 0;
         for most in 4..40 {
-            let limit = |rank| if rank == short { vec![("PA_TEST_FILES", most.to_string())] } else { vec![] };
+            let limit = |rank| {
+                if rank == short {
+                    vec![("PA_TEST_FILES", most.to_string())]
+                } else {
+                    vec![]
+                }
+            };
             let soon = |rank| [limit(rank), vec![("PA_TEST_MEET_MS", "2000".to_owned())]].concat();
             let mut ranks = start_all("meet", 3, soon);
             let codes: Vec<_> = ranks.iter_mut().map(|rank| rank.end()).collect();
@@ -152,8 +173,8 @@ fn a_rank_may_have_too_few_file_descriptors() {
             let why = ranks[short].said("error");
             let told = ["ulimit -n", "open files"].iter().any(|what| why[0].contains(what));
             assert!(told, "{most}: {heard:#?}");
-            // Rank 0 needs a socket to listen on, one to answer on, and one more for what comes with a hello: without these it can't
-            // tell the others, which wait until their timeout.
+            // Rank 0 needs a socket to listen on, one to answer on, and one more for what comes
+            // with a hello: without these it can't tell the others, which wait until their timeout.
             let names = |rank: &Rank| {
                 let error = &rank.said("error")[0];
                 error.contains("ulimit -n") && error.contains(&format!("rank {short} "))
@@ -164,7 +185,8 @@ fn a_rank_may_have_too_few_file_descriptors() {
     }
 }
 
-/// Connections that say nothing, half of something, or garbage, many of them, neither keep ranks out nor get in.
+/// Connections that say nothing, half of something, or garbage, many of them, neither keep ranks
+/// out nor get in.
 #[test]
 fn strangers_are_not_waited_for() {
     let name = name();
@@ -181,7 +203,9 @@ fn strangers_are_not_waited_for() {
     // Behind the user, as another namespace may number it.
     let socket = loop {
         let known = std::fs::read_to_string("/proc/net/unix").unwrap();
-        let is_it = |path: &&str| path.starts_with("@param-averager/") && path.ends_with(&format!("/{name}"));
+        let is_it = |path: &&str| {
+            path.starts_with("@param-averager/") && path.ends_with(&format!("/{name}"))
+        };
         if let Some(path) = known.split_whitespace().find(is_it) {
             break path[1..].to_owned();
         }
@@ -206,7 +230,13 @@ fn strangers_are_not_waited_for() {
         assert!(Instant::now() < deadline);
     }
     let mut other = start("meet", &variables(1));
-    assert_eq!((host.end(), other.end()), (Some(0), Some(0)), "{:#?} {:#?}", host.heard, other.heard);
+    assert_eq!(
+        (host.end(), other.end()),
+        (Some(0), Some(0)),
+        "{:#?} {:#?}",
+        host.heard,
+        other.heard
+    );
 }
 
 /// The longest and the shortest that a caller can give.
@@ -224,8 +254,15 @@ fn any_timeout_will_do() {
     };
     let mut ranks = vec![first(0), first(1)];
     ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
-    let late = [("PA_TEST_JOIN", "1".into()), ("PA_TEST_ORIGIN", "2".into()), ("PA_TEST_NAME", name.clone())];
-    ranks.push(start("survive", &[&late[..], &[most.clone(), ("PA_TEST_FINAL", "3".into())]].concat()));
+    let late = [
+        ("PA_TEST_JOIN", "1".into()),
+        ("PA_TEST_ORIGIN", "2".into()),
+        ("PA_TEST_NAME", name.clone()),
+    ];
+    ranks.push(start(
+        "survive",
+        &[&late[..], &[most.clone(), ("PA_TEST_FINAL", "3".into())]].concat(),
+    ));
     for rank in &mut ranks {
         assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
     }

@@ -93,11 +93,13 @@ impl Model {
         ranks
     }
 
-    /// Every element is this rank's own, or, where it may be, the mean over `all`, if it is known who that was.
+    /// Every element is this rank's own, or, where it may be, the mean over `all`, if it is known
+    /// who that was.
     pub fn check_failed(&self, unchanged: bool, all: Option<&[usize]>) {
         for (element, x) in self.elements().enumerate() {
             let own = x == value(self.origin, element);
-            let mean = || all.is_none_or(|all| (f64::from(x) - self.mean(all, element)).abs() <= 1e-3);
+            let mean =
+                || all.is_none_or(|all| (f64::from(x) - self.mean(all, element)).abs() <= 1e-3);
             assert!(
                 own || !unchanged && mean(),
                 "element {element} is {x} after a failure, unchanged: {unchanged}"
@@ -120,7 +122,12 @@ impl Parameters for Model {
                 for (tensor, address) in self.tensors.iter().zip(device.addresses(&self.tensors)) {
                     // SAFETY: inside of own memory, which stays as long as the process.
                     let tensor = unsafe {
-                        TensorMut::from_raw_parts(address as *mut u8, tensor.len(), Dtype::F32, device.device)
+                        TensorMut::from_raw_parts(
+                            address as *mut u8,
+                            tensor.len(),
+                            Dtype::F32,
+                            device.device,
+                        )
                     };
                     visit(tensor);
                 }
@@ -169,7 +176,9 @@ impl OnDevice {
     fn download(&self, tensors: &mut [Vec<f32>]) {
         self.context.bind_to_thread().unwrap();
         let addresses: Vec<u64> = self.addresses(tensors).collect();
-        for (tensor, address) in tensors.iter_mut().zip(addresses).filter(|(tensor, _)| !tensor.is_empty()) {
+        for (tensor, address) in
+            tensors.iter_mut().zip(addresses).filter(|(tensor, _)| !tensor.is_empty())
+        {
             // SAFETY: as above.
             unsafe { result::memcpy_dtoh_sync(tensor, address) }.unwrap();
         }

@@ -62,8 +62,11 @@ fn ranks_in_containers_meet_die_and_join() {
             ranks.iter_mut().for_each(|rank| drop(rank.hear("recovered")));
             for (number, before) in [unshare, &[]].into_iter().enumerate() {
                 let origin = (3 + number).to_string();
-                let more =
-                    [("PA_TEST_JOIN", "1"), ("PA_TEST_ORIGIN", origin.as_str()), ("PA_TEST_FINAL", "4")];
+                let more = [
+                    ("PA_TEST_JOIN", "1"),
+                    ("PA_TEST_ORIGIN", origin.as_str()),
+                    ("PA_TEST_FINAL", "4"),
+                ];
                 ranks.push(rank(before, "survive", &name, (0, 3), &more));
             }
             for rank in &mut ranks {
@@ -88,7 +91,10 @@ fn a_name_is_held_across_namespaces() {
         let mut second = rank(second, "hold", &name, (0, 1), &[]);
         assert_eq!(second.end(), Some(3), "{:#?}", second.heard);
         let error = &second.said("error")[0];
-        assert!(error.contains("of another PID namespace") && error.contains("has begun"), "{error}");
+        assert!(
+            error.contains("of another PID namespace") && error.contains("has begun"),
+            "{error}"
+        );
         assert!(begin.elapsed() < Duration::from_secs(10));
     }
 }
@@ -100,13 +106,17 @@ fn ranks_in_two_network_namespaces_are_told_so() {
         return;
     }
     let (name, soon) = (name(), [("PA_TEST_MEET_MS", "700")]);
-    let mut ranks = [rank(&[], "hold", &name, (0, 2), &soon), rank(NETWORK, "hold", &name, (1, 2), &soon)];
+    let mut ranks =
+        [rank(&[], "hold", &name, (0, 2), &soon), rank(NETWORK, "hold", &name, (1, 2), &soon)];
     let more = [("PA_TEST_JOIN", "1"), soon[0]];
     let mut late = rank(NETWORK, "hold", &name, (0, 2), &more);
     for rank in ranks.iter_mut().chain([&mut late]) {
         assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
         let error = &rank.said("error")[0];
-        assert!(error.contains("one network namespace") && error.contains("as one user"), "{error}");
+        assert!(
+            error.contains("one network namespace") && error.contains("as one user"),
+            "{error}"
+        );
     }
 }
 
@@ -144,7 +154,8 @@ fn a_user_in_a_container_meets_itself_outside() {
         let name = name();
         let (one, other) = (inside(USER), USER.to_vec());
         let (first, second) = if first_is_inside { (one, other) } else { (other, one) };
-        let mut ranks = [rank(&first, "meet", &name, (0, 2), &[]), rank(&second, "meet", &name, (1, 2), &[])];
+        let mut ranks =
+            [rank(&first, "meet", &name, (0, 2), &[]), rank(&second, "meet", &name, (1, 2), &[])];
         for rank in &mut ranks {
             assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
             assert_eq!(rank.said("averaged"), ["2"]);
@@ -153,8 +164,10 @@ fn a_user_in_a_container_meets_itself_outside() {
     // Two users who are both root in their containers are two.
     let (name, soon) = (name(), [("PA_TEST_MEET_MS", "700")]);
     let first = inside(USER);
-    let mut ranks =
-        [rank(&first, "hold", &name, (0, 2), &soon), rank(&inside(OTHER), "hold", &name, (1, 2), &soon)];
+    let mut ranks = [
+        rank(&first, "hold", &name, (0, 2), &soon),
+        rank(&inside(OTHER), "hold", &name, (1, 2), &soon),
+    ];
     for rank in &mut ranks {
         assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
         assert!(rank.said("error")[0].contains("as one user"), "{:#?}", rank.heard);

@@ -11,7 +11,11 @@ pub fn two() -> i32 {
     let mut build = |index: usize| builder(communicator.clone()).build(&mut models[index]).unwrap();
     let mut averagers = [build(0), build(1)];
     say("ready");
-    while averagers.iter_mut().zip(&mut models).all(|(averager, model)| averager.average(model).is_ok()) {}
+    while averagers
+        .iter_mut()
+        .zip(&mut models)
+        .all(|(averager, model)| averager.average(model).is_ok())
+    {}
     for (averager, model) in averagers.iter_mut().zip(&mut models) {
         if averager.average(model).is_ok() {
             return 7; // a rank is gone, so it can't be
@@ -26,13 +30,16 @@ pub fn two() -> i32 {
     0
 }
 
-/// Two averagers, in turn, that let in who comes, until there are so many ranks as there are to be. Each has a value of its own.
+/// Two averagers, in turn, that let in who comes, until there are so many ranks as there are to be.
+/// Each has a value of its own.
 pub fn two_admit() -> i32 {
     let communicator = join().unwrap();
     let own = if is_late() { [f32::NAN; 2] } else { [1.0, 2.0] };
     let mut models = own.map(|own| vec![vec![own; 3000]]);
-    let mut averagers: Vec<ParamAverager> =
-        models.iter_mut().map(|model| builder(communicator.clone()).build(model).unwrap()).collect();
+    let mut averagers: Vec<ParamAverager> = models
+        .iter_mut()
+        .map(|model| builder(communicator.clone()).build(model).unwrap())
+        .collect();
     say("ready");
     let (mut rounds, mut is_behind) = (0, !is_late());
     while rounds < 5 {
@@ -52,7 +59,8 @@ pub fn two_admit() -> i32 {
         for (model, value) in models.iter().zip([1.0, 2.0]) {
             assert!(model[0].iter().all(|&x| x == value), "{} is not {value}", model[0][0]);
         }
-        rounds += usize::from(averagers[1].world_size() == number("PA_TEST_FINAL").unwrap() as usize);
+        rounds +=
+            usize::from(averagers[1].world_size() == number("PA_TEST_FINAL").unwrap() as usize);
     }
     let communicator = averagers[1].communicator();
     assert_eq!(communicator.world_size(), averagers[0].world_size());
@@ -60,15 +68,17 @@ pub fn two_admit() -> i32 {
     0
 }
 
-/// Several averagers, in turn. When one fails, all are recovered, in an order of this rank's own; until
-/// there are so few ranks as are to be left, and three rounds went well.
+/// Several averagers, in turn. When one fails, all are recovered, in an order of this rank's own;
+/// until there are so few ranks as are to be left, and three rounds went well.
 pub fn many_recover() -> i32 {
     let communicator = join().unwrap();
     let origin = communicator.rank();
     let count = number("PA_TEST_AVERAGERS").unwrap() as usize;
     let mut models: Vec<_> = (0..count).map(|index| vec![vec![index as f32 + 1.0; 2000]]).collect();
-    let mut averagers: Vec<ParamAverager> =
-        models.iter_mut().map(|model| builder(communicator.clone()).build(model).unwrap()).collect();
+    let mut averagers: Vec<ParamAverager> = models
+        .iter_mut()
+        .map(|model| builder(communicator.clone()).build(model).unwrap())
+        .collect();
     drop(communicator);
     let left = number("PA_TEST_FINAL").unwrap() as usize;
     say("ready");
@@ -85,7 +95,8 @@ pub fn many_recover() -> i32 {
         };
         assert!(error.is_fatal(), "{error}");
         say(&format!("failed {error}"));
-        // The first to be recovered is another one on every rank, and every second rank goes backwards.
+        // The first to be recovered is another one on every rank, and every second rank goes
+        // backwards.
         let mut order: Vec<usize> = (0..count).collect();
         order.rotate_left(origin % count);
         if origin % 2 == 1 {
@@ -101,13 +112,17 @@ pub fn many_recover() -> i32 {
     0
 }
 
-/// Two `LocalSgd`s that this rank first recovers in an order of its own, and then in the one of all.
+/// Two `LocalSgd`s that this rank first recovers in an order of its own, and then in the one of
+/// all.
 pub fn two_sgd() -> i32 {
     let communicator = join().unwrap();
     let origin = communicator.rank();
     let mut models = [vec![vec![1.0f32; 3000]], vec![vec![2.0f32; 30]]];
     let mut build = |index: usize| {
-        LocalSgd::new(builder(communicator.clone()).build(&mut models[index]).unwrap(), Schedule::every(1))
+        LocalSgd::new(
+            builder(communicator.clone()).build(&mut models[index]).unwrap(),
+            Schedule::every(1),
+        )
     };
     let mut all = [build(0), build(1)];
     say("ready");
@@ -126,8 +141,10 @@ pub fn two_sgd() -> i32 {
 pub fn one_dropped() -> i32 {
     let communicator = join().unwrap();
     let mut models = [vec![vec![1.0f32; 3000]], vec![vec![2.0f32; 30]]];
-    let mut averagers: Vec<ParamAverager> =
-        models.iter_mut().map(|model| builder(communicator.clone()).build(model).unwrap()).collect();
+    let mut averagers: Vec<ParamAverager> = models
+        .iter_mut()
+        .map(|model| builder(communicator.clone()).build(model).unwrap())
+        .collect();
     if communicator.rank() == 1 {
         averagers.pop();
     }

@@ -39,7 +39,8 @@ pub fn job() -> i32 {
 pub fn hold() -> i32 {
     if let Some(more) = number("PA_TEST_MORE_THREADS") {
         let own = std::fs::read_dir("/proc/self/task").unwrap().count() as u64;
-        let limit = rustix::process::Rlimit { current: Some(own + more), maximum: Some(own + more) };
+        let limit =
+            rustix::process::Rlimit { current: Some(own + more), maximum: Some(own + more) };
         rustix::process::setrlimit(rustix::process::Resource::Nproc, limit).unwrap();
         say("limited");
     }
@@ -125,7 +126,8 @@ pub fn try_to_join() -> i32 {
                     let joined = World::builder().rendezvous(&name).timeout(timeout).join();
                     let error = joined.unwrap_err().to_string();
                     // Such a one was a peer of the members, or on its way to be.
-                    let was_in = error.contains("let nobody in") || error.contains("did not answer");
+                    let was_in =
+                        error.contains("let nobody in") || error.contains("did not answer");
                     withdrawn.fetch_add(u64::from(was_in), Ordering::Relaxed);
                 }
             });

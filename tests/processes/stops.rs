@@ -1,4 +1,5 @@
-//! Ranks that are stopped while they meet, build or recover: the others name them in time, and they find out when they go on.
+//! Ranks that are stopped while they meet, build or recover: the others name them in time, and they
+//! find out when they go on.
 
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,12 @@ fn timeouts(meet: u64, build: u64) -> [(&'static str, String); 2] {
 }
 
 /// n ranks, of which one stops itself there.
-fn stopped_at(n: usize, stopped: usize, place: &str, timeouts: [(&'static str, String); 2]) -> Vec<Rank> {
+fn stopped_at(
+    n: usize,
+    stopped: usize,
+    place: &str,
+    timeouts: [(&'static str, String); 2],
+) -> Vec<Rank> {
     let mut ranks = start_all("stages", n, |rank| {
         let stop = (rank == stopped).then(|| ("PA_TEST_STOP_AT", place.to_owned()));
         timeouts.clone().into_iter().chain(stop).collect()
@@ -31,7 +37,10 @@ fn ends(ranks: &mut [Rank], except: usize, code: i32, with: &[&str]) {
     for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != except) {
         assert_eq!(process.end(), Some(code), "rank {rank}: {:#?}", process.heard);
         let errors = process.said("error");
-        assert!(with.iter().any(|with| errors[0].contains(with)), "rank {rank}: {errors:?} without {with:?}");
+        assert!(
+            with.iter().any(|with| errors[0].contains(with)),
+            "rank {rank}: {errors:?} without {with:?}"
+        );
     }
 }
 
@@ -64,7 +73,8 @@ fn one_that_is_stopped_while_it_waits_for_the_others() {
     for stopped in [0, 2] {
         let world = name();
         let come = |rank: usize| {
-            let mut variables = timeouts(if stopped == 0 { SHORT_MS } else { LONG_MS }, SHORT_MS).to_vec();
+            let mut variables =
+                timeouts(if stopped == 0 { SHORT_MS } else { LONG_MS }, SHORT_MS).to_vec();
             variables.extend([
                 ("PA_TEST_RANK", rank.to_string()),
                 ("PA_TEST_WORLD", "3".into()),
@@ -129,8 +139,9 @@ fn one_that_is_stopped_before_it_builds() {
     }
 }
 
-/// Rank 0 is killed. Rank 2 stops before it recovers, and goes on in time. Rank 1 is stopped meanwhile, while it waits for rank 2, so that
-/// it has said that it takes part: ranks 2 and 3 build with it, in vain, and then without it.
+/// Rank 0 is killed. Rank 2 stops before it recovers, and goes on in time. Rank 1 is stopped
+/// meanwhile, while it waits for rank 2, so that it has said that it takes part: ranks 2 and 3
+/// build with it, in vain, and then without it.
 #[test]
 fn one_that_is_stopped_while_it_recovers() {
     let mut ranks = start_all("stages", 4, |rank| {

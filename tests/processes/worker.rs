@@ -1,4 +1,5 @@
-//! What a rank does: averages until a failure, checks every element, recovers, and says what it saw in lines that begin with @.
+//! What a rank does: averages until a failure, checks every element, recovers, and says what it saw
+//! in lines that begin with @.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -105,9 +106,8 @@ pub fn builder(communicator: Communicator) -> Builder {
     };
     let builder = match device() == Device::cpu() {
         true => ParamAverager::builder(communicator),
-        false => {
-            ParamAverager::builder(communicator).channels(number("PA_TEST_CHANNELS").unwrap_or(2) as u32)
-        }
+        false => ParamAverager::builder(communicator)
+            .channels(number("PA_TEST_CHANNELS").unwrap_or(2) as u32),
     };
     builder
         .link(link)
@@ -123,7 +123,8 @@ fn meet() -> i32 {
         let limit = rustix::process::Rlimit { current: Some(most), maximum: Some(most) };
         rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
     }
-    let mut model = vec![vec![0.0f32; number("PA_TEST_ELEMENTS").unwrap_or(1000) as usize], vec![1.0; 10]];
+    let mut model =
+        vec![vec![0.0f32; number("PA_TEST_ELEMENTS").unwrap_or(1000) as usize], vec![1.0; 10]];
     let result = join().and_then(|communicator| {
         let rank = communicator.rank();
         model[0].fill(rank as f32);
@@ -154,7 +155,8 @@ fn meet() -> i32 {
     }
 }
 
-/// Under torchrun, which starts all ranks again when one fails: rank 1 does, while the others wait for it.
+/// Under torchrun, which starts all ranks again when one fails: rank 1 does, while the others wait
+/// for it.
 fn restart() -> i32 {
     let is = |name, what| std::env::var(name).is_ok_and(|value| value == what);
     if is("TORCHELASTIC_RESTART_COUNT", "0") && is("RANK", "1") {
@@ -170,13 +172,15 @@ fn stop_at(place: &str) {
     let is_here = std::env::var("PA_TEST_STOP_AT").is_ok_and(|at| at == place);
     if is_here && !STOPPED.swap(true, Ordering::Relaxed) {
         say("stopping");
-        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
-        std::thread::sleep(Duration::from_millis(20)); // another thread may have got the signal, which stops all soon
+        let _ =
+            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
+        // another thread may have got the signal, which stops all soon
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// Finds the others, builds, recovers and builds again until there is an averager, averages, and waits until it is told to end.
-/// On the way it stops where it is told to, or aborts.
+/// Finds the others, builds, recovers and builds again until there is an averager, averages, and
+/// waits until it is told to end. On the way it stops where it is told to, or aborts.
 fn stages() -> i32 {
     let timeout = duration("PA_TEST_TIMEOUT_MS");
     let failed = |error: Error| {
@@ -218,8 +222,8 @@ fn stages() -> i32 {
 /// Set by a line on the standard input: enough.
 static ENOUGH: AtomicBool = AtomicBool::new(false);
 
-/// Averages, and recovers where somebody was lost, until it was done three times with no more than `PA_TEST_FINAL` ranks, or
-/// until it is told to end.
+/// Averages, and recovers where somebody was lost, until it was done three times with no more than
+/// `PA_TEST_FINAL` ranks, or until it is told to end.
 fn survive() -> i32 {
     std::thread::spawn(|| {
         if std::io::stdin().read_line(&mut String::new()).is_ok_and(|bytes| bytes > 0) {
@@ -240,7 +244,8 @@ fn survive() -> i32 {
         };
         match builder(communicator.clone()).build(&mut model) {
             Ok(averager) => break (communicator, averager),
-            Err(error) => assert!(is_late() && error.is_fatal(), "{error}"), // a peer was lost on the way: once more
+            // a peer was lost on the way: once more
+            Err(error) => assert!(is_late() && error.is_fatal(), "{error}"),
         }
     };
     let origin = number("PA_TEST_ORIGIN").map_or(communicator.rank(), |origin| origin as usize);
@@ -381,8 +386,11 @@ impl Used {
     }
 
     pub fn is_no_more_than(&self, before: &Used) -> bool {
-        const SLACK: usize = 64 << 10; // a launch of the simulator's keeps a little for a while; a mailbox is larger
-        self.files <= before.files && self.mappings <= before.mappings && self.bytes <= before.bytes + SLACK
+        // a launch of the simulator's keeps a little for a while; a mailbox is larger
+        const SLACK: usize = 64 << 10;
+        self.files <= before.files
+            && self.mappings <= before.mappings
+            && self.bytes <= before.bytes + SLACK
     }
 }
 
@@ -401,7 +409,9 @@ fn train() -> i32 {
         for step in sgd.position()..400 {
             pause.into_iter().for_each(|pause| std::thread::sleep(Duration::from_micros(pause)));
             for (x, target) in x[0].iter_mut().zip(&target) {
-                seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                seed = seed
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
                 let noise = (seed >> 33) as f32 / (1u64 << 31) as f32 - 0.5;
                 *x -= 0.05 * (*x - target + noise);
             }

@@ -1,4 +1,5 @@
-//! The mutants of tests/protocol/mutants.txt, and copies of `kernels/` that hold one of them or all.
+//! The mutants of tests/protocol/mutants.txt, and copies of `kernels/` that hold one of them or
+//! all.
 
 #![allow(dead_code)] // each test uses its own part
 
@@ -44,7 +45,8 @@ type Choices<'a> = Vec<(u32, &'a str)>;
 
 /// The table.
 pub fn table() -> Vec<Mutant> {
-    let text = fs::read_to_string(Path::new(ROOT).join("tests/protocol/mutants.txt")).expect("mutants.txt");
+    let text = fs::read_to_string(Path::new(ROOT).join("tests/protocol/mutants.txt"))
+        .expect("mutants.txt");
     parse(&text)
 }
 
@@ -79,7 +81,8 @@ pub fn parse(text: &str) -> Vec<Mutant> {
             mutants.push(Mutant::parse(line));
             continue;
         };
-        let mutant = mutants.last_mut().unwrap_or_else(|| panic!("mutants.txt: no mutant before {line:?}"));
+        let mutant =
+            mutants.last_mut().unwrap_or_else(|| panic!("mutants.txt: no mutant before {line:?}"));
         let wrong = || -> ! { panic!("mutants.txt, mutant {}: what is {edit:?}?", mutant.number) };
         if let Some(file) = edit.strip_prefix("in ") {
             mutant.edits.push(Edit { file: file.into(), ..Edit::default() });
@@ -104,14 +107,16 @@ impl Mutant {
     fn parse(line: &str) -> Mutant {
         let mut words = line.split_whitespace();
         let mut word = || words.next().expect("a column of mutants.txt").to_owned();
-        let number = word().parse().unwrap_or_else(|_| panic!("mutants.txt: no number before {line:?}"));
+        let number =
+            word().parse().unwrap_or_else(|_| panic!("mutants.txt: no number before {line:?}"));
         let (flavour, scenario, expected) = (word(), word(), word());
         let expected = expected.split('/').map(str::to_owned).collect();
         let what = words.collect::<Vec<_>>().join(" ");
         Mutant { number, flavour, scenario, expected, what, edits: Vec::new() }
     }
 
-    /// Where each edit finds its text, or what is wrong with those that do not find it exactly once.
+    /// Where each edit finds its text, or what is wrong with those that do not find it exactly
+    /// once.
     fn places(&self, sources: &Sources) -> Result<Vec<Place>, String> {
         let place = |edit: &Edit| {
             let text = sources.get(&edit.file).map(String::as_str).unwrap_or_default();
@@ -134,7 +139,10 @@ impl Mutant {
     /// Sources that are wrong in this one way.
     pub fn apply(&self, sources: &Sources) -> Sources {
         let places = self.places(sources).unwrap_or_else(|problem| panic!("{problem}"));
-        substitute(sources, places.into_iter().zip(self.edits.iter().map(|edit| edit.with.clone())).collect())
+        substitute(
+            sources,
+            places.into_iter().zip(self.edits.iter().map(|edit| edit.with.clone())).collect(),
+        )
     }
 }
 
@@ -165,7 +173,8 @@ pub fn problems(mutants: &[Mutant], sources: &Sources) -> Vec<String> {
                 let same = *other_range == range && *other != mutant.number;
                 if *other_file == file && !apart && !same {
                     problems.push(format!(
-                        "mutants {other} and {}, {}: they replace parts of one another's text in {file}",
+                        "mutants {other} and {}, {}: they replace parts of one another's text in \
+                         {file}",
                         mutant.number, mutant.what
                     ));
                 }
@@ -182,7 +191,10 @@ pub fn weave(mutants: &[Mutant], sources: &Sources) -> Sources {
     for mutant in mutants {
         let places = mutant.places(sources).unwrap_or_else(|problem| panic!("{problem}"));
         for ((file, range), edit) in places.into_iter().zip(&mutant.edits) {
-            woven.entry((file, range.start, range.end)).or_default().push((mutant.number, &edit.with));
+            woven
+                .entry((file, range.start, range.end))
+                .or_default()
+                .push((mutant.number, &edit.with));
         }
     }
     let choose = |((file, start, end), choices): (Span, Choices)| {
@@ -193,8 +205,9 @@ pub fn weave(mutants: &[Mutant], sources: &Sources) -> Sources {
                 .map(|(number, with)| format!("if (chosen_mutant == {number}) {{ {with} }} else "));
             format!("{{ {}{{ {right} }} }}", wrong.collect::<String>())
         } else {
-            let wrong =
-                choices.iter().map(|(number, with)| format!("chosen_mutant == {number} ? ({with}) : "));
+            let wrong = choices
+                .iter()
+                .map(|(number, with)| format!("chosen_mutant == {number} ? ({with}) : "));
             format!("({}({right}))", wrong.collect::<String>())
         };
         ((file, start..end), text)

@@ -17,7 +17,8 @@ pub enum How {
 #[derive(Clone, Debug)]
 pub struct Case {
     pub world: usize,
-    /// Dtype, elements, and how many elements after a 16-byte boundary it begins on rank 0. Rank r adds r times the next.
+    /// Dtype, elements, and how many elements after a 16-byte boundary it begins on rank 0. Rank r
+    /// adds r times the next.
     pub tensors: Vec<(Dtype, usize, usize, usize)>,
     pub how: How,
     pub wire_f32: bool,
@@ -97,7 +98,8 @@ pub struct Outcome {
 const LINE: usize = 4 * PA_LINE_WORDS as usize;
 const GUARD: usize = 64;
 
-/// What lies beside a rank's tensors. It differs between ranks, or an average that takes it in would not change it.
+/// What lies beside a rank's tensors. It differs between ranks, or an average that takes it in
+/// would not change it.
 fn guard_byte(rank: usize) -> u8 {
     0x21 + 0x11 * rank as u8
 }
@@ -133,7 +135,9 @@ impl Case {
                 .map(|(index, &(dtype, elements, _, _))| {
                     let mut tensor = Guarded::new(dtype, elements, 0);
                     tensor.fill_random(&mut random);
-                    if let Some((_, _, element)) = self.nan.filter(|&(r, t, _)| (r, t) == (rank, index)) {
+                    if let Some((_, _, element)) =
+                        self.nan.filter(|&(r, t, _)| (r, t) == (rank, index))
+                    {
                         tensor.set(element, f64::NAN);
                     }
                     tensor
@@ -180,7 +184,8 @@ impl Case {
             if self.abort {
                 std::thread::sleep(std::time::Duration::from_millis(300));
                 let word = control + std::mem::offset_of!(PaControl, abort) as u64;
-                // SAFETY: it is in host memory that is never freed, and everyone uses it atomically.
+                // SAFETY: it is in host memory that is never freed, and everyone uses it
+                // atomically.
                 let word = unsafe { AtomicU32::from_ptr(word as *mut u32) };
                 word.store(PA_ABORTED << 8 | 1, Ordering::Release);
             }
@@ -223,8 +228,10 @@ impl Case {
         let mut buckets: Vec<PaBucket> = vec![];
         for dtype in [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::Bf16] {
             let (mut segments, mut packs) = (vec![], 0);
-            for (placed, input) in
-                tensors.iter().zip(inputs).filter(|(_, input)| input.dtype == dtype && input.elements > 0)
+            for (placed, input) in tensors
+                .iter()
+                .zip(inputs)
+                .filter(|(_, input)| input.dtype == dtype && input.elements > 0)
             {
                 segments.push(PaSegment {
                     address: placed.memory + placed.offset as u64,
@@ -257,7 +264,8 @@ impl Case {
             });
         }
         let mut channel: PaChannel = bytemuck::Zeroable::zeroed();
-        (channel.recv_seq, channel.send_seq, channel.epoch) = (self.counter, self.counter, self.counter);
+        (channel.recv_seq, channel.send_seq, channel.epoch) =
+            (self.counter, self.counter, self.counter);
         let channels = vec![channel; self.channels as usize];
         let counters = vec![self.counter; self.channels as usize * PA_LINE_WORDS as usize];
         // The second word of a line counts sleepers, on a CPU.
@@ -267,7 +275,9 @@ impl Case {
             .map(|(i, &value)| if i * 4 % LINE == 0 { value } else { 0 })
             .collect();
         let slot_packs = self.chunk * if self.wire_f32 { 2 } else { 1 };
-        let slots = vec![0xffu8; (self.channels * self.slots * slot_packs * PA_PACK_BYTES) as usize]; // NaN
+        // NaN
+        let slots =
+            vec![0xffu8; (self.channels * self.slots * slot_packs * PA_PACK_BYTES) as usize];
         let mut args: PaArgs = bytemuck::Zeroable::zeroed();
         args.control = control;
         args.channel = place(bytemuck::cast_slice(&channels));
@@ -301,7 +311,8 @@ impl Case {
     fn collect(&self, machine: &dyn Machine, ranks: &[Rank]) -> Outcome {
         let mut outcome = Outcome { tensors: vec![], channels: vec![] };
         for (rank, own) in ranks.iter().enumerate() {
-            let mut channels: Vec<PaChannel> = vec![bytemuck::Zeroable::zeroed(); self.channels as usize];
+            let mut channels: Vec<PaChannel> =
+                vec![bytemuck::Zeroable::zeroed(); self.channels as usize];
             machine.read(rank, own.args.channel, bytemuck::cast_slice_mut(&mut channels));
             outcome.channels.push(channels);
             let read = |placed: &Placed| {
@@ -326,9 +337,13 @@ impl Case {
             let mut got = Guarded::new(dtype, elements, 0);
             let written = |rank: &usize| self.keeps != Some(*rank);
             if let Some(keeper) = self.keeps {
-                assert!(outcome.tensors[keeper][index] == inputs[keeper][index].bytes(), "written, {self:?}");
+                assert!(
+                    outcome.tensors[keeper][index] == inputs[keeper][index].bytes(),
+                    "written, {self:?}"
+                );
             }
-            got.bytes_mut().copy_from_slice(&outcome.tensors[(0..self.world).find(written).unwrap()][index]);
+            got.bytes_mut()
+                .copy_from_slice(&outcome.tensors[(0..self.world).find(written).unwrap()][index]);
             for other in (0..self.world).filter(written).map(|rank| &outcome.tensors[rank]) {
                 assert!(other[index] == got.bytes(), "ranks differ in tensor {index}, {self:?}");
             }
@@ -343,9 +358,14 @@ impl Case {
                 let mean = values().map(|(x, w)| x * w).sum::<f64>() / total;
                 let most = values().map(|(x, _)| x.abs()).fold(0.0, f64::max);
                 let one_rounding = dtype.size() == 2 && (self.how == How::Direct || self.wire_f32);
-                let allowed = if one_rounding { 1.0 } else { self.world as f64 + 1.0 } * ulp(dtype, most);
+                let allowed =
+                    if one_rounding { 1.0 } else { self.world as f64 + 1.0 } * ulp(dtype, most);
                 let error = (got.get(i) - mean).abs();
-                assert!(error <= allowed, "tensor {index} element {i}: {} for {mean}, {self:?}", got.get(i));
+                assert!(
+                    error <= allowed,
+                    "tensor {index} element {i}: {} for {mean}, {self:?}",
+                    got.get(i)
+                );
             }
         }
     }

@@ -36,7 +36,9 @@ impl Machine for Cpu {
                         std::thread::scope(|scope| {
                             for channel in 0..job.args.channels {
                                 // SAFETY: the case laid the memory out as kernels/abi.h says.
-                                scope.spawn(move || unsafe { run_block_cpu(&job.args, phase, channel) });
+                                scope.spawn(move || unsafe {
+                                    run_block_cpu(&job.args, phase, channel)
+                                });
                             }
                         });
                     }
@@ -65,8 +67,9 @@ pub struct Cuda {
 
 impl Cuda {
     pub fn new(fatbin: &[u8], world: usize, own_devices: bool) -> Cuda {
-        let contexts: Vec<_> =
-            (0..world).map(|rank| CudaContext::new(if own_devices { rank } else { 0 }).unwrap()).collect();
+        let contexts: Vec<_> = (0..world)
+            .map(|rank| CudaContext::new(if own_devices { rank } else { 0 }).unwrap())
+            .collect();
         for (a, one) in contexts.iter().enumerate().filter(|_| own_devices) {
             one.bind_to_thread().unwrap();
             for (_, other) in contexts.iter().enumerate().filter(|&(b, _)| a != b) {

@@ -20,8 +20,8 @@ pub fn run(name: &str, fatbin: &[u8]) {
 
 const ALL: [Dtype; 4] = [F32, F64, F16, Bf16];
 
-/// Tensors of one dtype: one that fills the loops, small ones with ragged ends, and on request one that no rank has at a
-/// multiple of 16 bytes, or that lies differently on each.
+/// Tensors of one dtype: one that fills the loops, small ones with ragged ends, and on request one
+/// that no rank has at a multiple of 16 bytes, or that lies differently on each.
 fn tensors(dtype: Dtype, misaligned: bool) -> Vec<(Dtype, usize, usize, usize)> {
     let n = 16 / dtype.size();
     vec![
@@ -39,7 +39,9 @@ fn good() -> Vec<Case> {
     let mut cases = vec![];
     for how in [How::Direct, How::Ring, How::Commit] {
         for (i, dtype) in ALL.into_iter().enumerate() {
-            for (world, wire_f32) in [(2, false), (3, false), (4, false), (2, true), (3, true), (4, true)] {
+            for (world, wire_f32) in
+                [(2, false), (3, false), (4, false), (2, true), (3, true), (4, true)]
+            {
                 if wire_f32 && (how == How::Direct || dtype.size() != 2) {
                     continue;
                 }
@@ -63,10 +65,19 @@ fn good() -> Vec<Case> {
         if how != How::Direct {
             let all = ALL.iter().map(|&dtype| (dtype, 300, 0, 1)).collect();
             let weights = Some(vec![1.0, 0.0, 0.0]); // as where a process joins
-            cases.push(Case { world: 3, tensors: all, how, weights, keeps: Some(1), ..Case::default() });
+            cases.push(Case {
+                world: 3,
+                tensors: all,
+                how,
+                weights,
+                keeps: Some(1),
+                ..Case::default()
+            });
         }
-        // All dtypes at once; several averages, across the wrap of every counter, with nobody in between.
-        let all = ALL.iter().flat_map(|&dtype| vec![(dtype, 500, 0, 0), (dtype, 77, 1, 1)]).collect();
+        // All dtypes at once; several averages, across the wrap of every counter, with nobody in
+        // between.
+        let all =
+            ALL.iter().flat_map(|&dtype| vec![(dtype, 500, 0, 0), (dtype, 77, 1, 1)]).collect();
         let counter = u32::MAX - 1;
         cases.push(Case {
             world: 3,
@@ -101,7 +112,10 @@ fn compare(case: &Case, fatbin: &[u8], own_devices: bool) {
     let got = case.run(&Cuda::new(fatbin, case.world, own_devices), &inputs);
     let want = case.run(&Cpu, &inputs);
     for rank in 0..case.world {
-        assert!(got.tensors[rank] == want.tensors[rank], "rank {rank}: PTX and CPU differ, {case:?}");
+        assert!(
+            got.tensors[rank] == want.tensors[rank],
+            "rank {rank}: PTX and CPU differ, {case:?}"
+        );
         for (got, want) in got.channels[rank].iter().zip(&want.channels[rank]) {
             let all = |c: &PaChannel| {
                 let how = (c.outcome, c.peer, c.where_, c.committed, c.bad, c.step);
@@ -118,8 +132,10 @@ fn compare(case: &Case, fatbin: &[u8], own_devices: bool) {
 
 fn same_bits(fatbin: &[u8], own_devices: bool) {
     // Several devices differ in where memory lies: fewer cases show it.
-    let cases =
-        good().into_iter().enumerate().filter(|(i, case)| !own_devices || (i % 3 != 1 && case.world <= 4));
+    let cases = good()
+        .into_iter()
+        .enumerate()
+        .filter(|(i, case)| !own_devices || (i % 3 != 1 && case.world <= 4));
     let mut count = 0;
     for (_, case) in cases {
         compare(&case, fatbin, own_devices);
@@ -153,17 +169,25 @@ fn failures(fatbin: &[u8]) {
         }
         outcome
     };
-    let expect =
-        |case: &Case, outcome: &Outcome, silent: Option<usize>, kind: u32, peer: u32, wheres: &[u32]| {
-            for (rank, channels) in
-                outcome.channels.iter().enumerate().filter(|&(rank, _)| silent != Some(rank))
-            {
-                for c in channels {
-                    assert_eq!((c.outcome, c.peer, c.committed), (kind, peer, 0), "rank {rank}, {case:?}");
-                    assert!(wheres.contains(&c.where_), "rank {rank}: where {}, {case:?}", c.where_);
-                }
+    let expect = |case: &Case,
+                  outcome: &Outcome,
+                  silent: Option<usize>,
+                  kind: u32,
+                  peer: u32,
+                  wheres: &[u32]| {
+        for (rank, channels) in
+            outcome.channels.iter().enumerate().filter(|&(rank, _)| silent != Some(rank))
+        {
+            for c in channels {
+                assert_eq!(
+                    (c.outcome, c.peer, c.committed),
+                    (kind, peer, 0),
+                    "rank {rank}, {case:?}"
+                );
+                assert!(wheres.contains(&c.where_), "rank {rank}: where {}, {case:?}", c.where_);
             }
-        };
+        }
+    };
     for how in [How::Direct, How::Ring, How::Commit] {
         let case = Case { world: 3, how, ..Case::default() };
         let missing = Case { missing: Some(2), timeout_ms: 2000, ..case.clone() };
@@ -177,10 +201,15 @@ fn failures(fatbin: &[u8]) {
         let named = outcome.channels.iter().flatten().all(|c| c.detail == 1 + 2222);
         assert!(named, "every block knows the element, {nan:?}");
     }
-    // A rank that leaves in the middle of the reduce, without a word. Of the others one waits for its chunk, one for its
-    // vote; whose deadline passes first decides for all.
-    let leaver =
-        Case { world: 3, how: How::Commit, fault: Some((1, 3)), timeout_ms: 2000, ..Case::default() };
+    // A rank that leaves in the middle of the reduce, without a word. Of the others one waits for
+    // its chunk, one for its vote; whose deadline passes first decides for all.
+    let leaver = Case {
+        world: 3,
+        how: How::Commit,
+        fault: Some((1, 3)),
+        timeout_ms: 2000,
+        ..Case::default()
+    };
     expect(&leaver, &run(&leaver), Some(1), PA_TIMEOUT, 1, &[PA_AT_REDUCE, PA_AT_COMMIT]);
 }
 

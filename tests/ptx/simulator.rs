@@ -1,9 +1,10 @@
-//! Runs scenarios in child processes: a library must be on LD_LIBRARY_PATH when a process starts, and the simulator's
-//! settings are environment variables.
+//! Runs scenarios in child processes: a library must be on LD_LIBRARY_PATH when a process starts,
+//! and the simulator's settings are environment variables.
 //!
-//! On which driver: `../shared/cudasim`, which is built, or the one in the folder that `CUDASIM_LIB` names. With
-//! `PARAM_AVERAGER_GPU=1` it is this machine's own: settings of the simulator mean nothing then, so a scenario runs once,
-//! and one about a machine that has to be simulated prints SKIPPED. `tests/gpu/suite` runs the tests so.
+//! On which driver: `../shared/cudasim`, which is built, or the one in the folder that
+//! `CUDASIM_LIB` names. With `PARAM_AVERAGER_GPU=1` it is this machine's own: settings of the
+//! simulator mean nothing then, so a scenario runs once, and one about a machine that has to be
+//! simulated prints SKIPPED. `tests/gpu/suite` runs the tests so.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -67,7 +68,8 @@ fn find_or_build() -> Result<PathBuf, String> {
     }
     // Beside the checkout. Packages of this workspace at different depths use this file.
     let folders = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().skip(1);
-    let Some(source) = folders.map(|folder| folder.join("shared/cudasim")).find(|source| source.is_dir())
+    let Some(source) =
+        folders.map(|folder| folder.join("shared/cudasim")).find(|source| source.is_dir())
     else {
         return Err("no ../shared/cudasim, and CUDASIM_LIB is not set".into());
     };
@@ -86,7 +88,8 @@ fn find_or_build() -> Result<PathBuf, String> {
     }
 }
 
-/// Runs the scenario with each of some settings, to success; or prints a SKIPPED line of this test's.
+/// Runs the scenario with each of some settings, to success; or prints a SKIPPED line of this
+/// test's.
 pub fn scenario(test: &str, name: &str, settings: &[&[Setting<'_>]]) {
     let Some(driver) = driver_for(test) else { return };
     let settings = match driver {
@@ -128,16 +131,23 @@ fn on_a_machine<'a>(settings: &[&[Setting<'a>]]) -> Result<Vec<Vec<Setting<'a>>>
     }
 }
 
-/// What a process of a test's own needs in its environment to run with these settings, or a SKIPPED line of the test's.
+/// What a process of a test's own needs in its environment to run with these settings, or a SKIPPED
+/// line of the test's.
 #[allow(dead_code)] // of cuda_processes.rs
-pub fn environment(test: &str, settings: &[Setting<'static>]) -> Option<Vec<(&'static str, String)>> {
+pub fn environment(
+    test: &str,
+    settings: &[Setting<'static>],
+) -> Option<Vec<(&'static str, String)>> {
     let own = |settings: Vec<Setting<'static>>| -> Vec<(&'static str, String)> {
         settings.into_iter().map(|(name, value)| (name, value.to_owned())).collect()
     };
     match driver_for(test)? {
         Driver::Simulated(folder) => {
             let library = ("LD_LIBRARY_PATH", folder.to_str().expect("a name in UTF-8").to_owned());
-            Some([own(settings.to_vec()), vec![library, ("CUDASIM_KILL_S", "60".to_owned())]].concat())
+            Some(
+                [own(settings.to_vec()), vec![library, ("CUDASIM_KILL_S", "60".to_owned())]]
+                    .concat(),
+            )
         }
         Driver::Own => match on_a_machine(&[settings]) {
             Ok(mut left) => {
@@ -170,11 +180,13 @@ pub struct Ended {
     pub said: String,
 }
 
-/// Runs a scenario in a child, for so long at most. `driver`: none, a process that finds no libcuda but one that is
-/// installed.
+/// Runs a scenario in a child, for so long at most. `driver`: none, a process that finds no libcuda
+/// but one that is installed.
 pub fn child(scenario: &str, driver: Option<&Driver>, settings: &[Setting<'_>]) -> Ended {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command.args(["child_process", "--exact", "--nocapture", "--test-threads=1"]).env(SCENARIO, scenario);
+    command
+        .args(["child_process", "--exact", "--nocapture", "--test-threads=1"])
+        .env(SCENARIO, scenario);
     match driver {
         Some(Driver::Own) => {
             // For tests/gpu/suite: a test that says neither this nor SKIPPED has shown nothing.
@@ -182,7 +194,8 @@ pub fn child(scenario: &str, driver: Option<&Driver>, settings: &[Setting<'_>]) 
             let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
         }
         _ => {
-            let simulator = |name: &std::ffi::OsString| name.to_string_lossy().starts_with("CUDASIM_");
+            let simulator =
+                |name: &std::ffi::OsString| name.to_string_lossy().starts_with("CUDASIM_");
             for (name, _) in std::env::vars_os().filter(|(name, _)| simulator(name)) {
                 command.env_remove(name);
             }
@@ -233,7 +246,8 @@ fn ended(mut command: Command, limit: Duration) -> Ended {
     Ended { code, said: said + &killed }
 }
 
-/// A process without a driver says so. A driver that is found without LD_LIBRARY_PATH is one of the machine's own.
+/// A process without a driver says so. A driver that is found without LD_LIBRARY_PATH is one of the
+/// machine's own.
 pub fn no_driver(test: &str) {
     if on_own_driver() {
         return skipped(test, "this machine has a driver");

@@ -1,11 +1,12 @@
-//! What must hold of the kernels' machine code and PTX. Every check returns what is wrong, so that negative controls can
-//! ask for complaints.
+//! What must hold of the kernels' machine code and PTX. Every check returns what is wrong, so that
+//! negative controls can ask for complaints.
 
 use super::listing::{Instruction, Kernel};
 use super::loops;
 
-/// 512 threads a block and one block a multiprocessor of 65,536 registers. More blocks would not help: all of them must
-/// be resident at once, and a rank leaves multiprocessors to the trainer's own kernels.
+/// 512 threads a block and one block a multiprocessor of 65,536 registers. More blocks would not
+/// help: all of them must be resident at once, and a rank leaves multiprocessors to the trainer's
+/// own kernels.
 const MOST_REGISTERS: u32 = 65_536 / 512;
 
 /// A loop that moves packs has at least so many 128-bit loads in flight.
@@ -19,8 +20,8 @@ pub struct Expected {
     pub loads: usize,
     /// Whether it exchanges flags with other ranks.
     pub talks: bool,
-    /// Whether a loop over packs may also load 64-bit addresses and scales: a loop over more ranks than registers hold
-    /// does, and counts where a compiler unrolls it.
+    /// Whether a loop over packs may also load 64-bit addresses and scales: a loop over more ranks
+    /// than registers hold does, and counts where a compiler unrolls it.
     pub tables: bool,
 }
 
@@ -43,7 +44,8 @@ pub fn check(kernel: &Kernel, expected: &Expected) -> Findings {
     if expected.talks {
         order(kernel, &mut complaints);
     }
-    let count = |is: fn(&Instruction) -> bool| kernel.code.iter().filter(|x| is(x) && x.has("128")).count();
+    let count =
+        |is: fn(&Instruction) -> bool| kernel.code.iter().filter(|x| is(x) && x.has("128")).count();
     let loads_128 = count(Instruction::is_load);
     if loads_128 < expected.loads {
         complaints.push(format!("{loads_128} 128-bit loads, {} expected", expected.loads));
@@ -70,7 +72,8 @@ fn memory(kernel: &Kernel, expected: &Expected, complaints: &mut Vec<String>) ->
             complaints.push(format!("byte access: {}", describe(x)));
         }
         if x.has("128") && !x.space().ends_with('G') {
-            complaints.push(format!("generic access, where global memory is meant: {}", describe(x)));
+            complaints
+                .push(format!("generic access, where global memory is meant: {}", describe(x)));
         }
     }
     let mut hot_loops = 0;
@@ -98,8 +101,8 @@ fn memory(kernel: &Kernel, expected: &Expected, complaints: &mut Vec<String>) ->
     hot_loops
 }
 
-/// An acquire is a strong load and then an invalidation of the first-level cache; a release is a barrier over all memory
-/// and then a strong store.
+/// An acquire is a strong load and then an invalidation of the first-level cache; a release is a
+/// barrier over all memory and then a strong store.
 fn order(kernel: &Kernel, complaints: &mut Vec<String>) {
     const NEAR: usize = 8; // instructions
     let strong = |x: &Instruction| x.has("STRONG") && x.has("SYS");

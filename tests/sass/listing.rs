@@ -1,4 +1,5 @@
-//! What cuobjdump says of a fatbin: per architecture and kernel, the resources and the machine code.
+//! What cuobjdump says of a fatbin: per architecture and kernel, the resources and the machine
+//! code.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -21,14 +22,16 @@ impl Tools {
         }
         let beside = std::fs::canonicalize(&nvcc).unwrap_or_else(|_| nvcc.clone());
         let path = std::env::var_os("PATH").unwrap_or_default();
-        let folders = [&nvcc, &beside].into_iter().filter_map(|tool| tool.parent().map(Path::to_path_buf));
+        let folders =
+            [&nvcc, &beside].into_iter().filter_map(|tool| tool.parent().map(Path::to_path_buf));
         let cuobjdump = folders
             .chain(std::env::split_paths(&path))
             .map(|folder| folder.join("cuobjdump"))
             .find(|tool| tool.is_file())
             .ok_or_else(|| {
                 format!(
-                    "no cuobjdump beside {} and none on PATH (pip install cuda-toolkit[cuobjdump,nvdisasm])",
+                    "no cuobjdump beside {} and none on PATH (pip install \
+                     cuda-toolkit[cuobjdump,nvdisasm])",
                     nvcc.display()
                 )
             })?;
@@ -39,7 +42,8 @@ impl Tools {
     pub fn dump(&self, option: &str, file: &Path) -> String {
         let mut command = Command::new(&self.cuobjdump);
         // It runs nvdisasm, which lies beside it.
-        let mut path = self.cuobjdump.parent().map(|folder| vec![folder.to_path_buf()]).unwrap_or_default();
+        let mut path =
+            self.cuobjdump.parent().map(|folder| vec![folder.to_path_buf()]).unwrap_or_default();
         path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
         command.env("PATH", std::env::join_paths(path).unwrap());
         let output = command.arg(option).arg(file).output().expect("cuobjdump runs");
@@ -66,7 +70,8 @@ impl Instruction {
     pub fn is_store(&self) -> bool {
         matches!(self.space(), "STG" | "ST" | "STL")
     }
-    /// Whether it is about memory that tensors or mailboxes may lie in, or the stack: not constants.
+    /// Whether it is about memory that tensors or mailboxes may lie in, or the stack: not
+    /// constants.
     pub fn is_memory(&self) -> bool {
         self.is_load() || self.is_store()
     }
@@ -98,7 +103,10 @@ pub fn kernels(tools: &Tools, file: &Path) -> Vec<Kernel> {
             (architecture, current) = (value, None);
         } else if let Some(name) = line.trim().strip_prefix("Function : ") {
             current = kernels.iter().position(|k| k.name == name && k.architecture == architecture);
-            assert!(current.is_some(), "cuobjdump -res-usage did not mention {name} for {architecture}");
+            assert!(
+                current.is_some(),
+                "cuobjdump -res-usage did not mention {name} for {architecture}"
+            );
         } else if let (Some(instruction), Some(kernel)) = (instruction(line), current) {
             kernels[kernel].code.push(instruction);
         }
@@ -122,7 +130,9 @@ fn resources(text: &str) -> Vec<Kernel> {
         } else if let (true, Some(name)) = (line.trim().starts_with("REG:"), name.take()) {
             let number = |key: &str| {
                 let value = line.split_whitespace().find_map(|word| word.strip_prefix(key));
-                value.and_then(|value| value.parse().ok()).unwrap_or_else(|| panic!("no {key} in `{line}`"))
+                value
+                    .and_then(|value| value.parse().ok())
+                    .unwrap_or_else(|| panic!("no {key} in `{line}`"))
             };
             kernels.push(Kernel {
                 architecture: architecture.clone(),
@@ -148,7 +158,12 @@ fn instruction(line: &str) -> Option<Instruction> {
         text = text.split_once(char::is_whitespace)?.1.trim_start();
     }
     let (opcode, operands) = text.split_once(char::is_whitespace).unwrap_or((text, ""));
-    Some(Instruction { address, predicated, opcode: opcode.into(), operands: operands.trim().into() })
+    Some(Instruction {
+        address,
+        predicated,
+        opcode: opcode.into(),
+        operands: operands.trim().into(),
+    })
 }
 
 /// The PTX of a fatbin, by architecture.

@@ -13,8 +13,8 @@ struct Graph {
     predecessors: Vec<Vec<usize>>,
 }
 
-/// Where an instruction may go, other than to the next one. Calls return, so they count as going on. `BSYNC` meets the
-/// other lanes at the address that the `BSSY` of its barrier named.
+/// Where an instruction may go, other than to the next one. Calls return, so they count as going
+/// on. `BSYNC` meets the other lanes at the address that the `BSSY` of its barrier named.
 fn target(code: &[Instruction], i: usize) -> Option<u64> {
     let hex = |text: &str| {
         text.split("0x").nth(1).and_then(|digits| {
@@ -26,8 +26,10 @@ fn target(code: &[Instruction], i: usize) -> Option<u64> {
         "BRA" => hex(&code[i].operands),
         "BSYNC" => {
             let barrier = code[i].operands.split_whitespace().last()?;
-            let opened =
-                code[..i].iter().rev().find(|x| x.space() == "BSSY" && x.operands.starts_with(barrier))?;
+            let opened = code[..i]
+                .iter()
+                .rev()
+                .find(|x| x.space() == "BSSY" && x.operands.starts_with(barrier))?;
             hex(&opened.operands)
         }
         _ => None,
@@ -44,9 +46,11 @@ fn goes_on(instruction: &Instruction) -> bool {
 }
 
 fn graph(code: &[Instruction]) -> Graph {
-    let index: BTreeMap<u64, usize> = code.iter().enumerate().map(|(i, x)| (x.address, i)).collect();
-    let targets: Vec<Option<usize>> =
-        (0..code.len()).map(|i| target(code, i).and_then(|address| index.get(&address).copied())).collect();
+    let index: BTreeMap<u64, usize> =
+        code.iter().enumerate().map(|(i, x)| (x.address, i)).collect();
+    let targets: Vec<Option<usize>> = (0..code.len())
+        .map(|i| target(code, i).and_then(|address| index.get(&address).copied()))
+        .collect();
     let mut leaders: BTreeSet<usize> = targets.iter().flatten().copied().collect();
     leaders.insert(0);
     for i in 0..code.len() {
@@ -77,8 +81,8 @@ fn graph(code: &[Instruction]) -> Graph {
     Graph { blocks, successors, predecessors }
 }
 
-/// Each block's immediate dominator (Cooper, Harvey, Kennedy). Blocks that only a call or an indirect branch leads to
-/// are roots, beside the first.
+/// Each block's immediate dominator (Cooper, Harvey, Kennedy). Blocks that only a call or an
+/// indirect branch leads to are roots, beside the first.
 fn dominators(g: &Graph) -> Vec<usize> {
     let n = g.blocks.len();
     let root = n; // a block before all roots
@@ -110,8 +114,11 @@ fn dominators(g: &Graph) -> Vec<usize> {
     while std::mem::take(&mut changed) {
         for &block in order.iter().rev() {
             let rooted = roots.contains(&block).then_some(root);
-            let known =
-                g.predecessors[block].iter().copied().chain(rooted).filter(|&p| dominator[p] != usize::MAX);
+            let known = g.predecessors[block]
+                .iter()
+                .copied()
+                .chain(rooted)
+                .filter(|&p| dominator[p] != usize::MAX);
             let new = known.reduce(|mut a, mut b| {
                 while a != b {
                     while number[a] < number[b] {
@@ -157,8 +164,10 @@ pub fn innermost(code: &[Instruction]) -> Vec<Loop> {
             }
         }
     }
-    let inner = loops
-        .iter()
-        .filter(|(header, body)| !loops.keys().any(|other| other != *header && body.contains(other)));
-    inner.map(|(_, body)| body.iter().flat_map(|&b| g.blocks[b].0..g.blocks[b].1).collect()).collect()
+    let inner = loops.iter().filter(|(header, body)| {
+        !loops.keys().any(|other| other != *header && body.contains(other))
+    });
+    inner
+        .map(|(_, body)| body.iter().flat_map(|&b| g.blocks[b].0..g.blocks[b].1).collect())
+        .collect()
 }

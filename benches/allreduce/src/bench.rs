@@ -1,4 +1,5 @@
-//! Measures a group: its methods turn by turn, so that all meet the machine in the same moods, then checks each.
+//! Measures a group: its methods turn by turn, so that all meet the machine in the same moods, then
+//! checks each.
 
 use std::sync::Arc;
 
@@ -44,18 +45,23 @@ impl Bench {
         let spare = methods.iter().map(|method| method.spare_arenas(*ranks)).max().unwrap_or(0);
         let arenas = self.pool.get(ranks + spare, bytes);
         let (arenas, spare) = arenas.split_at(*ranks);
-        let crews = methods.iter().map(|method| method.crew(self.options, layout, &placed, arenas, spare));
+        let crews =
+            methods.iter().map(|method| method.crew(self.options, layout, &placed, arenas, spare));
         let crews = crews.collect::<Result<Vec<_>, _>>()?;
 
-        // What lies there may be of another dtype, and NaNs and subnormals are slow on some machines. Where dtypes are
-        // mixed, a flat buffer has them in other places.
+        // What lies there may be of another dtype, and NaNs and subnormals are slow on some
+        // machines. Where dtypes are mixed, a flat buffer has them in other places.
         let mixed = layout.dtype().is_none();
         self.fill(methods[0], layout, &placed, arenas);
         let mut times = vec![vec![]; methods.len()];
         for turn in 0..TURNS {
             let (before, share) = self::turn(turn, *iterations, *warmup);
             for ((crew, method), times) in crews.iter().zip(methods).zip(&mut times) {
-                self.progress.set_message(format!("{}, {ranks} ranks: {}", layout.name, method.label()));
+                self.progress.set_message(format!(
+                    "{}, {ranks} ranks: {}",
+                    layout.name,
+                    method.label()
+                ));
                 if share > 0 {
                     if mixed {
                         self.fill(*method, layout, &placed, arenas);
@@ -67,7 +73,11 @@ impl Bench {
         }
         let mut wrong = vec![];
         for (crew, method) in crews.iter().zip(methods) {
-            self.progress.set_message(format!("{}, {ranks} ranks: checking {}", layout.name, method.label()));
+            self.progress.set_message(format!(
+                "{}, {ranks} ranks: checking {}",
+                layout.name,
+                method.label()
+            ));
             wrong.push(if self.check {
                 let check = self.fill(*method, layout, &placed, arenas);
                 crew.run(1)?;
@@ -102,8 +112,10 @@ impl Bench {
                 apart: None,
             })
             .collect();
-        let limit =
-            records.iter().find(|record| record.method == Method::OnePassLimit).and_then(Record::time);
+        let limit = records
+            .iter()
+            .find(|record| record.method == Method::OnePassLimit)
+            .and_then(Record::time);
         records.iter_mut().for_each(|record| record.limit = limit);
         Ok(records)
     }
@@ -131,7 +143,11 @@ impl Bench {
             tensors: method.tensors(layout, placed),
             weights: (0..arenas.len()).map(weight).collect(),
             more_roundings: if weighted { 3 } else { u8::from(method.is_limit()) },
-            wire: if method.is_ring() && self.options.narrow_wire { Wire::Narrow } else { Wire::Wide },
+            wire: if method.is_ring() && self.options.narrow_wire {
+                Wire::Narrow
+            } else {
+                Wire::Wide
+            },
         };
         // SAFETY: the crews rest between their orders.
         unsafe { check.fill() };
@@ -163,13 +179,14 @@ pub fn sabotage(arenas: &[Arc<Arena>]) {
     }
 }
 
-/// Memory of the host for a group's tensors, second copies and shards. With ranks on CUDA devices: for what is uploaded and
-/// compared alone.
+/// Memory of the host for a group's tensors, second copies and shards. With ranks on CUDA devices:
+/// for what is uploaded and compared alone.
 fn needed_bytes(backend: Backend, group: &Group, layout: &Layout) -> u64 {
     if backend == Backend::Cuda {
         return arena_bytes(layout, group.ranks);
     }
-    let extra: u64 = group.methods.iter().map(|method| method.extra_bytes(layout, group.ranks)).sum();
+    let extra: u64 =
+        group.methods.iter().map(|method| method.extra_bytes(layout, group.ranks)).sum();
     arena_bytes(layout, group.ranks) + extra
 }
 
@@ -180,15 +197,17 @@ pub fn fits(backend: Backend, sections: &[Section]) -> Result<(), Failure> {
     let Some(group) = sections.iter().flat_map(|section| &section.groups).max_by_key(needs) else {
         return Ok(());
     };
-    let (need, budget) = (needs(&group), free / 10 * 9); // the rest is for slots, tables and everybody else
+    // the rest is for slots, tables and everybody else
+    let (need, budget) = (needs(&group), free / 10 * 9);
     if need <= budget {
         return Ok(());
     }
     let scale = group.layout.scale.unwrap_or(1.0);
-    let fits =
-        |factor: f64| needed_bytes(backend, group, &group.layout.clone().scaled(factor / scale)) <= budget;
-    let smaller =
-        (1..=6).flat_map(|digits| (1..=9).rev().map(move |first| f64::from(first) / 10f64.powi(digits)));
+    let fits = |factor: f64| {
+        needed_bytes(backend, group, &group.layout.clone().scaled(factor / scale)) <= budget
+    };
+    let smaller = (1..=6)
+        .flat_map(|digits| (1..=9).rev().map(move |first| f64::from(first) / 10f64.powi(digits)));
     let instead = match smaller.filter(|&factor| factor < scale).find(|&factor| fits(factor)) {
         _ if group.layout.name == "flat" => "use a smaller -e, or fewer ranks with -g".into(),
         Some(factor) => format!("shrink it with --scale {factor}, or use fewer ranks with -g"),
@@ -196,7 +215,8 @@ pub fn fits(backend: Backend, sections: &[Section]) -> Result<(), Failure> {
     };
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
     Err(Failure::Failed(format!(
-        "{} on {} ranks needs {:.1} GiB of memory, of which {:.1} GiB for each rank's tensors, but {:.1} GiB are \
+        "{} on {} ranks needs {:.1} GiB of memory, of which {:.1} GiB for each rank's tensors, but \
+         {:.1} GiB are \
          available: {instead}",
         group.layout.name,
         group.ranks,
@@ -223,10 +243,12 @@ mod tests {
             return;
         }
         let error = fits(Backend::Cpu, &section(layout.clone(), 16)).unwrap_err().to_string();
-        let scale = error.split("--scale ").nth(1).unwrap().split(',').next().unwrap().parse().unwrap();
+        let scale =
+            error.split("--scale ").nth(1).unwrap().split(',').next().unwrap().parse().unwrap();
         fits(Backend::Cpu, &section(layout.scaled(scale), 16)).unwrap();
         let error =
-            fits(Backend::Cpu, &section(Layout::flat(1 << 47, param_averager::Dtype::F32), 2)).unwrap_err();
+            fits(Backend::Cpu, &section(Layout::flat(1 << 47, param_averager::Dtype::F32), 2))
+                .unwrap_err();
         assert!(error.to_string().contains("smaller -e"), "{error}");
     }
 }

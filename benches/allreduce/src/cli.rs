@@ -50,10 +50,11 @@ shell that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Rank 0 prints. Wh
 
 Exit code: 0 if all is well, 1 if an average failed or #wrong is not 0, 2 if the command line can't be right.";
 
-/// Times the averaging of model parameters over ranks, in place, with the flags and columns of nccl-tests.
+/// Times the averaging of model parameters over ranks, in place, with the flags and columns of
+/// nccl-tests.
 ///
-/// Without flags: GPT-2's 148 tensors on 2 and 4 ranks, all algorithms and baselines, then a sweep of sizes. Ranks are
-/// threads of this process, each with a replica of its own.
+/// Without flags: GPT-2's 148 tensors on 2 and 4 ranks, all algorithms and baselines, then a sweep
+/// of sizes. Ranks are threads of this process, each with a replica of its own.
 #[derive(Clone, Debug, Parser)]
 #[command(version, after_help = EXAMPLES, max_term_width = 110)]
 pub struct Args {
@@ -71,11 +72,13 @@ pub struct Args {
     #[arg(short = 'f', long = "stepfactor", value_name = "N", help_heading = "Sizes")]
     #[arg(value_parser = clap::value_parser!(u64).range(2..))]
     pub factor: Option<u64>,
-    /// A model instead of sizes: gpt2, resnet50, llama3-8b, FILE.json (a list of {"name", "shape", "dtype"}) or
-    /// FILE.safetensors (a checkpoint, of which only the header is read; tensors of integers are left out)
+    /// A model instead of sizes: gpt2, resnet50, llama3-8b, FILE.json (a list of {"name", "shape",
+    /// "dtype"}) or FILE.safetensors (a checkpoint, of which only the header is read; tensors of
+    /// integers are left out)
     #[arg(long, value_name = "MODEL", help_heading = "Sizes", conflicts_with_all = ["min", "max", "step", "factor"])]
     pub layout: Option<String>,
-    /// Shrinks the first dimension of every tensor of the model by this factor, to at least 1: for what does not fit
+    /// Shrinks the first dimension of every tensor of the model by this factor, to at least 1: for
+    /// what does not fit
     #[arg(long, value_name = "FACTOR", value_parser = scale, help_heading = "Sizes")]
     #[arg(conflicts_with_all = ["min", "max", "step", "factor"])]
     pub scale: Option<f64>,
@@ -84,28 +87,35 @@ pub struct Args {
     #[arg(short = 'g', long = "ranks", alias = "ngpus", value_name = "N", value_delimiter = ',')]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=16), help_heading = "What is averaged, and how")]
     pub ranks: Vec<u16>,
-    /// float (f32), double (f64), half (f16), bfloat16 (bf16) or all; several with commas [default: float, or the
-    /// model's own]
+    /// float (f32), double (f64), half (f16), bfloat16 (bf16) or all; several with commas [default:
+    /// float, or the model's own]
     #[arg(short = 'd', long = "datatype", value_name = "TYPE", value_delimiter = ',', value_parser = datatype)]
     #[arg(help_heading = "What is averaged, and how")]
     pub datatype: Vec<Datatype>,
     /// The reduction: there is one
-    #[arg(short = 'o', long = "op", value_name = "OP", default_value = "avg", hide_possible_values = true)]
+    #[arg(
+        short = 'o',
+        long = "op",
+        value_name = "OP",
+        default_value = "avg",
+        hide_possible_values = true
+    )]
     #[arg(help_heading = "What is averaged, and how")]
     pub op: Op,
     /// Where the parameters are: cpu or cuda
     #[arg(long, value_name = "BACKEND", default_value = "cpu", hide_possible_values = true)]
     #[arg(help_heading = "What is averaged, and how")]
     pub backend: Backend,
-    /// Prints the CUDA devices that there are and what lies between them, and ends: peer access counts as OK when bytes were
-    /// moved both ways and were right
+    /// Prints the CUDA devices that there are and what lies between them, and ends: peer access
+    /// counts as OK when bytes were moved both ways and were right
     #[arg(long, help_heading = "What is averaged, and how")]
     pub devices: bool,
-    /// Every rank is a process of its own, on this host, beside threads: the ring only. -g has one number, or is the launcher's
+    /// Every rank is a process of its own, on this host, beside threads: the ring only. -g has one
+    /// number, or is the launcher's
     #[arg(long, help_heading = "What is averaged, and how")]
     pub processes: bool,
-    /// On CUDA devices, where the ring's mailboxes are: auto, peer (device memory) or host (page-locked memory of the host)
-    /// [default: auto]
+    /// On CUDA devices, where the ring's mailboxes are: auto, peer (device memory) or host
+    /// (page-locked memory of the host) [default: auto]
     #[arg(
         long,
         value_name = "LINK",
@@ -113,13 +123,15 @@ pub struct Args {
         help_heading = "What is averaged, and how"
     )]
     pub link: Option<Link>,
-    /// auto, ring or direct; several with commas. auto is direct where ranks share an address space [default: auto]
+    /// auto, ring or direct; several with commas. auto is direct where ranks share an address space
+    /// [default: auto]
     #[arg(long, value_name = "NAME", value_delimiter = ',', hide_possible_values = true)]
     #[arg(help_heading = "What is averaged, and how")]
     pub algorithm: Vec<Algorithm>,
-    /// Adds rows measured in the same run: limit (the one-pass limit), two-pass (the same for averagers that write only
-    /// when all is summed), per-tensor (a ring for each tensor), flatten (flatten, ring, unflatten in separate passes),
-    /// nccl (on CUDA devices), all or none; several with commas. Without a value: all
+    /// Adds rows measured in the same run: limit (the one-pass limit), two-pass (the same for
+    /// averagers that write only when all is summed), per-tensor (a ring for each tensor), flatten
+    /// (flatten, ring, unflatten in separate passes), nccl (on CUDA devices), all or none; several
+    /// with commas. Without a value: all
     #[arg(long, value_name = "ROWS", value_delimiter = ',', num_args = 0..=1, require_equals = true)]
     #[arg(
         default_missing_value = "all",
@@ -234,7 +246,8 @@ pub enum Baseline {
     Nccl,
 }
 
-/// Bytes: a number, and K, M, G or T for powers of 1024, as nccl-tests reads them; KB and KiB mean the same.
+/// Bytes: a number, and K, M, G or T for powers of 1024, as nccl-tests reads them; KB and KiB mean
+/// the same.
 pub fn size(text: &str) -> Result<u64, String> {
     let bare = text.trim_end_matches(['b', 'B']).trim_end_matches('i');
     let digits = bare.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -246,8 +259,9 @@ pub fn size(text: &str) -> Result<u64, String> {
         "T" => 40,
         _ => return Err("a size is a number and K, M, G or nothing, such as 64K".into()),
     };
-    let number: u64 =
-        digits.parse().map_err(|_| "a size is a whole number and K, M, G or nothing, such as 64K")?;
+    let number: u64 = digits
+        .parse()
+        .map_err(|_| "a size is a whole number and K, M, G or nothing, such as 64K")?;
     match number.checked_mul(1 << shift) {
         Some(0) => Err("a size is at least 1 byte".into()),
         Some(bytes) if bytes < 1 << 48 => Ok(bytes),
@@ -258,9 +272,9 @@ pub fn size(text: &str) -> Result<u64, String> {
 fn datatype(text: &str) -> Result<Datatype, String> {
     match text {
         "all" => Ok(Datatype::All),
-        _ => number::dtype(text)
-            .map(Datatype::One)
-            .ok_or_else(|| "use float (f32), double (f64), half (f16), bfloat16 (bf16) or all".into()),
+        _ => number::dtype(text).map(Datatype::One).ok_or_else(|| {
+            "use float (f32), double (f64), half (f16), bfloat16 (bf16) or all".into()
+        }),
     }
 }
 
@@ -306,7 +320,9 @@ mod tests {
         ] {
             assert_eq!(size(text), Ok(bytes), "{text}");
         }
-        for text in ["", "K", "0", "-1", "1.5M", "1X", "1KK", "999999999999999999999", "17592186044416T"] {
+        for text in
+            ["", "K", "0", "-1", "1.5M", "1X", "1KK", "999999999999999999999", "17592186044416T"]
+        {
             assert!(size(text).is_err(), "{text}");
         }
     }
@@ -315,7 +331,8 @@ mod tests {
     fn lists_and_optional_values() {
         let parse = |line: &str| Args::try_parse_from(line.split_whitespace());
         let args =
-            parse("bench -g 2,4 -d half,f64 --algorithm ring,direct --baseline --layout gpt2").unwrap();
+            parse("bench -g 2,4 -d half,f64 --algorithm ring,direct --baseline --layout gpt2")
+                .unwrap();
         assert_eq!(args.ranks, [2, 4]);
         assert_eq!(args.datatype, [Datatype::One(Dtype::F16), Datatype::One(Dtype::F64)]);
         assert_eq!((args.algorithm.len(), &args.baseline[..]), (2, &[Baseline::All][..]));

@@ -1,8 +1,10 @@
-//! The threads that run one method, each for as long as the method is measured, and how an iteration is timed.
+//! The threads that run one method, each for as long as the method is measured, and how an
+//! iteration is timed.
 //!
-//! Between orders they sleep, and a scheduler may wake two of them on one core and take some milliseconds to see that
-//! another is free: they settle first. Then they meet at the start line before every iteration: an iteration lasts from
-//! the moment the last has come and all are released to the moment the last has finished.
+//! Between orders they sleep, and a scheduler may wake two of them on one core and take some
+//! milliseconds to see that another is free: they settle first. Then they meet at the start line
+//! before every iteration: an iteration lasts from the moment the last has come and all are
+//! released to the moment the last has finished.
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -13,7 +15,8 @@ use std::time::{Duration, Instant};
 use crate::failure::Failure;
 use crate::memory::cores;
 
-/// What one member does in an iteration. It may say how long that took by a clock of its own, such as a device's.
+/// What one member does in an iteration. It may say how long that took by a clock of its own, such
+/// as a device's.
 pub type Work = Box<dyn FnMut() -> Result<Option<Duration>, Failure>>;
 
 /// What a member does first, on its thread, while the others do theirs.
@@ -26,7 +29,8 @@ pub struct Crew {
 }
 
 struct Shared {
-    /// Members and whoever gives orders: passed when an order is there, and when it was carried out.
+    /// Members and whoever gives orders: passed when an order is there, and when it was carried
+    /// out.
     gate: Barrier,
     /// Iterations to do; `None`: go home.
     order: Mutex<Option<u32>>,
@@ -69,7 +73,8 @@ impl Crew {
         crew.failure().map_or(Ok(crew), Err)
     }
 
-    /// Has the work done so many times and returns how long each took. While it lasts the arenas are the members'.
+    /// Has the work done so many times and returns how long each took. While it lasts the arenas
+    /// are the members'.
     pub fn run(&self, iterations: u32) -> Result<Vec<Duration>, Failure> {
         *lock(&self.shared.order) = Some(iterations);
         self.shared.gate.wait();
@@ -103,8 +108,8 @@ impl Drop for Crew {
 }
 
 fn member(index: usize, make: Make, shared: &Shared) {
-    // After a failure, which is the same for all members, this one comes to the gates and does nothing else. What has
-    // failed or panicked is not used again.
+    // After a failure, which is the same for all members, this one comes to the gates and does
+    // nothing else. What has failed or panicked is not used again.
     let mut work = attempt(shared, make);
     shared.gate.wait();
     loop {
@@ -141,7 +146,8 @@ fn attempt<R>(shared: &Shared, work: impl FnOnce() -> Result<R, Failure>) -> Opt
     None
 }
 
-/// Where members wait for one another, awake: waking from a sleep takes longer than a small average.
+/// Where members wait for one another, awake: waking from a sleep takes longer than a small
+/// average.
 struct StartLine {
     members: u32,
     arrived: AtomicU32,
@@ -167,11 +173,17 @@ impl StartLine {
     /// The start of an iteration. With more members than cores they give way to one another.
     fn meet(&self) {
         let start = || lock(&self.starts).push(Instant::now());
-        self.pass(start, |spins| if spins < 200 { std::hint::spin_loop() } else { std::thread::yield_now() });
+        self.pass(start, |spins| {
+            if spins < 200 {
+                std::hint::spin_loop()
+            } else {
+                std::thread::yield_now()
+            }
+        });
     }
 
-    /// Meets until that is quick, which it is not where two members share a core: nobody gives way, so that the scheduler
-    /// sees what is wrong. Not for long, since there may be no core free.
+    /// Meets until that is quick, which it is not where two members share a core: nobody gives way,
+    /// so that the scheduler sees what is wrong. Not for long, since there may be no core free.
     fn settle(&self, first: bool) {
         let meet = || self.pass(|| (), |_| std::hint::spin_loop());
         let begin = Instant::now();
@@ -179,8 +191,8 @@ impl StartLine {
             let round = Instant::now();
             (0..32).for_each(|_| meet());
             if first {
-                let settled =
-                    round.elapsed() < Duration::from_millis(2) || begin.elapsed() > Duration::from_millis(40);
+                let settled = round.elapsed() < Duration::from_millis(2)
+                    || begin.elapsed() > Duration::from_millis(40);
                 self.settled.store(settled, Ordering::Relaxed);
             }
             meet(); // and with it everybody sees the store
@@ -190,7 +202,8 @@ impl StartLine {
         }
     }
 
-    /// Returns when all members are here. The last one runs `last` before it releases the others, who run `wait`.
+    /// Returns when all members are here. The last one runs `last` before it releases the others,
+    /// who run `wait`.
     fn pass(&self, last: impl FnOnce(), wait: impl Fn(u32)) {
         let released = self.released.load(Ordering::Acquire);
         // Acquire and release: whoever comes last has seen what all others did before they came.
@@ -261,7 +274,10 @@ mod tests {
             })
         };
         let crew = Crew::new(vec![member(false), member(true)]).unwrap();
-        assert!(matches!(crew.run(5), Err(Failure::Library(param_averager::Error::AllWeightsZero))));
+        assert!(matches!(
+            crew.run(5),
+            Err(Failure::Library(param_averager::Error::AllWeightsZero))
+        ));
         assert_eq!(RUNS.load(Ordering::Relaxed), 6, "one that failed is not run again");
         let failing = || -> Make { Box::new(|| Err(param_averager::Error::AllWeightsZero.into())) };
         assert!(Crew::new(vec![failing(), failing()]).is_err());

@@ -1,4 +1,5 @@
-//! What is averaged: a list of tensors, from a model known by name, a JSON file or a checkpoint's header.
+//! What is averaged: a list of tensors, from a model known by name, a JSON file or a checkpoint's
+//! header.
 
 use std::path::Path;
 
@@ -39,7 +40,8 @@ impl Layout {
         Layout { name: name.into(), tensors, scale: None, note: None }
     }
 
-    /// One flat buffer of about `bytes`, as in nccl-tests: rounded down to whole elements, at least one.
+    /// One flat buffer of about `bytes`, as in nccl-tests: rounded down to whole elements, at least
+    /// one.
     pub fn flat(bytes: u64, dtype: Dtype) -> Self {
         let elements = (bytes / dtype.size() as u64).max(1);
         Layout::new("flat", vec![Tensor { name: "flat".into(), shape: vec![elements], dtype }])
@@ -55,7 +57,8 @@ impl Layout {
             (_, Some("safetensors")) => safetensors::layout(Path::new(spec))?,
             _ => {
                 return Err(Failure::Usage(format!(
-                    "--layout {spec}: not a model I know (gpt2, resnet50, llama3-8b) nor a file that ends in .json or \
+                    "--layout {spec}: not a model I know (gpt2, resnet50, llama3-8b) nor a file \
+                     that ends in .json or \
                      .safetensors"
                 )))
             }
@@ -67,11 +70,14 @@ impl Layout {
     fn checked(self) -> Result<Self, Failure> {
         let fail = |what: &str| Err(Failure::Failed(format!("{}: {what}", self.name)));
         if self.tensors.is_empty() {
-            return fail("holds no tensors, so there is nothing to average: give a file with at least one");
+            return fail(
+                "holds no tensors, so there is nothing to average: give a file with at least one",
+            );
         }
         let mut bytes = 0u64;
         for tensor in &self.tensors {
-            let elements = tensor.shape.iter().try_fold(1u64, |product, &dim| product.checked_mul(dim));
+            let elements =
+                tensor.shape.iter().try_fold(1u64, |product, &dim| product.checked_mul(dim));
             let sum = elements
                 .and_then(|elements| elements.checked_mul(tensor.dtype.size() as u64))
                 .and_then(|size| bytes.checked_add(size))
@@ -80,7 +86,8 @@ impl Layout {
                 Some(sum) => bytes = sum,
                 None => {
                     return fail(&format!(
-                        "tensor `{}` of shape {:?} makes the model larger than any memory: correct its shape",
+                        "tensor `{}` of shape {:?} makes the model larger than any memory: correct \
+                         its shape",
                         tensor.name, tensor.shape
                     ))
                 }
@@ -98,7 +105,8 @@ impl Layout {
         self
     }
 
-    /// Every tensor's first dimension times `scale`, at least 1. Empty tensors and scalars stay as they are.
+    /// Every tensor's first dimension times `scale`, at least 1. Empty tensors and scalars stay as
+    /// they are.
     pub fn scaled(mut self, scale: f64) -> Self {
         for first in self.tensors.iter_mut().filter_map(|tensor| tensor.shape.first_mut()) {
             *first = (*first).min(((*first as f64 * scale).round() as u64).max(1));
@@ -144,16 +152,20 @@ fn from_json(path: &Path) -> Result<Layout, Failure> {
     let text = std::fs::read_to_string(path).map_err(|e| fail(format!("cannot read it: {e}")))?;
     let entries: Vec<Entry> = serde_json::from_str(&text).map_err(|e| {
         let hint = if text.contains("\"weight_map\"") {
-            "; this looks like the index of a checkpoint in several files: give one of its .safetensors files"
+            "; this looks like the index of a checkpoint in several files: give one of its \
+             .safetensors files"
         } else {
             ""
         };
         fail(format!("{e}; {JSON_FORM}{hint}"))
     })?;
-    let tensors = entries.into_iter().map(|Entry { name, shape, dtype }| match number::dtype(&dtype) {
-        Some(dtype) => Ok(Tensor { name, shape, dtype }),
-        None => Err(fail(format!("tensor `{name}` has dtype `{dtype}`: use f32, f64, f16 or bf16"))),
-    });
+    let tensors =
+        entries.into_iter().map(|Entry { name, shape, dtype }| match number::dtype(&dtype) {
+            Some(dtype) => Ok(Tensor { name, shape, dtype }),
+            None => {
+                Err(fail(format!("tensor `{name}` has dtype `{dtype}`: use f32, f64, f16 or bf16")))
+            }
+        });
     Ok(Layout::new(shown.clone(), tensors.collect::<Result<_, _>>()?))
 }
 
@@ -170,7 +182,10 @@ mod tests {
         ] {
             let layout = Layout::load(name).unwrap();
             assert_eq!((layout.tensors.len(), layout.elements()), (tensors, parameters), "{name}");
-            assert_eq!((layout.dtype(), layout.bytes()), (Some(dtype), parameters * dtype.size() as u64));
+            assert_eq!(
+                (layout.dtype(), layout.bytes()),
+                (Some(dtype), parameters * dtype.size() as u64)
+            );
             let mut names: Vec<_> = layout.tensors.iter().map(|tensor| &tensor.name).collect();
             names.sort();
             names.dedup();

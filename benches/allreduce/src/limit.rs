@@ -1,15 +1,17 @@
 //! The limits: what no averager can beat on one host's memory.
 //!
-//! **One pass.** //! Averaging must read every replica once and write every replica once. This does that and nothing else: all cores, each
-//! with a contiguous part of every replica, no meeting, no votes, no tensors, sums in registers. Plain stores, since
-//! the lines they go to were just read. The mean is the sum times 1/n rounded, one rounding more than the library
-//! allows itself, since dividing could cost time. f32 and f64 are summed as they are; bf16 (shifts) and f16 (ISA, in
+//! **One pass.** //! Averaging must read every replica once and write every replica once. This does
+//! that and nothing else: all cores, each with a contiguous part of every replica, no meeting, no
+//! votes, no tensors, sums in registers. Plain stores, since the lines they go to were just read.
+//! The mean is the sum times 1/n rounded, one rounding more than the library allows itself, since
+//! dividing could cost time. f32 and f64 are summed as they are; bf16 (shifts) and f16 (ISA, in
 //! software where the machine lacks it) in f32, with instructions of the same width as f32's.
 //!
-//! **Two passes.** An averager that changes no tensor before all have been summed must keep the mean until then, and
-//! whatever is larger than the caches goes to memory and comes back. The first pass reads every replica and writes one
-//! mean, past the caches if it is large; the second reads it and writes every replica, past the caches too, since those
-//! lines were not just read. Again no meeting, no vote, and every thread goes on to its second pass by itself.
+//! **Two passes.** An averager that changes no tensor before all have been summed must keep the
+//! mean until then, and whatever is larger than the caches goes to memory and comes back. The first
+//! pass reads every replica and writes one mean, past the caches if it is large; the second reads
+//! it and writes every replica, past the caches too, since those lines were not just read. Again no
+//! meeting, no vote, and every thread goes on to its second pass by itself.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -30,7 +32,8 @@ pub struct Pass {
     pub between: Option<Arc<Arena>>,
 }
 
-/// Means of more bytes than this are written past the caches: as large as a cluster of cores' third-level cache.
+/// Means of more bytes than this are written past the caches: as large as a cluster of cores'
+/// third-level cache.
 const LARGE: usize = 32 << 20;
 
 impl Pass {
@@ -83,8 +86,8 @@ impl<T: Number> Task for Average<'_, T> {
     type Output = ();
     #[inline(always)]
     fn run<const ISA: u8>(self) {
-        // Known counts unroll. Lines of one replica that are moved together: fewer turns between replicas, and no more
-        // than the registers hold.
+        // Known counts unroll. Lines of one replica that are moved together: fewer turns between
+        // replicas, and no more than the registers hold.
         match self.from.len() {
             1 => self.of::<ISA, 1, 4>(),
             2 => self.of::<ISA, 2, 4>(),
@@ -103,10 +106,12 @@ impl<T: Number> Average<'_, T> {
         let inverse = T::Sum::inverse(from.len());
         let mut at = self.range.start;
         while at + GROUPS * LANES <= self.range.end {
-            // SAFETY: inside of every buffer, in a range that nobody else touches. Plain reads and writes.
+            // SAFETY: inside of every buffer, in a range that nobody else touches. Plain reads and
+            // writes.
             unsafe {
                 let block = |start: *mut T| start.add(at).cast::<[[T; LANES]; GROUPS]>();
-                let raw = mean::<T, ISA, GROUPS>(from, inverse, |start| block(start).read_unaligned());
+                let raw =
+                    mean::<T, ISA, GROUPS>(from, inverse, |start| block(start).read_unaligned());
                 if self.stream {
                     to.iter().for_each(|&start| simd::stream(block(start), &raw));
                 } else {
@@ -124,7 +129,9 @@ impl<T: Number> Average<'_, T> {
                     raw.as_mut_ptr().copy_from_nonoverlapping(start.add(at), count);
                     [raw]
                 });
-                to.iter().for_each(|&start| start.add(at).copy_from_nonoverlapping(raw[0].as_ptr(), count));
+                to.iter().for_each(|&start| {
+                    start.add(at).copy_from_nonoverlapping(raw[0].as_ptr(), count)
+                });
             }
             at += count;
         }

@@ -88,7 +88,9 @@ fn run(args: &Args) -> Result<u64, Failure> {
     let (check, bar) = (args.check == 1, progress.clone());
     let mut bench = match machine {
         None => Either::Cpu(Bench::new(options, check, args.sabotage, bar)),
-        Some(machine) => Either::Cuda(cuda::Bench::new(machine, options, check, args.sabotage, bar)),
+        Some(machine) => {
+            Either::Cuda(cuda::Bench::new(machine, options, check, args.sabotage, bar))
+        }
     };
     let mut records: Vec<Record> = vec![];
     for section in &sections {

@@ -1,4 +1,5 @@
-//! The ranks' parameters: one block of memory a rank, allocated and touched once, with the tensors placed in it.
+//! The ranks' parameters: one block of memory a rank, allocated and touched once, with the tensors
+//! placed in it.
 
 use std::alloc::{alloc_zeroed, dealloc, handle_alloc_error, Layout as Block};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,7 +9,8 @@ use param_averager::{Device, Dtype, Parameters, TensorMut};
 
 use crate::layout::Layout;
 
-/// Tensors start at multiples of this, and at least as much lies between two: they are not one flat buffer.
+/// Tensors start at multiples of this, and at least as much lies between two: they are not one flat
+/// buffer.
 const GAP: usize = 64;
 const PAGE: usize = 4096;
 
@@ -19,14 +21,16 @@ pub struct Arena {
     block: Block,
 }
 
-// Plain memory. Who may touch it when is settled by `Crew`: its members between two orders, everybody else otherwise.
+// Plain memory. Who may touch it when is settled by `Crew`: its members between two orders,
+// everybody else otherwise.
 unsafe impl Send for Arena {}
 unsafe impl Sync for Arena {}
 
 impl Arena {
     /// `bytes` of memory, each page touched by the thread that calls.
     pub fn new(bytes: usize) -> Self {
-        let block = Block::from_size_align(bytes.max(1), PAGE).expect("less than half of the address space");
+        let block = Block::from_size_align(bytes.max(1), PAGE)
+            .expect("less than half of the address space");
         // SAFETY: not of size 0.
         let start = unsafe { alloc_zeroed(block) };
         if start.is_null() {
@@ -79,7 +83,8 @@ pub fn place(layout: &Layout) -> (Arc<[Placed]>, usize) {
 pub fn place_flat(layout: &Layout) -> Arc<[Placed]> {
     let mut end = 0;
     let placed = Dtype::ALL.into_iter().filter_map(|dtype| {
-        let elements: u64 = layout.tensors.iter().filter(|t| t.dtype == dtype).map(|t| t.elements()).sum();
+        let elements: u64 =
+            layout.tensors.iter().filter(|t| t.dtype == dtype).map(|t| t.elements()).sum();
         let offset = end;
         end = (end + elements as usize * dtype.size()).next_multiple_of(GAP);
         (elements > 0).then(|| Placed {
@@ -108,9 +113,15 @@ impl Replica {
     /// The same; for one borrow, each is to be asked for once.
     fn placed(&self, index: usize) -> TensorMut<'_> {
         let Placed { name, offset, elements, dtype } = &self.tensors[index];
-        // SAFETY: placed inside of the arena, which is initialised; a member has its rank's arena to itself, see `Arena`.
+        // SAFETY: placed inside of the arena, which is initialised; a member has its rank's arena
+        // to itself, see `Arena`.
         let tensor = unsafe {
-            TensorMut::from_raw_parts(self.arena.start().add(*offset), *elements, *dtype, Device::cpu())
+            TensorMut::from_raw_parts(
+                self.arena.start().add(*offset),
+                *elements,
+                *dtype,
+                Device::cpu(),
+            )
         };
         tensor.named(name)
     }
@@ -181,7 +192,10 @@ pub fn available() -> Option<(u64, u64)> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let field = |name: &str| {
         let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-        Some(line.trim_start_matches(':').trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+        Some(
+            line.trim_start_matches(':').trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?
+                * 1024,
+        )
     };
     let (free, all) = (field("MemAvailable")?, field("MemTotal")?);
     // A container may be allowed less.

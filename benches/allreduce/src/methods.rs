@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use param_averager::{Algorithm, Builder, Communicator, Device, Link, ParamAverager, Parameters, World};
+use param_averager::{
+    Algorithm, Builder, Communicator, Device, Link, ParamAverager, Parameters, World,
+};
 
 use crate::crew::{Crew, Make, Work};
 use crate::failure::Failure;
@@ -15,7 +17,8 @@ use crate::memory::{cores, place_flat, Arena, Placed, Replica};
 /// What one row measures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
-    /// The library, on the tensors where they are. `commit`: all or nothing, which only the ring makes a difference of.
+    /// The library, on the tensors where they are. `commit`: all or nothing, which only the ring
+    /// makes a difference of.
     Average { algorithm: Algorithm, commit: bool },
     /// No averager can be faster; see limit.rs.
     OnePassLimit,
@@ -25,10 +28,11 @@ pub enum Method {
     PerTensorRing,
     /// All tensors copied into one flat buffer, one ring, all copied back.
     FlattenRing,
-    /// The same, by a copy of the device's for each tensor instead of a kernel. On CUDA devices only, as all below.
+    /// The same, by a copy of the device's for each tensor instead of a kernel. On CUDA devices
+    /// only, as all below.
     CopiesRing,
-    /// NCCL, on the tensors in one group, or on a flat buffer between flatten and unflatten. `sum`: ncclSum, multiplied by
-    /// 1/n by a kernel of the bench's; else ncclAvg.
+    /// NCCL, on the tensors in one group, or on a flat buffer between flatten and unflatten. `sum`:
+    /// ncclSum, multiplied by 1/n by a kernel of the bench's; else ncclAvg.
     Nccl { flat: bool, sum: bool },
     /// Every rank copies as many bytes as it has parameters within its device.
     DeviceCopy,
@@ -52,7 +56,12 @@ pub struct Options {
 
 impl Options {
     /// A builder with these.
-    pub fn builder(&self, communicator: Communicator, algorithm: Algorithm, commit: bool) -> Builder {
+    pub fn builder(
+        &self,
+        communicator: Communicator,
+        algorithm: Algorithm,
+        commit: bool,
+    ) -> Builder {
         let mut builder = ParamAverager::builder(communicator)
             .algorithm(algorithm)
             .link(self.link)
@@ -83,7 +92,8 @@ impl Options {
 impl Method {
     pub const DIRECT: Method = Method::Average { algorithm: Algorithm::Direct, commit: true };
     pub const RING: Method = Method::Average { algorithm: Algorithm::Ring, commit: true };
-    pub const RING_WITHOUT_COMMIT: Method = Method::Average { algorithm: Algorithm::Ring, commit: false };
+    pub const RING_WITHOUT_COMMIT: Method =
+        Method::Average { algorithm: Algorithm::Ring, commit: false };
 
     /// Its name in records.
     pub fn name(self) -> &'static str {
@@ -104,7 +114,8 @@ impl Method {
         }
     }
 
-    /// What it runs on: `auto` stands for `direct` where ranks share an address space, which here they do.
+    /// What it runs on: `auto` stands for `direct` where ranks share an address space, which here
+    /// they do.
     pub fn algorithm(self) -> &'static str {
         match self {
             Method::Average { algorithm: Algorithm::Ring, .. }
@@ -144,7 +155,10 @@ impl Method {
     }
 
     pub fn is_limit(self) -> bool {
-        matches!(self, Method::OnePassLimit | Method::TwoPassLimit | Method::DeviceCopy | Method::HostCopies)
+        matches!(
+            self,
+            Method::OnePassLimit | Method::TwoPassLimit | Method::DeviceCopy | Method::HostCopies
+        )
     }
 
     /// It moves bytes and averages nothing.
@@ -156,7 +170,8 @@ impl Method {
         matches!(self, Method::Nccl { .. })
     }
 
-    /// On a CUDA device: it needs a second copy of the parameters, or the kernels that make one, which also scale.
+    /// On a CUDA device: it needs a second copy of the parameters, or the kernels that make one,
+    /// which also scale.
     pub fn needs_flat(self) -> bool {
         self.is_copy() || self.is_nccl() || matches!(self, Method::FlattenRing | Method::CopiesRing)
     }
@@ -182,7 +197,8 @@ impl Method {
         }
     }
 
-    /// Bytes that all ranks together need besides their tensors: the second copies, and the mean that waits for a commit.
+    /// Bytes that all ranks together need besides their tensors: the second copies, and the mean
+    /// that waits for a commit.
     pub fn extra_bytes(self, layout: &Layout, ranks: usize) -> u64 {
         match self {
             Method::Average { algorithm: Algorithm::Ring, commit: true } => layout.bytes(),
@@ -213,25 +229,32 @@ impl Method {
             return Crew::new(passes(layout, arenas, between));
         }
         let world = World::in_process(&vec![Device::cpu(); arenas.len()])?;
-        let members =
-            world.into_iter().zip(arenas).enumerate().map(|(rank, (communicator, arena))| -> Make {
+        let members = world.into_iter().zip(arenas).enumerate().map(
+            |(rank, (communicator, arena))| -> Make {
                 let replica = Replica { arena: arena.clone(), tensors: placed.clone() };
                 match self {
                     Method::Average { algorithm, commit } => Box::new(move || {
                         let builder = options.builder(communicator, algorithm, commit);
                         average(builder, replica, options.weighted.then_some(rank as f64 + 1.0))
                     }),
-                    Method::PerTensorRing => Box::new(move || per_tensor(options, communicator, replica)),
-                    Method::CopiesRing | Method::Nccl { .. } | Method::DeviceCopy | Method::HostCopies => {
+                    Method::PerTensorRing => {
+                        Box::new(move || per_tensor(options, communicator, replica))
+                    }
+                    Method::CopiesRing
+                    | Method::Nccl { .. }
+                    | Method::DeviceCopy
+                    | Method::HostCopies => {
                         let what = format!("{} is measured on CUDA devices only", self.label());
                         Box::new(|| Err(Failure::Failed(what)))
                     }
                     Method::FlattenRing | Method::OnePassLimit | Method::TwoPassLimit => {
-                        let flat = Replica { arena: spare[rank].clone(), tensors: place_flat(layout) };
+                        let flat =
+                            Replica { arena: spare[rank].clone(), tensors: place_flat(layout) };
                         Box::new(move || flatten(options, communicator, replica, flat))
                     }
                 }
-            });
+            },
+        );
         Crew::new(members.collect())
     }
 }
@@ -265,8 +288,13 @@ fn passes(layout: &Layout, arenas: &[Arc<Arena>], between: Option<Arc<Arena>>) -
 /// Baselines run in the ring's faster mode: they ask for no commit.
 pub const BASELINES_COMMIT: bool = false;
 
-/// Tensors of the same size and dtype share one averager, as its memory and threads are the same for all of them.
-fn per_tensor(options: Options, communicator: Communicator, mut replica: Replica) -> Result<Work, Failure> {
+/// Tensors of the same size and dtype share one averager, as its memory and threads are the same
+/// for all of them.
+fn per_tensor(
+    options: Options,
+    communicator: Communicator,
+    mut replica: Replica,
+) -> Result<Work, Failure> {
     let mut averagers: Vec<ParamAverager> = vec![];
     let mut known = BTreeMap::new();
     let mut uses = vec![];
@@ -293,13 +321,17 @@ fn flatten(
     replica: Replica,
     mut flat: Replica,
 ) -> Result<Work, Failure> {
-    let mut averager = options.builder(communicator, Algorithm::Ring, BASELINES_COMMIT).build(&mut flat)?;
+    let mut averager =
+        options.builder(communicator, Algorithm::Ring, BASELINES_COMMIT).build(&mut flat)?;
     // Where each tensor goes in the flat buffer of its dtype.
-    let mut ends: Vec<(_, usize)> = flat.tensors.iter().map(|buffer| (buffer.dtype, buffer.offset)).collect();
+    let mut ends: Vec<(_, usize)> =
+        flat.tensors.iter().map(|buffer| (buffer.dtype, buffer.offset)).collect();
     let copies = replica.tensors.iter().filter(|tensor| tensor.elements > 0).map(|tensor| {
         let bytes = tensor.elements * tensor.dtype.size();
-        let (_, end) =
-            ends.iter_mut().find(|(dtype, _)| *dtype == tensor.dtype).expect("a buffer for each dtype");
+        let (_, end) = ends
+            .iter_mut()
+            .find(|(dtype, _)| *dtype == tensor.dtype)
+            .expect("a buffer for each dtype");
         *end += bytes;
         (tensor.offset, *end - bytes, bytes)
     });

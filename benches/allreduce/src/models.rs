@@ -24,7 +24,8 @@ impl Tensors {
     }
 }
 
-/// GPT-2 124M as `openai-community/gpt2` has it: linear layers are inputs × outputs, the head is tied to `wte`.
+/// GPT-2 124M as `openai-community/gpt2` has it: linear layers are inputs × outputs, the head is
+/// tied to `wte`.
 pub fn gpt2() -> Layout {
     let width = 768;
     let mut tensors = Tensors::new(Dtype::F32);
@@ -45,7 +46,8 @@ pub fn gpt2() -> Layout {
     Layout::new("gpt2", tensors.list)
 }
 
-/// ResNet-50 as torchvision's `resnet50().parameters()`: batch norm's running statistics are buffers, not parameters.
+/// ResNet-50 as torchvision's `resnet50().parameters()`: batch norm's running statistics are
+/// buffers, not parameters.
 pub fn resnet50() -> Layout {
     let mut tensors = Tensors::new(Dtype::F32);
     let mut conv = |name: &str, norm: &str, outputs: u64, inputs: u64, kernel: u64| {
@@ -54,14 +56,21 @@ pub fn resnet50() -> Layout {
     };
     conv("conv1", "bn1", 64, 3, 7);
     let mut inputs = 64;
-    for (stage, (blocks, width)) in [(3, 64), (4, 128), (6, 256), (3, 512)].into_iter().enumerate() {
+    for (stage, (blocks, width)) in [(3, 64), (4, 128), (6, 256), (3, 512)].into_iter().enumerate()
+    {
         for block in 0..blocks {
             let at = format!("layer{}.{block}", stage + 1);
             conv(&format!("{at}.conv1"), &format!("{at}.bn1"), width, inputs, 1);
             conv(&format!("{at}.conv2"), &format!("{at}.bn2"), width, width, 3);
             conv(&format!("{at}.conv3"), &format!("{at}.bn3"), 4 * width, width, 1);
             if block == 0 {
-                conv(&format!("{at}.downsample.0"), &format!("{at}.downsample.1"), 4 * width, inputs, 1);
+                conv(
+                    &format!("{at}.downsample.0"),
+                    &format!("{at}.downsample.1"),
+                    4 * width,
+                    inputs,
+                    1,
+                );
             }
             inputs = 4 * width;
         }
@@ -76,8 +85,9 @@ pub fn llama3_8b() -> Layout {
     let mut tensors = Tensors::new(Dtype::Bf16);
     tensors.add("model.embed_tokens.weight", &[words, width]);
     for layer in 0..32 {
-        let mut add =
-            |name: &str, shape: &[u64]| tensors.add(format!("model.layers.{layer}.{name}.weight"), shape);
+        let mut add = |name: &str, shape: &[u64]| {
+            tensors.add(format!("model.layers.{layer}.{name}.weight"), shape)
+        };
         add("self_attn.q_proj", &[width, width]);
         add("self_attn.k_proj", &[keys, width]);
         add("self_attn.v_proj", &[keys, width]);

@@ -1,6 +1,8 @@
-//! The element types, sixteen at a time: as they lie in memory, and in the type that sums are made in.
+//! The element types, sixteen at a time: as they lie in memory, and in the type that sums are made
+//! in.
 //!
-//! Loops, not `std::array::from_fn`: that is not always inlined, and then compiled for the baseline instruction set.
+//! Loops, not `std::array::from_fn`: that is not always inlined, and then compiled for the baseline
+//! instruction set.
 
 use half::{bf16, f16};
 use param_averager::Dtype;
@@ -165,7 +167,8 @@ impl Number for f16 {
     }
 }
 
-/// Conversions that the compiler does not find by itself. Each needs the machine to have `ISA`, at least AVX2.
+/// Conversions that the compiler does not find by itself. Each needs the machine to have `ISA`, at
+/// least AVX2.
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
@@ -204,18 +207,22 @@ mod x86 {
             if ISA == AVX512 {
                 let bits = _mm512_castps_si512(_mm512_loadu_ps(wide.as_ptr()));
                 let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-                let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+                let rounded =
+                    _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
                 let raw_bits = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded));
                 _mm256_storeu_si256(raw.as_mut_ptr().cast(), raw_bits);
             } else {
                 let rounded = |at: *const f32| {
                     let bits = _mm256_loadu_si256(at.cast());
                     let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-                    let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+                    let rounded =
+                        _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
                     _mm256_srli_epi32::<16>(rounded)
                 };
-                // Packing works within 128-bit halves; the permutation puts the four quarters in order.
-                let packed = _mm256_packus_epi32(rounded(wide.as_ptr()), rounded(wide.as_ptr().add(8)));
+                // Packing works within 128-bit halves; the permutation puts the four quarters in
+                // order.
+                let packed =
+                    _mm256_packus_epi32(rounded(wide.as_ptr()), rounded(wide.as_ptr().add(8)));
                 _mm256_storeu_si256(
                     raw.as_mut_ptr().cast(),
                     _mm256_permute4x64_epi64::<0b11_01_10_00>(packed),

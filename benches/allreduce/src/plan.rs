@@ -32,7 +32,9 @@ pub fn plan(args: &Args) -> Result<Vec<Section>, Failure> {
         Backend::Cuda => (Baseline::TwoPass, "two-pass", "cpu"),
     };
     if args.baseline.contains(&elsewhere) {
-        return Err(Failure::Usage(format!("--baseline={name} is a row of --backend {other}: leave it out")));
+        return Err(Failure::Usage(format!(
+            "--baseline={name} is a row of --backend {other}: leave it out"
+        )));
     }
     if let Some(spec) = &args.layout {
         return models(args, spec);
@@ -60,11 +62,13 @@ pub fn options(args: &Args) -> Options {
     }
 }
 
-/// Without sizes and without a model: GPT-2, then a sweep, as far as the other flags do not say otherwise.
+/// Without sizes and without a model: GPT-2, then a sweep, as far as the other flags do not say
+/// otherwise.
 fn tour(args: &Args) -> Result<Vec<Section>, Failure> {
     let gpt2 = Layout::load("gpt2")?.scaled(args.scale.unwrap_or(1.0));
     let all = [Method::DIRECT, Method::RING, Method::RING_WITHOUT_COMMIT];
-    let averages = if args.algorithm.is_empty() && !args.no_commit { all.to_vec() } else { averages(args) };
+    let averages =
+        if args.algorithm.is_empty() && !args.no_commit { all.to_vec() } else { averages(args) };
     let baselines = if args.baseline.is_empty() { &[Baseline::All][..] } else { &args.baseline };
     let group = |layout: Layout, ranks, averages: &[Method], baselines: &[Baseline]| Group {
         methods: methods(args.backend, averages, baselines, layout.tensors.len()),
@@ -77,7 +81,12 @@ fn tour(args: &Args) -> Result<Vec<Section>, Failure> {
     let mut sections = vec![];
     for dtype in dtypes(args).unwrap_or(vec![Dtype::F32]) {
         for &ranks in &ranks {
-            sections.push(Section::of(group(gpt2.clone().with_dtype(dtype), ranks, &averages, baselines)));
+            sections.push(Section::of(group(
+                gpt2.clone().with_dtype(dtype),
+                ranks,
+                &averages,
+                baselines,
+            )));
         }
     }
     if args.datatype.is_empty() {
@@ -104,8 +113,9 @@ fn models(args: &Args, spec: &str) -> Result<Vec<Section>, Failure> {
         Some(dtypes) => dtypes.into_iter().map(|dtype| layout.clone().with_dtype(dtype)).collect(),
         None => vec![layout],
     };
-    let pairs =
-        layouts.iter().flat_map(|layout| ranks(args, &[2]).into_iter().map(move |ranks| (layout, ranks)));
+    let pairs = layouts
+        .iter()
+        .flat_map(|layout| ranks(args, &[2]).into_iter().map(move |ranks| (layout, ranks)));
     Ok(pairs.map(|(layout, ranks)| Section::of(group(args, layout.clone(), ranks))).collect())
 }
 
@@ -143,11 +153,14 @@ fn sizes(args: &Args) -> Result<Vec<u64>, Failure> {
         (Some(step), _) => size.checked_add(step),
         (None, factor) => size.checked_mul(factor.unwrap_or(2)),
     };
-    let sizes: Vec<u64> =
-        std::iter::successors(Some(min), next).take_while(|&size| size <= max).take(MOST_SIZES + 1).collect();
+    let sizes: Vec<u64> = std::iter::successors(Some(min), next)
+        .take_while(|&size| size <= max)
+        .take(MOST_SIZES + 1)
+        .collect();
     if sizes.len() > MOST_SIZES {
         return Err(Failure::Usage(format!(
-            "-b {min} to -e {max} are more than {MOST_SIZES} sizes: use a larger step with -i, or a factor with -f"
+            "-b {min} to -e {max} are more than {MOST_SIZES} sizes: use a larger step with -i, or \
+             a factor with -f"
         )));
     }
     Ok(sizes)
@@ -172,7 +185,8 @@ fn dtypes(args: &Args) -> Option<Vec<Dtype>> {
 }
 
 fn averages(args: &Args) -> Vec<Method> {
-    let algorithms = if args.algorithm.is_empty() { &[Algorithm::Auto][..] } else { &args.algorithm };
+    let algorithms =
+        if args.algorithm.is_empty() { &[Algorithm::Auto][..] } else { &args.algorithm };
     let commit = !args.no_commit;
     let method = |algorithm: &Algorithm| match algorithm {
         Algorithm::Auto => Method::Average { algorithm: lib::Algorithm::Auto, commit },
@@ -182,8 +196,14 @@ fn averages(args: &Args) -> Vec<Method> {
     algorithms.iter().map(method).collect()
 }
 
-/// The limit last, so that it closes the table it is the yardstick of. One tensor needs no ring for each.
-fn methods(backend: Backend, averages: &[Method], baselines: &[Baseline], tensors: usize) -> Vec<Method> {
+/// The limit last, so that it closes the table it is the yardstick of. One tensor needs no ring for
+/// each.
+fn methods(
+    backend: Backend,
+    averages: &[Method],
+    baselines: &[Baseline],
+    tensors: usize,
+) -> Vec<Method> {
     let asked = |name| baselines.contains(&name) || baselines.contains(&Baseline::All);
     let mut methods = averages.to_vec();
     if asked(Baseline::PerTensor) && tensors > 1 {
@@ -286,8 +306,10 @@ mod tests {
     #[test]
     fn the_tour_is_gpt2_and_a_sweep() {
         let sections = plan("").unwrap();
-        let shape: Vec<_> =
-            sections.iter().map(|s| (s.groups[0].layout.name.as_str(), s.groups[0].ranks)).collect();
+        let shape: Vec<_> = sections
+            .iter()
+            .map(|s| (s.groups[0].layout.name.as_str(), s.groups[0].ranks))
+            .collect();
         assert_eq!(shape, [("gpt2", 2), ("gpt2", 4), ("gpt2", 2), ("flat", 2)]);
         assert_eq!(sections[0].groups[0].methods.len(), 7);
         assert_eq!(sections[2].groups[0].layout.dtype(), Some(Dtype::Bf16));
@@ -305,8 +327,11 @@ mod tests {
         assert_eq!(methods("--layout resnet50 --baseline").len(), 5);
         assert_eq!(
             methods("-b 1K --baseline"),
-            [averages(&args("")), vec![Method::FlattenRing, Method::TwoPassLimit, Method::OnePassLimit]]
-                .concat()
+            [
+                averages(&args("")),
+                vec![Method::FlattenRing, Method::TwoPassLimit, Method::OnePassLimit]
+            ]
+            .concat()
         );
         assert_eq!(methods("-b 1K --baseline=none").len(), 1);
         assert_eq!(methods("--layout resnet50 --baseline --backend cuda").len(), 10);
@@ -326,6 +351,9 @@ mod tests {
 
     #[test]
     fn numbers_have_commas() {
-        assert_eq!([0, 999, 1000, 124_439_808].map(thousands), ["0", "999", "1,000", "124,439,808"]);
+        assert_eq!(
+            [0, 999, 1000, 124_439_808].map(thousands),
+            ["0", "999", "1,000", "124,439,808"]
+        );
     }
 }

@@ -33,7 +33,8 @@ pub struct Record {
     pub apart: Option<Apart>,
 }
 
-/// What a row has besides that is about ranks that are processes, or that such a row is held against.
+/// What a row has besides that is about ranks that are processes, or that such a row is held
+/// against.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Apart {
     /// Each rank is a process, else a thread.
@@ -42,8 +43,9 @@ pub struct Apart {
     pub threads: Option<Duration>,
     /// From the start of the processes to the end of their first average.
     pub start: Duration,
-    /// What the first average adds to the memory of a process, bytes of the rank that took most: an averager's mailboxes, its own
-    /// and those it writes into, and its shard. `None`: threads, or not known.
+    /// What the first average adds to the memory of a process, bytes of the rank that took most: an
+    /// averager's mailboxes, its own and those it writes into, and its shard. `None`: threads, or
+    /// not known.
     pub extra: Option<u64>,
 }
 
@@ -102,7 +104,8 @@ impl Record {
 
     /// All fields, in the order in which they are written.
     fn fields(&self) -> Vec<(&'static str, Value)> {
-        let us = |time: Option<Duration>| Value::from(time.map(|time| time.as_nanos() as f64 / 1e3));
+        let us =
+            |time: Option<Duration>| Value::from(time.map(|time| time.as_nanos() as f64 / 1e3));
         // Four digits are more than a measurement has.
         let short = |x: Option<f64>| Value::from(x.map(|x| (x * 1e4).round() / 1e4));
         let backend = if self.device.is_some() { "cuda" } else { "cpu" };
@@ -125,7 +128,8 @@ impl Record {
         ];
         if let Some(device) = &self.device {
             fields.extend([
-                ("max_ulp", short(device.ulps)), // null if it is infinite, too: then there are wrong ones
+                // null if it is infinite, too: then there are wrong ones
+                ("max_ulp", short(device.ulps)),
                 ("device", device.name.as_str().into()),
                 ("placement", device.placement.into()),
                 ("simulated", device.simulated.into()),
@@ -147,7 +151,8 @@ impl Record {
 /// A list of objects, one a line.
 pub fn json(records: &[Record]) -> String {
     let object = |record: &Record| {
-        let fields = record.fields().into_iter().map(|(name, value)| format!("\"{name}\": {value}"));
+        let fields =
+            record.fields().into_iter().map(|(name, value)| format!("\"{name}\": {value}"));
         format!("  {{{}}}", fields.collect::<Vec<_>>().join(", "))
     };
     format!("[\n{}\n]\n", records.iter().map(object).collect::<Vec<_>>().join(",\n"))
@@ -166,7 +171,8 @@ pub fn csv(records: &[Record]) -> String {
     let mut text = String::new();
     for record in records {
         if text.is_empty() {
-            text = record.fields().iter().map(|(name, _)| *name).collect::<Vec<_>>().join(",") + "\n";
+            text =
+                record.fields().iter().map(|(name, _)| *name).collect::<Vec<_>>().join(",") + "\n";
         }
         let cells = record.fields().into_iter().map(|(_, value)| cell(value));
         text += &(cells.collect::<Vec<_>>().join(",") + "\n");
@@ -236,7 +242,9 @@ mod tests {
         };
         let record = Record { times: vec![], device: Some(device), ..record() };
         let value: Value = serde_json::from_str(&json(std::slice::from_ref(&record))).unwrap();
-        for field in ["time_us", "min_us", "max_us", "algbw_gbs", "busbw_gbs", "ratio_to_limit", "note"] {
+        for field in
+            ["time_us", "min_us", "max_us", "algbw_gbs", "busbw_gbs", "ratio_to_limit", "note"]
+        {
             assert_eq!(value[0][field], Value::Null, "{field}");
         }
         assert_eq!((&value[0]["simulated"], &value[0]["max_ulp"]), (&true.into(), &0.5.into()));
@@ -254,7 +262,8 @@ mod tests {
         );
         assert_eq!(
             lines[1],
-            "one_pass_limit,cpu,one_pass,\"a \"\"model\"\", mine.json\",2,f32,4,1000000,300.0,100.0,500.0,3.3333,5.0,0,1.5"
+            "one_pass_limit,cpu,one_pass,\"a \"\"model\"\", \
+             mine.json\",2,f32,4,1000000,300.0,100.0,500.0,3.3333,5.0,0,1.5"
         );
         assert!(lines[2].ends_with("3.3333,5.0,,"));
         let value: Value = serde_json::from_str(&json(&[record(), unchecked])).unwrap();

@@ -1,8 +1,9 @@
 //! Fresh random data for every checked average, and the f64 mean that it is held against.
 //!
-//! Every value is a function of (seed, rank, tensor, element), roughly normal within ±4, so that nothing needs to be kept
-//! to be compared with: the reference is computed again from the seed. An element of a rank counts as wrong if it is
-//! further from the mean than rounding allows, or if its bits are not those of rank 0.
+//! Every value is a function of (seed, rank, tensor, element), roughly normal within ±4, so that
+//! nothing needs to be kept to be compared with: the reference is computed again from the seed. An
+//! element of a rank counts as wrong if it is further from the mean than rounding allows, or if its
+//! bits are not those of rank 0.
 //!
 //! What rounding allows, with one ulp of x being the distance between neighbours at |x|:
 //!
@@ -54,8 +55,9 @@ pub enum Wire {
 pub struct Found {
     /// Elements, of all ranks, that are not what they should be.
     pub wrong: u64,
-    /// The largest distance from the f64 mean, of rank 0's elements, each in ulp of the largest of its inputs: ulp of the
-    /// mean itself would count what the inputs cancel, not what the average loses. Infinite for a NaN.
+    /// The largest distance from the f64 mean, of rank 0's elements, each in ulp of the largest of
+    /// its inputs: ulp of the mean itself would count what the inputs cancel, not what the average
+    /// loses. Infinite for a NaN.
     pub ulps: f64,
 }
 
@@ -71,7 +73,11 @@ impl Check {
     fn pieces(&self) -> Vec<Piece> {
         let pieces = self.tensors.iter().enumerate().flat_map(|(tensor, placed)| {
             let begins = (0..placed.elements).step_by(PIECE);
-            begins.map(move |begin| Piece { tensor, begin, elements: PIECE.min(placed.elements - begin) })
+            begins.map(move |begin| Piece {
+                tensor,
+                begin,
+                elements: PIECE.min(placed.elements - begin),
+            })
         });
         pieces.collect()
     }
@@ -83,7 +89,8 @@ impl Check {
     }
 
     fn key(&self, rank: usize, piece: Piece) -> u32 {
-        let place = (rank as u64) << 58 ^ (piece.tensor as u64) << 36 ^ (piece.begin / PIECE) as u64;
+        let place =
+            (rank as u64) << 58 ^ (piece.tensor as u64) << 36 ^ (piece.begin / PIECE) as u64;
         // splitmix64's finalizer
         let mut x = self.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ place;
         x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -199,7 +206,8 @@ impl<T: Number> Task for Fill<'_, T> {
 struct Tolerance {
     /// Ulps of the largest input, in the type that sums are made in.
     ulps: f64,
-    /// How often a partial mean, which is no larger than the largest input, is rounded to the wire's dtype.
+    /// How often a partial mean, which is no larger than the largest input, is rounded to the
+    /// wire's dtype.
     hops: f64,
     /// Ulps of the largest input in the dtype itself, instead of all that.
     scaled: Option<f64>,
@@ -210,7 +218,8 @@ impl Tolerance {
         let n = weights.len() as f64;
         let narrow = wire == Wire::Narrow && size_of::<T>() == 2;
         let hops = if narrow { (n - 2.0).max(0.0) } else { 0.0 };
-        // Each input loses half an ulp to the rounded 1/n and half to its product, each hop half an ulp of the sum.
+        // Each input loses half an ulp to the rounded 1/n and half to its product, each hop half an
+        // ulp of the sum.
         let scaled = (wire == Wire::NarrowAndScaled && size_of::<T>() == 2).then_some(n + 1.0);
         Tolerance { ulps: n + f64::from(more_roundings), hops, scaled }
     }
@@ -270,7 +279,8 @@ impl<T: Number> Task for Compare<'_, T> {
                     let (term, before) = (x * weight, sum[k]);
                     sum[k] += term;
                     if T::MANTISSA == f64::MANTISSA {
-                        // What the sum lost, exactly: the reference must be better than what it judges.
+                        // What the sum lost, exactly: the reference must be better than what it
+                        // judges.
                         let part = sum[k] - before;
                         lost[k] += (before - (sum[k] - part)) + (term - part);
                     }

@@ -65,8 +65,9 @@ fn catches_what_is_wrong<T: Number>(
         assert_eq!(wrong(), 1);
         of::<T>(&check, 1, 1)[last] = right;
 
-        // All ranks agree on a value in the other tensor that is further off than rounding explains: for halves two
-        // neighbours on, else so many as make it sure at any mean of inputs that are 16 times as large at most.
+        // All ranks agree on a value in the other tensor that is further off than rounding
+        // explains: for halves two neighbours on, else so many as make it sure at any mean of
+        // inputs that are 16 times as large at most.
         let far = if size_of::<T>() == 2 { 2 } else { 64 * 16 };
         let large = (0..5).max_by(|&a, &b| {
             back(of::<T>(&check, 0, 0)[a]).abs().total_cmp(&back(of::<T>(&check, 0, 0)[b]).abs())
@@ -110,7 +111,8 @@ fn the_largest_error_is_in_ulps_of_the_largest_input() {
     // SAFETY: nobody else has the arenas.
     unsafe { check.fill() };
     let at = 12_345;
-    let largest = (0..3).map(|rank| f64::from(of::<bf16>(&check, rank, 1)[at]).abs()).fold(0.0, f64::max);
+    let largest =
+        (0..3).map(|rank| f64::from(of::<bf16>(&check, rank, 1)[at]).abs()).fold(0.0, f64::max);
     average(&check, bf16::from_f64, f64::from);
     // SAFETY: as above.
     let found = || unsafe { check.found() };
@@ -129,7 +131,11 @@ fn the_wire_widens_the_tolerance_of_halves_only() {
     let half_ulp = power(-8);
     assert!((half_ulp..1.01 * half_ulp).contains(&at(Wire::Wide)));
     // Two half ulps of a partial mean of up to 2, and one of the mean, 1.
-    assert!((5.0 * half_ulp..5.1 * half_ulp).contains(&at(Wire::Narrow)), "{}", at(Wire::Narrow) / half_ulp);
+    assert!(
+        (5.0 * half_ulp..5.1 * half_ulp).contains(&at(Wire::Narrow)),
+        "{}",
+        at(Wire::Narrow) / half_ulp
+    );
     let f32_at = |wire| Tolerance::new::<f32>(&[1.0; 4], 0, wire).of::<f32>(1.0, 2.0);
     assert_eq!(f32_at(Wire::Narrow), 4.0 * f64::from(f32::EPSILON) * 2.0);
     assert_eq!(f32_at(Wire::Wide), f32_at(Wire::Narrow));
@@ -163,7 +169,8 @@ fn a_rank_alone_has_the_data_and_the_digest_of_the_rank_among_all() {
     // SAFETY: nobody else has the arenas.
     unsafe { all.fill() };
     for rank in 0..3 {
-        let alone = Check { arenas: check(Dtype::Bf16, 1).arenas, first: rank, ..check(Dtype::Bf16, 3) };
+        let alone =
+            Check { arenas: check(Dtype::Bf16, 1).arenas, first: rank, ..check(Dtype::Bf16, 3) };
         let same = Check { arenas: vec![all.arenas[rank].clone()], ..check(Dtype::Bf16, 3) };
         unsafe { alone.fill() };
         let digests = || unsafe { (alone.digest(), same.digest()) };

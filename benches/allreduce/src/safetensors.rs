@@ -1,12 +1,13 @@
-//! The header of a safetensors checkpoint: names, shapes and dtypes. The values are not read, so that a file that was
-//! cut anywhere after its header will do.
+//! The header of a safetensors checkpoint: names, shapes and dtypes. The values are not read, so
+//! that a file that was cut anywhere after its header will do.
 //!
 //! ```text
 //! u64 length, little endian | {"__metadata__": {…}, "wte": {"dtype": "F32", "shape": [50257, 768], "data_offsets": [0, 154389504]}, …} | values
 //! ```
 //!
-//! Tensors of integers and booleans are buffers or counters, such as `position_ids`, that nobody averages: they are left
-//! out, with a note. Other floats, such as F8_E4M3, are parameters that can't be averaged: an error.
+//! Tensors of integers and booleans are buffers or counters, such as `position_ids`, that nobody
+//! averages: they are left out, with a note. Other floats, such as F8_E4M3, are parameters that
+//! can't be averaged: an error.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -31,7 +32,8 @@ struct Info {
     data_offsets: [u64; 2],
 }
 
-/// The entries of a header, as they are written: a map would keep the last of two that have one name.
+/// The entries of a header, as they are written: a map would keep the last of two that have one
+/// name.
 struct Entries(Vec<(String, Value)>);
 
 impl<'de> Deserialize<'de> for Entries {
@@ -58,43 +60,53 @@ impl<'de> Deserialize<'de> for Entries {
 pub fn layout(path: &Path) -> Result<Layout, Failure> {
     let shown = path.display().to_string();
     let named = |what: String| Failure::Failed(format!("{shown}: {what}"));
-    let header =
-        File::open(path).map_err(|e| format!("cannot open it: {e}")).and_then(read_header).map_err(named)?;
+    let header = File::open(path)
+        .map_err(|e| format!("cannot open it: {e}"))
+        .and_then(read_header)
+        .map_err(named)?;
     let (tensors, left_out) = tensors(&header).map_err(named)?;
     if let (true, Some(first)) = (tensors.is_empty(), left_out.first()) {
         return Err(named(format!(
-            "none of its {} tensors, such as `{first}`, has elements that are floats, so there is nothing to average: give the \
+            "none of its {} tensors, such as `{first}`, has elements that are floats, so there is \
+             nothing to average: give the \
              checkpoint of a model",
             left_out.len()
         )));
     }
     let mut layout = Layout::new(shown.clone(), tensors);
     if let Some(first) = left_out.first() {
-        layout.note =
-            Some(format!("{} left out, whose elements are not floats, such as `{first}`", left_out.len()));
+        layout.note = Some(format!(
+            "{} left out, whose elements are not floats, such as `{first}`",
+            left_out.len()
+        ));
     }
     Ok(layout)
 }
 
 fn read_header(mut file: impl Read) -> Result<Vec<u8>, String> {
     let mut begin = [0; 8];
-    file.read_exact(&mut begin)
-        .map_err(|e| truncated(e, "shorter than the 8 bytes that a safetensors file begins with"))?;
+    file.read_exact(&mut begin).map_err(|e| {
+        truncated(e, "shorter than the 8 bytes that a safetensors file begins with")
+    })?;
     let length = u64::from_le_bytes(begin);
     if let (true, Some(found)) = (length > MOST_HEADER_BYTES, other_format(begin)) {
         return Err(format!("is no safetensors file: {found}"));
     }
     if length > MOST_HEADER_BYTES {
         return Err(format!(
-            "says that its header has {length} bytes, but safetensors allows {MOST_HEADER_BYTES}: it is no safetensors \
+            "says that its header has {length} bytes, but safetensors allows {MOST_HEADER_BYTES}: \
+             it is no safetensors \
              file, or a damaged one"
         ));
     }
     let mut header = vec![];
-    let got = file.take(length).read_to_end(&mut header).map_err(|e| format!("cannot read it: {e}"))? as u64;
+    let got =
+        file.take(length).read_to_end(&mut header).map_err(|e| format!("cannot read it: {e}"))?
+            as u64;
     if got < length {
         return Err(format!(
-            "is cut within its header, which has {length} bytes of which {got} are there: fetch it again"
+            "is cut within its header, which has {length} bytes of which {got} are there: fetch it \
+             again"
         ));
     }
     Ok(header)
@@ -105,12 +117,14 @@ fn other_format(begin: [u8; 8]) -> Option<&'static str> {
     const FORMATS: [(&[u8], &str); 8] = [
         (
             b"version ",
-            "it is a pointer of Git LFS, not the file that it stands for: fetch that with `git lfs pull`",
+            "it is a pointer of Git LFS, not the file that it stands for: fetch that with `git lfs \
+             pull`",
         ),
         (b"<!DOCTYP", "it is an HTML page, such as of a login or an error: fetch the file itself"),
         (b"<!doctyp", "it is an HTML page, such as of a login or an error: fetch the file itself"),
         (b"<html", "it is an HTML page, such as of a login or an error: fetch the file itself"),
-        (b"PK\x03\x04", "it is a zip, as torch.save writes: convert it with safetensors.torch.save_file"),
+        (b"PK\x03\x04", "it is a zip, as torch.save writes: convert it with \
+            safetensors.torch.save_file"),
         (
             b"\x80\x02",
             "it is a pickle, as torch.save once wrote: convert it with safetensors.torch.save_file",
@@ -131,7 +145,9 @@ fn truncated(error: std::io::Error, what: &str) -> String {
 /// Its tensors, and the names of those left out.
 fn tensors(header: &[u8]) -> Result<(Vec<Tensor>, Vec<String>), String> {
     let Entries(entries) = serde_json::from_slice(header).map_err(|e| {
-        format!("its header is not a JSON object ({e}): it is no safetensors file, or a damaged one")
+        format!(
+            "its header is not a JSON object ({e}): it is no safetensors file, or a damaged one"
+        )
     })?;
     let mut names = BTreeSet::new();
     if let Some((twice, _)) = entries.iter().find(|(name, _)| !names.insert(name.as_str())) {
@@ -155,15 +171,20 @@ fn tensors(header: &[u8]) -> Result<(Vec<Tensor>, Vec<String>), String> {
             }
             other => {
                 return Err(format!(
-                    "tensor `{name}` has dtype {other}, which can't be averaged: convert it to F32, F64, F16 or BF16 \
+                    "tensor `{name}` has dtype {other}, which can't be averaged: convert it to \
+                     F32, F64, F16 or BF16 \
                      first"
                 ))
             }
         };
-        let bytes = info.shape.iter().try_fold(dtype.size() as u64, |product, &dim| product.checked_mul(dim));
+        let bytes = info
+            .shape
+            .iter()
+            .try_fold(dtype.size() as u64, |product, &dim| product.checked_mul(dim));
         if end.checked_sub(begin) != bytes {
             return Err(format!(
-                "tensor `{name}`: {dtype} of shape {:?} does not take the bytes {begin} to {end} that its data_offsets \
+                "tensor `{name}`: {dtype} of shape {:?} does not take the bytes {begin} to {end} \
+                 that its data_offsets \
                  give it: the file is damaged",
                 info.shape
             ));
@@ -177,12 +198,15 @@ fn tensors(header: &[u8]) -> Result<(Vec<Tensor>, Vec<String>), String> {
         if *begin != before.0 {
             let how = if *begin < before.0 { "overlap" } else { "leave a gap between them" };
             return Err(format!(
-                "the data_offsets of `{name}` begin at {begin}, those of {} end at {}, so that they {how}: the file is damaged",
+                "the data_offsets of `{name}` begin at {begin}, those of {} end at {}, so that \
+                 they {how}: the file is damaged",
                 before.1, before.0
             ));
         }
         if end < begin {
-            return Err(format!("the data_offsets of `{name}` end before they begin: the file is damaged"));
+            return Err(format!(
+                "the data_offsets of `{name}` end before they begin: the file is damaged"
+            ));
         }
         before = (*end, name);
     }
@@ -208,8 +232,11 @@ mod tests {
     fn a_good_header_gives_its_tensors_in_file_order() {
         let header = read_header(&file(GOOD)[..]).unwrap();
         let (tensors, left_out) = super::tensors(&header).unwrap();
-        let tensor =
-            |name: &str, shape: &[u64], dtype| Tensor { name: name.into(), shape: shape.into(), dtype };
+        let tensor = |name: &str, shape: &[u64], dtype| Tensor {
+            name: name.into(),
+            shape: shape.into(),
+            dtype,
+        };
         assert_eq!(tensors, [tensor("a", &[2, 3], Dtype::F32), tensor("b", &[3], Dtype::Bf16)]);
         assert_eq!(left_out, ["steps"]);
     }
@@ -257,7 +284,10 @@ mod tests {
             ),
             (&file("[1, 2"), "not a JSON object"),
             (&file("[]"), "not a JSON object"),
-            (&file(r#"{"x": {"dtype": "F32", "shape": [1]}}"#), "tensor `x`: missing field `data_offsets`"),
+            (
+                &file(r#"{"x": {"dtype": "F32", "shape": [1]}}"#),
+                "tensor `x`: missing field `data_offsets`",
+            ),
             (
                 &file(r#"{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}"#),
                 "tensor `x`: invalid value",

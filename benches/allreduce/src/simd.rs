@@ -1,4 +1,5 @@
-//! Runs a loop compiled for the best instruction set that this machine has. Which one is decided at run time.
+//! Runs a loop compiled for the best instruction set that this machine has. Which one is decided at
+//! run time.
 
 /// Instruction sets, each with all of those before it.
 pub const BASELINE: u8 = 0;
@@ -46,7 +47,8 @@ fn available() -> u8 {
     BASELINE
 }
 
-/// Writes past the caches, where the machine has an instruction for it and `to` lies at a multiple of 16 bytes.
+/// Writes past the caches, where the machine has an instruction for it and `to` lies at a multiple
+/// of 16 bytes.
 ///
 /// # Safety
 /// `to` is valid for a write at any alignment. `stream_fence` comes before another thread may look.

@@ -1,4 +1,5 @@
-//! What is printed: nccl-tests' columns, for people with 110 columns and for their scripts. Lines of text begin with #.
+//! What is printed: nccl-tests' columns, for people with 110 columns and for their scripts. Lines
+//! of text begin with #.
 
 use std::collections::BTreeSet;
 use std::io::{self, IsTerminal, Write};
@@ -35,7 +36,14 @@ impl Table {
         let out = io::stdout();
         let wanted = std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
             && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
-        Table { colour: out.is_terminal() && wanted, out, cuda, processes, noted: BTreeSet::new(), progress }
+        Table {
+            colour: out.is_terminal() && wanted,
+            out,
+            cuda,
+            processes,
+            noted: BTreeSet::new(),
+            progress,
+        }
     }
 
     fn line(&mut self, style: &str, text: &str) -> io::Result<()> {
@@ -65,7 +73,8 @@ impl Table {
         if cfg!(debug_assertions) {
             self.line(
                 RED,
-                "# DEBUG BUILD: baselines and limit are slow, ratios mean nothing; build with --release",
+                "# DEBUG BUILD: baselines and limit are slow, ratios mean nothing; build with \
+                 --release",
             )?;
         }
         self.line("", &format!("# machine   {} cores, {set}{}{memory}", cores(), cpu_model()))?;
@@ -93,13 +102,17 @@ impl Table {
     /// How long processes take to begin.
     pub fn started(&mut self, ranks: u16, start: Duration) -> io::Result<()> {
         let ms = start.as_secs_f64() * 1e3;
-        self.line("", &format!("# start     {ranks} processes: {ms:.0} ms from start to first average"))
+        self.line(
+            "",
+            &format!("# start     {ranks} processes: {ms:.0} ms from start to first average"),
+        )
     }
 
     /// A launcher has bound each rank, and with it rank 0's threads.
     pub fn bound(&mut self, cores: usize, all: usize) -> io::Result<()> {
         let text = format!(
-            "# bound     rank 0 may use {cores} of {all} cores, and so its threads: xthr means little"
+            "# bound     rank 0 may use {cores} of {all} cores, and so its threads: xthr means \
+             little"
         );
         self.line(RED, &format!("{text}; try mpirun --bind-to none"))
     }
@@ -124,7 +137,8 @@ impl Table {
             "#wrong",
             if self.processes { "xthr" } else { "xlimit" },
         ];
-        let units = ["(B)", "(elements)", "", "", "", "(us)", "(us)", "(us)", "(GB/s)", "(GB/s)", "", ""];
+        let units =
+            ["(B)", "(elements)", "", "", "", "(us)", "(us)", "(us)", "(GB/s)", "(GB/s)", "", ""];
         let (ulp, none) = (self.cuda.then_some("ulp"), self.cuda.then_some(""));
         self.line("", &columns("#", titles, ulp))?;
         self.line("", &columns("#", units, none))
@@ -183,23 +197,32 @@ impl Table {
 }
 
 const ON_CPUS: [&str; 4] = [
-    "# time      median, from the release of all ranks to the end of the last; busbw = algbw * 2(n-1)/n",
-    "# #wrong    elements further from the f64 mean than rounding allows, or not the same bits on all ranks",
-    "# xlimit    time / one-pass limit: all cores read all replicas once and write the mean to all, nothing else;",
+    "# time      median, from the release of all ranks to the end of the last; busbw = algbw * \
+     2(n-1)/n",
+    "# #wrong    elements further from the f64 mean than rounding allows, or not the same bits on \
+     all ranks",
+    "# xlimit    time / one-pass limit: all cores read all replicas once and write the mean to \
+     all, nothing else;",
     "#           no averager can be faster on one host's memory: a little below 1 is noise",
 ];
 
 const APART: [&str; 3] = [
-    "# time      median, from the release of all ranks to the end of the last; busbw = algbw * 2(n-1)/n",
-    "# #wrong    elements further from the f64 mean than rounding allows, or ranks that have not the same bits",
-    "# xthr      time / the same ring between threads of one process, which is measured turn by turn with it",
+    "# time      median, from the release of all ranks to the end of the last; busbw = algbw * \
+     2(n-1)/n",
+    "# #wrong    elements further from the f64 mean than rounding allows, or ranks that have not \
+     the same bits",
+    "# xthr      time / the same ring between threads of one process, which is measured turn by \
+     turn with it",
 ];
 
 const ON_CUDA: [&str; 5] = [
-    "# time      median of the slowest rank's, between events on its stream; busbw = algbw * 2(n-1)/n",
-    "# #wrong    elements further from the f64 mean than rounding allows, or not the same bits on all ranks",
+    "# time      median of the slowest rank's, between events on its stream; busbw = algbw * \
+     2(n-1)/n",
+    "# #wrong    elements further from the f64 mean than rounding allows, or not the same bits on \
+     all ranks",
     "# ulp       largest error against the f64 mean, in ulp of the dtype at the largest input",
-    "# xlimit    time / device copy: every rank reads and writes its size once within its device; between GPUs the",
+    "# xlimit    time / device copy: every rank reads and writes its size once within its device; \
+     between GPUs the",
     "#           links are a limit, too, which this is not",
 ];
 
@@ -208,7 +231,8 @@ fn columns(first: &str, cells: [&str; 12], ulp: Option<&str>) -> String {
     let [size, count, dtype, op, method, time, min, max, algbw, busbw, wrong, ratio] = cells;
     let ulp = ulp.map_or(String::new(), |ulp| format!("{ulp:>6} "));
     let text = format!(
-        "{first}{size:>width$} {count:>10} {dtype:>5} {op:>5}  {method:<22} {time:>7} {min:>7} {max:>7} {algbw:>6} \
+        "{first}{size:>width$} {count:>10} {dtype:>5} {op:>5}  {method:<22} {time:>7} {min:>7} \
+         {max:>7} {algbw:>6} \
          {busbw:>6} {wrong:>6} {ulp}{ratio:>6}",
         width = 11 - first.len()
     );
@@ -265,8 +289,8 @@ mod tests {
         let header = columns(
             "#",
             [
-                "size", "count", "type", "redop", "method", "time", "min", "max", "algbw", "busbw", "#wrong",
-                "xlimit",
+                "size", "count", "type", "redop", "method", "time", "min", "max", "algbw", "busbw",
+                "#wrong", "xlimit",
             ],
             None,
         );

@@ -25,7 +25,11 @@ const FIELDS: [&str; 15] = [
 
 fn bench(line: &str) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_allreduce-bench"));
-    command.args(line.split_whitespace()).stdin(Stdio::null()).output().expect("the binary was built")
+    command
+        .args(line.split_whitespace())
+        .stdin(Stdio::null())
+        .output()
+        .expect("the binary was built")
 }
 
 /// What a run prints that succeeds.
@@ -40,7 +44,12 @@ fn table(line: &str) -> String {
 /// What a run says that fails so.
 fn error(line: &str, code: i32) -> String {
     let output = bench(line);
-    assert_eq!(output.status.code(), Some(code), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(
+        output.status.code(),
+        Some(code),
+        "{line}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     let said = String::from_utf8(output.stderr).expect("text");
     assert!(said.starts_with("error: "), "{said}");
     said
@@ -77,7 +86,10 @@ fn a_sweep_has_a_row_for_each_size_and_nothing_wrong() {
     for row in &rows {
         assert_eq!(row.len(), 12, "{row:?}");
         assert_eq!(row[1].parse::<u64>().unwrap() * 4, row[0].parse::<u64>().unwrap());
-        assert_eq!([&row[2], &row[3], &row[4], &row[10], &row[11]], ["f32", "avg", "direct", "0", "-"]);
+        assert_eq!(
+            [&row[2], &row[3], &row[4], &row[10], &row[11]],
+            ["f32", "avg", "direct", "0", "-"]
+        );
         let [time, least, most] = [5, 6, 7].map(|cell| row[cell].parse::<f64>().unwrap());
         assert!(least <= time && time <= most, "{row:?}");
     }
@@ -108,7 +120,8 @@ fn every_dtype_and_algorithm_is_right() {
 
 #[test]
 fn one_rank_and_sixteen() {
-    let table = table("-b 1 -e 1K -f 1024 -g 1,16 -n 1 -w 0 --baseline=limit --algorithm direct,ring");
+    let table =
+        table("-b 1 -e 1K -f 1024 -g 1,16 -n 1 -w 0 --baseline=limit --algorithm direct,ring");
     assert!(rows(&table).iter().all(|row| row[10] == "0"), "{table}");
     assert_eq!(rows(&table).len(), 2 * 2 * 3);
 }
@@ -130,8 +143,9 @@ fn a_wrong_element_is_seen_and_fails_the_run() {
 fn records_have_the_fields_that_they_promise() {
     let (json, csv) = (file("records.json", b""), file("records.csv", b""));
     let files = format!("--json {} --csv {}", json.display(), csv.display());
-    let table =
-        table(&format!("--layout gpt2 --scale 0.0001 -g 4 -n 3 --baseline --algorithm direct,ring {files}"));
+    let table = table(&format!(
+        "--layout gpt2 --scale 0.0001 -g 4 -n 3 --baseline --algorithm direct,ring {files}"
+    ));
     let json = std::fs::read_to_string(json).unwrap();
     let records: Vec<Value> = serde_json::from_str(&json).unwrap();
     let methods = [
@@ -190,14 +204,22 @@ fn models_come_from_files() {
             "1300",
         ),
     ] {
-        let table =
-            table(&format!("--layout {} -g 3 -n 3 --algorithm direct,ring --baseline", path.display()));
+        let table = table(&format!(
+            "--layout {} -g 3 -n 3 --algorithm direct,ring --baseline",
+            path.display()
+        ));
         assert!(table.contains(says), "{table}");
         let rows = rows(&table);
         assert_eq!(rows.len(), 6);
-        assert!(rows.iter().all(|row| row[0] == bytes && row[2] == "mixed" && row[10] == "0"), "{table}");
+        assert!(
+            rows.iter().all(|row| row[0] == bytes && row[2] == "mixed" && row[10] == "0"),
+            "{table}"
+        );
         let table = self::table(&format!("--layout {} -d f64,bf16 -n 1", path.display()));
-        assert_eq!(self::rows(&table).iter().map(|row| row[2].as_str()).collect::<Vec<_>>(), ["f64", "bf16"]);
+        assert_eq!(
+            self::rows(&table).iter().map(|row| row[2].as_str()).collect::<Vec<_>>(),
+            ["f64", "bf16"]
+        );
     }
 }
 
@@ -270,8 +292,11 @@ fn files_that_are_no_good_are_named_with_what_to_do() {
         assert!(said.contains(says) && said.contains(name), "{said} does not say {says}");
     }
     assert!(error("--layout missing.json", 1).contains("missing.json: cannot read it"));
-    assert!(error("--layout missing.safetensors", 1).contains("missing.safetensors: cannot open it"));
-    assert!(error("-b 1K -e 1K --json /nowhere/at/all.json", 1).contains("cannot write /nowhere/at/all.json"));
+    assert!(
+        error("--layout missing.safetensors", 1).contains("missing.safetensors: cannot open it")
+    );
+    assert!(error("-b 1K -e 1K --json /nowhere/at/all.json", 1)
+        .contains("cannot write /nowhere/at/all.json"));
 }
 
 #[test]
@@ -305,9 +330,15 @@ fn help_teaches_and_a_closed_pipe_is_no_error() {
         assert!(help.contains(says), "{says}");
     }
     let mut command = Command::new(env!("CARGO_BIN_EXE_allreduce-bench"));
-    command.args(["-b", "1K", "-e", "16M", "-n", "2"]).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .args(["-b", "1K", "-e", "16M", "-n", "2"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     drop(child.stdout.take());
     let output = child.wait_with_output().unwrap();
-    assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stderr).as_ref()), (Some(0), ""));
+    assert_eq!(
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).as_ref()),
+        (Some(0), "")
+    );
 }

@@ -1,5 +1,6 @@
-//! `allreduce-bench --backend cuda`, on the simulated driver. NCCL can't use that one, so a stand-in takes its place where its rows are to
-//! have a result: it shows that the bench calls NCCL as it should and what it makes of the answers, not what NCCL does.
+//! `allreduce-bench --backend cuda`, on the simulated driver. NCCL can't use that one, so a
+//! stand-in takes its place where its rows are to have a result: it shows that the bench calls NCCL
+//! as it should and what it makes of the answers, not what NCCL does.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -59,9 +60,13 @@ struct Ended {
 
 fn bench(line: &str, driver: &Path, settings: &[(&str, &str)]) -> Ended {
     let mut command = Command::new(env!("CARGO_BIN_EXE_allreduce-bench"));
-    for name in
-        ["CUDA_VISIBLE_DEVICES", "CUDASIM_RACE", "PA_NCCL_LIB", "FAKE_NCCL", "NCCL_MULTI_RANK_GPU_ENABLE"]
-    {
+    for name in [
+        "CUDA_VISIBLE_DEVICES",
+        "CUDASIM_RACE",
+        "PA_NCCL_LIB",
+        "FAKE_NCCL",
+        "NCCL_MULTI_RANK_GPU_ENABLE",
+    ] {
         command.env_remove(name);
     }
     command.args(["--backend", "cuda"]).args(line.split_whitespace());
@@ -78,7 +83,8 @@ fn file(name: &str, content: &[u8]) -> PathBuf {
     path
 }
 
-/// Cells of the rows: size, count, type, redop, method, and the seven figures and the ulps after it.
+/// Cells of the rows: size, count, type, redop, method, and the seven figures and the ulps after
+/// it.
 fn rows(table: &str) -> Vec<Vec<String>> {
     let lines = table.lines().filter(|line| !line.starts_with('#'));
     let cells = lines.map(|line| {
@@ -110,9 +116,14 @@ fn fake_nccl(test: &str) -> Option<&'static str> {
             "tests/bench_cuda/fake_nccl.cpp",
             "-o",
         ]);
-        let output = command.arg(&library).arg("-ldl").output().map_err(|error| error.to_string())?;
+        let output =
+            command.arg(&library).arg("-ldl").output().map_err(|error| error.to_string())?;
         // It needs _Float16 of the compiler.
-        output.status.success().then_some(library).ok_or(String::from_utf8_lossy(&output.stderr).into_owned())
+        output
+            .status
+            .success()
+            .then_some(library)
+            .ok_or(String::from_utf8_lossy(&output.stderr).into_owned())
     };
     match LIBRARY.get_or_init(build) {
         Ok(library) => library.to_str(),
@@ -136,7 +147,8 @@ fn averages_on_a_device_are_right_and_have_no_times_where_it_is_simulated() {
     let Some(driver) = folder_for("averages_on_a_device_are_right") else { return };
     let (json, csv) = (file("records.json", b""), file("records.csv", b""));
     let line = format!(
-        "-b 3K -e 3K -g 2 -d f32,bf16 -n 2 -w 1 --algorithm direct,ring --baseline --channels 2 --json {} --csv {}",
+        "-b 3K -e 3K -g 2 -d f32,bf16 -n 2 -w 1 --algorithm direct,ring --baseline --channels 2 \
+         --json {} --csv {}",
         json.display(),
         csv.display()
     );
@@ -144,7 +156,8 @@ fn averages_on_a_device_are_right_and_have_no_times_where_it_is_simulated() {
     assert_eq!((ended.code, ended.said.as_str()), (Some(0), ""), "{}", ended.table);
     is_timeless(&ended.table);
     let ours = ["direct", "ring", "flatten+ring+unflatten", "copies+ring+copies"];
-    let others = ["NCCL grouped avg", "NCCL grouped sum+scale", "pinned host both ways", "device copy"];
+    let others =
+        ["NCCL grouped avg", "NCCL grouped sum+scale", "pinned host both ways", "device copy"];
     assert_eq!(methods(&ended.table), [ours, others, ours, others].concat());
     for row in rows(&ended.table) {
         let ulp = row[11].parse::<f64>();
@@ -161,7 +174,8 @@ fn averages_on_a_device_are_right_and_have_no_times_where_it_is_simulated() {
         assert!(ended.table.contains(says), "{says}:\n{}", ended.table);
     }
 
-    let records: Vec<Value> = serde_json::from_str(&std::fs::read_to_string(json).unwrap()).unwrap();
+    let records: Vec<Value> =
+        serde_json::from_str(&std::fs::read_to_string(json).unwrap()).unwrap();
     assert_eq!(records.len(), 16);
     for record in &records {
         assert_eq!(record.as_object().unwrap().len(), FIELDS.len());
@@ -171,7 +185,10 @@ fn averages_on_a_device_are_right_and_have_no_times_where_it_is_simulated() {
             assert_eq!(record[time], Value::Null, "{record}");
         }
         let nccl = record["algorithm"] == "nccl";
-        assert_eq!(nccl, record["note"].as_str().is_some_and(|note| note.starts_with("NCCL not measured")));
+        assert_eq!(
+            nccl,
+            record["note"].as_str().is_some_and(|note| note.starts_with("NCCL not measured"))
+        );
     }
     let csv = std::fs::read_to_string(csv).unwrap();
     assert_eq!(csv.lines().next().unwrap(), FIELDS.join(","));
@@ -185,9 +202,12 @@ fn models_of_many_dtypes_weights_and_a_wrong_element() {
         {"name": "c", "shape": [17], "dtype": "half"}, {"name": "none", "shape": [0], "dtype": "f64"},
         {"name": "d", "shape": [33], "dtype": "f64"}, {"name": "e", "shape": [1], "dtype": "f32"}]"#;
     let model = file("model.json", list.as_bytes());
-    let line = format!("--layout {} -n 1 -w 0 --channels 1 --narrow-wire --weighted", model.display());
+    let line =
+        format!("--layout {} -n 1 -w 0 --channels 1 --narrow-wire --weighted", model.display());
     let ended = bench(
-        &format!("{line} -g 1,3 --algorithm auto,ring --reject-non-finite --baseline=per-tensor,flatten"),
+        &format!(
+            "{line} -g 1,3 --algorithm auto,ring --reject-non-finite --baseline=per-tensor,flatten"
+        ),
         &driver,
         &[],
     );
@@ -208,10 +228,10 @@ fn models_of_many_dtypes_weights_and_a_wrong_element() {
 fn nccl_has_rows_of_its_own() {
     let test = "nccl_has_rows_of_its_own";
     let (Some(driver), Some(fake)) = (folder_for(test), fake_nccl(test)) else { return };
-    let list =
-        r#"[{"name": "a", "shape": [300], "dtype": "f32"}, {"name": "b", "shape": [33], "dtype": "f32"}]"#;
+    let list = r#"[{"name": "a", "shape": [300], "dtype": "f32"}, {"name": "b", "shape": [33], "dtype": "f32"}]"#;
     let model = file("two.json", list.as_bytes());
-    let line = format!("--layout {} -d all -g 3 -n 1 -w 1 --channels 1 --baseline=nccl", model.display());
+    let line =
+        format!("--layout {} -d all -g 3 -n 1 -w 1 --channels 1 --baseline=nccl", model.display());
     let ended = bench(&line, &driver, &[("PA_NCCL_LIB", fake)]);
     assert_eq!((ended.code, ended.said.as_str()), (Some(0), ""), "{}", ended.table);
     is_timeless(&ended.table);
@@ -233,7 +253,8 @@ fn nccl_has_rows_of_its_own() {
     };
     assert!(ulp("bf16", "direct") <= 0.5, "one rounding");
     assert!(ulp("bf16", "NCCL grouped avg") > 0.5, "the scale and every hop are rounded");
-    let says = "# NCCL 2.32.3, several ranks on one GPU, in process, with NCCL_MULTI_RANK_GPU_ENABLE=1";
+    let says =
+        "# NCCL 2.32.3, several ranks on one GPU, in process, with NCCL_MULTI_RANK_GPU_ENABLE=1";
     assert!(ended.table.contains(says), "{}", ended.table);
 }
 
@@ -245,12 +266,17 @@ fn where_nccl_fails_its_rows_say_so_and_the_rest_runs() {
         ("FAKE_NCCL", "crash", "NCCL ended the process that tried it"),
         ("FAKE_NCCL", "hang", "ncclCommInitRank did not come back within 15s"),
         ("FAKE_NCCL", "late", "ncclGroupEnd: a fault that was asked for"),
-        ("FAKE_NCCL_VERSION", "22907", "NCCL 2.29.7 can't have several ranks of a process on one GPU"),
+        (
+            "FAKE_NCCL_VERSION",
+            "22907",
+            "NCCL 2.29.7 can't have several ranks of a process on one GPU",
+        ),
         ("FAKE_NCCL_VERSION", "2708", "has no ncclAvg"),
     ] {
         // Long enough for ranks on a busy machine.
         let timeout = if value == "hang" { 15 } else { 60 };
-        let line = format!("-b 1K -e 1K -n 1 -w 0 --channels 1 --baseline=nccl,limit --timeout {timeout}");
+        let line =
+            format!("-b 1K -e 1K -n 1 -w 0 --channels 1 --baseline=nccl,limit --timeout {timeout}");
         let ended = bench(&line, &driver, &[("PA_NCCL_LIB", fake), (name, value)]);
         assert_eq!((ended.code, ended.said.as_str()), (Some(0), ""), "{value}: {}", ended.table);
         let note = ended.table.lines().find(|line| line.starts_with("# NCCL not measured: "));
@@ -272,6 +298,10 @@ fn machines_that_do_not_suit_say_what_to_do() {
     ] {
         let ended = bench(line, &driver, &[settings]);
         assert_eq!(ended.code, Some(1), "{settings:?}: {}", ended.said);
-        assert!(says.iter().all(|words| ended.said.contains(words)), "{settings:?}: {}", ended.said);
+        assert!(
+            says.iter().all(|words| ended.said.contains(words)),
+            "{settings:?}: {}",
+            ended.said
+        );
     }
 }

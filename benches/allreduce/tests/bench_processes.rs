@@ -1,4 +1,5 @@
-//! `allreduce-bench --processes`: started by itself, by a shell and by mpirun; right, wrong, and with a rank that is killed.
+//! `allreduce-bench --processes`: started by itself, by a shell and by mpirun; right, wrong, and
+//! with a rank that is killed.
 #![cfg(target_os = "linux")]
 
 #[path = "../../../tests/common/mod.rs"]
@@ -87,7 +88,11 @@ fn worlds_of_2_and_4_are_right_and_recorded() {
     for (ranks, flags, rows) in [
         (2, "-b 1000 -e 64K -f 8 -d all", 24),
         (4, "--layout gpt2 --scale 0.0001", 2),
-        (3, "-b 10001 -e 10001 -d all --no-commit --weighted --narrow-wire --chunk 1K --channels 2", 8),
+        (
+            3,
+            "-b 10001 -e 10001 -d all --no-commit --weighted --narrow-wire --chunk 1K --channels 2",
+            8,
+        ),
     ] {
         let folder = env!("CARGO_TARGET_TMPDIR");
         let (json, csv) =
@@ -99,7 +104,8 @@ fn worlds_of_2_and_4_are_right_and_recorded() {
         is_right(&printed, rows);
         assert!(printed.contains(&format!("# start     {ranks} processes: ")), "{printed}");
 
-        let records: Vec<Value> = serde_json::from_str(&std::fs::read_to_string(json).unwrap()).unwrap();
+        let records: Vec<Value> =
+            serde_json::from_str(&std::fs::read_to_string(json).unwrap()).unwrap();
         assert_eq!(records.len(), rows);
         for pair in records.chunks(2) {
             for (record, ranks_are) in pair.iter().zip(["processes", "threads"]) {
@@ -192,8 +198,9 @@ fn ranks_end_with_whoever_started_them() {
     std::thread::sleep(Duration::from_millis(300));
     child.kill().unwrap();
     child.wait().unwrap();
-    let gone =
-        |pid: &Pid| state(pid.as_raw_nonzero().get()).is_none_or(|(state, _)| state == "Z" || state == "X");
+    let gone = |pid: &Pid| {
+        state(pid.as_raw_nonzero().get()).is_none_or(|(state, _)| state == "Z" || state == "X")
+    };
     wait_for("the ranks end", || ranks.iter().all(gone).then_some(()));
 }
 
@@ -212,7 +219,8 @@ fn by_hand(line: &str, rank: usize, world: usize, port: &str) -> Child {
 #[test]
 fn a_shell_loop_is_a_launcher() {
     let port = format!("bench-{}", std::process::id());
-    let ranks: Vec<Child> = (0..3).map(|rank| by_hand("-b 100K -e 100K -n 2", rank, 3, &port)).collect();
+    let ranks: Vec<Child> =
+        (0..3).map(|rank| by_hand("-b 100K -e 100K -n 2", rank, 3, &port)).collect();
     for (rank, child) in ranks.into_iter().enumerate() {
         let output = ended(child);
         let (printed, said) = text(&output);
@@ -230,7 +238,11 @@ fn a_shell_loop_is_a_launcher() {
     for child in ranks {
         let output = ended(child);
         assert_eq!(output.status.code(), Some(1));
-        assert!(text(&output).1.starts_with("error: rank 1 has left the world"), "{:?}", text(&output));
+        assert!(
+            text(&output).1.starts_with("error: rank 1 has left the world"),
+            "{:?}",
+            text(&output)
+        );
     }
     // And these were told another number.
     for child in [0, 1].map(|rank| by_hand("-g 3", rank, 2, &port)) {
@@ -257,8 +269,13 @@ fn mpirun_is_a_launcher() {
         "-n",
         "2",
     ]);
-    mpirun.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1").env("NO_COLOR", "1");
-    let Ok(child) = mpirun.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn() else {
+    mpirun
+        .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
+        .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+        .env("NO_COLOR", "1");
+    let Ok(child) =
+        mpirun.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()
+    else {
         return common::skipped("mpirun_is_a_launcher", "there is no mpirun");
     };
     let output = ended(child);

@@ -1,4 +1,5 @@
-//! A device of this process: its primary context, which it shares with the trainer, and the kernels, loaded.
+//! A device of this process: its primary context, which it shares with the trainer, and the
+//! kernels, loaded.
 
 use std::collections::BTreeMap;
 use std::ffi::{c_int, CString};
@@ -16,8 +17,9 @@ const KERNELS: [&str; 5] = ["pa_direct", "pa_ring", "pa_ring_reduce", "pa_ring_g
 /// And the one that finds out whether devices reach each other.
 const PROBE: &str = "pa_probe";
 
-/// A device whose kernels are loaded. One per device and process, and for the life of the process: to unload them is to wait
-/// for every kernel on the device, and one of them may be another world's average that waits for this very thread.
+/// A device whose kernels are loaded. One per device and process, and for the life of the process:
+/// to unload them is to wait for every kernel on the device, and one of them may be another world's
+/// average that waits for this very thread.
 #[derive(Debug)]
 pub(crate) struct Context {
     ordinal: usize,
@@ -30,8 +32,9 @@ pub(crate) struct Context {
     side: sys::CUstream,
     /// Blocks that can be resident at once, of any of the kernels.
     resident: u32,
-    /// Memory that nobody uses. It is kept while this process has an averager on any device: freeing it waits for every
-    /// kernel on the device, and one of them may be an average that waits for this very rank.
+    /// Memory that nobody uses. It is kept while this process has an averager on any device:
+    /// freeing it waits for every kernel on the device, and one of them may be an average that
+    /// waits for this very rank.
     spare: Mutex<Spare>,
 }
 
@@ -88,21 +91,27 @@ impl Context {
     fn load(&mut self, driver: driver::Driver, fatbin: &[u8]) -> Result<(), String> {
         let _bound = bind(self.raw)?;
         let context = self;
-        // SAFETY: the context is bound; handles go where they belong, and the drop gives back those made.
+        // SAFETY: the context is bound; handles go where they belong, and the drop gives back those
+        // made.
         unsafe {
             let (major, minor) = (
                 context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
                 context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
             );
-            call!(cuModuleLoadData(&mut context.module, fatbin.as_ptr().cast())).map_err(|error| {
-                format!(
-                    "its driver, which supports CUDA {}, can't load the kernels for a device of compute capability \
-                     {major}.{minor}: {error}; update the driver, or build with CUDA_COMPUTE_CAP={major}{minor} and an \
+            call!(cuModuleLoadData(&mut context.module, fatbin.as_ptr().cast())).map_err(
+                |error| {
+                    format!(
+                    "its driver, which supports CUDA {}, can't load the kernels for a device of \
+                     compute capability \
+                     {major}.{minor}: {error}; update the driver, or build with \
+                     CUDA_COMPUTE_CAP={major}{minor} and an \
                      nvcc that is not newer than the driver",
                     driver.version()
                 )
-            })?;
-            let processors = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+                },
+            )?;
+            let processors =
+                context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
             let mut fit = c_int::MAX;
             let module = context.module;
             let find = |kernel: &mut sys::CUfunction, name| {
@@ -114,11 +123,19 @@ impl Context {
                 find(kernel, name)?;
                 let mut blocks = 0;
                 let threads = THREADS as c_int;
-                call!(cuOccupancyMaxActiveBlocksPerMultiprocessor(&mut blocks, *kernel, threads, 0))?;
+                call!(cuOccupancyMaxActiveBlocksPerMultiprocessor(
+                    &mut blocks,
+                    *kernel,
+                    threads,
+                    0
+                ))?;
                 fit = fit.min(blocks);
             }
             context.resident = (fit * processors).max(0) as u32;
-            call!(cuStreamCreate(&mut context.side, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32))?;
+            call!(cuStreamCreate(
+                &mut context.side,
+                sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32
+            ))?;
         }
         Ok(())
     }
@@ -200,12 +217,15 @@ impl Context {
         let ordinal_of = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL;
         let mut kind = 0u32;
         let kind_of = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
-        // SAFETY: the attributes have these types. What is no address of the driver's is an error, not a fault.
+        // SAFETY: the attributes have these types. What is no address of the driver's is an error,
+        // not a fault.
         let known = unsafe {
             call!(cuPointerGetAttribute((&raw mut ordinal).cast(), ordinal_of, address)).is_ok()
                 && call!(cuPointerGetAttribute((&raw mut kind).cast(), kind_of, address)).is_ok()
         };
-        known && ordinal == self.ordinal as c_int && kind == sys::CUmemorytype::CU_MEMORYTYPE_DEVICE as u32
+        known
+            && ordinal == self.ordinal as c_int
+            && kind == sys::CUmemorytype::CU_MEMORYTYPE_DEVICE as u32
     }
 }
 
@@ -235,9 +255,9 @@ pub(super) fn opened() -> MutexGuard<'static, BTreeMap<usize, Arc<Context>>> {
     OPENED.lock().unwrap_or_else(PoisonError::into_inner) // a map, whole at any time
 }
 
-/// While it lives, a context is this thread's current one; then the one before it is again, which is the trainer's. And
-/// the thread may allocate and wait although another captures a CUDA graph: nothing that is done here is a part of one but what
-/// goes to the very stream that is captured.
+/// While it lives, a context is this thread's current one; then the one before it is again, which
+/// is the trainer's. And the thread may allocate and wait although another captures a CUDA graph:
+/// nothing that is done here is a part of one but what goes to the very stream that is captured.
 pub(super) struct Bound {
     mode: sys::CUstreamCaptureMode,
     of_this_thread: PhantomData<*const ()>,

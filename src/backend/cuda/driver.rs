@@ -85,12 +85,14 @@ pub(crate) fn get() -> Result<Driver, String> {
 }
 
 fn find() -> Result<Driver, String> {
-    let names = if cfg!(windows) { ["nvcuda.dll", "nvcuda"] } else { ["libcuda.so", "libcuda.so.1"] };
+    let names =
+        if cfg!(windows) { ["nvcuda.dll", "nvcuda"] } else { ["libcuda.so", "libcuda.so.1"] };
     // SAFETY: a driver's initialisers run, as in every CUDA program.
     let library = names.iter().find_map(|name| unsafe { libloading::Library::new(*name) }.ok());
     let Some(library) = library else {
         return Err(format!(
-            "no NVIDIA driver: neither {} nor {} could be loaded; install the driver, or use Device::cpu()",
+            "no NVIDIA driver: neither {} nor {} could be loaded; install the driver, or use \
+             Device::cpu()",
             names[0], names[1]
         ));
     };
@@ -124,7 +126,8 @@ pub(crate) struct Failed {
 }
 
 impl Failed {
-    /// Whether a capture forbids the call: then it did nothing, and the device is as good as before.
+    /// Whether a capture forbids the call: then it did nothing, and the device is as good as
+    /// before.
     pub(crate) fn is_of_capture(&self) -> bool {
         is_of_capture(self.result)
     }
@@ -191,13 +194,19 @@ mod tests {
     #[test]
     fn every_function_that_is_called_is_looked_for() {
         let mut called = BTreeSet::new();
-        for file in std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src/backend/cuda")).unwrap() {
+        for file in
+            std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src/backend/cuda")).unwrap()
+        {
             let text = std::fs::read_to_string(file.unwrap().path()).unwrap();
             let calls = text.split('(').map(|before| {
-                before.rsplit(|c: char| !c.is_ascii_alphanumeric() && c != '_').next().unwrap_or_default()
+                before
+                    .rsplit(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+                    .next()
+                    .unwrap_or_default()
             });
             let of_the_driver = |name: &&str| {
-                name.strip_prefix("cu").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_uppercase()))
+                name.strip_prefix("cu")
+                    .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_uppercase()))
             };
             called.extend(calls.filter(of_the_driver).map(str::to_owned));
         }

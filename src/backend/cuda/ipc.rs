@@ -1,5 +1,5 @@
-//! Memory that processes share and devices address: the host's, registered by each of them, and a device's, lent by the process
-//! that allocated it (CUDA IPC).
+//! Memory that processes share and devices address: the host's, registered by each of them, and a
+//! device's, lent by the process that allocated it (CUDA IPC).
 
 use std::ffi::{c_char, c_uint};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -12,7 +12,8 @@ use super::running::defer;
 use super::Context;
 use crate::backend::{ImportLock, Mapping, Memfd};
 
-/// Memory of the host that other processes have, too, page-locked here and mapped for every device of this one.
+/// Memory of the host that other processes have, too, page-locked here and mapped for every device
+/// of this one.
 #[derive(Debug)]
 pub(crate) struct Registered {
     context: Arc<Context>,
@@ -29,7 +30,8 @@ impl Registered {
         let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
         // SAFETY: mapped with this size, and it stays so until it is unregistered.
         unsafe { call!(cuMemHostRegister_v2(start, shared.bytes(), flags)) }?;
-        let mut registered = Registered { context: context.clone(), shared: Some(shared), address: 0 };
+        let mut registered =
+            Registered { context: context.clone(), shared: Some(shared), address: 0 };
         // SAFETY: registered for devices just now.
         unsafe { call!(cuMemHostGetDevicePointer_v2(&mut registered.address, start, 0)) }?;
         Ok(registered)
@@ -81,8 +83,8 @@ impl IpcExport {
         (self.handle.reserved.map(|byte| byte as u8).to_vec(), self.lease.file())
     }
 
-    /// Its memory goes when nobody has it open any more: who was stopped in an average that others gave up writes there when
-    /// it goes on.
+    /// Its memory goes when nobody has it open any more: who was stopped in an average that others
+    /// gave up writes there when it goes on.
     pub(super) fn end(self, context: &Arc<Context>, address: u64) {
         let what = What::Lent(address, self.lease);
         defer(DeferredFree { context: context.clone(), what });
@@ -100,7 +102,8 @@ pub(crate) struct IpcImport {
 }
 
 impl IpcImport {
-    /// What another process offers, of so many bytes. Drivers open nothing that is this process's own.
+    /// What another process offers, of so many bytes. Drivers open nothing that is this process's
+    /// own.
     pub(crate) fn open(
         context: &Arc<Context>,
         handle: &[u8],
@@ -168,11 +171,17 @@ enum What {
 impl DeferredFree {
     /// Gives it back, unless a process that it is lent to still has it open. Waits for kernels.
     pub(super) fn give_back(&self) -> bool {
-        let Ok(_bound) = self.context.bind() else { return true }; // the device is lost, and all with it
-                                                                   // SAFETY: made by this process in this context, and used by none of its kernels any more. An error leaves nothing to do.
+        // the device is lost, and all with it
+        let Ok(_bound) = self.context.bind() else { return true };
+        // SAFETY: made by this process
+        // in this context, and used by
+        // none of its kernels any more.
+        // An error leaves nothing to do.
         unsafe {
             let _ = match &self.what {
-                What::Registered(mapping) => call!(cuMemHostUnregister(mapping.address() as *mut _)),
+                What::Registered(mapping) => {
+                    call!(cuMemHostUnregister(mapping.address() as *mut _))
+                }
                 What::IpcImport { address, .. } => call!(cuIpcCloseMemHandle(*address)),
                 What::Lent(_, lease) if !lease.end() => return false,
                 What::Lent(address, _) => call!(cuMemFree_v2(*address)),

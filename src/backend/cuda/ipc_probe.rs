@@ -1,5 +1,6 @@
-//! Whether two processes can use each other's device memory. As between devices of one process, see `peer`, only bytes that were
-//! moved tell, and here by just the mapping that mailboxes are reached through.
+//! Whether two processes can use each other's device memory. As between devices of one process, see
+//! `peer`, only bytes that were moved tell, and here by just the mapping that mailboxes are reached
+//! through.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -11,7 +12,8 @@ use crate::backend::{Memory, MemoryHandle, MemorySpace};
 /// Bytes of one part of it.
 const PART: usize = WORDS as usize * 4;
 
-/// Memory of this process's device that others try to use: a part that all of them read, and one that each of them writes.
+/// Memory of this process's device that others try to use: a part that all of them read, and one
+/// that each of them writes.
 #[derive(Debug)]
 pub(crate) struct IpcProbe {
     context: Arc<Context>,
@@ -29,7 +31,8 @@ impl IpcProbe {
         self.memory.offer().expect("memory that is to be lent")
     }
 
-    /// By the other process: whether what it reads is right. It writes what the owner is to read. An error: it can't be opened.
+    /// By the other process: whether what it reads is right. It writes what the owner is to read.
+    /// An error: it can't be opened.
     pub(crate) fn visit(
         context: &Arc<Context>,
         offer: &MemoryHandle,

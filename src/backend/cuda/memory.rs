@@ -45,7 +45,8 @@ impl DeviceMemory {
         Ok(memory)
     }
 
-    /// The same for other processes to open: nothing else is in its blocks, and it is never used for anything else again.
+    /// The same for other processes to open: nothing else is in its blocks, and it is never used
+    /// for anything else again.
     #[cfg(target_os = "linux")]
     pub(crate) fn to_lend(context: &Arc<Context>, bytes: usize) -> Result<Self, String> {
         let address = allocate(context, bytes.max(1).next_multiple_of(IpcExport::BLOCK))?;
@@ -81,9 +82,11 @@ impl DeviceMemory {
     /// Writes a word that running kernels poll, in one piece.
     pub(crate) fn say(&self, offset: usize, word: u32) -> Result<(), Failed> {
         let to = self.at(offset, 4);
-        // SAFETY: inside of this memory, and aligned. Flags 0: what was written before is seen before it.
-        let said =
-            self.context.on_the_side(|stream| unsafe { call!(cuStreamWriteValue32_v2(stream, to, word, 0)) });
+        // SAFETY: inside of this memory, and aligned. Flags 0: what was written before is seen
+        // before it.
+        let said = self
+            .context
+            .on_the_side(|stream| unsafe { call!(cuStreamWriteValue32_v2(stream, to, word, 0)) });
         match said {
             // A copy of an aligned word does it, too, if not by the letter of the memory model.
             Err(Failed { result: CUresult::CUDA_ERROR_NOT_SUPPORTED, .. }) => {
@@ -105,7 +108,8 @@ impl DeviceMemory {
     pub(crate) fn fill(&self, offset: usize, bytes: usize, value: u8) -> Result<(), Failed> {
         let to = self.at(offset, bytes);
         // SAFETY: inside of this memory.
-        self.context.on_the_side(|stream| unsafe { call!(cuMemsetD8Async(to, value, bytes, stream)) })
+        self.context
+            .on_the_side(|stream| unsafe { call!(cuMemsetD8Async(to, value, bytes, stream)) })
     }
 
     fn at(&self, offset: usize, bytes: usize) -> u64 {
@@ -125,8 +129,8 @@ impl Drop for DeviceMemory {
     }
 }
 
-/// Page-locked memory of the host: what is copied from or to it needs no staging, and every device addresses it as the host
-/// does.
+/// Page-locked memory of the host: what is copied from or to it needs no staging, and every device
+/// addresses it as the host does.
 #[derive(Debug)]
 pub(crate) struct Pinned {
     context: Arc<Context>,
@@ -149,7 +153,8 @@ impl Pinned {
                 let mut start: *mut c_void = null_mut();
                 // SAFETY: the context is bound.
                 let flags = sys::CU_MEMHOSTALLOC_PORTABLE | sys::CU_MEMHOSTALLOC_DEVICEMAP;
-                unsafe { call!(cuMemHostAlloc(&mut start, bytes.max(1), flags)) }.map(|()| start.cast())
+                unsafe { call!(cuMemHostAlloc(&mut start, bytes.max(1), flags)) }
+                    .map(|()| start.cast())
             })?,
         };
         // SAFETY: allocated with this size.
@@ -201,7 +206,10 @@ fn allocate(context: &Context, bytes: usize) -> Result<u64, Failed> {
 }
 
 /// Allocates; if there is not enough, once more after everything that nobody uses has been freed.
-fn or_free_spare<T>(context: &Context, allocate: impl Fn() -> Result<T, Failed>) -> Result<T, Failed> {
+fn or_free_spare<T>(
+    context: &Context,
+    allocate: impl Fn() -> Result<T, Failed>,
+) -> Result<T, Failed> {
     let _bound = context.bind()?;
     match allocate() {
         Err(Failed { result: CUresult::CUDA_ERROR_OUT_OF_MEMORY, .. }) => {

@@ -1,7 +1,7 @@
 //! CUDA devices: the kernels that `build.rs` compiled and embedded, and the driver that runs them.
 //!
-//! cudarc loads `libcuda` when it is first called, and panics if it is not there or lacks a function. So nothing here is
-//! called before [`driver::get`] has looked.
+//! cudarc loads `libcuda` when it is first called, and panics if it is not there or lacks a
+//! function. So nothing here is called before [`driver::get`] has looked.
 
 mod context;
 mod driver;

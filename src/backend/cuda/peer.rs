@@ -1,5 +1,6 @@
-//! Whether two devices can use each other's memory. What the driver says of it is not enough: behind some IOMMUs, switches
-//! and patched drivers, writes to a peer are lost without an error. So bytes are moved and compared.
+//! Whether two devices can use each other's memory. What the driver says of it is not enough:
+//! behind some IOMMUs, switches and patched drivers, writes to a peer are lost without an error. So
+//! bytes are moved and compared.
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
@@ -19,7 +20,8 @@ pub(super) const WORDS: u32 = 16 << 10;
 pub enum PeerAccess {
     /// The driver says that they cannot, in one direction at least.
     Unsupported,
-    /// The driver says that they can, and bytes that were written or read that way were not what they should be.
+    /// The driver says that they can, and bytes that were written or read that way were not what
+    /// they should be.
     Broken,
     /// Bytes were moved both ways, by writing and by reading, and were right.
     Verified,
@@ -30,10 +32,11 @@ pub(crate) fn access(one: &Arc<Context>, other: &Arc<Context>) -> Result<PeerAcc
     if one.ordinal() == other.ordinal() {
         return Ok(PeerAccess::Verified);
     }
-    // By ordinals, the lower one first. Held while it is found out: who finds a pair broken takes the access back, under
-    // the kernels of whoever tries the same pair at that moment.
+    // By ordinals, the lower one first. Held while it is found out: who finds a pair broken takes
+    // the access back, under the kernels of whoever tries the same pair at that moment.
     static KNOWN: Mutex<BTreeMap<(usize, usize), PeerAccess>> = Mutex::new(BTreeMap::new());
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner); // a map, whole at any time
+    // a map, whole at any time
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
     let pair = (one.ordinal().min(other.ordinal()), one.ordinal().max(other.ordinal()));
     if let Some(&known) = known.get(&pair) {
         return Ok(known);
@@ -61,13 +64,15 @@ fn find(one: &Arc<Context>, other: &Arc<Context>) -> Result<PeerAccess, Failed> 
     if moves(one, other, 1)? && moves(other, one, 2)? {
         return Ok(PeerAccess::Verified);
     }
-    // As it was: a trainer that asks for it itself is told that it is there already, and may know better.
+    // As it was: a trainer that asks for it itself is told that it is there already, and may know
+    // better.
     disable(one, other, there)?;
     disable(other, one, back)?;
     Ok(PeerAccess::Broken)
 }
 
-/// A device has no more than 8 peers where no switch joins them all: others are reached through the host.
+/// A device has no more than 8 peers where no switch joins them all: others are reached through the
+/// host.
 fn not_to_be_had(failed: Failed) -> Result<PeerAccess, Failed> {
     match failed.result {
         CUresult::CUDA_ERROR_TOO_MANY_PEERS | CUresult::CUDA_ERROR_PEER_ACCESS_UNSUPPORTED => {
@@ -106,7 +111,8 @@ fn enable(from: &Context, to: &Context) -> Result<bool, Failed> {
     }
 }
 
-/// Whether what `from` writes to memory of `to` is there, and what `to` writes is what `from` reads.
+/// Whether what `from` writes to memory of `to` is there, and what `to` writes is what `from`
+/// reads.
 fn moves(from: &Arc<Context>, to: &Arc<Context>, seed: u32) -> Result<bool, Failed> {
     let memory = DeviceMemory::new(to, WORDS as usize * 4)?;
     let (differs_here, differs_there) = (DeviceMemory::new(from, 4)?, DeviceMemory::new(to, 4)?);
@@ -132,8 +138,8 @@ pub(super) fn probe(on: &Context, memory: u64, seed: u32, differs: u64) -> Resul
         (&raw mut differs).cast(),
     ];
     on.on_the_side(|stream| {
-        // SAFETY: the kernel takes these four, which the driver copies now; `memory` holds so many words, and peer access to it
-        // is enabled.
+        // SAFETY: the kernel takes these four, which the driver copies now; `memory` holds so many
+        // words, and peer access to it is enabled.
         unsafe {
             let parameters = parameters.as_mut_ptr();
             call!(cuLaunchKernel(

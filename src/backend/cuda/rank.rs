@@ -1,4 +1,5 @@
-//! One rank on a device: its stream, and what the kernels read and write besides tensors and mailboxes.
+//! One rank on a device: its stream, and what the kernels read and write besides tensors and
+//! mailboxes.
 
 use std::ffi::c_void;
 use std::ptr::null_mut;
@@ -13,8 +14,9 @@ use super::{Context, DeviceMemory};
 use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment};
 use crate::backend::Unstarted;
 
-/// Threads of a block: what the kernels are compiled for at most. 4 packs in flight for each fill a processor's memory
-/// pipe, and the registers of one block a processor suffice without spills (tests/sass.rs).
+/// Threads of a block: what the kernels are compiled for at most. 4 packs in flight for each fill a
+/// processor's memory pipe, and the registers of one block a processor suffice without spills
+/// (tests/sass.rs).
 pub(crate) const THREADS: u32 = 512;
 
 /// A rank's stream and tables.
@@ -34,7 +36,8 @@ pub(crate) struct Rank {
     buckets: usize,
     next_tables: Pinned,
     stale: bool,
-    /// Tables of averages that are part of a CUDA graph: as they were when it was captured, whatever comes after.
+    /// Tables of averages that are part of a CUDA graph: as they were when it was captured,
+    /// whatever comes after.
     captured: Vec<DeviceMemory>,
     /// Memory for the first of them: where somebody captures, a driver may forbid to allocate.
     to_capture: Option<DeviceMemory>,
@@ -42,7 +45,8 @@ pub(crate) struct Rank {
     capturing: bool,
     /// What was started and nobody has waited for.
     pending: Option<Pending>,
-    /// While something is pending, and for good once an average is part of a graph: nobody here sees it replayed.
+    /// While something is pending, and for good once an average is part of a graph: nobody here
+    /// sees it replayed.
     busy: Option<Busy>,
     /// The last field: memory above is nobody's before it goes.
     _running: Running,
@@ -104,7 +108,8 @@ impl Rank {
 
     /// Memory that it takes on the device.
     pub(crate) fn bytes(&self) -> usize {
-        let captured: usize = self.captured.iter().chain(&self.to_capture).map(DeviceMemory::bytes).sum();
+        let captured: usize =
+            self.captured.iter().chain(&self.to_capture).map(DeviceMemory::bytes).sum();
         self.channels.bytes() + self.tables.bytes() + captured
     }
 
@@ -128,7 +133,8 @@ impl Rank {
         buckets: &'a [PaBucket],
         segments: impl Iterator<Item = &'a [PaSegment]>,
     ) {
-        let parts = std::iter::once(bytemuck::cast_slice(buckets)).chain(segments.map(bytemuck::cast_slice));
+        let parts = std::iter::once(bytemuck::cast_slice(buckets))
+            .chain(segments.map(bytemuck::cast_slice));
         let mut rest = self.next_tables.bytes_mut();
         for part in parts {
             let (to, others) = rest.split_at_mut(part.len());
@@ -142,14 +148,15 @@ impl Rank {
         bytemuck::cast_slice(self.ended.bytes())
     }
 
-    /// Enqueues an average: on `stream`, or on the rank's own behind the null stream and with it all streams that are not
-    /// of the non-blocking kind. Returns at once. If `stream` is being captured, the average becomes a part of the graph,
-    /// with the tensors and arguments of now; all that it counts is in memory of the device, so it can be replayed.
+    /// Enqueues an average: on `stream`, or on the rank's own behind the null stream and with it
+    /// all streams that are not of the non-blocking kind. Returns at once. If `stream` is being
+    /// captured, the average becomes a part of the graph, with the tensors and arguments of now;
+    /// all that it counts is in memory of the device, so it can be replayed.
     ///
     /// # Safety
-    /// What `args` points at is as `kernels/abi.h` describes it, in memory of the device. The tensors are nobody else's
-    /// until `finish` has returned, and what was done to them before is done or ordered before that stream, which is of the
-    /// same context and lives until then.
+    /// What `args` points at is as `kernels/abi.h` describes it, in memory of the device. The
+    /// tensors are nobody else's until `finish` has returned, and what was done to them before is
+    /// done or ordered before that stream, which is of the same context and lives until then.
     pub(crate) unsafe fn start(
         &mut self,
         args: &PaArgs,
@@ -188,12 +195,15 @@ impl Rank {
                 }
             };
         }
-        // SAFETY: the copies are as large as what they go from and to, which nobody else touches until `finish`; the
-        // kernels are the caller's promise. Whatever is enqueued comes before the event.
+        // SAFETY: the copies are as large as what they go from and to, which nobody else touches
+        // until `finish`; the kernels are the caller's promise. Whatever is enqueued comes before
+        // the event.
         unsafe {
-            let enqueued = self.update_tables(stream).and_then(|()| self.enqueue(args, phases, stream));
+            let enqueued =
+                self.update_tables(stream).and_then(|()| self.enqueue(args, phases, stream));
             let recorded = call!(cuEventRecord(self.done, stream));
-            self.pending = Some(if recorded.is_ok() { Pending::Done } else { Pending::All(stream) });
+            self.pending =
+                Some(if recorded.is_ok() { Pending::Done } else { Pending::All(stream) });
             Ok(enqueued.and(recorded)?)
         }
     }
@@ -206,7 +216,9 @@ impl Rank {
                 .and_then(|()| call!(cuStreamWaitEvent(self.stream, self.before, 0)))
         };
         match follows {
-            Err(failed) if failed.is_of_capture() => Err(Unstarted::beside_a_capture(&failed.to_string())),
+            Err(failed) if failed.is_of_capture() => {
+                Err(Unstarted::beside_a_capture(&failed.to_string()))
+            }
             follows => Ok(follows?),
         }
     }
@@ -272,7 +284,9 @@ impl Rank {
             }),
             // SAFETY: as above.
             Ok(false) => Ok(unsafe { self.synchronize(stream) }?),
-            Err(failed) if failed.is_of_capture() => Err(Unstarted::beside_a_capture(&failed.to_string())),
+            Err(failed) if failed.is_of_capture() => {
+                Err(Unstarted::beside_a_capture(&failed.to_string()))
+            }
             Err(failed) => Err(failed.into()),
         }
     }
@@ -299,7 +313,10 @@ impl Rank {
     ///
     /// # Safety
     /// It is one.
-    pub(crate) unsafe fn refuses(&self, stream: sys::CUstream) -> Result<Option<&'static str>, Failed> {
+    pub(crate) unsafe fn refuses(
+        &self,
+        stream: sys::CUstream,
+    ) -> Result<Option<&'static str>, Failed> {
         let _bound = self.context.bind()?;
         let mut flags = 0;
         // SAFETY: the caller's promise.
@@ -312,7 +329,8 @@ impl Rank {
     pub(crate) fn is_done(&self) -> bool {
         let Some(Pending::Done) = self.pending else { return true };
         // SAFETY: this rank's event.
-        let ready = self.context.bind().and_then(|_bound| unsafe { call!(cuEventQuery(self.done)) });
+        let ready =
+            self.context.bind().and_then(|_bound| unsafe { call!(cuEventQuery(self.done)) });
         // Any other error comes back from `finish`, which does not wait for it.
         !matches!(ready, Err(Failed { result: sys::CUresult::CUDA_ERROR_NOT_READY, .. }))
     }
@@ -339,7 +357,12 @@ impl Rank {
         Ok(())
     }
 
-    unsafe fn launch(&self, args: &PaArgs, phase: u32, stream: sys::CUstream) -> Result<(), Failed> {
+    unsafe fn launch(
+        &self,
+        args: &PaArgs,
+        phase: u32,
+        stream: sys::CUstream,
+    ) -> Result<(), Failed> {
         let mut parameters: [*mut c_void; 1] = [std::ptr::from_ref(args).cast_mut().cast()];
         // SAFETY: the kernel takes one PaArgs, which the driver copies now.
         unsafe {
@@ -371,7 +394,8 @@ unsafe fn is_capturing(stream: sys::CUstream) -> Result<bool, Failed> {
 impl Drop for Rank {
     fn drop(&mut self) {
         let Ok(_bound) = self.context.bind() else { return };
-        // SAFETY: made by `new`, if they are not null; the driver destroys them when their work is done.
+        // SAFETY: made by `new`, if they are not null; the driver destroys them when their work is
+        // done.
         unsafe {
             if !self.stream.is_null() {
                 let _ = call!(cuStreamDestroy_v2(self.stream));

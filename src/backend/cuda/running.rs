@@ -1,5 +1,5 @@
-//! When memory is given back. To free, to unregister and to close is to wait for every kernel on the device, and one of them may
-//! be an average that waits for this very thread.
+//! When memory is given back. To free, to unregister and to close is to wait for every kernel on
+//! the device, and one of them may be an average that waits for this very thread.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -75,7 +75,8 @@ pub(super) fn defer(this: DeferredFree) {
     give_back(&mut count);
 }
 
-/// All that can be: what another process still has open is asked after again when the next average ends.
+/// All that can be: what another process still has open is asked after again when the next average
+/// ends.
 #[cfg(target_os = "linux")]
 fn give_back(count: &mut Count) {
     if count.busy == 0 {

@@ -3,7 +3,9 @@
 use std::ffi::{c_char, c_int, CStr};
 use std::fmt;
 
-use cudarc::driver::sys::{self, CUdevice_P2PAttribute as P2pAttribute, CUdevice_attribute as Attribute};
+use cudarc::driver::sys::{
+    self, CUdevice_P2PAttribute as P2pAttribute, CUdevice_attribute as Attribute,
+};
 use serde::{Deserialize, Serialize};
 
 use super::driver::{self, call, Failed};
@@ -28,7 +30,8 @@ pub struct CudaDevice {
     pub pci: String,
     /// The node of the host's memory that it is next to, if the system says so.
     pub numa_node: Option<u32>,
-    /// What lies between the host and it, and itself: a host bridge, PCIe bridges, the device. Empty: not known.
+    /// What lies between the host and it, and itself: a host bridge, PCIe bridges, the device.
+    /// Empty: not known.
     path: Vec<String>,
 }
 
@@ -38,8 +41,8 @@ pub struct CudaDevice {
 pub enum Connection {
     /// X: they are the same.
     Same,
-    /// NV: NVLink. The driver API does not name it; it does say whether all native atomics work between two devices, which over
-    /// PCIe they do not.
+    /// NV: NVLink. The driver API does not name it; it does say whether all native atomics work
+    /// between two devices, which over PCIe they do not.
     NvLink,
     /// PIX: one PCIe switch, or one bridge.
     Pix,
@@ -87,16 +90,17 @@ pub struct Topology {
 }
 
 impl Topology {
-    /// Looks, and tries between every two devices whether each can write and read the other's memory: that loads this crate's
-    /// kernels on all of them. Without a driver, without a device, or with a driver that is too old:
-    /// [`Error::CudaUnavailable`].
+    /// Looks, and tries between every two devices whether each can write and read the other's
+    /// memory: that loads this crate's kernels on all of them. Without a driver, without a device,
+    /// or with a driver that is too old: [`Error::CudaUnavailable`].
     pub fn probe() -> Result<Topology> {
         Self::find().map_err(|reason| Error::CudaUnavailable { reason })
     }
 
     fn find() -> Result<Topology, String> {
         let driver = driver::get()?;
-        let contexts = (0..driver.devices).map(Context::open).collect::<Result<Vec<_>, String>>()?;
+        let contexts =
+            (0..driver.devices).map(Context::open).collect::<Result<Vec<_>, String>>()?;
         let devices: Vec<CudaDevice> =
             contexts.iter().map(|context| facts(context)).collect::<Result<_, _>>()?;
         let connections = all_pairs(&contexts, |one, other| connection(one, other))?;
@@ -155,7 +159,8 @@ pub(crate) fn facts(context: &Context) -> Result<CudaDevice, Failed> {
     })
 }
 
-/// Linux's view of a PCI device: its bridges and its NUMA node. Elsewhere, and of a device that is not there: nothing.
+/// Linux's view of a PCI device: its bridges and its NUMA node. Elsewhere, and of a device that is
+/// not there: nothing.
 fn in_the_system(pci: &str) -> (Vec<String>, Option<u32>) {
     let folder = std::path::Path::new("/sys/bus/pci/devices").join(pci);
     let whole = std::fs::canonicalize(&folder).unwrap_or_default();
@@ -200,7 +205,8 @@ impl CudaDevice {
     }
 }
 
-/// A device as all processes of a host know it, whatever number each has for it, and whether they see it or not.
+/// A device as all processes of a host know it, whatever number each has for it, and whether they
+/// see it or not.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg(target_os = "linux")]
 pub(crate) struct Identity {
@@ -263,7 +269,8 @@ fn over_pcie(one: &Slot, other: &Slot) -> Connection {
         0 if one.numa_node.is_some() && one.numa_node == other.numa_node => Connection::Node,
         0 => Connection::Sys,
         1 => Connection::Phb,
-        // Both hang on the last one that they have in common, each by a port of its own: that is one switch.
+        // Both hang on the last one that they have in common, each by a port of its own: that is
+        // one switch.
         _ if common + 2 >= one.path.len().max(other.path.len()) => Connection::Pix,
         _ => Connection::Pxb,
     }
@@ -288,8 +295,11 @@ mod tests {
 
     #[test]
     fn paths_are_those_of_nvidia_smi() {
-        let one =
-            device("0000:03:00.0", "pci0000:00 0000:00:01.0 0000:01:00.0 0000:02:08.0 0000:03:00.0", Some(0));
+        let one = device(
+            "0000:03:00.0",
+            "pci0000:00 0000:00:01.0 0000:01:00.0 0000:02:08.0 0000:03:00.0",
+            Some(0),
+        );
         let cases = [
             ("0000:03:00.0", "", Some(0), Connection::Same),
             (
@@ -306,7 +316,8 @@ mod tests {
             ),
             (
                 "0000:07:00.0",
-                "pci0000:00 0000:00:01.0 0000:01:00.0 0000:02:18.0 0000:05:00.0 0000:06:00.0 0000:07:00.0",
+                "pci0000:00 0000:00:01.0 0000:01:00.0 0000:02:18.0 0000:05:00.0 0000:06:00.0 \
+                 0000:07:00.0",
                 Some(0),
                 Connection::Pxb,
             ),
@@ -318,7 +329,11 @@ mod tests {
         ];
         for (pci, path, node, expected) in cases {
             let (one, other) = (one.slot(), device(pci, path, node).slot());
-            assert_eq!((over_pcie(&one, &other), over_pcie(&other, &one)), (expected, expected), "{pci}");
+            assert_eq!(
+                (over_pcie(&one, &other), over_pcie(&other, &one)),
+                (expected, expected),
+                "{pci}"
+            );
         }
     }
 }

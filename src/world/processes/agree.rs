@@ -1,5 +1,6 @@
-//! How ranks that are processes build an averager together: each shows its handshake to all others, opens the memory that it needs of
-//! theirs, and says whether it could. What one rank refuses or lacks, all of them are told.
+//! How ranks that are processes build an averager together: each shows its handshake to all others,
+//! opens the memory that it needs of theirs, and says whether it could. What one rank refuses or
+//! lacks, all of them are told.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,8 +22,8 @@ type Number = (u32, u32);
 const SOON: Duration = Duration::from_millis(300);
 
 impl ProcessBootstrap {
-    /// Collective, as `ThreadBootstrap::agree`. An error of one rank's handshake, or of what it opens, is every rank's.
-    /// `again`: its number, if it is built again.
+    /// Collective, as `ThreadBootstrap::agree`. An error of one rank's handshake, or of what it
+    /// opens, is every rank's. `again`: its number, if it is built again.
     pub(in crate::world) fn agree(
         &self,
         handshake: Handshake,
@@ -39,15 +40,19 @@ impl ProcessBootstrap {
         let (body, files) = WireHandshake::of(&handshake);
         self.tell(Kind::Handshake, number, &body, &files, deadline)?;
         let frames = self.hear(Kind::Handshake, number, deadline, timeout, false, |_| false)?;
-        // Cards of layouts that are larger than this rank's own are read into small pieces, none of which can
-        // fail but by an abort.
+        // Cards of layouts that are larger than this rank's own are read into small pieces, none of
+        // which can fail but by an abort.
         let bytes: usize = frames.iter().map(|(_, frame)| frame.body.len()).sum();
         if let Err(reason) = limits::spare(4 * bytes) {
             let error = Error::Memory { rank: self.rank(), reason };
-            return Err(self.verdict(number, Some(&error), deadline, timeout).err().unwrap_or(error));
+            return Err(self
+                .verdict(number, Some(&error), deadline, timeout)
+                .err()
+                .unwrap_or(error));
         }
         let unopened = frames.into_iter().map(|(rank, frame)| WireHandshake::read(frame, rank));
-        let unopened = unopened.collect::<Result<Vec<Unopened>>>().map_err(|error| self.fail(error))?;
+        let unopened =
+            unopened.collect::<Result<Vec<Unopened>>>().map_err(|error| self.fail(error))?;
         let mut handshakes = vec![handshake.clone(); self.members().len()];
         unopened.iter().for_each(|unopened| handshakes[unopened.rank] = unopened.handshake.clone());
         Agreement::check(&handshakes)?; // on every rank, so that none waits for verdicts
@@ -65,7 +70,11 @@ impl ProcessBootstrap {
     }
 
     /// All handshakes, by rank, with the memory that this rank uses.
-    fn open(&self, unopened: Vec<Unopened>, mut handshakes: Vec<Handshake>) -> Result<Vec<Handshake>> {
+    fn open(
+        &self,
+        unopened: Vec<Unopened>,
+        mut handshakes: Vec<Handshake>,
+    ) -> Result<Vec<Handshake>> {
         let bytes = |memory: &Option<Arc<Memory>>| memory.as_ref().map(|memory| memory.bytes());
         let own = handshakes[self.rank()].clone();
         for unopened in unopened {
@@ -79,7 +88,10 @@ impl ProcessBootstrap {
             let right = (!inbox || bytes(&theirs.inbox) == bytes(&own.inbox))
                 && (!credits || bytes(&theirs.credits) == bytes(&own.credits))
                 && (!control
-                    || theirs.control.as_ref().is_some_and(|c| c.memory().bytes() == Control::BYTES));
+                    || theirs
+                        .control
+                        .as_ref()
+                        .is_some_and(|c| c.memory().bytes() == Control::BYTES));
             if !right {
                 let reason = "its memory is not of the size that its options make it".into();
                 return Err(Error::PeerBuildFailed { rank, reason });
@@ -89,8 +101,8 @@ impl ProcessBootstrap {
         Ok(handshakes)
     }
 
-    /// Collective: tells all others whether this rank could open what it needs, and hears whether they could. Of several that could
-    /// not, every rank names the lowest.
+    /// Collective: tells all others whether this rank could open what it needs, and hears whether
+    /// they could. Of several that could not, every rank names the lowest.
     fn verdict(
         &self,
         number: Number,
@@ -101,12 +113,15 @@ impl ProcessBootstrap {
         let said = own.map(|error| of_itself(error.to_string(), self.rank()));
         self.tell(Kind::Verdict, number, &said, &[], deadline)?;
         let is_refusal = |frame: &Frame| frame.body != b"null";
-        let frames = self.hear(Kind::Verdict, number, deadline, timeout, own.is_some(), is_refusal)?;
-        let refused = frames.into_iter().filter(|(_, frame)| is_refusal(frame)).map(|(rank, frame)| {
-            let reason =
-                frame.parse().unwrap_or_else(|error| format!("its verdict is not understood: {error}"));
-            (rank, Error::PeerBuildFailed { rank, reason })
-        });
+        let frames =
+            self.hear(Kind::Verdict, number, deadline, timeout, own.is_some(), is_refusal)?;
+        let refused =
+            frames.into_iter().filter(|(_, frame)| is_refusal(frame)).map(|(rank, frame)| {
+                let reason = frame
+                    .parse()
+                    .unwrap_or_else(|error| format!("its verdict is not understood: {error}"));
+                (rank, Error::PeerBuildFailed { rank, reason })
+            });
         let own = own.map(|error| (self.rank(), error.clone()));
         refused.chain(own).min_by_key(|&(rank, _)| rank).map_or(Ok(()), |(_, error)| Err(error))
     }
@@ -120,14 +135,17 @@ impl ProcessBootstrap {
         files: &[std::os::fd::BorrowedFd<'_>],
         deadline: Instant,
     ) -> Result<()> {
-        let sent = self.peer_set.send_to_all(self.others(), (kind, view, number), body, files, deadline);
-        let failed =
-            |error: std::io::Error| Error::SharedMemory { rank: self.rank(), reason: error.to_string() };
+        let sent =
+            self.peer_set.send_to_all(self.others(), (kind, view, number), body, files, deadline);
+        let failed = |error: std::io::Error| Error::SharedMemory {
+            rank: self.rank(),
+            reason: error.to_string(),
+        };
         sent.map_err(|error| self.fail(failed(error)))
     }
 
-    /// What every other rank says of this kind. When this rank or another has refused, the rest is waited for a moment only, and may
-    /// be missing.
+    /// What every other rank says of this kind. When this rank or another has refused, the rest is
+    /// waited for a moment only, and may be missing.
     pub(super) fn hear(
         &self,
         kind: Kind,
@@ -139,7 +157,8 @@ impl ProcessBootstrap {
     ) -> Result<Vec<(usize, Frame)>> {
         let key = (kind, view, number);
         let peers = self.members().iter().copied().enumerate();
-        let mut missing: Vec<(usize, usize)> = peers.filter(|&(_, peer)| peer != self.peer_set.me).collect();
+        let mut missing: Vec<(usize, usize)> =
+            peers.filter(|&(_, peer)| peer != self.peer_set.me).collect();
         let mut heard = vec![];
         loop {
             if is_refused {
@@ -147,16 +166,20 @@ impl ProcessBootstrap {
             }
             let Some(&(first, _)) = missing.first() else { return Ok(heard) };
             let came = self.peer_set.wait(deadline, |state| {
-                let said: Vec<(usize, Frame)> =
-                    missing.iter().filter_map(|&(rank, peer)| Some((rank, state.take(peer, key)?))).collect();
-                let silence = || missing.iter().find_map(|&(rank, peer)| self.silence(rank, peer, state));
+                let said: Vec<(usize, Frame)> = missing
+                    .iter()
+                    .filter_map(|&(rank, peer)| Some((rank, state.take(peer, key)?)))
+                    .collect();
+                let silence =
+                    || missing.iter().find_map(|&(rank, peer)| self.silence(rank, peer, state));
                 if said.is_empty() {
                     silence().map(Err)
                 } else {
                     Some(Ok(said))
                 }
             });
-            let late = || Error::Timeout { rank: first, timeout, phase: Phase::Build, committed: false };
+            let late =
+                || Error::Timeout { rank: first, timeout, phase: Phase::Build, committed: false };
             let said = match came.unwrap_or_else(|| Err(late())) {
                 Ok(said) => said,
                 Err(_) if is_refused => return Ok(heard),

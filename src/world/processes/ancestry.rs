@@ -91,7 +91,8 @@ impl Process {
             return true;
         }
         // The same of process groups, except that a shell with job control also puts a process into
-        // the group of one of its siblings. Where the shell has a terminal, that one may have ended.
+        // the group of one of its siblings. Where the shell has a terminal, that one may have
+        // ended.
         let has_group_of_parent = [self.pid, parent.group].contains(&self.group);
         let has_group_of_sibling = || {
             Process::of(self.group).is_some_and(|leader| leader.parent == parent.pid)
@@ -111,7 +112,8 @@ impl Process {
     pub(super) fn is_wrapper_of(&self, process: &Process) -> bool {
         let arguments = |pid: u32| read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let (ours, theirs) = (arguments(self.pid), arguments(process.pid));
-        !theirs.is_empty() && ours.strip_suffix(&theirs[..]).is_some_and(|before| before.last() == Some(&0))
+        !theirs.is_empty()
+            && ours.strip_suffix(&theirs[..]).is_some_and(|before| before.last() == Some(&0))
     }
 
     /// The file that it runs; empty if that can't be read.
@@ -121,8 +123,11 @@ impl Process {
 
     /// Other children that run one of these programs.
     pub(super) fn has_other_child(&self, child: u32, programs: &[PathBuf]) -> bool {
-        let children = read_to_string(format!("/proc/{0}/task/{0}/children", self.pid)).unwrap_or_default();
-        let runs = |pid: &str| read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| programs.contains(&exe));
+        let children =
+            read_to_string(format!("/proc/{0}/task/{0}/children", self.pid)).unwrap_or_default();
+        let runs = |pid: &str| {
+            read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| programs.contains(&exe))
+        };
         children.split_whitespace().filter(|pid| *pid != child.to_string()).any(runs)
     }
 }
@@ -139,7 +144,9 @@ mod tests {
 
     #[test]
     fn a_line_of_the_kernel_is_read() {
-        let line = "4213 (a) b (c) R 12 4213 77 0 -1 4194564 1 0 0 0 0 0 0 0 20 0 3 0 987654 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 \
+        let line =
+            "4213 (a) b (c) R 12 4213 77 0 -1 4194564 1 0 0 0 0 0 0 0 20 0 3 0 987654 1 2 3 \
+            4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 \
                     19 20 21 22 23 24 25 140737 140738 140739 140740 0";
         let found = Process::parse(line).unwrap();
         assert_eq!(

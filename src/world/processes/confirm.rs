@@ -1,5 +1,6 @@
-//! The end of a meeting: ranks that were made known to one another still need memory and threads, and no rank begins where one can't
-//! have them. Each tells rank 0, on the stream that it came by, and rank 0 tells all.
+//! The end of a meeting: ranks that were made known to one another still need memory and threads,
+//! and no rank begins where one can't have them. Each tells rank 0, on the stream that it came by,
+//! and rank 0 tells all.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -10,7 +11,8 @@ use rustix::event::{poll, PollFd, PollFlags};
 use super::frame::{self, Kind};
 use super::private::Private;
 
-/// How long a rank is waited for that says nothing. It is stopped or gone, as it may be at any later time, and is found out as a peer.
+/// How long a rank is waited for that says nothing. It is stopped or gone, as it may be at any
+/// later time, and is found out as a peer.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Characters of a reason that are told.
 const MOST_REASON: usize = 2000;
@@ -22,7 +24,9 @@ pub(super) struct Confirmation {
 }
 
 impl Confirmation {
-    pub(super) fn of_rank_0(connections: impl Iterator<Item = (usize, Private<UnixStream>)>) -> Confirmation {
+    pub(super) fn of_rank_0(
+        connections: impl Iterator<Item = (usize, Private<UnixStream>)>,
+    ) -> Confirmation {
         Confirmation { streams: connections.collect() }
     }
 
@@ -30,7 +34,8 @@ impl Confirmation {
         Confirmation { streams: vec![(0, stream)] }
     }
 
-    /// Collective: says whether this rank has all that it needs, and returns when all have said it. A refusal is every rank's error.
+    /// Collective: says whether this rank has all that it needs, and returns when all have said it.
+    /// A refusal is every rank's error.
     pub(super) fn give(self, own: Result<(), String>) -> Result<(), String> {
         match &self.streams[..] {
             [(0, first)] => {
@@ -39,7 +44,8 @@ impl Confirmation {
                 own.and_then(|()| hear(first, Instant::now() + 2 * PATIENCE))
             }
             others => {
-                let refused = own.as_ref().err().map(|reason| format!("rank 0 can't take part: {reason}"));
+                let refused =
+                    own.as_ref().err().map(|reason| format!("rank 0 can't take part: {reason}"));
                 let result = own.and_then(|()| gather(others));
                 let told = refused.as_ref().or(result.as_ref().err());
                 others.iter().for_each(|(_, stream)| say(stream, told));
@@ -62,7 +68,8 @@ fn say(stream: &Private<UnixStream>, refusal: Option<&String>) {
 
 /// What is said on a stream. No word is no refusal.
 fn hear(stream: &Private<UnixStream>, deadline: Instant) -> Result<(), String> {
-    let said = frame::receive(stream, &[Kind::Verdict], 0, deadline).and_then(|frame| frame.parse());
+    let said =
+        frame::receive(stream, &[Kind::Verdict], 0, deadline).and_then(|frame| frame.parse());
     said.unwrap_or(None::<String>).map_or(Ok(()), Err)
 }
 
@@ -75,15 +82,20 @@ fn gather(others: &[(usize, Private<UnixStream>)]) -> Result<(), String> {
         if missing.is_empty() || left.is_zero() {
             return Ok(());
         }
-        let watch = missing.iter().map(|(_, stream)| PollFd::from_borrowed_fd(stream.as_fd(), PollFlags::IN));
+        let watch = missing
+            .iter()
+            .map(|(_, stream)| PollFd::from_borrowed_fd(stream.as_fd(), PollFlags::IN));
         let mut watched: Vec<PollFd<'_>> = watch.collect();
         // A wait that is interrupted only means another look.
         let _ = poll(&mut watched, left.try_into().ok().as_ref());
-        let speaks: Vec<bool> = watched.iter().map(|watched| !watched.revents().is_empty()).collect();
+        let speaks: Vec<bool> =
+            watched.iter().map(|watched| !watched.revents().is_empty()).collect();
         let mut speaks = speaks.into_iter();
-        let (said, silent): (Vec<_>, Vec<_>) = missing.into_iter().partition(|_| speaks.next() == Some(true));
+        let (said, silent): (Vec<_>, Vec<_>) =
+            missing.into_iter().partition(|_| speaks.next() == Some(true));
         for (rank, stream) in said {
-            hear(stream, deadline).map_err(|reason| format!("rank {rank} can't take part: {reason}"))?;
+            hear(stream, deadline)
+                .map_err(|reason| format!("rank {rank} can't take part: {reason}"))?;
         }
         missing = silent;
     }

@@ -12,7 +12,8 @@ use std::os::unix::net::UnixStream;
 
 /// Possible causes, for every error in which ranks did not find one another.
 pub(super) const CAUSES: &str =
-    "ranks find one another only within one network namespace (containers need a common one, such as \
+    "ranks find one another only within one network namespace (containers need a common one, such \
+     as \
      --network=host) and as one user";
 /// The kernel's overflow uid where /proc does not tell it.
 const OVERFLOW: u32 = 65534;
@@ -46,7 +47,10 @@ impl Credentials {
         if failed != 0 {
             return Err(io::Error::last_os_error());
         }
-        Ok(Credentials { pid: u32::try_from(found.pid).ok().filter(|&pid| pid != 0), uid: found.uid })
+        Ok(Credentials {
+            pid: u32::try_from(found.pid).ok().filter(|&pid| pid != 0),
+            uid: found.uid,
+        })
     }
 }
 
@@ -105,10 +109,13 @@ impl Users {
     fn check(&self, peer: u32) -> Result<(), String> {
         let own = self.own;
         if (peer == self.overflow || own == self.overflow) && !self.is_identity() {
-            let whose = if own == self.overflow { "this process" } else { "the process that holds it" };
+            let whose =
+                if own == self.overflow { "this process" } else { "the process that holds it" };
             return Err(format!(
-                "{whose} runs as user {}, which in a user namespace stands for every user that is not mapped, so that it can't be \
-                 told whether both are the same: map the user in /proc/self/uid_map (unshare -r, podman --userns=keep-id)",
+                "{whose} runs as user {}, which in a user namespace stands for every user that is \
+                 not mapped, so that it can't be \
+                 told whether both are the same: map the user in /proc/self/uid_map (unshare -r, \
+                 podman --userns=keep-id)",
                 self.overflow
             ));
         }
@@ -121,8 +128,9 @@ impl Users {
     }
 
     fn outside(&self) -> u32 {
-        let within =
-            |&&[inside, _, count]: &&[u32; 3]| self.own.checked_sub(inside).is_some_and(|at| at < count);
+        let within = |&&[inside, _, count]: &&[u32; 3]| {
+            self.own.checked_sub(inside).is_some_and(|at| at < count)
+        };
         let found = self.map.iter().flatten().find(within);
         found.map_or(self.own, |&[inside, outside, _]| outside.wrapping_add(self.own - inside))
     }

@@ -1,4 +1,5 @@
-//! Messages between processes: a header with a version and a view, a bounded body of JSON, and file descriptors.
+//! Messages between processes: a header with a version and a view, a bounded body of JSON, and file
+//! descriptors.
 
 use std::io::{self, Error, ErrorKind, IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
@@ -7,7 +8,9 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::net::{recvmsg, sendmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags};
+use rustix::net::{
+    recvmsg, sendmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::{de::DeserializeOwned, Serialize};
 
@@ -23,8 +26,8 @@ pub(super) const SHORT: ErrorKind = ErrorKind::QuotaExceeded;
 const LONG: Timespec = Timespec { tv_sec: 1 << 30, tv_nsec: 0 };
 /// A message is of another version of this crate.
 pub(super) const OTHER_VERSION: ErrorKind = ErrorKind::Unsupported;
-/// Between two tries to send files, of which a user may have so many under way as one process may have
-/// open: others of this user's are still to be received. Root may have any number.
+/// Between two tries to send files, of which a user may have so many under way as one process may
+/// have open: others of this user's are still to be received. Root may have any number.
 const CROWDED: Duration = Duration::from_millis(1);
 /// What the kernel passes on at once is more (253).
 pub(super) const MOST_FILES: usize = 64;
@@ -57,7 +60,8 @@ pub(super) enum Kind {
     JoinPending = 11,
     /// Whether the sender reaches memory of the receiver's device.
     Reach = 12,
-    /// The sender has all that it needs, or says what it lacks: when ranks meet, and when they build an averager.
+    /// The sender has all that it needs, or says what it lacks: when ranks meet, and when they
+    /// build an averager.
     Verdict = 13,
     /// The averagers that the sender has, as it begins to build them again.
     Averagers = 14,
@@ -96,7 +100,11 @@ pub(super) struct Frame {
     pub(super) is_short: bool,
 }
 
-pub(super) fn header((kind, view, number): (Kind, u32, u32), bytes: usize, files: usize) -> [u8; HEADER] {
+pub(super) fn header(
+    (kind, view, number): (Kind, u32, u32),
+    bytes: usize,
+    files: usize,
+) -> [u8; HEADER] {
     let mut header = [0; HEADER];
     header[..4].copy_from_slice(&MAGIC);
     header[4..6].copy_from_slice(&VERSION.to_le_bytes());
@@ -108,7 +116,8 @@ pub(super) fn header((kind, view, number): (Kind, u32, u32), bytes: usize, files
     header
 }
 
-/// Sends a message, if all of it can be by `deadline`. One at a time on a stream. `InvalidInput`: nothing was sent.
+/// Sends a message, if all of it can be by `deadline`. One at a time on a stream. `InvalidInput`:
+/// nothing was sent.
 pub(super) fn send(
     stream: &UnixStream,
     key: (Kind, u32, u32),
@@ -120,14 +129,20 @@ pub(super) fn send(
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !files.is_empty() {
-        assert!(ancillary.push(SendAncillaryMessage::ScmRights(files)), "there is space for so many");
+        assert!(
+            ancillary.push(SendAncillaryMessage::ScmRights(files)),
+            "there is space for so many"
+        );
     }
-    let patience = || deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+    let patience =
+        || deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
     stream.set_write_timeout(Some(patience()))?;
     let sent = loop {
         match sendmsg(stream, &[IoSlice::new(&header)], &mut ancillary, SendFlags::NOSIGNAL) {
             Err(rustix::io::Errno::INTR) => {}
-            Err(rustix::io::Errno::TOOMANYREFS) if Instant::now() < deadline => std::thread::sleep(CROWDED),
+            Err(rustix::io::Errno::TOOMANYREFS) if Instant::now() < deadline => {
+                std::thread::sleep(CROWDED)
+            }
             sent => break sent?,
         }
     };
@@ -147,14 +162,16 @@ fn encode(
 ) -> io::Result<([u8; HEADER], Vec<u8>)> {
     let body = serde_json::to_vec(body)?;
     if body.len() > key.0.most() || files.len() > MOST_FILES {
-        let what = format!("a message of {} bytes and {} files is too large", body.len(), files.len());
+        let what =
+            format!("a message of {} bytes and {} files is too large", body.len(), files.len());
         return Err(Error::new(ErrorKind::InvalidInput, what));
     }
     Ok((header(key, body.len(), files.len()), body))
 }
 
-/// Sends a message on several streams at once, on this thread: a peer that does not listen keeps no other waiting. Tells `ended` of
-/// each stream, by its index, when it is done with or has failed, by `deadline` at the latest. An error: nothing was sent.
+/// Sends a message on several streams at once, on this thread: a peer that does not listen keeps no
+/// other waiting. Tells `ended` of each stream, by its index, when it is done with or has failed,
+/// by `deadline` at the latest. An error: nothing was sent.
 pub(super) fn send_to_all(
     streams: &[&UnixStream],
     key: (Kind, u32, u32),
@@ -204,7 +221,8 @@ pub(super) fn send_to_all(
     }
 }
 
-/// Sends what a stream takes of a message without waiting, from byte `sent` of it on. Files go with the first byte.
+/// Sends what a stream takes of a message without waiting, from byte `sent` of it on. Files go with
+/// the first byte.
 fn send_some(
     stream: &UnixStream,
     [header, body]: [&[u8]; 2],
@@ -214,13 +232,22 @@ fn send_some(
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if sent == 0 && !files.is_empty() {
-        assert!(ancillary.push(SendAncillaryMessage::ScmRights(files)), "there is space for so many");
+        assert!(
+            ancillary.push(SendAncillaryMessage::ScmRights(files)),
+            "there is space for so many"
+        );
     }
     let rest = [&header[sent.min(HEADER)..], &body[sent.saturating_sub(HEADER)..]];
-    sendmsg(stream, &rest.map(IoSlice::new), &mut ancillary, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+    sendmsg(
+        stream,
+        &rest.map(IoSlice::new),
+        &mut ancillary,
+        SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
+    )
 }
 
-/// Receives a message of one of these kinds with at most so many files, if all of it comes before `deadline`.
+/// Receives a message of one of these kinds with at most so many files, if all of it comes before
+/// `deadline`.
 pub(super) fn receive(
     stream: &UnixStream,
     kinds: &[Kind],
@@ -231,7 +258,8 @@ pub(super) fn receive(
     let mut got = 0;
     while got < HEADER {
         let flags = wait_at_most(stream, deadline)?;
-        let (bytes, short) = receive_some(stream, flags, &mut header[got..], &mut files, most_files)?;
+        let (bytes, short) =
+            receive_some(stream, flags, &mut header[got..], &mut files, most_files)?;
         got += bytes;
         is_short |= short;
     }
@@ -271,7 +299,8 @@ pub(super) fn receive(
         match rustix::net::recv(stream, &mut part[..most], flags) {
             Ok((0, _)) => return Err(ErrorKind::UnexpectedEof.into()),
             Ok((count, _)) => {
-                // Room for all of it is asked for as its bytes come; where there is none, the message can't be had.
+                // Room for all of it is asked for as its bytes come; where there is none, the
+                // message can't be had.
                 body.try_reserve(count)
                     .map_err(|_| Error::new(SHORT, "no memory for a message: free memory"))?;
                 body.extend_from_slice(&part[..count]);
@@ -287,8 +316,8 @@ fn bad(what: &str) -> io::Result<Frame> {
     Err(Error::new(ErrorKind::InvalidData, what.to_owned()))
 }
 
-/// What is there is read even after the deadline, since this process may have been stopped; but nothing is waited for then, or who
-/// sends a byte now and then would be heard for long.
+/// What is there is read even after the deadline, since this process may have been stopped; but
+/// nothing is waited for then, or who sends a byte now and then would be heard for long.
 fn wait_at_most(stream: &UnixStream, deadline: Instant) -> io::Result<RecvFlags> {
     let left = deadline.saturating_duration_since(Instant::now());
     if left.is_zero() {
@@ -303,7 +332,9 @@ pub(super) fn short_of_files() -> String {
     why(what, Wanted::Descriptor, rustix::io::Errno::MFILE)
 }
 
-/// Bytes that came, and whether there was no descriptor for a file that came with them. Only few files above so many are ever taken: many unknown processes together would leave this process without.
+/// Bytes that came, and whether there was no descriptor for a file that came with them. Only few
+/// files above so many are ever taken: many unknown processes together would leave this process
+/// without.
 fn receive_some(
     stream: &UnixStream,
     flags: RecvFlags,
@@ -356,11 +387,15 @@ mod tests {
         let (one, other) = UnixStream::pair().unwrap();
         let body: Vec<u32> = (0..200_000).collect();
         let sender = std::thread::spawn(move || {
-            send(&one, (Kind::Handshake, 3, 7), &body, &[one.as_fd(), one.as_fd()], soon()).unwrap();
+            send(&one, (Kind::Handshake, 3, 7), &body, &[one.as_fd(), one.as_fd()], soon())
+                .unwrap();
             send(&one, (Kind::Ready, 4, 0), &"", &[], soon()).unwrap();
         });
         let frame = receive(&other, &ALL, 2, soon()).unwrap();
-        assert_eq!((frame.kind, frame.view, frame.number, frame.files.len()), (Kind::Handshake, 3, 7, 2));
+        assert_eq!(
+            (frame.kind, frame.view, frame.number, frame.files.len()),
+            (Kind::Handshake, 3, 7, 2)
+        );
         assert_eq!(frame.parse::<Vec<u32>>().unwrap()[199_999], 199_999);
         assert_eq!(receive(&other, &ALL, 2, soon()).unwrap().kind, Kind::Ready);
         sender.join().unwrap();
@@ -368,7 +403,8 @@ mod tests {
         assert_eq!(receive(&other, &ALL, 2, soon()).unwrap_err().kind(), ErrorKind::UnexpectedEof);
     }
 
-    /// A large message reaches the peers that read. A peer that does not read is late, and delays no other.
+    /// A large message reaches the peers that read. A peer that does not read is late, and delays
+    /// no other.
     #[test]
     fn a_message_to_all_waits_for_nobody() {
         let pairs: Vec<_> = (0..3).map(|_| UnixStream::pair().unwrap()).collect();
@@ -452,7 +488,8 @@ mod tests {
             let mut ancillary = SendAncillaryBuffer::new(&mut space);
             assert!(files == 0 || ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
             for _ in 0..2 {
-                sendmsg(&one, &[IoSlice::new(&header)], &mut ancillary, SendFlags::empty()).unwrap();
+                sendmsg(&one, &[IoSlice::new(&header)], &mut ancillary, SendFlags::empty())
+                    .unwrap();
             }
             let error = receive(&other, &[Kind::Hello], 1, soon()).unwrap_err().to_string();
             let mut taken = vec![];

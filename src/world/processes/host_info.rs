@@ -1,4 +1,5 @@
-//! Where each rank is, as ranks tell one another when they meet, and which of them reach each other's memory.
+//! Where each rank is, as ranks tell one another when they meet, and which of them reach each
+//! other's memory.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -40,7 +41,8 @@ impl HostInfo {
     pub(super) fn refusal(&self, rank: usize, first: &HostInfo) -> Option<String> {
         (self.gpu.is_some() != first.gpu.is_some()).then(|| {
             format!(
-                "rank {rank} is on {} and rank 0 on {}, and CPUs and CUDA devices can't be in one world: give every rank the same kind",
+                "rank {rank} is on {} and rank 0 on {}, and CPUs and CUDA devices can't be in one \
+                 world: give every rank the same kind",
                 self.device, first.device
             )
         })
@@ -85,7 +87,8 @@ impl LocalDevice {
     }
 }
 
-/// Where this process is, and which peers reach each other's memory. It knows the same as all others.
+/// Where this process is, and which peers reach each other's memory. It knows the same as all
+/// others.
 #[derive(Clone, Debug)]
 pub(super) struct P2pMatrix {
     own: LocalDevice,
@@ -107,7 +110,8 @@ impl P2pMatrix {
         self.reach.insert((one.min(other), one.max(other)), access);
     }
 
-    /// The places of a world of these peers, with where they are, by rank. Those that were not tried go through the host.
+    /// The places of a world of these peers, with where they are, by rank. Those that were not
+    /// tried go through the host.
     pub(super) fn placement(&self, members: &[(usize, &HostInfo)]) -> Placement {
         let host_infos: Vec<&HostInfo> = members.iter().map(|&(_, host_info)| host_info).collect();
         let access = |one: usize, other: usize| {

@@ -9,9 +9,10 @@ use super::ancestry::{pid_namespace, Process};
 
 /// Arguments that are compared one by one; those that follow are compared together.
 const MOST_ARGUMENTS: usize = 48;
-/// Variables by which launchers give a process its rank. A wrapper that was given one is that rank's alone,
-/// also where it hands the rank on under another name.
-const RANK_VARIABLES: [&str; 5] = ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"];
+/// Variables by which launchers give a process its rank. A wrapper that was given one is that
+/// rank's alone, also where it hands the rank on under another name.
+const RANK_VARIABLES: [&str; 5] =
+    ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"];
 /// Characters of an argument, or of an id, that an error shows.
 const MOST_SHOWN: usize = 64;
 
@@ -40,9 +41,9 @@ enum Kind {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Start {
-    /// This process and its ancestors up to the nearest that is not this rank's alone, the starter: the
-    /// pid and the start of each. Empty: /proc does not tell. A rank that looks before the next one is
-    /// there goes further up, so the starter of one is looked for in the chain of the other.
+    /// This process and its ancestors up to the nearest that is not this rank's alone, the starter:
+    /// the pid and the start of each. Empty: /proc does not tell. A rank that looks before the next
+    /// one is there goes further up, so the starter of one is looked for in the chain of the other.
     chain: Vec<(u32, u64)>,
     /// Name of the starter.
     starter: String,
@@ -150,7 +151,13 @@ impl fmt::Display for Kind {
 impl Start {
     fn own(rank: usize, variable: Option<&str>) -> Start {
         let Some(own) = Process::own() else {
-            return Start { chain: vec![], starter: String::new(), session: 0, group: 0, is_orphan: false };
+            return Start {
+                chain: vec![],
+                starter: String::new(),
+                session: 0,
+                group: 0,
+                is_orphan: false,
+            };
         };
         let program = std::env::current_exe().unwrap_or_default();
         let value = rank.to_string();
@@ -187,8 +194,9 @@ impl Start {
         let is_same = if self.is_orphan || other.is_orphan {
             (self.session, self.group) == (other.session, other.group)
         } else {
-            let has =
-                |one: &Start, two: &Start| one.chain.last().is_some_and(|last| two.chain.contains(last));
+            let has = |one: &Start, two: &Start| {
+                one.chain.last().is_some_and(|last| two.chain.contains(last))
+            };
             // Without an ancestor that this PID namespace shows, nothing tells.
             let is_known = self.chain.len() > 1 && other.chain.len() > 1;
             !is_known || has(self, other) || has(other, self)
@@ -199,8 +207,9 @@ impl Start {
 
 fn differ(ones: &[Argument], others: &[Argument]) -> Option<String> {
     let mut pairs = ones.iter().zip(others).enumerate();
-    let is_same =
-        |one: &Argument, two: &Argument| one.hash == two.hash || one.hash_by_rank == two.hash_by_rank;
+    let is_same = |one: &Argument, two: &Argument| {
+        one.hash == two.hash || one.hash_by_rank == two.hash_by_rank
+    };
     // The program itself is found by other ways on several ranks.
     let first = pairs.find(|(index, (one, two))| *index > 0 && !is_same(one, two));
     let first = first.map(|(_, (one, two))| format!("{:?} and {:?}", one.shown, two.shown));
@@ -224,7 +233,11 @@ fn arguments(all: impl Iterator<Item = String>, rank: usize) -> Vec<Argument> {
             rest = Some((shown, one.rotate_left(7) ^ hash, two.rotate_left(7) ^ hash_by_rank));
         }
     }
-    arguments.extend(rest.map(|(shown, hash, hash_by_rank)| Argument { shown, hash, hash_by_rank }));
+    arguments.extend(rest.map(|(shown, hash, hash_by_rank)| Argument {
+        shown,
+        hash,
+        hash_by_rank,
+    }));
     arguments
 }
 
@@ -264,8 +277,9 @@ fn suffix(text: &str) -> String {
 
 /// FNV-1a, the same everywhere.
 pub(super) fn hash(text: &str) -> u64 {
-    text.bytes()
-        .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+    text.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    })
 }
 
 #[cfg(test)]
@@ -316,7 +330,10 @@ mod tests {
     fn ranks_that_one_process_has_started_are_of_one_job() {
         let one = started(10, 5, 6, false);
         assert_eq!(one.differs(&started(10, 5, 8, false)), None); // an interactive shell's
-        assert!(one.differs(&started(11, 5, 6, false)).unwrap().contains("not started by one process"));
+        assert!(one
+            .differs(&started(11, 5, 6, false))
+            .unwrap()
+            .contains("not started by one process"));
         assert_eq!(one.differs(&started(1, 5, 6, true)), None); // the script has ended meanwhile
         assert!(one.differs(&started(1, 5, 7, true)).is_some());
         // Two scripts that have ended: their ranks have one adopter.
@@ -328,12 +345,16 @@ mod tests {
         assert_eq!(chain_of(&[21, 30], 5, 6, false).differs(&early), None);
         assert!(early.differs(&chain_of(&[41, 40], 5, 6, false)).is_some());
         // The first rank is the process that has started the second.
-        assert_eq!(chain_of(&[30, 10], 5, 6, false).differs(&chain_of(&[21, 30], 5, 6, false)), None);
+        assert_eq!(
+            chain_of(&[30, 10], 5, 6, false).differs(&chain_of(&[21, 30], 5, 6, false)),
+            None
+        );
         // Nothing is known of the ancestors.
         assert_eq!(chain_of(&[20], 5, 6, false).differs(&chain_of(&[21], 8, 9, false)), None);
         let elsewhere = Job { namespace: Some(2), ..started(1, 1, 1, false) };
         assert_eq!(one.differs(&elsewhere), None);
-        let known = |id: &str| Job { kind: Kind::Known("torchrun".into(), id.into()), ..elsewhere.clone() };
+        let known =
+            |id: &str| Job { kind: Kind::Known("torchrun".into(), id.into()), ..elsewhere.clone() };
         assert_eq!(known("a/0").differs(&known("a/0")), None);
         assert_eq!(
             known("a/0").differs(&known("a/1")).unwrap(),

@@ -72,12 +72,16 @@ impl JoinListener {
         held: Option<listener::Listener>,
     ) -> JoinListener {
         let (closes, is_closed) = mpsc::channel();
-        let (connections, called, world) = (connections.clone(), name.to_owned(), origin.world(name, 0));
+        let (connections, called, world) =
+            (connections.clone(), name.to_owned(), origin.world(name, 0));
         let open = move || {
             let listener = bind(&called, me)?;
-            let (connections, called, origin) = (connections.clone(), called.clone(), origin.clone());
-            let came = move |stream, request| serve(&called, &origin, me, &connections, stream, request);
-            listener::Listener::open(listener, &[Kind::JoinRequest], 1, came).map_err(|shut| shut.reason)
+            let (connections, called, origin) =
+                (connections.clone(), called.clone(), origin.clone());
+            let came =
+                move |stream, request| serve(&called, &origin, me, &connections, stream, request);
+            listener::Listener::open(listener, &[Kind::JoinRequest], 1, came)
+                .map_err(|shut| shut.reason)
         };
         // Tried until it succeeds: descriptors may be free again.
         let keep = move || loop {
@@ -142,8 +146,12 @@ fn serve(
     } else if said.name != name {
         Some(format!("it is called {name:?}")) // the hashes of two long names are the same
     } else if said.host_info.gpu.is_some() != own.gpu.is_some() {
-        Some(format!("its ranks are on {}, this process is on {}", own.device, said.host_info.device))
-    } else if connections.lock().outsiders(&connections.board.agreed().members).len() >= MOST_GUESTS {
+        Some(format!(
+            "its ranks are on {}, this process is on {}",
+            own.device, said.host_info.device
+        ))
+    } else if connections.lock().outsiders(&connections.board.agreed().members).len() >= MOST_GUESTS
+    {
         Some(format!("{MOST_GUESTS} processes wait for it already"))
     } else {
         None
@@ -155,8 +163,12 @@ fn serve(
     let process = pidfd_open(getpid(), PidfdFlags::empty()).ok();
     let files: Vec<_> =
         [connections.board.file()].into_iter().chain(process.iter().map(AsFd::as_fd)).collect();
-    let inside =
-        JoinOffer { id: me, host_info: own, nonce: connections.board.nonce(), origin: origin.clone() };
+    let inside = JoinOffer {
+        id: me,
+        host_info: own,
+        nonce: connections.board.nonce(),
+        origin: origin.clone(),
+    };
     if frame::send(&stream, (Kind::JoinOffer, 0, 0), &inside, &files, deadline).is_err() {
         return;
     }

@@ -1,4 +1,5 @@
-//! A process that joins a world that has begun: it becomes a peer of every member, and waits until they let it in.
+//! A process that joins a world that has begun: it becomes a peer of every member, and waits until
+//! they let it in.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -42,7 +43,8 @@ pub(super) fn join(
         let found = find(name, &own.host_info, &lost, deadline).map_err(|reason| match reason {
             Some(reason) => reason,
             None => format!(
-                "no such world was to be found on this host within {timeout:?}: see that its ranks are running, and that they gave the \
+                "no such world was to be found on this host within {timeout:?}: see that its ranks \
+                 are running, and that they gave the \
                  same name; {CAUSES}"
             ),
         })?;
@@ -72,8 +74,14 @@ fn enter(
     let first = board.agreed();
     let peer_set = PeerSet::new(id, own.clone(), board, first);
     let (peers, listeners) = (BTreeSet::new(), BTreeMap::new());
-    let mut joiner =
-        Joiner { name, peer_set: &peer_set, peers, listeners, said_for: None, reached: Instant::now() };
+    let mut joiner = Joiner {
+        name,
+        peer_set: &peer_set,
+        peers,
+        listeners,
+        said_for: None,
+        reached: Instant::now(),
+    };
     let view = CurrentView::new(joiner.wait(deadline, timeout)?);
     peer_set.is_new.store(true, Ordering::Relaxed);
     peer_set.enter(&view);
@@ -96,12 +104,18 @@ struct Found {
 }
 
 /// The first world of this name that answers, but for those that were lost. `None`: there is none.
-fn find(name: &str, host_info: &HostInfo, lost: &[u64], deadline: Instant) -> Result<Found, Option<String>> {
+fn find(
+    name: &str,
+    host_info: &HostInfo,
+    lost: &[u64],
+    deadline: Instant,
+) -> Result<Found, Option<String>> {
     let (mut pause, mut why) = (AGAIN, None);
     loop {
         let (mut found, mut others) = (None::<Answer>, BTreeSet::new());
         for listener in 0..MOST_LISTENERS {
-            let until = if found.is_some() { deadline.min(Instant::now() + GLANCE) } else { deadline };
+            let until =
+                if found.is_some() { deadline.min(Instant::now() + GLANCE) } else { deadline };
             match (request(name, listener, host_info, until), &found) {
                 (Ok(answer), _) if lost.contains(&answer.inside.nonce) => {}
                 (Ok(answer), None) => found = Some(answer),
@@ -139,7 +153,12 @@ enum Refused {
 }
 
 /// The world behind a join listener.
-fn request(name: &str, listener: usize, host_info: &HostInfo, deadline: Instant) -> Result<Answer, Refused> {
+fn request(
+    name: &str,
+    listener: usize,
+    host_info: &HostInfo,
+    deadline: Instant,
+) -> Result<Answer, Refused> {
     let deadline = deadline.min(Instant::now() + PATIENCE);
     let request = JoinRequest {
         crate_version: env!("CARGO_PKG_VERSION").into(),
@@ -147,7 +166,8 @@ fn request(name: &str, listener: usize, host_info: &HostInfo, deadline: Instant)
         host_info: host_info.clone(),
     };
     let asked = || -> io::Result<_> {
-        let stream = Private::new(connect(&address(name, Some(listener)).map_err(io::Error::other)?)?);
+        let stream =
+            Private::new(connect(&address(name, Some(listener)).map_err(io::Error::other)?)?);
         is_same_user(&stream).map_err(io::Error::other)?;
         let process = pidfd_open(getpid(), PidfdFlags::empty()).ok();
         let files: Vec<_> = process.iter().map(AsFd::as_fd).collect();
@@ -157,7 +177,9 @@ fn request(name: &str, listener: usize, host_info: &HostInfo, deadline: Instant)
     };
     let (stream, answer) = asked().map_err(|error| match error.kind() {
         frame::SHORT => Refused::For(error.to_string()),
-        _ if is_shortage(&error) => Refused::For(limits::why("coming to it", Wanted::Descriptor, error)),
+        _ if is_shortage(&error) => {
+            Refused::For(limits::why("coming to it", Wanted::Descriptor, error))
+        }
         io::ErrorKind::InvalidData | frame::OTHER_VERSION | io::ErrorKind::Other => {
             Refused::NotThere(Some(error.to_string()))
         }
@@ -212,7 +234,8 @@ impl Joiner<'_> {
                 self.reached = Instant::now();
             }
             if self.reached.elapsed() > PATIENCE {
-                return Err(Outside::Lost); // that world is over, or these listeners are another world's
+                // that world is over, or these listeners are another world's
+                return Err(Outside::Lost);
             }
             if silent.is_none() && self.said_for != Some(view) {
                 for &member in members {
@@ -225,13 +248,16 @@ impl Joiner<'_> {
             if Instant::now() >= deadline {
                 return Err(Outside::For(why(silent, members.len(), timeout)));
             }
-            let soon = deadline.min(Instant::now() + if silent.is_some() { AGAIN } else { PATIENCE });
+            let soon =
+                deadline.min(Instant::now() + if silent.is_some() { AGAIN } else { PATIENCE });
             let gone = self.peer_set.wait(soon, |state| {
                 let gone = members.iter().all(|member| state.gone.contains(member));
                 (gone || connections.board.view() != view).then_some(gone)
             });
             if gone == Some(true) && connections.board.view() == view && !self.peers.is_empty() {
-                return Err(Outside::For("it has come to its end meanwhile: all its ranks are gone".into()));
+                return Err(Outside::For(
+                    "it has come to its end meanwhile: all its ranks are gone".into(),
+                ));
             }
             if gone == Some(true) {
                 std::thread::sleep(AGAIN); // no peer is left to wait for
@@ -258,8 +284,11 @@ impl Joiner<'_> {
             if frame::send(&stream, enter, &(), &[], deadline).is_err() {
                 return Ok(false);
             }
-            let added =
-                self.peer_set.connections.add(member, inside.host_info, Connection { stream, process });
+            let added = self.peer_set.connections.add(
+                member,
+                inside.host_info,
+                Connection { stream, process },
+            );
             added.map_err(|unheard| Outside::For(unheard.reason))?;
         }
         let soon = deadline.min(Instant::now() + PATIENCE);
@@ -267,12 +296,19 @@ impl Joiner<'_> {
             let came = state.take(member, (Kind::Connected, 0, 0));
             (came.is_some() || state.gone.contains(&member)).then_some(came)
         });
-        let refusal =
-            |frame: Frame| frame.parse::<Option<String>>().unwrap_or_else(|error| Some(error.to_string()));
+        let refusal = |frame: Frame| {
+            frame.parse::<Option<String>>().unwrap_or_else(|error| Some(error.to_string()))
+        };
         let came = came.map(|came| came.map(refusal));
         if let Some(Some(Some(reason))) = came {
-            let rank =
-                self.peer_set.connections.board.agreed().members.iter().position(|&other| other == member);
+            let rank = self
+                .peer_set
+                .connections
+                .board
+                .agreed()
+                .members
+                .iter()
+                .position(|&other| other == member);
             return Err(Outside::For(format!("its rank {} {reason}", rank.unwrap_or(member))));
         }
         let came = came.map(|came| came.is_some());
@@ -292,7 +328,12 @@ impl Joiner<'_> {
         {
             // Those of peers are theirs for as long as they are there.
             let is_there = |peer: &&usize| !self.peer_set.lock().gone.contains(peer);
-            if self.peers.iter().filter(is_there).any(|peer| self.listeners.get(peer) == Some(&listener)) {
+            if self
+                .peers
+                .iter()
+                .filter(is_there)
+                .any(|peer| self.listeners.get(peer) == Some(&listener))
+            {
                 continue;
             }
             match request(self.name, listener, &host_info, deadline) {
@@ -314,17 +355,20 @@ impl Joiner<'_> {
 fn why(silent: Option<usize>, ranks: usize, timeout: Duration) -> String {
     if let Some(rank) = silent {
         return format!(
-            "its rank {rank} did not answer within {timeout:?}: it may be stopped, or have no listener, which another world of this name or \
+            "its rank {rank} did not answer within {timeout:?}: it may be stopped, or have no \
+             listener, which another world of this name or \
              too few file descriptors keep it from having"
         );
     }
     if ranks == PA_MAX_WORLD as usize {
         return format!(
-            "it has {ranks} ranks, which is all that it can have, and none has left within {timeout:?}"
+            "it has {ranks} ranks, which is all that it can have, and none has left within \
+             {timeout:?}"
         );
     }
     format!(
-        "its {ranks} ranks let nobody in within {timeout:?}: LocalSgd does after an average that is due, ParamAverager::admit where it is \
+        "its {ranks} ranks let nobody in within {timeout:?}: LocalSgd does after an average that \
+         is due, ParamAverager::admit where it is \
          called"
     )
 }

@@ -18,13 +18,15 @@ pub(super) struct Launched {
     pub(super) variable: &'static str,
 }
 
-/// A launcher's variables for rank, world size, and how many of the ranks are on this host, if it says.
+/// A launcher's variables for rank, world size, and how many of the ranks are on this host, if it
+/// says.
 struct Launcher {
     name: &'static str,
     rank: &'static str,
     world_size: &'static str,
     local_size: &'static str,
-    /// Variables that, taken together, no two jobs of one host have the same. The first must be there.
+    /// Variables that, taken together, no two jobs of one host have the same. The first must be
+    /// there.
     job: &'static [&'static str],
     /// That of them which only the launcher itself gives, for each job another.
     knows: &'static str,
@@ -106,7 +108,8 @@ fn is_here(address: &str) -> bool {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let first = |name: &str| name.split('.').next().unwrap_or_default().to_owned();
     let is_named = !address.is_empty() && first(address) == first(host.trim());
-    let is_own = |ip: std::net::IpAddr| ip.is_loopback() || std::net::UdpSocket::bind((ip, 0)).is_ok();
+    let is_own =
+        |ip: std::net::IpAddr| ip.is_loopback() || std::net::UdpSocket::bind((ip, 0)).is_ok();
     address == "localhost" || is_named || address.parse().is_ok_and(is_own)
 }
 
@@ -115,8 +118,9 @@ impl Launcher {
     fn find(get: &impl Fn(&str) -> Option<String>) -> Option<&'static Launcher> {
         // srun sets PMI_RANK, too, for programs that talk to its own PMI.
         let is_slurm = get("SLURM_PROCID").is_some() && get("MPI_LOCALNRANKS").is_none();
-        let is_meant =
-            |launcher: &&Launcher| get(launcher.rank).is_some() && !(is_slurm && launcher.rank == "PMI_RANK");
+        let is_meant = |launcher: &&Launcher| {
+            get(launcher.rank).is_some() && !(is_slurm && launcher.rank == "PMI_RANK")
+        };
         LAUNCHERS.iter().find(is_meant)
     }
 
@@ -132,12 +136,14 @@ impl Launcher {
         } else if get("SLURM_STEP_ID").is_some_and(|step| SHELLS.contains(&step.as_str())) {
             "SLURM_STEP_ID is that of a shell".into()
         } else if get("SLURM_PTY_PORT").is_some() && (is_alone || get(TERMINAL).is_some()) {
-            "SLURM_PTY_PORT is set, as by srun --pty".into() // and in what this shell starts, by srun again without a terminal
+            // and in what this shell starts, by srun again without a terminal
+            "SLURM_PTY_PORT is set, as by srun --pty".into()
         } else {
             return None;
         };
         Some(format!(
-            "this is a shell of Slurm's and no rank ({what}): start the ranks in it by srun, or set RANK, WORLD_SIZE, MASTER_ADDR and \
+            "this is a shell of Slurm's and no rank ({what}): start the ranks in it by srun, or \
+             set RANK, WORLD_SIZE, MASTER_ADDR and \
              MASTER_PORT"
         ))
     }
@@ -156,11 +162,14 @@ impl Launched {
         given: Option<String>,
     ) -> Result<Launched, String> {
         let Some(launcher) = Launcher::find(&get) else {
-            let names: Vec<_> = LAUNCHERS.iter().map(|l| format!("{} ({})", l.rank, l.name)).collect();
+            let names: Vec<_> =
+                LAUNCHERS.iter().map(|l| format!("{} ({})", l.rank, l.name)).collect();
             let names = names.join(", ");
             return Err(format!(
-                "no launcher has set the rank of this process: none of {names} is there; start it with torchrun --no-python, \
-                 mpirun or srun, set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT yourself, or use World::builder()"
+                "no launcher has set the rank of this process: none of {names} is there; start it \
+                 with torchrun --no-python, \
+                 mpirun or srun, set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT yourself, or \
+                 use World::builder()"
             ));
         };
         if let Some(problem) = launcher.shell(&get) {
@@ -174,12 +183,17 @@ impl Launched {
                     launcher.rank
                 )
             })?;
-            value.trim().parse().map_err(|_| format!("{name} is {value:?}, which is no number from 0"))
+            value
+                .trim()
+                .parse()
+                .map_err(|_| format!("{name} is {value:?}, which is no number from 0"))
         };
         let (rank, world_size) = (number(launcher.rank)?, number(launcher.world_size)?);
         let (a, b) = (launcher.rank, launcher.world_size);
         if !(1..=PA_MAX_WORLD as usize).contains(&world_size) {
-            return Err(format!("{b} is {world_size}: a world has 1 to {PA_MAX_WORLD} ranks; start so many"));
+            return Err(format!(
+                "{b} is {world_size}: a world has 1 to {PA_MAX_WORLD} ranks; start so many"
+            ));
         }
         if rank >= world_size {
             return Err(format!("{a} is {rank} and {b} is {world_size}: ranks are 0 to {b} - 1"));
@@ -192,20 +206,26 @@ impl Launched {
             ));
         }
         // Slurm writes "4", "4(x2)" or "4,2".
-        if let Some(local) = get(launcher.local_size).filter(|local| local.trim() != world_size.to_string()) {
+        if let Some(local) =
+            get(launcher.local_size).filter(|local| local.trim() != world_size.to_string())
+        {
             let c = launcher.local_size;
             // Several agents of torchrun may be on one host.
             let is_torchrun = launcher.rank == "RANK";
-            let is_one_host =
-                is_torchrun && (by_hand.is_some() || get("MASTER_ADDR").is_some_and(|a| is_here(&a)));
+            let is_one_host = is_torchrun
+                && (by_hand.is_some() || get("MASTER_ADDR").is_some_and(|a| is_here(&a)));
             if !is_one_host {
                 let how = if is_torchrun {
-                    format!("; if they are, set MASTER_ADDR to localhost, or {RENDEZVOUS} to one name, on all of them")
+                    format!(
+                        "; if they are, set MASTER_ADDR to localhost, or {RENDEZVOUS} to one \
+                        name, on all of them"
+                    )
                 } else {
                     String::new()
                 };
                 return Err(format!(
-                    "{c} is {local} and {b} is {world_size}: all ranks must be processes of one host{how}"
+                    "{c} is {local} and {b} is {world_size}: all ranks must be processes of one \
+                     host{how}"
                 ));
             }
         }
@@ -234,7 +254,8 @@ impl Launched {
                 return found(name, "made of its process".into(), Known::ByName);
             }
             return Err(format!(
-                "{} is set, but neither {} nor {RENDEZVOUS} is, by which ranks find one another: set one of them to the \
+                "{} is set, but neither {} nor {RENDEZVOUS} is, by which ranks find one another: \
+                 set one of them to the \
                  same on every rank, {RENDEZVOUS} to any name that no other job on this host has",
                 launcher.rank, launcher.job[0]
             ));
@@ -257,7 +278,9 @@ mod tests {
     use super::*;
 
     fn find(variables: &[(&str, &str)]) -> Result<Launched, String> {
-        let get = |name: &str| variables.iter().find(|(other, _)| *other == name).map(|(_, v)| v.to_string());
+        let get = |name: &str| {
+            variables.iter().find(|(other, _)| *other == name).map(|(_, v)| v.to_string())
+        };
         Launched::find(get, None)
     }
 
@@ -289,7 +312,8 @@ mod tests {
             ("made of PMIX_NAMESPACE", "OMPI_COMM_WORLD_RANK")
         );
         assert_eq!(found.known, Known::By("Open MPI".into(), "1234".into()));
-        let mpich = [("PMI_RANK", "1"), ("PMI_SIZE", "2"), ("MPI_LOCALNRANKS", "2"), (PARENT, "77")];
+        let mpich =
+            [("PMI_RANK", "1"), ("PMI_SIZE", "2"), ("MPI_LOCALNRANKS", "2"), (PARENT, "77")];
         assert_eq!(find(&mpich).unwrap().name, "77");
         let mpich = [mpich[0], mpich[1], (RENDEZVOUS, "a job")];
         assert_eq!(find(&mpich).unwrap().name, "a job");
@@ -309,24 +333,34 @@ mod tests {
     fn what_is_missing_or_contradictory_is_named() {
         let error = |variables: &[(&str, &str)]| find(variables).unwrap_err();
         assert!(error(&[]).contains("RANK (torchrun)"));
-        let is_there =
-            |names: &[&str]| Launched::is_there(|name| names.contains(&name).then(|| "x".to_owned()));
+        let is_there = |names: &[&str]| {
+            Launched::is_there(|name| names.contains(&name).then(|| "x".to_owned()))
+        };
         assert!(
-            !is_there(&[]) && !is_there(&["WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", RENDEZVOUS, PARENT])
+            !is_there(&[])
+                && !is_there(&["WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", RENDEZVOUS, PARENT])
         );
         assert!(["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"].iter().all(|rank| is_there(&[rank])));
         assert!(is_there(&["SLURM_PROCID", "SLURM_STEP_NUM_TASKS"]));
         assert!(error(&[("RANK", "0")]).contains("RANK is set, but WORLD_SIZE is not"));
         assert!(error(&[("RANK", "0"), ("WORLD_SIZE", "two")]).contains("WORLD_SIZE is \"two\""));
-        assert!(error(&[("RANK", "2"), ("WORLD_SIZE", "2")]).contains("RANK is 2 and WORLD_SIZE is 2"));
-        let two_hosts = [("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_PORT", "1")];
-        assert!(error(&[("RANK", "0"), ("WORLD_SIZE", "2"), (RENDEZVOUS, "")]).contains("is empty"));
-        assert!(error(&two_hosts).contains("LOCAL_WORLD_SIZE is 2 and WORLD_SIZE is 4"));
         assert!(
-            error(&[("RANK", "0"), ("WORLD_SIZE", "2")]).contains("neither MASTER_PORT nor PARAM_AVERAGER")
+            error(&[("RANK", "2"), ("WORLD_SIZE", "2")]).contains("RANK is 2 and WORLD_SIZE is 2")
         );
-        let slurm =
-            [("SLURM_PROCID", "0"), ("SLURM_STEP_NUM_TASKS", "4"), ("SLURM_STEP_TASKS_PER_NODE", "2(x2)")];
+        let two_hosts =
+            [("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_PORT", "1")];
+        assert!(error(&[("RANK", "0"), ("WORLD_SIZE", "2"), (RENDEZVOUS, "")]).contains(
+            "is \
+            empty"
+        ));
+        assert!(error(&two_hosts).contains("LOCAL_WORLD_SIZE is 2 and WORLD_SIZE is 4"));
+        assert!(error(&[("RANK", "0"), ("WORLD_SIZE", "2")])
+            .contains("neither MASTER_PORT nor PARAM_AVERAGER"));
+        let slurm = [
+            ("SLURM_PROCID", "0"),
+            ("SLURM_STEP_NUM_TASKS", "4"),
+            ("SLURM_STEP_TASKS_PER_NODE", "2(x2)"),
+        ];
         assert!(error(&slurm).contains("2(x2)"));
     }
 
@@ -352,8 +386,12 @@ mod tests {
         assert!(!is_shell(&srun));
         // sbatch, an interactive step of salloc, srun --pty; and ranks that the latter starts by
         // srun.
-        let sbatch =
-            [("SLURM_PROCID", "0"), ("SLURM_NTASKS", "2"), ("SLURM_JOB_ID", "77"), ("SLURM_LOCALID", "0")];
+        let sbatch = [
+            ("SLURM_PROCID", "0"),
+            ("SLURM_NTASKS", "2"),
+            ("SLURM_JOB_ID", "77"),
+            ("SLURM_LOCALID", "0"),
+        ];
         assert!(is_shell(&sbatch));
         for step in SHELLS {
             assert!(is_shell(&[&srun[..4], &[("SLURM_STEP_ID", step)]].concat()));
@@ -371,18 +409,31 @@ mod tests {
     #[test]
     fn agents_of_torchrun_on_one_host_are_one_world() {
         let agents = |more: &[(&str, &str)]| {
-            let two = [("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_PORT", "1")];
+            let two = [
+                ("RANK", "2"),
+                ("WORLD_SIZE", "4"),
+                ("LOCAL_WORLD_SIZE", "2"),
+                ("MASTER_PORT", "1"),
+            ];
             find(&[&two[..], more].concat())
         };
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
-        for here in
-            ["localhost", "127.0.0.1", "127.3.4.5", "::1", host.trim(), &format!("{}.example", host.trim())]
-        {
+        for here in [
+            "localhost",
+            "127.0.0.1",
+            "127.3.4.5",
+            "::1",
+            host.trim(),
+            &format!("{}.example", host.trim()),
+        ] {
             assert!(agents(&[("MASTER_ADDR", here)]).is_ok(), "{here}");
         }
         for elsewhere in ["192.0.2.7", "another-host", ""] {
             let error = agents(&[("MASTER_ADDR", elsewhere)]).unwrap_err();
-            assert!(error.contains("set MASTER_ADDR to localhost, or PARAM_AVERAGER_RENDEZVOUS"), "{error}");
+            assert!(
+                error.contains("set MASTER_ADDR to localhost, or PARAM_AVERAGER_RENDEZVOUS"),
+                "{error}"
+            );
             assert_eq!(agents(&[("MASTER_ADDR", elsewhere), (RENDEZVOUS, "x")]).unwrap().name, "x");
         }
     }
@@ -403,7 +454,8 @@ mod tests {
     fn a_shell_loop_is_known_by_its_process_and_torchrun_by_its_run() {
         let hand = [("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", "29500")];
         assert_eq!(find(&hand).unwrap().known, Known::No);
-        let run = [&hand[..], &[("TORCHELASTIC_RUN_ID", "a"), ("TORCHELASTIC_RESTART_COUNT", "1")]].concat();
+        let run = [&hand[..], &[("TORCHELASTIC_RUN_ID", "a"), ("TORCHELASTIC_RESTART_COUNT", "1")]]
+            .concat();
         assert_eq!(find(&run).unwrap().known, Known::By("torchrun".into(), "29500/a/1".into()));
         assert_eq!(find(&[&run[..], &[(RENDEZVOUS, "x")]].concat()).unwrap().known, Known::ByName);
     }

@@ -1,5 +1,6 @@
-//! Accept loop for sockets with a guessable name. A connection is handed on only after a valid first
-//! message from the same user, within `HELLO`: other users, other programs and floods are dropped.
+//! Accept loop for sockets with a guessable name. A connection is handed on only after a valid
+//! first message from the same user, within `HELLO`: other users, other programs and floods are
+//! dropped.
 
 use std::io::ErrorKind;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -29,7 +30,8 @@ const AGAIN: Duration = Duration::from_millis(2);
 /// An open socket. Shut when it is dropped, and its name free soon after.
 #[derive(Debug)]
 pub(super) struct Listener {
-    // In this order, so that the thread, which waits for `_open` to go, is the last to have the listener.
+    // In this order, so that the thread, which waits for `_open` to go, is the last to have the
+    // listener.
     listener: Arc<Private<UnixListener>>,
     short: Arc<Short>,
     _open: mpsc::Sender<()>,
@@ -48,12 +50,13 @@ struct Short {
 }
 
 impl Listener {
-    /// Calls `came` with each connection of this user's whose first message is of these kinds, with at
-    /// most so many files. Each is read on a thread of its own, so that none delays others; those above
-    /// `MOST` are refused, and may try again.
+    /// Calls `came` with each connection of this user's whose first message is of these kinds, with
+    /// at most so many files. Each is read on a thread of its own, so that none delays others;
+    /// those above `MOST` are refused, and may try again.
     ///
-    /// No thread is waited for: closing a file from an unknown process can take as long as that process
-    /// likes (`SO_LINGER`). So `came` may still be called just after the listener was closed.
+    /// No thread is waited for: closing a file from an unknown process can take as long as that
+    /// process likes (`SO_LINGER`). So `came` may still be called just after the listener was
+    /// closed.
     pub(super) fn open(
         listener: UnixListener,
         kinds: &'static [Kind],
@@ -74,7 +77,8 @@ impl Listener {
             // Whatever it understands of the answer, it sees that this is another version.
             Err(error) if error.kind() == frame::OTHER_VERSION => {
                 let refuse = (Kind::Refuse, 0, 0);
-                let _ = frame::send(&stream, refuse, &error.to_string(), &[], Instant::now() + HELLO);
+                let _ =
+                    frame::send(&stream, refuse, &error.to_string(), &[], Instant::now() + HELLO);
             }
             Err(_) => {}
         };
@@ -95,7 +99,8 @@ impl Listener {
         thread.or_else(|| self.short.files.load(Ordering::Relaxed).then(frame::short_of_files))
     }
 
-    /// True if no connection can be read: a thread or a file descriptor is missing, although no other connection holds one.
+    /// True if no connection can be read: a thread or a file descriptor is missing, although no
+    /// other connection holds one.
     pub(super) fn is_stuck(&self) -> bool {
         let thread = self.short.thread.lock().unwrap_or_else(PoisonError::into_inner);
         thread.is_some() || self.short.is_alone.load(Ordering::Relaxed)
@@ -128,7 +133,9 @@ impl Shut {
             }
             let Ok((stream, _)) = self.listener.accept() else { return };
             let soon = || Instant::now() + PATIENCE;
-            if is_same_user(&stream).is_ok() && frame::receive(&stream, kinds, most_files, soon()).is_ok() {
+            if is_same_user(&stream).is_ok()
+                && frame::receive(&stream, kinds, most_files, soon()).is_ok()
+            {
                 let _ = frame::send(&stream, (Kind::Refuse, 0, 0), &reason, &[], soon());
                 told += 1;
             }
@@ -161,10 +168,16 @@ fn keep(
     loop {
         let stream = match listener.accept() {
             Ok((stream, _)) => Private::new(stream),
-            Err(error) if matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::ConnectionAborted) => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::Interrupted | ErrorKind::ConnectionAborted
+                ) =>
+            {
                 continue
             }
-            // Shut, or no descriptors left: those inside give some back, or whoever waits here gives up.
+            // Shut, or no descriptors left: those inside give some back, or whoever waits here
+            // gives up.
             Err(error) => {
                 if is_short(&error) {
                     short.file(0);
@@ -186,16 +199,19 @@ fn keep(
         let stranger = move || {
             let stream = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
             stream.into_iter().for_each(|stream| hear(stream));
-            leaving.inside.fetch_sub(1, Ordering::Relaxed); // last: a connection that can't be closed still counts
+            // last: a connection that can't be closed still counts
+            leaving.inside.fetch_sub(1, Ordering::Relaxed);
         };
         if let Err(reason) = thread("hello".into(), STACK, stranger) {
             short.inside.fetch_sub(1, Ordering::Relaxed);
-            let reason =
-                format!("this world's rank 0, or a member, can't start a thread to hear others: {reason}");
+            let reason = format!(
+                "this world's rank 0, or a member, can't start a thread to hear others: {reason}"
+            );
             // A socket that nothing was sent on has room for it: this does not block.
             let stream = untold.lock().unwrap_or_else(PoisonError::into_inner).take();
-            let _ =
-                stream.map(|stream| frame::send(&stream, (Kind::Refuse, 0, 0), &reason, &[], Instant::now()));
+            let _ = stream.map(|stream| {
+                frame::send(&stream, (Kind::Refuse, 0, 0), &reason, &[], Instant::now())
+            });
             *short.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
         }
     }
@@ -204,7 +220,9 @@ fn keep(
 /// Of file descriptors.
 fn is_short(error: &std::io::Error) -> bool {
     use rustix::io::Errno;
-    [Errno::MFILE, Errno::NFILE].iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+    [Errno::MFILE, Errno::NFILE]
+        .iter()
+        .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
 #[cfg(test)]
@@ -238,7 +256,8 @@ mod tests {
         let address = format!("other-version-{}", std::process::id());
         let address = SocketAddr::from_abstract_name(address).unwrap();
         let listener = UnixListener::bind_addr(&address).unwrap();
-        let _listener = Listener::open(listener, &[Kind::Hello], 1, |_, _| panic!("it was heard")).unwrap();
+        let _listener =
+            Listener::open(listener, &[Kind::Hello], 1, |_, _| panic!("it was heard")).unwrap();
         let stream = UnixStream::connect_addr(&address).unwrap();
         let mut header = frame::header((Kind::Hello, 0, 0), 2, 0);
         header[4] ^= 0x80;
@@ -248,10 +267,12 @@ mod tests {
         assert!(reason.contains("use one version of param-averager on every rank"), "{reason}");
     }
 
-    /// Neither later connections nor closing the listener wait until an unknown process's file is closed.
+    /// Neither later connections nor closing the listener wait until an unknown process's file is
+    /// closed.
     #[test]
     fn what_a_stranger_sends_may_take_long_to_close() {
-        let address = SocketAddr::from_abstract_name(format!("strangers-{}", std::process::id())).unwrap();
+        let address =
+            SocketAddr::from_abstract_name(format!("strangers-{}", std::process::id())).unwrap();
         let listener = UnixListener::bind_addr(&address).unwrap();
         let come = || UnixStream::connect_addr(&address).unwrap();
         let mut ends = vec![];
@@ -275,8 +296,9 @@ mod tests {
         let late = [come(), come()];
         late.iter().for_each(|late| send(late, b"P"));
         let (say, heard) = mpsc::channel();
-        let listener =
-            Listener::open(listener, &[Kind::Hello], 1, move |_, frame| say.send(frame.number).unwrap());
+        let listener = Listener::open(listener, &[Kind::Hello], 1, move |_, frame| {
+            say.send(frame.number).unwrap()
+        });
         let listener = listener.unwrap();
         assert_eq!(heard.recv_timeout(LINGER / 2), Ok(7));
         std::thread::sleep(Duration::from_millis(100));

@@ -1,4 +1,5 @@
-//! Ranks that are processes of one host: they meet over sockets, and their mailboxes are in memory that they share.
+//! Ranks that are processes of one host: they meet over sockets, and their mailboxes are in memory
+//! that they share.
 
 mod agree;
 mod ancestry;
@@ -101,8 +102,9 @@ fn text(name: &str) -> Result<Option<String>> {
         Ok(value) => Ok(Some(value)),
         Err(VarError::NotPresent) => Ok(None),
         Err(VarError::NotUnicode(value)) => {
-            let problem =
-                format!("{name} is {value:?}, which is not UTF-8: set it to a text, the same on every rank");
+            let problem = format!(
+                "{name} is {value:?}, which is not UTF-8: set it to a text, the same on every rank"
+            );
             Err(Error::Environment { problem })
         }
     }
@@ -110,11 +112,16 @@ fn text(name: &str) -> Result<Option<String>> {
 
 impl ProcessBootstrap {
     /// Collective.
-    pub(super) fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<ProcessBootstrap> {
+    pub(super) fn meet(
+        setup: Setup,
+        device: Device,
+        timeout: Duration,
+    ) -> Result<ProcessBootstrap> {
         let Setup { rank, world_size, name, source, known, variable } = setup;
         let failed = |reason| Error::Rendezvous { rank, reason };
         let own = LocalDevice::find(device);
-        let host_info = own.as_ref().map_or_else(|_| HostInfo::unknown(device), |own| own.host_info.clone());
+        let host_info =
+            own.as_ref().map_or_else(|_| HostInfo::unknown(device), |own| own.host_info.clone());
         let unavailable = |reason: &String| Error::DeviceUnavailable {
             rank,
             device: device.to_string(),
@@ -133,12 +140,18 @@ impl ProcessBootstrap {
         let first = ViewBoard::first(world_size);
         let peer_set = PeerSet::new(rank, own, peers.board, first);
         let met = peers.peers.into_iter().enumerate().filter_map(|(peer, met)| Some((peer, met?)));
-        let heard = met.map(|(peer, (host_info, met))| peer_set.connections.add(peer, host_info, met));
+        let heard =
+            met.map(|(peer, (host_info, met))| peer_set.connections.add(peer, host_info, met));
         let heard = heard.collect::<Result<(), Unheard>>().map_err(|unheard| unheard.reason);
         peers.confirmation.give(heard).map_err(failed)?;
         p2p_probe::find(&peer_set, &peer_set.current(), deadline).map_err(failed)?;
-        let listener =
-            JoinListener::open(&me.name, peers.origin, peer_set.me, &peer_set.connections, peers.held);
+        let listener = JoinListener::open(
+            &me.name,
+            peers.origin,
+            peer_set.me,
+            &peer_set.connections,
+            peers.held,
+        );
         Ok(ProcessBootstrap::of(peer_set, listener))
     }
 
@@ -149,16 +162,22 @@ impl ProcessBootstrap {
             .map_err(|reason| failed(format!("{device} is not available: {reason}")))?;
         limits::spare_for_all(0).map_err(failed)?;
         let (peer_set, origin, others) = joiner::join(name, own, timeout).map_err(failed)?;
-        p2p_probe::find(&peer_set, &peer_set.current(), Instant::now() + JOINING).map_err(failed)?;
-        let listener =
-            JoinListener::open(name, origin, peer_set.me, &peer_set.connections, None).beside(others);
+        p2p_probe::find(&peer_set, &peer_set.current(), Instant::now() + JOINING)
+            .map_err(failed)?;
+        let listener = JoinListener::open(name, origin, peer_set.me, &peer_set.connections, None)
+            .beside(others);
         Ok(ProcessBootstrap::of(peer_set, listener))
     }
 
     fn of(peer_set: PeerSet, listener: JoinListener) -> ProcessBootstrap {
         let view = peer_set.latest.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let placement = peer_set.placement(&view);
-        ProcessBootstrap { peer_set: Arc::new(peer_set), view, placement, listener: Arc::new(listener) }
+        ProcessBootstrap {
+            peer_set: Arc::new(peer_set),
+            view,
+            placement,
+            listener: Arc::new(listener),
+        }
     }
 
     pub(super) fn rank(&self) -> usize {

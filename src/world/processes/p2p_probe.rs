@@ -1,4 +1,5 @@
-//! Which ranks that are processes reach each other's device memory: all try it, each with every other, before they build anything.
+//! Which ranks that are processes reach each other's device memory: all try it, each with every
+//! other, before they build anything.
 
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
@@ -15,7 +16,8 @@ const OFFER: u32 = 0;
 const VISITED: u32 = 1;
 const FOUND: u32 = 2;
 
-/// What is found: nothing if memory can't be opened, else whether the bytes that were moved are right.
+/// What is found: nothing if memory can't be opened, else whether the bytes that were moved are
+/// right.
 type Found = Option<bool>;
 
 /// Collective among the members of a view. Does nothing on CPUs, where all memory is one.
@@ -28,11 +30,16 @@ type Found = Option<bool>;
 /// ```
 ///
 /// and the same the other way, at once.
-pub(super) fn find(peer_set: &PeerSet, view: &CurrentView, deadline: Instant) -> Result<(), String> {
+pub(super) fn find(
+    peer_set: &PeerSet,
+    view: &CurrentView,
+    deadline: Instant,
+) -> Result<(), String> {
     let (view, members) = (view.number(), view.members());
     let context = peer_set.host_infos().own().context().cloned();
     let Some(context) = context.filter(|_| members.len() > 1) else { return Ok(()) };
-    let me = members.iter().position(|&peer| peer == peer_set.me).ok_or("this rank is no member")?;
+    let me =
+        members.iter().position(|&peer| peer == peer_set.me).ok_or("this rank is no member")?;
     let talk = Talk { peer_set, view, members, deadline };
     // None, if memory of this device can't be lent: there are systems without CUDA IPC.
     let trial = IpcProbe::new(&context, members.len()).ok();
@@ -42,7 +49,8 @@ pub(super) fn find(peer_set: &PeerSet, view: &CurrentView, deadline: Instant) ->
     for (rank, frame) in frames {
         let offer: Option<MemoryHandle> = talk.parse(rank, &frame)?;
         let opened = offer.zip(frame.files.into_iter().next());
-        visited[rank] = opened.and_then(|(offer, file)| IpcProbe::visit(&context, &offer, file, me).ok());
+        visited[rank] =
+            opened.and_then(|(offer, file)| IpcProbe::visit(&context, &offer, file, me).ok());
     }
     let mut found: Vec<Found> = vec![None; members.len()];
     for (rank, frame) in talk.exchange(VISITED, |rank| visited[rank], &[])? {
@@ -84,8 +92,9 @@ impl Talk<'_> {
         files: &[BorrowedFd<'_>],
     ) -> Result<Vec<(usize, Frame)>, String> {
         let key = (Kind::Reach, self.view, number);
-        let others =
-            || self.members.iter().copied().enumerate().filter(|&(_, peer)| peer != self.peer_set.me);
+        let others = || {
+            self.members.iter().copied().enumerate().filter(|&(_, peer)| peer != self.peer_set.me)
+        };
         for (rank, peer) in others() {
             // Who is gone is found out below.
             let _ = self.peer_set.send(peer, key, &say(rank), files, self.deadline);
@@ -101,9 +110,13 @@ impl Talk<'_> {
                     None if state.aborts(peer, self.view) => "has aborted".into(),
                     None => return None,
                 };
-                Some(Err(format!("rank {rank} {reason}, while ranks tried to reach each other's memory")))
+                Some(Err(format!(
+                    "rank {rank} {reason}, while ranks tried to reach each other's memory"
+                )))
             });
-            let late = || format!("rank {rank} did not try in time whether ranks reach each other's memory");
+            let late = || {
+                format!("rank {rank} did not try in time whether ranks reach each other's memory")
+            };
             came.unwrap_or_else(|| Err(late()))
         };
         others().map(hear).collect()

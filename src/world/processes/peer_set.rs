@@ -13,8 +13,9 @@ use crate::error::Phase;
 use crate::world::Placement;
 use crate::Error;
 
-/// The sockets of one process in one world. Peers are named by their ids, which are their ranks in the first view or were
-/// given to those that came later. When it is dropped, this process has left the world.
+/// The sockets of one process in one world. Peers are named by their ids, which are their ranks in
+/// the first view or were given to those that came later. When it is dropped, this process has left
+/// the world.
 #[derive(Debug)]
 pub(super) struct PeerSet {
     pub(super) me: usize,
@@ -50,7 +51,8 @@ pub(super) struct ViewStatus {
     /// Failure that ended this view.
     pub(super) failure: Option<Error>,
     pub(super) told: bool,
-    /// True if this process has aborted the view; the second, if it did so during the next view change.
+    /// True if this process has aborted the view; the second, if it did so during the next view
+    /// change.
     pub(super) aborted: [bool; 2],
 }
 
@@ -117,7 +119,8 @@ impl PeerSet {
     /// Placement of the members of a view, all of which this process has met.
     pub(super) fn placement(&self, view: &CurrentView) -> Placement {
         let state = self.lock();
-        let members: Vec<_> = view.members().iter().map(|id| (*id, &state.host_infos[id])).collect();
+        let members: Vec<_> =
+            view.members().iter().map(|id| (*id, &state.host_infos[id])).collect();
         self.host_infos().placement(&members)
     }
 

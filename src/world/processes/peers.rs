@@ -1,4 +1,5 @@
-//! The peers of this process: a thread for each listens to what the peer says, and sees when it is gone.
+//! The peers of this process: a thread for each listens to what the peer says, and sees when it is
+//! gone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -106,7 +107,8 @@ impl State {
     /// True if the peer has departed or has abandoned this view.
     pub(super) fn is_lost(&self, peer: usize, view: u32) -> bool {
         let is_past = |&(kind, of, _): &(Kind, u32, u32)| kind == Kind::Ready && of > view;
-        self.gone.contains(&peer) || self.messages.get(&peer).is_some_and(|said| said.keys().any(is_past))
+        self.gone.contains(&peer)
+            || self.messages.get(&peer).is_some_and(|said| said.keys().any(is_past))
     }
 
     /// True if the peer has aborted this view, or the one before it on its way to this one.
@@ -134,7 +136,9 @@ impl State {
 
     /// Joiners that are connected and wait to be admitted after this view.
     pub(super) fn joiners(&self, view: u32) -> Vec<usize> {
-        let waits = |peer: &usize| self.has(*peer, (Kind::JoinPending, view, 0)) && !self.gone.contains(peer);
+        let waits = |peer: &usize| {
+            self.has(*peer, (Kind::JoinPending, view, 0)) && !self.gone.contains(peer)
+        };
         self.messages.keys().copied().filter(waits).collect()
     }
 
@@ -154,7 +158,10 @@ impl State {
 
     /// The averagers of all views that are still there.
     pub(super) fn built(&self) -> Vec<(Arc<Agreement>, Ring)> {
-        self.built.iter().filter_map(|(built, ring)| Some((built.upgrade()?, ring.clone()))).collect()
+        self.built
+            .iter()
+            .filter_map(|(built, ring)| Some((built.upgrade()?, ring.clone())))
+            .collect()
     }
 }
 
@@ -189,7 +196,8 @@ impl Connections {
         self.peers().as_ref()?.get(&peer).cloned()
     }
 
-    /// Sends a message, which waits for a peer that does not listen, but not for longer than `deadline`.
+    /// Sends a message, which waits for a peer that does not listen, but not for longer than
+    /// `deadline`.
     pub(super) fn send(
         &self,
         peer: usize,
@@ -209,8 +217,9 @@ impl Connections {
         })
     }
 
-    /// Sends a message to several peers at once, on this thread. Peers that are gone, or do not listen until `deadline`, are found
-    /// out by what they do not answer. An error: the message is too large, and nothing was sent.
+    /// Sends a message to several peers at once, on this thread. Peers that are gone, or do not
+    /// listen until `deadline`, are found out by what they do not answer. An error: the message is
+    /// too large, and nothing was sent.
     pub(super) fn send_to_all(
         &self,
         peers: impl Iterator<Item = usize>,
@@ -221,7 +230,8 @@ impl Connections {
     ) -> io::Result<()> {
         let peers: Vec<Arc<Peer>> = peers.filter_map(|peer| self.peer(peer)).collect();
         // Each is locked until its peer has the message.
-        let locks = peers.iter().map(|peer| peer.sending.lock().unwrap_or_else(PoisonError::into_inner));
+        let locks =
+            peers.iter().map(|peer| peer.sending.lock().unwrap_or_else(PoisonError::into_inner));
         let mut sending: Vec<_> = locks.map(Some).collect();
         let streams: Vec<&UnixStream> = peers.iter().map(|peer| &*peer.stream).collect();
         frame::send_to_all(&streams, key, body, files, deadline, |index, result| {
@@ -240,7 +250,8 @@ impl Connections {
         }
     }
 
-    /// Waits until `done` gives something, looking again whenever a message came or a peer went. `None`: it is too late.
+    /// Waits until `done` gives something, looking again whenever a message came or a peer went.
+    /// `None`: it is too late.
     pub(super) fn wait<T>(
         &self,
         deadline: Instant,
@@ -289,7 +300,8 @@ impl Connections {
 
     /// Waits for the threads, after `leave`.
     pub(super) fn join(&self) {
-        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        let threads =
+            std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         for thread in threads {
             let _ = thread.join();
         }
@@ -349,15 +361,19 @@ impl Connections {
 fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, connections: &Connections) {
     loop {
         let mut watched = vec![PollFd::new(stream, PollFlags::IN)];
-        // Children of the peer may hold its socket open when it has ended. What it said is heard all the same.
-        watched.extend(process.map(|process| PollFd::from_borrowed_fd(process.as_fd(), PollFlags::IN)));
+        // Children of the peer may hold its socket open when it has ended. What it said is heard
+        // all the same.
+        watched.extend(
+            process.map(|process| PollFd::from_borrowed_fd(process.as_fd(), PollFlags::IN)),
+        );
         match poll(&mut watched, None) {
             Err(rustix::io::Errno::INTR) => continue,
             Err(_) => break,
             Ok(_) if watched[0].revents().is_empty() => break, // its process has ended
             Ok(_) => {}
         }
-        let frame = match frame::receive(stream, &KINDS, MOST_FILES, Instant::now() + WHOLE_MESSAGE) {
+        let frame = match frame::receive(stream, &KINDS, MOST_FILES, Instant::now() + WHOLE_MESSAGE)
+        {
             Ok(frame) => frame,
             Err(error)
                 if [io::ErrorKind::InvalidData, frame::OTHER_VERSION, frame::SHORT]
@@ -373,7 +389,9 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, connectio
         let messages = state.messages.entry(peer).or_default();
         messages.entry((kind, view, number)).or_insert(frame);
         if messages.len() > MOST_WAITING {
-            state.trouble.insert(peer, format!("rank {peer} builds averagers that this one does not build"));
+            state
+                .trouble
+                .insert(peer, format!("rank {peer} builds averagers that this one does not build"));
             break;
         }
         for (agreement, ring) in state.built() {

@@ -30,8 +30,9 @@ impl<T: AsFd> Private<T> {
         // a function of this program. Without memory for it, children keep their copies.
         HANDLER.call_once(|| _ = unsafe { libc::pthread_atfork(None, None, Some(in_child)) });
         let raw = socket.as_fd().as_raw_fd();
-        let take =
-            |slot: &&AtomicI32| slot.compare_exchange(FREE, raw, Ordering::SeqCst, Ordering::SeqCst).is_ok();
+        let take = |slot: &&AtomicI32| {
+            slot.compare_exchange(FREE, raw, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+        };
         Private { slot: REGISTERED.iter().find(take), socket }
     }
 }

@@ -14,7 +14,8 @@ use crate::deadline;
 use crate::world::{Agreement, Communicator, Rebuild};
 use crate::{Error, Result};
 
-/// Numbers of averagers that are built again begin here: above all that are built for the first time.
+/// Numbers of averagers that are built again begin here: above all that are built for the first
+/// time.
 const AGAIN: u32 = 1 << 31;
 
 /// The averagers of one process.
@@ -52,8 +53,8 @@ impl ProcessBootstrap {
         all.push(averager);
     }
 
-    /// True if a member is gone or has given this view up, or one of its averagers has failed for good. A
-    /// failure may be known by a peer's word, before this process sees the death by itself.
+    /// True if a member is gone or has given this view up, or one of its averagers has failed for
+    /// good. A failure may be known by a peer's word, before this process sees the death by itself.
     pub(in crate::world) fn has_lost_a_member(&self) -> bool {
         let view = self.number();
         if self.status().failure.is_some() {
@@ -67,8 +68,8 @@ impl ProcessBootstrap {
         lost || state.built().into_iter().any(has_failed)
     }
 
-    /// See `Communicator::rebuild`. Each process tells all others which averagers it has. Those that every
-    /// process has are built, one after the other.
+    /// See `Communicator::rebuild`. Each process tells all others which averagers it has. Those
+    /// that every process has are built, one after the other.
     pub(in crate::world) fn rebuild(
         &self,
         communicator: &Communicator,
@@ -81,25 +82,31 @@ impl ProcessBootstrap {
             return Ok(());
         }
         let ours = averagers.alive();
-        let own = Offered { all: ours.keys().cloned().collect(), averages: averages.map(str::to_owned) };
+        let own =
+            Offered { all: ours.keys().cloned().collect(), averages: averages.map(str::to_owned) };
         let (number, deadline) = ((self.number(), 0), deadline::after(timeout));
         if let Some(failure) = self.failure() {
             return Err(failure);
         }
         self.tell(Kind::Averagers, number, &own, &[], deadline)?;
         let mut theirs = vec![own; self.members().len()];
-        for (rank, frame) in self.hear(Kind::Averagers, number, deadline, timeout, false, |_| false)? {
+        for (rank, frame) in
+            self.hear(Kind::Averagers, number, deadline, timeout, false, |_| false)?
+        {
             theirs[rank] = frame.parse().map_err(|error| {
                 let reason = format!("its list of averagers is not understood: {error}");
                 self.fail(Error::PeerBuildFailed { rank, reason })
             })?;
         }
         // A rank that averages another one next would be waited for in vain.
-        let mut next =
-            theirs.iter().enumerate().filter_map(|(rank, theirs)| Some((rank, theirs.averages.as_ref()?)));
+        let mut next = theirs
+            .iter()
+            .enumerate()
+            .filter_map(|(rank, theirs)| Some((rank, theirs.averages.as_ref()?)));
         let first = next.next().map(|(_, ordinal)| ordinal);
         if let Some((rank, _)) = next.find(|&(_, ordinal)| Some(ordinal) != first) {
-            let reason = "it recovers another LocalSgd first: when one fails, recover all, in the same order on every rank";
+            let reason = "it recovers another LocalSgd first: when one fails, recover all, in the \
+                same order on every rank";
             return Err(Error::PeerBuildFailed { rank, reason: reason.into() });
         }
         let all: BTreeSet<&String> = theirs.iter().flat_map(|theirs| &theirs.all).collect();

@@ -31,7 +31,8 @@ use crate::backend::limits::{why, Wanted};
 use crate::world::WorldId;
 use notice::Notice;
 
-/// How long a rank that can't take part tries to tell others so: those that were started when it was.
+/// How long a rank that can't take part tries to tell others so: those that were started when it
+/// was.
 const PARTING: Duration = Duration::from_secs(10);
 /// Between two tries to reach rank 0.
 const AGAIN: Duration = Duration::from_millis(2);
@@ -129,8 +130,8 @@ pub(super) struct Peers {
     pub(super) held: Option<listener::Listener>,
 }
 
-/// Collective. An error says what is wrong and what to do. A rank that can't take part tells the ranks that come
-/// soon.
+/// Collective. An error says what is wrong and what to do. A rank that can't take part tells the
+/// ranks that come soon.
 pub(super) fn meet(me: &RankInfo, timeout: Duration) -> Result<Peers, String> {
     let timeout = if me.refusal.is_some() { timeout.min(PARTING) } else { timeout };
     let deadline = crate::deadline::after(timeout);
@@ -142,11 +143,14 @@ pub(super) fn meet(me: &RankInfo, timeout: Duration) -> Result<Peers, String> {
     }
 }
 
-/// Abstract socket address of rank 0 (`None`), or of the join listener of this number. It ends with the
-/// process that listens. A name that is too long is cut, and has a hash as suffix.
+/// Abstract socket address of rank 0 (`None`), or of the join listener of this number. It ends with
+/// the process that listens. A name that is too long is cut, and has a hash as suffix.
 pub(super) fn address(name: &str, listener: Option<usize>) -> Result<SocketAddr, String> {
     if name.len() > MOST_NAME {
-        return Err(format!("the name of the world has {} bytes: it can have {MOST_NAME}", name.len()));
+        return Err(format!(
+            "the name of the world has {} bytes: it can have {MOST_NAME}",
+            name.len()
+        ));
     }
     let mut short = name.to_owned();
     if name.len() > 64 {
@@ -177,9 +181,15 @@ impl RankInfo {
     }
 }
 
-fn visit(me: &RankInfo, address: &SocketAddr, deadline: Instant, timeout: Duration) -> Result<Peers, String> {
-    let failed =
-        |error: io::Error| why(&format!("rank 0 of the world {:?}", me.name), Wanted::Descriptor, error);
+fn visit(
+    me: &RankInfo,
+    address: &SocketAddr,
+    deadline: Instant,
+    timeout: Duration,
+) -> Result<Peers, String> {
+    let failed = |error: io::Error| {
+        why(&format!("rank 0 of the world {:?}", me.name), Wanted::Descriptor, error)
+    };
     let mut notice = Notice::new();
     loop {
         let greeted = connect(address).map(Private::new).and_then(|stream| {
@@ -209,8 +219,10 @@ fn visit(me: &RankInfo, address: &SocketAddr, deadline: Instant, timeout: Durati
             }
             Err(error) if is_early(&error) || is_late(&error) => {
                 return Err(format!(
-                    "rank 0 of the world {:?} was not to be found on this host within {timeout:?}, or did not answer: see that it was \
-                     started, and that every rank gives the same name (this one's is {}); PARAM_AVERAGER_RENDEZVOUS can set it; {CAUSES}",
+                    "rank 0 of the world {:?} was not to be found on this host within {timeout:?}, \
+                     or did not answer: see that it was \
+                     started, and that every rank gives the same name (this one's is {}); \
+                     PARAM_AVERAGER_RENDEZVOUS can set it; {CAUSES}",
                     me.name, me.source
                 ))
             }
@@ -243,19 +255,28 @@ fn waiting(me: &RankInfo) -> String {
         );
     }
     format!(
-        "rank {} of {} waits for rank 0 of the world {:?}, whose name is {}: see that it was started on this host with the same name, \
+        "rank {} of {} waits for rank 0 of the world {:?}, whose name is {}: see that it was \
+         started on this host with the same name, \
          or set PARAM_AVERAGER_RENDEZVOUS to one name on every rank; {CAUSES}",
         me.rank, me.world_size, me.name, me.source
     )
 }
 
 /// Says hello to the process that listens there, and waits for its answer.
-fn greet(me: &RankInfo, stream: &UnixStream, deadline: Instant, notice: &mut Notice) -> io::Result<Frame> {
+fn greet(
+    me: &RankInfo,
+    stream: &UnixStream,
+    deadline: Instant,
+    notice: &mut Notice,
+) -> io::Result<Frame> {
     is_same_user(stream).map_err(io::Error::other)?;
     let process = pidfd_open(getpid(), PidfdFlags::empty()).ok();
     let files: Vec<_> = process.iter().map(AsFd::as_fd).collect();
     frame::send(stream, (Kind::Hello, 0, 0), &me.hello(), &files, deadline)?;
-    while !notice.is_said() && !is_readable(stream, deadline.min(notice.at()))? && Instant::now() < deadline {
+    while !notice.is_said()
+        && !is_readable(stream, deadline.min(notice.at()))?
+        && Instant::now() < deadline
+    {
         notice.look(|| waiting(me));
     }
     frame::receive(stream, &[Kind::Welcome, Kind::Refuse], frame::MOST_FILES, deadline)
@@ -287,7 +308,10 @@ pub(super) fn connect(address: &SocketAddr) -> io::Result<UnixStream> {
 
 fn is_early(error: &io::Error) -> bool {
     use ErrorKind::*;
-    matches!(error.kind(), ConnectionRefused | NotFound | ConnectionReset | UnexpectedEof | BrokenPipe)
+    matches!(
+        error.kind(),
+        ConnectionRefused | NotFound | ConnectionReset | UnexpectedEof | BrokenPipe
+    )
 }
 
 fn is_late(error: &io::Error) -> bool {
@@ -304,7 +328,11 @@ fn welcomed(me: &RankInfo, frame: Frame) -> Result<Peers, String> {
     let missing = || "rank 0's answer lacks file descriptors: raise ulimit -n".to_owned();
     let board = ViewBoard::open(files.next().ok_or_else(missing)?)?;
     if host_infos.len() != me.world_size {
-        return Err(format!("rank 0's answer is about {} ranks, not {}", host_infos.len(), me.world_size));
+        return Err(format!(
+            "rank 0's answer is about {} ranks, not {}",
+            host_infos.len(),
+            me.world_size
+        ));
     }
     let mut peers = vec![];
     for (rank, host_info) in host_infos.into_iter().enumerate() {

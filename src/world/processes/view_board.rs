@@ -143,7 +143,12 @@ impl ViewBoard {
         self.write(rank, next, members, joined);
         let word = u64::from(next) << 32 | rank as u64;
         // Release: whoever reads the decision sees the list.
-        let _ = self.words().agreed.compare_exchange(last.word, word, Ordering::AcqRel, Ordering::Acquire);
+        let _ = self.words().agreed.compare_exchange(
+            last.word,
+            word,
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        );
     }
 
     fn write(&self, rank: usize, view: u32, members: &[usize], joined: Option<usize>) {
@@ -164,8 +169,8 @@ impl ViewBoard {
 
     fn words(&self) -> &Words {
         const { assert!(offset_of!(Words, lists) == 24) };
-        // SAFETY: of that size and aligned, as all of a mapping is; initialised by the system, all of it atomics, and borrowed
-        // with the memory.
+        // SAFETY: of that size and aligned, as all of a mapping is; initialised by the system, all
+        // of it atomics, and borrowed with the memory.
         unsafe { &*(self.memory.address() as *const Words) }
     }
 }
@@ -183,7 +188,10 @@ mod tests {
         board.propose(1, &first, &[1, 2, 4], Some(4));
         board.propose(2, &first, &[0, 2], None);
         let second = board.agreed();
-        assert_eq!((second.number, &second.members[..], second.joined), (1, &[1, 2, 4][..], Some(4)));
+        assert_eq!(
+            (second.number, &second.members[..], second.joined),
+            (1, &[1, 2, 4][..], Some(4))
+        );
         board.propose(0, &second, &[0], None); // is no member
         assert_eq!(board.view(), 1);
         board.propose(4, &second, &[4], None);
@@ -251,7 +259,8 @@ mod tests {
                         // All members but those that propose are the same number. Ranks change
                         // every time.
                         let number = (last.number as usize + 1) * 2 + me;
-                        if let Some(late) = stopped.take().filter(|late| late.number < last.number) {
+                        if let Some(late) = stopped.take().filter(|late| late.number < last.number)
+                        {
                             board.propose(me, &late, &[3; MOST], Some(3));
                         } else if number.is_multiple_of(7) {
                             stopped = Some(last); // before its proposal, until others have gone on
@@ -270,7 +279,10 @@ mod tests {
                     let number = seen.joined.unwrap();
                     assert_eq!(number / 2, seen.number as usize);
                     let both = if number & 2 == 0 { [0, 1] } else { [1, 0] };
-                    assert_eq!(seen.members, [&both[..], &vec![number; number % (MOST - 1)]].concat());
+                    assert_eq!(
+                        seen.members,
+                        [&both[..], &vec![number; number % (MOST - 1)]].concat()
+                    );
                 }
             }
         });

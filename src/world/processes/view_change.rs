@@ -23,7 +23,8 @@ const SOON: Duration = Duration::from_millis(100);
 impl ProcessBootstrap {
     /// True if a joiner waits to be admitted. One relaxed load.
     pub(in crate::world) fn has_joiner(&self) -> bool {
-        self.members().len() < PA_MAX_WORLD as usize && self.peer_set.connections.has_joiner(self.number())
+        self.members().len() < PA_MAX_WORLD as usize
+            && self.peer_set.connections.has_joiner(self.number())
     }
 
     /// True if a process was admitted with this view.
@@ -57,21 +58,27 @@ impl ProcessBootstrap {
         self.peer_set.leave();
     }
 
-    /// Collective among those that are left: the next view, of all members that are there and say so within `timeout`, and
-    /// of one more if all of them `admit` it.
+    /// Collective among those that are left: the next view, of all members that are there and say
+    /// so within `timeout`, and of one more if all of them `admit` it.
     ///
-    /// Each tells all others that it is ready, and which joiners it knows, and waits until every other is ready or gone. The
-    /// first process to have such a list of members, or to run out of time, decides it, by
-    /// compare-and-swap from the view before: all members adopt the first list. A process that dies on
-    /// the way leaves nothing half done.
-    pub(in crate::world) fn next_view(&self, timeout: Duration, admits: bool) -> Result<ProcessBootstrap> {
+    /// Each tells all others that it is ready, and which joiners it knows, and waits until every
+    /// other is ready or gone. The first process to have such a list of members, or to run out of
+    /// time, decides it, by compare-and-swap from the view before: all members adopt the first
+    /// list. A process that dies on the way leaves nothing half done.
+    pub(in crate::world) fn next_view(
+        &self,
+        timeout: Duration,
+        admits: bool,
+    ) -> Result<ProcessBootstrap> {
         let mut latest = self.peer_set.latest.lock().unwrap_or_else(PoisonError::into_inner);
         if latest.number() > self.number() {
-            return Ok(self.view(latest.clone())); // another communicator of this process has been through it
+            // another communicator of this process has been through it
+            return Ok(self.view(latest.clone()));
         }
         if self.lacks_model() {
             self.leave();
-            let reason = "it was let in, but lost a peer before it had the model: call World::join again";
+            let reason =
+                "it was let in, but lost a peer before it had the model: call World::join again";
             return Err(Error::JoinRefused {
                 rendezvous: self.listener.name().to_owned(),
                 reason: reason.into(),
@@ -80,16 +87,20 @@ impl ProcessBootstrap {
         let (next, me) = (self.number() + 1, self.peer_set.me);
         let deadline = deadline::after(timeout);
         // A process that can't hear its peers must not decide the list of members.
-        let is_needed = |peer: &usize| self.members().contains(peer) && Some(*peer) != self.unsettled();
-        if let Some((_, reason)) = self.peer_set.lock().trouble.iter().find(|(peer, _)| is_needed(peer)) {
+        let is_needed =
+            |peer: &usize| self.members().contains(peer) && Some(*peer) != self.unsettled();
+        if let Some((_, reason)) =
+            self.peer_set.lock().trouble.iter().find(|(peer, _)| is_needed(peer))
+        {
             return Err(Error::SharedMemory { rank: self.rank(), reason: reason.clone() });
         }
-        // An abort sent before this view change cancels an admission. A recovery ignores it: it is the
-        // failure that is recovered from.
+        // An abort sent before this view change cancels an admission. A recovery ignores it: it is
+        // the failure that is recovered from.
         let counts = if admits { &[0, 1][..] } else { &[1] };
         let aborted = |state: &State| {
-            let has =
-                |peer: &usize| counts.iter().any(|&going| state.has(*peer, (Kind::Abort, next - 1, going)));
+            let has = |peer: &usize| {
+                counts.iter().any(|&going| state.has(*peer, (Kind::Abort, next - 1, going)))
+            };
             let own = counts.iter().any(|&going| self.status().aborted[going as usize]);
             self.others().find(has).or(own.then_some(me)).map(|peer| self.rank_of(peer))
         };
@@ -98,7 +109,8 @@ impl ProcessBootstrap {
         let tell = |number, to: &[usize], deadline| {
             for &peer in to.iter().filter(|&&peer| !self.peer_set.lock().gone.contains(&peer)) {
                 // One that does not listen is not ready, either.
-                let _ = self.peer_set.send(peer, (Kind::Ready, next, number), &joiners, &[], deadline);
+                let _ =
+                    self.peer_set.send(peer, (Kind::Ready, next, number), &joiners, &[], deadline);
             }
         };
         let board = &self.peer_set.connections.board;
@@ -108,8 +120,9 @@ impl ProcessBootstrap {
             tell(READY, &others, deadline);
             let ready = |state: &State, peer: usize| state.has(peer, (Kind::Ready, next, READY));
             let all = |state: &State, but: Option<usize>| {
-                let settled =
-                    |&peer: &usize| state.gone.contains(&peer) || ready(state, peer) || Some(peer) == but;
+                let settled = |&peer: &usize| {
+                    state.gone.contains(&peer) || ready(state, peer) || Some(peer) == but
+                };
                 others.iter().all(settled) || is_decided() || aborted(state).is_some()
             };
             // A joiner of this view without its model is not waited for.
@@ -124,15 +137,19 @@ impl ProcessBootstrap {
                 self.status().aborted[1] = false;
                 return Err(Error::Aborted { rank, phase: Phase::Build, committed: false });
             }
-            let there = |peer: usize| peer == me || (ready(&state, peer) && !state.gone.contains(&peer));
+            let there =
+                |peer: usize| peer == me || (ready(&state, peer) && !state.gone.contains(&peer));
             let mut members: Vec<usize> =
                 self.members().iter().copied().filter(|&peer| there(peer)).collect();
             let known = |peer: usize, joiner: usize| {
-                let said = state.get(peer, (Kind::Ready, next, READY)).and_then(|frame| frame.parse().ok());
+                let said = state
+                    .get(peer, (Kind::Ready, next, READY))
+                    .and_then(|frame| frame.parse().ok());
                 peer == me || said.is_some_and(|joiners: Vec<usize>| joiners.contains(&joiner))
             };
             // One at a time: two joiners don't know each other.
-            let mut joiners = joiners.iter().copied().filter(|_| members.len() < PA_MAX_WORLD as usize);
+            let mut joiners =
+                joiners.iter().copied().filter(|_| members.len() < PA_MAX_WORLD as usize);
             let joined = joiners.find(|&joiner| {
                 !state.gone.contains(&joiner) && members.iter().all(|&peer| known(peer, joiner))
             });
@@ -150,9 +167,11 @@ impl ProcessBootstrap {
         *latest = CurrentView::new(agreed);
         self.peer_set.enter(&latest);
         if let Some(joined) = latest.agreed.joined {
-            let tried = p2p_probe::find(&self.peer_set, &latest, Instant::now() + timeout.min(JOINING));
+            let tried =
+                p2p_probe::find(&self.peer_set, &latest, Instant::now() + timeout.min(JOINING));
             if tried.is_err() {
-                // What follows in this view fails by it, on all ranks, and the next one has that process no more.
+                // What follows in this view fails by it, on all ranks, and the next one has that
+                // process no more.
                 let rank = latest.members().iter().position(|&id| id == joined).unwrap_or(0);
                 latest.status().failure =
                     Some(Error::PeerLost { rank, phase: Phase::Build, committed: false });
@@ -170,19 +189,24 @@ impl ProcessBootstrap {
         self.view.agreed.joined.filter(|_| !self.view.settled.load(Ordering::Relaxed))
     }
 
-    /// Joiners that wait. A peer has heard of one, so its `JoinPending` reaches this process soon, if the
-    /// joiner is still connected.
+    /// Joiners that wait. A peer has heard of one, so its `JoinPending` reaches this process soon,
+    /// if the joiner is still connected.
     fn joiners(&self, deadline: Instant) -> Vec<usize> {
         let soon = deadline.min(Instant::now() + SOON);
-        let found = self
-            .peer_set
-            .wait(soon, |state| Some(state.joiners(self.number())).filter(|joiners| !joiners.is_empty()));
+        let found = self.peer_set.wait(soon, |state| {
+            Some(state.joiners(self.number())).filter(|joiners| !joiners.is_empty())
+        });
         found.unwrap_or_default()
     }
 
     fn view(&self, view: CurrentView) -> ProcessBootstrap {
         let placement = self.peer_set.placement(&view);
-        ProcessBootstrap { peer_set: self.peer_set.clone(), view, placement, listener: self.listener.clone() }
+        ProcessBootstrap {
+            peer_set: self.peer_set.clone(),
+            view,
+            placement,
+            listener: self.listener.clone(),
+        }
     }
 }
 

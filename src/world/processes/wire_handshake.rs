@@ -59,8 +59,9 @@ impl WireHandshake {
     /// The handshake of this rank, whose memory is still to be opened.
     pub(super) fn read(frame: Frame, rank: usize) -> Result<Unopened> {
         let refuse = |reason: String| Error::PeerBuildFailed { rank, reason };
-        let shown: WireHandshake =
-            frame.parse().map_err(|error| refuse(format!("its message is not understood: {error}")))?;
+        let shown: WireHandshake = frame
+            .parse()
+            .map_err(|error| refuse(format!("its message is not understood: {error}")))?;
         let handshake = Handshake {
             refusal: shown.refusal.map(|reason| refuse(of_itself(reason, rank))),
             options: shown.options,
@@ -93,8 +94,8 @@ pub(super) struct Unopened {
 }
 
 impl Unopened {
-    /// The handshake with what the reader wants. An error names the rank at fault: the owner of memory that is not what it has to be, or
-    /// the reader, which lacks something.
+    /// The handshake with what the reader wants. An error names the rank at fault: the owner of
+    /// memory that is not what it has to be, or the reader, which lacks something.
     pub(super) fn open(self, reader: Reader<'_>) -> Result<Handshake> {
         let Unopened { rank, mut handshake, memories, files, is_short } = self;
         let refuse = |reason: String| Error::PeerBuildFailed { rank, reason };
@@ -104,7 +105,8 @@ impl Unopened {
             if is_short {
                 return Err(Error::SharedMemory { rank: reader.rank, reason: short_of_files() });
             }
-            let file = files.next().ok_or_else(|| refuse("a file of its memory is missing".into()))?;
+            let file =
+                files.next().ok_or_else(|| refuse("a file of its memory is missing".into()))?;
             if !reader.wanted[index] {
                 return Ok(None);
             }

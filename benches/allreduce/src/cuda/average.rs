@@ -1,4 +1,5 @@
-//! The library's rows: as it is meant to be used, a ring for each tensor, and rings over a flat buffer.
+//! The library's rows: as it is meant to be used, a ring for each tensor, and rings over a flat
+//! buffer.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
@@ -29,7 +30,8 @@ pub fn average(
     Ok(Box::new(move || {
         clock.start()?;
         let stream = clock.stream.raw.cast();
-        // SAFETY: the stream is this rank's, and the tensors are nobody else's until the wait below; both live longer.
+        // SAFETY: the stream is this rank's, and the tensors are nobody else's until the wait
+        // below; both live longer.
         let pending = unsafe {
             match weight {
                 Some(weight) => averager.average_weighted_on(&mut replica, weight, stream),
@@ -42,7 +44,8 @@ pub fn average(
     }))
 }
 
-/// Tensors of the same size and dtype share one averager, as its memory is the same for all of them.
+/// Tensors of the same size and dtype share one averager, as its memory is the same for all of
+/// them.
 pub fn per_tensor(
     gpu: Gpu,
     options: Options,
@@ -69,7 +72,8 @@ pub fn per_tensor(
             let pending = unsafe {
                 averagers[averager].average_on(&mut replica.tensor(index), clock.stream.raw.cast())
             }?;
-            // To drop it is to wait for it. The same averager's next tensor does, and tells what went wrong for good.
+            // To drop it is to wait for it. The same averager's next tensor does, and tells what
+            // went wrong for good.
             std::mem::forget(pending);
         }
         clock.stop()?;
@@ -92,8 +96,10 @@ impl Mover {
             Mover::Copies { gpu, own, flat, spans } => (gpu, own, flat, spans),
         };
         for span in spans {
-            let (tensor, flat) =
-                (own.memory.address() + span.tensor as u64, flat.memory.address() + span.flat as u64);
+            let (tensor, flat) = (
+                own.memory.address() + span.tensor as u64,
+                flat.memory.address() + span.flat as u64,
+            );
             let (to, from) = if way == Way::Flatten { (flat, tensor) } else { (tensor, flat) };
             // SAFETY: inside of the two blocks of memory, which are this member's while it works.
             let copied = unsafe { result::memcpy_dtod_async(to, from, span.bytes, stream.raw) };

@@ -1,4 +1,5 @@
-//! Measures a group on CUDA devices, as `crate::bench` does on CPUs: turn by turn, then each method's result.
+//! Measures a group on CUDA devices, as `crate::bench` does on CPUs: turn by turn, then each
+//! method's result.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
@@ -80,8 +81,10 @@ impl Bench {
         let mut shared = self.share(group, tensors, bytes)?;
         let arenas = self.pool.get(*ranks, bytes);
         self.fill(methods[0], &shared, &arenas)?;
-        let mut entries =
-            methods.iter().map(|&method| self.enter(method, &shared)).collect::<Result<Vec<_>, _>>()?;
+        let mut entries = methods
+            .iter()
+            .map(|&method| self.enter(method, &shared))
+            .collect::<Result<Vec<_>, _>>()?;
         for turn in 0..TURNS {
             let share = (iterations + TURNS - 1 - turn) / TURNS;
             for entry in &mut entries {
@@ -123,20 +126,25 @@ impl Bench {
         Ok(records)
     }
 
-    /// Runs a crew. What goes wrong with NCCL is its rows' note, and the end of the others' only if it never comes back.
+    /// Runs a crew. What goes wrong with NCCL is its rows' note, and the end of the others' only if
+    /// it never comes back.
     fn measure(
         &mut self,
         entry: &mut Entry,
         shared: &Shared,
         iterations: u32,
     ) -> Result<Vec<Duration>, Failure> {
-        if let (true, Some(Err(reason))) = (entry.method.is_nccl(), self.nccl.get(&shared.gpus.len())) {
+        if let (true, Some(Err(reason))) =
+            (entry.method.is_nccl(), self.nccl.get(&shared.gpus.len()))
+        {
             // What went wrong in one row is wrong for all.
             entry.give_up(reason);
         }
         let Some(crew) = entry.crew.clone() else { return Ok(vec![]) };
-        if matches!(entry.method, Method::FlattenRing | Method::CopiesRing | Method::Nccl { flat: true, .. })
-        {
+        if matches!(
+            entry.method,
+            Method::FlattenRing | Method::CopiesRing | Method::Nccl { flat: true, .. }
+        ) {
             // What the copies of the limits left between its tensors may be NaN.
             shared.flats.iter().try_for_each(|flat| flat.zero())?;
         }
@@ -144,7 +152,9 @@ impl Bench {
             return crew.run(iterations);
         }
         // Its waits for the device end by themselves. Those on the host do not.
-        match within(2 * self.limit + Duration::from_secs(1) * iterations, move || crew.run(iterations)) {
+        match within(2 * self.limit + Duration::from_secs(1) * iterations, move || {
+            crew.run(iterations)
+        }) {
             Some(Ok(times)) => Ok(times),
             Some(Err(failure)) => {
                 entry.give_up(&failure.to_string());
@@ -152,7 +162,8 @@ impl Bench {
                 Ok(vec![])
             }
             None => Err(Failure::Failed(format!(
-                "NCCL did not come back from a call, though it did when it was tried ({}): run again without it, with \
+                "NCCL did not come back from a call, though it did when it was tried ({}): run \
+                 again without it, with \
                  --baseline=limit,per-tensor,flatten",
                 entry.note.as_deref().unwrap_or("NCCL")
             ))),
@@ -160,7 +171,12 @@ impl Bench {
     }
 
     /// Allocates what the group's methods need, and brings NCCL's ranks together.
-    fn share(&mut self, group: &Group, tensors: Arc<[Placed]>, bytes: usize) -> Result<Shared, Failure> {
+    fn share(
+        &mut self,
+        group: &Group,
+        tensors: Arc<[Placed]>,
+        bytes: usize,
+    ) -> Result<Shared, Failure> {
         let Group { layout, ranks, methods, .. } = group;
         let ordinals = devices(*ranks, self.machine.visible()).into_iter().enumerate();
         let gpus = ordinals.map(|(rank, ordinal)| Gpu::open(&self.machine, rank, ordinal));
@@ -181,10 +197,12 @@ impl Bench {
         if methods.contains(&Method::HostCopies) {
             let bytes = PINNED_BYTES.min(layout.bytes() as usize);
             for gpu in &gpus {
-                pinned.push([Arc::new(Pinned::new(gpu, bytes)?), Arc::new(Pinned::new(gpu, bytes)?)]);
+                pinned
+                    .push([Arc::new(Pinned::new(gpu, bytes)?), Arc::new(Pinned::new(gpu, bytes)?)]);
             }
         }
-        let members = if methods.iter().any(|method| method.is_nccl()) { self.join(&gpus) } else { vec![] };
+        let members =
+            if methods.iter().any(|method| method.is_nccl()) { self.join(&gpus) } else { vec![] };
         Ok(Shared { gpus, tensors, own, flat, flats, kernels, pinned, members })
     }
 
@@ -195,7 +213,9 @@ impl Bench {
         if known.is_err() {
             return vec![];
         }
-        match Nccl::load(ranks > machine.visible()).and_then(|nccl| nccl_rows::join(&nccl, gpus, limit)) {
+        match Nccl::load(ranks > machine.visible())
+            .and_then(|nccl| nccl_rows::join(&nccl, gpus, limit))
+        {
             Ok(members) => members,
             Err(reason) => {
                 *known = Err(reason);
@@ -227,7 +247,12 @@ impl Bench {
     }
 
     /// Gives every rank fresh data, and says how to check what becomes of it. The crews rest.
-    fn fill(&mut self, method: Method, shared: &Shared, arenas: &[Arc<Arena>]) -> Result<Check, Failure> {
+    fn fill(
+        &mut self,
+        method: Method,
+        shared: &Shared,
+        arenas: &[Arc<Arena>],
+    ) -> Result<Check, Failure> {
         self.seed += 1;
         let weighted = self.options.weighted && !method.is_baseline();
         let weight = |rank| if weighted { rank as f64 + 1.0 } else { 1.0 };
@@ -264,7 +289,9 @@ impl Bench {
             let mut times = if simulated { vec![] } else { std::mem::take(&mut entry.times) };
             times.sort();
             let method = match (entry.method, entry.ran.get()) {
-                (Method::Average { commit, .. }, Some(&algorithm)) => Method::Average { algorithm, commit },
+                (Method::Average { commit, .. }, Some(&algorithm)) => {
+                    Method::Average { algorithm, commit }
+                }
                 (method, _) => method,
             };
             Record {
@@ -289,7 +316,10 @@ impl Bench {
             }
         };
         let mut records: Vec<Record> = entries.iter_mut().map(record).collect();
-        let limit = records.iter().find(|record| record.method == Method::DeviceCopy).and_then(Record::time);
+        let limit = records
+            .iter()
+            .find(|record| record.method == Method::DeviceCopy)
+            .and_then(Record::time);
         records.iter_mut().for_each(|record| record.limit = limit);
         records
     }

@@ -45,7 +45,8 @@ pub fn crew(
     let mut members: Vec<Make> = vec![];
     for (rank, gpu) in shared.gpus.iter().enumerate() {
         let (gpu, own) = (gpu.clone(), shared.own[rank].clone());
-        let replica = Replica { memory: own.clone(), tensors: shared.tensors.clone(), device: gpu.device() };
+        let replica =
+            Replica { memory: own.clone(), tensors: shared.tensors.clone(), device: gpu.device() };
         let flat = || Replica {
             memory: shared.flats[rank].clone(),
             tensors: shared.flat.buffers.clone(),
@@ -80,7 +81,8 @@ pub fn crew(
             }
             Method::CopiesRing => {
                 let (flat, spans) = (flat(), shared.flat.spans.clone());
-                let mover = Mover::Copies { gpu: gpu.clone(), own: replica, flat: flat.clone(), spans };
+                let mover =
+                    Mover::Copies { gpu: gpu.clone(), own: replica, flat: flat.clone(), spans };
                 Box::new(move || {
                     gpu.bind()?;
                     average::flatten(gpu, options, communicator, flat, mover)
@@ -96,7 +98,11 @@ pub fn crew(
                 };
                 let row = Row {
                     member: shared.members[rank].clone(),
-                    buffers: tensors.iter().filter(|tensor| tensor.elements > 0).map(buffer).collect(),
+                    buffers: tensors
+                        .iter()
+                        .filter(|tensor| tensor.elements > 0)
+                        .map(buffer)
+                        .collect(),
                     flat,
                     scale: sum.then_some(1.0 / ranks as f64),
                     kernels: shared.kernels[rank].clone(),

@@ -1,4 +1,5 @@
-//! A rank's device, and what is made on it: memory, page-locked memory, streams and events that give themselves back.
+//! A rank's device, and what is made on it: memory, page-locked memory, streams and events that
+//! give themselves back.
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -20,18 +21,22 @@ pub struct Machine {
     elapsed: ElapsedTime,
 }
 
-/// cuEventElapsedTime of the driver. cudarc calls its second version, and panics where the driver is older than that.
+/// cuEventElapsedTime of the driver. cudarc calls its second version, and panics where the driver
+/// is older than that.
 type ElapsedTime = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
 
 impl Machine {
-    /// Asks the library whether it can use them before cudarc is called, which panics without a driver.
+    /// Asks the library whether it can use them before cudarc is called, which panics without a
+    /// driver.
     pub fn open() -> Result<Self, Failure> {
         if let Err(error) = World::in_process(&[Device::cuda(0)]) {
             return Err(Failure::Failed(format!(
-                "{error}\n\nhint: --backend cpu, the default, runs the same kernels on this machine's cores"
+                "{error}\n\nhint: --backend cpu, the default, runs the same kernels on this \
+                 machine's cores"
             )));
         }
-        let failed = |error: DriverError| Failure::Failed(format!("the NVIDIA driver says {error}"));
+        let failed =
+            |error: DriverError| Failure::Failed(format!("the NVIDIA driver says {error}"));
         let count = CudaContext::device_count().map_err(failed)?;
         let name = |ordinal| result::device::get(ordinal).and_then(result::device::get_name);
         let names = (0..count).map(name).collect::<Result<Vec<_>, _>>().map_err(failed)?;
@@ -45,7 +50,8 @@ impl Machine {
 }
 
 fn elapsed_time() -> Result<ElapsedTime, Failure> {
-    let names = if cfg!(windows) { ["nvcuda.dll", "nvcuda"] } else { ["libcuda.so.1", "libcuda.so"] };
+    let names =
+        if cfg!(windows) { ["nvcuda.dll", "nvcuda"] } else { ["libcuda.so.1", "libcuda.so"] };
     // SAFETY: the driver, which is loaded already.
     let library = names.iter().find_map(|name| unsafe { libloading::Library::new(*name) }.ok());
     // SAFETY: the function has had this type since CUDA 2.
@@ -54,7 +60,9 @@ fn elapsed_time() -> Result<ElapsedTime, Failure> {
     });
     std::mem::forget(library); // cudarc keeps it loaded, too
     function.ok_or_else(|| {
-        Failure::Failed("the NVIDIA driver has no cuEventElapsedTime: install a complete one".into())
+        Failure::Failed(
+            "the NVIDIA driver has no cuEventElapsedTime: install a complete one".into(),
+        )
     })
 }
 
@@ -71,7 +79,9 @@ pub struct Gpu {
 impl Gpu {
     pub fn open(machine: &Machine, rank: usize, ordinal: usize) -> Result<Self, Failure> {
         let context = CudaContext::new(ordinal).map_err(|error| {
-            Failure::Failed(format!("rank {rank} can't use cuda:{ordinal}: {error}; see what else uses it"))
+            Failure::Failed(format!(
+                "rank {rank} can't use cuda:{ordinal}: {error}; see what else uses it"
+            ))
         })?;
         Ok(Gpu { rank, ordinal, context, elapsed: machine.elapsed, simulated: machine.simulated })
     }
@@ -94,7 +104,10 @@ impl Gpu {
                 }
                 _ => "; see what the device reports, and run again",
             };
-            Failure::Failed(format!("rank {}, cuda:{}: {function}: {error}{hint}", self.rank, self.ordinal))
+            Failure::Failed(format!(
+                "rank {}, cuda:{}: {function}: {error}{hint}",
+                self.rank, self.ordinal
+            ))
         })
     }
 
@@ -133,7 +146,8 @@ impl DeviceMemory {
     pub fn zero(&self) -> Result<(), Failure> {
         self.gpu.bind()?;
         // SAFETY: own memory, of this size.
-        self.gpu.check("cuMemsetD8", unsafe { result::memset_d8_sync(self.address, 0, self.bytes) })?;
+        self.gpu
+            .check("cuMemsetD8", unsafe { result::memset_d8_sync(self.address, 0, self.bytes) })?;
         // It may return earlier.
         self.gpu.check("cuCtxSynchronize", result::ctx::synchronize())
     }
@@ -151,7 +165,9 @@ impl DeviceMemory {
         self.gpu.bind()?;
         let bytes = to.len().min(self.bytes);
         // SAFETY: not more than there is.
-        self.gpu.check("cuMemcpyDtoH", unsafe { result::memcpy_dtoh_sync(&mut to[..bytes], self.address) })
+        self.gpu.check("cuMemcpyDtoH", unsafe {
+            result::memcpy_dtoh_sync(&mut to[..bytes], self.address)
+        })
     }
 }
 
@@ -218,7 +234,9 @@ impl Stream {
         mark.record(other)?;
         let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
         // SAFETY: a stream and an event that live.
-        self.gpu.check("cuStreamWaitEvent", unsafe { result::stream::wait_event(self.raw, mark.raw, flags) })
+        self.gpu.check("cuStreamWaitEvent", unsafe {
+            result::stream::wait_event(self.raw, mark.raw, flags)
+        })
     }
 }
 
@@ -297,7 +315,8 @@ impl Clock {
         self.stop.record(&self.stream)
     }
 
-    /// Waits for the end and says how long it took. A simulated device's time is nobody's business: 0.
+    /// Waits for the end and says how long it took. A simulated device's time is nobody's business:
+    /// 0.
     pub fn took(&self) -> Result<Option<Duration>, Failure> {
         self.stop.wait()?;
         let gpu = &self.stop.gpu;

@@ -6,8 +6,8 @@ use param_averager::Dtype;
 
 use crate::memory::Placed;
 
-/// Tensors start at multiples of this in the flat buffer, too, so that every copy moves packs of 16 bytes: the best that a
-/// flatten can do. What lies between is averaged along; it is zero.
+/// Tensors start at multiples of this in the flat buffer, too, so that every copy moves packs of 16
+/// bytes: the best that a flatten can do. What lies between is averaged along; it is zero.
 const ALIGNMENT: usize = 16;
 /// Bytes that one block spans at a time: 4 packs for each of its threads.
 pub const PIECE_BYTES: usize = 4 * 16 * super::kernels::THREADS as usize;
@@ -35,7 +35,9 @@ impl Flat {
         let (mut buffers, mut spans, mut end) = (vec![], vec![], 0usize);
         for dtype in Dtype::ALL {
             let offset = end;
-            for tensor in tensors.iter().filter(|tensor| tensor.dtype == dtype && tensor.elements > 0) {
+            for tensor in
+                tensors.iter().filter(|tensor| tensor.dtype == dtype && tensor.elements > 0)
+            {
                 let bytes = tensor.elements * dtype.size();
                 spans.push(Span { tensor: tensor.offset, flat: end, bytes, dtype });
                 end = (end + bytes).next_multiple_of(ALIGNMENT);
@@ -68,7 +70,8 @@ mod tests {
 
     #[test]
     fn every_byte_is_in_one_piece_and_packs_are_aligned() {
-        let place = |offset, elements, dtype| Placed { name: String::new(), offset, elements, dtype };
+        let place =
+            |offset, elements, dtype| Placed { name: String::new(), offset, elements, dtype };
         let tensors = [
             place(0, 3, Dtype::F32),
             place(64, 40_001, Dtype::Bf16),
@@ -81,7 +84,9 @@ mod tests {
         assert_eq!((flat.bytes, flat.spans.len()), (160_032, 3));
         let pieces = flat.pieces();
         assert_eq!(pieces.iter().map(|piece| piece.bytes).sum::<usize>(), 12 + 80_000 + 80_002);
-        assert!(pieces.iter().all(|p| p.bytes <= PIECE_BYTES && p.flat % 16 == 0 && p.tensor % 16 == 0));
+        assert!(pieces
+            .iter()
+            .all(|p| p.bytes <= PIECE_BYTES && p.flat % 16 == 0 && p.tensor % 16 == 0));
         assert!(pieces.windows(2).all(|two| two[0].flat + two[0].bytes <= two[1].flat));
     }
 }

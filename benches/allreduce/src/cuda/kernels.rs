@@ -1,5 +1,6 @@
-//! Flatten, unflatten and scale on the device's processors, for the baselines: copy engines are many times slower at many
-//! small tensors, and a baseline that is slow for no reason proves nothing.
+//! Flatten, unflatten and scale on the device's processors, for the baselines: copy engines are
+//! many times slower at many small tensors, and a baseline that is slow for no reason proves
+//! nothing.
 //!
 //! Written as PTX, which the driver compiles: the bench's binary has no nvcc to rely on.
 
@@ -61,7 +62,8 @@ impl Kernels {
         let table: Vec<u64> = pieces
             .iter()
             .flat_map(|piece| {
-                let places = [own.address() + piece.tensor as u64, buffer.address() + piece.flat as u64];
+                let places =
+                    [own.address() + piece.tensor as u64, buffer.address() + piece.flat as u64];
                 [places[0], places[1], piece.bytes as u64]
             })
             .collect();
@@ -92,8 +94,8 @@ impl Kernels {
         Ok(Arc::new(kernels))
     }
 
-    /// Launches each with nothing to do. A driver may load a kernel when it is first launched and wait for all others then,
-    /// which may be waiting for this rank.
+    /// Launches each with nothing to do. A driver may load a kernel when it is first launched and
+    /// wait for all others then, which may be waiting for this rank.
     fn warm_up(&self) -> Result<(), Failure> {
         let stream = Stream::new(&self.gpu)?;
         for function in self.scales.iter().map(|&(_, function)| function).chain([self.copy]) {
@@ -108,7 +110,8 @@ impl Kernels {
         self.gpu.check(name, unsafe { result::module::get_function(self.module, c_name) })
     }
 
-    /// Enqueues a move of all pieces; with a scale, each element is multiplied by it, in f32 (f64 for f64), and rounded.
+    /// Enqueues a move of all pieces; with a scale, each element is multiplied by it, in f32 (f64
+    /// for f64), and rounded.
     pub fn enqueue(&self, way: Way, scale: Option<f64>, stream: &Stream) -> Result<(), Failure> {
         for &(dtype, first, count) in &self.rows {
             let scaling = self.scales.iter().find(|(of, _)| *of == dtype && scale.is_some());
@@ -142,10 +145,12 @@ impl Kernels {
             (&raw mut scale).cast(),
         ];
         let grid = (rows.clamp(1, self.blocks), 1, 1);
-        // SAFETY: the parameters are those of the kernel, which the driver copies now; the rows are inside of the table,
-        // and what they point at is inside of the two blocks of memory, which whoever measures keeps until all is done.
-        let launched =
-            unsafe { result::launch_kernel(function, grid, (THREADS, 1, 1), 0, stream.raw, &mut parameters) };
+        // SAFETY: the parameters are those of the kernel, which the driver copies now; the rows are
+        // inside of the table, and what they point at is inside of the two blocks of memory, which
+        // whoever measures keeps until all is done.
+        let launched = unsafe {
+            result::launch_kernel(function, grid, (THREADS, 1, 1), 0, stream.raw, &mut parameters)
+        };
         self.gpu.check("cuLaunchKernel", launched)
     }
 }
@@ -159,7 +164,8 @@ impl Drop for Kernels {
     }
 }
 
-/// Each dtype's name in kernels, the PTX type that a single element is moved as, and the bytes of an element.
+/// Each dtype's name in kernels, the PTX type that a single element is moved as, and the bytes of
+/// an element.
 const SCALES: [(Dtype, &str, &str, u32); 4] = [
     (Dtype::F32, "f32", "b32", 4),
     (Dtype::F64, "f64", "b64", 8),
@@ -177,29 +183,34 @@ fn ptx() -> String {
     text
 }
 
-/// One kernel: block b takes rows b, b + blocks, … of the table. A row is a piece of at most PACKS packs for each thread,
-/// all of which are loaded before the first is stored; then a tail of less than a pack, an element a thread.
+/// One kernel: block b takes rows b, b + blocks, … of the table. A row is a piece of at most PACKS
+/// packs for each thread, all of which are loaded before the first is stored; then a tail of less
+/// than a pack, an element a thread.
 fn kernel(name: &str, element: &str, element_bytes: u32, scaled: Option<Dtype>) -> String {
     let (mut registers, mut loads, mut stores) = (String::new(), String::new(), String::new());
     for k in 0..PACKS {
         let pack = [0, 1, 2, 3].map(|word| format!("%x{k}{word}"));
         let words = pack.join(", ");
-        registers += &format!("    .reg .pred %in{k};\n    .reg .b32 {words};\n    .reg .b64 %at{k};\n");
+        registers +=
+            &format!("    .reg .pred %in{k};\n    .reg .b32 {words};\n    .reg .b64 %at{k};\n");
         loads += &format!(
-            "    add.u32 %n, %lane, {first};\n    setp.lt.u32 %in{k}, %n, %packs;\n    mul.wide.u32 %at{k}, %n, 16;\n    \
+            "    add.u32 %n, %lane, {first};\n    setp.lt.u32 %in{k}, %n, \
+             %packs;\n    mul.wide.u32 %at{k}, %n, 16;\n    \
              add.u64 %a, %src, %at{k};\n    @%in{k} ld.global.v4.b32 {{{words}}}, [%a];\n",
             first = k * THREADS,
         );
         stores += &scaled.map_or(String::new(), |dtype| scale_pack(dtype, &pack));
-        stores +=
-            &format!("    add.u64 %a, %dst, %at{k};\n    @%in{k} st.global.v4.b32 [%a], {{{words}}};\n");
+        stores += &format!(
+            "    add.u64 %a, %dst, %at{k};\n    @%in{k} st.global.v4.b32 [%a], {{{words}}};\n"
+        );
     }
     // A register is 16 bits at least.
     let of = if element == "b8" { "b16" } else { element };
     let one = scaled.map_or(String::new(), scale_element);
     format!(
         "
-.visible .entry {name}(.param .u64 table, .param .u32 rows, .param .u32 from, .param .u32 to, .param .f64 scale)
+.visible .entry {name}(.param .u64 table, .param .u32 rows, .param .u32 from, .param .u32 to, \
+.param .f64 scale)
 .maxntid {THREADS}, 1, 1
 {{
     .reg .pred %p;
@@ -257,15 +268,21 @@ END:
 /// Multiplies all elements of a pack.
 fn scale_pack(dtype: Dtype, pack: &[String; 4]) -> String {
     let words = pack.iter().map(|x| match dtype {
-        Dtype::F32 => format!("    mov.b32 %f0, {x};\n    mul.rn.f32 %f0, %f0, %s;\n    mov.b32 {x}, %f0;\n"),
+        Dtype::F32 => format!(
+            "    mov.b32 %f0, {x};\n    mul.rn.f32 %f0, %f0, %s;\n    mov.b32 \
+            {x}, %f0;\n"
+        ),
         Dtype::Bf16 => format!(
-            "    shl.b32 %word, {x}, 16;\n    mov.b32 %f0, %word;\n    and.b32 %word, {x}, 0xffff0000;\n    \
+            "    shl.b32 %word, {x}, 16;\n    mov.b32 %f0, %word;\n    and.b32 %word, {x}, \
+             0xffff0000;\n    \
              mov.b32 %f1, %word;\n    mul.rn.f32 %f0, %f0, %s;\n    mul.rn.f32 %f1, %f1, %s;\n    \
              cvt.rn.bf16x2.f32 {x}, %f1, %f0;\n"
         ),
         _ => format!(
-            "    mov.b32 {{%low, %high}}, {x};\n    cvt.f32.f16 %f0, %low;\n    cvt.f32.f16 %f1, %high;\n    \
-             mul.rn.f32 %f0, %f0, %s;\n    mul.rn.f32 %f1, %f1, %s;\n    cvt.rn.f16.f32 %low, %f0;\n    \
+            "    mov.b32 {{%low, %high}}, {x};\n    cvt.f32.f16 %f0, %low;\n    cvt.f32.f16 %f1, \
+             %high;\n    \
+             mul.rn.f32 %f0, %f0, %s;\n    mul.rn.f32 %f1, %f1, %s;\n    cvt.rn.f16.f32 %low, \
+             %f0;\n    \
              cvt.rn.f16.f32 %high, %f1;\n    mov.b32 {x}, {{%low, %high}};\n"
         ),
     });
@@ -275,7 +292,8 @@ fn scale_pack(dtype: Dtype, pack: &[String; 4]) -> String {
     let halves = pack.chunks_exact(2).map(|two| {
         let (low, high) = (&two[0], &two[1]);
         format!(
-            "    mov.b64 %d, {{{low}, {high}}};\n    mul.rn.f64 %d, %d, %s64;\n    mov.b64 {{{low}, {high}}}, %d;\n"
+            "    mov.b64 %d, {{{low}, {high}}};\n    mul.rn.f64 %d, %d, %s64;\n    mov.b64 \
+             {{{low}, {high}}}, %d;\n"
         )
     });
     halves.collect()
@@ -284,13 +302,22 @@ fn scale_pack(dtype: Dtype, pack: &[String; 4]) -> String {
 /// Multiplies the element in `%one`.
 fn scale_element(dtype: Dtype) -> String {
     let lines = match dtype {
-        Dtype::F32 => "    mov.b32 %f0, %one;\n    mul.rn.f32 %f0, %f0, %s;\n    mov.b32 %one, %f0;\n",
-        Dtype::F64 => "    mov.b64 %d, %one;\n    mul.rn.f64 %d, %d, %s64;\n    mov.b64 %one, %d;\n",
+        Dtype::F32 => {
+            "    mov.b32 %f0, %one;\n    mul.rn.f32 %f0, %f0, %s;\n    mov.b32 %one, \
+            %f0;\n"
+        }
+        Dtype::F64 => {
+            "    mov.b64 %d, %one;\n    mul.rn.f64 %d, %d, %s64;\n    mov.b64 %one, \
+            %d;\n"
+        }
         Dtype::Bf16 => {
             "    mov.b16 %low, 0;\n    mov.b32 %word, {%low, %one};\n    mov.b32 %f0, %word;\n    \
              mul.rn.f32 %f0, %f0, %s;\n    cvt.rn.bf16.f32 %one, %f0;\n"
         }
-        _ => "    cvt.f32.f16 %f0, %one;\n    mul.rn.f32 %f0, %f0, %s;\n    cvt.rn.f16.f32 %one, %f0;\n",
+        _ => {
+            "    cvt.f32.f16 %f0, %one;\n    mul.rn.f32 %f0, %f0, %s;\n    cvt.rn.f16.f32 %one, \
+            %f0;\n"
+        }
     };
     lines.into()
 }
@@ -301,14 +328,16 @@ mod tests {
     use std::path::Path;
     use std::process::Command;
 
-    /// By the assembler beside the nvcc that builds the crate; a driver's compiler takes the same language.
+    /// By the assembler beside the nvcc that builds the crate; a driver's compiler takes the same
+    /// language.
     #[test]
     fn the_ptx_assembles_for_every_architecture_without_spills() {
         let nvcc = std::env::var("NVCC").unwrap_or_default();
         let ptxas = Path::new(&nvcc).with_file_name("ptxas");
         if nvcc.is_empty() || !ptxas.is_file() {
             return eprintln!(
-                "SKIPPED the_ptx_assembles_for_every_architecture_without_spills: NVCC names no nvcc"
+                "SKIPPED the_ptx_assembles_for_every_architecture_without_spills: NVCC names no \
+                 nvcc"
             );
         }
         let folder = std::env::temp_dir().join(format!("pa-bench-ptx-{}", std::process::id()));
@@ -317,7 +346,9 @@ mod tests {
         std::fs::write(&source, ptx()).unwrap();
         for arch in ["sm_80", "sm_90", "sm_120"] {
             let mut command = Command::new(&ptxas);
-            command.args(["-v", "--warn-on-spills", "-arch", arch, "-o"]).arg(folder.join("bench.cubin"));
+            command
+                .args(["-v", "--warn-on-spills", "-arch", arch, "-o"])
+                .arg(folder.join("bench.cubin"));
             let output = command.arg(&source).output().unwrap();
             let said = String::from_utf8_lossy(&output.stderr);
             assert!(output.status.success(), "{arch}: {said}");

@@ -1,4 +1,5 @@
-//! What the machine itself can do, with the bench's sizes: copies within a device, and copies from and to the host.
+//! What the machine itself can do, with the bench's sizes: copies within a device, and copies from
+//! and to the host.
 
 use std::sync::Arc;
 
@@ -11,7 +12,8 @@ use crate::failure::Failure;
 /// Page-locked memory of a rank in each direction, at most: it is used again and again.
 pub const PINNED_BYTES: usize = 64 << 20;
 
-/// Every rank copies `bytes` within its device: reads them once and writes them once, as the direct average does at best.
+/// Every rank copies `bytes` within its device: reads them once and writes them once, as the direct
+/// average does at best.
 pub fn device_copy(
     gpu: Gpu,
     own: Arc<DeviceMemory>,
@@ -22,15 +24,17 @@ pub fn device_copy(
     Ok(Box::new(move || {
         clock.start()?;
         // SAFETY: both hold so many bytes, and are this member's while it works.
-        let copied =
-            unsafe { result::memcpy_dtod_async(flat.address(), own.address(), bytes, clock.stream.raw) };
+        let copied = unsafe {
+            result::memcpy_dtod_async(flat.address(), own.address(), bytes, clock.stream.raw)
+        };
         gpu.check("cuMemcpyDtoDAsync", copied)?;
         clock.stop()?;
         clock.took()
     }))
 }
 
-/// Every rank copies `bytes` from page-locked memory of the host to its device, and as many back at the same time.
+/// Every rank copies `bytes` from page-locked memory of the host to its device, and as many back at
+/// the same time.
 pub fn host_copies(
     gpu: Gpu,
     own: Arc<DeviceMemory>,
@@ -49,9 +53,15 @@ pub fn host_copies(
             let (size, at) = (most.min(bytes - at), at as u64);
             // SAFETY: inside of all four, which are this member's while it works.
             unsafe {
-                let to = sys::cuMemcpyHtoDAsync_v2(flat.address() + at, there.start, size, clock.stream.raw);
+                let to = sys::cuMemcpyHtoDAsync_v2(
+                    flat.address() + at,
+                    there.start,
+                    size,
+                    clock.stream.raw,
+                );
                 gpu.check("cuMemcpyHtoDAsync", to.result())?;
-                let from = sys::cuMemcpyDtoHAsync_v2(here.start, own.address() + at, size, back.raw);
+                let from =
+                    sys::cuMemcpyDtoHAsync_v2(here.start, own.address() + at, size, back.raw);
                 gpu.check("cuMemcpyDtoHAsync", from.result())?;
             }
         }

@@ -1,8 +1,9 @@
 //! Ranks on CUDA devices: `--backend cuda`.
 //!
-//! Ranks are threads here, too, each with a stream of its own, and time is what events on those streams say: the slowest
-//! rank's, from the event before the call to the event behind its last kernel. Everything is allocated before anybody
-//! averages and freed when all are done, since to free is to wait for every kernel, also for one that waits for a peer.
+//! Ranks are threads here, too, each with a stream of its own, and time is what events on those
+//! streams say: the slowest rank's, from the event before the call to the event behind its last
+//! kernel. Everything is allocated before anybody averages and freed when all are done, since to
+//! free is to wait for every kernel, also for one that waits for a peer.
 
 mod average;
 mod bench;

@@ -1,5 +1,5 @@
-//! NCCL, loaded at run time, as far as its rows need it. Signatures and numbers are those of nccl.h, which has not changed
-//! them since 2.10 (ncclAvg, bfloat16).
+//! NCCL, loaded at run time, as far as its rows need it. Signatures and numbers are those of
+//! nccl.h, which has not changed them since 2.10 (ncclAvg, bfloat16).
 
 use std::ffi::{c_char, c_int, c_void, CStr};
 use std::sync::Arc;
@@ -39,8 +39,15 @@ struct Functions {
     comm_init_rank: unsafe extern "C" fn(*mut Comm, c_int, UniqueId, c_int) -> c_int,
     comm_destroy: unsafe extern "C" fn(Comm) -> c_int,
     comm_abort: unsafe extern "C" fn(Comm) -> c_int,
-    all_reduce:
-        unsafe extern "C" fn(*const c_void, *mut c_void, usize, c_int, c_int, Comm, *mut c_void) -> c_int,
+    all_reduce: unsafe extern "C" fn(
+        *const c_void,
+        *mut c_void,
+        usize,
+        c_int,
+        c_int,
+        Comm,
+        *mut c_void,
+    ) -> c_int,
     group_start: unsafe extern "C" fn() -> c_int,
     group_end: unsafe extern "C" fn() -> c_int,
     error_string: unsafe extern "C" fn(c_int) -> *const c_char,
@@ -63,19 +70,25 @@ impl Nccl {
             _ => LIBRARIES.map(str::to_owned).to_vec(),
         };
         // SAFETY: its initialisers run, as in every program that uses it.
-        let library = names.iter().find_map(|name| unsafe { Library::new(name) }.ok()).ok_or_else(|| {
-            format!(
-                "{} could not be loaded; install NCCL, or name its library in {LIBRARY}",
-                names.join(" or ")
-            )
-        })?;
+        let library =
+            names.iter().find_map(|name| unsafe { Library::new(name) }.ok()).ok_or_else(|| {
+                format!(
+                    "{} could not be loaded; install NCCL, or name its library in {LIBRARY}",
+                    names.join(" or ")
+                )
+            })?;
         // It has threads of its own, which may outlive every communicator.
         let library: &'static Library = Box::leak(Box::new(library));
         // SAFETY: the types are nccl.h's.
         unsafe { Nccl::from(library) }.and_then(|nccl| match nccl.version {
-            version if version < LEAST => Err(format!("NCCL {} has no ncclAvg: install 2.10 or later", nccl.version())),
+            version if version < LEAST => Err(format!(
+                "NCCL {} has no ncclAvg: install 2.10 or \
+                later",
+                nccl.version()
+            )),
             version if sharing && version < LEAST_SHARING => Err(format!(
-                "NCCL {} can't have several ranks of a process on one GPU, which needs 2.30.3; one process a rank with \
+                "NCCL {} can't have several ranks of a process on one GPU, which needs 2.30.3; one \
+                 process a rank with \
                  distinct NCCL_HOSTID, for older ones, isn't built",
                 nccl.version()
             )),
@@ -104,7 +117,9 @@ impl Nccl {
             group_end: function!("ncclGroupEnd"),
             error_string: function!("ncclGetErrorString"),
             // SAFETY: the caller's.
-            last_error: unsafe { library.get(b"ncclGetLastError\0") }.ok().map(|function| *function),
+            last_error: unsafe { library.get(b"ncclGetLastError\0") }
+                .ok()
+                .map(|function| *function),
         };
         let mut version = 0;
         // SAFETY: given a valid pointer.
@@ -126,12 +141,14 @@ impl Nccl {
         }
         let text = |text: *const c_char| {
             // SAFETY: it returns texts that end in a zero and stay.
-            (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned())
+            (!text.is_null())
+                .then(|| unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned())
         };
         // SAFETY: any number will do.
         let meaning = text(unsafe { (self.functions.error_string)(result) }).unwrap_or_default();
         // SAFETY: no communicator: the last error of any.
-        let last = self.functions.last_error.and_then(|last| text(unsafe { last(std::ptr::null_mut()) }));
+        let last =
+            self.functions.last_error.and_then(|last| text(unsafe { last(std::ptr::null_mut()) }));
         let last = last
             .filter(|last| !last.trim().is_empty())
             .map_or(String::new(), |last| format!(" ({})", last.trim()));
@@ -152,7 +169,8 @@ pub struct Member {
     comm: Comm,
 }
 
-// SAFETY: a communicator may be used by any thread, by one at a time: that of the crew which runs, or whoever drops it.
+// SAFETY: a communicator may be used by any thread, by one at a time: that of the crew which runs,
+// or whoever drops it.
 unsafe impl Send for Member {}
 // SAFETY: as above.
 unsafe impl Sync for Member {}
@@ -162,7 +180,9 @@ impl Member {
     pub fn new(nccl: &Nccl, id: UniqueId, ranks: usize, rank: usize) -> Result<Self, String> {
         let mut comm = std::ptr::null_mut();
         // SAFETY: given a valid pointer; a device's context is bound.
-        let result = unsafe { (nccl.functions.comm_init_rank)(&mut comm, ranks as c_int, id, rank as c_int) };
+        let result = unsafe {
+            (nccl.functions.comm_init_rank)(&mut comm, ranks as c_int, id, rank as c_int)
+        };
         nccl.check("ncclCommInitRank", result).map_err(|error| format!("rank {rank}: {error}"))?;
         Ok(Member { nccl: nccl.clone(), comm })
     }
@@ -170,7 +190,8 @@ impl Member {
     /// Enqueues all-reduces of these (address, elements, dtype), in place, in one group.
     ///
     /// # Safety
-    /// They lie in memory of the member's device, which nobody else uses until the stream is done. One thread at a time.
+    /// They lie in memory of the member's device, which nobody else uses until the stream is done.
+    /// One thread at a time.
     pub unsafe fn all_reduce(
         &self,
         buffers: &[(u64, usize, Dtype)],
@@ -179,7 +200,9 @@ impl Member {
     ) -> Result<(), Failure> {
         let Functions { group_start, group_end, all_reduce, .. } = *self.nccl.functions;
         let failed = |function: &str, result| {
-            self.nccl.check(function, result).map_err(|error| Failure::Failed(format!("NCCL: {error}")))
+            self.nccl
+                .check(function, result)
+                .map_err(|error| Failure::Failed(format!("NCCL: {error}")))
         };
         // SAFETY: always allowed.
         failed("ncclGroupStart", unsafe { group_start() })?;
@@ -187,7 +210,15 @@ impl Member {
             let buffer = address as *mut c_void;
             // SAFETY: the caller's.
             let result = unsafe {
-                all_reduce(buffer, buffer, elements, code(dtype), op as c_int, self.comm, stream.raw.cast())
+                all_reduce(
+                    buffer,
+                    buffer,
+                    elements,
+                    code(dtype),
+                    op as c_int,
+                    self.comm,
+                    stream.raw.cast(),
+                )
             };
             failed("ncclAllReduce", result)
         });
@@ -199,12 +230,13 @@ impl Member {
 
     /// Ends whatever it waits for, and it.
     pub fn abort(self) {
-        // SAFETY: its last use; no thread is in one of its calls, as each of them has returned. An error leaves nothing to
-        // do.
+        // SAFETY: its last use; no thread is in one of its calls, as each of them has returned. An
+        // error leaves nothing to do.
         let _ = unsafe { (self.nccl.functions.comm_abort)(self.comm) };
     }
 
-    /// Gives it back. Collective. Of one that is dropped instead, the end of the process takes care.
+    /// Gives it back. Collective. Of one that is dropped instead, the end of the process takes
+    /// care.
     pub fn destroy(self) {
         // SAFETY: its last use, and what was enqueued is done. An error leaves nothing to do.
         let _ = unsafe { (self.nccl.functions.comm_destroy)(self.comm) };

@@ -1,4 +1,5 @@
-//! NCCL's rows: in place on the tensors, all of them in one group, or on a flat buffer between flatten and unflatten.
+//! NCCL's rows: in place on the tensors, all of them in one group, or on a flat buffer between
+//! flatten and unflatten.
 
 use std::sync::{mpsc, Arc};
 use std::time::{Duration, Instant};
@@ -23,7 +24,8 @@ pub struct Row {
     pub buffers: Vec<(u64, usize, Dtype)>,
     /// The buffers are flat: the kernels fill them first and empty them afterwards.
     pub flat: bool,
-    /// ncclSum, and the kernels multiply by this (on the way out of the flat buffers, if there are any); else ncclAvg.
+    /// ncclSum, and the kernels multiply by this (on the way out of the flat buffers, if there are
+    /// any); else ncclAvg.
     pub scale: Option<f64>,
     pub kernels: Arc<Kernels>,
     /// How long it may take.
@@ -40,7 +42,8 @@ impl Row {
             if flat {
                 kernels.enqueue(Way::Flatten, None, &clock.stream)?;
             }
-            // SAFETY: own memory, which is this member's while it works, and the wait below is for the stream.
+            // SAFETY: own memory, which is this member's while it works, and the wait below is for
+            // the stream.
             unsafe { member.all_reduce(&buffers, op, &clock.stream) }?;
             match (flat, scale) {
                 (true, _) => kernels.enqueue(Way::Unflatten, scale, &clock.stream)?,
@@ -69,7 +72,10 @@ pub fn wait(clock: &Clock, limit: Duration) -> Result<(), Failure> {
 }
 
 /// Runs it on a thread of its own. If it does not come back in time, that thread is left behind.
-pub fn within<T: Send + 'static>(limit: Duration, what: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+pub fn within<T: Send + 'static>(
+    limit: Duration,
+    what: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
     let (done, result) = mpsc::channel();
     let thread = std::thread::Builder::new().name("nccl".into());
     thread.spawn(move || done.send(what())).ok()?; // nobody listens any more: then it was too late
@@ -89,15 +95,20 @@ pub fn join(nccl: &Nccl, gpus: &[Gpu], limit: Duration) -> Result<Vec<Arc<Member
         std::thread::scope(|scope| {
             let threads: Vec<_> = gpus.iter().map(|gpu| scope.spawn(move || one(gpu))).collect();
             let joined = threads.into_iter().map(|thread| thread.join());
-            joined.map(|member| member.unwrap_or_else(|_| Err("a rank panicked, see above".into()))).collect()
+            joined
+                .map(|member| member.unwrap_or_else(|_| Err("a rank panicked, see above".into())))
+                .collect()
         })
     };
-    within(limit, all).unwrap_or_else(|| Err(format!("ncclCommInitRank did not come back within {limit:?}")))
+    within(limit, all)
+        .unwrap_or_else(|| Err(format!("ncclCommInitRank did not come back within {limit:?}")))
 }
 
-/// Gives all of them back: `aborted`, with whatever they wait for. Each on a thread, as they wait for one another.
+/// Gives all of them back: `aborted`, with whatever they wait for. Each on a thread, as they wait
+/// for one another.
 pub fn part(members: Vec<Arc<Member>>, gpus: &[Gpu], aborted: bool, limit: Duration) {
-    let members: Vec<_> = members.into_iter().filter_map(Arc::into_inner).zip(gpus.to_vec()).collect();
+    let members: Vec<_> =
+        members.into_iter().filter_map(Arc::into_inner).zip(gpus.to_vec()).collect();
     let all = move || {
         std::thread::scope(|scope| {
             for (member, gpu) in members {

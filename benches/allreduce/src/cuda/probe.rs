@@ -1,5 +1,5 @@
-//! Tries NCCL in a process of its own first. Where it can't be used it may not only say so: on some machines it waits for
-//! ever, or ends the process. Then only its rows know.
+//! Tries NCCL in a process of its own first. Where it can't be used it may not only say so: on some
+//! machines it waits for ever, or ends the process. Then only its rows know.
 
 use std::io::Read;
 use std::process::{Command, Stdio};
@@ -17,7 +17,8 @@ use crate::plan::Section;
 /// Elements that are averaged.
 const ELEMENTS: usize = 1 << 16;
 
-/// What NCCL is to know before it is loaded, and before any thread of ours could look at the environment.
+/// What NCCL is to know before it is loaded, and before any thread of ours could look at the
+/// environment.
 pub fn prepare(sections: &[Section], machine: &Machine) {
     let groups = sections.iter().flat_map(|section| &section.groups);
     let mut with_nccl = groups.filter(|group| group.methods.iter().any(|method| method.is_nccl()));
@@ -38,7 +39,8 @@ fn settings() -> impl Iterator<Item = (&'static str, &'static str)> {
 
 /// Whether so many ranks can average with NCCL here: what it is, or why not.
 pub fn ask(machine: &Machine, ranks: usize, limit: Duration) -> Result<String, String> {
-    let failed = |error: std::io::Error| format!("this program can't start itself to try NCCL: {error}");
+    let failed =
+        |error: std::io::Error| format!("this program can't start itself to try NCCL: {error}");
     let mut command = Command::new(std::env::current_exe().map_err(failed)?);
     command.arg(format!("--nccl-probe={ranks}")).arg(format!("--timeout={}", limit.as_secs_f64()));
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
@@ -46,7 +48,8 @@ pub fn ask(machine: &Machine, ranks: usize, limit: Duration) -> Result<String, S
     let mut out = child.stdout.take();
     let reader = std::thread::spawn(move || {
         let mut text = vec![];
-        let _ = out.as_mut().map(|out| out.read_to_end(&mut text)); // what came before an error may do
+        // what came before an error may do
+        let _ = out.as_mut().map(|out| out.read_to_end(&mut text));
         String::from_utf8_lossy(&text).into_owned()
     });
     // A start, a meeting, an average, and the end.
@@ -67,9 +70,9 @@ pub fn ask(machine: &Machine, ranks: usize, limit: Duration) -> Result<String, S
     match (answer.map(|answer| answer.split_once(' ').unwrap_or((answer, ""))), status) {
         (Some(("ok", version)), _) => Ok(described(version, ranks, machine)),
         (Some((_, reason)), _) => Err(format!("{}: {reason}", placement(ranks, machine.visible()))),
-        (None, Some(status)) => {
-            Err(format!("NCCL ended the process that tried it ({status}); NCCL_DEBUG=INFO says more"))
-        }
+        (None, Some(status)) => Err(format!(
+            "NCCL ended the process that tried it ({status}); NCCL_DEBUG=INFO says more"
+        )),
         (None, None) => Err(format!("NCCL did not come back within {limit:?} when it was tried")),
     }
 }

@@ -25,8 +25,8 @@ impl Replica {
     fn placed(&self, index: usize) -> TensorMut<'_> {
         let Placed { name, offset, elements, dtype } = &self.tensors[index];
         let pointer = (self.memory.address() + *offset as u64) as *mut u8;
-        // SAFETY: placed inside of the memory, which is initialised and lives as long; one crew runs at a time, and its
-        // member has its rank's memory to itself.
+        // SAFETY: placed inside of the memory, which is initialised and lives as long; one crew
+        // runs at a time, and its member has its rank's memory to itself.
         let tensor = unsafe { TensorMut::from_raw_parts(pointer, *elements, *dtype, self.device) };
         tensor.named(name)
     }

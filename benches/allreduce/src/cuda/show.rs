@@ -1,4 +1,5 @@
-//! `--devices`: what CUDA devices there are, and what lies between them, as readers of `nvidia-smi topo -m` expect it.
+//! `--devices`: what CUDA devices there are, and what lies between them, as readers of `nvidia-smi
+//! topo -m` expect it.
 
 use std::fmt::Write;
 
@@ -18,7 +19,8 @@ fn draw(topology: &Topology) -> String {
         let numa = device.numa_node.map_or("unknown".into(), |node| node.to_string());
         let _ = writeln!(
             text,
-            "cuda:{:<3} {}, compute capability {major}.{minor}, {} multiprocessors, {:.1} GiB, PCI {}, NUMA node {numa}",
+            "cuda:{:<3} {}, compute capability {major}.{minor}, {} multiprocessors, {:.1} GiB, PCI \
+             {}, NUMA node {numa}",
             device.ordinal,
             device.name,
             device.multiprocessors,
@@ -27,8 +29,10 @@ fn draw(topology: &Topology) -> String {
         );
     }
     let count = topology.devices().len();
-    text += &matrix("between them", count, |one, other| topology.connection(one, other).to_string());
-    text += &matrix("peer access, as tried", count, |one, other| peers(topology, one, other).into());
+    text +=
+        &matrix("between them", count, |one, other| topology.connection(one, other).to_string());
+    text +=
+        &matrix("peer access, as tried", count, |one, other| peers(topology, one, other).into());
     text.push_str(LEGEND);
     text
 }
@@ -62,7 +66,8 @@ X     the same device                     NV    NVLink: all native atomics work 
 PIX   one PCIe switch or bridge           NODE  host bridges of one NUMA node
 PXB   several PCIe switches               SYS   the link between NUMA nodes
 PHB   a PCIe host bridge                  ?     the system doesn't say
-OK    bytes were moved both ways, by writing and by reading, and were right: mailboxes are in device memory
+OK    bytes were moved both ways, by writing and by reading, and were right: mailboxes are in \
+device memory
 BAD   the driver says that it works, and bytes were lost: mailboxes are in memory of the host
 NO    the driver says that it doesn't: mailboxes are in memory of the host
 ";

@@ -1,5 +1,5 @@
-//! What ranks tell one another, by averages: each writes its numbers in a row of its own, and zeros in all others. The mean, times
-//! the number of ranks, is what everybody wrote.
+//! What ranks tell one another, by averages: each writes its numbers in a row of its own, and zeros
+//! in all others. The mean, times the number of ranks, is what everybody wrote.
 
 use std::time::Duration;
 
@@ -10,10 +10,12 @@ use crate::failure::Failure;
 /// Numbers that a rank tells at a time.
 pub const MOST: usize = 4;
 
-/// A number is told as two of 32 bits, which an f64 holds exactly, and the mean of them up to a rounding.
+/// A number is told as two of 32 bits, which an f64 holds exactly, and the mean of them up to a
+/// rounding.
 const HALVES: usize = 2 * MOST;
 
-/// The least: others may be busy with what they don't share, such as a check. One that is gone is seen at once.
+/// The least: others may be busy with what they don't share, such as a check. One that is gone is
+/// seen at once.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 pub struct Exchange {
@@ -29,7 +31,12 @@ impl Parameters for Table {
         let (start, elements) = (self.0.as_mut_ptr(), self.0.len());
         // SAFETY: memory of the vector, which is borrowed for as long.
         visit(unsafe {
-            TensorMut::from_raw_parts(start.cast(), elements, param_averager::Dtype::F64, Device::cpu())
+            TensorMut::from_raw_parts(
+                start.cast(),
+                elements,
+                param_averager::Dtype::F64,
+                Device::cpu(),
+            )
         });
     }
 }
@@ -40,7 +47,8 @@ impl Exchange {
         let (rank, ranks) = (communicator.rank(), communicator.world_size());
         let timeout = timeout.map_or(10 * PATIENCE, |timeout| timeout.max(PATIENCE));
         let mut table = Table(vec![0.0; ranks * HALVES]);
-        let averager = ParamAverager::builder(communicator).timeout(timeout).channels(1).build(&mut table)?;
+        let averager =
+            ParamAverager::builder(communicator).timeout(timeout).channels(1).build(&mut table)?;
         Ok(Exchange { averager, rank, table })
     }
 
@@ -54,7 +62,8 @@ impl Exchange {
         }
         self.averager.average(&mut self.table)?;
         let whole = |half: f64| (half * ranks as f64).round() as u64;
-        let row = |row: &[f64]| std::array::from_fn(|i| whole(row[2 * i]) << 32 | whole(row[2 * i + 1]));
+        let row =
+            |row: &[f64]| std::array::from_fn(|i| whole(row[2 * i]) << 32 | whole(row[2 * i + 1]));
         Ok(self.table.0.chunks_exact(HALVES).map(row).collect())
     }
 }
@@ -73,7 +82,8 @@ mod tests {
                 for communicator in world {
                     scope.spawn(move || {
                         let rank = communicator.rank() as u64;
-                        let all = Exchange::new(communicator, None).unwrap().tell(told(rank)).unwrap();
+                        let all =
+                            Exchange::new(communicator, None).unwrap().tell(told(rank)).unwrap();
                         assert_eq!(all, (0..ranks as u64).map(told).collect::<Vec<_>>());
                     });
                 }

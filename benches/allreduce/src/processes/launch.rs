@@ -1,4 +1,5 @@
-//! The launcher that is used where there is none: starts a process for each rank, and ends them all when one fails.
+//! The launcher that is used where there is none: starts a process for each rank, and ends them all
+//! when one fails.
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::ExitStatusExt;
@@ -14,7 +15,8 @@ use crate::failure::Failure;
 /// Tells a rank that it is one of ours: the process that started it, and when that began.
 const STARTED_BY: &str = "ALLREDUCE_BENCH_STARTED_BY";
 
-/// After the first has failed or the last figures are there, the others get so long to end by themselves and say why.
+/// After the first has failed or the last figures are there, the others get so long to end by
+/// themselves and say why.
 const GRACE: Duration = Duration::from_secs(5);
 
 struct Rank {
@@ -38,7 +40,8 @@ pub fn launch(ranks: usize, began: u64) -> Result<(), Failure> {
     let mut deadline = None;
     while crew.0.iter().any(|rank| rank.status.is_none()) {
         std::thread::sleep(Duration::from_millis(10));
-        for (index, rank) in crew.0.iter_mut().enumerate().filter(|(_, rank)| rank.status.is_none()) {
+        for (index, rank) in crew.0.iter_mut().enumerate().filter(|(_, rank)| rank.status.is_none())
+        {
             rank.status = rank.child.try_wait()?;
             if rank.status.is_some_and(|status| !status.success() || index == 0) {
                 deadline.get_or_insert(Instant::now() + GRACE);
@@ -70,20 +73,22 @@ fn start(rank: usize, ranks: usize, began: u64) -> std::io::Result<Rank> {
         command.stdout(Stdio::null());
     }
     let mut child = command.spawn()?;
-    let said = child
-        .stderr
-        .take()
-        .map(|pipe| std::thread::spawn(move || BufReader::new(pipe).lines().map_while(Result::ok).collect()));
+    let said = child.stderr.take().map(|pipe| {
+        std::thread::spawn(move || BufReader::new(pipe).lines().map_while(Result::ok).collect())
+    });
     Ok(Rank { child, said, status: None, overdue: false })
 }
 
-/// In a rank that `launch` started: ends with the process that started it, and returns when that began. `None` in others.
+/// In a rank that `launch` started: ends with the process that started it, and returns when that
+/// began. `None` in others.
 pub fn started() -> Option<u64> {
     let value = std::env::var(STARTED_BY).ok()?;
     let (parent, began) = value.split_once(' ')?;
     let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
     // It may have ended before it was asked to take this rank with it.
-    if rustix::process::getppid().map(|pid| pid.as_raw_nonzero().to_string()).as_deref() != Some(parent) {
+    if rustix::process::getppid().map(|pid| pid.as_raw_nonzero().to_string()).as_deref()
+        != Some(parent)
+    {
         std::process::exit(1);
     }
     Some(began.parse().unwrap_or_else(|_| now()))
@@ -92,13 +97,16 @@ pub fn started() -> Option<u64> {
 struct Crew(Vec<Rank>);
 
 impl Crew {
-    /// Says what went wrong, each line once: a failure is the same on all ranks that live to see it. Returns the exit code.
+    /// Says what went wrong, each line once: a failure is the same on all ranks that live to see
+    /// it. Returns the exit code.
     fn verdict(&mut self) -> u8 {
         let (mut lines, mut said, mut codes) = (vec![], vec![], vec![]);
         for (index, rank) in self.0.iter_mut().enumerate() {
             let Some(status) = rank.status else { continue };
             if rank.overdue {
-                lines.push(format!("error: rank {index} did not end with the others, and was killed"));
+                lines.push(format!(
+                    "error: rank {index} did not end with the others, and was killed"
+                ));
             } else if let Some(signal) = status.signal() {
                 lines.push(format!("error: rank {index} was killed by signal {signal}"));
             }

@@ -1,5 +1,6 @@
-//! `--processes`: every rank is a process of its own, on CPUs. A launcher has started them, or this program is its own launcher; ranks
-//! can't tell the difference. Rank 0 measures the same ring between threads beside it, and prints.
+//! `--processes`: every rank is a process of its own, on CPUs. A launcher has started them, or this
+//! program is its own launcher; ranks can't tell the difference. Rank 0 measures the same ring
+//! between threads beside it, and prints.
 
 mod exchange;
 mod launch;
@@ -45,9 +46,11 @@ fn refuse(args: &Args) -> Result<(), Failure> {
     let refused = if args.backend == Backend::Cuda {
         "--processes has ranks on CPUs only: leave --backend cuda or --processes out"
     } else if args.algorithm.contains(&Algorithm::Direct) {
-        "--algorithm direct is for ranks that share an address space, which processes don't: use ring with --processes"
+        "--algorithm direct is for ranks that share an address space, which processes don't: use \
+         ring with --processes"
     } else if args.baseline.iter().any(|&baseline| baseline != Baseline::None) {
-        "--baseline has rows for ranks that are threads: leave it out with --processes, whose yardstick is the same ring \
+        "--baseline has rows for ranks that are threads: leave it out with --processes, whose \
+         yardstick is the same ring \
          between threads"
     } else if args.ranks.len() > 1 {
         "--processes measures one world in a run: give one number with -g"

@@ -28,7 +28,8 @@ impl Printer {
         start: Duration,
     ) -> Result<Self, Failure> {
         fits(sections)?;
-        let json = args.json.as_deref().map(|path| Sink::create(path, records::json)).transpose()?;
+        let json =
+            args.json.as_deref().map(|path| Sink::create(path, records::json)).transpose()?;
         let csv = args.csv.as_deref().map(|path| Sink::create(path, records::csv)).transpose()?;
         let mut table = Table::new(ProgressBar::hidden(), false, true);
         table.preamble(args, options)?;
@@ -90,12 +91,14 @@ pub fn record(
     }
 }
 
-/// Refuses what does not fit in memory: a replica and what the ring needs for every process, and for every thread but one.
+/// Refuses what does not fit in memory: a replica and what the ring needs for every process, and
+/// for every thread but one.
 fn fits(sections: &[Section]) -> Result<(), Failure> {
     let Some((free, _)) = available() else { return Ok(()) };
     let groups = sections.iter().flat_map(|section| &section.groups);
     let needs = groups.map(|group| {
-        let extra = group.methods.iter().map(|method| 2 * method.extra_bytes(&group.layout, group.ranks));
+        let extra =
+            group.methods.iter().map(|method| 2 * method.extra_bytes(&group.layout, group.ranks));
         arena_bytes(&group.layout, 2 * group.ranks - 1) + extra.sum::<u64>()
     });
     let (need, gib) = (needs.max().unwrap_or(0), |bytes: u64| bytes as f64 / f64::from(1 << 30));
@@ -103,7 +106,8 @@ fn fits(sections: &[Section]) -> Result<(), Failure> {
         return Ok(());
     }
     Err(Failure::Failed(format!(
-        "that needs {:.1} GiB of memory, but {:.1} GiB are available: use --scale, a smaller -e, or fewer ranks",
+        "that needs {:.1} GiB of memory, but {:.1} GiB are available: use --scale, a smaller -e, \
+         or fewer ranks",
         gib(need),
         gib(free)
     )))

@@ -21,7 +21,8 @@ use crate::reference::{Check, Wire};
 /// From when all ranks have come to their release, in ns: until then all have heard of it.
 const NOTICE: u64 = 100_000;
 
-/// The same after a rest: the scheduler may have to see first that two ranks share a core and another is free.
+/// The same after a rest: the scheduler may have to see first that two ranks share a core and
+/// another is free.
 const SETTLING: u64 = 20_000_000;
 
 /// Between two looks at the others.
@@ -34,15 +35,19 @@ pub fn run(args: &Args, communicator: Communicator, began: u64) -> Result<u64, F
     let began = world.exchange.tell([began, 0, 0, 0])?;
     let first = world.exchange.tell([now(), 0, 0, 0])?;
     let [began, first] = [began, first].map(|told| told.into_iter().map(|[at, ..]| at));
-    let start = Duration::from_nanos(first.max().unwrap_or(0).saturating_sub(began.min().unwrap_or(0)));
+    let start =
+        Duration::from_nanos(first.max().unwrap_or(0).saturating_sub(began.min().unwrap_or(0)));
 
-    let printer = (world.rank == 0).then(|| Printer::new(args, &options, &sections, start)).transpose();
+    let printer =
+        (world.rank == 0).then(|| Printer::new(args, &options, &sections, start)).transpose();
     let mut printer = world.unless_failed(printer)?;
     for section in &sections {
         for (index, group) in section.groups.iter().enumerate() {
             let records = world.measure(group, start)?;
             let printed = match &mut printer {
-                Some(printer) => printer.print(section, index, &bench::who(&options, world.ranks), records),
+                Some(printer) => {
+                    printer.print(section, index, &bench::who(&options, world.ranks), records)
+                }
                 None => Ok(()),
             };
             world.unless_failed(printed)?;
@@ -102,12 +107,15 @@ impl World {
         let mut rings = vec![];
         for &method in methods {
             let (averager, extra) = self.averager_and_extra(method, &replica)?;
-            let crew = (self.rank == 0).then(|| method.crew(self.options, layout, &placed, &arenas, &[]));
+            let crew =
+                (self.rank == 0).then(|| method.crew(self.options, layout, &placed, &arenas, &[]));
             rings.push((method, averager, extra, crew.transpose()?, vec![], vec![]));
         }
         for turn in 0..TURNS {
             let (before, share) = bench::turn(turn, *iterations, *warmup);
-            for (_, averager, _, crew, by_threads, by_processes) in rings.iter_mut().filter(|_| share > 0) {
+            for (_, averager, _, crew, by_threads, by_processes) in
+                rings.iter_mut().filter(|_| share > 0)
+            {
                 let times = self.watch(crew.as_ref(), before + share)?;
                 by_threads.extend(times.into_iter().skip(before as usize));
                 let times = self.iterate(averager, &replica, before + share)?;
@@ -123,12 +131,14 @@ impl World {
             let apart = Apart { processes: false, threads: None, start, extra: None };
             let threads = record(layout, *ranks, method, by_threads, wrong[1], apart);
             let apart = Apart { processes: true, threads: threads.time(), start, extra };
-            records.extend([record(layout, *ranks, method, by_processes, wrong[0], apart), threads]);
+            records
+                .extend([record(layout, *ranks, method, by_processes, wrong[0], apart), threads]);
         }
         Ok(records)
     }
 
-    /// What rank 0's threads take, in pieces after each of which all ranks meet: none is lost for long without the others' seeing it.
+    /// What rank 0's threads take, in pieces after each of which all ranks meet: none is lost for
+    /// long without the others' seeing it.
     fn watch(&mut self, crew: Option<&Crew>, iterations: u32) -> Result<Vec<Duration>, Failure> {
         let (mut times, mut left, mut piece) = (vec![], iterations, 1);
         loop {
@@ -151,7 +161,8 @@ impl World {
         Ok(builder.build(&mut replica.clone())?)
     }
 
-    /// And what it and its first average add to the memory of the rank that took most, in bytes; `None` if a rank can't tell.
+    /// And what it and its first average add to the memory of the rank that took most, in bytes;
+    /// `None` if a rank can't tell.
     fn averager_and_extra(
         &mut self,
         method: Method,
@@ -175,7 +186,8 @@ impl World {
         Ok(())
     }
 
-    /// Averages so many times, and how long each took: from the release, which all ranks agree on, to the end of the last.
+    /// Averages so many times, and how long each took: from the release, which all ranks agree on,
+    /// to the end of the last.
     fn iterate(
         &mut self,
         averager: &mut ParamAverager,
@@ -215,7 +227,9 @@ impl World {
             arenas: arenas.to_vec(),
             first: self.rank,
             tensors: placed.clone(),
-            weights: (0..self.ranks).map(|rank| if weighted { rank as f64 + 1.0 } else { 1.0 }).collect(),
+            weights: (0..self.ranks)
+                .map(|rank| if weighted { rank as f64 + 1.0 } else { 1.0 })
+                .collect(),
             more_roundings: if weighted { 3 } else { 0 },
             wire: if self.options.narrow_wire { Wire::Narrow } else { Wire::Wide },
         };

@@ -1,5 +1,5 @@
-//! What an unknown process can send, as bytes from a fuzzer (`fuzz/` in the repository) or acts that a property test does, and
-//! what must come of it all the same.
+//! What an unknown process can send, as bytes from a fuzzer (`fuzz/` in the repository) or acts
+//! that a property test does, and what must come of it all the same.
 
 mod script;
 
@@ -18,7 +18,8 @@ use crate::world::processes::join_listener::{JoinOffer, JoinRequest};
 use crate::world::processes::rebuild::Offered;
 use crate::world::processes::wire_handshake::{Reader, WireHandshake};
 
-/// Feeds arbitrary bytes and files to the functions that read them: as an unknown process, as rank 0, or as a peer.
+/// Feeds arbitrary bytes and files to the functions that read them: as an unknown process, as rank
+/// 0, or as a peer.
 pub fn frames(data: &[u8]) {
     const LISTENER: (&[Kind], usize) = (&[Kind::Hello], 1);
     const PENDING: (&[Kind], usize) = (&[Kind::Welcome, Kind::Refuse], frame::MOST_FILES);
@@ -67,7 +68,10 @@ pub fn frames(data: &[u8]) {
     if let (Some((kind, 0, bytes)), false) = (read_header(rest), said.with_files) {
         let is_right = kinds.iter().any(|&right| right as u8 == kind) && bytes <= rest.len() - 20;
         let was_late = stays && !at_once;
-        assert!(!is_right || bytes > 4 << 10 || was_late, "what is right was not understood: {rest:?}");
+        assert!(
+            !is_right || bytes > 4 << 10 || was_late,
+            "what is right was not understood: {rest:?}"
+        );
     }
     drop((theirs, ours));
     nothing_is_left(before);
@@ -93,7 +97,8 @@ fn parse(me: &RankInfo, frame: Frame, how: u8) {
     }
 }
 
-/// Lets a world meet while unknown processes do as a script says; the first byte gives the number of ranks.
+/// Lets a world meet while unknown processes do as a script says; the first byte gives the number
+/// of ranks.
 pub fn rendezvous(data: &[u8]) {
     let Some((&how, data)) = data.split_first() else { return };
     let before = left();
@@ -101,8 +106,8 @@ pub fn rendezvous(data: &[u8]) {
     nothing_is_left(before);
 }
 
-/// All ranks enter their world, and no unknown process does. Where one sends a valid `Hello`, all ranks at
-/// least end in time.
+/// All ranks enter their world, and no unknown process does. Where one sends a valid `Hello`, all
+/// ranks at least end in time.
 fn play(world_size: usize, script: &[Act]) {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let name = format!("fuzz-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
@@ -122,7 +127,8 @@ fn play(world_size: usize, script: &[Act]) {
             }
         }
         ranks.extend((ranks.len()..world_size).map(join));
-        let crews: Vec<_> = ranks.into_iter().map(|rank| rank.join().expect("it does not panic")).collect();
+        let crews: Vec<_> =
+            ranks.into_iter().map(|rank| rank.join().expect("it does not panic")).collect();
         (crews, strangers)
     });
     if !is_quiet {
@@ -139,7 +145,10 @@ fn play(world_size: usize, script: &[Act]) {
         at_the_other_end.set_read_timeout(Some(Duration::from_secs(5))).expect("a time");
         let mut this_end = stream(one, other);
         let said = this_end.write(&[7]).and_then(|_| at_the_other_end.read_exact(&mut heard));
-        assert!(said.is_ok() && heard == [7], "ranks {one} and {other} do not hear each other: {said:?}");
+        assert!(
+            said.is_ok() && heard == [7],
+            "ranks {one} and {other} do not hear each other: {said:?}"
+        );
     }
     for mut stranger in strangers.all.into_iter().flatten() {
         let mut answer = [0; 64];
@@ -172,7 +181,8 @@ fn says_hello(name: &str, script: &[Act]) -> bool {
     said.iter().any(|said| {
         let Some((kind, _, bytes)) = read_header(said) else { return false };
         let body = said.get(20..).and_then(|body| body.get(..bytes));
-        kind == Kind::Hello as u8 && body.is_some_and(|body| serde_json::from_slice::<Hello>(body).is_ok())
+        kind == Kind::Hello as u8
+            && body.is_some_and(|body| serde_json::from_slice::<Hello>(body).is_ok())
     })
 }
 
@@ -203,7 +213,9 @@ impl Strangers<'_> {
                 }
             }
             Act::Turn(to) if !self.all.is_empty() => self.turn = *to as usize % self.all.len(),
-            Act::Pause(tenths) => std::thread::sleep(Duration::from_micros(100) * u32::from(*tenths)),
+            Act::Pause(tenths) => {
+                std::thread::sleep(Duration::from_micros(100) * u32::from(*tenths))
+            }
             Act::Close => drop(self.all.get_mut(self.turn).and_then(Option::take)),
             act => {
                 if let Some(Some(stream)) = self.all.get(self.turn) {
@@ -259,11 +271,16 @@ mod tests {
 
     /// Scripts without a valid `Hello`, but with much that is nearly one.
     fn act() -> impl Strategy<Value = Act> {
-        let bytes = prop_oneof![vec(any::<u8>(), 0..100), vec(any::<u8>(), 5000), Just(b"PAVG\x03".to_vec())];
+        let bytes = prop_oneof![
+            vec(any::<u8>(), 0..100),
+            vec(any::<u8>(), 5000),
+            Just(b"PAVG\x03".to_vec())
+        ];
         let files = prop_oneof![4 => Just(0), 1 => any::<u8>()];
         let half_a_hello =
             (files.clone(), 1u8..100).prop_map(|(files, keep)| Act::Say { kind: 0, files, keep });
-        let other = (1u8..6, files.clone()).prop_map(|(kind, files)| Act::Say { kind, files, keep: 0 });
+        let other =
+            (1u8..6, files.clone()).prop_map(|(kind, files)| Act::Say { kind, files, keep: 0 });
         prop_oneof![
             5 => Just(Act::Connect),
             1 => any::<u8>().prop_map(Act::Flood),
@@ -278,7 +295,8 @@ mod tests {
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig { cases: 50, max_shrink_iters: 5, ..ProptestConfig::default() })] // each may take 20 s
+        // each may take 20 s
+        #![proptest_config(ProptestConfig { cases: 50, max_shrink_iters: 5, ..ProptestConfig::default() })]
 
         #[test]
         fn ranks_meet_whatever_strangers_do(ranks in 2usize..5, script in vec(act(), 0..40)) {

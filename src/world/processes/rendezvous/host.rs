@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
 use super::name::{self, Pending, APART};
-use super::{is_early, Connection, Hello, Notice, Origin, Peers, RankInfo, Welcome, CAUSES, GRACE, PARTING};
+use super::{
+    is_early, Connection, Hello, Notice, Origin, Peers, RankInfo, Welcome, CAUSES, GRACE, PARTING,
+};
 use crate::backend::limits::{why, Wanted};
 use crate::world::processes::confirm::Confirmation;
 use crate::world::processes::frame::{self, Frame, Kind};
@@ -35,8 +37,17 @@ pub(super) fn meet(
     timeout: Duration,
 ) -> Result<Peers, String> {
     let came = BTreeMap::new();
-    RankZero { me, deadline, timeout, came, strays: vec![], firsts: vec![], is_contested: false, refused: 0 }
-        .meet(address)
+    RankZero {
+        me,
+        deadline,
+        timeout,
+        came,
+        strays: vec![],
+        firsts: vec![],
+        is_contested: false,
+        refused: 0,
+    }
+    .meet(address)
 }
 
 struct RankZero<'a> {
@@ -90,7 +101,8 @@ impl RankZero<'_> {
         let gathered = self.gather(&arrivals, &listener);
         drop(reserve);
         let result = gathered.and_then(|()| {
-            self.introduce().map_err(|reason| format!("rank 0 can't bring the ranks together: {reason}"))
+            self.introduce()
+                .map_err(|reason| format!("rank 0 can't bring the ranks together: {reason}"))
         });
         match result {
             // From here on, whoever comes is told that the world has begun.
@@ -109,7 +121,11 @@ impl RankZero<'_> {
     }
 
     /// Until every rank has come.
-    fn gather(&mut self, arrivals: &mpsc::Receiver<Pending>, listener: &Listener) -> Result<(), String> {
+    fn gather(
+        &mut self,
+        arrivals: &mpsc::Receiver<Pending>,
+        listener: &Listener,
+    ) -> Result<(), String> {
         if let Some(reason) = &self.me.refusal {
             return Err(reason.clone());
         }
@@ -122,7 +138,8 @@ impl RankZero<'_> {
                 ));
             }
             let now = Instant::now();
-            let is_open = |stray: &&Stray| !self.came.contains_key(&stray.rank) && stray.until <= now;
+            let is_open =
+                |stray: &&Stray| !self.came.contains_key(&stray.rank) && stray.until <= now;
             if let Some(stray) = self.strays.iter().find(is_open) {
                 return Err(stray.reason.clone());
             }
@@ -132,14 +149,21 @@ impl RankZero<'_> {
                 Ok(pending) => self.admit(pending)?,
                 Err(RecvTimeoutError::Timeout) if left > TICK => {}
                 Err(RecvTimeoutError::Timeout) => return Err(self.missing()),
-                Err(RecvTimeoutError::Disconnected) => return Err("the listening thread has ended".into()),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err("the listening thread has ended".into())
+                }
             }
         }
         Ok(())
     }
 
     /// Tells the ranks that came, and those that come now.
-    fn refuse_all(&mut self, arrivals: &mpsc::Receiver<Pending>, listener: &Listener, reason: &str) {
+    fn refuse_all(
+        &mut self,
+        arrivals: &mpsc::Receiver<Pending>,
+        listener: &Listener,
+        reason: &str,
+    ) {
         let mut left = (self.me.world_size - 1).saturating_sub(self.came.len() + self.refused);
         // Closed, so that others get their descriptors.
         std::mem::take(&mut self.came).values().for_each(|pending| pending.refuse(reason));
@@ -148,10 +172,13 @@ impl RankZero<'_> {
         let begin = Instant::now();
         while left > 0 {
             // Connections that can't be read are answered by the listener.
-            let grace = if self.me.refusal.is_some() && !listener.is_stuck() { PARTING } else { GRACE };
-            let patience = self.deadline.min(begin + grace).saturating_duration_since(Instant::now());
+            let grace =
+                if self.me.refusal.is_some() && !listener.is_stuck() { PARTING } else { GRACE };
+            let patience =
+                self.deadline.min(begin + grace).saturating_duration_since(Instant::now());
             match arrivals.recv_timeout(patience.min(TICK)) {
-                // A rank of another job comes again when this process has ended: it may have its own world.
+                // A rank of another job comes again when this process has ended: it may have its
+                // own world.
                 Ok(pending) if self.me.job.differs(&pending.hello.job).is_some() => {}
                 Ok(pending) => {
                     pending.refuse(reason);
@@ -170,7 +197,8 @@ impl RankZero<'_> {
 
     fn missing(&self) -> String {
         format!(
-            "of the {} ranks of the world {:?}, these did not come within {:?}: {}; see that they were started, on this host, with the \
+            "of the {} ranks of the world {:?}, these did not come within {:?}: {}; see that they \
+             were started, on this host, with the \
              same name (this one's is {}); {CAUSES}",
             self.me.world_size,
             self.me.name,
@@ -182,7 +210,8 @@ impl RankZero<'_> {
 
     fn waiting(&self) -> String {
         format!(
-            "rank 0 of {} waits for ranks {} of the world {:?}, whose name is {}: see that they were started on this host with the same \
+            "rank 0 of {} waits for ranks {} of the world {:?}, whose name is {}: see that they \
+             were started on this host with the same \
              name, or set PARAM_AVERAGER_RENDEZVOUS to one name on every rank; {CAUSES}",
             self.me.world_size,
             self.absent(),
@@ -196,7 +225,8 @@ impl RankZero<'_> {
         let (rank, name) = (hello.rank, &self.me.name);
         if hello.name != *name {
             // The hashes of two long names are the same.
-            pending.refuse(&format!("this socket is that of the world {name:?}: choose another name"));
+            pending
+                .refuse(&format!("this socket is that of the world {name:?}: choose another name"));
             return Ok(());
         }
         if let Some(differs) = mine.job.differs(&hello.job) {
@@ -210,20 +240,24 @@ impl RankZero<'_> {
         let differs = differs.into_iter().find(|(_, theirs, ours)| theirs != ours);
         let earlier = match rank {
             0 => Some(&mine.job),
-            rank => {
-                self.came.get(&rank).filter(|earlier| !has_hung_up(&earlier.stream)).map(|v| &v.hello.job)
-            }
+            rank => self
+                .came
+                .get(&rank)
+                .filter(|earlier| !has_hung_up(&earlier.stream))
+                .map(|v| &v.hello.job),
         };
         let refusal = if let Some(earlier) = earlier {
             self.is_contested = true;
             Some(format!(
-                "two processes say that they are rank {rank} of the world {name:?}: {earlier} and {}: give each rank a number of its \
+                "two processes say that they are rank {rank} of the world {name:?}: {earlier} and \
+                 {}: give each rank a number of its \
                  own, and each job a name of its own, such as another MASTER_PORT",
                 hello.job
             ))
         } else if let Some((what, theirs, ours)) = differs {
             Some(format!(
-                "rank {rank} has {what} {theirs:?}, rank 0 {ours:?}: start every rank of the same program, with the same numbers"
+                "rank {rank} has {what} {theirs:?}, rank 0 {ours:?}: start every rank of the same \
+                 program, with the same numbers"
             ))
         } else if rank >= self.me.world_size {
             Some(format!("a process says that it is rank {rank} of {}", self.me.world_size))
@@ -248,7 +282,8 @@ impl RankZero<'_> {
     fn turn_away(&mut self, pending: &Pending, differs: &str) {
         let Hello { rank, job, world_size, .. } = &pending.hello;
         let reason = format!(
-            "a process says that it is rank {rank} of the world {:?}, but it seems to be of another job than rank 0: it is {job}, and rank 0 \
+            "a process says that it is rank {rank} of the world {:?}, but it seems to be of \
+             another job than rank 0: it is {job}, and rank 0 \
              is {}: {differs}; {APART}",
             self.me.name, self.me.job
         );
@@ -269,19 +304,23 @@ impl RankZero<'_> {
 
     /// Gives every rank a socket to every other.
     fn introduce(&mut self) -> Result<Peers, String> {
-        let failed = |error: io::Error| why("making sockets for all ranks", Wanted::Descriptor, error);
+        let failed =
+            |error: io::Error| why("making sockets for all ranks", Wanted::Descriptor, error);
         let size = self.me.world_size;
         let board = ViewBoard::new(size)?;
         // By whose it is, and to whom it leads.
         let mut sockets = BTreeMap::new();
-        for (one, other) in (0..size).flat_map(|one| (one + 1..size).map(move |other| (one, other))) {
+        for (one, other) in (0..size).flat_map(|one| (one + 1..size).map(move |other| (one, other)))
+        {
             let (left, right) = UnixStream::pair().map_err(failed)?;
             sockets.insert((one, other), Private::new(left));
             sockets.insert((other, one), Private::new(right));
         }
-        let host_infos = (0..size)
-            .map(|rank| self.came.get(&rank).map_or(&self.me.host_info, |v| &v.hello.host_info).clone());
-        let welcome = Welcome { host_infos: host_infos.collect(), origin: Origin::now(&self.me.job) };
+        let host_infos = (0..size).map(|rank| {
+            self.came.get(&rank).map_or(&self.me.host_info, |v| &v.hello.host_info).clone()
+        });
+        let welcome =
+            Welcome { host_infos: host_infos.collect(), origin: Origin::now(&self.me.job) };
         let own = pidfd_open(getpid(), PidfdFlags::empty()).ok();
         for (&rank, pending) in &self.came {
             let streams = sockets.range((rank, 0)..(rank + 1, 0)).map(|(_, stream)| stream.as_fd());
@@ -294,7 +333,13 @@ impl RankZero<'_> {
             // All, or none.
             let processes: Option<Vec<&OwnedFd>> = processes.collect();
             files.extend(processes.unwrap_or_default().into_iter().map(AsFd::as_fd));
-            match frame::send(&pending.stream, (Kind::Welcome, 0, 0), &welcome, &files, self.deadline) {
+            match frame::send(
+                &pending.stream,
+                (Kind::Welcome, 0, 0),
+                &welcome,
+                &files,
+                self.deadline,
+            ) {
                 Err(error) if !is_early(&error) => return Err(failed(error)),
                 _ => {} // a departed one is found out by all, as a peer
             }
@@ -304,7 +349,9 @@ impl RankZero<'_> {
             sockets.remove(&(0, rank)).map(|stream| (host_info, Connection { stream, process }))
         });
         let peers = peers.collect();
-        let came = std::mem::take(&mut self.came).into_iter().map(|(rank, pending)| (rank, pending.stream));
+        let came = std::mem::take(&mut self.came)
+            .into_iter()
+            .map(|(rank, pending)| (rank, pending.stream));
         let confirmation = Confirmation::of_rank_0(came);
         Ok(Peers { board, peers, confirmation, origin: welcome.origin, held: None })
     }

@@ -20,8 +20,10 @@ const ANSWER: Duration = Duration::from_millis(500);
 const SILENCE: Duration = Duration::from_secs(5);
 
 /// Advice for two jobs that use one name.
-pub(super) const APART: &str = "if they are one job, set PARAM_AVERAGER_RENDEZVOUS to one name on every rank, or, where the program gives the name, say \
-     so by WorldBuilder::job; if they are two, give each a name of its own, such as another MASTER_PORT";
+pub(super) const APART: &str = "if they are one job, set PARAM_AVERAGER_RENDEZVOUS to one name on \
+    every rank, or, where the program gives the name, say \
+     so by WorldBuilder::job; if they are two, give each a name of its own, such as another \
+     MASTER_PORT";
 
 /// A rank that has said its hello.
 #[derive(Debug)]
@@ -43,7 +45,13 @@ impl Pending {
 
     fn answer(&self, number: u32, reason: &str) {
         // It may have gone.
-        let _ = frame::send(&self.stream, (Kind::Refuse, 0, number), &reason, &[], Instant::now() + GRACE);
+        let _ = frame::send(
+            &self.stream,
+            (Kind::Refuse, 0, number),
+            &reason,
+            &[],
+            Instant::now() + GRACE,
+        );
     }
 }
 
@@ -61,7 +69,11 @@ pub(super) fn take(
             Ok(listener) => return Ok(listener),
             Err(error) if error.kind() == ErrorKind::AddrInUse => {}
             Err(error) => {
-                return Err(why(&format!("listening by the name {name:?}"), Wanted::Descriptor, error))
+                return Err(why(
+                    &format!("listening by the name {name:?}"),
+                    Wanted::Descriptor,
+                    error,
+                ))
             }
         }
         if Instant::now() >= deadline {
@@ -77,7 +89,9 @@ pub(super) fn take(
                 return Err(reason);
             }
             Ok(_) => {
-                return Err(format!("the name {name:?} is held by a process that takes no part in this"))
+                return Err(format!(
+                    "the name {name:?} is held by a process that takes no part in this"
+                ))
             }
             // A world of that name has just ended, or is about to begin.
             Err(error) if is_early(&error) => {}
@@ -87,11 +101,14 @@ pub(super) fn take(
                 let is_ending = pid.and_then(Process::of).is_some_and(|process| process.is_ending);
                 let since = *silent.get_or_insert_with(Instant::now);
                 if !is_ending && since.elapsed() > SILENCE {
-                    let pid = pid
-                        .map_or("a process of another PID namespace".into(), |pid| format!("process {pid}"));
+                    let pid = pid.map_or("a process of another PID namespace".into(), |pid| {
+                        format!("process {pid}")
+                    });
                     return Err(format!(
-                        "two processes say that they are rank 0 of the world {name:?}: its name, {}, is held by {pid}, which does \
-                         not answer: end that, or give this world a name of its own by PARAM_AVERAGER_RENDEZVOUS",
+                        "two processes say that they are rank 0 of the world {name:?}: its name, \
+                         {}, is held by {pid}, which does \
+                         not answer: end that, or give this world a name of its own by \
+                         PARAM_AVERAGER_RENDEZVOUS",
                         me.source
                     ));
                 }
@@ -115,14 +132,17 @@ fn part(me: &RankInfo, address: &SocketAddr, deadline: Instant, reason: &str) {
         let came = move |stream, frame: Frame| {
             let hello = frame.parse::<Hello>();
             // Those of another job come again when this process has ended.
-            let is_mine =
-                |hello: &Hello| (1..size).contains(&hello.rank) && mine.differs(&hello.job).is_none();
+            let is_mine = |hello: &Hello| {
+                (1..size).contains(&hello.rank) && mine.differs(&hello.job).is_none()
+            };
             if let Some(hello) = hello.ok().filter(is_mine) {
                 let _ = send.try_send(Pending { stream, hello, process: None });
             }
         };
         let Ok(_listener) = Listener::open(listener, &[Kind::Hello], 1, came) else { return };
-        while let Ok(pending) = arrivals.recv_timeout(until.saturating_duration_since(Instant::now())) {
+        while let Ok(pending) =
+            arrivals.recv_timeout(until.saturating_duration_since(Instant::now()))
+        {
             pending.refuse(reason);
             left -= 1;
             if left == 0 {
@@ -138,13 +158,17 @@ pub(super) fn begun(me: &RankInfo, hello: &Hello, since: Instant) -> String {
     let seconds = since.elapsed().as_secs();
     let how = match (&differs, hello.rank) {
         (Some(differs), _) => format!("{differs}; {APART}"),
-        (None, 0) => "end that, or give this world a name of its own, such as another MASTER_PORT".into(),
+        (None, 0) => "end that, or give this world a name of its own, such as another \
+            MASTER_PORT"
+            .into(),
         (None, rank) => format!(
-            "it has a rank {rank}: see whether this process was started twice, or use World::join to join it"
+            "it has a rank {rank}: see whether this process was started twice, or use World::join \
+             to join it"
         ),
     };
     format!(
-        "two processes say that they are rank {} of the world {:?}, which has begun, {seconds} s ago: its rank 0 is {}; this is {}: {how}",
+        "two processes say that they are rank {} of the world {:?}, which has begun, {seconds} s \
+         ago: its rank 0 is {}; this is {}: {how}",
         hello.rank, me.name, me.job, hello.job
     )
 }

@@ -71,10 +71,19 @@ pub(super) fn script(mut data: &[u8]) -> Vec<Act> {
 
 pub(super) fn me(name: &str, rank: usize, world_size: usize) -> RankInfo {
     let (host_info, job) = (HostInfo::unknown(Device::cpu()), Job::own(&Known::ByName, rank, None));
-    RankInfo { name: name.into(), source: "made up".into(), rank, world_size, host_info, job, refusal: None }
+    RankInfo {
+        name: name.into(),
+        source: "made up".into(),
+        rank,
+        world_size,
+        host_info,
+        job,
+        refusal: None,
+    }
 }
 
-/// Files that a message has: none, few, the most that there may be, the most that the kernel passes on.
+/// Files that a message has: none, few, the most that there may be, the most that the kernel passes
+/// on.
 pub(super) const COUNTS: [usize; 8] = [0, 1, 2, 3, 31, 64, 65, 253];
 
 /// So many of them, and what they are.
@@ -109,7 +118,10 @@ pub(super) fn message(me: &RankInfo, kind: u8, files: usize, keep: u8) -> Vec<u8
             let origin = Origin::now(&me.job);
             (
                 Kind::Welcome,
-                json(serde_json::to_vec(&Welcome { host_infos: vec![me.host_info.clone(); 2], origin })),
+                json(serde_json::to_vec(&Welcome {
+                    host_infos: vec![me.host_info.clone(); 2],
+                    origin,
+                })),
             )
         }
         2 => (Kind::Refuse, json(serde_json::to_vec("no"))),
@@ -130,12 +142,17 @@ pub(super) fn message(me: &RankInfo, kind: u8, files: usize, keep: u8) -> Vec<u8
     message
 }
 
-/// The header of a message that begins so, as it is written down in `frame`: its kind, files and bytes of body.
+/// The header of a message that begins so, as it is written down in `frame`: its kind, files and
+/// bytes of body.
 pub(super) fn read_header(bytes: &[u8]) -> Option<(u8, usize, usize)> {
     let header = bytes.get(..20)?;
     let right = header.starts_with(b"PAVG\x03\x00");
     right.then(|| {
-        (header[6], header[7].into(), u32::from_le_bytes([16, 17, 18, 19].map(|at| header[at])) as usize)
+        (
+            header[6],
+            header[7].into(),
+            u32::from_le_bytes([16, 17, 18, 19].map(|at| header[at])) as usize,
+        )
     })
 }
 
