@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use criterion::{criterion_group, criterion_main, Criterion, SamplingMode, Throughput};
-use param_averager::{Algorithm, Device, ParamAverager, World};
+use param_averager::{Algorithm, Communicator, Device, ParamAverager};
 
 /// Rank threads that average the same layout of f32 again and again. Rank 0 is timed; all begin
 /// together.
@@ -25,7 +25,7 @@ impl Ranks {
         let barrier = Arc::new(Barrier::new(n));
         let (done, times) = channel();
         let (mut orders, mut threads) = (vec![], vec![]);
-        for communicator in World::in_process(&vec![Device::cpu(); n]).unwrap() {
+        for communicator in Communicator::from_devices(&vec![Device::cpu(); n]).unwrap() {
             let (order, ordered) = channel();
             let (barrier, done, layout) = (barrier.clone(), done.clone(), layout.to_vec());
             orders.push(order);

@@ -17,7 +17,7 @@ use criterion::{Criterion, SamplingMode, Throughput};
 use cudarc::driver::result::{self, stream::StreamKind};
 use cudarc::driver::{sys, CudaContext};
 use param_averager::{
-    Algorithm, Builder, Communicator, Device, Dtype, ParamAverager, Parameters, TensorMut, World,
+    Algorithm, Builder, Communicator, Device, Dtype, ParamAverager, Parameters, TensorMut,
 };
 
 const RANKS: usize = 2;
@@ -33,7 +33,7 @@ type Options = fn(Builder) -> Builder;
 /// A clock, or why nothing can be timed here.
 fn usable() -> Result<ElapsedTime, String> {
     // The library looks before it calls cudarc, which panics without a driver.
-    World::in_process(&[GPU]).map_err(|error| error.to_string())?;
+    Communicator::from_devices(&[GPU]).map_err(|error| error.to_string())?;
     let name = CudaContext::new(0)
         .and_then(|context| context.name())
         .map_err(|error| error.to_string())?;
@@ -116,7 +116,7 @@ impl Ranks {
         let line = Arc::new(AtomicU64::new(0));
         let (done, times) = channel();
         let (mut orders, mut threads) = (vec![], vec![]);
-        for communicator in World::in_process(&[GPU; RANKS]).unwrap() {
+        for communicator in Communicator::from_devices(&[GPU; RANKS]).unwrap() {
             let (order, ordered) = channel();
             let (line, done, layout) = (line.clone(), done.clone(), layout.to_vec());
             orders.push(order);

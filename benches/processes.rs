@@ -28,7 +28,7 @@ mod linux {
     use std::process::{Child, ChildStdout, Command, Stdio};
     use std::time::Duration;
 
-    use param_averager::{Communicator, ParamAverager, World};
+    use param_averager::{Communicator, ParamAverager};
     use rustix::time::{clock_gettime, ClockId};
 
     const RANKS: usize = 4;
@@ -61,7 +61,7 @@ mod linux {
         });
         let start = now();
         let name = std::env::var("PA_BENCH_WORLD").unwrap();
-        let world = World::builder().rendezvous(name);
+        let world = Communicator::builder().rendezvous(name);
         let build = |communicator: Communicator, model: &mut Vec<Vec<f32>>| {
             ParamAverager::builder(communicator).build(model).unwrap()
         };
@@ -88,8 +88,8 @@ mod linux {
             let result = averager.average(&mut model);
             let ended = now();
             match result {
-                Ok(report) if report.joiner_waits => {
-                    averager.admit(&mut model).unwrap();
+                Ok(report) if report.join_pending => {
+                    averager.admit_joiner(&mut model).unwrap();
                     say("admitted", ended);
                 }
                 Ok(_) => {}

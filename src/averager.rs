@@ -65,9 +65,9 @@ pub enum Algorithm {
 /// rank gets the same error.
 ///
 /// ```
-/// use param_averager::{Device, ParamAverager, World};
+/// use param_averager::{Device, ParamAverager, Communicator};
 ///
-/// let world = World::in_process(&[Device::cpu(), Device::cpu()])?;
+/// let world = Communicator::from_devices(&[Device::cpu(), Device::cpu()])?;
 /// let ranks: Vec<_> = world.into_iter().map(|communicator| std::thread::spawn(move || {
 ///     let mut model = vec![vec![communicator.rank() as f32; 1000], vec![1.0; 10]];
 ///     let mut averager = ParamAverager::builder(communicator).build(&mut model)?;
@@ -164,7 +164,7 @@ impl ParamAverager {
     }
 
     /// Memory of this rank beyond its parameters, in bytes: slots, shard, counters and tables.
-    pub fn extra_bytes(&self) -> usize {
+    pub fn memory_overhead(&self) -> usize {
         self.own.bytes(&self.table) + size_of::<PaControl>()
     }
 
@@ -316,7 +316,8 @@ impl ParamAverager {
                 rank: self.rank(),
                 option: "stream",
                 found: "being captured, so the average has not run".into(),
-                expected: "nothing to wait for: launch the graph, then ask ParamAverager::replayed",
+                expected:
+                    "nothing to wait for: launch the graph, then ask ParamAverager::graph_outcome",
             });
         }
         self.own.engine.finish().map_err(|reason| self.device_failed(reason))?;

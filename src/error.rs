@@ -47,7 +47,7 @@ impl fmt::Display for Phase {
 pub enum Error {
     /// A world needs 1 to 16 ranks.
     #[error("a world of {found} ranks: it has 1 to {max}; start so many processes, or give \
-        World::in_process so many devices", max = crate::abi::PA_MAX_WORLD)]
+        Communicator::from_devices so many devices", max = crate::abi::PA_MAX_WORLD)]
     WorldSize {
         /// Ranks asked for.
         found: usize,
@@ -110,7 +110,7 @@ pub enum Error {
     /// The others went on without this rank, since it did not come to the recovery in time.
     #[error(
         "rank {rank} was excluded: it did not reach the recovery within {timeout:?}. The \
-        recovery has not changed its parameters. Drop its averagers and rejoin with World::join"
+        recovery has not changed its parameters. Drop its averagers and rejoin with Communicator::join"
     )]
     Excluded {
         /// What this rank was.
@@ -133,7 +133,7 @@ pub enum Error {
     /// A world of this kind can't go on after a failure.
     #[error(
         "rank {rank} is a thread, and a world of threads can't recover: build a new one with \
-        World::in_process"
+        Communicator::from_devices"
     )]
     RecoveryUnsupported {
         /// This rank.

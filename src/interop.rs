@@ -3,9 +3,9 @@
 //!
 //! ```no_run
 //! use cudarc::driver::CudaContext;
-//! use param_averager::{CudaParams, CudaTensorMut, Device, ParamAverager, World};
+//! use param_averager::{CudaParams, CudaTensorMut, Device, ParamAverager, Communicator};
 //!
-//! let world = World::in_process(&[Device::cuda(0); 2])?;
+//! let world = Communicator::from_devices(&[Device::cuda(0); 2])?;
 //! let ranks: Vec<_> = world.into_iter().map(|communicator| std::thread::spawn(move || {
 //!     let stream = CudaContext::new(0)?.new_stream()?; // of this rank's own
 //!     let mut wte = stream.alloc_zeros::<f32>(1_000_000)?;

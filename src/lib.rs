@@ -2,10 +2,10 @@
 //! optimizer steps (Local SGD).
 //!
 //! ```
-//! use param_averager::{Device, LocalSgd, ParamAverager, Schedule, World};
+//! use param_averager::{Device, LocalSgd, ParamAverager, Schedule, Communicator};
 //!
 //! // Two ranks that are threads of this process, each with a model of its own.
-//! let world = World::in_process(&[Device::cpu(), Device::cpu()])?;
+//! let world = Communicator::from_devices(&[Device::cpu(), Device::cpu()])?;
 //! std::thread::scope(|scope| {
 //!     for communicator in world {
 //!         scope.spawn(move || -> param_averager::Result<()> {
@@ -25,8 +25,8 @@
 //! # Ok::<(), param_averager::Error>(())
 //! ```
 //!
-//! * [`World`] says who the ranks are, threads or processes ([`World::from_env`]); [`Communicator`]
-//!   is one rank's membership.
+//! * [`Communicator`] is one rank's membership of a world, whose ranks are threads
+//!   ([`Communicator::from_devices`]) or processes ([`Communicator::from_env`]).
 //! * [`ParamAverager`] averages a list of tensors ([`Parameters`], [`TensorMut`]): plainly, or
 //!   weighted.
 //! * [`LocalSgd`] counts optimizer steps and averages when its [`Schedule`] says so.
@@ -65,9 +65,9 @@ pub use interop::{CudaParams, CudaTensorMut};
 pub use local_sgd::{Action, LocalSgd};
 pub use schedule::Schedule;
 pub use tensor::{Dtype, Element, Parameters, TensorMut};
-pub use world::{AbortHandle, Communicator, Device, World};
+pub use world::{AbortHandle, Communicator, Device};
 #[cfg(target_os = "linux")]
-pub use world::{WorldBuilder, WorldId};
+pub use world::{CommunicatorBuilder, WorldId};
 
 /// For `fuzz/` in the repository.
 #[cfg(all(fuzzing, target_os = "linux"))]

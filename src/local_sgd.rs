@@ -66,7 +66,7 @@ impl Action {
 
 impl LocalSgd {
     /// Local SGD with this rank's averager. The schedule must be the same on every rank. In a
-    /// process that [joined](crate::World::join), it begins at the place in the schedule that the
+    /// process that [joined](crate::Communicator::join), it begins at the place in the schedule that the
     /// others have.
     pub fn new(averager: ParamAverager, schedule: Schedule) -> Self {
         let position = averager.schedule_position();
@@ -90,7 +90,7 @@ impl LocalSgd {
 
     /// After an optimizer step was applied: counts it, and averages if it is due.
     ///
-    /// After an average that was due, a process that waits to [join](crate::World::join) is let in,
+    /// After an average that was due, a process that waits to [join](crate::Communicator::join) is let in,
     /// with a copy of the model. If that fails, the error is [`Error::AfterAverage`]: the
     /// parameters are the mean. [`finish`](Self::finish) lets no process in.
     pub fn step<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
@@ -164,7 +164,7 @@ impl LocalSgd {
         self.averager.set_position_in_schedule(self.position);
         if self.schedule.is_due(self.position) {
             let action = self.average(tensors, self.position)?;
-            return self.let_in(tensors, action).map_err(Halt::error);
+            return self.admit(tensors, action).map_err(Halt::error);
         }
         if self.is_alone() {
             return Ok(Action::Alone);
@@ -213,10 +213,10 @@ impl LocalSgd {
     }
 
     /// Lets a process in that waits, after an average that was due.
-    fn let_in(&mut self, tensors: &mut impl Tensors, action: Action) -> Result<Action, Halt> {
+    fn admit(&mut self, tensors: &mut impl Tensors, action: Action) -> Result<Action, Halt> {
         let (average, waits) = match &action {
-            Action::Averaged(report) => (Some(report.clone()), report.joiner_waits),
-            Action::Alone => (None, self.enabled && self.averager.joiner_waits()),
+            Action::Averaged(report) => (Some(report.clone()), report.join_pending),
+            Action::Alone => (None, self.enabled && self.averager.join_pending()),
             _ => (None, false),
         };
         if !waits {

@@ -7,7 +7,6 @@ use std::time::Duration;
 use common::ranks;
 use param_averager::{
     Algorithm, Communicator, Device, Dtype, Error, LocalSgd, ParamAverager, Schedule, TensorMut,
-    World,
 };
 use proptest::prelude::*;
 
@@ -37,7 +36,7 @@ fn weight() -> impl Strategy<Value = f64> {
 }
 
 fn one() -> Communicator {
-    World::in_process(&[Device::cpu()]).unwrap().into_iter().next().unwrap()
+    Communicator::from_devices(&[Device::cpu()]).unwrap().into_iter().next().unwrap()
 }
 
 /// True if an averager may be built with these options, by their documentation.
@@ -145,10 +144,10 @@ proptest! {
         // Ordinals that a machine may have are not tried.
         let device = Device::cuda(ordinal.max(1000) as usize);
         if size > 0 {
-            let error = World::in_process(&vec![device; size]).map(drop).unwrap_err();
+            let error = Communicator::from_devices(&vec![device; size]).map(drop).unwrap_err();
             prop_assert!(matches!(error, Error::DeviceUnavailable { .. } | Error::WorldSize { .. }), "{}", error);
         }
-        let world = World::in_process(&vec![Device::cpu(); size]);
+        let world = Communicator::from_devices(&vec![Device::cpu(); size]);
         prop_assert_eq!(world.is_ok(), (1..=16).contains(&size));
     }
 
@@ -157,7 +156,7 @@ proptest! {
     fn any_rank_and_world_size_is_answered(rank in number(), size in number(), timeout in duration()) {
         let (rank, size) = (rank as usize, size as usize);
         prop_assume!(rank >= size || size > 16); // others would be waited for
-        let world = World::builder().rank(rank).world_size(size).rendezvous("extremes").timeout(timeout);
+        let world = Communicator::builder().rank(rank).world_size(size).rendezvous("extremes").timeout(timeout);
         let error = world.build().map(drop).unwrap_err();
         prop_assert!(matches!(error, Error::WorldSize { .. } | Error::Environment { .. }), "{}", error);
         prop_assert_eq!(one().recover(timeout).unwrap_err(), Error::RecoveryUnsupported { rank: 0 });

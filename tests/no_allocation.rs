@@ -117,7 +117,7 @@ fn memory_is_bounded() {
                 .algorithm(algorithm)
                 .build(&mut model)
                 .unwrap();
-            averager.extra_bytes()
+            averager.memory_overhead()
         })[0]
     };
     for n in [2, 4, 8] {

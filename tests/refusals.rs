@@ -8,7 +8,7 @@ use std::time::Duration;
 use common::ranks;
 use param_averager::{
     Algorithm, Communicator, Device, Dtype, Error, Link, ParamAverager, Parameters, Phase,
-    TensorMut, World,
+    TensorMut,
 };
 
 const TIMEOUT: Duration = Duration::from_millis(600);
@@ -90,11 +90,11 @@ fn a_rank_that_does_not_build_is_a_timeout_and_one_that_is_gone_is_lost() {
 fn worlds_and_devices_that_cannot_be_are_refused() {
     for n in [0, 17] {
         assert_eq!(
-            World::in_process(&vec![Device::cpu(); n]).unwrap_err(),
+            Communicator::from_devices(&vec![Device::cpu(); n]).unwrap_err(),
             Error::WorldSize { found: n }
         );
     }
-    let error = World::in_process(&[Device::cpu(), Device::cuda(0)]).unwrap_err();
+    let error = Communicator::from_devices(&[Device::cpu(), Device::cuda(0)]).unwrap_err();
     let Error::DeviceUnavailable { rank: 1, device, reason } = &error else { panic!("{error}") };
     assert!(device == "cuda:0" && reason.contains("can't be in one world"), "{error}");
     // On CPUs all memory is one, and there is no peer's.
@@ -115,7 +115,7 @@ fn worlds_and_devices_that_cannot_be_are_refused() {
     // What a machine with a driver says, or one without, is tests/cuda.rs's.
     if let Err(said) = param_averager::__private::fatbin() {
         // Built without nvcc: the same words as the build's warning.
-        let error = World::in_process(&[Device::cuda(0)]).unwrap_err();
+        let error = Communicator::from_devices(&[Device::cuda(0)]).unwrap_err();
         let Error::DeviceUnavailable { rank: 0, reason, .. } = &error else { panic!("{error}") };
         assert!(reason == said && said.contains("NVCC"), "{reason}");
     }

@@ -159,7 +159,7 @@ impl Builder {
     /// with the same error on every rank if options or tensors differ. The tensors' values and
     /// addresses may change afterwards, their number, order, dtypes and sizes may not.
     ///
-    /// In a process that [joined](crate::World::join) it gives the tensors the values that the
+    /// In a process that [joined](crate::Communicator::join) it gives the tensors the values that the
     /// others have.
     pub fn build<P: Parameters + ?Sized>(self, params: &mut P) -> Result<ParamAverager> {
         ParamAverager::build(self, &mut Plain(params))

@@ -122,7 +122,7 @@ impl ParamAverager {
             waited: Duration::from_nanos(waited),
             world_size: self.world_size(),
             algorithm: self.algorithm,
-            joiner_waits: match self.world_size() {
+            join_pending: match self.world_size() {
                 1 => self.communicator.has_joiner(),
                 _ => self.ended().next().is_some_and(|status| status.guest != 0),
             },

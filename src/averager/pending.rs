@@ -34,7 +34,7 @@ impl ParamAverager {
     /// If the stream is being captured, the average becomes a part of the graph, with the tensors
     /// where they are now: nothing runs, and there is nothing to wait for. Every rank captures one
     /// in a graph of its own and replays it as often as the others, each replay is one average, and
-    /// [`replayed`](ParamAverager::replayed) tells what came of it. Wrong tensors or a wrong weight
+    /// [`graph_outcome`](ParamAverager::graph_outcome) tells what came of it. Wrong tensors or a wrong weight
     /// are this rank's error alone then, at once, and nothing is captured.
     ///
     /// If the average fails, what the stream is given later runs all the same, on tensors as they
@@ -74,7 +74,7 @@ impl ParamAverager {
     /// # Safety
     /// The stream is one of the device's primary context, and no replay is under way on another.
     /// While a replay is under way, this averager makes no other average.
-    pub unsafe fn replayed(&mut self, stream: *mut c_void) -> Result<Report> {
+    pub unsafe fn graph_outcome(&mut self, stream: *mut c_void) -> Result<Report> {
         if let Some(cause) = &self.failed {
             return Err(Error::Poisoned { cause: Box::new(cause.clone()) });
         }
@@ -86,7 +86,7 @@ impl ParamAverager {
         let none = Error::InvalidOption {
             rank: self.rank(),
             option: "stream",
-            found: "one on which no captured average has been replayed".into(),
+            found: "one on which no captured average has been graph_outcome".into(),
             expected: "one that a graph with this averager's average was launched on",
         };
         // No block has begun an average yet, or the last one was none.

@@ -80,7 +80,7 @@ mod tests {
             waited: Default::default(),
             world_size: 2,
             algorithm: Algorithm::Ring,
-            joiner_waits: true,
+            join_pending: true,
         };
         for cause in [lost(true), lost(false), Error::AllWeightsZero] {
             let mut progress = Progress::default();

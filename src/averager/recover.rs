@@ -75,7 +75,7 @@ impl ParamAverager {
     }
 
     /// Collective, after an average whose report says that a process [waits to
-    /// join](Report::joiner_waits): lets it in, as the last rank, and gives it a copy of rank 0's
+    /// join](Report::join_pending): lets it in, as the last rank, and gives it a copy of rank 0's
     /// tensors, by an average in which rank 0 alone has a weight. The tensors of all other ranks
     /// stay as they are, bit for bit. If it is gone by now, or its tensors or options are not those
     /// of the others, these go on without it, and make a plain average instead, since some of them
@@ -89,13 +89,13 @@ impl ParamAverager {
     ///
     /// ```no_run
     /// # fn train(averager: &mut param_averager::ParamAverager, model: &mut Vec<Vec<f32>>) -> param_averager::Result<()> {
-    /// if averager.average(model)?.joiner_waits {
-    ///     averager.admit(model)?;
+    /// if averager.average(model)?.join_pending {
+    ///     averager.admit_joiner(model)?;
     /// }
     /// # Ok(())
     /// # }
     /// ```
-    pub fn admit<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Report> {
+    pub fn admit_joiner<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Report> {
         self.admit_with(&mut Plain(params))
     }
 
@@ -268,7 +268,7 @@ impl ParamAverager {
     }
 
     /// Whether this rank knows of a process that waits to join.
-    pub(crate) fn joiner_waits(&self) -> bool {
+    pub(crate) fn join_pending(&self) -> bool {
         self.communicator.has_joiner()
     }
 }

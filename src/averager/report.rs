@@ -19,10 +19,10 @@ pub struct Report {
     pub world_size: usize,
     /// How it was done.
     pub algorithm: Algorithm,
-    /// A process waits to [join](crate::World::join) this world; the same on every rank.
+    /// A process waits to [join](crate::Communicator::join) this world; the same on every rank.
     /// [`LocalSgd`](crate::LocalSgd) lets it in, or
-    /// [`ParamAverager::admit`](crate::ParamAverager::admit).
-    pub joiner_waits: bool,
+    /// [`ParamAverager::admit_joiner`](crate::ParamAverager::admit_joiner).
+    pub join_pending: bool,
 }
 
 impl Report {

@@ -81,8 +81,8 @@ impl ParamAverager {
         self.recover_with(params)
     }
 
-    /// [`admit`](ParamAverager::admit) for cudarc's slices.
-    pub fn admit_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<Report> {
+    /// [`admit`](ParamAverager::admit_joiner) for cudarc's slices.
+    pub fn admit_joiner_cudarc(&mut self, params: &mut CudaParams<'_>) -> Result<Report> {
         self.admit_with(params)
     }
 

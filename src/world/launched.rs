@@ -3,33 +3,33 @@
 use std::time::Duration;
 
 use super::processes::{Known, ProcessBootstrap, Setup};
-use super::{Communicator, Device, Group, Rebuild, World, WorldId};
+use super::{Communicator, Device, Group, Rebuild, WorldId};
 use crate::abi::PA_MAX_WORLD;
 use crate::{Error, Result};
 
 /// How long ranks wait for one another to start, unless told otherwise.
 const TIMEOUT: Duration = Duration::from_secs(600);
 
-impl World {
+impl Communicator {
     /// This process as one rank of a world of processes on this host, as its launcher says:
     /// torchrun (`--no-python`), Open MPI's or MPICH's mpirun, srun, or a script that sets `RANK`,
     /// `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`. Collective: returns when all ranks have come,
-    /// which it waits for as [`WorldBuilder::timeout`] does.
+    /// which it waits for as [`CommunicatorBuilder::timeout`] does.
     ///
     /// ```no_run
-    /// use param_averager::{Device, ParamAverager, World};
+    /// use param_averager::{Device, ParamAverager, Communicator};
     ///
-    /// let communicator = World::from_env(Device::cpu())?;
+    /// let communicator = Communicator::from_env(Device::cpu())?;
     /// let mut model = vec![vec![communicator.rank() as f32; 1000]];
     /// let mut averager = ParamAverager::builder(communicator).build(&mut model)?;
     /// averager.average(&mut model)?;
     /// # Ok::<(), param_averager::Error>(())
     /// ```
     ///
-    /// On CUDA devices, `World::from_env(Device::cuda(local_rank))`, several processes may have
+    /// On CUDA devices, `Communicator::from_env(Device::cuda(local_rank))`, several processes may have
     /// one, and each may see other ones: they know them by UUID. Before it returns, every two ranks
     /// try whether they reach each other's memory by CUDA IPC; see [`Link`](crate::Link). Ranks are
-    /// all on CPUs or all on CUDA devices. What [`World::in_process`] says of CUDA devices holds
+    /// all on CPUs or all on CUDA devices. What [`Communicator::from_devices`] says of CUDA devices holds
     /// here, too; and processes that share a GPU without MPS run by turns there, so that every
     /// hand-off between them takes one. No GPU has shown yet how well this works.
     ///
@@ -38,17 +38,17 @@ impl World {
     /// port. Rank 0 keeps it for as long as it is in the world. Processes of other users are not
     /// let in, and neither are those of another job, which is told by the launcher's name for it,
     /// or else by the process that started the ranks and by their arguments. A name in
-    /// `PARAM_AVERAGER_RENDEZVOUS` is trusted to be one job's. [`WorldBuilder::from_env`] does the
+    /// `PARAM_AVERAGER_RENDEZVOUS` is trusted to be one job's. [`CommunicatorBuilder::from_env`] does the
     /// same with other options.
     pub fn from_env(device: Device) -> Result<Communicator> {
-        World::builder().device(device).from_env()?.build()
+        Communicator::builder().device(device).from_env()?.build()
     }
 
     /// This process as one more rank of a world of processes that has begun, on this host and of
     /// this user: waits until the others let it in, which [`LocalSgd`](crate::LocalSgd) does after
-    /// the next average that is due, and [`ParamAverager::admit`](crate::ParamAverager::admit)
+    /// the next average that is due, and [`ParamAverager::admit_joiner`](crate::ParamAverager::admit_joiner)
     /// where it is called. `rendezvous` is the name of the world that its ranks gave, or
-    /// [`Communicator::rendezvous`] tells. Waits as [`WorldBuilder::timeout`] does, also for the
+    /// [`Communicator::rendezvous`] tells. Waits as [`CommunicatorBuilder::timeout`] does, also for the
     /// world itself to begin.
     ///
     /// It has no model of its own: building its averager gives its tensors the values that the
@@ -58,9 +58,9 @@ impl World {
     /// does when another rank is lost meanwhile, this process has left, and can join again.
     ///
     /// ```no_run
-    /// use param_averager::{Device, LocalSgd, ParamAverager, Schedule, World};
+    /// use param_averager::{Device, LocalSgd, ParamAverager, Schedule, Communicator};
     ///
-    /// let communicator = World::join("my-run", Device::cpu())?;
+    /// let communicator = Communicator::join("my-run", Device::cpu())?;
     /// let mut model = vec![vec![0.0f32; 1000]];
     /// let averager = ParamAverager::builder(communicator).build(&mut model)?;
     /// let mut sgd = LocalSgd::new(averager, Schedule::every(8));
@@ -76,24 +76,24 @@ impl World {
     /// one name, it is the first that answers; [`Communicator::world`] tells which, and how many
     /// there were.
     pub fn join(rendezvous: impl Into<String>, device: Device) -> Result<Communicator> {
-        World::builder().rendezvous(rendezvous).device(device).join()
+        Communicator::builder().rendezvous(rendezvous).device(device).join()
     }
 
     /// True if a launcher has made this process a rank, by one of the variables that
-    /// [`World::from_env`] reads; that still fails if the others are wrong. A shell of Slurm's, in
+    /// [`Communicator::from_env`] reads; that still fails if the others are wrong. A shell of Slurm's, in
     /// a batch script or by `srun --pty`, is no rank. A program that no launcher has started can
     /// start ranks itself, or do without them.
     pub fn is_launched() -> bool {
         Setup::is_in_the_environment()
     }
 
-    /// The same as [`World::from_env`] with everything said by the caller.
-    pub fn builder() -> WorldBuilder {
-        WorldBuilder {
+    /// The same as [`Communicator::from_env`] with everything said by the caller.
+    pub fn builder() -> CommunicatorBuilder {
+        CommunicatorBuilder {
             rank: None,
             world_size: None,
             rendezvous: None,
-            source: "that of World::builder().rendezvous(..)".into(),
+            source: "that of Communicator::builder().rendezvous(..)".into(),
             known: Known::No,
             variable: None,
             device: Device::cpu(),
@@ -102,18 +102,18 @@ impl World {
     }
 }
 
-/// A rank of a world of processes, by hand. See [`World::from_env`].
+/// A rank of a world of processes, by hand. See [`Communicator::from_env`].
 ///
 /// ```no_run
-/// use param_averager::World;
+/// use param_averager::Communicator;
 ///
 /// let rank: usize = std::env::args().nth(1).and_then(|rank| rank.parse().ok()).expect("a rank");
-/// let communicator = World::builder().rank(rank).world_size(2).rendezvous("my-run").build()?;
+/// let communicator = Communicator::builder().rank(rank).world_size(2).rendezvous("my-run").build()?;
 /// # Ok::<(), param_averager::Error>(())
 /// ```
 #[derive(Clone, Debug)]
 #[must_use = "call build or join"]
-pub struct WorldBuilder {
+pub struct CommunicatorBuilder {
     rank: Option<usize>,
     world_size: Option<usize>,
     rendezvous: Option<String>,
@@ -124,7 +124,7 @@ pub struct WorldBuilder {
     timeout: Duration,
 }
 
-impl WorldBuilder {
+impl CommunicatorBuilder {
     /// This process's number, from 0. Each rank has one of its own.
     pub fn rank(mut self, rank: usize) -> Self {
         self.rank = Some(rank);
@@ -166,15 +166,15 @@ impl WorldBuilder {
         self
     }
 
-    /// Takes rank and world size from the launcher's variables, as [`World::from_env`] does, and
-    /// the name unless [`rendezvous`](WorldBuilder::rendezvous) has set one before. Other options
+    /// Takes rank and world size from the launcher's variables, as [`Communicator::from_env`] does, and
+    /// the name unless [`rendezvous`](CommunicatorBuilder::rendezvous) has set one before. Other options
     /// stay as they are.
     ///
     /// ```no_run
     /// use std::time::Duration;
-    /// use param_averager::World;
+    /// use param_averager::Communicator;
     ///
-    /// let communicator = World::builder().timeout(Duration::from_secs(30)).from_env()?.build()?;
+    /// let communicator = Communicator::builder().timeout(Duration::from_secs(30)).from_env()?.build()?;
     /// # Ok::<(), param_averager::Error>(())
     /// ```
     ///
@@ -204,7 +204,7 @@ impl WorldBuilder {
         meet(setup, self.device, self.timeout)
     }
 
-    /// [`World::join`] with more said by the caller. A rank and the world's size are the others' to
+    /// [`Communicator::join`] with more said by the caller. A rank and the world's size are the others' to
     /// say. Without a name it is that in `PARAM_AVERAGER_RENDEZVOUS`.
     pub fn join(self) -> Result<Communicator> {
         let name = match self.rendezvous {
@@ -213,7 +213,7 @@ impl WorldBuilder {
         };
         if self.rank.is_some() || self.world_size.is_some() {
             let problem =
-                "World::builder().join() joins a world that has begun, and gets its rank \
+                "Communicator::builder().join() joins a world that has begun, and gets its rank \
                 from that: leave .rank(..) and \
                            .world_size(..) out, or call .build() to begin one";
             return Err(Error::Environment { problem: problem.into() });
@@ -225,7 +225,7 @@ impl WorldBuilder {
 
 fn missing(what: &str) -> Error {
     let problem = format!(
-        "World::builder() needs .{what}(..): every process of a world says its \
+        "Communicator::builder() needs .{what}(..): every process of a world says its \
         rank, the world's size and a name"
     );
     Error::Environment { problem }
@@ -247,13 +247,13 @@ fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<Communicator>
 }
 
 impl Communicator {
-    /// Name of a world of processes, for processes that [join](World::join) it later.
+    /// Name of a world of processes, for processes that [join](Communicator::join) it later.
     pub fn rendezvous(&self) -> Option<&str> {
         self.processes().map(|processes| processes.name())
     }
 
     /// Identity of a world of processes: its name, and the process that began it. After
-    /// [`World::join`] it tells which one was entered. `None` for ranks that are threads.
+    /// [`Communicator::join`] it tells which one was entered. `None` for ranks that are threads.
     pub fn world(&self) -> Option<&WorldId> {
         self.processes().map(|processes| processes.world())
     }
@@ -311,7 +311,7 @@ impl Communicator {
 
     pub(crate) fn not_admitted(&self) -> Error {
         let reason = "the others have built an averager without letting this process in: it joins \
-            as they call ParamAverager::admit"
+            as they call ParamAverager::admit_joiner"
             .into();
         Error::JoinRefused { rendezvous: self.rendezvous().unwrap_or_default().to_owned(), reason }
     }

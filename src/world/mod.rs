@@ -20,7 +20,7 @@ use std::time::Duration;
 pub(crate) use control::{Control, Failure};
 pub(crate) use handshake::{Admission, Agreement, Handshake};
 #[cfg(target_os = "linux")]
-pub use launched::WorldBuilder;
+pub use launched::CommunicatorBuilder;
 #[cfg(all(fuzzing, target_os = "linux"))]
 pub use processes::fuzz;
 pub(crate) use rebuild::Rebuild;
@@ -65,65 +65,6 @@ impl fmt::Display for Device {
     }
 }
 
-/// All ranks of one training run: iterate over it to get each rank's [`Communicator`], in order.
-///
-/// ```
-/// use param_averager::{Device, World};
-///
-/// let world = World::in_process(&[Device::cpu(), Device::cpu()])?;
-/// assert_eq!(world.size(), 2);
-/// for communicator in world {
-///     std::thread::spawn(move || println!("rank {}", communicator.rank()));
-/// }
-/// # Ok::<(), param_averager::Error>(())
-/// ```
-#[derive(Debug)]
-pub struct World {
-    communicators: Vec<Communicator>,
-}
-
-impl World {
-    /// A world whose ranks are threads of this process: one for each device given, 1 to 16.
-    ///
-    /// All on CPUs, or all on CUDA devices, in any order, of which several ranks may share one:
-    /// `&[Device::cuda(0); 4]`. Between two devices parameters go straight to the other's memory if
-    /// bytes that are moved there and back here and now are right, else through page-locked memory
-    /// of the host; see [`Link`](crate::Link). Around the ring, ranks follow one another as their
-    /// devices lie: joined by NVLink, on one PCIe switch, next to one NUMA node.
-    ///
-    /// A CUDA device that was once opened stays so for the life of the process, with this crate's
-    /// kernels loaded, as frameworks keep its primary context; memory of averagers is freed when
-    /// the last one in the process has gone.
-    ///
-    /// On CUDA devices, a rank's average waits for its peers on the device itself, so while one is
-    /// under way, no peer may wait for every kernel of that device, as `cuMemFree`, `cudaFree` and
-    /// `cuModuleLoad` do: that ends with the average's timeout. With many streams, set
-    /// `CUDA_DEVICE_MAX_CONNECTIONS=32`: streams that share one of 8 hardware queues wait for one
-    /// another. No GPU has shown yet how well this works.
-    pub fn in_process(devices: &[Device]) -> Result<World> {
-        if devices.is_empty() || devices.len() > PA_MAX_WORLD as usize {
-            return Err(Error::WorldSize { found: devices.len() });
-        }
-        let threads = Arc::new(ThreadBootstrap::new(Placement::find(devices)?));
-        let communicators =
-            (0..devices.len()).map(|rank| Communicator::new(Group::Threads(rank, threads.clone())));
-        Ok(World { communicators: communicators.collect() })
-    }
-
-    /// The number of ranks.
-    pub fn size(&self) -> usize {
-        self.communicators.len()
-    }
-}
-
-impl IntoIterator for World {
-    type Item = Communicator;
-    type IntoIter = std::vec::IntoIter<Communicator>;
-    fn into_iter(self) -> Self::IntoIter {
-        self.communicators.into_iter()
-    }
-}
-
 /// A rank's membership of a world. Send it to the thread that trains this rank.
 ///
 /// A rank leaves when its last communicator, averager included, is dropped; peers that wait for it
@@ -151,6 +92,45 @@ struct Membership {
 }
 
 impl Communicator {
+    /// The ranks of a world whose ranks are threads of this process, in order: one for each device
+    /// given, 1 to 16.
+    ///
+    /// ```
+    /// use param_averager::{Communicator, Device};
+    ///
+    /// let ranks = Communicator::from_devices(&[Device::cpu(), Device::cpu()])?;
+    /// assert_eq!(ranks.len(), 2);
+    /// for communicator in ranks {
+    ///     std::thread::spawn(move || println!("rank {}", communicator.rank()));
+    /// }
+    /// # Ok::<(), param_averager::Error>(())
+    /// ```
+    ///
+    /// All on CPUs, or all on CUDA devices, in any order, of which several ranks may share one:
+    /// `&[Device::cuda(0); 4]`. Between two devices parameters go straight to the other's memory if
+    /// bytes that are moved there and back here and now are right, else through page-locked memory
+    /// of the host; see [`Link`](crate::Link). Around the ring, ranks follow one another as their
+    /// devices lie: joined by NVLink, on one PCIe switch, next to one NUMA node.
+    ///
+    /// A CUDA device that was once opened stays so for the life of the process, with this crate's
+    /// kernels loaded, as frameworks keep its primary context; memory of averagers is freed when
+    /// the last one in the process has gone.
+    ///
+    /// On CUDA devices, a rank's average waits for its peers on the device itself, so while one is
+    /// under way, no peer may wait for every kernel of that device, as `cuMemFree`, `cudaFree` and
+    /// `cuModuleLoad` do: that ends with the average's timeout. With many streams, set
+    /// `CUDA_DEVICE_MAX_CONNECTIONS=32`: streams that share one of 8 hardware queues wait for one
+    /// another. No GPU has shown yet how well this works.
+    pub fn from_devices(devices: &[Device]) -> Result<Vec<Communicator>> {
+        if devices.is_empty() || devices.len() > PA_MAX_WORLD as usize {
+            return Err(Error::WorldSize { found: devices.len() });
+        }
+        let threads = Arc::new(ThreadBootstrap::new(Placement::find(devices)?));
+        let communicators =
+            (0..devices.len()).map(|rank| Communicator::new(Group::Threads(rank, threads.clone())));
+        Ok(communicators.collect())
+    }
+
     /// This rank's number, from 0.
     pub fn rank(&self) -> usize {
         self.membership.rank

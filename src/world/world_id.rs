@@ -38,7 +38,7 @@ impl WorldId {
         self.since
     }
 
-    /// Other worlds of the name that [`World::join`](crate::World::join) found beside the one that
+    /// Other worlds of the name that [`Communicator::join`](crate::Communicator::join) found beside the one that
     /// it entered: those whose rank 0 is gone, since a rank 0 keeps the name. 0 on ranks that have
     /// begun a world.
     pub fn others(&self) -> usize {

@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use param_averager::{Communicator, Device, Dtype, TensorMut, World};
+use param_averager::{Communicator, Device, Dtype, TensorMut};
 
 /// A test that can't run here says so, on one line that `.ci/run` counts.
 pub fn skipped(test: &str, reason: &str) {
@@ -28,7 +28,7 @@ pub fn ranks_on<T: Send>(
 
 /// The same for a rank on each of these devices.
 pub fn ranks_of<T: Send>(devices: &[Device], rank: impl Fn(Communicator) -> T + Sync) -> Vec<T> {
-    let world = World::in_process(devices).unwrap();
+    let world = Communicator::from_devices(devices).unwrap();
     let rank = &rank;
     std::thread::scope(|scope| {
         let threads: Vec<_> =

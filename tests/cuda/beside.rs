@@ -136,7 +136,7 @@ pub fn memory() {
         let builder = ParamAverager::builder(communicator).algorithm(Algorithm::Ring).channels(1);
         (builder.timeout(Duration::from_secs(30)).build(&mut model).unwrap(), model)
     };
-    let worlds = [(); 2].map(|()| World::in_process(&[GPU; 2]).unwrap());
+    let worlds = [(); 2].map(|()| Communicator::from_devices(&[GPU; 2]).unwrap());
     let before = free();
     let [first, second] = worlds.map(|world| {
         std::thread::scope(|scope| {

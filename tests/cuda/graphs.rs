@@ -109,7 +109,7 @@ pub fn refusals() {
                 // SAFETY: as above.
                 unsafe {
                     sys::cuGraphLaunch(graph, raw).result().unwrap();
-                    averager.replayed(raw.cast()).unwrap();
+                    averager.graph_outcome(raw.cast()).unwrap();
                 }
                 model.download();
                 let mean = ((10 * round + 1) as f32).to_ne_bytes();
@@ -150,7 +150,7 @@ fn replay(devices: &[Device], algorithm: Algorithm, commit: bool) {
             .channels(2);
         let mut averager = builder.timeout(Duration::from_secs(60)).build(&mut model).unwrap();
         // SAFETY: the stream lives, and nothing runs on it.
-        let none = unsafe { averager.replayed(raw.cast()) };
+        let none = unsafe { averager.graph_outcome(raw.cast()) };
         assert!(matches!(none, Err(Error::InvalidOption { option: "stream", .. })), "{none:?}");
         averager.average(&mut other).unwrap(); // what comes before makes no difference
                                                // SAFETY: own memory and stream, which live until
@@ -178,7 +178,7 @@ fn replay(devices: &[Device], algorithm: Algorithm, commit: bool) {
                     .result()
                     .unwrap();
                 sys::cuGraphLaunch(graph, raw).result().unwrap();
-                averager.replayed(raw.cast()).unwrap()
+                averager.graph_outcome(raw.cast()).unwrap()
             };
             assert_eq!(
                 (report.bytes, report.world_size),
@@ -206,7 +206,7 @@ fn replay(devices: &[Device], algorithm: Algorithm, commit: bool) {
                 // SAFETY: as above.
                 let error = unsafe {
                     sys::cuGraphLaunch(graph, raw).result().unwrap();
-                    averager.replayed(raw.cast()).unwrap_err()
+                    averager.graph_outcome(raw.cast()).unwrap_err()
                 };
                 match again {
                     false => {

@@ -104,7 +104,7 @@ pub fn every_link() {
             "{error}"
         );
     }
-    let error = World::in_process(&[Device::cuda(0), Device::cpu()]).unwrap_err();
+    let error = Communicator::from_devices(&[Device::cuda(0), Device::cpu()]).unwrap_err();
     assert!(error.to_string().contains("rank 1 asks for cpu"), "{error}");
 }
 

@@ -97,7 +97,7 @@ fn averages() -> Result<()> {
 /// own memory.
 fn threads() -> Result<()> {
     let rank = |rank: usize| {
-        let world = World::builder().rank(rank).world_size(2).device(device());
+        let world = Communicator::builder().rank(rank).world_size(2).device(device());
         let communicator = world.rendezvous(std::env::var("PA_TEST_NAME").unwrap()).build()?;
         let mut model = fresh(device(), rank, 0);
         let builder = |link| builder(communicator.clone()).link(link);

@@ -409,7 +409,7 @@ fn out_of_memory() {
 }
 
 fn unavailable(on: Device, says: &[&str]) {
-    let error = World::in_process(&[on; 2]).unwrap_err();
+    let error = Communicator::from_devices(&[on; 2]).unwrap_err();
     let Error::DeviceUnavailable { rank: 0, .. } = &error else { panic!("{error}") };
     for words in says {
         assert!(error.to_string().contains(words), "{words}: {error}");
@@ -417,7 +417,7 @@ fn unavailable(on: Device, says: &[&str]) {
 }
 
 fn no_driver() {
-    match World::in_process(&[GPU]) {
+    match Communicator::from_devices(&[GPU]) {
         Err(error) if error.to_string().contains("no NVIDIA driver") => {}
         other => panic!("a libcuda is installed here: {other:?}"),
     }

@@ -171,8 +171,8 @@ pub fn beside_a_blocking_capture() {
             // SAFETY: as above.
             unsafe {
                 // Nor can a stream be waited for that is being captured.
-                refused(averager.replayed(std::ptr::null_mut()).unwrap_err());
-                let error = averager.replayed(stream.cast()).unwrap_err();
+                refused(averager.graph_outcome(std::ptr::null_mut()).unwrap_err());
+                let error = averager.graph_outcome(stream.cast()).unwrap_err();
                 assert!(matches!(error, Error::InvalidOption { option: "stream", .. }), "{error}");
                 sys::cuStreamEndCapture(stream, &mut graph).result().unwrap();
                 sys::cuGraphDestroy(graph).result().unwrap();

@@ -62,9 +62,9 @@ pub fn copies() -> i32 {
     let [mut first, mut second] = [build(0), build(1)];
     if !is_late() {
         say("ready");
-        while !first.average(&mut models[0]).unwrap().joiner_waits {}
+        while !first.average(&mut models[0]).unwrap().join_pending {}
         models = own();
-        first.admit(&mut models[0]).unwrap();
+        first.admit_joiner(&mut models[0]).unwrap();
         let error = second.average(&mut models[1]).unwrap_err();
         assert!(matches!(error, Error::StaleView { .. }), "{error}");
         second.recover(&mut models[1]).unwrap();
@@ -102,7 +102,7 @@ pub fn lets_in() -> i32 {
         let result = sgd.step(&mut model);
         let is_mean = model[0].iter().all(|&x| x == 0.5);
         match result {
-            Ok(Action::Averaged(report)) if !report.joiner_waits => assert!(is_mean),
+            Ok(Action::Averaged(report)) if !report.join_pending => assert!(is_mean),
             Ok(action) => {
                 assert!(is_mean);
                 assert_eq!(action.report().map(|report| report.world_size), Some(2), "{action:?}");
@@ -113,7 +113,7 @@ pub fn lets_in() -> i32 {
                 assert!(is_mean && !error.tensors_unchanged(), "{error:?}");
                 say(&format!("error {error:?}"));
                 let Error::AfterAverage { averaged: Some(report), .. } = error else { return 7 };
-                assert!(report.joiner_waits && report.world_size == 2);
+                assert!(report.join_pending && report.world_size == 2);
                 return 0;
             }
         }

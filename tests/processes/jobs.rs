@@ -367,7 +367,8 @@ fn jobs_are_told_apart_by_what_the_program_says() {
         assert_eq!(process.end(), Some(3), "{:#?}", process.heard);
         let error = &process.said("error")[0];
         assert!(
-            error.contains("of job \"a\" and of job \"b\"") && error.contains("WorldBuilder::job"),
+            error.contains("of job \"a\" and of job \"b\"")
+                && error.contains("CommunicatorBuilder::job"),
             "{error}"
         );
     }

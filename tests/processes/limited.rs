@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use param_averager::{Algorithm, Device, Error, ParamAverager, World};
+use param_averager::{Algorithm, Communicator, Device, Error, ParamAverager};
 use rustix::mm::{MapFlags, MlockAllFlags, MprotectFlags, ProtFlags};
 use rustix::process::{getpid, getrlimit, kill_process, setrlimit, Resource, Rlimit, Signal};
 
@@ -62,7 +62,7 @@ pub fn limited_threads() -> i32 {
     let algorithm = if direct { Algorithm::Direct } else { Algorithm::Ring };
     let (at_limit, limited) = (Barrier::new(3), Barrier::new(3));
     std::thread::scope(|scope| {
-        for communicator in World::in_process(&[Device::cpu(); 2]).unwrap() {
+        for communicator in Communicator::from_devices(&[Device::cpu(); 2]).unwrap() {
             let (at_limit, limited) = (&at_limit, &limited);
             scope.spawn(move || {
                 let mut model = vec![vec![1.0f32; 6 << 20]];
@@ -112,8 +112,8 @@ fn stages(model: &mut Vec<Vec<f32>>) -> Result<usize, (u128, Error)> {
                 return Ok(averager.world_size());
             }
             say("averaged");
-            if report.joiner_waits {
-                averager.admit(model).map_err(failed(begin))?;
+            if report.join_pending {
+                averager.admit_joiner(model).map_err(failed(begin))?;
             }
             std::thread::sleep(Duration::from_millis(20));
         }

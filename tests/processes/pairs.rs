@@ -45,10 +45,10 @@ pub fn two_admit() -> i32 {
     while rounds < 5 {
         // Who joins goes on where the others are: behind their admission.
         let behind = std::mem::replace(&mut is_behind, true);
-        if behind && averagers[0].average(&mut models[0]).unwrap().joiner_waits {
-            averagers[0].admit(&mut models[0]).unwrap();
+        if behind && averagers[0].average(&mut models[0]).unwrap().join_pending {
+            averagers[0].admit_joiner(&mut models[0]).unwrap();
             if number("PA_TEST_BY_RECOVER").is_none() {
-                averagers[1].admit(&mut models[1]).unwrap();
+                averagers[1].admit_joiner(&mut models[1]).unwrap();
             } else if averagers[1].average(&mut models[1]).is_ok() {
                 return 7; // its world is another one by now
             } else {

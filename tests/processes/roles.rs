@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use param_averager::{Device, World};
+use param_averager::{Communicator, Device};
 
 use super::worker::{builder, join, number, say};
 
@@ -70,8 +70,8 @@ pub fn let_in() -> i32 {
     let mut line = String::new();
     let _ = std::io::stdin().read_line(&mut line);
     while averager.world_size() < 3 {
-        if averager.average(&mut model).unwrap().joiner_waits {
-            averager.admit(&mut model).unwrap();
+        if averager.average(&mut model).unwrap().join_pending {
+            averager.admit_joiner(&mut model).unwrap();
         }
     }
     0
@@ -104,8 +104,8 @@ pub fn fork() -> i32 {
 
 /// What the environment says.
 pub fn launched() -> i32 {
-    say(&format!("is_launched {}", World::is_launched()));
-    match World::builder().timeout(Duration::from_secs(1)).from_env() {
+    say(&format!("is_launched {}", Communicator::is_launched()));
+    match Communicator::builder().timeout(Duration::from_secs(1)).from_env() {
         Ok(_) => say("environment is right"),
         Err(error) => say(&format!("error {error}")),
     }
@@ -123,7 +123,7 @@ pub fn try_to_join() -> i32 {
         for _ in 0..THREADS {
             scope.spawn(|| {
                 while withdrawn.load(Ordering::Relaxed) < tries {
-                    let joined = World::builder().rendezvous(&name).timeout(timeout).join();
+                    let joined = Communicator::builder().rendezvous(&name).timeout(timeout).join();
                     let error = joined.unwrap_err().to_string();
                     // Such a one was a peer of the members, or on its way to be.
                     let was_in =
@@ -134,7 +134,7 @@ pub fn try_to_join() -> i32 {
         }
     });
     say(&format!("withdrawn {}", withdrawn.into_inner()));
-    let communicator = World::join(name, Device::cpu()).unwrap();
+    let communicator = Communicator::join(name, Device::cpu()).unwrap();
     let mut model = vec![vec![0.0f32; 1000]];
     let averager = builder(communicator).build(&mut model).unwrap();
     say(&format!("joined {} {}", averager.world_size(), model[0][0]));

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use param_averager::{
-    Algorithm, Builder, Communicator, Device, Error, Link, LocalSgd, ParamAverager, Schedule, World,
+    Algorithm, Builder, Communicator, Device, Error, Link, LocalSgd, ParamAverager, Schedule,
 };
 
 use super::model::Model;
@@ -77,13 +77,13 @@ pub fn device() -> Device {
 pub fn join() -> Result<Communicator, Error> {
     let timeout = duration("PA_TEST_MEET_MS");
     if is_late() {
-        let world = World::builder().rendezvous(std::env::var("PA_TEST_NAME").unwrap());
+        let world = Communicator::builder().rendezvous(std::env::var("PA_TEST_NAME").unwrap());
         return world.device(device()).timeout(timeout).join();
     }
     match number("PA_TEST_RANK") {
-        None => World::builder().device(device()).timeout(timeout).from_env()?.build(),
+        None => Communicator::builder().device(device()).timeout(timeout).from_env()?.build(),
         Some(rank) => {
-            let world = World::builder()
+            let world = Communicator::builder()
                 .rank(rank as usize)
                 .world_size(number("PA_TEST_WORLD").unwrap() as usize)
                 .rendezvous(std::env::var("PA_TEST_NAME").unwrap())
@@ -306,7 +306,7 @@ fn survive() -> i32 {
                     return 0;
                 }
                 all = Some(ranks);
-                if !report.joiner_waits {
+                if !report.join_pending {
                     continue;
                 }
                 all = None;
@@ -314,7 +314,7 @@ fn survive() -> i32 {
                 if refills {
                     model.fill(); // of another rank's own when it lets a process in
                 }
-                match averager.admit(&mut model) {
+                match averager.admit_joiner(&mut model) {
                     Ok(report) => {
                         model.download();
                         if refills && !model.is_own() {

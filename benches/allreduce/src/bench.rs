@@ -186,7 +186,7 @@ fn needed_bytes(backend: Backend, group: &Group, layout: &Layout) -> u64 {
         return arena_bytes(layout, group.ranks);
     }
     let extra: u64 =
-        group.methods.iter().map(|method| method.extra_bytes(layout, group.ranks)).sum();
+        group.methods.iter().map(|method| method.memory_overhead(layout, group.ranks)).sum();
     arena_bytes(layout, group.ranks) + extra
 }
 

@@ -4,9 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use param_averager::{
-    Algorithm, Builder, Communicator, Device, Link, ParamAverager, Parameters, World,
-};
+use param_averager::{Algorithm, Builder, Communicator, Device, Link, ParamAverager, Parameters};
 
 use crate::crew::{Crew, Make, Work};
 use crate::failure::Failure;
@@ -199,7 +197,7 @@ impl Method {
 
     /// Bytes that all ranks together need besides their tensors: the second copies, and the mean
     /// that waits for a commit.
-    pub fn extra_bytes(self, layout: &Layout, ranks: usize) -> u64 {
+    pub fn memory_overhead(self, layout: &Layout, ranks: usize) -> u64 {
         match self {
             Method::Average { algorithm: Algorithm::Ring, commit: true } => layout.bytes(),
             _ => self.spare_arenas(ranks) as u64 * layout.bytes(),
@@ -228,7 +226,7 @@ impl Method {
             let between = (self == Method::TwoPassLimit).then(|| spare[0].clone());
             return Crew::new(passes(layout, arenas, between));
         }
-        let world = World::in_process(&vec![Device::cpu(); arenas.len()])?;
+        let world = Communicator::from_devices(&vec![Device::cpu(); arenas.len()])?;
         let members = world.into_iter().zip(arenas).enumerate().map(
             |(rank, (communicator, arena))| -> Make {
                 let replica = Replica { arena: arena.clone(), tensors: placed.clone() };

@@ -368,7 +368,7 @@ fn why(silent: Option<usize>, ranks: usize, timeout: Duration) -> String {
     }
     format!(
         "its {ranks} ranks let nobody in within {timeout:?}: LocalSgd does after an average that \
-         is due, ParamAverager::admit where it is \
+         is due, ParamAverager::admit_joiner where it is \
          called"
     )
 }

@@ -169,7 +169,7 @@ impl Launched {
                 "no launcher has set the rank of this process: none of {names} is there; start it \
                  with torchrun --no-python, \
                  mpirun or srun, set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT yourself, or \
-                 use World::builder()"
+                 use Communicator::builder()"
             ));
         };
         if let Some(problem) = launcher.shell(&get) {
@@ -237,7 +237,7 @@ impl Launched {
             Ok(Launched { rank, world_size, name, source, known, variable: launcher.rank })
         };
         if let Some(name) = given {
-            return found(name, "that of World::builder().rendezvous(..)".into(), known());
+            return found(name, "that of Communicator::builder().rendezvous(..)".into(), known());
         }
         if let Some(name) = by_hand {
             return found(name, format!("that in {RENDEZVOUS}"), Known::ByName);

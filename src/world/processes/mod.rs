@@ -40,7 +40,7 @@ pub use rendezvous::fuzz;
 use rendezvous::RankInfo;
 use view_board::ViewBoard;
 
-/// How long a process may take from `World::join` to its averager.
+/// How long a process may take from `Communicator::join` to its averager.
 const JOINING: Duration = Duration::from_secs(60);
 
 /// A process's membership in one view of a world.
@@ -155,7 +155,7 @@ impl ProcessBootstrap {
         Ok(ProcessBootstrap::of(peer_set, listener))
     }
 
-    /// Of a world that has begun, when that lets it in; see `World::join`.
+    /// Of a world that has begun, when that lets it in; see `Communicator::join`.
     pub(super) fn join(name: &str, device: Device, timeout: Duration) -> Result<ProcessBootstrap> {
         let failed = |reason| Error::JoinRefused { rendezvous: name.to_owned(), reason };
         let own = LocalDevice::find(device)

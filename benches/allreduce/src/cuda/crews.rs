@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use param_averager::{Algorithm, World};
+use param_averager::{Algorithm, Communicator};
 
 use super::average::{self, Mover};
 use super::device::{DeviceMemory, Gpu, Pinned};
@@ -40,7 +40,7 @@ pub fn crew(
 ) -> Result<Crew, Failure> {
     let ranks = shared.gpus.len();
     let on: Vec<_> = shared.gpus.iter().map(|gpu| gpu.device()).collect();
-    let mut world = World::in_process(&on)?.into_iter();
+    let mut world = Communicator::from_devices(&on)?.into_iter();
     let bytes = shared.tensors.iter().map(|tensor| tensor.elements * tensor.dtype.size()).sum();
     let mut members: Vec<Make> = vec![];
     for (rank, gpu) in shared.gpus.iter().enumerate() {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use cudarc::driver::result::{self, stream::StreamKind, DriverError};
 use cudarc::driver::{sys, CudaContext};
-use param_averager::{Device, World};
+use param_averager::{Communicator, Device};
 
 use crate::failure::Failure;
 
@@ -29,7 +29,7 @@ impl Machine {
     /// Asks the library whether it can use them before cudarc is called, which panics without a
     /// driver.
     pub fn open() -> Result<Self, Failure> {
-        if let Err(error) = World::in_process(&[Device::cuda(0)]) {
+        if let Err(error) = Communicator::from_devices(&[Device::cuda(0)]) {
             return Err(Failure::Failed(format!(
                 "{error}\n\nhint: --backend cpu, the default, runs the same kernels on this \
                  machine's cores"

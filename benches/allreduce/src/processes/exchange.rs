@@ -71,12 +71,12 @@ impl Exchange {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use param_averager::World;
+    use param_averager::Communicator;
 
     #[test]
     fn everybody_learns_every_bit_of_every_number() {
         for ranks in [1, 2, 3, 7] {
-            let world = World::in_process(&vec![Device::cpu(); ranks]).unwrap();
+            let world = Communicator::from_devices(&vec![Device::cpu(); ranks]).unwrap();
             let told = |rank: u64| [u64::MAX - rank, rank, 0, 0x0123_4567_89ab_cdef ^ rank];
             std::thread::scope(|scope| {
                 for communicator in world {

@@ -9,7 +9,7 @@ mod rank;
 
 use std::time::Duration;
 
-use param_averager::{Device, World};
+use param_averager::{Communicator, Device};
 use rustix::time::{clock_gettime, ClockId};
 
 use crate::cli::{Algorithm, Args, Backend, Baseline};
@@ -29,10 +29,10 @@ pub fn run(args: &Args) -> Result<u64, Failure> {
     let ranks = args.ranks.first().map_or(2, |&ranks| ranks.into());
     plan::plan(&settled(args, ranks))?; // what is wrong with it is said once
     let began = launch::started().unwrap_or(began);
-    if !World::is_launched() {
+    if !Communicator::is_launched() {
         return launch::launch(ranks, began).map(|()| 0);
     }
-    let communicator = World::from_env(Device::cpu())?;
+    let communicator = Communicator::from_env(Device::cpu())?;
     let world = communicator.world_size();
     if !args.ranks.is_empty() && ranks != world {
         return Err(Failure::Usage(format!(

@@ -97,8 +97,10 @@ fn fits(sections: &[Section]) -> Result<(), Failure> {
     let Some((free, _)) = available() else { return Ok(()) };
     let groups = sections.iter().flat_map(|section| &section.groups);
     let needs = groups.map(|group| {
-        let extra =
-            group.methods.iter().map(|method| 2 * method.extra_bytes(&group.layout, group.ranks));
+        let extra = group
+            .methods
+            .iter()
+            .map(|method| 2 * method.memory_overhead(&group.layout, group.ranks));
         arena_bytes(&group.layout, 2 * group.ranks - 1) + extra.sum::<u64>()
     });
     let (need, gib) = (needs.max().unwrap_or(0), |bytes: u64| bytes as f64 / f64::from(1 << 30));

@@ -22,7 +22,7 @@ const SILENCE: Duration = Duration::from_secs(5);
 /// Advice for two jobs that use one name.
 pub(super) const APART: &str = "if they are one job, set PARAM_AVERAGER_RENDEZVOUS to one name on \
     every rank, or, where the program gives the name, say \
-     so by WorldBuilder::job; if they are two, give each a name of its own, such as another \
+     so by CommunicatorBuilder::job; if they are two, give each a name of its own, such as another \
      MASTER_PORT";
 
 /// A rank that has said its hello.
@@ -162,7 +162,7 @@ pub(super) fn begun(me: &RankInfo, hello: &Hello, since: Instant) -> String {
             MASTER_PORT"
             .into(),
         (None, rank) => format!(
-            "it has a rank {rank}: see whether this process was started twice, or use World::join \
+            "it has a rank {rank}: see whether this process was started twice, or use Communicator::join \
              to join it"
         ),
     };
