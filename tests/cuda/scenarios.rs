@@ -406,7 +406,8 @@ fn out_of_memory() {
     });
     for error in errors {
         let error = error.unwrap_err();
-        let Error::DeviceFailed { reason, .. } = &error else { panic!("{error}") };
+        let Error::DeviceFailed { source, .. } = &error else { panic!("{error}") };
+        let reason = source.to_string();
         assert!(reason.contains("cuMemAlloc") && reason.contains("OUT_OF_MEMORY"), "{error}");
     }
 }

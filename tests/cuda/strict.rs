@@ -61,10 +61,10 @@ pub fn failures() {
                             .start(&mut RawCudaParams::new(stream.cu_stream().cast(), &mut model))
                     }
                     .map(drop);
-                    let Err(Error::DeviceFailed { rank: 0, reason }) = &error else {
+                    let Err(Error::DeviceFailed { rank: 0, source: reason }) = &error else {
                         panic!("{what}: {error:?}")
                     };
-                    assert!(reason.contains("OUT_OF_RESOURCES"), "{what}: {reason}");
+                    assert!(reason.to_string().contains("OUT_OF_RESOURCES"), "{what}: {reason}");
                     assert!(start.elapsed() < Duration::from_secs(25), "{what}");
                     failed.wait();
                     assert!(
