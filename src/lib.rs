@@ -31,7 +31,7 @@
 //!   weighted.
 //! * [`LocalSgd`] counts optimizer steps and averages when its [`Schedule`] says so.
 #![cfg_attr(
-    feature = "cudarc",
+    feature = "cuda",
     doc = "* [`adapters::cudarc`]: cudarc's slices, averaged on a cudarc stream ([`CudaParams`])."
 )]
 //! * [`Error`] says which rank and which tensor, and what to do. If an average fails before any
@@ -57,7 +57,7 @@ mod schedule;
 mod tensor;
 mod world;
 
-#[cfg(feature = "cudarc")]
+#[cfg(feature = "cuda")]
 pub use adapters::cudarc::{CudaParams, CudaTensorMut};
 pub use averager::{
     Algorithm, Builder, Lend, LendError, Link, Loan, ParamAverager, Pending, RawCudaParams, Report,
