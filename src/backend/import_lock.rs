@@ -1,10 +1,10 @@
-//! Whether other processes use memory that they were lent: memory of a device, which the driver
-//! frees under their hands.
+//! Reference tracking for exported device memory. The driver frees an IPC allocation even while a
+//! peer has it mapped, so each importer holds a shared `fcntl` lock until it has closed its
+//! mapping.
 //!
-//! A lease is a memfd that goes to them with whatever the memory is opened by. Who opens the memory
-//! holds a lock on that file until it has closed it again; the system takes the lock from a process
-//! that ends, however it ends. A lender that gets the lock for itself says in the file that it is
-//! over, so that who comes later does not open what is gone.
+//! The lock is on a memfd that is sent with the IPC handle. The system releases the locks of a
+//! process when it ends. An exporter that gets the exclusive lock marks the file as closed, so that
+//! a late importer does not open memory that is freed.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,23 +13,24 @@ use rustix::fs::{fcntl_lock, FlockOperation};
 
 use super::Memfd;
 
-/// A lender's, or that of one borrower: for each a file of its own, since a process that closes one
-/// loses its locks.
+/// The lock file of an exporter or of one importer. Each importer has a file of its own, since a
+/// process that closes a file loses its locks on it.
 #[derive(Debug)]
 pub(crate) struct ImportLock(Memfd);
 
 impl ImportLock {
-    /// Of a lender.
+    /// Lock file of an exporter.
     pub(crate) fn new() -> Result<ImportLock, String> {
         Memfd::new(size_of::<u32>()).map(ImportLock)
     }
 
-    /// What borrowers get.
+    /// File for importers.
     pub(crate) fn file(&self) -> BorrowedFd<'_> {
         self.0.file()
     }
 
-    /// A borrower's, before it opens the memory; dropped when that is closed.
+    /// Takes a shared lock, before the importer opens the memory. Dropped after the memory is
+    /// closed.
     pub(crate) fn take(file: OwnedFd) -> Result<ImportLock, String> {
         let lease = ImportLock(Memfd::open(file, size_of::<u32>())?);
         let taken = fcntl_lock(lease.file(), FlockOperation::NonBlockingLockShared).is_ok();
@@ -39,7 +40,7 @@ impl ImportLock {
         Err("its owner has taken it back".into())
     }
 
-    /// Whether nobody has the memory open: then nobody will.
+    /// True if no process has the memory open. None can open it afterwards.
     pub(crate) fn end(&self) -> bool {
         let ended = fcntl_lock(self.file(), FlockOperation::NonBlockingLockExclusive).is_ok();
         if ended {
@@ -63,8 +64,8 @@ mod tests {
 
     const FILE: &str = "PA_TEST_LEASE";
 
-    /// Not a test by itself: another process, which takes a lease, says whether it has it, and
-    /// keeps it until it is told.
+    /// Helper process of the test below: takes a lock, prints whether it has it, and keeps it until
+    /// a line arrives.
     #[test]
     fn borrower() {
         let Ok(path) = std::env::var(FILE) else { return };

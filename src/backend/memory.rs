@@ -1,4 +1,4 @@
-//! Memory that ranks share, wherever it is.
+//! Memory that ranks share, on any machine.
 
 #[cfg(target_os = "linux")]
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -14,42 +14,42 @@ use super::HostBuffer;
 #[cfg(target_os = "linux")]
 use super::{Memfd, Unopened};
 
-/// Where memory is to be.
+/// Memory space of a rank's tensors.
 #[derive(Clone, Debug)]
 pub(crate) enum MemorySpace {
     Host,
     Cuda(Arc<Context>),
 }
 
-/// Memory that the kernels of every rank can address.
+/// Memory that the kernels of every rank that uses it can address.
 #[derive(Debug)]
 pub(crate) enum Memory {
     Host(HostBuffer),
     Cuda(DeviceMemory),
-    /// The host's, which every device maps.
+    /// Page-locked host memory, mapped for every device of this process.
     Mapped(Pinned),
-    /// The host's, which other processes map.
+    /// Host memory, mapped by several processes.
     #[cfg(target_os = "linux")]
     Memfd(Memfd),
-    /// The same, which devices of this process and of others map.
+    /// Host memory, mapped by several processes and for their devices.
     #[cfg(target_os = "linux")]
     Registered(Registered),
-    /// A device's, of another process.
+    /// Device memory that another process has exported.
     #[cfg(target_os = "linux")]
     IpcImport(IpcImport),
 }
 
-/// What another process opens memory by, besides a file.
+/// Handle by which another process opens memory, together with a file.
 #[cfg(target_os = "linux")]
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct MemoryHandle {
     pub(crate) bytes: usize,
-    /// Of memory of a device. The host's is the file itself.
+    /// CUDA IPC handle. `None` for host memory, whose file is the memory.
     handle: Option<Vec<u8>>,
 }
 
 impl Memory {
-    /// Zeroed.
+    /// Allocates zeroed memory in a memory space.
     pub(crate) fn new(space: &MemorySpace, bytes: usize) -> Result<Memory, String> {
         Ok(match space {
             MemorySpace::Host => Memory::Host(HostBuffer::new(bytes)?),
@@ -57,8 +57,7 @@ impl Memory {
         })
     }
 
-    /// Zeroed, in memory of the host that the devices of this process address, whichever of them
-    /// asks for it.
+    /// Allocates zeroed host memory that every device of this process can address.
     pub(crate) fn of_the_host(space: &MemorySpace, bytes: usize) -> Result<Memory, String> {
         Ok(match space {
             MemorySpace::Host => Memory::Host(HostBuffer::new(bytes)?),
@@ -66,14 +65,14 @@ impl Memory {
         })
     }
 
-    /// Zeroed, in memory of the host that other processes can be given, and that the device of this
-    /// one addresses.
+    /// Allocates zeroed host memory that other processes can open, and that the device of this
+    /// process can address.
     #[cfg(target_os = "linux")]
     pub(crate) fn between_processes(space: &MemorySpace, bytes: usize) -> Result<Memory, String> {
         Memory::of_shared(space, Memfd::new(bytes)?)
     }
 
-    /// Zeroed, in memory of a device that other processes can be given.
+    /// Allocates zeroed device memory that other processes can open.
     #[cfg(target_os = "linux")]
     pub(crate) fn to_lend(context: &Arc<Context>, bytes: usize) -> Result<Memory, String> {
         DeviceMemory::to_lend(context, bytes).map(Memory::Cuda)
@@ -87,7 +86,7 @@ impl Memory {
         })
     }
 
-    /// What other processes can be given.
+    /// Handle and file for other processes. `None` for memory that can't be exported.
     #[cfg(target_os = "linux")]
     pub(crate) fn offer(&self) -> Option<(MemoryHandle, BorrowedFd<'_>)> {
         let (handle, file) = match self {
@@ -99,7 +98,7 @@ impl Memory {
         Some((MemoryHandle { bytes: self.bytes(), handle }, file))
     }
 
-    /// What another process offers, for the kernels that run here.
+    /// Opens memory of another process, for the kernels of this one.
     #[cfg(target_os = "linux")]
     pub(crate) fn open(
         space: &MemorySpace,
@@ -108,7 +107,7 @@ impl Memory {
     ) -> Result<Memory, Unopened> {
         match (&offer.handle, space) {
             (None, _) => Ok(Memory::of_shared(space, Memfd::open(file, offer.bytes)?)?),
-            // This rank's device has its part in what fails.
+            // An error may be the fault of either side; it is attributed to this process.
             (Some(handle), MemorySpace::Cuda(context)) => {
                 Ok(Memory::IpcImport(IpcImport::open(context, handle, file, offer.bytes)?))
             }
@@ -118,8 +117,7 @@ impl Memory {
         }
     }
 
-    /// Where the host finds it, unless only a device does. Who accesses what in it, and when, is
-    /// the protocol's business.
+    /// Address for the host. `None` for device memory. The mailbox protocol orders all access.
     pub(crate) fn host_pointer(&self) -> Option<*mut u8> {
         match self {
             Memory::Cuda(_) => None,
@@ -159,7 +157,7 @@ impl Memory {
         }
     }
 
-    /// Sets what it holds at first: nobody else may have it yet.
+    /// Sets initial contents, before any other rank has the memory.
     pub(crate) fn set(&mut self, offset: usize, from: &[u8]) -> Result<(), String> {
         match self {
             Memory::Cuda(memory) => memory.write(offset, from)?,
@@ -168,7 +166,7 @@ impl Memory {
         Ok(())
     }
 
-    /// As `set`, from `offset` to the end.
+    /// Fills the memory from `offset` to its end, before any other rank has it.
     pub(crate) fn fill_from(&mut self, offset: usize, value: u8) -> Result<(), String> {
         match self {
             Memory::Cuda(memory) => memory.fill(offset, memory.bytes() - offset, value)?,
@@ -177,7 +175,7 @@ impl Memory {
         Ok(())
     }
 
-    /// The contents of host memory, while nothing else uses it.
+    /// The contents of host memory. No other code may use it at the same time.
     fn bytes_mut(&mut self) -> &mut [u8] {
         match self {
             Memory::Host(region) => region.bytes_mut(),

@@ -1,4 +1,4 @@
-//! Whether there is a driver, and what it says when a call fails.
+//! The NVIDIA driver: loading, version check and errors.
 
 use std::ffi::CStr;
 use std::sync::OnceLock;
@@ -65,20 +65,20 @@ const FUNCTIONS: &[&str] = &[
 /// An NVIDIA driver that has been initialised.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Driver {
-    /// The CUDA version it supports, as 1000 · major + 10 · minor.
+    /// The CUDA version that the driver supports, as 1000 · major + 10 · minor.
     version: i32,
-    /// Devices it shows to this process.
+    /// Number of devices visible to this process.
     pub(crate) devices: usize,
 }
 
 impl Driver {
-    /// Such as 13.0.
+    /// The CUDA version that the driver supports, such as 13.0.
     pub(crate) fn version(&self) -> String {
         format!("{}.{}", self.version / 1000, self.version % 1000 / 10)
     }
 }
 
-/// The driver, or why there is none and what to do. Looked for once.
+/// The driver, or the reason why it can't be used and what to do. Looked up once.
 pub(crate) fn get() -> Result<Driver, String> {
     static DRIVER: OnceLock<Result<Driver, String>> = OnceLock::new();
     DRIVER.get_or_init(find).clone()
@@ -87,7 +87,7 @@ pub(crate) fn get() -> Result<Driver, String> {
 fn find() -> Result<Driver, String> {
     let names =
         if cfg!(windows) { ["nvcuda.dll", "nvcuda"] } else { ["libcuda.so", "libcuda.so.1"] };
-    // SAFETY: a driver's initialisers run, as in every CUDA program.
+    // SAFETY: loading the driver runs its initialisers, as in every CUDA program.
     let library = names.iter().find_map(|name| unsafe { libloading::Library::new(*name) }.ok());
     let Some(library) = library else {
         return Err(format!(
@@ -97,14 +97,14 @@ fn find() -> Result<Driver, String> {
         ));
     };
     for &function in FUNCTIONS {
-        // SAFETY: only whether it is there matters.
+        // SAFETY: the symbol is not used, only its presence checked.
         if unsafe { library.get::<*const ()>(function.as_bytes()) }.is_err() {
             return Err(format!("the NVIDIA driver is too old: it has no {function}; update it"));
         }
     }
     std::mem::forget(library); // cudarc keeps it loaded, too
     let (mut version, mut devices) = (0, 0);
-    // SAFETY: the functions are there, and are given valid pointers.
+    // SAFETY: the functions exist, and the pointers are valid.
     unsafe {
         check("cuInit", sys::cuInit(0)).map_err(|error| match error {
             Failed { result: CUresult::CUDA_ERROR_NO_DEVICE, .. } => {
@@ -126,24 +126,24 @@ pub(crate) struct Failed {
 }
 
 impl Failed {
-    /// Whether a capture forbids the call: then it did nothing, and the device is as good as
-    /// before.
+    /// True if a stream capture prevents the call. The call had no effect then, and the device has
+    /// not failed.
     pub(crate) fn is_of_capture(&self) -> bool {
         is_of_capture(self.result)
     }
 }
 
-/// Whether it is one of the errors that captures have for themselves.
+/// True for the errors that only stream captures cause.
 pub(crate) fn is_of_capture(result: CUresult) -> bool {
     let errors = CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED as u32
         ..=CUresult::CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD as u32;
-    errors.contains(&(result as u32)) // CUDA_ERROR_CAPTURED_EVENT among them
+    errors.contains(&(result as u32)) // the range includes CUDA_ERROR_CAPTURED_EVENT
 }
 
 impl std::fmt::Display for Failed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut text = std::ptr::null();
-        // SAFETY: a failed call means that there is a driver; it returns static strings.
+        // SAFETY: the driver is loaded, since a call to it failed; it returns static strings.
         let name = unsafe {
             match sys::cuGetErrorName(self.result, &mut text) {
                 CUresult::CUDA_SUCCESS => CStr::from_ptr(text).to_string_lossy(),
@@ -167,7 +167,7 @@ impl From<Failed> for String {
     }
 }
 
-/// The result of a driver call.
+/// Turns the result of a driver call into a `Result`.
 pub(crate) fn check(function: &'static str, result: CUresult) -> Result<(), Failed> {
     match result {
         CUresult::CUDA_SUCCESS => Ok(()),
@@ -175,7 +175,7 @@ pub(crate) fn check(function: &'static str, result: CUresult) -> Result<(), Fail
     }
 }
 
-/// `check`, for a call by its name.
+/// Calls a driver function by its name and checks the result.
 macro_rules! call {
     ($function:ident($($argument:expr),* $(,)?)) => {
         $crate::backend::cuda::driver::check(

@@ -1,5 +1,5 @@
-//! Memory that processes share and devices address: the host's, registered by each of them, and a
-//! device's, lent by the process that allocated it (CUDA IPC).
+//! Memory that several processes share and devices address: host memory that each process
+//! registers, and device memory that one process exports (CUDA IPC).
 
 use std::ffi::{c_char, c_uint};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -12,14 +12,14 @@ use super::running::defer;
 use super::Context;
 use crate::backend::{ImportLock, Mapping, Memfd};
 
-/// Memory of the host that other processes have, too, page-locked here and mapped for every device
-/// of this one.
+/// Host memory shared with other processes, page-locked and mapped for every device of this
+/// process.
 #[derive(Debug)]
 pub(crate) struct Registered {
     context: Arc<Context>,
-    /// Until it is dropped.
+    /// `None` only during the drop.
     shared: Option<Memfd>,
-    /// As devices know it.
+    /// Address for devices.
     address: u64,
 }
 
@@ -28,11 +28,11 @@ impl Registered {
         let _bound = context.bind()?;
         let start = shared.address() as *mut _;
         let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
-        // SAFETY: mapped with this size, and it stays so until it is unregistered.
+        // SAFETY: mapped with this size until it is unregistered.
         unsafe { call!(cuMemHostRegister_v2(start, shared.bytes(), flags)) }?;
         let mut registered =
             Registered { context: context.clone(), shared: Some(shared), address: 0 };
-        // SAFETY: registered for devices just now.
+        // SAFETY: registered for devices above.
         unsafe { call!(cuMemHostGetDevicePointer_v2(&mut registered.address, start, 0)) }?;
         Ok(registered)
     }
@@ -59,7 +59,7 @@ impl Drop for Registered {
     }
 }
 
-/// What goes with memory that other processes may open.
+/// Export of device memory: the IPC handle, and the lock that its importers hold.
 #[derive(Debug)]
 pub(super) struct IpcExport {
     handle: sys::CUipcMemHandle,
@@ -67,43 +67,44 @@ pub(super) struct IpcExport {
 }
 
 impl IpcExport {
-    /// Drivers lend whole blocks of this size, with all that is in them.
+    /// Allocation unit of the driver in bytes. The driver exports whole units, with all their
+    /// contents.
     pub(super) const BLOCK: usize = 2 << 20;
 
     pub(super) fn new(context: &Context, address: u64) -> Result<IpcExport, String> {
         let (mut handle, lease) = (sys::CUipcMemHandle { reserved: [0; 64] }, ImportLock::new()?);
         let _bound = context.bind()?;
-        // SAFETY: the start of memory of this context.
+        // SAFETY: the start of an allocation of this context.
         unsafe { call!(cuIpcGetMemHandle(&mut handle, address)) }?;
         Ok(IpcExport { handle, lease })
     }
 
-    /// What others open the memory by.
+    /// Handle and file for importers.
     pub(super) fn offer(&self) -> (Vec<u8>, BorrowedFd<'_>) {
         (self.handle.reserved.map(|byte| byte as u8).to_vec(), self.lease.file())
     }
 
-    /// Its memory goes when nobody has it open any more: who was stopped in an average that others
-    /// gave up writes there when it goes on.
+    /// Frees the memory as soon as no process has it open. A rank that was stopped during a failed
+    /// average may still write to it when it resumes.
     pub(super) fn end(self, context: &Arc<Context>, address: u64) {
         let what = What::Lent(address, self.lease);
         defer(DeferredFree { context: context.clone(), what });
     }
 }
 
-/// Memory of another process's device, or of this one's that another process allocated.
+/// Device memory that another process has exported.
 #[derive(Debug)]
 pub(crate) struct IpcImport {
     context: Arc<Context>,
     address: u64,
     bytes: usize,
-    /// Until it is dropped.
+    /// `None` only during the drop.
     lease: Option<ImportLock>,
 }
 
 impl IpcImport {
-    /// What another process offers, of so many bytes. Drivers open nothing that is this process's
-    /// own.
+    /// Opens memory of another process, of at least `bytes` bytes. Drivers do not open exports of
+    /// this process itself.
     pub(crate) fn open(
         context: &Arc<Context>,
         handle: &[u8],
@@ -119,10 +120,10 @@ impl IpcImport {
         let _bound = context.bind()?;
         let (mut address, mut base, mut found) = (0, 0, 0);
         let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as c_uint;
-        // SAFETY: the context is bound; a handle that is none is an error.
+        // SAFETY: the context is bound; an invalid handle is an error.
         unsafe { call!(cuIpcOpenMemHandle_v2(&mut address, raw, flags)) }?;
         let borrowed = IpcImport { context: context.clone(), address, bytes, lease };
-        // SAFETY: an address of this context's.
+        // SAFETY: an address of this context.
         unsafe { call!(cuMemGetAddressRange_v2(&mut base, &mut found, address)) }?;
         let room = (base + found as u64).saturating_sub(address);
         match room < bytes as u64 {
@@ -149,7 +150,7 @@ impl Drop for IpcImport {
     }
 }
 
-/// Memory that this process does not use any more, and that other processes had or have.
+/// Memory that this process no longer uses and that other processes may have open.
 #[derive(Debug)]
 pub(super) struct DeferredFree {
     context: Arc<Context>,
@@ -158,9 +159,9 @@ pub(super) struct DeferredFree {
 
 #[derive(Debug)]
 enum What {
-    /// Unmapped afterwards.
+    /// Unregistered, then unmapped.
     Registered(Mapping),
-    /// Its lease ends afterwards.
+    /// Closed; then its lock is released.
     IpcImport {
         address: u64,
         _lease: ImportLock,
@@ -169,14 +170,12 @@ enum What {
 }
 
 impl DeferredFree {
-    /// Gives it back, unless a process that it is lent to still has it open. Waits for kernels.
+    /// Releases the memory. False if another process still has it open. Waits for kernels.
     pub(super) fn give_back(&self) -> bool {
-        // the device is lost, and all with it
+        // The device is lost, and all its memory with it.
         let Ok(_bound) = self.context.bind() else { return true };
-        // SAFETY: made by this process
-        // in this context, and used by
-        // none of its kernels any more.
-        // An error leaves nothing to do.
+        // SAFETY: created by this process in this context, and no longer used by its kernels. An
+        // error leaves nothing to do.
         unsafe {
             let _ = match &self.what {
                 What::Registered(mapping) => {

@@ -1,6 +1,5 @@
-//! Whether two processes can use each other's device memory. As between devices of one process, see
-//! `peer`, only bytes that were moved tell, and here by just the mapping that mailboxes are reached
-//! through.
+//! Probe of peer access between processes. As between devices of one process (see `peer`), only
+//! transferred bytes show that access works. The probe uses the kind of mapping that mailboxes use.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -9,11 +8,11 @@ use super::peer::{probe, WORDS};
 use super::{Context, DeviceMemory};
 use crate::backend::{Memory, MemoryHandle, MemorySpace};
 
-/// Bytes of one part of it.
+/// Size of one part in bytes.
 const PART: usize = WORDS as usize * 4;
 
-/// Memory of this process's device that others try to use: a part that all of them read, and one
-/// that each of them writes.
+/// Device memory of this process for the probe: one part that all peers read, and one part per peer
+/// that this peer writes.
 #[derive(Debug)]
 pub(crate) struct IpcProbe {
     context: Arc<Context>,
@@ -31,8 +30,8 @@ impl IpcProbe {
         self.memory.offer().expect("memory that is to be lent")
     }
 
-    /// By the other process: whether what it reads is right. It writes what the owner is to read.
-    /// An error: it can't be opened.
+    /// Tests access from another process: true if the bytes it reads are right. Also writes the
+    /// part that the owner then checks. An error means that the memory can't be opened.
     pub(crate) fn visit(
         context: &Arc<Context>,
         offer: &MemoryHandle,
@@ -48,7 +47,7 @@ impl IpcProbe {
         Ok(right)
     }
 
-    /// Whether what it wrote is there.
+    /// True if the bytes that a peer has written are right.
     pub(crate) fn was_visited(&self, pending: usize) -> Result<bool, String> {
         is_there(&self.context, part(&self.memory, pending), seed(pending))
     }

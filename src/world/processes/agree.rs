@@ -1,6 +1,6 @@
-//! How ranks that are processes build an averager together: each shows its handshake to all others,
-//! opens the memory that it needs of theirs, and says whether it could. What one rank refuses or
-//! lacks, all of them are told.
+//! Building an averager across processes. Each rank shows its handshake to all others, opens their
+//! memory that it needs, and tells its verdict. A refusal or shortage of one rank is an error on
+//! every rank.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,15 +15,16 @@ use crate::error::Phase;
 use crate::world::{Agreement, Control, Handshake};
 use crate::{Error, Result};
 
-/// Number of an averager in messages: the view, and its ordinal in that view.
+/// Number of a build in messages: the view, and the build number in that view.
 type Number = (u32, u32);
 
-/// How long ranks are waited for when one has refused.
+/// Time to wait for further ranks after one has refused.
 const SOON: Duration = Duration::from_millis(300);
 
 impl ProcessBootstrap {
-    /// Collective, as `ThreadBootstrap::agree`. An error of one rank's handshake, or of what it
-    /// opens, is every rank's. `again`: its number, if it is built again.
+    /// Exchanges handshakes and opens the memory of peers. Collective, as `ThreadBootstrap::agree`.
+    /// An error in one handshake, or in opening its memory, is an error on every rank. `again` is
+    /// the build number of an averager that is built again.
     pub(in crate::world) fn agree(
         &self,
         handshake: Handshake,
@@ -34,14 +35,14 @@ impl ProcessBootstrap {
         if let Some(failure) = self.failure() {
             return Err(failure);
         }
-        // A process that joined is to be here soon: the others have a model to train.
+        // The members of a view with a joiner have a model to train, so they wait for it briefly.
         let timeout = if self.has_joined() { timeout.min(JOINING) } else { timeout };
         let deadline = deadline::after(timeout);
         let (body, files) = WireHandshake::of(&handshake);
         self.tell(Kind::Handshake, number, &body, &files, deadline)?;
         let frames = self.hear(Kind::Handshake, number, deadline, timeout, false, |_| false)?;
-        // Cards of layouts that are larger than this rank's own are read into small pieces, none of
-        // which can fail but by an abort.
+        // Parsing allocates many small pieces, and a small allocation that fails aborts the
+        // process. So memory for handshakes larger than this rank's own is tested first.
         let bytes: usize = frames.iter().map(|(_, frame)| frame.body.len()).sum();
         if let Err(reason) = limits::spare(4 * bytes) {
             let error = Error::Memory { rank: self.rank(), reason };
@@ -55,7 +56,7 @@ impl ProcessBootstrap {
             unopened.collect::<Result<Vec<Unopened>>>().map_err(|error| self.fail(error))?;
         let mut handshakes = vec![handshake.clone(); self.members().len()];
         unopened.iter().for_each(|unopened| handshakes[unopened.rank] = unopened.handshake.clone());
-        Agreement::check(&handshakes)?; // on every rank, so that none waits for verdicts
+        Agreement::check(&handshakes)?; // the same on every rank, so that none waits for a verdict
         let opened = self.open(unopened, handshakes);
         let verdict = self.verdict(number, opened.as_ref().err(), deadline, timeout);
         let handshakes = verdict.and(opened)?;
@@ -101,8 +102,8 @@ impl ProcessBootstrap {
         Ok(handshakes)
     }
 
-    /// Collective: tells all others whether this rank could open what it needs, and hears whether
-    /// they could. Of several that could not, every rank names the lowest.
+    /// Tells all others whether this rank could open what it needs, and receives their verdicts.
+    /// Collective. Of several refusals, every rank reports that of the lowest rank.
     fn verdict(
         &self,
         number: Number,
@@ -126,7 +127,7 @@ impl ProcessBootstrap {
         refused.chain(own).min_by_key(|&(rank, _)| rank).map_or(Ok(()), |(_, error)| Err(error))
     }
 
-    /// Says something to every other rank.
+    /// Sends a message to every other rank.
     pub(super) fn tell(
         &self,
         kind: Kind,
@@ -144,8 +145,8 @@ impl ProcessBootstrap {
         sent.map_err(|error| self.fail(failed(error)))
     }
 
-    /// What every other rank says of this kind. When this rank or another has refused, the rest is
-    /// waited for a moment only, and may be missing.
+    /// Receives the message of this kind and number from every other rank. After a refusal, by this
+    /// rank or another, further messages are waited for briefly, and may be missing.
     pub(super) fn hear(
         &self,
         kind: Kind,
@@ -191,7 +192,7 @@ impl ProcessBootstrap {
         }
     }
 
-    /// Why a peer that has not said it yet will not, if that is so.
+    /// The reason why no message will come from a peer, if there is one.
     fn silence(&self, rank: usize, peer: usize, state: &State) -> Option<Error> {
         let phase = Phase::Build;
         let aborts = |peer: &usize| state.aborts(*peer, self.number());
@@ -213,7 +214,7 @@ impl ProcessBootstrap {
         }
     }
 
-    /// True if the inbox, the credits and the control of this rank are used here.
+    /// True for the inbox, the credits and the control block of `rank` if this rank uses them.
     fn wanted(&self, rank: usize) -> [bool; 3] {
         let (own, world) = (self.placement.position(self.rank()), self.members().len());
         let position = self.placement.position(rank);

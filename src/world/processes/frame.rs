@@ -1,4 +1,4 @@
-//! Messages between processes: a header with a version and a view, a bounded body of JSON, and file
+//! Messages between processes: a header with version and view, a bounded JSON body, and file
 //! descriptors.
 
 use std::io::{self, Error, ErrorKind, IoSlice, IoSliceMut, Write};
@@ -16,54 +16,55 @@ use serde::{de::DeserializeOwned, Serialize};
 
 use crate::backend::limits::{why, Wanted};
 
-/// Of everything that two processes say to each other. One that says another is not understood.
+/// Version of all messages. A message of another version is refused.
 const VERSION: u16 = 3;
 const MAGIC: [u8; 4] = *b"PAVG";
 const HEADER: usize = 20;
-/// This process has no file descriptor, or no memory, for a message.
+/// Error kind: this process lacks file descriptors or memory for a message.
 pub(super) const SHORT: ErrorKind = ErrorKind::QuotaExceeded;
-/// A wait that is as good as one without an end.
+/// Timeout of a wait without a deadline.
 const LONG: Timespec = Timespec { tv_sec: 1 << 30, tv_nsec: 0 };
-/// A message is of another version of this crate.
+/// Error kind: the message has another version.
 pub(super) const OTHER_VERSION: ErrorKind = ErrorKind::Unsupported;
-/// Between two tries to send files, of which a user may have so many under way as one process may
-/// have open: others of this user's are still to be received. Root may have any number.
+/// Pause after `TOOMANYREFS`. The kernel limits the descriptors in flight of one user, except root,
+/// to the number of files that a process may open; another process of this user must receive some
+/// first.
 const CROWDED: Duration = Duration::from_millis(1);
-/// What the kernel passes on at once is more (253).
+/// Limit on files of one message. The kernel's own limit is 253.
 pub(super) const MOST_FILES: usize = 64;
 
-/// What a message is about.
+/// The type of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub(super) enum Kind {
-    /// To rank 0, from a rank that wants to take part.
+    /// To rank 0, from a rank that wants to take part in the world.
     Hello = 1,
-    /// From rank 0: here are your peers.
+    /// From rank 0: descriptions of all ranks, with sockets to them.
     Welcome = 2,
-    /// From rank 0: the world does not begin, for this reason.
+    /// From rank 0 or a member: refusal, with the reason.
     Refuse = 3,
-    /// What a rank shows when it builds an averager.
+    /// The handshake of a rank that builds an averager.
     Handshake = 4,
-    /// The sender's world is aborted.
+    /// The sender has aborted its world.
     Abort = 5,
     /// The sender is ready for the next view of its world.
     Ready = 6,
-    /// To a member's join listener, from a process that wants to join its world.
+    /// To a member's join listener, from a joiner.
     JoinRequest = 7,
-    /// From the join listener: the world.
+    /// From the join listener: description of the world.
     JoinOffer = 8,
-    /// To the join listener: become a peer. The number is the sender's id.
+    /// To the join listener: request to become a peer. The number is the joiner's id.
     Connect = 9,
-    /// From the member: you are heard as a peer is.
+    /// From the member: the joiner is connected as a peer, or the reason why not.
     Connected = 10,
-    /// To all members, whose peer the sender is by now: admit the sender after this view.
+    /// To all members, from a connected joiner: request for admission after this view.
     JoinPending = 11,
-    /// Whether the sender reaches memory of the receiver's device.
+    /// Result of the sender's test transfer to memory of the receiver's device.
     Reach = 12,
-    /// The sender has all that it needs, or says what it lacks: when ranks meet, and when they
-    /// build an averager.
+    /// The sender has all that it needs, or lacks something. Used at the end of a rendezvous and of
+    /// a build.
     Verdict = 13,
-    /// The averagers that the sender has, as it begins to build them again.
+    /// The averagers of the sender, before they are built again.
     Averagers = 14,
 }
 
@@ -75,7 +76,7 @@ impl Kind {
         met.into_iter().chain(strangers).find(|&kind| kind as u8 == byte)
     }
 
-    /// Most bytes of a body; few before the sender is known.
+    /// Largest body in bytes. Small for messages of unknown senders.
     fn most(self) -> usize {
         match self {
             Kind::Hello | Kind::JoinRequest => 48 << 10,
@@ -90,13 +91,13 @@ impl Kind {
 #[derive(Debug)]
 pub(super) struct Frame {
     pub(super) kind: Kind,
-    /// Of the sender's world: what an older one says is nothing to a newer.
+    /// The sender's view. Messages of earlier views are ignored.
     pub(super) view: u32,
-    /// Which of several of a kind.
+    /// Tells messages of one kind and view apart.
     pub(super) number: u32,
     pub(super) body: Vec<u8>,
     pub(super) files: Vec<OwnedFd>,
-    /// This process had no descriptors for the files, so that there are none.
+    /// True if the files were lost because this process had no file descriptors.
     pub(super) is_short: bool,
 }
 
@@ -116,8 +117,8 @@ pub(super) fn header(
     header
 }
 
-/// Sends a message, if all of it can be by `deadline`. One at a time on a stream. `InvalidInput`:
-/// nothing was sent.
+/// Sends a message, or fails at `deadline`. At most one thread at a time may send on a stream. On
+/// `InvalidInput` nothing was sent.
 pub(super) fn send(
     stream: &UnixStream,
     key: (Kind, u32, u32),
@@ -169,9 +170,9 @@ fn encode(
     Ok((header(key, body.len(), files.len()), body))
 }
 
-/// Sends a message on several streams at once, on this thread: a peer that does not listen keeps no
-/// other waiting. Tells `ended` of each stream, by its index, when it is done with or has failed,
-/// by `deadline` at the latest. An error: nothing was sent.
+/// Sends a message on several streams at once, on this thread, so that a peer that does not read
+/// delays no other. Calls `ended` with the index and the result of each stream, by `deadline` at
+/// the latest. On an error nothing was sent.
 pub(super) fn send_to_all(
     streams: &[&UnixStream],
     key: (Kind, u32, u32),
@@ -182,7 +183,7 @@ pub(super) fn send_to_all(
 ) -> io::Result<()> {
     let (header, body) = encode(key, body, files)?;
     let all = HEADER + body.len();
-    // By stream: its index, and how much of the message it has taken.
+    // Index of the stream, and bytes sent.
     let mut left: Vec<(usize, usize)> = (0..streams.len()).map(|index| (index, 0)).collect();
     loop {
         let mut is_crowded = false;
@@ -211,18 +212,18 @@ pub(super) fn send_to_all(
             return Ok(());
         }
         if is_crowded {
-            std::thread::sleep(CROWDED.min(patience)); // `poll` would not wait
+            std::thread::sleep(CROWDED.min(patience)); // `poll` would return at once
             continue;
         }
         let mut watched: Vec<PollFd<'_>> =
             left.iter().map(|&(index, _)| PollFd::new(streams[index], PollFlags::OUT)).collect();
-        // A wait that fails or is interrupted only means another look.
+        // A wait that fails or is interrupted only repeats the loop.
         let _ = poll(&mut watched, Some(&patience.try_into().unwrap_or(LONG)));
     }
 }
 
-/// Sends what a stream takes of a message without waiting, from byte `sent` of it on. Files go with
-/// the first byte.
+/// Sends as much of a message as a stream takes without blocking, from byte `sent` on. The files go
+/// with the first byte.
 fn send_some(
     stream: &UnixStream,
     [header, body]: [&[u8]; 2],
@@ -246,8 +247,7 @@ fn send_some(
     )
 }
 
-/// Receives a message of one of these kinds with at most so many files, if all of it comes before
-/// `deadline`.
+/// Receives a message of one of `kinds` with at most `most_files` files, or fails at `deadline`.
 pub(super) fn receive(
     stream: &UnixStream,
     kinds: &[Kind],
@@ -279,8 +279,8 @@ pub(super) fn receive(
         return bad("a message of a kind that does not belong here");
     };
     if is_short {
-        files.clear(); // which of them are missing can't be told
-                       // A peer goes on being heard, or this process could not tell it why.
+        files.clear(); // it can't be told which are missing
+                       // A peer stays connected, so that this process can still tell it the reason.
         if ![Kind::Handshake, Kind::Reach].contains(&kind) {
             return Err(Error::new(SHORT, short_of_files()));
         }
@@ -291,7 +291,7 @@ pub(super) fn receive(
     if bytes > kind.most() {
         return bad("a message that is longer than any");
     }
-    // It grows as bytes come: a header that announces many costs nothing.
+    // The body grows as bytes arrive, so a header with a large size costs nothing.
     let (mut body, mut part) = (vec![], [0; 64 << 10]);
     while body.len() < bytes {
         let flags = wait_at_most(stream, deadline)?;
@@ -299,8 +299,7 @@ pub(super) fn receive(
         match rustix::net::recv(stream, &mut part[..most], flags) {
             Ok((0, _)) => return Err(ErrorKind::UnexpectedEof.into()),
             Ok((count, _)) => {
-                // Room for all of it is asked for as its bytes come; where there is none, the
-                // message can't be had.
+                // A message that does not fit in memory is an error.
                 body.try_reserve(count)
                     .map_err(|_| Error::new(SHORT, "no memory for a message: free memory"))?;
                 body.extend_from_slice(&part[..count]);
@@ -316,8 +315,9 @@ fn bad(what: &str) -> io::Result<Frame> {
     Err(Error::new(ErrorKind::InvalidData, what.to_owned()))
 }
 
-/// What is there is read even after the deadline, since this process may have been stopped; but
-/// nothing is waited for then, or who sends a byte now and then would be heard for long.
+/// Flags of the next receive call. Data that has arrived is read even after the deadline, since
+/// this process may have been stopped. Data that has not arrived is not waited for then, so a
+/// sender of single bytes cannot extend the deadline.
 fn wait_at_most(stream: &UnixStream, deadline: Instant) -> io::Result<RecvFlags> {
     let left = deadline.saturating_duration_since(Instant::now());
     if left.is_zero() {
@@ -326,15 +326,15 @@ fn wait_at_most(stream: &UnixStream, deadline: Instant) -> io::Result<RecvFlags>
     stream.set_read_timeout(Some(left)).map(|()| RecvFlags::empty())
 }
 
-/// What is wrong where file descriptors that came with a message could not be had.
+/// Error text for files that were lost for want of file descriptors.
 pub(super) fn short_of_files() -> String {
     let what = "taking file descriptors that came with a message";
     why(what, Wanted::Descriptor, rustix::io::Errno::MFILE)
 }
 
-/// Bytes that came, and whether there was no descriptor for a file that came with them. Only few
-/// files above so many are ever taken: many unknown processes together would leave this process
-/// without.
+/// Receives bytes. Returns their number, and true if a file was lost for want of a descriptor.
+/// Takes only few files above `most_files`: many unknown senders together must not use up the
+/// descriptors of this process.
 fn receive_some(
     stream: &UnixStream,
     flags: RecvFlags,
@@ -403,8 +403,8 @@ mod tests {
         assert_eq!(receive(&other, &ALL, 2, soon()).unwrap_err().kind(), ErrorKind::UnexpectedEof);
     }
 
-    /// A large message reaches the peers that read. A peer that does not read is late, and delays
-    /// no other.
+    /// A message reaches the peers that read. A peer that does not read is late, and delays no
+    /// other.
     #[test]
     fn a_message_to_all_waits_for_nobody() {
         let pairs: Vec<_> = (0..3).map(|_| UnixStream::pair().unwrap()).collect();
@@ -457,7 +457,7 @@ mod tests {
         send(&one, (Kind::Ready, 0, 0), &vec![7; 1000], &[], soon()).unwrap();
         let past = Instant::now();
         assert_eq!(receive(&other, &ALL, 2, past).unwrap().parse::<Vec<u8>>().unwrap(), [7; 1000]);
-        // Who is never quite silent is not heard for longer, either.
+        // A sender that is never silent is not received from for longer, either.
         (&one).write_all(&header((Kind::Hello, 0, 0), 4000, 0)).unwrap();
         let write = move || {
             while (&one).write_all(b" ").is_ok() {
@@ -506,7 +506,7 @@ mod tests {
     proptest! {
         #[test]
         fn garbage_is_an_error(mut bytes in proptest::collection::vec(any::<u8>(), 0..200), honest in 0usize..8) {
-            // The first so many bytes of the header are right.
+            // The first `honest` bytes of the header are valid.
             let right = [b'P', b'A', b'V', b'G', VERSION as u8, 0, Kind::Hello as u8, 0];
             for (byte, right) in bytes.iter_mut().zip(&right[..honest]) {
                 *byte = *right;

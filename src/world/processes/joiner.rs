@@ -1,5 +1,5 @@
-//! A process that joins a world that has begun: it becomes a peer of every member, and waits until
-//! they let it in.
+//! The joiner's side of joining a world: it connects to every member, and waits until they admit
+//! it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -22,14 +22,14 @@ use super::view_board::{View, ViewBoard};
 use crate::abi::PA_MAX_WORLD;
 use crate::backend::limits::{self, is_shortage, Wanted};
 
-/// Between two looks for a world that is not there yet, or for a member that does not answer.
+/// Shortest pause between two attempts to find a world, or to reach a member that does not answer.
 const AGAIN: Duration = Duration::from_millis(20);
-/// How long a further listener has to say which world it belongs to.
+/// Time that further listeners have to answer once a world has been found.
 const GLANCE: Duration = Duration::from_millis(200);
-/// Worlds of this name that are over or out of reach. More there will hardly be.
+/// Limit on worlds of one name that are over or unreachable.
 const MOST_WORLDS: usize = 64;
 
-/// Until it is let in. With how many other worlds of the name there were.
+/// Joins a world. Also returns its origin, and the number of other worlds of the name.
 pub(super) fn join(
     name: &str,
     own: LocalDevice,
@@ -61,7 +61,7 @@ pub(super) fn join(
     }
 }
 
-/// Until the world of this page lets it in.
+/// Waits until the world of this view board admits this process.
 fn enter(
     name: &str,
     own: &LocalDevice,
@@ -89,9 +89,9 @@ fn enter(
     Ok(peer_set)
 }
 
-/// Why a process is not let in.
+/// Reason why a process was not admitted.
 enum Outside {
-    /// No member is to be reached any more.
+    /// No member can be reached any more.
     Lost,
     For(String),
 }
@@ -99,11 +99,12 @@ enum Outside {
 struct Found {
     board: ViewBoard,
     origin: Origin,
-    /// Further worlds of the name.
+    /// Number of further worlds of the name.
     others: usize,
 }
 
-/// The first world of this name that answers, but for those that were lost. `None`: there is none.
+/// Finds the first world of this name that answers, except those in `lost`. An error is `None` if
+/// there is no such world.
 fn find(
     name: &str,
     host_info: &HostInfo,
@@ -138,7 +139,7 @@ fn find(
     }
 }
 
-/// A member's answer at its join listener.
+/// The answer of a member's join listener.
 struct Answer {
     stream: Private<UnixStream>,
     board: ViewBoard,
@@ -147,12 +148,12 @@ struct Answer {
 }
 
 enum Refused {
-    /// That listener does not answer, or gives no valid answer, for this reason.
+    /// The listener does not exist, or gives no valid answer, for this reason.
     NotThere(Option<String>),
     For(String),
 }
 
-/// The world behind a join listener.
+/// Asks a join listener for its world.
 fn request(
     name: &str,
     listener: usize,
@@ -196,17 +197,17 @@ fn request(
     Ok(Answer { stream, board, inside, process: files.next() })
 }
 
-/// On its way in.
+/// A process that waits for admission.
 struct Joiner<'a> {
     name: &'a str,
     peer_set: &'a PeerSet,
-    /// Members that hear it.
+    /// Members that this process is connected to.
     peers: BTreeSet<usize>,
-    /// Where members' listeners were, by id.
+    /// Number of each member's listener, by id.
     listeners: BTreeMap<usize, usize>,
-    /// The view whose members were all told that it waits.
+    /// The last view whose members were all sent `JoinPending`.
     said_for: Option<u32>,
-    /// When a member last was.
+    /// Time at which a member was last connected.
     reached: Instant,
 }
 
@@ -229,19 +230,20 @@ impl Joiner<'_> {
                     silent.get_or_insert(rank);
                 }
             }
-            // Asking a member that is stopped takes as long as all of them may be silent.
+            // Set after the members were asked: asking a member that is stopped takes as long as
+            // `PATIENCE`.
             if is_heard {
                 self.reached = Instant::now();
             }
             if self.reached.elapsed() > PATIENCE {
-                // that world is over, or these listeners are another world's
+                // the world is over, or its listeners belong to another world now
                 return Err(Outside::Lost);
             }
             if silent.is_none() && self.said_for != Some(view) {
                 for &member in members {
                     let told = (Kind::JoinPending, view, 0);
                     let _ = self.peer_set.send(member, told, &(), &[], deadline);
-                    // departed peers are found out below
+                    // a departed member is detected below
                 }
                 self.said_for = Some(view);
             }
@@ -265,15 +267,16 @@ impl Joiner<'_> {
         }
     }
 
-    /// Whether this member hears it. Asks it to, if it does not.
+    /// True if this member is connected. Connects to it otherwise.
     fn is_peer(&mut self, member: usize, deadline: Instant) -> Result<bool, Outside> {
         let mut state = self.peer_set.lock();
         let is_gone = state.gone.contains(&member);
         if self.peers.contains(&member) {
-            return Ok(!is_gone); // until the others have recovered
+            return Ok(!is_gone); // a member that has departed stays one until the view changes
         }
         if is_gone {
-            state.forget(member); // it hung up before it knew this process: once more
+            // it closed the connection before it had added this process: try again
+            state.forget(member);
         }
         drop(state);
         if !self.peer_set.lock().host_infos.contains_key(&member) {
@@ -318,7 +321,8 @@ impl Joiner<'_> {
         Ok(came == Some(true))
     }
 
-    /// Sends a `JoinRequest` to a member's listener, whichever it has. `None`: no answer.
+    /// Sends a `JoinRequest` to a member, whose listener's number may be unknown. `None`: no
+    /// answer.
     fn ask(&mut self, member: usize, deadline: Instant) -> Result<Option<Answer>, Outside> {
         let nonce = self.peer_set.connections.board.nonce();
         let host_info = self.peer_set.lock().host_infos[&self.peer_set.me].clone();
@@ -326,7 +330,7 @@ impl Joiner<'_> {
         for listener in
             known.into_iter().chain((0..MOST_LISTENERS).filter(|listener| Some(*listener) != known))
         {
-            // Those of peers are theirs for as long as they are there.
+            // The listener of a connected member belongs to that member while it lives.
             let is_there = |peer: &&usize| !self.peer_set.lock().gone.contains(peer);
             if self
                 .peers
@@ -343,7 +347,7 @@ impl Joiner<'_> {
                         return Ok(Some(answer));
                     }
                 }
-                Ok(_) | Err(Refused::NotThere(_)) => {} // of another world of this name, or of none
+                Ok(_) | Err(Refused::NotThere(_)) => {} // another world of this name, or no world
                 Err(Refused::For(reason)) => why = Some(reason),
             }
         }
@@ -351,7 +355,7 @@ impl Joiner<'_> {
     }
 }
 
-/// The time is over: what it was waited for.
+/// The reason for a timeout.
 fn why(silent: Option<usize>, ranks: usize, timeout: Duration) -> String {
     if let Some(rank) = silent {
         return format!(

@@ -1,52 +1,53 @@
-//! Who this process is, as launchers tell it through the environment.
+//! Rank, world size and job of this process, from the environment variables that launchers set.
 
 use super::ancestry::Process;
 use super::job::Known;
 use crate::abi::PA_MAX_WORLD;
 
-/// What the environment says.
+/// The values found in the environment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Launched {
     pub(super) rank: usize,
     pub(super) world_size: usize,
-    /// Names the world among those of this host.
+    /// Name of the world, unique on this host.
     pub(super) name: String,
-    /// Source of the name, in words.
+    /// Source of the name, for messages.
     pub(super) source: String,
     pub(super) known: Known,
-    /// The variable that the rank was taken from.
+    /// The variable that gave the rank.
     pub(super) variable: &'static str,
 }
 
-/// A launcher's variables for rank, world size, and how many of the ranks are on this host, if it
-/// says.
+/// The variables of one launcher: rank, world size, and the number of ranks on this host, if it
+/// sets one.
 struct Launcher {
     name: &'static str,
     rank: &'static str,
     world_size: &'static str,
     local_size: &'static str,
-    /// Variables that, taken together, no two jobs of one host have the same. The first must be
-    /// there.
+    /// Variables whose values together differ between any two jobs of one host. The first is
+    /// required.
     job: &'static [&'static str],
-    /// That of them which only the launcher itself gives, for each job another.
+    /// The variable of `job` that only the launcher itself sets, to another value for each job.
     knows: &'static str,
 }
 
-/// What a user sets to name the world by hand, for any launcher.
+/// Variable by which a user names the world explicitly, with any launcher.
 pub(super) const RENDEZVOUS: &str = "PARAM_AVERAGER_RENDEZVOUS";
 
-/// Not variables: the process that starts all ranks of a host, and whether this one has a terminal.
+/// Facts about this process that are looked up like variables: the process that started all ranks
+/// of this host, and the presence of a terminal.
 pub(super) const PARENT: &str = "the process that has started this one";
 pub(super) const TERMINAL: &str = "the terminal";
 
-/// Programs of MPICH and Intel MPI that are the ancestor of all ranks of a host, nearest first.
+/// Programs of MPICH and Intel MPI that are an ancestor of all ranks of a host, nearest first.
 const PROXIES: [&str; 3] = ["hydra_pmi_proxy", "pmi_proxy", "mpiexec.hydra"];
 
-/// Ids of Slurm's steps that run a shell: the interactive one, the batch script, and what is
-/// outside of any.
+/// Ids of Slurm steps that run a shell: interactive step, batch script, and external step.
 const SHELLS: [&str; 3] = ["4294967290", "4294967291", "4294967292"];
 
-/// In this order: a launcher inside of another's job is the one that is meant.
+/// Known launchers. The first with a rank variable counts: a launcher that was started inside of
+/// another's job comes first.
 const LAUNCHERS: [Launcher; 4] = [
     Launcher {
         name: "torchrun",
@@ -69,7 +70,7 @@ const LAUNCHERS: [Launcher; 4] = [
         rank: "PMI_RANK",
         world_size: "PMI_SIZE",
         local_size: "MPI_LOCALNRANKS",
-        job: &[PARENT], // it gives jobs no name, but starts all ranks of a host from one process
+        job: &[PARENT], // MPICH names no job, but starts all ranks of a host from one process
         knows: PARENT,
     },
     Launcher {
@@ -82,7 +83,7 @@ const LAUNCHERS: [Launcher; 4] = [
     },
 ];
 
-/// All variables that are read as text.
+/// Names of all variables that must be UTF-8.
 pub(super) fn variables() -> impl Iterator<Item = &'static str> {
     let of = |launcher: &Launcher| {
         let Launcher { rank, world_size, local_size, job, .. } = *launcher;
@@ -91,7 +92,8 @@ pub(super) fn variables() -> impl Iterator<Item = &'static str> {
     LAUNCHERS.iter().flat_map(of).chain([RENDEZVOUS]).filter(|name| *name != PARENT)
 }
 
-/// The process that started all ranks of this host, beneath wrappers of each rank's own.
+/// The process that started all ranks of this host, as pid and start time. Wrappers of single ranks
+/// are skipped.
 pub(super) fn parent() -> Option<String> {
     let own = Process::own()?;
     let proxy = own.ancestors().find(|ancestor| PROXIES.contains(&ancestor.name.as_str()));
@@ -103,7 +105,7 @@ pub(super) fn has_terminal() -> bool {
     Process::own().is_some_and(|own| own.has_terminal)
 }
 
-/// True if an address is this host's own. A name that is not known is not asked for anywhere.
+/// True if `address` is an address of this host. Unknown names are not resolved.
 fn is_here(address: &str) -> bool {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let first = |name: &str| name.split('.').next().unwrap_or_default().to_owned();
@@ -114,9 +116,9 @@ fn is_here(address: &str) -> bool {
 }
 
 impl Launcher {
-    /// Launcher that has set the rank of this process, if any.
+    /// The launcher that has set the rank of this process, if any.
     fn find(get: &impl Fn(&str) -> Option<String>) -> Option<&'static Launcher> {
-        // srun sets PMI_RANK, too, for programs that talk to its own PMI.
+        // srun sets PMI_RANK, too, for programs that use its PMI.
         let is_slurm = get("SLURM_PROCID").is_some() && get("MPI_LOCALNRANKS").is_none();
         let is_meant = |launcher: &&Launcher| {
             get(launcher.rank).is_some() && !(is_slurm && launcher.rank == "PMI_RANK")
@@ -124,8 +126,7 @@ impl Launcher {
         LAUNCHERS.iter().find(is_meant)
     }
 
-    /// Why the variables are those of a shell, from which ranks are still to be started, if they
-    /// are.
+    /// The reason, if the variables are those of a shell that will start the ranks.
     fn shell(&self, get: &impl Fn(&str) -> Option<String>) -> Option<String> {
         if self.name != "Slurm" {
             return None;
@@ -136,7 +137,8 @@ impl Launcher {
         } else if get("SLURM_STEP_ID").is_some_and(|step| SHELLS.contains(&step.as_str())) {
             "SLURM_STEP_ID is that of a shell".into()
         } else if get("SLURM_PTY_PORT").is_some() && (is_alone || get(TERMINAL).is_some()) {
-            // and in what this shell starts, by srun again without a terminal
+            // Ranks that srun starts from this shell inherit SLURM_PTY_PORT, but have no terminal
+            // and several tasks.
             "SLURM_PTY_PORT is set, as by srun --pty".into()
         } else {
             return None;
@@ -150,13 +152,14 @@ impl Launcher {
 }
 
 impl Launched {
-    /// Whether a launcher has set the rank of this process, be the rest right or wrong.
+    /// True if a launcher has set the rank of this process, even if other variables are missing or
+    /// wrong.
     pub(super) fn is_there(get: impl Fn(&str) -> Option<String>) -> bool {
         Launcher::find(&get).is_some_and(|launcher| launcher.shell(&get).is_none())
     }
 
-    /// From the variables that `get` knows, `PARENT` among them, or what is wrong with them and
-    /// what to do. A name that is `given` is the world's.
+    /// Reads the variables that `get` returns, `PARENT` among them. An error says what is wrong and
+    /// what to do. A `given` name takes precedence.
     pub(super) fn find(
         get: impl Fn(&str) -> Option<String>,
         given: Option<String>,
@@ -210,7 +213,7 @@ impl Launched {
             get(launcher.local_size).filter(|local| local.trim() != world_size.to_string())
         {
             let c = launcher.local_size;
-            // Several agents of torchrun may be on one host.
+            // Several torchrun agents may run on one host.
             let is_torchrun = launcher.rank == "RANK";
             let is_one_host = is_torchrun
                 && (by_hand.is_some() || get("MASTER_ADDR").is_some_and(|a| is_here(&a)));
@@ -244,7 +247,7 @@ impl Launched {
         }
         if get(launcher.job[0]).is_none() {
             if world_size == 1 {
-                // It has no peer to meet.
+                // A single rank has no peer to find.
                 let own = Process::own().map_or(0, |own| own.start);
                 let name = format!(
                     "alone/{}.{own}/{}",
@@ -384,8 +387,8 @@ mod tests {
             error.contains("start the ranks in it by srun")
         };
         assert!(!is_shell(&srun));
-        // sbatch, an interactive step of salloc, srun --pty; and ranks that the latter starts by
-        // srun.
+        // sbatch, an interactive step of salloc, and srun --pty are shells; ranks that srun starts
+        // within the latter are not.
         let sbatch = [
             ("SLURM_PROCID", "0"),
             ("SLURM_NTASKS", "2"),
@@ -401,7 +404,7 @@ mod tests {
         assert!(is_shell(&[&srun[..], &pty, &[(TERMINAL, "")]].concat()));
         assert!(is_shell(&[&alone[..], &srun[..1], &srun[3..], &pty].concat()));
         assert!(!is_shell(&[&srun[..], &pty].concat()));
-        // What starts ranks in the shell is what counts.
+        // A launcher that was started in the shell takes precedence.
         let torchrun = [("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", "1")];
         assert!(!is_shell(&[&sbatch[..], &torchrun].concat()));
     }
@@ -444,7 +447,7 @@ mod tests {
         let error = of("0", "17").unwrap_err();
         assert!(error.contains("WORLD_SIZE is 17: a world has 1 to 16 ranks"), "{error}");
         assert!(of("0", "0").unwrap_err().contains("WORLD_SIZE is 0"));
-        // One rank needs no port.
+        // A single rank needs no port.
         let alone = of("0", "1").unwrap();
         assert!(alone.name.starts_with("alone/"), "{alone:?}");
         assert!(of("0", "2").is_err() && of("1", "1").is_err());

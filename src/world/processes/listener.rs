@@ -1,5 +1,5 @@
-//! Accept loop for sockets with a guessable name. A connection is handed on only after a valid
-//! first message from the same user, within `HELLO`: other users, other programs and floods are
+//! Accept loop for listeners with a guessable name. A connection is handed on only after a valid
+//! first message from the same uid, within `HELLO`. Other users, other programs and floods are
 //! dropped.
 
 use std::io::ErrorKind;
@@ -16,47 +16,46 @@ use super::frame::{self, Frame, Kind};
 use super::private::Private;
 use crate::backend::limits::thread;
 
-/// Strangers that may be half way through their first message at once.
+/// Limit on connections whose first message is incomplete.
 pub(super) const MOST: usize = 64;
-/// How long one may take for it.
+/// Time for the first message.
 const HELLO: Duration = Duration::from_millis(if cfg!(any(test, fuzzing)) { 50 } else { 2000 });
-/// How long one may take where the others wait for it.
+/// Time for the first message if other connections wait for it.
 const PATIENCE: Duration = Duration::from_millis(500);
-/// Bytes of the stack of a thread.
+/// Stack of a thread in bytes.
 const STACK: usize = 256 << 10;
-/// Between two tries to accept one, where it can't be.
+/// Pause between two attempts to accept while descriptors are missing.
 const AGAIN: Duration = Duration::from_millis(2);
 
-/// An open socket. Shut when it is dropped, and its name free soon after.
+/// A listening socket. Dropping it shuts the socket down and frees the name soon after.
 #[derive(Debug)]
 pub(super) struct Listener {
-    // In this order, so that the thread, which waits for `_open` to go, is the last to have the
-    // listener.
+    // Dropped in this order: the thread waits for `_open`, so it is the last owner of the socket.
     listener: Arc<Private<UnixListener>>,
     short: Arc<Short>,
     _open: mpsc::Sender<()>,
 }
 
-/// The resource that was missing for a connection or for the files it sent.
+/// Resources that were missing for a connection or for the files it sent.
 #[derive(Debug, Default)]
 struct Short {
     files: AtomicBool,
-    /// The same, although no other connection held any that could be freed.
+    /// True if files were missing although no other connection held any.
     is_alone: AtomicBool,
-    /// Why no thread could be started.
+    /// The reason why no thread could be started.
     thread: Mutex<Option<String>>,
-    /// Strangers that are being heard.
+    /// Number of connections being read.
     inside: AtomicUsize,
 }
 
 impl Listener {
-    /// Calls `came` with each connection of this user's whose first message is of these kinds, with
-    /// at most so many files. Each is read on a thread of its own, so that none delays others;
-    /// those above `MOST` are refused, and may try again.
+    /// Calls `came` for each connection of the same user whose first message is one of `kinds`,
+    /// with at most `most_files` files. Each connection is read on a thread of its own, so that
+    /// none delays another. Connections above `MOST` are closed, and their processes may try again.
     ///
-    /// No thread is waited for: closing a file from an unknown process can take as long as that
-    /// process likes (`SO_LINGER`). So `came` may still be called just after the listener was
-    /// closed.
+    /// Dropping the listener waits for no thread: closing a file from an unknown process can take
+    /// as long as that process chooses (`SO_LINGER`). So `came` may still be called shortly after
+    /// the drop.
     pub(super) fn open(
         listener: UnixListener,
         kinds: &'static [Kind],
@@ -74,7 +73,8 @@ impl Listener {
         ) {
             Ok(frame) => came(stream, frame),
             Err(error) if error.kind() == frame::SHORT => lacks.file(1),
-            // Whatever it understands of the answer, it sees that this is another version.
+            // A process of another version understands at least the header of the answer, and its
+            // version.
             Err(error) if error.kind() == frame::OTHER_VERSION => {
                 let refuse = (Kind::Refuse, 0, 0);
                 let _ =
@@ -85,7 +85,8 @@ impl Listener {
         let (hear, kept, lacks) = (Arc::new(hear), listener.clone(), short.clone());
         let keep = move || {
             keep(&kept, &is_open, &lacks, &hear);
-            let _ = is_open.recv(); // the last holder of the listener closes what was sent to it
+            // the last owner of the socket closes the connections in its backlog
+            let _ = is_open.recv();
         };
         match thread("listener".into(), STACK, keep) {
             Ok(_) => Ok(Listener { listener, short, _open: open }),
@@ -93,7 +94,7 @@ impl Listener {
         }
     }
 
-    /// What was wanting, if something was, and what to do.
+    /// The missing resource, if any, and what to do.
     pub(super) fn shortage(&self) -> Option<String> {
         let thread = self.short.thread.lock().unwrap_or_else(PoisonError::into_inner).clone();
         thread.or_else(|| self.short.files.load(Ordering::Relaxed).then(frame::short_of_files))
@@ -115,7 +116,7 @@ pub(super) struct Shut {
 }
 
 impl Shut {
-    /// Answers so many connections with a reason, on this thread.
+    /// Answers up to `most` connections with a reason, on this thread.
     pub(super) fn refuse(
         &self,
         kinds: &[Kind],
@@ -144,7 +145,8 @@ impl Shut {
 }
 
 impl Short {
-    /// There was no descriptor, while so many connections were being read that do not count.
+    /// Records that a descriptor was missing, while `own` of the connections being read were the
+    /// caller's.
     fn file(&self, own: usize) {
         self.files.store(true, Ordering::Relaxed);
         self.is_alone.fetch_or(self.inside.load(Ordering::Relaxed) <= own, Ordering::Relaxed);
@@ -176,8 +178,8 @@ fn keep(
             {
                 continue
             }
-            // Shut, or no descriptors left: those inside give some back, or whoever waits here
-            // gives up.
+            // The socket is shut, or no descriptor is left. Connections being read will free some,
+            // or the process that waits here gives up.
             Err(error) => {
                 if is_short(&error) {
                     short.file(0);
@@ -188,7 +190,7 @@ fn keep(
                 }
             }
         };
-        // First, so that no other user has a thread started.
+        // Checked first, so that another user cannot make this process start a thread.
         if is_same_user(&stream).is_err() || short.inside.load(Ordering::Relaxed) >= MOST {
             continue;
         }
@@ -199,7 +201,7 @@ fn keep(
         let stranger = move || {
             let stream = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
             stream.into_iter().for_each(|stream| hear(stream));
-            // last: a connection that can't be closed still counts
+            // last, so that a connection that takes long to close still counts
             leaving.inside.fetch_sub(1, Ordering::Relaxed);
         };
         if let Err(reason) = thread("hello".into(), STACK, stranger) {
@@ -207,7 +209,7 @@ fn keep(
             let reason = format!(
                 "this world's rank 0, or a member, can't start a thread to hear others: {reason}"
             );
-            // A socket that nothing was sent on has room for it: this does not block.
+            // The send buffer of an unused socket has room, so this does not block.
             let stream = untold.lock().unwrap_or_else(PoisonError::into_inner).take();
             let _ = stream.map(|stream| {
                 frame::send(&stream, (Kind::Refuse, 0, 0), &reason, &[], Instant::now())
@@ -217,7 +219,7 @@ fn keep(
     }
 }
 
-/// Of file descriptors.
+/// True if the error is a shortage of file descriptors.
 fn is_short(error: &std::io::Error) -> bool {
     use rustix::io::Errno;
     [Errno::MFILE, Errno::NFILE]
@@ -238,7 +240,7 @@ mod tests {
 
     const LINGER: Duration = Duration::from_secs(20);
 
-    /// A socket that takes as long as `LINGER` to close, and its other end, which does not listen.
+    /// A socket that takes `LINGER` to close, and its other end, which does not read.
     fn lingering() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -250,7 +252,7 @@ mod tests {
         (one, other)
     }
 
-    /// A process with another version of this crate is answered, and hears nothing else.
+    /// A process with another version of this crate is told so, and its message is not handed on.
     #[test]
     fn another_version_is_told_so() {
         let address = format!("other-version-{}", std::process::id());
@@ -276,7 +278,7 @@ mod tests {
         let listener = UnixListener::bind_addr(&address).unwrap();
         let come = || UnixStream::connect_addr(&address).unwrap();
         let mut ends = vec![];
-        // The bytes and the file, of which this was the last copy.
+        // Sends bytes with the last copy of a file that lingers.
         let mut send = |stream: &UnixStream, bytes: &[u8]| {
             let (file, end) = lingering();
             let files = [file.as_fd()];
@@ -292,7 +294,7 @@ mod tests {
         let begin = Instant::now();
         frame::send(&honest, (Kind::Hello, 0, 7), &(), &[], begin + LINGER).unwrap();
         let _crowd: Vec<UnixStream> = (0..MOST).map(|_| come()).collect();
-        // One is refused, and the other is not admitted yet when the listener is closed.
+        // One is refused, and the other is still in the backlog when the listener is closed.
         let late = [come(), come()];
         late.iter().for_each(|late| send(late, b"P"));
         let (say, heard) = mpsc::channel();

@@ -1,5 +1,5 @@
-//! Which ranks that are processes reach each other's device memory: all try it, each with every
-//! other, before they build anything.
+//! Test of peer access between processes. Each rank tests its access to the device memory of every
+//! other, before anything is built.
 
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
@@ -11,16 +11,16 @@ use super::peer_set::{CurrentView, PeerSet};
 use crate::backend::cuda::{IpcProbe, PeerAccess};
 use crate::backend::MemoryHandle;
 
-/// What ranks tell each other, in this order.
+/// Numbers of the messages, in order.
 const OFFER: u32 = 0;
 const VISITED: u32 = 1;
 const FOUND: u32 = 2;
 
-/// What is found: nothing if memory can't be opened, else whether the bytes that were moved are
-/// right.
+/// Result of a test: `None` if memory can't be opened, otherwise true if the transferred bytes are
+/// intact.
 type Found = Option<bool>;
 
-/// Collective among the members of a view. Does nothing on CPUs, where all memory is one.
+/// Tests peer access between all members of a view. Collective. Does nothing on CPUs.
 ///
 /// ```text
 ///  one                                           other
@@ -29,7 +29,7 @@ type Found = Option<bool>;
 ///  what it found                       ────────▶ everybody
 /// ```
 ///
-/// and the same the other way, at once.
+/// The same runs in the opposite direction at the same time.
 pub(super) fn find(
     peer_set: &PeerSet,
     view: &CurrentView,
@@ -41,7 +41,7 @@ pub(super) fn find(
     let me =
         members.iter().position(|&peer| peer == peer_set.me).ok_or("this rank is no member")?;
     let talk = Talk { peer_set, view, members, deadline };
-    // None, if memory of this device can't be lent: there are systems without CUDA IPC.
+    // `None` without CUDA IPC.
     let trial = IpcProbe::new(&context, members.len()).ok();
     let (offer, file) = trial.as_ref().map(IpcProbe::offer).unzip();
     let frames = talk.exchange(OFFER, |_| offer.clone(), file.as_slice())?;
@@ -84,7 +84,7 @@ struct Talk<'a> {
 }
 
 impl Talk<'_> {
-    /// Tells every other rank something, and returns what each of them tells.
+    /// Sends a message to every other rank, and receives one from each.
     fn exchange<T: Serialize>(
         &self,
         number: u32,
@@ -96,7 +96,7 @@ impl Talk<'_> {
             self.members.iter().copied().enumerate().filter(|&(_, peer)| peer != self.peer_set.me)
         };
         for (rank, peer) in others() {
-            // Who is gone is found out below.
+            // A departed peer is detected below.
             let _ = self.peer_set.send(peer, key, &say(rank), files, self.deadline);
         }
         let hear = |(rank, peer): (usize, usize)| {

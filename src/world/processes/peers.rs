@@ -1,5 +1,5 @@
-//! The peers of this process: a thread for each listens to what the peer says, and sees when it is
-//! gone.
+//! Connections to the peers of this process. One thread per peer receives its messages and detects
+//! its departure.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -22,21 +22,22 @@ use super::view_board::ViewBoard;
 use crate::backend::limits::thread;
 use crate::world::Agreement;
 
-/// A message that has begun is there within this time, or its sender is taken for gone.
+/// Longest time from the first byte of a message to its last. A slower sender is treated as
+/// departed.
 const WHOLE_MESSAGE: Duration = Duration::from_secs(60);
 /// Bytes of the stack of a listening thread.
 const STACK: usize = 256 << 10;
-/// Messages of one peer that nobody has asked for yet.
+/// Messages of one peer that may wait to be taken.
 const MOST_WAITING: usize = 256;
 
 #[derive(Debug)]
 struct Peer {
     stream: Private<UnixStream>,
-    /// One message at a time.
+    /// Locked while a message is sent.
     sending: Mutex<()>,
 }
 
-/// Why a peer is not listened to.
+/// A peer for which no receiving thread could be started.
 #[derive(Debug)]
 pub(super) struct Unheard {
     pub(super) reason: String,
@@ -44,17 +45,17 @@ pub(super) struct Unheard {
 }
 
 impl Unheard {
-    /// The peer can still be told.
+    /// Stream on which the peer can be told the reason.
     pub(super) fn stream(&self) -> &UnixStream {
         &self.peer.stream
     }
 }
 
-/// What the listening threads have a part in.
+/// State that the receiving threads share.
 #[derive(Debug)]
 pub(super) struct Connections {
     pub(super) board: ViewBoard,
-    /// None: this process has left.
+    /// `None` once this process has left.
     peers: Mutex<Option<BTreeMap<usize, Arc<Peer>>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     state: Mutex<State>,
@@ -63,28 +64,28 @@ pub(super) struct Connections {
     joiner: AtomicU32,
 }
 
-/// What is known of the peers.
+/// Received state of the peers.
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) gone: BTreeSet<usize>,
-    /// Why one of them, which may still be there, can't be heard any more.
+    /// Peers that may live but whose messages can't be received any more, with the reason.
     pub(super) trouble: BTreeMap<usize, String>,
-    /// Where they are.
+    /// Host information of each peer, and of this process.
     pub(super) host_infos: BTreeMap<usize, HostInfo>,
-    /// By peer: the oldest of its messages that were not asked for yet.
+    /// Messages that were not taken yet, by peer. The oldest of equal keys is kept.
     messages: BTreeMap<usize, BTreeMap<(Kind, u32, u32), Frame>>,
-    /// Averagers built: peers that are gone are marked on their boards.
+    /// Averagers whose control blocks are told of departures and aborts.
     built: Vec<(Weak<Agreement>, Ring)>,
 }
 
-/// The view of an averager, and the peers by their position in it.
+/// The view of an averager, and its peers by ring position.
 #[derive(Clone, Debug)]
 pub(super) struct Ring {
     pub(super) view: u32,
     pub(super) peers: Arc<[usize]>,
 }
 
-/// Says on an averager's board that a peer does not come again.
+/// Records in an averager's control block that a peer has departed.
 pub(super) fn leave(agreement: &Agreement, ring: &Ring, peer: usize) {
     if let Some(position) = ring.peers.iter().position(|&other| other == peer) {
         agreement.control.leave(position);
@@ -111,7 +112,8 @@ impl State {
             || self.messages.get(&peer).is_some_and(|said| said.keys().any(is_past))
     }
 
-    /// True if the peer has aborted this view, or the one before it on its way to this one.
+    /// True if the peer has aborted this view, or the view before it during the change to this
+    /// view.
     pub(super) fn aborts(&self, peer: usize, view: u32) -> bool {
         let before = view.checked_sub(1).is_some_and(|last| self.has(peer, (Kind::Abort, last, 1)));
         before || [0, 1].into_iter().any(|going| self.has(peer, (Kind::Abort, view, going)))
@@ -123,9 +125,9 @@ impl State {
         self.host_infos.remove(&peer);
     }
 
-    /// Forgets all but the last `most` departed peers that are no members.
+    /// Forgets departed peers that are no members, except the last `most`.
     pub(super) fn forget_gone(&mut self, members: &[usize], most: usize) {
-        // The later one came, the higher is its id.
+        // Ids grow with time.
         let outside = self.gone.iter().filter(|&peer| !members.contains(peer)).rev().skip(most);
         for peer in outside.copied().collect::<Vec<_>>() {
             self.forget(peer);
@@ -142,13 +144,13 @@ impl State {
         self.messages.keys().copied().filter(waits).collect()
     }
 
-    /// Those that are there and no members.
+    /// Connected peers that are no members.
     pub(super) fn outsiders(&self, members: &[usize]) -> Vec<usize> {
         let is_one = |peer: &&usize| !members.contains(peer) && !self.gone.contains(peer);
         self.host_infos.keys().filter(is_one).copied().collect()
     }
 
-    /// Forgets what was said in views before this one.
+    /// Drops messages of earlier views.
     pub(super) fn forget_before(&mut self, view: u32) {
         self.messages.retain(|_, messages| {
             messages.retain(|&(_, of, _), _| of >= view);
@@ -156,7 +158,7 @@ impl State {
         });
     }
 
-    /// The averagers of all views that are still there.
+    /// Averagers of all views that have not been dropped.
     pub(super) fn built(&self) -> Vec<(Arc<Agreement>, Ring)> {
         self.built
             .iter()
@@ -166,7 +168,7 @@ impl State {
 }
 
 impl Connections {
-    /// State of a process without peers.
+    /// Connections of a process without peers.
     pub(super) fn new(board: ViewBoard, me: usize, host_info: HostInfo) -> Connections {
         let state = State { host_infos: [(me, host_info)].into(), ..State::default() };
         Connections {
@@ -179,7 +181,6 @@ impl Connections {
         }
     }
 
-    // No code that can panic holds the lock with the state half changed.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -196,8 +197,7 @@ impl Connections {
         self.peers().as_ref()?.get(&peer).cloned()
     }
 
-    /// Sends a message, which waits for a peer that does not listen, but not for longer than
-    /// `deadline`.
+    /// Sends a message. Blocks while the peer does not read, until `deadline` at most.
     pub(super) fn send(
         &self,
         peer: usize,
@@ -206,20 +206,20 @@ impl Connections {
         files: &[BorrowedFd<'_>],
         deadline: Instant,
     ) -> io::Result<()> {
-        let Some(peer) = self.peer(peer) else { return Ok(()) }; // it is gone
+        let Some(peer) = self.peer(peer) else { return Ok(()) }; // departed
         let Peer { stream, sending } = &*peer;
         let _one = sending.lock().unwrap_or_else(PoisonError::into_inner);
         frame::send(stream, key, body, files, deadline).inspect_err(|error| {
             if error.kind() != io::ErrorKind::InvalidInput {
-                // It may be half sent: nothing that follows would be understood.
+                // The message may be half sent, and no later one would be understood.
                 let _ = stream.shutdown(Shutdown::Both);
             }
         })
     }
 
-    /// Sends a message to several peers at once, on this thread. Peers that are gone, or do not
-    /// listen until `deadline`, are found out by what they do not answer. An error: the message is
-    /// too large, and nothing was sent.
+    /// Sends a message to several peers at once, on this thread. A peer that has departed, or does
+    /// not read before `deadline`, gets no message; its missing answer shows that later. On an
+    /// error the message is too large, and nothing was sent.
     pub(super) fn send_to_all(
         &self,
         peers: impl Iterator<Item = usize>,
@@ -229,7 +229,7 @@ impl Connections {
         deadline: Instant,
     ) -> io::Result<()> {
         let peers: Vec<Arc<Peer>> = peers.filter_map(|peer| self.peer(peer)).collect();
-        // Each is locked until its peer has the message.
+        // Each lock is held until its peer has the message.
         let locks =
             peers.iter().map(|peer| peer.sending.lock().unwrap_or_else(PoisonError::into_inner));
         let mut sending: Vec<_> = locks.map(Some).collect();
@@ -242,16 +242,17 @@ impl Connections {
         })
     }
 
-    /// The same, at once or not at all.
+    /// Sends a message without a body, unless another thread is sending to this peer.
     pub(super) fn try_send(&self, peer: usize, key: (Kind, u32, u32)) {
         const SHORT: Duration = Duration::from_millis(100);
         if self.peer(peer).is_some_and(|peer| peer.sending.try_lock().is_ok()) {
-            let _ = self.send(peer, key, &(), &[], Instant::now() + SHORT); // it may be gone
+            // the peer may have departed
+            let _ = self.send(peer, key, &(), &[], Instant::now() + SHORT);
         }
     }
 
-    /// Waits until `done` gives something, looking again whenever a message came or a peer went.
-    /// `None`: it is too late.
+    /// Waits until `done` returns a value, and calls it again after each message and departure.
+    /// `None` after `deadline`.
     pub(super) fn wait<T>(
         &self,
         deadline: Instant,
@@ -271,19 +272,19 @@ impl Connections {
         }
     }
 
-    /// Both ends of all sockets see it, if the other is still there.
+    /// Shuts down all sockets. Both ends of each see it.
     pub(super) fn leave(&self) {
         for peer in self.peers().take().into_iter().flatten() {
             let _ = peer.1.stream.shutdown(Shutdown::Both);
         }
     }
 
-    /// Wakes whoever waits.
+    /// Wakes all waiting threads.
     pub(super) fn wake(&self) {
         self.changed.notify_all();
     }
 
-    /// Remembers an averager, so that the death of a peer ends its waits.
+    /// Registers an averager, so that departures and aborts end its waits.
     pub(super) fn watch(&self, agreement: &Arc<Agreement>, ring: Ring) {
         let mut state = self.lock();
         state.built.retain(|(other, _)| other.strong_count() > 0);
@@ -307,7 +308,7 @@ impl Connections {
         }
     }
 
-    /// Begins to listen to a peer that was met.
+    /// Starts to receive from a peer.
     pub(super) fn add(
         self: &Arc<Self>,
         peer: usize,
@@ -346,7 +347,8 @@ impl Connections {
     fn is_gone(&self, peer: usize) {
         let mut state = self.lock();
         state.gone.insert(peer);
-        // Under the lock, so that `watch` misses nobody. The memory is the host's.
+        // Under the lock, so that `watch` sees every departure. The host can write the memory
+        // without a device.
         for (agreement, ring) in state.built() {
             leave(&agreement, &ring, peer);
         }
@@ -357,19 +359,19 @@ impl Connections {
     }
 }
 
-/// Until the peer is gone, or this process leaves.
+/// Receives messages until the peer departs or this process leaves.
 fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, connections: &Connections) {
     loop {
         let mut watched = vec![PollFd::new(stream, PollFlags::IN)];
-        // Children of the peer may hold its socket open when it has ended. What it said is heard
-        // all the same.
+        // Children of the peer may keep its socket open after it has ended. Messages that it sent
+        // before are still received.
         watched.extend(
             process.map(|process| PollFd::from_borrowed_fd(process.as_fd(), PollFlags::IN)),
         );
         match poll(&mut watched, None) {
             Err(rustix::io::Errno::INTR) => continue,
             Err(_) => break,
-            Ok(_) if watched[0].revents().is_empty() => break, // its process has ended
+            Ok(_) if watched[0].revents().is_empty() => break, // the process has ended
             Ok(_) => {}
         }
         let frame = match frame::receive(stream, &KINDS, MOST_FILES, Instant::now() + WHOLE_MESSAGE)
@@ -382,7 +384,7 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, connectio
                 connections.lock().trouble.insert(peer, error.to_string());
                 break;
             }
-            Err(_) => break, // it is gone
+            Err(_) => break, // departed
         };
         let (kind, view, number) = (frame.kind, frame.view, frame.number);
         let mut state = connections.lock();
@@ -410,11 +412,11 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, connectio
         drop(state);
         connections.changed.notify_all();
     }
-    let _ = stream.shutdown(Shutdown::Both); // the peer is to know that it is not heard any more
+    let _ = stream.shutdown(Shutdown::Both); // tells the peer that it is not received from any more
     connections.is_gone(peer);
 }
 
-/// All that peers say to each other once they have met.
+/// Kinds of messages between peers.
 const KINDS: [Kind; 8] = [
     Kind::Handshake,
     Kind::Verdict,
@@ -425,5 +427,5 @@ const KINDS: [Kind; 8] = [
     Kind::JoinPending,
     Kind::Reach,
 ];
-/// Messages of a handshake.
+/// Files of the largest message, a handshake.
 const MOST_FILES: usize = 3;

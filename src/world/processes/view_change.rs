@@ -1,4 +1,4 @@
-//! View changes: without members that were lost, or with a process that joins.
+//! View changes: removal of lost members and admission of a joiner.
 
 use std::sync::atomic::Ordering;
 use std::sync::PoisonError;
@@ -13,11 +13,11 @@ use crate::deadline;
 use crate::error::Phase;
 use crate::{Error, Result};
 
-/// What a `Kind::Ready` says: the sender will take part.
+/// Number of a `Kind::Ready` from a process that will take part.
 const READY: u32 = 0;
-/// It has been decided who does.
+/// Number of a `Kind::Ready` from a process that has decided the view.
 const DECIDED: u32 = 1;
-/// How long a message takes that was sent already.
+/// Time for a message that was sent already to arrive.
 const SOON: Duration = Duration::from_millis(100);
 
 impl ProcessBootstrap {
@@ -32,39 +32,40 @@ impl ProcessBootstrap {
         self.view.agreed.joined.is_some()
     }
 
-    /// Whether this process is in a later one by now. Costs next to nothing.
+    /// True if this process has entered a later view. One relaxed load.
     pub(in crate::world) fn is_superseded(&self) -> bool {
         self.peer_set.number.load(Ordering::Relaxed) != self.number()
     }
 
-    /// Whether that was this one.
+    /// True if this process is the joiner of this view.
     pub(in crate::world) fn is_new(&self) -> bool {
         self.view.agreed.joined == Some(self.peer_set.me)
     }
 
-    /// Whether this process came late and has no model yet.
+    /// True if this process has joined and not received a model yet.
     pub(in crate::world) fn lacks_model(&self) -> bool {
         self.peer_set.is_new.load(Ordering::Relaxed)
     }
 
-    /// The process that joined has the model of the others.
+    /// Records that the joiner of this view has received the model.
     pub(in crate::world) fn has_model(&self) {
         self.view.settled.store(true, Ordering::Relaxed);
         self.peer_set.is_new.store(false, Ordering::Relaxed);
     }
 
-    /// Leaves the world: others are not to wait for what this process can't do.
+    /// Leaves the world, so that peers do not wait for this process.
     pub(in crate::world) fn leave(&self) {
         self.peer_set.leave();
     }
 
-    /// Collective among those that are left: the next view, of all members that are there and say
-    /// so within `timeout`, and of one more if all of them `admit` it.
+    /// Changes to the next view. Collective among the surviving members. The next view has all
+    /// members that are connected and call this function within `timeout`, and one joiner if all
+    /// members pass `admits`.
     ///
-    /// Each tells all others that it is ready, and which joiners it knows, and waits until every
-    /// other is ready or gone. The first process to have such a list of members, or to run out of
-    /// time, decides it, by compare-and-swap from the view before: all members adopt the first
-    /// list. A process that dies on the way leaves nothing half done.
+    /// Each process sends all others `Ready`, with the joiners it knows, and waits until every
+    /// other process is ready or departed. The first process that has such a list, or runs out of
+    /// time, decides the view by compare-and-swap from the view before. All members adopt the first
+    /// list, so a process that dies during the change leaves no partial state.
     pub(in crate::world) fn next_view(
         &self,
         timeout: Duration,
@@ -72,7 +73,7 @@ impl ProcessBootstrap {
     ) -> Result<ProcessBootstrap> {
         let mut latest = self.peer_set.latest.lock().unwrap_or_else(PoisonError::into_inner);
         if latest.number() > self.number() {
-            // another communicator of this process has been through it
+            // another communicator of this process has changed the view
             return Ok(self.view(latest.clone()));
         }
         if self.lacks_model() {
@@ -86,7 +87,7 @@ impl ProcessBootstrap {
         }
         let (next, me) = (self.number() + 1, self.peer_set.me);
         let deadline = deadline::after(timeout);
-        // A process that can't hear its peers must not decide the list of members.
+        // A process that can't receive from its peers must not decide the list of members.
         let is_needed =
             |peer: &usize| self.members().contains(peer) && Some(*peer) != self.unsettled();
         if let Some((_, reason)) =
@@ -108,7 +109,7 @@ impl ProcessBootstrap {
         let joiners = if admits { self.joiners(deadline) } else { vec![] };
         let tell = |number, to: &[usize], deadline| {
             for &peer in to.iter().filter(|&&peer| !self.peer_set.lock().gone.contains(&peer)) {
-                // One that does not listen is not ready, either.
+                // A peer that does not read is not ready, either.
                 let _ =
                     self.peer_set.send(peer, (Kind::Ready, next, number), &joiners, &[], deadline);
             }
@@ -125,7 +126,7 @@ impl ProcessBootstrap {
                 };
                 others.iter().all(settled) || is_decided() || aborted(state).is_some()
             };
-            // A joiner of this view without its model is not waited for.
+            // A joiner of this view that has no model yet is not waited for.
             let unsettled = self.unsettled();
             let _ = self.peer_set.wait(deadline, |state| all(state, unsettled).then_some(()));
             let _ = self
@@ -147,7 +148,7 @@ impl ProcessBootstrap {
                     .and_then(|frame| frame.parse().ok());
                 peer == me || said.is_some_and(|joiners: Vec<usize>| joiners.contains(&joiner))
             };
-            // One at a time: two joiners don't know each other.
+            // At most one joiner: two joiners are not connected to each other.
             let mut joiners =
                 joiners.iter().copied().filter(|_| members.len() < PA_MAX_WORLD as usize);
             let joined = joiners.find(|&joiner| {
@@ -157,7 +158,7 @@ impl ProcessBootstrap {
             let told = [others, state.outsiders(self.members())].concat();
             drop(state);
             board.propose(me, &self.view.agreed, &members, joined);
-            // Wakes ranks that wait for a process that is not coming, and joiners.
+            // Wakes members that wait for a process that will not arrive, and joiners.
             tell(DECIDED, &told, Instant::now() + SOON);
         }
         let agreed = board.agreed();
@@ -170,8 +171,8 @@ impl ProcessBootstrap {
             let tried =
                 p2p_probe::find(&self.peer_set, &latest, Instant::now() + timeout.min(JOINING));
             if tried.is_err() {
-                // What follows in this view fails by it, on all ranks, and the next one has that
-                // process no more.
+                // The average that transfers the model fails on all ranks then, and the next view
+                // excludes the joiner.
                 let rank = latest.members().iter().position(|&id| id == joined).unwrap_or(0);
                 latest.status().failure =
                     Some(Error::PeerLost { rank, phase: Phase::Build, committed: false });
@@ -184,13 +185,13 @@ impl ProcessBootstrap {
         self.members().iter().position(|&other| other == peer).expect("a member")
     }
 
-    /// The process that joined with this view, while it may have no model.
+    /// The joiner of this view, until it is known to have a model.
     fn unsettled(&self) -> Option<usize> {
         self.view.agreed.joined.filter(|_| !self.view.settled.load(Ordering::Relaxed))
     }
 
-    /// Joiners that wait. A peer has heard of one, so its `JoinPending` reaches this process soon,
-    /// if the joiner is still connected.
+    /// Joiners that are currently waiting. Some peer has already seen one; waits briefly for its
+    /// `JoinPending` to reach this process.
     fn joiners(&self, deadline: Instant) -> Vec<usize> {
         let soon = deadline.min(Instant::now() + SOON);
         let found = self.peer_set.wait(soon, |state| {
@@ -210,7 +211,7 @@ impl ProcessBootstrap {
     }
 }
 
-/// While it is there, an abort is one of a process that is on its way.
+/// Marks aborts as sent during a view change, while it exists.
 struct ViewChangeGuard<'a>(&'a PeerSet);
 
 impl<'a> ViewChangeGuard<'a> {

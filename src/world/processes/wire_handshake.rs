@@ -1,4 +1,4 @@
-//! Wire form of a handshake: memory is sent as files, with what else is needed to open it.
+//! Wire form of a handshake. Memory is sent as a file and a handle.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -18,16 +18,16 @@ pub(super) struct WireHandshake {
     schedule_position: u64,
     admission: Admission,
     ordinal: Option<String>,
-    /// Inbox, credits and control, if there is one.
+    /// Handles of inbox, credits and control block, as far as they exist.
     memories: [Option<MemoryHandle>; 3],
 }
 
-/// Reader of a handshake.
+/// The rank that opens the memory of a handshake.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reader<'a> {
     pub(super) rank: usize,
     pub(super) space: &'a MemorySpace,
-    /// Whether inbox, credits and control are used there.
+    /// True for inbox, credits and control block if the reader uses them.
     pub(super) wanted: [bool; 3],
 }
 
@@ -56,7 +56,7 @@ impl WireHandshake {
         (shown, files)
     }
 
-    /// The handshake of this rank, whose memory is still to be opened.
+    /// Parses the handshake of rank `rank`. Its memory is still to be opened.
     pub(super) fn read(frame: Frame, rank: usize) -> Result<Unopened> {
         let refuse = |reason: String| Error::PeerBuildFailed { rank, reason };
         let shown: WireHandshake = frame
@@ -83,7 +83,7 @@ impl WireHandshake {
     }
 }
 
-/// A handshake without its memory.
+/// A handshake whose memory has not been opened.
 #[derive(Debug)]
 pub(super) struct Unopened {
     pub(super) rank: usize,
@@ -94,8 +94,8 @@ pub(super) struct Unopened {
 }
 
 impl Unopened {
-    /// The handshake with what the reader wants. An error names the rank at fault: the owner of
-    /// memory that is not what it has to be, or the reader, which lacks something.
+    /// Opens the memory that the reader wants. An error names the rank at fault: the owner, if the
+    /// memory is invalid, or the reader, if it lacks a resource.
     pub(super) fn open(self, reader: Reader<'_>) -> Result<Handshake> {
         let Unopened { rank, mut handshake, memories, files, is_short } = self;
         let refuse = |reason: String| Error::PeerBuildFailed { rank, reason };
@@ -126,7 +126,7 @@ impl Unopened {
     }
 }
 
-/// A rank's own error without the rank, which the error that it becomes part of names.
+/// An error text of a rank without the rank's name, for use inside of an error that names the rank.
 pub(super) fn of_itself(reason: String, rank: usize) -> String {
     match reason.strip_prefix(&format!("rank {rank}")) {
         Some(rest) if rest.starts_with(": ") => rest[2..].into(),

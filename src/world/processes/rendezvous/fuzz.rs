@@ -1,5 +1,5 @@
-//! What an unknown process can send, as bytes from a fuzzer (`fuzz/` in the repository) or acts
-//! that a property test does, and what must come of it all the same.
+//! Fuzzing of the rendezvous. Input is a list of acts of unknown processes, from the bytes of a
+//! fuzzer (`fuzz/` in the repository) or from a property test.
 
 mod script;
 
@@ -18,8 +18,8 @@ use crate::world::processes::join_listener::{JoinOffer, JoinRequest};
 use crate::world::processes::rebuild::Offered;
 use crate::world::processes::wire_handshake::{Reader, WireHandshake};
 
-/// Feeds arbitrary bytes and files to the functions that read them: as an unknown process, as rank
-/// 0, or as a peer.
+/// Feeds arbitrary bytes and files to the functions that receive them: those of a listener, of a
+/// rank that waits for rank 0, or of a peer.
 pub fn frames(data: &[u8]) {
     const LISTENER: (&[Kind], usize) = (&[Kind::Hello], 1);
     const PENDING: (&[Kind], usize) = (&[Kind::Welcome, Kind::Refuse], frame::MOST_FILES);
@@ -77,7 +77,7 @@ pub fn frames(data: &[u8]) {
     nothing_is_left(before);
 }
 
-/// What whoever receives it does next.
+/// Parses a message as its receiver does.
 fn parse(me: &RankInfo, frame: Frame, how: u8) {
     match frame.kind {
         Kind::Hello => drop(frame.parse::<Hello>()),
@@ -97,8 +97,8 @@ fn parse(me: &RankInfo, frame: Frame, how: u8) {
     }
 }
 
-/// Lets a world meet while unknown processes do as a script says; the first byte gives the number
-/// of ranks.
+/// Runs a rendezvous while unknown processes act as the script says. The first byte determines the
+/// number of ranks.
 pub fn rendezvous(data: &[u8]) {
     let Some((&how, data)) = data.split_first() else { return };
     let before = left();
@@ -106,8 +106,8 @@ pub fn rendezvous(data: &[u8]) {
     nothing_is_left(before);
 }
 
-/// All ranks enter their world, and no unknown process does. Where one sends a valid `Hello`, all
-/// ranks at least end in time.
+/// Checks that all ranks enter their world and no unknown process does. If an unknown process sends
+/// a valid `Hello`, checks that all ranks end in time.
 fn play(world_size: usize, script: &[Act]) {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let name = format!("fuzz-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
@@ -186,13 +186,13 @@ fn says_hello(name: &str, script: &[Act]) -> bool {
     })
 }
 
-/// Most connections of one script.
+/// Limit on connections of one script.
 const MOST_CONNECTIONS: usize = 200;
 
 struct Strangers<'a> {
     name: &'a str,
     address: SocketAddr,
-    /// Connections; none where one is closed, or could not be had.
+    /// Connections; `None` if one is closed or could not be made.
     all: Vec<Option<UnixStream>>,
     turn: usize,
 }
@@ -225,7 +225,7 @@ impl Strangers<'_> {
         }
     }
 
-    /// Connects once rank 0 listens, and while there is room.
+    /// Connects as soon as rank 0 listens and has room.
     fn connect(&self, is_over: &dyn Fn() -> bool) -> Option<UnixStream> {
         let patience = Instant::now() + Duration::from_millis(20);
         while !is_over() && Instant::now() < patience {
@@ -238,9 +238,10 @@ impl Strangers<'_> {
     }
 }
 
-/// Where nothing else happens in the process meanwhile, as it does beside other tests.
+/// Checks that no file and no thread has leaked. Only a fuzzer's process runs nothing else at the
+/// same time.
 fn nothing_is_left(before: Left) {
-    // Strangers are heard on threads that end when they see them gone.
+    // Connections are received from on threads that end when they see them closed.
     let deadline = Instant::now() + Duration::from_secs(10);
     while cfg!(fuzzing) && left() != before {
         assert!(Instant::now() < deadline, "{:?}, there were {before:?}", left());
@@ -269,7 +270,7 @@ mod tests {
     use proptest::collection::vec;
     use proptest::prelude::*;
 
-    /// Scripts without a valid `Hello`, but with much that is nearly one.
+    /// Acts without a valid `Hello`, but with many that nearly are one.
     fn act() -> impl Strategy<Value = Act> {
         let bytes = prop_oneof![
             vec(any::<u8>(), 0..100),
@@ -295,7 +296,7 @@ mod tests {
     }
 
     proptest! {
-        // each may take 20 s
+        // each case may take 20 s
         #![proptest_config(ProptestConfig { cases: 50, max_shrink_iters: 5, ..ProptestConfig::default() })]
 
         #[test]

@@ -1,4 +1,5 @@
-//! Rank 0: waits until every rank has come, and makes them known to one another.
+//! Rank 0's side of the rendezvous: it waits until all ranks have arrived, and connects them to one
+//! another.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -22,14 +23,14 @@ use crate::world::processes::listener::{self, Listener};
 use crate::world::processes::private::Private;
 use crate::world::processes::view_board::ViewBoard;
 
-/// How long a rank's place is kept for it after a process of another job has claimed it.
+/// Time to wait for a rank of this job after a process of another job has claimed that rank.
 const STRAY: Duration = Duration::from_secs(5);
-/// Ranks and jobs of others that are remembered.
+/// Limit on remembered ranks, and on remembered jobs, of others.
 const MOST_OTHERS: usize = 64;
-/// Between two looks for anything but a rank that comes.
+/// Longest wait before other conditions than an arrival are checked.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Collective, with `visit` of all others.
+/// Meets the other ranks, which call `visit`. Collective.
 pub(super) fn meet(
     me: &RankInfo,
     address: &SocketAddr,
@@ -55,13 +56,13 @@ struct RankZero<'a> {
     deadline: Instant,
     timeout: Duration,
     came: BTreeMap<usize, Pending>,
-    /// Ranks of other jobs that came.
+    /// Ranks of other jobs that have arrived.
     strays: Vec<Stray>,
-    /// Jobs that have a rank 0 of their own, which came, too.
+    /// Other jobs whose rank 0 has arrived, too.
     firsts: Vec<Job>,
-    /// Another process says that it is a rank that is there.
+    /// True if two processes claimed one rank.
     is_contested: bool,
-    /// Ranks that were refused, and told so.
+    /// Number of ranks that were refused and told so.
     refused: usize,
 }
 
@@ -82,7 +83,7 @@ impl RankZero<'_> {
             let Ok(hello) = frame.parse::<Hello>() else { return };
             let process = frame.files.pop();
             match send.try_send(Pending { stream, hello, process }) {
-                Ok(()) | Err(TrySendError::Full(_)) => {} // it comes again
+                Ok(()) | Err(TrySendError::Full(_)) => {} // the process tries again
                 Err(TrySendError::Disconnected(pending)) => {
                     pending.refuse_as_foreign(&name::begun(&me, &pending.hello, since))
                 }
@@ -96,7 +97,7 @@ impl RankZero<'_> {
             shut.refuse(&[Kind::Hello], 1, self.me.world_size - 1, &reason, until);
             reason
         })?;
-        // Descriptors that are there again when others must be told that there are too few.
+        // Descriptors in reserve, to report a shortage of descriptors with.
         let reserve = [(); 2].map(|()| pidfd_open(getpid(), PidfdFlags::empty()));
         let gathered = self.gather(&arrivals, &listener);
         drop(reserve);
@@ -105,7 +106,7 @@ impl RankZero<'_> {
                 .map_err(|reason| format!("rank 0 can't bring the ranks together: {reason}"))
         });
         match result {
-            // From here on, whoever comes is told that the world has begun.
+            // The listener answers later processes that the world has begun.
             Ok(peers) => Ok(Peers { held: Some(listener), ..peers }),
             Err(mut reason) => {
                 if let Some(shortage) = listener
@@ -120,7 +121,7 @@ impl RankZero<'_> {
         }
     }
 
-    /// Until every rank has come.
+    /// Waits until all ranks have arrived.
     fn gather(
         &mut self,
         arrivals: &mpsc::Receiver<Pending>,
@@ -157,7 +158,7 @@ impl RankZero<'_> {
         Ok(())
     }
 
-    /// Tells the ranks that came, and those that come now.
+    /// Tells the reason to the ranks that have arrived, and to those that arrive soon.
     fn refuse_all(
         &mut self,
         arrivals: &mpsc::Receiver<Pending>,
@@ -165,20 +166,20 @@ impl RankZero<'_> {
         reason: &str,
     ) {
         let mut left = (self.me.world_size - 1).saturating_sub(self.came.len() + self.refused);
-        // Closed, so that others get their descriptors.
+        // Closed first, so that other connections get these descriptors.
         std::mem::take(&mut self.came).values().for_each(|pending| pending.refuse(reason));
-        // Two jobs fail by it.
+        // The error ends two jobs.
         left += if self.is_contested { self.me.world_size } else { 0 };
         let begin = Instant::now();
         while left > 0 {
-            // Connections that can't be read are answered by the listener.
+            // The listener itself answers connections that can't be read.
             let grace =
                 if self.me.refusal.is_some() && !listener.is_stuck() { PARTING } else { GRACE };
             let patience =
                 self.deadline.min(begin + grace).saturating_duration_since(Instant::now());
             match arrivals.recv_timeout(patience.min(TICK)) {
-                // A rank of another job comes again when this process has ended: it may have its
-                // own world.
+                // A rank of another job tries again after this process has ended, since its job may
+                // have a world of its own.
                 Ok(pending) if self.me.job.differs(&pending.hello.job).is_some() => {}
                 Ok(pending) => {
                     pending.refuse(reason);
@@ -224,7 +225,7 @@ impl RankZero<'_> {
         let (hello, mine) = (&pending.hello, self.me.hello());
         let (rank, name) = (hello.rank, &self.me.name);
         if hello.name != *name {
-            // The hashes of two long names are the same.
+            // The hashes of two long names collide.
             pending
                 .refuse(&format!("this socket is that of the world {name:?}: choose another name"));
             return Ok(());
@@ -277,8 +278,9 @@ impl RankZero<'_> {
         }
     }
 
-    /// Refuses a rank of another job. That job has a rank 0 of its own, and this world begins
-    /// without it; otherwise it is no other job, and no rank has to wait.
+    /// Refuses a rank of another job. If that job has a rank 0 of its own, this world begins without
+    /// the rank. Otherwise the rank probably belongs to this world, which then fails after `STRAY`
+    /// instead of waiting for the timeout.
     fn turn_away(&mut self, pending: &Pending, differs: &str) {
         let Hello { rank, job, world_size, .. } = &pending.hello;
         let reason = format!(
@@ -288,7 +290,8 @@ impl RankZero<'_> {
             self.me.name, self.me.job
         );
         pending.refuse_as_foreign(&reason);
-        // One that has parted, or is of a larger world, does not stand for a rank of this one.
+        // A rank that reports an error, or belongs to a larger world, does not stand for a rank of
+        // this world.
         let is_one = pending.hello.refusal.is_none() && *world_size == self.me.world_size;
         let is_known = self.firsts.iter().any(|first| first.differs(job).is_none());
         if *rank == 0 {
@@ -302,13 +305,13 @@ impl RankZero<'_> {
         }
     }
 
-    /// Gives every rank a socket to every other.
+    /// Sends every rank a socket to every other rank.
     fn introduce(&mut self) -> Result<Peers, String> {
         let failed =
             |error: io::Error| why("making sockets for all ranks", Wanted::Descriptor, error);
         let size = self.me.world_size;
         let board = ViewBoard::new(size)?;
-        // By whose it is, and to whom it leads.
+        // Keyed by (owner, peer).
         let mut sockets = BTreeMap::new();
         for (one, other) in (0..size).flat_map(|one| (one + 1..size).map(move |other| (one, other)))
         {
@@ -330,7 +333,7 @@ impl RankZero<'_> {
                 0 => own.as_ref(),
                 other => self.came[&other].process.as_ref(),
             });
-            // All, or none.
+            // Pidfds of all processes, or none.
             let processes: Option<Vec<&OwnedFd>> = processes.collect();
             files.extend(processes.unwrap_or_default().into_iter().map(AsFd::as_fd));
             match frame::send(
@@ -341,7 +344,7 @@ impl RankZero<'_> {
                 self.deadline,
             ) {
                 Err(error) if !is_early(&error) => return Err(failed(error)),
-                _ => {} // a departed one is found out by all, as a peer
+                _ => {} // every peer detects the departure of that rank later
             }
         }
         let peers = welcome.host_infos.into_iter().enumerate().map(|(rank, host_info)| {
@@ -357,7 +360,7 @@ impl RankZero<'_> {
     }
 }
 
-/// True if the other end is closed: no rank sends anything after its hello.
+/// True if the other end is closed. A rank sends nothing after its `Hello`.
 fn has_hung_up(stream: &UnixStream) -> bool {
     let _ = stream.set_nonblocking(true);
     let peeked = rustix::net::recv(stream, &mut [0; 1], rustix::net::RecvFlags::PEEK);

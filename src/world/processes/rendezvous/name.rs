@@ -1,4 +1,4 @@
-//! The name of a world: how rank 0 takes it, and what it answers to later processes that want it.
+//! The name of a world: rank 0 takes it, and answers later processes that want it.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
@@ -14,18 +14,18 @@ use crate::world::processes::frame::{self, Frame, Kind};
 use crate::world::processes::listener::{self, Listener};
 use crate::world::processes::private::Private;
 
-/// How long a process that holds the name has for one answer, and in all. One that is ending has as
-/// long as it takes.
+/// Time that a process holding the name has for one answer, and in all. A process that is ending
+/// has no such limit.
 const ANSWER: Duration = Duration::from_millis(500);
 const SILENCE: Duration = Duration::from_secs(5);
 
-/// Advice for two jobs that use one name.
+/// Advice for two jobs with one name.
 pub(super) const APART: &str = "if they are one job, set PARAM_AVERAGER_RENDEZVOUS to one name on \
     every rank, or, where the program gives the name, say \
      so by CommunicatorBuilder::job; if they are two, give each a name of its own, such as another \
      MASTER_PORT";
 
-/// A rank that has said its hello.
+/// A rank that has sent its `Hello`.
 #[derive(Debug)]
 pub(super) struct Pending {
     pub(super) stream: Private<UnixStream>,
@@ -38,13 +38,13 @@ impl Pending {
         self.answer(0, reason);
     }
 
-    /// Its job may have a rank 0 of its own.
+    /// Refuses a rank of another job, which may have a rank 0 of its own.
     pub(super) fn refuse_as_foreign(&self, reason: &str) {
         self.answer(FOREIGN, reason);
     }
 
     fn answer(&self, number: u32, reason: &str) {
-        // It may have gone.
+        // The rank may have departed.
         let _ = frame::send(
             &self.stream,
             (Kind::Refuse, 0, number),
@@ -55,7 +55,7 @@ impl Pending {
     }
 }
 
-/// Takes the name. Fails if another process has it, and says so.
+/// Takes the name. Fails if another process holds it.
 pub(super) fn take(
     me: &RankInfo,
     address: &SocketAddr,
@@ -96,8 +96,8 @@ pub(super) fn take(
             // A world of that name has just ended, or is about to begin.
             Err(error) if is_early(&error) => {}
             Err(error) if is_late(&error) => {
-                // A process that ends frees its memory first, which takes long where there is much,
-                // and closes its sockets then.
+                // A process that ends frees its memory before it closes its sockets, which takes
+                // long for much memory.
                 let is_ending = pid.and_then(Process::of).is_some_and(|process| process.is_ending);
                 let since = *silent.get_or_insert_with(Instant::now);
                 if !is_ending && since.elapsed() > SILENCE {
@@ -119,8 +119,8 @@ pub(super) fn take(
     }
 }
 
-/// Tells the other ranks of this job, should the process that holds the name end meanwhile: they
-/// would wait for this one.
+/// Tells the other ranks of this job, which wait for this rank, in case the process that holds the
+/// name ends soon.
 fn part(me: &RankInfo, address: &SocketAddr, deadline: Instant, reason: &str) {
     let until = deadline.min(Instant::now() + GRACE);
     let mut left = me.world_size - 1;
@@ -131,7 +131,7 @@ fn part(me: &RankInfo, address: &SocketAddr, deadline: Instant, reason: &str) {
         let (mine, size) = (me.job.clone(), me.world_size);
         let came = move |stream, frame: Frame| {
             let hello = frame.parse::<Hello>();
-            // Those of another job come again when this process has ended.
+            // Ranks of another job try again after this process has ended.
             let is_mine = |hello: &Hello| {
                 (1..size).contains(&hello.rank) && mine.differs(&hello.job).is_none()
             };
@@ -152,7 +152,7 @@ fn part(me: &RankInfo, address: &SocketAddr, deadline: Instant, reason: &str) {
     }
 }
 
-/// What a process is told that comes when all ranks are there.
+/// The answer to a process that arrives after all ranks.
 pub(super) fn begun(me: &RankInfo, hello: &Hello, since: Instant) -> String {
     let differs = me.job.differs(&hello.job);
     let seconds = since.elapsed().as_secs();
