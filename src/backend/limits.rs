@@ -38,8 +38,8 @@ pub(crate) fn why(call: &str, wanted: Wanted, error: impl Into<io::Error>) -> St
 }
 
 /// Starts a thread with a stack of `stack` bytes, and returns once it runs. Between the start of a
-/// thread and its first line std maps memory, and a lack of it aborts the process. So the memory is tested
-/// first, and the new thread has it when this function returns.
+/// thread and its first line std maps memory, and a lack of it aborts the process. So the memory is
+/// tested first, and the new thread has it when this function returns.
 pub(crate) fn thread(
     name: String,
     stack: usize,
