@@ -22,7 +22,7 @@ pub(crate) mod place {
         match place {
             FINISH => "in `finish`".into(),
             RECOVERY => "in a recovery".into(),
-            ADMISSION => "to let a process in".into(),
+            ADMISSION => "to admit a joiner".into(),
             BY_HAND => "outside of a schedule".into(),
             step => format!("after step {step}"),
         }

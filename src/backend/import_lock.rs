@@ -37,7 +37,7 @@ impl ImportLock {
         if taken && lease.over().load(Ordering::Acquire) == 0 {
             return Ok(lease);
         }
-        Err("its owner has taken it back".into())
+        Err("its owner has freed it".into())
     }
 
     /// True if no process has the memory open. None can open it afterwards.

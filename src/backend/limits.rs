@@ -163,23 +163,25 @@ mod linux {
         match (errno, wanted) {
             (Errno::MFILE, _) => Some(limit(
                 Resource::Nofile,
-                "the files that this process may have open are limited to",
+                "the limit on open files of this process is",
                 "RLIMIT_NOFILE",
                 "ulimit -n",
             )),
-            (Errno::NFILE, _) => {
-                Some("the system has no open file left: raise the sysctl fs.file-max".into())
-            }
+            (Errno::NFILE, _) => Some(
+                "the limit on open files of the system is reached: raise the sysctl \
+                    fs.file-max"
+                    .into(),
+            ),
             (Errno::FBIG, _) => Some(limit(
                 Resource::Fsize,
-                "files of this process, memfds included, are limited in bytes to",
+                "the limit on the size of a file of this process, memfds included, in bytes is",
                 "RLIMIT_FSIZE",
                 "ulimit -f",
             )),
             (Errno::PERM | Errno::ACCESS | Errno::NOSYS, Wanted::Memfd) => Some(
-                "a sandbox (seccomp) forbids memfd_create, by which processes share memory: allow \
-                 it"
-                .into(),
+                "a sandbox (seccomp) forbids memfd_create, which processes need to share memory: \
+                    allow it"
+                    .into(),
             ),
             (Errno::NOSPC, _) => Some("the system's shared memory is full: free memory".into()),
             (Errno::AGAIN, Wanted::Thread) => Some(threads()),
@@ -195,7 +197,10 @@ mod linux {
     fn limit(resource: Resource, what: &str, name: &str, raise: &str) -> String {
         match getrlimit(resource).current {
             Some(most) => format!("{what} {most} ({name}): raise {raise}"),
-            None => format!("{what} no number ({name}), but the system's own limits: free some"),
+            None => format!(
+                "{what} not set ({name}), so a limit of the system itself is reached: \
+                free some"
+            ),
         }
     }
 
@@ -235,7 +240,7 @@ mod linux {
             .and_then(|start| munmap(start, bytes.max(1)))
         };
         if probe == Err(Errno::AGAIN) {
-            let what = "this process locks its memory (mlockall), of which it may lock at most";
+            let what = "this process locks its memory (mlockall), and its limit on locked bytes is";
             return limit(Resource::Memlock, what, "RLIMIT_MEMLOCK", "ulimit -l");
         }
         match (mappings(), number("/proc/sys/vm/max_map_count")) {
@@ -244,9 +249,8 @@ mod linux {
                  vm.max_map_count"
             ),
             (None, Some(most)) => format!(
-                "the system has no memory left, or this process has the {most} mappings that the \
-                 sysctl vm.max_map_count allows: free \
-                 memory, or raise that"
+                "the system has no memory left, or this process has reached its limit of {most} \
+                    mappings: free memory, or raise the sysctl vm.max_map_count"
             ),
             _ => "the system has no memory left: free some, or see vm.overcommit_memory".into(),
         }
@@ -282,13 +286,13 @@ mod linux {
     fn threads() -> String {
         if let Some((most, path)) = full_cgroup() {
             return format!(
-                "the processes and threads of the control group {path} are limited to \
-                {most}: raise its pids.max"
+                "the limit on processes and threads of the control group {path} is {most}: raise \
+                    its pids.max"
             );
         }
         limit(
             Resource::Nproc,
-            "the processes and threads of this user are limited to",
+            "the limit on processes and threads of this user is",
             "RLIMIT_NPROC",
             "ulimit -u",
         )

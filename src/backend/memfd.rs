@@ -76,8 +76,10 @@ impl Memfd {
         let (found, seals) = (fstat(&file).map_or(0, |stat| stat.st_size), fcntl_get_seals(&file));
         let sealed = seals.is_ok_and(|seals| seals.contains(SEALS));
         if !sealed || u64::try_from(found).is_ok_and(|found| found < bytes as u64) {
-            let reason =
-                format!("a peer's has {found} bytes, sealed: {sealed}; wanted {bytes}, sealed");
+            let reason = format!(
+                "the memfd of a peer has {found} bytes (sealed: {sealed}), but {bytes} \
+                    sealed bytes are needed"
+            );
             return Err(Unopened::Wrong(reason));
         }
         Memfd::map(file, bytes).map_err(Unopened::Short)

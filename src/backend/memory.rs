@@ -111,9 +111,9 @@ impl Memory {
             (Some(handle), MemorySpace::Cuda(context)) => {
                 Ok(Memory::IpcImport(IpcImport::open(context, handle, file, offer.bytes)?))
             }
-            (Some(_), MemorySpace::Host) => {
-                Err(Unopened::Wrong("it is a device's, and this rank has none".into()))
-            }
+            (Some(_), MemorySpace::Host) => Err(Unopened::Wrong(
+                "the memory belongs to a CUDA device, and this rank is on a CPU".into(),
+            )),
         }
     }
 
@@ -184,9 +184,9 @@ impl Memory {
             Memory::Memfd(shared) => shared.bytes_mut(),
             #[cfg(target_os = "linux")]
             Memory::Registered(registered) => registered.shared_mut().bytes_mut(),
-            Memory::Cuda(_) => unreachable!("the host does not find it"),
+            Memory::Cuda(_) => unreachable!("the host has no address for device memory"),
             #[cfg(target_os = "linux")]
-            Memory::IpcImport(_) => unreachable!("a peer has it"),
+            Memory::IpcImport(_) => unreachable!("a peer uses imported memory"),
         }
     }
 }

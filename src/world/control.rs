@@ -104,7 +104,7 @@ impl Control {
             (None, Memory::Cuda(memory)) => {
                 let _ = memory.say(at, 1); // an error is ignored as in `poison`
             }
-            (None, _) => unreachable!("the host finds all other memory"),
+            (None, _) => unreachable!("the host has an address for all other memory"),
         }
     }
 

@@ -56,7 +56,7 @@ impl Agreement {
     /// Returns the agreement, unless a rank refuses or two ranks differ.
     pub(super) fn of(handshakes: Vec<Handshake>) -> Result<Agreement> {
         Agreement::check(&handshakes)?;
-        let reason = "it shows no notice boards".to_owned();
+        let reason = "its handshake has no control block".to_owned();
         let control =
             handshakes[0].control.clone().ok_or(Error::PeerBuildFailed { rank: 0, reason })?;
         let ordinal = handshakes.iter().find_map(|handshake| handshake.ordinal.clone());
@@ -74,7 +74,7 @@ impl Agreement {
         let first = known.next().map(|(_, ordinal)| ordinal.clone());
         let other =
             known.find(|(_, ordinal)| first.as_ref() != Some(ordinal)).map(|(rank, ordinal)| {
-                let show = |ordinal: &String| format!("the averager that was number {ordinal}");
+                let show = |ordinal: &String| format!("the averager built as number {ordinal}");
                 Error::OptionsDiffer {
                     rank,
                     found: show(ordinal),

@@ -107,7 +107,7 @@ impl Communicator {
             rank: None,
             world_size: None,
             rendezvous: None,
-            source: "that of Communicator::builder().rendezvous(..)".into(),
+            source: "set by Communicator::builder().rendezvous(..)".into(),
             known: Known::No,
             variable: None,
             device: Device::cpu(),
@@ -232,9 +232,8 @@ impl CommunicatorBuilder {
         };
         if self.rank.is_some() || self.world_size.is_some() {
             let problem =
-                "Communicator::builder().join() joins a world that has begun, and gets its rank \
-                from that: leave .rank(..) and \
-                           .world_size(..) out, or call .build() to begin one";
+                "Communicator::builder().join() joins a running world, which assigns the rank: \
+                    leave .rank(..) and .world_size(..) out, or call .build() to begin a world";
             return Err(Error::Environment { problem: problem.into() });
         }
         let processes = ProcessBootstrap::join(&name, self.device, self.timeout)?;
@@ -244,8 +243,8 @@ impl CommunicatorBuilder {
 
 fn missing(what: &str) -> Error {
     let problem = format!(
-        "Communicator::builder() needs .{what}(..): every process of a world says its \
-        rank, the world's size and a name"
+        "Communicator::builder() needs .{what}(..): every process of a world gives its rank, the \
+            world size and a name"
     );
     Error::Environment { problem }
 }
@@ -256,7 +255,7 @@ fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<Communicator>
     }
     if setup.rank >= setup.world_size {
         let problem = format!(
-            "rank {} of a world of {}: ranks are numbered from 0",
+            "rank {} of a world of {} ranks: ranks are numbered from 0",
             setup.rank, setup.world_size
         );
         return Err(Error::Environment { problem });
@@ -329,8 +328,8 @@ impl Communicator {
     }
 
     pub(crate) fn not_admitted(&self) -> Error {
-        let reason = "the others have built an averager without letting this process in: it joins \
-            as they call ParamAverager::admit_joiner"
+        let reason = "the members have built an averager without admitting this process: call \
+            ParamAverager::admit_joiner on every member"
             .into();
         Error::JoinRefused { rendezvous: self.rendezvous().unwrap_or_default().to_owned(), reason }
     }

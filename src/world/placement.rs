@@ -44,8 +44,8 @@ impl Placement {
         for (rank, device) in devices.iter().enumerate() {
             if (device.0 == Kind::Cpu) != (devices[0].0 == Kind::Cpu) {
                 let reason = format!(
-                    "rank 0 is on {}, and CPUs and CUDA devices can't be in one world: give every \
-                     rank the same kind",
+                    "rank 0 is on {}, but the ranks of a world are all on CPUs or all on CUDA \
+                        devices: give every rank the same kind",
                     devices[0]
                 );
                 return Err(unavailable(rank, reason));

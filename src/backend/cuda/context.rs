@@ -66,7 +66,10 @@ impl Context {
         let fatbin = super::fatbin()?;
         let driver = driver::get()?;
         if ordinal >= driver.devices {
-            return Err(format!("there are {} CUDA devices, numbered from 0", driver.devices));
+            return Err(format!(
+                "this process has {} CUDA devices, numbered from 0",
+                driver.devices
+            ));
         }
         let mut context = Context {
             ordinal,
@@ -101,11 +104,10 @@ impl Context {
             call!(cuModuleLoadData(&mut context.module, fatbin.as_ptr().cast())).map_err(
                 |error| {
                     format!(
-                    "its driver, which supports CUDA {}, can't load the kernels for a device of \
-                     compute capability \
-                     {major}.{minor}: {error}; update the driver, or build with \
-                     CUDA_COMPUTE_CAP={major}{minor} and an \
-                     nvcc that is not newer than the driver",
+                    "the driver, which supports CUDA {}, can't load the kernels for a device of \
+                        compute capability {major}.{minor}: {error}; update the driver, or build \
+                        with CUDA_COMPUTE_CAP={major}{minor} and an nvcc that is not newer than \
+                        the driver",
                     driver.version()
                 )
                 },

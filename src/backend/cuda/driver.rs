@@ -108,7 +108,8 @@ fn find() -> Result<Driver, String> {
     unsafe {
         check("cuInit", sys::cuInit(0)).map_err(|error| match error {
             Failed { result: CUresult::CUDA_ERROR_NO_DEVICE, .. } => {
-                "the NVIDIA driver finds no device; is CUDA_VISIBLE_DEVICES set to hide it?".into()
+                "the NVIDIA driver finds no device: check whether CUDA_VISIBLE_DEVICES hides it"
+                    .into()
             }
             other => other.to_string(),
         })?;

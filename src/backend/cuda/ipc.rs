@@ -113,7 +113,7 @@ impl IpcImport {
     ) -> Result<Self, String> {
         let mut raw = sys::CUipcMemHandle { reserved: [0; 64] };
         if handle.len() != raw.reserved.len() {
-            return Err(format!("a handle of {} bytes", handle.len()));
+            return Err(format!("the handle has {} bytes instead of 64", handle.len()));
         }
         raw.reserved.iter_mut().zip(handle).for_each(|(raw, byte)| *raw = *byte as c_char);
         let lease = Some(ImportLock::take(file)?);
@@ -127,7 +127,7 @@ impl IpcImport {
         unsafe { call!(cuMemGetAddressRange_v2(&mut base, &mut found, address)) }?;
         let room = (base + found as u64).saturating_sub(address);
         match room < bytes as u64 {
-            true => Err(format!("it has {room} bytes, where {bytes} are needed")),
+            true => Err(format!("the memory has {room} bytes, but {bytes} are needed")),
             false => Ok(borrowed),
         }
     }

@@ -40,7 +40,7 @@ impl IpcProbe {
     ) -> Result<bool, String> {
         let memory = Memory::open(&MemorySpace::Cuda(context.clone()), offer, file)?;
         if memory.bytes() < (pending + 2) * PART {
-            return Err(format!("it has {} bytes", memory.bytes()));
+            return Err(format!("the memory has only {} bytes", memory.bytes()));
         }
         let right = is_there(context, memory.address(), 0)?;
         probe(context, part(&memory, pending), seed(pending), 0)?;

@@ -186,8 +186,9 @@ impl Rank {
                     self.to_capture = Some(tables);
                     self.capturing = false;
                     Err(Unstarted::Refused {
-                        found: format!("one whose capture has failed ({failed})"),
-                        expected: "one whose capture can go on: end it, and capture again",
+                        found: format!("a stream whose capture has failed ({failed})"),
+                        expected: "a stream whose capture can continue: end this capture, and \
+                            capture again",
                     })
                 }
                 captured => {
@@ -280,8 +281,8 @@ impl Rank {
         match unsafe { self.is_capturing(stream) } {
             // Waiting would invalidate the capture.
             Ok(true) => Err(Unstarted::Refused {
-                found: "one that is being captured".into(),
-                expected: "one that a graph with this averager's average was launched on",
+                found: "a stream that is being captured".into(),
+                expected: "a stream on which a graph with this averager's average was launched",
             }),
             // SAFETY: as above.
             Ok(false) => Ok(unsafe { self.synchronize(stream) }?),

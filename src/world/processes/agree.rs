@@ -61,7 +61,7 @@ impl ProcessBootstrap {
         let verdict = self.verdict(number, opened.as_ref().err(), deadline, timeout);
         let handshakes = verdict.and(opened)?;
         let mut agreement = Agreement::of(handshakes)?;
-        agreement.ordinal.get_or_insert_with(|| format!("{} of generation {}", number.1, number.0));
+        agreement.ordinal.get_or_insert_with(|| format!("{} of view {}", number.1, number.0));
         let agreement = Arc::new(agreement);
         self.peer_set.watch(&agreement, self.ring());
         match self.failure() {
@@ -94,7 +94,7 @@ impl ProcessBootstrap {
                         .as_ref()
                         .is_some_and(|c| c.memory().bytes() == Control::BYTES));
             if !right {
-                let reason = "its memory is not of the size that its options make it".into();
+                let reason = "the size of its memory does not match its options".into();
                 return Err(Error::PeerBuildFailed { rank, reason });
             }
             handshakes[rank] = theirs;
@@ -120,7 +120,7 @@ impl ProcessBootstrap {
             frames.into_iter().filter(|(_, frame)| is_refusal(frame)).map(|(rank, frame)| {
                 let reason = frame
                     .parse()
-                    .unwrap_or_else(|error| format!("its verdict is not understood: {error}"));
+                    .unwrap_or_else(|error| format!("its verdict can't be parsed: {error}"));
                 (rank, Error::PeerBuildFailed { rank, reason })
             });
         let own = own.map(|error| (self.rank(), error.clone()));
@@ -204,7 +204,7 @@ impl ProcessBootstrap {
         }
         match state.trouble.get(&peer) {
             Some(reason) => {
-                let reason = format!("what rank {rank} says can't be understood: {reason}");
+                let reason = format!("messages of rank {rank} can't be received: {reason}");
                 Some(Error::SharedMemory { rank: self.rank(), reason })
             }
             None if state.is_lost(peer, self.number()) => {

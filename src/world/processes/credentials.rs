@@ -13,8 +13,7 @@ use std::os::unix::net::UnixStream;
 /// Possible causes of ranks not finding one another, for error messages.
 pub(super) const CAUSES: &str =
     "ranks find one another only within one network namespace (containers need a common one, such \
-     as \
-     --network=host) and as one user";
+        as --network=host) and as one user";
 /// Default of the kernel's overflow uid, if /proc does not tell it.
 const OVERFLOW: u32 = 65534;
 
@@ -109,19 +108,22 @@ impl Users {
     fn check(&self, peer: u32) -> Result<(), String> {
         let own = self.own;
         if (peer == self.overflow || own == self.overflow) && !self.is_identity() {
-            let whose =
-                if own == self.overflow { "this process" } else { "the process that holds it" };
+            let process = if own == self.overflow {
+                "this process"
+            } else {
+                "the process that holds the name"
+            };
             return Err(format!(
-                "{whose} runs as user {}, which in a user namespace stands for every user that is \
-                 not mapped, so that it can't be \
-                 told whether both are the same: map the user in /proc/self/uid_map (unshare -r, \
-                 podman --userns=keep-id)",
+                "{process} runs as user {}, which stands for every unmapped user of a user \
+                    namespace, so the users of two processes can't be compared: map the user in \
+                    /proc/self/uid_map (unshare -r, podman --userns=keep-id)",
                 self.overflow
             ));
         }
         if peer != own {
             return Err(format!(
-                "it belongs to user {peer}, not to user {own}: choose another name for this world"
+                "the name belongs to user {peer}, not to user {own}: choose another name for this \
+                    world"
             ));
         }
         Ok(())
@@ -157,7 +159,10 @@ mod tests {
             let error = users(OVERFLOW, map).check(OVERFLOW).unwrap_err();
             assert!(error.contains("this process runs as user 65534"), "{error}");
             let error = users(0, map).check(OVERFLOW).unwrap_err();
-            assert!(error.contains("the process that holds it runs as user 65534"), "{error}");
+            assert!(
+                error.contains("the process that holds the name runs as user 65534"),
+                "{error}"
+            );
             assert!(users(0, map).check(0).is_ok());
         }
     }

@@ -265,18 +265,18 @@ pub(super) fn receive(
     }
     let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("4 bytes"));
     if header[..4] != MAGIC {
-        return bad("no message of param-averager");
+        return bad("not a message of param-averager");
     }
     let version = u16::from_le_bytes([header[4], header[5]]);
     if version != VERSION {
         let what = format!(
-            "a message of version {version}, where this is version {VERSION}: use one version of \
-             param-averager on every rank"
+            "a message of version {version} instead of {VERSION}: use one version of \
+                param-averager on every rank"
         );
         return Err(Error::new(OTHER_VERSION, what));
     }
     let Some(kind) = Kind::of(header[6]).filter(|kind| kinds.contains(kind)) else {
-        return bad("a message of a kind that does not belong here");
+        return bad("a message of an unexpected kind");
     };
     if is_short {
         files.clear(); // it can't be told which are missing
@@ -285,11 +285,11 @@ pub(super) fn receive(
             return Err(Error::new(SHORT, short_of_files()));
         }
     } else if files.len() != header[7] as usize {
-        return bad("a message without the files that it announces");
+        return bad("a message without its announced files");
     }
     let bytes = word(16) as usize;
     if bytes > kind.most() {
-        return bad("a message that is longer than any");
+        return bad("a message above the size limit");
     }
     // The body grows as bytes arrive, so a header with a large size costs nothing.
     let (mut body, mut part) = (vec![], [0; 64 << 10]);
@@ -328,7 +328,7 @@ fn wait_at_most(stream: &UnixStream, deadline: Instant) -> io::Result<RecvFlags>
 
 /// Error text for files that were lost for want of file descriptors.
 pub(super) fn short_of_files() -> String {
-    let what = "taking file descriptors that came with a message";
+    let what = "receiving the file descriptors of a message";
     why(what, Wanted::Descriptor, rustix::io::Errno::MFILE)
 }
 
@@ -356,7 +356,7 @@ fn receive_some(
         }
     }
     if files.len() > most_files {
-        return Err(Error::new(ErrorKind::InvalidData, "a message with more files than any"));
+        return Err(Error::new(ErrorKind::InvalidData, "a message with too many files"));
     }
     match message.bytes {
         0 => Err(ErrorKind::UnexpectedEof.into()),
@@ -497,10 +497,10 @@ mod tests {
             assert!(taken.len() <= 4, "{}", taken.len()); // alignment leaves space for a few more
             error
         };
-        assert!(refused(Kind::Hello, 1 << 20, 0).contains("longer than any"));
-        assert!(refused(Kind::Handshake, 1 << 20, 0).contains("does not belong here"));
-        assert!(refused(Kind::Hello, 2, 4).contains("more files"));
-        assert!(refused(Kind::Hello, 2, 253).contains("more files"));
+        assert!(refused(Kind::Hello, 1 << 20, 0).contains("above the size limit"));
+        assert!(refused(Kind::Handshake, 1 << 20, 0).contains("of an unexpected kind"));
+        assert!(refused(Kind::Hello, 2, 4).contains("too many files"));
+        assert!(refused(Kind::Hello, 2, 253).contains("too many files"));
     }
 
     proptest! {

@@ -40,8 +40,8 @@ impl HostInfo {
     pub(super) fn refusal(&self, rank: usize, first: &HostInfo) -> Option<String> {
         (self.gpu.is_some() != first.gpu.is_some()).then(|| {
             format!(
-                "rank {rank} is on {} and rank 0 on {}, and CPUs and CUDA devices can't be in one \
-                 world: give every rank the same kind",
+                "rank {rank} is on {} and rank 0 on {}, but the ranks of a world are all on CPUs \
+                    or all on CUDA devices: give every rank the same kind",
                 self.device, first.device
             )
         })

@@ -219,7 +219,7 @@ fn differ(ones: &[Argument], others: &[Argument]) -> Option<String> {
     let first = first.map(|(_, (one, two))| format!("{:?} and {:?}", one.shown, two.shown));
     let counts = || {
         let all = |arguments: &[Argument]| arguments.len().saturating_sub(1);
-        (ones.len() != others.len()).then(|| format!("{} of them and {}", all(ones), all(others)))
+        (ones.len() != others.len()).then(|| format!("{} arguments and {}", all(ones), all(others)))
     };
     first.or_else(counts).map(|what| format!("their arguments differ: {what}"))
 }
@@ -311,7 +311,7 @@ mod tests {
             "their arguments differ: \"0.1\" and \"0.2\""
         );
         assert!(differs("t --seed 42", "t --seed 43").is_some());
-        assert!(differs("t a b", "t a").unwrap().contains("2 of them and 1"));
+        assert!(differs("t a b", "t a").unwrap().contains("2 arguments and 1"));
         let long = |last: &str| format!("t{} {last}", " x".repeat(2 * MOST_ARGUMENTS));
         assert_eq!(differs(&long("0"), &long("1")), None);
         assert!(differs(&long("7"), &long("8")).is_some());

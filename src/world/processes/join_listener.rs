@@ -142,17 +142,21 @@ fn serve(
         return; // this process is not a member any more
     }
     let refusal = if said.crate_version != version {
-        Some(format!("it is of crate version {}, this process of {version}", said.crate_version))
+        Some(format!(
+            "its ranks use crate version {version}, this process {}: use one version",
+            said.crate_version
+        ))
     } else if said.name != name {
-        Some(format!("it is called {name:?}")) // the hashes of two long names collide
+        Some(format!("the name of the world at this address is {name:?}: choose another name"))
+    // the hashes of two long names collide
     } else if said.host_info.gpu.is_some() != own.gpu.is_some() {
         Some(format!(
-            "its ranks are on {}, this process is on {}",
+            "its ranks are on {}, this process is on {}: give every rank the same kind of device",
             own.device, said.host_info.device
         ))
     } else if connections.lock().outsiders(&connections.board.agreed().members).len() >= MOST_GUESTS
     {
-        Some(format!("{MOST_GUESTS} processes wait for it already"))
+        Some(format!("{MOST_GUESTS} processes wait to join already: try again later"))
     } else {
         None
     };

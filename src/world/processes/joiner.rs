@@ -43,16 +43,15 @@ pub(super) fn join(
         let found = find(name, &own.host_info, &lost, deadline).map_err(|reason| match reason {
             Some(reason) => reason,
             None => format!(
-                "no such world was to be found on this host within {timeout:?}: see that its ranks \
-                 are running, and that they gave the \
-                 same name; {CAUSES}"
+                "no world of this name was found on this host within {timeout:?}: check that its \
+                    ranks are running, and that they gave the same name; {CAUSES}"
             ),
         })?;
         let Found { board, origin, others } = found;
         let nonce = board.nonce();
         match enter(name, &own, board, deadline, timeout) {
             Err(Outside::Lost) if lost.len() < MOST_WORLDS => lost.push(nonce),
-            Err(Outside::Lost) => return Err("its ranks are not to be reached".into()),
+            Err(Outside::Lost) => return Err("its ranks can't be reached".into()),
             Err(Outside::For(reason)) => {
                 return Err(format!("{reason} (it is {})", origin.world(name, others)))
             }
@@ -69,7 +68,7 @@ fn enter(
     deadline: Instant,
     timeout: Duration,
 ) -> Result<PeerSet, Outside> {
-    let full = || Outside::For("more processes have come to it than it has numbers for".into());
+    let full = || Outside::For("it has no id left for a further process".into());
     let id = board.new_id().ok_or_else(full)?;
     let first = board.agreed();
     let peer_set = PeerSet::new(id, own.clone(), board, first);
@@ -179,14 +178,14 @@ fn request(
     let (stream, answer) = asked().map_err(|error| match error.kind() {
         frame::SHORT => Refused::For(error.to_string()),
         _ if is_shortage(&error) => {
-            Refused::For(limits::why("coming to it", Wanted::Descriptor, error))
+            Refused::For(limits::why("connecting to it", Wanted::Descriptor, error))
         }
         io::ErrorKind::InvalidData | frame::OTHER_VERSION | io::ErrorKind::Other => {
             Refused::NotThere(Some(error.to_string()))
         }
         _ => Refused::NotThere(None),
     })?;
-    let failed = |what: String| Refused::For(format!("what it answers: {what}"));
+    let failed = |what: String| Refused::For(format!("its answer: {what}"));
     if answer.kind == Kind::Refuse {
         return Err(Refused::For(answer.parse().unwrap_or_else(|error| error.to_string())));
     }
@@ -257,9 +256,7 @@ impl Joiner<'_> {
                 (gone || connections.board.view() != view).then_some(gone)
             });
             if gone == Some(true) && connections.board.view() == view && !self.peers.is_empty() {
-                return Err(Outside::For(
-                    "it has come to its end meanwhile: all its ranks are gone".into(),
-                ));
+                return Err(Outside::For("the world has ended: all its ranks have left".into()));
             }
             if gone == Some(true) {
                 std::thread::sleep(AGAIN); // no peer is left to wait for
@@ -359,20 +356,17 @@ impl Joiner<'_> {
 fn why(silent: Option<usize>, ranks: usize, timeout: Duration) -> String {
     if let Some(rank) = silent {
         return format!(
-            "its rank {rank} did not answer within {timeout:?}: it may be stopped, or have no \
-             listener, which another world of this name or \
-             too few file descriptors keep it from having"
+            "its rank {rank} did not answer within {timeout:?}: the rank may be stopped, or have \
+                no listener because of another world of this name or too few file descriptors"
         );
     }
     if ranks == PA_MAX_WORLD as usize {
         return format!(
-            "it has {ranks} ranks, which is all that it can have, and none has left within \
-             {timeout:?}"
+            "it has {ranks} ranks, which is the limit, and none has left within {timeout:?}"
         );
     }
     format!(
-        "its {ranks} ranks let nobody in within {timeout:?}: LocalSgd does after an average that \
-         is due, ParamAverager::admit_joiner where it is \
-         called"
+        "its {ranks} ranks admitted no process within {timeout:?}: LocalSgd admits one after an \
+            average that is due, ParamAverager::admit_joiner where it is called"
     )
 }

@@ -144,9 +144,8 @@ impl Launcher {
             return None;
         };
         Some(format!(
-            "this is a shell of Slurm's and no rank ({what}): start the ranks in it by srun, or \
-             set RANK, WORLD_SIZE, MASTER_ADDR and \
-             MASTER_PORT"
+            "this process is a Slurm shell and not a rank ({what}): start the ranks in it by srun, \
+                or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         ))
     }
 }
@@ -169,10 +168,9 @@ impl Launched {
                 LAUNCHERS.iter().map(|l| format!("{} ({})", l.rank, l.name)).collect();
             let names = names.join(", ");
             return Err(format!(
-                "no launcher has set the rank of this process: none of {names} is there; start it \
-                 with torchrun --no-python, \
-                 mpirun or srun, set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT yourself, or \
-                 use Communicator::builder()"
+                "no launcher has set the rank of this process: none of {names} is set; start it \
+                    with torchrun --no-python, mpirun or srun, set RANK, WORLD_SIZE, MASTER_ADDR \
+                    and MASTER_PORT yourself, or use Communicator::builder()"
             ));
         };
         if let Some(problem) = launcher.shell(&get) {
@@ -189,13 +187,13 @@ impl Launched {
             value
                 .trim()
                 .parse()
-                .map_err(|_| format!("{name} is {value:?}, which is no number from 0"))
+                .map_err(|_| format!("{name} is {value:?}, which is not a whole number from 0"))
         };
         let (rank, world_size) = (number(launcher.rank)?, number(launcher.world_size)?);
         let (a, b) = (launcher.rank, launcher.world_size);
         if !(1..=PA_MAX_WORLD as usize).contains(&world_size) {
             return Err(format!(
-                "{b} is {world_size}: a world has 1 to {PA_MAX_WORLD} ranks; start so many"
+                "{b} is {world_size}: a world has 1 to {PA_MAX_WORLD} ranks; start as many"
             ));
         }
         if rank >= world_size {
@@ -240,10 +238,10 @@ impl Launched {
             Ok(Launched { rank, world_size, name, source, known, variable: launcher.rank })
         };
         if let Some(name) = given {
-            return found(name, "that of Communicator::builder().rendezvous(..)".into(), known());
+            return found(name, "set by Communicator::builder().rendezvous(..)".into(), known());
         }
         if let Some(name) = by_hand {
-            return found(name, format!("that in {RENDEZVOUS}"), Known::ByName);
+            return found(name, format!("set by {RENDEZVOUS}"), Known::ByName);
         }
         if get(launcher.job[0]).is_none() {
             if world_size == 1 {
@@ -254,17 +252,17 @@ impl Launched {
                     std::process::id(),
                     super::ancestry::pid_namespace().unwrap_or(0)
                 );
-                return found(name, "made of its process".into(), Known::ByName);
+                return found(name, "made from its process".into(), Known::ByName);
             }
             return Err(format!(
-                "{} is set, but neither {} nor {RENDEZVOUS} is, by which ranks find one another: \
-                 set one of them to the \
-                 same on every rank, {RENDEZVOUS} to any name that no other job on this host has",
+                "{} is set, but neither {} nor {RENDEZVOUS}, which name the world: set one of them \
+                    to the same value on every rank, {RENDEZVOUS} to a name that no other job on \
+                    this host uses",
                 launcher.rank, launcher.job[0]
             ));
         }
         let there = launcher.job.iter().filter(|name| get(name).is_some());
-        let source = format!("made of {}", there.copied().collect::<Vec<_>>().join(", "));
+        let source = format!("made from {}", there.copied().collect::<Vec<_>>().join(", "));
         found(launcher.id(&get), source, known())
     }
 }
@@ -312,7 +310,7 @@ mod tests {
         assert_eq!((found.rank, found.world_size, found.name.as_str()), (1, 2, "1234"));
         assert_eq!(
             (found.source.as_str(), found.variable),
-            ("made of PMIX_NAMESPACE", "OMPI_COMM_WORLD_RANK")
+            ("made from PMIX_NAMESPACE", "OMPI_COMM_WORLD_RANK")
         );
         assert_eq!(found.known, Known::By("Open MPI".into(), "1234".into()));
         let mpich =
@@ -383,7 +381,7 @@ mod tests {
         };
         let is_shell = |variables: &[(&str, &str)]| {
             let error = find(variables).map_or_else(|error| error, |_| String::new());
-            assert_eq!(error.contains("no rank"), !is_there(variables), "{error}");
+            assert_eq!(error.contains("not a rank"), !is_there(variables), "{error}");
             error.contains("start the ranks in it by srun")
         };
         assert!(!is_shell(&srun));

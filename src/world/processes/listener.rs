@@ -207,7 +207,8 @@ fn keep(
         if let Err(reason) = thread("hello".into(), STACK, stranger) {
             short.inside.fetch_sub(1, Ordering::Relaxed);
             let reason = format!(
-                "this world's rank 0, or a member, can't start a thread to hear others: {reason}"
+                "rank 0, or a member, of this world can't start a thread to receive messages: \
+                    {reason}"
             );
             // The send buffer of an unused socket has room, so this does not block.
             let stream = untold.lock().unwrap_or_else(PoisonError::into_inner).take();

@@ -104,7 +104,8 @@ fn text(name: &str) -> Result<Option<String>> {
         Err(VarError::NotPresent) => Ok(None),
         Err(VarError::NotUnicode(value)) => {
             let problem = format!(
-                "{name} is {value:?}, which is not UTF-8: set it to a text, the same on every rank"
+                "{name} is {value:?}, which is not UTF-8: set it to the same UTF-8 text on every \
+                    rank"
             );
             Err(Error::Environment { problem })
         }

@@ -39,7 +39,7 @@ pub(super) fn find(
     let context = peer_set.host_infos().own().context().cloned();
     let Some(context) = context.filter(|_| members.len() > 1) else { return Ok(()) };
     let me =
-        members.iter().position(|&peer| peer == peer_set.me).ok_or("this rank is no member")?;
+        members.iter().position(|&peer| peer == peer_set.me).ok_or("this rank is not a member")?;
     let talk = Talk { peer_set, view, members, deadline };
     // `None` without CUDA IPC.
     let trial = IpcProbe::new(&context, members.len()).ok();
@@ -105,24 +105,23 @@ impl Talk<'_> {
                     return Some(Ok((rank, frame)));
                 }
                 let reason = match state.trouble.get(&peer) {
-                    Some(reason) => format!("can't be understood: {reason}"),
+                    Some(reason) => format!("sends messages that can't be received: {reason}"),
                     None if state.is_lost(peer, self.view) => "has left".into(),
                     None if state.aborts(peer, self.view) => "has aborted".into(),
                     None => return None,
                 };
-                Some(Err(format!(
-                    "rank {rank} {reason}, while ranks tried to reach each other's memory"
-                )))
+                Some(Err(format!("test of peer access between ranks: rank {rank} {reason}")))
             });
-            let late = || {
-                format!("rank {rank} did not try in time whether ranks reach each other's memory")
-            };
+            let late =
+                || format!("test of peer access between ranks: rank {rank} did not answer in time");
             came.unwrap_or_else(|| Err(late()))
         };
         others().map(hear).collect()
     }
 
     fn parse<T: DeserializeOwned>(&self, rank: usize, frame: &Frame) -> Result<T, String> {
-        frame.parse().map_err(|error| format!("what rank {rank} says is not understood: {error}"))
+        frame
+            .parse()
+            .map_err(|error| format!("the message of rank {rank} can't be parsed: {error}"))
     }
 }

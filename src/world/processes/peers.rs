@@ -325,7 +325,7 @@ impl Connections {
         let thread = thread(format!("peer-{peer}"), STACK, listens).map_err(|reason| {
             drop(peers.remove(&peer));
             self.lock().host_infos.remove(&peer);
-            Unheard { reason: format!("can't listen to peers: {reason}"), peer: one }
+            Unheard { reason: format!("can't receive from peers: {reason}"), peer: one }
         })?;
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         threads.retain(|thread| !thread.is_finished());
@@ -391,9 +391,10 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, connectio
         let messages = state.messages.entry(peer).or_default();
         messages.entry((kind, view, number)).or_insert(frame);
         if messages.len() > MOST_WAITING {
-            state
-                .trouble
-                .insert(peer, format!("rank {peer} builds averagers that this one does not build"));
+            state.trouble.insert(
+                peer,
+                format!("peer {peer} builds averagers that this rank does not build"),
+            );
             break;
         }
         for (agreement, ring) in state.built() {

@@ -94,7 +94,7 @@ impl ProcessBootstrap {
             self.hear(Kind::Averagers, number, deadline, timeout, false, |_| false)?
         {
             theirs[rank] = frame.parse().map_err(|error| {
-                let reason = format!("its list of averagers is not understood: {error}");
+                let reason = format!("its list of averagers can't be parsed: {error}");
                 self.fail(Error::PeerBuildFailed { rank, reason })
             })?;
         }
@@ -105,8 +105,8 @@ impl ProcessBootstrap {
             .filter_map(|(rank, theirs)| Some((rank, theirs.averages.as_ref()?)));
         let first = next.next().map(|(_, ordinal)| ordinal);
         if let Some((rank, _)) = next.find(|&(_, ordinal)| Some(ordinal) != first) {
-            let reason = "it recovers another LocalSgd first: when one fails, recover all, in the \
-                same order on every rank";
+            let reason = "it recovers another LocalSgd first: after a failure, recover every \
+                LocalSgd, in the same order on every rank";
             return Err(Error::PeerBuildFailed { rank, reason: reason.into() });
         }
         let all: BTreeSet<&String> = theirs.iter().flat_map(|theirs| &theirs.all).collect();

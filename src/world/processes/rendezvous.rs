@@ -149,7 +149,8 @@ pub(super) fn meet(me: &RankInfo, timeout: Duration) -> Result<Peers, String> {
 pub(super) fn address(name: &str, listener: Option<usize>) -> Result<SocketAddr, String> {
     if name.len() > MOST_NAME {
         return Err(format!(
-            "the name of the world has {} bytes: it can have {MOST_NAME}",
+            "the name of the world has {} bytes, but the limit is {MOST_NAME}: choose a shorter \
+                name",
             name.len()
         ));
     }
@@ -220,10 +221,10 @@ fn visit(
             }
             Err(error) if is_early(&error) || is_late(&error) => {
                 return Err(format!(
-                    "rank 0 of the world {:?} was not to be found on this host within {timeout:?}, \
-                     or did not answer: see that it was \
-                     started, and that every rank gives the same name (this one's is {}); \
-                     PARAM_AVERAGER_RENDEZVOUS can set it; {CAUSES}",
+                    "rank 0 of the world {:?} was not found on this host within {timeout:?}, or \
+                        did not answer: check that it was started, and that every rank gives the \
+                        same name (here {}), or set PARAM_AVERAGER_RENDEZVOUS to one name on every \
+                        rank; {CAUSES}",
                     me.name, me.source
                 ))
             }
@@ -251,14 +252,14 @@ fn part(me: &RankInfo, address: &SocketAddr, reason: &str) {
 fn waiting(me: &RankInfo) -> String {
     if me.rank == 0 {
         return format!(
-            "rank 0 waits for the name {:?} ({}): the process that holds it is about to end",
+            "rank 0 waits for the name {:?} ({}): the process that holds the name is about to end",
             me.name, me.source
         );
     }
     format!(
-        "rank {} of {} waits for rank 0 of the world {:?}, whose name is {}: see that it was \
-         started on this host with the same name, \
-         or set PARAM_AVERAGER_RENDEZVOUS to one name on every rank; {CAUSES}",
+        "rank {} of {} waits for rank 0 of the world {:?} (the name is {}): check that rank 0 was \
+            started on this host with the same name, or set PARAM_AVERAGER_RENDEZVOUS to one name \
+            on every rank; {CAUSES}",
         me.rank, me.world_size, me.name, me.source
     )
 }
@@ -330,7 +331,7 @@ fn welcomed(me: &RankInfo, frame: Frame) -> Result<Peers, String> {
     let board = ViewBoard::open(files.next().ok_or_else(missing)?)?;
     if host_infos.len() != me.world_size {
         return Err(format!(
-            "rank 0's answer is about {} ranks, not {}",
+            "rank 0's answer describes {} ranks instead of {}",
             host_infos.len(),
             me.world_size
         ));

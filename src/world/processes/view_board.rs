@@ -68,7 +68,7 @@ impl ViewBoard {
         // Random, since two processes of two PID namespaces may have one pid and one start time.
         let mut nonce = [0; 8];
         let filled = rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty());
-        filled.map_err(|error| format!("no random number for the name of the world: {error}"))?;
+        filled.map_err(|error| format!("no random number for the world's nonce: {error}"))?;
         board.words().nonce.store(u64::from_ne_bytes(nonce), Ordering::Relaxed);
         board.words().next_id.store(size as u32, Ordering::Relaxed);
         board.write(0, 0, &(0..size).collect::<Vec<_>>(), None);

@@ -78,8 +78,8 @@ impl ProcessBootstrap {
         }
         if self.lacks_model() {
             self.leave();
-            let reason =
-                "it was let in, but lost a peer before it had the model: call Communicator::join again";
+            let reason = "it was admitted, but lost a peer before it received the model: call \
+                    Communicator::join again";
             return Err(Error::JoinRefused {
                 rendezvous: self.listener.name().to_owned(),
                 reason: reason.into(),

@@ -61,7 +61,7 @@ impl WireHandshake {
         let refuse = |reason: String| Error::PeerBuildFailed { rank, reason };
         let shown: WireHandshake = frame
             .parse()
-            .map_err(|error| refuse(format!("its message is not understood: {error}")))?;
+            .map_err(|error| refuse(format!("its handshake can't be parsed: {error}")))?;
         let handshake = Handshake {
             refusal: shown.refusal.map(|reason| refuse(of_itself(reason, rank))),
             options: shown.options,
@@ -114,7 +114,7 @@ impl Unopened {
             opened.map_err(|unopened| match unopened {
                 Fault::Wrong(reason) => refuse(reason),
                 Fault::Short(reason) => {
-                    let reason = format!("opening that of rank {rank}: {reason}");
+                    let reason = format!("opening memory of rank {rank}: {reason}");
                     Error::SharedMemory { rank: reader.rank, reason }
                 }
             })

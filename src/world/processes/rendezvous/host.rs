@@ -91,7 +91,10 @@ impl RankZero<'_> {
         };
         let listener = Listener::open(listener, &[Kind::Hello], 1, came).map_err(|shut| {
             let reason = self.me.refusal.clone().unwrap_or_else(|| {
-                format!("rank 0 can't start a thread to hear the others: {}", shut.reason)
+                format!(
+                    "rank 0 can't start a thread to receive from the other ranks: {}",
+                    shut.reason
+                )
             });
             let until = self.deadline.min(Instant::now() + GRACE);
             shut.refuse(&[Kind::Hello], 1, self.me.world_size - 1, &reason, until);
@@ -102,8 +105,7 @@ impl RankZero<'_> {
         let gathered = self.gather(&arrivals, &listener);
         drop(reserve);
         let result = gathered.and_then(|()| {
-            self.introduce()
-                .map_err(|reason| format!("rank 0 can't bring the ranks together: {reason}"))
+            self.introduce().map_err(|reason| format!("rank 0 can't connect the ranks: {reason}"))
         });
         match result {
             // The listener answers later processes that the world has begun.
@@ -134,7 +136,7 @@ impl RankZero<'_> {
         while self.came.len() + 1 < self.me.world_size {
             if listener.is_stuck() {
                 return Err(format!(
-                    "rank 0 can't hear the others; {}",
+                    "rank 0 can't receive from the other ranks; {}",
                     listener.shortage().unwrap_or_default()
                 ));
             }
@@ -198,9 +200,8 @@ impl RankZero<'_> {
 
     fn missing(&self) -> String {
         format!(
-            "of the {} ranks of the world {:?}, these did not come within {:?}: {}; see that they \
-             were started, on this host, with the \
-             same name (this one's is {}); {CAUSES}",
+            "of the {} ranks of the world {:?}, these did not arrive within {:?}: {}; check that \
+                they were started on this host with the same name (here {}); {CAUSES}",
             self.me.world_size,
             self.me.name,
             self.timeout,
@@ -211,9 +212,9 @@ impl RankZero<'_> {
 
     fn waiting(&self) -> String {
         format!(
-            "rank 0 of {} waits for ranks {} of the world {:?}, whose name is {}: see that they \
-             were started on this host with the same \
-             name, or set PARAM_AVERAGER_RENDEZVOUS to one name on every rank; {CAUSES}",
+            "rank 0 of {} waits for ranks {} of the world {:?} (the name is {}): check that they \
+                were started on this host with the same name, or set PARAM_AVERAGER_RENDEZVOUS to \
+                one name on every rank; {CAUSES}",
             self.me.world_size,
             self.absent(),
             self.me.name,
@@ -227,7 +228,7 @@ impl RankZero<'_> {
         if hello.name != *name {
             // The hashes of two long names collide.
             pending
-                .refuse(&format!("this socket is that of the world {name:?}: choose another name"));
+                .refuse(&format!("this socket belongs to the world {name:?}: choose another name"));
             return Ok(());
         }
         if let Some(differs) = mine.job.differs(&hello.job) {
@@ -250,18 +251,18 @@ impl RankZero<'_> {
         let refusal = if let Some(earlier) = earlier {
             self.is_contested = true;
             Some(format!(
-                "two processes say that they are rank {rank} of the world {name:?}: {earlier} and \
-                 {}: give each rank a number of its \
-                 own, and each job a name of its own, such as another MASTER_PORT",
+                "two processes claim rank {rank} of the world {name:?}: {earlier} and {}: give \
+                    each rank a number of its own, and each job a name of its own, such as another \
+                    MASTER_PORT",
                 hello.job
             ))
         } else if let Some((what, theirs, ours)) = differs {
             Some(format!(
-                "rank {rank} has {what} {theirs:?}, rank 0 {ours:?}: start every rank of the same \
-                 program, with the same numbers"
+                "rank {rank} has {what} {theirs:?}, rank 0 has {ours:?}: start the same program \
+                    with the same numbers on every rank"
             ))
         } else if rank >= self.me.world_size {
-            Some(format!("a process says that it is rank {rank} of {}", self.me.world_size))
+            Some(format!("a process claims rank {rank} of a world of {} ranks", self.me.world_size))
         } else {
             hello.refusal.clone().or_else(|| hello.host_info.refusal(rank, &mine.host_info))
         };
@@ -284,9 +285,8 @@ impl RankZero<'_> {
     fn turn_away(&mut self, pending: &Pending, differs: &str) {
         let Hello { rank, job, world_size, .. } = &pending.hello;
         let reason = format!(
-            "a process says that it is rank {rank} of the world {:?}, but it seems to be of \
-             another job than rank 0: it is {job}, and rank 0 \
-             is {}: {differs}; {APART}",
+            "a process claims rank {rank} of the world {:?}, but seems to belong to another job \
+                than rank 0: it is {job}, and rank 0 is {}: {differs}; {APART}",
             self.me.name, self.me.job
         );
         pending.refuse_as_foreign(&reason);

@@ -21,9 +21,8 @@ const SILENCE: Duration = Duration::from_secs(5);
 
 /// Advice for two jobs with one name.
 pub(super) const APART: &str = "if they are one job, set PARAM_AVERAGER_RENDEZVOUS to one name on \
-    every rank, or, where the program gives the name, say \
-     so by CommunicatorBuilder::job; if they are two, give each a name of its own, such as another \
-     MASTER_PORT";
+    every rank, or, where the program gives the name, call CommunicatorBuilder::job; if they are \
+    two jobs, give each a name of its own, such as another MASTER_PORT";
 
 /// A rank that has sent its `Hello`.
 #[derive(Debug)]
@@ -70,7 +69,7 @@ pub(super) fn take(
             Err(error) if error.kind() == ErrorKind::AddrInUse => {}
             Err(error) => {
                 return Err(why(
-                    &format!("listening by the name {name:?}"),
+                    &format!("listening on the name {name:?}"),
                     Wanted::Descriptor,
                     error,
                 ))
@@ -90,7 +89,8 @@ pub(super) fn take(
             }
             Ok(_) => {
                 return Err(format!(
-                    "the name {name:?} is held by a process that takes no part in this"
+                    "the name {name:?} is held by a process that is not a rank: end that process, \
+                        or choose another name"
                 ))
             }
             // A world of that name has just ended, or is about to begin.
@@ -105,10 +105,9 @@ pub(super) fn take(
                         format!("process {pid}")
                     });
                     return Err(format!(
-                        "two processes say that they are rank 0 of the world {name:?}: its name, \
-                         {}, is held by {pid}, which does \
-                         not answer: end that, or give this world a name of its own by \
-                         PARAM_AVERAGER_RENDEZVOUS",
+                        "two processes claim rank 0 of the world {name:?}: its name, {}, is held \
+                            by {pid}, which does not answer: end that process, or give this world \
+                            a name of its own by PARAM_AVERAGER_RENDEZVOUS",
                         me.source
                     ));
                 }
@@ -158,17 +157,17 @@ pub(super) fn begun(me: &RankInfo, hello: &Hello, since: Instant) -> String {
     let seconds = since.elapsed().as_secs();
     let how = match (&differs, hello.rank) {
         (Some(differs), _) => format!("{differs}; {APART}"),
-        (None, 0) => "end that, or give this world a name of its own, such as another \
+        (None, 0) => "end that process, or give this world a name of its own, such as another \
             MASTER_PORT"
             .into(),
         (None, rank) => format!(
-            "it has a rank {rank}: see whether this process was started twice, or use Communicator::join \
-             to join it"
+            "the world has a rank {rank} already: check whether this process was started twice, or \
+                use Communicator::join to join the world"
         ),
     };
     format!(
-        "two processes say that they are rank {} of the world {:?}, which has begun, {seconds} s \
-         ago: its rank 0 is {}; this is {}: {how}",
+        "two processes claim rank {} of the world {:?}, which began {seconds} s ago: its rank 0 is \
+            {}; this process is {}: {how}",
         hello.rank, me.name, me.job, hello.job
     )
 }
