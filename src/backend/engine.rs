@@ -54,12 +54,12 @@ impl Engine {
     ) -> Result<Engine> {
         match space {
             MemorySpace::Host => {
-                let mut region = HostBuffer::new(size_of_val(states))
+                let mut buffer = HostBuffer::new(size_of_val(states))
                     .map_err(|reason| Error::Memory { rank, reason })?;
-                region.bytes_mut().copy_from_slice(bytemuck::cast_slice(states));
+                buffer.bytes_mut().copy_from_slice(bytemuck::cast_slice(states));
                 let workers = Workers::new(isa, states.len() as u32, &format!("rank-{rank}"))
                     .map_err(|reason| Error::Thread { rank, reason })?;
-                Ok(Engine::Cpu { workers, states: region })
+                Ok(Engine::Cpu { workers, states: buffer })
             }
             MemorySpace::Cuda(context) => cuda::Rank::new(context, states, buckets, segments)
                 .map(Engine::Cuda)
@@ -227,9 +227,9 @@ impl Engine {
 }
 
 /// The channels' states of a CPU rank. Threads write them during launches only.
-fn states_of(region: &HostBuffer) -> &[PaChannel] {
-    let count = region.bytes() / size_of::<PaChannel>();
+fn states_of(buffer: &HostBuffer) -> &[PaChannel] {
+    let count = buffer.bytes() / size_of::<PaChannel>();
     // SAFETY: the buffer was made for this many states, is page-aligned, and is borrowed for as
     // long.
-    unsafe { std::slice::from_raw_parts(region.as_ptr::<PaChannel>(), count) }
+    unsafe { std::slice::from_raw_parts(buffer.as_ptr::<PaChannel>(), count) }
 }

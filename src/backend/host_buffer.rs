@@ -32,13 +32,13 @@ impl HostBuffer {
         // SAFETY: the layout's size is not zero.
         let pointer = unsafe { alloc(layout) };
         let pointer = NonNull::new(pointer).ok_or_else(|| failed(io::Error::last_os_error()))?;
-        let region = HostBuffer { pointer, layout };
+        let buffer = HostBuffer { pointer, layout };
         spare(0)?;
         advise(pointer, bytes / HUGE * HUGE);
         // SAFETY: just allocated with this size. Written, since alloc_zeroed would map pages only
         // at their first write.
         unsafe { pointer.write_bytes(0, layout.size()) };
-        Ok(region)
+        Ok(buffer)
     }
 
     pub(crate) fn address(&self) -> u64 {

@@ -69,30 +69,32 @@ impl Memory {
     /// process can address.
     #[cfg(target_os = "linux")]
     pub(crate) fn between_processes(space: &MemorySpace, bytes: usize) -> Result<Memory, String> {
-        Memory::of_shared(space, Memfd::new(bytes)?)
+        Memory::of_memfd(space, Memfd::new(bytes)?)
     }
 
     /// Allocates zeroed device memory that other processes can open.
     #[cfg(target_os = "linux")]
-    pub(crate) fn to_lend(context: &Arc<Context>, bytes: usize) -> Result<Memory, String> {
-        DeviceMemory::to_lend(context, bytes).map(Memory::Cuda)
+    pub(crate) fn exportable(context: &Arc<Context>, bytes: usize) -> Result<Memory, String> {
+        DeviceMemory::exportable(context, bytes).map(Memory::Cuda)
     }
 
     #[cfg(target_os = "linux")]
-    fn of_shared(space: &MemorySpace, shared: Memfd) -> Result<Memory, String> {
+    fn of_memfd(space: &MemorySpace, memfd: Memfd) -> Result<Memory, String> {
         Ok(match space {
-            MemorySpace::Host => Memory::Memfd(shared),
-            MemorySpace::Cuda(context) => Memory::Registered(Registered::new(context, shared)?),
+            MemorySpace::Host => Memory::Memfd(memfd),
+            MemorySpace::Cuda(context) => Memory::Registered(Registered::new(context, memfd)?),
         })
     }
 
     /// Handle and file for other processes. `None` for memory that can't be exported.
     #[cfg(target_os = "linux")]
-    pub(crate) fn offer(&self) -> Option<(MemoryHandle, BorrowedFd<'_>)> {
+    pub(crate) fn export(&self) -> Option<(MemoryHandle, BorrowedFd<'_>)> {
         let (handle, file) = match self {
-            Memory::Memfd(shared) => (None, shared.file()),
-            Memory::Registered(registered) => (None, registered.shared().file()),
-            Memory::Cuda(memory) => memory.offer().map(|(handle, file)| (Some(handle), file))?,
+            Memory::Memfd(memfd) => (None, memfd.file()),
+            Memory::Registered(registered) => (None, registered.memfd().file()),
+            Memory::Cuda(memory) => {
+                memory.export_handle().map(|(handle, file)| (Some(handle), file))?
+            }
             _ => return None,
         };
         Some((MemoryHandle { bytes: self.bytes(), handle }, file))
@@ -102,14 +104,14 @@ impl Memory {
     #[cfg(target_os = "linux")]
     pub(crate) fn open(
         space: &MemorySpace,
-        offer: &MemoryHandle,
+        handle: &MemoryHandle,
         file: OwnedFd,
     ) -> Result<Memory, Unopened> {
-        match (&offer.handle, space) {
-            (None, _) => Ok(Memory::of_shared(space, Memfd::open(file, offer.bytes)?)?),
+        match (&handle.handle, space) {
+            (None, _) => Ok(Memory::of_memfd(space, Memfd::open(file, handle.bytes)?)?),
             // An error may be the fault of either side; it is attributed to this process.
-            (Some(handle), MemorySpace::Cuda(context)) => {
-                Ok(Memory::IpcImport(IpcImport::open(context, handle, file, offer.bytes)?))
+            (Some(ipc), MemorySpace::Cuda(context)) => {
+                Ok(Memory::IpcImport(IpcImport::open(context, ipc, file, handle.bytes)?))
             }
             (Some(_), MemorySpace::Host) => Err(Unopened::Wrong(
                 "the memory belongs to a CUDA device, and this rank is on a CPU".into(),
@@ -124,36 +126,36 @@ impl Memory {
             #[cfg(target_os = "linux")]
             Memory::IpcImport(_) => None,
             #[cfg(target_os = "linux")]
-            Memory::Registered(registered) => Some(registered.shared().address() as *mut u8),
+            Memory::Registered(registered) => Some(registered.memfd().address() as *mut u8),
             memory => Some(memory.address() as *mut u8),
         }
     }
 
     pub(crate) fn address(&self) -> u64 {
         match self {
-            Memory::Host(region) => region.address(),
+            Memory::Host(buffer) => buffer.address(),
             Memory::Cuda(memory) => memory.address(),
             Memory::Mapped(pinned) => pinned.address(),
             #[cfg(target_os = "linux")]
-            Memory::Memfd(shared) => shared.address(),
+            Memory::Memfd(memfd) => memfd.address(),
             #[cfg(target_os = "linux")]
             Memory::Registered(registered) => registered.address(),
             #[cfg(target_os = "linux")]
-            Memory::IpcImport(borrowed) => borrowed.address(),
+            Memory::IpcImport(import) => import.address(),
         }
     }
 
     pub(crate) fn bytes(&self) -> usize {
         match self {
-            Memory::Host(region) => region.bytes(),
+            Memory::Host(buffer) => buffer.bytes(),
             Memory::Cuda(memory) => memory.bytes(),
             Memory::Mapped(pinned) => pinned.size(),
             #[cfg(target_os = "linux")]
-            Memory::Memfd(shared) => shared.bytes(),
+            Memory::Memfd(memfd) => memfd.bytes(),
             #[cfg(target_os = "linux")]
-            Memory::Registered(registered) => registered.shared().bytes(),
+            Memory::Registered(registered) => registered.memfd().bytes(),
             #[cfg(target_os = "linux")]
-            Memory::IpcImport(borrowed) => borrowed.bytes(),
+            Memory::IpcImport(import) => import.bytes(),
         }
     }
 
@@ -178,12 +180,12 @@ impl Memory {
     /// The contents of host memory. No other code may use it at the same time.
     fn bytes_mut(&mut self) -> &mut [u8] {
         match self {
-            Memory::Host(region) => region.bytes_mut(),
+            Memory::Host(buffer) => buffer.bytes_mut(),
             Memory::Mapped(pinned) => pinned.bytes_mut(),
             #[cfg(target_os = "linux")]
-            Memory::Memfd(shared) => shared.bytes_mut(),
+            Memory::Memfd(memfd) => memfd.bytes_mut(),
             #[cfg(target_os = "linux")]
-            Memory::Registered(registered) => registered.shared_mut().bytes_mut(),
+            Memory::Registered(registered) => registered.memfd_mut().bytes_mut(),
             Memory::Cuda(_) => unreachable!("the host has no address for device memory"),
             #[cfg(target_os = "linux")]
             Memory::IpcImport(_) => unreachable!("a peer uses imported memory"),

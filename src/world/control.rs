@@ -76,7 +76,7 @@ impl Control {
         let first = word.compare_exchange(0, code, Ordering::AcqRel, Ordering::Acquire).is_ok();
         if let (true, Memory::Cuda(memory)) = (first, &self.memory) {
             // A device that can no longer be written to has failed its kernels, too.
-            let _ = memory.say(ABORT, code);
+            let _ = memory.write_word(ABORT, code);
         }
     }
 
@@ -102,7 +102,7 @@ impl Control {
         match (self.word(at), &self.memory) {
             (Some(gone), _) => gone.store(1, Ordering::Release),
             (None, Memory::Cuda(memory)) => {
-                let _ = memory.say(at, 1); // an error is ignored as in `poison`
+                let _ = memory.write_word(at, 1); // an error is ignored as in `poison`
             }
             (None, _) => unreachable!("the host has an address for all other memory"),
         }

@@ -22,7 +22,7 @@ struct State {
     /// Ranks that have received the failure.
     told: Vec<bool>,
     /// Ranks that have departed.
-    gone: Vec<bool>,
+    departed: Vec<bool>,
     /// Averagers being built, by build number.
     builds: BTreeMap<u64, Build>,
     /// Averagers built, for aborts.
@@ -43,7 +43,7 @@ impl ThreadBootstrap {
         let state = State {
             failure: None,
             told: vec![false; size],
-            gone: vec![false; size],
+            departed: vec![false; size],
             builds: BTreeMap::new(),
             built: vec![],
         };
@@ -90,7 +90,7 @@ impl ThreadBootstrap {
                 return Err(failure);
             }
             let waited = start.elapsed();
-            let lost = state.gone[missing];
+            let lost = state.departed[missing];
             if lost || waited >= timeout {
                 let phase = Phase::Build;
                 let failure = if lost {
@@ -112,7 +112,7 @@ impl ThreadBootstrap {
     }
 
     pub(super) fn leave(&self, rank: usize) {
-        self.lock().gone[rank] = true;
+        self.lock().departed[rank] = true;
         self.changed.notify_all();
     }
 

@@ -14,7 +14,7 @@ use crate::{Error, Result};
 pub(crate) struct Placement {
     devices: Vec<Device>,
     /// Memory space of each rank. For processes, every entry is the space of this process.
-    sites: Vec<MemorySpace>,
+    spaces: Vec<MemorySpace>,
     /// Peer access between every two ranks, indexed by rank and rank.
     peers: Vec<Vec<PeerAccess>>,
     /// Ranks in ring order.
@@ -22,7 +22,7 @@ pub(crate) struct Placement {
     /// Cores available to each process: the minimum over all ranks. `None` for threads.
     processes: Option<usize>,
     /// Occupancy of the most oversubscribed CUDA device. `None` on CPUs.
-    room: Option<Occupancy>,
+    occupancy: Option<Occupancy>,
 }
 
 /// The ranks on a device and the blocks that can be resident there.
@@ -40,7 +40,7 @@ impl Placement {
             device: devices[rank].to_string(),
             reason,
         };
-        let mut sites: Vec<MemorySpace> = vec![];
+        let mut spaces: Vec<MemorySpace> = vec![];
         for (rank, device) in devices.iter().enumerate() {
             if (device.0 == Kind::Cpu) != (devices[0].0 == Kind::Cpu) {
                 let reason = format!(
@@ -50,7 +50,7 @@ impl Placement {
                 );
                 return Err(unavailable(rank, reason));
             }
-            sites.push(match device.0 {
+            spaces.push(match device.0 {
                 Kind::Cpu => MemorySpace::Host,
                 Kind::Cuda(ordinal) => MemorySpace::Cuda(
                     Context::open(ordinal).map_err(|reason| unavailable(rank, reason))?,
@@ -58,24 +58,31 @@ impl Placement {
             });
         }
         let failed = |failed: cuda::Failed| Error::DeviceFailed { rank: 0, reason: failed.into() };
-        let peers = cuda::all_pairs(&sites, |one, other| match (one, other) {
+        let peers = cuda::all_pairs(&spaces, |one, other| match (one, other) {
             (MemorySpace::Cuda(one), MemorySpace::Cuda(other)) => cuda::peer::access(one, other),
             _ => Ok(PeerAccess::Verified),
         });
         let peers = peers.map_err(failed)?;
-        let connections = cuda::all_pairs(&sites, |one, other| match (one, other) {
+        let connections = cuda::all_pairs(&spaces, |one, other| match (one, other) {
             (MemorySpace::Cuda(one), MemorySpace::Cuda(other)) => cuda::connection(one, other),
             _ => Ok(Connection::Same),
         });
         let order = ring_order(&distances(&connections.map_err(failed)?, &peers));
-        let rooms = sites.iter().zip(devices).filter_map(|(space, device)| match space {
+        let occupancies = spaces.iter().zip(devices).filter_map(|(space, device)| match space {
             MemorySpace::Host => None,
             MemorySpace::Cuda(context) => {
                 Some((context.ordinal(), device.to_string(), context.resident_blocks()))
             }
         });
-        let room = closest(rooms);
-        Ok(Placement { devices: devices.to_vec(), sites, peers, order, processes: None, room })
+        let occupancy = most_oversubscribed(occupancies);
+        Ok(Placement {
+            devices: devices.to_vec(),
+            spaces,
+            peers,
+            order,
+            processes: None,
+            occupancy,
+        })
     }
 
     /// Placement of processes of this host, by rank. `own` is this process's device and memory
@@ -94,17 +101,17 @@ impl Placement {
             .iter()
             .map(|one| host_infos.iter().map(|other| one.connection(other)).collect())
             .collect();
-        let rooms = host_infos.iter().filter_map(|host_info| {
+        let occupancies = host_infos.iter().filter_map(|host_info| {
             let gpu = host_info.gpu.as_ref()?;
             Some((gpu.identity.uuid.as_str(), host_info.device.clone(), gpu.resident_blocks))
         });
         Placement {
             devices: vec![own.0; host_infos.len()],
-            sites: vec![own.1.clone(); host_infos.len()],
+            spaces: vec![own.1.clone(); host_infos.len()],
             order: ring_order(&distances(&connections, &peers)),
             peers,
             processes: host_infos.iter().map(|host_info| host_info.cores).min(),
-            room: closest(rooms),
+            occupancy: most_oversubscribed(occupancies),
         }
     }
 
@@ -128,7 +135,7 @@ impl Placement {
     }
 
     pub(super) fn space(&self, rank: usize) -> &MemorySpace {
-        &self.sites[rank]
+        &self.spaces[rank]
     }
 
     /// True if every rank can address the memory of every other directly: threads on CPUs, or
@@ -151,8 +158,8 @@ impl Placement {
     }
 
     /// Occupancy of the most oversubscribed CUDA device. `None` on CPUs.
-    pub(crate) fn room(&self) -> Option<&Occupancy> {
-        self.room.as_ref()
+    pub(crate) fn occupancy(&self) -> Option<&Occupancy> {
+        self.occupancy.as_ref()
     }
 }
 
@@ -171,12 +178,14 @@ fn distances(connections: &[Vec<Connection>], peers: &[Vec<PeerAccess>]) -> Vec<
 
 /// Returns the most oversubscribed device: the minimum of resident blocks per rank, grouped by
 /// device key. Takes one (key, name, resident blocks) for each rank.
-fn closest<K: Ord>(devices: impl Iterator<Item = (K, String, u32)>) -> Option<Occupancy> {
-    let mut rooms: BTreeMap<K, Occupancy> = BTreeMap::new();
+fn most_oversubscribed<K: Ord>(
+    devices: impl Iterator<Item = (K, String, u32)>,
+) -> Option<Occupancy> {
+    let mut occupancies: BTreeMap<K, Occupancy> = BTreeMap::new();
     for (key, device, blocks) in devices {
-        rooms.entry(key).or_insert(Occupancy { device, ranks: 0, blocks }).ranks += 1;
+        occupancies.entry(key).or_insert(Occupancy { device, ranks: 0, blocks }).ranks += 1;
     }
-    rooms.into_values().min_by_key(|room| room.blocks / room.ranks)
+    occupancies.into_values().min_by_key(|occupancy| occupancy.blocks / occupancy.ranks)
 }
 
 /// Ring order: begins at rank 0 and continues with the nearest rank that is left, the lowest of

@@ -18,20 +18,20 @@ use crate::backend::{ImportLock, Mapping, Memfd};
 pub(crate) struct Registered {
     context: Arc<Context>,
     /// `None` only during the drop.
-    shared: Option<Memfd>,
+    memfd: Option<Memfd>,
     /// Address for devices.
     address: u64,
 }
 
 impl Registered {
-    pub(crate) fn new(context: &Arc<Context>, shared: Memfd) -> Result<Self, Failed> {
+    pub(crate) fn new(context: &Arc<Context>, memfd: Memfd) -> Result<Self, Failed> {
         let _bound = context.bind()?;
-        let start = shared.address() as *mut _;
+        let start = memfd.address() as *mut _;
         let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
         // SAFETY: mapped with this size until it is unregistered.
-        unsafe { call!(cuMemHostRegister_v2(start, shared.bytes(), flags)) }?;
+        unsafe { call!(cuMemHostRegister_v2(start, memfd.bytes(), flags)) }?;
         let mut registered =
-            Registered { context: context.clone(), shared: Some(shared), address: 0 };
+            Registered { context: context.clone(), memfd: Some(memfd), address: 0 };
         // SAFETY: registered for devices above.
         unsafe { call!(cuMemHostGetDevicePointer_v2(&mut registered.address, start, 0)) }?;
         Ok(registered)
@@ -41,19 +41,19 @@ impl Registered {
         self.address
     }
 
-    pub(crate) fn shared(&self) -> &Memfd {
-        self.shared.as_ref().expect("until it is dropped")
+    pub(crate) fn memfd(&self) -> &Memfd {
+        self.memfd.as_ref().expect("until it is dropped")
     }
 
-    pub(crate) fn shared_mut(&mut self) -> &mut Memfd {
-        self.shared.as_mut().expect("until it is dropped")
+    pub(crate) fn memfd_mut(&mut self) -> &mut Memfd {
+        self.memfd.as_mut().expect("until it is dropped")
     }
 }
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        if let Some(shared) = self.shared.take() {
-            let what = What::Registered(shared.into_mapping());
+        if let Some(memfd) = self.memfd.take() {
+            let what = What::Registered(memfd.into_mapping());
             defer(DeferredFree { context: self.context.clone(), what });
         }
     }
@@ -63,7 +63,7 @@ impl Drop for Registered {
 #[derive(Debug)]
 pub(super) struct IpcExport {
     handle: sys::CUipcMemHandle,
-    lease: ImportLock,
+    lock: ImportLock,
 }
 
 impl IpcExport {
@@ -72,22 +72,22 @@ impl IpcExport {
     pub(super) const BLOCK: usize = 2 << 20;
 
     pub(super) fn new(context: &Context, address: u64) -> Result<IpcExport, String> {
-        let (mut handle, lease) = (sys::CUipcMemHandle { reserved: [0; 64] }, ImportLock::new()?);
+        let (mut handle, lock) = (sys::CUipcMemHandle { reserved: [0; 64] }, ImportLock::new()?);
         let _bound = context.bind()?;
         // SAFETY: the start of an allocation of this context.
         unsafe { call!(cuIpcGetMemHandle(&mut handle, address)) }?;
-        Ok(IpcExport { handle, lease })
+        Ok(IpcExport { handle, lock })
     }
 
     /// Handle and file for importers.
-    pub(super) fn offer(&self) -> (Vec<u8>, BorrowedFd<'_>) {
-        (self.handle.reserved.map(|byte| byte as u8).to_vec(), self.lease.file())
+    pub(super) fn handle(&self) -> (Vec<u8>, BorrowedFd<'_>) {
+        (self.handle.reserved.map(|byte| byte as u8).to_vec(), self.lock.file())
     }
 
     /// Frees the memory as soon as no process has it open. A rank that was stopped during a failed
     /// average may still write to it when it resumes.
-    pub(super) fn end(self, context: &Arc<Context>, address: u64) {
-        let what = What::Lent(address, self.lease);
+    pub(super) fn free_when_unused(self, context: &Arc<Context>, address: u64) {
+        let what = What::IpcExport(address, self.lock);
         defer(DeferredFree { context: context.clone(), what });
     }
 }
@@ -99,7 +99,7 @@ pub(crate) struct IpcImport {
     address: u64,
     bytes: usize,
     /// `None` only during the drop.
-    lease: Option<ImportLock>,
+    lock: Option<ImportLock>,
 }
 
 impl IpcImport {
@@ -116,19 +116,19 @@ impl IpcImport {
             return Err(format!("the handle has {} bytes instead of 64", handle.len()));
         }
         raw.reserved.iter_mut().zip(handle).for_each(|(raw, byte)| *raw = *byte as c_char);
-        let lease = Some(ImportLock::take(file)?);
+        let lock = Some(ImportLock::take(file)?);
         let _bound = context.bind()?;
         let (mut address, mut base, mut found) = (0, 0, 0);
         let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as c_uint;
         // SAFETY: the context is bound; an invalid handle is an error.
         unsafe { call!(cuIpcOpenMemHandle_v2(&mut address, raw, flags)) }?;
-        let borrowed = IpcImport { context: context.clone(), address, bytes, lease };
+        let import = IpcImport { context: context.clone(), address, bytes, lock };
         // SAFETY: an address of this context.
         unsafe { call!(cuMemGetAddressRange_v2(&mut base, &mut found, address)) }?;
         let room = (base + found as u64).saturating_sub(address);
         match room < bytes as u64 {
             true => Err(format!("the memory has {room} bytes, but {bytes} are needed")),
-            false => Ok(borrowed),
+            false => Ok(import),
         }
     }
 
@@ -143,8 +143,8 @@ impl IpcImport {
 
 impl Drop for IpcImport {
     fn drop(&mut self) {
-        if let Some(lease) = self.lease.take() {
-            let what = What::IpcImport { address: self.address, _lease: lease };
+        if let Some(lock) = self.lock.take() {
+            let what = What::IpcImport { address: self.address, _lock: lock };
             defer(DeferredFree { context: self.context.clone(), what });
         }
     }
@@ -164,14 +164,14 @@ enum What {
     /// Closed; then its lock is released.
     IpcImport {
         address: u64,
-        _lease: ImportLock,
+        _lock: ImportLock,
     },
-    Lent(u64, ImportLock),
+    IpcExport(u64, ImportLock),
 }
 
 impl DeferredFree {
     /// Releases the memory. False if another process still has it open. Waits for kernels.
-    pub(super) fn give_back(&self) -> bool {
+    pub(super) fn try_release(&self) -> bool {
         // The device is lost, and all its memory with it.
         let Ok(_bound) = self.context.bind() else { return true };
         // SAFETY: created by this process in this context, and no longer used by its kernels. An
@@ -182,8 +182,8 @@ impl DeferredFree {
                     call!(cuMemHostUnregister(mapping.address() as *mut _))
                 }
                 What::IpcImport { address, .. } => call!(cuIpcCloseMemHandle(*address)),
-                What::Lent(_, lease) if !lease.end() => return false,
-                What::Lent(address, _) => call!(cuMemFree_v2(*address)),
+                What::IpcExport(_, lock) if !lock.end() => return false,
+                What::IpcExport(address, _) => call!(cuMemFree_v2(*address)),
             };
         }
         true

@@ -21,44 +21,44 @@ pub(crate) struct IpcProbe {
 
 impl IpcProbe {
     pub(crate) fn new(context: &Arc<Context>, peers: usize) -> Result<IpcProbe, String> {
-        let memory = Memory::to_lend(context, (1 + peers) * PART)?;
+        let memory = Memory::exportable(context, (1 + peers) * PART)?;
         probe(context, memory.address(), 0, 0)?;
         Ok(IpcProbe { context: context.clone(), memory })
     }
 
-    pub(crate) fn offer(&self) -> (MemoryHandle, BorrowedFd<'_>) {
-        self.memory.offer().expect("memory that is to be lent")
+    pub(crate) fn export(&self) -> (MemoryHandle, BorrowedFd<'_>) {
+        self.memory.export().expect("exportable memory")
     }
 
     /// Tests access from another process: true if the bytes it reads are right. Also writes the
     /// part that the owner then checks. An error means that the memory can't be opened.
-    pub(crate) fn visit(
+    pub(crate) fn test(
         context: &Arc<Context>,
-        offer: &MemoryHandle,
+        handle: &MemoryHandle,
         file: OwnedFd,
-        pending: usize,
+        peer: usize,
     ) -> Result<bool, String> {
-        let memory = Memory::open(&MemorySpace::Cuda(context.clone()), offer, file)?;
-        if memory.bytes() < (pending + 2) * PART {
+        let memory = Memory::open(&MemorySpace::Cuda(context.clone()), handle, file)?;
+        if memory.bytes() < (peer + 2) * PART {
             return Err(format!("the memory has only {} bytes", memory.bytes()));
         }
-        let right = is_there(context, memory.address(), 0)?;
-        probe(context, part(&memory, pending), seed(pending), 0)?;
-        Ok(right)
+        let is_right = is_there(context, memory.address(), 0)?;
+        probe(context, part(&memory, peer), seed(peer), 0)?;
+        Ok(is_right)
     }
 
     /// True if the bytes that a peer has written are right.
-    pub(crate) fn was_visited(&self, pending: usize) -> Result<bool, String> {
-        is_there(&self.context, part(&self.memory, pending), seed(pending))
+    pub(crate) fn was_written(&self, peer: usize) -> Result<bool, String> {
+        is_there(&self.context, part(&self.memory, peer), seed(peer))
     }
 }
 
-fn part(memory: &Memory, pending: usize) -> u64 {
-    memory.address() + ((1 + pending) * PART) as u64
+fn part(memory: &Memory, peer: usize) -> u64 {
+    memory.address() + ((1 + peer) * PART) as u64
 }
 
-fn seed(pending: usize) -> u32 {
-    1 + pending as u32
+fn seed(peer: usize) -> u32 {
+    1 + peer as u32
 }
 
 fn is_there(context: &Arc<Context>, memory: u64, seed: u32) -> Result<bool, String> {

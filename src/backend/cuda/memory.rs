@@ -23,7 +23,7 @@ pub(crate) struct DeviceMemory {
     bytes: usize,
     /// Present if the memory can be opened by other processes.
     #[cfg(target_os = "linux")]
-    loan: Option<Box<IpcExport>>,
+    export: Option<Box<IpcExport>>,
 }
 
 impl DeviceMemory {
@@ -40,7 +40,7 @@ impl DeviceMemory {
             address,
             bytes,
             #[cfg(target_os = "linux")]
-            loan: None,
+            export: None,
         };
         memory.fill(0, bytes, 0)?;
         Ok(memory)
@@ -49,18 +49,18 @@ impl DeviceMemory {
     /// Allocates zeroed memory for export. It shares no allocation unit with other memory, and is
     /// never reused.
     #[cfg(target_os = "linux")]
-    pub(crate) fn to_lend(context: &Arc<Context>, bytes: usize) -> Result<Self, String> {
+    pub(crate) fn exportable(context: &Arc<Context>, bytes: usize) -> Result<Self, String> {
         let address = allocate(context, bytes.max(1).next_multiple_of(IpcExport::BLOCK))?;
-        let mut memory = DeviceMemory { context: context.clone(), address, bytes, loan: None };
-        memory.loan = Some(Box::new(IpcExport::new(context, address)?));
+        let mut memory = DeviceMemory { context: context.clone(), address, bytes, export: None };
+        memory.export = Some(Box::new(IpcExport::new(context, address)?));
         memory.fill(0, bytes, 0)?;
         Ok(memory)
     }
 
     /// Handle and file for importers.
     #[cfg(target_os = "linux")]
-    pub(crate) fn offer(&self) -> Option<(Vec<u8>, BorrowedFd<'_>)> {
-        self.loan.as_deref().map(IpcExport::offer)
+    pub(crate) fn export_handle(&self) -> Option<(Vec<u8>, BorrowedFd<'_>)> {
+        self.export.as_deref().map(IpcExport::handle)
     }
 
     pub(crate) fn address(&self) -> u64 {
@@ -81,19 +81,19 @@ impl DeviceMemory {
     }
 
     /// Writes a word, atomically, that running kernels poll.
-    pub(crate) fn say(&self, offset: usize, word: u32) -> Result<(), Failed> {
+    pub(crate) fn write_word(&self, offset: usize, word: u32) -> Result<(), Failed> {
         let to = self.at(offset, 4);
         // SAFETY: inside of this memory, and aligned. Flags 0: earlier writes are visible before
         // the word.
-        let said = self
+        let written = self
             .context
             .on_the_side(|stream| unsafe { call!(cuStreamWriteValue32_v2(stream, to, word, 0)) });
-        match said {
+        match written {
             // A copy of an aligned word is atomic in practice, though no specification says so.
             Err(Failed { result: CUresult::CUDA_ERROR_NOT_SUPPORTED, .. }) => {
                 self.write(offset, &word.to_ne_bytes())
             }
-            said => said,
+            written => written,
         }
     }
 
@@ -122,8 +122,8 @@ impl DeviceMemory {
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
         #[cfg(target_os = "linux")]
-        if let Some(loan) = self.loan.take() {
-            return loan.end(&self.context, self.address);
+        if let Some(export) = self.export.take() {
+            return export.free_when_unused(&self.context, self.address);
         }
         self.context.spare().device.push((self.bytes, self.address));
         Running::free_if_none();

@@ -60,7 +60,7 @@ fn find(one: &Arc<Context>, other: &Arc<Context>) -> Result<PeerAccess, Failed> 
         }
         Ok(back) => back,
     };
-    if moves(one, other, 1)? && moves(other, one, 2)? {
+    if round_trips(one, other, 1)? && round_trips(other, one, 2)? {
         return Ok(PeerAccess::Verified);
     }
     // Disables the access that was enabled here, so that the application sees the state it left and
@@ -112,7 +112,7 @@ fn enable(from: &Context, to: &Context) -> Result<bool, Failed> {
 
 /// True if `to` reads what `from` has written to its memory, and `from` reads what `to` has written
 /// there.
-fn moves(from: &Arc<Context>, to: &Arc<Context>, seed: u32) -> Result<bool, Failed> {
+fn round_trips(from: &Arc<Context>, to: &Arc<Context>, seed: u32) -> Result<bool, Failed> {
     let memory = DeviceMemory::new(to, WORDS as usize * 4)?;
     let (differs_here, differs_there) = (DeviceMemory::new(from, 4)?, DeviceMemory::new(to, 4)?);
     let there = memory.address();

@@ -16,7 +16,7 @@ struct Count {
     busy: usize,
     /// Memory that this process no longer uses but that is shared with other processes.
     #[cfg(target_os = "linux")]
-    returns: Vec<DeferredFree>,
+    deferred: Vec<DeferredFree>,
 }
 
 /// A rank of this process. While one exists, unused memory is kept for reuse and not freed.
@@ -63,7 +63,7 @@ impl Drop for Busy {
         let mut count = count();
         count.busy -= 1;
         #[cfg(target_os = "linux")]
-        give_back(&mut count);
+        release(&mut count);
     }
 }
 
@@ -71,16 +71,16 @@ impl Drop for Busy {
 #[cfg(target_os = "linux")]
 pub(super) fn defer(this: DeferredFree) {
     let mut count = count();
-    count.returns.push(this);
-    give_back(&mut count);
+    count.deferred.push(this);
+    release(&mut count);
 }
 
 /// Releases what can be released. Memory that another process still has open is checked again when
 /// the next average ends.
 #[cfg(target_os = "linux")]
-fn give_back(count: &mut Count) {
+fn release(count: &mut Count) {
     if count.busy == 0 {
-        count.returns.retain(|this| !this.give_back());
+        count.deferred.retain(|this| !this.try_release());
     }
 }
 
@@ -89,7 +89,7 @@ fn count() -> MutexGuard<'static, Count> {
         all: 0,
         busy: 0,
         #[cfg(target_os = "linux")]
-        returns: vec![],
+        deferred: vec![],
     });
     COUNT.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -39,8 +39,9 @@ impl ProcessBootstrap {
         let timeout = if self.has_joined() { timeout.min(JOINING) } else { timeout };
         let deadline = deadline::after(timeout);
         let (body, files) = WireHandshake::of(&handshake);
-        self.tell(Kind::Handshake, number, &body, &files, deadline)?;
-        let frames = self.hear(Kind::Handshake, number, deadline, timeout, false, |_| false)?;
+        self.send_to_others(Kind::Handshake, number, &body, &files, deadline)?;
+        let frames =
+            self.receive_from_others(Kind::Handshake, number, deadline, timeout, false, |_| false)?;
         // Parsing allocates many small pieces, and a small allocation that fails aborts the
         // process. So memory for handshakes larger than this rank's own is tested first.
         let bytes: usize = frames.iter().map(|(_, frame)| frame.body.len()).sum();
@@ -111,11 +112,17 @@ impl ProcessBootstrap {
         deadline: Instant,
         timeout: Duration,
     ) -> Result<()> {
-        let said = own.map(|error| of_itself(error.to_string(), self.rank()));
-        self.tell(Kind::Verdict, number, &said, &[], deadline)?;
+        let verdict = own.map(|error| of_itself(error.to_string(), self.rank()));
+        self.send_to_others(Kind::Verdict, number, &verdict, &[], deadline)?;
         let is_refusal = |frame: &Frame| frame.body != b"null";
-        let frames =
-            self.hear(Kind::Verdict, number, deadline, timeout, own.is_some(), is_refusal)?;
+        let frames = self.receive_from_others(
+            Kind::Verdict,
+            number,
+            deadline,
+            timeout,
+            own.is_some(),
+            is_refusal,
+        )?;
         let refused =
             frames.into_iter().filter(|(_, frame)| is_refusal(frame)).map(|(rank, frame)| {
                 let reason = frame
@@ -128,7 +135,7 @@ impl ProcessBootstrap {
     }
 
     /// Sends a message to every other rank.
-    pub(super) fn tell(
+    pub(super) fn send_to_others(
         &self,
         kind: Kind,
         (view, number): Number,
@@ -147,7 +154,7 @@ impl ProcessBootstrap {
 
     /// Receives the message of this kind and number from every other rank. After a refusal, by this
     /// rank or another, further messages are waited for briefly, and may be missing.
-    pub(super) fn hear(
+    pub(super) fn receive_from_others(
         &self,
         kind: Kind,
         (view, number): Number,
@@ -160,40 +167,43 @@ impl ProcessBootstrap {
         let peers = self.members().iter().copied().enumerate();
         let mut missing: Vec<(usize, usize)> =
             peers.filter(|&(_, peer)| peer != self.peer_set.me).collect();
-        let mut heard = vec![];
+        let mut received = vec![];
         loop {
             if is_refused {
                 deadline = deadline.min(Instant::now() + SOON);
             }
-            let Some(&(first, _)) = missing.first() else { return Ok(heard) };
+            let Some(&(first, _)) = missing.first() else { return Ok(received) };
             let came = self.peer_set.wait(deadline, |state| {
-                let said: Vec<(usize, Frame)> = missing
+                let new: Vec<(usize, Frame)> = missing
                     .iter()
                     .filter_map(|&(rank, peer)| Some((rank, state.take(peer, key)?)))
                     .collect();
-                let silence =
-                    || missing.iter().find_map(|&(rank, peer)| self.silence(rank, peer, state));
-                if said.is_empty() {
-                    silence().map(Err)
+                let reason_for_silence = || {
+                    missing
+                        .iter()
+                        .find_map(|&(rank, peer)| self.reason_for_silence(rank, peer, state))
+                };
+                if new.is_empty() {
+                    reason_for_silence().map(Err)
                 } else {
-                    Some(Ok(said))
+                    Some(Ok(new))
                 }
             });
             let late =
                 || Error::Timeout { rank: first, timeout, phase: Phase::Build, committed: false };
-            let said = match came.unwrap_or_else(|| Err(late())) {
-                Ok(said) => said,
-                Err(_) if is_refused => return Ok(heard),
+            let new = match came.unwrap_or_else(|| Err(late())) {
+                Ok(new) => new,
+                Err(_) if is_refused => return Ok(received),
                 Err(error) => return Err(self.fail(error)),
             };
-            missing.retain(|(rank, _)| said.iter().all(|(other, _)| other != rank));
-            is_refused |= said.iter().any(|(_, said)| refuses(said));
-            heard.extend(said);
+            missing.retain(|(rank, _)| new.iter().all(|(other, _)| other != rank));
+            is_refused |= new.iter().any(|(_, frame)| refuses(frame));
+            received.extend(new);
         }
     }
 
     /// The reason why no message will come from a peer, if there is one.
-    fn silence(&self, rank: usize, peer: usize, state: &State) -> Option<Error> {
+    fn reason_for_silence(&self, rank: usize, peer: usize, state: &State) -> Option<Error> {
         let phase = Phase::Build;
         let aborts = |peer: &usize| state.aborts(*peer, self.number());
         if let Some(rank) = self.members().iter().position(aborts) {
@@ -202,7 +212,7 @@ impl ProcessBootstrap {
         if let Some(failure) = self.failure() {
             return Some(failure);
         }
-        match state.trouble.get(&peer) {
+        match state.unreadable.get(&peer) {
             Some(reason) => {
                 let reason = format!("messages of rank {rank} can't be received: {reason}");
                 Some(Error::SharedMemory { rank: self.rank(), reason })

@@ -30,7 +30,7 @@ impl Confirmation {
         Confirmation { streams: connections.collect() }
     }
 
-    pub(super) fn of_a_visitor(stream: Private<UnixStream>) -> Confirmation {
+    pub(super) fn of_other_rank(stream: Private<UnixStream>) -> Confirmation {
         Confirmation { streams: vec![(0, stream)] }
     }
 
@@ -39,16 +39,16 @@ impl Confirmation {
     pub(super) fn give(self, own: Result<(), String>) -> Result<(), String> {
         match &self.streams[..] {
             [(0, first)] => {
-                say(first, own.as_ref().err());
+                send_verdict(first, own.as_ref().err());
                 // Rank 0 waits for every other rank first.
-                own.and_then(|()| hear(first, Instant::now() + 2 * PATIENCE))
+                own.and_then(|()| receive_verdict(first, Instant::now() + 2 * PATIENCE))
             }
             others => {
                 let refused =
                     own.as_ref().err().map(|reason| format!("rank 0 can't take part: {reason}"));
                 let result = own.and_then(|()| gather(others));
                 let told = refused.as_ref().or(result.as_ref().err());
-                others.iter().for_each(|(_, stream)| say(stream, told));
+                others.iter().for_each(|(_, stream)| send_verdict(stream, told));
                 result
             }
         }
@@ -57,20 +57,20 @@ impl Confirmation {
 
 /// Tells rank 0 why this rank fails.
 pub(super) fn refuse(stream: &Private<UnixStream>, reason: &String) {
-    say(stream, Some(reason));
+    send_verdict(stream, Some(reason));
 }
 
 /// Sends a verdict. A departed receiver is detected when its answer is missing.
-fn say(stream: &Private<UnixStream>, refusal: Option<&String>) {
+fn send_verdict(stream: &Private<UnixStream>, refusal: Option<&String>) {
     let refusal = refusal.map(|reason| reason.chars().take(MOST_REASON).collect::<String>());
     let _ = frame::send(stream, (Kind::Verdict, 0, 0), &refusal, &[], Instant::now() + PATIENCE);
 }
 
 /// Receives a verdict. A missing verdict is not a refusal.
-fn hear(stream: &Private<UnixStream>, deadline: Instant) -> Result<(), String> {
-    let said =
+fn receive_verdict(stream: &Private<UnixStream>, deadline: Instant) -> Result<(), String> {
+    let ready =
         frame::receive(stream, &[Kind::Verdict], 0, deadline).and_then(|frame| frame.parse());
-    said.unwrap_or(None::<String>).map_or(Ok(()), Err)
+    ready.unwrap_or(None::<String>).map_or(Ok(()), Err)
 }
 
 /// Waits until all ranks have confirmed, or one refuses.
@@ -88,13 +88,13 @@ fn gather(others: &[(usize, Private<UnixStream>)]) -> Result<(), String> {
         let mut watched: Vec<PollFd<'_>> = watch.collect();
         // A wait that is interrupted only repeats the loop.
         let _ = poll(&mut watched, left.try_into().ok().as_ref());
-        let speaks: Vec<bool> =
+        let readable: Vec<bool> =
             watched.iter().map(|watched| !watched.revents().is_empty()).collect();
-        let mut speaks = speaks.into_iter();
-        let (said, silent): (Vec<_>, Vec<_>) =
-            missing.into_iter().partition(|_| speaks.next() == Some(true));
-        for (rank, stream) in said {
-            hear(stream, deadline)
+        let mut readable = readable.into_iter();
+        let (ready, silent): (Vec<_>, Vec<_>) =
+            missing.into_iter().partition(|_| readable.next() == Some(true));
+        for (rank, stream) in ready {
+            receive_verdict(stream, deadline)
                 .map_err(|reason| format!("rank {rank} can't take part: {reason}"))?;
         }
         missing = silent;

@@ -29,7 +29,7 @@ pub(super) const OTHER_VERSION: ErrorKind = ErrorKind::Unsupported;
 /// Pause after `TOOMANYREFS`. The kernel limits the descriptors in flight of one user, except root,
 /// to the number of files that a process may open; another process of this user must receive some
 /// first.
-const CROWDED: Duration = Duration::from_millis(1);
+const AT_LIMIT_PAUSE: Duration = Duration::from_millis(1);
 /// Limit on files of one message. The kernel's own limit is 253.
 pub(super) const MOST_FILES: usize = 64;
 
@@ -142,7 +142,7 @@ pub(super) fn send(
         match sendmsg(stream, &[IoSlice::new(&header)], &mut ancillary, SendFlags::NOSIGNAL) {
             Err(rustix::io::Errno::INTR) => {}
             Err(rustix::io::Errno::TOOMANYREFS) if Instant::now() < deadline => {
-                std::thread::sleep(CROWDED)
+                std::thread::sleep(AT_LIMIT_PAUSE)
             }
             sent => break sent?,
         }
@@ -186,14 +186,14 @@ pub(super) fn send_to_all(
     // Index of the stream, and bytes sent.
     let mut left: Vec<(usize, usize)> = (0..streams.len()).map(|index| (index, 0)).collect();
     loop {
-        let mut is_crowded = false;
+        let mut is_at_limit = false;
         left.retain_mut(|(index, sent)| loop {
             match send_some(streams[*index], [&header, &body], *sent, files) {
                 Ok(bytes) => *sent += bytes,
                 Err(rustix::io::Errno::INTR) => continue,
                 Err(rustix::io::Errno::AGAIN) => return true,
                 Err(rustix::io::Errno::TOOMANYREFS) => {
-                    is_crowded = true;
+                    is_at_limit = true;
                     return true;
                 }
                 Err(error) => {
@@ -211,8 +211,8 @@ pub(super) fn send_to_all(
             left.iter().for_each(|&(index, _)| ended(index, Err(ErrorKind::TimedOut.into())));
             return Ok(());
         }
-        if is_crowded {
-            std::thread::sleep(CROWDED.min(patience)); // `poll` would return at once
+        if is_at_limit {
+            std::thread::sleep(AT_LIMIT_PAUSE.min(patience)); // `poll` would return at once
             continue;
         }
         let mut watched: Vec<PollFd<'_>> =

@@ -83,7 +83,7 @@ impl Job {
     pub(super) fn own(known: &Known, rank: usize, variable: Option<&str>) -> Job {
         let kind = match known {
             Known::ByName => Kind::Named,
-            Known::By(by, id) => Kind::Known(shown(by), shown(id) + &suffix(id)),
+            Known::By(by, id) => Kind::Known(excerpt(by), excerpt(id) + &suffix(id)),
             Known::No => Kind::Started(Start::own(rank, variable)),
         };
         let arguments = match kind {
@@ -184,7 +184,7 @@ impl Start {
         let below = &chain[chain.len().saturating_sub(2)];
         let is_orphan = below.is_adopted_by(starter);
         Start {
-            starter: shown(&starter.name),
+            starter: excerpt(&starter.name),
             chain: chain.iter().map(|process| (process.pid, process.start)).collect(),
             session: own.session,
             group: own.group,
@@ -231,9 +231,9 @@ fn arguments(all: impl Iterator<Item = String>, rank: usize) -> Vec<Argument> {
     for text in all {
         let (hash, hash_by_rank) = (hash(&text), hash(&without(&text, rank)));
         if arguments.len() < MOST_ARGUMENTS {
-            arguments.push(Argument { shown: shown(&text), hash, hash_by_rank });
+            arguments.push(Argument { shown: excerpt(&text), hash, hash_by_rank });
         } else {
-            let (shown, one, two) = rest.unwrap_or((shown(&text), 0, 0));
+            let (shown, one, two) = rest.unwrap_or((excerpt(&text), 0, 0));
             rest = Some((shown, one.rotate_left(7) ^ hash, two.rotate_left(7) ^ hash_by_rank));
         }
     }
@@ -261,7 +261,7 @@ fn without(text: &str, rank: usize) -> String {
 }
 
 /// Beginning of a text, made of characters that take at most four bytes in a message.
-fn shown(text: &str) -> String {
+fn excerpt(text: &str) -> String {
     let plain = |c: char| if c.is_control() || c == '"' || c == '\\' { '?' } else { c };
     let mut shown: String = text.chars().take(MOST_SHOWN).map(plain).collect();
     if shown.chars().count() < text.chars().count() {
@@ -272,7 +272,7 @@ fn shown(text: &str) -> String {
 
 /// Suffix that keeps truncated texts different.
 fn suffix(text: &str) -> String {
-    if shown(text) == text {
+    if excerpt(text) == text {
         String::new()
     } else {
         format!("#{:016x}", hash(text))

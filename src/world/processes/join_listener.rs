@@ -22,10 +22,10 @@ use crate::world::WorldId;
 /// rank finds a free one.
 pub(super) const MOST_LISTENERS: usize = 64;
 /// Limit on joiners that wait at one listener.
-const MOST_GUESTS: usize = 16;
+const MOST_JOINERS: usize = 16;
 /// Limit on departed joiners that a member remembers, so that the departure of a joiner that is
 /// just being admitted is known.
-const MOST_GONE: usize = 64;
+const MOST_DEPARTED: usize = 64;
 /// Pause between two attempts to bind a listener.
 const AGAIN: Duration = Duration::from_millis(200);
 /// Time for one message.
@@ -72,19 +72,20 @@ impl JoinListener {
         held: Option<listener::Listener>,
     ) -> JoinListener {
         let (closes, is_closed) = mpsc::channel();
-        let (connections, called, world) =
+        let (connections, name_of_world, world) =
             (connections.clone(), name.to_owned(), origin.world(name, 0));
         let open = move || {
-            let listener = bind(&called, me)?;
-            let (connections, called, origin) =
-                (connections.clone(), called.clone(), origin.clone());
-            let came =
-                move |stream, request| serve(&called, &origin, me, &connections, stream, request);
-            listener::Listener::open(listener, &[Kind::JoinRequest], 1, came)
+            let listener = bind(&name_of_world, me)?;
+            let (connections, name_of_world, origin) =
+                (connections.clone(), name_of_world.clone(), origin.clone());
+            let serve_joiner = move |stream, request| {
+                serve(&name_of_world, &origin, me, &connections, stream, request)
+            };
+            listener::Listener::open(listener, &[Kind::JoinRequest], 1, serve_joiner)
                 .map_err(|shut| shut.reason)
         };
         // Repeated until it succeeds, since descriptors may become free.
-        let keep = move || loop {
+        let run = move || loop {
             let open = open();
             match is_closed.recv_timeout(if open.is_ok() { Duration::MAX } else { AGAIN }) {
                 Err(RecvTimeoutError::Timeout) => {}
@@ -92,12 +93,12 @@ impl JoinListener {
             }
         };
         // Without a thread, this process cannot be joined.
-        let _ = thread("listener".into(), 256 << 10, keep);
+        let _ = thread("listener".into(), 256 << 10, run);
         JoinListener { world, _closes: closes, _held: held }
     }
 
     /// Sets the number of other worlds of the name.
-    pub(super) fn beside(mut self, others: usize) -> JoinListener {
+    pub(super) fn with_others(mut self, others: usize) -> JoinListener {
         self.world.others = others;
         self
     }
@@ -154,9 +155,10 @@ fn serve(
             "its ranks are on {}, this process is on {}: give every rank the same kind of device",
             own.device, said.host_info.device
         ))
-    } else if connections.lock().outsiders(&connections.board.agreed().members).len() >= MOST_GUESTS
+    } else if connections.lock().outsiders(&connections.board.agreed().members).len()
+        >= MOST_JOINERS
     {
-        Some(format!("{MOST_GUESTS} processes wait to join already: try again later"))
+        Some(format!("{MOST_JOINERS} processes wait to join already: try again later"))
     } else {
         None
     };
@@ -167,24 +169,24 @@ fn serve(
     let process = pidfd_open(getpid(), PidfdFlags::empty()).ok();
     let files: Vec<_> =
         [connections.board.file()].into_iter().chain(process.iter().map(AsFd::as_fd)).collect();
-    let inside = JoinOffer {
+    let offer = JoinOffer {
         id: me,
         host_info: own,
         nonce: connections.board.nonce(),
         origin: origin.clone(),
     };
-    if frame::send(&stream, (Kind::JoinOffer, 0, 0), &inside, &files, deadline).is_err() {
+    if frame::send(&stream, (Kind::JoinOffer, 0, 0), &offer, &files, deadline).is_err() {
         return;
     }
-    let Ok(enter) = frame::receive(&stream, &[Kind::Connect], 0, deadline) else { return };
-    let id = enter.number as usize;
+    let Ok(connect) = frame::receive(&stream, &[Kind::Connect], 0, deadline) else { return };
+    let id = connect.number as usize;
     if host_info(id).is_some() {
         return;
     }
-    connections.lock().forget_gone(&connections.board.agreed().members, MOST_GONE);
-    let met = Connection { stream, process: request.files.pop() };
+    connections.lock().forget_departed(&connections.board.agreed().members, MOST_DEPARTED);
+    let connection = Connection { stream, process: request.files.pop() };
     // The joiner may have departed.
-    let _ = match connections.add(id, said.host_info, met) {
+    let _ = match connections.add(id, said.host_info, connection) {
         Ok(()) => connections.send(id, (Kind::Connected, 0, 0), &None::<String>, &[], deadline),
         Err(unheard) => {
             let reason = Some(&unheard.reason);

@@ -32,47 +32,47 @@ const AGAIN: Duration = Duration::from_millis(2);
 pub(super) struct Listener {
     // Dropped in this order: the thread waits for `_open`, so it is the last owner of the socket.
     listener: Arc<Private<UnixListener>>,
-    short: Arc<Short>,
+    short: Arc<Shortage>,
     _open: mpsc::Sender<()>,
 }
 
 /// Resources that were missing for a connection or for the files it sent.
 #[derive(Debug, Default)]
-struct Short {
+struct Shortage {
     files: AtomicBool,
     /// True if files were missing although no other connection held any.
     is_alone: AtomicBool,
     /// The reason why no thread could be started.
     thread: Mutex<Option<String>>,
     /// Number of connections being read.
-    inside: AtomicUsize,
+    reading: AtomicUsize,
 }
 
 impl Listener {
-    /// Calls `came` for each connection of the same user whose first message is one of `kinds`,
+    /// Calls `handle` for each connection of the same user whose first message is one of `kinds`,
     /// with at most `most_files` files. Each connection is read on a thread of its own, so that
     /// none delays another. Connections above `MOST` are closed, and their processes may try again.
     ///
     /// Dropping the listener waits for no thread: closing a file from an unknown process can take
-    /// as long as that process chooses (`SO_LINGER`). So `came` may still be called shortly after
+    /// as long as that process chooses (`SO_LINGER`). So `handle` may still be called shortly after
     /// the drop.
     pub(super) fn open(
         listener: UnixListener,
         kinds: &'static [Kind],
         most_files: usize,
-        came: impl Fn(Private<UnixStream>, Frame) + Send + Sync + 'static,
+        handle: impl Fn(Private<UnixStream>, Frame) + Send + Sync + 'static,
     ) -> Result<Listener, Shut> {
-        let (listener, short) = (Arc::new(Private::new(listener)), Arc::new(Short::default()));
+        let (listener, short) = (Arc::new(Private::new(listener)), Arc::new(Shortage::default()));
         let (open, is_open) = mpsc::channel();
-        let lacks = short.clone();
-        let hear = move |stream: Private<UnixStream>| match frame::receive(
+        let missing = short.clone();
+        let read_first = move |stream: Private<UnixStream>| match frame::receive(
             &stream,
             kinds,
             most_files,
             Instant::now() + HELLO,
         ) {
-            Ok(frame) => came(stream, frame),
-            Err(error) if error.kind() == frame::SHORT => lacks.file(1),
+            Ok(frame) => handle(stream, frame),
+            Err(error) if error.kind() == frame::SHORT => missing.file(1),
             // A process of another version understands at least the header of the answer, and its
             // version.
             Err(error) if error.kind() == frame::OTHER_VERSION => {
@@ -82,13 +82,13 @@ impl Listener {
             }
             Err(_) => {}
         };
-        let (hear, kept, lacks) = (Arc::new(hear), listener.clone(), short.clone());
-        let keep = move || {
-            keep(&kept, &is_open, &lacks, &hear);
+        let (read_first, socket, missing) = (Arc::new(read_first), listener.clone(), short.clone());
+        let run = move || {
+            accept_loop(&socket, &is_open, &missing, &read_first);
             // the last owner of the socket closes the connections in its backlog
             let _ = is_open.recv();
         };
-        match thread("listener".into(), STACK, keep) {
+        match thread("listener".into(), STACK, run) {
             Ok(_) => Ok(Listener { listener, short, _open: open }),
             Err(reason) => Err(Shut { reason, listener }),
         }
@@ -125,8 +125,8 @@ impl Shut {
         reason: &str,
         until: Instant,
     ) {
-        let mut told = 0;
-        while told < most {
+        let mut answered = 0;
+        while answered < most {
             let left = until.saturating_duration_since(Instant::now());
             let mut watched = [PollFd::new(&**self.listener, PollFlags::IN)];
             if left.is_zero() || poll(&mut watched, left.try_into().ok().as_ref()) == Ok(0) {
@@ -138,18 +138,18 @@ impl Shut {
                 && frame::receive(&stream, kinds, most_files, soon()).is_ok()
             {
                 let _ = frame::send(&stream, (Kind::Refuse, 0, 0), &reason, &[], soon());
-                told += 1;
+                answered += 1;
             }
         }
     }
 }
 
-impl Short {
+impl Shortage {
     /// Records that a descriptor was missing, while `own` of the connections being read were the
     /// caller's.
     fn file(&self, own: usize) {
         self.files.store(true, Ordering::Relaxed);
-        self.is_alone.fetch_or(self.inside.load(Ordering::Relaxed) <= own, Ordering::Relaxed);
+        self.is_alone.fetch_or(self.reading.load(Ordering::Relaxed) <= own, Ordering::Relaxed);
     }
 }
 
@@ -161,11 +161,11 @@ impl Drop for Listener {
 }
 
 /// Runs until the listener is closed.
-fn keep(
+fn accept_loop(
     listener: &UnixListener,
     is_open: &mpsc::Receiver<()>,
-    short: &Arc<Short>,
-    hear: &Arc<impl Fn(Private<UnixStream>) + Send + Sync + 'static>,
+    short: &Arc<Shortage>,
+    read_first: &Arc<impl Fn(Private<UnixStream>) + Send + Sync + 'static>,
 ) {
     loop {
         let stream = match listener.accept() {
@@ -191,27 +191,27 @@ fn keep(
             }
         };
         // Checked first, so that another user cannot make this process start a thread.
-        if is_same_user(&stream).is_err() || short.inside.load(Ordering::Relaxed) >= MOST {
+        if is_same_user(&stream).is_err() || short.reading.load(Ordering::Relaxed) >= MOST {
             continue;
         }
-        short.inside.fetch_add(1, Ordering::Relaxed);
-        let (hear, leaving) = (hear.clone(), short.clone());
+        short.reading.fetch_add(1, Ordering::Relaxed);
+        let (read_first, counted) = (read_first.clone(), short.clone());
         let stream = Arc::new(Mutex::new(Some(stream)));
-        let untold = stream.clone();
-        let stranger = move || {
+        let unread = stream.clone();
+        let read = move || {
             let stream = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
-            stream.into_iter().for_each(|stream| hear(stream));
+            stream.into_iter().for_each(|stream| read_first(stream));
             // last, so that a connection that takes long to close still counts
-            leaving.inside.fetch_sub(1, Ordering::Relaxed);
+            counted.reading.fetch_sub(1, Ordering::Relaxed);
         };
-        if let Err(reason) = thread("hello".into(), STACK, stranger) {
-            short.inside.fetch_sub(1, Ordering::Relaxed);
+        if let Err(reason) = thread("hello".into(), STACK, read) {
+            short.reading.fetch_sub(1, Ordering::Relaxed);
             let reason = format!(
                 "rank 0, or a member, of this world can't start a thread to receive messages: \
                     {reason}"
             );
             // The send buffer of an unused socket has room, so this does not block.
-            let stream = untold.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let stream = unread.lock().unwrap_or_else(PoisonError::into_inner).take();
             let _ = stream.map(|stream| {
                 frame::send(&stream, (Kind::Refuse, 0, 0), &reason, &[], Instant::now())
             });
@@ -277,8 +277,8 @@ mod tests {
         let address =
             SocketAddr::from_abstract_name(format!("strangers-{}", std::process::id())).unwrap();
         let listener = UnixListener::bind_addr(&address).unwrap();
-        let come = || UnixStream::connect_addr(&address).unwrap();
-        let mut ends = vec![];
+        let connect = || UnixStream::connect_addr(&address).unwrap();
+        let mut other_ends = vec![];
         // Sends bytes with the last copy of a file that lingers.
         let mut send = |stream: &UnixStream, bytes: &[u8]| {
             let (file, end) = lingering();
@@ -287,23 +287,23 @@ mod tests {
             let mut ancillary = SendAncillaryBuffer::new(&mut space);
             assert!(ancillary.push(SendAncillaryMessage::ScmRights(&files)));
             sendmsg(stream, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::empty()).unwrap();
-            ends.push(end);
+            other_ends.push(end);
         };
-        let garbage = come();
+        let garbage = connect();
         send(&garbage, b"GET / HTTP/1.1\r\n\r\n  ");
-        let honest = come();
+        let valid = connect();
         let begin = Instant::now();
-        frame::send(&honest, (Kind::Hello, 0, 7), &(), &[], begin + LINGER).unwrap();
-        let _crowd: Vec<UnixStream> = (0..MOST).map(|_| come()).collect();
+        frame::send(&valid, (Kind::Hello, 0, 7), &(), &[], begin + LINGER).unwrap();
+        let _idle: Vec<UnixStream> = (0..MOST).map(|_| connect()).collect();
         // One is refused, and the other is still in the backlog when the listener is closed.
-        let late = [come(), come()];
+        let late = [connect(), connect()];
         late.iter().for_each(|late| send(late, b"P"));
-        let (say, heard) = mpsc::channel();
+        let (send_number, received) = mpsc::channel();
         let listener = Listener::open(listener, &[Kind::Hello], 1, move |_, frame| {
-            say.send(frame.number).unwrap()
+            send_number.send(frame.number).unwrap()
         });
         let listener = listener.unwrap();
-        assert_eq!(heard.recv_timeout(LINGER / 2), Ok(7));
+        assert_eq!(received.recv_timeout(LINGER / 2), Ok(7));
         std::thread::sleep(Duration::from_millis(100));
         drop(listener);
         assert!(begin.elapsed() < LINGER / 2, "{:?}", begin.elapsed());

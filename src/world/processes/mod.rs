@@ -34,7 +34,7 @@ use job::Job;
 pub(super) use job::Known;
 use join_listener::JoinListener;
 use peer_set::{CurrentView, PeerSet, ViewStatus};
-use peers::Unheard;
+use peers::NoReceiver;
 #[cfg(fuzzing)]
 pub use rendezvous::fuzz;
 use rendezvous::RankInfo;
@@ -144,7 +144,7 @@ impl ProcessBootstrap {
         let met = peers.peers.into_iter().enumerate().filter_map(|(peer, met)| Some((peer, met?)));
         let heard =
             met.map(|(peer, (host_info, met))| peer_set.connections.add(peer, host_info, met));
-        let heard = heard.collect::<Result<(), Unheard>>().map_err(|unheard| unheard.reason);
+        let heard = heard.collect::<Result<(), NoReceiver>>().map_err(|failed| failed.reason);
         peers.confirmation.give(heard).map_err(failed)?;
         p2p_probe::find(&peer_set, &peer_set.current(), deadline).map_err(failed)?;
         let listener = JoinListener::open(
@@ -167,7 +167,7 @@ impl ProcessBootstrap {
         p2p_probe::find(&peer_set, &peer_set.current(), Instant::now() + JOINING)
             .map_err(failed)?;
         let listener = JoinListener::open(name, origin, peer_set.me, &peer_set.connections, None)
-            .beside(others);
+            .with_others(others);
         Ok(ProcessBootstrap::of(peer_set, listener))
     }
 

@@ -29,7 +29,7 @@ pub(super) struct PeerSet {
     /// Averagers of this process, for a later view change.
     pub(super) averagers: Averagers,
     /// True during a view change.
-    pub(super) going: AtomicBool,
+    pub(super) is_changing: AtomicBool,
     /// True on a joiner until it has received the model.
     pub(super) is_new: AtomicBool,
 }
@@ -83,7 +83,7 @@ impl PeerSet {
         let number = AtomicU32::new(latest.number());
         let (current, latest) = (Mutex::new(latest.clone()), Mutex::new(latest));
         let host_infos = Mutex::new(P2pMatrix::new(own));
-        let (going, is_new) = (AtomicBool::new(false), AtomicBool::new(false));
+        let (is_changing, is_new) = (AtomicBool::new(false), AtomicBool::new(false));
         let averagers = Averagers::default();
         PeerSet {
             me,
@@ -93,7 +93,7 @@ impl PeerSet {
             number,
             host_infos,
             averagers,
-            going,
+            is_changing,
             is_new,
         }
     }
@@ -130,8 +130,8 @@ impl PeerSet {
         // The failure is reported once more, to a thread that averages or builds at this moment.
         let failure = Error::Aborted { rank, phase: Phase::Build, committed: false };
         let mut status = view.status();
-        let going = self.going.load(Ordering::Relaxed);
-        status.aborted[usize::from(going)] = true;
+        let is_changing = self.is_changing.load(Ordering::Relaxed);
+        status.aborted[usize::from(is_changing)] = true;
         status.failure.get_or_insert(failure);
         drop(status);
         let built = self.lock().built();
@@ -141,7 +141,9 @@ impl PeerSet {
         }
         self.wake();
         let others = view.members().iter().filter(|&&peer| peer != self.me);
-        others.for_each(|&peer| self.try_send(peer, (Kind::Abort, view.number(), going.into())));
+        others.for_each(|&peer| {
+            self.try_send(peer, (Kind::Abort, view.number(), is_changing.into()))
+        });
     }
 }
 

@@ -39,12 +39,12 @@ struct Peer {
 
 /// A peer for which no receiving thread could be started.
 #[derive(Debug)]
-pub(super) struct Unheard {
+pub(super) struct NoReceiver {
     pub(super) reason: String,
     peer: Arc<Peer>,
 }
 
-impl Unheard {
+impl NoReceiver {
     /// Stream on which the peer can be told the reason.
     pub(super) fn stream(&self) -> &UnixStream {
         &self.peer.stream
@@ -67,9 +67,9 @@ pub(super) struct Connections {
 /// Received state of the peers.
 #[derive(Debug, Default)]
 pub(super) struct State {
-    pub(super) gone: BTreeSet<usize>,
+    pub(super) departed: BTreeSet<usize>,
     /// Peers that may live but whose messages can't be received any more, with the reason.
-    pub(super) trouble: BTreeMap<usize, String>,
+    pub(super) unreadable: BTreeMap<usize, String>,
     /// Host information of each peer, and of this process.
     pub(super) host_infos: BTreeMap<usize, HostInfo>,
     /// Messages that were not taken yet, by peer. The oldest of equal keys is kept.
@@ -108,7 +108,7 @@ impl State {
     /// True if the peer has departed or has abandoned this view.
     pub(super) fn is_lost(&self, peer: usize, view: u32) -> bool {
         let is_past = |&(kind, of, _): &(Kind, u32, u32)| kind == Kind::Ready && of > view;
-        self.gone.contains(&peer)
+        self.departed.contains(&peer)
             || self.messages.get(&peer).is_some_and(|said| said.keys().any(is_past))
     }
 
@@ -116,37 +116,37 @@ impl State {
     /// view.
     pub(super) fn aborts(&self, peer: usize, view: u32) -> bool {
         let before = view.checked_sub(1).is_some_and(|last| self.has(peer, (Kind::Abort, last, 1)));
-        before || [0, 1].into_iter().any(|going| self.has(peer, (Kind::Abort, view, going)))
+        before || [0, 1].into_iter().any(|during| self.has(peer, (Kind::Abort, view, during)))
     }
 
     /// Forgets a peer whose connection was not completed.
     pub(super) fn forget(&mut self, peer: usize) {
-        self.gone.remove(&peer);
+        self.departed.remove(&peer);
         self.host_infos.remove(&peer);
     }
 
     /// Forgets departed peers that are no members, except the last `most`.
-    pub(super) fn forget_gone(&mut self, members: &[usize], most: usize) {
+    pub(super) fn forget_departed(&mut self, members: &[usize], most: usize) {
         // Ids grow with time.
-        let outside = self.gone.iter().filter(|&peer| !members.contains(peer)).rev().skip(most);
+        let outside = self.departed.iter().filter(|&peer| !members.contains(peer)).rev().skip(most);
         for peer in outside.copied().collect::<Vec<_>>() {
             self.forget(peer);
             self.messages.remove(&peer);
-            self.trouble.remove(&peer);
+            self.unreadable.remove(&peer);
         }
     }
 
     /// Joiners that are connected and wait to be admitted after this view.
     pub(super) fn joiners(&self, view: u32) -> Vec<usize> {
         let waits = |peer: &usize| {
-            self.has(*peer, (Kind::JoinPending, view, 0)) && !self.gone.contains(peer)
+            self.has(*peer, (Kind::JoinPending, view, 0)) && !self.departed.contains(peer)
         };
         self.messages.keys().copied().filter(waits).collect()
     }
 
     /// Connected peers that are no members.
     pub(super) fn outsiders(&self, members: &[usize]) -> Vec<usize> {
-        let is_one = |peer: &&usize| !members.contains(peer) && !self.gone.contains(peer);
+        let is_one = |peer: &&usize| !members.contains(peer) && !self.departed.contains(peer);
         self.host_infos.keys().filter(is_one).copied().collect()
     }
 
@@ -314,7 +314,7 @@ impl Connections {
         peer: usize,
         host_info: HostInfo,
         met: Connection,
-    ) -> Result<(), Unheard> {
+    ) -> Result<(), NoReceiver> {
         let Connection { stream, process } = met;
         let one = Arc::new(Peer { stream, sending: Mutex::new(()) });
         self.lock().host_infos.insert(peer, host_info);
@@ -325,7 +325,7 @@ impl Connections {
         let thread = thread(format!("peer-{peer}"), STACK, listens).map_err(|reason| {
             drop(peers.remove(&peer));
             self.lock().host_infos.remove(&peer);
-            Unheard { reason: format!("can't receive from peers: {reason}"), peer: one }
+            NoReceiver { reason: format!("can't receive from peers: {reason}"), peer: one }
         })?;
         let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
         threads.retain(|thread| !thread.is_finished());
@@ -338,21 +338,21 @@ impl Connections {
         self.joiner.load(Ordering::Relaxed) == view + 1
     }
 
-    fn count_guests(&self, state: &State) {
+    fn count_joiners(&self, state: &State) {
         let view = self.board.view();
         let joiner = if state.joiners(view).is_empty() { 0 } else { view + 1 };
         self.joiner.store(joiner, Ordering::Relaxed);
     }
 
-    fn is_gone(&self, peer: usize) {
+    fn mark_departed(&self, peer: usize) {
         let mut state = self.lock();
-        state.gone.insert(peer);
+        state.departed.insert(peer);
         // Under the lock, so that `watch` sees every departure. The host can write the memory
         // without a device.
         for (agreement, ring) in state.built() {
             leave(&agreement, &ring, peer);
         }
-        self.count_guests(&state);
+        self.count_joiners(&state);
         drop(state);
         self.peers().as_mut().and_then(|peers| peers.remove(&peer));
         self.changed.notify_all();
@@ -381,7 +381,7 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, connectio
                 if [io::ErrorKind::InvalidData, frame::OTHER_VERSION, frame::SHORT]
                     .contains(&error.kind()) =>
             {
-                connections.lock().trouble.insert(peer, error.to_string());
+                connections.lock().unreadable.insert(peer, error.to_string());
                 break;
             }
             Err(_) => break, // departed
@@ -391,7 +391,7 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, connectio
         let messages = state.messages.entry(peer).or_default();
         messages.entry((kind, view, number)).or_insert(frame);
         if messages.len() > MOST_WAITING {
-            state.trouble.insert(
+            state.unreadable.insert(
                 peer,
                 format!("peer {peer} builds averagers that this rank does not build"),
             );
@@ -408,13 +408,13 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, connectio
             }
         }
         if kind == Kind::JoinPending {
-            connections.count_guests(&state);
+            connections.count_joiners(&state);
         }
         drop(state);
         connections.changed.notify_all();
     }
     let _ = stream.shutdown(Shutdown::Both); // tells the peer that it is not received from any more
-    connections.is_gone(peer);
+    connections.mark_departed(peer);
 }
 
 /// Kinds of messages between peers.

@@ -28,7 +28,7 @@ pub(super) struct Averagers {
 /// Message of a process before it builds its averagers again.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Offered {
+pub(super) struct AveragerList {
     /// Ordinals of the sender's averagers.
     all: BTreeSet<String>,
     /// Ordinal of the averager that the sender averages next, if any.
@@ -82,16 +82,18 @@ impl ProcessBootstrap {
             return Ok(());
         }
         let ours = averagers.alive();
-        let own =
-            Offered { all: ours.keys().cloned().collect(), averages: averages.map(str::to_owned) };
+        let own = AveragerList {
+            all: ours.keys().cloned().collect(),
+            averages: averages.map(str::to_owned),
+        };
         let (number, deadline) = ((self.number(), 0), deadline::after(timeout));
         if let Some(failure) = self.failure() {
             return Err(failure);
         }
-        self.tell(Kind::Averagers, number, &own, &[], deadline)?;
+        self.send_to_others(Kind::Averagers, number, &own, &[], deadline)?;
         let mut theirs = vec![own; self.members().len()];
         for (rank, frame) in
-            self.hear(Kind::Averagers, number, deadline, timeout, false, |_| false)?
+            self.receive_from_others(Kind::Averagers, number, deadline, timeout, false, |_| false)?
         {
             theirs[rank] = frame.parse().map_err(|error| {
                 let reason = format!("its list of averagers can't be parsed: {error}");

@@ -33,7 +33,7 @@ use notice::Notice;
 
 /// Time in which a rank that can't take part tries to tell the other ranks, which were started when
 /// it was.
-const PARTING: Duration = Duration::from_secs(10);
+const REFUSING: Duration = Duration::from_secs(10);
 /// Pause between two attempts to reach rank 0.
 const AGAIN: Duration = Duration::from_millis(2);
 /// Time in which late ranks are told why there is no world.
@@ -133,13 +133,13 @@ pub(super) struct Peers {
 /// Meets the other ranks. Collective. An error says what is wrong and what to do. A rank that can't
 /// take part tells the ranks that arrive soon.
 pub(super) fn meet(me: &RankInfo, timeout: Duration) -> Result<Peers, String> {
-    let timeout = if me.refusal.is_some() { timeout.min(PARTING) } else { timeout };
+    let timeout = if me.refusal.is_some() { timeout.min(REFUSING) } else { timeout };
     let deadline = crate::deadline::after(timeout);
     is_some_user()?;
     let address = address(&me.name, None)?;
     match me.rank {
         0 => host::meet(me, &address, deadline, timeout),
-        _ => visit(me, &address, deadline, timeout),
+        _ => meet_rank_0(me, &address, deadline, timeout),
     }
 }
 
@@ -183,7 +183,7 @@ impl RankInfo {
     }
 }
 
-fn visit(
+fn meet_rank_0(
     me: &RankInfo,
     address: &SocketAddr,
     deadline: Instant,
@@ -208,10 +208,10 @@ fn visit(
                 let mut peers = welcomed(me, frame).inspect_err(|reason| {
                     confirm::refuse(&stream, reason);
                     if is_foreign {
-                        part(me, address, reason);
+                        tell_own_rank_0(me, address, reason);
                     }
                 })?;
-                peers.confirmation = Confirmation::of_a_visitor(stream);
+                peers.confirmation = Confirmation::of_other_rank(stream);
                 return Ok(peers);
             }
             // No process listens yet, or any more, or the listener is at its limit.
@@ -234,16 +234,16 @@ fn visit(
 }
 
 /// Tells rank 0 of this job, which may take the name later and would wait for this rank.
-fn part(me: &RankInfo, address: &SocketAddr, reason: &str) {
+fn tell_own_rank_0(me: &RankInfo, address: &SocketAddr, reason: &str) {
     const PAUSE: Duration = Duration::from_millis(20);
     let refused = RankInfo { refusal: Some(reason.into()), ..me.clone() };
     let until = Instant::now() + GRACE;
     let mut notice = Notice::new();
     while Instant::now() < until {
         std::thread::sleep(PAUSE);
-        let told = connect(address).map(Private::new);
-        let told = told.and_then(|stream| greet(&refused, &stream, until, &mut notice));
-        if told.is_ok_and(|answer| answer.kind == Kind::Refuse && answer.number != FOREIGN) {
+        let answer = connect(address).map(Private::new);
+        let answer = answer.and_then(|stream| greet(&refused, &stream, until, &mut notice));
+        if answer.is_ok_and(|answer| answer.kind == Kind::Refuse && answer.number != FOREIGN) {
             return;
         }
     }

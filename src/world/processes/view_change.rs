@@ -91,7 +91,7 @@ impl ProcessBootstrap {
         let is_needed =
             |peer: &usize| self.members().contains(peer) && Some(*peer) != self.unsettled();
         if let Some((_, reason)) =
-            self.peer_set.lock().trouble.iter().find(|(peer, _)| is_needed(peer))
+            self.peer_set.lock().unreadable.iter().find(|(peer, _)| is_needed(peer))
         {
             return Err(Error::SharedMemory { rank: self.rank(), reason: reason.clone() });
         }
@@ -100,15 +100,15 @@ impl ProcessBootstrap {
         let counts = if admits { &[0, 1][..] } else { &[1] };
         let aborted = |state: &State| {
             let has = |peer: &usize| {
-                counts.iter().any(|&going| state.has(*peer, (Kind::Abort, next - 1, going)))
+                counts.iter().any(|&during| state.has(*peer, (Kind::Abort, next - 1, during)))
             };
-            let own = counts.iter().any(|&going| self.status().aborted[going as usize]);
+            let own = counts.iter().any(|&during| self.status().aborted[during as usize]);
             self.others().find(has).or(own.then_some(me)).map(|peer| self.rank_of(peer))
         };
-        let _going = ViewChangeGuard::new(&self.peer_set);
+        let _guard = ViewChangeGuard::new(&self.peer_set);
         let joiners = if admits { self.joiners(deadline) } else { vec![] };
-        let tell = |number, to: &[usize], deadline| {
-            for &peer in to.iter().filter(|&&peer| !self.peer_set.lock().gone.contains(&peer)) {
+        let send_ready = |number, to: &[usize], deadline| {
+            for &peer in to.iter().filter(|&&peer| !self.peer_set.lock().departed.contains(&peer)) {
                 // A peer that does not read is not ready, either.
                 let _ =
                     self.peer_set.send(peer, (Kind::Ready, next, number), &joiners, &[], deadline);
@@ -118,11 +118,11 @@ impl ProcessBootstrap {
         let is_decided = || board.view() >= next;
         if !is_decided() {
             let others: Vec<usize> = self.others().collect();
-            tell(READY, &others, deadline);
+            send_ready(READY, &others, deadline);
             let ready = |state: &State, peer: usize| state.has(peer, (Kind::Ready, next, READY));
             let all = |state: &State, but: Option<usize>| {
                 let settled = |&peer: &usize| {
-                    state.gone.contains(&peer) || ready(state, peer) || Some(peer) == but
+                    state.departed.contains(&peer) || ready(state, peer) || Some(peer) == but
                 };
                 others.iter().all(settled) || is_decided() || aborted(state).is_some()
             };
@@ -138,8 +138,9 @@ impl ProcessBootstrap {
                 self.status().aborted[1] = false;
                 return Err(Error::Aborted { rank, phase: Phase::Build, committed: false });
             }
-            let there =
-                |peer: usize| peer == me || (ready(&state, peer) && !state.gone.contains(&peer));
+            let there = |peer: usize| {
+                peer == me || (ready(&state, peer) && !state.departed.contains(&peer))
+            };
             let mut members: Vec<usize> =
                 self.members().iter().copied().filter(|&peer| there(peer)).collect();
             let known = |peer: usize, joiner: usize| {
@@ -152,14 +153,14 @@ impl ProcessBootstrap {
             let mut joiners =
                 joiners.iter().copied().filter(|_| members.len() < PA_MAX_WORLD as usize);
             let joined = joiners.find(|&joiner| {
-                !state.gone.contains(&joiner) && members.iter().all(|&peer| known(peer, joiner))
+                !state.departed.contains(&joiner) && members.iter().all(|&peer| known(peer, joiner))
             });
             members.extend(joined);
-            let told = [others, state.outsiders(self.members())].concat();
+            let receivers = [others, state.outsiders(self.members())].concat();
             drop(state);
             board.propose(me, &self.view.agreed, &members, joined);
             // Wakes members that wait for a process that will not arrive, and joiners.
-            tell(DECIDED, &told, Instant::now() + SOON);
+            send_ready(DECIDED, &receivers, Instant::now() + SOON);
         }
         let agreed = board.agreed();
         if agreed.number != next || !agreed.members.contains(&me) {
@@ -216,13 +217,13 @@ struct ViewChangeGuard<'a>(&'a PeerSet);
 
 impl<'a> ViewChangeGuard<'a> {
     fn new(peer_set: &'a PeerSet) -> Self {
-        peer_set.going.store(true, Ordering::Relaxed);
+        peer_set.is_changing.store(true, Ordering::Relaxed);
         ViewChangeGuard(peer_set)
     }
 }
 
 impl Drop for ViewChangeGuard<'_> {
     fn drop(&mut self) {
-        self.0.going.store(false, Ordering::Relaxed);
+        self.0.is_changing.store(false, Ordering::Relaxed);
     }
 }

@@ -40,11 +40,11 @@ impl WireHandshake {
         ];
         let mut files = vec![];
         let memories = memories.map(|memory| {
-            let (offer, file) = memory.and_then(Memory::offer)?;
+            let (handle, file) = memory.and_then(Memory::export)?;
             files.push(file);
-            Some(offer)
+            Some(handle)
         });
-        let shown = WireHandshake {
+        let wire = WireHandshake {
             refusal: handshake.refusal.as_ref().map(Error::to_string),
             options: handshake.options.clone(),
             tensors: handshake.tensors.clone(),
@@ -53,22 +53,22 @@ impl WireHandshake {
             ordinal: handshake.ordinal.clone(),
             memories,
         };
-        (shown, files)
+        (wire, files)
     }
 
     /// Parses the handshake of rank `rank`. Its memory is still to be opened.
     pub(super) fn read(frame: Frame, rank: usize) -> Result<Unopened> {
         let refuse = |reason: String| Error::PeerBuildFailed { rank, reason };
-        let shown: WireHandshake = frame
+        let wire: WireHandshake = frame
             .parse()
             .map_err(|error| refuse(format!("its handshake can't be parsed: {error}")))?;
         let handshake = Handshake {
-            refusal: shown.refusal.map(|reason| refuse(of_itself(reason, rank))),
-            options: shown.options,
-            tensors: shown.tensors,
-            schedule_position: shown.schedule_position,
-            admission: shown.admission,
-            ordinal: shown.ordinal,
+            refusal: wire.refusal.map(|reason| refuse(of_itself(reason, rank))),
+            options: wire.options,
+            tensors: wire.tensors,
+            schedule_position: wire.schedule_position,
+            admission: wire.admission,
+            ordinal: wire.ordinal,
             inbox: None,
             credits: None,
             control: None,
@@ -76,7 +76,7 @@ impl WireHandshake {
         Ok(Unopened {
             rank,
             handshake,
-            memories: shown.memories,
+            memories: wire.memories,
             files: frame.files,
             is_short: frame.is_short,
         })
@@ -101,7 +101,7 @@ impl Unopened {
         let refuse = |reason: String| Error::PeerBuildFailed { rank, reason };
         let mut files = files.into_iter();
         let mut open = |index: usize| -> Result<Option<Memory>> {
-            let Some(offer) = &memories[index] else { return Ok(None) };
+            let Some(handle) = &memories[index] else { return Ok(None) };
             if is_short {
                 return Err(Error::SharedMemory { rank: reader.rank, reason: short_of_files() });
             }
@@ -110,7 +110,7 @@ impl Unopened {
             if !reader.wanted[index] {
                 return Ok(None);
             }
-            let opened = Memory::open(reader.space, offer, file).map(Some);
+            let opened = Memory::open(reader.space, handle, file).map(Some);
             opened.map_err(|unopened| match unopened {
                 Fault::Wrong(reason) => refuse(reason),
                 Fault::Short(reason) => {

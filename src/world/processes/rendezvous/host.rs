@@ -11,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
-use super::name::{self, Pending, APART};
+use super::name::{self, Pending, TWO_JOBS};
 use super::{
-    is_early, Connection, Hello, Notice, Origin, Peers, RankInfo, Welcome, CAUSES, GRACE, PARTING,
+    is_early, Connection, Hello, Notice, Origin, Peers, RankInfo, Welcome, CAUSES, GRACE, REFUSING,
 };
 use crate::backend::limits::{why, Wanted};
 use crate::world::processes::confirm::Confirmation;
@@ -24,13 +24,13 @@ use crate::world::processes::private::Private;
 use crate::world::processes::view_board::ViewBoard;
 
 /// Time to wait for a rank of this job after a process of another job has claimed that rank.
-const STRAY: Duration = Duration::from_secs(5);
+const FOREIGN_WAIT: Duration = Duration::from_secs(5);
 /// Limit on remembered ranks, and on remembered jobs, of others.
 const MOST_OTHERS: usize = 64;
 /// Longest wait before other conditions than an arrival are checked.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Meets the other ranks, which call `visit`. Collective.
+/// Meets the other ranks, which call `meet_rank_0`. Collective.
 pub(super) fn meet(
     me: &RankInfo,
     address: &SocketAddr,
@@ -43,8 +43,8 @@ pub(super) fn meet(
         deadline,
         timeout,
         came,
-        strays: vec![],
-        firsts: vec![],
+        foreign_ranks: vec![],
+        foreign_jobs: vec![],
         is_contested: false,
         refused: 0,
     }
@@ -57,9 +57,9 @@ struct RankZero<'a> {
     timeout: Duration,
     came: BTreeMap<usize, Pending>,
     /// Ranks of other jobs that have arrived.
-    strays: Vec<Stray>,
+    foreign_ranks: Vec<ForeignRank>,
     /// Other jobs whose rank 0 has arrived, too.
-    firsts: Vec<Job>,
+    foreign_jobs: Vec<Job>,
     /// True if two processes claimed one rank.
     is_contested: bool,
     /// Number of ranks that were refused and told so.
@@ -67,7 +67,7 @@ struct RankZero<'a> {
 }
 
 #[derive(Debug)]
-struct Stray {
+struct ForeignRank {
     rank: usize,
     job: Job,
     reason: String,
@@ -105,7 +105,7 @@ impl RankZero<'_> {
         let gathered = self.gather(&arrivals, &listener);
         drop(reserve);
         let result = gathered.and_then(|()| {
-            self.introduce().map_err(|reason| format!("rank 0 can't connect the ranks: {reason}"))
+            self.connect_all().map_err(|reason| format!("rank 0 can't connect the ranks: {reason}"))
         });
         match result {
             // The listener answers later processes that the world has begun.
@@ -141,10 +141,11 @@ impl RankZero<'_> {
                 ));
             }
             let now = Instant::now();
-            let is_open =
-                |stray: &&Stray| !self.came.contains_key(&stray.rank) && stray.until <= now;
-            if let Some(stray) = self.strays.iter().find(is_open) {
-                return Err(stray.reason.clone());
+            let is_open = |foreign_rank: &&ForeignRank| {
+                !self.came.contains_key(&foreign_rank.rank) && foreign_rank.until <= now
+            };
+            if let Some(foreign_rank) = self.foreign_ranks.iter().find(is_open) {
+                return Err(foreign_rank.reason.clone());
             }
             notice.look(|| self.waiting());
             let left = self.deadline.saturating_duration_since(now);
@@ -176,7 +177,7 @@ impl RankZero<'_> {
         while left > 0 {
             // The listener itself answers connections that can't be read.
             let grace =
-                if self.me.refusal.is_some() && !listener.is_stuck() { PARTING } else { GRACE };
+                if self.me.refusal.is_some() && !listener.is_stuck() { REFUSING } else { GRACE };
             let patience =
                 self.deadline.min(begin + grace).saturating_duration_since(Instant::now());
             match arrivals.recv_timeout(patience.min(TICK)) {
@@ -232,7 +233,7 @@ impl RankZero<'_> {
             return Ok(());
         }
         if let Some(differs) = mine.job.differs(&hello.job) {
-            self.turn_away(&pending, &differs);
+            self.refuse_foreign(&pending, &differs);
             return Ok(());
         }
         let differs = [
@@ -240,18 +241,18 @@ impl RankZero<'_> {
             ("the world size", &hello.world_size.to_string(), &mine.world_size.to_string()),
         ];
         let differs = differs.into_iter().find(|(_, theirs, ours)| theirs != ours);
-        let earlier = match rank {
+        let claimant = match rank {
             0 => Some(&mine.job),
             rank => self
                 .came
                 .get(&rank)
-                .filter(|earlier| !has_hung_up(&earlier.stream))
+                .filter(|claimant| !has_hung_up(&claimant.stream))
                 .map(|v| &v.hello.job),
         };
-        let refusal = if let Some(earlier) = earlier {
+        let refusal = if let Some(claimant) = claimant {
             self.is_contested = true;
             Some(format!(
-                "two processes claim rank {rank} of the world {name:?}: {earlier} and {}: give \
+                "two processes claim rank {rank} of the world {name:?}: {claimant} and {}: give \
                     each rank a number of its own, and each job a name of its own, such as another \
                     MASTER_PORT",
                 hello.job
@@ -280,33 +281,33 @@ impl RankZero<'_> {
     }
 
     /// Refuses a rank of another job. If that job has a rank 0 of its own, this world begins without
-    /// the rank. Otherwise the rank probably belongs to this world, which then fails after `STRAY`
-    /// instead of waiting for the timeout.
-    fn turn_away(&mut self, pending: &Pending, differs: &str) {
+    /// the rank. Otherwise the rank probably belongs to this world, which then fails after
+    /// `FOREIGN_WAIT` instead of waiting for the timeout.
+    fn refuse_foreign(&mut self, pending: &Pending, differs: &str) {
         let Hello { rank, job, world_size, .. } = &pending.hello;
         let reason = format!(
             "a process claims rank {rank} of the world {:?}, but seems to belong to another job \
-                than rank 0: it is {job}, and rank 0 is {}: {differs}; {APART}",
+                than rank 0: it is {job}, and rank 0 is {}: {differs}; {TWO_JOBS}",
             self.me.name, self.me.job
         );
         pending.refuse_as_foreign(&reason);
         // A rank that reports an error, or belongs to a larger world, does not stand for a rank of
         // this world.
         let is_one = pending.hello.refusal.is_none() && *world_size == self.me.world_size;
-        let is_known = self.firsts.iter().any(|first| first.differs(job).is_none());
+        let is_known = self.foreign_jobs.iter().any(|first| first.differs(job).is_none());
         if *rank == 0 {
-            self.strays.retain(|stray| stray.job.differs(job).is_some());
-            if !is_known && self.firsts.len() < MOST_OTHERS {
-                self.firsts.push(job.clone());
+            self.foreign_ranks.retain(|foreign_rank| foreign_rank.job.differs(job).is_some());
+            if !is_known && self.foreign_jobs.len() < MOST_OTHERS {
+                self.foreign_jobs.push(job.clone());
             }
-        } else if is_one && !is_known && self.strays.len() < MOST_OTHERS {
-            let until = Instant::now() + STRAY;
-            self.strays.push(Stray { rank: *rank, job: job.clone(), reason, until });
+        } else if is_one && !is_known && self.foreign_ranks.len() < MOST_OTHERS {
+            let until = Instant::now() + FOREIGN_WAIT;
+            self.foreign_ranks.push(ForeignRank { rank: *rank, job: job.clone(), reason, until });
         }
     }
 
     /// Sends every rank a socket to every other rank.
-    fn introduce(&mut self) -> Result<Peers, String> {
+    fn connect_all(&mut self) -> Result<Peers, String> {
         let failed =
             |error: io::Error| why("making sockets for all ranks", Wanted::Descriptor, error);
         let size = self.me.world_size;

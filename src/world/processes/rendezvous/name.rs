@@ -20,7 +20,8 @@ const ANSWER: Duration = Duration::from_millis(500);
 const SILENCE: Duration = Duration::from_secs(5);
 
 /// Advice for two jobs with one name.
-pub(super) const APART: &str = "if they are one job, set PARAM_AVERAGER_RENDEZVOUS to one name on \
+pub(super) const TWO_JOBS: &str =
+    "if they are one job, set PARAM_AVERAGER_RENDEZVOUS to one name on \
     every rank, or, where the program gives the name, call CommunicatorBuilder::job; if they are \
     two jobs, give each a name of its own, such as another MASTER_PORT";
 
@@ -84,7 +85,7 @@ pub(super) fn take(
         match holder.and_then(|holder| greet(me, &holder, until, &mut notice)) {
             Ok(frame) if frame.kind == Kind::Refuse => {
                 let reason = frame.parse().unwrap_or_else(|error: io::Error| error.to_string());
-                part(me, address, deadline, &reason);
+                tell_own_ranks(me, address, deadline, &reason);
                 return Err(reason);
             }
             Ok(_) => {
@@ -120,25 +121,25 @@ pub(super) fn take(
 
 /// Tells the other ranks of this job, which wait for this rank, in case the process that holds the
 /// name ends soon.
-fn part(me: &RankInfo, address: &SocketAddr, deadline: Instant, reason: &str) {
+fn tell_own_ranks(me: &RankInfo, address: &SocketAddr, deadline: Instant, reason: &str) {
     let until = deadline.min(Instant::now() + GRACE);
     let mut left = me.world_size - 1;
     while left > 0 && Instant::now() < until {
         std::thread::sleep(AGAIN);
         let Ok(listener) = UnixListener::bind_addr(address) else { continue };
         let (send, arrivals) = mpsc::sync_channel(listener::MOST);
-        let (mine, size) = (me.job.clone(), me.world_size);
-        let came = move |stream, frame: Frame| {
+        let (job, size) = (me.job.clone(), me.world_size);
+        let refuse_own = move |stream, frame: Frame| {
             let hello = frame.parse::<Hello>();
             // Ranks of another job try again after this process has ended.
             let is_mine = |hello: &Hello| {
-                (1..size).contains(&hello.rank) && mine.differs(&hello.job).is_none()
+                (1..size).contains(&hello.rank) && job.differs(&hello.job).is_none()
             };
             if let Some(hello) = hello.ok().filter(is_mine) {
                 let _ = send.try_send(Pending { stream, hello, process: None });
             }
         };
-        let Ok(_listener) = Listener::open(listener, &[Kind::Hello], 1, came) else { return };
+        let Ok(_listener) = Listener::open(listener, &[Kind::Hello], 1, refuse_own) else { return };
         while let Ok(pending) =
             arrivals.recv_timeout(until.saturating_duration_since(Instant::now()))
         {
@@ -156,7 +157,7 @@ pub(super) fn begun(me: &RankInfo, hello: &Hello, since: Instant) -> String {
     let differs = me.job.differs(&hello.job);
     let seconds = since.elapsed().as_secs();
     let how = match (&differs, hello.rank) {
-        (Some(differs), _) => format!("{differs}; {APART}"),
+        (Some(differs), _) => format!("{differs}; {TWO_JOBS}"),
         (None, 0) => "end that process, or give this world a name of its own, such as another \
             MASTER_PORT"
             .into(),

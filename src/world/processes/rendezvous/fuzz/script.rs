@@ -28,7 +28,7 @@ pub(super) enum Act {
         bytes: Vec<u8>,
     },
     /// Sends a valid message of a kind, or its first bytes.
-    Say {
+    Send {
         kind: u8,
         files: u8,
         keep: u8,
@@ -58,7 +58,7 @@ pub(super) fn script(mut data: &[u8]) -> Vec<Act> {
                 data = rest;
                 Act::Write { files, bytes: bytes.into() }
             }
-            2 => Act::Say { kind: next(), files: next(), keep: next() },
+            2 => Act::Send { kind: next(), files: next(), keep: next() },
             3 => Act::Close,
             4 => Act::Turn(next()),
             5 => Act::Pause(next() % 32),
@@ -109,7 +109,7 @@ fn write(stream: &UnixStream, bytes: &[u8], files: &[OwnedFd]) -> usize {
     sendmsg(stream, &[std::io::IoSlice::new(bytes)], &mut ancillary, flags).unwrap_or(0)
 }
 
-/// The message of `Act::Say`.
+/// The message of `Act::Send`.
 pub(super) fn message(me: &RankInfo, kind: u8, files: usize, keep: u8) -> Vec<u8> {
     let json = |body: serde_json::Result<Vec<u8>>| body.expect("plain data");
     let (kind, body) = match kind % 6 {
@@ -157,17 +157,17 @@ pub(super) fn read_header(bytes: &[u8]) -> Option<(u8, usize, usize)> {
 
 /// Bytes that were sent on a connection.
 #[derive(Default)]
-pub(super) struct Said {
+pub(super) struct Sent {
     pub(super) bytes: Vec<u8>,
     pub(super) with_files: bool,
 }
 
-impl Said {
+impl Sent {
     /// Performs an act that sends something.
-    pub(super) fn say(&mut self, act: &Act, me: &RankInfo, stream: &UnixStream) {
+    pub(super) fn send(&mut self, act: &Act, me: &RankInfo, stream: &UnixStream) {
         let (bytes, files) = match act {
             Act::Write { files: which, bytes } => (bytes.clone(), files(*which, stream.as_fd())),
-            Act::Say { kind, files: which, keep } => {
+            Act::Send { kind, files: which, keep } => {
                 let files = files(*which, stream.as_fd());
                 (message(me, *kind, files.len(), *keep), files)
             }
