@@ -2,10 +2,10 @@
 //! `kernels/bucket.h` uses the same layout.
 //!
 //! ```text
-//! tensors  wte f32 | ln f32 | wpe bf16 | head f32          in the order they are visited
-//! buckets  f32: [wte|ln|head]      bf16: [wpe]             one a dtype; each tensor starts a new 16-byte pack
-//! channels [········][········]                            equal ranges of a bucket's packs
-//! rounds   [n chunks][n chunks]…[n parts of the rest]      what one trip around the ring carries
+//! tensors  wte f32 | ln f32 | wpe bf16 | head f32        in the order they are visited
+//! buckets  f32: [wte|ln|head]      bf16: [wpe]           one per dtype; tensors start at a pack
+//! channels [········][········]                          equal ranges of a bucket's packs
+//! rounds   [n chunks][n chunks]…[n parts of the rest]    load of one trip around the ring
 //! ```
 
 use crate::abi::{PaSegment, PA_ALIGN_PACKS, PA_PACK_BYTES};
@@ -120,7 +120,8 @@ mod tests {
                     prop_assert_eq!(segment.elements, shapes[tensor].elements);
                     end += segment.elements.div_ceil(per_pack);
                     for element in [0, segment.elements - 1] {
-                        prop_assert_eq!(bucket.locate(segment.first_pack * per_pack + element), (tensor, element));
+                        let at = segment.first_pack * per_pack + element;
+                        prop_assert_eq!(bucket.locate(at), (tensor, element));
                     }
                 }
                 prop_assert_eq!(bucket.packs, end);
@@ -135,7 +136,9 @@ mod tests {
         }
 
         #[test]
-        fn channels_cover_the_bucket_and_shards_fit(packs in 1u64..1 << 30, channels in 1u32..64, world in 2u32..=16, chunk in 1u32..4096) {
+        fn channels_cover_the_bucket_and_shards_fit(
+            packs in 1u64..1 << 30, channels in 1u32..64, world in 2u32..=16, chunk in 1u32..4096
+        ) {
             let chunk = chunk * PA_ALIGN_PACKS;
             let each = channel_packs(packs, channels);
             prop_assert!(each * u64::from(channels) >= packs);
@@ -145,7 +148,8 @@ mod tests {
             let last = each % round;
             let own = each / round * u64::from(chunk) + align_up(last.div_ceil(u64::from(world)));
             prop_assert!(own <= shard_packs(each, world, chunk));
-            prop_assert!(shard_packs(each, world, chunk) <= each.div_ceil(u64::from(world)) + u64::from(PA_ALIGN_PACKS));
+            let most = each.div_ceil(u64::from(world)) + u64::from(PA_ALIGN_PACKS);
+            prop_assert!(shard_packs(each, world, chunk) <= most);
         }
     }
 }

@@ -18,7 +18,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_duration_is_a_deadline(seconds in any::<u64>(), nanoseconds in 0u32..1_000_000_000) {
+        fn every_duration_is_a_deadline(
+            seconds in any::<u64>(), nanoseconds in 0u32..1_000_000_000
+        ) {
             let timeout = Duration::new(seconds, nanoseconds);
             let before = Instant::now();
             let deadline = after(timeout);

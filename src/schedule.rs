@@ -1,5 +1,7 @@
 //! Schedules: the steps after which to average. Pure functions, without state or I/O.
 
+use crate::hash::fnv1a;
+
 /// The optimizer steps after which the ranks average.
 ///
 /// Local SGD with H local steps is `Schedule::every(H)`: an average after steps H, 2·H, 3·H, … H =
@@ -67,10 +69,7 @@ impl Schedule {
     /// Never 0, which stands for an average outside of any schedule.
     pub(crate) fn digest(&self, place: u64) -> u64 {
         let words = [self.every, self.warmup, place];
-        let bytes = words.iter().flat_map(|word| word.to_le_bytes());
-        bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
-        }) | 1
+        fnv1a(words.iter().flat_map(|word| word.to_le_bytes())) | 1
     }
 }
 

@@ -1,11 +1,12 @@
 //! CPU threads that run the kernels. A block is a thread: the averager's own for channel 0, and one
 //! worker for each further channel.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
 use super::limits::thread;
 use crate::abi::PaArgs;
+use crate::sync::{lock, wait};
 
 /// Stack of a worker in bytes.
 const STACK: usize = 2 << 20;
@@ -118,7 +119,7 @@ impl Workers {
         if !self.threads.is_empty() {
             let mut job = lock(&self.shared.job);
             while job.running > 0 {
-                job = self.shared.ended.wait(job).unwrap_or_else(PoisonError::into_inner);
+                job = wait(&self.shared.ended, job);
             }
         }
     }
@@ -130,7 +131,7 @@ fn work(isa: Isa, channel: u32, shared: &Shared) {
         let (phase, args) = {
             let mut job = lock(&shared.job);
             while job.number == done && !job.stop {
-                job = shared.started.wait(job).unwrap_or_else(PoisonError::into_inner);
+                job = wait(&shared.started, job);
             }
             if job.stop {
                 return;
@@ -147,10 +148,6 @@ fn work(isa: Isa, channel: u32, shared: &Shared) {
             shared.ended.notify_one();
         }
     }
-}
-
-fn lock(job: &Mutex<Job>) -> MutexGuard<'_, Job> {
-    job.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Workers {

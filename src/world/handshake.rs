@@ -6,7 +6,7 @@ use super::Control;
 use crate::backend::Memory;
 use crate::{Error, Result};
 
-/// How a joiner gets its model from the members of its world.
+/// Way in which a joiner gets its model from the members of its world.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(target_os = "linux", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) enum Admission {
@@ -30,7 +30,7 @@ pub(crate) struct Handshake {
     pub(crate) tensors: Vec<String>,
     /// Position in the schedule, after a recovery.
     pub(crate) schedule_position: u64,
-    /// How this rank transfers the model to a joiner in its first average.
+    /// Way in which this rank transfers the model to a joiner, in its first average.
     pub(crate) admission: Admission,
     /// Ordinal of an averager that is built again, to tell it from averagers with the same layout.
     pub(crate) ordinal: Option<String>,
@@ -120,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn averagers_that_are_built_anew_go_with_those_that_they_were() {
+    fn ordinals_of_averagers_built_again_must_agree() {
         let handshake = |ordinal: Option<&str>| Handshake {
             refusal: None,
             options: vec![],

@@ -1,11 +1,12 @@
 //! Bootstrap of ranks that are threads of one process. Ranks exchange handshakes under one lock.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use super::{Agreement, Handshake, Placement};
 use crate::error::Phase;
+use crate::sync::{lock, wait_timeout};
 use crate::{Error, Result};
 
 #[derive(Debug)]
@@ -103,11 +104,7 @@ impl ThreadBootstrap {
                 continue;
             }
             // A spurious wake-up or a timeout only repeats the loop.
-            state = self
-                .changed
-                .wait_timeout(state, timeout - waited)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            state = wait_timeout(&self.changed, state, timeout - waited);
         }
     }
 
@@ -132,7 +129,7 @@ impl ThreadBootstrap {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

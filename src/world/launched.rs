@@ -122,7 +122,8 @@ impl Communicator {
 /// use param_averager::Communicator;
 ///
 /// let rank: usize = std::env::args().nth(1).and_then(|rank| rank.parse().ok()).expect("a rank");
-/// let communicator = Communicator::builder().rank(rank).world_size(2).rendezvous("my-run").build()?;
+/// let builder = Communicator::builder().rank(rank).world_size(2).rendezvous("my-run");
+/// let communicator = builder.build()?;
 /// # Ok::<(), param_averager::Error>(())
 /// ```
 #[derive(Clone, Debug)]
@@ -191,7 +192,8 @@ impl CommunicatorBuilder {
     /// use std::time::Duration;
     /// use param_averager::Communicator;
     ///
-    /// let communicator = Communicator::builder().timeout(Duration::from_secs(30)).from_env()?.build()?;
+    /// let builder = Communicator::builder().timeout(Duration::from_secs(30)).from_env()?;
+    /// let communicator = builder.build()?;
     /// # Ok::<(), param_averager::Error>(())
     /// ```
     ///

@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::ffi::{c_int, CString};
 use std::marker::PhantomData;
 use std::ptr::null_mut;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
 use super::driver::{self, call, Failed};
 use super::rank::THREADS;
+use crate::sync::lock;
 
 /// Names of the kernels, indexed by `PaPhase`.
 const KERNELS: [&str; 5] = ["pa_direct", "pa_ring", "pa_ring_reduce", "pa_ring_gather", "pa_scan"];
@@ -185,7 +186,7 @@ impl Context {
     }
 
     pub(super) fn spare(&self) -> MutexGuard<'_, Spare> {
-        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.spare)
     }
 
     /// Frees unused memory. Waits for kernels.
@@ -253,7 +254,7 @@ impl Drop for Context {
 /// All opened devices, by ordinal.
 pub(super) fn opened() -> MutexGuard<'static, BTreeMap<usize, Arc<Context>>> {
     static OPENED: Mutex<BTreeMap<usize, Arc<Context>>> = Mutex::new(BTreeMap::new());
-    OPENED.lock().unwrap_or_else(PoisonError::into_inner)
+    lock(&OPENED)
 }
 
 /// Keeps a context current on this thread, and restores the previous one, which is the

@@ -4,12 +4,13 @@
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use cudarc::driver::sys::CUresult;
 
 use super::driver::{call, Failed};
 use super::{Context, DeviceMemory};
+use crate::sync::lock;
 
 /// Number of words transferred in each direction.
 pub(super) const WORDS: u32 = 16 << 10;
@@ -35,7 +36,7 @@ pub(crate) fn access(one: &Arc<Context>, other: &Arc<Context>) -> Result<PeerAcc
     // By ordinals, the lower one first. Locked during a test: a test that fails disables the
     // access, which must not happen under the kernels of a concurrent test of the same pair.
     static KNOWN: Mutex<BTreeMap<(usize, usize), PeerAccess>> = Mutex::new(BTreeMap::new());
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut known = lock(&KNOWN);
     let pair = (one.ordinal().min(other.ordinal()), one.ordinal().max(other.ordinal()));
     if let Some(&known) = known.get(&pair) {
         return Ok(known);

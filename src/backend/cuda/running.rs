@@ -1,11 +1,12 @@
 //! Deferred release of memory. Freeing, unregistering and closing memory waits for every kernel on
 //! the device, and one of them may be an average that waits for the calling thread.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use super::context::opened;
 #[cfg(target_os = "linux")]
 use super::ipc::DeferredFree;
+use crate::sync::lock;
 
 /// Counts over all ranks of this process, in all worlds.
 #[derive(Debug)]
@@ -91,5 +92,5 @@ fn count() -> MutexGuard<'static, Count> {
         #[cfg(target_os = "linux")]
         deferred: vec![],
     });
-    COUNT.lock().unwrap_or_else(PoisonError::into_inner)
+    lock(&COUNT)
 }

@@ -34,7 +34,7 @@ impl Confirmation {
         Confirmation { streams: vec![(0, stream)] }
     }
 
-    /// Tells whether this rank has all that it needs, and returns when all have told. Collective. A
+    /// Reports whether this rank has all that it needs, and returns when all ranks have reported. Collective. A
     /// refusal is an error on every rank.
     pub(super) fn give(self, own: Result<(), String>) -> Result<(), String> {
         match &self.streams[..] {

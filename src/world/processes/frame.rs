@@ -37,11 +37,11 @@ pub(super) const MOST_FILES: usize = 64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub(super) enum Kind {
-    /// To rank 0, from a rank that wants to take part in the world.
+    /// Rank to rank 0: request to take part in the world.
     Hello = 1,
-    /// From rank 0: descriptions of all ranks, with sockets to them.
+    /// Rank 0 to rank: descriptions of all ranks, with sockets to them.
     Welcome = 2,
-    /// From rank 0 or a member: refusal, with the reason.
+    /// Rank 0 or member to any process: refusal, with the reason.
     Refuse = 3,
     /// The handshake of a rank that builds an averager.
     Handshake = 4,
@@ -49,15 +49,15 @@ pub(super) enum Kind {
     Abort = 5,
     /// The sender is ready for the next view of its world.
     Ready = 6,
-    /// To a member's join listener, from a joiner.
+    /// Joiner to join listener: request for a description of the world.
     JoinRequest = 7,
-    /// From the join listener: description of the world.
+    /// Join listener to joiner: description of the world.
     JoinOffer = 8,
-    /// To the join listener: request to become a peer. The number is the joiner's id.
+    /// Joiner to join listener: request to become a peer. The number is the joiner's id.
     Connect = 9,
-    /// From the member: the joiner is connected as a peer, or the reason why not.
+    /// Member to joiner: the joiner is connected as a peer, or the reason why not.
     Connected = 10,
-    /// To all members, from a connected joiner: request for admission after this view.
+    /// Joiner to all members: request for admission after this view.
     JoinPending = 11,
     /// Result of the sender's test transfer to memory of the receiver's device.
     Reach = 12,
@@ -279,7 +279,7 @@ pub(super) fn receive(
         return bad("a message of an unexpected kind");
     };
     if is_short {
-        files.clear(); // it can't be told which are missing
+        files.clear(); // no order tells which are missing
                        // A peer stays connected, so that this process can still tell it the reason.
         if ![Kind::Handshake, Kind::Reach].contains(&kind) {
             return Err(Error::new(SHORT, short_of_files()));
@@ -406,7 +406,7 @@ mod tests {
     /// A message reaches the peers that read. A peer that does not read is late, and delays no
     /// other.
     #[test]
-    fn a_message_to_all_waits_for_nobody() {
+    fn a_message_to_all_is_not_delayed_by_a_peer_that_does_not_read() {
         let pairs: Vec<_> = (0..3).map(|_| UnixStream::pair().unwrap()).collect();
         let body: Vec<u32> = (0..300_000).collect();
         let readers: Vec<_> = pairs[1..]
@@ -442,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn who_says_nothing_or_half_of_it_is_not_waited_for() {
+    fn a_missing_or_incomplete_message_ends_at_the_deadline() {
         let (one, other) = UnixStream::pair().unwrap();
         (&one).write_all(&MAGIC).unwrap();
         let start = Instant::now();
@@ -452,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn a_deadline_is_for_what_is_still_to_come() {
+    fn a_deadline_concerns_data_that_has_not_arrived() {
         let (one, other) = UnixStream::pair().unwrap();
         send(&one, (Kind::Ready, 0, 0), &vec![7; 1000], &[], soon()).unwrap();
         let past = Instant::now();
@@ -474,7 +474,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_stranger_may_not_send_is_refused_unread() {
+    fn an_invalid_first_message_is_refused_unread() {
         let refused = |kind: Kind, bytes: u32, files: usize| {
             let (one, other) = UnixStream::pair().unwrap();
             let mut header = [0; HEADER];
@@ -505,10 +505,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn garbage_is_an_error(mut bytes in proptest::collection::vec(any::<u8>(), 0..200), honest in 0usize..8) {
-            // The first `honest` bytes of the header are valid.
+        fn garbage_is_an_error(
+            mut bytes in proptest::collection::vec(any::<u8>(), 0..200), valid in 0usize..8
+        ) {
+            // The first `valid` bytes of the header are valid.
             let right = [b'P', b'A', b'V', b'G', VERSION as u8, 0, Kind::Hello as u8, 0];
-            for (byte, right) in bytes.iter_mut().zip(&right[..honest]) {
+            for (byte, right) in bytes.iter_mut().zip(&right[..valid]) {
                 *byte = *right;
             }
             let (one, other) = UnixStream::pair().unwrap();
@@ -516,7 +518,8 @@ mod tests {
             drop(one);
             if let Ok(frame) = receive(&other, &ALL, 2, soon()) {
                 prop_assert!(bytes.starts_with(&MAGIC));
-                prop_assert_eq!(frame.body.len(), u32::from_le_bytes(bytes[16..20].try_into().unwrap()) as usize);
+                let length = u32::from_le_bytes(bytes[16..20].try_into().unwrap());
+                prop_assert_eq!(frame.body.len(), length as usize);
             }
         }
     }

@@ -6,6 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use super::ancestry::{pid_namespace, Process};
+use crate::hash::fnv1a;
 
 /// Number of arguments that are compared one by one. Further arguments are compared together.
 const MOST_ARGUMENTS: usize = 48;
@@ -37,7 +38,7 @@ enum Kind {
     Started(Start),
 }
 
-/// How a rank was started.
+/// Processes that started a rank.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Start {
@@ -69,7 +70,7 @@ struct Argument {
 /// Source of the job's identity, as far as the caller or a launcher gives one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(in crate::world) enum Known {
-    /// None: compare how the processes were started.
+    /// Unknown: the processes that started the ranks are compared.
     #[default]
     No,
     /// The name of the world identifies the job.
@@ -229,7 +230,7 @@ fn arguments(all: impl Iterator<Item = String>, rank: usize) -> Vec<Argument> {
     let mut arguments: Vec<Argument> = vec![];
     let mut rest: Option<(String, u64, u64)> = None;
     for text in all {
-        let (hash, hash_by_rank) = (hash(&text), hash(&without(&text, rank)));
+        let (hash, hash_by_rank) = (fnv1a(text.bytes()), fnv1a(without(&text, rank).bytes()));
         if arguments.len() < MOST_ARGUMENTS {
             arguments.push(Argument { shown: excerpt(&text), hash, hash_by_rank });
         } else {
@@ -275,15 +276,8 @@ fn suffix(text: &str) -> String {
     if excerpt(text) == text {
         String::new()
     } else {
-        format!("#{:016x}", hash(text))
+        format!("#{:016x}", fnv1a(text.bytes()))
     }
-}
-
-/// FNV-1a. Equal on all machines and in all versions.
-pub(super) fn hash(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
-    })
 }
 
 #[cfg(test)]
@@ -380,7 +374,9 @@ mod tests {
     proptest! {
         /// Every command line fits into a first message.
         #[test]
-        fn what_is_said_is_bounded(all in proptest::collection::vec(any::<String>(), 0..200), rank in 0usize..16) {
+        fn a_description_is_bounded(
+            all in proptest::collection::vec(any::<String>(), 0..200), rank in 0usize..16
+        ) {
             let long = all.iter().map(|text| text.repeat(20));
             let arguments = arguments(long, rank);
             let job = Job { arguments, ..started(1, 1, 1, false) };

@@ -6,7 +6,6 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
-use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use rustix::process::{getpid, pidfd_open, PidfdFlags};
@@ -21,6 +20,7 @@ use super::rendezvous::{address, connect, Connection, Origin};
 use super::view_board::{View, ViewBoard};
 use crate::abi::PA_MAX_WORLD;
 use crate::backend::limits::{self, is_shortage, Wanted};
+use crate::sync::lock;
 
 /// Shortest pause between two attempts to find a world, or to reach a member that does not answer.
 const AGAIN: Duration = Duration::from_millis(20);
@@ -84,7 +84,7 @@ fn become_member(
     let view = CurrentView::new(joiner.wait(deadline, timeout)?);
     peer_set.is_new.store(true, Ordering::Relaxed);
     peer_set.enter(&view);
-    *peer_set.latest.lock().unwrap_or_else(PoisonError::into_inner) = view;
+    *lock(&peer_set.latest) = view;
     Ok(peer_set)
 }
 

@@ -6,7 +6,7 @@ use std::io::ErrorKind;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags};
@@ -15,6 +15,7 @@ use super::credentials::is_same_user;
 use super::frame::{self, Frame, Kind};
 use super::private::Private;
 use crate::backend::limits::thread;
+use crate::sync::lock;
 
 /// Limit on connections whose first message is incomplete.
 pub(super) const MOST: usize = 64;
@@ -96,14 +97,14 @@ impl Listener {
 
     /// The missing resource, if any, and what to do.
     pub(super) fn shortage(&self) -> Option<String> {
-        let thread = self.short.thread.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let thread = lock(&self.short.thread).clone();
         thread.or_else(|| self.short.files.load(Ordering::Relaxed).then(frame::short_of_files))
     }
 
     /// True if no connection can be read: a thread or a file descriptor is missing, although no
     /// other connection holds one.
     pub(super) fn is_stuck(&self) -> bool {
-        let thread = self.short.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        let thread = lock(&self.short.thread);
         thread.is_some() || self.short.is_alone.load(Ordering::Relaxed)
     }
 }
@@ -199,7 +200,7 @@ fn accept_loop(
         let stream = Arc::new(Mutex::new(Some(stream)));
         let unread = stream.clone();
         let read = move || {
-            let stream = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let stream = lock(&stream).take();
             stream.into_iter().for_each(|stream| read_first(stream));
             // last, so that a connection that takes long to close still counts
             counted.reading.fetch_sub(1, Ordering::Relaxed);
@@ -211,11 +212,11 @@ fn accept_loop(
                     {reason}"
             );
             // The send buffer of an unused socket has room, so this does not block.
-            let stream = unread.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let stream = lock(&unread).take();
             let _ = stream.map(|stream| {
                 frame::send(&stream, (Kind::Refuse, 0, 0), &reason, &[], Instant::now())
             });
-            *short.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+            *lock(&short.thread) = Some(reason);
         }
     }
 }
@@ -260,7 +261,8 @@ mod tests {
         let address = SocketAddr::from_abstract_name(address).unwrap();
         let listener = UnixListener::bind_addr(&address).unwrap();
         let _listener =
-            Listener::open(listener, &[Kind::Hello], 1, |_, _| panic!("it was heard")).unwrap();
+            Listener::open(listener, &[Kind::Hello], 1, |_, _| panic!("its message was handed on"))
+                .unwrap();
         let stream = UnixStream::connect_addr(&address).unwrap();
         let mut header = frame::header((Kind::Hello, 0, 0), 2, 0);
         header[4] ^= 0x80;
@@ -273,9 +275,9 @@ mod tests {
     /// Neither later connections nor closing the listener wait until an unknown process's file is
     /// closed.
     #[test]
-    fn what_a_stranger_sends_may_take_long_to_close() {
+    fn files_of_unknown_processes_may_take_long_to_close() {
         let address =
-            SocketAddr::from_abstract_name(format!("strangers-{}", std::process::id())).unwrap();
+            SocketAddr::from_abstract_name(format!("lingering-{}", std::process::id())).unwrap();
         let listener = UnixListener::bind_addr(&address).unwrap();
         let connect = || UnixStream::connect_addr(&address).unwrap();
         let mut other_ends = vec![];

@@ -22,11 +22,12 @@ mod view_board;
 mod view_change;
 mod wire_handshake;
 
-use std::sync::{Arc, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use super::{Device, Placement, WorldId};
 use crate::backend::limits;
+use crate::sync::lock;
 use crate::{Error, Result};
 pub(super) use host_info::HostInfo;
 use host_info::LocalDevice;
@@ -172,7 +173,7 @@ impl ProcessBootstrap {
     }
 
     fn of(peer_set: PeerSet, listener: JoinListener) -> ProcessBootstrap {
-        let view = peer_set.latest.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let view = lock(&peer_set.latest).clone();
         let placement = peer_set.placement(&view);
         ProcessBootstrap {
             peer_set: Arc::new(peer_set),

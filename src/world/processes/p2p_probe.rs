@@ -24,12 +24,12 @@ type Found = Option<bool>;
 ///
 /// ```text
 ///  one                                           other
-///  writes to memory that it lends      ────────▶ opens it, reads, and writes there, too
+///  writes to memory that it exports     ────────▶ opens it, reads, and writes there, too
 ///  looks for what the other has written ◀─────── whether it could
 ///  what it found                       ────────▶ everybody
 /// ```
 ///
-/// The same runs in the opposite direction at the same time.
+/// The same steps run in the opposite direction at the same time.
 pub(super) fn find(
     peer_set: &PeerSet,
     view: &CurrentView,

@@ -2,7 +2,7 @@
 
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::frame::Kind;
 use super::host_info::{LocalDevice, P2pMatrix};
@@ -10,6 +10,7 @@ use super::peers::Connections;
 use super::rebuild::Averagers;
 use super::view_board::{View, ViewBoard};
 use crate::error::Phase;
+use crate::sync::lock;
 use crate::world::Placement;
 use crate::Error;
 
@@ -71,7 +72,7 @@ impl CurrentView {
     }
 
     pub(super) fn status(&self) -> MutexGuard<'_, ViewStatus> {
-        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.status)
     }
 }
 
@@ -100,19 +101,19 @@ impl PeerSet {
 
     /// A snapshot of the current view.
     pub(super) fn current(&self) -> CurrentView {
-        self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.current).clone()
     }
 
     /// Makes `view`, which is `latest`, the current view.
     pub(super) fn enter(&self, view: &CurrentView) {
-        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = view.clone();
+        *lock(&self.current) = view.clone();
         self.number.store(view.number(), Ordering::Relaxed);
         self.lock().forget_before(view.number());
     }
 
     /// The local device, and the peer access between ranks.
     pub(super) fn host_infos(&self) -> MutexGuard<'_, P2pMatrix> {
-        self.host_infos.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.host_infos)
     }
 
     /// Placement of the members of a view. This process has connections to all of them.

@@ -7,7 +7,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -20,6 +20,7 @@ use super::private::Private;
 use super::rendezvous::Connection;
 use super::view_board::ViewBoard;
 use crate::backend::limits::thread;
+use crate::sync::{lock, wait_timeout};
 use crate::world::Agreement;
 
 /// Longest time from the first byte of a message to its last. A slower sender is treated as
@@ -182,7 +183,7 @@ impl Connections {
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     pub(super) fn has_left(&self) -> bool {
@@ -190,7 +191,7 @@ impl Connections {
     }
 
     fn peers(&self) -> MutexGuard<'_, Option<BTreeMap<usize, Arc<Peer>>>> {
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.peers)
     }
 
     fn peer(&self, peer: usize) -> Option<Arc<Peer>> {
@@ -208,7 +209,7 @@ impl Connections {
     ) -> io::Result<()> {
         let Some(peer) = self.peer(peer) else { return Ok(()) }; // departed
         let Peer { stream, sending } = &*peer;
-        let _one = sending.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = lock(&sending);
         frame::send(stream, key, body, files, deadline).inspect_err(|error| {
             if error.kind() != io::ErrorKind::InvalidInput {
                 // The message may be half sent, and no later one would be understood.
@@ -230,8 +231,7 @@ impl Connections {
     ) -> io::Result<()> {
         let peers: Vec<Arc<Peer>> = peers.filter_map(|peer| self.peer(peer)).collect();
         // Each lock is held until its peer has the message.
-        let locks =
-            peers.iter().map(|peer| peer.sending.lock().unwrap_or_else(PoisonError::into_inner));
+        let locks = peers.iter().map(|peer| lock(&peer.sending));
         let mut sending: Vec<_> = locks.map(Some).collect();
         let streams: Vec<&UnixStream> = peers.iter().map(|peer| &*peer.stream).collect();
         frame::send_to_all(&streams, key, body, files, deadline, |index, result| {
@@ -267,8 +267,7 @@ impl Connections {
             if left.is_zero() {
                 return None;
             }
-            let changed = self.changed.wait_timeout(state, left);
-            state = changed.unwrap_or_else(PoisonError::into_inner).0;
+            state = wait_timeout(&self.changed, state, left);
         }
     }
 
@@ -301,8 +300,7 @@ impl Connections {
 
     /// Waits for the threads, after `leave`.
     pub(super) fn join(&self) {
-        let threads =
-            std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        let threads = std::mem::take(&mut *lock(&self.threads));
         for thread in threads {
             let _ = thread.join();
         }
@@ -327,7 +325,7 @@ impl Connections {
             self.lock().host_infos.remove(&peer);
             NoReceiver { reason: format!("can't receive from peers: {reason}"), peer: one }
         })?;
-        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut threads = lock(&self.threads);
         threads.retain(|thread| !thread.is_finished());
         threads.push(thread);
         Ok(())

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -11,6 +11,7 @@ use super::frame::Kind;
 use super::peers::Ring;
 use super::ProcessBootstrap;
 use crate::deadline;
+use crate::sync::lock;
 use crate::world::{Agreement, Communicator, Rebuild};
 use crate::{Error, Result};
 
@@ -38,7 +39,7 @@ pub(super) struct AveragerList {
 impl Averagers {
     /// Averagers that have not been dropped, by ordinal.
     fn alive(&self) -> BTreeMap<String, Arc<dyn Rebuild>> {
-        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = lock(&self.all);
         all.retain(|averager| averager.strong_count() > 0);
         let alive = all.iter().filter_map(Weak::upgrade);
         alive.map(|averager| (averager.ordinal().to_owned(), averager)).collect()
@@ -47,7 +48,7 @@ impl Averagers {
 
 impl ProcessBootstrap {
     pub(in crate::world) fn register(&self, averager: Weak<dyn Rebuild>) {
-        let mut all = self.peer_set.averagers.all.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = lock(&self.peer_set.averagers.all);
         all.retain(|averager| averager.strong_count() > 0);
         all.push(averager);
     }
@@ -77,7 +78,7 @@ impl ProcessBootstrap {
         timeout: Duration,
     ) -> Result<()> {
         let averagers = &self.peer_set.averagers;
-        let mut built_in = averagers.built_in.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut built_in = lock(&averagers.built_in);
         if *built_in == Some(self.number()) {
             return Ok(());
         }

@@ -23,11 +23,12 @@ use super::confirm::{self, Confirmation};
 use super::credentials::{is_same_user, is_some_user, user_of_the_name, CAUSES};
 use super::frame::{self, Frame, Kind};
 use super::host_info::HostInfo;
-use super::job::{self, Job};
+use super::job::Job;
 use super::listener;
 use super::private::Private;
 use super::view_board::ViewBoard;
 use crate::backend::limits::{why, Wanted};
+use crate::hash::fnv1a;
 use crate::world::WorldId;
 use notice::Notice;
 
@@ -157,7 +158,8 @@ pub(super) fn address(name: &str, listener: Option<usize>) -> Result<SocketAddr,
     let mut short = name.to_owned();
     if name.len() > 64 {
         // `Hello` carries the whole name, which tells colliding names apart.
-        short = format!("{}…{:016x}", name.chars().take(10).collect::<String>(), job::hash(name));
+        short =
+            format!("{}…{:016x}", name.chars().take(10).collect::<String>(), fnv1a(name.bytes()));
     }
     let uid = user_of_the_name();
     let socket = match listener {

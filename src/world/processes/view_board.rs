@@ -30,7 +30,7 @@ struct Words {
     /// Next id to give to a joiner.
     next_id: AtomicU32,
     reserved: AtomicU32,
-    /// By rank of the proposer, in the view before, and by parity of the view.
+    /// Proposed lists, by rank of the proposer in the view before, and by parity of the view.
     lists: [[List; 2]; MOST],
 }
 
@@ -236,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_is_damaged_has_no_members() {
+    fn a_damaged_board_has_no_members() {
         let board = ViewBoard::new(2).unwrap();
         for word in [5 << 32, 5 << 32 | 3, u64::MAX] {
             board.words().agreed.store(word, Ordering::Relaxed);
@@ -247,7 +247,7 @@ mod tests {
     /// Threads propose as fast as possible, from alternating ranks, while another thread reads:
     /// every list that is read was proposed by one thread.
     #[test]
-    fn what_is_read_was_proposed_by_one() {
+    fn every_list_that_is_read_was_proposed_by_one_thread() {
         const LAST: u32 = 20_000;
         let board = ViewBoard::new(2).unwrap();
         std::thread::scope(|scope| {

@@ -1,7 +1,6 @@
 //! View changes: removal of lost members and admission of a joiner.
 
 use std::sync::atomic::Ordering;
-use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use super::frame::Kind;
@@ -11,6 +10,7 @@ use super::{p2p_probe, ProcessBootstrap, JOINING};
 use crate::abi::PA_MAX_WORLD;
 use crate::deadline;
 use crate::error::Phase;
+use crate::sync::lock;
 use crate::{Error, Result};
 
 /// Number of a `Kind::Ready` from a process that will take part.
@@ -71,7 +71,7 @@ impl ProcessBootstrap {
         timeout: Duration,
         admits: bool,
     ) -> Result<ProcessBootstrap> {
-        let mut latest = self.peer_set.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut latest = lock(&self.peer_set.latest);
         if latest.number() > self.number() {
             // another communicator of this process has changed the view
             return Ok(self.view(latest.clone()));

@@ -62,7 +62,7 @@ struct RankZero<'a> {
     foreign_jobs: Vec<Job>,
     /// True if two processes claimed one rank.
     is_contested: bool,
-    /// Number of ranks that were refused and told so.
+    /// Number of ranks that were refused and got the reason.
     refused: usize,
 }
 
@@ -280,8 +280,8 @@ impl RankZero<'_> {
         }
     }
 
-    /// Refuses a rank of another job. If that job has a rank 0 of its own, this world begins without
-    /// the rank. Otherwise the rank probably belongs to this world, which then fails after
+    /// Refuses a rank of another job. If that job has a rank 0 of its own, this world begins
+    /// without the rank. Otherwise the rank probably belongs to this world, which then fails after
     /// `FOREIGN_WAIT` instead of waiting for the timeout.
     fn refuse_foreign(&mut self, pending: &Pending, differs: &str) {
         let Hello { rank, job, world_size, .. } = &pending.hello;

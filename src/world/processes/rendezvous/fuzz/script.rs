@@ -127,11 +127,12 @@ pub(super) fn message(me: &RankInfo, kind: u8, files: usize, keep: u8) -> Vec<u8
         2 => (Kind::Refuse, json(serde_json::to_vec("no"))),
         3 => {
             let memory = |bytes: usize| serde_json::json!({ "bytes": bytes, "handle": null });
-            let shown = serde_json::json!({
-                "refusal": null, "options": [["slots", "4"]], "tensors": ["tensor"], "schedule_position": 0,
-                "admits": false, "ordinal": null, "memories": [memory(1), memory(4096), memory(4097)],
+            let handshake = serde_json::json!({
+                "refusal": null, "options": [["slots", "4"]], "tensors": ["tensor"],
+                "schedule_position": 0, "admission": "None", "ordinal": null,
+                "memories": [memory(1), memory(4096), memory(4097)],
             });
-            (Kind::Handshake, json(serde_json::to_vec(&shown)))
+            (Kind::Handshake, json(serde_json::to_vec(&handshake)))
         }
         4 => (Kind::Abort, b"null".to_vec()),
         _ => (Kind::Ready, b"null".to_vec()),
