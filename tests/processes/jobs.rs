@@ -40,7 +40,8 @@ fn play(one: Command, other: Command, apart: Duration) -> [usize; 2] {
         for error in &errors {
             let names = error.matches("process ").count() >= 2;
             assert!(
-                names && error.contains("say") || error.contains("seems to belong to another job"),
+                names && error.contains("claim")
+                    || error.contains("seems to belong to another job"),
                 "{error}"
             );
         }

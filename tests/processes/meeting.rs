@@ -97,7 +97,10 @@ fn torchrun_starts_ranks() {
 fn ranks_that_disagree_are_named_on_every_rank() {
     let world =
         |n| move |rank| if rank == 2 { vec![("PA_TEST_WORLD", format!("{n}"))] } else { vec![] };
-    all_fail(start_all("meet", 3, world(4)), &["rank 2 has the world size \"4\", rank 0 \"3\""]);
+    all_fail(
+        start_all("meet", 3, world(4)),
+        &["rank 2 has the world size \"4\", rank 0 has \"3\""],
+    );
     let twice = |rank| if rank == 2 { vec![("PA_TEST_RANK", "1".to_owned())] } else { vec![] };
     all_fail(start_all("meet", 3, twice), &["two processes claim rank 1"]);
     let layout =
