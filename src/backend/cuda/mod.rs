@@ -14,6 +14,7 @@ mod memory;
 pub(crate) mod peer;
 mod rank;
 mod running;
+mod tables;
 mod topology;
 
 pub(crate) use context::Context;

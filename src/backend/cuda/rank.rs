@@ -9,6 +9,7 @@ use cudarc::driver::sys;
 use super::driver::{call, Failed};
 use super::memory::Pinned;
 use super::running::{Busy, Running};
+use super::tables::Tables;
 use super::{Context, DeviceMemory};
 use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment};
 use crate::backend::Unstarted;
@@ -30,17 +31,7 @@ pub(crate) struct Rank {
     channels: DeviceMemory,
     /// The channels' states after the last average.
     ended: Pinned,
-    /// All buckets, then all segments.
-    tables: DeviceMemory,
-    buckets: usize,
-    next_tables: Pinned,
-    stale: bool,
-    /// Tables of captured averages, as they were at the capture. A graph may be replayed at any
-    /// time, so they are kept.
-    captured: Vec<DeviceMemory>,
-    /// Memory for the first captured tables, allocated in advance: a driver may forbid allocation
-    /// during a capture.
-    to_capture: Option<DeviceMemory>,
+    tables: Tables,
     /// True if the average that was started last was captured and so has not run.
     capturing: bool,
     /// The end of the average that was started and not waited for.
@@ -73,7 +64,6 @@ impl Rank {
         segments: usize,
     ) -> Result<Rank, String> {
         let bytes: &[u8] = bytemuck::cast_slice(states);
-        let tables = buckets * size_of::<PaBucket>() + segments * size_of::<PaSegment>();
         let mut rank = Rank {
             context: context.clone(),
             stream: null_mut(),
@@ -81,12 +71,7 @@ impl Rank {
             done: null_mut(),
             channels: DeviceMemory::new(context, bytes.len())?,
             ended: Pinned::new(context, bytes.len())?,
-            tables: DeviceMemory::new(context, tables)?,
-            buckets,
-            next_tables: Pinned::new(context, tables)?,
-            stale: true,
-            captured: vec![],
-            to_capture: Some(DeviceMemory::new(context, tables)?),
+            tables: Tables::new(context, buckets, segments)?,
             capturing: false,
             pending: None,
             busy: None,
@@ -108,9 +93,7 @@ impl Rank {
 
     /// Device memory of this rank in bytes.
     pub(crate) fn bytes(&self) -> usize {
-        let captured: usize =
-            self.captured.iter().chain(&self.to_capture).map(DeviceMemory::bytes).sum();
-        self.channels.bytes() + self.tables.bytes() + captured
+        self.channels.bytes() + self.tables.bytes()
     }
 
     pub(crate) fn channels(&self) -> u64 {
@@ -118,13 +101,12 @@ impl Rank {
     }
 
     pub(crate) fn buckets(&self) -> u64 {
-        self.tables.address()
+        self.tables.buckets()
     }
 
     /// Address of the segments of a bucket, after `before` segments of other buckets.
     pub(crate) fn segments(&self, buckets: usize, before: usize) -> u64 {
-        let at = buckets * size_of::<PaBucket>() + before * size_of::<PaSegment>();
-        self.tables.address() + at as u64
+        self.tables.segments(buckets, before)
     }
 
     /// Sets the tables of the next average. No average may be running.
@@ -133,15 +115,7 @@ impl Rank {
         buckets: &'a [PaBucket],
         segments: impl Iterator<Item = &'a [PaSegment]>,
     ) {
-        let parts = std::iter::once(bytemuck::cast_slice(buckets))
-            .chain(segments.map(bytemuck::cast_slice));
-        let mut rest = self.next_tables.bytes_mut();
-        for part in parts {
-            let (to, others) = rest.split_at_mut(part.len());
-            to.copy_from_slice(part);
-            rest = others;
-        }
-        self.stale = true;
+        self.tables.set(buckets, segments);
     }
 
     pub(crate) fn ended(&self) -> &[PaChannel] {
@@ -176,14 +150,14 @@ impl Rank {
         let stream = stream.unwrap_or(self.stream);
         self.busy.get_or_insert_with(Busy::new);
         if self.capturing {
-            let tables = self.tables_of_now()?;
+            let tables = self.tables.copy()?;
             let args = PaArgs { buckets: tables.address(), ..*args };
             // SAFETY: as below; the enqueued work does not run before the graph does.
             let captured = unsafe { self.enqueue(&args, phases, stream) };
             return match captured {
                 // The capture failed, so there will be no graph.
                 Err(failed) if failed.is_of_capture() => {
-                    self.to_capture = Some(tables);
+                    self.tables.take_back(tables);
                     self.capturing = false;
                     Err(Unstarted::Refused {
                         found: format!("a stream whose capture has failed ({failed})"),
@@ -192,7 +166,7 @@ impl Rank {
                     })
                 }
                 captured => {
-                    self.captured.push(tables);
+                    self.tables.keep(tables);
                     Ok(captured?)
                 }
             };
@@ -202,7 +176,7 @@ impl Rank {
         // the event.
         unsafe {
             let enqueued =
-                self.update_tables(stream).and_then(|()| self.enqueue(args, phases, stream));
+                self.tables.update(stream).and_then(|()| self.enqueue(args, phases, stream));
             let recorded = call!(cuEventRecord(self.done, stream));
             self.pending =
                 Some(if recorded.is_ok() { Pending::Done } else { Pending::All(stream) });
@@ -223,33 +197,6 @@ impl Rank {
             }
             follows => Ok(follows?),
         }
-    }
-
-    /// A copy of the current tables, for a graph.
-    fn tables_of_now(&mut self) -> Result<DeviceMemory, Failed> {
-        let copy = match self.to_capture.take() {
-            Some(memory) => memory,
-            None => DeviceMemory::new(&self.context, self.tables.bytes())?,
-        };
-        let mut bytes = self.next_tables.bytes().to_vec();
-        let (buckets, _) = bytes.split_at_mut(self.buckets * size_of::<PaBucket>());
-        for bucket in buckets.chunks_exact_mut(size_of::<PaBucket>()) {
-            let mut own: PaBucket = bytemuck::pod_read_unaligned(bucket);
-            own.segments = own.segments - self.tables.address() + copy.address();
-            bucket.copy_from_slice(bytemuck::bytes_of(&own));
-        }
-        copy.write(0, &bytes)?;
-        Ok(copy)
-    }
-
-    unsafe fn update_tables(&mut self, stream: sys::CUstream) -> Result<(), Failed> {
-        if std::mem::take(&mut self.stale) {
-            let (to, from) = (self.tables.address(), self.next_tables.bytes());
-            // SAFETY: see `start`.
-            unsafe { call!(cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), stream)) }
-                .inspect_err(|_| self.stale = true)?;
-        }
-        Ok(())
     }
 
     unsafe fn enqueue(
@@ -356,7 +303,7 @@ impl Rank {
             }
         }
         self.pending = None; // cleared last, so that a call after an error waits again
-        if self.captured.is_empty() {
+        if !self.tables.is_captured() {
             self.busy = None;
         }
         Ok(())

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::frame::{Frame, Kind};
-use super::peers::{Ring, State};
+use super::peer_state::{Ring, State};
 use super::wire_handshake::{of_itself, Reader, Unopened, WireHandshake};
 use super::{ProcessBootstrap, JOINING};
 use crate::backend::{limits, Memory};

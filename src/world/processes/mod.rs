@@ -14,6 +14,7 @@ mod launcher;
 mod listener;
 mod p2p_probe;
 mod peer_set;
+mod peer_state;
 mod peers;
 mod private;
 mod rebuild;

@@ -1,21 +1,22 @@
 //! Connections to the peers of this process. One thread per peer receives its messages and detects
 //! its departure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags};
 use serde::Serialize;
 
-use super::frame::{self, Frame, Kind};
+use super::frame::{self, Kind};
 use super::host_info::HostInfo;
+use super::peer_state::{leave, Ring, State};
 use super::private::Private;
 use super::rendezvous::Connection;
 use super::view_board::ViewBoard;
@@ -28,9 +29,6 @@ use crate::world::Agreement;
 const WHOLE_MESSAGE: Duration = Duration::from_secs(60);
 /// Bytes of the stack of a listening thread.
 const STACK: usize = 256 << 10;
-/// Messages of one peer that may wait to be taken.
-const MOST_WAITING: usize = 256;
-
 #[derive(Debug)]
 struct Peer {
     stream: Private<UnixStream>,
@@ -65,113 +63,10 @@ pub(super) struct Connections {
     joiner: AtomicU32,
 }
 
-/// Received state of the peers.
-#[derive(Debug, Default)]
-pub(super) struct State {
-    pub(super) departed: BTreeSet<usize>,
-    /// Peers that may live but whose messages can't be received any more, with the reason.
-    pub(super) unreadable: BTreeMap<usize, String>,
-    /// Host information of each peer, and of this process.
-    pub(super) host_infos: BTreeMap<usize, HostInfo>,
-    /// Messages that were not taken yet, by peer. The oldest of equal keys is kept.
-    messages: BTreeMap<usize, BTreeMap<(Kind, u32, u32), Frame>>,
-    /// Averagers whose control blocks are told of departures and aborts.
-    built: Vec<(Weak<Agreement>, Ring)>,
-}
-
-/// The view of an averager, and its peers by ring position.
-#[derive(Clone, Debug)]
-pub(super) struct Ring {
-    pub(super) view: u32,
-    pub(super) peers: Arc<[usize]>,
-}
-
-/// Records in an averager's control block that a peer has departed.
-pub(super) fn leave(agreement: &Agreement, ring: &Ring, peer: usize) {
-    if let Some(position) = ring.peers.iter().position(|&other| other == peer) {
-        agreement.control.leave(position);
-    }
-}
-
-impl State {
-    pub(super) fn take(&mut self, peer: usize, key: (Kind, u32, u32)) -> Option<Frame> {
-        self.messages.get_mut(&peer)?.remove(&key)
-    }
-
-    pub(super) fn get(&self, peer: usize, key: (Kind, u32, u32)) -> Option<&Frame> {
-        self.messages.get(&peer)?.get(&key)
-    }
-
-    pub(super) fn has(&self, peer: usize, key: (Kind, u32, u32)) -> bool {
-        self.get(peer, key).is_some()
-    }
-
-    /// True if the peer has departed or has abandoned this view.
-    pub(super) fn is_lost(&self, peer: usize, view: u32) -> bool {
-        let is_past = |&(kind, of, _): &(Kind, u32, u32)| kind == Kind::Ready && of > view;
-        self.departed.contains(&peer)
-            || self.messages.get(&peer).is_some_and(|said| said.keys().any(is_past))
-    }
-
-    /// True if the peer has aborted this view, or the view before it during the change to this
-    /// view.
-    pub(super) fn aborts(&self, peer: usize, view: u32) -> bool {
-        let before = view.checked_sub(1).is_some_and(|last| self.has(peer, (Kind::Abort, last, 1)));
-        before || [0, 1].into_iter().any(|during| self.has(peer, (Kind::Abort, view, during)))
-    }
-
-    /// Forgets a peer whose connection was not completed.
-    pub(super) fn forget(&mut self, peer: usize) {
-        self.departed.remove(&peer);
-        self.host_infos.remove(&peer);
-    }
-
-    /// Forgets departed peers that are no members, except the last `most`.
-    pub(super) fn forget_departed(&mut self, members: &[usize], most: usize) {
-        // Ids grow with time.
-        let outside = self.departed.iter().filter(|&peer| !members.contains(peer)).rev().skip(most);
-        for peer in outside.copied().collect::<Vec<_>>() {
-            self.forget(peer);
-            self.messages.remove(&peer);
-            self.unreadable.remove(&peer);
-        }
-    }
-
-    /// Joiners that are connected and wait to be admitted after this view.
-    pub(super) fn joiners(&self, view: u32) -> Vec<usize> {
-        let waits = |peer: &usize| {
-            self.has(*peer, (Kind::JoinPending, view, 0)) && !self.departed.contains(peer)
-        };
-        self.messages.keys().copied().filter(waits).collect()
-    }
-
-    /// Connected peers that are no members.
-    pub(super) fn outsiders(&self, members: &[usize]) -> Vec<usize> {
-        let is_one = |peer: &&usize| !members.contains(peer) && !self.departed.contains(peer);
-        self.host_infos.keys().filter(is_one).copied().collect()
-    }
-
-    /// Drops messages of earlier views.
-    pub(super) fn forget_before(&mut self, view: u32) {
-        self.messages.retain(|_, messages| {
-            messages.retain(|&(_, of, _), _| of >= view);
-            !messages.is_empty()
-        });
-    }
-
-    /// Averagers of all views that have not been dropped.
-    pub(super) fn built(&self) -> Vec<(Arc<Agreement>, Ring)> {
-        self.built
-            .iter()
-            .filter_map(|(built, ring)| Some((built.upgrade()?, ring.clone())))
-            .collect()
-    }
-}
-
 impl Connections {
     /// Connections of a process without peers.
     pub(super) fn new(board: ViewBoard, me: usize, host_info: HostInfo) -> Connections {
-        let state = State { host_infos: [(me, host_info)].into(), ..State::default() };
+        let state = State::new(me, host_info);
         Connections {
             board,
             peers: Mutex::new(Some(BTreeMap::new())),
@@ -286,7 +181,6 @@ impl Connections {
     /// Registers an averager, so that departures and aborts end its waits.
     pub(super) fn watch(&self, agreement: &Arc<Agreement>, ring: Ring) {
         let mut state = self.lock();
-        state.built.retain(|(other, _)| other.strong_count() > 0);
         for &peer in ring.peers.iter().filter(|&&peer| state.is_lost(peer, ring.view)) {
             leave(agreement, &ring, peer);
         }
@@ -295,7 +189,7 @@ impl Connections {
                 agreement.control.abort(position);
             }
         }
-        state.built.push((Arc::downgrade(agreement), ring));
+        state.watch(agreement, ring);
     }
 
     /// Waits for the threads, after `leave`.
@@ -386,13 +280,8 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, connectio
         };
         let (kind, view, number) = (frame.kind, frame.view, frame.number);
         let mut state = connections.lock();
-        let messages = state.messages.entry(peer).or_default();
-        messages.entry((kind, view, number)).or_insert(frame);
-        if messages.len() > MOST_WAITING {
-            state.unreadable.insert(
-                peer,
-                format!("peer {peer} builds averagers that this rank does not build"),
-            );
+        if let Err(reason) = state.store(peer, frame) {
+            state.unreadable.insert(peer, reason);
             break;
         }
         for (agreement, ring) in state.built() {

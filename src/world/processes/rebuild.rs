@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::frame::Kind;
-use super::peers::Ring;
+use super::peer_state::Ring;
 use super::ProcessBootstrap;
 use crate::deadline;
 use crate::sync::lock;

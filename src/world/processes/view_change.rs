@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::frame::Kind;
 use super::peer_set::{CurrentView, PeerSet};
-use super::peers::State;
+use super::peer_state::State;
 use super::{p2p_probe, ProcessBootstrap, JOINING};
 use crate::abi::PA_MAX_WORLD;
 use crate::deadline;
