@@ -34,8 +34,8 @@ impl Confirmation {
         Confirmation { streams: vec![(0, stream)] }
     }
 
-    /// Reports whether this rank has all that it needs, and returns when all ranks have reported. Collective. A
-    /// refusal is an error on every rank.
+    /// Reports whether this rank has all that it needs, and returns when all ranks have reported.
+    /// Collective. A refusal is an error on every rank.
     pub(super) fn give(self, own: Result<(), String>) -> Result<(), String> {
         match &self.streams[..] {
             [(0, first)] => {
