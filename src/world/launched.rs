@@ -11,11 +11,12 @@ use crate::{Error, Result};
 const TIMEOUT: Duration = Duration::from_secs(600);
 
 impl Communicator {
-    /// Makes this process one rank of a world of processes on this host, with the rank and world
-    /// size that its launcher has set. Launchers are torchrun (`--no-python`), the mpirun of Open
-    /// MPI or MPICH, srun, or a script that sets `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and
-    /// `MASTER_PORT`. Collective: blocks until all ranks have arrived, for at most
-    /// [`CommunicatorBuilder::timeout`].
+    /// Joins the ranks of a new world of processes on this host, as the rank that its launcher has
+    /// set.
+    ///
+    /// Launchers are torchrun (`--no-python`), the mpirun of Open MPI or MPICH, srun, or a script
+    /// that sets `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`. Collective: blocks until
+    /// all ranks have arrived, for at most [`CommunicatorBuilder::timeout`].
     ///
     /// ```no_run
     /// use param_averager::{Device, ParamAverager, Communicator};
@@ -51,18 +52,19 @@ impl Communicator {
         Communicator::builder().device(device).from_env()?.build()
     }
 
-    /// Adds this process, as one more rank, to a running world of this host and this user. Blocks
-    /// until the members admit it, for at most [`CommunicatorBuilder::timeout`]; the world itself
-    /// may start within that time, too. [`LocalSgd`](crate::LocalSgd) admits a joiner after the
-    /// next average that is due, and
+    /// Adds this process, as one more rank, to a running world of this host and this user.
+    ///
+    /// Blocks until the members admit it, for at most [`CommunicatorBuilder::timeout`]; the world
+    /// itself may start within that time, too. [`LocalSgd`](crate::LocalSgd) admits a joiner after
+    /// the next average that is due, and
     /// [`ParamAverager::admit_joiner`](crate::ParamAverager::admit_joiner) where it is called.
     /// `rendezvous` is the name of the world, which [`Communicator::rendezvous`] returns on its
     /// members.
     ///
     /// The joiner receives its model when it builds its averager, which sets its tensors to the
     /// members' values. [`LocalSgd::position`](crate::LocalSgd::position) then returns their step.
-    /// The joiner must build the averagers of the members, in the same order, within one minute of
-    /// this call: the members wait for it. Do slow preparations before this call. If building
+    /// The joiner must build the averagers of the members, in the same order, within one minute
+    /// after this call: the members wait for it. Do slow preparations before this call. If building
     /// fails, as it does when another rank is lost meanwhile, the joiner has left the world and can
     /// join again.
     ///
@@ -93,9 +95,11 @@ impl Communicator {
     }
 
     /// True if a launcher has made this process a rank, which any rank variable that
-    /// [`Communicator::from_env`] reads shows. `from_env` can still fail, on the other variables. A
-    /// Slurm shell, in a batch script or by `srun --pty`, is not a rank. A program without a
-    /// launcher can start ranks itself, or run without them.
+    /// [`Communicator::from_env`] reads shows.
+    ///
+    /// `from_env` can still fail, on the other variables. A Slurm shell, in a batch script or by
+    /// `srun --pty`, is not a rank. A program without a launcher can start ranks itself, or run
+    /// without them.
     pub fn is_launched() -> bool {
         Setup::is_in_the_environment()
     }
@@ -155,8 +159,10 @@ impl CommunicatorBuilder {
     }
 
     /// Sets the name of the world: the same on every rank, and not the name of another world of
-    /// this user on this host. Any string of at most 1,024 bytes is valid. `"localhost:29500"` and
-    /// `"unix:/run/my-run"` are only names: no port is bound and no file is created.
+    /// this user on this host.
+    ///
+    /// Any string of at most 1,024 bytes is valid. `"localhost:29500"` and `"unix:/run/my-run"` are
+    /// only names: no port is bound and no file is created.
     pub fn rendezvous(mut self, name: impl Into<String>) -> Self {
         self.rendezvous = Some(name.into());
         self
@@ -175,16 +181,19 @@ impl CommunicatorBuilder {
     }
 
     /// Sets an identifier of the job, the same on all its ranks and different from that of any
-    /// other job, such as a scheduler's job id. Ranks with one identifier belong together, however
-    /// they were started. Default: the launcher's job id. Without one, ranks belong together if one
-    /// process started them, apart from wrappers and subshells of each rank, and if their arguments
-    /// are the same except for the rank.
+    /// other job, such as a scheduler's job id.
+    ///
+    /// Ranks with one identifier belong together, however they were started. Default: the
+    /// launcher's job id. Without one, ranks belong together if one process started them, apart
+    /// from wrappers and subshells of each rank, and if their arguments are the same except for the
+    /// rank.
     pub fn job(mut self, job: impl Into<String>) -> Self {
         self.known = Known::By("job".into(), job.into());
         self
     }
 
     /// Takes rank and world size from the launcher's variables, as [`Communicator::from_env`] does.
+    ///
     /// Takes the name from them, too, unless [`rendezvous`](CommunicatorBuilder::rendezvous) has
     /// set one before. Other options keep their values.
     ///
@@ -224,9 +233,11 @@ impl CommunicatorBuilder {
         meet(setup, self.device, self.timeout)
     }
 
-    /// Joins a running world, as [`Communicator::join`] does, with further options. Neither
-    /// [`rank`](CommunicatorBuilder::rank) nor [`world_size`](CommunicatorBuilder::world_size) may
-    /// be set: the members determine both. Without a name, `PARAM_AVERAGER_RENDEZVOUS` is used.
+    /// Joins a running world, as [`Communicator::join`] does, with further options.
+    ///
+    /// Neither [`rank`](CommunicatorBuilder::rank) nor
+    /// [`world_size`](CommunicatorBuilder::world_size) may be set: the members determine both.
+    /// Without a name, `PARAM_AVERAGER_RENDEZVOUS` is used.
     pub fn join(self) -> Result<Communicator> {
         let name = match self.rendezvous {
             Some(name) => name,

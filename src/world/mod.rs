@@ -95,7 +95,7 @@ struct Membership {
 
 impl Communicator {
     /// Creates a world whose ranks are threads of this process: one communicator for each device,
-    /// in the order given. Returns at once.
+    /// in the order given. Does not wait for the ranks.
     ///
     /// ```
     /// use param_averager::{Communicator, Device};
@@ -177,18 +177,19 @@ impl Communicator {
         }
     }
 
-    /// Returns the communicator of the next view, after an error that [is fatal](Error::is_fatal).
-    /// Collective among the surviving ranks: it blocks until all of them have called it, or for
-    /// `timeout`. Ranks that are lost or late are excluded, and the others are renumbered from 0 in
-    /// their old order. The old communicator, and the averagers built with it, are not usable any
-    /// more.
+    /// Forms the next view of the surviving ranks, after an error that [is fatal](Error::is_fatal),
+    /// and returns its communicator.
     ///
-    /// Only processes can recover; ranks that are threads get [`Error::RecoveryUnsupported`]. No
-    /// particular rank has to survive. [`ParamAverager::recover`](crate::ParamAverager::recover)
-    /// calls this function and then builds the averagers again. All ranks must use the same one of
-    /// the two: a rank that recovers an averager waits for the averagers of all others. If ranks
-    /// split into several groups, by the timeout, one group forms the view and every other rank
-    /// gets [`Error::Excluded`].
+    /// Collective: blocks until all of them have called it, or for `timeout`. Ranks that are lost
+    /// or late are excluded, and the others are renumbered from 0 in their old order. The old
+    /// communicator, and the averagers built with it, are not usable any more.
+    ///
+    /// Only processes can recover; ranks that are threads get [`Error::RecoveryUnsupported`]. Any
+    /// rank may be lost. [`ParamAverager::recover`](crate::ParamAverager::recover) does the same
+    /// and builds the averagers again. All ranks must use the same one of the two: a rank that
+    /// recovers an averager waits for the averagers of all others. If ranks split into several
+    /// groups, by the timeout, one group forms the view and every other rank gets
+    /// [`Error::Excluded`].
     pub fn recover(&self, timeout: Duration) -> Result<Communicator> {
         match &self.membership.group {
             Group::Threads(rank, _) => Err(Error::RecoveryUnsupported { rank: *rank }),
@@ -308,8 +309,8 @@ enum Handle {
 }
 
 impl AbortHandle {
-    /// Ends the world and returns at once. An average that has not been committed leaves every
-    /// tensor unchanged. Further calls have no effect.
+    /// Ends the world. Does not wait for the other ranks. An average that has not been committed
+    /// leaves every tensor unchanged. Further calls have no effect.
     pub fn abort(&self) {
         match &self.of {
             Handle::Threads(rank, threads) => {

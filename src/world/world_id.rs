@@ -38,8 +38,10 @@ impl WorldId {
     }
 
     /// The number of other worlds of this name that
-    /// [`Communicator::join`](crate::Communicator::join) found. Their rank 0 has departed: a rank 0
-    /// that lives keeps the name. Always 0 on ranks that did not join later.
+    /// [`Communicator::join`](crate::Communicator::join) found.
+    ///
+    /// Their rank 0 has departed: a rank 0 that lives keeps the name. Always 0 on ranks that did
+    /// not join later.
     pub fn others(&self) -> usize {
         self.others
     }

@@ -89,9 +89,10 @@ pub struct Topology {
 }
 
 impl Topology {
-    /// Finds all devices and tests the peer access between every two of them. Loads this crate's
-    /// kernels on every device. [`Error::CudaUnavailable`] is returned without a driver, without a
-    /// device, or if the driver is too old.
+    /// Finds all devices and tests the peer access between every two of them.
+    ///
+    /// Loads this crate's kernels on every device. [`Error::CudaUnavailable`] is returned without a
+    /// driver, without a device, or if the driver is too old.
     pub fn probe() -> Result<Topology> {
         Self::find().map_err(|reason| Error::CudaUnavailable { reason })
     }
