@@ -63,9 +63,9 @@ pub(super) enum Kind {
 impl Kind {
     fn of(byte: u8) -> Option<Kind> {
         use Kind::*;
-        let met = [Handshake, Abort, Ready, JoinPending, Reach, Verdict, Averagers];
-        let strangers = [Hello, Welcome, Refuse, JoinRequest, JoinOffer, Connect, Connected];
-        met.into_iter().chain(strangers).find(|&kind| kind as u8 == byte)
+        let of_peers = [Handshake, Abort, Ready, JoinPending, Reach, Verdict, Averagers];
+        let before = [Hello, Welcome, Refuse, JoinRequest, JoinOffer, Connect, Connected];
+        of_peers.into_iter().chain(before).find(|&kind| kind as u8 == byte)
     }
 
     /// Largest body in bytes. Small for messages of unknown senders.

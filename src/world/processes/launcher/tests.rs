@@ -51,7 +51,7 @@ fn launchers_are_understood() {
 }
 
 #[test]
-fn what_is_missing_or_contradictory_is_named() {
+fn missing_and_contradictory_variables_are_named() {
     let error = |variables: &[(&str, &str)]| find(variables).unwrap_err();
     assert!(error(&[]).contains("RANK (torchrun)"));
     let is_there =
