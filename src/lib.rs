@@ -51,9 +51,11 @@ mod backend;
 mod bucket;
 mod deadline;
 mod error;
+mod hash;
 mod local_sgd;
 mod parameters;
 mod schedule;
+mod sync;
 mod tensor;
 mod world;
 

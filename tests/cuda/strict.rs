@@ -199,7 +199,7 @@ pub fn beside_a_blocking_capture() {
                 let Error::InvalidOption { option: "stream", found, .. } = &error else {
                     panic!("{error}")
                 };
-                assert!(found.starts_with("one whose capture has failed"), "{error}");
+                assert!(found.starts_with("a stream whose capture has failed"), "{error}");
                 assert!(sys::cuStreamEndCapture(raw, &mut graph).result().is_err());
             }
         }
