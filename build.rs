@@ -73,6 +73,12 @@ const X86_64: [(&str, &[&str]); 3] = [
 ];
 
 fn main() {
+    // Ranks that are processes of one host.
+    println!("cargo::rustc-check-cfg=cfg(processes)");
+    let linux = env::var_os("CARGO_CFG_TARGET_OS").is_some_and(|system| system == "linux");
+    if linux && env::var_os("CARGO_FEATURE_PROCESSES").is_some() {
+        println!("cargo::rustc-cfg=processes");
+    }
     // Cargo looks into a directory recursively, by modification time.
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=kernels");
@@ -153,6 +159,9 @@ fn cpp_compiler() -> cc::Build {
 
 /// The nvcc to use, or the reason there is none. An error if one was named that can't be used.
 fn nvcc_or_reason() -> Result<Result<PathBuf, String>, String> {
+    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+        return Ok(Err("without the feature `cuda`".into()));
+    }
     if env::var_os("DOCS_RS").is_some() {
         return Ok(Err("since DOCS_RS is set".into()));
     }

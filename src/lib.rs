@@ -41,6 +41,11 @@
 //! Nothing is allocated and no system call is made while averaging on CPUs, waiting aside.
 
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
+// A build without one of these has code that nothing calls, and types without values.
+#![cfg_attr(
+    not(all(processes, feature = "cuda")),
+    allow(dead_code, unreachable_code, unused_imports, unused_variables)
+)]
 
 #[allow(missing_docs, dead_code, clippy::all)]
 #[rustfmt::skip]
@@ -64,18 +69,20 @@ pub use adapters::cudarc::{CudaParams, CudaTensorMut};
 pub use averager::{
     Algorithm, Builder, Lend, LendError, Link, Loan, ParamAverager, Pending, RawCudaParams, Report,
 };
-pub use backend::cuda::{Connection, CudaDevice, PeerAccess, Topology};
+#[cfg(feature = "cuda")]
+pub use backend::cuda::{CudaDevice, Topology};
+pub use backend::proximity::{Connection, PeerAccess};
 pub use error::{DeviceError, Error, ErrorKind, Phase, Result, TensorState};
 pub use local_sgd::{Action, LocalSgd};
 pub use parameters::Parameters;
 pub use schedule::Schedule;
 pub use tensor::{Dtype, Element, TensorMut};
 pub use world::{AbortHandle, Communicator, Device};
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 pub use world::{CommunicatorBuilder, WorldId};
 
 /// For `fuzz/` in the repository.
-#[cfg(all(fuzzing, target_os = "linux"))]
+#[cfg(all(fuzzing, processes))]
 #[doc(hidden)]
 pub use world::fuzz as __fuzz;
 

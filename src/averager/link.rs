@@ -1,6 +1,6 @@
 //! Where mailboxes live.
 
-use crate::backend::cuda::PeerAccess;
+use crate::backend::proximity::PeerAccess;
 use crate::backend::{Memory, MemorySpace};
 use crate::world::Placement;
 use crate::Error;
@@ -79,7 +79,7 @@ impl Link {
         space: &MemorySpace,
         bytes: usize,
     ) -> Result<Memory, String> {
-        #[cfg(target_os = "linux")]
+        #[cfg(processes)]
         if placement.between_processes() {
             return match space {
                 MemorySpace::Cuda(context) if !is_host => Memory::exportable(context, bytes),

@@ -1,17 +1,17 @@
 //! Memory that ranks share, on any machine.
 
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 use serde::{Deserialize, Serialize};
 
 use super::cuda::{Context, DeviceMemory, Pinned};
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 use super::cuda::{IpcImport, Registered};
 use super::HostBuffer;
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 use super::{Memfd, Unopened};
 
 /// Memory space of a rank's tensors.
@@ -29,18 +29,18 @@ pub(crate) enum Memory {
     /// Page-locked host memory, mapped for every device of this process.
     Mapped(Pinned),
     /// Host memory, mapped by several processes.
-    #[cfg(target_os = "linux")]
+    #[cfg(processes)]
     Memfd(Memfd),
     /// Host memory, mapped by several processes and for their devices.
-    #[cfg(target_os = "linux")]
+    #[cfg(processes)]
     Registered(Registered),
     /// Device memory that another process has exported.
-    #[cfg(target_os = "linux")]
+    #[cfg(processes)]
     IpcImport(IpcImport),
 }
 
 /// Handle by which another process opens memory, together with a file.
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct MemoryHandle {
     pub(crate) bytes: usize,
@@ -67,18 +67,18 @@ impl Memory {
 
     /// Allocates zeroed host memory that other processes can open, and that the device of this
     /// process can address.
-    #[cfg(target_os = "linux")]
+    #[cfg(processes)]
     pub(crate) fn between_processes(space: &MemorySpace, bytes: usize) -> Result<Memory, String> {
         Memory::of_memfd(space, Memfd::new(bytes)?)
     }
 
     /// Allocates zeroed device memory that other processes can open.
-    #[cfg(target_os = "linux")]
+    #[cfg(processes)]
     pub(crate) fn exportable(context: &Arc<Context>, bytes: usize) -> Result<Memory, String> {
         DeviceMemory::exportable(context, bytes).map(Memory::Cuda)
     }
 
-    #[cfg(target_os = "linux")]
+    #[cfg(processes)]
     fn of_memfd(space: &MemorySpace, memfd: Memfd) -> Result<Memory, String> {
         Ok(match space {
             MemorySpace::Host => Memory::Memfd(memfd),
@@ -87,7 +87,7 @@ impl Memory {
     }
 
     /// Handle and file for other processes. `None` for memory that can't be exported.
-    #[cfg(target_os = "linux")]
+    #[cfg(processes)]
     pub(crate) fn export(&self) -> Option<(MemoryHandle, BorrowedFd<'_>)> {
         let (handle, file) = match self {
             Memory::Memfd(memfd) => (None, memfd.file()),
@@ -101,7 +101,7 @@ impl Memory {
     }
 
     /// Opens memory of another process, for the kernels of this one.
-    #[cfg(target_os = "linux")]
+    #[cfg(processes)]
     pub(crate) fn open(
         space: &MemorySpace,
         handle: &MemoryHandle,
@@ -123,9 +123,9 @@ impl Memory {
     pub(crate) fn host_pointer(&self) -> Option<*mut u8> {
         match self {
             Memory::Cuda(_) => None,
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             Memory::IpcImport(_) => None,
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             Memory::Registered(registered) => Some(registered.memfd().address() as *mut u8),
             memory => Some(memory.address() as *mut u8),
         }
@@ -136,11 +136,11 @@ impl Memory {
             Memory::Host(buffer) => buffer.address(),
             Memory::Cuda(memory) => memory.address(),
             Memory::Mapped(pinned) => pinned.address(),
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             Memory::Memfd(memfd) => memfd.address(),
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             Memory::Registered(registered) => registered.address(),
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             Memory::IpcImport(import) => import.address(),
         }
     }
@@ -150,11 +150,11 @@ impl Memory {
             Memory::Host(buffer) => buffer.bytes(),
             Memory::Cuda(memory) => memory.bytes(),
             Memory::Mapped(pinned) => pinned.size(),
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             Memory::Memfd(memfd) => memfd.bytes(),
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             Memory::Registered(registered) => registered.memfd().bytes(),
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             Memory::IpcImport(import) => import.bytes(),
         }
     }
@@ -182,12 +182,12 @@ impl Memory {
         match self {
             Memory::Host(buffer) => buffer.bytes_mut(),
             Memory::Mapped(pinned) => pinned.bytes_mut(),
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             Memory::Memfd(memfd) => memfd.bytes_mut(),
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             Memory::Registered(registered) => registered.memfd_mut().bytes_mut(),
             Memory::Cuda(_) => unreachable!("the host has no address for device memory"),
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             Memory::IpcImport(_) => unreachable!("a peer uses imported memory"),
         }
     }

@@ -2,22 +2,27 @@
 //! on them.
 
 pub(crate) mod cpu;
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "no_cuda.rs"]
 pub(crate) mod cuda;
 mod engine;
 mod host_buffer;
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 mod import_lock;
 pub(crate) mod limits;
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 mod memfd;
 mod memory;
+pub(crate) mod proximity;
 
 pub(crate) use engine::{Engine, Unstarted};
 pub(crate) use host_buffer::HostBuffer;
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 pub(crate) use import_lock::ImportLock;
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 pub(crate) use memfd::{Mapping, Memfd, Unopened};
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 pub(crate) use memory::MemoryHandle;
 pub(crate) use memory::{Memory, MemorySpace};

@@ -44,12 +44,12 @@ impl Control {
     }
 
     /// Control block that another process has initialised.
-    #[cfg(target_os = "linux")]
+    #[cfg(processes)]
     pub(super) fn of(memory: Memory) -> Self {
         Control { memory, aborted: AtomicU32::new(0) }
     }
 
-    #[cfg(target_os = "linux")]
+    #[cfg(processes)]
     pub(super) fn memory(&self) -> &Memory {
         &self.memory
     }

@@ -8,7 +8,7 @@ use crate::{Error, Result};
 
 /// Way in which a joiner gets its model from the members of its world.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[cfg_attr(target_os = "linux", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(processes, derive(serde::Serialize, serde::Deserialize))]
 pub(crate) enum Admission {
     /// This rank is the joiner, or the view has no joiner.
     None,

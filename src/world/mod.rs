@@ -4,13 +4,13 @@
 mod control;
 mod handshake;
 mod in_process;
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 mod launched;
 mod placement;
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 mod processes;
 mod rebuild;
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 mod world_id;
 
 use std::fmt;
@@ -20,12 +20,12 @@ use std::time::Duration;
 
 pub(crate) use control::{Control, Failure};
 pub(crate) use handshake::{Admission, Agreement, Handshake};
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 pub use launched::CommunicatorBuilder;
-#[cfg(all(fuzzing, target_os = "linux"))]
+#[cfg(all(fuzzing, processes))]
 pub use processes::fuzz;
 pub(crate) use rebuild::Rebuild;
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 pub use world_id::WorldId;
 
 pub(crate) use placement::Placement;
@@ -80,7 +80,7 @@ pub struct Communicator {
 #[derive(Clone, Debug)]
 enum Group {
     Threads(usize, Arc<ThreadBootstrap>),
-    #[cfg(target_os = "linux")]
+    #[cfg(processes)]
     Processes(Arc<processes::ProcessBootstrap>),
 }
 
@@ -158,7 +158,7 @@ impl Communicator {
     pub(crate) fn placement(&self) -> &Placement {
         match &self.membership.group {
             Group::Threads(_, threads) => threads.placement(),
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             Group::Processes(processes) => processes.placement(),
         }
     }
@@ -171,7 +171,7 @@ impl Communicator {
         AbortHandle {
             of: match &self.membership.group {
                 Group::Threads(rank, threads) => Handle::Threads(*rank, Arc::downgrade(threads)),
-                #[cfg(target_os = "linux")]
+                #[cfg(processes)]
                 Group::Processes(processes) => Handle::Processes(processes.handle()),
             },
         }
@@ -193,7 +193,7 @@ impl Communicator {
     pub fn recover(&self, timeout: Duration) -> Result<Communicator> {
         match &self.membership.group {
             Group::Threads(rank, _) => Err(Error::RecoveryUnsupported { rank: *rank }),
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             Group::Processes(_) => self.next(timeout, false),
         }
     }
@@ -203,7 +203,7 @@ impl Communicator {
     pub(crate) fn next(&self, timeout: Duration, admits: bool) -> Result<Communicator> {
         match &self.membership.group {
             Group::Threads(rank, _) => Err(Error::RecoveryUnsupported { rank: *rank }),
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             Group::Processes(processes) => {
                 let next = processes.next_view(timeout, admits)?;
                 Ok(Communicator::new(Group::Processes(Arc::new(next))))
@@ -225,7 +225,7 @@ impl Communicator {
                 let number = self.membership.builds.fetch_add(1, Ordering::Relaxed);
                 threads.agree(*rank, number, handshake, timeout)
             }
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             Group::Processes(processes) => processes.agree(handshake, number, timeout),
         }
     }
@@ -233,14 +233,14 @@ impl Communicator {
     fn new(group: Group) -> Self {
         let rank = match &group {
             Group::Threads(rank, _) => *rank,
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             Group::Processes(processes) => processes.rank(),
         };
         Communicator { membership: Arc::new(Membership { rank, group, builds: AtomicU64::new(0) }) }
     }
 }
 
-#[cfg(not(target_os = "linux"))]
+#[cfg(not(processes))]
 impl Communicator {
     pub(crate) fn has_joiner(&self) -> bool {
         false
@@ -289,7 +289,7 @@ impl Drop for Membership {
     fn drop(&mut self) {
         match &self.group {
             Group::Threads(rank, threads) => threads.leave(*rank),
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             Group::Processes(_) => {} // its sockets close when the last communicator is dropped
         }
     }
@@ -304,7 +304,7 @@ pub struct AbortHandle {
 #[derive(Clone, Debug)]
 enum Handle {
     Threads(usize, Weak<ThreadBootstrap>),
-    #[cfg(target_os = "linux")]
+    #[cfg(processes)]
     Processes(processes::Handle),
 }
 
@@ -316,7 +316,7 @@ impl AbortHandle {
             Handle::Threads(rank, threads) => {
                 threads.upgrade().into_iter().for_each(|threads| threads.abort(*rank))
             }
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             Handle::Processes(processes) => processes.abort(),
         }
     }

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 use super::processes::HostInfo;
 use super::{Device, Kind};
-use crate::backend::cuda::{self, Connection, Context, PeerAccess};
+use crate::backend::cuda::{self, Context};
+use crate::backend::proximity::{all_pairs, Connection, PeerAccess};
 use crate::backend::MemorySpace;
 use crate::{Error, Result};
 
@@ -61,12 +62,12 @@ impl Placement {
             rank: 0,
             source: String::from(failed).into(),
         };
-        let peers = cuda::all_pairs(&spaces, |one, other| match (one, other) {
+        let peers = all_pairs(&spaces, |one, other| match (one, other) {
             (MemorySpace::Cuda(one), MemorySpace::Cuda(other)) => cuda::peer::access(one, other),
             _ => Ok(PeerAccess::Verified),
         });
         let peers = peers.map_err(failed)?;
-        let connections = cuda::all_pairs(&spaces, |one, other| match (one, other) {
+        let connections = all_pairs(&spaces, |one, other| match (one, other) {
             (MemorySpace::Cuda(one), MemorySpace::Cuda(other)) => cuda::connection(one, other),
             _ => Ok(Connection::Same),
         });
@@ -91,7 +92,7 @@ impl Placement {
     /// Placement of processes of this host, by rank. `own` is this process's device and memory
     /// space, which stand for those of all ranks. `access` returns the peer access of two ranks,
     /// the same on every rank.
-    #[cfg(target_os = "linux")]
+    #[cfg(processes)]
     pub(super) fn of_processes(
         host_infos: &[&HostInfo],
         own: (Device, &MemorySpace),

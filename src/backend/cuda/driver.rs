@@ -12,7 +12,7 @@ macro_rules! driver_api {
     ($($function:ident),* $(,)?) => {
         pub(crate) mod api {
             // Off Linux, CUDA IPC is not used. On Linux an unused declaration is a warning.
-            #[cfg_attr(not(target_os = "linux"), allow(unused_imports))]
+            #[cfg_attr(not(processes), allow(unused_imports))]
             pub(crate) use cudarc::driver::sys::{$($function),*};
         }
         const FUNCTIONS: &[&str] = &[$(stringify!($function)),*];

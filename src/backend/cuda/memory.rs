@@ -1,7 +1,7 @@
 //! Device memory, and page-locked host memory that devices address.
 
 use std::ffi::c_void;
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 use std::os::fd::BorrowedFd;
 use std::ptr::null_mut;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::{self, CUresult};
 
 use super::driver::{call, Failed};
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 use super::ipc::IpcExport;
 use super::running::Running;
 use super::Context;
@@ -22,7 +22,7 @@ pub(crate) struct DeviceMemory {
     address: u64,
     bytes: usize,
     /// Present if the memory can be opened by other processes.
-    #[cfg(target_os = "linux")]
+    #[cfg(processes)]
     export: Option<Box<IpcExport>>,
 }
 
@@ -39,7 +39,7 @@ impl DeviceMemory {
             context: context.clone(),
             address,
             bytes,
-            #[cfg(target_os = "linux")]
+            #[cfg(processes)]
             export: None,
         };
         memory.fill(0, bytes, 0)?;
@@ -48,7 +48,7 @@ impl DeviceMemory {
 
     /// Allocates zeroed memory for export. It shares no allocation unit with other memory, and is
     /// never reused.
-    #[cfg(target_os = "linux")]
+    #[cfg(processes)]
     pub(crate) fn exportable(context: &Arc<Context>, bytes: usize) -> Result<Self, String> {
         let address = allocate(context, bytes.max(1).next_multiple_of(IpcExport::BLOCK))?;
         let mut memory = DeviceMemory { context: context.clone(), address, bytes, export: None };
@@ -58,7 +58,7 @@ impl DeviceMemory {
     }
 
     /// Handle and file for importers.
-    #[cfg(target_os = "linux")]
+    #[cfg(processes)]
     pub(crate) fn export_handle(&self) -> Option<(Vec<u8>, BorrowedFd<'_>)> {
         self.export.as_deref().map(IpcExport::handle)
     }
@@ -121,7 +121,7 @@ impl DeviceMemory {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        #[cfg(target_os = "linux")]
+        #[cfg(processes)]
         if let Some(export) = self.export.take() {
             return export.free_when_unused(&self.context, self.address);
         }

@@ -6,9 +6,9 @@
 
 mod context;
 mod driver;
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 mod ipc;
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 mod ipc_probe;
 mod memory;
 pub(crate) mod peer;
@@ -18,20 +18,18 @@ mod tables;
 mod topology;
 
 pub(crate) use context::Context;
-#[cfg(feature = "cuda")]
 pub(crate) use driver::is_of_capture;
 pub(crate) use driver::Failed;
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 pub(crate) use ipc::{IpcImport, Registered};
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 pub(crate) use ipc_probe::IpcProbe;
 pub(crate) use memory::{DeviceMemory, Pinned};
-pub use peer::PeerAccess;
 pub(crate) use rank::{Rank, THREADS};
-#[cfg(target_os = "linux")]
-pub(crate) use topology::Identity;
-pub(crate) use topology::{all_pairs, connection};
-pub use topology::{Connection, CudaDevice, Topology};
+pub(crate) use topology::connection;
+#[cfg(processes)]
+pub(crate) use topology::identity;
+pub use topology::{CudaDevice, Topology};
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 

@@ -10,23 +10,11 @@ use cudarc::driver::sys::CUresult;
 
 use super::driver::{call, Failed};
 use super::{Context, DeviceMemory};
+use crate::backend::proximity::PeerAccess;
 use crate::sync::lock;
 
 /// Number of words transferred in each direction.
 pub(super) const WORDS: u32 = 16 << 10;
-
-/// Peer access (P2P) between two devices, as a test transfer has shown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum PeerAccess {
-    /// The driver reports no access, in one direction at least.
-    Unsupported,
-    /// The driver reports access, but transferred bytes were wrong. Parameters go through host
-    /// memory.
-    Broken,
-    /// Bytes transferred in both directions, by writes and by reads, were right.
-    Verified,
-}
 
 /// Tests the access between two devices once, and leaves it enabled if it works.
 pub(crate) fn access(one: &Arc<Context>, other: &Arc<Context>) -> Result<PeerAccess, Failed> {

@@ -4,7 +4,7 @@
 use std::sync::{Mutex, MutexGuard};
 
 use super::context::opened;
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 use super::ipc::DeferredFree;
 use crate::sync::lock;
 
@@ -16,7 +16,7 @@ struct Count {
     /// Number of ranks whose kernels may be waiting for peers.
     busy: usize,
     /// Memory that this process no longer uses but that is shared with other processes.
-    #[cfg(target_os = "linux")]
+    #[cfg(processes)]
     deferred: Vec<DeferredFree>,
 }
 
@@ -63,13 +63,13 @@ impl Drop for Busy {
     fn drop(&mut self) {
         let mut count = count();
         count.busy -= 1;
-        #[cfg(target_os = "linux")]
+        #[cfg(processes)]
         release(&mut count);
     }
 }
 
 /// Releases memory as soon as no rank is busy.
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 pub(super) fn defer(this: DeferredFree) {
     let mut count = count();
     count.deferred.push(this);
@@ -78,7 +78,7 @@ pub(super) fn defer(this: DeferredFree) {
 
 /// Releases what can be released. Memory that another process still has open is checked again when
 /// the next average ends.
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 fn release(count: &mut Count) {
     if count.busy == 0 {
         count.deferred.retain(|this| !this.try_release());
@@ -89,7 +89,7 @@ fn count() -> MutexGuard<'static, Count> {
     static COUNT: Mutex<Count> = Mutex::new(Count {
         all: 0,
         busy: 0,
-        #[cfg(target_os = "linux")]
+        #[cfg(processes)]
         deferred: vec![],
     });
     lock(&COUNT)

@@ -1,16 +1,16 @@
 //! CUDA devices of this process and the connections between them.
 
 use std::ffi::{c_char, c_int, CStr};
-use std::fmt;
 
+use super::driver::{self, call, Failed};
+use super::{peer, Context};
+#[cfg(processes)]
+use crate::backend::proximity::Identity;
+use crate::backend::proximity::{all_pairs, Connection, PeerAccess, Slot};
+use crate::{Error, Result};
 use cudarc::driver::sys::{
     self, CUdevice_P2PAttribute as P2pAttribute, CUdevice_attribute as Attribute,
 };
-use serde::{Deserialize, Serialize};
-
-use super::driver::{self, call, Failed};
-use super::{peer, Context, PeerAccess};
-use crate::{Error, Result};
 
 /// A CUDA device of this process.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,44 +32,6 @@ pub struct CudaDevice {
     pub numa_node: Option<u32>,
     /// PCI path from the host to the device: host bridge, PCIe bridges, device. Empty if unknown.
     path: Vec<String>,
-}
-
-/// Connection between two devices, named as in `nvidia-smi topo`, ordered from near to far.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[non_exhaustive]
-pub enum Connection {
-    /// X: the same device.
-    Same,
-    /// NV: NVLink. Derived from native atomics between the devices, which the driver reports and
-    /// PCIe lacks.
-    NvLink,
-    /// PIX: one PCIe switch, or one bridge.
-    Pix,
-    /// PXB: several PCIe switches, without a host bridge.
-    Pxb,
-    /// PHB: one host bridge.
-    Phb,
-    /// NODE: several host bridges of one NUMA node.
-    Node,
-    /// SYS: the interconnect between NUMA nodes.
-    Sys,
-    /// ?: not reported by the system.
-    Unknown,
-}
-
-impl fmt::Display for Connection {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Connection::Same => "X",
-            Connection::NvLink => "NV",
-            Connection::Pix => "PIX",
-            Connection::Pxb => "PXB",
-            Connection::Phb => "PHB",
-            Connection::Node => "NODE",
-            Connection::Sys => "SYS",
-            Connection::Unknown => "?",
-        })
-    }
 }
 
 /// The CUDA devices of this process and the connections between them.
@@ -177,7 +139,7 @@ pub(crate) fn connection(one: &Context, other: &Context) -> Result<Connection, F
     if one.ordinal() != other.ordinal() && joined(one.device(), other.device())? {
         return Ok(Connection::NvLink);
     }
-    Ok(over_pcie(&facts(one)?.slot(), &facts(other)?.slot()))
+    Ok(facts(one)?.slot().connection(&facts(other)?.slot()))
 }
 
 /// True if native atomics work between two devices in both directions.
@@ -192,147 +154,32 @@ fn joined(one: sys::CUdevice, other: sys::CUdevice) -> Result<bool, Failed> {
     Ok(there != 0 && back != 0)
 }
 
-/// PCI position of a device.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Slot {
-    pci: String,
-    numa_node: Option<u32>,
-    path: Vec<String>,
-}
-
 impl CudaDevice {
     fn slot(&self) -> Slot {
         Slot { pci: self.pci.clone(), numa_node: self.numa_node, path: self.path.clone() }
     }
 }
 
-/// Identity of a device, the same in all processes of a host, whichever ordinal each has for it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg(target_os = "linux")]
-pub(crate) struct Identity {
-    pub(crate) uuid: String,
-    slot: Slot,
-    /// UUIDs of the devices visible to its process that NVLink connects it to.
-    joined: Vec<String>,
-}
-
-#[cfg(target_os = "linux")]
-impl Identity {
-    pub(crate) fn of(context: &Context) -> Result<Identity, String> {
-        let own = context.device();
-        let mut others = vec![];
-        for ordinal in 0..driver::get()?.devices {
-            let mut other = 0;
-            // SAFETY: a device of this driver.
-            unsafe { call!(cuDeviceGet(&mut other, ordinal as c_int)) }?;
-            if other != own && joined(own, other)? {
-                others.push(uuid(other)?);
-            }
-        }
-        Ok(Identity { uuid: uuid(own)?, slot: facts(context)?.slot(), joined: others })
-    }
-
-    /// Connection between two devices, as far as either process knows it.
-    pub(crate) fn connection(&self, other: &Identity) -> Connection {
-        match self.joined.contains(&other.uuid) || other.joined.contains(&self.uuid) {
-            true => Connection::NvLink,
-            false => over_pcie(&self.slot, &other.slot),
+/// Identity of the device of a context.
+#[cfg(processes)]
+pub(crate) fn identity(context: &Context) -> Result<Identity, String> {
+    let own = context.device();
+    let mut others = vec![];
+    for ordinal in 0..driver::get()?.devices {
+        let mut other = 0;
+        // SAFETY: a device of this driver.
+        unsafe { call!(cuDeviceGet(&mut other, ordinal as c_int)) }?;
+        if other != own && joined(own, other)? {
+            others.push(uuid(other)?);
         }
     }
+    Ok(Identity { uuid: uuid(own)?, slot: facts(context)?.slot(), joined: others })
 }
 
-#[cfg(target_os = "linux")]
+#[cfg(processes)]
 fn uuid(device: sys::CUdevice) -> Result<String, Failed> {
     let mut uuid = sys::CUuuid_st { bytes: [0; 16] };
     // SAFETY: a device of this driver.
     unsafe { call!(cuDeviceGetUuid_v2(&mut uuid, device)) }?;
     Ok(uuid.bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect())
-}
-
-/// Calls `f` for every two elements and returns a table of the results.
-pub(crate) fn all_pairs<T, C, E>(
-    contexts: &[C],
-    f: impl Fn(&C, &C) -> Result<T, E>,
-) -> Result<Vec<Vec<T>>, E> {
-    contexts.iter().map(|one| contexts.iter().map(|other| f(one, other)).collect()).collect()
-}
-
-fn over_pcie(one: &Slot, other: &Slot) -> Connection {
-    if one.pci == other.pci {
-        return Connection::Same;
-    }
-    if one.path.is_empty() || other.path.is_empty() {
-        return Connection::Unknown;
-    }
-    let common = one.path.iter().zip(&other.path).take_while(|(a, b)| a == b).count();
-    match common {
-        0 if one.numa_node.is_some() && one.numa_node == other.numa_node => Connection::Node,
-        0 => Connection::Sys,
-        1 => Connection::Phb,
-        // Both devices are below the last common bridge, each behind a port of its own: one switch.
-        _ if common + 2 >= one.path.len().max(other.path.len()) => Connection::Pix,
-        _ => Connection::Pxb,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn device(pci: &str, path: &str, numa_node: Option<u32>) -> CudaDevice {
-        CudaDevice {
-            ordinal: 0,
-            name: "a device".into(),
-            compute_capability: (9, 0),
-            memory: 1 << 30,
-            multiprocessors: 100,
-            pci: pci.into(),
-            numa_node,
-            path: path.split_whitespace().map(str::to_owned).collect(),
-        }
-    }
-
-    #[test]
-    fn paths_are_those_of_nvidia_smi() {
-        let one = device(
-            "0000:03:00.0",
-            "pci0000:00 0000:00:01.0 0000:01:00.0 0000:02:08.0 0000:03:00.0",
-            Some(0),
-        );
-        let cases = [
-            ("0000:03:00.0", "", Some(0), Connection::Same),
-            (
-                "0000:03:00.1",
-                "pci0000:00 0000:00:01.0 0000:01:00.0 0000:02:08.0 0000:03:00.1",
-                Some(0),
-                Connection::Pix,
-            ),
-            (
-                "0000:04:00.0",
-                "pci0000:00 0000:00:01.0 0000:01:00.0 0000:02:10.0 0000:04:00.0",
-                Some(0),
-                Connection::Pix,
-            ),
-            (
-                "0000:07:00.0",
-                "pci0000:00 0000:00:01.0 0000:01:00.0 0000:02:18.0 0000:05:00.0 0000:06:00.0 \
-                 0000:07:00.0",
-                Some(0),
-                Connection::Pxb,
-            ),
-            ("0000:09:00.0", "pci0000:00 0000:00:03.0 0000:09:00.0", Some(0), Connection::Phb),
-            ("0000:41:00.0", "pci0000:40 0000:40:01.0 0000:41:00.0", Some(0), Connection::Node),
-            ("0000:81:00.0", "pci0000:80 0000:80:01.0 0000:81:00.0", Some(1), Connection::Sys),
-            ("0000:82:00.0", "pci0000:80 0000:80:02.0 0000:82:00.0", None, Connection::Sys),
-            ("0000:99:00.0", "", None, Connection::Unknown),
-        ];
-        for (pci, path, node, expected) in cases {
-            let (one, other) = (one.slot(), device(pci, path, node).slot());
-            assert_eq!(
-                (over_pcie(&one, &other), over_pcie(&other, &one)),
-                (expected, expected),
-                "{pci}"
-            );
-        }
-    }
 }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::cuda::{Connection, Context, Identity, PeerAccess};
+use crate::backend::cuda::{self, Context};
+use crate::backend::proximity::{Connection, Identity, PeerAccess};
 use crate::backend::MemorySpace;
 use crate::world::{Device, Kind, Placement};
 
@@ -70,7 +71,7 @@ impl LocalDevice {
         let (mut host_info, mut space) = (HostInfo::unknown(device), MemorySpace::Host);
         if let Kind::Cuda(ordinal) = device.0 {
             let context = Context::open(ordinal)?;
-            let identity = Identity::of(&context)?;
+            let identity = cuda::identity(&context)?;
             host_info.gpu = Some(Gpu { identity, resident_blocks: context.resident_blocks() });
             space = MemorySpace::Cuda(context);
         }

@@ -8,7 +8,8 @@ use serde::{de::DeserializeOwned, Serialize};
 
 use super::frame::{Frame, Kind};
 use super::peer_set::{CurrentView, PeerSet};
-use crate::backend::cuda::{IpcProbe, PeerAccess};
+use crate::backend::cuda::IpcProbe;
+use crate::backend::proximity::PeerAccess;
 use crate::backend::MemoryHandle;
 
 /// Numbers of the messages, in order.

@@ -1,0 +1,227 @@
+//! CUDA devices in a build without the feature `cuda`: none can be opened, so no value of these
+//! types exists.
+
+use std::ffi::c_void;
+use std::sync::Arc;
+
+use super::proximity::Connection;
+use super::Unstarted;
+use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment};
+
+/// Threads of a block, as for `cuda`.
+pub(crate) const THREADS: u32 = 512;
+
+/// Reason why there is no embedded fatbin.
+pub(crate) fn fatbin() -> Result<&'static [u8], &'static str> {
+    Err("param-averager was built without its feature `cuda`")
+}
+
+/// Declares a type without values; its methods can't be called.
+macro_rules! absent {
+    ($type:ident {
+        $(fn $name:ident$(<$a:lifetime>)?($($argument:ident: $of:ty),*) $(-> $result:ty)?;)*
+    }) => {
+        #[derive(Debug)]
+        pub(crate) enum $type {}
+
+        #[allow(unused_variables)]
+        impl $type {
+            $(pub(crate) fn $name$(<$a>)?(&self $(, $argument: $of)*) $(-> $result)? {
+                match *self {}
+            })*
+        }
+    };
+}
+
+absent!(Context {
+    fn resident_blocks() -> u32;
+    fn ordinal() -> usize;
+    fn owns(address: u64) -> bool;
+});
+
+impl Context {
+    pub(crate) fn open(_: usize) -> Result<Arc<Context>, String> {
+        Err("this build has no CUDA: build param-averager with its feature `cuda`, or use \
+             Device::cpu()"
+            .into())
+    }
+}
+
+absent!(Failed {});
+
+impl From<Failed> for String {
+    fn from(failed: Failed) -> String {
+        match failed {}
+    }
+}
+
+absent!(DeviceMemory {
+    fn address() -> u64;
+    fn bytes() -> usize;
+    fn write(offset: usize, from: &[u8]) -> Result<(), Failed>;
+    fn write_word(offset: usize, word: u32) -> Result<(), Failed>;
+    fn read(offset: usize, to: &mut [u8]) -> Result<(), Failed>;
+    fn fill(offset: usize, bytes: usize, value: u8) -> Result<(), Failed>;
+});
+
+impl DeviceMemory {
+    pub(crate) fn new(context: &Arc<Context>, _: usize) -> Result<Self, Failed> {
+        match **context {}
+    }
+}
+
+absent!(Pinned {
+    fn address() -> u64;
+    fn size() -> usize;
+});
+
+impl Pinned {
+    pub(crate) fn new(context: &Arc<Context>, _: usize) -> Result<Self, Failed> {
+        match **context {}
+    }
+
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        match *self {}
+    }
+}
+
+absent!(Rank {
+    fn bytes() -> usize;
+    fn channels() -> u64;
+    fn buckets() -> u64;
+    fn segments(buckets: usize, before: usize) -> u64;
+    fn ended() -> &[PaChannel];
+    fn was_captured() -> bool;
+    fn is_done() -> bool;
+    fn finish() -> Result<(), Failed>;
+});
+
+impl Rank {
+    pub(crate) fn new(
+        context: &Arc<Context>,
+        _: &[PaChannel],
+        _: usize,
+        _: usize,
+    ) -> Result<Rank, String> {
+        match **context {}
+    }
+
+    pub(crate) fn set_tables<'a>(
+        &mut self,
+        _: &'a [PaBucket],
+        _: impl Iterator<Item = &'a [PaSegment]>,
+    ) {
+        match *self {}
+    }
+
+    pub(crate) unsafe fn start(
+        &mut self,
+        _: &PaArgs,
+        _: impl Iterator<Item = u32>,
+        _: Option<*mut c_void>,
+    ) -> Result<(), Unstarted> {
+        match *self {}
+    }
+
+    pub(crate) unsafe fn wait_for(&self, _: *mut c_void) -> Result<(), Unstarted> {
+        match *self {}
+    }
+
+    pub(crate) unsafe fn is_capturing(&self, _: *mut c_void) -> Result<bool, Failed> {
+        match *self {}
+    }
+
+    pub(crate) unsafe fn refuses(&self, _: *mut c_void) -> Result<Option<&'static str>, Failed> {
+        match *self {}
+    }
+}
+
+pub(crate) fn connection(one: &Context, _: &Context) -> Result<Connection, Failed> {
+    match *one {}
+}
+
+pub(crate) mod peer {
+    use super::{Arc, Context, Failed};
+    use crate::backend::proximity::PeerAccess;
+
+    pub(crate) fn access(one: &Arc<Context>, _: &Arc<Context>) -> Result<PeerAccess, Failed> {
+        match **one {}
+    }
+}
+
+#[cfg(processes)]
+pub(crate) use processes::{identity, IpcImport, IpcProbe, Registered};
+
+#[cfg(processes)]
+mod processes {
+    use std::os::fd::{BorrowedFd, OwnedFd};
+
+    use super::{Arc, Context, DeviceMemory, Failed};
+    use crate::backend::proximity::Identity;
+    use crate::backend::{Memfd, MemoryHandle};
+
+    pub(crate) fn identity(context: &Context) -> Result<Identity, String> {
+        match *context {}
+    }
+
+    impl DeviceMemory {
+        pub(crate) fn exportable(context: &Arc<Context>, _: usize) -> Result<Self, String> {
+            match **context {}
+        }
+
+        pub(crate) fn export_handle(&self) -> Option<(Vec<u8>, BorrowedFd<'_>)> {
+            match *self {}
+        }
+    }
+
+    absent!(Registered {
+        fn address() -> u64;
+        fn memfd() -> &Memfd;
+    });
+
+    impl Registered {
+        pub(crate) fn new(context: &Arc<Context>, _: Memfd) -> Result<Self, Failed> {
+            match **context {}
+        }
+
+        pub(crate) fn memfd_mut(&mut self) -> &mut Memfd {
+            match *self {}
+        }
+    }
+
+    absent!(IpcImport {
+        fn address() -> u64;
+        fn bytes() -> usize;
+    });
+
+    impl IpcImport {
+        pub(crate) fn open(
+            context: &Arc<Context>,
+            _: &[u8],
+            _: OwnedFd,
+            _: usize,
+        ) -> Result<Self, String> {
+            match **context {}
+        }
+    }
+
+    absent!(IpcProbe {
+        fn export() -> (MemoryHandle, BorrowedFd<'_>);
+        fn was_written(peer: usize) -> Result<bool, String>;
+    });
+
+    impl IpcProbe {
+        pub(crate) fn new(context: &Arc<Context>, _: usize) -> Result<IpcProbe, String> {
+            match **context {}
+        }
+
+        pub(crate) fn test(
+            context: &Arc<Context>,
+            _: &MemoryHandle,
+            _: OwnedFd,
+            _: usize,
+        ) -> Result<bool, String> {
+            match **context {}
+        }
+    }
+}
