@@ -113,7 +113,7 @@ fn worlds_and_devices_that_cannot_be_are_refused() {
         assert!(matches!(error, Error::InvalidOption { rank: 0, option: "link", .. }), "{error}");
     }
     // What a machine with a driver says, or one without, is tests/cuda.rs's.
-    if let Err(said) = param_averager::__private::fatbin() {
+    if let Err(said) = param_averager::__testing::fatbin() {
         // Built without nvcc: the same words as the build's warning.
         let error = Communicator::from_devices(&[Device::cuda(0)]).unwrap_err();
         let Error::DeviceUnavailable { rank: 0, reason, .. } = &error else { panic!("{error}") };

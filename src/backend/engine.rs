@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use super::cpu::{Isa, Workers};
 use super::{cuda, HostBuffer, MemorySpace};
 use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PA_COMMITTED, PA_RING_GATHER};
-use crate::{Error, Result};
+use crate::{DeviceError, Error, Result};
 
 /// Runs the kernels of one rank and keeps its channels' states.
 #[derive(Debug)]
@@ -63,7 +63,7 @@ impl Engine {
             }
             MemorySpace::Cuda(context) => cuda::Rank::new(context, states, buckets, segments)
                 .map(Engine::Cuda)
-                .map_err(|reason| Error::DeviceFailed { rank, reason }),
+                .map_err(|reason| Error::DeviceFailed { rank, source: DeviceError::from(reason) }),
         }
     }
 

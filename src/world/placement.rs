@@ -57,7 +57,10 @@ impl Placement {
                 ),
             });
         }
-        let failed = |failed: cuda::Failed| Error::DeviceFailed { rank: 0, reason: failed.into() };
+        let failed = |failed: cuda::Failed| Error::DeviceFailed {
+            rank: 0,
+            source: String::from(failed).into(),
+        };
         let peers = cuda::all_pairs(&spaces, |one, other| match (one, other) {
             (MemorySpace::Cuda(one), MemorySpace::Cuda(other)) => cuda::peer::access(one, other),
             _ => Ok(PeerAccess::Verified),

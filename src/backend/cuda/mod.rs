@@ -18,7 +18,7 @@ mod tables;
 mod topology;
 
 pub(crate) use context::Context;
-#[cfg(feature = "cudarc")]
+#[cfg(feature = "cuda")]
 pub(crate) use driver::is_of_capture;
 pub(crate) use driver::Failed;
 #[cfg(target_os = "linux")]
