@@ -104,7 +104,7 @@ impl Connections {
     ) -> io::Result<()> {
         let Some(peer) = self.peer(peer) else { return Ok(()) }; // departed
         let Peer { stream, sending } = &*peer;
-        let _one = lock(&sending);
+        let _one = lock(sending);
         frame::send(stream, key, body, files, deadline).inspect_err(|error| {
             if error.kind() != io::ErrorKind::InvalidInput {
                 // The message may be half sent, and no later one would be understood.
