@@ -194,3 +194,40 @@ fn serve(
         }
     };
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::world::processes::job::{Job, Known};
+    use crate::world::processes::rendezvous::connect;
+    use crate::world::processes::view_board::ViewBoard;
+    use crate::world::Device;
+
+    #[test]
+    fn refusals_name_both_sides() {
+        let name = format!("refusals-{}", std::process::id());
+        let host_info = HostInfo::unknown(Device::cpu());
+        let board = ViewBoard::new(1).unwrap();
+        let connections = Arc::new(Connections::new(board, 0, host_info.clone()));
+        let origin = Origin::now(&Job::own(&Known::ByName, 0, None));
+        let _listener = JoinListener::open(&name, origin, 0, &connections, None);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let refusal = |crate_version: &str, called: &str| -> String {
+            let stream = loop {
+                match connect(&address(&name, Some(0)).unwrap()) {
+                    Ok(stream) => break stream,
+                    Err(error) => assert!(Instant::now() < deadline, "{error}"),
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            };
+            let (crate_version, name) = (crate_version.into(), called.into());
+            let request = JoinRequest { crate_version, name, host_info: host_info.clone() };
+            frame::send(&stream, (Kind::JoinRequest, 0, 0), &request, &[], deadline).unwrap();
+            frame::receive(&stream, &[Kind::Refuse], 0, deadline).unwrap().parse().unwrap()
+        };
+        let own = env!("CARGO_PKG_VERSION");
+        let versions = format!("its ranks use crate version {own}, this process 9.9.9");
+        assert!(refusal("9.9.9", &name).contains(&versions));
+        assert!(refusal(own, "another name").contains(&format!("is {name:?}")));
+    }
+}

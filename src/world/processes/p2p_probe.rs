@@ -24,10 +24,10 @@ type Found = Option<bool>;
 /// Tests peer access between all members of a view. Collective. Does nothing on CPUs.
 ///
 /// ```text
-///  one                                           other
-///  writes to memory that it exports     ────────▶ opens it, reads, and writes there, too
-///  looks for what the other has written ◀─────── whether it could
-///  what it found                       ────────▶ everybody
+///  rank A                               rank B
+///  writes its exported memory ────────▶ opens it, reads it, and writes a part of its own
+///  checks that part           ◀──────── reports whether the bytes were right
+///  reports the result         ────────▶ all ranks
 /// ```
 ///
 /// The same steps run in the opposite direction at the same time.

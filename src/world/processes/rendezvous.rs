@@ -79,7 +79,8 @@ pub(super) struct Origin {
 }
 
 impl Origin {
-    fn now(job: &Job) -> Origin {
+    /// Origin of a world whose ranks have all arrived now.
+    pub(super) fn now(job: &Job) -> Origin {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Origin { job: job.clone(), since: since.as_millis().try_into().unwrap_or(u64::MAX) }
     }

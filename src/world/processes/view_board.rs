@@ -65,7 +65,7 @@ impl ViewBoard {
     /// Creates the board of a world whose first view has the ids 0 to `size` - 1, by rank.
     pub(super) fn new(size: usize) -> Result<ViewBoard, String> {
         let board = ViewBoard { memory: Memfd::new(size_of::<Words>())? };
-        // Random, since two processes of two PID namespaces may have one pid and one start time.
+        // Random: clock and pid are not unique across PID namespaces.
         let mut nonce = [0; 8];
         let filled = rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty());
         filled.map_err(|error| format!("no random number for the world's nonce: {error}"))?;
