@@ -1,6 +1,6 @@
-//! When to average. Pure: no state, no I/O.
+//! Schedules: when to average. Pure: no state, no I/O.
 
-/// Which optimizer steps are followed by an average.
+/// Optimizer steps that are followed by an average.
 ///
 /// Local SGD with H local steps is `Schedule::every(H)`: an average after steps H, 2·H, 3·H, … H =
 /// 8 is the default of Accelerate's `LocalSGD`; H = 1 averages after every step.
@@ -10,19 +10,19 @@ pub struct Schedule {
     warmup: u64,
 }
 
-/// Places in a schedule that are no step: no step is counted so far.
+/// Places in a schedule that are no step. Numbers of steps stay below them.
 pub(crate) mod place {
     pub(crate) const FINISH: u64 = u64::MAX;
     pub(crate) const RECOVERY: u64 = u64::MAX - 1;
     pub(crate) const ADMISSION: u64 = u64::MAX - 2;
     pub(crate) const BY_HAND: u64 = u64::MAX - 3;
 
-    /// In words, after "averages".
+    /// Words for a place, to follow "averages".
     pub(crate) fn in_words(place: u64) -> String {
         match place {
             FINISH => "in `finish`".into(),
             RECOVERY => "in a recovery".into(),
-            ADMISSION => "to let a process in".into(),
+            ADMISSION => "to admit a process".into(),
             BY_HAND => "outside of a schedule".into(),
             step => format!("after step {step}"),
         }
@@ -30,7 +30,7 @@ pub(crate) mod place {
 }
 
 impl Schedule {
-    /// An average after every `h`-th step.
+    /// Schedule with an average after every `h`-th step.
     ///
     /// # Panics
     /// If `h` is 0.
@@ -42,19 +42,19 @@ impl Schedule {
         Schedule { every: h, warmup: 0 }
     }
 
-    /// An average after each of the first `w` steps, and only then after every `h`-th one, counted
-    /// from there: after 1, 2, …, w, w + h, w + 2·h, … Post-local SGD (Lin et al., 2018, "Don't use
-    /// large mini-batches, use local SGD").
+    /// Schedule with an average after each of the first `w` steps, and then after every `h`-th step
+    /// from there: 1, 2, …, w, w + h, w + 2·h, … This is post-local SGD (Lin et al., 2018, "Don't
+    /// use large mini-batches, use local SGD").
     pub fn after_warmup(self, w: u64) -> Self {
         Schedule { warmup: w, ..self }
     }
 
-    /// Whether an average follows the `step`-th step, counted from 1.
+    /// True if an average follows the `step`-th step, counted from 1.
     pub fn is_due(&self, step: u64) -> bool {
         step > 0 && (step <= self.warmup || (step - self.warmup).is_multiple_of(self.every))
     }
 
-    /// The first step after `step` that an average follows; [`u64::MAX`] if that is no `u64`.
+    /// First step after `step` that is followed by an average; [`u64::MAX`] if it exceeds a `u64`.
     pub fn next_due(&self, step: u64) -> u64 {
         if step < self.warmup {
             return step + 1;
@@ -63,8 +63,7 @@ impl Schedule {
         step.saturating_add(self.every - past)
     }
 
-    /// The value that ranks compare before they average. It differs where the schedules or the
-    /// places in them do.
+    /// Value that ranks compare before they average: a hash of the schedule and the place in it.
     pub(crate) fn digest(&self, place: u64) -> u64 {
         // FNV-1a over the words; 0 is the digest of an average outside of any schedule.
         let words = [self.every, self.warmup, place];
