@@ -21,10 +21,10 @@ fn train() -> Result<()> {
         match sgd.step(&mut params) {
             Err(error) if error.is_fatal() => {
                 println!("rank {first}: {error}");
-                sgd.recover(&mut params)?; // makes the average that failed, without rank 1
+                sgd.recover(&mut params)? // makes the average that failed, without rank 1
             }
-            other => drop(other?),
-        }
+            done => done?,
+        };
     }
     sgd.finish(&mut params)?;
     let (rank, ranks) = (sgd.averager().rank(), sgd.averager().world_size());
