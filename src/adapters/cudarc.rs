@@ -1,5 +1,5 @@
-//! cudarc's slices as tensors: averages of `CudaSlice`s and `CudaViewMut`s, safely, on a
-//! `CudaStream`.
+//! cudarc's slices as tensors: averages of `CudaSlice`s and `CudaViewMut`s of cudarc 0.19, safely,
+//! on a `CudaStream`.
 //!
 //! ```no_run
 //! use cudarc::driver::CudaContext;

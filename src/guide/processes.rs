@@ -77,7 +77,9 @@
 //! see each other's devices. Memory that a peer has mapped is freed when the peer has closed it or
 //! has ended, and is not used again before. The ranks of one world are all on CPUs, or all on CUDA
 //! devices. Processes that share a GPU without MPS take turns by time slices: an average takes many
-//! of them. All of this has been simulated only; no GPU has run it.
+//! of them. All of this has been simulated only; no GPU has run it. Neither the gain of CUDA IPC is
+//! known, nor the behaviour of a driver when the process that exported memory is killed while a
+//! peer's kernel writes there.
 //!
 //! [`Communicator::builder`]: crate::Communicator::builder
 //! [`Communicator::from_env`]: crate::Communicator::from_env

@@ -1,4 +1,5 @@
-//! CUDA: streams, graphs, and links between devices. Simulated only: no GPU has run it.
+//! CUDA: streams, graphs, and links between devices. Simulated only: no GPU has run it, and the
+//! defaults of grids and chunks are reasoned, not measured.
 //!
 //! # Ranks and tensors
 //! `Communicator::from_devices(&[Device::cuda(0), Device::cuda(1)])` makes one rank a device;
@@ -66,6 +67,6 @@
 //! `cuMemAllocAsync` pools work across devices and processes.
 //!
 //! # candle
-//! candle's `Device::new_cuda` uses the per-thread default stream, which is blocking: `average` and
-//! `LocalSgd::step` take it, `start` refuses it. `Device::new_cuda_with_stream` has a stream that
-//! `start` takes.
+//! candle's `Device::new_cuda` uses the per-thread default stream, which is blocking: with
+//! [`CudaParams`](crate::CudaParams), `average` and `LocalSgd::step` take it, and `start` refuses
+//! it. `Device::new_cuda_with_stream` has a stream that `start` takes.
