@@ -40,13 +40,12 @@
 //! For ranks that are processes: after a fatal error all ranks that are left call
 //! [`LocalSgd::recover`](crate::LocalSgd::recover) (or
 //! [`ParamAverager::recover`](crate::ParamAverager::recover), or
-//! [`Communicator::recover`](crate::Communicator::recover)). They agree on who is left, whichever
+//! [`Communicator::recover`](crate::Communicator::recover)). They agree on the members, whichever
 //! rank was lost, also if another one is lost meanwhile, number themselves anew, and build the
 //! averager again. A process with several averagers recovers each, in any order. Threads of one
 //! process build a new world. `examples/recover.rs` is a program that does it.
 //!
-#![cfg_attr(target_os = "linux", doc = "```no_run")]
-#![cfg_attr(not(target_os = "linux"), doc = "```ignore")]
+//! ```no_run
 //! use param_averager::{LocalSgd, Result};
 //!
 //! fn train(sgd: &mut LocalSgd, params: &mut Vec<Vec<f32>>) -> Result<()> {

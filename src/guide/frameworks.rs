@@ -12,10 +12,10 @@
 //!
 //! # Equal initial weights
 //! Building compares layouts, not values. If ranks begin with different weights, the first average
-//! mixes unrelated models, and the result is worse than each. Load one checkpoint on every rank, or
-//! copy rank 0's weights right after building, by an average in which rank 0 alone has a weight. A
-//! process that joined must not make that call: it has rank 0's model already, and its peers do not
-//! average then.
+//! mixes unrelated models, which costs accuracy. Load one checkpoint on every rank, or copy rank
+//! 0's weights right after building, by an average in which rank 0 alone has a weight. A process
+//! that joined must not make that call: it has rank 0's model already, and its peers do not average
+//! then.
 //!
 //! # Tensors behind a lock
 //! [`Parameters`](crate::Parameters) is for tensors that can be borrowed at once.
