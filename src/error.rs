@@ -42,7 +42,7 @@ impl fmt::Display for Phase {
 /// Up to the commit, the error of an average is the same on every rank; after it, some ranks may
 /// have succeeded. [`is_fatal`](Error::is_fatal) tells whether the averager can be used again,
 /// [`tensors`](Error::tensors) what this rank's tensors hold now, and [`kind`](Error::kind) what
-/// has to be mended.
+/// has to be mended. [`guide::failures`](crate::guide::failures) says how training goes on.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

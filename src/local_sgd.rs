@@ -13,8 +13,8 @@ use crate::{Error, ParamAverager, Report, Result, Schedule};
 /// `step` and `skip` together are equally many, up to the last due average.
 ///
 /// `LocalSgd` makes all ranks agree at its first average, not before: ranks begin with the same
-/// weights, or average once by hand after building. Buffers and the optimizer's state stay local
-/// unless they are passed as tensors.
+/// weights, or copy rank 0's after building ([`guide::frameworks`](crate::guide::frameworks)).
+/// Buffers and the optimizer's state stay local unless they are passed as tensors.
 ///
 /// Nothing is averaged on drop or while unwinding: a rank that panics leaves, and its peers get
 /// [`Error::PeerLost`](crate::Error::PeerLost), not a hang.

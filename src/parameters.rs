@@ -31,8 +31,8 @@ use crate::TensorMut;
 /// }
 /// ```
 ///
-/// For tensors that must be locked, converted or assembled first, implement
-/// [`Lend`](crate::Lend).
+/// For tensors that must be locked, converted or assembled first, implement [`Lend`](crate::Lend);
+/// [`guide::frameworks`](crate::guide::frameworks) has examples.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is no list of tensors in host memory",
     note = "lists are `Vec<Vec<f32>>` and the like, or a type that implements `Parameters` by \

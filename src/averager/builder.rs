@@ -130,7 +130,8 @@ impl Builder {
     /// the host. Averagers whose averages overlap in time must fit on the device together, which is
     /// not checked.
     ///
-    /// By the ring with three ranks or more, another number of channels gives other bits.
+    /// By the ring with three ranks or more, another number of channels gives other bits; see
+    /// [`guide::accuracy`](crate::guide::accuracy).
     pub fn channels(mut self, channels: u32) -> Self {
         self.channels = Some(channels);
         self
