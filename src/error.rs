@@ -340,14 +340,14 @@ pub enum Error {
     /// A rank's CUDA device failed: it was out of memory when the averager was built, or its driver
     /// reported an error later.
     #[error(
-        "rank {rank}: its CUDA device failed: {reason}; free memory or see what the device \
+        "rank {rank}: its CUDA device failed: {source}; free memory or see what the device \
         reports, then build a new world"
     )]
     DeviceFailed {
         /// Rank of the device.
         rank: usize,
         /// Function of the driver, and its error.
-        reason: String,
+        source: DeviceError,
     },
 
     /// A rank could not allocate memory that processes share. No rank builds its averager.
@@ -378,6 +378,17 @@ pub enum Error {
         /// Error of the system, the limit that was met, and what to do.
         reason: String,
     },
+}
+
+/// Failure of a CUDA device: the function of the driver that failed, and the driver's own text.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct DeviceError(String);
+
+impl From<String> for DeviceError {
+    fn from(text: String) -> Self {
+        DeviceError(text)
+    }
 }
 
 /// Cause of an [`Error`]: what has to be mended.

@@ -33,7 +33,7 @@
 //!   ([`Parameters`], [`TensorMut`]) is a model; a framework's tensors are lent ([`Lend`]).
 //! * [`LocalSgd`] counts optimizer steps and averages when its [`Schedule`] says so.
 #![cfg_attr(
-    feature = "cudarc",
+    feature = "cuda",
     doc = "* [`adapters::cudarc`]: cudarc's slices, averaged on a cudarc stream ([`CudaParams`])."
 )]
 //! * [`Error`] names the rank and the tensor, and says what to do. If an average fails before any
@@ -49,7 +49,7 @@
 //! |---|---|---|
 //! | `cuda` | yes | ranks on CUDA devices: the dependencies cudarc and libloading, the GPU kernels, `adapters::cudarc` |
 //! | `processes` | yes | ranks that are processes of one host; Linux only |
-//! | `half` | yes | slices of `half::f16` and `half::bf16` |
+//! | `half` | yes | slices of `half::f16` and `half::bf16`; tensors of raw parts need no feature |
 //!
 //! Without any of them this is a CPU library for threads, f32 and f64. With `cuda`, the GPU kernels
 //! are compiled if nvcc is found: in `NVCC`, `CUDA_HOME`, `CUDA_PATH`, `PATH`, `/usr/local/cuda` or
@@ -136,19 +136,21 @@ mod bucket;
 mod deadline;
 mod error;
 pub mod guide;
+mod hash;
 mod local_sgd;
 mod parameters;
 mod schedule;
+mod sync;
 mod tensor;
 mod world;
 
-#[cfg(feature = "cudarc")]
+#[cfg(feature = "cuda")]
 pub use adapters::cudarc::{CudaParams, CudaTensorMut};
 pub use averager::{
     Algorithm, Builder, Lend, LendError, Link, Loan, ParamAverager, Pending, RawCudaParams, Report,
 };
 pub use backend::cuda::{Connection, CudaDevice, PeerAccess, Topology};
-pub use error::{Error, ErrorKind, Phase, Result, TensorState};
+pub use error::{DeviceError, Error, ErrorKind, Phase, Result, TensorState};
 pub use local_sgd::{Action, LocalSgd};
 pub use parameters::Parameters;
 pub use schedule::Schedule;
@@ -158,7 +160,7 @@ pub use world::{AbortHandle, Communicator, Device};
 pub use world::{CommunicatorBuilder, WorldId};
 
 /// The programs of README.md, compiled and run by `cargo test --doc`.
-#[cfg(all(doctest, target_os = "linux"))]
+#[cfg(all(doctest, target_os = "linux", feature = "processes"))]
 #[doc = include_str!("../README.md")]
 mod readme {}
 
@@ -167,17 +169,23 @@ mod readme {}
 #[doc(hidden)]
 pub use world::fuzz as __fuzz;
 
-/// For this crate's own bench.
-#[doc(hidden)]
-pub mod __private {
-    /// The GPU kernels, or why there are none.
-    pub fn fatbin() -> Result<&'static [u8], &'static str> {
-        crate::backend::cuda::fatbin()
-    }
+/// What this build of the crate runs on this machine: for a line in a log or a bug report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BuildInfo {
+    /// Instruction set of the kernels on CPUs, such as `avx2`: the best that this machine has.
+    pub instruction_set: &'static str,
+    /// Why the crate was built without the kernels for CUDA devices, if it was.
+    pub gpu_kernels: Result<(), &'static str>,
+}
 
-    /// Names of the instruction sets that this machine has, best first.
-    pub fn instruction_sets() -> Vec<&'static str> {
-        crate::backend::cpu::instruction_sets().into_iter().map(|set| set.name).collect()
+impl BuildInfo {
+    /// The kernels of this build and this machine.
+    pub fn get() -> BuildInfo {
+        BuildInfo {
+            instruction_set: backend::cpu::instruction_sets()[0].name,
+            gpu_kernels: backend::cuda::fatbin().map(drop),
+        }
     }
 }
 
@@ -190,6 +198,16 @@ pub mod __testing {
     /// The structures that the kernels share with Rust.
     pub mod abi {
         pub use crate::abi::*;
+    }
+
+    /// The GPU kernels, or why there are none.
+    pub fn fatbin() -> Result<&'static [u8], &'static str> {
+        crate::backend::cuda::fatbin()
+    }
+
+    /// Names of the instruction sets that this machine has, best first.
+    pub fn instruction_sets() -> Vec<&'static str> {
+        crate::backend::cpu::instruction_sets().into_iter().map(|set| set.name).collect()
     }
 
     /// Runs one block of one phase on this thread.

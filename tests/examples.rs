@@ -57,13 +57,13 @@ fn weighted_mean_counts_samples() {
 }
 
 #[test]
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", feature = "processes"))]
 fn processes_average() {
     prints("processes", &["rank 0 of 3: 1", "rank 1 of 3: 1", "rank 2 of 3: 1"]);
 }
 
 #[test]
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", feature = "processes"))]
 fn recover_goes_on_without_a_rank() {
     let (ends_well, lines, errors) = run("recover");
     assert!(ends_well, "{lines:#?}\n{errors}");
@@ -75,13 +75,13 @@ fn recover_goes_on_without_a_rank() {
 }
 
 #[test]
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", feature = "processes"))]
 fn join_gets_the_model() {
     prints("join", &["rank 0 of 3: 7", "rank 1 of 3: 7", "rank 2 of 3: 7"]);
 }
 
 /// On a GPU (or a simulated one, by `LD_LIBRARY_PATH`) the mean, else this crate's typed error.
-#[cfg(feature = "cudarc")]
+#[cfg(feature = "cuda")]
 fn cuda(name: &str) {
     let (ends_well, lines, errors) = run(name);
     let means = lines.iter().filter(|line| line.ends_with("the mean is 0.5")).count();
@@ -93,7 +93,7 @@ fn cuda(name: &str) {
 }
 
 #[test]
-#[cfg(feature = "cudarc")]
+#[cfg(feature = "cuda")]
 fn cuda_examples_average_or_say_why_not() {
     ["cuda_stream", "cuda_graph", "cudarc"].iter().for_each(|name| cuda(name));
 }

@@ -1,4 +1,4 @@
 //! Adapters for tensors of other crates.
 
-#[cfg(feature = "cudarc")]
+#[cfg(feature = "cuda")]
 pub mod cudarc;

@@ -82,7 +82,7 @@ impl ParamAverager {
         // `launch` has told all ranks to end; or the device is lost.
         let _ = self.own.engine.finish();
         self.agreement.control.leave(self.position());
-        let error = Error::DeviceFailed { rank: self.rank(), reason };
+        let error = Error::DeviceFailed { rank: self.rank(), source: reason.into() };
         self.failed = Some(error.clone());
         error
     }

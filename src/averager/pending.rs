@@ -1,9 +1,9 @@
 //! Averages that are enqueued behind a trainer's work on a CUDA stream.
 
-#[cfg(feature = "cudarc")]
+#[cfg(feature = "cuda")]
 use std::any::Any;
 use std::ffi::c_void;
-#[cfg(feature = "cudarc")]
+#[cfg(feature = "cuda")]
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -128,7 +128,7 @@ impl ParamAverager {
         unsafe { self.own.engine.is_capturing(stream) }.map_err(|reason| self.device_failed(reason))
     }
 
-    #[cfg(feature = "cudarc")]
+    #[cfg(feature = "cuda")]
     pub(crate) fn device(&self) -> crate::Device {
         self.communicator.device()
     }
@@ -144,7 +144,7 @@ impl ParamAverager {
 
     /// Keeps a stream alive until the next average has begun, when this one is done, also if its
     /// `Pending` was forgotten.
-    #[cfg(feature = "cudarc")]
+    #[cfg(feature = "cuda")]
     pub(crate) fn keep(&mut self, stream: Arc<dyn Any + Send + Sync>) {
         self.stream = Some(stream);
     }

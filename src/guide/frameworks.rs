@@ -160,10 +160,10 @@
 //!
 //! # cudarc
 #![cfg_attr(
-    feature = "cudarc",
+    feature = "cuda",
     doc = "Slices of cudarc are safe to average, on a stream: [`CudaParams`](crate::CudaParams)."
 )]
-#![cfg_attr(not(feature = "cudarc"), doc = "Slices of cudarc need the feature `cuda`.")]
+#![cfg_attr(not(feature = "cuda"), doc = "Slices of cudarc need the feature `cuda`.")]
 //!
 //! # What is not averaged
 //! Buffers and the optimizer's state stay local unless they are passed as tensors. With batch

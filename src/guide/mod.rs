@@ -4,16 +4,16 @@
 //! |---|---|
 //! | [`frameworks`] | How are tensors of candle, burn, tch or another trainer averaged? |
 #![cfg_attr(
-    target_os = "linux",
+    all(target_os = "linux", feature = "processes"),
     doc = "| [`processes`] | How do processes start, find one another and tell jobs apart? |"
 )]
 #![cfg_attr(
-    feature = "cudarc",
+    feature = "cuda",
     doc = "| [`streams`] | What is an average ordered with on a CUDA stream and in a CUDA graph? |"
 )]
 //! | [`failures`] | What can fail, what do the tensors hold then, and how does training go on? |
 #![cfg_attr(
-    target_os = "linux",
+    all(target_os = "linux", feature = "processes"),
     doc = "| [`joining`] | How does a process enter a world that is training? |"
 )]
 //! | [`accuracy`] | How exact is the mean, and when do two runs have the same bits? |
@@ -71,9 +71,9 @@
 pub mod accuracy;
 pub mod failures;
 pub mod frameworks;
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", feature = "processes"))]
 pub mod joining;
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", feature = "processes"))]
 pub mod processes;
-#[cfg(feature = "cudarc")]
+#[cfg(feature = "cuda")]
 pub mod streams;
