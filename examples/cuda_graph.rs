@@ -2,11 +2,14 @@
 //!
 //!     cargo run --example cuda_graph        (needs a GPU, and nvcc when it is built)
 
+use std::sync::Barrier;
+
 use cudarc::driver::{sys, CudaContext, DevicePtrMut};
 use param_averager::{Communicator, Device, Dtype, ParamAverager, RawCudaParams, TensorMut};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 const N: usize = 1000;
+static CAPTURED: Barrier = Barrier::new(2);
 
 fn train(communicator: Communicator) -> Result<f32> {
     let rank = communicator.rank();
@@ -29,6 +32,7 @@ fn train(communicator: Communicator) -> Result<f32> {
     let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
     let graph = stream.end_capture(flags)?.ok_or("nothing was captured")?;
 
+    CAPTURED.wait(); // no rank instantiates a graph while a peer's average waits on the device
     for _replay in 0..10 {
         graph.launch()?; // as often on every rank
     }
@@ -40,9 +44,14 @@ fn train(communicator: Communicator) -> Result<f32> {
 
 fn main() -> Result<()> {
     let world = Communicator::from_devices(&[Device::cuda(0); 2])?;
-    let ranks: Vec<_> = world.into_iter().map(|rank| std::thread::spawn(|| train(rank))).collect();
+    let or_exit = |error| {
+        eprintln!("Error: {error:?}");
+        std::process::exit(1) // the other rank may be at the barrier
+    };
+    let spawn = |rank| std::thread::spawn(move || train(rank).unwrap_or_else(or_exit));
+    let ranks: Vec<_> = world.into_iter().map(spawn).collect();
     for (rank, thread) in ranks.into_iter().enumerate() {
-        println!("rank {rank}: the mean is {}", thread.join().expect("a rank panicked")?);
+        println!("rank {rank}: the mean is {}", thread.join().expect("a rank panicked"));
     }
     Ok(())
 }

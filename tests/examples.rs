@@ -17,12 +17,26 @@ fn built(name: &str) -> PathBuf {
     program
 }
 
+/// Folder of a simulated driver, for the examples on CUDA devices: `CUDASIM_LIB`, or where the
+/// tests of devices build it. `PARAM_AVERAGER_GPU=1` is this machine's own.
+fn simulator() -> Option<PathBuf> {
+    if std::env::var("PARAM_AVERAGER_GPU").is_ok_and(|value| value == "1") {
+        return None;
+    }
+    let built = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("cudasim");
+    let folder = std::env::var_os("CUDASIM_LIB").map_or(built, PathBuf::from);
+    folder.join("libcuda.so.1").is_file().then_some(folder)
+}
+
 /// Success of an example, the lines that it printed, sorted, and its errors.
 fn run(name: &str) -> (bool, Vec<String>, String) {
     let mut command = Command::new(built(name));
     // A launcher's variables for this test are not the example's.
     for variable in ["RANK", "WORLD_SIZE", "PARAM_AVERAGER_RENDEZVOUS"] {
         command.env_remove(variable);
+    }
+    if let Some(folder) = simulator() {
+        command.env("LD_LIBRARY_PATH", folder).env("CUDASIM_DEVICES", "1");
     }
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let deadline = Instant::now() + Duration::from_secs(120);
@@ -80,7 +94,7 @@ fn join_gets_the_model() {
     prints("join", &["rank 0 of 3: 7", "rank 1 of 3: 7", "rank 2 of 3: 7"]);
 }
 
-/// On a GPU (or a simulated one, by `LD_LIBRARY_PATH`) the mean, else this crate's typed error.
+/// On a GPU or a simulated one the mean, else this crate's typed error.
 #[cfg(feature = "cuda")]
 fn cuda(name: &str) {
     let (ends_well, lines, errors) = run(name);
