@@ -44,20 +44,21 @@ use rebuild::Blueprint;
 use recover::Admitted;
 use table::{Problem, Table};
 
-/// How the parameters move.
+/// Algorithm of an average: how the parameters move and where they are summed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Algorithm {
-    /// Direct where every rank can address every other's tensors (ranks that are threads of one
-    /// process, on CPUs or on one CUDA device), else the ring: peers may not even read memory of
-    /// another device's pool, where trainers keep tensors.
+    /// [`Direct`](Self::Direct) where every rank can address every other rank's tensors (threads of
+    /// one process, on CPUs or on one CUDA device), else [`Ring`](Self::Ring). Between devices the
+    /// ring is the only choice: memory of a pool, where trainers keep tensors, may be unreadable
+    /// for another device.
     Auto,
-    /// Around a ring through mailboxes: S/n + 4 MiB of extra memory at most, 16 MiB more on a CUDA
-    /// device. Sums of shard s are made in the order of ranks s+1, s+2, …, s, as they follow one
-    /// another in [`ring_order`](ParamAverager::ring_order).
+    /// Ring all-reduce through mailboxes. Extra memory of a rank: at most S/n + 4 MiB for S bytes
+    /// of parameters and n ranks, 16 MiB more on a CUDA device. Shard s is summed in the order of
+    /// ranks s+1, s+2, …, s, counted along [`ring_order`](ParamAverager::ring_order).
     Ring,
-    /// The owner of each part reads all ranks' values, in rank order, and writes all ranks' means:
-    /// no mailboxes, one rounding.
+    /// Owner computes: the owner of each part reads all ranks' values, in rank order, and writes
+    /// all ranks' means. No mailboxes, one rounding, at most 1 MiB of extra memory.
     Direct,
 }
 
@@ -93,28 +94,29 @@ pub struct ParamAverager {
     own: RankMemory,
     args: PaArgs,
     timeout: Duration,
-    /// To build another one by.
+    /// Options of this averager's successor in a later view.
     options: Builder,
     failed: Option<Error>,
-    /// Until `regroup` returns it.
+    /// Average that gave a joiner the model. `regroup` takes it.
     admitted: Option<Admitted>,
-    /// To build another one without the tensors. `None` only until a successor is taken.
+    /// Recipe for a successor, which is built without the tensors. `None` in a successor that has
+    /// not been taken yet.
     blueprint: Option<Arc<Blueprint>>,
     /// Stream of the average that may be under way, kept alive until the next one has begun.
     stream: Option<Arc<dyn Any + Send + Sync>>,
 }
 
-/// One average, as asked for.
+/// Request for one average.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Call {
     pub(crate) weight: Option<f64>,
     /// Digest of the schedule and of the place in it; 0: outside of every schedule.
     pub(crate) schedule: u64,
-    /// The place in the schedule: a step, or one of `schedule::place`. For errors.
+    /// Place in the schedule, for errors: a step, or one of `schedule::place`.
     pub(crate) place: u64,
-    /// This rank has nothing to average, but takes part if another has.
+    /// True if this rank has nothing to average, but takes part if a peer has.
     pub(crate) unneeded: bool,
-    /// This rank takes part, but its tensors stay as they are. By the ring only.
+    /// True if this rank takes part and its tensors stay as they are. For the ring only.
     pub(crate) keeps: bool,
 }
 
@@ -143,7 +145,7 @@ impl Outcome {
 }
 
 impl ParamAverager {
-    /// Starts to build an averager for this rank of a world.
+    /// Options of an averager for this rank; [`Builder::build`] builds it.
     pub fn builder(communicator: Communicator) -> Builder {
         Builder::new(communicator)
     }
@@ -158,18 +160,18 @@ impl ParamAverager {
         self.communicator.world_size()
     }
 
-    /// The ranks as they follow one another around the ring, from rank 0: on several CUDA devices,
-    /// as these lie.
+    /// Ranks in the order of the ring, from rank 0. On several CUDA devices the order follows their
+    /// topology.
     pub fn ring_order(&self) -> &[usize] {
         self.communicator.placement().order()
     }
 
-    /// What this rank is called in the kernels.
+    /// Number of this rank in the kernels: its place in the ring.
     fn position(&self) -> usize {
         self.communicator.placement().position(self.rank())
     }
 
-    /// How parameters move: never [`Algorithm::Auto`].
+    /// Algorithm in use, never [`Algorithm::Auto`].
     pub fn algorithm(&self) -> Algorithm {
         self.algorithm
     }
@@ -179,28 +181,38 @@ impl ParamAverager {
         self.own.bytes(&self.table) + size_of::<PaControl>()
     }
 
-    /// This rank's membership of its world, as it is now: after ranks were lost or let in, with
-    /// another number and size than the one that the averager was built with. For further
-    /// averagers.
+    /// Current communicator of this rank, for further averagers. After a rank was lost or admitted
+    /// its rank and size differ from those of the communicator that the averager was built with.
     pub fn communicator(&self) -> &Communicator {
         &self.communicator
     }
 
-    /// A handle that ends whatever this world waits for, from any thread.
+    /// Handle that ends every wait of this world, from any thread.
     pub fn abort_handle(&self) -> AbortHandle {
         self.communicator.abort_handle()
     }
 
     /// Replaces every tensor by its mean over all ranks. Collective.
+    ///
+    /// # Errors
+    /// Before the commit, the same error on every rank, and no tensor of any rank has changed. It
+    /// names the rank that was late, left, aborted, passed other tensors or, if asked for, held a
+    /// value that is not finite. [`Error::is_fatal`] tells whether the averager can be used again,
+    /// [`Error::tensors`] what this rank's tensors hold.
     pub fn average<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Report> {
         self.run(params, Call::by_hand(None)).map(Outcome::report)
     }
 
     /// Replaces every tensor by its weighted mean over all ranks, Σ wᵢ·xᵢ / Σ wᵢ. Collective.
     ///
-    /// `weight` is this rank's, such as the number of samples it has seen since the last average. A
-    /// rank of weight 0 only receives: its values, NaN included, count for nothing. Not all weights
-    /// may be 0.
+    /// `weight` is this rank's share, such as the number of samples it has seen since the last
+    /// average: finite, not negative, and positive on one rank at least. A rank of weight 0 only
+    /// receives: its values, NaN included, do not count. Weight 1 on rank 0 and 0 on every other
+    /// rank copies rank 0's parameters to all ranks.
+    ///
+    /// # Errors
+    /// As [`average`](Self::average); [`Error::InvalidWeight`] and [`Error::AllWeightsZero`];
+    /// [`Error::WeightingDiffers`] if another rank calls `average`.
     pub fn average_weighted<P: Lend + ?Sized>(
         &mut self,
         params: &mut P,
@@ -209,7 +221,7 @@ impl ParamAverager {
         self.run(params, Call::by_hand(Some(weight))).map(Outcome::report)
     }
 
-    /// Error of an averager that can't average any more; nothing has been asked of any tensor.
+    /// Error of an averager that can't average any more. Looks at no tensor.
     fn preflight(&mut self) -> Result<()> {
         if let Some(cause) = &self.failed {
             return Err(Error::Poisoned { cause: Box::new(cause.clone()) });
@@ -222,13 +234,13 @@ impl ParamAverager {
             self.failed = Some(error.clone());
             return Err(error);
         }
-        // A `Pending` that was forgotten uses the tables. Its error is told by what comes next.
+        // A forgotten `Pending` still uses the tables. The next launch reports its fatal error.
         let _ = self.own.engine.finish();
         Ok(())
     }
 
-    /// The first half of an average: its outcome, if there is one already; `None`: `end` waits for
-    /// it. `preflight` came before.
+    /// First half of an average, after `preflight`. Returns the outcome if there is one already,
+    /// else `None`: `end` waits for it.
     ///
     /// # Safety
     /// Nothing else uses the tensors until `end` has returned, except on the device what is ordered
@@ -264,7 +276,7 @@ impl ParamAverager {
             Some(stream) => unsafe { self.is_capturing(stream) }?,
             None => false,
         };
-        // What peers are told by an average, they would be told by every replay of a graph.
+        // If captured, every replay of the graph would report the refusal to the peers.
         if let (Some(refusal), true) = (&refusal, is_captured) {
             return Err(refusal.clone());
         }
@@ -289,8 +301,7 @@ impl ParamAverager {
         if std::mem::take(&mut self.table.moved) {
             self.own.engine.set_tables(&self.table.raw, segments());
         }
-        // Tensors that are not as they should be are not read: the launch that meets is enough to
-        // say so.
+        // With a problem, no tensor is read: the launch with the entry barrier reports it.
         let meets = |phase: u32| phase != PA_SCAN && phase != PA_RING_GATHER;
         let phases = self.phases.iter().copied().filter(|&phase| problem.is_none() || meets(phase));
         // SAFETY: the tables describe the tensors of the caller's promise; all other memory is this
@@ -301,16 +312,15 @@ impl ParamAverager {
                 Err(refusal.unwrap_or_else(|| self.unstarted(refused)))
             }
             Err(failed @ Unstarted::Failed(_)) => {
-                // Half an average may have been enqueued, whose kernels wait for peers, which wait
-                // for the other half, or for this very call to return before they come: all must
-                // hear first.
+                // Half an average may have been enqueued. Its kernels wait for peers, and these for
+                // the other half, or for this call to return: so all are told before it returns.
                 self.agreement.control.give_up(self.position());
                 Err(self.unstarted(failed))
             }
         }
     }
 
-    /// The second half: waits for it.
+    /// Second half of an average: waits for it.
     fn end(&mut self, start: Instant) -> Result<Outcome> {
         if self.own.engine.was_captured() {
             return Err(Error::InvalidOption {
@@ -346,7 +356,7 @@ impl ParamAverager {
 
 impl Drop for ParamAverager {
     fn drop(&mut self) {
-        // if a Pending was forgotten: its kernels still use the memory that goes now
+        // The kernels of a forgotten `Pending` still use the memory that is freed now.
         let _ = self.own.engine.finish();
         self.say_through();
         self.agreement.control.leave(self.position());
@@ -377,8 +387,8 @@ fn phases(algorithm: Algorithm, all_or_nothing: bool, reject_non_finite: bool) -
     }
 }
 
-/// How often a wait looks before it yields: where every thread has a core, longer than a hand-off
-/// takes; where threads share cores, not at all, since the peer may be waiting for this very core.
+/// Polls of a wait before it yields. With a core for each thread, more than a hand-off takes; with
+/// shared cores none, since the peer may be waiting for this core.
 fn spins(threads: usize) -> u32 {
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     if threads <= cores {

@@ -1,26 +1,26 @@
-//! Everything that can go wrong, and what to do about it.
+//! Errors: what happened, to which rank and tensor, and what to do.
 
 use std::fmt;
 use std::time::Duration;
 
-/// The result of this crate's calls.
+/// Result of this crate's calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Where in an average a rank was when it ended.
+/// Part of an average that a rank was in when it failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Phase {
-    /// Building the averager: ranks wait for one another and compare layouts.
+    /// Building the averager: ranks wait for one another and compare options and layouts.
     Build,
-    /// The meeting: ranks wait for one another and compare what they are about to do.
+    /// Entry barrier: ranks wait for one another and compare their calls.
     Meet,
     /// Summing. No tensor has changed.
     Reduce,
-    /// The vote before any rank writes. No tensor has changed.
+    /// Vote before any rank writes. No tensor has changed.
     Commit,
     /// Writing the mean.
     Gather,
-    /// Waiting until every rank has written.
+    /// Wait until every rank has written.
     Exit,
 }
 
@@ -37,45 +37,45 @@ impl fmt::Display for Phase {
     }
 }
 
-/// What was found wrong, and what to do about it.
+/// Error of any call: what happened, to which rank and tensor, and what to do.
 ///
-/// Up to the commit, the error of an average is the same on every rank; after it, ranks that were
-/// done may have succeeded. [`Error::is_fatal`] tells whether the averager can be used again,
-/// [`Error::tensors`] what this rank's tensors hold now.
+/// Up to the commit, the error of an average is the same on every rank; after it, some ranks may
+/// have succeeded. [`is_fatal`](Error::is_fatal) tells whether the averager can be used again,
+/// [`tensors`](Error::tensors) what this rank's tensors hold now, and [`kind`](Error::kind) what
+/// has to be mended. [`guide::failures`](crate::guide::failures) says how training goes on.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// A world needs 1 to 16 ranks.
-    #[error("a world of {found} ranks: it has 1 to {max}; start so many processes, or give \
-        Communicator::from_devices so many devices", max = crate::abi::PA_MAX_WORLD)]
+    /// A world has 1 to 16 ranks.
+    #[error("{found} ranks are no world, which has 1 to {max}: start that many processes, or pass \
+        that many devices to Communicator::from_devices", max = crate::abi::PA_MAX_WORLD)]
     WorldSize {
-        /// Ranks asked for.
+        /// Number of ranks asked for.
         found: usize,
     },
 
-    /// A CUDA device was asked for that this build or this machine can't serve.
+    /// A CUDA device was asked for that this build or this machine does not have.
     #[error("rank {rank} asks for {device}, which is not available: {reason}")]
     DeviceUnavailable {
-        /// The rank that asks.
+        /// Rank that asks for it.
         rank: usize,
-        /// The device, such as `cuda:0`.
+        /// Device, such as `cuda:0`.
         device: String,
-        /// Why, and what to do.
+        /// Reason, and what to do.
         reason: String,
     },
 
-    /// The CUDA devices can't be looked at.
+    /// The CUDA devices of this machine can't be listed.
     #[error("no CUDA device can be used: {reason}")]
     CudaUnavailable {
-        /// Why, and what to do.
+        /// Reason, and what to do.
         reason: String,
     },
 
-    /// What a launcher says of this process through environment variables is missing or contradicts
-    /// itself.
+    /// A launcher's environment variables are missing or contradict each other.
     #[error("{problem}")]
     Environment {
-        /// The variables, what was found, and what to do.
+        /// Variables, what was found, and what to do.
         problem: String,
     },
 
@@ -85,52 +85,53 @@ pub enum Error {
     Rendezvous {
         /// This rank.
         rank: usize,
-        /// Who is missing or disagrees, and what to do.
+        /// Ranks that are missing or disagree, and what to do.
         reason: String,
     },
 
     /// A process could not join a world that has begun.
-    #[error("this process was refused by the world {rendezvous:?}: {reason}")]
+    #[error("the world {rendezvous:?} refused this process: {reason}")]
     JoinRefused {
-        /// The name of the world.
+        /// Name of the world.
         rendezvous: String,
-        /// Why, and what to do.
+        /// Reason, and what to do.
         reason: String,
     },
 
     /// A rank that is another process could not build its averager.
     #[error("rank {rank} can't build its averager: {reason}")]
     PeerBuildFailed {
-        /// The rank.
+        /// Rank that can't build.
         rank: usize,
-        /// Its own error.
+        /// Text of that rank's own error.
         reason: String,
     },
 
-    /// The others went on without this rank, since it did not come to the recovery in time.
+    /// The other ranks went on without this one, since it did not reach the recovery in time.
     #[error(
         "rank {rank} was excluded: it did not reach the recovery within {timeout:?}. The \
-        recovery has not changed its parameters. Drop its averagers and rejoin with Communicator::join"
+        recovery has not changed its parameters. Drop its averagers and rejoin with \
+        Communicator::join"
     )]
     Excluded {
-        /// What this rank was.
+        /// Former number of this rank.
         rank: usize,
-        /// How long this rank would have waited.
+        /// Longest wait of the recovery.
         timeout: Duration,
     },
 
-    /// The ranks of this averager's world have lost one or let one in since it was built, through
-    /// another averager.
+    /// The world has lost or admitted a rank since this averager was built, through another
+    /// averager.
     #[error(
         "rank {rank}: the world has lost or admitted a rank since this averager was built: \
         call recover on it, on every rank"
     )]
     StaleView {
-        /// What this rank was.
+        /// Former number of this rank.
         rank: usize,
     },
 
-    /// A world of this kind can't go on after a failure.
+    /// Ranks that are threads can't recover or admit a process.
     #[error(
         "rank {rank} is a thread, and a world of threads can't recover: build a new one with \
         Communicator::from_devices"
@@ -140,16 +141,16 @@ pub enum Error {
         rank: usize,
     },
 
-    /// An option of the builder has a value it can't have.
+    /// An option or argument has an invalid value.
     #[error("rank {rank}: the option `{option}` is {found}: {expected}")]
     InvalidOption {
         /// This rank.
         rank: usize,
-        /// The builder's method.
+        /// Name of the builder's method, or `stream`.
         option: &'static str,
-        /// The value.
+        /// Value found.
         found: String,
-        /// What it can be.
+        /// Valid values, or what to do.
         expected: &'static str,
     },
 
@@ -159,59 +160,60 @@ pub enum Error {
         builder options on every rank"
     )]
     OptionsDiffer {
-        /// The first rank that differs from rank 0.
+        /// First rank that differs from rank 0.
         rank: usize,
-        /// Its option and value.
+        /// Option and value of that rank.
         found: String,
-        /// Rank 0's.
+        /// Option and value of rank 0.
         expected: String,
     },
 
     /// Ranks built their averagers for different tensors.
     #[error(
-        "rank {rank} builds its averager with {found} where rank 0 has {expected}: every rank \
-        must pass the same tensors in the same order"
+        "rank {rank} builds its averager with {found} where rank 0 has {expected}: pass the same \
+        tensors in the same order on every rank"
     )]
     LayoutsDiffer {
-        /// The first rank that differs from rank 0.
+        /// First rank that differs from rank 0.
         rank: usize,
-        /// Its tensor, or how many it has.
+        /// First tensor that differs, or the number of tensors, on that rank.
         found: String,
-        /// Rank 0's.
+        /// The same of rank 0.
         expected: String,
     },
 
-    /// A rank passed other tensors than it built its averager for. No tensor was changed.
+    /// A rank passed other tensors than those that its averager was built for. No tensor was
+    /// changed.
     #[error(
         "rank {rank} passes {found} where its averager was built for {expected}: pass the same \
         tensors in the same order, or build a new averager on every rank"
     )]
     LayoutChanged {
-        /// The first rank at fault.
+        /// First rank at fault.
         rank: usize,
-        /// What it passed.
+        /// Tensor, or number of tensors, that it passed.
         found: String,
-        /// What it built the averager for.
+        /// Tensor, or number of tensors, that the averager was built for.
         expected: String,
     },
 
-    /// A tensor that can't be averaged as it is.
+    /// A tensor can't be averaged as it is. No tensor was changed.
     #[error("rank {rank}: {tensor} {problem}")]
     InvalidTensor {
-        /// This rank.
+        /// Rank of the tensor.
         rank: usize,
-        /// The tensor.
+        /// Index, name, dtype and number of elements of the tensor.
         tensor: String,
-        /// What is wrong with it and what to do.
+        /// Problem, and what to do.
         problem: String,
     },
 
     /// A rank's model could not lend its tensors. No tensor was changed, and every rank can go on.
     #[error("rank {rank} could not lend its tensors, so no rank averaged: {reason}")]
     LendFailed {
-        /// The rank.
+        /// Rank of the model.
         rank: usize,
-        /// On that rank, what its [`Lend`](crate::Lend) says.
+        /// Reason; on that rank, the text of its [`LendError`](crate::LendError).
         reason: String,
     },
 
@@ -220,163 +222,165 @@ pub enum Error {
     #[error(
         "rank {rank} averages {found}, rank 0 {expected} (no tensor was changed): use the same \
         Schedule on every rank, and call step once for each optimizer step, or skip where it was \
-        left out; a rank that has made fewer steps than the others and is in `finish` calls it \
-        again until they are there, too"
+        left out; a rank that has made fewer steps than its peers and is in `finish` calls it \
+        again until they reach it, too"
     )]
     SchedulesDiffer {
-        /// The first rank that differs from rank 0.
+        /// First rank that differs from rank 0.
         rank: usize,
-        /// Its place in the schedule, such as "after step 12".
+        /// Place of that rank in its schedule, such as "after step 12".
         found: String,
-        /// Rank 0's.
+        /// Place of rank 0.
         expected: String,
     },
 
     /// Some ranks passed a weight and some did not. No tensor was changed.
     #[error(
-        "one of rank {rank} and rank 0 called average_weighted, the other average: use the \
+        "rank {rank} and rank 0 differ: one called average_weighted, the other average; use the \
         same call on every rank"
     )]
     WeightingDiffers {
-        /// The first rank that differs from rank 0.
+        /// First rank that differs from rank 0.
         rank: usize,
     },
 
-    /// A weight that is negative, infinite or NaN. No tensor was changed.
+    /// A weight is negative, infinite or NaN. No tensor was changed.
     #[error(
         "rank {rank} passes the weight {weight}: weights are finite and not negative, such as \
         the number of samples seen"
     )]
     InvalidWeight {
-        /// The first rank at fault.
+        /// First rank at fault.
         rank: usize,
-        /// Its weight.
+        /// Weight of that rank.
         weight: f64,
     },
 
-    /// Every rank's weight is zero: there is no mean. No tensor was changed.
+    /// Every rank's weight is zero, so there is no mean. No tensor was changed.
     #[error(
         "all weights are zero, so there is no mean: at least one rank must pass a positive weight"
     )]
     AllWeightsZero,
 
-    /// A rank holds a NaN or an infinity and was asked to reject it. No tensor was changed.
+    /// A rank holds a NaN or an infinity, which
+    /// [`reject_non_finite`](crate::Builder::reject_non_finite) rejects. No tensor was changed.
     #[error(
         "rank {rank} holds a value that is not finite in {tensor}, element {element} (no \
         tensor of any rank was changed): restore that rank from a checkpoint, or leave it out with \
         weight 0"
     )]
     NonFinite {
-        /// The last rank that does.
+        /// Last rank that holds one.
         rank: usize,
-        /// The tensor.
+        /// Index, name, dtype and number of elements of the tensor.
         tensor: String,
-        /// An element that is not finite, counted in the tensor.
+        /// Index in the tensor of an element that is not finite.
         element: u64,
     },
 
-    /// A rank did not come, or stopped on the way.
+    /// A rank did not reach an average, or stopped on the way.
     #[error("rank {rank} did not move for {timeout:?} {phase}{}: see what it does, or raise the \
-        builder's `timeout`; then build a new world", written(.committed))]
+        builder's `timeout`; then recover, or build a new world", written(.committed))]
     Timeout {
-        /// The rank that every other one waits for.
+        /// Rank that every other rank waits for.
         rank: usize,
-        /// How long one wait may last.
+        /// Longest wait.
         timeout: Duration,
-        /// Where the first rank to give up was.
+        /// Phase of the first rank to give up.
         phase: Phase,
-        /// Some tensors may hold the mean already, others the rank's own values.
+        /// True if some tensors may hold the mean already, and others the rank's own values.
         committed: bool,
     },
 
     /// A rank called [`AbortHandle::abort`](crate::AbortHandle::abort).
-    #[error("rank {rank} aborted the world {phase}{}: build a new world to go \
+    #[error("rank {rank} aborted the world {phase}{}: recover, or build a new world, to go \
         on", written(.committed))]
     Aborted {
-        /// The rank whose handle it was.
+        /// Rank of the handle.
         rank: usize,
-        /// Where this world was.
+        /// Phase of this world.
         phase: Phase,
-        /// Some tensors may hold the mean already, others the rank's own values.
+        /// True if some tensors may hold the mean already, and others the rank's own values.
         committed: bool,
     },
 
-    /// A rank dropped its averager or its communicator: it finished early, failed or panicked.
-    #[error("rank {rank} has left the world {phase}{}: see why it ended; the others can go on in a \
-        new world", written(.committed))]
+    /// A rank dropped its averager or its communicator: it finished early, failed, panicked or was
+    /// killed.
+    #[error("rank {rank} has left the world {phase}{}: see why it ended; the other ranks can \
+        recover, or build a new world", written(.committed))]
     PeerLost {
-        /// The rank that is gone.
+        /// Rank that left.
         rank: usize,
-        /// Where the first rank to notice was.
+        /// Phase of the first rank to notice.
         phase: Phase,
-        /// Some tensors may hold the mean already, others the rank's own values.
+        /// True if some tensors may hold the mean already, and others the rank's own values.
         committed: bool,
     },
 
-    /// A call of several steps had changed tensors before one of its steps failed: such as
-    /// [`LocalSgd::step`](crate::LocalSgd::step), which averages, and then lets a process in.
-    #[error("{}; what followed failed: {cause}", before(.averaged))]
+    /// A call of several steps had changed tensors before one of its steps failed. Such a call is
+    /// [`LocalSgd::step`](crate::LocalSgd::step), which averages and then admits a process.
+    #[error("{}; a later step of the call failed: {cause}", before(.averaged))]
     AfterAverage {
-        /// The average that was completed; `None`: one that failed while tensors were written, and
-        /// that the call had begun to recover from.
+        /// Report of the average that was completed. `None`: an average failed while tensors were
+        /// written, and the call had begun to recover from it.
         averaged: Option<Box<crate::Report>>,
-        /// The error of the step that failed.
+        /// Error of the step that failed.
         #[source]
         cause: Box<Error>,
     },
 
     /// An earlier average failed for good, and this call did nothing.
-    #[error("this world has failed before ({cause}): build a new one")]
+    #[error("an earlier call has failed for good ({cause}): recover, or build a new world")]
     Poisoned {
-        /// That failure.
+        /// Error of the earlier call.
         #[source]
         cause: Box<Error>,
     },
 
-    /// A rank's CUDA device failed: out of memory when the averager was built, or anything that the
-    /// driver reports later.
+    /// A rank's CUDA device failed: it was out of memory when the averager was built, or its driver
+    /// reported an error later.
     #[error(
         "rank {rank}: its CUDA device failed: {source}; free memory or see what the device \
         reports, then build a new world"
     )]
     DeviceFailed {
-        /// The rank.
+        /// Rank of the device.
         rank: usize,
-        /// What the driver said.
+        /// Function of the driver, and its error.
         source: DeviceError,
     },
 
-    /// Memory that processes share can't be had.
+    /// A rank could not allocate memory that processes share. No rank builds its averager.
     #[error("rank {rank} can't get memory to share with other processes: {reason}")]
     SharedMemory {
-        /// The rank.
+        /// Rank without memory.
         rank: usize,
-        /// What the system said, and what to do.
+        /// Error of the system, and what to do.
         reason: String,
     },
 
-    /// Memory of this process that an averager needs can't be had. Nobody builds one.
+    /// A rank could not allocate the memory of its averager. No rank builds its averager.
     #[error("rank {rank} can't get the memory that its averager needs: {reason}")]
     Memory {
-        /// The rank.
+        /// Rank without memory.
         rank: usize,
-        /// What the system said, the limit that was met, and what to do.
+        /// Error of the system, the limit that was met, and what to do.
         reason: String,
     },
 
-    /// A thread could not be started for a channel.
+    /// A rank could not start a thread for a channel. No rank builds its averager.
     #[error(
         "rank {rank} cannot start a thread for a channel: {reason}; build with fewer channels"
     )]
     Thread {
-        /// This rank.
+        /// Rank without a thread.
         rank: usize,
-        /// What the system said, the limit that was met, and what to do.
+        /// Error of the system, the limit that was met, and what to do.
         reason: String,
     },
 }
 
-/// Failure of a CUDA device: the function of the driver that failed and the driver's own text.
+/// Failure of a CUDA device: the function of the driver that failed, and the driver's own text.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct DeviceError(String);
@@ -387,13 +391,13 @@ impl From<String> for DeviceError {
     }
 }
 
-/// Cause of an [`Error`], by what has to be mended.
+/// Cause of an [`Error`]: what has to be mended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
     /// An argument, an option or a call of this program.
     Usage,
-    /// A difference between ranks that must be the same on all of them.
+    /// A difference between ranks in something that must be the same on all of them.
     Mismatch,
     /// A rank that is late, gone, aborted or can't take part.
     Peer,
@@ -404,7 +408,8 @@ pub enum ErrorKind {
 }
 
 impl Error {
-    /// Cause of the error. An error that was caused by another one has that one's kind.
+    /// Cause of the error. An error with a [`source`](std::error::Error::source) has the kind of
+    /// its source.
     pub fn kind(&self) -> ErrorKind {
         match self {
             Error::AfterAverage { cause, .. } | Error::Poisoned { cause } => cause.kind(),
@@ -439,8 +444,9 @@ impl Error {
         }
     }
 
-    /// True if no averager of this rank in this world can be used any more. Those of all other
-    /// ranks can't either, except after [`Error::Excluded`], where the others went on.
+    /// True if no averager of this rank in this world can be used until it has recovered
+    /// ([`LocalSgd::recover`](crate::LocalSgd::recover), of ranks that are processes). The same
+    /// holds on all other ranks, except after [`Error::Excluded`], where the others went on.
     pub fn is_fatal(&self) -> bool {
         if let Error::AfterAverage { cause, .. } = self {
             return cause.is_fatal();
@@ -482,10 +488,10 @@ pub enum TensorState {
     Unchanged,
     /// Every tensor holds the mean: a later step of the call failed.
     Averaged,
-    /// Each element is either the rank's own or the mean. An average among the ranks that are left
-    /// makes them agree again.
+    /// Each element is either the rank's own value or the mean. An average among the ranks that are
+    /// left makes them agree again.
     MayBeMixed,
-    /// The device failed, so nothing is known: restore them from a checkpoint.
+    /// Nothing is known, since the device failed: restore the tensors from a checkpoint.
     Unknown,
 }
 

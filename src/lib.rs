@@ -2,43 +2,126 @@
 //! optimizer steps (Local SGD).
 //!
 //! ```
-//! use param_averager::{Device, LocalSgd, ParamAverager, Schedule, Communicator};
+//! use param_averager::{Communicator, Device, LocalSgd, ParamAverager, Result, Schedule};
+//!
+//! fn train(communicator: Communicator) -> Result<()> {
+//!     let mut params = vec![vec![0.0f32; 1000], vec![communicator.rank() as f32; 10]];
+//!     let averager = ParamAverager::builder(communicator).build(&mut params)?;
+//!     let mut sgd = LocalSgd::new(averager, Schedule::every(8));
+//!     for _batch in 0..100 {
+//!         // train_step(&mut params, batch);
+//!         sgd.step(&mut params)?; // averages when due
+//!     }
+//!     sgd.finish(&mut params)?; // the last average
+//!     assert_eq!(params[1], [0.5; 10]);
+//!     Ok(())
+//! }
 //!
 //! // Two ranks that are threads of this process, each with a model of its own.
 //! let world = Communicator::from_devices(&[Device::cpu(), Device::cpu()])?;
-//! std::thread::scope(|scope| {
-//!     for communicator in world {
-//!         scope.spawn(move || -> param_averager::Result<()> {
-//!             let mut params = vec![vec![0.0f32; 1000], vec![communicator.rank() as f32; 10]];
-//!             let averager = ParamAverager::builder(communicator).build(&mut params)?;
-//!             let mut sgd = LocalSgd::new(averager, Schedule::every(8));
-//!             for _batch in 0..100 {
-//!                 // train_step(&mut params, batch);
-//!                 sgd.step(&mut params)?; // averages when due
-//!             }
-//!             sgd.finish(&mut params)?; // the last average
-//!             assert_eq!(params[1], [0.5; 10]);
-//!             Ok(())
-//!         });
-//!     }
-//! });
+//! let ranks: Vec<_> = world.into_iter().map(|rank| std::thread::spawn(|| train(rank))).collect();
+//! for rank in ranks {
+//!     rank.join().expect("a rank panicked")?;
+//! }
 //! # Ok::<(), param_averager::Error>(())
 //! ```
 //!
 //! * [`Communicator`] is one rank's membership of a world, whose ranks are threads
-//!   ([`Communicator::from_devices`]) or processes ([`Communicator::from_env`]).
-//! * [`ParamAverager`] averages a list of tensors ([`Parameters`], [`TensorMut`]): plainly, or
-//!   weighted.
+//!   ([`from_devices`](Communicator::from_devices)) or processes
+//!   ([`from_env`](Communicator#method.from_env)).
+//! * [`ParamAverager`] averages a model's tensors, plainly or weighted. A list of tensors
+//!   ([`Parameters`], [`TensorMut`]) is a model; a framework's tensors are lent ([`Lend`]).
 //! * [`LocalSgd`] counts optimizer steps and averages when its [`Schedule`] says so.
 #![cfg_attr(
     feature = "cuda",
     doc = "* [`adapters::cudarc`]: cudarc's slices, averaged on a cudarc stream ([`CudaParams`])."
 )]
-//! * [`Error`] says which rank and which tensor, and what to do. If an average fails before any
+//! * [`Error`] names the rank and the tensor, and says what to do. If an average fails before any
 //!   rank wrote, no tensor of any rank has changed.
+//! * [`guide`] has short pages on frameworks, processes, streams, failures, joining and accuracy.
 //!
 //! Sums are made in f32 (f64 for f64) in a fixed order, so all ranks end with the same bits.
 //! Nothing is allocated and no system call is made while averaging on CPUs, waiting aside.
+//!
+//! # Features
+//!
+//! | feature | default | adds |
+//! |---|---|---|
+//! | `cuda` | yes | ranks on CUDA devices: the dependencies cudarc and libloading, the GPU kernels, `adapters::cudarc` |
+//! | `processes` | yes | ranks that are processes of one host; Linux only |
+//! | `half` | yes | slices of `half::f16` and `half::bf16`; tensors of raw parts need no feature |
+//!
+//! Without any of them this is a CPU library for threads, f32 and f64. With `cuda`, the GPU kernels
+//! are compiled if nvcc is found: in `NVCC`, `CUDA_HOME`, `CUDA_PATH`, `PATH`, `/usr/local/cuda` or
+//! the active virtual environment (`pip install
+//! "cuda-toolkit[nvcc,cudart,cccl,crt,nvvm]==13.0.2"`). Without nvcc the crate builds with a
+//! warning, and CUDA devices are [`Error::DeviceUnavailable`]; `NVCC=` (empty) says that this is
+//! meant, and `PARAM_AVERAGER_REQUIRE_NVCC=1` makes it an error. `CUDA_COMPUTE_CAP=90` (or a list,
+//! `80,9.0`) chooses architectures; the default are those of 80, 90, 100 and 120 that nvcc knows,
+//! and PTX of the oldest and the newest. `build.rs` has all variables.
+//!
+//! # Platforms
+//!
+//! | ranks | Linux x86-64 | Linux aarch64 | macOS, Windows |
+//! |---|---|---|---|
+//! | threads, on CPUs | tested | not run | not tried |
+//! | processes, on CPUs | tested | not run | no |
+//! | threads, on CUDA devices | simulated only: no GPU has run it | not run | not tried |
+//! | processes, on CUDA devices | simulated only: no GPU has run it | not run | no |
+//!
+//! A C++ compiler (g++ or clang++) is needed to build. x86-64 chooses AVX-512, AVX2 or the baseline
+//! when it runs; aarch64 has plain vector code.
+//!
+//! # What blocks, and what can deadlock
+//!
+//! | call | waits for | limit |
+//! |---|---|---|
+//! | `Communicator::from_env`, `CommunicatorBuilder::build` | all ranks to start | `CommunicatorBuilder::timeout` |
+//! | `Communicator::join` | the members to admit this process | `CommunicatorBuilder::timeout` |
+//! | [`Builder::build`], [`ParamAverager::average`], [`LocalSgd::finish`], a due [`LocalSgd::step`] or `skip`, `admit_joiner` | every other rank to make the same call | [`Builder::timeout`] for each wait |
+//! | `recover` | the ranks that are left to call it | some times [`Builder::timeout`] |
+//! | [`Pending::wait`], dropping a [`Pending`] or an averager | enqueued averages to end | as above |
+//! | [`ParamAverager::start`] on a CUDA stream, a step that is not due, `from_devices` | nothing | |
+//!
+//! Every rank makes the same collective calls in the same order. A rank that waits for a call that
+//! can't come gets [`Error::Timeout`], with the name of the late rank, after 10 minutes unless
+//! [`Builder::timeout`] says otherwise. It can't come if
+//!
+//! * two ranks run one after the other on one thread, or on a pool with fewer threads than ranks;
+//! * a rank holds a lock in [`Lend::lend`], or elsewhere, that a peer needs before its own call:
+//!   give each rank locks of its own;
+//! * ranks use two averagers in different orders;
+//! * one rank averages and another has left the loop without [`LocalSgd::finish`] but keeps its
+//!   averager (a rank that returns or panics drops it, and its peers get [`Error::PeerLost`]);
+//! * on a CUDA device, a rank calls `cudaFree`, or anything else that waits for all kernels, while
+//!   a peer on the same device averages; see [`guide::streams`].
+//!
+//! One wait has no limit: once a direct average has begun to write, ranks wait for one another,
+//! since a peer may still be writing into their tensors.
+//!
+//! # What to do with an error
+//!
+//! ```
+//! use param_averager::{Error, ErrorKind, TensorState};
+//!
+//! /// True if training goes on after `sgd.recover(&mut params)`, by ranks that are processes.
+//! fn can_recover(error: &Error) -> bool {
+//!     if error.tensors() == TensorState::Unknown {
+//!         return false; // the device failed: restore a checkpoint in a new world
+//!     }
+//!     match error.kind() {
+//!         ErrorKind::Peer => error.is_fatal() && !matches!(error, Error::Excluded { .. }),
+//!         // A mistake of this program, a difference between ranks, a limit of this machine: no
+//!         // retry mends it, and the error says what does.
+//!         _ => false,
+//!     }
+//! }
+//! # let lost = Error::Excluded { rank: 1, timeout: std::time::Duration::ZERO };
+//! # assert!(!can_recover(&lost));
+//! ```
+//!
+//! [`Error::is_fatal`] tells whether the averager can average again without recovering,
+//! [`Error::tensors`] what this rank's tensors hold, and [`guide::failures`] has the rest.
 
 #![deny(unsafe_op_in_unsafe_fn, missing_docs)]
 // A build without one of these has code that nothing calls, and types without values.
@@ -46,6 +129,7 @@
     not(all(processes, feature = "cuda")),
     allow(dead_code, unreachable_code, unused_imports, unused_variables)
 )]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 #[allow(missing_docs, dead_code, clippy::all)]
 #[rustfmt::skip]
@@ -56,6 +140,7 @@ mod backend;
 mod bucket;
 mod deadline;
 mod error;
+pub mod guide;
 mod hash;
 mod local_sgd;
 mod parameters;
@@ -80,6 +165,11 @@ pub use tensor::{Dtype, Element, TensorMut};
 pub use world::{AbortHandle, Communicator, Device};
 #[cfg(processes)]
 pub use world::{CommunicatorBuilder, WorldId};
+
+/// The programs of README.md, compiled and run by `cargo test --doc`.
+#[cfg(all(doctest, target_os = "linux", feature = "processes"))]
+#[doc = include_str!("../README.md")]
+mod readme {}
 
 /// For `fuzz/` in the repository.
 #[cfg(all(fuzzing, processes))]

@@ -1,4 +1,4 @@
-//! Local SGD: count optimizer steps, average when the schedule says so.
+//! Local SGD: counts optimizer steps, and averages when the schedule says so.
 
 use crate::averager::{Call, Halt, Lend, Outcome, Progress, Regrouped, TRIES};
 use crate::schedule::place;
@@ -9,10 +9,14 @@ use crate::{Error, ParamAverager, Report, Result, Schedule};
 ///
 /// Call [`step`](Self::step) once after every optimizer step, not after every micro-batch;
 /// [`skip`](Self::skip) where the optimizer step was left out (a loss scaler that found an
-/// overflow); [`finish`](Self::finish) once at the end of the loop. Every rank makes the same
-/// sequence of `step` and `skip` taken together, up to the last due average.
+/// overflow); [`finish`](Self::finish) once at the end of the loop. On every rank, the calls of
+/// `step` and `skip` together are equally many, up to the last due average.
 ///
-/// Nothing happens on drop or while unwinding: a rank that panics leaves, and its peers get
+/// `LocalSgd` makes all ranks agree at its first average, not before: ranks begin with the same
+/// weights, or copy rank 0's after building ([`guide::frameworks`](crate::guide::frameworks)).
+/// Buffers and the optimizer's state stay local unless they are passed as tensors.
+///
+/// Nothing is averaged on drop or while unwinding: a rank that panics leaves, and its peers get
 /// [`Error::PeerLost`](crate::Error::PeerLost), not a hang.
 #[derive(Debug)]
 pub struct LocalSgd {
@@ -25,36 +29,35 @@ pub struct LocalSgd {
     averages: u64,
 }
 
-/// What a call of [`LocalSgd`] did.
+/// Result of a call of [`LocalSgd`].
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Action {
-    /// No average was due. The next one follows after so many more steps.
+    /// The step was counted, and no average was due.
     Counted {
-        /// Steps until then, at least 1.
+        /// Steps until the next average, at least 1.
         until_next: u64,
     },
     /// The parameters are now the mean of all ranks' parameters.
     Averaged(Report),
-    /// A process was let in: the world has one rank more, which has a copy of the model. The
-    /// parameters are what `average` has made them.
+    /// A process was admitted: the world has one more rank, which has a copy of the model.
     Admitted {
-        /// The average that was due, made just before; `None`: this rank was alone, and its
-        /// parameters are as they were.
+        /// Average that was due, made just before. `None`: this rank was alone, and its parameters
+        /// are unchanged.
         average: Option<Report>,
     },
     /// This is the only rank left, and the failed average had begun to write: each
     /// element is this rank's own or their mean.
     PartlyAveraged,
-    /// No rank had taken a step since the last average, so nothing moved.
+    /// No rank had taken a step since the last average, so no parameter was moved.
     Unneeded,
     /// This is the only rank, or Local SGD is not enabled: the step was counted, and the parameters
-    /// are as they were.
+    /// are unchanged.
     Alone,
 }
 
 impl Action {
-    /// The average that was made, if one was.
+    /// Report of the average, if one was made.
     pub fn report(&self) -> Option<&Report> {
         match self {
             Action::Averaged(report) => Some(report),
@@ -66,8 +69,8 @@ impl Action {
 
 impl LocalSgd {
     /// Local SGD with this rank's averager. The schedule must be the same on every rank. In a
-    /// process that [joined](crate::Communicator::join), it begins at the place in the schedule that the
-    /// others have.
+    /// process that [joined](crate::Communicator::join), it begins at the place in the schedule
+    /// that its peers have reached.
     pub fn new(averager: ParamAverager, schedule: Schedule) -> Self {
         let position = averager.schedule_position();
         averager.set_position_in_schedule(position);
@@ -82,26 +85,34 @@ impl LocalSgd {
         }
     }
 
-    /// `false`: only count steps, never average. Must be the same on every rank.
+    /// Switch for all averages. `false`: steps are counted, and nothing is averaged. Must be the
+    /// same on every rank. Default: `true`.
     pub fn enabled(mut self, enabled: bool) -> Self {
         self.enabled = enabled;
         self
     }
 
-    /// After an optimizer step was applied: counts it, and averages if it is due.
+    /// Counts an optimizer step that was applied, and averages if an average is due.
     ///
-    /// After an average that was due, a process that waits to [join](crate::Communicator::join) is let in,
-    /// with a copy of the model. If that fails, the error is [`Error::AfterAverage`]: the
-    /// parameters are the mean. [`finish`](Self::finish) lets no process in.
+    /// After an average that was due, a process that waits to [join](crate::Communicator::join) is
+    /// admitted, with a copy of the model. [`finish`](Self::finish) admits no process.
+    ///
+    /// # Errors
+    /// As [`ParamAverager::average`]; [`Error::SchedulesDiffer`] if another rank averages at
+    /// another place of its schedule. If the admission fails, the error is
+    /// [`Error::AfterAverage`], and the parameters are the mean.
     pub fn step<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
         self.applied += 1;
         self.since_average += 1;
         self.skip(params)
     }
 
-    /// After an optimizer step was left out, on this rank alone or on all: the step is not counted
+    /// Counts an optimizer step that was left out, on this rank alone or on all. It does not count
     /// as applied, but this rank takes part in the average if one is due, so that its peers need
     /// not wait.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
     pub fn skip<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
         self.position += 1;
         self.averager.set_position_in_schedule(self.position);
@@ -115,24 +126,31 @@ impl LocalSgd {
         Ok(Action::Counted { until_next: self.schedule.next_due(self.position) - self.position })
     }
 
-    /// The last average, which makes all ranks' parameters the same. Ranks may have made different
-    /// numbers of steps since the last due average. If no rank has stepped since, nothing moves;
-    /// calling it twice is calling it once.
+    /// Makes the last average, after which all ranks' parameters are the same. Ranks may have made
+    /// different numbers of steps since the last due average. If no rank has stepped since, no
+    /// parameter is moved, so a second call changes nothing.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step). A rank that has made fewer steps than its peers gets
+    /// [`Error::SchedulesDiffer`] while they average, and calls it again.
     pub fn finish<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
         self.average(params, place::FINISH)
     }
 
-    /// After an error that [is fatal](crate::Error::is_fatal): goes on among the ranks that are
-    /// left, all of which call it; see [`ParamAverager::recover`]. The average that failed is made
-    /// up for at once, so that all have the same parameters.
+    /// Recovers from an error that [is fatal](crate::Error::is_fatal), among the ranks that are
+    /// left, all of which call it; see [`ParamAverager::recover`]. It makes the average that failed
+    /// at once, so that all ranks have the same parameters.
     ///
-    /// All take the place in the schedule of the one that was farthest on when the first averager
-    /// of the world was recovered: some may have been done with the average that failed for others.
-    /// It can be one that this rank has passed.
+    /// All ranks take the place in the schedule of the rank that was farthest on when the first
+    /// averager of the world was recovered: some may have completed the average that failed for
+    /// others. This rank may have passed that place.
     ///
     /// A process with several `LocalSgd`s of one world recovers all of them when one has failed, in
-    /// the same order on every rank, since each makes an average; ranks that begin with different
-    /// ones are told so.
+    /// the same order on every rank, since each makes an average. Ranks that begin with different
+    /// ones get an error.
+    ///
+    /// # Errors
+    /// As [`ParamAverager::recover`], and those of the average.
     pub fn recover<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
         self.recover_step(params, &mut Progress::default()).map_err(Halt::error)
     }
@@ -143,23 +161,23 @@ impl LocalSgd {
         Action::Averaged(report)
     }
 
-    /// The place in the schedule: steps taken and skipped by this rank and, in a process that
-    /// joined, by the others before.
+    /// Place in the schedule: number of steps taken and skipped by this rank and, in a process that
+    /// joined, by its peers before.
     pub fn position(&self) -> u64 {
         self.position
     }
 
-    /// Optimizer steps applied so far, by this rank.
+    /// Number of optimizer steps applied so far, by this rank.
     pub fn steps(&self) -> u64 {
         self.applied
     }
 
-    /// Averages made so far.
+    /// Number of averages made so far.
     pub fn averages(&self) -> u64 {
         self.averages
     }
 
-    /// The averager, to abort it or to average outside of the schedule.
+    /// Averager of this rank, to abort its world or to average outside of the schedule.
     pub fn averager(&mut self) -> &mut ParamAverager {
         &mut self.averager
     }
@@ -175,7 +193,7 @@ impl LocalSgd {
                 self.averager.recover_step(params, true, progress)?;
             self.position = position;
             if let Some(admitted) = admitted {
-                return Ok(self.averaged(admitted.report)); // the mean over all members
+                return Ok(self.averaged(admitted.report)); // The mean over all members.
             }
             if let Some((error, ranks)) = last.take() {
                 in_vain = if self.averager.world_size() < ranks { 0 } else { in_vain + 1 };
@@ -183,9 +201,9 @@ impl LocalSgd {
                     return Err(progress.halt(error));
                 }
             }
-            self.since_average += 1; // whatever was half written
+            self.since_average += 1; // Tensors may be half written, so an average is needed.
             match self.average(params, place::RECOVERY) {
-                // Another rank is lost, and the next view is without it.
+                // Another rank is lost. The next view leaves it out.
                 Err(error @ (Error::PeerLost { .. } | Error::Timeout { .. })) => {
                     progress.survived(&error);
                     last = Some((error, self.averager.world_size()));
@@ -196,7 +214,7 @@ impl LocalSgd {
         }
     }
 
-    /// Lets a process in that waits, after an average that was due.
+    /// Admits a process that waits, after an average that was due.
     fn admit(&mut self, params: &mut (impl Lend + ?Sized), action: Action) -> Result<Action, Halt> {
         let (average, waits) = match &action {
             Action::Averaged(report) => (Some(report.clone()), report.join_pending),
@@ -215,8 +233,8 @@ impl LocalSgd {
             Some(_) => return Ok(Action::Admitted { average }),
             None => {}
         }
-        // The joiner is gone. Some ranks may have seen it in and then lost it, and recover: this is
-        // the average that they make.
+        // The joiner vanished. Run the recovery average, which ranks that had admitted the joiner
+        // before they lost it are already running.
         match self.recover_step(params, &mut progress)? {
             made @ (Action::Averaged(_) | Action::PartlyAveraged) if average.is_none() => Ok(made),
             Action::PartlyAveraged => Ok(Action::PartlyAveraged),

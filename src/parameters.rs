@@ -10,11 +10,12 @@ use crate::TensorMut;
 /// A model's parameters: a list of tensors that is the same, pointers aside, on every rank and at
 /// every call.
 ///
-/// Implemented for [`TensorMut`], for slices, vectors and arrays of `f32`, `f64`
-/// and, with the feature `half`, `f16` and `bf16`, and for slices, vectors, arrays, tuples, `Option`, `Box` and
-/// `BTreeMap<String, _>` of what implements it: `Vec<Vec<f32>>` is a model. A map names its tensors
-/// by their keys. A `HashMap` has another order in every process, so it implements nothing: sort it
-/// by name.
+/// Implemented for [`TensorMut`], for slices, vectors and arrays of `f32`, `f64` and, with the
+/// feature `half`, `f16` and `bf16`, and for slices, vectors, arrays, tuples, `Option`, `Box` and
+/// `BTreeMap<String, _>` of implementors: `Vec<Vec<f32>>` is a model. A map names its tensors by
+/// their keys. A `HashMap` has another order in every process, so it does not implement it: sort
+/// its tensors by name, and name every tensor. Without names only dtypes and numbers of elements
+/// are compared, and layers of one shape in another order are averaged with each other.
 ///
 /// Implement it for a model of your own by calling `visit` once for each tensor:
 ///
@@ -31,8 +32,8 @@ use crate::TensorMut;
 /// }
 /// ```
 ///
-/// Tensors that must be locked, converted or assembled before they can be lent are
-/// [`Lend`](crate::Lend)'s business.
+/// For tensors that must be locked, converted or assembled first, implement [`Lend`](crate::Lend);
+/// [`guide::frameworks`](crate::guide::frameworks) has examples.
 #[diagnostic::on_unimplemented(
     message = "`{Self}` is no list of tensors in host memory",
     note = "lists are `Vec<Vec<f32>>` and the like, or a type that implements `Parameters` by \
@@ -41,11 +42,11 @@ use crate::TensorMut;
             tensors sorted by name, and lends them for one average; see `param_averager::Lend`"
 )]
 pub trait Parameters {
-    /// Calls `visit` once for each tensor, always in the same order. It runs in every average,
-    /// while peers wait, so it should not allocate.
+    /// Calls `visit` once for each tensor, always in the same order. It runs in every average while
+    /// peers wait, so it should be fast: without allocations and locks.
     ///
     /// The tensors live as long as `self` stays borrowed, since ranks read and write them after
-    /// this has returned. A tensor in memory that ends sooner does not compile:
+    /// this has returned. A tensor in memory that is freed sooner does not compile:
     ///
     /// ```compile_fail
     /// # use param_averager::{Parameters, TensorMut};
@@ -71,7 +72,7 @@ impl<P: Parameters + ?Sized> Parameters for Box<P> {
     }
 }
 
-/// No tensors where there is none.
+/// `None` is a list of no tensors.
 impl<P: Parameters> Parameters for Option<P> {
     fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
         self.iter_mut().for_each(|part| part.visit(visit))
@@ -96,7 +97,7 @@ impl<P: Parameters, const N: usize> Parameters for [P; N] {
     }
 }
 
-/// In the order of the keys, which name tensors that have no name of their own.
+/// Tensors in the order of the keys, which name the tensors that have no name yet.
 impl<P: Parameters> Parameters for BTreeMap<String, P> {
     fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
         for (name, part) in self.iter_mut() {

@@ -1,4 +1,4 @@
-//! A borrowed tensor and its element types.
+//! Borrowed tensors and their element types.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -9,7 +9,7 @@ use half::{bf16, f16};
 use crate::abi::{PA_BF16, PA_F16, PA_F32, PA_F64};
 use crate::world::Device;
 
-/// The element types that can be averaged.
+/// Element type of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Dtype {
@@ -24,10 +24,10 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    /// All of them, in the kernels' order.
+    /// All dtypes, in the kernels' order.
     pub const ALL: [Dtype; 4] = [Dtype::F32, Dtype::F64, Dtype::F16, Dtype::Bf16];
 
-    /// Bytes of one element.
+    /// Size of one element, in bytes.
     pub const fn size(self) -> usize {
         match self {
             Dtype::F32 => 4,
@@ -36,7 +36,7 @@ impl Dtype {
         }
     }
 
-    /// The kernels' number for it.
+    /// Number of the dtype in the kernels.
     pub(crate) const fn code(self) -> u32 {
         match self {
             Dtype::F32 => PA_F32,
@@ -62,18 +62,19 @@ mod sealed {
     pub trait Sealed {}
 }
 
-/// A Rust type of tensor elements: `f32`, `f64`, and with the feature `half` `half::f16` and
+/// Rust type of a tensor's elements: `f32`, `f64` and, with the feature `half`, `half::f16` and
 /// `half::bf16`.
 pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
-    /// Its dtype.
+    /// Dtype of the type.
     const DTYPE: Dtype;
 }
 
 /// One tensor of this rank, borrowed for one average: contiguous elements of one dtype, at any
-/// address that suits the dtype. Never copied, never moved.
+/// address that suits the dtype. An average never copies or moves it.
 ///
-/// Made safely from a mutable slice: `TensorMut::from(&mut weights[..]).named("wte")`. The name is
-/// for error messages.
+/// A mutable slice converts safely: `TensorMut::from(&mut weights[..]).named("wte")`. Ranks compare
+/// the names when an averager is built, and errors give them. Name every tensor whose order comes
+/// from a framework: unnamed tensors of one dtype and size can't be told apart.
 pub struct TensorMut<'a> {
     name: Option<&'a str>,
     pointer: *mut u8,
@@ -84,32 +85,32 @@ pub struct TensorMut<'a> {
     memory: PhantomData<&'a mut [u8]>,
 }
 
-/// Why the uses of a tensor on other streams can't be ordered with an average: it is refused.
+/// Reason to refuse a tensor: its uses on other streams can't be ordered with an average.
 #[derive(Clone, Copy, Debug)]
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))] // of cudarc's slices
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))] // Only cudarc's slices have one.
 pub(crate) enum Unordered {
-    /// It belongs to another `CudaContext` than the stream.
+    /// The tensor belongs to another `CudaContext` than the stream.
     OtherContext,
-    /// It was allocated on another stream, and has no events.
+    /// The tensor was allocated on another stream, and has no events.
     Untracked,
-    /// Its last use was captured: its events are of a graph.
+    /// The tensor's last use was captured, so its events belong to a graph.
     InAGraph,
 }
 
-// Like the mutable slice it stands for.
+// SAFETY: it stands for a mutable slice of floats, which can be sent.
 unsafe impl Send for TensorMut<'_> {}
 
 impl<'a> TensorMut<'a> {
-    /// A tensor from its parts: `elements` of `dtype` from `pointer` on, in memory of `device`.
+    /// Tensor of `elements` elements of `dtype`, from `pointer` on, in memory of `device`.
     ///
     /// A pointer that is null or not aligned to the dtype, and tensors that overlap, are errors
     /// when they are used.
     ///
     /// # Safety
     /// For the lifetime `'a`, the memory must be valid for reads and writes of that many elements
-    /// by the device, hold initialised elements, and be accessed by nobody else; other ranks'
-    /// averagers aside. On a CUDA device that includes work on non-blocking streams, which an
-    /// average does not wait for.
+    /// by the device, hold initialised elements, and be accessed by nothing but averagers of this
+    /// world. On a CUDA device, accesses include work on non-blocking streams, which an average
+    /// does not wait for.
     pub unsafe fn from_raw_parts(
         pointer: *mut u8,
         elements: usize,
@@ -127,33 +128,33 @@ impl<'a> TensorMut<'a> {
         }
     }
 
-    /// The same tensor with a name, which errors about it will give.
+    /// The same tensor with a name.
     pub fn named(mut self, name: &'a str) -> Self {
         self.name = Some(name);
         self
     }
 
-    /// Its name, if it has one.
+    /// Name of the tensor, if it has one.
     pub fn name(&self) -> Option<&str> {
         self.name
     }
 
-    /// Its number of elements.
+    /// Number of elements.
     pub fn len(&self) -> usize {
         self.elements
     }
 
-    /// Whether it has no elements.
+    /// True if the tensor has no elements.
     pub fn is_empty(&self) -> bool {
         self.elements == 0
     }
 
-    /// Its dtype.
+    /// Dtype of the elements.
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }
 
-    /// Where its memory is.
+    /// Device of its memory.
     pub fn device(&self) -> Device {
         self.device
     }
@@ -168,7 +169,7 @@ impl<'a> TensorMut<'a> {
         TensorMut { unordered, ..self }
     }
 
-    /// Why it is to be refused, if it is.
+    /// Reason to refuse the tensor, if there is one.
     pub(crate) fn refusal(&self) -> Option<Unordered> {
         self.unordered
     }

@@ -1,5 +1,5 @@
-//! cudarc's slices as tensors: averages of `CudaSlice`s and `CudaViewMut`s, safely, on a
-//! `CudaStream`.
+//! cudarc's slices as tensors: averages of `CudaSlice`s and `CudaViewMut`s of cudarc 0.19, safely,
+//! on a `CudaStream`.
 //!
 //! ```no_run
 //! use cudarc::driver::CudaContext;
@@ -25,18 +25,23 @@
 //! # Ok::<(), param_averager::Error>(())
 //! ```
 //!
-//! # How it is ordered
-//! cudarc records an event after every use of a slice, and every use on another stream waits for it. An average does the
-//! same: its stream waits for each slice's events first, and records the slice's event when the average has been enqueued.
-//! So later uses of a slice, and freeing it, come after the average, also if its [`Pending`](crate::Pending) is forgotten. Where there are
-//! no such events (a slice of another `CudaContext` object, one whose uses are not tracked and which was allocated on
-//! another stream, or one whose last use was captured for a graph) the average is refused, on every rank.
+//! # Order of uses
+//! cudarc records an event after every use of a slice, and every use on another stream waits for
+//! it. An average does the same: its stream first waits for each slice's events, and records the
+//! slice's event when the average has been enqueued. So later uses of a slice, and freeing it, come
+//! after the average, also if its [`Pending`](crate::Pending) is forgotten. Without such events the
+//! average is refused, on every rank: for a slice of another `CudaContext` object, for a slice
+//! whose uses are not tracked and which was allocated on another stream, and for a slice whose last
+//! use was captured for a graph.
 //!
-//! Four things are cudarc's own limits. Views of one slice share its events, so ranks need slices of their own, not halves
-//! of one. `wrap_borrowed_stream` makes a stream that cudarc does not count: while it has no other, it tracks nothing, and
-//! slices must have been allocated on that very stream. A stream that is captured by one thread while another enqueues
-//! an average on it captures that average. And a stream that waits for what a capture under way does to a slice becomes a
-//! part of that capture, although the average is refused.
+//! # Limits of cudarc
+//! * Views of one slice share its events, so ranks need slices of their own, not halves of one.
+//! * `wrap_borrowed_stream` makes a stream that cudarc does not count. A context that has no other
+//!   stream tracks nothing, and slices must have been allocated on that very stream.
+//! * A stream that one thread captures while another enqueues an average on it captures the
+//!   average.
+//! * A stream that waits for a use of a slice in a capture under way becomes a part of that
+//!   capture, although the average is refused.
 
 mod average;
 
@@ -54,14 +59,15 @@ use crate::backend::cuda::is_of_capture;
 use crate::tensor::Unordered;
 use crate::{Device, Dtype, Element, TensorMut};
 
-/// A `CudaSlice` or a `CudaViewMut`, borrowed, of any dtype: `CudaTensorMut::from(&mut
+/// Borrowed `CudaSlice` or `CudaViewMut` of any dtype: `CudaTensorMut::from(&mut
 /// wte).named("wte")`.
 pub struct CudaTensorMut<'a> {
     name: Option<&'a str>,
     view: AnyView<'a>,
 }
 
-/// Not a box: nothing runs when it is dropped, so a borrow ends with its last use.
+/// View of any dtype. An enum, since a box runs code when it is dropped, and a borrow would last
+/// until then.
 enum AnyView<'a> {
     F32(CudaViewMut<'a, f32>),
     F64(CudaViewMut<'a, f64>),
@@ -72,7 +78,7 @@ enum AnyView<'a> {
 }
 
 impl<'a> CudaTensorMut<'a> {
-    /// The same tensor with a name, which errors about it will give.
+    /// The same tensor with a name, which ranks compare and errors give.
     pub fn named(mut self, name: &'a str) -> Self {
         self.name = Some(name);
         self
@@ -130,15 +136,15 @@ impl fmt::Debug for CudaTensorMut<'_> {
 
 /// A model's parameters in cudarc's slices, and the stream that they are averaged on.
 ///
-/// [`average`](crate::ParamAverager::average) returns when the average is done. The stream may be of
-/// any kind, the null stream included; the average runs behind it, on it or on a stream of the
-/// averager's own. [`start`](crate::ParamAverager::start) enqueues the average on the stream and
-/// returns: it must be of the non-blocking kind, as `CudaContext::new_stream` makes them. Either
-/// way the stream is of the rank's device, is not being captured and, unless it is the null stream,
-/// no other rank averages on it.
+/// [`average`](crate::ParamAverager::average) returns when the average is done. The stream may be
+/// of any kind, the null stream included; the average runs behind its work, on it or on a stream of
+/// the averager's own. [`start`](crate::ParamAverager::start) enqueues the average on the stream
+/// and returns; the stream must be non-blocking, as `CudaContext::new_stream` makes them. In both
+/// cases the stream belongs to the rank's device, is not being captured and, unless it is the null
+/// stream, serves no other rank.
 ///
-/// It can be made anew for every average: addresses may change; the number, order, dtypes and sizes
-/// of the tensors may not.
+/// It can be made again for every average: addresses may change; the number, order, dtypes and
+/// sizes of the tensors stay.
 #[derive(Debug)]
 pub struct CudaParams<'a> {
     stream: &'a Arc<CudaStream>,
@@ -146,7 +152,8 @@ pub struct CudaParams<'a> {
 }
 
 impl<'a> CudaParams<'a> {
-    /// No tensors yet. The stream is of the device of this rank, and no other rank averages on it.
+    /// Parameters without tensors yet, averaged on `stream`, which belongs to this rank's device
+    /// and serves no other rank.
     pub fn new(stream: &'a Arc<CudaStream>) -> Self {
         CudaParams { stream, tensors: vec![] }
     }
@@ -156,15 +163,15 @@ impl<'a> CudaParams<'a> {
         self.tensors.push(tensor.into());
     }
 
-    /// The tensors, now that the stream waits for what was done to them; and their events, to be
-    /// recorded when the stream has been given what is to be done.
+    /// Makes the stream wait for earlier uses of the tensors. Returns the tensors, and their
+    /// events, which the caller records when it has enqueued its work on the stream.
     fn order(&mut self) -> std::result::Result<(Vec<TensorMut<'_>>, Vec<&CudaEvent>), DriverError> {
         let (mut tensors, mut events) = (Vec::with_capacity(self.tensors.len()), vec![]);
         for CudaTensorMut { name, view } in &mut self.tensors {
             let view = view.get_mut();
             let (dtype, elements, on) = (view.dtype(), view.elements(), device(view.stream()));
             let (mut address, mut unordered) = (0, None);
-            // One without elements is not touched.
+            // A tensor without elements is not touched.
             if elements > 0 {
                 match view.order(self.stream)? {
                     Ok((found, event)) => {
@@ -174,10 +181,10 @@ impl<'a> CudaParams<'a> {
                     Err(why) => unordered = Some(why),
                 }
             }
-            // SAFETY: the view is borrowed mutably for as long, and is of so many initialised
-            // elements: cudarc's promise, or that of who allocated it; any bits are a float. What
-            // it is used for on the device is in the hands of `order`'s callers. An address of 0 is
-            // never read: the tensor is refused, or has no elements.
+            // SAFETY: the view is borrowed mutably for as long, and has that many elements, which
+            // are initialised as cudarc or the code that allocated them promises; any bits are a
+            // float. `order`'s callers order its uses on the device. An address of 0 is never read:
+            // the tensor is refused, or has no elements.
             let tensor =
                 unsafe { TensorMut::from_raw_parts(address as *mut u8, elements, dtype, on) };
             let tensor = tensor.unordered(unordered);
@@ -204,11 +211,11 @@ fn device(stream: &CudaStream) -> Device {
 trait View {
     fn dtype(&self) -> Dtype;
     fn elements(&self) -> usize;
-    /// It was allocated on it, and will be freed on it.
+    /// Stream that the slice was allocated on and will be freed on.
     fn stream(&self) -> &Arc<CudaStream>;
-    /// Makes the stream wait for what was done to the slice on any stream. Returns the address, and
-    /// the event that whoever uses the slice later waits for; or why that can't be done.
-    #[allow(clippy::type_complexity)] // a driver's failure, or a refusal, or what is wanted
+    /// Makes the stream wait for earlier uses of the slice on any stream. Returns the address, and
+    /// the event that later uses of the slice wait for; or the reason why that can't be done.
+    #[allow(clippy::type_complexity)] // A driver's failure, a refusal, or the result.
     fn order<'s>(
         &'s mut self,
         on: &'s Arc<CudaStream>,
@@ -239,12 +246,12 @@ impl<T: Element> View for CudaViewMut<'_, T> {
         DriverError,
     > {
         let context = on.context();
-        // Each object has its own mind about whether uses are tracked, and two may disagree.
+        // Every `CudaContext` object decides by itself whether uses are tracked; two may differ.
         if !Arc::ptr_eq(View::stream(self).context(), context) {
             return Ok(Err(Unordered::OtherContext));
         }
         let on_its_stream = View::stream(self) == on;
-        // cudarc waits in `device_ptr`, but keeps a failure to itself: so both events are waited
+        // cudarc waits in `device_ptr`, but does not return a failure, so both events are waited
         // for once more. Nothing is recorded when the guards are dropped, since their events are
         // taken out of them.
         if let SyncOnDrop::Record(read) = &mut self.device_ptr(on).1 {
@@ -264,7 +271,7 @@ impl<T: Element> View for CudaViewMut<'_, T> {
                 return Ok(Err(Unordered::InAGraph));
             }
         }
-        // On its own stream it is used and freed in order, events or not.
+        // On its own stream a slice is used and freed in order, with or without events.
         let tracked = written.is_some() && context.is_managing_stream_synchronization();
         Ok(if tracked || on_its_stream {
             Ok((address, written))
@@ -274,13 +281,13 @@ impl<T: Element> View for CudaViewMut<'_, T> {
     }
 }
 
-/// Makes the stream wait for the event. False: that is one of a graph.
+/// Makes the stream wait for the event. False if the event belongs to a graph.
 fn waits(on: &CudaStream, event: &CudaEvent) -> std::result::Result<bool, DriverError> {
     match on.wait(event) {
-        // Of a capture that goes on: the stream has become a part of it.
+        // If the event belongs to a capture under way, the stream has become a part of it.
         Ok(()) => is_not_captured(on),
         Err(error) => {
-            // cudarc has met the same error, and would tell it to whoever comes next.
+            // cudarc has recorded the same error, and the next caller would get it.
             match on.context().check_err() {
                 Err(other) if other != error => on.context().record_err::<()>(Err(other)),
                 _ => {}

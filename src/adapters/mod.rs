@@ -1,4 +1,4 @@
-//! Adapters: tensors of other crates as parameters.
+//! Adapters for tensors of other crates.
 
 #[cfg(feature = "cuda")]
 pub mod cudarc;

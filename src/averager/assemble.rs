@@ -1,5 +1,5 @@
-//! How an averager is put together: what it needs, what the others show, and what is the same in
-//! all of its launches.
+//! Assembly of an averager: its memory, the handshake with its peers, and the arguments that all of
+//! its launches share.
 
 use std::sync::Arc;
 
@@ -51,7 +51,7 @@ impl ParamAverager {
             (Ok(()), None) => unreachable!("tensors that were lent were looked at"),
             (Err(failed), _) => Err(not_lent(failed)),
         };
-        // Peers are told of a refusal by the handshake, so this rank takes part in it all the same.
+        // The handshake tells peers of a refusal, so this rank takes part in it all the same.
         let (table, refusal) = found.unwrap_or_else(|error| {
             (Table::of(Layout::none(device, space.clone()).into()), Some(error))
         });
@@ -60,8 +60,9 @@ impl ParamAverager {
         Ok(averager)
     }
 
-    /// `refusal`: why it can't be built, which all ranks are to hear. `number`: which of the
-    /// averagers that are built again it is; `None`: the next one of its view.
+    /// Builds an averager from its table. `refusal` is this rank's reason not to build, which is
+    /// shown to all ranks. `number` is the averager's place among those that are built again;
+    /// `None`: the next one of its view.
     pub(super) fn assemble_for(
         options: Builder,
         mut table: Table,
@@ -72,8 +73,7 @@ impl ParamAverager {
         let world = communicator.world_size();
         let algorithm = options.chosen_algorithm();
         let ring = algorithm == Algorithm::Ring && world > 1;
-        // From here on nothing returns before the peers know: what is refused here is shown to them
-        // as such.
+        // From here on nothing returns before the peers know: a refusal is part of the handshake.
         let refusal = options.check().err().or(refusal);
         let channels = if refusal.is_none() { options.channel_count() } else { 1 };
         let sizes = Sizes::of(&options, &table, channels);
@@ -93,7 +93,7 @@ impl ParamAverager {
             control: own.as_ref().ok().and_then(|own| own.control.clone()),
         };
         let patience = if options.timeout.is_zero() { defaults::TIMEOUT } else { options.timeout };
-        // a refusal comes back from here
+        // A refusal of any rank is this call's error.
         let agreement = communicator.agree(handshake, number, patience)?;
         let own = own?;
 
@@ -116,7 +116,7 @@ impl ParamAverager {
         Ok(averager)
     }
 
-    /// The arguments that stay the same for all launches.
+    /// Arguments that stay the same for all launches.
     fn launch_args(&self, options: &Builder, sizes: Sizes, channels: u32) -> PaArgs {
         let (position, world) = (self.position(), self.world_size());
         let order = self.communicator.placement().order();

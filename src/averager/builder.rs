@@ -22,11 +22,11 @@ pub struct Builder {
     pub(super) channels: Option<u32>,
     pub(super) slots: u32,
     pub(super) chunk_bytes: Option<usize>,
-    /// Shown to the others, for whom it may be of use.
+    /// Place in the schedule, part of the handshake: a joiner starts from it.
     pub(super) schedule_position: u64,
-    /// Of this rank, if others are let in.
+    /// Role of this rank in an admission.
     pub(super) admission: Admission,
-    /// Which averager of the world it is, if it is built anew.
+    /// Identity of the averager in its world, if it is built again.
     pub(super) ordinal: Option<String>,
     pub(super) testing: Testing,
 }
@@ -34,16 +34,16 @@ pub struct Builder {
 /// Settings of this crate's own tests.
 #[derive(Clone, Debug, Default)]
 pub struct Testing {
-    /// Where all counters start.
+    /// Initial value of all counters.
     pub counter: u32,
-    /// Fill the slots with NaN first.
+    /// True if the slots are filled with NaN first.
     pub poison_slots: bool,
-    /// Write slots past the caches if their lines take longer than this to get hold of: 0 always,
-    /// `u32::MAX` never.
+    /// Latency of a slot's cache line, in nanoseconds, above which slots are written past the
+    /// caches: 0 always, `u32::MAX` never.
     pub far_ns: Option<u32>,
-    /// Every block waits at each of its protocol steps, for up to so long.
+    /// Longest delay of every block at each of its protocol steps, in nanoseconds.
     pub delay_ns: u32,
-    /// An instruction set instead of the best one.
+    /// Instruction set in the place of the best one.
     pub instruction_set: Option<&'static str>,
 }
 
@@ -67,87 +67,91 @@ impl Builder {
         }
     }
 
-    /// How the parameters move. Default: [`Algorithm::Auto`].
+    /// Algorithm of the averages. Default: [`Algorithm::Auto`].
     pub fn algorithm(mut self, algorithm: Algorithm) -> Self {
         self.algorithm = algorithm;
         self
     }
 
-    /// For the ring on CUDA devices: where mailboxes live. Default: [`Link::Auto`].
+    /// Placement of the ring's mailboxes on CUDA devices. Default: [`Link::Auto`].
     pub fn link(mut self, link: Link) -> Self {
         self.link = link;
         self
     }
 
-    /// For the ring. `true`, the default: a rank writes its tensors only when every rank has its
-    /// shard of the mean, so a failure while summing leaves all tensors as they were. `false`:
-    /// ranks write as they go, which is faster, needs no memory for a shard, and after a failure on
-    /// the way leaves each element either a rank's own or the mean. The direct average decides at
-    /// its start.
+    /// Commit of the ring. `true`, the default: a rank writes its tensors only when every rank has
+    /// its shard of the mean, so a failure while summing leaves all tensors as they were. `false`:
+    /// ranks write as they sum. That is faster and needs no memory for a shard, but a failure on
+    /// the way leaves each element either a rank's own value or the mean. The direct average
+    /// commits at its start, whatever this option is.
     pub fn all_or_nothing(mut self, all_or_nothing: bool) -> Self {
         self.all_or_nothing = all_or_nothing;
         self
     }
 
-    /// `true`: if a rank holds a NaN or an infinity, nobody's tensors change and every rank gets
-    /// [`Error::NonFinite`]. Costs the direct average, and the ring without all-or-nothing, one
-    /// more pass over the tensors. Default: `false`.
+    /// Check for NaN and infinities. `true`: if a rank holds one, no rank's tensors change and
+    /// every rank gets [`Error::NonFinite`]. It costs the direct average, and the ring without
+    /// [`all_or_nothing`](Self::all_or_nothing), one more pass over the tensors. Default: `false`.
     pub fn reject_non_finite(mut self, reject: bool) -> Self {
         self.reject_non_finite = reject;
         self
     }
 
-    /// For the ring, f16 and bf16, with three ranks or more. `false`, the default: partial sums
-    /// travel as f32, so that the mean is rounded once, and values that are equal on all ranks stay
-    /// as they are. n ranks then send (n − 2) / (2n − 2) more bytes: 33 % for 4 ranks. `true`:
-    /// partial sums travel as partial means in the tensors' dtype, and are rounded at each of n − 2
-    /// hops more.
+    /// Wire format of the ring's partial sums of f16 and bf16, with three ranks or more. `false`,
+    /// the default: they travel as f32, so that the mean is rounded once and values that are equal
+    /// on all ranks stay as they are. n ranks then send (n − 2) / (2n − 2) more bytes: 33 % for 4
+    /// ranks. `true`: they travel as partial means in the tensors' dtype, and are rounded at each
+    /// of n − 2 hops more.
     ///
-    /// All else travels in the tensors' dtype either way; between two ranks that is everything.
+    /// Everything else travels in the tensors' dtype either way. Two ranks send no partial sums.
     pub fn narrow_wire(mut self, narrow_wire: bool) -> Self {
         self.narrow_wire = narrow_wire;
         self
     }
 
-    /// True if partial sums of f16 and bf16 travel as f32. Of two ranks none sends any.
+    /// True if partial sums of f16 and bf16 travel as f32. Two ranks send no partial sums.
     pub(super) fn has_f32_wire(&self) -> bool {
         !self.narrow_wire && self.communicator.world_size() > 2
     }
 
-    /// How long one wait for a peer may last before the average fails on every rank. Default: 10
-    /// minutes.
+    /// Longest wait for a peer, after which the average fails on every rank with
+    /// [`Error::Timeout`]. Default: 10 minutes.
     ///
-    /// The direct average never gives up after it began to write: ranks wait for one another to be
-    /// off their tensors.
+    /// Exception: once the direct average has begun to write, ranks wait for one another without a
+    /// limit, since a peer may still be writing into their tensors.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
     }
 
-    /// Threads of a rank that each move a part, 1 to 1,024. Default: this machine's cores shared
-    /// among the ranks, 8 at most. On a CUDA device: blocks, by default as many as run at the same
-    /// time, shared among the ranks, or 16 where the ring goes through memory of the host.
-    /// Averagers whose averages overlap in time must fit on it together, which nobody checks.
+    /// Channels of a rank, 1 to 1,024: threads that each move a part. Default: this machine's cores
+    /// divided by the ranks, 8 at most. On a CUDA device a channel is a block; default: the blocks
+    /// that run at the same time divided by the ranks, or 16 where the ring goes through memory of
+    /// the host. Averagers whose averages overlap in time must fit on the device together, which is
+    /// not checked.
+    ///
+    /// By the ring with three ranks or more, another number of channels gives other bits; see
+    /// [`guide::accuracy`](crate::guide::accuracy).
     pub fn channels(mut self, channels: u32) -> Self {
         self.channels = Some(channels);
         self
     }
 
-    /// For the ring: slots of a mailbox, a power of two from 2 to 1,024. Default: 4.
+    /// Slots of each of the ring's mailboxes, a power of two from 2 to 1,024. Default: 4.
     pub fn slots(mut self, slots: u32) -> Self {
         self.slots = slots;
         self
     }
 
-    /// For the ring: bytes of parameters in one slot, 128 B to 64 MiB, rounded up to a multiple of
-    /// 128. Default: 256 KiB, less where that makes all slots of a rank exceed 2 MiB or where the
-    /// model is small; on a CUDA device 32 KiB and 16 MiB.
+    /// Bytes of parameters in one slot of the ring, 128 B to 64 MiB, rounded up to a multiple of
+    /// 128. Default: 256 KiB, less where all slots of a rank would exceed 2 MiB or where the model
+    /// is small; on a CUDA device 32 KiB and 16 MiB.
     pub fn chunk_bytes(mut self, bytes: usize) -> Self {
         self.chunk_bytes = Some(bytes);
         self
     }
 
-    /// For this crate's own tests.
+    /// Settings of this crate's own tests.
     #[cfg(feature = "__testing")]
     #[doc(hidden)]
     pub fn testing(mut self, testing: Testing) -> Self {
@@ -155,12 +159,16 @@ impl Builder {
         self
     }
 
-    /// Builds the averager for these tensors. Collective: returns when every rank has called it,
-    /// with the same error on every rank if options or tensors differ. The tensors' values and
-    /// addresses may change afterwards, their number, order, dtypes and sizes may not.
+    /// Builds the averager for these tensors. Collective: returns when every rank has called it.
+    /// The tensors' values and addresses may change afterwards; their number, order, dtypes and
+    /// sizes stay. Ranks compare options, names, dtypes and sizes, not values.
     ///
-    /// In a process that [joined](crate::Communicator::join) it gives the tensors the values that the
-    /// others have.
+    /// In a process that [joined](crate::Communicator::join), the tensors get rank 0's values.
+    ///
+    /// # Errors
+    /// The same on every rank: [`Error::OptionsDiffer`], [`Error::LayoutsDiffer`], or the error of
+    /// the rank that can't build, such as [`Error::InvalidOption`], [`Error::InvalidTensor`] and
+    /// [`Error::Memory`]. [`Error::Timeout`] names a rank that does not call it.
     pub fn build<P: Lend + ?Sized>(self, params: &mut P) -> Result<ParamAverager> {
         ParamAverager::build(self, params)
     }
@@ -210,8 +218,8 @@ impl Builder {
         )
     }
 
-    /// All blocks of all ranks wait for one another: those that share a device must be resident
-    /// together. If they can't be, how many there are.
+    /// Blocks that do not fit, in words. All blocks of all ranks wait for one another, so those
+    /// that share a device must be resident together.
     fn crowd(&self) -> Option<String> {
         let occupancy = self.communicator.placement().occupancy()?;
         let channels = self.channel_count();
@@ -223,7 +231,7 @@ impl Builder {
         })
     }
 
-    /// What `Auto` stands for.
+    /// Algorithm that `Auto` stands for.
     pub(super) fn chosen_algorithm(&self) -> Algorithm {
         match self.algorithm {
             Algorithm::Auto if self.communicator.placement().one_memory() => Algorithm::Direct,
@@ -255,7 +263,7 @@ impl Builder {
         })
     }
 
-    /// What must be the same on every rank.
+    /// Options that must be the same on every rank.
     pub(super) fn shown(&self) -> Vec<(String, String)> {
         let shown = [
             ("algorithm", format!("{:?}", self.algorithm)),

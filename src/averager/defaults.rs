@@ -1,22 +1,22 @@
-//! Every default that is a number, in one table, each with where it comes from. What `measured` was
-//! measured on is in benches/record/; what is `reasoned` no GPU has confirmed yet.
+//! Numeric defaults in one table, each with its source. `Measured`: benches/record/ names the
+//! machine. `Reasoned`: no GPU has confirmed it yet.
 
 use std::time::Duration;
 
-/// How a rank's part of the ring is cut.
+/// Tiling of a rank's part of the ring.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Cut {
-    /// Channels (threads, or blocks), if as many can run at the same time.
+    /// Most channels (threads, or blocks), if as many can run at the same time.
     pub(super) channels: u32,
-    /// One slot's bytes of parameters.
+    /// Bytes of parameters in one slot.
     pub(super) chunk_bytes: usize,
-    /// All slots of a rank together, at most, unless options ask for more.
+    /// Most bytes of all slots of a rank together, unless options ask for more.
     pub(super) slot_budget_bytes: usize,
 }
 
-/// Threads on CPUs.
+/// Tiling for threads on CPUs.
 ///
-/// * 8 threads a rank move no less than more of them do on one memory. (Reasoned: the machine
+/// * 8 threads a rank saturate one memory: more of them move no more. (Reasoned: the machine
 ///   measured on has 2 cores.)
 /// * 256 KiB: a mailbox of four is then as large as a core's second-level cache, so that its chunks
 ///   have moved on to the cache that cores share by the time the next rank reads them. With 64 KiB
@@ -24,10 +24,10 @@ pub(super) struct Cut {
 ///   (Measured.)
 pub(super) const CPU: Cut = Cut { channels: 8, chunk_bytes: 256 << 10, slot_budget_bytes: 2 << 20 };
 
-/// Blocks of a device whose mailboxes are in memory of devices.
+/// Tiling for blocks of a device whose mailboxes are in memory of devices.
 ///
-/// * Every block that can run: each adds its own to what is in flight to memory, of which a device
-///   needs all it can get.
+/// * Every block that can run: each adds to the bytes in flight to memory, of which a device needs
+///   as many as possible.
 /// * 32 KiB are 4 packs for each of 512 threads, as many as each has in flight.
 /// * 16 MiB are 4 slots of that for each of 128 blocks; they stay in the second-level cache of an
 ///   H100 or H200, which has 50 MiB.
@@ -35,29 +35,29 @@ pub(super) const CPU: Cut = Cut { channels: 8, chunk_bytes: 256 << 10, slot_budg
 /// (All reasoned.)
 pub(super) const PEER: Cut = Cut { channels: 1024, chunk_bytes: DEEP, slot_budget_bytes: 16 << 20 };
 
-/// The same where some mailboxes are in memory of the host.
+/// Tiling for blocks of a device where some mailboxes are in memory of the host.
 ///
-/// * PCIe 5.0 x16 moves 55 GB/s each way and answers in 2 µs or so: 110 KiB in flight keep it busy,
-///   which 4 blocks with 32 KiB each have. 16 leave room for hand-offs, and the other processors to
-///   whatever else runs.
-/// * Chunks as above: 4 slots of them are more than a flag's way there and back takes to fill.
+/// * PCIe 5.0 x16 moves 55 GB/s each way with a latency of about 2 µs: 110 KiB in flight keep it
+///   busy, which is 4 blocks with 32 KiB each. 16 blocks leave room for hand-offs, and the other
+///   multiprocessors to other work.
+/// * Chunks as above: filling 4 slots of them takes longer than a flag's round trip.
 ///
 /// (All reasoned.)
 pub(super) const HOST: Cut = Cut { channels: 16, chunk_bytes: DEEP, slot_budget_bytes: 16 << 20 };
 
-/// What a block has in flight.
+/// Bytes that a block has in flight.
 const DEEP: usize = 4 * 16 * crate::backend::cuda::THREADS as usize;
 
-/// A rank may be so many chunks ahead of the next one. Two let one be written while the other is
-/// read; four even out how long each takes. (Measured on CPUs: 2 to 8 differ by less than the
-/// noise.)
+/// Slots of a mailbox: how many chunks a rank may be ahead of the next one. With two, one is
+/// written while the other is read; four even out different speeds. (Measured on CPUs: 2 to 8
+/// differ by less than the noise.)
 pub(super) const SLOTS: u32 = 4;
 
-/// Slots whose lines take longer than this each to get hold of are written past the caches. 64 at
-/// once: 1 to 5 ns between cores with a common third-level cache, 12 to 21 between others (the
-/// middle 80 % on an EPYC of the fourth generation; measured). A wrong guess costs one turn of the
-/// mailbox.
+/// Latency of a slot's cache line, in nanoseconds, above which slots are written past the caches.
+/// With 64 lines at once: 1 to 5 ns between cores with a common third-level cache, 12 to 21 between
+/// others (the middle 80 % on a fourth-generation EPYC; measured). A wrong guess costs one turn of
+/// the mailbox.
 pub(super) const FAR_NS: u32 = 8;
 
-/// As long as torch.distributed waits for NCCL.
+/// Longest wait for a peer: that of torch.distributed with NCCL.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(600);

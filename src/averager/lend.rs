@@ -1,4 +1,4 @@
-//! Lending: how an average gets at a model's tensors, and how their other uses are ordered with it.
+//! Loans: a model's tensors for the time of one average, and the order of their other uses.
 
 use std::ffi::c_void;
 use std::fmt;
@@ -10,29 +10,32 @@ use crate::{Error, Parameters, Result};
 
 /// A model that lends its tensors for the time of one average.
 ///
-/// Every list of tensors ([`Parameters`]) is one, with nothing to write. Implement this trait for
-/// tensors that are not simply there: behind a lock, in a framework's storage, on a CUDA stream.
-/// `lend` is called only if an average is made, which for [`LocalSgd`](crate::LocalSgd) is one step
-/// of many, and while peers may be waiting.
+/// Every list of tensors ([`Parameters`]) implements it. Implement this trait for tensors that must
+/// be locked, assembled or ordered first: behind a lock, in a framework's storage, on a CUDA
+/// stream. `lend` is called only if an average is made, which for [`LocalSgd`](crate::LocalSgd) is
+/// one step of many, and while peers may be waiting.
+///
+/// The tensors come in the same order on every rank. The order of a `HashMap` is no order: sort by
+/// name, and pass the names on ([`TensorMut::named`](crate::TensorMut::named)), so that a
+/// difference between ranks is an error when the averager is built.
 ///
 /// ```
 /// use std::sync::Mutex;
 /// use param_averager::{Lend, LendError, Loan, TensorMut};
 ///
-/// /// Weights that other threads read under a lock.
+/// /// Weights, read by other threads under a lock.
 /// struct Shared(Vec<(String, Mutex<Vec<f32>>)>);
 ///
 /// impl Lend for Shared {
 ///     fn lend(&mut self, average: &mut dyn FnMut(Loan<'_>)) -> Result<(), LendError> {
 ///         let mut guards = vec![];
 ///         for (name, weights) in &self.0 {
-///             let guard = weights.lock().map_err(|_| LendError::new(format!("{name} is poisoned")))?;
-///             guards.push((name, guard));
+///             let poisoned = |_| LendError::new(format!("the lock of {name} is poisoned"));
+///             guards.push((name, weights.lock().map_err(poisoned)?));
 ///         }
 ///         guards.sort_by_key(|(name, _)| *name); // the same order on every rank
-///         let mut tensors: Vec<_> =
-///             guards.iter_mut().map(|(name, w)| TensorMut::from(&mut w[..]).named(name)).collect();
-///         average(Loan::new(&mut tensors));
+///         let lent = guards.iter_mut().map(|(name, w)| TensorMut::from(&mut w[..]).named(name));
+///         average(Loan::new(&mut lent.collect::<Vec<_>>()));
 ///         Ok(())
 ///     }
 /// }
@@ -46,13 +49,13 @@ use crate::{Error, Parameters, Result};
 )]
 pub trait Lend {
     /// Calls `average` once, with all tensors, in an order that is the same on every rank and at
-    /// every call. When it returns, the average has been made, or enqueued on the loan's stream;
-    /// how it ended is told to the caller of the average, not here.
+    /// every call. When `average` returns, the average has been made, or enqueued on the loan's
+    /// stream; its result goes to the caller of the collective call, not to `lend`.
     ///
     /// # Errors
-    /// Why the tensors can't be lent now: a lock that is poisoned, a tensor that is not contiguous
-    /// or no float. Every rank then gets [`Error::LendFailed`], and no tensor is changed. The same
-    /// holds if `average` is not called.
+    /// The reason why the tensors can't be lent now: a poisoned lock, a tensor that is not
+    /// contiguous or holds no floats. Every rank then gets [`Error::LendFailed`], and no tensor is
+    /// changed. The same holds if `average` is not called.
     fn lend(&mut self, average: &mut dyn FnMut(Loan<'_>)) -> std::result::Result<(), LendError>;
 }
 
@@ -64,28 +67,27 @@ impl<P: Parameters + ?Sized> Lend for P {
     }
 }
 
-/// The tensors of one average, for as long as [`Lend::lend`] runs, and what orders their uses.
+/// Tensors of one average, for as long as [`Lend::lend`] runs, and the order of their uses.
 pub struct Loan<'a>(Lent<'a>);
 
 enum Lent<'a> {
-    /// Nothing else uses the tensors until the average has been made.
+    /// Tensors with no other use until the average has been made.
     Exclusive(&'a mut dyn Parameters),
-    /// All uses of the tensors are ordered on this stream.
+    /// Tensors whose uses are all ordered on this stream.
     OnStream(&'a mut dyn Parameters, *mut c_void),
-    /// An adapter orders their uses.
+    /// Tensors whose uses are ordered by an adapter.
     Ordered(&'a mut dyn Ordered),
 }
 
 impl<'a> Loan<'a> {
-    /// Tensors that nothing else uses until the average has been made. On a CUDA device, the
-    /// average runs behind what the null stream was given before.
+    /// Tensors with no other use until the average has been made. On a CUDA device, the average
+    /// runs behind the work of the null stream.
     pub fn new(tensors: &'a mut dyn Parameters) -> Self {
         Loan(Lent::Exclusive(tensors))
     }
 
-    /// Tensors whose uses are ordered on a CUDA stream: the average runs behind what the stream was
-    /// given, and what it is given later finds the mean. See [`RawCudaParams`] for streams that can
-    /// be used.
+    /// Tensors whose uses are ordered on a CUDA stream: the average runs behind the stream's
+    /// earlier work, and later work sees the mean. [`RawCudaParams`] says which streams are valid.
     ///
     /// # Safety
     /// As [`RawCudaParams::new`].
@@ -93,7 +95,7 @@ impl<'a> Loan<'a> {
         Loan(Lent::OnStream(tensors, stream))
     }
 
-    /// Tensors whose uses an adapter of this crate orders.
+    /// Tensors whose uses are ordered by an adapter of this crate.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub(crate) fn ordered(params: &'a mut dyn Ordered) -> Self {
         Loan(Lent::Ordered(params))
@@ -110,12 +112,12 @@ impl fmt::Debug for Loan<'_> {
     }
 }
 
-/// Why tensors could not be lent. Any error becomes one by `?`.
+/// Reason why tensors could not be lent. `?` converts any error into it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LendError(String);
 
 impl LendError {
-    /// An error with this text: which tensor, what was found, what to do.
+    /// Error with this text: the tensor, what was found, what to do.
     pub fn new(reason: impl Into<String>) -> Self {
         LendError(reason.into())
     }
@@ -140,14 +142,15 @@ impl fmt::Display for LendError {
 /// [`average`](ParamAverager::average) then runs behind the work of the stream and waits;
 /// [`start`](ParamAverager::start) enqueues and returns.
 ///
-/// The stream is a `CUstream` (a `cudaStream_t` is the same) of the device's primary context. It is
-/// this rank's own: on a stream that ranks share, the first one's average would wait for one that
-/// is behind it. And it is of the non-blocking kind: what a peer does on the null stream would wait
-/// for the others. Any other is refused, on this rank alone, whose peers find out when it drops its
-/// averager or at the timeout. With ranks on CPUs no stream is looked at.
+/// The stream is a `CUstream` (a `cudaStream_t` is the same) of the device's primary context. It
+/// belongs to this rank alone: on a shared stream, the first rank's average would wait for the
+/// second one's, which is queued behind it. It is non-blocking (`CU_STREAM_NON_BLOCKING`): a
+/// blocking stream would wait for a peer's work on the null stream. Any other stream is refused on
+/// this rank alone; its peers get an error when it drops its averager, or at the timeout. On CPUs
+/// the stream is ignored.
 ///
-/// A stream that is being captured takes an average by [`start`](ParamAverager::start) into its
-/// graph.
+/// While the stream is being captured, [`start`](ParamAverager::start) captures the average into
+/// the graph.
 ///
 /// [`TensorMut::from_raw_parts`]: crate::TensorMut::from_raw_parts
 #[derive(Debug)]
@@ -163,9 +166,9 @@ impl<P: Parameters> RawCudaParams<P> {
     /// `tensors`, whose uses are ordered on `stream`.
     ///
     /// # Safety
-    /// Until every average of them is done, the stream lives, and the tensors live and are used by
-    /// nothing but work that is ordered before or after it on that stream. This holds for every
-    /// replay of a graph that such an average was captured in, and the replay ends before the
+    /// Until every average of the tensors is done, the stream and the tensors live, and the tensors
+    /// are used only by work that is ordered before or after the average on that stream. The same
+    /// holds for every replay of a graph with such an average in it, and the replay ends before the
     /// averager is dropped.
     pub unsafe fn new(stream: *mut c_void, tensors: P) -> Self {
         RawCudaParams { tensors, stream }
@@ -180,17 +183,17 @@ impl<P: Parameters> Lend for RawCudaParams<P> {
     }
 }
 
-/// Tensors with an order of their own: an adapter makes the stream wait for their earlier uses, and
+/// Tensors whose uses are ordered by an adapter: it makes the stream wait for earlier uses, and
 /// later uses wait for the average.
 pub(crate) trait Ordered {
-    /// Calls `with` with the tensors as they are now.
+    /// Calls `with` with the tensors at their current addresses.
     fn with_tensors(
         &mut self,
         with: &mut dyn FnMut(&mut dyn Parameters),
     ) -> std::result::Result<(), String>;
 
-    /// Starts one average, as `begin` does. `waits`: the caller lets nothing use the tensors until
-    /// it has waited for the average.
+    /// Starts one average, as `begin` does. `waits` is true if the caller lets nothing use the
+    /// tensors until it has waited for the average.
     fn begin(
         &mut self,
         averager: &mut ParamAverager,
@@ -201,7 +204,7 @@ pub(crate) trait Ordered {
 }
 
 impl ParamAverager {
-    /// One average, made when it returns.
+    /// Makes one average, which is done when this returns.
     pub(crate) fn run<P: Lend + ?Sized>(&mut self, params: &mut P, call: Call) -> Result<Outcome> {
         let start = Instant::now();
         match self.average_lent(params, call, true, start)? {
@@ -210,7 +213,7 @@ impl ParamAverager {
         }
     }
 
-    /// One average. `None`: it is under way on a stream, which `waits` excludes.
+    /// Makes one average. `None`: it is under way on a stream, which `waits` excludes.
     pub(super) fn average_lent<P: Lend + ?Sized>(
         &mut self,
         params: &mut P,
@@ -272,7 +275,7 @@ impl ParamAverager {
         }
     }
 
-    /// Takes part in an average only to say that this rank has no tensors for it.
+    /// Takes part in an average only to tell the peers that this rank has no tensors for it.
     fn refuse_to_average(
         &mut self,
         failed: LendError,
@@ -286,7 +289,7 @@ impl ParamAverager {
         // SAFETY: with a problem, no tensor is read or written.
         let begun = unsafe { self.launch(Some(Problem::NOT_LENT), call, None) };
         match begun.and_then(|()| self.end(start)) {
-            // This rank knows why.
+            // This rank's own error has the reason.
             Err(Error::LendFailed { rank, .. }) if rank == self.rank() => Err(own),
             ended => ended.map(Some),
         }
@@ -297,7 +300,7 @@ impl ParamAverager {
     }
 }
 
-/// Calls `with` with the tensors that `params` lends, for what is no average.
+/// Calls `with` with the tensors that `params` lends, without an average.
 pub(super) fn with_tensors<P: Lend + ?Sized>(
     params: &mut P,
     with: &mut dyn FnMut(&mut dyn Parameters),

@@ -1,29 +1,29 @@
-//! Where mailboxes live.
+//! Placement of mailboxes.
 
 use crate::backend::proximity::PeerAccess;
 use crate::backend::{Memory, MemorySpace};
 use crate::world::Placement;
 use crate::Error;
 
-/// Where the mailbox between two neighbours of the ring lives, on CUDA devices. On CPUs all memory
-/// is one. All of it holds for ranks that are threads and for ranks that are processes, which open
-/// each other's device memory by CUDA IPC.
+/// Placement of the mailbox between two neighbours of the ring, on CUDA devices. The same for
+/// threads and for processes, which open each other's device memory by CUDA IPC. On CPUs there is
+/// nothing to choose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Link {
-    /// `Peer` where it works, which is found out by moving bytes, else `Host`: for each two
-    /// neighbours by itself.
+    /// [`Peer`](Self::Peer) where a probe that moves bytes both ways succeeds, else
+    /// [`Host`](Self::Host); decided for each two neighbours.
     Auto,
-    /// In the receiver's device memory: the sender writes over NVLink or PCIe (P2P), or has the
-    /// same device.
+    /// The receiver's device memory: the sender writes over NVLink or PCIe (P2P), or has the same
+    /// device.
     Peer,
-    /// In page-locked memory of the host, which both devices map: the sender writes over PCIe and
-    /// the receiver reads over PCIe.
+    /// Page-locked memory of the host, mapped by both devices: the sender writes over PCIe, and the
+    /// receiver reads over PCIe.
     Host,
 }
 
 impl Link {
-    /// Whether the mailbox between these ranks is in memory of the host.
+    /// True if the mailbox between these ranks is in memory of the host.
     pub(super) fn is_host(self, placement: &Placement, rank: usize, other: usize) -> bool {
         match self {
             Link::Auto => placement.peers(rank, other) != PeerAccess::Verified,
@@ -32,12 +32,12 @@ impl Link {
         }
     }
 
-    /// Whether any is.
+    /// True if any mailbox is in memory of the host.
     pub(super) fn is_host_anywhere(self, placement: &Placement) -> bool {
         neighbours(placement).any(|(rank, next)| self.is_host(placement, rank, next))
     }
 
-    /// Why it can't be had.
+    /// Error of a link that these devices do not have.
     pub(super) fn refusal(
         self,
         placement: &Placement,
@@ -72,7 +72,7 @@ impl Link {
         ))
     }
 
-    /// Memory for what a neighbour writes: zeroed.
+    /// Zeroed memory that a neighbour writes to.
     pub(super) fn place(
         is_host: bool,
         placement: &Placement,
@@ -94,7 +94,7 @@ impl Link {
     }
 }
 
-/// Each rank and the next one.
+/// Pairs of each rank and the next one in the ring.
 fn neighbours(placement: &Placement) -> impl Iterator<Item = (usize, usize)> + '_ {
     let order = placement.order();
     (0..order.len()).map(|position| (order[position], order[(position + 1) % order.len()]))

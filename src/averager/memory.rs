@@ -1,5 +1,4 @@
-//! The memory that a rank needs besides its tensors: how large it is, and what it holds before the
-//! first average.
+//! Memory of a rank besides its tensors: its sizes, and its contents before the first average.
 
 use std::sync::Arc;
 
@@ -16,7 +15,7 @@ use crate::{DeviceError, Error, Result};
 /// Bytes between two counters that different ranks write.
 pub(super) const LINE_BYTES: usize = PA_LINE_WORDS as usize * 4;
 
-/// What one slot holds.
+/// Sizes of a slot.
 #[derive(Clone, Copy)]
 pub(super) struct Sizes {
     /// Data packs.
@@ -48,7 +47,7 @@ impl Sizes {
         Sizes { chunk, slot_packs: chunk * widest as u32, slots: options.slots }
     }
 
-    /// `filled` counters, then the slots.
+    /// Memory for the `filled` counters, followed by the slots.
     fn inbox(&self, is_host: bool, options: &Builder, channels: u32) -> Result<Memory, String> {
         let (testing, communicator) = (&options.testing, &options.communicator);
         let slots =
@@ -67,19 +66,19 @@ impl Sizes {
     }
 }
 
-/// Lines of counters as they are before the first average.
+/// Lines of counters before the first average.
 fn counters(channels: u32, testing: &Testing) -> Vec<u32> {
     let mut lines = vec![0; (channels * PA_LINE_WORDS) as usize];
     lines.iter_mut().step_by(PA_LINE_WORDS as usize).for_each(|counter| *counter = testing.counter);
     lines
 }
 
-/// Checks that there is memory for what grows with the number of tensors: this rank's tables, and a
-/// line for each tensor from every rank. It is allocated in small pieces, none of which can fail
-/// but by an abort. `names`: bytes of all their names.
+/// Checks that there is memory for everything that grows with the number of tensors: this rank's
+/// tables, and a line for each tensor from every rank. It is allocated later, in small pieces,
+/// whose failure would abort the process. `names` is the number of bytes of all names.
 pub(super) fn check_room(tensors: usize, names: usize, rank: usize, world: usize) -> Result<()> {
-    // Bytes for a tensor besides its name: in tables that double as they grow; in a line, of which
-    // this rank has 5 and 2 from each peer.
+    // Bytes for a tensor besides its name: in tables, which double as they grow; and in a line, of
+    // which this rank has 5, and 2 from each peer.
     const TABLES: usize = 320;
     const LINE: usize = 96;
     let lines = (tensors * LINE + names) * (5 + 2 * world);
@@ -87,20 +86,20 @@ pub(super) fn check_room(tensors: usize, names: usize, rank: usize, world: usize
         .map_err(|reason| Error::Memory { rank, reason })
 }
 
-/// What a rank needs besides its tensors.
+/// Memory and threads of a rank besides its tensors.
 pub(super) struct RankMemory {
     pub(super) engine: Engine,
-    /// Every bucket's own shard of the mean.
+    /// This rank's shard of the mean, for each bucket.
     pub(super) shards: Vec<Memory>,
-    /// See `Handshake`.
+    /// Memory that neighbours write to; see `Handshake`.
     pub(super) inbox: Option<Arc<Memory>>,
     pub(super) credits: Option<Arc<Memory>>,
-    /// Rank 0's: the notice boards of all ranks.
+    /// Control block of all ranks. Rank 0 has it.
     pub(super) control: Option<Arc<Control>>,
 }
 
 impl RankMemory {
-    /// Allocates all of it, and completes the table of buckets with where it is.
+    /// Allocates everything, and completes the table of buckets with its addresses.
     pub(super) fn new(
         options: &Builder,
         table: &mut Table,
@@ -153,7 +152,7 @@ impl RankMemory {
             credits = Some(memory);
         }
         let control = (rank == 0).then(|| {
-            // The host's where that of a device is not everybody's.
+            // In memory of the host where not all ranks can address that of one device.
             let placement = options.communicator.placement();
             let is_host = !placement.one_memory() || options.link == Link::Host;
             Control::new(Link::place(is_host, placement, space, Control::BYTES)?, testing.counter)
@@ -179,7 +178,7 @@ impl RankMemory {
         })
     }
 
-    /// Bytes of all of it.
+    /// Number of bytes in all.
     pub(super) fn bytes(&self, table: &Table) -> usize {
         let shards: usize = self.shards.iter().map(Memory::bytes).sum();
         let mailbox: usize =

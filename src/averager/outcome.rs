@@ -1,5 +1,4 @@
-//! How an average ended, as a result: what the kernels' status records say, and what the device
-//! does.
+//! Result of an average, from the kernels' status records and the device's errors.
 
 use std::time::{Duration, Instant};
 
@@ -13,12 +12,12 @@ use crate::world::Failure;
 use crate::{Error, Result};
 
 impl ParamAverager {
-    /// The channels' status records. Between launches only.
+    /// Status records of the channels. Between launches only.
     pub(super) fn ended(&self) -> impl Iterator<Item = PaChannel> + '_ {
         self.own.engine.ended().iter().copied()
     }
 
-    /// Tells the peers that this rank is through with its last average, if it is: it may go then,
+    /// Tells the peers that this rank has completed its last average, if it has: then it may leave,
     /// and they need not give up an average that they are still in.
     pub(super) fn say_through(&self) {
         let is_through = |status: PaChannel| match status.outcome {
@@ -32,7 +31,7 @@ impl ParamAverager {
         }
     }
 
-    /// What they say of an average that began at `start`, if that is known.
+    /// Result of the average that began at `start`, if that is known.
     pub(super) fn outcome(&mut self, start: Option<Instant>) -> Result<Outcome> {
         self.say_through();
         let committed = self.ended().any(|status| status.committed != 0);
@@ -62,7 +61,7 @@ impl ParamAverager {
             PA_WEIGHTING => Error::WeightingDiffers { rank },
             PA_BAD_WEIGHT => Error::InvalidWeight { rank, weight: f64::from_bits(status.found) },
             PA_NO_WEIGHT => Error::AllWeightsZero,
-            // PA_OPEN: told to leave without a word, by a test.
+            // PA_OPEN: a test made this rank leave silently.
             PA_OPEN => self.fatal(
                 Failure { kind: PA_LEFT, position: self.position() },
                 Phase::Exit,
@@ -76,11 +75,11 @@ impl ParamAverager {
         Err(error)
     }
 
-    /// The device did not do what it was told. Peers hear that this rank will not come.
+    /// Error of a device that failed. Peers are told that this rank has left.
     pub(crate) fn device_failed(&mut self, reason: String) -> Error {
-        // Peers don't mind what a rank that has left is doing, so its kernels end first. They do:
-        // what was enqueued is a whole average, which waits for nothing but peers' part of it; or
-        // `begin` has told all to end; or the device is lost.
+        // Peers do not wait for the kernels of a rank that has left, so these end first. They do
+        // end: what was enqueued is a whole average, which waits for the peers' part only; or
+        // `launch` has told all ranks to end; or the device is lost.
         let _ = self.own.engine.finish();
         self.agreement.control.leave(self.position());
         let error = Error::DeviceFailed { rank: self.rank(), source: reason.into() };
@@ -88,7 +87,7 @@ impl ParamAverager {
         error
     }
 
-    /// What is wrong with this rank's tensors or weight, whatever its peers do.
+    /// Error of this rank's own tensors or weight, whatever its peers do.
     pub(super) fn refusal_of(&self, problem: Option<Problem>, call: Call) -> Option<Error> {
         let rank = self.rank();
         match (problem, call.weight) {
@@ -100,7 +99,7 @@ impl ParamAverager {
         }
     }
 
-    /// World size 1: what others would have said, and nothing else.
+    /// Result of an average in a world of one rank: the checks of its arguments, and nothing else.
     pub(super) fn alone(
         &self,
         refusal: Option<Error>,
@@ -129,7 +128,7 @@ impl ParamAverager {
         }
     }
 
-    /// Why an average could not be started or waited for, as an error.
+    /// Error of an average that could not be started or waited for.
     pub(crate) fn unstarted(&mut self, unstarted: Unstarted) -> Error {
         match unstarted {
             Unstarted::Refused { found, expected } => {
@@ -147,7 +146,7 @@ impl ParamAverager {
                 let (tensor, element) = bucket.locate(element);
                 (self.table.describe(tensor), element)
             }
-            // A peer's word must not make this rank panic.
+            // A peer's record must not make this rank panic.
             None => ("a tensor that it has not named".into(), 0),
         };
         Error::NonFinite { rank, tensor, element }

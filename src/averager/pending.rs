@@ -11,35 +11,38 @@ use super::{Call, Lend, Outcome, ParamAverager, Report};
 use crate::abi::PA_OPEN;
 use crate::{Error, Result};
 
-/// An average that has been enqueued: wait for it to get its report or its error.
+/// Average that has been enqueued; [`wait`](Self::wait) returns its report or its error.
 ///
 /// Dropping it waits, too. A fatal error is then the cause of the next call's
-/// [`Error::Poisoned`](crate::Error::Poisoned); any other is lost.
+/// [`Error::Poisoned`](crate::Error::Poisoned); any other error is lost.
 #[derive(Debug)]
 #[must_use = "wait for it: its error is lost otherwise"]
 pub struct Pending<'a> {
     averager: &'a mut ParamAverager,
     start: Instant,
-    /// Nothing was enqueued, or it has been waited for.
+    /// Result, once it is known: nothing was enqueued, or the wait is over.
     over: Option<Result<Outcome>>,
 }
 
 impl ParamAverager {
-    /// Starts an average and returns: on a CUDA stream it is enqueued, behind what the stream has
-    /// been given, and what the stream is given later finds the mean. Collective, as
-    /// [`average`](ParamAverager::average).
+    /// Starts an average and returns. On a CUDA stream it is enqueued behind the stream's earlier
+    /// work, and later work sees the mean. Collective, as [`average`](ParamAverager::average).
     ///
     /// It is enqueued if the parameters are used on a stream, as [`RawCudaParams`] and cudarc's
     /// slices are. Any other parameters hold the mean when this returns.
     ///
-    /// If the stream is being captured, the average becomes a part of the graph, with the tensors
-    /// where they are now: nothing runs, and there is nothing to wait for. Every rank captures one
-    /// in a graph of its own and replays it as often as the others, each replay is one average, and
-    /// [`graph_outcome`](ParamAverager::graph_outcome) tells how it ended. Wrong tensors or a wrong
-    /// weight are this rank's error alone then, at once, and nothing is captured.
+    /// If the stream is being captured, the average becomes a part of the graph, with the tensors'
+    /// current addresses: nothing runs, and there is nothing to wait for. Every rank captures an
+    /// average in a graph of its own, and all ranks replay their graphs equally often. Each replay
+    /// is one average; [`graph_outcome`](ParamAverager::graph_outcome) returns its result. Wrong
+    /// tensors or a wrong weight are then an error of this rank alone, at once, and nothing is
+    /// captured.
     ///
-    /// If the average fails, what the stream is given later runs all the same, on tensors as they
-    /// were: [`Pending::wait`] tells.
+    /// If the average fails, later work of the stream runs all the same, on unchanged tensors.
+    ///
+    /// # Errors
+    /// A tensor, weight or stream of this rank that can't be used; [`Pending::wait`] has the errors
+    /// of the average itself.
     ///
     /// [`RawCudaParams`]: crate::RawCudaParams
     pub fn start<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Pending<'_>> {
@@ -62,9 +65,9 @@ impl ParamAverager {
         Ok(Pending { averager: self, start, over })
     }
 
-    /// Waits for a stream on which a graph with an average in it has been launched, and tells what
-    /// the last replay did. A failure that ended the world ends every later replay at once.
-    /// `elapsed` of the report is 0: nobody looked at a clock.
+    /// Waits for a stream on which a graph with an average in it has been launched, and returns the
+    /// result of the last replay. After a fatal failure every later replay ends at once. `elapsed`
+    /// of the report is 0, since a replay is not timed.
     ///
     /// # Safety
     /// The stream is one of the device's primary context, and no replay is under way on another.
@@ -84,7 +87,7 @@ impl ParamAverager {
             found: "one on which no captured average has been replayed".into(),
             expected: "one that a graph with this averager's average was launched on",
         };
-        // No block has begun an average yet, or the last one was none.
+        // No block has begun an average yet, or the last launch was none.
         if self.args.fault_step == 0 && self.ended().any(|status| status.outcome == PA_OPEN) {
             return Err(none);
         }
@@ -94,8 +97,7 @@ impl ParamAverager {
         }
     }
 
-    /// Refuses a stream that an average can't be enqueued on, or, if the caller `waits`, not be
-    /// waited for.
+    /// Refuses a stream that can't take an average, or, if the caller `waits`, can't be waited for.
     ///
     /// # Safety
     /// It is a stream of the device's primary context.
@@ -131,7 +133,7 @@ impl ParamAverager {
         self.communicator.device()
     }
 
-    /// Why an average can't be enqueued on this stream.
+    /// Reason why an average can't be enqueued on this stream.
     ///
     /// # Safety
     /// It is a stream of the device's primary context.
@@ -140,8 +142,8 @@ impl ParamAverager {
         unsafe { self.own.engine.refuses(stream) }.map_err(|reason| self.device_failed(reason))
     }
 
-    /// Keeps a stream alive until the next average has begun, by when this one is done, also if
-    /// its `Pending` is forgotten.
+    /// Keeps a stream alive until the next average has begun, when this one is done, also if its
+    /// `Pending` was forgotten.
     #[cfg(feature = "cuda")]
     pub(crate) fn keep(&mut self, stream: Arc<dyn Any + Send + Sync>) {
         self.stream = Some(stream);
@@ -154,8 +156,12 @@ impl Pending<'_> {
         self.over.is_some() || self.averager.own.engine.is_done()
     }
 
-    /// Waits until the average is done. `elapsed` of the report is the time from the call to this
-    /// return. One that was captured has not run, which is an error.
+    /// Waits until the average is done. `elapsed` of the report is the time from the call of
+    /// `start` to this return.
+    ///
+    /// # Errors
+    /// As [`ParamAverager::average`]; [`Error::InvalidOption`](crate::Error::InvalidOption) if the
+    /// average was captured, since it has not run.
     pub fn wait(mut self) -> Result<Report> {
         self.end().map(Outcome::report)
     }

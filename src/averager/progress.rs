@@ -1,10 +1,10 @@
-//! Record of what a call of several steps has done to the tensors so far.
+//! Record of the changes that a call of several steps has made to the tensors so far.
 
 use crate::{Error, Report, TensorState};
 
 /// The changes that one call has made to the tensors before its current step.
 ///
-/// A call such as `LocalSgd::step` averages, lets a process in, and may recover. Each step has its
+/// A call such as `LocalSgd::step` averages, admits a process, and may recover. Each step has its
 /// own result, but the caller gets one. The functions that make several steps return [`Halt`] as
 /// their error, which only a `Progress` can make of an [`Error`], so that none of them can report
 /// "no tensor was changed" after an earlier step has changed some.

@@ -17,26 +17,26 @@ use crate::sync::lock;
 use crate::world::{Admission, Communicator, Rebuild};
 use crate::{Error, Result};
 
-/// Everything that an averager is built from.
+/// Recipe of an averager: everything that it is built from.
 pub(super) struct Blueprint {
     options: Builder,
     layout: Arc<Layout>,
-    /// The same on every rank, and for all successors.
+    /// Identity of the averager in its world, the same on every rank and for all successors.
     ordinal: String,
-    /// The place in the schedule, kept up to date by `LocalSgd`.
+    /// Place in the schedule, kept up to date by `LocalSgd`.
     position: AtomicU64,
     successor: Mutex<Option<Successor>>,
 }
 
-/// The averager in a later view, which has no `Blueprint` until it is taken: it would never be
-/// dropped.
+/// Averager in a later view. It has no `Blueprint` until it is taken, since a cycle of owners would
+/// never be dropped.
 struct Successor {
     view: u32,
     built: Result<Box<ParamAverager>>,
 }
 
 impl Blueprint {
-    /// The blueprint of an averager that was built just now. Its world knows it from now on.
+    /// Blueprint of an averager that was built just now, registered with its world.
     pub(super) fn of(averager: &ParamAverager) -> Arc<Blueprint> {
         let blueprint = Arc::new(Blueprint {
             options: averager.options.clone(),
@@ -58,14 +58,14 @@ impl Blueprint {
         self.position.store(position, Ordering::Relaxed);
     }
 
-    /// Why there is no successor in this view, if that was found out.
+    /// Reason why there is no successor in this view, if building one has failed.
     pub(super) fn refusal(&self, view: u32) -> Option<Error> {
         let successor = self.lock();
         let of_view = successor.as_ref().filter(|successor| successor.view == view)?;
         of_view.built.as_ref().err().cloned()
     }
 
-    /// The successor in this view, if this process has built one. An error stays.
+    /// Successor in this view, if this process has built one. An error stays.
     pub(super) fn take(self: &Arc<Self>, view: u32) -> Option<Result<ParamAverager>> {
         if let Some(error) = self.refusal(view) {
             return Some(Err(error));
@@ -85,7 +85,7 @@ impl Blueprint {
     fn put(&self, communicator: &Communicator, built: Result<ParamAverager>) {
         let built = built.map(Box::new);
         let before = self.lock().replace(Successor { view: communicator.view(), built });
-        drop(before); // after the lock: ends the threads of one that nobody has taken
+        drop(before); // After the lock: it ends the threads of a successor that was not taken.
     }
 }
 
@@ -134,12 +134,12 @@ impl fmt::Debug for Blueprint {
     }
 }
 
-/// True if an error of building means that the view has lost a rank, so that the next view can do
-/// without it.
+/// True if an error of building means that the view has lost a rank, so that the next view leaves
+/// it out.
 pub(super) fn is_of_the_view(error: &Error) -> bool {
     match error {
         Error::PeerLost { phase, .. } | Error::Timeout { phase, .. } => *phase == Phase::Build,
-        Error::Poisoned { cause } => is_of_the_view(cause), // another thread was told first
+        Error::Poisoned { cause } => is_of_the_view(cause), // Another thread got the error first.
         _ => false,
     }
 }

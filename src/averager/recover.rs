@@ -8,47 +8,51 @@ use crate::schedule::place;
 use crate::world::{Admission, Communicator};
 use crate::{Error, Result};
 
-/// An averager's way to the next view of its world.
+/// Result of an averager's move to the next view of its world.
 pub(crate) struct Regrouped {
-    /// The place in the schedule of the rank that is farthest on.
+    /// Place in the schedule of the rank that is farthest on.
     pub(crate) position: u64,
-    /// The average that gave a process that joined its model, if one did.
+    /// Average that gave a joiner the model, if a process joined.
     pub(crate) admitted: Option<Admitted>,
 }
 
-/// The average that gave a process that joined its model.
+/// Average that gave a joiner the model.
 #[derive(Clone, Debug)]
 pub(crate) struct Admitted {
     pub(crate) report: Report,
-    /// The tensors of this rank are the mean now; else they are as they were.
+    /// True if the tensors of this rank are the mean now, false if they are unchanged.
     pub(crate) is_mean: bool,
 }
 
-/// Tries in a row after which nobody was lost: a peer may have been stopped for a while, or have
-/// been on its way to the next view. More would end as these.
+/// Most tries in a row in which no rank is lost: a peer may have been stopped for a while, or have
+/// been on its way to the next view. Further tries would end as these.
 pub(crate) const TRIES: u32 = 4;
 
 impl ParamAverager {
-    /// Collective among the ranks that are left, after an error that [is fatal](Error::is_fatal):
-    /// builds the averager anew, with the same options, for the ranks that call it within the
-    /// builder's `timeout` and are not gone; see
-    /// [`Communicator::recover`](crate::Communicator::recover). Ranks are numbered anew. If another
-    /// is lost on the way, the rest goes on without it. The next average is the mean over them, and
-    /// makes them agree where some tensors were half written.
+    /// Builds the averager again after a [fatal](Error::is_fatal) error, with the same options, for
+    /// the ranks that are alive and call it within the builder's `timeout`; see
+    /// [`Communicator::recover`](crate::Communicator::recover). Collective among them. Ranks are
+    /// renumbered. If another rank is lost on the way, the others go on without it. The next
+    /// average is the mean over them, and makes them agree where some tensors were half written.
     ///
     /// A process with several averagers calls it on each, in any order, unless a process joins
-    /// meanwhile: the world has lost the rank for all of them, whichever has failed. Does nothing
-    /// while the world has all its ranks and the averager has not failed. After an error that says
-    /// nothing of this rank being left out, it can be called again. It gives up after a few tries
-    /// in which nobody was lost; a try takes the builder's `timeout` for each averager at most.
+    /// meanwhile: the world has lost the rank for all averagers, whichever has failed. It does
+    /// nothing while the world has all its ranks and the averager has not failed.
+    ///
+    /// # Errors
+    /// [`Error::Excluded`] if the others went on without this rank, and
+    /// [`Error::RecoveryUnsupported`] for ranks that are threads. After any other error it can be
+    /// called again. It gives up after a few tries in a row in which no rank is lost; a try takes
+    /// the builder's `timeout` for each averager at most.
     pub fn recover<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<()> {
         let mut progress = Progress::default();
         self.recover_step(params, false, &mut progress).map(drop).map_err(Halt::error)
     }
 
-    /// One step of a call that may have more: the place in the schedule comes with it, since some
-    /// ranks may have been done with the average that failed for others, and have gone on to the
-    /// next. `averages`: the caller averages next, to make up for an average that was due.
+    /// Recovers, as one step of a call that may have more. Returns the place in the schedule, since
+    /// some ranks may have completed the average that failed for others, and have gone on to the
+    /// next. `averages` is true if the caller averages next, to make up for an average that was
+    /// due.
     pub(crate) fn recover_step(
         &mut self,
         params: &mut (impl Lend + ?Sized),
@@ -60,8 +64,7 @@ impl ParamAverager {
         if !is_over && !self.has_failed() && !self.communicator.is_superseded() {
             return Ok(Regrouped { position: self.position_in_schedule(), admitted: None });
         }
-        // This view was tried, and none but this averager could not be built in it: others are at
-        // work there.
+        // In this view all averagers but this one were built, and are in use.
         let refused =
             self.blueprint.as_ref().and_then(|blueprint| blueprint.refusal(latest.view()));
         match refused {
@@ -70,21 +73,24 @@ impl ParamAverager {
         }
     }
 
-    /// Collective, after an average whose report says that a process [waits to
-    /// join](Report::join_pending): lets it in, as the last rank, and gives it a copy of rank 0's
-    /// tensors, by an average in which rank 0 alone has a weight. The tensors of all other ranks
-    /// stay as they are, bit for bit. If it is gone by now, or its tensors or options are not those
-    /// of the others, these go on without it, and make a plain average instead, since some of them
-    /// may have to recover.
+    /// Admits a process that [waits to join](Report::join_pending), as the last rank, and gives it
+    /// a copy of rank 0's tensors, by an average in which rank 0 alone has a weight. Collective,
+    /// after an average whose report says so. The tensors of all other ranks stay as they are, bit
+    /// for bit. If the process is gone by now, or its tensors or options differ, the others go on
+    /// without it, and make a plain average instead, since some of them may have to recover.
     ///
-    /// Every other averager of this world is to call it next, in the order in which they were
-    /// built; one that averages first gets an error, and [`recover`](Self::recover) then does the
-    /// same. What the new process needs to know besides, such as how many steps were made, belongs
-    /// into a tensor: `LocalSgd` tells it by itself. For ranks that are processes; threads get
-    /// [`Error::RecoveryUnsupported`], and nothing has happened.
+    /// Every other averager of this world calls it next, in the order in which they were built. An
+    /// averager that averages first gets an error, and [`recover`](Self::recover) then does the
+    /// same. Anything else that the new process needs to know, such as the number of steps made,
+    /// belongs into a tensor; [`LocalSgd`](crate::LocalSgd) tells it the number of steps by itself.
+    ///
+    /// # Errors
+    /// [`Error::RecoveryUnsupported`] for ranks that are threads, with nothing changed. Otherwise
+    /// as [`recover`](Self::recover) and [`average`](Self::average).
     ///
     /// ```no_run
-    /// # fn train(averager: &mut param_averager::ParamAverager, model: &mut Vec<Vec<f32>>) -> param_averager::Result<()> {
+    /// # use param_averager::{ParamAverager, Result};
+    /// # fn train(averager: &mut ParamAverager, model: &mut Vec<Vec<f32>>) -> Result<()> {
     /// if averager.average(model)?.join_pending {
     ///     averager.admit_joiner(model)?;
     /// }
@@ -107,14 +113,14 @@ impl ParamAverager {
         self.failed.is_some() || self.agreement.control.failure().is_some()
     }
 
-    /// True if no average can have left them half written. One that the world has left behind began
-    /// none.
+    /// True if no average can have left the tensors half written. An averager of a stale view has
+    /// begun none.
     fn tensors_are_whole(&self) -> bool {
         matches!(self.failed, None | Some(Error::StaleView { .. }))
             && self.agreement.control.failure().is_none()
     }
 
-    /// The next view of the world, and this averager in it.
+    /// Moves to the next view of the world, and builds this averager in it.
     pub(crate) fn regroup(
         &mut self,
         params: &mut (impl Lend + ?Sized),
@@ -122,7 +128,7 @@ impl ParamAverager {
         averages: bool,
         progress: &mut Progress,
     ) -> Result<Regrouped, Halt> {
-        // Whatever was enqueued ends by itself.
+        // Enqueued work ends by itself.
         let _ = self.own.engine.finish();
         if admission != Admission::None {
             match &self.failed {
@@ -145,10 +151,10 @@ impl ParamAverager {
         let mut in_vain = 0;
         loop {
             let next = self.options.communicator.next(self.timeout, admission != Admission::None);
-            // Kept also where what follows fails: the next call begins from there.
+            // Kept also if a later step fails: the next call begins from this view.
             self.options.communicator = match next {
                 Ok(communicator) => communicator,
-                // nothing has happened
+                // Nothing has changed.
                 Err(error @ Error::RecoveryUnsupported { .. }) => return Err(progress.halt(error)),
                 Err(error) => return Err(self.halt(error, progress)),
             };
@@ -181,14 +187,13 @@ impl ParamAverager {
                     self.set_position_in_schedule(position);
                     return Ok(Regrouped { position, admitted });
                 }
-                // A rank was lost that was there a moment ago.
+                // A rank of the new view was lost.
                 Err(error) if is_of_the_view(&error) => {
                     progress.survived(&error);
                     last = Some((error, communicator.world_size()));
                 }
                 Err(error @ Error::Aborted { .. }) => return Err(self.halt(error, progress)),
-                // The joiner is not like the others, or was lost before it had the model: it has
-                // left.
+                // The joiner differs, or was lost before it had the model: it has left.
                 Err(error) if joins => {
                     progress.survived(&error);
                     admission = Admission::None;
@@ -198,7 +203,7 @@ impl ParamAverager {
         }
     }
 
-    /// This averager in a view without a joiner; see `rebuild`.
+    /// Successor of this averager in a view without a joiner; see `rebuild`.
     fn successor(&self, communicator: &Communicator, averages: bool) -> Result<ParamAverager> {
         let ordinal = self.agreement.ordinal.as_deref().filter(|_| averages);
         communicator.rebuild(ordinal, self.timeout)?;
@@ -207,13 +212,13 @@ impl ParamAverager {
         taken.unwrap_or_else(|| Err(Error::StaleView { rank: communicator.rank() }))
     }
 
-    /// Its world is over, so that `recover` is the way on.
+    /// Error after which this averager is unusable until it recovers.
     fn halt(&mut self, error: Error, progress: &mut Progress) -> Halt {
         self.failed.get_or_insert_with(|| error.clone());
         progress.halt(error)
     }
 
-    /// The first average of an averager that was built since a process joined.
+    /// Makes the first average of an averager that was built since a process joined.
     pub(super) fn average_with_joiner(&mut self, params: &mut (impl Lend + ?Sized)) -> Result<()> {
         let handshakes = &self.agreement.handshakes;
         if handshakes.iter().all(|handshake| handshake.admission == Admission::None) {
@@ -222,8 +227,7 @@ impl ParamAverager {
                 false => Ok(()),
             };
         }
-        // The same on every rank: some may come from an average that failed, others from one that
-        // did not.
+        // The same on every rank, although the last average may have failed on some of them only.
         let is_mean = handshakes.iter().any(|handshake| handshake.admission == Admission::Mean);
         let is_member = self.options.admission != Admission::None;
         let counts = is_member && (is_mean || self.rank() == 0);
@@ -241,14 +245,14 @@ impl ParamAverager {
         Ok(())
     }
 
-    /// Of all ranks, when the averager was built.
+    /// Farthest place in the schedule of all ranks, when the averager was built.
     pub(crate) fn schedule_position(&self) -> u64 {
         let positions =
             self.agreement.handshakes.iter().map(|handshake| handshake.schedule_position);
         positions.max().unwrap_or(0)
     }
 
-    /// The place in the schedule that this rank is at.
+    /// Place in the schedule of this rank.
     fn position_in_schedule(&self) -> u64 {
         self.blueprint.as_ref().map_or(0, |blueprint| blueprint.position())
     }
@@ -257,7 +261,7 @@ impl ParamAverager {
         self.blueprint.iter().for_each(|blueprint| blueprint.set_position(position));
     }
 
-    /// Whether this rank knows of a process that waits to join.
+    /// True if this rank knows of a process that waits to join.
     pub(crate) fn join_pending(&self) -> bool {
         self.communicator.has_joiner()
     }

@@ -1,27 +1,27 @@
-//! What an average did.
+//! Report of an average.
 
 use std::time::Duration;
 
 use super::Algorithm;
 
-/// What one average moved, and how long it took on this rank.
+/// Bytes, time and bandwidth of one average, on this rank.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Report {
-    /// Bytes of this rank's tensors: S.
+    /// Bytes of this rank's tensors, S.
     pub bytes: u64,
-    /// From the call to the return.
+    /// Time from the call to the return.
     pub elapsed: Duration,
-    /// Of it, time spent waiting for peers: for late ones at the start, for slow ones on the way.
-    /// The longest of all channels.
+    /// Part of `elapsed` spent waiting for peers, at the start or on the way. Maximum over
+    /// channels.
     pub waited: Duration,
-    /// Ranks that took part.
+    /// Number of ranks that took part.
     pub world_size: usize,
-    /// How it was done.
+    /// Algorithm in use.
     pub algorithm: Algorithm,
-    /// A process waits to [join](crate::Communicator::join) this world; the same on every rank.
-    /// [`LocalSgd`](crate::LocalSgd) lets it in, or
-    /// [`ParamAverager::admit_joiner`](crate::ParamAverager::admit_joiner).
+    /// True if a process waits to [join](crate::Communicator::join) this world; the same on every
+    /// rank. [`LocalSgd`](crate::LocalSgd) or
+    /// [`ParamAverager::admit_joiner`](crate::ParamAverager::admit_joiner) admits it.
     pub join_pending: bool,
 }
 
@@ -36,8 +36,8 @@ impl Report {
         }
     }
 
-    /// Bus bandwidth in GB/s: algbw · 2·(n − 1)/n, what a ring puts on each link. As in nccl-tests,
-    /// for all algorithms.
+    /// Bus bandwidth in GB/s: algbw · 2·(n − 1)/n, the load of a ring on each link. As in
+    /// nccl-tests, it is computed so for all algorithms.
     pub fn busbw(&self) -> f64 {
         let n = self.world_size as f64;
         self.algbw() * 2.0 * (n - 1.0) / n

@@ -1,5 +1,4 @@
-//! A rank's tensors as the kernels see them: the segment tables, brought up to date at every
-//! average.
+//! Segment tables: a rank's tensors in the kernels' form, brought up to date at every average.
 
 use std::sync::Arc;
 
@@ -10,7 +9,7 @@ use crate::tensor::{Dtype, Unordered};
 use crate::world::Device;
 use crate::{Error, Parameters, TensorMut};
 
-/// The tensors that an averager is built for, wherever they lie.
+/// Tensors that an averager is built for, without their addresses.
 #[derive(Debug)]
 pub(super) struct Layout {
     device: Device,
@@ -19,31 +18,31 @@ pub(super) struct Layout {
     shapes: Vec<Shape>,
 }
 
-/// Elements of a tensor at most: no memory is longer. Larger numbers come of a wrong length in
+/// Most elements of a tensor: no memory is longer. Larger numbers come from a wrong length in
 /// `TensorMut::from_raw_parts`, and would overflow sums of sizes.
 fn most_elements(dtype: Dtype) -> u64 {
     isize::MAX as u64 / dtype.size() as u64
 }
 
-/// Tensors, and where each lies in its bucket.
+/// Tensors, and the place of each in its bucket.
 #[derive(Debug)]
 pub(super) struct Table {
     pub(super) layout: Arc<Layout>,
     placement: Vec<Place>,
     pub(super) buckets: Vec<Bucket>,
-    /// What the kernels get.
+    /// Buckets in the kernels' form.
     pub(super) raw: Vec<PaBucket>,
-    /// For `overlap`: begin, end and index of each tensor with elements.
+    /// Begin, end and index of each tensor with elements, for `overlap`.
     spans: Vec<(u64, u64, u32)>,
     pub(super) bytes: u64,
-    /// Addresses have changed since somebody last took this.
+    /// True if addresses have changed since the engine last got the tables.
     pub(super) moved: bool,
-    /// Addresses have changed since tensors were last seen not to overlap.
+    /// True if addresses have changed since the tensors were last checked for overlap.
     unchecked: bool,
 }
 
-/// What is wrong with the tensors of a call: for `PaRecord.detail` and `found`, so that every rank
-/// can say so.
+/// Problem with the tensors of a call, as `PaRecord.detail` and `found`, so that every rank can
+/// report it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Problem {
     pub(super) tensor: u64,
@@ -51,11 +50,11 @@ pub(super) struct Problem {
 }
 
 impl Problem {
-    /// The rank's `Lend` has lent nothing.
+    /// Problem of a rank whose `Lend` has lent nothing.
     pub(super) const NOT_LENT: Problem = Problem { tensor: 0, found: NOT_LENT << SHIFT };
 }
 
-/// `Problem::found`: what it is about is in the top byte, below 16 a dtype.
+/// Kinds of a problem, in the top byte of `Problem::found`; below 16 it is a dtype.
 const MISSING: u64 = 16;
 const EXTRA: u64 = 17;
 const NULL: u64 = 18;
@@ -71,24 +70,24 @@ const NOT_LENT: u64 = 27;
 const SHIFT: u32 = 56;
 
 impl Layout {
-    /// The layout of no tensors.
+    /// Layout of no tensors.
     pub(super) fn none(device: Device, space: MemorySpace) -> Layout {
         Layout { device, space, names: vec![], shapes: vec![] }
     }
 
-    /// The number of tensors, and bytes of all their names.
+    /// Number of tensors, and bytes of all their names.
     pub(super) fn size(&self) -> (usize, usize) {
         (self.shapes.len(), self.names.iter().map(String::len).sum())
     }
 
-    /// The same device without tensors.
+    /// Layout of no tensors on the same device.
     pub(super) fn without_tensors(&self) -> Layout {
         Layout::none(self.device, self.space.clone())
     }
 }
 
 impl Table {
-    /// The table of these tensors; addresses are those of now.
+    /// Table of these tensors, at their current addresses.
     pub(super) fn new(
         params: &mut dyn Parameters,
         device: Device,
@@ -107,7 +106,7 @@ impl Table {
         (table, problem)
     }
 
-    /// A table of the same tensors, whose addresses are not known yet.
+    /// Table of these tensors, whose addresses are not known yet.
     pub(super) fn of(layout: Arc<Layout>) -> Table {
         let (buckets, placement) = bucket::plan(&layout.shapes);
         let raw = buckets.iter().map(|_| bytemuck::Zeroable::zeroed()).collect();
@@ -118,7 +117,7 @@ impl Table {
     }
 
     /// Takes over the tensors' addresses, if they are the tensors that the table was made for. Does
-    /// not allocate. The addresses are good for as long as the caller's borrow of `params`.
+    /// not allocate. The addresses are valid for as long as the caller's borrow of `params`.
     pub(super) fn refresh<'a>(
         &mut self,
         params: &'a mut (dyn Parameters + '_),
@@ -140,7 +139,7 @@ impl Table {
         }
     }
 
-    /// Takes over the tensor's address, or says what is wrong with it.
+    /// Takes over the tensor's address, or returns its problem.
     fn take(&mut self, index: usize, tensor: &TensorMut<'_>) -> Result<(), u64> {
         let found = u64::from(tensor.dtype().code()) << SHIFT | tensor.len() as u64;
         let Some(&shape) = self.layout.shapes.get(index) else { return Err(EXTRA << SHIFT) };
@@ -185,7 +184,7 @@ impl Table {
         Ok(())
     }
 
-    /// Two tensors that share memory would be averaged twice.
+    /// Finds two tensors that share memory, which would be averaged twice.
     fn overlap(&mut self) -> Result<(), Problem> {
         self.spans.clear();
         for bucket in &self.buckets {
@@ -206,11 +205,11 @@ impl Table {
         }
     }
 
-    /// The error for a problem of rank `rank`, whose tensors are the same as this rank's.
+    /// Error for a problem of rank `rank`, whose tensors are the same as this rank's.
     pub(super) fn error(&self, rank: usize, problem: Problem) -> Error {
         let index = problem.tensor as usize;
         if problem.found == Problem::NOT_LENT.found {
-            let reason = "it could not lend its tensors; see its own error".into();
+            let reason = "that rank's own error has the reason".into();
             return Error::LendFailed { rank, reason };
         }
         let (what, low) = (problem.found >> SHIFT, problem.found & ((1 << SHIFT) - 1));
@@ -271,7 +270,7 @@ impl Table {
         }
     }
 
-    /// A line about one tensor, such as "tensor 3 `ln.weight` (f32, 768 elements)".
+    /// Line about one tensor, such as "tensor 3 `ln.weight` (f32, 768 elements)".
     pub(super) fn describe(&self, index: usize) -> String {
         let Shape { dtype, elements } = self.layout.shapes[index];
         let name = match self.layout.names[index].as_str() {

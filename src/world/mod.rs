@@ -100,11 +100,11 @@ impl Communicator {
     /// ```
     /// use param_averager::{Communicator, Device};
     ///
-    /// let ranks = Communicator::from_devices(&[Device::cpu(), Device::cpu()])?;
-    /// assert_eq!(ranks.len(), 2);
-    /// for communicator in ranks {
-    ///     std::thread::spawn(move || println!("rank {}", communicator.rank()));
-    /// }
+    /// let world = Communicator::from_devices(&[Device::cpu(), Device::cpu()])?;
+    /// let rank = |communicator: Communicator| std::thread::spawn(move || communicator.rank());
+    /// let ranks: Vec<_> = world.into_iter().map(rank).collect();
+    /// let numbers: Vec<_> = ranks.into_iter().map(|rank| rank.join().unwrap()).collect();
+    /// assert_eq!(numbers, [0, 1]);
     /// # Ok::<(), param_averager::Error>(())
     /// ```
     ///

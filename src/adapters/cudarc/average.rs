@@ -19,7 +19,7 @@ impl Lend for CudaParams<'_> {
 }
 
 impl Ordered for CudaParams<'_> {
-    /// The stream waits for earlier uses; nothing else is enqueued.
+    /// Makes the stream wait for earlier uses, and enqueues nothing else.
     fn with_tensors(
         &mut self,
         with: &mut dyn FnMut(&mut dyn Parameters),
@@ -43,7 +43,7 @@ impl Ordered for CudaParams<'_> {
             Err(error) => return Err(averager.not_beside_a_capture(error)),
         };
         let null = stream.context().default_stream();
-        // Tensors that are refused are not used, so nothing need wait for them.
+        // Refused tensors are not used, so nothing needs to wait for them.
         let none_refused = || tensors.iter().all(|tensor| tensor.refusal().is_none());
         if is_blocking && *stream != null && none_refused() {
             if let Err(error) = null.join(stream) {
@@ -51,14 +51,14 @@ impl Ordered for CudaParams<'_> {
             }
         }
         let on = (!is_blocking).then(|| stream.cu_stream().cast());
-        // SAFETY: the stream is one of the primary context of this rank's device, which was
-        // checked, and the averager keeps it. It, or the null stream behind it, waits for what was
-        // done to the tensors, which was checked for each; those that are not so ordered are
-        // refused. What is done later waits for the events that are recorded below, or is given to
-        // the same stream; or, on a blocking stream, comes after the caller has waited.
+        // SAFETY: the stream belongs to the primary context of this rank's device, which was
+        // checked, and the averager keeps it alive. It, or the null stream behind it, waits for
+        // earlier uses of the tensors, which was checked for each; tensors that are not so ordered
+        // are refused. Later uses wait for the events that are recorded below, or are enqueued on
+        // the same stream; or, on a blocking stream, come after the caller has waited.
         let outcome = unsafe { averager.begin(&mut tensors, call, on, start) }?;
         if outcome.is_none() {
-            // To cudarc, a context whose last stream is gone has no need to order uses any more.
+            // cudarc stops ordering uses in a context whose last stream was dropped.
             averager.keep(stream.clone());
         }
         if let Err(error) = events.iter().try_for_each(|event| event.record(stream)) {
@@ -70,8 +70,8 @@ impl Ordered for CudaParams<'_> {
 }
 
 impl ParamAverager {
-    /// True if the stream is of the blocking kind. An error if it can't be averaged on; `waits`: if
-    /// it can't be averaged on by a caller that waits.
+    /// True if the stream is of the blocking kind. An error if it can't take an average, or, if
+    /// `waits`, can't take an average that the caller waits for.
     fn check_cudarc(&mut self, stream: &Arc<CudaStream>, waits: bool) -> Result<bool> {
         let refuse = |rank, found: String, expected| {
             Err(Error::InvalidOption { rank, option: "stream", found, expected })
@@ -88,13 +88,13 @@ impl ParamAverager {
             let found = format!("one of {on}{kind}, where the rank is on {}", self.device());
             return refuse(rank, found, expected);
         }
-        // It may be that a use of a tensor could not be recorded.
+        // With an error left, a use of a tensor may not have been recorded.
         if let Err(error) = context.check_err() {
             let expected = "one whose context has no error left: see what failed, then call again";
             let found = format!("one whose context holds an error, {}", reason(error));
             return refuse(rank, found, expected);
         }
-        // A graph that was replayed later would use the tensors when they are not lent.
+        // A later replay of the graph would use the tensors outside of their loan.
         if !is_not_captured(stream).map_err(|error| self.not_beside_a_capture(error))? {
             let expected = "one that is not; or RawCudaParams, which is unsafe";
             return refuse(rank, "one that is being captured".into(), expected);
@@ -104,11 +104,11 @@ impl ParamAverager {
             // SAFETY: a stream of the primary context of this rank's device.
             return Ok(unsafe { self.refusal(raw) }?.is_some());
         }
-        // SAFETY: as above.
+        // SAFETY: a stream of the primary context of this rank's device.
         unsafe { self.check_stream(raw, waits) }.map(|()| false)
     }
 
-    /// The driver failed with what was to order the null stream, or on it.
+    /// Error of the driver while it ordered the null stream, or work on it.
     fn not_beside_a_capture(&mut self, error: DriverError) -> Error {
         let failure = reason(error);
         self.unstarted(match is_of_capture(error.0) {
@@ -118,7 +118,7 @@ impl ParamAverager {
     }
 }
 
-/// cudarc's text for an error. There is a stream, so there is a driver.
+/// Text of cudarc for an error. There is a stream, so the driver is loaded.
 fn reason(error: DriverError) -> String {
     error.to_string()
 }

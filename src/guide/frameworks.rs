@@ -1,0 +1,177 @@
+//! A framework's tensors: names and order, equal initial weights, and loans of locked storage.
+//!
+//! # One order, with names
+//! Every rank passes the same tensors in the same order. **The order of a `HashMap` is no order**:
+//! it differs from process to process, and from map to map. candle's `VarMap` and tch's `VarStore`
+//! keep their variables in one. Sort by name, and name every tensor
+//! ([`TensorMut::named`](crate::TensorMut::named)): ranks compare names, dtypes and sizes when the
+//! averager is built, and a difference is [`Error::LayoutsDiffer`](crate::Error::LayoutsDiffer).
+//! Without names, layers of one shape in another order are averaged with each other, and no error
+//! says so. Names are compared when building only, so the order of later calls is the caller's
+//! duty. Pass tied parameters once.
+//!
+//! # Equal initial weights
+//! Building compares layouts, not values. If ranks begin with different weights, the first average
+//! mixes unrelated models, which costs accuracy. Load one checkpoint on every rank, or copy rank
+//! 0's weights right after building, by an average in which rank 0 alone has a weight. A process
+//! that joined must not make that call: it has rank 0's model already, and its peers do not average
+//! then.
+//!
+//! # Tensors behind a lock
+//! [`Parameters`](crate::Parameters) is for tensors that can be borrowed at once.
+//! [`Lend`](crate::Lend) is for all others: `lend` takes locks or assembles tensors, calls
+//! `average` while it holds them, and is called only if an average is made. An error that it
+//! returns reaches every rank as [`Error::LendFailed`](crate::Error::LendFailed), and no tensor
+//! changes.
+//!
+//! ```
+//! use std::collections::HashMap;
+//! use std::sync::Mutex;
+//! use param_averager::*;
+//!
+//! /// A trainer's variables, in a map that other threads read.
+//! struct Variables(HashMap<String, Mutex<Vec<f32>>>);
+//!
+//! impl Lend for Variables {
+//!     fn lend(&mut self, average: &mut dyn FnMut(Loan<'_>)) -> Result<(), LendError> {
+//!         let mut locked = vec![];
+//!         for (name, values) in &self.0 {
+//!             let poisoned = |_| LendError::new(format!("the lock of {name} is poisoned"));
+//!             locked.push((name, values.lock().map_err(poisoned)?));
+//!         }
+//!         locked.sort_by_key(|(name, _)| *name); // the order is the same on every rank
+//!         let lent = locked.iter_mut().map(|(name, v)| TensorMut::from(&mut v[..]).named(name));
+//!         average(Loan::new(&mut lent.collect::<Vec<_>>()));
+//!         Ok(())
+//!     }
+//! }
+//!
+//! fn train(communicator: Communicator) -> Result<f32> {
+//!     let rank = communicator.rank();
+//!     let layer = |name: &str| (name.to_owned(), Mutex::new(vec![rank as f32; 64]));
+//!     let mut variables = Variables(HashMap::from(["q", "k", "v", "o"].map(layer)));
+//!     let mut averager = ParamAverager::builder(communicator).build(&mut variables)?;
+//!     // Every rank begins with rank 0's weights. Not in a process that joined.
+//!     averager.average_weighted(&mut variables, if rank == 0 { 1.0 } else { 0.0 })?;
+//!     let mut sgd = LocalSgd::new(averager, Schedule::every(8));
+//!     for _batch in 0..100 {
+//!         // train_step(&variables, batch);
+//!         sgd.step(&mut variables)?;
+//!     }
+//!     sgd.finish(&mut variables)?;
+//!     let q = variables.0["q"].lock().unwrap();
+//!     Ok(q[0])
+//! }
+//!
+//! let world = Communicator::from_devices(&[Device::cpu(), Device::cpu()])?;
+//! let ranks: Vec<_> = world.into_iter().map(|rank| std::thread::spawn(|| train(rank))).collect();
+//! for rank in ranks {
+//!     assert_eq!(rank.join().unwrap()?, 0.0);
+//! }
+//! # Ok::<(), Error>(())
+//! ```
+//!
+//! # candle
+//! `VarMap` hides its storage behind locks, but an in-place operation lends it. Operations that
+//! nest in one another hold all locks during the average: no copy, no unsafe code. The program
+//! below was compiled and run with candle 0.11.1 on CPUs; for CUDA, add `cuda_fwd`, which makes a
+//! [`CudaTensorMut`](crate::adapters::cudarc::CudaTensorMut) of each slice. A thread with a stack
+//! of 2 MiB nests about 3,000 tensors.
+//!
+//! ```ignore
+//! use std::cell::{Cell, RefCell};
+//!
+//! use candle_core::{bail, CpuStorage, InplaceOp1, Layout, Var};
+//! use candle_nn::VarMap;
+//! use param_averager::{Lend, LendError, Loan, TensorMut};
+//!
+//! /// The variables of a `VarMap`, sorted by name.
+//! pub struct VarParams(Vec<(String, Var)>);
+//!
+//! impl VarParams {
+//!     pub fn new(map: &VarMap) -> Self {
+//!         let data = map.data().lock().unwrap();
+//!         let mut vars: Vec<_> = data.clone().into_iter().collect();
+//!         vars.sort_by(|a, b| a.0.cmp(&b.0));
+//!         VarParams(vars)
+//!     }
+//! }
+//!
+//! impl Lend for VarParams {
+//!     fn lend(&mut self, average: &mut dyn FnMut(Loan<'_>)) -> Result<(), LendError> {
+//!         Ok(nest(&self.0, vec![], &RefCell::new(average))?)
+//!     }
+//! }
+//!
+//! type Average<'r> = RefCell<&'r mut dyn FnMut(Loan<'_>)>;
+//!
+//! /// Locks the first variable and nests the others in it: all are locked during the average.
+//! fn nest(vars: &[(String, Var)], mut tensors: Vec<TensorMut<'_>>, average: &Average<'_>)
+//!     -> candle_core::Result<()> {
+//!     match vars.split_first() {
+//!         None => Ok((*average.borrow_mut())(Loan::new(&mut tensors))),
+//!         Some(((name, var), others)) => {
+//!             var.inplace_op1(&Nested { name, others, tensors: Cell::new(tensors), average })
+//!         }
+//!     }
+//! }
+//!
+//! struct Nested<'v, 't, 'r> {
+//!     name: &'v str,
+//!     others: &'v [(String, Var)],
+//!     tensors: Cell<Vec<TensorMut<'t>>>,
+//!     average: &'v Average<'r>,
+//! }
+//!
+//! impl InplaceOp1 for Nested<'_, '_, '_> {
+//!     fn name(&self) -> &'static str {
+//!         "param-averager"
+//!     }
+//!
+//!     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+//!         let Some((a, b)) = layout.contiguous_offsets() else { bail!("{} has gaps", self.name) };
+//!         let tensor = match storage {
+//!             CpuStorage::F32(values) => TensorMut::from(&mut values[a..b]),
+//!             CpuStorage::F64(values) => TensorMut::from(&mut values[a..b]),
+//!             CpuStorage::F16(values) => TensorMut::from(&mut values[a..b]),
+//!             CpuStorage::BF16(values) => TensorMut::from(&mut values[a..b]),
+//!             _ => bail!("{} holds no floats", self.name),
+//!         };
+//!         let mut tensors: Vec<TensorMut<'_>> = self.tensors.take();
+//!         tensors.push(tensor.named(self.name));
+//!         nest(self.others, tensors, self.average)
+//!     }
+//! }
+//! ```
+//!
+//! # burn
+//! burn's modules go by value, and their tensors change address. Hold the module in an `Option`; in
+//! `lend`, take it out, map it with a `ModuleMapper` that takes each parameter apart
+//! (`param.consume()`, `tensor.into_data()`) and keeps its path as a name, call `average` with the
+//! `TensorData` (`as_mut_slice`), and map it back (`Tensor::from_data`). On the flex backend of
+//! burn 0.22 no byte is copied; GPU backends copy to the host and back. Put the module back before
+//! an error is returned, too.
+//!
+//! # tch, and raw pointers
+//! For memory that Rust sees as an address only (`Tensor::data_ptr` of tch, another runtime's
+//! allocations), [`TensorMut::from_raw_parts`](crate::TensorMut::from_raw_parts) makes a tensor,
+//! unsafely. With a CUDA stream that orders its uses it goes into
+//! [`RawCudaParams`](crate::RawCudaParams).
+//!
+//! # cudarc
+#![cfg_attr(
+    feature = "cuda",
+    doc = "Slices of cudarc are safe to average, on a stream: [`CudaParams`](crate::CudaParams)."
+)]
+#![cfg_attr(not(feature = "cuda"), doc = "Slices of cudarc need the feature `cuda`.")]
+//!
+//! # What is not averaged
+//! Buffers and the optimizer's state stay local unless they are passed as tensors. With batch
+//! normalisation, running statistics differ from rank to rank: evaluate and save rank 0's model, or
+//! pass the statistics. Moments of Adam may stay local. Count **optimizer steps**, not
+//! micro-batches: call [`LocalSgd::step`](crate::LocalSgd::step) after `optimizer.step()`, and
+//! [`skip`](crate::LocalSgd::skip) where a loss scaler left it out. Each rank trains on its own
+//! part of the data, mixed, not sorted by label. Make equally many steps on every rank: where one
+//! rank runs out of data and calls [`finish`](crate::LocalSgd::finish), averages of its peers are
+//! [`Error::SchedulesDiffer`](crate::Error::SchedulesDiffer) on all ranks, with unchanged tensors,
+//! until all of them call `finish`.

@@ -1,0 +1,79 @@
+//! Guide: short pages on what concerns more than one item.
+//!
+//! | page | it answers |
+//! |---|---|
+//! | [`frameworks`] | How are tensors of candle, burn, tch or another trainer averaged? |
+#![cfg_attr(
+    all(target_os = "linux", feature = "processes"),
+    doc = "| [`processes`] | How do processes start, find one another and tell jobs apart? |"
+)]
+#![cfg_attr(
+    feature = "cuda",
+    doc = "| [`streams`] | What is an average ordered with on a CUDA stream and in a CUDA graph? |"
+)]
+//! | [`failures`] | What can fail, what do the tensors hold then, and how does training go on? |
+#![cfg_attr(
+    all(target_os = "linux", feature = "processes"),
+    doc = "| [`joining`] | How does a process enter a world that is training? |"
+)]
+//! | [`accuracy`] | How exact is the mean, and when do two runs have the same bits? |
+//!
+//! # The data path of an average
+//!
+//! ```text
+//!  tensors: any count, size, alignment    the trainer's memory, never moved, pointers never change
+//!      │ gather 16-byte packs through the segment table                      (flatten)
+//!      ▼
+//!  rank r: inbox slot ─ + own packs × weight, in f32 ─▶ outbox slot = inbox of rank r+1
+//!      │                n-1 reduce steps; / Σ weights on the last one:
+//!      │                rank r now holds shard r of the mean
+//!      ▼
+//!  commit: every rank has its shard and every verdict is good, or no rank writes
+//!      ▼
+//!  own shard ─▶ outbox … inbox ─▶ outbox            n-1 gather steps
+//!      │ scatter packs back through the same table                           (unflatten)
+//!      ▼
+//!  the same tensors, now the mean, the same bits on every rank
+//! ```
+//!
+//! That is the ring ([`Algorithm::Ring`](crate::Algorithm::Ring)), in one fused kernel: no flatten
+//! buffer, no collective per tensor, no new storage. Where ranks can address each other's tensors
+//! (threads of one process, on CPUs or on one CUDA device),
+//! [`Algorithm::Auto`](crate::Algorithm::Auto) takes the direct way instead: the owner of each part
+//! reads its n values, adds them in rank order, rounds once and writes n results.
+//!
+//! The kernels' source is written once and compiled for CPUs and, by nvcc, for NVIDIA GPUs. It is
+//! meant to be read: `kernels/ring.h` and `kernels/direct.h` first.
+//!
+//! ```
+//! use param_averager::{Algorithm, Communicator, Device, ParamAverager};
+//!
+//! let world = Communicator::from_devices(&[Device::cpu(), Device::cpu()])?;
+//! let ranks: Vec<_> = world.into_iter().map(|communicator| std::thread::spawn(move || {
+//!     let mut model = vec![vec![0.0f32; 1000]; 3];
+//!     let averager = ParamAverager::builder(communicator).build(&mut model)?;
+//!     // What `Auto` stands for here, and the memory that it takes beside the model, in bytes.
+//!     assert_eq!(averager.algorithm(), Algorithm::Direct);
+//!     assert!(averager.memory_overhead() < 1 << 20);
+//!     Ok::<_, param_averager::Error>(())
+//! })).collect();
+//! for rank in ranks {
+//!     rank.join().unwrap()?;
+//! }
+//! # Ok::<(), param_averager::Error>(())
+//! ```
+//!
+//! # Memory and system calls
+//! Extra memory per rank on CPUs: at most S/n + 4 MiB by the ring, for S bytes of parameters and n
+//! ranks, and 1 MiB directly. After construction nothing is allocated and no system call is made,
+//! waiting aside. On a CUDA device the slots take up to 16 MiB, and the driver may allocate.
+
+pub mod accuracy;
+pub mod failures;
+pub mod frameworks;
+#[cfg(all(target_os = "linux", feature = "processes"))]
+pub mod joining;
+#[cfg(all(target_os = "linux", feature = "processes"))]
+pub mod processes;
+#[cfg(feature = "cuda")]
+pub mod streams;

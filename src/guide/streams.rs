@@ -1,0 +1,72 @@
+//! CUDA: streams, graphs, and links between devices. Simulated only: no GPU has run it, and the
+//! defaults of grids and chunks are reasoned, not measured.
+//!
+//! # Ranks and tensors
+//! `Communicator::from_devices(&[Device::cuda(0), Device::cuda(1)])` makes one rank a device;
+//! several ranks may share one: `&[Device::cuda(0); 2]`. Tensors are slices of cudarc
+//! ([`CudaParams`](crate::CudaParams), safe) or device pointers
+//! ([`TensorMut::from_raw_parts`](crate::TensorMut::from_raw_parts), unsafe).
+//!
+//! # Order on a stream
+//!
+//! | call | runs behind | returns | streams |
+//! |---|---|---|---|
+//! | `average` of tensors without a stream | the null stream and every blocking stream, none under capture | when the average is done | none: work of non-blocking streams on the tensors must be done before |
+//! | `average` of [`RawCudaParams`](crate::RawCudaParams) or [`CudaParams`](crate::CudaParams) | the earlier work of their stream | when the average is done | raw: non-blocking, of this rank alone; cudarc: any kind |
+//! | `start` of the same | the earlier work of their stream | at once; later work of the stream sees the mean | non-blocking, of this rank alone |
+//!
+//! If an average fails, later work of the stream runs all the same, on unchanged tensors;
+//! [`Pending::wait`](crate::Pending::wait) returns the report or the error. cudarc's events order
+//! an average of its slices with their uses on all other streams, freeing them included; see
+//! [`adapters::cudarc`](crate::adapters::cudarc).
+//!
+//! ```no_run
+//! use std::ffi::c_void;
+//! use param_averager::*;
+//!
+//! /// One step that is enqueued and not waited for. `pointer` is device memory of `n` floats.
+//! unsafe fn step(averager: &mut ParamAverager, stream: *mut c_void, pointer: *mut u8, n: usize)
+//!     -> Result<()> {
+//!     // train_step(stream, pointer);
+//!     // SAFETY: the caller's pointer and stream live until the average is done, and all uses of
+//!     // the tensor are ordered on this stream.
+//!     let mut params = unsafe {
+//!         let tensor = TensorMut::from_raw_parts(pointer, n, Dtype::F32, Device::cuda(0));
+//!         RawCudaParams::new(stream, tensor.named("weights"))
+//!     };
+//!     let pending = averager.start(&mut params)?;
+//!     // What the stream is given from here on sees the mean.
+//!     let report = pending.wait()?;
+//!     println!("{} bytes in {:?}", report.bytes, report.elapsed);
+//!     Ok(())
+//! }
+//! ```
+//!
+//! # Graphs
+//! While the stream is being captured, [`start`](crate::ParamAverager::start) makes the average a
+//! part of the CUDA graph, with the tensors' addresses of that moment. Every rank captures a graph
+//! of its own and replays it as often as the others; each replay is one average.
+//! [`graph_outcome`](crate::ParamAverager::graph_outcome) waits for the stream and returns the
+//! result of the last replay. Wrong tensors or a wrong weight are refused while capturing, on that
+//! rank alone. `examples/cuda_graph.rs` shows it.
+//!
+//! # What can block
+//! A rank's average waits for its peers on the device itself. While it runs, its peers on the same
+//! device must not call `cudaFree` or anything else that waits for every kernel: the average and
+//! that call would wait for each other, until the average's timeout. With many streams, set
+//! `CUDA_DEVICE_MAX_CONNECTIONS=32`: streams that share one of 8 hardware queues wait for one
+//! another. Averagers whose averages overlap in time must fit on the device together.
+//!
+//! # Links
+//! Between two devices the ring writes straight into the other device's memory (P2P) if a probe
+//! that moves bytes both ways finds them right, whatever the driver says; else it goes through
+//! page-locked memory of the host. [`Builder::link`](crate::Builder::link) insists on one of the
+//! two. Ranks follow one another around the ring by NVLink, PCIe switch and NUMA node.
+//! [`Topology::probe`](crate::Topology::probe) returns what was found, and `allreduce-bench
+//! --devices` draws it. Peers touch mailboxes only, never the tensors (by the ring), so tensors of
+//! `cuMemAllocAsync` pools work across devices and processes.
+//!
+//! # candle
+//! candle's `Device::new_cuda` uses the per-thread default stream, which is blocking: with
+//! [`CudaParams`](crate::CudaParams), `average` and `LocalSgd::step` take it, and `start` refuses
+//! it. `Device::new_cuda_with_stream` has a stream that `start` takes.
