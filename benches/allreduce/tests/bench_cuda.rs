@@ -11,7 +11,7 @@ use serde_json::Value;
 #[path = "../../../tests/common/mod.rs"]
 mod common;
 #[allow(dead_code)] // which starts this program, not the bench
-#[path = "../../../tests/ptx/simulator.rs"]
+#[path = "../../../tests/kernels/ptx/simulator.rs"]
 mod simulator;
 
 use simulator::{driver_for, Driver};

@@ -16,7 +16,7 @@ use crate::backend::Unstarted;
 
 /// Threads of a block: what the kernels are compiled for at most. 4 packs in flight for each fill a
 /// processor's memory pipe, and the registers of one block a processor suffice without spills
-/// (tests/sass.rs).
+/// (tests/kernels/sass.rs).
 pub(crate) const THREADS: u32 = 512;
 
 /// A rank's stream and tables.

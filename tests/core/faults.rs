@@ -1,6 +1,7 @@
 //! Invariants 4, 5 and 7: whatever goes wrong, every rank gets the same typed error in time, and as
 //! long as nobody wrote, every tensor holds the bytes it held before.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::time::{Duration, Instant};

@@ -3,6 +3,7 @@
 //! After a change to the header: `WRITE_ABI=1 cargo test --test abi`. Needs libclang
 //! (`LIBCLANG_PATH`); prints SKIPPED without it.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 #[derive(Debug)]

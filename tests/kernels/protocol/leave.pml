@@ -1,5 +1,5 @@
 /* Who goes and who is missed (trouble and is_lost in kernels/mailbox.h, say_through in src/averager/outcome.rs), for spin: N
- * ranks each make AVERAGES averages, in each of which they wait for a word of every other, and go. tests/model.rs runs it.
+ * ranks each make AVERAGES averages, in each of which they wait for a word of every other, and go. tests/kernels/model.rs runs it.
  *
  *   HEALTHY     every rank must come to the end of all averages, whoever has gone before it did
  *   otherwise   one rank may die, which the others are told after its last store, and one may be stopped for good, both

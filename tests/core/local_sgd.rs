@@ -1,5 +1,6 @@
 //! Local SGD on top: when it averages, what it says, and that it learns.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use common::{ranks, Random};

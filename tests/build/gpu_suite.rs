@@ -1,6 +1,7 @@
 //! What `tests/gpu/suite run` makes of a bundle: made of shell scripts here, on a driver that does
 //! nothing.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use serde_json::Value;

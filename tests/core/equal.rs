@@ -1,6 +1,7 @@
 //! Averaging what is the same everywhere changes nothing: bit for bit by the direct average; by the
 //! ring for f16 and bf16; within a stated bound by the ring for f32 and f64.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use common::{ranks, Guarded, Random};

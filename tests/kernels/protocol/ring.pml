@@ -1,5 +1,5 @@
 /* The mailbox protocol of kernels/ring.h with the all-or-nothing commit, for spin: N ranks of one channel each make
- * AVERAGES averages of ROUNDS rounds. Counters are modulo 8, and wrap. tests/model.rs runs it.
+ * AVERAGES averages of ROUNDS rounds. Counters are modulo 8, and wrap. tests/kernels/model.rs runs it.
  *
  *   HEALTHY     nobody dies and no deadline passes: every average must end, so a deadlock is an error
  *   otherwise   at any wait a rank may give up (its deadline, an abort, a peer that is gone: kernels treat all alike),

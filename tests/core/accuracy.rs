@@ -1,6 +1,7 @@
 //! How exact the mean is, as README promises it, against an exact one: for values of any magnitude,
 //! subnormal and huge ones, and weights from 1e-30 to 1e30.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use common::{ranks, ulp, Guarded, Random};

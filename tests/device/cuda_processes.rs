@@ -3,8 +3,9 @@
 //! itself, and they share its memory as processes share a GPU's.
 #![cfg(target_os = "linux")]
 
+#[path = "../common/mod.rs"]
 mod common;
-#[path = "ptx/simulator.rs"]
+#[path = "../kernels/ptx/simulator.rs"]
 #[allow(dead_code)] // here worlds, not scenarios, are processes
 mod simulator;
 mod cuda {
@@ -12,15 +13,15 @@ mod cuda {
     pub mod model;
     pub mod processes;
 }
-#[path = "processes/crew.rs"]
+#[path = "../processes/crew.rs"]
 mod crew;
-#[path = "processes/model.rs"]
+#[path = "../processes/model.rs"]
 mod model;
-#[path = "processes/pairs.rs"]
+#[path = "../processes/pairs.rs"]
 mod pairs;
-#[path = "processes/roles.rs"]
+#[path = "../processes/roles.rs"]
 mod roles;
-#[path = "processes/worker.rs"]
+#[path = "../processes/worker.rs"]
 mod worker;
 
 const WORKER: &str = "child_process";

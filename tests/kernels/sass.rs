@@ -2,9 +2,10 @@
 //! No GPU needed.
 //!
 //! Registers, spills, the width of accesses in the loops that move packs, and the orderings that
-//! publish a flag. The kernels in `tests/sass/controls.cu` have one flaw each, and the same checks
+//! publish a flag. The kernels in `tests/kernels/sass/controls.cu` have one flaw each, and the same checks
 //! must find it.
 
+#[path = "../common/mod.rs"]
 mod common;
 mod sass {
     pub mod checks;
@@ -127,7 +128,7 @@ fn the_checks_find_what_they_look_for() {
         ])
         .arg("-o")
         .arg(&controls)
-        .arg("tests/sass/controls.cu")
+        .arg("tests/kernels/sass/controls.cu")
         .output()
         .expect("nvcc runs");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

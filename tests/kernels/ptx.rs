@@ -3,6 +3,7 @@
 //! tests/gpu/suite, on a GPU. Every result must have the bits that the CPU kernels give. What a
 //! simulation can't see: ptxas, caches, weak memory, time.
 
+#[path = "../common/mod.rs"]
 mod common;
 #[path = "protocol/mutants.rs"]
 mod mutants;

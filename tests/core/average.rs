@@ -1,6 +1,7 @@
 //! Invariants 1, 2 and 3 against an f64 oracle: every element averaged once, the same bits
 //! everywhere, and how exact.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use common::{ranks, ulp, Guarded, Random};
@@ -279,7 +280,7 @@ fn the_oracle_sees_a_wrong_element() {
 }
 
 /// Values near the top of the range do not overflow on the way. (What is the same everywhere is
-/// tests/equal.rs's.)
+/// tests/core/equal.rs's.)
 #[test]
 fn means_of_extreme_values() {
     let extremes = [

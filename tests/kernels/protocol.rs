@@ -1,6 +1,7 @@
 //! The kernels' protocol under sanitizers, as C++: worlds of ranks as threads are put through good
-//! averages and bad ones (tests/protocol/harness.cpp), and every synchronisation is taken out of a
-//! copy of kernels/ once to see that a check notices (tests/protocol/mutants.txt).
+//! averages and bad ones (tests/kernels/protocol/harness.cpp), and every synchronisation is taken out of a
+//! copy of kernels/ once to see that a check notices (tests/kernels/protocol/mutants.txt).
+#[path = "../common/mod.rs"]
 mod common;
 mod protocol {
     pub mod mutants;
@@ -125,7 +126,7 @@ fn build(flavour: Flavour, with_mutants: Option<&Path>) -> Result<PathBuf, Strin
     let original = Path::new(ROOT).join("kernels");
     let kernels = with_mutants.unwrap_or(&original);
     command.arg("-I").arg(kernels);
-    command.arg(Path::new(ROOT).join("tests/protocol/harness.cpp")).arg("-o").arg(&program);
+    command.arg(Path::new(ROOT).join("tests/kernels/protocol/harness.cpp")).arg("-o").arg(&program);
     let made_by = program.with_extension("command");
     let line = format!("{command:?}");
     if fs::read_to_string(&made_by).is_ok_and(|made| made == line)

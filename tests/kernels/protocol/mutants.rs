@@ -1,4 +1,4 @@
-//! The mutants of tests/protocol/mutants.txt, and copies of `kernels/` that hold one of them or
+//! The mutants of tests/kernels/protocol/mutants.txt, and copies of `kernels/` that hold one of them or
 //! all.
 
 #![allow(dead_code)] // each test uses its own part
@@ -45,7 +45,7 @@ type Choices<'a> = Vec<(u32, &'a str)>;
 
 /// The table.
 pub fn table() -> Vec<Mutant> {
-    let text = fs::read_to_string(Path::new(ROOT).join("tests/protocol/mutants.txt"))
+    let text = fs::read_to_string(Path::new(ROOT).join("tests/kernels/protocol/mutants.txt"))
         .expect("mutants.txt");
     parse(&text)
 }

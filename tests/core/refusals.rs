@@ -1,6 +1,7 @@
 //! Invariants 5 and 7: worlds, averagers and tensors that can't be are refused, with the same error
 //! on every rank.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::time::Duration;
@@ -112,7 +113,7 @@ fn worlds_and_devices_that_cannot_be_are_refused() {
     for error in errors {
         assert!(matches!(error, Error::InvalidOption { rank: 0, option: "link", .. }), "{error}");
     }
-    // What a machine with a driver says, or one without, is tests/cuda.rs's.
+    // What a machine with a driver says, or one without, is tests/device/cuda.rs's.
     if let Err(said) = param_averager::__private::fatbin() {
         // Built without nvcc: the same words as the build's warning.
         let error = Communicator::from_devices(&[Device::cuda(0)]).unwrap_err();

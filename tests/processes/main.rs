@@ -4,38 +4,23 @@
 //! Every rank is this very test program, run with `PA_TEST_ROLE`; see `worker`.
 #![cfg(target_os = "linux")]
 
-#[path = "processes/admissions.rs"]
 mod admissions;
+#[path = "../common/mod.rs"]
 mod common;
-#[path = "processes/crew.rs"]
 mod crew;
-#[path = "processes/deaths.rs"]
 mod deaths;
-#[path = "processes/forks.rs"]
 mod forks;
-#[path = "processes/jobs.rs"]
 mod jobs;
-#[path = "processes/joins.rs"]
 mod joins;
-#[path = "processes/launchers.rs"]
 mod launchers;
-#[path = "processes/limited.rs"]
 mod limited;
-#[path = "processes/limits.rs"]
 mod limits;
-#[path = "processes/meeting.rs"]
 mod meeting;
-#[path = "processes/model.rs"]
 mod model;
-#[path = "processes/namespaces.rs"]
 mod namespaces;
-#[path = "processes/pairs.rs"]
 mod pairs;
-#[path = "processes/roles.rs"]
 mod roles;
-#[path = "processes/stops.rs"]
 mod stops;
-#[path = "processes/worker.rs"]
 mod worker;
 
 const WORKER: &str = "worker";

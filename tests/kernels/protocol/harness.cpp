@@ -1,5 +1,5 @@
 // The kernels' CPU execution by itself: worlds of ranks as threads, put through what may happen to them. Built by
-// tests/protocol.rs with ThreadSanitizer, with AddressSanitizer, with one lane a block and with many (PA_LANES).
+// tests/kernels/protocol.rs with ThreadSanitizer, with AddressSanitizer, with one lane a block and with many (PA_LANES).
 //
 //   harness SCENARIO… [--mutant K] [--limit SECONDS]
 //

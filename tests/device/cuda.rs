@@ -3,8 +3,9 @@
 //! the real PTX behind the real driver API, with a race detector, but no ptxas, no caches, no weak
 //! memory, no time. On a GPU: tests/gpu/suite. Each scenario is a process of its own.
 
+#[path = "../common/mod.rs"]
 mod common;
-#[path = "ptx/simulator.rs"]
+#[path = "../kernels/ptx/simulator.rs"]
 mod simulator;
 mod cuda {
     pub mod beside;
@@ -59,7 +60,7 @@ fn strict(name: &str, settings: &[Setting<'_>]) {
             "-shared",
             "-fPIC",
             "-pthread",
-            "tests/cuda/strict_driver.cpp",
+            "tests/device/cuda/strict_driver.cpp",
             "-Wl,--no-as-needed",
             "-o",
         ])

@@ -1,6 +1,7 @@
 //! After construction, averaging allocates nothing and makes no system call, waiting aside. And the
 //! memory beside the parameters is within its bounds.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};

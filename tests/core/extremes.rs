@@ -1,5 +1,6 @@
 //! Every public number and duration, over its whole range: an answer or an error, never a panic.
 
+#[path = "../common/mod.rs"]
 mod common;
 
 use std::time::Duration;
