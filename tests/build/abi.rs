@@ -1,10 +1,18 @@
 //! `src/abi.rs` is what bindgen makes of `kernels/abi.h`, today.
 //!
-//! After a change to the header: `WRITE_ABI=1 cargo test --test abi`. Needs libclang
-//! (`LIBCLANG_PATH`); prints SKIPPED without it.
+//! After a change to the header: `WRITE_ABI=1 cargo test --test build abi`. Needs libclang
+//! (`LIBCLANG_PATH`).
 
-#[path = "../common/mod.rs"]
-mod common;
+use test_support::Skip;
+
+/// Skips where bindgen finds no libclang, by which it panics.
+pub fn no_libclang() -> Skip {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let found = std::panic::catch_unwind(bindgen::clang_version).is_ok();
+    std::panic::set_hook(usual);
+    (!found).then(|| "no libclang: set LIBCLANG_PATH to its folder".to_owned())
+}
 
 #[derive(Debug)]
 struct Pod;
@@ -21,31 +29,21 @@ impl bindgen::callbacks::ParseCallbacks for Pod {
     }
 }
 
-#[test]
-fn abi_rs_is_what_bindgen_makes_of_abi_h() {
-    // bindgen panics when it finds no libclang.
-    let generated = std::panic::catch_unwind(|| {
-        bindgen::Builder::default()
-            .header("kernels/abi.h")
-            .allowlist_file(".*abi\\.h")
-            .prepend_enum_name(false)
-            .parse_callbacks(Box::new(Pod))
-            .formatter(bindgen::Formatter::Prettyplease)
-            .disable_header_comment()
-            .raw_line(
-                "// Made by bindgen from kernels/abi.h: `WRITE_ABI=1 cargo test --test abi`. Do \
-                 not edit.",
-            )
-            .generate()
-            .expect("kernels/abi.h parses")
-            .to_string()
-    });
-    let Ok(generated) = generated else {
-        return common::skipped(
-            "abi_rs_is_what_bindgen_makes_of_abi_h",
-            "libclang was not found: set LIBCLANG_PATH",
-        );
-    };
+pub fn abi_rs_is_what_bindgen_makes_of_abi_h() {
+    let generated = bindgen::Builder::default()
+        .header("kernels/abi.h")
+        .allowlist_file(".*abi\\.h")
+        .prepend_enum_name(false)
+        .parse_callbacks(Box::new(Pod))
+        .formatter(bindgen::Formatter::Prettyplease)
+        .disable_header_comment()
+        .raw_line(
+            "// Made by bindgen from kernels/abi.h: `WRITE_ABI=1 cargo test --test build abi`. Do \
+             not edit.",
+        )
+        .generate()
+        .expect("kernels/abi.h parses")
+        .to_string();
     if std::env::var_os("WRITE_ABI").is_some() {
         std::fs::write("src/abi.rs", &generated).unwrap();
     }
@@ -53,6 +51,6 @@ fn abi_rs_is_what_bindgen_makes_of_abi_h() {
     assert!(
         committed == generated,
         "src/abi.rs is not what bindgen makes of kernels/abi.h: run `WRITE_ABI=1 cargo test --test \
-         abi`"
+         build abi`"
     );
 }

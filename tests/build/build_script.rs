@@ -55,8 +55,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-#[test]
-fn without_nvcc_it_builds_with_one_warning_that_says_what_to_set() {
+pub fn without_nvcc_it_builds_with_one_warning_that_says_what_to_set() {
     let folder = scratch("none");
     let output = build(&folder, &[]);
     assert!(output.status.success(), "{}", text(&output.stderr));
@@ -86,8 +85,7 @@ fn without_nvcc_it_builds_with_one_warning_that_says_what_to_set() {
     assert_eq!(files.len(), 2, "{files:?}");
 }
 
-#[test]
-fn what_is_named_and_missing_or_required_is_fatal() {
+pub fn what_is_named_and_missing_or_required_is_fatal() {
     let folder = scratch("fatal");
     let cases: [(&[(&str, &str)], &str); 5] = [
         (&[("NVCC", "/nonexistent/nvcc")], "NVCC names /nonexistent/nvcc, which does not exist"),
@@ -112,8 +110,7 @@ fn what_is_named_and_missing_or_required_is_fatal() {
     }
 }
 
-#[test]
-fn an_nvcc_that_fails_is_fatal_and_all_it_said_is_shown() {
+pub fn an_nvcc_that_fails_is_fatal_and_all_it_said_is_shown() {
     let folder = scratch("fails");
     let nvcc =
         nvcc(&folder, "echo to stdout; echo 'kernels/average.cu(1): error: something' >&2; exit 2");
@@ -125,8 +122,7 @@ fn an_nvcc_that_fails_is_fatal_and_all_it_said_is_shown() {
     }
 }
 
-#[test]
-fn architectures_come_from_the_variable_or_from_what_this_nvcc_knows() {
+pub fn architectures_come_from_the_variable_or_from_what_this_nvcc_knows() {
     // Writes down its arguments, then fails: the C++ compiler need not run.
     let record = "echo \"$@\" >&2; exit 1";
     let list = format!(
@@ -174,8 +170,7 @@ fn architectures_come_from_the_variable_or_from_what_this_nvcc_knows() {
     );
 }
 
-#[test]
-fn nvcc_is_found_in_a_toolkit_and_in_a_virtual_environment() {
+pub fn nvcc_is_found_in_a_toolkit_and_in_a_virtual_environment() {
     let folder = scratch("found");
     let home = folder.join("toolkit");
     let python = folder.join("venv/lib/python3.11/site-packages/nvidia/cu13");

@@ -1,13 +1,11 @@
 //! What `tests/gpu/suite run` makes of a bundle: made of shell scripts here, on a driver that does
 //! nothing.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use serde_json::Value;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use test_support::{tool, Skip};
 
 const SUITE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/gpu/suite");
 
@@ -71,17 +69,17 @@ fn bundle(folder: &Path) -> PathBuf {
     bundle
 }
 
-/// An empty folder, if there is what the test needs.
-fn folder(test: &str) -> Option<PathBuf> {
-    let there = |tool: &str| Command::new(tool).arg("--version").output().is_ok();
-    if let Some(missing) = ["python3", "cc", "sha256sum"].into_iter().find(|tool| !there(tool)) {
-        common::skipped(test, &format!("no {missing}"));
-        return None;
-    }
+/// Skips without what these tests need.
+pub fn tools() -> Skip {
+    ["python3", "cc", "sha256sum"].iter().find_map(|program| tool(program, &["--version"]))
+}
+
+/// An empty folder.
+fn folder(test: &str) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(test);
     let _ = std::fs::remove_dir_all(&folder);
     std::fs::create_dir_all(&folder).unwrap();
-    Some(folder)
+    folder
 }
 
 fn run(suite: &Path, sanitizer: bool, arguments: &[&dyn AsRef<OsStr>]) -> (Output, String) {
@@ -111,9 +109,8 @@ fn status<'a>(results: &'a Value, name: &str) -> &'a str {
     entry.unwrap_or_else(|| panic!("no {name} in {entries:#?}"))["status"].as_str().unwrap()
 }
 
-#[test]
-fn every_end_of_a_test_is_told_apart() {
-    let Some(folder) = folder("every_end_of_a_test_is_told_apart") else { return };
+pub fn every_end_of_a_test_is_told_apart() {
+    let folder = folder("every_end_of_a_test_is_told_apart");
     let (bundle, out) = (bundle(&folder), folder.join("out"));
     for (device, simulated) in [("Some GPU", false), ("cudasim (CPU simulation)", true)] {
         let driver = driver(&folder, device);
@@ -158,9 +155,8 @@ fn every_end_of_a_test_is_told_apart() {
     }
 }
 
-#[test]
-fn what_cannot_begin_says_why() {
-    let Some(folder) = folder("what_cannot_begin_says_why") else { return };
+pub fn what_cannot_begin_says_why() {
+    let folder = folder("what_cannot_begin_says_why");
     let (bundle, out, driver) = (bundle(&folder), folder.join("out"), driver(&folder, "Some GPU"));
     let refused = |suite: &Path, arguments: &[&dyn AsRef<OsStr>], words: &str| {
         let (output, said) = run(suite, false, arguments);

@@ -1,13 +1,10 @@
 //! How exact the mean is, as README promises it, against an exact one: for values of any magnitude,
 //! subnormal and huge ones, and weights from 1e-30 to 1e30.
 
-#[path = "../common/mod.rs"]
-mod common;
-
-use common::{ranks, ulp, Guarded, Random};
 use num_bigint::{BigInt, Sign};
 use param_averager::{Algorithm, Dtype, ParamAverager};
 use proptest::prelude::*;
+use test_support::{count, format, ranks, ulp, Guarded, Random};
 
 #[derive(Clone, Debug)]
 struct Case {
@@ -35,16 +32,6 @@ enum Class {
 }
 
 const ELEMENTS: usize = 300;
-
-/// Mantissa bits, exponent of the smallest normal number, and of the largest.
-fn format(dtype: Dtype) -> (i32, i32, i32) {
-    match dtype {
-        Dtype::F32 => (23, -126, 127),
-        Dtype::F64 => (52, -1022, 1023),
-        Dtype::F16 => (10, -14, 15),
-        _ => (7, -126, 127),
-    }
-}
 
 fn power(exponent: i32) -> f64 {
     f64::from(exponent).exp2()
@@ -221,7 +208,7 @@ fn cases() -> impl Strategy<Value = Case> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: count(60, 400) as u32, ..ProptestConfig::default() })]
 
     #[test]
     fn the_mean_is_as_exact_as_promised(case in cases()) {

@@ -1,14 +1,11 @@
 //! Invariants 1, 2 and 3 against an f64 oracle: every element averaged once, the same bits
 //! everywhere, and how exact.
 
-#[path = "../common/mod.rs"]
-mod common;
-
-use common::{ranks, ulp, Guarded, Random};
 use param_averager::__private::instruction_sets;
 use param_averager::__testing::Testing;
 use param_averager::{Algorithm, Builder, Dtype, ParamAverager};
 use proptest::prelude::*;
+use test_support::{count, mean, ranks, ulp, Guarded, Random};
 
 #[derive(Clone, Debug)]
 struct Case {
@@ -141,21 +138,6 @@ impl Case {
     }
 }
 
-/// The mean with compensated sums, and the largest magnitude that went in.
-fn mean(values: &[f64], weights: &[f64]) -> (f64, f64) {
-    let (mut sum, mut lost, mut total, mut most) = (0.0f64, 0.0, 0.0, 0.0f64);
-    for (&x, &w) in values.iter().zip(weights).filter(|(_, &w)| w > 0.0) {
-        let term = x * w;
-        lost += f64::mul_add(x, w, -term);
-        let next = sum + term;
-        lost += if sum.abs() >= term.abs() { (sum - next) + term } else { (term - next) + sum };
-        sum = next;
-        total += w;
-        most = most.max(x.abs());
-    }
-    ((sum + lost) / total, most)
-}
-
 fn cases(most_ranks: usize, most_elements: usize) -> impl Strategy<Value = Case> {
     let dtype = (0..4usize).prop_map(|d| Dtype::ALL[d]);
     let elements = prop_oneof![Just(0), Just(1), 2..40usize, 0..most_elements];
@@ -211,7 +193,7 @@ fn cases(most_ranks: usize, most_elements: usize) -> impl Strategy<Value = Case>
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 192, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: count(40, 192) as u32, ..ProptestConfig::default() })]
 
     #[test]
     fn every_element_is_averaged_once_and_nothing_else(case in cases(5, 9000)) {
@@ -221,7 +203,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: count(8, 24) as u32, ..ProptestConfig::default() })]
 
     #[test]
     fn worlds_up_to_16(case in cases(16, 3000)) {

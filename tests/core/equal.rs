@@ -1,12 +1,9 @@
 //! Averaging what is the same everywhere changes nothing: bit for bit by the direct average; by the
 //! ring for f16 and bf16; within a stated bound by the ring for f32 and f64.
 
-#[path = "../common/mod.rs"]
-mod common;
-
-use common::{ranks, Guarded, Random};
 use param_averager::{Algorithm, Device, Dtype, ParamAverager, Parameters, TensorMut};
 use proptest::prelude::*;
+use test_support::{count, ranks, Guarded, Random};
 
 /// One tensor of raw bits of each dtype.
 #[derive(Clone)]
@@ -310,7 +307,7 @@ fn case() -> impl Strategy<Value = Case> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: count(24, 64) as u32, ..ProptestConfig::default() })]
 
     /// Tensors of any size, anywhere in memory, averaged ten times.
     #[test]

@@ -1,15 +1,12 @@
 //! Every public number and duration, over its whole range: an answer or an error, never a panic.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::time::Duration;
 
-use common::ranks;
 use param_averager::{
     Algorithm, Communicator, Device, Dtype, Error, LocalSgd, ParamAverager, Schedule, TensorMut,
 };
 use proptest::prelude::*;
+use test_support::{count, ranks};
 
 /// Numbers of every magnitude, and those beside powers of two and the ends of the range.
 fn number() -> impl Strategy<Value = u64> {
@@ -50,7 +47,7 @@ fn are_valid(channels: u32, slots: u32, chunk: usize, timeout: Duration) -> bool
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig { cases: count(100, 300) as u32, failure_persistence: None, ..Default::default() })]
 
     #[test]
     fn any_options_are_taken_or_refused_by_name(

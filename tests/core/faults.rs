@@ -1,14 +1,11 @@
 //! Invariants 4, 5 and 7: whatever goes wrong, every rank gets the same typed error in time, and as
 //! long as nobody wrote, every tensor holds the bytes it held before.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::time::{Duration, Instant};
 
-use common::{ranks, Guarded, Random};
 use param_averager::__testing::Testing;
 use param_averager::{Algorithm, Builder, Communicator, Dtype, Error, ParamAverager, Phase};
+use test_support::{ranks, Guarded, Random};
 
 const TIMEOUT: Duration = Duration::from_millis(600);
 /// How long an error may take beyond the timeout on a machine with more threads than cores.

@@ -1,10 +1,7 @@
 //! Local SGD on top: when it averages, what it says, and that it learns.
 
-#[path = "../common/mod.rs"]
-mod common;
-
-use common::{ranks, Random};
 use param_averager::{Action, Error, LocalSgd, ParamAverager, Schedule};
+use test_support::{ranks, Random};
 
 #[test]
 fn averages_when_due_and_says_what_it_did() {

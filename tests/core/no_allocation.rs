@@ -1,16 +1,14 @@
 //! After construction, averaging allocates nothing and makes no system call, waiting aside. And the
 //! memory beside the parameters is within its bounds.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
-use std::process::Command;
+use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Barrier;
 
 use param_averager::{Algorithm, LocalSgd, ParamAverager, Schedule};
+use test_support::{ranks, tests, tool};
 
 struct Counting;
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
@@ -54,7 +52,7 @@ const WAYS: [(Algorithm, bool, bool); 5] = [
 fn average_between(mark: impl Fn(&str) + Sync) {
     for (algorithm, all_or_nothing, reject) in WAYS {
         let barrier = Barrier::new(2);
-        common::ranks(2, |communicator| {
+        ranks(2, |communicator| {
             COUNTED.set(true);
             let rank = communicator.rank();
             let mut model: Vec<Vec<f32>> = (0..100).map(|i| vec![rank as f32; i * 7]).collect();
@@ -84,14 +82,27 @@ fn average_between(mark: impl Fn(&str) + Sync) {
     }
 }
 
-// One test in this file: another's allocations would be counted too.
-#[test]
-fn averaging_allocates_nothing_and_makes_no_system_call() {
-    if std::env::var_os("UNDER_STRACE").is_some() {
-        // A system call that strace shows and nobody else makes.
-        return average_between(|what| drop(std::fs::read(format!("/nonexistent/{what}"))));
-    }
+const UNDER_STRACE: &str = "UNDER_STRACE";
 
+fn main() -> ExitCode {
+    if std::env::var_os(UNDER_STRACE).is_some() {
+        // A system call that strace shows and nobody else makes.
+        average_between(|what| drop(std::fs::read(format!("/nonexistent/{what}"))));
+        return ExitCode::SUCCESS;
+    }
+    let strace = tool("strace", &["-V"]).or_else(|| tool("strace", &["-f", "true"]));
+    // One at a time: the counter is for all.
+    test_support::main_with_threads(
+        1,
+        tests![
+            averaging_allocates_nothing,
+            averaging_makes_no_system_call: strace,
+            memory_overhead_is_bounded,
+        ],
+    )
+}
+
+fn averaging_allocates_nothing() {
     let at_begin = AtomicU64::new(0);
     average_between(|what| {
         let now = ALLOCATIONS.load(Ordering::Relaxed);
@@ -101,18 +112,18 @@ fn averaging_allocates_nothing_and_makes_no_system_call() {
         }
     });
     // The counter counts.
-    COUNTED.set(true);
-    let before = ALLOCATIONS.load(Ordering::Relaxed);
-    drop(std::hint::black_box(Box::new(1)));
-    assert_eq!(ALLOCATIONS.load(Ordering::Relaxed), before + 2);
-
-    memory_is_bounded();
-    system_calls();
+    let counts = std::thread::spawn(|| {
+        COUNTED.set(true);
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        drop(std::hint::black_box(Box::new(1)));
+        ALLOCATIONS.load(Ordering::Relaxed) - before
+    });
+    assert_eq!(counts.join().unwrap(), 2);
 }
 
-fn memory_is_bounded() {
+fn memory_overhead_is_bounded() {
     let extra = |algorithm: Algorithm, n: usize, megabytes: usize| {
-        common::ranks(n, |communicator| {
+        ranks(n, |communicator| {
             let mut model = vec![vec![0f32; megabytes << 16]; 4];
             let averager = ParamAverager::builder(communicator)
                 .algorithm(algorithm)
@@ -134,25 +145,12 @@ fn memory_is_bounded() {
     }
 }
 
-fn system_calls() {
-    let test = "averaging_allocates_nothing_and_makes_no_system_call";
+fn averaging_makes_no_system_call() {
     let log = format!("{}/strace.log", env!("CARGO_TARGET_TMPDIR"));
-    let traced = Command::new("strace")
-        .args(["-f", "-o", &log])
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", test])
-        .env("UNDER_STRACE", "1")
-        .output();
-    let traced = match traced {
-        Ok(traced) if traced.status.success() => traced,
-        Ok(traced) => {
-            let said = String::from_utf8_lossy(&traced.stderr).into_owned();
-            assert!(said.contains("ptrace"), "under strace: {said}");
-            return common::skipped(test, "strace may not trace here");
-        }
-        Err(e) => return common::skipped(test, &format!("strace did not run ({e}): install it")),
-    };
-    let _ = traced;
+    let mut traced = Command::new("strace");
+    traced.args(["-f", "-o", &log]).arg(std::env::current_exe().unwrap()).env(UNDER_STRACE, "1");
+    let traced = traced.output().unwrap();
+    assert!(traced.status.success(), "{}", String::from_utf8_lossy(&traced.stderr));
     let log = std::fs::read_to_string(log).unwrap();
     let (mut inside, mut spans, mut seen) = (false, 0, vec![]);
     for line in log.lines() {

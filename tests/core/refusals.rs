@@ -1,16 +1,13 @@
 //! Invariants 5 and 7: worlds, averagers and tensors that can't be are refused, with the same error
 //! on every rank.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::time::Duration;
 
-use common::ranks;
 use param_averager::{
     Algorithm, Communicator, Device, Dtype, Error, Link, ParamAverager, Parameters, Phase,
     TensorMut,
 };
+use test_support::ranks;
 
 const TIMEOUT: Duration = Duration::from_millis(600);
 

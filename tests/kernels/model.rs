@@ -3,19 +3,21 @@
 //! end agree how. And the turns in which they write what they decide (turn.pml), and how they leave
 //! (leave.pml): who is through with an average fails nobody, who dies in it ends every wait. Each
 //! planted fault is found, so the models do look.
-#[path = "../common/mod.rs"]
-mod common;
 
-use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Of `tests/protocol`, each with the number of its faults.
+use test_support::{tool, Skip};
+
+/// Of `tests/kernels/protocol`, each with the number of its faults.
 const MODELS: [(&str, u32); 3] = [("ring", 15), ("turn", 8), ("leave", 6)];
 
 fn file(model: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/protocol").join(model).with_extension("pml")
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/kernels/protocol")
+        .join(model)
+        .with_extension("pml")
 }
 
 /// What spin is to explore.
@@ -35,8 +37,8 @@ struct Found {
     error: Option<String>,
 }
 
-fn c_compiler() -> OsString {
-    std::env::var_os("CC").filter(|name| !name.is_empty()).unwrap_or_else(|| "cc".into())
+fn c_compiler() -> String {
+    std::env::var("CC").ok().filter(|name| !name.is_empty()).unwrap_or_else(|| "cc".into())
 }
 
 fn explore(world: World) -> Found {
@@ -79,22 +81,12 @@ fn said(command: &mut Command) -> String {
     text
 }
 
-fn lacks_tools(test: &str) -> bool {
-    let tools: [(PathBuf, &str); 2] = [("spin".into(), "-V"), (c_compiler().into(), "--version")];
-    for (tool, version) in tools {
-        if !Command::new(&tool).arg(version).output().is_ok_and(|output| output.status.success()) {
-            common::skipped(test, &format!("{} is not installed", tool.display()));
-            return true;
-        }
-    }
-    false
+/// Skips without spin or a C compiler.
+pub fn tools() -> Skip {
+    tool("spin", &["-V"]).or_else(|| tool(&c_compiler(), &["--version"]))
 }
 
-#[test]
-fn every_interleaving_is_good() {
-    if lacks_tools("every_interleaving_is_good") {
-        return;
-    }
+pub fn every_interleaving_is_good() {
     for (model, _) in MODELS {
         for (ranks, healthy) in [(2, true), (2, false), (3, true), (3, false)] {
             let found = explore(World { model, ranks, healthy, fault: 0 });
@@ -117,11 +109,7 @@ fn faults(model: &str) -> Vec<(u32, String)> {
     text.lines().filter_map(fault).collect()
 }
 
-#[test]
-fn every_planted_fault_is_found() {
-    if lacks_tools("every_planted_fault_is_found") {
-        return;
-    }
+pub fn every_planted_fault_is_found() {
     for (model, count) in MODELS {
         let faults = faults(model);
         assert_eq!(

@@ -1,13 +1,9 @@
 //! The kernels' protocol under sanitizers, as C++: worlds of ranks as threads are put through good
 //! averages and bad ones (tests/kernels/protocol/harness.cpp), and every synchronisation is taken out of a
 //! copy of kernels/ once to see that a check notices (tests/kernels/protocol/mutants.txt).
-#[path = "../common/mod.rs"]
-mod common;
-mod protocol {
-    pub mod mutants;
-}
+pub mod mutants;
 
-use protocol::mutants::{self, Mutant};
+use mutants::Mutant;
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::fs;
@@ -15,6 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Instant, SystemTime};
+
+use test_support::{partly, tool, Skip};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 const FLAGS: [&str; 7] = [
@@ -105,6 +103,11 @@ impl Flavour {
     }
 }
 
+/// Skips without a C++ compiler.
+pub fn tools() -> Skip {
+    tool(&compiler().to_string_lossy(), &["--version"])
+}
+
 fn compiler() -> OsString {
     std::env::var_os("CXX").filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".into())
 }
@@ -165,7 +168,7 @@ fn modified(path: &Path) -> SystemTime {
     fs::metadata(path).and_then(|data| data.modified()).unwrap_or(SystemTime::UNIX_EPOCH)
 }
 fn newest_source(kernels: &Path) -> SystemTime {
-    let folders = [kernels, &Path::new(ROOT).join("tests/protocol")];
+    let folders = [kernels, &Path::new(ROOT).join("tests/kernels/protocol")];
     let files =
         folders.iter().flat_map(|folder| fs::read_dir(folder).expect("a folder of sources"));
     let paths = files.map(|entry| entry.expect("an entry").path());
@@ -296,8 +299,7 @@ fn best_vectors() -> Vectors {
         .expect("a baseline")
 }
 
-#[test]
-fn every_scenario_is_clean_in_every_build() {
+pub fn every_scenario_is_clean_in_every_build() {
     let _alone = alone();
     let mut flavours = vec![Flavour::Lanes, Flavour::Tsan];
     flavours.extend([Vectors::Avx512, Vectors::Avx2, Vectors::Baseline].map(Flavour::Asan));
@@ -305,23 +307,20 @@ fn every_scenario_is_clean_in_every_build() {
     let failures = two_at_a_time(flavours, |flavour| {
         let test = format!("protocol under {}", flavour.name());
         if !flavour.here() {
-            common::skipped(&test, "this CPU lacks the instruction set");
+            partly("this CPU lacks an instruction set");
             return None;
         }
         let program = match build(flavour, None) {
             Ok(program) => program,
             Err(reason) => {
-                common::skipped(&test, &reason);
+                partly(&reason);
                 return None;
             }
         };
         let start = Instant::now();
         let (how, text) = run(flavour, &program, &["all"]);
         if unfit(&text) {
-            common::skipped(
-                &test,
-                "ThreadSanitizer does not know this memory layout, and there is no setarch -R",
-            );
+            partly("ThreadSanitizer does not know this memory layout, and no setarch -R");
             return None;
         }
         println!("{test}: {how:?} after {:.1?}\n{text}", start.elapsed());
@@ -356,8 +355,7 @@ fn mutants_and_flavours(vectors: Vectors) -> Vec<(Mutant, Flavour)> {
         .collect()
 }
 
-#[test]
-fn every_mutant_is_caught() {
+pub fn every_mutant_is_caught() {
     let _alone = alone();
     let vectors = if Vectors::Avx2.here() { Vectors::Avx2 } else { Vectors::Baseline };
     let flavours =
@@ -403,7 +401,7 @@ fn every_mutant_is_caught() {
         let Some((_, reason)) = missing.iter().find(|(missing, _)| missing == flavour) else {
             return true;
         };
-        common::skipped(&format!("mutant {}", mutant.number), reason);
+        partly(reason);
         false
     });
     // Past the whole packs there is something only for vectors of several packs, and alignment
@@ -412,7 +410,7 @@ fn every_mutant_is_caught() {
         mutants.retain(|(mutant, _)| {
             let needs_vectors = [41, 52].contains(&mutant.number);
             if needs_vectors {
-                common::skipped(&format!("mutant {}", mutant.number), "this CPU lacks AVX2");
+                partly("this CPU lacks AVX2");
             }
             !needs_vectors
         });
@@ -448,8 +446,7 @@ fn every_mutant_is_caught() {
 /// Seconds after which a mutant hangs. An unbroken scenario takes a third of it on two cores.
 const LIMIT: &str = "15";
 
-#[test]
-fn mutants_fit_the_kernels() {
+pub fn mutants_fit_the_kernels() {
     let (mutants, kernels) = (mutants::table(), mutants::kernels());
     let numbers: Vec<u32> = mutants.iter().map(|mutant| mutant.number).collect();
     assert_eq!(
@@ -464,8 +461,7 @@ fn mutants_fit_the_kernels() {
     }
 }
 
-#[test]
-fn mutants_that_do_not_fit_are_named() {
+pub fn mutants_that_do_not_fit_are_named() {
     let sources =
         mutants::Sources::from([("a.h".into(), "f(x);\n  g(x);\ng(y);\nreturn x + y;\n".into())]);
     let problems = |edits: &str| {
@@ -493,8 +489,7 @@ fn mutants_that_do_not_fit_are_named() {
     assert_eq!(problems(&format!("    in a.h\n    - «x» + y\n{other}    - x + «y»\n")), [""; 0]);
 }
 
-#[test]
-fn mutants_are_woven_as_expressions_and_statements() {
+pub fn mutants_are_woven_as_expressions_and_statements() {
     let sources = mutants::Sources::from([
         ("a.h".into(), "f(x);\n  g(x);\nreturn x + y;\n".into()),
         ("b.h".into(), "f(x);\n".into()),

@@ -3,61 +3,56 @@
 //! tests/gpu/suite, on a GPU. Every result must have the bits that the CPU kernels give. What a
 //! simulation can't see: ptxas, caches, weak memory, time.
 
-#[path = "../common/mod.rs"]
-mod common;
-#[path = "protocol/mutants.rs"]
-mod mutants;
-mod ptx {
-    pub mod case;
-    pub mod machines;
-    pub mod scenarios;
-    pub mod simulator;
-}
+mod case;
+mod machines;
+mod scenarios;
 
-use ptx::simulator::{
-    child, driver_for, no_driver, on_own_driver, scenario, Setting, FATBIN, SCENARIO,
-};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Not a test by itself: what the others start as a process of its own.
-#[test]
-fn child_process() {
-    let Ok(scenario) = std::env::var(SCENARIO) else { return };
+use test_support::simulator::{self, child, driver, no_driver, on_own_driver, scenario, Setting};
+use test_support::Skip;
+
+use crate::protocol::mutants;
+
+/// A fatbin to use instead of the crate's.
+const FATBIN: &str = "PA_PTX_FATBIN";
+
+/// What a child does, in a process of its own.
+pub fn run(scenario: &str) {
     let fatbin = match std::env::var_os(FATBIN) {
         Some(file) => std::fs::read(file).unwrap(),
         None => param_averager::__private::fatbin().unwrap_or_default().to_vec(),
     };
-    ptx::scenarios::run(&scenario, &fatbin);
+    scenarios::run(scenario, &fatbin);
 }
 
-#[test]
-fn ptx_gives_the_bits_of_the_cpu_on_one_device() {
-    let test = "ptx_gives_the_bits_of_the_cpu_on_one_device";
-    scenario(test, "streams", &[&[("CUDASIM_DEVICES", "1"), ("CUDASIM_SEED", "1")]]);
+/// The nvcc that built the kernels.
+const NVCC: Option<&str> = option_env!("PARAM_AVERAGER_NVCC");
+
+/// Skips where that is gone.
+pub fn nvcc() -> Skip {
+    let there = on_own_driver() || NVCC.is_some_and(|nvcc| Path::new(nvcc).is_file());
+    (!there).then(|| "the nvcc that built the kernels is gone: build them again".to_owned())
 }
 
-#[test]
-fn ptx_gives_the_bits_of_the_cpu_on_several_devices() {
-    let test = "ptx_gives_the_bits_of_the_cpu_on_several_devices";
-    scenario(test, "devices", &[&[("CUDASIM_DEVICES", "4"), ("CUDASIM_DELAY", "20")]]);
+pub fn ptx_gives_the_bits_of_the_cpu_on_one_device() {
+    scenario("streams", &[&[("CUDASIM_DEVICES", "1"), ("CUDASIM_SEED", "1")]]);
 }
 
-#[test]
-fn ptx_failures_are_typed_and_change_nothing() {
-    scenario(
-        "ptx_failures_are_typed_and_change_nothing",
-        "failures",
-        &[&[("CUDASIM_DEVICES", "1")]],
-    );
+pub fn ptx_gives_the_bits_of_the_cpu_on_several_devices() {
+    scenario("devices", &[&[("CUDASIM_DEVICES", "4"), ("CUDASIM_DELAY", "20")]]);
+}
+
+pub fn ptx_failures_are_typed_and_change_nothing() {
+    scenario("failures", &[&[("CUDASIM_DEVICES", "1")]]);
 }
 
 const RACE: [Setting<'_>; 2] = [("CUDASIM_RACE", "1"), ("CUDASIM_DEVICES", "3")];
 const RACE_EXIT: Option<i32> = Some(66);
 
-#[test]
-fn ptx_has_no_race() {
-    scenario("ptx_has_no_race", "race", &[&RACE]);
+pub fn ptx_has_no_race() {
+    scenario("race", &[&RACE]);
 }
 
 /// A fatbin with the ring alone, without one of its synchronisations. 0: with all of them.
@@ -90,17 +85,11 @@ fn mutant(nvcc: &str, number: u32) -> PathBuf {
     fatbin
 }
 
-#[test]
-fn planted_faults_are_reported() {
-    let test = "planted_faults_are_reported";
+pub fn planted_faults_are_reported() {
     if on_own_driver() {
-        return common::skipped(test, "about a simulated machine");
+        return simulator::not_here("planted faults: about a simulated machine");
     }
-    let Some(driver) = driver_for(test) else { return };
-    let nvcc = option_env!("PARAM_AVERAGER_NVCC").unwrap_or_default();
-    if !Path::new(nvcc).is_file() {
-        return common::skipped(test, "the nvcc that built the kernels is gone");
-    }
+    let (driver, nvcc) = (driver(), NVCC.expect("an nvcc"));
     const PANIC: Option<i32> = Some(101);
     // 0: nothing is planted. 1: `filled` is published relaxed. 3: no block barrier before it is
     // published. 17: a last pack is taken for a full one, and what lies behind a tensor is averaged
@@ -121,11 +110,7 @@ fn planted_faults_are_reported() {
     }
 }
 
-#[test]
-fn a_machine_without_a_device_or_a_driver_says_so() {
-    let test = "a_machine_without_a_device_or_a_driver_says_so";
-    scenario(test, "no-device", &[&[("CUDASIM_NO_DEVICE", "1")], &[("CUDA_VISIBLE_DEVICES", "")]]);
-    if driver_for(test).is_some() {
-        no_driver(test);
-    }
+pub fn a_machine_without_a_device_or_a_driver_says_so() {
+    scenario("no-device", &[&[("CUDASIM_NO_DEVICE", "1")], &[("CUDA_VISIBLE_DEVICES", "")]]);
+    no_driver();
 }

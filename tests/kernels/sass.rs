@@ -5,19 +5,17 @@
 //! publish a flag. The kernels in `tests/kernels/sass/controls.cu` have one flaw each, and the same checks
 //! must find it.
 
-#[path = "../common/mod.rs"]
-mod common;
-mod sass {
-    pub mod checks;
-    pub mod listing;
-    pub mod loops;
-}
+mod checks;
+mod listing;
+mod loops;
 
-use sass::checks::{check, check_ptx, Expected, Findings};
-use sass::listing::{kernels, ptx, Kernel, Tools};
+use checks::{check, check_ptx, Expected, Findings};
+use listing::{kernels, ptx, Kernel, Tools};
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use test_support::Skip;
 
 /// The kernels and the loops that move packs in each: f32, f64, f16, bf16, and in the ring the last
 /// two again with partial sums of f32.
@@ -34,23 +32,17 @@ const KERNELS: [(&str, Expected); 5] = [
     ("pa_scan", Expected { hot_loops: 4, loads: 20, talks: false, tables: false }),
 ];
 
-/// The tools and the fatbin as a file, or a SKIPPED line.
-fn fatbin(test: &str) -> Option<(Tools, PathBuf)> {
-    let found = match param_averager::__private::fatbin() {
-        Ok(bytes) => Tools::find().map(|tools| (tools, bytes)),
-        Err(reason) => Err(reason.to_string()),
-    };
-    match found {
-        Ok((tools, bytes)) => {
-            let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{test}.fatbin"));
-            std::fs::write(&file, bytes).unwrap();
-            Some((tools, file))
-        }
-        Err(reason) => {
-            common::skipped(test, &reason);
-            None
-        }
-    }
+/// Skips without machine code or what shows it.
+pub fn tools() -> Skip {
+    test_support::gpu_kernels().or_else(|| Tools::find().err())
+}
+
+/// The tools and the fatbin as a file.
+fn fatbin(test: &str) -> (Tools, PathBuf) {
+    let bytes = param_averager::__private::fatbin().expect("GPU kernels");
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{test}.fatbin"));
+    std::fs::write(&file, bytes).unwrap();
+    (Tools::find().expect("tools"), file)
 }
 
 fn row(table: &mut String, kernel: &Kernel, findings: &Findings) {
@@ -68,9 +60,8 @@ fn row(table: &mut String, kernel: &Kernel, findings: &Findings) {
     .unwrap();
 }
 
-#[test]
-fn kernels_are_compiled_as_they_are_meant() {
-    let Some((tools, file)) = fatbin("kernels_are_compiled_as_they_are_meant") else { return };
+pub fn kernels_are_compiled_as_they_are_meant() {
+    let (tools, file) = fatbin("kernels_are_compiled_as_they_are_meant");
     let all = kernels(&tools, &file);
     let mut table = format!(
         "{:<8} {:<16} {:>9} {:>6} {:>12} {:>14} {:>15}\n",
@@ -98,9 +89,8 @@ fn kernels_are_compiled_as_they_are_meant() {
     assert!(complaints.is_empty(), "\n{table}\n{complaints}");
 }
 
-#[test]
-fn ptx_is_ordered_and_coherent() {
-    let Some((tools, file)) = fatbin("ptx_is_ordered_and_coherent") else { return };
+pub fn ptx_is_ordered_and_coherent() {
+    let (tools, file) = fatbin("ptx_is_ordered_and_coherent");
     let all = ptx(&tools, &file);
     assert!(!all.is_empty(), "the fatbin holds PTX");
     for (architecture, text) in &all {
@@ -112,9 +102,8 @@ fn ptx_is_ordered_and_coherent() {
     }
 }
 
-#[test]
-fn the_checks_find_what_they_look_for() {
-    let Some((tools, file)) = fatbin("the_checks_find_what_they_look_for") else { return };
+pub fn the_checks_find_what_they_look_for() {
+    let (tools, file) = fatbin("the_checks_find_what_they_look_for");
     let architecture = kernels(&tools, &file)[0].architecture.clone();
     let target = architecture.trim_start_matches("sm_");
     let controls = file.with_file_name("controls.fatbin");

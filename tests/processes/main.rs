@@ -1,40 +1,138 @@
 //! Ranks that are processes: they find one another, average, and go on when one of them is killed
-//! or stopped.
-//!
-//! Every rank is this very test program, run with `PA_TEST_ROLE`; see `worker`.
-#![cfg(target_os = "linux")]
+//! or stopped. Every rank is this very program, run with `PA_TEST_ROLE`.
 
+#[cfg(target_os = "linux")]
 mod admissions;
-#[path = "../common/mod.rs"]
-mod common;
-mod crew;
+#[cfg(target_os = "linux")]
 mod deaths;
+#[cfg(target_os = "linux")]
 mod forks;
+#[cfg(target_os = "linux")]
 mod jobs;
+#[cfg(target_os = "linux")]
 mod joins;
+#[cfg(target_os = "linux")]
 mod launchers;
+#[cfg(target_os = "linux")]
 mod limited;
+#[cfg(target_os = "linux")]
 mod limits;
+#[cfg(target_os = "linux")]
 mod meeting;
-mod model;
+#[cfg(target_os = "linux")]
 mod namespaces;
-mod pairs;
-mod roles;
+#[cfg(target_os = "linux")]
 mod stops;
-mod worker;
 
-const WORKER: &str = "worker";
+#[cfg(not(target_os = "linux"))]
+fn main() {}
 
-/// Not a test by itself: what a rank does, in a process of its own.
-#[test]
-fn worker() {
-    match std::env::var("PA_TEST_ROLE").as_deref() {
+#[cfg(target_os = "linux")]
+fn main() -> std::process::ExitCode {
+    use test_support::{process, rank, stress, tests, tool};
+
+    match std::env::var(process::ROLE).as_deref() {
         Ok("limited") => std::process::exit(limited::limited()),
         Ok("limited_threads") => std::process::exit(limited::limited_threads()),
         Ok("copies") => std::process::exit(admissions::copies()),
         Ok("lets_in") => std::process::exit(admissions::lets_in()),
         Ok("joins_only") => std::process::exit(admissions::joins_only()),
-        Ok(role) => worker::run(role),
+        Ok(role) => rank::run(role),
         Err(_) => {}
     }
+
+    let stress = stress();
+    let (mpirun, torchrun) = (tool("mpirun", &["--version"]), meeting::torchrun());
+    let another_user = launchers::another_user();
+    let (containers, pid_namespaces) = (namespaces::containers(), namespaces::pid_namespaces());
+    let network_namespaces = namespaces::network_namespaces();
+    let unmapped_users = namespaces::unmapped_users();
+    let other_containers = namespaces::containers_of_another_user();
+
+    // Ranks mostly wait.
+    test_support::main_with_threads(
+        8,
+        tests![
+            admissions::letting_a_process_in_changes_no_other_model,
+            admissions::an_abort_while_a_process_is_let_in_tells_both_halves,
+            admissions::a_joiner_that_is_lost_on_its_way_does_not_hide_the_average,
+            admissions::a_joiner_that_dies_at_any_time_leaves_whole_models,
+            deaths::a_rank_killed_at_any_step_of_3,
+            deaths::a_rank_killed_at_steps_of_4_and_of_8: stress,
+            deaths::a_rank_killed_at_any_step_of_2,
+            deaths::averagers_are_recovered_in_any_order,
+            deaths::the_longest_timeouts_are_timeouts,
+            deaths::local_sgds_that_are_recovered_in_different_orders_are_told_so,
+            deaths::an_averager_that_a_rank_has_dropped_is_named,
+            deaths::a_kill_is_noticed_at_once,
+            deaths::a_rank_that_is_stopped_is_late_and_finds_itself_left_out,
+            deaths::a_kill_is_noticed_at_once_while_another_rank_is_stopped,
+            deaths::kills_at_any_time,
+            deaths::stops_and_kills_at_any_time: stress,
+            deaths::training_goes_on_without_a_rank_that_panics,
+            deaths::nothing_is_left_of_a_world_that_was_killed,
+            deaths::two_averagers_of_a_world_recover,
+            forks::a_forked_child_holds_neither_the_name_nor_a_socket,
+            jobs::one_job_meets_however_its_ranks_are_started,
+            jobs::jobs_of_ended_shells_and_of_one_shell_never_mix,
+            jobs::jobs_of_ended_shells_never_mix_where_a_process_of_their_session_adopts_them,
+            jobs::shell_loops_meet_by_themselves,
+            jobs::ranks_meet_whose_shell_has_ended,
+            jobs::jobs_with_one_name_never_mix,
+            jobs::an_early_rank_of_another_job_takes_no_place,
+            jobs::jobs_that_one_process_starts_are_told_apart_by_their_arguments,
+            jobs::two_processes_with_one_number_end_the_meeting_for_all,
+            jobs::a_name_is_held_for_the_life_of_a_world,
+            jobs::a_job_that_was_killed_restarts_at_once,
+            jobs::jobs_are_told_apart_by_what_the_program_says,
+            joins::processes_join_one_after_the_other_and_at_once,
+            joins::a_process_joins_a_world_that_rejects_and_one_that_is_aborted,
+            joins::a_process_joins_a_world_with_two_averagers,
+            joins::guests_may_be_stopped_at_any_time,
+            joins::joins_and_kills_at_any_time,
+            joins::a_process_joins_when_a_member_that_was_stopped_goes_on,
+            joins::who_can_not_join_is_told_why_and_harms_nobody,
+            joins::training_goes_on_with_a_process_that_joins,
+            joins::thousands_of_tries_to_join_do_not_use_a_world_up: stress,
+            joins::who_joins_is_told_which_world_it_enters,
+            launchers::a_shell_of_slurms_is_no_rank,
+            launchers::what_is_wrong_with_the_environment_is_said_at_once,
+            launchers::one_rank_alone_needs_no_port,
+            launchers::agents_of_torchrun_on_one_host_meet,
+            launchers::ranks_of_mpich_meet_through_wrappers,
+            launchers::a_rank_that_waits_says_for_what_and_what_to_set,
+            launchers::names_have_a_length,
+            launchers::rank_0_without_threads_says_so: another_user,
+            limits::limits_while_starting_are_named_on_all_ranks,
+            limits::limits_while_building_are_named_on_all_ranks,
+            limits::a_rank_that_can_not_open_a_peers_memory_blames_itself: stress,
+            limits::limits_while_averaging_are_not_met: stress,
+            limits::limits_while_recovering_are_named_on_all_ranks: stress,
+            limits::limits_while_joining_harm_nobody_else: stress,
+            limits::limits_of_members_are_told_to_processes_that_join: stress,
+            limits::limits_of_ranks_that_are_threads_are_typed_errors,
+            limits::any_amount_of_memory_is_enough_or_an_error: stress,
+            meeting::worlds_of_2_3_4_and_8_processes_average,
+            meeting::the_environment_of_torchrun_is_enough,
+            meeting::open_mpi_starts_ranks: mpirun,
+            meeting::torchrun_starts_ranks: torchrun,
+            meeting::ranks_that_disagree_are_named_on_every_rank,
+            meeting::a_rank_that_refuses_by_itself_is_named_on_every_rank,
+            meeting::ranks_that_do_not_come_are_named,
+            meeting::a_rank_may_have_too_few_file_descriptors,
+            meeting::strangers_are_not_waited_for,
+            meeting::any_timeout_will_do,
+            namespaces::ranks_in_containers_meet_die_and_join: containers,
+            namespaces::ranks_in_pid_namespaces_meet_die_and_join: pid_namespaces,
+            namespaces::a_name_is_held_across_namespaces: containers,
+            namespaces::ranks_in_two_network_namespaces_are_told_so: network_namespaces,
+            namespaces::users_that_are_not_mapped_are_refused: unmapped_users,
+            namespaces::a_user_in_a_container_meets_itself_outside: other_containers,
+            stops::one_that_is_stopped_before_it_comes,
+            stops::one_that_is_stopped_while_it_waits_for_the_others,
+            stops::one_that_is_stopped_before_it_builds,
+            stops::one_that_is_stopped_while_it_recovers,
+            stops::an_abort_ends_the_wait_of_those_that_build,
+        ],
+    )
 }

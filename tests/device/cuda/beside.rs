@@ -3,12 +3,12 @@
 
 use super::model::Model;
 use super::scenarios::GPU;
-use crate::common::ranks_on;
 use cudarc::driver::{result, sys, CudaContext};
 use param_averager::*;
 use std::ffi::c_void;
 use std::sync::Barrier;
 use std::time::Duration;
+use test_support::ranks_on;
 
 /// Adds 1 to each of so many words.
 const TRAINER: &str = "

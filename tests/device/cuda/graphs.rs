@@ -2,11 +2,11 @@
 
 use super::model::Model;
 use super::scenarios::GPU;
-use crate::common::{ranks_of, ranks_on};
 use cudarc::driver::{result, sys, CudaContext};
 use param_averager::*;
 use std::sync::Barrier;
 use std::time::Duration;
+use test_support::{ranks_of, ranks_on};
 
 const ELEMENTS: usize = 5000;
 /// The strictest: no thread may do what might wait.

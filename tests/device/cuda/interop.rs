@@ -1,13 +1,13 @@
 //! cudarc's slices, on cudarc's streams.
 
 use super::scenarios::GPU;
-use crate::common::ranks_on;
 use cudarc::driver::sys::{CUresult, CUstreamCaptureMode};
 use cudarc::driver::{result, CudaContext, CudaSlice, CudaStream, DeviceRepr, DriverError};
 use half::{bf16, f16};
 use param_averager::*;
 use std::sync::Arc;
 use std::time::Duration;
+use test_support::ranks_on;
 
 pub fn interop() {
     every_dtype();

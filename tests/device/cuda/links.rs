@@ -2,8 +2,8 @@
 
 use super::model::{Model, Shape};
 use super::scenarios::{fail, shapes, Way, WAY};
-use crate::common::ranks_of;
 use param_averager::*;
+use test_support::ranks_of;
 
 fn ring(ranks: usize, devices: &'static [usize], link: Link) -> Way {
     Way { ranks, devices, link, ..WAY }

@@ -1,9 +1,9 @@
 //! A model in memory of the host or of a device, with guard bytes around every tensor.
 
-use crate::common::Random;
 use cudarc::driver::{result, CudaContext};
 use param_averager::{Device, Dtype, Parameters, TensorMut};
 use std::sync::Arc;
+use test_support::Random;
 
 // dtype, elements, and how many elements after a multiple of 16 bytes it begins
 pub type Shape = (Dtype, usize, usize);

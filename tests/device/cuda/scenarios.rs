@@ -3,10 +3,10 @@
 use super::model::{Model, Shape};
 use super::streams::streams;
 use super::{beside, graphs, links, strict};
-use crate::common::{ranks_of, ranks_on};
 use param_averager::__testing::Testing;
 use param_averager::*;
 use std::time::Duration;
+use test_support::{ranks_of, ranks_on};
 
 pub const GPU: Device = Device::cuda(0);
 

@@ -2,11 +2,11 @@
 
 use super::model::Model;
 use super::scenarios::GPU;
-use crate::common::ranks_on;
 use cudarc::driver::{result, sys, CudaContext};
 use param_averager::*;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
+use test_support::ranks_on;
 
 /// A trainer that enqueues everything: its step, the average, and what uses the mean.
 pub fn streams() {

@@ -2,7 +2,6 @@
 
 use super::model::Model;
 use super::scenarios::GPU;
-use crate::common::{ranks_of, ranks_on};
 use cudarc::driver::{sys, CudaContext};
 #[cfg(feature = "cudarc")]
 use param_averager::__testing::Testing;
@@ -10,6 +9,7 @@ use param_averager::*;
 use std::ffi::{c_char, c_int, CStr};
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
+use test_support::{ranks_of, ranks_on};
 
 /// After so many more calls of it by this thread, one fails.
 fn fail(function: &'static CStr, calls: c_int) {

@@ -1,9 +1,9 @@
 //! One world, its tensors and what happens to it: built on any machine, run there, read back.
 
-use crate::common::{ulp, Guarded, Random};
 use param_averager::__testing::abi::*;
 use param_averager::Dtype;
 use std::sync::atomic::{AtomicU32, Ordering};
+use test_support::{ulp, Guarded, Random};
 
 /// How the ranks average.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -108,9 +108,7 @@ impl Model {
     }
 
     pub fn digest(&self) -> u64 {
-        self.tensors.iter().flatten().fold(0xcbf2_9ce4_8422_2325, |hash: u64, x| {
-            (hash ^ u64::from(x.to_bits())).wrapping_mul(0x100_0000_01b3)
-        })
+        crate::fnv1a(self.tensors.iter().flatten().map(|x| u64::from(x.to_bits())))
     }
 }
 

@@ -1,24 +1,22 @@
 //! Runs scenarios in child processes: a library must be on LD_LIBRARY_PATH when a process starts,
 //! and the simulator's settings are environment variables.
 //!
-//! On which driver: `../shared/cudasim`, which is built, or the one in the folder that
-//! `CUDASIM_LIB` names. With `PARAM_AVERAGER_GPU=1` it is this machine's own: settings of the
-//! simulator mean nothing then, so a scenario runs once, and one about a machine that has to be
-//! simulated prints SKIPPED. `tests/gpu/suite` runs the tests so.
+//! The driver is `../shared/cudasim`, which is built, or the one in the folder that `CUDASIM_LIB`
+//! names. With `PARAM_AVERAGER_GPU=1` it is this machine's own: settings of the simulator mean
+//! nothing then, so a scenario runs once. `tests/gpu/suite` runs tests so, and reads a line RAN for
+//! each scenario, or SKIPPED for one about a machine that has to be simulated.
 
-use std::io::Read;
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use crate::common::skipped;
+use crate::{output_within, Ended, Skip};
 
-/// The scenario that a child is to run.
+/// Variable with the scenario that a child is to run. `main` of a test program looks at it before
+/// anything else.
 pub const SCENARIO: &str = "PA_PTX_SCENARIO";
-/// A fatbin to use instead of the crate's.
-#[allow(dead_code)] // of ptx.rs
-pub const FATBIN: &str = "PA_PTX_FATBIN";
 
 /// An environment variable and its value.
 pub type Setting<'a> = (&'a str, &'a str);
@@ -42,21 +40,46 @@ pub fn on_own_driver() -> bool {
     std::env::var_os("PARAM_AVERAGER_GPU").is_some_and(|value| value == "1")
 }
 
-/// The driver, or a SKIPPED line of this test's.
-pub fn driver_for(test: &str) -> Option<Driver> {
+/// Skips where there is neither a driver to run on nor the sources of one.
+pub fn missing() -> Skip {
+    crate::gpu_kernels().or_else(|| match on_own_driver() || source().is_some() {
+        false if std::env::var_os("CUDASIM_LIB").is_none() => {
+            Some("no cudasim: neither ../shared/cudasim nor CUDASIM_LIB".to_owned())
+        }
+        _ => None,
+    })
+}
+
+/// The driver; the simulator is built where it must be.
+pub fn driver() -> Driver {
     static DRIVER: OnceLock<Result<Driver, String>> = OnceLock::new();
     let found = || match on_own_driver() {
         true => Ok(Driver::Own),
         false => find_or_build().map(Driver::Simulated),
     };
-    let fatbin = param_averager::__private::fatbin().map_err(str::to_owned);
-    match fatbin.and_then(|_| DRIVER.get_or_init(found).clone()) {
-        Ok(driver) => Some(driver),
-        Err(reason) => {
-            skipped(test, &reason);
-            None
-        }
-    }
+    DRIVER.get_or_init(found).clone().unwrap_or_else(|reason| panic!("{reason}"))
+}
+
+/// One line for `tests/gpu/suite`, past any capture of the output.
+fn tell(line: &str) {
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
+/// Says on a machine's own driver that a test, or a part of one, is not for it.
+pub fn not_here(reason: &str) {
+    tell(&format!("SKIPPED {reason}"));
+}
+
+/// The simulator's sources, beside the checkout.
+fn source() -> Option<PathBuf> {
+    let folders = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().skip(1);
+    folders.map(|folder| folder.join("shared/cudasim")).find(|source| source.is_dir())
+}
+
+/// `target/tmp`, where cargo lets tests write: this program is in `target/PROFILE/deps`.
+fn temporary() -> PathBuf {
+    let program = std::env::current_exe().expect("this program has a path");
+    program.ancestors().nth(3).expect("cargo's folders").join("tmp")
 }
 
 fn find_or_build() -> Result<PathBuf, String> {
@@ -66,14 +89,8 @@ fn find_or_build() -> Result<PathBuf, String> {
             .then(|| folder.clone())
             .ok_or(format!("CUDASIM_LIB={} holds no libcuda.so.1", folder.display()));
     }
-    // Beside the checkout. Packages of this workspace at different depths use this file.
-    let folders = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().skip(1);
-    let Some(source) =
-        folders.map(|folder| folder.join("shared/cudasim")).find(|source| source.is_dir())
-    else {
-        return Err("no ../shared/cudasim, and CUDASIM_LIB is not set".into());
-    };
-    let build = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cudasim");
+    let source = source().ok_or("no ../shared/cudasim, and CUDASIM_LIB is not set")?;
+    let build = temporary().join("cudasim");
     let make = Command::new("make")
         .args(["-j2", "-C"])
         .arg(source)
@@ -88,15 +105,15 @@ fn find_or_build() -> Result<PathBuf, String> {
     }
 }
 
-/// Runs the scenario with each of some settings, to success; or prints a SKIPPED line of this
-/// test's.
-pub fn scenario(test: &str, name: &str, settings: &[&[Setting<'_>]]) {
-    let Some(driver) = driver_for(test) else { return };
+/// Runs the scenario with each of some settings, to success. On a machine's own driver with those
+/// that mean something there.
+pub fn scenario(name: &str, settings: &[&[Setting<'_>]]) {
+    let driver = driver();
     let settings = match driver {
         Driver::Simulated(_) => settings.iter().map(|settings| settings.to_vec()).collect(),
         Driver::Own => match on_a_machine(settings) {
             Ok(settings) => settings,
-            Err(reason) => return skipped(test, &reason),
+            Err(reason) => return not_here(&format!("{name}: {reason}")),
         },
     };
     for settings in settings {
@@ -131,32 +148,25 @@ fn on_a_machine<'a>(settings: &[&[Setting<'a>]]) -> Result<Vec<Vec<Setting<'a>>>
     }
 }
 
-/// What a process of a test's own needs in its environment to run with these settings, or a SKIPPED
-/// line of the test's.
-#[allow(dead_code)] // of cuda_processes.rs
-pub fn environment(
-    test: &str,
-    settings: &[Setting<'static>],
-) -> Option<Vec<(&'static str, String)>> {
+/// Environment of a process that is to run with these settings; none where a machine's own driver
+/// has no use for them.
+pub fn environment(settings: &[Setting<'static>]) -> Option<Vec<(&'static str, String)>> {
     let own = |settings: Vec<Setting<'static>>| -> Vec<(&'static str, String)> {
         settings.into_iter().map(|(name, value)| (name, value.to_owned())).collect()
     };
-    match driver_for(test)? {
+    match driver() {
         Driver::Simulated(folder) => {
             let library = ("LD_LIBRARY_PATH", folder.to_str().expect("a name in UTF-8").to_owned());
-            Some(
-                [own(settings.to_vec()), vec![library, ("CUDASIM_KILL_S", "60".to_owned())]]
-                    .concat(),
-            )
+            let limit = ("CUDASIM_KILL_S", "60".to_owned());
+            Some([own(settings.to_vec()), vec![library, limit]].concat())
         }
         Driver::Own => match on_a_machine(&[settings]) {
             Ok(mut left) => {
-                let line = format!("RAN {test} {settings:?}\n");
-                let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
+                tell(&format!("RAN {settings:?}"));
                 Some(own(left.remove(0)))
             }
             Err(reason) => {
-                skipped(test, &reason);
+                not_here(&reason);
                 None
             }
         },
@@ -174,24 +184,15 @@ fn devices() -> i32 {
     cudarc::driver::CudaContext::device_count().expect("a driver that can be initialised")
 }
 
-/// How a child ended, and what it said.
-pub struct Ended {
-    pub code: Option<i32>,
-    pub said: String,
-}
-
 /// Runs a scenario in a child, for so long at most. `driver`: none, a process that finds no libcuda
 /// but one that is installed.
 pub fn child(scenario: &str, driver: Option<&Driver>, settings: &[Setting<'_>]) -> Ended {
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command
-        .args(["child_process", "--exact", "--nocapture", "--test-threads=1"])
-        .env(SCENARIO, scenario);
+    command.env(SCENARIO, scenario);
     match driver {
         Some(Driver::Own) => {
-            // For tests/gpu/suite: a test that says neither this nor SKIPPED has shown nothing.
-            let line = format!("RAN {scenario} {settings:?}\n");
-            let _ = std::io::Write::write_all(&mut std::io::stderr(), line.as_bytes());
+            // A test that says neither this nor SKIPPED has shown nothing.
+            tell(&format!("RAN {scenario} {settings:?}"));
         }
         _ => {
             let simulator =
@@ -207,8 +208,8 @@ pub fn child(scenario: &str, driver: Option<&Driver>, settings: &[Setting<'_>]) 
         // Kernels that make no progress end in an error, not in a test that hangs.
         command.env("CUDASIM_KILL_S", "60");
     }
-    command.envs(settings.iter().copied()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    ended(command, limit())
+    command.envs(settings.iter().copied());
+    output_within(command, limit())
 }
 
 /// For one child.
@@ -217,68 +218,47 @@ fn limit() -> Duration {
     Duration::from_secs(seconds.map_or(600, |seconds| seconds.parse().expect("whole seconds")))
 }
 
-/// Waits for the end of the process, or ends it.
-fn ended(mut command: Command, limit: Duration) -> Ended {
-    fn read(mut from: impl Read + Send + 'static) -> std::thread::JoinHandle<String> {
-        std::thread::spawn(move || {
-            let mut bytes = vec![];
-            let _ = from.read_to_end(&mut bytes);
-            String::from_utf8_lossy(&bytes).into_owned()
-        })
-    }
-    let (start, mut child) = (Instant::now(), command.spawn().unwrap());
-    let said = [read(child.stdout.take().unwrap()), read(child.stderr.take().unwrap())];
-    let (mut code, mut killed) = (None, String::new());
-    loop {
-        if let Some(status) = child.try_wait().unwrap() {
-            if killed.is_empty() {
-                code = status.code();
-            }
-            break;
-        }
-        if start.elapsed() >= limit && killed.is_empty() {
-            killed = format!("\nkilled: it took longer than {limit:?}");
-            child.kill().unwrap();
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    let said = said.map(|thread| thread.join().unwrap()).concat();
-    Ended { code, said: said + &killed }
-}
-
-/// A process without a driver says so. A driver that is found without LD_LIBRARY_PATH is one of the
-/// machine's own.
-pub fn no_driver(test: &str) {
+/// Runs the scenario `no-driver` in a process without a driver. A driver that is found without
+/// LD_LIBRARY_PATH is one of the machine's own.
+pub fn no_driver() {
+    const THERE: &str = "no-driver: this machine has a driver";
     if on_own_driver() {
-        return skipped(test, "this machine has a driver");
+        return not_here(THERE);
     }
     let ended = child("no-driver", None, &[]);
     if ended.code != Some(0) && ended.said.contains("a libcuda is installed here") {
-        return skipped(test, "this machine has a driver");
+        return crate::partly(THERE);
     }
     assert_eq!(ended.code, Some(0), "{}", ended.said);
 }
 
-#[test]
-fn a_child_that_hangs_is_ended() {
-    let mut command = Command::new("sleep");
-    command.arg("600").stdout(Stdio::piped()).stderr(Stdio::piped());
-    let start = Instant::now();
-    let ended = ended(command, Duration::from_millis(300));
-    assert!(ended.code.is_none() && ended.said.contains("killed"), "{}", ended.said);
-    assert!(start.elapsed() < Duration::from_secs(60));
+/// Runs a scenario's body in the child that is for it, where a rank that panics ends the process:
+/// its peers may wait for it where nothing tells them.
+pub fn run_child(body: impl FnOnce()) {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        usual(panic);
+        std::process::exit(101);
+    }));
+    body();
 }
 
-#[test]
-fn settings_on_a_machine_that_is_what_it_is() {
-    let (one, seed) = (("CUDASIM_DELAY", "30"), ("CUDASIM_SEED", "1"));
-    let visible = ("CUDA_VISIBLE_DEVICES", "");
-    assert_eq!(on_a_machine(&[&[("CUDASIM_RACE", "1")]]).unwrap_err(), ABOUT_SIMULATED);
-    // Without a driver no devices are counted; this is decided before.
-    assert_eq!(on_a_machine(&[&[one, ("CUDASIM_MEM_MB", "64")]]).unwrap_err(), ABOUT_SIMULATED);
-    if on_own_driver() {
-        assert_eq!(on_a_machine(&[&[one], &[seed], &[visible]]).unwrap(), [vec![], vec![visible]]);
-        let many = on_a_machine(&[&[("CUDASIM_DEVICES", "1000")]]).unwrap_err();
-        assert!(many.contains("needs 1000 devices"), "{many}");
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_on_a_machine_that_is_what_it_is() {
+        let (one, seed) = (("CUDASIM_DELAY", "30"), ("CUDASIM_SEED", "1"));
+        let visible = ("CUDA_VISIBLE_DEVICES", "");
+        assert_eq!(on_a_machine(&[&[("CUDASIM_RACE", "1")]]).unwrap_err(), ABOUT_SIMULATED);
+        // Without a driver no devices are counted; this is decided before.
+        assert_eq!(on_a_machine(&[&[one, ("CUDASIM_MEM_MB", "64")]]).unwrap_err(), ABOUT_SIMULATED);
+        if on_own_driver() {
+            let left = on_a_machine(&[&[one], &[seed], &[visible]]).unwrap();
+            assert_eq!(left, [vec![], vec![visible]]);
+            let many = on_a_machine(&[&[("CUDASIM_DEVICES", "1000")]]).unwrap_err();
+            assert!(many.contains("needs 1000 devices"), "{many}");
+        }
     }
 }

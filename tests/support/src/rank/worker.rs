@@ -10,7 +10,7 @@ use param_averager::{
     Algorithm, Builder, Communicator, Device, Error, Link, LocalSgd, ParamAverager, Schedule,
 };
 
-use super::model::Model;
+use super::Model;
 use super::{pairs, roles};
 
 pub fn say(line: &str) {

@@ -1,63 +1,10 @@
-//! What several tests share.
-#![allow(dead_code)] // each test uses its own part
+//! A tensor between guard bytes.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use param_averager::{Communicator, Device, Dtype, TensorMut};
+use param_averager::{Device, Dtype, TensorMut};
 
-/// A test that can't run here says so, on one line that `.ci/run` counts.
-pub fn skipped(test: &str, reason: &str) {
-    use std::io::Write;
-    // Not eprintln: the test harness would capture it. In one piece, since tests run side by side.
-    let _ = std::io::stderr().write_all(format!("SKIPPED {test}: {reason}\n").as_bytes());
-}
-
-/// Runs `rank` on a thread for each of n CPU ranks, and returns what they return.
-pub fn ranks<T: Send>(n: usize, rank: impl Fn(Communicator) -> T + Sync) -> Vec<T> {
-    ranks_on(Device::cpu(), n, rank)
-}
-
-/// The same for n ranks on any device.
-pub fn ranks_on<T: Send>(
-    device: Device,
-    n: usize,
-    rank: impl Fn(Communicator) -> T + Sync,
-) -> Vec<T> {
-    ranks_of(&vec![device; n], rank)
-}
-
-/// The same for a rank on each of these devices.
-pub fn ranks_of<T: Send>(devices: &[Device], rank: impl Fn(Communicator) -> T + Sync) -> Vec<T> {
-    let world = Communicator::from_devices(devices).unwrap();
-    let rank = &rank;
-    std::thread::scope(|scope| {
-        let threads: Vec<_> =
-            world.into_iter().map(|communicator| scope.spawn(move || rank(communicator))).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-    })
-}
-
-/// Reproducible numbers.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        // SplitMix64
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-    pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-    /// Between -1 and 1, of many magnitudes.
-    pub fn value(&mut self) -> f64 {
-        let unit = self.next() as i64 as f64 / i64::MAX as f64;
-        unit * 0.5f64.powi(self.below(8) as i32)
-    }
-}
+use crate::Random;
 
 /// A tensor in memory of its own between guard bytes, at any address that suits its dtype.
 pub struct Guarded {
@@ -143,17 +90,4 @@ impl param_averager::Parameters for Guarded {
     fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
         visit(self.tensor());
     }
-}
-
-/// The distance between a number of this magnitude and the next one of that dtype.
-pub fn ulp(dtype: Dtype, magnitude: f64) -> f64 {
-    let (bits, least) = match dtype {
-        Dtype::F32 => (23, -126),
-        Dtype::F64 => (52, -1022),
-        Dtype::F16 => (10, -14),
-        _ => (7, -126),
-    };
-    let exponent =
-        if magnitude > 0.0 { (magnitude.log2().floor() as i32).max(least) } else { least };
-    f64::from(exponent - bits).exp2() // powi would take the reciprocal of infinity
 }

@@ -1,12 +1,15 @@
-//! A world of processes, and what its ranks say.
+//! Ranks that are processes: this very program, started again with `PA_TEST_ROLE`, and what they say.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-/// A rank. Killed when it is dropped.
-pub struct Rank {
+/// Variable with the role of a process. `main` of a test program looks at it before anything else.
+pub const ROLE: &str = "PA_TEST_ROLE";
+
+/// A process, and the lines it prints. Killed when it is dropped.
+pub struct RankProcess {
     pub child: Child,
     lines: std::sync::mpsc::Receiver<String>,
     pub heard: Vec<String>,
@@ -18,8 +21,8 @@ pub fn name() -> String {
     format!("test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
-/// Starts one rank, in the test that is for it.
-pub fn start(role: &str, variables: &[(&str, String)]) -> Rank {
+/// Starts one rank.
+pub fn start(role: &str, variables: &[(&str, String)]) -> RankProcess {
     spawn(command(&[], role, variables))
 }
 
@@ -34,8 +37,7 @@ pub fn command(before: &[&str], role: &str, variables: &[(&str, String)]) -> Com
             command
         }
     };
-    command.args([crate::WORKER, "--exact", "--nocapture", "--test-threads=1"]);
-    command.env("PA_TEST_ROLE", role);
+    command.arg("rank").env(ROLE, role); // the argument is for those that look at a list of processes
     for (name, value) in variables {
         command.env(name, value);
     }
@@ -43,7 +45,7 @@ pub fn command(before: &[&str], role: &str, variables: &[(&str, String)]) -> Com
 }
 
 /// A rank, or what starts some.
-pub fn spawn(mut command: Command) -> Rank {
+pub fn spawn(mut command: Command) -> RankProcess {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let (send, lines) = std::sync::mpsc::channel();
@@ -62,7 +64,7 @@ pub fn spawn(mut command: Command) -> Rank {
             let _ = send_errors.send(format!("stderr: {line}"));
         }
     });
-    Rank { child, lines, heard: vec![] }
+    RankProcess { child, lines, heard: vec![] }
 }
 
 /// Starts n ranks of one world that have nothing but their ranks of their own.
@@ -70,7 +72,7 @@ pub fn start_all(
     role: &str,
     n: usize,
     variables: impl Fn(usize) -> Vec<(&'static str, String)>,
-) -> Vec<Rank> {
+) -> Vec<RankProcess> {
     let name = name();
     let rank = |rank: usize| {
         let mut all = vec![
@@ -84,7 +86,7 @@ pub fn start_all(
     (0..n).map(rank).collect()
 }
 
-impl Rank {
+impl RankProcess {
     /// Waits for a line that begins so, and returns the rest.
     pub fn hear(&mut self, begin: &str) -> String {
         self.hear_for(begin, Duration::from_secs(60))
@@ -143,7 +145,7 @@ impl Rank {
     }
 }
 
-impl Drop for Rank {
+impl Drop for RankProcess {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
@@ -151,7 +153,7 @@ impl Drop for Rank {
 }
 
 /// Survivors are done, agree, and have seen `dead` lost first.
-pub fn check_survivors(ranks: &mut [Rank], dead: usize) {
+pub fn check_survivors(ranks: &mut [RankProcess], dead: usize) {
     let mut agreed = vec![];
     for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != dead) {
         assert_eq!(process.end(), Some(0), "rank {rank}: {:#?}", process.heard);
@@ -161,7 +163,7 @@ pub fn check_survivors(ranks: &mut [Rank], dead: usize) {
     }
     assert_eq!(agreed.len(), ranks.len() - 1);
     assert!(agreed.windows(2).all(|pair| pair[0] == pair[1]), "{agreed:?}");
-    let lost = |rank: &Rank| {
+    let lost = |rank: &RankProcess| {
         rank.said("failed").iter().any(|error| error.contains(&format!("PeerLost {{ rank: {dead}")))
     };
     assert!(ranks.iter().any(lost), "{:#?}", ranks[0].heard);
