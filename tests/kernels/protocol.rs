@@ -397,7 +397,7 @@ pub fn every_mutant_is_caught() {
         }
     }
 
-    mutants.retain(|(mutant, flavour)| {
+    mutants.retain(|(_, flavour)| {
         let Some((_, reason)) = missing.iter().find(|(missing, _)| missing == flavour) else {
             return true;
         };

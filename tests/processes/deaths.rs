@@ -7,7 +7,7 @@ use rustix::process::Signal;
 
 use test_support::process::{check_survivors, name, start, start_all, RankProcess};
 use test_support::rank::now_us;
-use test_support::{count, seed, Random};
+use test_support::{count, note, seed, Random};
 
 /// `all_or_nothing`: 1 or 0. Of `stride` steps one, not the same for all ranks.
 fn die_at_every_step(n: usize, all_or_nothing: u32, stride: usize) {
@@ -34,7 +34,7 @@ fn die_at_every_step(n: usize, all_or_nothing: u32, stride: usize) {
         }
     }
     assert!(steps >= 8 * n / stride, "only {steps} steps");
-    println!("{n} ranks: killed at {steps} steps, {stride} apart");
+    note!("{n} ranks: killed at {steps} steps, {stride} apart");
 }
 
 pub fn a_rank_killed_at_any_step_of_3() {
@@ -159,7 +159,7 @@ pub fn a_kill_is_noticed_at_once() {
         rank.said("recovered")[0].split(' ').next().unwrap().parse().unwrap()
     };
     let recovered = ranks[1..].iter().map(recovered).max().unwrap();
-    println!("from the kill to the last error {told} us; recovery {recovered} us");
+    note!("from the kill to the last error {told} us; recovery {recovered} us");
     // how fast it is, a benchmark tells
     assert!(told < 20_000_000, "the timeout, not the death, ended it");
 }
@@ -243,7 +243,7 @@ fn kill_beside_a_stop(n: usize, stopped: usize, dead: usize) {
         told = told.max(failed[0].split(' ').next().unwrap().parse::<u128>().unwrap() - killed);
         assert_eq!(ranks[rank].said("done"), [format!("{others:?}")]);
     }
-    println!("{n} ranks, {stopped} is stopped, {dead} killed: the others know after {told} us");
+    note!("{n} ranks, {stopped} is stopped, {dead} killed: the others know after {told} us");
     assert!(told < TIMEOUT.as_micros() / 2, "the stop, not the death, ended it: {told} us");
     ranks[stopped].signal(Signal::CONT);
     assert_eq!(ranks[stopped].end(), Some(5), "{:#?}", ranks[stopped].heard);
@@ -281,7 +281,7 @@ pub fn kills_at_any_time() {
             assert_eq!(ranks[rank].said("done"), [format!("{alive:?}")]);
         }
     }
-    println!("{kills} kills in {runs} worlds, {:?}: no element wrong, no hang", start.elapsed());
+    note!("{kills} kills in {runs} worlds, {:?}: no element wrong, no hang", start.elapsed());
 }
 
 /// Ranks that are stopped for a while, some of them killed then, with a timeout that the while is
@@ -318,7 +318,7 @@ pub fn stops_and_kills_at_any_time() {
             }
         }
     }
-    println!(
+    note!(
         "{stops} stops in {runs} worlds, {left_out} ranks left out, {:?}: no element wrong, no \
          hang",
         start.elapsed()
@@ -342,7 +342,7 @@ pub fn training_goes_on_without_a_rank_that_panics() {
     let disturbed = loss(&mut start_all("train", 4, panics), Some(1));
     // Noise of variance σ² leaves a loss of about σ² · lr / (2 n) an element, so of a quarter or a
     // third of it.
-    println!("loss {undisturbed} undisturbed, {disturbed} with 3 of 4 ranks");
+    note!("loss {undisturbed} undisturbed, {disturbed} with 3 of 4 ranks");
     assert!(disturbed < 2.0 * undisturbed + 0.05 && undisturbed < 1.0, "{undisturbed} {disturbed}");
 }
 

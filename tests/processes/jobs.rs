@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use test_support::count;
+use test_support::note;
 use test_support::process::{command, name, spawn, start, start_all, RankProcess};
 
 /// No process takes longer from the start of the last job.
@@ -195,9 +196,7 @@ pub fn jobs_with_one_name_never_mix() {
             _ => one += 1,
         }
     }
-    println!(
-        "{pairs} pairs: in {both} both jobs ran, in {one} one did, in {neither} none; 0 mixed"
-    );
+    note!("{pairs} pairs: in {both} both jobs ran, in {one} one did, in {neither} none; 0 mixed");
     assert!(one + both > 0, "no job gets into its world");
 }
 
@@ -335,7 +334,7 @@ pub fn a_job_that_was_killed_restarts_at_once() {
         slowest = slowest.max(begin.elapsed());
         next.iter().for_each(|rank| rank.signal(Signal::KILL));
     }
-    println!("{restarts} restarts at once, the slowest took {slowest:?}");
+    note!("{restarts} restarts at once, the slowest took {slowest:?}");
 }
 
 pub fn jobs_are_told_apart_by_what_the_program_says() {

@@ -7,7 +7,7 @@ use rustix::process::Signal;
 
 use test_support::process::{name, start, start_all, RankProcess};
 use test_support::Random;
-use test_support::{count, seed};
+use test_support::{count, note, seed};
 
 /// Starts one rank of a world of this name; `origin` is what its elements are made of.
 fn first(role: &str, name: &str, n: usize, origin: usize, more: &[(&str, String)]) -> RankProcess {
@@ -171,7 +171,7 @@ pub fn joins_and_kills_at_any_time() {
     for (origin, rank) in &mut ranks {
         assert_eq!(rank.end(), Some(0), "{origin}: {:#?}", rank.heard);
     }
-    println!("{joins} joins of {rounds}, {kills} kills besides: no element wrong, no hang");
+    note!("{joins} joins of {rounds}, {kills} kills besides: no element wrong, no hang");
 }
 
 /// The member that is asked last is stopped for longer than a member may be silent.
@@ -266,7 +266,7 @@ pub fn training_goes_on_with_a_process_that_joins() {
     let disturbed = trained(&mut ranks);
     let began: u64 = ranks[1].said("begins at")[0].parse().unwrap();
     assert!(began > 103 && began < 400 && began.is_multiple_of(8), "{began}");
-    println!(
+    note!(
         "loss {undisturbed} undisturbed, {disturbed} with a rank that was replaced at step {began}"
     );
     assert!(disturbed < 2.0 * undisturbed + 0.05 && undisturbed < 1.0, "{undisturbed} {disturbed}");

@@ -5,7 +5,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use test_support::process::{name, start, RankProcess};
-use test_support::{count, partly};
+use test_support::{count, note, partly};
 
 /// A resource: what an error about it says, and whether root is not bound by the limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,7 +162,7 @@ fn cell(
     }
     let latest = errors.iter().flatten().map(|(after, _)| after).max();
     let said = errors[limited].as_ref().unwrap().1.clone();
-    println!("{what}: {latest:?} ms: {said}");
+    note!("{what}: {latest:?} ms: {said}");
     Some(said)
 }
 
@@ -262,7 +262,7 @@ fn joiner_is_told(
     let _ = std::fs::remove_dir(&group);
     assert!(error.contains(limit.says), "{what}: {error}");
     assert!(after < SOON_MS, "{what}: it was told after {after} ms");
-    println!("{what}: after {after} ms: {error}");
+    note!("{what}: after {after} ms: {error}");
     members.iter_mut().for_each(|rank| rank.enough());
     for member in &mut members {
         assert_eq!(member.end(), Some(0), "{what}: {:#?}", member.heard);
@@ -372,7 +372,7 @@ pub fn any_amount_of_memory_is_enough_or_an_error() {
                 }
             }
         }
-        println!("{}: {good} ranks averaged, {bad} were told", limit.resource);
+        note!("{}: {good} ranks averaged, {bad} were told", limit.resource);
         assert!(good > 0 && bad > 0, "{}: {good} {bad}", limit.resource);
     }
 }

@@ -1,11 +1,14 @@
 //! Harness of the test programs with `harness = false`: tests that can't run here, or that belong
 //! to another tier, count as ignored, and the last line says why and what would enable them.
 
+use std::any::Any;
 use std::collections::BTreeMap;
+use std::panic::catch_unwind;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use libtest_mimic::{Arguments, Trial};
+use libtest_mimic::{Arguments, Failed, Trial};
 
 /// Reason why a test is ignored, with what would enable it. `None`: it runs.
 pub type Skip = Option<String>;
@@ -51,6 +54,20 @@ pub fn partly(reason: &str) {
     *parts().entry(reason.to_owned()).or_default() += 1;
 }
 
+static SAYS_MORE: AtomicBool = AtomicBool::new(false);
+
+/// True if what a test has seen is to be printed though it passes: with `--nocapture`, and where
+/// `PA_TEST_SCALE` asks for more than a little.
+pub fn says_more() -> bool {
+    SAYS_MORE.load(Ordering::Relaxed)
+}
+
+/// `println!` of what a test has seen, such as a time, where somebody may want to read it.
+#[macro_export]
+macro_rules! note {
+    ($($argument:tt)*) => { if $crate::says_more() { println!($($argument)*) } };
+}
+
 /// Runs the tests that the command line asks for. The program's exit code is to be returned from
 /// `main`.
 pub fn main(tests: Vec<Test>) -> ExitCode {
@@ -65,6 +82,7 @@ pub fn main_with_threads(threads: usize, tests: Vec<Test>) -> ExitCode {
 }
 
 fn run(arguments: Arguments, tests: Vec<Test>) -> ExitCode {
+    SAYS_MORE.store(arguments.nocapture || crate::stress().is_none(), Ordering::Relaxed);
     let mut skipped = BTreeMap::<String, usize>::new();
     for test in tests.iter().filter(|test| is_asked_for(&arguments, &test.name)) {
         if let Some(reason) = &test.skip {
@@ -73,10 +91,12 @@ fn run(arguments: Arguments, tests: Vec<Test>) -> ExitCode {
     }
     let runs_ignored = arguments.ignored || arguments.include_ignored;
     let trial = |test: Test| {
-        let run = test.run;
         let run = move || {
-            run();
-            Ok(())
+            catch_unwind(test.run).map_err(|panic| {
+                let seed = crate::random::seed_of_this_thread();
+                let seed = seed.map_or(String::new(), |seed| format!(", with PA_TEST_SEED={seed}"));
+                Failed::from(format!("panicked{seed}: {}", message(&*panic)))
+            })
         };
         Trial::test(test.name, run).with_ignored_flag(test.skip.is_some())
     };
@@ -90,6 +110,11 @@ fn run(arguments: Arguments, tests: Vec<Test>) -> ExitCode {
         }
     }
     conclusion.exit_code()
+}
+
+fn message(panic: &dyn Any) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message")
 }
 
 /// As libtest-mimic selects: filters are parts of names, or with `--exact` whole ones.

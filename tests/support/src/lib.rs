@@ -16,7 +16,7 @@ mod supervise;
 mod threads;
 
 pub use guarded::Guarded;
-pub use harness::{main, main_with_threads, partly, Skip, Test};
+pub use harness::{main, main_with_threads, partly, says_more, Skip, Test};
 pub use needs::{gpu_kernels, tool};
 pub use oracle::{fnv1a, format, mean, ulp};
 pub use random::{count, seed, stress, Random};

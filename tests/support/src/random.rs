@@ -1,5 +1,7 @@
 //! Reproducible numbers, and how many cases a test takes.
 
+use std::cell::Cell;
+
 /// SplitMix64.
 pub struct Random(pub u64);
 
@@ -43,10 +45,19 @@ pub fn stress() -> crate::Skip {
     scale().is_none().then(|| "stress, run with PA_TEST_SCALE=full".to_owned())
 }
 
-/// `PA_TEST_SEED`, or another seed each time, which is printed.
+thread_local! {
+    static SEED: Cell<Option<u64>> = const { Cell::new(None) };
+}
+
+/// `PA_TEST_SEED`, or another seed each time, which the harness prints if the test fails.
 pub fn seed() -> u64 {
     let seed = std::env::var("PA_TEST_SEED")
         .map_or_else(|_| u64::from(std::process::id()), |seed| seed.parse().expect("a number"));
-    println!("PA_TEST_SEED={seed}");
+    SEED.set(Some(seed));
     seed
+}
+
+/// The last seed of the test that runs on this thread.
+pub(crate) fn seed_of_this_thread() -> Option<u64> {
+    SEED.take()
 }
