@@ -144,7 +144,7 @@ fn compile_set(out: &Path, set: &str, flags: &[&str]) -> Result<PathBuf, String>
     compiler.flags(CPU_FLAGS).flags(flags);
     let tool = compiler.try_get_compiler().map_err(failed)?;
     let mut key = Key::of_sources()?;
-    key.add(set, &format!("{:?}", tool.to_command()));
+    key.add_command(&tool.to_command());
     key.add_version(tool.path());
     // What gcc and clang read besides.
     for variable in ["CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"] {
@@ -174,6 +174,12 @@ impl Key {
 
     fn add(&mut self, what: &str, value: &str) {
         (what, value).hash(&mut self.0);
+    }
+
+    /// A program and its arguments.
+    fn add_command(&mut self, command: &Command) {
+        command.get_program().hash(&mut self.0);
+        command.get_args().for_each(|argument| argument.hash(&mut self.0));
     }
 
     /// What a compiler says that it is: another one may come to be under the same path.
@@ -325,7 +331,7 @@ fn compile_cuda(nvcc: &Path, out: &Path) -> Result<PathBuf, String> {
     for name in portable {
         command.args(["-gencode", &format!("arch=compute_{name},code=compute_{name}")]);
     }
-    key.add("nvcc", &format!("{command:?}"));
+    key.add_command(&command);
     key.add_version(nvcc);
     for variable in ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"] {
         key.add(variable, &format!("{:?}", read(variable)));

@@ -27,8 +27,13 @@ fn scratch(name: &str) -> PathBuf {
 
 /// Runs it with these variables and no others that it reads.
 fn build(folder: &Path, variables: &[(&str, &str)]) -> Output {
+    build_in(Path::new(env!("CARGO_MANIFEST_DIR")), folder, variables)
+}
+
+/// The same for sources in another folder.
+fn build_in(sources: &Path, folder: &Path, variables: &[(&str, &str)]) -> Output {
     let mut command = Command::new(program());
-    command.current_dir(env!("CARGO_MANIFEST_DIR")).env_clear();
+    command.current_dir(sources).env_clear();
     command.envs([
         ("PATH", "/usr/bin:/bin"),
         ("HOST", env!("HOST_TRIPLE")),
@@ -67,22 +72,122 @@ pub fn without_nvcc_it_builds_with_one_warning_that_says_what_to_set() {
     }
     let kernels = fs::read_to_string(folder.join("kernels.rs")).unwrap();
     assert!(kernels.contains("Err(") && kernels.contains("NVCC=/path/to/nvcc"), "{kernels}");
+}
 
-    // Runs again for these and nothing else.
-    let mut watched: Vec<_> =
-        said.lines().filter_map(|line| line.strip_prefix("cargo::rerun-if-")).collect();
-    watched.retain(|line| !line.starts_with("env-changed=C") || line.contains("CUDA"));
-    for what in [
-        "changed=build.rs",
-        "changed=kernels",
-        "env-changed=NVCC",
-        "env-changed=CUDA_HOME",
-        "env-changed=PATH",
-    ] {
-        assert!(watched.contains(&what), "{what} is not watched: {watched:?}");
+/// Lines of the output that say what runs the script again.
+fn watched(output: &Output) -> Vec<String> {
+    let said = text(&output.stdout);
+    let watched = said.lines().filter_map(|line| line.split_once("cargo::rerun-if-"));
+    watched.map(|(_, what)| what.to_owned()).collect()
+}
+
+/// A change of `PATH`, as where a virtual environment is activated, costs nothing where it was not
+/// looked at.
+pub fn the_script_runs_again_for_what_it_has_read() {
+    let folder = scratch("watched");
+    fs::write(folder.join("CACHEDIR.TAG"), "").unwrap();
+    let compiler = compiler(&folder, "");
+    let nvcc = nvcc(&folder, "touch average.fatbin; exit 0");
+    let other = build(&folder, &[("CXX", &compiler)]);
+    let named = [("CXX", compiler.as_str()), ("NVCC", &nvcc), ("CUDA_COMPUTE_CAP", "90")];
+    let named = build(&folder, &named);
+    let none = build(&folder, &[("CXX", &compiler), ("NVCC", "")]);
+    for output in [&other, &named, &none] {
+        let watched = watched(output);
+        let files: Vec<_> = watched.iter().filter(|what| what.starts_with("changed=")).collect();
+        assert_eq!(files, ["changed=build.rs", "changed=kernels"]);
+        assert!(watched.contains(&"env-changed=NVCC".to_owned()), "{watched:?}");
     }
-    let files: Vec<_> = watched.iter().filter(|line| line.starts_with("changed=")).collect();
-    assert_eq!(files.len(), 2, "{files:?}");
+    for variable in ["PATH", "VIRTUAL_ENV", "CUDA_HOME", "CUDA_PATH"] {
+        let what = format!("env-changed={variable}");
+        assert!(watched(&other).contains(&what), "{what}: {:?}", watched(&other));
+        for output in [&named, &none] {
+            assert!(!watched(output).contains(&what), "{what}: {:?}", watched(output));
+        }
+    }
+    for variable in ["CUDA_COMPUTE_CAP", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS"] {
+        let what = format!("env-changed={variable}");
+        assert!(watched(&named).contains(&what), "{what}: {:?}", watched(&named));
+        assert!(!watched(&none).contains(&what), "{what}: {:?}", watched(&none));
+    }
+}
+
+/// A stand-in for the C++ compiler, which writes down what it compiles in `compiled` beside it. In
+/// `more` the object is `$o`.
+fn compiler(folder: &Path, more: &str) -> String {
+    let path = folder.join("fake-g++");
+    let script = format!(
+        "#!/bin/sh\n\
+         [ \"$1\" = --version ] && cat {folder}/version && exit 0\n\
+         o=\nfor a in \"$@\"; do [ \"$b\" = -o ] && o=$a; b=$a; done\n\
+         case \" $* \" in *' -c '*) echo \"$o\" >> {folder}/compiled;; *) exit 1;; esac\n\
+         {more}\necho object > \"$o\"\n",
+        folder = folder.display()
+    );
+    fs::write(folder.join("version"), "fake g++ 1\n").unwrap();
+    fs::write(&path, script).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    path.to_str().unwrap().into()
+}
+
+/// Features and profiles have folders of their own, and share what was compiled.
+pub fn kernels_are_compiled_once_for_all_profiles() {
+    let folder = scratch("once");
+    let compiler = compiler(&folder, "");
+    let sources = folder.join("sources");
+    fs::create_dir_all(sources.join("kernels")).unwrap();
+    for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, sources.join("kernels").join(path.file_name().unwrap())).unwrap();
+    }
+    let target = folder.join("target");
+    // How many objects a build has compiled, and has in its archive.
+    let compiles = |place: &str, variables: &[(&str, &str)]| {
+        let out = target.join(place);
+        fs::create_dir_all(&out).unwrap();
+        let _ = fs::remove_file(folder.join("compiled"));
+        let all = [&[("CXX", compiler.as_str()), ("NVCC", "")], variables].concat();
+        let output = build_in(&sources, &out, &all);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let archive = out.join("libparam_averager_kernels.a");
+        let listed = Command::new("ar").arg("t").arg(archive).output().unwrap();
+        let listed = text(&listed.stdout).lines().count();
+        let compiled = fs::read_to_string(folder.join("compiled")).unwrap_or_default();
+        assert_eq!(listed, SETS);
+        compiled.lines().count()
+    };
+    const SETS: usize = if cfg!(target_arch = "x86_64") { 3 } else { 1 };
+
+    // The scratch folder is in cargo's own, but it has one that is nearer.
+    fs::create_dir_all(&target).unwrap();
+    fs::write(target.join("CACHEDIR.TAG"), "").unwrap();
+    assert_eq!(compiles("debug/build/one/out", &[]), SETS);
+    let release = [("PROFILE", "release"), ("OPT_LEVEL", "3"), ("DEBUG", "true")];
+    assert_eq!(compiles("release/build/two/out", &release), 0);
+    assert_eq!(compiles("debug/build/three/out", &[("CARGO_FEATURE___TESTING", "1")]), 0);
+    // Whatever makes other code is another key.
+    assert_eq!(compiles("debug/build/one/out", &[("CXXFLAGS", "-g")]), SETS);
+    assert_eq!(compiles("debug/build/one/out", &[("CPATH", "/elsewhere")]), SETS);
+    fs::write(folder.join("version"), "fake g++ 2\n").unwrap();
+    assert_eq!(compiles("debug/build/one/out", &[]), SETS);
+    fs::write(sources.join("kernels/abi.h"), "// another\n").unwrap();
+    assert_eq!(compiles("debug/build/one/out", &[]), SETS);
+    assert_eq!(compiles("debug/build/three/out", &[]), 0);
+}
+
+/// Each waits until all have begun.
+#[cfg(target_arch = "x86_64")]
+pub fn instruction_sets_are_compiled_at_the_same_time() {
+    let folder = scratch("parallel");
+    fs::write(folder.join("CACHEDIR.TAG"), "").unwrap();
+    let wait = format!(
+        "n=0\nwhile [ $(wc -l < {folder}/compiled) -lt 3 ]; do\n\
+         sleep 0.1; n=$((n + 1)); [ $n -gt 300 ] && echo alone >&2 && exit 3\ndone",
+        folder = folder.display()
+    );
+    let compiler = compiler(&folder, &wait);
+    let output = build(&folder, &[("CXX", &compiler), ("NVCC", "")]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
 }
 
 pub fn what_is_named_and_missing_or_required_is_fatal() {

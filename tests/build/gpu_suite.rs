@@ -39,7 +39,7 @@ fn bundle(folder: &Path) -> PathBuf {
     let cuda = "#!/bin/sh\n\
         echo \"$1 on $LD_LIBRARY_PATH, $PARAM_AVERAGER_GPU, $PA_PTX_SCENARIO\"\n\
         case $1 in\n\
-        --list) for name in child_process simulator::own good partly unable silent bad hangs; do \
+        --list) for name in good partly unable silent bad hangs; do \
         echo $name: test; done;;\n\
         good) echo 'test good ... RAN it []';;\n\
         partly) echo 'RAN it []'; echo 'SKIPPED other: a reason';;\n\
@@ -47,10 +47,13 @@ fn bundle(folder: &Path) -> PathBuf {
         bad) echo 'RAN it []'; exit 7;;\n\
         hangs) echo 'RAN it []'; sleep 600;;\n\
         esac\n";
+    let kernels = "#!/bin/sh\n\
+        [ \"$1\" = --list ] && echo 'sass::other: test' && echo 'ptx::good: test' || echo 'RAN it'\n";
     let others = "#!/bin/sh\necho \"$@\"\n";
     let mut files = serde_json::Map::new();
     for (name, kind, text) in [
-        ("cuda", "test", cuda),
+        ("device", "test", cuda),
+        ("kernels", "test", kernels),
         ("average", "bench", others),
         ("allreduce-bench", "bin", others),
         ("compute-sanitizer", "", others),
@@ -127,14 +130,15 @@ pub fn every_end_of_a_test_is_told_apart() {
             (&true.into(), &simulated.into())
         );
         let ends = ["good", "partly", "unable", "silent", "bad", "hangs"]
-            .map(|test| status(&results, &format!("cuda {test}")));
+            .map(|test| status(&results, &format!("device {test}")));
         assert_eq!(
             ends,
             ["passed", "passed", "skipped", "failed", "failed", "timed-out"],
             "{said}"
         );
-        assert!(!said.contains("simulator::own") && !said.contains("cuda child_process"), "{said}");
-        let log = std::fs::read_to_string(out.join("cuda-good.log")).unwrap();
+        // Of a program with other tests, those that need a driver.
+        assert!(said.contains("kernels ptx::good") && !said.contains("sass::other"), "{said}");
+        let log = std::fs::read_to_string(out.join("device-good.log")).unwrap();
         assert!(log.contains(&format!("good on {}, 1, ", driver.display())), "{log}");
         // Nothing that a simulation gives is a time or looks like one.
         let expected = if simulated { "skipped" } else { "passed" };

@@ -220,7 +220,8 @@ proptest! {
 #[test]
 fn small_halves_and_unequal_weights_by_the_ring() {
     for dtype in [Dtype::F16, Dtype::Bf16] {
-        for world in [2, 3, 4, 5, 9, 16] {
+        let worlds: &[usize] = if count(0, 1) == 0 { &[2, 3, 16] } else { &[2, 3, 4, 5, 9, 16] };
+        for &world in worlds {
             for other in [1.0, 10.0, 1000.0, 1e-30, 1e30] {
                 for exponent in [-24, -17, -14, -11, -4] {
                     let part = f64::from(exponent - format(dtype).1)

@@ -373,6 +373,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(test_support::count(32, 256) as u32))]
+
         /// A first message has room for every command line.
         #[test]
         fn what_is_said_is_bounded(all in proptest::collection::vec(any::<String>(), 0..200), rank in 0usize..16) {
