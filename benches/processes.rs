@@ -16,20 +16,19 @@ fn main() {
 
 #[cfg(target_os = "linux")]
 fn main() {
-    match std::env::var("PA_BENCH_RANK").ok() {
-        Some(rank) => linux::rank(&rank),
-        None => linux::measure(),
+    match std::env::var(test_support::process::ROLE) {
+        Ok(rank) => linux::rank(&rank),
+        Err(_) => linux::measure(),
     }
 }
 
 #[cfg(target_os = "linux")]
 mod linux {
-    use std::io::{BufRead, BufReader, Write};
-    use std::process::{Child, ChildStdout, Command, Stdio};
     use std::time::Duration;
 
     use param_averager::{Communicator, ParamAverager};
     use rustix::time::{clock_gettime, ClockId};
+    use test_support::process::{self, RankProcess};
 
     const RANKS: usize = 4;
     const RUNS: usize = 15;
@@ -44,8 +43,7 @@ mod linux {
     // --------------------------------------------------------------------------------------------------
 
     fn say(what: &str, since: f64) {
-        println!("{what} {since} {}", now());
-        let _ = std::io::stdout().flush();
+        test_support::rank::say(&format!("{what} {since} {}", now()));
     }
 
     /// Averages until the standard input is closed.
@@ -60,7 +58,7 @@ mod linux {
             std::process::exit(0);
         });
         let start = now();
-        let name = std::env::var("PA_BENCH_WORLD").unwrap();
+        let name = std::env::var("PA_TEST_NAME").unwrap();
         let world = Communicator::builder().rendezvous(name);
         let build = |communicator: Communicator, model: &mut Vec<Vec<f32>>| {
             ParamAverager::builder(communicator).build(model).unwrap()
@@ -107,40 +105,16 @@ mod linux {
     // ---- all of them
     // ---------------------------------------------------------------------------------------------
 
-    struct Process {
-        child: Child,
-        lines: std::io::Lines<BufReader<ChildStdout>>,
+    /// `role`: its rank, or `late`.
+    fn start(world: &str, role: &str) -> RankProcess {
+        process::start(role, &[("PA_TEST_NAME", world.to_owned())])
     }
 
-    impl Process {
-        fn start(world: &str, rank: &str) -> Process {
-            let mut command = Command::new(std::env::current_exe().unwrap());
-            command.env("PA_BENCH_RANK", rank).env("PA_BENCH_WORLD", world);
-            let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-            let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-            Process { child, lines }
-        }
-
-        /// Waits for a line: what began, and what ended.
-        fn hear(&mut self, what: &str) -> (f64, f64) {
-            let begin = format!("{what} ");
-            let mut lines = self.lines.by_ref().map_while(Result::ok);
-            let line =
-                lines.find(|line| line.starts_with(&begin)).unwrap_or_else(|| panic!("no {what}"));
-            let mut numbers = line.split(' ').skip(1).map(|number| number.parse().unwrap());
-            (numbers.next().unwrap(), numbers.next().unwrap())
-        }
-
-        fn go(&mut self) {
-            self.child.stdin.as_ref().unwrap().write_all(b"\n").unwrap();
-        }
-    }
-
-    impl Drop for Process {
-        fn drop(&mut self) {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
+    /// Waits for a line: what began, and what ended.
+    fn hear(process: &mut RankProcess, what: &str) -> (f64, f64) {
+        let line = process.hear_for(&format!("{what} "), Duration::from_secs(600));
+        let mut numbers = line.split(' ').map(|number| number.parse().unwrap());
+        (numbers.next().unwrap(), numbers.next().unwrap())
     }
 
     /// From the first that began to the last that ended.
@@ -184,30 +158,30 @@ mod linux {
 
     fn one(run: usize) -> [f64; 8] {
         let world = format!("bench-processes-{}-{run}", std::process::id());
-        let mut ranks: Vec<Process> =
-            (0..RANKS).map(|rank| Process::start(&world, &rank.to_string())).collect();
+        let mut ranks: Vec<RankProcess> =
+            (0..RANKS).map(|rank| start(&world, &rank.to_string())).collect();
         for rank in &mut ranks {
-            rank.hear("model");
+            hear(rank, "model");
         }
-        ranks.iter_mut().for_each(Process::go);
-        let met = span(ranks.iter_mut().map(|rank| rank.hear("met")));
-        let built = span(ranks.iter_mut().map(|rank| rank.hear("built")));
-        let first = span(ranks.iter_mut().map(|rank| rank.hear("first")));
-        let mut late = Process::start(&world, "late");
-        late.hear("model");
+        ranks.iter_mut().for_each(RankProcess::enough);
+        let met = span(ranks.iter_mut().map(|rank| hear(rank, "met")));
+        let built = span(ranks.iter_mut().map(|rank| hear(rank, "built")));
+        let first = span(ranks.iter_mut().map(|rank| hear(rank, "first")));
+        let mut late = start(&world, "late");
+        hear(&mut late, "model");
 
         // Somewhere in one of the next averages: no two runs the same.
         std::thread::sleep(Duration::from_millis(300 + 37 * run as u64));
         let mut dead = ranks.remove(run % RANKS);
         let killed = now();
         dead.child.kill().unwrap();
-        let told = span(ranks.iter_mut().map(|rank| (killed, rank.hear("failed").1)));
-        let recovered = span(ranks.iter_mut().map(|rank| rank.hear("recovered")));
-        let again = span(ranks.iter_mut().map(|rank| rank.hear("again")));
+        let told = span(ranks.iter_mut().map(|rank| (killed, hear(rank, "failed").1)));
+        let recovered = span(ranks.iter_mut().map(|rank| hear(rank, "recovered")));
+        let again = span(ranks.iter_mut().map(|rank| hear(rank, "again")));
 
-        late.go();
-        let joined = span([late.hear("joined")]);
-        let admitted = span(ranks.iter_mut().map(|rank| rank.hear("admitted")));
+        late.enough();
+        let joined = span([hear(&mut late, "joined")]);
+        let admitted = span(ranks.iter_mut().map(|rank| hear(rank, "admitted")));
         [met, built, first, told, recovered, again, joined, admitted]
     }
 }
