@@ -60,7 +60,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-pub fn without_nvcc_it_builds_with_one_warning_that_says_what_to_set() {
+pub fn missing_nvcc_is_one_warning_that_says_what_to_set() {
     let folder = scratch("none");
     let output = build(&folder, &[]);
     assert!(output.status.success(), "{}", text(&output.stderr));
@@ -190,7 +190,7 @@ pub fn instruction_sets_are_compiled_at_the_same_time() {
     assert!(output.status.success(), "{}", text(&output.stderr));
 }
 
-pub fn what_is_named_and_missing_or_required_is_fatal() {
+pub fn missing_nvcc_is_fatal_where_named_or_required() {
     let folder = scratch("fatal");
     let cases: [(&[(&str, &str)], &str); 5] = [
         (&[("NVCC", "/nonexistent/nvcc")], "NVCC names /nonexistent/nvcc, which does not exist"),
@@ -215,7 +215,7 @@ pub fn what_is_named_and_missing_or_required_is_fatal() {
     }
 }
 
-pub fn an_nvcc_that_fails_is_fatal_and_all_it_said_is_shown() {
+pub fn failing_nvcc_is_fatal_and_its_output_is_shown() {
     let folder = scratch("fails");
     let nvcc =
         nvcc(&folder, "echo to stdout; echo 'kernels/average.cu(1): error: something' >&2; exit 2");

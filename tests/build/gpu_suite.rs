@@ -112,8 +112,8 @@ fn status<'a>(results: &'a Value, name: &str) -> &'a str {
     entry.unwrap_or_else(|| panic!("no {name} in {entries:#?}"))["status"].as_str().unwrap()
 }
 
-pub fn every_end_of_a_test_is_told_apart() {
-    let folder = folder("every_end_of_a_test_is_told_apart");
+pub fn outcomes_are_told_apart() {
+    let folder = folder("outcomes_are_told_apart");
     let (bundle, out) = (bundle(&folder), folder.join("out"));
     for (device, simulated) in [("Some GPU", false), ("cudasim (CPU simulation)", true)] {
         let driver = driver(&folder, device);
@@ -159,8 +159,8 @@ pub fn every_end_of_a_test_is_told_apart() {
     }
 }
 
-pub fn what_cannot_begin_says_why() {
-    let folder = folder("what_cannot_begin_says_why");
+pub fn refusals_name_the_reason() {
+    let folder = folder("refusals_name_the_reason");
     let (bundle, out, driver) = (bundle(&folder), folder.join("out"), driver(&folder, "Some GPU"));
     let refused = |suite: &Path, arguments: &[&dyn AsRef<OsStr>], words: &str| {
         let (output, said) = run(suite, false, arguments);

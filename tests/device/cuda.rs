@@ -73,7 +73,7 @@ pub fn averages_have_no_race() {
     scenario("races", &[&[ONE, ("CUDASIM_RACE", "1")]]);
 }
 
-pub fn what_cannot_be_averaged_is_refused_on_every_rank() {
+pub fn refusals_reach_every_rank() {
     scenario("refusals", &[&[ONE]]);
 }
 
@@ -133,18 +133,18 @@ pub fn slices_of_cudarc_are_averaged_in_order() {
     scenario("interop-devices", &[&[("CUDASIM_DEVICES", "2")]]);
 }
 
-pub fn what_a_graph_would_refuse_is_not_captured() {
+pub fn graph_refusals_are_errors_of_the_capture() {
     scenario("graph-refusals", &[&[ONE]]);
 }
 
-pub fn captures_elsewhere_refuse_nothing_but_what_they_must() {
+pub fn captures_elsewhere_refuse_only_what_they_must() {
     strict("graphs", &[ONE]);
     strict("strict-captures", &[ONE]);
     #[cfg(feature = "cudarc")]
     strict("strict-slices", &[ONE]);
 }
 
-pub fn a_rank_whose_device_fails_tells_its_peers_and_waits_for_none() {
+pub fn failing_device_is_told_to_peers_and_waits_for_none() {
     strict("strict-failures", &[ONE]);
     #[cfg(feature = "cudarc")]
     strict("strict-ends", &[ONE]);
@@ -154,7 +154,7 @@ pub fn a_device_with_too_many_peers_goes_through_the_host() {
     strict("strict-peers", &[FOUR, ("STRICT_PEERS", "1")]);
 }
 
-pub fn memory_is_freed_when_nobody_averages_any_more() {
+pub fn memory_is_freed_after_the_last_average() {
     scenario("memory", &[&[ONE, ("CUDASIM_MEM_MB", "1024")]]); // nobody else takes memory of it
 }
 
@@ -162,7 +162,7 @@ pub fn a_device_that_is_full_says_so() {
     scenario("out-of-memory", &[&[ONE, ("CUDASIM_MEM_MB", "64")]]);
 }
 
-pub fn machines_that_cannot_run_the_kernels_say_why() {
+pub fn unfit_machines_say_why() {
     scenario("no-device", &[&[("CUDASIM_NO_DEVICE", "1")], &[("CUDA_VISIBLE_DEVICES", "")]]);
     scenario("old-driver", &[&[("CUDASIM_OLD_DRIVER", "11040")]]);
     no_driver();

@@ -440,7 +440,7 @@ pub fn a_process_joins_processes_on_devices() {
 }
 
 /// It may be in the middle of an average, and go on to write where its neighbour's mailbox was.
-pub fn a_process_that_wakes_up_late_disturbs_nobody() {
+pub fn stopped_process_disturbs_no_peer_when_it_resumes() {
     let mut chance = Random(seed());
     for case in DOOMED {
         let soon = |_| vec![("PA_TEST_TIMEOUT_MS", "1500".to_owned())];

@@ -33,7 +33,7 @@ fn main() -> ExitCode {
     let mut tests = tests![
         cuda::averages_have_the_bits_of_the_cpu: driver,
         cuda::averages_have_no_race: driver,
-        cuda::what_cannot_be_averaged_is_refused_on_every_rank: driver,
+        cuda::refusals_reach_every_rank: driver,
         cuda::failures_are_typed_and_change_nothing: driver,
         cuda::local_sgd_runs_beside_a_trainer: driver,
         cuda::averages_run_beside_kernels_and_each_other: driver,
@@ -44,13 +44,13 @@ fn main() -> ExitCode {
         cuda::links_have_no_race: driver,
         cuda::failures_between_devices_are_typed_and_change_nothing: driver,
         cuda::averages_in_graphs_are_replayed: driver,
-        cuda::what_a_graph_would_refuse_is_not_captured: driver,
-        cuda::captures_elsewhere_refuse_nothing_but_what_they_must: strict_driver,
-        cuda::a_rank_whose_device_fails_tells_its_peers_and_waits_for_none: strict_driver,
+        cuda::graph_refusals_are_errors_of_the_capture: driver,
+        cuda::captures_elsewhere_refuse_only_what_they_must: strict_driver,
+        cuda::failing_device_is_told_to_peers_and_waits_for_none: strict_driver,
         cuda::a_device_with_too_many_peers_goes_through_the_host: strict_driver,
-        cuda::memory_is_freed_when_nobody_averages_any_more: driver,
+        cuda::memory_is_freed_after_the_last_average: driver,
         cuda::a_device_that_is_full_says_so: driver,
-        cuda::machines_that_cannot_run_the_kernels_say_why: driver,
+        cuda::unfit_machines_say_why: driver,
     ];
     #[cfg(feature = "cudarc")]
     tests.extend(tests![cuda::slices_of_cudarc_are_averaged_in_order: driver]);
@@ -68,7 +68,7 @@ fn main() -> ExitCode {
         cuda_processes::processes_go_on_without_one_that_is_killed_at_any_time: driver,
         cuda_processes::processes_go_on_without_one_that_is_killed_on_its_way_in: driver,
         cuda_processes::a_process_joins_processes_on_devices: driver,
-        cuda_processes::a_process_that_wakes_up_late_disturbs_nobody: driver,
+        cuda_processes::stopped_process_disturbs_no_peer_when_it_resumes: driver,
     ]);
     test_support::main(tests)
 }

@@ -28,11 +28,11 @@ fn main() -> ExitCode {
         sass::kernels_are_compiled_as_they_are_meant: sass_tools,
         sass::ptx_is_ordered_and_coherent: sass_tools,
         sass::the_checks_find_what_they_look_for: sass_tools,
-        ptx::ptx_gives_the_bits_of_the_cpu_on_one_device: driver,
-        ptx::ptx_gives_the_bits_of_the_cpu_on_several_devices: driver,
-        ptx::ptx_failures_are_typed_and_change_nothing: driver,
-        ptx::ptx_has_no_race: driver,
+        ptx::one_device_gives_the_bits_of_the_cpu: driver,
+        ptx::several_devices_give_the_bits_of_the_cpu: driver,
+        ptx::failures_are_typed_and_change_nothing: driver,
+        ptx::averages_have_no_race: driver,
         ptx::planted_faults_are_reported: driver & nvcc,
-        ptx::a_machine_without_a_device_or_a_driver_says_so: driver,
+        ptx::missing_device_or_driver_is_named: driver,
     ])
 }

@@ -36,22 +36,22 @@ pub fn nvcc() -> Skip {
     (!there).then(|| "the nvcc that built the kernels is gone: build them again".to_owned())
 }
 
-pub fn ptx_gives_the_bits_of_the_cpu_on_one_device() {
+pub fn one_device_gives_the_bits_of_the_cpu() {
     scenario("streams", &[&[("CUDASIM_DEVICES", "1"), ("CUDASIM_SEED", "1")]]);
 }
 
-pub fn ptx_gives_the_bits_of_the_cpu_on_several_devices() {
+pub fn several_devices_give_the_bits_of_the_cpu() {
     scenario("devices", &[&[("CUDASIM_DEVICES", "4"), ("CUDASIM_DELAY", "20")]]);
 }
 
-pub fn ptx_failures_are_typed_and_change_nothing() {
+pub fn failures_are_typed_and_change_nothing() {
     scenario("failures", &[&[("CUDASIM_DEVICES", "1")]]);
 }
 
 const RACE: [Setting<'_>; 2] = [("CUDASIM_RACE", "1"), ("CUDASIM_DEVICES", "3")];
 const RACE_EXIT: Option<i32> = Some(66);
 
-pub fn ptx_has_no_race() {
+pub fn averages_have_no_race() {
     scenario("race", &[&RACE]);
 }
 
@@ -110,7 +110,7 @@ pub fn planted_faults_are_reported() {
     }
 }
 
-pub fn a_machine_without_a_device_or_a_driver_says_so() {
+pub fn missing_device_or_driver_is_named() {
     scenario("no-device", &[&[("CUDASIM_NO_DEVICE", "1")], &[("CUDA_VISIBLE_DEVICES", "")]]);
     no_driver();
 }

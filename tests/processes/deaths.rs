@@ -37,17 +37,17 @@ fn die_at_every_step(n: usize, all_or_nothing: u32, stride: usize) {
     note!("{n} ranks: killed at {steps} steps, {stride} apart");
 }
 
-pub fn a_rank_killed_at_any_step_of_3() {
+pub fn kill_at_any_step_of_3_ranks() {
     die_at_every_step(3, 1, (7 / count(1, 7)).max(1));
 }
 
-pub fn a_rank_killed_at_steps_of_4_and_of_8() {
+pub fn kill_at_some_steps_of_4_and_8_ranks() {
     let stride = (9 / count(1, 1)).max(1);
     die_at_every_step(4, 1, stride);
     die_at_every_step(8, 1, stride);
 }
 
-pub fn a_rank_killed_at_any_step_of_2() {
+pub fn kill_at_any_step_of_2_ranks() {
     let stride = (5 / count(1, 5)).max(1);
     die_at_every_step(2, 1, stride);
     die_at_every_step(2, 0, stride);
@@ -129,7 +129,7 @@ pub fn local_sgds_that_are_recovered_in_different_orders_are_told_so() {
 }
 
 /// An averager that one rank has dropped can't be built again; the others can.
-pub fn an_averager_that_a_rank_has_dropped_is_named() {
+pub fn dropped_averager_is_named() {
     let mut ranks = start_all("one_dropped", 3, |_| vec![]);
     ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
     ranks[2].signal(Signal::KILL);
@@ -143,7 +143,7 @@ pub fn an_averager_that_a_rank_has_dropped_is_named() {
 
 /// From the death to the error and from the error to the new world, as seen by the slowest
 /// survivor.
-pub fn a_kill_is_noticed_at_once() {
+pub fn kill_is_noticed_at_once() {
     let n = 4;
     let mut ranks = start_all("survive", n, |_| vec![("PA_TEST_FINAL", (n - 1).to_string())]);
     ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
@@ -209,7 +209,7 @@ fn stop_one(n: usize, pauses: Option<usize>, stopped: usize) {
     assert_eq!(ranks[stopped].end(), Some(5), "{:#?}", ranks[stopped].heard);
 }
 
-pub fn a_rank_that_is_stopped_is_late_and_finds_itself_left_out() {
+pub fn stopped_rank_is_late_and_excluded() {
     let of_3 = [(Some(1), 1), (Some(0), 1), (Some(2), 1), (None, 2)];
     let of_4 = [(Some(3), 3), (Some(0), 2), (Some(2), 0), (None, 1)];
     for (n, stops) in [(3, of_3), (4, of_4)] {
@@ -249,7 +249,7 @@ fn kill_beside_a_stop(n: usize, stopped: usize, dead: usize) {
     assert_eq!(ranks[stopped].end(), Some(5), "{:#?}", ranks[stopped].heard);
 }
 
-pub fn a_kill_is_noticed_at_once_while_another_rank_is_stopped() {
+pub fn kill_is_noticed_at_once_beside_a_stopped_rank() {
     std::thread::scope(|scope| {
         for (n, stopped, dead) in [(3, 0, 2), (3, 1, 0), (4, 0, 3), (4, 2, 0)] {
             scope.spawn(move || kill_beside_a_stop(n, stopped, dead));

@@ -98,7 +98,7 @@ pub fn a_process_joins_a_world_with_two_averagers() {
 }
 
 /// Processes on their way in that are stopped for a while, or for ever.
-pub fn guests_may_be_stopped_at_any_time() {
+pub fn joiners_may_be_stopped_at_any_time() {
     let rounds = count(1, 6);
     let mut chance = Random(seed());
     let name = name();
@@ -190,7 +190,7 @@ pub fn a_process_joins_when_a_member_that_was_stopped_goes_on() {
     }
 }
 
-pub fn who_can_not_join_is_told_why_and_harms_nobody() {
+pub fn refusal_names_the_reason_and_harms_no_member() {
     let soon = [("PA_TEST_MEET_MS", "1500".to_owned())];
     let mut nowhere = late("meet", &name(), 1, &soon);
     assert_eq!(nowhere.end(), Some(3));
@@ -273,7 +273,7 @@ pub fn training_goes_on_with_a_process_that_joins() {
 }
 
 /// Tries that come to nothing take nothing from a world.
-pub fn thousands_of_tries_to_join_do_not_use_a_world_up() {
+pub fn failed_attempts_by_the_thousand_use_up_no_ids() {
     let tries = count(4200, 4200);
     let name = name();
     let mut world: Vec<RankProcess> =
@@ -291,7 +291,7 @@ pub fn thousands_of_tries_to_join_do_not_use_a_world_up() {
     assert!(withdrawn >= tries);
 }
 
-pub fn who_joins_is_told_which_world_it_enters() {
+pub fn world_id_is_told_to_joiners() {
     let name = name();
     let mut world = first("survive", &name, 1, 0, &[]);
     world.hear("ready");

@@ -19,7 +19,7 @@ fn said(variables: &[(&str, &str)]) -> RankProcess {
     rank
 }
 
-pub fn a_shell_of_slurms_is_no_rank() {
+pub fn slurm_shell_is_no_rank() {
     let sbatch = [("SLURM_PROCID", "0"), ("SLURM_JOB_ID", "7"), ("SLURM_NTASKS", "2")];
     let pty = [
         ("SLURM_PROCID", "0"),
@@ -41,7 +41,7 @@ pub fn a_shell_of_slurms_is_no_rank() {
     assert_eq!(said(&[("RANK", "0"), ("WORLD_SIZE", "1")]).said("is_launched"), ["true"]);
 }
 
-pub fn what_is_wrong_with_the_environment_is_said_at_once() {
+pub fn environment_errors_are_told_at_once() {
     let rank = said(&[("RANK", "0"), ("WORLD_SIZE", "17"), ("MASTER_PORT", "1")]);
     assert!(
         rank.said("error")[0].contains("WORLD_SIZE is 17: a world has 1 to 16 ranks"),
@@ -136,7 +136,7 @@ pub fn ranks_of_mpich_meet_through_wrappers() {
     std::fs::remove_dir_all(folder).unwrap();
 }
 
-pub fn a_rank_that_waits_says_for_what_and_what_to_set() {
+pub fn waiting_rank_says_for_what_and_what_to_set() {
     let port = name();
     let rank = |rank: usize| {
         let variables = [
@@ -171,7 +171,7 @@ pub fn a_rank_that_waits_says_for_what_and_what_to_set() {
     assert_eq!(alone.said("stderr: param-averager: after 10s,").len(), 1, "{:#?}", alone.heard);
 }
 
-pub fn names_have_a_length() {
+pub fn names_have_a_maximum_length() {
     for (bytes, is_right) in [(1024, true), (1025, false), (100_000, false)] {
         // Control characters take the most space in a message.
         let mut name = name();

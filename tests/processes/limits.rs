@@ -197,7 +197,7 @@ pub fn limits_while_building_are_named_on_all_ranks() {
 
 /// A rank that has what it needs of its own, but not what it takes to open a peer's memory, is the
 /// one that is named.
-pub fn a_rank_that_can_not_open_a_peers_memory_blames_itself() {
+pub fn limit_met_on_a_peers_memory_names_the_rank_that_met_it() {
     for (resource, rooms, says) in [
         ("descriptors", 1..10, "taking file descriptors that came with a message"),
         ("memory", 20..60, "opening that of rank"),

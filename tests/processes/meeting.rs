@@ -176,7 +176,7 @@ pub fn a_rank_may_have_too_few_file_descriptors() {
 
 /// Connections that say nothing, half of something, or garbage, many of them, neither keep ranks
 /// out nor get in.
-pub fn strangers_are_not_waited_for() {
+pub fn foreign_connections_are_not_waited_for() {
     let name = name();
     let variables = |rank: usize| {
         vec![
@@ -228,7 +228,7 @@ pub fn strangers_are_not_waited_for() {
 }
 
 /// The longest and the shortest that a caller can give.
-pub fn any_timeout_will_do() {
+pub fn timeouts_of_any_length_work() {
     let most = ("PA_TEST_MEET_MS", u64::MAX.to_string());
     let name = name();
     let first = |rank: usize| {

@@ -55,7 +55,7 @@ fn wakes(rank: &mut RankProcess, with: &[&str]) {
 /// What ranks other than 0 are told when rank 0 says nothing in their time.
 const NO_HOST: &str = "was not to be found on this host within";
 
-pub fn one_that_is_stopped_before_it_comes() {
+pub fn rank_stopped_before_the_rendezvous() {
     for stopped in [0, 2] {
         let mut ranks = stopped_at(3, stopped, "join", timeouts(SHORT_MS, LONG_MS));
         let missing: &[&str] =
@@ -67,7 +67,7 @@ pub fn one_that_is_stopped_before_it_comes() {
 }
 
 /// It has come, so that the world begins, but does not hear of it.
-pub fn one_that_is_stopped_while_it_waits_for_the_others() {
+pub fn rank_stopped_while_it_waits_for_the_others() {
     for stopped in [0, 2] {
         let world = name();
         let come = |rank: usize| {
@@ -130,7 +130,7 @@ fn go_on_without(ranks: &mut [RankProcess], stopped: usize) {
     }
 }
 
-pub fn one_that_is_stopped_before_it_builds() {
+pub fn rank_stopped_before_it_builds() {
     for stopped in [0, 2] {
         go_on_without(&mut stopped_at(3, stopped, "build", timeouts(LONG_MS, SHORT_MS)), stopped);
     }
@@ -139,7 +139,7 @@ pub fn one_that_is_stopped_before_it_builds() {
 /// Rank 0 is killed. Rank 2 stops before it recovers, and goes on in time. Rank 1 is stopped
 /// meanwhile, while it waits for rank 2, so that it has said that it takes part: ranks 2 and 3
 /// build with it, in vain, and then without it.
-pub fn one_that_is_stopped_while_it_recovers() {
+pub fn rank_stopped_while_it_recovers() {
     let mut ranks = start_all("stages", 4, |rank| {
         let stop = [Some("build"), None, Some("recover"), None][rank];
         timeouts(LONG_MS, 3000)
@@ -168,7 +168,7 @@ pub fn one_that_is_stopped_while_it_recovers() {
     }
 }
 
-pub fn an_abort_ends_the_wait_of_those_that_build() {
+pub fn abort_ends_the_wait_of_building_ranks() {
     let mut ranks = start_all("stages", 3, |rank| {
         if rank == 2 {
             vec![("PA_TEST_STOP_AT", "abort".to_owned())]
