@@ -8,17 +8,19 @@
 //! CUDA: `average.cu` into `$OUT_DIR/average.fatbin`, reachable through `$OUT_DIR/kernels.rs`.
 //! Variables read:
 //!
-//! | variable | meaning |
-//! |---|---|
-//! | `NVCC` | this nvcc, as a path or a name on `PATH`, and no other: if it is missing, the build fails. Empty: build without nvcc |
-//! | `CUDA_HOME`, `CUDA_PATH` | a toolkit with `bin/nvcc`. One without nvcc is passed over; a directory that does not exist is an error |
-//! | `PATH` | searched next; after it `/usr/local/cuda/bin/nvcc` |
-//! | `VIRTUAL_ENV` | last: `lib/python*/site-packages/nvidia/cu*/bin/nvcc`, where PyPI's toolkit puts it |
-//! | `CUDA_COMPUTE_CAP` | architectures, such as `90`, `8.0,9.0` or `sm_100`; default: those of 80, 90, 100 and 120 that nvcc knows |
-//! | `NVCC_CCBIN` | the host compiler for nvcc; default: the one `cc` picks |
-//! | `NVCC_PREPEND_FLAGS`, `NVCC_APPEND_FLAGS` | read by nvcc itself |
-//! | `PARAM_AVERAGER_REQUIRE_NVCC` | `1`: fail instead of building without GPU kernels |
-//! | `DOCS_RS` | set: do not look for nvcc |
+//! * `NVCC`: this nvcc, as a path or a name on `PATH`, and no other: if it is missing, the build
+//!   fails. Empty: build without nvcc
+//! * `CUDA_HOME`, `CUDA_PATH`: a toolkit with `bin/nvcc`. One without nvcc is passed over; a
+//!   directory that does not exist is an error
+//! * `PATH`: searched next; after it `/usr/local/cuda/bin/nvcc`
+//! * `VIRTUAL_ENV`: last: `lib/python*/site-packages/nvidia/cu*/bin/nvcc`, where PyPI's toolkit
+//!   puts it
+//! * `CUDA_COMPUTE_CAP`: architectures, such as `90`, `8.0,9.0` or `sm_100`; default: those of
+//!   80, 90, 100 and 120 that nvcc knows
+//! * `NVCC_CCBIN`: the host compiler for nvcc; default: the one `cc` picks
+//! * `NVCC_PREPEND_FLAGS`, `NVCC_APPEND_FLAGS`: read by nvcc itself
+//! * `PARAM_AVERAGER_REQUIRE_NVCC`: `1`: fail instead of building without GPU kernels
+//! * `DOCS_RS`: set: do not look for nvcc
 //!
 //! Without nvcc the crate builds, with one warning; an nvcc that was found and fails, fails the
 //! build. The script runs again when a file in `kernels/` changes, or one of these variables that
@@ -26,7 +28,7 @@
 //! installed later in one of those places changes neither: set `NVCC`.
 //!
 //! What was compiled is kept in `target/param-averager-kernels`, under a hash of the sources, the
-//! compiler and its flags: all profiles and features share it, so that each kernel is compiled once.
+//! compiler and its flags: all profiles and features share it, and compile each kernel once.
 
 use std::collections::hash_map::DefaultHasher;
 use std::env;

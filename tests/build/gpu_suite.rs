@@ -48,7 +48,8 @@ fn bundle(folder: &Path) -> PathBuf {
         hangs) echo 'RAN it []'; sleep 600;;\n\
         esac\n";
     let kernels = "#!/bin/sh\n\
-        [ \"$1\" = --list ] && echo 'sass::other: test' && echo 'ptx::good: test' || echo 'RAN it'\n";
+        [ \"$1\" = --list ] && echo 'sass::other: test' && echo 'ptx::good: \
+        test' || echo 'RAN it'\n";
     let others = "#!/bin/sh\necho \"$@\"\n";
     let mut files = serde_json::Map::new();
     for (name, kind, text) in [

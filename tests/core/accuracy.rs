@@ -40,7 +40,7 @@ fn power(exponent: i32) -> f64 {
 impl Case {
     fn value(&self, random: &mut Random) -> f64 {
         let (mantissa, least, most) = format(self.dtype);
-        let one = 1.0 + (random.next() >> 12) as f64 * power(-52); // 1 … 2
+        let one = 1.0 + (random.next_u64() >> 12) as f64 * power(-52); // 1 … 2
         let sign = if random.below(2) == 0 { 1.0 } else { -1.0 };
         let exponent = match self.class {
             Class::Any => least - mantissa + random.below((most - least + mantissa) as u64) as i32,
@@ -180,7 +180,9 @@ fn cases() -> impl Strategy<Value = Case> {
         1 => (2..=16usize).prop_map(|world| vec![1.0; world]),
         // As in the issue: 1 : 10 and 1 : 1,000.
         1 => (2..=16usize, prop_oneof![Just(10.0), Just(1000.0)])
-            .prop_map(|(world, other)| (0..world).map(|rank| if rank == 0 { 1.0 } else { other }).collect()),
+            .prop_map(|(world, other)| {
+                (0..world).map(|rank| if rank == 0 { 1.0 } else { other }).collect()
+            }),
     ];
     let class = prop_oneof![
         2 => Just(Class::Any),
@@ -208,7 +210,7 @@ fn cases() -> impl Strategy<Value = Case> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: count(60, 400) as u32, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig::with_cases(count(60, 400) as u32))]
 
     #[test]
     fn the_mean_is_as_exact_as_promised(case in cases()) {

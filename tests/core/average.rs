@@ -193,7 +193,7 @@ fn cases(most_ranks: usize, most_elements: usize) -> impl Strategy<Value = Case>
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: count(40, 192) as u32, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig::with_cases(count(40, 192) as u32))]
 
     #[test]
     fn every_element_is_averaged_once_and_nothing_else(case in cases(5, 9000)) {
@@ -203,7 +203,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: count(8, 24) as u32, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig::with_cases(count(8, 24) as u32))]
 
     #[test]
     fn worlds_up_to_16(case in cases(16, 3000)) {
@@ -307,11 +307,20 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
     /// Ranks that are threads build and average with every timeout that is longer than they take.
     #[test]
-    fn any_timeout_is_one(seconds in prop_oneof![60u64..100, any::<u64>().prop_map(|x| x.max(60)), Just(u64::MAX)], nanoseconds in 0u32..1_000_000_000) {
+    fn any_timeout_is_one(
+        seconds in prop_oneof![
+            60u64..100,
+            any::<u64>().prop_map(|x| x.max(60)),
+            Just(u64::MAX),
+        ],
+        nanoseconds in 0u32..1_000_000_000,
+    ) {
         let timeout = std::time::Duration::new(seconds, nanoseconds);
         ranks(2, |communicator| {
             let mut model = vec![vec![communicator.rank() as f32; 100]];
-            let builder = ParamAverager::builder(communicator).algorithm(Algorithm::Ring).timeout(timeout);
+            let builder = ParamAverager::builder(communicator)
+                .algorithm(Algorithm::Ring)
+                .timeout(timeout);
             builder.build(&mut model).unwrap().average(&mut model).unwrap();
             assert_eq!(model[0], [0.5; 100]);
         });

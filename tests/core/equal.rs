@@ -38,10 +38,10 @@ impl Bits {
             0x7ff4_0000_0000_0001,
         ];
         while f32.len() < count {
-            let bits = random.next();
+            let bits = random.next_u64();
             let is_small = bits.is_multiple_of(6); // subnormal
             f32.push(bits as u32 & if is_small { 0x807f_ffff } else { u32::MAX });
-            f64.push(random.next() & if is_small { 0x800f_ffff_ffff_ffff } else { u64::MAX });
+            f64.push(random.next_u64() & if is_small { 0x800f_ffff_ffff_ffff } else { u64::MAX });
         }
         Bits { halves: (0..=u16::MAX).collect(), f32, f64 }
     }
@@ -241,7 +241,8 @@ fn the_ring_keeps_f32_and_f64_within_the_stated_bound() {
                     let usual = (2f32.powi(-121)..f32::MAX / 1.00001).contains(&y.abs());
                     got == want
                         || counting > 1
-                            && (x.is_nan() && y.is_nan() || usual && u64::from(got.abs_diff(want)) <= bound)
+                            && (x.is_nan() && y.is_nan()
+                                || usual && u64::from(got.abs_diff(want)) <= bound)
                         // its bound is that of tests/accuracy.rs
                         || counting > 1 && !usual && y.is_finite()
                 });
@@ -315,7 +316,7 @@ fn case() -> impl Strategy<Value = Case> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: count(24, 64) as u32, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig::with_cases(count(24, 64) as u32))]
 
     /// Tensors of any size, anywhere in memory, averaged ten times.
     #[test]
@@ -328,10 +329,13 @@ proptest! {
             let mut random = Random(seed);
             let mut model: Vec<Guarded> = tensors.iter().map(|&(dtype, elements, at)| {
                 // f32 and f64 have another promise by the ring.
-                let dtype = if direct { Dtype::ALL[dtype] } else { [Dtype::F16, Dtype::Bf16][dtype % 2] };
+                let dtype = match direct {
+                    true => Dtype::ALL[dtype],
+                    false => [Dtype::F16, Dtype::Bf16][dtype % 2],
+                };
                 let mut tensor = Guarded::new(dtype, elements, (at + rank) % 8);
                 for byte in tensor.bytes_mut() {
-                    *byte = random.next() as u8;
+                    *byte = random.next_u64() as u8;
                 }
                 for i in 0..elements {
                     if !direct && tensor.get(i).is_nan() {
@@ -343,7 +347,10 @@ proptest! {
             let before: Vec<Vec<u8>> = model.iter().map(|tensor| tensor.bytes().to_vec()).collect();
             let algorithm = if direct { Algorithm::Direct } else { Algorithm::Ring };
             let mut averager = ParamAverager::builder(communicator)
-                .algorithm(algorithm).all_or_nothing(all_or_nothing).channels(channels).chunk_bytes(chunk)
+                .algorithm(algorithm)
+                .all_or_nothing(all_or_nothing)
+                .channels(channels)
+                .chunk_bytes(chunk)
                 .narrow_wire(seed % 4 == 0)
                 .build(&mut model).unwrap();
             for _ in 0..10 {
@@ -352,7 +359,9 @@ proptest! {
                     None => averager.average(&mut model).unwrap(),
                 };
             }
-            model.iter().zip(before).all(|(tensor, before)| tensor.bytes() == before && tensor.guards_are_whole())
+            model.iter().zip(before).all(|(tensor, before)| {
+                tensor.bytes() == before && tensor.guards_are_whole()
+            })
         });
         prop_assert_eq!(result, vec![true; world]);
     }

@@ -47,23 +47,34 @@ fn are_valid(channels: u32, slots: u32, chunk: usize, timeout: Duration) -> bool
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: count(100, 300) as u32, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: count(100, 300) as u32,
+        failure_persistence: None,
+        ..Default::default()
+    })]
 
     #[test]
     fn any_options_are_taken_or_refused_by_name(
-        channels in number(), slots in number(), chunk in number(), timeout in duration(), ring in any::<bool>()
+        channels in number(),
+        slots in number(),
+        chunk in number(),
+        timeout in duration(),
+        ring in any::<bool>(),
     ) {
         let (channels, slots, chunk) = (channels as u32, slots as u32, chunk as usize);
         let valid = are_valid(channels, slots, chunk, timeout);
         // Valid options may ask for more memory or threads than a test should take.
-        prop_assume!(!valid || u64::from(channels) * u64::from(slots) * (chunk as u64) < 64 << 20 && channels < 16);
+        let bytes = || u64::from(channels) * u64::from(slots) * (chunk as u64);
+        prop_assume!(!valid || bytes() < 64 << 20 && channels < 16);
         let results = ranks(2, |communicator| {
             let algorithm = if ring { Algorithm::Ring } else { Algorithm::Direct };
             let builder = ParamAverager::builder(communicator).algorithm(algorithm);
-            let builder = builder.channels(channels).slots(slots).chunk_bytes(chunk).timeout(timeout);
-            builder.build(&mut vec![1.0f32; 100]).map(drop)
+            let builder = builder.channels(channels).slots(slots).chunk_bytes(chunk);
+            builder.timeout(timeout).build(&mut vec![1.0f32; 100]).map(drop)
         });
-        let is_late = |result: &Result<(), Error>| matches!(result, Err(Error::Timeout { .. } | Error::PeerLost { .. }));
+        let is_late = |result: &Result<(), Error>| {
+            matches!(result, Err(Error::Timeout { .. } | Error::PeerLost { .. }))
+        };
         if timeout < Duration::from_secs(20) && results.iter().any(is_late) {
             return Ok(()); // a rank may take so long to come
         }
@@ -71,7 +82,8 @@ proptest! {
         match &results[0] {
             Ok(()) => prop_assert!(valid),
             Err(Error::InvalidOption { option, .. }) => {
-                prop_assert!(!valid && ["channels", "slots", "chunk_bytes", "timeout"].contains(option))
+                let options = ["channels", "slots", "chunk_bytes", "timeout"];
+                prop_assert!(!valid && options.contains(option))
             }
             Err(error) => prop_assert!(false, "{}", error),
         }
@@ -79,14 +91,18 @@ proptest! {
 
     /// Timeouts that are long end nothing early, and overflow nothing.
     #[test]
-    fn any_timeout_averages(timeout in duration(), ring in any::<bool>(), weights in (weight(), weight())) {
+    fn any_timeout_averages(
+        timeout in duration(),
+        ring in any::<bool>(),
+        weights in (weight(), weight()),
+    ) {
         prop_assume!(timeout > Duration::from_secs(20));
         let results = ranks(2, |communicator| {
             let rank = communicator.rank();
             let algorithm = if ring { Algorithm::Ring } else { Algorithm::Direct };
             let mut model = vec![rank as f32; 1000];
-            let builder = ParamAverager::builder(communicator).algorithm(algorithm).timeout(timeout);
-            let mut averager = builder.build(&mut model).unwrap();
+            let builder = ParamAverager::builder(communicator).algorithm(algorithm);
+            let mut averager = builder.timeout(timeout).build(&mut model).unwrap();
             let weight = if rank == 0 { weights.0 } else { weights.1 };
             let weighted = averager.average_weighted(&mut model, weight);
             if weighted.is_ok() {
@@ -103,7 +119,9 @@ proptest! {
         let is_weight = |weight: f64| weight >= 0.0 && weight.is_finite();
         match &results[0] {
             Ok(()) => prop_assert!(is_weight(weights.0) && is_weight(weights.1)),
-            Err(Error::InvalidWeight { .. }) => prop_assert!(!is_weight(weights.0) || !is_weight(weights.1)),
+            Err(Error::InvalidWeight { .. }) => {
+                prop_assert!(!is_weight(weights.0) || !is_weight(weights.1))
+            }
             Err(Error::AllWeightsZero) => prop_assert!(weights.0 == 0.0 && weights.1 == 0.0),
             Err(error) => prop_assert!(false, "{}", error),
         }
@@ -124,13 +142,20 @@ proptest! {
     /// A pointer that is null is refused whatever the length is, and a length that no memory has,
     /// too.
     #[test]
-    fn any_length_is_refused_by_name(elements in number(), dtype in 0..4usize, null in any::<bool>()) {
+    fn any_length_is_refused_by_name(
+        elements in number(),
+        dtype in 0..4usize,
+        null in any::<bool>(),
+    ) {
         let dtype = Dtype::ALL[dtype];
         let pointer = if null { std::ptr::null_mut() } else { 16 as *mut u8 };
         let longest = isize::MAX as u64 / dtype.size() as u64;
         prop_assume!(elements > longest || null && elements > 0);
         // SAFETY: it is refused, so nothing is read there.
-        let mut tensors = [unsafe { TensorMut::from_raw_parts(pointer, elements as usize, dtype, Device::cpu()) }];
+        let tensor = unsafe {
+            TensorMut::from_raw_parts(pointer, elements as usize, dtype, Device::cpu())
+        };
+        let mut tensors = [tensor];
         let mut builder = ParamAverager::builder(one());
         builder = builder.channels(1);
         let error = builder.build(&mut tensors).map(drop).unwrap_err();
@@ -143,7 +168,9 @@ proptest! {
         let device = Device::cuda(ordinal.max(1000) as usize);
         if size > 0 {
             let error = Communicator::from_devices(&vec![device; size]).map(drop).unwrap_err();
-            prop_assert!(matches!(error, Error::DeviceUnavailable { .. } | Error::WorldSize { .. }), "{}", error);
+            use Error::{DeviceUnavailable, WorldSize};
+            let is_typed = matches!(error, DeviceUnavailable { .. } | WorldSize { .. });
+            prop_assert!(is_typed, "{}", error);
         }
         let world = Communicator::from_devices(&vec![Device::cpu(); size]);
         prop_assert_eq!(world.is_ok(), (1..=16).contains(&size));
@@ -151,12 +178,18 @@ proptest! {
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn any_rank_and_world_size_is_answered(rank in number(), size in number(), timeout in duration()) {
+    fn any_rank_and_world_size_is_answered(
+        rank in number(),
+        size in number(),
+        timeout in duration(),
+    ) {
         let (rank, size) = (rank as usize, size as usize);
         prop_assume!(rank >= size || size > 16); // others would be waited for
-        let world = Communicator::builder().rank(rank).world_size(size).rendezvous("extremes").timeout(timeout);
-        let error = world.build().map(drop).unwrap_err();
-        prop_assert!(matches!(error, Error::WorldSize { .. } | Error::Environment { .. }), "{}", error);
-        prop_assert_eq!(one().recover(timeout).unwrap_err(), Error::RecoveryUnsupported { rank: 0 });
+        let world = Communicator::builder().rank(rank).world_size(size).rendezvous("extremes");
+        let error = world.timeout(timeout).build().map(drop).unwrap_err();
+        let is_typed = matches!(error, Error::WorldSize { .. } | Error::Environment { .. });
+        prop_assert!(is_typed, "{}", error);
+        let refused = Error::RecoveryUnsupported { rank: 0 };
+        prop_assert_eq!(one().recover(timeout).unwrap_err(), refused);
     }
 }

@@ -1,5 +1,6 @@
 //! The kernels by themselves: the protocol under sanitizers, mutants, models explored in every
-//! interleaving, and what nvcc makes of the sources. `cargo test --test kernels -- sass` runs a part.
+//! interleaving, and what nvcc makes of the sources. `cargo test --test kernels -- sass` runs a
+//! part.
 
 mod model;
 mod protocol;

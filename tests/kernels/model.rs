@@ -1,8 +1,8 @@
-//! The mailbox protocol as a model (tests/kernels/protocol/ring.pml), explored in every interleaving by
-//! spin: no deadlock, no chunk lost or doubled, nobody writes unless all have voted, all ranks that
-//! end agree how. And the turns in which they write what they decide (turn.pml), and how they leave
-//! (leave.pml): who is through with an average fails nobody, who dies in it ends every wait. Each
-//! planted fault is found, so the models do look.
+//! The mailbox protocol as a model (protocol/ring.pml), explored in every interleaving by spin: no
+//! deadlock, no chunk lost or doubled, no write unless all ranks have voted, one outcome on all
+//! ranks that end. Likewise the turns in which ranks write what they decide (turn.pml), and how
+//! they leave (leave.pml): a rank that has completed an average fails no peer, one that dies in it
+//! ends every wait. Each planted fault is found, so the models do look.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use std::process::Command;
 
 use test_support::{tool, Skip};
 
-/// Of `tests/kernels/protocol`, each with the number of its faults.
+/// Models in `protocol`, each with the number of its faults.
 const MODELS: [(&str, u32); 3] = [("ring", 15), ("turn", 8), ("leave", 6)];
 
 fn file(model: &str) -> PathBuf {

@@ -1,5 +1,5 @@
 //! The kernels' protocol under sanitizers, as C++: worlds of ranks as threads are put through good
-//! averages and bad ones (tests/kernels/protocol/harness.cpp), and every synchronisation is taken out of a
+//! averages and bad ones (protocol/harness.cpp), and every synchronisation is taken out of a
 //! copy of kernels/ once to see that a check notices (tests/kernels/protocol/mutants.txt).
 pub mod mutants;
 

@@ -2,7 +2,7 @@
 //! No GPU needed.
 //!
 //! Registers, spills, the width of accesses in the loops that move packs, and the orderings that
-//! publish a flag. The kernels in `tests/kernels/sass/controls.cu` have one flaw each, and the same checks
+//! publish a flag. The kernels in `sass/controls.cu` have one flaw each, and the same checks
 //! must find it.
 
 mod checks;

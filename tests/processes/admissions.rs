@@ -25,7 +25,7 @@ impl Mixed {
     /// Finite numbers of all magnitudes, of which each origin has others.
     fn new(origin: u64) -> Mixed {
         let mut random = Random(origin);
-        let mut bits = || random.next();
+        let mut bits = || random.next_u64();
         let f32 = (0..1500).map(|_| f32::from_bits(bits() as u32 & 0xbf7f_ffff)).collect();
         let f64 = (0..300).map(|_| f64::from_bits(bits() & 0xbfef_ffff_ffff_ffff)).collect();
         let f16 = (0..4000).map(|_| f16::from_bits(bits() as u16 & 0xbbff)).collect();

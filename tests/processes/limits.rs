@@ -57,7 +57,7 @@ fn is_asked_for(limit: &Limit) -> bool {
     }
 }
 
-/// True if the limit can be set here, which the last line of the program says if not. Control groups
+/// True if the limit can be set here; if not, the last line of the program says so. Control groups
 /// can be made by root alone, if at all.
 fn can_be_set(limit: Limit) -> bool {
     let is_root = rustix::process::getuid().is_root();

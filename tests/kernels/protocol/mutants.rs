@@ -1,4 +1,4 @@
-//! The mutants of tests/kernels/protocol/mutants.txt, and copies of `kernels/` that hold one of them or
+//! The mutants of mutants.txt, and copies of `kernels/` that hold one of them or
 //! all.
 
 #![allow(dead_code)] // each test uses its own part

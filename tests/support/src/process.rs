@@ -1,4 +1,5 @@
-//! Ranks that are processes: this very program, started again with `PA_TEST_ROLE`, and what they say.
+//! Ranks that are processes: this very program, started again with `PA_TEST_ROLE`, and what they
+//! say.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
@@ -37,7 +38,7 @@ pub fn command(before: &[&str], role: &str, variables: &[(&str, String)]) -> Com
             command
         }
     };
-    command.arg("rank").env(ROLE, role); // the argument is for those that look at a list of processes
+    command.arg("rank").env(ROLE, role); // the argument shows in a list of processes
     for (name, value) in variables {
         command.env(name, value);
     }

@@ -6,7 +6,7 @@ use std::cell::Cell;
 pub struct Random(pub u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub fn next_u64(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -15,12 +15,12 @@ impl Random {
     }
 
     pub fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
+        self.next_u64() % n
     }
 
     /// Between -1 and 1, of many magnitudes.
     pub fn value(&mut self) -> f64 {
-        let unit = self.next() as i64 as f64 / i64::MAX as f64;
+        let unit = self.next_u64() as i64 as f64 / i64::MAX as f64;
         unit * 0.5f64.powi(self.below(8) as i32)
     }
 }
