@@ -8,42 +8,36 @@
 //! CUDA: `average.cu` into `$OUT_DIR/average.fatbin`, reachable through `$OUT_DIR/kernels.rs`.
 //! Variables read:
 //!
-//! | variable | meaning |
-//! |---|---|
-//! | `NVCC` | this nvcc, as a path or a name on `PATH`, and no other: if it is missing, the build fails. Empty: build without nvcc |
-//! | `CUDA_HOME`, `CUDA_PATH` | a toolkit with `bin/nvcc`. One without nvcc is passed over; a directory that does not exist is an error |
-//! | `PATH` | searched next; after it `/usr/local/cuda/bin/nvcc` |
-//! | `VIRTUAL_ENV` | last: `lib/python*/site-packages/nvidia/cu*/bin/nvcc`, where PyPI's toolkit puts it |
-//! | `CUDA_COMPUTE_CAP` | architectures, such as `90`, `8.0,9.0` or `sm_100`; default: those of 80, 90, 100 and 120 that nvcc knows |
-//! | `NVCC_CCBIN` | the host compiler for nvcc; default: the one `cc` picks |
-//! | `NVCC_PREPEND_FLAGS`, `NVCC_APPEND_FLAGS` | read by nvcc itself |
-//! | `PARAM_AVERAGER_REQUIRE_NVCC` | `1`: fail instead of building without GPU kernels |
-//! | `DOCS_RS` | set: do not look for nvcc |
+//! * `NVCC`: this nvcc, as a path or a name on `PATH`, and no other: if it is missing, the build
+//!   fails. Empty: build without nvcc
+//! * `CUDA_HOME`, `CUDA_PATH`: a toolkit with `bin/nvcc`. One without nvcc is passed over; a
+//!   directory that does not exist is an error
+//! * `PATH`: searched next; after it `/usr/local/cuda/bin/nvcc`
+//! * `VIRTUAL_ENV`: last: `lib/python*/site-packages/nvidia/cu*/bin/nvcc`, where PyPI's toolkit
+//!   puts it
+//! * `CUDA_COMPUTE_CAP`: architectures, such as `90`, `8.0,9.0` or `sm_100`; default: those of
+//!   80, 90, 100 and 120 that nvcc knows
+//! * `NVCC_CCBIN`: the host compiler for nvcc; default: the one `cc` picks
+//! * `NVCC_PREPEND_FLAGS`, `NVCC_APPEND_FLAGS`: read by nvcc itself
+//! * `PARAM_AVERAGER_REQUIRE_NVCC`: `1`: fail instead of building without GPU kernels
+//! * `DOCS_RS`: set: do not look for nvcc
 //!
 //! Without nvcc the crate builds, with one warning; an nvcc that was found and fails, fails the
-//! build. The script runs again when a file in `kernels/` or one of these variables changes. A
-//! toolkit that is installed later in one of those places changes neither: set `NVCC`.
+//! build. The script runs again when a file in `kernels/` changes, or one of these variables that
+//! it has read: where `NVCC` is a path, neither `PATH` nor `VIRTUAL_ENV`. A toolkit that is
+//! installed later in one of those places changes neither: set `NVCC`.
+//!
+//! What was compiled is kept in `target/param-averager-kernels`, under a hash of the sources, the
+//! compiler and its flags: all profiles and features share it, and compile each kernel once.
 
+use std::collections::hash_map::DefaultHasher;
 use std::env;
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::fs;
+use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::{exit, Command, Output};
-
-const VARIABLES: [&str; 11] = [
-    "NVCC",
-    "CUDA_HOME",
-    "CUDA_PATH",
-    "PATH",
-    "VIRTUAL_ENV",
-    "CUDA_COMPUTE_CAP",
-    "NVCC_CCBIN",
-    "NVCC_PREPEND_FLAGS",
-    "NVCC_APPEND_FLAGS",
-    "PARAM_AVERAGER_REQUIRE_NVCC",
-    "DOCS_RS",
-];
 
 const DEFAULT_ARCHITECTURES: [&str; 4] = ["80", "90", "100", "120"];
 
@@ -82,10 +76,7 @@ fn main() {
     // Cargo looks into a directory recursively, by modification time.
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=kernels");
-    for variable in VARIABLES {
-        println!("cargo::rerun-if-env-changed={variable}");
-    }
-    // tests/build_script.rs runs this script again.
+    // tests/build/build_script.rs runs this script again.
     println!("cargo::rustc-env=HOST_TRIPLE={}", env::var("HOST").unwrap_or_default());
     if let Err(message) = build() {
         eprintln!("param-averager: {message}");
@@ -103,7 +94,7 @@ fn build() -> Result<(), String> {
             println!("cargo::rustc-env=PARAM_AVERAGER_NVCC={}", nvcc.display());
             fatbin_source(&fatbin)
         }
-        Err(reason) if is_one("PARAM_AVERAGER_REQUIRE_NVCC") => {
+        Err(reason) if read("PARAM_AVERAGER_REQUIRE_NVCC").is_some_and(|value| value == "1") => {
             return Err(format!(
                 "{reason}, but PARAM_AVERAGER_REQUIRE_NVCC=1 asks for it: {HOW_TO_GET_NVCC}"
             ));
@@ -120,40 +111,133 @@ fn build() -> Result<(), String> {
     compile_cpu(&out)
 }
 
-/// Compiles the CPU kernels once per instruction set and links them into one archive.
+/// A variable, whose changes run this script again.
+fn read(variable: &str) -> Option<OsString> {
+    println!("cargo::rerun-if-env-changed={variable}");
+    env::var_os(variable)
+}
+
+/// Compiles the CPU kernels once per instruction set, at the same time if cargo has several jobs,
+/// and links them into one archive.
 fn compile_cpu(out: &Path) -> Result<(), String> {
-    let source = "kernels/average_cpu.cpp";
     let sets = match env::var("CARGO_CFG_TARGET_ARCH").as_deref() {
         Ok("x86_64") => &X86_64[..],
         _ => &X86_64[..1],
     };
+    let compile = |&(set, flags): &_| compile_set(out, set, flags);
+    let objects: Vec<Result<PathBuf, String>> = match env::var("NUM_JOBS").as_deref() {
+        Ok("1") => sets.iter().map(compile).collect(),
+        _ => std::thread::scope(|scope| {
+            let threads: Vec<_> = sets.iter().map(|set| scope.spawn(|| compile(set))).collect();
+            threads.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+        }),
+    };
     let mut archive = cc::Build::new();
     archive.cargo_warnings(true);
-    for &(set, flags) in sets {
-        let mut compiler = cpp_compiler();
-        // An own directory each: cc names an object after its source, which is the same for all.
-        compiler.out_dir(out.join(set)).file(source).define("PA_ISA", set);
-        compiler.flags(CPU_FLAGS).flags(flags);
-        let objects = compiler
-            .try_compile_intermediates()
-            .map_err(|e| format!("compiling {source} for {set}: {e}"))?;
-        archive.objects(objects);
+    for object in objects {
+        archive.object(object?);
     }
     archive
         .try_compile("param_averager_kernels")
-        .map_err(|e| format!("archiving the CPU kernels: {e}"))?;
-    println!(
-        "cargo::rustc-env=PARAM_AVERAGER_CPU_ARCHIVE={}",
-        out.join("libparam_averager_kernels.a").display()
-    );
-    Ok(())
+        .map_err(|e| format!("archiving the CPU kernels: {e}"))
+}
+
+/// Compiles the CPU kernels for one instruction set.
+fn compile_set(out: &Path, set: &str, flags: &[&str]) -> Result<PathBuf, String> {
+    let source = "kernels/average_cpu.cpp";
+    let failed = |e: cc::Error| format!("compiling {source} for {set}: {e}");
+    let mut compiler = cpp_compiler();
+    // An own directory each: cc names an object after its source, which is the same for all.
+    compiler.out_dir(out.join(set)).file(source).define("PA_ISA", set);
+    compiler.flags(CPU_FLAGS).flags(flags);
+    let tool = compiler.try_get_compiler().map_err(failed)?;
+    let mut key = Key::of_sources()?;
+    key.add_command(&tool.to_command());
+    key.add_version(tool.path());
+    // What gcc and clang read besides.
+    for variable in ["CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"] {
+        key.add(variable, &format!("{:?}", env::var_os(variable)));
+    }
+    kept(&format!("{set}-{}.o", key.finish()), out, &out.join(set).join("kept.o"), || {
+        let objects = compiler.try_compile_intermediates().map_err(failed)?;
+        objects.into_iter().next().ok_or(format!("{source} has no object"))
+    })
+}
+
+/// What something is made from, as a hash.
+struct Key(DefaultHasher);
+
+impl Key {
+    /// Names and contents of all files in `kernels/`.
+    fn of_sources() -> Result<Key, String> {
+        let mut key = Key(DefaultHasher::new());
+        let mut files = children(Path::new("kernels"), "");
+        files.sort();
+        for file in files {
+            let text = fs::read(&file).map_err(|e| format!("reading {}: {e}", file.display()))?;
+            (file.file_name(), text).hash(&mut key.0);
+        }
+        Ok(key)
+    }
+
+    fn add(&mut self, what: &str, value: &str) {
+        (what, value).hash(&mut self.0);
+    }
+
+    /// A program and its arguments.
+    fn add_command(&mut self, command: &Command) {
+        command.get_program().hash(&mut self.0);
+        command.get_args().for_each(|argument| argument.hash(&mut self.0));
+    }
+
+    /// What a compiler says that it is: another one may come to be under the same path.
+    fn add_version(&mut self, compiler: &Path) {
+        let output = Command::new(compiler).arg("--version").output();
+        let said = output.map(|output| output.stdout).unwrap_or_default();
+        (compiler, said).hash(&mut self.0);
+    }
+
+    fn finish(self) -> String {
+        format!("{:016x}", self.0.finish())
+    }
+}
+
+/// The file of this name that an earlier run of this script has kept, as `copy`; or else what
+/// `make` makes, which is kept. Nothing is kept where `OUT_DIR` is not in a folder of cargo's.
+fn kept(
+    name: &str,
+    out: &Path,
+    copy: &Path,
+    make: impl FnOnce() -> Result<PathBuf, String>,
+) -> Result<PathBuf, String> {
+    // The folder of all that cargo builds: it has one of these, in which nothing is looked for.
+    let is_target = |folder: &&Path| {
+        ["CACHEDIR.TAG", ".rustc_info.json"].iter().any(|name| folder.join(name).is_file())
+    };
+    let target = out.ancestors().find(is_target);
+    let Some(folder) = target.map(|target| target.join("param-averager-kernels")) else {
+        return make();
+    };
+    let file = folder.join(name);
+    let parent = copy.parent().expect("a folder in OUT_DIR");
+    if fs::create_dir_all(parent).is_ok() && fs::copy(&file, copy).is_ok() {
+        return Ok(copy.to_owned());
+    }
+    let made = make()?;
+    // Whole, or not at all: another run may be looking. It is no error if nothing can be kept.
+    let part = folder.join(format!("{name}.{}", std::process::id()));
+    let _ = fs::create_dir_all(&folder)
+        .and_then(|()| fs::copy(&made, &part))
+        .and_then(|_| fs::rename(&part, &file));
+    Ok(made)
 }
 
 fn cpp_compiler() -> cc::Build {
     let mut compiler = cc::Build::new();
     // Optimised in every profile: scalar loops over a model's parameters would make debug builds
-    // crawl.
-    compiler.cpp(true).cpp_link_stdlib(None).opt_level(3).extra_warnings(true);
+    // crawl. The same in every profile, so that all share one: CXXFLAGS=-g adds what a debugger
+    // needs.
+    compiler.cpp(true).cpp_link_stdlib(None).opt_level(3).debug(false).extra_warnings(true);
     compiler
 }
 
@@ -162,10 +246,10 @@ fn nvcc_or_reason() -> Result<Result<PathBuf, String>, String> {
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return Ok(Err("without the feature `cuda`".into()));
     }
-    if env::var_os("DOCS_RS").is_some() {
+    if read("DOCS_RS").is_some() {
         return Ok(Err("since DOCS_RS is set".into()));
     }
-    if let Some(named) = env::var_os("NVCC") {
+    if let Some(named) = read("NVCC") {
         if named.is_empty() {
             return Ok(Err("since NVCC is set to nothing".into()));
         }
@@ -185,7 +269,7 @@ fn nvcc_or_reason() -> Result<Result<PathBuf, String>, String> {
         };
     }
     for variable in ["CUDA_HOME", "CUDA_PATH"] {
-        let Some(home) = env::var_os(variable).filter(|home| !home.is_empty()) else { continue };
+        let Some(home) = read(variable).filter(|home| !home.is_empty()) else { continue };
         let home = PathBuf::from(home);
         if !home.is_dir() {
             return Err(format!(
@@ -204,14 +288,12 @@ fn nvcc_or_reason() -> Result<Result<PathBuf, String>, String> {
 }
 
 fn on_path(name: &OsString) -> Option<PathBuf> {
-    env::split_paths(&env::var_os("PATH")?)
-        .map(|folder| folder.join(name))
-        .find(|path| path.is_file())
+    env::split_paths(&read("PATH")?).map(|folder| folder.join(name)).find(|path| path.is_file())
 }
 
 /// PyPI's toolkit of the newest CUDA in the active virtual environment.
 fn in_virtual_environment() -> Option<PathBuf> {
-    let root = PathBuf::from(env::var_os("VIRTUAL_ENV")?);
+    let root = PathBuf::from(read("VIRTUAL_ENV")?);
     let mut found: Vec<PathBuf> = children(&root.join("lib"), "python")
         .iter()
         .flat_map(|python| children(&python.join("site-packages/nvidia"), "cu"))
@@ -238,14 +320,19 @@ fn compile_cuda(nvcc: &Path, out: &Path) -> Result<PathBuf, String> {
     let mut command = Command::new(nvcc);
     // -fmad=false for the same reason as -ffp-contract=off.
     command.args(["-fatbin", "-std=c++17", "-O3", "-fmad=false"]);
-    command.arg(format!("--threads={}", env::var("NUM_JOBS").unwrap_or_else(|_| "1".into())));
-    if env::var_os("NVCC_CCBIN").is_none_or(|compiler| compiler.is_empty()) {
-        // The build machine's compiler, also when the target is another: a fatbin holds no host
-        // code.
-        let host = env::var("HOST").map_err(|e| format!("HOST: {e}"))?;
-        let compiler = cpp_compiler().target(&host).try_get_compiler();
-        let compiler = compiler.map_err(|e| format!("looking for a C++ compiler for nvcc: {e}"))?;
-        command.arg("-ccbin").arg(compiler.path());
+    let mut key = Key::of_sources()?;
+    match read("NVCC_CCBIN").filter(|compiler| !compiler.is_empty()) {
+        Some(compiler) => key.add_version(Path::new(&compiler)),
+        None => {
+            // The build machine's compiler, also when the target is another: a fatbin holds no
+            // host code.
+            let host = env::var("HOST").map_err(|e| format!("HOST: {e}"))?;
+            let compiler = cpp_compiler().target(&host).try_get_compiler();
+            let compiler =
+                compiler.map_err(|e| format!("looking for a C++ compiler for nvcc: {e}"))?;
+            command.arg("-ccbin").arg(compiler.path());
+            key.add_version(compiler.path());
+        }
     }
     for name in &architectures {
         command.args(["-gencode", &format!("arch=compute_{name},code=sm_{name}")]);
@@ -255,21 +342,29 @@ fn compile_cuda(nvcc: &Path, out: &Path) -> Result<PathBuf, String> {
     for name in portable {
         command.args(["-gencode", &format!("arch=compute_{name},code=compute_{name}")]);
     }
-    command.arg("-o").arg(&fatbin).arg("kernels/average.cu");
-    let output = run(&mut command)?;
-    for line in
-        [output.stdout, output.stderr].iter().flat_map(|text| text.split(|&byte| byte == b'\n'))
-    {
-        if !line.is_empty() {
-            println!("cargo::warning={}", String::from_utf8_lossy(line));
-        }
+    key.add_command(&command);
+    key.add_version(nvcc);
+    for variable in ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"] {
+        key.add(variable, &format!("{:?}", read(variable)));
     }
-    Ok(fatbin)
+    kept(&format!("average-{}.fatbin", key.finish()), out, &fatbin, || {
+        command.arg(format!("--threads={}", env::var("NUM_JOBS").unwrap_or_else(|_| "1".into())));
+        command.arg("-o").arg(&fatbin).arg("kernels/average.cu");
+        let output = run(&mut command)?;
+        for line in
+            [output.stdout, output.stderr].iter().flat_map(|text| text.split(|&byte| byte == b'\n'))
+        {
+            if !line.is_empty() {
+                println!("cargo::warning={}", String::from_utf8_lossy(line));
+            }
+        }
+        Ok(fatbin.clone())
+    })
 }
 
 /// Architectures as nvcc spells them after `sm_`, oldest first, none twice. Never empty.
 fn architectures(nvcc: &Path) -> Result<Vec<String>, String> {
-    let asked = env::var("CUDA_COMPUTE_CAP").unwrap_or_default();
+    let asked = read("CUDA_COMPUTE_CAP").unwrap_or_default().to_string_lossy().into_owned();
     let mut names = Vec::new();
     for word in asked.split([',', ';', ' ']).filter(|word| !word.is_empty()) {
         names.push(architecture(word).ok_or_else(|| {
@@ -343,8 +438,4 @@ fn fatbin_source(fatbin: &Path) -> String {
 
 fn write(path: &Path, text: &str) -> Result<(), String> {
     fs::write(path, text).map_err(|e| format!("cannot write {}: {e}", path.display()))
-}
-
-fn is_one(variable: &str) -> bool {
-    env::var_os(variable).is_some_and(|value| value == "1")
 }

@@ -16,20 +16,19 @@ fn main() {
 
 #[cfg(target_os = "linux")]
 fn main() {
-    match std::env::var("PA_BENCH_RANK").ok() {
-        Some(rank) => linux::rank(&rank),
-        None => linux::measure(),
+    match std::env::var(test_support::process::ROLE) {
+        Ok(rank) => linux::rank(&rank),
+        Err(_) => linux::measure(),
     }
 }
 
 #[cfg(target_os = "linux")]
 mod linux {
-    use std::io::{BufRead, BufReader, Write};
-    use std::process::{Child, ChildStdout, Command, Stdio};
     use std::time::Duration;
 
     use param_averager::{Communicator, ParamAverager};
     use rustix::time::{clock_gettime, ClockId};
+    use test_support::process::{self, RankProcess};
 
     const RANKS: usize = 4;
     const RUNS: usize = 15;
@@ -41,8 +40,7 @@ mod linux {
     }
 
     fn report(what: &str, since: f64) {
-        println!("{what} {since} {}", now());
-        let _ = std::io::stdout().flush();
+        test_support::rank::say(&format!("{what} {since} {}", now()));
     }
 
     /// Runs a rank, which averages until its standard input is closed.
@@ -57,7 +55,7 @@ mod linux {
             std::process::exit(0);
         });
         let start = now();
-        let name = std::env::var("PA_BENCH_WORLD").unwrap();
+        let name = std::env::var("PA_TEST_NAME").unwrap();
         let world = Communicator::builder().rendezvous(name);
         let build = |communicator: Communicator, model: &mut Vec<Vec<f32>>| {
             ParamAverager::builder(communicator).build(model).unwrap()
@@ -99,40 +97,16 @@ mod linux {
         }
     }
 
-    struct Process {
-        child: Child,
-        lines: std::io::Lines<BufReader<ChildStdout>>,
+    /// `role`: its rank, or `late`.
+    fn start(world: &str, role: &str) -> RankProcess {
+        process::start(role, &[("PA_TEST_NAME", world.to_owned())])
     }
 
-    impl Process {
-        fn start(world: &str, rank: &str) -> Process {
-            let mut command = Command::new(std::env::current_exe().unwrap());
-            command.env("PA_BENCH_RANK", rank).env("PA_BENCH_WORLD", world);
-            let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-            let lines = BufReader::new(child.stdout.take().unwrap()).lines();
-            Process { child, lines }
-        }
-
-        /// Waits for a line, and returns the times of start and end that it reports.
-        fn wait_for(&mut self, what: &str) -> (f64, f64) {
-            let begin = format!("{what} ");
-            let mut lines = self.lines.by_ref().map_while(Result::ok);
-            let line =
-                lines.find(|line| line.starts_with(&begin)).unwrap_or_else(|| panic!("no {what}"));
-            let mut numbers = line.split(' ').skip(1).map(|number| number.parse().unwrap());
-            (numbers.next().unwrap(), numbers.next().unwrap())
-        }
-
-        fn start_rank(&mut self) {
-            self.child.stdin.as_ref().unwrap().write_all(b"\n").unwrap();
-        }
-    }
-
-    impl Drop for Process {
-        fn drop(&mut self) {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
-        }
+    /// Waits for a line: what began, and what ended.
+    fn hear(process: &mut RankProcess, what: &str) -> (f64, f64) {
+        let line = process.hear_for(&format!("{what} "), Duration::from_secs(600));
+        let mut numbers = line.split(' ').map(|number| number.parse().unwrap());
+        (numbers.next().unwrap(), numbers.next().unwrap())
     }
 
     /// Time from the first start to the last end.
@@ -176,30 +150,30 @@ mod linux {
 
     fn one(run: usize) -> [f64; 8] {
         let world = format!("bench-processes-{}-{run}", std::process::id());
-        let mut ranks: Vec<Process> =
-            (0..RANKS).map(|rank| Process::start(&world, &rank.to_string())).collect();
+        let mut ranks: Vec<RankProcess> =
+            (0..RANKS).map(|rank| start(&world, &rank.to_string())).collect();
         for rank in &mut ranks {
-            rank.wait_for("model");
+            hear(rank, "model");
         }
-        ranks.iter_mut().for_each(Process::start_rank);
-        let met = span(ranks.iter_mut().map(|rank| rank.wait_for("met")));
-        let built = span(ranks.iter_mut().map(|rank| rank.wait_for("built")));
-        let first = span(ranks.iter_mut().map(|rank| rank.wait_for("first")));
-        let mut late = Process::start(&world, "late");
-        late.wait_for("model");
+        ranks.iter_mut().for_each(RankProcess::enough);
+        let met = span(ranks.iter_mut().map(|rank| hear(rank, "met")));
+        let built = span(ranks.iter_mut().map(|rank| hear(rank, "built")));
+        let first = span(ranks.iter_mut().map(|rank| hear(rank, "first")));
+        let mut late = start(&world, "late");
+        hear(&mut late, "model");
 
         // The kill hits an average, at another time in each run.
         std::thread::sleep(Duration::from_millis(300 + 37 * run as u64));
         let mut dead = ranks.remove(run % RANKS);
         let killed = now();
         dead.child.kill().unwrap();
-        let failed = span(ranks.iter_mut().map(|rank| (killed, rank.wait_for("failed").1)));
-        let recovered = span(ranks.iter_mut().map(|rank| rank.wait_for("recovered")));
-        let again = span(ranks.iter_mut().map(|rank| rank.wait_for("again")));
+        let told = span(ranks.iter_mut().map(|rank| (killed, hear(rank, "failed").1)));
+        let recovered = span(ranks.iter_mut().map(|rank| hear(rank, "recovered")));
+        let again = span(ranks.iter_mut().map(|rank| hear(rank, "again")));
 
-        late.start_rank();
-        let joined = span([late.wait_for("joined")]);
-        let admitted = span(ranks.iter_mut().map(|rank| rank.wait_for("admitted")));
-        [met, built, first, failed, recovered, again, joined, admitted]
+        late.enough();
+        let joined = span([hear(&mut late, "joined")]);
+        let admitted = span(ranks.iter_mut().map(|rank| hear(rank, "admitted")));
+        [met, built, first, told, recovered, again, joined, admitted]
     }
 }

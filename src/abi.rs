@@ -1,4 +1,4 @@
-// Made by bindgen from kernels/abi.h: `WRITE_ABI=1 cargo test --test abi`. Do not edit.
+// Made by bindgen from kernels/abi.h: `WRITE_ABI=1 cargo test --test build abi`. Do not edit.
 
 pub const PA_MAX_WORLD: u32 = 16;
 pub const PA_LINE_WORDS: u32 = 32;

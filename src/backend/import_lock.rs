@@ -63,12 +63,11 @@ mod tests {
     use std::process::{Child, Command, Stdio};
 
     const FILE: &str = "PA_TEST_IMPORT_LOCK";
+    const THIS_TEST: &str =
+        "backend::import_lock::tests::memory_is_in_use_until_its_importers_close_it_or_end";
 
-    /// Helper process of the test below: takes a lock, prints whether it has it, and keeps it until
-    /// a line arrives.
-    #[test]
-    fn importer() {
-        let Ok(path) = std::env::var(FILE) else { return };
+    /// Another process: takes a lock, prints whether it has it, and keeps it until a line arrives.
+    fn import(path: String) {
         let file = std::fs::File::options().read(true).write(true).open(path).unwrap();
         let lock = ImportLock::take(file.into());
         println!("\n@{}", lock.is_ok());
@@ -80,7 +79,7 @@ mod tests {
 
     fn start(lock: &ImportLock) -> (Child, impl FnMut() -> String) {
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["backend::import_lock::tests::importer", "--exact", "--nocapture"]);
+        command.args([THIS_TEST, "--exact", "--nocapture"]);
         command.env(FILE, format!("/proc/{}/fd/{}", std::process::id(), lock.file().as_raw_fd()));
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
@@ -91,6 +90,9 @@ mod tests {
 
     #[test]
     fn memory_is_in_use_until_its_importers_close_it_or_end() {
+        if let Ok(path) = std::env::var(FILE) {
+            return import(path); // this process is one that the test has started
+        }
         for killed in [true, false] {
             let lock = ImportLock::new().unwrap();
             let (mut one, mut first) = start(&lock);

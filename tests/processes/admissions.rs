@@ -8,10 +8,10 @@ use half::{bf16, f16};
 use param_averager::{Action, Error, LocalSgd, Parameters, Schedule, TensorMut, TensorState};
 use rustix::process::Signal;
 
-use super::common::Random;
-use super::crew::{name, start, Rank};
-use super::deaths::{runs, seed};
-use super::worker::{builder, is_late, join, number, say};
+use test_support::process::{name, start, RankProcess};
+use test_support::rank::{builder, is_late, join, number, say};
+use test_support::Random;
+use test_support::{count, seed};
 
 /// A model of every dtype.
 struct Mixed {
@@ -25,7 +25,7 @@ impl Mixed {
     /// Finite numbers of all magnitudes, of which each origin has others.
     fn new(origin: u64) -> Mixed {
         let mut random = Random(origin);
-        let mut bits = || random.next();
+        let mut bits = || random.next_u64();
         let f32 = (0..1500).map(|_| f32::from_bits(bits() as u32 & 0xbf7f_ffff)).collect();
         let f64 = (0..300).map(|_| f64::from_bits(bits() & 0xbfef_ffff_ffff_ffff)).collect();
         let f16 = (0..4000).map(|_| f16::from_bits(bits() as u16 & 0xbbff)).collect();
@@ -130,7 +130,7 @@ pub fn joins_only() -> i32 {
 }
 
 /// Two ranks that let a process in, which has joined and does not build its averager.
-fn half_way_in(name: &str) -> (Vec<Rank>, Rank) {
+fn half_way_in(name: &str) -> (Vec<RankProcess>, RankProcess) {
     let member = |rank: usize| {
         let variables = [
             ("PA_TEST_RANK", rank.to_string()),
@@ -147,11 +147,10 @@ fn half_way_in(name: &str) -> (Vec<Rank>, Rank) {
     (members, joiner)
 }
 
-#[test]
-fn letting_a_process_in_changes_no_other_model() {
+pub fn letting_a_process_in_changes_no_other_model() {
     for n in [1, 2, 8] {
         let name = name();
-        let mut ranks: Vec<Rank> = (0..n)
+        let mut ranks: Vec<RankProcess> = (0..n)
             .map(|rank| {
                 let variables = [
                     ("PA_TEST_RANK", rank.to_string()),
@@ -182,8 +181,7 @@ fn letting_a_process_in_changes_no_other_model() {
 }
 
 /// The average that was due was made, so no error may say that nothing was changed.
-#[test]
-fn an_abort_while_a_process_is_let_in_tells_both_halves() {
+pub fn an_abort_while_a_process_is_let_in_tells_both_halves() {
     let (mut members, joiner) = half_way_in(&name());
     std::thread::sleep(Duration::from_millis(100));
     members[0].enough();
@@ -196,8 +194,7 @@ fn an_abort_while_a_process_is_let_in_tells_both_halves() {
 }
 
 /// A joiner that never builds, or dies: the others have averaged, and say so, also the last one.
-#[test]
-fn a_joiner_that_is_lost_on_its_way_does_not_hide_the_average() {
+pub fn a_joiner_that_is_lost_on_its_way_does_not_hide_the_average() {
     for last in [false, true] {
         let (mut members, joiner) = half_way_in(&name());
         if last {
@@ -214,13 +211,12 @@ fn a_joiner_that_is_lost_on_its_way_does_not_hide_the_average() {
 
 /// Without all-or-nothing, too, a member has its own elements or the mean over all members,
 /// whenever the joiner dies: never a mean of what was half written.
-#[test]
-fn a_joiner_that_dies_at_any_time_leaves_whole_models() {
-    let rounds = runs("PA_TEST_HALF_JOINS", 12);
+pub fn a_joiner_that_dies_at_any_time_leaves_whole_models() {
+    let rounds = count(2, 12);
     let mut chance = Random(seed());
     let name = name();
     let more = [("PA_TEST_ALL_OR_NOTHING", "0".to_owned()), ("PA_TEST_REFILL", "1".to_owned())];
-    let mut ranks: Vec<Rank> = (0..2)
+    let mut ranks: Vec<RankProcess> = (0..2)
         .map(|rank| {
             let variables = [
                 ("PA_TEST_RANK", rank.to_string()),

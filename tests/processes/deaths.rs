@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use super::common::Random;
-use super::crew::{check_survivors, name, start, start_all, Rank};
-use super::worker::now_us;
+use test_support::process::{check_survivors, name, start, start_all, RankProcess};
+use test_support::rank::now_us;
+use test_support::{count, note, seed, Random};
 
 /// `all_or_nothing`: 1 or 0. Of `stride` steps one, not the same for all ranks.
 fn die_at_every_step(n: usize, all_or_nothing: u32, stride: usize) {
@@ -34,31 +34,28 @@ fn die_at_every_step(n: usize, all_or_nothing: u32, stride: usize) {
         }
     }
     assert!(steps >= 8 * n / stride, "only {steps} steps");
-    println!("{n} ranks: killed at {steps} steps, {stride} apart");
+    note!("{n} ranks: killed at {steps} steps, {stride} apart");
 }
 
-#[test]
-fn a_rank_killed_at_any_step_of_3() {
-    die_at_every_step(3, 1, 1);
+pub fn kill_at_any_step_of_3_ranks() {
+    die_at_every_step(3, 1, (7 / count(1, 7)).max(1));
 }
 
-#[test]
-fn a_rank_killed_at_steps_of_4_and_of_8() {
-    let stride = runs("PA_TEST_STRIDE", 9);
+pub fn kill_at_some_steps_of_4_and_8_ranks() {
+    let stride = (9 / count(1, 1)).max(1);
     die_at_every_step(4, 1, stride);
     die_at_every_step(8, 1, stride);
 }
 
-#[test]
-fn a_rank_killed_at_any_step_of_2() {
-    die_at_every_step(2, 1, 1);
-    die_at_every_step(2, 0, 1);
+pub fn kill_at_any_step_of_2_ranks() {
+    let stride = (5 / count(1, 5)).max(1);
+    die_at_every_step(2, 1, stride);
+    die_at_every_step(2, 0, stride);
 }
 
 /// Every process recovers its averagers in another order, wherever the death has struck each.
-#[test]
-fn averagers_are_recovered_in_any_order() {
-    let rounds = runs("PA_TEST_ORDERS", 30);
+pub fn averagers_are_recovered_in_any_order() {
+    let rounds = count(3, 30);
     let mut chance = Random(seed());
     for round in 0..rounds {
         let (n, averagers) = (3 + round % 3, 2 + round % 2);
@@ -87,8 +84,7 @@ fn averagers_are_recovered_in_any_order() {
 }
 
 /// Meeting, building, averaging, recovering and joining with a timeout that no clock can add to.
-#[test]
-fn the_longest_timeouts_are_timeouts() {
+pub fn the_longest_timeouts_are_timeouts() {
     let timeouts =
         [("PA_TEST_TIMEOUT_MS", "longest".to_owned()), ("PA_TEST_MEET_MS", "longest".to_owned())];
     let name = name();
@@ -102,7 +98,7 @@ fn the_longest_timeouts_are_timeouts() {
     let member = |rank: usize| {
         start(rank, &[("PA_TEST_RANK", rank.to_string()), ("PA_TEST_WORLD", "3".to_owned())])
     };
-    let mut ranks: Vec<Rank> = (0..3).map(member).collect();
+    let mut ranks: Vec<RankProcess> = (0..3).map(member).collect();
     ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
     ranks[1].signal(Signal::KILL);
     ranks[0].hear("recovered");
@@ -115,8 +111,7 @@ fn the_longest_timeouts_are_timeouts() {
 
 /// Each `LocalSgd` makes an average when it is recovered, so ranks that begin with different ones
 /// would wait for one another: they are told at once.
-#[test]
-fn local_sgds_that_are_recovered_in_different_orders_are_told_so() {
+pub fn local_sgds_that_are_recovered_in_different_orders_are_told_so() {
     let mut ranks = start_all("two_sgd", 3, |_| vec![]);
     ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
     ranks[2].signal(Signal::KILL);
@@ -134,8 +129,7 @@ fn local_sgds_that_are_recovered_in_different_orders_are_told_so() {
 }
 
 /// An averager that one rank has dropped can't be built again; the others can.
-#[test]
-fn an_averager_that_a_rank_has_dropped_is_named() {
+pub fn dropped_averager_is_named() {
     let mut ranks = start_all("one_dropped", 3, |_| vec![]);
     ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
     ranks[2].signal(Signal::KILL);
@@ -149,8 +143,7 @@ fn an_averager_that_a_rank_has_dropped_is_named() {
 
 /// From the death to the error and from the error to the new world, as seen by the slowest
 /// survivor.
-#[test]
-fn a_kill_is_noticed_at_once() {
+pub fn kill_is_noticed_at_once() {
     let n = 4;
     let mut ranks = start_all("survive", n, |_| vec![("PA_TEST_FINAL", (n - 1).to_string())]);
     ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
@@ -158,15 +151,15 @@ fn a_kill_is_noticed_at_once() {
     let killed = now_us();
     ranks[0].signal(Signal::KILL);
     check_survivors(&mut ranks, 0);
-    let first = |rank: &Rank| -> u128 {
+    let first = |rank: &RankProcess| -> u128 {
         rank.said("failed")[0].split(' ').next().unwrap().parse().unwrap()
     };
     let told = ranks[1..].iter().map(first).max().unwrap() - killed;
-    let recovered = |rank: &Rank| -> u128 {
+    let recovered = |rank: &RankProcess| -> u128 {
         rank.said("recovered")[0].split(' ').next().unwrap().parse().unwrap()
     };
     let recovered = ranks[1..].iter().map(recovered).max().unwrap();
-    println!("from the kill to the last error {told} us; recovery {recovered} us");
+    note!("from the kill to the last error {told} us; recovery {recovered} us");
     // how fast it is, a benchmark tells
     assert!(told < 20_000_000, "the timeout, not the death, ended it");
 }
@@ -177,7 +170,7 @@ fn start_with_a_pause(
     pauses: Option<usize>,
     left: usize,
     timeout: Duration,
-) -> Vec<Rank> {
+) -> Vec<RankProcess> {
     let mut ranks = start_all("survive", n, |rank| {
         let mut variables = vec![
             ("PA_TEST_FINAL", left.to_string()),
@@ -216,8 +209,7 @@ fn stop_one(n: usize, pauses: Option<usize>, stopped: usize) {
     assert_eq!(ranks[stopped].end(), Some(5), "{:#?}", ranks[stopped].heard);
 }
 
-#[test]
-fn a_rank_that_is_stopped_is_late_and_finds_itself_left_out() {
+pub fn stopped_rank_is_late_and_excluded() {
     let of_3 = [(Some(1), 1), (Some(0), 1), (Some(2), 1), (None, 2)];
     let of_4 = [(Some(3), 3), (Some(0), 2), (Some(2), 0), (None, 1)];
     for (n, stops) in [(3, of_3), (4, of_4)] {
@@ -251,14 +243,13 @@ fn kill_beside_a_stop(n: usize, stopped: usize, dead: usize) {
         told = told.max(failed[0].split(' ').next().unwrap().parse::<u128>().unwrap() - killed);
         assert_eq!(ranks[rank].said("done"), [format!("{others:?}")]);
     }
-    println!("{n} ranks, {stopped} is stopped, {dead} killed: the others know after {told} us");
+    note!("{n} ranks, {stopped} is stopped, {dead} killed: the others know after {told} us");
     assert!(told < TIMEOUT.as_micros() / 2, "the stop, not the death, ended it: {told} us");
     ranks[stopped].signal(Signal::CONT);
     assert_eq!(ranks[stopped].end(), Some(5), "{:#?}", ranks[stopped].heard);
 }
 
-#[test]
-fn a_kill_is_noticed_at_once_while_another_rank_is_stopped() {
+pub fn kill_is_noticed_at_once_beside_a_stopped_rank() {
     std::thread::scope(|scope| {
         for (n, stopped, dead) in [(3, 0, 2), (3, 1, 0), (4, 0, 3), (4, 2, 0)] {
             scope.spawn(move || kill_beside_a_stop(n, stopped, dead));
@@ -266,14 +257,9 @@ fn a_kill_is_noticed_at_once_while_another_rank_is_stopped() {
     });
 }
 
-pub fn runs(variable: &str, otherwise: usize) -> usize {
-    std::env::var(variable).map_or(otherwise, |runs| runs.parse().unwrap())
-}
-
 /// Kills of several ranks at any time, the second often while the others recover from the first.
-#[test]
-fn kills_at_any_time() {
-    let runs = runs("PA_TEST_KILLS", 200);
+pub fn kills_at_any_time() {
+    let runs = count(10, 200);
     let mut chance = Random(seed());
     let start = Instant::now();
     let mut kills = 0;
@@ -295,14 +281,13 @@ fn kills_at_any_time() {
             assert_eq!(ranks[rank].said("done"), [format!("{alive:?}")]);
         }
     }
-    println!("{kills} kills in {runs} worlds, {:?}: no element wrong, no hang", start.elapsed());
+    note!("{kills} kills in {runs} worlds, {:?}: no element wrong, no hang", start.elapsed());
 }
 
 /// Ranks that are stopped for a while, some of them killed then, with a timeout that the while is
 /// around. Who is late is left out, or comes in time for the recovery, or for the average.
-#[test]
-fn stops_and_kills_at_any_time() {
-    let runs = runs("PA_TEST_STOPS", 6);
+pub fn stops_and_kills_at_any_time() {
+    let runs = count(1, 6);
     let mut chance = Random(seed());
     let (mut stops, mut left_out) = (0, 0);
     let start = Instant::now();
@@ -333,24 +318,15 @@ fn stops_and_kills_at_any_time() {
             }
         }
     }
-    println!(
+    note!(
         "{stops} stops in {runs} worlds, {left_out} ranks left out, {:?}: no element wrong, no \
          hang",
         start.elapsed()
     );
 }
 
-/// Of this run; printed, so that it can be asked for again.
-pub fn seed() -> u64 {
-    let seed = std::env::var("PA_TEST_SEED")
-        .map_or(u64::from(std::process::id()), |seed| seed.parse().unwrap());
-    println!("PA_TEST_SEED={seed}");
-    seed
-}
-
-#[test]
-fn training_goes_on_without_a_rank_that_panics() {
-    let loss = |ranks: &mut Vec<Rank>, but: Option<usize>| -> f64 {
+pub fn training_goes_on_without_a_rank_that_panics() {
+    let loss = |ranks: &mut Vec<RankProcess>, but: Option<usize>| -> f64 {
         let mut said = vec![];
         for (rank, process) in ranks.iter_mut().enumerate() {
             let expected = if but == Some(rank) { 6 } else { 0 };
@@ -366,13 +342,12 @@ fn training_goes_on_without_a_rank_that_panics() {
     let disturbed = loss(&mut start_all("train", 4, panics), Some(1));
     // Noise of variance σ² leaves a loss of about σ² · lr / (2 n) an element, so of a quarter or a
     // third of it.
-    println!("loss {undisturbed} undisturbed, {disturbed} with 3 of 4 ranks");
+    note!("loss {undisturbed} undisturbed, {disturbed} with 3 of 4 ranks");
     assert!(disturbed < 2.0 * undisturbed + 0.05 && undisturbed < 1.0, "{undisturbed} {disturbed}");
 }
 
 /// Killed while they still wait for one another, and while they average.
-#[test]
-fn nothing_is_left_of_a_world_that_was_killed() {
+pub fn nothing_is_left_of_a_world_that_was_killed() {
     let name = name();
     let sockets = || std::fs::read_to_string("/proc/net/unix").unwrap().matches(&name).count();
     let files = || -> Vec<_> {
@@ -402,7 +377,7 @@ fn nothing_is_left_of_a_world_that_was_killed() {
     waiting.iter_mut().for_each(|rank| assert_eq!(rank.end(), None));
     assert_eq!((sockets(), files()), (0, vec![]));
     // The name is free again at once.
-    let mut ranks: Vec<Rank> = (0..3).map(rank).collect();
+    let mut ranks: Vec<RankProcess> = (0..3).map(rank).collect();
     ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
     ranks.iter().for_each(|rank| rank.signal(Signal::KILL));
     ranks.iter_mut().for_each(|rank| assert_eq!(rank.end(), None));
@@ -411,8 +386,7 @@ fn nothing_is_left_of_a_world_that_was_killed() {
 
 /// Averagers built by clones of one communicator recover one after the other, in one new
 /// generation.
-#[test]
-fn two_averagers_of_a_world_recover() {
+pub fn two_averagers_of_a_world_recover() {
     let n = 3;
     let mut ranks = start_all("two", n, |_| vec![]);
     ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::crew::{name, start, Rank};
+use test_support::process::{name, start, RankProcess};
 
 /// The sockets of a process that have a name or a peer.
 fn sockets(pid: i32) -> Vec<String> {
@@ -24,8 +24,7 @@ fn sockets(pid: i32) -> Vec<String> {
     known.lines().filter(is_held).map(str::to_owned).collect()
 }
 
-#[test]
-fn a_forked_child_holds_neither_the_name_nor_a_socket() {
+pub fn a_forked_child_holds_neither_the_name_nor_a_socket() {
     let name = name();
     let rank = |role: &str, rank: usize| {
         let variables = [
@@ -81,5 +80,5 @@ fn a_forked_child_holds_neither_the_name_nor_a_socket() {
             rustix::process::Signal::KILL,
         );
     }
-    let _: [Rank; 2] = ranks;
+    let _: [RankProcess; 2] = ranks;
 }

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use super::crew::{command, name, spawn, start, start_all, Rank};
-use super::deaths::runs;
+use test_support::count;
+use test_support::note;
+use test_support::process::{command, name, spawn, start, start_all, RankProcess};
 
 /// No process takes longer from the start of the last job.
 const SOON: Duration = Duration::from_secs(30);
@@ -14,7 +15,7 @@ const SOON: Duration = Duration::from_secs(30);
 /// A shell that starts two ranks by `line`, in which $r is the rank, and waits for them.
 fn shell(line: &str, port: &str, job: usize, more: &[(&str, String)]) -> Command {
     let own = std::env::current_exe().unwrap();
-    let own = format!("{} {} --exact --nocapture --test-threads=1", own.display(), crate::WORKER);
+    let own = format!("{} rank", own.display());
     let loops = format!("for r in 0 1; do {} & done; wait", line.replace("TRAINER", &own));
     let mut sh = Command::new("sh");
     sh.args(["-c", &loops]).env("PA_TEST_ROLE", "job").env("PA_TEST_JOB", job.to_string());
@@ -56,7 +57,7 @@ fn play(one: Command, other: Command, apart: Duration) -> [usize; 2] {
 fn script(text: &str, port: &str, job: usize) -> Command {
     let mut sh = shell("", port, job, &[]);
     let own = std::env::current_exe().unwrap();
-    let own = format!("{} {} --exact --nocapture --test-threads=1", own.display(), crate::WORKER);
+    let own = format!("{} rank", own.display());
     let mut script = Command::new("sh");
     script.args(["-c", &text.replace("TRAINER", &own)]);
     for (name, value) in sh.get_envs() {
@@ -68,8 +69,7 @@ fn script(text: &str, port: &str, job: usize) -> Command {
 
 /// Ways to start one job in which ranks have different parents, or look for them at different
 /// times.
-#[test]
-fn one_job_meets_however_its_ranks_are_started() {
+pub fn one_job_meets_however_its_ranks_are_started() {
     for text in [
         // The first looks before the second is there.
         "{ for r in 0 1; do RANK=$r TRAINER & sleep 0.4; done; wait; } | cat",
@@ -92,8 +92,7 @@ fn one_job_meets_however_its_ranks_are_started() {
 
 /// The first rank of one job and the second of another come first. Their shells have ended, or are
 /// subshells of one.
-#[test]
-fn jobs_of_ended_shells_and_of_one_shell_never_mix() {
+pub fn jobs_of_ended_shells_and_of_one_shell_never_mix() {
     let ended = |job, first: f32, second: f32| {
         let text = format!(
             "(sleep {first}; RANK=0 exec TRAINER) & (sleep {second}; RANK=1 exec TRAINER) &"
@@ -103,7 +102,7 @@ fn jobs_of_ended_shells_and_of_one_shell_never_mix() {
         std::os::unix::process::CommandExt::process_group(&mut script, 0);
         script
     };
-    for _ in 0..runs("PA_TEST_EARLY", 3) {
+    for _ in 0..count(1, 3) {
         let port = name();
         let [mut one, mut other] = [ended(10, 0.2, 1.2), ended(20, 1.2, 0.5)];
         one.env("MASTER_PORT", &port);
@@ -126,8 +125,7 @@ fn jobs_of_ended_shells_and_of_one_shell_never_mix() {
 
 /// The process that adopts the ranks of ended shells is in their session, as pid 1 of a container
 /// may be: nothing but process groups tells one job from the other.
-#[test]
-fn jobs_of_ended_shells_never_mix_where_a_process_of_their_session_adopts_them() {
+pub fn jobs_of_ended_shells_never_mix_where_a_process_of_their_session_adopts_them() {
     let port = name();
     let ended = |job: usize, first: f32, second: f32| {
         format!(
@@ -162,8 +160,7 @@ const LINES: [&str; 4] = [
     "RANK=$r sh -c 'TRAINER; exit $?'",
 ];
 
-#[test]
-fn shell_loops_meet_by_themselves() {
+pub fn shell_loops_meet_by_themselves() {
     for line in LINES {
         let mut shell = spawn(shell(line, &name(), 7, &[]));
         assert_eq!(shell.end(), Some(0));
@@ -172,10 +169,9 @@ fn shell_loops_meet_by_themselves() {
 }
 
 /// The loop has ended before its ranks meet, so that their parent is another process.
-#[test]
-fn ranks_meet_whose_shell_has_ended() {
+pub fn ranks_meet_whose_shell_has_ended() {
     let own = std::env::current_exe().unwrap();
-    let own = format!("{} {} --exact --nocapture --test-threads=1", own.display(), crate::WORKER);
+    let own = format!("{} rank", own.display());
     for late in [0, 1] {
         let line =
             format!("for r in 0 1; do (test $r = {late} && sleep 0.3; RANK=$r exec {own}) & done");
@@ -188,9 +184,8 @@ fn ranks_meet_whose_shell_has_ended() {
     }
 }
 
-#[test]
-fn jobs_with_one_name_never_mix() {
-    let pairs = runs("PA_TEST_PAIRS", 12);
+pub fn jobs_with_one_name_never_mix() {
+    let pairs = count(3, 12);
     let (mut both, mut one, mut neither) = (0, 0, 0);
     for pair in 0..pairs {
         let (port, line) = (name(), LINES[pair % LINES.len()]);
@@ -202,16 +197,13 @@ fn jobs_with_one_name_never_mix() {
             _ => one += 1,
         }
     }
-    println!(
-        "{pairs} pairs: in {both} both jobs ran, in {one} one did, in {neither} none; 0 mixed"
-    );
+    note!("{pairs} pairs: in {both} both jobs ran, in {one} one did, in {neither} none; 0 mixed");
     assert!(one + both > 0, "no job gets into its world");
 }
 
 /// The first job's rank 1 comes late, and the second job's rank 0: its rank 1 comes in between.
-#[test]
-fn an_early_rank_of_another_job_takes_no_place() {
-    for _ in 0..runs("PA_TEST_EARLY", 3) {
+pub fn an_early_rank_of_another_job_takes_no_place() {
+    for _ in 0..count(1, 3) {
         let port = name();
         let job = |job: usize, late: usize| {
             let line = format!("(test $r = {late} && sleep 0.5; RANK=$r TRAINER; true)");
@@ -222,9 +214,8 @@ fn an_early_rank_of_another_job_takes_no_place() {
 }
 
 /// As a sweep does that one script starts: what tells the jobs apart is an argument.
-#[test]
-fn jobs_that_one_process_starts_are_told_apart_by_their_arguments() {
-    for _ in 0..runs("PA_TEST_SWEEPS", 3) {
+pub fn jobs_that_one_process_starts_are_told_apart_by_their_arguments() {
+    for _ in 0..count(1, 3) {
         let port = name();
         let rank = |rank: usize, job: usize| {
             let variables = [
@@ -239,7 +230,7 @@ fn jobs_that_one_process_starts_are_told_apart_by_their_arguments() {
             spawn(command)
         };
         let mut ranks = [rank(0, 1), rank(1, 2), rank(1, 1), rank(0, 2)];
-        let codes: Vec<_> = ranks.iter_mut().map(Rank::end).collect();
+        let codes: Vec<_> = ranks.iter_mut().map(RankProcess::end).collect();
         assert_eq!((codes[0], codes[1]), (codes[2], codes[3]), "{codes:?}");
         let errors: Vec<String> = ranks.iter().flat_map(|rank| rank.said("error")).collect();
         let heard: Vec<_> = ranks.iter().map(|rank| &rank.heard).collect();
@@ -253,8 +244,7 @@ fn jobs_that_one_process_starts_are_told_apart_by_their_arguments() {
 }
 
 /// Jobs that nothing tells apart: who comes second to a number ends both meetings.
-#[test]
-fn two_processes_with_one_number_end_the_meeting_for_all() {
+pub fn two_processes_with_one_number_end_the_meeting_for_all() {
     for twice in [0, 1] {
         let numbers = [0, 1, twice];
         let name = name();
@@ -267,7 +257,7 @@ fn two_processes_with_one_number_end_the_meeting_for_all() {
             start("hold", &variables)
         };
         let begin = Instant::now();
-        let mut ranks: Vec<Rank> = numbers.iter().map(rank).collect();
+        let mut ranks: Vec<RankProcess> = numbers.iter().map(rank).collect();
         let pids: Vec<String> =
             ranks.iter().map(|rank| format!("process {} ", rank.child.id())).collect();
         for rank in &mut ranks {
@@ -283,8 +273,7 @@ fn two_processes_with_one_number_end_the_meeting_for_all() {
     }
 }
 
-#[test]
-fn a_name_is_held_for_the_life_of_a_world() {
+pub fn a_name_is_held_for_the_life_of_a_world() {
     let mut world = start_all("hold", 2, |_| vec![]);
     world.iter_mut().for_each(|rank| drop(rank.hear("ready")));
     let about = world[0].said("in")[0].clone();
@@ -322,9 +311,8 @@ fn a_name_is_held_for_the_life_of_a_world() {
 
 /// A process that ends closes its sockets after it has freed its memory: the next rank 0 finds the
 /// name taken, and no answer.
-#[test]
-fn a_job_that_was_killed_restarts_at_once() {
-    let restarts = runs("PA_TEST_RESTARTS", 4);
+pub fn a_job_that_was_killed_restarts_at_once() {
+    let restarts = count(1, 4);
     let name = name();
     let rank = |rank: usize, megabytes: usize| {
         let variables = [
@@ -347,11 +335,10 @@ fn a_job_that_was_killed_restarts_at_once() {
         slowest = slowest.max(begin.elapsed());
         next.iter().for_each(|rank| rank.signal(Signal::KILL));
     }
-    println!("{restarts} restarts at once, the slowest took {slowest:?}");
+    note!("{restarts} restarts at once, the slowest took {slowest:?}");
 }
 
-#[test]
-fn jobs_are_told_apart_by_what_the_program_says() {
+pub fn jobs_are_told_apart_by_what_the_program_says() {
     let name = name();
     let rank = |rank: usize, job: &str| {
         let variables = [
@@ -377,12 +364,7 @@ fn jobs_are_told_apart_by_what_the_program_says() {
     // says so.
     let own = std::env::current_exe().unwrap();
     let start = |rank: usize| {
-        let line = format!(
-            "{} {} --exact --nocapture --test-threads=1 x{}; exit $?",
-            own.display(),
-            crate::WORKER,
-            rank + 5
-        );
+        let line = format!("{} rank x{}; exit $?", own.display(), rank + 5);
         let mut sh = Command::new("sh");
         sh.args(["-c", &line])
             .env("PA_TEST_ROLE", "job")

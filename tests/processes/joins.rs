@@ -5,12 +5,12 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use super::common::Random;
-use super::crew::{name, start, start_all, Rank};
-use super::deaths::{runs, seed};
+use test_support::process::{name, start, start_all, RankProcess};
+use test_support::Random;
+use test_support::{count, note, seed};
 
 /// Starts one rank of a world of this name; `origin` is what its elements are made of.
-fn first(role: &str, name: &str, n: usize, origin: usize, more: &[(&str, String)]) -> Rank {
+fn first(role: &str, name: &str, n: usize, origin: usize, more: &[(&str, String)]) -> RankProcess {
     let variables = [
         ("PA_TEST_RANK", origin.to_string()),
         ("PA_TEST_WORLD", n.to_string()),
@@ -20,7 +20,7 @@ fn first(role: &str, name: &str, n: usize, origin: usize, more: &[(&str, String)
 }
 
 /// One more.
-fn late(role: &str, name: &str, origin: usize, more: &[(&str, String)]) -> Rank {
+fn late(role: &str, name: &str, origin: usize, more: &[(&str, String)]) -> RankProcess {
     let variables = [
         ("PA_TEST_JOIN", "1".to_owned()),
         ("PA_TEST_ORIGIN", origin.to_string()),
@@ -29,11 +29,10 @@ fn late(role: &str, name: &str, origin: usize, more: &[(&str, String)]) -> Rank 
     start(role, &[&variables, more].concat())
 }
 
-#[test]
-fn processes_join_one_after_the_other_and_at_once() {
+pub fn processes_join_one_after_the_other_and_at_once() {
     for (begin, end) in [(1, 2), (3, 4), (2, 5)] {
         let (name, last) = (name(), [("PA_TEST_FINAL", end.to_string())]);
-        let mut ranks: Vec<Rank> =
+        let mut ranks: Vec<RankProcess> =
             (0..begin).map(|origin| first("survive", &name, begin, origin, &last)).collect();
         ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
         ranks.extend((begin..end).map(|origin| late("survive", &name, origin, &last)));
@@ -60,12 +59,11 @@ fn processes_join_one_after_the_other_and_at_once() {
 
 /// NaNs of the new process harm nobody; a handle that was taken before it came aborts the world
 /// that it is in.
-#[test]
-fn a_process_joins_a_world_that_rejects_and_one_that_is_aborted() {
+pub fn a_process_joins_a_world_that_rejects_and_one_that_is_aborted() {
     for (variable, fails) in [("PA_TEST_REJECT", 0), ("PA_TEST_ABORT", 1)] {
         let (name, last) =
             (name(), [("PA_TEST_FINAL", "3".to_owned()), (variable, "1".to_owned())]);
-        let mut ranks: Vec<Rank> =
+        let mut ranks: Vec<RankProcess> =
             (0..2).map(|origin| first("survive", &name, 2, origin, &last)).collect();
         ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
         ranks.push(late("survive", &name, 2, &last));
@@ -81,13 +79,12 @@ fn a_process_joins_a_world_that_rejects_and_one_that_is_aborted() {
     }
 }
 
-#[test]
-fn a_process_joins_a_world_with_two_averagers() {
+pub fn a_process_joins_a_world_with_two_averagers() {
     for by_recover in [false, true] {
         let name = name();
         let mut more = vec![("PA_TEST_FINAL", "4".to_owned())];
         more.extend(by_recover.then(|| ("PA_TEST_BY_RECOVER", "1".to_owned())));
-        let mut ranks: Vec<Rank> =
+        let mut ranks: Vec<RankProcess> =
             (0..2).map(|origin| first("two_admit", &name, 2, origin, &more)).collect();
         ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
         ranks.push(late("two_admit", &name, 2, &more));
@@ -101,13 +98,12 @@ fn a_process_joins_a_world_with_two_averagers() {
 }
 
 /// Processes on their way in that are stopped for a while, or for ever.
-#[test]
-fn guests_may_be_stopped_at_any_time() {
-    let rounds = runs("PA_TEST_STOPPED_GUESTS", 6);
+pub fn joiners_may_be_stopped_at_any_time() {
+    let rounds = count(1, 6);
     let mut chance = Random(seed());
     let name = name();
     let timeout = [("PA_TEST_TIMEOUT_MS", "1000".to_owned())];
-    let mut ranks: Vec<Rank> =
+    let mut ranks: Vec<RankProcess> =
         (0..3).map(|origin| first("survive", &name, 3, origin, &timeout)).collect();
     ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
     for _ in 0..rounds {
@@ -127,7 +123,7 @@ fn guests_may_be_stopped_at_any_time() {
         assert!([None, Some(3), Some(5)].contains(&code), "{code:?} {:#?}", guest.heard);
     }
     ranks.iter_mut().for_each(|rank| rank.enough());
-    let codes: Vec<_> = ranks.iter_mut().map(Rank::end).collect();
+    let codes: Vec<_> = ranks.iter_mut().map(RankProcess::end).collect();
     // On a machine that is busy, one may itself be late.
     assert!(
         codes.contains(&Some(0)) && codes.iter().all(|code| [Some(0), Some(5)].contains(code)),
@@ -136,12 +132,11 @@ fn guests_may_be_stopped_at_any_time() {
 }
 
 /// Joins, kills of any rank and of those that are on their way in, again and again.
-#[test]
-fn joins_and_kills_at_any_time() {
-    let rounds = runs("PA_TEST_JOINS", 30);
+pub fn joins_and_kills_at_any_time() {
+    let rounds = count(4, 30);
     let mut chance = Random(seed());
     let (name, n) = (name(), 3);
-    let mut ranks: Vec<(usize, Rank)> =
+    let mut ranks: Vec<(usize, RankProcess)> =
         (0..n).map(|origin| (origin, first("survive", &name, n, origin, &[]))).collect();
     ranks.iter_mut().for_each(|(_, rank)| drop(rank.hear("ready")));
     let (mut joins, mut kills) = (0, 0);
@@ -176,14 +171,13 @@ fn joins_and_kills_at_any_time() {
     for (origin, rank) in &mut ranks {
         assert_eq!(rank.end(), Some(0), "{origin}: {:#?}", rank.heard);
     }
-    println!("{joins} joins of {rounds}, {kills} kills besides: no element wrong, no hang");
+    note!("{joins} joins of {rounds}, {kills} kills besides: no element wrong, no hang");
 }
 
 /// The member that is asked last is stopped for longer than a member may be silent.
-#[test]
-fn a_process_joins_when_a_member_that_was_stopped_goes_on() {
+pub fn a_process_joins_when_a_member_that_was_stopped_goes_on() {
     let (name, last) = (name(), [("PA_TEST_FINAL", "3".to_owned())]);
-    let mut ranks: Vec<Rank> =
+    let mut ranks: Vec<RankProcess> =
         (0..2).map(|origin| first("survive", &name, 2, origin, &last)).collect();
     ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
     ranks[1].signal(Signal::STOP);
@@ -196,8 +190,7 @@ fn a_process_joins_when_a_member_that_was_stopped_goes_on() {
     }
 }
 
-#[test]
-fn who_can_not_join_is_told_why_and_harms_nobody() {
+pub fn refusal_names_the_reason_and_harms_no_member() {
     let soon = [("PA_TEST_MEET_MS", "1500".to_owned())];
     let mut nowhere = late("meet", &name(), 1, &soon);
     assert_eq!(nowhere.end(), Some(3));
@@ -206,7 +199,7 @@ fn who_can_not_join_is_told_why_and_harms_nobody() {
 
     // Nobody averages meanwhile.
     let name = name();
-    let mut pausing: Vec<Rank> = (0..2)
+    let mut pausing: Vec<RankProcess> = (0..2)
         .map(|origin| first("survive", &name, 2, origin, &[("PA_TEST_PAUSE_MS", "7000".into())]))
         .collect();
     pausing.iter_mut().for_each(|rank| drop(rank.hear("pausing")));
@@ -233,7 +226,7 @@ fn who_can_not_join_is_told_why_and_harms_nobody() {
     drop(pausing);
 
     // A world that ends while it waits.
-    let mut pausing: Vec<Rank> = (0..2)
+    let mut pausing: Vec<RankProcess> = (0..2)
         .map(|origin| first("survive", &name, 2, origin, &[("PA_TEST_PAUSE_MS", "30000".into())]))
         .collect();
     pausing.iter_mut().for_each(|rank| drop(rank.hear("pausing")));
@@ -246,10 +239,9 @@ fn who_can_not_join_is_told_why_and_harms_nobody() {
 }
 
 /// One of four panics, and another takes its place.
-#[test]
-fn training_goes_on_with_a_process_that_joins() {
+pub fn training_goes_on_with_a_process_that_joins() {
     let pause = ("PA_TEST_STEP_US", "8000".to_owned());
-    let trained = |ranks: &mut [Rank]| -> f64 {
+    let trained = |ranks: &mut [RankProcess]| -> f64 {
         let mut said = vec![];
         for rank in ranks {
             assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
@@ -261,7 +253,7 @@ fn training_goes_on_with_a_process_that_joins() {
     };
     let undisturbed = trained(&mut start_all("train", 4, |_| vec![]));
     let name = name();
-    let mut ranks: Vec<Rank> = (0..4)
+    let mut ranks: Vec<RankProcess> = (0..4)
         .map(|origin| {
             let dies = (origin == 1).then(|| ("PA_TEST_PANIC", "103".to_owned()));
             let more: Vec<_> = [pause.clone()].into_iter().chain(dies).collect();
@@ -274,18 +266,17 @@ fn training_goes_on_with_a_process_that_joins() {
     let disturbed = trained(&mut ranks);
     let began: u64 = ranks[1].said("begins at")[0].parse().unwrap();
     assert!(began > 103 && began < 400 && began.is_multiple_of(8), "{began}");
-    println!(
+    note!(
         "loss {undisturbed} undisturbed, {disturbed} with a rank that was replaced at step {began}"
     );
     assert!(disturbed < 2.0 * undisturbed + 0.05 && undisturbed < 1.0, "{undisturbed} {disturbed}");
 }
 
 /// Tries that come to nothing take nothing from a world.
-#[test]
-fn thousands_of_tries_to_join_do_not_use_a_world_up() {
-    let tries = runs("PA_TEST_TRIES", 4200);
+pub fn failed_attempts_by_the_thousand_use_up_no_ids() {
+    let tries = count(4200, 4200);
     let name = name();
-    let mut world: Vec<Rank> =
+    let mut world: Vec<RankProcess> =
         (0..2).map(|origin| first("let_in", &name, 2, origin, &[])).collect();
     world.iter_mut().for_each(|rank| drop(rank.hear("ready")));
     let more = [("PA_TEST_TRIES", tries.to_string()), ("PA_TEST_TRY_MS", "12".to_owned())];
@@ -300,8 +291,7 @@ fn thousands_of_tries_to_join_do_not_use_a_world_up() {
     assert!(withdrawn >= tries);
 }
 
-#[test]
-fn who_joins_is_told_which_world_it_enters() {
+pub fn world_id_is_told_to_joiners() {
     let name = name();
     let mut world = first("survive", &name, 1, 0, &[]);
     world.hear("ready");

@@ -5,12 +5,13 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use super::common::skipped;
-use super::crew::{command, name, spawn, start, start_all, Rank};
+use test_support::process::{command, name, spawn, start, start_all, RankProcess};
+use test_support::Skip;
 
-fn said(variables: &[(&str, &str)]) -> Rank {
+fn said(variables: &[(&str, &str)]) -> RankProcess {
     let variables: Vec<_> =
         variables.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
     let mut rank = start("launched", &variables);
@@ -18,8 +19,7 @@ fn said(variables: &[(&str, &str)]) -> Rank {
     rank
 }
 
-#[test]
-fn a_shell_of_slurms_is_no_rank() {
+pub fn slurm_shell_is_no_rank() {
     let sbatch = [("SLURM_PROCID", "0"), ("SLURM_JOB_ID", "7"), ("SLURM_NTASKS", "2")];
     let pty = [
         ("SLURM_PROCID", "0"),
@@ -37,8 +37,7 @@ fn a_shell_of_slurms_is_no_rank() {
     assert_eq!(said(&[("RANK", "0"), ("WORLD_SIZE", "1")]).said("is_launched"), ["true"]);
 }
 
-#[test]
-fn what_is_wrong_with_the_environment_is_said_at_once() {
+pub fn environment_errors_are_told_at_once() {
     let rank = said(&[("RANK", "0"), ("WORLD_SIZE", "17"), ("MASTER_PORT", "1")]);
     assert!(
         rank.said("error")[0].contains("WORLD_SIZE is 17: a world has 1 to 16 ranks"),
@@ -67,8 +66,7 @@ fn what_is_wrong_with_the_environment_is_said_at_once() {
     }
 }
 
-#[test]
-fn one_rank_alone_needs_no_port() {
+pub fn one_rank_alone_needs_no_port() {
     for _ in 0..2 {
         let variables = [("RANK", "0".to_owned()), ("WORLD_SIZE", "1".to_owned())];
         let mut ranks = [start("meet", &variables), start("meet", &variables)];
@@ -79,8 +77,7 @@ fn one_rank_alone_needs_no_port() {
     }
 }
 
-#[test]
-fn agents_of_torchrun_on_one_host_meet() {
+pub fn agents_of_torchrun_on_one_host_meet() {
     let by_name = name();
     for more in [("MASTER_ADDR", "127.0.0.1"), ("PARAM_AVERAGER_RENDEZVOUS", by_name.as_str())] {
         let port = name();
@@ -104,15 +101,13 @@ fn agents_of_torchrun_on_one_host_meet() {
 
 /// A wrapper script between the process manager and each rank; the manager is found by its
 /// program's name.
-#[test]
-fn ranks_of_mpich_meet_through_wrappers() {
+pub fn ranks_of_mpich_meet_through_wrappers() {
     let folder = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(name());
     std::fs::create_dir_all(&folder).unwrap();
     let own = std::env::current_exe().unwrap();
     for (proxy, meets) in [("hydra_pmi_proxy", true), ("pmi_proxy", true), ("another", false)] {
         let script = folder.join(proxy);
-        let rank =
-            format!("sh -c '{} {} --exact --nocapture; exit $?'", own.display(), crate::WORKER);
+        let rank = format!("sh -c '{} rank; exit $?'", own.display());
         let ranks = format!(
             "#!/bin/sh\nfor r in 0 1; do PMI_RANK=$r PMI_SIZE=2 MPI_LOCALNRANKS=2 {rank} & \
              done\nwait\n"
@@ -138,8 +133,7 @@ fn ranks_of_mpich_meet_through_wrappers() {
     std::fs::remove_dir_all(folder).unwrap();
 }
 
-#[test]
-fn a_rank_that_waits_says_for_what_and_what_to_set() {
+pub fn waiting_rank_says_for_what_and_what_to_set() {
     let port = name();
     let rank = |rank: usize| {
         let variables = [
@@ -174,8 +168,7 @@ fn a_rank_that_waits_says_for_what_and_what_to_set() {
     assert_eq!(alone.said("stderr: param-averager: after 10s,").len(), 1, "{:#?}", alone.heard);
 }
 
-#[test]
-fn names_have_a_length() {
+pub fn names_have_a_maximum_length() {
     for (bytes, is_right) in [(1024, true), (1025, false), (100_000, false)] {
         // Control characters take the most space in a message.
         let mut name = name();
@@ -200,18 +193,22 @@ fn names_have_a_length() {
     }
 }
 
-/// A user that has no more threads: all ranks are told, and do not wait.
-#[test]
-fn rank_0_without_threads_says_so() {
-    const TEST: &str = "rank_0_without_threads_says_so";
-    const USER: u32 = 54_323; // of this test alone: limits count all that a user has
+/// A user of this test alone: limits count all that a user has.
+const USER: u32 = 54_323;
+
+/// Skips where this program can't run as another user.
+pub fn another_user() -> Skip {
     if !rustix::process::getuid().is_root() {
-        return skipped(TEST, "only root can run as another user");
+        return Some("only root can run a process as another user".to_owned());
     }
     let own = std::env::current_exe().unwrap();
-    if std::process::Command::new(own).arg("--list").uid(USER).output().is_err() {
-        return skipped(TEST, "this program is not to be run by other users");
-    }
+    let mut command = std::process::Command::new(own);
+    let runs = command.arg("--list").uid(USER).stdout(Stdio::null()).status().is_ok();
+    (!runs).then(|| "other users can't run programs in this folder".to_owned())
+}
+
+/// A user that has no more threads: all ranks are told, and do not wait.
+pub fn rank_0_without_threads_says_so() {
     let name = name();
     let rank = |rank: usize, more: &[(&str, String)]| {
         let variables = [

@@ -9,7 +9,7 @@ use rustix::mm::{MapFlags, MlockAllFlags, MprotectFlags, ProtFlags};
 use rustix::process::{getpid, getrlimit, kill_process, setrlimit, Resource, Rlimit, Signal};
 
 use super::limits::RANKS;
-use super::worker::{builder, is_late, join, number, say};
+use test_support::rank::{builder, is_late, join, number, say};
 
 /// Comes to a stage: takes its limit, if it is that of this stage, and goes on when it is told to.
 fn come_to(stage: &str) -> Instant {

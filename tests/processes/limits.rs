@@ -4,8 +4,8 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::common::skipped;
-use super::crew::{name, start, Rank};
+use test_support::process::{name, start, RankProcess};
+use test_support::{count, note, partly};
 
 /// A resource: what an error about it says, and whether root is not bound by the limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,16 +46,22 @@ fn variables(limit: Limit, stage: &str) -> Vec<(&'static str, String)> {
     vec![("PA_TEST_LIMIT", limit.resource.into()), ("PA_TEST_STAGE", stage.into())]
 }
 
-/// PA_TEST_LIMITS, where it is set, is a list of resources to try.
+/// PA_TEST_LIMITS, where it is set, is a list of resources to try. Otherwise `PA_TEST_SCALE` says
+/// whether a few will do.
 fn is_asked_for(limit: &Limit) -> bool {
-    std::env::var("PA_TEST_LIMITS")
-        .map_or(true, |all| all.split(',').any(|one| one == limit.resource))
+    match std::env::var("PA_TEST_LIMITS") {
+        Ok(all) => all.split(',').any(|one| one == limit.resource),
+        Err(_) => {
+            count(0, 1) > 0 || ["memory", "file size", "descriptors"].contains(&limit.resource)
+        }
+    }
 }
 
-/// True if the limit can be set here. Control groups can be made by root alone, if at all.
+/// True if the limit can be set here; if not, the last line of the program says so. Control groups
+/// can be made by root alone, if at all.
 fn can_be_set(limit: Limit) -> bool {
     let is_root = rustix::process::getuid().is_root();
-    match limit.resource {
+    let can = match limit.resource {
         "pids" => {
             let group = group();
             let made = std::fs::create_dir(&group).is_ok()
@@ -64,7 +70,11 @@ fn can_be_set(limit: Limit) -> bool {
             made
         }
         _ => is_root || !limit.not_root,
+    };
+    if !can {
+        partly(&format!("this user can't set a limit of {}", limit.resource));
     }
+    can
 }
 
 /// A control group that no other process of these tests has.
@@ -86,7 +96,7 @@ fn world(
     limited: usize,
     group: &str,
     more: &[(&'static str, String)],
-) -> Vec<Rank> {
+) -> Vec<RankProcess> {
     let name = name();
     let rank = |rank: usize| {
         let mut all = vec![
@@ -107,7 +117,7 @@ fn world(
 }
 
 /// Its error, if that is how it ended: when it came, and what it says.
-fn error(rank: &mut Rank, what: &str) -> Option<(u64, String)> {
+fn error(rank: &mut RankProcess, what: &str) -> Option<(u64, String)> {
     let code = rank.end();
     let errors = rank.said("error");
     match (code, &errors[..]) {
@@ -152,7 +162,7 @@ fn cell(
     }
     let latest = errors.iter().flatten().map(|(after, _)| after).max();
     let said = errors[limited].as_ref().unwrap().1.clone();
-    println!("{what}: {latest:?} ms: {said}");
+    note!("{what}: {latest:?} ms: {said}");
     Some(said)
 }
 
@@ -160,10 +170,6 @@ fn cell(
 fn limits_at(stage: &str, is_met: impl Fn(&str, usize) -> bool) {
     for limit in LIMITS.into_iter().filter(is_asked_for) {
         if !can_be_set(limit) {
-            skipped(
-                &format!("limits while {stage}, {}", limit.resource),
-                "this user can't set that limit",
-            );
             continue;
         }
         for limited in 0..2 {
@@ -179,22 +185,19 @@ fn limits_at(stage: &str, is_met: impl Fn(&str, usize) -> bool) {
 }
 
 /// Rank 0 alone makes a file, the memory that all of a world share.
-#[test]
-fn limits_while_starting_are_named_on_all_ranks() {
+pub fn limits_while_starting_are_named_on_all_ranks() {
     limits_at("starting", |resource, limited| {
         limited == 0 || !["memfds", "file size"].contains(&resource)
     });
 }
 
-#[test]
-fn limits_while_building_are_named_on_all_ranks() {
+pub fn limits_while_building_are_named_on_all_ranks() {
     limits_at("building", |_, _| true);
 }
 
 /// A rank that has what it needs of its own, but not what it takes to open a peer's memory, is the
 /// one that is named.
-#[test]
-fn a_rank_that_can_not_open_a_peers_memory_blames_itself() {
+pub fn limit_met_on_a_peers_memory_names_the_rank_that_met_it() {
     for (resource, rooms, says) in [
         ("descriptors", 1..10, "receiving the file descriptors of a message"),
         ("memory", 20..60, "opening memory of rank"),
@@ -214,13 +217,11 @@ fn a_rank_that_can_not_open_a_peers_memory_blames_itself() {
 }
 
 /// Averages take nothing of the system.
-#[test]
-fn limits_while_averaging_are_not_met() {
+pub fn limits_while_averaging_are_not_met() {
     limits_at("averaging", |_, _| false);
 }
 
-#[test]
-fn limits_while_recovering_are_named_on_all_ranks() {
+pub fn limits_while_recovering_are_named_on_all_ranks() {
     limits_at("recovering", |_, _| true);
 }
 
@@ -252,7 +253,7 @@ fn joiner_is_told(
         ];
         one(&[&variables[..], if rank == 1 { &limits } else { &[] }].concat())
     };
-    let mut members: Vec<Rank> = (0..2).map(member).collect();
+    let mut members: Vec<RankProcess> = (0..2).map(member).collect();
     members.iter_mut().for_each(|rank| STAGES[..3].iter().for_each(|_| rank.enough()));
     members.iter_mut().for_each(|rank| drop(rank.hear("averaged")));
     let mut late = one(&[own, vec![("PA_TEST_JOIN", "1".into())]].concat());
@@ -261,7 +262,7 @@ fn joiner_is_told(
     let _ = std::fs::remove_dir(&group);
     assert!(error.contains(limit.says), "{what}: {error}");
     assert!(after < SOON_MS, "{what}: it was told after {after} ms");
-    println!("{what}: after {after} ms: {error}");
+    note!("{what}: after {after} ms: {error}");
     members.iter_mut().for_each(|rank| rank.enough());
     for member in &mut members {
         assert_eq!(member.end(), Some(0), "{what}: {:#?}", member.heard);
@@ -270,13 +271,11 @@ fn joiner_is_told(
 }
 
 /// A process that joins and meets a limit leaves, and the others go on.
-#[test]
-fn limits_while_joining_harm_nobody_else() {
+pub fn limits_while_joining_harm_nobody_else() {
     for limit in LIMITS {
         for stage in ["joining", "building"] {
             let what = format!("{}, {stage}", limit.resource);
             if !can_be_set(limit) {
-                skipped(&format!("limits while joining, {what}"), "this user can't set that limit");
                 continue;
             }
             joiner_is_told(limit, &what, vec![], variables(limit, stage));
@@ -286,8 +285,7 @@ fn limits_while_joining_harm_nobody_else() {
 
 /// A member that meets a limit when a process comes that wants to join tells it so, and all members
 /// go on.
-#[test]
-fn limits_of_members_are_told_to_processes_that_join() {
+pub fn limits_of_members_are_told_to_processes_that_join() {
     for limit in LIMITS.into_iter().filter(is_asked_for) {
         let what = format!("{} of a member", limit.resource);
         // What a member makes for an averager with the joiner is the table of those that build; no
@@ -298,7 +296,6 @@ fn limits_of_members_are_told_to_processes_that_join() {
             continue;
         }
         if !can_be_set(limit) {
-            skipped(&what, "this user can't set that limit");
             continue;
         }
         joiner_is_told(limit, &what, variables(limit, "letting in"), vec![]);
@@ -306,16 +303,11 @@ fn limits_of_members_are_told_to_processes_that_join() {
 }
 
 /// Ranks that are threads of one process meet its limits together. They share no files.
-#[test]
-fn limits_of_ranks_that_are_threads_are_typed_errors() {
+pub fn limits_of_ranks_that_are_threads_are_typed_errors() {
     for limit in LIMITS.into_iter().filter(is_asked_for) {
         for algorithm in ["ring", "direct"] {
             let what = format!("{}, {algorithm}", limit.resource);
             if !can_be_set(limit) {
-                skipped(
-                    &format!("limits of ranks that are threads, {what}"),
-                    "this user can't set that limit",
-                );
                 continue;
             }
             let group = group();
@@ -347,8 +339,7 @@ fn limits_of_ranks_that_are_threads_are_typed_errors() {
 
 /// With ever less address space, or ever fewer mappings, ranks meet and average, or are told:
 /// nothing between aborts.
-#[test]
-fn any_amount_of_memory_is_enough_or_an_error() {
+pub fn any_amount_of_memory_is_enough_or_an_error() {
     for limit in
         LIMITS.iter().filter(|limit| ["memory", "data", "mappings"].contains(&limit.resource))
     {
@@ -368,7 +359,7 @@ fn any_amount_of_memory_is_enough_or_an_error() {
                     all.extend(variables(*limit, stage)); // on both
                     start("limited", &all)
                 };
-                let mut ranks: Vec<Rank> = (0..2).map(rank).collect();
+                let mut ranks: Vec<RankProcess> = (0..2).map(rank).collect();
                 ranks.iter_mut().for_each(|rank| STAGES.iter().for_each(|_| rank.enough()));
                 for rank in &mut ranks {
                     match error(rank, &format!("{} {room} {stage}", limit.resource)) {
@@ -381,7 +372,7 @@ fn any_amount_of_memory_is_enough_or_an_error() {
                 }
             }
         }
-        println!("{}: {good} ranks averaged, {bad} were told", limit.resource);
+        note!("{}: {good} ranks averaged, {bad} were told", limit.resource);
         assert!(good > 0 && bad > 0, "{}: {good} {bad}", limit.resource);
     }
 }

@@ -5,11 +5,11 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
 use std::time::{Duration, Instant};
 
-use super::common::skipped;
-use super::crew::{name, start, start_all, Rank};
+use test_support::process::{name, start, start_all, RankProcess};
+use test_support::Skip;
 
 /// All fail, with an error that holds each of these.
-fn all_fail(mut ranks: Vec<Rank>, with: &[&str]) {
+fn all_fail(mut ranks: Vec<RankProcess>, with: &[&str]) {
     for rank in &mut ranks {
         assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
         let errors = rank.said("error");
@@ -19,8 +19,7 @@ fn all_fail(mut ranks: Vec<Rank>, with: &[&str]) {
     }
 }
 
-#[test]
-fn worlds_of_2_3_4_and_8_processes_average() {
+pub fn worlds_of_2_3_4_and_8_processes_average() {
     for n in [2, 3, 4, 8] {
         let mut ranks = start_all("meet", n, |_| vec![]);
         for rank in &mut ranks {
@@ -30,8 +29,7 @@ fn worlds_of_2_3_4_and_8_processes_average() {
     }
 }
 
-#[test]
-fn the_environment_of_torchrun_is_enough() {
+pub fn the_environment_of_torchrun_is_enough() {
     let port = name();
     let ranks = (0..3).map(|rank: usize| {
         let variables = [
@@ -52,40 +50,35 @@ fn the_environment_of_torchrun_is_enough() {
     assert!(alone.said("error")[0].contains("WORLD_SIZE is not"), "{:?}", alone.heard);
 }
 
-#[test]
-fn open_mpi_starts_ranks() {
+pub fn open_mpi_starts_ranks() {
     let program = std::env::current_exe().unwrap();
     let mut mpirun = std::process::Command::new("mpirun");
-    mpirun.args(["--oversubscribe", "-n", "3"]).arg(program).args([
-        "worker",
-        "--exact",
-        "--nocapture",
-    ]);
+    mpirun.args(["--oversubscribe", "-n", "3"]).arg(program);
     mpirun
         .env("PA_TEST_ROLE", "meet")
         .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
         .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
-    let Ok(output) = mpirun.output() else {
-        return skipped("open_mpi_starts_ranks", "there is no mpirun; install openmpi-bin");
-    };
+    let output = mpirun.output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{said} {}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(said.matches("@averaged 3").count(), 3, "{said}");
 }
 
+const TORCHRUN: &str = "PA_TEST_TORCHRUN";
+
+/// Skips unless a variable says where torchrun is.
+pub fn torchrun() -> Skip {
+    let there = std::env::var_os(TORCHRUN).is_some();
+    (!there).then(|| format!("no torchrun: set {TORCHRUN}=/path/to/torchrun"))
+}
+
 /// Also again, after one has failed at first.
-#[test]
-fn torchrun_starts_ranks() {
-    let Ok(torchrun) = std::env::var("PA_TEST_TORCHRUN") else {
-        return skipped(
-            "torchrun_starts_ranks",
-            "PA_TEST_TORCHRUN does not say where a torchrun is",
-        );
-    };
+pub fn torchrun_starts_ranks() {
+    let torchrun = std::env::var(TORCHRUN).unwrap();
     let program = std::env::current_exe().unwrap();
     let mut torchrun = std::process::Command::new(torchrun);
     torchrun.args(["--standalone", "--nproc-per-node", "3", "--max-restarts", "1", "--no-python"]);
-    torchrun.arg(program).args(["worker", "--exact", "--nocapture"]).env("PA_TEST_ROLE", "restart");
+    torchrun.arg(program).env("PA_TEST_ROLE", "restart");
     let output = torchrun.output().expect("PA_TEST_TORCHRUN is a torchrun");
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{said} {}", String::from_utf8_lossy(&output.stderr));
@@ -93,8 +86,7 @@ fn torchrun_starts_ranks() {
     assert_eq!(said.matches("@failing").count(), 1, "{said}");
 }
 
-#[test]
-fn ranks_that_disagree_are_named_on_every_rank() {
+pub fn ranks_that_disagree_are_named_on_every_rank() {
     let world =
         |n| move |rank| if rank == 2 { vec![("PA_TEST_WORLD", format!("{n}"))] } else { vec![] };
     all_fail(
@@ -117,8 +109,7 @@ fn ranks_that_disagree_are_named_on_every_rank() {
 }
 
 /// Once.
-#[test]
-fn a_rank_that_refuses_by_itself_is_named_on_every_rank() {
+pub fn a_rank_that_refuses_by_itself_is_named_on_every_rank() {
     let wrong = |rank| if rank == 1 { vec![("PA_TEST_SLOTS", "3".to_owned())] } else { vec![] };
     let mut ranks = start_all("meet", 3, wrong);
     for (rank, process) in ranks.iter_mut().enumerate() {
@@ -133,8 +124,7 @@ fn a_rank_that_refuses_by_itself_is_named_on_every_rank() {
     }
 }
 
-#[test]
-fn ranks_that_do_not_come_are_named() {
+pub fn ranks_that_do_not_come_are_named() {
     let soon = |_| vec![("PA_TEST_MEET_MS", "500".to_owned()), ("PA_TEST_WORLD", "5".to_owned())];
     let mut ranks = start_all("meet", 3, soon);
     for (rank, process) in ranks.iter_mut().enumerate() {
@@ -152,8 +142,7 @@ fn ranks_that_do_not_come_are_named() {
 }
 
 /// A rank that runs out of them at any point says so, and nobody hangs.
-#[test]
-fn a_rank_may_have_too_few_file_descriptors() {
+pub fn a_rank_may_have_too_few_file_descriptors() {
     for short in [0, 2] {
         let mut good = 0;
         for most in 4..40 {
@@ -178,7 +167,7 @@ fn a_rank_may_have_too_few_file_descriptors() {
             assert!(told, "{most}: {heard:#?}");
             // Rank 0 needs a socket to listen on, one to answer on, and one more for what comes
             // with a hello: without these it can't tell the others, which wait until their timeout.
-            let names = |rank: &Rank| {
+            let names = |rank: &RankProcess| {
                 let error = &rank.said("error")[0];
                 error.contains("ulimit -n") && error.contains(&format!("rank {short} "))
             };
@@ -190,8 +179,7 @@ fn a_rank_may_have_too_few_file_descriptors() {
 
 /// Connections that say nothing, half of something, or garbage, many of them, neither keep ranks
 /// out nor get in.
-#[test]
-fn strangers_are_not_waited_for() {
+pub fn foreign_connections_are_not_waited_for() {
     let name = name();
     let variables = |rank: usize| {
         vec![
@@ -243,8 +231,7 @@ fn strangers_are_not_waited_for() {
 }
 
 /// The longest and the shortest that a caller can give.
-#[test]
-fn any_timeout_will_do() {
+pub fn timeouts_of_any_length_work() {
     let most = ("PA_TEST_MEET_MS", u64::MAX.to_string());
     let name = name();
     let first = |rank: usize| {
@@ -270,6 +257,11 @@ fn any_timeout_will_do() {
         assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
     }
     let least = ("PA_TEST_MEET_MS", "0".to_owned());
-    all_fail(start_all("meet", 2, |_| vec![least.clone()]), &["within 0ns"]);
+    // One may find the other there, and be told that it has gone.
+    for rank in &mut start_all("meet", 2, |_| vec![least.clone()]) {
+        assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+        let error = &rank.said("error")[0];
+        assert!(error.contains("within 0ns") || error.contains("has left the world"), "{error}");
+    }
     all_fail(vec![start("meet", &[&late[..], &[least]].concat())], &["within 0ns"]);
 }

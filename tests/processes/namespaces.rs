@@ -1,28 +1,43 @@
 //! Ranks in PID and user namespaces of their own, as in containers.
 
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::common::skipped;
-use super::crew::{command, name, spawn, Rank};
+use test_support::process::{command, name, spawn, RankProcess};
+use test_support::{tool, Skip};
 
 /// A PID and a user namespace of its own, whose processes end with unshare.
 const CONTAINER: &[&str] = &["unshare", "-Urpf", "--mount-proc", "--kill-child"];
 /// Only a PID namespace, which only root may make.
 const PID: &[&str] = &["unshare", "-pf", "--mount-proc", "--kill-child"];
 const NETWORK: &[&str] = &["unshare", "-Urn"];
+/// Another user than root.
+const USER: &[&str] = &["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"];
 /// Its user is mapped to none.
 const NOBODY: &[&str] = &["unshare", "-U"];
 
-/// True if the kernel lets this user have them.
-fn is_possible(test: &str, unshare: &[&str]) -> bool {
-    let mut tried = Command::new(unshare[0]);
-    tried.args(&unshare[1..]).arg("true").stdout(Stdio::null()).stderr(Stdio::null());
-    let possible = tried.status().is_ok_and(|status| status.success());
-    if !possible {
-        skipped(test, &format!("{} is not possible here", unshare.join(" ")));
-    }
-    possible
+/// Skips where the kernel does not let this user make them.
+fn possible(unshare: &[&str]) -> Skip {
+    tool(unshare[0], &[&unshare[1..], &["true"]].concat())
+}
+
+pub fn containers() -> Skip {
+    possible(CONTAINER)
+}
+
+pub fn pid_namespaces() -> Skip {
+    possible(PID)
+}
+
+pub fn network_namespaces() -> Skip {
+    possible(NETWORK)
+}
+
+pub fn unmapped_users() -> Skip {
+    possible(NOBODY)
+}
+
+pub fn containers_of_another_user() -> Skip {
+    possible(&[USER, CONTAINER].concat())
 }
 
 fn rank(
@@ -31,58 +46,55 @@ fn rank(
     name: &str,
     (rank, size): (usize, usize),
     more: &[(&str, &str)],
-) -> Rank {
+) -> RankProcess {
     let variables = [("PA_TEST_RANK", rank.to_string()), ("PA_TEST_WORLD", size.to_string())];
     let mut command = command(before, role, &variables);
     command.env("PA_TEST_NAME", name).envs(more.iter().copied());
     spawn(command)
 }
 
-/// One is killed, one joins, in containers and outside of them.
-#[test]
-fn ranks_in_containers_meet_die_and_join() {
-    const TEST: &str = "ranks_in_containers_meet_die_and_join";
-    for unshare in [CONTAINER, PID] {
-        if !is_possible(TEST, unshare) {
-            continue;
+pub fn ranks_in_containers_meet_die_and_join() {
+    meet_die_and_join(CONTAINER);
+}
+
+pub fn ranks_in_pid_namespaces_meet_die_and_join() {
+    meet_die_and_join(PID);
+}
+
+/// One is killed, one joins, inside and outside.
+fn meet_die_and_join(unshare: &[&str]) {
+    // All inside, or one outside; the rank that is killed is each of them in turn.
+    let insides: [&[usize]; 4] = [&[0, 1, 2], &[1, 2], &[0, 2], &[0]];
+    for (turn, inside) in insides.into_iter().enumerate() {
+        let (name, dead) = (name(), turn % 3);
+        let before = |rank: usize| if inside.contains(&rank) { unshare } else { &[] };
+        let begin = |number: usize| {
+            rank(before(number), "survive", &name, (number, 3), &[("PA_TEST_FINAL", "4")])
+        };
+        let mut ranks: Vec<RankProcess> = (0..3).map(begin).collect();
+        ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        let mut killed = ranks.remove(dead);
+        let _ = killed.child.kill();
+        assert_eq!(killed.end(), None);
+        ranks.iter_mut().for_each(|rank| drop(rank.hear("recovered")));
+        for (number, before) in [unshare, &[]].into_iter().enumerate() {
+            let origin = (3 + number).to_string();
+            let more = [
+                ("PA_TEST_JOIN", "1"),
+                ("PA_TEST_ORIGIN", origin.as_str()),
+                ("PA_TEST_FINAL", "4"),
+            ];
+            ranks.push(rank(before, "survive", &name, (0, 3), &more));
         }
-        // All inside, or one outside; the rank that is killed is each of them in turn.
-        let insides: [&[usize]; 4] = [&[0, 1, 2], &[1, 2], &[0, 2], &[0]];
-        for (turn, inside) in insides.into_iter().enumerate() {
-            let (name, dead) = (name(), turn % 3);
-            let before = |rank: usize| if inside.contains(&rank) { unshare } else { &[] };
-            let begin = |number: usize| {
-                rank(before(number), "survive", &name, (number, 3), &[("PA_TEST_FINAL", "4")])
-            };
-            let mut ranks: Vec<Rank> = (0..3).map(begin).collect();
-            ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
-            let mut killed = ranks.remove(dead);
-            let _ = killed.child.kill();
-            assert_eq!(killed.end(), None);
-            ranks.iter_mut().for_each(|rank| drop(rank.hear("recovered")));
-            for (number, before) in [unshare, &[]].into_iter().enumerate() {
-                let origin = (3 + number).to_string();
-                let more = [
-                    ("PA_TEST_JOIN", "1"),
-                    ("PA_TEST_ORIGIN", origin.as_str()),
-                    ("PA_TEST_FINAL", "4"),
-                ];
-                ranks.push(rank(before, "survive", &name, (0, 3), &more));
-            }
-            for rank in &mut ranks {
-                assert_eq!(rank.end(), Some(0), "{inside:?}: {:#?}", rank.heard);
-                assert_eq!(rank.said("done").len(), 1);
-            }
+        for rank in &mut ranks {
+            assert_eq!(rank.end(), Some(0), "{inside:?}: {:#?}", rank.heard);
+            assert_eq!(rank.said("done").len(), 1);
         }
     }
 }
 
 /// A second rank 0 of another namespace is told about the first, whose pid it may not see.
-#[test]
-fn a_name_is_held_across_namespaces() {
-    if !is_possible("a_name_is_held_across_namespaces", CONTAINER) {
-        return;
-    }
+pub fn a_name_is_held_across_namespaces() {
     for (first, second) in [(CONTAINER, CONTAINER), (CONTAINER, &[]), (&[], CONTAINER)] {
         let name = name();
         let mut first = rank(first, "hold", &name, (0, 1), &[]);
@@ -100,11 +112,7 @@ fn a_name_is_held_across_namespaces() {
 }
 
 /// Where ranks can't meet, both sides are told what may be the cause.
-#[test]
-fn ranks_in_two_network_namespaces_are_told_so() {
-    if !is_possible("ranks_in_two_network_namespaces_are_told_so", NETWORK) {
-        return;
-    }
+pub fn ranks_in_two_network_namespaces_are_told_so() {
     let (name, soon) = (name(), [("PA_TEST_MEET_MS", "700")]);
     let mut ranks =
         [rank(&[], "hold", &name, (0, 2), &soon), rank(NETWORK, "hold", &name, (1, 2), &soon)];
@@ -121,11 +129,7 @@ fn ranks_in_two_network_namespaces_are_told_so() {
 }
 
 /// All users that a namespace does not map look alike.
-#[test]
-fn users_that_are_not_mapped_are_refused() {
-    if !is_possible("users_that_are_not_mapped_are_refused", NOBODY) {
-        return;
-    }
+pub fn users_that_are_not_mapped_are_refused() {
     let name = name();
     let begin = Instant::now();
     for number in [0, 1] {
@@ -141,15 +145,9 @@ fn users_that_are_not_mapped_are_refused() {
 }
 
 /// One user, whom the container calls by another number.
-#[test]
-fn a_user_in_a_container_meets_itself_outside() {
-    const TEST: &str = "a_user_in_a_container_meets_itself_outside";
-    const USER: &[&str] = &["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"];
+pub fn a_user_in_a_container_meets_itself_outside() {
     const OTHER: &[&str] = &["setpriv", "--reuid=54322", "--regid=54322", "--clear-groups"];
     let inside = |user: &[&'static str]| [user, CONTAINER].concat();
-    if !is_possible(TEST, &inside(USER)) {
-        return;
-    }
     for first_is_inside in [false, true] {
         let name = name();
         let (one, other) = (inside(USER), USER.to_vec());

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use super::crew::{name, start, start_all, Rank};
+use test_support::process::{name, start, start_all, RankProcess};
 
 /// For what fails by it.
 const SHORT_MS: u64 = 2000;
@@ -23,7 +23,7 @@ fn stopped_at(
     stopped: usize,
     place: &str,
     timeouts: [(&'static str, String); 2],
-) -> Vec<Rank> {
+) -> Vec<RankProcess> {
     let mut ranks = start_all("stages", n, |rank| {
         let stop = (rank == stopped).then(|| ("PA_TEST_STOP_AT", place.to_owned()));
         timeouts.clone().into_iter().chain(stop).collect()
@@ -33,7 +33,7 @@ fn stopped_at(
 }
 
 /// All of them but `except` end so, with errors of which each holds one of these.
-fn ends(ranks: &mut [Rank], except: usize, code: i32, with: &[&str]) {
+fn ends(ranks: &mut [RankProcess], except: usize, code: i32, with: &[&str]) {
     for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != except) {
         assert_eq!(process.end(), Some(code), "rank {rank}: {:#?}", process.heard);
         let errors = process.said("error");
@@ -45,7 +45,7 @@ fn ends(ranks: &mut [Rank], except: usize, code: i32, with: &[&str]) {
 }
 
 /// Goes on, and ends with one of these errors.
-fn wakes(rank: &mut Rank, with: &[&str]) {
+fn wakes(rank: &mut RankProcess, with: &[&str]) {
     rank.signal(Signal::CONT);
     assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
     let errors = rank.said("error");
@@ -55,8 +55,7 @@ fn wakes(rank: &mut Rank, with: &[&str]) {
 /// What ranks other than 0 are told when rank 0 says nothing in their time.
 const NO_HOST: &str = "was not found on this host within";
 
-#[test]
-fn one_that_is_stopped_before_it_comes() {
+pub fn rank_stopped_before_the_rendezvous() {
     for stopped in [0, 2] {
         let mut ranks = stopped_at(3, stopped, "join", timeouts(SHORT_MS, LONG_MS));
         let missing: &[&str] =
@@ -68,8 +67,7 @@ fn one_that_is_stopped_before_it_comes() {
 }
 
 /// It has come, so that the world begins, but does not hear of it.
-#[test]
-fn one_that_is_stopped_while_it_waits_for_the_others() {
+pub fn rank_stopped_while_it_waits_for_the_others() {
     for stopped in [0, 2] {
         let world = name();
         let come = |rank: usize| {
@@ -116,7 +114,7 @@ fn one_that_is_stopped_while_it_waits_for_the_others() {
 }
 
 /// The others say that it is late, and go on without it, before it wakes up.
-fn go_on_without(ranks: &mut [Rank], stopped: usize) {
+fn go_on_without(ranks: &mut [RankProcess], stopped: usize) {
     for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != stopped) {
         assert_eq!(process.hear("averaged"), "2", "rank {rank}");
         let failed = process.said("failed");
@@ -132,8 +130,7 @@ fn go_on_without(ranks: &mut [Rank], stopped: usize) {
     }
 }
 
-#[test]
-fn one_that_is_stopped_before_it_builds() {
+pub fn rank_stopped_before_it_builds() {
     for stopped in [0, 2] {
         go_on_without(&mut stopped_at(3, stopped, "build", timeouts(LONG_MS, SHORT_MS)), stopped);
     }
@@ -142,8 +139,7 @@ fn one_that_is_stopped_before_it_builds() {
 /// Rank 0 is killed. Rank 2 stops before it recovers, and goes on in time. Rank 1 is stopped
 /// meanwhile, while it waits for rank 2, so that it has said that it takes part: ranks 2 and 3
 /// build with it, in vain, and then without it.
-#[test]
-fn one_that_is_stopped_while_it_recovers() {
+pub fn rank_stopped_while_it_recovers() {
     let mut ranks = start_all("stages", 4, |rank| {
         let stop = [Some("build"), None, Some("recover"), None][rank];
         timeouts(LONG_MS, 3000)
@@ -172,8 +168,7 @@ fn one_that_is_stopped_while_it_recovers() {
     }
 }
 
-#[test]
-fn an_abort_ends_the_wait_of_those_that_build() {
+pub fn abort_ends_the_wait_of_building_ranks() {
     let mut ranks = start_all("stages", 3, |rank| {
         if rank == 2 {
             vec![("PA_TEST_STOP_AT", "abort".to_owned())]

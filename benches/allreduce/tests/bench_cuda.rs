@@ -8,13 +8,11 @@ use std::sync::OnceLock;
 
 use serde_json::Value;
 
-#[path = "../../../tests/common/mod.rs"]
-mod common;
-#[allow(dead_code)] // which starts this program, not the bench
-#[path = "../../../tests/ptx/simulator.rs"]
-mod simulator;
+use test_support::simulator::{self, Driver};
 
-use simulator::{driver_for, Driver};
+fn skipped(test: &str, reason: &str) {
+    eprintln!("SKIPPED {test}: {reason}");
+}
 
 /// Of a record: those of ranks on CPUs, and five more.
 const FIELDS: [&str; 20] = [
@@ -42,10 +40,14 @@ const FIELDS: [&str; 20] = [
 
 /// The folder of the simulator's driver, or a SKIPPED line of this test's.
 fn folder_for(test: &str) -> Option<PathBuf> {
-    match driver_for(test)? {
+    if let Some(reason) = simulator::missing() {
+        skipped(test, &reason);
+        return None;
+    }
+    match simulator::driver() {
         Driver::Simulated(folder) => Some(folder),
         Driver::Own => {
-            common::skipped(test, "about a simulated machine");
+            skipped(test, "about a simulated machine");
             None
         }
     }
@@ -128,7 +130,7 @@ fn fake_nccl(test: &str) -> Option<&'static str> {
     match LIBRARY.get_or_init(build) {
         Ok(library) => library.to_str(),
         Err(reason) => {
-            common::skipped(test, &format!("the stand-in for NCCL did not build: {reason}"));
+            skipped(test, &format!("the stand-in for NCCL did not build: {reason}"));
             None
         }
     }

@@ -16,7 +16,7 @@ use crate::backend::Unstarted;
 
 /// Threads of a block, the maximum that the kernels are compiled for. 4 packs in flight per thread
 /// saturate a multiprocessor's memory bandwidth, and one block per multiprocessor has enough
-/// registers to avoid spills (tests/sass.rs).
+/// registers to avoid spills (tests/kernels/sass.rs).
 pub(crate) const THREADS: u32 = 512;
 
 /// A rank's stream and tables.

@@ -372,6 +372,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(test_support::count(32, 256) as u32))]
+
         /// Every command line fits into a first message.
         #[test]
         fn a_description_is_bounded(

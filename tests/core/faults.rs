@@ -1,0 +1,449 @@
+//! Invariants 4, 5 and 7: whatever goes wrong, every rank gets the same typed error in time, and as
+//! long as nobody wrote, every tensor holds the bytes it held before.
+
+use std::time::{Duration, Instant};
+
+use param_averager::__testing::Testing;
+use param_averager::{
+    Algorithm, Builder, Communicator, Dtype, Error, ParamAverager, Phase, TensorState,
+};
+use test_support::{count, ranks, Guarded, Random};
+
+const TIMEOUT: Duration = Duration::from_millis(600);
+/// How long an error may take beyond the timeout on a machine with more threads than cores.
+const GRACE: Duration = Duration::from_secs(5);
+
+const WAYS: [(Algorithm, bool); 3] =
+    [(Algorithm::Direct, true), (Algorithm::Ring, true), (Algorithm::Ring, false)];
+
+fn builder(communicator: Communicator, (algorithm, all_or_nothing): (Algorithm, bool)) -> Builder {
+    let testing = Testing { poison_slots: true, ..Testing::default() };
+    let builder =
+        ParamAverager::builder(communicator).algorithm(algorithm).all_or_nothing(all_or_nothing);
+    builder.timeout(TIMEOUT).chunk_bytes(128).slots(2).channels(1).testing(testing)
+}
+
+fn model(rank: usize) -> Vec<Guarded> {
+    let mut random = Random(rank as u64);
+    let mut model = vec![
+        Guarded::new(Dtype::F32, 700, 0),
+        Guarded::new(Dtype::Bf16, 333, 1),
+        Guarded::new(Dtype::F32, 5, 3),
+    ];
+    model.iter_mut().for_each(|tensor| tensor.fill_random(&mut random));
+    model
+}
+
+fn bytes(model: &[Guarded]) -> Vec<Vec<u8>> {
+    model.iter().map(|tensor| tensor.bytes().to_vec()).collect()
+}
+
+/// What one rank of a failing average saw.
+struct Seen {
+    error: Option<Error>,
+    unchanged: bool,
+    elapsed: Duration,
+    again: Option<Error>,
+}
+
+/// One average after a good one, with a chance for each rank to misbehave first; `None`: it does
+/// not come at all.
+fn one_average(
+    n: usize,
+    way: (Algorithm, bool),
+    options: impl Fn(Builder) -> Builder + Sync,
+    before: impl Fn(usize, &mut ParamAverager, &mut Vec<Guarded>) -> Option<Option<f64>> + Sync,
+) -> Vec<Option<Seen>> {
+    let barrier = std::sync::Barrier::new(n);
+    ranks(n, |communicator| {
+        let rank = communicator.rank();
+        let mut model = model(rank);
+        let mut averager = options(builder(communicator, way)).build(&mut model).unwrap();
+        averager.average(&mut model).unwrap();
+        model = self::model(rank + 100);
+        let call = before(rank, &mut averager, &mut model);
+        let held = bytes(&model);
+        barrier.wait();
+        let start = Instant::now();
+        let seen = call.map(|weight| {
+            let result = match weight {
+                Some(weight) => averager.average_weighted(&mut model, weight),
+                None => averager.average(&mut model),
+            };
+            let unchanged = bytes(&model) == held && model.iter().all(Guarded::guards_are_whole);
+            let elapsed = start.elapsed();
+            Seen {
+                error: result.err(),
+                unchanged,
+                elapsed,
+                again: averager.average(&mut model).err(),
+            }
+        });
+        barrier.wait(); // nobody leaves the world before all have an answer
+        seen
+    })
+}
+
+/// All ranks that came got `error`, in time, with their tensors as they were.
+#[track_caller]
+fn expect(seen: &[Option<Seen>], error: &Error) {
+    for (rank, seen) in
+        seen.iter().enumerate().filter_map(|(rank, seen)| Some((rank, seen.as_ref()?)))
+    {
+        assert_eq!(seen.error.as_ref(), Some(error), "rank {rank}");
+        assert!(
+            seen.unchanged && error.tensors() == TensorState::Unchanged,
+            "rank {rank}: tensors changed"
+        );
+        assert!(seen.elapsed < TIMEOUT + GRACE, "rank {rank} took {:?}", seen.elapsed);
+        if error.is_fatal() {
+            let poisoned = Error::Poisoned { cause: Box::new(error.clone()) };
+            assert_eq!(seen.again.as_ref(), Some(&poisoned), "rank {rank}");
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_never_arrives_is_named_by_all_others() {
+    for way in WAYS {
+        for (n, late) in [(2, 1), (3, 0), (4, 2)] {
+            let seen = one_average(n, way, |b| b, |rank, _, _| (rank != late).then_some(None));
+            let error = Error::Timeout {
+                rank: late,
+                timeout: TIMEOUT,
+                phase: Phase::Meet,
+                committed: false,
+            };
+            expect(&seen, &error);
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_leaves_at_any_step_is_named_and_nothing_is_lost() {
+    for way in WAYS {
+        for n in [2, 3] {
+            let steps = ranks(n, |communicator| {
+                let mut model = model(communicator.rank());
+                let mut averager = builder(communicator, way).build(&mut model).unwrap();
+                averager.average(&mut model).unwrap();
+                averager.steps()
+            })[0];
+            assert!(steps >= 3, "{way:?}: {steps} steps");
+            // They mostly sleep: many at once.
+            let stride = (4 / count(1, 4)).max(1) as u32;
+            let next = std::sync::atomic::AtomicU32::new(1);
+            std::thread::scope(|scope| {
+                for _ in 0..16 {
+                    scope.spawn(|| loop {
+                        match next.fetch_add(stride, std::sync::atomic::Ordering::Relaxed) {
+                            step if step <= steps => leave_at(n, way, step),
+                            _ => return,
+                        }
+                    });
+                }
+            });
+        }
+    }
+}
+
+/// Rank 1 leaves before this step of its second average. Survivors build a new world and agree
+/// again.
+fn leave_at(n: usize, way: (Algorithm, bool), step: u32) {
+    let leaver = 1;
+    let context = format!("{way:?}, {n} ranks, step {step}");
+    let outcomes = ranks(n, |communicator| {
+        let rank = communicator.rank();
+        let mut model = model(rank);
+        let mut averager = builder(communicator, way).build(&mut model).unwrap();
+        averager.average(&mut model).unwrap();
+        model = self::model(rank + 100);
+        let held = bytes(&model);
+        if rank == leaver {
+            // SAFETY: `model` is returned to the test, which drops it when all ranks have returned.
+            unsafe { averager.leave_before_step(step) };
+        }
+        let start = Instant::now();
+        let result = averager.average(&mut model);
+        let elapsed = start.elapsed();
+        if rank == leaver {
+            std::thread::sleep(2 * TIMEOUT); // silent, and not yet gone
+        }
+        (result, held, model, elapsed)
+    });
+    let mean: Vec<Vec<f64>> = (0..outcomes[0].2.len())
+        .map(|t| {
+            let originals: Vec<Vec<Guarded>> = (0..n).map(|rank| self::model(rank + 100)).collect();
+            let count = originals[0][t].elements;
+            (0..count)
+                .map(|i| originals.iter().map(|m| m[t].get(i)).sum::<f64>() / n as f64)
+                .collect()
+        })
+        .collect();
+    let before_commit: Vec<bool> = outcomes
+        .iter()
+        .enumerate()
+        .filter(|(rank, _)| *rank != leaver)
+        .map(|(rank, (result, held, model, elapsed))| {
+            assert!(*elapsed < 2 * TIMEOUT + GRACE, "{context}: rank {rank} took {elapsed:?}");
+            assert!(model.iter().all(Guarded::guards_are_whole), "{context}: rank {rank}");
+            let Err(error) = result else { return false };
+            let named = match error {
+                Error::Timeout { rank, .. } | Error::PeerLost { rank, .. } => *rank,
+                other => panic!("{context}: rank {rank} got {other}"),
+            };
+            assert_eq!(named, leaver, "{context}: rank {rank} says {error}");
+            if error.tensors() == TensorState::Unchanged {
+                assert_eq!(&bytes(model), held, "{context}: rank {rank} says {error}");
+            } else {
+                // Each element is the rank's own or the mean.
+                let original = self::model(rank + 100);
+                for (t, tensor) in model.iter().enumerate() {
+                    for (i, &mean) in mean[t].iter().enumerate() {
+                        let (now, own) = (tensor.get(i), original[t].get(i));
+                        let near = 0.02 * (1.0 + own.abs());
+                        assert!(
+                            now == own || (now - mean).abs() < near,
+                            "{context}: rank {rank}, tensor {t}, element {i}: {now} is neither \
+                             {own} nor {mean}"
+                        );
+                    }
+                }
+            }
+            error.tensors() == TensorState::Unchanged
+        })
+        .collect();
+    // Either all survivors failed before the commit or none did, and then they all say the same.
+    assert!(
+        before_commit.windows(2).all(|pair| pair[0] == pair[1]),
+        "{context}: {before_commit:?}"
+    );
+    let errors: Vec<_> = outcomes
+        .iter()
+        .enumerate()
+        .filter(|(r, _)| *r != leaver)
+        .map(|(_, o)| o.0.clone())
+        .collect();
+    if before_commit[0] {
+        assert!(errors.windows(2).all(|pair| pair[0] == pair[1]), "{context}: {errors:?}");
+    }
+    // A later average among the survivors makes them agree.
+    let survivors: Vec<_> = outcomes
+        .into_iter()
+        .enumerate()
+        .filter(|(rank, _)| *rank != leaver)
+        .map(|(_, o)| std::sync::Mutex::new(o.2))
+        .collect();
+    let after = ranks(n - 1, |communicator| {
+        let mut model = survivors[communicator.rank()].lock().unwrap();
+        let mut averager = builder(communicator, way).build(&mut *model).unwrap();
+        averager.average(&mut *model).unwrap();
+        bytes(&model)
+    });
+    assert!(after.windows(2).all(|pair| pair[0] == pair[1]), "{context}: survivors differ");
+}
+
+#[test]
+fn an_abort_from_another_thread_ends_every_wait() {
+    for way in WAYS {
+        let seen = one_average(
+            3,
+            way,
+            |b| b.timeout(Duration::from_secs(60)),
+            |rank, averager, _| {
+                if rank != 2 {
+                    return Some(None);
+                }
+                let handle = averager.abort_handle();
+                std::thread::spawn(move || {
+                    std::thread::sleep(Duration::from_millis(50));
+                    handle.abort();
+                });
+                None // rank 2 never comes
+            },
+        );
+        expect(&seen, &Error::Aborted { rank: 2, phase: Phase::Meet, committed: false });
+    }
+}
+
+#[test]
+fn an_abort_while_nobody_waits_is_seen_by_the_next_average() {
+    let seen = one_average(
+        2,
+        WAYS[0],
+        |b| b,
+        |rank, averager, _| {
+            if rank == 0 {
+                averager.abort_handle().abort();
+                averager.abort_handle().abort(); // does nothing more
+            }
+            Some(None)
+        },
+    );
+    expect(&seen, &Error::Aborted { rank: 0, phase: Phase::Meet, committed: false });
+}
+
+#[test]
+fn a_rank_that_drops_its_averager_is_lost_at_once() {
+    for way in WAYS {
+        let results = ranks(3, |communicator| {
+            let mut model = model(communicator.rank());
+            let leaves = communicator.rank() == 1;
+            let long = Duration::from_secs(60);
+            let mut averager = builder(communicator, way).timeout(long).build(&mut model).unwrap();
+            averager.average(&mut model).unwrap();
+            if leaves {
+                return None; // dropped here, as by a panic or an early return
+            }
+            let start = Instant::now();
+            let error = averager.average(&mut model).unwrap_err();
+            assert!(start.elapsed() < GRACE);
+            Some(error)
+        });
+        let lost = Some(Error::PeerLost { rank: 1, phase: Phase::Meet, committed: false });
+        assert_eq!(results, [lost.clone(), None, lost], "{way:?}");
+    }
+}
+
+/// Also by those that wait for another one at the time.
+#[test]
+fn a_rank_that_is_gone_is_missed_while_another_is_late() {
+    for way in WAYS {
+        let known = std::sync::Barrier::new(2);
+        ranks(3, |communicator| {
+            let rank = communicator.rank();
+            let mut model = model(rank);
+            let long = Duration::from_secs(60);
+            let mut averager = builder(communicator, way).timeout(long).build(&mut model).unwrap();
+            averager.average(&mut model).unwrap();
+            match rank {
+                0 => drop(known.wait()), // it does not come before rank 2 knows
+                1 => return,
+                _ => {}
+            }
+            let start = Instant::now();
+            let error = averager.average(&mut model).unwrap_err();
+            if rank == 2 {
+                known.wait();
+            }
+            assert!(start.elapsed() < GRACE, "{way:?}, rank {rank}");
+            assert_eq!(
+                error,
+                Error::PeerLost { rank: 1, phase: Phase::Meet, committed: false },
+                "{way:?}"
+            );
+        });
+    }
+}
+
+#[test]
+fn a_nan_is_rejected_by_all_when_asked_and_named() {
+    for way in WAYS {
+        for (value, tensor, element) in
+            [(f64::NAN, 1, 332), (f64::INFINITY, 0, 0), (f64::NEG_INFINITY, 2, 4)]
+        {
+            let poison = |rank: usize, _: &mut ParamAverager, model: &mut Vec<Guarded>| {
+                if rank == 1 {
+                    model[tensor].set(element, value);
+                }
+                Some(None)
+            };
+            let seen = one_average(3, way, |b| b.reject_non_finite(true), poison);
+            let described = [
+                "tensor 0 (f32, 700 elements)",
+                "tensor 1 (bf16, 333 elements)",
+                "tensor 2 (f32, 5 elements)",
+            ];
+            expect(
+                &seen,
+                &Error::NonFinite {
+                    rank: 1,
+                    tensor: described[tensor].into(),
+                    element: element as u64,
+                },
+            );
+            // Nobody is poisoned: the next average says the same again.
+            assert!(seen
+                .iter()
+                .flatten()
+                .all(|seen| matches!(seen.again, Some(Error::NonFinite { .. }))));
+
+            // Without being asked, it spreads, as in any mean; with weight 0, it does not.
+            let seen = one_average(3, way, |b| b, poison);
+            assert!(seen.iter().flatten().all(|seen| seen.error.is_none()));
+            let seen = one_average(
+                3,
+                way,
+                |b| b.reject_non_finite(true),
+                |rank, averager, model| {
+                    poison(rank, averager, model);
+                    Some(Some(if rank == 1 { 0.0 } else { 2.0 }))
+                },
+            );
+            assert!(seen.iter().flatten().all(|seen| seen.error.is_none()));
+        }
+    }
+}
+
+#[test]
+fn weights_that_make_no_mean_are_refused_by_all() {
+    for way in WAYS {
+        for (weight, rank) in [(-1.0, 2), (f64::NAN, 0), (f64::INFINITY, 1)] {
+            let seen = one_average(
+                3,
+                way,
+                |b| b,
+                |r, _, _| Some(Some(if r == rank { weight } else { 1.0 })),
+            );
+            for seen in seen.iter().flatten() {
+                let Some(Error::InvalidWeight { rank: named, weight: found }) = seen.error else {
+                    panic!("{:?}", seen.error)
+                };
+                assert_eq!((named, found.to_bits()), (rank, weight.to_bits()));
+                assert!(seen.unchanged);
+            }
+        }
+        let seen = one_average(3, way, |b| b, |_, _, _| Some(Some(0.0)));
+        expect(&seen, &Error::AllWeightsZero);
+        let seen = one_average(3, way, |b| b, |rank, _, _| Some((rank == 2).then_some(1.0)));
+        expect(&seen, &Error::WeightingDiffers { rank: 2 });
+    }
+}
+
+#[test]
+fn tensors_that_changed_are_refused_by_all() {
+    type Change = fn(&mut Vec<Guarded>);
+    let was = "tensor 1 (bf16, 333 elements)";
+    let changes: [(Change, &str, &str); 4] = [
+        (
+            |model| model[1] = Guarded::new(Dtype::Bf16, 334, 0),
+            "bf16, 334 elements, as tensor 1",
+            was,
+        ),
+        (
+            |model| model[1] = Guarded::new(Dtype::F16, 333, 0),
+            "f16, 333 elements, as tensor 1",
+            was,
+        ),
+        (|model| drop(model.pop()), "only 2 tensors", "3"),
+        (|model| model.push(Guarded::new(Dtype::F32, 5, 0)), "more than 3 tensors", "3"),
+    ];
+    for way in WAYS {
+        for (change, found, expected) in changes {
+            let seen = one_average(
+                3,
+                way,
+                |b| b,
+                |rank, _, model| {
+                    if rank == 2 {
+                        change(model);
+                    }
+                    Some(None)
+                },
+            );
+            let error =
+                Error::LayoutChanged { rank: 2, found: found.into(), expected: expected.into() };
+            expect(&seen, &error);
+        }
+    }
+}

@@ -1,0 +1,11 @@
+//! Averages of ranks that are threads on CPUs, through the public API.
+
+mod accuracy;
+mod average;
+mod equal;
+mod extremes;
+mod faults;
+mod lend;
+mod local_sgd;
+mod public_api;
+mod refusals;

@@ -1,0 +1,277 @@
+//! Invariants 5 and 7: worlds, averagers and tensors that can't be are refused, with the same error
+//! on every rank.
+
+use std::time::Duration;
+
+use param_averager::{
+    Algorithm, Communicator, Device, Dtype, Error, Link, ParamAverager, Parameters, Phase,
+    TensorMut, TensorState,
+};
+use test_support::ranks;
+
+const TIMEOUT: Duration = Duration::from_millis(600);
+
+#[test]
+fn layouts_and_options_that_differ_are_refused_by_all_at_build() {
+    let build = |rank2: fn(Communicator) -> Result<ParamAverager, Error>| {
+        ranks(3, |communicator| {
+            if communicator.rank() == 2 {
+                return rank2(communicator).unwrap_err();
+            }
+            ParamAverager::builder(communicator)
+                .build(&mut vec![vec![0f32; 10], vec![0f32; 20]])
+                .unwrap_err()
+        })
+    };
+    type Build = fn(Communicator) -> Result<ParamAverager, Error>;
+    let cases: [(Build, &str); 7] = [
+        (
+            |c| ParamAverager::builder(c).timeout(Duration::ZERO).build(&mut vec![0f32; 10]),
+            "`timeout` is 0",
+        ),
+        (
+            |c| ParamAverager::builder(c).build(&mut vec![vec![0f32; 10], vec![0f32; 21]]),
+            "tensor 1 (f32, 21 elements)",
+        ),
+        (
+            |c| ParamAverager::builder(c).build(&mut vec![vec![0f64; 10], vec![0f64; 20]]),
+            "tensor 0 (f64, 10 elements)",
+        ),
+        (|c| ParamAverager::builder(c).build(&mut vec![vec![0f32; 10]]), "1 tensors"),
+        (
+            |c| ParamAverager::builder(c).slots(8).build(&mut vec![vec![0f32; 10], vec![0f32; 20]]),
+            "slots = 8",
+        ),
+        (|c| ParamAverager::builder(c).slots(0).build(&mut vec![vec![0f32; 10]]), "`slots` is 0"),
+        (
+            |c| ParamAverager::builder(c).slots(3).build(&mut vec![vec![0f32; 10], vec![0f32; 20]]),
+            "`slots` is 3",
+        ),
+    ];
+    for (rank2, found) in cases {
+        let errors = build(rank2);
+        for error in &errors {
+            assert_eq!(error, &errors[0]);
+            assert!(
+                error.to_string().starts_with("rank 2") && error.to_string().contains(found),
+                "{error}"
+            );
+            assert!(!error.is_fatal() && error.tensors() == TensorState::Unchanged);
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_does_not_build_is_a_timeout_and_one_that_is_gone_is_lost() {
+    let late = ranks(3, |communicator| {
+        if communicator.rank() == 1 {
+            std::thread::sleep(2 * TIMEOUT);
+        }
+        ParamAverager::builder(communicator)
+            .timeout(TIMEOUT)
+            .build(&mut vec![0f32; 10])
+            .unwrap_err()
+    });
+    let timeout =
+        Error::Timeout { rank: 1, timeout: TIMEOUT, phase: Phase::Build, committed: false };
+    assert_eq!(late, vec![timeout; 3], "the late one, too");
+
+    let gone = ranks(3, |communicator| {
+        (communicator.rank() != 1)
+            .then(|| ParamAverager::builder(communicator).build(&mut vec![0f32; 10]).unwrap_err())
+    });
+    let lost = Some(Error::PeerLost { rank: 1, phase: Phase::Build, committed: false });
+    assert_eq!(gone, [lost.clone(), None, lost]);
+}
+
+#[test]
+fn worlds_and_devices_that_cannot_be_are_refused() {
+    for n in [0, 17] {
+        assert_eq!(
+            Communicator::from_devices(&vec![Device::cpu(); n]).unwrap_err(),
+            Error::WorldSize { found: n }
+        );
+    }
+    let error = Communicator::from_devices(&[Device::cpu(), Device::cuda(0)]).unwrap_err();
+    let Error::DeviceUnavailable { rank: 1, device, reason } = &error else { panic!("{error}") };
+    assert!(device == "cuda:0" && reason.contains("all on CPUs or all on CUDA devices"), "{error}");
+    // On CPUs all memory is one, and there is no peer's.
+    let errors = ranks(2, |communicator| {
+        let builder = |link| {
+            ParamAverager::builder(communicator.clone()).algorithm(Algorithm::Ring).link(link)
+        };
+        builder(Link::Host)
+            .build(&mut vec![0f32; 10])
+            .unwrap()
+            .average(&mut vec![0f32; 10])
+            .unwrap();
+        builder(Link::Peer).build(&mut vec![0f32; 10]).map(drop).unwrap_err()
+    });
+    for error in errors {
+        assert!(matches!(error, Error::InvalidOption { rank: 0, option: "link", .. }), "{error}");
+    }
+    // What a machine with a driver says, or one without, is tests/device/cuda.rs's.
+    if let Err(said) = param_averager::__testing::fatbin() {
+        // Built without nvcc: the same words as the build's warning.
+        let error = Communicator::from_devices(&[Device::cuda(0)]).unwrap_err();
+        let Error::DeviceUnavailable { rank: 0, reason, .. } = &error else { panic!("{error}") };
+        assert!(reason == said && said.contains("NVCC"), "{reason}");
+    }
+}
+
+struct Raw(Vec<(*mut u8, usize, &'static str, Device)>);
+
+impl Parameters for Raw {
+    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
+        for &(pointer, elements, name, device) in &self.0 {
+            // SAFETY: only ever refused, never read.
+            visit(
+                unsafe { TensorMut::from_raw_parts(pointer, elements, Dtype::F32, device) }
+                    .named(name),
+            );
+        }
+    }
+}
+
+#[test]
+fn pointers_are_checked_and_the_tensor_is_named() {
+    let mut memory = vec![0f32; 100];
+    let at = memory.as_mut_ptr().cast::<u8>() as usize;
+    type Tensors = Vec<(usize, usize, &'static str, Device)>;
+    let cases: [(Tensors, &str); 4] = [
+        (vec![(0, 3, "wte", Device::cpu())], "rank 0: tensor 0 `wte` (f32, 3 elements) has a null \
+            pointer"),
+        (vec![(at + 2, 3, "ln", Device::cpu())], "rank 0: tensor 0 `ln` (f32, 3 elements) does not \
+            lie at a multiple"),
+        (
+            vec![(at, 50, "wte", Device::cpu()), (at + 196, 50, "head", Device::cpu())],
+            "rank 0: tensor 1 `head` (f32, 50 elements) shares memory with tensor 0 `wte` (f32, 50 \
+             elements): pass tied",
+        ),
+        (vec![(at, 50, "wte", Device::cuda(1))], "rank 0: tensor 0 `wte` (f32, 50 elements) is not \
+            on cpu"),
+    ];
+    for (tensors, message) in cases {
+        // One rank's mistake is every rank's error.
+        let errors = ranks(3, |communicator| {
+            let own = communicator.rank() == 0;
+            let mut good = vec![0f32; 50];
+            let mut raw =
+                Raw(tensors.iter().map(|&(a, e, n, d)| (a as *mut u8, e, n, d)).collect());
+            let builder = ParamAverager::builder(communicator);
+            if own { builder.build(&mut raw) } else { builder.build(&mut good) }.unwrap_err()
+        });
+        for error in errors {
+            assert!(error.to_string().starts_with(message), "{error}");
+        }
+    }
+}
+
+/// Also the second time, when nothing has moved since it was first refused.
+#[test]
+fn tensors_that_begin_to_overlap_are_refused_as_long_as_they_do() {
+    ranks(2, |communicator| {
+        let mut memory = vec![1f32; 30];
+        let at = memory.as_mut_ptr();
+        let tensors = |second: usize| {
+            // SAFETY: inside of `memory`, which lives; that they overlap is found out before
+            // anybody writes.
+            [0, second].map(|element| unsafe {
+                TensorMut::from_raw_parts(at.add(element).cast(), 10, Dtype::F32, Device::cpu())
+            })
+        };
+        let own = communicator.rank() == 1;
+        let mut averager = ParamAverager::builder(communicator).build(&mut tensors(10)).unwrap();
+        for _ in 0..3 {
+            let error = averager.average(&mut tensors(if own { 9 } else { 10 })).unwrap_err();
+            assert!(matches!(error, Error::InvalidTensor { rank: 1, .. }), "{error}");
+            assert!(error.to_string().contains("shares memory with tensor 0"), "{error}");
+        }
+        averager.average(&mut tensors(20)).unwrap();
+        assert_eq!(memory, [1f32; 30]);
+    });
+}
+
+/// What a scan found in one average says nothing about the next, whose tensors it may not have
+/// read.
+#[test]
+fn a_nan_of_one_average_is_not_told_in_the_next() {
+    for (algorithm, all_or_nothing) in
+        [(Algorithm::Direct, true), (Algorithm::Ring, false), (Algorithm::Ring, true)]
+    {
+        let errors = ranks(3, |communicator| {
+            let own = communicator.rank() == 1;
+            let model = |elements: usize| vec![vec![1f32; 10], vec![1.0; elements], vec![1.0; 500]];
+            let mut averager = ParamAverager::builder(communicator)
+                .algorithm(algorithm)
+                .all_or_nothing(all_or_nothing)
+                .reject_non_finite(true)
+                .channels(2)
+                .build(&mut model(20))
+                .unwrap();
+            let mut with_nan = model(20);
+            if own {
+                with_nan[2][499] = f32::NAN;
+            }
+            let mut errors = vec![averager.average(&mut with_nan).unwrap_err()];
+            // One element more, as the last one; and a tensor too few; and a wrong weight; each
+            // after the NaN.
+            errors.push(averager.average(&mut model(if own { 21 } else { 20 })).unwrap_err());
+            averager.average(&mut with_nan).unwrap_err();
+            let mut fewer = model(20);
+            fewer.truncate(if own { 2 } else { 3 });
+            errors.push(averager.average(&mut fewer).unwrap_err());
+            averager.average(&mut with_nan).unwrap_err();
+            errors.push(
+                averager
+                    .average_weighted(&mut model(20), if own { -1.0 } else { 1.0 })
+                    .unwrap_err(),
+            );
+            // It only receives now, so its NaN counts for nothing.
+            averager.average_weighted(&mut with_nan, if own { 0.0 } else { 1.0 }).unwrap();
+            averager.average(&mut with_nan).unwrap();
+            errors
+        });
+        for error in &errors {
+            assert_eq!(error, &errors[0], "{algorithm:?}");
+        }
+        let nan = Error::NonFinite {
+            rank: 1,
+            tensor: "tensor 2 (f32, 500 elements)".into(),
+            element: 499,
+        };
+        assert_eq!(errors[0][0], nan, "{algorithm:?}");
+        for (error, found) in
+            [(&errors[0][1], "f32, 21 elements, as tensor 1"), (&errors[0][2], "only 2 tensors")]
+        {
+            assert!(
+                matches!(error, Error::LayoutChanged { rank: 1, .. }),
+                "{algorithm:?}: {error}"
+            );
+            assert!(error.to_string().contains(found), "{algorithm:?}: {error}");
+        }
+        assert_eq!(errors[0][3], Error::InvalidWeight { rank: 1, weight: -1.0 }, "{algorithm:?}");
+    }
+}
+
+/// cudarc panics over a function that the driver lacks: each that is called must be in the list
+/// that is looked for.
+#[test]
+fn every_driver_function_that_is_called_is_looked_for_first() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/backend/cuda");
+    let sources: String = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap())
+        .collect();
+    let names = |before: &str| -> std::collections::BTreeSet<String> {
+        let ends = |c: char| !c.is_ascii_alphanumeric() && c != '_';
+        let all = sources.match_indices(before).map(|(at, _)| &sources[at + before.len() - 2..]);
+        all.map(|text| text.split(ends).next().unwrap().to_owned()).collect()
+    };
+    let called: Vec<String> = names("call!(cu").into_iter().chain(names("sys::cu")).collect();
+    let listed = names("    \"cu");
+    assert!(
+        called.len() > 25 && called.iter().all(|name| listed.contains(name)),
+        "{called:?} {listed:?}"
+    );
+}

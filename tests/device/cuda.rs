@@ -1,0 +1,169 @@
+//! Ranks that are threads.
+
+mod beside;
+mod graphs;
+#[cfg(feature = "cuda")]
+mod interop;
+mod links;
+pub mod model;
+mod scenarios;
+mod streams;
+mod strict;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use test_support::simulator::{self, no_driver, scenario, Driver, Setting};
+use test_support::{tool, Skip};
+
+pub use scenarios::run;
+
+fn compiler() -> String {
+    std::env::var("CXX").ok().filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".into())
+}
+
+/// Skips where the driver of `cuda/strict_driver.cpp` can't be had.
+pub fn no_strict_driver() -> Skip {
+    match simulator::on_own_driver() {
+        true => None, // which is told from a simulated one when the test runs
+        false => simulator::missing().or_else(|| tool(&compiler(), &["--version"])),
+    }
+}
+
+/// Runs the scenario on cudasim behind `cuda/strict_driver.cpp`, which refuses more.
+fn strict(name: &str, settings: &[Setting<'_>]) {
+    let folder: PathBuf = match simulator::driver() {
+        Driver::Own => {
+            return simulator::not_here(&format!("{name}: about a simulated driver"));
+        }
+        Driver::Simulated(folder) => folder,
+    };
+    let strict = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::create_dir_all(&strict).unwrap();
+    let output = Command::new(compiler())
+        .args([
+            "-std=c++17",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-pthread",
+            "tests/device/cuda/strict_driver.cpp",
+            "-Wl,--no-as-needed",
+            "-o",
+        ])
+        .args([strict.join("libcuda.so"), folder.join("libcuda.so.1")])
+        .arg("-ldl")
+        .output()
+        .expect("the compiler runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let path = format!("{}:{}", strict.display(), folder.display());
+    scenario(name, &[&[&[("LD_LIBRARY_PATH", path.as_str())], settings].concat()]);
+}
+
+const ONE: Setting<'_> = ("CUDASIM_DEVICES", "1");
+
+pub fn averages_have_the_bits_of_the_cpu() {
+    scenario(
+        "averages",
+        &[&[ONE, ("CUDASIM_SEED", "1")], &[ONE, ("CUDASIM_SEED", "2"), ("CUDASIM_DELAY", "30")]],
+    );
+}
+
+pub fn averages_have_no_race() {
+    scenario("races", &[&[ONE, ("CUDASIM_RACE", "1")]]);
+}
+
+pub fn refusals_reach_every_rank() {
+    scenario("refusals", &[&[ONE]]);
+}
+
+pub fn failures_are_typed_and_change_nothing() {
+    scenario("failures", &[&[ONE]]);
+}
+
+pub fn local_sgd_runs_beside_a_trainer() {
+    scenario("trainers", &[&[ONE, ("CUDASIM_DELAY", "30")]]);
+}
+
+pub fn averages_run_beside_kernels_and_each_other() {
+    scenario("beside", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
+}
+
+pub fn averages_are_enqueued_on_streams() {
+    scenario("streams", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
+}
+
+const TWO: (&str, &str) = ("CUDASIM_DEVICES", "2");
+const FOUR: (&str, &str) = ("CUDASIM_DEVICES", "4");
+
+pub fn mailboxes_in_memory_of_the_host_make_no_difference() {
+    scenario("host-links", &[&[ONE, ("CUDASIM_SEED", "5")], &[ONE, ("CUDASIM_DELAY", "30")]]);
+    scenario("host-failures", &[&[ONE]]);
+}
+
+pub fn ranks_on_several_devices_have_the_bits_of_the_cpu() {
+    scenario(
+        "links",
+        &[&[FOUR, ("CUDASIM_SEED", "3")], &[FOUR, ("CUDASIM_SEED", "4"), ("CUDASIM_DELAY", "30")]],
+    );
+    scenario("pairs", &[&[FOUR, ("CUDASIM_P2P", "0-2,1-3")]]);
+}
+
+pub fn devices_that_do_not_reach_each_other_go_through_the_host() {
+    scenario("no-p2p", &[&[TWO, ("CUDASIM_P2P", "none"), ("CUDASIM_DELAY", "30")]]);
+    scenario("broken-p2p", &[&[TWO, ("CUDASIM_P2P", "broken")]]);
+}
+
+pub fn links_have_no_race() {
+    scenario("link-races", &[&[TWO, ("CUDASIM_RACE", "1")]]);
+}
+
+pub fn failures_between_devices_are_typed_and_change_nothing() {
+    scenario("link-failures", &[&[TWO]]);
+}
+
+pub fn averages_in_graphs_are_replayed() {
+    scenario("graphs", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
+    scenario("graphs-devices", &[&[TWO, ("CUDASIM_DELAY", "30")], &[TWO, ("CUDASIM_RACE", "1")]]);
+}
+
+#[cfg(feature = "cuda")]
+pub fn slices_of_cudarc_are_averaged_in_order() {
+    scenario("interop", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
+    scenario("interop-devices", &[&[("CUDASIM_DEVICES", "2")]]);
+}
+
+pub fn graph_refusals_are_errors_of_the_capture() {
+    scenario("graph-refusals", &[&[ONE]]);
+}
+
+pub fn captures_elsewhere_refuse_only_what_they_must() {
+    strict("graphs", &[ONE]);
+    strict("strict-captures", &[ONE]);
+    #[cfg(feature = "cuda")]
+    strict("strict-slices", &[ONE]);
+}
+
+pub fn failing_device_is_told_to_peers_and_waits_for_none() {
+    strict("strict-failures", &[ONE]);
+    #[cfg(feature = "cuda")]
+    strict("strict-ends", &[ONE]);
+}
+
+pub fn a_device_with_too_many_peers_goes_through_the_host() {
+    strict("strict-peers", &[FOUR, ("STRICT_PEERS", "1")]);
+}
+
+pub fn memory_is_freed_after_the_last_average() {
+    scenario("memory", &[&[ONE, ("CUDASIM_MEM_MB", "1024")]]); // nobody else takes memory of it
+}
+
+pub fn a_device_that_is_full_says_so() {
+    scenario("out-of-memory", &[&[ONE, ("CUDASIM_MEM_MB", "64")]]);
+}
+
+pub fn unfit_machines_say_why() {
+    scenario("no-device", &[&[("CUDASIM_NO_DEVICE", "1")], &[("CUDA_VISIBLE_DEVICES", "")]]);
+    scenario("old-driver", &[&[("CUDASIM_OLD_DRIVER", "11040")]]);
+    no_driver();
+}

@@ -1,0 +1,245 @@
+//! Averages in CUDA graphs, and replays of them.
+
+use super::model::Model;
+use super::scenarios::GPU;
+use cudarc::driver::{result, sys, CudaContext};
+use param_averager::*;
+use std::sync::Barrier;
+use std::time::Duration;
+use test_support::{ranks_of, ranks_on};
+
+const ELEMENTS: usize = 5000;
+/// The strictest: no thread may do what might wait.
+const MODE: sys::CUstreamCaptureMode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
+
+pub fn on_one_device() {
+    for (algorithm, commit) in
+        [(Algorithm::Ring, true), (Algorithm::Ring, false), (Algorithm::Direct, true)]
+    {
+        replay(&[Device::cuda(0); 3], algorithm, commit);
+    }
+}
+
+pub fn on_two_devices() {
+    replay(&[0, 1, 0].map(Device::cuda), Algorithm::Ring, true);
+}
+
+/// Captures work on the stream.
+///
+/// # Safety
+/// All that `f` enqueues stays valid for every replay.
+unsafe fn capture(stream: sys::CUstream, f: impl FnOnce()) -> sys::CUgraphExec {
+    // SAFETY: the caller's promise.
+    unsafe {
+        result::stream::begin_capture(stream, MODE).unwrap();
+        f();
+        let graph = result::stream::end_capture(stream).unwrap();
+        let mut ready = std::ptr::null_mut();
+        sys::cuGraphInstantiateWithFlags(&mut ready, graph, 0).result().unwrap();
+        result::graph::destroy(graph).unwrap();
+        ready
+    }
+}
+
+/// What every replay would refuse is refused when it is captured, and nothing of it is in the
+/// graph.
+pub fn refusals() {
+    let weights = [-1.0, f64::INFINITY, f64::NAN];
+    for algorithm in [Algorithm::Ring, Algorithm::Direct] {
+        let all_ready = Barrier::new(2);
+        ranks_on(GPU, 2, |communicator| {
+            let rank = communicator.rank();
+            let tensors = [(Dtype::F32, ELEMENTS, 0), (Dtype::F32, 3, 1)];
+            let mut model = Model::new(GPU, &tensors, rank as u64);
+            let mut others = [&tensors[..1], &[(Dtype::F64, ELEMENTS, 0), tensors[1]]]
+                .map(|tensors| Model::new(GPU, tensors, 5));
+            let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
+            let raw = stream.cu_stream();
+            let builder = ParamAverager::builder(communicator).algorithm(algorithm).channels(2);
+            let mut averager = builder.timeout(Duration::from_secs(60)).build(&mut model).unwrap();
+            let mut wrong = |averager: &mut ParamAverager, model: &mut Model| {
+                for other in &mut others {
+                    // SAFETY: own memory and stream, which live until all is done.
+                    let error =
+                        unsafe { averager.start(&mut RawCudaParams::new(raw.cast(), &mut *other)) }
+                            .map(drop)
+                            .unwrap_err();
+                    assert!(
+                        matches!(error, Error::LayoutChanged { rank: at, .. } if at == rank),
+                        "{error}"
+                    );
+                }
+                for weight in weights {
+                    // SAFETY: as above.
+                    let error = unsafe {
+                        averager.start_weighted(
+                            &mut RawCudaParams::new(raw.cast(), &mut *model),
+                            weight,
+                        )
+                    }
+                    .map(drop)
+                    .unwrap_err();
+                    assert!(
+                        matches!(error, Error::InvalidWeight { rank: at, .. } if at == rank),
+                        "{error}"
+                    );
+                }
+            };
+            // SAFETY: as above.
+            let graph = unsafe {
+                if rank == 1 {
+                    let mut nodes = usize::MAX;
+                    result::stream::begin_capture(raw, MODE).unwrap();
+                    wrong(&mut averager, &mut model);
+                    let graph = result::stream::end_capture(raw).unwrap();
+                    sys::cuGraphGetNodes(graph, std::ptr::null_mut(), &mut nodes).result().unwrap();
+                    assert_eq!(nodes, 0);
+                    result::graph::destroy(graph).unwrap();
+                }
+                capture(raw, || {
+                    wrong(&mut averager, &mut model);
+                    drop(
+                        averager
+                            .start_weighted(
+                                &mut RawCudaParams::new(raw.cast(), &mut model),
+                                rank as f64,
+                            )
+                            .unwrap(),
+                    );
+                })
+            };
+            all_ready.wait();
+            averager.average(&mut model).unwrap();
+            let set = |address: u64, value: usize| {
+                // SAFETY: as above.
+                unsafe { sys::cuMemsetD32Async(address, (value as f32).to_bits(), ELEMENTS, raw) }
+                    .result()
+                    .unwrap()
+            };
+            for round in 0..2 {
+                set(model.tensor_address(0), 10 * round + rank);
+                // SAFETY: as above.
+                unsafe {
+                    sys::cuGraphLaunch(graph, raw).result().unwrap();
+                    averager.graph_outcome(raw.cast()).unwrap();
+                }
+                model.download();
+                let mean = ((10 * round + 1) as f32).to_ne_bytes();
+                assert!(
+                    model.tensor(0).chunks_exact(4).all(|element| element == mean),
+                    "{algorithm:?}"
+                );
+            }
+            // Where nothing is captured, every rank hears, as ever.
+            let weight = if rank == 1 { -1.0 } else { 1.0 };
+            // SAFETY: as above.
+            let pending = unsafe {
+                averager.start_weighted(&mut RawCudaParams::new(raw.cast(), &mut model), weight)
+            }
+            .unwrap();
+            assert!(matches!(pending.wait(), Err(Error::InvalidWeight { rank: 1, .. })));
+            all_ready.wait();
+            // SAFETY: no replay is under way.
+            unsafe { sys::cuGraphExecDestroy(graph) }.result().unwrap();
+            (averager, model, others)
+        });
+    }
+}
+
+fn replay(devices: &[Device], algorithm: Algorithm, commit: bool) {
+    let bits = |value: f32| value.to_bits();
+    let all_ready = Barrier::new(devices.len());
+    ranks_of(devices, |communicator| {
+        let (rank, on, abort) =
+            (communicator.rank(), communicator.device(), communicator.abort_handle());
+        let tensors = [(Dtype::F32, ELEMENTS, 0), (Dtype::F32, 3, 1)];
+        let models: Vec<Model> = (0..3).map(|seed| Model::new(on, &tensors, seed)).collect();
+        let [mut model, mut other, mut seen] = <[Model; 3]>::try_from(models).ok().unwrap();
+        let weights = model.tensor_address(0);
+        let stream = CudaContext::new(super::model::ordinal(on)).unwrap().new_stream().unwrap();
+        let raw = stream.cu_stream();
+        let builder = ParamAverager::builder(communicator)
+            .algorithm(algorithm)
+            .all_or_nothing(commit)
+            .channels(2);
+        let mut averager = builder.timeout(Duration::from_secs(60)).build(&mut model).unwrap();
+        // SAFETY: the stream lives, and nothing runs on it.
+        let none = unsafe { averager.graph_outcome(raw.cast()) };
+        assert!(matches!(none, Err(Error::InvalidOption { option: "stream", .. })), "{none:?}");
+        averager.average(&mut other).unwrap(); // what comes before makes no difference
+                                               // SAFETY: own memory and stream, which live until
+                                               // all is done.
+        let graph = unsafe {
+            capture(raw, || {
+                let pending =
+                    averager.start(&mut RawCudaParams::new(raw.cast(), &mut model)).unwrap();
+                let Err(Error::InvalidOption { option: "stream", found, .. }) = pending.wait()
+                else {
+                    panic!("it has not run")
+                };
+                assert!(found.starts_with("being captured"), "{found}");
+                result::memcpy_dtod_async(seen.tensor_address(0), weights, 4 * ELEMENTS, raw)
+                    .unwrap();
+            })
+        };
+        all_ready.wait(); // instantiating may wait for the device
+        for round in 0..4 {
+            if round == 2 {
+                averager.average(&mut other).unwrap(); // with tensors elsewhere, between replays
+            }
+            // SAFETY: as above.
+            let report = unsafe {
+                sys::cuMemsetD32Async(weights, bits((10 * round + rank) as f32), ELEMENTS, raw)
+                    .result()
+                    .unwrap();
+                sys::cuGraphLaunch(graph, raw).result().unwrap();
+                averager.graph_outcome(raw.cast()).unwrap()
+            };
+            assert_eq!(
+                (report.bytes, report.world_size),
+                (4 * ELEMENTS as u64 + 12, devices.len())
+            );
+            seen.download();
+            let mean = bits((10 * round + 1) as f32).to_ne_bytes();
+            assert!(
+                seen.tensor(0).chunks_exact(4).all(|element| element == mean),
+                "{algorithm:?}, replay {round}"
+            );
+        }
+        all_ready.wait();
+        if std::env::var_os("CUDASIM_RACE").is_none()
+            || devices.iter().any(|device| *device != devices[0])
+        {
+            // A world that was ended: nothing changes, and every replay says so.
+            model.download();
+            let before = model.bytes().to_vec();
+            if rank == 1 {
+                abort.abort();
+            }
+            all_ready.wait();
+            for again in [false, true] {
+                // SAFETY: as above.
+                let error = unsafe {
+                    sys::cuGraphLaunch(graph, raw).result().unwrap();
+                    averager.graph_outcome(raw.cast()).unwrap_err()
+                };
+                match again {
+                    false => {
+                        assert!(
+                            matches!(error, Error::Aborted { rank: 1, committed: false, .. }),
+                            "{error}"
+                        )
+                    }
+                    true => assert!(matches!(error, Error::Poisoned { .. }), "{error}"),
+                }
+            }
+            stream.synchronize().unwrap();
+            model.download();
+            assert!(model.bytes() == before);
+        }
+        // SAFETY: no replay is under way.
+        unsafe { sys::cuGraphExecDestroy(graph) }.result().unwrap();
+        all_ready.wait();
+        (averager, model, other, seen) // freed when all ranks are done
+    });
+}

@@ -1,0 +1,155 @@
+//! A model in memory of the host or of a device, with guard bytes around every tensor.
+
+use cudarc::driver::{result, CudaContext};
+use param_averager::{Device, Dtype, Parameters, TensorMut};
+use std::sync::Arc;
+use test_support::Random;
+
+// dtype, elements, and how many elements after a multiple of 16 bytes it begins
+pub type Shape = (Dtype, usize, usize);
+
+const GUARD: usize = 64;
+const GUARD_BYTE: u8 = 0xa5;
+
+struct Tensor {
+    dtype: Dtype,
+    elements: usize,
+    offset: usize,
+}
+
+pub struct Model {
+    tensors: Vec<Tensor>,
+    /// What it holds: on a CPU, the memory itself.
+    host: Vec<u64>,
+    device: Option<(Arc<CudaContext>, u64)>,
+    on: Device,
+}
+
+/// Of a CUDA device.
+pub fn ordinal(device: Device) -> usize {
+    let name = device.to_string();
+    name.strip_prefix("cuda:").and_then(|number| number.parse().ok()).expect("a CUDA device")
+}
+
+impl Model {
+    /// Fresh data, which depends on the seed alone.
+    pub fn new(on: Device, shapes: &[Shape], seed: u64) -> Model {
+        let mut end = 0;
+        let tensors: Vec<Tensor> = shapes
+            .iter()
+            .map(|&(dtype, elements, misaligned)| {
+                let offset = (end + GUARD).next_multiple_of(16) + misaligned * dtype.size();
+                end = offset + elements * dtype.size() + GUARD;
+                Tensor { dtype, elements, offset }
+            })
+            .collect();
+        let mut host = vec![u64::from_ne_bytes([GUARD_BYTE; 8]); end.div_ceil(8) + 2];
+        let mut random = Random(seed);
+        for tensor in &tensors {
+            let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut host);
+            for element in bytes[tensor.offset..][..tensor.elements * tensor.dtype.size()]
+                .chunks_exact_mut(tensor.dtype.size())
+            {
+                let value = random.value();
+                match tensor.dtype {
+                    Dtype::F32 => element.copy_from_slice(&(value as f32).to_ne_bytes()),
+                    Dtype::F64 => element.copy_from_slice(&value.to_ne_bytes()),
+                    Dtype::F16 => {
+                        element.copy_from_slice(&half::f16::from_f64(value).to_ne_bytes())
+                    }
+                    _ => element.copy_from_slice(&half::bf16::from_f64(value).to_ne_bytes()),
+                }
+            }
+        }
+        let mut model = Model { tensors, host, device: None, on };
+        if on != Device::cpu() {
+            let context = CudaContext::new(ordinal(on)).unwrap();
+            context.bind_to_thread().unwrap();
+            // SAFETY: a context is bound.
+            let address = unsafe { result::malloc_sync(model.bytes().len()) }.unwrap();
+            model.device = Some((context, address));
+            model.upload();
+        }
+        model
+    }
+
+    /// What it holds, guard bytes included. On a device: what it held when it was last downloaded.
+    pub fn bytes(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.host)
+    }
+
+    pub fn guards_are_whole(&self) -> bool {
+        let mut at = 0;
+        let mut whole = |end: usize, next: usize| {
+            let good = self.bytes()[at..end].iter().all(|&byte| byte == GUARD_BYTE);
+            at = next;
+            good
+        };
+        let between =
+            self.tensors.iter().all(|t| whole(t.offset, t.offset + t.elements * t.dtype.size()));
+        between && whole(self.bytes().len(), 0)
+    }
+
+    /// Sets an element of an f32 tensor.
+    pub fn set(&mut self, tensor: usize, element: usize, value: f32) {
+        let at = self.tensors[tensor].offset + 4 * element;
+        bytemuck::cast_slice_mut::<u64, u8>(&mut self.host)[at..at + 4]
+            .copy_from_slice(&value.to_ne_bytes());
+        self.upload();
+    }
+
+    fn upload(&self) {
+        if let Some((context, address)) = &self.device {
+            context.bind_to_thread().unwrap();
+            // SAFETY: own memory, which nobody is using.
+            unsafe { result::memcpy_htod_sync(*address, self.bytes()) }.unwrap();
+        }
+    }
+
+    /// Brings what a device has to the host.
+    pub fn download(&mut self) {
+        if let Some((context, address)) = &self.device {
+            context.bind_to_thread().unwrap();
+            let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.host);
+            // SAFETY: as above.
+            unsafe { result::memcpy_dtoh_sync(bytes, *address) }.unwrap();
+        }
+    }
+
+    /// Of a tensor on a device.
+    pub fn tensor_address(&self, index: usize) -> u64 {
+        let (_, address) = self.device.as_ref().expect("a device");
+        address + self.tensors[index].offset as u64
+    }
+
+    pub fn tensor(&self, index: usize) -> &[u8] {
+        let Tensor { dtype, elements, offset } = &self.tensors[index];
+        &self.bytes()[*offset..][..elements * dtype.size()]
+    }
+}
+
+impl Parameters for Model {
+    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
+        let start = match &self.device {
+            Some((_, address)) => *address,
+            None => self.host.as_mut_ptr() as u64,
+        };
+        for tensor in &self.tensors {
+            let pointer = (start + tensor.offset as u64) as *mut u8;
+            // SAFETY: inside of own memory, which stays as long as `self`.
+            visit(unsafe {
+                TensorMut::from_raw_parts(pointer, tensor.elements, tensor.dtype, self.on)
+            });
+        }
+    }
+}
+
+impl Drop for Model {
+    fn drop(&mut self) {
+        if let Some((context, address)) = &self.device {
+            context.bind_to_thread().unwrap();
+            // SAFETY: allocated by `new`.
+            unsafe { result::free_sync(*address) }.unwrap();
+        }
+    }
+}

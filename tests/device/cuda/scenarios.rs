@@ -1,0 +1,428 @@
+//! What a child process does.
+
+use super::model::{Model, Shape};
+use super::streams::streams;
+use super::{beside, graphs, links, strict};
+use param_averager::__testing::Testing;
+use param_averager::*;
+use std::time::Duration;
+use test_support::{ranks_of, ranks_on};
+
+pub const GPU: Device = Device::cuda(0);
+
+pub fn run(scenario: &str) {
+    match scenario {
+        "averages" => averages(),
+        "races" => races(),
+        "refusals" => refusals(),
+        "failures" => failures(),
+        "trainers" => trainers(),
+        "streams" => streams(),
+        "beside" => beside::beside(),
+        "graphs" => graphs::on_one_device(),
+        "graph-refusals" => graphs::refusals(),
+        "graphs-devices" => graphs::on_two_devices(),
+        "host-links" => links::host_links(),
+        "host-failures" => links::host_failures(),
+        "links" => links::every_link(),
+        "pairs" => links::pairs(),
+        "no-p2p" => links::not_reached(PeerAccess::Unsupported),
+        "broken-p2p" => links::not_reached(PeerAccess::Broken),
+        "link-races" => links::races(),
+        "link-failures" => links::failures(),
+        #[cfg(feature = "cuda")]
+        "interop" => super::interop::interop(),
+        #[cfg(feature = "cuda")]
+        "interop-devices" => super::interop::devices(),
+        "strict-failures" => strict::failures(),
+        #[cfg(feature = "cuda")]
+        "strict-ends" => strict::whole_averages_end(),
+        #[cfg(feature = "cuda")]
+        "strict-slices" => super::interop::captured_slices(),
+        "strict-captures" => strict::beside_a_blocking_capture(),
+        "strict-peers" => strict::one_peer_each(),
+        "memory" => beside::memory(),
+        "out-of-memory" => out_of_memory(),
+        "no-device" => unavailable(GPU, &["no device", "CUDA_VISIBLE_DEVICES"]),
+        "old-driver" => unavailable(GPU, &["CUDA 11.4", "update the driver"]),
+        "no-driver" => no_driver(),
+        other => panic!("no scenario {other}"),
+    }
+}
+
+/// How an average is made.
+#[derive(Clone, Debug)]
+pub struct Way {
+    pub ranks: usize,
+    /// By rank, over and over.
+    pub devices: &'static [usize],
+    pub link: Link,
+    pub algorithm: Algorithm,
+    pub all_or_nothing: bool,
+    pub reject: bool,
+    pub narrow_wire: bool,
+    pub weighted: bool,
+    pub channels: u32,
+    pub chunk: usize,
+    pub slots: u32,
+    pub counter: u32,
+    pub delay_ns: u32,
+}
+
+pub const WAY: Way = Way {
+    ranks: 3,
+    devices: &[0],
+    link: Link::Auto,
+    algorithm: Algorithm::Ring,
+    all_or_nothing: true,
+    reject: false,
+    narrow_wire: false,
+    weighted: false,
+    channels: 2,
+    chunk: 4096,
+    slots: 4,
+    counter: 0,
+    delay_ns: 0,
+};
+
+impl Way {
+    pub fn devices(&self) -> Vec<Device> {
+        self.devices.iter().cycle().take(self.ranks).map(|&ordinal| Device::cuda(ordinal)).collect()
+    }
+
+    pub fn build(&self, communicator: Communicator, model: &mut Model) -> Result<ParamAverager> {
+        let link = if communicator.device() == Device::cpu() { Link::Auto } else { self.link };
+        ParamAverager::builder(communicator)
+            .algorithm(self.algorithm)
+            .link(link)
+            .all_or_nothing(self.all_or_nothing)
+            .reject_non_finite(self.reject)
+            .narrow_wire(self.narrow_wire)
+            .channels(self.channels)
+            .chunk_bytes(self.chunk)
+            .slots(self.slots)
+            .timeout(Duration::from_secs(60))
+            .testing(Testing {
+                counter: self.counter,
+                delay_ns: self.delay_ns,
+                poison_slots: true,
+                ..Testing::default()
+            })
+            .build(model)
+    }
+
+    /// Two averages of fresh models, and what came of them. The model of rank `order[p]` of a ring
+    /// on devices is that of rank p of one on CPUs, so that both make their sums in the same order.
+    pub fn averages(&self, devices: &[Device], shapes: &[Shape], order: &[usize]) -> Vec<Vec<u8>> {
+        let results = ranks_of(devices, |communicator| {
+            let (rank, on) = (communicator.rank(), communicator.device());
+            let data = if on == Device::cpu() { order[rank] } else { rank };
+            // Pointers may change between calls. All are freed at the end: that waits for every
+            // kernel on the device, and so for a peer's average that waits for this rank.
+            let mut models: Vec<Model> =
+                (0..3).map(|round| Model::new(on, shapes, (100 * round + data) as u64)).collect();
+            let mut averager = self.build(communicator, &mut models[0]).unwrap();
+            let mut results = vec![];
+            for model in &mut models[1..] {
+                let model = &mut *model;
+                let report = match self.weighted {
+                    true => averager.average_weighted(model, data as f64).unwrap(),
+                    false => averager.average(model).unwrap(),
+                };
+                assert_eq!((report.world_size, report.algorithm), (self.ranks, self.algorithm));
+                model.download();
+                assert!(
+                    model.guards_are_whole(),
+                    "{self:?}: rank {rank} wrote beside its tensors on {on}"
+                );
+                results.push(model.bytes().to_vec());
+            }
+            // which says that it leaves, by a copy that the race detector takes for a race
+            (results, averager)
+        });
+        let results: Vec<_> = results.into_iter().map(|(results, _)| results).collect();
+        for (rank, result) in results.iter().enumerate() {
+            assert!(
+                *result == results[0],
+                "{self:?}: rank {rank} differs from rank 0 on {}",
+                devices[rank]
+            );
+        }
+        results.into_iter().next().unwrap()
+    }
+
+    /// With ranks that follow one another around the ring in this order.
+    pub fn compare_in_order(&self, shapes: &[Shape], order: &[usize]) {
+        let gpu = self.averages(&self.devices(), shapes, order);
+        let cpu = self.averages(&vec![Device::cpu(); self.ranks], shapes, order);
+        assert!(gpu == cpu, "{self:?}: not the bits of the CPU");
+    }
+
+    pub fn compare(&self, shapes: &[Shape]) {
+        self.compare_in_order(shapes, &Vec::from_iter(0..self.ranks));
+    }
+
+    /// On devices alone.
+    pub fn run(&self, shapes: &[Shape]) {
+        self.averages(&self.devices(), shapes, &[]);
+    }
+}
+
+/// All dtypes, empty, tiny, misaligned and larger than a round.
+pub fn shapes() -> Vec<Shape> {
+    let mut shapes = vec![];
+    for (index, dtype) in Dtype::ALL.into_iter().enumerate() {
+        shapes.extend([
+            (dtype, 1000, 0),
+            (dtype, 0, 0),
+            (dtype, 1, index % 2),
+            (dtype, 3001, 1),
+            (dtype, 64, 0),
+        ]);
+    }
+    shapes
+}
+
+fn averages() {
+    let shapes = shapes();
+    let ring = |all_or_nothing, ranks| Way { all_or_nothing, ranks, ..WAY };
+    let direct = |ranks| Way { algorithm: Algorithm::Direct, ranks, ..WAY };
+    for ranks in [2, 3, 4, 8] {
+        for way in [direct(ranks), ring(true, ranks), ring(false, ranks)] {
+            way.compare(&shapes);
+        }
+    }
+    for way in [ring(true, 3), ring(false, 3), direct(3)] {
+        Way { weighted: true, counter: u32::MAX - 3, ..way.clone() }.compare(&shapes);
+        for delay_ns in [20_000, 300_000] {
+            Way { delay_ns, slots: 2, channels: 3, ..way.clone() }.compare(&shapes);
+        }
+        Way { reject: true, slots: 2, chunk: 128, channels: 3, ..way.clone() }
+            .compare(&shapes[10..]);
+        Way { narrow_wire: true, channels: 1, ..way }.compare(&shapes[5..]);
+    }
+    Way { algorithm: Algorithm::Direct, ranks: 1, ..WAY }.run(&shapes);
+    // The defaults of a device, and two averagers at once.
+    ranks_on(GPU, 4, |communicator| {
+        let mut model = Model::new(GPU, &shapes, communicator.rank() as u64);
+        let mut ring = ParamAverager::builder(communicator.clone())
+            .algorithm(Algorithm::Ring)
+            .build(&mut model)
+            .unwrap();
+        let mut auto = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        assert_eq!(auto.algorithm(), Algorithm::Direct);
+        ring.average(&mut model).unwrap();
+        auto.average(&mut model).unwrap();
+        drop(ring);
+        auto.average(&mut model).unwrap();
+    });
+}
+
+fn races() {
+    let shapes = [(Dtype::F32, 600, 0), (Dtype::Bf16, 77, 1)];
+    for ranks in [2, 3] {
+        for (algorithm, all_or_nothing) in
+            [(Algorithm::Direct, true), (Algorithm::Ring, true), (Algorithm::Ring, false)]
+        {
+            Way { ranks, algorithm, all_or_nothing, slots: 2, chunk: 256, ..WAY }.run(&shapes);
+        }
+    }
+}
+
+fn refusals() {
+    // More blocks than can be resident at once: an error before anything is launched, on every
+    // rank.
+    let errors = ranks_on(GPU, 4, |communicator| {
+        let mut model = Model::new(GPU, &shapes(), 0);
+        let builder = ParamAverager::builder(communicator).channels(1000);
+        builder.build(&mut model).map(drop).unwrap_err()
+    });
+    for error in &errors {
+        let Error::InvalidOption { rank: 0, option: "channels", found, .. } = error else {
+            panic!("{error}")
+        };
+        assert!(found.contains("1000, on each of 4 ranks") && found.contains("fit"), "{error}");
+    }
+    // Memory of the host, at build and later.
+    let host = |model: &mut Vec<f32>| {
+        let pointer = model.as_mut_ptr().cast();
+        // SAFETY: not what it should be; which is found out before anybody reads it.
+        unsafe { TensorMut::from_raw_parts(pointer, model.len(), Dtype::F32, GPU) }
+    };
+    let told = |error: Error| {
+        let Error::InvalidTensor { rank: 1, problem, .. } = &error else { panic!("{error}") };
+        assert!(problem.contains("does not lie in memory of cuda:0"), "{error}");
+    };
+    ranks_on(GPU, 2, |communicator| {
+        let (rank, mut wrong) = (communicator.rank(), vec![1.0f32; 50]);
+        let mut right = Model::new(GPU, &[(Dtype::F32, 50, 0)], 0);
+        let builder = ParamAverager::builder(communicator.clone());
+        told(
+            if rank == 1 {
+                builder.build(&mut host(&mut wrong))
+            } else {
+                builder.build(&mut right)
+            }
+            .unwrap_err(),
+        );
+        // Memory that ends before the tensor does.
+        let builder = ParamAverager::builder(communicator.clone());
+        let (longer, pointer) = (1 << 40, right.tensor_address(0) as *mut u8);
+        // SAFETY: as above.
+        let mut longer = unsafe { TensorMut::from_raw_parts(pointer, longer, Dtype::F32, GPU) };
+        told(
+            if rank == 1 { builder.build(&mut longer) } else { builder.build(&mut right) }
+                .unwrap_err(),
+        );
+        let mut averager = ParamAverager::builder(communicator).build(&mut right).unwrap();
+        let before = right.bytes().to_vec();
+        told(
+            if rank == 1 {
+                averager.average(&mut host(&mut wrong))
+            } else {
+                averager.average(&mut right)
+            }
+            .unwrap_err(),
+        );
+        right.download();
+        assert!(right.bytes() == before);
+        averager.average(&mut right).unwrap(); // nothing is broken
+    });
+    // A tensor that says it is on the CPU, and a device that is not there.
+    ranks_on(GPU, 2, |communicator| {
+        let error =
+            ParamAverager::builder(communicator).build(&mut vec![vec![0.0f32; 5]]).unwrap_err();
+        assert!(error.to_string().contains("is not on cuda:0"), "{error}");
+    });
+    unavailable(Device::cuda(99), &["CUDA devices, numbered from 0"]);
+}
+
+fn failures() {
+    for (algorithm, all_or_nothing) in
+        [(Algorithm::Ring, true), (Algorithm::Ring, false), (Algorithm::Direct, true)]
+    {
+        fail(&[GPU; 3], Link::Auto, algorithm, all_or_nothing);
+    }
+}
+
+/// Everything that may happen to rank 2 of 3 before the commit.
+pub fn fail(devices: &[Device], link: Link, algorithm: Algorithm, all_or_nothing: bool) {
+    let shapes = [(Dtype::F32, 5000, 0), (Dtype::F16, 100, 1)];
+    {
+        for fault in ["late", "abort", "gone", "nan"] {
+            ranks_of(devices, |communicator| {
+                let on = communicator.device();
+                let (rank, abort) = (communicator.rank(), communicator.abort_handle());
+                let mut model = Model::new(on, &shapes, rank as u64);
+                if fault == "nan" && rank == 2 {
+                    model.set(0, 4321, f32::NAN);
+                }
+                let before = model.bytes().to_vec();
+                let timeout = if fault == "late" {
+                    Duration::from_millis(700)
+                } else {
+                    Duration::from_secs(50)
+                };
+                let builder =
+                    ParamAverager::builder(communicator).algorithm(algorithm).timeout(timeout);
+                let builder = builder.link(link);
+                let builder = builder
+                    .all_or_nothing(all_or_nothing)
+                    .reject_non_finite(fault == "nan")
+                    .channels(2);
+                let mut averager = builder.build(&mut model).unwrap();
+                if rank == 2 && fault != "nan" {
+                    std::thread::sleep(Duration::from_millis(300)); // the others wait by now
+                    match fault {
+                        "late" => std::thread::sleep(Duration::from_millis(2500)),
+                        "abort" => abort.abort(),
+                        _ => return drop(averager),
+                    }
+                }
+                let error = averager.average(&mut model).unwrap_err();
+                let text = format!("{algorithm:?} {all_or_nothing} {fault}, rank {rank}: {error}");
+                let right = match fault {
+                    "late" => {
+                        matches!(
+                            error,
+                            Error::Timeout { rank: 2, phase: Phase::Meet, committed: false, .. }
+                        )
+                    }
+                    "abort" => matches!(error, Error::Aborted { rank: 2, committed: false, .. }),
+                    "gone" => {
+                        matches!(
+                            error,
+                            Error::PeerLost { rank: 2, phase: Phase::Meet, committed: false }
+                        )
+                    }
+                    _ => matches!(error, Error::NonFinite { rank: 2, element: 4321, .. }),
+                };
+                assert!(right, "{text}");
+                model.download();
+                assert!(
+                    error.tensors() == TensorState::Unchanged && model.bytes() == before,
+                    "{text}"
+                );
+                if error.is_fatal() {
+                    assert!(
+                        matches!(averager.average(&mut model), Err(Error::Poisoned { .. })),
+                        "{text}"
+                    );
+                }
+            });
+        }
+    }
+    // The devices are as good as ever.
+    let way = WAY;
+    way.averages(devices, &shapes, &[]);
+}
+
+fn trainers() {
+    let shapes = shapes();
+    let run = |on| {
+        ranks_on(on, 3, |communicator| {
+            let mut model = Model::new(on, &shapes, communicator.rank() as u64);
+            let averager = WAY.build(communicator, &mut model).unwrap();
+            let mut sgd = LocalSgd::new(averager, Schedule::every(3).after_warmup(2));
+            for step in 0..7u8 {
+                model.download();
+                model.set(0, 7, f32::from(step));
+                sgd.step(&mut model).unwrap();
+            }
+            sgd.finish(&mut model).unwrap();
+            model.download();
+            model.bytes().to_vec()
+        })
+    };
+    assert!(run(GPU) == run(Device::cpu()));
+}
+
+fn out_of_memory() {
+    let shapes = [(Dtype::F32, 1 << 20, 0)]; // 4 MiB a rank
+    let errors = ranks_on(GPU, 2, |communicator| {
+        let mut model = Model::new(GPU, &shapes, 0);
+        let builder = ParamAverager::builder(communicator).algorithm(Algorithm::Ring).channels(1);
+        builder.chunk_bytes(2 << 20).slots(32).build(&mut model).map(drop)
+    });
+    for error in errors {
+        let error = error.unwrap_err();
+        let Error::DeviceFailed { source, .. } = &error else { panic!("{error}") };
+        let reason = source.to_string();
+        assert!(reason.contains("cuMemAlloc") && reason.contains("OUT_OF_MEMORY"), "{error}");
+    }
+}
+
+fn unavailable(on: Device, says: &[&str]) {
+    let error = Communicator::from_devices(&[on; 2]).unwrap_err();
+    let Error::DeviceUnavailable { rank: 0, .. } = &error else { panic!("{error}") };
+    for words in says {
+        assert!(error.to_string().contains(words), "{words}: {error}");
+    }
+}
+
+fn no_driver() {
+    match Communicator::from_devices(&[GPU]) {
+        Err(error) if error.to_string().contains("no NVIDIA driver") => {}
+        other => panic!("a libcuda is installed here: {other:?}"),
+    }
+}

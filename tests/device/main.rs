@@ -1,0 +1,74 @@
+//! The CUDA backend through the public API: ranks on one device and on several, as threads and as
+//! processes.
+//!
+//! In CI devices are simulated by `../shared/cudasim` (or the libcuda.so.1 in the folder that
+//! `CUDASIM_LIB` names): the real PTX behind the real driver API, with a race detector, but no
+//! ptxas, no caches, no weak memory, no time. On a GPU: tests/gpu/suite. Each scenario is a process
+//! of its own, and so is each rank of a world of processes: this very program.
+
+mod cuda;
+#[cfg(target_os = "linux")]
+mod cuda_processes;
+
+use std::process::ExitCode;
+
+use test_support::{simulator, tests};
+
+fn main() -> ExitCode {
+    if let Ok(scenario) = std::env::var(simulator::SCENARIO) {
+        simulator::run_child(|| cuda::run(&scenario));
+        return ExitCode::SUCCESS;
+    }
+    #[cfg(target_os = "linux")]
+    match std::env::var(test_support::process::ROLE).as_deref() {
+        Ok(role @ ("devices" | "abort" | "threads")) => {
+            std::process::exit(cuda_processes::rank(role))
+        }
+        Ok(role) => test_support::rank::run(role),
+        Err(_) => {}
+    }
+
+    let driver = simulator::missing();
+    let strict_driver = cuda::no_strict_driver();
+    let mut tests = tests![
+        cuda::averages_have_the_bits_of_the_cpu: driver,
+        cuda::averages_have_no_race: driver,
+        cuda::refusals_reach_every_rank: driver,
+        cuda::failures_are_typed_and_change_nothing: driver,
+        cuda::local_sgd_runs_beside_a_trainer: driver,
+        cuda::averages_run_beside_kernels_and_each_other: driver,
+        cuda::averages_are_enqueued_on_streams: driver,
+        cuda::mailboxes_in_memory_of_the_host_make_no_difference: driver,
+        cuda::ranks_on_several_devices_have_the_bits_of_the_cpu: driver,
+        cuda::devices_that_do_not_reach_each_other_go_through_the_host: driver,
+        cuda::links_have_no_race: driver,
+        cuda::failures_between_devices_are_typed_and_change_nothing: driver,
+        cuda::averages_in_graphs_are_replayed: driver,
+        cuda::graph_refusals_are_errors_of_the_capture: driver,
+        cuda::captures_elsewhere_refuse_only_what_they_must: strict_driver,
+        cuda::failing_device_is_told_to_peers_and_waits_for_none: strict_driver,
+        cuda::a_device_with_too_many_peers_goes_through_the_host: strict_driver,
+        cuda::memory_is_freed_after_the_last_average: driver,
+        cuda::a_device_that_is_full_says_so: driver,
+        cuda::unfit_machines_say_why: driver,
+    ];
+    #[cfg(feature = "cuda")]
+    tests.extend(tests![cuda::slices_of_cudarc_are_averaged_in_order: driver]);
+    #[cfg(target_os = "linux")]
+    tests.extend(tests![
+        cuda_processes::processes_share_a_device: driver,
+        cuda_processes::processes_on_two_devices_reach_each_other_or_go_through_the_host: driver,
+        cuda_processes::a_link_that_is_not_there_is_refused_by_all_processes: driver,
+        cuda_processes::blocks_of_processes_that_share_a_device_must_fit_on_it_together: driver,
+        cuda_processes::cpus_and_devices_are_not_in_one_world: driver,
+        cuda_processes::a_process_without_its_device_tells_the_others: driver,
+        cuda_processes::two_ranks_of_one_process_go_through_the_host: driver,
+        cuda_processes::an_abort_ends_the_kernels_of_all_processes: driver,
+        cuda_processes::processes_go_on_without_one_that_is_killed_at_a_step: driver,
+        cuda_processes::processes_go_on_without_one_that_is_killed_at_any_time: driver,
+        cuda_processes::processes_go_on_without_one_that_is_killed_on_its_way_in: driver,
+        cuda_processes::a_process_joins_processes_on_devices: driver,
+        cuda_processes::stopped_process_disturbs_no_peer_when_it_resumes: driver,
+    ]);
+    test_support::main(tests)
+}

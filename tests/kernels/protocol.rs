@@ -1,0 +1,512 @@
+//! The kernels' protocol under sanitizers, as C++: worlds of ranks as threads are put through good
+//! averages and bad ones (protocol/harness.cpp), and every synchronisation is taken out of a
+//! copy of kernels/ once to see that a check notices (tests/kernels/protocol/mutants.txt).
+pub mod mutants;
+
+use mutants::Mutant;
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Instant, SystemTime};
+
+use test_support::{partly, tool, Skip};
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+const FLAGS: [&str; 7] = [
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-pthread",
+];
+const THREAD: [&str; 1] = ["-fsanitize=thread"];
+const ADDRESS: [&str; 1] = ["-fsanitize=address"];
+const UNDEFINED: [&str; 2] = ["-fsanitize=undefined", "-fno-sanitize-recover=all"];
+
+/// A way to build the harness.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Flavour {
+    /// ThreadSanitizer, one lane a block.
+    Tsan,
+    /// ThreadSanitizer, several lanes a block.
+    Lanes,
+    /// AddressSanitizer, and UBSan where it pays.
+    Asan(Vectors),
+    /// No sanitizer: the only flavour with streaming stores.
+    Plain(Vectors),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Vectors {
+    Baseline,
+    Avx2,
+    Avx512,
+}
+
+impl Vectors {
+    fn flags(self) -> &'static [&'static str] {
+        match self {
+            Vectors::Baseline => &[],
+            Vectors::Avx2 => &["-mavx2", "-mf16c"],
+            Vectors::Avx512 => {
+                &["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mf16c"]
+            }
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn here(self) -> bool {
+        use std::is_x86_feature_detected as has;
+        match self {
+            Vectors::Baseline => true,
+            Vectors::Avx2 => has!("avx2") && has!("f16c"),
+            Vectors::Avx512 => {
+                Vectors::Avx2.here()
+                    && has!("avx512f")
+                    && has!("avx512bw")
+                    && has!("avx512vl")
+                    && has!("avx512dq")
+            }
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    fn here(self) -> bool {
+        self == Vectors::Baseline
+    }
+}
+
+impl Flavour {
+    fn flags(self) -> Vec<&'static str> {
+        match self {
+            Flavour::Tsan => THREAD.to_vec(),
+            Flavour::Lanes => [&THREAD[..], &["-DPA_LANES"]].concat(),
+            // The narrowest and the widest vectors with UBSan too, which doubles the time to
+            // compile.
+            Flavour::Asan(Vectors::Avx2) => [&ADDRESS[..], Vectors::Avx2.flags()].concat(),
+            Flavour::Asan(vectors) => [&ADDRESS[..], &UNDEFINED, vectors.flags()].concat(),
+            Flavour::Plain(vectors) => vectors.flags().to_vec(),
+        }
+    }
+    fn name(self) -> String {
+        format!("{self:?}").to_lowercase().replace('(', "-").replace(')', "")
+    }
+    fn here(self) -> bool {
+        match self {
+            Flavour::Asan(vectors) | Flavour::Plain(vectors) => vectors.here(),
+            _ => true,
+        }
+    }
+}
+
+/// Skips without a C++ compiler.
+pub fn tools() -> Skip {
+    tool(&compiler().to_string_lossy(), &["--version"])
+}
+
+fn compiler() -> OsString {
+    std::env::var_os("CXX").filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".into())
+}
+
+/// The harness of a flavour with the kernels, or with a copy of them that holds all mutants, or why
+/// this machine can't have it. Kept from one run of the tests to the next.
+fn build(flavour: Flavour, with_mutants: Option<&Path>) -> Result<PathBuf, String> {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let program = folder.join(format!(
+        "protocol-{}{}",
+        flavour.name(),
+        if with_mutants.is_some() { "-mutants" } else { "" }
+    ));
+    let mut command = Command::new(compiler());
+    command.args(FLAGS).args(flavour.flags());
+    if with_mutants.is_some() {
+        command.arg("-DPA_MUTANTS");
+    }
+    let original = Path::new(ROOT).join("kernels");
+    let kernels = with_mutants.unwrap_or(&original);
+    command.arg("-I").arg(kernels);
+    command.arg(Path::new(ROOT).join("tests/kernels/protocol/harness.cpp")).arg("-o").arg(&program);
+    let made_by = program.with_extension("command");
+    let line = format!("{command:?}");
+    if fs::read_to_string(&made_by).is_ok_and(|made| made == line)
+        && modified(&program) > newest_source(kernels)
+    {
+        return Ok(program);
+    }
+    let output =
+        command.output().map_err(|error| format!("cannot run {:?}: {error}", compiler()))?;
+    if !output.status.success() {
+        if !compiles_nothing(flavour) {
+            return Err(format!("{:?} cannot build with {:?}", compiler(), flavour.flags()));
+        }
+        panic!("{line}\n{}", String::from_utf8_lossy(&output.stderr));
+    }
+    fs::write(made_by, line).expect("writing beside the harness");
+    Ok(program)
+}
+
+/// Whether the compiler has the flavour's sanitizer and instruction set at all.
+fn compiles_nothing(flavour: Flavour) -> bool {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let source = folder.join(format!("nothing-{}.cpp", flavour.name()));
+    fs::write(&source, "int main() {}\n").expect("writing a source file");
+    let mut command = Command::new(compiler());
+    command
+        .args(FLAGS)
+        .args(flavour.flags())
+        .arg(&source)
+        .arg("-o")
+        .arg(source.with_extension("out"));
+    command.output().is_ok_and(|output| output.status.success())
+}
+
+fn modified(path: &Path) -> SystemTime {
+    fs::metadata(path).and_then(|data| data.modified()).unwrap_or(SystemTime::UNIX_EPOCH)
+}
+fn newest_source(kernels: &Path) -> SystemTime {
+    let folders = [kernels, &Path::new(ROOT).join("tests/kernels/protocol")];
+    let files =
+        folders.iter().flat_map(|folder| fs::read_dir(folder).expect("a folder of sources"));
+    let paths = files.map(|entry| entry.expect("an entry").path());
+    let sources =
+        paths.filter(|path| path.extension().is_some_and(|name| name == "h" || name == "cpp"));
+    sources.map(|path| modified(&path)).max().expect("sources")
+}
+
+/// How a run of the harness ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+enum How {
+    Good,
+    Race,
+    Memory(String),
+    Wrong(String),
+    Hang,
+    Crash(String),
+}
+
+impl How {
+    /// The word of mutants.txt.
+    fn word(&self) -> &'static str {
+        match self {
+            How::Good => "good",
+            How::Race => "race",
+            How::Memory(_) => "memory",
+            How::Wrong(_) => "wrong",
+            How::Hang => "hang",
+            How::Crash(_) => "crash",
+        }
+    }
+}
+
+impl fmt::Display for How {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            How::Good => write!(f, "not at all"),
+            How::Race => write!(f, "data race"),
+            How::Memory(kind) => write!(f, "{kind}"),
+            How::Wrong(what) => {
+                write!(f, "wrong result: {}", what.chars().take(110).collect::<String>())
+            }
+            How::Hang => write!(f, "hang (watchdog)"),
+            How::Crash(status) => write!(f, "crash, {status}"),
+        }
+    }
+}
+
+/// Runs a harness; with what it printed.
+fn run(flavour: Flavour, program: &Path, arguments: &[&str]) -> (How, String) {
+    let mut command = match flavour {
+        // ThreadSanitizer maps its shadow where a randomised layout may have put something already.
+        Flavour::Tsan | Flavour::Lanes if has_setarch() => {
+            let mut command = Command::new("setarch");
+            command.arg("-R").arg(program);
+            command
+        }
+        _ => Command::new(program),
+    };
+    command
+        .args(arguments)
+        .env("TSAN_OPTIONS", "halt_on_error=1")
+        .env("ASAN_OPTIONS", "")
+        .env("UBSAN_OPTIONS", "");
+    let output = command.output().expect("the harness runs");
+    let text = [output.stdout, output.stderr]
+        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+        .concat();
+    let after = |mark: &str| {
+        text.split_once(mark).map(|(_, rest)| rest.lines().next().unwrap_or("").to_owned())
+    };
+    let how = if output.status.success() {
+        How::Good
+    } else if text.contains("ThreadSanitizer: data race") {
+        How::Race
+    } else if let Some(kind) = after("ERROR: AddressSanitizer: ") {
+        How::Memory(kind.split(' ').next().unwrap_or("").to_owned())
+    } else if let Some(error) = after("runtime error: ") {
+        How::Memory(error)
+    } else if let Some(what) = after("WRONG ") {
+        How::Wrong(what)
+    } else if text.contains("HANG ") {
+        How::Hang
+    } else {
+        How::Crash(output.status.to_string())
+    };
+    (how, text)
+}
+
+fn has_setarch() -> bool {
+    let quiet =
+        |command: &mut Command| command.stdout(Stdio::null()).stderr(Stdio::null()).status();
+    quiet(Command::new("setarch").args([OsStr::new("-R"), OsStr::new("true")]))
+        .is_ok_and(|status| status.success())
+}
+/// ThreadSanitizer's word for a kernel whose memory layout it can't live with.
+fn unfit(text: &str) -> bool {
+    text.contains("unexpected memory mapping")
+}
+
+/// Two jobs at a time: the harness has threads enough of its own.
+fn two_at_a_time<T: Send, R: Send>(items: Vec<T>, job: impl Fn(T) -> R + Sync) -> Vec<R> {
+    let queue = Mutex::new(items.into_iter().enumerate());
+    let results = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| loop {
+                let Some((index, item)) = queue.lock().expect("the queue").next() else { return };
+                let result = job(item);
+                results.lock().expect("the results").push((index, result));
+            });
+        }
+    });
+    let mut results = results.into_inner().expect("the results");
+    results.sort_by_key(|&(index, _)| index);
+    results.into_iter().map(|(_, result)| result).collect()
+}
+/// And one test at a time, for the same reason.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn best_vectors() -> Vectors {
+    *[Vectors::Avx512, Vectors::Avx2, Vectors::Baseline]
+        .iter()
+        .find(|vectors| vectors.here())
+        .expect("a baseline")
+}
+
+pub fn every_scenario_is_clean_in_every_build() {
+    let _alone = alone();
+    let mut flavours = vec![Flavour::Lanes, Flavour::Tsan];
+    flavours.extend([Vectors::Avx512, Vectors::Avx2, Vectors::Baseline].map(Flavour::Asan));
+    flavours.push(Flavour::Plain(best_vectors()));
+    let failures = two_at_a_time(flavours, |flavour| {
+        let test = format!("protocol under {}", flavour.name());
+        if !flavour.here() {
+            partly("this CPU lacks an instruction set");
+            return None;
+        }
+        let program = match build(flavour, None) {
+            Ok(program) => program,
+            Err(reason) => {
+                partly(&reason);
+                return None;
+            }
+        };
+        let start = Instant::now();
+        let (how, text) = run(flavour, &program, &["all"]);
+        if unfit(&text) {
+            partly("ThreadSanitizer does not know this memory layout, and no setarch -R");
+            return None;
+        }
+        println!("{test}: {how:?} after {:.1?}\n{text}", start.elapsed());
+        (how != How::Good).then(|| format!("{test}: {how}\n{text}"))
+    });
+    let failures: Vec<_> = failures.into_iter().flatten().collect();
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// Whether a run of a mutant ended as mutants.txt says. What a race does may show before the
+/// sanitizer sees the race.
+fn allows(mutant: &Mutant, how: &How) -> bool {
+    let consequence = matches!(how, How::Wrong(_) | How::Crash(_));
+    mutant.expected.iter().any(|word| word == how.word() || word == "race" && consequence)
+}
+
+/// The table, with the flavour that each mutant is built in.
+fn mutants_and_flavours(vectors: Vectors) -> Vec<(Mutant, Flavour)> {
+    let flavour = |mutant: &Mutant| match mutant.flavour.as_str() {
+        "tsan" => Flavour::Tsan,
+        "lanes" => Flavour::Lanes,
+        "asan" => Flavour::Asan(vectors),
+        "plain" => Flavour::Plain(vectors),
+        other => panic!("mutants.txt, mutant {}: no flavour {other}", mutant.number),
+    };
+    mutants::table()
+        .into_iter()
+        .map(|mutant| {
+            let flavour = flavour(&mutant);
+            (mutant, flavour)
+        })
+        .collect()
+}
+
+pub fn every_mutant_is_caught() {
+    let _alone = alone();
+    let vectors = if Vectors::Avx2.here() { Vectors::Avx2 } else { Vectors::Baseline };
+    let flavours =
+        vec![Flavour::Lanes, Flavour::Tsan, Flavour::Asan(vectors), Flavour::Plain(vectors)];
+    let kernels = Path::new(env!("CARGO_TARGET_TMPDIR")).join("protocol-mutants-kernels");
+    mutants::write(&mutants::weave(&mutants::table(), &mutants::kernels()), &kernels);
+    let built = two_at_a_time(flavours.clone(), |flavour| build(flavour, Some(&kernels)));
+    let program = |flavour: Flavour| {
+        &built[flavours.iter().position(|&f| f == flavour).expect("a flavour that was built")]
+    };
+
+    // What catches a mutant must let the original pass.
+    let mut mutants = mutants_and_flavours(vectors);
+    let mut checks: Vec<(Flavour, &str)> = Vec::new();
+    for (mutant, flavour) in &mutants {
+        if !checks.contains(&(*flavour, &mutant.scenario)) {
+            checks.push((*flavour, &mutant.scenario));
+        }
+    }
+    let mut failures = Vec::new();
+    let mut missing = Vec::new();
+    for (flavour, result) in flavours.iter().zip(&built) {
+        if let Err(reason) = result {
+            missing.push((*flavour, reason.clone()));
+        }
+    }
+    let originals = two_at_a_time(checks, |(flavour, scenario)| {
+        let program = program(flavour).as_ref().ok()?;
+        Some((flavour, scenario.to_owned(), run(flavour, program, &[scenario, "--mutant", "0"])))
+    });
+    for (flavour, scenario, (how, text)) in originals.into_iter().flatten() {
+        if unfit(&text) {
+            missing.push((flavour, "ThreadSanitizer does not know this memory layout".to_owned()));
+        } else if how != How::Good {
+            failures.push(format!(
+                "{scenario} under {} without any mutant: {how}\n{text}",
+                flavour.name()
+            ));
+        }
+    }
+
+    mutants.retain(|(_, flavour)| {
+        let Some((_, reason)) = missing.iter().find(|(missing, _)| missing == flavour) else {
+            return true;
+        };
+        partly(reason);
+        false
+    });
+    // Past the whole packs there is something only for vectors of several packs, and alignment
+    // matters on x86 alone.
+    if vectors == Vectors::Baseline {
+        mutants.retain(|(mutant, _)| {
+            let needs_vectors = [41, 52].contains(&mutant.number);
+            if needs_vectors {
+                partly("this CPU lacks AVX2");
+            }
+            !needs_vectors
+        });
+    }
+    // Those that hang first: they take longest.
+    mutants.sort_by_key(|(mutant, _)| !mutant.expected.iter().any(|word| word == "hang"));
+    let mut rows = two_at_a_time(mutants, |(mutant, flavour)| {
+        // A race that has to be met may take several runs.
+        const ATTEMPTS: u32 = 8;
+        let program = program(flavour).as_ref().expect("flavours that are missing were taken out");
+        let number = mutant.number.to_string();
+        let mut how = How::Good;
+        let mut attempts = 0;
+        while how == How::Good && attempts < ATTEMPTS {
+            how =
+                run(flavour, program, &[&mutant.scenario, "--mutant", &number, "--limit", LIMIT]).0;
+            attempts += 1;
+        }
+        (mutant, flavour, how, attempts)
+    });
+    rows.sort_by_key(|(mutant, ..)| mutant.number);
+    for (mutant, flavour, how, attempts) in rows {
+        let again = if attempts > 1 { format!(" (run {attempts})") } else { String::new() };
+        let by = format!("{} {}", flavour.name(), mutant.scenario);
+        println!("{:>3}  {:<88}  {by:<24}  {how}{again}", mutant.number, mutant.what);
+        if !allows(&mutant, &how) {
+            failures
+                .push(format!("mutant {}, {}: caught by {by}: {how}", mutant.number, mutant.what));
+        }
+    }
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+/// Seconds after which a mutant hangs. An unbroken scenario takes a third of it on two cores.
+const LIMIT: &str = "15";
+
+pub fn mutants_fit_the_kernels() {
+    let (mutants, kernels) = (mutants::table(), mutants::kernels());
+    let numbers: Vec<u32> = mutants.iter().map(|mutant| mutant.number).collect();
+    assert_eq!(
+        numbers,
+        (1..=mutants.len() as u32).collect::<Vec<_>>(),
+        "the numbers of mutants.txt"
+    );
+    let problems = mutants::problems(&mutants, &kernels);
+    assert!(problems.is_empty(), "mutants.txt does not fit kernels/:\n{}", problems.join("\n"));
+    for (name, text) in &kernels {
+        assert!(!text.to_lowercase().contains("mutant"), "kernels/{name} speaks of mutants");
+    }
+}
+
+pub fn mutants_that_do_not_fit_are_named() {
+    let sources =
+        mutants::Sources::from([("a.h".into(), "f(x);\n  g(x);\ng(y);\nreturn x + y;\n".into())]);
+    let problems = |edits: &str| {
+        mutants::problems(
+            &mutants::parse(&format!("7 tsan ring race the seventh\n{edits}")),
+            &sources,
+        )
+    };
+    let one = |edits: &str, told: &[&str]| {
+        let [problem] = &problems(edits)[..] else { panic!("{edits}: {:?}", problems(edits)) };
+        assert!(told.iter().all(|words| problem.contains(words)), "{edits}: {problem}");
+    };
+    one("    in a.h\n    - h(x);\n", &["mutant 7, the seventh", "a.h", "0 times", "h(x);"]);
+    one("    in b.h\n    - f(x);\n", &["mutant 7, the seventh", "b.h", "0 times"]);
+    one("    in a.h\n    - g(\n", &["mutant 7, the seventh", "2 times"]);
+    one("    in a.h\n    - f(x);\n    - g(x);\n", &["0 times"]); // indentation counts
+    let other = "8 tsan ring race the eighth\n    in a.h\n";
+    one(
+        &format!("    in a.h\n    - x + y\n{other}    - + y\n"),
+        &["mutants 7 and 8, the eighth", "a.h"],
+    );
+    // its own, twice
+    one("    in a.h\n    - x + y\n    in a.h\n    - x + y\n", &["mutants 7 and 7"]);
+    assert_eq!(problems(&format!("    in a.h\n    - x + y\n{other}    - x + y\n")), [""; 0]);
+    assert_eq!(problems(&format!("    in a.h\n    - «x» + y\n{other}    - x + «y»\n")), [""; 0]);
+}
+
+pub fn mutants_are_woven_as_expressions_and_statements() {
+    let sources = mutants::Sources::from([
+        ("a.h".into(), "f(x);\n  g(x);\nreturn x + y;\n".into()),
+        ("b.h".into(), "f(x);\n".into()),
+    ]);
+    let table =
+        "1 tsan ring race one\n    in a.h\n    - f(x);\n    -   «g(x);»\n    + h();\n    + i();\n\
+        2 tsan ring race two\n    in a.h\n    - return «x + y»\n    + x\n    in a.h\n    - g(x);\n\
+        3 tsan ring race three\n    in b.h\n    - f(x);\n";
+    let mutants = mutants::parse(table);
+    let woven = mutants::weave(&mutants, &sources);
+    assert_eq!(
+        woven["a.h"],
+        "f(x);\n  { if (chosen_mutant == 1) { h();\ni(); } else if (chosen_mutant == 2) {  } else \
+         { g(x); } }\n\
+         return (chosen_mutant == 2 ? (x) : (x + y));\n"
+    );
+    assert_eq!(woven["b.h"], "{ if (chosen_mutant == 3) {  } else { f(x); } }\n");
+    let applied = mutants[1].apply(&sources);
+    assert_eq!((&*applied["a.h"], &*applied["b.h"]), ("f(x);\n  \nreturn x;\n", "f(x);\n"));
+}

@@ -1,0 +1,226 @@
+//! The mutants of mutants.txt, and copies of `kernels/` that hold one of them or
+//! all.
+
+#![allow(dead_code)] // each test uses its own part
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::ops::Range;
+use std::path::Path;
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+/// The files of `kernels/`, by name.
+pub type Sources = BTreeMap<String, String>;
+
+/// A synchronisation, credit or bound that is taken out, and the check that notices.
+#[derive(Clone, Default, Debug)]
+pub struct Mutant {
+    pub number: u32,
+    pub flavour: String,
+    pub scenario: String,
+    /// Endings of the run that count as noticed.
+    pub expected: Vec<String>,
+    pub what: String,
+    edits: Vec<Edit>,
+}
+
+/// A substitution in one file.
+#[derive(Clone, Default, Debug)]
+struct Edit {
+    file: String,
+    /// Text that occurs once in the file.
+    find: String,
+    /// The part of `find` that is replaced.
+    replaced: Range<usize>,
+    with: String,
+}
+
+/// Where an edit finds its text: the file and the bytes that are replaced.
+type Place = (String, Range<usize>);
+/// The same in an order.
+type Span = (String, usize, usize);
+/// Mutants that replace one text, and what each puts there.
+type Choices<'a> = Vec<(u32, &'a str)>;
+
+/// The table.
+pub fn table() -> Vec<Mutant> {
+    let text = fs::read_to_string(Path::new(ROOT).join("tests/kernels/protocol/mutants.txt"))
+        .expect("mutants.txt");
+    parse(&text)
+}
+
+/// The sources of `kernels/`.
+pub fn kernels() -> Sources {
+    let folder = fs::read_dir(Path::new(ROOT).join("kernels")).expect("kernels/");
+    folder
+        .map(|entry| {
+            let path = entry.expect("an entry of kernels/").path();
+            let name = path.file_name().expect("a name").to_string_lossy().into_owned();
+            (name, fs::read_to_string(path).expect("a kernel source"))
+        })
+        .collect()
+}
+
+/// Writes sources into a folder of their own, and only those that differ from what is there, since
+/// builds compare times of change.
+pub fn write(sources: &Sources, folder: &Path) {
+    fs::create_dir_all(folder).expect("a folder for sources");
+    for (name, text) in sources {
+        let path = folder.join(name);
+        if !fs::read_to_string(&path).is_ok_and(|old| old == *text) {
+            fs::write(path, text).expect("writing a source");
+        }
+    }
+}
+
+pub fn parse(text: &str) -> Vec<Mutant> {
+    let mut mutants: Vec<Mutant> = Vec::new();
+    for line in text.lines().filter(|line| !line.starts_with('#') && !line.trim().is_empty()) {
+        let Some(edit) = line.strip_prefix("    ") else {
+            mutants.push(Mutant::parse(line));
+            continue;
+        };
+        let mutant =
+            mutants.last_mut().unwrap_or_else(|| panic!("mutants.txt: no mutant before {line:?}"));
+        let wrong = || -> ! { panic!("mutants.txt, mutant {}: what is {edit:?}?", mutant.number) };
+        if let Some(file) = edit.strip_prefix("in ") {
+            mutant.edits.push(Edit { file: file.into(), ..Edit::default() });
+            continue;
+        }
+        let Some((mark @ ("-" | "+"), rest)) = edit.split_at_checked(1) else { wrong() };
+        let Some(last) = mutant.edits.last_mut() else { wrong() };
+        let side = if mark == "-" { &mut last.find } else { &mut last.with };
+        if !side.is_empty() {
+            side.push('\n');
+        }
+        side.push_str(rest.strip_prefix(' ').unwrap_or(rest));
+    }
+    for mutant in &mut mutants {
+        assert!(!mutant.edits.is_empty(), "mutants.txt, mutant {}: no edits", mutant.number);
+        mutant.edits.iter_mut().for_each(Edit::take_marks);
+    }
+    mutants
+}
+
+impl Mutant {
+    fn parse(line: &str) -> Mutant {
+        let mut words = line.split_whitespace();
+        let mut word = || words.next().expect("a column of mutants.txt").to_owned();
+        let number =
+            word().parse().unwrap_or_else(|_| panic!("mutants.txt: no number before {line:?}"));
+        let (flavour, scenario, expected) = (word(), word(), word());
+        let expected = expected.split('/').map(str::to_owned).collect();
+        let what = words.collect::<Vec<_>>().join(" ");
+        Mutant { number, flavour, scenario, expected, what, edits: Vec::new() }
+    }
+
+    /// Where each edit finds its text, or what is wrong with those that do not find it exactly
+    /// once.
+    fn places(&self, sources: &Sources) -> Result<Vec<Place>, String> {
+        let place = |edit: &Edit| {
+            let text = sources.get(&edit.file).map(String::as_str).unwrap_or_default();
+            let found: Vec<usize> = text.match_indices(&edit.find).map(|(at, _)| at).collect();
+            match found[..] {
+                [at] => Ok((edit.file.clone(), at + edit.replaced.start..at + edit.replaced.end)),
+                _ => Err(format!(
+                    "mutant {}, {}: in {} there is {} times, not once:\n{}",
+                    self.number,
+                    self.what,
+                    edit.file,
+                    found.len(),
+                    edit.find
+                )),
+            }
+        };
+        self.edits.iter().map(place).collect()
+    }
+
+    /// Sources that are wrong in this one way.
+    pub fn apply(&self, sources: &Sources) -> Sources {
+        let places = self.places(sources).unwrap_or_else(|problem| panic!("{problem}"));
+        substitute(
+            sources,
+            places.into_iter().zip(self.edits.iter().map(|edit| edit.with.clone())).collect(),
+        )
+    }
+}
+
+impl Edit {
+    fn take_marks(&mut self) {
+        let (begin, end) = (self.find.find('«'), self.find.find('»'));
+        let (begin, end) = match (begin, end) {
+            (Some(begin), Some(end)) => (begin, end - '«'.len_utf8()),
+            _ => (0, self.find.len()),
+        };
+        self.find = self.find.replace(['«', '»'], "");
+        self.replaced = begin..end;
+    }
+}
+
+/// Reasons why these sources can't hold all mutants in one copy.
+pub fn problems(mutants: &[Mutant], sources: &Sources) -> Vec<String> {
+    let mut problems = Vec::new();
+    let mut taken: Vec<(u32, Place)> = Vec::new();
+    for mutant in mutants {
+        let places = mutant.places(sources).unwrap_or_else(|problem| {
+            problems.push(problem);
+            Vec::new()
+        });
+        for (file, range) in places {
+            for (other, (other_file, other_range)) in &taken {
+                let apart = range.end <= other_range.start || other_range.end <= range.start;
+                let same = *other_range == range && *other != mutant.number;
+                if *other_file == file && !apart && !same {
+                    problems.push(format!(
+                        "mutants {other} and {}, {}: they replace parts of one another's text in \
+                         {file}",
+                        mutant.number, mutant.what
+                    ));
+                }
+            }
+            taken.push((mutant.number, (file, range)));
+        }
+    }
+    problems
+}
+
+/// Sources that hold all mutants: `chosen_mutant` says at run time which one counts.
+pub fn weave(mutants: &[Mutant], sources: &Sources) -> Sources {
+    let mut woven: BTreeMap<Span, Choices> = BTreeMap::new();
+    for mutant in mutants {
+        let places = mutant.places(sources).unwrap_or_else(|problem| panic!("{problem}"));
+        for ((file, range), edit) in places.into_iter().zip(&mutant.edits) {
+            woven
+                .entry((file, range.start, range.end))
+                .or_default()
+                .push((mutant.number, &edit.with));
+        }
+    }
+    let choose = |((file, start, end), choices): (Span, Choices)| {
+        let right = &sources[&file][start..end];
+        let text = if right.ends_with([';', '}']) {
+            let wrong = choices
+                .iter()
+                .map(|(number, with)| format!("if (chosen_mutant == {number}) {{ {with} }} else "));
+            format!("{{ {}{{ {right} }} }}", wrong.collect::<String>())
+        } else {
+            let wrong = choices
+                .iter()
+                .map(|(number, with)| format!("chosen_mutant == {number} ? ({with}) : "));
+            format!("({}({right}))", wrong.collect::<String>())
+        };
+        ((file, start..end), text)
+    };
+    substitute(sources, woven.into_iter().map(choose).collect())
+}
+
+fn substitute(sources: &Sources, mut replacements: Vec<(Place, String)>) -> Sources {
+    let mut sources = sources.clone();
+    // From the end, so that places before it stay where they are.
+    replacements.sort_by_key(|((_, range), _)| std::cmp::Reverse(range.start));
+    for ((file, range), text) in replacements {
+        sources.get_mut(&file).expect("a file that was found").replace_range(range, &text);
+    }
+    sources
+}

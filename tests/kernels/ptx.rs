@@ -1,0 +1,116 @@
+//! The GPU kernels' PTX, run through the CUDA driver API on a simulated device:
+//! `../shared/cudasim`, or the libcuda.so.1 in the folder that `CUDASIM_LIB` names; by
+//! tests/gpu/suite, on a GPU. Every result must have the bits that the CPU kernels give. What a
+//! simulation can't see: ptxas, caches, weak memory, time.
+
+mod case;
+mod machines;
+mod scenarios;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use test_support::simulator::{self, child, driver, no_driver, on_own_driver, scenario, Setting};
+use test_support::Skip;
+
+use crate::protocol::mutants;
+
+/// A fatbin to use instead of the crate's.
+const FATBIN: &str = "PA_PTX_FATBIN";
+
+/// What a child does, in a process of its own.
+pub fn run(scenario: &str) {
+    let fatbin = match std::env::var_os(FATBIN) {
+        Some(file) => std::fs::read(file).unwrap(),
+        None => param_averager::__testing::fatbin().unwrap_or_default().to_vec(),
+    };
+    scenarios::run(scenario, &fatbin);
+}
+
+/// The nvcc that built the kernels.
+const NVCC: Option<&str> = option_env!("PARAM_AVERAGER_NVCC");
+
+/// Skips where that is gone.
+pub fn nvcc() -> Skip {
+    let there = on_own_driver() || NVCC.is_some_and(|nvcc| Path::new(nvcc).is_file());
+    (!there).then(|| "the nvcc that built the kernels is gone: build them again".to_owned())
+}
+
+pub fn one_device_gives_the_bits_of_the_cpu() {
+    scenario("streams", &[&[("CUDASIM_DEVICES", "1"), ("CUDASIM_SEED", "1")]]);
+}
+
+pub fn several_devices_give_the_bits_of_the_cpu() {
+    scenario("devices", &[&[("CUDASIM_DEVICES", "4"), ("CUDASIM_DELAY", "20")]]);
+}
+
+pub fn failures_are_typed_and_change_nothing() {
+    scenario("failures", &[&[("CUDASIM_DEVICES", "1")]]);
+}
+
+const RACE: [Setting<'_>; 2] = [("CUDASIM_RACE", "1"), ("CUDASIM_DEVICES", "3")];
+const RACE_EXIT: Option<i32> = Some(66);
+
+pub fn averages_have_no_race() {
+    scenario("race", &[&RACE]);
+}
+
+/// A fatbin with the ring alone, without one of its synchronisations. 0: with all of them.
+fn mutant(nvcc: &str, number: u32) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("ptx-mutant{number}"));
+    let (source, fatbin) = (folder.join("ring.cu"), folder.join("ring.fatbin"));
+    let mut kernels = mutants::kernels();
+    if let Some(mutant) = mutants::table().iter().find(|mutant| mutant.number == number) {
+        kernels = mutant.apply(&kernels);
+    }
+    let text = "#include \"ring.h\"\n\
+        extern \"C\" __global__ void pa_ring(const __grid_constant__ PaArgs args) {\n\
+        PA_ISA::run_ring<PA_RING>(PA_ISA::Exec{}, args);\n}\n";
+    kernels.insert("ring.cu".into(), text.into());
+    mutants::write(&kernels, &folder);
+    let output = Command::new(nvcc)
+        .args([
+            "-fatbin",
+            "-std=c++17",
+            "-O3",
+            "-fmad=false",
+            "-gencode",
+            "arch=compute_90,code=compute_90",
+        ])
+        .arg("-o")
+        .args([&fatbin, &source])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    fatbin
+}
+
+pub fn planted_faults_are_reported() {
+    if on_own_driver() {
+        return simulator::not_here("planted faults: about a simulated machine");
+    }
+    let (driver, nvcc) = (driver(), NVCC.expect("an nvcc"));
+    const PANIC: Option<i32> = Some(101);
+    // 0: nothing is planted. 1: `filled` is published relaxed. 3: no block barrier before it is
+    // published. 17: a last pack is taken for a full one, and what lies behind a tensor is averaged
+    // too.
+    for (number, settings, expected) in [
+        (0, &RACE[..], Some(0)),
+        (1, &RACE[..], RACE_EXIT),
+        (3, &RACE[..], RACE_EXIT),
+        (17, &[][..], PANIC),
+    ] {
+        let fatbin = mutant(nvcc, number);
+        let ended = child(
+            "mutant",
+            Some(&driver),
+            &[settings, &[(FATBIN, fatbin.to_str().unwrap())]].concat(),
+        );
+        assert_eq!(ended.code, expected, "mutant {number}: {}", ended.said);
+    }
+}
+
+pub fn missing_device_or_driver_is_named() {
+    scenario("no-device", &[&[("CUDASIM_NO_DEVICE", "1")], &[("CUDA_VISIBLE_DEVICES", "")]]);
+    no_driver();
+}

@@ -1,0 +1,177 @@
+//! Static checks of the GPU kernels: what nvcc made of them, for each architecture of the fatbin.
+//! No GPU needed.
+//!
+//! Registers, spills, the width of accesses in the loops that move packs, and the orderings that
+//! publish a flag. The kernels in `sass/controls.cu` have one flaw each, and the same checks
+//! must find it.
+
+mod checks;
+mod listing;
+mod loops;
+
+use checks::{check, check_ptx, Expected, Findings};
+use listing::{kernels, ptx, Kernel, Tools};
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use test_support::Skip;
+
+/// The kernels and the loops that move packs in each: f32, f64, f16, bf16, and in the ring the last
+/// two again with partial sums of f32.
+const KERNELS: [(&str, Expected); 5] = [
+    // A dtype: two ranks, four ranks. More are read one after another.
+    ("pa_direct", Expected { hot_loops: 4 * 2, loads: 44, talks: true, tables: true }),
+    // A dtype: first, middle and last step of the reduce; then middle and last step of the gather.
+    // In one or two places ptxas 13.0 enters a loop at two points, which makes it no natural loop;
+    // its 128-bit loads are there all the same.
+    ("pa_ring", Expected { hot_loops: 6 * 5 - 2, loads: 230, talks: true, tables: false }),
+    ("pa_ring_reduce", Expected { hot_loops: 6 * 3, loads: 170, talks: true, tables: false }),
+    // A dtype: first, middle and last step of the gather.
+    ("pa_ring_gather", Expected { hot_loops: 6 * 3, loads: 90, talks: true, tables: false }),
+    ("pa_scan", Expected { hot_loops: 4, loads: 20, talks: false, tables: false }),
+];
+
+/// Skips without machine code or what shows it.
+pub fn tools() -> Skip {
+    test_support::gpu_kernels().or_else(|| Tools::find().err())
+}
+
+/// The tools and the fatbin as a file.
+fn fatbin(test: &str) -> (Tools, PathBuf) {
+    let bytes = param_averager::__testing::fatbin().expect("GPU kernels");
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{test}.fatbin"));
+    std::fs::write(&file, bytes).unwrap();
+    (Tools::find().expect("tools"), file)
+}
+
+fn row(table: &mut String, kernel: &Kernel, findings: &Findings) {
+    writeln!(
+        table,
+        "{:<8} {:<16} {:>9} {:>6} {:>12} {:>14} {:>15}",
+        kernel.architecture,
+        kernel.name,
+        kernel.registers,
+        kernel.stack,
+        kernel.code.len(),
+        format!("{} ({})", findings.loads_128, findings.hot_loops),
+        findings.stores_128
+    )
+    .unwrap();
+}
+
+pub fn kernels_are_compiled_as_they_are_meant() {
+    let (tools, file) = fatbin("kernels_are_compiled_as_they_are_meant");
+    let all = kernels(&tools, &file);
+    let mut table = format!(
+        "{:<8} {:<16} {:>9} {:>6} {:>12} {:>14} {:>15}\n",
+        "arch", "kernel", "registers", "stack", "instructions", "128-bit loads*", "128-bit stores"
+    );
+    let mut complaints = String::new();
+    let mut architectures: Vec<&str> =
+        all.iter().map(|kernel| kernel.architecture.as_str()).collect();
+    architectures.dedup();
+    assert!(!architectures.is_empty(), "the fatbin holds machine code");
+    for architecture in architectures {
+        for (name, expected) in &KERNELS {
+            let kernel = all
+                .iter()
+                .find(|kernel| kernel.architecture == architecture && kernel.name == *name)
+                .unwrap_or_else(|| panic!("no {name} for {architecture}"));
+            let findings = check(kernel, expected);
+            row(&mut table, kernel, &findings);
+            for complaint in findings.complaints {
+                writeln!(complaints, "{architecture} {name}: {complaint}").unwrap();
+            }
+        }
+    }
+    eprintln!("{table}* in brackets: loops that have four or more");
+    assert!(complaints.is_empty(), "\n{table}\n{complaints}");
+}
+
+pub fn ptx_is_ordered_and_coherent() {
+    let (tools, file) = fatbin("ptx_is_ordered_and_coherent");
+    let all = ptx(&tools, &file);
+    assert!(!all.is_empty(), "the fatbin holds PTX");
+    for (architecture, text) in &all {
+        assert!(
+            KERNELS.iter().all(|(name, _)| text.contains(&format!(".entry {name}("))),
+            "{architecture}"
+        );
+        assert_eq!(check_ptx(text), Vec::<String>::new(), "{architecture}");
+    }
+}
+
+pub fn the_checks_find_what_they_look_for() {
+    let (tools, file) = fatbin("the_checks_find_what_they_look_for");
+    let architecture = kernels(&tools, &file)[0].architecture.clone();
+    let target = architecture.trim_start_matches("sm_");
+    let controls = file.with_file_name("controls.fatbin");
+    let output = Command::new(&tools.nvcc)
+        .args([
+            "-fatbin",
+            "-std=c++17",
+            "-O3",
+            "-gencode",
+            &format!("arch=compute_{target},code=[sm_{target},compute_{target}]"),
+        ])
+        .arg("-o")
+        .arg(&controls)
+        .arg("tests/kernels/sass/controls.cu")
+        .output()
+        .expect("nvcc runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let all = kernels(&tools, &controls);
+    // Each control and the beginnings of all complaints about it.
+    let flaws: [(&str, &[&str]); 9] = [
+        ("flawless", &[]),
+        ("relaxed_load", &["no acquire"]),
+        ("relaxed_store", &["no release"]),
+        ("narrow_in_the_loop", &["narrow access in a loop over packs"]),
+        ("scalar_loop", &["0 loops with"]),
+        ("byte_loop", &["byte access", "0 loops with"]),
+        ("stack_array", &["local memory", "0 loops with"]),
+        ("generic_pointer", &["generic access", "0 loops with"]),
+        ("many_registers", &["registers:"]),
+    ];
+    for (name, expected) in flaws {
+        let kernel =
+            all.iter().find(|kernel| kernel.name == name).unwrap_or_else(|| panic!("no {name}"));
+        let of_packs =
+            ["flawless", "relaxed_load", "relaxed_store", "narrow_in_the_loop"].contains(&name);
+        let hot_loops = usize::from(name != "many_registers");
+        let complaints =
+            check(kernel, &Expected { hot_loops, loads: 0, talks: of_packs, tables: false })
+                .complaints;
+        for complaint in &complaints {
+            assert!(expected.iter().any(|flaw| complaint.starts_with(flaw)), "{name}: {complaint}");
+        }
+        for flaw in expected {
+            assert!(
+                complaints.iter().any(|complaint| complaint.starts_with(flaw)),
+                "{name}: no `{flaw}` in {complaints:?}"
+            );
+        }
+    }
+    let text = &ptx(&tools, &controls)[0].1;
+    let complaints = check_ptx(text);
+    assert!(
+        complaints.iter().any(|complaint| complaint.starts_with("not coherent")),
+        "{complaints:?}"
+    );
+    assert!(
+        complaints.iter().any(|complaint| complaint.starts_with("local memory")),
+        "{complaints:?}"
+    );
+    let without = check_ptx(
+        &text
+            .replace("ld.acquire.sys", "ld.relaxed.sys")
+            .replace("st.release.sys", "st.relaxed.sys"),
+    );
+    assert!(
+        ["no ld.acquire.sys", "no st.release.sys"]
+            .iter()
+            .all(|flaw| without.iter().any(|c| c == flaw)),
+        "{without:?}"
+    );
+}

@@ -1,0 +1,138 @@
+//! Ranks that are processes: they find one another, average, and go on when one of them is killed
+//! or stopped. Every rank is this very program, run with `PA_TEST_ROLE`.
+
+#[cfg(target_os = "linux")]
+mod admissions;
+#[cfg(target_os = "linux")]
+mod deaths;
+#[cfg(target_os = "linux")]
+mod forks;
+#[cfg(target_os = "linux")]
+mod jobs;
+#[cfg(target_os = "linux")]
+mod joins;
+#[cfg(target_os = "linux")]
+mod launchers;
+#[cfg(target_os = "linux")]
+mod limited;
+#[cfg(target_os = "linux")]
+mod limits;
+#[cfg(target_os = "linux")]
+mod meeting;
+#[cfg(target_os = "linux")]
+mod namespaces;
+#[cfg(target_os = "linux")]
+mod stops;
+
+#[cfg(not(target_os = "linux"))]
+fn main() {}
+
+#[cfg(target_os = "linux")]
+fn main() -> std::process::ExitCode {
+    use test_support::{process, rank, stress, tests, tool};
+
+    match std::env::var(process::ROLE).as_deref() {
+        Ok("limited") => std::process::exit(limited::limited()),
+        Ok("limited_threads") => std::process::exit(limited::limited_threads()),
+        Ok("copies") => std::process::exit(admissions::copies()),
+        Ok("lets_in") => std::process::exit(admissions::lets_in()),
+        Ok("joins_only") => std::process::exit(admissions::joins_only()),
+        Ok(role) => rank::run(role),
+        Err(_) => {}
+    }
+
+    let stress = stress();
+    let (mpirun, torchrun) = (tool("mpirun", &["--version"]), meeting::torchrun());
+    let another_user = launchers::another_user();
+    let (containers, pid_namespaces) = (namespaces::containers(), namespaces::pid_namespaces());
+    let network_namespaces = namespaces::network_namespaces();
+    let unmapped_users = namespaces::unmapped_users();
+    let other_containers = namespaces::containers_of_another_user();
+
+    // Ranks mostly wait.
+    test_support::main_with_threads(
+        8,
+        tests![
+            admissions::letting_a_process_in_changes_no_other_model,
+            admissions::an_abort_while_a_process_is_let_in_tells_both_halves,
+            admissions::a_joiner_that_is_lost_on_its_way_does_not_hide_the_average,
+            admissions::a_joiner_that_dies_at_any_time_leaves_whole_models,
+            deaths::kill_at_any_step_of_3_ranks,
+            deaths::kill_at_some_steps_of_4_and_8_ranks: stress,
+            deaths::kill_at_any_step_of_2_ranks,
+            deaths::averagers_are_recovered_in_any_order,
+            deaths::the_longest_timeouts_are_timeouts,
+            deaths::local_sgds_that_are_recovered_in_different_orders_are_told_so,
+            deaths::dropped_averager_is_named,
+            deaths::kill_is_noticed_at_once,
+            deaths::stopped_rank_is_late_and_excluded,
+            deaths::kill_is_noticed_at_once_beside_a_stopped_rank,
+            deaths::kills_at_any_time,
+            deaths::stops_and_kills_at_any_time: stress,
+            deaths::training_goes_on_without_a_rank_that_panics,
+            deaths::nothing_is_left_of_a_world_that_was_killed,
+            deaths::two_averagers_of_a_world_recover,
+            forks::a_forked_child_holds_neither_the_name_nor_a_socket,
+            jobs::one_job_meets_however_its_ranks_are_started,
+            jobs::jobs_of_ended_shells_and_of_one_shell_never_mix,
+            jobs::jobs_of_ended_shells_never_mix_where_a_process_of_their_session_adopts_them,
+            jobs::shell_loops_meet_by_themselves,
+            jobs::ranks_meet_whose_shell_has_ended,
+            jobs::jobs_with_one_name_never_mix,
+            jobs::an_early_rank_of_another_job_takes_no_place,
+            jobs::jobs_that_one_process_starts_are_told_apart_by_their_arguments,
+            jobs::two_processes_with_one_number_end_the_meeting_for_all,
+            jobs::a_name_is_held_for_the_life_of_a_world,
+            jobs::a_job_that_was_killed_restarts_at_once,
+            jobs::jobs_are_told_apart_by_what_the_program_says,
+            joins::processes_join_one_after_the_other_and_at_once,
+            joins::a_process_joins_a_world_that_rejects_and_one_that_is_aborted,
+            joins::a_process_joins_a_world_with_two_averagers,
+            joins::joiners_may_be_stopped_at_any_time,
+            joins::joins_and_kills_at_any_time,
+            joins::a_process_joins_when_a_member_that_was_stopped_goes_on,
+            joins::refusal_names_the_reason_and_harms_no_member,
+            joins::training_goes_on_with_a_process_that_joins,
+            joins::failed_attempts_by_the_thousand_use_up_no_ids: stress,
+            joins::world_id_is_told_to_joiners,
+            launchers::slurm_shell_is_no_rank,
+            launchers::environment_errors_are_told_at_once,
+            launchers::one_rank_alone_needs_no_port,
+            launchers::agents_of_torchrun_on_one_host_meet,
+            launchers::ranks_of_mpich_meet_through_wrappers,
+            launchers::waiting_rank_says_for_what_and_what_to_set,
+            launchers::names_have_a_maximum_length,
+            launchers::rank_0_without_threads_says_so: another_user,
+            limits::limits_while_starting_are_named_on_all_ranks,
+            limits::limits_while_building_are_named_on_all_ranks,
+            limits::limit_met_on_a_peers_memory_names_the_rank_that_met_it: stress,
+            limits::limits_while_averaging_are_not_met: stress,
+            limits::limits_while_recovering_are_named_on_all_ranks: stress,
+            limits::limits_while_joining_harm_nobody_else: stress,
+            limits::limits_of_members_are_told_to_processes_that_join: stress,
+            limits::limits_of_ranks_that_are_threads_are_typed_errors,
+            limits::any_amount_of_memory_is_enough_or_an_error: stress,
+            meeting::worlds_of_2_3_4_and_8_processes_average,
+            meeting::the_environment_of_torchrun_is_enough,
+            meeting::open_mpi_starts_ranks: mpirun,
+            meeting::torchrun_starts_ranks: torchrun,
+            meeting::ranks_that_disagree_are_named_on_every_rank,
+            meeting::a_rank_that_refuses_by_itself_is_named_on_every_rank,
+            meeting::ranks_that_do_not_come_are_named,
+            meeting::a_rank_may_have_too_few_file_descriptors,
+            meeting::foreign_connections_are_not_waited_for,
+            meeting::timeouts_of_any_length_work,
+            namespaces::ranks_in_containers_meet_die_and_join: containers,
+            namespaces::ranks_in_pid_namespaces_meet_die_and_join: pid_namespaces,
+            namespaces::a_name_is_held_across_namespaces: containers,
+            namespaces::ranks_in_two_network_namespaces_are_told_so: network_namespaces,
+            namespaces::users_that_are_not_mapped_are_refused: unmapped_users,
+            namespaces::a_user_in_a_container_meets_itself_outside: other_containers,
+            stops::rank_stopped_before_the_rendezvous,
+            stops::rank_stopped_while_it_waits_for_the_others,
+            stops::rank_stopped_before_it_builds,
+            stops::rank_stopped_while_it_recovers,
+            stops::abort_ends_the_wait_of_building_ranks,
+        ],
+    )
+}

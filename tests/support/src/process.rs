@@ -1,0 +1,171 @@
+//! Ranks that are processes: this very program, started again with `PA_TEST_ROLE`, and what they
+//! say.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// Variable with the role of a process. `main` of a test program looks at it before anything else.
+pub const ROLE: &str = "PA_TEST_ROLE";
+
+/// A process, and the lines it prints. Killed when it is dropped.
+pub struct RankProcess {
+    pub child: Child,
+    lines: std::sync::mpsc::Receiver<String>,
+    pub heard: Vec<String>,
+}
+
+/// A name that no other world has.
+pub fn name() -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    format!("test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Starts one rank.
+pub fn start(role: &str, variables: &[(&str, String)]) -> RankProcess {
+    spawn(command(&[], role, variables))
+}
+
+/// What starts one rank, by another program if there is one before it.
+pub fn command(before: &[&str], role: &str, variables: &[(&str, String)]) -> Command {
+    let own = std::env::current_exe().unwrap();
+    let mut command = match before {
+        [] => Command::new(own),
+        [program, arguments @ ..] => {
+            let mut command = Command::new(program);
+            command.args(arguments).arg(own);
+            command
+        }
+    };
+    command.arg("rank").env(ROLE, role); // the argument shows in a list of processes
+    for (name, value) in variables {
+        command.env(name, value);
+    }
+    command
+}
+
+/// A rank, or what starts some.
+pub fn spawn(mut command: Command) -> RankProcess {
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let (send, lines) = std::sync::mpsc::channel();
+    let out = child.stdout.take().unwrap();
+    let errors = child.stderr.take().unwrap();
+    let send_errors = send.clone();
+    std::thread::spawn(move || {
+        for line in BufReader::new(out).lines().map_while(Result::ok) {
+            if let Some(line) = line.strip_prefix('@') {
+                let _ = send.send(line.to_owned());
+            }
+        }
+    });
+    std::thread::spawn(move || {
+        for line in BufReader::new(errors).lines().map_while(Result::ok) {
+            let _ = send_errors.send(format!("stderr: {line}"));
+        }
+    });
+    RankProcess { child, lines, heard: vec![] }
+}
+
+/// Starts n ranks of one world that have nothing but their ranks of their own.
+pub fn start_all(
+    role: &str,
+    n: usize,
+    variables: impl Fn(usize) -> Vec<(&'static str, String)>,
+) -> Vec<RankProcess> {
+    let name = name();
+    let rank = |rank: usize| {
+        let mut all = vec![
+            ("PA_TEST_RANK", rank.to_string()),
+            ("PA_TEST_WORLD", n.to_string()),
+            ("PA_TEST_NAME", name.clone()),
+        ];
+        all.extend(variables(rank));
+        start(role, &all)
+    };
+    (0..n).map(rank).collect()
+}
+
+impl RankProcess {
+    /// Waits for a line that begins so, and returns the rest.
+    pub fn hear(&mut self, begin: &str) -> String {
+        self.hear_for(begin, Duration::from_secs(60))
+    }
+
+    /// The same, for so long.
+    pub fn hear_for(&mut self, begin: &str, patience: Duration) -> String {
+        let deadline = Instant::now() + patience;
+        let mut next = 0;
+        loop {
+            while next < self.heard.len() {
+                if let Some(rest) = self.heard[next].strip_prefix(begin) {
+                    return rest.trim().to_owned();
+                }
+                next += 1;
+            }
+            match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) => self.heard.push(line),
+                Err(error) => panic!("no {begin:?} ({error}), only {:#?}", self.heard),
+            }
+        }
+    }
+
+    /// Waits for its end, and returns its exit code, or none if a signal ended it. All it has said
+    /// is in `heard`.
+    pub fn end(&mut self) -> Option<i32> {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                self.heard.extend(self.lines.iter());
+                return status.code();
+            }
+            assert!(Instant::now() < deadline, "it hangs: {:#?}", self.heard);
+            self.heard.extend(self.lines.try_iter());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// The lines that begin so, without that.
+    pub fn said(&self, begin: &str) -> Vec<String> {
+        self.heard
+            .iter()
+            .filter_map(|line| line.strip_prefix(begin))
+            .map(|rest| rest.trim().to_owned())
+            .collect()
+    }
+
+    /// Tells it to end.
+    pub fn enough(&mut self) {
+        let _ = writeln!(self.child.stdin.as_ref().unwrap(), "enough"); // it may be dead
+    }
+
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+}
+
+impl Drop for RankProcess {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Survivors are done, agree, and have seen `dead` lost first.
+pub fn check_survivors(ranks: &mut [RankProcess], dead: usize) {
+    let mut agreed = vec![];
+    for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != dead) {
+        assert_eq!(process.end(), Some(0), "rank {rank}: {:#?}", process.heard);
+        assert_eq!(process.said("done").len(), 1, "{:#?}", process.heard);
+        assert!(!process.said("failed").is_empty());
+        agreed.extend(process.said("agreed"));
+    }
+    assert_eq!(agreed.len(), ranks.len() - 1);
+    assert!(agreed.windows(2).all(|pair| pair[0] == pair[1]), "{agreed:?}");
+    let lost = |rank: &RankProcess| {
+        rank.said("failed").iter().any(|error| error.contains(&format!("PeerLost {{ rank: {dead}")))
+    };
+    assert!(ranks.iter().any(lost), "{:#?}", ranks[0].heard);
+}

@@ -1,0 +1,9 @@
+//! What a rank that is a process does in the tests of worlds of processes, on CPUs and on devices.
+
+mod model;
+mod pairs;
+mod roles;
+mod worker;
+
+pub use model::{bytes_used, Model};
+pub use worker::{builder, device, is_late, join, now_us, number, run, say, Used};
