@@ -165,11 +165,9 @@ fn modified(path: &Path) -> SystemTime {
 }
 fn newest_source(kernels: &Path) -> SystemTime {
     let folders = [kernels, &Path::new(ROOT).join("tests/protocol")];
-    let files =
-        folders.iter().flat_map(|folder| fs::read_dir(folder).expect("a folder of sources"));
-    let paths = files.map(|entry| entry.expect("an entry").path());
+    let files = folders.iter().flat_map(|folder| mutants::files(folder));
     let sources =
-        paths.filter(|path| path.extension().is_some_and(|name| name == "h" || name == "cpp"));
+        files.filter(|path| path.extension().is_some_and(|name| name == "h" || name == "cpp"));
     sources.map(|path| modified(&path)).max().expect("sources")
 }
 
@@ -480,7 +478,9 @@ fn mutants_that_do_not_fit_are_named() {
     one("    in a.h\n    - h(x);\n", &["mutant 7, the seventh", "a.h", "0 times", "h(x);"]);
     one("    in b.h\n    - f(x);\n", &["mutant 7, the seventh", "b.h", "0 times"]);
     one("    in a.h\n    - g(\n", &["mutant 7, the seventh", "2 times"]);
-    one("    in a.h\n    - f(x);\n    - g(x);\n", &["0 times"]); // indentation counts
+    // White space does not count, and letters do.
+    assert_eq!(problems("    in a.h\n    - f(x);\n    - g( x );\n"), [""; 0]);
+    one("    in a.h\n    - f(x);\n    - g(z);\n", &["0 times"]);
     let other = "8 tsan ring race the eighth\n    in a.h\n";
     one(
         &format!("    in a.h\n    - x + y\n{other}    - + y\n"),
@@ -499,7 +499,7 @@ fn mutants_are_woven_as_expressions_and_statements() {
         ("b.h".into(), "f(x);\n".into()),
     ]);
     let table =
-        "1 tsan ring race one\n    in a.h\n    - f(x);\n    -   «g(x);»\n    + h();\n    + i();\n\
+        "1 tsan ring race one\n    in a.h\n    - f(x);\n    - «g(x);»\n    + h();\n    + i();\n\
         2 tsan ring race two\n    in a.h\n    - return «x + y»\n    + x\n    in a.h\n    - g(x);\n\
         3 tsan ring race three\n    in b.h\n    - f(x);\n";
     let mutants = mutants::parse(table);

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
@@ -29,9 +29,10 @@ pub struct Mutant {
 #[derive(Clone, Default, Debug)]
 struct Edit {
     file: String,
-    /// Text that occurs once in the file.
+    /// Text that occurs once in the file, white space aside.
     find: String,
-    /// The part of `find` that is replaced.
+    /// `find` without white space, and the part of it that is replaced.
+    squeezed: String,
     replaced: Range<usize>,
     with: String,
 }
@@ -52,22 +53,29 @@ pub fn table() -> Vec<Mutant> {
 
 /// The sources of `kernels/`.
 pub fn kernels() -> Sources {
-    let folder = fs::read_dir(Path::new(ROOT).join("kernels")).expect("kernels/");
-    folder
-        .map(|entry| {
-            let path = entry.expect("an entry of kernels/").path();
-            let name = path.file_name().expect("a name").to_string_lossy().into_owned();
-            (name, fs::read_to_string(path).expect("a kernel source"))
-        })
+    let root = Path::new(ROOT).join("kernels");
+    let name = |path: &Path| {
+        path.strip_prefix(&root).expect("a path in kernels/").to_string_lossy().into_owned()
+    };
+    files(&root)
+        .into_iter()
+        .map(|path| (name(&path), fs::read_to_string(path).expect("a kernel source")))
         .collect()
+}
+
+/// The files of a folder and of the folders in it.
+pub fn files(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).expect("a folder of sources");
+    let paths = entries.map(|entry| entry.expect("an entry of a folder").path());
+    paths.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
 }
 
 /// Writes sources into a folder of their own, and only those that differ from what is there, since
 /// builds compare times of change.
 pub fn write(sources: &Sources, folder: &Path) {
-    fs::create_dir_all(folder).expect("a folder for sources");
     for (name, text) in sources {
         let path = folder.join(name);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("a folder for sources");
         if !fs::read_to_string(&path).is_ok_and(|old| old == *text) {
             fs::write(path, text).expect("writing a source");
         }
@@ -120,9 +128,14 @@ impl Mutant {
     fn places(&self, sources: &Sources) -> Result<Vec<Place>, String> {
         let place = |edit: &Edit| {
             let text = sources.get(&edit.file).map(String::as_str).unwrap_or_default();
-            let found: Vec<usize> = text.match_indices(&edit.find).map(|(at, _)| at).collect();
+            let (text, offsets) = squeeze(text);
+            let found: Vec<usize> = text.match_indices(&edit.squeezed).map(|(at, _)| at).collect();
             match found[..] {
-                [at] => Ok((edit.file.clone(), at + edit.replaced.start..at + edit.replaced.end)),
+                [at] => {
+                    let first = offsets[at + edit.replaced.start];
+                    let last = offsets[at + edit.replaced.end - 1];
+                    Ok((edit.file.clone(), first..last + 1))
+                }
                 _ => Err(format!(
                     "mutant {}, {}: in {} there is {} times, not once:\n{}",
                     self.number,
@@ -148,14 +161,27 @@ impl Mutant {
 
 impl Edit {
     fn take_marks(&mut self) {
-        let (begin, end) = (self.find.find('«'), self.find.find('»'));
-        let (begin, end) = match (begin, end) {
+        let marked = squeeze(&self.find).0;
+        let (begin, end) = match (marked.find('«'), marked.find('»')) {
             (Some(begin), Some(end)) => (begin, end - '«'.len_utf8()),
-            _ => (0, self.find.len()),
+            _ => (0, marked.len()),
         };
+        assert!(begin < end, "mutants.txt: nothing is replaced in {}", self.find);
         self.find = self.find.replace(['«', '»'], "");
+        self.squeezed = marked.replace(['«', '»'], "");
         self.replaced = begin..end;
     }
+}
+
+/// A text without its white space, and the offset in the text of each byte that is left.
+fn squeeze(text: &str) -> (String, Vec<usize>) {
+    let mut squeezed = String::new();
+    let mut offsets = Vec::new();
+    for (at, letter) in text.char_indices().filter(|(_, letter)| !letter.is_whitespace()) {
+        squeezed.push(letter);
+        offsets.extend(at..at + letter.len_utf8());
+    }
+    (squeezed, offsets)
 }
 
 /// Reasons why these sources can't hold all mutants in one copy.
