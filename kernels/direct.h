@@ -126,10 +126,10 @@ PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
   Block b(ex, a, true);
   if (meet(b, true)) {
     const PaBucket* buckets = at<const PaBucket>(a.buckets);
-    bool good = ++b.step != a.fault_step;
+    bool good = b.begin_step();
     for (uint32_t i = 0; good && i < a.bucket_count; ++i)
       with_dtype(buckets[i].dtype, [&](auto element) { run_direct_bucket<decltype(element)>(b, buckets[i], i); });
-    good = good && ++b.step != a.fault_step;
+    good = good && b.begin_step();
     if (ex.leader()) {
       if (!good) say_left(b.place(), false); // it leaves, but never without a word: others wait until it is off their tensors
       else if (leave_as_leader(ex, b.place())) b.me->outcome = PA_COMMITTED;

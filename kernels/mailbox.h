@@ -318,14 +318,21 @@ struct Block {
   PA_FN char* inbox() const { return slot(a.inbox, recv_seq); }
   PA_FN char* outbox() const { return slot(a.outbox, send_seq); }
 
+  // Begins a protocol step. Tests end a block here (fault_step; false in all lanes) or delay it (delay_ns). In production
+  // both are 0, and no step has the number 0.
+  PA_FN bool begin_step() {
+    if (++step == a.fault_step) return false;
+    if (ex.leader() && a.delay_ns != 0) dawdle(ex, place(), step);
+    return true;
+  }
+
   // Enters one protocol step, for at most `chunk` packs: waits for a chunk in the inbox and for room in the outbox, and
   // finds out how far away the reader is. False in all lanes if the average ended here. Is also the block barrier between
   // the leader's acquire and the lanes' loads.
   template <bool kReceive, bool kSend> PA_FN bool enter(uint32_t where, uint32_t chunk) {
-    if (++step == a.fault_step) return false;
+    if (!begin_step()) return false;
     bool failed = false;
     if (ex.leader()) {
-      if (a.delay_ns != 0) dawdle(ex, place(), step);
       if constexpr (kReceive) {
         uint32_t* filled = line(a.filled_in);
         failed = !wait_for_line(filled, recv_seq + 1, previous(), where);

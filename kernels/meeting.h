@@ -111,9 +111,8 @@ PA_SLOW bool meet_as_leader(Exec ex, Place p, bool commits) {
 
 // False in all lanes if the average ended here.
 PA_FN bool meet(Block& b, bool commits) {
-  if (++b.step == b.a.fault_step) return false;
+  if (!b.begin_step()) return false;
   bool failed = false;
-  if (b.ex.leader() && b.a.delay_ns != 0) dawdle(b.ex, b.place(), b.step);
   if (b.ex.leader()) failed = !meet_as_leader(b.ex, b.place(), commits);
   if (b.ex.any(failed)) return false;
   b.committed = commits;
@@ -149,9 +148,8 @@ PA_SLOW bool vote_as_leader(Exec ex, Place p) {
 
 // All or nothing: true in all lanes if every rank has reduced its shard and will write. False: nobody writes.
 PA_FN bool vote(Block& b) {
-  if (++b.step == b.a.fault_step) return false;
+  if (!b.begin_step()) return false;
   bool failed = false;
-  if (b.ex.leader() && b.a.delay_ns != 0) dawdle(b.ex, b.place(), b.step);
   if (b.ex.leader()) failed = !vote_as_leader(b.ex, b.place());
   if (b.ex.any(failed)) return false;
   b.committed = true;
