@@ -2,6 +2,7 @@
 // most PA_THREADS, all resident together with those of every other rank on the device (cooperative launch).
 #include "direct.h"
 #include "ring.h"
+#include "scan.h"
 
 #define PA_THREADS 512
 #define PA_KERNEL(name, body)                                                                             \

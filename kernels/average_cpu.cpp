@@ -1,6 +1,7 @@
 // CPU entry points: one block of one phase, on the calling thread. Compiled once per instruction set, PA_ISA.
 #include "direct.h"
 #include "ring.h"
+#include "scan.h"
 
 namespace PA_ISA {
 // A function for each phase: in one of them all, more code in the ring made the direct average 1.4 times slower (g++ 12).

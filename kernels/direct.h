@@ -3,7 +3,8 @@
 // as they are, bit for bit. No mailboxes, 2·S of memory traffic a rank. The meeting is the entry barrier and the commit;
 // nobody leaves before all have left off everybody's tensors.
 #pragma once
-#include "meeting.h"
+#include "barriers.h"
+#include "segments.h"
 
 namespace PA_ISA {
 
@@ -136,18 +137,5 @@ PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
     }
   }
   b.save();
-}
-
-// Looks for non-finite values before the meeting, where nothing else reads all own tensors before the commit.
-PA_FN void run_scan(const Exec& ex, const PaArgs& a) {
-  PaChannel* me = at<PaChannel>(a.channel) + ex.block();
-  if (ex.leader()) me->bad = 0;
-  ex.sync();
-  if ((a.flags & PA_FLAG_WEIGHTED) && a.weight == 0) return; // it only receives
-  const PaBucket* buckets = at<const PaBucket>(a.buckets);
-  for (uint32_t i = 0; i < a.bucket_count; ++i)
-    with_dtype(buckets[i].dtype, [&](auto element) {
-      scan_range<decltype(element)>(ex, buckets[i], i, channel_range(buckets[i], ex.block()), me);
-    });
 }
 } // namespace PA_ISA

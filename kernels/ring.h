@@ -15,7 +15,8 @@
 // no smaller and no larger than what they are made of. A rank that only receives adds nothing, and where no rank before has
 // added anything, the slot holds nothing. Every rank makes every step, also for an empty shard.
 #pragma once
-#include "meeting.h"
+#include "barriers.h"
+#include "scan.h"
 
 namespace PA_ISA {
 

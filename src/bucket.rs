@@ -1,5 +1,5 @@
 //! Tensors to buckets, buckets to channels and shards: pure arithmetic, no memory.
-//! `kernels/bucket.h` walks the result.
+//! `kernels/segments.h` walks the result.
 //!
 //! ```text
 //! tensors  wte f32 | ln f32 | wpe bf16 | head f32          in the order they are visited

@@ -1,4 +1,4 @@
-/* Who goes and who is missed (trouble and is_lost in kernels/mailbox.h, say_through in src/averager/outcome.rs), for spin: N
+/* Who goes and who is missed (trouble and is_lost in kernels/wait.h, say_through in src/averager/outcome.rs), for spin: N
  * ranks each make AVERAGES averages, in each of which they wait for a word of every other, and go. tests/model.rs runs it.
  *
  *   HEALTHY     every rank must come to the end of all averages, whoever has gone before it did

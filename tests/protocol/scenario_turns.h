@@ -1,4 +1,4 @@
-// Turns by themselves (take_turn in kernels/mailbox.h): what is written in one is nobody else's meanwhile, everybody gets
+// Turns by themselves (take_turn in kernels/decision.h): what is written in one is nobody else's meanwhile, everybody gets
 // one, and a rank that is gone keeps none.
 #pragma once
 #include "scenarios_good.h"

@@ -1,4 +1,4 @@
-/* Taking turns by loads and stores (take_turn in kernels/mailbox.h), for spin: N ranks write one word in turn, and any of
+/* Taking turns by loads and stores (take_turn in kernels/decision.h), for spin: N ranks write one word in turn, and any of
  * them may die anywhere, which the others are told after its last store. tests/model.rs runs it. Two turns at once, a word
  * written twice, and a rank that waits for ever are errors. FAULT plants one mistake; spin must find each.
  *

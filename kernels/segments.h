@@ -8,13 +8,6 @@
 
 namespace PA_ISA {
 
-// Any address will do for a vector of a CPU. A GPU loads 16 bytes from multiples of 16 only.
-#if defined(__CUDACC__)
-constexpr bool kAnyAlignment = false;
-#else
-constexpr bool kAnyAlignment = true;
-#endif
-
 // The memory of whole packs: pack i of the range lies at base + 16 i.
 template <class T> struct Whole {
   char* base;
@@ -118,7 +111,6 @@ struct Range {
   uint64_t begin, end;
   PA_FN uint64_t packs() const { return end - begin; }
 };
-PA_FN uint64_t least(uint64_t a, uint64_t b) { return a < b ? a : b; }
 PA_FN uint64_t align_up(uint64_t packs) { return (packs + PA_ALIGN_PACKS - 1) / PA_ALIGN_PACKS * PA_ALIGN_PACKS; }
 
 PA_FN Range channel_range(const PaBucket& bucket, uint32_t channel) {
@@ -130,33 +122,5 @@ PA_FN Range part_of(Range all, uint32_t part, uint32_t parts) {
   const uint64_t each = align_up((all.packs() + parts - 1) / parts);
   const uint64_t begin = least(all.begin + part * each, all.end);
   return {begin, least(begin + each, all.end)};
-}
-
-// ---- non-finite values ----------------------------------------------------------------------------------------------
-// After a range looked suspicious: which element it is. The first to say so wins within the block.
-template <class T> PA_SLOW void name_non_finite(const PaBucket* bucket, uint32_t index, uint64_t begin, uint64_t end, PaChannel* me) {
-  constexpr uint32_t N = Element<T>::kPerPack;
-  each_part<T>(*bucket, begin, end, [&](const Part& part) {
-    const char* tensor = at<const char>(at<const PaSegment>(bucket->segments)[part.segment].address + part.offset);
-    const uint64_t elements = uint64_t(part.whole - part.first) * N + (part.end > part.whole ? part.tail : 0);
-    for (uint64_t i = 0; i < elements; ++i) {
-      const Wide<T, 1> x = widen<T, 1>(load_ragged<T>(tensor + i * sizeof(T), 1));
-      if (any_nonzero<T, 1>(x - x)) {
-        // Lanes that find one each may overwrite one another: all are true.
-        return store_relaxed(&me->bad, 1 + (uint64_t(index) << 56 | ((begin + part.first) * N + i)));
-      }
-    }
-  });
-}
-
-// Reads the range of the own tensors, looking for NaN and infinity.
-template <class T> PA_FN void scan_range(const Exec& ex, const PaBucket& bucket, uint32_t index, Range range, PaChannel* me) {
-  constexpr uint64_t kStep = 1u << 14; // packs between two looks at the result
-  in_pieces(range.begin, range.end, kStep, [&](uint64_t begin, uint64_t end) {
-    Suspicion<T> suspicion;
-    each_own<T>(ex, bucket, begin, end, [&](const auto& own, auto g, uint32_t i) { return own.template get<g.kPacks>(i); },
-                [&](const auto&, auto g, uint32_t, const auto& raw) { suspicion.template look<g.kPacks>(widen<T, g.kPacks>(raw)); });
-    if (suspicion.found()) name_non_finite<T>(&bucket, index, begin, end, me);
-  });
 }
 } // namespace PA_ISA
