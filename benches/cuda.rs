@@ -17,7 +17,8 @@ use criterion::{Criterion, SamplingMode, Throughput};
 use cudarc::driver::result::{self, stream::StreamKind};
 use cudarc::driver::{sys, CudaContext};
 use param_averager::{
-    Algorithm, Builder, Communicator, Device, Dtype, ParamAverager, Parameters, TensorMut,
+    Algorithm, Builder, Communicator, Device, Dtype, ParamAverager, Parameters, RawCudaParams,
+    TensorMut,
 };
 
 const RANKS: usize = 2;
@@ -167,7 +168,8 @@ fn rank(
             // are recorded and over when they are compared.
             unsafe {
                 result::event::record(start, stream).unwrap();
-                let pending = averager.average_on(&mut model, stream.cast()).unwrap();
+                let pending =
+                    averager.start(&mut RawCudaParams::new(stream.cast(), &mut model)).unwrap();
                 result::event::record(stop, stream).unwrap();
                 pending.wait().unwrap();
                 result::event::synchronize(stop).unwrap();

@@ -4,6 +4,7 @@
 mod assemble;
 mod builder;
 mod defaults;
+mod lend;
 mod link;
 mod memory;
 mod outcome;
@@ -13,8 +14,8 @@ mod rebuild;
 mod recover;
 mod report;
 mod table;
-mod tensors;
 
+use std::any::Any;
 use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
@@ -23,12 +24,14 @@ use std::time::{Duration, Instant};
 pub use builder::Builder;
 #[cfg(feature = "__testing")]
 pub use builder::Testing;
+#[cfg_attr(not(feature = "cudarc"), allow(unused_imports))]
+pub(crate) use lend::Ordered;
+pub use lend::{Lend, LendError, Loan, RawCudaParams};
 pub use link::Link;
 pub use pending::Pending;
 pub(crate) use progress::{Halt, Progress};
 pub(crate) use recover::{Regrouped, TRIES};
 pub use report::Report;
-pub(crate) use tensors::{Plain, Tensors};
 
 use crate::abi::*;
 use crate::backend::Unstarted;
@@ -39,7 +42,7 @@ use crate::{Error, Parameters, Result};
 use memory::RankMemory;
 use rebuild::Blueprint;
 use recover::Admitted;
-use table::Table;
+use table::{Problem, Table};
 
 /// How the parameters move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -97,10 +100,8 @@ pub struct ParamAverager {
     admitted: Option<Admitted>,
     /// To build another one without the tensors. `None` only until a successor is taken.
     blueprint: Option<Arc<Blueprint>>,
-    /// The stream of the average that may be under way: to cudarc, a context whose last stream is
-    /// gone has no need to order the uses of its slices any more.
-    #[cfg(feature = "cudarc")]
-    stream: Option<Arc<cudarc::driver::CudaStream>>,
+    /// Stream of the average that may be under way, kept alive until the next one has begun.
+    stream: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 /// One average, as asked for.
@@ -124,11 +125,21 @@ impl Call {
     }
 }
 
-/// How it ended, if it did not fail.
+/// End of an average that did not fail.
 #[derive(Clone, Debug)]
 pub(crate) enum Outcome {
     Averaged(Report),
     Unneeded,
+}
+
+impl Outcome {
+    /// The report of an average that this rank needed.
+    fn report(self) -> Report {
+        match self {
+            Outcome::Averaged(report) => report,
+            Outcome::Unneeded => unreachable!("only a rank that does not need one is told so"),
+        }
+    }
 }
 
 impl ParamAverager {
@@ -181,8 +192,8 @@ impl ParamAverager {
     }
 
     /// Replaces every tensor by its mean over all ranks. Collective.
-    pub fn average<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Report> {
-        self.average_by_hand(params, None)
+    pub fn average<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Report> {
+        self.run(params, Call::by_hand(None)).map(Outcome::report)
     }
 
     /// Replaces every tensor by its weighted mean over all ranks, Σ wᵢ·xᵢ / Σ wᵢ. Collective.
@@ -190,51 +201,16 @@ impl ParamAverager {
     /// `weight` is this rank's, such as the number of samples it has seen since the last average. A
     /// rank of weight 0 only receives: its values, NaN included, count for nothing. Not all weights
     /// may be 0.
-    pub fn average_weighted<P: Parameters + ?Sized>(
+    pub fn average_weighted<P: Lend + ?Sized>(
         &mut self,
         params: &mut P,
         weight: f64,
     ) -> Result<Report> {
-        self.average_by_hand(params, Some(weight))
+        self.run(params, Call::by_hand(Some(weight))).map(Outcome::report)
     }
 
-    fn average_by_hand<P: Parameters + ?Sized>(
-        &mut self,
-        params: &mut P,
-        weight: Option<f64>,
-    ) -> Result<Report> {
-        match self.run(params, Call::by_hand(weight))? {
-            Outcome::Averaged(report) => Ok(report),
-            Outcome::Unneeded => unreachable!("this rank needs it"),
-        }
-    }
-
-    pub(crate) fn run<P: Parameters + ?Sized>(
-        &mut self,
-        params: &mut P,
-        call: Call,
-    ) -> Result<Outcome> {
-        let start = Instant::now();
-        // SAFETY: `params` stays borrowed until `end` has returned.
-        match unsafe { self.begin(params, call, None, start) }? {
-            Some(outcome) => Ok(outcome),
-            None => self.end(start),
-        }
-    }
-
-    /// The first half of an average: what is over already, or nothing, and then `end` waits for it.
-    ///
-    /// # Safety
-    /// The tensors that `params` visits are nobody else's until `end` has returned, and are used on
-    /// the device only by what is ordered before or after `stream`, which is one of its primary
-    /// context and lives as long.
-    unsafe fn begin<P: Parameters + ?Sized>(
-        &mut self,
-        params: &mut P,
-        call: Call,
-        stream: Option<*mut c_void>,
-        start: Instant,
-    ) -> Result<Option<Outcome>> {
+    /// Error of an averager that can't average any more; nothing has been asked of any tensor.
+    fn preflight(&mut self) -> Result<()> {
         if let Some(cause) = &self.failed {
             return Err(Error::Poisoned { cause: Box::new(cause.clone()) });
         }
@@ -246,29 +222,54 @@ impl ParamAverager {
             self.failed = Some(error.clone());
             return Err(error);
         }
-        // If a Pending was forgotten: it uses the tables. An error is told by what comes next.
+        // A `Pending` that was forgotten uses the tables. Its error is told by what comes next.
         let _ = self.own.engine.finish();
+        Ok(())
+    }
+
+    /// The first half of an average: its outcome, if there is one already; `None`: `end` waits for
+    /// it. `preflight` came before.
+    ///
+    /// # Safety
+    /// Nothing else uses the tensors until `end` has returned, except on the device what is ordered
+    /// before or after `stream`, which is one of its primary context and lives as long.
+    pub(crate) unsafe fn begin(
+        &mut self,
+        params: &mut dyn Parameters,
+        call: Call,
+        stream: Option<*mut c_void>,
+        start: Instant,
+    ) -> Result<Option<Outcome>> {
         let problem = self.table.refresh(params).err();
-        let refusal = self.refusal_of(problem, call);
         if self.world_size() == 1 {
-            return self.alone(refusal, call, start).map(Some);
+            return self.alone(self.refusal_of(problem, call), call, start).map(Some);
         }
-        if let (Some(refusal), Some(stream)) = (&refusal, stream) {
-            // What peers are told by an average, they would be told by every replay of a graph.
+        // SAFETY: the caller's promise; the tables hold the addresses of these tensors.
+        unsafe { self.launch(problem, call, stream) }.map(|()| None)
+    }
+
+    /// Launches the kernels of an average. With a `problem`, only those that tell peers of it.
+    ///
+    /// # Safety
+    /// Without a problem: as `begin`, for the tensors that the tables describe.
+    unsafe fn launch(
+        &mut self,
+        problem: Option<Problem>,
+        call: Call,
+        stream: Option<*mut c_void>,
+    ) -> Result<()> {
+        let refusal = self.refusal_of(problem, call);
+        let is_captured = match stream {
             // SAFETY: the caller's promise.
-            if unsafe { self.own.engine.is_capturing(stream) }
-                .map_err(|reason| self.device_failed(reason))?
-            {
-                return Err(refusal.clone());
-            }
+            Some(stream) => unsafe { self.is_capturing(stream) }?,
+            None => false,
+        };
+        // What peers are told by an average, they would be told by every replay of a graph.
+        if let (Some(refusal), true) = (&refusal, is_captured) {
+            return Err(refusal.clone());
         }
-        let mut has_joiner = self.communicator.has_joiner();
-        if let (true, Some(stream)) = (has_joiner, stream) {
-            // A graph replays the same flags each time, but joiners come and go.
-            // SAFETY: the caller's promise.
-            has_joiner = !unsafe { self.own.engine.is_capturing(stream) }
-                .map_err(|reason| self.device_failed(reason))?;
-        }
+        // A graph replays the same flags each time, but joiners come and go.
+        let has_joiner = self.communicator.has_joiner() && !is_captured;
         let segments = || self.table.buckets.iter().map(|bucket| &bucket.segments[..]);
         let buckets = self.own.engine.place(&mut self.table.raw, segments());
         let args = PaArgs {
@@ -292,10 +293,10 @@ impl ParamAverager {
         // say so.
         let meets = |phase: u32| phase != PA_SCAN && phase != PA_RING_GATHER;
         let phases = self.phases.iter().copied().filter(|&phase| problem.is_none() || meets(phase));
-        // SAFETY: the tables describe the tensors that `params` visited just now, which are the
-        // caller's promise; all other memory is this averager's or kept by `agreement`.
+        // SAFETY: the tables describe the tensors of the caller's promise; all other memory is this
+        // averager's or kept by `agreement`.
         match unsafe { self.own.engine.start(&args, phases, stream) } {
-            Ok(()) => Ok(None),
+            Ok(()) => Ok(()),
             Err(refused @ Unstarted::Refused { .. }) => {
                 Err(refusal.unwrap_or_else(|| self.unstarted(refused)))
             }

@@ -41,7 +41,7 @@ impl fmt::Display for Phase {
 ///
 /// Up to the commit, the error of an average is the same on every rank; after it, ranks that were
 /// done may have succeeded. [`Error::is_fatal`] tells whether the averager can be used again,
-/// [`Error::tensors_unchanged`] whether every tensor still holds what it held before the call.
+/// [`Error::tensors`] what this rank's tensors hold now.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -204,6 +204,15 @@ pub enum Error {
         tensor: String,
         /// What is wrong with it and what to do.
         problem: String,
+    },
+
+    /// A rank's model could not lend its tensors. No tensor was changed, and every rank can go on.
+    #[error("rank {rank} could not lend its tensors, so no rank averaged: {reason}")]
+    LendFailed {
+        /// The rank.
+        rank: usize,
+        /// On that rank, what its [`Lend`](crate::Lend) says.
+        reason: String,
     },
 
     /// Ranks average at different points of their schedules. No tensor was changed, and every rank
@@ -392,6 +401,7 @@ impl Error {
             | Error::RecoveryUnsupported { .. }
             | Error::InvalidOption { .. }
             | Error::InvalidTensor { .. }
+            | Error::LendFailed { .. }
             | Error::InvalidWeight { .. }
             | Error::AllWeightsZero
             | Error::LayoutChanged { .. }
@@ -436,19 +446,36 @@ impl Error {
         )
     }
 
-    /// Whether every tensor of this rank still holds what it held before the call. If not, each
-    /// element is either the rank's own or the mean, and an average in a new world makes the ranks
-    /// agree again.
-    pub fn tensors_unchanged(&self) -> bool {
+    /// State of this rank's tensors after the call that failed.
+    pub fn tensors(&self) -> TensorState {
         match self {
-            Error::Timeout { committed, .. }
-            | Error::Aborted { committed, .. }
-            | Error::PeerLost { committed, .. } => !committed,
-            Error::AfterAverage { .. } => false,
-            Error::DeviceFailed { .. } => false, // nobody knows
-            _ => true,
+            Error::Timeout { committed: true, .. }
+            | Error::Aborted { committed: true, .. }
+            | Error::PeerLost { committed: true, .. } => TensorState::MayBeMixed,
+            Error::AfterAverage { averaged, cause } => match (averaged, cause.tensors()) {
+                (Some(_), TensorState::Unchanged) => TensorState::Averaged,
+                (None, TensorState::Unchanged) => TensorState::MayBeMixed,
+                (_, state) => state,
+            },
+            Error::DeviceFailed { .. } => TensorState::Unknown,
+            _ => TensorState::Unchanged,
         }
     }
+}
+
+/// State of a rank's tensors after a call that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum TensorState {
+    /// Every tensor holds what it held before the call.
+    Unchanged,
+    /// Every tensor holds the mean: a later step of the call failed.
+    Averaged,
+    /// Each element is either the rank's own or the mean. An average among the ranks that are left
+    /// makes them agree again.
+    MayBeMixed,
+    /// The device failed, so nothing is known: restore them from a checkpoint.
+    Unknown,
 }
 
 fn before(averaged: &Option<Box<crate::Report>>) -> &'static str {
@@ -488,6 +515,6 @@ mod tests {
     #[test]
     fn an_excluded_rank_has_no_averager_left() {
         let excluded = Error::Excluded { rank: 2, timeout: Duration::from_secs(1) };
-        assert!(excluded.is_fatal() && excluded.tensors_unchanged());
+        assert!(excluded.is_fatal() && excluded.tensors() == TensorState::Unchanged);
     }
 }

@@ -32,7 +32,7 @@
 //! * [`LocalSgd`] counts optimizer steps and averages when its [`Schedule`] says so.
 #![cfg_attr(
     feature = "cudarc",
-    doc = "* [`interop`]: cudarc's slices, averaged on a cudarc stream ([`CudaParams`])."
+    doc = "* [`adapters::cudarc`]: cudarc's slices, averaged on a cudarc stream ([`CudaParams`])."
 )]
 //! * [`Error`] says which rank and which tensor, and what to do. If an average fails before any
 //!   rank wrote, no tensor of any rank has changed.
@@ -45,26 +45,29 @@
 #[allow(missing_docs, dead_code, clippy::all)]
 #[rustfmt::skip]
 mod abi;
+pub mod adapters;
 mod averager;
 mod backend;
 mod bucket;
 mod deadline;
 mod error;
-#[cfg(feature = "cudarc")]
-pub mod interop;
 mod local_sgd;
+mod parameters;
 mod schedule;
 mod tensor;
 mod world;
 
-pub use averager::{Algorithm, Builder, Link, ParamAverager, Pending, Report};
-pub use backend::cuda::{Connection, CudaDevice, PeerAccess, Topology};
-pub use error::{Error, ErrorKind, Phase, Result};
 #[cfg(feature = "cudarc")]
-pub use interop::{CudaParams, CudaTensorMut};
+pub use adapters::cudarc::{CudaParams, CudaTensorMut};
+pub use averager::{
+    Algorithm, Builder, Lend, LendError, Link, Loan, ParamAverager, Pending, RawCudaParams, Report,
+};
+pub use backend::cuda::{Connection, CudaDevice, PeerAccess, Topology};
+pub use error::{Error, ErrorKind, Phase, Result, TensorState};
 pub use local_sgd::{Action, LocalSgd};
+pub use parameters::Parameters;
 pub use schedule::Schedule;
-pub use tensor::{Dtype, Element, Parameters, TensorMut};
+pub use tensor::{Dtype, Element, TensorMut};
 pub use world::{AbortHandle, Communicator, Device};
 #[cfg(target_os = "linux")]
 pub use world::{CommunicatorBuilder, WorldId};

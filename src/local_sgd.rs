@@ -1,9 +1,9 @@
 //! Local SGD: count optimizer steps, average when the schedule says so.
 
-use crate::averager::{Call, Halt, Outcome, Plain, Progress, Regrouped, Tensors, TRIES};
+use crate::averager::{Call, Halt, Lend, Outcome, Progress, Regrouped, TRIES};
 use crate::schedule::place;
 use crate::world::Admission;
-use crate::{Error, ParamAverager, Parameters, Report, Result, Schedule};
+use crate::{Error, ParamAverager, Report, Result, Schedule};
 
 /// Averages a model's parameters across ranks every so many optimizer steps.
 ///
@@ -93,22 +93,33 @@ impl LocalSgd {
     /// After an average that was due, a process that waits to [join](crate::Communicator::join) is let in,
     /// with a copy of the model. If that fails, the error is [`Error::AfterAverage`]: the
     /// parameters are the mean. [`finish`](Self::finish) lets no process in.
-    pub fn step<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        self.step_with(&mut Plain(params))
+    pub fn step<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
+        self.applied += 1;
+        self.since_average += 1;
+        self.skip(params)
     }
 
     /// After an optimizer step was left out, on this rank alone or on all: the step is not counted
     /// as applied, but this rank takes part in the average if one is due, so that its peers need
     /// not wait.
-    pub fn skip<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        self.skip_with(&mut Plain(params))
+    pub fn skip<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
+        self.position += 1;
+        self.averager.set_position_in_schedule(self.position);
+        if self.schedule.is_due(self.position) {
+            let action = self.average(params, self.position)?;
+            return self.admit(params, action).map_err(Halt::error);
+        }
+        if self.is_alone() {
+            return Ok(Action::Alone);
+        }
+        Ok(Action::Counted { until_next: self.schedule.next_due(self.position) - self.position })
     }
 
     /// The last average, which makes all ranks' parameters the same. Ranks may have made different
     /// numbers of steps since the last due average. If no rank has stepped since, nothing moves;
     /// calling it twice is calling it once.
-    pub fn finish<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        self.finish_with(&mut Plain(params))
+    pub fn finish<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
+        self.average(params, place::FINISH)
     }
 
     /// After an error that [is fatal](crate::Error::is_fatal): goes on among the ranks that are
@@ -122,8 +133,8 @@ impl LocalSgd {
     /// A process with several `LocalSgd`s of one world recovers all of them when one has failed, in
     /// the same order on every rank, since each makes an average; ranks that begin with different
     /// ones are told so.
-    pub fn recover<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        self.recover_with(&mut Plain(params))
+    pub fn recover<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
+        self.recover_step(params, &mut Progress::default()).map_err(Halt::error)
     }
 
     fn averaged(&mut self, report: Report) -> Action {
@@ -153,42 +164,15 @@ impl LocalSgd {
         &mut self.averager
     }
 
-    pub(crate) fn step_with(&mut self, tensors: &mut impl Tensors) -> Result<Action> {
-        self.applied += 1;
-        self.since_average += 1;
-        self.skip_with(tensors)
-    }
-
-    pub(crate) fn skip_with(&mut self, tensors: &mut impl Tensors) -> Result<Action> {
-        self.position += 1;
-        self.averager.set_position_in_schedule(self.position);
-        if self.schedule.is_due(self.position) {
-            let action = self.average(tensors, self.position)?;
-            return self.admit(tensors, action).map_err(Halt::error);
-        }
-        if self.is_alone() {
-            return Ok(Action::Alone);
-        }
-        Ok(Action::Counted { until_next: self.schedule.next_due(self.position) - self.position })
-    }
-
-    pub(crate) fn finish_with(&mut self, tensors: &mut impl Tensors) -> Result<Action> {
-        self.average(tensors, place::FINISH)
-    }
-
-    pub(crate) fn recover_with(&mut self, tensors: &mut impl Tensors) -> Result<Action> {
-        self.recover_step(tensors, &mut Progress::default()).map_err(Halt::error)
-    }
-
     fn recover_step(
         &mut self,
-        tensors: &mut impl Tensors,
+        params: &mut (impl Lend + ?Sized),
         progress: &mut Progress,
     ) -> Result<Action, Halt> {
         let (mut last, mut in_vain) = (None::<(Error, usize)>, 0);
         loop {
             let Regrouped { position, admitted } =
-                self.averager.recover_step(tensors, true, progress)?;
+                self.averager.recover_step(params, true, progress)?;
             self.position = position;
             if let Some(admitted) = admitted {
                 return Ok(self.averaged(admitted.report)); // the mean over all members
@@ -200,7 +184,7 @@ impl LocalSgd {
                 }
             }
             self.since_average += 1; // whatever was half written
-            match self.average(tensors, place::RECOVERY) {
+            match self.average(params, place::RECOVERY) {
                 // Another rank is lost, and the next view is without it.
                 Err(error @ (Error::PeerLost { .. } | Error::Timeout { .. })) => {
                     progress.survived(&error);
@@ -213,7 +197,7 @@ impl LocalSgd {
     }
 
     /// Lets a process in that waits, after an average that was due.
-    fn admit(&mut self, tensors: &mut impl Tensors, action: Action) -> Result<Action, Halt> {
+    fn admit(&mut self, params: &mut (impl Lend + ?Sized), action: Action) -> Result<Action, Halt> {
         let (average, waits) = match &action {
             Action::Averaged(report) => (Some(report.clone()), report.join_pending),
             Action::Alone => (None, self.enabled && self.averager.join_pending()),
@@ -224,7 +208,7 @@ impl LocalSgd {
         }
         let mut progress = Progress::default();
         average.iter().for_each(|report| progress.averaged(report));
-        let regrouped = self.averager.regroup(tensors, Admission::Copy, false, &mut progress)?;
+        let regrouped = self.averager.regroup(params, Admission::Copy, false, &mut progress)?;
         self.position = regrouped.position;
         match regrouped.admitted {
             Some(admitted) if admitted.is_mean => return Ok(self.averaged(admitted.report)),
@@ -233,14 +217,14 @@ impl LocalSgd {
         }
         // The joiner is gone. Some ranks may have seen it in and then lost it, and recover: this is
         // the average that they make.
-        match self.recover_step(tensors, &mut progress)? {
+        match self.recover_step(params, &mut progress)? {
             made @ (Action::Averaged(_) | Action::PartlyAveraged) if average.is_none() => Ok(made),
             Action::PartlyAveraged => Ok(Action::PartlyAveraged),
             _ => Ok(action),
         }
     }
 
-    fn average(&mut self, tensors: &mut impl Tensors, place: u64) -> Result<Action> {
+    fn average(&mut self, params: &mut (impl Lend + ?Sized), place: u64) -> Result<Action> {
         if self.is_alone() {
             return Ok(Action::Alone);
         }
@@ -250,7 +234,7 @@ impl LocalSgd {
             unneeded: self.since_average == 0,
             ..Call::by_hand(None)
         };
-        Ok(match tensors.average(&mut self.averager, call)? {
+        Ok(match self.averager.run(params, call)? {
             Outcome::Averaged(report) => self.averaged(report),
             Outcome::Unneeded => {
                 self.since_average = 0;

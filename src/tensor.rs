@@ -1,4 +1,4 @@
-//! A borrowed tensor, and what a list of parameters is.
+//! A borrowed tensor and its element types.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -156,6 +156,11 @@ impl<'a> TensorMut<'a> {
         self.device
     }
 
+    /// The same tensor for as long as this one is borrowed.
+    pub(crate) fn reborrow(&mut self) -> TensorMut<'_> {
+        TensorMut { memory: PhantomData, ..*self }
+    }
+
     #[cfg(feature = "cudarc")]
     pub(crate) fn unordered(self, unordered: Option<Unordered>) -> Self {
         TensorMut { unordered, ..self }
@@ -184,95 +189,13 @@ impl fmt::Debug for TensorMut<'_> {
     }
 }
 
-/// A model's parameters: a list of tensors that is the same, pointers aside, on every rank and at
-/// every call.
-///
-/// Implemented for slices, vectors and arrays of what is itself a list of tensors, the smallest of
-/// which are [`TensorMut`] and slices and vectors of the element types: `Vec<Vec<f32>>` is a model.
-/// Implement it for a model of your own by calling `visit` once for each tensor:
-///
-/// ```
-/// use param_averager::{Parameters, TensorMut};
-///
-/// struct Mlp { weight: Vec<f32>, bias: Vec<f32> }
-///
-/// impl Parameters for Mlp {
-///     fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
-///         visit(TensorMut::from(&mut self.weight[..]).named("weight"));
-///         visit(TensorMut::from(&mut self.bias[..]).named("bias"));
-///     }
-/// }
-/// ```
-pub trait Parameters {
-    /// Calls `visit` once for each tensor, always in the same order. Runs in every average: do not
-    /// allocate here.
-    ///
-    /// The tensors live as long as `self` stays borrowed, since ranks read and write them after
-    /// this has returned. A tensor in memory that ends sooner does not compile:
-    ///
-    /// ```compile_fail
-    /// # use param_averager::{Parameters, TensorMut};
-    /// struct Copies(Vec<f32>);
-    /// impl Parameters for Copies {
-    ///     fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
-    ///         visit(TensorMut::from(&mut self.0.clone()[..]));
-    ///     }
-    /// }
-    /// ```
-    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>));
-}
-
-impl<P: Parameters + ?Sized> Parameters for &mut P {
-    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
-        (**self).visit(visit)
-    }
-}
-
-impl<P: Parameters> Parameters for [P] {
-    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
-        self.iter_mut().for_each(|part| part.visit(visit))
-    }
-}
-
-impl<P: Parameters> Parameters for Vec<P> {
-    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
-        self[..].visit(visit)
-    }
-}
-
-impl<P: Parameters, const N: usize> Parameters for [P; N] {
-    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
-        self[..].visit(visit)
-    }
-}
-
-impl Parameters for TensorMut<'_> {
-    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
-        // The same tensor for as long as this one is borrowed.
-        visit(TensorMut { memory: PhantomData, ..*self })
-    }
-}
-
 macro_rules! elements {
-    ($($element:ty => $dtype:ident),*) => {$(
+    ($($(#[$on:meta])* $element:ty => $dtype:ident),*) => {$(
+        $(#[$on])*
         impl sealed::Sealed for $element {}
+        $(#[$on])*
         impl Element for $element {
             const DTYPE: Dtype = Dtype::$dtype;
-        }
-        impl Parameters for [$element] {
-            fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
-                visit(TensorMut::from(self))
-            }
-        }
-        impl Parameters for Vec<$element> {
-            fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
-                visit(TensorMut::from(&mut self[..]))
-            }
-        }
-        impl<const N: usize> Parameters for [$element; N] {
-            fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
-                visit(TensorMut::from(&mut self[..]))
-            }
         }
     )*};
 }

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use common::{ranks, Guarded, Random};
 use param_averager::__testing::Testing;
-use param_averager::{Algorithm, Builder, Communicator, Dtype, Error, ParamAverager, Phase};
+use param_averager::{
+    Algorithm, Builder, Communicator, Dtype, Error, ParamAverager, Phase, TensorState,
+};
 
 const TIMEOUT: Duration = Duration::from_millis(600);
 /// How long an error may take beyond the timeout on a machine with more threads than cores.
@@ -91,7 +93,10 @@ fn expect(seen: &[Option<Seen>], error: &Error) {
         seen.iter().enumerate().filter_map(|(rank, seen)| Some((rank, seen.as_ref()?)))
     {
         assert_eq!(seen.error.as_ref(), Some(error), "rank {rank}");
-        assert!(seen.unchanged && error.tensors_unchanged(), "rank {rank}: tensors changed");
+        assert!(
+            seen.unchanged && error.tensors() == TensorState::Unchanged,
+            "rank {rank}: tensors changed"
+        );
         assert!(seen.elapsed < TIMEOUT + GRACE, "rank {rank} took {:?}", seen.elapsed);
         if error.is_fatal() {
             let poisoned = Error::Poisoned { cause: Box::new(error.clone()) };
@@ -189,7 +194,7 @@ fn leave_at(n: usize, way: (Algorithm, bool), step: u32) {
                 other => panic!("{context}: rank {rank} got {other}"),
             };
             assert_eq!(named, leaver, "{context}: rank {rank} says {error}");
-            if error.tensors_unchanged() {
+            if error.tensors() == TensorState::Unchanged {
                 assert_eq!(&bytes(model), held, "{context}: rank {rank} says {error}");
             } else {
                 // Each element is the rank's own or the mean.
@@ -206,7 +211,7 @@ fn leave_at(n: usize, way: (Algorithm, bool), step: u32) {
                     }
                 }
             }
-            error.tensors_unchanged()
+            error.tensors() == TensorState::Unchanged
         })
         .collect();
     // Either all survivors failed before the commit or none did, and then they all say the same.

@@ -3,21 +3,23 @@
 
 use std::sync::Arc;
 
+use super::lend::with_tensors;
 use super::memory::{check_room, RankMemory, Sizes, LINE_BYTES};
 use super::rebuild::Blueprint;
 use super::table::{Layout, Table};
-use super::{defaults, flag, phases, spins, Algorithm, Builder, ParamAverager, Tensors};
+use super::{defaults, flag, phases, spins, Algorithm, Builder, Lend, LendError, ParamAverager};
 use crate::abi::*;
 use crate::backend::Memory;
 use crate::world::Handshake;
-use crate::{Error, Parameters, Result};
+use crate::{Error, Result};
 
 impl ParamAverager {
-    /// With the first average in it, if a process joins.
-    pub(crate) fn build(options: Builder, tensors: &mut impl Tensors) -> Result<Self> {
+    /// Builds the averager; if the view contains a joiner, runs the average that transfers the
+    /// model to it.
+    pub(crate) fn build<P: Lend + ?Sized>(options: Builder, params: &mut P) -> Result<Self> {
         let communicator = options.communicator.clone();
-        let built = tensors.assemble(options).and_then(|mut averager| {
-            averager.average_with_joiner(tensors)?;
+        let built = ParamAverager::assemble(options, params).and_then(|mut averager| {
+            averager.average_with_joiner(params)?;
             Ok(averager)
         });
         built.inspect_err(|_| {
@@ -27,26 +29,32 @@ impl ParamAverager {
         })
     }
 
-    pub(super) fn assemble<P: Parameters + ?Sized>(
-        options: Builder,
-        params: &mut P,
-    ) -> Result<Self> {
-        let communicator = &options.communicator;
-        let (rank, world) = (communicator.rank(), communicator.world_size());
-        let (device, space) = (communicator.device(), communicator.space().clone());
-        let (mut tensors, mut names) = (0, 0);
-        params.visit(&mut |tensor| {
-            tensors += 1;
-            names += tensor.name().map_or(0, str::len);
-        });
-        let (table, refusal) = match check_room(tensors, names, rank, world) {
-            Ok(()) => {
-                let (table, problem) = Table::new(params, device, space);
+    fn assemble<P: Lend + ?Sized>(options: Builder, params: &mut P) -> Result<Self> {
+        let (rank, world) = (options.communicator.rank(), options.communicator.world_size());
+        let (device, space) = (options.communicator.device(), options.communicator.space().clone());
+        let mut made = None;
+        let lent = with_tensors(params, &mut |params| {
+            let (mut tensors, mut names) = (0, 0);
+            params.visit(&mut |tensor| {
+                tensors += 1;
+                names += tensor.name().map_or(0, str::len);
+            });
+            made = Some(check_room(tensors, names, rank, world).map(|()| {
+                let (table, problem) = Table::new(params, device, space.clone());
                 let refusal = problem.map(|problem| table.error(rank, problem));
                 (table, refusal)
-            }
-            Err(error) => (Table::of(Layout::none(device, space).into()), Some(error)),
+            }));
+        });
+        let not_lent = |failed: LendError| Error::LendFailed { rank, reason: failed.to_string() };
+        let found = match (lent, made) {
+            (Ok(()), Some(found)) => found,
+            (Ok(()), None) => unreachable!("tensors that were lent were looked at"),
+            (Err(failed), _) => Err(not_lent(failed)),
         };
+        // Peers are told of a refusal by the handshake, so this rank takes part in it all the same.
+        let (table, refusal) = found.unwrap_or_else(|error| {
+            (Table::of(Layout::none(device, space.clone()).into()), Some(error))
+        });
         let mut averager = ParamAverager::assemble_for(options, table, refusal, None)?;
         averager.blueprint = Some(Blueprint::of(&averager));
         Ok(averager)
@@ -97,7 +105,6 @@ impl ParamAverager {
             failed: None,
             admitted: None,
             blueprint: None,
-            #[cfg(feature = "cudarc")]
             stream: None,
             communicator,
             agreement,

@@ -1,12 +1,12 @@
-//! Options, defaults, and the memory an averager needs.
+//! Options of an averager.
 
 use std::time::Duration;
 
 use super::defaults::{self, Cut};
-use super::{Algorithm, Link, ParamAverager, Plain};
+use super::{Algorithm, Lend, Link, ParamAverager};
 use crate::backend::MemorySpace;
 use crate::world::{Admission, Communicator};
-use crate::{Error, Parameters, Result};
+use crate::{Error, Result};
 
 /// Options of a [`ParamAverager`]; the same on every rank.
 #[derive(Clone, Debug)]
@@ -161,13 +161,8 @@ impl Builder {
     ///
     /// In a process that [joined](crate::Communicator::join) it gives the tensors the values that the
     /// others have.
-    pub fn build<P: Parameters + ?Sized>(self, params: &mut P) -> Result<ParamAverager> {
-        ParamAverager::build(self, &mut Plain(params))
-    }
-
-    #[cfg(feature = "cudarc")]
-    pub(crate) fn rank(&self) -> usize {
-        self.communicator.rank()
+    pub fn build<P: Lend + ?Sized>(self, params: &mut P) -> Result<ParamAverager> {
+        ParamAverager::build(self, params)
     }
 
     pub(super) fn check(&self) -> Result<()> {

@@ -1,6 +1,6 @@
 //! Record of what a call of several steps has done to the tensors so far.
 
-use crate::{Error, Report};
+use crate::{Error, Report, TensorState};
 
 /// The changes that one call has made to the tensors before its current step.
 ///
@@ -26,7 +26,7 @@ impl Progress {
 
     /// Notes a step that failed and after which the call goes on.
     pub(crate) fn survived(&mut self, error: &Error) {
-        self.written |= !error.tensors_unchanged();
+        self.written |= error.tensors() != TensorState::Unchanged;
     }
 
     /// True if a step that failed may have left tensors half written.
@@ -36,7 +36,7 @@ impl Progress {
 
     /// The error of the whole call, of which `cause` ended the current step.
     pub(crate) fn halt(&mut self, cause: Error) -> Halt {
-        let hides_a_change = self.written && cause.tensors_unchanged();
+        let hides_a_change = self.written && cause.tensors() == TensorState::Unchanged;
         if self.averaged.is_none() && !hides_a_change {
             return Halt(cause);
         }
@@ -71,7 +71,7 @@ mod tests {
         progress.survived(&lost(true));
         assert_eq!(progress.halt(lost(true)).error(), lost(true), "it says so itself");
         let error = progress.halt(lost(false)).error();
-        assert!(!error.tensors_unchanged() && error.is_fatal(), "{error:?}");
+        assert!(error.tensors() != TensorState::Unchanged && error.is_fatal(), "{error:?}");
         assert!(error.to_string().contains("partly averaged"), "{error}");
 
         let report = Report {
@@ -87,7 +87,7 @@ mod tests {
             progress.averaged(&report);
             let error = progress.halt(cause.clone()).error();
             assert!(
-                !error.tensors_unchanged() && error.is_fatal() == cause.is_fatal(),
+                error.tensors() != TensorState::Unchanged && error.is_fatal() == cause.is_fatal(),
                 "{error:?}"
             );
             assert!(error.to_string().contains("every tensor holds the mean"), "{error}");

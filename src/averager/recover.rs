@@ -2,11 +2,11 @@
 
 use super::progress::Halt;
 use super::rebuild::is_of_the_view;
-use super::{Call, Outcome, ParamAverager, Plain, Progress, Report, Tensors};
+use super::{Call, Lend, Outcome, ParamAverager, Progress, Report};
 use crate::error::Phase;
 use crate::schedule::place;
 use crate::world::{Admission, Communicator};
-use crate::{Error, Parameters, Result};
+use crate::{Error, Result};
 
 /// An averager's way to the next view of its world.
 pub(crate) struct Regrouped {
@@ -41,13 +41,9 @@ impl ParamAverager {
     /// while the world has all its ranks and the averager has not failed. After an error that says
     /// nothing of this rank being left out, it can be called again. It gives up after a few tries
     /// in which nobody was lost; a try takes the builder's `timeout` for each averager at most.
-    pub fn recover<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<()> {
-        self.recover_with(&mut Plain(params))
-    }
-
-    pub(crate) fn recover_with(&mut self, tensors: &mut impl Tensors) -> Result<()> {
+    pub fn recover<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<()> {
         let mut progress = Progress::default();
-        self.recover_step(tensors, false, &mut progress).map(drop).map_err(Halt::error)
+        self.recover_step(params, false, &mut progress).map(drop).map_err(Halt::error)
     }
 
     /// One step of a call that may have more: the place in the schedule comes with it, since some
@@ -55,7 +51,7 @@ impl ParamAverager {
     /// next. `averages`: the caller averages next, to make up for an average that was due.
     pub(crate) fn recover_step(
         &mut self,
-        tensors: &mut impl Tensors,
+        params: &mut (impl Lend + ?Sized),
         averages: bool,
         progress: &mut Progress,
     ) -> Result<Regrouped, Halt> {
@@ -70,7 +66,7 @@ impl ParamAverager {
             self.blueprint.as_ref().and_then(|blueprint| blueprint.refusal(latest.view()));
         match refused {
             Some(error) if !is_over => Err(progress.halt(error)),
-            _ => self.regroup(tensors, Admission::None, averages, progress),
+            _ => self.regroup(params, Admission::None, averages, progress),
         }
     }
 
@@ -95,22 +91,16 @@ impl ParamAverager {
     /// # Ok(())
     /// # }
     /// ```
-    pub fn admit_joiner<P: Parameters + ?Sized>(&mut self, params: &mut P) -> Result<Report> {
-        self.admit_with(&mut Plain(params))
-    }
-
-    pub(crate) fn admit_with(&mut self, tensors: &mut impl Tensors) -> Result<Report> {
+    pub fn admit_joiner<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Report> {
         let mut progress = Progress::default();
         let regrouped =
-            self.regroup(tensors, Admission::Copy, false, &mut progress).map_err(Halt::error)?;
+            self.regroup(params, Admission::Copy, false, &mut progress).map_err(Halt::error)?;
         if let Some(admitted) = regrouped.admitted {
             return Ok(admitted.report);
         }
-        match tensors.average(self, Call::by_hand(None)) {
-            Ok(Outcome::Averaged(report)) => Ok(report),
-            Ok(Outcome::Unneeded) => unreachable!("this rank needs it"),
-            Err(error) => Err(progress.halt(error).error()),
-        }
+        self.run(params, Call::by_hand(None))
+            .map(Outcome::report)
+            .map_err(|error| progress.halt(error).error())
     }
 
     fn has_failed(&self) -> bool {
@@ -127,7 +117,7 @@ impl ParamAverager {
     /// The next view of the world, and this averager in it.
     pub(crate) fn regroup(
         &mut self,
-        tensors: &mut impl Tensors,
+        params: &mut (impl Lend + ?Sized),
         mut admission: Admission,
         averages: bool,
         progress: &mut Progress,
@@ -179,7 +169,7 @@ impl ParamAverager {
                     Admission::None => Admission::Mean,
                     admission => admission,
                 };
-                ParamAverager::build(self.options.clone(), tensors)
+                ParamAverager::build(self.options.clone(), params)
             } else {
                 self.successor(&communicator, averages)
             };
@@ -224,7 +214,7 @@ impl ParamAverager {
     }
 
     /// The first average of an averager that was built since a process joined.
-    pub(super) fn average_with_joiner(&mut self, tensors: &mut impl Tensors) -> Result<()> {
+    pub(super) fn average_with_joiner(&mut self, params: &mut (impl Lend + ?Sized)) -> Result<()> {
         let handshakes = &self.agreement.handshakes;
         if handshakes.iter().all(|handshake| handshake.admission == Admission::None) {
             return match self.communicator.lacks_model() {
@@ -244,7 +234,7 @@ impl ParamAverager {
             unneeded: false,
             keeps: is_member && !is_mean,
         };
-        if let Outcome::Averaged(report) = tensors.average(self, call)? {
+        if let Outcome::Averaged(report) = self.run(params, call)? {
             self.admitted = Some(Admitted { report, is_mean });
         }
         self.communicator.has_model();

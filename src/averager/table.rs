@@ -50,6 +50,11 @@ pub(super) struct Problem {
     pub(super) found: u64,
 }
 
+impl Problem {
+    /// The rank's `Lend` has lent nothing.
+    pub(super) const NOT_LENT: Problem = Problem { tensor: 0, found: NOT_LENT << SHIFT };
+}
+
 /// `Problem::found`: what it is about is in the top byte, below 16 a dtype.
 const MISSING: u64 = 16;
 const EXTRA: u64 = 17;
@@ -62,6 +67,7 @@ const OTHER_CONTEXT: u64 = 23;
 const UNTRACKED: u64 = 24;
 const IN_A_GRAPH: u64 = 25;
 const TOO_LONG: u64 = 26;
+const NOT_LENT: u64 = 27;
 const SHIFT: u32 = 56;
 
 impl Layout {
@@ -83,8 +89,8 @@ impl Layout {
 
 impl Table {
     /// The table of these tensors; addresses are those of now.
-    pub(super) fn new<P: Parameters + ?Sized>(
-        params: &mut P,
+    pub(super) fn new(
+        params: &mut dyn Parameters,
         device: Device,
         space: MemorySpace,
     ) -> (Table, Option<Problem>) {
@@ -113,9 +119,9 @@ impl Table {
 
     /// Takes over the tensors' addresses, if they are the tensors that the table was made for. Does
     /// not allocate. The addresses are good for as long as the caller's borrow of `params`.
-    pub(super) fn refresh<'a, P: Parameters + ?Sized>(
+    pub(super) fn refresh<'a>(
         &mut self,
-        params: &'a mut P,
+        params: &'a mut (dyn Parameters + '_),
     ) -> Result<(), Problem> {
         let (mut index, mut problem) = (0, None);
         params.visit(&mut |tensor: TensorMut<'a>| {
@@ -203,6 +209,10 @@ impl Table {
     /// The error for a problem of rank `rank`, whose tensors are the same as this rank's.
     pub(super) fn error(&self, rank: usize, problem: Problem) -> Error {
         let index = problem.tensor as usize;
+        if problem.found == Problem::NOT_LENT.found {
+            let reason = "it could not lend its tensors; see its own error".into();
+            return Error::LendFailed { rank, reason };
+        }
         let (what, low) = (problem.found >> SHIFT, problem.found & ((1 << SHIFT) - 1));
         let tensor = || self.describe(index);
         let trouble = |problem: &str| Error::InvalidTensor {

@@ -30,8 +30,7 @@ impl Unstarted {
     pub(crate) fn beside_a_capture(failure: &str) -> Unstarted {
         Unstarted::Refused {
             found: format!("the null stream while a blocking stream is being captured ({failure})"),
-            expected: "it when the capture has ended, or a non-blocking stream by average_on or \
-                 enqueue_cudarc",
+            expected: "it when the capture has ended, or a non-blocking stream of its own",
         }
     }
 }

@@ -93,8 +93,8 @@ pub fn beside() {
                     .unwrap();
                 // Both are under way at once.
                 [
-                    one.average_on(mine, ring.cast()).unwrap(),
-                    other.average_on(yours, direct.cast()).unwrap(),
+                    one.start(&mut RawCudaParams::new(ring.cast(), &mut *mine)).unwrap(),
+                    other.start(&mut RawCudaParams::new(direct.cast(), &mut *yours)).unwrap(),
                 ]
             };
             for pending in pending {

@@ -61,7 +61,9 @@ pub fn refusals() {
                 for other in &mut others {
                     // SAFETY: own memory and stream, which live until all is done.
                     let error =
-                        unsafe { averager.average_on(other, raw.cast()) }.map(drop).unwrap_err();
+                        unsafe { averager.start(&mut RawCudaParams::new(raw.cast(), &mut *other)) }
+                            .map(drop)
+                            .unwrap_err();
                     assert!(
                         matches!(error, Error::LayoutChanged { rank: at, .. } if at == rank),
                         "{error}"
@@ -69,9 +71,14 @@ pub fn refusals() {
                 }
                 for weight in weights {
                     // SAFETY: as above.
-                    let error = unsafe { averager.average_weighted_on(model, weight, raw.cast()) }
-                        .map(drop)
-                        .unwrap_err();
+                    let error = unsafe {
+                        averager.start_weighted(
+                            &mut RawCudaParams::new(raw.cast(), &mut *model),
+                            weight,
+                        )
+                    }
+                    .map(drop)
+                    .unwrap_err();
                     assert!(
                         matches!(error, Error::InvalidWeight { rank: at, .. } if at == rank),
                         "{error}"
@@ -92,7 +99,12 @@ pub fn refusals() {
                 capture(raw, || {
                     wrong(&mut averager, &mut model);
                     drop(
-                        averager.average_weighted_on(&mut model, rank as f64, raw.cast()).unwrap(),
+                        averager
+                            .start_weighted(
+                                &mut RawCudaParams::new(raw.cast(), &mut model),
+                                rank as f64,
+                            )
+                            .unwrap(),
                     );
                 })
             };
@@ -121,8 +133,10 @@ pub fn refusals() {
             // Where nothing is captured, every rank hears, as ever.
             let weight = if rank == 1 { -1.0 } else { 1.0 };
             // SAFETY: as above.
-            let pending =
-                unsafe { averager.average_weighted_on(&mut model, weight, raw.cast()) }.unwrap();
+            let pending = unsafe {
+                averager.start_weighted(&mut RawCudaParams::new(raw.cast(), &mut model), weight)
+            }
+            .unwrap();
             assert!(matches!(pending.wait(), Err(Error::InvalidWeight { rank: 1, .. })));
             all_ready.wait();
             // SAFETY: no replay is under way.
@@ -157,7 +171,8 @@ fn replay(devices: &[Device], algorithm: Algorithm, commit: bool) {
                                                // all is done.
         let graph = unsafe {
             capture(raw, || {
-                let pending = averager.average_on(&mut model, raw.cast()).unwrap();
+                let pending =
+                    averager.start(&mut RawCudaParams::new(raw.cast(), &mut model)).unwrap();
                 let Err(Error::InvalidOption { option: "stream", found, .. }) = pending.wait()
                 else {
                     panic!("it has not run")

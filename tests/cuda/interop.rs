@@ -26,7 +26,7 @@ fn stream() -> Arc<CudaStream> {
 
 fn build(communicator: Communicator, params: &mut CudaParams<'_>) -> Result<ParamAverager> {
     let builder = ParamAverager::builder(communicator).channels(2).timeout(Duration::from_secs(60));
-    builder.build_cudarc(params)
+    builder.build(params)
 }
 
 fn all<T: DeviceRepr + Clone + Default + PartialEq + std::fmt::Debug>(
@@ -62,8 +62,8 @@ fn every_dtype() {
             let averager =
                 averager.get_or_insert_with(|| build(communicator.clone(), &mut params).unwrap());
             let report = match weighted {
-                false => averager.average_cudarc(&mut params).unwrap(),
-                true => averager.average_weighted_cudarc(&mut params, 1.0 + rank as f64).unwrap(),
+                false => averager.average(&mut params).unwrap(),
+                true => averager.average_weighted(&mut params, 1.0 + rank as f64).unwrap(),
             };
             assert_eq!(report.bytes, 4 * 1001 + 8 * 201 + 2 * 75 + 2 * 78 + 4 * 11);
         }
@@ -105,8 +105,8 @@ fn other_streams() {
             let mut params = CudaParams::new(own.as_ref().unwrap_or(&stream));
             params.push(tensor);
             let pending = match round {
-                1 => averager.enqueue_weighted_cudarc(&mut params, 1.0),
-                _ => averager.enqueue_cudarc(&mut params),
+                1 => averager.start_weighted(&mut params, 1.0),
+                _ => averager.start(&mut params),
             };
             std::mem::forget(pending.unwrap());
             drop(own);
@@ -139,13 +139,13 @@ fn last_stream() {
         let [mut first, mut second] = weights;
         let mut params = CudaParams::new(&stream);
         params.push(&mut first);
-        std::mem::forget(averager.enqueue_cudarc(&mut params).unwrap());
+        std::mem::forget(averager.start(&mut params).unwrap());
         drop(stream);
         drop(first);
         // Waits for the one before it, which fails if its memory is gone.
         let mut params = CudaParams::new(&null);
         params.push(&mut second);
-        averager.average_cudarc(&mut params).unwrap();
+        averager.average(&mut params).unwrap();
         all(&second, 0.5);
         averager
     });
@@ -165,13 +165,13 @@ fn one_null_stream() {
             let mut params = CudaParams::new(&stream);
             params.push(&mut weights);
             let mut averager = build(communicator, &mut params).unwrap();
-            averager.average_cudarc(&mut params).unwrap();
-            let later = averager.enqueue_cudarc(&mut params).map(drop);
+            averager.average(&mut params).unwrap();
+            let later = averager.start(&mut params).map(drop);
             let Err(Error::InvalidOption { option: "stream", found, .. }) = later else {
                 panic!("{later:?}")
             };
             assert_eq!(found, "a blocking stream");
-            averager.average_cudarc(&mut params).unwrap();
+            averager.average(&mut params).unwrap();
             all(&weights, 1.0);
             averager
         });
@@ -186,10 +186,10 @@ fn local_sgd() {
         params.push(&mut weights);
         let averager = build(communicator, &mut params).unwrap();
         let mut sgd = LocalSgd::new(averager, Schedule::every(2));
-        assert_eq!(sgd.step_cudarc(&mut params).unwrap(), Action::Counted { until_next: 1 });
-        let skipped = sgd.skip_cudarc(&mut params).unwrap();
+        assert_eq!(sgd.step(&mut params).unwrap(), Action::Counted { until_next: 1 });
+        let skipped = sgd.skip(&mut params).unwrap();
         assert!(matches!(skipped, Action::Averaged(_)), "{skipped:?}");
-        let last = sgd.finish_cudarc(&mut params).unwrap();
+        let last = sgd.finish(&mut params).unwrap();
         assert_eq!((last, sgd.steps(), sgd.averages()), (Action::Unneeded, 1, 1));
         all(&weights, 0.5);
         sgd
@@ -198,8 +198,8 @@ fn local_sgd() {
 
 /// The error of an average that is to fail.
 fn refused(averager: &mut ParamAverager, params: &mut CudaParams<'_>) -> Error {
-    let error = averager.average_cudarc(params).unwrap_err();
-    assert!(error.tensors_unchanged() && !error.is_fatal(), "{error}");
+    let error = averager.average(params).unwrap_err();
+    assert!(error.tensors() == TensorState::Unchanged && !error.is_fatal(), "{error}");
     error
 }
 
@@ -246,13 +246,13 @@ fn refusals() {
         let on = untracked.stream().clone();
         let mut params = CudaParams::new(&on);
         params.push(&mut untracked);
-        averager.enqueue_cudarc(&mut params).unwrap().wait().unwrap();
+        averager.start(&mut params).unwrap().wait().unwrap();
         // A stream that is being captured, and a context that holds an error.
         let mut params = CudaParams::new(&stream);
         params.push(&mut right);
         stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
         stream_is(refused(&mut averager, &mut params), "being captured");
-        stream_is(averager.enqueue_cudarc(&mut params).map(drop).unwrap_err(), "being captured");
+        stream_is(averager.start(&mut params).map(drop).unwrap_err(), "being captured");
         let flags =
             cudarc::driver::sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         drop(stream.end_capture(flags));
@@ -263,7 +263,7 @@ fn refusals() {
             "holds an error, DriverError(CUDA_ERROR_UNKNOWN",
         );
         // Nothing is broken.
-        averager.average_cudarc(&mut params).unwrap();
+        averager.average(&mut params).unwrap();
         all(&right, 0.5);
         averager
     });
@@ -315,7 +315,7 @@ pub fn captured_slices() {
             let _ = context.check_err(); // cudarc's own waits for it failed, too
             let mut params = CudaParams::new(&stream);
             params.push(&mut right);
-            averager.average_cudarc(&mut params).unwrap();
+            averager.average(&mut params).unwrap();
             all(&right, 0.5);
             right = stream.clone_htod(&vec![rank as f32; 50]).unwrap();
         }
@@ -329,7 +329,7 @@ pub fn captured_slices() {
             work.memset_zeros(&mut wrong).unwrap();
             let mut params = CudaParams::new(&on);
             params.push(&mut wrong);
-            let error = averager.enqueue_cudarc(&mut params).map(drop).unwrap_err();
+            let error = averager.start(&mut params).map(drop).unwrap_err();
             tensor_is(error, "a stream that was being captured");
             work.join(&on).unwrap();
             // SAFETY: a stream that is being captured, and a graph that nobody launches.
@@ -342,7 +342,7 @@ pub fn captured_slices() {
         }
         let mut params = CudaParams::new(&stream);
         params.push(&mut right);
-        averager.average_cudarc(&mut params).unwrap();
+        averager.average(&mut params).unwrap();
         all(&right, 0.5);
         averager
     });
@@ -382,7 +382,7 @@ pub fn devices() {
         right.context().check_err().unwrap();
         let mut params = CudaParams::new(&stream);
         params.push(&mut right);
-        averager.average_cudarc(&mut params).unwrap();
+        averager.average(&mut params).unwrap();
         all(&right, 0.5);
         averager
     });

@@ -359,7 +359,10 @@ pub fn fail(devices: &[Device], link: Link, algorithm: Algorithm, all_or_nothing
                 };
                 assert!(right, "{text}");
                 model.download();
-                assert!(error.tensors_unchanged() && model.bytes() == before, "{text}");
+                assert!(
+                    error.tensors() == TensorState::Unchanged && model.bytes() == before,
+                    "{text}"
+                );
                 if error.is_fatal() {
                     assert!(
                         matches!(averager.average(&mut model), Err(Error::Poisoned { .. })),

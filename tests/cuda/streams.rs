@@ -30,7 +30,8 @@ pub fn streams() {
                 let pending = unsafe {
                     let step = bits((10 * round + rank) as f32);
                     sys::cuMemsetD32Async(weights, step, ELEMENTS, raw).result().unwrap();
-                    let pending = averager.average_on(&mut model, raw.cast()).unwrap();
+                    let pending =
+                        averager.start(&mut RawCudaParams::new(raw.cast(), &mut model)).unwrap();
                     result::memcpy_dtod_async(copy, weights, 4 * ELEMENTS, raw).unwrap();
                     pending
                 };
@@ -49,14 +50,22 @@ pub fn streams() {
             unsafe {
                 drop(
                     averager
-                        .average_weighted_on(&mut model, 1.0 + rank as f64, raw.cast())
+                        .start_weighted(
+                            &mut RawCudaParams::new(raw.cast(), &mut model),
+                            1.0 + rank as f64,
+                        )
                         .unwrap(),
                 );
-                std::mem::forget(averager.average_on(&mut model, raw.cast()).unwrap());
+                std::mem::forget(
+                    averager.start(&mut RawCudaParams::new(raw.cast(), &mut model)).unwrap(),
+                );
             }
             averager.average(&mut seen).unwrap(); // other tensors: new tables
                                                   // SAFETY: as above.
-            let null = unsafe { averager.average_on(&mut model, std::ptr::null_mut()) }.map(drop);
+            let null = unsafe {
+                averager.start(&mut RawCudaParams::new(std::ptr::null_mut(), &mut model))
+            }
+            .map(drop);
             let Err(Error::InvalidOption { option: "stream", found, .. }) = null else {
                 panic!("{null:?}")
             };
@@ -90,15 +99,17 @@ pub fn streams() {
                 return None;
             }
             // SAFETY: as above.
-            let pending = unsafe { averager.average_on(&mut model, raw.cast()) }.unwrap();
+            let pending =
+                unsafe { averager.start(&mut RawCudaParams::new(raw.cast(), &mut model)) }.unwrap();
             assert!(!pending.is_done());
             waiting.fetch_add(1, Ordering::AcqRel);
             let error = pending.wait().unwrap_err();
             assert!(matches!(error, Error::Aborted { rank: 2, committed: false, .. }), "{error}");
             model.download();
-            assert!(model.bytes() == before && error.tensors_unchanged());
+            assert!(model.bytes() == before && error.tensors() == TensorState::Unchanged);
             // SAFETY: as above.
-            let again = unsafe { averager.average_on(&mut model, raw.cast()) }.map(drop);
+            let again = unsafe { averager.start(&mut RawCudaParams::new(raw.cast(), &mut model)) }
+                .map(drop);
             assert!(matches!(again, Err(Error::Poisoned { .. })), "{again:?}");
             None
         });
@@ -108,7 +119,9 @@ pub fn streams() {
         let mut model = vec![communicator.rank() as f32; 10];
         let mut averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
         // SAFETY: no stream is looked at, and the model lives until it is done.
-        let pending = unsafe { averager.average_on(&mut model, std::ptr::null_mut()) }.unwrap();
+        let pending =
+            unsafe { averager.start(&mut RawCudaParams::new(std::ptr::null_mut(), &mut model)) }
+                .unwrap();
         assert!(pending.is_done());
         pending.wait().unwrap();
         model

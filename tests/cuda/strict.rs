@@ -56,9 +56,11 @@ pub fn failures() {
                     let start = Instant::now();
                     fail(function, calls);
                     // SAFETY: own memory and stream, which live until all is done.
-                    let error =
-                        unsafe { averager.average_on(&mut model, stream.cu_stream().cast()) }
-                            .map(drop);
+                    let error = unsafe {
+                        averager
+                            .start(&mut RawCudaParams::new(stream.cu_stream().cast(), &mut model))
+                    }
+                    .map(drop);
                     let Err(Error::DeviceFailed { rank: 0, reason }) = &error else {
                         panic!("{what}: {error:?}")
                     };
@@ -115,12 +117,15 @@ pub fn whole_averages_end() {
         if rank == 0 {
             // SAFETY: own memory and stream, which live until all is done.
             std::mem::forget(
-                unsafe { averager.average_on(&mut model, stream.cu_stream().cast()) }.unwrap(),
+                unsafe {
+                    averager.start(&mut RawCudaParams::new(stream.cu_stream().cast(), &mut model))
+                }
+                .unwrap(),
             );
             let mut params = CudaParams::new(&blocking);
             params.push(&mut slice);
             fail(c"cuEventRecord", 0); // the null stream can't be ordered behind the other one
-            let error = averager.average_cudarc(&mut params).unwrap_err();
+            let error = averager.average(&mut params).unwrap_err();
             assert!(matches!(error, Error::DeviceFailed { rank: 0, .. }), "{error}");
             let _ = context.check_err();
         } else {
@@ -155,7 +160,7 @@ pub fn beside_a_blocking_capture() {
                     found.starts_with("the null stream while a blocking stream is being captured"),
                     "{found}"
                 );
-                assert!(error.tensors_unchanged() && !error.is_fatal());
+                assert!(error.tensors() == TensorState::Unchanged && !error.is_fatal());
             };
             let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
             // SAFETY: a context is bound, and the stream is blocking.
@@ -166,7 +171,7 @@ pub fn beside_a_blocking_capture() {
             refused(averager.average(&mut model).unwrap_err());
             #[cfg(feature = "cudarc")]
             for stream in [context.default_stream(), context.per_thread_stream()] {
-                refused(averager.average_cudarc(&mut CudaParams::new(&stream)).unwrap_err());
+                refused(averager.average(&mut CudaParams::new(&stream)).unwrap_err());
             }
             // SAFETY: as above.
             unsafe {
@@ -187,7 +192,10 @@ pub fn beside_a_blocking_capture() {
                 .result()
                 .unwrap();
                 assert!(sys::cuStreamSynchronize(raw).result().is_err());
-                let error = averager.average_on(&mut model, raw.cast()).map(drop).unwrap_err();
+                let error = averager
+                    .start(&mut RawCudaParams::new(raw.cast(), &mut model))
+                    .map(drop)
+                    .unwrap_err();
                 let Error::InvalidOption { option: "stream", found, .. } = &error else {
                     panic!("{error}")
                 };

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::result;
-use param_averager::{Algorithm, Builder, Communicator, ParamAverager};
+use param_averager::{Algorithm, Builder, Communicator, ParamAverager, RawCudaParams};
 
 use super::device::{Clock, Gpu, Stream};
 use super::flat::Span;
@@ -34,8 +34,10 @@ pub fn average(
         // below; both live longer.
         let pending = unsafe {
             match weight {
-                Some(weight) => averager.average_weighted_on(&mut replica, weight, stream),
-                None => averager.average_on(&mut replica, stream),
+                Some(weight) => {
+                    averager.start_weighted(&mut RawCudaParams::new(stream, &mut replica), weight)
+                }
+                None => averager.start(&mut RawCudaParams::new(stream, &mut replica)),
             }
         }?;
         clock.stop()?; // before the wait, so that the host's wake-up does not count
@@ -70,7 +72,10 @@ pub fn per_tensor(
         for (index, &averager) in uses.iter().enumerate() {
             // SAFETY: as in `average`; what is enqueued is over when `took` returns.
             let pending = unsafe {
-                averagers[averager].average_on(&mut replica.tensor(index), clock.stream.raw.cast())
+                averagers[averager].start(&mut RawCudaParams::new(
+                    clock.stream.raw.cast(),
+                    &mut replica.tensor(index),
+                ))
             }?;
             // To drop it is to wait for it. The same averager's next tensor does, and tells what
             // went wrong for good.
@@ -124,7 +129,8 @@ pub fn flatten(
         clock.start()?;
         mover.enqueue(Way::Flatten, &clock.stream)?;
         // SAFETY: as in `average`: what comes before and after is ordered by the stream.
-        let pending = unsafe { averager.average_on(&mut flat, clock.stream.raw.cast()) }?;
+        let pending =
+            unsafe { averager.start(&mut RawCudaParams::new(clock.stream.raw.cast(), &mut flat)) }?;
         mover.enqueue(Way::Unflatten, &clock.stream)?;
         clock.stop()?;
         pending.wait()?;

@@ -14,10 +14,10 @@
 //!     let mut params = CudaParams::new(&stream);
 //!     params.push(CudaTensorMut::from(&mut wte).named("wte"));
 //!     params.extend(&mut layers);
-//!     let mut averager = ParamAverager::builder(communicator).build_cudarc(&mut params)?;
-// behind the stream's work, and behind other streams' on the slices
-//!     let pending = averager.enqueue_cudarc(&mut params)?;
-// ordered after it, as everything is that cudarc does with the slices
+//!     let mut averager = ParamAverager::builder(communicator).build(&mut params)?;
+//!     // Behind the stream's work, and behind that of other streams on the slices.
+//!     let pending = averager.start(&mut params)?;
+//!     // Ordered after it, as everything is that cudarc does with the slices.
 //!     let mean = stream.clone_dtoh(&wte)?;
 //!     println!("{} {:?}", mean[0], pending.wait()?);
 //!     Ok::<_, Box<dyn std::error::Error + Send + Sync>>(())
@@ -118,10 +118,15 @@ impl fmt::Debug for CudaTensorMut<'_> {
 
 /// A model's parameters in cudarc's slices, and the stream that they are averaged on.
 ///
-/// See [`ParamAverager::enqueue_cudarc`](crate::ParamAverager::enqueue_cudarc). It can be made anew
-/// for every average: addresses may change, the number, order, dtypes and sizes of the tensors may
-/// not. It is no [`Parameters`](crate::Parameters): an average that does not know the stream would
-/// not be ordered behind it.
+/// [`average`](crate::ParamAverager::average) returns when the average is done. The stream may be of
+/// any kind, the null stream included; the average runs behind it, on it or on a stream of the
+/// averager's own. [`start`](crate::ParamAverager::start) enqueues the average on the stream and
+/// returns: it must be of the non-blocking kind, as `CudaContext::new_stream` makes them. Either
+/// way the stream is of the rank's device, is not being captured and, unless it is the null stream,
+/// no other rank averages on it.
+///
+/// It can be made anew for every average: addresses may change; the number, order, dtypes and sizes
+/// of the tensors may not.
 #[derive(Debug)]
 pub struct CudaParams<'a> {
     stream: &'a Arc<CudaStream>,
