@@ -13,7 +13,7 @@ enum PaDtype { PA_F32 = 0, PA_F64 = 1, PA_F16 = 2, PA_BF16 = 3 };
 
 // What one launch does. Direct and the pipelined ring are one launch, after PA_SCAN where non-finite values are to be
 // rejected; the ring with the all-or-nothing commit is two launches and scans in its first.
-enum PaPhase { PA_DIRECT = 0, PA_RING = 1, PA_RING_REDUCE = 2, PA_RING_GATHER = 3, PA_SCAN = 4 };
+enum PaKernel { PA_DIRECT = 0, PA_RING = 1, PA_RING_REDUCE = 2, PA_RING_GATHER = 3, PA_SCAN = 4 };
 
 // How an average ended. Up to PA_NO_WEIGHT nothing is broken and the next average may run; from PA_TIMEOUT on the
 // world is poisoned.
@@ -29,11 +29,11 @@ enum PaKind {
   PA_NO_WEIGHT = 8,  // all weights are zero
   PA_TIMEOUT = 16,   // a rank was not there before the deadline
   PA_ABORTED = 17,   // somebody called abort
-  PA_LEFT = 18,      // a rank dropped its averager
+  PA_DEPARTED = 18,      // a rank dropped its averager
 };
 
 // Where in the protocol a block was when it ended.
-enum PaWhere { PA_AT_MEET = 0, PA_AT_REDUCE = 1, PA_AT_COMMIT = 2, PA_AT_GATHER = 3, PA_AT_EXIT = 4 };
+enum PaPhase { PA_AT_MEET = 0, PA_AT_REDUCE = 1, PA_AT_COMMIT = 2, PA_AT_GATHER = 3, PA_AT_EXIT = 4 };
 
 enum PaFlag {
   PA_FLAG_REJECT_NON_FINITE = 1, // scan what is read; a NaN or infinity anywhere means nobody writes
@@ -41,8 +41,8 @@ enum PaFlag {
   PA_FLAG_UNNEEDED = 4,          // this rank has no steps to average; it takes part if another rank has
   PA_FLAG_LAYOUT = 8,            // this rank's tensors are not the ones the averager was built for; see PaRecord
   PA_FLAG_NON_FINITE = 16,       // in a record: the scan before the meeting found a NaN or infinity
-  PA_FLAG_GUEST = 32,            // this rank knows of a process that waits to join the world
-  PA_FLAG_THROUGH = 64,          // hosts keep PaBoard.through: who is gone before it was through ends every wait, not only those for it
+  PA_FLAG_JOINER = 32,            // this rank knows of a process that waits to join the world
+  PA_FLAG_COMPLETED = 64,          // hosts keep PaBoard.through: who is gone before it was through ends every wait, not only those for it
   PA_FLAG_KEEP = 128,            // by the ring only: this rank makes every step, but its own tensors are not written. Of no concern to the
                                  // others. Not with PA_DIRECT, where the owner of a part writes the tensors of all ranks
 };
@@ -85,12 +85,12 @@ struct PaRecord {
 struct PaBoard {
   uint32_t arrived;    // the last average this rank entered; published after its record
   uint32_t vote;       // 2·e: its tensors are finite and its reduce is done; 2·e + 1: done, but it holds a non-finite value
-  uint32_t left;       // 2·e: direct only, it touches nobody's tensors any more; 2·e + 1: it gave up half way
-  uint32_t gone;       // 1: this rank dropped its averager and never comes again
+  uint32_t exited;       // 2·e: direct only, it touches nobody's tensors any more; 2·e + 1: it gave up half way
+  uint32_t departed;       // 1: this rank dropped its averager and never comes again
   uint32_t waiting_on; // (beat << 8) | rank + 1 it is stuck behind, 0 if none: lets a timeout name the culprit, not the neighbour
   uint32_t sleepers;   // CPU: nonzero when someone may sleep on a word of this board
   uint32_t deciding;   // 1: this rank has its turn to write the decision or `failed`, or waits for it, see take_turn()
-  uint32_t through;    // PA_FLAG_THROUGH: the last average this rank is through with, said by its host, before `gone`
+  uint32_t completed;    // PA_FLAG_THROUGH: the last average this rank is through with, said by its host, before `gone`
   struct PaRecord record[2];
 };
 
@@ -114,7 +114,7 @@ struct PaChannel {
   uint32_t outcome;     // PaKind of the last launch; PA_OPEN: it left without a word (fault_step). After PA_RING_REDUCE, PA_COMMITTED means
                         // that this block is ready to vote
   uint32_t peer;        // the rank it names
-  uint32_t where;       // PaWhere it ended at
+  uint32_t phase;       // PaWhere it ended at
   uint32_t step;        // protocol steps it had made by then
   uint32_t committed;   // 1: tensors may have been written
   uint64_t bad;         // 0, or 1 + (bucket << 56 | element of the bucket): a NaN or an infinity in the own tensors
@@ -124,10 +124,10 @@ struct PaChannel {
   double divisor;       // what sums in f64 are divided by, agreed at the meeting
   double divisor_f32;   // what sums in f32 are divided by: the scales were rounded to f32
   uint32_t finished;    // channel 0: blocks that are done with everybody's tensors (PA_DIRECT)
-  uint32_t far;         // CPU: 1: the next rank's core is far away, see is_far()
+  uint32_t remote;         // CPU: 1: the next rank's core is far away, see is_far()
   uint32_t deciding;    // channel 0: 1: one of this rank's blocks takes a turn, see take_turn()
-  uint32_t guest;       // 1: the record of some rank has PA_FLAG_GUEST
-  uint16_t beats[PA_MAX_WORLD];    // what every rank's beat was when a wait had almost lasted too long, see culprit()
+  uint32_t joiner;       // 1: the record of some rank has PA_FLAG_GUEST
+  uint16_t heartbeat[PA_MAX_WORLD];    // what every rank's beat was when a wait had almost lasted too long, see culprit()
   uint64_t segments[PA_MAX_WORLD]; // PA_DIRECT: every rank's segment table of the bucket at hand
   double scale[PA_MAX_WORLD];      // what each rank's values are multiplied by; negative: it only receives
 };
@@ -157,7 +157,7 @@ struct PaArgs {
   uint32_t flags;       // PaFlag
   uint32_t fault_step;  // tests: leave without a word before this protocol step; 0: never
   uint32_t spins;       // CPU: how often a wait looks before it gives its core to another thread
-  uint32_t far_ns;      // CPU: past the caches into slots whose lines take longer to get hold of, each
+  uint32_t remote_ns;      // CPU: past the caches into slots whose lines take longer to get hold of, each
   uint32_t delay_ns;    // tests: every block dawdles at each of its protocol steps, for up to so long; 0: no
   uint32_t reserved;
 };

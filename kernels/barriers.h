@@ -7,7 +7,7 @@
 namespace PA_ISA {
 
 // What is wrong with the records of an average, the same for every rank that reads them. 0: nothing.
-PA_FN uint32_t verdict(const PaControl* control, uint32_t world, uint32_t epoch) {
+PA_FN uint32_t check_records(const PaControl* control, uint32_t world, uint32_t epoch) {
   const uint32_t parity = epoch & 1;
   const PaRecord& first = control->board[0].record[parity];
   bool needed = false, counts = false;
@@ -34,7 +34,7 @@ PA_FN uint32_t verdict(const PaControl* control, uint32_t world, uint32_t epoch)
 // What each rank's values are multiplied by and what the sum is divided by: w / max w and Σ w / max w, both times a
 // power of two that is at most 1 over the number of ranks that count, so that no partial sum overflows where the mean does
 // not. Both are 1 where one rank counts, whose values arrive unchanged.
-PA_FN void agree_on_scales(const PaControl* control, uint32_t world, uint32_t epoch, PaChannel* me) {
+PA_FN void compute_scales(const PaControl* control, uint32_t world, uint32_t epoch, PaChannel* me) {
   constexpr double kLeast = 0x1p-126; // no scale is less: it would be 0 in f32, which makes NaN of infinity
   double most = 0, part = 1, sum = 0, lost = 0, sum_f32 = 0;
   uint32_t count = 0;
@@ -59,20 +59,20 @@ PA_FN void agree_on_scales(const PaControl* control, uint32_t world, uint32_t ep
 }
 
 // Whether any rank knows of a guest: the same on all ranks, so that all let it in or none does.
-PA_FN uint32_t has_guest(const PaControl* control, uint32_t world, uint32_t epoch) {
+PA_FN uint32_t has_joiner(const PaControl* control, uint32_t world, uint32_t epoch) {
   uint32_t flags = 0;
   for (uint32_t r = 0; r < world; ++r) flags |= control->board[r].record[epoch & 1].flags;
-  return flags & PA_FLAG_GUEST ? 1 : 0;
+  return flags & PA_FLAG_JOINER ? 1 : 0;
 }
 
 // The leader's part of the meeting. False: the average ended. `commits`: what is agreed on here is also the decision to
 // write (PA_DIRECT, PA_RING).
-PA_SLOW bool meet_as_leader(Exec ex, Place p, bool commits) {
-  const PaArgs& a = *p.a;
-  PaControl* control = p.control();
+PA_NOINLINE bool entry_barrier_as_leader(Exec ex, WaitCtx ctx, bool commits) {
+  const PaArgs& a = *ctx.a;
+  PaControl* control = ctx.control();
   if (ex.block() == 0) {
     PaBoard& own = control->board[a.rank];
-    PaRecord& record = own.record[p.epoch & 1];
+    PaRecord& record = own.record[ctx.epoch & 1];
     // Finding of this average's scan, the launch before this one. Tensors that are not as they should be are not scanned: `bad`
     // is that of an earlier average then.
     const bool scanned = commits && (a.flags & PA_FLAG_REJECT_NON_FINITE) && !(a.flags & PA_FLAG_LAYOUT);
@@ -85,72 +85,72 @@ PA_SLOW bool meet_as_leader(Exec ex, Place p, bool commits) {
     record.detail = bad != 0 ? bad : a.detail;
     record.found = a.found;
     record.flags = a.flags | (bad != 0 ? uint32_t(PA_FLAG_NON_FINITE) : 0u);
-    announce(p, &own.arrived, p.epoch);
+    publish_board(ctx, &own.arrived, ctx.epoch);
   }
   for (uint32_t r = 0; r < a.world; ++r) {
-    if (!wait_for_board(ex, p, r, &control->board[r].arrived, p.epoch, PA_AT_MEET)) return false;
+    if (!wait_for_board(ex, ctx, r, &control->board[r].arrived, ctx.epoch, PA_AT_MEET)) return false;
   }
-  const uint32_t poisoned = poison(control);
-  if (poisoned != 0 && fails(ex, p, poisoned, PA_AT_MEET)) return false;
-  uint32_t code = verdict(control, a.world, p.epoch);
+  const uint32_t poisoned = poison_cause(control);
+  if (poisoned != 0 && resolve_failure(ex, ctx, poisoned, PA_AT_MEET)) return false;
+  uint32_t code = check_records(control, a.world, ctx.epoch);
   if (code == 0 && commits) code = code_of(uint32_t(PA_COMMITTED), 0);
   if (code != 0) {
     // Without a decision to make, a rank that gave up at the meeting is noticed at the vote at the latest.
-    const uint64_t decision = propose(ex, p, PA_AT_MEET, code);
-    if (epoch_of(decision) == p.epoch) code = code_of(decision);
-    if (kind_of(code) >= PA_TIMEOUT) return !fails(ex, p, code, PA_AT_MEET);
+    const uint64_t decision = decide(ex, ctx, PA_AT_MEET, code);
+    if (epoch_of(decision) == ctx.epoch) code = code_of(decision);
+    if (kind_of(code) >= PA_TIMEOUT) return !resolve_failure(ex, ctx, code, PA_AT_MEET);
     if (kind_of(code) != PA_COMMITTED) {
-      ends(p, code, PA_AT_MEET);
+      write_status(ctx, code, PA_AT_MEET);
       return false;
     }
   }
-  agree_on_scales(control, a.world, p.epoch, p.me);
-  p.me->guest = has_guest(control, a.world, p.epoch);
+  compute_scales(control, a.world, ctx.epoch, ctx.me);
+  ctx.me->joiner = has_joiner(control, a.world, ctx.epoch);
   return true;
 }
 
 // False in all lanes if the average ended here.
-PA_FN bool meet(Block& b, bool commits) {
+PA_FN bool entry_barrier(Block& b, bool commits) {
   if (!b.begin_step()) return false;
   bool failed = false;
-  if (b.ex.leader()) failed = !meet_as_leader(b.ex, b.place(), commits);
+  if (b.ex.leader()) failed = !entry_barrier_as_leader(b.ex, b.wait_ctx(), commits);
   if (b.ex.any(failed)) return false;
   b.committed = commits;
   return true;
 }
 
 // The leader's part of the vote.
-PA_SLOW bool vote_as_leader(Exec ex, Place p) {
-  const PaArgs& a = *p.a;
-  PaControl* control = p.control();
-  const uint32_t good = 2 * p.epoch;
+PA_NOINLINE bool commit_vote_as_leader(Exec ex, WaitCtx ctx) {
+  const PaArgs& a = *ctx.a;
+  PaControl* control = ctx.control();
+  const uint32_t good = 2 * ctx.epoch;
   if (ex.block() == 0) {
     PaBoard& own = control->board[a.rank];
     uint64_t bad = 0;
     for (uint32_t c = 0; c < a.channels && bad == 0; ++c) bad = at<PaChannel>(a.channel)[c].bad;
     const uint32_t mine = bad != 0 ? good + 1 : good;
-    if (bad != 0) own.record[p.epoch & 1].detail = bad;
-    announce(p, &own.vote, mine);
+    if (bad != 0) own.record[ctx.epoch & 1].detail = bad;
+    publish_board(ctx, &own.vote, mine);
   }
   uint32_t code = code_of(uint32_t(PA_COMMITTED), 0);
   for (uint32_t r = a.world; r-- > 0;) {
     uint32_t* vote = &control->board[r].vote;
-    if (!wait_for_board(ex, p, r, vote, good, PA_AT_COMMIT)) return false;
+    if (!wait_for_board(ex, ctx, r, vote, good, PA_AT_COMMIT)) return false;
     if (load_acquire(vote) == good + 1) code = code_of(uint32_t(PA_NON_FINITE), r);
   }
-  const uint64_t decision = propose(ex, p, PA_AT_COMMIT, code);
-  if (epoch_of(decision) == p.epoch) code = code_of(decision);
+  const uint64_t decision = decide(ex, ctx, PA_AT_COMMIT, code);
+  if (epoch_of(decision) == ctx.epoch) code = code_of(decision);
   if (kind_of(code) == PA_COMMITTED) return true;
-  if (kind_of(code) >= PA_TIMEOUT) return !fails(ex, p, code, where_of(decision));
-  ends(p, code, PA_AT_COMMIT);
+  if (kind_of(code) >= PA_TIMEOUT) return !resolve_failure(ex, ctx, code, phase_of(decision));
+  write_status(ctx, code, PA_AT_COMMIT);
   return false;
 }
 
 // All or nothing: true in all lanes if every rank has reduced its shard and will write. False: nobody writes.
-PA_FN bool vote(Block& b) {
+PA_FN bool commit_vote(Block& b) {
   if (!b.begin_step()) return false;
   bool failed = false;
-  if (b.ex.leader()) failed = !vote_as_leader(b.ex, b.place());
+  if (b.ex.leader()) failed = !commit_vote_as_leader(b.ex, b.wait_ctx());
   if (b.ex.any(failed)) return false;
   b.committed = true;
   return true;

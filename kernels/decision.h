@@ -14,10 +14,10 @@ PA_FN bool reached(uint32_t seen, uint32_t want) { return int32_t(seen - want) >
 // ---- the decision: one word, one winner an average: (epoch << 32) | (where << 16) | (kind << 8) | rank -------------
 PA_FN uint32_t epoch_of(uint64_t decision) { return uint32_t(decision >> 32); }
 PA_FN uint32_t code_of(uint64_t decision) { return uint32_t(decision) & 0xffffu; }
-PA_FN uint32_t where_of(uint64_t decision) { return uint32_t(decision) >> 16; }
+PA_FN uint32_t phase_of(uint64_t decision) { return uint32_t(decision) >> 16; }
 
 // What a wait needs to know of the block that waits. Passed in registers: its address would put it into memory.
-struct Place {
+struct WaitCtx {
   const PaArgs* a;
   PaChannel* me;
   uint32_t epoch;
@@ -40,32 +40,32 @@ struct Place {
 // slices follow, a few milliseconds each: a turn outlasts the wait only if such a slice ends between the turn's last look at the
 // word and its store, and the others' then last for a sixteenth of the timeout. Ranks that wait for the same stopped one lose
 // patience one after another, the lowest first, since they hold up their own flags as well.
-PA_FN uint64_t longest_turn_ns(const PaArgs& a) {
-  const uint64_t least_ns = least(a.timeout_ns / 16, PA_MOST_TURN_NS);
-  return least_ns + least_ns / 32 * a.rank;
+PA_FN uint64_t max_turn_ns(const PaArgs& a) {
+  const uint64_t base_ns = min(a.timeout_ns / 16, PA_MAX_TURN_NS);
+  return base_ns + base_ns / 32 * a.rank;
 }
 PA_FN bool has_turn(PaBoard& board, uint64_t waited_ns, uint64_t longest_ns) {
-  return load_flag(&board.deciding) != 0 && load_acquire(&board.gone) == 0 && waited_ns <= longest_ns;
+  return load_flag(&board.deciding) != 0 && load_acquire(&board.departed) == 0 && waited_ns <= longest_ns;
 }
-PA_FN void end_turn(Place p) {
-  store_release(&p.control()->board[p.a->rank].deciding, 0);
-  store_release(&at<PaChannel>(p.a->channel)->deciding, 0);
+PA_FN void end_turn(WaitCtx ctx) {
+  store_release(&ctx.control()->board[ctx.a->rank].deciding, 0);
+  store_release(&at<PaChannel>(ctx.a->channel)->deciding, 0);
 }
 // False: `over` meanwhile, so there is no need for one.
-template <class Over> PA_FN bool take_turn(Exec ex, Place p, Over over) {
-  const PaArgs& a = *p.a;
-  PaBoard& own = p.control()->board[a.rank];
+template <class Over> PA_FN bool take_turn(Exec ex, WaitCtx ctx, Over over) {
+  const PaArgs& a = *ctx.a;
+  PaBoard& own = ctx.control()->board[a.rank];
   uint32_t* blocks = &at<PaChannel>(a.channel)->deciding;
   for (uint32_t spins = 1; !try_lock(blocks); ++spins) {
     if (over()) return false;
     ex.pause(spins, a.spins, blocks, 1, &own.sleepers);
   }
-  const uint64_t start = ex.now_ns(), longest = longest_turn_ns(a);
+  const uint64_t start = ex.now_ns(), longest = max_turn_ns(a);
   for (bool first = false; !first;) {
     raise_flag(&own.deciding);
     first = true;
     for (uint32_t r = 0; first && r < a.world; ++r) {
-      PaBoard& other = p.control()->board[r];
+      PaBoard& other = ctx.control()->board[r];
       if (r == a.rank || !has_turn(other, ex.now_ns() - start, longest)) continue;
       if (r < a.rank) {
         store_release(&own.deciding, 0);
@@ -73,7 +73,7 @@ template <class Over> PA_FN bool take_turn(Exec ex, Place p, Over over) {
       }
       for (uint32_t spins = 1; has_turn(other, ex.now_ns() - start, longest); ++spins) {
         if (over()) {
-          end_turn(p);
+          end_turn(ctx);
           return false;
         }
         ex.pause(spins, a.spins, &other.deciding, 1, &other.sleepers);
@@ -86,33 +86,33 @@ template <class Over> PA_FN bool take_turn(Exec ex, Place p, Over over) {
 // Proposes how this average ends, and returns how it does. If the word is already about a later average, this one ended
 // without a failure and its outcome follows from the records and the votes: what was proposed by reading all of them is
 // right.
-PA_SLOW uint64_t propose(Exec ex, Place p, uint32_t where, uint32_t code) {
-  uint64_t* decision = &p.control()->decision;
-  const uint64_t mine = uint64_t(p.epoch) << 32 | where << 16 | code;
+PA_NOINLINE uint64_t decide(Exec ex, WaitCtx ctx, uint32_t phase, uint32_t code) {
+  uint64_t* decision = &ctx.control()->decision;
+  const uint64_t mine = uint64_t(ctx.epoch) << 32 | phase << 16 | code;
   uint64_t seen;
   const auto over = [&] {
     seen = load_acquire(decision);
-    return int32_t(epoch_of(seen) - p.epoch) >= 0;
+    return int32_t(epoch_of(seen) - ctx.epoch) >= 0;
   };
-  if (over() || !take_turn(ex, p, over)) return seen;
+  if (over() || !take_turn(ex, ctx, over)) return seen;
   if (!over()) replace(decision, seen, mine) ? void(seen = mine) : void(over());
-  end_turn(p);
+  end_turn(ctx);
   return seen;
 }
 
 // What poisoned this world, or 0: a failure of a kernel, or a host's abort. One that came first is a failure by now, or will be.
-PA_FN uint32_t poison(PaControl* control) {
+PA_FN uint32_t poison_cause(PaControl* control) {
   const uint32_t failed = load_acquire(&control->failed);
   return failed != 0 ? failed : load_acquire(&control->abort);
 }
 // Poisons it, and returns the failure that did so first.
-PA_SLOW uint32_t poison_with(Exec ex, Place p, uint32_t failure) {
-  uint32_t* failed = &p.control()->failed;
+PA_NOINLINE uint32_t poison(Exec ex, WaitCtx ctx, uint32_t failure) {
+  uint32_t* failed = &ctx.control()->failed;
   uint32_t seen;
   const auto over = [&] { return (seen = load_acquire(failed)) != 0; };
-  if (over() || !take_turn(ex, p, over)) return seen;
+  if (over() || !take_turn(ex, ctx, over)) return seen;
   if (!over()) replace(failed, seen, failure) ? void(seen = failure) : void(over());
-  end_turn(p);
+  end_turn(ctx);
   return seen;
 }
 } // namespace PA_ISA

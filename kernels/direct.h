@@ -46,7 +46,7 @@ template <class T, int kMost> struct Direct {
     Raw<T, K> value{}, differs{};
     each_rank([&](uint32_t r) {
       if (scale(r) < 0) return;
-      const Raw<T, K> raw = access(r).template get<K>(i);
+      const Raw<T, K> raw = access(r).template load<K>(i);
       if (r == first) value = raw;
       else differs = differing_bits<T, K>(value, raw, differs);
       sum = sum + widen<T, K>(raw) * scale(r);
@@ -79,40 +79,40 @@ template <class T, int kMost> struct Direct {
           b.ex, part, 0, addresses % 16 == 0, [&] { return whole; }, ragged,
           [&](const auto& access, auto g, uint32_t i) { return mean(access, g, i); },
           [&](const auto& access, auto g, uint32_t i, const auto& raw) {
-            each_rank([&](uint32_t r) { access(r).template put<g.kPacks>(i, raw); });
+            each_rank([&](uint32_t r) { access(r).template store<g.kPacks>(i, raw); });
           });
     });
   }
 };
 
 // The last block of this rank to be done says so, and whether it did its part.
-PA_FN void say_left(Place p, bool whole) {
-  uint32_t* finished = &at<PaChannel>(p.a->channel)->finished;
-  const uint32_t all = p.a->channels;
+PA_FN void publish_exit(WaitCtx ctx, bool whole) {
+  uint32_t* finished = &at<PaChannel>(ctx.a->channel)->finished;
+  const uint32_t all = ctx.a->channels;
   if (fetch_add(finished, 1) + 1 == all) {
     store_relaxed(finished, 0); // the next launch is the next to look
-    announce(p, &p.control()->board[p.a->rank].left, 2 * p.epoch + (whole ? 0 : 1));
+    publish_board(ctx, &ctx.control()->board[ctx.a->rank].exited, 2 * ctx.epoch + (whole ? 0 : 1));
   }
 }
 
 // Waits until nobody touches anybody's tensors any more. False: a rank left its part undone.
-PA_SLOW bool leave_as_leader(Exec ex, Place p) {
-  PaControl* control = p.control();
-  say_left(p, true);
+PA_NOINLINE bool exit_barrier_as_leader(Exec ex, WaitCtx ctx) {
+  PaControl* control = ctx.control();
+  publish_exit(ctx, true);
   uint32_t undone = 0;
-  for (uint32_t r = 0; r < p.a->world; ++r) {
-    uint32_t* left = &control->board[r].left;
-    wait_for_board(ex, p, r, left, 2 * p.epoch, PA_AT_EXIT);
-    if (load_acquire(left) == 2 * p.epoch + 1) undone = code_of(uint32_t(PA_LEFT), r);
+  for (uint32_t r = 0; r < ctx.a->world; ++r) {
+    uint32_t* exited = &control->board[r].exited;
+    wait_for_board(ex, ctx, r, exited, 2 * ctx.epoch, PA_AT_EXIT);
+    if (load_acquire(exited) == 2 * ctx.epoch + 1) undone = code_of(uint32_t(PA_DEPARTED), r);
   }
-  return undone == 0 || !fails(ex, p, undone, PA_AT_EXIT);
+  return undone == 0 || !resolve_failure(ex, ctx, undone, PA_AT_EXIT);
 }
 
 // The same bucket of all ranks, averaged by this block where it is the owner.
 template <class T> PA_FN void run_direct_bucket(Block& b, const PaBucket& bucket, uint32_t index) {
   if (b.ex.leader())
     for (uint32_t r = 0; r < b.a.world; ++r) {
-      const PaRecord& record = b.place().control()->board[r].record[b.epoch & 1];
+      const PaRecord& record = b.wait_ctx().control()->board[r].record[b.epoch & 1];
       b.me->segments[r] = at<const PaBucket>(record.buckets)[index].segments;
     }
   b.ex.sync();
@@ -125,15 +125,15 @@ template <class T> PA_FN void run_direct_bucket(Block& b, const PaBucket& bucket
 PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
   if (has_failed(ex, a)) return;
   Block b(ex, a, true);
-  if (meet(b, true)) {
+  if (entry_barrier(b, true)) {
     const PaBucket* buckets = at<const PaBucket>(a.buckets);
     bool good = b.begin_step();
     for (uint32_t i = 0; good && i < a.bucket_count; ++i)
       with_dtype(buckets[i].dtype, [&](auto element) { run_direct_bucket<decltype(element)>(b, buckets[i], i); });
     good = good && b.begin_step();
     if (ex.leader()) {
-      if (!good) say_left(b.place(), false); // it leaves, but never without a word: others wait until it is off their tensors
-      else if (leave_as_leader(ex, b.place())) b.me->outcome = PA_COMMITTED;
+      if (!good) publish_exit(b.wait_ctx(), false); // it leaves, but never without a word: others wait until it is off their tensors
+      else if (exit_barrier_as_leader(ex, b.wait_ctx())) b.me->outcome = PA_COMMITTED;
     }
   }
   b.save();

@@ -26,7 +26,7 @@
 
 namespace PA_ISA {
 template <class T> PA_FN T* at(uint64_t address) { return reinterpret_cast<T*>(address); }
-PA_FN uint64_t least(uint64_t a, uint64_t b) { return a < b ? a : b; }
+PA_FN uint64_t min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 template <int K> struct Group {
   static constexpr int kPacks = K;

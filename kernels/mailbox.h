@@ -17,10 +17,10 @@
 namespace PA_ISA {
 
 // Tests: waits for a while that depends on who is where. Blocks then meet in orders that they would not meet in by themselves.
-PA_SLOW void dawdle(Exec ex, Place p, uint32_t step) {
-  uint64_t h = (uint64_t(p.epoch) << 32 | step) * 0x9e3779b97f4a7c15u + (uint64_t(p.a->rank) << 16 | ex.block()) * 0xbf58476d1ce4e5b9u;
+PA_NOINLINE void inject_delay(Exec ex, WaitCtx ctx, uint32_t step) {
+  uint64_t h = (uint64_t(ctx.epoch) << 32 | step) * 0x9e3779b97f4a7c15u + (uint64_t(ctx.a->rank) << 16 | ex.block()) * 0xbf58476d1ce4e5b9u;
   h = (h ^ h >> 31) * 0x94d049bb133111ebu;
-  const uint64_t start = ex.now_ns(), longest = (h >> 32) % p.a->delay_ns;
+  const uint64_t start = ex.now_ns(), longest = (h >> 32) % ctx.a->delay_ns;
   while (ex.now_ns() - start < longest) {
   }
 }
@@ -39,21 +39,21 @@ struct Block {
   PaChannel* me;
   uint32_t epoch, send_seq, recv_seq, step;
   bool committed;
-  bool far; // slots of the outbox are written past the caches
+  bool remote; // slots of the outbox are written past the caches
 
   PA_FN Block(const Exec& ex_, const PaArgs& a_, bool begins)
       : ex(ex_), a(a_), me(at<PaChannel>(a_.channel) + ex_.block()), epoch(me->epoch + (begins ? 1 : 0)),
-        send_seq(me->send_seq), recv_seq(me->recv_seq), step(begins ? 0 : me->step), committed(false), far(me->far != 0) {
+        send_seq(me->send_seq), recv_seq(me->recv_seq), step(begins ? 0 : me->step), committed(false), remote(me->remote != 0) {
     ex.sync(); // all lanes have read before the leader writes
     if (begins && ex.leader()) {
       me->outcome = PA_OPEN;
       me->waited_ns = 0;
       me->committed = 0;
-      me->guest = 0;
+      me->joiner = 0;
     }
   }
 
-  PA_FN Place place() const { return {&a, me, epoch, committed}; }
+  PA_FN WaitCtx wait_ctx() const { return {&a, me, epoch, committed}; }
   PA_FN uint32_t next() const { return a.rank + 1 == a.world ? 0 : a.rank + 1; }
   PA_FN uint32_t previous() const { return a.rank == 0 ? a.world - 1 : a.rank - 1; }
   PA_FN uint32_t* line(uint64_t lines) const { return at<uint32_t>(lines) + ex.block() * PA_LINE_WORDS; }
@@ -68,40 +68,40 @@ struct Block {
   // both are 0, and no step has the number 0.
   PA_FN bool begin_step() {
     if (++step == a.fault_step) return false;
-    if (ex.leader() && a.delay_ns != 0) dawdle(ex, place(), step);
+    if (ex.leader() && a.delay_ns != 0) inject_delay(ex, wait_ctx(), step);
     return true;
   }
 
   // Enters one protocol step, for at most `chunk` packs: waits for a chunk in the inbox and for room in the outbox, and
   // finds out how far away the reader is. False in all lanes if the average ended here. Is also the block barrier between
   // the leader's acquire and the lanes' loads.
-  template <bool kReceive, bool kSend> PA_FN bool enter(uint32_t where, uint32_t chunk) {
+  template <bool kReceive, bool kSend> PA_FN bool enter(uint32_t phase, uint32_t chunk) {
     if (!begin_step()) return false;
     bool failed = false;
     if (ex.leader()) {
       if constexpr (kReceive) {
         uint32_t* filled = line(a.filled_in);
-        failed = !wait_for_line(filled, recv_seq + 1, previous(), where);
+        failed = !wait_for_line(filled, recv_seq + 1, previous(), phase);
       }
       if constexpr (kSend) {
         uint32_t* drained = line(a.drained_in);
-        if (!failed) failed = !wait_for_line(drained, send_seq + 1 - a.slots, next(), where);
+        if (!failed) failed = !wait_for_line(drained, send_seq + 1 - a.slots, next(), phase);
       }
       // Once a turn of the mailbox: threads move between cores, and virtual cores between real ones.
       if constexpr (kSend) {
-        if (!failed && (send_seq & (a.slots - 1)) == 0) far = is_far(outbox(), uint64_t(chunk) * PA_PACK_BYTES, a.far_ns);
+        if (!failed && (send_seq & (a.slots - 1)) == 0) remote = reader_is_remote(outbox(), uint64_t(chunk) * PA_PACK_BYTES, a.remote_ns);
       }
     }
     return !ex.any(failed);
   }
 
-  PA_FN bool wait_for_line(uint32_t* word, uint32_t want, uint32_t peer, uint32_t where) {
-    return wait(ex, place(), word, word + 1, want, peer, where);
+  PA_FN bool wait_for_line(uint32_t* word, uint32_t want, uint32_t peer, uint32_t phase) {
+    return wait(ex, wait_ctx(), word, word + 1, want, peer, phase);
   }
 
   // Leaves the step: the slot that was read is free, the slot that was written is full.
   template <bool kReceive, bool kSend> PA_FN void leave() {
-    if (kSend && far) stream_fence();
+    if (kSend && remote) fence_nt();
     ex.sync();
     if (kReceive) ++recv_seq;
     if (kSend) ++send_seq;
@@ -116,7 +116,7 @@ struct Block {
   }
   // Ends the launch: what the next one starts from.
   PA_FN void save() {
-    stream_fence();
+    fence_nt();
     ex.sync();
     if (ex.leader()) {
       me->send_seq = send_seq;
@@ -124,7 +124,7 @@ struct Block {
       me->epoch = epoch;
       me->step = step;
       me->committed = committed;
-      me->far = far;
+      me->remote = remote;
     }
   }
 };

@@ -38,7 +38,7 @@ template <class F> PA_FN void with_dtype(uint32_t dtype, F f) {
 
 namespace PA_ISA {
 // Whether anything that was looked at was NaN or infinite: x - x is NaN then, and 0 otherwise.
-template <class T> struct Suspicion {
+template <class T> struct NonFiniteCheck {
   Wide<T, kGroup> group = zero<T, kGroup>();
   Wide<T, 1> one = zero<T, 1>();
   template <int K> PA_FN void look(const Wide<T, K>& x) {

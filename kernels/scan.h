@@ -4,7 +4,7 @@
 
 namespace PA_ISA {
 // After a range looked suspicious: which element it is. The first to say so wins within the block.
-template <class T> PA_SLOW void name_non_finite(const PaBucket* bucket, uint32_t index, uint64_t begin, uint64_t end, PaChannel* me) {
+template <class T> PA_NOINLINE void locate_non_finite(const PaBucket* bucket, uint32_t index, uint64_t begin, uint64_t end, PaChannel* me) {
   constexpr uint32_t N = Element<T>::kPerPack;
   each_part<T>(*bucket, begin, end, [&](const Part& part) {
     const char* tensor = at<const char>(at<const PaSegment>(bucket->segments)[part.segment].address + part.offset);
@@ -23,10 +23,10 @@ template <class T> PA_SLOW void name_non_finite(const PaBucket* bucket, uint32_t
 template <class T> PA_FN void scan_range(const Exec& ex, const PaBucket& bucket, uint32_t index, Range range, PaChannel* me) {
   constexpr uint64_t kStep = 1u << 14; // packs between two looks at the result
   in_pieces(range.begin, range.end, kStep, [&](uint64_t begin, uint64_t end) {
-    Suspicion<T> suspicion;
-    each_own<T>(ex, bucket, begin, end, [&](const auto& own, auto g, uint32_t i) { return own.template get<g.kPacks>(i); },
-                [&](const auto&, auto g, uint32_t, const auto& raw) { suspicion.template look<g.kPacks>(widen<T, g.kPacks>(raw)); });
-    if (suspicion.found()) name_non_finite<T>(&bucket, index, begin, end, me);
+    NonFiniteCheck<T> check;
+    each_own<T>(ex, bucket, begin, end, [&](const auto& own, auto g, uint32_t i) { return own.template load<g.kPacks>(i); },
+                [&](const auto&, auto g, uint32_t, const auto& raw) { check.template look<g.kPacks>(widen<T, g.kPacks>(raw)); });
+    if (check.found()) locate_non_finite<T>(&bucket, index, begin, end, me);
   });
 }
 

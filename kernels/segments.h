@@ -11,9 +11,9 @@ namespace PA_ISA {
 // The memory of whole packs: pack i of the range lies at base + 16 i.
 template <class T> struct Whole {
   char* base;
-  template <int K> PA_FN Raw<T, K> get(uint32_t i) const { return load_raw<T, K>(base + 16 * uint64_t(i)); }
-  template <int K> PA_FN void put(uint32_t i, const Raw<T, K>& r) const { store_raw<T, K>(base + 16 * uint64_t(i), r); }
-  template <int K> PA_FN void stream(uint32_t i, const Raw<T, K>& r) const { stream_raw<T, K>(base + 16 * uint64_t(i), r); }
+  template <int K> PA_FN Raw<T, K> load(uint32_t i) const { return load_raw<T, K>(base + 16 * uint64_t(i)); }
+  template <int K> PA_FN void store(uint32_t i, const Raw<T, K>& r) const { store_raw<T, K>(base + 16 * uint64_t(i), r); }
+  template <int K> PA_FN void store_nt(uint32_t i, const Raw<T, K>& r) const { store_raw_nt<T, K>(base + 16 * uint64_t(i), r); }
 };
 // The same for packs at any address, and for the one at `last` of which only `tail` elements belong to the tensor.
 // `aligned`: all others are as Whole has them.
@@ -22,15 +22,15 @@ template <class T> struct Ragged {
   uint32_t last, tail;
   bool aligned;
   PA_FN uint32_t count(uint32_t i) const { return i == last ? tail : uint32_t(Element<T>::kPerPack); }
-  template <int K> PA_FN Raw<T, K> get(uint32_t i) const {
+  template <int K> PA_FN Raw<T, K> load(uint32_t i) const {
     if (aligned && i != last) return load_raw<T, K>(base + 16 * uint64_t(i));
     return load_ragged<T>(base + 16 * uint64_t(i), count(i));
   }
-  template <int K> PA_FN void put(uint32_t i, const Raw<T, K>& r) const {
+  template <int K> PA_FN void store(uint32_t i, const Raw<T, K>& r) const {
     if (aligned && i != last) return store_raw<T, K>(base + 16 * uint64_t(i), r);
     store_ragged<T>(base + 16 * uint64_t(i), count(i), r);
   }
-  template <int K> PA_FN void stream(uint32_t i, const Raw<T, K>& r) const { put<K>(i, r); }
+  template <int K> PA_FN void store_nt(uint32_t i, const Raw<T, K>& r) const { store<K>(i, r); }
 };
 
 // A part of one tensor in a range of packs, counted from the range's begin: packs first … whole are full; a last one,
@@ -65,7 +65,7 @@ template <class T, class F> PA_FN void each_part(const PaBucket& bucket, uint64_
 }
 
 // A Part counts packs in 32 bits, so a range is taken in pieces: f(begin, end) with at most so many packs each.
-constexpr uint64_t kMostPacks = 1u << 30;
+constexpr uint64_t kMaxPiecePacks = 1u << 30;
 template <class F> PA_FN void in_pieces(uint64_t begin, uint64_t end, uint64_t most, F f) {
   for (uint64_t next; begin < end; begin = next) {
     next = end - begin < most ? end : begin + most;
@@ -74,7 +74,7 @@ template <class F> PA_FN void in_pieces(uint64_t begin, uint64_t end, uint64_t m
 }
 // each_part() of any range.
 template <class T, class F> PA_FN void each_part_of_any(const PaBucket& bucket, uint64_t begin, uint64_t end, F f) {
-  in_pieces(begin, end, kMostPacks, [&](uint64_t from, uint64_t to) { each_part<T>(bucket, from, to, f); });
+  in_pieces(begin, end, kMaxPiecePacks, [&](uint64_t from, uint64_t to) { each_part<T>(bucket, from, to, f); });
 }
 
 // The packs of one part, by load(access, group, i) and store(access, group, i, value). whole() and ragged() make the
@@ -114,13 +114,13 @@ struct Range {
 PA_FN uint64_t align_up(uint64_t packs) { return (packs + PA_ALIGN_PACKS - 1) / PA_ALIGN_PACKS * PA_ALIGN_PACKS; }
 
 PA_FN Range channel_range(const PaBucket& bucket, uint32_t channel) {
-  const uint64_t begin = least(channel * bucket.channel_packs, bucket.packs);
-  return {begin, least(begin + bucket.channel_packs, bucket.packs)};
+  const uint64_t begin = min(channel * bucket.channel_packs, bucket.packs);
+  return {begin, min(begin + bucket.channel_packs, bucket.packs)};
 }
 // The part-th of `parts` equal parts of a range; the last ones may be short or empty.
 PA_FN Range part_of(Range all, uint32_t part, uint32_t parts) {
   const uint64_t each = align_up((all.packs() + parts - 1) / parts);
-  const uint64_t begin = least(all.begin + part * each, all.end);
-  return {begin, least(begin + each, all.end)};
+  const uint64_t begin = min(all.begin + part * each, all.end);
+  return {begin, min(begin + each, all.end)};
 }
 } // namespace PA_ISA

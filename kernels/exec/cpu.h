@@ -9,11 +9,11 @@
 #include <time.h>
 
 #define PA_FN inline __attribute__((always_inline))
-#define PA_SLOW inline __attribute__((noinline, unused))
+#define PA_NOINLINE inline __attribute__((noinline, unused))
 #define PA_UNROLL
 // The longest wait for a rank in its turn, whatever the timeout: see longest_turn_ns(). A variable in tests.
-#ifndef PA_MOST_TURN_NS
-#define PA_MOST_TURN_NS uint64_t(250'000'000)
+#ifndef PA_MAX_TURN_NS
+#define PA_MAX_TURN_NS uint64_t(250'000'000)
 #endif
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 #define PA_SANITIZE
@@ -88,7 +88,7 @@ inline uint64_t cpu_now_ns() {
 // Whether a line of a slot takes longer than `most_ns` to get hold of while the core that read it last still holds it.
 // Where the two share a cache it does not. Where they do not (other sockets, other clusters of cores) such stores make the
 // ring six times slower, while stores past the caches, which ask nobody, take as long as ever.
-inline bool is_far(char* slot, uint64_t bytes, uint32_t most_ns) {
+inline bool reader_is_remote(char* slot, uint64_t bytes, uint32_t most_ns) {
 #if defined(__x86_64__) && !defined(PA_LANES) // one lane finds out
   constexpr uint64_t kLine = 64, kMost = 64, kLeast = 16; // fewer take no longer than to look at the clock
   const uint64_t lines = bytes / kLine < kMost ? bytes / kLine : kMost;

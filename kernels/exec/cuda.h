@@ -1,10 +1,10 @@
 // CUDA: a block is a thread block, a lane is a thread. Included by exec.h.
 #pragma once
 #define PA_FN __device__ __forceinline__
-#define PA_SLOW __device__ __noinline__
+#define PA_NOINLINE __device__ __noinline__
 #define PA_UNROLL _Pragma("unroll")
 // The longest wait for a rank in its turn, whatever the timeout: see longest_turn_ns().
-#define PA_MOST_TURN_NS ~uint64_t(0)
+#define PA_MAX_TURN_NS ~uint64_t(0)
 
 namespace PA_ISA {
 PA_FN uint32_t load_acquire(const uint32_t* p) {
@@ -73,7 +73,7 @@ struct Exec {
   PA_FN void pause(uint32_t spins, uint32_t, const uint32_t*, uint32_t, uint32_t*) const { __nanosleep(spins < 64 ? 20 : 200); }
   PA_FN bool sleeps(uint32_t, uint32_t) const { return false; } // not for so long that it matters
 };
-PA_FN bool is_far(char*, uint64_t, uint32_t) { return false; } // a GPU's stores wait for nobody's cache
+PA_FN bool reader_is_remote(char*, uint64_t, uint32_t) { return false; } // a GPU's stores wait for nobody's cache
 constexpr int kInFlight = 4; // packs a lane loads before it stores any
 constexpr int kGroup = 1;
 } // namespace PA_ISA

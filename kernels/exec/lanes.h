@@ -10,7 +10,7 @@ struct Lanes { // what the lanes of one block share
 struct Exec {
   uint32_t channel, lane_, lanes_;
   Lanes* shared;
-  mutable unsigned phase = 0;
+  mutable unsigned calls = 0;
   uint32_t block() const { return channel; }
   uint32_t lane() const { return lane_; }
   uint32_t lanes() const { return lanes_; }
@@ -19,7 +19,7 @@ struct Exec {
   void sync() const { pthread_barrier_wait(&shared->barrier); }
   // Two flags in turn: the one not in use is cleared between the barriers, when nobody looks at it.
   bool any(bool p) const {
-    const unsigned f = phase++ & 1;
+    const unsigned f = calls++ & 1;
     if (p) __atomic_store_n(&shared->flag[f], 1, __ATOMIC_RELAXED);
     sync();
     const bool result = __atomic_load_n(&shared->flag[f], __ATOMIC_RELAXED) != 0;

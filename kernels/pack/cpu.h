@@ -21,7 +21,7 @@ template <class E, int B> PA_FN void store_vector(char* p, V<E, B> v) {
   *reinterpret_cast<typename Vector<E, B>::memory*>(p) = v;
 }
 // Past the caches: for memory that was not just read, so that it is not read to be overwritten.
-template <class E, int B> PA_FN void stream_vector(char* p, V<E, B> v) {
+template <class E, int B> PA_FN void store_vector_nt(char* p, V<E, B> v) {
 #if defined(__SSE2__) && !defined(PA_SANITIZE) // sanitizers do not see the intrinsics
   if ((uintptr_t(p) & (B - 1)) == 0) {
     if constexpr (B == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
@@ -35,7 +35,7 @@ template <class E, int B> PA_FN void stream_vector(char* p, V<E, B> v) {
 #endif
   store_vector<E, B>(p, v);
 }
-PA_FN void stream_fence() {
+PA_FN void fence_nt() {
 #if defined(__SSE2__)
   _mm_sfence(); // streamed stores are not ordered by the release that publishes them
 #endif
@@ -61,17 +61,17 @@ template <class T, int K> PA_FN void store_raw(char* p, const Raw<T, K>& r) {
   using R = Raw<T, K>;
   for (int h = 0; h < R::kParts; ++h) store_vector<typename R::E, R::kBytes>(p + h * R::kBytes, r.part[h]);
 }
-template <class T, int K> PA_FN void stream_raw(char* p, const Raw<T, K>& r) {
+template <class T, int K> PA_FN void store_raw_nt(char* p, const Raw<T, K>& r) {
   using R = Raw<T, K>;
   if constexpr (R::kBytes >= 16) {
-    for (int h = 0; h < R::kParts; ++h) stream_vector<typename R::E, R::kBytes>(p + h * R::kBytes, r.part[h]);
+    for (int h = 0; h < R::kParts; ++h) store_vector_nt<typename R::E, R::kBytes>(p + h * R::kBytes, r.part[h]);
   } else {
     store_raw<T, K>(p, r);
   }
 }
 // For another core to read. far: past the caches, see is_far().
-template <class T, int K> PA_FN void pass_raw(char* p, const Raw<T, K>& r, bool far) {
-  if (far) stream_raw<T, K>(p, r);
+template <class T, int K> PA_FN void store_to_peer(char* p, const Raw<T, K>& r, bool remote) {
+  if (remote) store_raw_nt<T, K>(p, r);
   else store_raw<T, K>(p, r);
 }
 
@@ -183,10 +183,10 @@ template <class T, int K> PA_FN void store_wide(char* p, const Wide<T, K>& x) {
   using W = Wide<T, K>;
   for (int h = 0; h < W::kParts; ++h) store_vector<SumOf<T>, W::kBytes>(p + h * W::kBytes, x.part[h]);
 }
-template <class T, int K> PA_FN void pass_wide(char* p, const Wide<T, K>& x, bool far) {
+template <class T, int K> PA_FN void store_wide_to_peer(char* p, const Wide<T, K>& x, bool remote) {
   using W = Wide<T, K>;
-  if (!far) return store_wide<T, K>(p, x);
-  for (int h = 0; h < W::kParts; ++h) stream_vector<SumOf<T>, W::kBytes>(p + h * W::kBytes, x.part[h]);
+  if (!remote) return store_wide<T, K>(p, x);
+  for (int h = 0; h < W::kParts; ++h) store_vector_nt<SumOf<T>, W::kBytes>(p + h * W::kBytes, x.part[h]);
 }
 
 // Where elements have equal bits, whatever these stand for, NaN included.

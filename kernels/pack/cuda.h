@@ -30,9 +30,9 @@ template <class T, int K> PA_FN Raw<T, K> load_raw(const char* p) {
 template <class T, int K> PA_FN void store_raw(char* p, const Raw<T, K>& r) {
   store_16(p, make_uint4(r.w[0], r.w[1], r.w[2], r.w[3]));
 }
-template <class T, int K> PA_FN void stream_raw(char* p, const Raw<T, K>& r) { store_raw<T, K>(p, r); }
-template <class T, int K> PA_FN void pass_raw(char* p, const Raw<T, K>& r, bool) { store_raw<T, K>(p, r); }
-PA_FN void stream_fence() {}
+template <class T, int K> PA_FN void store_raw_nt(char* p, const Raw<T, K>& r) { store_raw<T, K>(p, r); }
+template <class T, int K> PA_FN void store_to_peer(char* p, const Raw<T, K>& r, bool) { store_raw<T, K>(p, r); }
+PA_FN void fence_nt() {}
 
 template <class T, int K> PA_FN Wide<T, K> widen(const Raw<T, K>& r) {
   Wide<T, K> x;
@@ -98,7 +98,7 @@ template <class T, int K> PA_FN void store_wide(char* p, const Wide<T, K>& x) {
     store_16(p + 16 * q, v);
   }
 }
-template <class T, int K> PA_FN void pass_wide(char* p, const Wide<T, K>& x, bool) { store_wide<T, K>(p, x); }
+template <class T, int K> PA_FN void store_wide_to_peer(char* p, const Wide<T, K>& x, bool) { store_wide<T, K>(p, x); }
 
 template <class T, int K> PA_FN Raw<T, K> differing_bits(const Raw<T, K>& a, const Raw<T, K>& b, Raw<T, K> before) {
   PA_UNROLL for (int i = 0; i < 4; ++i) before.w[i] |= a.w[i] ^ b.w[i];

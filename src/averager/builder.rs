@@ -40,7 +40,7 @@ pub struct Testing {
     pub poison_slots: bool,
     /// Write slots past the caches if their lines take longer than this to get hold of: 0 always,
     /// `u32::MAX` never.
-    pub far_ns: Option<u32>,
+    pub remote_ns: Option<u32>,
     /// Every block waits at each of its protocol steps, for up to so long.
     pub delay_ns: u32,
     /// An instruction set instead of the best one.

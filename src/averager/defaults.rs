@@ -57,7 +57,7 @@ pub(super) const SLOTS: u32 = 4;
 /// once: 1 to 5 ns between cores with a common third-level cache, 12 to 21 between others (the
 /// middle 80 % on an EPYC of the fourth generation; measured). A wrong guess costs one turn of the
 /// mailbox.
-pub(super) const FAR_NS: u32 = 8;
+pub(super) const REMOTE_NS: u32 = 8;
 
 /// As long as torch.distributed waits for NCCL.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(600);

@@ -10,14 +10,14 @@ use crate::abi::PaArgs;
 /// Bytes of the stack of a channel's thread.
 const STACK: usize = 2 << 20;
 
-type RunBlock = unsafe extern "C" fn(args: *const PaArgs, phase: u32, channel: u32);
+type RunBlock = unsafe extern "C" fn(args: *const PaArgs, kernel: u32, channel: u32);
 
 extern "C" {
-    fn pa_run_block_baseline(args: *const PaArgs, phase: u32, channel: u32);
+    fn pa_run_block_baseline(args: *const PaArgs, kernel: u32, channel: u32);
     #[cfg(target_arch = "x86_64")]
-    fn pa_run_block_avx2(args: *const PaArgs, phase: u32, channel: u32);
+    fn pa_run_block_avx2(args: *const PaArgs, kernel: u32, channel: u32);
     #[cfg(target_arch = "x86_64")]
-    fn pa_run_block_avx512(args: *const PaArgs, phase: u32, channel: u32);
+    fn pa_run_block_avx512(args: *const PaArgs, kernel: u32, channel: u32);
 }
 
 /// An instruction set that the kernels were compiled for.
@@ -52,10 +52,10 @@ impl Isa {
     /// What `args` points at is as `kernels/abi.h` describes it and valid until the call returns,
     /// and only one thread runs this channel of this rank. The tensors are borrowed mutably for as
     /// long.
-    pub(crate) unsafe fn run_block(self, args: &PaArgs, phase: u32, channel: u32) {
+    pub(crate) unsafe fn run_block(self, args: &PaArgs, kernel: u32, channel: u32) {
         // SAFETY: as this function's; the machine has the instruction set, or `self` would not
         // exist.
-        unsafe { (self.run)(args, phase, channel) }
+        unsafe { (self.run)(args, kernel, channel) }
     }
 }
 
@@ -75,7 +75,7 @@ struct Shared {
 struct Job {
     /// Counts launches; a worker runs each once.
     number: u64,
-    phase: u32,
+    kernel: u32,
     args: PaArgs,
     /// Workers that have not finished this launch.
     running: usize,
@@ -85,7 +85,7 @@ struct Job {
 impl Workers {
     pub(crate) fn new(isa: Isa, channels: u32, name: &str) -> Result<Self, String> {
         let args = bytemuck::Zeroable::zeroed();
-        let job = Mutex::new(Job { number: 0, phase: 0, args, running: 0, stop: false });
+        let job = Mutex::new(Job { number: 0, kernel: 0, args, running: 0, stop: false });
         let shared = Arc::new(Shared { job, started: Condvar::new(), ended: Condvar::new() });
         let mut workers = Workers { isa, shared, threads: vec![] };
         for channel in 1..channels {
@@ -101,12 +101,12 @@ impl Workers {
     ///
     /// # Safety
     /// As [`Isa::run_block`], for all channels.
-    pub(crate) unsafe fn launch(&self, args: &PaArgs, phase: u32) {
+    pub(crate) unsafe fn launch(&self, args: &PaArgs, kernel: u32) {
         if !self.threads.is_empty() {
             let mut job = lock(&self.shared.job);
             *job = Job {
                 number: job.number + 1,
-                phase,
+                kernel,
                 args: *args,
                 running: self.threads.len(),
                 stop: false,
@@ -114,7 +114,7 @@ impl Workers {
             self.shared.started.notify_all();
         }
         // SAFETY: the caller's promise; channel 0 is this thread's.
-        unsafe { self.isa.run_block(args, phase, 0) };
+        unsafe { self.isa.run_block(args, kernel, 0) };
         if !self.threads.is_empty() {
             let mut job = lock(&self.shared.job);
             while job.running > 0 {
@@ -127,7 +127,7 @@ impl Workers {
 fn work(isa: Isa, channel: u32, shared: &Shared) {
     let mut done = 0;
     loop {
-        let (phase, args) = {
+        let (kernel, args) = {
             let mut job = lock(&shared.job);
             while job.number == done && !job.stop {
                 job = shared.started.wait(job).unwrap_or_else(PoisonError::into_inner);
@@ -136,11 +136,11 @@ fn work(isa: Isa, channel: u32, shared: &Shared) {
                 return;
             }
             done = job.number;
-            (job.phase, job.args)
+            (job.kernel, job.args)
         };
         // SAFETY: `launch` holds its caller's promise until `running` is 0; each worker has its own
         // channel.
-        unsafe { isa.run_block(&args, phase, channel) };
+        unsafe { isa.run_block(&args, kernel, channel) };
         let mut job = lock(&shared.job);
         job.running -= 1;
         if job.running == 0 {

@@ -135,26 +135,26 @@ impl Engine {
     pub(crate) unsafe fn start(
         &mut self,
         args: &PaArgs,
-        phases: impl Iterator<Item = u32>,
+        kernels: impl Iterator<Item = u32>,
         stream: Option<*mut c_void>,
     ) -> Result<(), Unstarted> {
         match self {
             Engine::Cpu { workers, states } => {
-                for phase in phases {
+                for kernel in kernels {
                     // The kernel sees for itself; this saves waking threads.
                     let failed =
                         || states_of(states).iter().any(|state| state.outcome != PA_COMMITTED);
-                    if phase == PA_RING_GATHER && failed() {
+                    if kernel == PA_RING_GATHER && failed() {
                         break;
                     }
                     // SAFETY: the caller's promise.
-                    unsafe { workers.launch(args, phase) };
+                    unsafe { workers.launch(args, kernel) };
                 }
                 Ok(())
             }
             // SAFETY: the caller's promise.
             Engine::Cuda(rank) => unsafe {
-                rank.start(args, phases, stream.map(<*mut c_void>::cast))
+                rank.start(args, kernels, stream.map(<*mut c_void>::cast))
             },
         }
     }

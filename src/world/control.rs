@@ -3,7 +3,7 @@
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::abi::{PaBoard, PaControl, PA_ABORTED, PA_COMMITTED, PA_LEFT};
+use crate::abi::{PaBoard, PaControl, PA_ABORTED, PA_COMMITTED, PA_DEPARTED};
 use crate::backend::Memory;
 
 /// A failure that ended a world: what `PaControl.abort` holds.
@@ -35,8 +35,8 @@ impl Control {
         for board in &mut first.board {
             board.arrived = epoch;
             board.vote = epoch.wrapping_mul(2);
-            board.left = epoch.wrapping_mul(2);
-            board.through = epoch;
+            board.exited = epoch.wrapping_mul(2);
+            board.completed = epoch;
         }
         memory.set(0, bytemuck::bytes_of(&first))?;
         Ok(Control { memory, aborted: AtomicU32::new(0) })
@@ -65,7 +65,7 @@ impl Control {
     /// The same for an average that this rank can't bring to its end. Unlike `leave`, it ends this
     /// rank's own kernels, too, and says nothing that is not true while they run.
     pub(crate) fn give_up(&self, position: usize) {
-        self.poison(PA_LEFT, position);
+        self.poison(PA_DEPARTED, position);
     }
 
     fn poison(&self, kind: u32, position: usize) {
@@ -80,25 +80,25 @@ impl Control {
     }
 
     /// Whether hosts say here when a rank is through with an average: where they find the memory.
-    pub(crate) fn has_through(&self) -> bool {
+    pub(crate) fn reports_completed(&self) -> bool {
         self.memory.host_pointer().is_some()
     }
 
     /// Says that this rank is through with an average, so that it may go: its peers then need it no
     /// more to bring theirs to its end.
-    pub(crate) fn through(&self, position: usize, epoch: u32) {
-        if let Some(through) = self.word(of_board(position, offset_of!(PaBoard, through))) {
+    pub(crate) fn completed(&self, position: usize, epoch: u32) {
+        if let Some(completed) = self.word(of_board(position, offset_of!(PaBoard, completed))) {
             // Release: a reader that sees it, or finds this rank departed after it, sees what the
             // rank wrote in the average.
-            through.store(epoch, Ordering::Release);
+            completed.store(epoch, Ordering::Release);
         }
     }
 
     /// Says that this rank never comes again.
     pub(crate) fn leave(&self, position: usize) {
-        let at = of_board(position, offset_of!(PaBoard, gone));
+        let at = of_board(position, offset_of!(PaBoard, departed));
         match (self.word(at), &self.memory) {
-            (Some(gone), _) => gone.store(1, Ordering::Release),
+            (Some(departed), _) => departed.store(1, Ordering::Release),
             (None, Memory::Cuda(memory)) => {
                 let _ = memory.say(at, 1); // as in `abort`
             }

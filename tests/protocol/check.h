@@ -107,7 +107,7 @@ struct Ended { // of one rank's average
 inline void expect_outcome(const World& w, uint32_t r, uint32_t number, const Outcome& o, uint32_t kind, uint32_t peer) {
   if (o.kind != kind || (kind != PA_COMMITTED && kind != PA_UNNEEDED && kind != PA_NO_WEIGHT && o.peer != peer))
     wrong("%s, n=%u, C=%u, average %u: rank %u ended with %u of rank %u at %u, not %u of rank %u", name_of(w.s.mode), w.s.world,
-          w.s.channels, number, r, o.kind, o.peer, o.where, kind, peer);
+          w.s.channels, number, r, o.kind, o.peer, o.phase, kind, peer);
 }
 
 // What check() says of a rank whose tensors all are as rank r had them.

@@ -17,8 +17,8 @@ struct Scenario {
 };
 constexpr Scenario kScenarios[] = {
     {"ring", ring},           {"commit", commit},   {"direct", direct}, {"largest", largest}, {"wrap", wrap},
-    {"weights", weights},     {"guests", guests},   {"keep", keep},       {"layout", layout}, {"non_finite", non_finite},
-    {"timeout", timeout},     {"left", left},       {"abort", aborted},   {"decision", decision},
+    {"weights", weights},     {"joiners", joiners},   {"keep", keep},       {"layout", layout}, {"non_finite", non_finite},
+    {"timeout", timeout},     {"departed", departed},       {"abort", aborted},   {"decision", decision},
     {"leave_at_each_step", leave_at_each_step},               {"turns", turns},       {"beside", beside},   {"stopped", stopped},
     {"stopped_in_its_turn", stopped_in_its_turn}, {"equal", equal}, {"huge", huge},     {"stale", stale},
 };

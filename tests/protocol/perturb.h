@@ -8,19 +8,19 @@
 
 #include "data.h"
 
-inline thread_local uint64_t dawdle_state = 1;
-inline int dawdle_us = 40; // the longest delay
-inline uint64_t most_turn_ns = 250'000'000;
-#define PA_MOST_TURN_NS most_turn_ns
+inline thread_local uint64_t delay_state = 1;
+inline int max_delay_us = 40; // the longest delay
+inline uint64_t test_max_turn_ns = 250'000'000;
+#define PA_MAX_TURN_NS test_max_turn_ns
 
-inline uint64_t random_bits() { return mix(dawdle_state++); }
+inline uint64_t random_bits() { return mix(delay_state++); }
 inline uint64_t random_below(uint64_t n) { return n == 0 ? 0 : random_bits() % n; }
 // One call in `chance` dawdles.
 inline void perturb(unsigned chance) {
   const uint64_t h = random_bits();
   if (h % chance != 0) return;
   if (h >> 32 & 1) sched_yield();
-  else usleep(unsigned(h >> 40) % unsigned(dawdle_us + 1));
+  else usleep(unsigned(h >> 40) % unsigned(max_delay_us + 1));
 }
 // Stops a rank as a signal stops a process: all its threads, each at its next look at the clock, which one that waits takes again
 // and again. Relaxed: it must not order what the kernels don't.

@@ -63,18 +63,18 @@ inline void timeout() {
 }
 
 // The absent rank says that it is gone: nobody waits for the timeout.
-inline void left() {
+inline void departed() {
   uint64_t seed = 120;
   for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect}) {
     const Setup s = setup_of(mode, 3, 2, seed++);
     const uint32_t absent = uint32_t(seed % 3);
-    without_a_rank(s, 2, absent, PA_LEFT, [&](World& w) { PA_ISA::store_release(&w.control()->board[absent].gone, 1); });
+    without_a_rank(s, 2, absent, PA_DEPARTED, [&](World& w) { PA_ISA::store_release(&w.control()->board[absent].departed, 1); });
   }
   // Gone as soon as its last average is done, while others still work on it, one of them for long: they succeed.
   for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect})
     for (uint32_t i = 0; i < 48; ++i) {
       Setup s = setup_of(mode, 3, 1 + i % 2, 2 * seed++);
-      s.says_through = i % 4 != 0;
+      s.reports_completed = i % 4 != 0;
       if (i % 3 == 0) s.buckets = {{PA_F32, false, {190, 3, 70}}};
       s.epoch = 0xffffffffu; // the number of the average has wrapped
       World w(s);
@@ -84,7 +84,7 @@ inline void left() {
         Call call;
         if (i % 3 == 0 && r == i / 3 % 3) call.delay_ns = 6'000'000;
         expect_outcome(w, r, 0, w.average(r, call), PA_COMMITTED, 0);
-        PA_ISA::store_release(&w.control()->board[r].gone, 1);
+        PA_ISA::store_release(&w.control()->board[r].departed, 1);
         check(w, plan, r, Expect::kMean);
       });
     }
@@ -144,7 +144,7 @@ inline void abort_within(Mode mode, uint64_t seed, bool slow) {
   World w(s);
   std::vector<Outcome> o(3);
   std::thread somebody([&] {
-    dawdle_state = mix(seed);
+    delay_state = mix(seed);
     usleep(unsigned(slow ? 10'000 : random_below(mode == Mode::kCommit ? 1500 : 800)));
     abort_world(w, 2);
   });
@@ -158,8 +158,8 @@ inline void abort_within(Mode mode, uint64_t seed, bool slow) {
     check(w, Plan{}, r, o[r].committed ? Expect::kEither : Expect::kLocal);
     if (o[r].kind == PA_COMMITTED) return;
     // A graph that is replayed now: what it was before, and so whether tensors are half written, is still to be read.
-    const uint32_t phases[] = {PA_RING, PA_RING_REDUCE, PA_DIRECT};
-    w.launch(r, w.args(r, Call{}), phases[mode == Mode::kRing ? 0 : mode == Mode::kCommit ? 1 : 2], 0);
+    const uint32_t kernels[] = {PA_RING, PA_RING_REDUCE, PA_DIRECT};
+    w.launch(r, w.args(r, Call{}), kernels[mode == Mode::kRing ? 0 : mode == Mode::kCommit ? 1 : 2], 0);
     bool committed = false;
     for (uint32_t c = 0; c < 2; ++c) committed |= w.channel(r, c)->committed != 0;
     if (committed != o[r].committed) wrong("%s: rank %u: a replay hides that tensors are half written", name_of(mode), r);
@@ -181,7 +181,7 @@ inline void aborted() {
 inline void decision() {
   uint64_t seed = 1000;
   uint32_t committed = 0, refused = 0;
-  dawdle_us = 200;
+  max_delay_us = 200;
   for (Mode mode : {Mode::kCommit, Mode::kRing, Mode::kDirect})
     for (uint32_t i = 0; i < (kLanes[0] > 1 ? 50 : 120); ++i) {
       Setup s = setup_of(mode, 2 + i % 3, 1 + i % 2, 2 * seed++); // even: two dtypes
@@ -202,7 +202,7 @@ inline void decision() {
         for (const Outcome& outcome : o) healthy &= outcome.kind == PA_COMMITTED;
       }
     }
-  dawdle_us = 40;
+  max_delay_us = 40;
   std::printf("decision: %u averages committed, %u refused\n", committed, refused);
 }
 
@@ -210,10 +210,10 @@ inline void decision() {
 inline void leave_at_each_step() {
   for (Mode mode : {Mode::kCommit, Mode::kRing, Mode::kDirect}) {
     std::atomic<uint32_t> next_step{1};
-    std::atomic<bool> through{false};
+    std::atomic<bool> completed{false};
     const auto try_steps = [&](uint32_t helper) {
-      dawdle_state = mix(helper + 5);
-      while (!through) {
+      delay_state = mix(helper + 5);
+      while (!completed) {
         const uint32_t step = next_step++;
         Setup s = setup_of(mode, 3 + step % 2, 1 + step % 2, 2 * (300 + step));
         s.buckets = {{PA_F32, false, {190, 3, 70}}};
@@ -230,13 +230,13 @@ inline void leave_at_each_step() {
         if (o[dead].kind == PA_COMMITTED) {
           for (uint32_t r = 0; r < s.world; ++r) expect_outcome(w, r, 0, o[r], PA_COMMITTED, 0);
           check_agreement(w, Plan{}, o, ~0u);
-          through = true;
+          completed = true;
           return;
         }
         const bool committed = check_agreement(w, Plan{}, o, dead);
         for (uint32_t r = 0; r < s.world; ++r)
           // Direct, past the meeting: nobody may go before all have left, so none leaves without a word.
-          if (r != dead && o[r].kind != PA_COMMITTED) expect_outcome(w, r, 0, o[r], mode == Mode::kDirect && step > 1 ? PA_LEFT : PA_TIMEOUT, dead);
+          if (r != dead && o[r].kind != PA_COMMITTED) expect_outcome(w, r, 0, o[r], mode == Mode::kDirect && step > 1 ? PA_DEPARTED : PA_TIMEOUT, dead);
         for (uint32_t r = 0; r < s.world; ++r)
           if (mode == Mode::kDirect && o[r].kind == PA_COMMITTED) wrong("direct: rank %u does not know that rank %u left its part undone", r, dead);
         if (committed && !o[dead].committed) wrong("%s: committed although rank %u died before step %u, not having agreed", name_of(mode), dead, step);

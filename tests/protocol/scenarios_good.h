@@ -109,7 +109,7 @@ inline void keep() {
 }
 
 // A rank that knows of a guest: after that average every rank does, and after the next none.
-inline void guests() {
+inline void joiners() {
   uint64_t seed = 55;
   for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect}) {
     World w(setup_of(mode, 3, 2, seed++));
@@ -117,12 +117,12 @@ inline void guests() {
         w, 12,
         [&](uint32_t k) {
           Script script = script_of(w, k);
-          if (k % 3 == 1) script.calls[k / 3 % 3].flags |= PA_FLAG_GUEST;
+          if (k % 3 == 1) script.calls[k / 3 % 3].flags |= PA_FLAG_JOINER;
           return script;
         },
         [&](uint32_t k, uint32_t r, const Outcome& o) {
           expect_outcome(w, r, k, o, PA_COMMITTED, 0);
-          if (o.guest != (k % 3 == 1)) wrong("%s, average %u: rank %u says guest = %d", name_of(mode), k, r, o.guest);
+          if (o.joiner != (k % 3 == 1)) wrong("%s, average %u: rank %u says joiner = %d", name_of(mode), k, r, o.joiner);
         });
   }
 }
@@ -213,7 +213,7 @@ inline void stale() {
           Script script = script_of(w, k);
           const uint32_t peer = peer_at(k);
           for (Call& call : script.calls) call.flags = PA_FLAG_REJECT_NON_FINITE | PA_FLAG_WEIGHTED;
-          if (kind_at(k) == PA_COMMITTED) script.calls[0].flags |= PA_FLAG_GUEST;
+          if (kind_at(k) == PA_COMMITTED) script.calls[0].flags |= PA_FLAG_JOINER;
           if (kind_at(k) == PA_NON_FINITE) script.plan.odd = {peer, 0, 0, k};
           if (kind_at(k) == PA_LAYOUT) script.calls[peer].flags |= PA_FLAG_LAYOUT, script.calls[peer].detail = 2, script.calls[peer].found = k;
           if (kind_at(k) == PA_BAD_WEIGHT) script.calls[peer].weight = -1;
@@ -223,7 +223,7 @@ inline void stale() {
           expect_outcome(w, r, k, o, kind_at(k), peer_at(k));
           const uint64_t detail = kind_at(k) == PA_NON_FINITE ? 1 + k : kind_at(k) == PA_LAYOUT ? 2 : 0;
           if (o.detail != detail) wrong("%s, average %u: rank %u was told %llx", name_of(mode), k, r, (unsigned long long)o.detail);
-          if (o.guest != (o.kind == PA_COMMITTED)) wrong("%s, average %u: rank %u says guest = %d", name_of(mode), k, r, o.guest);
+          if (o.joiner != (o.kind == PA_COMMITTED)) wrong("%s, average %u: rank %u says joiner = %d", name_of(mode), k, r, o.joiner);
           const double weight = -1;
           uint64_t found = k;
           if (kind_at(k) == PA_BAD_WEIGHT) memcpy(&found, &weight, sizeof found);
@@ -296,6 +296,6 @@ inline void huge() {
       }
     if (met != bucket.packs) wrong("%u channels: %llu packs of %llu", channels, (unsigned long long)met, (unsigned long long)bucket.packs);
     // What the ring's steps and the scan walk at once is short: a chunk.
-    if (bucket.chunk >= PA_ISA::kMostPacks) wrong("a chunk is too long");
+    if (bucket.chunk >= PA_ISA::kMaxPiecePacks) wrong("a chunk is too long");
   }
 }

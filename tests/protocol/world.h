@@ -54,7 +54,7 @@ struct Setup {
   uint32_t epoch = 0;    // averages made so far
   uint32_t sequence = 0; // chunks sent so far over the first link; other links differ by a few
   uint64_t timeout_ns = 200'000'000'000;
-  bool says_through = true; // hosts keep PaBoard.through
+  bool reports_completed = true; // hosts keep PaBoard.through
   uint64_t seed = 1;
 };
 // What one rank passes to one average.
@@ -68,10 +68,10 @@ struct Call {
 };
 // How it ended there.
 struct Outcome {
-  uint32_t kind = PA_OPEN, peer = 0, where = 0;
+  uint32_t kind = PA_OPEN, peer = 0, phase = 0;
   bool committed = false;
   uint64_t detail = 0, found = 0;
-  bool guest = false;
+  bool joiner = false;
 };
 
 // Memory on lines of its own that is gone when the world is.
@@ -130,8 +130,8 @@ struct World {
     Rank& rank = ranks[r];
     PaBoard& board = control()->board[r];
     board.arrived = s.epoch;
-    board.vote = board.left = 2 * s.epoch;
-    board.through = s.epoch;
+    board.vote = board.exited = 2 * s.epoch;
+    board.completed = s.epoch;
     stop[r].deciding = &board.deciding;
     rank.buckets = std::make_unique<Region>(s.buckets.size() * sizeof(PaBucket), 0);
     for (size_t b = 0; b < s.buckets.size(); ++b) rank.buckets->as<PaBucket>()[b] = build_bucket(rank, r, s.buckets[b]);
@@ -203,14 +203,14 @@ struct World {
     a.schedule = call.schedule, a.weight = call.weight, a.detail = call.detail, a.found = call.found;
     a.rank = r, a.world = s.world, a.channels = s.channels, a.slots = s.slots, a.slot_packs = slot_packs;
     a.spins = s.seed % 2 == 0 ? 200 : 0; // with a core for each thread, and without
-    a.far_ns = s.seed % 3 == 0 ? 0 : s.seed % 3 == 1 ? ~0u : 8; // slots written past the caches, through them, as it comes
+    a.remote_ns = s.seed % 3 == 0 ? 0 : s.seed % 3 == 1 ? ~0u : 8; // slots written past the caches, through them, as it comes
     a.bucket_count = uint32_t(s.buckets.size());
-    a.flags = call.flags | (s.says_through ? PA_FLAG_THROUGH : 0u), a.fault_step = call.fault_step, a.delay_ns = call.delay_ns;
+    a.flags = call.flags | (s.reports_completed ? PA_FLAG_COMPLETED : 0u), a.fault_step = call.fault_step, a.delay_ns = call.delay_ns;
     return a;
   }
 
   // One launch: a thread for every lane of every block, joined.
-  void launch(uint32_t r, const PaArgs& a, uint32_t phase, uint32_t last_channel_us) const {
+  void launch(uint32_t r, const PaArgs& a, uint32_t kernel, uint32_t last_channel_us) const {
     const uint64_t seed = random_bits();
     std::vector<std::thread> threads;
 #if defined(PA_LANES)
@@ -220,14 +220,14 @@ struct World {
     for (uint32_t c = 0; c < s.channels; ++c)
       for (uint32_t lane = 0; lane < s.lanes; ++lane)
         threads.emplace_back([&, c, lane] {
-          dawdle_state = mix(seed ^ (r << 20 | c << 10 | lane));
+          delay_state = mix(seed ^ (r << 20 | c << 10 | lane));
           own_stop = &stop[r];
           perturb(3);
           if (c + 1 == s.channels && last_channel_us != 0) usleep(last_channel_us);
 #if defined(PA_LANES)
-          PA_ISA::run_phase(PA_ISA::Exec{c, lane, s.lanes, &shared[c]}, a, phase);
+          PA_ISA::run_kernel(PA_ISA::Exec{c, lane, s.lanes, &shared[c]}, a, kernel);
 #else
-          PA_ISA::run_phase(PA_ISA::Exec{c}, a, phase);
+          PA_ISA::run_kernel(PA_ISA::Exec{c}, a, kernel);
 #endif
         });
     for (auto& thread : threads) thread.join();
@@ -252,21 +252,21 @@ struct World {
     }
     ++ranks[r].averages;
     const Outcome o = outcome(r);
-    if (s.says_through && o.kind != PA_OPEN && o.kind < PA_TIMEOUT) PA_ISA::store_release(&control()->board[r].through, channel(r, 0)->epoch);
+    if (s.reports_completed && o.kind != PA_OPEN && o.kind < PA_TIMEOUT) PA_ISA::store_release(&control()->board[r].completed, channel(r, 0)->epoch);
     return o;
   }
 
   // All channels of a rank must say the same, but for a failure after the commit, which may strike some only.
   Outcome outcome(uint32_t r) const {
     const PaChannel& first = *channel(r, 0);
-    Outcome o{first.outcome, first.peer, first.where, first.committed != 0, first.detail, first.found, first.guest != 0};
+    Outcome o{first.outcome, first.peer, first.phase, first.committed != 0, first.detail, first.found, first.joiner != 0};
     for (uint32_t c = 1; c < s.channels; ++c) {
       const PaChannel& other = *channel(r, c);
       if ((other.committed != 0) != o.committed && other.outcome != PA_OPEN && o.kind != PA_OPEN)
         wrong("rank %u: channel %u committed=%u, channel 0 %u (outcomes %u and %u)", r, c, other.committed, o.committed, other.outcome, o.kind);
       if (!o.committed && o.kind != PA_OPEN && other.outcome != PA_OPEN && (other.outcome != o.kind || (o.kind >= PA_NON_FINITE && other.peer != o.peer)))
         wrong("rank %u: channel %u ended with %u of rank %u, channel 0 with %u of rank %u", r, c, other.outcome, other.peer, o.kind, o.peer);
-      if (other.outcome != PA_COMMITTED && o.kind == PA_COMMITTED) o.kind = other.outcome, o.peer = other.peer, o.where = other.where;
+      if (other.outcome != PA_COMMITTED && o.kind == PA_COMMITTED) o.kind = other.outcome, o.peer = other.peer, o.phase = other.phase;
     }
     return o;
   }
@@ -277,7 +277,7 @@ inline void each_rank(const World& world, const std::function<void(uint32_t)>& f
   std::vector<std::thread> threads;
   for (uint32_t r = 0; r < world.s.world; ++r)
     threads.emplace_back([&, r] {
-      dawdle_state = mix(world.s.seed * 1000003 + r);
+      delay_state = mix(world.s.seed * 1000003 + r);
       f(r);
     });
   for (auto& thread : threads) thread.join();

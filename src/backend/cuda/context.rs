@@ -12,7 +12,7 @@ use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 use super::driver::{self, call, Failed};
 use super::rank::THREADS;
 
-/// The kernels, by `PaPhase`.
+/// The kernels, by `PaKernel`.
 const KERNELS: [&str; 5] = ["pa_direct", "pa_ring", "pa_ring_reduce", "pa_ring_gather", "pa_scan"];
 /// And the one that finds out whether devices reach each other.
 const PROBE: &str = "pa_probe";
@@ -167,8 +167,8 @@ impl Context {
         self.probe
     }
 
-    pub(super) fn kernel(&self, phase: u32) -> sys::CUfunction {
-        self.kernels[phase as usize]
+    pub(super) fn kernel(&self, kernel: u32) -> sys::CUfunction {
+        self.kernels[kernel as usize]
     }
 
     /// Does something on a stream that waits for no other, and returns when it is done.
