@@ -1,12 +1,16 @@
-// CPU entry points: one block of one phase, on the calling thread. Compiled once per instruction set, PA_ISA.
+// CPU entry points: one block of one kernel, on the calling thread. Compiled once per instruction
+// set, PA_ISA.
 #include "direct.h"
 #include "ring.h"
 #include "scan.h"
 
 namespace PA_ISA {
-// A function for each phase: in one of them all, more code in the ring made the direct average 1.4 times slower (g++ 12).
+// A function per kernel: with all in one, the ring's code made the direct average 1.4 times slower
+// (g++ 12).
 PA_NOINLINE void direct(const Exec& ex, const PaArgs& args) { run_direct(ex, args); }
-template <uint32_t kKernel> PA_NOINLINE void ring(const Exec& ex, const PaArgs& args) { run_ring<kKernel>(ex, args); }
+template <uint32_t kKernel> PA_NOINLINE void ring(const Exec& ex, const PaArgs& args) {
+  run_ring<kKernel>(ex, args);
+}
 PA_NOINLINE void scan(const Exec& ex, const PaArgs& args) { run_scan(ex, args); }
 PA_FN void run_kernel(const Exec& ex, const PaArgs& args, uint32_t kernel) {
   switch (kernel) {
@@ -19,7 +23,8 @@ PA_FN void run_kernel(const Exec& ex, const PaArgs& args, uint32_t kernel) {
 }
 } // namespace PA_ISA
 
-// The trainer's thread may round in another direction, take subnormal numbers for zero or trap: results must not depend on that.
+// Sets the default floating-point environment. The trainer's thread may round in another direction,
+// flush subnormals or trap; results must not depend on that.
 struct DefaultFpEnv {
 #if defined(__SSE2__)
   const unsigned before = _mm_getcsr();
@@ -38,8 +43,9 @@ struct DefaultFpEnv {
 #if !defined(PA_LANES)
 #define PA_JOIN(a, b) a##b
 #define PA_NAME(prefix, isa) PA_JOIN(prefix, isa)
-extern "C" void PA_NAME(pa_run_block_, PA_ISA)(const PaArgs* args, uint32_t kernel, uint32_t channel) {
+extern "C" void PA_NAME(pa_run_block_, PA_ISA)(const PaArgs* args, uint32_t kernel,
+                                               uint32_t channel) {
   const DefaultFpEnv fp_env;
-  PA_ISA::run_kernel(PA_ISA::Exec{channel}, *args, kernel);
+  PA_ISA::run_kernel(PA_ISA::Exec{{channel}}, *args, kernel);
 }
 #endif

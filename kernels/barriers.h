@@ -1,24 +1,27 @@
-// The two points where all ranks agree: the meeting, at which they show that they are about the same thing, and the
-// vote before anybody's tensors change. Neither counts on a rank to be there: what is decided is decided once, by whoever
-// has its turn first, so a rank that gives up and a rank that goes on can't both be right.
+// The two agreement points of an average: the entry barrier, which validates that all ranks request
+// the same operation, and the commit vote, before any tensor is written. The outcome is written
+// once, under the turn lock; late ranks adopt it.
 #pragma once
 #include "mailbox.h"
 
 namespace PA_ISA {
 
-// What is wrong with the records of an average, the same for every rank that reads them. 0: nothing.
+// Validates the records of an epoch. 0, or what is wrong: the same for every rank that reads them,
+// naming the lowest rank at fault.
 PA_FN uint32_t check_records(const PaControl* control, uint32_t world, uint32_t epoch) {
   const uint32_t parity = epoch & 1;
   const PaRecord& first = control->board[0].record[parity];
   bool needed = false, counts = false;
-  uint32_t layout = 0, weight = 0, weighting = 0, schedule = 0, non_finite = 0; // the first rank at fault, as a code
+  uint32_t layout = 0, weight = 0, weighting = 0, schedule = 0, non_finite = 0;
   for (uint32_t r = world; r-- > 0;) {
     const PaRecord& record = control->board[r].record[parity];
     needed |= !(record.flags & PA_FLAG_UNNEEDED);
     counts |= record.weight > 0;
     if (record.flags & PA_FLAG_LAYOUT) layout = code_of(uint32_t(PA_LAYOUT), r);
-    if (!(record.weight >= 0) || record.weight - record.weight != 0) weight = code_of(uint32_t(PA_BAD_WEIGHT), r);
-    if ((record.flags ^ first.flags) & PA_FLAG_WEIGHTED) weighting = code_of(uint32_t(PA_WEIGHTING), r);
+    if (!(record.weight >= 0) || record.weight - record.weight != 0)
+      weight = code_of(uint32_t(PA_BAD_WEIGHT), r);
+    if ((record.flags ^ first.flags) & PA_FLAG_WEIGHTED)
+      weighting = code_of(uint32_t(PA_WEIGHTING), r);
     if (record.schedule != first.schedule) schedule = code_of(uint32_t(PA_SCHEDULE), r);
     if (record.flags & PA_FLAG_NON_FINITE) non_finite = code_of(uint32_t(PA_NON_FINITE), r);
   }
@@ -31,11 +34,12 @@ PA_FN uint32_t check_records(const PaControl* control, uint32_t world, uint32_t 
   return non_finite;
 }
 
-// What each rank's values are multiplied by and what the sum is divided by: w / max w and Σ w / max w, both times a
-// power of two that is at most 1 over the number of ranks that count, so that no partial sum overflows where the mean does
-// not. Both are 1 where one rank counts, whose values arrive unchanged.
+// Computes each rank's scale, w / max w, and the divisor, Σ w / max w. Both are multiplied by a
+// power of two that is at most 1 over the number of ranks that count, so that no partial sum
+// overflows where the mean does not. Both are 1 where one rank counts: its values arrive unchanged.
 PA_FN void compute_scales(const PaControl* control, uint32_t world, uint32_t epoch, PaChannel* me) {
-  constexpr double kLeast = 0x1p-126; // no scale is less: it would be 0 in f32, which makes NaN of infinity
+  // Smallest scale: a smaller one would be 0 in f32, which turns infinity into NaN.
+  constexpr double kLeast = 0x1p-126;
   double most = 0, part = 1, sum = 0, lost = 0, sum_f32 = 0;
   uint32_t count = 0;
   for (uint32_t r = 0; r < world; ++r) {
@@ -50,7 +54,7 @@ PA_FN void compute_scales(const PaControl* control, uint32_t world, uint32_t epo
     me->scale[r] = w > 0 ? scale : -1.0;
     if (!(w > 0)) continue;
     const double next = sum + scale;
-    lost += sum >= scale ? sum - next + scale : scale - next + sum; // rounded once in all
+    lost += sum >= scale ? sum - next + scale : scale - next + sum; // one rounding in all
     sum = next;
     sum_f32 += double(float(scale));
   }
@@ -58,27 +62,33 @@ PA_FN void compute_scales(const PaControl* control, uint32_t world, uint32_t epo
   me->divisor_f32 = sum_f32;
 }
 
-// Whether any rank knows of a guest: the same on all ranks, so that all let it in or none does.
+// True if any rank knows of a joiner: the same on all ranks, so that all admit it or none does.
 PA_FN uint32_t has_joiner(const PaControl* control, uint32_t world, uint32_t epoch) {
   uint32_t flags = 0;
   for (uint32_t r = 0; r < world; ++r) flags |= control->board[r].record[epoch & 1].flags;
   return flags & PA_FLAG_JOINER ? 1 : 0;
 }
 
-// The leader's part of the meeting. False: the average ended. `commits`: what is agreed on here is also the decision to
-// write (PA_DIRECT, PA_RING).
+// First non-finite value that this rank's blocks have found in its tensors, or 0: PaChannel.bad.
+PA_FN uint64_t first_bad(const PaArgs& a) {
+  uint64_t bad = 0;
+  for (uint32_t c = 0; c < a.channels && bad == 0; ++c) bad = at<PaChannel>(a.channel)[c].bad;
+  return bad;
+}
+
+// The leader's part of the entry barrier. False: the average ended. `commits`: the agreement is
+// also the decision to write (PA_DIRECT, PA_RING).
 PA_NOINLINE bool entry_barrier_as_leader(Exec ex, WaitCtx ctx, bool commits) {
   const PaArgs& a = *ctx.a;
   PaControl* control = ctx.control();
   if (ex.block() == 0) {
     PaBoard& own = control->board[a.rank];
     PaRecord& record = own.record[ctx.epoch & 1];
-    // Finding of this average's scan, the launch before this one. Tensors that are not as they should be are not scanned: `bad`
-    // is that of an earlier average then.
-    const bool scanned = commits && (a.flags & PA_FLAG_REJECT_NON_FINITE) && !(a.flags & PA_FLAG_LAYOUT);
-    uint64_t bad = 0;
-    if (scanned)
-      for (uint32_t c = 0; c < a.channels && bad == 0; ++c) bad = at<PaChannel>(a.channel)[c].bad;
+    // Result of this average's scan, the launch before this one. Tensors of a wrong layout are not
+    // scanned: `bad` is an earlier average's then.
+    const bool scanned =
+        commits && (a.flags & PA_FLAG_REJECT_NON_FINITE) && !(a.flags & PA_FLAG_LAYOUT);
+    const uint64_t bad = scanned ? first_bad(a) : 0;
     record.schedule = a.schedule;
     record.weight = a.flags & PA_FLAG_WEIGHTED ? a.weight : 1.0;
     record.buckets = a.buckets;
@@ -88,14 +98,15 @@ PA_NOINLINE bool entry_barrier_as_leader(Exec ex, WaitCtx ctx, bool commits) {
     publish_board(ctx, &own.arrived, ctx.epoch);
   }
   for (uint32_t r = 0; r < a.world; ++r) {
-    if (!wait_for_board(ex, ctx, r, &control->board[r].arrived, ctx.epoch, PA_AT_MEET)) return false;
+    if (!wait_for_board(ex, ctx, r, &control->board[r].arrived, ctx.epoch, PA_AT_MEET))
+      return false;
   }
   const uint32_t poisoned = poison_cause(control);
   if (poisoned != 0 && resolve_failure(ex, ctx, poisoned, PA_AT_MEET)) return false;
   uint32_t code = check_records(control, a.world, ctx.epoch);
   if (code == 0 && commits) code = code_of(uint32_t(PA_COMMITTED), 0);
   if (code != 0) {
-    // Without a decision to make, a rank that gave up at the meeting is noticed at the vote at the latest.
+    // Where there is nothing to decide, a rank that gave up here is noticed at the commit vote.
     const uint64_t decision = decide(ex, ctx, PA_AT_MEET, code);
     if (epoch_of(decision) == ctx.epoch) code = code_of(decision);
     if (kind_of(code) >= PA_TIMEOUT) return !resolve_failure(ex, ctx, code, PA_AT_MEET);
@@ -119,15 +130,14 @@ PA_FN bool entry_barrier(Block& b, bool commits) {
   return true;
 }
 
-// The leader's part of the vote.
+// The leader's part of the commit vote.
 PA_NOINLINE bool commit_vote_as_leader(Exec ex, WaitCtx ctx) {
   const PaArgs& a = *ctx.a;
   PaControl* control = ctx.control();
   const uint32_t good = 2 * ctx.epoch;
   if (ex.block() == 0) {
     PaBoard& own = control->board[a.rank];
-    uint64_t bad = 0;
-    for (uint32_t c = 0; c < a.channels && bad == 0; ++c) bad = at<PaChannel>(a.channel)[c].bad;
+    const uint64_t bad = first_bad(a);
     const uint32_t mine = bad != 0 ? good + 1 : good;
     if (bad != 0) own.record[ctx.epoch & 1].detail = bad;
     publish_board(ctx, &own.vote, mine);
@@ -146,7 +156,8 @@ PA_NOINLINE bool commit_vote_as_leader(Exec ex, WaitCtx ctx) {
   return false;
 }
 
-// All or nothing: true in all lanes if every rank has reduced its shard and will write. False: nobody writes.
+// All or nothing: true in all lanes if every rank has reduced its shard and will write. False:
+// no rank writes.
 PA_FN bool commit_vote(Block& b) {
   if (!b.begin_step()) return false;
   bool failed = false;

@@ -1,4 +1,5 @@
-// The decision.
+// The decision: how an average ended, written once per epoch under the turn lock. Also the words
+// that poison the world.
 #pragma once
 #include "exec.h"
 
@@ -11,12 +12,12 @@ PA_FN uint32_t rank_of(uint32_t code) { return code & 0xffu; }
 
 PA_FN bool reached(uint32_t seen, uint32_t want) { return int32_t(seen - want) >= 0; }
 
-// ---- the decision: one word, one winner an average: (epoch << 32) | (where << 16) | (kind << 8) | rank -------------
+// Fields of PaControl.decision.
 PA_FN uint32_t epoch_of(uint64_t decision) { return uint32_t(decision >> 32); }
 PA_FN uint32_t code_of(uint64_t decision) { return uint32_t(decision) & 0xffffu; }
 PA_FN uint32_t phase_of(uint64_t decision) { return uint32_t(decision) >> 16; }
 
-// What a wait needs to know of the block that waits. Passed in registers: its address would put it into memory.
+// Context of a block that waits. Passed by value: its address would force it into memory.
 struct WaitCtx {
   const PaArgs* a;
   PaChannel* me;
@@ -25,33 +26,37 @@ struct WaitCtx {
   PA_FN PaControl* control() const { return at<PaControl>(a->control); }
 };
 
-// ---- taking turns ----------------------------------------------------------------------------------------------
-// Words that every rank may write are written in turn. Ranks may be on different devices or in different processes, between
-// which not every machine has a read-modify-write, so a turn is taken by loads and stores: Lamport's one-bit lock ("The
-// Mutual Exclusion Problem", part II, 1986). Each rank has a flag of its own and raises it before it looks at the others'; a rank
-// that finds the flag of a lower one up lowers its own until that is down. Of two that raise theirs, one sees the other's.
-// The blocks of a rank queue on a lock of their own first. A turn is a few loads and stores: a rank that is gone is not waited
-// for, nor one that holds up its flag for longer than longest_turn_ns(), since it was stopped.
+// ---- the turn lock ---------------------------------------------------------------------------
+// Serialises writes to words that every rank may write. Ranks may be on different devices or in
+// different processes, between which not every machine has a read-modify-write, so the lock needs
+// loads and stores only: Lamport's one-bit lock ("The Mutual Exclusion Problem", part II, 1986).
+// A rank raises its flag, then looks at the others'; if a lower rank's flag is up, it lowers its
+// own until that is down. Of two ranks that raise theirs, one sees the other's. The blocks of a
+// rank first queue on a lock of their own. A critical section is a few loads and stores: a
+// departed rank is not waited for, nor one that holds the lock for longer than max_turn_ns(),
+// since it was stopped.
 //
-// That is a sixteenth of the timeout at most, so that an average that waits for three turns, to decide, then to fail and to poison
-// the world, ends within the timeout and a third. Two ranks can then be in a turn at once. On CPUs, where a signal stops a
-// process anywhere, that is safe however short the wait is: replace() is a compare-and-swap there. On CUDA devices it is a plain
-// store, and the last of two such turns would win. Nothing stops a kernel there but the end of its time slice, which others'
-// slices follow, a few milliseconds each: a turn outlasts the wait only if such a slice ends between the turn's last look at the
-// word and its store, and the others' then last for a sixteenth of the timeout. Ranks that wait for the same stopped one lose
-// patience one after another, the lowest first, since they hold up their own flags as well.
+// Longest wait for a holder: a sixteenth of the timeout at most, so that an average that takes the
+// lock three times (decide, fail, poison) ends within the timeout and a third. After it, two ranks
+// can hold the lock at once. On CPUs, where a signal stops a process anywhere, that is safe:
+// replace() is a compare-and-swap there. On CUDA devices it is a plain store and the last one would
+// win, but only the end of its time slice stops a kernel, and the slices of others take a few
+// milliseconds each: the holder would have to be stopped between its last look and its store, for a
+// sixteenth of the timeout. Waits grow by rank, so that ranks that wait for one stopped holder
+// give up one after another, the lowest first.
 PA_FN uint64_t max_turn_ns(const PaArgs& a) {
   const uint64_t base_ns = min(a.timeout_ns / 16, PA_MAX_TURN_NS);
   return base_ns + base_ns / 32 * a.rank;
 }
-PA_FN bool has_turn(PaBoard& board, uint64_t waited_ns, uint64_t longest_ns) {
-  return load_flag(&board.deciding) != 0 && load_acquire(&board.departed) == 0 && waited_ns <= longest_ns;
+PA_FN bool has_turn(PaBoard& board, uint64_t waited_ns, uint64_t max_ns) {
+  return load_flag(&board.deciding) != 0 && load_acquire(&board.departed) == 0 &&
+         waited_ns <= max_ns;
 }
 PA_FN void end_turn(WaitCtx ctx) {
   store_release(&ctx.control()->board[ctx.a->rank].deciding, 0);
   store_release(&at<PaChannel>(ctx.a->channel)->deciding, 0);
 }
-// False: `over` meanwhile, so there is no need for one.
+// Takes the lock. False without it if `over` meanwhile: there is nothing left to write.
 template <class Over> PA_FN bool take_turn(Exec ex, WaitCtx ctx, Over over) {
   const PaArgs& a = *ctx.a;
   PaBoard& own = ctx.control()->board[a.rank];
@@ -83,9 +88,9 @@ template <class Over> PA_FN bool take_turn(Exec ex, WaitCtx ctx, Over over) {
   return true;
 }
 
-// Proposes how this average ends, and returns how it does. If the word is already about a later average, this one ended
-// without a failure and its outcome follows from the records and the votes: what was proposed by reading all of them is
-// right.
+// Proposes an outcome of this epoch and returns the decision. A decision about a later epoch means
+// that this one ended without a failure and that its outcome follows from records and votes: what
+// was proposed after reading all of them is right.
 PA_NOINLINE uint64_t decide(Exec ex, WaitCtx ctx, uint32_t phase, uint32_t code) {
   uint64_t* decision = &ctx.control()->decision;
   const uint64_t mine = uint64_t(ctx.epoch) << 32 | phase << 16 | code;
@@ -100,12 +105,13 @@ PA_NOINLINE uint64_t decide(Exec ex, WaitCtx ctx, uint32_t phase, uint32_t code)
   return seen;
 }
 
-// What poisoned this world, or 0: a failure of a kernel, or a host's abort. One that came first is a failure by now, or will be.
+// Cause that poisoned the world, or 0: a failure found by a kernel, else a host's abort. A kernel
+// turns an abort into a failure.
 PA_FN uint32_t poison_cause(PaControl* control) {
   const uint32_t failed = load_acquire(&control->failed);
   return failed != 0 ? failed : load_acquire(&control->abort);
 }
-// Poisons it, and returns the failure that did so first.
+// Poisons the world. Returns the first failure that did.
 PA_NOINLINE uint32_t poison(Exec ex, WaitCtx ctx, uint32_t failure) {
   uint32_t* failed = &ctx.control()->failed;
   uint32_t seen;

@@ -1,11 +1,21 @@
-// The execution layer: what a block, a lane, a barrier, a flag and a clock are. The algorithm above it is written once.
-//   CUDA         a block is a thread block, a lane is a thread, sync() is __syncthreads
-//   CPU          a block is one OS thread with one lane: barriers vanish, lane loops become plain loops
-//   CPU, tests   (PA_LANES) a block has many lanes, each an OS thread, with a real barrier: so that a missing block
-//                barrier can be seen
-// Flags are published with st.release and polled with ld.acquire at system scope; no fences on CPUs, since ThreadSanitizer
-// does not model them. Only blocks of one rank share words that are read and modified in one go: between devices PCIe can't.
-// Whatever is weaker has `relaxed` in its name and says at the call why it may be.
+// The execution layer. exec/cuda.h and exec/cpu.h implement one contract for the algorithm above:
+//
+//   Exec            block(), lane(), lanes(), leader(), now_ns(); block barriers sync() and any()
+//   CUDA            a block is a thread block, a lane is a thread, sync() is __syncthreads
+//   CPU             a block is one OS thread with one lane: barriers vanish, lane loops are plain
+//   CPU, tests      (PA_LANES) a block has many lanes, each an OS thread, with a real barrier, so
+//                   that a missing block barrier can be seen
+//
+//   load_acquire, store_release   publish and poll words of other ranks, at system scope
+//   raise_flag, load_flag         sequentially consistent with one another
+//   fetch_add, try_lock           between blocks of one rank only: PCIe has no atomics between
+//                                 devices
+//   replace                       a store under the turn lock, see decision.h
+//   wake                          wakes threads that sleep on a word after it was published
+//   reader_is_remote              measures the reader's distance, see exec/cpu.h
+//
+// No fences on CPUs, since ThreadSanitizer does not model them. Whatever is weaker has `relaxed` in
+// its name, and the call says why it may be.
 #pragma once
 #include "abi.h"
 #include <stddef.h>
@@ -14,7 +24,7 @@
 
 #define PA_SAME(a, b) std::is_same_v<a, b>
 
-// One namespace an instruction set: the linker must not let one copy's functions stand in for another's.
+// One namespace per instruction set: the linker must not replace one copy's functions by another's.
 #ifndef PA_ISA
 #define PA_ISA portable
 #endif
@@ -32,13 +42,14 @@ template <int K> struct Group {
   static constexpr int kPacks = K;
 };
 
-// Packs begin … end of a chunk, by load(group, i) and store(group, i, value) for packs i … i + K of a Group<K>. Shared
-// out so that pack i belongs to lane i mod lanes wherever the range begins: many small tensors in one chunk then keep
-// all lanes busy. Returns the first pack of this lane that is left: on a CPU that lies behind the end. A GPU's lane has
-// kDeep packs in flight, and leaves what does not fill them to a loop that costs less code. Groups begin `lead` packs
-// after `begin`, where what they are stored to is aligned.
+// Packs begin … end of a chunk, by load(group, i) and store(group, i, value) for packs i … i + K of
+// a Group<K>. Pack i belongs to lane i mod lanes wherever the range begins, so that many small
+// tensors in one chunk keep all lanes busy. Returns this lane's first pack that is left: behind the
+// end on a CPU. A GPU's lane has kDeep packs in flight and leaves what does not fill them to a loop
+// that costs less code. Groups begin `lead` packs after `begin`, where their stores are aligned.
 template <int kDeep, class Load, class Store>
-PA_FN uint32_t each_pack(const Exec& ex, uint32_t begin, uint32_t lead, uint32_t end, Load load, Store store) {
+PA_FN uint32_t each_pack(const Exec& ex, uint32_t begin, uint32_t lead, uint32_t end, Load load,
+                         Store store) {
   const uint32_t step = ex.lanes();
   uint32_t i = begin + ex.first(begin);
   constexpr Group<1> one;

@@ -1,49 +1,50 @@
-// What one block of one rank says to the same block of its neighbours, and how it waits for them.
+// Mailboxes between a block and the same block of the neighbouring ranks.
 //
 //   previous rank            this rank                     next rank
 //   ─────────────            ─────────                     ─────────
 //   writes slot s   ──────▶  inbox[s]   outbox[s]  ──────▶  (its inbox)
-//   filled_out      ──────▶  filled_in  filled_out ──────▶  filled_in       "so many chunks are in"
-//   drained_in      ◀──────  drained_out  drained_in ◀────  drained_out     "so many chunks are out again"
+//   filled_out      ──────▶  filled_in  filled_out ──────▶  filled_in       chunks put in
+//   drained_in      ◀──────  drained_out  drained_in ◀────  drained_out     chunks taken out
 //
-// Every counter lives beside the one who polls it, has one writer and only grows; comparisons survive the wrap. A step
-// waits for a chunk in the inbox, or for room in the outbox, or for both; works; and publishes. Every wait ends: with
-// what it waited for, or with a failure that names a rank; only the one at the exit of the direct average, see
-// poll_slowly, takes nothing but what it waits for.
+// Every counter lies beside the rank that polls it, has one writer and only grows; comparisons
+// survive the wrap. A protocol step waits for a chunk in the inbox, for room in the outbox, or for
+// both; works; and publishes.
 #pragma once
 #include "pack.h"
 #include "wait.h"
 
 namespace PA_ISA {
 
-// Tests: waits for a while that depends on who is where. Blocks then meet in orders that they would not meet in by themselves.
+// Tests: delays a block by a pseudo-random time, so that blocks meet in orders that are rare else.
 PA_NOINLINE void inject_delay(Exec ex, WaitCtx ctx, uint32_t step) {
-  uint64_t h = (uint64_t(ctx.epoch) << 32 | step) * 0x9e3779b97f4a7c15u + (uint64_t(ctx.a->rank) << 16 | ex.block()) * 0xbf58476d1ce4e5b9u;
+  uint64_t h = (uint64_t(ctx.epoch) << 32 | step) * 0x9e3779b97f4a7c15u +
+               (uint64_t(ctx.a->rank) << 16 | ex.block()) * 0xbf58476d1ce4e5b9u;
   h = (h ^ h >> 31) * 0x94d049bb133111ebu;
   const uint64_t start = ex.now_ns(), longest = (h >> 32) % ctx.a->delay_ns;
   while (ex.now_ns() - start < longest) {
   }
 }
 
-// Whether this block has failed for good. A graph may be replayed all the same, which begins no other average: its decision
-// would hide the one that slower ranks have yet to learn of, and its record the one that says whether tensors are half written.
+// True if this block has failed for good. A graph may be replayed all the same. That must begin no
+// further average: its decision would hide the one that slower ranks have yet to learn of, and its
+// status the one that says whether tensors are half written.
 PA_FN bool has_failed(const Exec& ex, const PaArgs& a) {
   return at<PaChannel>(a.channel)[ex.block()].outcome >= PA_TIMEOUT;
 }
 
-// ---- a block -----------------------------------------------------------------------------------------------------
-// One block's view of its rank during one launch. All members have the same value in all lanes.
+// State of one block during one launch. All members have the same value in all lanes.
 struct Block {
   const Exec ex;
   const PaArgs& a;
   PaChannel* me;
   uint32_t epoch, send_seq, recv_seq, step;
   bool committed;
-  bool remote; // slots of the outbox are written past the caches
+  bool remote; // slots of the outbox are written by non-temporal stores
 
   PA_FN Block(const Exec& ex_, const PaArgs& a_, bool begins)
-      : ex(ex_), a(a_), me(at<PaChannel>(a_.channel) + ex_.block()), epoch(me->epoch + (begins ? 1 : 0)),
-        send_seq(me->send_seq), recv_seq(me->recv_seq), step(begins ? 0 : me->step), committed(false), remote(me->remote != 0) {
+      : ex(ex_), a(a_), me(at<PaChannel>(a_.channel) + ex_.block()),
+        epoch(me->epoch + (begins ? 1 : 0)), send_seq(me->send_seq), recv_seq(me->recv_seq),
+        step(begins ? 0 : me->step), committed(false), remote(me->remote != 0) {
     ex.sync(); // all lanes have read before the leader writes
     if (begins && ex.leader()) {
       me->outcome = PA_OPEN;
@@ -56,7 +57,9 @@ struct Block {
   PA_FN WaitCtx wait_ctx() const { return {&a, me, epoch, committed}; }
   PA_FN uint32_t next() const { return a.rank + 1 == a.world ? 0 : a.rank + 1; }
   PA_FN uint32_t previous() const { return a.rank == 0 ? a.world - 1 : a.rank - 1; }
-  PA_FN uint32_t* line(uint64_t lines) const { return at<uint32_t>(lines) + ex.block() * PA_LINE_WORDS; }
+  PA_FN uint32_t* line(uint64_t lines) const {
+    return at<uint32_t>(lines) + ex.block() * PA_LINE_WORDS;
+  }
   PA_FN char* slot(uint64_t box, uint32_t seq) const {
     const uint64_t index = uint64_t(ex.block()) * a.slots + (seq & (a.slots - 1));
     return at<char>(box) + index * a.slot_packs * PA_PACK_BYTES;
@@ -64,16 +67,16 @@ struct Block {
   PA_FN char* inbox() const { return slot(a.inbox, recv_seq); }
   PA_FN char* outbox() const { return slot(a.outbox, send_seq); }
 
-  // Begins a protocol step. Tests end a block here (fault_step; false in all lanes) or delay it (delay_ns). In production
-  // both are 0, and no step has the number 0.
+  // Begins a protocol step. Tests end a block here (fault_step; false in all lanes) or delay it
+  // (delay_ns). In production both are 0, and no step has the number 0.
   PA_FN bool begin_step() {
     if (++step == a.fault_step) return false;
     if (ex.leader() && a.delay_ns != 0) inject_delay(ex, wait_ctx(), step);
     return true;
   }
 
-  // Enters one protocol step, for at most `chunk` packs: waits for a chunk in the inbox and for room in the outbox, and
-  // finds out how far away the reader is. False in all lanes if the average ended here. Is also the block barrier between
+  // Enters a protocol step of at most `chunk` packs: waits for the mailboxes and measures whether
+  // the reader is remote. False in all lanes if the average ended. Also the block barrier between
   // the leader's acquire and the lanes' loads.
   template <bool kReceive, bool kSend> PA_FN bool enter(uint32_t phase, uint32_t chunk) {
     if (!begin_step()) return false;
@@ -87,9 +90,10 @@ struct Block {
         uint32_t* drained = line(a.drained_in);
         if (!failed) failed = !wait_for_line(drained, send_seq + 1 - a.slots, next(), phase);
       }
-      // Once a turn of the mailbox: threads move between cores, and virtual cores between real ones.
+      // Once per turn of the mailbox: threads move between cores, virtual cores between real ones.
       if constexpr (kSend) {
-        if (!failed && (send_seq & (a.slots - 1)) == 0) remote = reader_is_remote(outbox(), uint64_t(chunk) * PA_PACK_BYTES, a.remote_ns);
+        if (!failed && (send_seq & (a.slots - 1)) == 0)
+          remote = reader_is_remote(outbox(), uint64_t(chunk) * PA_PACK_BYTES, a.remote_ns);
       }
     }
     return !ex.any(failed);
@@ -114,7 +118,7 @@ struct Block {
     store_release(word, value);
     wake(word, word + 1);
   }
-  // Ends the launch: what the next one starts from.
+  // Ends the launch: saves the state that the next one starts from.
   PA_FN void save() {
     fence_nt();
     ex.sync();

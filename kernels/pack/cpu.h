@@ -5,10 +5,10 @@
 #endif
 
 namespace PA_ISA {
-// Any address will do for a vector of a CPU. A GPU loads 16 bytes from multiples of 16 only.
+// Vectors are loaded from and stored to any address.
 constexpr bool kAnyAlignment = true;
 
-// A vector of B bytes of E. Its memory may lie at any address and belong to an object of any type.
+// A vector of B bytes of E, and its memory at any address, in an object of any type.
 template <class E, int B> struct Vector {
   typedef E type __attribute__((vector_size(B)));
   typedef E memory __attribute__((vector_size(B), aligned(1), may_alias));
@@ -20,9 +20,9 @@ template <class E, int B> PA_FN V<E, B> load_vector(const char* p) {
 template <class E, int B> PA_FN void store_vector(char* p, V<E, B> v) {
   *reinterpret_cast<typename Vector<E, B>::memory*>(p) = v;
 }
-// Past the caches: for memory that was not just read, so that it is not read to be overwritten.
+// Non-temporal store, past the caches: memory that was not just read is not read to be overwritten.
 template <class E, int B> PA_FN void store_vector_nt(char* p, V<E, B> v) {
-#if defined(__SSE2__) && !defined(PA_SANITIZE) // sanitizers do not see the intrinsics
+#if defined(__SSE2__) && !defined(PA_SANITIZE) // which do not see intrinsics
   if ((uintptr_t(p) & (B - 1)) == 0) {
     if constexpr (B == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
 #if defined(__AVX2__)
@@ -37,7 +37,7 @@ template <class E, int B> PA_FN void store_vector_nt(char* p, V<E, B> v) {
 }
 PA_FN void fence_nt() {
 #if defined(__SSE2__)
-  _mm_sfence(); // streamed stores are not ordered by the release that publishes them
+  _mm_sfence(); // the release that publishes them does not order non-temporal stores
 #endif
 }
 
@@ -54,22 +54,25 @@ template <class T, int K> struct Wide {
 template <class T, int K> PA_FN Raw<T, K> load_raw(const char* p) {
   using R = Raw<T, K>;
   R r;
-  for (int h = 0; h < R::kParts; ++h) r.part[h] = load_vector<typename R::E, R::kBytes>(p + h * R::kBytes);
+  for (int h = 0; h < R::kParts; ++h)
+    r.part[h] = load_vector<typename R::E, R::kBytes>(p + h * R::kBytes);
   return r;
 }
 template <class T, int K> PA_FN void store_raw(char* p, const Raw<T, K>& r) {
   using R = Raw<T, K>;
-  for (int h = 0; h < R::kParts; ++h) store_vector<typename R::E, R::kBytes>(p + h * R::kBytes, r.part[h]);
+  for (int h = 0; h < R::kParts; ++h)
+    store_vector<typename R::E, R::kBytes>(p + h * R::kBytes, r.part[h]);
 }
 template <class T, int K> PA_FN void store_raw_nt(char* p, const Raw<T, K>& r) {
   using R = Raw<T, K>;
   if constexpr (R::kBytes >= 16) {
-    for (int h = 0; h < R::kParts; ++h) store_vector_nt<typename R::E, R::kBytes>(p + h * R::kBytes, r.part[h]);
+    for (int h = 0; h < R::kParts; ++h)
+      store_vector_nt<typename R::E, R::kBytes>(p + h * R::kBytes, r.part[h]);
   } else {
     store_raw<T, K>(p, r);
   }
 }
-// For another core to read. far: past the caches, see is_far().
+// A store for another core to read: non-temporal if it is remote, see reader_is_remote().
 template <class T, int K> PA_FN void store_to_peer(char* p, const Raw<T, K>& r, bool remote) {
   if (remote) store_raw_nt<T, K>(p, r);
   else store_raw<T, K>(p, r);
@@ -115,18 +118,20 @@ template <int B> PA_FN V<uint16_t, B / 2> float_to_f16(V<float, B> f) {
   }
   if constexpr (B == 32) half = (V<uint16_t, B / 2>)_mm256_cvtps_ph((__m256)f, kNearest);
 #if defined(__AVX512F__)
-  if constexpr (B == 64) half = (V<uint16_t, B / 2>)_mm512_maskz_cvtps_ph(0xffff, (__m512)f, kNearest);
+  if constexpr (B == 64)
+    half = (V<uint16_t, B / 2>)_mm512_maskz_cvtps_ph(0xffff, (__m512)f, kNearest);
 #endif
   const U wide = __builtin_convertvector(half, U);
   return __builtin_convertvector(is_nan ? U{} + 0x7fffu : wide, V<uint16_t, B / 2>);
 #else
-  // Below 2^-14, adding 0.5 leaves the rounded subnormal in the low bits; above, the carry of the rounding goes into
-  // the exponent, and at the top to infinity.
+  // Below 2^-14, adding 0.5 leaves the rounded subnormal in the low bits. Above, the carry of the
+  // rounding goes into the exponent, and at the top to infinity.
   const U tiny = (U)((V<float, B>)magnitude + 0.5f) - 0x3f000000u;
   const U usual = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   const U finite = magnitude < 0x38800000u ? tiny : usual;
   const U number = magnitude >= 0x47800000u ? U{} + 0x7c00u : finite;
-  return __builtin_convertvector(is_nan ? U{} + 0x7fffu : number | ((U)f >> 16 & 0x8000u), V<uint16_t, B / 2>);
+  const U signed_number = number | ((U)f >> 16 & 0x8000u);
+  return __builtin_convertvector(is_nan ? U{} + 0x7fffu : signed_number, V<uint16_t, B / 2>);
 #endif
 }
 
@@ -150,23 +155,6 @@ template <class T, int K> PA_FN Raw<T, K> narrow(const Wide<T, K>& x) {
   }
   return r;
 }
-template <class T, int K> PA_FN Wide<T, K> zero() { return Wide<T, K>{}; }
-template <class T, int K> PA_FN Wide<T, K> operator+(Wide<T, K> a, const Wide<T, K>& b) {
-  for (int h = 0; h < Wide<T, K>::kParts; ++h) a.part[h] = a.part[h] + b.part[h];
-  return a;
-}
-template <class T, int K> PA_FN Wide<T, K> operator*(Wide<T, K> a, SumOf<T> s) {
-  for (int h = 0; h < Wide<T, K>::kParts; ++h) a.part[h] = a.part[h] * s;
-  return a;
-}
-template <class T, int K> PA_FN Wide<T, K> operator/(Wide<T, K> a, SumOf<T> s) {
-  for (int h = 0; h < Wide<T, K>::kParts; ++h) a.part[h] = a.part[h] / s;
-  return a;
-}
-template <class T, int K> PA_FN Wide<T, K> operator-(Wide<T, K> a, const Wide<T, K>& b) {
-  for (int h = 0; h < Wide<T, K>::kParts; ++h) a.part[h] = a.part[h] - b.part[h];
-  return a;
-}
 template <class T, int K> PA_FN bool any_nonzero(const Wide<T, K>& a) {
   bool any = false;
   for (int h = 0; h < Wide<T, K>::kParts; ++h)
@@ -176,37 +164,44 @@ template <class T, int K> PA_FN bool any_nonzero(const Wide<T, K>& a) {
 template <class T, int K> PA_FN Wide<T, K> load_wide(const char* p) {
   using W = Wide<T, K>;
   W x;
-  for (int h = 0; h < W::kParts; ++h) x.part[h] = load_vector<SumOf<T>, W::kBytes>(p + h * W::kBytes);
+  for (int h = 0; h < W::kParts; ++h)
+    x.part[h] = load_vector<SumOf<T>, W::kBytes>(p + h * W::kBytes);
   return x;
 }
 template <class T, int K> PA_FN void store_wide(char* p, const Wide<T, K>& x) {
   using W = Wide<T, K>;
-  for (int h = 0; h < W::kParts; ++h) store_vector<SumOf<T>, W::kBytes>(p + h * W::kBytes, x.part[h]);
+  for (int h = 0; h < W::kParts; ++h)
+    store_vector<SumOf<T>, W::kBytes>(p + h * W::kBytes, x.part[h]);
 }
 template <class T, int K> PA_FN void store_wide_to_peer(char* p, const Wide<T, K>& x, bool remote) {
   using W = Wide<T, K>;
   if (!remote) return store_wide<T, K>(p, x);
-  for (int h = 0; h < W::kParts; ++h) store_vector_nt<SumOf<T>, W::kBytes>(p + h * W::kBytes, x.part[h]);
+  for (int h = 0; h < W::kParts; ++h)
+    store_vector_nt<SumOf<T>, W::kBytes>(p + h * W::kBytes, x.part[h]);
 }
 
-// Where elements have equal bits, whatever these stand for, NaN included.
-// The bits in which a and b differ, and those of `before`.
-template <class T, int K> PA_FN Raw<T, K> differing_bits(const Raw<T, K>& a, const Raw<T, K>& b, Raw<T, K> before) {
+// Bits in which a and b differ, and those of `before`.
+template <class T, int K>
+PA_FN Raw<T, K> differing_bits(const Raw<T, K>& a, const Raw<T, K>& b, Raw<T, K> before) {
   using R = Raw<T, K>;
   using B = V<BitsOf<T>, R::kBytes>;
-  for (int h = 0; h < R::kParts; ++h) before.part[h] = (V<typename R::E, R::kBytes>)((B)before.part[h] | ((B)a.part[h] ^ (B)b.part[h]));
+  for (int h = 0; h < R::kParts; ++h) {
+    const B differs = (B)before.part[h] | ((B)a.part[h] ^ (B)b.part[h]);
+    before.part[h] = (V<typename R::E, R::kBytes>)differs;
+  }
   return before;
 }
-// Element by element: `equal` where `differs` has no bit, else `other`.
-template <class T, int K> PA_FN Raw<T, K> where_equal(const Raw<T, K>& differs, Raw<T, K> equal, const Raw<T, K>& other) {
+// Element by element: `equal` where `differs` has no bit, else `other`. NaN included.
+template <class T, int K>
+PA_FN Raw<T, K> where_equal(const Raw<T, K>& differs, Raw<T, K> equal, const Raw<T, K>& other) {
   using R = Raw<T, K>;
   using B = V<BitsOf<T>, R::kBytes>;
-  for (int h = 0; h < R::kParts; ++h) equal.part[h] = (B)differs.part[h] == B{} ? equal.part[h] : other.part[h];
+  for (int h = 0; h < R::kParts; ++h)
+    equal.part[h] = (B)differs.part[h] == B{} ? equal.part[h] : other.part[h];
   return equal;
 }
 
-// A pack of fewer elements than it has room for, or of a tensor that is not aligned to packs: element by element.
-// What is lacking is zero.
+// A pack of `count` elements; the rest of the Raw is zero.
 template <class T> PA_FN Raw<T, 1> load_ragged(const char* p, uint32_t count) {
   using Bits = BitsOf<T>;
   constexpr int N = Element<T>::kPerPack;

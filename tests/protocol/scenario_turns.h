@@ -5,9 +5,9 @@
 
 inline PA_ISA::Exec leader_of(uint32_t channel) {
 #if defined(PA_LANES)
-  return {channel, 0, 1, nullptr};
+  return {{channel}, 0, 1, nullptr};
 #else
-  return {channel};
+  return {{channel}};
 #endif
 }
 

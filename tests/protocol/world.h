@@ -225,9 +225,9 @@ struct World {
           perturb(3);
           if (c + 1 == s.channels && last_channel_us != 0) usleep(last_channel_us);
 #if defined(PA_LANES)
-          PA_ISA::run_kernel(PA_ISA::Exec{c, lane, s.lanes, &shared[c]}, a, kernel);
+          PA_ISA::run_kernel(PA_ISA::Exec{{c}, lane, s.lanes, &shared[c]}, a, kernel);
 #else
-          PA_ISA::run_kernel(PA_ISA::Exec{c}, a, kernel);
+          PA_ISA::run_kernel(PA_ISA::Exec{{c}}, a, kernel);
 #endif
         });
     for (auto& thread : threads) thread.join();
