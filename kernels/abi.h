@@ -70,7 +70,7 @@ struct PaSegment {
 struct PaBucket {
   uint64_t segments; // PaSegment[segment_count]
   uint64_t packs;
-  uint64_t channel_packs; // channel c has packs c * channel_packs …, the last one what is left
+  uint64_t channel_packs; // channel c begins at pack c * channel_packs; the last may be shorter
   uint64_t shard;         // Pack[channels][shard_packs]: own shard of the mean, between
                           // PA_RING_REDUCE and PA_RING_GATHER
   uint64_t shard_packs;   // capacity of one channel's shard

@@ -6,8 +6,8 @@
 
 namespace PA_ISA {
 
-// Validates the records of an epoch. 0, or what is wrong: the same for every rank that reads them,
-// naming the lowest rank at fault.
+// Validates the records of an epoch. Returns 0, or the error with the lowest rank at fault: the
+// same on every rank.
 PA_FN uint32_t check_records(const PaControl* control, uint32_t world, uint32_t epoch) {
   const uint32_t parity = epoch & 1;
   const PaRecord& first = control->board[0].record[parity];

@@ -89,8 +89,8 @@ template <class Over> PA_FN bool take_turn(Exec ex, WaitCtx ctx, Over over) {
 }
 
 // Proposes an outcome of this epoch and returns the decision. A decision about a later epoch means
-// that this one ended without a failure and that its outcome follows from records and votes: what
-// was proposed after reading all of them is right.
+// that this one ended without a failure: its outcome follows from records and votes, and the
+// proposal of a rank that has read all of them is right.
 PA_NOINLINE uint64_t decide(Exec ex, WaitCtx ctx, uint32_t phase, uint32_t code) {
   uint64_t* decision = &ctx.control()->decision;
   const uint64_t mine = uint64_t(ctx.epoch) << 32 | phase << 16 | code;

@@ -26,8 +26,8 @@ PA_NOINLINE void inject_delay(Exec ex, WaitCtx ctx, uint32_t step) {
 }
 
 // True if this block has failed for good. A graph may be replayed all the same. That must begin no
-// further average: its decision would hide the one that slower ranks have yet to learn of, and its
-// status the one that says whether tensors are half written.
+// further average: its decision would overwrite the one that slower ranks have yet to read, and its
+// status the record of whether tensors are half written.
 PA_FN bool has_failed(const Exec& ex, const PaArgs& a) {
   return at<PaChannel>(a.channel)[ex.block()].outcome >= PA_TIMEOUT;
 }

@@ -280,8 +280,7 @@ template <uint32_t kKernel> PA_FN void run_ring(const Exec& ex, const PaArgs& a)
   const PaBucket* buckets = at<const PaBucket>(a.buckets);
   for (uint32_t i = 0; good && i < a.bucket_count; ++i) {
     const PaBucket& bucket = buckets[i];
-    // Forced inline: what is passed to a function by address, as `b` would be, lies in memory on a
-    // GPU.
+    // Forced inline: an argument passed by address, as `b` would be, lies in memory on a GPU.
     with_dtype(bucket.dtype, [&](auto element) __attribute__((always_inline)) {
       using T = decltype(element);
       if constexpr (sizeof(T) == 2) {

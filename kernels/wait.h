@@ -78,8 +78,8 @@ PA_NOINLINE bool wait_slow(Exec ex, WaitCtx ctx, uint32_t* word, uint32_t* sleep
     const uint32_t seen = load_acquire(word);
     if (reached(seen, want)) break;
     // At the exit barrier only the word itself ends the wait: until a peer has exited, it may write
-    // into this rank's tensors, which the caller is free to drop. Peers wait for nobody on their
-    // way there.
+    // into this rank's tensors, which the caller is free to drop. Peers reach the exit without
+    // waiting.
     if ((spins % kLookAround == 0 || ex.sleeps(spins, ctx.a->spins)) && phase != PA_AT_EXIT) {
       const uint64_t now = ex.now_ns(), waited = now - start;
       const bool ticked = heartbeat != heartbeat_of(now);

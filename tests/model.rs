@@ -1,8 +1,8 @@
 //! The mailbox protocol as a model (tests/protocol/ring.pml), explored in every interleaving by
-//! spin: no deadlock, no chunk lost or doubled, nobody writes unless all have voted, all ranks that
-//! end agree how. And the turns in which they write what they decide (turn.pml), and how they leave
-//! (leave.pml): who is through with an average fails nobody, who dies in it ends every wait. Each
-//! planted fault is found, so the models do look.
+//! spin: no deadlock, no chunk lost or doubled, no rank writes unless all have voted, all ranks
+//! that end an average agree on its outcome. Also the turn lock (turn.pml) and departure
+//! (leave.pml): a rank that has completed an average fails no peer, and a death during it ends
+//! every wait. Each planted fault is found, so the models do look.
 mod common;
 
 use std::ffi::OsString;

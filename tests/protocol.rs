@@ -1,6 +1,6 @@
-//! The kernels' protocol under sanitizers, as C++: worlds of ranks as threads are put through good
-//! averages and bad ones (tests/protocol/harness.cpp), and every synchronisation is taken out of a
-//! copy of kernels/ once to see that a check notices (tests/protocol/mutants.txt).
+//! The kernels' protocol under sanitizers, as C++: worlds of ranks as threads, in averages that
+//! succeed and that fail (tests/protocol/harness.cpp). Mutants: each synchronisation is taken out
+//! of a copy of kernels/ once, and a check must notice (tests/protocol/mutants.txt).
 mod common;
 mod protocol {
     pub mod mutants;
@@ -467,7 +467,7 @@ fn mutants_that_do_not_fit_are_named() {
         mutants::Sources::from([("a.h".into(), "f(x);\n  g(x);\ng(y);\nreturn x + y;\n".into())]);
     let problems = |edits: &str| {
         mutants::problems(
-            &mutants::parse(&format!("7 tsan ring race the seventh\n{edits}")),
+            &mutants::parse(&format!("7 tsan ring race\n    what the seventh\n{edits}")),
             &sources,
         )
     };
@@ -481,7 +481,7 @@ fn mutants_that_do_not_fit_are_named() {
     // White space does not count, and letters do.
     assert_eq!(problems("    in a.h\n    - f(x);\n    - g( x );\n"), [""; 0]);
     one("    in a.h\n    - f(x);\n    - g(z);\n", &["0 times"]);
-    let other = "8 tsan ring race the eighth\n    in a.h\n";
+    let other = "8 tsan ring race\n    what the eighth\n    in a.h\n";
     one(
         &format!("    in a.h\n    - x + y\n{other}    - + y\n"),
         &["mutants 7 and 8, the eighth", "a.h"],
@@ -498,10 +498,25 @@ fn mutants_are_woven_as_expressions_and_statements() {
         ("a.h".into(), "f(x);\n  g(x);\nreturn x + y;\n".into()),
         ("b.h".into(), "f(x);\n".into()),
     ]);
-    let table =
-        "1 tsan ring race one\n    in a.h\n    - f(x);\n    - «g(x);»\n    + h();\n    + i();\n\
-        2 tsan ring race two\n    in a.h\n    - return «x + y»\n    + x\n    in a.h\n    - g(x);\n\
-        3 tsan ring race three\n    in b.h\n    - f(x);\n";
+    let table = "1 tsan ring race
+    what one
+    in a.h
+    - f(x);
+    - «g(x);»
+    + h();
+    + i();
+2 tsan ring race
+    what two
+    in a.h
+    - return «x + y»
+    + x
+    in a.h
+    - g(x);
+3 tsan ring race
+    what three
+    in b.h
+    - f(x);
+";
     let mutants = mutants::parse(table);
     let woven = mutants::weave(&mutants, &sources);
     assert_eq!(

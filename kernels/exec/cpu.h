@@ -34,8 +34,8 @@ PA_FN bool try_lock(uint32_t* p) { return __atomic_exchange_n(p, 1u, __ATOMIC_AC
 PA_FN uint32_t fetch_add(uint32_t* p, uint32_t v) {
   return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
 }
-// A compare-and-swap even under the turn lock: a process that is stopped while it holds the lock,
-// for so long that others took it over, must not overwrite what they wrote.
+// A compare-and-swap even under the turn lock: a process that was stopped while it held the lock,
+// until others took it over, must not overwrite their decision.
 template <class T> PA_FN bool replace(T* p, T seen, T v) {
   return __atomic_compare_exchange_n(p, &seen, v, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }

@@ -13,14 +13,15 @@ const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 /// The files of `kernels/`, by name.
 pub type Sources = BTreeMap<String, String>;
 
-/// A synchronisation, credit or bound that is taken out, and the check that notices.
+/// A copy of the kernels without one synchronisation, credit or bound, and the check that notices.
 #[derive(Clone, Default, Debug)]
 pub struct Mutant {
     pub number: u32,
     pub flavour: String,
     pub scenario: String,
-    /// Endings of the run that count as noticed.
+    /// Ends of the run that count as noticed.
     pub expected: Vec<String>,
+    /// What is taken out.
     pub what: String,
     edits: Vec<Edit>,
 }
@@ -37,11 +38,11 @@ struct Edit {
     with: String,
 }
 
-/// Where an edit finds its text: the file and the bytes that are replaced.
-type Place = (String, Range<usize>);
-/// The same in an order.
+/// Position of an edit: the file and the bytes that are replaced.
+type Position = (String, Range<usize>);
+/// A position that can be ordered.
 type Span = (String, usize, usize);
-/// Mutants that replace one text, and what each puts there.
+/// Mutants that replace the same text, with their replacements.
 type Choices<'a> = Vec<(u32, &'a str)>;
 
 /// The table.
@@ -70,8 +71,8 @@ pub fn files(folder: &Path) -> Vec<PathBuf> {
     paths.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
 }
 
-/// Writes sources into a folder of their own, and only those that differ from what is there, since
-/// builds compare times of change.
+/// Writes sources into a folder, only those that differ from what is there, since builds compare
+/// modification times.
 pub fn write(sources: &Sources, folder: &Path) {
     for (name, text) in sources {
         let path = folder.join(name);
@@ -92,6 +93,10 @@ pub fn parse(text: &str) -> Vec<Mutant> {
         let mutant =
             mutants.last_mut().unwrap_or_else(|| panic!("mutants.txt: no mutant before {line:?}"));
         let wrong = || -> ! { panic!("mutants.txt, mutant {}: what is {edit:?}?", mutant.number) };
+        if let Some(what) = edit.strip_prefix("what ") {
+            mutant.what = what.into();
+            continue;
+        }
         if let Some(file) = edit.strip_prefix("in ") {
             mutant.edits.push(Edit { file: file.into(), ..Edit::default() });
             continue;
@@ -105,6 +110,7 @@ pub fn parse(text: &str) -> Vec<Mutant> {
         side.push_str(rest.strip_prefix(' ').unwrap_or(rest));
     }
     for mutant in &mut mutants {
+        assert!(!mutant.what.is_empty(), "mutants.txt, mutant {}: no `what`", mutant.number);
         assert!(!mutant.edits.is_empty(), "mutants.txt, mutant {}: no edits", mutant.number);
         mutant.edits.iter_mut().for_each(Edit::take_marks);
     }
@@ -119,13 +125,12 @@ impl Mutant {
             word().parse().unwrap_or_else(|_| panic!("mutants.txt: no number before {line:?}"));
         let (flavour, scenario, expected) = (word(), word(), word());
         let expected = expected.split('/').map(str::to_owned).collect();
-        let what = words.collect::<Vec<_>>().join(" ");
-        Mutant { number, flavour, scenario, expected, what, edits: Vec::new() }
+        Mutant { number, flavour, scenario, expected, ..Mutant::default() }
     }
 
-    /// Where each edit finds its text, or what is wrong with those that do not find it exactly
-    /// once.
-    fn places(&self, sources: &Sources) -> Result<Vec<Place>, String> {
+    /// Position of each edit's text, or an error that names an edit whose text does not occur
+    /// exactly once.
+    fn places(&self, sources: &Sources) -> Result<Vec<Position>, String> {
         let place = |edit: &Edit| {
             let text = sources.get(&edit.file).map(String::as_str).unwrap_or_default();
             let (text, offsets) = squeeze(text);
@@ -187,7 +192,7 @@ fn squeeze(text: &str) -> (String, Vec<usize>) {
 /// Reasons why these sources can't hold all mutants in one copy.
 pub fn problems(mutants: &[Mutant], sources: &Sources) -> Vec<String> {
     let mut problems = Vec::new();
-    let mut taken: Vec<(u32, Place)> = Vec::new();
+    let mut taken: Vec<(u32, Position)> = Vec::new();
     for mutant in mutants {
         let places = mutant.places(sources).unwrap_or_else(|problem| {
             problems.push(problem);
@@ -241,7 +246,7 @@ pub fn weave(mutants: &[Mutant], sources: &Sources) -> Sources {
     substitute(sources, woven.into_iter().map(choose).collect())
 }
 
-fn substitute(sources: &Sources, mut replacements: Vec<(Place, String)>) -> Sources {
+fn substitute(sources: &Sources, mut replacements: Vec<(Position, String)>) -> Sources {
     let mut sources = sources.clone();
     // From the end, so that places before it stay where they are.
     replacements.sort_by_key(|((_, range), _)| std::cmp::Reverse(range.start));
