@@ -1,5 +1,5 @@
-//! The averager by itself, under criterion: `cargo bench --bench average`. For comparisons with the
-//! one-pass limit and with other ways to do it, in one run, see `allreduce-bench`.
+//! Averages between CPU threads, measured by criterion: `cargo bench --bench average`.
+//! `allreduce-bench` compares them with the one-pass limit and with other methods.
 
 mod common;
 
@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use criterion::{criterion_group, criterion_main, Criterion, SamplingMode, Throughput};
 use param_averager::{Algorithm, Communicator, Device, ParamAverager};
 
-/// Rank threads that average the same layout of f32 again and again. Rank 0 is timed; all begin
-/// together.
+/// Rank threads that average one layout of f32 tensors repeatedly. All start together, and rank 0
+/// measures the time.
 struct Ranks {
     orders: Vec<Sender<u64>>,
     times: Receiver<Duration>,
@@ -43,7 +43,7 @@ impl Ranks {
                     for _ in 0..iterations {
                         black_box(averager.average(&mut model).unwrap());
                     }
-                    barrier.wait(); // the slowest rank counts
+                    barrier.wait(); // ends with the slowest rank
                     if rank == 0 {
                         done.send(start.elapsed()).unwrap();
                     }

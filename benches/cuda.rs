@@ -1,9 +1,9 @@
-//! The averager on a CUDA device, under criterion: `cargo bench --bench cuda`. Two ranks on device
-//! 0, timed by events on their streams. For comparisons with NCCL and with what the device can do,
-//! see `allreduce-bench --backend cuda`.
+//! Averages on a CUDA device, measured by criterion: `cargo bench --bench cuda`. Two ranks on
+//! device 0, timed by events on their streams. `allreduce-bench --backend cuda` compares them with
+//! NCCL and with the limits of the device.
 //!
-//! Without a device, on a simulated one, or without kernels, it prints SKIPPED and the reason, and
-//! succeeds.
+//! Without a device, on a simulated device, or without kernels, the program prints SKIPPED with the
+//! reason and succeeds.
 
 mod common;
 
@@ -24,42 +24,42 @@ use param_averager::{
 const RANKS: usize = 2;
 const GPU: Device = Device::cuda(0);
 
-/// cuEventElapsedTime of the driver. cudarc calls its second version, and panics where the driver
-/// is older than that.
+/// Type of the driver's cuEventElapsedTime. cudarc calls its second version, and panics if the
+/// driver is too old for that.
 type ElapsedTime = unsafe extern "C" fn(*mut f32, sys::CUevent, sys::CUevent) -> sys::CUresult;
 
-/// Of an averager.
+/// Options of an averager.
 type Options = fn(Builder) -> Builder;
 
-/// A clock, or why nothing can be timed here.
+/// The function that measures time, or the reason why there is nothing to measure.
 fn usable() -> Result<ElapsedTime, String> {
-    // The library looks before it calls cudarc, which panics without a driver.
+    // Tested through the library, since cudarc panics without a driver.
     Communicator::from_devices(&[GPU]).map_err(|error| error.to_string())?;
     let name = CudaContext::new(0)
         .and_then(|context| context.name())
         .map_err(|error| error.to_string())?;
     if name.contains("cudasim") {
-        return Err(format!("{name} is no GPU, and its times are nobody's"));
+        return Err(format!("{name} is not a GPU, so its times mean nothing"));
     }
     let names =
         if cfg!(windows) { ["nvcuda.dll", "nvcuda"] } else { ["libcuda.so.1", "libcuda.so"] };
-    // SAFETY: the driver, which is loaded already; the function has had this type since CUDA 2.
+    // SAFETY: the driver is loaded already; the function has had this type since CUDA 2.
     let function = unsafe {
         let library = names.iter().find_map(|name| libloading::Library::new(*name).ok());
         let function = library.as_ref().and_then(|library| {
             library.get::<ElapsedTime>(b"cuEventElapsedTime\0").ok().map(|function| *function)
         });
-        std::mem::forget(library); // the function is called later
+        std::mem::forget(library); // keeps the function valid
         function
     };
     function.ok_or("the driver has no cuEventElapsedTime".into())
 }
 
-/// A rank's f32 tensors, one after the other in one block of memory.
+/// The f32 tensors of a rank, in one block of memory.
 struct Model {
     context: Arc<CudaContext>,
     address: u64,
-    /// Offset in bytes and elements.
+    /// Offset in bytes, and number of elements.
     tensors: Vec<(usize, usize)>,
 }
 
@@ -74,7 +74,7 @@ impl Model {
             (offset, elements)
         });
         let tensors = tensors.collect();
-        // SAFETY: a context is bound; the memory is as large as what is set.
+        // SAFETY: a context is bound, and the allocation has the size that is set.
         let address = unsafe {
             let address = result::malloc_sync(end).unwrap();
             result::memset_d8_sync(address, 0, end).unwrap();
@@ -89,7 +89,7 @@ impl Parameters for Model {
     fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
         for &(offset, elements) in &self.tensors {
             let pointer = (self.address + offset as u64) as *mut u8;
-            // SAFETY: inside of own memory, which stays as long as `self`.
+            // SAFETY: inside of the allocation, which lives as long as `self`.
             visit(unsafe { TensorMut::from_raw_parts(pointer, elements, Dtype::F32, GPU) });
         }
     }
@@ -97,15 +97,15 @@ impl Parameters for Model {
 
 impl Drop for Model {
     fn drop(&mut self) {
-        // All ranks rest by now: this waits for every kernel.
+        // Freeing waits for every kernel. All ranks are idle here.
         // SAFETY: allocated by `new`. An error leaves nothing to do.
         let _ =
             self.context.bind_to_thread().and_then(|()| unsafe { result::free_sync(self.address) });
     }
 }
 
-/// Rank threads that average the same layout again and again. An iteration takes as long as its
-/// slowest rank.
+/// Rank threads that average one layout repeatedly. The time of an iteration is that of its slowest
+/// rank.
 struct Ranks {
     orders: Vec<Sender<u64>>,
     times: Receiver<Vec<Duration>>,
@@ -141,7 +141,7 @@ impl Drop for Ranks {
     }
 }
 
-/// `line`: how often ranks have come to the start, all together.
+/// Averages as often as `ordered` says. `line` counts arrivals of all ranks at the start line.
 fn rank(
     communicator: Communicator,
     layout: &[usize],
@@ -164,8 +164,8 @@ fn rank(
                 std::hint::spin_loop();
             }
             let mut milliseconds = 0.0;
-            // SAFETY: the stream and the tensors are this rank's, and outlive the wait; the events
-            // are recorded and over when they are compared.
+            // SAFETY: the stream and the tensors belong to this rank and outlive the wait; the
+            // events are recorded and complete before they are compared.
             unsafe {
                 result::event::record(start, stream).unwrap();
                 let pending =
@@ -179,7 +179,7 @@ fn rank(
         }
         done.send(times).unwrap();
     }
-    // SAFETY: made above, and nothing of theirs is under way.
+    // SAFETY: created above, and no work of theirs is running.
     unsafe {
         result::event::destroy(start).unwrap();
         result::event::destroy(stop).unwrap();

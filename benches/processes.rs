@@ -1,10 +1,10 @@
-//! How long the changes of a world of processes take, with a model of GPT-2's size: `cargo bench
-//! --bench processes`.
+//! Durations of changes of a world of processes, with a model of GPT-2's size: `cargo bench --bench
+//! processes`.
 //!
-//! Each run begins a world of 4 processes, kills one at a random time while they average, and lets
-//! another one join. This very program is each of them. Times are by the clock that all processes
-//! of the host share, from the first event of any process to the last of all. For how long averages
-//! take, see `allreduce-bench --processes`.
+//! Each run starts a world of 4 processes, kills one at a different time while they average, and
+//! lets another process join. This program is each of the processes. Times are by the monotonic
+//! clock of the host, from the first event of any process to the last event of all.
+//! `allreduce-bench --processes` measures averages.
 
 #[cfg(target_os = "linux")]
 mod common;
@@ -34,26 +34,23 @@ mod linux {
     const RANKS: usize = 4;
     const RUNS: usize = 15;
 
-    /// Milliseconds of the clock that all processes share.
+    /// Time of the host's monotonic clock in milliseconds.
     fn now() -> f64 {
         let time = clock_gettime(ClockId::Monotonic);
         Duration::new(time.tv_sec as u64, time.tv_nsec as u32).as_secs_f64() * 1e3
     }
 
-    // ---- a rank
-    // --------------------------------------------------------------------------------------------------
-
-    fn say(what: &str, since: f64) {
+    fn report(what: &str, since: f64) {
         println!("{what} {since} {}", now());
         let _ = std::io::stdout().flush();
     }
 
-    /// Averages until the standard input is closed.
+    /// Runs a rank, which averages until its standard input is closed.
     pub fn rank(rank: &str) {
         let mut model: Vec<Vec<f32>> =
             super::common::layouts()[0].1.iter().map(|&elements| vec![1.0; elements]).collect();
-        // All models are there before anybody begins.
-        say("model", 0.0);
+        // All models exist before any rank starts.
+        report("model", 0.0);
         let _ = std::io::stdin().read_line(&mut String::new());
         std::thread::spawn(|| {
             let _ = std::io::stdin().read_line(&mut String::new());
@@ -68,19 +65,17 @@ mod linux {
         let mut averager = match rank.parse() {
             Ok(rank) => {
                 let communicator = world.rank(rank).world_size(RANKS).build().unwrap();
-                say("met", start);
+                report("met", start);
                 let mut averager = build(communicator, &mut model);
-                say("built", start);
+                report("built", start);
                 averager.average(&mut model).unwrap();
-                say("first", start);
+                report("first", start);
                 averager
             }
             Err(_) => {
                 let communicator = world.join().unwrap();
-                let let_in = now();
                 let averager = build(communicator, &mut model);
-                say("joined", start);
-                say("given", let_in);
+                report("joined", start);
                 averager
             }
         };
@@ -88,24 +83,21 @@ mod linux {
             let result = averager.average(&mut model);
             let ended = now();
             match result {
-                Ok(report) if report.join_pending => {
+                Ok(done) if done.join_pending => {
                     averager.admit_joiner(&mut model).unwrap();
-                    say("admitted", ended);
+                    report("admitted", ended);
                 }
                 Ok(_) => {}
                 Err(_) => {
-                    say("failed", ended);
+                    report("failed", ended);
                     averager.recover(&mut model).unwrap();
-                    say("recovered", ended);
+                    report("recovered", ended);
                     averager.average(&mut model).unwrap();
-                    say("again", ended);
+                    report("again", ended);
                 }
             }
         }
     }
-
-    // ---- all of them
-    // ---------------------------------------------------------------------------------------------
 
     struct Process {
         child: Child,
@@ -121,8 +113,8 @@ mod linux {
             Process { child, lines }
         }
 
-        /// Waits for a line: what began, and what ended.
-        fn hear(&mut self, what: &str) -> (f64, f64) {
+        /// Waits for a line, and returns the times of start and end that it reports.
+        fn wait_for(&mut self, what: &str) -> (f64, f64) {
             let begin = format!("{what} ");
             let mut lines = self.lines.by_ref().map_while(Result::ok);
             let line =
@@ -131,7 +123,7 @@ mod linux {
             (numbers.next().unwrap(), numbers.next().unwrap())
         }
 
-        fn go(&mut self) {
+        fn start_rank(&mut self) {
             self.child.stdin.as_ref().unwrap().write_all(b"\n").unwrap();
         }
     }
@@ -143,7 +135,7 @@ mod linux {
         }
     }
 
-    /// From the first that began to the last that ended.
+    /// Time from the first start to the last end.
     fn span(times: impl IntoIterator<Item = (f64, f64)>) -> f64 {
         let (first, last) =
             times.into_iter().fold((f64::MAX, f64::MIN), |(first, last), (begin, end)| {
@@ -153,16 +145,16 @@ mod linux {
     }
 
     pub fn measure() {
-        // cargo passes --bench, and a name where one is given.
+        // Every argument is ignored: cargo passes --bench, and a name if one is given.
         let mut rows: Vec<(&str, Vec<f64>)> = [
-            "start: until all 4 have met",
-            "start: until all 4 have built their averagers",
-            "start: until the first average has ended on all 4",
+            "start: all 4 ranks connected",
+            "start: all 4 averagers built",
+            "start: first average complete on all 4 ranks",
             "death: from the kill to the error of the last survivor",
-            "recovery: from the first error to the last rank's new averager",
-            "recovery: until the first average among the 3 has ended",
-            "join: from the call to the model, averages under way included",
-            "join: what it costs the 3 that are there, average included",
+            "recovery: from the first error to the last new averager",
+            "recovery: from the first error to the first average of the 3",
+            "join: from the call to the model, with running averages",
+            "join: time of the 3 members, with the average",
         ]
         .map(|name| (name, vec![]))
         .into();
@@ -187,27 +179,27 @@ mod linux {
         let mut ranks: Vec<Process> =
             (0..RANKS).map(|rank| Process::start(&world, &rank.to_string())).collect();
         for rank in &mut ranks {
-            rank.hear("model");
+            rank.wait_for("model");
         }
-        ranks.iter_mut().for_each(Process::go);
-        let met = span(ranks.iter_mut().map(|rank| rank.hear("met")));
-        let built = span(ranks.iter_mut().map(|rank| rank.hear("built")));
-        let first = span(ranks.iter_mut().map(|rank| rank.hear("first")));
+        ranks.iter_mut().for_each(Process::start_rank);
+        let met = span(ranks.iter_mut().map(|rank| rank.wait_for("met")));
+        let built = span(ranks.iter_mut().map(|rank| rank.wait_for("built")));
+        let first = span(ranks.iter_mut().map(|rank| rank.wait_for("first")));
         let mut late = Process::start(&world, "late");
-        late.hear("model");
+        late.wait_for("model");
 
-        // Somewhere in one of the next averages: no two runs the same.
+        // The kill hits an average, at another time in each run.
         std::thread::sleep(Duration::from_millis(300 + 37 * run as u64));
         let mut dead = ranks.remove(run % RANKS);
         let killed = now();
         dead.child.kill().unwrap();
-        let told = span(ranks.iter_mut().map(|rank| (killed, rank.hear("failed").1)));
-        let recovered = span(ranks.iter_mut().map(|rank| rank.hear("recovered")));
-        let again = span(ranks.iter_mut().map(|rank| rank.hear("again")));
+        let failed = span(ranks.iter_mut().map(|rank| (killed, rank.wait_for("failed").1)));
+        let recovered = span(ranks.iter_mut().map(|rank| rank.wait_for("recovered")));
+        let again = span(ranks.iter_mut().map(|rank| rank.wait_for("again")));
 
-        late.go();
-        let joined = span([late.hear("joined")]);
-        let admitted = span(ranks.iter_mut().map(|rank| rank.hear("admitted")));
-        [met, built, first, told, recovered, again, joined, admitted]
+        late.start_rank();
+        let joined = span([late.wait_for("joined")]);
+        let admitted = span(ranks.iter_mut().map(|rank| rank.wait_for("admitted")));
+        [met, built, first, failed, recovered, again, joined, admitted]
     }
 }

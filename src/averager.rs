@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 pub use builder::Builder;
 #[cfg(feature = "__testing")]
 pub use builder::Testing;
-#[cfg_attr(not(feature = "cudarc"), allow(unused_imports))]
+#[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
 pub(crate) use lend::Ordered;
 pub use lend::{Lend, LendError, Loan, RawCudaParams};
 pub use link::Link;

@@ -1,43 +1,42 @@
-//! Tensors to buckets, buckets to channels and shards: pure arithmetic, no memory.
-//! `kernels/segments.h` walks the result.
+//! Layout: tensors to buckets, buckets to channels and shards. Pure arithmetic, no memory.
+//! `kernels/segments.h` uses the same layout.
 //!
 //! ```text
-//! tensors  wte f32 | ln f32 | wpe bf16 | head f32          in the order they are visited
-//! buckets  f32: [wte|ln|head]      bf16: [wpe]             one a dtype; each tensor starts a new 16-byte pack
-//! channels [········][········]                            equal ranges of a bucket's packs
-//! rounds   [n chunks][n chunks]…[n parts of the rest]      what one trip around the ring carries
+//! tensors  wte f32 | ln f32 | wpe bf16 | head f32        in the order they are visited
+//! buckets  f32: [wte|ln|head]      bf16: [wpe]           one per dtype; tensors start at a pack
+//! channels [········][········]                          equal ranges of a bucket's packs
+//! rounds   [n chunks][n chunks]…[n parts of the rest]    load of one trip around the ring
 //! ```
 
 use crate::abi::{PaSegment, PA_ALIGN_PACKS, PA_PACK_BYTES};
 use crate::tensor::Dtype;
 
-/// What a tensor is, wherever it lies.
+/// Dtype and size of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
-    /// Its element type.
+    /// Element type.
     pub dtype: Dtype,
-    /// Its number of elements.
+    /// Number of elements.
     pub elements: u64,
 }
 
-/// One dtype's tensors as one index space of packs.
+/// The tensors of one dtype as one index space of packs.
 #[derive(Clone, Debug)]
 pub struct Bucket {
-    /// Of all its tensors.
+    /// Element type of all its tensors.
     pub dtype: Dtype,
-    /// Its length.
+    /// Length in packs.
     pub packs: u64,
-    /// Its tensors that have elements, ascending; addresses are zero.
+    /// Segments of its non-empty tensors, ascending; addresses are zero.
     pub segments: Vec<PaSegment>,
-    /// Each segment's tensor, as an index into the list of all tensors.
+    /// Index of each segment's tensor in the list of all tensors.
     pub tensors: Vec<usize>,
 }
 
-/// Where a tensor went: the bucket's index and the segment's, none for a tensor without elements.
+/// Position of a tensor, as (bucket, segment); `None` for an empty tensor.
 pub type Place = Option<(usize, usize)>;
 
-/// Sorts tensors into buckets, one for each dtype that occurs with elements, in the order of
-/// [`Dtype::ALL`].
+/// Sorts tensors into buckets, one for each dtype with elements, in the order of [`Dtype::ALL`].
 pub fn plan(shapes: &[Shape]) -> (Vec<Bucket>, Vec<Place>) {
     let mut buckets = Vec::new();
     let mut placement = vec![None; shapes.len()];
@@ -62,33 +61,33 @@ pub fn plan(shapes: &[Shape]) -> (Vec<Bucket>, Vec<Place>) {
     (buckets, placement)
 }
 
-/// Packs that a tensor takes.
+/// Number of packs of a tensor.
 fn packs(shape: Shape) -> u64 {
     shape.elements.div_ceil(u64::from(PA_PACK_BYTES) / shape.dtype.size() as u64)
 }
 
-/// Packs of each channel but the last ones, which may have less or nothing.
+/// Packs of each channel. The last channels may have fewer, or none.
 pub fn channel_packs(packs: u64, channels: u32) -> u64 {
     align_up(packs.div_ceil(u64::from(channels)))
 }
 
-/// Packs at most that one rank reduces of one channel: full rounds give it a chunk each, the rest
-/// an aligned n-th.
+/// Upper bound on the packs of a channel that one rank reduces: one chunk per full round, and an
+/// aligned n-th of the rest.
 pub fn shard_packs(channel_packs: u64, world: u32, chunk: u32) -> u64 {
     let round = u64::from(chunk) * u64::from(world);
     let (rounds, rest) = (channel_packs / round, channel_packs % round);
     rounds * u64::from(chunk) + align_up(rest.div_ceil(u64::from(world)))
 }
 
-/// Up to a multiple of [`PA_ALIGN_PACKS`].
+/// Rounds up to a multiple of [`PA_ALIGN_PACKS`].
 pub fn align_up(packs: u64) -> u64 {
     let align = u64::from(PA_ALIGN_PACKS);
     packs.checked_next_multiple_of(align).unwrap_or(u64::MAX / align * align)
 }
 
 impl Bucket {
-    /// The tensor that element `element` of the bucket (packs × elements a pack) lies in, and which
-    /// of its elements.
+    /// Finds the tensor of element `element` of the bucket, counted with the padding of its packs,
+    /// and the index in that tensor.
     pub fn locate(&self, element: u64) -> (usize, u64) {
         let per_pack = u64::from(PA_PACK_BYTES) / self.dtype.size() as u64;
         let after =
@@ -121,7 +120,8 @@ mod tests {
                     prop_assert_eq!(segment.elements, shapes[tensor].elements);
                     end += segment.elements.div_ceil(per_pack);
                     for element in [0, segment.elements - 1] {
-                        prop_assert_eq!(bucket.locate(segment.first_pack * per_pack + element), (tensor, element));
+                        let at = segment.first_pack * per_pack + element;
+                        prop_assert_eq!(bucket.locate(at), (tensor, element));
                     }
                 }
                 prop_assert_eq!(bucket.packs, end);
@@ -136,17 +136,20 @@ mod tests {
         }
 
         #[test]
-        fn channels_cover_the_bucket_and_shards_fit(packs in 1u64..1 << 30, channels in 1u32..64, world in 2u32..=16, chunk in 1u32..4096) {
+        fn channels_cover_the_bucket_and_shards_fit(
+            packs in 1u64..1 << 30, channels in 1u32..64, world in 2u32..=16, chunk in 1u32..4096
+        ) {
             let chunk = chunk * PA_ALIGN_PACKS;
             let each = channel_packs(packs, channels);
             prop_assert!(each * u64::from(channels) >= packs);
-            // What kernels/ring.h gives one rank of one channel: a chunk a full round, part_of the
-            // rest.
+            // Packs that kernels/ring.h gives one rank of one channel: one chunk per full round,
+            // and `part_of` the rest.
             let round = u64::from(chunk) * u64::from(world);
             let last = each % round;
             let own = each / round * u64::from(chunk) + align_up(last.div_ceil(u64::from(world)));
             prop_assert!(own <= shard_packs(each, world, chunk));
-            prop_assert!(shard_packs(each, world, chunk) <= each.div_ceil(u64::from(world)) + u64::from(PA_ALIGN_PACKS));
+            let most = each.div_ceil(u64::from(world)) + u64::from(PA_ALIGN_PACKS);
+            prop_assert!(shard_packs(each, world, chunk) <= most);
         }
     }
 }

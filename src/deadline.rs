@@ -2,12 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-/// Any timeout from here on counts as this one: a century, which no clock of the kernel's
-/// overflows.
+/// Upper bound on timeouts: a century, which no kernel clock overflows.
 const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
-/// The instant after `timeout`, for every `timeout`: `Instant::now() + timeout` panics for those
-/// that are very long.
+/// Instant after `timeout`. Valid for every `timeout`, whereas `Instant::now() + timeout` panics
+/// for very long ones.
 pub(crate) fn after(timeout: Duration) -> Instant {
     Instant::now() + timeout.min(LONGEST)
 }
@@ -19,12 +18,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_duration_is_a_deadline(seconds in any::<u64>(), nanoseconds in 0u32..1_000_000_000) {
+        fn every_duration_is_a_deadline(
+            seconds in any::<u64>(), nanoseconds in 0u32..1_000_000_000
+        ) {
             let timeout = Duration::new(seconds, nanoseconds);
             let before = Instant::now();
             let deadline = after(timeout);
             prop_assert!(deadline.saturating_duration_since(before) >= timeout.min(LONGEST));
-            // Other terms may still be added to it.
+            // Further durations can be added.
             prop_assert!(deadline.checked_add(LONGEST).is_some());
         }
     }

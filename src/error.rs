@@ -336,14 +336,14 @@ pub enum Error {
     /// A rank's CUDA device failed: out of memory when the averager was built, or anything that the
     /// driver reports later.
     #[error(
-        "rank {rank}: its CUDA device failed: {reason}; free memory or see what the device \
+        "rank {rank}: its CUDA device failed: {source}; free memory or see what the device \
         reports, then build a new world"
     )]
     DeviceFailed {
         /// The rank.
         rank: usize,
-        /// The driver's function, and what it said.
-        reason: String,
+        /// What the driver said.
+        source: DeviceError,
     },
 
     /// Memory that processes share can't be had.
@@ -374,6 +374,17 @@ pub enum Error {
         /// What the system said, the limit that was met, and what to do.
         reason: String,
     },
+}
+
+/// Failure of a CUDA device: the function of the driver that failed and the driver's own text.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct DeviceError(String);
+
+impl From<String> for DeviceError {
+    fn from(text: String) -> Self {
+        DeviceError(text)
+    }
 }
 
 /// Cause of an [`Error`], by what has to be mended.

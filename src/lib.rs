@@ -31,7 +31,7 @@
 //!   weighted.
 //! * [`LocalSgd`] counts optimizer steps and averages when its [`Schedule`] says so.
 #![cfg_attr(
-    feature = "cudarc",
+    feature = "cuda",
     doc = "* [`adapters::cudarc`]: cudarc's slices, averaged on a cudarc stream ([`CudaParams`])."
 )]
 //! * [`Error`] says which rank and which tensor, and what to do. If an average fails before any
@@ -51,19 +51,21 @@ mod backend;
 mod bucket;
 mod deadline;
 mod error;
+mod hash;
 mod local_sgd;
 mod parameters;
 mod schedule;
+mod sync;
 mod tensor;
 mod world;
 
-#[cfg(feature = "cudarc")]
+#[cfg(feature = "cuda")]
 pub use adapters::cudarc::{CudaParams, CudaTensorMut};
 pub use averager::{
     Algorithm, Builder, Lend, LendError, Link, Loan, ParamAverager, Pending, RawCudaParams, Report,
 };
 pub use backend::cuda::{Connection, CudaDevice, PeerAccess, Topology};
-pub use error::{Error, ErrorKind, Phase, Result, TensorState};
+pub use error::{DeviceError, Error, ErrorKind, Phase, Result, TensorState};
 pub use local_sgd::{Action, LocalSgd};
 pub use parameters::Parameters;
 pub use schedule::Schedule;
@@ -77,17 +79,23 @@ pub use world::{CommunicatorBuilder, WorldId};
 #[doc(hidden)]
 pub use world::fuzz as __fuzz;
 
-/// For this crate's own bench.
-#[doc(hidden)]
-pub mod __private {
-    /// The GPU kernels, or why there are none.
-    pub fn fatbin() -> Result<&'static [u8], &'static str> {
-        crate::backend::cuda::fatbin()
-    }
+/// What this build of the crate runs on this machine: for a line in a log or a bug report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BuildInfo {
+    /// Instruction set of the kernels on CPUs, such as `avx2`: the best that this machine has.
+    pub instruction_set: &'static str,
+    /// Why the crate was built without the kernels for CUDA devices, if it was.
+    pub gpu_kernels: Result<(), &'static str>,
+}
 
-    /// Names of the instruction sets that this machine has, best first.
-    pub fn instruction_sets() -> Vec<&'static str> {
-        crate::backend::cpu::instruction_sets().into_iter().map(|set| set.name).collect()
+impl BuildInfo {
+    /// The kernels of this build and this machine.
+    pub fn get() -> BuildInfo {
+        BuildInfo {
+            instruction_set: backend::cpu::instruction_sets()[0].name,
+            gpu_kernels: backend::cuda::fatbin().map(drop),
+        }
     }
 }
 
@@ -102,7 +110,17 @@ pub mod __testing {
         pub use crate::abi::*;
     }
 
-    /// Runs one block of one phase on this thread.
+    /// The GPU kernels, or why there are none.
+    pub fn fatbin() -> Result<&'static [u8], &'static str> {
+        crate::backend::cuda::fatbin()
+    }
+
+    /// Names of the instruction sets that this machine has, best first.
+    pub fn instruction_sets() -> Vec<&'static str> {
+        crate::backend::cpu::instruction_sets().into_iter().map(|set| set.name).collect()
+    }
+
+    /// Runs one block of one kernel on this thread.
     ///
     /// # Safety
     /// What `args` points at is as `kernels/abi.h` describes it.

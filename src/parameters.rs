@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+#[cfg(feature = "half")]
 use half::{bf16, f16};
 
 use crate::TensorMut;
@@ -9,8 +10,8 @@ use crate::TensorMut;
 /// A model's parameters: a list of tensors that is the same, pointers aside, on every rank and at
 /// every call.
 ///
-/// Implemented for [`TensorMut`], for slices, vectors and arrays of `f32`, `f64`,
-/// [`half::f16`] and [`half::bf16`], and for slices, vectors, arrays, tuples, `Option`, `Box` and
+/// Implemented for [`TensorMut`], for slices, vectors and arrays of `f32`, `f64`
+/// and, with the feature `half`, `f16` and `bf16`, and for slices, vectors, arrays, tuples, `Option`, `Box` and
 /// `BTreeMap<String, _>` of what implements it: `Vec<Vec<f32>>` is a model. A map names its tensors
 /// by their keys. A `HashMap` has another order in every process, so it implements nothing: sort it
 /// by name.
@@ -134,17 +135,20 @@ tuples!(
 );
 
 macro_rules! elements {
-    ($($element:ty),*) => {$(
+    ($($(#[$on:meta])* $element:ty),*) => {$(
+        $(#[$on])*
         impl Parameters for [$element] {
             fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
                 visit(TensorMut::from(self))
             }
         }
+        $(#[$on])*
         impl Parameters for Vec<$element> {
             fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
                 visit(TensorMut::from(&mut self[..]))
             }
         }
+        $(#[$on])*
         impl<const N: usize> Parameters for [$element; N] {
             fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
                 visit(TensorMut::from(&mut self[..]))
@@ -152,7 +156,14 @@ macro_rules! elements {
         }
     )*};
 }
-elements!(f32, f64, f16, bf16);
+elements!(
+    f32,
+    f64,
+    #[cfg(feature = "half")]
+    f16,
+    #[cfg(feature = "half")]
+    bf16
+);
 
 #[cfg(test)]
 mod tests {
@@ -167,7 +178,7 @@ mod tests {
     #[test]
     fn containers_keep_the_order_of_their_tensors() {
         let mut weights = vec![vec![0.0f32; 3], vec![0.0; 2]];
-        let mut rest = (Some([0.0f64; 4]), None::<Vec<f32>>, Box::new(vec![bf16::ZERO; 5]));
+        let mut rest = (Some([0.0f64; 4]), None::<Vec<f32>>, Box::new(vec![0.0f32; 5]));
         let lengths = |seen: Vec<(_, usize)>| seen.into_iter().map(|(_, n)| n).collect::<Vec<_>>();
         assert_eq!(lengths(seen(&mut (&mut weights, &mut rest))), [3, 2, 4, 5]);
     }

@@ -1,6 +1,8 @@
-//! When to average. Pure: no state, no I/O.
+//! Schedules: the steps after which to average. Pure functions, without state or I/O.
 
-/// Which optimizer steps are followed by an average.
+use crate::hash::fnv1a;
+
+/// The optimizer steps after which the ranks average.
 ///
 /// Local SGD with H local steps is `Schedule::every(H)`: an average after steps H, 2·H, 3·H, … H =
 /// 8 is the default of Accelerate's `LocalSGD`; H = 1 averages after every step.
@@ -10,19 +12,19 @@ pub struct Schedule {
     warmup: u64,
 }
 
-/// Places in a schedule that are no step: no step is counted so far.
+/// Values that stand for averages outside of the step count. A step count never reaches them.
 pub(crate) mod place {
     pub(crate) const FINISH: u64 = u64::MAX;
     pub(crate) const RECOVERY: u64 = u64::MAX - 1;
     pub(crate) const ADMISSION: u64 = u64::MAX - 2;
     pub(crate) const BY_HAND: u64 = u64::MAX - 3;
 
-    /// In words, after "averages".
+    /// Description of a place, to follow "averages".
     pub(crate) fn in_words(place: u64) -> String {
         match place {
             FINISH => "in `finish`".into(),
             RECOVERY => "in a recovery".into(),
-            ADMISSION => "to let a process in".into(),
+            ADMISSION => "to admit a joiner".into(),
             BY_HAND => "outside of a schedule".into(),
             step => format!("after step {step}"),
         }
@@ -30,7 +32,7 @@ pub(crate) mod place {
 }
 
 impl Schedule {
-    /// An average after every `h`-th step.
+    /// Averages after every `h`-th step: after steps h, 2·h, 3·h, …
     ///
     /// # Panics
     /// If `h` is 0.
@@ -42,19 +44,19 @@ impl Schedule {
         Schedule { every: h, warmup: 0 }
     }
 
-    /// An average after each of the first `w` steps, and only then after every `h`-th one, counted
-    /// from there: after 1, 2, …, w, w + h, w + 2·h, … Post-local SGD (Lin et al., 2018, "Don't use
-    /// large mini-batches, use local SGD").
+    /// Averages after each of the first `w` steps, and then after every `h`-th step: after 1, 2, …,
+    /// w, w + h, w + 2·h, … Post-local SGD (Lin et al., 2018, "Don't use large mini-batches, use
+    /// local SGD").
     pub fn after_warmup(self, w: u64) -> Self {
         Schedule { warmup: w, ..self }
     }
 
-    /// Whether an average follows the `step`-th step, counted from 1.
+    /// True if an average follows step `step`, counted from 1.
     pub fn is_due(&self, step: u64) -> bool {
         step > 0 && (step <= self.warmup || (step - self.warmup).is_multiple_of(self.every))
     }
 
-    /// The first step after `step` that an average follows; [`u64::MAX`] if that is no `u64`.
+    /// The first step after `step` that an average follows; [`u64::MAX`] if it exceeds `u64`.
     pub fn next_due(&self, step: u64) -> u64 {
         if step < self.warmup {
             return step + 1;
@@ -63,15 +65,11 @@ impl Schedule {
         step.saturating_add(self.every - past)
     }
 
-    /// The value that ranks compare before they average. It differs where the schedules or the
-    /// places in them do.
+    /// The value by which ranks check that they average at the same place of the same schedule.
+    /// Never 0, which stands for an average outside of any schedule.
     pub(crate) fn digest(&self, place: u64) -> u64 {
-        // FNV-1a over the words; 0 is the digest of an average outside of any schedule.
         let words = [self.every, self.warmup, place];
-        let bytes = words.iter().flat_map(|word| word.to_le_bytes());
-        bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
-        }) | 1
+        fnv1a(words.iter().flat_map(|word| word.to_le_bytes())) | 1
     }
 }
 
@@ -116,7 +114,7 @@ mod tests {
             prop_assert!(next > step || step == u64::MAX);
             prop_assert!(schedule.is_due(next) || next == u64::MAX);
             prop_assert!(next - step <= every.max(1));
-            // No step in between is due: the nearest ones are looked at.
+            // No step in between is due; checked for the first ones.
             for between in (step.saturating_add(1)..next).take(20) {
                 prop_assert!(!schedule.is_due(between));
             }
@@ -124,7 +122,8 @@ mod tests {
         }
     }
 
-    /// Numbers of every magnitude, and those next to a power of two or to the ends of the range.
+    /// Numbers of every magnitude, numbers next to a power of two, and numbers next to the ends of
+    /// the range.
     fn near_powers() -> impl Strategy<Value = u64> {
         let near =
             (0u32..64, -3i64..=3).prop_map(|(bit, off)| (1u64 << bit).wrapping_add_signed(off));

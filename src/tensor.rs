@@ -3,6 +3,7 @@
 use std::fmt;
 use std::marker::PhantomData;
 
+#[cfg(feature = "half")]
 use half::{bf16, f16};
 
 use crate::abi::{PA_BF16, PA_F16, PA_F32, PA_F64};
@@ -61,7 +62,8 @@ mod sealed {
     pub trait Sealed {}
 }
 
-/// A Rust type of tensor elements: `f32`, `f64`, [`half::f16`], [`half::bf16`].
+/// A Rust type of tensor elements: `f32`, `f64`, and with the feature `half` `half::f16` and
+/// `half::bf16`.
 pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
     /// Its dtype.
     const DTYPE: Dtype;
@@ -84,7 +86,7 @@ pub struct TensorMut<'a> {
 
 /// Why the uses of a tensor on other streams can't be ordered with an average: it is refused.
 #[derive(Clone, Copy, Debug)]
-#[cfg_attr(not(feature = "cudarc"), allow(dead_code))] // of cudarc's slices
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))] // of cudarc's slices
 pub(crate) enum Unordered {
     /// It belongs to another `CudaContext` than the stream.
     OtherContext,
@@ -161,7 +163,7 @@ impl<'a> TensorMut<'a> {
         TensorMut { memory: PhantomData, ..*self }
     }
 
-    #[cfg(feature = "cudarc")]
+    #[cfg(feature = "cuda")]
     pub(crate) fn unordered(self, unordered: Option<Unordered>) -> Self {
         TensorMut { unordered, ..self }
     }
@@ -199,7 +201,7 @@ macro_rules! elements {
         }
     )*};
 }
-elements!(f32 => F32, f64 => F64, f16 => F16, bf16 => Bf16);
+elements!(f32 => F32, f64 => F64, #[cfg(feature = "half")] f16 => F16, #[cfg(feature = "half")] bf16 => Bf16);
 
 impl<'a, T: Element> From<&'a mut [T]> for TensorMut<'a> {
     fn from(elements: &'a mut [T]) -> Self {

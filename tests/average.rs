@@ -4,7 +4,7 @@
 mod common;
 
 use common::{ranks, ulp, Guarded, Random};
-use param_averager::__private::instruction_sets;
+use param_averager::__testing::instruction_sets;
 use param_averager::__testing::Testing;
 use param_averager::{Algorithm, Builder, Dtype, ParamAverager};
 use proptest::prelude::*;

@@ -9,7 +9,7 @@ mod simulator;
 mod cuda {
     pub mod beside;
     pub mod graphs;
-    #[cfg(feature = "cudarc")]
+    #[cfg(feature = "cuda")]
     pub mod interop;
     pub mod links;
     pub mod model;
@@ -157,7 +157,7 @@ fn averages_in_graphs_are_replayed() {
     scenario("graphs-devices", &[&[TWO, ("CUDASIM_DELAY", "30")], &[TWO, ("CUDASIM_RACE", "1")]]);
 }
 
-#[cfg(feature = "cudarc")]
+#[cfg(feature = "cuda")]
 #[test]
 fn slices_of_cudarc_are_averaged_in_order() {
     scenario("interop", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
@@ -173,14 +173,14 @@ fn what_a_graph_would_refuse_is_not_captured() {
 fn captures_elsewhere_refuse_nothing_but_what_they_must() {
     strict("graphs", &[ONE]);
     strict("strict-captures", &[ONE]);
-    #[cfg(feature = "cudarc")]
+    #[cfg(feature = "cuda")]
     strict("strict-slices", &[ONE]);
 }
 
 #[test]
 fn a_rank_whose_device_fails_tells_its_peers_and_waits_for_none() {
     strict("strict-failures", &[ONE]);
-    #[cfg(feature = "cudarc")]
+    #[cfg(feature = "cuda")]
     strict("strict-ends", &[ONE]);
 }
 

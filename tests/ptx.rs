@@ -25,7 +25,7 @@ fn child_process() {
     let Ok(scenario) = std::env::var(SCENARIO) else { return };
     let fatbin = match std::env::var_os(FATBIN) {
         Some(file) => std::fs::read(file).unwrap(),
-        None => param_averager::__private::fatbin().unwrap_or_default().to_vec(),
+        None => param_averager::__testing::fatbin().unwrap_or_default().to_vec(),
     };
     ptx::scenarios::run(&scenario, &fatbin);
 }

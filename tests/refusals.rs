@@ -96,7 +96,7 @@ fn worlds_and_devices_that_cannot_be_are_refused() {
     }
     let error = Communicator::from_devices(&[Device::cpu(), Device::cuda(0)]).unwrap_err();
     let Error::DeviceUnavailable { rank: 1, device, reason } = &error else { panic!("{error}") };
-    assert!(device == "cuda:0" && reason.contains("can't be in one world"), "{error}");
+    assert!(device == "cuda:0" && reason.contains("all on CPUs or all on CUDA devices"), "{error}");
     // On CPUs all memory is one, and there is no peer's.
     let errors = ranks(2, |communicator| {
         let builder = |link| {
@@ -113,7 +113,7 @@ fn worlds_and_devices_that_cannot_be_are_refused() {
         assert!(matches!(error, Error::InvalidOption { rank: 0, option: "link", .. }), "{error}");
     }
     // What a machine with a driver says, or one without, is tests/cuda.rs's.
-    if let Err(said) = param_averager::__private::fatbin() {
+    if let Err(said) = param_averager::__testing::fatbin() {
         // Built without nvcc: the same words as the build's warning.
         let error = Communicator::from_devices(&[Device::cuda(0)]).unwrap_err();
         let Error::DeviceUnavailable { rank: 0, reason, .. } = &error else { panic!("{error}") };

@@ -35,7 +35,7 @@ const KERNELS: [(&str, Expected); 5] = [
 
 /// The tools and the fatbin as a file, or a SKIPPED line.
 fn fatbin(test: &str) -> Option<(Tools, PathBuf)> {
-    let found = match param_averager::__private::fatbin() {
+    let found = match param_averager::__testing::fatbin() {
         Ok(bytes) => Tools::find().map(|tools| (tools, bytes)),
         Err(reason) => Err(reason.to_string()),
     };

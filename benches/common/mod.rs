@@ -1,11 +1,12 @@
-//! What both benches average.
+//! Layouts that the benches average.
 
-/// A name, and the elements of each tensor: many, as many in one, and many small ones.
+/// Name and numbers of elements of each layout: many tensors, one tensor of the same size, and many
+/// small tensors.
 pub fn layouts() -> [(&'static str, Vec<usize>); 3] {
     [("gpt2", gpt2()), ("gpt2_as_one", vec![gpt2().iter().sum()]), ("100x1000", vec![1000; 100])]
 }
 
-/// Elements of GPT-2's 148 tensors.
+/// Numbers of elements of GPT-2's 148 tensors.
 fn gpt2() -> Vec<usize> {
     const D: usize = 768;
     let block = [D, D, D * 3 * D, 3 * D, D * D, D, D, D, D * 4 * D, 4 * D, 4 * D * D, D];

@@ -1,8 +1,9 @@
-/* One rank of a peer that is written with MPI: averages GPT-2's tensors and writes what it saw to DIR/rank-R.json.
+/* One rank of an MPI peer: averages GPT-2's tensors and writes its measurements to DIR/rank-R.json.
  *
  *     rank_mpi per_tensor|flattened SIZES WARM-UPS REPETITIONS RANKS DIR
  *
- * SIZES is a file of the tensors' elements, one a line. It fills in and checks what rank_torch.py does. */
+ * SIZES is a file with the number of elements of each tensor, one per line. The tensors are filled
+ * and checked as in rank_torch.py. */
 #include <mpi.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -28,23 +29,25 @@ static float *allocate(size_t n) {
 
 static void fill(void) {
     for (int i = 0; i < count; i++)
-        for (size_t j = 0; j < sizes[i]; j++) tensors[i][j] = (float)((31 * i + j) % PERIOD + 8 * rank);
+        for (size_t j = 0; j < sizes[i]; j++)
+            tensors[i][j] = (float)((31 * i + j) % PERIOD + 8 * rank);
 }
 
-/* How many elements are not the mean. */
+/* Number of elements that are not the mean. */
 static size_t wrong(void) {
     size_t bad = 0;
     for (int i = 0; i < count; i++)
-        for (size_t j = 0; j < sizes[i]; j++) bad += tensors[i][j] != (float)((31 * i + j) % PERIOD + 4 * (ranks - 1));
+        for (size_t j = 0; j < sizes[i]; j++)
+            bad += tensors[i][j] != (float)((31 * i + j) % PERIOD + 4 * (ranks - 1));
     return bad;
 }
 
-/* from times factor, from where it is or past it */
+/* Multiplies while copying. */
 static void scale(float *restrict to, const float *restrict from, size_t n, float factor) {
     for (size_t j = 0; j < n; j++) to[j] = from[j] * factor;
 }
 
-static void sum(float *data, size_t n) { /* an error ends the program: that is MPI's default */
+static void sum(float *data, size_t n) { /* an error ends the program by default */
     MPI_Allreduce(MPI_IN_PLACE, data, (int)n, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
 }
 
@@ -55,7 +58,7 @@ static void per_tensor(void) {
     }
 }
 
-/* The flat buffer is kept, and multiplied on the way out of it. */
+/* Through a flat buffer that is reused, with the multiplication in the copy back. */
 static void flattened(void) {
     float *at = flat;
     for (int i = 0; i < count; at += sizes[i++]) memcpy(at, tensors[i], sizes[i] * sizeof(float));
@@ -64,7 +67,7 @@ static void flattened(void) {
     for (int i = 0; i < count; at += sizes[i++]) scale(tensors[i], at, sizes[i], 1.0f / ranks);
 }
 
-/* KiB, of /proc/self/status. */
+/* A field of /proc/self/status, in KiB. */
 static long memory(const char *field) {
     char line[256];
     long kib = -1;
@@ -72,11 +75,11 @@ static long memory(const char *field) {
     while (file && fgets(line, sizeof line, file))
         if (!strncmp(line, field, strlen(field))) kib = atol(line + strlen(field) + 1);
     if (file) fclose(file);
-    if (kib < 0) fail("no memory figures in /proc/self/status");
+    if (kib < 0) fail("/proc/self/status lacks memory fields");
     return kib;
 }
 
-/* VmHWM starts again from what is resident now. */
+/* Resets VmHWM to the resident size. */
 static void reset_peak(void) {
     FILE *file = fopen("/proc/self/clear_refs", "w");
     if (!file || fputs("5", file) < 0 || fclose(file)) fail("can't reset VmHWM");
@@ -93,9 +96,10 @@ int main(int argc, char **argv) {
     MPI_Comm_rank(MPI_COMM_WORLD, &rank);
     MPI_Comm_size(MPI_COMM_WORLD, &ranks);
     if (argc != 7) fail("METHOD SIZES WARM-UPS REPETITIONS RANKS DIR");
-    if (ranks != atoi(argv[5])) fail("the world is not of the size that was asked for");
-    int is_flattened = !strcmp(argv[1], "flattened"), warmups = atoi(argv[3]), all = warmups + atoi(argv[4]);
-    if (!is_flattened && strcmp(argv[1], "per_tensor")) fail("no such method");
+    if (ranks != atoi(argv[5])) fail("the world size is not RANKS");
+    int is_flattened = !strcmp(argv[1], "flattened");
+    int warmups = atoi(argv[3]), all = warmups + atoi(argv[4]);
+    if (!is_flattened && strcmp(argv[1], "per_tensor")) fail("unknown method");
 
     FILE *file = fopen(argv[2], "r");
     if (!file) fail("can't read the sizes");

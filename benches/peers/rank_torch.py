@@ -1,9 +1,12 @@
-"""One rank of a peer that is written with torch: averages GPT-2's tensors and writes what it saw to DIR/rank-R.json.
+"""One rank of a torch peer: averages GPT-2's tensors and writes its measurements.
 
-    rank_torch.py METHOD LAYOUT WARM-UPS REPETITIONS DIR        with RANK, WORLD_SIZE, ... as torchrun sets them
+    rank_torch.py METHOD LAYOUT WARM-UPS REPETITIONS DIR
 
-Rank r's element j of tensor i is (31 i + j) mod 61 + 8 r. All sums are whole numbers that f32 holds, so the mean is known
-to the last bit whatever the order. It is filled before and checked after every average, outside of the time.
+RANK, WORLD_SIZE, ... are set as by torchrun. The measurements go to DIR/rank-R.json.
+
+Element j of tensor i on rank r is (31 i + j) mod 61 + 8 r. All sums are integers that f32 holds
+exactly, so the mean does not depend on the order of summation. The tensors are filled before and
+checked after every average, outside of the measured time.
 """
 
 import json
@@ -16,7 +19,7 @@ import torch.distributed as dist
 
 RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 PERIOD = 61
-STEP = PERIOD << 14  # elements checked at once: nothing of the model's size is allocated for it
+STEP = PERIOD << 14  # elements checked at once, so that the check needs little memory
 PATTERN = torch.arange(PERIOD, dtype=torch.float32).repeat(STEP // PERIOD + 1)
 
 
@@ -25,7 +28,7 @@ def join():
 
 
 def per_tensor(params):
-    """What one writes first: an all-reduce a tensor, then a division."""
+    """One all-reduce per tensor, then a division."""
     join()
 
     def average():
@@ -37,7 +40,7 @@ def per_tensor(params):
 
 
 def overlapped(params):
-    """The same with all of them under way at once, which gloo carries out by two threads."""
+    """All all-reduces started at once. gloo runs them on two threads."""
     join()
 
     def average():
@@ -50,10 +53,12 @@ def overlapped(params):
 
 
 def flattened(params):
-    """Through a flat buffer that is kept: what is allocated anew costs a page fault every 4 KiB."""
+    """Through a flat buffer that is reused: a new one would cost a page fault every 4 KiB."""
     join()
     flat = torch.zeros(sum(param.numel() for param in params))
-    parts = [part.view_as(param) for part, param in zip(flat.split([p.numel() for p in params]), params)]
+    parts = [
+        part.view_as(param) for part, param in zip(flat.split([p.numel() for p in params]), params)
+    ]
 
     def average():
         for part, param in zip(parts, params):
@@ -67,27 +72,29 @@ def flattened(params):
 
 
 def periodic(params):
-    """PyTorch's own: flattens into a new buffer, of which the parameters then are views."""
+    """PyTorch's averager. It flattens into a new buffer, and the parameters become views of it."""
     from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
     join()
-    for param in params:  # it leaves out parameters without a gradient
+    for param in params:  # parameters without a gradient would be skipped
         param.grad = torch.zeros(1).expand_as(param)
     averager = PeriodicModelAverager(period=1)
     return lambda: averager.average_parameters(params)
 
 
 def local_sgd(params):
-    """Accelerate's LocalSGD, with the barrier that is part of its average."""
+    """Accelerate's LocalSGD, with the barrier of its average."""
     from accelerate import Accelerator
     from accelerate.local_sgd import LocalSGD
     from accelerate.utils import DistributedType
 
-    accelerator = Accelerator(cpu=True)  # without cpu=True each rank is a world of one, and nothing is averaged
-    assert accelerator.num_processes == RANKS, f"{RANKS} ranks asked for, Accelerate has {accelerator.num_processes}"
+    accelerator = Accelerator(cpu=True)  # without cpu=True each rank is a world of one
+    assert (
+        accelerator.num_processes == RANKS
+    ), f"Accelerate has {accelerator.num_processes} ranks instead of {RANKS}"
     assert accelerator.distributed_type == DistributedType.MULTI_CPU, accelerator.distributed_type
     sgd = LocalSGD(accelerator=accelerator, model=torch.nn.ParameterList(params), local_sgd_steps=1)
-    return sgd.step  # its average on leaving the context is of the same kind, and not timed
+    return sgd.step  # the further average on leaving the context is not timed
 
 
 def fill(params):
@@ -97,9 +104,13 @@ def fill(params):
 
 
 def wrong(params):
-    """How many elements are not the mean."""
+    """Number of elements that are not the mean."""
     mean = 4 * (RANKS - 1)
-    return sum(int((part - mean != base).sum()) for i, param in enumerate(params) for part, base in pieces(i, param))
+    return sum(
+        int((part - mean != base).sum())
+        for i, param in enumerate(params)
+        for part, base in pieces(i, param)
+    )
 
 
 def pieces(i, param):
@@ -109,7 +120,7 @@ def pieces(i, param):
 
 
 def memory(field):
-    """KiB, of /proc/self/status."""
+    """A field of /proc/self/status, in KiB."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(field + ":"))
 
@@ -120,16 +131,18 @@ def main():
         shapes = json.load(file)
     params = [torch.nn.Parameter(torch.empty(shape)) for shape in shapes]
     fill(params)
-    wrong(params)  # once before memory is read, so that what the check itself takes is there
+    wrong(params)  # before memory is read, so that the memory of the check itself is included
     before = memory("VmRSS")
     average = globals()[method](params)
-    assert dist.get_backend() == "gloo" and dist.get_world_size() == RANKS and dist.get_rank() == RANK
+    assert (
+        dist.get_backend() == "gloo" and dist.get_world_size() == RANKS and dist.get_rank() == RANK
+    )
     dist.barrier()
     samples, peak, bad = [], 0, 0
     for _ in range(int(warmups) + int(repetitions)):
         fill(params)
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # VmHWM starts again from what is resident now
+            file.write("5")  # resets VmHWM to the resident size
         dist.barrier()
         start = time.monotonic_ns()
         average()
@@ -138,8 +151,17 @@ def main():
         bad += wrong(params)
         samples.append([start, end])
     with open(os.path.join(directory, f"rank-{RANK}.json"), "w") as file:
-        json.dump({"ranks": dist.get_world_size(), "threads": torch.get_num_threads(), "samples": samples[int(warmups) :],
-                   "wrong": bad, "before": before, "peak": peak}, file)
+        json.dump(
+            {
+                "ranks": dist.get_world_size(),
+                "threads": torch.get_num_threads(),
+                "samples": samples[int(warmups) :],
+                "wrong": bad,
+                "before": before,
+                "peak": peak,
+            },
+            file,
+        )
     dist.barrier()
 
 

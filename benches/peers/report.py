@@ -1,4 +1,4 @@
-"""What was measured, for people and for programs."""
+"""The report: a table to read and a JSON document."""
 
 import datetime
 import json
@@ -11,11 +11,14 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import crews
+import turns
 import peers
 
-MEMORY = "peak of VmHWM, reset through /proc/self/clear_refs before each average, less VmRSS with the model filled"
-BUSY = 0.5  # mean load of the minute before the first turn
+MEMORY = (
+    "peak of VmHWM, reset through /proc/self/clear_refs before each average, "
+    "less VmRSS with the model filled"
+)
+BUSY = 0.5  # limit on the mean load of the minute before the first turn
 
 
 @dataclass
@@ -23,8 +26,8 @@ class Row:
     key: str
     title: str
     ranks: int
-    samples: list = field(default_factory=list)  # of crews.Sample, in the order in which they were taken
-    note: str | None = None  # what is missing or failed
+    samples: list = field(default_factory=list)  # turns.Sample, in order
+    note: str | None = None  # missing requirement or failure
 
     def times(self):
         return [sample.ms for sample in self.samples]
@@ -33,19 +36,29 @@ class Row:
         return statistics.median(self.times()) if self.samples else None
 
     def extra(self):
-        return max((sample.extra_mib for sample in self.samples if sample.extra_mib is not None), default=None)
+        return max(
+            (sample.extra_mib for sample in self.samples if sample.extra_mib is not None),
+            default=None,
+        )
 
     def wrong(self):
-        """None: not all were checked."""
+        """Number of wrong elements. None: some were not checked."""
         known = [sample.wrong for sample in self.samples]
         return sum(known) if known and None not in known else None
 
     def fields(self):
         times = self.times()
         return {
-            "peer": self.key, "title": self.title, "ranks": self.ranks, "median_ms": self.median(),
-            "min_ms": min(times, default=None), "max_ms": max(times, default=None), "extra_mib": self.extra(),
-            "wrong": self.wrong(), "note": self.note, "samples_ms": times,
+            "peer": self.key,
+            "title": self.title,
+            "ranks": self.ranks,
+            "median_ms": self.median(),
+            "min_ms": min(times, default=None),
+            "max_ms": max(times, default=None),
+            "extra_mib": self.extra(),
+            "wrong": self.wrong(),
+            "note": self.note,
+            "samples_ms": times,
             "samples_extra_mib": [sample.extra_mib for sample in self.samples],
             "threads": self.samples[0].threads if self.samples else None,
         }
@@ -55,15 +68,19 @@ def table(rows):
     lines = []
     for ranks in sorted({row.ranks for row in rows}):
         of = {row.key: row for row in rows if row.ranks == ranks}
-        lines += ["", f"{f'{ranks} ranks':40}   median      min      max   /ours  /limit   extra       wrong",
-                  f"{'':40}       ms       ms       ms                     MiB"]
+        lines += [
+            "",
+            f"{f'{ranks} ranks':40}   median      min      max   /ours  /limit   extra       wrong",
+            f"{'':40}       ms       ms       ms                     MiB",
+        ]
         for row in of.values():
             line = f"{row.title:40}"
             if row.samples:
                 times = row.times()
                 line += "".join(f"{time:9.1f}" for time in [row.median(), min(times), max(times)])
                 line += "".join(f"{ratio(row, of.get(key)):>8}" for key in ["ours", "limit"])
-                line += f"{'-' if row.extra() is None else round(row.extra()):>8}{'-' if row.wrong() is None else row.wrong():>12}"
+                line += f"{'-' if row.extra() is None else round(row.extra()):>8}"
+                line += f"{'-' if row.wrong() is None else row.wrong():>12}"
             lines.append(f"{line}  {row.note or ''}".rstrip())
     return "\n".join(lines) + "\n"
 
@@ -73,21 +90,29 @@ def ratio(row, to):
 
 
 def heading(about):
-    versions = ", ".join(f"{name} {about['versions'].get(name) or '-'}" for name in ["torch", "accelerate", "openmpi"])
-    busy = "\n# BUSY     in the minute before it began: if something else goes on, these figures are no record"
-    return "\n".join([
+    found, names = about["versions"], ["torch", "accelerate", "openmpi"]
+    versions = ", ".join(f"{name} {found.get(name) or '-'}" for name in names)
+    before, after = about["load"][0], about["load_at_end"][0]
+    lines = [
         f"# {about['date']}, commit {about['commit']}",
         f"# {about['command']}",
-        f"# machine  {about['cores']} cores, {about['cpu']}, {about['memory_gib']} GiB, Linux {about['kernel']}, "
-        f"load {about['load'][0]:.1f} before and {about['load_at_end'][0]:.1f} after{busy if about['load'][0] > BUSY else ''}",
+        f"# machine  {about['cores']} cores, {about['cpu']}, {about['memory_gib']} GiB, "
+        f"Linux {about['kernel']}, load {before:.1f} before and {after:.1f} after",
+    ]
+    if before > BUSY:
+        lines.append("# BUSY     load in the minute before: no record unless that load has ended")
+    lines += [
         f"# peers    {versions}",
-        "# model    GPT-2: 148 tensors, 124,439,808 parameters in f32, a replica a rank",
-        f"# turns    {about['repetitions']} of every peer, round-robin: new processes average {crews.WARM_UPS} times, then once timed",
-        "# time     from the first rank's begin, behind a barrier, to the last one's end",
-        "# /limit   to the one-pass limit: all cores read all replicas once and write the mean to all, in one process",
-        "# extra    of the rank that took most: " + MEMORY,
-        "# wrong    elements of any rank that are not the mean, of all averages, warm-ups too",
-    ]) + "\n"
+        "# model    GPT-2: 148 tensors, 124,439,808 parameters in f32, one replica per rank",
+        f"# turns    {about['repetitions']} of every peer, round-robin: new processes, "
+        f"{turns.WARM_UPS} warm-ups, one timed average",
+        "# time     from the start of the first rank, behind a barrier, to the end of the last",
+        "# /limit   ratio to the one-pass limit: all cores of one process read all replicas once "
+        "and write the mean to all",
+        "# extra    maximum over ranks: " + MEMORY,
+        "# wrong    elements that are not the mean, of all ranks and averages, with warm-ups",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def about(setup, repetitions, load):
@@ -97,16 +122,19 @@ def about(setup, repetitions, load):
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(sys.argv),
-        "commit": try_said(["git", "-C", peers.ROOT, "describe", "--always", "--dirty", "--abbrev=7"]) or "unknown",
+        "commit": try_output(
+            ["git", "-C", peers.ROOT, "describe", "--always", "--dirty", "--abbrev=7"]
+        )
+        or "unknown",
         "cpu": cpu[0] if cpu else platform.machine(),
-        "cores": crews.cores(),
+        "cores": turns.cores(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "kernel": platform.release(),
         "huge_pages": pages.read_text().strip() if pages.exists() else None,
         "load": load,
         "load_at_end": os.getloadavg(),
         "repetitions": repetitions,
-        "warm_ups": crews.WARM_UPS,
+        "warm_ups": turns.WARM_UPS,
         "memory": MEMORY,
         "mpirun": peers.Mpi.OPTIONS,
         "versions": versions(setup),
@@ -116,18 +144,20 @@ def about(setup, repetitions, load):
 def versions(setup):
     found = {"python": platform.python_version()}
     if isinstance(setup.answers.get("venv"), Path):
-        frozen = try_said([setup.answers["venv"], "-m", "pip", "list", "--format=freeze"]) or ""
+        frozen = try_output([setup.answers["venv"], "-m", "pip", "list", "--format=freeze"]) or ""
         found |= dict(line.split("==", 1) for line in frozen.splitlines() if "==" in line)
     for name, program in {"openmpi": "mpirun", "mpicc": "mpicc", "ours": setup.bench}.items():
         argv = [program, "--version"]
-        found[name] = (try_said(argv) or "").partition("\n")[0].removeprefix("mpirun (Open MPI) ") or None
+        found[name] = (try_output(argv) or "").partition("\n")[0].removeprefix(
+            "mpirun (Open MPI) "
+        ) or None
     return found
 
 
-def try_said(argv):
+def try_output(argv):
     try:
-        return peers.said(argv)
-    except (crews.Failed, subprocess.SubprocessError):
+        return peers.output(argv)
+    except (turns.Failed, subprocess.SubprocessError):
         return None
 
 

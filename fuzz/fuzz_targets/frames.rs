@@ -1,4 +1,4 @@
-//! Bytes and files that one process says to another, to what reads them. See `../README.md`.
+//! Receives arbitrary bytes and files as messages. See `../README.md`.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|data: &[u8]| param_averager::__fuzz::frames(data));

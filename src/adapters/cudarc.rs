@@ -47,6 +47,7 @@ use cudarc::driver::sys::CUstreamCaptureStatus;
 use cudarc::driver::{
     CudaEvent, CudaSlice, CudaStream, CudaViewMut, DevicePtr, DevicePtrMut, DriverError, SyncOnDrop,
 };
+#[cfg(feature = "half")]
 use half::{bf16, f16};
 
 use crate::backend::cuda::is_of_capture;
@@ -64,7 +65,9 @@ pub struct CudaTensorMut<'a> {
 enum AnyView<'a> {
     F32(CudaViewMut<'a, f32>),
     F64(CudaViewMut<'a, f64>),
+    #[cfg(feature = "half")]
     F16(CudaViewMut<'a, f16>),
+    #[cfg(feature = "half")]
     Bf16(CudaViewMut<'a, bf16>),
 }
 
@@ -77,14 +80,16 @@ impl<'a> CudaTensorMut<'a> {
 }
 
 macro_rules! elements {
-    ($($element:ty => $dtype:ident),*) => {
+    ($($(#[$on:meta])* $element:ty => $dtype:ident),*) => {
         $(
+            $(#[$on])*
             impl<'a> From<&'a mut CudaSlice<$element>> for CudaTensorMut<'a> {
                 fn from(slice: &'a mut CudaSlice<$element>) -> Self {
                     slice.as_view_mut().into()
                 }
             }
 
+            $(#[$on])*
             impl<'a> From<CudaViewMut<'a, $element>> for CudaTensorMut<'a> {
                 fn from(view: CudaViewMut<'a, $element>) -> Self {
                     CudaTensorMut { name: None, view: AnyView::$dtype(view) }
@@ -95,19 +100,26 @@ macro_rules! elements {
         impl<'a> AnyView<'a> {
             fn get(&self) -> &(dyn View + 'a) {
                 match self {
-                    $(AnyView::$dtype(view) => view,)*
+                    $($(#[$on])* AnyView::$dtype(view) => view,)*
                 }
             }
 
             fn get_mut(&mut self) -> &mut (dyn View + 'a) {
                 match self {
-                    $(AnyView::$dtype(view) => view,)*
+                    $($(#[$on])* AnyView::$dtype(view) => view,)*
                 }
             }
         }
     };
 }
-elements!(f32 => F32, f64 => F64, f16 => F16, bf16 => Bf16);
+elements!(
+    f32 => F32,
+    f64 => F64,
+    #[cfg(feature = "half")]
+    f16 => F16,
+    #[cfg(feature = "half")]
+    bf16 => Bf16
+);
 
 impl fmt::Debug for CudaTensorMut<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

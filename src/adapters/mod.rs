@@ -1,4 +1,4 @@
 //! Adapters: tensors of other crates as parameters.
 
-#[cfg(feature = "cudarc")]
+#[cfg(feature = "cuda")]
 pub mod cudarc;

@@ -213,12 +213,12 @@ impl Builder {
     /// All blocks of all ranks wait for one another: those that share a device must be resident
     /// together. If they can't be, how many there are.
     fn crowd(&self) -> Option<String> {
-        let room = self.communicator.placement().room()?;
+        let occupancy = self.communicator.placement().occupancy()?;
         let channels = self.channel_count();
-        (channels * room.ranks > room.blocks).then(|| {
+        (channels * occupancy.ranks > occupancy.blocks).then(|| {
             format!(
                 "{channels}, on each of {} ranks of {}, but only {} blocks fit on it",
-                room.ranks, room.device, room.blocks
+                occupancy.ranks, occupancy.device, occupancy.blocks
             )
         })
     }
@@ -245,8 +245,8 @@ impl Builder {
 
     pub(super) fn channel_count(&self) -> u32 {
         self.channels.unwrap_or_else(|| {
-            let at_once = match self.communicator.placement().room() {
-                Some(room) => room.blocks / room.ranks,
+            let at_once = match self.communicator.placement().occupancy() {
+                Some(occupancy) => occupancy.blocks / occupancy.ranks,
                 None => {
                     (self.communicator.placement().cores() / self.communicator.world_size()) as u32
                 }

@@ -94,7 +94,7 @@ impl<'a> Loan<'a> {
     }
 
     /// Tensors whose uses an adapter of this crate orders.
-    #[cfg_attr(not(feature = "cudarc"), allow(dead_code))]
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub(crate) fn ordered(params: &'a mut dyn Ordered) -> Self {
         Loan(Lent::Ordered(params))
     }

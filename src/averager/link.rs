@@ -82,7 +82,7 @@ impl Link {
         #[cfg(target_os = "linux")]
         if placement.between_processes() {
             return match space {
-                MemorySpace::Cuda(context) if !is_host => Memory::to_lend(context, bytes),
+                MemorySpace::Cuda(context) if !is_host => Memory::exportable(context, bytes),
                 space => Memory::between_processes(space, bytes),
             };
         }

@@ -11,7 +11,7 @@ use crate::backend::cpu::instruction_sets;
 use crate::backend::{limits, Engine, Memory, MemorySpace};
 use crate::bucket;
 use crate::world::Control;
-use crate::{Error, Result};
+use crate::{DeviceError, Error, Result};
 
 /// Bytes between two counters that different ranks write.
 pub(super) const LINE_BYTES: usize = PA_LINE_WORDS as usize * 4;
@@ -113,7 +113,7 @@ impl RankMemory {
         let processes = options.communicator.placement().between_processes();
         let own_failed = |reason| match space {
             MemorySpace::Host => Error::Memory { rank, reason },
-            MemorySpace::Cuda(_) => Error::DeviceFailed { rank, reason },
+            MemorySpace::Cuda(_) => Error::DeviceFailed { rank, source: DeviceError::from(reason) },
         };
         let failed = |reason| match processes {
             true => Error::SharedMemory { rank, reason },

@@ -83,7 +83,7 @@ impl ParamAverager {
         // `begin` has told all to end; or the device is lost.
         let _ = self.own.engine.finish();
         self.agreement.control.leave(self.position());
-        let error = Error::DeviceFailed { rank: self.rank(), reason };
+        let error = Error::DeviceFailed { rank: self.rank(), source: reason.into() };
         self.failed = Some(error.clone());
         error
     }

@@ -1,9 +1,9 @@
 //! Averages that are enqueued behind a trainer's work on a CUDA stream.
 
-#[cfg(feature = "cudarc")]
+#[cfg(feature = "cuda")]
 use std::any::Any;
 use std::ffi::c_void;
-#[cfg(feature = "cudarc")]
+#[cfg(feature = "cuda")]
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -126,7 +126,7 @@ impl ParamAverager {
         unsafe { self.own.engine.is_capturing(stream) }.map_err(|reason| self.device_failed(reason))
     }
 
-    #[cfg(feature = "cudarc")]
+    #[cfg(feature = "cuda")]
     pub(crate) fn device(&self) -> crate::Device {
         self.communicator.device()
     }
@@ -142,7 +142,7 @@ impl ParamAverager {
 
     /// Keeps a stream alive until the next average has begun, by when this one is done, also if
     /// its `Pending` is forgotten.
-    #[cfg(feature = "cudarc")]
+    #[cfg(feature = "cuda")]
     pub(crate) fn keep(&mut self, stream: Arc<dyn Any + Send + Sync>) {
         self.stream = Some(stream);
     }

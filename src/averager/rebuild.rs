@@ -7,12 +7,13 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::memory::check_room;
 use super::table::{Layout, Table};
 use super::{Builder, ParamAverager};
 use crate::error::Phase;
+use crate::sync::lock;
 use crate::world::{Admission, Communicator, Rebuild};
 use crate::{Error, Result};
 
@@ -78,7 +79,7 @@ impl Blueprint {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Successor>> {
-        self.successor.lock().unwrap_or_else(PoisonError::into_inner) // replaced as a whole
+        lock(&self.successor)
     }
 
     fn put(&self, communicator: &Communicator, built: Result<ParamAverager>) {

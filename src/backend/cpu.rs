@@ -1,13 +1,14 @@
-//! Runs the kernels on CPU threads: a block is a thread, the averager's own for channel 0 and one
-//! more for each other.
+//! CPU threads that run the kernels. A block is a thread: the averager's own for channel 0, and one
+//! worker for each further channel.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 
 use super::limits::thread;
 use crate::abi::PaArgs;
+use crate::sync::{lock, wait};
 
-/// Bytes of the stack of a channel's thread.
+/// Stack of a worker in bytes.
 const STACK: usize = 2 << 20;
 
 type RunBlock = unsafe extern "C" fn(args: *const PaArgs, kernel: u32, channel: u32);
@@ -27,7 +28,7 @@ pub(crate) struct Isa {
     run: RunBlock,
 }
 
-/// Those that this machine has, best first.
+/// Instruction sets of this machine that the kernels were compiled for, best first.
 pub(crate) fn instruction_sets() -> Vec<Isa> {
     let mut sets = vec![];
     #[cfg(target_arch = "x86_64")]
@@ -46,20 +47,20 @@ pub(crate) fn instruction_sets() -> Vec<Isa> {
 }
 
 impl Isa {
-    /// Runs one block of one phase on this thread.
+    /// Runs one block of one kernel on this thread.
     ///
     /// # Safety
-    /// What `args` points at is as `kernels/abi.h` describes it and valid until the call returns,
-    /// and only one thread runs this channel of this rank. The tensors are borrowed mutably for as
-    /// long.
+    /// The memory that `args` refers to is as `kernels/abi.h` describes it and valid until the call
+    /// returns. Only this thread runs this channel of this rank. The tensors are mutably borrowed
+    /// for as long.
     pub(crate) unsafe fn run_block(self, args: &PaArgs, kernel: u32, channel: u32) {
-        // SAFETY: as this function's; the machine has the instruction set, or `self` would not
-        // exist.
+        // SAFETY: the caller's guarantees are this function's; `Isa` values exist only for
+        // instruction sets of this machine.
         unsafe { (self.run)(args, kernel, channel) }
     }
 }
 
-/// The threads of one rank's channels after the first.
+/// Worker threads of a rank, for all channels but the first.
 pub(crate) struct Workers {
     isa: Isa,
     shared: Arc<Shared>,
@@ -73,7 +74,7 @@ struct Shared {
 }
 
 struct Job {
-    /// Counts launches; a worker runs each once.
+    /// Counts launches. A worker runs each launch once.
     number: u64,
     kernel: u32,
     args: PaArgs,
@@ -90,14 +91,14 @@ impl Workers {
         let mut workers = Workers { isa, shared, threads: vec![] };
         for channel in 1..channels {
             let shared = workers.shared.clone();
-            // On an error the drop of `workers` ends the threads that did start.
+            // On an error the drop of `workers` ends the threads that have started.
             let name = format!("{name}-channel-{channel}");
             workers.threads.push(thread(name, STACK, move || work(isa, channel, &shared))?);
         }
         Ok(workers)
     }
 
-    /// Runs one phase on all channels and returns when all are done.
+    /// Runs one kernel on all channels and returns when all are done.
     ///
     /// # Safety
     /// As [`Isa::run_block`], for all channels.
@@ -113,12 +114,12 @@ impl Workers {
             };
             self.shared.started.notify_all();
         }
-        // SAFETY: the caller's promise; channel 0 is this thread's.
+        // SAFETY: guaranteed by the caller; channel 0 belongs to this thread.
         unsafe { self.isa.run_block(args, kernel, 0) };
         if !self.threads.is_empty() {
             let mut job = lock(&self.shared.job);
             while job.running > 0 {
-                job = self.shared.ended.wait(job).unwrap_or_else(PoisonError::into_inner);
+                job = wait(&self.shared.ended, job);
             }
         }
     }
@@ -130,7 +131,7 @@ fn work(isa: Isa, channel: u32, shared: &Shared) {
         let (kernel, args) = {
             let mut job = lock(&shared.job);
             while job.number == done && !job.stop {
-                job = shared.started.wait(job).unwrap_or_else(PoisonError::into_inner);
+                job = wait(&shared.started, job);
             }
             if job.stop {
                 return;
@@ -138,7 +139,7 @@ fn work(isa: Isa, channel: u32, shared: &Shared) {
             done = job.number;
             (job.kernel, job.args)
         };
-        // SAFETY: `launch` holds its caller's promise until `running` is 0; each worker has its own
+        // SAFETY: the caller's guarantees hold until `running` is 0; each worker has its own
         // channel.
         unsafe { isa.run_block(&args, kernel, channel) };
         let mut job = lock(&shared.job);
@@ -147,11 +148,6 @@ fn work(isa: Isa, channel: u32, shared: &Shared) {
             shared.ended.notify_one();
         }
     }
-}
-
-// A job is plain data: whatever a panicking holder left is whole.
-fn lock(job: &Mutex<Job>) -> MutexGuard<'_, Job> {
-    job.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for Workers {

@@ -1,11 +1,11 @@
-//! What runs one rank's part of an average: threads, or a stream of a device.
+//! Engine of one rank's part of an average: CPU threads, or a stream of a device.
 
 use std::ffi::c_void;
 
 use super::cpu::{Isa, Workers};
 use super::{cuda, HostBuffer, MemorySpace};
 use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PA_COMMITTED, PA_RING_GATHER};
-use crate::{Error, Result};
+use crate::{DeviceError, Error, Result};
 
 /// Runs the kernels of one rank and keeps its channels' states.
 #[derive(Debug)]
@@ -14,19 +14,19 @@ pub(crate) enum Engine {
     Cuda(cuda::Rank),
 }
 
-/// Why an average was not started, or a replay of one not waited for.
+/// The reason why an average was not started, or a replay not waited for.
 #[derive(Debug)]
 pub(crate) enum Unstarted {
-    /// A capture is in its way, and nothing has been enqueued: what was found of the stream, and
-    /// what it can be.
+    /// A stream capture prevents the call, and nothing has been enqueued. Holds the stream that was
+    /// found, and the streams that are accepted.
     Refused { found: String, expected: &'static str },
-    /// The device failed. A part may have been enqueued.
+    /// The device failed. A part of the average may have been enqueued.
     Failed(String),
 }
 
 impl Unstarted {
-    /// Who waits for the null stream would wait for a stream that is being captured, so the driver
-    /// refuses with this.
+    /// The driver refuses the null stream while a blocking stream is being captured: waiting for
+    /// the null stream would wait for the captured one.
     pub(crate) fn beside_a_capture(failure: &str) -> Unstarted {
         Unstarted::Refused {
             found: format!("the null stream while a blocking stream is being captured ({failure})"),
@@ -42,7 +42,8 @@ impl<E: Into<String>> From<E> for Unstarted {
 }
 
 impl Engine {
-    /// `states`: of each channel, before the first average. `isa` is for threads.
+    /// Creates the engine. `states` are the channels' states before the first average. `isa` is
+    /// used for threads only.
     pub(crate) fn new(
         space: &MemorySpace,
         states: &[PaChannel],
@@ -53,20 +54,20 @@ impl Engine {
     ) -> Result<Engine> {
         match space {
             MemorySpace::Host => {
-                let mut region = HostBuffer::new(size_of_val(states))
+                let mut buffer = HostBuffer::new(size_of_val(states))
                     .map_err(|reason| Error::Memory { rank, reason })?;
-                region.bytes_mut().copy_from_slice(bytemuck::cast_slice(states));
+                buffer.bytes_mut().copy_from_slice(bytemuck::cast_slice(states));
                 let workers = Workers::new(isa, states.len() as u32, &format!("rank-{rank}"))
                     .map_err(|reason| Error::Thread { rank, reason })?;
-                Ok(Engine::Cpu { workers, states: region })
+                Ok(Engine::Cpu { workers, states: buffer })
             }
             MemorySpace::Cuda(context) => cuda::Rank::new(context, states, buckets, segments)
                 .map(Engine::Cuda)
-                .map_err(|reason| Error::DeviceFailed { rank, reason }),
+                .map_err(|reason| Error::DeviceFailed { rank, source: DeviceError::from(reason) }),
         }
     }
 
-    /// Where the kernels find the channels' states.
+    /// Address of the channels' states, for the kernels.
     pub(crate) fn channels(&self) -> u64 {
         match self {
             Engine::Cpu { states, .. } => states.address(),
@@ -74,10 +75,11 @@ impl Engine {
         }
     }
 
-    /// Address of the buckets, as the kernels see them; sets the address of each bucket's segments.
+    /// Returns the address of the buckets, for the kernels, and sets the address of each bucket's
+    /// segments.
     ///
-    /// Threads read both tables where they are, so this is called for every average: a pointer that
-    /// was taken before the tables were last borrowed mutably, or moved, is no longer valid.
+    /// Threads read both tables in place, so this is called for every average: an address is
+    /// invalid once the tables have been mutably borrowed or moved.
     pub(crate) fn place<'a>(
         &self,
         buckets: &mut [PaBucket],
@@ -97,7 +99,7 @@ impl Engine {
         }
     }
 
-    /// Takes over tables that have changed. Threads read them where they are.
+    /// Copies changed tables to the device. Threads read the tables in place.
     pub(crate) fn set_tables<'a>(
         &mut self,
         buckets: &'a [PaBucket],
@@ -108,7 +110,7 @@ impl Engine {
         }
     }
 
-    /// Memory for tables and states, in bytes.
+    /// Memory of tables and states, in bytes.
     pub(crate) fn bytes(&self, tables: usize) -> usize {
         match self {
             Engine::Cpu { states, .. } => states.bytes() + tables,
@@ -116,7 +118,7 @@ impl Engine {
         }
     }
 
-    /// The channels' states. Between averages only.
+    /// The channels' states. Valid between averages only.
     pub(crate) fn ended(&self) -> &[PaChannel] {
         match self {
             Engine::Cpu { states, .. } => states_of(states),
@@ -124,14 +126,14 @@ impl Engine {
         }
     }
 
-    /// Starts the phases of an average: threads run them, a device has them enqueued, on `stream`
-    /// or on the rank's own, which is ordered behind the null stream. If the machine fails,
-    /// `finish` is called all the same.
+    /// Starts the kernels of an average. Threads run them before this function returns. A device
+    /// gets them enqueued on `stream`, or on the rank's own stream, which waits for the null
+    /// stream. `finish` must be called even after an error.
     ///
     /// # Safety
-    /// What `args` points at is as `kernels/abi.h` describes it. The tensors are nobody else's
-    /// until `finish` has returned, and what was done to them before is done, or ordered before
-    /// that stream. `stream` is one of the device's primary context, and lives until then.
+    /// The memory that `args` refers to is as `kernels/abi.h` describes it. No other code accesses
+    /// the tensors until `finish` has returned, and earlier accesses have completed or are ordered
+    /// before that stream. `stream` belongs to the device's primary context and exists until then.
     pub(crate) unsafe fn start(
         &mut self,
         args: &PaArgs,
@@ -141,52 +143,53 @@ impl Engine {
         match self {
             Engine::Cpu { workers, states } => {
                 for kernel in kernels {
-                    // The kernel sees for itself; this saves waking threads.
+                    // The kernel checks this itself; the check here saves waking the threads.
                     let failed =
                         || states_of(states).iter().any(|state| state.outcome != PA_COMMITTED);
                     if kernel == PA_RING_GATHER && failed() {
                         break;
                     }
-                    // SAFETY: the caller's promise.
+                    // SAFETY: guaranteed by the caller.
                     unsafe { workers.launch(args, kernel) };
                 }
                 Ok(())
             }
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             Engine::Cuda(rank) => unsafe {
                 rank.start(args, kernels, stream.map(<*mut c_void>::cast))
             },
         }
     }
 
-    /// Whether the stream is being captured.
+    /// True if the stream is being captured.
     ///
     /// # Safety
-    /// It is a stream of the device's primary context.
+    /// `stream` belongs to the device's primary context.
     pub(crate) unsafe fn is_capturing(&self, stream: *mut c_void) -> Result<bool, String> {
         match self {
             Engine::Cpu { .. } => Ok(false),
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             Engine::Cuda(rank) => Ok(unsafe { rank.is_capturing(stream.cast()) }?),
         }
     }
 
-    /// Why an average can't be enqueued on this stream.
+    /// The reason why an average can't be enqueued on this stream, if there is one.
     ///
     /// # Safety
-    /// It is a stream of the device's primary context.
+    /// `stream` belongs to the device's primary context.
     pub(crate) unsafe fn refuses(
         &self,
         stream: *mut c_void,
     ) -> std::result::Result<Option<&'static str>, String> {
         match self {
             Engine::Cpu { .. } => Ok(None),
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             Engine::Cuda(rank) => Ok(unsafe { rank.refuses(stream.cast()) }?),
         }
     }
 
-    /// Whether what was started last was captured for a CUDA graph, and so has not run.
+    /// True if the average that was started last was captured into a CUDA graph, and so has not
+    /// run.
     pub(crate) fn was_captured(&self) -> bool {
         match self {
             Engine::Cpu { .. } => false,
@@ -194,19 +197,19 @@ impl Engine {
         }
     }
 
-    /// Waits for all that a stream was given. What came of the last average there is in `ended`.
+    /// Waits for all work on a stream. `ended` then holds the states after the last average on it.
     ///
     /// # Safety
-    /// It is a stream of the device's primary context.
+    /// `stream` belongs to the device's primary context.
     pub(crate) unsafe fn wait_for(&self, stream: *mut c_void) -> Result<(), Unstarted> {
         match self {
             Engine::Cpu { .. } => Ok(()),
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             Engine::Cuda(rank) => unsafe { rank.wait_for(stream.cast()) },
         }
     }
 
-    /// Whether `finish` would not wait.
+    /// True if `finish` would return at once.
     pub(crate) fn is_done(&self) -> bool {
         match self {
             Engine::Cpu { .. } => true,
@@ -214,7 +217,7 @@ impl Engine {
         }
     }
 
-    /// Waits for what was started. What came of it is in `ended`.
+    /// Waits for the average that was started. `ended` then holds its states.
     pub(crate) fn finish(&mut self) -> Result<(), String> {
         match self {
             Engine::Cpu { .. } => Ok(()),
@@ -223,9 +226,10 @@ impl Engine {
     }
 }
 
-/// They are not written between launches.
-fn states_of(region: &HostBuffer) -> &[PaChannel] {
-    let count = region.bytes() / size_of::<PaChannel>();
-    // SAFETY: made of so many, aligned to a page, and borrowed for as long.
-    unsafe { std::slice::from_raw_parts(region.as_ptr::<PaChannel>(), count) }
+/// The channels' states of a CPU rank. Threads write them during launches only.
+fn states_of(buffer: &HostBuffer) -> &[PaChannel] {
+    let count = buffer.bytes() / size_of::<PaChannel>();
+    // SAFETY: the buffer was made for this many states, is page-aligned, and is borrowed for as
+    // long.
+    unsafe { std::slice::from_raw_parts(buffer.as_ptr::<PaChannel>(), count) }
 }

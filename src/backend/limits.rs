@@ -1,14 +1,14 @@
-//! Limits of the system on what a process may take: checked before a call where exceeding one would
-//! be a signal or an abort, and named, with their values, in the text of an error.
+//! System limits on the resources of a process. They are checked before calls that would raise a
+//! signal or abort, and named with their values in error messages.
 
 use std::io;
 use std::sync::{Arc, Barrier};
 use std::thread::JoinHandle;
 
-/// The resource that a call asked the system for, in bytes where it has a size.
+/// A resource that a call asked the system for. Sizes are in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Wanted {
-    /// Memory of this process: address space, or a mapping.
+    /// Memory of this process: address space or a mapping.
     Memory(usize),
     /// A memfd.
     #[cfg(target_os = "linux")]
@@ -22,7 +22,7 @@ pub(crate) enum Wanted {
     Thread,
 }
 
-/// The text of an error: the call, its size, what the system said, and the limits that explain it.
+/// Error text: the call, its size, the system's error, and the limit that explains it.
 pub(crate) fn why(call: &str, wanted: Wanted, error: impl Into<io::Error>) -> String {
     let error = error.into();
     let size = match wanted {
@@ -37,9 +37,9 @@ pub(crate) fn why(call: &str, wanted: Wanted, error: impl Into<io::Error>) -> St
     }
 }
 
-/// A thread with a stack of `stack` bytes. Between the start of a thread and its first line, std
-/// maps memory whose lack aborts the process: a thread that might be short of it is not started,
-/// and one that was started has it when this returns.
+/// Starts a thread with a stack of `stack` bytes, and returns once it runs. Between the start of a
+/// thread and its first line std maps memory, and a lack of it aborts the process. So the memory is
+/// tested first, and the new thread has it when this function returns.
 pub(crate) fn thread(
     name: String,
     stack: usize,
@@ -62,7 +62,7 @@ use linux::spare_for_a_thread;
 #[cfg(target_os = "linux")]
 pub(crate) use linux::{check_file_size, is_shortage, spare, spare_for_all};
 
-/// Elsewhere the calls themselves are what finds out.
+/// On other systems only the calls themselves report a shortage.
 #[cfg(not(target_os = "linux"))]
 pub(crate) fn spare(_bytes: usize) -> Result<(), String> {
     Ok(())
@@ -91,35 +91,35 @@ mod linux {
 
     use super::{why, Wanted};
 
-    /// Memory that every larger allocation leaves for small ones, which can't fail but by an abort.
+    /// Memory in bytes that every larger allocation leaves for small ones, whose failure aborts the
+    /// process.
     const MARGIN: usize = 4 << 20;
     /// A multiple of every page size.
     const STEP: usize = 64 << 10;
-    /// Mappings that a thread takes: its stack, its signal stack and an arena of malloc's, each
-    /// with a guard.
+    /// Mappings of a thread: its stack, its signal stack and a malloc arena, each with a guard.
     const OF_A_THREAD: usize = 6;
-    /// The same for all that is mapped from the beginning of a meeting, or of a build, to its end,
-    /// but for threads that are started there; and for arenas of threads that are there already.
+    /// Mappings made from the begin of a rendezvous or a build to its end, apart from new threads.
+    /// Includes further arenas of existing threads.
     const OF_A_PHASE: usize = 48;
 
-    /// Checks that `bytes` of memory, and a margin for small allocations, can be mapped now. It is
-    /// given back at once: another thread may be faster, but a process that is short of memory
-    /// finds out here, by an error. A few µs.
+    /// Checks that `bytes` of memory, and a margin for small allocations, can be mapped now. The
+    /// memory is released at once, so another thread may still take it; but a process that is short
+    /// of memory gets an error here. Takes a few µs.
     pub(crate) fn spare(bytes: usize) -> Result<(), String> {
         map(bytes, 1)
     }
 
-    /// The same before a meeting or a build, which take mappings, too. Some 0.1 ms.
+    /// Checks memory and mappings before a rendezvous or a build. Takes about 0.1 ms.
     pub(crate) fn spare_for_all(bytes: usize) -> Result<(), String> {
         map(bytes, OF_A_PHASE)
     }
 
-    /// The same for a thread with such a stack.
+    /// Checks memory and mappings for a thread with this stack.
     pub(super) fn spare_for_a_thread(stack: usize) -> Result<(), String> {
         map(stack, OF_A_THREAD)
     }
 
-    /// Maps so many bytes, as so many mappings, and unmaps them.
+    /// Maps `bytes` bytes as `mappings` mappings, and unmaps them.
     fn map(bytes: usize, mappings: usize) -> Result<(), String> {
         let all = bytes
             .saturating_add(MARGIN)
@@ -131,9 +131,9 @@ mod linux {
             mmap_anonymous(null_mut(), all, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
         };
         let start = start.map_err(failed)?;
-        // Memory of another protection is a mapping of its own.
+        // A range with another protection is a mapping of its own.
         let split = |index: usize| {
-            // SAFETY: inside of the new mapping, which nobody uses.
+            // SAFETY: inside of the new mapping, which no other code uses.
             unsafe { mprotect(start.byte_add((2 * index + 1) * STEP), STEP, MprotectFlags::READ) }
         };
         let split = (0..mappings / 2).try_for_each(split).map_err(failed);
@@ -142,8 +142,7 @@ mod linux {
         split
     }
 
-    /// Checks that a file of this size may be made: the call that exceeds the limit would be
-    /// answered by SIGXFSZ.
+    /// Checks that a file may have this size: exceeding the limit raises SIGXFSZ.
     pub(crate) fn check_file_size(bytes: usize) -> Result<(), String> {
         match getrlimit(Resource::Fsize).current {
             Some(most) if most < bytes as u64 => {
@@ -153,8 +152,7 @@ mod linux {
         }
     }
 
-    /// True if the error is about something that the system has too little of, as opposed to a peer
-    /// that is not there.
+    /// True if the error is a shortage of a system resource, as opposed to a missing peer.
     pub(crate) fn is_shortage(error: &io::Error) -> bool {
         let all = [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOBUFS];
         all.iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
@@ -165,23 +163,25 @@ mod linux {
         match (errno, wanted) {
             (Errno::MFILE, _) => Some(limit(
                 Resource::Nofile,
-                "the files that this process may have open are limited to",
+                "the limit on open files of this process is",
                 "RLIMIT_NOFILE",
                 "ulimit -n",
             )),
-            (Errno::NFILE, _) => {
-                Some("the system has no open file left: raise the sysctl fs.file-max".into())
-            }
+            (Errno::NFILE, _) => Some(
+                "the limit on open files of the system is reached: raise the sysctl \
+                    fs.file-max"
+                    .into(),
+            ),
             (Errno::FBIG, _) => Some(limit(
                 Resource::Fsize,
-                "files of this process, memfds included, are limited in bytes to",
+                "the limit on the size of a file of this process, memfds included, in bytes is",
                 "RLIMIT_FSIZE",
                 "ulimit -f",
             )),
             (Errno::PERM | Errno::ACCESS | Errno::NOSYS, Wanted::Memfd) => Some(
-                "a sandbox (seccomp) forbids memfd_create, by which processes share memory: allow \
-                 it"
-                .into(),
+                "a sandbox (seccomp) forbids memfd_create, which processes need to share memory: \
+                    allow it"
+                    .into(),
             ),
             (Errno::NOSPC, _) => Some("the system's shared memory is full: free memory".into()),
             (Errno::AGAIN, Wanted::Thread) => Some(threads()),
@@ -193,15 +193,18 @@ mod linux {
         }
     }
 
-    /// A sentence about one limit.
+    /// Text about one limit.
     fn limit(resource: Resource, what: &str, name: &str, raise: &str) -> String {
         match getrlimit(resource).current {
             Some(most) => format!("{what} {most} ({name}): raise {raise}"),
-            None => format!("{what} no number ({name}), but the system's own limits: free some"),
+            None => format!(
+                "{what} not set ({name}), so a limit of the system itself is reached: \
+                free some"
+            ),
         }
     }
 
-    /// The limit that memory of this size exceeds.
+    /// Text about the limit that an allocation of this size exceeds.
     fn memory(bytes: usize) -> String {
         let used = used();
         let exceeds = |resource, used: Option<u64>| {
@@ -237,7 +240,7 @@ mod linux {
             .and_then(|start| munmap(start, bytes.max(1)))
         };
         if probe == Err(Errno::AGAIN) {
-            let what = "this process locks its memory (mlockall), of which it may lock at most";
+            let what = "this process locks its memory (mlockall), and its limit on locked bytes is";
             return limit(Resource::Memlock, what, "RLIMIT_MEMLOCK", "ulimit -l");
         }
         match (mappings(), number("/proc/sys/vm/max_map_count")) {
@@ -246,9 +249,8 @@ mod linux {
                  vm.max_map_count"
             ),
             (None, Some(most)) => format!(
-                "the system has no memory left, or this process has the {most} mappings that the \
-                 sysctl vm.max_map_count allows: free \
-                 memory, or raise that"
+                "the system has no memory left, or this process has reached its limit of {most} \
+                    mappings: free memory, or raise the sysctl vm.max_map_count"
             ),
             _ => "the system has no memory left: free some, or see vm.overcommit_memory".into(),
         }
@@ -280,24 +282,23 @@ mod linux {
         }
     }
 
-    /// Why no thread can be started, where memory is not the reason.
+    /// Text about the limit that prevents a thread, if memory does not.
     fn threads() -> String {
         if let Some((most, path)) = full_cgroup() {
             return format!(
-                "the processes and threads of the control group {path} are limited to \
-                {most}: raise its pids.max"
+                "the limit on processes and threads of the control group {path} is {most}: raise \
+                    its pids.max"
             );
         }
         limit(
             Resource::Nproc,
-            "the processes and threads of this user are limited to",
+            "the limit on processes and threads of this user is",
             "RLIMIT_NPROC",
             "ulimit -u",
         )
     }
 
-    /// The control group of this process, or one above it, that may have no more processes: its
-    /// limit and its path.
+    /// The full control group of this process or above it: its limit on processes, and its path.
     fn full_cgroup() -> Option<(u64, String)> {
         let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
         for line in groups.lines() {
@@ -330,7 +331,7 @@ mod linux {
         None
     }
 
-    /// The number in a file of the kernel's, if it holds one.
+    /// Number in a file of the kernel, if it holds one.
     fn number(path: &str) -> Option<u64> {
         std::fs::read_to_string(path).ok()?.trim().parse().ok()
     }

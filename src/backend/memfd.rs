@@ -1,5 +1,4 @@
-//! Memory that processes of one host share: a memfd, which goes when the last of them does, however
-//! it ends.
+//! Host memory that processes share: a memfd, which the system frees when the last of them ends.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::ptr::{null_mut, NonNull};
@@ -10,26 +9,27 @@ use rustix::mm::{mmap, munmap, MapFlags, ProtFlags};
 
 use super::limits::{check_file_size, spare, why, Wanted};
 
-/// Mapped memory of a memfd whose size is sealed: nobody who has it can make an access to it fault.
+/// Mapped memory of a memfd. Its size is sealed, so that no process with the file can make an
+/// access fault.
 #[derive(Debug)]
 pub(crate) struct Memfd {
     mapping: Mapping,
     file: OwnedFd,
 }
 
-/// The memory alone, which stays without its file.
+/// The mapping alone, which stays valid after its file is closed.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     pointer: NonNull<u8>,
     bytes: usize,
 }
 
-/// Why memory of a peer's was not opened.
+/// The reason why memory of a peer was not opened.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Unopened {
-    /// The memory is not what it has to be: its owner's fault.
+    /// The memory is invalid: a fault of its owner.
     Wrong(String),
-    /// The process that opens it is short of something.
+    /// The process that opens it lacks a resource.
     Short(String),
 }
 
@@ -47,7 +47,7 @@ impl From<Unopened> for String {
     }
 }
 
-// SAFETY: an address and a size; all accesses are the kernels' or atomic.
+// SAFETY: an address and a size; the kernels and atomics make all accesses.
 unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
@@ -55,10 +55,10 @@ unsafe impl Sync for Mapping {}
 const SEALS: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW);
 
 impl Memfd {
-    /// Zeroed, and allocated here and now: a file system that is full, or a file descriptor that
-    /// can't be had, is an error and no fault later. The error names the limit that was met.
+    /// Creates zeroed memory whose pages are allocated: a full file system is an error here and not
+    /// a fault later. An error names the limit that was met.
     pub(crate) fn new(bytes: usize) -> Result<Memfd, String> {
-        check_file_size(bytes.max(1))?; // before fallocate, which would be answered by SIGXFSZ
+        check_file_size(bytes.max(1))?; // checked first, since fallocate would raise SIGXFSZ
         let file = memfd_create("param-averager", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
             .map_err(|error| why("memfd_create", Wanted::Memfd, error))?;
         rustix::io::retry_on_intr(|| {
@@ -70,21 +70,23 @@ impl Memfd {
         Memfd::map(file, bytes)
     }
 
-    /// What another process made with `new`, of at least so many bytes.
+    /// Opens memory that another process has created with `new`, of at least `bytes` bytes.
     pub(crate) fn open(file: OwnedFd, bytes: usize) -> Result<Memfd, Unopened> {
-        // A file that can't be asked for its size or its seals is no memfd.
+        // A file without a size or seals is not a memfd.
         let (found, seals) = (fstat(&file).map_or(0, |stat| stat.st_size), fcntl_get_seals(&file));
         let sealed = seals.is_ok_and(|seals| seals.contains(SEALS));
         if !sealed || u64::try_from(found).is_ok_and(|found| found < bytes as u64) {
-            let reason =
-                format!("a peer's has {found} bytes, sealed: {sealed}; wanted {bytes}, sealed");
+            let reason = format!(
+                "the memfd of a peer has {found} bytes (sealed: {sealed}), but {bytes} \
+                    sealed bytes are needed"
+            );
             return Err(Unopened::Wrong(reason));
         }
         Memfd::map(file, bytes).map_err(Unopened::Short)
     }
 
     fn map(file: OwnedFd, bytes: usize) -> Result<Memfd, String> {
-        // Populated: no average pays for page faults.
+        // Populated, so that no average pays for page faults.
         let (flags, access) =
             (MapFlags::SHARED | MapFlags::POPULATE, ProtFlags::READ | ProtFlags::WRITE);
         // SAFETY: a new mapping, wherever the system puts it.
@@ -103,18 +105,18 @@ impl Memfd {
         self.mapping.bytes
     }
 
-    /// What another process opens it by.
+    /// File by which another process opens the memory.
     pub(crate) fn file(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
 
-    /// What it holds, while no other process has it.
+    /// The contents. No other process may have the memory.
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: mapped with this size, initialised by the system, and borrowed with `self`.
         unsafe { std::slice::from_raw_parts_mut(self.mapping.pointer.as_ptr(), self.mapping.bytes) }
     }
 
-    /// Closes the file.
+    /// Closes the file and keeps the mapping.
     pub(crate) fn into_mapping(self) -> Mapping {
         self.mapping
     }
@@ -128,8 +130,8 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: mapped by `map` with this size, and used by nobody any more. An error leaves
-        // nothing to do.
+        // SAFETY: mapped by `map` with this size, and no longer used. An error leaves nothing to
+        // do.
         let _ = unsafe { munmap(self.pointer.as_ptr().cast(), self.bytes.max(1)) };
     }
 }
@@ -143,7 +145,7 @@ mod tests {
         let mut one = Memfd::new(5000).unwrap();
         let other = Memfd::open(one.file().try_clone_to_owned().unwrap(), 5000).unwrap();
         one.bytes_mut()[4999] = 7;
-        // SAFETY: in bounds; nobody writes.
+        // SAFETY: in bounds; no thread writes.
         assert_eq!(unsafe { *(other.address() as *const u8).add(4999) }, 7);
         assert!(rustix::fs::ftruncate(one.file(), 1).is_err());
         let error = Memfd::open(one.file().try_clone_to_owned().unwrap(), 5001).unwrap_err();

@@ -1,4 +1,4 @@
-//! Memory that ranks share, wherever it is.
+//! Memory that ranks share, on any machine.
 
 #[cfg(target_os = "linux")]
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -14,42 +14,42 @@ use super::HostBuffer;
 #[cfg(target_os = "linux")]
 use super::{Memfd, Unopened};
 
-/// Where memory is to be.
+/// Memory space of a rank's tensors.
 #[derive(Clone, Debug)]
 pub(crate) enum MemorySpace {
     Host,
     Cuda(Arc<Context>),
 }
 
-/// Memory that the kernels of every rank can address.
+/// Memory that the kernels of every rank that uses it can address.
 #[derive(Debug)]
 pub(crate) enum Memory {
     Host(HostBuffer),
     Cuda(DeviceMemory),
-    /// The host's, which every device maps.
+    /// Page-locked host memory, mapped for every device of this process.
     Mapped(Pinned),
-    /// The host's, which other processes map.
+    /// Host memory, mapped by several processes.
     #[cfg(target_os = "linux")]
     Memfd(Memfd),
-    /// The same, which devices of this process and of others map.
+    /// Host memory, mapped by several processes and for their devices.
     #[cfg(target_os = "linux")]
     Registered(Registered),
-    /// A device's, of another process.
+    /// Device memory that another process has exported.
     #[cfg(target_os = "linux")]
     IpcImport(IpcImport),
 }
 
-/// What another process opens memory by, besides a file.
+/// Handle by which another process opens memory, together with a file.
 #[cfg(target_os = "linux")]
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct MemoryHandle {
     pub(crate) bytes: usize,
-    /// Of memory of a device. The host's is the file itself.
+    /// CUDA IPC handle. `None` for host memory, whose file is the memory.
     handle: Option<Vec<u8>>,
 }
 
 impl Memory {
-    /// Zeroed.
+    /// Allocates zeroed memory in a memory space.
     pub(crate) fn new(space: &MemorySpace, bytes: usize) -> Result<Memory, String> {
         Ok(match space {
             MemorySpace::Host => Memory::Host(HostBuffer::new(bytes)?),
@@ -57,8 +57,7 @@ impl Memory {
         })
     }
 
-    /// Zeroed, in memory of the host that the devices of this process address, whichever of them
-    /// asks for it.
+    /// Allocates zeroed host memory that every device of this process can address.
     pub(crate) fn of_the_host(space: &MemorySpace, bytes: usize) -> Result<Memory, String> {
         Ok(match space {
             MemorySpace::Host => Memory::Host(HostBuffer::new(bytes)?),
@@ -66,100 +65,101 @@ impl Memory {
         })
     }
 
-    /// Zeroed, in memory of the host that other processes can be given, and that the device of this
-    /// one addresses.
+    /// Allocates zeroed host memory that other processes can open, and that the device of this
+    /// process can address.
     #[cfg(target_os = "linux")]
     pub(crate) fn between_processes(space: &MemorySpace, bytes: usize) -> Result<Memory, String> {
-        Memory::of_shared(space, Memfd::new(bytes)?)
+        Memory::of_memfd(space, Memfd::new(bytes)?)
     }
 
-    /// Zeroed, in memory of a device that other processes can be given.
+    /// Allocates zeroed device memory that other processes can open.
     #[cfg(target_os = "linux")]
-    pub(crate) fn to_lend(context: &Arc<Context>, bytes: usize) -> Result<Memory, String> {
-        DeviceMemory::to_lend(context, bytes).map(Memory::Cuda)
+    pub(crate) fn exportable(context: &Arc<Context>, bytes: usize) -> Result<Memory, String> {
+        DeviceMemory::exportable(context, bytes).map(Memory::Cuda)
     }
 
     #[cfg(target_os = "linux")]
-    fn of_shared(space: &MemorySpace, shared: Memfd) -> Result<Memory, String> {
+    fn of_memfd(space: &MemorySpace, memfd: Memfd) -> Result<Memory, String> {
         Ok(match space {
-            MemorySpace::Host => Memory::Memfd(shared),
-            MemorySpace::Cuda(context) => Memory::Registered(Registered::new(context, shared)?),
+            MemorySpace::Host => Memory::Memfd(memfd),
+            MemorySpace::Cuda(context) => Memory::Registered(Registered::new(context, memfd)?),
         })
     }
 
-    /// What other processes can be given.
+    /// Handle and file for other processes. `None` for memory that can't be exported.
     #[cfg(target_os = "linux")]
-    pub(crate) fn offer(&self) -> Option<(MemoryHandle, BorrowedFd<'_>)> {
+    pub(crate) fn export(&self) -> Option<(MemoryHandle, BorrowedFd<'_>)> {
         let (handle, file) = match self {
-            Memory::Memfd(shared) => (None, shared.file()),
-            Memory::Registered(registered) => (None, registered.shared().file()),
-            Memory::Cuda(memory) => memory.offer().map(|(handle, file)| (Some(handle), file))?,
+            Memory::Memfd(memfd) => (None, memfd.file()),
+            Memory::Registered(registered) => (None, registered.memfd().file()),
+            Memory::Cuda(memory) => {
+                memory.export_handle().map(|(handle, file)| (Some(handle), file))?
+            }
             _ => return None,
         };
         Some((MemoryHandle { bytes: self.bytes(), handle }, file))
     }
 
-    /// What another process offers, for the kernels that run here.
+    /// Opens memory of another process, for the kernels of this one.
     #[cfg(target_os = "linux")]
     pub(crate) fn open(
         space: &MemorySpace,
-        offer: &MemoryHandle,
+        handle: &MemoryHandle,
         file: OwnedFd,
     ) -> Result<Memory, Unopened> {
-        match (&offer.handle, space) {
-            (None, _) => Ok(Memory::of_shared(space, Memfd::open(file, offer.bytes)?)?),
-            // This rank's device has its part in what fails.
-            (Some(handle), MemorySpace::Cuda(context)) => {
-                Ok(Memory::IpcImport(IpcImport::open(context, handle, file, offer.bytes)?))
+        match (&handle.handle, space) {
+            (None, _) => Ok(Memory::of_memfd(space, Memfd::open(file, handle.bytes)?)?),
+            // An error may be the fault of either side; it is attributed to this process.
+            (Some(ipc), MemorySpace::Cuda(context)) => {
+                Ok(Memory::IpcImport(IpcImport::open(context, ipc, file, handle.bytes)?))
             }
-            (Some(_), MemorySpace::Host) => {
-                Err(Unopened::Wrong("it is a device's, and this rank has none".into()))
-            }
+            (Some(_), MemorySpace::Host) => Err(Unopened::Wrong(
+                "the memory belongs to a CUDA device, and this rank is on a CPU".into(),
+            )),
         }
     }
 
-    /// Where the host finds it, unless only a device does. Who accesses what in it, and when, is
-    /// the protocol's business.
+    /// Address for the host. `None` for device memory. The mailbox protocol orders all access.
     pub(crate) fn host_pointer(&self) -> Option<*mut u8> {
         match self {
             Memory::Cuda(_) => None,
             #[cfg(target_os = "linux")]
             Memory::IpcImport(_) => None,
             #[cfg(target_os = "linux")]
-            Memory::Registered(registered) => Some(registered.shared().address() as *mut u8),
+            Memory::Registered(registered) => Some(registered.memfd().address() as *mut u8),
             memory => Some(memory.address() as *mut u8),
         }
     }
 
     pub(crate) fn address(&self) -> u64 {
         match self {
-            Memory::Host(region) => region.address(),
+            Memory::Host(buffer) => buffer.address(),
             Memory::Cuda(memory) => memory.address(),
             Memory::Mapped(pinned) => pinned.address(),
             #[cfg(target_os = "linux")]
-            Memory::Memfd(shared) => shared.address(),
+            Memory::Memfd(memfd) => memfd.address(),
             #[cfg(target_os = "linux")]
             Memory::Registered(registered) => registered.address(),
             #[cfg(target_os = "linux")]
-            Memory::IpcImport(borrowed) => borrowed.address(),
+            Memory::IpcImport(import) => import.address(),
         }
     }
 
     pub(crate) fn bytes(&self) -> usize {
         match self {
-            Memory::Host(region) => region.bytes(),
+            Memory::Host(buffer) => buffer.bytes(),
             Memory::Cuda(memory) => memory.bytes(),
             Memory::Mapped(pinned) => pinned.size(),
             #[cfg(target_os = "linux")]
-            Memory::Memfd(shared) => shared.bytes(),
+            Memory::Memfd(memfd) => memfd.bytes(),
             #[cfg(target_os = "linux")]
-            Memory::Registered(registered) => registered.shared().bytes(),
+            Memory::Registered(registered) => registered.memfd().bytes(),
             #[cfg(target_os = "linux")]
-            Memory::IpcImport(borrowed) => borrowed.bytes(),
+            Memory::IpcImport(import) => import.bytes(),
         }
     }
 
-    /// Sets what it holds at first: nobody else may have it yet.
+    /// Sets initial contents, before any other rank has the memory.
     pub(crate) fn set(&mut self, offset: usize, from: &[u8]) -> Result<(), String> {
         match self {
             Memory::Cuda(memory) => memory.write(offset, from)?,
@@ -168,7 +168,7 @@ impl Memory {
         Ok(())
     }
 
-    /// As `set`, from `offset` to the end.
+    /// Fills the memory from `offset` to its end, before any other rank has it.
     pub(crate) fn fill_from(&mut self, offset: usize, value: u8) -> Result<(), String> {
         match self {
             Memory::Cuda(memory) => memory.fill(offset, memory.bytes() - offset, value)?,
@@ -177,18 +177,18 @@ impl Memory {
         Ok(())
     }
 
-    /// The contents of host memory, while nothing else uses it.
+    /// The contents of host memory. No other code may use it at the same time.
     fn bytes_mut(&mut self) -> &mut [u8] {
         match self {
-            Memory::Host(region) => region.bytes_mut(),
+            Memory::Host(buffer) => buffer.bytes_mut(),
             Memory::Mapped(pinned) => pinned.bytes_mut(),
             #[cfg(target_os = "linux")]
-            Memory::Memfd(shared) => shared.bytes_mut(),
+            Memory::Memfd(memfd) => memfd.bytes_mut(),
             #[cfg(target_os = "linux")]
-            Memory::Registered(registered) => registered.shared_mut().bytes_mut(),
-            Memory::Cuda(_) => unreachable!("the host does not find it"),
+            Memory::Registered(registered) => registered.memfd_mut().bytes_mut(),
+            Memory::Cuda(_) => unreachable!("the host has no address for device memory"),
             #[cfg(target_os = "linux")]
-            Memory::IpcImport(_) => unreachable!("a peer has it"),
+            Memory::IpcImport(_) => unreachable!("a peer uses imported memory"),
         }
     }
 }

@@ -1,4 +1,5 @@
-//! The machines that run the kernels. The only rooms with FFI.
+//! The machines that run the kernels, CPU threads and CUDA devices, and the memory that ranks share
+//! on them.
 
 pub(crate) mod cpu;
 pub(crate) mod cuda;

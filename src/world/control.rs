@@ -1,4 +1,4 @@
-//! The host's hand in `PaControl`, the notice boards that all ranks of an averager share.
+//! Host-side access to `PaControl`, the shared control block.
 
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -6,29 +6,30 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use crate::abi::{PaBoard, PaControl, PA_ABORTED, PA_COMMITTED, PA_DEPARTED};
 use crate::backend::Memory;
 
-/// A failure that ended a world: what `PaControl.abort` holds.
+/// A failure that ended a world: the contents of `PaControl.abort` or `PaControl.failed`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Failure {
     /// A `PaKind`.
     pub(crate) kind: u32,
-    /// By its position in the ring, as for everything in here.
+    /// Ring position of the rank at fault. All positions in this file are ring positions.
     pub(crate) position: usize,
 }
 
-/// A `PaControl`. After construction the host writes single words of it.
+/// A `PaControl`. After construction the host writes single words only.
 #[derive(Debug)]
 pub(crate) struct Control {
     memory: Memory,
-    /// What the host wrote to an abort word that it can't look at without asking a device.
+    /// Abort code that this host has written to a control block in device memory, which it can't
+    /// read without waiting for the device.
     aborted: AtomicU32,
 }
 
 impl Control {
-    /// What it takes.
+    /// Size in bytes.
     pub(crate) const BYTES: usize = size_of::<PaControl>();
 
-    /// As it is before the first average; averages are numbered from `epoch` + 1. `memory` is
-    /// zeroed, and every rank can use it.
+    /// Initialises the control block; averages are numbered from `epoch` + 1. `memory` is zeroed
+    /// and accessible to every rank.
     pub(crate) fn new(mut memory: Memory, epoch: u32) -> Result<Self, String> {
         let mut first: PaControl = bytemuck::Zeroable::zeroed();
         first.decision = u64::from(epoch) << 32 | u64::from(PA_COMMITTED << 8);
@@ -42,7 +43,7 @@ impl Control {
         Ok(Control { memory, aborted: AtomicU32::new(0) })
     }
 
-    /// One that another process made.
+    /// Control block that another process has initialised.
     #[cfg(target_os = "linux")]
     pub(super) fn of(memory: Memory) -> Self {
         Control { memory, aborted: AtomicU32::new(0) }
@@ -57,13 +58,13 @@ impl Control {
         self.memory.address()
     }
 
-    /// Poisons this control, unless it already is.
+    /// Sets the abort word, unless it is set.
     pub(crate) fn abort(&self, position: usize) {
         self.poison(PA_ABORTED, position);
     }
 
-    /// The same for an average that this rank can't bring to its end. Unlike `leave`, it ends this
-    /// rank's own kernels, too, and says nothing that is not true while they run.
+    /// Aborts an average that this rank cannot complete. Unlike `leave`, this also ends the rank's
+    /// own kernels, and states no more than is true while those run.
     pub(crate) fn give_up(&self, position: usize) {
         self.poison(PA_DEPARTED, position);
     }
@@ -71,52 +72,53 @@ impl Control {
     fn poison(&self, kind: u32, position: usize) {
         let code = kind << 8 | position as u32;
         let word = self.word(ABORT).unwrap_or(&self.aborted);
-        // Release: a reader that sees it also sees what came before it.
+        // Release: a reader that sees the code also sees all writes before it.
         let first = word.compare_exchange(0, code, Ordering::AcqRel, Ordering::Acquire).is_ok();
         if let (true, Memory::Cuda(memory)) = (first, &self.memory) {
-            // A device that can't be written to any more has failed its kernels, too.
-            let _ = memory.say(ABORT, code);
+            // A device that can no longer be written to has failed its kernels, too.
+            let _ = memory.write_word(ABORT, code);
         }
     }
 
-    /// Whether hosts say here when a rank is through with an average: where they find the memory.
+    /// True if hosts record here which rank has completed an average: the memory must be accessible
+    /// to the host.
     pub(crate) fn reports_completed(&self) -> bool {
         self.memory.host_pointer().is_some()
     }
 
-    /// Says that this rank is through with an average, so that it may go: its peers then need it no
-    /// more to bring theirs to its end.
+    /// Records that this rank has completed an average. Peers then do not need the rank to complete
+    /// theirs, so it may depart.
     pub(crate) fn completed(&self, position: usize, epoch: u32) {
         if let Some(completed) = self.word(of_board(position, offset_of!(PaBoard, completed))) {
-            // Release: a reader that sees it, or finds this rank departed after it, sees what the
-            // rank wrote in the average.
+            // Release: a reader that sees this store, or a later departure of the rank, also sees
+            // the writes of the rank in the average.
             completed.store(epoch, Ordering::Release);
         }
     }
 
-    /// Says that this rank never comes again.
+    /// Records that this rank has departed.
     pub(crate) fn leave(&self, position: usize) {
         let at = of_board(position, offset_of!(PaBoard, departed));
         match (self.word(at), &self.memory) {
             (Some(departed), _) => departed.store(1, Ordering::Release),
             (None, Memory::Cuda(memory)) => {
-                let _ = memory.say(at, 1); // as in `abort`
+                let _ = memory.write_word(at, 1); // an error is ignored as in `poison`
             }
-            (None, _) => unreachable!("the host finds all other memory"),
+            (None, _) => unreachable!("the host has an address for all other memory"),
         }
     }
 
-    /// The failure that ended this world, if the host can know of one without asking a device:
-    /// one's own is told by its next average.
+    /// The failure that ended this world, as far as the host can tell without asking a device. A
+    /// failure in device memory is reported by the next average.
     pub(crate) fn failure(&self) -> Option<Failure> {
-        // In this order: a rank that aborts because of a failure does not hide the failure.
+        // `failed` comes first: an abort that a failure caused must not hide the failure.
         let words = [self.word(FAILED), Some(self.word(ABORT).unwrap_or(&self.aborted))];
         let mut codes = words.into_iter().flatten().map(|word| word.load(Ordering::Acquire));
         let code = codes.find(|&code| code != 0)?;
         Some(Failure { kind: code >> 8, position: (code & 0xff) as usize })
     }
 
-    /// A word of it, where the host finds it.
+    /// A word of the block, if the host can access the memory.
     fn word(&self, at: usize) -> Option<&AtomicU32> {
         let start = self.memory.host_pointer()?;
         assert!(at + 4 <= Self::BYTES);
@@ -126,7 +128,7 @@ impl Control {
     }
 }
 
-/// Where a rank's board has a word.
+/// Offset of a word of a rank's board.
 fn of_board(position: usize, word: usize) -> usize {
     offset_of!(PaControl, board) + position * size_of::<PaBoard>() + word
 }

@@ -1,4 +1,4 @@
-//! What ranks show one another when they build an averager, and whether it goes together.
+//! The handshake: the data that ranks exchange and compare when they build an averager.
 
 use std::sync::Arc;
 
@@ -6,66 +6,67 @@ use super::Control;
 use crate::backend::Memory;
 use crate::{Error, Result};
 
-/// How a process that joins gets its model from the members of its world.
+/// Way in which a joiner gets its model from the members of its world.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(target_os = "linux", derive(serde::Serialize, serde::Deserialize))]
 pub(crate) enum Admission {
-    /// This rank is the one that joined, or none has.
+    /// This rank is the joiner, or the view has no joiner.
     None,
-    /// A copy of rank 0's. The tensors of all members stay as they are, bit for bit.
+    /// The joiner copies the tensors of rank 0. The tensors of all members keep their bits.
     Copy,
-    /// The mean over all members, which they take, too: some of them may hold half of an average.
+    /// The joiner and all members take the mean over the members. Needed after a failure, when the
+    /// tensors of some members may hold half of an average.
     Mean,
 }
 
-/// What a rank shows the others when it builds an averager.
+/// The data that a rank shows its peers when it builds an averager.
 #[derive(Clone, Debug)]
 pub(crate) struct Handshake {
-    /// Fault that this rank has found itself: then no rank builds.
+    /// Fault that this rank has found in its own arguments. No rank builds then.
     pub(crate) refusal: Option<Error>,
-    /// What must be the same on every rank, by the builder's name for it.
+    /// Options that must be equal on all ranks, as (name, value).
     pub(crate) options: Vec<(String, String)>,
-    /// A line for each tensor: name, dtype and size.
+    /// One line per tensor: name, dtype and size.
     pub(crate) tensors: Vec<String>,
-    /// Where its schedule stands, after a recovery.
+    /// Position in the schedule, after a recovery.
     pub(crate) schedule_position: u64,
-    /// How this rank lets a process in by its first average.
+    /// Way in which this rank transfers the model to a joiner, in its first average.
     pub(crate) admission: Admission,
-    /// Which averager of the world it is, if it is built anew: others may be like it.
+    /// Ordinal of an averager that is built again, to tell it from averagers with the same layout.
     pub(crate) ordinal: Option<String>,
-    /// What the previous rank of the ring writes: the inbox, after its `filled` counters.
+    /// Memory that the previous rank of the ring writes: `filled` counters, then the inbox.
     pub(crate) inbox: Option<Arc<Memory>>,
-    /// What the next one writes: `drained` counters.
+    /// Memory that the next rank of the ring writes: `drained` counters.
     pub(crate) credits: Option<Arc<Memory>>,
-    /// Rank 0's: the notice boards of all ranks.
+    /// The control block of all ranks. Provided by rank 0.
     pub(crate) control: Option<Arc<Control>>,
 }
 
-/// What the ranks of one averager have in common.
+/// The result of an exchange of handshakes.
 #[derive(Debug)]
 pub(crate) struct Agreement {
     pub(crate) control: Arc<Control>,
-    /// Every rank's.
+    /// Handshakes of all ranks, by rank.
     pub(crate) handshakes: Vec<Handshake>,
-    /// See `Handshake`; the same on all.
+    /// Ordinal of the averager, the same on every rank; see `Handshake`.
     pub(crate) ordinal: Option<String>,
 }
 
 impl Agreement {
-    /// Result where no rank refuses and all ranks show the same.
+    /// Returns the agreement, unless a rank refuses or two ranks differ.
     pub(super) fn of(handshakes: Vec<Handshake>) -> Result<Agreement> {
         Agreement::check(&handshakes)?;
-        let reason = "it shows no notice boards".to_owned();
+        let reason = "its handshake has no control block".to_owned();
         let control =
             handshakes[0].control.clone().ok_or(Error::PeerBuildFailed { rank: 0, reason })?;
         let ordinal = handshakes.iter().find_map(|handshake| handshake.ordinal.clone());
         Ok(Agreement { control, handshakes, ordinal })
     }
 
-    /// Checks that handshakes go together, whatever memory comes with them. The same on every rank.
+    /// Compares handshakes, except their memory. The result is the same on every rank.
     pub(super) fn check(handshakes: &[Handshake]) -> Result<()> {
         let refusal = handshakes.iter().find_map(|handshake| handshake.refusal.clone());
-        // One that has none yet goes with every other.
+        // A rank without an ordinal agrees with every other.
         let mut known = handshakes
             .iter()
             .enumerate()
@@ -73,7 +74,7 @@ impl Agreement {
         let first = known.next().map(|(_, ordinal)| ordinal.clone());
         let other =
             known.find(|(_, ordinal)| first.as_ref() != Some(ordinal)).map(|(rank, ordinal)| {
-                let show = |ordinal: &String| format!("the averager that was number {ordinal}");
+                let show = |ordinal: &String| format!("the averager built as number {ordinal}");
                 Error::OptionsDiffer {
                     rank,
                     found: show(ordinal),
@@ -119,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn averagers_that_are_built_anew_go_with_those_that_they_were() {
+    fn ordinals_of_averagers_built_again_must_agree() {
         let handshake = |ordinal: Option<&str>| Handshake {
             refusal: None,
             options: vec![],
@@ -132,7 +133,7 @@ mod tests {
             control: None,
         };
         let of = |ordinals: [Option<&str>; 3]| Agreement::of(ordinals.map(handshake).into());
-        // A process that joined has none yet.
+        // A joiner has no ordinal yet.
         for ordinals in [[Some("0"), None, Some("1")], [None, Some("0"), Some("1")]] {
             assert!(
                 matches!(of(ordinals), Err(Error::OptionsDiffer { rank: 2, .. })),
@@ -140,7 +141,7 @@ mod tests {
                 of(ordinals)
             );
         }
-        // What is left to find wrong is that rank 0 shows no notice boards.
+        // The ordinals agree; the missing control block of rank 0 is the only fault left.
         for ordinals in [[Some("0"), Some("0"), None], [None; 3]] {
             assert!(
                 matches!(of(ordinals), Err(Error::PeerBuildFailed { rank: 0, .. })),

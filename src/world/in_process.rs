@@ -1,11 +1,12 @@
-//! Ranks that are threads of one process: they meet under one lock to build an averager.
+//! Bootstrap of ranks that are threads of one process. Ranks exchange handshakes under one lock.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use super::{Agreement, Handshake, Placement};
 use crate::error::Phase;
+use crate::sync::{lock, wait_timeout};
 use crate::{Error, Result};
 
 #[derive(Debug)]
@@ -17,13 +18,13 @@ pub(super) struct ThreadBootstrap {
 
 #[derive(Debug)]
 struct State {
-    /// What ended the world.
+    /// Failure that ended the world.
     failure: Option<Error>,
-    /// Ranks that know.
+    /// Ranks that have received the failure.
     told: Vec<bool>,
-    /// Ranks that have left.
-    gone: Vec<bool>,
-    /// Averagers being built, by their number.
+    /// Ranks that have departed.
+    departed: Vec<bool>,
+    /// Averagers being built, by build number.
     builds: BTreeMap<u64, Build>,
     /// Averagers built, for aborts.
     built: Vec<Weak<Agreement>>,
@@ -33,7 +34,7 @@ struct State {
 struct Build {
     handshakes: Vec<Option<Handshake>>,
     result: Option<Result<Arc<Agreement>>>,
-    /// Ranks that have taken the result.
+    /// Number of ranks that have taken the result.
     taken: usize,
 }
 
@@ -43,7 +44,7 @@ impl ThreadBootstrap {
         let state = State {
             failure: None,
             told: vec![false; size],
-            gone: vec![false; size],
+            departed: vec![false; size],
             builds: BTreeMap::new(),
             built: vec![],
         };
@@ -90,7 +91,7 @@ impl ThreadBootstrap {
                 return Err(failure);
             }
             let waited = start.elapsed();
-            let lost = state.gone[missing];
+            let lost = state.departed[missing];
             if lost || waited >= timeout {
                 let phase = Phase::Build;
                 let failure = if lost {
@@ -102,17 +103,13 @@ impl ThreadBootstrap {
                 self.changed.notify_all();
                 continue;
             }
-            // Spurious wake-ups and time-outs only mean another look.
-            state = self
-                .changed
-                .wait_timeout(state, timeout - waited)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            // A spurious wake-up or a timeout only repeats the loop.
+            state = wait_timeout(&self.changed, state, timeout - waited);
         }
     }
 
     pub(super) fn leave(&self, rank: usize) {
-        self.lock().gone[rank] = true;
+        self.lock().departed[rank] = true;
         self.changed.notify_all();
     }
 
@@ -120,26 +117,25 @@ impl ThreadBootstrap {
         let mut state = self.lock();
         let failure = Error::Aborted { rank, phase: Phase::Build, committed: false };
         state.failure.get_or_insert(failure);
-        // Those that are built, and those that are complete but not yet taken by anybody.
+        // Averagers that are built, and averagers that are complete and not taken by any rank yet.
         let taken = state.built.iter().filter_map(Weak::upgrade);
         let complete = state.builds.values().filter_map(|build| build.result.clone()?.ok());
         let all: Vec<Arc<Agreement>> = taken.chain(complete).collect();
-        drop(state); // a device may take its time
+        drop(state); // writing to a device may take long
         for agreement in all {
             agreement.control.abort(self.placement.position(rank));
         }
         self.changed.notify_all();
     }
 
-    // No code that can panic holds the lock with the state half changed.
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 
 impl State {
-    /// What ended the world, if something did: the failure itself the first time that this rank
-    /// hears of it.
+    /// The failure that ended the world, if any. A rank gets the failure itself once and `Poisoned`
+    /// afterwards.
     fn failure_for(&mut self, rank: usize) -> Option<Error> {
         let failure = self.failure.clone()?;
         let told = std::mem::replace(&mut self.told[rank], true);
@@ -152,7 +148,7 @@ impl Build {
         Build { handshakes: vec![None; size], result: None, taken: 0 }
     }
 
-    /// Outcome of comparing the handshakes, once every rank has shown its own.
+    /// Compares the handshakes, once every rank has provided one.
     fn complete(&mut self) {
         if self.handshakes.iter().any(Option::is_none) {
             return;

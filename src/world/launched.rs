@@ -1,4 +1,4 @@
-//! Worlds of processes: how one is joined, by what a launcher says or by hand.
+//! Constructors of worlds of processes: from the variables of a launcher, or with explicit values.
 
 use std::time::Duration;
 
@@ -7,14 +7,16 @@ use super::{Communicator, Device, Group, Rebuild, WorldId};
 use crate::abi::PA_MAX_WORLD;
 use crate::{Error, Result};
 
-/// How long ranks wait for one another to start, unless told otherwise.
+/// Default of `CommunicatorBuilder::timeout`.
 const TIMEOUT: Duration = Duration::from_secs(600);
 
 impl Communicator {
-    /// This process as one rank of a world of processes on this host, as its launcher says:
-    /// torchrun (`--no-python`), Open MPI's or MPICH's mpirun, srun, or a script that sets `RANK`,
-    /// `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`. Collective: returns when all ranks have come,
-    /// which it waits for as [`CommunicatorBuilder::timeout`] does.
+    /// Joins the ranks of a new world of processes on this host, as the rank that its launcher has
+    /// set.
+    ///
+    /// Launchers are torchrun (`--no-python`), the mpirun of Open MPI or MPICH, srun, or a script
+    /// that sets `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT`. Collective: blocks until
+    /// all ranks have arrived, for at most [`CommunicatorBuilder::timeout`].
     ///
     /// ```no_run
     /// use param_averager::{Device, ParamAverager, Communicator};
@@ -26,36 +28,45 @@ impl Communicator {
     /// # Ok::<(), param_averager::Error>(())
     /// ```
     ///
-    /// On CUDA devices, `Communicator::from_env(Device::cuda(local_rank))`, several processes may have
-    /// one, and each may see other ones: they know them by UUID. Before it returns, every two ranks
-    /// try whether they reach each other's memory by CUDA IPC; see [`Link`](crate::Link). Ranks are
-    /// all on CPUs or all on CUDA devices. What [`Communicator::from_devices`] says of CUDA devices holds
-    /// here, too; and processes that share a GPU without MPS run by turns there, so that every
-    /// hand-off between them takes one. No GPU has shown yet how well this works.
+    /// **CUDA.** Pass `Device::cuda(local_rank)`. Several processes may share a device, and each
+    /// may see a different set of devices: ranks compare UUIDs. Before this function returns, every
+    /// two ranks test whether they reach each other's memory by CUDA IPC; see
+    /// [`Link`](crate::Link). All ranks are on CPUs or all are on CUDA devices. The rules of
+    /// [`Communicator::from_devices`] for CUDA devices apply. Processes that share a GPU without
+    /// MPS are time-sliced, so each exchange between them takes a time slice. None of this has been
+    /// measured on a GPU.
     ///
-    /// Ranks find one another by a name, which is made of the launcher's variables or is that in
-    /// `PARAM_AVERAGER_RENDEZVOUS`. It becomes an abstract Unix socket of rank 0's: no file, no
-    /// port. Rank 0 keeps it for as long as it is in the world. Processes of other users are not
-    /// let in, and neither are those of another job, which is told by the launcher's name for it,
-    /// or else by the process that started the ranks and by their arguments. A name in
-    /// `PARAM_AVERAGER_RENDEZVOUS` is trusted to be one job's. [`CommunicatorBuilder::from_env`] does the
-    /// same with other options.
+    /// **Rendezvous.** Ranks find one another by the name of their world. The name is made from the
+    /// launcher's variables unless `PARAM_AVERAGER_RENDEZVOUS` sets it. Rank 0 listens on an
+    /// abstract Unix socket of that name, without a file or a port, for as long as it is in the
+    /// world. Rank 0 refuses processes of other users and of other jobs. The launcher's job id
+    /// identifies a job; without one, the parent process and the arguments of the ranks do. A name
+    /// in `PARAM_AVERAGER_RENDEZVOUS` is trusted to belong to one job.
+    /// [`CommunicatorBuilder::from_env`] takes further options.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Environment`] names variables that are missing or contradictory.
+    /// [`Error::Rendezvous`] says which ranks did not arrive, or why this one was refused.
     pub fn from_env(device: Device) -> Result<Communicator> {
         Communicator::builder().device(device).from_env()?.build()
     }
 
-    /// This process as one more rank of a world of processes that has begun, on this host and of
-    /// this user: waits until the others let it in, which [`LocalSgd`](crate::LocalSgd) does after
-    /// the next average that is due, and [`ParamAverager::admit_joiner`](crate::ParamAverager::admit_joiner)
-    /// where it is called. `rendezvous` is the name of the world that its ranks gave, or
-    /// [`Communicator::rendezvous`] tells. Waits as [`CommunicatorBuilder::timeout`] does, also for the
-    /// world itself to begin.
+    /// Adds this process, as one more rank, to a running world of this host and this user.
     ///
-    /// It has no model of its own: building its averager gives its tensors the values that the
-    /// others have, and [`LocalSgd::position`](crate::LocalSgd::position) tells how far they are.
-    /// It builds the averagers that they have, in the same order, and at once, since they wait for
-    /// it, a minute at most: whatever takes long comes before this call. If building fails, as it
-    /// does when another rank is lost meanwhile, this process has left, and can join again.
+    /// Blocks until the members admit it, for at most [`CommunicatorBuilder::timeout`]; the world
+    /// itself may start within that time, too. [`LocalSgd`](crate::LocalSgd) admits a joiner after
+    /// the next average that is due, and
+    /// [`ParamAverager::admit_joiner`](crate::ParamAverager::admit_joiner) where it is called.
+    /// `rendezvous` is the name of the world, which [`Communicator::rendezvous`] returns on its
+    /// members.
+    ///
+    /// The joiner receives its model when it builds its averager, which sets its tensors to the
+    /// members' values. [`LocalSgd::position`](crate::LocalSgd::position) then returns their step.
+    /// The joiner must build the averagers of the members, in the same order, within one minute
+    /// after this call: the members wait for it. Do slow preparations before this call. If building
+    /// fails, as it does when another rank is lost meanwhile, the joiner has left the world and can
+    /// join again.
     ///
     /// ```no_run
     /// use param_averager::{Device, LocalSgd, ParamAverager, Schedule, Communicator};
@@ -72,28 +83,35 @@ impl Communicator {
     /// # Ok::<(), param_averager::Error>(())
     /// ```
     ///
-    /// A name belongs to one world while the rank 0 that began it is there. Of several worlds of
-    /// one name, it is the first that answers; [`Communicator::world`] tells which, and how many
-    /// there were.
+    /// A name belongs to one world for as long as the rank 0 that began it lives. Among several
+    /// worlds of one name, the joiner enters the first that answers. [`Communicator::world`]
+    /// returns its identity and the number of the others.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::JoinRefused`] carries the reason.
     pub fn join(rendezvous: impl Into<String>, device: Device) -> Result<Communicator> {
         Communicator::builder().rendezvous(rendezvous).device(device).join()
     }
 
-    /// True if a launcher has made this process a rank, by one of the variables that
-    /// [`Communicator::from_env`] reads; that still fails if the others are wrong. A shell of Slurm's, in
-    /// a batch script or by `srun --pty`, is no rank. A program that no launcher has started can
-    /// start ranks itself, or do without them.
+    /// True if a launcher has made this process a rank, which any rank variable that
+    /// [`Communicator::from_env`] reads shows.
+    ///
+    /// `from_env` can still fail, on the other variables. A Slurm shell, in a batch script or by
+    /// `srun --pty`, is not a rank. A program without a launcher can start ranks itself, or run
+    /// without them.
     pub fn is_launched() -> bool {
         Setup::is_in_the_environment()
     }
 
-    /// The same as [`Communicator::from_env`] with everything said by the caller.
+    /// Returns a builder that takes rank, world size and name from the caller instead of a
+    /// launcher.
     pub fn builder() -> CommunicatorBuilder {
         CommunicatorBuilder {
             rank: None,
             world_size: None,
             rendezvous: None,
-            source: "that of Communicator::builder().rendezvous(..)".into(),
+            source: "set by Communicator::builder().rendezvous(..)".into(),
             known: Known::No,
             variable: None,
             device: Device::cpu(),
@@ -102,13 +120,14 @@ impl Communicator {
     }
 }
 
-/// A rank of a world of processes, by hand. See [`Communicator::from_env`].
+/// Options of one rank in a world of processes. See [`Communicator::from_env`].
 ///
 /// ```no_run
 /// use param_averager::Communicator;
 ///
 /// let rank: usize = std::env::args().nth(1).and_then(|rank| rank.parse().ok()).expect("a rank");
-/// let communicator = Communicator::builder().rank(rank).world_size(2).rendezvous("my-run").build()?;
+/// let builder = Communicator::builder().rank(rank).world_size(2).rendezvous("my-run");
+/// let communicator = builder.build()?;
 /// # Ok::<(), param_averager::Error>(())
 /// ```
 #[derive(Clone, Debug)]
@@ -125,56 +144,65 @@ pub struct CommunicatorBuilder {
 }
 
 impl CommunicatorBuilder {
-    /// This process's number, from 0. Each rank has one of its own.
+    /// Sets the rank of this process, from 0 to `world_size - 1`, different on each process.
+    /// Required by [`build`](CommunicatorBuilder::build).
     pub fn rank(mut self, rank: usize) -> Self {
         self.rank = Some(rank);
         self
     }
 
-    /// The number of ranks, 1 to 16; the same on every rank.
+    /// Sets the number of ranks, 1 to 16, the same on every rank. Required by
+    /// [`build`](CommunicatorBuilder::build).
     pub fn world_size(mut self, world_size: usize) -> Self {
         self.world_size = Some(world_size);
         self
     }
 
-    /// What the ranks find one another by: the same on every rank, and no other world of this
-    /// user's on this host. Any name will do, up to 1,024 bytes; `"localhost:29500"` and
-    /// `"unix:/run/my-run"` are names, too: nothing listens on a port, and no file is made.
+    /// Sets the name of the world: the same on every rank, and not the name of another world of
+    /// this user on this host.
+    ///
+    /// Any string of at most 1,024 bytes is valid. `"localhost:29500"` and `"unix:/run/my-run"` are
+    /// only names: no port is bound and no file is created.
     pub fn rendezvous(mut self, name: impl Into<String>) -> Self {
         self.rendezvous = Some(name.into());
         self
     }
 
-    /// Where this rank's parameters are. Default: [`Device::cpu`].
+    /// Sets the device of this rank's parameters. Default: [`Device::cpu`].
     pub fn device(mut self, device: Device) -> Self {
         self.device = device;
         self
     }
 
-    /// How long to wait for the other ranks to start, or to be let in. Default: 10 minutes.
+    /// Sets the longest wait for the other ranks to arrive, or for admission. Default: 10 minutes.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
     }
 
-    /// A name for the job, the same on every rank of it and no other job's: such as a scheduler's
-    /// id. Ranks that give one belong together, however they were started. Default: that of the
-    /// launcher; without one, ranks belong together that were started by one process, wrappers and
-    /// subshells of each rank aside, with the same arguments but for the rank's number.
+    /// Sets an identifier of the job, the same on all its ranks and different from that of any
+    /// other job, such as a scheduler's job id.
+    ///
+    /// Ranks with one identifier belong together, however they were started. Default: the
+    /// launcher's job id. Without one, ranks belong together if one process started them, apart
+    /// from wrappers and subshells of each rank, and if their arguments are the same except for the
+    /// rank.
     pub fn job(mut self, job: impl Into<String>) -> Self {
         self.known = Known::By("job".into(), job.into());
         self
     }
 
-    /// Takes rank and world size from the launcher's variables, as [`Communicator::from_env`] does, and
-    /// the name unless [`rendezvous`](CommunicatorBuilder::rendezvous) has set one before. Other options
-    /// stay as they are.
+    /// Takes rank and world size from the launcher's variables, as [`Communicator::from_env`] does.
+    ///
+    /// Takes the name from them, too, unless [`rendezvous`](CommunicatorBuilder::rendezvous) has
+    /// set one before. Other options keep their values.
     ///
     /// ```no_run
     /// use std::time::Duration;
     /// use param_averager::Communicator;
     ///
-    /// let communicator = Communicator::builder().timeout(Duration::from_secs(30)).from_env()?.build()?;
+    /// let builder = Communicator::builder().timeout(Duration::from_secs(30)).from_env()?;
+    /// let communicator = builder.build()?;
     /// # Ok::<(), param_averager::Error>(())
     /// ```
     ///
@@ -191,7 +219,8 @@ impl CommunicatorBuilder {
         Ok(self)
     }
 
-    /// Waits for the other ranks. Collective.
+    /// Joins the other ranks in a new world. Collective: blocks until all ranks have arrived, for
+    /// at most [`timeout`](CommunicatorBuilder::timeout).
     pub fn build(self) -> Result<Communicator> {
         let setup = Setup {
             rank: self.rank.ok_or_else(|| missing("rank"))?,
@@ -204,8 +233,11 @@ impl CommunicatorBuilder {
         meet(setup, self.device, self.timeout)
     }
 
-    /// [`Communicator::join`] with more said by the caller. A rank and the world's size are the others' to
-    /// say. Without a name it is that in `PARAM_AVERAGER_RENDEZVOUS`.
+    /// Joins a running world, as [`Communicator::join`] does, with further options.
+    ///
+    /// Neither [`rank`](CommunicatorBuilder::rank) nor
+    /// [`world_size`](CommunicatorBuilder::world_size) may be set: the members determine both.
+    /// Without a name, `PARAM_AVERAGER_RENDEZVOUS` is used.
     pub fn join(self) -> Result<Communicator> {
         let name = match self.rendezvous {
             Some(name) => name,
@@ -213,9 +245,8 @@ impl CommunicatorBuilder {
         };
         if self.rank.is_some() || self.world_size.is_some() {
             let problem =
-                "Communicator::builder().join() joins a world that has begun, and gets its rank \
-                from that: leave .rank(..) and \
-                           .world_size(..) out, or call .build() to begin one";
+                "Communicator::builder().join() joins a running world, which assigns the rank: \
+                    leave .rank(..) and .world_size(..) out, or call .build() to begin a world";
             return Err(Error::Environment { problem: problem.into() });
         }
         let processes = ProcessBootstrap::join(&name, self.device, self.timeout)?;
@@ -225,8 +256,8 @@ impl CommunicatorBuilder {
 
 fn missing(what: &str) -> Error {
     let problem = format!(
-        "Communicator::builder() needs .{what}(..): every process of a world says its \
-        rank, the world's size and a name"
+        "Communicator::builder() needs .{what}(..): every process of a world gives its rank, the \
+            world size and a name"
     );
     Error::Environment { problem }
 }
@@ -237,7 +268,7 @@ fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<Communicator>
     }
     if setup.rank >= setup.world_size {
         let problem = format!(
-            "rank {} of a world of {}: ranks are numbered from 0",
+            "rank {} of a world of {} ranks: ranks are numbered from 0",
             setup.rank, setup.world_size
         );
         return Err(Error::Environment { problem });
@@ -247,46 +278,46 @@ fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<Communicator>
 }
 
 impl Communicator {
-    /// Name of a world of processes, for processes that [join](Communicator::join) it later.
+    /// The name of a world of processes, which [`Communicator::join`] takes. `None` for threads.
     pub fn rendezvous(&self) -> Option<&str> {
         self.processes().map(|processes| processes.name())
     }
 
-    /// Identity of a world of processes: its name, and the process that began it. After
-    /// [`Communicator::join`] it tells which one was entered. `None` for ranks that are threads.
+    /// The identity of a world of processes: its name, and the process that began it. On a joiner
+    /// it identifies the world that [`Communicator::join`] entered. `None` for threads.
     pub fn world(&self) -> Option<&WorldId> {
         self.processes().map(|processes| processes.world())
     }
 
-    /// Whether a process waits to join, as far as this rank knows.
+    /// True if a joiner waits to be admitted, as far as this rank knows.
     pub(crate) fn has_joiner(&self) -> bool {
         self.processes().is_some_and(|processes| processes.has_joiner())
     }
 
-    /// True if a process has joined with this view.
+    /// True if a joiner was admitted with this view.
     pub(crate) fn has_joined(&self) -> bool {
         self.processes().is_some_and(|processes| processes.has_joined())
     }
 
-    /// True if a member of this view is gone, or has left it for the next one, as far as this rank
-    /// knows.
+    /// True if a member of this view has departed, or has left the view for the next one, as far as
+    /// this rank knows.
     pub(crate) fn has_lost_a_member(&self) -> bool {
         self.processes().is_some_and(|processes| processes.has_lost_a_member())
     }
 
-    /// Number of this view of the world.
+    /// The number of this view.
     pub(crate) fn view(&self) -> u32 {
         self.processes().map_or(0, |processes| processes.number())
     }
 
-    /// Remembers what an averager of this process can be built from again.
+    /// Registers an averager of this process, so that a view change can build it again.
     pub(crate) fn register(&self, averager: std::sync::Weak<dyn Rebuild>) {
         self.processes().into_iter().for_each(|processes| processes.register(averager.clone()));
     }
 
-    /// Builds all averagers of this process again, unless that was done in this view. Collective;
-    /// by whichever averager a process recovers first. `averages`: the one that this rank averages
-    /// next.
+    /// Builds all averagers of this process again, unless this view has built them already.
+    /// Collective. The first averager that recovers calls this for all. `averages` is the ordinal
+    /// of the averager that this rank averages next.
     pub(crate) fn rebuild(&self, averages: Option<&str>, timeout: Duration) -> Result<()> {
         match self.processes() {
             Some(processes) => processes.rebuild(self, averages, timeout),
@@ -294,34 +325,34 @@ impl Communicator {
         }
     }
 
-    /// True if this process is in another view by now.
+    /// True if this process has entered a later view.
     pub(crate) fn is_superseded(&self) -> bool {
         self.processes().is_some_and(|processes| processes.is_superseded())
     }
 
-    /// Whether that is this rank.
+    /// True if this rank is the joiner of this view.
     pub(crate) fn is_new(&self) -> bool {
         self.processes().is_some_and(|processes| processes.is_new())
     }
 
-    /// Whether it still has no model.
+    /// True if this process has joined and not received a model yet.
     pub(crate) fn lacks_model(&self) -> bool {
         self.processes().is_some_and(|processes| processes.lacks_model())
     }
 
     pub(crate) fn not_admitted(&self) -> Error {
-        let reason = "the others have built an averager without letting this process in: it joins \
-            as they call ParamAverager::admit_joiner"
+        let reason = "the members have built an averager without admitting this process: call \
+            ParamAverager::admit_joiner on every member"
             .into();
         Error::JoinRefused { rendezvous: self.rendezvous().unwrap_or_default().to_owned(), reason }
     }
 
-    /// Whoever joined has the model now.
+    /// Records that the joiner of this view has received the model.
     pub(crate) fn has_model(&self) {
         self.processes().into_iter().for_each(|processes| processes.has_model());
     }
 
-    /// This process can't go on in this world.
+    /// Leaves the world after a failure that this process cannot recover from.
     pub(crate) fn leave(&self) {
         self.processes().into_iter().for_each(|processes| processes.leave());
     }

@@ -1,4 +1,5 @@
-//! Who the peers are, and the memory they share.
+//! Communicators: the membership of a rank in its world, by threads of one process or by processes
+//! of one host.
 
 mod control;
 mod handshake;
@@ -34,7 +35,7 @@ use crate::backend::MemorySpace;
 use crate::{Error, Result};
 use in_process::ThreadBootstrap;
 
-/// Where a rank's parameters are.
+/// The device that a rank's parameters are on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Device(Kind);
 
@@ -45,12 +46,12 @@ enum Kind {
 }
 
 impl Device {
-    /// This machine's memory and cores.
+    /// The memory and the cores of this host.
     pub const fn cpu() -> Self {
         Device(Kind::Cpu)
     }
 
-    /// The CUDA device of this ordinal.
+    /// The CUDA device with this ordinal, as this process numbers its devices.
     pub const fn cuda(ordinal: usize) -> Self {
         Device(Kind::Cuda(ordinal))
     }
@@ -65,17 +66,17 @@ impl fmt::Display for Device {
     }
 }
 
-/// A rank's membership of a world. Send it to the thread that trains this rank.
+/// The membership of one rank in a world. Send it to the thread that trains this rank.
 ///
-/// A rank leaves when its last communicator, averager included, is dropped; peers that wait for it
-/// get [`Error::PeerLost`]. Clones are the same rank: they serve to build more than one averager,
-/// which all ranks then do in the same order.
+/// A rank leaves its world when its last communicator is dropped; an averager holds one. Peers that
+/// wait for a rank that has left get [`Error::PeerLost`]. A clone is the same rank and serves to
+/// build a further averager. All ranks build their averagers in the same order.
 #[derive(Clone, Debug)]
 pub struct Communicator {
     membership: Arc<Membership>,
 }
 
-/// One rank's way to the others.
+/// The connection of one rank to its peers.
 #[derive(Clone, Debug)]
 enum Group {
     Threads(usize, Arc<ThreadBootstrap>),
@@ -87,13 +88,14 @@ enum Group {
 struct Membership {
     rank: usize,
     group: Group,
-    /// Averagers built or begun: the k-th of one rank belongs with the k-th of every other.
+    /// Number of builds begun: the k-th build of one rank belongs with the k-th build of every
+    /// other rank.
     builds: AtomicU64,
 }
 
 impl Communicator {
-    /// The ranks of a world whose ranks are threads of this process, in order: one for each device
-    /// given, 1 to 16.
+    /// Creates a world whose ranks are threads of this process: one communicator for each device,
+    /// in the order given. Does not wait for the ranks.
     ///
     /// ```
     /// use param_averager::{Communicator, Device};
@@ -106,21 +108,24 @@ impl Communicator {
     /// # Ok::<(), param_averager::Error>(())
     /// ```
     ///
-    /// All on CPUs, or all on CUDA devices, in any order, of which several ranks may share one:
-    /// `&[Device::cuda(0); 4]`. Between two devices parameters go straight to the other's memory if
-    /// bytes that are moved there and back here and now are right, else through page-locked memory
-    /// of the host; see [`Link`](crate::Link). Around the ring, ranks follow one another as their
-    /// devices lie: joined by NVLink, on one PCIe switch, next to one NUMA node.
+    /// A world has 1 to 16 ranks ([`Error::WorldSize`]), all on CPUs or all on CUDA devices.
+    /// Several ranks may share one device, as in `&[Device::cuda(0); 4]`. Ranks on two devices
+    /// exchange parameters by peer access if a test transfer, made in this call, arrives intact in
+    /// both directions. Otherwise they exchange them through page-locked host memory; see
+    /// [`Link`](crate::Link). The ring visits devices in the order of their distance: NVLink first,
+    /// then one PCIe switch, then one NUMA node.
     ///
-    /// A CUDA device that was once opened stays so for the life of the process, with this crate's
-    /// kernels loaded, as frameworks keep its primary context; memory of averagers is freed when
-    /// the last one in the process has gone.
+    /// A CUDA device stays open for the life of the process, with its primary context retained and
+    /// the kernels of this crate loaded. Memory of averagers is freed when the last averager of the
+    /// process is dropped.
     ///
-    /// On CUDA devices, a rank's average waits for its peers on the device itself, so while one is
-    /// under way, no peer may wait for every kernel of that device, as `cuMemFree`, `cudaFree` and
-    /// `cuModuleLoad` do: that ends with the average's timeout. With many streams, set
-    /// `CUDA_DEVICE_MAX_CONNECTIONS=32`: streams that share one of 8 hardware queues wait for one
-    /// another. No GPU has shown yet how well this works.
+    /// [`Error::DeviceUnavailable`] names the rank whose device cannot be used, and the reason.
+    ///
+    /// **Deadlocks.** On CUDA devices, the average of a rank waits for its peers on the device.
+    /// While an average runs, no peer may wait for all kernels of that device, as `cuMemFree`,
+    /// `cudaFree` and `cuModuleLoad` do: such a wait lasts until the average times out. With many
+    /// streams, set `CUDA_DEVICE_MAX_CONNECTIONS=32`: streams that share one of the 8 hardware
+    /// queues wait for one another. None of this has been measured on a GPU.
     pub fn from_devices(devices: &[Device]) -> Result<Vec<Communicator>> {
         if devices.is_empty() || devices.len() > PA_MAX_WORLD as usize {
             return Err(Error::WorldSize { found: devices.len() });
@@ -131,17 +136,17 @@ impl Communicator {
         Ok(communicators.collect())
     }
 
-    /// This rank's number, from 0.
+    /// The rank of this communicator, from 0 to `world_size() - 1`.
     pub fn rank(&self) -> usize {
         self.membership.rank
     }
 
-    /// The number of ranks.
+    /// The number of ranks, 1 to 16.
     pub fn world_size(&self) -> usize {
         self.placement().size()
     }
 
-    /// Where this rank's parameters are.
+    /// The device that this rank's parameters are on.
     pub fn device(&self) -> Device {
         self.placement().device(self.rank())
     }
@@ -158,10 +163,10 @@ impl Communicator {
         }
     }
 
-    /// A handle that ends whatever this world waits for, from any thread.
+    /// Returns a handle that ends every wait of this world, from any thread.
     ///
-    /// It holds nothing: it serves for as long as the rank is in its world, also after ranks were
-    /// lost or let in.
+    /// The handle does not keep the rank in its world. It stays valid across view changes, until
+    /// the rank has left.
     pub fn abort_handle(&self) -> AbortHandle {
         AbortHandle {
             of: match &self.membership.group {
@@ -172,16 +177,19 @@ impl Communicator {
         }
     }
 
-    /// Collective among the ranks that are left, after an error that [is fatal](Error::is_fatal):
-    /// the same ranks without those that are gone and those that do not call it within `timeout`,
-    /// renumbered from 0 in the order they had. The old communicator, and averagers built with it,
-    /// are of no more use.
+    /// Forms the next view of the surviving ranks, after an error that [is fatal](Error::is_fatal),
+    /// and returns its communicator.
     ///
-    /// For ranks that are processes; it needs no rank in particular.
-    /// [`ParamAverager::recover`](crate::ParamAverager::recover) does the rest, too; every rank
-    /// goes on in the same one of these two ways, since a rank that recovers an averager waits for
-    /// that of every other. Of several that are cut off in time, all but one group are [left
-    /// out](Error::Excluded).
+    /// Collective: blocks until all of them have called it, or for `timeout`. Ranks that are lost
+    /// or late are excluded, and the others are renumbered from 0 in their old order. The old
+    /// communicator, and the averagers built with it, are not usable any more.
+    ///
+    /// Only processes can recover; ranks that are threads get [`Error::RecoveryUnsupported`]. Any
+    /// rank may be lost. [`ParamAverager::recover`](crate::ParamAverager::recover) does the same
+    /// and builds the averagers again. All ranks must use the same one of the two: a rank that
+    /// recovers an averager waits for the averagers of all others. If ranks split into several
+    /// groups, by the timeout, one group forms the view and every other rank gets
+    /// [`Error::Excluded`].
     pub fn recover(&self, timeout: Duration) -> Result<Communicator> {
         match &self.membership.group {
             Group::Threads(rank, _) => Err(Error::RecoveryUnsupported { rank: *rank }),
@@ -190,8 +198,8 @@ impl Communicator {
         }
     }
 
-    /// The same, after an error or not, and with a process that waits to join, if all ranks `admit`
-    /// it.
+    /// Changes the view, with or without a preceding failure. Admits a joiner if all ranks pass
+    /// `admits`.
     pub(crate) fn next(&self, timeout: Duration, admits: bool) -> Result<Communicator> {
         match &self.membership.group {
             Group::Threads(rank, _) => Err(Error::RecoveryUnsupported { rank: *rank }),
@@ -203,9 +211,9 @@ impl Communicator {
         }
     }
 
-    /// Collective: shows this rank's handshake to all others and returns all handshakes, if they
-    /// agree. `number`: which of the averagers that are built [again](Rebuild); `None`: the next
-    /// one of this view.
+    /// Exchanges handshakes with all ranks and returns them if they agree. Collective. `number`
+    /// identifies an averager that is [built again](Rebuild); `None` stands for the next build of
+    /// this view.
     pub(crate) fn agree(
         &self,
         handshake: Handshake,
@@ -282,13 +290,12 @@ impl Drop for Membership {
         match &self.group {
             Group::Threads(rank, threads) => threads.leave(*rank),
             #[cfg(target_os = "linux")]
-            Group::Processes(_) => {} // its sockets are closed
+            Group::Processes(_) => {} // its sockets close when the last communicator is dropped
         }
     }
 }
 
-/// Ends the world from any thread: every rank that waits, or averages later, gets
-/// [`Error::Aborted`].
+/// Ends a world from any thread. Every rank that waits, or averages later, gets [`Error::Aborted`].
 #[derive(Clone, Debug)]
 pub struct AbortHandle {
     of: Handle,
@@ -302,8 +309,8 @@ enum Handle {
 }
 
 impl AbortHandle {
-    /// Ends the world. Averages that have not begun to write leave every tensor as it was. Calling
-    /// it again does nothing.
+    /// Ends the world. Does not wait for the other ranks. An average that has not been committed
+    /// leaves every tensor unchanged. Further calls have no effect.
     pub fn abort(&self) {
         match &self.of {
             Handle::Threads(rank, threads) => {

@@ -1,4 +1,4 @@
-//! Where the ranks of a world are, and how they lie to one another.
+//! The placement of a world's ranks: their devices, the distances between them, and the ring order.
 
 use std::collections::BTreeMap;
 
@@ -9,23 +9,23 @@ use crate::backend::cuda::{self, Connection, Context, PeerAccess};
 use crate::backend::MemorySpace;
 use crate::{Error, Result};
 
-/// The places of all ranks, found out once for a world.
+/// Placement of all ranks, computed once for a view.
 #[derive(Debug)]
 pub(crate) struct Placement {
     devices: Vec<Device>,
-    /// Of ranks that are processes: this one's, wherever the others are.
-    sites: Vec<MemorySpace>,
-    /// By rank and rank: whether each can use memory of the other.
+    /// Memory space of each rank. For processes, every entry is the space of this process.
+    spaces: Vec<MemorySpace>,
+    /// Peer access between every two ranks, indexed by rank and rank.
     peers: Vec<Vec<PeerAccess>>,
-    /// The ranks as they follow one another around the ring.
+    /// Ranks in ring order.
     order: Vec<usize>,
-    /// Of ranks that are processes: cores that each of them may use, which is the fewest of any.
+    /// Cores available to each process: the minimum over all ranks. `None` for threads.
     processes: Option<usize>,
-    /// Of CUDA devices: the one with the fewest blocks for each of its ranks.
-    room: Option<Occupancy>,
+    /// Occupancy of the most oversubscribed CUDA device. `None` on CPUs.
+    occupancy: Option<Occupancy>,
 }
 
-/// How many blocks fit on the device where it is closest.
+/// The ranks on a device and the blocks that can be resident there.
 #[derive(Clone, Debug)]
 pub(crate) struct Occupancy {
     pub(crate) device: String,
@@ -40,47 +40,57 @@ impl Placement {
             device: devices[rank].to_string(),
             reason,
         };
-        let mut sites: Vec<MemorySpace> = vec![];
+        let mut spaces: Vec<MemorySpace> = vec![];
         for (rank, device) in devices.iter().enumerate() {
             if (device.0 == Kind::Cpu) != (devices[0].0 == Kind::Cpu) {
                 let reason = format!(
-                    "rank 0 is on {}, and CPUs and CUDA devices can't be in one world: give every \
-                     rank the same kind",
+                    "rank 0 is on {}, but the ranks of a world are all on CPUs or all on CUDA \
+                        devices: give every rank the same kind",
                     devices[0]
                 );
                 return Err(unavailable(rank, reason));
             }
-            sites.push(match device.0 {
+            spaces.push(match device.0 {
                 Kind::Cpu => MemorySpace::Host,
                 Kind::Cuda(ordinal) => MemorySpace::Cuda(
                     Context::open(ordinal).map_err(|reason| unavailable(rank, reason))?,
                 ),
             });
         }
-        let failed = |failed: cuda::Failed| Error::DeviceFailed { rank: 0, reason: failed.into() };
-        let peers = cuda::all_pairs(&sites, |one, other| match (one, other) {
+        let failed = |failed: cuda::Failed| Error::DeviceFailed {
+            rank: 0,
+            source: String::from(failed).into(),
+        };
+        let peers = cuda::all_pairs(&spaces, |one, other| match (one, other) {
             (MemorySpace::Cuda(one), MemorySpace::Cuda(other)) => cuda::peer::access(one, other),
             _ => Ok(PeerAccess::Verified),
         });
         let peers = peers.map_err(failed)?;
-        let connections = cuda::all_pairs(&sites, |one, other| match (one, other) {
+        let connections = cuda::all_pairs(&spaces, |one, other| match (one, other) {
             (MemorySpace::Cuda(one), MemorySpace::Cuda(other)) => cuda::connection(one, other),
             _ => Ok(Connection::Same),
         });
         let order = ring_order(&distances(&connections.map_err(failed)?, &peers));
-        let rooms = sites.iter().zip(devices).filter_map(|(space, device)| match space {
+        let occupancies = spaces.iter().zip(devices).filter_map(|(space, device)| match space {
             MemorySpace::Host => None,
             MemorySpace::Cuda(context) => {
                 Some((context.ordinal(), device.to_string(), context.resident_blocks()))
             }
         });
-        let room = closest(rooms);
-        Ok(Placement { devices: devices.to_vec(), sites, peers, order, processes: None, room })
+        let occupancy = most_oversubscribed(occupancies);
+        Ok(Placement {
+            devices: devices.to_vec(),
+            spaces,
+            peers,
+            order,
+            processes: None,
+            occupancy,
+        })
     }
 
-    /// Of ranks that are processes of this host, by rank. `own`: what this process calls its
-    /// device, and what runs its kernels, which here stands for all. `access`: whether two ranks
-    /// reach each other's memory, as all ranks know it.
+    /// Placement of processes of this host, by rank. `own` is this process's device and memory
+    /// space, which stand for those of all ranks. `access` returns the peer access of two ranks,
+    /// the same on every rank.
     #[cfg(target_os = "linux")]
     pub(super) fn of_processes(
         host_infos: &[&HostInfo],
@@ -94,26 +104,26 @@ impl Placement {
             .iter()
             .map(|one| host_infos.iter().map(|other| one.connection(other)).collect())
             .collect();
-        let rooms = host_infos.iter().filter_map(|host_info| {
+        let occupancies = host_infos.iter().filter_map(|host_info| {
             let gpu = host_info.gpu.as_ref()?;
             Some((gpu.identity.uuid.as_str(), host_info.device.clone(), gpu.resident_blocks))
         });
         Placement {
             devices: vec![own.0; host_infos.len()],
-            sites: vec![own.1.clone(); host_infos.len()],
+            spaces: vec![own.1.clone(); host_infos.len()],
             order: ring_order(&distances(&connections, &peers)),
             peers,
             processes: host_infos.iter().map(|host_info| host_info.cores).min(),
-            room: closest(rooms),
+            occupancy: most_oversubscribed(occupancies),
         }
     }
 
-    /// Whether every rank is a process of its own.
+    /// True if every rank is a process.
     pub(crate) fn between_processes(&self) -> bool {
         self.processes.is_some()
     }
 
-    /// Cores that all ranks share, if they are on CPUs.
+    /// Number of cores that the ranks share. Meaningful on CPUs only.
     pub(crate) fn cores(&self) -> usize {
         let all = || std::thread::available_parallelism().map_or(1, |cores| cores.get());
         self.processes.unwrap_or_else(all)
@@ -128,11 +138,11 @@ impl Placement {
     }
 
     pub(super) fn space(&self, rank: usize) -> &MemorySpace {
-        &self.sites[rank]
+        &self.spaces[rank]
     }
 
-    /// Whether every rank addresses the memory of every other by itself: threads on CPUs, or all on
-    /// one device.
+    /// True if every rank can address the memory of every other directly: threads on CPUs, or
+    /// threads on one device.
     pub(crate) fn one_memory(&self) -> bool {
         !self.between_processes() && self.devices.iter().all(|device| *device == self.devices[0])
     }
@@ -145,20 +155,20 @@ impl Placement {
         &self.order
     }
 
-    /// Where a rank is in the ring.
+    /// Position of a rank in the ring.
     pub(crate) fn position(&self, rank: usize) -> usize {
         self.order.iter().position(|&other| other == rank).expect("every rank is in the ring")
     }
 
-    /// Of CUDA devices.
-    pub(crate) fn room(&self) -> Option<&Occupancy> {
-        self.room.as_ref()
+    /// Occupancy of the most oversubscribed CUDA device. `None` on CPUs.
+    pub(crate) fn occupancy(&self) -> Option<&Occupancy> {
+        self.occupancy.as_ref()
     }
 }
 
-/// How far every two ranks are from each other.
+/// Distance between every two ranks. Only the order of distances matters.
 fn distances(connections: &[Vec<Connection>], peers: &[Vec<PeerAccess>]) -> Vec<Vec<u32>> {
-    const DETOUR: u32 = 100; // longer than any way that is straight
+    const DETOUR: u32 = 100; // longer than any direct connection
     let distance = |(&way, &access): (&Connection, &PeerAccess)| {
         way as u32 + if access == PeerAccess::Verified { 0 } else { DETOUR }
     };
@@ -169,19 +179,21 @@ fn distances(connections: &[Vec<Connection>], peers: &[Vec<PeerAccess>]) -> Vec<
         .collect()
 }
 
-/// Of devices with a rank each, by what tells them apart, with a name and the blocks that fit: the
-/// one with the fewest blocks for each of its ranks.
-fn closest<K: Ord>(devices: impl Iterator<Item = (K, String, u32)>) -> Option<Occupancy> {
-    let mut rooms: BTreeMap<K, Occupancy> = BTreeMap::new();
+/// Returns the most oversubscribed device: the minimum of resident blocks per rank, grouped by
+/// device key. Takes one (key, name, resident blocks) for each rank.
+fn most_oversubscribed<K: Ord>(
+    devices: impl Iterator<Item = (K, String, u32)>,
+) -> Option<Occupancy> {
+    let mut occupancies: BTreeMap<K, Occupancy> = BTreeMap::new();
     for (key, device, blocks) in devices {
-        rooms.entry(key).or_insert(Occupancy { device, ranks: 0, blocks }).ranks += 1;
+        occupancies.entry(key).or_insert(Occupancy { device, ranks: 0, blocks }).ranks += 1;
     }
-    rooms.into_values().min_by_key(|room| room.blocks / room.ranks)
+    occupancies.into_values().min_by_key(|occupancy| occupancy.blocks / occupancy.ranks)
 }
 
-/// From rank 0 always on to the nearest that is left: then all that hang on one switch, and all
-/// next to one NUMA node, follow one another, and no ring crosses between such groups less often.
-/// Of several, the lowest rank.
+/// Ring order: begins at rank 0 and continues with the nearest rank that is left, the lowest of
+/// several. Ranks on one switch, and ranks next to one NUMA node, then follow one another, so the
+/// ring crosses between such groups as seldom as possible.
 fn ring_order(distances: &[Vec<u32>]) -> Vec<usize> {
     let mut left: Vec<usize> = (1..distances.len()).collect();
     let mut order = vec![0];
@@ -200,7 +212,7 @@ mod tests {
 
     #[test]
     fn rings_go_through_one_switch_and_one_node_after_the_other() {
-        // Ranks 0 … 7 on switches 0 1 0 1 2 3 2 3, of which 0 and 1 are on one NUMA node, 2 and 3
+        // Ranks 0 … 7 on switches 0 1 0 1 2 3 2 3. Switches 0 and 1 are on one NUMA node, 2 and 3
         // on the other.
         let switch = [0, 1, 0, 1, 2, 3, 2, 3];
         let distance = |a: usize, b: usize| match (switch[a], switch[b]) {
@@ -212,7 +224,7 @@ mod tests {
         let distances: Vec<Vec<u32>> =
             (0..8).map(|a| (0..8).map(|b| distance(a, b)).collect()).collect();
         assert_eq!(ring_order(&distances), [0, 2, 1, 3, 4, 6, 5, 7]);
-        // Pairs with access to each other, and no other.
+        // Only ranks 0 and 2, and ranks 1 and 3, have peer access to each other.
         let distances: Vec<Vec<u32>> = (0..4)
             .map(|a| (0..4).map(|b| if a % 2 == b % 2 { 3 } else { 103 }).collect())
             .collect();

@@ -1,19 +1,20 @@
-//! Averagers that a process has to build again in the next view of its world.
+//! Interface to the averagers that a process builds again after a view change.
 
 use super::Communicator;
 use crate::Result;
 
-/// Everything that an averager can be built from again. The world knows those of its process.
+/// The recipe of an averager, kept by the world for all averagers of the process.
 pub(crate) trait Rebuild: Send + Sync + std::fmt::Debug {
-    /// Identifies the averager: the same on every rank and in every view.
+    /// Identifier of the averager, the same on every rank and in every view.
     fn ordinal(&self) -> &str;
 
-    /// Builds its successor. Collective. `number` is its place among all that are built again.
+    /// Builds the averager for the new view. Collective. `number` is the position of the averager
+    /// among all that are built again.
     ///
-    /// An error means that the view has lost a rank. What concerns this averager alone is kept for
+    /// An error means that the view has lost a rank. An error of this averager alone is stored in
     /// it.
     fn rebuild(&self, communicator: &Communicator, number: u32) -> Result<()>;
 
-    /// Notes that there is no successor, since rank `rank` does not have the averager any more.
+    /// Records that the averager cannot be built again, since `rank` has dropped its own.
     fn refuse(&self, communicator: &Communicator, rank: usize);
 }

@@ -1,10 +1,10 @@
-//! Which world a rank is in, among those that may have its name.
+//! Identity of a world of processes.
 
 use std::fmt;
 use std::time::SystemTime;
 
-/// Identity of a world of processes: its name, and the process that began it. The same on every
-/// rank. See [`Communicator::world`](crate::Communicator::world).
+/// Identity of a world of processes: its name, and the process that began it. Tells worlds of one
+/// name apart. The same on every rank. See [`Communicator::world`](crate::Communicator::world).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WorldId {
     pub(super) name: String,
@@ -16,31 +16,32 @@ pub struct WorldId {
 }
 
 impl WorldId {
-    /// The name that its ranks gave, or that was made of their launcher's variables.
+    /// The name that the ranks gave, or that was made from the variables of their launcher.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The process that was rank 0 when the world began, which may have ended. `None`: it is in
-    /// another PID namespace, where numbers mean other processes.
+    /// The id of the process that was rank 0 when the world began. That process may have ended.
+    /// `None` if it belongs to another PID namespace.
     pub fn pid(&self) -> Option<u32> {
         self.pid
     }
 
-    /// The job of that process, in words: its launcher's name for it, or the process that has
-    /// started it.
+    /// The job of that process, as text: the launcher's job id, or the parent process.
     pub fn job(&self) -> &str {
         &self.job
     }
 
-    /// When all ranks had met, by that process's clock.
+    /// The time at which all ranks had arrived, by the clock of that process.
     pub fn since(&self) -> SystemTime {
         self.since
     }
 
-    /// Other worlds of the name that [`Communicator::join`](crate::Communicator::join) found beside the one that
-    /// it entered: those whose rank 0 is gone, since a rank 0 keeps the name. 0 on ranks that have
-    /// begun a world.
+    /// The number of other worlds of this name that
+    /// [`Communicator::join`](crate::Communicator::join) found.
+    ///
+    /// Their rank 0 has departed: a rank 0 that lives keeps the name. Always 0 on ranks that did
+    /// not join later.
     pub fn others(&self) -> usize {
         self.others
     }

@@ -30,14 +30,14 @@ pub fn run(scenario: &str) {
         "broken-p2p" => links::not_reached(PeerAccess::Broken),
         "link-races" => links::races(),
         "link-failures" => links::failures(),
-        #[cfg(feature = "cudarc")]
+        #[cfg(feature = "cuda")]
         "interop" => super::interop::interop(),
-        #[cfg(feature = "cudarc")]
+        #[cfg(feature = "cuda")]
         "interop-devices" => super::interop::devices(),
         "strict-failures" => strict::failures(),
-        #[cfg(feature = "cudarc")]
+        #[cfg(feature = "cuda")]
         "strict-ends" => strict::whole_averages_end(),
-        #[cfg(feature = "cudarc")]
+        #[cfg(feature = "cuda")]
         "strict-slices" => super::interop::captured_slices(),
         "strict-captures" => strict::beside_a_blocking_capture(),
         "strict-peers" => strict::one_peer_each(),
@@ -406,7 +406,8 @@ fn out_of_memory() {
     });
     for error in errors {
         let error = error.unwrap_err();
-        let Error::DeviceFailed { reason, .. } = &error else { panic!("{error}") };
+        let Error::DeviceFailed { source, .. } = &error else { panic!("{error}") };
+        let reason = source.to_string();
         assert!(reason.contains("cuMemAlloc") && reason.contains("OUT_OF_MEMORY"), "{error}");
     }
 }

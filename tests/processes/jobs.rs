@@ -40,7 +40,8 @@ fn play(one: Command, other: Command, apart: Duration) -> [usize; 2] {
         for error in &errors {
             let names = error.matches("process ").count() >= 2;
             assert!(
-                names && error.contains("say") || error.contains("seems to be of another job"),
+                names && error.contains("claim")
+                    || error.contains("seems to belong to another job"),
                 "{error}"
             );
         }
@@ -274,7 +275,7 @@ fn two_processes_with_one_number_end_the_meeting_for_all() {
             let error = &rank.said("error")[0];
             let both = [twice, 2].iter().all(|&at| error.contains(&pids[at]));
             assert!(
-                both && error.contains(&format!("two processes say that they are rank {twice}")),
+                both && error.contains(&format!("two processes claim rank {twice}")),
                 "{error}"
             );
         }
@@ -303,7 +304,7 @@ fn a_name_is_held_for_the_life_of_a_world() {
         assert_eq!(second.end(), Some(3));
         let error = &second.said("error")[0];
         let names = error.contains(&format!("process {} ", world[0].child.id()));
-        assert!(names && error.contains("which has begun"), "{error}");
+        assert!(names && error.contains("which began"), "{error}");
         assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
     }
     // A rank 0 that is stopped holds it, too.

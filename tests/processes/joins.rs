@@ -202,7 +202,7 @@ fn who_can_not_join_is_told_why_and_harms_nobody() {
     let mut nowhere = late("meet", &name(), 1, &soon);
     assert_eq!(nowhere.end(), Some(3));
     let error = &nowhere.said("error")[0];
-    assert!(error.contains("no such world was to be found on this host within 1.5s"), "{error}");
+    assert!(error.contains("no world of this name was found on this host within 1.5s"), "{error}");
 
     // Nobody averages meanwhile.
     let name = name();
@@ -213,7 +213,7 @@ fn who_can_not_join_is_told_why_and_harms_nobody() {
     let mut early = late("meet", &name, 2, &soon);
     assert_eq!(early.end(), Some(3));
     let error = &early.said("error")[0];
-    assert!(error.contains("its 2 ranks let nobody in within 1.5s"), "{error}");
+    assert!(error.contains("its 2 ranks admitted no process within 1.5s"), "{error}");
     pausing[1].signal(Signal::STOP);
     let mut silent = late("meet", &name, 2, &soon);
     assert_eq!(silent.end(), Some(3));
@@ -242,7 +242,7 @@ fn who_can_not_join_is_told_why_and_harms_nobody() {
     pausing.iter().for_each(|rank| rank.signal(Signal::KILL));
     assert_eq!(waiting.end(), Some(3));
     let error = &waiting.said("error")[0];
-    assert!(error.contains("come to its end"), "{error}");
+    assert!(error.contains("the world has ended"), "{error}");
 }
 
 /// One of four panics, and another takes its place.

@@ -31,11 +31,7 @@ fn a_shell_of_slurms_is_no_rank() {
     for variables in [&sbatch[..], &pty] {
         let rank = said(variables);
         assert_eq!(rank.said("is_launched"), ["false"]);
-        assert!(
-            rank.said("error")[0].contains("a shell of Slurm's and no rank"),
-            "{:?}",
-            rank.heard
-        );
+        assert!(rank.said("error")[0].contains("a Slurm shell and not a rank"), "{:?}", rank.heard);
     }
     assert_eq!(said(&[]).said("is_launched"), ["false"]);
     assert_eq!(said(&[("RANK", "0"), ("WORLD_SIZE", "1")]).said("is_launched"), ["true"]);
@@ -135,7 +131,8 @@ fn ranks_of_mpich_meet_through_wrappers() {
         }
         // Each wrapper is taken for the manager; who waits is told what the name was taken from.
         assert_eq!(manager.said("error").len(), 2, "{:#?}", manager.heard);
-        let told = |error: &String| error.contains("made of the process that has started this one");
+        let told =
+            |error: &String| error.contains("made from the process that has started this one");
         assert!(manager.said("error").iter().all(told), "{:#?}", manager.heard);
     }
     std::fs::remove_dir_all(folder).unwrap();
@@ -169,7 +166,7 @@ fn a_rank_that_waits_says_for_what_and_what_to_set() {
         let told = ranks[rank].said("stderr: param-averager: after 10s,");
         assert!(told.len() == 1 && told[0].starts_with(waits), "{told:?}");
         assert!(
-            told[0].contains("made of MASTER_PORT")
+            told[0].contains("made from MASTER_PORT")
                 && told[0].contains("set PARAM_AVERAGER_RENDEZVOUS")
         );
     }
@@ -196,7 +193,7 @@ fn names_have_a_length() {
             assert!(
                 is_right
                     || rank.said("error")[0]
-                        .contains(&format!("has {bytes} bytes: it can have 1024"))
+                        .contains(&format!("has {bytes} bytes, but the limit is 1024"))
             );
         }
         assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());

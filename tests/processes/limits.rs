@@ -196,8 +196,8 @@ fn limits_while_building_are_named_on_all_ranks() {
 #[test]
 fn a_rank_that_can_not_open_a_peers_memory_blames_itself() {
     for (resource, rooms, says) in [
-        ("descriptors", 1..10, "taking file descriptors that came with a message"),
-        ("memory", 20..60, "opening that of rank"),
+        ("descriptors", 1..10, "receiving the file descriptors of a message"),
+        ("memory", 20..60, "opening memory of rank"),
     ] {
         let limit = LIMITS.into_iter().find(|limit| limit.resource == resource).unwrap();
         let mut opening = 0;

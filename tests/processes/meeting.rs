@@ -97,9 +97,12 @@ fn torchrun_starts_ranks() {
 fn ranks_that_disagree_are_named_on_every_rank() {
     let world =
         |n| move |rank| if rank == 2 { vec![("PA_TEST_WORLD", format!("{n}"))] } else { vec![] };
-    all_fail(start_all("meet", 3, world(4)), &["rank 2 has the world size \"4\", rank 0 \"3\""]);
+    all_fail(
+        start_all("meet", 3, world(4)),
+        &["rank 2 has the world size \"4\", rank 0 has \"3\""],
+    );
     let twice = |rank| if rank == 2 { vec![("PA_TEST_RANK", "1".to_owned())] } else { vec![] };
-    all_fail(start_all("meet", 3, twice), &["two processes say that they are rank 1"]);
+    all_fail(start_all("meet", 3, twice), &["two processes claim rank 1"]);
     let layout =
         |rank| if rank == 1 { vec![("PA_TEST_ELEMENTS", "999".to_owned())] } else { vec![] };
     all_fail(
@@ -138,8 +141,8 @@ fn ranks_that_do_not_come_are_named() {
         assert_eq!(process.end(), Some(3));
         // A rank's own patience may end a moment before rank 0's.
         let error = &process.said("error")[0];
-        let told = error.contains("did not come within 500ms: 3, 4");
-        assert!(told || rank > 0 && error.contains("was not to be found"), "{error}");
+        let told = error.contains("did not arrive within 500ms: 3, 4");
+        assert!(told || rank > 0 && error.contains("was not found"), "{error}");
     }
     let late = |_| vec![("PA_TEST_MEET_MS", "300".to_owned()), ("PA_TEST_RANK", "1".to_owned())];
     all_fail(

@@ -92,7 +92,7 @@ fn a_name_is_held_across_namespaces() {
         assert_eq!(second.end(), Some(3), "{:#?}", second.heard);
         let error = &second.said("error")[0];
         assert!(
-            error.contains("of another PID namespace") && error.contains("has begun"),
+            error.contains("of another PID namespace") && error.contains("which began"),
             "{error}"
         );
         assert!(begin.elapsed() < Duration::from_secs(10));

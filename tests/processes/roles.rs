@@ -127,7 +127,7 @@ pub fn try_to_join() -> i32 {
                     let error = joined.unwrap_err().to_string();
                     // Such a one was a peer of the members, or on its way to be.
                     let was_in =
-                        error.contains("let nobody in") || error.contains("did not answer");
+                        error.contains("admitted no process") || error.contains("did not answer");
                     withdrawn.fetch_add(u64::from(was_in), Ordering::Relaxed);
                 }
             });

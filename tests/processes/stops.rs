@@ -53,16 +53,16 @@ fn wakes(rank: &mut Rank, with: &[&str]) {
 }
 
 /// What ranks other than 0 are told when rank 0 says nothing in their time.
-const NO_HOST: &str = "was not to be found on this host within";
+const NO_HOST: &str = "was not found on this host within";
 
 #[test]
 fn one_that_is_stopped_before_it_comes() {
     for stopped in [0, 2] {
         let mut ranks = stopped_at(3, stopped, "join", timeouts(SHORT_MS, LONG_MS));
         let missing: &[&str] =
-            if stopped == 0 { &[NO_HOST] } else { &["did not come within 2s: 2", NO_HOST] };
+            if stopped == 0 { &[NO_HOST] } else { &["did not arrive within 2s: 2", NO_HOST] };
         ends(&mut ranks, stopped, 3, missing);
-        let alone = if stopped == 0 { "did not come within 2s: 1, 2" } else { NO_HOST };
+        let alone = if stopped == 0 { "did not arrive within 2s: 1, 2" } else { NO_HOST };
         wakes(&mut ranks[stopped], &[alone]);
     }
 }
@@ -102,7 +102,7 @@ fn one_that_is_stopped_while_it_waits_for_the_others() {
             ranks[0].enough();
             assert!([Some(0), Some(3)].contains(&ranks[0].end()), "{:#?}", ranks[0].heard);
             let told = [ranks[0].said("error"), ranks[0].said("failed")].concat();
-            let why = ["did not come within", "has left the world while building"];
+            let why = ["did not arrive within", "has left the world while building"];
             assert!(why.iter().any(|why| told[0].contains(why)), "{told:?}");
             continue;
         }

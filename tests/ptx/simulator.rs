@@ -49,7 +49,7 @@ pub fn driver_for(test: &str) -> Option<Driver> {
         true => Ok(Driver::Own),
         false => find_or_build().map(Driver::Simulated),
     };
-    let fatbin = param_averager::__private::fatbin().map_err(str::to_owned);
+    let fatbin = param_averager::__testing::fatbin().map_err(str::to_owned);
     match fatbin.and_then(|_| DRIVER.get_or_init(found).clone()) {
         Ok(driver) => Some(driver),
         Err(reason) => {

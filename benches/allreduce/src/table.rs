@@ -60,7 +60,7 @@ impl Table {
 
     /// Who and what, before anything is measured.
     pub fn preamble(&mut self, args: &Args, options: &Options) -> io::Result<()> {
-        let set = param_averager::__private::instruction_sets()[0];
+        let set = param_averager::BuildInfo::get().instruction_set;
         let memory = available().map_or(String::new(), |(free, all)| {
             let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
             format!(", {:.1} of {:.1} GiB memory free", gib(free), gib(all))

@@ -1,25 +1,26 @@
-//! A device of this process: its primary context, which it shares with the trainer, and the
-//! kernels, loaded.
+//! An opened device: its primary context, which it shares with the application, and the loaded
+//! kernels.
 
 use std::collections::BTreeMap;
 use std::ffi::{c_int, CString};
 use std::marker::PhantomData;
 use std::ptr::null_mut;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
 use super::driver::{self, call, Failed};
 use super::rank::THREADS;
+use crate::sync::lock;
 
-/// The kernels, by `PaKernel`.
+/// Names of the kernels, indexed by `PaKernel`.
 const KERNELS: [&str; 5] = ["pa_direct", "pa_ring", "pa_ring_reduce", "pa_ring_gather", "pa_scan"];
-/// And the one that finds out whether devices reach each other.
+/// Name of the kernel that tests peer access.
 const PROBE: &str = "pa_probe";
 
-/// A device whose kernels are loaded. One per device and process, and for the life of the process:
-/// to unload them is to wait for every kernel on the device, and one of them may be another world's
-/// average that waits for this very thread.
+/// A device with loaded kernels. One exists per device and process, for the life of the process:
+/// unloading waits for every kernel on the device, and one of them may be an average of another
+/// world that waits for the calling thread.
 #[derive(Debug)]
 pub(crate) struct Context {
     ordinal: usize,
@@ -28,13 +29,13 @@ pub(crate) struct Context {
     module: sys::CUmodule,
     kernels: [sys::CUfunction; 5],
     probe: sys::CUfunction,
-    /// For what the host copies while kernels run. Does not wait for the null stream.
+    /// Stream for copies while kernels run. It does not wait for the null stream.
     side: sys::CUstream,
-    /// Blocks that can be resident at once, of any of the kernels.
+    /// Blocks that can be resident at once, the minimum over all kernels.
     resident: u32,
-    /// Memory that nobody uses. It is kept while this process has an averager on any device:
-    /// freeing it waits for every kernel on the device, and one of them may be an average that
-    /// waits for this very rank.
+    /// Unused memory, kept while this process has an averager on any device. Freeing it waits for
+    /// every kernel on the device, and one of them may be an average that waits for the calling
+    /// rank.
     spare: Mutex<Spare>,
 }
 
@@ -45,13 +46,13 @@ pub(super) struct Spare {
     pub(super) pinned: Vec<(usize, u64)>,
 }
 
-// SAFETY: handles, which the driver lets every thread use.
+// SAFETY: handles, which the driver allows on every thread.
 unsafe impl Send for Context {}
 // SAFETY: as above.
 unsafe impl Sync for Context {}
 
 impl Context {
-    /// The device of this ordinal, or why it can't be used.
+    /// Opens a device. An error says why it can't be used.
     pub(crate) fn open(ordinal: usize) -> Result<Arc<Context>, String> {
         let mut open = opened();
         if let Some(context) = open.get(&ordinal) {
@@ -66,7 +67,10 @@ impl Context {
         let fatbin = super::fatbin()?;
         let driver = driver::get()?;
         if ordinal >= driver.devices {
-            return Err(format!("there are {} CUDA devices, numbered from 0", driver.devices));
+            return Err(format!(
+                "this process has {} CUDA devices, numbered from 0",
+                driver.devices
+            ));
         }
         let mut context = Context {
             ordinal,
@@ -79,7 +83,7 @@ impl Context {
             resident: 0,
             spare: Mutex::default(),
         };
-        // SAFETY: the driver is there, and is given valid pointers.
+        // SAFETY: the driver is loaded, and the pointers are valid.
         unsafe {
             call!(cuDeviceGet(&mut context.device, ordinal as c_int))?;
             call!(cuDevicePrimaryCtxRetain(&mut context.raw, context.device))?;
@@ -91,8 +95,8 @@ impl Context {
     fn load(&mut self, driver: driver::Driver, fatbin: &[u8]) -> Result<(), String> {
         let _bound = bind(self.raw)?;
         let context = self;
-        // SAFETY: the context is bound; handles go where they belong, and the drop gives back those
-        // made.
+        // SAFETY: the context is bound; every handle is stored in a field of its type, and the drop
+        // releases those created.
         unsafe {
             let (major, minor) = (
                 context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
@@ -101,11 +105,10 @@ impl Context {
             call!(cuModuleLoadData(&mut context.module, fatbin.as_ptr().cast())).map_err(
                 |error| {
                     format!(
-                    "its driver, which supports CUDA {}, can't load the kernels for a device of \
-                     compute capability \
-                     {major}.{minor}: {error}; update the driver, or build with \
-                     CUDA_COMPUTE_CAP={major}{minor} and an \
-                     nvcc that is not newer than the driver",
+                    "the driver, which supports CUDA {}, can't load the kernels for a device of \
+                        compute capability {major}.{minor}: {error}; update the driver, or build \
+                        with CUDA_COMPUTE_CAP={major}{minor} and an nvcc that is not newer than \
+                        the driver",
                     driver.version()
                 )
                 },
@@ -140,17 +143,17 @@ impl Context {
         Ok(())
     }
 
-    /// Blocks of [`THREADS`] that can run at the same time.
+    /// Number of blocks of [`THREADS`] threads that can be resident at once.
     pub(crate) fn resident_blocks(&self) -> u32 {
         self.resident
     }
 
-    /// Makes it this thread's current context, until the result is dropped.
+    /// Makes the context current on this thread until the result is dropped.
     pub(super) fn bind(&self) -> Result<Bound, Failed> {
         bind(self.raw)
     }
 
-    /// The device's number in this process.
+    /// Index of the device in this process.
     pub(crate) fn ordinal(&self) -> usize {
         self.ordinal
     }
@@ -171,7 +174,7 @@ impl Context {
         self.kernels[kernel as usize]
     }
 
-    /// Does something on a stream that waits for no other, and returns when it is done.
+    /// Enqueues work on a stream that waits for no other stream, and waits for it.
     pub(super) fn on_the_side(
         &self,
         f: impl FnOnce(sys::CUstream) -> Result<(), Failed>,
@@ -183,10 +186,10 @@ impl Context {
     }
 
     pub(super) fn spare(&self) -> MutexGuard<'_, Spare> {
-        self.spare.lock().unwrap_or_else(PoisonError::into_inner) // lists, whole at any time
+        lock(&self.spare)
     }
 
-    /// Frees what nobody uses. Waits for kernels.
+    /// Frees unused memory. Waits for kernels.
     pub(super) fn free_spare(&self) {
         let spare = std::mem::take(&mut *self.spare());
         if spare.device.is_empty() && spare.pinned.is_empty() {
@@ -194,7 +197,7 @@ impl Context {
         }
         let Ok(_bound) = self.bind() else { return };
         for (_, address) in spare.device {
-            // SAFETY: allocated by `memory`, and nobody's since. An error leaves nothing to do.
+            // SAFETY: allocated by `memory`, and no longer used. An error leaves nothing to do.
             let _ = unsafe { call!(cuMemFree_v2(address)) };
         }
         for (_, address) in spare.pinned {
@@ -210,15 +213,14 @@ impl Context {
         Ok(value)
     }
 
-    /// Whether the address is in memory of this device.
+    /// True if the address is in memory of this device.
     pub(crate) fn owns(&self, address: u64) -> bool {
         let Ok(_bound) = self.bind() else { return false };
         let mut ordinal: c_int = -1;
         let ordinal_of = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL;
         let mut kind = 0u32;
         let kind_of = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
-        // SAFETY: the attributes have these types. What is no address of the driver's is an error,
-        // not a fault.
+        // SAFETY: the attributes have these types. An unknown address is an error and not a fault.
         let known = unsafe {
             call!(cuPointerGetAttribute((&raw mut ordinal).cast(), ordinal_of, address)).is_ok()
                 && call!(cuPointerGetAttribute((&raw mut kind).cast(), kind_of, address)).is_ok()
@@ -234,7 +236,7 @@ impl Drop for Context {
         if self.raw.is_null() {
             return;
         }
-        // SAFETY: made by `new`, which failed, if they are not null. Errors leave nothing to do.
+        // SAFETY: created by `new`, which then failed, unless null. An error leaves nothing to do.
         unsafe {
             if let Ok(_bound) = self.bind() {
                 if !self.side.is_null() {
@@ -249,15 +251,16 @@ impl Drop for Context {
     }
 }
 
-/// All that have been opened.
+/// All opened devices, by ordinal.
 pub(super) fn opened() -> MutexGuard<'static, BTreeMap<usize, Arc<Context>>> {
     static OPENED: Mutex<BTreeMap<usize, Arc<Context>>> = Mutex::new(BTreeMap::new());
-    OPENED.lock().unwrap_or_else(PoisonError::into_inner) // a map, whole at any time
+    lock(&OPENED)
 }
 
-/// While it lives, a context is this thread's current one; then the one before it is again, which
-/// is the trainer's. And the thread may allocate and wait although another captures a CUDA graph:
-/// nothing that is done here is a part of one but what goes to the very stream that is captured.
+/// Keeps a context current on this thread, and restores the previous one, which is the
+/// application's. Also relaxes the capture mode, so that this thread may allocate and wait while
+/// another thread captures a CUDA graph. Only work on the captured stream itself becomes part of a
+/// graph.
 pub(super) struct Bound {
     mode: sys::CUstreamCaptureMode,
     of_this_thread: PhantomData<*const ()>,
@@ -265,7 +268,8 @@ pub(super) struct Bound {
 
 fn bind(context: sys::CUcontext) -> Result<Bound, Failed> {
     let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-    // SAFETY: retained by whoever calls; the mode is swapped for the one before.
+    // SAFETY: the caller has retained the context; the capture mode is swapped with the previous
+    // one.
     unsafe {
         call!(cuCtxPushCurrent_v2(context))?;
         if let Err(failed) = call!(cuThreadExchangeStreamCaptureMode(&mut mode)) {
@@ -279,7 +283,8 @@ fn bind(context: sys::CUcontext) -> Result<Bound, Failed> {
 impl Drop for Bound {
     fn drop(&mut self) {
         let mut popped = null_mut();
-        // SAFETY: `bind` pushed it, and took the mode. An error leaves nothing to do.
+        // SAFETY: `bind` has pushed the context and swapped the mode. An error leaves nothing to
+        // do.
         unsafe {
             let _ = call!(cuThreadExchangeStreamCaptureMode(&mut self.mode));
             let _ = call!(cuCtxPopCurrent_v2(&mut popped));

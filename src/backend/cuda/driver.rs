@@ -1,84 +1,97 @@
-//! Whether there is a driver, and what it says when a call fails.
+//! The NVIDIA driver: loading, version check and errors.
 
 use std::ffi::CStr;
 use std::sync::OnceLock;
 
-use cudarc::driver::sys::{self, CUresult};
+use cudarc::driver::sys::CUresult;
 
-/// Every function that this crate calls. cudarc would panic at the first one that is missing.
-const FUNCTIONS: &[&str] = &[
-    "cuInit",
-    "cuDriverGetVersion",
-    "cuGetErrorName",
-    "cuGetErrorString",
-    "cuDeviceGet",
-    "cuDeviceGetCount",
-    "cuDeviceGetAttribute",
-    "cuDeviceGetName",
-    "cuDeviceTotalMem_v2",
-    "cuDeviceGetPCIBusId",
-    "cuDeviceGetUuid_v2",
-    "cuDeviceCanAccessPeer",
-    "cuDeviceGetP2PAttribute",
-    "cuDevicePrimaryCtxRetain",
-    "cuDevicePrimaryCtxRelease_v2",
-    "cuCtxPushCurrent_v2",
-    "cuCtxPopCurrent_v2",
-    "cuCtxEnablePeerAccess",
-    "cuCtxDisablePeerAccess",
-    "cuModuleLoadData",
-    "cuModuleUnload",
-    "cuModuleGetFunction",
-    "cuOccupancyMaxActiveBlocksPerMultiprocessor",
-    "cuLaunchKernel",
-    "cuLaunchCooperativeKernel",
-    "cuStreamCreate",
-    "cuStreamDestroy_v2",
-    "cuStreamSynchronize",
-    "cuStreamWaitEvent",
-    "cuStreamGetFlags",
-    "cuStreamIsCapturing",
-    "cuThreadExchangeStreamCaptureMode",
-    "cuStreamWriteValue32_v2",
-    "cuEventCreate",
-    "cuEventDestroy_v2",
-    "cuEventRecord",
-    "cuEventQuery",
-    "cuEventSynchronize",
-    "cuMemAlloc_v2",
-    "cuMemFree_v2",
-    "cuMemHostAlloc",
-    "cuMemFreeHost",
-    "cuMemHostRegister_v2",
-    "cuMemHostGetDevicePointer_v2",
-    "cuMemHostUnregister",
-    "cuMemGetAddressRange_v2",
-    "cuIpcGetMemHandle",
-    "cuIpcOpenMemHandle_v2",
-    "cuIpcCloseMemHandle",
-    "cuMemsetD8Async",
-    "cuMemcpyHtoDAsync_v2",
-    "cuMemcpyDtoHAsync_v2",
-    "cuPointerGetAttribute",
-];
+/// Declares the driver functions that this crate calls: `api`, through which `call!` reaches them,
+/// and `FUNCTIONS`, their names. cudarc panics at the first call of a missing function, so `find`
+/// looks up all of them before. A call of a function that is not declared does not compile.
+macro_rules! driver_api {
+    ($($function:ident),* $(,)?) => {
+        pub(crate) mod api {
+            // Off Linux, CUDA IPC is not used. On Linux an unused declaration is a warning.
+            #[cfg_attr(not(target_os = "linux"), allow(unused_imports))]
+            pub(crate) use cudarc::driver::sys::{$($function),*};
+        }
+        const FUNCTIONS: &[&str] = &[$(stringify!($function)),*];
+    };
+}
+
+driver_api! {
+    cuInit,
+    cuDriverGetVersion,
+    cuGetErrorName,
+    cuGetErrorString,
+    cuDeviceGet,
+    cuDeviceGetCount,
+    cuDeviceGetAttribute,
+    cuDeviceGetName,
+    cuDeviceTotalMem_v2,
+    cuDeviceGetPCIBusId,
+    cuDeviceGetUuid_v2,
+    cuDeviceCanAccessPeer,
+    cuDeviceGetP2PAttribute,
+    cuDevicePrimaryCtxRetain,
+    cuDevicePrimaryCtxRelease_v2,
+    cuCtxPushCurrent_v2,
+    cuCtxPopCurrent_v2,
+    cuCtxEnablePeerAccess,
+    cuCtxDisablePeerAccess,
+    cuModuleLoadData,
+    cuModuleUnload,
+    cuModuleGetFunction,
+    cuOccupancyMaxActiveBlocksPerMultiprocessor,
+    cuLaunchKernel,
+    cuLaunchCooperativeKernel,
+    cuStreamCreate,
+    cuStreamDestroy_v2,
+    cuStreamSynchronize,
+    cuStreamWaitEvent,
+    cuStreamGetFlags,
+    cuStreamIsCapturing,
+    cuThreadExchangeStreamCaptureMode,
+    cuStreamWriteValue32_v2,
+    cuEventCreate,
+    cuEventDestroy_v2,
+    cuEventRecord,
+    cuEventQuery,
+    cuEventSynchronize,
+    cuMemAlloc_v2,
+    cuMemFree_v2,
+    cuMemHostAlloc,
+    cuMemFreeHost,
+    cuMemHostRegister_v2,
+    cuMemHostGetDevicePointer_v2,
+    cuMemHostUnregister,
+    cuMemGetAddressRange_v2,
+    cuIpcGetMemHandle,
+    cuIpcOpenMemHandle_v2,
+    cuIpcCloseMemHandle,
+    cuMemsetD8Async,
+    cuMemcpyHtoDAsync_v2,
+    cuMemcpyDtoHAsync_v2,
+    cuPointerGetAttribute,
+}
 
 /// An NVIDIA driver that has been initialised.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Driver {
-    /// The CUDA version it supports, as 1000 · major + 10 · minor.
+    /// The CUDA version that the driver supports, as 1000 · major + 10 · minor.
     version: i32,
-    /// Devices it shows to this process.
+    /// Number of devices visible to this process.
     pub(crate) devices: usize,
 }
 
 impl Driver {
-    /// Such as 13.0.
+    /// The CUDA version that the driver supports, such as 13.0.
     pub(crate) fn version(&self) -> String {
         format!("{}.{}", self.version / 1000, self.version % 1000 / 10)
     }
 }
 
-/// The driver, or why there is none and what to do. Looked for once.
+/// The driver, or the reason why it can't be used and what to do. Looked up once.
 pub(crate) fn get() -> Result<Driver, String> {
     static DRIVER: OnceLock<Result<Driver, String>> = OnceLock::new();
     DRIVER.get_or_init(find).clone()
@@ -87,7 +100,7 @@ pub(crate) fn get() -> Result<Driver, String> {
 fn find() -> Result<Driver, String> {
     let names =
         if cfg!(windows) { ["nvcuda.dll", "nvcuda"] } else { ["libcuda.so", "libcuda.so.1"] };
-    // SAFETY: a driver's initialisers run, as in every CUDA program.
+    // SAFETY: loading the driver runs its initialisers, as in every CUDA program.
     let library = names.iter().find_map(|name| unsafe { libloading::Library::new(*name) }.ok());
     let Some(library) = library else {
         return Err(format!(
@@ -97,23 +110,24 @@ fn find() -> Result<Driver, String> {
         ));
     };
     for &function in FUNCTIONS {
-        // SAFETY: only whether it is there matters.
+        // SAFETY: the symbol is not used, only its presence checked.
         if unsafe { library.get::<*const ()>(function.as_bytes()) }.is_err() {
             return Err(format!("the NVIDIA driver is too old: it has no {function}; update it"));
         }
     }
     std::mem::forget(library); // cudarc keeps it loaded, too
     let (mut version, mut devices) = (0, 0);
-    // SAFETY: the functions are there, and are given valid pointers.
+    // SAFETY: the functions exist, and the pointers are valid.
     unsafe {
-        check("cuInit", sys::cuInit(0)).map_err(|error| match error {
+        check("cuInit", api::cuInit(0)).map_err(|error| match error {
             Failed { result: CUresult::CUDA_ERROR_NO_DEVICE, .. } => {
-                "the NVIDIA driver finds no device; is CUDA_VISIBLE_DEVICES set to hide it?".into()
+                "the NVIDIA driver finds no device: check whether CUDA_VISIBLE_DEVICES hides it"
+                    .into()
             }
             other => other.to_string(),
         })?;
-        check("cuDriverGetVersion", sys::cuDriverGetVersion(&mut version))?;
-        check("cuDeviceGetCount", sys::cuDeviceGetCount(&mut devices))?;
+        check("cuDriverGetVersion", api::cuDriverGetVersion(&mut version))?;
+        check("cuDeviceGetCount", api::cuDeviceGetCount(&mut devices))?;
     }
     Ok(Driver { version, devices: devices.max(0) as usize })
 }
@@ -126,33 +140,33 @@ pub(crate) struct Failed {
 }
 
 impl Failed {
-    /// Whether a capture forbids the call: then it did nothing, and the device is as good as
-    /// before.
+    /// True if a stream capture prevents the call. The call had no effect then, and the device has
+    /// not failed.
     pub(crate) fn is_of_capture(&self) -> bool {
         is_of_capture(self.result)
     }
 }
 
-/// Whether it is one of the errors that captures have for themselves.
+/// True for the errors that only stream captures cause.
 pub(crate) fn is_of_capture(result: CUresult) -> bool {
     let errors = CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED as u32
         ..=CUresult::CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD as u32;
-    errors.contains(&(result as u32)) // CUDA_ERROR_CAPTURED_EVENT among them
+    errors.contains(&(result as u32)) // the range includes CUDA_ERROR_CAPTURED_EVENT
 }
 
 impl std::fmt::Display for Failed {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut text = std::ptr::null();
-        // SAFETY: a failed call means that there is a driver; it returns static strings.
+        // SAFETY: the driver is loaded, since a call to it failed; it returns static strings.
         let name = unsafe {
-            match sys::cuGetErrorName(self.result, &mut text) {
+            match api::cuGetErrorName(self.result, &mut text) {
                 CUresult::CUDA_SUCCESS => CStr::from_ptr(text).to_string_lossy(),
                 _ => format!("error {}", self.result as u32).into(),
             }
         };
         // SAFETY: as above.
         let meaning = unsafe {
-            match sys::cuGetErrorString(self.result, &mut text) {
+            match api::cuGetErrorString(self.result, &mut text) {
                 CUresult::CUDA_SUCCESS => CStr::from_ptr(text).to_string_lossy(),
                 _ => "not known to this driver".into(),
             }
@@ -167,7 +181,7 @@ impl From<Failed> for String {
     }
 }
 
-/// The result of a driver call.
+/// Turns the result of a driver call into a `Result`.
 pub(crate) fn check(function: &'static str, result: CUresult) -> Result<(), Failed> {
     match result {
         CUresult::CUDA_SUCCESS => Ok(()),
@@ -175,41 +189,13 @@ pub(crate) fn check(function: &'static str, result: CUresult) -> Result<(), Fail
     }
 }
 
-/// `check`, for a call by its name.
+/// Calls a driver function by its name and checks the result.
 macro_rules! call {
     ($function:ident($($argument:expr),* $(,)?)) => {
         $crate::backend::cuda::driver::check(
             stringify!($function),
-            cudarc::driver::sys::$function($($argument),*),
+            $crate::backend::cuda::driver::api::$function($($argument),*),
         )
     };
 }
 pub(crate) use call;
-
-#[cfg(test)]
-mod tests {
-    use super::FUNCTIONS;
-    use std::collections::BTreeSet;
-
-    #[test]
-    fn every_function_that_is_called_is_looked_for() {
-        let mut called = BTreeSet::new();
-        for file in
-            std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/src/backend/cuda")).unwrap()
-        {
-            let text = std::fs::read_to_string(file.unwrap().path()).unwrap();
-            let calls = text.split('(').map(|before| {
-                before
-                    .rsplit(|c: char| !c.is_ascii_alphanumeric() && c != '_')
-                    .next()
-                    .unwrap_or_default()
-            });
-            let of_the_driver = |name: &&str| {
-                name.strip_prefix("cu")
-                    .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_uppercase()))
-            };
-            called.extend(calls.filter(of_the_driver).map(str::to_owned));
-        }
-        assert_eq!(called, FUNCTIONS.iter().map(|&name| name.to_owned()).collect());
-    }
-}

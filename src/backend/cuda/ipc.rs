@@ -1,5 +1,5 @@
-//! Memory that processes share and devices address: the host's, registered by each of them, and a
-//! device's, lent by the process that allocated it (CUDA IPC).
+//! Memory that several processes share and devices address: host memory that each process
+//! registers, and device memory that one process exports (CUDA IPC).
 
 use std::ffi::{c_char, c_uint};
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -12,27 +12,27 @@ use super::running::defer;
 use super::Context;
 use crate::backend::{ImportLock, Mapping, Memfd};
 
-/// Memory of the host that other processes have, too, page-locked here and mapped for every device
-/// of this one.
+/// Host memory shared with other processes, page-locked and mapped for every device of this
+/// process.
 #[derive(Debug)]
 pub(crate) struct Registered {
     context: Arc<Context>,
-    /// Until it is dropped.
-    shared: Option<Memfd>,
-    /// As devices know it.
+    /// `None` only during the drop.
+    memfd: Option<Memfd>,
+    /// Address for devices.
     address: u64,
 }
 
 impl Registered {
-    pub(crate) fn new(context: &Arc<Context>, shared: Memfd) -> Result<Self, Failed> {
+    pub(crate) fn new(context: &Arc<Context>, memfd: Memfd) -> Result<Self, Failed> {
         let _bound = context.bind()?;
-        let start = shared.address() as *mut _;
+        let start = memfd.address() as *mut _;
         let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
-        // SAFETY: mapped with this size, and it stays so until it is unregistered.
-        unsafe { call!(cuMemHostRegister_v2(start, shared.bytes(), flags)) }?;
+        // SAFETY: mapped with this size until it is unregistered.
+        unsafe { call!(cuMemHostRegister_v2(start, memfd.bytes(), flags)) }?;
         let mut registered =
-            Registered { context: context.clone(), shared: Some(shared), address: 0 };
-        // SAFETY: registered for devices just now.
+            Registered { context: context.clone(), memfd: Some(memfd), address: 0 };
+        // SAFETY: registered for devices above.
         unsafe { call!(cuMemHostGetDevicePointer_v2(&mut registered.address, start, 0)) }?;
         Ok(registered)
     }
@@ -41,69 +41,70 @@ impl Registered {
         self.address
     }
 
-    pub(crate) fn shared(&self) -> &Memfd {
-        self.shared.as_ref().expect("until it is dropped")
+    pub(crate) fn memfd(&self) -> &Memfd {
+        self.memfd.as_ref().expect("until it is dropped")
     }
 
-    pub(crate) fn shared_mut(&mut self) -> &mut Memfd {
-        self.shared.as_mut().expect("until it is dropped")
+    pub(crate) fn memfd_mut(&mut self) -> &mut Memfd {
+        self.memfd.as_mut().expect("until it is dropped")
     }
 }
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        if let Some(shared) = self.shared.take() {
-            let what = What::Registered(shared.into_mapping());
+        if let Some(memfd) = self.memfd.take() {
+            let what = What::Registered(memfd.into_mapping());
             defer(DeferredFree { context: self.context.clone(), what });
         }
     }
 }
 
-/// What goes with memory that other processes may open.
+/// Export of device memory: the IPC handle, and the lock that its importers hold.
 #[derive(Debug)]
 pub(super) struct IpcExport {
     handle: sys::CUipcMemHandle,
-    lease: ImportLock,
+    lock: ImportLock,
 }
 
 impl IpcExport {
-    /// Drivers lend whole blocks of this size, with all that is in them.
+    /// Allocation unit of the driver in bytes. The driver exports whole units, with all their
+    /// contents.
     pub(super) const BLOCK: usize = 2 << 20;
 
     pub(super) fn new(context: &Context, address: u64) -> Result<IpcExport, String> {
-        let (mut handle, lease) = (sys::CUipcMemHandle { reserved: [0; 64] }, ImportLock::new()?);
+        let (mut handle, lock) = (sys::CUipcMemHandle { reserved: [0; 64] }, ImportLock::new()?);
         let _bound = context.bind()?;
-        // SAFETY: the start of memory of this context.
+        // SAFETY: the start of an allocation of this context.
         unsafe { call!(cuIpcGetMemHandle(&mut handle, address)) }?;
-        Ok(IpcExport { handle, lease })
+        Ok(IpcExport { handle, lock })
     }
 
-    /// What others open the memory by.
-    pub(super) fn offer(&self) -> (Vec<u8>, BorrowedFd<'_>) {
-        (self.handle.reserved.map(|byte| byte as u8).to_vec(), self.lease.file())
+    /// Handle and file for importers.
+    pub(super) fn handle(&self) -> (Vec<u8>, BorrowedFd<'_>) {
+        (self.handle.reserved.map(|byte| byte as u8).to_vec(), self.lock.file())
     }
 
-    /// Its memory goes when nobody has it open any more: who was stopped in an average that others
-    /// gave up writes there when it goes on.
-    pub(super) fn end(self, context: &Arc<Context>, address: u64) {
-        let what = What::Lent(address, self.lease);
+    /// Frees the memory as soon as no process has it open. A rank that was stopped during a failed
+    /// average may still write to it when it resumes.
+    pub(super) fn free_when_unused(self, context: &Arc<Context>, address: u64) {
+        let what = What::IpcExport(address, self.lock);
         defer(DeferredFree { context: context.clone(), what });
     }
 }
 
-/// Memory of another process's device, or of this one's that another process allocated.
+/// Device memory that another process has exported.
 #[derive(Debug)]
 pub(crate) struct IpcImport {
     context: Arc<Context>,
     address: u64,
     bytes: usize,
-    /// Until it is dropped.
-    lease: Option<ImportLock>,
+    /// `None` only during the drop.
+    lock: Option<ImportLock>,
 }
 
 impl IpcImport {
-    /// What another process offers, of so many bytes. Drivers open nothing that is this process's
-    /// own.
+    /// Opens memory of another process, of at least `bytes` bytes. Drivers do not open exports of
+    /// this process itself.
     pub(crate) fn open(
         context: &Arc<Context>,
         handle: &[u8],
@@ -112,22 +113,22 @@ impl IpcImport {
     ) -> Result<Self, String> {
         let mut raw = sys::CUipcMemHandle { reserved: [0; 64] };
         if handle.len() != raw.reserved.len() {
-            return Err(format!("a handle of {} bytes", handle.len()));
+            return Err(format!("the handle has {} bytes instead of 64", handle.len()));
         }
         raw.reserved.iter_mut().zip(handle).for_each(|(raw, byte)| *raw = *byte as c_char);
-        let lease = Some(ImportLock::take(file)?);
+        let lock = Some(ImportLock::take(file)?);
         let _bound = context.bind()?;
         let (mut address, mut base, mut found) = (0, 0, 0);
         let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as c_uint;
-        // SAFETY: the context is bound; a handle that is none is an error.
+        // SAFETY: the context is bound; an invalid handle is an error.
         unsafe { call!(cuIpcOpenMemHandle_v2(&mut address, raw, flags)) }?;
-        let borrowed = IpcImport { context: context.clone(), address, bytes, lease };
-        // SAFETY: an address of this context's.
+        let import = IpcImport { context: context.clone(), address, bytes, lock };
+        // SAFETY: an address of this context.
         unsafe { call!(cuMemGetAddressRange_v2(&mut base, &mut found, address)) }?;
         let room = (base + found as u64).saturating_sub(address);
         match room < bytes as u64 {
-            true => Err(format!("it has {room} bytes, where {bytes} are needed")),
-            false => Ok(borrowed),
+            true => Err(format!("the memory has {room} bytes, but {bytes} are needed")),
+            false => Ok(import),
         }
     }
 
@@ -142,14 +143,14 @@ impl IpcImport {
 
 impl Drop for IpcImport {
     fn drop(&mut self) {
-        if let Some(lease) = self.lease.take() {
-            let what = What::IpcImport { address: self.address, _lease: lease };
+        if let Some(lock) = self.lock.take() {
+            let what = What::IpcImport { address: self.address, _lock: lock };
             defer(DeferredFree { context: self.context.clone(), what });
         }
     }
 }
 
-/// Memory that this process does not use any more, and that other processes had or have.
+/// Memory that this process no longer uses and that other processes may have open.
 #[derive(Debug)]
 pub(super) struct DeferredFree {
     context: Arc<Context>,
@@ -158,33 +159,31 @@ pub(super) struct DeferredFree {
 
 #[derive(Debug)]
 enum What {
-    /// Unmapped afterwards.
+    /// Unregistered, then unmapped.
     Registered(Mapping),
-    /// Its lease ends afterwards.
+    /// Closed; then its lock is released.
     IpcImport {
         address: u64,
-        _lease: ImportLock,
+        _lock: ImportLock,
     },
-    Lent(u64, ImportLock),
+    IpcExport(u64, ImportLock),
 }
 
 impl DeferredFree {
-    /// Gives it back, unless a process that it is lent to still has it open. Waits for kernels.
-    pub(super) fn give_back(&self) -> bool {
-        // the device is lost, and all with it
+    /// Releases the memory. False if another process still has it open. Waits for kernels.
+    pub(super) fn try_release(&self) -> bool {
+        // The device is lost, and all its memory with it.
         let Ok(_bound) = self.context.bind() else { return true };
-        // SAFETY: made by this process
-        // in this context, and used by
-        // none of its kernels any more.
-        // An error leaves nothing to do.
+        // SAFETY: created by this process in this context, and no longer used by its kernels. An
+        // error leaves nothing to do.
         unsafe {
             let _ = match &self.what {
                 What::Registered(mapping) => {
                     call!(cuMemHostUnregister(mapping.address() as *mut _))
                 }
                 What::IpcImport { address, .. } => call!(cuIpcCloseMemHandle(*address)),
-                What::Lent(_, lease) if !lease.end() => return false,
-                What::Lent(address, _) => call!(cuMemFree_v2(*address)),
+                What::IpcExport(_, lock) if !lock.end() => return false,
+                What::IpcExport(address, _) => call!(cuMemFree_v2(*address)),
             };
         }
         true

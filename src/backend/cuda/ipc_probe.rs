@@ -1,6 +1,5 @@
-//! Whether two processes can use each other's device memory. As between devices of one process, see
-//! `peer`, only bytes that were moved tell, and here by just the mapping that mailboxes are reached
-//! through.
+//! Probe of peer access between processes. As between devices of one process (see `peer`), only
+//! transferred bytes show that access works. The probe uses the kind of mapping that mailboxes use.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -9,11 +8,11 @@ use super::peer::{probe, WORDS};
 use super::{Context, DeviceMemory};
 use crate::backend::{Memory, MemoryHandle, MemorySpace};
 
-/// Bytes of one part of it.
+/// Size of one part in bytes.
 const PART: usize = WORDS as usize * 4;
 
-/// Memory of this process's device that others try to use: a part that all of them read, and one
-/// that each of them writes.
+/// Device memory of this process for the probe: one part that all peers read, and one part per peer
+/// that this peer writes.
 #[derive(Debug)]
 pub(crate) struct IpcProbe {
     context: Arc<Context>,
@@ -22,44 +21,44 @@ pub(crate) struct IpcProbe {
 
 impl IpcProbe {
     pub(crate) fn new(context: &Arc<Context>, peers: usize) -> Result<IpcProbe, String> {
-        let memory = Memory::to_lend(context, (1 + peers) * PART)?;
+        let memory = Memory::exportable(context, (1 + peers) * PART)?;
         probe(context, memory.address(), 0, 0)?;
         Ok(IpcProbe { context: context.clone(), memory })
     }
 
-    pub(crate) fn offer(&self) -> (MemoryHandle, BorrowedFd<'_>) {
-        self.memory.offer().expect("memory that is to be lent")
+    pub(crate) fn export(&self) -> (MemoryHandle, BorrowedFd<'_>) {
+        self.memory.export().expect("exportable memory")
     }
 
-    /// By the other process: whether what it reads is right. It writes what the owner is to read.
-    /// An error: it can't be opened.
-    pub(crate) fn visit(
+    /// Tests access from another process: true if the bytes it reads are right. Also writes the
+    /// part that the owner then checks. An error means that the memory can't be opened.
+    pub(crate) fn test(
         context: &Arc<Context>,
-        offer: &MemoryHandle,
+        handle: &MemoryHandle,
         file: OwnedFd,
-        pending: usize,
+        peer: usize,
     ) -> Result<bool, String> {
-        let memory = Memory::open(&MemorySpace::Cuda(context.clone()), offer, file)?;
-        if memory.bytes() < (pending + 2) * PART {
-            return Err(format!("it has {} bytes", memory.bytes()));
+        let memory = Memory::open(&MemorySpace::Cuda(context.clone()), handle, file)?;
+        if memory.bytes() < (peer + 2) * PART {
+            return Err(format!("the memory has only {} bytes", memory.bytes()));
         }
-        let right = is_there(context, memory.address(), 0)?;
-        probe(context, part(&memory, pending), seed(pending), 0)?;
-        Ok(right)
+        let is_right = is_there(context, memory.address(), 0)?;
+        probe(context, part(&memory, peer), seed(peer), 0)?;
+        Ok(is_right)
     }
 
-    /// Whether what it wrote is there.
-    pub(crate) fn was_visited(&self, pending: usize) -> Result<bool, String> {
-        is_there(&self.context, part(&self.memory, pending), seed(pending))
+    /// True if the bytes that a peer has written are right.
+    pub(crate) fn was_written(&self, peer: usize) -> Result<bool, String> {
+        is_there(&self.context, part(&self.memory, peer), seed(peer))
     }
 }
 
-fn part(memory: &Memory, pending: usize) -> u64 {
-    memory.address() + ((1 + pending) * PART) as u64
+fn part(memory: &Memory, peer: usize) -> u64 {
+    memory.address() + ((1 + peer) * PART) as u64
 }
 
-fn seed(pending: usize) -> u32 {
-    1 + pending as u32
+fn seed(peer: usize) -> u32 {
+    1 + peer as u32
 }
 
 fn is_there(context: &Arc<Context>, memory: u64, seed: u32) -> Result<bool, String> {

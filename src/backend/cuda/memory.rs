@@ -1,4 +1,4 @@
-//! Memory of a device, and of the host where devices read it by themselves.
+//! Device memory, and page-locked host memory that devices address.
 
 use std::ffi::c_void;
 #[cfg(target_os = "linux")]
@@ -14,19 +14,20 @@ use super::ipc::IpcExport;
 use super::running::Running;
 use super::Context;
 
-/// Memory of a device. Not of a pool: peers may be given access to it, and it can be exported.
+/// Device memory. It does not come from a pool, since peers may be given access to it and it may be
+/// exported.
 #[derive(Debug)]
 pub(crate) struct DeviceMemory {
     context: Arc<Context>,
     address: u64,
     bytes: usize,
-    /// To other processes.
+    /// Present if the memory can be opened by other processes.
     #[cfg(target_os = "linux")]
-    loan: Option<Box<IpcExport>>,
+    export: Option<Box<IpcExport>>,
 }
 
 impl DeviceMemory {
-    /// Zeroed.
+    /// Allocates zeroed memory, or reuses unused memory of the same size.
     pub(crate) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self, Failed> {
         let bytes = bytes.max(1);
         let spare = take(&mut context.spare().device, bytes);
@@ -39,27 +40,27 @@ impl DeviceMemory {
             address,
             bytes,
             #[cfg(target_os = "linux")]
-            loan: None,
+            export: None,
         };
         memory.fill(0, bytes, 0)?;
         Ok(memory)
     }
 
-    /// The same for other processes to open: nothing else is in its blocks, and it is never used
-    /// for anything else again.
+    /// Allocates zeroed memory for export. It shares no allocation unit with other memory, and is
+    /// never reused.
     #[cfg(target_os = "linux")]
-    pub(crate) fn to_lend(context: &Arc<Context>, bytes: usize) -> Result<Self, String> {
+    pub(crate) fn exportable(context: &Arc<Context>, bytes: usize) -> Result<Self, String> {
         let address = allocate(context, bytes.max(1).next_multiple_of(IpcExport::BLOCK))?;
-        let mut memory = DeviceMemory { context: context.clone(), address, bytes, loan: None };
-        memory.loan = Some(Box::new(IpcExport::new(context, address)?));
+        let mut memory = DeviceMemory { context: context.clone(), address, bytes, export: None };
+        memory.export = Some(Box::new(IpcExport::new(context, address)?));
         memory.fill(0, bytes, 0)?;
         Ok(memory)
     }
 
-    /// What other processes open it by.
+    /// Handle and file for importers.
     #[cfg(target_os = "linux")]
-    pub(crate) fn offer(&self) -> Option<(Vec<u8>, BorrowedFd<'_>)> {
-        self.loan.as_deref().map(IpcExport::offer)
+    pub(crate) fn export_handle(&self) -> Option<(Vec<u8>, BorrowedFd<'_>)> {
+        self.export.as_deref().map(IpcExport::handle)
     }
 
     pub(crate) fn address(&self) -> u64 {
@@ -70,33 +71,33 @@ impl DeviceMemory {
         self.bytes
     }
 
-    /// Writes, and returns when it is written. Kernels may run meanwhile.
+    /// Writes bytes and waits for the copy. Kernels may run at the same time.
     pub(crate) fn write(&self, offset: usize, from: &[u8]) -> Result<(), Failed> {
         let to = self.at(offset, from.len());
         self.context.on_the_side(|stream| {
-            // SAFETY: inside of this memory; `from` lives until the stream is done.
+            // SAFETY: inside of this memory; `from` outlives the copy, which is waited for.
             unsafe { call!(cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), stream)) }
         })
     }
 
-    /// Writes a word that running kernels poll, in one piece.
-    pub(crate) fn say(&self, offset: usize, word: u32) -> Result<(), Failed> {
+    /// Writes a word, atomically, that running kernels poll.
+    pub(crate) fn write_word(&self, offset: usize, word: u32) -> Result<(), Failed> {
         let to = self.at(offset, 4);
-        // SAFETY: inside of this memory, and aligned. Flags 0: what was written before is seen
-        // before it.
-        let said = self
+        // SAFETY: inside of this memory, and aligned. Flags 0: earlier writes are visible before
+        // the word.
+        let written = self
             .context
             .on_the_side(|stream| unsafe { call!(cuStreamWriteValue32_v2(stream, to, word, 0)) });
-        match said {
-            // A copy of an aligned word does it, too, if not by the letter of the memory model.
+        match written {
+            // A copy of an aligned word is atomic in practice, though no specification says so.
             Err(Failed { result: CUresult::CUDA_ERROR_NOT_SUPPORTED, .. }) => {
                 self.write(offset, &word.to_ne_bytes())
             }
-            said => said,
+            written => written,
         }
     }
 
-    /// Reads what is there now.
+    /// Reads bytes and waits for the copy. Kernels may run at the same time.
     pub(crate) fn read(&self, offset: usize, to: &mut [u8]) -> Result<(), Failed> {
         let from = self.at(offset, to.len());
         self.context.on_the_side(|stream| {
@@ -121,16 +122,15 @@ impl DeviceMemory {
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
         #[cfg(target_os = "linux")]
-        if let Some(loan) = self.loan.take() {
-            return loan.end(&self.context, self.address);
+        if let Some(export) = self.export.take() {
+            return export.free_when_unused(&self.context, self.address);
         }
         self.context.spare().device.push((self.bytes, self.address));
         Running::free_if_none();
     }
 }
 
-/// Page-locked memory of the host: what is copied from or to it needs no staging, and every device
-/// addresses it as the host does.
+/// Page-locked host memory. Copies need no staging, and devices address it by the host's addresses.
 #[derive(Debug)]
 pub(crate) struct Pinned {
     context: Arc<Context>,
@@ -138,13 +138,13 @@ pub(crate) struct Pinned {
     bytes: usize,
 }
 
-// SAFETY: an address and a size; all accesses are the kernels', atomic, or through `&mut`.
+// SAFETY: an address and a size; accesses are the kernels', atomic, or through `&mut`.
 unsafe impl Send for Pinned {}
-// SAFETY: as above; `bytes` is for memory that no kernel has.
+// SAFETY: as above; `bytes` is only used while no kernel accesses the memory.
 unsafe impl Sync for Pinned {}
 
 impl Pinned {
-    /// Zeroed.
+    /// Allocates zeroed memory, or reuses unused memory of the same size.
     pub(crate) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self, Failed> {
         let spare = take(&mut context.spare().pinned, bytes);
         let start = match spare {
@@ -162,7 +162,7 @@ impl Pinned {
         Ok(Pinned { context: context.clone(), start, bytes })
     }
 
-    /// The host's and, since addresses are unified, every device's.
+    /// Address for the host and, since addresses are unified, for every device.
     pub(crate) fn address(&self) -> u64 {
         self.start as u64
     }
@@ -171,13 +171,13 @@ impl Pinned {
         self.bytes
     }
 
-    /// Its bytes. No copy may be under way, and no kernel may have it.
+    /// The contents. No copy may be running, and no kernel may use the memory.
     pub(super) fn bytes(&self) -> &[u8] {
         // SAFETY: initialised, and borrowed with `self`.
         unsafe { std::slice::from_raw_parts(self.start, self.bytes) }
     }
 
-    /// The same, to write.
+    /// The contents, mutably, under the same conditions.
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: as above.
         unsafe { std::slice::from_raw_parts_mut(self.start, self.bytes) }
@@ -191,7 +191,7 @@ impl Drop for Pinned {
     }
 }
 
-/// Memory of that size that nobody uses.
+/// Removes unused memory of this size from a list.
 fn take(spare: &mut Vec<(usize, u64)>, bytes: usize) -> Option<u64> {
     let index = spare.iter().position(|&(size, _)| size == bytes)?;
     Some(spare.swap_remove(index).1)
@@ -205,7 +205,7 @@ fn allocate(context: &Context, bytes: usize) -> Result<u64, Failed> {
     })
 }
 
-/// Allocates; if there is not enough, once more after everything that nobody uses has been freed.
+/// Allocates. On a lack of memory, frees all unused memory and allocates again.
 fn or_free_spare<T>(
     context: &Context,
     allocate: impl Fn() -> Result<T, Failed>,

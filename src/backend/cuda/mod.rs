@@ -1,7 +1,8 @@
-//! CUDA devices: the kernels that `build.rs` compiled and embedded, and the driver that runs them.
+//! CUDA devices: the kernels that `build.rs` compiled and embedded, and access to the driver that
+//! runs them.
 //!
-//! cudarc loads `libcuda` when it is first called, and panics if it is not there or lacks a
-//! function. So nothing here is called before [`driver::get`] has looked.
+//! cudarc loads `libcuda` at its first call and panics if the library or a function is missing. So
+//! no function of cudarc is called before [`driver::get`] has succeeded.
 
 mod context;
 mod driver;
@@ -13,10 +14,11 @@ mod memory;
 pub(crate) mod peer;
 mod rank;
 mod running;
+mod tables;
 mod topology;
 
 pub(crate) use context::Context;
-#[cfg(feature = "cudarc")]
+#[cfg(feature = "cuda")]
 pub(crate) use driver::is_of_capture;
 pub(crate) use driver::Failed;
 #[cfg(target_os = "linux")]
@@ -33,7 +35,7 @@ pub use topology::{Connection, CudaDevice, Topology};
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
-/// The fatbin, or why there is none.
+/// The embedded fatbin, or the reason why the build has none.
 pub(crate) fn fatbin() -> Result<&'static [u8], &'static str> {
     FATBIN
 }

@@ -1,42 +1,42 @@
-//! Whether two devices can use each other's memory. What the driver says of it is not enough:
-//! behind some IOMMUs, switches and patched drivers, writes to a peer are lost without an error. So
-//! bytes are moved and compared.
+//! Peer access between two devices of one process. The driver's answer is not sufficient: behind
+//! some IOMMUs, switches and patched drivers, writes to a peer are lost without an error. So bytes
+//! are transferred and compared.
 
 use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use cudarc::driver::sys::CUresult;
 
 use super::driver::{call, Failed};
 use super::{Context, DeviceMemory};
+use crate::sync::lock;
 
-/// What is moved each way.
+/// Number of words transferred in each direction.
 pub(super) const WORDS: u32 = 16 << 10;
 
-/// Whether two devices can use each other's memory (P2P).
+/// Peer access (P2P) between two devices, as a test transfer has shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum PeerAccess {
-    /// The driver says that they cannot, in one direction at least.
+    /// The driver reports no access, in one direction at least.
     Unsupported,
-    /// The driver says that they can, and bytes that were written or read that way were not what
-    /// they should be.
+    /// The driver reports access, but transferred bytes were wrong. Parameters go through host
+    /// memory.
     Broken,
-    /// Bytes were moved both ways, by writing and by reading, and were right.
+    /// Bytes transferred in both directions, by writes and by reads, were right.
     Verified,
 }
 
-/// Finds out, once for two devices, and gives them access to each other's memory if it works.
+/// Tests the access between two devices once, and leaves it enabled if it works.
 pub(crate) fn access(one: &Arc<Context>, other: &Arc<Context>) -> Result<PeerAccess, Failed> {
     if one.ordinal() == other.ordinal() {
         return Ok(PeerAccess::Verified);
     }
-    // By ordinals, the lower one first. Held while it is found out: who finds a pair broken takes
-    // the access back, under the kernels of whoever tries the same pair at that moment.
+    // By ordinals, the lower one first. Locked during a test: a test that fails disables the
+    // access, which must not happen under the kernels of a concurrent test of the same pair.
     static KNOWN: Mutex<BTreeMap<(usize, usize), PeerAccess>> = Mutex::new(BTreeMap::new());
-    // a map, whole at any time
-    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut known = lock(&KNOWN);
     let pair = (one.ordinal().min(other.ordinal()), one.ordinal().max(other.ordinal()));
     if let Some(&known) = known.get(&pair) {
         return Ok(known);
@@ -61,18 +61,18 @@ fn find(one: &Arc<Context>, other: &Arc<Context>) -> Result<PeerAccess, Failed> 
         }
         Ok(back) => back,
     };
-    if moves(one, other, 1)? && moves(other, one, 2)? {
+    if round_trips(one, other, 1)? && round_trips(other, one, 2)? {
         return Ok(PeerAccess::Verified);
     }
-    // As it was: a trainer that asks for it itself is told that it is there already, and may know
-    // better.
+    // Disables the access that was enabled here, so that the application sees the state it left and
+    // can decide for itself.
     disable(one, other, there)?;
     disable(other, one, back)?;
     Ok(PeerAccess::Broken)
 }
 
-/// A device has no more than 8 peers where no switch joins them all: others are reached through the
-/// host.
+/// Maps the lack of a free peer slot to `Unsupported`. Without NVSwitch a device has at most 8
+/// peers; ranks reach further devices through the host.
 fn not_to_be_had(failed: Failed) -> Result<PeerAccess, Failed> {
     match failed.result {
         CUresult::CUDA_ERROR_TOO_MANY_PEERS | CUresult::CUDA_ERROR_PEER_ACCESS_UNSUPPORTED => {
@@ -82,17 +82,17 @@ fn not_to_be_had(failed: Failed) -> Result<PeerAccess, Failed> {
     }
 }
 
-/// Takes back what `enable` gave, if it gave it.
+/// Disables access, if `enable` has enabled it.
 fn disable(from: &Context, to: &Context, given: bool) -> Result<(), Failed> {
     if !given {
         return Ok(());
     }
     let _bound = from.bind()?;
-    // SAFETY: a context that is retained.
+    // SAFETY: the context is retained.
     unsafe { call!(cuCtxDisablePeerAccess(to.raw())) }
 }
 
-/// What the driver says.
+/// True if the driver reports access.
 fn can(from: &Context, to: &Context) -> Result<bool, Failed> {
     let mut can = 0;
     // SAFETY: devices of this driver.
@@ -100,10 +100,10 @@ fn can(from: &Context, to: &Context) -> Result<bool, Failed> {
     Ok(can != 0)
 }
 
-/// Lets `from` use memory of `to`. True: it could not before.
+/// Enables access of `from` to memory of `to`. True if it was disabled before.
 fn enable(from: &Context, to: &Context) -> Result<bool, Failed> {
     let _bound = from.bind()?;
-    // SAFETY: a context that is retained.
+    // SAFETY: the context is retained.
     match unsafe { call!(cuCtxEnablePeerAccess(to.raw(), 0)) } {
         Ok(()) => Ok(true),
         Err(Failed { result: CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED, .. }) => Ok(false),
@@ -111,9 +111,9 @@ fn enable(from: &Context, to: &Context) -> Result<bool, Failed> {
     }
 }
 
-/// Whether what `from` writes to memory of `to` is there, and what `to` writes is what `from`
-/// reads.
-fn moves(from: &Arc<Context>, to: &Arc<Context>, seed: u32) -> Result<bool, Failed> {
+/// True if `to` reads what `from` has written to its memory, and `from` reads what `to` has written
+/// there.
+fn round_trips(from: &Arc<Context>, to: &Arc<Context>, seed: u32) -> Result<bool, Failed> {
     let memory = DeviceMemory::new(to, WORDS as usize * 4)?;
     let (differs_here, differs_there) = (DeviceMemory::new(from, 4)?, DeviceMemory::new(to, 4)?);
     let there = memory.address();
@@ -127,7 +127,7 @@ fn moves(from: &Arc<Context>, to: &Arc<Context>, seed: u32) -> Result<bool, Fail
     Ok(here == [0; 4] && there == [0; 4])
 }
 
-/// Runs the probe on a device and waits for it.
+/// Runs the probe kernel on a device and waits for it.
 pub(super) fn probe(on: &Context, memory: u64, seed: u32, differs: u64) -> Result<(), Failed> {
     const THREADS: u32 = 256;
     let (mut memory, mut words, mut seed, mut differs) = (memory, WORDS, seed, differs);
@@ -138,8 +138,8 @@ pub(super) fn probe(on: &Context, memory: u64, seed: u32, differs: u64) -> Resul
         (&raw mut differs).cast(),
     ];
     on.on_the_side(|stream| {
-        // SAFETY: the kernel takes these four, which the driver copies now; `memory` holds so many
-        // words, and peer access to it is enabled.
+        // SAFETY: the kernel takes these four parameters, which the driver copies during the call;
+        // `memory` holds `WORDS` words, and peer access to it is enabled.
         unsafe {
             let parameters = parameters.as_mut_ptr();
             call!(cuLaunchKernel(

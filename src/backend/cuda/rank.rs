@@ -1,5 +1,4 @@
-//! One rank on a device: its stream, and what the kernels read and write besides tensors and
-//! mailboxes.
+//! One rank on a device: its stream, its tables, and the states of its channels.
 
 use std::ffi::c_void;
 use std::ptr::null_mut;
@@ -10,13 +9,14 @@ use cudarc::driver::sys;
 use super::driver::{call, Failed};
 use super::memory::Pinned;
 use super::running::{Busy, Running};
+use super::tables::Tables;
 use super::{Context, DeviceMemory};
 use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment};
 use crate::backend::Unstarted;
 
-/// Threads of a block: what the kernels are compiled for at most. 4 packs in flight for each fill a
-/// processor's memory pipe, and the registers of one block a processor suffice without spills
-/// (tests/sass.rs).
+/// Threads of a block, the maximum that the kernels are compiled for. 4 packs in flight per thread
+/// saturate a multiprocessor's memory bandwidth, and one block per multiprocessor has enough
+/// registers to avoid spills (tests/sass.rs).
 pub(crate) const THREADS: u32 = 512;
 
 /// A rank's stream and tables.
@@ -24,48 +24,39 @@ pub(crate) const THREADS: u32 = 512;
 pub(crate) struct Rank {
     context: Arc<Context>,
     stream: sys::CUstream,
-    /// What the null stream had been given when the average was called.
+    /// Event on the null stream at the start of an average.
     before: sys::CUevent,
-    /// The end of the average.
+    /// Event at the end of an average.
     done: sys::CUevent,
     channels: DeviceMemory,
     /// The channels' states after the last average.
     ended: Pinned,
-    /// `buckets` of them, then all segments.
-    tables: DeviceMemory,
-    buckets: usize,
-    next_tables: Pinned,
-    stale: bool,
-    /// Tables of averages that are part of a CUDA graph: as they were when it was captured,
-    /// whatever comes after.
-    captured: Vec<DeviceMemory>,
-    /// Memory for the first of them: where somebody captures, a driver may forbid to allocate.
-    to_capture: Option<DeviceMemory>,
-    /// What was started last was captured: it has not run.
+    tables: Tables,
+    /// True if the average that was started last was captured and so has not run.
     capturing: bool,
-    /// What was started and nobody has waited for.
+    /// The end of the average that was started and not waited for.
     pending: Option<Pending>,
-    /// While something is pending, and for good once an average is part of a graph: nobody here
-    /// sees it replayed.
+    /// Present while an average is pending. Present for good after a capture, since replays of the
+    /// graph are not observed here.
     busy: Option<Busy>,
-    /// The last field: memory above is nobody's before it goes.
+    /// The last field, so that the memory above is returned before it is dropped.
     _running: Running,
 }
 
-/// What tells the end of what was started.
+/// The event or stream to wait on for the end of an average.
 #[derive(Clone, Copy, Debug)]
 enum Pending {
-    /// `Rank::done`.
+    /// Wait on `Rank::done`.
     Done,
-    /// All that this stream was given, since `done` could not be recorded.
+    /// Wait for the whole stream, since `done` could not be recorded.
     All(sys::CUstream),
 }
 
-// SAFETY: handles, which the driver lets every thread use, and memory that only `self` refers to.
+// SAFETY: handles, which the driver allows on every thread, and memory that only `self` refers to.
 unsafe impl Send for Rank {}
 
 impl Rank {
-    /// `buckets` and `segments`: how many the tables hold.
+    /// `buckets` and `segments` are the capacities of the tables.
     pub(crate) fn new(
         context: &Arc<Context>,
         states: &[PaChannel],
@@ -73,7 +64,6 @@ impl Rank {
         segments: usize,
     ) -> Result<Rank, String> {
         let bytes: &[u8] = bytemuck::cast_slice(states);
-        let tables = buckets * size_of::<PaBucket>() + segments * size_of::<PaSegment>();
         let mut rank = Rank {
             context: context.clone(),
             stream: null_mut(),
@@ -81,12 +71,7 @@ impl Rank {
             done: null_mut(),
             channels: DeviceMemory::new(context, bytes.len())?,
             ended: Pinned::new(context, bytes.len())?,
-            tables: DeviceMemory::new(context, tables)?,
-            buckets,
-            next_tables: Pinned::new(context, tables)?,
-            stale: true,
-            captured: vec![],
-            to_capture: Some(DeviceMemory::new(context, tables)?),
+            tables: Tables::new(context, buckets, segments)?,
             capturing: false,
             pending: None,
             busy: None,
@@ -106,11 +91,9 @@ impl Rank {
         Ok(rank)
     }
 
-    /// Memory that it takes on the device.
+    /// Device memory of this rank in bytes.
     pub(crate) fn bytes(&self) -> usize {
-        let captured: usize =
-            self.captured.iter().chain(&self.to_capture).map(DeviceMemory::bytes).sum();
-        self.channels.bytes() + self.tables.bytes() + captured
+        self.channels.bytes() + self.tables.bytes()
     }
 
     pub(crate) fn channels(&self) -> u64 {
@@ -118,45 +101,37 @@ impl Rank {
     }
 
     pub(crate) fn buckets(&self) -> u64 {
-        self.tables.address()
+        self.tables.buckets()
     }
 
-    /// Where the segments of the bucket after `before` others lie.
+    /// Address of the segments of a bucket, after `before` segments of other buckets.
     pub(crate) fn segments(&self, buckets: usize, before: usize) -> u64 {
-        let at = buckets * size_of::<PaBucket>() + before * size_of::<PaSegment>();
-        self.tables.address() + at as u64
+        self.tables.segments(buckets, before)
     }
 
-    /// Takes over new tables, for the next average. None is under way.
+    /// Sets the tables of the next average. No average may be running.
     pub(crate) fn set_tables<'a>(
         &mut self,
         buckets: &'a [PaBucket],
         segments: impl Iterator<Item = &'a [PaSegment]>,
     ) {
-        let parts = std::iter::once(bytemuck::cast_slice(buckets))
-            .chain(segments.map(bytemuck::cast_slice));
-        let mut rest = self.next_tables.bytes_mut();
-        for part in parts {
-            let (to, others) = rest.split_at_mut(part.len());
-            to.copy_from_slice(part);
-            rest = others;
-        }
-        self.stale = true;
+        self.tables.set(buckets, segments);
     }
 
     pub(crate) fn ended(&self) -> &[PaChannel] {
         bytemuck::cast_slice(self.ended.bytes())
     }
 
-    /// Enqueues an average: on `stream`, or on the rank's own behind the null stream and with it
-    /// all streams that are not of the non-blocking kind. Returns at once. If `stream` is being
-    /// captured, the average becomes a part of the graph, with the tensors and arguments of now;
-    /// all that it counts is in memory of the device, so it can be replayed.
+    /// Enqueues an average and returns at once. Without `stream`, the average goes to the rank's
+    /// own stream, which waits for the null stream and so for all blocking streams. If `stream` is
+    /// being captured, the average becomes a part of the graph, with its current tensors and
+    /// arguments. All counters are in device memory, so a graph can be replayed.
     ///
     /// # Safety
-    /// What `args` points at is as `kernels/abi.h` describes it, in memory of the device. The
-    /// tensors are nobody else's until `finish` has returned, and what was done to them before is
-    /// done or ordered before that stream, which is of the same context and lives until then.
+    /// The memory that `args` refers to is as `kernels/abi.h` describes it, in memory that the
+    /// device addresses. No other code accesses the tensors until `finish` has returned, and
+    /// earlier accesses have completed or are ordered before that stream. The stream belongs to
+    /// this context and exists until then.
     pub(crate) unsafe fn start(
         &mut self,
         args: &PaArgs,
@@ -165,7 +140,7 @@ impl Rank {
     ) -> Result<(), Unstarted> {
         let _bound = self.context.bind()?;
         self.capturing = match stream {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             Some(stream) => unsafe { is_capturing(stream) }?,
             None => {
                 self.follow_the_null_stream()?;
@@ -175,32 +150,33 @@ impl Rank {
         let stream = stream.unwrap_or(self.stream);
         self.busy.get_or_insert_with(Busy::new);
         if self.capturing {
-            let tables = self.tables_of_now()?;
+            let tables = self.tables.copy()?;
             let args = PaArgs { buckets: tables.address(), ..*args };
-            // SAFETY: as below; nothing of it runs before the graph does.
+            // SAFETY: as below; the enqueued work does not run before the graph does.
             let captured = unsafe { self.enqueue(&args, kernels, stream) };
             return match captured {
-                // There will be no graph.
+                // The capture failed, so there will be no graph.
                 Err(failed) if failed.is_of_capture() => {
-                    self.to_capture = Some(tables);
+                    self.tables.take_back(tables);
                     self.capturing = false;
                     Err(Unstarted::Refused {
-                        found: format!("one whose capture has failed ({failed})"),
-                        expected: "one whose capture can go on: end it, and capture again",
+                        found: format!("a stream whose capture has failed ({failed})"),
+                        expected: "a stream whose capture can continue: end this capture, and \
+                            capture again",
                     })
                 }
                 captured => {
-                    self.captured.push(tables);
+                    self.tables.keep(tables);
                     Ok(captured?)
                 }
             };
         }
-        // SAFETY: the copies are as large as what they go from and to, which nobody else touches
-        // until `finish`; the kernels are the caller's promise. Whatever is enqueued comes before
+        // SAFETY: source and destination of the copies have the same size, and no other code
+        // accesses them until `finish`; the caller guarantees the rest. All enqueued work precedes
         // the event.
         unsafe {
             let enqueued =
-                self.update_tables(stream).and_then(|()| self.enqueue(args, kernels, stream));
+                self.tables.update(stream).and_then(|()| self.enqueue(args, kernels, stream));
             let recorded = call!(cuEventRecord(self.done, stream));
             self.pending =
                 Some(if recorded.is_ok() { Pending::Done } else { Pending::All(stream) });
@@ -208,7 +184,7 @@ impl Rank {
         }
     }
 
-    /// Orders the rank's own stream behind the null stream.
+    /// Makes the rank's own stream wait for the null stream.
     fn follow_the_null_stream(&self) -> Result<(), Unstarted> {
         // SAFETY: this rank's event and stream.
         let follows = unsafe {
@@ -221,33 +197,6 @@ impl Rank {
             }
             follows => Ok(follows?),
         }
-    }
-
-    /// A copy of the tables, which later averages leave alone.
-    fn tables_of_now(&mut self) -> Result<DeviceMemory, Failed> {
-        let copy = match self.to_capture.take() {
-            Some(memory) => memory,
-            None => DeviceMemory::new(&self.context, self.tables.bytes())?,
-        };
-        let mut bytes = self.next_tables.bytes().to_vec();
-        let (buckets, _) = bytes.split_at_mut(self.buckets * size_of::<PaBucket>());
-        for bucket in buckets.chunks_exact_mut(size_of::<PaBucket>()) {
-            let mut own: PaBucket = bytemuck::pod_read_unaligned(bucket);
-            own.segments = own.segments - self.tables.address() + copy.address();
-            bucket.copy_from_slice(bytemuck::bytes_of(&own));
-        }
-        copy.write(0, &bytes)?;
-        Ok(copy)
-    }
-
-    unsafe fn update_tables(&mut self, stream: sys::CUstream) -> Result<(), Failed> {
-        if std::mem::take(&mut self.stale) {
-            let (to, from) = (self.tables.address(), self.next_tables.bytes());
-            // SAFETY: see `start`.
-            unsafe { call!(cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), stream)) }
-                .inspect_err(|_| self.stale = true)?;
-        }
-        Ok(())
     }
 
     unsafe fn enqueue(
@@ -265,22 +214,22 @@ impl Rank {
         unsafe { call!(cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), stream)) }
     }
 
-    /// Whether what was started last was captured, and so has not run.
+    /// True if the average that was started last was captured and so has not run.
     pub(crate) fn was_captured(&self) -> bool {
         self.capturing
     }
 
-    /// Waits for a stream that a graph was replayed on.
+    /// Waits for a stream on which a graph was replayed.
     ///
     /// # Safety
-    /// It is one.
+    /// `stream` belongs to this context.
     pub(crate) unsafe fn wait_for(&self, stream: sys::CUstream) -> Result<(), Unstarted> {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         match unsafe { self.is_capturing(stream) } {
-            // To wait for it would end the capture.
+            // Waiting would invalidate the capture.
             Ok(true) => Err(Unstarted::Refused {
-                found: "one that is being captured".into(),
-                expected: "one that a graph with this averager's average was launched on",
+                found: "a stream that is being captured".into(),
+                expected: "a stream on which a graph with this averager's average was launched",
             }),
             // SAFETY: as above.
             Ok(false) => Ok(unsafe { self.synchronize(stream) }?),
@@ -292,50 +241,51 @@ impl Rank {
     }
 
     /// # Safety
-    /// It is a stream of the context.
+    /// `stream` belongs to this context.
     unsafe fn synchronize(&self, stream: sys::CUstream) -> Result<(), Failed> {
         let _bound = self.context.bind()?;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { call!(cuStreamSynchronize(stream)) }
     }
 
-    /// Whether the stream is being captured.
+    /// True if the stream is being captured.
     ///
     /// # Safety
-    /// It is one.
+    /// `stream` belongs to this context.
     pub(crate) unsafe fn is_capturing(&self, stream: sys::CUstream) -> Result<bool, Failed> {
         let _bound = self.context.bind()?;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { is_capturing(stream) }
     }
 
-    /// Why an average can't be enqueued on this stream.
+    /// The reason why an average can't be enqueued on this stream, if there is one.
     ///
     /// # Safety
-    /// It is one.
+    /// `stream` belongs to this context.
     pub(crate) unsafe fn refuses(
         &self,
         stream: sys::CUstream,
     ) -> Result<Option<&'static str>, Failed> {
         let _bound = self.context.bind()?;
         let mut flags = 0;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { call!(cuStreamGetFlags(stream, &mut flags)) }?;
         let blocking = flags & sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32 == 0;
         Ok(blocking.then_some("a blocking stream"))
     }
 
-    /// Whether what was started is done.
+    /// True if the pending average has ended.
     pub(crate) fn is_done(&self) -> bool {
         let Some(Pending::Done) = self.pending else { return true };
         // SAFETY: this rank's event.
         let ready =
             self.context.bind().and_then(|_bound| unsafe { call!(cuEventQuery(self.done)) });
-        // Any other error comes back from `finish`, which does not wait for it.
+        // `finish` returns any other error, and does not wait for it.
         !matches!(ready, Err(Failed { result: sys::CUresult::CUDA_ERROR_NOT_READY, .. }))
     }
 
-    /// Waits for what was started, if something was: a thread that captures must not even ask.
+    /// Waits for the pending average, if any. Without one it makes no driver call, which a thread
+    /// that captures must not make.
     pub(crate) fn finish(&mut self) -> Result<(), Failed> {
         match self.pending {
             None => {}
@@ -345,13 +295,15 @@ impl Rank {
                 unsafe { call!(cuEventSynchronize(self.done)) }?;
             }
             Some(Pending::All(stream)) => {
-                self.pending = None; // the stream may not live longer
-                                     // SAFETY: one that was promised to live until now.
+                // cleared first, since the stream may be destroyed after this call
+                self.pending = None;
+                // SAFETY: the caller of `start` has guaranteed that the stream
+                // exists until now.
                 unsafe { self.synchronize(stream) }?;
             }
         }
-        self.pending = None; // not before: whoever asks again waits again
-        if self.captured.is_empty() {
+        self.pending = None; // cleared last, so that a call after an error waits again
+        if !self.tables.is_captured() {
             self.busy = None;
         }
         Ok(())
@@ -364,7 +316,7 @@ impl Rank {
         stream: sys::CUstream,
     ) -> Result<(), Failed> {
         let mut parameters: [*mut c_void; 1] = [std::ptr::from_ref(args).cast_mut().cast()];
-        // SAFETY: the kernel takes one PaArgs, which the driver copies now.
+        // SAFETY: the kernel takes one PaArgs, which the driver copies during the call.
         unsafe {
             call!(cuLaunchCooperativeKernel(
                 self.context.kernel(kernel),
@@ -383,10 +335,10 @@ impl Rank {
 }
 
 /// # Safety
-/// It is a stream of the context that is bound.
+/// `stream` belongs to the current context.
 unsafe fn is_capturing(stream: sys::CUstream) -> Result<bool, Failed> {
     let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { call!(cuStreamIsCapturing(stream, &mut status)) }?;
     Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
 }
@@ -394,8 +346,7 @@ unsafe fn is_capturing(stream: sys::CUstream) -> Result<bool, Failed> {
 impl Drop for Rank {
     fn drop(&mut self) {
         let Ok(_bound) = self.context.bind() else { return };
-        // SAFETY: made by `new`, if they are not null; the driver destroys them when their work is
-        // done.
+        // SAFETY: created by `new` unless null; the driver destroys them when their work has ended.
         unsafe {
             if !self.stream.is_null() {
                 let _ = call!(cuStreamDestroy_v2(self.stream));

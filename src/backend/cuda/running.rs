@@ -1,36 +1,37 @@
-//! When memory is given back. To free, to unregister and to close is to wait for every kernel on
-//! the device, and one of them may be an average that waits for this very thread.
+//! Deferred release of memory. Freeing, unregistering and closing memory waits for every kernel on
+//! the device, and one of them may be an average that waits for the calling thread.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use super::context::opened;
 #[cfg(target_os = "linux")]
 use super::ipc::DeferredFree;
+use crate::sync::lock;
 
-/// Ranks of this process, of all worlds.
+/// Counts over all ranks of this process, in all worlds.
 #[derive(Debug)]
 struct Count {
-    /// Those that live.
+    /// Number of ranks.
     all: usize,
-    /// Those whose kernels may be waiting for others'.
+    /// Number of ranks whose kernels may be waiting for peers.
     busy: usize,
-    /// Memory that other processes have a part in, and that this one does not use any more.
+    /// Memory that this process no longer uses but that is shared with other processes.
     #[cfg(target_os = "linux")]
-    returns: Vec<DeferredFree>,
+    deferred: Vec<DeferredFree>,
 }
 
-/// A rank that lives. While one does, nothing is freed that another may use instead.
+/// A rank of this process. While one exists, unused memory is kept for reuse and not freed.
 #[derive(Debug)]
 pub(super) struct Running(());
 
 impl Running {
-    /// One more rank. Waits while memory is being freed.
+    /// Counts a rank. Blocks while memory is being freed.
     pub(super) fn new() -> Running {
         count().all += 1;
         Running(())
     }
 
-    /// Frees what nobody uses, on all devices, unless a rank lives.
+    /// Frees unused memory of all devices, unless a rank exists.
     pub(super) fn free_if_none() {
         let count = count();
         if count.all == 0 {
@@ -46,12 +47,12 @@ impl Drop for Running {
     }
 }
 
-/// A rank whose kernels may be waiting for others'. While there is one, nothing is given back.
+/// A rank whose kernels may be waiting for peers. While one exists, no shared memory is released.
 #[derive(Debug)]
 pub(super) struct Busy(());
 
 impl Busy {
-    /// One more. Waits while something is being given back.
+    /// Counts a busy rank. Blocks while memory is being released.
     pub(super) fn new() -> Busy {
         count().busy += 1;
         Busy(())
@@ -63,24 +64,24 @@ impl Drop for Busy {
         let mut count = count();
         count.busy -= 1;
         #[cfg(target_os = "linux")]
-        give_back(&mut count);
+        release(&mut count);
     }
 }
 
-/// Gives this back as soon as may be.
+/// Releases memory as soon as no rank is busy.
 #[cfg(target_os = "linux")]
 pub(super) fn defer(this: DeferredFree) {
     let mut count = count();
-    count.returns.push(this);
-    give_back(&mut count);
+    count.deferred.push(this);
+    release(&mut count);
 }
 
-/// All that can be: what another process still has open is asked after again when the next average
-/// ends.
+/// Releases what can be released. Memory that another process still has open is checked again when
+/// the next average ends.
 #[cfg(target_os = "linux")]
-fn give_back(count: &mut Count) {
+fn release(count: &mut Count) {
     if count.busy == 0 {
-        count.returns.retain(|this| !this.give_back());
+        count.deferred.retain(|this| !this.try_release());
     }
 }
 
@@ -89,7 +90,7 @@ fn count() -> MutexGuard<'static, Count> {
         all: 0,
         busy: 0,
         #[cfg(target_os = "linux")]
-        returns: vec![],
+        deferred: vec![],
     });
-    COUNT.lock().unwrap_or_else(PoisonError::into_inner) // numbers and a list, whole at any time
+    lock(&COUNT)
 }

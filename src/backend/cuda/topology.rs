@@ -1,4 +1,4 @@
-//! What CUDA devices there are, and how they lie to one another.
+//! CUDA devices of this process and the connections between them.
 
 use std::ffi::{c_char, c_int, CStr};
 use std::fmt;
@@ -16,45 +16,44 @@ use crate::{Error, Result};
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CudaDevice {
-    /// Its number, for [`Device::cuda`](crate::Device::cuda).
+    /// Index of the device, as [`Device::cuda`](crate::Device::cuda) takes it.
     pub ordinal: usize,
-    /// Such as "NVIDIA H200".
+    /// Model name, such as "NVIDIA H200".
     pub name: String,
-    /// Major and minor.
+    /// Compute capability, as (major, minor).
     pub compute_capability: (u32, u32),
-    /// In bytes.
+    /// Total device memory in bytes.
     pub memory: u64,
-    /// Streaming multiprocessors.
+    /// Number of streaming multiprocessors.
     pub multiprocessors: u32,
-    /// Domain, bus, device and function, such as `0000:41:00.0`.
+    /// PCI address as domain, bus, device and function, such as `0000:41:00.0`.
     pub pci: String,
-    /// The node of the host's memory that it is next to, if the system says so.
+    /// Nearest NUMA node of the host, if the system reports one.
     pub numa_node: Option<u32>,
-    /// What lies between the host and it, and itself: a host bridge, PCIe bridges, the device.
-    /// Empty: not known.
+    /// PCI path from the host to the device: host bridge, PCIe bridges, device. Empty if unknown.
     path: Vec<String>,
 }
 
-/// What lies between two devices, by the names of `nvidia-smi topo`, nearest first.
+/// Connection between two devices, named as in `nvidia-smi topo`, ordered from near to far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Connection {
-    /// X: they are the same.
+    /// X: the same device.
     Same,
-    /// NV: NVLink. The driver API does not name it; it does say whether all native atomics work
-    /// between two devices, which over PCIe they do not.
+    /// NV: NVLink. Derived from native atomics between the devices, which the driver reports and
+    /// PCIe lacks.
     NvLink,
     /// PIX: one PCIe switch, or one bridge.
     Pix,
-    /// PXB: several PCIe switches, and no host bridge.
+    /// PXB: several PCIe switches, without a host bridge.
     Pxb,
-    /// PHB: a host bridge.
+    /// PHB: one host bridge.
     Phb,
-    /// NODE: host bridges of one NUMA node.
+    /// NODE: several host bridges of one NUMA node.
     Node,
     /// SYS: the interconnect between NUMA nodes.
     Sys,
-    /// ?: the system doesn't say.
+    /// ?: not reported by the system.
     Unknown,
 }
 
@@ -73,7 +72,7 @@ impl fmt::Display for Connection {
     }
 }
 
-/// The CUDA devices of this process and what lies between them.
+/// The CUDA devices of this process and the connections between them.
 ///
 /// ```no_run
 /// for device in param_averager::Topology::probe()?.devices() {
@@ -90,9 +89,10 @@ pub struct Topology {
 }
 
 impl Topology {
-    /// Looks, and tries between every two devices whether each can write and read the other's
-    /// memory: that loads this crate's kernels on all of them. Without a driver, without a device,
-    /// or with a driver that is too old: [`Error::CudaUnavailable`].
+    /// Finds all devices and tests the peer access between every two of them.
+    ///
+    /// Loads this crate's kernels on every device. [`Error::CudaUnavailable`] is returned without a
+    /// driver, without a device, or if the driver is too old.
     pub fn probe() -> Result<Topology> {
         Self::find().map_err(|reason| Error::CudaUnavailable { reason })
     }
@@ -113,28 +113,29 @@ impl Topology {
         &self.driver
     }
 
-    /// All devices, by ordinal.
+    /// The devices, by ordinal.
     pub fn devices(&self) -> &[CudaDevice] {
         &self.devices
     }
 
-    /// What lies between the devices of two ordinals.
+    /// The connection between two devices, given by ordinal. Panics if an ordinal is out of range.
     pub fn connection(&self, one: usize, other: usize) -> Connection {
         self.connections[one][other]
     }
 
-    /// Whether they can use each other's memory.
+    /// The peer access between two devices, given by ordinal. Panics if an ordinal is out of range.
     pub fn peer_access(&self, one: usize, other: usize) -> PeerAccess {
         self.peers[one][other]
     }
 }
 
-/// What the driver and the system say of a device.
+/// Properties of a device, from the driver and the system.
 pub(crate) fn facts(context: &Context) -> Result<CudaDevice, Failed> {
     const LONGEST: usize = 256;
     let (device, mut bytes) = (context.device(), 0);
     let (mut name, mut pci) = ([0 as c_char; LONGEST], [0 as c_char; LONGEST]);
-    // SAFETY: a device of this driver, and room for what it says, which ends in a zero.
+    // SAFETY: a device of this driver, and buffers of the given lengths; the driver terminates its
+    // strings with a zero.
     let [name, pci] = unsafe {
         call!(cuDeviceTotalMem_v2(&mut bytes, device))?;
         call!(cuDeviceGetName(name.as_mut_ptr(), LONGEST as c_int, device))?;
@@ -142,7 +143,7 @@ pub(crate) fn facts(context: &Context) -> Result<CudaDevice, Failed> {
         [name, pci].map(|text| CStr::from_ptr(text.as_ptr()).to_string_lossy().into_owned())
     };
     let number = |attribute| Ok::<u32, Failed>(context.attribute(attribute)?.max(0) as u32);
-    let pci = pci.to_lowercase(); // as in /sys
+    let pci = pci.to_lowercase(); // spelled as in /sys
     let (path, numa_node) = in_the_system(&pci);
     Ok(CudaDevice {
         ordinal: context.ordinal(),
@@ -159,8 +160,8 @@ pub(crate) fn facts(context: &Context) -> Result<CudaDevice, Failed> {
     })
 }
 
-/// Linux's view of a PCI device: its bridges and its NUMA node. Elsewhere, and of a device that is
-/// not there: nothing.
+/// PCI path and NUMA node of a device, as Linux reports them. Empty on other systems and for
+/// unknown devices.
 fn in_the_system(pci: &str) -> (Vec<String>, Option<u32>) {
     let folder = std::path::Path::new("/sys/bus/pci/devices").join(pci);
     let whole = std::fs::canonicalize(&folder).unwrap_or_default();
@@ -168,10 +169,10 @@ fn in_the_system(pci: &str) -> (Vec<String>, Option<u32>) {
     let parts = whole.iter().map(|part| part.to_string_lossy().into_owned());
     let path = parts.skip_while(|part| !part.starts_with("pci")).collect();
     let node = std::fs::read_to_string(folder.join("numa_node")).ok();
-    (path, node.and_then(|text| text.trim().parse().ok())) // -1: none
+    (path, node.and_then(|text| text.trim().parse().ok())) // -1 stands for none
 }
 
-/// What lies between two devices.
+/// Connection between two devices of this process.
 pub(crate) fn connection(one: &Context, other: &Context) -> Result<Connection, Failed> {
     if one.ordinal() != other.ordinal() && joined(one.device(), other.device())? {
         return Ok(Connection::NvLink);
@@ -179,7 +180,7 @@ pub(crate) fn connection(one: &Context, other: &Context) -> Result<Connection, F
     Ok(over_pcie(&facts(one)?.slot(), &facts(other)?.slot()))
 }
 
-/// Whether all native atomics work between two devices, both ways.
+/// True if native atomics work between two devices in both directions.
 fn joined(one: sys::CUdevice, other: sys::CUdevice) -> Result<bool, Failed> {
     let attribute = P2pAttribute::CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED;
     let (mut there, mut back) = (0, 0);
@@ -191,7 +192,7 @@ fn joined(one: sys::CUdevice, other: sys::CUdevice) -> Result<bool, Failed> {
     Ok(there != 0 && back != 0)
 }
 
-/// Where a device is plugged in.
+/// PCI position of a device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Slot {
     pci: String,
@@ -205,14 +206,13 @@ impl CudaDevice {
     }
 }
 
-/// A device as all processes of a host know it, whatever number each has for it, and whether they
-/// see it or not.
+/// Identity of a device, the same in all processes of a host, whichever ordinal each has for it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg(target_os = "linux")]
 pub(crate) struct Identity {
     pub(crate) uuid: String,
     slot: Slot,
-    /// Of the devices that its process sees: those that it is joined to by NVLink, by UUID.
+    /// UUIDs of the devices visible to its process that NVLink connects it to.
     joined: Vec<String>,
 }
 
@@ -232,7 +232,7 @@ impl Identity {
         Ok(Identity { uuid: uuid(own)?, slot: facts(context)?.slot(), joined: others })
     }
 
-    /// As `connection`, as far as the two processes know it.
+    /// Connection between two devices, as far as either process knows it.
     pub(crate) fn connection(&self, other: &Identity) -> Connection {
         match self.joined.contains(&other.uuid) || other.joined.contains(&self.uuid) {
             true => Connection::NvLink,
@@ -249,7 +249,7 @@ fn uuid(device: sys::CUdevice) -> Result<String, Failed> {
     Ok(uuid.bytes.iter().map(|byte| format!("{:02x}", *byte as u8)).collect())
 }
 
-/// A table of something about every two devices.
+/// Calls `f` for every two elements and returns a table of the results.
 pub(crate) fn all_pairs<T, C, E>(
     contexts: &[C],
     f: impl Fn(&C, &C) -> Result<T, E>,
@@ -269,8 +269,7 @@ fn over_pcie(one: &Slot, other: &Slot) -> Connection {
         0 if one.numa_node.is_some() && one.numa_node == other.numa_node => Connection::Node,
         0 => Connection::Sys,
         1 => Connection::Phb,
-        // Both hang on the last one that they have in common, each by a port of its own: that is
-        // one switch.
+        // Both devices are below the last common bridge, each behind a port of its own: one switch.
         _ if common + 2 >= one.path.len().max(other.path.len()) => Connection::Pix,
         _ => Connection::Pxb,
     }

@@ -1,12 +1,12 @@
-//! How ranks that are processes build an averager together: each shows its handshake to all others,
-//! opens the memory that it needs of theirs, and says whether it could. What one rank refuses or
-//! lacks, all of them are told.
+//! Building an averager across processes. Each rank shows its handshake to all others, opens their
+//! memory that it needs, and tells its verdict. A refusal or shortage of one rank is an error on
+//! every rank.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::frame::{Frame, Kind};
-use super::peers::{Ring, State};
+use super::peer_state::{Ring, State};
 use super::wire_handshake::{of_itself, Reader, Unopened, WireHandshake};
 use super::{ProcessBootstrap, JOINING};
 use crate::backend::{limits, Memory};
@@ -15,15 +15,16 @@ use crate::error::Phase;
 use crate::world::{Agreement, Control, Handshake};
 use crate::{Error, Result};
 
-/// Number of an averager in messages: the view, and its ordinal in that view.
+/// Number of a build in messages: the view, and the build number in that view.
 type Number = (u32, u32);
 
-/// How long ranks are waited for when one has refused.
+/// Time to wait for further ranks after one has refused.
 const SOON: Duration = Duration::from_millis(300);
 
 impl ProcessBootstrap {
-    /// Collective, as `ThreadBootstrap::agree`. An error of one rank's handshake, or of what it
-    /// opens, is every rank's. `again`: its number, if it is built again.
+    /// Exchanges handshakes and opens the memory of peers. Collective, as `ThreadBootstrap::agree`.
+    /// An error in one handshake, or in opening its memory, is an error on every rank. `again` is
+    /// the build number of an averager that is built again.
     pub(in crate::world) fn agree(
         &self,
         handshake: Handshake,
@@ -34,14 +35,15 @@ impl ProcessBootstrap {
         if let Some(failure) = self.failure() {
             return Err(failure);
         }
-        // A process that joined is to be here soon: the others have a model to train.
+        // The members of a view with a joiner have a model to train, so they wait for it briefly.
         let timeout = if self.has_joined() { timeout.min(JOINING) } else { timeout };
         let deadline = deadline::after(timeout);
         let (body, files) = WireHandshake::of(&handshake);
-        self.tell(Kind::Handshake, number, &body, &files, deadline)?;
-        let frames = self.hear(Kind::Handshake, number, deadline, timeout, false, |_| false)?;
-        // Cards of layouts that are larger than this rank's own are read into small pieces, none of
-        // which can fail but by an abort.
+        self.send_to_others(Kind::Handshake, number, &body, &files, deadline)?;
+        let frames =
+            self.receive_from_others(Kind::Handshake, number, deadline, timeout, false, |_| false)?;
+        // Parsing allocates many small pieces, and a small allocation that fails aborts the
+        // process. So memory for handshakes larger than this rank's own is tested first.
         let bytes: usize = frames.iter().map(|(_, frame)| frame.body.len()).sum();
         if let Err(reason) = limits::spare(4 * bytes) {
             let error = Error::Memory { rank: self.rank(), reason };
@@ -55,12 +57,12 @@ impl ProcessBootstrap {
             unopened.collect::<Result<Vec<Unopened>>>().map_err(|error| self.fail(error))?;
         let mut handshakes = vec![handshake.clone(); self.members().len()];
         unopened.iter().for_each(|unopened| handshakes[unopened.rank] = unopened.handshake.clone());
-        Agreement::check(&handshakes)?; // on every rank, so that none waits for verdicts
+        Agreement::check(&handshakes)?; // the same on every rank, so that none waits for a verdict
         let opened = self.open(unopened, handshakes);
         let verdict = self.verdict(number, opened.as_ref().err(), deadline, timeout);
         let handshakes = verdict.and(opened)?;
         let mut agreement = Agreement::of(handshakes)?;
-        agreement.ordinal.get_or_insert_with(|| format!("{} of generation {}", number.1, number.0));
+        agreement.ordinal.get_or_insert_with(|| format!("{} of view {}", number.1, number.0));
         let agreement = Arc::new(agreement);
         self.peer_set.watch(&agreement, self.ring());
         match self.failure() {
@@ -93,7 +95,7 @@ impl ProcessBootstrap {
                         .as_ref()
                         .is_some_and(|c| c.memory().bytes() == Control::BYTES));
             if !right {
-                let reason = "its memory is not of the size that its options make it".into();
+                let reason = "the size of its memory does not match its options".into();
                 return Err(Error::PeerBuildFailed { rank, reason });
             }
             handshakes[rank] = theirs;
@@ -101,8 +103,8 @@ impl ProcessBootstrap {
         Ok(handshakes)
     }
 
-    /// Collective: tells all others whether this rank could open what it needs, and hears whether
-    /// they could. Of several that could not, every rank names the lowest.
+    /// Tells all others whether this rank could open what it needs, and receives their verdicts.
+    /// Collective. Of several refusals, every rank reports that of the lowest rank.
     fn verdict(
         &self,
         number: Number,
@@ -110,24 +112,30 @@ impl ProcessBootstrap {
         deadline: Instant,
         timeout: Duration,
     ) -> Result<()> {
-        let said = own.map(|error| of_itself(error.to_string(), self.rank()));
-        self.tell(Kind::Verdict, number, &said, &[], deadline)?;
+        let verdict = own.map(|error| of_itself(error.to_string(), self.rank()));
+        self.send_to_others(Kind::Verdict, number, &verdict, &[], deadline)?;
         let is_refusal = |frame: &Frame| frame.body != b"null";
-        let frames =
-            self.hear(Kind::Verdict, number, deadline, timeout, own.is_some(), is_refusal)?;
+        let frames = self.receive_from_others(
+            Kind::Verdict,
+            number,
+            deadline,
+            timeout,
+            own.is_some(),
+            is_refusal,
+        )?;
         let refused =
             frames.into_iter().filter(|(_, frame)| is_refusal(frame)).map(|(rank, frame)| {
                 let reason = frame
                     .parse()
-                    .unwrap_or_else(|error| format!("its verdict is not understood: {error}"));
+                    .unwrap_or_else(|error| format!("its verdict can't be parsed: {error}"));
                 (rank, Error::PeerBuildFailed { rank, reason })
             });
         let own = own.map(|error| (self.rank(), error.clone()));
         refused.chain(own).min_by_key(|&(rank, _)| rank).map_or(Ok(()), |(_, error)| Err(error))
     }
 
-    /// Says something to every other rank.
-    pub(super) fn tell(
+    /// Sends a message to every other rank.
+    pub(super) fn send_to_others(
         &self,
         kind: Kind,
         (view, number): Number,
@@ -144,9 +152,9 @@ impl ProcessBootstrap {
         sent.map_err(|error| self.fail(failed(error)))
     }
 
-    /// What every other rank says of this kind. When this rank or another has refused, the rest is
-    /// waited for a moment only, and may be missing.
-    pub(super) fn hear(
+    /// Receives the message of this kind and number from every other rank. After a refusal, by this
+    /// rank or another, further messages are waited for briefly, and may be missing.
+    pub(super) fn receive_from_others(
         &self,
         kind: Kind,
         (view, number): Number,
@@ -159,40 +167,43 @@ impl ProcessBootstrap {
         let peers = self.members().iter().copied().enumerate();
         let mut missing: Vec<(usize, usize)> =
             peers.filter(|&(_, peer)| peer != self.peer_set.me).collect();
-        let mut heard = vec![];
+        let mut received = vec![];
         loop {
             if is_refused {
                 deadline = deadline.min(Instant::now() + SOON);
             }
-            let Some(&(first, _)) = missing.first() else { return Ok(heard) };
+            let Some(&(first, _)) = missing.first() else { return Ok(received) };
             let came = self.peer_set.wait(deadline, |state| {
-                let said: Vec<(usize, Frame)> = missing
+                let new: Vec<(usize, Frame)> = missing
                     .iter()
                     .filter_map(|&(rank, peer)| Some((rank, state.take(peer, key)?)))
                     .collect();
-                let silence =
-                    || missing.iter().find_map(|&(rank, peer)| self.silence(rank, peer, state));
-                if said.is_empty() {
-                    silence().map(Err)
+                let reason_for_silence = || {
+                    missing
+                        .iter()
+                        .find_map(|&(rank, peer)| self.reason_for_silence(rank, peer, state))
+                };
+                if new.is_empty() {
+                    reason_for_silence().map(Err)
                 } else {
-                    Some(Ok(said))
+                    Some(Ok(new))
                 }
             });
             let late =
                 || Error::Timeout { rank: first, timeout, phase: Phase::Build, committed: false };
-            let said = match came.unwrap_or_else(|| Err(late())) {
-                Ok(said) => said,
-                Err(_) if is_refused => return Ok(heard),
+            let new = match came.unwrap_or_else(|| Err(late())) {
+                Ok(new) => new,
+                Err(_) if is_refused => return Ok(received),
                 Err(error) => return Err(self.fail(error)),
             };
-            missing.retain(|(rank, _)| said.iter().all(|(other, _)| other != rank));
-            is_refused |= said.iter().any(|(_, said)| refuses(said));
-            heard.extend(said);
+            missing.retain(|(rank, _)| new.iter().all(|(other, _)| other != rank));
+            is_refused |= new.iter().any(|(_, frame)| refuses(frame));
+            received.extend(new);
         }
     }
 
-    /// Why a peer that has not said it yet will not, if that is so.
-    fn silence(&self, rank: usize, peer: usize, state: &State) -> Option<Error> {
+    /// The reason why no message will come from a peer, if there is one.
+    fn reason_for_silence(&self, rank: usize, peer: usize, state: &State) -> Option<Error> {
         let phase = Phase::Build;
         let aborts = |peer: &usize| state.aborts(*peer, self.number());
         if let Some(rank) = self.members().iter().position(aborts) {
@@ -201,9 +212,9 @@ impl ProcessBootstrap {
         if let Some(failure) = self.failure() {
             return Some(failure);
         }
-        match state.trouble.get(&peer) {
+        match state.unreadable.get(&peer) {
             Some(reason) => {
-                let reason = format!("what rank {rank} says can't be understood: {reason}");
+                let reason = format!("messages of rank {rank} can't be received: {reason}");
                 Some(Error::SharedMemory { rank: self.rank(), reason })
             }
             None if state.is_lost(peer, self.number()) => {
@@ -213,7 +224,7 @@ impl ProcessBootstrap {
         }
     }
 
-    /// True if the inbox, the credits and the control of this rank are used here.
+    /// True for the inbox, the credits and the control block of `rank` if this rank uses them.
     fn wanted(&self, rank: usize) -> [bool; 3] {
         let (own, world) = (self.placement.position(self.rank()), self.members().len());
         let position = self.placement.position(rank);

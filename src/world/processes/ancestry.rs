@@ -1,4 +1,4 @@
-//! Processes as /proc shows them: parents, starts and programs. Anything that can't be read is
+//! Processes as /proc shows them: parents, start times and programs. Values that can't be read are
 //! `None`: /proc may be missing, may hide other users' processes (hidepid), and shows nothing
 //! outside of this PID namespace.
 
@@ -9,45 +9,46 @@ use std::path::PathBuf;
 /// `PF_EXITING` of the kernel's `task_struct.flags`.
 const EXITING: u64 = 0x4;
 
-/// One line of /proc/PID/stat.
+/// The fields of /proc/PID/stat that this crate uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Process {
     pub(super) pid: u32,
-    /// The program's name, 15 bytes at most.
+    /// Name of the program, at most 15 bytes.
     pub(super) name: String,
-    /// 0: outside of this PID namespace.
+    /// Pid of the parent; 0 if it is outside of this PID namespace.
     pub(super) parent: u32,
     pub(super) group: u32,
     pub(super) session: u32,
     pub(super) has_terminal: bool,
-    /// In clock ticks since boot. With the pid it names the process.
+    /// Start time in clock ticks since boot. Pid and start time together identify a process.
     pub(super) start: u64,
-    /// It frees its memory and closes its files, in this order, or has done so.
+    /// True if the process is freeing its memory and closing its files, in this order, or has done
+    /// so.
     pub(super) is_ending: bool,
-    /// Where its arguments lie, which is random for every exec: a process forked without exec has
+    /// Address of the arguments, which is random for every exec. A process forked without exec has
     /// its parent's.
     arguments_at: u64,
 }
 
 impl Process {
     pub(super) fn of(pid: u32) -> Option<Process> {
-        // Names of programs may be any bytes.
+        // A program's name may be any bytes.
         Process::parse(&String::from_utf8_lossy(&read(format!("/proc/{pid}/stat")).ok()?))
     }
 
-    /// This process, as /proc numbers it: it may show another PID namespace than this process is
-    /// in.
+    /// This process. /proc may belong to another PID namespace than this process, so its pid may
+    /// differ from `std::process::id()`.
     pub(super) fn own() -> Option<Process> {
         Process::parse(&String::from_utf8_lossy(&read("/proc/self/stat").ok()?))
     }
 
     fn parse(text: &str) -> Option<Process> {
-        // The name is in parentheses, and may hold some itself.
+        // The name is in parentheses, and may contain some.
         let (pid, rest) = text.split_once('(')?;
         let (name, rest) = rest.rsplit_once(')')?;
         let pid = pid.trim().parse().ok()?;
         let fields: Vec<&str> = rest.split_whitespace().collect();
-        // As proc_pid_stat(5) numbers them.
+        // Fields are numbered as in proc_pid_stat(5).
         let number = |field: usize| fields.get(field - 3).and_then(|text| text.parse::<u64>().ok());
         let small = |field: usize| number(field).and_then(|number| u32::try_from(number).ok());
         Some(Process {
@@ -65,7 +66,7 @@ impl Process {
 
     pub(super) fn parent(&self) -> Option<Process> {
         let parent = (self.parent != 0).then(|| Process::of(self.parent))??;
-        // A pid that was given anew meanwhile is no parent.
+        // The pid of a parent that has ended may have been reused.
         (parent.start <= self.start).then_some(parent)
     }
 
@@ -83,16 +84,16 @@ impl Process {
             && arguments(self).is_some_and(|own| Some(own) == arguments(parent))
     }
 
-    /// True if its parent has adopted it: the process that started it has ended, and with it what
-    /// tells its children from others' that were adopted by the same process.
+    /// True if `parent` is not the process that started this one, but has adopted it. Such a parent
+    /// tells nothing about the job: it adopts the orphans of every job.
     pub(super) fn is_adopted_by(&self, parent: &Process) -> bool {
-        // A new session has its first process as leader; any other process has its parent's.
+        // A process leads its own session or is in its parent's.
         if self.session != self.pid && self.session != parent.session {
             return true;
         }
-        // The same of process groups, except that a shell with job control also puts a process into
-        // the group of one of its siblings. Where the shell has a terminal, that one may have
-        // ended.
+        // A process leads its own process group or is in its parent's. A shell with job control
+        // also puts a process into the group of a sibling, which may have ended if the shell has a
+        // terminal.
         let has_group_of_parent = [self.pid, parent.group].contains(&self.group);
         let has_group_of_sibling = || {
             Process::of(self.group).is_some_and(|leader| leader.parent == parent.pid)
@@ -101,14 +102,15 @@ impl Process {
         !has_group_of_parent && !has_group_of_sibling()
     }
 
-    /// True if it was started with this variable in its environment.
+    /// True if the process was started with this value of the variable.
     pub(super) fn was_given(&self, variable: &str, value: &str) -> bool {
         let wanted = format!("{variable}={value}");
         let environment = read(format!("/proc/{}/environ", self.pid)).unwrap_or_default();
         environment.split(|&byte| byte == 0).any(|entry| entry == wanted.as_bytes())
     }
 
-    /// True if it is a wrapper such as `timeout`: its arguments end with all of that process's.
+    /// True if this process is a wrapper, such as `timeout`: its arguments end with all arguments
+    /// of `process`.
     pub(super) fn is_wrapper_of(&self, process: &Process) -> bool {
         let arguments = |pid: u32| read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let (ours, theirs) = (arguments(self.pid), arguments(process.pid));
@@ -116,12 +118,12 @@ impl Process {
             && ours.strip_suffix(&theirs[..]).is_some_and(|before| before.last() == Some(&0))
     }
 
-    /// The file that it runs; empty if that can't be read.
+    /// Path of the program; empty if it can't be read.
     pub(super) fn program(&self) -> PathBuf {
         read_link(format!("/proc/{}/exe", self.pid)).unwrap_or_default()
     }
 
-    /// Other children that run one of these programs.
+    /// True if a child other than `child` runs one of these programs.
     pub(super) fn has_other_child(&self, child: u32, programs: &[PathBuf]) -> bool {
         let children =
             read_to_string(format!("/proc/{0}/task/{0}/children", self.pid)).unwrap_or_default();
@@ -132,8 +134,7 @@ impl Process {
     }
 }
 
-/// Tells the PID namespace of this process from others: where it is another one, numbers mean other
-/// processes.
+/// Identifier of this process's PID namespace. Pids of two namespaces can't be compared.
 pub(super) fn pid_namespace() -> Option<u64> {
     std::fs::metadata("/proc/self/ns/pid").ok().map(|found| found.ino())
 }
@@ -183,9 +184,9 @@ mod tests {
             (&reaper, 9, 5, false),      // a child that leads a group
             (&reaper, none, none, true), // of an ended session
             (&reaper, none, 5, true),    // of an ended group
-            (&shell, none, 5, false),    // the first of its pipeline has ended
+            (&shell, none, 5, false),    // the first process of the pipeline has ended
             (&shell, 5, none, true),
-            (&first, none, 1, true), // pid 1 of a container adopts, terminal or not
+            (&first, none, 1, true), // pid 1 of a container adopts, with or without a terminal
             (&first, 1, 1, false),
         ] {
             let child = process(9, parent.pid, group, session, false);

@@ -1,8 +1,8 @@
-//! The process at the other end of a socket, as the kernel knows it, and the user that this process
-//! runs as.
+//! Identity of the process at the other end of a socket, as the kernel reports it, and of the user
+//! of this process.
 //!
-//! Process ids and user ids are those of a namespace: the kernel reports 0 for a process that is in
-//! no PID namespace of the reader's, and the overflow uid for a user that the reader's user
+//! Pids and uids are relative to namespaces. The kernel reports pid 0 for a process that the
+//! reader's PID namespace does not contain, and the overflow uid for a user that the reader's user
 //! namespace does not map.
 
 use std::fs::read_to_string;
@@ -10,26 +10,25 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 
-/// Possible causes, for every error in which ranks did not find one another.
+/// Possible causes of ranks not finding one another, for error messages.
 pub(super) const CAUSES: &str =
     "ranks find one another only within one network namespace (containers need a common one, such \
-     as \
-     --network=host) and as one user";
-/// The kernel's overflow uid where /proc does not tell it.
+        as --network=host) and as one user";
+/// Default of the kernel's overflow uid, if /proc does not tell it.
 const OVERFLOW: u32 = 65534;
 
-/// `SO_PEERCRED` of a stream: of the process that connected, or that called listen.
+/// `SO_PEERCRED` of a stream: the process that connected, or that called listen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Credentials {
-    /// `None`: the process is in no PID namespace that this one sees.
+    /// `None` if the process is outside of this PID namespace.
     pub(super) pid: Option<u32>,
     /// The effective uid, as this process's user namespace maps it.
     uid: u32,
 }
 
 impl Credentials {
-    /// Not by rustix, whose type for a pid can't be the 0 that the kernel gives for a process of
-    /// another PID namespace.
+    /// Reads the credentials. rustix is not used: its type for a pid cannot hold the 0 that the
+    /// kernel reports for a process of another PID namespace.
     pub(super) fn of(stream: &UnixStream) -> io::Result<Credentials> {
         let mut found = libc::ucred { pid: 0, uid: 0, gid: 0 };
         let mut bytes = size_of::<libc::ucred>() as libc::socklen_t;
@@ -54,33 +53,33 @@ impl Credentials {
     }
 }
 
-/// Refuses a peer of another user: abstract names are free to all, and only this user's processes
-/// are trusted.
+/// Refuses a peer of another user. Any user may connect to an abstract name, and only processes of
+/// this user are trusted.
 pub(super) fn is_same_user(stream: &UnixStream) -> Result<Credentials, String> {
     let found = Credentials::of(stream).map_err(|error| format!("SO_PEERCRED: {error}"))?;
     Users::now().check(found.uid)?;
     Ok(found)
 }
 
-/// Refuses where this process can't tell its own user from others.
+/// Fails if this process can't tell its own user from others.
 pub(super) fn is_some_user() -> Result<(), String> {
     let users = Users::now();
     users.check(users.own)
 }
 
-/// The user of this process in the listening socket's name. Ranks in a rootless container and
-/// outside of it run as other numbers but as one user, so it is the number that the parent user
-/// namespace has.
+/// Uid for the listening socket's name, as the parent user namespace has it. Ranks inside and
+/// outside of a rootless container are one user with different uids.
 pub(super) fn user_of_the_name() -> u32 {
     Users::now().outside()
 }
 
-/// Meaning of the user ids that this process sees.
+/// The user namespace of this process.
 #[derive(Debug)]
 struct Users {
     own: u32,
     overflow: u32,
-    /// Of its user namespace: first id inside, the same outside, and how many. `None`: not known.
+    /// Mapping of the user namespace as (first id inside, first id outside, count). `None` if
+    /// unknown.
     map: Option<Vec<[u32; 3]>>,
 }
 
@@ -100,7 +99,7 @@ impl Users {
         map.lines().filter_map(line).collect()
     }
 
-    /// True if every user has a number of its own here. Without /proc it can't be told, and the
+    /// True if every user has a uid of its own in this namespace. False without /proc, so that the
     /// overflow uid is refused.
     fn is_identity(&self) -> bool {
         self.map.as_deref() == Some(&[[0, 0, u32::MAX]])
@@ -109,19 +108,22 @@ impl Users {
     fn check(&self, peer: u32) -> Result<(), String> {
         let own = self.own;
         if (peer == self.overflow || own == self.overflow) && !self.is_identity() {
-            let whose =
-                if own == self.overflow { "this process" } else { "the process that holds it" };
+            let process = if own == self.overflow {
+                "this process"
+            } else {
+                "the process that holds the name"
+            };
             return Err(format!(
-                "{whose} runs as user {}, which in a user namespace stands for every user that is \
-                 not mapped, so that it can't be \
-                 told whether both are the same: map the user in /proc/self/uid_map (unshare -r, \
-                 podman --userns=keep-id)",
+                "{process} runs as user {}, which stands for every unmapped user of a user \
+                    namespace, so the users of two processes can't be compared: map the user in \
+                    /proc/self/uid_map (unshare -r, podman --userns=keep-id)",
                 self.overflow
             ));
         }
         if peer != own {
             return Err(format!(
-                "it belongs to user {peer}, not to user {own}: choose another name for this world"
+                "the name belongs to user {peer}, not to user {own}: choose another name for this \
+                    world"
             ));
         }
         Ok(())
@@ -151,13 +153,16 @@ mod tests {
     fn users_that_look_alike_are_refused() {
         assert!(users(0, IDENTITY).check(0).is_ok());
         assert!(users(0, IDENTITY).check(1000).unwrap_err().contains("belongs to user 1000"));
-        // The overflow user, as an account of its own.
+        // The overflow uid as an ordinary account.
         assert!(users(OVERFLOW, IDENTITY).check(OVERFLOW).is_ok());
         for map in [Some(""), Some("0 1000 1"), ROOTLESS, None, Some("65534 65534 1")] {
             let error = users(OVERFLOW, map).check(OVERFLOW).unwrap_err();
             assert!(error.contains("this process runs as user 65534"), "{error}");
             let error = users(0, map).check(OVERFLOW).unwrap_err();
-            assert!(error.contains("the process that holds it runs as user 65534"), "{error}");
+            assert!(
+                error.contains("the process that holds the name runs as user 65534"),
+                "{error}"
+            );
             assert!(users(0, map).check(0).is_ok());
         }
     }

@@ -1,81 +1,74 @@
-//! Messages between processes: a header with a version and a view, a bounded body of JSON, and file
+//! Messages between processes: a header with version and view, a bounded JSON body, and file
 //! descriptors.
 
-use std::io::{self, Error, ErrorKind, IoSlice, IoSliceMut, Write};
-use std::mem::MaybeUninit;
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+mod receive;
+mod send;
+#[cfg(test)]
+mod tests;
 
-use rustix::event::{poll, PollFd, PollFlags, Timespec};
-use rustix::net::{
-    recvmsg, sendmsg, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
-use serde::{de::DeserializeOwned, Serialize};
+use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
 
-use crate::backend::limits::{why, Wanted};
+use serde::de::DeserializeOwned;
 
-/// Of everything that two processes say to each other. One that says another is not understood.
+pub(super) use receive::{receive, short_of_files};
+pub(super) use send::{send, send_to_all};
+
+/// Version of all messages. A message of another version is refused.
 const VERSION: u16 = 3;
 const MAGIC: [u8; 4] = *b"PAVG";
 const HEADER: usize = 20;
-/// This process has no file descriptor, or no memory, for a message.
+/// Error kind: this process lacks file descriptors or memory for a message.
 pub(super) const SHORT: ErrorKind = ErrorKind::QuotaExceeded;
-/// A wait that is as good as one without an end.
-const LONG: Timespec = Timespec { tv_sec: 1 << 30, tv_nsec: 0 };
-/// A message is of another version of this crate.
+/// Error kind: the message has another version.
 pub(super) const OTHER_VERSION: ErrorKind = ErrorKind::Unsupported;
-/// Between two tries to send files, of which a user may have so many under way as one process may
-/// have open: others of this user's are still to be received. Root may have any number.
-const CROWDED: Duration = Duration::from_millis(1);
-/// What the kernel passes on at once is more (253).
+/// Limit on files of one message. The kernel's own limit is 253.
 pub(super) const MOST_FILES: usize = 64;
 
-/// What a message is about.
+/// The type of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub(super) enum Kind {
-    /// To rank 0, from a rank that wants to take part.
+    /// Rank to rank 0: request to take part in the world.
     Hello = 1,
-    /// From rank 0: here are your peers.
+    /// Rank 0 to rank: descriptions of all ranks, with sockets to them.
     Welcome = 2,
-    /// From rank 0: the world does not begin, for this reason.
+    /// Rank 0 or member to any process: refusal, with the reason.
     Refuse = 3,
-    /// What a rank shows when it builds an averager.
+    /// The handshake of a rank that builds an averager.
     Handshake = 4,
-    /// The sender's world is aborted.
+    /// The sender has aborted its world.
     Abort = 5,
     /// The sender is ready for the next view of its world.
     Ready = 6,
-    /// To a member's join listener, from a process that wants to join its world.
+    /// Joiner to join listener: request for a description of the world.
     JoinRequest = 7,
-    /// From the join listener: the world.
+    /// Join listener to joiner: description of the world.
     JoinOffer = 8,
-    /// To the join listener: become a peer. The number is the sender's id.
+    /// Joiner to join listener: request to become a peer. The number is the joiner's id.
     Connect = 9,
-    /// From the member: you are heard as a peer is.
+    /// Member to joiner: the joiner is connected as a peer, or the reason why not.
     Connected = 10,
-    /// To all members, whose peer the sender is by now: admit the sender after this view.
+    /// Joiner to all members: request for admission after this view.
     JoinPending = 11,
-    /// Whether the sender reaches memory of the receiver's device.
+    /// Result of the sender's test transfer to memory of the receiver's device.
     Reach = 12,
-    /// The sender has all that it needs, or says what it lacks: when ranks meet, and when they
-    /// build an averager.
+    /// The sender has all that it needs, or lacks something. Used at the end of a rendezvous and of
+    /// a build.
     Verdict = 13,
-    /// The averagers that the sender has, as it begins to build them again.
+    /// The averagers of the sender, before they are built again.
     Averagers = 14,
 }
 
 impl Kind {
     fn of(byte: u8) -> Option<Kind> {
         use Kind::*;
-        let met = [Handshake, Abort, Ready, JoinPending, Reach, Verdict, Averagers];
-        let strangers = [Hello, Welcome, Refuse, JoinRequest, JoinOffer, Connect, Connected];
-        met.into_iter().chain(strangers).find(|&kind| kind as u8 == byte)
+        let of_peers = [Handshake, Abort, Ready, JoinPending, Reach, Verdict, Averagers];
+        let before = [Hello, Welcome, Refuse, JoinRequest, JoinOffer, Connect, Connected];
+        of_peers.into_iter().chain(before).find(|&kind| kind as u8 == byte)
     }
 
-    /// Most bytes of a body; few before the sender is known.
+    /// Largest body in bytes. Small for messages of unknown senders.
     fn most(self) -> usize {
         match self {
             Kind::Hello | Kind::JoinRequest => 48 << 10,
@@ -90,13 +83,13 @@ impl Kind {
 #[derive(Debug)]
 pub(super) struct Frame {
     pub(super) kind: Kind,
-    /// Of the sender's world: what an older one says is nothing to a newer.
+    /// The sender's view. Messages of earlier views are ignored.
     pub(super) view: u32,
-    /// Which of several of a kind.
+    /// Tells messages of one kind and view apart.
     pub(super) number: u32,
     pub(super) body: Vec<u8>,
     pub(super) files: Vec<OwnedFd>,
-    /// This process had no descriptors for the files, so that there are none.
+    /// True if the files were lost because this process had no file descriptors.
     pub(super) is_short: bool,
 }
 
@@ -116,408 +109,8 @@ pub(super) fn header(
     header
 }
 
-/// Sends a message, if all of it can be by `deadline`. One at a time on a stream. `InvalidInput`:
-/// nothing was sent.
-pub(super) fn send(
-    stream: &UnixStream,
-    key: (Kind, u32, u32),
-    body: &impl Serialize,
-    files: &[BorrowedFd<'_>],
-    deadline: Instant,
-) -> io::Result<()> {
-    let (header, body) = encode(key, body, files)?;
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if !files.is_empty() {
-        assert!(
-            ancillary.push(SendAncillaryMessage::ScmRights(files)),
-            "there is space for so many"
-        );
-    }
-    let patience =
-        || deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-    stream.set_write_timeout(Some(patience()))?;
-    let sent = loop {
-        match sendmsg(stream, &[IoSlice::new(&header)], &mut ancillary, SendFlags::NOSIGNAL) {
-            Err(rustix::io::Errno::INTR) => {}
-            Err(rustix::io::Errno::TOOMANYREFS) if Instant::now() < deadline => {
-                std::thread::sleep(CROWDED)
-            }
-            sent => break sent?,
-        }
-    };
-    let mut stream = stream;
-    stream.write_all(&header[sent..])?;
-    for part in body.chunks(64 << 10) {
-        stream.set_write_timeout(Some(patience()))?;
-        stream.write_all(part)?;
-    }
-    Ok(())
-}
-
-fn encode(
-    key: (Kind, u32, u32),
-    body: &impl Serialize,
-    files: &[BorrowedFd<'_>],
-) -> io::Result<([u8; HEADER], Vec<u8>)> {
-    let body = serde_json::to_vec(body)?;
-    if body.len() > key.0.most() || files.len() > MOST_FILES {
-        let what =
-            format!("a message of {} bytes and {} files is too large", body.len(), files.len());
-        return Err(Error::new(ErrorKind::InvalidInput, what));
-    }
-    Ok((header(key, body.len(), files.len()), body))
-}
-
-/// Sends a message on several streams at once, on this thread: a peer that does not listen keeps no
-/// other waiting. Tells `ended` of each stream, by its index, when it is done with or has failed,
-/// by `deadline` at the latest. An error: nothing was sent.
-pub(super) fn send_to_all(
-    streams: &[&UnixStream],
-    key: (Kind, u32, u32),
-    body: &impl Serialize,
-    files: &[BorrowedFd<'_>],
-    deadline: Instant,
-    mut ended: impl FnMut(usize, io::Result<()>),
-) -> io::Result<()> {
-    let (header, body) = encode(key, body, files)?;
-    let all = HEADER + body.len();
-    // By stream: its index, and how much of the message it has taken.
-    let mut left: Vec<(usize, usize)> = (0..streams.len()).map(|index| (index, 0)).collect();
-    loop {
-        let mut is_crowded = false;
-        left.retain_mut(|(index, sent)| loop {
-            match send_some(streams[*index], [&header, &body], *sent, files) {
-                Ok(bytes) => *sent += bytes,
-                Err(rustix::io::Errno::INTR) => continue,
-                Err(rustix::io::Errno::AGAIN) => return true,
-                Err(rustix::io::Errno::TOOMANYREFS) => {
-                    is_crowded = true;
-                    return true;
-                }
-                Err(error) => {
-                    ended(*index, Err(error.into()));
-                    return false;
-                }
-            }
-            if *sent == all {
-                ended(*index, Ok(()));
-                return false;
-            }
-        });
-        let patience = deadline.saturating_duration_since(Instant::now());
-        if left.is_empty() || patience.is_zero() {
-            left.iter().for_each(|&(index, _)| ended(index, Err(ErrorKind::TimedOut.into())));
-            return Ok(());
-        }
-        if is_crowded {
-            std::thread::sleep(CROWDED.min(patience)); // `poll` would not wait
-            continue;
-        }
-        let mut watched: Vec<PollFd<'_>> =
-            left.iter().map(|&(index, _)| PollFd::new(streams[index], PollFlags::OUT)).collect();
-        // A wait that fails or is interrupted only means another look.
-        let _ = poll(&mut watched, Some(&patience.try_into().unwrap_or(LONG)));
-    }
-}
-
-/// Sends what a stream takes of a message without waiting, from byte `sent` of it on. Files go with
-/// the first byte.
-fn send_some(
-    stream: &UnixStream,
-    [header, body]: [&[u8]; 2],
-    sent: usize,
-    files: &[BorrowedFd<'_>],
-) -> rustix::io::Result<usize> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    if sent == 0 && !files.is_empty() {
-        assert!(
-            ancillary.push(SendAncillaryMessage::ScmRights(files)),
-            "there is space for so many"
-        );
-    }
-    let rest = [&header[sent.min(HEADER)..], &body[sent.saturating_sub(HEADER)..]];
-    sendmsg(
-        stream,
-        &rest.map(IoSlice::new),
-        &mut ancillary,
-        SendFlags::NOSIGNAL | SendFlags::DONTWAIT,
-    )
-}
-
-/// Receives a message of one of these kinds with at most so many files, if all of it comes before
-/// `deadline`.
-pub(super) fn receive(
-    stream: &UnixStream,
-    kinds: &[Kind],
-    most_files: usize,
-    deadline: Instant,
-) -> io::Result<Frame> {
-    let (mut header, mut files, mut is_short) = ([0; HEADER], vec![], false);
-    let mut got = 0;
-    while got < HEADER {
-        let flags = wait_at_most(stream, deadline)?;
-        let (bytes, short) =
-            receive_some(stream, flags, &mut header[got..], &mut files, most_files)?;
-        got += bytes;
-        is_short |= short;
-    }
-    let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().expect("4 bytes"));
-    if header[..4] != MAGIC {
-        return bad("no message of param-averager");
-    }
-    let version = u16::from_le_bytes([header[4], header[5]]);
-    if version != VERSION {
-        let what = format!(
-            "a message of version {version}, where this is version {VERSION}: use one version of \
-             param-averager on every rank"
-        );
-        return Err(Error::new(OTHER_VERSION, what));
-    }
-    let Some(kind) = Kind::of(header[6]).filter(|kind| kinds.contains(kind)) else {
-        return bad("a message of a kind that does not belong here");
-    };
-    if is_short {
-        files.clear(); // which of them are missing can't be told
-                       // A peer goes on being heard, or this process could not tell it why.
-        if ![Kind::Handshake, Kind::Reach].contains(&kind) {
-            return Err(Error::new(SHORT, short_of_files()));
-        }
-    } else if files.len() != header[7] as usize {
-        return bad("a message without the files that it announces");
-    }
-    let bytes = word(16) as usize;
-    if bytes > kind.most() {
-        return bad("a message that is longer than any");
-    }
-    // It grows as bytes come: a header that announces many costs nothing.
-    let (mut body, mut part) = (vec![], [0; 64 << 10]);
-    while body.len() < bytes {
-        let flags = wait_at_most(stream, deadline)?;
-        let most = part.len().min(bytes - body.len());
-        match rustix::net::recv(stream, &mut part[..most], flags) {
-            Ok((0, _)) => return Err(ErrorKind::UnexpectedEof.into()),
-            Ok((count, _)) => {
-                // Room for all of it is asked for as its bytes come; where there is none, the
-                // message can't be had.
-                body.try_reserve(count)
-                    .map_err(|_| Error::new(SHORT, "no memory for a message: free memory"))?;
-                body.extend_from_slice(&part[..count]);
-            }
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Ok(Frame { kind, view: word(8), number: word(12), body, files, is_short })
-}
-
-fn bad(what: &str) -> io::Result<Frame> {
-    Err(Error::new(ErrorKind::InvalidData, what.to_owned()))
-}
-
-/// What is there is read even after the deadline, since this process may have been stopped; but
-/// nothing is waited for then, or who sends a byte now and then would be heard for long.
-fn wait_at_most(stream: &UnixStream, deadline: Instant) -> io::Result<RecvFlags> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        return Ok(RecvFlags::DONTWAIT);
-    }
-    stream.set_read_timeout(Some(left)).map(|()| RecvFlags::empty())
-}
-
-/// What is wrong where file descriptors that came with a message could not be had.
-pub(super) fn short_of_files() -> String {
-    let what = "taking file descriptors that came with a message";
-    why(what, Wanted::Descriptor, rustix::io::Errno::MFILE)
-}
-
-/// Bytes that came, and whether there was no descriptor for a file that came with them. Only few
-/// files above so many are ever taken: many unknown processes together would leave this process
-/// without.
-fn receive_some(
-    stream: &UnixStream,
-    flags: RecvFlags,
-    into: &mut [u8],
-    files: &mut Vec<OwnedFd>,
-    most_files: usize,
-) -> io::Result<(usize, bool)> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FILES + 1))];
-    let space = &mut space[..rustix::cmsg_space!(ScmRights(most_files + 1))];
-    let mut ancillary = RecvAncillaryBuffer::new(space);
-    let flags = flags | RecvFlags::CMSG_CLOEXEC;
-    let message = match recvmsg(stream, &mut [IoSliceMut::new(into)], &mut ancillary, flags) {
-        Err(rustix::io::Errno::INTR) => return Ok((0, false)),
-        message => message?,
-    };
-    for ancillary in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(received) = ancillary {
-            files.extend(received);
-        }
-    }
-    if files.len() > most_files {
-        return Err(Error::new(ErrorKind::InvalidData, "a message with more files than any"));
-    }
-    match message.bytes {
-        0 => Err(ErrorKind::UnexpectedEof.into()),
-        bytes => Ok((bytes, message.flags.contains(ReturnFlags::CTRUNC))),
-    }
-}
-
 impl Frame {
     pub(super) fn parse<T: DeserializeOwned>(&self) -> io::Result<T> {
         Ok(serde_json::from_slice(&self.body)?)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-    use std::os::fd::AsFd;
-
-    const ALL: [Kind; 3] = [Kind::Hello, Kind::Handshake, Kind::Ready];
-
-    fn soon() -> Instant {
-        Instant::now() + Duration::from_secs(5)
-    }
-
-    #[test]
-    fn a_message_arrives_with_its_files_and_in_order() {
-        let (one, other) = UnixStream::pair().unwrap();
-        let body: Vec<u32> = (0..200_000).collect();
-        let sender = std::thread::spawn(move || {
-            send(&one, (Kind::Handshake, 3, 7), &body, &[one.as_fd(), one.as_fd()], soon())
-                .unwrap();
-            send(&one, (Kind::Ready, 4, 0), &"", &[], soon()).unwrap();
-        });
-        let frame = receive(&other, &ALL, 2, soon()).unwrap();
-        assert_eq!(
-            (frame.kind, frame.view, frame.number, frame.files.len()),
-            (Kind::Handshake, 3, 7, 2)
-        );
-        assert_eq!(frame.parse::<Vec<u32>>().unwrap()[199_999], 199_999);
-        assert_eq!(receive(&other, &ALL, 2, soon()).unwrap().kind, Kind::Ready);
-        sender.join().unwrap();
-        drop(frame);
-        assert_eq!(receive(&other, &ALL, 2, soon()).unwrap_err().kind(), ErrorKind::UnexpectedEof);
-    }
-
-    /// A large message reaches the peers that read. A peer that does not read is late, and delays
-    /// no other.
-    #[test]
-    fn a_message_to_all_waits_for_nobody() {
-        let pairs: Vec<_> = (0..3).map(|_| UnixStream::pair().unwrap()).collect();
-        let body: Vec<u32> = (0..300_000).collect();
-        let readers: Vec<_> = pairs[1..]
-            .iter()
-            .map(|(_, other)| {
-                let other = other.try_clone().unwrap();
-                std::thread::spawn(move || receive(&other, &ALL, 2, soon()).unwrap())
-            })
-            .collect();
-        let streams: Vec<&UnixStream> = pairs.iter().map(|(one, _)| one).collect();
-        let (mut ended, start) = (vec![], Instant::now());
-        let deadline = start + Duration::from_millis(500);
-        let files = [pairs[0].0.as_fd()];
-        send_to_all(&streams, (Kind::Handshake, 1, 2), &body, &files, deadline, |index, result| {
-            ended.push((index, result.is_ok(), start.elapsed()))
-        })
-        .unwrap();
-        ended.sort();
-        assert_eq!(
-            ended.iter().map(|&(index, good, _)| (index, good)).collect::<Vec<_>>(),
-            [(0, false), (1, true), (2, true)]
-        );
-        assert!(ended[0].2 >= Duration::from_millis(500) && ended[1].2 < ended[0].2, "{ended:?}");
-        for reader in readers {
-            let frame = reader.join().unwrap();
-            assert_eq!((frame.number, frame.files.len()), (2, 1));
-            assert_eq!(frame.parse::<Vec<u32>>().unwrap(), body);
-        }
-        let too_large = vec![0u8; 1 << 20];
-        let nothing = |_, _| panic!("nothing is sent");
-        let error = send_to_all(&streams, (Kind::Ready, 0, 0), &too_large, &[], deadline, nothing);
-        assert_eq!(error.unwrap_err().kind(), ErrorKind::InvalidInput);
-    }
-
-    #[test]
-    fn who_says_nothing_or_half_of_it_is_not_waited_for() {
-        let (one, other) = UnixStream::pair().unwrap();
-        (&one).write_all(&MAGIC).unwrap();
-        let start = Instant::now();
-        let error = receive(&other, &ALL, 2, start + Duration::from_millis(50)).unwrap_err();
-        assert!(matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock), "{error}");
-        assert!(start.elapsed() < Duration::from_secs(4));
-    }
-
-    #[test]
-    fn a_deadline_is_for_what_is_still_to_come() {
-        let (one, other) = UnixStream::pair().unwrap();
-        send(&one, (Kind::Ready, 0, 0), &vec![7; 1000], &[], soon()).unwrap();
-        let past = Instant::now();
-        assert_eq!(receive(&other, &ALL, 2, past).unwrap().parse::<Vec<u8>>().unwrap(), [7; 1000]);
-        // Who is never quite silent is not heard for longer, either.
-        (&one).write_all(&header((Kind::Hello, 0, 0), 4000, 0)).unwrap();
-        let write = move || {
-            while (&one).write_all(b" ").is_ok() {
-                std::thread::sleep(Duration::from_micros(500));
-            }
-        };
-        let writer = std::thread::spawn(write);
-        let start = Instant::now();
-        let error = receive(&other, &ALL, 2, start + Duration::from_millis(50)).unwrap_err();
-        assert!(matches!(error.kind(), ErrorKind::TimedOut | ErrorKind::WouldBlock), "{error}");
-        assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
-        drop(other);
-        writer.join().unwrap();
-    }
-
-    #[test]
-    fn what_a_stranger_may_not_send_is_refused_unread() {
-        let refused = |kind: Kind, bytes: u32, files: usize| {
-            let (one, other) = UnixStream::pair().unwrap();
-            let mut header = [0; HEADER];
-            header[..4].copy_from_slice(&MAGIC);
-            header[4] = VERSION as u8;
-            header[6] = kind as u8;
-            header[7] = files as u8;
-            header[16..20].copy_from_slice(&bytes.to_le_bytes());
-            let fds = vec![other.as_fd(); files];
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
-            let mut ancillary = SendAncillaryBuffer::new(&mut space);
-            assert!(files == 0 || ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
-            for _ in 0..2 {
-                sendmsg(&one, &[IoSlice::new(&header)], &mut ancillary, SendFlags::empty())
-                    .unwrap();
-            }
-            let error = receive(&other, &[Kind::Hello], 1, soon()).unwrap_err().to_string();
-            let mut taken = vec![];
-            let _ = receive_some(&other, RecvFlags::empty(), &mut header, &mut taken, 1);
-            assert!(taken.len() <= 4, "{}", taken.len()); // alignment leaves space for a few more
-            error
-        };
-        assert!(refused(Kind::Hello, 1 << 20, 0).contains("longer than any"));
-        assert!(refused(Kind::Handshake, 1 << 20, 0).contains("does not belong here"));
-        assert!(refused(Kind::Hello, 2, 4).contains("more files"));
-        assert!(refused(Kind::Hello, 2, 253).contains("more files"));
-    }
-
-    proptest! {
-        #[test]
-        fn garbage_is_an_error(mut bytes in proptest::collection::vec(any::<u8>(), 0..200), honest in 0usize..8) {
-            // The first so many bytes of the header are right.
-            let right = [b'P', b'A', b'V', b'G', VERSION as u8, 0, Kind::Hello as u8, 0];
-            for (byte, right) in bytes.iter_mut().zip(&right[..honest]) {
-                *byte = *right;
-            }
-            let (one, other) = UnixStream::pair().unwrap();
-            (&one).write_all(&bytes).unwrap();
-            drop(one);
-            if let Ok(frame) = receive(&other, &ALL, 2, soon()) {
-                prop_assert!(bytes.starts_with(&MAGIC));
-                prop_assert_eq!(frame.body.len(), u32::from_le_bytes(bytes[16..20].try_into().unwrap()) as usize);
-            }
-        }
     }
 }

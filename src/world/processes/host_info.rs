@@ -1,5 +1,4 @@
-//! Where each rank is, as ranks tell one another when they meet, and which of them reach each
-//! other's memory.
+//! Host information of ranks, exchanged at the rendezvous, and the peer access between them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,13 +9,13 @@ use crate::backend::cuda::{Connection, Context, Identity, PeerAccess};
 use crate::backend::MemorySpace;
 use crate::world::{Device, Kind, Placement};
 
-/// Where a rank is.
+/// Host information of a rank.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(in crate::world) struct HostInfo {
-    /// As its process calls it, which another one may call by another number.
+    /// Device as the rank's process numbers it. Other processes may number it differently.
     pub(in crate::world) device: String,
-    /// That its process may use.
+    /// Number of cores that the process may use.
     pub(in crate::world) cores: usize,
     pub(in crate::world) gpu: Option<Gpu>,
 }
@@ -26,29 +25,29 @@ pub(in crate::world) struct HostInfo {
 #[serde(deny_unknown_fields)]
 pub(in crate::world) struct Gpu {
     pub(in crate::world) identity: Identity,
-    /// Blocks that can run on it at the same time.
+    /// Blocks that can be resident on the device at once.
     pub(in crate::world) resident_blocks: u32,
 }
 
 impl HostInfo {
-    /// Of a process whose device, if it has one, is not known.
+    /// Host information of a process whose device has not been opened.
     pub(super) fn unknown(device: Device) -> HostInfo {
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
         HostInfo { device: device.to_string(), cores, gpu: None }
     }
 
-    /// Why this rank's can't be in one world with rank 0's.
+    /// The reason, if this rank can't be in one world with rank 0.
     pub(super) fn refusal(&self, rank: usize, first: &HostInfo) -> Option<String> {
         (self.gpu.is_some() != first.gpu.is_some()).then(|| {
             format!(
-                "rank {rank} is on {} and rank 0 on {}, and CPUs and CUDA devices can't be in one \
-                 world: give every rank the same kind",
+                "rank {rank} is on {} and rank 0 on {}, but the ranks of a world are all on CPUs \
+                    or all on CUDA devices: give every rank the same kind",
                 self.device, first.device
             )
         })
     }
 
-    /// What lies between two.
+    /// Connection between the devices of two ranks.
     pub(in crate::world) fn connection(&self, other: &HostInfo) -> Connection {
         match (&self.gpu, &other.gpu) {
             (Some(one), Some(other)) => one.identity.connection(&other.identity),
@@ -57,7 +56,7 @@ impl HostInfo {
     }
 }
 
-/// This process's own.
+/// The device of this process.
 #[derive(Clone, Debug)]
 pub(super) struct LocalDevice {
     pub(super) host_info: HostInfo,
@@ -66,7 +65,7 @@ pub(super) struct LocalDevice {
 }
 
 impl LocalDevice {
-    /// Opens the device, if it is one.
+    /// Opens the device.
     pub(super) fn find(device: Device) -> Result<LocalDevice, String> {
         let (mut host_info, mut space) = (HostInfo::unknown(device), MemorySpace::Host);
         if let Kind::Cuda(ordinal) = device.0 {
@@ -78,7 +77,7 @@ impl LocalDevice {
         Ok(LocalDevice { host_info, device, space })
     }
 
-    /// What runs its kernels, if that is a CUDA device.
+    /// Context of the device, if it is a CUDA device.
     pub(super) fn context(&self) -> Option<&Arc<Context>> {
         match &self.space {
             MemorySpace::Host => None,
@@ -87,12 +86,12 @@ impl LocalDevice {
     }
 }
 
-/// Where this process is, and which peers reach each other's memory. It knows the same as all
-/// others.
+/// The device of this process, and the peer access between ranks. All processes know the same
+/// access.
 #[derive(Clone, Debug)]
 pub(super) struct P2pMatrix {
     own: LocalDevice,
-    /// Of each two peers, the lower one first, that were tried.
+    /// Access of pairs of peers that were tested, the lower id first.
     reach: BTreeMap<(usize, usize), PeerAccess>,
 }
 
@@ -105,13 +104,12 @@ impl P2pMatrix {
         &self.own
     }
 
-    /// Takes over what trying two peers has shown.
+    /// Records the access between two peers.
     pub(super) fn know(&mut self, one: usize, other: usize, access: PeerAccess) {
         self.reach.insert((one.min(other), one.max(other)), access);
     }
 
-    /// The places of a world of these peers, with where they are, by rank. Those that were not
-    /// tried go through the host.
+    /// Placement of these peers, by rank. Pairs that were not tested have no peer access.
     pub(super) fn placement(&self, members: &[(usize, &HostInfo)]) -> Placement {
         let host_infos: Vec<&HostInfo> = members.iter().map(|&(_, host_info)| host_info).collect();
         let access = |one: usize, other: usize| {

@@ -1,55 +1,58 @@
-//! Which job a process belongs to: what tells the ranks of one job from those of another that uses
-//! the same name.
+//! Description of the job that a process belongs to, which tells ranks of two jobs with one name
+//! apart.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
 use super::ancestry::{pid_namespace, Process};
+use crate::hash::fnv1a;
 
-/// Arguments that are compared one by one; those that follow are compared together.
+/// Number of arguments that are compared one by one. Further arguments are compared together.
 const MOST_ARGUMENTS: usize = 48;
-/// Variables by which launchers give a process its rank. A wrapper that was given one is that
-/// rank's alone, also where it hands the rank on under another name.
+/// Variables by which launchers give a process its rank. A process that was given one is a wrapper
+/// of that rank alone, even if it passes the rank on in another variable.
 const RANK_VARIABLES: [&str; 5] =
     ["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"];
-/// Characters of an argument, or of an id, that an error shows.
+/// Characters of an argument, or of an id, that an error message shows.
 const MOST_SHOWN: usize = 64;
 
-/// A rank's description of its job. Bounded: it is part of the first message to an unknown process.
+/// Job of a rank. Bounded in size, since it is part of the first message to an unknown process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Job {
     kind: Kind,
     pid: u32,
-    /// In which that is its pid. `None`: not known.
+    /// PID namespace of `pid`. `None` if unknown.
     namespace: Option<u64>,
     arguments: Vec<Argument>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Kind {
-    /// The name of the world was given by hand to all ranks, which says enough.
+    /// All ranks were given the name of the world explicitly, so the name identifies the job.
     Named,
-    /// Who names the job (a launcher, or the program), and the name.
+    /// Source of a job id (a launcher, or the program), and the id.
     Known(String, String),
-    /// Ranks that a script or a program has started.
+    /// Ranks started by a script or a program, without a job id.
     Started(Start),
 }
 
-/// How a rank was started.
+/// Processes that started a rank.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Start {
-    /// This process and its ancestors up to the nearest that is not this rank's alone, the starter:
-    /// the pid and the start of each. Empty: /proc does not tell. A rank that looks before the next
-    /// one is there goes further up, so the starter of one is looked for in the chain of the other.
+    /// (pid, start time) of this process and its ancestors up to the starter: the nearest ancestor
+    /// that does not belong to this rank alone. Empty if /proc does not tell. A rank that starts
+    /// before its siblings can take a subshell of its own for the starter of all and go further up,
+    /// so the starter of each rank is looked up in the chain of the other.
     chain: Vec<(u32, u64)>,
     /// Name of the starter.
     starter: String,
     session: u32,
     group: u32,
-    /// The process that started this rank has ended: the starter is whichever adopts orphans.
+    /// True if the process that started this rank has ended. The starter is then the process that
+    /// adopts orphans.
     is_orphan: bool,
 }
 
@@ -57,31 +60,31 @@ struct Start {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Argument {
-    /// Its beginning.
+    /// Beginning of the text, for messages.
     shown: String,
     hash: u64,
-    /// The hash with the rank's number replaced wherever it stands by itself.
+    /// Hash of the text with the rank's number replaced.
     hash_by_rank: u64,
 }
 
-/// Whose job it is, as far as the caller or a launcher says.
+/// Source of the job's identity, as far as the caller or a launcher gives one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(in crate::world) enum Known {
-    /// By how the process was started.
+    /// Unknown: the processes that started the ranks are compared.
     #[default]
     No,
-    /// The name of the world is enough.
+    /// The name of the world identifies the job.
     ByName,
-    /// A launcher's, or the program's, name for the job.
+    /// Source of the id (a launcher, or the program), and the id.
     By(String, String),
 }
 
 impl Job {
-    /// This process's, as `rank`, of which `variable` told.
+    /// Job of this process as `rank`, which it was given in `variable`.
     pub(super) fn own(known: &Known, rank: usize, variable: Option<&str>) -> Job {
         let kind = match known {
             Known::ByName => Kind::Named,
-            Known::By(by, id) => Kind::Known(shown(by), shown(id) + &suffix(id)),
+            Known::By(by, id) => Kind::Known(excerpt(by), excerpt(id) + &suffix(id)),
             Known::No => Kind::Started(Start::own(rank, variable)),
         };
         let arguments = match kind {
@@ -93,12 +96,12 @@ impl Job {
         Job { kind, pid: std::process::id(), namespace: pid_namespace(), arguments }
     }
 
-    /// Evidence that a rank of the other job is not of this one, if there is some.
+    /// Evidence that the two jobs differ, or `None`.
     pub(super) fn differs(&self, other: &Job) -> Option<String> {
         match (&self.kind, &other.kind) {
             (Kind::Named, Kind::Named) => None,
             (Kind::Started(one), Kind::Started(two)) => {
-                // Numbers of two PID namespaces can't be compared.
+                // Pids of two PID namespaces can't be compared.
                 let is_near = self.namespace == other.namespace && self.namespace.is_some();
                 let starts = if is_near { one.differs(two) } else { None };
                 starts.or_else(|| differ(&self.arguments, &other.arguments))
@@ -108,7 +111,7 @@ impl Job {
         }
     }
 
-    /// The process, for another one that may be in another PID namespace.
+    /// The process as text, for a reader that may be in another PID namespace.
     pub(super) fn process(&self) -> String {
         match self.namespace == pid_namespace() || self.namespace.is_none() {
             true => format!("process {}", self.pid),
@@ -116,12 +119,12 @@ impl Job {
         }
     }
 
-    /// As this process would call it.
+    /// The pid in the namespace of this process, if it has one there.
     pub(super) fn pid(&self) -> Option<u32> {
         (self.namespace.is_some() && self.namespace == pid_namespace()).then_some(self.pid)
     }
 
-    /// The job without the process.
+    /// The job as text, without the process.
     pub(super) fn name(&self) -> String {
         self.kind.to_string()
     }
@@ -164,7 +167,8 @@ impl Start {
         let mut chain = vec![own.clone()];
         for ancestor in own.ancestors() {
             let below = chain.last().expect("it begins with this process");
-            // Siblings of a wrapper run that wrapper; those of a subshell may still be subshells.
+            // Siblings of a wrapper run the same wrapper. Siblings of a subshell may still be
+            // subshells.
             let of_ranks = || [program.clone(), below.program(), ancestor.program()];
             let is_shared = || ancestor.has_other_child(below.pid, &of_ranks());
             let was_given = |variable: &str| ancestor.was_given(variable, &value);
@@ -181,7 +185,7 @@ impl Start {
         let below = &chain[chain.len().saturating_sub(2)];
         let is_orphan = below.is_adopted_by(starter);
         Start {
-            starter: shown(&starter.name),
+            starter: excerpt(&starter.name),
             chain: chain.iter().map(|process| (process.pid, process.start)).collect(),
             session: own.session,
             group: own.group,
@@ -190,14 +194,15 @@ impl Start {
     }
 
     fn differs(&self, other: &Start) -> Option<String> {
-        // Whichever adopts orphans is the starter of all of them, of any job.
+        // The process that adopts orphans is the starter of the orphans of every job, so their
+        // sessions and process groups are compared instead.
         let is_same = if self.is_orphan || other.is_orphan {
             (self.session, self.group) == (other.session, other.group)
         } else {
             let has = |one: &Start, two: &Start| {
                 one.chain.last().is_some_and(|last| two.chain.contains(last))
             };
-            // Without an ancestor that this PID namespace shows, nothing tells.
+            // Without an ancestor in this PID namespace there is no evidence.
             let is_known = self.chain.len() > 1 && other.chain.len() > 1;
             !is_known || has(self, other) || has(other, self)
         };
@@ -210,26 +215,26 @@ fn differ(ones: &[Argument], others: &[Argument]) -> Option<String> {
     let is_same = |one: &Argument, two: &Argument| {
         one.hash == two.hash || one.hash_by_rank == two.hash_by_rank
     };
-    // The program itself is found by other ways on several ranks.
+    // The path of the program itself may differ between ranks.
     let first = pairs.find(|(index, (one, two))| *index > 0 && !is_same(one, two));
     let first = first.map(|(_, (one, two))| format!("{:?} and {:?}", one.shown, two.shown));
     let counts = || {
         let all = |arguments: &[Argument]| arguments.len().saturating_sub(1);
-        (ones.len() != others.len()).then(|| format!("{} of them and {}", all(ones), all(others)))
+        (ones.len() != others.len()).then(|| format!("{} arguments and {}", all(ones), all(others)))
     };
     first.or_else(counts).map(|what| format!("their arguments differ: {what}"))
 }
 
-/// Of a command line with rank `rank`'s number in it.
+/// Arguments of a command line, hashed with and without the number of rank `rank`.
 fn arguments(all: impl Iterator<Item = String>, rank: usize) -> Vec<Argument> {
     let mut arguments: Vec<Argument> = vec![];
     let mut rest: Option<(String, u64, u64)> = None;
     for text in all {
-        let (hash, hash_by_rank) = (hash(&text), hash(&without(&text, rank)));
+        let (hash, hash_by_rank) = (fnv1a(text.bytes()), fnv1a(without(&text, rank).bytes()));
         if arguments.len() < MOST_ARGUMENTS {
-            arguments.push(Argument { shown: shown(&text), hash, hash_by_rank });
+            arguments.push(Argument { shown: excerpt(&text), hash, hash_by_rank });
         } else {
-            let (shown, one, two) = rest.unwrap_or((shown(&text), 0, 0));
+            let (shown, one, two) = rest.unwrap_or((excerpt(&text), 0, 0));
             rest = Some((shown, one.rotate_left(7) ^ hash, two.rotate_left(7) ^ hash_by_rank));
         }
     }
@@ -241,7 +246,7 @@ fn arguments(all: impl Iterator<Item = String>, rank: usize) -> Vec<Argument> {
     arguments
 }
 
-/// The text with each run of digits that is the rank replaced.
+/// The text with each run of digits that equals the rank replaced.
 fn without(text: &str, rank: usize) -> String {
     let mut replaced = String::new();
     let mut rest = text;
@@ -256,8 +261,8 @@ fn without(text: &str, rank: usize) -> String {
     replaced + rest
 }
 
-/// The beginning, in characters of which each takes at most four bytes in a message.
-fn shown(text: &str) -> String {
+/// Beginning of a text, made of characters that take at most four bytes in a message.
+fn excerpt(text: &str) -> String {
     let plain = |c: char| if c.is_control() || c == '"' || c == '\\' { '?' } else { c };
     let mut shown: String = text.chars().take(MOST_SHOWN).map(plain).collect();
     if shown.chars().count() < text.chars().count() {
@@ -266,20 +271,13 @@ fn shown(text: &str) -> String {
     shown
 }
 
-/// Tells texts apart that are cut.
+/// Suffix that keeps truncated texts different.
 fn suffix(text: &str) -> String {
-    if shown(text) == text {
+    if excerpt(text) == text {
         String::new()
     } else {
-        format!("#{:016x}", hash(text))
+        format!("#{:016x}", fnv1a(text.bytes()))
     }
-}
-
-/// FNV-1a, the same everywhere.
-pub(super) fn hash(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
-    })
 }
 
 #[cfg(test)]
@@ -307,7 +305,7 @@ mod tests {
             "their arguments differ: \"0.1\" and \"0.2\""
         );
         assert!(differs("t --seed 42", "t --seed 43").is_some());
-        assert!(differs("t a b", "t a").unwrap().contains("2 of them and 1"));
+        assert!(differs("t a b", "t a").unwrap().contains("2 arguments and 1"));
         let long = |last: &str| format!("t{} {last}", " x".repeat(2 * MOST_ARGUMENTS));
         assert_eq!(differs(&long("0"), &long("1")), None);
         assert!(differs(&long("7"), &long("8")).is_some());
@@ -319,7 +317,7 @@ mod tests {
         chain_of(&[9, starter], session, group, is_orphan)
     }
 
-    /// This process and its ancestors, the starter last.
+    /// A job with a chain of processes, this one first and the starter last.
     fn chain_of(pids: &[u32], session: u32, group: u32, is_orphan: bool) -> Job {
         let chain = pids.iter().map(|&pid| (pid, 7)).collect();
         let kind = Kind::Started(Start { chain, starter: "sh".into(), session, group, is_orphan });
@@ -329,27 +327,28 @@ mod tests {
     #[test]
     fn ranks_that_one_process_has_started_are_of_one_job() {
         let one = started(10, 5, 6, false);
-        assert_eq!(one.differs(&started(10, 5, 8, false)), None); // an interactive shell's
+        assert_eq!(one.differs(&started(10, 5, 8, false)), None); // from an interactive shell
         assert!(one
             .differs(&started(11, 5, 6, false))
             .unwrap()
             .contains("not started by one process"));
-        assert_eq!(one.differs(&started(1, 5, 6, true)), None); // the script has ended meanwhile
+        assert_eq!(one.differs(&started(1, 5, 6, true)), None); // the script has ended
         assert!(one.differs(&started(1, 5, 7, true)).is_some());
-        // Two scripts that have ended: their ranks have one adopter.
+        // Two scripts that have ended: one process has adopted the ranks of both.
         assert!(started(1, 5, 6, true).differs(&started(1, 5, 7, true)).is_some());
         assert_eq!(started(1, 5, 6, true).differs(&started(1, 5, 6, true)), None);
-        // The first rank looks before the second is there, and takes its subshell (30) for its own.
+        // The first rank starts before the second exists, and takes its subshell (30) for the
+        // starter of both.
         let early = chain_of(&[20, 30, 10], 5, 6, false);
         assert_eq!(early.differs(&chain_of(&[21, 30], 5, 6, false)), None);
         assert_eq!(chain_of(&[21, 30], 5, 6, false).differs(&early), None);
         assert!(early.differs(&chain_of(&[41, 40], 5, 6, false)).is_some());
-        // The first rank is the process that has started the second.
+        // The first rank has started the second.
         assert_eq!(
             chain_of(&[30, 10], 5, 6, false).differs(&chain_of(&[21, 30], 5, 6, false)),
             None
         );
-        // Nothing is known of the ancestors.
+        // No ancestor is known.
         assert_eq!(chain_of(&[20], 5, 6, false).differs(&chain_of(&[21], 8, 9, false)), None);
         let elsewhere = Job { namespace: Some(2), ..started(1, 1, 1, false) };
         assert_eq!(one.differs(&elsewhere), None);
@@ -373,9 +372,11 @@ mod tests {
     }
 
     proptest! {
-        /// A first message has room for every command line.
+        /// Every command line fits into a first message.
         #[test]
-        fn what_is_said_is_bounded(all in proptest::collection::vec(any::<String>(), 0..200), rank in 0usize..16) {
+        fn a_description_is_bounded(
+            all in proptest::collection::vec(any::<String>(), 0..200), rank in 0usize..16
+        ) {
             let long = all.iter().map(|text| text.repeat(20));
             let arguments = arguments(long, rank);
             let job = Job { arguments, ..started(1, 1, 1, false) };

@@ -1,4 +1,4 @@
-//! Join listener of a process: where late processes find its world and become its peers.
+//! Join listener of a process, by which joiners find its world and connect to it.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -18,20 +18,20 @@ use super::rendezvous::{address, Connection, Origin};
 use crate::backend::limits::thread;
 use crate::world::WorldId;
 
-/// Doors that the worlds of one name have together: more than a world has ranks, so that each of
-/// its ranks finds a free one.
+/// Number of join listeners that the worlds of one name share. Larger than a world, so that each
+/// rank finds a free one.
 pub(super) const MOST_LISTENERS: usize = 64;
-/// Processes that may wait at one listener.
-const MOST_GUESTS: usize = 16;
-/// Processes that came and went which a member remembers, so that one of them that is let in at
-/// this moment is known to be gone.
-const MOST_GONE: usize = 64;
-/// Pause between two tries to bind a listener.
+/// Limit on joiners that wait at one listener.
+const MOST_JOINERS: usize = 16;
+/// Limit on departed joiners that a member remembers, so that the departure of a joiner that is
+/// just being admitted is known.
+const MOST_DEPARTED: usize = 64;
+/// Pause between two attempts to bind a listener.
 const AGAIN: Duration = Duration::from_millis(200);
-/// How long either side has for one message.
+/// Time for one message.
 pub(super) const PATIENCE: Duration = Duration::from_secs(2);
 
-/// What a process that wants to join says.
+/// First message of a joiner.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct JoinRequest {
@@ -40,30 +40,30 @@ pub(super) struct JoinRequest {
     pub(super) host_info: HostInfo,
 }
 
-/// What it is answered, with the page of the world.
+/// Answer of a member, sent with the view board of the world.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct JoinOffer {
-    /// Member that this listener belongs to.
+    /// Id of the member that this listener belongs to.
     pub(super) id: usize,
     pub(super) host_info: HostInfo,
-    /// Of the world, which may not be the only one of its name.
+    /// Identifies the world among those of its name.
     pub(super) nonce: u64,
     pub(super) origin: Origin,
 }
 
-/// Open until it is dropped.
+/// A join listener, open until it is dropped.
 #[derive(Debug)]
 pub(super) struct JoinListener {
     world: WorldId,
     _closes: mpsc::Sender<()>,
-    /// Rank 0's of the first view: the name of the world, and answers for those that want it.
+    /// Rank 0's rendezvous listener, which holds the name of the world and answers later processes.
     _held: Option<listener::Listener>,
 }
 
 impl JoinListener {
-    /// A world that can't have one yet, for want of descriptors, is a world all the same: nobody
-    /// joins it meanwhile.
+    /// Opens the listener in the background. Failure to bind is not an error: the world runs, but
+    /// cannot be joined until a number or a descriptor is free.
     pub(super) fn open(
         name: &str,
         origin: Origin,
@@ -72,37 +72,38 @@ impl JoinListener {
         held: Option<listener::Listener>,
     ) -> JoinListener {
         let (closes, is_closed) = mpsc::channel();
-        let (connections, called, world) =
+        let (connections, name_of_world, world) =
             (connections.clone(), name.to_owned(), origin.world(name, 0));
         let open = move || {
-            let listener = bind(&called, me)?;
-            let (connections, called, origin) =
-                (connections.clone(), called.clone(), origin.clone());
-            let came =
-                move |stream, request| serve(&called, &origin, me, &connections, stream, request);
-            listener::Listener::open(listener, &[Kind::JoinRequest], 1, came)
+            let listener = bind(&name_of_world, me)?;
+            let (connections, name_of_world, origin) =
+                (connections.clone(), name_of_world.clone(), origin.clone());
+            let serve_joiner = move |stream, request| {
+                serve(&name_of_world, &origin, me, &connections, stream, request)
+            };
+            listener::Listener::open(listener, &[Kind::JoinRequest], 1, serve_joiner)
                 .map_err(|shut| shut.reason)
         };
-        // Tried until it succeeds: descriptors may be free again.
-        let keep = move || loop {
+        // Repeated until it succeeds, since descriptors may become free.
+        let run = move || loop {
             let open = open();
             match is_closed.recv_timeout(if open.is_ok() { Duration::MAX } else { AGAIN }) {
                 Err(RecvTimeoutError::Timeout) => {}
                 _ => return,
             }
         };
-        // Without a thread this process can't be joined.
-        let _ = thread("listener".into(), 256 << 10, keep);
+        // Without a thread, this process cannot be joined.
+        let _ = thread("listener".into(), 256 << 10, run);
         JoinListener { world, _closes: closes, _held: held }
     }
 
-    /// With how many other worlds of the name this process found.
-    pub(super) fn beside(mut self, others: usize) -> JoinListener {
+    /// Sets the number of other worlds of the name.
+    pub(super) fn with_others(mut self, others: usize) -> JoinListener {
         self.world.others = others;
         self
     }
 
-    /// Of the world.
+    /// Name of the world.
     pub(super) fn name(&self) -> &str {
         &self.world.name
     }
@@ -112,7 +113,7 @@ impl JoinListener {
     }
 }
 
-/// Binds the first free address of this name, beginning with the one of this id's number.
+/// Binds the first free address of this name, starting at the number of `id`.
 fn bind(name: &str, id: usize) -> Result<UnixListener, String> {
     let mut last = String::new();
     for number in (0..MOST_LISTENERS).map(|number| (id + number) % MOST_LISTENERS) {
@@ -124,7 +125,7 @@ fn bind(name: &str, id: usize) -> Result<UnixListener, String> {
     Err(last)
 }
 
-/// Makes a process that asks to join a peer. An invalid or missing message drops the connection.
+/// Answers a joiner and adds it as a peer. An invalid or missing message closes the connection.
 fn serve(
     name: &str,
     origin: &Origin,
@@ -139,20 +140,25 @@ fn serve(
     let Some(own) = host_info(me) else { return };
     let version = env!("CARGO_PKG_VERSION");
     if connections.has_left() || !connections.board.agreed().members.contains(&me) {
-        return; // its world goes on without it
+        return; // this process is not a member any more
     }
     let refusal = if said.crate_version != version {
-        Some(format!("it is of crate version {}, this process of {version}", said.crate_version))
+        Some(format!(
+            "its ranks use crate version {version}, this process {}: use one version",
+            said.crate_version
+        ))
     } else if said.name != name {
-        Some(format!("it is called {name:?}")) // the hashes of two long names are the same
+        Some(format!("the name of the world at this address is {name:?}: choose another name"))
+    // the hashes of two long names collide
     } else if said.host_info.gpu.is_some() != own.gpu.is_some() {
         Some(format!(
-            "its ranks are on {}, this process is on {}",
+            "its ranks are on {}, this process is on {}: give every rank the same kind of device",
             own.device, said.host_info.device
         ))
-    } else if connections.lock().outsiders(&connections.board.agreed().members).len() >= MOST_GUESTS
+    } else if connections.lock().outsiders(&connections.board.agreed().members).len()
+        >= MOST_JOINERS
     {
-        Some(format!("{MOST_GUESTS} processes wait for it already"))
+        Some(format!("{MOST_JOINERS} processes wait to join already: try again later"))
     } else {
         None
     };
@@ -163,24 +169,24 @@ fn serve(
     let process = pidfd_open(getpid(), PidfdFlags::empty()).ok();
     let files: Vec<_> =
         [connections.board.file()].into_iter().chain(process.iter().map(AsFd::as_fd)).collect();
-    let inside = JoinOffer {
+    let offer = JoinOffer {
         id: me,
         host_info: own,
         nonce: connections.board.nonce(),
         origin: origin.clone(),
     };
-    if frame::send(&stream, (Kind::JoinOffer, 0, 0), &inside, &files, deadline).is_err() {
+    if frame::send(&stream, (Kind::JoinOffer, 0, 0), &offer, &files, deadline).is_err() {
         return;
     }
-    let Ok(enter) = frame::receive(&stream, &[Kind::Connect], 0, deadline) else { return };
-    let id = enter.number as usize;
+    let Ok(connect) = frame::receive(&stream, &[Kind::Connect], 0, deadline) else { return };
+    let id = connect.number as usize;
     if host_info(id).is_some() {
         return;
     }
-    connections.lock().forget_gone(&connections.board.agreed().members, MOST_GONE);
-    let met = Connection { stream, process: request.files.pop() };
-    // It may be gone.
-    let _ = match connections.add(id, said.host_info, met) {
+    connections.lock().forget_departed(&connections.board.agreed().members, MOST_DEPARTED);
+    let connection = Connection { stream, process: request.files.pop() };
+    // The joiner may have departed.
+    let _ = match connections.add(id, said.host_info, connection) {
         Ok(()) => connections.send(id, (Kind::Connected, 0, 0), &None::<String>, &[], deadline),
         Err(unheard) => {
             let reason = Some(&unheard.reason);

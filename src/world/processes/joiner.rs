@@ -1,12 +1,11 @@
-//! A process that joins a world that has begun: it becomes a peer of every member, and waits until
-//! they let it in.
+//! The joiner's side of joining a world: it connects to every member, and waits until they admit
+//! it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
-use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use rustix::process::{getpid, pidfd_open, PidfdFlags};
@@ -21,15 +20,16 @@ use super::rendezvous::{address, connect, Connection, Origin};
 use super::view_board::{View, ViewBoard};
 use crate::abi::PA_MAX_WORLD;
 use crate::backend::limits::{self, is_shortage, Wanted};
+use crate::sync::lock;
 
-/// Between two looks for a world that is not there yet, or for a member that does not answer.
+/// Shortest pause between two attempts to find a world, or to reach a member that does not answer.
 const AGAIN: Duration = Duration::from_millis(20);
-/// How long a further listener has to say which world it belongs to.
-const GLANCE: Duration = Duration::from_millis(200);
-/// Worlds of this name that are over or out of reach. More there will hardly be.
+/// Time that further listeners have to answer once a world has been found.
+const FURTHER: Duration = Duration::from_millis(200);
+/// Limit on worlds of one name that are over or unreachable.
 const MOST_WORLDS: usize = 64;
 
-/// Until it is let in. With how many other worlds of the name there were.
+/// Joins a world. Also returns its origin, and the number of other worlds of the name.
 pub(super) fn join(
     name: &str,
     own: LocalDevice,
@@ -43,17 +43,16 @@ pub(super) fn join(
         let found = find(name, &own.host_info, &lost, deadline).map_err(|reason| match reason {
             Some(reason) => reason,
             None => format!(
-                "no such world was to be found on this host within {timeout:?}: see that its ranks \
-                 are running, and that they gave the \
-                 same name; {CAUSES}"
+                "no world of this name was found on this host within {timeout:?}: check that its \
+                    ranks are running, and that they gave the same name; {CAUSES}"
             ),
         })?;
         let Found { board, origin, others } = found;
         let nonce = board.nonce();
-        match enter(name, &own, board, deadline, timeout) {
-            Err(Outside::Lost) if lost.len() < MOST_WORLDS => lost.push(nonce),
-            Err(Outside::Lost) => return Err("its ranks are not to be reached".into()),
-            Err(Outside::For(reason)) => {
+        match become_member(name, &own, board, deadline, timeout) {
+            Err(NotAdmitted::Lost) if lost.len() < MOST_WORLDS => lost.push(nonce),
+            Err(NotAdmitted::Lost) => return Err("its ranks can't be reached".into()),
+            Err(NotAdmitted::For(reason)) => {
                 return Err(format!("{reason} (it is {})", origin.world(name, others)))
             }
             Ok(peer_set) => return Ok((peer_set, origin, others)),
@@ -61,15 +60,15 @@ pub(super) fn join(
     }
 }
 
-/// Until the world of this page lets it in.
-fn enter(
+/// Waits until the world of this view board admits this process.
+fn become_member(
     name: &str,
     own: &LocalDevice,
     board: ViewBoard,
     deadline: Instant,
     timeout: Duration,
-) -> Result<PeerSet, Outside> {
-    let full = || Outside::For("more processes have come to it than it has numbers for".into());
+) -> Result<PeerSet, NotAdmitted> {
+    let full = || NotAdmitted::For("it has no id left for a further process".into());
     let id = board.new_id().ok_or_else(full)?;
     let first = board.agreed();
     let peer_set = PeerSet::new(id, own.clone(), board, first);
@@ -79,19 +78,19 @@ fn enter(
         peer_set: &peer_set,
         peers,
         listeners,
-        said_for: None,
-        reached: Instant::now(),
+        announced_in: None,
+        last_connected: Instant::now(),
     };
     let view = CurrentView::new(joiner.wait(deadline, timeout)?);
     peer_set.is_new.store(true, Ordering::Relaxed);
     peer_set.enter(&view);
-    *peer_set.latest.lock().unwrap_or_else(PoisonError::into_inner) = view;
+    *lock(&peer_set.latest) = view;
     Ok(peer_set)
 }
 
-/// Why a process is not let in.
-enum Outside {
-    /// No member is to be reached any more.
+/// Reason why a process was not admitted.
+enum NotAdmitted {
+    /// No member can be reached any more.
     Lost,
     For(String),
 }
@@ -99,11 +98,12 @@ enum Outside {
 struct Found {
     board: ViewBoard,
     origin: Origin,
-    /// Further worlds of the name.
+    /// Number of further worlds of the name.
     others: usize,
 }
 
-/// The first world of this name that answers, but for those that were lost. `None`: there is none.
+/// Finds the first world of this name that answers, except those in `lost`. An error is `None` if
+/// there is no such world.
 fn find(
     name: &str,
     host_info: &HostInfo,
@@ -115,20 +115,20 @@ fn find(
         let (mut found, mut others) = (None::<Answer>, BTreeSet::new());
         for listener in 0..MOST_LISTENERS {
             let until =
-                if found.is_some() { deadline.min(Instant::now() + GLANCE) } else { deadline };
+                if found.is_some() { deadline.min(Instant::now() + FURTHER) } else { deadline };
             match (request(name, listener, host_info, until), &found) {
-                (Ok(answer), _) if lost.contains(&answer.inside.nonce) => {}
+                (Ok(answer), _) if lost.contains(&answer.offer.nonce) => {}
                 (Ok(answer), None) => found = Some(answer),
-                (Ok(answer), Some(found)) if answer.inside.nonce != found.inside.nonce => {
-                    others.insert(answer.inside.nonce);
+                (Ok(answer), Some(found)) if answer.offer.nonce != found.offer.nonce => {
+                    others.insert(answer.offer.nonce);
                 }
                 (Err(Refused::For(reason)), None) => return Err(Some(reason)),
                 (Err(Refused::NotThere(reason)), _) => why = reason.or(why),
                 _ => {}
             }
         }
-        if let Some(Answer { board, inside, .. }) = found {
-            return Ok(Found { board, origin: inside.origin, others: others.len() });
+        if let Some(Answer { board, offer, .. }) = found {
+            return Ok(Found { board, origin: offer.origin, others: others.len() });
         }
         if Instant::now() + pause > deadline {
             return Err(why);
@@ -138,21 +138,21 @@ fn find(
     }
 }
 
-/// A member's answer at its join listener.
+/// The answer of a member's join listener.
 struct Answer {
     stream: Private<UnixStream>,
     board: ViewBoard,
-    inside: JoinOffer,
+    offer: JoinOffer,
     process: Option<std::os::fd::OwnedFd>,
 }
 
 enum Refused {
-    /// That listener does not answer, or gives no valid answer, for this reason.
+    /// The listener does not exist, or gives no valid answer, for this reason.
     NotThere(Option<String>),
     For(String),
 }
 
-/// The world behind a join listener.
+/// Asks a join listener for its world.
 fn request(
     name: &str,
     listener: usize,
@@ -165,7 +165,7 @@ fn request(
         name: name.into(),
         host_info: host_info.clone(),
     };
-    let asked = || -> io::Result<_> {
+    let ask_for_offer = || -> io::Result<_> {
         let stream =
             Private::new(connect(&address(name, Some(listener)).map_err(io::Error::other)?)?);
         is_same_user(&stream).map_err(io::Error::other)?;
@@ -175,44 +175,44 @@ fn request(
         let answer = frame::receive(&stream, &[Kind::JoinOffer, Kind::Refuse], 2, deadline)?;
         Ok((stream, answer))
     };
-    let (stream, answer) = asked().map_err(|error| match error.kind() {
+    let (stream, answer) = ask_for_offer().map_err(|error| match error.kind() {
         frame::SHORT => Refused::For(error.to_string()),
         _ if is_shortage(&error) => {
-            Refused::For(limits::why("coming to it", Wanted::Descriptor, error))
+            Refused::For(limits::why("connecting to it", Wanted::Descriptor, error))
         }
         io::ErrorKind::InvalidData | frame::OTHER_VERSION | io::ErrorKind::Other => {
             Refused::NotThere(Some(error.to_string()))
         }
         _ => Refused::NotThere(None),
     })?;
-    let failed = |what: String| Refused::For(format!("what it answers: {what}"));
+    let failed = |what: String| Refused::For(format!("its answer: {what}"));
     if answer.kind == Kind::Refuse {
         return Err(Refused::For(answer.parse().unwrap_or_else(|error| error.to_string())));
     }
-    let inside: JoinOffer = answer.parse().map_err(|error| failed(error.to_string()))?;
+    let offer: JoinOffer = answer.parse().map_err(|error| failed(error.to_string()))?;
     let mut files = answer.files.into_iter();
     let board = files.next().ok_or_else(|| failed("no memory".into()))?;
     let board = ViewBoard::open(board).map_err(failed)?;
-    Ok(Answer { stream, board, inside, process: files.next() })
+    Ok(Answer { stream, board, offer, process: files.next() })
 }
 
-/// On its way in.
+/// A process that waits for admission.
 struct Joiner<'a> {
     name: &'a str,
     peer_set: &'a PeerSet,
-    /// Members that hear it.
+    /// Members that this process is connected to.
     peers: BTreeSet<usize>,
-    /// Where members' listeners were, by id.
+    /// Number of each member's listener, by id.
     listeners: BTreeMap<usize, usize>,
-    /// The view whose members were all told that it waits.
-    said_for: Option<u32>,
-    /// When a member last was.
-    reached: Instant,
+    /// The last view whose members were all sent `JoinPending`.
+    announced_in: Option<u32>,
+    /// Time at which a member was last connected.
+    last_connected: Instant,
 }
 
 impl Joiner<'_> {
     /// Waits until a view has this process as a member.
-    fn wait(&mut self, deadline: Instant, timeout: Duration) -> Result<View, Outside> {
+    fn wait(&mut self, deadline: Instant, timeout: Duration) -> Result<View, NotAdmitted> {
         let connections = &self.peer_set.connections;
         loop {
             let agreed = connections.board.agreed();
@@ -221,86 +221,89 @@ impl Joiner<'_> {
             }
             let (view, members) = (agreed.number, &agreed.members);
             self.peer_set.lock().forget_before(view);
-            let (mut silent, mut is_heard) = (None, false);
+            let (mut unconnected, mut is_connected) = (None, false);
             for (rank, &member) in members.iter().enumerate() {
-                if self.is_peer(member, deadline)? {
-                    is_heard = true;
+                if self.connect_to(member, deadline)? {
+                    is_connected = true;
                 } else {
-                    silent.get_or_insert(rank);
+                    unconnected.get_or_insert(rank);
                 }
             }
-            // Asking a member that is stopped takes as long as all of them may be silent.
-            if is_heard {
-                self.reached = Instant::now();
+            // Set after the members were asked: asking a member that is stopped takes as long as
+            // `PATIENCE`.
+            if is_connected {
+                self.last_connected = Instant::now();
             }
-            if self.reached.elapsed() > PATIENCE {
-                // that world is over, or these listeners are another world's
-                return Err(Outside::Lost);
+            if self.last_connected.elapsed() > PATIENCE {
+                // the world is over, or its listeners belong to another world now
+                return Err(NotAdmitted::Lost);
             }
-            if silent.is_none() && self.said_for != Some(view) {
+            if unconnected.is_none() && self.announced_in != Some(view) {
                 for &member in members {
                     let told = (Kind::JoinPending, view, 0);
                     let _ = self.peer_set.send(member, told, &(), &[], deadline);
-                    // departed peers are found out below
+                    // a departed member is detected below
                 }
-                self.said_for = Some(view);
+                self.announced_in = Some(view);
             }
             if Instant::now() >= deadline {
-                return Err(Outside::For(why(silent, members.len(), timeout)));
+                return Err(NotAdmitted::For(timeout_reason(unconnected, members.len(), timeout)));
             }
             let soon =
-                deadline.min(Instant::now() + if silent.is_some() { AGAIN } else { PATIENCE });
-            let gone = self.peer_set.wait(soon, |state| {
-                let gone = members.iter().all(|member| state.gone.contains(member));
-                (gone || connections.board.view() != view).then_some(gone)
+                deadline.min(Instant::now() + if unconnected.is_some() { AGAIN } else { PATIENCE });
+            let departed = self.peer_set.wait(soon, |state| {
+                let departed = members.iter().all(|member| state.departed.contains(member));
+                (departed || connections.board.view() != view).then_some(departed)
             });
-            if gone == Some(true) && connections.board.view() == view && !self.peers.is_empty() {
-                return Err(Outside::For(
-                    "it has come to its end meanwhile: all its ranks are gone".into(),
+            if departed == Some(true) && connections.board.view() == view && !self.peers.is_empty()
+            {
+                return Err(NotAdmitted::For(
+                    "the world has ended: all its ranks have left".into(),
                 ));
             }
-            if gone == Some(true) {
+            if departed == Some(true) {
                 std::thread::sleep(AGAIN); // no peer is left to wait for
             }
         }
     }
 
-    /// Whether this member hears it. Asks it to, if it does not.
-    fn is_peer(&mut self, member: usize, deadline: Instant) -> Result<bool, Outside> {
+    /// True if this member is connected. Connects to it otherwise.
+    fn connect_to(&mut self, member: usize, deadline: Instant) -> Result<bool, NotAdmitted> {
         let mut state = self.peer_set.lock();
-        let is_gone = state.gone.contains(&member);
+        let has_departed = state.departed.contains(&member);
         if self.peers.contains(&member) {
-            return Ok(!is_gone); // until the others have recovered
+            return Ok(!has_departed); // a member that has departed stays one until the view changes
         }
-        if is_gone {
-            state.forget(member); // it hung up before it knew this process: once more
+        if has_departed {
+            // it closed the connection before it had added this process: try again
+            state.forget(member);
         }
         drop(state);
         if !self.peer_set.lock().host_infos.contains_key(&member) {
-            let Some(Answer { stream, inside, process, .. }) = self.ask(member, deadline)? else {
+            let Some(Answer { stream, offer, process, .. }) = self.ask(member, deadline)? else {
                 return Ok(false);
             };
-            let enter = (Kind::Connect, 0, self.peer_set.me as u32);
-            if frame::send(&stream, enter, &(), &[], deadline).is_err() {
+            let connect = (Kind::Connect, 0, self.peer_set.me as u32);
+            if frame::send(&stream, connect, &(), &[], deadline).is_err() {
                 return Ok(false);
             }
             let added = self.peer_set.connections.add(
                 member,
-                inside.host_info,
+                offer.host_info,
                 Connection { stream, process },
             );
-            added.map_err(|unheard| Outside::For(unheard.reason))?;
+            added.map_err(|failed| NotAdmitted::For(failed.reason))?;
         }
         let soon = deadline.min(Instant::now() + PATIENCE);
-        let came = self.peer_set.wait(soon, |state| {
-            let came = state.take(member, (Kind::Connected, 0, 0));
-            (came.is_some() || state.gone.contains(&member)).then_some(came)
+        let answer = self.peer_set.wait(soon, |state| {
+            let answer = state.take(member, (Kind::Connected, 0, 0));
+            (answer.is_some() || state.departed.contains(&member)).then_some(answer)
         });
         let refusal = |frame: Frame| {
             frame.parse::<Option<String>>().unwrap_or_else(|error| Some(error.to_string()))
         };
-        let came = came.map(|came| came.map(refusal));
-        if let Some(Some(Some(reason))) = came {
+        let answer = answer.map(|answer| answer.map(refusal));
+        if let Some(Some(Some(reason))) = answer {
             let rank = self
                 .peer_set
                 .connections
@@ -309,25 +312,26 @@ impl Joiner<'_> {
                 .members
                 .iter()
                 .position(|&other| other == member);
-            return Err(Outside::For(format!("its rank {} {reason}", rank.unwrap_or(member))));
+            return Err(NotAdmitted::For(format!("its rank {} {reason}", rank.unwrap_or(member))));
         }
-        let came = came.map(|came| came.is_some());
-        if came == Some(true) {
+        let answer = answer.map(|answer| answer.is_some());
+        if answer == Some(true) {
             self.peers.insert(member);
         }
-        Ok(came == Some(true))
+        Ok(answer == Some(true))
     }
 
-    /// Sends a `JoinRequest` to a member's listener, whichever it has. `None`: no answer.
-    fn ask(&mut self, member: usize, deadline: Instant) -> Result<Option<Answer>, Outside> {
+    /// Sends a `JoinRequest` to a member, whose listener's number may be unknown. `None`: no
+    /// answer.
+    fn ask(&mut self, member: usize, deadline: Instant) -> Result<Option<Answer>, NotAdmitted> {
         let nonce = self.peer_set.connections.board.nonce();
         let host_info = self.peer_set.lock().host_infos[&self.peer_set.me].clone();
-        let (known, mut why) = (self.listeners.get(&member).copied(), None);
+        let (known, mut refusal) = (self.listeners.get(&member).copied(), None);
         for listener in
             known.into_iter().chain((0..MOST_LISTENERS).filter(|listener| Some(*listener) != known))
         {
-            // Those of peers are theirs for as long as they are there.
-            let is_there = |peer: &&usize| !self.peer_set.lock().gone.contains(peer);
+            // The listener of a connected member belongs to that member while it lives.
+            let is_there = |peer: &&usize| !self.peer_set.lock().departed.contains(peer);
             if self
                 .peers
                 .iter()
@@ -337,38 +341,35 @@ impl Joiner<'_> {
                 continue;
             }
             match request(self.name, listener, &host_info, deadline) {
-                Ok(answer) if answer.inside.nonce == nonce => {
-                    self.listeners.insert(answer.inside.id, listener);
-                    if answer.inside.id == member {
+                Ok(answer) if answer.offer.nonce == nonce => {
+                    self.listeners.insert(answer.offer.id, listener);
+                    if answer.offer.id == member {
                         return Ok(Some(answer));
                     }
                 }
-                Ok(_) | Err(Refused::NotThere(_)) => {} // of another world of this name, or of none
-                Err(Refused::For(reason)) => why = Some(reason),
+                Ok(_) | Err(Refused::NotThere(_)) => {} // another world of this name, or no world
+                Err(Refused::For(reason)) => refusal = Some(reason),
             }
         }
-        why.map_or(Ok(None), |why| Err(Outside::For(why)))
+        refusal.map_or(Ok(None), |reason| Err(NotAdmitted::For(reason)))
     }
 }
 
-/// The time is over: what it was waited for.
-fn why(silent: Option<usize>, ranks: usize, timeout: Duration) -> String {
-    if let Some(rank) = silent {
+/// The reason for a timeout.
+fn timeout_reason(unconnected: Option<usize>, ranks: usize, timeout: Duration) -> String {
+    if let Some(rank) = unconnected {
         return format!(
-            "its rank {rank} did not answer within {timeout:?}: it may be stopped, or have no \
-             listener, which another world of this name or \
-             too few file descriptors keep it from having"
+            "its rank {rank} did not answer within {timeout:?}: the rank may be stopped, or have \
+                no listener because of another world of this name or too few file descriptors"
         );
     }
     if ranks == PA_MAX_WORLD as usize {
         return format!(
-            "it has {ranks} ranks, which is all that it can have, and none has left within \
-             {timeout:?}"
+            "it has {ranks} ranks, which is the limit, and none has left within {timeout:?}"
         );
     }
     format!(
-        "its {ranks} ranks let nobody in within {timeout:?}: LocalSgd does after an average that \
-         is due, ParamAverager::admit_joiner where it is \
-         called"
+        "its {ranks} ranks admitted no process within {timeout:?}: LocalSgd admits one after an \
+            average that is due, ParamAverager::admit_joiner where it is called"
     )
 }

@@ -1,52 +1,56 @@
-//! Who this process is, as launchers tell it through the environment.
+//! Rank, world size and job of this process, from the environment variables that launchers set.
+
+#[cfg(test)]
+mod tests;
 
 use super::ancestry::Process;
 use super::job::Known;
 use crate::abi::PA_MAX_WORLD;
 
-/// What the environment says.
+/// The values found in the environment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Launched {
     pub(super) rank: usize,
     pub(super) world_size: usize,
-    /// Names the world among those of this host.
+    /// Name of the world, unique on this host.
     pub(super) name: String,
-    /// Source of the name, in words.
+    /// Source of the name, for messages.
     pub(super) source: String,
     pub(super) known: Known,
-    /// The variable that the rank was taken from.
+    /// The variable that gave the rank.
     pub(super) variable: &'static str,
 }
 
-/// A launcher's variables for rank, world size, and how many of the ranks are on this host, if it
-/// says.
+/// The variables of one launcher: rank, world size, and the number of ranks on this host, if it
+/// sets one.
 struct Launcher {
     name: &'static str,
     rank: &'static str,
     world_size: &'static str,
     local_size: &'static str,
-    /// Variables that, taken together, no two jobs of one host have the same. The first must be
-    /// there.
+    /// Variables whose values together differ between any two jobs of one host. The first is
+    /// required.
     job: &'static [&'static str],
-    /// That of them which only the launcher itself gives, for each job another.
+    /// The variable of `job` that only the launcher itself sets, to another value for each job.
     knows: &'static str,
 }
 
-/// What a user sets to name the world by hand, for any launcher.
+/// Variable by which a user names the world explicitly, with any launcher.
 pub(super) const RENDEZVOUS: &str = "PARAM_AVERAGER_RENDEZVOUS";
 
-/// Not variables: the process that starts all ranks of a host, and whether this one has a terminal.
+/// Facts about this process that are looked up like variables: the process that started all ranks
+/// of this host, and the presence of a terminal.
 pub(super) const PARENT: &str = "the process that has started this one";
 pub(super) const TERMINAL: &str = "the terminal";
 
-/// Programs of MPICH and Intel MPI that are the ancestor of all ranks of a host, nearest first.
+/// Programs of MPICH and Intel MPI that are an ancestor of all ranks of a host, nearest first.
 const PROXIES: [&str; 3] = ["hydra_pmi_proxy", "pmi_proxy", "mpiexec.hydra"];
 
-/// Ids of Slurm's steps that run a shell: the interactive one, the batch script, and what is
-/// outside of any.
+/// Ids of Slurm steps that run a shell: interactive step, batch script, and external step.
 const SHELLS: [&str; 3] = ["4294967290", "4294967291", "4294967292"];
 
-/// In this order: a launcher inside of another's job is the one that is meant.
+/// Known launchers. The first with a rank variable counts: a launcher that was started inside of
+/// another's job comes first.
 const LAUNCHERS: [Launcher; 4] = [
     Launcher {
         name: "torchrun",
@@ -69,7 +73,7 @@ const LAUNCHERS: [Launcher; 4] = [
         rank: "PMI_RANK",
         world_size: "PMI_SIZE",
         local_size: "MPI_LOCALNRANKS",
-        job: &[PARENT], // it gives jobs no name, but starts all ranks of a host from one process
+        job: &[PARENT], // MPICH names no job, but starts all ranks of a host from one process
         knows: PARENT,
     },
     Launcher {
@@ -82,7 +86,7 @@ const LAUNCHERS: [Launcher; 4] = [
     },
 ];
 
-/// All variables that are read as text.
+/// Names of all variables that must be UTF-8.
 pub(super) fn variables() -> impl Iterator<Item = &'static str> {
     let of = |launcher: &Launcher| {
         let Launcher { rank, world_size, local_size, job, .. } = *launcher;
@@ -91,7 +95,8 @@ pub(super) fn variables() -> impl Iterator<Item = &'static str> {
     LAUNCHERS.iter().flat_map(of).chain([RENDEZVOUS]).filter(|name| *name != PARENT)
 }
 
-/// The process that started all ranks of this host, beneath wrappers of each rank's own.
+/// The process that started all ranks of this host, as pid and start time. Wrappers of single ranks
+/// are skipped.
 pub(super) fn parent() -> Option<String> {
     let own = Process::own()?;
     let proxy = own.ancestors().find(|ancestor| PROXIES.contains(&ancestor.name.as_str()));
@@ -103,7 +108,7 @@ pub(super) fn has_terminal() -> bool {
     Process::own().is_some_and(|own| own.has_terminal)
 }
 
-/// True if an address is this host's own. A name that is not known is not asked for anywhere.
+/// True if `address` is an address of this host. Unknown names are not resolved.
 fn is_here(address: &str) -> bool {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let first = |name: &str| name.split('.').next().unwrap_or_default().to_owned();
@@ -114,9 +119,9 @@ fn is_here(address: &str) -> bool {
 }
 
 impl Launcher {
-    /// Launcher that has set the rank of this process, if any.
+    /// The launcher that has set the rank of this process, if any.
     fn find(get: &impl Fn(&str) -> Option<String>) -> Option<&'static Launcher> {
-        // srun sets PMI_RANK, too, for programs that talk to its own PMI.
+        // srun sets PMI_RANK, too, for programs that use its PMI.
         let is_slurm = get("SLURM_PROCID").is_some() && get("MPI_LOCALNRANKS").is_none();
         let is_meant = |launcher: &&Launcher| {
             get(launcher.rank).is_some() && !(is_slurm && launcher.rank == "PMI_RANK")
@@ -124,8 +129,7 @@ impl Launcher {
         LAUNCHERS.iter().find(is_meant)
     }
 
-    /// Why the variables are those of a shell, from which ranks are still to be started, if they
-    /// are.
+    /// The reason, if the variables are those of a shell that will start the ranks.
     fn shell(&self, get: &impl Fn(&str) -> Option<String>) -> Option<String> {
         if self.name != "Slurm" {
             return None;
@@ -136,27 +140,28 @@ impl Launcher {
         } else if get("SLURM_STEP_ID").is_some_and(|step| SHELLS.contains(&step.as_str())) {
             "SLURM_STEP_ID is that of a shell".into()
         } else if get("SLURM_PTY_PORT").is_some() && (is_alone || get(TERMINAL).is_some()) {
-            // and in what this shell starts, by srun again without a terminal
+            // Ranks that srun starts from this shell inherit SLURM_PTY_PORT, but have no terminal
+            // and several tasks.
             "SLURM_PTY_PORT is set, as by srun --pty".into()
         } else {
             return None;
         };
         Some(format!(
-            "this is a shell of Slurm's and no rank ({what}): start the ranks in it by srun, or \
-             set RANK, WORLD_SIZE, MASTER_ADDR and \
-             MASTER_PORT"
+            "this process is a Slurm shell and not a rank ({what}): start the ranks in it by srun, \
+                or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         ))
     }
 }
 
 impl Launched {
-    /// Whether a launcher has set the rank of this process, be the rest right or wrong.
+    /// True if a launcher has set the rank of this process, even if other variables are missing or
+    /// wrong.
     pub(super) fn is_there(get: impl Fn(&str) -> Option<String>) -> bool {
         Launcher::find(&get).is_some_and(|launcher| launcher.shell(&get).is_none())
     }
 
-    /// From the variables that `get` knows, `PARENT` among them, or what is wrong with them and
-    /// what to do. A name that is `given` is the world's.
+    /// Reads the variables that `get` returns, `PARENT` among them. An error says what is wrong and
+    /// what to do. A `given` name takes precedence.
     pub(super) fn find(
         get: impl Fn(&str) -> Option<String>,
         given: Option<String>,
@@ -166,10 +171,9 @@ impl Launched {
                 LAUNCHERS.iter().map(|l| format!("{} ({})", l.rank, l.name)).collect();
             let names = names.join(", ");
             return Err(format!(
-                "no launcher has set the rank of this process: none of {names} is there; start it \
-                 with torchrun --no-python, \
-                 mpirun or srun, set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT yourself, or \
-                 use Communicator::builder()"
+                "no launcher has set the rank of this process: none of {names} is set; start it \
+                    with torchrun --no-python, mpirun or srun, set RANK, WORLD_SIZE, MASTER_ADDR \
+                    and MASTER_PORT yourself, or use Communicator::builder()"
             ));
         };
         if let Some(problem) = launcher.shell(&get) {
@@ -186,13 +190,13 @@ impl Launched {
             value
                 .trim()
                 .parse()
-                .map_err(|_| format!("{name} is {value:?}, which is no number from 0"))
+                .map_err(|_| format!("{name} is {value:?}, which is not a whole number from 0"))
         };
         let (rank, world_size) = (number(launcher.rank)?, number(launcher.world_size)?);
         let (a, b) = (launcher.rank, launcher.world_size);
         if !(1..=PA_MAX_WORLD as usize).contains(&world_size) {
             return Err(format!(
-                "{b} is {world_size}: a world has 1 to {PA_MAX_WORLD} ranks; start so many"
+                "{b} is {world_size}: a world has 1 to {PA_MAX_WORLD} ranks; start as many"
             ));
         }
         if rank >= world_size {
@@ -210,7 +214,7 @@ impl Launched {
             get(launcher.local_size).filter(|local| local.trim() != world_size.to_string())
         {
             let c = launcher.local_size;
-            // Several agents of torchrun may be on one host.
+            // Several torchrun agents may run on one host.
             let is_torchrun = launcher.rank == "RANK";
             let is_one_host = is_torchrun
                 && (by_hand.is_some() || get("MASTER_ADDR").is_some_and(|a| is_here(&a)));
@@ -237,31 +241,31 @@ impl Launched {
             Ok(Launched { rank, world_size, name, source, known, variable: launcher.rank })
         };
         if let Some(name) = given {
-            return found(name, "that of Communicator::builder().rendezvous(..)".into(), known());
+            return found(name, "set by Communicator::builder().rendezvous(..)".into(), known());
         }
         if let Some(name) = by_hand {
-            return found(name, format!("that in {RENDEZVOUS}"), Known::ByName);
+            return found(name, format!("set by {RENDEZVOUS}"), Known::ByName);
         }
         if get(launcher.job[0]).is_none() {
             if world_size == 1 {
-                // It has no peer to meet.
+                // A single rank has no peer to find.
                 let own = Process::own().map_or(0, |own| own.start);
                 let name = format!(
                     "alone/{}.{own}/{}",
                     std::process::id(),
                     super::ancestry::pid_namespace().unwrap_or(0)
                 );
-                return found(name, "made of its process".into(), Known::ByName);
+                return found(name, "made from its process".into(), Known::ByName);
             }
             return Err(format!(
-                "{} is set, but neither {} nor {RENDEZVOUS} is, by which ranks find one another: \
-                 set one of them to the \
-                 same on every rank, {RENDEZVOUS} to any name that no other job on this host has",
+                "{} is set, but neither {} nor {RENDEZVOUS}, which name the world: set one of them \
+                    to the same value on every rank, {RENDEZVOUS} to a name that no other job on \
+                    this host uses",
                 launcher.rank, launcher.job[0]
             ));
         }
         let there = launcher.job.iter().filter(|name| get(name).is_some());
-        let source = format!("made of {}", there.copied().collect::<Vec<_>>().join(", "));
+        let source = format!("made from {}", there.copied().collect::<Vec<_>>().join(", "));
         found(launcher.id(&get), source, known())
     }
 }
@@ -270,193 +274,5 @@ impl Launcher {
     fn id(&self, get: &impl Fn(&str) -> Option<String>) -> String {
         let job: Vec<String> = self.job.iter().filter_map(|name| get(name)).collect();
         job.join("/")
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn find(variables: &[(&str, &str)]) -> Result<Launched, String> {
-        let get = |name: &str| {
-            variables.iter().find(|(other, _)| *other == name).map(|(_, v)| v.to_string())
-        };
-        Launched::find(get, None)
-    }
-
-    #[test]
-    fn launchers_are_understood() {
-        let torchrun = [
-            ("RANK", "3"),
-            ("WORLD_SIZE", "4"),
-            ("LOCAL_RANK", "3"),
-            ("LOCAL_WORLD_SIZE", "4"),
-            ("MASTER_ADDR", "localhost"),
-            ("MASTER_PORT", "29500"),
-            ("TORCHELASTIC_RUN_ID", "none"),
-            ("TORCHELASTIC_RESTART_COUNT", "0"),
-        ];
-        let found = find(&torchrun).unwrap();
-        assert_eq!((found.rank, found.world_size), (3, 4));
-        assert_eq!(found.name, "29500/localhost/none/0");
-        let mpirun = [
-            ("OMPI_COMM_WORLD_RANK", "1"),
-            ("OMPI_COMM_WORLD_SIZE", "2"),
-            ("OMPI_COMM_WORLD_LOCAL_SIZE", "2"),
-            ("PMIX_NAMESPACE", "1234"),
-        ];
-        let found = find(&mpirun).unwrap();
-        assert_eq!((found.rank, found.world_size, found.name.as_str()), (1, 2, "1234"));
-        assert_eq!(
-            (found.source.as_str(), found.variable),
-            ("made of PMIX_NAMESPACE", "OMPI_COMM_WORLD_RANK")
-        );
-        assert_eq!(found.known, Known::By("Open MPI".into(), "1234".into()));
-        let mpich =
-            [("PMI_RANK", "1"), ("PMI_SIZE", "2"), ("MPI_LOCALNRANKS", "2"), (PARENT, "77")];
-        assert_eq!(find(&mpich).unwrap().name, "77");
-        let mpich = [mpich[0], mpich[1], (RENDEZVOUS, "a job")];
-        assert_eq!(find(&mpich).unwrap().name, "a job");
-        let slurm = [
-            ("SLURM_PROCID", "0"),
-            ("SLURM_STEP_NUM_TASKS", "2"),
-            ("SLURM_STEP_TASKS_PER_NODE", "2"),
-            ("SLURM_JOB_ID", "77"),
-            ("SLURM_STEP_ID", "0"),
-        ];
-        assert_eq!(find(&slurm).unwrap().name, "77/0");
-        let pmi2 = [&slurm[..], &[("PMI_RANK", "0"), ("PMI_SIZE", "2")]].concat();
-        assert_eq!(find(&pmi2).unwrap().name, "77/0");
-    }
-
-    #[test]
-    fn what_is_missing_or_contradictory_is_named() {
-        let error = |variables: &[(&str, &str)]| find(variables).unwrap_err();
-        assert!(error(&[]).contains("RANK (torchrun)"));
-        let is_there = |names: &[&str]| {
-            Launched::is_there(|name| names.contains(&name).then(|| "x".to_owned()))
-        };
-        assert!(
-            !is_there(&[])
-                && !is_there(&["WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", RENDEZVOUS, PARENT])
-        );
-        assert!(["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"].iter().all(|rank| is_there(&[rank])));
-        assert!(is_there(&["SLURM_PROCID", "SLURM_STEP_NUM_TASKS"]));
-        assert!(error(&[("RANK", "0")]).contains("RANK is set, but WORLD_SIZE is not"));
-        assert!(error(&[("RANK", "0"), ("WORLD_SIZE", "two")]).contains("WORLD_SIZE is \"two\""));
-        assert!(
-            error(&[("RANK", "2"), ("WORLD_SIZE", "2")]).contains("RANK is 2 and WORLD_SIZE is 2")
-        );
-        let two_hosts =
-            [("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_PORT", "1")];
-        assert!(error(&[("RANK", "0"), ("WORLD_SIZE", "2"), (RENDEZVOUS, "")]).contains(
-            "is \
-            empty"
-        ));
-        assert!(error(&two_hosts).contains("LOCAL_WORLD_SIZE is 2 and WORLD_SIZE is 4"));
-        assert!(error(&[("RANK", "0"), ("WORLD_SIZE", "2")])
-            .contains("neither MASTER_PORT nor PARAM_AVERAGER"));
-        let slurm = [
-            ("SLURM_PROCID", "0"),
-            ("SLURM_STEP_NUM_TASKS", "4"),
-            ("SLURM_STEP_TASKS_PER_NODE", "2(x2)"),
-        ];
-        assert!(error(&slurm).contains("2(x2)"));
-    }
-
-    #[test]
-    fn a_shell_is_no_rank() {
-        let srun = [
-            ("SLURM_PROCID", "0"),
-            ("SLURM_STEP_NUM_TASKS", "2"),
-            ("SLURM_STEP_TASKS_PER_NODE", "2"),
-            ("SLURM_JOB_ID", "77"),
-            ("SLURM_STEP_ID", "3"),
-        ];
-        let is_there = |variables: &[(&str, &str)]| {
-            Launched::is_there(|name| {
-                variables.iter().find(|(other, _)| *other == name).map(|(_, v)| v.to_string())
-            })
-        };
-        let is_shell = |variables: &[(&str, &str)]| {
-            let error = find(variables).map_or_else(|error| error, |_| String::new());
-            assert_eq!(error.contains("no rank"), !is_there(variables), "{error}");
-            error.contains("start the ranks in it by srun")
-        };
-        assert!(!is_shell(&srun));
-        // sbatch, an interactive step of salloc, srun --pty; and ranks that the latter starts by
-        // srun.
-        let sbatch = [
-            ("SLURM_PROCID", "0"),
-            ("SLURM_NTASKS", "2"),
-            ("SLURM_JOB_ID", "77"),
-            ("SLURM_LOCALID", "0"),
-        ];
-        assert!(is_shell(&sbatch));
-        for step in SHELLS {
-            assert!(is_shell(&[&srun[..4], &[("SLURM_STEP_ID", step)]].concat()));
-        }
-        let pty = [("SLURM_PTY_PORT", "4711")];
-        let alone = [("SLURM_STEP_NUM_TASKS", "1"), ("SLURM_STEP_TASKS_PER_NODE", "1")];
-        assert!(is_shell(&[&srun[..], &pty, &[(TERMINAL, "")]].concat()));
-        assert!(is_shell(&[&alone[..], &srun[..1], &srun[3..], &pty].concat()));
-        assert!(!is_shell(&[&srun[..], &pty].concat()));
-        // What starts ranks in the shell is what counts.
-        let torchrun = [("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", "1")];
-        assert!(!is_shell(&[&sbatch[..], &torchrun].concat()));
-    }
-
-    #[test]
-    fn agents_of_torchrun_on_one_host_are_one_world() {
-        let agents = |more: &[(&str, &str)]| {
-            let two = [
-                ("RANK", "2"),
-                ("WORLD_SIZE", "4"),
-                ("LOCAL_WORLD_SIZE", "2"),
-                ("MASTER_PORT", "1"),
-            ];
-            find(&[&two[..], more].concat())
-        };
-        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
-        for here in [
-            "localhost",
-            "127.0.0.1",
-            "127.3.4.5",
-            "::1",
-            host.trim(),
-            &format!("{}.example", host.trim()),
-        ] {
-            assert!(agents(&[("MASTER_ADDR", here)]).is_ok(), "{here}");
-        }
-        for elsewhere in ["192.0.2.7", "another-host", ""] {
-            let error = agents(&[("MASTER_ADDR", elsewhere)]).unwrap_err();
-            assert!(
-                error.contains("set MASTER_ADDR to localhost, or PARAM_AVERAGER_RENDEZVOUS"),
-                "{error}"
-            );
-            assert_eq!(agents(&[("MASTER_ADDR", elsewhere), (RENDEZVOUS, "x")]).unwrap().name, "x");
-        }
-    }
-
-    #[test]
-    fn sizes_are_those_of_a_world() {
-        let of = |rank: &str, size: &str| find(&[("RANK", rank), ("WORLD_SIZE", size)]);
-        let error = of("0", "17").unwrap_err();
-        assert!(error.contains("WORLD_SIZE is 17: a world has 1 to 16 ranks"), "{error}");
-        assert!(of("0", "0").unwrap_err().contains("WORLD_SIZE is 0"));
-        // One rank needs no port.
-        let alone = of("0", "1").unwrap();
-        assert!(alone.name.starts_with("alone/"), "{alone:?}");
-        assert!(of("0", "2").is_err() && of("1", "1").is_err());
-    }
-
-    #[test]
-    fn a_shell_loop_is_known_by_its_process_and_torchrun_by_its_run() {
-        let hand = [("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", "29500")];
-        assert_eq!(find(&hand).unwrap().known, Known::No);
-        let run = [&hand[..], &[("TORCHELASTIC_RUN_ID", "a"), ("TORCHELASTIC_RESTART_COUNT", "1")]]
-            .concat();
-        assert_eq!(find(&run).unwrap().known, Known::By("torchrun".into(), "29500/a/1".into()));
-        assert_eq!(find(&[&run[..], &[(RENDEZVOUS, "x")]].concat()).unwrap().known, Known::ByName);
     }
 }

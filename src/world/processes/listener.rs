@@ -1,12 +1,12 @@
-//! Accept loop for sockets with a guessable name. A connection is handed on only after a valid
-//! first message from the same user, within `HELLO`: other users, other programs and floods are
+//! Accept loop for listeners with a guessable name. A connection is handed on only after a valid
+//! first message from the same uid, within `HELLO`. Other users, other programs and floods are
 //! dropped.
 
 use std::io::ErrorKind;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags};
@@ -15,66 +15,67 @@ use super::credentials::is_same_user;
 use super::frame::{self, Frame, Kind};
 use super::private::Private;
 use crate::backend::limits::thread;
+use crate::sync::lock;
 
-/// Strangers that may be half way through their first message at once.
+/// Limit on connections whose first message is incomplete.
 pub(super) const MOST: usize = 64;
-/// How long one may take for it.
+/// Time for the first message.
 const HELLO: Duration = Duration::from_millis(if cfg!(any(test, fuzzing)) { 50 } else { 2000 });
-/// How long one may take where the others wait for it.
+/// Time for the first message if other connections wait for it.
 const PATIENCE: Duration = Duration::from_millis(500);
-/// Bytes of the stack of a thread.
+/// Stack of a thread in bytes.
 const STACK: usize = 256 << 10;
-/// Between two tries to accept one, where it can't be.
+/// Pause between two attempts to accept while descriptors are missing.
 const AGAIN: Duration = Duration::from_millis(2);
 
-/// An open socket. Shut when it is dropped, and its name free soon after.
+/// A listening socket. Dropping it shuts the socket down and frees the name soon after.
 #[derive(Debug)]
 pub(super) struct Listener {
-    // In this order, so that the thread, which waits for `_open` to go, is the last to have the
-    // listener.
+    // Dropped in this order: the thread waits for `_open`, so it is the last owner of the socket.
     listener: Arc<Private<UnixListener>>,
-    short: Arc<Short>,
+    short: Arc<Shortage>,
     _open: mpsc::Sender<()>,
 }
 
-/// The resource that was missing for a connection or for the files it sent.
+/// Resources that were missing for a connection or for the files it sent.
 #[derive(Debug, Default)]
-struct Short {
+struct Shortage {
     files: AtomicBool,
-    /// The same, although no other connection held any that could be freed.
+    /// True if files were missing although no other connection held any.
     is_alone: AtomicBool,
-    /// Why no thread could be started.
+    /// The reason why no thread could be started.
     thread: Mutex<Option<String>>,
-    /// Strangers that are being heard.
-    inside: AtomicUsize,
+    /// Number of connections being read.
+    reading: AtomicUsize,
 }
 
 impl Listener {
-    /// Calls `came` with each connection of this user's whose first message is of these kinds, with
-    /// at most so many files. Each is read on a thread of its own, so that none delays others;
-    /// those above `MOST` are refused, and may try again.
+    /// Calls `handle` for each connection of the same user whose first message is one of `kinds`,
+    /// with at most `most_files` files. Each connection is read on a thread of its own, so that
+    /// none delays another. Connections above `MOST` are closed, and their processes may try again.
     ///
-    /// No thread is waited for: closing a file from an unknown process can take as long as that
-    /// process likes (`SO_LINGER`). So `came` may still be called just after the listener was
-    /// closed.
+    /// Dropping the listener waits for no thread: closing a file from an unknown process can take
+    /// as long as that process chooses (`SO_LINGER`). So `handle` may still be called shortly after
+    /// the drop.
     pub(super) fn open(
         listener: UnixListener,
         kinds: &'static [Kind],
         most_files: usize,
-        came: impl Fn(Private<UnixStream>, Frame) + Send + Sync + 'static,
+        handle: impl Fn(Private<UnixStream>, Frame) + Send + Sync + 'static,
     ) -> Result<Listener, Shut> {
-        let (listener, short) = (Arc::new(Private::new(listener)), Arc::new(Short::default()));
+        let (listener, short) = (Arc::new(Private::new(listener)), Arc::new(Shortage::default()));
         let (open, is_open) = mpsc::channel();
-        let lacks = short.clone();
-        let hear = move |stream: Private<UnixStream>| match frame::receive(
+        let missing = short.clone();
+        let read_first = move |stream: Private<UnixStream>| match frame::receive(
             &stream,
             kinds,
             most_files,
             Instant::now() + HELLO,
         ) {
-            Ok(frame) => came(stream, frame),
-            Err(error) if error.kind() == frame::SHORT => lacks.file(1),
-            // Whatever it understands of the answer, it sees that this is another version.
+            Ok(frame) => handle(stream, frame),
+            Err(error) if error.kind() == frame::SHORT => missing.file(1),
+            // A process of another version understands at least the header of the answer, and its
+            // version.
             Err(error) if error.kind() == frame::OTHER_VERSION => {
                 let refuse = (Kind::Refuse, 0, 0);
                 let _ =
@@ -82,27 +83,28 @@ impl Listener {
             }
             Err(_) => {}
         };
-        let (hear, kept, lacks) = (Arc::new(hear), listener.clone(), short.clone());
-        let keep = move || {
-            keep(&kept, &is_open, &lacks, &hear);
-            let _ = is_open.recv(); // the last holder of the listener closes what was sent to it
+        let (read_first, socket, missing) = (Arc::new(read_first), listener.clone(), short.clone());
+        let run = move || {
+            accept_loop(&socket, &is_open, &missing, &read_first);
+            // the last owner of the socket closes the connections in its backlog
+            let _ = is_open.recv();
         };
-        match thread("listener".into(), STACK, keep) {
+        match thread("listener".into(), STACK, run) {
             Ok(_) => Ok(Listener { listener, short, _open: open }),
             Err(reason) => Err(Shut { reason, listener }),
         }
     }
 
-    /// What was wanting, if something was, and what to do.
+    /// The missing resource, if any, and what to do.
     pub(super) fn shortage(&self) -> Option<String> {
-        let thread = self.short.thread.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let thread = lock(&self.short.thread).clone();
         thread.or_else(|| self.short.files.load(Ordering::Relaxed).then(frame::short_of_files))
     }
 
     /// True if no connection can be read: a thread or a file descriptor is missing, although no
     /// other connection holds one.
     pub(super) fn is_stuck(&self) -> bool {
-        let thread = self.short.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        let thread = lock(&self.short.thread);
         thread.is_some() || self.short.is_alone.load(Ordering::Relaxed)
     }
 }
@@ -115,7 +117,7 @@ pub(super) struct Shut {
 }
 
 impl Shut {
-    /// Answers so many connections with a reason, on this thread.
+    /// Answers up to `most` connections with a reason, on this thread.
     pub(super) fn refuse(
         &self,
         kinds: &[Kind],
@@ -124,8 +126,8 @@ impl Shut {
         reason: &str,
         until: Instant,
     ) {
-        let mut told = 0;
-        while told < most {
+        let mut answered = 0;
+        while answered < most {
             let left = until.saturating_duration_since(Instant::now());
             let mut watched = [PollFd::new(&**self.listener, PollFlags::IN)];
             if left.is_zero() || poll(&mut watched, left.try_into().ok().as_ref()) == Ok(0) {
@@ -137,17 +139,18 @@ impl Shut {
                 && frame::receive(&stream, kinds, most_files, soon()).is_ok()
             {
                 let _ = frame::send(&stream, (Kind::Refuse, 0, 0), &reason, &[], soon());
-                told += 1;
+                answered += 1;
             }
         }
     }
 }
 
-impl Short {
-    /// There was no descriptor, while so many connections were being read that do not count.
+impl Shortage {
+    /// Records that a descriptor was missing, while `own` of the connections being read were the
+    /// caller's.
     fn file(&self, own: usize) {
         self.files.store(true, Ordering::Relaxed);
-        self.is_alone.fetch_or(self.inside.load(Ordering::Relaxed) <= own, Ordering::Relaxed);
+        self.is_alone.fetch_or(self.reading.load(Ordering::Relaxed) <= own, Ordering::Relaxed);
     }
 }
 
@@ -159,11 +162,11 @@ impl Drop for Listener {
 }
 
 /// Runs until the listener is closed.
-fn keep(
+fn accept_loop(
     listener: &UnixListener,
     is_open: &mpsc::Receiver<()>,
-    short: &Arc<Short>,
-    hear: &Arc<impl Fn(Private<UnixStream>) + Send + Sync + 'static>,
+    short: &Arc<Shortage>,
+    read_first: &Arc<impl Fn(Private<UnixStream>) + Send + Sync + 'static>,
 ) {
     loop {
         let stream = match listener.accept() {
@@ -176,8 +179,8 @@ fn keep(
             {
                 continue
             }
-            // Shut, or no descriptors left: those inside give some back, or whoever waits here
-            // gives up.
+            // The socket is shut, or no descriptor is left. Connections being read will free some,
+            // or the process that waits here gives up.
             Err(error) => {
                 if is_short(&error) {
                     short.file(0);
@@ -188,36 +191,37 @@ fn keep(
                 }
             }
         };
-        // First, so that no other user has a thread started.
-        if is_same_user(&stream).is_err() || short.inside.load(Ordering::Relaxed) >= MOST {
+        // Checked first, so that another user cannot make this process start a thread.
+        if is_same_user(&stream).is_err() || short.reading.load(Ordering::Relaxed) >= MOST {
             continue;
         }
-        short.inside.fetch_add(1, Ordering::Relaxed);
-        let (hear, leaving) = (hear.clone(), short.clone());
+        short.reading.fetch_add(1, Ordering::Relaxed);
+        let (read_first, counted) = (read_first.clone(), short.clone());
         let stream = Arc::new(Mutex::new(Some(stream)));
-        let untold = stream.clone();
-        let stranger = move || {
-            let stream = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
-            stream.into_iter().for_each(|stream| hear(stream));
-            // last: a connection that can't be closed still counts
-            leaving.inside.fetch_sub(1, Ordering::Relaxed);
+        let unread = stream.clone();
+        let read = move || {
+            let stream = lock(&stream).take();
+            stream.into_iter().for_each(|stream| read_first(stream));
+            // last, so that a connection that takes long to close still counts
+            counted.reading.fetch_sub(1, Ordering::Relaxed);
         };
-        if let Err(reason) = thread("hello".into(), STACK, stranger) {
-            short.inside.fetch_sub(1, Ordering::Relaxed);
+        if let Err(reason) = thread("hello".into(), STACK, read) {
+            short.reading.fetch_sub(1, Ordering::Relaxed);
             let reason = format!(
-                "this world's rank 0, or a member, can't start a thread to hear others: {reason}"
+                "rank 0, or a member, of this world can't start a thread to receive messages: \
+                    {reason}"
             );
-            // A socket that nothing was sent on has room for it: this does not block.
-            let stream = untold.lock().unwrap_or_else(PoisonError::into_inner).take();
+            // The send buffer of an unused socket has room, so this does not block.
+            let stream = lock(&unread).take();
             let _ = stream.map(|stream| {
                 frame::send(&stream, (Kind::Refuse, 0, 0), &reason, &[], Instant::now())
             });
-            *short.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(reason);
+            *lock(&short.thread) = Some(reason);
         }
     }
 }
 
-/// Of file descriptors.
+/// True if the error is a shortage of file descriptors.
 fn is_short(error: &std::io::Error) -> bool {
     use rustix::io::Errno;
     [Errno::MFILE, Errno::NFILE]
@@ -238,7 +242,7 @@ mod tests {
 
     const LINGER: Duration = Duration::from_secs(20);
 
-    /// A socket that takes as long as `LINGER` to close, and its other end, which does not listen.
+    /// A socket that takes `LINGER` to close, and its other end, which does not read.
     fn lingering() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let mut one = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
@@ -250,14 +254,15 @@ mod tests {
         (one, other)
     }
 
-    /// A process with another version of this crate is answered, and hears nothing else.
+    /// A process with another version of this crate is told so, and its message is not handed on.
     #[test]
     fn another_version_is_told_so() {
         let address = format!("other-version-{}", std::process::id());
         let address = SocketAddr::from_abstract_name(address).unwrap();
         let listener = UnixListener::bind_addr(&address).unwrap();
         let _listener =
-            Listener::open(listener, &[Kind::Hello], 1, |_, _| panic!("it was heard")).unwrap();
+            Listener::open(listener, &[Kind::Hello], 1, |_, _| panic!("its message was handed on"))
+                .unwrap();
         let stream = UnixStream::connect_addr(&address).unwrap();
         let mut header = frame::header((Kind::Hello, 0, 0), 2, 0);
         header[4] ^= 0x80;
@@ -270,13 +275,13 @@ mod tests {
     /// Neither later connections nor closing the listener wait until an unknown process's file is
     /// closed.
     #[test]
-    fn what_a_stranger_sends_may_take_long_to_close() {
+    fn files_of_unknown_processes_may_take_long_to_close() {
         let address =
-            SocketAddr::from_abstract_name(format!("strangers-{}", std::process::id())).unwrap();
+            SocketAddr::from_abstract_name(format!("lingering-{}", std::process::id())).unwrap();
         let listener = UnixListener::bind_addr(&address).unwrap();
-        let come = || UnixStream::connect_addr(&address).unwrap();
-        let mut ends = vec![];
-        // The bytes and the file, of which this was the last copy.
+        let connect = || UnixStream::connect_addr(&address).unwrap();
+        let mut other_ends = vec![];
+        // Sends bytes with the last copy of a file that lingers.
         let mut send = |stream: &UnixStream, bytes: &[u8]| {
             let (file, end) = lingering();
             let files = [file.as_fd()];
@@ -284,23 +289,23 @@ mod tests {
             let mut ancillary = SendAncillaryBuffer::new(&mut space);
             assert!(ancillary.push(SendAncillaryMessage::ScmRights(&files)));
             sendmsg(stream, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::empty()).unwrap();
-            ends.push(end);
+            other_ends.push(end);
         };
-        let garbage = come();
+        let garbage = connect();
         send(&garbage, b"GET / HTTP/1.1\r\n\r\n  ");
-        let honest = come();
+        let valid = connect();
         let begin = Instant::now();
-        frame::send(&honest, (Kind::Hello, 0, 7), &(), &[], begin + LINGER).unwrap();
-        let _crowd: Vec<UnixStream> = (0..MOST).map(|_| come()).collect();
-        // One is refused, and the other is not admitted yet when the listener is closed.
-        let late = [come(), come()];
+        frame::send(&valid, (Kind::Hello, 0, 7), &(), &[], begin + LINGER).unwrap();
+        let _idle: Vec<UnixStream> = (0..MOST).map(|_| connect()).collect();
+        // One is refused, and the other is still in the backlog when the listener is closed.
+        let late = [connect(), connect()];
         late.iter().for_each(|late| send(late, b"P"));
-        let (say, heard) = mpsc::channel();
+        let (send_number, received) = mpsc::channel();
         let listener = Listener::open(listener, &[Kind::Hello], 1, move |_, frame| {
-            say.send(frame.number).unwrap()
+            send_number.send(frame.number).unwrap()
         });
         let listener = listener.unwrap();
-        assert_eq!(heard.recv_timeout(LINGER / 2), Ok(7));
+        assert_eq!(received.recv_timeout(LINGER / 2), Ok(7));
         std::thread::sleep(Duration::from_millis(100));
         drop(listener);
         assert!(begin.elapsed() < LINGER / 2, "{:?}", begin.elapsed());

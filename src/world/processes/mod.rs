@@ -1,5 +1,5 @@
-//! Ranks that are processes of one host: they meet over sockets, and their mailboxes are in memory
-//! that they share.
+//! Ranks that are processes of one host. They exchange messages over Unix sockets and share the
+//! memory of their mailboxes.
 
 mod agree;
 mod ancestry;
@@ -14,6 +14,7 @@ mod launcher;
 mod listener;
 mod p2p_probe;
 mod peer_set;
+mod peer_state;
 mod peers;
 mod private;
 mod rebuild;
@@ -22,11 +23,12 @@ mod view_board;
 mod view_change;
 mod wire_handshake;
 
-use std::sync::{Arc, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use super::{Device, Placement, WorldId};
 use crate::backend::limits;
+use crate::sync::lock;
 use crate::{Error, Result};
 pub(super) use host_info::HostInfo;
 use host_info::LocalDevice;
@@ -34,40 +36,40 @@ use job::Job;
 pub(super) use job::Known;
 use join_listener::JoinListener;
 use peer_set::{CurrentView, PeerSet, ViewStatus};
-use peers::Unheard;
+use peers::NoReceiver;
 #[cfg(fuzzing)]
 pub use rendezvous::fuzz;
 use rendezvous::RankInfo;
 use view_board::ViewBoard;
 
-/// How long a process may take from `Communicator::join` to its averager.
+/// Longest time from `Communicator::join` to the averager of the joiner.
 const JOINING: Duration = Duration::from_secs(60);
 
-/// A process's membership in one view of a world.
+/// Membership of a process in one view of a world.
 #[derive(Debug)]
 pub(super) struct ProcessBootstrap {
     peer_set: Arc<PeerSet>,
     view: CurrentView,
     placement: Placement,
-    /// What late processes find this world by.
+    /// Listener of this process for joiners.
     listener: Arc<JoinListener>,
 }
 
-/// What a launcher, or the caller, says.
+/// Identity of a rank, from a launcher or from the caller.
 #[derive(Clone, Debug)]
 pub(super) struct Setup {
     pub(super) rank: usize,
     pub(super) world_size: usize,
     pub(super) name: String,
-    /// Source of the name, in words.
+    /// Source of the name, for messages.
     pub(super) source: String,
     pub(super) known: Known,
-    /// The variable that the rank was taken from.
+    /// The variable that gave the rank.
     pub(super) variable: Option<&'static str>,
 }
 
 impl Setup {
-    /// What the environment says, but for the name if one is `given`.
+    /// Reads the environment. A `given` name takes precedence.
     pub(super) fn of_the_environment(given: Option<String>) -> Result<Setup> {
         let failed = |problem| Error::Environment { problem };
         launcher::variables().try_for_each(|name| text(name).map(drop))?;
@@ -76,18 +78,19 @@ impl Setup {
         Ok(Setup { rank, world_size, name, source, known, variable: Some(variable) })
     }
 
-    /// Whether there is a launcher to say it.
+    /// True if a launcher has set a rank.
     pub(super) fn is_in_the_environment() -> bool {
         launcher::Launched::is_there(variable)
     }
 
-    /// Only the name, where it is said by itself.
+    /// The name from `PARAM_AVERAGER_RENDEZVOUS` alone.
     pub(super) fn name_of_the_environment() -> Result<Option<String>> {
         Ok(text(launcher::RENDEZVOUS)?.filter(|name| !name.is_empty()))
     }
 }
 
-/// Of the environment, as far as it is text.
+/// Value of an environment variable, or of one of the two facts about this process that `launcher`
+/// treats alike. Bytes that are not UTF-8 are replaced.
 fn variable(name: &str) -> Option<String> {
     match name {
         launcher::PARENT => launcher::parent(),
@@ -103,7 +106,8 @@ fn text(name: &str) -> Result<Option<String>> {
         Err(VarError::NotPresent) => Ok(None),
         Err(VarError::NotUnicode(value)) => {
             let problem = format!(
-                "{name} is {value:?}, which is not UTF-8: set it to a text, the same on every rank"
+                "{name} is {value:?}, which is not UTF-8: set it to the same UTF-8 text on every \
+                    rank"
             );
             Err(Error::Environment { problem })
         }
@@ -111,7 +115,7 @@ fn text(name: &str) -> Result<Option<String>> {
 }
 
 impl ProcessBootstrap {
-    /// Collective.
+    /// Meets the other ranks in a new world. Collective.
     pub(super) fn meet(
         setup: Setup,
         device: Device,
@@ -134,7 +138,7 @@ impl ProcessBootstrap {
         let me = RankInfo { name, source, rank, world_size, host_info, job, refusal: told };
         let deadline = crate::deadline::after(timeout);
         let met = rendezvous::meet(&me, timeout);
-        let own = own.map_err(|reason| unavailable(&reason))?; // the others know
+        let own = own.map_err(|reason| unavailable(&reason))?; // the other ranks have been told
         refusal.map_or(Ok(()), Err)?;
         let peers = met.map_err(failed)?;
         let first = ViewBoard::first(world_size);
@@ -142,7 +146,7 @@ impl ProcessBootstrap {
         let met = peers.peers.into_iter().enumerate().filter_map(|(peer, met)| Some((peer, met?)));
         let heard =
             met.map(|(peer, (host_info, met))| peer_set.connections.add(peer, host_info, met));
-        let heard = heard.collect::<Result<(), Unheard>>().map_err(|unheard| unheard.reason);
+        let heard = heard.collect::<Result<(), NoReceiver>>().map_err(|failed| failed.reason);
         peers.confirmation.give(heard).map_err(failed)?;
         p2p_probe::find(&peer_set, &peer_set.current(), deadline).map_err(failed)?;
         let listener = JoinListener::open(
@@ -155,7 +159,7 @@ impl ProcessBootstrap {
         Ok(ProcessBootstrap::of(peer_set, listener))
     }
 
-    /// Of a world that has begun, when that lets it in; see `Communicator::join`.
+    /// Joins a running world; see `Communicator::join`.
     pub(super) fn join(name: &str, device: Device, timeout: Duration) -> Result<ProcessBootstrap> {
         let failed = |reason| Error::JoinRefused { rendezvous: name.to_owned(), reason };
         let own = LocalDevice::find(device)
@@ -165,12 +169,12 @@ impl ProcessBootstrap {
         p2p_probe::find(&peer_set, &peer_set.current(), Instant::now() + JOINING)
             .map_err(failed)?;
         let listener = JoinListener::open(name, origin, peer_set.me, &peer_set.connections, None)
-            .beside(others);
+            .with_others(others);
         Ok(ProcessBootstrap::of(peer_set, listener))
     }
 
     fn of(peer_set: PeerSet, listener: JoinListener) -> ProcessBootstrap {
-        let view = peer_set.latest.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let view = lock(&peer_set.latest).clone();
         let placement = peer_set.placement(&view);
         ProcessBootstrap {
             peer_set: Arc::new(peer_set),
@@ -200,7 +204,7 @@ impl ProcessBootstrap {
         self.members().iter().copied().filter(|&peer| peer != self.peer_set.me)
     }
 
-    /// What ends this world from any thread, for as long as this process is in it.
+    /// Handle that aborts the world from any thread, while this process is in it.
     pub(super) fn handle(&self) -> Handle {
         Handle(Arc::downgrade(&self.peer_set))
     }
@@ -213,7 +217,8 @@ impl ProcessBootstrap {
         self.listener.world()
     }
 
-    /// Failure that ended this view, if any: the failure itself the first time.
+    /// The failure that ended this view, if any. Returns the failure itself once and `Poisoned`
+    /// afterwards.
     fn failure(&self) -> Option<Error> {
         let mut status = self.status();
         let failure = status.failure.clone()?;

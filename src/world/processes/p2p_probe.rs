@@ -1,5 +1,5 @@
-//! Which ranks that are processes reach each other's device memory: all try it, each with every
-//! other, before they build anything.
+//! Test of peer access between processes. Each rank tests its access to the device memory of every
+//! other, before anything is built.
 
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
@@ -11,25 +11,25 @@ use super::peer_set::{CurrentView, PeerSet};
 use crate::backend::cuda::{IpcProbe, PeerAccess};
 use crate::backend::MemoryHandle;
 
-/// What ranks tell each other, in this order.
-const OFFER: u32 = 0;
-const VISITED: u32 = 1;
+/// Numbers of the messages, in order.
+const HANDLE: u32 = 0;
+const TESTED: u32 = 1;
 const FOUND: u32 = 2;
 
-/// What is found: nothing if memory can't be opened, else whether the bytes that were moved are
-/// right.
+/// Result of a test: `None` if memory can't be opened, otherwise true if the transferred bytes are
+/// intact.
 type Found = Option<bool>;
 
-/// Collective among the members of a view. Does nothing on CPUs, where all memory is one.
+/// Tests peer access between all members of a view. Collective. Does nothing on CPUs.
 ///
 /// ```text
 ///  one                                           other
-///  writes to memory that it lends      ────────▶ opens it, reads, and writes there, too
+///  writes to memory that it exports     ────────▶ opens it, reads, and writes there, too
 ///  looks for what the other has written ◀─────── whether it could
 ///  what it found                       ────────▶ everybody
 /// ```
 ///
-/// and the same the other way, at once.
+/// The same steps run in the opposite direction at the same time.
 pub(super) fn find(
     peer_set: &PeerSet,
     view: &CurrentView,
@@ -39,29 +39,29 @@ pub(super) fn find(
     let context = peer_set.host_infos().own().context().cloned();
     let Some(context) = context.filter(|_| members.len() > 1) else { return Ok(()) };
     let me =
-        members.iter().position(|&peer| peer == peer_set.me).ok_or("this rank is no member")?;
-    let talk = Talk { peer_set, view, members, deadline };
-    // None, if memory of this device can't be lent: there are systems without CUDA IPC.
-    let trial = IpcProbe::new(&context, members.len()).ok();
-    let (offer, file) = trial.as_ref().map(IpcProbe::offer).unzip();
-    let frames = talk.exchange(OFFER, |_| offer.clone(), file.as_slice())?;
-    let mut visited: Vec<Found> = vec![None; members.len()];
+        members.iter().position(|&peer| peer == peer_set.me).ok_or("this rank is not a member")?;
+    let exchange = Exchange { peer_set, view, members, deadline };
+    // `None` without CUDA IPC.
+    let probe = IpcProbe::new(&context, members.len()).ok();
+    let (handle, file) = probe.as_ref().map(IpcProbe::export).unzip();
+    let frames = exchange.all_gather(HANDLE, |_| handle.clone(), file.as_slice())?;
+    let mut tested: Vec<Found> = vec![None; members.len()];
     for (rank, frame) in frames {
-        let offer: Option<MemoryHandle> = talk.parse(rank, &frame)?;
-        let opened = offer.zip(frame.files.into_iter().next());
-        visited[rank] =
-            opened.and_then(|(offer, file)| IpcProbe::visit(&context, &offer, file, me).ok());
+        let handle: Option<MemoryHandle> = exchange.parse(rank, &frame)?;
+        let opened = handle.zip(frame.files.into_iter().next());
+        tested[rank] =
+            opened.and_then(|(handle, file)| IpcProbe::test(&context, &handle, file, me).ok());
     }
     let mut found: Vec<Found> = vec![None; members.len()];
-    for (rank, frame) in talk.exchange(VISITED, |rank| visited[rank], &[])? {
-        let theirs: Found = talk.parse(rank, &frame)?;
-        if let (Some(trial), Some(ours), Some(theirs)) = (&trial, visited[rank], theirs) {
-            found[rank] = Some(ours && theirs && trial.was_visited(rank)?);
+    for (rank, frame) in exchange.all_gather(TESTED, |rank| tested[rank], &[])? {
+        let theirs: Found = exchange.parse(rank, &frame)?;
+        if let (Some(probe), Some(ours), Some(theirs)) = (&probe, tested[rank], theirs) {
+            found[rank] = Some(ours && theirs && probe.was_written(rank)?);
         }
     }
     let mut all: Vec<Vec<Found>> = vec![vec![]; members.len()];
-    for (rank, frame) in talk.exchange(FOUND, |_| found.clone(), &[])? {
-        all[rank] = talk.parse(rank, &frame)?;
+    for (rank, frame) in exchange.all_gather(FOUND, |_| found.clone(), &[])? {
+        all[rank] = exchange.parse(rank, &frame)?;
     }
     all[me] = found;
     let of = |one: usize, other: usize| all[one].get(other).copied().flatten();
@@ -76,19 +76,19 @@ pub(super) fn find(
     Ok(())
 }
 
-struct Talk<'a> {
+struct Exchange<'a> {
     peer_set: &'a PeerSet,
     view: u32,
     members: &'a [usize],
     deadline: Instant,
 }
 
-impl Talk<'_> {
-    /// Tells every other rank something, and returns what each of them tells.
-    fn exchange<T: Serialize>(
+impl Exchange<'_> {
+    /// Sends a message to every other rank, and receives one from each.
+    fn all_gather<T: Serialize>(
         &self,
         number: u32,
-        say: impl Fn(usize) -> T,
+        message: impl Fn(usize) -> T,
         files: &[BorrowedFd<'_>],
     ) -> Result<Vec<(usize, Frame)>, String> {
         let key = (Kind::Reach, self.view, number);
@@ -96,33 +96,32 @@ impl Talk<'_> {
             self.members.iter().copied().enumerate().filter(|&(_, peer)| peer != self.peer_set.me)
         };
         for (rank, peer) in others() {
-            // Who is gone is found out below.
-            let _ = self.peer_set.send(peer, key, &say(rank), files, self.deadline);
+            // A departed peer is detected below.
+            let _ = self.peer_set.send(peer, key, &message(rank), files, self.deadline);
         }
-        let hear = |(rank, peer): (usize, usize)| {
+        let receive = |(rank, peer): (usize, usize)| {
             let came = self.peer_set.wait(self.deadline, |state| {
                 if let Some(frame) = state.take(peer, key) {
                     return Some(Ok((rank, frame)));
                 }
-                let reason = match state.trouble.get(&peer) {
-                    Some(reason) => format!("can't be understood: {reason}"),
+                let reason = match state.unreadable.get(&peer) {
+                    Some(reason) => format!("sends messages that can't be received: {reason}"),
                     None if state.is_lost(peer, self.view) => "has left".into(),
                     None if state.aborts(peer, self.view) => "has aborted".into(),
                     None => return None,
                 };
-                Some(Err(format!(
-                    "rank {rank} {reason}, while ranks tried to reach each other's memory"
-                )))
+                Some(Err(format!("test of peer access between ranks: rank {rank} {reason}")))
             });
-            let late = || {
-                format!("rank {rank} did not try in time whether ranks reach each other's memory")
-            };
+            let late =
+                || format!("test of peer access between ranks: rank {rank} did not answer in time");
             came.unwrap_or_else(|| Err(late()))
         };
-        others().map(hear).collect()
+        others().map(receive).collect()
     }
 
     fn parse<T: DeserializeOwned>(&self, rank: usize, frame: &Frame) -> Result<T, String> {
-        frame.parse().map_err(|error| format!("what rank {rank} says is not understood: {error}"))
+        frame
+            .parse()
+            .map_err(|error| format!("the message of rank {rank} can't be parsed: {error}"))
     }
 }

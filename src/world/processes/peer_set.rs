@@ -1,8 +1,8 @@
-//! This process's part of a world: its peers and its current view.
+//! The peers and the current view of this process in one world.
 
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::frame::Kind;
 use super::host_info::{LocalDevice, P2pMatrix};
@@ -10,28 +10,28 @@ use super::peers::Connections;
 use super::rebuild::Averagers;
 use super::view_board::{View, ViewBoard};
 use crate::error::Phase;
+use crate::sync::lock;
 use crate::world::Placement;
 use crate::Error;
 
-/// The sockets of one process in one world. Peers are named by their ids, which are their ranks in
-/// the first view or were given to those that came later. When it is dropped, this process has left
-/// the world.
+/// Sockets of one process in one world. Peers are identified by ids: the rank in the first view, or
+/// the number that a joiner was given. Dropping the set leaves the world.
 #[derive(Debug)]
 pub(super) struct PeerSet {
     pub(super) me: usize,
     pub(super) connections: Arc<Connections>,
-    /// Held during a view change.
+    /// Current view, locked for the whole of a view change.
     pub(super) latest: Mutex<CurrentView>,
-    /// Copy of `latest`, locked for a moment only.
+    /// Copy of `latest`, locked only to read or replace it.
     current: Mutex<CurrentView>,
     /// Number of the current view.
     pub(super) number: AtomicU32,
     host_infos: Mutex<P2pMatrix>,
-    /// Averagers of this process.
+    /// Averagers of this process, for a later view change.
     pub(super) averagers: Averagers,
     /// True during a view change.
-    pub(super) going: AtomicBool,
-    /// This process came late, and has no model of its own until its first average.
+    pub(super) is_changing: AtomicBool,
+    /// True on a joiner until it has received the model.
     pub(super) is_new: AtomicBool,
 }
 
@@ -40,9 +40,10 @@ pub(super) struct PeerSet {
 pub(super) struct CurrentView {
     pub(super) agreed: Arc<View>,
     status: Arc<Mutex<ViewStatus>>,
-    /// Averagers built or begun: the k-th of one rank belongs with the k-th of every other.
+    /// Number of builds begun: the k-th build of one rank belongs with the k-th build of every
+    /// other rank.
     pub(super) builds: Arc<AtomicU32>,
-    /// True once the joiner of this view, if any, has the model, as far as this process knows.
+    /// True once the joiner of this view has received the model, as far as this process knows.
     pub(super) settled: Arc<AtomicBool>,
 }
 
@@ -51,8 +52,7 @@ pub(super) struct ViewStatus {
     /// Failure that ended this view.
     pub(super) failure: Option<Error>,
     pub(super) told: bool,
-    /// True if this process has aborted the view; the second, if it did so during the next view
-    /// change.
+    /// Aborts of this process: in this view, and during the view change after it.
     pub(super) aborted: [bool; 2],
 }
 
@@ -66,25 +66,25 @@ impl CurrentView {
         self.agreed.number
     }
 
-    /// By rank.
+    /// Ids of the members, by rank.
     pub(super) fn members(&self) -> &[usize] {
         &self.agreed.members
     }
 
     pub(super) fn status(&self) -> MutexGuard<'_, ViewStatus> {
-        self.status.lock().unwrap_or_else(PoisonError::into_inner) // plain data
+        lock(&self.status)
     }
 }
 
 impl PeerSet {
-    /// State of a process that is in no view yet, or in `latest`.
+    /// State of a process in view `latest`, or of a joiner that is in no view yet.
     pub(super) fn new(me: usize, own: LocalDevice, board: ViewBoard, latest: View) -> PeerSet {
         let connections = Connections::new(board, me, own.host_info.clone());
         let latest = CurrentView::new(latest);
         let number = AtomicU32::new(latest.number());
         let (current, latest) = (Mutex::new(latest.clone()), Mutex::new(latest));
         let host_infos = Mutex::new(P2pMatrix::new(own));
-        let (going, is_new) = (AtomicBool::new(false), AtomicBool::new(false));
+        let (is_changing, is_new) = (AtomicBool::new(false), AtomicBool::new(false));
         let averagers = Averagers::default();
         PeerSet {
             me,
@@ -94,29 +94,29 @@ impl PeerSet {
             number,
             host_infos,
             averagers,
-            going,
+            is_changing,
             is_new,
         }
     }
 
-    /// The view that this process is in.
+    /// A snapshot of the current view.
     pub(super) fn current(&self) -> CurrentView {
-        self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.current).clone()
     }
 
-    /// Makes a view the current one; it is `latest`, too.
+    /// Makes `view`, which is `latest`, the current view.
     pub(super) fn enter(&self, view: &CurrentView) {
-        *self.current.lock().unwrap_or_else(PoisonError::into_inner) = view.clone();
+        *lock(&self.current) = view.clone();
         self.number.store(view.number(), Ordering::Relaxed);
         self.lock().forget_before(view.number());
     }
 
-    /// Where this process is, and which peers reach each other.
+    /// The local device, and the peer access between ranks.
     pub(super) fn host_infos(&self) -> MutexGuard<'_, P2pMatrix> {
-        self.host_infos.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.host_infos)
     }
 
-    /// Placement of the members of a view, all of which this process has met.
+    /// Placement of the members of a view. This process has connections to all of them.
     pub(super) fn placement(&self, view: &CurrentView) -> Placement {
         let state = self.lock();
         let members: Vec<_> =
@@ -128,11 +128,11 @@ impl PeerSet {
     pub(super) fn abort(&self) {
         let view = self.current();
         let Some(rank) = view.members().iter().position(|&peer| peer == self.me) else { return };
-        // Told once more, to what averages or builds in another thread.
+        // The failure is reported once more, to a thread that averages or builds at this moment.
         let failure = Error::Aborted { rank, phase: Phase::Build, committed: false };
         let mut status = view.status();
-        let going = self.going.load(Ordering::Relaxed);
-        status.aborted[usize::from(going)] = true;
+        let is_changing = self.is_changing.load(Ordering::Relaxed);
+        status.aborted[usize::from(is_changing)] = true;
         status.failure.get_or_insert(failure);
         drop(status);
         let built = self.lock().built();
@@ -142,11 +142,13 @@ impl PeerSet {
         }
         self.wake();
         let others = view.members().iter().filter(|&&peer| peer != self.me);
-        others.for_each(|&peer| self.try_send(peer, (Kind::Abort, view.number(), going.into())));
+        others.for_each(|&peer| {
+            self.try_send(peer, (Kind::Abort, view.number(), is_changing.into()))
+        });
     }
 }
 
-/// All that it does with its peers.
+/// A peer set is used mostly for its connections.
 impl Deref for PeerSet {
     type Target = Connections;
     fn deref(&self) -> &Connections {

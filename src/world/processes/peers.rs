@@ -1,60 +1,60 @@
-//! The peers of this process: a thread for each listens to what the peer says, and sees when it is
-//! gone.
+//! Connections to the peers of this process. One thread per peer receives its messages and detects
+//! its departure.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags};
 use serde::Serialize;
 
-use super::frame::{self, Frame, Kind};
+use super::frame::{self, Kind};
 use super::host_info::HostInfo;
+use super::peer_state::{leave, Ring, State};
 use super::private::Private;
 use super::rendezvous::Connection;
 use super::view_board::ViewBoard;
 use crate::backend::limits::thread;
+use crate::sync::{lock, wait_timeout};
 use crate::world::Agreement;
 
-/// A message that has begun is there within this time, or its sender is taken for gone.
+/// Longest time from the first byte of a message to its last. A slower sender is treated as
+/// departed.
 const WHOLE_MESSAGE: Duration = Duration::from_secs(60);
 /// Bytes of the stack of a listening thread.
 const STACK: usize = 256 << 10;
-/// Messages of one peer that nobody has asked for yet.
-const MOST_WAITING: usize = 256;
-
 #[derive(Debug)]
 struct Peer {
     stream: Private<UnixStream>,
-    /// One message at a time.
+    /// Locked while a message is sent.
     sending: Mutex<()>,
 }
 
-/// Why a peer is not listened to.
+/// A peer for which no receiving thread could be started.
 #[derive(Debug)]
-pub(super) struct Unheard {
+pub(super) struct NoReceiver {
     pub(super) reason: String,
     peer: Arc<Peer>,
 }
 
-impl Unheard {
-    /// The peer can still be told.
+impl NoReceiver {
+    /// Stream on which the peer can be told the reason.
     pub(super) fn stream(&self) -> &UnixStream {
         &self.peer.stream
     }
 }
 
-/// What the listening threads have a part in.
+/// State that the receiving threads share.
 #[derive(Debug)]
 pub(super) struct Connections {
     pub(super) board: ViewBoard,
-    /// None: this process has left.
+    /// `None` once this process has left.
     peers: Mutex<Option<BTreeMap<usize, Arc<Peer>>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
     state: Mutex<State>,
@@ -63,112 +63,10 @@ pub(super) struct Connections {
     joiner: AtomicU32,
 }
 
-/// What is known of the peers.
-#[derive(Debug, Default)]
-pub(super) struct State {
-    pub(super) gone: BTreeSet<usize>,
-    /// Why one of them, which may still be there, can't be heard any more.
-    pub(super) trouble: BTreeMap<usize, String>,
-    /// Where they are.
-    pub(super) host_infos: BTreeMap<usize, HostInfo>,
-    /// By peer: the oldest of its messages that were not asked for yet.
-    messages: BTreeMap<usize, BTreeMap<(Kind, u32, u32), Frame>>,
-    /// Averagers built: peers that are gone are marked on their boards.
-    built: Vec<(Weak<Agreement>, Ring)>,
-}
-
-/// The view of an averager, and the peers by their position in it.
-#[derive(Clone, Debug)]
-pub(super) struct Ring {
-    pub(super) view: u32,
-    pub(super) peers: Arc<[usize]>,
-}
-
-/// Says on an averager's board that a peer does not come again.
-pub(super) fn leave(agreement: &Agreement, ring: &Ring, peer: usize) {
-    if let Some(position) = ring.peers.iter().position(|&other| other == peer) {
-        agreement.control.leave(position);
-    }
-}
-
-impl State {
-    pub(super) fn take(&mut self, peer: usize, key: (Kind, u32, u32)) -> Option<Frame> {
-        self.messages.get_mut(&peer)?.remove(&key)
-    }
-
-    pub(super) fn get(&self, peer: usize, key: (Kind, u32, u32)) -> Option<&Frame> {
-        self.messages.get(&peer)?.get(&key)
-    }
-
-    pub(super) fn has(&self, peer: usize, key: (Kind, u32, u32)) -> bool {
-        self.get(peer, key).is_some()
-    }
-
-    /// True if the peer has departed or has abandoned this view.
-    pub(super) fn is_lost(&self, peer: usize, view: u32) -> bool {
-        let is_past = |&(kind, of, _): &(Kind, u32, u32)| kind == Kind::Ready && of > view;
-        self.gone.contains(&peer)
-            || self.messages.get(&peer).is_some_and(|said| said.keys().any(is_past))
-    }
-
-    /// True if the peer has aborted this view, or the one before it on its way to this one.
-    pub(super) fn aborts(&self, peer: usize, view: u32) -> bool {
-        let before = view.checked_sub(1).is_some_and(|last| self.has(peer, (Kind::Abort, last, 1)));
-        before || [0, 1].into_iter().any(|going| self.has(peer, (Kind::Abort, view, going)))
-    }
-
-    /// Forgets a peer whose connection was not completed.
-    pub(super) fn forget(&mut self, peer: usize) {
-        self.gone.remove(&peer);
-        self.host_infos.remove(&peer);
-    }
-
-    /// Forgets all but the last `most` departed peers that are no members.
-    pub(super) fn forget_gone(&mut self, members: &[usize], most: usize) {
-        // The later one came, the higher is its id.
-        let outside = self.gone.iter().filter(|&peer| !members.contains(peer)).rev().skip(most);
-        for peer in outside.copied().collect::<Vec<_>>() {
-            self.forget(peer);
-            self.messages.remove(&peer);
-            self.trouble.remove(&peer);
-        }
-    }
-
-    /// Joiners that are connected and wait to be admitted after this view.
-    pub(super) fn joiners(&self, view: u32) -> Vec<usize> {
-        let waits = |peer: &usize| {
-            self.has(*peer, (Kind::JoinPending, view, 0)) && !self.gone.contains(peer)
-        };
-        self.messages.keys().copied().filter(waits).collect()
-    }
-
-    /// Those that are there and no members.
-    pub(super) fn outsiders(&self, members: &[usize]) -> Vec<usize> {
-        let is_one = |peer: &&usize| !members.contains(peer) && !self.gone.contains(peer);
-        self.host_infos.keys().filter(is_one).copied().collect()
-    }
-
-    /// Forgets what was said in views before this one.
-    pub(super) fn forget_before(&mut self, view: u32) {
-        self.messages.retain(|_, messages| {
-            messages.retain(|&(_, of, _), _| of >= view);
-            !messages.is_empty()
-        });
-    }
-
-    /// The averagers of all views that are still there.
-    pub(super) fn built(&self) -> Vec<(Arc<Agreement>, Ring)> {
-        self.built
-            .iter()
-            .filter_map(|(built, ring)| Some((built.upgrade()?, ring.clone())))
-            .collect()
-    }
-}
-
 impl Connections {
-    /// State of a process without peers.
+    /// Connections of a process without peers.
     pub(super) fn new(board: ViewBoard, me: usize, host_info: HostInfo) -> Connections {
-        let state = State { host_infos: [(me, host_info)].into(), ..State::default() };
+        let state = State::new(me, host_info);
         Connections {
             board,
             peers: Mutex::new(Some(BTreeMap::new())),
@@ -179,9 +77,8 @@ impl Connections {
         }
     }
 
-    // No code that can panic holds the lock with the state half changed.
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     pub(super) fn has_left(&self) -> bool {
@@ -189,15 +86,14 @@ impl Connections {
     }
 
     fn peers(&self) -> MutexGuard<'_, Option<BTreeMap<usize, Arc<Peer>>>> {
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.peers)
     }
 
     fn peer(&self, peer: usize) -> Option<Arc<Peer>> {
         self.peers().as_ref()?.get(&peer).cloned()
     }
 
-    /// Sends a message, which waits for a peer that does not listen, but not for longer than
-    /// `deadline`.
+    /// Sends a message. Blocks while the peer does not read, until `deadline` at most.
     pub(super) fn send(
         &self,
         peer: usize,
@@ -206,20 +102,20 @@ impl Connections {
         files: &[BorrowedFd<'_>],
         deadline: Instant,
     ) -> io::Result<()> {
-        let Some(peer) = self.peer(peer) else { return Ok(()) }; // it is gone
+        let Some(peer) = self.peer(peer) else { return Ok(()) }; // departed
         let Peer { stream, sending } = &*peer;
-        let _one = sending.lock().unwrap_or_else(PoisonError::into_inner);
+        let _one = lock(&sending);
         frame::send(stream, key, body, files, deadline).inspect_err(|error| {
             if error.kind() != io::ErrorKind::InvalidInput {
-                // It may be half sent: nothing that follows would be understood.
+                // The message may be half sent, and no later one would be understood.
                 let _ = stream.shutdown(Shutdown::Both);
             }
         })
     }
 
-    /// Sends a message to several peers at once, on this thread. Peers that are gone, or do not
-    /// listen until `deadline`, are found out by what they do not answer. An error: the message is
-    /// too large, and nothing was sent.
+    /// Sends a message to several peers at once, on this thread. A peer that has departed, or does
+    /// not read before `deadline`, gets no message; its missing answer shows that later. On an
+    /// error the message is too large, and nothing was sent.
     pub(super) fn send_to_all(
         &self,
         peers: impl Iterator<Item = usize>,
@@ -229,9 +125,8 @@ impl Connections {
         deadline: Instant,
     ) -> io::Result<()> {
         let peers: Vec<Arc<Peer>> = peers.filter_map(|peer| self.peer(peer)).collect();
-        // Each is locked until its peer has the message.
-        let locks =
-            peers.iter().map(|peer| peer.sending.lock().unwrap_or_else(PoisonError::into_inner));
+        // Each lock is held until its peer has the message.
+        let locks = peers.iter().map(|peer| lock(&peer.sending));
         let mut sending: Vec<_> = locks.map(Some).collect();
         let streams: Vec<&UnixStream> = peers.iter().map(|peer| &*peer.stream).collect();
         frame::send_to_all(&streams, key, body, files, deadline, |index, result| {
@@ -242,16 +137,17 @@ impl Connections {
         })
     }
 
-    /// The same, at once or not at all.
+    /// Sends a message without a body, unless another thread is sending to this peer.
     pub(super) fn try_send(&self, peer: usize, key: (Kind, u32, u32)) {
         const SHORT: Duration = Duration::from_millis(100);
         if self.peer(peer).is_some_and(|peer| peer.sending.try_lock().is_ok()) {
-            let _ = self.send(peer, key, &(), &[], Instant::now() + SHORT); // it may be gone
+            // the peer may have departed
+            let _ = self.send(peer, key, &(), &[], Instant::now() + SHORT);
         }
     }
 
-    /// Waits until `done` gives something, looking again whenever a message came or a peer went.
-    /// `None`: it is too late.
+    /// Waits until `done` returns a value, and calls it again after each message and departure.
+    /// `None` after `deadline`.
     pub(super) fn wait<T>(
         &self,
         deadline: Instant,
@@ -266,27 +162,25 @@ impl Connections {
             if left.is_zero() {
                 return None;
             }
-            let changed = self.changed.wait_timeout(state, left);
-            state = changed.unwrap_or_else(PoisonError::into_inner).0;
+            state = wait_timeout(&self.changed, state, left);
         }
     }
 
-    /// Both ends of all sockets see it, if the other is still there.
+    /// Shuts down all sockets. Both ends of each see it.
     pub(super) fn leave(&self) {
         for peer in self.peers().take().into_iter().flatten() {
             let _ = peer.1.stream.shutdown(Shutdown::Both);
         }
     }
 
-    /// Wakes whoever waits.
+    /// Wakes all waiting threads.
     pub(super) fn wake(&self) {
         self.changed.notify_all();
     }
 
-    /// Remembers an averager, so that the death of a peer ends its waits.
+    /// Registers an averager, so that departures and aborts end its waits.
     pub(super) fn watch(&self, agreement: &Arc<Agreement>, ring: Ring) {
         let mut state = self.lock();
-        state.built.retain(|(other, _)| other.strong_count() > 0);
         for &peer in ring.peers.iter().filter(|&&peer| state.is_lost(peer, ring.view)) {
             leave(agreement, &ring, peer);
         }
@@ -295,25 +189,24 @@ impl Connections {
                 agreement.control.abort(position);
             }
         }
-        state.built.push((Arc::downgrade(agreement), ring));
+        state.watch(agreement, ring);
     }
 
     /// Waits for the threads, after `leave`.
     pub(super) fn join(&self) {
-        let threads =
-            std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        let threads = std::mem::take(&mut *lock(&self.threads));
         for thread in threads {
             let _ = thread.join();
         }
     }
 
-    /// Begins to listen to a peer that was met.
+    /// Starts to receive from a peer.
     pub(super) fn add(
         self: &Arc<Self>,
         peer: usize,
         host_info: HostInfo,
         met: Connection,
-    ) -> Result<(), Unheard> {
+    ) -> Result<(), NoReceiver> {
         let Connection { stream, process } = met;
         let one = Arc::new(Peer { stream, sending: Mutex::new(()) });
         self.lock().host_infos.insert(peer, host_info);
@@ -324,9 +217,9 @@ impl Connections {
         let thread = thread(format!("peer-{peer}"), STACK, listens).map_err(|reason| {
             drop(peers.remove(&peer));
             self.lock().host_infos.remove(&peer);
-            Unheard { reason: format!("can't listen to peers: {reason}"), peer: one }
+            NoReceiver { reason: format!("can't receive from peers: {reason}"), peer: one }
         })?;
-        let mut threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut threads = lock(&self.threads);
         threads.retain(|thread| !thread.is_finished());
         threads.push(thread);
         Ok(())
@@ -337,39 +230,40 @@ impl Connections {
         self.joiner.load(Ordering::Relaxed) == view + 1
     }
 
-    fn count_guests(&self, state: &State) {
+    fn count_joiners(&self, state: &State) {
         let view = self.board.view();
         let joiner = if state.joiners(view).is_empty() { 0 } else { view + 1 };
         self.joiner.store(joiner, Ordering::Relaxed);
     }
 
-    fn is_gone(&self, peer: usize) {
+    fn mark_departed(&self, peer: usize) {
         let mut state = self.lock();
-        state.gone.insert(peer);
-        // Under the lock, so that `watch` misses nobody. The memory is the host's.
+        state.departed.insert(peer);
+        // Under the lock, so that `watch` sees every departure. The host can write the memory
+        // without a device.
         for (agreement, ring) in state.built() {
             leave(&agreement, &ring, peer);
         }
-        self.count_guests(&state);
+        self.count_joiners(&state);
         drop(state);
         self.peers().as_mut().and_then(|peers| peers.remove(&peer));
         self.changed.notify_all();
     }
 }
 
-/// Until the peer is gone, or this process leaves.
+/// Receives messages until the peer departs or this process leaves.
 fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, connections: &Connections) {
     loop {
         let mut watched = vec![PollFd::new(stream, PollFlags::IN)];
-        // Children of the peer may hold its socket open when it has ended. What it said is heard
-        // all the same.
+        // Children of the peer may keep its socket open after it has ended. Messages that it sent
+        // before are still received.
         watched.extend(
             process.map(|process| PollFd::from_borrowed_fd(process.as_fd(), PollFlags::IN)),
         );
         match poll(&mut watched, None) {
             Err(rustix::io::Errno::INTR) => continue,
             Err(_) => break,
-            Ok(_) if watched[0].revents().is_empty() => break, // its process has ended
+            Ok(_) if watched[0].revents().is_empty() => break, // the process has ended
             Ok(_) => {}
         }
         let frame = match frame::receive(stream, &KINDS, MOST_FILES, Instant::now() + WHOLE_MESSAGE)
@@ -379,19 +273,15 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, connectio
                 if [io::ErrorKind::InvalidData, frame::OTHER_VERSION, frame::SHORT]
                     .contains(&error.kind()) =>
             {
-                connections.lock().trouble.insert(peer, error.to_string());
+                connections.lock().unreadable.insert(peer, error.to_string());
                 break;
             }
-            Err(_) => break, // it is gone
+            Err(_) => break, // departed
         };
         let (kind, view, number) = (frame.kind, frame.view, frame.number);
         let mut state = connections.lock();
-        let messages = state.messages.entry(peer).or_default();
-        messages.entry((kind, view, number)).or_insert(frame);
-        if messages.len() > MOST_WAITING {
-            state
-                .trouble
-                .insert(peer, format!("rank {peer} builds averagers that this one does not build"));
+        if let Err(reason) = state.store(peer, frame) {
+            state.unreadable.insert(peer, reason);
             break;
         }
         for (agreement, ring) in state.built() {
@@ -405,16 +295,16 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, connectio
             }
         }
         if kind == Kind::JoinPending {
-            connections.count_guests(&state);
+            connections.count_joiners(&state);
         }
         drop(state);
         connections.changed.notify_all();
     }
-    let _ = stream.shutdown(Shutdown::Both); // the peer is to know that it is not heard any more
-    connections.is_gone(peer);
+    let _ = stream.shutdown(Shutdown::Both); // tells the peer that it is not received from any more
+    connections.mark_departed(peer);
 }
 
-/// All that peers say to each other once they have met.
+/// Kinds of messages between peers.
 const KINDS: [Kind; 8] = [
     Kind::Handshake,
     Kind::Verdict,
@@ -425,5 +315,5 @@ const KINDS: [Kind; 8] = [
     Kind::JoinPending,
     Kind::Reach,
 ];
-/// Messages of a handshake.
+/// Files of the largest message, a handshake.
 const MOST_FILES: usize = 3;

@@ -1,22 +1,22 @@
-//! Sockets that a forked child does not keep. `O_CLOEXEC` closes them in a child that execs; in one
-//! that does not, a copy would hold the name of a world that is over, or a peer's connection.
+//! Sockets that a forked child does not keep. `O_CLOEXEC` closes a socket in a child that execs. In
+//! a child that does not, a copy would keep the name of an ended world taken, or a connection open.
 
 use std::ops::Deref;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::Once;
 
-/// Descriptors that can be registered at once: those of several worlds of 16. Above, a forked child
-/// keeps what it is given.
+/// Limit on registered descriptors, enough for several worlds of 16 ranks. A child keeps its copies
+/// of further ones.
 const MOST: usize = 1024;
 const FREE: i32 = -1;
 
-/// The raw descriptors of every `Private`. Fixed and free of locks: the handler runs in a child
-/// whose other threads are gone.
+/// Raw descriptors of all `Private`s. Of fixed size and lock-free, since the fork handler runs in a
+/// child whose other threads are gone.
 static REGISTERED: [AtomicI32; MOST] = [const { AtomicI32::new(FREE) }; MOST];
 
-/// A socket that is replaced by an unconnected one in each child that is forked without exec.
-/// Dropping it there, or calling shutdown on it, does nothing to this process's.
+/// A socket that each child forked without exec finds replaced by an unconnected one. Closing or
+/// shutting down the child's copy does not affect this process.
 #[derive(Debug)]
 pub(super) struct Private<T: AsFd> {
     slot: Option<&'static AtomicI32>,
@@ -52,12 +52,12 @@ impl<T: AsFd> AsFd for Private<T> {
 
 impl<T: AsFd> Drop for Private<T> {
     fn drop(&mut self) {
-        // Before the descriptor is closed, since its number may be another file's right after.
+        // Cleared before the descriptor is closed: its number may be reused at once.
         self.slot.into_iter().for_each(|slot| slot.store(FREE, Ordering::SeqCst));
     }
 }
 
-/// Runs in the child, on its only thread.
+/// Fork handler. Runs in the child, on its only thread.
 extern "C" fn in_child() {
     // SAFETY: socket, dup3 and close are async-signal-safe; errno, which they change, is restored.
     // The descriptors are those of live `Private`s, copied at the fork, which the child's copies of
@@ -72,7 +72,7 @@ extern "C" fn in_child() {
                 continue;
             }
             if harmless == FREE {
-                // Never short of a descriptor: this one is free then.
+                // Closing first frees a descriptor, so `socket` cannot fail for want of one.
                 libc::close(raw);
                 harmless = libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
                 if harmless == raw {

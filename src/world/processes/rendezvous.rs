@@ -1,7 +1,7 @@
-//! How the processes of a world find one another: rank 0 listens on an abstract Unix socket, which
-//! leaves nothing behind, and hands every rank a socket to every other. It keeps the socket, and
-//! with it the name, for as long as it is in the world. Here is what all have in common, and the
-//! way of ranks 1 … to rank 0.
+//! Rendezvous of the processes of a world. Rank 0 listens on an abstract Unix socket, which leaves
+//! no file behind, and sends every rank a socket to every other. Rank 0 keeps the socket, and so
+//! the name, for as long as it is in the world. This file holds the common part and the side of
+//! ranks 1 and above.
 
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -23,29 +23,30 @@ use super::confirm::{self, Confirmation};
 use super::credentials::{is_same_user, is_some_user, user_of_the_name, CAUSES};
 use super::frame::{self, Frame, Kind};
 use super::host_info::HostInfo;
-use super::job::{self, Job};
+use super::job::Job;
 use super::listener;
 use super::private::Private;
 use super::view_board::ViewBoard;
 use crate::backend::limits::{why, Wanted};
+use crate::hash::fnv1a;
 use crate::world::WorldId;
 use notice::Notice;
 
-/// How long a rank that can't take part tries to tell others so: those that were started when it
-/// was.
-const PARTING: Duration = Duration::from_secs(10);
-/// Between two tries to reach rank 0.
+/// Time in which a rank that can't take part tries to tell the other ranks, which were started when
+/// it was.
+const REFUSING: Duration = Duration::from_secs(10);
+/// Pause between two attempts to reach rank 0.
 const AGAIN: Duration = Duration::from_millis(2);
-/// How long ranks that come late are told why there is no world.
+/// Time in which late ranks are told why there is no world.
 const GRACE: Duration = Duration::from_secs(2);
-/// The number of a `Kind::Refuse` by a rank 0 whose world is not that of the process it refuses.
+/// Number of a `Kind::Refuse` from a rank 0 that belongs to another job than the refused process.
 const FOREIGN: u32 = 1;
-/// Bytes of a name. Messages to unknown processes are short, and have room for it.
+/// Longest name in bytes. The short messages to unknown processes have room for it.
 pub(super) const MOST_NAME: usize = 1024;
 /// Characters of a reason that a first message has room for.
 const MOST_REASON: usize = 1200;
 
-/// What a rank tells rank 0.
+/// First message of a rank to rank 0.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Hello {
@@ -55,25 +56,25 @@ struct Hello {
     world_size: usize,
     host_info: HostInfo,
     job: Job,
-    /// Why this rank can't take part: then the world does not begin.
+    /// The reason why this rank can't take part. The world does not begin then.
     refusal: Option<String>,
 }
 
-/// Rank 0's answer to all ranks.
+/// Answer of rank 0 to every other rank.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Welcome {
-    /// By rank.
+    /// Host information of all ranks, by rank.
     host_infos: Vec<HostInfo>,
     origin: Origin,
 }
 
-/// Rank 0 of the first view, which names the world.
+/// Rank 0 of the first view, which identifies the world.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Origin {
     pub(super) job: Job,
-    /// When all ranks had met, in milliseconds of Unix time.
+    /// Time at which all ranks had arrived, in milliseconds of Unix time.
     since: u64,
 }
 
@@ -83,7 +84,7 @@ impl Origin {
         Origin { job: job.clone(), since: since.as_millis().try_into().unwrap_or(u64::MAX) }
     }
 
-    /// For the user, with how many other worlds of the name there are.
+    /// Identity of the world for the user; `others` is the number of other worlds of the name.
     pub(super) fn world(&self, name: &str, others: usize) -> WorldId {
         WorldId {
             name: name.into(),
@@ -96,66 +97,69 @@ impl Origin {
     }
 }
 
-/// What this process brings.
+/// Data about this process that it brings to the rendezvous.
 #[derive(Clone, Debug)]
 pub(super) struct RankInfo {
     pub(super) name: String,
-    /// Source of the name, in words.
+    /// Source of the name, for messages.
     pub(super) source: String,
     pub(super) rank: usize,
     pub(super) world_size: usize,
     pub(super) host_info: HostInfo,
     pub(super) job: Job,
-    /// Why it can't take part.
+    /// The reason why this rank can't take part.
     pub(super) refusal: Option<String>,
 }
 
-/// A peer: a socket, and what tells when its process ends, if the kernel has such a thing.
+/// Connection to a peer: a socket, and a pidfd, if available, which shows the end of its process.
 #[derive(Debug)]
 pub(super) struct Connection {
     pub(super) stream: Private<UnixStream>,
     pub(super) process: Option<OwnedFd>,
 }
 
-/// What comes of it.
+/// Result of a rendezvous.
 #[derive(Debug)]
 pub(super) struct Peers {
     pub(super) board: ViewBoard,
-    /// By rank; none for this one.
+    /// Connections by rank; `None` for this rank.
     pub(super) peers: Vec<Option<(HostInfo, Connection)>>,
-    /// For what they need besides.
+    /// Streams to rank 0 for the last step of the rendezvous.
     pub(super) confirmation: Confirmation,
     pub(super) origin: Origin,
-    /// Rank 0's: holds the name, and answers processes that want it.
+    /// Listener of rank 0, which holds the name and answers later processes.
     pub(super) held: Option<listener::Listener>,
 }
 
-/// Collective. An error says what is wrong and what to do. A rank that can't take part tells the
-/// ranks that come soon.
+/// Meets the other ranks. Collective. An error says what is wrong and what to do. A rank that can't
+/// take part tells the ranks that arrive soon.
 pub(super) fn meet(me: &RankInfo, timeout: Duration) -> Result<Peers, String> {
-    let timeout = if me.refusal.is_some() { timeout.min(PARTING) } else { timeout };
+    let timeout = if me.refusal.is_some() { timeout.min(REFUSING) } else { timeout };
     let deadline = crate::deadline::after(timeout);
     is_some_user()?;
     let address = address(&me.name, None)?;
     match me.rank {
         0 => host::meet(me, &address, deadline, timeout),
-        _ => visit(me, &address, deadline, timeout),
+        _ => meet_rank_0(me, &address, deadline, timeout),
     }
 }
 
-/// Abstract socket address of rank 0 (`None`), or of the join listener of this number. It ends with
-/// the process that listens. A name that is too long is cut, and has a hash as suffix.
+/// Abstract socket address of rank 0's rendezvous listener (`None`) or of join listener `listener`.
+/// The address is free when its process ends. Names longer than 64 bytes are truncated and suffixed
+/// with an FNV-1a hash.
 pub(super) fn address(name: &str, listener: Option<usize>) -> Result<SocketAddr, String> {
     if name.len() > MOST_NAME {
         return Err(format!(
-            "the name of the world has {} bytes: it can have {MOST_NAME}",
+            "the name of the world has {} bytes, but the limit is {MOST_NAME}: choose a shorter \
+                name",
             name.len()
         ));
     }
     let mut short = name.to_owned();
     if name.len() > 64 {
-        // Names that collide are told apart by the hello.
-        short = format!("{}…{:016x}", name.chars().take(10).collect::<String>(), job::hash(name));
+        // `Hello` carries the whole name, which tells colliding names apart.
+        short =
+            format!("{}…{:016x}", name.chars().take(10).collect::<String>(), fnv1a(name.bytes()));
     }
     let uid = user_of_the_name();
     let socket = match listener {
@@ -181,7 +185,7 @@ impl RankInfo {
     }
 }
 
-fn visit(
+fn meet_rank_0(
     me: &RankInfo,
     address: &SocketAddr,
     deadline: Instant,
@@ -206,23 +210,23 @@ fn visit(
                 let mut peers = welcomed(me, frame).inspect_err(|reason| {
                     confirm::refuse(&stream, reason);
                     if is_foreign {
-                        part(me, address, reason);
+                        tell_own_rank_0(me, address, reason);
                     }
                 })?;
-                peers.confirmation = Confirmation::of_a_visitor(stream);
+                peers.confirmation = Confirmation::of_other_rank(stream);
                 return Ok(peers);
             }
-            // Nobody listens yet, or no longer, or has its hands full.
+            // No process listens yet, or any more, or the listener is at its limit.
             Err(error) if is_early(&error) && Instant::now() < deadline => {
                 notice.look(|| waiting(me));
                 std::thread::sleep(AGAIN);
             }
             Err(error) if is_early(&error) || is_late(&error) => {
                 return Err(format!(
-                    "rank 0 of the world {:?} was not to be found on this host within {timeout:?}, \
-                     or did not answer: see that it was \
-                     started, and that every rank gives the same name (this one's is {}); \
-                     PARAM_AVERAGER_RENDEZVOUS can set it; {CAUSES}",
+                    "rank 0 of the world {:?} was not found on this host within {timeout:?}, or \
+                        did not answer: check that it was started, and that every rank gives the \
+                        same name (here {}), or set PARAM_AVERAGER_RENDEZVOUS to one name on every \
+                        rank; {CAUSES}",
                     me.name, me.source
                 ))
             }
@@ -231,17 +235,17 @@ fn visit(
     }
 }
 
-/// Tells this job's own rank 0, should it come to have the name: it would wait for this rank.
-fn part(me: &RankInfo, address: &SocketAddr, reason: &str) {
+/// Tells rank 0 of this job, which may take the name later and would wait for this rank.
+fn tell_own_rank_0(me: &RankInfo, address: &SocketAddr, reason: &str) {
     const PAUSE: Duration = Duration::from_millis(20);
     let refused = RankInfo { refusal: Some(reason.into()), ..me.clone() };
     let until = Instant::now() + GRACE;
     let mut notice = Notice::new();
     while Instant::now() < until {
         std::thread::sleep(PAUSE);
-        let told = connect(address).map(Private::new);
-        let told = told.and_then(|stream| greet(&refused, &stream, until, &mut notice));
-        if told.is_ok_and(|answer| answer.kind == Kind::Refuse && answer.number != FOREIGN) {
+        let answer = connect(address).map(Private::new);
+        let answer = answer.and_then(|stream| greet(&refused, &stream, until, &mut notice));
+        if answer.is_ok_and(|answer| answer.kind == Kind::Refuse && answer.number != FOREIGN) {
             return;
         }
     }
@@ -250,19 +254,19 @@ fn part(me: &RankInfo, address: &SocketAddr, reason: &str) {
 fn waiting(me: &RankInfo) -> String {
     if me.rank == 0 {
         return format!(
-            "rank 0 waits for the name {:?} ({}): the process that holds it is about to end",
+            "rank 0 waits for the name {:?} ({}): the process that holds the name is about to end",
             me.name, me.source
         );
     }
     format!(
-        "rank {} of {} waits for rank 0 of the world {:?}, whose name is {}: see that it was \
-         started on this host with the same name, \
-         or set PARAM_AVERAGER_RENDEZVOUS to one name on every rank; {CAUSES}",
+        "rank {} of {} waits for rank 0 of the world {:?} (the name is {}): check that rank 0 was \
+            started on this host with the same name, or set PARAM_AVERAGER_RENDEZVOUS to one name \
+            on every rank; {CAUSES}",
         me.rank, me.world_size, me.name, me.source
     )
 }
 
-/// Says hello to the process that listens there, and waits for its answer.
+/// Sends a `Hello` to the listening process, and waits for the answer.
 fn greet(
     me: &RankInfo,
     stream: &UnixStream,
@@ -291,7 +295,7 @@ fn is_readable(stream: &UnixStream, until: Instant) -> io::Result<bool> {
     }
 }
 
-/// Connects without blocking where a socket listens but accepts nothing.
+/// Connects without blocking on a listener whose backlog is full.
 pub(super) fn connect(address: &SocketAddr) -> io::Result<UnixStream> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
     let name = address.as_abstract_name().expect("made of one");
@@ -329,7 +333,7 @@ fn welcomed(me: &RankInfo, frame: Frame) -> Result<Peers, String> {
     let board = ViewBoard::open(files.next().ok_or_else(missing)?)?;
     if host_infos.len() != me.world_size {
         return Err(format!(
-            "rank 0's answer is about {} ranks, not {}",
+            "rank 0's answer describes {} ranks instead of {}",
             host_infos.len(),
             me.world_size
         ));
@@ -343,7 +347,7 @@ fn welcomed(me: &RankInfo, frame: Frame) -> Result<Peers, String> {
             Some((host_info, Connection { stream, process: None }))
         });
     }
-    // Ranks without a process of their own have none to show.
+    // Pidfds follow the sockets, either all or none.
     for (_, peer) in peers.iter_mut().flatten() {
         peer.process = files.next();
     }

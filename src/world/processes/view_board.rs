@@ -1,13 +1,15 @@
-//! The memory that all processes of a world share: which view the world is in, and who
-//! belongs to it.
+//! The view board: memory shared by all processes of a world, which holds the current view, that
+//! is, the agreed list of members.
 //!
-//! A view is decided by one compare-and-swap of one word, which names a list of members that
-//! was written before. Each member of a view has a pair of lists of its own, by its rank, in
-//! which it proposes the next one; the pair's parity keeps the list that holds as it is meanwhile.
-//! Ranks pass to other processes in later views, and one that was stopped may go on writing
-//! then. So every word of a list carries the view that it was proposed for, and a word is
-//! only ever replaced by one of a later view: once a list is written, no proposal of an
-//! earlier view changes it. Ids of processes are counted, and never run out.
+//! A view is decided by one compare-and-swap of the word `agreed`, from the word of the view
+//! before. The word names a list of members that was written before the swap. View numbers only
+//! grow, so no word returns and the swap succeeds once per view. Each rank of a view has two lists,
+//! one for even and one for odd next views, so a proposal never overwrites the list in force. A
+//! rank passes to another process in a later view, and a process that was stopped may resume its
+//! proposal then. Therefore every word of a list carries the view it was proposed for, and no word
+//! is replaced by one of an earlier view: an old proposal cannot change a newer list, and a reader
+//! that meets words of two views reads `agreed` again. Ids of processes come from a counter and are
+//! never reused.
 
 use std::mem::offset_of;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -18,27 +20,27 @@ use crate::backend::Memfd;
 
 const MOST: usize = PA_MAX_WORLD as usize;
 
-/// What is in it. Zeroed at first.
+/// Layout of the board. Zeroed at first.
 #[repr(C)]
 struct Words {
-    /// (view << 32) | the rank, in the view before, of the process whose list holds.
+    /// (view << 32) | rank of the proposer, in the view before.
     agreed: AtomicU64,
-    /// Tells this world from others of its name.
+    /// Tells worlds of one name apart.
     nonce: AtomicU64,
-    /// The id that the next process gets.
+    /// Next id to give to a joiner.
     next_id: AtomicU32,
     reserved: AtomicU32,
-    /// By rank in the view before, for even and odd views.
+    /// Proposed lists, by rank of the proposer in the view before, and by parity of the view.
     lists: [[List; 2]; MOST],
 }
 
-/// Each word is (view << 32) | value.
+/// A proposed list of members. Each word is (view << 32) | value.
 #[repr(C)]
 struct List {
     count: AtomicU64,
-    /// Id of the joiner of this view, plus 1; 0: there is none.
+    /// Id of the joiner that this view admits, plus 1; 0 if none.
     joined: AtomicU64,
-    /// By rank.
+    /// Ids of the members, by rank.
     members: [AtomicU64; MOST],
 }
 
@@ -47,33 +49,33 @@ pub(super) struct ViewBoard {
     memory: Memfd,
 }
 
-/// The agreed list of members.
+/// A view: an agreed list of members.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct View {
     pub(super) number: u32,
-    /// Ids, by rank.
+    /// Ids of the members, by rank.
     pub(super) members: Vec<usize>,
-    /// The member that was admitted with this view.
+    /// Id of the joiner that this view has admitted.
     pub(super) joined: Option<usize>,
-    /// The word that decided it.
+    /// The value of `agreed` that decided this view.
     word: u64,
 }
 
 impl ViewBoard {
-    /// Of a world whose first view has the ids 0 to `size` - 1, by rank.
+    /// Creates the board of a world whose first view has the ids 0 to `size` - 1, by rank.
     pub(super) fn new(size: usize) -> Result<ViewBoard, String> {
         let board = ViewBoard { memory: Memfd::new(size_of::<Words>())? };
-        // Not of the clock and the process: two processes of two PID namespaces may have one id.
+        // Random, since two processes of two PID namespaces may have one pid and one start time.
         let mut nonce = [0; 8];
         let filled = rustix::rand::getrandom(&mut nonce, rustix::rand::GetRandomFlags::empty());
-        filled.map_err(|error| format!("no random number for the name of the world: {error}"))?;
+        filled.map_err(|error| format!("no random number for the world's nonce: {error}"))?;
         board.words().nonce.store(u64::from_ne_bytes(nonce), Ordering::Relaxed);
         board.words().next_id.store(size as u32, Ordering::Relaxed);
         board.write(0, 0, &(0..size).collect::<Vec<_>>(), None);
         Ok(board)
     }
 
-    /// What another process made with `new`.
+    /// Opens a board that another process has created.
     pub(super) fn open(file: OwnedFd) -> Result<ViewBoard, String> {
         Ok(ViewBoard { memory: Memfd::open(file, size_of::<Words>())? })
     }
@@ -86,39 +88,39 @@ impl ViewBoard {
         self.words().nonce.load(Ordering::Relaxed)
     }
 
-    /// An id that nobody had. `None`: 2^32 processes have asked for one.
+    /// Takes an id that no process of this world has had. `None` after 2^32 ids.
     pub(super) fn new_id(&self) -> Option<usize> {
         let next = |id: u32| id.checked_add(1);
         let id = self.words().next_id.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
         id.ok().map(|id| id as usize)
     }
 
-    /// The view that a world begins with, which may be over.
+    /// The first view of a world of `size` ranks, which may have been replaced.
     pub(super) fn first(size: usize) -> View {
         View { number: 0, members: (0..size).collect(), joined: None, word: 0 }
     }
 
-    /// The view that the world is in.
+    /// The current view.
     pub(super) fn agreed(&self) -> View {
         loop {
-            // Acquire: every word of the list is at least as new as the one that its proposer
+            // Acquire: every word of the list is at least as new as the word that its proposer
             // wrote.
             let word = self.words().agreed.load(Ordering::Acquire);
             let view = (word >> 32) as u32;
             if let Some((members, joined)) = self.read(word as u32 as usize, view) {
                 return View { number: view, members, joined, word };
             }
-            // Its place has been taken by the list of a later view, whose proposer has seen
-            // that another decision holds. With the release in `write`, so does this process.
+            // A list of a later view has replaced this one. Its proposer had seen a later decision,
+            // and by this fence and the release in `write` this process sees it, too.
             fence(Ordering::Acquire);
             if self.words().agreed.load(Ordering::Relaxed) == word {
-                // Not written by this crate: no process is a member, and nobody waits for it.
+                // Damaged memory: a view without members, so that no process waits for one.
                 return View { number: view, members: vec![], joined: None, word };
             }
         }
     }
 
-    /// The list that a rank proposed for a view. `None`: a part of it is of another one.
+    /// The list that a rank proposed for a view. `None` if a word belongs to another view.
     fn read(&self, rank: usize, view: u32) -> Option<(Vec<usize>, Option<usize>)> {
         let list = &self.words().lists[rank % MOST][view as usize & 1];
         let load = |word: &AtomicU64| {
@@ -130,19 +132,19 @@ impl ViewBoard {
         Some((members?, load(&list.joined)?.checked_sub(1)))
     }
 
-    /// Only the view: it may be over.
+    /// Number of the current view.
     pub(super) fn view(&self) -> u32 {
         (self.words().agreed.load(Ordering::Acquire) >> 32) as u32
     }
 
-    /// Proposes the view after `last`, of which `me` is a member: it is that if nobody else
-    /// was earlier. Each member proposes once for each view.
+    /// Proposes the view after `last`. The first proposal of any member decides. Does nothing
+    /// unless `me` is a member of `last`. Each member proposes at most once per view.
     pub(super) fn propose(&self, me: usize, last: &View, members: &[usize], joined: Option<usize>) {
         let Some(rank) = last.members.iter().position(|&id| id == me) else { return };
         let next = last.number + 1;
         self.write(rank, next, members, joined);
         let word = u64::from(next) << 32 | rank as u64;
-        // Release: whoever reads the decision sees the list.
+        // Release: a process that reads the decision sees the list.
         let _ = self.words().agreed.compare_exchange(
             last.word,
             word,
@@ -155,8 +157,7 @@ impl ViewBoard {
         let list = &self.words().lists[rank][view as usize & 1];
         let write = |word: &AtomicU64, value: usize| {
             let new = u64::from(view) << 32 | value as u64;
-            // Unless a later view's is there: then this proposal is too late, and is not
-            // decided.
+            // A word of a later view stays: this proposal is too late then, and its swap fails.
             let older = |word: u64| ((word >> 32) as u32 <= view).then_some(new);
             let _ = word.fetch_update(Ordering::Release, Ordering::Relaxed, older);
         };
@@ -169,8 +170,8 @@ impl ViewBoard {
 
     fn words(&self) -> &Words {
         const { assert!(offset_of!(Words, lists) == 24) };
-        // SAFETY: of that size and aligned, as all of a mapping is; initialised by the system, all
-        // of it atomics, and borrowed with the memory.
+        // SAFETY: the mapping has this size and alignment, is initialised by the system, is
+        // borrowed with `self`, and is accessed through atomics only.
         unsafe { &*(self.memory.address() as *const Words) }
     }
 }
@@ -192,7 +193,7 @@ mod tests {
             (second.number, &second.members[..], second.joined),
             (1, &[1, 2, 4][..], Some(4))
         );
-        board.propose(0, &second, &[0], None); // is no member
+        board.propose(0, &second, &[0], None); // not a member
         assert_eq!(board.view(), 1);
         board.propose(4, &second, &[4], None);
         assert_eq!(board.agreed().members, [4]);
@@ -212,8 +213,8 @@ mod tests {
         assert_eq!((board.agreed().members, board.agreed().joined), (vec![0, last], Some(last)));
     }
 
-    /// A process that was stopped half way through its proposal, at any word, goes on when its rank
-    /// is another process's.
+    /// A process that was stopped at any word of its proposal resumes after its rank has passed to
+    /// another process.
     #[test]
     fn a_late_proposal_changes_no_later_list() {
         for late in [1, 2, 3, 4] {
@@ -235,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_is_damaged_has_no_members() {
+    fn a_damaged_board_has_no_members() {
         let board = ViewBoard::new(2).unwrap();
         for word in [5 << 32, 5 << 32 | 3, u64::MAX] {
             board.words().agreed.store(word, Ordering::Relaxed);
@@ -243,10 +244,10 @@ mod tests {
         }
     }
 
-    /// Threads that propose as fast as they can, in each other's places, and readers: no list is
-    /// seen that nobody has proposed.
+    /// Threads propose as fast as possible, from alternating ranks, while another thread reads:
+    /// every list that is read was proposed by one thread.
     #[test]
-    fn what_is_read_was_proposed_by_one() {
+    fn every_list_that_is_read_was_proposed_by_one_thread() {
         const LAST: u32 = 20_000;
         let board = ViewBoard::new(2).unwrap();
         std::thread::scope(|scope| {
@@ -256,14 +257,15 @@ mod tests {
                     let mut stopped: Option<View> = None;
                     while board.view() < LAST {
                         let last = board.agreed();
-                        // All members but those that propose are the same number. Ranks change
-                        // every time.
+                        // All members except the proposers are the same number. The ranks of the
+                        // proposers alternate.
                         let number = (last.number as usize + 1) * 2 + me;
                         if let Some(late) = stopped.take().filter(|late| late.number < last.number)
                         {
                             board.propose(me, &late, &[3; MOST], Some(3));
                         } else if number.is_multiple_of(7) {
-                            stopped = Some(last); // before its proposal, until others have gone on
+                            // stopped before its proposal, until the other thread has made one
+                            stopped = Some(last);
                             std::thread::yield_now();
                             continue;
                         }

@@ -1,23 +1,23 @@
-//! View changes: without members that were lost, or with a process that joins.
+//! View changes: removal of lost members and admission of a joiner.
 
 use std::sync::atomic::Ordering;
-use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use super::frame::Kind;
 use super::peer_set::{CurrentView, PeerSet};
-use super::peers::State;
+use super::peer_state::State;
 use super::{p2p_probe, ProcessBootstrap, JOINING};
 use crate::abi::PA_MAX_WORLD;
 use crate::deadline;
 use crate::error::Phase;
+use crate::sync::lock;
 use crate::{Error, Result};
 
-/// What a `Kind::Ready` says: the sender will take part.
+/// Number of a `Kind::Ready` from a process that will take part.
 const READY: u32 = 0;
-/// It has been decided who does.
+/// Number of a `Kind::Ready` from a process that has decided the view.
 const DECIDED: u32 = 1;
-/// How long a message takes that was sent already.
+/// Time for a message that was sent already to arrive.
 const SOON: Duration = Duration::from_millis(100);
 
 impl ProcessBootstrap {
@@ -32,53 +32,54 @@ impl ProcessBootstrap {
         self.view.agreed.joined.is_some()
     }
 
-    /// Whether this process is in a later one by now. Costs next to nothing.
+    /// True if this process has entered a later view. One relaxed load.
     pub(in crate::world) fn is_superseded(&self) -> bool {
         self.peer_set.number.load(Ordering::Relaxed) != self.number()
     }
 
-    /// Whether that was this one.
+    /// True if this process is the joiner of this view.
     pub(in crate::world) fn is_new(&self) -> bool {
         self.view.agreed.joined == Some(self.peer_set.me)
     }
 
-    /// Whether this process came late and has no model yet.
+    /// True if this process has joined and not received a model yet.
     pub(in crate::world) fn lacks_model(&self) -> bool {
         self.peer_set.is_new.load(Ordering::Relaxed)
     }
 
-    /// The process that joined has the model of the others.
+    /// Records that the joiner of this view has received the model.
     pub(in crate::world) fn has_model(&self) {
         self.view.settled.store(true, Ordering::Relaxed);
         self.peer_set.is_new.store(false, Ordering::Relaxed);
     }
 
-    /// Leaves the world: others are not to wait for what this process can't do.
+    /// Leaves the world, so that peers do not wait for this process.
     pub(in crate::world) fn leave(&self) {
         self.peer_set.leave();
     }
 
-    /// Collective among those that are left: the next view, of all members that are there and say
-    /// so within `timeout`, and of one more if all of them `admit` it.
+    /// Changes to the next view. Collective among the surviving members. The next view has all
+    /// members that are connected and call this function within `timeout`, and one joiner if all
+    /// members pass `admits`.
     ///
-    /// Each tells all others that it is ready, and which joiners it knows, and waits until every
-    /// other is ready or gone. The first process to have such a list of members, or to run out of
-    /// time, decides it, by compare-and-swap from the view before: all members adopt the first
-    /// list. A process that dies on the way leaves nothing half done.
+    /// Each process sends all others `Ready`, with the joiners it knows, and waits until every
+    /// other process is ready or departed. The first process that has such a list, or runs out of
+    /// time, decides the view by compare-and-swap from the view before. All members adopt the first
+    /// list, so a process that dies during the change leaves no partial state.
     pub(in crate::world) fn next_view(
         &self,
         timeout: Duration,
         admits: bool,
     ) -> Result<ProcessBootstrap> {
-        let mut latest = self.peer_set.latest.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut latest = lock(&self.peer_set.latest);
         if latest.number() > self.number() {
-            // another communicator of this process has been through it
+            // another communicator of this process has changed the view
             return Ok(self.view(latest.clone()));
         }
         if self.lacks_model() {
             self.leave();
-            let reason =
-                "it was let in, but lost a peer before it had the model: call Communicator::join again";
+            let reason = "it was admitted, but lost a peer before it received the model: call \
+                    Communicator::join again";
             return Err(Error::JoinRefused {
                 rendezvous: self.listener.name().to_owned(),
                 reason: reason.into(),
@@ -86,11 +87,11 @@ impl ProcessBootstrap {
         }
         let (next, me) = (self.number() + 1, self.peer_set.me);
         let deadline = deadline::after(timeout);
-        // A process that can't hear its peers must not decide the list of members.
+        // A process that can't receive from its peers must not decide the list of members.
         let is_needed =
             |peer: &usize| self.members().contains(peer) && Some(*peer) != self.unsettled();
         if let Some((_, reason)) =
-            self.peer_set.lock().trouble.iter().find(|(peer, _)| is_needed(peer))
+            self.peer_set.lock().unreadable.iter().find(|(peer, _)| is_needed(peer))
         {
             return Err(Error::SharedMemory { rank: self.rank(), reason: reason.clone() });
         }
@@ -99,16 +100,16 @@ impl ProcessBootstrap {
         let counts = if admits { &[0, 1][..] } else { &[1] };
         let aborted = |state: &State| {
             let has = |peer: &usize| {
-                counts.iter().any(|&going| state.has(*peer, (Kind::Abort, next - 1, going)))
+                counts.iter().any(|&during| state.has(*peer, (Kind::Abort, next - 1, during)))
             };
-            let own = counts.iter().any(|&going| self.status().aborted[going as usize]);
+            let own = counts.iter().any(|&during| self.status().aborted[during as usize]);
             self.others().find(has).or(own.then_some(me)).map(|peer| self.rank_of(peer))
         };
-        let _going = ViewChangeGuard::new(&self.peer_set);
+        let _guard = ViewChangeGuard::new(&self.peer_set);
         let joiners = if admits { self.joiners(deadline) } else { vec![] };
-        let tell = |number, to: &[usize], deadline| {
-            for &peer in to.iter().filter(|&&peer| !self.peer_set.lock().gone.contains(&peer)) {
-                // One that does not listen is not ready, either.
+        let send_ready = |number, to: &[usize], deadline| {
+            for &peer in to.iter().filter(|&&peer| !self.peer_set.lock().departed.contains(&peer)) {
+                // A peer that does not read is not ready, either.
                 let _ =
                     self.peer_set.send(peer, (Kind::Ready, next, number), &joiners, &[], deadline);
             }
@@ -117,15 +118,15 @@ impl ProcessBootstrap {
         let is_decided = || board.view() >= next;
         if !is_decided() {
             let others: Vec<usize> = self.others().collect();
-            tell(READY, &others, deadline);
+            send_ready(READY, &others, deadline);
             let ready = |state: &State, peer: usize| state.has(peer, (Kind::Ready, next, READY));
             let all = |state: &State, but: Option<usize>| {
                 let settled = |&peer: &usize| {
-                    state.gone.contains(&peer) || ready(state, peer) || Some(peer) == but
+                    state.departed.contains(&peer) || ready(state, peer) || Some(peer) == but
                 };
                 others.iter().all(settled) || is_decided() || aborted(state).is_some()
             };
-            // A joiner of this view without its model is not waited for.
+            // A joiner of this view that has no model yet is not waited for.
             let unsettled = self.unsettled();
             let _ = self.peer_set.wait(deadline, |state| all(state, unsettled).then_some(()));
             let _ = self
@@ -137,8 +138,9 @@ impl ProcessBootstrap {
                 self.status().aborted[1] = false;
                 return Err(Error::Aborted { rank, phase: Phase::Build, committed: false });
             }
-            let there =
-                |peer: usize| peer == me || (ready(&state, peer) && !state.gone.contains(&peer));
+            let there = |peer: usize| {
+                peer == me || (ready(&state, peer) && !state.departed.contains(&peer))
+            };
             let mut members: Vec<usize> =
                 self.members().iter().copied().filter(|&peer| there(peer)).collect();
             let known = |peer: usize, joiner: usize| {
@@ -147,18 +149,18 @@ impl ProcessBootstrap {
                     .and_then(|frame| frame.parse().ok());
                 peer == me || said.is_some_and(|joiners: Vec<usize>| joiners.contains(&joiner))
             };
-            // One at a time: two joiners don't know each other.
+            // At most one joiner: two joiners are not connected to each other.
             let mut joiners =
                 joiners.iter().copied().filter(|_| members.len() < PA_MAX_WORLD as usize);
             let joined = joiners.find(|&joiner| {
-                !state.gone.contains(&joiner) && members.iter().all(|&peer| known(peer, joiner))
+                !state.departed.contains(&joiner) && members.iter().all(|&peer| known(peer, joiner))
             });
             members.extend(joined);
-            let told = [others, state.outsiders(self.members())].concat();
+            let receivers = [others, state.outsiders(self.members())].concat();
             drop(state);
             board.propose(me, &self.view.agreed, &members, joined);
-            // Wakes ranks that wait for a process that is not coming, and joiners.
-            tell(DECIDED, &told, Instant::now() + SOON);
+            // Wakes members that wait for a process that will not arrive, and joiners.
+            send_ready(DECIDED, &receivers, Instant::now() + SOON);
         }
         let agreed = board.agreed();
         if agreed.number != next || !agreed.members.contains(&me) {
@@ -170,8 +172,8 @@ impl ProcessBootstrap {
             let tried =
                 p2p_probe::find(&self.peer_set, &latest, Instant::now() + timeout.min(JOINING));
             if tried.is_err() {
-                // What follows in this view fails by it, on all ranks, and the next one has that
-                // process no more.
+                // The average that transfers the model fails on all ranks then, and the next view
+                // excludes the joiner.
                 let rank = latest.members().iter().position(|&id| id == joined).unwrap_or(0);
                 latest.status().failure =
                     Some(Error::PeerLost { rank, phase: Phase::Build, committed: false });
@@ -184,13 +186,13 @@ impl ProcessBootstrap {
         self.members().iter().position(|&other| other == peer).expect("a member")
     }
 
-    /// The process that joined with this view, while it may have no model.
+    /// The joiner of this view, until it is known to have a model.
     fn unsettled(&self) -> Option<usize> {
         self.view.agreed.joined.filter(|_| !self.view.settled.load(Ordering::Relaxed))
     }
 
-    /// Joiners that wait. A peer has heard of one, so its `JoinPending` reaches this process soon,
-    /// if the joiner is still connected.
+    /// Joiners that are currently waiting. Some peer has already seen one; waits briefly for its
+    /// `JoinPending` to reach this process.
     fn joiners(&self, deadline: Instant) -> Vec<usize> {
         let soon = deadline.min(Instant::now() + SOON);
         let found = self.peer_set.wait(soon, |state| {
@@ -210,18 +212,18 @@ impl ProcessBootstrap {
     }
 }
 
-/// While it is there, an abort is one of a process that is on its way.
+/// Marks aborts as sent during a view change, while it exists.
 struct ViewChangeGuard<'a>(&'a PeerSet);
 
 impl<'a> ViewChangeGuard<'a> {
     fn new(peer_set: &'a PeerSet) -> Self {
-        peer_set.going.store(true, Ordering::Relaxed);
+        peer_set.is_changing.store(true, Ordering::Relaxed);
         ViewChangeGuard(peer_set)
     }
 }
 
 impl Drop for ViewChangeGuard<'_> {
     fn drop(&mut self) {
-        self.0.going.store(false, Ordering::Relaxed);
+        self.0.is_changing.store(false, Ordering::Relaxed);
     }
 }

@@ -1,4 +1,4 @@
-//! Wire form of a handshake: memory is sent as files, with what else is needed to open it.
+//! Wire form of a handshake. Memory is sent as a file and a handle.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -18,16 +18,16 @@ pub(super) struct WireHandshake {
     schedule_position: u64,
     admission: Admission,
     ordinal: Option<String>,
-    /// Inbox, credits and control, if there is one.
+    /// Handles of inbox, credits and control block, as far as they exist.
     memories: [Option<MemoryHandle>; 3],
 }
 
-/// Reader of a handshake.
+/// The rank that opens the memory of a handshake.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reader<'a> {
     pub(super) rank: usize,
     pub(super) space: &'a MemorySpace,
-    /// Whether inbox, credits and control are used there.
+    /// True for inbox, credits and control block if the reader uses them.
     pub(super) wanted: [bool; 3],
 }
 
@@ -40,11 +40,11 @@ impl WireHandshake {
         ];
         let mut files = vec![];
         let memories = memories.map(|memory| {
-            let (offer, file) = memory.and_then(Memory::offer)?;
+            let (handle, file) = memory.and_then(Memory::export)?;
             files.push(file);
-            Some(offer)
+            Some(handle)
         });
-        let shown = WireHandshake {
+        let wire = WireHandshake {
             refusal: handshake.refusal.as_ref().map(Error::to_string),
             options: handshake.options.clone(),
             tensors: handshake.tensors.clone(),
@@ -53,22 +53,22 @@ impl WireHandshake {
             ordinal: handshake.ordinal.clone(),
             memories,
         };
-        (shown, files)
+        (wire, files)
     }
 
-    /// The handshake of this rank, whose memory is still to be opened.
+    /// Parses the handshake of rank `rank`. Its memory is still to be opened.
     pub(super) fn read(frame: Frame, rank: usize) -> Result<Unopened> {
         let refuse = |reason: String| Error::PeerBuildFailed { rank, reason };
-        let shown: WireHandshake = frame
+        let wire: WireHandshake = frame
             .parse()
-            .map_err(|error| refuse(format!("its message is not understood: {error}")))?;
+            .map_err(|error| refuse(format!("its handshake can't be parsed: {error}")))?;
         let handshake = Handshake {
-            refusal: shown.refusal.map(|reason| refuse(of_itself(reason, rank))),
-            options: shown.options,
-            tensors: shown.tensors,
-            schedule_position: shown.schedule_position,
-            admission: shown.admission,
-            ordinal: shown.ordinal,
+            refusal: wire.refusal.map(|reason| refuse(of_itself(reason, rank))),
+            options: wire.options,
+            tensors: wire.tensors,
+            schedule_position: wire.schedule_position,
+            admission: wire.admission,
+            ordinal: wire.ordinal,
             inbox: None,
             credits: None,
             control: None,
@@ -76,14 +76,14 @@ impl WireHandshake {
         Ok(Unopened {
             rank,
             handshake,
-            memories: shown.memories,
+            memories: wire.memories,
             files: frame.files,
             is_short: frame.is_short,
         })
     }
 }
 
-/// A handshake without its memory.
+/// A handshake whose memory has not been opened.
 #[derive(Debug)]
 pub(super) struct Unopened {
     pub(super) rank: usize,
@@ -94,14 +94,14 @@ pub(super) struct Unopened {
 }
 
 impl Unopened {
-    /// The handshake with what the reader wants. An error names the rank at fault: the owner of
-    /// memory that is not what it has to be, or the reader, which lacks something.
+    /// Opens the memory that the reader wants. An error names the rank at fault: the owner, if the
+    /// memory is invalid, or the reader, if it lacks a resource.
     pub(super) fn open(self, reader: Reader<'_>) -> Result<Handshake> {
         let Unopened { rank, mut handshake, memories, files, is_short } = self;
         let refuse = |reason: String| Error::PeerBuildFailed { rank, reason };
         let mut files = files.into_iter();
         let mut open = |index: usize| -> Result<Option<Memory>> {
-            let Some(offer) = &memories[index] else { return Ok(None) };
+            let Some(handle) = &memories[index] else { return Ok(None) };
             if is_short {
                 return Err(Error::SharedMemory { rank: reader.rank, reason: short_of_files() });
             }
@@ -110,11 +110,11 @@ impl Unopened {
             if !reader.wanted[index] {
                 return Ok(None);
             }
-            let opened = Memory::open(reader.space, offer, file).map(Some);
+            let opened = Memory::open(reader.space, handle, file).map(Some);
             opened.map_err(|unopened| match unopened {
                 Fault::Wrong(reason) => refuse(reason),
                 Fault::Short(reason) => {
-                    let reason = format!("opening that of rank {rank}: {reason}");
+                    let reason = format!("opening memory of rank {rank}: {reason}");
                     Error::SharedMemory { rank: reader.rank, reason }
                 }
             })
@@ -126,7 +126,7 @@ impl Unopened {
     }
 }
 
-/// A rank's own error without the rank, which the error that it becomes part of names.
+/// An error text of a rank without the rank's name, for use inside of an error that names the rank.
 pub(super) fn of_itself(reason: String, rank: usize) -> String {
     match reason.strip_prefix(&format!("rank {rank}")) {
         Some(rest) if rest.starts_with(": ") => rest[2..].into(),

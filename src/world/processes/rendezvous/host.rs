@@ -1,4 +1,5 @@
-//! Rank 0: waits until every rank has come, and makes them known to one another.
+//! Rank 0's side of the rendezvous: it waits until all ranks have arrived, and connects them to one
+//! another.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -10,9 +11,9 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
-use super::name::{self, Pending, APART};
+use super::name::{self, Pending, TWO_JOBS};
 use super::{
-    is_early, Connection, Hello, Notice, Origin, Peers, RankInfo, Welcome, CAUSES, GRACE, PARTING,
+    is_early, Connection, Hello, Notice, Origin, Peers, RankInfo, Welcome, CAUSES, GRACE, REFUSING,
 };
 use crate::backend::limits::{why, Wanted};
 use crate::world::processes::confirm::Confirmation;
@@ -22,14 +23,14 @@ use crate::world::processes::listener::{self, Listener};
 use crate::world::processes::private::Private;
 use crate::world::processes::view_board::ViewBoard;
 
-/// How long a rank's place is kept for it after a process of another job has claimed it.
-const STRAY: Duration = Duration::from_secs(5);
-/// Ranks and jobs of others that are remembered.
+/// Time to wait for a rank of this job after a process of another job has claimed that rank.
+const FOREIGN_WAIT: Duration = Duration::from_secs(5);
+/// Limit on remembered ranks, and on remembered jobs, of others.
 const MOST_OTHERS: usize = 64;
-/// Between two looks for anything but a rank that comes.
+/// Longest wait before other conditions than an arrival are checked.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Collective, with `visit` of all others.
+/// Meets the other ranks, which call `meet_rank_0`. Collective.
 pub(super) fn meet(
     me: &RankInfo,
     address: &SocketAddr,
@@ -42,8 +43,8 @@ pub(super) fn meet(
         deadline,
         timeout,
         came,
-        strays: vec![],
-        firsts: vec![],
+        foreign_ranks: vec![],
+        foreign_jobs: vec![],
         is_contested: false,
         refused: 0,
     }
@@ -55,18 +56,18 @@ struct RankZero<'a> {
     deadline: Instant,
     timeout: Duration,
     came: BTreeMap<usize, Pending>,
-    /// Ranks of other jobs that came.
-    strays: Vec<Stray>,
-    /// Jobs that have a rank 0 of their own, which came, too.
-    firsts: Vec<Job>,
-    /// Another process says that it is a rank that is there.
+    /// Ranks of other jobs that have arrived.
+    foreign_ranks: Vec<ForeignRank>,
+    /// Other jobs whose rank 0 has arrived, too.
+    foreign_jobs: Vec<Job>,
+    /// True if two processes claimed one rank.
     is_contested: bool,
-    /// Ranks that were refused, and told so.
+    /// Number of ranks that were refused and got the reason.
     refused: usize,
 }
 
 #[derive(Debug)]
-struct Stray {
+struct ForeignRank {
     rank: usize,
     job: Job,
     reason: String,
@@ -82,7 +83,7 @@ impl RankZero<'_> {
             let Ok(hello) = frame.parse::<Hello>() else { return };
             let process = frame.files.pop();
             match send.try_send(Pending { stream, hello, process }) {
-                Ok(()) | Err(TrySendError::Full(_)) => {} // it comes again
+                Ok(()) | Err(TrySendError::Full(_)) => {} // the process tries again
                 Err(TrySendError::Disconnected(pending)) => {
                     pending.refuse_as_foreign(&name::begun(&me, &pending.hello, since))
                 }
@@ -90,22 +91,24 @@ impl RankZero<'_> {
         };
         let listener = Listener::open(listener, &[Kind::Hello], 1, came).map_err(|shut| {
             let reason = self.me.refusal.clone().unwrap_or_else(|| {
-                format!("rank 0 can't start a thread to hear the others: {}", shut.reason)
+                format!(
+                    "rank 0 can't start a thread to receive from the other ranks: {}",
+                    shut.reason
+                )
             });
             let until = self.deadline.min(Instant::now() + GRACE);
             shut.refuse(&[Kind::Hello], 1, self.me.world_size - 1, &reason, until);
             reason
         })?;
-        // Descriptors that are there again when others must be told that there are too few.
+        // Descriptors in reserve, to report a shortage of descriptors with.
         let reserve = [(); 2].map(|()| pidfd_open(getpid(), PidfdFlags::empty()));
         let gathered = self.gather(&arrivals, &listener);
         drop(reserve);
         let result = gathered.and_then(|()| {
-            self.introduce()
-                .map_err(|reason| format!("rank 0 can't bring the ranks together: {reason}"))
+            self.connect_all().map_err(|reason| format!("rank 0 can't connect the ranks: {reason}"))
         });
         match result {
-            // From here on, whoever comes is told that the world has begun.
+            // The listener answers later processes that the world has begun.
             Ok(peers) => Ok(Peers { held: Some(listener), ..peers }),
             Err(mut reason) => {
                 if let Some(shortage) = listener
@@ -120,7 +123,7 @@ impl RankZero<'_> {
         }
     }
 
-    /// Until every rank has come.
+    /// Waits until all ranks have arrived.
     fn gather(
         &mut self,
         arrivals: &mpsc::Receiver<Pending>,
@@ -133,15 +136,16 @@ impl RankZero<'_> {
         while self.came.len() + 1 < self.me.world_size {
             if listener.is_stuck() {
                 return Err(format!(
-                    "rank 0 can't hear the others; {}",
+                    "rank 0 can't receive from the other ranks; {}",
                     listener.shortage().unwrap_or_default()
                 ));
             }
             let now = Instant::now();
-            let is_open =
-                |stray: &&Stray| !self.came.contains_key(&stray.rank) && stray.until <= now;
-            if let Some(stray) = self.strays.iter().find(is_open) {
-                return Err(stray.reason.clone());
+            let is_open = |foreign_rank: &&ForeignRank| {
+                !self.came.contains_key(&foreign_rank.rank) && foreign_rank.until <= now
+            };
+            if let Some(foreign_rank) = self.foreign_ranks.iter().find(is_open) {
+                return Err(foreign_rank.reason.clone());
             }
             notice.look(|| self.waiting());
             let left = self.deadline.saturating_duration_since(now);
@@ -157,7 +161,7 @@ impl RankZero<'_> {
         Ok(())
     }
 
-    /// Tells the ranks that came, and those that come now.
+    /// Tells the reason to the ranks that have arrived, and to those that arrive soon.
     fn refuse_all(
         &mut self,
         arrivals: &mpsc::Receiver<Pending>,
@@ -165,20 +169,20 @@ impl RankZero<'_> {
         reason: &str,
     ) {
         let mut left = (self.me.world_size - 1).saturating_sub(self.came.len() + self.refused);
-        // Closed, so that others get their descriptors.
+        // Closed first, so that other connections get these descriptors.
         std::mem::take(&mut self.came).values().for_each(|pending| pending.refuse(reason));
-        // Two jobs fail by it.
+        // The error ends two jobs.
         left += if self.is_contested { self.me.world_size } else { 0 };
         let begin = Instant::now();
         while left > 0 {
-            // Connections that can't be read are answered by the listener.
+            // The listener itself answers connections that can't be read.
             let grace =
-                if self.me.refusal.is_some() && !listener.is_stuck() { PARTING } else { GRACE };
+                if self.me.refusal.is_some() && !listener.is_stuck() { REFUSING } else { GRACE };
             let patience =
                 self.deadline.min(begin + grace).saturating_duration_since(Instant::now());
             match arrivals.recv_timeout(patience.min(TICK)) {
-                // A rank of another job comes again when this process has ended: it may have its
-                // own world.
+                // A rank of another job tries again after this process has ended, since its job may
+                // have a world of its own.
                 Ok(pending) if self.me.job.differs(&pending.hello.job).is_some() => {}
                 Ok(pending) => {
                     pending.refuse(reason);
@@ -197,9 +201,8 @@ impl RankZero<'_> {
 
     fn missing(&self) -> String {
         format!(
-            "of the {} ranks of the world {:?}, these did not come within {:?}: {}; see that they \
-             were started, on this host, with the \
-             same name (this one's is {}); {CAUSES}",
+            "of the {} ranks of the world {:?}, these did not arrive within {:?}: {}; check that \
+                they were started on this host with the same name (here {}); {CAUSES}",
             self.me.world_size,
             self.me.name,
             self.timeout,
@@ -210,9 +213,9 @@ impl RankZero<'_> {
 
     fn waiting(&self) -> String {
         format!(
-            "rank 0 of {} waits for ranks {} of the world {:?}, whose name is {}: see that they \
-             were started on this host with the same \
-             name, or set PARAM_AVERAGER_RENDEZVOUS to one name on every rank; {CAUSES}",
+            "rank 0 of {} waits for ranks {} of the world {:?} (the name is {}): check that they \
+                were started on this host with the same name, or set PARAM_AVERAGER_RENDEZVOUS to \
+                one name on every rank; {CAUSES}",
             self.me.world_size,
             self.absent(),
             self.me.name,
@@ -224,13 +227,13 @@ impl RankZero<'_> {
         let (hello, mine) = (&pending.hello, self.me.hello());
         let (rank, name) = (hello.rank, &self.me.name);
         if hello.name != *name {
-            // The hashes of two long names are the same.
+            // The hashes of two long names collide.
             pending
-                .refuse(&format!("this socket is that of the world {name:?}: choose another name"));
+                .refuse(&format!("this socket belongs to the world {name:?}: choose another name"));
             return Ok(());
         }
         if let Some(differs) = mine.job.differs(&hello.job) {
-            self.turn_away(&pending, &differs);
+            self.refuse_foreign(&pending, &differs);
             return Ok(());
         }
         let differs = [
@@ -238,29 +241,29 @@ impl RankZero<'_> {
             ("the world size", &hello.world_size.to_string(), &mine.world_size.to_string()),
         ];
         let differs = differs.into_iter().find(|(_, theirs, ours)| theirs != ours);
-        let earlier = match rank {
+        let claimant = match rank {
             0 => Some(&mine.job),
             rank => self
                 .came
                 .get(&rank)
-                .filter(|earlier| !has_hung_up(&earlier.stream))
+                .filter(|claimant| !has_hung_up(&claimant.stream))
                 .map(|v| &v.hello.job),
         };
-        let refusal = if let Some(earlier) = earlier {
+        let refusal = if let Some(claimant) = claimant {
             self.is_contested = true;
             Some(format!(
-                "two processes say that they are rank {rank} of the world {name:?}: {earlier} and \
-                 {}: give each rank a number of its \
-                 own, and each job a name of its own, such as another MASTER_PORT",
+                "two processes claim rank {rank} of the world {name:?}: {claimant} and {}: give \
+                    each rank a number of its own, and each job a name of its own, such as another \
+                    MASTER_PORT",
                 hello.job
             ))
         } else if let Some((what, theirs, ours)) = differs {
             Some(format!(
-                "rank {rank} has {what} {theirs:?}, rank 0 {ours:?}: start every rank of the same \
-                 program, with the same numbers"
+                "rank {rank} has {what} {theirs:?}, rank 0 has {ours:?}: start the same program \
+                    with the same numbers on every rank"
             ))
         } else if rank >= self.me.world_size {
-            Some(format!("a process says that it is rank {rank} of {}", self.me.world_size))
+            Some(format!("a process claims rank {rank} of a world of {} ranks", self.me.world_size))
         } else {
             hello.refusal.clone().or_else(|| hello.host_info.refusal(rank, &mine.host_info))
         };
@@ -277,38 +280,39 @@ impl RankZero<'_> {
         }
     }
 
-    /// Refuses a rank of another job. That job has a rank 0 of its own, and this world begins
-    /// without it; otherwise it is no other job, and no rank has to wait.
-    fn turn_away(&mut self, pending: &Pending, differs: &str) {
+    /// Refuses a rank of another job. If that job has a rank 0 of its own, this world begins
+    /// without the rank. Otherwise the rank probably belongs to this world, which then fails after
+    /// `FOREIGN_WAIT` instead of waiting for the timeout.
+    fn refuse_foreign(&mut self, pending: &Pending, differs: &str) {
         let Hello { rank, job, world_size, .. } = &pending.hello;
         let reason = format!(
-            "a process says that it is rank {rank} of the world {:?}, but it seems to be of \
-             another job than rank 0: it is {job}, and rank 0 \
-             is {}: {differs}; {APART}",
+            "a process claims rank {rank} of the world {:?}, but seems to belong to another job \
+                than rank 0: it is {job}, and rank 0 is {}: {differs}; {TWO_JOBS}",
             self.me.name, self.me.job
         );
         pending.refuse_as_foreign(&reason);
-        // One that has parted, or is of a larger world, does not stand for a rank of this one.
+        // A rank that reports an error, or belongs to a larger world, does not stand for a rank of
+        // this world.
         let is_one = pending.hello.refusal.is_none() && *world_size == self.me.world_size;
-        let is_known = self.firsts.iter().any(|first| first.differs(job).is_none());
+        let is_known = self.foreign_jobs.iter().any(|first| first.differs(job).is_none());
         if *rank == 0 {
-            self.strays.retain(|stray| stray.job.differs(job).is_some());
-            if !is_known && self.firsts.len() < MOST_OTHERS {
-                self.firsts.push(job.clone());
+            self.foreign_ranks.retain(|foreign_rank| foreign_rank.job.differs(job).is_some());
+            if !is_known && self.foreign_jobs.len() < MOST_OTHERS {
+                self.foreign_jobs.push(job.clone());
             }
-        } else if is_one && !is_known && self.strays.len() < MOST_OTHERS {
-            let until = Instant::now() + STRAY;
-            self.strays.push(Stray { rank: *rank, job: job.clone(), reason, until });
+        } else if is_one && !is_known && self.foreign_ranks.len() < MOST_OTHERS {
+            let until = Instant::now() + FOREIGN_WAIT;
+            self.foreign_ranks.push(ForeignRank { rank: *rank, job: job.clone(), reason, until });
         }
     }
 
-    /// Gives every rank a socket to every other.
-    fn introduce(&mut self) -> Result<Peers, String> {
+    /// Sends every rank a socket to every other rank.
+    fn connect_all(&mut self) -> Result<Peers, String> {
         let failed =
             |error: io::Error| why("making sockets for all ranks", Wanted::Descriptor, error);
         let size = self.me.world_size;
         let board = ViewBoard::new(size)?;
-        // By whose it is, and to whom it leads.
+        // Keyed by (owner, peer).
         let mut sockets = BTreeMap::new();
         for (one, other) in (0..size).flat_map(|one| (one + 1..size).map(move |other| (one, other)))
         {
@@ -330,7 +334,7 @@ impl RankZero<'_> {
                 0 => own.as_ref(),
                 other => self.came[&other].process.as_ref(),
             });
-            // All, or none.
+            // Pidfds of all processes, or none.
             let processes: Option<Vec<&OwnedFd>> = processes.collect();
             files.extend(processes.unwrap_or_default().into_iter().map(AsFd::as_fd));
             match frame::send(
@@ -341,7 +345,7 @@ impl RankZero<'_> {
                 self.deadline,
             ) {
                 Err(error) if !is_early(&error) => return Err(failed(error)),
-                _ => {} // a departed one is found out by all, as a peer
+                _ => {} // every peer detects the departure of that rank later
             }
         }
         let peers = welcome.host_infos.into_iter().enumerate().map(|(rank, host_info)| {
@@ -357,7 +361,7 @@ impl RankZero<'_> {
     }
 }
 
-/// True if the other end is closed: no rank sends anything after its hello.
+/// True if the other end is closed. A rank sends nothing after its `Hello`.
 fn has_hung_up(stream: &UnixStream) -> bool {
     let _ = stream.set_nonblocking(true);
     let peeked = rustix::net::recv(stream, &mut [0; 1], rustix::net::RecvFlags::PEEK);

@@ -1,4 +1,4 @@
-//! The name of a world: how rank 0 takes it, and what it answers to later processes that want it.
+//! The name of a world: rank 0 takes it, and answers later processes that want it.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
@@ -14,18 +14,18 @@ use crate::world::processes::frame::{self, Frame, Kind};
 use crate::world::processes::listener::{self, Listener};
 use crate::world::processes::private::Private;
 
-/// How long a process that holds the name has for one answer, and in all. One that is ending has as
-/// long as it takes.
+/// Time that a process holding the name has for one answer, and in all. A process that is ending
+/// has no such limit.
 const ANSWER: Duration = Duration::from_millis(500);
 const SILENCE: Duration = Duration::from_secs(5);
 
-/// Advice for two jobs that use one name.
-pub(super) const APART: &str = "if they are one job, set PARAM_AVERAGER_RENDEZVOUS to one name on \
-    every rank, or, where the program gives the name, say \
-     so by CommunicatorBuilder::job; if they are two, give each a name of its own, such as another \
-     MASTER_PORT";
+/// Advice for two jobs with one name.
+pub(super) const TWO_JOBS: &str =
+    "if they are one job, set PARAM_AVERAGER_RENDEZVOUS to one name on \
+    every rank, or, where the program gives the name, call CommunicatorBuilder::job; if they are \
+    two jobs, give each a name of its own, such as another MASTER_PORT";
 
-/// A rank that has said its hello.
+/// A rank that has sent its `Hello`.
 #[derive(Debug)]
 pub(super) struct Pending {
     pub(super) stream: Private<UnixStream>,
@@ -38,13 +38,13 @@ impl Pending {
         self.answer(0, reason);
     }
 
-    /// Its job may have a rank 0 of its own.
+    /// Refuses a rank of another job, which may have a rank 0 of its own.
     pub(super) fn refuse_as_foreign(&self, reason: &str) {
         self.answer(FOREIGN, reason);
     }
 
     fn answer(&self, number: u32, reason: &str) {
-        // It may have gone.
+        // The rank may have departed.
         let _ = frame::send(
             &self.stream,
             (Kind::Refuse, 0, number),
@@ -55,7 +55,7 @@ impl Pending {
     }
 }
 
-/// Takes the name. Fails if another process has it, and says so.
+/// Takes the name. Fails if another process holds it.
 pub(super) fn take(
     me: &RankInfo,
     address: &SocketAddr,
@@ -70,7 +70,7 @@ pub(super) fn take(
             Err(error) if error.kind() == ErrorKind::AddrInUse => {}
             Err(error) => {
                 return Err(why(
-                    &format!("listening by the name {name:?}"),
+                    &format!("listening on the name {name:?}"),
                     Wanted::Descriptor,
                     error,
                 ))
@@ -85,19 +85,20 @@ pub(super) fn take(
         match holder.and_then(|holder| greet(me, &holder, until, &mut notice)) {
             Ok(frame) if frame.kind == Kind::Refuse => {
                 let reason = frame.parse().unwrap_or_else(|error: io::Error| error.to_string());
-                part(me, address, deadline, &reason);
+                tell_own_ranks(me, address, deadline, &reason);
                 return Err(reason);
             }
             Ok(_) => {
                 return Err(format!(
-                    "the name {name:?} is held by a process that takes no part in this"
+                    "the name {name:?} is held by a process that is not a rank: end that process, \
+                        or choose another name"
                 ))
             }
             // A world of that name has just ended, or is about to begin.
             Err(error) if is_early(&error) => {}
             Err(error) if is_late(&error) => {
-                // A process that ends frees its memory first, which takes long where there is much,
-                // and closes its sockets then.
+                // A process that ends frees its memory before it closes its sockets, which takes
+                // long for much memory.
                 let is_ending = pid.and_then(Process::of).is_some_and(|process| process.is_ending);
                 let since = *silent.get_or_insert_with(Instant::now);
                 if !is_ending && since.elapsed() > SILENCE {
@@ -105,10 +106,9 @@ pub(super) fn take(
                         format!("process {pid}")
                     });
                     return Err(format!(
-                        "two processes say that they are rank 0 of the world {name:?}: its name, \
-                         {}, is held by {pid}, which does \
-                         not answer: end that, or give this world a name of its own by \
-                         PARAM_AVERAGER_RENDEZVOUS",
+                        "two processes claim rank 0 of the world {name:?}: its name, {}, is held \
+                            by {pid}, which does not answer: end that process, or give this world \
+                            a name of its own by PARAM_AVERAGER_RENDEZVOUS",
                         me.source
                     ));
                 }
@@ -119,27 +119,27 @@ pub(super) fn take(
     }
 }
 
-/// Tells the other ranks of this job, should the process that holds the name end meanwhile: they
-/// would wait for this one.
-fn part(me: &RankInfo, address: &SocketAddr, deadline: Instant, reason: &str) {
+/// Tells the other ranks of this job, which wait for this rank, in case the process that holds the
+/// name ends soon.
+fn tell_own_ranks(me: &RankInfo, address: &SocketAddr, deadline: Instant, reason: &str) {
     let until = deadline.min(Instant::now() + GRACE);
     let mut left = me.world_size - 1;
     while left > 0 && Instant::now() < until {
         std::thread::sleep(AGAIN);
         let Ok(listener) = UnixListener::bind_addr(address) else { continue };
         let (send, arrivals) = mpsc::sync_channel(listener::MOST);
-        let (mine, size) = (me.job.clone(), me.world_size);
-        let came = move |stream, frame: Frame| {
+        let (job, size) = (me.job.clone(), me.world_size);
+        let refuse_own = move |stream, frame: Frame| {
             let hello = frame.parse::<Hello>();
-            // Those of another job come again when this process has ended.
+            // Ranks of another job try again after this process has ended.
             let is_mine = |hello: &Hello| {
-                (1..size).contains(&hello.rank) && mine.differs(&hello.job).is_none()
+                (1..size).contains(&hello.rank) && job.differs(&hello.job).is_none()
             };
             if let Some(hello) = hello.ok().filter(is_mine) {
                 let _ = send.try_send(Pending { stream, hello, process: None });
             }
         };
-        let Ok(_listener) = Listener::open(listener, &[Kind::Hello], 1, came) else { return };
+        let Ok(_listener) = Listener::open(listener, &[Kind::Hello], 1, refuse_own) else { return };
         while let Ok(pending) =
             arrivals.recv_timeout(until.saturating_duration_since(Instant::now()))
         {
@@ -152,23 +152,23 @@ fn part(me: &RankInfo, address: &SocketAddr, deadline: Instant, reason: &str) {
     }
 }
 
-/// What a process is told that comes when all ranks are there.
+/// The answer to a process that arrives after all ranks.
 pub(super) fn begun(me: &RankInfo, hello: &Hello, since: Instant) -> String {
     let differs = me.job.differs(&hello.job);
     let seconds = since.elapsed().as_secs();
     let how = match (&differs, hello.rank) {
-        (Some(differs), _) => format!("{differs}; {APART}"),
-        (None, 0) => "end that, or give this world a name of its own, such as another \
+        (Some(differs), _) => format!("{differs}; {TWO_JOBS}"),
+        (None, 0) => "end that process, or give this world a name of its own, such as another \
             MASTER_PORT"
             .into(),
         (None, rank) => format!(
-            "it has a rank {rank}: see whether this process was started twice, or use Communicator::join \
-             to join it"
+            "the world has a rank {rank} already: check whether this process was started twice, or \
+                use Communicator::join to join the world"
         ),
     };
     format!(
-        "two processes say that they are rank {} of the world {:?}, which has begun, {seconds} s \
-         ago: its rank 0 is {}; this is {}: {how}",
+        "two processes claim rank {} of the world {:?}, which began {seconds} s ago: its rank 0 is \
+            {}; this process is {}: {how}",
         hello.rank, me.name, me.job, hello.job
     )
 }

@@ -1,12 +1,12 @@
-//! Notice of a rank to its user when it waits for others for long.
+//! Notice to the user about a long wait.
 
 use std::io::Write;
 use std::time::{Duration, Instant};
 
-/// How long a rank waits before it says so.
+/// Time until the notice.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// One line on standard error, once.
+/// One line on standard error, written once.
 #[derive(Debug)]
 pub(super) struct Notice {
     at: Instant,
@@ -18,7 +18,7 @@ impl Notice {
         Notice { at: Instant::now() + PATIENCE, is_said: false }
     }
 
-    /// When it is due.
+    /// The time at which the notice is due.
     pub(super) fn at(&self) -> Instant {
         self.at
     }
@@ -27,11 +27,11 @@ impl Notice {
         self.is_said
     }
 
-    /// Writes it if it is due.
+    /// Writes the notice if it is due.
     pub(super) fn look(&mut self, text: impl FnOnce() -> String) {
         if !self.is_said && Instant::now() >= self.at {
             self.is_said = true;
-            // Nobody may read it.
+            // Standard error may be closed.
             let _ = writeln!(std::io::stderr(), "param-averager: after {PATIENCE:?}, {}", text());
         }
     }

@@ -16,31 +16,31 @@ use crate::world::Device;
 /// An act of an unknown process, or of a rank.
 #[derive(Clone, Debug)]
 pub(super) enum Act {
-    /// One more connection, the one of the acts that follow.
+    /// Opens a connection, which the following acts use.
     Connect,
-    /// So many more that say nothing.
+    /// Opens this many connections that send nothing.
     Flood(u8),
-    /// Back to this one, of those that there are.
+    /// Returns to an earlier connection, by its number modulo their count.
     Turn(u8),
-    /// Bytes, with the files that `files` makes.
+    /// Sends bytes, with the files that `files` encodes.
     Write {
         files: u8,
         bytes: Vec<u8>,
     },
-    /// A message of a kind, as it should be, or its first bytes.
-    Say {
+    /// Sends a valid message of a kind, or its first bytes.
+    Send {
         kind: u8,
         files: u8,
         keep: u8,
     },
-    /// In tenths of a millisecond.
+    /// Sleeps for this many tenths of a millisecond.
     Pause(u8),
     Close,
-    /// The next rank of the world comes.
+    /// Starts the next rank of the world.
     Join,
 }
 
-/// What bytes stand for. All do for something.
+/// Decodes bytes to acts. Every byte string is a valid script.
 pub(super) fn script(mut data: &[u8]) -> Vec<Act> {
     let mut acts = vec![];
     let byte = |data: &mut &[u8]| {
@@ -58,7 +58,7 @@ pub(super) fn script(mut data: &[u8]) -> Vec<Act> {
                 data = rest;
                 Act::Write { files, bytes: bytes.into() }
             }
-            2 => Act::Say { kind: next(), files: next(), keep: next() },
+            2 => Act::Send { kind: next(), files: next(), keep: next() },
             3 => Act::Close,
             4 => Act::Turn(next()),
             5 => Act::Pause(next() % 32),
@@ -82,11 +82,11 @@ pub(super) fn me(name: &str, rank: usize, world_size: usize) -> RankInfo {
     }
 }
 
-/// Files that a message has: none, few, the most that there may be, the most that the kernel passes
-/// on.
+/// Numbers of files in a message: none, few, the limit of this crate and one more, the kernel's
+/// limit.
 pub(super) const COUNTS: [usize; 8] = [0, 1, 2, 3, 31, 64, 65, 253];
 
-/// So many of them, and what they are.
+/// Makes the files that `files` encodes by number and type.
 fn files(files: u8, own: BorrowedFd<'_>) -> Vec<OwnedFd> {
     let count = COUNTS[files as usize & 7];
     let file = || match files >> 3 & 3 {
@@ -99,7 +99,7 @@ fn files(files: u8, own: BorrowedFd<'_>) -> Vec<OwnedFd> {
     (0..count).filter_map(|_| file.try_clone().ok()).collect()
 }
 
-/// As much of it as there is room for; a closed peer receives nothing. Returns how much that was.
+/// Sends as much as there is room for without blocking. Returns the number of bytes.
 fn write(stream: &UnixStream, bytes: &[u8], files: &[OwnedFd]) -> usize {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -109,7 +109,7 @@ fn write(stream: &UnixStream, bytes: &[u8], files: &[OwnedFd]) -> usize {
     sendmsg(stream, &[std::io::IoSlice::new(bytes)], &mut ancillary, flags).unwrap_or(0)
 }
 
-/// What `Act::Say` says.
+/// The message of `Act::Send`.
 pub(super) fn message(me: &RankInfo, kind: u8, files: usize, keep: u8) -> Vec<u8> {
     let json = |body: serde_json::Result<Vec<u8>>| body.expect("plain data");
     let (kind, body) = match kind % 6 {
@@ -127,11 +127,12 @@ pub(super) fn message(me: &RankInfo, kind: u8, files: usize, keep: u8) -> Vec<u8
         2 => (Kind::Refuse, json(serde_json::to_vec("no"))),
         3 => {
             let memory = |bytes: usize| serde_json::json!({ "bytes": bytes, "handle": null });
-            let shown = serde_json::json!({
-                "refusal": null, "options": [["slots", "4"]], "tensors": ["tensor"], "schedule_position": 0,
-                "admits": false, "ordinal": null, "memories": [memory(1), memory(4096), memory(4097)],
+            let handshake = serde_json::json!({
+                "refusal": null, "options": [["slots", "4"]], "tensors": ["tensor"],
+                "schedule_position": 0, "admission": "None", "ordinal": null,
+                "memories": [memory(1), memory(4096), memory(4097)],
             });
-            (Kind::Handshake, json(serde_json::to_vec(&shown)))
+            (Kind::Handshake, json(serde_json::to_vec(&handshake)))
         }
         4 => (Kind::Abort, b"null".to_vec()),
         _ => (Kind::Ready, b"null".to_vec()),
@@ -142,8 +143,7 @@ pub(super) fn message(me: &RankInfo, kind: u8, files: usize, keep: u8) -> Vec<u8
     message
 }
 
-/// The header of a message that begins so, as it is written down in `frame`: its kind, files and
-/// bytes of body.
+/// Header of a message, by the format that `frame` documents: kind, files and bytes of the body.
 pub(super) fn read_header(bytes: &[u8]) -> Option<(u8, usize, usize)> {
     let header = bytes.get(..20)?;
     let right = header.starts_with(b"PAVG\x03\x00");
@@ -156,19 +156,19 @@ pub(super) fn read_header(bytes: &[u8]) -> Option<(u8, usize, usize)> {
     })
 }
 
-/// What was said on a connection, as far as there was room.
+/// Bytes that were sent on a connection.
 #[derive(Default)]
-pub(super) struct Said {
+pub(super) struct Sent {
     pub(super) bytes: Vec<u8>,
     pub(super) with_files: bool,
 }
 
-impl Said {
-    /// Does what an act says, if it is one that says something.
-    pub(super) fn say(&mut self, act: &Act, me: &RankInfo, stream: &UnixStream) {
+impl Sent {
+    /// Performs an act that sends something.
+    pub(super) fn send(&mut self, act: &Act, me: &RankInfo, stream: &UnixStream) {
         let (bytes, files) = match act {
             Act::Write { files: which, bytes } => (bytes.clone(), files(*which, stream.as_fd())),
-            Act::Say { kind, files: which, keep } => {
+            Act::Send { kind, files: which, keep } => {
                 let files = files(*which, stream.as_fd());
                 (message(me, *kind, files.len(), *keep), files)
             }

@@ -1,4 +1,4 @@
-"""A turn of a peer: its ranks are started, average WARM_UPS times and once more, which is timed, and end."""
+"""A turn of a peer: start its ranks, average WARM_UPS times, average once with a clock, end."""
 
 import json
 import math
@@ -11,19 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 WARM_UPS = 2
-TURN_S = 300  # most that a turn may take
+TURN_S = 300  # limit on a turn
 
 
 class Failed(Exception):
-    """Why a peer can't be measured, in a line."""
+    """The reason why a peer can't be measured, in one line."""
 
 
 @dataclass
 class Sample:
-    ms: float  # from the first rank's begin, behind a barrier, to the last one's end
-    extra_mib: float | None  # of the rank that took most; None: not measured
+    ms: float  # from the start of the first rank, behind a barrier, to the end of the last
+    extra_mib: float | None  # maximum over ranks; None: not measured
     wrong: int | None  # elements of all ranks, warm-ups included
-    threads: int | None  # of torch, in each rank
+    threads: int | None  # of torch, per rank
 
 
 def gpt2():
@@ -31,29 +31,45 @@ def gpt2():
     width = 768
     shapes = [[50257, width], [1024, width]]
     for _ in range(12):
-        for shape in [[width], [width, 3 * width], [width, width], [width], [width, 4 * width], [4 * width, width]]:
+        for shape in [
+            [width],
+            [width, 3 * width],
+            [width, width],
+            [width],
+            [width, 4 * width],
+            [4 * width, width],
+        ]:
             shapes += [shape, shape[-1:]]
     return shapes + [[width], [width]]
 
 
 def sizes():
-    """Elements of each."""
+    """Number of elements of each tensor."""
     return [math.prod(shape) for shape in gpt2()]
 
 
 def run(commands, folder):
-    """Runs them side by side, each an argv and what it adds to the environment; all end if one fails."""
+    """Runs commands side by side, each as (argv, additional environment). One failure ends all."""
     processes = []
     try:
         for number, (argv, environment) in enumerate(commands):
-            with open(folder / f"stdout-{number}", "w") as out, open(folder / f"stderr-{number}", "w") as err:
+            with open(folder / f"stdout-{number}", "w") as out, open(
+                folder / f"stderr-{number}", "w"
+            ) as err:
                 processes.append(
-                    subprocess.Popen(argv, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                                     start_new_session=True))
+                    subprocess.Popen(
+                        argv,
+                        env=os.environ | environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=out,
+                        stderr=err,
+                        start_new_session=True,
+                    )
+                )
         end = time.monotonic() + TURN_S
         while any(process.poll() is None for process in processes):
             if any(process.poll() for process in processes):
-                time.sleep(1)  # the one at fault may still be about to say so
+                time.sleep(1)  # the process at fault may not have reported yet
                 break
             if time.monotonic() > end:
                 raise Failed(f"not done in {TURN_S} s")
@@ -62,13 +78,15 @@ def run(commands, folder):
         stop(processes)
     codes = [process.returncode for process in processes]
     if any(codes):
-        # One that ended by itself knows more than those that lost it.
+        # A process that ended by itself reports more than its peers.
         number = min(range(len(codes)), key=lambda i: (codes[i] == 0, codes[i] < 0))
-        raise Failed(last_line(folder / f"stderr-{number}") or f"process {number} ended with {codes[number]}")
+        raise Failed(
+            last_line(folder / f"stderr-{number}") or f"process {number} ended with {codes[number]}"
+        )
 
 
 def stop(processes):
-    for how in [signal.SIGTERM, signal.SIGKILL]:  # mpirun ends its ranks on the first
+    for how in [signal.SIGTERM, signal.SIGKILL]:  # mpirun ends its ranks on SIGTERM
         for process in processes:
             if process.poll() is None:
                 os.killpg(process.pid, how)
@@ -81,19 +99,21 @@ def stop(processes):
 
 def last_line(file):
     lines = [line.strip() for line in Path(file).read_text(errors="replace").splitlines()]
-    lines = [line for line in lines if line.strip("-")]  # mpirun draws lines
+    lines = [line for line in lines if line.strip("-")]  # mpirun prints rules
     return lines[-1] if lines else ""
 
 
 def ranks_sample(folder, ranks):
-    """Of the files that rank_torch.py and rank_mpi.c write."""
+    """Reads the files that rank_torch.py and rank_mpi.c write."""
     seen = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(ranks)]
     if any(rank["ranks"] != ranks for rank in seen):
-        raise Failed(f"{ranks} ranks asked for, the world is of {[rank['ranks'] for rank in seen]}")
+        raise Failed(f"world sizes {[rank['ranks'] for rank in seen]} instead of {ranks}")
     (times,) = zip(*(rank["samples"] for rank in seen))
     first, last = min(start for start, _ in times), max(end for _, end in times)
     extra = max(rank["peak"] - rank["before"] for rank in seen) / 1024
-    return Sample((last - first) / 1e6, extra, sum(rank["wrong"] for rank in seen), seen[0].get("threads"))
+    return Sample(
+        (last - first) / 1e6, extra, sum(rank["wrong"] for rank in seen), seen[0].get("threads")
+    )
 
 
 def free_port():

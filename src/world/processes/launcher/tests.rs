@@ -1,0 +1,175 @@
+use super::*;
+
+fn find(variables: &[(&str, &str)]) -> Result<Launched, String> {
+    let get =
+        |name: &str| variables.iter().find(|(other, _)| *other == name).map(|(_, v)| v.to_string());
+    Launched::find(get, None)
+}
+
+#[test]
+fn launchers_are_understood() {
+    let torchrun = [
+        ("RANK", "3"),
+        ("WORLD_SIZE", "4"),
+        ("LOCAL_RANK", "3"),
+        ("LOCAL_WORLD_SIZE", "4"),
+        ("MASTER_ADDR", "localhost"),
+        ("MASTER_PORT", "29500"),
+        ("TORCHELASTIC_RUN_ID", "none"),
+        ("TORCHELASTIC_RESTART_COUNT", "0"),
+    ];
+    let found = find(&torchrun).unwrap();
+    assert_eq!((found.rank, found.world_size), (3, 4));
+    assert_eq!(found.name, "29500/localhost/none/0");
+    let mpirun = [
+        ("OMPI_COMM_WORLD_RANK", "1"),
+        ("OMPI_COMM_WORLD_SIZE", "2"),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE", "2"),
+        ("PMIX_NAMESPACE", "1234"),
+    ];
+    let found = find(&mpirun).unwrap();
+    assert_eq!((found.rank, found.world_size, found.name.as_str()), (1, 2, "1234"));
+    assert_eq!(
+        (found.source.as_str(), found.variable),
+        ("made from PMIX_NAMESPACE", "OMPI_COMM_WORLD_RANK")
+    );
+    assert_eq!(found.known, Known::By("Open MPI".into(), "1234".into()));
+    let mpich = [("PMI_RANK", "1"), ("PMI_SIZE", "2"), ("MPI_LOCALNRANKS", "2"), (PARENT, "77")];
+    assert_eq!(find(&mpich).unwrap().name, "77");
+    let mpich = [mpich[0], mpich[1], (RENDEZVOUS, "a job")];
+    assert_eq!(find(&mpich).unwrap().name, "a job");
+    let slurm = [
+        ("SLURM_PROCID", "0"),
+        ("SLURM_STEP_NUM_TASKS", "2"),
+        ("SLURM_STEP_TASKS_PER_NODE", "2"),
+        ("SLURM_JOB_ID", "77"),
+        ("SLURM_STEP_ID", "0"),
+    ];
+    assert_eq!(find(&slurm).unwrap().name, "77/0");
+    let pmi2 = [&slurm[..], &[("PMI_RANK", "0"), ("PMI_SIZE", "2")]].concat();
+    assert_eq!(find(&pmi2).unwrap().name, "77/0");
+}
+
+#[test]
+fn missing_and_contradictory_variables_are_named() {
+    let error = |variables: &[(&str, &str)]| find(variables).unwrap_err();
+    assert!(error(&[]).contains("RANK (torchrun)"));
+    let is_there =
+        |names: &[&str]| Launched::is_there(|name| names.contains(&name).then(|| "x".to_owned()));
+    assert!(
+        !is_there(&[])
+            && !is_there(&["WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", RENDEZVOUS, PARENT])
+    );
+    assert!(["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"].iter().all(|rank| is_there(&[rank])));
+    assert!(is_there(&["SLURM_PROCID", "SLURM_STEP_NUM_TASKS"]));
+    assert!(error(&[("RANK", "0")]).contains("RANK is set, but WORLD_SIZE is not"));
+    assert!(error(&[("RANK", "0"), ("WORLD_SIZE", "two")]).contains("WORLD_SIZE is \"two\""));
+    assert!(error(&[("RANK", "2"), ("WORLD_SIZE", "2")]).contains("RANK is 2 and WORLD_SIZE is 2"));
+    let two_hosts =
+        [("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_PORT", "1")];
+    assert!(error(&[("RANK", "0"), ("WORLD_SIZE", "2"), (RENDEZVOUS, "")]).contains(
+        "is \
+        empty"
+    ));
+    assert!(error(&two_hosts).contains("LOCAL_WORLD_SIZE is 2 and WORLD_SIZE is 4"));
+    assert!(error(&[("RANK", "0"), ("WORLD_SIZE", "2")])
+        .contains("neither MASTER_PORT nor PARAM_AVERAGER"));
+    let slurm = [
+        ("SLURM_PROCID", "0"),
+        ("SLURM_STEP_NUM_TASKS", "4"),
+        ("SLURM_STEP_TASKS_PER_NODE", "2(x2)"),
+    ];
+    assert!(error(&slurm).contains("2(x2)"));
+}
+
+#[test]
+fn a_shell_is_no_rank() {
+    let srun = [
+        ("SLURM_PROCID", "0"),
+        ("SLURM_STEP_NUM_TASKS", "2"),
+        ("SLURM_STEP_TASKS_PER_NODE", "2"),
+        ("SLURM_JOB_ID", "77"),
+        ("SLURM_STEP_ID", "3"),
+    ];
+    let is_there = |variables: &[(&str, &str)]| {
+        Launched::is_there(|name| {
+            variables.iter().find(|(other, _)| *other == name).map(|(_, v)| v.to_string())
+        })
+    };
+    let is_shell = |variables: &[(&str, &str)]| {
+        let error = find(variables).map_or_else(|error| error, |_| String::new());
+        assert_eq!(error.contains("not a rank"), !is_there(variables), "{error}");
+        error.contains("start the ranks in it by srun")
+    };
+    assert!(!is_shell(&srun));
+    // sbatch, an interactive step of salloc, and srun --pty are shells; ranks that srun starts
+    // within the latter are not.
+    let sbatch = [
+        ("SLURM_PROCID", "0"),
+        ("SLURM_NTASKS", "2"),
+        ("SLURM_JOB_ID", "77"),
+        ("SLURM_LOCALID", "0"),
+    ];
+    assert!(is_shell(&sbatch));
+    for step in SHELLS {
+        assert!(is_shell(&[&srun[..4], &[("SLURM_STEP_ID", step)]].concat()));
+    }
+    let pty = [("SLURM_PTY_PORT", "4711")];
+    let alone = [("SLURM_STEP_NUM_TASKS", "1"), ("SLURM_STEP_TASKS_PER_NODE", "1")];
+    assert!(is_shell(&[&srun[..], &pty, &[(TERMINAL, "")]].concat()));
+    assert!(is_shell(&[&alone[..], &srun[..1], &srun[3..], &pty].concat()));
+    assert!(!is_shell(&[&srun[..], &pty].concat()));
+    // A launcher that was started in the shell takes precedence.
+    let torchrun = [("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", "1")];
+    assert!(!is_shell(&[&sbatch[..], &torchrun].concat()));
+}
+
+#[test]
+fn agents_of_torchrun_on_one_host_are_one_world() {
+    let agents = |more: &[(&str, &str)]| {
+        let two =
+            [("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_PORT", "1")];
+        find(&[&two[..], more].concat())
+    };
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    for here in [
+        "localhost",
+        "127.0.0.1",
+        "127.3.4.5",
+        "::1",
+        host.trim(),
+        &format!("{}.example", host.trim()),
+    ] {
+        assert!(agents(&[("MASTER_ADDR", here)]).is_ok(), "{here}");
+    }
+    for elsewhere in ["192.0.2.7", "another-host", ""] {
+        let error = agents(&[("MASTER_ADDR", elsewhere)]).unwrap_err();
+        assert!(
+            error.contains("set MASTER_ADDR to localhost, or PARAM_AVERAGER_RENDEZVOUS"),
+            "{error}"
+        );
+        assert_eq!(agents(&[("MASTER_ADDR", elsewhere), (RENDEZVOUS, "x")]).unwrap().name, "x");
+    }
+}
+
+#[test]
+fn sizes_are_those_of_a_world() {
+    let of = |rank: &str, size: &str| find(&[("RANK", rank), ("WORLD_SIZE", size)]);
+    let error = of("0", "17").unwrap_err();
+    assert!(error.contains("WORLD_SIZE is 17: a world has 1 to 16 ranks"), "{error}");
+    assert!(of("0", "0").unwrap_err().contains("WORLD_SIZE is 0"));
+    // A single rank needs no port.
+    let alone = of("0", "1").unwrap();
+    assert!(alone.name.starts_with("alone/"), "{alone:?}");
+    assert!(of("0", "2").is_err() && of("1", "1").is_err());
+}
+
+#[test]
+fn a_shell_loop_is_known_by_its_process_and_torchrun_by_its_run() {
+    let hand = [("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_PORT", "29500")];
+    assert_eq!(find(&hand).unwrap().known, Known::No);
+    let run =
+        [&hand[..], &[("TORCHELASTIC_RUN_ID", "a"), ("TORCHELASTIC_RESTART_COUNT", "1")]].concat();
+    assert_eq!(find(&run).unwrap().known, Known::By("torchrun".into(), "29500/a/1".into()));
+    assert_eq!(find(&[&run[..], &[(RENDEZVOUS, "x")]].concat()).unwrap().known, Known::ByName);
+}
