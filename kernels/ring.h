@@ -85,7 +85,7 @@ template <class T, bool kF32> struct Ring {
     NonFiniteCheck<T> check;
     if (contributes)
       each_own<T>(
-          b.ex, bucket, r,
+          b.ex, bucket, r.begin, r.end,
           [&](const auto& own, auto g, uint32_t i) {
             const auto raw = own.template load<g.kPacks>(i);
             if (rejects) check.template look<g.kPacks>(widen<T, g.kPacks>(raw));
@@ -114,7 +114,7 @@ template <class T, bool kF32> struct Ring {
     NonFiniteCheck<T> check;
     if (incoming.any || contributes)
       each_own<T>(
-          b.ex, bucket, r,
+          b.ex, bucket, r.begin, r.end,
           [&](const auto& own, auto g, uint32_t i) {
             auto sum = zero<T, g.kPacks>();
             if (incoming.any) sum = partial(g, i);
@@ -132,12 +132,11 @@ template <class T, bool kF32> struct Ring {
       return [out = b.outbox(), remote = b.remote, factor = incoming.out](
                  const auto&, auto g, uint32_t i, const auto& x) {
         constexpr int K = g.kPacks;
-        if constexpr (kF32) {
+        if constexpr (kF32)
           store_wide_to_peer<T, K>(out + sizeof(Wide<T, 1>) * uint64_t(i), x, remote);
-        } else {
-          const auto raw = narrow<T, K>(kPartialMeans ? times<K>(x, factor) : x);
-          store_to_peer<T, K>(out + 16 * uint64_t(i), raw, remote);
-        }
+        else
+          store_to_peer<T, K>(out + 16 * uint64_t(i),
+                              narrow<T, K>(kPartialMeans ? times<K>(x, factor) : x), remote);
       };
     });
   }
@@ -145,8 +144,8 @@ template <class T, bool kF32> struct Ring {
   PA_FN bool finish_into(Range r, const Incoming& incoming, char* shard) {
     return receive_and_add<!kF32, false>(r, incoming, [&] {
       return [this, shard](const auto&, auto g, uint32_t i, const auto& x) {
-        const auto raw = narrow<T, g.kPacks>(mean_of<g.kPacks>(x));
-        store_raw_nt<T, g.kPacks>(shard + 16 * uint64_t(i), raw);
+        store_raw_nt<T, g.kPacks>(shard + 16 * uint64_t(i),
+                                  narrow<T, g.kPacks>(mean_of<g.kPacks>(x)));
       };
     });
   }
@@ -171,7 +170,7 @@ template <class T, bool kF32> struct Ring {
     char* out = kSend ? b.outbox() : nullptr;
     const bool remote = b.remote, writes = !keeps;
     each_own<T>(
-        b.ex, bucket, r,
+        b.ex, bucket, r.begin, r.end,
         [&](const auto&, auto g, uint32_t i) {
           return load_raw<T, g.kPacks>(in + 16 * uint64_t(i));
         },

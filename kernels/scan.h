@@ -34,7 +34,7 @@ PA_FN void scan_range(const Exec& ex, const PaBucket& bucket, uint32_t index, Ra
   in_pieces(range.begin, range.end, kStep, [&](uint64_t begin, uint64_t end) {
     NonFiniteCheck<T> check;
     each_own<T>(
-        ex, bucket, {begin, end},
+        ex, bucket, begin, end,
         [&](const auto& own, auto g, uint32_t i) { return own.template load<g.kPacks>(i); },
         [&](const auto&, auto g, uint32_t, const auto& raw) {
           check.template look<g.kPacks>(widen<T, g.kPacks>(raw));

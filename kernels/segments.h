@@ -128,10 +128,11 @@ PA_FN void each_pack_of(const Exec& ex, const Part& part, uint32_t lead, bool al
   }
 }
 
-// Packs of the own tensors in a range.
+// Packs begin … end of the own tensors.
 template <class T, class Load, class Store>
-PA_FN void each_own(const Exec& ex, const PaBucket& bucket, Range range, Load load, Store store) {
-  each_part<T>(bucket, range.begin, range.end, [&](const Part& part) {
+PA_FN void each_own(const Exec& ex, const PaBucket& bucket, uint64_t begin, uint64_t end, Load load,
+                    Store store) {
+  each_part<T>(bucket, begin, end, [&](const Part& part) {
     const uint64_t address = at<const PaSegment>(bucket.segments)[part.segment].address;
     char* base = at<char>(address + part.offset) - 16 * uint64_t(part.first);
     const uint32_t lead = (0u - part.first) % kGroup; // groups are aligned in the chunk
