@@ -1,5 +1,5 @@
 // The kernels' CPU execution alone: worlds of ranks as threads, in averages that succeed and that
-// fail. Built by tests/protocol.rs with ThreadSanitizer, with AddressSanitizer, with one lane per
+// fail. Built by protocol.rs with ThreadSanitizer, with AddressSanitizer, with one lane per
 // block and with many (PA_LANES).
 //
 //   harness SCENARIO… [--mutant K] [--limit SECONDS]

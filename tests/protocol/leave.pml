@@ -1,6 +1,6 @@
 /* Departure (poll_interrupt and is_lost in kernels/wait.h, publish_completed in
  * src/averager/outcome.rs), for spin: N ranks each make AVERAGES averages, in each of which they
- * wait for a word of every other, and depart. tests/model.rs runs it.
+ * wait for a word of every other, and depart. model.rs runs it.
  *
  *   HEALTHY     every rank must complete all averages, whichever has departed before
  *   otherwise   one rank may die, which the others learn after its last store, and one may be

@@ -1,6 +1,6 @@
 /* The mailbox protocol of kernels/ring.h with the all-or-nothing commit, for spin: N ranks of one
  * channel each make AVERAGES averages of ROUNDS rounds. Counters are modulo 8, and wrap.
- * tests/model.rs runs it.
+ * model.rs runs it.
  *
  *   HEALTHY     no rank dies and no deadline passes: every average must end, so that a deadlock is
  *               an error

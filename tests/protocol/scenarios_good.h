@@ -270,7 +270,7 @@ inline void stale() {
 }
 
 // Values that are equal on all ranks that count stay as they are, bit for bit, NaN included. (By
-// the ring: tests/equal.rs.)
+// the ring: equal.rs.)
 inline void equal() {
   uint64_t seed = 95;
   for (uint32_t world : {2u, 3u, 4u, 5u, 9u}) {

@@ -1,6 +1,6 @@
 /* The turn lock (take_turn in kernels/decision.h), for spin: N ranks write one word under a lock of
  * loads and stores, and any of them may die anywhere, which the others learn after its last store.
- * tests/model.rs runs it. Two holders at once, a word written twice, and a rank that waits for ever
+ * model.rs runs it. Two holders at once, a word written twice, and a rank that waits for ever
  * are errors. FAULT plants one mistake; spin must find each.
  *
  * In half of the runs ranks are impatient, as they are on CPUs: a rank may be stopped for ever
