@@ -102,7 +102,9 @@ fn build() -> Result<(), String> {
         Err(reason) => {
             let message =
                 format!("built without GPU kernels, {reason}. For CUDA devices {HOW_TO_GET_NVCC}");
-            println!("cargo::warning={message}");
+            if env::var_os("CARGO_FEATURE_CUDA").is_some() {
+                println!("cargo::warning={message}");
+            }
             println!("cargo::rustc-env=PARAM_AVERAGER_NVCC=");
             format!("pub(crate) static FATBIN: Result<&[u8], &str> = Err({message:?});\n")
         }
@@ -171,11 +173,19 @@ impl Key {
     /// Names and contents of all files in `kernels/`.
     fn of_sources() -> Result<Key, String> {
         let mut key = Key(DefaultHasher::new());
-        let mut files = children(Path::new("kernels"), "");
-        files.sort();
-        for file in files {
-            let text = fs::read(&file).map_err(|e| format!("reading {}: {e}", file.display()))?;
-            (file.file_name(), text).hash(&mut key.0);
+        let mut folders = vec![PathBuf::from("kernels")];
+        while let Some(folder) = folders.pop() {
+            let mut found = children(&folder, "");
+            found.sort();
+            for path in found {
+                if path.is_dir() {
+                    folders.push(path);
+                    continue;
+                }
+                let text =
+                    fs::read(&path).map_err(|e| format!("reading {}: {e}", path.display()))?;
+                (&path, text).hash(&mut key.0);
+            }
         }
         Ok(key)
     }

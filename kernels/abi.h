@@ -1,163 +1,180 @@
-// What crosses between Rust and the kernels, and between one rank's kernels and another's. bindgen reads this file
-// and no other; the result is src/abi.rs. Plain C, no implicit padding (bytemuck's Pod refuses it). Addresses are
-// u64 so that a struct has one layout for host and device. Counters are u32 and compared wrap-safe.
+// Structures shared between Rust and the kernels, and between the kernels of different ranks.
+// bindgen reads this file and no other; the result is src/abi.rs. Plain C without implicit padding
+// (bytemuck's Pod refuses it). Addresses are u64, so that a struct has one layout on host and
+// device. Counters are u32 and compared wrap-safe.
 #pragma once
 #include <stdint.h>
 
 #define PA_MAX_WORLD 16
 #define PA_LINE_WORDS 32 /* u32 words in a 128-byte line: the stride of mailbox counters */
 #define PA_PACK_BYTES 16
-#define PA_ALIGN_PACKS 8 /* shards and channels begin on a multiple of it: no two ranks write one 128-byte line */
+/* Alignment of shards and channels: no two ranks write one 128-byte line. */
+#define PA_ALIGN_PACKS 8
 
 enum PaDtype { PA_F32 = 0, PA_F64 = 1, PA_F16 = 2, PA_BF16 = 3 };
 
-// What one launch does. Direct and the pipelined ring are one launch, after PA_SCAN where non-finite values are to be
-// rejected; the ring with the all-or-nothing commit is two launches and scans in its first.
-enum PaPhase { PA_DIRECT = 0, PA_RING = 1, PA_RING_REDUCE = 2, PA_RING_GATHER = 3, PA_SCAN = 4 };
+// Kernel of one launch. PA_DIRECT and PA_RING do an average in one launch, after PA_SCAN where
+// non-finite values are rejected. The all-or-nothing commit is PA_RING_REDUCE, which also scans,
+// and PA_RING_GATHER.
+enum PaKernel { PA_DIRECT = 0, PA_RING = 1, PA_RING_REDUCE = 2, PA_RING_GATHER = 3, PA_SCAN = 4 };
 
-// How an average ended. Up to PA_NO_WEIGHT nothing is broken and the next average may run; from PA_TIMEOUT on the
-// world is poisoned.
+// Outcome of an average. Up to PA_NO_WEIGHT nothing is broken and the next average may run; from
+// PA_TIMEOUT on the world is poisoned.
 enum PaKind {
   PA_OPEN = 0,       // not decided yet
   PA_COMMITTED = 1,  // every rank writes the mean
   PA_UNNEEDED = 2,   // no rank had anything to average
-  PA_NON_FINITE = 3, // a rank holds NaN or infinity, and was asked to reject it
-  PA_LAYOUT = 4,     // a rank's tensors are not the ones the averager was built for
+  PA_NON_FINITE = 3, // a rank that rejects NaN and infinity holds one
+  PA_LAYOUT = 4,     // a rank's tensors differ from those the averager was built for
   PA_SCHEDULE = 5,   // ranks average at different points of the schedule
   PA_WEIGHTING = 6,  // some ranks passed a weight and some did not
-  PA_BAD_WEIGHT = 7, // a weight that is negative, infinite or NaN
+  PA_BAD_WEIGHT = 7, // a weight is negative, infinite or NaN
   PA_NO_WEIGHT = 8,  // all weights are zero
-  PA_TIMEOUT = 16,   // a rank was not there before the deadline
-  PA_ABORTED = 17,   // somebody called abort
-  PA_LEFT = 18,      // a rank dropped its averager
+  PA_TIMEOUT = 16,   // a rank did not arrive before the deadline
+  PA_ABORTED = 17,   // abort was called
+  PA_DEPARTED = 18,  // a rank dropped its averager
 };
 
-// Where in the protocol a block was when it ended.
-enum PaWhere { PA_AT_MEET = 0, PA_AT_REDUCE = 1, PA_AT_COMMIT = 2, PA_AT_GATHER = 3, PA_AT_EXIT = 4 };
+// Phase of the protocol in which a block ended.
+enum PaPhase {
+  PA_AT_MEET = 0, // entry barrier
+  PA_AT_REDUCE = 1,
+  PA_AT_COMMIT = 2,
+  PA_AT_GATHER = 3,
+  PA_AT_EXIT = 4, // exit barrier of the direct average
+};
 
 enum PaFlag {
-  PA_FLAG_REJECT_NON_FINITE = 1, // scan what is read; a NaN or infinity anywhere means nobody writes
+  PA_FLAG_REJECT_NON_FINITE = 1, // scan the own tensors; a NaN or infinity vetoes the commit
   PA_FLAG_WEIGHTED = 2,          // this call carries a weight
-  PA_FLAG_UNNEEDED = 4,          // this rank has no steps to average; it takes part if another rank has
-  PA_FLAG_LAYOUT = 8,            // this rank's tensors are not the ones the averager was built for; see PaRecord
-  PA_FLAG_NON_FINITE = 16,       // in a record: the scan before the meeting found a NaN or infinity
-  PA_FLAG_GUEST = 32,            // this rank knows of a process that waits to join the world
-  PA_FLAG_THROUGH = 64,          // hosts keep PaBoard.through: who is gone before it was through ends every wait, not only those for it
-  PA_FLAG_KEEP = 128,            // by the ring only: this rank makes every step, but its own tensors are not written. Of no concern to the
-                                 // others. Not with PA_DIRECT, where the owner of a part writes the tensors of all ranks
+  PA_FLAG_UNNEEDED = 4,    // nothing to average here; this rank takes part if another one needs it
+  PA_FLAG_LAYOUT = 8,      // this rank's tensors differ from those of the build; see PaRecord
+  PA_FLAG_NON_FINITE = 16, // in a record: the scan before the entry barrier found NaN or infinity
+  PA_FLAG_JOINER = 32,     // this rank knows of a process that waits to join the world
+  // Hosts maintain PaBoard.completed. A rank that departs before completing the epoch fails every
+  // wait, not only waits on it.
+  PA_FLAG_COMPLETED = 64,
+  // Ring only: this rank makes every step, but its own tensors are not written. Not with PA_DIRECT,
+  // where the owner of a part writes the tensors of all ranks.
+  PA_FLAG_KEEP = 128,
 };
 
-// One tensor's place in its bucket. `first_pack` ascends; a tensor of no elements has no segment.
+// Placement of one tensor in its bucket. `first_pack` ascends; an empty tensor has no segment.
 struct PaSegment {
-  uint64_t address;    // of the first element; aligned to the element at least, not necessarily to a pack
+  uint64_t address;    // of the first element; aligned to the element, not necessarily to a pack
   uint64_t elements;   // > 0
-  uint64_t first_pack; // each tensor starts a new pack; what its last pack lacks is zero on the wire
+  uint64_t first_pack; // each tensor starts a new pack; its last pack is padded with zeros
 };
 
-// The tensors of one dtype as one index space of 16-byte packs. src/bucket.rs divides it.
+// Tensors of one dtype as one index space of 16-byte packs, divided by src/bucket.rs.
 struct PaBucket {
-  uint64_t segments;      // PaSegment[segment_count]
+  uint64_t segments; // PaSegment[segment_count]
   uint64_t packs;
-  uint64_t channel_packs; // channel c has the packs from c * channel_packs on, so many of them or what is left
-  uint64_t shard;         // Pack[channels][shard_packs]: the own shard of the mean, waiting for the commit
-                          // (PA_RING_REDUCE -> PA_RING_GATHER)
-  uint64_t shard_packs;   // own packs of one channel at most
+  uint64_t channel_packs; // channel c begins at pack c * channel_packs; the last may be shorter
+  uint64_t shard;         // Pack[channels][shard_packs]: own shard of the mean, between
+                          // PA_RING_REDUCE and PA_RING_GATHER
+  uint64_t shard_packs;   // capacity of one channel's shard
   uint32_t segment_count;
   uint32_t dtype;    // PaDtype
-  uint32_t chunk;    // data packs that one slot carries at most; a multiple of PA_ALIGN_PACKS
-  uint32_t wire_f32; // 1: partial sums of f16 or bf16, which more than two ranks send, travel as f32: two wire packs for one data pack
+  uint32_t chunk;    // data packs per slot at most; a multiple of PA_ALIGN_PACKS
+  uint32_t wire_f32; // 1: partial sums of f16 or bf16, which exist from 3 ranks on, travel as f32:
+                     // two wire packs per data pack
 };
 
-// What a rank says as it enters an average: everything that must agree, and its weight.
+// Entry record of a rank: everything that must agree, and its weight.
 struct PaRecord {
-  uint64_t schedule; // digest of why it averages now
+  uint64_t schedule; // digest of the reason to average now
   double weight;
-  uint64_t buckets;  // PaBucket*, which PA_DIRECT lets every rank read
-  uint64_t detail;   // PA_FLAG_LAYOUT: index of the tensor that differs. Non-finite: PaChannel.bad
-  uint64_t found;    // PA_FLAG_LAYOUT: (dtype << 56) | elements found. Else: where in its schedule the rank is, for PA_SCHEDULE
+  uint64_t buckets;  // PaBucket*; PA_DIRECT lets every rank read it
+  uint64_t detail;   // PA_FLAG_LAYOUT: index of the differing tensor. Non-finite: PaChannel.bad
+  uint64_t found;    // PA_FLAG_LAYOUT: (dtype << 56) | elements found. Else: position in the
+                     // schedule, for PA_SCHEDULE
   uint32_t flags;    // PaFlag
   uint32_t reserved;
 };
 
-// A rank's notice board: written by that rank alone, read by all, one 128-byte line. The record of average e is
-// record[e & 1]: a rank that is already in e + 1 does not overwrite what a slow one still reads, and nobody gets to
-// e + 2 before all have arrived at e + 1.
+// Notice board of a rank, on lines of its own: written by that rank, read by all. The record of
+// epoch e is record[e & 1]: a rank that is already in e + 1 must not overwrite what a slow rank
+// still reads, and no rank reaches e + 2 before all have arrived at e + 1.
 struct PaBoard {
-  uint32_t arrived;    // the last average this rank entered; published after its record
-  uint32_t vote;       // 2·e: its tensors are finite and its reduce is done; 2·e + 1: done, but it holds a non-finite value
-  uint32_t left;       // 2·e: direct only, it touches nobody's tensors any more; 2·e + 1: it gave up half way
-  uint32_t gone;       // 1: this rank dropped its averager and never comes again
-  uint32_t waiting_on; // (beat << 8) | rank + 1 it is stuck behind, 0 if none: lets a timeout name the culprit, not the neighbour
-  uint32_t sleepers;   // CPU: nonzero when someone may sleep on a word of this board
-  uint32_t deciding;   // 1: this rank has its turn to write the decision or `failed`, or waits for it, see take_turn()
-  uint32_t through;    // PA_FLAG_THROUGH: the last average this rank is through with, said by its host, before `gone`
+  uint32_t arrived;    // latest epoch entered; published after its record
+  uint32_t vote;       // 2·e: finite and reduced; 2·e + 1: reduced, but holds a non-finite value
+  uint32_t exited;     // direct only. 2·e: accesses no peer's tensors any more; 2·e + 1: gave up
+  uint32_t departed;   // 1: the averager was dropped, for good
+  uint32_t waiting_on; // (heartbeat << 8) | awaited rank + 1; 0: none. See find_straggler()
+  uint32_t sleepers;   // CPU: threads that may sleep on a word of this board
+  uint32_t deciding;   // 1: holds the turn lock or waits for it, see take_turn()
+  uint32_t completed;  // PA_FLAG_COMPLETED: latest epoch completed; host-written before `departed`
   struct PaRecord record[2];
 };
 
-// One per world, in memory that every rank can address.
+// Control block, one per world, addressable by every rank.
 struct PaControl {
-  // (epoch << 32) | (where << 16) | (kind << 8) | rank: what was decided about the latest decided average. Only moves forward,
-  // and is written in turn, so ranks that time out and ranks that commit can't disagree.
+  // (epoch << 32) | (phase << 16) | (kind << 8) | rank: outcome of the latest decided epoch. Moves
+  // forward only. Written under the turn lock, so a rank that times out and a rank that commits
+  // cannot disagree.
   uint64_t decision;
   uint64_t reserved0[15];
-  uint32_t abort;  // (kind << 8) | rank: the host poisoned the world; 0: it did not. Besides `gone` and `through`, all that a host writes
-  uint32_t failed; // the same of the first failure that a kernel met. Set once, in turn
+  // (kind << 8) | rank: the host poisoned the world; 0: it did not. Hosts write this word,
+  // `departed` and `completed`, and no other.
+  uint32_t abort;
+  uint32_t failed; // the same for the first failure found by a kernel; written once, under the lock
   uint32_t reserved1[30];
   struct PaBoard board[PA_MAX_WORLD];
 };
 
-// One block's own state and status record: private to its rank, on lines of its own.
+// State and status record of one block, private to its rank, on lines of its own.
 struct PaChannel {
-  uint32_t recv_seq;    // chunks taken from the inbox so far
-  uint32_t send_seq;    // chunks put into the outbox so far
-  uint32_t epoch;       // averages entered so far
-  uint32_t outcome;     // PaKind of the last launch; PA_OPEN: it left without a word (fault_step). After PA_RING_REDUCE, PA_COMMITTED means
-                        // that this block is ready to vote
-  uint32_t peer;        // the rank it names
-  uint32_t where;       // PaWhere it ended at
-  uint32_t step;        // protocol steps it had made by then
-  uint32_t committed;   // 1: tensors may have been written
-  uint64_t bad;         // 0, or 1 + (bucket << 56 | element of the bucket): a NaN or an infinity in the own tensors
-  uint64_t detail;      // of the record of rank `peer`, where the outcome is about one. PA_SCHEDULE: `found` of rank 0's record
-  uint64_t found;       // of the record of rank `peer`. PA_BAD_WEIGHT: its weight
-  uint64_t waited_ns;   // time spent waiting for peers, over all launches of this average
-  double divisor;       // what sums in f64 are divided by, agreed at the meeting
-  double divisor_f32;   // what sums in f32 are divided by: the scales were rounded to f32
-  uint32_t finished;    // channel 0: blocks that are done with everybody's tensors (PA_DIRECT)
-  uint32_t far;         // CPU: 1: the next rank's core is far away, see is_far()
-  uint32_t deciding;    // channel 0: 1: one of this rank's blocks takes a turn, see take_turn()
-  uint32_t guest;       // 1: the record of some rank has PA_FLAG_GUEST
-  uint16_t beats[PA_MAX_WORLD];    // what every rank's beat was when a wait had almost lasted too long, see culprit()
-  uint64_t segments[PA_MAX_WORLD]; // PA_DIRECT: every rank's segment table of the bucket at hand
-  double scale[PA_MAX_WORLD];      // what each rank's values are multiplied by; negative: it only receives
+  uint32_t recv_seq;  // chunks taken from the inbox
+  uint32_t send_seq;  // chunks put into the outbox
+  uint32_t epoch;     // averages entered
+  uint32_t outcome;   // PaKind of the last launch. PA_OPEN: ended by fault_step. PA_COMMITTED after
+                      // PA_RING_REDUCE: ready to vote
+  uint32_t peer;      // the rank that the outcome names
+  uint32_t phase;     // PaPhase in which the block ended
+  uint32_t step;      // protocol steps made by then
+  uint32_t committed; // 1: tensors may have been written
+  uint64_t bad;       // 1 + (bucket << 56 | element) of a NaN or infinity in the own tensors, or 0
+  uint64_t detail;    // from the record of `peer`. PA_SCHEDULE: `found` of rank 0's record
+  uint64_t found;     // from the record of `peer`. PA_BAD_WEIGHT: its weight
+  uint64_t waited_ns; // time spent waiting for peers, over all launches of this average
+  double divisor;     // divisor of sums in f64, agreed at the entry barrier
+  double divisor_f32; // divisor of sums in f32, whose scales were rounded to f32
+  uint32_t finished;  // channel 0: blocks that access no peer's tensors any more (PA_DIRECT)
+  uint32_t remote;    // CPU: 1: the next rank's core is remote, see reader_is_remote()
+  uint32_t deciding;  // channel 0: lock among the blocks of this rank, see take_turn()
+  uint32_t joiner;    // 1: a rank's record has PA_FLAG_JOINER
+  uint16_t heartbeat[PA_MAX_WORLD]; // heartbeats at the start of the watch, see begin_watch()
+  uint64_t segments[PA_MAX_WORLD];  // PA_DIRECT: every rank's segment table of the current bucket
+  double scale[PA_MAX_WORLD];       // factor of each rank's values; negative: it only receives
 };
 
-// The arguments of one launch, the same for all its blocks.
+// Arguments of one launch, the same for all its blocks.
 struct PaArgs {
   uint64_t control;     // PaControl*
   uint64_t channel;     // PaChannel[channels], own
   uint64_t buckets;     // PaBucket[bucket_count], own
-  uint64_t inbox;       // Pack[channels][slots][slot_packs]: own mailbox slots, the previous rank writes them
+  uint64_t inbox;       // Pack[channels][slots][slot_packs], own; the previous rank writes it
   uint64_t outbox;      // the next rank's inbox
-  uint64_t filled_in;   // u32 line[channels]: chunks the previous rank has put into the inbox
+  uint64_t filled_in;   // u32 line[channels]: chunks put into the inbox by the previous rank
   uint64_t filled_out;  // the next rank's filled_in
-  uint64_t drained_in;  // u32 line[channels]: chunks the next rank has taken out of the outbox
+  uint64_t drained_in;  // u32 line[channels]: chunks taken out of the outbox by the next rank
   uint64_t drained_out; // the previous rank's drained_in
-  uint64_t timeout_ns;  // how long one wait may last without the awaited rank moving
-  uint64_t schedule;    // schedule, weight, detail, found: for the record
+  uint64_t timeout_ns;  // longest wait for a rank that does not move
+  uint64_t schedule;    // schedule, weight, detail, found: see PaRecord
   double weight;
   uint64_t detail;
   uint64_t found;
   uint32_t rank;
-  uint32_t world;       // 2 … PA_MAX_WORLD
+  uint32_t world; // 2 … PA_MAX_WORLD
   uint32_t channels;
-  uint32_t slots;       // a power of two, at least 2
+  uint32_t slots; // a power of two, at least 2
   uint32_t slot_packs;
   uint32_t bucket_count;
-  uint32_t flags;       // PaFlag
-  uint32_t fault_step;  // tests: leave without a word before this protocol step; 0: never
-  uint32_t spins;       // CPU: how often a wait looks before it gives its core to another thread
-  uint32_t far_ns;      // CPU: past the caches into slots whose lines take longer to get hold of, each
-  uint32_t delay_ns;    // tests: every block dawdles at each of its protocol steps, for up to so long; 0: no
+  uint32_t flags;      // PaFlag
+  uint32_t fault_step; // tests: end before this protocol step; 0: never
+  uint32_t spins;      // CPU: polls of a wait before it yields its core
+  uint32_t remote_ns;  // CPU: time per line from which on slots are written by non-temporal stores
+  uint32_t delay_ns;   // tests: longest delay before each protocol step; 0: none
   uint32_t reserved;
 };

@@ -1,17 +1,20 @@
-// The direct average, where every rank can address every tensor of every other: the owner of a part reads its n values,
-// adds them in rank order, divides, rounds once, and writes n results. Values that are the same on all ranks that count stay
-// as they are, bit for bit. No mailboxes, 2·S of memory traffic a rank. The meeting is the entry barrier and the commit;
-// nobody leaves before all have left off everybody's tensors.
+// The direct average, where every rank can address every tensor of every other: the owner of a part
+// reads its n values, adds them in rank order, divides, rounds once, and writes n results. Values
+// that are equal on all ranks that count stay as they are, bit for bit. No mailboxes; 2·S of memory
+// traffic per rank. The entry barrier is the commit. An exit barrier keeps every rank until no peer
+// accesses its tensors any more.
 #pragma once
-#include "meeting.h"
+#include "barriers.h"
+#include "segments.h"
 
 namespace PA_ISA {
 
-// kMost 2 and 4: worlds up to that size; loops over ranks unroll, so that a GPU keeps what it knows of each in registers.
-// kMost 0: any world; it is read from the block's PaChannel.
+// kMost 2 and 4: worlds up to that size. Loops over ranks unroll, so that a GPU keeps the state of
+// each rank in registers. kMost 0: any world; the state is read from the block's PaChannel.
 template <class T, int kMost> struct Direct {
   using S = SumOf<T>;
-  static constexpr int kDeep = kMost > 0 && kInFlight > kMost ? kInFlight / kMost : 1; // packs of each rank in flight
+  // Packs of each rank in flight.
+  static constexpr int kDeep = kMost > 0 && kInFlight > kMost ? kInFlight / kMost : 1;
   Block& b;
   const PaBucket& bucket;
   S scale_of[kMost + 1];
@@ -35,8 +38,11 @@ template <class T, int kMost> struct Direct {
       for (uint32_t r = 0; r < b.a.world; ++r) f(r);
     }
   }
-  PA_FN const PaSegment* segments(uint32_t r) const { return at<const PaSegment>(b.me->segments[r]); }
-  PA_FN S scale(uint32_t r) const { return kMost > 0 ? scale_of[r] : S(b.me->scale[r]); } // negative: r only receives
+  PA_FN const PaSegment* segments(uint32_t r) const {
+    return at<const PaSegment>(b.me->segments[r]);
+  }
+  // Negative: r only receives.
+  PA_FN S scale(uint32_t r) const { return kMost > 0 ? scale_of[r] : S(b.me->scale[r]); }
 
   // Pack i of every rank → the mean.
   template <class G, class Access> PA_FN auto mean(const Access& access, G, uint32_t i) const {
@@ -45,7 +51,7 @@ template <class T, int kMost> struct Direct {
     Raw<T, K> value{}, differs{};
     each_rank([&](uint32_t r) {
       if (scale(r) < 0) return;
-      const Raw<T, K> raw = access(r).template get<K>(i);
+      const Raw<T, K> raw = access(r).template load<K>(i);
       if (r == first) value = raw;
       else differs = differing_bits<T, K>(value, raw, differs);
       sum = sum + widen<T, K>(raw) * scale(r);
@@ -59,95 +65,90 @@ template <class T, int kMost> struct Direct {
     const Range own = part_of(channel_range(bucket, b.ex.block()), b.a.rank, b.a.world);
     if (own.begin == own.end) return;
     each_part_of_any<T>(bucket, own.begin, own.end, [&](const Part& part) {
-      char* base_of[kMost + 1] = {}; // or those of ranks beyond the world live on from part to part, in memory
+      char* base_of[kMost + 1] = {}; // else those beyond the world live in memory, across parts
       uint64_t addresses = 0;
       each_rank([&](uint32_t r) {
         const uint64_t address = segments(r)[part.segment].address;
-        if constexpr (kMost > 0) base_of[r] = at<char>(address + part.offset) - 16 * uint64_t(part.first);
+        if constexpr (kMost > 0)
+          base_of[r] = at<char>(address + part.offset) - 16 * uint64_t(part.first);
         addresses |= address;
       });
       const auto base = [&](uint32_t r) {
         if constexpr (kMost > 0) return base_of[r];
-        else return at<char>(segments(r)[part.segment].address + part.offset) - 16 * uint64_t(part.first);
+        else
+          return at<char>(segments(r)[part.segment].address + part.offset) -
+                 16 * uint64_t(part.first);
       };
       const auto whole = [&](uint32_t r) { return Whole<T>{base(r)}; };
       const auto ragged = [&](bool aligned) {
-        return [&base, &part, aligned](uint32_t r) { return Ragged<T>{base(r), part.whole, part.tail, aligned && kDeep > 1}; };
+        return [&base, &part, aligned](uint32_t r) {
+          return Ragged<T>{base(r), part.whole, part.tail, aligned && kDeep > 1};
+        };
       };
       each_pack_of<kDeep>(
           b.ex, part, 0, addresses % 16 == 0, [&] { return whole; }, ragged,
           [&](const auto& access, auto g, uint32_t i) { return mean(access, g, i); },
           [&](const auto& access, auto g, uint32_t i, const auto& raw) {
-            each_rank([&](uint32_t r) { access(r).template put<g.kPacks>(i, raw); });
+            each_rank([&](uint32_t r) { access(r).template store<g.kPacks>(i, raw); });
           });
     });
   }
 };
 
-// The last block of this rank to be done says so, and whether it did its part.
-PA_FN void say_left(Place p, bool whole) {
-  uint32_t* finished = &at<PaChannel>(p.a->channel)->finished;
-  const uint32_t all = p.a->channels;
+// Publishes that this rank has exited, when its last block does, and whether its part is done.
+PA_FN void publish_exit(WaitCtx ctx, bool whole) {
+  uint32_t* finished = &at<PaChannel>(ctx.a->channel)->finished;
+  const uint32_t all = ctx.a->channels;
   if (fetch_add(finished, 1) + 1 == all) {
-    store_relaxed(finished, 0); // the next launch is the next to look
-    announce(p, &p.control()->board[p.a->rank].left, 2 * p.epoch + (whole ? 0 : 1));
+    store_relaxed(finished, 0); // read next by the next launch
+    publish_board(ctx, &ctx.control()->board[ctx.a->rank].exited, 2 * ctx.epoch + (whole ? 0 : 1));
   }
 }
 
-// Waits until nobody touches anybody's tensors any more. False: a rank left its part undone.
-PA_SLOW bool leave_as_leader(Exec ex, Place p) {
-  PaControl* control = p.control();
-  say_left(p, true);
+// Exits, and waits until all ranks have. False: a rank left its part undone.
+PA_NOINLINE bool exit_barrier_as_leader(Exec ex, WaitCtx ctx) {
+  PaControl* control = ctx.control();
+  publish_exit(ctx, true);
   uint32_t undone = 0;
-  for (uint32_t r = 0; r < p.a->world; ++r) {
-    uint32_t* left = &control->board[r].left;
-    wait_for_board(ex, p, r, left, 2 * p.epoch, PA_AT_EXIT);
-    if (load_acquire(left) == 2 * p.epoch + 1) undone = code_of(uint32_t(PA_LEFT), r);
+  for (uint32_t r = 0; r < ctx.a->world; ++r) {
+    uint32_t* exited = &control->board[r].exited;
+    wait_for_board(ex, ctx, r, exited, 2 * ctx.epoch, PA_AT_EXIT);
+    if (load_acquire(exited) == 2 * ctx.epoch + 1) undone = code_of(uint32_t(PA_DEPARTED), r);
   }
-  return undone == 0 || !fails(ex, p, undone, PA_AT_EXIT);
+  return undone == 0 || !resolve_failure(ex, ctx, undone, PA_AT_EXIT);
 }
 
-// The same bucket of all ranks, averaged by this block where it is the owner.
+// Averages this block's share of one bucket.
 template <class T> PA_FN void run_direct_bucket(Block& b, const PaBucket& bucket, uint32_t index) {
   if (b.ex.leader())
     for (uint32_t r = 0; r < b.a.world; ++r) {
-      const PaRecord& record = b.place().control()->board[r].record[b.epoch & 1];
+      const PaRecord& record = b.wait_ctx().control()->board[r].record[b.epoch & 1];
       b.me->segments[r] = at<const PaBucket>(record.buckets)[index].segments;
     }
   b.ex.sync();
   if (b.a.world <= 2) Direct<T, 2>(b, bucket).run();
   else if (b.a.world <= 4) Direct<T, 4>(b, bucket).run();
   else Direct<T, 0>(b, bucket).run();
-  b.ex.sync(); // all lanes have written, and are done with me->segments
+  b.ex.sync(); // all lanes have written, and have read me->segments
 }
 
 PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
   if (has_failed(ex, a)) return;
   Block b(ex, a, true);
-  if (meet(b, true)) {
+  if (entry_barrier(b, true)) {
     const PaBucket* buckets = at<const PaBucket>(a.buckets);
-    bool good = ++b.step != a.fault_step;
+    bool good = b.begin_step();
     for (uint32_t i = 0; good && i < a.bucket_count; ++i)
-      with_dtype(buckets[i].dtype, [&](auto element) { run_direct_bucket<decltype(element)>(b, buckets[i], i); });
-    good = good && ++b.step != a.fault_step;
+      with_dtype(buckets[i].dtype, [&](auto element) {
+        run_direct_bucket<decltype(element)>(b, buckets[i], i);
+      });
+    good = good && b.begin_step();
     if (ex.leader()) {
-      if (!good) say_left(b.place(), false); // it leaves, but never without a word: others wait until it is off their tensors
-      else if (leave_as_leader(ex, b.place())) b.me->outcome = PA_COMMITTED;
+      // A block that fault_step ends still publishes its exit: peers wait for that without limit.
+      if (!good) publish_exit(b.wait_ctx(), false);
+      else if (exit_barrier_as_leader(ex, b.wait_ctx())) b.me->outcome = PA_COMMITTED;
     }
   }
   b.save();
-}
-
-// Looks for non-finite values before the meeting, where nothing else reads all own tensors before the commit.
-PA_FN void run_scan(const Exec& ex, const PaArgs& a) {
-  PaChannel* me = at<PaChannel>(a.channel) + ex.block();
-  if (ex.leader()) me->bad = 0;
-  ex.sync();
-  if ((a.flags & PA_FLAG_WEIGHTED) && a.weight == 0) return; // it only receives
-  const PaBucket* buckets = at<const PaBucket>(a.buckets);
-  for (uint32_t i = 0; i < a.bucket_count; ++i)
-    with_dtype(buckets[i].dtype, [&](auto element) {
-      scan_range<decltype(element)>(ex, buckets[i], i, channel_range(buckets[i], ex.block()), me);
-    });
 }
 } // namespace PA_ISA

@@ -1,28 +1,28 @@
-// Packs: 16 bytes, the unit of load and store. A Raw holds K packs as they lie in memory, a Wide their elements in the
-// type that sums are made in: f32 for f32, f16 and bf16, f64 for f64. K is 1, or on a CPU as many as one vector
-// register holds (Exec::kGroup). Narrowing rounds once, to nearest even, and gives the one NaN 0x7fff that a GPU
-// gives. Host and device do the same operations in the same order: the same bits.
+// Packs: 16 bytes, the unit of load and store. A Raw holds K packs as they lie in memory, a Wide
+// their elements in the type of sums: f32 for f32, f16 and bf16, f64 for f64. K is 1, or kGroup on
+// a CPU: as many packs as one vector register holds. Narrowing rounds once, to nearest even, and
+// makes every NaN 0x7fff, as a GPU does. Host and device do the same operations in the same order:
+// the same bits.
 #pragma once
 #include "exec.h"
-#if !defined(__CUDACC__) && defined(__SSE2__)
-#include <immintrin.h>
-#endif
 
 namespace PA_ISA {
 
 struct F16 { uint16_t bits; };
 struct BF16 { uint16_t bits; };
 
-template <class T> struct Element; // Sum: the type of sums; kPerPack: elements in a pack
+// Sum: type of sums. kPerPack: elements in a pack.
+template <class T> struct Element;
 template <> struct Element<float> { using Sum = float; static constexpr int kPerPack = 4; };
 template <> struct Element<double> { using Sum = double; static constexpr int kPerPack = 2; };
 template <> struct Element<F16> { using Sum = float; static constexpr int kPerPack = 8; };
 template <> struct Element<BF16> { using Sum = float; static constexpr int kPerPack = 8; };
 template <class T> using SumOf = typename Element<T>::Sum;
 template <class T>
-using BitsOf = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+using BitsOf = std::conditional_t<sizeof(T) == 2, uint16_t,
+                                  std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
 
-// Calls f with a value of the element type that `dtype` names.
+// Calls f with a value of the element type of a PaDtype.
 template <class F> PA_FN void with_dtype(uint32_t dtype, F f) {
   switch (dtype) {
     case PA_F32: return f(float{});
@@ -32,318 +32,37 @@ template <class F> PA_FN void with_dtype(uint32_t dtype, F f) {
   }
 }
 
+} // namespace PA_ISA
+
 #if defined(__CUDACC__)
-// ---- CUDA: a Wide is an array of scalars ------------------------------------------------------------------------
-template <class T, int K> struct alignas(16) Raw {
-  uint32_t w[4];
-};
-template <class T, int K> struct Wide {
-  static constexpr int kLength = Element<T>::kPerPack;
-  SumOf<T> v[kLength];
-};
-// In PTX, for the compiler can't tell that an address from the segment table is one of global memory and would use
-// generic accesses. (Telling it, by a cast in at(), makes nvcc 13.0 run for ever.)
-PA_FN uint4 load_16(const char* p) {
-  uint4 v;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
-  return v;
-}
-PA_FN void store_16(char* p, uint4 v) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
-
-template <class T, int K> PA_FN Raw<T, K> load_raw(const char* p) {
-  const uint4 v = load_16(p);
-  return {{v.x, v.y, v.z, v.w}};
-}
-template <class T, int K> PA_FN void store_raw(char* p, const Raw<T, K>& r) {
-  store_16(p, make_uint4(r.w[0], r.w[1], r.w[2], r.w[3]));
-}
-template <class T, int K> PA_FN void stream_raw(char* p, const Raw<T, K>& r) { store_raw<T, K>(p, r); }
-template <class T, int K> PA_FN void pass_raw(char* p, const Raw<T, K>& r, bool) { store_raw<T, K>(p, r); }
-PA_FN void stream_fence() {}
-
-template <class T, int K> PA_FN Wide<T, K> widen(const Raw<T, K>& r) {
-  Wide<T, K> x;
-  PA_UNROLL for (int i = 0; i < Wide<T, K>::kLength; ++i) {
-    if constexpr (sizeof(T) == 4) x.v[i] = __uint_as_float(r.w[i]);
-    if constexpr (sizeof(T) == 8) x.v[i] = __hiloint2double(int(r.w[2 * i + 1]), int(r.w[2 * i]));
-    if constexpr (PA_SAME(T, BF16)) x.v[i] = __uint_as_float(i & 1 ? r.w[i / 2] & 0xffff0000u : r.w[i / 2] << 16);
-    if constexpr (PA_SAME(T, F16)) {
-      const uint16_t half = uint16_t(i & 1 ? r.w[i / 2] >> 16 : r.w[i / 2]);
-      asm("cvt.f32.f16 %0, %1;" : "=f"(x.v[i]) : "h"(half));
-    }
-  }
-  return x;
-}
-template <class T, int K> PA_FN Raw<T, K> narrow(const Wide<T, K>& x) {
-  Raw<T, K> r;
-  PA_UNROLL for (int i = 0; i < 4; ++i) {
-    if constexpr (sizeof(T) == 4) r.w[i] = __float_as_uint(x.v[i]);
-    if constexpr (sizeof(T) == 8) r.w[i] = uint32_t(i & 1 ? __double2hiint(x.v[i / 2]) : __double2loint(x.v[i / 2]));
-    if constexpr (PA_SAME(T, BF16)) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r.w[i]) : "f"(x.v[2 * i + 1]), "f"(x.v[2 * i]));
-    if constexpr (PA_SAME(T, F16)) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r.w[i]) : "f"(x.v[2 * i + 1]), "f"(x.v[2 * i]));
-  }
-  return r;
-}
-template <class T, int K> PA_FN Wide<T, K> zero() {
-  Wide<T, K> x;
-  PA_UNROLL for (int i = 0; i < Wide<T, K>::kLength; ++i) x.v[i] = SumOf<T>(0);
-  return x;
-}
-template <class T, int K> PA_FN Wide<T, K> operator+(Wide<T, K> a, const Wide<T, K>& b) {
-  PA_UNROLL for (int i = 0; i < Wide<T, K>::kLength; ++i) a.v[i] = a.v[i] + b.v[i];
-  return a;
-}
-template <class T, int K> PA_FN Wide<T, K> operator*(Wide<T, K> a, SumOf<T> s) {
-  PA_UNROLL for (int i = 0; i < Wide<T, K>::kLength; ++i) a.v[i] = a.v[i] * s;
-  return a;
-}
-template <class T, int K> PA_FN Wide<T, K> operator/(Wide<T, K> a, SumOf<T> s) {
-  PA_UNROLL for (int i = 0; i < Wide<T, K>::kLength; ++i) a.v[i] = a.v[i] / s;
-  return a;
-}
-template <class T, int K> PA_FN Wide<T, K> operator-(Wide<T, K> a, const Wide<T, K>& b) {
-  PA_UNROLL for (int i = 0; i < Wide<T, K>::kLength; ++i) a.v[i] = a.v[i] - b.v[i];
-  return a;
-}
-template <class T, int K> PA_FN bool any_nonzero(const Wide<T, K>& a) {
-  bool any = false;
-  PA_UNROLL for (int i = 0; i < Wide<T, K>::kLength; ++i) any |= a.v[i] != SumOf<T>(0);
-  return any;
-}
-template <class T, int K> PA_FN Wide<T, K> load_wide(const char* p) {
-  Wide<T, K> x;
-  PA_UNROLL for (int q = 0; q < int(sizeof x / 16); ++q) {
-    const uint4 v = load_16(p + 16 * q);
-    memcpy(reinterpret_cast<char*>(&x) + 16 * q, &v, 16);
-  }
-  return x;
-}
-template <class T, int K> PA_FN void store_wide(char* p, const Wide<T, K>& x) {
-  PA_UNROLL for (int q = 0; q < int(sizeof x / 16); ++q) {
-    uint4 v;
-    memcpy(&v, reinterpret_cast<const char*>(&x) + 16 * q, 16);
-    store_16(p + 16 * q, v);
-  }
-}
-template <class T, int K> PA_FN void pass_wide(char* p, const Wide<T, K>& x, bool) { store_wide<T, K>(p, x); }
-
-template <class T, int K> PA_FN Raw<T, K> differing_bits(const Raw<T, K>& a, const Raw<T, K>& b, Raw<T, K> before) {
-  PA_UNROLL for (int i = 0; i < 4; ++i) before.w[i] |= a.w[i] ^ b.w[i];
-  return before;
-}
-template <class T, int K> PA_FN Raw<T, K> where_equal(const Raw<T, K>& differs, Raw<T, K> equal, const Raw<T, K>& other) {
-  PA_UNROLL for (int i = 0; i < 4; ++i) {
-    uint32_t mask = differs.w[i] != 0 ? ~0u : 0u;
-    if constexpr (sizeof(T) == 2) mask = (differs.w[i] & 0xffffu ? 0xffffu : 0u) | (differs.w[i] >> 16 ? 0xffff0000u : 0u);
-    if constexpr (sizeof(T) == 8) mask = differs.w[i] | differs.w[i ^ 1] ? ~0u : 0u;
-    equal.w[i] = (equal.w[i] & ~mask) | (other.w[i] & mask);
-  }
-  return equal;
-}
+#include "pack/cuda.h"
 #else
-// ---- CPU: a Wide is one vector, or two where a half is widened to f32 -------------------------------------------
-// A vector of B bytes of E. Its memory may lie at any address and belong to an object of any type.
-template <class E, int B> struct Vector {
-  typedef E type __attribute__((vector_size(B)));
-  typedef E memory __attribute__((vector_size(B), aligned(1), may_alias));
-};
-template <class E, int B> using V = typename Vector<E, B>::type;
-template <class E, int B> PA_FN V<E, B> load_vector(const char* p) {
-  return *reinterpret_cast<const typename Vector<E, B>::memory*>(p);
-}
-template <class E, int B> PA_FN void store_vector(char* p, V<E, B> v) {
-  *reinterpret_cast<typename Vector<E, B>::memory*>(p) = v;
-}
-// Past the caches: for memory that was not just read, so that it is not read to be overwritten.
-template <class E, int B> PA_FN void stream_vector(char* p, V<E, B> v) {
-#if defined(__SSE2__) && !defined(PA_SANITIZE) // sanitizers do not see the intrinsics
-  if ((uintptr_t(p) & (B - 1)) == 0) {
-    if constexpr (B == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
-#if defined(__AVX2__)
-    if constexpr (B == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#include "pack/cpu.h"
 #endif
-#if defined(__AVX512F__)
-    if constexpr (B == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
-#endif
-  }
-#endif
-  store_vector<E, B>(p, v);
-}
-PA_FN void stream_fence() {
-#if defined(__SSE2__)
-  _mm_sfence(); // streamed stores are not ordered by the release that publishes them
-#endif
-}
 
-// Halves lie in memory as two vectors of half the width, so that each widens to one whole vector.
-template <class T, int K> struct Raw {
-  using E = std::conditional_t<sizeof(T) == 2, uint16_t, SumOf<T>>;
-  static constexpr int kParts = sizeof(T) == 2 ? 2 : 1, kBytes = 16 * K / kParts;
-  V<E, kBytes> part[kParts];
-};
-template <class T, int K> struct Wide {
-  static constexpr int kParts = sizeof(T) == 2 ? 2 : 1, kBytes = 16 * K;
-  V<SumOf<T>, kBytes> part[kParts];
-};
-template <class T, int K> PA_FN Raw<T, K> load_raw(const char* p) {
-  using R = Raw<T, K>;
-  R r;
-  for (int h = 0; h < R::kParts; ++h) r.part[h] = load_vector<typename R::E, R::kBytes>(p + h * R::kBytes);
-  return r;
-}
-template <class T, int K> PA_FN void store_raw(char* p, const Raw<T, K>& r) {
-  using R = Raw<T, K>;
-  for (int h = 0; h < R::kParts; ++h) store_vector<typename R::E, R::kBytes>(p + h * R::kBytes, r.part[h]);
-}
-template <class T, int K> PA_FN void stream_raw(char* p, const Raw<T, K>& r) {
-  using R = Raw<T, K>;
-  if constexpr (R::kBytes >= 16) {
-    for (int h = 0; h < R::kParts; ++h) stream_vector<typename R::E, R::kBytes>(p + h * R::kBytes, r.part[h]);
-  } else {
-    store_raw<T, K>(p, r);
-  }
-}
-// For another core to read. far: past the caches, see is_far().
-template <class T, int K> PA_FN void pass_raw(char* p, const Raw<T, K>& r, bool far) {
-  if (far) stream_raw<T, K>(p, r);
-  else store_raw<T, K>(p, r);
-}
+namespace PA_ISA {
 
-template <int B> PA_FN V<float, B> bf16_to_float(V<uint16_t, B / 2> h) {
-  return (V<float, B>)(__builtin_convertvector(h, V<uint32_t, B>) << 16);
-}
-template <int B> PA_FN V<uint16_t, B / 2> float_to_bf16(V<float, B> f) {
-  const auto u = (V<uint32_t, B>)f;
-  const auto rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const auto magnitude = u & 0x7fffffffu;
-  const auto result = magnitude > 0x7f800000u ? V<uint32_t, B>{} + 0x7fffu : rounded;
-  return __builtin_convertvector(result, V<uint16_t, B / 2>);
-}
-template <int B> PA_FN V<float, B> f16_to_float(V<uint16_t, B / 2> h) {
-#if defined(__F16C__)
-  if constexpr (B == 16) {
-    const V<uint16_t, 16> both = {h[0], h[1], h[2], h[3]};
-    return (V<float, B>)_mm_cvtph_ps((__m128i)both);
-  }
-  if constexpr (B == 32) return (V<float, B>)_mm256_cvtph_ps((__m128i)h);
-#if defined(__AVX512F__)
-  if constexpr (B == 64) return (V<float, B>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);
-#endif
-#endif
-  // The exponent is rebased by a multiplication, which also normalises subnormals.
-  const auto wide = __builtin_convertvector(h, V<uint32_t, B>);
-  const auto rebased = (V<uint32_t, B>)((V<float, B>)((wide & 0x7fffu) << 13) * 0x1p112f);
-  const auto special = rebased >= 0x47800000u; // was an infinity or a NaN
-  return (V<float, B>)((special ? rebased | 0x7f800000u : rebased) | (wide & 0x8000u) << 16);
-}
-template <int B> PA_FN V<uint16_t, B / 2> float_to_f16(V<float, B> f) {
-  using U = V<uint32_t, B>;
-  const U magnitude = (U)f & 0x7fffffffu;
-  const auto is_nan = magnitude > 0x7f800000u;
-#if defined(__F16C__)
-  V<uint16_t, B / 2> half;
-  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  if constexpr (B == 16) {
-    const auto both = (V<uint16_t, 16>)_mm_cvtps_ph((__m128)f, kNearest);
-    half = V<uint16_t, B / 2>{both[0], both[1], both[2], both[3]};
-  }
-  if constexpr (B == 32) half = (V<uint16_t, B / 2>)_mm256_cvtps_ph((__m256)f, kNearest);
-#if defined(__AVX512F__)
-  if constexpr (B == 64) half = (V<uint16_t, B / 2>)_mm512_maskz_cvtps_ph(0xffff, (__m512)f, kNearest);
-#endif
-  const U wide = __builtin_convertvector(half, U);
-  return __builtin_convertvector(is_nan ? U{} + 0x7fffu : wide, V<uint16_t, B / 2>);
-#else
-  // Below 2^-14, adding 0.5 leaves the rounded subnormal in the low bits; above, the carry of the rounding goes into
-  // the exponent, and at the top to infinity.
-  const U tiny = (U)((V<float, B>)magnitude + 0.5f) - 0x3f000000u;
-  const U usual = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  const U finite = magnitude < 0x38800000u ? tiny : usual;
-  const U number = magnitude >= 0x47800000u ? U{} + 0x7c00u : finite;
-  return __builtin_convertvector(is_nan ? U{} + 0x7fffu : number | ((U)f >> 16 & 0x8000u), V<uint16_t, B / 2>);
-#endif
-}
-
-template <class T, int K> PA_FN Wide<T, K> widen(const Raw<T, K>& r) {
-  using W = Wide<T, K>;
-  W x;
-  for (int h = 0; h < W::kParts; ++h) {
-    if constexpr (PA_SAME(T, F16)) x.part[h] = f16_to_float<W::kBytes>(r.part[h]);
-    else if constexpr (PA_SAME(T, BF16)) x.part[h] = bf16_to_float<W::kBytes>(r.part[h]);
-    else x.part[h] = r.part[h];
-  }
-  return x;
-}
-template <class T, int K> PA_FN Raw<T, K> narrow(const Wide<T, K>& x) {
-  using W = Wide<T, K>;
-  Raw<T, K> r;
-  for (int h = 0; h < W::kParts; ++h) {
-    if constexpr (PA_SAME(T, F16)) r.part[h] = float_to_f16<W::kBytes>(x.part[h]);
-    else if constexpr (PA_SAME(T, BF16)) r.part[h] = float_to_bf16<W::kBytes>(x.part[h]);
-    else r.part[h] = x.part[h];
-  }
-  return r;
-}
+// Arithmetic by parts: a part of a Wide is a scalar on CUDA, a vector on a CPU.
 template <class T, int K> PA_FN Wide<T, K> zero() { return Wide<T, K>{}; }
 template <class T, int K> PA_FN Wide<T, K> operator+(Wide<T, K> a, const Wide<T, K>& b) {
-  for (int h = 0; h < Wide<T, K>::kParts; ++h) a.part[h] = a.part[h] + b.part[h];
-  return a;
-}
-template <class T, int K> PA_FN Wide<T, K> operator*(Wide<T, K> a, SumOf<T> s) {
-  for (int h = 0; h < Wide<T, K>::kParts; ++h) a.part[h] = a.part[h] * s;
-  return a;
-}
-template <class T, int K> PA_FN Wide<T, K> operator/(Wide<T, K> a, SumOf<T> s) {
-  for (int h = 0; h < Wide<T, K>::kParts; ++h) a.part[h] = a.part[h] / s;
+  PA_UNROLL for (int i = 0; i < Wide<T, K>::kParts; ++i) a.part[i] = a.part[i] + b.part[i];
   return a;
 }
 template <class T, int K> PA_FN Wide<T, K> operator-(Wide<T, K> a, const Wide<T, K>& b) {
-  for (int h = 0; h < Wide<T, K>::kParts; ++h) a.part[h] = a.part[h] - b.part[h];
+  PA_UNROLL for (int i = 0; i < Wide<T, K>::kParts; ++i) a.part[i] = a.part[i] - b.part[i];
   return a;
 }
-template <class T, int K> PA_FN bool any_nonzero(const Wide<T, K>& a) {
-  bool any = false;
-  for (int h = 0; h < Wide<T, K>::kParts; ++h)
-    for (unsigned i = 0; i < sizeof a.part[h] / sizeof(SumOf<T>); ++i) any |= a.part[h][i] != 0;
-  return any;
+template <class T, int K> PA_FN Wide<T, K> operator*(Wide<T, K> a, SumOf<T> s) {
+  PA_UNROLL for (int i = 0; i < Wide<T, K>::kParts; ++i) a.part[i] = a.part[i] * s;
+  return a;
 }
-template <class T, int K> PA_FN Wide<T, K> load_wide(const char* p) {
-  using W = Wide<T, K>;
-  W x;
-  for (int h = 0; h < W::kParts; ++h) x.part[h] = load_vector<SumOf<T>, W::kBytes>(p + h * W::kBytes);
-  return x;
-}
-template <class T, int K> PA_FN void store_wide(char* p, const Wide<T, K>& x) {
-  using W = Wide<T, K>;
-  for (int h = 0; h < W::kParts; ++h) store_vector<SumOf<T>, W::kBytes>(p + h * W::kBytes, x.part[h]);
-}
-template <class T, int K> PA_FN void pass_wide(char* p, const Wide<T, K>& x, bool far) {
-  using W = Wide<T, K>;
-  if (!far) return store_wide<T, K>(p, x);
-  for (int h = 0; h < W::kParts; ++h) stream_vector<SumOf<T>, W::kBytes>(p + h * W::kBytes, x.part[h]);
+template <class T, int K> PA_FN Wide<T, K> operator/(Wide<T, K> a, SumOf<T> s) {
+  PA_UNROLL for (int i = 0; i < Wide<T, K>::kParts; ++i) a.part[i] = a.part[i] / s;
+  return a;
 }
 
-// Where elements have equal bits, whatever these stand for, NaN included.
-// The bits in which a and b differ, and those of `before`.
-template <class T, int K> PA_FN Raw<T, K> differing_bits(const Raw<T, K>& a, const Raw<T, K>& b, Raw<T, K> before) {
-  using R = Raw<T, K>;
-  using B = V<BitsOf<T>, R::kBytes>;
-  for (int h = 0; h < R::kParts; ++h) before.part[h] = (V<typename R::E, R::kBytes>)((B)before.part[h] | ((B)a.part[h] ^ (B)b.part[h]));
-  return before;
-}
-// Element by element: `equal` where `differs` has no bit, else `other`.
-template <class T, int K> PA_FN Raw<T, K> where_equal(const Raw<T, K>& differs, Raw<T, K> equal, const Raw<T, K>& other) {
-  using R = Raw<T, K>;
-  using B = V<BitsOf<T>, R::kBytes>;
-  for (int h = 0; h < R::kParts; ++h) equal.part[h] = (B)differs.part[h] == B{} ? equal.part[h] : other.part[h];
-  return equal;
-}
-#endif
-
-// Whether anything that was looked at was NaN or infinite: x - x is NaN then, and 0 otherwise.
-template <class T> struct Suspicion {
+// Finds NaN and infinity among all values that were looked at: x - x is NaN then, and 0 otherwise.
+template <class T> struct NonFiniteCheck {
   Wide<T, kGroup> group = zero<T, kGroup>();
   Wide<T, 1> one = zero<T, 1>();
   template <int K> PA_FN void look(const Wide<T, K>& x) {
@@ -352,46 +71,4 @@ template <class T> struct Suspicion {
   }
   PA_FN bool found() const { return any_nonzero<T, 1>(one) || any_nonzero<T, kGroup>(group); }
 };
-
-// A pack of fewer elements than it has room for, or of a tensor that is not aligned to packs: element by element.
-// What is lacking is zero.
-template <class T> PA_FN Raw<T, 1> load_ragged(const char* p, uint32_t count) {
-  using Bits = BitsOf<T>;
-  constexpr int N = Element<T>::kPerPack;
-#if defined(__CUDACC__)
-  // Shifts into registers, not an array in memory.
-  Raw<T, 1> r = {{0, 0, 0, 0}};
-  PA_UNROLL for (int i = 0; i < N; ++i) {
-    if (uint32_t(i) < count) {
-      const Bits bits = reinterpret_cast<const Bits*>(p)[i];
-      if constexpr (sizeof(T) == 2) r.w[i / 2] |= uint32_t(bits) << (16 * (i & 1));
-      if constexpr (sizeof(T) == 4) r.w[i] = bits;
-      if constexpr (sizeof(T) == 8) r.w[2 * i] = uint32_t(bits), r.w[2 * i + 1] = uint32_t(bits >> 32);
-    }
-  }
-  return r;
-#else
-  Bits bits[N] = {};
-  memcpy(bits, p, count * sizeof(T));
-  return load_raw<T, 1>(reinterpret_cast<const char*>(bits));
-#endif
-}
-template <class T> PA_FN void store_ragged(char* p, uint32_t count, const Raw<T, 1>& r) {
-  using Bits = BitsOf<T>;
-#if defined(__CUDACC__)
-  PA_UNROLL for (int i = 0; i < Element<T>::kPerPack; ++i) {
-    if (uint32_t(i) < count) {
-      Bits bits;
-      if constexpr (sizeof(T) == 2) bits = Bits(r.w[i / 2] >> (16 * (i & 1)));
-      if constexpr (sizeof(T) == 4) bits = r.w[i];
-      if constexpr (sizeof(T) == 8) bits = Bits(r.w[2 * i + 1]) << 32 | r.w[2 * i];
-      reinterpret_cast<Bits*>(p)[i] = bits;
-    }
-  }
-#else
-  Bits bits[Element<T>::kPerPack];
-  store_raw<T, 1>(reinterpret_cast<char*>(bits), r);
-  memcpy(p, bits, count * sizeof(T));
-#endif
-}
 } // namespace PA_ISA

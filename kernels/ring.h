@@ -1,6 +1,7 @@
-// The ring. A channel's packs are taken in rounds; a round is one chunk for each rank, its shard. In n - 1 steps every
-// shard travels once around the ring, from the rank after its owner to its owner, and each rank it meets adds its own
-// packs: reduce-scatter. The owner divides, rounds once, and the mean travels around again: all-gather.
+// The ring. A channel's packs are taken in rounds; a round is one chunk per rank, its shard. In
+// n - 1 steps every shard travels once around the ring, from the rank after its owner to its owner,
+// and each rank adds its own packs: reduce-scatter. The owner divides and rounds once, and the mean
+// travels around again: all-gather.
 //
 //   step            rank r sends                     rank r receives
 //   0               own packs of shard r-1           -
@@ -9,13 +10,15 @@
 //   k = 1 … n-2     what came                        shard r-k, the mean
 //   n-1             -                                shard r+1, the mean
 //
-// So shard s is summed in the order of ranks s+1, s+2, …, s. Sums are made in f32 (f64 for f64). What step 0 sends is raw, and
-// multiplied by the sender's scale when it has been widened; so is the mean. Partial sums, which are there from 3 ranks on,
-// travel as f32 (f64), or in the tensors' 16 bits where `wire_f32` does not ask for f32: as partial means then, which are
-// no smaller and no larger than what they are made of. A rank that only receives adds nothing, and where no rank before has
-// added anything, the slot holds nothing. Every rank makes every step, also for an empty shard.
+// Shard s is summed in the order of ranks s+1, s+2, …, s, in f32 (f64 for f64). Step 0 sends raw
+// packs, which the receiver widens and multiplies by the sender's scale; the mean is raw, too.
+// Partial sums, which exist from 3 ranks on, travel as f32 (f64), or in the tensors' 16 bits unless
+// `wire_f32` is set: as partial means then, which lie within the range of their inputs. A rank that
+// only receives adds nothing; the slot holds nothing where no rank before has added anything.
+// Every rank makes every step, also for an empty shard.
 #pragma once
-#include "meeting.h"
+#include "barriers.h"
+#include "scan.h"
 
 namespace PA_ISA {
 
@@ -29,7 +32,8 @@ template <class T, bool kF32> struct Ring {
   S scale, divisor;
   bool contributes, rejects, keeps;
 
-  PA_FN Ring(Block& b_, const PaBucket& bucket_, uint32_t index_) : b(b_), bucket(bucket_), index(index_) {
+  PA_FN Ring(Block& b_, const PaBucket& bucket_, uint32_t index_)
+      : b(b_), bucket(bucket_), index(index_) {
     const double own = b.me->scale[b.a.rank];
     contributes = own >= 0;
     scale = contributes ? S(own) : S(0);
@@ -38,12 +42,12 @@ template <class T, bool kF32> struct Ring {
     keeps = b.a.flags & PA_FLAG_KEEP;
   }
 
-  // Contents of a shard that has made k steps.
-  struct Brought {
-    bool any;    // of the k ranks that it has met one counts at least
-    S in, out;   // what the values in the inbox are multiplied by, and those that go into the outbox
+  // State of a shard after k steps.
+  struct Incoming {
+    bool any;  // at least one of the k ranks on its way counts
+    S in, out; // factors of values in the inbox, and of values that go into the outbox
   };
-  PA_FN Brought brought(uint32_t k) const {
+  PA_FN Incoming incoming(uint32_t k) const {
     double sum = 0;
     bool any = false;
     for (uint32_t j = k; j > 0; --j) {
@@ -51,124 +55,149 @@ template <class T, bool kF32> struct Ring {
       if (other >= 0) any = true, sum += other;
     }
     const double with_own = contributes ? sum + double(scale) : sum;
-    return {any, k == 1 || kPartialMeans ? S(sum) : S(1), kPartialMeans && with_own > 0 ? S(1 / with_own) : S(1)};
+    return {any, k == 1 || kPartialMeans ? S(sum) : S(1),
+            kPartialMeans && with_own > 0 ? S(1 / with_own) : S(1)};
   }
 
-  // As it is, also a NaN, where one rank counts.
-  template <int K> PA_FN static Wide<T, K> times(const Wide<T, K>& x, S factor) { return factor == S(1) ? x : x * factor; }
-  template <int K> PA_FN Wide<T, K> own_share(const Raw<T, K>& raw, Suspicion<T>& suspicion) const {
+  // Unchanged, also a NaN, where one rank counts.
+  template <int K> PA_FN static Wide<T, K> times(const Wide<T, K>& x, S factor) {
+    return factor == S(1) ? x : x * factor;
+  }
+  template <int K>
+  PA_FN Wide<T, K> own_share(const Raw<T, K>& raw, NonFiniteCheck<T>& check) const {
     const Wide<T, K> x = widen<T, K>(raw);
-    if (rejects) suspicion.template look<K>(x);
+    if (rejects) check.template look<K>(x);
     return times<K>(x, scale);
   }
-  // Division is slow on both machines, and by 1 after equal weights in a world of 2, 4, 8 or 16.
-  template <int K> PA_FN Wide<T, K> mean_of(const Wide<T, K>& sum) const { return divisor == S(1) ? sum : sum / divisor; }
-  PA_FN void after(Suspicion<T>& suspicion, Range r) {
-    if (rejects && suspicion.found()) name_non_finite<T>(&bucket, index, r.begin, r.end, b.me);
+  // Skips the division, which is slow, by 1: after equal weights in a world of 2, 4, 8 or 16.
+  template <int K> PA_FN Wide<T, K> mean_of(const Wide<T, K>& sum) const {
+    return divisor == S(1) ? sum : sum / divisor;
+  }
+  PA_FN void after(NonFiniteCheck<T>& check, Range r) {
+    if (rejects && check.found()) locate_non_finite<T>(&bucket, index, r.begin, r.end, b.me);
   }
 
   // Own packs of a shard → outbox.
   PA_FN bool send_own(Range r) {
     if (!b.enter<false, true>(PA_AT_REDUCE, bucket.chunk)) return false;
     char* out = b.outbox();
-    const bool far = b.far;
-    Suspicion<T> suspicion;
+    const bool remote = b.remote;
+    NonFiniteCheck<T> check;
     if (contributes)
-      each_own<T>(b.ex, bucket, r.begin, r.end,
-                  [&](const auto& own, auto g, uint32_t i) {
-                    const auto raw = own.template get<g.kPacks>(i);
-                    if (rejects) suspicion.template look<g.kPacks>(widen<T, g.kPacks>(raw));
-                    return raw;
-                  },
-                  [&](const auto&, auto g, uint32_t i, const auto& raw) { pass_raw<T, g.kPacks>(out + 16 * uint64_t(i), raw, far); });
-    after(suspicion, r);
+      each_own<T>(
+          b.ex, bucket, r.begin, r.end,
+          [&](const auto& own, auto g, uint32_t i) {
+            const auto raw = own.template load<g.kPacks>(i);
+            if (rejects) check.template look<g.kPacks>(widen<T, g.kPacks>(raw));
+            return raw;
+          },
+          [&](const auto&, auto g, uint32_t i, const auto& raw) {
+            store_to_peer<T, g.kPacks>(out + 16 * uint64_t(i), raw, remote);
+          });
+    after(check, r);
     b.leave<false, true>();
     return true;
   }
 
-  // Inbox + own packs → sink(own, group, i, sum), which is made once the step has begun. kSend: it also fills the outbox.
-  // kRaw: the inbox holds packs as they lie in memory, not partial sums as f32.
-  template <bool kRaw, bool kSend, class MakeSink> PA_FN bool receive_and_add(Range r, const Brought& brought, MakeSink make_sink) {
+  // Inbox + own packs → sink(own, group, i, sum); make_sink() runs after the step has begun.
+  // kSend: the sink fills the outbox. kRaw: the inbox holds raw packs, not partial sums as f32.
+  template <bool kRaw, bool kSend, class MakeSink>
+  PA_FN bool receive_and_add(Range r, const Incoming& incoming, MakeSink make_sink) {
     if (!b.enter<true, kSend>(PA_AT_REDUCE, bucket.chunk)) return false;
     const char* in = b.inbox();
-    const auto partial = [in, factor = brought.in](auto g, uint32_t i) {
+    const auto partial = [in, factor = incoming.in](auto g, uint32_t i) {
       constexpr int K = g.kPacks;
-      if constexpr (kRaw) return times<K>(widen<T, K>(load_raw<T, K>(in + 16 * uint64_t(i))), factor);
+      if constexpr (kRaw)
+        return times<K>(widen<T, K>(load_raw<T, K>(in + 16 * uint64_t(i))), factor);
       else return load_wide<T, K>(in + sizeof(Wide<T, 1>) * uint64_t(i));
     };
-    Suspicion<T> suspicion;
-    if (brought.any || contributes)
-      each_own<T>(b.ex, bucket, r.begin, r.end,
-                  [&](const auto& own, auto g, uint32_t i) {
-                    auto sum = zero<T, g.kPacks>();
-                    if (brought.any) sum = partial(g, i);
-                    if (!contributes) return sum;
-                    const auto share = own_share<g.kPacks>(own.template get<g.kPacks>(i), suspicion);
-                    return brought.any ? sum + share : share;
-                  },
-                  make_sink());
-    after(suspicion, r);
+    NonFiniteCheck<T> check;
+    if (incoming.any || contributes)
+      each_own<T>(
+          b.ex, bucket, r.begin, r.end,
+          [&](const auto& own, auto g, uint32_t i) {
+            auto sum = zero<T, g.kPacks>();
+            if (incoming.any) sum = partial(g, i);
+            if (!contributes) return sum;
+            const auto share = own_share<g.kPacks>(own.template load<g.kPacks>(i), check);
+            return incoming.any ? sum + share : share;
+          },
+          make_sink());
+    after(check, r);
     b.leave<true, kSend>();
     return true;
   }
-  template <bool kRaw> PA_FN bool add_and_send(Range r, const Brought& brought) {
-    return receive_and_add<kRaw, true>(r, brought, [&] {
-      return [out = b.outbox(), far = b.far, factor = brought.out](const auto&, auto g, uint32_t i, const auto& x) {
+  template <bool kRaw> PA_FN bool add_and_send(Range r, const Incoming& incoming) {
+    return receive_and_add<kRaw, true>(r, incoming, [&] {
+      return [out = b.outbox(), remote = b.remote, factor = incoming.out](
+                 const auto&, auto g, uint32_t i, const auto& x) {
         constexpr int K = g.kPacks;
-        if constexpr (kF32) pass_wide<T, K>(out + sizeof(Wide<T, 1>) * uint64_t(i), x, far);
-        else pass_raw<T, K>(out + 16 * uint64_t(i), narrow<T, K>(kPartialMeans ? times<K>(x, factor) : x), far);
+        if constexpr (kF32)
+          store_wide_to_peer<T, K>(out + sizeof(Wide<T, 1>) * uint64_t(i), x, remote);
+        else
+          store_to_peer<T, K>(out + 16 * uint64_t(i),
+                              narrow<T, K>(kPartialMeans ? times<K>(x, factor) : x), remote);
       };
     });
   }
-  // The last step of the reduce: the mean → `shard`, to wait for the commit …
-  PA_FN bool finish_into(Range r, const Brought& brought, char* shard) {
-    return receive_and_add<!kF32, false>(r, brought, [&] {
+  // The last step of the reduce: the mean → `shard`, until the commit …
+  PA_FN bool finish_into(Range r, const Incoming& incoming, char* shard) {
+    return receive_and_add<!kF32, false>(r, incoming, [&] {
       return [this, shard](const auto&, auto g, uint32_t i, const auto& x) {
-        stream_raw<T, g.kPacks>(shard + 16 * uint64_t(i), narrow<T, g.kPacks>(mean_of<g.kPacks>(x)));
+        store_raw_nt<T, g.kPacks>(shard + 16 * uint64_t(i),
+                                  narrow<T, g.kPacks>(mean_of<g.kPacks>(x)));
       };
     });
   }
   // … or → own tensors, unless they are kept, and outbox.
-  PA_FN bool finish_and_send(Range r, const Brought& brought) {
-    return receive_and_add<!kF32, true>(r, brought, [&] {
-      return [this, out = b.outbox(), far = b.far](const auto& own, auto g, uint32_t i, const auto& x) {
+  PA_FN bool finish_and_send(Range r, const Incoming& incoming) {
+    return receive_and_add<!kF32, true>(r, incoming, [&] {
+      return [this, out = b.outbox(), remote = b.remote](const auto& own, auto g, uint32_t i,
+                                                         const auto& x) {
         const auto raw = narrow<T, g.kPacks>(mean_of<g.kPacks>(x));
-        if (!keeps) own.template put<g.kPacks>(i, raw);
-        pass_raw<T, g.kPacks>(out + 16 * uint64_t(i), raw, far);
+        if (!keeps) own.template store<g.kPacks>(i, raw);
+        store_to_peer<T, g.kPacks>(out + 16 * uint64_t(i), raw, remote);
       };
     });
   }
 
-  // `in` → own tensors, unless they are kept, and → outbox. kStream: past the caches, where the tensors were not read a moment ago.
-  template <bool kReceive, bool kSend, bool kStream> PA_FN bool pass_on(Range r, const char* shard) {
+  // Inbox, or `shard` → own tensors, unless they are kept, and → outbox. kNonTemporal: the tensors
+  // were not read a moment ago.
+  template <bool kReceive, bool kSend, bool kNonTemporal>
+  PA_FN bool forward(Range r, const char* shard) {
     if (!b.enter<kReceive, kSend>(PA_AT_GATHER, bucket.chunk)) return false;
     const char* in = kReceive ? b.inbox() : shard;
     char* out = kSend ? b.outbox() : nullptr;
-    const bool far = b.far, writes = !keeps;
-    each_own<T>(b.ex, bucket, r.begin, r.end,
-                [&](const auto&, auto g, uint32_t i) { return load_raw<T, g.kPacks>(in + 16 * uint64_t(i)); },
-                [&](const auto& own, auto g, uint32_t i, const auto& raw) {
-                  if (writes) {
-                    if (kStream) own.template stream<g.kPacks>(i, raw);
-                    else own.template put<g.kPacks>(i, raw);
-                  }
-                  if (kSend) pass_raw<T, g.kPacks>(out + 16 * uint64_t(i), raw, far);
-                });
+    const bool remote = b.remote, writes = !keeps;
+    each_own<T>(
+        b.ex, bucket, r.begin, r.end,
+        [&](const auto&, auto g, uint32_t i) {
+          return load_raw<T, g.kPacks>(in + 16 * uint64_t(i));
+        },
+        [&](const auto& own, auto g, uint32_t i, const auto& raw) {
+          if (writes) {
+            if (kNonTemporal) own.template store_nt<g.kPacks>(i, raw);
+            else own.template store<g.kPacks>(i, raw);
+          }
+          if (kSend) store_to_peer<T, g.kPacks>(out + 16 * uint64_t(i), raw, remote);
+        });
     b.leave<kReceive, kSend>();
     return true;
   }
-  // ---- rounds, and the batches in which they go around --------------------------------------------------------
+
+  // ---- rounds, and the batches in which they go around -----------------------------------------
   PA_FN Range round(uint64_t number) const {
     const Range all = channel_range(bucket, b.ex.block());
     const uint64_t packs = uint64_t(bucket.chunk) * b.a.world, begin = all.begin + number * packs;
-    return {begin, least(begin + packs, all.end)};
+    return {begin, min(begin + packs, all.end)};
   }
   PA_FN char* own_shard(uint64_t number) const {
-    return at<char>(bucket.shard) + 16 * (b.ex.block() * bucket.shard_packs + number * bucket.chunk);
+    return at<char>(bucket.shard) +
+           16 * (b.ex.block() * bucket.shard_packs + number * bucket.chunk);
   }
 
-  // A step is made for all rounds of a batch before the next step, so that while one chunk is worked on another is on
-  // its way. More rounds than half the slots would fill a mailbox with no one left to empty it.
+  // Rounds that make each step together, so that one chunk travels while another is worked on.
+  // More rounds than half the slots would fill a mailbox with no rank left to empty it.
   struct Batch {
     uint64_t first, end;
   };
@@ -179,40 +208,58 @@ template <class T, bool kF32> struct Ring {
   }
   PA_FN bool reduce(Batch batch) {
     const uint32_t n = b.a.world;
-    if (!each(batch, b.a.rank + n - 1, [&](Range r, uint64_t) { return send_own(r); })) return false;
+    if (!each(batch, b.a.rank + n - 1, [&](Range r, uint64_t) { return send_own(r); }))
+      return false;
     uint32_t k = 1;
-    if constexpr (kF32) { // for more than two ranks; what comes first is raw
-      const Brought with = brought(k);
-      if (!each(batch, b.a.rank + n - 1 - k, [&](Range r, uint64_t) { return add_and_send<true>(r, with); })) return false;
+    if constexpr (kF32) { // more than two ranks; what comes first is raw
+      const Incoming in = incoming(k);
+      if (!each(batch, b.a.rank + n - 1 - k,
+                [&](Range r, uint64_t) { return add_and_send<true>(r, in); }))
+        return false;
       ++k;
     }
     for (; k + 1 < n; ++k) {
-      const Brought with = brought(k);
-      if (!each(batch, b.a.rank + n - 1 - k, [&](Range r, uint64_t) { return add_and_send<!kF32>(r, with); })) return false;
+      const Incoming in = incoming(k);
+      if (!each(batch, b.a.rank + n - 1 - k,
+                [&](Range r, uint64_t) { return add_and_send<!kF32>(r, in); }))
+        return false;
     }
     return true;
   }
-  template <bool kStream> PA_FN bool gather(Batch batch) {
+  template <bool kNonTemporal> PA_FN bool gather(Batch batch) {
     const uint32_t n = b.a.world;
     for (uint32_t k = 1; k + 1 < n; ++k)
-      if (!each(batch, b.a.rank + n - k, [&](Range r, uint64_t) { return pass_on<true, true, kStream>(r, nullptr); })) return false;
-    return each(batch, b.a.rank + 1, [&](Range r, uint64_t) { return pass_on<true, false, kStream>(r, nullptr); });
+      if (!each(batch, b.a.rank + n - k, [&](Range r, uint64_t) {
+            return forward<true, true, kNonTemporal>(r, nullptr);
+          }))
+        return false;
+    return each(batch, b.a.rank + 1, [&](Range r, uint64_t) {
+      return forward<true, false, kNonTemporal>(r, nullptr);
+    });
   }
 
-  template <uint32_t kPhase> PA_FN bool run() {
-    const uint64_t packs = channel_range(bucket, b.ex.block()).packs(), round_packs = uint64_t(bucket.chunk) * b.a.world;
+  template <uint32_t kKernel> PA_FN bool run() {
+    const uint64_t packs = channel_range(bucket, b.ex.block()).packs();
+    const uint64_t round_packs = uint64_t(bucket.chunk) * b.a.world;
     const uint64_t rounds = (packs + round_packs - 1) / round_packs, together = b.a.slots / 2;
-    const Brought last = brought(b.a.world - 1);
+    const Incoming last = incoming(b.a.world - 1);
     bool good = true;
     for (uint64_t first = 0; good && first < rounds; first += together) {
-      const Batch batch{first, least(first + together, rounds)};
-      if constexpr (kPhase == PA_RING_REDUCE) {
-        good = reduce(batch) && each(batch, b.a.rank, [&](Range r, uint64_t number) { return finish_into(r, last, own_shard(number)); });
-      } else if constexpr (kPhase == PA_RING_GATHER) {
-        good = each(batch, b.a.rank, [&](Range r, uint64_t number) { return pass_on<false, true, true>(r, own_shard(number)); }) &&
+      const Batch batch{first, min(first + together, rounds)};
+      if constexpr (kKernel == PA_RING_REDUCE) {
+        good = reduce(batch) && each(batch, b.a.rank, [&](Range r, uint64_t number) {
+                 return finish_into(r, last, own_shard(number));
+               });
+      } else if constexpr (kKernel == PA_RING_GATHER) {
+        good = each(batch, b.a.rank, [&](Range r, uint64_t number) {
+                 return forward<false, true, true>(r, own_shard(number));
+               }) &&
                gather<true>(batch);
       } else {
-        good = reduce(batch) && each(batch, b.a.rank, [&](Range r, uint64_t) { return finish_and_send(r, last); }) && gather<false>(batch);
+        good = reduce(batch) &&
+               each(batch, b.a.rank,
+                    [&](Range r, uint64_t) { return finish_and_send(r, last); }) &&
+               gather<false>(batch);
       }
     }
     return good;
@@ -220,28 +267,29 @@ template <class T, bool kF32> struct Ring {
 };
 
 // One block's share of one launch of the ring.
-template <uint32_t kPhase> PA_FN void run_ring(const Exec& ex, const PaArgs& a) {
-  constexpr bool kBegins = kPhase != PA_RING_GATHER;
+template <uint32_t kKernel> PA_FN void run_ring(const Exec& ex, const PaArgs& a) {
+  constexpr bool kBegins = kKernel != PA_RING_GATHER;
   const uint32_t reduced = at<PaChannel>(a.channel)[ex.block()].outcome;
   if (kBegins && has_failed(ex, a)) return;
   Block b(ex, a, kBegins);
-  if (kPhase == PA_RING_GATHER && reduced != PA_COMMITTED) return; // the reduce did not end well: it has said why
-  if (kPhase == PA_RING_GATHER && ex.leader()) b.me->outcome = PA_OPEN; // being ready was not the end
-  if (kPhase == PA_RING_REDUCE && ex.leader()) b.me->bad = 0;
-  bool good = kPhase == PA_RING_GATHER ? vote(b) : meet(b, kPhase == PA_RING);
+  if (kKernel == PA_RING_GATHER && reduced != PA_COMMITTED) return; // the reduce has said why
+  if (kKernel == PA_RING_GATHER && ex.leader()) b.me->outcome = PA_OPEN; // was: ready to vote
+  if (kKernel == PA_RING_REDUCE && ex.leader()) b.me->bad = 0;
+  bool good = kKernel == PA_RING_GATHER ? commit_vote(b) : entry_barrier(b, kKernel == PA_RING);
   const PaBucket* buckets = at<const PaBucket>(a.buckets);
   for (uint32_t i = 0; good && i < a.bucket_count; ++i) {
     const PaBucket& bucket = buckets[i];
-    // Inlined by force: what is passed to a function by address, as `b` would be, lies in memory on a GPU.
+    // Forced inline: an argument passed by address, as `b` would be, lies in memory on a GPU.
     with_dtype(bucket.dtype, [&](auto element) __attribute__((always_inline)) {
       using T = decltype(element);
       if constexpr (sizeof(T) == 2) {
-        if (bucket.wire_f32 && a.world > 2) return void(good = Ring<T, true>(b, bucket, i).template run<kPhase>());
+        if (bucket.wire_f32 && a.world > 2)
+          return void(good = Ring<T, true>(b, bucket, i).template run<kKernel>());
       }
-      good = Ring<T, false>(b, bucket, i).template run<kPhase>();
+      good = Ring<T, false>(b, bucket, i).template run<kKernel>();
     });
   }
-  if (good && ex.leader()) b.me->outcome = PA_COMMITTED; // or, after PA_RING_REDUCE: ready to vote
+  if (good && ex.leader()) b.me->outcome = PA_COMMITTED; // after PA_RING_REDUCE: ready to vote
   b.save();
 }
 } // namespace PA_ISA

@@ -9,12 +9,12 @@ pub const PA_F64: PaDtype = 1;
 pub const PA_F16: PaDtype = 2;
 pub const PA_BF16: PaDtype = 3;
 pub type PaDtype = ::std::os::raw::c_uint;
-pub const PA_DIRECT: PaPhase = 0;
-pub const PA_RING: PaPhase = 1;
-pub const PA_RING_REDUCE: PaPhase = 2;
-pub const PA_RING_GATHER: PaPhase = 3;
-pub const PA_SCAN: PaPhase = 4;
-pub type PaPhase = ::std::os::raw::c_uint;
+pub const PA_DIRECT: PaKernel = 0;
+pub const PA_RING: PaKernel = 1;
+pub const PA_RING_REDUCE: PaKernel = 2;
+pub const PA_RING_GATHER: PaKernel = 3;
+pub const PA_SCAN: PaKernel = 4;
+pub type PaKernel = ::std::os::raw::c_uint;
 pub const PA_OPEN: PaKind = 0;
 pub const PA_COMMITTED: PaKind = 1;
 pub const PA_UNNEEDED: PaKind = 2;
@@ -26,21 +26,21 @@ pub const PA_BAD_WEIGHT: PaKind = 7;
 pub const PA_NO_WEIGHT: PaKind = 8;
 pub const PA_TIMEOUT: PaKind = 16;
 pub const PA_ABORTED: PaKind = 17;
-pub const PA_LEFT: PaKind = 18;
+pub const PA_DEPARTED: PaKind = 18;
 pub type PaKind = ::std::os::raw::c_uint;
-pub const PA_AT_MEET: PaWhere = 0;
-pub const PA_AT_REDUCE: PaWhere = 1;
-pub const PA_AT_COMMIT: PaWhere = 2;
-pub const PA_AT_GATHER: PaWhere = 3;
-pub const PA_AT_EXIT: PaWhere = 4;
-pub type PaWhere = ::std::os::raw::c_uint;
+pub const PA_AT_MEET: PaPhase = 0;
+pub const PA_AT_REDUCE: PaPhase = 1;
+pub const PA_AT_COMMIT: PaPhase = 2;
+pub const PA_AT_GATHER: PaPhase = 3;
+pub const PA_AT_EXIT: PaPhase = 4;
+pub type PaPhase = ::std::os::raw::c_uint;
 pub const PA_FLAG_REJECT_NON_FINITE: PaFlag = 1;
 pub const PA_FLAG_WEIGHTED: PaFlag = 2;
 pub const PA_FLAG_UNNEEDED: PaFlag = 4;
 pub const PA_FLAG_LAYOUT: PaFlag = 8;
 pub const PA_FLAG_NON_FINITE: PaFlag = 16;
-pub const PA_FLAG_GUEST: PaFlag = 32;
-pub const PA_FLAG_THROUGH: PaFlag = 64;
+pub const PA_FLAG_JOINER: PaFlag = 32;
+pub const PA_FLAG_COMPLETED: PaFlag = 64;
 pub const PA_FLAG_KEEP: PaFlag = 128;
 pub type PaFlag = ::std::os::raw::c_uint;
 #[repr(C)]
@@ -151,12 +151,12 @@ const _: () = {
 pub struct PaBoard {
     pub arrived: u32,
     pub vote: u32,
-    pub left: u32,
-    pub gone: u32,
+    pub exited: u32,
+    pub departed: u32,
     pub waiting_on: u32,
     pub sleepers: u32,
     pub deciding: u32,
-    pub through: u32,
+    pub completed: u32,
     pub record: [PaRecord; 2usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -167,8 +167,12 @@ const _: () = {
         "Offset of field: PaBoard::arrived",
     ][::std::mem::offset_of!(PaBoard, arrived) - 0usize];
     ["Offset of field: PaBoard::vote"][::std::mem::offset_of!(PaBoard, vote) - 4usize];
-    ["Offset of field: PaBoard::left"][::std::mem::offset_of!(PaBoard, left) - 8usize];
-    ["Offset of field: PaBoard::gone"][::std::mem::offset_of!(PaBoard, gone) - 12usize];
+    [
+        "Offset of field: PaBoard::exited",
+    ][::std::mem::offset_of!(PaBoard, exited) - 8usize];
+    [
+        "Offset of field: PaBoard::departed",
+    ][::std::mem::offset_of!(PaBoard, departed) - 12usize];
     [
         "Offset of field: PaBoard::waiting_on",
     ][::std::mem::offset_of!(PaBoard, waiting_on) - 16usize];
@@ -179,8 +183,8 @@ const _: () = {
         "Offset of field: PaBoard::deciding",
     ][::std::mem::offset_of!(PaBoard, deciding) - 24usize];
     [
-        "Offset of field: PaBoard::through",
-    ][::std::mem::offset_of!(PaBoard, through) - 28usize];
+        "Offset of field: PaBoard::completed",
+    ][::std::mem::offset_of!(PaBoard, completed) - 28usize];
     [
         "Offset of field: PaBoard::record",
     ][::std::mem::offset_of!(PaBoard, record) - 32usize];
@@ -226,7 +230,7 @@ pub struct PaChannel {
     pub epoch: u32,
     pub outcome: u32,
     pub peer: u32,
-    pub where_: u32,
+    pub phase: u32,
     pub step: u32,
     pub committed: u32,
     pub bad: u64,
@@ -236,10 +240,10 @@ pub struct PaChannel {
     pub divisor: f64,
     pub divisor_f32: f64,
     pub finished: u32,
-    pub far: u32,
+    pub remote: u32,
     pub deciding: u32,
-    pub guest: u32,
-    pub beats: [u16; 16usize],
+    pub joiner: u32,
+    pub heartbeat: [u16; 16usize],
     pub segments: [u64; 16usize],
     pub scale: [f64; 16usize],
 }
@@ -263,8 +267,8 @@ const _: () = {
         "Offset of field: PaChannel::peer",
     ][::std::mem::offset_of!(PaChannel, peer) - 16usize];
     [
-        "Offset of field: PaChannel::where_",
-    ][::std::mem::offset_of!(PaChannel, where_) - 20usize];
+        "Offset of field: PaChannel::phase",
+    ][::std::mem::offset_of!(PaChannel, phase) - 20usize];
     [
         "Offset of field: PaChannel::step",
     ][::std::mem::offset_of!(PaChannel, step) - 24usize];
@@ -293,17 +297,17 @@ const _: () = {
         "Offset of field: PaChannel::finished",
     ][::std::mem::offset_of!(PaChannel, finished) - 80usize];
     [
-        "Offset of field: PaChannel::far",
-    ][::std::mem::offset_of!(PaChannel, far) - 84usize];
+        "Offset of field: PaChannel::remote",
+    ][::std::mem::offset_of!(PaChannel, remote) - 84usize];
     [
         "Offset of field: PaChannel::deciding",
     ][::std::mem::offset_of!(PaChannel, deciding) - 88usize];
     [
-        "Offset of field: PaChannel::guest",
-    ][::std::mem::offset_of!(PaChannel, guest) - 92usize];
+        "Offset of field: PaChannel::joiner",
+    ][::std::mem::offset_of!(PaChannel, joiner) - 92usize];
     [
-        "Offset of field: PaChannel::beats",
-    ][::std::mem::offset_of!(PaChannel, beats) - 96usize];
+        "Offset of field: PaChannel::heartbeat",
+    ][::std::mem::offset_of!(PaChannel, heartbeat) - 96usize];
     [
         "Offset of field: PaChannel::segments",
     ][::std::mem::offset_of!(PaChannel, segments) - 128usize];
@@ -337,7 +341,7 @@ pub struct PaArgs {
     pub flags: u32,
     pub fault_step: u32,
     pub spins: u32,
-    pub far_ns: u32,
+    pub remote_ns: u32,
     pub delay_ns: u32,
     pub reserved: u32,
 }
@@ -401,8 +405,8 @@ const _: () = {
     ][::std::mem::offset_of!(PaArgs, fault_step) - 140usize];
     ["Offset of field: PaArgs::spins"][::std::mem::offset_of!(PaArgs, spins) - 144usize];
     [
-        "Offset of field: PaArgs::far_ns",
-    ][::std::mem::offset_of!(PaArgs, far_ns) - 148usize];
+        "Offset of field: PaArgs::remote_ns",
+    ][::std::mem::offset_of!(PaArgs, remote_ns) - 148usize];
     [
         "Offset of field: PaArgs::delay_ns",
     ][::std::mem::offset_of!(PaArgs, delay_ns) - 152usize];

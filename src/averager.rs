@@ -89,7 +89,7 @@ pub struct ParamAverager {
     communicator: Communicator,
     agreement: Arc<Agreement>,
     algorithm: Algorithm,
-    phases: &'static [u32],
+    kernels: &'static [u32],
     table: Table,
     own: RankMemory,
     args: PaArgs,
@@ -294,7 +294,7 @@ impl ParamAverager {
                 | flag(PA_FLAG_WEIGHTED, call.weight.is_some())
                 | flag(PA_FLAG_UNNEEDED, call.unneeded)
                 | flag(PA_FLAG_LAYOUT, problem.is_some())
-                | flag(PA_FLAG_GUEST, has_joiner)
+                | flag(PA_FLAG_JOINER, has_joiner)
                 | flag(PA_FLAG_KEEP, call.keeps),
             ..self.args
         };
@@ -302,11 +302,12 @@ impl ParamAverager {
             self.own.engine.set_tables(&self.table.raw, segments());
         }
         // With a problem, no tensor is read: the launch with the entry barrier reports it.
-        let meets = |phase: u32| phase != PA_SCAN && phase != PA_RING_GATHER;
-        let phases = self.phases.iter().copied().filter(|&phase| problem.is_none() || meets(phase));
+        let meets = |kernel: u32| kernel != PA_SCAN && kernel != PA_RING_GATHER;
+        let kernels =
+            self.kernels.iter().copied().filter(|&kernel| problem.is_none() || meets(kernel));
         // SAFETY: the tables describe the tensors of the caller's promise; all other memory is this
         // averager's or kept by `agreement`.
-        match unsafe { self.own.engine.start(&args, phases, stream) } {
+        match unsafe { self.own.engine.start(&args, kernels, stream) } {
             Ok(()) => Ok(()),
             Err(refused @ Unstarted::Refused { .. }) => {
                 Err(refusal.unwrap_or_else(|| self.unstarted(refused)))
@@ -358,7 +359,7 @@ impl Drop for ParamAverager {
     fn drop(&mut self) {
         // The kernels of a forgotten `Pending` still use the memory that is freed now.
         let _ = self.own.engine.finish();
-        self.say_through();
+        self.publish_completed();
         self.agreement.control.leave(self.position());
     }
 }
@@ -377,7 +378,7 @@ impl fmt::Debug for ParamAverager {
 }
 
 /// The launches of one average.
-fn phases(algorithm: Algorithm, all_or_nothing: bool, reject_non_finite: bool) -> &'static [u32] {
+fn kernels(algorithm: Algorithm, all_or_nothing: bool, reject_non_finite: bool) -> &'static [u32] {
     match (algorithm, all_or_nothing, reject_non_finite) {
         (Algorithm::Ring, true, _) => &[PA_RING_REDUCE, PA_RING_GATHER],
         (Algorithm::Ring, false, true) => &[PA_SCAN, PA_RING],

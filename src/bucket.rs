@@ -1,5 +1,5 @@
 //! Layout: tensors to buckets, buckets to channels and shards. Pure arithmetic, no memory.
-//! `kernels/bucket.h` uses the same layout.
+//! `kernels/segments.h` uses the same layout.
 //!
 //! ```text
 //! tensors  wte f32 | ln f32 | wpe bf16 | head f32        in the order they are visited

@@ -217,13 +217,13 @@ pub mod __testing {
         crate::backend::cpu::instruction_sets().into_iter().map(|set| set.name).collect()
     }
 
-    /// Runs one block of one phase on this thread.
+    /// Runs one block of one kernel on this thread.
     ///
     /// # Safety
     /// What `args` points at is as `kernels/abi.h` describes it.
-    pub unsafe fn run_block_cpu(args: &crate::abi::PaArgs, phase: u32, channel: u32) {
+    pub unsafe fn run_block_cpu(args: &crate::abi::PaArgs, kernel: u32, channel: u32) {
         let best = crate::backend::cpu::instruction_sets()[0];
         // SAFETY: the caller's.
-        unsafe { best.run_block(args, phase, channel) }
+        unsafe { best.run_block(args, kernel, channel) }
     }
 }

@@ -7,7 +7,7 @@ use super::lend::with_tensors;
 use super::memory::{check_room, RankMemory, Sizes, LINE_BYTES};
 use super::rebuild::Blueprint;
 use super::table::{Layout, Table};
-use super::{defaults, flag, phases, spins, Algorithm, Builder, Lend, LendError, ParamAverager};
+use super::{defaults, flag, kernels, spins, Algorithm, Builder, Lend, LendError, ParamAverager};
 use crate::abi::*;
 use crate::backend::Memory;
 use crate::world::Handshake;
@@ -99,7 +99,7 @@ impl ParamAverager {
 
         let mut averager = ParamAverager {
             args: bytemuck::Zeroable::zeroed(),
-            phases: phases(algorithm, options.all_or_nothing, options.reject_non_finite),
+            kernels: kernels(algorithm, options.all_or_nothing, options.reject_non_finite),
             timeout: options.timeout,
             options: Builder { ordinal: agreement.ordinal.clone(), ..options.clone() },
             failed: None,
@@ -144,10 +144,10 @@ impl ParamAverager {
             slot_packs: sizes.slot_packs,
             bucket_count: self.table.raw.len() as u32,
             spins: spins(world * channels as usize),
-            far_ns: options.testing.far_ns.unwrap_or(defaults::FAR_NS),
+            remote_ns: options.testing.remote_ns.unwrap_or(defaults::REMOTE_NS),
             delay_ns: options.testing.delay_ns,
             flags: flag(PA_FLAG_REJECT_NON_FINITE, options.reject_non_finite)
-                | flag(PA_FLAG_THROUGH, self.agreement.control.has_through()),
+                | flag(PA_FLAG_COMPLETED, self.agreement.control.reports_completed()),
             ..bytemuck::Zeroable::zeroed()
         }
     }

@@ -40,7 +40,7 @@ pub struct Testing {
     pub poison_slots: bool,
     /// Latency of a slot's cache line, in nanoseconds, above which slots are written past the
     /// caches: 0 always, `u32::MAX` never.
-    pub far_ns: Option<u32>,
+    pub remote_ns: Option<u32>,
     /// Longest delay of every block at each of its protocol steps, in nanoseconds.
     pub delay_ns: u32,
     /// Instruction set in the place of the best one.

@@ -57,7 +57,7 @@ pub(super) const SLOTS: u32 = 4;
 /// With 64 lines at once: 1 to 5 ns between cores with a common third-level cache, 12 to 21 between
 /// others (the middle 80 % on a fourth-generation EPYC; measured). A wrong guess costs one turn of
 /// the mailbox.
-pub(super) const FAR_NS: u32 = 8;
+pub(super) const REMOTE_NS: u32 = 8;
 
 /// Longest wait for a peer: that of torch.distributed with NCCL.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(600);

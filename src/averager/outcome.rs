@@ -19,7 +19,7 @@ impl ParamAverager {
 
     /// Tells the peers that this rank has completed its last average, if it has: then it may leave,
     /// and they need not give up an average that they are still in.
-    pub(super) fn say_through(&self) {
+    pub(super) fn publish_completed(&self) {
         let is_through = |status: PaChannel| match status.outcome {
             PA_COMMITTED => status.committed != 0, // else it has only reduced
             verdict => (PA_UNNEEDED..=PA_NO_WEIGHT).contains(&verdict),
@@ -27,13 +27,13 @@ impl ParamAverager {
         if self.ended().all(is_through) {
             self.agreement
                 .control
-                .through(self.position(), self.ended().next().map_or(0, |status| status.epoch));
+                .completed(self.position(), self.ended().next().map_or(0, |status| status.epoch));
         }
     }
 
     /// Result of the average that began at `start`, if that is known.
     pub(super) fn outcome(&mut self, start: Option<Instant>) -> Result<Outcome> {
-        self.say_through();
+        self.publish_completed();
         let committed = self.ended().any(|status| status.committed != 0);
         let Some(status) =
             self.ended().max_by_key(|status| (status.outcome != PA_COMMITTED, status.outcome))
@@ -63,11 +63,11 @@ impl ParamAverager {
             PA_NO_WEIGHT => Error::AllWeightsZero,
             // PA_OPEN: a test made this rank leave silently.
             PA_OPEN => self.fatal(
-                Failure { kind: PA_LEFT, position: self.position() },
+                Failure { kind: PA_DEPARTED, position: self.position() },
                 Phase::Exit,
                 committed,
             ),
-            kind => self.fatal(Failure { kind, position }, phase(status.where_), committed),
+            kind => self.fatal(Failure { kind, position }, phase(status.phase), committed),
         };
         if error.is_fatal() {
             self.failed = Some(error.clone());
@@ -123,7 +123,7 @@ impl ParamAverager {
             algorithm: self.algorithm,
             join_pending: match self.world_size() {
                 1 => self.communicator.has_joiner(),
-                _ => self.ended().next().is_some_and(|status| status.guest != 0),
+                _ => self.ended().next().is_some_and(|status| status.joiner != 0),
             },
         }
     }

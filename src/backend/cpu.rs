@@ -11,14 +11,14 @@ use crate::sync::{lock, wait};
 /// Stack of a worker in bytes.
 const STACK: usize = 2 << 20;
 
-type RunBlock = unsafe extern "C" fn(args: *const PaArgs, phase: u32, channel: u32);
+type RunBlock = unsafe extern "C" fn(args: *const PaArgs, kernel: u32, channel: u32);
 
 extern "C" {
-    fn pa_run_block_baseline(args: *const PaArgs, phase: u32, channel: u32);
+    fn pa_run_block_baseline(args: *const PaArgs, kernel: u32, channel: u32);
     #[cfg(target_arch = "x86_64")]
-    fn pa_run_block_avx2(args: *const PaArgs, phase: u32, channel: u32);
+    fn pa_run_block_avx2(args: *const PaArgs, kernel: u32, channel: u32);
     #[cfg(target_arch = "x86_64")]
-    fn pa_run_block_avx512(args: *const PaArgs, phase: u32, channel: u32);
+    fn pa_run_block_avx512(args: *const PaArgs, kernel: u32, channel: u32);
 }
 
 /// An instruction set that the kernels were compiled for.
@@ -47,16 +47,16 @@ pub(crate) fn instruction_sets() -> Vec<Isa> {
 }
 
 impl Isa {
-    /// Runs one block of one phase on this thread.
+    /// Runs one block of one kernel on this thread.
     ///
     /// # Safety
     /// The memory that `args` refers to is as `kernels/abi.h` describes it and valid until the call
     /// returns. Only this thread runs this channel of this rank. The tensors are mutably borrowed
     /// for as long.
-    pub(crate) unsafe fn run_block(self, args: &PaArgs, phase: u32, channel: u32) {
+    pub(crate) unsafe fn run_block(self, args: &PaArgs, kernel: u32, channel: u32) {
         // SAFETY: the caller's guarantees are this function's; `Isa` values exist only for
         // instruction sets of this machine.
-        unsafe { (self.run)(args, phase, channel) }
+        unsafe { (self.run)(args, kernel, channel) }
     }
 }
 
@@ -76,7 +76,7 @@ struct Shared {
 struct Job {
     /// Counts launches. A worker runs each launch once.
     number: u64,
-    phase: u32,
+    kernel: u32,
     args: PaArgs,
     /// Workers that have not finished this launch.
     running: usize,
@@ -86,7 +86,7 @@ struct Job {
 impl Workers {
     pub(crate) fn new(isa: Isa, channels: u32, name: &str) -> Result<Self, String> {
         let args = bytemuck::Zeroable::zeroed();
-        let job = Mutex::new(Job { number: 0, phase: 0, args, running: 0, stop: false });
+        let job = Mutex::new(Job { number: 0, kernel: 0, args, running: 0, stop: false });
         let shared = Arc::new(Shared { job, started: Condvar::new(), ended: Condvar::new() });
         let mut workers = Workers { isa, shared, threads: vec![] };
         for channel in 1..channels {
@@ -98,16 +98,16 @@ impl Workers {
         Ok(workers)
     }
 
-    /// Runs one phase on all channels and returns when all are done.
+    /// Runs one kernel on all channels and returns when all are done.
     ///
     /// # Safety
     /// As [`Isa::run_block`], for all channels.
-    pub(crate) unsafe fn launch(&self, args: &PaArgs, phase: u32) {
+    pub(crate) unsafe fn launch(&self, args: &PaArgs, kernel: u32) {
         if !self.threads.is_empty() {
             let mut job = lock(&self.shared.job);
             *job = Job {
                 number: job.number + 1,
-                phase,
+                kernel,
                 args: *args,
                 running: self.threads.len(),
                 stop: false,
@@ -115,7 +115,7 @@ impl Workers {
             self.shared.started.notify_all();
         }
         // SAFETY: guaranteed by the caller; channel 0 belongs to this thread.
-        unsafe { self.isa.run_block(args, phase, 0) };
+        unsafe { self.isa.run_block(args, kernel, 0) };
         if !self.threads.is_empty() {
             let mut job = lock(&self.shared.job);
             while job.running > 0 {
@@ -128,7 +128,7 @@ impl Workers {
 fn work(isa: Isa, channel: u32, shared: &Shared) {
     let mut done = 0;
     loop {
-        let (phase, args) = {
+        let (kernel, args) = {
             let mut job = lock(&shared.job);
             while job.number == done && !job.stop {
                 job = wait(&shared.started, job);
@@ -137,11 +137,11 @@ fn work(isa: Isa, channel: u32, shared: &Shared) {
                 return;
             }
             done = job.number;
-            (job.phase, job.args)
+            (job.kernel, job.args)
         };
         // SAFETY: the caller's guarantees hold until `running` is 0; each worker has its own
         // channel.
-        unsafe { isa.run_block(&args, phase, channel) };
+        unsafe { isa.run_block(&args, kernel, channel) };
         let mut job = lock(&shared.job);
         job.running -= 1;
         if job.running == 0 {

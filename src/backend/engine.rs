@@ -126,7 +126,7 @@ impl Engine {
         }
     }
 
-    /// Starts the phases of an average. Threads run them before this function returns. A device
+    /// Starts the kernels of an average. Threads run them before this function returns. A device
     /// gets them enqueued on `stream`, or on the rank's own stream, which waits for the null
     /// stream. `finish` must be called even after an error.
     ///
@@ -137,26 +137,26 @@ impl Engine {
     pub(crate) unsafe fn start(
         &mut self,
         args: &PaArgs,
-        phases: impl Iterator<Item = u32>,
+        kernels: impl Iterator<Item = u32>,
         stream: Option<*mut c_void>,
     ) -> Result<(), Unstarted> {
         match self {
             Engine::Cpu { workers, states } => {
-                for phase in phases {
+                for kernel in kernels {
                     // The kernel checks this itself; the check here saves waking the threads.
                     let failed =
                         || states_of(states).iter().any(|state| state.outcome != PA_COMMITTED);
-                    if phase == PA_RING_GATHER && failed() {
+                    if kernel == PA_RING_GATHER && failed() {
                         break;
                     }
                     // SAFETY: guaranteed by the caller.
-                    unsafe { workers.launch(args, phase) };
+                    unsafe { workers.launch(args, kernel) };
                 }
                 Ok(())
             }
             // SAFETY: guaranteed by the caller.
             Engine::Cuda(rank) => unsafe {
-                rank.start(args, phases, stream.map(<*mut c_void>::cast))
+                rank.start(args, kernels, stream.map(<*mut c_void>::cast))
             },
         }
     }

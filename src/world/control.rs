@@ -3,7 +3,7 @@
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::abi::{PaBoard, PaControl, PA_ABORTED, PA_COMMITTED, PA_LEFT};
+use crate::abi::{PaBoard, PaControl, PA_ABORTED, PA_COMMITTED, PA_DEPARTED};
 use crate::backend::Memory;
 
 /// A failure that ended a world: the contents of `PaControl.abort` or `PaControl.failed`.
@@ -36,8 +36,8 @@ impl Control {
         for board in &mut first.board {
             board.arrived = epoch;
             board.vote = epoch.wrapping_mul(2);
-            board.left = epoch.wrapping_mul(2);
-            board.through = epoch;
+            board.exited = epoch.wrapping_mul(2);
+            board.completed = epoch;
         }
         memory.set(0, bytemuck::bytes_of(&first))?;
         Ok(Control { memory, aborted: AtomicU32::new(0) })
@@ -66,7 +66,7 @@ impl Control {
     /// Aborts an average that this rank cannot complete. Unlike `leave`, this also ends the rank's
     /// own kernels, and states no more than is true while those run.
     pub(crate) fn give_up(&self, position: usize) {
-        self.poison(PA_LEFT, position);
+        self.poison(PA_DEPARTED, position);
     }
 
     fn poison(&self, kind: u32, position: usize) {
@@ -82,25 +82,25 @@ impl Control {
 
     /// True if hosts record here which rank has completed an average: the memory must be accessible
     /// to the host.
-    pub(crate) fn has_through(&self) -> bool {
+    pub(crate) fn reports_completed(&self) -> bool {
         self.memory.host_pointer().is_some()
     }
 
     /// Records that this rank has completed an average. Peers then do not need the rank to complete
     /// theirs, so it may depart.
-    pub(crate) fn through(&self, position: usize, epoch: u32) {
-        if let Some(through) = self.word(of_board(position, offset_of!(PaBoard, through))) {
+    pub(crate) fn completed(&self, position: usize, epoch: u32) {
+        if let Some(completed) = self.word(of_board(position, offset_of!(PaBoard, completed))) {
             // Release: a reader that sees this store, or a later departure of the rank, also sees
             // the writes of the rank in the average.
-            through.store(epoch, Ordering::Release);
+            completed.store(epoch, Ordering::Release);
         }
     }
 
     /// Records that this rank has departed.
     pub(crate) fn leave(&self, position: usize) {
-        let at = of_board(position, offset_of!(PaBoard, gone));
+        let at = of_board(position, offset_of!(PaBoard, departed));
         match (self.word(at), &self.memory) {
-            (Some(gone), _) => gone.store(1, Ordering::Release),
+            (Some(departed), _) => departed.store(1, Ordering::Release),
             (None, Memory::Cuda(memory)) => {
                 let _ = memory.write_word(at, 1); // an error is ignored as in `poison`
             }

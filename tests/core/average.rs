@@ -28,7 +28,7 @@ struct Case {
 impl Case {
     fn build(&self, builder: Builder, instruction_set: Option<&'static str>) -> Builder {
         // Slots written past the caches, through them, and as this machine asks for.
-        let far_ns = [Some(0), Some(u32::MAX), None][(self.seed % 3) as usize];
+        let remote_ns = [Some(0), Some(u32::MAX), None][(self.seed % 3) as usize];
         builder
             .algorithm(self.algorithm)
             .all_or_nothing(self.all_or_nothing)
@@ -40,7 +40,7 @@ impl Case {
             .testing(Testing {
                 counter: self.counter,
                 poison_slots: true,
-                far_ns,
+                remote_ns,
                 // Every fourth case: blocks meet in other orders.
                 delay_ns: if self.seed % 4 == 3 { 50_000 } else { 0 },
                 instruction_set,

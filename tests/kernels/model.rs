@@ -1,8 +1,8 @@
-//! The mailbox protocol as a model (protocol/ring.pml), explored in every interleaving by spin: no
-//! deadlock, no chunk lost or doubled, no write unless all ranks have voted, one outcome on all
-//! ranks that end. Likewise the turns in which ranks write what they decide (turn.pml), and how
-//! they leave (leave.pml): a rank that has completed an average fails no peer, one that dies in it
-//! ends every wait. Each planted fault is found, so the models do look.
+//! The mailbox protocol as a model (protocol/ring.pml), explored in every interleaving by
+//! spin: no deadlock, no chunk lost or doubled, no rank writes unless all have voted, all ranks
+//! that end an average agree on its outcome. Also the turn lock (turn.pml) and departure
+//! (leave.pml): a rank that has completed an average fails no peer, and a death during it ends
+//! every wait. Each planted fault is found, so the models do look.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,6 @@
-//! The kernels' protocol under sanitizers, as C++: worlds of ranks as threads are put through good
-//! averages and bad ones (protocol/harness.cpp), and every synchronisation is taken out of a
-//! copy of kernels/ once to see that a check notices (tests/kernels/protocol/mutants.txt).
+//! The kernels' protocol under sanitizers, as C++: worlds of ranks as threads, in averages that
+//! succeed and that fail (protocol/harness.cpp). Mutants: each synchronisation is taken out of a
+//! copy of kernels/ once, and a check must notice (protocol/mutants.txt).
 pub mod mutants;
 
 use mutants::Mutant;
@@ -169,11 +169,9 @@ fn modified(path: &Path) -> SystemTime {
 }
 fn newest_source(kernels: &Path) -> SystemTime {
     let folders = [kernels, &Path::new(ROOT).join("tests/kernels/protocol")];
-    let files =
-        folders.iter().flat_map(|folder| fs::read_dir(folder).expect("a folder of sources"));
-    let paths = files.map(|entry| entry.expect("an entry").path());
+    let files = folders.iter().flat_map(|folder| mutants::files(folder));
     let sources =
-        paths.filter(|path| path.extension().is_some_and(|name| name == "h" || name == "cpp"));
+        files.filter(|path| path.extension().is_some_and(|name| name == "h" || name == "cpp"));
     sources.map(|path| modified(&path)).max().expect("sources")
 }
 
@@ -466,7 +464,7 @@ pub fn mutants_that_do_not_fit_are_named() {
         mutants::Sources::from([("a.h".into(), "f(x);\n  g(x);\ng(y);\nreturn x + y;\n".into())]);
     let problems = |edits: &str| {
         mutants::problems(
-            &mutants::parse(&format!("7 tsan ring race the seventh\n{edits}")),
+            &mutants::parse(&format!("7 tsan ring race\n    what the seventh\n{edits}")),
             &sources,
         )
     };
@@ -477,8 +475,10 @@ pub fn mutants_that_do_not_fit_are_named() {
     one("    in a.h\n    - h(x);\n", &["mutant 7, the seventh", "a.h", "0 times", "h(x);"]);
     one("    in b.h\n    - f(x);\n", &["mutant 7, the seventh", "b.h", "0 times"]);
     one("    in a.h\n    - g(\n", &["mutant 7, the seventh", "2 times"]);
-    one("    in a.h\n    - f(x);\n    - g(x);\n", &["0 times"]); // indentation counts
-    let other = "8 tsan ring race the eighth\n    in a.h\n";
+    // White space does not count, and letters do.
+    assert_eq!(problems("    in a.h\n    - f(x);\n    - g( x );\n"), [""; 0]);
+    one("    in a.h\n    - f(x);\n    - g(z);\n", &["0 times"]);
+    let other = "8 tsan ring race\n    what the eighth\n    in a.h\n";
     one(
         &format!("    in a.h\n    - x + y\n{other}    - + y\n"),
         &["mutants 7 and 8, the eighth", "a.h"],
@@ -494,10 +494,25 @@ pub fn mutants_are_woven_as_expressions_and_statements() {
         ("a.h".into(), "f(x);\n  g(x);\nreturn x + y;\n".into()),
         ("b.h".into(), "f(x);\n".into()),
     ]);
-    let table =
-        "1 tsan ring race one\n    in a.h\n    - f(x);\n    -   «g(x);»\n    + h();\n    + i();\n\
-        2 tsan ring race two\n    in a.h\n    - return «x + y»\n    + x\n    in a.h\n    - g(x);\n\
-        3 tsan ring race three\n    in b.h\n    - f(x);\n";
+    let table = "1 tsan ring race
+    what one
+    in a.h
+    - f(x);
+    - «g(x);»
+    + h();
+    + i();
+2 tsan ring race
+    what two
+    in a.h
+    - return «x + y»
+    + x
+    in a.h
+    - g(x);
+3 tsan ring race
+    what three
+    in b.h
+    - f(x);
+";
     let mutants = mutants::parse(table);
     let woven = mutants::weave(&mutants, &sources);
     assert_eq!(

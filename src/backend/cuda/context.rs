@@ -13,7 +13,7 @@ use super::driver::{self, call, Failed};
 use super::rank::THREADS;
 use crate::sync::lock;
 
-/// Names of the kernels, indexed by `PaPhase`.
+/// Names of the kernels, indexed by `PaKernel`.
 const KERNELS: [&str; 5] = ["pa_direct", "pa_ring", "pa_ring_reduce", "pa_ring_gather", "pa_scan"];
 /// Name of the kernel that tests peer access.
 const PROBE: &str = "pa_probe";
@@ -170,8 +170,8 @@ impl Context {
         self.probe
     }
 
-    pub(super) fn kernel(&self, phase: u32) -> sys::CUfunction {
-        self.kernels[phase as usize]
+    pub(super) fn kernel(&self, kernel: u32) -> sys::CUfunction {
+        self.kernels[kernel as usize]
     }
 
     /// Enqueues work on a stream that waits for no other stream, and waits for it.

@@ -135,7 +135,7 @@ impl Rank {
     pub(crate) unsafe fn start(
         &mut self,
         args: &PaArgs,
-        phases: impl Iterator<Item = u32>,
+        kernels: impl Iterator<Item = u32>,
         stream: Option<sys::CUstream>,
     ) -> Result<(), Unstarted> {
         let _bound = self.context.bind()?;
@@ -153,7 +153,7 @@ impl Rank {
             let tables = self.tables.copy()?;
             let args = PaArgs { buckets: tables.address(), ..*args };
             // SAFETY: as below; the enqueued work does not run before the graph does.
-            let captured = unsafe { self.enqueue(&args, phases, stream) };
+            let captured = unsafe { self.enqueue(&args, kernels, stream) };
             return match captured {
                 // The capture failed, so there will be no graph.
                 Err(failed) if failed.is_of_capture() => {
@@ -176,7 +176,7 @@ impl Rank {
         // the event.
         unsafe {
             let enqueued =
-                self.tables.update(stream).and_then(|()| self.enqueue(args, phases, stream));
+                self.tables.update(stream).and_then(|()| self.enqueue(args, kernels, stream));
             let recorded = call!(cuEventRecord(self.done, stream));
             self.pending =
                 Some(if recorded.is_ok() { Pending::Done } else { Pending::All(stream) });
@@ -202,12 +202,12 @@ impl Rank {
     unsafe fn enqueue(
         &mut self,
         args: &PaArgs,
-        phases: impl Iterator<Item = u32>,
+        kernels: impl Iterator<Item = u32>,
         stream: sys::CUstream,
     ) -> Result<(), Failed> {
-        for phase in phases {
+        for kernel in kernels {
             // SAFETY: see `start`.
-            unsafe { self.launch(args, phase, stream) }?;
+            unsafe { self.launch(args, kernel, stream) }?;
         }
         let (to, from) = (self.ended.bytes_mut(), self.channels.address());
         // SAFETY: see `start`.
@@ -312,14 +312,14 @@ impl Rank {
     unsafe fn launch(
         &self,
         args: &PaArgs,
-        phase: u32,
+        kernel: u32,
         stream: sys::CUstream,
     ) -> Result<(), Failed> {
         let mut parameters: [*mut c_void; 1] = [std::ptr::from_ref(args).cast_mut().cast()];
         // SAFETY: the kernel takes one PaArgs, which the driver copies during the call.
         unsafe {
             call!(cuLaunchCooperativeKernel(
-                self.context.kernel(phase),
+                self.context.kernel(kernel),
                 args.channels,
                 1,
                 1,

@@ -1,18 +1,18 @@
-// Fresh data into a rank's tensors before an average, and a look at every element and every guard byte after it.
+// Fills a rank's tensors before an average and checks every element and guard byte after it.
 #pragma once
 #include "world.h"
 
-// The one value that is not finite, if any.
+// Position of the one value that is not finite, if any.
 struct Odd {
   uint32_t rank = ~0u, bucket = 0, tensor = 0;
   uint64_t element = 0;
   bool infinite = false;
 };
-// What average number `number` of a world is about, as all ranks know it.
+// Inputs of average `number`, known to all ranks.
 struct Plan {
   uint32_t number = 0;
   std::vector<double> weights;  // empty: not weighted
-  std::vector<uint32_t> useless; // ranks whose tensors are NaN all over, since their weight is 0
+  std::vector<uint32_t> useless; // ranks of weight 0, whose tensors are all NaN
   Odd odd;
   std::vector<uint32_t> keepers; // ranks with PA_FLAG_KEEP
   bool keeps(uint32_t r) const {
@@ -24,13 +24,15 @@ struct Plan {
 };
 enum class Expect { kMean, kLocal, kEither };
 
-inline uint64_t local_bits(const World& w, const Plan& plan, uint32_t r, uint32_t b, uint32_t t, uint64_t i) {
+inline uint64_t local_bits(const World& w, const Plan& plan, uint32_t r, uint32_t b, uint32_t t,
+                           uint64_t i) {
   const uint32_t dtype = w.s.buckets[b].dtype;
   if (plan.odd.rank == r && plan.odd.bucket == b && plan.odd.tensor == t && plan.odd.element == i)
     return plan.odd.infinite ? infinity_bits(dtype) : nan_bits(dtype);
   for (uint32_t useless : plan.useless)
     if (useless == r) return nan_bits(dtype);
-  return make_bits(dtype, mix(w.s.seed) ^ mix(uint64_t(plan.number) << 40 | uint64_t(r) << 32 | b << 24 | t << 16 | i));
+  return make_bits(dtype, mix(w.s.seed) ^ mix(uint64_t(plan.number) << 40 | uint64_t(r) << 32 |
+                                              b << 24 | t << 16 | i));
 }
 
 inline void fill(const World& w, const Plan& plan, uint32_t r) {
@@ -50,13 +52,18 @@ inline void check_guards(const World& w, uint32_t r) {
   if (kOffLimits) return;
   for (uint32_t b = 0; b < w.s.buckets.size(); ++b)
     for (const Tensor& tensor : w.ranks[r].tensors[b]) {
-      const char *end = tensor.data + tensor.elements * kFormat[w.s.buckets[b].dtype].bytes, *base = tensor.memory->base;
-      for (const char* p = base; p < base + tensor.memory->bytes; p = p + 1 == tensor.data ? end : p + 1)
-        if (*p != char(kGuardByte)) wrong("rank %u wrote %td bytes beside a tensor of %llu elements", r, p - tensor.data, (unsigned long long)tensor.elements);
+      const char *end = tensor.data + tensor.elements * kFormat[w.s.buckets[b].dtype].bytes,
+                 *base = tensor.memory->base;
+      for (const char* p = base; p < base + tensor.memory->bytes;
+           p = p + 1 == tensor.data ? end : p + 1)
+        if (*p != char(kGuardByte))
+          wrong("rank %u wrote %td bytes beside a tensor of %llu elements", r, p - tensor.data,
+                (unsigned long long)tensor.elements);
     }
 }
 
-// Every element is the mean, or what it was, or one of the two; a digest of all bytes, to compare ranks with.
+// Checks that every element is the mean, or unchanged, or either. Returns a digest of all bytes, to
+// compare ranks.
 inline uint64_t check(const World& w, const Plan& plan, uint32_t r, Expect expect) {
   uint64_t digest = 0;
   const uint32_t n = w.s.world;
@@ -69,19 +76,27 @@ inline uint64_t check(const World& w, const Plan& plan, uint32_t r, Expect expec
     for (uint32_t t = 0; t < w.ranks[r].tensors[b].size(); ++t) {
       const Tensor& tensor = w.ranks[r].tensors[b][t];
       for (uint64_t i = 0; i < tensor.elements; ++i) {
-        const uint64_t bits = load_bits(tensor.data + i * bytes, bytes), local = local_bits(w, plan, r, b, t, i);
+        const uint64_t bits = load_bits(tensor.data + i * bytes, bytes),
+                       local = local_bits(w, plan, r, b, t, i);
         digest = mix(digest ^ bits);
         if (bits == local && expect != Expect::kMean) continue;
-        for (uint32_t q = 0; q < n; ++q) values[q] = decode(shape.dtype, local_bits(w, plan, q, b, t, i));
+        for (uint32_t q = 0; q < n; ++q)
+          values[q] = decode(shape.dtype, local_bits(w, plan, q, b, t, i));
         const Mean mean = mean_of(shape.dtype, values.data(), weights.data(), n, narrow_wire);
         const double got = decode(shape.dtype, bits);
-        // Infinity times a scale may be NaN, and infinity minus infinity is: either stands for "not finite".
-        const bool is_mean = std::isfinite(mean.value) ? std::fabs(got - mean.value) <= mean.tolerance : !std::isfinite(got);
+        // Infinity times a scale may be NaN, and infinity minus infinity is: both are "not finite".
+        const bool is_mean = std::isfinite(mean.value)
+                                 ? std::fabs(got - mean.value) <= mean.tolerance
+                                 : !std::isfinite(got);
         if (is_mean && expect != Expect::kLocal) continue;
-        wrong("%s, n=%u, C=%u, average %u: rank %u, bucket %u (dtype %u, wire_f32 %d), tensor %u[%llu] is %.9g; it was %.9g, the mean is %.9g ± %.2g; expected %s",
-              name_of(w.s.mode), n, w.s.channels, plan.number, r, b, shape.dtype, shape.wire_f32, t, (unsigned long long)i, got,
-              decode(shape.dtype, local), mean.value, mean.tolerance,
-              expect == Expect::kMean ? "the mean" : expect == Expect::kLocal ? "no change" : "one of them");
+        wrong(
+            "%s, n=%u, C=%u, average %u: rank %u, bucket %u (dtype %u, wire_f32 %d), tensor "
+            "%u[%llu] is %.9g; it was %.9g, the mean is %.9g ± %.2g; expected %s",
+            name_of(w.s.mode), n, w.s.channels, plan.number, r, b, shape.dtype, shape.wire_f32, t,
+            (unsigned long long)i, got, decode(shape.dtype, local), mean.value, mean.tolerance,
+            expect == Expect::kMean    ? "the mean"
+            : expect == Expect::kLocal ? "no change"
+                                       : "one of them");
       }
     }
   }
@@ -89,7 +104,7 @@ inline uint64_t check(const World& w, const Plan& plan, uint32_t r, Expect expec
   return digest;
 }
 
-// ---- several averages of one world ------------------------------------------------------------------------------
+// ---- several averages of one world --------------------------------------------------------------
 struct Script {
   Plan plan;
   std::vector<Call> calls; // by rank
@@ -100,27 +115,32 @@ inline Script script_of(const World& w, uint32_t number) {
   script.calls.resize(w.s.world);
   return script;
 }
-struct Ended { // of one rank's average
+struct Ended { // end of one average on one rank
   Outcome outcome;
   uint64_t digest = 0;
 };
-inline void expect_outcome(const World& w, uint32_t r, uint32_t number, const Outcome& o, uint32_t kind, uint32_t peer) {
-  if (o.kind != kind || (kind != PA_COMMITTED && kind != PA_UNNEEDED && kind != PA_NO_WEIGHT && o.peer != peer))
-    wrong("%s, n=%u, C=%u, average %u: rank %u ended with %u of rank %u at %u, not %u of rank %u", name_of(w.s.mode), w.s.world,
-          w.s.channels, number, r, o.kind, o.peer, o.where, kind, peer);
+inline void expect_outcome(const World& w, uint32_t r, uint32_t number, const Outcome& o,
+                           uint32_t kind, uint32_t peer) {
+  if (o.kind != kind ||
+      (kind != PA_COMMITTED && kind != PA_UNNEEDED && kind != PA_NO_WEIGHT && o.peer != peer))
+    wrong("%s, n=%u, C=%u, average %u: rank %u ended with %u of rank %u at %u, not %u of rank %u",
+          name_of(w.s.mode), w.s.world, w.s.channels, number, r, o.kind, o.peer, o.phase, kind,
+          peer);
 }
 
-// What check() says of a rank whose tensors all are as rank r had them.
+// Digest that check() returns where all tensors are as rank r had them.
 inline uint64_t local_digest(const World& w, const Plan& plan, uint32_t r) {
   uint64_t digest = 0;
   for (uint32_t b = 0; b < w.s.buckets.size(); ++b)
     for (uint32_t t = 0; t < w.s.buckets[b].elements.size(); ++t)
-      for (uint64_t i = 0; i < w.s.buckets[b].elements[t]; ++i) digest = mix(digest ^ local_bits(w, plan, r, b, t, i));
+      for (uint64_t i = 0; i < w.s.buckets[b].elements[t]; ++i)
+        digest = mix(digest ^ local_bits(w, plan, r, b, t, i));
   return digest;
 }
 
-// Every rank fills its tensors, averages and checks, average after average, waiting for nobody but through the kernels.
-// script(k) is average k, ending(k) how it must end. All ranks must end with the same bits where they end with the mean.
+// Runs averages back to back on all ranks, which wait for one another in the kernels only.
+// script(k) gives the inputs of average k, ending(k) checks its outcome. All ranks that end with
+// the mean must end with the same bits.
 inline void run_script(World& w, uint32_t averages, const std::function<Script(uint32_t)>& script,
                        const std::function<void(uint32_t, uint32_t, const Outcome&)>& ending) {
   std::vector<std::vector<Ended>> ended(w.s.world, std::vector<Ended>(averages));
@@ -131,19 +151,25 @@ inline void run_script(World& w, uint32_t averages, const std::function<Script(u
       Ended& e = ended[r][k];
       e.outcome = w.average(r, now.calls[r]);
       ending(k, r, e.outcome);
-      e.digest = check(w, now.plan, r, e.outcome.kind == PA_COMMITTED && !now.plan.keeps(r) ? Expect::kMean : Expect::kLocal);
+      e.digest = check(
+          w, now.plan, r,
+          e.outcome.kind == PA_COMMITTED && !now.plan.keeps(r) ? Expect::kMean : Expect::kLocal);
     }
   });
   for (uint32_t k = 0; k < averages; ++k) {
     const Plan plan = script(k).plan;
-    uint32_t first = 0; // that was written
+    uint32_t first = 0; // first rank whose tensors were written
     while (first < w.s.world && plan.keeps(first)) ++first;
     for (uint32_t r = first; r < w.s.world; ++r)
-      if (!plan.keeps(r) && ended[r][k].outcome.kind == PA_COMMITTED && ended[r][k].digest != ended[first][k].digest)
-        wrong("%s, n=%u, average %u: ranks %u and %u differ in bits", name_of(w.s.mode), w.s.world, k, first, r);
+      if (!plan.keeps(r) && ended[r][k].outcome.kind == PA_COMMITTED &&
+          ended[r][k].digest != ended[first][k].digest)
+        wrong("%s, n=%u, average %u: ranks %u and %u differ in bits", name_of(w.s.mode), w.s.world,
+              k, first, r);
   }
 }
-// The same where every average must succeed.
+// Runs averages that must all succeed.
 inline void run_good(World& w, uint32_t averages, const std::function<Script(uint32_t)>& script) {
-  run_script(w, averages, script, [&](uint32_t k, uint32_t r, const Outcome& o) { expect_outcome(w, r, k, o, PA_COMMITTED, 0); });
+  run_script(w, averages, script, [&](uint32_t k, uint32_t r, const Outcome& o) {
+    expect_outcome(w, r, k, o, PA_COMMITTED, 0);
+  });
 }

@@ -1,5 +1,5 @@
-// The values that ranks hold, and what their mean must be: worked out in f64 from (seed, rank, average, element) alone,
-// with no code of the kernels, so that every rank can check itself without asking another.
+// Values that ranks hold, and their expected mean: computed in f64 from (seed, rank, average,
+// element) alone, without code of the kernels, so that every rank can check itself.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -12,7 +12,8 @@ struct Format {
   unsigned bytes, mantissa, exponent;
   int bias;
 };
-constexpr Format kFormat[] = {{4, 23, 8, 127}, {8, 52, 11, 1023}, {2, 10, 5, 15}, {2, 7, 8, 127}}; // by PaDtype
+// indexed by PaDtype
+constexpr Format kFormat[] = {{4, 23, 8, 127}, {8, 52, 11, 1023}, {2, 10, 5, 15}, {2, 7, 8, 127}};
 inline uint64_t per_pack(uint32_t dtype) { return PA_PACK_BYTES / kFormat[dtype].bytes; }
 
 inline uint64_t mix(uint64_t x) { // splitmix64
@@ -22,8 +23,8 @@ inline uint64_t mix(uint64_t x) { // splitmix64
   return x ^ (x >> 31);
 }
 
-// A finite number of the dtype, of magnitude 1/8 … 4: two different ones are far apart, so an element that is missing,
-// doubled, stale or misplaced shows.
+// A finite number of the dtype, of magnitude 1/8 … 4. Two different ones are far apart, so that a
+// missing, doubled, stale or misplaced element shows.
 inline uint64_t make_bits(uint32_t dtype, uint64_t key) {
   const Format& f = kFormat[dtype];
   const uint64_t h = mix(key);
@@ -45,7 +46,8 @@ inline double decode(uint32_t dtype, uint64_t bits) {
   const uint64_t mantissa = bits & ((uint64_t(1) << f.mantissa) - 1);
   const uint64_t top = (uint64_t(1) << f.exponent) - 1, exponent = bits >> f.mantissa & top;
   double x = exponent == 0 ? std::ldexp(double(mantissa), 1 - f.bias - int(f.mantissa))
-                           : std::ldexp(double(mantissa | uint64_t(1) << f.mantissa), int(exponent) - f.bias - int(f.mantissa));
+                           : std::ldexp(double(mantissa | uint64_t(1) << f.mantissa),
+                                        int(exponent) - f.bias - int(f.mantissa));
   if (exponent == top) x = mantissa == 0 ? HUGE_VAL : std::nan("");
   return bits >> (f.bytes * 8 - 1) & 1 ? -x : x;
 }
@@ -59,9 +61,10 @@ inline uint64_t load_bits(const char* p, unsigned bytes) {
 struct Mean {
   double value, tolerance;
 };
-// The weighted mean of one element, and how far off the kernels may be: one rounding to the dtype, the rounding of sums
-// in f32 (f64), and where partial sums travel in 16 bits, one rounding more for every hop.
-inline Mean mean_of(uint32_t dtype, const double* values, const double* weights, uint32_t world, bool narrow_wire) {
+// Weighted mean of one element, and the error allowed: one rounding to the dtype, the rounding of
+// sums in f32 (f64), and where partial sums travel in 16 bits, one more rounding per hop.
+inline Mean mean_of(uint32_t dtype, const double* values, const double* weights, uint32_t world,
+                    bool narrow_wire) {
   const Format& f = kFormat[dtype];
   const bool half = f.bytes == 2;
   double sum = 0, total = 0, most = 0;
@@ -70,7 +73,8 @@ inline Mean mean_of(uint32_t dtype, const double* values, const double* weights,
     sum += weights[r] * values[r], total += weights[r];
     most = std::fmax(most, std::fabs(values[r]));
   }
-  const double unit = std::ldexp(1, -int(f.mantissa) - 1), sum_unit = half ? std::ldexp(1, -24) : unit;
+  const double unit = std::ldexp(1, -int(f.mantissa) - 1),
+               sum_unit = half ? std::ldexp(1, -24) : unit;
   double tolerance = most * (2 * world + 4) * sum_unit;
   const double mean = sum / total;
   if (half) tolerance += std::fmax(std::fabs(mean) * unit * 1.001, std::ldexp(1, -24));

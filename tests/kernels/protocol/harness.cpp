@@ -1,12 +1,14 @@
-// The kernels' CPU execution by itself: worlds of ranks as threads, put through what may happen to them. Built by
-// tests/kernels/protocol.rs with ThreadSanitizer, with AddressSanitizer, with one lane a block and with many (PA_LANES).
+// The kernels' CPU execution alone: worlds of ranks as threads, in averages that succeed and that
+// fail. Built by protocol.rs with ThreadSanitizer, with AddressSanitizer, with one lane per
+// block and with many (PA_LANES).
 //
 //   harness SCENARIO… [--mutant K] [--limit SECONDS]
 //
-// Exit status 0: all is well. 1: a wrong result, which is printed. 3: a hang. Sanitizers have their own.
+// Exit status 0: success. 1: a wrong result, which is printed. 3: a hang. Sanitizers have their
+// own.
 #include <cstdlib>
 
-static int chosen_mutant = 0; // of those in the copy of the kernels that PA_MUTANTS is built with
+static int chosen_mutant = 0; // the mutant that counts, of those in a build with PA_MUTANTS
 #include "scenario_turns.h"
 #include "scenarios_bad.h"
 #include "scenarios_stopped.h"
@@ -16,11 +18,28 @@ struct Scenario {
   void (*run)();
 };
 constexpr Scenario kScenarios[] = {
-    {"ring", ring},           {"commit", commit},   {"direct", direct}, {"largest", largest}, {"wrap", wrap},
-    {"weights", weights},     {"guests", guests},   {"keep", keep},       {"layout", layout}, {"non_finite", non_finite},
-    {"timeout", timeout},     {"left", left},       {"abort", aborted},   {"decision", decision},
-    {"leave_at_each_step", leave_at_each_step},               {"turns", turns},       {"beside", beside},   {"stopped", stopped},
-    {"stopped_in_its_turn", stopped_in_its_turn}, {"equal", equal}, {"huge", huge},     {"stale", stale},
+    {"ring", ring},
+    {"commit", commit},
+    {"direct", direct},
+    {"largest", largest},
+    {"wrap", wrap},
+    {"weights", weights},
+    {"joiners", joiners},
+    {"keep", keep},
+    {"layout", layout},
+    {"non_finite", non_finite},
+    {"timeout", timeout},
+    {"departed", departed},
+    {"abort", aborted},
+    {"decision", decision},
+    {"leave_at_each_step", leave_at_each_step},
+    {"turns", turns},
+    {"beside", beside},
+    {"stopped", stopped},
+    {"stopped_in_its_turn", stopped_in_its_turn},
+    {"equal", equal},
+    {"huge", huge},
+    {"stale", stale},
 };
 
 static void watch(unsigned seconds) {

@@ -1,9 +1,11 @@
-/* Who goes and who is missed (trouble and is_lost in kernels/mailbox.h, say_through in src/averager/outcome.rs), for spin: N
- * ranks each make AVERAGES averages, in each of which they wait for a word of every other, and go. tests/kernels/model.rs runs it.
+/* Departure (poll_interrupt and is_lost in kernels/wait.h, publish_completed in
+ * src/averager/outcome.rs), for spin: N ranks each make AVERAGES averages, in each of which they
+ * wait for a word of every other, and depart. model.rs runs it.
  *
- *   HEALTHY     every rank must come to the end of all averages, whoever has gone before it did
- *   otherwise   one rank may die, which the others are told after its last store, and one may be stopped for good, both
- *               anywhere: a rank that waits for the one that is stopped must end because of the one that is dead
+ *   HEALTHY     every rank must complete all averages, whichever has departed before
+ *   otherwise   one rank may die, which the others learn after its last store, and one may be
+ *               stopped for good, both anywhere: a rank that waits for the stopped one must end
+ *               because of the dead one
  *
  * FAULT plants one mistake; spin must find each.
  */
@@ -17,20 +19,20 @@
 #define FAULT 0
 #endif
 
-#define GONE_FIRST (FAULT == 1)     /* a rank is gone before it says that it is through */
-#define LOOKS_EARLY (FAULT == 2)    /* a rank looks who is through before it looks who is gone */
-#define GONE_IS_LOST (FAULT == 3)   /* a rank that is gone is missed, also if it was through */
-#define AWAITED_ONLY (FAULT == 4)   /* a rank looks only at the one that it waits for */
-#define NOT_READ_AGAIN (FAULT == 5) /* what a rank said just before it was gone does not count */
-#define THROUGH_EARLY (FAULT == 6)  /* a rank says that it is through before it is */
+#define DEPARTS_FIRST (FAULT == 1)     /* a rank departs before it publishes its completion */
+#define LOOKS_EARLY (FAULT == 2)    /* `completed` is read before `departed` */
+#define DEPARTED_IS_LOST (FAULT == 3)   /* a departed rank is missed, also if it has completed */
+#define AWAITED_ONLY (FAULT == 4)   /* a rank polls only the awaited one */
+#define NOT_READ_AGAIN (FAULT == 5) /* a word published just before a departure does not count */
+#define COMPLETES_EARLY (FAULT == 6)  /* a rank publishes its completion too early */
 
 #define MOST 3 /* ranks */
 
-byte arrived[MOST], through[MOST];
-bit gone[MOST];
+byte arrived[MOST], completed[MOST];
+bit departed[MOST];
 bit poisoned;
 
-/* What the model checks, and the protocol doesn't know. */
+/* State of the model alone. */
 byte done[MOST];
 bit dead[MOST], somebody_died, somebody_stopped;
 
@@ -45,9 +47,9 @@ bit dead[MOST], somebody_died, somebody_stopped;
   fi
 #endif
 
-#define died_in_it(l) (dead[l] && gone[l] && done[l] < epoch)
-/* Told of a rank that is gone, and has not looked yet whether it was through. */
-#define hears_of(l) (!AWAITED_ONLY && l < N && l != r && gone[l] && !(looked >> l & 1))
+#define died_in_it(l) (dead[l] && departed[l] && done[l] < epoch)
+/* Sees a departed rank and has not looked yet whether it has completed. */
+#define hears_of(l) (!AWAITED_ONLY && l < N && l != r && departed[l] && !(looked >> l & 1))
 
 inline misses(l) {
   assert(dead[l] || done[l] < epoch);
@@ -56,7 +58,8 @@ inline misses(l) {
 }
 inline look(l) {
   if
-  :: !GONE_IS_LOST && (LOOKS_EARLY -> early >> (2 * l) & 3 : through[l]) >= epoch -> looked = looked | 1 << l
+  :: !DEPARTED_IS_LOST && (LOOKS_EARLY -> early >> (2 * l) & 3 : completed[l]) >= epoch ->
+    looked = looked | 1 << l
   :: else -> misses(l)
   fi
 }
@@ -69,33 +72,36 @@ proctype Rank(byte r) {
     epoch++;
     may_fail;
     arrived[r] = epoch;
-    if :: THROUGH_EARLY -> through[r] = epoch :: else fi;
+    if :: COMPLETES_EARLY -> completed[r] = epoch :: else fi;
     q = 0;
     do
     :: q == N -> break
     :: else ->
       may_fail;
       looked = 0;
-      if :: LOOKS_EARLY -> early = through[0] | through[1] << 2 | through[2] << 4 :: else fi;
+      if :: LOOKS_EARLY -> early = completed[0] | completed[1] << 2 | completed[2] << 4 :: else fi;
       do
       :: arrived[q] >= epoch -> break
       :: poisoned -> goto end
-      :: q != r && gone[q] -> if :: !NOT_READ_AGAIN && arrived[q] >= epoch -> break :: else -> misses(q) fi
+      :: q != r && departed[q] ->
+        if :: !NOT_READ_AGAIN && arrived[q] >= epoch -> break :: else -> misses(q) fi
       :: hears_of(0) -> look(0)
       :: hears_of(1) -> look(1)
       :: hears_of(2) -> look(2)
-      /* The deadline. With somebody dead it must not come to that. */
-      :: somebody_stopped && !died_in_it(0) && !died_in_it(1) && !died_in_it(2) -> poisoned = 1; goto end
+      /* The deadline. With a dead rank it must not come to that. */
+      :: somebody_stopped && !died_in_it(0) && !died_in_it(1) && !died_in_it(2) ->
+        poisoned = 1;
+        goto end
       od;
       q++
     od;
     done[r] = epoch;
-    if :: GONE_FIRST && epoch == AVERAGES -> gone[r] = 1 :: else fi;
+    if :: DEPARTS_FIRST && epoch == AVERAGES -> departed[r] = 1 :: else fi;
     may_fail;
-    through[r] = epoch
+    completed[r] = epoch
   od;
 dies:
-  gone[r] = 1;
+  departed[r] = 1;
 end:
   skip
 }

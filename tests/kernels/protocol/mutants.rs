@@ -6,21 +6,22 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 /// The files of `kernels/`, by name.
 pub type Sources = BTreeMap<String, String>;
 
-/// A synchronisation, credit or bound that is taken out, and the check that notices.
+/// A copy of the kernels without one synchronisation, credit or bound, and the check that notices.
 #[derive(Clone, Default, Debug)]
 pub struct Mutant {
     pub number: u32,
     pub flavour: String,
     pub scenario: String,
-    /// Endings of the run that count as noticed.
+    /// Ends of the run that count as noticed.
     pub expected: Vec<String>,
+    /// What is taken out.
     pub what: String,
     edits: Vec<Edit>,
 }
@@ -29,18 +30,19 @@ pub struct Mutant {
 #[derive(Clone, Default, Debug)]
 struct Edit {
     file: String,
-    /// Text that occurs once in the file.
+    /// Text that occurs once in the file, white space aside.
     find: String,
-    /// The part of `find` that is replaced.
+    /// `find` without white space, and the part of it that is replaced.
+    squeezed: String,
     replaced: Range<usize>,
     with: String,
 }
 
-/// Where an edit finds its text: the file and the bytes that are replaced.
-type Place = (String, Range<usize>);
-/// The same in an order.
+/// Position of an edit: the file and the bytes that are replaced.
+type Position = (String, Range<usize>);
+/// A position that can be ordered.
 type Span = (String, usize, usize);
-/// Mutants that replace one text, and what each puts there.
+/// Mutants that replace the same text, with their replacements.
 type Choices<'a> = Vec<(u32, &'a str)>;
 
 /// The table.
@@ -52,22 +54,29 @@ pub fn table() -> Vec<Mutant> {
 
 /// The sources of `kernels/`.
 pub fn kernels() -> Sources {
-    let folder = fs::read_dir(Path::new(ROOT).join("kernels")).expect("kernels/");
-    folder
-        .map(|entry| {
-            let path = entry.expect("an entry of kernels/").path();
-            let name = path.file_name().expect("a name").to_string_lossy().into_owned();
-            (name, fs::read_to_string(path).expect("a kernel source"))
-        })
+    let root = Path::new(ROOT).join("kernels");
+    let name = |path: &Path| {
+        path.strip_prefix(&root).expect("a path in kernels/").to_string_lossy().into_owned()
+    };
+    files(&root)
+        .into_iter()
+        .map(|path| (name(&path), fs::read_to_string(path).expect("a kernel source")))
         .collect()
 }
 
-/// Writes sources into a folder of their own, and only those that differ from what is there, since
-/// builds compare times of change.
+/// The files of a folder and of the folders in it.
+pub fn files(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).expect("a folder of sources");
+    let paths = entries.map(|entry| entry.expect("an entry of a folder").path());
+    paths.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
+}
+
+/// Writes sources into a folder, only those that differ from what is there, since builds compare
+/// modification times.
 pub fn write(sources: &Sources, folder: &Path) {
-    fs::create_dir_all(folder).expect("a folder for sources");
     for (name, text) in sources {
         let path = folder.join(name);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("a folder for sources");
         if !fs::read_to_string(&path).is_ok_and(|old| old == *text) {
             fs::write(path, text).expect("writing a source");
         }
@@ -84,6 +93,10 @@ pub fn parse(text: &str) -> Vec<Mutant> {
         let mutant =
             mutants.last_mut().unwrap_or_else(|| panic!("mutants.txt: no mutant before {line:?}"));
         let wrong = || -> ! { panic!("mutants.txt, mutant {}: what is {edit:?}?", mutant.number) };
+        if let Some(what) = edit.strip_prefix("what ") {
+            mutant.what = what.into();
+            continue;
+        }
         if let Some(file) = edit.strip_prefix("in ") {
             mutant.edits.push(Edit { file: file.into(), ..Edit::default() });
             continue;
@@ -97,6 +110,7 @@ pub fn parse(text: &str) -> Vec<Mutant> {
         side.push_str(rest.strip_prefix(' ').unwrap_or(rest));
     }
     for mutant in &mut mutants {
+        assert!(!mutant.what.is_empty(), "mutants.txt, mutant {}: no `what`", mutant.number);
         assert!(!mutant.edits.is_empty(), "mutants.txt, mutant {}: no edits", mutant.number);
         mutant.edits.iter_mut().for_each(Edit::take_marks);
     }
@@ -111,18 +125,22 @@ impl Mutant {
             word().parse().unwrap_or_else(|_| panic!("mutants.txt: no number before {line:?}"));
         let (flavour, scenario, expected) = (word(), word(), word());
         let expected = expected.split('/').map(str::to_owned).collect();
-        let what = words.collect::<Vec<_>>().join(" ");
-        Mutant { number, flavour, scenario, expected, what, edits: Vec::new() }
+        Mutant { number, flavour, scenario, expected, ..Mutant::default() }
     }
 
-    /// Where each edit finds its text, or what is wrong with those that do not find it exactly
-    /// once.
-    fn places(&self, sources: &Sources) -> Result<Vec<Place>, String> {
+    /// Position of each edit's text, or an error that names an edit whose text does not occur
+    /// exactly once.
+    fn places(&self, sources: &Sources) -> Result<Vec<Position>, String> {
         let place = |edit: &Edit| {
             let text = sources.get(&edit.file).map(String::as_str).unwrap_or_default();
-            let found: Vec<usize> = text.match_indices(&edit.find).map(|(at, _)| at).collect();
+            let (text, offsets) = squeeze(text);
+            let found: Vec<usize> = text.match_indices(&edit.squeezed).map(|(at, _)| at).collect();
             match found[..] {
-                [at] => Ok((edit.file.clone(), at + edit.replaced.start..at + edit.replaced.end)),
+                [at] => {
+                    let first = offsets[at + edit.replaced.start];
+                    let last = offsets[at + edit.replaced.end - 1];
+                    Ok((edit.file.clone(), first..last + 1))
+                }
                 _ => Err(format!(
                     "mutant {}, {}: in {} there is {} times, not once:\n{}",
                     self.number,
@@ -148,20 +166,33 @@ impl Mutant {
 
 impl Edit {
     fn take_marks(&mut self) {
-        let (begin, end) = (self.find.find('«'), self.find.find('»'));
-        let (begin, end) = match (begin, end) {
+        let marked = squeeze(&self.find).0;
+        let (begin, end) = match (marked.find('«'), marked.find('»')) {
             (Some(begin), Some(end)) => (begin, end - '«'.len_utf8()),
-            _ => (0, self.find.len()),
+            _ => (0, marked.len()),
         };
+        assert!(begin < end, "mutants.txt: nothing is replaced in {}", self.find);
         self.find = self.find.replace(['«', '»'], "");
+        self.squeezed = marked.replace(['«', '»'], "");
         self.replaced = begin..end;
     }
+}
+
+/// A text without its white space, and the offset in the text of each byte that is left.
+fn squeeze(text: &str) -> (String, Vec<usize>) {
+    let mut squeezed = String::new();
+    let mut offsets = Vec::new();
+    for (at, letter) in text.char_indices().filter(|(_, letter)| !letter.is_whitespace()) {
+        squeezed.push(letter);
+        offsets.extend(at..at + letter.len_utf8());
+    }
+    (squeezed, offsets)
 }
 
 /// Reasons why these sources can't hold all mutants in one copy.
 pub fn problems(mutants: &[Mutant], sources: &Sources) -> Vec<String> {
     let mut problems = Vec::new();
-    let mut taken: Vec<(u32, Place)> = Vec::new();
+    let mut taken: Vec<(u32, Position)> = Vec::new();
     for mutant in mutants {
         let places = mutant.places(sources).unwrap_or_else(|problem| {
             problems.push(problem);
@@ -215,7 +246,7 @@ pub fn weave(mutants: &[Mutant], sources: &Sources) -> Sources {
     substitute(sources, woven.into_iter().map(choose).collect())
 }
 
-fn substitute(sources: &Sources, mut replacements: Vec<(Place, String)>) -> Sources {
+fn substitute(sources: &Sources, mut replacements: Vec<(Position, String)>) -> Sources {
     let mut sources = sources.clone();
     // From the end, so that places before it stay where they are.
     replacements.sort_by_key(|((_, range), _)| std::cmp::Reverse(range.start));

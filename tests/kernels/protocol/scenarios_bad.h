@@ -1,34 +1,40 @@
-// Ranks that are missing, late, dead or told to stop: every other rank ends, soon, with the same outcome, and unless all
-// had agreed to write, nobody's tensors have changed.
+// Ranks that are missing, late, dead or aborted: every other rank ends soon, with the same outcome,
+// and no tensor has changed unless all ranks had agreed to write.
 #pragma once
 #include "scenarios_good.h"
 
-// A timeout must not strike a rank that only waits for a core: the sanitizers' threads outnumber them.
+// Long enough for a rank that only waits for a core: the sanitizers' threads outnumber the cores.
 constexpr uint64_t kTimeoutNs = 400'000'000;
 constexpr uint64_t kSoonNs = 20 * kTimeoutNs;
 
-// One average in which anything may have gone wrong. Returns whether it was committed. `dead`: the rank that left
-// without a word and has no outcome; ~0u: none.
-inline bool check_agreement(const World& w, const Plan& plan, const std::vector<Outcome>& o, uint32_t dead) {
+// Checks one average in which anything may have failed. Returns whether it was committed. `dead`:
+// the rank that fault_step ended, which has no outcome; ~0u: none.
+inline bool check_agreement(const World& w, const Plan& plan, const std::vector<Outcome>& o,
+                            uint32_t dead) {
   const uint32_t witness = dead == 0 ? 1 : 0;
   for (uint32_t r = 0; r < w.s.world; ++r) {
     if (r == dead) continue;
     if (o[r].committed != o[witness].committed)
-      wrong("%s, seed %llu: rank %u committed=%d, rank %u committed=%d (outcomes %u and %u)", name_of(w.s.mode), (unsigned long long)w.s.seed,
-            witness, o[witness].committed, r, o[r].committed, o[witness].kind, o[r].kind);
+      wrong("%s, seed %llu: rank %u committed=%d, rank %u committed=%d (outcomes %u and %u)",
+            name_of(w.s.mode), (unsigned long long)w.s.seed, witness, o[witness].committed, r,
+            o[r].committed, o[witness].kind, o[r].kind);
     if (!o[r].committed && (o[r].kind != o[witness].kind || o[r].peer != o[witness].peer))
-      wrong("%s: rank %u ended with %u of rank %u, rank %u with %u of rank %u", name_of(w.s.mode), witness, o[witness].kind,
-            o[witness].peer, r, o[r].kind, o[r].peer);
+      wrong("%s: rank %u ended with %u of rank %u, rank %u with %u of rank %u", name_of(w.s.mode),
+            witness, o[witness].kind, o[witness].peer, r, o[r].kind, o[r].peer);
     if (o[r].kind == PA_OPEN) wrong("%s: rank %u has no outcome", name_of(w.s.mode), r);
   }
   const bool committed = o[witness].committed;
   for (uint32_t r = 0; r < w.s.world; ++r)
-    check(w, plan, r, !committed ? Expect::kLocal : o[r].kind == PA_COMMITTED && dead == ~0u ? Expect::kMean : Expect::kEither);
+    check(w, plan, r,
+          !committed                                 ? Expect::kLocal
+          : o[r].kind == PA_COMMITTED && dead == ~0u ? Expect::kMean
+                                                     : Expect::kEither);
   return committed;
 }
 
-// Rank `absent` makes `good` averages and is never seen again; the others must end with `kind`, naming it.
-inline void without_a_rank(Setup s, uint32_t good, uint32_t absent, uint32_t kind, const std::function<void(World&)>& meanwhile) {
+// Rank `absent` makes `good` averages and then none; the others must end with `kind`, naming it.
+inline void without_a_rank(Setup s, uint32_t good, uint32_t absent, uint32_t kind,
+                           const std::function<void(World&)>& meanwhile) {
   World w(s);
   std::vector<Outcome> o(s.world);
   Plan last;
@@ -44,10 +50,12 @@ inline void without_a_rank(Setup s, uint32_t good, uint32_t absent, uint32_t kin
     if (r == absent) return meanwhile(w);
     const uint64_t start = PA_ISA::cpu_now_ns();
     o[r] = w.average(r, Call{});
-    if (PA_ISA::cpu_now_ns() - start > kSoonNs) wrong("%s: rank %u took too long to notice", name_of(s.mode), r);
+    if (PA_ISA::cpu_now_ns() - start > kSoonNs)
+      wrong("%s: rank %u took too long to notice", name_of(s.mode), r);
     expect_outcome(w, r, good, o[r], kind, absent);
   });
-  if (check_agreement(w, last, o, absent)) wrong("%s: committed without rank %u", name_of(s.mode), absent);
+  if (check_agreement(w, last, o, absent))
+    wrong("%s: committed without rank %u", name_of(s.mode), absent);
 }
 
 inline void timeout() {
@@ -56,27 +64,30 @@ inline void timeout() {
     for (uint32_t good : {0u, 3u}) {
       Setup s = setup_of(mode, 3 + seed % 2, 2, seed);
       s.timeout_ns = kTimeoutNs;
-      s.epoch = 0xfffffffdu; // the average that fails is the one whose number has wrapped
+      s.epoch = 0xfffffffdu; // the epoch of the failing average has wrapped
       without_a_rank(s, good, uint32_t(seed % s.world), PA_TIMEOUT, [](World&) {});
       ++seed;
     }
 }
 
-// The absent rank says that it is gone: nobody waits for the timeout.
-inline void left() {
+// The absent rank publishes its departure: no rank waits for the timeout.
+inline void departed() {
   uint64_t seed = 120;
   for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect}) {
     const Setup s = setup_of(mode, 3, 2, seed++);
     const uint32_t absent = uint32_t(seed % 3);
-    without_a_rank(s, 2, absent, PA_LEFT, [&](World& w) { PA_ISA::store_release(&w.control()->board[absent].gone, 1); });
+    without_a_rank(s, 2, absent, PA_DEPARTED, [&](World& w) {
+      PA_ISA::store_release(&w.control()->board[absent].departed, 1);
+    });
   }
-  // Gone as soon as its last average is done, while others still work on it, one of them for long: they succeed.
+  // A rank departs as soon as its last average is done, while others still work on it, one of them
+  // for long: they succeed.
   for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect})
     for (uint32_t i = 0; i < 48; ++i) {
       Setup s = setup_of(mode, 3, 1 + i % 2, 2 * seed++);
-      s.says_through = i % 4 != 0;
+      s.reports_completed = i % 4 != 0;
       if (i % 3 == 0) s.buckets = {{PA_F32, false, {190, 3, 70}}};
-      s.epoch = 0xffffffffu; // the number of the average has wrapped
+      s.epoch = 0xffffffffu; // the epoch wraps
       World w(s);
       each_rank(w, [&](uint32_t r) {
         const Plan plan;
@@ -84,7 +95,7 @@ inline void left() {
         Call call;
         if (i % 3 == 0 && r == i / 3 % 3) call.delay_ns = 6'000'000;
         expect_outcome(w, r, 0, w.average(r, call), PA_COMMITTED, 0);
-        PA_ISA::store_release(&w.control()->board[r].gone, 1);
+        PA_ISA::store_release(&w.control()->board[r].departed, 1);
         check(w, plan, r, Expect::kMean);
       });
     }
@@ -93,7 +104,7 @@ inline void left() {
 inline void abort_world(World& w, uint32_t rank) {
   PA_ISA::store_release(&w.control()->abort, PA_ISA::code_of(uint32_t(PA_ABORTED), rank));
 }
-// While all others wait for a rank that never comes; and before anybody came.
+// An abort while all others wait for a missing rank, and one before any rank arrives.
 inline void abort_at_rest(Mode mode, uint64_t seed) {
   without_a_rank(setup_of(mode, 3, 2, seed), 1, 1, PA_ABORTED, [&](World& w) {
     usleep(3000);
@@ -109,7 +120,8 @@ inline void abort_at_rest(Mode mode, uint64_t seed) {
   });
   check_agreement(w, Plan{}, o, ~0u);
 }
-// Ranks that go on as if nothing had happened, as replayed graphs do: those that are slower must learn of the same failure.
+// Ranks that start further averages after a failure, as replayed graphs do: slower ranks must still
+// learn of the same failure.
 inline void abort_and_go_on(Mode mode, uint64_t seed) {
   World w(setup_of(mode, 3, 2, seed));
   abort_world(w, 2);
@@ -123,12 +135,13 @@ inline void abort_and_go_on(Mode mode, uint64_t seed) {
   });
   check_agreement(w, Plan{}, o, ~0u);
 }
-// All others have arrived, so that rank 0 has nobody to wait for and yet must notice.
+// An abort after all others have arrived: rank 0 waits for no rank and must notice all the same.
 inline void abort_between_arrivals(Mode mode, uint64_t seed) {
   World w(setup_of(mode, 3, 1, seed));
   for (uint32_t r = 1; r < 3; ++r) {
     PaRecord& record = w.control()->board[r].record[1];
-    record.schedule = Call{}.schedule, record.weight = 1, record.buckets = w.ranks[r].buckets->address();
+    record.schedule = Call{}.schedule, record.weight = 1,
+    record.buckets = w.ranks[r].buckets->address();
     w.control()->board[r].arrived = 1;
   }
   abort_world(w, 2);
@@ -137,14 +150,15 @@ inline void abort_between_arrivals(Mode mode, uint64_t seed) {
   expect_outcome(w, 0, 0, o, PA_ABORTED, 2);
   if (o.committed) wrong("%s: committed after an abort", name_of(mode));
 }
-// While a rank is slow, or anywhere. Others look at their tensors as soon as they are back: nobody may still write them.
+// An abort while a rank is slow, or at any time. Ranks read their tensors as soon as they return:
+// no peer may still write them.
 inline void abort_within(Mode mode, uint64_t seed, bool slow) {
   Setup s = setup_of(mode, 3, 2, seed);
   s.buckets = two_dtypes();
   World w(s);
   std::vector<Outcome> o(3);
-  std::thread somebody([&] {
-    dawdle_state = mix(seed);
+  std::thread aborter([&] {
+    delay_state = mix(seed);
     usleep(unsigned(slow ? 10'000 : random_below(mode == Mode::kCommit ? 1500 : 800)));
     abort_world(w, 2);
   });
@@ -157,14 +171,19 @@ inline void abort_within(Mode mode, uint64_t seed, bool slow) {
     if (o[r].kind != PA_COMMITTED) expect_outcome(w, r, 0, o[r], PA_ABORTED, 2);
     check(w, Plan{}, r, o[r].committed ? Expect::kEither : Expect::kLocal);
     if (o[r].kind == PA_COMMITTED) return;
-    // A graph that is replayed now: what it was before, and so whether tensors are half written, is still to be read.
-    const uint32_t phases[] = {PA_RING, PA_RING_REDUCE, PA_DIRECT};
-    w.launch(r, w.args(r, Call{}), phases[mode == Mode::kRing ? 0 : mode == Mode::kCommit ? 1 : 2], 0);
+    // A graph replayed now must keep the status that says whether tensors are half written.
+    const uint32_t kernels[] = {PA_RING, PA_RING_REDUCE, PA_DIRECT};
+    w.launch(r, w.args(r, Call{}),
+             kernels[mode == Mode::kRing     ? 0
+                     : mode == Mode::kCommit ? 1
+                                             : 2],
+             0);
     bool committed = false;
     for (uint32_t c = 0; c < 2; ++c) committed |= w.channel(r, c)->committed != 0;
-    if (committed != o[r].committed) wrong("%s: rank %u: a replay hides that tensors are half written", name_of(mode), r);
+    if (committed != o[r].committed)
+      wrong("%s: rank %u: a replay hides that tensors are half written", name_of(mode), r);
   });
-  somebody.join();
+  aborter.join();
   check_agreement(w, Plan{}, o, ~0u);
 }
 inline void aborted() {
@@ -177,11 +196,11 @@ inline void aborted() {
   }
 }
 
-// Deadlines so short that they race with the meeting, the reduce and the vote.
+// Deadlines so short that they race with the entry barrier, the reduce and the commit vote.
 inline void decision() {
   uint64_t seed = 1000;
   uint32_t committed = 0, refused = 0;
-  dawdle_us = 200;
+  max_delay_us = 200;
   for (Mode mode : {Mode::kCommit, Mode::kRing, Mode::kDirect})
     for (uint32_t i = 0; i < (kLanes[0] > 1 ? 50 : 120); ++i) {
       Setup s = setup_of(mode, 2 + i % 3, 1 + i % 2, 2 * seed++); // even: two dtypes
@@ -202,18 +221,18 @@ inline void decision() {
         for (const Outcome& outcome : o) healthy &= outcome.kind == PA_COMMITTED;
       }
     }
-  dawdle_us = 40;
+  max_delay_us = 40;
   std::printf("decision: %u averages committed, %u refused\n", committed, refused);
 }
 
-// One rank leaves without a word before its first protocol step, its second, … until it gets through.
+// Ends one rank before its first protocol step, its second, … until it completes the average.
 inline void leave_at_each_step() {
   for (Mode mode : {Mode::kCommit, Mode::kRing, Mode::kDirect}) {
     std::atomic<uint32_t> next_step{1};
-    std::atomic<bool> through{false};
+    std::atomic<bool> completed{false};
     const auto try_steps = [&](uint32_t helper) {
-      dawdle_state = mix(helper + 5);
-      while (!through) {
+      delay_state = mix(helper + 5);
+      while (!completed) {
         const uint32_t step = next_step++;
         Setup s = setup_of(mode, 3 + step % 2, 1 + step % 2, 2 * (300 + step));
         s.buckets = {{PA_F32, false, {190, 3, 70}}};
@@ -230,19 +249,25 @@ inline void leave_at_each_step() {
         if (o[dead].kind == PA_COMMITTED) {
           for (uint32_t r = 0; r < s.world; ++r) expect_outcome(w, r, 0, o[r], PA_COMMITTED, 0);
           check_agreement(w, Plan{}, o, ~0u);
-          through = true;
+          completed = true;
           return;
         }
         const bool committed = check_agreement(w, Plan{}, o, dead);
         for (uint32_t r = 0; r < s.world; ++r)
-          // Direct, past the meeting: nobody may go before all have left, so none leaves without a word.
-          if (r != dead && o[r].kind != PA_COMMITTED) expect_outcome(w, r, 0, o[r], mode == Mode::kDirect && step > 1 ? PA_LEFT : PA_TIMEOUT, dead);
+          // Direct, after the entry barrier: an ended rank publishes its exit, so that no peer
+          // waits.
+          if (r != dead && o[r].kind != PA_COMMITTED)
+            expect_outcome(w, r, 0, o[r],
+                           mode == Mode::kDirect && step > 1 ? PA_DEPARTED : PA_TIMEOUT, dead);
         for (uint32_t r = 0; r < s.world; ++r)
-          if (mode == Mode::kDirect && o[r].kind == PA_COMMITTED) wrong("direct: rank %u does not know that rank %u left its part undone", r, dead);
-        if (committed && !o[dead].committed) wrong("%s: committed although rank %u died before step %u, not having agreed", name_of(mode), dead, step);
+          if (mode == Mode::kDirect && o[r].kind == PA_COMMITTED)
+            wrong("direct: rank %u does not know that rank %u left its part undone", r, dead);
+        if (committed && !o[dead].committed)
+          wrong("%s: committed although rank %u died before step %u, not having agreed",
+                name_of(mode), dead, step);
       }
     };
-    std::vector<std::thread> helpers; // most of their time is the waiting for a deadline
+    std::vector<std::thread> helpers; // mostly waiting for deadlines
     for (uint32_t i = 0; i < 4; ++i) helpers.emplace_back(try_steps, i);
     for (auto& helper : helpers) helper.join();
   }

@@ -1,10 +1,12 @@
-/* Taking turns by loads and stores (take_turn in kernels/mailbox.h), for spin: N ranks write one word in turn, and any of
- * them may die anywhere, which the others are told after its last store. tests/kernels/model.rs runs it. Two turns at once, a word
- * written twice, and a rank that waits for ever are errors. FAULT plants one mistake; spin must find each.
+/* The turn lock (take_turn in kernels/decision.h), for spin: N ranks write one word under a lock of
+ * loads and stores, and any of them may die anywhere, which the others learn after its last store.
+ * model.rs runs it. Two holders at once, a word written twice, and a rank that waits for ever
+ * are errors. FAULT plants one mistake; spin must find each.
  *
- * In half of the runs ranks are impatient, as they are on CPUs: a rank may be stopped for ever in its turn, which nobody is told,
- * so any rank may lose patience at any moment, also with one that was not stopped. Two turns at once are no error then, since
- * the word is written by compare-and-swap; but each turn still writes it once.
+ * In half of the runs ranks are impatient, as they are on CPUs: a rank may be stopped for ever
+ * while it holds the lock, which the others never learn, so any rank may stop waiting at any
+ * moment, also for one that was not stopped. Two holders at once are no error then, since the word
+ * is written by compare-and-swap; but each turn still writes it once.
  */
 #ifndef N
 #define N 3
@@ -13,24 +15,24 @@
 #define FAULT 0
 #endif
 
-#define LOOKS_FIRST (FAULT == 1)        /* a rank looks at the others before it raises its flag */
-#define NO_WAY_GIVEN (FAULT == 2)       /* a rank does not give way to a lower one */
+#define LOOKS_FIRST (FAULT == 1)        /* a rank looks before it raises its flag */
+#define NO_WAY_GIVEN (FAULT == 2)       /* a rank does not lower its flag for a lower one */
 #define HIGHER_IGNORED (FAULT == 3)     /* a rank does not wait for higher ones */
 #define LOWER_IGNORED (FAULT == 4)      /* a rank does not wait for lower ones */
-#define DEAD_KEEP_TURN (FAULT == 5)     /* a rank that is gone is waited for */
-#define WORD_NOT_LOOKED_AT (FAULT == 6) /* the word is written without a look at whether it was meanwhile */
-#define PLAIN_STORE (FAULT == 7)        /* impatient ranks write the word by a store, not by a compare-and-swap */
-#define STOPPED_KEEP_TURN (FAULT == 8)  /* nobody loses patience with a rank that was stopped */
+#define DEAD_KEEP_TURN (FAULT == 5)     /* a departed rank is waited for */
+#define WORD_NOT_LOOKED_AT (FAULT == 6) /* the word is not read again before it is written */
+#define PLAIN_STORE (FAULT == 7)        /* impatient ranks write the word by a plain store */
+#define STOPPED_KEEP_TURN (FAULT == 8)  /* ranks wait for a stopped one for ever */
 
 #define TURNS 2
 
-bit deciding[N], gone[N];
-byte word;    /* the turn that it was last written in */
-byte holders; /* what the model checks: ranks in their turn, dead ones aside */
+bit deciding[N], departed[N];
+byte word;    /* the turn that wrote it last */
+byte holders; /* state of the model alone: living ranks that hold the lock */
 
 bit impatient;
 
-#define has_turn(q) (!tired && deciding[q] && !(gone[q] && !DEAD_KEEP_TURN))
+#define has_turn(q) (!tired && deciding[q] && !(departed[q] && !DEAD_KEEP_TURN))
 #ifdef HEALTHY
 #define may_die skip
 #define may_stop skip
@@ -50,7 +52,7 @@ proctype Rank(byte r) {
     tired = 0;
     do
     :: first -> break
-    :: word >= turn -> deciding[r] = 0; goto next_turn /* over: no need for one */
+    :: word >= turn -> deciding[r] = 0; goto next_turn /* over: the lock is not needed */
     :: else ->
       may_die;
       if :: !LOOKS_FIRST -> deciding[r] = 1 :: else fi;
@@ -86,7 +88,8 @@ proctype Rank(byte r) {
       may_die;
       may_stop;
       if
-      :: impatient && !PLAIN_STORE -> d_step { if :: word == seen -> assert(word < turn); word = turn :: else fi }
+      :: impatient && !PLAIN_STORE ->
+        d_step { if :: word == seen -> assert(word < turn); word = turn :: else fi }
       :: else -> d_step { assert(word < turn); word = turn }
       fi
     :: else
@@ -101,7 +104,7 @@ next_turn:
 dead:
   skip;
   d_step { holders = holders - holds; holds = 0 };
-  gone[r] = 1; /* told later than its last store */
+  departed[r] = 1; /* seen after its last store */
   goto done;
 end_stopped:
   false; /* for ever */

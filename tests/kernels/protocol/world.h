@@ -1,6 +1,6 @@
-// A world of ranks in this process, laid out as abi.h says: control word and boards, and for each rank its tensors,
-// segment tables, mailboxes and channels. Ranks run on threads of their own and share nothing else, so one may be in
-// the next average while another is still in this one.
+// A world of ranks in this process, laid out as abi.h says: control block, and for each rank its
+// tensors, segment tables, mailboxes and channels. Ranks run on threads of their own and share
+// nothing else, so that one may be an average ahead of another.
 #pragma once
 #include <atomic>
 #include <cstdarg>
@@ -12,7 +12,7 @@
 #include <thread>
 
 #include "perturb.h"
-// The kernels see the clock and the yield of perturb.h.
+// The kernels use the clock and the yield of perturb.h.
 #include "average_cpu.cpp"
 #undef clock_gettime
 #undef sched_yield
@@ -20,7 +20,7 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 inline void off_limits(const void* p, size_t bytes) { __asan_poison_memory_region(p, bytes); }
-constexpr bool kOffLimits = true; // guards cannot be read, so they need no check
+constexpr bool kOffLimits = true; // guards cannot be accessed, and need no check
 #else
 inline void off_limits(const void*, size_t) {}
 constexpr bool kOffLimits = false;
@@ -40,7 +40,9 @@ inline std::atomic<const char*> scenario_name{"?"};
 }
 
 enum class Mode { kDirect, kRing, kCommit };
-inline const char* name_of(Mode m) { return m == Mode::kDirect ? "direct" : m == Mode::kRing ? "ring" : "commit"; }
+inline const char* name_of(Mode m) {
+  return m == Mode::kDirect ? "direct" : m == Mode::kRing ? "ring" : "commit";
+}
 
 struct Shape { // one bucket
   uint32_t dtype;
@@ -51,13 +53,13 @@ struct Setup {
   Mode mode = Mode::kRing;
   uint32_t world = 3, channels = 2, lanes = 1, slots = 2, chunk = 8;
   std::vector<Shape> buckets;
-  uint32_t epoch = 0;    // averages made so far
-  uint32_t sequence = 0; // chunks sent so far over the first link; other links differ by a few
+  uint32_t epoch = 0;    // averages made before
+  uint32_t sequence = 0; // chunks sent before over the first link; other links differ by a few
   uint64_t timeout_ns = 200'000'000'000;
-  bool says_through = true; // hosts keep PaBoard.through
+  bool reports_completed = true; // hosts maintain PaBoard.completed
   uint64_t seed = 1;
 };
-// What one rank passes to one average.
+// Inputs of one average on one rank.
 struct Call {
   uint32_t flags = 0;
   double weight = 1;
@@ -66,15 +68,15 @@ struct Call {
   // Delays before the average, between its two launches, and of the last channel alone.
   uint32_t before_us = 0, between_us = 0, last_channel_us = 0;
 };
-// How it ended there.
+// Outcome on that rank.
 struct Outcome {
-  uint32_t kind = PA_OPEN, peer = 0, where = 0;
+  uint32_t kind = PA_OPEN, peer = 0, phase = 0;
   bool committed = false;
   uint64_t detail = 0, found = 0;
-  bool guest = false;
+  bool joiner = false;
 };
 
-// Memory on lines of its own that is gone when the world is.
+// Memory on lines of its own, freed with the world.
 struct Region {
   char* base;
   size_t bytes;
@@ -113,14 +115,17 @@ struct World {
   uint32_t slot_packs = 0;
 
   PaControl* control() const { return control_memory.as<PaControl>(); }
-  PaChannel* channel(uint32_t rank, uint32_t c) const { return ranks[rank].channels->as<PaChannel>() + c; }
+  PaChannel* channel(uint32_t rank, uint32_t c) const {
+    return ranks[rank].channels->as<PaChannel>() + c;
+  }
 
-  explicit World(const Setup& setup) : s(setup), control_memory(sizeof(PaControl), 0), ranks(setup.world) {
+  explicit World(const Setup& setup)
+      : s(setup), control_memory(sizeof(PaControl), 0), ranks(setup.world) {
     for (const Shape& shape : s.buckets) {
       const uint32_t wide = shape.wire_f32 && kFormat[shape.dtype].bytes == 2 ? 2 : 1;
       slot_packs = std::max(slot_packs, s.chunk * wide);
     }
-    slot_packs += PA_ALIGN_PACKS; // none of them is used
+    slot_packs += PA_ALIGN_PACKS; // a gap that no slot uses
     control()->decision = uint64_t(s.epoch) << 32 | PA_COMMITTED << 8;
     for (uint32_t r = 0; r < s.world; ++r) build(r);
   }
@@ -130,17 +135,21 @@ struct World {
     Rank& rank = ranks[r];
     PaBoard& board = control()->board[r];
     board.arrived = s.epoch;
-    board.vote = board.left = 2 * s.epoch;
-    board.through = s.epoch;
+    board.vote = board.exited = 2 * s.epoch;
+    board.completed = s.epoch;
     stop[r].deciding = &board.deciding;
     rank.buckets = std::make_unique<Region>(s.buckets.size() * sizeof(PaBucket), 0);
-    for (size_t b = 0; b < s.buckets.size(); ++b) rank.buckets->as<PaBucket>()[b] = build_bucket(rank, r, s.buckets[b]);
+    for (size_t b = 0; b < s.buckets.size(); ++b)
+      rank.buckets->as<PaBucket>()[b] = build_bucket(rank, r, s.buckets[b]);
     rank.channels = std::make_unique<Region>(s.channels * sizeof(PaChannel), 0);
     rank.filled_in = std::make_unique<Region>(s.channels * PA_LINE_WORDS * 4, 0);
     rank.drained_in = std::make_unique<Region>(s.channels * PA_LINE_WORDS * 4, 0);
-    rank.inbox = std::make_unique<Region>(size_t(s.channels) * s.slots * slot_packs * PA_PACK_BYTES, 0xff); // NaN
+    // NaN
+    rank.inbox =
+        std::make_unique<Region>(size_t(s.channels) * s.slots * slot_packs * PA_PACK_BYTES, 0xff);
     for (uint32_t i = 0; i < s.channels * s.slots; ++i)
-      off_limits(rank.inbox->base + ((i + 1) * slot_packs - PA_ALIGN_PACKS) * PA_PACK_BYTES, PA_ALIGN_PACKS * PA_PACK_BYTES);
+      off_limits(rank.inbox->base + ((i + 1) * slot_packs - PA_ALIGN_PACKS) * PA_PACK_BYTES,
+                 PA_ALIGN_PACKS * PA_PACK_BYTES);
     for (uint32_t c = 0; c < s.channels; ++c) {
       const uint32_t out = sequence_of(r, c), in = sequence_of((r + s.world - 1) % s.world, c);
       PaChannel& own = rank.channels->as<PaChannel>()[c];
@@ -160,11 +169,13 @@ struct World {
       const uint64_t elements = shape.elements[t];
       // Two tensors in three lie across packs, on every rank differently.
       const uint64_t shift = (t + r) % 3 == 0 ? 0 : (1 + t + r) % per_pack(shape.dtype) * bytes;
-      Tensor tensor{std::make_unique<Region>(2 * kGuard + shift + elements * bytes, kGuardByte), nullptr, elements, packs};
+      Tensor tensor{std::make_unique<Region>(2 * kGuard + shift + elements * bytes, kGuardByte),
+                    nullptr, elements, packs};
       const Region& memory = *tensor.memory;
       tensor.data = memory.base + kGuard + shift;
       const char* end = tensor.data + elements * bytes;
-      off_limits(memory.base, size_t(tensor.data - memory.base) / 8 * 8); // shadow memory has one byte for eight
+      // one shadow byte per 8 bytes
+      off_limits(memory.base, size_t(tensor.data - memory.base) / 8 * 8);
       off_limits(end, size_t(memory.base + memory.bytes - end));
       segments.push_back({reinterpret_cast<uint64_t>(tensor.data), elements, packs});
       packs += (elements + per_pack(shape.dtype) - 1) / per_pack(shape.dtype);
@@ -173,14 +184,16 @@ struct World {
     PaBucket bucket = {};
     bucket.packs = packs;
     bucket.channel_packs = round_up((packs + s.channels - 1) / s.channels, PA_ALIGN_PACKS);
-    bucket.shard_packs = round_up((bucket.channel_packs + s.world - 1) / s.world, PA_ALIGN_PACKS) + PA_ALIGN_PACKS;
+    bucket.shard_packs =
+        round_up((bucket.channel_packs + s.world - 1) / s.world, PA_ALIGN_PACKS) + PA_ALIGN_PACKS;
     bucket.segment_count = uint32_t(segments.size());
     bucket.dtype = shape.dtype;
     bucket.chunk = s.chunk;
     bucket.wire_f32 = shape.wire_f32;
     rank.segments.push_back(std::make_unique<Region>(segments.size() * sizeof(PaSegment), 0));
     std::memcpy(rank.segments.back()->base, segments.data(), segments.size() * sizeof(PaSegment));
-    rank.shards.push_back(std::make_unique<Region>(bucket.shard_packs * s.channels * PA_PACK_BYTES, 0xff));
+    rank.shards.push_back(
+        std::make_unique<Region>(bucket.shard_packs * s.channels * PA_PACK_BYTES, 0xff));
     bucket.segments = rank.segments.back()->address();
     bucket.shard = rank.shards.back()->address();
     rank.tensors.push_back(std::move(tensors));
@@ -188,7 +201,8 @@ struct World {
   }
 
   PaArgs args(uint32_t r, const Call& call) const {
-    const Rank &own = ranks[r], &next = ranks[(r + 1) % s.world], &previous = ranks[(r + s.world - 1) % s.world];
+    const Rank &own = ranks[r], &next = ranks[(r + 1) % s.world],
+               &previous = ranks[(r + s.world - 1) % s.world];
     PaArgs a = {};
     a.control = control_memory.address();
     a.channel = own.channels->address();
@@ -200,34 +214,39 @@ struct World {
     a.drained_in = own.drained_in->address();
     a.drained_out = previous.drained_in->address();
     a.timeout_ns = s.timeout_ns;
-    a.schedule = call.schedule, a.weight = call.weight, a.detail = call.detail, a.found = call.found;
-    a.rank = r, a.world = s.world, a.channels = s.channels, a.slots = s.slots, a.slot_packs = slot_packs;
-    a.spins = s.seed % 2 == 0 ? 200 : 0; // with a core for each thread, and without
-    a.far_ns = s.seed % 3 == 0 ? 0 : s.seed % 3 == 1 ? ~0u : 8; // slots written past the caches, through them, as it comes
+    a.schedule = call.schedule, a.weight = call.weight, a.detail = call.detail,
+    a.found = call.found;
+    a.rank = r, a.world = s.world, a.channels = s.channels, a.slots = s.slots,
+    a.slot_packs = slot_packs;
+    a.spins = s.seed % 2 == 0 ? 200 : 0; // with a core per thread, and without
+    // Non-temporal stores always, never, as measured.
+    a.remote_ns = s.seed % 3 == 0 ? 0 : s.seed % 3 == 1 ? ~0u : 8;
     a.bucket_count = uint32_t(s.buckets.size());
-    a.flags = call.flags | (s.says_through ? PA_FLAG_THROUGH : 0u), a.fault_step = call.fault_step, a.delay_ns = call.delay_ns;
+    a.flags = call.flags | (s.reports_completed ? PA_FLAG_COMPLETED : 0u),
+    a.fault_step = call.fault_step, a.delay_ns = call.delay_ns;
     return a;
   }
 
   // One launch: a thread for every lane of every block, joined.
-  void launch(uint32_t r, const PaArgs& a, uint32_t phase, uint32_t last_channel_us) const {
+  void launch(uint32_t r, const PaArgs& a, uint32_t kernel, uint32_t last_channel_us) const {
     const uint64_t seed = random_bits();
     std::vector<std::thread> threads;
 #if defined(PA_LANES)
     std::vector<PA_ISA::Lanes> shared(s.channels);
-    for (auto& block : shared) pthread_barrier_init(&block.barrier, nullptr, s.lanes), block.flag[0] = block.flag[1] = 0;
+    for (auto& block : shared)
+      pthread_barrier_init(&block.barrier, nullptr, s.lanes), block.flag[0] = block.flag[1] = 0;
 #endif
     for (uint32_t c = 0; c < s.channels; ++c)
       for (uint32_t lane = 0; lane < s.lanes; ++lane)
         threads.emplace_back([&, c, lane] {
-          dawdle_state = mix(seed ^ (r << 20 | c << 10 | lane));
+          delay_state = mix(seed ^ (r << 20 | c << 10 | lane));
           own_stop = &stop[r];
           perturb(3);
           if (c + 1 == s.channels && last_channel_us != 0) usleep(last_channel_us);
 #if defined(PA_LANES)
-          PA_ISA::run_phase(PA_ISA::Exec{c, lane, s.lanes, &shared[c]}, a, phase);
+          PA_ISA::run_kernel(PA_ISA::Exec{{c}, lane, s.lanes, &shared[c]}, a, kernel);
 #else
-          PA_ISA::run_phase(PA_ISA::Exec{c}, a, phase);
+          PA_ISA::run_kernel(PA_ISA::Exec{{c}}, a, kernel);
 #endif
         });
     for (auto& thread : threads) thread.join();
@@ -236,11 +255,12 @@ struct World {
 #endif
   }
 
-  // One average of one rank, as Rust makes it.
+  // One average of one rank, with the launches that Rust makes.
   Outcome average(uint32_t r, const Call& call) {
     const PaArgs a = args(r, call);
     if (call.before_us != 0) usleep(call.before_us);
-    const bool scans = (call.flags & PA_FLAG_REJECT_NON_FINITE) && !(call.flags & PA_FLAG_LAYOUT); // wrong tensors are not read
+    // tensors of a wrong layout are not read
+    const bool scans = (call.flags & PA_FLAG_REJECT_NON_FINITE) && !(call.flags & PA_FLAG_LAYOUT);
     if (s.mode != Mode::kCommit && scans) launch(r, a, PA_SCAN, 0);
     if (s.mode == Mode::kDirect) launch(r, a, PA_DIRECT, call.last_channel_us);
     if (s.mode == Mode::kRing) launch(r, a, PA_RING, call.last_channel_us);
@@ -252,21 +272,28 @@ struct World {
     }
     ++ranks[r].averages;
     const Outcome o = outcome(r);
-    if (s.says_through && o.kind != PA_OPEN && o.kind < PA_TIMEOUT) PA_ISA::store_release(&control()->board[r].through, channel(r, 0)->epoch);
+    if (s.reports_completed && o.kind != PA_OPEN && o.kind < PA_TIMEOUT)
+      PA_ISA::store_release(&control()->board[r].completed, channel(r, 0)->epoch);
     return o;
   }
 
-  // All channels of a rank must say the same, but for a failure after the commit, which may strike some only.
+  // Outcome of all channels of a rank. They must agree, except about a failure after the commit,
+  // which may strike some of them.
   Outcome outcome(uint32_t r) const {
     const PaChannel& first = *channel(r, 0);
-    Outcome o{first.outcome, first.peer, first.where, first.committed != 0, first.detail, first.found, first.guest != 0};
+    Outcome o{first.outcome, first.peer,  first.phase,      first.committed != 0,
+              first.detail,  first.found, first.joiner != 0};
     for (uint32_t c = 1; c < s.channels; ++c) {
       const PaChannel& other = *channel(r, c);
       if ((other.committed != 0) != o.committed && other.outcome != PA_OPEN && o.kind != PA_OPEN)
-        wrong("rank %u: channel %u committed=%u, channel 0 %u (outcomes %u and %u)", r, c, other.committed, o.committed, other.outcome, o.kind);
-      if (!o.committed && o.kind != PA_OPEN && other.outcome != PA_OPEN && (other.outcome != o.kind || (o.kind >= PA_NON_FINITE && other.peer != o.peer)))
-        wrong("rank %u: channel %u ended with %u of rank %u, channel 0 with %u of rank %u", r, c, other.outcome, other.peer, o.kind, o.peer);
-      if (other.outcome != PA_COMMITTED && o.kind == PA_COMMITTED) o.kind = other.outcome, o.peer = other.peer, o.where = other.where;
+        wrong("rank %u: channel %u committed=%u, channel 0 %u (outcomes %u and %u)", r, c,
+              other.committed, o.committed, other.outcome, o.kind);
+      if (!o.committed && o.kind != PA_OPEN && other.outcome != PA_OPEN &&
+          (other.outcome != o.kind || (o.kind >= PA_NON_FINITE && other.peer != o.peer)))
+        wrong("rank %u: channel %u ended with %u of rank %u, channel 0 with %u of rank %u", r, c,
+              other.outcome, other.peer, o.kind, o.peer);
+      if (other.outcome != PA_COMMITTED && o.kind == PA_COMMITTED)
+        o.kind = other.outcome, o.peer = other.peer, o.phase = other.phase;
     }
     return o;
   }
@@ -277,7 +304,7 @@ inline void each_rank(const World& world, const std::function<void(uint32_t)>& f
   std::vector<std::thread> threads;
   for (uint32_t r = 0; r < world.s.world; ++r)
     threads.emplace_back([&, r] {
-      dawdle_state = mix(world.s.seed * 1000003 + r);
+      delay_state = mix(world.s.seed * 1000003 + r);
       f(r);
     });
   for (auto& thread : threads) thread.join();

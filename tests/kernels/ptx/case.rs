@@ -85,7 +85,7 @@ pub trait Machine {
 pub struct Job {
     pub rank: usize,
     pub args: PaArgs,
-    pub phases: Vec<u32>,
+    pub kernels: Vec<u32>,
     pub threads: u32,
 }
 
@@ -163,20 +163,20 @@ impl Case {
             ranks[rank].args.filled_out = ranks[next].args.filled_in;
             ranks[rank].args.drained_out = ranks[previous].args.drained_in;
         }
-        let mut phases = match self.how {
+        let mut kernels = match self.how {
             How::Direct => vec![PA_DIRECT],
             How::Ring => vec![PA_RING],
             How::Commit => vec![PA_RING_REDUCE, PA_RING_GATHER],
         };
         if self.reject && self.how != How::Commit {
-            phases.insert(0, PA_SCAN);
+            kernels.insert(0, PA_SCAN);
         }
         let jobs: Vec<Job> = (0..self.world)
             .filter(|&rank| self.missing != Some(rank))
             .map(|rank| Job {
                 rank,
                 args: ranks[rank].args,
-                phases: phases.repeat(self.averages),
+                kernels: kernels.repeat(self.averages),
                 threads: self.threads,
             })
             .collect();
@@ -200,8 +200,8 @@ impl Case {
         for board in &mut control.board {
             board.arrived = self.counter;
             board.vote = self.counter.wrapping_mul(2);
-            board.left = self.counter.wrapping_mul(2);
-            board.through = self.counter;
+            board.exited = self.counter.wrapping_mul(2);
+            board.completed = self.counter;
         }
         machine.write(0, address, bytemuck::bytes_of(&control));
         address

@@ -32,12 +32,12 @@ impl Machine for Cpu {
         std::thread::scope(|scope| {
             for job in jobs {
                 scope.spawn(move || {
-                    for &phase in &job.phases {
+                    for &kernel in &job.kernels {
                         std::thread::scope(|scope| {
                             for channel in 0..job.args.channels {
                                 // SAFETY: the case laid the memory out as kernels/abi.h says.
                                 scope.spawn(move || unsafe {
-                                    run_block_cpu(&job.args, phase, channel)
+                                    run_block_cpu(&job.args, kernel, channel)
                                 });
                             }
                         });
@@ -123,7 +123,7 @@ impl Machine for Cuda {
         self.ranks.iter().for_each(|rank| rank.context.synchronize().unwrap());
         for job in jobs {
             let rank = &self.ranks[job.rank];
-            for &phase in &job.phases {
+            for &kernel in &job.kernels {
                 let config = LaunchConfig {
                     grid_dim: (job.args.channels, 1, 1),
                     block_dim: (job.threads, 1, 1),
@@ -131,7 +131,7 @@ impl Machine for Cuda {
                 };
                 let args = Args(job.args);
                 let mut launch = rank.stream.launch_builder(
-                    rank.functions[index(phase)].as_ref().expect("the fatbin has the kernel"),
+                    rank.functions[index(kernel)].as_ref().expect("the fatbin has the kernel"),
                 );
                 launch.arg(&args);
                 // SAFETY: the case laid the memory out as kernels/abi.h says.
@@ -143,9 +143,9 @@ impl Machine for Cuda {
     }
 }
 
-/// Of a phase's kernel among a rank's functions.
-fn index(phase: u32) -> usize {
-    match phase {
+/// The index of a kernel among a rank's functions.
+fn index(kernel: u32) -> usize {
+    match kernel {
         PA_DIRECT => 0,
         PA_RING => 1,
         PA_RING_REDUCE => 2,

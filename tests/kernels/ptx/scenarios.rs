@@ -118,7 +118,7 @@ fn compare(case: &Case, fatbin: &[u8], own_devices: bool) {
         );
         for (got, want) in got.channels[rank].iter().zip(&want.channels[rank]) {
             let all = |c: &PaChannel| {
-                let how = (c.outcome, c.peer, c.where_, c.committed, c.bad, c.step);
+                let how = (c.outcome, c.peer, c.phase, c.committed, c.bad, c.step);
                 (how, (c.recv_seq, c.send_seq, c.epoch), (c.divisor, c.divisor_f32))
             };
             assert_eq!(all(got), all(want), "rank {rank}, {case:?}");
@@ -174,7 +174,7 @@ fn failures(fatbin: &[u8]) {
                   silent: Option<usize>,
                   kind: u32,
                   peer: u32,
-                  wheres: &[u32]| {
+                  phases: &[u32]| {
         for (rank, channels) in
             outcome.channels.iter().enumerate().filter(|&(rank, _)| silent != Some(rank))
         {
@@ -184,7 +184,7 @@ fn failures(fatbin: &[u8]) {
                     (kind, peer, 0),
                     "rank {rank}, {case:?}"
                 );
-                assert!(wheres.contains(&c.where_), "rank {rank}: where {}, {case:?}", c.where_);
+                assert!(phases.contains(&c.phase), "rank {rank}: phase {}, {case:?}", c.phase);
             }
         }
     };

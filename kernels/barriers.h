@@ -1,0 +1,169 @@
+// The two agreement points of an average: the entry barrier, which validates that all ranks request
+// the same operation, and the commit vote, before any tensor is written. The outcome is written
+// once, under the turn lock; late ranks adopt it.
+#pragma once
+#include "mailbox.h"
+
+namespace PA_ISA {
+
+// Validates the records of an epoch. Returns 0, or the error with the lowest rank at fault: the
+// same on every rank.
+PA_FN uint32_t check_records(const PaControl* control, uint32_t world, uint32_t epoch) {
+  const uint32_t parity = epoch & 1;
+  const PaRecord& first = control->board[0].record[parity];
+  bool needed = false, counts = false;
+  uint32_t layout = 0, weight = 0, weighting = 0, schedule = 0, non_finite = 0;
+  for (uint32_t r = world; r-- > 0;) {
+    const PaRecord& record = control->board[r].record[parity];
+    needed |= !(record.flags & PA_FLAG_UNNEEDED);
+    counts |= record.weight > 0;
+    if (record.flags & PA_FLAG_LAYOUT) layout = code_of(uint32_t(PA_LAYOUT), r);
+    if (!(record.weight >= 0) || record.weight - record.weight != 0)
+      weight = code_of(uint32_t(PA_BAD_WEIGHT), r);
+    if ((record.flags ^ first.flags) & PA_FLAG_WEIGHTED)
+      weighting = code_of(uint32_t(PA_WEIGHTING), r);
+    if (record.schedule != first.schedule) schedule = code_of(uint32_t(PA_SCHEDULE), r);
+    if (record.flags & PA_FLAG_NON_FINITE) non_finite = code_of(uint32_t(PA_NON_FINITE), r);
+  }
+  if (layout) return layout;
+  if (schedule) return schedule;
+  if (weighting) return weighting;
+  if (weight) return weight;
+  if (!needed) return code_of(uint32_t(PA_UNNEEDED), 0);
+  if (!counts) return code_of(uint32_t(PA_NO_WEIGHT), 0);
+  return non_finite;
+}
+
+// Computes each rank's scale, w / max w, and the divisor, Σ w / max w. Both are multiplied by a
+// power of two that is at most 1 over the number of ranks that count, so that no partial sum
+// overflows where the mean does not. Both are 1 where one rank counts: its values arrive unchanged.
+PA_FN void compute_scales(const PaControl* control, uint32_t world, uint32_t epoch, PaChannel* me) {
+  // Smallest scale: a smaller one would be 0 in f32, which turns infinity into NaN.
+  constexpr double kLeast = 0x1p-126;
+  double most = 0, part = 1, sum = 0, lost = 0, sum_f32 = 0;
+  uint32_t count = 0;
+  for (uint32_t r = 0; r < world; ++r) {
+    const double w = control->board[r].record[epoch & 1].weight;
+    if (w > most) most = w;
+    if (w > 0) ++count;
+  }
+  for (uint32_t power = 1; power < count; power *= 2) part *= 0.5;
+  for (uint32_t r = 0; r < world; ++r) {
+    const double w = control->board[r].record[epoch & 1].weight;
+    const double ratio = w / most * part, scale = ratio > kLeast ? ratio : kLeast;
+    me->scale[r] = w > 0 ? scale : -1.0;
+    if (!(w > 0)) continue;
+    const double next = sum + scale;
+    lost += sum >= scale ? sum - next + scale : scale - next + sum; // one rounding in all
+    sum = next;
+    sum_f32 += double(float(scale));
+  }
+  me->divisor = sum + lost;
+  me->divisor_f32 = sum_f32;
+}
+
+// True if any rank knows of a joiner: the same on all ranks, so that all admit it or none does.
+PA_FN uint32_t has_joiner(const PaControl* control, uint32_t world, uint32_t epoch) {
+  uint32_t flags = 0;
+  for (uint32_t r = 0; r < world; ++r) flags |= control->board[r].record[epoch & 1].flags;
+  return flags & PA_FLAG_JOINER ? 1 : 0;
+}
+
+// First non-finite value that this rank's blocks have found in its tensors, or 0: PaChannel.bad.
+PA_FN uint64_t first_bad(const PaArgs& a) {
+  uint64_t bad = 0;
+  for (uint32_t c = 0; c < a.channels && bad == 0; ++c) bad = at<PaChannel>(a.channel)[c].bad;
+  return bad;
+}
+
+// The leader's part of the entry barrier. False: the average ended. `commits`: the agreement is
+// also the decision to write (PA_DIRECT, PA_RING).
+PA_NOINLINE bool entry_barrier_as_leader(Exec ex, WaitCtx ctx, bool commits) {
+  const PaArgs& a = *ctx.a;
+  PaControl* control = ctx.control();
+  if (ex.block() == 0) {
+    PaBoard& own = control->board[a.rank];
+    PaRecord& record = own.record[ctx.epoch & 1];
+    // Result of this average's scan, the launch before this one. Tensors of a wrong layout are not
+    // scanned: `bad` is an earlier average's then.
+    const bool scanned =
+        commits && (a.flags & PA_FLAG_REJECT_NON_FINITE) && !(a.flags & PA_FLAG_LAYOUT);
+    const uint64_t bad = scanned ? first_bad(a) : 0;
+    record.schedule = a.schedule;
+    record.weight = a.flags & PA_FLAG_WEIGHTED ? a.weight : 1.0;
+    record.buckets = a.buckets;
+    record.detail = bad != 0 ? bad : a.detail;
+    record.found = a.found;
+    record.flags = a.flags | (bad != 0 ? uint32_t(PA_FLAG_NON_FINITE) : 0u);
+    publish_board(ctx, &own.arrived, ctx.epoch);
+  }
+  for (uint32_t r = 0; r < a.world; ++r) {
+    if (!wait_for_board(ex, ctx, r, &control->board[r].arrived, ctx.epoch, PA_AT_MEET))
+      return false;
+  }
+  const uint32_t poisoned = poison_cause(control);
+  if (poisoned != 0 && resolve_failure(ex, ctx, poisoned, PA_AT_MEET)) return false;
+  uint32_t code = check_records(control, a.world, ctx.epoch);
+  if (code == 0 && commits) code = code_of(uint32_t(PA_COMMITTED), 0);
+  if (code != 0) {
+    // Where there is nothing to decide, a rank that gave up here is noticed at the commit vote.
+    const uint64_t decision = decide(ex, ctx, PA_AT_MEET, code);
+    if (epoch_of(decision) == ctx.epoch) code = code_of(decision);
+    if (kind_of(code) >= PA_TIMEOUT) return !resolve_failure(ex, ctx, code, PA_AT_MEET);
+    if (kind_of(code) != PA_COMMITTED) {
+      write_status(ctx, code, PA_AT_MEET);
+      return false;
+    }
+  }
+  compute_scales(control, a.world, ctx.epoch, ctx.me);
+  ctx.me->joiner = has_joiner(control, a.world, ctx.epoch);
+  return true;
+}
+
+// False in all lanes if the average ended here.
+PA_FN bool entry_barrier(Block& b, bool commits) {
+  if (!b.begin_step()) return false;
+  bool failed = false;
+  if (b.ex.leader()) failed = !entry_barrier_as_leader(b.ex, b.wait_ctx(), commits);
+  if (b.ex.any(failed)) return false;
+  b.committed = commits;
+  return true;
+}
+
+// The leader's part of the commit vote.
+PA_NOINLINE bool commit_vote_as_leader(Exec ex, WaitCtx ctx) {
+  const PaArgs& a = *ctx.a;
+  PaControl* control = ctx.control();
+  const uint32_t good = 2 * ctx.epoch;
+  if (ex.block() == 0) {
+    PaBoard& own = control->board[a.rank];
+    const uint64_t bad = first_bad(a);
+    const uint32_t mine = bad != 0 ? good + 1 : good;
+    if (bad != 0) own.record[ctx.epoch & 1].detail = bad;
+    publish_board(ctx, &own.vote, mine);
+  }
+  uint32_t code = code_of(uint32_t(PA_COMMITTED), 0);
+  for (uint32_t r = a.world; r-- > 0;) {
+    uint32_t* vote = &control->board[r].vote;
+    if (!wait_for_board(ex, ctx, r, vote, good, PA_AT_COMMIT)) return false;
+    if (load_acquire(vote) == good + 1) code = code_of(uint32_t(PA_NON_FINITE), r);
+  }
+  const uint64_t decision = decide(ex, ctx, PA_AT_COMMIT, code);
+  if (epoch_of(decision) == ctx.epoch) code = code_of(decision);
+  if (kind_of(code) == PA_COMMITTED) return true;
+  if (kind_of(code) >= PA_TIMEOUT) return !resolve_failure(ex, ctx, code, phase_of(decision));
+  write_status(ctx, code, PA_AT_COMMIT);
+  return false;
+}
+
+// All or nothing: true in all lanes if every rank has reduced its shard and will write. False:
+// no rank writes.
+PA_FN bool commit_vote(Block& b) {
+  if (!b.begin_step()) return false;
+  bool failed = false;
+  if (b.ex.leader()) failed = !commit_vote_as_leader(b.ex, b.wait_ctx());
+  if (b.ex.any(failed)) return false;
+  b.committed = true;
+  return true;
+}
+} // namespace PA_ISA

@@ -1,0 +1,218 @@
+// CPU: a Wide is one vector, or two where a half is widened to f32. Included by pack.h.
+#pragma once
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace PA_ISA {
+// Vectors are loaded from and stored to any address.
+constexpr bool kAnyAlignment = true;
+
+// A vector of B bytes of E, and its memory at any address, in an object of any type.
+template <class E, int B> struct Vector {
+  typedef E type __attribute__((vector_size(B)));
+  typedef E memory __attribute__((vector_size(B), aligned(1), may_alias));
+};
+template <class E, int B> using V = typename Vector<E, B>::type;
+template <class E, int B> PA_FN V<E, B> load_vector(const char* p) {
+  return *reinterpret_cast<const typename Vector<E, B>::memory*>(p);
+}
+template <class E, int B> PA_FN void store_vector(char* p, V<E, B> v) {
+  *reinterpret_cast<typename Vector<E, B>::memory*>(p) = v;
+}
+// Non-temporal store, past the caches: memory that was not just read is not read to be overwritten.
+template <class E, int B> PA_FN void store_vector_nt(char* p, V<E, B> v) {
+#if defined(__SSE2__) && !defined(PA_SANITIZE) // which do not see intrinsics
+  if ((uintptr_t(p) & (B - 1)) == 0) {
+    if constexpr (B == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), (__m128i)v);
+#if defined(__AVX2__)
+    if constexpr (B == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+#endif
+#if defined(__AVX512F__)
+    if constexpr (B == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+#endif
+  }
+#endif
+  store_vector<E, B>(p, v);
+}
+PA_FN void fence_nt() {
+#if defined(__SSE2__)
+  _mm_sfence(); // the release that publishes them does not order non-temporal stores
+#endif
+}
+
+// Halves lie in memory as two vectors of half the width, so that each widens to one whole vector.
+template <class T, int K> struct Raw {
+  using E = std::conditional_t<sizeof(T) == 2, uint16_t, SumOf<T>>;
+  static constexpr int kParts = sizeof(T) == 2 ? 2 : 1, kBytes = 16 * K / kParts;
+  V<E, kBytes> part[kParts];
+};
+template <class T, int K> struct Wide {
+  static constexpr int kParts = sizeof(T) == 2 ? 2 : 1, kBytes = 16 * K;
+  V<SumOf<T>, kBytes> part[kParts];
+};
+template <class T, int K> PA_FN Raw<T, K> load_raw(const char* p) {
+  using R = Raw<T, K>;
+  R r;
+  for (int h = 0; h < R::kParts; ++h)
+    r.part[h] = load_vector<typename R::E, R::kBytes>(p + h * R::kBytes);
+  return r;
+}
+template <class T, int K> PA_FN void store_raw(char* p, const Raw<T, K>& r) {
+  using R = Raw<T, K>;
+  for (int h = 0; h < R::kParts; ++h)
+    store_vector<typename R::E, R::kBytes>(p + h * R::kBytes, r.part[h]);
+}
+template <class T, int K> PA_FN void store_raw_nt(char* p, const Raw<T, K>& r) {
+  using R = Raw<T, K>;
+  if constexpr (R::kBytes >= 16) {
+    for (int h = 0; h < R::kParts; ++h)
+      store_vector_nt<typename R::E, R::kBytes>(p + h * R::kBytes, r.part[h]);
+  } else {
+    store_raw<T, K>(p, r);
+  }
+}
+// A store for another core to read: non-temporal if it is remote, see reader_is_remote().
+template <class T, int K> PA_FN void store_to_peer(char* p, const Raw<T, K>& r, bool remote) {
+  if (remote) store_raw_nt<T, K>(p, r);
+  else store_raw<T, K>(p, r);
+}
+
+template <int B> PA_FN V<float, B> bf16_to_float(V<uint16_t, B / 2> h) {
+  return (V<float, B>)(__builtin_convertvector(h, V<uint32_t, B>) << 16);
+}
+template <int B> PA_FN V<uint16_t, B / 2> float_to_bf16(V<float, B> f) {
+  const auto u = (V<uint32_t, B>)f;
+  const auto rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const auto magnitude = u & 0x7fffffffu;
+  const auto result = magnitude > 0x7f800000u ? V<uint32_t, B>{} + 0x7fffu : rounded;
+  return __builtin_convertvector(result, V<uint16_t, B / 2>);
+}
+template <int B> PA_FN V<float, B> f16_to_float(V<uint16_t, B / 2> h) {
+#if defined(__F16C__)
+  if constexpr (B == 16) {
+    const V<uint16_t, 16> both = {h[0], h[1], h[2], h[3]};
+    return (V<float, B>)_mm_cvtph_ps((__m128i)both);
+  }
+  if constexpr (B == 32) return (V<float, B>)_mm256_cvtph_ps((__m128i)h);
+#if defined(__AVX512F__)
+  if constexpr (B == 64) return (V<float, B>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h);
+#endif
+#endif
+  // The exponent is rebased by a multiplication, which also normalises subnormals.
+  const auto wide = __builtin_convertvector(h, V<uint32_t, B>);
+  const auto rebased = (V<uint32_t, B>)((V<float, B>)((wide & 0x7fffu) << 13) * 0x1p112f);
+  const auto special = rebased >= 0x47800000u; // was an infinity or a NaN
+  return (V<float, B>)((special ? rebased | 0x7f800000u : rebased) | (wide & 0x8000u) << 16);
+}
+template <int B> PA_FN V<uint16_t, B / 2> float_to_f16(V<float, B> f) {
+  using U = V<uint32_t, B>;
+  const U magnitude = (U)f & 0x7fffffffu;
+  const auto is_nan = magnitude > 0x7f800000u;
+#if defined(__F16C__)
+  V<uint16_t, B / 2> half;
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  if constexpr (B == 16) {
+    const auto both = (V<uint16_t, 16>)_mm_cvtps_ph((__m128)f, kNearest);
+    half = V<uint16_t, B / 2>{both[0], both[1], both[2], both[3]};
+  }
+  if constexpr (B == 32) half = (V<uint16_t, B / 2>)_mm256_cvtps_ph((__m256)f, kNearest);
+#if defined(__AVX512F__)
+  if constexpr (B == 64)
+    half = (V<uint16_t, B / 2>)_mm512_maskz_cvtps_ph(0xffff, (__m512)f, kNearest);
+#endif
+  const U wide = __builtin_convertvector(half, U);
+  return __builtin_convertvector(is_nan ? U{} + 0x7fffu : wide, V<uint16_t, B / 2>);
+#else
+  // Below 2^-14, adding 0.5 leaves the rounded subnormal in the low bits. Above, the carry of the
+  // rounding goes into the exponent, and at the top to infinity.
+  const U tiny = (U)((V<float, B>)magnitude + 0.5f) - 0x3f000000u;
+  const U usual = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const U finite = magnitude < 0x38800000u ? tiny : usual;
+  const U number = magnitude >= 0x47800000u ? U{} + 0x7c00u : finite;
+  const U signed_number = number | ((U)f >> 16 & 0x8000u);
+  return __builtin_convertvector(is_nan ? U{} + 0x7fffu : signed_number, V<uint16_t, B / 2>);
+#endif
+}
+
+template <class T, int K> PA_FN Wide<T, K> widen(const Raw<T, K>& r) {
+  using W = Wide<T, K>;
+  W x;
+  for (int h = 0; h < W::kParts; ++h) {
+    if constexpr (PA_SAME(T, F16)) x.part[h] = f16_to_float<W::kBytes>(r.part[h]);
+    else if constexpr (PA_SAME(T, BF16)) x.part[h] = bf16_to_float<W::kBytes>(r.part[h]);
+    else x.part[h] = r.part[h];
+  }
+  return x;
+}
+template <class T, int K> PA_FN Raw<T, K> narrow(const Wide<T, K>& x) {
+  using W = Wide<T, K>;
+  Raw<T, K> r;
+  for (int h = 0; h < W::kParts; ++h) {
+    if constexpr (PA_SAME(T, F16)) r.part[h] = float_to_f16<W::kBytes>(x.part[h]);
+    else if constexpr (PA_SAME(T, BF16)) r.part[h] = float_to_bf16<W::kBytes>(x.part[h]);
+    else r.part[h] = x.part[h];
+  }
+  return r;
+}
+template <class T, int K> PA_FN bool any_nonzero(const Wide<T, K>& a) {
+  bool any = false;
+  for (int h = 0; h < Wide<T, K>::kParts; ++h)
+    for (unsigned i = 0; i < sizeof a.part[h] / sizeof(SumOf<T>); ++i) any |= a.part[h][i] != 0;
+  return any;
+}
+template <class T, int K> PA_FN Wide<T, K> load_wide(const char* p) {
+  using W = Wide<T, K>;
+  W x;
+  for (int h = 0; h < W::kParts; ++h)
+    x.part[h] = load_vector<SumOf<T>, W::kBytes>(p + h * W::kBytes);
+  return x;
+}
+template <class T, int K> PA_FN void store_wide(char* p, const Wide<T, K>& x) {
+  using W = Wide<T, K>;
+  for (int h = 0; h < W::kParts; ++h)
+    store_vector<SumOf<T>, W::kBytes>(p + h * W::kBytes, x.part[h]);
+}
+template <class T, int K> PA_FN void store_wide_to_peer(char* p, const Wide<T, K>& x, bool remote) {
+  using W = Wide<T, K>;
+  if (!remote) return store_wide<T, K>(p, x);
+  for (int h = 0; h < W::kParts; ++h)
+    store_vector_nt<SumOf<T>, W::kBytes>(p + h * W::kBytes, x.part[h]);
+}
+
+// Bits in which a and b differ, and those of `before`.
+template <class T, int K>
+PA_FN Raw<T, K> differing_bits(const Raw<T, K>& a, const Raw<T, K>& b, Raw<T, K> before) {
+  using R = Raw<T, K>;
+  using B = V<BitsOf<T>, R::kBytes>;
+  for (int h = 0; h < R::kParts; ++h) {
+    const B differs = (B)before.part[h] | ((B)a.part[h] ^ (B)b.part[h]);
+    before.part[h] = (V<typename R::E, R::kBytes>)differs;
+  }
+  return before;
+}
+// Element by element: `equal` where `differs` has no bit, else `other`. NaN included.
+template <class T, int K>
+PA_FN Raw<T, K> where_equal(const Raw<T, K>& differs, Raw<T, K> equal, const Raw<T, K>& other) {
+  using R = Raw<T, K>;
+  using B = V<BitsOf<T>, R::kBytes>;
+  for (int h = 0; h < R::kParts; ++h)
+    equal.part[h] = (B)differs.part[h] == B{} ? equal.part[h] : other.part[h];
+  return equal;
+}
+
+// A pack of `count` elements; the rest of the Raw is zero.
+template <class T> PA_FN Raw<T, 1> load_ragged(const char* p, uint32_t count) {
+  using Bits = BitsOf<T>;
+  constexpr int N = Element<T>::kPerPack;
+  Bits bits[N] = {};
+  memcpy(bits, p, count * sizeof(T));
+  return load_raw<T, 1>(reinterpret_cast<const char*>(bits));
+}
+template <class T> PA_FN void store_ragged(char* p, uint32_t count, const Raw<T, 1>& r) {
+  using Bits = BitsOf<T>;
+  Bits bits[Element<T>::kPerPack];
+  store_raw<T, 1>(reinterpret_cast<char*>(bits), r);
+  memcpy(p, bits, count * sizeof(T));
+}
+} // namespace PA_ISA
