@@ -77,7 +77,8 @@ impl Slot {
             0 if self.numa_node.is_some() && self.numa_node == other.numa_node => Connection::Node,
             0 => Connection::Sys,
             1 => Connection::Phb,
-            // Both devices are below the last common bridge, each behind a port of its own: one switch.
+            // Both devices are below the last common bridge, each behind a port of its own: one
+            // switch.
             _ if common + 2 >= self.path.len().max(other.path.len()) => Connection::Pix,
             _ => Connection::Pxb,
         }

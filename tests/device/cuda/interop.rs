@@ -1,6 +1,7 @@
 //! cudarc's slices, on cudarc's streams.
 
 use super::scenarios::GPU;
+use cudarc::driver::sys::CUgraphInstantiate_flags as Flags;
 use cudarc::driver::sys::{CUresult, CUstreamCaptureMode};
 use cudarc::driver::{result, CudaContext, CudaSlice, CudaStream, DeviceRepr, DriverError};
 use half::{bf16, f16};
@@ -253,8 +254,7 @@ fn refusals() {
         stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
         stream_is(refused(&mut averager, &mut params), "being captured");
         stream_is(averager.start(&mut params).map(drop).unwrap_err(), "being captured");
-        let flags =
-            cudarc::driver::sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let flags = Flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         drop(stream.end_capture(flags));
         let _ = context.check_err();
         context.record_err::<()>(Err(DriverError(CUresult::CUDA_ERROR_UNKNOWN)));
@@ -292,8 +292,7 @@ pub fn captured_slices() {
             build(communicator, &mut params).unwrap()
         };
         for written in [true, false] {
-            let flags =
-                cudarc::driver::sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+            let flags = Flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
             let mut wrong = work.clone_htod(&vec![9.0f32; 50]).unwrap();
             let mut read = work.alloc_zeros::<f32>(50).unwrap();
             work.synchronize().unwrap();

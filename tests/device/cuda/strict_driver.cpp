@@ -1,5 +1,6 @@
-// A driver that refuses what NVIDIA's documentation says is refused and cudasim lets pass, and fails where a test says so.
-// Everything else is cudasim's, which the loader finds behind this library: it is linked to it.
+// A driver that refuses what NVIDIA's documentation says is refused and cudasim lets pass, and
+// fails where a test says so. Everything else is cudasim's, which the loader finds behind this
+// library: it is linked to it.
 //
 // STRICT_PEERS: so many peers a context may be given access to.
 // strict_fail(function, calls): after so many more calls of it by this thread, one fails.
@@ -54,12 +55,14 @@ bool fails(const char* function) {
   return true;
 }
 
-// See cuThreadExchangeStreamCaptureMode: what may wait for a capture, or be part of one without being seen.
+// See cuThreadExchangeStreamCaptureMode: what may wait for a capture, or be part of one without
+// being seen.
 bool is_unsafe() {
   std::lock_guard guard(lock);
   if (mode == RELAXED) return false;
   for (const auto& [stream, capture] : captures)
-    if ((capture.mode == GLOBAL && mode == GLOBAL) || (capture.thread == &mode && capture.mode != RELAXED)) return true;
+    if (capture.mode == GLOBAL && mode == GLOBAL) return true;
+    if (capture.thread == &mode && capture.mode != RELAXED) return true;
   return false;
 }
 
@@ -113,7 +116,8 @@ API int cuStreamEndCapture(void* stream, void** graph) {
 }
 
 API int cuStreamIsCapturing(void* stream, int* status) {
-  return is_implicit(stream) ? STREAM_CAPTURE_IMPLICIT : cudasim("cuStreamIsCapturing", stream, status);
+  if (is_implicit(stream)) return STREAM_CAPTURE_IMPLICIT;
+  return cudasim("cuStreamIsCapturing", stream, status);
 }
 
 API int cuEventRecord(void* event, void* stream) {
@@ -132,7 +136,8 @@ API int cuStreamWaitEvent(void* stream, void* event, unsigned flags) {
   {
     std::lock_guard guard(lock);
     const auto captured = captured_events.find(event);
-    if (captured != captured_events.end() && ended.count(captured->second) != 0) return CAPTURED_EVENT;
+    if (captured != captured_events.end() && ended.count(captured->second) != 0)
+      return CAPTURED_EVENT;
   }
   return cudasim("cuStreamWaitEvent", stream, event, flags);
 }
@@ -166,12 +171,15 @@ API int cuCtxDisablePeerAccess(void* context) {
   return result;
 }
 
-API int cuLaunchCooperativeKernel(void* kernel, unsigned x, unsigned y, unsigned z, unsigned threads_x, unsigned threads_y,
+API int cuLaunchCooperativeKernel(void* kernel, unsigned x, unsigned y, unsigned z,
+                                  unsigned threads_x, unsigned threads_y,
                                   unsigned threads_z, unsigned shared, void* stream, void** args) {
   int status = 0;
   if (fails("cuLaunchCooperativeKernel")) return LAUNCH_OUT_OF_RESOURCES;
-  if (cudasim("cuStreamIsCapturing", stream, &status) == SUCCESS && status == INVALIDATED) return STREAM_CAPTURE_INVALIDATED;
-  return cudasim("cuLaunchCooperativeKernel", kernel, x, y, z, threads_x, threads_y, threads_z, shared, stream, args);
+  if (cudasim("cuStreamIsCapturing", stream, &status) == SUCCESS && status == INVALIDATED)
+    return STREAM_CAPTURE_INVALIDATED;
+  return cudasim("cuLaunchCooperativeKernel", kernel, x, y, z, threads_x, threads_y, threads_z, shared,
+                 stream, args);
 }
 
 API int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) {
@@ -181,7 +189,9 @@ API int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream
 
 // What a capture in the global mode forbids to all threads.
 #define UNSAFE(name, declared, ...) \
-  API int name declared { return is_unsafe() ? STREAM_CAPTURE_UNSUPPORTED : cudasim(#name, __VA_ARGS__); }
+  API int name declared { \
+    return is_unsafe() ? STREAM_CAPTURE_UNSUPPORTED : cudasim(#name, __VA_ARGS__); \
+  }
 UNSAFE(cuMemAlloc_v2, (uint64_t* address, size_t bytes), address, bytes)
 UNSAFE(cuMemFree_v2, (uint64_t address), address)
 UNSAFE(cuMemHostAlloc, (void** address, size_t bytes, unsigned flags), address, bytes, flags)

@@ -1,20 +1,25 @@
-// Negative controls for the static checks: each kernel but the first has one flaw, which its name says.
+// Negative controls for the static checks: each kernel but the first has one flaw, which its name
+// says.
 #include <stdint.h>
 
 __device__ __forceinline__ uint4 load(const uint4* p) {
   uint4 v;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
   return v;
 }
 __device__ __forceinline__ void store(uint4* p, uint4 v) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+               ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 // Waits for a flag, moves packs with four in flight, publishes a flag.
 template <bool kAcquire, bool kRelease, bool kNarrow>
-__device__ __forceinline__ void move_packs(const uint4* from, uint4* to, int n, uint32_t* flags, uint16_t* half) {
+__device__ __forceinline__ void move_packs(const uint4* from, uint4* to, int n,
+                                      uint32_t* flags, uint16_t* half) {
   uint32_t seen = 0;
-  if (kAcquire) asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(flags) : "memory");
+  if (kAcquire) asm volatile("ld.acquire.sys.global.u32 %0, [%1];"
+                             : "=r"(seen) : "l"(flags) : "memory");
   else asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(flags) : "memory");
 #pragma unroll 1
   for (int i = threadIdx.x + int(seen); i < n; i += 4 * 512) {
@@ -26,8 +31,10 @@ __device__ __forceinline__ void move_packs(const uint4* from, uint4* to, int n, 
     for (int u = 0; u < 4; ++u) store(to + i + 512 * u, v[u]);
   }
   __syncthreads();
-  if (kRelease) asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flags + 32), "r"(seen + 1) : "memory");
-  else asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(flags + 32), "r"(seen + 1) : "memory");
+  if (kRelease) asm volatile("st.release.sys.global.u32 [%0], %1;"
+                             ::"l"(flags + 32), "r"(seen + 1) : "memory");
+  else asm volatile("st.relaxed.sys.global.u32 [%0], %1;"
+                    ::"l"(flags + 32), "r"(seen + 1) : "memory");
 }
 
 #define CONTROL(name) extern "C" __global__ void __launch_bounds__(512, 1) name
@@ -64,12 +71,15 @@ CONTROL(generic_pointer)(const uint64_t* table, int n) {
   for (int i = 0; i < n; ++i) {
     volatile uint4* p = table[i] & 1 ? other : reinterpret_cast<uint4*>(table[i]);
     uint4 v;
-    asm volatile("ld.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
-    asm volatile("st.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p + 1), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    asm volatile("ld.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    asm volatile("st.v4.u32 [%0], {%1, %2, %3, %4};"
+                 ::"l"(p + 1), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
   }
 }
 // Launched with 128 threads, it may have 255 registers.
-extern "C" __global__ void __launch_bounds__(128, 1) many_registers(const volatile float* from, volatile float* to) {
+extern "C" __global__ void __launch_bounds__(128, 1)
+many_registers(const volatile float* from, volatile float* to) {
   float v[180];
 #pragma unroll
   for (int i = 0; i < 180; ++i) v[i] = from[i * 128 + threadIdx.x];
