@@ -60,9 +60,10 @@ bool fails(const char* function) {
 bool is_unsafe() {
   std::lock_guard guard(lock);
   if (mode == RELAXED) return false;
-  for (const auto& [stream, capture] : captures)
+  for (const auto& [stream, capture] : captures) {
     if (capture.mode == GLOBAL && mode == GLOBAL) return true;
     if (capture.thread == &mode && capture.mode != RELAXED) return true;
+  }
   return false;
 }
 
@@ -178,8 +179,8 @@ API int cuLaunchCooperativeKernel(void* kernel, unsigned x, unsigned y, unsigned
   if (fails("cuLaunchCooperativeKernel")) return LAUNCH_OUT_OF_RESOURCES;
   if (cudasim("cuStreamIsCapturing", stream, &status) == SUCCESS && status == INVALIDATED)
     return STREAM_CAPTURE_INVALIDATED;
-  return cudasim("cuLaunchCooperativeKernel", kernel, x, y, z, threads_x, threads_y, threads_z, shared,
-                 stream, args);
+  return cudasim("cuLaunchCooperativeKernel", kernel, x, y, z, threads_x, threads_y, threads_z,
+                 shared, stream, args);
 }
 
 API int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) {
