@@ -202,7 +202,12 @@ macro_rules! elements {
         }
     )*};
 }
-elements!(f32 => F32, f64 => F64, #[cfg(feature = "half")] f16 => F16, #[cfg(feature = "half")] bf16 => Bf16);
+elements!(
+    f32 => F32,
+    f64 => F64,
+    #[cfg(feature = "half")] f16 => F16,
+    #[cfg(feature = "half")] bf16 => Bf16
+);
 
 impl<'a, T: Element> From<&'a mut [T]> for TensorMut<'a> {
     fn from(elements: &'a mut [T]) -> Self {
