@@ -20,12 +20,11 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     #[cfg(target_os = "linux")]
-    match std::env::var(test_support::process::ROLE).as_deref() {
-        Ok(role @ ("devices" | "abort" | "threads")) => {
-            std::process::exit(cuda_processes::rank(role))
-        }
-        Ok(role) => test_support::rank::run(role),
-        Err(_) => {}
+    if let Ok(role) = std::env::var(test_support::process::ROLE) {
+        test_support::process::exit_as(move || match role.as_str() {
+            role @ ("devices" | "abort" | "threads") => cuda_processes::rank(role),
+            role => test_support::rank::run(role),
+        });
     }
 
     let driver = simulator::missing();

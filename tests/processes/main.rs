@@ -31,14 +31,15 @@ fn main() {}
 fn main() -> std::process::ExitCode {
     use test_support::{process, rank, stress, tests, tool};
 
-    match std::env::var(process::ROLE).as_deref() {
-        Ok("limited") => std::process::exit(limited::limited()),
-        Ok("limited_threads") => std::process::exit(limited::limited_threads()),
-        Ok("copies") => std::process::exit(admissions::copies()),
-        Ok("lets_in") => std::process::exit(admissions::lets_in()),
-        Ok("joins_only") => std::process::exit(admissions::joins_only()),
-        Ok(role) => rank::run(role),
-        Err(_) => {}
+    if let Ok(role) = std::env::var(process::ROLE) {
+        process::exit_as(move || match role.as_str() {
+            "limited" => limited::limited(),
+            "limited_threads" => limited::limited_threads(),
+            "copies" => admissions::copies(),
+            "lets_in" => admissions::lets_in(),
+            "joins_only" => admissions::joins_only(),
+            role => rank::run(role),
+        });
     }
 
     let stress = stress();

@@ -159,7 +159,8 @@ pub fn rank_stopped_while_it_recovers() {
         let failed = rank.said("failed");
         assert!(failed[0].starts_with("rank 0 has left the world while building"), "{failed:?}");
         // Numbered anew: what was rank 1 is rank 0.
-        assert!(failed[1].starts_with("rank 0 did not move for 3s while building"), "{failed:?}");
+        // It may have built by the time it was stopped, on a machine that is busy.
+        assert!(failed[1].starts_with("rank 0 did not move for 3s"), "{failed:?}");
     }
     wakes(&mut ranks[1], &["was excluded: it did not reach the recovery"]);
     for rank in &mut ranks[2..] {

@@ -92,6 +92,7 @@ fn run(arguments: Arguments, tests: Vec<Test>) -> ExitCode {
     let runs_ignored = arguments.ignored || arguments.include_ignored;
     let trial = |test: Test| {
         let run = move || {
+            crate::random::forget_seed(); // of the test before it on this thread
             catch_unwind(test.run).map_err(|panic| {
                 let seed = crate::random::seed_of_this_thread();
                 let seed = seed.map_or(String::new(), |seed| format!(", with PA_TEST_SEED={seed}"));

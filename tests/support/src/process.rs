@@ -16,6 +16,13 @@ pub struct RankProcess {
     pub heard: Vec<String>,
 }
 
+/// Ends this process as a rank's: with what `rank` returns, on a thread of its own. The stack of a
+/// thread is mapped when it begins; that of the main thread grows, and where memory is limited a
+/// signal says that it can't.
+pub fn exit_as(rank: impl FnOnce() -> i32 + Send + 'static) -> ! {
+    std::process::exit(std::thread::spawn(rank).join().unwrap_or(101))
+}
+
 /// A name that no other world has.
 pub fn name() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);

@@ -57,7 +57,11 @@ pub fn seed() -> u64 {
     seed
 }
 
-/// The last seed of the test that runs on this thread.
+pub(crate) fn forget_seed() {
+    SEED.set(None);
+}
+
+/// The seed of the test that runs on this thread.
 pub(crate) fn seed_of_this_thread() -> Option<u64> {
     SEED.take()
 }

@@ -42,8 +42,9 @@ fn die() -> ! {
     unreachable!()
 }
 
-pub fn run(role: &str) {
-    let code = match role {
+/// Does what this role is, and returns the process's exit code.
+pub fn run(role: &str) -> i32 {
+    match role {
         "meet" => meet(),
         "restart" => restart(),
         "stages" => stages(),
@@ -61,8 +62,7 @@ pub fn run(role: &str) {
         "launched" => roles::launched(),
         "try" => roles::try_to_join(),
         other => panic!("no role {other}"),
-    };
-    std::process::exit(code);
+    }
 }
 
 /// Whether this process comes late.
