@@ -102,7 +102,7 @@ fn build() -> Result<(), String> {
         Err(reason) => {
             let message =
                 format!("built without GPU kernels, {reason}. For CUDA devices {HOW_TO_GET_NVCC}");
-            if env::var_os("CARGO_FEATURE_CUDA").is_some() {
+            if has_cuda() {
                 println!("cargo::warning={message}");
             }
             println!("cargo::rustc-env=PARAM_AVERAGER_NVCC=");
@@ -111,6 +111,11 @@ fn build() -> Result<(), String> {
     };
     write(&out.join("kernels.rs"), &kernels)?;
     compile_cpu(&out)
+}
+
+/// True if the crate is built with its feature `cuda`.
+fn has_cuda() -> bool {
+    env::var_os("CARGO_FEATURE_CUDA").is_some_and(|set| !set.is_empty())
 }
 
 /// A variable, whose changes run this script again.
@@ -253,7 +258,7 @@ fn cpp_compiler() -> cc::Build {
 
 /// The nvcc to use, or the reason there is none. An error if one was named that can't be used.
 fn nvcc_or_reason() -> Result<Result<PathBuf, String>, String> {
-    if env::var_os("CARGO_FEATURE_CUDA").is_none() {
+    if !has_cuda() {
         return Ok(Err("without the feature `cuda`".into()));
     }
     if read("DOCS_RS").is_some() {

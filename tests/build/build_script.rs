@@ -43,6 +43,7 @@ fn build_in(sources: &Path, folder: &Path, variables: &[(&str, &str)]) -> Output
     command.envs([
         ("CARGO_CFG_TARGET_ARCH", std::env::consts::ARCH),
         ("CARGO_CFG_TARGET_OS", "linux"),
+        ("CARGO_FEATURE_CUDA", "1"),
     ]);
     command.envs([("CARGO_CFG_TARGET_ENV", "gnu"), ("CARGO_CFG_TARGET_FEATURE", "fxsr,sse,sse2")]);
     command.env("OUT_DIR", folder).envs(variables.iter().copied()).output().unwrap()
@@ -72,6 +73,16 @@ pub fn missing_nvcc_is_one_warning_that_says_what_to_set() {
     }
     let kernels = fs::read_to_string(folder.join("kernels.rs")).unwrap();
     assert!(kernels.contains("Err(") && kernels.contains("NVCC=/path/to/nvcc"), "{kernels}");
+}
+
+/// A build for CPUs lacks nothing, so it has nothing to say.
+pub fn a_build_without_the_feature_for_cuda_looks_for_no_nvcc() {
+    let folder = scratch("cpu");
+    let output = build(&folder, &[("NVCC", "/nonexistent/nvcc"), ("CARGO_FEATURE_CUDA", "")]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    assert!(!text(&output.stdout).contains("cargo::warning"), "{}", text(&output.stdout));
+    let kernels = fs::read_to_string(folder.join("kernels.rs")).unwrap();
+    assert!(kernels.contains("Err(") && kernels.contains("feature `cuda`"), "{kernels}");
 }
 
 /// Lines of the output that say what runs the script again.
@@ -135,11 +146,10 @@ pub fn kernels_are_compiled_once_for_all_profiles() {
     let folder = scratch("once");
     let compiler = compiler(&folder, "");
     let sources = folder.join("sources");
-    fs::create_dir_all(sources.join("kernels")).unwrap();
-    for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")).unwrap() {
-        let path = entry.unwrap().path();
-        fs::copy(&path, sources.join("kernels").join(path.file_name().unwrap())).unwrap();
-    }
+    fs::create_dir_all(&sources).unwrap();
+    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let copied = Command::new("cp").arg("-r").arg(kernels).arg(&sources).status().unwrap();
+    assert!(copied.success());
     let target = folder.join("target");
     // How many objects a build has compiled, and has in its archive.
     let compiles = |place: &str, variables: &[(&str, &str)]| {
@@ -170,8 +180,10 @@ pub fn kernels_are_compiled_once_for_all_profiles() {
     assert_eq!(compiles("debug/build/one/out", &[("CPATH", "/elsewhere")]), SETS);
     fs::write(folder.join("version"), "fake g++ 2\n").unwrap();
     assert_eq!(compiles("debug/build/one/out", &[]), SETS);
-    fs::write(sources.join("kernels/abi.h"), "// another\n").unwrap();
-    assert_eq!(compiles("debug/build/one/out", &[]), SETS);
+    for file in ["kernels/abi.h", "kernels/pack/cpu.h"] {
+        fs::write(sources.join(file), "// another\n").unwrap();
+        assert_eq!(compiles("debug/build/one/out", &[]), SETS, "{file}");
+    }
     assert_eq!(compiles("debug/build/three/out", &[]), 0);
 }
 

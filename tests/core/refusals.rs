@@ -253,25 +253,3 @@ fn a_nan_of_one_average_is_not_told_in_the_next() {
         assert_eq!(errors[0][3], Error::InvalidWeight { rank: 1, weight: -1.0 }, "{algorithm:?}");
     }
 }
-
-/// cudarc panics over a function that the driver lacks: each that is called must be in the list
-/// that is looked for.
-#[test]
-fn every_driver_function_that_is_called_is_looked_for_first() {
-    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src/backend/cuda");
-    let sources: String = std::fs::read_dir(folder)
-        .unwrap()
-        .map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap())
-        .collect();
-    let names = |before: &str| -> std::collections::BTreeSet<String> {
-        let ends = |c: char| !c.is_ascii_alphanumeric() && c != '_';
-        let all = sources.match_indices(before).map(|(at, _)| &sources[at + before.len() - 2..]);
-        all.map(|text| text.split(ends).next().unwrap().to_owned()).collect()
-    };
-    let called: Vec<String> = names("call!(cu").into_iter().chain(names("sys::cu")).collect();
-    let listed = names("    \"cu");
-    assert!(
-        called.len() > 25 && called.iter().all(|name| listed.contains(name)),
-        "{called:?} {listed:?}"
-    );
-}
