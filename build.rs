@@ -30,6 +30,8 @@
 //! What was compiled is kept in `target/param-averager-kernels`, under a hash of the sources, the
 //! compiler and its flags: all profiles and features share it, and compile each kernel once.
 
+// Over 400 lines in one file: it is read from top to bottom, and has no module tree of its own.
+
 use std::collections::hash_map::DefaultHasher;
 use std::env;
 use std::ffi::OsString;

@@ -1,0 +1,128 @@
+//! The launches of one average: checks before any tensor is asked for, the first half, and the wait.
+
+use std::ffi::c_void;
+use std::time::Instant;
+
+use super::table::Problem;
+use super::{flag, Call, Outcome, ParamAverager};
+use crate::abi::*;
+use crate::backend::Unstarted;
+use crate::error::Phase;
+use crate::{Error, Parameters, Result};
+
+impl ParamAverager {
+    /// Error of an averager that can't average any more. Looks at no tensor.
+    pub(super) fn preflight(&mut self) -> Result<()> {
+        if let Some(cause) = &self.failed {
+            return Err(Error::Poisoned { cause: Box::new(cause.clone()) });
+        }
+        let failure =
+            self.agreement.control.failure().map(|failure| self.fatal(failure, Phase::Meet, false));
+        let superseded =
+            || self.communicator.is_superseded().then(|| Error::StaleView { rank: self.rank() });
+        if let Some(error) = failure.or_else(superseded) {
+            self.failed = Some(error.clone());
+            return Err(error);
+        }
+        // A forgotten `Pending` still uses the tables. The next launch reports its fatal error.
+        let _ = self.own.engine.finish();
+        Ok(())
+    }
+
+    /// First half of an average, after `preflight`. Returns the outcome if there is one already,
+    /// else `None`: `end` waits for it.
+    ///
+    /// # Safety
+    /// Nothing else uses the tensors until `end` has returned, except on the device what is ordered
+    /// before or after `stream`, which is one of its primary context and lives as long.
+    pub(crate) unsafe fn begin(
+        &mut self,
+        params: &mut dyn Parameters,
+        call: Call,
+        stream: Option<*mut c_void>,
+        start: Instant,
+    ) -> Result<Option<Outcome>> {
+        let problem = self.table.refresh(params).err();
+        if self.world_size() == 1 {
+            return self.alone(self.refusal_of(problem, call), call, start).map(Some);
+        }
+        // SAFETY: the caller's promise; the tables hold the addresses of these tensors.
+        unsafe { self.launch(problem, call, stream) }.map(|()| None)
+    }
+
+    /// Launches the kernels of an average. With a `problem`, only those that tell peers of it.
+    ///
+    /// # Safety
+    /// Without a problem: as `begin`, for the tensors that the tables describe.
+    pub(super) unsafe fn launch(
+        &mut self,
+        problem: Option<Problem>,
+        call: Call,
+        stream: Option<*mut c_void>,
+    ) -> Result<()> {
+        let refusal = self.refusal_of(problem, call);
+        let is_captured = match stream {
+            // SAFETY: the caller's promise.
+            Some(stream) => unsafe { self.is_capturing(stream) }?,
+            None => false,
+        };
+        // If captured, every replay of the graph would report the refusal to the peers.
+        if let (Some(refusal), true) = (&refusal, is_captured) {
+            return Err(refusal.clone());
+        }
+        // A graph replays the same flags each time, but joiners come and go.
+        let has_joiner = self.communicator.has_joiner() && !is_captured;
+        let segments = || self.table.buckets.iter().map(|bucket| &bucket.segments[..]);
+        let buckets = self.own.engine.place(&mut self.table.raw, segments());
+        let args = PaArgs {
+            buckets,
+            schedule: call.schedule,
+            weight: call.weight.unwrap_or(1.0),
+            detail: problem.map_or(0, |problem| problem.tensor),
+            found: problem.map_or(call.place, |problem| problem.found),
+            flags: self.args.flags
+                | flag(PA_FLAG_WEIGHTED, call.weight.is_some())
+                | flag(PA_FLAG_UNNEEDED, call.unneeded)
+                | flag(PA_FLAG_LAYOUT, problem.is_some())
+                | flag(PA_FLAG_JOINER, has_joiner)
+                | flag(PA_FLAG_KEEP, call.keeps),
+            ..self.args
+        };
+        if std::mem::take(&mut self.table.moved) {
+            self.own.engine.set_tables(&self.table.raw, segments());
+        }
+        // With a problem, no tensor is read: the launch with the entry barrier reports it.
+        let meets = |kernel: u32| kernel != PA_SCAN && kernel != PA_RING_GATHER;
+        let kernels =
+            self.kernels.iter().copied().filter(|&kernel| problem.is_none() || meets(kernel));
+        // SAFETY: the tables describe the tensors of the caller's promise; all other memory is this
+        // averager's or kept by `agreement`.
+        match unsafe { self.own.engine.start(&args, kernels, stream) } {
+            Ok(()) => Ok(()),
+            Err(refused @ Unstarted::Refused { .. }) => {
+                Err(refusal.unwrap_or_else(|| self.unstarted(refused)))
+            }
+            Err(failed @ Unstarted::Failed(_)) => {
+                // Half an average may have been enqueued. Its kernels wait for peers, and these for
+                // the other half, or for this call to return: so all are told before it returns.
+                self.agreement.control.give_up(self.position());
+                Err(self.unstarted(failed))
+            }
+        }
+    }
+
+    /// Second half of an average: waits for it.
+    pub(super) fn end(&mut self, start: Instant) -> Result<Outcome> {
+        if self.own.engine.was_captured() {
+            return Err(Error::InvalidOption {
+                rank: self.rank(),
+                option: "stream",
+                found: "being captured, so the average has not run".into(),
+                expected:
+                    "nothing to wait for: launch the graph, then ask ParamAverager::graph_outcome",
+            });
+        }
+        self.own.engine.finish().map_err(|reason| self.device_failed(reason))?;
+        self.outcome(Some(start))
+    }
+}
