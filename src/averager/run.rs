@@ -1,4 +1,4 @@
-//! The launches of one average: checks before any tensor is asked for, the first half, and the wait.
+//! Launches of one average: checks before tensors are asked for, the first half, and the wait.
 
 use std::ffi::c_void;
 use std::time::Instant;
