@@ -14,6 +14,7 @@ pub(crate) mod peer;
 mod rank;
 mod running;
 mod topology;
+mod topology_display;
 
 pub(crate) use context::Context;
 #[cfg(feature = "cudarc")]
