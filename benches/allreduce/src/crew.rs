@@ -37,22 +37,17 @@ pub struct Crew {
     done: Receiver<Result<Vec<Finish>, Failure>>,
     line: Arc<StartLine>,
     threads: Vec<JoinHandle<()>>,
+    limit: Option<Duration>,
 }
 
 impl Crew {
-    /// Starts a thread for each member and waits until all are ready.
-    pub fn new(members: Vec<Make>) -> Result<Self, Failure> {
-        Self::new_within(members, None).map(|crew| crew.expect("no limit"))
-    }
-
-    /// The same, or `None` if it takes longer than this. Then the threads are left behind.
-    pub fn new_within(
-        members: Vec<Make>,
-        limit: Option<Duration>,
-    ) -> Result<Option<Self>, Failure> {
+    /// Starts a thread for each member and waits until all are ready. `limit`: how long that may
+    /// take, and half of a run (a second for each iteration aside); then it is `Failure::Late`, and
+    /// threads are left behind, which may never return.
+    pub fn new(members: Vec<Make>, limit: Option<Duration>) -> Result<Self, Failure> {
         let line = Arc::new(StartLine { members: members.len() as u32, ..Default::default() });
         let (answer, done) = channel();
-        let mut crew = Crew { orders: vec![], done, line, threads: vec![] };
+        let mut crew = Crew { orders: vec![], done, line, threads: vec![], limit };
         for (index, make) in members.into_iter().enumerate() {
             let (order, orders) = channel();
             let (line, answer) = (crew.line.clone(), answer.clone());
@@ -65,56 +60,45 @@ impl Crew {
             crew.orders.push(order);
         }
         drop(answer); // only the members have senders now
-        let ready = crew.answers(limit)?;
-        if ready.is_none() {
-            crew.threads.clear();
-        }
-        Ok(ready.map(|_| crew))
+        crew.answers(limit)?;
+        Ok(crew)
     }
 
     /// Runs the work so many times and returns how long each took. Meanwhile the members use the
     /// ranks' memory.
-    pub fn run(&self, iterations: u32) -> Result<Vec<Duration>, Failure> {
-        self.run_within(iterations, None).map(Option::unwrap_or_default)
-    }
-
-    /// The same, or `None` if it takes longer than this: the threads may never return.
-    pub fn run_within(
-        &self,
-        iterations: u32,
-        limit: Option<Duration>,
-    ) -> Result<Option<Vec<Duration>>, Failure> {
+    pub fn run(&mut self, iterations: u32) -> Result<Vec<Duration>, Failure> {
         for order in &self.orders {
             let _ = order.send(iterations); // a thread that is gone is missed below
         }
-        let Some(finishes) = self.answers(limit)? else { return Ok(None) };
+        let limit = self.limit.map(|limit| 2 * limit + Duration::from_secs(1) * iterations);
+        let finishes = self.answers(limit)?;
         let starts = std::mem::take(&mut *self.line.starts());
         let slowest = |(iteration, &start): (usize, &Instant)| {
             let time = |&(end, took): &Finish| took.unwrap_or(end.duration_since(start));
             finishes.iter().map(|each| time(&each[iteration])).max()
         };
-        Ok(Some(starts.iter().enumerate().filter_map(slowest).collect()))
+        Ok(starts.iter().enumerate().filter_map(slowest).collect())
     }
 
-    /// One answer of each member, the first failure, or `None` after `limit`.
-    fn answers(&self, limit: Option<Duration>) -> Result<Option<Vec<Vec<Finish>>>, Failure> {
+    /// One answer of each member, or the first failure.
+    fn answers(&mut self, limit: Option<Duration>) -> Result<Vec<Vec<Finish>>, Failure> {
         let deadline = limit.map(|limit| Instant::now() + limit);
+        let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
         let mut answers = vec![];
         for _ in &self.orders {
-            let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
             let answer = match deadline {
                 None => self.done.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(deadline) => self.done.recv_timeout(left(deadline)),
             };
-            match answer {
-                Ok(answer) => answers.push(answer),
-                Err(RecvTimeoutError::Timeout) => return Ok(None),
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(Failure::Failed("the thread of a rank has ended".into()))
+            answers.push(answer.map_err(|error| match error {
+                RecvTimeoutError::Disconnected => Failure::Failed("a rank's thread ended".into()),
+                RecvTimeoutError::Timeout => {
+                    self.threads.clear();
+                    Failure::Late
                 }
-            }
+            })?);
         }
-        answers.into_iter().collect::<Result<_, _>>().map(Some)
+        answers.into_iter().collect()
     }
 }
 
@@ -122,6 +106,9 @@ impl Drop for Crew {
     /// Ends the threads. One that does not return in time, from a library's call, is left behind.
     fn drop(&mut self) {
         self.orders.clear();
+        if self.threads.is_empty() {
+            return;
+        }
         let deadline = Instant::now() + PATIENCE;
         let left = || deadline.saturating_duration_since(Instant::now());
         // Until all senders are gone, and so all threads' work.
@@ -250,12 +237,12 @@ mod tests {
         work: fn(u64) -> Result<Option<Duration>, Failure>,
     ) -> Crew {
         let member = |index| -> Make { Box::new(move || Ok(Box::new(move || work(index)))) };
-        Crew::new(members.map(member).collect()).unwrap()
+        Crew::new(members.map(member).collect(), None).unwrap()
     }
 
     #[test]
     fn an_iteration_lasts_until_the_slowest_is_done() {
-        let crew = crew(0..4, |index| {
+        let mut crew = crew(0..4, |index| {
             std::thread::sleep(Duration::from_millis(4 * index));
             Ok(None)
         });
@@ -268,7 +255,7 @@ mod tests {
 
     #[test]
     fn a_clock_of_the_members_own_counts_and_the_slowest_of_them() {
-        let crew = crew(1..4, |index| Ok(Some(Duration::from_secs(index))));
+        let mut crew = crew(1..4, |index| Ok(Some(Duration::from_secs(index))));
         assert_eq!(crew.run(2).unwrap(), [Duration::from_secs(3); 2]);
     }
 
@@ -276,7 +263,7 @@ mod tests {
     fn a_failure_ends_the_run_for_all_and_hangs_nobody() {
         static RUNS: AtomicUsize = AtomicUsize::new(0);
         let failure = || Failure::from(param_averager::Error::AllWeightsZero);
-        let crew = crew(0..2, |index| {
+        let mut crew = crew(0..2, |index| {
             RUNS.fetch_add(1, Ordering::Relaxed);
             if index == 1 {
                 panic!("on purpose");
@@ -287,18 +274,28 @@ mod tests {
         assert_eq!(RUNS.load(Ordering::Relaxed), 6, "what has failed is not run again");
         let failing = || -> Make { Box::new(move || Err(failure())) };
         assert!(matches!(
-            Crew::new(vec![failing(), failing()]),
+            Crew::new(vec![failing(), failing()], None),
             Err(Failure::Library(param_averager::Error::AllWeightsZero))
         ));
     }
 
     #[test]
     fn a_member_that_does_not_come_back_is_left_behind() {
-        let crew = crew(0..2, |index| {
-            std::thread::sleep(Duration::from_secs(3600 * index));
-            Ok(None)
+        let limit = Some(Duration::from_millis(20));
+        let hang = || std::thread::sleep(Duration::from_secs(3600));
+        let ready: Make = Box::new(|| Ok(Box::new(|| Ok(None))));
+        let late: Make = Box::new(move || {
+            hang();
+            Ok(Box::new(|| Ok(None)))
         });
-        assert!(crew.run_within(1, Some(Duration::from_millis(20))).unwrap().is_none());
-        std::mem::forget(crew);
+        assert!(matches!(Crew::new(vec![ready, late], limit), Err(Failure::Late)));
+        let late: Make = Box::new(move || {
+            Ok(Box::new(move || {
+                hang();
+                Ok(None)
+            }))
+        });
+        let mut crew = Crew::new(vec![late], Some(Duration::from_secs(1))).unwrap();
+        assert!(matches!(crew.run(1), Err(Failure::Late)));
     }
 }

@@ -14,6 +14,9 @@ pub enum Failure {
     /// An error of the library.
     #[error("{0}")]
     Library(#[from] param_averager::Error),
+    /// A rank's thread did not return within the limit that it was given.
+    #[error("a rank did not come back in time")]
+    Late,
     /// The process of another rank has failed with this exit code and printed why.
     #[error("another rank failed")]
     Peer(u8),

@@ -81,7 +81,7 @@ fn part(elements: usize, index: usize, parts: usize) -> Range<usize> {
 /// The range lies inside of every buffer, and no other thread uses it.
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+avx2", "x86_64+avx2+fma"))]
 unsafe fn average<T: Number>(from: &[*mut T], to: &[*mut T], range: Range<usize>, stream: bool) {
-    let inverse = T::Sum::inverse(from.len());
+    let inverse = T::Sum::of(1.0 / from.len() as f64);
     let (mut sum, mut wide) = ([T::Sum::default(); CHUNK], [[T::Sum::default(); CHUNK]; 2]);
     let mut mean = Lines([T::default(); CHUNK]);
     for at in range.clone().step_by(CHUNK) {

@@ -25,87 +25,69 @@ pub trait Number: Copy + Default + Send + Sync + 'static {
 pub trait Float:
     Number<Sum = Self> + std::ops::Add<Output = Self> + std::ops::Mul<Output = Self> + Into<f64>
 {
-    /// 1 / n.
-    fn inverse(n: usize) -> Self;
-    /// Value in −4 … 4 of a level in −131070 … 131070. Dividing uses all bits of the mantissa.
-    fn spread(level: i32) -> Self;
+    /// Rounds.
+    fn of(x: f64) -> Self;
 }
 
-macro_rules! float {
-    ($type:ty, $mantissa:literal, $smallest:literal) => {
+impl Float for f32 {
+    #[inline(always)]
+    fn of(x: f64) -> f32 {
+        x as f32
+    }
+}
+
+impl Float for f64 {
+    #[inline(always)]
+    fn of(x: f64) -> f64 {
+        x
+    }
+}
+
+macro_rules! number {
+    ($type:ty, $sum:ty, $mantissa:literal, $smallest:literal, $widen:expr, $narrow:expr) => {
         impl Number for $type {
-            type Sum = $type;
+            type Sum = $sum;
             const MANTISSA: i32 = $mantissa;
             const SMALLEST: i32 = $smallest;
             #[inline(always)]
-            fn widen(raw: &[$type], wide: &mut [$type]) {
-                wide.copy_from_slice(raw);
+            fn widen(raw: &[$type], wide: &mut [$sum]) {
+                $widen(raw, wide)
             }
             #[inline(always)]
-            fn narrow(wide: &[$type], raw: &mut [$type]) {
-                raw.copy_from_slice(wide);
+            fn narrow(wide: &[$sum], raw: &mut [$type]) {
+                $narrow(wide, raw)
             }
             #[inline(always)]
             fn bits(self) -> u64 {
                 self.to_bits().into()
             }
         }
-        impl Float for $type {
-            #[inline(always)]
-            fn inverse(n: usize) -> $type {
-                1.0 / n as $type
-            }
-            #[inline(always)]
-            fn spread(level: i32) -> $type {
-                level as $type * (4.0 / 131_070.0)
-            }
-        }
     };
 }
-float!(f32, 23, -149);
-float!(f64, 52, -1074);
+number!(f32, f32, 23, -149, copy, copy);
+number!(f64, f64, 52, -1074, copy, copy);
+number!(f16, f32, 10, -24, to_f32, of_f32);
+number!(bf16, f32, 7, -133, to_f32, of_f32);
 
-/// Not half's conversions of slices: the compiler makes no vector code of their cases for NaN,
-/// which no value here is.
-impl Number for bf16 {
-    type Sum = f32;
-    const MANTISSA: i32 = 7;
-    const SMALLEST: i32 = -133;
-    #[inline(always)]
-    fn widen(raw: &[bf16], wide: &mut [f32]) {
-        for (wide, raw) in wide.iter_mut().zip(raw) {
-            *wide = f32::from_bits(u32::from(raw.to_bits()) << 16);
-        }
-    }
-    #[inline(always)]
-    fn narrow(wide: &[f32], raw: &mut [bf16]) {
-        for (raw, wide) in raw.iter_mut().zip(wide) {
-            let bits = wide.to_bits();
-            *raw = bf16::from_bits((bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16);
-        }
-    }
-    #[inline(always)]
-    fn bits(self) -> u64 {
-        self.to_bits().into()
-    }
+#[inline(always)]
+fn copy<T: Copy>(from: &[T], to: &mut [T]) {
+    to.copy_from_slice(from);
 }
 
-impl Number for f16 {
-    type Sum = f32;
-    const MANTISSA: i32 = 10;
-    const SMALLEST: i32 = -24;
-    #[inline(always)]
-    fn widen(raw: &[f16], wide: &mut [f32]) {
-        raw.convert_to_f32_slice(wide);
-    }
-    #[inline(always)]
-    fn narrow(wide: &[f32], raw: &mut [f16]) {
-        raw.convert_from_f32_slice(wide);
-    }
-    #[inline(always)]
-    fn bits(self) -> u64 {
-        self.to_bits().into()
-    }
+#[inline(always)]
+fn to_f32<T>(raw: &[T], wide: &mut [f32])
+where
+    [T]: HalfFloatSliceExt,
+{
+    raw.convert_to_f32_slice(wide);
+}
+
+#[inline(always)]
+fn of_f32<T>(wide: &[f32], raw: &mut [T])
+where
+    [T]: HalfFloatSliceExt,
+{
+    raw.convert_from_f32_slice(wide);
 }
 
 /// Evaluates an expression with `$T` as the Rust type of a dtype.
@@ -140,18 +122,6 @@ pub fn dtype(name: &str) -> Option<Dtype> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn bf16_is_rounded_as_the_half_crate_does() {
-        let wide: Vec<f32> = (0..20_000u32).map(|k| f32::from_bits(k * 211_111)).collect();
-        let wide: Vec<f32> = wide.into_iter().filter(|x| !x.is_nan()).collect();
-        let (mut raw, mut back) = (vec![bf16::ZERO; wide.len()], vec![0.0; wide.len()]);
-        bf16::narrow(&wide, &mut raw);
-        bf16::widen(&raw, &mut back);
-        for ((&wide, raw), back) in wide.iter().zip(raw).zip(back) {
-            assert_eq!((raw, back), (bf16::from_f32(wide), bf16::from_f32(wide).to_f32()));
-        }
-    }
 
     #[test]
     fn dtypes_have_many_names() {

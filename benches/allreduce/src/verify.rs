@@ -181,7 +181,7 @@ fn values<T: Number>(key: u32, index: usize, wide: &mut [T::Sum; CHUNK], raw: &m
         x ^= x >> 16;
         let y = (x ^ x >> 13).wrapping_mul(0x85eb_ca6b);
         let sum = (x & 0xffff) + (x >> 16) + (y & 0xffff) + (y >> 16);
-        *wide = T::Sum::spread(sum as i32 - 131_070);
+        *wide = T::Sum::of(f64::from(sum as i32 - 131_070) * (4.0 / 131_070.0));
     }
     T::narrow(wide, raw);
 }

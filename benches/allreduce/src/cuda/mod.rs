@@ -153,9 +153,9 @@ impl Cuda {
             let make: Make = Box::new(move || rank.work(row, communicator, &ran, nccl));
             members.push(make);
         }
-        match Crew::new_within(members, nccl.is_some().then_some(self.limit)) {
-            Ok(Some(crew)) => entry.crew = Some(crew),
-            Ok(None) => {
+        match Crew::new(members, nccl.is_some().then_some(self.limit)) {
+            Ok(crew) => entry.crew = Some(crew),
+            Err(Failure::Late) => {
                 let reason = format!("ncclCommInitRank did not come back within {:?}", self.limit);
                 self.give_up_nccl(&mut entry, &reason);
             }
@@ -267,35 +267,29 @@ impl Ranks for Cuda {
         if let (true, Some(Err(reason))) = (entry.row.is_nccl(), self.nccl.get(&self.ranks.len())) {
             entry.give_up(reason);
         }
-        let Some(crew) = &entry.crew else { return Ok(vec![]) };
+        let Some(crew) = &mut entry.crew else { return Ok(vec![]) };
         if entry.row.needs_second() {
             // What copies left between the tensors of a flat buffer may be NaN.
-            let second = self.ranks.iter().filter_map(|rank| rank.second.as_ref());
-            second.into_iter().try_for_each(|memory| memory.zero())?;
+            let mut second = self.ranks.iter().filter_map(|rank| rank.second.as_ref());
+            second.try_for_each(|memory| memory.zero())?;
         }
-        if !entry.row.is_nccl() {
-            return crew.run(iterations);
-        }
-        // Its waits for the device end by themselves. Those on the host do not.
-        let limit = 2 * self.limit + Duration::from_secs(1) * iterations;
-        match crew.run_within(iterations, Some(limit)) {
-            Ok(Some(times)) => Ok(times),
-            Ok(None) => {
-                // A thread is inside of NCCL, and to free memory may be to wait for it.
+        match crew.run(iterations) {
+            Err(Failure::Late) => {
+                // The thread keeps its memory: to free it may be to wait for NCCL.
                 let note = entry.note.take();
-                std::mem::forget((std::mem::take(&mut self.rows), std::mem::take(&mut self.ranks)));
                 Err(Failure::Failed(format!(
                     "NCCL did not come back from a call, though it did when it was tried ({}): run \
                      again without it, with --baseline=limit,per-tensor,flatten",
                     note.as_deref().unwrap_or("NCCL")
                 )))
             }
-            Err(failure) => {
+            Err(failure) if entry.row.is_nccl() => {
                 let reason = failure.to_string();
                 entry.give_up(&reason);
                 self.nccl.insert(self.ranks.len(), Err(reason));
                 Ok(vec![])
             }
+            result => result,
         }
     }
 
