@@ -15,10 +15,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use multiversion::multiversion;
-
+use crate::lanes::{Float, Lanes, LANES};
 use crate::memory::{Arena, Placed};
-use crate::number::{with_number, Float, Number};
+use crate::number::with_number;
+use crate::simd::{self, Task};
 
 /// One thread's share of the pass.
 pub struct Pass {
@@ -28,40 +28,38 @@ pub struct Pass {
     /// This thread, and how many there are.
     pub part: usize,
     pub parts: usize,
-    /// Where the mean waits between two passes; `None`: there is one pass.
+    /// Where the mean waits between two passes; `None`: there is one.
     pub between: Option<Arc<Arena>>,
 }
 
 /// Means of more bytes than this are written past the caches: as large as a cluster of cores'
 /// third-level cache.
 const LARGE: usize = 32 << 20;
-/// Elements that are summed in the first-level cache.
-const CHUNK: usize = 512;
 
 impl Pass {
     /// Averages this thread's part of all buffers.
     pub fn run(&self) {
-        let Some(between) = &self.between else {
-            return self.pass(&self.arenas, &self.arenas, false);
-        };
-        let between = std::slice::from_ref(between);
-        let large = self.buffers.iter().map(Placed::bytes).sum::<usize>() > LARGE;
-        self.pass(&self.arenas, between, large);
-        self.pass(between, &self.arenas, large);
+        match &self.between {
+            None => self.pass(&self.arenas, &self.arenas, false),
+            Some(between) => {
+                let between = std::slice::from_ref(between);
+                let bytes: usize =
+                    self.buffers.iter().map(|buffer| buffer.elements * buffer.dtype.size()).sum();
+                self.pass(&self.arenas, between, bytes > LARGE);
+                self.pass(between, &self.arenas, bytes > LARGE);
+            }
+        }
     }
 
-    /// Writes the mean of some arenas to others.
+    /// The mean of some → others.
     fn pass(&self, from: &[Arc<Arena>], to: &[Arc<Arena>], stream: bool) {
         for buffer in self.buffers.iter() {
             let range = part(buffer.elements, self.part, self.parts);
             with_number!(buffer.dtype, T => {
-                let starts = |arenas: &[Arc<Arena>]| -> Vec<*mut T> {
-                    // SAFETY: placed inside of the arenas.
-                    let start = |a: &Arc<Arena>| unsafe { a.start.add(buffer.offset) }.cast::<T>();
-                    arenas.iter().map(start).collect()
-                };
-                // SAFETY: the range lies inside of every buffer, and is this thread's alone.
-                unsafe { average::<T>(&starts(from), &starts(to), range, stream) }
+                // SAFETY: placed inside of the arenas.
+                let start = |arena: &Arc<Arena>| unsafe { arena.start.add(buffer.offset) }.cast::<T>();
+                let (from, to): (Vec<_>, Vec<_>) = (from.iter().map(start).collect(), to.iter().map(start).collect());
+                simd::best(Average { from: &from, to: &to, range, stream })
             })
         }
     }
@@ -69,71 +67,102 @@ impl Pass {
 
 /// The `index`-th of `parts` equal ranges of whole lines.
 fn part(elements: usize, index: usize, parts: usize) -> Range<usize> {
-    const LINE: usize = 64;
-    let lines = elements.div_ceil(LINE);
-    let at = |index: usize| (lines * index / parts * LINE).min(elements);
+    let lanes = 4 * LANES;
+    let lines = elements.div_ceil(lanes);
+    let at = |index: usize| (lines * index / parts * lanes).min(elements);
     at(index)..at(index + 1)
 }
 
-/// Writes the mean of a range of some buffers to the same range of others.
-///
-/// # Safety
-/// The range lies inside of every buffer, and no other thread uses it.
-#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+avx2", "x86_64+avx2+fma"))]
-unsafe fn average<T: Number>(from: &[*mut T], to: &[*mut T], range: Range<usize>, stream: bool) {
-    let inverse = T::Sum::of(1.0 / from.len() as f64);
-    let (mut sum, mut wide) = ([T::Sum::default(); CHUNK], [[T::Sum::default(); CHUNK]; 2]);
-    let mut mean = Lines([T::default(); CHUNK]);
-    for at in range.clone().step_by(CHUNK) {
-        let count = CHUNK.min(range.end - at);
-        // Two at a time halve the traffic of the sums.
-        for (index, pair) in from.chunks(2).enumerate() {
-            for (&start, wide) in pair.iter().zip(&mut wide) {
-                // SAFETY: the caller's. The borrow ends before anything is written.
-                let raw = unsafe { std::slice::from_raw_parts(start.add(at), count) };
-                T::widen(raw, &mut wide[..count]);
-            }
-            let [one, other] = &wide;
-            for k in 0..count {
-                let term = if pair.len() == 2 { one[k] + other[k] } else { one[k] };
-                sum[k] = if index == 0 { term } else { sum[k] + term };
-            }
-        }
-        for sum in &mut sum[..count] {
-            *sum = *sum * inverse;
-        }
-        T::narrow(&sum[..count], &mut mean.0[..count]);
-        for &start in to {
-            // SAFETY: the caller's.
-            unsafe { copy(mean.0.as_ptr(), start.add(at), count, stream) };
-        }
-    }
-    #[cfg(target_arch = "x86_64")]
-    std::arch::x86_64::_mm_sfence(); // streamed stores come before what this thread does next
+/// The mean of a range of some buffers → the same range of others. No two threads share a range.
+struct Average<'a, T> {
+    from: &'a [*mut T],
+    to: &'a [*mut T],
+    range: Range<usize>,
+    /// Past the caches.
+    stream: bool,
 }
 
-/// Starts at a multiple of a vector's size.
-#[repr(align(64))]
-struct Lines<T>([T; CHUNK]);
-
-/// Copies, past the caches if asked and the machine has an instruction for it.
-///
-/// # Safety
-/// Valid for `count` elements each, and they do not overlap. `from` is a multiple of 16.
-#[inline(always)]
-unsafe fn copy<T>(from: *const T, to: *mut T, count: usize, stream: bool) {
-    #[cfg(target_arch = "x86_64")]
-    if stream && to.addr().is_multiple_of(16) && count == CHUNK {
-        use std::arch::x86_64::{__m128i, _mm_load_si128, _mm_stream_si128};
-        let (from, to) = (from.cast::<__m128i>(), to.cast::<__m128i>());
-        for at in 0..size_of::<T>() * CHUNK / 16 {
-            // SAFETY: inside of both, at multiples of 16. Every x86-64 has SSE2.
-            unsafe { _mm_stream_si128(to.add(at), _mm_load_si128(from.add(at))) };
+impl<T: Lanes> Task for Average<'_, T> {
+    type Output = ();
+    #[inline(always)]
+    fn run<const ISA: u8>(self) {
+        // Known counts unroll. Lines of one replica that are moved together: fewer turns between
+        // replicas, and no more than the registers hold.
+        match self.from.len() {
+            1 => self.of::<ISA, 1, 4>(),
+            2 => self.of::<ISA, 2, 4>(),
+            3 => self.of::<ISA, 3, 4>(),
+            4 => self.of::<ISA, 4, 4>(),
+            8 => self.of::<ISA, 8, 4>(),
+            _ => self.of::<ISA, 0, 4>(),
         }
-        return;
     }
-    // SAFETY: the caller's.
-    unsafe { to.copy_from_nonoverlapping(from, count) }
+}
+
+impl<T: Lanes> Average<'_, T> {
+    #[inline(always)]
+    fn of<const ISA: u8, const N: usize, const GROUPS: usize>(self) {
+        let (from, to) = (if N > 0 { &self.from[..N] } else { self.from }, self.to);
+        let inverse = T::Sum::inverse(from.len());
+        let mut at = self.range.start;
+        while at + GROUPS * LANES <= self.range.end {
+            // SAFETY: inside of every buffer, in a range that no other thread uses. Plain reads and
+            // writes.
+            unsafe {
+                let block = |start: *mut T| start.add(at).cast::<[[T; LANES]; GROUPS]>();
+                let raw =
+                    mean::<T, ISA, GROUPS>(from, inverse, |start| block(start).read_unaligned());
+                if self.stream {
+                    to.iter().for_each(|&start| simd::stream(block(start), &raw));
+                } else {
+                    to.iter().for_each(|&start| block(start).write_unaligned(raw));
+                }
+            }
+            at += GROUPS * LANES;
+        }
+        while at < self.range.end {
+            let count = LANES.min(self.range.end - at);
+            // SAFETY: as above, for `count` elements.
+            unsafe {
+                let raw = mean::<T, ISA, 1>(from, inverse, |start| {
+                    let mut raw = [T::default(); LANES];
+                    raw.as_mut_ptr().copy_from_nonoverlapping(start.add(at), count);
+                    [raw]
+                });
+                to.iter().for_each(|&start| {
+                    start.add(at).copy_from_nonoverlapping(raw[0].as_ptr(), count)
+                });
+            }
+            at += count;
+        }
+        simd::stream_fence();
+    }
+}
+
+#[inline(always)]
+fn mean<T: Lanes, const ISA: u8, const GROUPS: usize>(
+    replicas: &[*mut T],
+    inverse: T::Sum,
+    load: impl Fn(*mut T) -> [[T; LANES]; GROUPS],
+) -> [[T; LANES]; GROUPS] {
+    let mut sum = [[T::Sum::default(); LANES]; GROUPS];
+    for &start in replicas {
+        let raw = load(start);
+        for (sum, raw) in sum.iter_mut().zip(&raw) {
+            let wide = T::widen::<ISA>(raw);
+            for k in 0..LANES {
+                sum[k] += wide[k];
+            }
+        }
+    }
+    let mut raw = [[T::default(); LANES]; GROUPS];
+    for (raw, sum) in raw.iter_mut().zip(&mut sum) {
+        for x in sum.iter_mut() {
+            *x *= inverse;
+        }
+        *raw = T::narrow::<ISA>(sum);
+    }
+    raw
 }
 
 #[cfg(test)]

@@ -107,7 +107,7 @@ fn lines(area: &Area, panel: &[Record]) -> Drawn {
     let mut chart = ChartBuilder::on(area)
         .caption(title(panel), font(17))
         .margin(14)
-        .margin_right(200)
+        .margin_right(220)
         .x_label_area_size(46)
         .y_label_area_size(60)
         .build_cartesian_2d((least..most).log_scale().base(2.0), 0.0..top)?;
