@@ -359,6 +359,10 @@ fn compile_cuda(nvcc: &Path, out: &Path) -> Result<PathBuf, String> {
     for name in portable {
         command.args(["-gencode", &format!("arch=compute_{name},code=compute_{name}")]);
     }
+    // For build scripts of packages that depend on this one: how to compile kernels of their own.
+    let line = [command.get_program()].into_iter().chain(command.get_args());
+    let line: Vec<_> = line.map(|word| word.to_string_lossy()).collect();
+    println!("cargo::metadata=nvcc={}", line.join("\u{1f}"));
     key.add_command(&command);
     key.add_version(nvcc);
     for variable in ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"] {

@@ -1,5 +1,5 @@
-//! The threads that run one method, each for as long as the method is measured, and how an
-//! iteration is timed.
+//! The threads that run one row, each for as long as the row is measured, and how an iteration is
+//! timed.
 //!
 //! Between orders they sleep, and a scheduler may wake two of them on one core and take some
 //! milliseconds to see that another is free: they settle first. Then they meet at the start line
@@ -8,182 +8,188 @@
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Barrier, Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::failure::Failure;
 use crate::memory::cores;
 
-/// What one member does in an iteration. It may say how long that took by a clock of its own, such
-/// as a device's.
+/// What one member does in an iteration. It returns how long that took if it has a clock of its
+/// own, such as a device's.
 pub type Work = Box<dyn FnMut() -> Result<Option<Duration>, Failure>>;
 
 /// What a member does first, on its thread, while the others do theirs.
 pub type Make = Box<dyn FnOnce() -> Result<Work, Failure> + Send>;
 
-/// The members of one method.
+/// End of an iteration of one member, and how long it took by a clock of its own.
+type Finish = (Instant, Option<Duration>);
+
+/// For the ends of a row's threads.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The members of one row.
 pub struct Crew {
-    shared: Arc<Shared>,
+    /// Iterations to do, one sender for each member.
+    orders: Vec<Sender<u32>>,
+    /// One answer for each member and order, and one when it is ready.
+    done: Receiver<Result<Vec<Finish>, Failure>>,
+    line: Arc<StartLine>,
     threads: Vec<JoinHandle<()>>,
-}
-
-struct Shared {
-    /// Members and whoever gives orders: passed when an order is there, and when it was carried
-    /// out.
-    gate: Barrier,
-    /// Iterations to do; `None`: go home.
-    order: Mutex<Option<u32>>,
-    line: StartLine,
-    /// When each member finished each iteration.
-    finishes: Vec<Mutex<Vec<Finish>>>,
-    /// The first.
-    failure: Mutex<Option<Failure>>,
-}
-
-/// How an iteration of one member ended.
-struct Finish {
-    at: Instant,
-    /// By a clock of its own.
-    took: Option<Duration>,
+    limit: Option<Duration>,
 }
 
 impl Crew {
-    /// Starts a thread for each member.
-    pub fn new(members: Vec<Make>) -> Result<Self, Failure> {
-        let shared = Arc::new(Shared {
-            gate: Barrier::new(members.len() + 1),
-            order: Mutex::new(None),
-            line: StartLine::new(members.len()),
-            finishes: members.iter().map(|_| Mutex::new(vec![])).collect(),
-            failure: Mutex::new(None),
-        });
-        let start = |(index, make): (usize, Make)| {
-            let shared = shared.clone();
-            let name = format!("member-{index}");
-            std::thread::Builder::new().name(name).spawn(move || member(index, make, &shared))
-        };
-        // If one does not start, the others wait at the gate until the process ends, which is soon.
-        let threads: Result<_, _> = members.into_iter().enumerate().map(start).collect();
-        let threads = threads.map_err(|e| {
-            Failure::Failed(format!("cannot start a thread for each rank: {e}; use fewer ranks"))
-        })?;
-        let crew = Crew { shared, threads };
-        crew.shared.gate.wait();
-        crew.failure().map_or(Ok(crew), Err)
+    /// Starts a thread for each member and waits until all are ready. `limit`: how long that may
+    /// take, and half of a run (a second for each iteration aside); then it is `Failure::Late`, and
+    /// threads are left behind, which may never return.
+    pub fn new(members: Vec<Make>, limit: Option<Duration>) -> Result<Self, Failure> {
+        let line = Arc::new(StartLine { members: members.len() as u32, ..Default::default() });
+        let (answer, done) = channel();
+        let mut crew = Crew { orders: vec![], done, line, threads: vec![], limit };
+        for (index, make) in members.into_iter().enumerate() {
+            let (order, orders) = channel();
+            let (line, answer) = (crew.line.clone(), answer.clone());
+            let thread = std::thread::Builder::new().name(format!("member-{index}"));
+            let thread = thread.spawn(move || member(index, make, &line, &orders, &answer));
+            crew.threads.push(thread.map_err(|e| {
+                let text = format!("cannot start a thread for each rank: {e}; use fewer ranks");
+                Failure::Failed(text)
+            })?);
+            crew.orders.push(order);
+        }
+        drop(answer); // only the members have senders now
+        crew.answers(limit)?;
+        Ok(crew)
     }
 
-    /// Has the work done so many times and returns how long each took. While it lasts the arenas
-    /// are the members'.
-    pub fn run(&self, iterations: u32) -> Result<Vec<Duration>, Failure> {
-        *lock(&self.shared.order) = Some(iterations);
-        self.shared.gate.wait();
-        self.shared.gate.wait();
-        if let Some(failure) = self.failure() {
-            return Err(failure);
+    /// Runs the work so many times and returns how long each took. Meanwhile the members use the
+    /// ranks' memory.
+    pub fn run(&mut self, iterations: u32) -> Result<Vec<Duration>, Failure> {
+        for order in &self.orders {
+            let _ = order.send(iterations); // a thread that is gone is missed below
         }
-        let starts = std::mem::take(&mut *lock(&self.shared.line.starts));
-        let finishes: Vec<_> =
-            self.shared.finishes.iter().map(|each| std::mem::take(&mut *lock(each))).collect();
+        let limit = self.limit.map(|limit| 2 * limit + Duration::from_secs(1) * iterations);
+        let finishes = self.answers(limit)?;
+        let starts = std::mem::take(&mut *self.line.starts());
         let slowest = |(iteration, &start): (usize, &Instant)| {
-            let time = |finish: &Finish| finish.took.unwrap_or(finish.at.duration_since(start));
+            let time = |&(end, took): &Finish| took.unwrap_or(end.duration_since(start));
             finishes.iter().map(|each| time(&each[iteration])).max()
         };
         Ok(starts.iter().enumerate().filter_map(slowest).collect())
     }
 
-    fn failure(&self) -> Option<Failure> {
-        lock(&self.shared.failure).take()
+    /// One answer of each member, or the first failure.
+    fn answers(&mut self, limit: Option<Duration>) -> Result<Vec<Vec<Finish>>, Failure> {
+        let deadline = limit.map(|limit| Instant::now() + limit);
+        let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
+        let mut answers = vec![];
+        for _ in &self.orders {
+            let answer = match deadline {
+                None => self.done.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(deadline) => self.done.recv_timeout(left(deadline)),
+            };
+            answers.push(answer.map_err(|error| match error {
+                RecvTimeoutError::Disconnected => Failure::Failed("a rank's thread ended".into()),
+                RecvTimeoutError::Timeout => {
+                    self.threads.clear();
+                    Failure::Late
+                }
+            })?);
+        }
+        answers.into_iter().collect()
     }
 }
 
 impl Drop for Crew {
+    /// Ends the threads. One that does not return in time, from a library's call, is left behind.
     fn drop(&mut self) {
-        *lock(&self.shared.order) = None;
-        self.shared.gate.wait();
+        self.orders.clear();
+        if self.threads.is_empty() {
+            return;
+        }
+        let deadline = Instant::now() + PATIENCE;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        // Until all senders are gone, and so all threads' work.
+        while self.done.recv_timeout(left()).is_ok() {}
+        if left().is_zero() {
+            return;
+        }
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
     }
 }
 
-fn member(index: usize, make: Make, shared: &Shared) {
-    // After a failure, which is the same for all members, this one comes to the gates and does
-    // nothing else. What has failed or panicked is not used again.
-    let mut work = attempt(shared, make);
-    shared.gate.wait();
-    loop {
-        shared.gate.wait();
-        let Some(iterations) = *lock(&shared.order) else { return };
-        let mut finishes = Vec::with_capacity(iterations as usize);
-        if shared.line.members as usize <= cores() {
-            shared.line.settle(index == 0);
+fn member(
+    index: usize,
+    make: Make,
+    line: &StartLine,
+    orders: &Receiver<u32>,
+    answer: &Sender<Result<Vec<Finish>, Failure>>,
+) {
+    // After a failure this member meets the others and does nothing else: what has failed or
+    // panicked is not used again.
+    let (mut work, made) = match attempt(make) {
+        Ok(work) => (Some(work), Ok(vec![])),
+        Err(failure) => (None, Err(failure)),
+    };
+    let _ = answer.send(made); // a crew that was dropped needs no answer
+    for iterations in orders {
+        let (mut finishes, mut failed) = (Vec::with_capacity(iterations as usize), None);
+        if line.members as usize <= cores() {
+            line.settle(index == 0);
         }
         for _ in 0..iterations {
-            shared.line.meet();
-            let took = match &mut work {
-                Some(run) => attempt(shared, run),
-                None => Some(None),
-            };
-            finishes.push(Finish { at: Instant::now(), took: took.flatten() });
-            if took.is_none() {
-                work = None;
+            line.meet();
+            let took = work.as_mut().map_or(Ok(None), attempt);
+            finishes.push((Instant::now(), *took.as_ref().unwrap_or(&None)));
+            if let Err(failure) = took {
+                (work, failed) = (None, Some(failure));
             }
         }
-        *lock(&shared.finishes[index]) = finishes;
-        shared.gate.wait();
+        let _ = answer.send(failed.map_or(Ok(finishes), Err));
     }
 }
 
-/// Does it and keeps what went wrong. A panic must not leave the others at a gate.
-fn attempt<R>(shared: &Shared, work: impl FnOnce() -> Result<R, Failure>) -> Option<R> {
-    let failure = match catch_unwind(AssertUnwindSafe(work)) {
-        Ok(Ok(result)) => return Some(result),
-        Ok(Err(failure)) => failure,
-        Err(_) => Failure::Failed("a rank panicked, see above".into()),
-    };
-    lock(&shared.failure).get_or_insert(failure);
-    None
+/// Turns a panic, which must not leave the others at the start line, into a failure.
+fn attempt<R>(work: impl FnOnce() -> Result<R, Failure>) -> Result<R, Failure> {
+    let panicked = |_| Err(Failure::Failed("a rank panicked, see above".into()));
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(panicked)
 }
 
 /// Where members wait for one another, awake: waking from a sleep takes longer than a small
 /// average.
+#[derive(Default)]
 struct StartLine {
     members: u32,
     arrived: AtomicU32,
     /// Times that all were released.
     released: AtomicU32,
-    /// When, where it counts.
+    /// Moments of release, of the iterations of one order.
     starts: Mutex<Vec<Instant>>,
     /// Each member has a core.
     settled: AtomicBool,
 }
 
 impl StartLine {
-    fn new(members: usize) -> Self {
-        StartLine {
-            members: members as u32,
-            arrived: AtomicU32::new(0),
-            released: AtomicU32::new(0),
-            starts: Mutex::new(vec![]),
-            settled: AtomicBool::new(false),
-        }
+    fn starts(&self) -> std::sync::MutexGuard<'_, Vec<Instant>> {
+        // No thread panics with it.
+        self.starts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The start of an iteration. With more members than cores they give way to one another.
     fn meet(&self) {
-        let start = || lock(&self.starts).push(Instant::now());
-        self.pass(start, |spins| {
-            if spins < 200 {
-                std::hint::spin_loop()
-            } else {
-                std::thread::yield_now()
-            }
+        let start = || self.starts().push(Instant::now());
+        self.pass(start, |spins| match spins {
+            0..200 => std::hint::spin_loop(),
+            _ => std::thread::yield_now(),
         });
     }
 
-    /// Meets until that is quick, which it is not where two members share a core: nobody gives way,
-    /// so that the scheduler sees what is wrong. Not for long, since there may be no core free.
+    /// Meets until that is quick, which it is not where two members share a core: no member gives
+    /// way, so that the scheduler sees it. Not for long, since there may be no core free.
     fn settle(&self, first: bool) {
         let meet = || self.pass(|| (), |_| std::hint::spin_loop());
         let begin = Instant::now();
@@ -195,7 +201,7 @@ impl StartLine {
                     || begin.elapsed() > Duration::from_millis(40);
                 self.settled.store(settled, Ordering::Relaxed);
             }
-            meet(); // and with it everybody sees the store
+            meet(); // after it all members see the store
             if self.settled.load(Ordering::Relaxed) {
                 return;
             }
@@ -203,10 +209,10 @@ impl StartLine {
     }
 
     /// Returns when all members are here. The last one runs `last` before it releases the others,
-    /// who run `wait`.
+    /// which run `wait` meanwhile.
     fn pass(&self, last: impl FnOnce(), wait: impl Fn(u32)) {
         let released = self.released.load(Ordering::Acquire);
-        // Acquire and release: whoever comes last has seen what all others did before they came.
+        // Acquire and release: the last one has seen what all others did before they came.
         if self.arrived.fetch_add(1, Ordering::AcqRel) + 1 == self.members {
             self.arrived.store(0, Ordering::Relaxed);
             last();
@@ -221,27 +227,25 @@ impl StartLine {
     }
 }
 
-// Nobody panics with a lock in hand.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::sync::atomic::AtomicUsize;
 
+    fn crew(
+        members: std::ops::Range<u64>,
+        work: fn(u64) -> Result<Option<Duration>, Failure>,
+    ) -> Crew {
+        let member = |index| -> Make { Box::new(move || Ok(Box::new(move || work(index)))) };
+        Crew::new(members.map(member).collect(), None).unwrap()
+    }
+
     #[test]
     fn an_iteration_lasts_until_the_slowest_is_done() {
-        let member = |index: u64| -> Make {
-            Box::new(move || {
-                Ok(Box::new(move || {
-                    std::thread::sleep(Duration::from_millis(4 * index));
-                    Ok(None)
-                }))
-            })
-        };
-        let crew = Crew::new((0..4).map(member).collect()).unwrap();
+        let mut crew = crew(0..4, |index| {
+            std::thread::sleep(Duration::from_millis(4 * index));
+            Ok(None)
+        });
         for iterations in [1, 3] {
             let times = crew.run(iterations).unwrap();
             assert_eq!(times.len(), iterations as usize);
@@ -251,35 +255,47 @@ mod tests {
 
     #[test]
     fn a_clock_of_the_members_own_counts_and_the_slowest_of_them() {
-        let member = |index: u64| -> Make {
-            Box::new(move || Ok(Box::new(move || Ok(Some(Duration::from_secs(index))))))
-        };
-        let crew = Crew::new((1..4).map(member).collect()).unwrap();
+        let mut crew = crew(1..4, |index| Ok(Some(Duration::from_secs(index))));
         assert_eq!(crew.run(2).unwrap(), [Duration::from_secs(3); 2]);
     }
 
     #[test]
     fn a_failure_ends_the_run_for_all_and_hangs_nobody() {
         static RUNS: AtomicUsize = AtomicUsize::new(0);
-        let member = |fails: bool| -> Make {
-            Box::new(move || {
-                Ok(Box::new(move || {
-                    RUNS.fetch_add(1, Ordering::Relaxed);
-                    if fails {
-                        Err(param_averager::Error::AllWeightsZero.into())
-                    } else {
-                        Ok(None)
-                    }
-                }))
-            })
-        };
-        let crew = Crew::new(vec![member(false), member(true)]).unwrap();
+        let failure = || Failure::from(param_averager::Error::AllWeightsZero);
+        let mut crew = crew(0..2, |index| {
+            RUNS.fetch_add(1, Ordering::Relaxed);
+            if index == 1 {
+                panic!("on purpose");
+            }
+            Ok(None)
+        });
+        assert!(crew.run(5).unwrap_err().to_string().contains("panicked"));
+        assert_eq!(RUNS.load(Ordering::Relaxed), 6, "what has failed is not run again");
+        let failing = || -> Make { Box::new(move || Err(failure())) };
         assert!(matches!(
-            crew.run(5),
+            Crew::new(vec![failing(), failing()], None),
             Err(Failure::Library(param_averager::Error::AllWeightsZero))
         ));
-        assert_eq!(RUNS.load(Ordering::Relaxed), 6, "one that failed is not run again");
-        let failing = || -> Make { Box::new(|| Err(param_averager::Error::AllWeightsZero.into())) };
-        assert!(Crew::new(vec![failing(), failing()]).is_err());
+    }
+
+    #[test]
+    fn a_member_that_does_not_come_back_is_left_behind() {
+        let limit = Some(Duration::from_millis(20));
+        let hang = || std::thread::sleep(Duration::from_secs(3600));
+        let ready: Make = Box::new(|| Ok(Box::new(|| Ok(None))));
+        let late: Make = Box::new(move || {
+            hang();
+            Ok(Box::new(|| Ok(None)))
+        });
+        assert!(matches!(Crew::new(vec![ready, late], limit), Err(Failure::Late)));
+        let late: Make = Box::new(move || {
+            Ok(Box::new(move || {
+                hang();
+                Ok(None)
+            }))
+        });
+        let mut crew = Crew::new(vec![late], Some(Duration::from_secs(1))).unwrap();
+        assert!(matches!(crew.run(1), Err(Failure::Late)));
     }
 }

@@ -1,22 +1,25 @@
-//! What ends the bench early, and its exit code.
+//! What ends a run early, and its exit code.
 
 use std::io;
 
-/// 2 is for a command line that can't be right, 1 for everything that went wrong, as elsewhere.
+/// Exit code 2 is for a command line that can't be right, 1 for everything else.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
     /// The command line.
     #[error("{0}")]
     Usage(String),
-    /// A file, memory.
+    /// A file, memory, a device.
     #[error("{0}")]
     Failed(String),
-    /// The library said no.
+    /// An error of the library.
     #[error("{0}")]
     Library(#[from] param_averager::Error),
-    /// A process of one of the ranks has said why it failed, and with which exit code.
-    #[error("a rank failed")]
-    Told(u8),
+    /// A rank's thread did not return within the limit that it was given.
+    #[error("a rank did not come back in time")]
+    Late,
+    /// The process of another rank has failed with this exit code and printed why.
+    #[error("another rank failed")]
+    Peer(u8),
     /// Standard output.
     #[error("cannot write to standard output: {0}")]
     Output(#[from] io::Error),
@@ -26,17 +29,17 @@ impl Failure {
     pub fn exit_code(&self) -> u8 {
         match self {
             Failure::Usage(_) | Failure::Library(param_averager::Error::InvalidOption { .. }) => 2,
-            Failure::Told(code) => *code,
-            // Whoever reads has seen enough, as in `allreduce-bench | head`.
+            Failure::Peer(code) => *code,
+            // The reader has seen enough, as in `allreduce-bench | head`.
             Failure::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => 0,
             _ => 1,
         }
     }
 
-    /// Whether there is anything to tell.
+    /// True where there is nothing to print.
     pub fn is_silent(&self) -> bool {
         match self {
-            Failure::Told(_) => true,
+            Failure::Peer(_) => true,
             Failure::Output(error) => error.kind() == io::ErrorKind::BrokenPipe,
             _ => false,
         }

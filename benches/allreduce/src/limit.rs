@@ -1,11 +1,10 @@
-//! The limits: what no averager can beat on one host's memory.
+//! The limits: times that no averager can beat in one host's memory.
 //!
-//! **One pass.** //! Averaging must read every replica once and write every replica once. This does
+//! **One pass.** Averaging must read every replica once and write every replica once. This does
 //! that and nothing else: all cores, each with a contiguous part of every replica, no meeting, no
-//! votes, no tensors, sums in registers. Plain stores, since the lines they go to were just read.
-//! The mean is the sum times 1/n rounded, one rounding more than the library allows itself, since
-//! dividing could cost time. f32 and f64 are summed as they are; bf16 (shifts) and f16 (ISA, in
-//! software where the machine lacks it) in f32, with instructions of the same width as f32's.
+//! votes, no tensors. Plain stores, since the lines they go to were just read. The mean is the sum
+//! times 1/n rounded, one rounding more than the library allows itself, since dividing could cost
+//! time.
 //!
 //! **Two passes.** An averager that changes no tensor before all have been summed must keep the
 //! mean until then, and whatever is larger than the caches goes to memory and comes back. The first
@@ -16,8 +15,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::lanes::{Float, Lanes, LANES};
 use crate::memory::{Arena, Placed};
-use crate::number::{with_number, Float, Number, LANES};
+use crate::number::with_number;
 use crate::simd::{self, Task};
 
 /// One thread's share of the pass.
@@ -57,7 +57,7 @@ impl Pass {
             let range = part(buffer.elements, self.part, self.parts);
             with_number!(buffer.dtype, T => {
                 // SAFETY: placed inside of the arenas.
-                let start = |arena: &Arc<Arena>| unsafe { arena.start().add(buffer.offset) }.cast::<T>();
+                let start = |arena: &Arc<Arena>| unsafe { arena.start.add(buffer.offset) }.cast::<T>();
                 let (from, to): (Vec<_>, Vec<_>) = (from.iter().map(start).collect(), to.iter().map(start).collect());
                 simd::best(Average { from: &from, to: &to, range, stream })
             })
@@ -82,7 +82,7 @@ struct Average<'a, T> {
     stream: bool,
 }
 
-impl<T: Number> Task for Average<'_, T> {
+impl<T: Lanes> Task for Average<'_, T> {
     type Output = ();
     #[inline(always)]
     fn run<const ISA: u8>(self) {
@@ -99,14 +99,14 @@ impl<T: Number> Task for Average<'_, T> {
     }
 }
 
-impl<T: Number> Average<'_, T> {
+impl<T: Lanes> Average<'_, T> {
     #[inline(always)]
     fn of<const ISA: u8, const N: usize, const GROUPS: usize>(self) {
         let (from, to) = (if N > 0 { &self.from[..N] } else { self.from }, self.to);
         let inverse = T::Sum::inverse(from.len());
         let mut at = self.range.start;
         while at + GROUPS * LANES <= self.range.end {
-            // SAFETY: inside of every buffer, in a range that nobody else touches. Plain reads and
+            // SAFETY: inside of every buffer, in a range that no other thread uses. Plain reads and
             // writes.
             unsafe {
                 let block = |start: *mut T| start.add(at).cast::<[[T; LANES]; GROUPS]>();
@@ -140,7 +140,7 @@ impl<T: Number> Average<'_, T> {
 }
 
 #[inline(always)]
-fn mean<T: Number, const ISA: u8, const GROUPS: usize>(
+fn mean<T: Lanes, const ISA: u8, const GROUPS: usize>(
     replicas: &[*mut T],
     inverse: T::Sum,
     load: impl Fn(*mut T) -> [[T; LANES]; GROUPS],

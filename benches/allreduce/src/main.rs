@@ -1,40 +1,44 @@
 //! `allreduce-bench`: how fast, and how right, averages are here. `--help` has the rest.
 
-mod bench;
+mod averager;
 mod cli;
 mod crew;
 mod cuda;
 mod failure;
+mod lanes;
 mod layout;
 mod limit;
+mod load;
 mod memory;
-mod methods;
 mod models;
 mod number;
 mod plan;
+mod plot;
 #[cfg(target_os = "linux")]
 mod processes;
-mod records;
-mod reference;
-mod safetensors;
+mod record;
+mod rows;
+mod run;
 mod simd;
 mod table;
+mod threads;
+mod verify;
 
 use std::process::ExitCode;
 
 use clap::Parser;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use bench::Bench;
 use cli::{Args, Backend};
 use failure::Failure;
-use plan::{Group, Section};
-use records::{Record, Sink};
+use plan::Section;
+use record::{Record, Sink};
+use run::{Bench, Ranks};
 use table::Table;
+use threads::Threads;
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    match run(&args) {
+    match run(Args::parse()) {
         Ok(0) => ExitCode::SUCCESS,
         Ok(wrong) => {
             eprintln!("error: {wrong} elements are not what they should be, see the column #wrong");
@@ -52,91 +56,112 @@ fn main() -> ExitCode {
 }
 
 /// Returns the number of wrong elements.
-fn run(args: &Args) -> Result<u64, Failure> {
+fn run(mut args: Args) -> Result<u64, Failure> {
     if let Some(ranks) = args.nccl_probe {
-        cuda::answer_nccl_probe(ranks.into(), cuda::nccl_limit(args.timeout));
+        println!("{}", cuda::probe::answer(&args, ranks.into()));
         return Ok(0);
     }
-    if args.devices {
-        print!("{}", cuda::show_devices()?);
+    if args.what.devices {
+        print!("{}", param_averager::Topology::probe()?);
         return Ok(0);
     }
-    if args.processes {
-        #[cfg(target_os = "linux")]
-        return processes::run(args);
+    let sections = plan::plan(&args)?;
+    if args.what.processes {
         #[cfg(not(target_os = "linux"))]
         return Err(Failure::Usage("--processes is for Linux".into()));
+        #[cfg(target_os = "linux")]
+        return match processes::start(&mut args)? {
+            None => Ok(0), // this was the launcher
+            Some(mut ranks) => measure(&args, &plan::plan(&args)?, &mut ranks),
+        };
     }
-    let (sections, options) = (plan::plan(args)?, plan::options(args));
-    let machine = match args.backend {
-        Backend::Cpu => None,
-        Backend::Cuda => Some(cuda::Machine::open()?),
-    };
-    bench::fits(args.backend, &sections)?;
-    if let Some(machine) = &machine {
-        cuda::prepare_nccl(&sections, machine);
+    match args.what.backend {
+        Backend::Cpu => measure(&args, &sections, &mut Threads::new(&args.options)),
+        Backend::Cuda => measure(&args, &sections, &mut cuda::Cuda::open(&args, &sections)?),
     }
-    let json = args.json.as_deref().map(|path| Sink::create(path, records::json)).transpose()?;
-    let csv = args.csv.as_deref().map(|path| Sink::create(path, records::csv)).transpose()?;
+}
 
-    let progress = progress(&sections);
-    let mut table = Table::new(progress.clone(), machine.is_some(), false);
-    table.preamble(args, &options)?;
-    if machine.as_ref().is_some_and(|machine| machine.simulated) {
-        table.simulated()?;
-    }
-    let (check, bar) = (args.check == 1, progress.clone());
-    let mut bench = match machine {
-        None => Either::Cpu(Bench::new(options, check, args.sabotage, bar)),
-        Some(machine) => {
-            Either::Cuda(cuda::Bench::new(machine, options, check, args.sabotage, bar))
-        }
-    };
-    let mut records: Vec<Record> = vec![];
-    for section in &sections {
-        let ranks = section.groups.first().map_or(0, |group| group.ranks);
-        table.section(section, &bench.who(ranks))?;
-        for group in &section.groups {
-            let new = bench.run(group)?;
-            new.iter().try_for_each(|record| table.row(record))?;
-            table.notes(&new)?;
-            records.extend(new);
+fn measure(args: &Args, sections: &[Section], ranks: &mut dyn Ranks) -> Result<u64, Failure> {
+    let progress = progress(sections, ranks.prints() && !args.what.processes);
+    let report = ranks.prints().then(|| Report::open(args, sections, ranks, progress.clone()));
+    let report = report.transpose();
+    ranks.confirm(report.as_ref().err())?;
+    let (mut report, options) = (report?, args.options.clone());
+    let (check, corrupt) = (args.measuring.check == 1, args.corrupt);
+    let mut bench = Bench { options, check, corrupt, progress, seed: 0 };
+    for section in sections {
+        for (index, group) in section.groups.iter().enumerate() {
+            let records = bench.measure(ranks, group)?;
+            let first = (index == 0).then(|| (section, ranks.describe(group.ranks)));
+            let printed = report.as_mut().map_or(Ok(()), |report| report.group(first, records));
+            ranks.confirm(printed.as_ref().err())?;
+            printed?;
         }
     }
-    progress.finish_and_clear();
-    table.ending(&records)?;
-    for sink in [json, csv].into_iter().flatten() {
-        sink.write(&records)?;
-    }
-    Ok(records.iter().filter_map(|record| record.wrong).sum())
+    report.map_or(Ok(0), Report::close)
 }
 
 /// On a terminal; nothing elsewhere.
-fn progress(sections: &[Section]) -> ProgressBar {
-    let steps = sections.iter().flat_map(|section| &section.groups).map(Bench::steps).sum();
+fn progress(sections: &[Section], shown: bool) -> ProgressBar {
+    if !shown {
+        return ProgressBar::hidden();
+    }
     let style = ProgressStyle::with_template("{bar:24} {percent:>3}% {elapsed:>4} {wide_msg}");
-    let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
+    let target = ProgressDrawTarget::stderr();
+    let bar = ProgressBar::with_draw_target(Some(Bench::steps(sections)), target);
     bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-/// Where ranks are.
-enum Either {
-    Cpu(Bench),
-    Cuda(cuda::Bench),
+/// What is printed and written.
+struct Report {
+    table: Table,
+    sinks: Vec<Sink>,
+    records: Vec<Record>,
+    progress: ProgressBar,
 }
 
-impl Either {
-    fn run(&mut self, group: &Group) -> Result<Vec<Record>, Failure> {
-        match self {
-            Either::Cpu(bench) => bench.run(group),
-            Either::Cuda(bench) => bench.run(group),
+impl Report {
+    fn open(
+        args: &Args,
+        sections: &[Section],
+        ranks: &dyn Ranks,
+        progress: ProgressBar,
+    ) -> Result<Self, Failure> {
+        run::fits(ranks, sections)?;
+        let mut sinks = vec![];
+        let measuring = &args.measuring;
+        for (path, format) in [
+            (&measuring.json, record::json as record::Format),
+            (&measuring.csv, record::csv),
+            (&measuring.plot, plot::svg),
+        ] {
+            sinks.extend(path.as_deref().map(|path| Sink::create(path, format)).transpose()?);
         }
+        let table = Table::new(args, progress.clone());
+        table.preamble(args, &ranks.preamble())?;
+        Ok(Report { table, sinks, records: vec![], progress })
     }
 
-    fn who(&self, ranks: usize) -> String {
-        match self {
-            Either::Cpu(bench) => bench.who(ranks),
-            Either::Cuda(bench) => bench.who(ranks),
+    /// The records of a group, under a heading if it is the first of a section.
+    fn group(
+        &mut self,
+        first: Option<(&Section, String)>,
+        records: Vec<Record>,
+    ) -> Result<(), Failure> {
+        if let Some((section, ranks)) = first {
+            self.table.section(section, &ranks)?;
         }
+        records.iter().try_for_each(|record| self.table.row(record))?;
+        self.table.notes(&records)?;
+        self.records.extend(records);
+        Ok(())
+    }
+
+    /// Returns the number of wrong elements.
+    fn close(self) -> Result<u64, Failure> {
+        self.progress.finish_and_clear();
+        self.table.ending(&self.records)?;
+        self.sinks.into_iter().try_for_each(|sink| sink.write(&self.records))?;
+        Ok(self.records.iter().filter_map(|record| record.wrong).sum())
     }
 }

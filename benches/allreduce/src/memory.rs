@@ -1,11 +1,12 @@
-//! The ranks' parameters: one block of memory a rank, allocated and touched once, with the tensors
-//! placed in it.
+//! Host memory of the ranks' replicas: one block for each rank, allocated and touched once, with
+//! the tensors placed in it.
 
 use std::alloc::{alloc_zeroed, dealloc, handle_alloc_error, Layout as Block};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
-use param_averager::{Device, Dtype, Parameters, TensorMut};
+use param_averager::Dtype;
+use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 
 use crate::layout::Layout;
 
@@ -17,20 +18,20 @@ const PAGE: usize = 4096;
 /// Memory of one rank.
 #[derive(Debug)]
 pub struct Arena {
-    start: *mut u8,
+    pub start: *mut u8,
     block: Block,
 }
 
-// Plain memory. Who may touch it when is settled by `Crew`: its members between two orders,
-// everybody else otherwise.
+// SAFETY: plain memory. The measuring loop settles which thread may use it when: those of a crew
+// while it runs, all others otherwise.
 unsafe impl Send for Arena {}
+// SAFETY: as above.
 unsafe impl Sync for Arena {}
 
 impl Arena {
-    /// `bytes` of memory, each page touched by the thread that calls.
+    /// Allocates `bytes`. The calling thread touches every page.
     pub fn new(bytes: usize) -> Self {
-        let block = Block::from_size_align(bytes.max(1), PAGE)
-            .expect("less than half of the address space");
+        let block = Block::from_size_align(bytes.max(1), PAGE).expect("less than half of all");
         // SAFETY: not of size 0.
         let start = unsafe { alloc_zeroed(block) };
         if start.is_null() {
@@ -43,10 +44,6 @@ impl Arena {
         Arena { start, block }
     }
 
-    pub fn start(&self) -> *mut u8 {
-        self.start
-    }
-
     pub fn bytes(&self) -> usize {
         self.block.size()
     }
@@ -54,18 +51,24 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        // SAFETY: allocated so.
+        // SAFETY: allocated with this block.
         unsafe { dealloc(self.start, self.block) }
     }
 }
 
-/// A tensor and where it lies in its rank's arena.
+/// A tensor and its offset in bytes in its rank's memory.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Placed {
     pub name: String,
     pub offset: usize,
     pub elements: usize,
     pub dtype: Dtype,
+}
+
+impl Placed {
+    pub fn bytes(&self) -> usize {
+        self.elements * self.dtype.size()
+    }
 }
 
 /// Places a layout's tensors one after the other, with gaps. Returns the bytes needed, too.
@@ -79,103 +82,84 @@ pub fn place(layout: &Layout) -> (Arc<[Placed]>, usize) {
     (placed.collect(), end)
 }
 
-/// Places the same bytes without gaps, one tensor a dtype.
-pub fn place_flat(layout: &Layout) -> Arc<[Placed]> {
-    let mut end = 0;
-    let placed = Dtype::ALL.into_iter().filter_map(|dtype| {
-        let elements: u64 =
-            layout.tensors.iter().filter(|t| t.dtype == dtype).map(|t| t.elements()).sum();
-        let offset = end;
-        end = (end + elements as usize * dtype.size()).next_multiple_of(GAP);
-        (elements > 0).then(|| Placed {
-            name: format!("flat {dtype}"),
-            offset,
-            elements: elements as usize,
-            dtype,
-        })
-    });
-    placed.collect()
-}
-
-/// One rank's tensors, as a member of a crew sees them.
+/// A flat buffer for each dtype, one after the other in one block of memory.
 #[derive(Clone, Debug)]
-pub struct Replica {
-    pub arena: Arc<Arena>,
-    pub tensors: Arc<[Placed]>,
+pub struct Flat {
+    pub buffers: Arc<[Placed]>,
+    /// The tensors that are not empty, dtype by dtype.
+    pub spans: Arc<[Span]>,
+    pub bytes: usize,
 }
 
-impl Replica {
-    /// One of its tensors.
-    pub fn tensor(&mut self, index: usize) -> TensorMut<'_> {
-        self.placed(index)
+/// A tensor, or a part of one: offsets in its rank's memory and in the flat block.
+#[derive(Clone, Copy, Debug)]
+pub struct Span {
+    pub tensor: usize,
+    pub flat: usize,
+    pub bytes: usize,
+    pub dtype: Dtype,
+}
+
+impl Flat {
+    /// Places tensors at multiples of `alignment` bytes in their buffer.
+    pub fn new(tensors: &[Placed], alignment: usize) -> Self {
+        let (mut buffers, mut spans, mut end) = (vec![], vec![], 0usize);
+        for dtype in Dtype::ALL {
+            let offset = end.next_multiple_of(GAP);
+            end = offset;
+            for tensor in tensors.iter().filter(|t| t.dtype == dtype && t.elements > 0) {
+                spans.push(Span { tensor: tensor.offset, flat: end, bytes: tensor.bytes(), dtype });
+                end = (end + tensor.bytes()).next_multiple_of(alignment);
+            }
+            if end > offset {
+                let elements = (end - offset) / dtype.size();
+                buffers.push(Placed { name: format!("flat {dtype}"), offset, elements, dtype });
+            }
+        }
+        Flat { buffers: buffers.into(), spans: spans.into(), bytes: end }
     }
 
-    /// The same; for one borrow, each is to be asked for once.
-    fn placed(&self, index: usize) -> TensorMut<'_> {
-        let Placed { name, offset, elements, dtype } = &self.tensors[index];
-        // SAFETY: placed inside of the arena, which is initialised; a member has its rank's arena
-        // to itself, see `Arena`.
-        let tensor = unsafe {
-            TensorMut::from_raw_parts(
-                self.arena.start().add(*offset),
-                *elements,
-                *dtype,
-                Device::cpu(),
-            )
+    /// The spans, cut into pieces of at most `most` bytes.
+    pub fn pieces(&self, most: usize) -> Vec<Span> {
+        let cut = |span: &Span| {
+            let Span { tensor, flat, bytes, dtype } = *span;
+            (0..bytes).step_by(most).map(move |at| Span {
+                tensor: tensor + at,
+                flat: flat + at,
+                bytes: most.min(bytes - at),
+                dtype,
+            })
         };
-        tensor.named(name)
+        self.spans.iter().flat_map(cut).collect()
     }
 }
 
-impl Parameters for Replica {
-    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
-        let replica: &'a Replica = self;
-        (0..replica.tensors.len()).for_each(|index| visit(replica.placed(index)))
-    }
-}
-
-/// Arenas kept from one table to the next, since touching memory for the first time is slow.
+/// Arenas kept from one group to the next, since touching memory for the first time is slow.
 #[derive(Default)]
-pub struct Pool {
-    arenas: Vec<Arc<Arena>>,
-}
+pub struct Pool(Vec<Arc<Arena>>);
 
 impl Pool {
-    /// One arena of at least `bytes` for each of `count`.
+    /// Returns `count` arenas of at least `bytes`.
     pub fn get(&mut self, count: usize, bytes: usize) -> Vec<Arc<Arena>> {
-        let too_small = |arena: &Arc<Arena>| arena.bytes() < bytes;
-        if self.arenas.iter().take(count).any(too_small) {
-            self.arenas.clear(); // before the new ones are there
+        if self.0.iter().take(count).any(|arena| arena.bytes() < bytes) {
+            self.0.clear(); // before the new ones are allocated
         }
-        let have = self.arenas.len();
+        let have = self.0.len();
         let new: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> =
-                (have..count).map(|_| scope.spawn(|| Arc::new(Arena::new(bytes)))).collect();
+            let new = |_| scope.spawn(|| Arc::new(Arena::new(bytes)));
+            let threads: Vec<_> = (have..count).map(new).collect();
             threads.into_iter().map(|thread| thread.join().expect("only touches memory")).collect()
         });
-        self.arenas.extend(new);
-        self.arenas[..count].to_vec()
+        self.0.extend(new);
+        self.0[..count].to_vec()
     }
 }
 
-/// Bytes from the start of each arena to the end of the last tensor, for all ranks.
-pub fn arena_bytes(layout: &Layout, ranks: usize) -> u64 {
-    place(layout).1 as u64 * ranks as u64
-}
-
-/// Calls `f(0..count)` from all cores and adds up what it returns.
+/// Calls `f(0..count)` on all cores and adds up the results.
 pub fn on_all_cores(count: usize, f: impl Fn(usize) -> u64 + Sync) -> u64 {
     let next = AtomicUsize::new(0);
-    let work = || {
-        let mut sum = 0;
-        loop {
-            let piece = next.fetch_add(1, Ordering::Relaxed);
-            if piece >= count {
-                return sum;
-            }
-            sum += f(piece);
-        }
-    };
+    let jobs = || std::iter::repeat_with(|| next.fetch_add(1, Ordering::Relaxed));
+    let work = || jobs().take_while(|&job| job < count).map(&f).sum::<u64>();
     std::thread::scope(|scope| {
         let threads: Vec<_> = (1..cores().min(count)).map(|_| scope.spawn(work)).collect();
         work() + threads.into_iter().map(|thread| thread.join().expect("adds numbers")).sum::<u64>()
@@ -187,37 +171,60 @@ pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, |cores| cores.get())
 }
 
-/// Memory that can be allocated and memory in all, if this system says so.
+/// Brand of each core of this machine.
+pub fn cpus() -> Vec<String> {
+    let cpus = RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing());
+    let system = System::new_with_specifics(cpus);
+    system.cpus().iter().map(|cpu| cpu.brand().trim().to_owned()).collect()
+}
+
+/// Bytes of memory that can be allocated, and bytes in all, of this machine or container.
 pub fn available() -> Option<(u64, u64)> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let field = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-        Some(
-            line.trim_start_matches(':').trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?
-                * 1024,
-        )
-    };
-    let (free, all) = (field("MemAvailable")?, field("MemTotal")?);
-    // A container may be allowed less.
-    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    let limit = number("/sys/fs/cgroup/memory.max").unwrap_or(u64::MAX);
-    let used = number("/sys/fs/cgroup/memory.current").unwrap_or(0);
-    Some((free.min(limit.saturating_sub(used)), all.min(limit)))
+    let mut system = System::new();
+    system.refresh_memory_specifics(MemoryRefreshKind::nothing().with_ram());
+    let (free, all) = (system.available_memory(), system.total_memory());
+    // A container may be allowed less. Without a limit, its free memory leaves out the page cache.
+    let limits = system.cgroup_limits().filter(|limits| limits.total_memory < all);
+    let limits = limits.map_or((free, all), |limits| (limits.free_memory, limits.total_memory));
+    (all > 0).then_some((free.min(limits.0), limits.1))
 }
 
-/// Bytes of memory that this process holds now; `most_resident` is of the time from here on.
-pub fn resident_afresh() -> Option<u64> {
-    std::fs::write("/proc/self/clear_refs", "5").ok()?; // resets VmHWM
-    status_bytes("VmRSS:")
+/// Bytes for people.
+pub fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 30)
 }
 
-/// The most bytes of memory that this process has held since `resident_afresh`.
-pub fn most_resident() -> Option<u64> {
-    status_bytes("VmHWM:")
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-fn status_bytes(field: &str) -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
-    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+    #[test]
+    fn every_byte_is_in_one_piece_and_packs_are_aligned() {
+        let place =
+            |offset, elements, dtype| Placed { name: String::new(), offset, elements, dtype };
+        let tensors = [
+            place(0, 3, Dtype::F32),
+            place(64, 40_001, Dtype::Bf16),
+            place(128_000, 0, Dtype::F32),
+            place(128_064, 20_000, Dtype::F32),
+        ];
+        let flat = Flat::new(&tensors, 16);
+        let sizes: Vec<_> = flat.buffers.iter().map(|b| (b.dtype, b.offset, b.elements)).collect();
+        assert_eq!(sizes, [(Dtype::F32, 0, 20_004), (Dtype::Bf16, 80_064, 40_008)]);
+        assert_eq!((flat.bytes, flat.spans.len()), (160_080, 3));
+        let pieces = flat.pieces(32 << 10);
+        assert_eq!(pieces.iter().map(|piece| piece.bytes).sum::<usize>(), 12 + 80_000 + 80_002);
+        assert!(pieces
+            .iter()
+            .all(|p| p.bytes <= 32 << 10 && p.flat % 16 == 0 && p.tensor % 16 == 0));
+        assert!(pieces.windows(2).all(|two| two[0].flat + two[0].bytes <= two[1].flat));
+        let dense = Flat::new(&tensors, 1);
+        assert_eq!((dense.buffers[0].elements, dense.buffers[1].elements), (20_003, 40_001));
+    }
+
+    #[test]
+    fn this_machine_has_memory() {
+        let (free, all) = available().expect("a supported system");
+        assert!(free > 0 && free <= all, "{free} of {all}");
+    }
 }

@@ -68,7 +68,7 @@ pub unsafe fn stream<T: Copy>(to: *mut T, value: &T) {
     unsafe { to.write_unaligned(*value) }
 }
 
-/// What was written by `stream` is seen by whoever synchronises with this thread.
+/// Orders what `stream` wrote before what this thread does next.
 #[inline(always)]
 pub fn stream_fence() {
     #[cfg(target_arch = "x86_64")]

@@ -128,14 +128,14 @@ fn one_rank_and_sixteen() {
 
 #[test]
 fn a_wrong_element_is_seen_and_fails_the_run() {
-    let output = bench("-b 64K -e 64K -d all -n 1 --algorithm direct,ring --baseline --sabotage");
+    let output = bench("-b 64K -e 64K -d all -n 1 --algorithm direct,ring --baseline --corrupt");
     let table = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(rows(&table).iter().all(|row| row[10] == "1"), "{table}");
     assert!(table.contains("Out of bounds values : 20 FAILED"), "{table}");
     assert!(String::from_utf8_lossy(&output.stderr).starts_with("error: 20 elements"));
     // Who does not look does not see.
-    let unchecked = self::table("-b 1K -e 1K -n 1 -c 0 --sabotage");
+    let unchecked = self::table("-b 1K -e 1K -n 1 -c 0 --corrupt");
     assert_eq!(rows(&unchecked)[0][10], "N/A");
 }
 
@@ -176,7 +176,9 @@ fn records_have_the_fields_that_they_promise() {
         let number = |field: &str| record[field].as_f64().unwrap();
         assert!(number("min_us") <= number("time_us") && number("time_us") <= number("max_us"));
         assert!(number("bytes") > 100_000.0 && number("ratio_to_limit") > 0.0);
-        assert!((number("busbw_gbs") / number("algbw_gbs") - 1.5).abs() < 0.01, "{record}");
+        // They are rounded to 4 digits after the point.
+        let (busbw, algbw) = (number("busbw_gbs"), number("algbw_gbs"));
+        assert!((busbw - 1.5 * algbw).abs() < 2e-4 + 0.01 * busbw, "{record}");
         let cells: Vec<&str> = lines.next().unwrap().split(',').collect();
         let of_json = FIELDS.map(|field| record[field].to_string().trim_matches('"').to_owned());
         assert_eq!(cells, of_json);
@@ -190,8 +192,10 @@ fn records_have_the_fields_that_they_promise() {
 
 #[test]
 fn models_come_from_files() {
-    let list = r#"[{"name": "a", "shape": [30, 7], "dtype": "f32"}, {"name": "b", "shape": [9], "dtype": "bf16"},
-        {"name": "empty", "shape": [0, 4], "dtype": "f32"}, {"name": "scalar", "shape": [], "dtype": "half"}]"#;
+    let list = r#"[{"name": "a", "shape": [30, 7], "dtype": "f32"},
+        {"name": "b", "shape": [9], "dtype": "bf16"},
+        {"name": "empty", "shape": [0, 4], "dtype": "f32"},
+        {"name": "scalar", "shape": [], "dtype": "half"}]"#;
     let header = r#"{"__metadata__": {"format": "pt"},
         "wte": {"dtype": "F16", "shape": [70, 9], "data_offsets": [0, 1260]},
         "wpe": {"dtype": "F64", "shape": [5], "data_offsets": [1260, 1300]},
@@ -246,6 +250,45 @@ fn files_that_are_no_good_are_named_with_what_to_do() {
             "tensor `a`",
         ),
         ("cut.safetensors", b"\x40\0\0\0\0\0\0\0{\"a\":", "is cut within its header"),
+        ("list.safetensors", &safetensors("[1, 2"), "its header is not one of safetensors"),
+        ("gguf.safetensors", b"GGUF\x03\0\0\0\0\0", "a GGUF file"),
+        ("pickle.safetensors", b"\x80\x02\x8a\x0al\xfc\x9c\x46\xf9", "a pickle"),
+        (
+            "fields.safetensors",
+            &safetensors(r#"{"x": {"dtype": "F32", "shape": [1]}}"#),
+            "missing field `data_offsets`",
+        ),
+        (
+            "negative.safetensors",
+            &safetensors(r#"{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}"#),
+            "its header is not one of safetensors",
+        ),
+        (
+            "size.safetensors",
+            &safetensors(r#"{"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 4]}}"#),
+            "the file is damaged",
+        ),
+        (
+            "backwards.safetensors",
+            &safetensors(r#"{"x": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}}"#),
+            "invalid offset for tensor `x`",
+        ),
+        (
+            "overflow.safetensors",
+            &safetensors(
+                r#"{"x": {"dtype": "F32", "shape": [4294967296, 4294967296],
+                    "data_offsets": [0, 0]}}"#,
+            ),
+            "the file is damaged",
+        ),
+        (
+            "gap.safetensors",
+            &safetensors(
+                r#"{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
+                    "y": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}"#,
+            ),
+            "invalid offset for tensor `y`",
+        ),
         ("short.safetensors", b"abc", "shorter than the 8 bytes"),
         ("text.safetensors", b"this is a text and no checkpoint", "no safetensors file"),
         (
@@ -270,7 +313,7 @@ fn files_that_are_no_good_are_named_with_what_to_do() {
                 r#"{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
                     "w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}"#,
             ),
-            "has `w` twice",
+            "invalid offset for tensor `w`",
         ),
         (
             "overlap.safetensors",
@@ -278,7 +321,7 @@ fn files_that_are_no_good_are_named_with_what_to_do() {
                 r#"{"v": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
                     "w": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}"#,
             ),
-            "of `w` begin at 4, those of v end at 8, so that they overlap",
+            "invalid offset for tensor `w`",
         ),
         ("none.safetensors", b"\x02\0\0\0\0\0\0\0{}", "holds no tensors"),
         (
@@ -295,8 +338,55 @@ fn files_that_are_no_good_are_named_with_what_to_do() {
     assert!(
         error("--layout missing.safetensors", 1).contains("missing.safetensors: cannot open it")
     );
-    assert!(error("-b 1K -e 1K --json /nowhere/at/all.json", 1)
-        .contains("cannot write /nowhere/at/all.json"));
+    for file in ["json", "csv", "plot"] {
+        let output = bench(&format!("-b 1K -e 1K --{file} /nowhere/at/all"));
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.starts_with("error: cannot write /nowhere/at/all: "), "{said}");
+        assert!(output.stdout.is_empty(), "before anything is measured");
+    }
+}
+
+/// Texts of an SVG file, which must be well-formed XML.
+fn texts(path: &Path) -> Vec<String> {
+    let svg = std::fs::read_to_string(path).unwrap();
+    let svg = roxmltree::Document::parse(&svg).expect("well-formed");
+    assert_eq!(svg.root_element().tag_name().name(), "svg");
+    let texts = svg.descendants().filter(|node| node.has_tag_name("text"));
+    texts.map(|node| node.text().unwrap_or_default().trim().to_owned()).collect()
+}
+
+#[test]
+fn a_plot_has_a_title_and_a_series_for_each_row() {
+    let path = file("plot.svg", b"");
+    let plot = format!("-n 2 -w 0 -c 0 --algorithm direct,ring --plot {}", path.display());
+    table(&format!("-b 1K -e 16K --baseline=limit {plot}"));
+    let lines = texts(&path);
+    for says in [
+        "Bandwidth over size: flat buffers, f32, 2 ranks",
+        "size of a rank's parameters",
+        "algbw (GB/s)",
+        "16 KiB",
+        "direct",
+        "ring",
+        "one-pass limit",
+    ] {
+        assert_eq!(lines.iter().filter(|text| *text == says).count(), 1, "{says}: {lines:?}");
+    }
+    let svg = std::fs::read_to_string(&path).unwrap();
+    assert!(svg.matches("<polyline").count() >= 3, "a line for each row");
+
+    table(&format!("--layout gpt2 --scale 0.0001 --baseline -g 2,3 {plot}"));
+    let bars = texts(&path);
+    for ranks in [2, 3] {
+        let title =
+            format!("Time of an average (ms): gpt2, 148 tensors, 342 KiB, f32, {ranks} ranks");
+        assert!(bars.contains(&title), "{title}: {bars:?}");
+    }
+    for label in ["direct", "ring", "ring per tensor", "flatten+ring+unflatten", "one-pass limit"] {
+        assert_eq!(bars.iter().filter(|text| *text == label).count(), 2, "{label}: {bars:?}");
+    }
+    assert_eq!(bars.iter().filter(|text| text.contains(" ms = ")).count(), 12, "{bars:?}");
 }
 
 #[test]
@@ -329,6 +419,7 @@ fn help_teaches_and_a_closed_pipe_is_no_error() {
     for says in ["Examples:", "--baseline", "one-pass limit", "Exit code", "-b, --minbytes"] {
         assert!(help.contains(says), "{says}");
     }
+    assert!(help.lines().all(|line| line.chars().count() <= 100), "{help}");
     let mut command = Command::new(env!("CARGO_BIN_EXE_allreduce-bench"));
     command
         .args(["-b", "1K", "-e", "16M", "-n", "2"])

@@ -10,6 +10,10 @@ use serde_json::Value;
 
 use test_support::simulator::{self, Driver};
 
+#[allow(dead_code)] // its main
+#[path = "../build.rs"]
+mod build_script;
+
 fn skipped(test: &str, reason: &str) {
     eprintln!("SKIPPED {test}: {reason}");
 }
@@ -200,9 +204,12 @@ fn averages_on_a_device_are_right_and_have_no_times_where_it_is_simulated() {
 #[test]
 fn models_of_many_dtypes_weights_and_a_wrong_element() {
     let Some(driver) = folder_for("models_of_many_dtypes") else { return };
-    let list = r#"[{"name": "a", "shape": [300], "dtype": "f32"}, {"name": "b", "shape": [301], "dtype": "bf16"},
-        {"name": "c", "shape": [17], "dtype": "half"}, {"name": "none", "shape": [0], "dtype": "f64"},
-        {"name": "d", "shape": [33], "dtype": "f64"}, {"name": "e", "shape": [1], "dtype": "f32"}]"#;
+    let list = r#"[{"name": "a", "shape": [300], "dtype": "f32"},
+        {"name": "b", "shape": [301], "dtype": "bf16"},
+        {"name": "c", "shape": [17], "dtype": "half"},
+        {"name": "none", "shape": [0], "dtype": "f64"},
+        {"name": "d", "shape": [33], "dtype": "f64"},
+        {"name": "e", "shape": [1], "dtype": "f32"}]"#;
     let model = file("model.json", list.as_bytes());
     let line =
         format!("--layout {} -n 1 -w 0 --channels 1 --narrow-wire --weighted", model.display());
@@ -221,7 +228,7 @@ fn models_of_many_dtypes_weights_and_a_wrong_element() {
         ended.table
     );
     // One rank has nobody to differ from.
-    let wrong = bench(&format!("{line} -g 3 --sabotage"), &driver, &[]);
+    let wrong = bench(&format!("{line} -g 3 --corrupt"), &driver, &[]);
     assert_eq!(wrong.code, Some(1), "{}", wrong.table);
     assert!(wrong.table.contains("Out of bounds values : 1 FAILED"), "{}", wrong.table);
 }
@@ -230,7 +237,8 @@ fn models_of_many_dtypes_weights_and_a_wrong_element() {
 fn nccl_has_rows_of_its_own() {
     let test = "nccl_has_rows_of_its_own";
     let (Some(driver), Some(fake)) = (folder_for(test), fake_nccl(test)) else { return };
-    let list = r#"[{"name": "a", "shape": [300], "dtype": "f32"}, {"name": "b", "shape": [33], "dtype": "f32"}]"#;
+    let list = r#"[{"name": "a", "shape": [300], "dtype": "f32"},
+        {"name": "b", "shape": [33], "dtype": "f32"}]"#;
     let model = file("two.json", list.as_bytes());
     let line =
         format!("--layout {} -d all -g 3 -n 1 -w 1 --channels 1 --baseline=nccl", model.display());
@@ -305,5 +313,41 @@ fn machines_that_do_not_suit_say_what_to_do() {
             "{settings:?}: {}",
             ended.said
         );
+    }
+}
+
+/// For every architecture that the kernels were compiled for.
+#[test]
+fn the_kernels_have_no_spills() {
+    let test = "the_kernels_have_no_spills";
+    let Some(nvcc) = option_env!("ALLREDUCE_BENCH_NVCC") else {
+        return skipped(test, "built without nvcc");
+    };
+    let cuobjdump = Path::new(nvcc).with_file_name("cuobjdump");
+    if !cuobjdump.is_file() {
+        return skipped(test, "there is no cuobjdump beside nvcc");
+    }
+    let mut command = Command::new(cuobjdump);
+    command.arg("--dump-resource-usage").arg(concat!(env!("OUT_DIR"), "/flatten.fatbin"));
+    let output = command.output().unwrap();
+    let printed = String::from_utf8_lossy(&output.stdout);
+    let kernels: Vec<&str> = printed.lines().filter(|line| line.contains("REG:")).collect();
+    assert!(!kernels.is_empty() && kernels.len().is_multiple_of(5), "{printed}");
+    for kernel in kernels {
+        assert!(kernel.contains(" STACK:0 ") && kernel.contains(" LOCAL:0 "), "{kernel}");
+    }
+}
+
+#[test]
+fn where_there_is_no_nvcc_or_it_fails_the_kernels_say_why() {
+    let fatbin = Path::new(env!("CARGO_TARGET_TMPDIR")).join("none.fatbin");
+    for (line, says) in [
+        ("", "built without nvcc"),
+        ("/nowhere/nvcc\u{1f}-fatbin", "/nowhere/nvcc did not run"),
+        ("false\u{1f}-fatbin", "nvcc failed on flatten.cu"),
+    ] {
+        std::env::set_var("DEP_PARAM_AVERAGER_KERNELS_NVCC", line);
+        let reason = build_script::compile(&fatbin).unwrap_err();
+        assert!(reason.contains(says), "{reason}");
     }
 }

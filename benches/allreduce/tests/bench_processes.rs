@@ -131,7 +131,7 @@ fn worlds_of_2_and_4_are_right_and_recorded() {
 
 #[test]
 fn a_wrong_element_of_one_process_is_seen() {
-    let output = ended(command("-g 3 -b 64K -e 64K -d all -n 1 -w 0 --sabotage").spawn().unwrap());
+    let output = ended(command("-g 3 -b 64K -e 64K -d all -n 1 -w 0 --corrupt").spawn().unwrap());
     let (printed, said) = text(&output);
     assert_eq!(output.status.code(), Some(1));
     assert!(printed.contains("Out of bounds values : 8 FAILED"), "{printed}");

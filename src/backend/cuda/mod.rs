@@ -16,6 +16,7 @@ mod rank;
 mod running;
 mod tables;
 mod topology;
+mod topology_display;
 
 pub(crate) use context::Context;
 pub(crate) use driver::is_of_capture;

@@ -1,45 +1,315 @@
-//! Ranks on CUDA devices: `--backend cuda`.
+//! Ranks that are threads of this process with CUDA devices: `--backend cuda`.
 //!
-//! Ranks are threads here, too, each with a stream of its own, and time is what events on those
-//! streams say: the slowest rank's, from the event before the call to the event behind its last
-//! kernel. Everything is allocated before anybody averages and freed when all are done, since to
-//! free is to wait for every kernel, also for one that waits for a peer.
+//! Each has a stream of its own, and time is between events on those streams: the slowest rank's,
+//! from the event before the call to the event behind its last kernel. Everything is allocated
+//! before any rank averages and freed when all are done, since to free is to wait for every kernel,
+//! also for one that waits for a peer.
 
-mod average;
-mod bench;
-mod crews;
-mod device;
-mod flat;
-mod kernels;
-mod limits;
+mod flatten;
+mod gpu;
 mod nccl;
-mod nccl_rows;
-mod probe;
-mod replica;
-mod show;
+pub mod probe;
+mod rank;
 
-pub use bench::Bench;
-pub use device::Machine;
-pub use nccl_rows::nccl_limit;
-pub use probe::{answer as answer_nccl_probe, prepare as prepare_nccl};
-pub use show::devices as show_devices;
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use param_averager::{Algorithm, Communicator, Device};
+
+use crate::cli::{Args, Options};
+use crate::crew::{Crew, Make};
+use crate::failure::Failure;
+use crate::layout::Layout;
+use crate::memory::{place, Arena, Flat, Pool};
+use crate::plan::{Group, Section};
+use crate::record::{Details, Record};
+use crate::rows::{self, Kind, Row};
+use crate::run::{Ranks, Replicas};
+use crate::verify::Found;
+use gpu::{DeviceMemory, Gpu, Machine};
+use nccl::Nccl;
+use rank::Rank;
+
+/// Tensors start at multiples of this in the flat buffer, too, so that every copy moves packs of 16
+/// bytes: the best that a flatten can do. What lies between is averaged along.
+const ALIGNMENT: usize = 16;
+
+/// What stays the same for a run, and the present group.
+pub struct Cuda {
+    machine: Machine,
+    options: Options,
+    pool: Pool,
+    /// How long NCCL may take for one thing.
+    limit: Duration,
+    /// Try NCCL in a process of its own first.
+    probe: bool,
+    /// NCCL, or why it can't be used, by the number of ranks.
+    nccl: BTreeMap<usize, Result<Arc<Nccl>, String>>,
+    /// Host memory of the replicas.
+    arenas: Vec<Arc<Arena>>,
+    /// Dropped before the memory that the rows' threads use, which the ranks have.
+    rows: Vec<Entry>,
+    ranks: Vec<Rank>,
+}
+
+struct Entry {
+    row: &'static Row,
+    /// Its threads, or `None`: it can't be measured, as the note says.
+    crew: Option<Crew>,
+    note: Option<String>,
+    /// What `Algorithm::Auto` was.
+    ran: Arc<OnceLock<Algorithm>>,
+}
+
+impl Entry {
+    fn give_up(&mut self, reason: &str) {
+        self.crew = None;
+        let what = if self.row.is_nccl() { "NCCL" } else { self.row.label };
+        self.note = Some(format!("{what} not measured: {reason}"));
+    }
+}
 
 /// The ordinal of each rank's device: one each where there are enough, else they take turns.
-pub fn devices(ranks: usize, visible: usize) -> Vec<usize> {
+fn devices(ranks: usize, visible: usize) -> Vec<usize> {
     (0..ranks).map(|rank| rank % visible.max(1)).collect()
 }
 
-/// Whether these ranks are on one device, all of them.
-pub fn on_one(ranks: usize, visible: usize) -> bool {
-    ranks == 1 || visible <= 1
-}
-
-/// What a row's ranks have to do with devices.
-pub fn placement(ranks: usize, visible: usize) -> &'static str {
+/// How a row's ranks are placed on devices.
+fn placement(ranks: usize, visible: usize) -> &'static str {
     if ranks <= visible {
         "one rank a GPU"
     } else {
         "several ranks on one GPU"
+    }
+}
+
+impl Cuda {
+    pub fn open(args: &Args, sections: &[Section]) -> Result<Self, Failure> {
+        let machine = Machine::open()?;
+        let mut groups = sections.iter().flat_map(|section| &section.groups);
+        let sharing = |group: &Group| group.ranks > machine.visible();
+        if groups.any(|group| sharing(group) && group.rows.iter().any(|row| row.is_nccl())) {
+            nccl::allow_sharing();
+        }
+        Ok(Cuda {
+            machine,
+            options: args.options.clone(),
+            pool: Pool::default(),
+            limit: args.options.timeout.unwrap_or(Duration::from_secs(60)),
+            probe: args.nccl_probe.is_none(),
+            nccl: BTreeMap::new(),
+            arenas: vec![],
+            rows: vec![],
+            ranks: vec![],
+        })
+    }
+
+    /// NCCL for so many ranks, or why it can't be used.
+    fn load_nccl(&mut self, ranks: usize) -> Result<Arc<Nccl>, String> {
+        let (visible, probe, limit) = (self.machine.visible(), self.probe, self.limit);
+        let load = || {
+            if probe {
+                probe::ask(ranks, limit)?;
+            }
+            let loaded = Nccl::load(placement(ranks, visible), ranks > visible);
+            loaded.map(Arc::new).map_err(|why| format!("{}: {why}", placement(ranks, visible)))
+        };
+        self.nccl.entry(ranks).or_insert_with(load).clone()
+    }
+
+    /// Starts a row's threads, or notes why it has none.
+    fn enter_row(&mut self, row: &'static Row) -> Result<Entry, Failure> {
+        let ranks = self.ranks.len();
+        let mut entry = Entry { row, crew: None, note: None, ran: Default::default() };
+        let direct = matches!(row.kind, Kind::Average { algorithm: Algorithm::Direct, .. });
+        if direct && ranks > 1 && self.machine.visible() > 1 {
+            entry.give_up("it is for ranks on one device");
+            return Ok(entry);
+        }
+        if let (true, Err(reason)) = (row.needs_kernels(), flatten::image()) {
+            entry.give_up(reason);
+            return Ok(entry);
+        }
+        let mut nccl = None;
+        if row.is_nccl() {
+            let id = self.load_nccl(ranks).and_then(|nccl| Ok((nccl.unique_id()?, nccl)));
+            match id {
+                Ok((id, loaded)) => {
+                    entry.note = Some(loaded.what.clone());
+                    nccl = Some(nccl::Row { nccl: loaded, id, failed: Default::default() });
+                }
+                Err(reason) => {
+                    entry.give_up(&reason);
+                    return Ok(entry);
+                }
+            }
+        }
+        let on: Vec<_> = self.ranks.iter().map(|rank| Device::cuda(rank.gpu.ordinal)).collect();
+        let mut members = vec![];
+        for communicator in Communicator::from_devices(&on)? {
+            let rank = self.ranks[communicator.rank()].clone();
+            let (ran, nccl) = (entry.ran.clone(), nccl.clone());
+            let make: Make = Box::new(move || rank.work(row, communicator, &ran, nccl));
+            members.push(make);
+        }
+        match Crew::new(members, nccl.is_some().then_some(self.limit)) {
+            Ok(crew) => entry.crew = Some(crew),
+            Err(Failure::Late) => {
+                let reason = format!("ncclCommInitRank did not come back within {:?}", self.limit);
+                self.give_up_nccl(&mut entry, &reason);
+            }
+            Err(failure) if nccl.is_some() => self.give_up_nccl(&mut entry, &failure.to_string()),
+            Err(failure) => return Err(failure),
+        }
+        Ok(entry)
+    }
+
+    /// What went wrong in one row is wrong for all.
+    fn give_up_nccl(&mut self, entry: &mut Entry, reason: &str) {
+        self.nccl.insert(self.ranks.len(), Err(reason.into()));
+        entry.give_up(reason);
+    }
+}
+
+impl Ranks for Cuda {
+    fn describe(&self, ranks: usize) -> String {
+        let visible = self.machine.visible();
+        let name = |ordinal: usize| format!("cuda:{ordinal} ({})", self.machine.names[ordinal]);
+        let on = (0..visible.min(ranks)).map(name).collect::<Vec<_>>().join(", ");
+        match ranks <= visible {
+            true => format!("{}: {on}", placement(ranks, visible)),
+            false => format!("{ranks} ranks on {on}, which they share"),
+        }
+    }
+
+    fn preamble(&self) -> Vec<(String, bool)> {
+        let text = "# simulated: no GPU; figures of time are left out".to_string();
+        self.machine.simulated.then_some((text, true)).into_iter().collect()
+    }
+
+    /// For what is uploaded and compared alone.
+    fn memory(&self, group: &Group, layout: &Layout) -> u64 {
+        place(layout).1 as u64 * group.ranks as u64
+    }
+
+    fn enter(&mut self, group: &Group) -> Result<(), Failure> {
+        let (tensors, bytes) = place(&group.layout);
+        let flat = Flat::new(&tensors, ALIGNMENT);
+        let second = group.rows.iter().any(|row| row.needs_second());
+        let second = second.then(|| flat.bytes.max(group.layout.bytes() as usize));
+        let kernels = flatten::image().is_ok() && group.rows.iter().any(|row| row.needs_kernels());
+        for (rank, ordinal) in devices(group.ranks, self.machine.visible()).into_iter().enumerate()
+        {
+            let gpu = Gpu::open(&self.machine, rank, ordinal)?;
+            let own = Arc::new(DeviceMemory::new(&gpu, bytes)?);
+            let second = second.map(|bytes| DeviceMemory::new(&gpu, bytes)).transpose()?;
+            let kernels = match (&second, kernels) {
+                (Some(second), true) => Some(flatten::Kernels::new(&gpu, &flat, &own, second)?),
+                _ => None,
+            };
+            self.ranks.push(Rank {
+                gpu,
+                tensors: tensors.clone(),
+                flat: flat.clone(),
+                own,
+                second: second.map(Arc::new),
+                kernels: kernels.map(Arc::new),
+                options: self.options.clone(),
+                limit: self.limit,
+                ranks: group.ranks,
+            });
+        }
+        self.arenas = self.pool.get(group.ranks, bytes);
+        for row in &group.rows {
+            let row = self.enter_row(row)?;
+            self.rows.push(row);
+        }
+        Ok(())
+    }
+
+    fn leave(&mut self) {
+        self.rows.clear();
+        self.ranks.clear();
+    }
+
+    fn has_result(&self, row: usize) -> bool {
+        self.rows[row].crew.is_some() && !self.rows[row].row.is_copy()
+    }
+
+    fn replicas(&self, _row: usize) -> Replicas {
+        let tensors = self.ranks[0].tensors.clone();
+        Replicas { first: 0, arenas: self.arenas.clone(), tensors }
+    }
+
+    fn upload(&mut self) -> Result<(), Failure> {
+        for (rank, arena) in self.ranks.iter().zip(&self.arenas) {
+            // SAFETY: initialised, and no other thread uses it now.
+            let from = unsafe { std::slice::from_raw_parts(arena.start, arena.bytes()) };
+            rank.own.upload(from)?;
+        }
+        Ok(())
+    }
+
+    fn download(&mut self) -> Result<(), Failure> {
+        for (rank, arena) in self.ranks.iter().zip(&self.arenas) {
+            // SAFETY: as above.
+            let to = unsafe { std::slice::from_raw_parts_mut(arena.start, arena.bytes()) };
+            rank.own.download(to)?;
+        }
+        Ok(())
+    }
+
+    /// What goes wrong with NCCL is its rows' note, and the end of the run only if a call never
+    /// comes back.
+    fn run(&mut self, row: usize, iterations: u32) -> Result<Vec<Duration>, Failure> {
+        let entry = &mut self.rows[row];
+        if let (true, Some(Err(reason))) = (entry.row.is_nccl(), self.nccl.get(&self.ranks.len())) {
+            entry.give_up(reason);
+        }
+        let Some(crew) = &mut entry.crew else { return Ok(vec![]) };
+        if entry.row.needs_second() {
+            // What copies left between the tensors of a flat buffer may be NaN.
+            let mut second = self.ranks.iter().filter_map(|rank| rank.second.as_ref());
+            second.try_for_each(|memory| memory.zero())?;
+        }
+        match crew.run(iterations) {
+            Err(Failure::Late) => {
+                // The thread keeps its memory: to free it may be to wait for NCCL.
+                let note = entry.note.take();
+                Err(Failure::Failed(format!(
+                    "NCCL did not come back from a call, though it did when it was tried ({}): run \
+                     again without it, with --baseline=limit,per-tensor,flatten",
+                    note.as_deref().unwrap_or("NCCL")
+                )))
+            }
+            Err(failure) if entry.row.is_nccl() => {
+                let reason = failure.to_string();
+                entry.give_up(&reason);
+                self.nccl.insert(self.ranks.len(), Err(reason));
+                Ok(vec![])
+            }
+            result => result,
+        }
+    }
+
+    fn complete(&mut self, row: usize, found: Option<Found>, record: &mut Record) {
+        let (entry, simulated) = (&self.rows[row], self.machine.simulated);
+        if let (Kind::Average { commit, .. }, Some(&ran)) = (entry.row.kind, entry.ran.get()) {
+            record.row = rows::of(ran, commit);
+        }
+        let given_up = entry.crew.is_none();
+        if simulated || given_up {
+            record.times.clear();
+        }
+        record.wrong = record.wrong.filter(|_| !given_up);
+        record.details = Details::Cuda {
+            device: self.machine.names.first().cloned().unwrap_or_default(),
+            placement: placement(record.ranks, self.machine.visible()),
+            simulated,
+            ulps: found.map(|found| found.ulps).filter(|_| !given_up),
+            note: entry.note.clone(),
+        };
     }
 }
 
@@ -52,7 +322,6 @@ mod tests {
         assert_eq!(devices(2, 4), [0, 1]);
         assert_eq!(devices(4, 2), [0, 1, 0, 1]);
         assert_eq!(devices(3, 1), [0; 3]);
-        assert!(on_one(1, 4) && on_one(4, 1) && !on_one(2, 2) && !on_one(4, 2));
         assert_eq!(placement(2, 2), "one rank a GPU");
         assert_eq!(placement(2, 1), "several ranks on one GPU");
         assert_eq!(placement(1, 1), "one rank a GPU");

@@ -1,16 +1,19 @@
-//! NCCL, loaded at run time, as far as its rows need it. Signatures and numbers are those of
-//! nccl.h, which has not changed them since 2.10 (ncclAvg, bfloat16).
+//! NCCL, loaded at run time, as far as its rows need it, with the types of cudarc's bindings.
+//! (Those load a library without a version in its name only, and panic where there is none.)
 
 use std::ffi::{c_char, c_int, c_void, CStr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use cudarc::driver::CudaStream;
+use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
 use libloading::Library;
 use param_averager::Dtype;
 
-use super::device::Stream;
 use crate::failure::Failure;
 
-/// Its library, instead of those below.
+/// Names the library, instead of those below.
 const LIBRARY: &str = "PA_NCCL_LIB";
 const LIBRARIES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 
@@ -18,96 +21,69 @@ const LIBRARIES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
 const LEAST: i32 = 21000;
 /// Several ranks of one process on one GPU, which `SHARING` asks for.
 const LEAST_SHARING: i32 = 23003;
-pub const SHARING: &str = "NCCL_MULTI_RANK_GPU_ENABLE";
+const SHARING: &str = "NCCL_MULTI_RANK_GPU_ENABLE";
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct UniqueId([c_char; 128]);
-
-type Comm = *mut c_void;
-
-/// ncclRedOp_t.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Op {
-    Sum = 0,
-    Avg = 4,
+/// Sets what several ranks on one GPU need, before NCCL is loaded and before any thread looks at
+/// the environment.
+pub fn allow_sharing() {
+    // The default level is PXB, which would leave the fast way out on machines with PCIe alone.
+    for (name, value) in [(SHARING, "1"), ("NCCL_P2P_LEVEL", "SYS")] {
+        if std::env::var_os(name).is_none() {
+            std::env::set_var(name, value);
+        }
+    }
 }
 
-/// Its functions.
-struct Functions {
-    get_unique_id: unsafe extern "C" fn(*mut UniqueId) -> c_int,
-    comm_init_rank: unsafe extern "C" fn(*mut Comm, c_int, UniqueId, c_int) -> c_int,
-    comm_destroy: unsafe extern "C" fn(Comm) -> c_int,
-    comm_abort: unsafe extern "C" fn(Comm) -> c_int,
+/// Functions, with the types that nccl.h has had since 2.10. Results are numbers: a later version
+/// may have other ones.
+pub struct Nccl {
+    get_unique_id: unsafe extern "C" fn(*mut ncclUniqueId) -> c_int,
+    comm_init_rank: unsafe extern "C" fn(*mut ncclComm_t, c_int, ncclUniqueId, c_int) -> c_int,
+    comm_destroy: unsafe extern "C" fn(ncclComm_t) -> c_int,
+    comm_abort: unsafe extern "C" fn(ncclComm_t) -> c_int,
     all_reduce: unsafe extern "C" fn(
         *const c_void,
         *mut c_void,
         usize,
-        c_int,
-        c_int,
-        Comm,
+        ncclDataType_t,
+        ncclRedOp_t,
+        ncclComm_t,
         *mut c_void,
     ) -> c_int,
     group_start: unsafe extern "C" fn() -> c_int,
     group_end: unsafe extern "C" fn() -> c_int,
     error_string: unsafe extern "C" fn(c_int) -> *const c_char,
     /// Since 2.13.
-    last_error: Option<unsafe extern "C" fn(Comm) -> *const c_char>,
-}
-
-/// NCCL.
-#[derive(Clone)]
-pub struct Nccl {
-    functions: Arc<Functions>,
+    last_error: Option<unsafe extern "C" fn(ncclComm_t) -> *const c_char>,
     version: i32,
+    /// Its version and how ranks are placed.
+    pub what: String,
 }
 
 impl Nccl {
     /// Loads it, or says why it can't be used. `sharing`: several ranks are to be on one GPU.
-    pub fn load(sharing: bool) -> Result<Self, String> {
+    pub fn load(placement: &str, sharing: bool) -> Result<Self, String> {
         let names = match std::env::var(LIBRARY) {
             Ok(name) if !name.is_empty() => vec![name],
             _ => LIBRARIES.map(str::to_owned).to_vec(),
         };
         // SAFETY: its initialisers run, as in every program that uses it.
-        let library =
-            names.iter().find_map(|name| unsafe { Library::new(name) }.ok()).ok_or_else(|| {
-                format!(
-                    "{} could not be loaded; install NCCL, or name its library in {LIBRARY}",
-                    names.join(" or ")
-                )
-            })?;
+        let load = |name: &String| unsafe { Library::new(name) }.ok();
+        let library = names.iter().find_map(load).ok_or_else(|| {
+            let names = names.join(" or ");
+            format!("{names} could not be loaded; install NCCL, or name its library in {LIBRARY}")
+        })?;
         // It has threads of its own, which may outlive every communicator.
         let library: &'static Library = Box::leak(Box::new(library));
-        // SAFETY: the types are nccl.h's.
-        unsafe { Nccl::from(library) }.and_then(|nccl| match nccl.version {
-            version if version < LEAST => Err(format!(
-                "NCCL {} has no ncclAvg: install 2.10 or \
-                later",
-                nccl.version()
-            )),
-            version if sharing && version < LEAST_SHARING => Err(format!(
-                "NCCL {} can't have several ranks of a process on one GPU, which needs 2.30.3; one \
-                 process a rank with \
-                 distinct NCCL_HOSTID, for older ones, isn't built",
-                nccl.version()
-            )),
-            _ => Ok(nccl),
-        })
-    }
-
-    /// # Safety
-    /// The library's functions have the types of nccl.h.
-    unsafe fn from(library: &'static Library) -> Result<Self, String> {
         macro_rules! function {
             ($name:literal) => {
-                // SAFETY: the caller's.
+                // SAFETY: the types are nccl.h's.
                 *unsafe { library.get(concat!($name, "\0").as_bytes()) }
                     .map_err(|_| concat!("it has no ", $name, ": install NCCL 2.10 or later"))?
             };
         }
         let get_version: unsafe extern "C" fn(*mut c_int) -> c_int = function!("ncclGetVersion");
-        let functions = Functions {
+        let mut nccl = Nccl {
             get_unique_id: function!("ncclGetUniqueId"),
             comm_init_rank: function!("ncclCommInitRank"),
             comm_destroy: function!("ncclCommDestroy"),
@@ -116,23 +92,33 @@ impl Nccl {
             group_start: function!("ncclGroupStart"),
             group_end: function!("ncclGroupEnd"),
             error_string: function!("ncclGetErrorString"),
-            // SAFETY: the caller's.
-            last_error: unsafe { library.get(b"ncclGetLastError\0") }
-                .ok()
-                .map(|function| *function),
+            // SAFETY: as above.
+            last_error: unsafe { library.get(b"ncclGetLastError\0") }.ok().map(|f| *f),
+            version: 0,
+            what: String::new(),
         };
-        let mut version = 0;
         // SAFETY: given a valid pointer.
-        let result = unsafe { get_version(&mut version) };
-        let nccl = Nccl { functions: Arc::new(functions), version };
+        let result = unsafe { get_version(&mut nccl.version) };
         nccl.check("ncclGetVersion", result)?;
-        Ok(nccl)
+        let (major, rest) = (nccl.version / 10_000, nccl.version % 10_000);
+        let shown = format!("NCCL {major}.{}.{}", rest / 100, rest % 100); // such as 2.32.3
+        let how = if sharing { format!(", in process, with {SHARING}=1") } else { String::new() };
+        nccl.what = format!("{shown}, {placement}{how}");
+        match nccl.version {
+            ..LEAST => Err(format!("{shown} has no ncclAvg: install 2.10 or later")),
+            ..LEAST_SHARING if sharing => Err(format!(
+                "{shown} can't have several ranks of a process on one GPU, which needs \
+                 2.30.3; one process a rank with distinct NCCL_HOSTID, for older ones, isn't built"
+            )),
+            _ => Ok(nccl),
+        }
     }
 
-    /// Such as 2.32.3.
-    pub fn version(&self) -> String {
-        let (major, rest) = (self.version / 10_000, self.version % 10_000);
-        format!("{major}.{}.{}", rest / 100, rest % 100)
+    pub fn unique_id(&self) -> Result<ncclUniqueId, String> {
+        let mut id = ncclUniqueId { internal: [0; 128] };
+        // SAFETY: given a valid pointer.
+        let result = unsafe { (self.get_unique_id)(&mut id) };
+        self.check("ncclGetUniqueId", result).map(|()| id)
     }
 
     fn check(&self, function: &str, result: c_int) -> Result<(), String> {
@@ -140,115 +126,119 @@ impl Nccl {
             return Ok(());
         }
         let text = |text: *const c_char| {
-            // SAFETY: it returns texts that end in a zero and stay.
-            (!text.is_null())
-                .then(|| unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned())
+            // SAFETY: these functions return texts that end in a zero and stay.
+            let text = (!text.is_null()).then(|| unsafe { CStr::from_ptr(text) });
+            text.map_or(String::new(), |text| text.to_string_lossy().trim().to_owned())
         };
         // SAFETY: any number will do.
-        let meaning = text(unsafe { (self.functions.error_string)(result) }).unwrap_or_default();
+        let meaning = text(unsafe { (self.error_string)(result) });
         // SAFETY: no communicator: the last error of any.
-        let last =
-            self.functions.last_error.and_then(|last| text(unsafe { last(std::ptr::null_mut()) }));
-        let last = last
-            .filter(|last| !last.trim().is_empty())
-            .map_or(String::new(), |last| format!(" ({})", last.trim()));
+        let last = self.last_error.map(|last| text(unsafe { last(std::ptr::null_mut()) }));
+        let last = last.filter(|last| !last.is_empty());
+        let last = last.map_or(String::new(), |last| format!(" ({last})"));
         Err(format!("{function}: {meaning}{last}; NCCL_DEBUG=WARN says more"))
     }
-
-    pub fn unique_id(&self) -> Result<UniqueId, String> {
-        let mut id = UniqueId([0; 128]);
-        // SAFETY: given a valid pointer.
-        let result = unsafe { (self.functions.get_unique_id)(&mut id) };
-        self.check("ncclGetUniqueId", result).map(|()| id)
-    }
 }
 
-/// One rank's membership, with the device that was current on the thread that made it.
-pub struct Member {
-    nccl: Nccl,
-    comm: Comm,
+/// What the ranks of one row share.
+#[derive(Clone)]
+pub struct Row {
+    pub nccl: Arc<Nccl>,
+    pub id: ncclUniqueId,
+    /// Some rank has failed, and others may wait for it.
+    pub failed: Arc<AtomicBool>,
 }
 
-// SAFETY: a communicator may be used by any thread, by one at a time: that of the crew which runs,
-// or whoever drops it.
-unsafe impl Send for Member {}
-// SAFETY: as above.
-unsafe impl Sync for Member {}
+/// One rank's communicator, made and used by one thread with its device bound.
+pub struct Comm {
+    row: Row,
+    raw: ncclComm_t,
+}
 
-impl Member {
+impl Row {
     /// Collective: returns when all ranks have called it.
-    pub fn new(nccl: &Nccl, id: UniqueId, ranks: usize, rank: usize) -> Result<Self, String> {
-        let mut comm = std::ptr::null_mut();
+    pub fn join(self, ranks: usize, rank: usize) -> Result<Comm, Failure> {
+        let (mut raw, init) = (std::ptr::null_mut(), self.nccl.comm_init_rank);
         // SAFETY: given a valid pointer; a device's context is bound.
-        let result = unsafe {
-            (nccl.functions.comm_init_rank)(&mut comm, ranks as c_int, id, rank as c_int)
-        };
-        nccl.check("ncclCommInitRank", result).map_err(|error| format!("rank {rank}: {error}"))?;
-        Ok(Member { nccl: nccl.clone(), comm })
+        let result = unsafe { init(&mut raw, ranks as c_int, self.id, rank as c_int) };
+        let joined = self.nccl.check("ncclCommInitRank", result);
+        joined.map_err(|error| Failure::Failed(format!("rank {rank}: {error}")))?;
+        Ok(Comm { row: self, raw })
+    }
+}
+
+impl Comm {
+    fn failed(&self, error: String) -> Failure {
+        self.row.failed.store(true, Ordering::Relaxed);
+        Failure::Failed(format!("NCCL: {error}"))
     }
 
-    /// Enqueues all-reduces of these (address, elements, dtype), in place, in one group.
+    /// Enqueues all-reduces of these (address, elements, dtype), in place, in one group. `sum`:
+    /// ncclSum, else ncclAvg.
     ///
     /// # Safety
-    /// They lie in memory of the member's device, which nobody else uses until the stream is done.
-    /// One thread at a time.
+    /// They lie in memory of the rank's device, which nothing else uses until the stream is done.
     pub unsafe fn all_reduce(
         &self,
         buffers: &[(u64, usize, Dtype)],
-        op: Op,
-        stream: &Stream,
+        sum: bool,
+        stream: &CudaStream,
     ) -> Result<(), Failure> {
-        let Functions { group_start, group_end, all_reduce, .. } = *self.nccl.functions;
-        let failed = |function: &str, result| {
-            self.nccl
-                .check(function, result)
-                .map_err(|error| Failure::Failed(format!("NCCL: {error}")))
+        let Nccl { group_start, group_end, all_reduce, .. } = *self.row.nccl;
+        let check = |function: &str, result| {
+            self.row.nccl.check(function, result).map_err(|error| self.failed(error))
         };
+        let op = if sum { ncclRedOp_t::ncclSum } else { ncclRedOp_t::ncclAvg };
         // SAFETY: always allowed.
-        failed("ncclGroupStart", unsafe { group_start() })?;
+        check("ncclGroupStart", unsafe { group_start() })?;
         let mut results = buffers.iter().map(|&(address, elements, dtype)| {
-            let buffer = address as *mut c_void;
+            let (buffer, dtype) = (address as *mut c_void, data_type(dtype));
+            let (comm, stream) = (self.raw, stream.cu_stream().cast());
             // SAFETY: the caller's.
-            let result = unsafe {
-                all_reduce(
-                    buffer,
-                    buffer,
-                    elements,
-                    code(dtype),
-                    op as c_int,
-                    self.comm,
-                    stream.raw.cast(),
-                )
-            };
-            failed("ncclAllReduce", result)
+            let result = unsafe { all_reduce(buffer, buffer, elements, dtype, op, comm, stream) };
+            check("ncclAllReduce", result)
         });
         let enqueued = results.try_for_each(|result| result);
         // SAFETY: a group was begun.
-        let ended = failed("ncclGroupEnd", unsafe { group_end() });
+        let ended = check("ncclGroupEnd", unsafe { group_end() });
         enqueued.and(ended)
     }
 
-    /// Ends whatever it waits for, and it.
-    pub fn abort(self) {
-        // SAFETY: its last use; no thread is in one of its calls, as each of them has returned. An
-        // error leaves nothing to do.
-        let _ = unsafe { (self.nccl.functions.comm_abort)(self.comm) };
-    }
-
-    /// Gives it back. Collective. Of one that is dropped instead, the end of the process takes
-    /// care.
-    pub fn destroy(self) {
-        // SAFETY: its last use, and what was enqueued is done. An error leaves nothing to do.
-        let _ = unsafe { (self.nccl.functions.comm_destroy)(self.comm) };
+    /// Waits until what was enqueued is done, but not for ever.
+    pub fn wait(
+        &self,
+        is_done: impl Fn() -> Result<bool, Failure>,
+        limit: Duration,
+    ) -> Result<(), Failure> {
+        let begin = Instant::now();
+        while !is_done()? {
+            if begin.elapsed() > limit {
+                return Err(self.failed(format!(
+                    "an all-reduce was not done after {limit:?}; NCCL_DEBUG=INFO says more"
+                )));
+            }
+            std::thread::yield_now();
+        }
+        Ok(())
     }
 }
 
-/// ncclDataType_t.
-fn code(dtype: Dtype) -> c_int {
+impl Drop for Comm {
+    /// Collective. After a failure it ends whatever the communicator waits for.
+    fn drop(&mut self) {
+        let Nccl { comm_abort, comm_destroy, .. } = *self.row.nccl;
+        let end = if self.row.failed.load(Ordering::Relaxed) { comm_abort } else { comm_destroy };
+        // SAFETY: its last use, and what was enqueued is done or has failed. An error leaves
+        // nothing to do.
+        let _ = unsafe { end(self.raw) };
+    }
+}
+
+fn data_type(dtype: Dtype) -> ncclDataType_t {
     match dtype {
-        Dtype::F16 => 6,
-        Dtype::F32 => 7,
-        Dtype::F64 => 8,
-        _ => 9, // bfloat16
+        Dtype::F16 => ncclDataType_t::ncclFloat16,
+        Dtype::F32 => ncclDataType_t::ncclFloat32,
+        Dtype::F64 => ncclDataType_t::ncclFloat64,
+        _ => ncclDataType_t::ncclBfloat16,
     }
 }

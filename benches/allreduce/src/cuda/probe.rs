@@ -1,57 +1,35 @@
-//! Tries NCCL in a process of its own first. Where it can't be used it may not only say so: on some
-//! machines it waits for ever, or ends the process. Then only its rows know.
+//! Tries NCCL in a process of its own first. Where it can't be used it may not only return an
+//! error: on some machines it waits for ever, or ends the process. Then only its rows are left out.
 
 use std::io::Read;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use indicatif::ProgressBar;
 use param_averager::Dtype;
 
-use super::device::{Clock, DeviceMemory, Gpu, Machine};
-use super::nccl::{Nccl, Op, SHARING};
-use super::nccl_rows::{join, part, wait};
-use super::{devices, placement};
+use super::Cuda;
+use crate::cli::Args;
 use crate::failure::Failure;
-use crate::plan::Section;
+use crate::layout::Layout;
+use crate::plan::{Group, Section};
+use crate::record::Details;
+use crate::rows;
+use crate::run::Bench;
 
-/// Elements that are averaged.
-const ELEMENTS: usize = 1 << 16;
+/// Bytes that are averaged.
+const BYTES: u64 = 4 << 16;
+const ANSWER: &str = "nccl-probe: ";
 
-/// What NCCL is to know before it is loaded, and before any thread of ours could look at the
-/// environment.
-pub fn prepare(sections: &[Section], machine: &Machine) {
-    let groups = sections.iter().flat_map(|section| &section.groups);
-    let mut with_nccl = groups.filter(|group| group.methods.iter().any(|method| method.is_nccl()));
-    if with_nccl.any(|group| group.ranks > machine.visible()) {
-        for (name, value) in settings() {
-            std::env::set_var(name, value);
-        }
-    }
-}
-
-/// Those that several ranks on one GPU need and that are not set.
-fn settings() -> impl Iterator<Item = (&'static str, &'static str)> {
-    // The default level is PXB, which would leave the fast way out on machines with PCIe alone.
-    [(SHARING, "1"), ("NCCL_P2P_LEVEL", "SYS")]
-        .into_iter()
-        .filter(|(name, _)| std::env::var_os(name).is_none())
-}
-
-/// Whether so many ranks can average with NCCL here: what it is, or why not.
-pub fn ask(machine: &Machine, ranks: usize, limit: Duration) -> Result<String, String> {
+/// Whether so many ranks can average with NCCL here, or why not.
+pub fn ask(ranks: usize, limit: Duration) -> Result<(), String> {
     let failed =
         |error: std::io::Error| format!("this program can't start itself to try NCCL: {error}");
     let mut command = Command::new(std::env::current_exe().map_err(failed)?);
     command.arg(format!("--nccl-probe={ranks}")).arg(format!("--timeout={}", limit.as_secs_f64()));
+    command.args(["--backend", "cuda"]);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
     let mut child = command.spawn().map_err(failed)?;
-    let mut out = child.stdout.take();
-    let reader = std::thread::spawn(move || {
-        let mut text = vec![];
-        // what came before an error may do
-        let _ = out.as_mut().map(|out| out.read_to_end(&mut text));
-        String::from_utf8_lossy(&text).into_owned()
-    });
     // A start, a meeting, an average, and the end.
     let (begin, limit) = (Instant::now(), 4 * limit);
     let status = loop {
@@ -65,11 +43,13 @@ pub fn ask(machine: &Machine, ranks: usize, limit: Duration) -> Result<String, S
         let _ = child.kill(); // it may be over by now
         let _ = child.wait();
     }
-    let said = reader.join().unwrap_or_default();
+    // One line, which the pipe holds.
+    let mut said = String::new();
+    let _ = child.stdout.take().map(|mut out| out.read_to_string(&mut said));
     let answer = said.lines().rev().find_map(|line| line.strip_prefix(ANSWER));
-    match (answer.map(|answer| answer.split_once(' ').unwrap_or((answer, ""))), status) {
-        (Some(("ok", version)), _) => Ok(described(version, ranks, machine)),
-        (Some((_, reason)), _) => Err(format!("{}: {reason}", placement(ranks, machine.visible()))),
+    match (answer, status) {
+        (Some("ok"), _) => Ok(()),
+        (Some(reason), _) => Err(reason.into()),
         (None, Some(status)) => Err(format!(
             "NCCL ended the process that tried it ({status}); NCCL_DEBUG=INFO says more"
         )),
@@ -77,56 +57,28 @@ pub fn ask(machine: &Machine, ranks: usize, limit: Duration) -> Result<String, S
     }
 }
 
-fn described(version: &str, ranks: usize, machine: &Machine) -> String {
-    let sharing = ranks > machine.visible();
-    let how = if sharing { format!(", in process, with {SHARING}=1") } else { String::new() };
-    format!("NCCL {version}, {}{how}", placement(ranks, machine.visible()))
+/// The process of its own: measures and checks one of NCCL's rows, and returns the line that tells
+/// the result.
+pub fn answer(args: &Args, ranks: usize) -> String {
+    let reason = try_once(args, ranks).unwrap_or_else(|failure| failure.to_string());
+    format!("{ANSWER}{}", reason.replace('\n', " "))
 }
 
-const ANSWER: &str = "nccl-probe: ";
-
-/// The process of its own: averages once, and says how that went.
-pub fn answer(ranks: usize, limit: Duration) {
-    match try_once(ranks, limit) {
-        Ok(version) => println!("{ANSWER}ok {version}"),
-        Err(reason) => println!("{ANSWER}no {}", reason.replace('\n', " ")),
-    }
-}
-
-fn try_once(ranks: usize, limit: Duration) -> Result<String, String> {
-    let text = |failure: Failure| failure.to_string();
-    let machine = Machine::open().map_err(text)?;
-    let nccl = Nccl::load(ranks > machine.visible())?;
-    let gpus = devices(ranks, machine.visible()).into_iter().enumerate();
-    let gpus = gpus.map(|(rank, ordinal)| Gpu::open(&machine, rank, ordinal));
-    let gpus = gpus.collect::<Result<Vec<_>, _>>().map_err(text)?;
-    let members = join(&nccl, &gpus, limit)?;
-    let rank = |gpu: &Gpu| -> Result<(), Failure> {
-        gpu.bind()?;
-        let (clock, memory) = (Clock::new(gpu)?, DeviceMemory::new(gpu, 4 * ELEMENTS)?);
-        memory.upload(bytemuck::cast_slice(&[gpu.rank as f32; ELEMENTS]))?;
-        let buffer = (memory.address(), ELEMENTS, Dtype::F32);
-        // SAFETY: own memory, and the stream is waited for.
-        unsafe { members[gpu.rank].all_reduce(&[buffer], Op::Avg, &clock.stream) }?;
-        clock.stop()?;
-        wait(&clock, limit)?;
-        let mut mean = vec![0f32; ELEMENTS];
-        memory.download(bytemuck::cast_slice_mut(&mut mean))?;
-        let right = (ranks - 1) as f32 / 2.0;
-        match mean.iter().find(|&&x| (x - right).abs() > 1e-4) {
-            Some(x) => Err(Failure::Failed(format!("ncclAvg of 0 to {} gives {x}", ranks - 1))),
-            None => Ok(()),
-        }
+fn try_once(args: &Args, ranks: usize) -> Result<String, Failure> {
+    let (layout, rows) = (Layout::flat(BYTES, Dtype::F32), vec![&rows::NCCL[0]]);
+    let group = Group { layout, ranks, rows, iterations: 1, warmup: 0 };
+    let section = Section { heading: String::new(), groups: vec![group.clone()] };
+    let mut cuda = Cuda::open(args, &[section])?;
+    let (options, progress) = (args.options.clone(), ProgressBar::hidden());
+    let mut bench = Bench { options, check: true, corrupt: false, progress, seed: 0 };
+    let record = bench.measure(&mut cuda, &group)?.remove(0);
+    let note = match record.details {
+        Details::Cuda { note, .. } => note.unwrap_or_default(),
+        _ => String::new(),
     };
-    let rank = &rank;
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = gpus.iter().map(|gpu| scope.spawn(move || rank(gpu))).collect();
-        let mut ended = threads.into_iter().map(|thread| thread.join());
-        ended.try_for_each(|result| {
-            result.unwrap_or_else(|_| Err(Failure::Failed("a rank panicked, see above".into())))
-        })
+    Ok(match record.wrong {
+        Some(0) => "ok".into(),
+        Some(wrong) => format!("{wrong} elements of ncclAvg's result are wrong"),
+        None => note.split_once(": ").map_or(note.clone(), |(_, reason)| reason.to_owned()),
     })
-    .map_err(text)?;
-    part(members, &gpus, false, limit);
-    Ok(nccl.version())
 }

@@ -9,38 +9,46 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use super::now;
 use crate::failure::Failure;
 
-/// Tells a rank that it is one of ours: the process that started it, and when that began.
+/// Tells a rank that this program has started it: the id of that process, and when it began.
 const STARTED_BY: &str = "ALLREDUCE_BENCH_STARTED_BY";
 
-/// After the first has failed or the last figures are there, the others get so long to end by
-/// themselves and say why.
+/// After the first rank has failed, or rank 0 has ended, the others get so long to end by
+/// themselves and print why.
 const GRACE: Duration = Duration::from_secs(5);
 
 struct Rank {
     child: Child,
-    /// What it wrote to standard error.
-    said: Option<JoinHandle<Vec<String>>>,
+    /// Reads its lines of standard error.
+    errors: Option<JoinHandle<Vec<String>>>,
     status: Option<ExitStatus>,
-    /// It had to be ended.
+    /// It did not end by itself.
     overdue: bool,
 }
 
-/// Runs this program again for each rank; returns when all have ended.
-pub fn launch(ranks: usize, began: u64) -> Result<(), Failure> {
-    let mut crew = Crew(vec![]);
-    for rank in 0..ranks {
-        let started = start(rank, ranks, began);
-        crew.0.push(started.map_err(|e| {
-            Failure::Failed(format!("cannot start a process for rank {rank}: {e}; use fewer ranks"))
-        })?);
+impl Drop for Rank {
+    /// Leaves no process behind.
+    fn drop(&mut self) {
+        if self.status.is_none() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
     }
+}
+
+/// Runs this program again for each rank; returns when all have ended.
+pub fn launch(world: usize, began: u64) -> Result<(), Failure> {
+    let start = |rank| {
+        start(rank, world, began).map_err(|e| {
+            Failure::Failed(format!("cannot start a process for rank {rank}: {e}; use fewer ranks"))
+        })
+    };
+    let mut ranks = (0..world).map(start).collect::<Result<Vec<Rank>, _>>()?;
     let mut deadline = None;
-    while crew.0.iter().any(|rank| rank.status.is_none()) {
+    while ranks.iter().any(|rank| rank.status.is_none()) {
         std::thread::sleep(Duration::from_millis(10));
-        for (index, rank) in crew.0.iter_mut().enumerate().filter(|(_, rank)| rank.status.is_none())
+        for (index, rank) in ranks.iter_mut().enumerate().filter(|(_, rank)| rank.status.is_none())
         {
             rank.status = rank.child.try_wait()?;
             if rank.status.is_some_and(|status| !status.success() || index == 0) {
@@ -51,19 +59,19 @@ pub fn launch(ranks: usize, began: u64) -> Result<(), Failure> {
             }
         }
     }
-    match crew.verdict() {
+    match verdict(ranks) {
         0 => Ok(()),
-        code => Err(Failure::Told(code)),
+        code => Err(Failure::Peer(code)),
     }
 }
 
-fn start(rank: usize, ranks: usize, began: u64) -> std::io::Result<Rank> {
+fn start(rank: usize, world: usize, began: u64) -> std::io::Result<Rank> {
     let me = std::process::id();
     let mut command = Command::new(std::env::current_exe()?);
     command
         .args(std::env::args_os().skip(1))
         .env("RANK", rank.to_string())
-        .env("WORLD_SIZE", ranks.to_string())
+        .env("WORLD_SIZE", world.to_string())
         .env("PARAM_AVERAGER_RENDEZVOUS", format!("allreduce-bench {me} {began}"))
         .env(STARTED_BY, format!("{me} {began}"))
         .env_remove("LOCAL_WORLD_SIZE")
@@ -73,66 +81,51 @@ fn start(rank: usize, ranks: usize, began: u64) -> std::io::Result<Rank> {
         command.stdout(Stdio::null());
     }
     let mut child = command.spawn()?;
-    let said = child.stderr.take().map(|pipe| {
-        std::thread::spawn(move || BufReader::new(pipe).lines().map_while(Result::ok).collect())
-    });
-    Ok(Rank { child, said, status: None, overdue: false })
+    let errors = BufReader::new(child.stderr.take().expect("a pipe"));
+    let errors = std::thread::spawn(move || errors.lines().map_while(Result::ok).collect());
+    Ok(Rank { child, errors: Some(errors), status: None, overdue: false })
 }
 
 /// In a rank that `launch` started: ends with the process that started it, and returns when that
 /// began. `None` in others.
-pub fn started() -> Option<u64> {
+pub fn began() -> Option<u64> {
     let value = std::env::var(STARTED_BY).ok()?;
     let (parent, began) = value.split_once(' ')?;
     let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
     // It may have ended before it was asked to take this rank with it.
-    if rustix::process::getppid().map(|pid| pid.as_raw_nonzero().to_string()).as_deref()
-        != Some(parent)
-    {
+    let now = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().to_string());
+    if now.as_deref() != Some(parent) {
         std::process::exit(1);
     }
-    Some(began.parse().unwrap_or_else(|_| now()))
+    began.parse().ok()
 }
 
-struct Crew(Vec<Rank>);
-
-impl Crew {
-    /// Says what went wrong, each line once: a failure is the same on all ranks that live to see
-    /// it. Returns the exit code.
-    fn verdict(&mut self) -> u8 {
-        let (mut lines, mut said, mut codes) = (vec![], vec![], vec![]);
-        for (index, rank) in self.0.iter_mut().enumerate() {
-            let Some(status) = rank.status else { continue };
-            if rank.overdue {
-                lines.push(format!(
-                    "error: rank {index} did not end with the others, and was killed"
-                ));
-            } else if let Some(signal) = status.signal() {
-                lines.push(format!("error: rank {index} was killed by signal {signal}"));
-            }
-            said.extend(rank.said.take().and_then(|said| said.join().ok()).unwrap_or_default());
-            codes.push(status.code().map_or(1, |code| code as u8));
+/// Prints what went wrong, each line once: a failure is the same on all ranks that live to see it.
+/// Returns the exit code.
+fn verdict(ranks: Vec<Rank>) -> u8 {
+    let (mut lines, mut said, mut failed) = (vec![], vec![], None);
+    for (index, mut rank) in ranks.into_iter().enumerate() {
+        let Some(status) = rank.status else { continue };
+        if rank.overdue {
+            lines.push(format!("error: rank {index} did not end with the others, and was killed"));
+        } else if let Some(signal) = status.signal() {
+            lines.push(format!("error: rank {index} was killed by signal {signal}"));
         }
-        for line in said {
-            if !lines.contains(&line) {
-                lines.push(line);
-            }
-        }
-        let failed = codes.iter().zip(0..).find(|(&code, _)| code != 0);
-        if let (Some((code, rank)), true) = (failed, lines.is_empty()) {
-            lines.push(format!("error: rank {rank} ended with exit code {code} and said nothing"));
-        }
-        lines.iter().for_each(|line| eprintln!("{line}"));
-        failed.map_or(0, |(&code, _): (_, i32)| code)
-    }
-}
-
-impl Drop for Crew {
-    /// Nobody is left behind, whatever went wrong.
-    fn drop(&mut self) {
-        for rank in self.0.iter_mut().filter(|rank| rank.status.is_none()) {
-            let _ = rank.child.kill();
-            let _ = rank.child.wait();
+        let errors = rank.errors.take().and_then(|errors| errors.join().ok());
+        said.extend(errors.unwrap_or_default());
+        if !status.success() && failed.is_none() {
+            failed = Some((index, status.code().map_or(1, |code| code as u8)));
         }
     }
+    for line in said {
+        if !lines.contains(&line) {
+            lines.push(line);
+        }
+    }
+    let Some((rank, code)) = failed else { return 0 };
+    if lines.is_empty() {
+        lines.push(format!("error: rank {rank} ended with exit code {code} and said nothing"));
+    }
+    lines.iter().for_each(|line| eprintln!("{line}"));
+    code
 }

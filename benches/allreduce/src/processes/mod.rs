@@ -4,17 +4,37 @@
 
 mod exchange;
 mod launch;
-mod print;
-mod rank;
 
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use param_averager::{Communicator, Device};
 use rustix::time::{clock_gettime, ClockId};
 
-use crate::cli::{Algorithm, Args, Backend, Baseline};
+use crate::averager::{self, Host, Replica};
+use crate::cli::{Args, Options};
+use crate::crew::Work;
 use crate::failure::Failure;
-use crate::plan;
+use crate::layout::Layout;
+use crate::memory::{cores, cpus, place, Arena, Placed, Pool};
+use crate::plan::Group;
+use crate::record::{Details, Record};
+use crate::rows::Kind;
+use crate::run::{Ranks, Replicas};
+use crate::threads::{self, Threads};
+use crate::verify::{Check, Found};
+use exchange::Exchange;
+
+/// From the moment the last rank has come to the release, in ns: until then all have heard of it.
+const RELEASE_LEAD: u64 = 100_000;
+/// The same after a rest: the scheduler may have to see first that two ranks share a core and
+/// another is free.
+const SETTLING: u64 = 20_000_000;
+/// Between two messages to ranks that wait for rank 0's threads.
+const PIECE: Duration = Duration::from_millis(300);
+
+/// Rows of a group.
+const PROCESSES: usize = 0;
 
 /// Nanoseconds of the clock that all processes of a host share.
 fn now() -> u64 {
@@ -22,50 +42,238 @@ fn now() -> u64 {
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32).as_nanos() as u64
 }
 
-/// Returns the number of wrong elements, on rank 0.
-pub fn run(args: &Args) -> Result<u64, Failure> {
+/// One rank. All do the same in the same order, and rank 0 measures its threads besides.
+pub struct Processes {
+    communicator: Communicator,
+    exchange: Exchange,
+    options: Options,
+    /// From the start of the first process to the end of the first average.
+    start: Duration,
+    /// This rank's memory, on ranks other than 0.
+    pool: Pool,
+    /// Rank 0's threads. Their first replica is this rank's own.
+    threads: Threads,
+    group: Option<Entered>,
+}
+
+/// The present group.
+struct Entered {
+    arena: Arc<Arena>,
+    tensors: Arc<[Placed]>,
+    average: Work,
+    extra: Option<u64>,
+}
+
+/// Starts a process for each rank and returns `None` when all have ended; or, in such a process or
+/// one that a launcher started, joins the others. `args` has their number then.
+pub fn start(args: &mut Args) -> Result<Option<Processes>, Failure> {
     let began = now();
-    refuse(args)?;
-    let ranks = args.ranks.first().map_or(2, |&ranks| ranks.into());
-    plan::plan(&settled(args, ranks))?; // what is wrong with it is said once
-    let began = launch::started().unwrap_or(began);
+    let ranks = args.what.ranks.first().copied();
+    let began = launch::began().unwrap_or(began);
     if !Communicator::is_launched() {
-        return launch::launch(ranks, began).map(|()| 0);
+        return launch::launch(ranks.unwrap_or(2).into(), began).map(|()| None);
     }
     let communicator = Communicator::from_env(Device::cpu())?;
     let world = communicator.world_size();
-    if !args.ranks.is_empty() && ranks != world {
+    if let Some(asked) = ranks.filter(|&asked| usize::from(asked) != world) {
         return Err(Failure::Usage(format!(
-            "-g {ranks}, but the launcher has started {world} ranks: leave -g out"
+            "-g {asked}, but the launcher has started {world} ranks: leave -g out"
         )));
     }
-    rank::run(&settled(args, world), communicator, began)
+    args.what.ranks = vec![world as u16];
+    let mut exchange = Exchange::new(communicator.clone(), args.options.timeout)?;
+    let began = exchange.tell([began, 0, 0, 0])?.into_iter().map(|[at, ..]| at).min();
+    let first = exchange.tell([now(), 0, 0, 0])?.into_iter().map(|[at, ..]| at).max();
+    let start = Duration::from_nanos(first.unwrap_or(0).saturating_sub(began.unwrap_or(0)));
+    let (options, threads) = (args.options.clone(), Threads::new(&args.options));
+    let (pool, group) = (Pool::default(), None);
+    Ok(Some(Processes { communicator, exchange, options, start, pool, threads, group }))
 }
 
-fn refuse(args: &Args) -> Result<(), Failure> {
-    let refused = if args.backend == Backend::Cuda {
-        "--processes has ranks on CPUs only: leave --backend cuda or --processes out"
-    } else if args.algorithm.contains(&Algorithm::Direct) {
-        "--algorithm direct is for ranks that share an address space, which processes don't: use \
-         ring with --processes"
-    } else if args.baseline.iter().any(|&baseline| baseline != Baseline::None) {
-        "--baseline has rows for ranks that are threads: leave it out with --processes, whose \
-         yardstick is the same ring \
-         between threads"
-    } else if args.ranks.len() > 1 {
-        "--processes measures one world in a run: give one number with -g"
-    } else {
-        return Ok(());
-    };
-    Err(Failure::Usage(refused.into()))
+impl Processes {
+    fn rank(&self) -> usize {
+        self.communicator.rank()
+    }
+
+    fn world(&self) -> usize {
+        self.communicator.world_size()
+    }
+
+    fn entered(&mut self) -> &mut Entered {
+        self.group.as_mut().expect("enter was called")
+    }
+
+    /// Runs this rank's averages. An iteration lasts from the release, which all ranks agree on, to
+    /// the end of the last.
+    fn iterate(&mut self, iterations: u32) -> Result<Vec<Duration>, Failure> {
+        let (mut times, mut start, mut end) = (vec![], 0, 0);
+        let room = self.world() <= cores();
+        let wait: fn() = if room { std::hint::spin_loop } else { std::thread::yield_now };
+        for iteration in 0..=iterations {
+            let told = self.exchange.tell([now(), start, end, 0])?;
+            let all = |field: usize| told.iter().map(move |told| told[field]);
+            if iteration > 0 {
+                let (first, last) = (all(1).min().unwrap_or(0), all(2).max().unwrap_or(0));
+                times.push(Duration::from_nanos(last.saturating_sub(first)));
+            }
+            if iteration < iterations {
+                let lead = if iteration == 0 && room { SETTLING } else { RELEASE_LEAD };
+                let release = all(0).max().unwrap_or(0) + lead;
+                start = now();
+                while start < release {
+                    wait();
+                    start = now();
+                }
+                (self.entered().average)()?;
+                end = now();
+            }
+        }
+        Ok(times)
+    }
+
+    /// Runs rank 0's threads, in pieces after each of which all ranks exchange a message: a rank
+    /// that is lost meanwhile is seen soon.
+    fn watch(&mut self, iterations: u32) -> Result<Vec<Duration>, Failure> {
+        let (mut times, mut left, mut piece) = (vec![], iterations, 1);
+        loop {
+            if self.rank() == 0 {
+                let new = self.threads.run(0, piece.min(left))?;
+                left -= new.len() as u32;
+                let each = new.iter().sum::<Duration>().as_secs_f64() / new.len() as f64;
+                piece = (PIECE.as_secs_f64() / each.max(1e-9)).max(1.0) as u32;
+                times.extend(new);
+            }
+            if self.exchange.tell([left.into(), 0, 0, 0])?[0][0] == 0 {
+                return Ok(times);
+            }
+        }
+    }
 }
 
-/// The ring, on so many ranks, and nothing else.
-fn settled(args: &Args, ranks: usize) -> Args {
-    Args {
-        algorithm: vec![Algorithm::Ring],
-        baseline: vec![Baseline::None],
-        ranks: vec![ranks as u16],
-        ..args.clone()
+impl Ranks for Processes {
+    fn describe(&self, ranks: usize) -> String {
+        threads::describe(&self.options, ranks)
+    }
+
+    fn preamble(&self) -> Vec<(String, bool)> {
+        let (ranks, ms) = (self.world(), self.start.as_secs_f64() * 1e3);
+        let start =
+            format!("# start     {ranks} processes: {ms:.0} ms from start to first average");
+        let (some, all) = (cores(), cpus().len());
+        let bound = format!(
+            "# bound     rank 0 may use {some} of {all} cores, and so its threads: xthr means \
+             little; try mpirun --bind-to none"
+        );
+        let bound = (some < all.min(ranks)).then_some((bound, true));
+        [(start, false)].into_iter().chain(bound).collect()
+    }
+
+    fn prints(&self) -> bool {
+        self.rank() == 0
+    }
+
+    /// A replica for each process and for each thread but one, and what their rings need.
+    fn memory(&self, group: &Group, layout: &Layout) -> u64 {
+        let extra: u64 =
+            group.rows.iter().map(|row| row.memory_overhead(layout.bytes(), group.ranks)).sum();
+        place(layout).1 as u64 * (2 * group.ranks as u64 - 1) + extra
+    }
+
+    fn enter(&mut self, group: &Group) -> Result<(), Failure> {
+        let (tensors, bytes) = place(&group.layout);
+        let arena = if self.rank() == 0 {
+            let rows = group.rows[PROCESSES + 1..].to_vec();
+            self.threads.enter(&Group { rows, ..group.clone() })?;
+            self.threads.replicas(0).arenas[0].clone()
+        } else {
+            self.pool.get(1, bytes)[0].clone()
+        };
+        let Kind::Average { algorithm, commit } = group.rows[PROCESSES].kind else {
+            unreachable!("--processes has rows of the library's only")
+        };
+        let replica = Replica::on_host(&arena, &tensors);
+        let before = resident::now();
+        let builder = self.options.builder(self.communicator.clone(), algorithm, commit);
+        let weight = self.options.weight(self.rank());
+        let mut average = averager::average(Host, builder, replica, weight, &OnceLock::new())?;
+        average()?;
+        // Of the rank that took most; none if a rank can't tell.
+        let extra = before.and_then(|before| Some(resident::most()?.saturating_sub(before)));
+        let told = self.exchange.tell([extra.map_or(0, |extra| extra + 1), 0, 0, 0])?;
+        let extra = told.iter().map(|told| told[0].checked_sub(1)).collect::<Option<Vec<_>>>();
+        let extra = extra.and_then(|extra| extra.into_iter().max());
+        self.group = Some(Entered { arena, tensors, average, extra });
+        Ok(())
+    }
+
+    fn leave(&mut self) {
+        self.threads.leave();
+        self.group = None;
+    }
+
+    fn replicas(&self, row: usize) -> Replicas {
+        let Entered { arena, tensors, .. } = self.group.as_ref().expect("enter was called");
+        match (row, self.rank()) {
+            (PROCESSES, first) => {
+                Replicas { first, arenas: vec![arena.clone()], tensors: tensors.clone() }
+            }
+            (_, 0) => self.threads.replicas(0),
+            _ => Replicas { first: 0, arenas: vec![], tensors: tensors.clone() },
+        }
+    }
+
+    fn run(&mut self, row: usize, iterations: u32) -> Result<Vec<Duration>, Failure> {
+        if row == PROCESSES {
+            self.iterate(iterations)
+        } else {
+            self.watch(iterations)
+        }
+    }
+
+    /// Every rank compares its own elements with the mean, and all compare their digests.
+    fn agree(&mut self, row: usize, check: &Check, found: Found) -> Result<Found, Failure> {
+        if row != PROCESSES {
+            return Ok(found);
+        }
+        // SAFETY: no rank averages.
+        let told = self.exchange.tell([found.wrong, unsafe { check.digest() }, 0, 0])?;
+        let wrong = told.iter().map(|rank| rank[0].max(u64::from(rank[1] != told[0][1]))).sum();
+        Ok(Found { wrong, ..found })
+    }
+
+    fn complete(&mut self, row: usize, _found: Option<Found>, record: &mut Record) {
+        let (start, extra) = (self.start, self.entered().extra);
+        record.details = match row {
+            PROCESSES => Details::Processes { ranks_are: "processes", start, extra },
+            _ => Details::Processes { ranks_are: "threads", start, extra: None },
+        };
+    }
+
+    fn confirm(&mut self, failed: Option<&Failure>) -> Result<(), Failure> {
+        let code = failed.map_or(0, |failure| 1 + u64::from(failure.exit_code()));
+        let told = self.exchange.tell([code, 0, 0, 0])?;
+        match told.iter().find(|told| told[0] != 0) {
+            Some(told) if failed.is_none() => Err(Failure::Peer((told[0] - 1) as u8)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Memory of this process. No crate resets the high-water mark.
+mod resident {
+    /// Bytes now; `most` is of the time from here on.
+    pub fn now() -> Option<u64> {
+        std::fs::write("/proc/self/clear_refs", "5").ok()?; // resets VmHWM
+        field("VmRSS:")
+    }
+
+    pub fn most() -> Option<u64> {
+        field("VmHWM:")
+    }
+
+    fn field(name: &str) -> Option<u64> {
+        let text = std::fs::read_to_string("/proc/self/status").ok()?;
+        let value = text.lines().find_map(|line| line.strip_prefix(name))?;
+        Some(value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
     }
 }

@@ -1,10 +1,11 @@
-// What the bench calls of NCCL, for tests on the simulated driver, which NCCL itself can't use. Ranks, which are threads of
-// one process, meet at a barrier and reduce through the host, with the roundings of NCCL's ring: every partial sum in the
-// dtype, and for ncclAvg every input times 1/n in the dtype.
+// The functions of NCCL that the bench calls, for tests on the simulated driver, which NCCL itself
+// can't use. Ranks, which are threads of one process, meet at a barrier and reduce through the
+// host, with the roundings of NCCL's ring: every partial sum in the dtype, and for ncclAvg every
+// input times 1/n in the dtype.
 //
-// FAKE_NCCL: "crash" ends the process when ranks join, "hang" never lets them, "late" lets an all-reduce fail in the process
-// that measures, though it did not when it was tried.
-// FAKE_NCCL_VERSION: what it says it is.
+// FAKE_NCCL: "crash" ends the process when ranks join, "hang" never lets them, "late" lets an
+// all-reduce fail in the process that measures, though it did not when it was tried.
+// FAKE_NCCL_VERSION: the version that it returns.
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
@@ -97,7 +98,8 @@ int run(const Call &call) {
     default: reduce<bf16, float>(mine, call.op == 4); break;
     }
     world.meet();
-    return result || to(call.buffer, mine.data(), mine.size()) || (is("late") && call.count != TRIED);
+    result = result || to(call.buffer, mine.data(), mine.size());
+    return result || (is("late") && call.count != TRIED);
 }
 
 } // namespace
@@ -139,7 +141,8 @@ int ncclCommAbort(Comm *comm) {
     return 0;
 }
 int ncclGroupStart() { return 0; }
-int ncclAllReduce(const void *from, void *to, size_t count, int type, int op, Comm *comm, void *stream) {
+int ncclAllReduce(const void *from, void *to, size_t count, int type, int op, Comm *comm,
+                  void *stream) {
     if (from != to || (op != 0 && op != 4)) return 4;
     calls.push_back({uint64_t(to), count, type, op, comm, stream});
     return 0;

@@ -1,4 +1,4 @@
-//! The oracle, held against itself: it lets a right mean pass and catches a wrong one.
+//! The check itself: it lets a right mean pass and catches a wrong one.
 
 use half::{bf16, f16};
 use param_averager::Dtype;
@@ -13,15 +13,11 @@ fn check(dtype: Dtype, ranks: usize) -> Check {
     let tensor = |name: &str, elements| Tensor { name: name.into(), shape: vec![elements], dtype };
     let (tensors, bytes) = place(&Layout::new("test", vec![tensor("a", 5), tensor("b", ELEMENTS)]));
     let arenas = (0..ranks).map(|_| Arc::new(Arena::new(bytes))).collect();
-    Check {
-        seed: 7,
-        arenas,
-        first: 0,
-        tensors,
-        weights: vec![1.0; ranks],
-        more_roundings: 0,
-        wire: Wire::Wide,
-    }
+    let (weights, more_roundings, wire) = (vec![1.0; ranks], 0, Wire::Wide);
+    let check = Check { seed: 7, arenas, first: 0, tensors, weights, more_roundings, wire };
+    // SAFETY: no other thread has the arenas.
+    unsafe { check.fill() };
+    check
 }
 
 /// The elements of a tensor of a rank.
@@ -51,9 +47,8 @@ fn catches_what_is_wrong<T: Number>(
 ) {
     for ranks in [2, 3, 5] {
         let check = check(dtype, ranks);
-        // SAFETY: nobody else has the arenas.
+        // SAFETY: no other thread has the arenas.
         let wrong = || unsafe { check.found() }.wrong;
-        unsafe { check.fill() };
         assert!(wrong() > ranks as u64 * ELEMENTS / 2, "nothing has been averaged yet");
         average(&check, round, back);
         assert_eq!(wrong(), 0, "{dtype}, {ranks} ranks");
@@ -69,10 +64,8 @@ fn catches_what_is_wrong<T: Number>(
         // explains: for halves two neighbours on, else so many as make it sure at any mean of
         // inputs that are 16 times as large at most.
         let far = if size_of::<T>() == 2 { 2 } else { 64 * 16 };
-        let large = (0..5).max_by(|&a, &b| {
-            back(of::<T>(&check, 0, 0)[a]).abs().total_cmp(&back(of::<T>(&check, 0, 0)[b]).abs())
-        });
-        let at = large.unwrap();
+        let size = |at: usize| back(of::<T>(&check, 0, 0)[at]).abs();
+        let at = (0..5).max_by(|&a, &b| size(a).total_cmp(&size(b))).unwrap();
         let right = of::<T>(&check, 0, 0)[at];
         (0..ranks).for_each(|rank| of::<T>(&check, rank, 0)[at] = next(right, far));
         assert_eq!(wrong(), ranks as u64);
@@ -90,31 +83,22 @@ fn catches_what_is_wrong<T: Number>(
 
 #[test]
 fn a_right_mean_passes_and_a_wrong_one_is_caught() {
-    catches_what_is_wrong::<f32>(
-        Dtype::F32,
-        |x| x as f32,
-        f64::from,
-        |x, k| f32::from_bits(x.to_bits() + k as u32),
-    );
+    let f32_next = |x: f32, k| f32::from_bits(x.to_bits() + k as u32);
+    catches_what_is_wrong::<f32>(Dtype::F32, |x| x as f32, f64::from, f32_next);
     catches_what_is_wrong::<f64>(Dtype::F64, |x| x, |x| x, |x, k| f64::from_bits(x.to_bits() + k));
-    catches_what_is_wrong::<f16>(Dtype::F16, f16::from_f64, f64::from, |x, k| {
-        f16::from_bits(x.to_bits() + k as u16)
-    });
-    catches_what_is_wrong::<bf16>(Dtype::Bf16, bf16::from_f64, f64::from, |x, k| {
-        bf16::from_bits(x.to_bits() + k as u16)
-    });
+    let f16_next = |x: f16, k| f16::from_bits(x.to_bits() + k as u16);
+    catches_what_is_wrong::<f16>(Dtype::F16, f16::from_f64, f64::from, f16_next);
+    let bf16_next = |x: bf16, k| bf16::from_bits(x.to_bits() + k as u16);
+    catches_what_is_wrong::<bf16>(Dtype::Bf16, bf16::from_f64, f64::from, bf16_next);
 }
 
 #[test]
 fn the_largest_error_is_in_ulps_of_the_largest_input() {
-    let check = check(Dtype::Bf16, 3);
-    // SAFETY: nobody else has the arenas.
-    unsafe { check.fill() };
-    let at = 12_345;
-    let largest =
-        (0..3).map(|rank| f64::from(of::<bf16>(&check, rank, 1)[at]).abs()).fold(0.0, f64::max);
+    let (check, at) = (check(Dtype::Bf16, 3), 12_345);
+    let sizes = (0..3).map(|rank| f64::from(of::<bf16>(&check, rank, 1)[at]).abs());
+    let largest = sizes.fold(0.0, f64::max);
     average(&check, bf16::from_f64, f64::from);
-    // SAFETY: as above.
+    // SAFETY: no other thread has the arenas.
     let found = || unsafe { check.found() };
     let ulps = found().ulps;
     assert!(ulps > 0.4 && ulps <= 0.5, "{ulps}: rounded once");
@@ -131,34 +115,29 @@ fn the_wire_widens_the_tolerance_of_halves_only() {
     let half_ulp = power(-8);
     assert!((half_ulp..1.01 * half_ulp).contains(&at(Wire::Wide)));
     // Two half ulps of a partial mean of up to 2, and one of the mean, 1.
-    assert!(
-        (5.0 * half_ulp..5.1 * half_ulp).contains(&at(Wire::Narrow)),
-        "{}",
-        at(Wire::Narrow) / half_ulp
-    );
-    let f32_at = |wire| Tolerance::new::<f32>(&[1.0; 4], 0, wire).of::<f32>(1.0, 2.0);
-    assert_eq!(f32_at(Wire::Narrow), 4.0 * f64::from(f32::EPSILON) * 2.0);
-    assert_eq!(f32_at(Wire::Wide), f32_at(Wire::Narrow));
-    assert_eq!(f32_at(Wire::NarrowAndScaled), f32_at(Wire::Narrow));
+    let narrow = at(Wire::Narrow) / half_ulp;
+    assert!((5.0..5.1).contains(&narrow), "{narrow}");
     // Five ulp of the largest input, which is 2.
     assert_eq!(at(Wire::NarrowAndScaled), 5.0 * 4.0 * half_ulp);
+    for wire in [Wire::Wide, Wire::Narrow, Wire::NarrowAndScaled] {
+        let f32s = Tolerance::new::<f32>(&[1.0; 4], 0, wire).of::<f32>(1.0, 2.0);
+        assert_eq!(f32s, 4.0 * f64::from(f32::EPSILON) * 2.0);
+    }
 }
 
 #[test]
 fn data_is_fresh_spread_and_different_everywhere() {
     let check = check(Dtype::F32, 2);
-    // SAFETY: nobody else has the arenas.
-    unsafe { check.fill() };
     let (a, b) = (of::<f32>(&check, 0, 1).to_vec(), of::<f32>(&check, 1, 1).to_vec());
-    let n = a.len() as f64;
-    let mean = a.iter().map(|&x| f64::from(x)).sum::<f64>() / n;
-    let variance = a.iter().map(|&x| f64::from(x).powi(2)).sum::<f64>() / n;
-    let covariance = a.iter().zip(&b).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum::<f64>() / n;
+    let products = |x: &[f32], y: &[f32]| x.iter().zip(y).map(|(x, y)| f64::from(x * y)).sum();
+    let mean_of = |sum: f64| sum / a.len() as f64;
+    let mean = mean_of(a.iter().map(|&x| f64::from(x)).sum());
+    let (variance, covariance) = (mean_of(products(&a, &a)), mean_of(products(&a, &b)));
     assert!(a.iter().all(|x| x.abs() <= 4.0) && mean.abs() < 0.02, "{mean}");
     assert!((1.2..1.5).contains(&variance), "{variance}: 4/3 of four uniform numbers");
     assert!(covariance.abs() < 0.02, "{covariance}: ranks have different values");
     let check = Check { seed: 8, ..check };
-    // SAFETY: as above.
+    // SAFETY: no other thread has the arenas.
     unsafe { check.fill() };
     assert!(of::<f32>(&check, 0, 1).iter().zip(&a).filter(|(x, y)| x == y).count() < 50);
 }
@@ -166,13 +145,13 @@ fn data_is_fresh_spread_and_different_everywhere() {
 #[test]
 fn a_rank_alone_has_the_data_and_the_digest_of_the_rank_among_all() {
     let all = check(Dtype::Bf16, 3);
-    // SAFETY: nobody else has the arenas.
-    unsafe { all.fill() };
     for rank in 0..3 {
-        let alone =
-            Check { arenas: check(Dtype::Bf16, 1).arenas, first: rank, ..check(Dtype::Bf16, 3) };
+        let arenas = check(Dtype::Bf16, 1).arenas;
+        let alone = Check { arenas, first: rank, ..check(Dtype::Bf16, 3) };
         let same = Check { arenas: vec![all.arenas[rank].clone()], ..check(Dtype::Bf16, 3) };
-        unsafe { alone.fill() };
+        // SAFETY: no other thread has the arenas. What the second check wrote is overwritten.
+        unsafe { (alone.fill(), all.fill()) };
+        // SAFETY: as above.
         let digests = || unsafe { (alone.digest(), same.digest()) };
         assert_eq!(digests().0, digests().1);
         for place in [0, ELEMENTS as usize - 1] {

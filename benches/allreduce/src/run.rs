@@ -1,0 +1,248 @@
+//! The measuring loop: the rows of a group turn by turn, so that all meet the machine in the same
+//! states, then a check of each. And what it asks of ranks, whatever these are.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use indicatif::ProgressBar;
+
+use crate::cli::Options;
+use crate::failure::Failure;
+use crate::layout::Layout;
+use crate::memory::{available, gib, Arena, Placed};
+use crate::plan::{Group, Section};
+use crate::record::{Details, Record};
+use crate::verify::{Check, Found};
+
+/// The iterations of a row are made in so many turns.
+const TURNS: u32 = 3;
+
+/// Ranks that average: threads, processes, or threads with CUDA devices. Of ranks that are
+/// processes, all call the same methods in the same order.
+pub trait Ranks {
+    /// What they are and what they run on, for the table.
+    fn describe(&self, ranks: usize) -> String;
+
+    /// Lines of the table's preamble, and whether they are warnings.
+    fn preamble(&self) -> Vec<(String, bool)> {
+        vec![]
+    }
+
+    /// Whether this process prints.
+    fn prints(&self) -> bool {
+        true
+    }
+
+    /// Bytes of the host's memory that the group takes with this layout.
+    fn memory(&self, group: &Group, layout: &Layout) -> u64;
+
+    /// Prepares every row of the group.
+    fn enter(&mut self, group: &Group) -> Result<(), Failure>;
+
+    /// Frees what `enter` prepared.
+    fn leave(&mut self) {}
+
+    /// Whether the row has a result that can be checked.
+    fn has_result(&self, _row: usize) -> bool {
+        true
+    }
+
+    /// Host memory of the replicas of a row that this process has.
+    fn replicas(&self, row: usize) -> Replicas;
+
+    /// Moves the replicas from host memory to where they are averaged.
+    fn upload(&mut self) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    /// … and back.
+    fn download(&mut self) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    /// Runs a row so many times and returns how long each took. Nothing: it can't be measured.
+    fn run(&mut self, row: usize, iterations: u32) -> Result<Vec<Duration>, Failure>;
+
+    /// Puts together what all processes found.
+    fn agree(&mut self, _row: usize, _check: &Check, found: Found) -> Result<Found, Failure> {
+        Ok(found)
+    }
+
+    /// Adds what these ranks know to a row's record.
+    fn complete(&mut self, _row: usize, _found: Option<Found>, _record: &mut Record) {}
+
+    /// Tells all processes whether this one failed. An error where another did.
+    fn confirm(&mut self, _failed: Option<&Failure>) -> Result<(), Failure> {
+        Ok(())
+    }
+}
+
+/// Host memory of the ranks from `first` on.
+pub struct Replicas {
+    pub first: usize,
+    pub arenas: Vec<Arc<Arena>>,
+    pub tensors: Arc<[Placed]>,
+}
+
+pub struct Bench {
+    pub options: Options,
+    pub check: bool,
+    /// Every checked result gets a wrong element.
+    pub corrupt: bool,
+    pub progress: ProgressBar,
+    /// Of the next data.
+    pub seed: u64,
+}
+
+impl Bench {
+    /// Steps of the progress bar.
+    pub fn steps(sections: &[Section]) -> u64 {
+        let groups = sections.iter().flat_map(|section| &section.groups);
+        groups.map(|group| group.rows.len() as u64 * u64::from(TURNS + 1)).sum()
+    }
+
+    /// A record for each row.
+    pub fn measure(
+        &mut self,
+        ranks: &mut dyn Ranks,
+        group: &Group,
+    ) -> Result<Vec<Record>, Failure> {
+        let rows = 0..group.rows.len();
+        ranks.enter(group)?;
+        // What lies there may be of another dtype, and NaNs and subnormals are slow on some
+        // machines. Where dtypes are mixed, a flat buffer has them in other places.
+        self.fill(ranks, group, 0)?;
+        let mixed = group.layout.dtype().is_none();
+        let mut times = vec![vec![]; rows.len()];
+        for turn in 0..TURNS {
+            let before = if turn == 0 { group.warmup } else { group.warmup / 4 };
+            let share = (group.iterations + TURNS - 1 - turn) / TURNS;
+            for row in rows.clone() {
+                self.show(group, row, "");
+                if share > 0 {
+                    if mixed {
+                        self.fill(ranks, group, row)?;
+                    }
+                    let new = ranks.run(row, before + share)?;
+                    times[row].extend(new.into_iter().skip(before as usize));
+                }
+            }
+        }
+        let mut found = vec![];
+        for row in rows.clone() {
+            self.show(group, row, "checking ");
+            let check = self.check && ranks.has_result(row);
+            found.push(check.then(|| self.check(ranks, group, row)).transpose()?);
+        }
+        let mut records: Vec<Record> = times
+            .into_iter()
+            .zip(&found)
+            .zip(rows)
+            .map(|((times, found), row)| record(group, row, times, *found))
+            .collect();
+        for (row, record) in records.iter_mut().enumerate() {
+            ranks.complete(row, found[row], record);
+        }
+        ranks.leave();
+        let yardstick = records.iter().find(|record| record.row.is_yardstick());
+        let yardstick = yardstick.and_then(Record::time);
+        records.iter_mut().for_each(|record| record.yardstick = yardstick);
+        Ok(records)
+    }
+
+    /// Writes fresh data to all replicas of a row.
+    fn fill(&mut self, ranks: &mut dyn Ranks, group: &Group, row: usize) -> Result<Check, Failure> {
+        self.seed += 1;
+        let (Replicas { first, arenas, tensors }, of) = (ranks.replicas(row), group.rows[row]);
+        let weight = |rank| self.options.weight(rank).filter(|_| of.is_weighted()).unwrap_or(1.0);
+        let check = Check {
+            seed: self.seed,
+            arenas,
+            first,
+            tensors,
+            weights: (0..group.ranks).map(weight).collect(),
+            more_roundings: of.more_roundings(self.options.weighted),
+            wire: of.wire(self.options.narrow_wire),
+        };
+        // SAFETY: no rank averages between two runs.
+        unsafe { check.fill() };
+        ranks.upload()?;
+        Ok(check)
+    }
+
+    fn check(
+        &mut self,
+        ranks: &mut dyn Ranks,
+        group: &Group,
+        row: usize,
+    ) -> Result<Found, Failure> {
+        let check = self.fill(ranks, group, row)?;
+        ranks.run(row, 1)?;
+        ranks.download()?;
+        let last = check.arenas.last().filter(|_| check.first + check.arenas.len() == group.ranks);
+        if let (true, Some(last)) = (self.corrupt, last) {
+            // SAFETY: it has a byte at least, and no rank averages.
+            unsafe { *last.start ^= 1 };
+        }
+        // SAFETY: no rank averages.
+        let found = unsafe { check.found() };
+        ranks.agree(row, &check, found)
+    }
+
+    fn show(&self, group: &Group, row: usize, what: &str) {
+        let (name, label) = (&group.layout.name, group.rows[row].label);
+        self.progress.set_message(format!("{name}, {} ranks: {what}{label}", group.ranks));
+        self.progress.inc(1);
+    }
+}
+
+fn record(group: &Group, row: usize, mut times: Vec<Duration>, found: Option<Found>) -> Record {
+    times.sort();
+    Record {
+        row: group.rows[row],
+        layout: group.layout.name.clone(),
+        tensors: group.layout.tensors.len(),
+        dtype: group.layout.dtype_name(),
+        ranks: group.ranks,
+        elements: group.layout.elements(),
+        bytes: group.layout.bytes(),
+        times,
+        wrong: found.map(|found| found.wrong),
+        yardstick: None,
+        details: Details::Cpu,
+    }
+}
+
+/// Refuses what does not fit in memory, before anything is allocated.
+pub fn fits(ranks: &dyn Ranks, sections: &[Section]) -> Result<(), Failure> {
+    let Some((free, _)) = available() else { return Ok(()) };
+    let needs = |group: &&Group| ranks.memory(group, &group.layout);
+    let Some(group) = sections.iter().flat_map(|section| &section.groups).max_by_key(needs) else {
+        return Ok(());
+    };
+    // the rest is for slots, tables and other programs
+    let (need, budget) = (needs(&group), free / 10 * 9);
+    if need <= budget {
+        return Ok(());
+    }
+    let scale = group.layout.scale.unwrap_or(1.0);
+    let fits =
+        |factor: &f64| ranks.memory(group, &group.layout.clone().scaled(factor / scale)) <= budget;
+    let mut smaller = (1..=6)
+        .flat_map(|digits| (1..=9).rev().map(move |first| f64::from(first) / 10f64.powi(digits)))
+        .filter(|&factor| factor < scale);
+    let instead = match smaller.find(fits) {
+        _ if group.layout.name == "flat" => "use a smaller -e, or fewer ranks with -g".into(),
+        Some(factor) => format!("shrink it with --scale {factor}, or use fewer ranks with -g"),
+        None => "use fewer ranks with -g".to_string(),
+    };
+    Err(Failure::Failed(format!(
+        "{} on {} ranks needs {:.1} GiB of memory, of which {:.1} GiB for each rank's tensors, but \
+         {:.1} GiB are available: {instead}",
+        group.layout.name,
+        group.ranks,
+        gib(need),
+        gib(group.layout.bytes()),
+        gib(free)
+    )))
+}

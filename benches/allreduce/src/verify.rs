@@ -1,0 +1,307 @@
+//! Fresh random data for every checked average, and the f64 mean that its result is compared with.
+//!
+//! Every value is a function of (seed, rank, tensor, element), roughly normal within ±4: the
+//! reference is computed again from the seed, and nothing is kept. An element of a rank is wrong if
+//! it is further from the mean than rounding allows, or if its bits are not the first rank's.
+//!
+//! What rounding allows, with one ulp of x being the distance between neighbours at |x|:
+//!
+//! * f32, f64: n ulp of the largest input (n + 1 for the limits, which multiply by 1/n; n + 3 with
+//!   weights).
+//! * bf16, f16: half an ulp of the mean, and as many ulp in f32 of the largest input; besides, if
+//!   partial sums travelled in the dtype, n − 2 half ulps of the partial means.
+//! * bf16, f16 of a collective that scales each input in the dtype, too: n + 1 ulp of the largest
+//!   input.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+
+use multiversion::multiversion;
+
+use crate::memory::{on_all_cores, Arena, Placed};
+use crate::number::{with_number, Float, Number};
+
+/// Elements that one core checks at a time, in one go.
+const PIECE: usize = 1 << 16;
+/// Elements that are in the first-level cache at a time.
+const CHUNK: usize = 256;
+
+/// The data of one average, and what its result must be.
+pub struct Check {
+    pub seed: u64,
+    /// Replicas of the ranks from `first` on, as many as this process has.
+    pub arenas: Vec<Arc<Arena>>,
+    pub first: usize,
+    pub tensors: Arc<[Placed]>,
+    /// One for each rank; all 1 for a plain mean.
+    pub weights: Vec<f64>,
+    /// Roundings of the method besides those of a plain sum and one division.
+    pub more_roundings: u8,
+    /// What 16-bit dtypes lose on their way.
+    pub wire: Wire,
+}
+
+/// How partial sums of 16-bit dtypes travel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wire {
+    /// As f32, or not at all.
+    Wide,
+    /// In the dtype.
+    Narrow,
+    /// In the dtype, of inputs that were multiplied in it by 1/n rounded to it.
+    NarrowAndScaled,
+}
+
+/// Result of a check.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Found {
+    /// Wrong elements of all ranks.
+    pub wrong: u64,
+    /// Largest distance of the first rank's elements from the f64 mean, in ulp of the largest of
+    /// the inputs (ulp of the mean would count what inputs cancel). Infinite for a NaN.
+    pub ulps: f64,
+}
+
+/// Part of a tensor.
+#[derive(Clone, Copy)]
+struct Piece {
+    tensor: usize,
+    begin: usize,
+    elements: usize,
+}
+
+impl Check {
+    fn pieces(&self) -> Vec<Piece> {
+        let pieces = self.tensors.iter().enumerate().flat_map(|(tensor, placed)| {
+            let piece =
+                move |begin| Piece { tensor, begin, elements: PIECE.min(placed.elements - begin) };
+            (0..placed.elements).step_by(PIECE).map(piece)
+        });
+        pieces.collect()
+    }
+
+    fn start<T>(&self, arena: usize, piece: Piece) -> *mut T {
+        let bytes = self.tensors[piece.tensor].offset + piece.begin * size_of::<T>();
+        // SAFETY: placed inside of the arena.
+        unsafe { self.arenas[arena].start.add(bytes).cast() }
+    }
+
+    /// # Safety
+    /// No thread writes there for as long as the slice is used.
+    unsafe fn slice<T>(&self, arena: usize, piece: Piece) -> &[T] {
+        // SAFETY: placed inside of the arena, which is initialised; the rest is the caller's.
+        unsafe { std::slice::from_raw_parts(self.start(arena, piece), piece.elements) }
+    }
+
+    fn key(&self, rank: usize, piece: Piece) -> u32 {
+        let place =
+            (rank as u64) << 58 ^ (piece.tensor as u64) << 36 ^ (piece.begin / PIECE) as u64;
+        // splitmix64's finalizer
+        let mut x = self.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ place;
+        x = (x ^ x >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        x = (x ^ x >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (x ^ x >> 31) as u32
+    }
+
+    /// Writes every rank's data.
+    ///
+    /// # Safety
+    /// No other thread uses the arenas meanwhile.
+    pub unsafe fn fill(&self) {
+        let (pieces, arenas) = (self.pieces(), self.arenas.len());
+        on_all_cores(pieces.len() * arenas, |job| {
+            let (arena, piece) = (job % arenas, pieces[job / arenas]);
+            with_number!(self.tensors[piece.tensor].dtype, T => {
+                let start = self.start::<T>(arena, piece);
+                // SAFETY: placed inside of the arena, and each job has elements of its own.
+                let values = unsafe { std::slice::from_raw_parts_mut(start, piece.elements) };
+                fill(values, self.key(self.first + arena, piece))
+            });
+            0
+        });
+    }
+
+    /// A number that two ranks have in common if their elements have the same bits. Of the first
+    /// arena.
+    ///
+    /// # Safety
+    /// No other thread writes to the arenas meanwhile.
+    pub unsafe fn digest(&self) -> u64 {
+        let pieces = self.pieces();
+        // 32 bits of each piece, so that the sum has room.
+        on_all_cores(pieces.len(), |job| {
+            with_number!(self.tensors[pieces[job].tensor].dtype, T => {
+                // SAFETY: the caller's.
+                let elements = unsafe { self.slice::<T>(0, pieces[job]) };
+                let mix = |sum: u64, x: &T| {
+                    (sum ^ x.bits()).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
+                };
+                elements.iter().fold(job as u64, mix) >> 32
+            })
+        })
+    }
+
+    /// Compares the average of what `fill` wrote with the mean. Nothing to compare: nothing wrong.
+    ///
+    /// # Safety
+    /// No other thread writes to the arenas meanwhile.
+    pub unsafe fn found(&self) -> Found {
+        if self.arenas.is_empty() {
+            return Found::default();
+        }
+        let pieces = self.pieces();
+        let ulps = AtomicU64::new(0f64.to_bits());
+        let wrong = on_all_cores(pieces.len(), |job| {
+            let piece = pieces[job];
+            with_number!(self.tensors[piece.tensor].dtype, T => {
+                // SAFETY: the caller's.
+                let result = |arena| unsafe { self.slice::<T>(arena, piece) };
+                let results: Vec<&[T]> = (0..self.arenas.len()).map(result).collect();
+                let keys = (0..self.weights.len()).map(|rank| self.key(rank, piece));
+                let keys: Vec<u32> = keys.collect();
+                let tolerance = Tolerance::new::<T>(&self.weights, self.more_roundings, self.wire);
+                let found = compare(&results, &keys, &self.weights, tolerance);
+                // The bits of numbers that are not negative are ordered as the numbers are.
+                ulps.fetch_max(found.ulps.to_bits(), Ordering::Relaxed);
+                found.wrong
+            })
+        });
+        Found { wrong, ulps: f64::from_bits(ulps.into_inner()) }
+    }
+}
+
+/// CHUNK values from `index` on, in the dtype.
+#[inline(always)]
+fn values<T: Number>(key: u32, index: usize, wide: &mut [T::Sum; CHUNK], raw: &mut [T; CHUNK]) {
+    for (k, wide) in wide.iter_mut().enumerate() {
+        // lowbias32 of a Weyl sequence; four 16-bit numbers of it and of its product make a bell.
+        let mut x = key.wrapping_add((index + k) as u32).wrapping_mul(0x9e37_79b9);
+        x = (x ^ x >> 16).wrapping_mul(0x7feb_352d);
+        x = (x ^ x >> 15).wrapping_mul(0x846c_a68b);
+        x ^= x >> 16;
+        let y = (x ^ x >> 13).wrapping_mul(0x85eb_ca6b);
+        let sum = (x & 0xffff) + (x >> 16) + (y & 0xffff) + (y >> 16);
+        *wide = T::Sum::of(f64::from(sum as i32 - 131_070) * (4.0 / 131_070.0));
+    }
+    T::narrow(wide, raw);
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+avx2", "x86_64+avx2+fma"))]
+fn fill<T: Number>(elements: &mut [T], key: u32) {
+    let (mut wide, mut raw) = ([T::Sum::default(); CHUNK], [T::default(); CHUNK]);
+    for (chunk, elements) in elements.chunks_mut(CHUNK).enumerate() {
+        values(key, chunk * CHUNK, &mut wide, &mut raw);
+        elements.copy_from_slice(&raw[..elements.len()]);
+    }
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+avx2", "x86_64+avx2+fma"))]
+fn compare<T: Number>(
+    results: &[&[T]],
+    keys: &[u32],
+    weights: &[f64],
+    tolerance: Tolerance,
+) -> Found {
+    let total: f64 = weights.iter().sum();
+    let mut found = Found::default();
+    let (mut wide, mut raw) = ([T::Sum::default(); CHUNK], [T::default(); CHUNK]);
+    for at in (0..results[0].len()).step_by(CHUNK) {
+        let (mut sum, mut lost, mut most) = ([0.0f64; CHUNK], [0.0f64; CHUNK], [0.0f64; CHUNK]);
+        for (&key, &weight) in keys.iter().zip(weights) {
+            values(key, at, &mut wide, &mut raw);
+            T::widen(&raw, &mut wide);
+            for k in 0..CHUNK {
+                let x: f64 = wide[k].into();
+                let (term, before) = (x * weight, sum[k]);
+                sum[k] += term;
+                if T::MANTISSA == f64::MANTISSA {
+                    // What the sum lost, exactly: the reference must be better than the result.
+                    let part = sum[k] - before;
+                    lost[k] += (before - (sum[k] - part)) + (term - part);
+                }
+                most[k] = most[k].max(x.abs());
+            }
+        }
+        let count = CHUNK.min(results[0].len() - at);
+        let mut first = [T::default(); CHUNK];
+        first[..count].copy_from_slice(&results[0][at..at + count]);
+        T::widen(&first, &mut wide);
+        let (mut off, mut ulps) = ([0u64; CHUNK], [0.0f64; CHUNK]);
+        for k in 0..CHUNK {
+            let mean = (sum[k] + lost[k]) / total;
+            let error = (wide[k].into() - mean).abs();
+            // A NaN is not within anything.
+            off[k] = 1 - u64::from(error <= tolerance.of::<T>(mean, most[k]));
+            ulps[k] = error / ulp(most[k], T::MANTISSA, power(T::SMALLEST));
+        }
+        found.wrong += off[..count].iter().sum::<u64>();
+        for &ulps in &ulps[..count] {
+            found.ulps = if ulps.is_nan() { f64::INFINITY } else { found.ulps.max(ulps) };
+        }
+        for result in &results[1..] {
+            let others = result[at..at + count].iter().zip(&first).zip(&off);
+            found.wrong +=
+                others.map(|((x, y), off)| off | u64::from(x.bits() != y.bits())).sum::<u64>();
+        }
+    }
+    found
+}
+
+/// How far from the mean a result may be.
+#[derive(Clone, Copy, Debug)]
+struct Tolerance {
+    /// Ulps of the largest input, in the type of sums.
+    ulps: f64,
+    /// How often a partial mean, which is no larger than the largest input, is rounded to the
+    /// dtype on its way.
+    hops: f64,
+    /// Ulps of the largest input in the dtype itself, instead of all that.
+    scaled: Option<f64>,
+}
+
+impl Tolerance {
+    fn new<T: Number>(weights: &[f64], more_roundings: u8, wire: Wire) -> Self {
+        let (n, half) = (weights.len() as f64, size_of::<T>() == 2);
+        let hops = if half && wire == Wire::Narrow { (n - 2.0).max(0.0) } else { 0.0 };
+        // Each input loses half an ulp to the rounded 1/n and half to its product, each hop half an
+        // ulp of the sum.
+        let scaled = (half && wire == Wire::NarrowAndScaled).then_some(n + 1.0);
+        Tolerance { ulps: n + f64::from(more_roundings), hops, scaled }
+    }
+
+    /// Bound of the error of a result that should be `mean`; `most`: the largest input's |x|.
+    #[inline(always)]
+    fn of<T: Number>(&self, mean: f64, most: f64) -> f64 {
+        let ulp_of = |x| ulp(x, T::MANTISSA, power(T::SMALLEST));
+        if let Some(ulps) = self.scaled {
+            return ulps * ulp_of(most);
+        }
+        if size_of::<T>() > 2 {
+            return self.ulps * ulp_of(most);
+        }
+        // A partial mean is made of a partial sum in f32, and back, with five roundings.
+        let summed = (self.ulps + 5.0 * self.hops) * ulp(most, f32::MANTISSA, power(f32::SMALLEST));
+        let before = summed + self.hops * 0.5 * ulp_of(most);
+        before + 0.5 * ulp_of(mean.abs() + before)
+    }
+}
+
+/// 2^exponent, for normal f64s and the smallest one.
+#[inline(always)]
+fn power(exponent: i32) -> f64 {
+    if exponent < -1022 {
+        f64::from_bits(1 << (exponent + 1074))
+    } else {
+        f64::from_bits(((exponent + 1023) as u64) << 52)
+    }
+}
+
+/// Distance of neighbours at x ≥ 0 for so many bits of mantissa.
+#[inline(always)]
+fn ulp(x: f64, mantissa: i32, smallest: f64) -> f64 {
+    (f64::from_bits(x.to_bits() & 0x7ff0_0000_0000_0000) * power(-mantissa)).max(smallest)
+}
+
+#[cfg(test)]
+#[path = "verify_tests.rs"]
+mod tests;
