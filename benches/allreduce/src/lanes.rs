@@ -1,7 +1,7 @@
-//! Vector code for the limits: elements of every dtype, sixteen at a time, in memory and in the type
-//! that sums are made in. By hand for 16-bit dtypes: with loops over slices, or the half crate's
-//! conversions, the limit took 2.5 (bf16) and 5 (f16) times as long (rustc 1.95, AVX-512), and was
-//! none.
+//! Vector code for the limits: elements of every dtype, sixteen at a time, in memory and in the
+//! type that sums are made in. By hand for 16-bit dtypes: with loops over slices, or the half
+//! crate's conversions, the limit took 2.5 (bf16) and 5 (f16) times as long (rustc 1.95, AVX-512),
+//! and was none.
 //!
 //! Loops, not `std::array::from_fn`: that is not always inlined, and then compiled for the baseline
 //! instruction set.
