@@ -57,8 +57,9 @@ impl Pass {
             let range = part(buffer.elements, self.part, self.parts);
             with_number!(buffer.dtype, T => {
                 // SAFETY: placed inside of the arenas.
-                let start = |arena: &Arc<Arena>| unsafe { arena.start.add(buffer.offset) }.cast::<T>();
-                let (from, to): (Vec<_>, Vec<_>) = (from.iter().map(start).collect(), to.iter().map(start).collect());
+                let start = |a: &Arc<Arena>| unsafe { a.start.add(buffer.offset) }.cast::<T>();
+                let starts = |all: &[Arc<Arena>]| all.iter().map(start).collect::<Vec<*mut T>>();
+                let (from, to) = (starts(from), starts(to));
                 simd::best(Average { from: &from, to: &to, range, stream })
             })
         }
