@@ -95,6 +95,8 @@ pub struct ParamAverager {
     /// Options of this averager's successor in a later view.
     options: Builder,
     failed: Option<Error>,
+    /// Failure of a `lend` after its average was made, until the call that made it ends.
+    late: Option<Error>,
     /// Average that gave a joiner the model. `regroup` takes it.
     admitted: Option<Admitted>,
     /// Recipe for a successor, which is built without the tensors. `None` in a successor that has
@@ -198,7 +200,8 @@ impl ParamAverager {
     /// value that is not finite. [`Error::is_fatal`] tells whether the averager can be used again,
     /// [`Error::tensors`] what this rank's tensors hold.
     pub fn average<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Report> {
-        self.run(params, Call::by_hand(None)).map(Outcome::report)
+        let report = self.run(params, Call::by_hand(None)).map(Outcome::report)?;
+        self.unless_late(report)
     }
 
     /// Replaces every tensor by its weighted mean over all ranks, Σ wᵢ·xᵢ / Σ wᵢ. Collective.
@@ -216,7 +219,8 @@ impl ParamAverager {
         params: &mut P,
         weight: f64,
     ) -> Result<Report> {
-        self.run(params, Call::by_hand(Some(weight))).map(Outcome::report)
+        let report = self.run(params, Call::by_hand(Some(weight))).map(Outcome::report)?;
+        self.unless_late(report)
     }
 }
 

@@ -181,11 +181,12 @@ pub enum Error {
     },
 
     /// A rank's model could not lend its tensors. No tensor was changed, and every rank can go on.
-    #[error("rank {rank} could not lend its tensors, so no rank averaged: {reason}")]
+    /// As the cause of [`Error::AfterAverage`]: after the average was made.
+    #[error("rank {rank} could not lend its tensors: {reason}")]
     LendFailed {
         /// Rank of the model.
         rank: usize,
-        /// Reason; on that rank, the text of its [`LendError`](crate::LendError).
+        /// Reason; on a rank that fails itself, the text of its own [`LendError`](crate::LendError).
         reason: String,
     },
 

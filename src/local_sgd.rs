@@ -117,8 +117,9 @@ impl LocalSgd {
         self.position += 1;
         self.averager.set_position_in_schedule(self.position);
         if self.schedule.is_due(self.position) {
-            let action = self.average(params, self.position)?;
-            return self.admit(params, action).map_err(Halt::error);
+            let made = self.average(params, self.position);
+            let made = made.and_then(|action| self.admit(params, action).map_err(Halt::error));
+            return self.unless_late(made);
         }
         if self.is_alone() {
             return Ok(Action::Alone);
@@ -134,7 +135,8 @@ impl LocalSgd {
     /// As [`step`](Self::step). A rank that has made fewer steps than its peers gets
     /// [`Error::SchedulesDiffer`] while they average, and calls it again.
     pub fn finish<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        self.average(params, place::FINISH)
+        let made = self.average(params, place::FINISH);
+        self.unless_late(made)
     }
 
     /// Recovers from an error that [is fatal](crate::Error::is_fatal), among the ranks that are
@@ -152,7 +154,8 @@ impl LocalSgd {
     /// # Errors
     /// As [`ParamAverager::recover`], and those of the average.
     pub fn recover<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        self.recover_step(params, &mut Progress::default()).map_err(Halt::error)
+        let made = self.recover_step(params, &mut Progress::default()).map_err(Halt::error);
+        self.unless_late(made)
     }
 
     fn averaged(&mut self, report: Report) -> Action {
@@ -259,6 +262,21 @@ impl LocalSgd {
                 Action::Unneeded
             }
         })
+    }
+
+    /// The result of a call, unless its [`Lend`](crate::Lend) has failed after an average. That
+    /// changes no step of the call, since the peers know nothing of it.
+    fn unless_late(&mut self, made: Result<Action>) -> Result<Action> {
+        match (made, self.averager.take_late()) {
+            (Ok(action), Some(cause)) => Err(match action.report() {
+                Some(report) => Error::AfterAverage {
+                    averaged: Some(Box::new(report.clone())),
+                    cause: Box::new(cause),
+                },
+                None => cause,
+            }),
+            (made, _) => made,
+        }
     }
 
     fn is_alone(&self) -> bool {

@@ -7,7 +7,7 @@ use super::lend::with_tensors;
 use super::memory::{check_room, RankMemory, Sizes, LINE_BYTES};
 use super::rebuild::Blueprint;
 use super::table::{Layout, Table};
-use super::{defaults, flag, kernels, spins, Algorithm, Builder, Lend, LendError, ParamAverager};
+use super::{defaults, flag, kernels, spins, Algorithm, Builder, Lend, ParamAverager};
 use crate::abi::*;
 use crate::backend::Memory;
 use crate::world::Handshake;
@@ -33,7 +33,7 @@ impl ParamAverager {
         let (rank, world) = (options.communicator.rank(), options.communicator.world_size());
         let (device, space) = (options.communicator.device(), options.communicator.space().clone());
         let mut made = None;
-        let lent = with_tensors(params, &mut |params| {
+        let lent = with_tensors(params, rank, &mut |params| {
             let (mut tensors, mut names) = (0, 0);
             params.visit(&mut |tensor| {
                 tensors += 1;
@@ -45,12 +45,12 @@ impl ParamAverager {
                 (table, refusal)
             }));
         });
-        let not_lent = |failed: LendError| Error::LendFailed { rank, reason: failed.to_string() };
-        let found = match (lent, made) {
-            (Ok(()), Some(found)) => found,
-            (Ok(()), None) => unreachable!("tensors that were lent were looked at"),
-            (Err(failed), _) => Err(not_lent(failed)),
+        // `lend` may have caught a panic of `visit`.
+        let panicked = || Error::LendFailed {
+            rank,
+            reason: "its tensors panicked while they were lent".into(),
         };
+        let found = lent.and_then(|()| made.unwrap_or_else(|| Err(panicked())));
         // The handshake tells peers of a refusal, so this rank takes part in it all the same.
         let (table, refusal) = found.unwrap_or_else(|error| {
             (Table::of(Layout::none(device, space.clone()).into()), Some(error))
@@ -103,6 +103,7 @@ impl ParamAverager {
             timeout: options.timeout,
             options: Builder { ordinal: agreement.ordinal.clone(), ..options.clone() },
             failed: None,
+            late: None,
             admitted: None,
             blueprint: None,
             stream: None,

@@ -167,10 +167,13 @@ impl Builder {
     ///
     /// # Errors
     /// The same on every rank: [`Error::OptionsDiffer`], [`Error::LayoutsDiffer`], or the error of
-    /// the rank that can't build, such as [`Error::InvalidOption`], [`Error::InvalidTensor`] and
-    /// [`Error::Memory`]. [`Error::Timeout`] names a rank that does not call it.
+    /// the rank that can't build, such as [`Error::InvalidOption`], [`Error::InvalidTensor`],
+    /// [`Error::LendFailed`] and [`Error::Memory`]; between processes, peers get the text of that
+    /// error in [`Error::PeerBuildFailed`]. [`Error::Timeout`] names a rank that does not call it.
     pub fn build<P: Lend + ?Sized>(self, params: &mut P) -> Result<ParamAverager> {
-        ParamAverager::build(self, params)
+        let mut averager = ParamAverager::build(self, params)?;
+        // A process that joined has its model, but `lend` has failed with it: it leaves.
+        averager.take_late().map_or(Ok(averager), Err)
     }
 
     pub(super) fn check(&self) -> Result<()> {

@@ -5,15 +5,16 @@ use std::fmt;
 use std::time::Instant;
 
 use super::table::Problem;
-use super::{Call, Outcome, ParamAverager};
+use super::{Call, Outcome, ParamAverager, Report};
 use crate::{Error, Parameters, Result};
 
 /// A model that lends its tensors for the time of one average.
 ///
 /// Every list of tensors ([`Parameters`]) implements it. Implement this trait for tensors that must
 /// be locked, assembled or ordered first: behind a lock, in a framework's storage, on a CUDA
-/// stream. `lend` is called only if an average is made, which for [`LocalSgd`](crate::LocalSgd) is
-/// one step of many, and while peers may be waiting.
+/// stream. `lend` is called once when an averager is built, to look at the tensors, and then only
+/// for an average, which for [`LocalSgd`](crate::LocalSgd) is one step of many. Peers may be waiting
+/// meanwhile.
 ///
 /// The tensors come in the same order on every rank. The order of a `HashMap` is no order: sort by
 /// name, and pass the names on ([`TensorMut::named`](crate::TensorMut::named)), so that a
@@ -54,8 +55,15 @@ pub trait Lend {
     ///
     /// # Errors
     /// The reason why the tensors can't be lent now: a poisoned lock, a tensor that is not
-    /// contiguous or holds no floats. Every rank then gets [`Error::LendFailed`], and no tensor is
-    /// changed. The same holds if `average` is not called.
+    /// contiguous or holds no floats.
+    ///
+    /// * Before `average` was called: every rank gets [`Error::LendFailed`], this rank with its own
+    ///   reason, and no tensor is changed. The same holds if `average` is not called. (Peers that are
+    ///   processes get [`Error::PeerBuildFailed`] if an averager is being built.)
+    /// * After it: the average was made, and the peers have it. This rank alone gets
+    ///   [`Error::AfterAverage`]; its schedule goes on as that of its peers.
+    /// * While `average` is captured for a CUDA graph, `lend` must not fail before it: peers that
+    ///   captured do not wait for an average now, so that this rank waits until its timeout.
     fn lend(&mut self, average: &mut dyn FnMut(Loan<'_>)) -> std::result::Result<(), LendError>;
 }
 
@@ -173,6 +181,11 @@ impl<P: Parameters> RawCudaParams<P> {
     pub unsafe fn new(stream: *mut c_void, tensors: P) -> Self {
         RawCudaParams { tensors, stream }
     }
+
+    /// The tensors, without the stream.
+    pub fn into_inner(self) -> P {
+        self.tensors
+    }
 }
 
 impl<P: Parameters> Lend for RawCudaParams<P> {
@@ -189,8 +202,9 @@ pub(crate) trait Ordered {
     /// Calls `with` with the tensors at their current addresses.
     fn with_tensors(
         &mut self,
+        rank: usize,
         with: &mut dyn FnMut(&mut dyn Parameters),
-    ) -> std::result::Result<(), String>;
+    ) -> Result<()>;
 
     /// Starts one average, as `begin` does. `waits` is true if the caller lets nothing use the
     /// tensors until it has waited for the average.
@@ -203,24 +217,39 @@ pub(crate) trait Ordered {
     ) -> Result<Option<Outcome>>;
 }
 
+/// Average that has begun.
+#[derive(Debug)]
+pub(super) struct Begun {
+    /// Its outcome, if it is known already.
+    outcome: Option<Outcome>,
+    /// Failure of `lend`: before the average, which tells the peers, or after it.
+    failed: Option<Error>,
+}
+
+impl Begun {
+    pub(super) fn is_over(&self) -> bool {
+        self.outcome.is_some()
+    }
+}
+
 impl ParamAverager {
-    /// Makes one average, which is done when this returns.
+    /// Makes one average, which is done when this returns. A `lend` that fails after the average
+    /// has made no difference to it: `take_late` returns that error.
     pub(crate) fn run<P: Lend + ?Sized>(&mut self, params: &mut P, call: Call) -> Result<Outcome> {
         let start = Instant::now();
-        match self.average_lent(params, call, true, start)? {
-            Some(outcome) => Ok(outcome),
-            None => unreachable!("it was waited for"),
-        }
+        let begun = self.average_lent(params, call, true, start)?;
+        self.conclude(begun, start)
     }
 
-    /// Makes one average. `None`: it is under way on a stream, which `waits` excludes.
+    /// Begins one average. Its outcome is known if the tensors have no stream, or if the caller
+    /// `waits`.
     pub(super) fn average_lent<P: Lend + ?Sized>(
         &mut self,
         params: &mut P,
         call: Call,
         waits: bool,
         start: Instant,
-    ) -> Result<Option<Outcome>> {
+    ) -> Result<Begun> {
         self.preflight()?;
         let (mut made, mut loans) = (None, 0);
         let lent = params.lend(&mut |loan| {
@@ -229,25 +258,52 @@ impl ParamAverager {
                 made = Some(self.average_loan(loan, call, waits, start));
             }
         });
-        let lent = lent.and_then(|()| match loans {
-            0 => Err(LendError::new("its `lend` returned without calling `average`")),
-            1 => Ok(()),
-            _ => Err(LendError::new("its `lend` called `average` more than once")),
-        });
-        match (made, lent) {
-            (Some(Ok(outcome)), Ok(())) => Ok(outcome),
+        let failed = lent.and_then(|()| lent_once(loans)).err();
+        match (made, failed) {
             (Some(Err(error)), _) => Err(error),
-            (None, Ok(())) => unreachable!("a loan is an average"),
-            (None, Err(failed)) => self.refuse_to_average(failed, call, start),
-            (Some(Ok(outcome)), Err(failed)) => {
-                let cause = Box::new(self.lend_failed(failed));
-                match outcome.map_or_else(|| self.end(start), Ok)? {
-                    Outcome::Averaged(report) => {
-                        Err(Error::AfterAverage { averaged: Some(Box::new(report)), cause })
-                    }
-                    Outcome::Unneeded => Err(*cause),
-                }
+            (Some(Ok(outcome)), failed) => {
+                Ok(Begun { outcome, failed: failed.map(|failed| self.lend_failed(failed)) })
             }
+            (None, failed) => {
+                // `lend` may have caught a panic of `average`.
+                let panicked = || LendError::new("its tensors panicked while they were lent");
+                let own = self.lend_failed(failed.unwrap_or_else(panicked));
+                self.refuse_to_average(call, own)
+            }
+        }
+    }
+
+    /// Waits for an average that has begun.
+    pub(super) fn conclude(&mut self, begun: Begun, start: Instant) -> Result<Outcome> {
+        let ended = begun.outcome.map_or_else(|| self.end(start), Ok);
+        match (ended, begun.failed) {
+            (Ok(outcome @ Outcome::Averaged(_)), Some(failed)) => {
+                self.late = Some(failed);
+                Ok(outcome)
+            }
+            // Peers were told, or the average was captured, or moved nothing: this rank knows why.
+            (
+                Ok(Outcome::Unneeded) | Err(Error::LendFailed { .. } | Error::InvalidOption { .. }),
+                Some(failed),
+            ) => Err(failed),
+            (ended, _) => ended,
+        }
+    }
+
+    /// Failure of a `lend` after its average was made. A call of several steps asks at its end, so
+    /// that its other steps are the same on every rank.
+    pub(crate) fn take_late(&mut self) -> Option<Error> {
+        self.late.take()
+    }
+
+    /// The report of a call, unless its `lend` failed late.
+    pub(super) fn unless_late(&mut self, report: Report) -> Result<Report> {
+        match self.take_late() {
+            None => Ok(report),
+            Some(cause) => Err(Error::AfterAverage {
+                averaged: Some(Box::new(report)),
+                cause: Box::new(cause),
+            }),
         }
     }
 
@@ -276,23 +332,14 @@ impl ParamAverager {
     }
 
     /// Takes part in an average only to tell the peers that this rank has no tensors for it.
-    fn refuse_to_average(
-        &mut self,
-        failed: LendError,
-        call: Call,
-        start: Instant,
-    ) -> Result<Option<Outcome>> {
-        let own = self.lend_failed(failed);
+    fn refuse_to_average(&mut self, call: Call, own: Error) -> Result<Begun> {
         if self.world_size() == 1 {
             return Err(own);
         }
+        let _ = self.own.engine.finish();
         // SAFETY: with a problem, no tensor is read or written.
-        let begun = unsafe { self.launch(Some(Problem::NOT_LENT), call, None) };
-        match begun.and_then(|()| self.end(start)) {
-            // This rank's own error has the reason.
-            Err(Error::LendFailed { rank, .. }) if rank == self.rank() => Err(own),
-            ended => ended.map(Some),
-        }
+        unsafe { self.launch(Some(Problem::NOT_LENT), call, None) }?;
+        Ok(Begun { outcome: None, failed: Some(own) })
     }
 
     fn lend_failed(&self, failed: LendError) -> Error {
@@ -300,20 +347,34 @@ impl ParamAverager {
     }
 }
 
+/// The number of loans of one call of `lend` that is right.
+fn lent_once(loans: usize) -> std::result::Result<(), LendError> {
+    match loans {
+        0 => Err(LendError::new("its `lend` returned without calling `average`")),
+        1 => Ok(()),
+        _ => Err(LendError::new("its `lend` called `average` more than once")),
+    }
+}
+
 /// Calls `with` with the tensors that `params` lends, without an average.
 pub(super) fn with_tensors<P: Lend + ?Sized>(
     params: &mut P,
+    rank: usize,
     with: &mut dyn FnMut(&mut dyn Parameters),
-) -> std::result::Result<(), LendError> {
-    let mut made = Err(LendError::new("its `lend` returned without calling `average`"));
+) -> Result<()> {
+    let (mut made, mut loans) = (Ok(()), 0);
     let lent = params.lend(&mut |loan| {
-        made = match loan.0 {
-            Lent::Exclusive(tensors) | Lent::OnStream(tensors, _) => {
-                with(tensors);
-                Ok(())
-            }
-            Lent::Ordered(params) => params.with_tensors(with).map_err(LendError),
-        };
+        loans += 1;
+        if loans == 1 {
+            made = match loan.0 {
+                Lent::Exclusive(tensors) | Lent::OnStream(tensors, _) => {
+                    with(tensors);
+                    Ok(())
+                }
+                Lent::Ordered(params) => params.with_tensors(rank, with),
+            };
+        }
     });
-    lent.and(made)
+    let lent = lent.and_then(|()| lent_once(loans));
+    made.and(lent.map_err(|failed| Error::LendFailed { rank, reason: failed.to_string() }))
 }

@@ -7,6 +7,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::lend::Begun;
 use super::{Call, Lend, Outcome, ParamAverager, Report};
 use crate::abi::PA_OPEN;
 use crate::{Error, Result};
@@ -20,7 +21,9 @@ use crate::{Error, Result};
 pub struct Pending<'a> {
     averager: &'a mut ParamAverager,
     start: Instant,
-    /// Result, once it is known: nothing was enqueued, or the wait is over.
+    /// The average, until it is over.
+    begun: Option<Begun>,
+    /// Its result, once it is known.
     over: Option<Result<Outcome>>,
 }
 
@@ -61,8 +64,8 @@ impl ParamAverager {
 
     fn start_call<P: Lend + ?Sized>(&mut self, params: &mut P, call: Call) -> Result<Pending<'_>> {
         let start = Instant::now();
-        let over = self.average_lent(params, call, false, start)?.map(Ok);
-        Ok(Pending { averager: self, start, over })
+        let begun = self.average_lent(params, call, false, start)?;
+        Ok(Pending { averager: self, start, begun: Some(begun), over: None })
     }
 
     /// Waits for a stream on which a graph with an average in it has been launched, and returns the
@@ -112,7 +115,7 @@ impl ParamAverager {
             return refuse(self.rank(), found.into(), expected);
         }
         // SAFETY: the caller's promise.
-        if waits && unsafe { self.is_capturing(stream) }? {
+        if waits && self.world_size() > 1 && unsafe { self.is_capturing(stream) }? {
             let expected = "one that is not, or ParamAverager::start";
             return refuse(self.rank(), "one that is being captured".into(), expected);
         }
@@ -125,7 +128,8 @@ impl ParamAverager {
     /// It is a stream of the device's primary context.
     pub(super) unsafe fn is_capturing(&mut self, stream: *mut c_void) -> Result<bool> {
         // SAFETY: the caller's promise.
-        unsafe { self.own.engine.is_capturing(stream) }.map_err(|reason| self.device_failed(reason))
+        unsafe { self.own.engine.is_capturing(stream) }
+            .map_err(|unstarted| self.unstarted(unstarted))
     }
 
     #[cfg(feature = "cuda")]
@@ -153,7 +157,8 @@ impl ParamAverager {
 impl Pending<'_> {
     /// True if `wait` returns at once.
     pub fn is_done(&self) -> bool {
-        self.over.is_some() || self.averager.own.engine.is_done()
+        let is_over = self.over.is_some() || self.begun.as_ref().is_some_and(Begun::is_over);
+        is_over || self.averager.own.engine.is_done()
     }
 
     /// Waits until the average is done. `elapsed` of the report is the time from the call of
@@ -163,17 +168,21 @@ impl Pending<'_> {
     /// As [`ParamAverager::average`]; [`Error::InvalidOption`](crate::Error::InvalidOption) if the
     /// average was captured, since it has not run.
     pub fn wait(mut self) -> Result<Report> {
-        self.end().map(Outcome::report)
+        let report = self.end().map(Outcome::report)?;
+        self.averager.unless_late(report)
     }
 
     fn end(&mut self) -> Result<Outcome> {
-        let (averager, start) = (&mut *self.averager, self.start);
-        self.over.get_or_insert_with(|| averager.end(start)).clone()
+        if let Some(begun) = self.begun.take() {
+            self.over = Some(self.averager.conclude(begun, self.start));
+        }
+        self.over.clone().expect("an average that has begun ends")
     }
 }
 
 impl Drop for Pending<'_> {
     fn drop(&mut self) {
         let _ = self.end();
+        let _ = self.averager.take_late();
     }
 }

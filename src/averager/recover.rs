@@ -101,12 +101,14 @@ impl ParamAverager {
         let mut progress = Progress::default();
         let regrouped =
             self.regroup(params, Admission::Copy, false, &mut progress).map_err(Halt::error)?;
-        if let Some(admitted) = regrouped.admitted {
-            return Ok(admitted.report);
-        }
-        self.run(params, Call::by_hand(None))
-            .map(Outcome::report)
-            .map_err(|error| progress.halt(error).error())
+        let report = match regrouped.admitted {
+            Some(admitted) => admitted.report,
+            None => {
+                let made = self.run(params, Call::by_hand(None));
+                made.map(Outcome::report).map_err(|error| progress.halt(error).error())?
+            }
+        };
+        self.unless_late(report)
     }
 
     fn has_failed(&self) -> bool {
@@ -181,7 +183,9 @@ impl ParamAverager {
             };
             match built {
                 Ok(averager) => {
+                    let late = self.take_late();
                     *self = averager;
+                    self.late = self.late.take().or(late);
                     self.options.admission = Admission::None;
                     let (position, admitted) = (self.schedule_position(), self.admitted.take());
                     self.set_position_in_schedule(position);

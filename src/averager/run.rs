@@ -112,7 +112,7 @@ impl ParamAverager {
     }
 
     /// Second half of an average: waits for it.
-    pub(super) fn end(&mut self, start: Instant) -> Result<Outcome> {
+    pub(crate) fn end(&mut self, start: Instant) -> Result<Outcome> {
         if self.own.engine.was_captured() {
             return Err(Error::InvalidOption {
                 rank: self.rank(),

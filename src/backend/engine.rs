@@ -165,12 +165,16 @@ impl Engine {
     ///
     /// # Safety
     /// `stream` belongs to the device's primary context.
-    pub(crate) unsafe fn is_capturing(&self, stream: *mut c_void) -> Result<bool, String> {
-        match self {
-            Engine::Cpu { .. } => Ok(false),
-            // SAFETY: guaranteed by the caller.
-            Engine::Cuda(rank) => Ok(unsafe { rank.is_capturing(stream.cast()) }?),
-        }
+    pub(crate) unsafe fn is_capturing(&self, stream: *mut c_void) -> Result<bool, Unstarted> {
+        let Engine::Cuda(rank) = self else { return Ok(false) };
+        // SAFETY: guaranteed by the caller.
+        unsafe { rank.is_capturing(stream.cast()) }.map_err(|failed| {
+            let is_of_capture = failed.is_of_capture();
+            match (is_of_capture, String::from(failed)) {
+                (true, failure) => Unstarted::beside_a_capture(&failure),
+                (false, failure) => Unstarted::Failed(failure),
+            }
+        })
     }
 
     /// The reason why an average can't be enqueued on this stream, if there is one.

@@ -47,7 +47,9 @@ impl Context {
     }
 }
 
-absent!(Failed {});
+absent!(Failed {
+    fn is_of_capture() -> bool;
+});
 
 impl From<Failed> for String {
     fn from(failed: Failed) -> String {

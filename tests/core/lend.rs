@@ -1,11 +1,12 @@
 //! Models that lend their tensors: when they are asked, and what a rank that can't lend does to the
 //! others.
 
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Mutex;
 
 use param_averager::{
-    Action, Algorithm, Error, Lend, LendError, Loan, LocalSgd, ParamAverager, Schedule, TensorMut,
-    TensorState,
+    Action, Algorithm, Error, Lend, LendError, Loan, LocalSgd, ParamAverager, Parameters, Schedule,
+    TensorMut, TensorState,
 };
 use test_support::ranks;
 
@@ -23,6 +24,7 @@ enum Fails {
     Forgets,
     Repeats,
     SaysAfterwards,
+    CatchesAPanic,
 }
 
 impl Locked {
@@ -39,6 +41,11 @@ impl Locked {
 impl Lend for Locked {
     fn lend(&mut self, average: &mut dyn FnMut(Loan<'_>)) -> Result<(), LendError> {
         self.lent += 1;
+        if self.fails == Fails::CatchesAPanic {
+            let caught = catch_unwind(AssertUnwindSafe(|| average(Loan::new(&mut Panics))));
+            assert!(caught.is_err());
+            return Ok(());
+        }
         if self.fails == Fails::Says {
             return Err(LendError::new("tensor `w1` is not contiguous"));
         }
@@ -56,6 +63,14 @@ impl Lend for Locked {
             Fails::SaysAfterwards => Err("three".parse::<u32>().unwrap_err().into()),
             _ => Ok(()),
         }
+    }
+}
+
+struct Panics;
+
+impl Parameters for Panics {
+    fn visit<'a>(&'a mut self, _: &mut dyn FnMut(TensorMut<'a>)) {
+        std::panic::resume_unwind(Box::new("a panic")); // without a message on standard error
     }
 }
 
@@ -113,8 +128,47 @@ fn a_rank_that_can_not_lend_is_an_error_on_every_rank() {
 
 #[test]
 fn a_rank_that_lends_nothing_is_an_error_on_every_rank() {
-    with_a_rank_that(Fails::Forgets, |_, ended| {
-        assert!(matches!(ended.unwrap_err(), Error::LendFailed { rank: 1, .. }));
+    for fails in [Fails::Forgets, Fails::CatchesAPanic] {
+        with_a_rank_that(fails, |_, ended| {
+            assert!(matches!(ended.unwrap_err(), Error::LendFailed { rank: 1, .. }));
+        });
+    }
+}
+
+#[test]
+fn each_rank_that_fails_gets_its_own_reason() {
+    ranks(3, |communicator| {
+        let rank = communicator.rank();
+        let mut model = Locked::new(rank as f32);
+        let mut averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        model.fails = [Fails::Says, Fails::No, Fails::Forgets][rank];
+        let error = averager.average(&mut model).unwrap_err();
+        let reason = ["not contiguous", "own error", "without calling"][rank];
+        let named = [0, 0, 2][rank];
+        assert!(matches!(error, Error::LendFailed { rank, .. } if rank == named), "{error:?}");
+        assert!(error.to_string().contains(reason), "{error}");
+    });
+}
+
+/// Its schedule goes on as that of its peers, which know nothing of it.
+#[test]
+fn a_fault_after_the_average_changes_no_schedule() {
+    ranks(2, |communicator| {
+        let rank = communicator.rank();
+        let mut model = Locked::new(rank as f32);
+        let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let mut sgd = LocalSgd::new(averager, Schedule::every(1));
+        if rank == 1 {
+            model.fails = Fails::SaysAfterwards;
+        }
+        let step = sgd.step(&mut model);
+        assert_eq!(step.is_ok(), rank == 0);
+        let late = |error: &Error| matches!(error, Error::AfterAverage { averaged: Some(_), .. });
+        assert!(step.as_ref().err().is_none_or(late), "{step:?}");
+        model.fails = Fails::No;
+        assert_eq!(sgd.averages(), 1);
+        assert_eq!(sgd.finish(&mut model), Ok(Action::Unneeded));
+        assert_eq!(model.values(), vec![0.5; 1006]);
     });
 }
 
@@ -135,14 +189,17 @@ fn a_fault_after_the_average_is_told_as_such() {
 
 #[test]
 fn no_rank_builds_where_one_can_not_lend() {
-    ranks(2, |communicator| {
-        let mut model = Locked::new(0.0);
-        if communicator.rank() == 1 {
-            model.fails = Fails::Says;
-        }
-        let error = ParamAverager::builder(communicator).build(&mut model).unwrap_err();
-        assert!(matches!(error, Error::LendFailed { rank: 1, .. }), "{error:?}");
-    });
+    use Fails::*;
+    for fails in [Says, Forgets, Repeats, SaysAfterwards, CatchesAPanic] {
+        ranks(2, |communicator| {
+            let mut model = Locked::new(0.0);
+            if communicator.rank() == 1 {
+                model.fails = fails;
+            }
+            let error = ParamAverager::builder(communicator).build(&mut model).unwrap_err();
+            assert!(matches!(error, Error::LendFailed { rank: 1, .. }), "{error:?}");
+        });
+    }
 }
 
 #[test]

@@ -22,9 +22,15 @@ impl Ordered for CudaParams<'_> {
     /// Makes the stream wait for earlier uses, and enqueues nothing else.
     fn with_tensors(
         &mut self,
+        rank: usize,
         with: &mut dyn FnMut(&mut dyn Parameters),
-    ) -> std::result::Result<(), String> {
-        let (mut tensors, _) = self.order().map_err(reason)?;
+    ) -> Result<()> {
+        let (mut tensors, _) = self.order().map_err(|error| match failure(error) {
+            Unstarted::Refused { found, expected } => {
+                Error::InvalidOption { rank, option: "stream", found, expected }
+            }
+            Unstarted::Failed(reason) => Error::DeviceFailed { rank, source: reason.into() },
+        })?;
         with(&mut tensors);
         Ok(())
     }
@@ -62,7 +68,11 @@ impl Ordered for CudaParams<'_> {
             averager.keep(stream.clone());
         }
         if let Err(error) = events.iter().try_for_each(|event| event.record(stream)) {
-            // Later uses would not wait for the average, so it is waited for here.
+            // Later uses would not wait for the average, so it is waited for here; and peers learn
+            // that this rank has completed it, before they learn that it departs.
+            if outcome.is_none() {
+                let _ = averager.end(start);
+            }
             return Err(averager.device_failed(reason(error)));
         }
         Ok(outcome)
@@ -110,11 +120,15 @@ impl ParamAverager {
 
     /// Error of the driver while it ordered the null stream, or work on it.
     fn not_beside_a_capture(&mut self, error: DriverError) -> Error {
-        let failure = reason(error);
-        self.unstarted(match is_of_capture(error.0) {
-            true => Unstarted::beside_a_capture(&failure),
-            false => Unstarted::Failed(failure),
-        })
+        self.unstarted(failure(error))
+    }
+}
+
+/// Failure of the driver at what orders a stream, which a capture may forbid.
+fn failure(error: DriverError) -> Unstarted {
+    match is_of_capture(error.0) {
+        true => Unstarted::beside_a_capture(&reason(error)),
+        false => Unstarted::Failed(reason(error)),
     }
 }
 
