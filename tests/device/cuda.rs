@@ -9,6 +9,7 @@ pub mod model;
 mod scenarios;
 mod streams;
 mod strict;
+mod way;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

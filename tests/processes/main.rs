@@ -22,6 +22,8 @@ mod meeting;
 #[cfg(target_os = "linux")]
 mod namespaces;
 #[cfg(target_os = "linux")]
+mod several_averagers;
+#[cfg(target_os = "linux")]
 mod stops;
 
 #[cfg(not(target_os = "linux"))]
@@ -61,10 +63,7 @@ fn main() -> std::process::ExitCode {
             deaths::kill_at_any_step_of_3_ranks,
             deaths::kill_at_some_steps_of_4_and_8_ranks: stress,
             deaths::kill_at_any_step_of_2_ranks,
-            deaths::averagers_are_recovered_in_any_order,
             deaths::the_longest_timeouts_are_timeouts,
-            deaths::local_sgds_that_are_recovered_in_different_orders_are_told_so,
-            deaths::dropped_averager_is_named,
             deaths::kill_is_noticed_at_once,
             deaths::stopped_rank_is_late_and_excluded,
             deaths::kill_is_noticed_at_once_beside_a_stopped_rank,
@@ -72,7 +71,6 @@ fn main() -> std::process::ExitCode {
             deaths::stops_and_kills_at_any_time: stress,
             deaths::training_goes_on_without_a_rank_that_panics,
             deaths::nothing_is_left_of_a_world_that_was_killed,
-            deaths::two_averagers_of_a_world_recover,
             forks::a_forked_child_holds_neither_the_name_nor_a_socket,
             jobs::one_job_meets_however_its_ranks_are_started,
             jobs::jobs_of_ended_shells_and_of_one_shell_never_mix,
@@ -129,6 +127,10 @@ fn main() -> std::process::ExitCode {
             namespaces::ranks_in_two_network_namespaces_are_told_so: network_namespaces,
             namespaces::users_that_are_not_mapped_are_refused: unmapped_users,
             namespaces::a_user_in_a_container_meets_itself_outside: other_containers,
+            several_averagers::averagers_are_recovered_in_any_order,
+            several_averagers::two_averagers_of_a_world_recover,
+            several_averagers::local_sgds_that_are_recovered_in_different_orders_are_told_so,
+            several_averagers::dropped_averager_is_named,
             stops::rank_stopped_before_the_rendezvous,
             stops::rank_stopped_while_it_waits_for_the_others,
             stops::rank_stopped_before_it_builds,

@@ -1,7 +1,8 @@
 //! Ranks on several devices, and mailboxes in memory of the host.
 
 use super::model::{Model, Shape};
-use super::scenarios::{fail, shapes, Way, WAY};
+use super::scenarios::fail;
+use super::way::{shapes, Way, WAY};
 use param_averager::*;
 use test_support::ranks_of;
 

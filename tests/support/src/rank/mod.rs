@@ -3,6 +3,7 @@
 mod model;
 mod pairs;
 mod roles;
+mod survive;
 mod worker;
 
 pub use model::{bytes_used, Model};
