@@ -113,8 +113,8 @@ fn status<'a>(results: &'a Value, name: &str) -> &'a str {
     entry.unwrap_or_else(|| panic!("no {name} in {entries:#?}"))["status"].as_str().unwrap()
 }
 
-pub fn outcomes_are_told_apart() {
-    let folder = folder("outcomes_are_told_apart");
+pub fn outcomes_are_distinguished() {
+    let folder = folder("outcomes_are_distinguished");
     let (bundle, out) = (bundle(&folder), folder.join("out"));
     for (device, simulated) in [("Some GPU", false), ("cudasim (CPU simulation)", true)] {
         let driver = driver(&folder, device);

@@ -307,7 +307,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
     /// Ranks that are threads build and average with every timeout that is longer than they take.
     #[test]
-    fn any_timeout_is_one(
+    fn any_long_timeout_averages(
         seconds in prop_oneof![
             60u64..100,
             any::<u64>().prop_map(|x| x.max(60)),

@@ -263,7 +263,7 @@ fn the_ring_keeps_f32_and_f64_within_the_stated_bound() {
 /// is averaged on it.
 #[cfg(target_arch = "x86_64")]
 #[test]
-fn how_the_thread_of_a_trainer_rounds_does_not_matter() {
+fn rounding_mode_of_the_trainer_does_not_matter() {
     let control = |new: Option<u32>| -> u32 {
         let mut now = 0u32;
         // SAFETY: reads and, if asked to, writes this thread's MXCSR, with its exceptions masked.

@@ -175,7 +175,7 @@ fn an_abort_from_another_thread_ends_every_wait() {
 }
 
 #[test]
-fn an_abort_while_nobody_waits_is_seen_by_the_next_average() {
+fn abort_between_averages_fails_the_next_average() {
     let seen = one_average(
         2,
         WAYS[0],
@@ -215,7 +215,7 @@ fn a_rank_that_drops_its_averager_is_lost_at_once() {
 
 /// Also by those that wait for another one at the time.
 #[test]
-fn a_rank_that_is_gone_is_missed_while_another_is_late() {
+fn departed_rank_is_noticed_while_another_is_late() {
     for way in WAYS {
         let known = std::sync::Barrier::new(2);
         ranks(3, |communicator| {

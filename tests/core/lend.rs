@@ -120,7 +120,7 @@ fn a_rank_that_lends_nothing_is_an_error_on_every_rank() {
 
 /// The average was made before the fault showed, so peers know nothing of it.
 #[test]
-fn a_fault_after_the_average_is_told_as_such() {
+fn fault_after_the_average_is_reported_as_such() {
     for fails in [Fails::Repeats, Fails::SaysAfterwards] {
         with_a_rank_that(fails, |rank, ended| match (rank, ended) {
             (1, Err(Error::AfterAverage { averaged: Some(_), cause })) => {
@@ -146,7 +146,7 @@ fn no_rank_builds_where_one_can_not_lend() {
 }
 
 #[test]
-fn a_single_rank_that_can_not_lend_hears_of_it() {
+fn single_rank_that_can_not_lend_gets_an_error() {
     ranks(1, |communicator| {
         let mut model = Locked::new(0.0);
         let mut averager = ParamAverager::builder(communicator).build(&mut model).unwrap();

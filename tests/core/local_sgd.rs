@@ -36,7 +36,7 @@ fn averages_when_due_and_says_what_it_did() {
 }
 
 #[test]
-fn finish_averages_uneven_ends_and_nothing_when_nobody_stepped() {
+fn finish_averages_uneven_ends_and_nothing_when_no_rank_stepped() {
     let done = ranks(2, |communicator| {
         let rank = communicator.rank();
         let mut model = vec![rank as f64; 4];

@@ -195,7 +195,7 @@ fn tensors_that_begin_to_overlap_are_refused_as_long_as_they_do() {
 /// What a scan found in one average says nothing about the next, whose tensors it may not have
 /// read.
 #[test]
-fn a_nan_of_one_average_is_not_told_in_the_next() {
+fn nan_of_one_average_is_not_reported_in_the_next() {
     for (algorithm, all_or_nothing) in
         [(Algorithm::Direct, true), (Algorithm::Ring, false), (Algorithm::Ring, true)]
     {

@@ -145,7 +145,7 @@ pub fn captures_elsewhere_refuse_only_what_they_must() {
     strict("strict-slices", &[ONE]);
 }
 
-pub fn failing_device_is_told_to_peers_and_waits_for_none() {
+pub fn failing_device_is_reported_to_peers_and_waits_for_none() {
     strict("strict-failures", &[ONE]);
     #[cfg(feature = "cuda")]
     strict("strict-ends", &[ONE]);

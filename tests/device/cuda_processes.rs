@@ -44,7 +44,7 @@ impl Case {
         let Some(mut ranks) = self.start("devices", |_| vec![]) else { return };
         let expected = bits_of_the_cpu(ranks.len());
         for rank in &mut ranks {
-            assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+            assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
             assert_eq!(rank.said("order"), [order]);
             assert_eq!(rank.said("done").len(), 1);
         }
@@ -96,7 +96,7 @@ pub fn a_link_that_is_not_there_is_refused_by_all_processes() {
         let case = Case { devices: &[0, 1], hidden: false, link: "peer", settings };
         let Some(mut ranks) = case.start("devices", |_| vec![]) else { return };
         for rank in &mut ranks {
-            assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+            assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
             let error = &rank.said("error")[0];
             assert!(
                 error.contains("the devices of ranks 0 and 1 don't reach each other's memory"),
@@ -118,7 +118,7 @@ pub fn blocks_of_processes_that_share_a_device_must_fit_on_it_together() {
             return;
         };
         for process in &mut all {
-            assert_eq!(process.end(), Some(3), "{:#?}", process.heard);
+            assert_eq!(process.end(), Some(3), "{:#?}", process.output);
             let error = &process.said("error")[0];
             assert!(error.contains(&format!("1000, on each of {ranks} ranks of cuda:")), "{error}");
         }
@@ -132,18 +132,18 @@ pub fn cpus_and_devices_are_not_in_one_world() {
         [environment.clone(), device].concat()
     });
     for rank in &mut ranks {
-        assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+        assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
         let error = &rank.said("error")[0];
         assert!(error.contains("rank 2 is on cpu and rank 0 on cuda:0"), "{error}");
     }
 }
 
-pub fn a_process_without_its_device_tells_the_others() {
+pub fn missing_device_is_reported_to_all_processes() {
     for (devices, rank) in [(&[7, 0, 0][..], 0), (&[0, 0, 7], 2)] {
         let case = Case { devices, hidden: false, link: "auto", settings: &[ONE] };
         let Some(mut ranks) = case.start("devices", |_| vec![]) else { return };
         for process in &mut ranks {
-            assert_eq!(process.end(), Some(3), "{:#?}", process.heard);
+            assert_eq!(process.end(), Some(3), "{:#?}", process.output);
             let error = &process.said("error")[0];
             assert!(error.contains(&format!("rank {rank} asks for cuda:7")), "{error}");
             assert!(error.contains("CUDA devices, numbered from 0"), "{error}");
@@ -154,14 +154,14 @@ pub fn a_process_without_its_device_tells_the_others() {
 pub fn two_ranks_of_one_process_go_through_the_host() {
     let case = Case { devices: &[0], hidden: false, link: "auto", settings: &[ONE] };
     let Some(mut ranks) = case.start("threads", |_| vec![]) else { return };
-    assert_eq!(ranks[0].end(), Some(0), "{:#?}", ranks[0].heard);
+    assert_eq!(ranks[0].end(), Some(0), "{:#?}", ranks[0].output);
 }
 
 pub fn an_abort_ends_the_kernels_of_all_processes() {
     for case in DOOMED {
         let Some(mut ranks) = case.start("abort", |_| vec![]) else { return };
         for rank in &mut ranks {
-            assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+            assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
             let error = &rank.said("error")[0];
             assert!(error.contains("rank 1") && error.contains("abort"), "{error}");
         }
@@ -180,7 +180,7 @@ fn survivors() -> Vec<(&'static str, String)> {
     vec![("PA_TEST_FINAL", "2".to_owned())]
 }
 
-pub fn processes_go_on_without_one_that_is_killed_at_a_step() {
+pub fn kill_at_a_step_leaves_survivors_running() {
     for (index, case) in DOOMED.into_iter().enumerate() {
         // In the first launch, in the second, and without the commit in the only one.
         for (dead, step, all_or_nothing) in [(0, 1, "1"), (1, 3 + index, "0"), (2, 6 + index, "1")]
@@ -194,23 +194,23 @@ pub fn processes_go_on_without_one_that_is_killed_at_a_step() {
             let Some(mut ranks) = case.start("survive", variables) else {
                 return;
             };
-            assert_eq!(ranks[dead].end(), None, "{:#?}", ranks[dead].heard);
+            assert_eq!(ranks[dead].end(), None, "{:#?}", ranks[dead].output);
             check_survivors(&mut ranks, dead);
         }
     }
 }
 
-pub fn processes_go_on_without_one_that_is_killed_at_any_time() {
+pub fn kill_at_any_time_leaves_survivors_running() {
     let mut chance = Random(seed());
     for case in DOOMED {
         for dead in 0..3 {
             let Some(mut ranks) = case.start("survive", |_| survivors()) else {
                 return;
             };
-            ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+            ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
             std::thread::sleep(Duration::from_micros(chance.below(200_000)));
             ranks[dead].signal(Signal::KILL);
-            assert_eq!(ranks[dead].end(), None, "{:#?}", ranks[dead].heard);
+            assert_eq!(ranks[dead].end(), None, "{:#?}", ranks[dead].output);
             check_survivors(&mut ranks, dead);
         }
     }
@@ -237,22 +237,22 @@ fn one(
 }
 
 /// Such as while all try whether they reach each other's memory.
-pub fn processes_go_on_without_one_that_is_killed_on_its_way_in() {
+pub fn kill_of_a_joiner_leaves_members_running() {
     let Some(environment) = environment(&[TWO]) else { return };
     let (name, mut chance) = (name(), Random(seed()));
     let mut ranks = [0, 1].map(|origin| one(&environment, &name, origin, "0", Some(2)));
-    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
     for _ in 0..8 {
-        let mut guest = one(&environment, &name, 2, "1", None);
+        let mut joiner = one(&environment, &name, 2, "1", None);
         std::thread::sleep(Duration::from_micros(chance.below(1_500_000)));
-        guest.signal(Signal::KILL);
-        assert_eq!(guest.end(), None, "{:#?}", guest.heard);
+        joiner.signal(Signal::KILL);
+        assert_eq!(joiner.end(), None, "{:#?}", joiner.output);
     }
     let mut last = one(&environment, &name, 2, "1", None);
-    last.hear("ready");
+    last.wait_for("ready");
     for rank in ranks.iter_mut().chain([&mut last]) {
-        rank.enough();
-        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        rank.ask_to_end();
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
     }
 }
 
@@ -264,19 +264,19 @@ pub fn a_process_joins_processes_on_devices() {
         let name = name();
         let mut ranks =
             Vec::from([0, 1].map(|origin| one(&environment, &name, origin, "0", Some(2))));
-        ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
         ranks.push(one(&environment, &name, 2, device, None));
-        assert_eq!(ranks[2].hear("joined"), "[0, 1]");
-        assert_eq!(ranks[0].hear("admitted"), ranks[1].hear("admitted"));
-        ranks[2].hear("ready");
+        assert_eq!(ranks[2].wait_for("joined"), "[0, 1]");
+        assert_eq!(ranks[0].wait_for("admitted"), ranks[1].wait_for("admitted"));
+        ranks[2].wait_for("ready");
         std::thread::sleep(Duration::from_millis(100));
         ranks[0].signal(Signal::KILL);
         assert_eq!(ranks[0].end(), None);
-        let agreed = [ranks[1].hear("agreed"), ranks[2].hear("agreed")];
+        let agreed = [ranks[1].wait_for("agreed"), ranks[2].wait_for("agreed")];
         assert_eq!(agreed[0], agreed[1]);
         for rank in &mut ranks[1..] {
-            rank.enough();
-            assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+            rank.ask_to_end();
+            assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
         }
     }
 }
@@ -287,18 +287,18 @@ pub fn stopped_process_disturbs_no_peer_when_it_resumes() {
     for case in DOOMED {
         let soon = |_| vec![("PA_TEST_TIMEOUT_MS", "1500".to_owned())];
         let Some(mut ranks) = case.start("survive", soon) else { return };
-        ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
         std::thread::sleep(Duration::from_micros(chance.below(200_000)));
         ranks[1].signal(Signal::STOP);
-        ranks[0].hear("agreed");
-        ranks[2].hear("agreed");
+        ranks[0].wait_for("agreed");
+        ranks[2].wait_for("agreed");
         ranks[1].signal(Signal::CONT);
-        assert_eq!(ranks[1].end(), Some(5), "{:#?}", ranks[1].heard);
+        assert_eq!(ranks[1].end(), Some(5), "{:#?}", ranks[1].output);
         std::thread::sleep(Duration::from_millis(100));
         for rank in [0, 2] {
-            ranks[rank].enough();
-            assert_eq!(ranks[rank].end(), Some(0), "{:#?}", ranks[rank].heard);
-            assert_eq!(ranks[rank].said("enough").len(), 1);
+            ranks[rank].ask_to_end();
+            assert_eq!(ranks[rank].end(), Some(0), "{:#?}", ranks[rank].output);
+            assert_eq!(ranks[rank].said("ended").len(), 1);
         }
     }
 }

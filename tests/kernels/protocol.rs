@@ -209,9 +209,9 @@ pub fn mutants_that_do_not_fit_are_named() {
             &sources,
         )
     };
-    let one = |edits: &str, told: &[&str]| {
+    let one = |edits: &str, contents: &[&str]| {
         let [problem] = &problems(edits)[..] else { panic!("{edits}: {:?}", problems(edits)) };
-        assert!(told.iter().all(|words| problem.contains(words)), "{edits}: {problem}");
+        assert!(contents.iter().all(|part| problem.contains(part)), "{edits}: {problem}");
     };
     one("    in a.h\n    - h(x);\n", &["mutant 7, the seventh", "a.h", "0 times", "h(x);"]);
     one("    in b.h\n    - f(x);\n", &["mutant 7, the seventh", "b.h", "0 times"]);

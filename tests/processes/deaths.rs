@@ -28,7 +28,7 @@ fn die_at_every_step(n: usize, all_or_nothing: u32, stride: usize) {
             if code == Some(4) {
                 break; // there is no such step
             }
-            assert_eq!(code, None, "{:#?}", ranks[dead].heard);
+            assert_eq!(code, None, "{:#?}", ranks[dead].output);
             check_survivors(&mut ranks, dead);
             steps += 1;
         }
@@ -54,7 +54,7 @@ pub fn kill_at_any_step_of_2_ranks() {
 }
 
 /// Meeting, building, averaging, recovering and joining with a timeout that no clock can add to.
-pub fn the_longest_timeouts_are_timeouts() {
+pub fn longest_timeouts_work() {
     let timeouts =
         [("PA_TEST_TIMEOUT_MS", "longest".to_owned()), ("PA_TEST_MEET_MS", "longest".to_owned())];
     let name = name();
@@ -69,16 +69,16 @@ pub fn the_longest_timeouts_are_timeouts() {
         start(rank, &[("PA_TEST_RANK", rank.to_string()), ("PA_TEST_WORLD", "3".to_owned())])
     };
     let mut ranks: Vec<RankProcess> = (0..3).map(member).collect();
-    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
     ranks[1].signal(Signal::KILL);
-    ranks[0].hear("recovered");
+    ranks[0].wait_for("recovered");
     ranks[1] = start(3, &[("PA_TEST_JOIN", "1".to_owned())]);
-    assert_eq!(ranks[1].hear("joined"), "[0, 2]");
-    assert_eq!(ranks[0].hear("admitted"), ranks[2].hear("admitted"));
-    ranks[1].hear("ready");
+    assert_eq!(ranks[1].wait_for("joined"), "[0, 2]");
+    assert_eq!(ranks[0].wait_for("admitted"), ranks[2].wait_for("admitted"));
+    ranks[1].wait_for("ready");
     for rank in &mut ranks {
-        rank.enough();
-        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        rank.ask_to_end();
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
     }
 }
 
@@ -87,7 +87,7 @@ pub fn the_longest_timeouts_are_timeouts() {
 pub fn kill_is_noticed_at_once() {
     let n = 4;
     let mut ranks = start_all("survive", n, |_| vec![("PA_TEST_FINAL", (n - 1).to_string())]);
-    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
     std::thread::sleep(Duration::from_millis(50));
     let killed = now_us();
     ranks[0].signal(Signal::KILL);
@@ -95,14 +95,14 @@ pub fn kill_is_noticed_at_once() {
     let first = |rank: &RankProcess| -> u128 {
         rank.said("failed")[0].split(' ').next().unwrap().parse().unwrap()
     };
-    let told = ranks[1..].iter().map(first).max().unwrap() - killed;
+    let noticed = ranks[1..].iter().map(first).max().unwrap() - killed;
     let recovered = |rank: &RankProcess| -> u128 {
         rank.said("recovered")[0].split(' ').next().unwrap().parse().unwrap()
     };
     let recovered = ranks[1..].iter().map(recovered).max().unwrap();
-    note!("from the kill to the last error {told} us; recovery {recovered} us");
+    note!("from the kill to the last error {noticed} us; recovery {recovered} us");
     // how fast it is, a benchmark tells
-    assert!(told < 20_000_000, "the timeout, not the death, ended it");
+    assert!(noticed < 20_000_000, "the timeout, not the death, ended it");
 }
 
 /// n ranks, of which `pauses` makes a pause before every average; the others wait for it then.
@@ -123,8 +123,8 @@ fn start_with_a_pause(
         variables
     });
     match pauses {
-        Some(rank) => drop(ranks[rank].hear("pausing")),
-        None => ranks.iter_mut().for_each(|rank| drop(rank.hear("ready"))),
+        Some(rank) => drop(ranks[rank].wait_for("pausing")),
+        None => ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready"))),
     }
     ranks
 }
@@ -137,7 +137,7 @@ fn stop_one(n: usize, pauses: Option<usize>, stopped: usize) {
     ranks[stopped].signal(Signal::STOP);
     let others: Vec<usize> = (0..n).filter(|&rank| rank != stopped).collect();
     for &rank in &others {
-        assert_eq!(ranks[rank].end(), Some(0), "{:#?}", ranks[rank].heard);
+        assert_eq!(ranks[rank].end(), Some(0), "{:#?}", ranks[rank].output);
         let failed = ranks[rank].said("failed");
         let late = format!("Timeout {{ rank: {stopped},");
         assert!(
@@ -147,7 +147,7 @@ fn stop_one(n: usize, pauses: Option<usize>, stopped: usize) {
         assert_eq!(ranks[rank].said("done"), [format!("{others:?}")]);
     }
     ranks[stopped].signal(Signal::CONT);
-    assert_eq!(ranks[stopped].end(), Some(5), "{:#?}", ranks[stopped].heard);
+    assert_eq!(ranks[stopped].end(), Some(5), "{:#?}", ranks[stopped].output);
 }
 
 pub fn stopped_rank_is_late_and_excluded() {
@@ -172,22 +172,25 @@ fn kill_beside_a_stop(n: usize, stopped: usize, dead: usize) {
     let killed = now_us();
     ranks[dead].signal(Signal::KILL);
     let others: Vec<usize> = (0..n).filter(|&rank| rank != stopped && rank != dead).collect();
-    let mut told = 0;
+    let mut noticed = 0;
     for &rank in &others {
-        assert_eq!(ranks[rank].end(), Some(0), "{:#?}", ranks[rank].heard);
+        assert_eq!(ranks[rank].end(), Some(0), "{:#?}", ranks[rank].output);
         let failed = ranks[rank].said("failed");
         let lost = format!("PeerLost {{ rank: {dead}, phase: Meet, committed: false");
         assert!(
             failed[0].contains(&lost),
             "{n} ranks, {stopped} is stopped, {dead} killed: {failed:?}"
         );
-        told = told.max(failed[0].split(' ').next().unwrap().parse::<u128>().unwrap() - killed);
+        noticed =
+            noticed.max(failed[0].split(' ').next().unwrap().parse::<u128>().unwrap() - killed);
         assert_eq!(ranks[rank].said("done"), [format!("{others:?}")]);
     }
-    note!("{n} ranks, {stopped} is stopped, {dead} killed: the others know after {told} us");
-    assert!(told < TIMEOUT.as_micros() / 2, "the stop, not the death, ended it: {told} us");
+    note!(
+        "{n} ranks, {stopped} is stopped, {dead} killed: the others report it after {noticed} us"
+    );
+    assert!(noticed < TIMEOUT.as_micros() / 2, "the stop, not the death, ended it: {noticed} us");
     ranks[stopped].signal(Signal::CONT);
-    assert_eq!(ranks[stopped].end(), Some(5), "{:#?}", ranks[stopped].heard);
+    assert_eq!(ranks[stopped].end(), Some(5), "{:#?}", ranks[stopped].output);
 }
 
 pub fn kill_is_noticed_at_once_beside_a_stopped_rank() {
@@ -209,7 +212,7 @@ pub fn kills_at_any_time() {
         let deaths = 1 + chance.below(n as u64 - 2) as usize;
         let mut ranks =
             start_all("survive", n, |_| vec![("PA_TEST_FINAL", (n - deaths).to_string())]);
-        ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
         let mut alive: Vec<usize> = (0..n).collect();
         for _ in 0..deaths {
             std::thread::sleep(Duration::from_micros(chance.below(20_000)));
@@ -218,7 +221,7 @@ pub fn kills_at_any_time() {
             kills += 1;
         }
         for &rank in &alive {
-            assert_eq!(ranks[rank].end(), Some(0), "rank {rank}: {:#?}", ranks[rank].heard);
+            assert_eq!(ranks[rank].end(), Some(0), "rank {rank}: {:#?}", ranks[rank].output);
             assert_eq!(ranks[rank].said("done"), [format!("{alive:?}")]);
         }
     }
@@ -235,7 +238,7 @@ pub fn stops_and_kills_at_any_time() {
     for _ in 0..runs {
         let n = 3 + chance.below(2) as usize;
         let mut ranks = start_all("survive", n, |_| vec![("PA_TEST_TIMEOUT_MS", "400".to_owned())]);
-        ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
         let mut dead = vec![false; n];
         for _ in 0..3 {
             std::thread::sleep(Duration::from_micros(chance.below(20_000)));
@@ -249,13 +252,13 @@ pub fn stops_and_kills_at_any_time() {
             dead[one] = chance.below(4) == 0;
             ranks[one].signal(if dead[one] { Signal::KILL } else { Signal::CONT });
         }
-        ranks.iter_mut().for_each(|rank| rank.enough());
+        ranks.iter_mut().for_each(|rank| rank.ask_to_end());
         for (rank, process) in ranks.iter_mut().enumerate() {
             match process.end() {
-                None => assert!(dead[rank], "{:#?}", process.heard),
-                Some(0) => assert_eq!(process.said("enough").len(), 1),
+                None => assert!(dead[rank], "{:#?}", process.output),
+                Some(0) => assert_eq!(process.said("ended").len(), 1),
                 Some(5) => left_out += 1,
-                code => panic!("rank {rank} ended with {code:?}: {:#?}", process.heard),
+                code => panic!("rank {rank} ended with {code:?}: {:#?}", process.output),
             }
         }
     }
@@ -271,7 +274,7 @@ pub fn training_goes_on_without_a_rank_that_panics() {
         let mut said = vec![];
         for (rank, process) in ranks.iter_mut().enumerate() {
             let expected = if but == Some(rank) { 6 } else { 0 };
-            assert_eq!(process.end(), Some(expected), "rank {rank}: {:#?}", process.heard);
+            assert_eq!(process.end(), Some(expected), "rank {rank}: {:#?}", process.output);
             said.extend(process.said("trained"));
         }
         assert!(said.windows(2).all(|pair| pair[0] == pair[1]), "{said:?}");
@@ -288,7 +291,7 @@ pub fn training_goes_on_without_a_rank_that_panics() {
 }
 
 /// Killed while they still wait for one another, and while they average.
-pub fn nothing_is_left_of_a_world_that_was_killed() {
+pub fn killed_world_leaves_no_socket_and_no_file() {
     let name = name();
     let sockets = || std::fs::read_to_string("/proc/net/unix").unwrap().matches(&name).count();
     let files = || -> Vec<_> {
@@ -319,7 +322,7 @@ pub fn nothing_is_left_of_a_world_that_was_killed() {
     assert_eq!((sockets(), files()), (0, vec![]));
     // The name is free again at once.
     let mut ranks: Vec<RankProcess> = (0..3).map(rank).collect();
-    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
     ranks.iter().for_each(|rank| rank.signal(Signal::KILL));
     ranks.iter_mut().for_each(|rank| assert_eq!(rank.end(), None));
     assert_eq!((sockets(), files()), (0, vec![]));

@@ -27,7 +27,7 @@ fn be_limited(stage: &str) {
     }
 }
 
-static ENOUGH: AtomicBool = AtomicBool::new(false);
+static END_REQUESTED: AtomicBool = AtomicBool::new(false);
 
 /// Meets, builds, averages and recovers; says of the first error how long after its stage began it
 /// came.
@@ -96,17 +96,17 @@ fn stages(model: &mut Vec<Vec<f32>>) -> Result<usize, (u128, Error)> {
     let mut averager: ParamAverager =
         builder(communicator).channels(2).chunk_bytes(chunk).build(model).map_err(failed(begin))?;
     let begin = come_to("averaging");
-    if number("PA_TEST_LETS_IN").is_some() {
+    if number("PA_TEST_ADMITS").is_some() {
         std::thread::spawn(|| {
             let _ = std::io::stdin().read_line(&mut String::new());
-            ENOUGH.store(true, Ordering::Relaxed);
+            END_REQUESTED.store(true, Ordering::Relaxed);
         });
-        be_limited("letting in");
+        be_limited("admitting");
         loop {
             // Both end after the same average.
             let begin = Instant::now();
-            let enough = vec![f32::from(u8::from(ENOUGH.load(Ordering::Relaxed)))];
-            model[1][..1].copy_from_slice(&enough);
+            let ends = vec![f32::from(u8::from(END_REQUESTED.load(Ordering::Relaxed)))];
+            model[1][..1].copy_from_slice(&ends);
             let report = averager.average(model).map_err(failed(begin))?;
             if model[1][0] != 0.0 {
                 return Ok(averager.world_size());

@@ -126,7 +126,7 @@ fn error(rank: &mut RankProcess, what: &str) -> Option<(u64, String)> {
             let (after, error) = error.split_once(' ').unwrap();
             Some((after.parse().unwrap(), error.to_owned()))
         }
-        _ => panic!("{what}: it ended by {code:?}: {:#?}", rank.heard),
+        _ => panic!("{what}: it ended by {code:?}: {:#?}", rank.output),
     }
 }
 
@@ -141,8 +141,8 @@ fn cell(
     let group = group();
     let mut ranks = world(limit, stage, limited, &group, more);
     // All have begun when the first is told to.
-    ranks.iter_mut().for_each(|rank| drop(rank.hear("starting")));
-    ranks.iter_mut().for_each(|rank| STAGES.iter().for_each(|_| rank.enough()));
+    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("starting")));
+    ranks.iter_mut().for_each(|rank| STAGES.iter().for_each(|_| rank.ask_to_end()));
     let mut errors = vec![];
     for (rank, process) in ranks.iter_mut().enumerate() {
         let dies = rank + 1 == RANKS && process.end().is_none();
@@ -155,10 +155,10 @@ fn cell(
     for (rank, error) in errors.iter().enumerate() {
         let (after, error) = error
             .as_ref()
-            .unwrap_or_else(|| panic!("{what}: rank {rank} is not told: {errors:#?}"));
+            .unwrap_or_else(|| panic!("{what}: rank {rank} has no error: {errors:#?}"));
         let names = |rank: usize| error.contains(&format!("rank {rank} "));
         assert!(error.contains(limit.says) && names(limited), "{what}: rank {rank} says {error}");
-        assert!(*after < SOON_MS, "{what}: rank {rank} was told after {after} ms: {error}");
+        assert!(*after < SOON_MS, "{what}: rank {rank} failed after {after} ms: {error}");
     }
     let latest = errors.iter().flatten().map(|(after, _)| after).max();
     let said = errors[limited].as_ref().unwrap().1.clone();
@@ -227,7 +227,7 @@ pub fn limits_while_recovering_are_named_on_all_ranks() {
 
 /// A world of two members, `limits` being the second one's, that have averaged, and a process that
 /// joins it with limits of its own. The joiner is told of `limit`, soon, and the members go on.
-fn joiner_is_told(
+fn check_joiner(
     limit: Limit,
     what: &str,
     limits: Vec<(&'static str, String)>,
@@ -249,43 +249,43 @@ fn joiner_is_told(
         let variables = [
             ("PA_TEST_RANK", rank.to_string()),
             ("PA_TEST_WORLD", "2".into()),
-            ("PA_TEST_LETS_IN", "1".into()),
+            ("PA_TEST_ADMITS", "1".into()),
         ];
         one(&[&variables[..], if rank == 1 { &limits } else { &[] }].concat())
     };
     let mut members: Vec<RankProcess> = (0..2).map(member).collect();
-    members.iter_mut().for_each(|rank| STAGES[..3].iter().for_each(|_| rank.enough()));
-    members.iter_mut().for_each(|rank| drop(rank.hear("averaged")));
+    members.iter_mut().for_each(|rank| STAGES[..3].iter().for_each(|_| rank.ask_to_end()));
+    members.iter_mut().for_each(|rank| drop(rank.wait_for("averaged")));
     let mut late = one(&[own, vec![("PA_TEST_JOIN", "1".into())]].concat());
-    STAGES.iter().for_each(|_| late.enough());
+    STAGES.iter().for_each(|_| late.ask_to_end());
     let (after, error) = error(&mut late, what).unwrap_or_else(|| panic!("{what}: it was not met"));
     let _ = std::fs::remove_dir(&group);
     assert!(error.contains(limit.says), "{what}: {error}");
-    assert!(after < SOON_MS, "{what}: it was told after {after} ms");
+    assert!(after < SOON_MS, "{what}: it failed after {after} ms");
     note!("{what}: after {after} ms: {error}");
-    members.iter_mut().for_each(|rank| rank.enough());
+    members.iter_mut().for_each(|rank| rank.ask_to_end());
     for member in &mut members {
-        assert_eq!(member.end(), Some(0), "{what}: {:#?}", member.heard);
-        assert_eq!(member.said("done"), ["2"], "{what}: {:#?}", member.heard);
+        assert_eq!(member.end(), Some(0), "{what}: {:#?}", member.output);
+        assert_eq!(member.said("done"), ["2"], "{what}: {:#?}", member.output);
     }
 }
 
 /// A process that joins and meets a limit leaves, and the others go on.
-pub fn limits_while_joining_harm_nobody_else() {
+pub fn limits_while_joining_harm_no_member() {
     for limit in LIMITS {
         for stage in ["joining", "building"] {
             let what = format!("{}, {stage}", limit.resource);
             if !can_be_set(limit) {
                 continue;
             }
-            joiner_is_told(limit, &what, vec![], variables(limit, stage));
+            check_joiner(limit, &what, vec![], variables(limit, stage));
         }
     }
 }
 
 /// A member that meets a limit when a process comes that wants to join tells it so, and all members
 /// go on.
-pub fn limits_of_members_are_told_to_processes_that_join() {
+pub fn limits_of_members_are_reported_to_joiners() {
     for limit in LIMITS.into_iter().filter(is_asked_for) {
         let what = format!("{} of a member", limit.resource);
         // What a member makes for an averager with the joiner is the table of those that build; no
@@ -298,7 +298,7 @@ pub fn limits_of_members_are_told_to_processes_that_join() {
         if !can_be_set(limit) {
             continue;
         }
-        joiner_is_told(limit, &what, variables(limit, "letting in"), vec![]);
+        check_joiner(limit, &what, variables(limit, "admitting"), vec![]);
     }
 }
 
@@ -318,15 +318,15 @@ pub fn limits_of_ranks_that_are_threads_are_typed_errors() {
             ]);
             all.extend(limit.not_root.then(|| ("PA_TEST_USER", USER.to_string())));
             let mut process = start("limited_threads", &all);
-            process.enough();
+            process.ask_to_end();
             let code = process.end();
             let _ = std::fs::remove_dir(&group);
             let errors = process.said("error");
             if ["memfds", "file size", "descriptors"].contains(&limit.resource) {
-                assert_eq!((code, errors.len()), (Some(0), 0), "{what}: {:#?}", process.heard);
+                assert_eq!((code, errors.len()), (Some(0), 0), "{what}: {:#?}", process.output);
                 continue;
             }
-            assert_eq!((code, errors.len()), (Some(0), 2), "{what}: {:#?}", process.heard);
+            assert_eq!((code, errors.len()), (Some(0), 2), "{what}: {:#?}", process.output);
             assert!(errors[0] == errors[1] && errors[0].contains(limit.says), "{what}: {errors:?}");
             assert!(
                 errors[0].starts_with("Memory { rank: ")
@@ -360,7 +360,7 @@ pub fn any_amount_of_memory_is_enough_or_an_error() {
                     start("limited", &all)
                 };
                 let mut ranks: Vec<RankProcess> = (0..2).map(rank).collect();
-                ranks.iter_mut().for_each(|rank| STAGES.iter().for_each(|_| rank.enough()));
+                ranks.iter_mut().for_each(|rank| STAGES.iter().for_each(|_| rank.ask_to_end()));
                 for rank in &mut ranks {
                     match error(rank, &format!("{} {room} {stage}", limit.resource)) {
                         None => good += 1,
@@ -372,7 +372,7 @@ pub fn any_amount_of_memory_is_enough_or_an_error() {
                 }
             }
         }
-        note!("{}: {good} ranks averaged, {bad} were told", limit.resource);
+        note!("{}: {good} ranks averaged, {bad} failed", limit.resource);
         assert!(good > 0 && bad > 0, "{}: {good} {bad}", limit.resource);
     }
 }

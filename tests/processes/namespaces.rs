@@ -72,11 +72,11 @@ fn meet_die_and_join(unshare: &[&str]) {
             rank(before(number), "survive", &name, (number, 3), &[("PA_TEST_FINAL", "4")])
         };
         let mut ranks: Vec<RankProcess> = (0..3).map(begin).collect();
-        ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
         let mut killed = ranks.remove(dead);
         let _ = killed.child.kill();
         assert_eq!(killed.end(), None);
-        ranks.iter_mut().for_each(|rank| drop(rank.hear("recovered")));
+        ranks.iter_mut().for_each(|rank| drop(rank.wait_for("recovered")));
         for (number, before) in [unshare, &[]].into_iter().enumerate() {
             let origin = (3 + number).to_string();
             let more = [
@@ -87,7 +87,7 @@ fn meet_die_and_join(unshare: &[&str]) {
             ranks.push(rank(before, "survive", &name, (0, 3), &more));
         }
         for rank in &mut ranks {
-            assert_eq!(rank.end(), Some(0), "{inside:?}: {:#?}", rank.heard);
+            assert_eq!(rank.end(), Some(0), "{inside:?}: {:#?}", rank.output);
             assert_eq!(rank.said("done").len(), 1);
         }
     }
@@ -98,10 +98,10 @@ pub fn a_name_is_held_across_namespaces() {
     for (first, second) in [(CONTAINER, CONTAINER), (CONTAINER, &[]), (&[], CONTAINER)] {
         let name = name();
         let mut first = rank(first, "hold", &name, (0, 1), &[]);
-        first.hear("ready");
+        first.wait_for("ready");
         let begin = Instant::now();
         let mut second = rank(second, "hold", &name, (0, 1), &[]);
-        assert_eq!(second.end(), Some(3), "{:#?}", second.heard);
+        assert_eq!(second.end(), Some(3), "{:#?}", second.output);
         let error = &second.said("error")[0];
         assert!(
             error.contains("of another PID namespace") && error.contains("which began"),
@@ -112,14 +112,14 @@ pub fn a_name_is_held_across_namespaces() {
 }
 
 /// Where ranks can't meet, both sides are told what may be the cause.
-pub fn ranks_in_two_network_namespaces_are_told_so() {
+pub fn ranks_in_two_network_namespaces_are_an_error() {
     let (name, soon) = (name(), [("PA_TEST_MEET_MS", "700")]);
     let mut ranks =
         [rank(&[], "hold", &name, (0, 2), &soon), rank(NETWORK, "hold", &name, (1, 2), &soon)];
     let more = [("PA_TEST_JOIN", "1"), soon[0]];
     let mut late = rank(NETWORK, "hold", &name, (0, 2), &more);
     for rank in ranks.iter_mut().chain([&mut late]) {
-        assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+        assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
         let error = &rank.said("error")[0];
         assert!(
             error.contains("one network namespace") && error.contains("as one user"),
@@ -134,13 +134,13 @@ pub fn users_that_are_not_mapped_are_refused() {
     let begin = Instant::now();
     for number in [0, 1] {
         let mut rank = rank(NOBODY, "hold", &name, (number, 2), &[]);
-        assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+        assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
         let error = &rank.said("error")[0];
         assert!(error.contains("runs as user 65534") && error.contains("uid_map"), "{error}");
     }
     let mut late = rank(NOBODY, "hold", &name, (0, 2), &[("PA_TEST_JOIN", "1")]);
-    assert_eq!(late.end(), Some(3), "{:#?}", late.heard);
-    assert!(late.said("error")[0].contains("runs as user 65534"), "{:#?}", late.heard);
+    assert_eq!(late.end(), Some(3), "{:#?}", late.output);
+    assert!(late.said("error")[0].contains("runs as user 65534"), "{:#?}", late.output);
     assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
 }
 
@@ -155,7 +155,7 @@ pub fn a_user_in_a_container_meets_itself_outside() {
         let mut ranks =
             [rank(&first, "meet", &name, (0, 2), &[]), rank(&second, "meet", &name, (1, 2), &[])];
         for rank in &mut ranks {
-            assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+            assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
             assert_eq!(rank.said("averaged"), ["2"]);
         }
     }
@@ -167,7 +167,7 @@ pub fn a_user_in_a_container_meets_itself_outside() {
         rank(&inside(OTHER), "hold", &name, (1, 2), &soon),
     ];
     for rank in &mut ranks {
-        assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
-        assert!(rank.said("error")[0].contains("as one user"), "{:#?}", rank.heard);
+        assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
+        assert!(rank.said("error")[0].contains("as one user"), "{:#?}", rank.output);
     }
 }

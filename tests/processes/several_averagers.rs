@@ -20,7 +20,7 @@ pub fn averagers_are_recovered_in_any_order() {
                 ("PA_TEST_AVERAGERS", averagers.to_string()),
             ]
         });
-        ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
         std::thread::sleep(Duration::from_micros(chance.below(30_000)));
         let first = chance.below(n as u64) as usize;
         for dead in (0..deaths).map(|next| (first + next) % n) {
@@ -30,7 +30,7 @@ pub fn averagers_are_recovered_in_any_order() {
         }
         let is_dead = |rank: usize| (rank + n - first) % n < deaths;
         for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| !is_dead(*rank)) {
-            assert_eq!(process.end(), Some(0), "round {round}, rank {rank}: {:#?}", process.heard);
+            assert_eq!(process.end(), Some(0), "round {round}, rank {rank}: {:#?}", process.output);
             assert_eq!(process.said("many of"), [(n - deaths).to_string()]);
             assert!(!process.said("recovered").is_empty());
         }
@@ -42,28 +42,28 @@ pub fn averagers_are_recovered_in_any_order() {
 pub fn two_averagers_of_a_world_recover() {
     let n = 3;
     let mut ranks = start_all("two", n, |_| vec![]);
-    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
     ranks[0].signal(Signal::KILL);
     for rank in &mut ranks[1..] {
-        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
         assert_eq!(rank.said("two of"), ["2"]);
     }
 }
 
 /// Each `LocalSgd` makes an average when it is recovered, so ranks that begin with different ones
 /// would wait for one another: they are told at once.
-pub fn local_sgds_that_are_recovered_in_different_orders_are_told_so() {
+pub fn local_sgds_recovered_in_different_orders_fail_at_once() {
     let mut ranks = start_all("two_sgd", 3, |_| vec![]);
-    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
     ranks[2].signal(Signal::KILL);
     let start = Instant::now();
     for rank in &mut ranks[..2] {
-        let error = rank.hear("error");
+        let error = rank.wait_for("error");
         assert!(
             error.contains("rank 1") && error.contains("in the same order on every rank"),
             "{error}"
         );
-        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
         assert_eq!(rank.said("two of"), ["2"]);
     }
     assert!(start.elapsed() < Duration::from_secs(15), "they waited for the timeout of 20 s");
@@ -72,10 +72,10 @@ pub fn local_sgds_that_are_recovered_in_different_orders_are_told_so() {
 /// An averager that one rank has dropped can't be built again; the others can.
 pub fn dropped_averager_is_named() {
     let mut ranks = start_all("one_dropped", 3, |_| vec![]);
-    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
     ranks[2].signal(Signal::KILL);
     for rank in &mut ranks[..2] {
-        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
         assert_eq!(rank.said("one of"), ["2"]);
     }
     let error = &ranks[0].said("error")[0];

@@ -28,14 +28,14 @@ fn stopped_at(
         let stop = (rank == stopped).then(|| ("PA_TEST_STOP_AT", place.to_owned()));
         timeouts.clone().into_iter().chain(stop).collect()
     });
-    ranks[stopped].hear("stopping");
+    ranks[stopped].wait_for("stopping");
     ranks
 }
 
 /// All of them but `except` end so, with errors of which each holds one of these.
 fn ends(ranks: &mut [RankProcess], except: usize, code: i32, with: &[&str]) {
     for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != except) {
-        assert_eq!(process.end(), Some(code), "rank {rank}: {:#?}", process.heard);
+        assert_eq!(process.end(), Some(code), "rank {rank}: {:#?}", process.output);
         let errors = process.said("error");
         assert!(
             with.iter().any(|with| errors[0].contains(with)),
@@ -47,7 +47,7 @@ fn ends(ranks: &mut [RankProcess], except: usize, code: i32, with: &[&str]) {
 /// Goes on, and ends with one of these errors.
 fn wakes(rank: &mut RankProcess, with: &[&str]) {
     rank.signal(Signal::CONT);
-    assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+    assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
     let errors = rank.said("error");
     assert!(with.iter().any(|with| errors[0].contains(with)), "{errors:?} without {with:?}");
 }
@@ -97,11 +97,11 @@ pub fn rank_stopped_while_it_waits_for_the_others() {
             ends(&mut ranks, 0, 3, &[NO_HOST]);
             // What they said to it is still there, or not; in any case it is alone.
             ranks[0].signal(Signal::CONT);
-            ranks[0].enough();
-            assert!([Some(0), Some(3)].contains(&ranks[0].end()), "{:#?}", ranks[0].heard);
-            let told = [ranks[0].said("error"), ranks[0].said("failed")].concat();
+            ranks[0].ask_to_end();
+            assert!([Some(0), Some(3)].contains(&ranks[0].end()), "{:#?}", ranks[0].output);
+            let errors = [ranks[0].said("error"), ranks[0].said("failed")].concat();
             let why = ["did not arrive within", "has left the world while building"];
-            assert!(why.iter().any(|why| told[0].contains(why)), "{told:?}");
+            assert!(why.iter().any(|why| errors[0].contains(why)), "{errors:?}");
             continue;
         }
         let waiting = come(2);
@@ -116,7 +116,7 @@ pub fn rank_stopped_while_it_waits_for_the_others() {
 /// The others say that it is late, and go on without it, before it wakes up.
 fn go_on_without(ranks: &mut [RankProcess], stopped: usize) {
     for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != stopped) {
-        assert_eq!(process.hear("averaged"), "2", "rank {rank}");
+        assert_eq!(process.wait_for("averaged"), "2", "rank {rank}");
         let failed = process.said("failed");
         assert!(
             failed[0].starts_with(&format!("rank {stopped} did not move for 2s while building")),
@@ -125,8 +125,8 @@ fn go_on_without(ranks: &mut [RankProcess], stopped: usize) {
     }
     wakes(&mut ranks[stopped], &[&format!("rank {stopped} was excluded")]);
     for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != stopped) {
-        process.enough();
-        assert_eq!(process.end(), Some(0), "rank {rank}: {:#?}", process.heard);
+        process.ask_to_end();
+        assert_eq!(process.end(), Some(0), "rank {rank}: {:#?}", process.output);
     }
 }
 
@@ -147,15 +147,15 @@ pub fn rank_stopped_while_it_recovers() {
             .chain(stop.map(|place| ("PA_TEST_STOP_AT", place.to_owned())))
             .collect()
     });
-    ranks[0].hear("stopping");
+    ranks[0].wait_for("stopping");
     ranks[0].signal(Signal::KILL);
-    ranks[2].hear("stopping");
-    ranks[1].hear("recovering");
+    ranks[2].wait_for("stopping");
+    ranks[1].wait_for("recovering");
     std::thread::sleep(Duration::from_millis(50)); // for its message
     ranks[1].signal(Signal::STOP);
     ranks[2].signal(Signal::CONT);
     for rank in &mut ranks[2..] {
-        assert_eq!(rank.hear("averaged"), "2");
+        assert_eq!(rank.wait_for("averaged"), "2");
         let failed = rank.said("failed");
         assert!(failed[0].starts_with("rank 0 has left the world while building"), "{failed:?}");
         // Numbered anew: what was rank 1 is rank 0.
@@ -164,8 +164,8 @@ pub fn rank_stopped_while_it_recovers() {
     }
     wakes(&mut ranks[1], &["was excluded: it did not reach the recovery"]);
     for rank in &mut ranks[2..] {
-        rank.enough();
-        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        rank.ask_to_end();
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
     }
 }
 
@@ -177,8 +177,8 @@ pub fn abort_ends_the_wait_of_building_ranks() {
             vec![]
         }
     });
-    ranks[2].hear("stopping");
-    (0..2).for_each(|rank| drop(ranks[rank].hear("building")));
+    ranks[2].wait_for("stopping");
+    (0..2).for_each(|rank| drop(ranks[rank].wait_for("building")));
     std::thread::sleep(Duration::from_millis(50)); // so that they do wait
     ranks[2].signal(Signal::CONT);
     ends(&mut ranks, 3, 3, &["rank 2 aborted the world while building the averager"]);

@@ -116,7 +116,7 @@ fn refusals() {
         // SAFETY: not what it should be; which is found out before anybody reads it.
         unsafe { TensorMut::from_raw_parts(pointer, model.len(), Dtype::F32, GPU) }
     };
-    let told = |error: Error| {
+    let check = |error: Error| {
         let Error::InvalidTensor { rank: 1, problem, .. } = &error else { panic!("{error}") };
         assert!(problem.contains("does not lie in memory of cuda:0"), "{error}");
     };
@@ -124,7 +124,7 @@ fn refusals() {
         let (rank, mut wrong) = (communicator.rank(), vec![1.0f32; 50]);
         let mut right = Model::new(GPU, &[(Dtype::F32, 50, 0)], 0);
         let builder = ParamAverager::builder(communicator.clone());
-        told(
+        check(
             if rank == 1 {
                 builder.build(&mut host(&mut wrong))
             } else {
@@ -137,13 +137,13 @@ fn refusals() {
         let (longer, pointer) = (1 << 40, right.tensor_address(0) as *mut u8);
         // SAFETY: as above.
         let mut longer = unsafe { TensorMut::from_raw_parts(pointer, longer, Dtype::F32, GPU) };
-        told(
+        check(
             if rank == 1 { builder.build(&mut longer) } else { builder.build(&mut right) }
                 .unwrap_err(),
         );
         let mut averager = ParamAverager::builder(communicator).build(&mut right).unwrap();
         let before = right.bytes().to_vec();
-        told(
+        check(
             if rank == 1 {
                 averager.average(&mut host(&mut wrong))
             } else {

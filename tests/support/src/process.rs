@@ -13,7 +13,7 @@ pub const ROLE: &str = "PA_TEST_ROLE";
 pub struct RankProcess {
     pub child: Child,
     lines: std::sync::mpsc::Receiver<String>,
-    pub heard: Vec<String>,
+    pub output: Vec<String>,
 }
 
 /// Ends this process as a rank's: with what `rank` returns, on a thread of its own. The stack of a
@@ -72,7 +72,7 @@ pub fn spawn(mut command: Command) -> RankProcess {
             let _ = send_errors.send(format!("stderr: {line}"));
         }
     });
-    RankProcess { child, lines, heard: vec![] }
+    RankProcess { child, lines, output: vec![] }
 }
 
 /// Starts n ranks of one world that have nothing but their ranks of their own.
@@ -96,46 +96,46 @@ pub fn start_all(
 
 impl RankProcess {
     /// Waits for a line that begins so, and returns the rest.
-    pub fn hear(&mut self, begin: &str) -> String {
-        self.hear_for(begin, Duration::from_secs(60))
+    pub fn wait_for(&mut self, begin: &str) -> String {
+        self.wait_for_within(begin, Duration::from_secs(60))
     }
 
     /// The same, for so long.
-    pub fn hear_for(&mut self, begin: &str, patience: Duration) -> String {
-        let deadline = Instant::now() + patience;
+    pub fn wait_for_within(&mut self, begin: &str, limit: Duration) -> String {
+        let deadline = Instant::now() + limit;
         let mut next = 0;
         loop {
-            while next < self.heard.len() {
-                if let Some(rest) = self.heard[next].strip_prefix(begin) {
+            while next < self.output.len() {
+                if let Some(rest) = self.output[next].strip_prefix(begin) {
                     return rest.trim().to_owned();
                 }
                 next += 1;
             }
             match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(line) => self.heard.push(line),
-                Err(error) => panic!("no {begin:?} ({error}), only {:#?}", self.heard),
+                Ok(line) => self.output.push(line),
+                Err(error) => panic!("no {begin:?} ({error}), only {:#?}", self.output),
             }
         }
     }
 
     /// Waits for its end, and returns its exit code, or none if a signal ended it. All it has said
-    /// is in `heard`.
+    /// is in `output`.
     pub fn end(&mut self) -> Option<i32> {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
-                self.heard.extend(self.lines.iter());
+                self.output.extend(self.lines.iter());
                 return status.code();
             }
-            assert!(Instant::now() < deadline, "it hangs: {:#?}", self.heard);
-            self.heard.extend(self.lines.try_iter());
+            assert!(Instant::now() < deadline, "it hangs: {:#?}", self.output);
+            self.output.extend(self.lines.try_iter());
             std::thread::sleep(Duration::from_millis(1));
         }
     }
 
     /// The lines that begin so, without that.
     pub fn said(&self, begin: &str) -> Vec<String> {
-        self.heard
+        self.output
             .iter()
             .filter_map(|line| line.strip_prefix(begin))
             .map(|rest| rest.trim().to_owned())
@@ -143,8 +143,8 @@ impl RankProcess {
     }
 
     /// Tells it to end.
-    pub fn enough(&mut self) {
-        let _ = writeln!(self.child.stdin.as_ref().unwrap(), "enough"); // it may be dead
+    pub fn ask_to_end(&mut self) {
+        let _ = writeln!(self.child.stdin.as_ref().unwrap(), "end"); // it may be dead
     }
 
     pub fn signal(&self, signal: rustix::process::Signal) {
@@ -164,8 +164,8 @@ impl Drop for RankProcess {
 pub fn check_survivors(ranks: &mut [RankProcess], dead: usize) {
     let mut agreed = vec![];
     for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != dead) {
-        assert_eq!(process.end(), Some(0), "rank {rank}: {:#?}", process.heard);
-        assert_eq!(process.said("done").len(), 1, "{:#?}", process.heard);
+        assert_eq!(process.end(), Some(0), "rank {rank}: {:#?}", process.output);
+        assert_eq!(process.said("done").len(), 1, "{:#?}", process.output);
         assert!(!process.said("failed").is_empty());
         agreed.extend(process.said("agreed"));
     }
@@ -174,5 +174,5 @@ pub fn check_survivors(ranks: &mut [RankProcess], dead: usize) {
     let lost = |rank: &RankProcess| {
         rank.said("failed").iter().any(|error| error.contains(&format!("PeerLost {{ rank: {dead}")))
     };
-    assert!(ranks.iter().any(lost), "{:#?}", ranks[0].heard);
+    assert!(ranks.iter().any(lost), "{:#?}", ranks[0].output);
 }

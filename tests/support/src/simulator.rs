@@ -61,13 +61,13 @@ pub fn driver() -> Driver {
 }
 
 /// One line for `tests/gpu/suite`, past any capture of the output.
-fn tell(line: &str) {
+fn print_line(line: &str) {
     let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 /// Says on a machine's own driver that a test, or a part of one, is not for it.
 pub fn not_here(reason: &str) {
-    tell(&format!("SKIPPED {reason}"));
+    print_line(&format!("SKIPPED {reason}"));
 }
 
 /// The simulator's sources, beside the checkout.
@@ -162,7 +162,7 @@ pub fn environment(settings: &[Setting<'static>]) -> Option<Vec<(&'static str, S
         }
         Driver::Own => match on_a_machine(&[settings]) {
             Ok(mut left) => {
-                tell(&format!("RAN {settings:?}"));
+                print_line(&format!("RAN {settings:?}"));
                 Some(own(left.remove(0)))
             }
             Err(reason) => {
@@ -192,7 +192,7 @@ pub fn child(scenario: &str, driver: Option<&Driver>, settings: &[Setting<'_>]) 
     match driver {
         Some(Driver::Own) => {
             // A test that says neither this nor SKIPPED has shown nothing.
-            tell(&format!("RAN {scenario} {settings:?}"));
+            print_line(&format!("RAN {scenario} {settings:?}"));
         }
         _ => {
             let simulator =

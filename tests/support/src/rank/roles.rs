@@ -62,7 +62,7 @@ pub fn hold() -> i32 {
 }
 
 /// Lets nobody in until it is told that it is enough, then one.
-pub fn let_in() -> i32 {
+pub fn admit_one() -> i32 {
     let communicator = join().unwrap();
     let mut model = vec![vec![communicator.rank() as f32; 1000]];
     let mut averager = builder(communicator).build(&mut model).unwrap();

@@ -10,14 +10,14 @@ use super::worker::{builder, device, die, is_late, join, now_us, number, say, Us
 use super::Model;
 
 /// Set by a line on the standard input: enough.
-static ENOUGH: AtomicBool = AtomicBool::new(false);
+static END_REQUESTED: AtomicBool = AtomicBool::new(false);
 
 /// Averages, and recovers where somebody was lost, until it was done three times with no more than
 /// `PA_TEST_FINAL` ranks, or until it is told to end.
 pub fn survive() -> i32 {
     std::thread::spawn(|| {
         if std::io::stdin().read_line(&mut String::new()).is_ok_and(|bytes| bytes > 0) {
-            ENOUGH.store(true, Ordering::Relaxed);
+            END_REQUESTED.store(true, Ordering::Relaxed);
         }
     });
     let mut model = Model::new(0, device());
@@ -56,8 +56,8 @@ pub fn survive() -> i32 {
     say("ready");
     let (mut rounds, mut good) = (0, 0);
     loop {
-        if ENOUGH.load(Ordering::Relaxed) {
-            say(&format!("enough {rounds}"));
+        if END_REQUESTED.load(Ordering::Relaxed) {
+            say(&format!("ended {rounds}"));
             return 0;
         }
         model.fill();

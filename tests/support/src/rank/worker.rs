@@ -55,7 +55,7 @@ pub fn run(role: &str) -> i32 {
         "job" => roles::job(),
         "hold" => roles::hold(),
         "fork" => roles::fork(),
-        "let_in" => roles::let_in(),
+        "admit_one" => roles::admit_one(),
         "launched" => roles::launched(),
         "try" => roles::try_to_join(),
         other => panic!("no role {other}"),
