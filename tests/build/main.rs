@@ -1,5 +1,5 @@
-//! What is built, and from what: the build script, the bindings of `kernels/abi.h`, and the suite
-//! that goes to machines with a GPU.
+//! The build: the build script, the bindings of `kernels/abi.h`, and the suite that goes to
+//! machines with a GPU.
 
 mod abi;
 mod build_script;

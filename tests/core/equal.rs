@@ -1,5 +1,5 @@
-//! Averaging what is the same everywhere changes nothing: bit for bit by the direct average; by the
-//! ring for f16 and bf16; within a stated bound by the ring for f32 and f64.
+//! Averages of equal values change nothing: bit for bit by the direct average; by the ring for f16
+//! and bf16; within a stated bound by the ring for f32 and f64.
 
 use param_averager::{Algorithm, Device, Dtype, ParamAverager, Parameters, TensorMut};
 use proptest::prelude::*;
@@ -46,7 +46,7 @@ impl Bits {
         Bits { halves: (0..=u16::MAX).collect(), f32, f64 }
     }
 
-    /// Of rank `rank`, whose values count for nothing.
+    /// Replaces the values of rank `rank`, which has weight 0.
     fn disturb(&mut self, rank: usize) {
         self.halves
             .iter_mut()
@@ -206,7 +206,7 @@ fn the_ring_keeps_every_value_of_f16_and_bf16() {
                 (i + world) % 3 == 0,
                 |model| {
                     let want = &bits.halves;
-                    // Of a NaN only that it is one: narrowing gives the same one for all.
+                    // A NaN stays a NaN; narrowing gives the same NaN for all.
                     check(&what("f16"), &model.f16, want, |got, want| {
                         got == want || is_nan_f16(got) && is_nan_f16(want)
                     });
@@ -259,8 +259,8 @@ fn the_ring_keeps_f32_and_f64_within_the_stated_bound() {
     }
 }
 
-/// A trainer's thread that rounds upwards and takes subnormal numbers for zero does not change what
-/// is averaged on it.
+/// A trainer's thread that rounds upwards and flushes subnormal numbers to zero does not change
+/// averages on it.
 #[cfg(target_arch = "x86_64")]
 #[test]
 fn rounding_mode_of_the_trainer_does_not_matter() {

@@ -1,5 +1,5 @@
-//! Invariants 4, 5 and 7: whatever goes wrong, every rank gets the same typed error in time, and as
-//! long as nobody wrote, every tensor holds the bytes it held before.
+//! Invariants 4, 5 and 7: after every fault all ranks get the same typed error in time, and unless
+//! a rank has written, every tensor holds its bytes from before.
 
 mod leaving;
 
@@ -14,7 +14,7 @@ use test_support::{count, ranks, Guarded, Random};
 use leaving::leave_at;
 
 const TIMEOUT: Duration = Duration::from_millis(600);
-/// How long an error may take beyond the timeout on a machine with more threads than cores.
+/// Time that an error may take beyond the timeout on a machine with more threads than cores.
 const GRACE: Duration = Duration::from_secs(5);
 
 const WAYS: [(Algorithm, bool); 3] =
@@ -42,7 +42,7 @@ fn bytes(model: &[Guarded]) -> Vec<Vec<u8>> {
     model.iter().map(|tensor| tensor.bytes().to_vec()).collect()
 }
 
-/// What one rank of a failing average saw.
+/// Observations of one rank of a failing average.
 struct Seen {
     error: Option<Error>,
     unchanged: bool,
@@ -50,8 +50,8 @@ struct Seen {
     again: Option<Error>,
 }
 
-/// One average after a good one, with a chance for each rank to misbehave first; `None`: it does
-/// not come at all.
+/// An average after a good one. `before` may inject a fault on each rank, and returns the weight,
+/// or `None` for a rank that does not average.
 fn one_average(
     n: usize,
     way: (Algorithm, bool),
@@ -83,12 +83,12 @@ fn one_average(
                 again: averager.average(&mut model).err(),
             }
         });
-        barrier.wait(); // nobody leaves the world before all have an answer
+        barrier.wait(); // no rank leaves the world before all have a result
         seen
     })
 }
 
-/// All ranks that came got `error`, in time, with their tensors as they were.
+/// Asserts that all ranks that averaged got `error`, in time, with unchanged tensors.
 #[track_caller]
 fn expect(seen: &[Option<Seen>], error: &Error) {
     for (rank, seen) in
@@ -213,7 +213,7 @@ fn a_rank_that_drops_its_averager_is_lost_at_once() {
     }
 }
 
-/// Also by those that wait for another one at the time.
+/// A departure is also noticed by ranks that wait for another rank.
 #[test]
 fn departed_rank_is_noticed_while_another_is_late() {
     for way in WAYS {
@@ -225,7 +225,7 @@ fn departed_rank_is_noticed_while_another_is_late() {
             let mut averager = builder(communicator, way).timeout(long).build(&mut model).unwrap();
             averager.average(&mut model).unwrap();
             match rank {
-                0 => drop(known.wait()), // it does not come before rank 2 knows
+                0 => drop(known.wait()), // not before rank 2 has its error
                 1 => return,
                 _ => {}
             }
@@ -270,13 +270,13 @@ fn a_nan_is_rejected_by_all_when_asked_and_named() {
                     element: element as u64,
                 },
             );
-            // Nobody is poisoned: the next average says the same again.
+            // No averager is poisoned: the next average fails by the same error.
             assert!(seen
                 .iter()
                 .flatten()
                 .all(|seen| matches!(seen.again, Some(Error::NonFinite { .. }))));
 
-            // Without being asked, it spreads, as in any mean; with weight 0, it does not.
+            // Without `reject_non_finite` a NaN spreads, as in any mean; with weight 0 it does not.
             let seen = one_average(3, way, |b| b, poison);
             assert!(seen.iter().flatten().all(|seen| seen.error.is_none()));
             let seen = one_average(

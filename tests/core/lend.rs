@@ -1,5 +1,5 @@
-//! Models that lend their tensors: when they are asked, and what a rank that can't lend does to the
-//! others.
+//! Models that lend their tensors: when they are asked, and the errors on all ranks when one cannot
+//! lend.
 
 use std::sync::Mutex;
 
@@ -77,7 +77,7 @@ fn a_model_is_asked_only_when_an_average_is_made() {
     });
 }
 
-/// Averages with three ranks, of which rank 1 fails once, and then once more, all being well.
+/// Averages twice with three ranks; rank 1 fails in the first average only.
 fn with_a_rank_that(fails: Fails, check: impl Fn(usize, Result<(), Error>) + Sync) {
     for algorithm in ALGORITHMS {
         ranks(3, |communicator| {
@@ -118,7 +118,7 @@ fn a_rank_that_lends_nothing_is_an_error_on_every_rank() {
     });
 }
 
-/// The average was made before the fault showed, so peers know nothing of it.
+/// The average was made before the fault showed, so peers get no error.
 #[test]
 fn fault_after_the_average_is_reported_as_such() {
     for fails in [Fails::Repeats, Fails::SaysAfterwards] {

@@ -1,4 +1,4 @@
-//! Local SGD on top: when it averages, what it says, and that it learns.
+//! Local SGD: when it averages, the actions that it returns, and that it learns.
 
 use param_averager::{Action, Error, LocalSgd, ParamAverager, Schedule, TensorState};
 use test_support::{ranks, Random};
@@ -128,8 +128,8 @@ fn schedules_that_differ_are_an_error_everywhere_and_never_a_hang() {
     assert!(errors[0].contains(says) && errors[0] == errors[1], "{errors:?}");
 }
 
-/// The way out that the error names: the rank that has run out of steps calls `finish` again and
-/// again.
+/// Remedy that the error names: a rank without further steps calls `finish` until the others
+/// finish.
 #[test]
 fn a_rank_with_fewer_steps_finishes_until_the_others_do() {
     let seen = ranks(3, |communicator| {

@@ -1,4 +1,4 @@
-//! Ranks that are threads.
+//! Ranks that are threads on CUDA devices.
 
 mod beside;
 mod graphs;
@@ -26,7 +26,7 @@ fn compiler() -> String {
 /// Skips where the driver of `cuda/strict_driver.cpp` can't be had.
 pub fn no_strict_driver() -> Skip {
     match simulator::on_own_driver() {
-        true => None, // which is told from a simulated one when the test runs
+        true => None, // the test itself tells it from a simulated driver
         false => simulator::missing().or_else(|| tool(&compiler(), &["--version"])),
     }
 }
@@ -156,7 +156,7 @@ pub fn a_device_with_too_many_peers_goes_through_the_host() {
 }
 
 pub fn memory_is_freed_after_the_last_average() {
-    scenario("memory", &[&[ONE, ("CUDASIM_MEM_MB", "1024")]]); // nobody else takes memory of it
+    scenario("memory", &[&[ONE, ("CUDASIM_MEM_MB", "1024")]]); // no other process uses its memory
 }
 
 pub fn a_device_that_is_full_says_so() {

@@ -1,4 +1,4 @@
-//! Averages of processes on CUDA devices, their links, and what is left when one of them is killed.
+//! Averages of processes on CUDA devices: links, refusals, kills and joins.
 
 mod ranks;
 
@@ -22,7 +22,7 @@ struct Case {
 }
 
 impl Case {
-    /// With these variables, by rank.
+    /// Starts the ranks. `more`: further variables, by rank.
     fn start(
         &self,
         role: &str,
@@ -79,7 +79,7 @@ pub fn processes_on_two_devices_reach_each_other_or_go_through_the_host() {
     for link in ["auto", "peer", "host"] {
         Case { link, ..two }.averages("[0, 1]");
     }
-    // Each process sees one device only, and calls it its first.
+    // Each process sees one device only, as its device 0.
     for link in ["auto", "peer", "host"] {
         Case { link, hidden: true, ..two }.averages("[0, 1]");
     }
@@ -107,7 +107,7 @@ pub fn a_link_that_is_not_there_is_refused_by_all_processes() {
     }
 }
 
-/// Those that have it by one number, and those that see nothing else and call it their first.
+/// Processes that share a device by one ordinal, and processes that each see it as device 0.
 pub fn blocks_of_processes_that_share_a_device_must_fit_on_it_together() {
     for (devices, hidden, ranks) in
         [(&[0, 0, 1][..], false, 2), (&[0, 1, 1], true, 2), (&[0, 1], true, 1)]
@@ -168,14 +168,14 @@ pub fn an_abort_ends_the_kernels_of_all_processes() {
     }
 }
 
-/// Where ranks are killed: with links of each kind.
+/// Worlds in which ranks are killed, with links of each kind.
 const DOOMED: [Case; 3] = [
     Case { devices: &[0; 3], hidden: false, link: "auto", settings: &[ONE] },
     Case { devices: &[0, 1, 0], hidden: false, link: "host", settings: &[TWO] },
     Case { devices: &[0, 1, 0], hidden: true, link: "auto", settings: &[TWO] },
 ];
 
-/// Until three averages of those that are left were right.
+/// Variables by which two survivors average until they are done.
 fn survivors() -> Vec<(&'static str, String)> {
     vec![("PA_TEST_FINAL", "2".to_owned())]
 }
@@ -216,7 +216,7 @@ pub fn kill_at_any_time_leaves_survivors_running() {
     }
 }
 
-/// A rank of its own origin on a device: one of so many that begin, or one that joins.
+/// Starts a rank on a device: one of `begin` first ranks, or a joiner.
 fn one(
     environment: &[(&'static str, String)],
     name: &str,
@@ -236,7 +236,7 @@ fn one(
     start("survive", &variables)
 }
 
-/// Such as while all try whether they reach each other's memory.
+/// The joiner is killed at any time, such as during the probe of peer access.
 pub fn kill_of_a_joiner_leaves_members_running() {
     let Some(environment) = environment(&[TWO]) else { return };
     let (name, mut chance) = (name(), Random(seed()));
@@ -256,8 +256,7 @@ pub fn kill_of_a_joiner_leaves_members_running() {
     }
 }
 
-/// On another device than the others, and where one of them is; then one of those that were there
-/// is killed.
+/// The joiner is on another device than the members, or on the same; then a member is killed.
 pub fn a_process_joins_processes_on_devices() {
     for (settings, device) in [(&[TWO][..], "1"), (&[TWO], "0"), (&[TWO, NO_P2P], "1")] {
         let Some(environment) = environment(settings) else { return };
@@ -281,7 +280,8 @@ pub fn a_process_joins_processes_on_devices() {
     }
 }
 
-/// It may be in the middle of an average, and go on to write where its neighbour's mailbox was.
+/// The process may stop in the middle of an average, and go on to write where its neighbour's
+/// mailbox was.
 pub fn stopped_process_disturbs_no_peer_when_it_resumes() {
     let mut chance = Random(seed());
     for case in DOOMED {

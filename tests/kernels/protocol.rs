@@ -15,7 +15,7 @@ pub use harness::tools;
 use harness::{best_vectors, build, run, unfit, Flavour, How, Vectors};
 use mutants::Mutant;
 
-/// Two jobs at a time: the harness has threads enough of its own.
+/// Runs two jobs at a time: the harness itself has many threads.
 fn two_at_a_time<T: Send, R: Send>(items: Vec<T>, job: impl Fn(T) -> R + Sync) -> Vec<R> {
     let queue = Mutex::new(items.into_iter().enumerate());
     let results = Mutex::new(Vec::new());
@@ -32,7 +32,7 @@ fn two_at_a_time<T: Send, R: Send>(items: Vec<T>, job: impl Fn(T) -> R + Sync) -
     results.sort_by_key(|&(index, _)| index);
     results.into_iter().map(|(_, result)| result).collect()
 }
-/// And one test at a time, for the same reason.
+/// Lock by which one test runs at a time, for the same reason.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
@@ -69,8 +69,8 @@ pub fn every_scenario_is_clean_in_every_build() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-/// Whether a run of a mutant ended as mutants.txt says. What a race does may show before the
-/// sanitizer sees the race.
+/// True if a run of a mutant ended as mutants.txt says. The consequences of a race may show before
+/// the sanitizer reports the race.
 fn allows(mutant: &Mutant, how: &How) -> bool {
     let consequence = matches!(how, How::Wrong(_) | How::Crash(_));
     mutant.expected.iter().any(|word| word == how.word() || word == "race" && consequence)
@@ -106,7 +106,7 @@ pub fn every_mutant_is_caught() {
         &built[flavours.iter().position(|&f| f == flavour).expect("a flavour that was built")]
     };
 
-    // What catches a mutant must let the original pass.
+    // A check that catches a mutant must pass on the original.
     let mut mutants = mutants_and_flavours(vectors);
     let mut checks: Vec<(Flavour, &str)> = Vec::new();
     for (mutant, flavour) in &mutants {
@@ -154,7 +154,7 @@ pub fn every_mutant_is_caught() {
             !needs_vectors
         });
     }
-    // Those that hang first: they take longest.
+    // Mutants that hang run first: they take longest.
     mutants.sort_by_key(|(mutant, _)| !mutant.expected.iter().any(|word| word == "hang"));
     let mut rows = two_at_a_time(mutants, |(mutant, flavour)| {
         // A race that has to be met may take several runs.

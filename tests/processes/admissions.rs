@@ -1,5 +1,4 @@
-//! Effects of letting a process in on the models of the others, and the errors when it fails half
-//! way.
+//! Effects of an admission on the models of the members, and the errors when it fails half way.
 
 use std::io::BufRead;
 use std::time::Duration;
@@ -51,8 +50,8 @@ impl Parameters for Mixed {
     }
 }
 
-/// Averages until a process waits to join, takes models of its own, and lets that process in: by
-/// the first of two averagers, which the second finds out.
+/// Averages until a process waits to join, takes models of its own, and admits that process by the
+/// first of two averagers; the second gets `StaleView`.
 pub fn copies() -> i32 {
     let communicator = join().unwrap();
     let origin = number("PA_TEST_ORIGIN").unwrap_or(communicator.rank() as u64);
@@ -72,18 +71,18 @@ pub fn copies() -> i32 {
             assert_eq!(
                 model.digest(),
                 before.digest(),
-                "letting a process in has changed a model of rank {origin}"
+                "the admission has changed a model of rank {origin}"
             );
         }
     }
     let [one, other] = models.each_ref().map(Mixed::digest);
     say(&format!("has {one:x} {other:x} of {}", second.world_size()));
-    second.average(&mut models[1]).unwrap(); // nobody leaves before
+    second.average(&mut models[1]).unwrap(); // no rank leaves before
     0
 }
 
-/// One step of Local SGD after another until one tells more than that it averaged, with the mean of
-/// two ranks' own elements expected after each. A line on the standard input aborts the world.
+/// Steps of Local SGD until one returns more than a plain average, with the mean of two ranks'
+/// elements expected after each. A line on the standard input aborts the world.
 pub fn admits() -> i32 {
     let communicator = join().unwrap();
     let origin = communicator.rank();
@@ -129,7 +128,7 @@ pub fn joins_only() -> i32 {
     0
 }
 
-/// Two ranks that let a process in, which has joined and does not build its averager.
+/// Two ranks that admit a process, which has joined and does not build its averager.
 fn half_way_in(name: &str) -> (Vec<RankProcess>, RankProcess) {
     let member = |rank: usize| {
         let variables = [
@@ -193,7 +192,8 @@ pub fn abort_during_an_admission_reports_both_halves() {
     drop(joiner);
 }
 
-/// A joiner that never builds, or dies: the others have averaged, and say so, also the last one.
+/// The joiner never builds, or dies: the members have averaged, and report it, also the last
+/// member.
 pub fn lost_joiner_does_not_hide_the_average() {
     for last in [false, true] {
         let (mut members, joiner) = half_way_in(&name());

@@ -1,5 +1,5 @@
-//! Ranks that are killed or stopped, at every step and at any time: nobody hangs, nothing is wrong,
-//! the others go on.
+//! Ranks that are killed or stopped, at every step and at any time: no rank hangs, no element is
+//! wrong, the others go on.
 
 use std::time::{Duration, Instant};
 
@@ -9,7 +9,8 @@ use test_support::process::{check_survivors, name, start, start_all, RankProcess
 use test_support::rank::now_us;
 use test_support::{count, note, seed, Random};
 
-/// `all_or_nothing`: 1 or 0. Of `stride` steps one, not the same for all ranks.
+/// Kills every rank before every `stride`th step, with another first step for each rank.
+/// `all_or_nothing`: 1 or 0.
 fn die_at_every_step(n: usize, all_or_nothing: u32, stride: usize) {
     let mut steps = 0;
     for dead in 0..n {
@@ -82,8 +83,7 @@ pub fn longest_timeouts_work() {
     }
 }
 
-/// From the death to the error and from the error to the new world, as seen by the slowest
-/// survivor.
+/// Times from the kill to the error and from the error to the new world, of the slowest survivor.
 pub fn kill_is_noticed_at_once() {
     let n = 4;
     let mut ranks = start_all("survive", n, |_| vec![("PA_TEST_FINAL", (n - 1).to_string())]);
@@ -101,11 +101,11 @@ pub fn kill_is_noticed_at_once() {
     };
     let recovered = ranks[1..].iter().map(recovered).max().unwrap();
     note!("from the kill to the last error {noticed} us; recovery {recovered} us");
-    // how fast it is, a benchmark tells
+    // benches/processes.rs measures it
     assert!(noticed < 20_000_000, "the timeout, not the death, ended it");
 }
 
-/// n ranks, of which `pauses` makes a pause before every average; the others wait for it then.
+/// Starts n ranks, of which `pauses` pauses before every average while the others wait for it.
 fn start_with_a_pause(
     n: usize,
     pauses: Option<usize>,
@@ -129,8 +129,7 @@ fn start_with_a_pause(
     ranks
 }
 
-/// A rank that is stopped before an average, or while it waits for one that pauses and comes then,
-/// or while all average.
+/// Stops a rank before an average, while it waits for a pausing rank, or while all average.
 fn stop_one(n: usize, pauses: Option<usize>, stopped: usize) {
     let mut ranks = start_with_a_pause(n, pauses, n - 1, Duration::from_millis(1500));
     std::thread::sleep(Duration::from_millis(if pauses.is_some() { 150 } else { 20 }));
@@ -162,8 +161,8 @@ pub fn stopped_rank_is_late_and_excluded() {
     }
 }
 
-/// The others wait for the one that is stopped, when another is killed: they hear of it long before
-/// they give up the first.
+/// Kills a rank while the others wait for a stopped one: they report the kill long before the
+/// timeout of the stopped rank.
 fn kill_beside_a_stop(n: usize, stopped: usize, dead: usize) {
     const TIMEOUT: Duration = Duration::from_secs(8);
     let mut ranks = start_with_a_pause(n, Some(stopped), n - 2, TIMEOUT);
@@ -228,8 +227,8 @@ pub fn kills_at_any_time() {
     note!("{kills} kills in {runs} worlds, {:?}: no element wrong, no hang", start.elapsed());
 }
 
-/// Ranks that are stopped for a while, some of them killed then, with a timeout that the while is
-/// around. Who is late is left out, or comes in time for the recovery, or for the average.
+/// Ranks that are stopped for about as long as the timeout, and some of them killed. A late rank is
+/// excluded, or is in time for the recovery, or for the average.
 pub fn stops_and_kills_at_any_time() {
     let runs = count(1, 6);
     let mut chance = Random(seed());
@@ -284,13 +283,13 @@ pub fn training_goes_on_without_a_rank_that_panics() {
     let undisturbed = loss(&mut start_all("train", 4, |_| vec![]), None);
     let panics = |rank| if rank == 1 { vec![("PA_TEST_PANIC", "203".to_owned())] } else { vec![] };
     let disturbed = loss(&mut start_all("train", 4, panics), Some(1));
-    // Noise of variance σ² leaves a loss of about σ² · lr / (2 n) an element, so of a quarter or a
-    // third of it.
+    // Noise of variance σ² leaves a loss of about σ² · lr / (2 n) an element, so a quarter or a
+    // third of σ² · lr / 2.
     note!("loss {undisturbed} undisturbed, {disturbed} with 3 of 4 ranks");
     assert!(disturbed < 2.0 * undisturbed + 0.05 && undisturbed < 1.0, "{undisturbed} {disturbed}");
 }
 
-/// Killed while they still wait for one another, and while they average.
+/// Ranks are killed while they still wait for one another, and while they average.
 pub fn killed_world_leaves_no_socket_and_no_file() {
     let name = name();
     let sockets = || std::fs::read_to_string("/proc/net/unix").unwrap().matches(&name).count();

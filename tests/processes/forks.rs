@@ -1,4 +1,4 @@
-//! Children that a process of a world forks, without exec: they hold nothing of it.
+//! Children that a process of a world forks, without exec: they hold none of the world's resources.
 
 use std::time::{Duration, Instant};
 
@@ -55,7 +55,7 @@ pub fn a_forked_child_holds_neither_the_name_nor_a_socket() {
         rank.ask_to_end();
         assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
     }
-    // The next world of that name begins at once, and lets in who comes late.
+    // The next world of that name begins at once, and admits a joiner.
     let mut next = [rank("survive", 0), rank("survive", 1)];
     next.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
     let late = [

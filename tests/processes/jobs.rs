@@ -1,4 +1,4 @@
-//! Two jobs that use one name: they never mix, never hang, and each is told about the other.
+//! Two jobs that use one name: they never mix, never hang, and the errors of each name the other.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use test_support::count;
 use test_support::note;
 use test_support::process::{command, name, spawn, start, start_all, RankProcess};
 
-/// No process takes longer from the start of the last job.
+/// Maximum duration of a process from the start of the last job.
 const SOON: Duration = Duration::from_secs(30);
 
 /// A shell that starts two ranks by `line`, in which $r is the rank, and waits for them.
@@ -26,8 +26,7 @@ fn shell(line: &str, port: &str, job: usize, more: &[(&str, String)]) -> Command
     sh
 }
 
-/// What two shells say that were started so long after one another. Returns how many ranks of each
-/// have averaged.
+/// Runs two shells, the second started so much later. Returns how many ranks of each have averaged.
 fn play(one: Command, other: Command, apart: Duration) -> [usize; 2] {
     let mut jobs = vec![spawn(one)];
     std::thread::sleep(apart);
@@ -124,7 +123,7 @@ pub fn jobs_of_ended_shells_and_of_one_shell_never_mix() {
 }
 
 /// The process that adopts the ranks of ended shells is in their session, as pid 1 of a container
-/// may be: nothing but process groups tells one job from the other.
+/// may be: only process groups distinguish the jobs.
 pub fn jobs_of_ended_shells_never_mix_where_a_process_of_their_session_adopts_them() {
     let port = name();
     let ended = |job: usize, first: f32, second: f32| {
@@ -168,7 +167,7 @@ pub fn shell_loops_meet_by_themselves() {
     }
 }
 
-/// The loop has ended before its ranks meet, so that their parent is another process.
+/// The loop ends before its ranks meet, so that their parent is another process.
 pub fn ranks_of_an_ended_shell_meet() {
     let own = std::env::current_exe().unwrap();
     let own = format!("{} rank", own.display());
@@ -198,10 +197,11 @@ pub fn jobs_with_one_name_never_mix() {
         }
     }
     note!("{pairs} pairs: in {both} both jobs ran, in {one} one did, in {neither} none; 0 mixed");
-    assert!(one + both > 0, "no job gets into its world");
+    assert!(one + both > 0, "no job has formed its world");
 }
 
-/// The first job's rank 1 comes late, and the second job's rank 0: its rank 1 comes in between.
+/// Rank 1 of the first job and rank 0 of the second are late; rank 1 of the second arrives in
+/// between.
 pub fn an_early_rank_of_another_job_takes_no_place() {
     for _ in 0..count(1, 3) {
         let port = name();
@@ -213,7 +213,7 @@ pub fn an_early_rank_of_another_job_takes_no_place() {
     }
 }
 
-/// As a sweep does that one script starts: what tells the jobs apart is an argument.
+/// Jobs of a sweep, started by one script, differ in an argument.
 pub fn jobs_of_one_process_are_distinguished_by_their_arguments() {
     for _ in 0..count(1, 3) {
         let port = name();
@@ -243,7 +243,7 @@ pub fn jobs_of_one_process_are_distinguished_by_their_arguments() {
     }
 }
 
-/// Jobs that nothing tells apart: who comes second to a number ends both meetings.
+/// Jobs that nothing distinguishes: the second process of a rank fails both meetings.
 pub fn duplicate_rank_fails_the_rendezvous_on_every_rank() {
     for twice in [0, 1] {
         let numbers = [0, 1, twice];
@@ -296,7 +296,7 @@ pub fn a_name_is_held_for_the_life_of_a_world() {
         assert!(names && error.contains("which began"), "{error}");
         assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
     }
-    // A rank 0 that is stopped holds it, too.
+    // A stopped rank 0 holds the name, too.
     world[0].signal(Signal::STOP);
     let mut second = rank(0);
     assert_eq!(second.end(), Some(3));
@@ -329,7 +329,7 @@ pub fn a_job_that_was_killed_restarts_at_once() {
         large.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
         large.iter().for_each(|rank| rank.signal(Signal::KILL));
         let begin = Instant::now();
-        // One that is ready soon.
+        // A job that is ready soon.
         let mut next = [rank(0, 0), rank(1, 0)];
         next.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
         slowest = slowest.max(begin.elapsed());

@@ -9,7 +9,7 @@ use test_support::process::{name, start, start_all, RankProcess};
 use test_support::Random;
 use test_support::{count, note, seed};
 
-/// Starts one rank of a world of this name; `origin` is what its elements are made of.
+/// Starts one of the first ranks of the world `name`; `origin` determines its elements.
 fn first(role: &str, name: &str, n: usize, origin: usize, more: &[(&str, String)]) -> RankProcess {
     let variables = [
         ("PA_TEST_RANK", origin.to_string()),
@@ -19,7 +19,7 @@ fn first(role: &str, name: &str, n: usize, origin: usize, more: &[(&str, String)
     start(role, &[&variables, more].concat())
 }
 
-/// One more.
+/// Starts a joiner of the world `name`.
 fn late(role: &str, name: &str, origin: usize, more: &[(&str, String)]) -> RankProcess {
     let variables = [
         ("PA_TEST_JOIN", "1".to_owned()),
@@ -44,8 +44,7 @@ pub fn processes_join_one_after_the_other_and_at_once() {
         }
         let all: Vec<usize> = (0..end).collect();
         assert_eq!(done, vec![format!("{all:?}"); end]);
-        // All that were there have the same model after each admission, of which one may have come
-        // to nothing.
+        // All first ranks have the same model after each admission; an admission may have failed.
         let admitted = ranks[0].said("admitted");
         for rank in &ranks[..begin] {
             assert_eq!(rank.said("admitted"), admitted);
@@ -57,8 +56,8 @@ pub fn processes_join_one_after_the_other_and_at_once() {
     }
 }
 
-/// NaNs of the new process harm nobody; a handle that was taken before it came aborts the world
-/// that it is in.
+/// The joiner's NaNs reach no model; an abort handle from before the admission aborts the current
+/// world.
 pub fn a_process_joins_a_world_that_rejects_and_one_that_is_aborted() {
     for (variable, fails) in [("PA_TEST_REJECT", 0), ("PA_TEST_ABORT", 1)] {
         let (name, last) =
@@ -71,7 +70,7 @@ pub fn a_process_joins_a_world_that_rejects_and_one_that_is_aborted() {
             assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
             assert_eq!(rank.said("done"), ["[0, 1, 2]"]);
             let failed = rank.said("failed");
-            // The new one may have been on its way, and have come once more.
+            // The joiner may have been joining at the time of the abort, and have joined again.
             let is_late = !rank.said("joined").is_empty();
             assert!(failed.len() == fails || is_late && failed.is_empty(), "{:#?}", rank.output);
             assert!(failed.iter().all(|error| error.contains("Aborted")), "{failed:?}");
@@ -97,7 +96,7 @@ pub fn a_process_joins_a_world_with_two_averagers() {
     }
 }
 
-/// Processes on their way in that are stopped for a while, or for ever.
+/// Joiners that are stopped for a while, or for ever.
 pub fn joiners_may_be_stopped_at_any_time() {
     let rounds = count(1, 6);
     let mut chance = Random(seed());
@@ -118,20 +117,20 @@ pub fn joiners_may_be_stopped_at_any_time() {
         if joiner.child.try_wait().unwrap().is_none() {
             joiner.signal(Signal::KILL);
         }
-        // It was let in, and was lost; or left out; or it was never in.
+        // The joiner was admitted and then lost; or it was excluded; or it was never admitted.
         let code = joiner.end();
         assert!([None, Some(3), Some(5)].contains(&code), "{code:?} {:#?}", joiner.output);
     }
     ranks.iter_mut().for_each(|rank| rank.ask_to_end());
     let codes: Vec<_> = ranks.iter_mut().map(RankProcess::end).collect();
-    // On a machine that is busy, one may itself be late.
+    // On a busy machine a member may itself be late.
     assert!(
         codes.contains(&Some(0)) && codes.iter().all(|code| [Some(0), Some(5)].contains(code)),
         "{codes:?}"
     );
 }
 
-/// Joins, kills of any rank and of those that are on their way in, again and again.
+/// Joins, and kills of members and of joiners, in a random order.
 pub fn joins_and_kills_at_any_time() {
     let rounds = count(4, 30);
     let mut chance = Random(seed());
@@ -144,7 +143,7 @@ pub fn joins_and_kills_at_any_time() {
         let origin = (0..16).find(|origin| ranks.iter().all(|(other, _)| other != origin)).unwrap();
         let mut rank = late("survive", &name, origin, &[]);
         if chance.below(2) == 0 {
-            // it may be in by then, or not
+            // it may have joined by then, or not
             std::thread::sleep(Duration::from_micros(chance.below(40_000)));
             rank.signal(Signal::KILL);
             assert_eq!(rank.end(), None, "{:#?}", rank.output);
@@ -174,7 +173,7 @@ pub fn joins_and_kills_at_any_time() {
     note!("{joins} joins of {rounds}, {kills} kills besides: no element wrong, no hang");
 }
 
-/// The member that is asked last is stopped for longer than a member may be silent.
+/// The member that the joiner asks last is stopped for longer than a member may be silent.
 pub fn a_process_joins_when_a_member_that_was_stopped_goes_on() {
     let (name, last) = (name(), [("PA_TEST_FINAL", "3".to_owned())]);
     let mut ranks: Vec<RankProcess> =
@@ -197,7 +196,7 @@ pub fn refusal_names_the_reason_and_harms_no_member() {
     let error = &nowhere.said("error")[0];
     assert!(error.contains("no world of this name was found on this host within 1.5s"), "{error}");
 
-    // Nobody averages meanwhile.
+    // No rank averages meanwhile.
     let name = name();
     let mut pausing: Vec<RankProcess> = (0..2)
         .map(|origin| first("survive", &name, 2, origin, &[("PA_TEST_PAUSE_MS", "7000".into())]))
@@ -214,7 +213,7 @@ pub fn refusal_names_the_reason_and_harms_no_member() {
     assert!(error.contains("its rank 1 did not answer"), "{error}");
     pausing[1].signal(Signal::CONT);
 
-    // Another model: it is let in to see that, and leaves. The others go on.
+    // Another model: the joiner finds out while it builds, and leaves. The members go on.
     let mut other = late("meet", &name, 2, &[]);
     assert_eq!(other.end(), Some(3), "{:#?}", other.output);
     let error = &other.said("error")[0];
@@ -225,7 +224,7 @@ pub fn refusal_names_the_reason_and_harms_no_member() {
     }
     drop(pausing);
 
-    // A world that ends while it waits.
+    // The world ends while a joiner waits.
     let mut pausing: Vec<RankProcess> = (0..2)
         .map(|origin| first("survive", &name, 2, origin, &[("PA_TEST_PAUSE_MS", "30000".into())]))
         .collect();
@@ -238,7 +237,7 @@ pub fn refusal_names_the_reason_and_harms_no_member() {
     assert!(error.contains("the world has ended"), "{error}");
 }
 
-/// One of four panics, and another takes its place.
+/// One of four ranks panics, and a joiner takes its place.
 pub fn training_goes_on_with_a_process_that_joins() {
     let pause = ("PA_TEST_STEP_US", "8000".to_owned());
     let trained = |ranks: &mut [RankProcess]| -> f64 {
@@ -272,7 +271,7 @@ pub fn training_goes_on_with_a_process_that_joins() {
     assert!(disturbed < 2.0 * undisturbed + 0.05 && undisturbed < 1.0, "{undisturbed} {disturbed}");
 }
 
-/// Tries that come to nothing take nothing from a world.
+/// Failed attempts to join use up no resource of a world.
 pub fn failed_attempts_by_the_thousand_use_up_no_ids() {
     let tries = count(4200, 4200);
     let name = name();

@@ -1,5 +1,4 @@
-//! What launchers say through the environment: each rank meets, or is told within seconds what to
-//! set.
+//! Environment variables of launchers: each rank meets, or fails within seconds with what to set.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -55,7 +54,7 @@ pub fn environment_errors_are_reported_at_once() {
     ]
     .concat();
     assert!(said(&agents).said("error")[0].contains("set MASTER_ADDR to localhost"));
-    // No text, for each variable that is read.
+    // Bytes that are not UTF-8, for each variable that is read.
     for variable in ["RANK", "WORLD_SIZE", "MASTER_PORT", "PARAM_AVERAGER_RENDEZVOUS"] {
         let mut command =
             command(&[], "launched", &[("RANK", "0".into()), ("WORLD_SIZE", "2".into())]);
@@ -128,7 +127,7 @@ pub fn ranks_of_mpich_meet_through_wrappers() {
             assert_eq!(manager.said("averaged"), ["2", "2"], "{proxy}: {:#?}", manager.output);
             continue;
         }
-        // Each wrapper is taken for the manager; who waits is told what the name was taken from.
+        // Each wrapper is taken for the manager; the timeout names the source of the name.
         assert_eq!(manager.said("error").len(), 2, "{:#?}", manager.output);
         let says_so =
             |error: &String| error.contains("made from the process that has started this one");
@@ -197,7 +196,7 @@ pub fn names_have_a_maximum_length() {
     }
 }
 
-/// A user of this test alone: limits count all that a user has.
+/// A user of this test alone: limits count all threads of a user.
 const USER: u32 = 54_323;
 
 /// Skips where this program can't run as another user.
@@ -211,7 +210,7 @@ pub fn another_user() -> Skip {
     (!runs).then(|| "other users can't run programs in this folder".to_owned())
 }
 
-/// A user that has no more threads: all ranks are told, and do not wait.
+/// A user that may start no more threads: all ranks fail at once.
 pub fn rank_0_without_threads_says_so() {
     let name = name();
     let rank = |rank: usize, more: &[(&str, String)]| {
@@ -224,7 +223,7 @@ pub fn rank_0_without_threads_says_so() {
         command.uid(USER);
         spawn(command)
     };
-    // One more than it has: that which listens.
+    // One more thread than the process has: the listener.
     let mut first = rank(0, &[("PA_TEST_MORE_THREADS", "1".into())]);
     first.wait_for("limited");
     std::thread::sleep(Duration::from_millis(300));

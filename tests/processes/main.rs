@@ -1,5 +1,5 @@
-//! Ranks that are processes: they find one another, average, and go on when one of them is killed
-//! or stopped. Every rank is this very program, run with `PA_TEST_ROLE`.
+//! Ranks that are processes: they meet, average, and go on when a rank is killed or stopped. Every
+//! rank is this very program, run with `PA_TEST_ROLE`.
 
 #[cfg(target_os = "linux")]
 mod admissions;

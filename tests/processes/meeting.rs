@@ -1,4 +1,4 @@
-//! How ranks find one another, and what they are told if they do not.
+//! Rendezvous of ranks, and the errors of ranks that do not meet.
 
 use std::io::Write;
 use std::os::linux::net::SocketAddrExt;
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use test_support::process::{name, start, start_all, RankProcess};
 use test_support::Skip;
 
-/// All fail, with an error that holds each of these.
+/// Asserts that all ranks fail, with an error that holds each of these.
 fn all_fail(mut ranks: Vec<RankProcess>, with: &[&str]) {
     for rank in &mut ranks {
         assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
@@ -72,7 +72,7 @@ pub fn torchrun() -> Skip {
     (!there).then(|| format!("no torchrun: set {TORCHRUN}=/path/to/torchrun"))
 }
 
-/// Also again, after one has failed at first.
+/// Two starts: one rank fails in the first, and torchrun starts all again.
 pub fn torchrun_starts_ranks() {
     let torchrun = std::env::var(TORCHRUN).unwrap();
     let program = std::env::current_exe().unwrap();
@@ -108,7 +108,7 @@ pub fn ranks_that_disagree_are_named_on_every_rank() {
     );
 }
 
-/// Once.
+/// The error names rank 1 once.
 pub fn a_rank_that_refuses_by_itself_is_named_on_every_rank() {
     let wrong = |rank| if rank == 1 { vec![("PA_TEST_SLOTS", "3".to_owned())] } else { vec![] };
     let mut ranks = start_all("meet", 3, wrong);
@@ -129,7 +129,7 @@ pub fn ranks_that_do_not_come_are_named() {
     let mut ranks = start_all("meet", 3, soon);
     for (rank, process) in ranks.iter_mut().enumerate() {
         assert_eq!(process.end(), Some(3));
-        // A rank's own patience may end a moment before rank 0's.
+        // A rank's own timeout may end a moment before rank 0's.
         let error = &process.said("error")[0];
         let is_named = error.contains("did not arrive within 500ms: 3, 4");
         assert!(is_named || rank > 0 && error.contains("was not found"), "{error}");
@@ -141,7 +141,7 @@ pub fn ranks_that_do_not_come_are_named() {
     );
 }
 
-/// A rank that runs out of them at any point says so, and nobody hangs.
+/// A rank that runs out of file descriptors at any point reports it, and no rank hangs.
 pub fn a_rank_may_have_too_few_file_descriptors() {
     for short in [0, 2] {
         let mut good = 0;
@@ -166,7 +166,8 @@ pub fn a_rank_may_have_too_few_file_descriptors() {
             let is_named = ["ulimit -n", "open files"].iter().any(|what| why[0].contains(what));
             assert!(is_named, "{most}: {outputs:#?}");
             // Rank 0 needs a socket to listen on, one to answer on, and one more for what comes
-            // with a hello: without these it can't tell the others, which wait until their timeout.
+            // with a hello: without these it cannot report to the others, which wait until their
+            // timeout.
             let names = |rank: &RankProcess| {
                 let error = &rank.said("error")[0];
                 error.contains("ulimit -n") && error.contains(&format!("rank {short} "))
@@ -177,8 +178,8 @@ pub fn a_rank_may_have_too_few_file_descriptors() {
     }
 }
 
-/// Connections that say nothing, half of something, or garbage, many of them, neither keep ranks
-/// out nor get in.
+/// Many connections that send nothing, half a message, or garbage neither delay ranks nor become
+/// peers.
 pub fn foreign_connections_are_not_waited_for() {
     let name = name();
     let variables = |rank: usize| {
@@ -191,7 +192,7 @@ pub fn foreign_connections_are_not_waited_for() {
     let mut host = start("meet", &variables(0));
     let deadline = Instant::now() + Duration::from_secs(20);
     let mut connections = vec![];
-    // Behind the user, as another namespace may number it.
+    // The name follows the user id, which another namespace may map to another number.
     let socket = loop {
         let known = std::fs::read_to_string("/proc/net/unix").unwrap();
         let is_it = |path: &&str| {
@@ -230,7 +231,7 @@ pub fn foreign_connections_are_not_waited_for() {
     );
 }
 
-/// The longest and the shortest that a caller can give.
+/// The longest and the shortest timeout that a caller can give.
 pub fn timeouts_of_any_length_work() {
     let most = ("PA_TEST_MEET_MS", u64::MAX.to_string());
     let name = name();
@@ -257,7 +258,7 @@ pub fn timeouts_of_any_length_work() {
         assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
     }
     let least = ("PA_TEST_MEET_MS", "0".to_owned());
-    // One may find the other there, and be told that it has gone.
+    // A rank may find the other listening, and then see it leave.
     for rank in &mut start_all("meet", 2, |_| vec![least.clone()]) {
         assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
         let error = &rank.said("error")[0];

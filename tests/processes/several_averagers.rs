@@ -1,4 +1,4 @@
-//! Worlds with several averagers, which recover after one of their ranks was killed.
+//! Recovery of several averagers of one world after a rank was killed.
 
 use std::time::{Duration, Instant};
 
@@ -7,7 +7,7 @@ use rustix::process::Signal;
 use test_support::process::start_all;
 use test_support::{count, seed, Random};
 
-/// Every process recovers its averagers in another order, wherever the death has struck each.
+/// Every process recovers its averagers in another order, at any point of each average.
 pub fn averagers_are_recovered_in_any_order() {
     let rounds = count(3, 30);
     let mut chance = Random(seed());
@@ -51,7 +51,7 @@ pub fn two_averagers_of_a_world_recover() {
 }
 
 /// Each `LocalSgd` makes an average when it is recovered, so ranks that begin with different ones
-/// would wait for one another: they are told at once.
+/// would wait for one another: they fail at once instead.
 pub fn local_sgds_recovered_in_different_orders_fail_at_once() {
     let mut ranks = start_all("two_sgd", 3, |_| vec![]);
     ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));

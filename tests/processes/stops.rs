@@ -1,5 +1,5 @@
-//! Ranks that are stopped while they meet, build or recover: the others name them in time, and they
-//! find out when they go on.
+//! Ranks that are stopped while they meet, build or recover: the others name them in time, and the
+//! stopped ranks get an error when they go on.
 
 use std::time::{Duration, Instant};
 
@@ -7,17 +7,17 @@ use rustix::process::Signal;
 
 use test_support::process::{name, start, start_all, RankProcess};
 
-/// For what fails by it.
+/// Timeout of the stage that fails, in ms.
 const SHORT_MS: u64 = 2000;
-/// For what does not.
+/// Timeout of the other stages, in ms.
 const LONG_MS: u64 = 20_000;
 
-/// For the rendezvous, and for builds and recoveries.
+/// Timeouts of the rendezvous, and of builds and recoveries, in ms.
 fn timeouts(meet: u64, build: u64) -> [(&'static str, String); 2] {
     [("PA_TEST_MEET_MS", meet.to_string()), ("PA_TEST_TIMEOUT_MS", build.to_string())]
 }
 
-/// n ranks, of which one stops itself there.
+/// Starts n ranks, of which `stopped` stops itself at `place`.
 fn stopped_at(
     n: usize,
     stopped: usize,
@@ -32,7 +32,8 @@ fn stopped_at(
     ranks
 }
 
-/// All of them but `except` end so, with errors of which each holds one of these.
+/// Asserts that all ranks but `except` end by `code`, with errors of which each holds one of
+/// `with`.
 fn ends(ranks: &mut [RankProcess], except: usize, code: i32, with: &[&str]) {
     for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != except) {
         assert_eq!(process.end(), Some(code), "rank {rank}: {:#?}", process.output);
@@ -44,7 +45,7 @@ fn ends(ranks: &mut [RankProcess], except: usize, code: i32, with: &[&str]) {
     }
 }
 
-/// Goes on, and ends with one of these errors.
+/// Continues a stopped rank, which ends by one of these errors.
 fn wakes(rank: &mut RankProcess, with: &[&str]) {
     rank.signal(Signal::CONT);
     assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
@@ -52,7 +53,7 @@ fn wakes(rank: &mut RankProcess, with: &[&str]) {
     assert!(with.iter().any(|with| errors[0].contains(with)), "{errors:?} without {with:?}");
 }
 
-/// What ranks other than 0 are told when rank 0 says nothing in their time.
+/// Error of the other ranks when rank 0 is silent until their timeout.
 const NO_HOST: &str = "was not found on this host within";
 
 pub fn rank_stopped_before_the_rendezvous() {
@@ -66,7 +67,7 @@ pub fn rank_stopped_before_the_rendezvous() {
     }
 }
 
-/// It has come, so that the world begins, but does not hear of it.
+/// The stopped rank has connected, so the world begins, but it does not receive that message.
 pub fn rank_stopped_while_it_waits_for_the_others() {
     for stopped in [0, 2] {
         let world = name();
@@ -95,7 +96,7 @@ pub fn rank_stopped_while_it_waits_for_the_others() {
             ranks[0].signal(Signal::STOP);
             ranks.extend([come(1), come(2)]);
             ends(&mut ranks, 0, 3, &[NO_HOST]);
-            // What they said to it is still there, or not; in any case it is alone.
+            // Their messages may still be in the socket, or not; in both cases rank 0 is alone.
             ranks[0].signal(Signal::CONT);
             ranks[0].ask_to_end();
             assert!([Some(0), Some(3)].contains(&ranks[0].end()), "{:#?}", ranks[0].output);
@@ -113,7 +114,7 @@ pub fn rank_stopped_while_it_waits_for_the_others() {
     }
 }
 
-/// The others say that it is late, and go on without it, before it wakes up.
+/// The others report the stopped rank as late, and go on without it, before it continues.
 fn go_on_without(ranks: &mut [RankProcess], stopped: usize) {
     for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != stopped) {
         assert_eq!(process.wait_for("averaged"), "2", "rank {rank}");
@@ -137,7 +138,7 @@ pub fn rank_stopped_before_it_builds() {
 }
 
 /// Rank 0 is killed. Rank 2 stops before it recovers, and goes on in time. Rank 1 is stopped
-/// meanwhile, while it waits for rank 2, so that it has said that it takes part: ranks 2 and 3
+/// meanwhile, while it waits for rank 2, so that it has announced that it takes part: ranks 2 and 3
 /// build with it, in vain, and then without it.
 pub fn rank_stopped_while_it_recovers() {
     let mut ranks = start_all("stages", 4, |rank| {
@@ -158,8 +159,8 @@ pub fn rank_stopped_while_it_recovers() {
         assert_eq!(rank.wait_for("averaged"), "2");
         let failed = rank.said("failed");
         assert!(failed[0].starts_with("rank 0 has left the world while building"), "{failed:?}");
-        // Numbered anew: what was rank 1 is rank 0.
-        // It may have built by the time it was stopped, on a machine that is busy.
+        // Ranks are renumbered: rank 1 has become rank 0. On a busy machine it may have built
+        // before it was stopped.
         assert!(failed[1].starts_with("rank 0 did not move for 3s"), "{failed:?}");
     }
     wakes(&mut ranks[1], &["was excluded: it did not reach the recovery"]);

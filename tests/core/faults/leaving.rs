@@ -1,4 +1,4 @@
-//! A rank that leaves at one step of an average, and what each survivor holds afterwards.
+//! A rank that leaves at one step of an average, and the tensors of each survivor afterwards.
 
 use std::time::Instant;
 
@@ -7,7 +7,7 @@ use test_support::{ranks, Guarded};
 
 use super::{builder, bytes, model, GRACE, TIMEOUT};
 
-/// Rank 1 leaves before this step of its second average. Survivors build a new world and agree
+/// Has rank 1 leave before this step of its second average. Survivors build a new world and agree
 /// again.
 pub fn leave_at(n: usize, way: (Algorithm, bool), step: u32) {
     let leaver = 1;

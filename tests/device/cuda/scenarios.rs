@@ -1,4 +1,4 @@
-//! What a child process does.
+//! Scenarios of child processes.
 
 use super::model::Model;
 use super::streams::streams;
@@ -113,7 +113,7 @@ fn refusals() {
     // Memory of the host, at build and later.
     let host = |model: &mut Vec<f32>| {
         let pointer = model.as_mut_ptr().cast();
-        // SAFETY: not what it should be; which is found out before anybody reads it.
+        // SAFETY: the claim is false, which is found out before the memory is read.
         unsafe { TensorMut::from_raw_parts(pointer, model.len(), Dtype::F32, GPU) }
     };
     let check = |error: Error| {
@@ -172,7 +172,7 @@ fn failures() {
     }
 }
 
-/// Everything that may happen to rank 2 of 3 before the commit.
+/// Runs every fault of rank 2 of 3 before the commit.
 pub fn fail(devices: &[Device], link: Link, algorithm: Algorithm, all_or_nothing: bool) {
     let shapes = [(Dtype::F32, 5000, 0), (Dtype::F16, 100, 1)];
     {
@@ -239,7 +239,7 @@ pub fn fail(devices: &[Device], link: Link, algorithm: Algorithm, all_or_nothing
             });
         }
     }
-    // The devices are as good as ever.
+    // The devices still work.
     let way = WAY;
     way.averages(devices, &shapes, &[]);
 }

@@ -1,4 +1,4 @@
-//! Options of an average and the tensors that it is made of, compared with an average on CPUs.
+//! Options of an average, and its comparison with the same average on CPUs.
 
 use std::time::Duration;
 
@@ -8,11 +8,11 @@ use test_support::ranks_of;
 
 use super::model::{Model, Shape};
 
-/// How an average is made.
+/// Options of an average.
 #[derive(Clone, Debug)]
 pub struct Way {
     pub ranks: usize,
-    /// By rank, over and over.
+    /// Ordinals by rank, repeated for more ranks.
     pub devices: &'static [usize],
     pub link: Link,
     pub algorithm: Algorithm,
@@ -69,8 +69,8 @@ impl Way {
             .build(model)
     }
 
-    /// Two averages of fresh models, and what came of them. The model of rank `order[p]` of a ring
-    /// on devices is that of rank p of one on CPUs, so that both make their sums in the same order.
+    /// Results of two averages of fresh models. The model of rank `order[p]` of a ring on devices
+    /// is that of rank p of one on CPUs, so that both make their sums in the same order.
     pub fn averages(&self, devices: &[Device], shapes: &[Shape], order: &[usize]) -> Vec<Vec<u8>> {
         let results = ranks_of(devices, |communicator| {
             let (rank, on) = (communicator.rank(), communicator.device());
@@ -95,7 +95,7 @@ impl Way {
                 );
                 results.push(model.bytes().to_vec());
             }
-            // which says that it leaves, by a copy that the race detector takes for a race
+            // its drop publishes the exit by a copy, which the race detector takes for a race
             (results, averager)
         });
         let results: Vec<_> = results.into_iter().map(|(results, _)| results).collect();
@@ -109,7 +109,7 @@ impl Way {
         results.into_iter().next().unwrap()
     }
 
-    /// With ranks that follow one another around the ring in this order.
+    /// Compares devices with CPUs, for ranks in this order around the ring.
     pub fn compare_in_order(&self, shapes: &[Shape], order: &[usize]) {
         let gpu = self.averages(&self.devices(), shapes, order);
         let cpu = self.averages(&vec![Device::cpu(); self.ranks], shapes, order);
@@ -120,7 +120,7 @@ impl Way {
         self.compare_in_order(shapes, &Vec::from_iter(0..self.ranks));
     }
 
-    /// On devices alone.
+    /// Averages on devices alone.
     pub fn run(&self, shapes: &[Shape]) {
         self.averages(&self.devices(), shapes, &[]);
     }

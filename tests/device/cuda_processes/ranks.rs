@@ -26,7 +26,8 @@ fn hash(bytes: &[u8]) -> u64 {
     fnv1a(bytes.iter().map(|&byte| u64::from(byte)))
 }
 
-/// Averages, checks every element, says what came of it, and drops all. Or whatever its role is.
+/// Runs a role, and returns the exit code. Without another role: averages, checks every element,
+/// prints the bits, and drops all.
 pub fn rank(role: &str) -> i32 {
     let result = match role {
         "abort" => abort(),
@@ -47,12 +48,12 @@ fn averages() -> Result<()> {
     let (rank, world, on) = (communicator.rank(), communicator.world_size(), device());
     assert_eq!(communicator.device(), on);
     // All are allocated before and freed after all averages: a device frees when its kernels are
-    // done, and one that waits for a peer is.
+    // done, including a kernel that waits for a peer.
     let mut models: Vec<Model> = (0..ROUNDS).map(|round| fresh(on, rank, round)).collect();
     let mut other = fresh(on, rank, ROUNDS);
     let context = cudarc::driver::CudaContext::new(model::ordinal(on)).unwrap();
     let used = || Used::now(bytes_used(&context));
-    // Lends nothing, and when it is built, all have closed what was theirs of the others.
+    // Exports no memory; when it is built, all ranks have closed their imports.
     let host = |model: &mut Model| -> Result<()> {
         let builder = ParamAverager::builder(communicator.clone()).link(Link::Host).channels(1);
         builder.timeout(Duration::from_secs(50)).build(model).map(drop)
@@ -69,12 +70,12 @@ fn averages() -> Result<()> {
         check(model, world, round as u64);
         say(&format!("bits {:x}", hash(model.bytes())));
     }
-    // As many channels as there is room for, while the first one lives.
+    // As many channels as fit, while the first averager lives.
     let mut defaults = ParamAverager::builder(communicator.clone())
         .timeout(Duration::from_secs(50))
         .build(&mut other)?;
     defaults.average(&mut other)?;
-    averager.average(&mut models[0])?; // of what is equal: it stays so
+    averager.average(&mut models[0])?; // equal values stay as they are
     models[0].download();
     say(&format!("again {:x}", hash(models[0].bytes())));
     other.download();
@@ -87,8 +88,8 @@ fn averages() -> Result<()> {
     Ok(())
 }
 
-/// Two ranks of a world of processes that are in one process, to which a driver lends none of its
-/// own memory.
+/// Two ranks of a world of processes in one process: a driver opens no IPC handle in the process
+/// that exported it.
 fn threads() -> Result<()> {
     let rank = |rank: usize| {
         let world = Communicator::builder().rank(rank).world_size(2).device(device());
@@ -126,7 +127,7 @@ fn abort() -> Result<()> {
     result.map(drop)
 }
 
-/// Every element is the mean of what all ranks had, as exact as the ring is.
+/// Asserts that every element is the mean over all ranks, as exactly as by the ring.
 fn check(model: &Model, world: usize, round: u64) {
     let before: Vec<Model> = (0..world).map(|rank| fresh(Device::cpu(), rank, round)).collect();
     for (tensor, &(dtype, elements, _)) in SHAPES.iter().enumerate() {
@@ -150,7 +151,7 @@ fn check(model: &Model, world: usize, round: u64) {
     }
 }
 
-/// What threads on CPUs make of the same.
+/// Hashes of the same averages by threads on CPUs.
 pub fn bits_of_the_cpu(world: usize) -> Vec<String> {
     let mut all = ranks(world, |communicator| {
         let rank = communicator.rank();

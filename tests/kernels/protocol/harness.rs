@@ -109,8 +109,8 @@ fn compiler() -> OsString {
     std::env::var_os("CXX").filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".into())
 }
 
-/// The harness of a flavour with the kernels, or with a copy of them that holds all mutants, or why
-/// this machine can't have it. Kept from one run of the tests to the next.
+/// Builds the harness of a flavour with the kernels, or with a copy of them that holds all mutants.
+/// Error: why this machine cannot build it. Kept from one run of the tests to the next.
 pub fn build(flavour: Flavour, with_mutants: Option<&Path>) -> Result<PathBuf, String> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let program = folder.join(format!(
@@ -172,7 +172,7 @@ fn newest_source(kernels: &Path) -> SystemTime {
     sources.map(|path| modified(&path)).max().expect("sources")
 }
 
-/// How a run of the harness ended.
+/// Outcome of a run of the harness.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum How {
     Good,
@@ -212,7 +212,7 @@ impl fmt::Display for How {
     }
 }
 
-/// Runs a harness; with what it printed.
+/// Runs a harness, and returns the outcome and the output.
 pub fn run(flavour: Flavour, program: &Path, arguments: &[&str]) -> (How, String) {
     let mut command = match flavour {
         // ThreadSanitizer maps its shadow where a randomised layout may have put something already.
@@ -259,7 +259,7 @@ fn has_setarch() -> bool {
     quiet(Command::new("setarch").args([OsStr::new("-R"), OsStr::new("true")]))
         .is_ok_and(|status| status.success())
 }
-/// ThreadSanitizer's word for a kernel whose memory layout it can't live with.
+/// True if ThreadSanitizer refused this kernel's memory layout.
 pub fn unfit(text: &str) -> bool {
     text.contains("unexpected memory mapping")
 }

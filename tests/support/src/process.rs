@@ -1,5 +1,5 @@
-//! Ranks that are processes: this very program, started again with `PA_TEST_ROLE`, and what they
-//! say.
+//! Ranks that are processes: this very program, started again with `PA_TEST_ROLE`, and the lines
+//! that they print.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
@@ -34,7 +34,7 @@ pub fn start(role: &str, variables: &[(&str, String)]) -> RankProcess {
     spawn(command(&[], role, variables))
 }
 
-/// What starts one rank, by another program if there is one before it.
+/// Command that starts one rank; `before` is a program that starts it, with arguments, or empty.
 pub fn command(before: &[&str], role: &str, variables: &[(&str, String)]) -> Command {
     let own = std::env::current_exe().unwrap();
     let mut command = match before {
@@ -52,7 +52,7 @@ pub fn command(before: &[&str], role: &str, variables: &[(&str, String)]) -> Com
     command
 }
 
-/// A rank, or what starts some.
+/// Starts a rank, or a program that starts some.
 pub fn spawn(mut command: Command) -> RankProcess {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
@@ -75,7 +75,7 @@ pub fn spawn(mut command: Command) -> RankProcess {
     RankProcess { child, lines, output: vec![] }
 }
 
-/// Starts n ranks of one world that have nothing but their ranks of their own.
+/// Starts n ranks of one world. `variables`: more of them, by rank.
 pub fn start_all(
     role: &str,
     n: usize,
@@ -95,12 +95,12 @@ pub fn start_all(
 }
 
 impl RankProcess {
-    /// Waits for a line that begins so, and returns the rest.
+    /// Waits up to 60 s for a line that begins with `begin`, and returns the rest.
     pub fn wait_for(&mut self, begin: &str) -> String {
         self.wait_for_within(begin, Duration::from_secs(60))
     }
 
-    /// The same, for so long.
+    /// [`wait_for`](Self::wait_for) with another limit.
     pub fn wait_for_within(&mut self, begin: &str, limit: Duration) -> String {
         let deadline = Instant::now() + limit;
         let mut next = 0;
@@ -133,7 +133,7 @@ impl RankProcess {
         }
     }
 
-    /// The lines that begin so, without that.
+    /// Rests of the lines so far that begin with `begin`.
     pub fn said(&self, begin: &str) -> Vec<String> {
         self.output
             .iter()
@@ -142,7 +142,7 @@ impl RankProcess {
             .collect()
     }
 
-    /// Tells it to end.
+    /// Asks the rank to end, by a line on its standard input.
     pub fn ask_to_end(&mut self) {
         let _ = writeln!(self.child.stdin.as_ref().unwrap(), "end"); // it may be dead
     }
@@ -160,7 +160,7 @@ impl Drop for RankProcess {
     }
 }
 
-/// Survivors are done, agree, and have seen `dead` lost first.
+/// Asserts that the survivors are done, agree, and have lost `dead` first.
 pub fn check_survivors(ranks: &mut [RankProcess], dead: usize) {
     let mut agreed = vec![];
     for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != dead) {

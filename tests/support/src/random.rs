@@ -25,8 +25,8 @@ impl Random {
     }
 }
 
-/// How much tests do: `PA_TEST_SCALE`. Not set: little. `full`: what CI does. A number: so many
-/// times that.
+/// Scale of the tests, `PA_TEST_SCALE`. Not set: little. `full`: the counts of CI. A number: so
+/// many times that.
 fn scale() -> Option<usize> {
     match std::env::var("PA_TEST_SCALE").ok()?.as_str() {
         "" => None,

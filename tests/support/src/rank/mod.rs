@@ -1,4 +1,4 @@
-//! What a rank that is a process does in the tests of worlds of processes, on CPUs and on devices.
+//! Roles of ranks that are processes, on CPUs and on devices.
 
 mod model;
 mod pairs;

@@ -1,4 +1,4 @@
-//! A rank that averages, and recovers when a peer is lost, until it has done so often enough.
+//! Role of a rank that averages, checks every element, and recovers when a peer is lost.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,11 +9,11 @@ use param_averager::{Error, TensorState};
 use super::worker::{builder, device, die, is_late, join, now_us, number, say, Used};
 use super::Model;
 
-/// Set by a line on the standard input: enough.
+/// Set by a line on the standard input.
 static END_REQUESTED: AtomicBool = AtomicBool::new(false);
 
-/// Averages, and recovers where somebody was lost, until it was done three times with no more than
-/// `PA_TEST_FINAL` ranks, or until it is told to end.
+/// Averages, and recovers when a peer was lost, until four averages in a row had `PA_TEST_FINAL`
+/// ranks, or until a line on the standard input.
 pub fn survive() -> i32 {
     std::thread::spawn(|| {
         if std::io::stdin().read_line(&mut String::new()).is_ok_and(|bytes| bytes > 0) {
@@ -22,7 +22,7 @@ pub fn survive() -> i32 {
     });
     let mut model = Model::new(0, device());
     if is_late() {
-        model.spoil(); // what it has of its own is nothing to anybody
+        model.spoil(); // a joiner's own values must reach no model
     }
     let (communicator, mut averager) = loop {
         let communicator = match join() {
@@ -40,7 +40,7 @@ pub fn survive() -> i32 {
     };
     let origin = number("PA_TEST_ORIGIN").map_or(communicator.rank(), |origin| origin as usize);
     model.origin = origin;
-    // Who takes part, where that is known.
+    // The ranks that take part, where they are known.
     let mut all = (!is_late()).then(|| (0..communicator.world_size()).collect::<Vec<usize>>());
     drop(communicator);
     let left = number("PA_TEST_FINAL").unwrap_or(0) as usize;
@@ -51,7 +51,7 @@ pub fn survive() -> i32 {
         say(&format!("joined {ranks:?}"));
     }
     let (handle, mut aborted) = (averager.abort_handle(), false);
-    // By the number of ranks.
+    // Resources by the number of ranks.
     let used = BTreeMap::from([(averager.world_size(), Used::now(model.device_bytes_used()))]);
     say("ready");
     let (mut rounds, mut good) = (0, 0);
@@ -102,7 +102,7 @@ pub fn survive() -> i32 {
                 all = None;
                 let refills = number("PA_TEST_REFILL").is_some();
                 if refills {
-                    model.fill(); // of another rank's own when it lets a process in
+                    model.fill(); // own values, not the mean, when it admits a process
                 }
                 match averager.admit_joiner(&mut model) {
                     Ok(report) => {
@@ -143,7 +143,7 @@ pub fn survive() -> i32 {
             Err(error) => panic!("recover: {error}"),
         }
         say(&format!("recovered {} {}", now_us() - start, averager.world_size()));
-        // What some have half written is made one again.
+        // An average makes the ranks equal again where the failed one wrote half.
         match averager.average(&mut model) {
             Ok(_) => {
                 model.download();

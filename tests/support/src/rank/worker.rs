@@ -1,5 +1,5 @@
-//! What a rank does: averages until a failure, checks every element, recovers, and says what it saw
-//! in lines that begin with @.
+//! Role of a rank, chosen by name, and its options, from the environment. A rank prints its results
+//! as lines that begin with @.
 
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +12,7 @@ use param_averager::{
 use super::{pairs, roles, survive};
 
 pub fn say(line: &str) {
-    // Behind whatever the test harness has written.
+    // After a line feed: the test harness may have written half a line.
     let _ = std::io::stdout().write_all(format!("\n@{line}\n").as_bytes());
     let _ = std::io::stdout().flush();
 }
@@ -21,7 +21,7 @@ pub fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().unwrap())
 }
 
-/// In ms, or the longest that there is; else 20 s.
+/// Duration from a variable: in ms, or `longest`. Not set: 20 s.
 fn duration(name: &str) -> Duration {
     match std::env::var(name) {
         Ok(longest) if longest == "longest" => Duration::MAX,
@@ -39,7 +39,7 @@ pub fn die() -> ! {
     unreachable!()
 }
 
-/// Does what this role is, and returns the process's exit code.
+/// Runs a role, and returns the process's exit code.
 pub fn run(role: &str) -> i32 {
     match role {
         "meet" => meet(),
@@ -62,12 +62,12 @@ pub fn run(role: &str) -> i32 {
     }
 }
 
-/// Whether this process comes late.
+/// True if this process joins a world that has begun.
 pub fn is_late() -> bool {
     number("PA_TEST_JOIN").is_some()
 }
 
-/// That of this ordinal, or the CPU.
+/// The CUDA device of the ordinal in `PA_TEST_DEVICE`, or the CPU.
 pub fn device() -> Device {
     number("PA_TEST_DEVICE").map_or(Device::cpu(), |ordinal| Device::cuda(ordinal as usize))
 }
@@ -115,7 +115,7 @@ pub fn builder(communicator: Communicator) -> Builder {
         .chunk_bytes(1 << 10)
 }
 
-/// Finds the others, averages once, says what happened.
+/// Meets, averages once, prints the outcome.
 fn meet() -> i32 {
     if let Some(most) = number("PA_TEST_FILES") {
         let limit = rustix::process::Rlimit { current: Some(most), maximum: Some(most) };
@@ -153,8 +153,8 @@ fn meet() -> i32 {
     }
 }
 
-/// Under torchrun, which starts all ranks again when one fails: rank 1 does, while the others wait
-/// for it.
+/// Under torchrun, which starts all ranks again when one fails: rank 1 fails at first, while the
+/// others wait for it.
 fn restart() -> i32 {
     let is = |name, what| std::env::var(name).is_ok_and(|value| value == what);
     if is("TORCHELASTIC_RESTART_COUNT", "0") && is("RANK", "1") {
@@ -164,7 +164,7 @@ fn restart() -> i32 {
     meet()
 }
 
-/// Stops, if this is the place to do so for the first time.
+/// Stops this process, once, if `PA_TEST_STOP_AT` is this place.
 fn stop_at(place: &str) {
     static STOPPED: AtomicBool = AtomicBool::new(false);
     let is_here = std::env::var("PA_TEST_STOP_AT").is_ok_and(|at| at == place);
@@ -177,8 +177,8 @@ fn stop_at(place: &str) {
     }
 }
 
-/// Finds the others, builds, recovers and builds again until there is an averager, averages, and
-/// waits until it is told to end. On the way it stops where it is told to, or aborts.
+/// Meets, builds, recovers and builds again until there is an averager, averages, and waits for a
+/// line on the standard input. Stops or aborts where `PA_TEST_STOP_AT` says.
 fn stages() -> i32 {
     let timeout = duration("PA_TEST_TIMEOUT_MS");
     let failed = |error: Error| {
@@ -217,13 +217,13 @@ fn stages() -> i32 {
     }
 }
 
-/// What a world takes of its process.
+/// Resources that a world holds in its process.
 #[derive(Debug)]
 pub struct Used {
     files: usize,
-    /// Of memory that has a file, such as that which processes share.
+    /// Mappings of memory with a file, such as shared memory.
     mappings: usize,
-    /// Of the device.
+    /// Bytes of the device.
     bytes: usize,
 }
 
@@ -246,7 +246,7 @@ impl Used {
     }
 }
 
-/// Minimises Σ (x - target)² with noise of each rank's own; rank 1 of 4 panics half way.
+/// Minimises Σ (x - target)² with noise that differs between ranks; rank 1 of 4 panics half way.
 fn train() -> i32 {
     let communicator = join().unwrap();
     let origin = number("PA_TEST_ORIGIN").unwrap_or(communicator.rank() as u64);
