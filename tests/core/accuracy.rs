@@ -23,9 +23,10 @@ struct Case {
 enum Class {
     /// Any bits that are a finite number.
     Any,
-    /// All ranks' values of one magnitude: two to the power of this fraction of the dtype's range.
+    /// All ranks' values of one magnitude: their exponent lies at this fraction of the dtype's
+    /// range.
     Near(f64),
-    /// Below the unit that a sum is rounded to, and a little above.
+    /// Subnormal numbers, and a little above.
     Subnormal,
     /// The largest numbers.
     Huge,
@@ -124,7 +125,7 @@ impl Case {
             let sum: BigInt = values().map(|(x, w)| exact(x) * exact(w)).sum();
             let most = values().map(|(x, _)| x.abs()).fold(0.0, f64::max);
             let got = after[0].get(i);
-            // Near enough to know the mean's ulp by.
+            // An approximation, to determine the mean's ulp.
             let largest = self.weights.iter().copied().fold(0.0, f64::max);
             let near = values().map(|(x, w)| x * (w / largest)).sum::<f64>()
                 / values().map(|(_, w)| w / largest).sum::<f64>();

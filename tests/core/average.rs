@@ -107,7 +107,7 @@ impl Case {
                     let (mean, most) = mean(&values, weights);
                     let sums = if dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
                     // Bound of README. tests/core/accuracy.rs tests it for values and weights of
-                    // every magnitude, and derives it.
+                    // every magnitude.
                     let mut bound =
                         (n + if self.weights.is_some() { 3.0 } else { 0.0 }) * ulp(sums, most);
                     if dtype.size() == 2 {

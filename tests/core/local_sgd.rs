@@ -116,7 +116,7 @@ fn schedules_that_differ_are_an_error_everywhere_and_never_a_hang() {
         let (found, expected) = (found.to_owned(), expected.to_owned());
         assert_eq!(errors, vec![Error::SchedulesDiffer { rank: 2, found, expected }; 3]);
     }
-    // The same step of two schedules.
+    // Two schedules that average at the same step.
     let errors = ranks(2, |communicator| {
         let schedule = Schedule::every(2 + communicator.rank() as u64).after_warmup(1);
         let mut model = vec![1.0f32; 4];

@@ -1,5 +1,5 @@
-//! After construction, averaging allocates nothing and makes no system call, waiting aside. And the
-//! memory beside the parameters is within its bounds.
+//! After construction, averaging allocates nothing and makes no system call, waiting aside. Memory
+//! beside the parameters is within its bounds.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;

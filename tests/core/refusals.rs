@@ -95,7 +95,7 @@ fn worlds_and_devices_that_cannot_be_are_refused() {
     let error = Communicator::from_devices(&[Device::cpu(), Device::cuda(0)]).unwrap_err();
     let Error::DeviceUnavailable { rank: 1, device, reason } = &error else { panic!("{error}") };
     assert!(device == "cuda:0" && reason.contains("all on CPUs or all on CUDA devices"), "{error}");
-    // Ranks on CPUs share their memory, and have no link to a peer's.
+    // Ranks on CPUs accept `Link::Host`, and refuse `Link::Peer`.
     let errors = ranks(2, |communicator| {
         let builder = |link| {
             ParamAverager::builder(communicator.clone()).algorithm(Algorithm::Ring).link(link)
@@ -226,7 +226,7 @@ fn nan_of_one_average_is_not_reported_in_the_next() {
                     .average_weighted(&mut model(20), if own { -1.0 } else { 1.0 })
                     .unwrap_err(),
             );
-            // It only receives now, so its NaN counts for nothing.
+            // Rank 1 has weight 0 now, so its NaN does not count.
             averager.average_weighted(&mut with_nan, if own { 0.0 } else { 1.0 }).unwrap();
             averager.average(&mut with_nan).unwrap();
             errors

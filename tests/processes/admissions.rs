@@ -21,7 +21,7 @@ struct Mixed {
 }
 
 impl Mixed {
-    /// Finite numbers of all magnitudes, of which each origin has others.
+    /// Finite numbers of all magnitudes, different for each origin.
     fn new(origin: u64) -> Mixed {
         let mut random = Random(origin);
         let mut bits = || random.next_u64();
@@ -209,8 +209,8 @@ pub fn lost_joiner_does_not_hide_the_average() {
     }
 }
 
-/// Without all-or-nothing, too, a member has its own elements or the mean over all members,
-/// whenever the joiner dies: never a mean of what was half written.
+/// Members have their own elements or the mean over all members, whenever the joiner dies, also
+/// without all-or-nothing: never the mean of a half-written model.
 pub fn joiner_killed_at_any_time_leaves_whole_models() {
     let rounds = count(2, 12);
     let mut chance = Random(seed());

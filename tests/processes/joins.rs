@@ -237,7 +237,7 @@ pub fn refusal_names_the_reason_and_harms_no_member() {
     assert!(error.contains("the world has ended"), "{error}");
 }
 
-/// One of four ranks panics, and a joiner takes its place.
+/// A joiner takes the place of one of four ranks, which has panicked.
 pub fn training_goes_on_with_a_process_that_joins() {
     let pause = ("PA_TEST_STEP_US", "8000".to_owned());
     let trained = |ranks: &mut [RankProcess]| -> f64 {

@@ -22,7 +22,7 @@ fn come_to(stage: &str) -> Instant {
 
 fn be_limited(stage: &str) {
     if std::env::var("PA_TEST_STAGE").is_ok_and(|limited| limited == stage) {
-        // threads that were started have what they take by then
+        // by then threads that were started have allocated what they need
         std::thread::sleep(Duration::from_millis(20));
         take_limit(&std::env::var("PA_TEST_LIMIT").unwrap());
     }

@@ -335,8 +335,8 @@ pub fn limits_of_ranks_that_are_threads_are_typed_errors() {
     }
 }
 
-/// With ever less address space, or ever fewer mappings, ranks meet and average, or fail by an
-/// error: nothing between aborts.
+/// Ranks with ever less address space, or ever fewer mappings, average or fail by an error: none
+/// aborts.
 pub fn any_amount_of_memory_is_enough_or_an_error() {
     for limit in
         LIMITS.iter().filter(|limit| ["memory", "data", "mappings"].contains(&limit.resource))

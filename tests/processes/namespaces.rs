@@ -7,7 +7,7 @@ use test_support::{tool, Skip};
 
 /// A PID and a user namespace of its own; its processes end with unshare.
 const CONTAINER: &[&str] = &["unshare", "-Urpf", "--mount-proc", "--kill-child"];
-/// Only a PID namespace, which only root may make.
+/// A PID namespace alone, which only root may make.
 const PID: &[&str] = &["unshare", "-pf", "--mount-proc", "--kill-child"];
 const NETWORK: &[&str] = &["unshare", "-Urn"];
 /// Another user than root.
@@ -145,7 +145,7 @@ pub fn users_that_are_not_mapped_are_refused() {
     assert!(begin.elapsed() < Duration::from_secs(15), "{:?}", begin.elapsed());
 }
 
-/// One user, which has another number in the container.
+/// A user with another number in the container.
 pub fn a_user_in_a_container_meets_itself_outside() {
     const OTHER: &[&str] = &["setpriv", "--reuid=54322", "--regid=54322", "--clear-groups"];
     let inside = |user: &[&'static str]| [user, CONTAINER].concat();

@@ -81,7 +81,7 @@ pub fn rank_stopped_while_it_waits_for_the_others() {
             ]);
             start("stages", &variables)
         };
-        // Rank 0's socket, and its end of rank 2's.
+        // Rank 0's listener, and its end of the connection to rank 2.
         let sockets = || std::fs::read_to_string("/proc/net/unix").unwrap().matches(&world).count();
         let mut ranks = vec![come(0)];
         let deadline = Instant::now() + Duration::from_secs(60);

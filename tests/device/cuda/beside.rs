@@ -10,7 +10,7 @@ use std::sync::Barrier;
 use std::time::Duration;
 use test_support::ranks_on;
 
-/// Kernel that adds 1 to each of `n` words.
+/// Kernel that adds 1 to each of `count` words.
 const TRAINER: &str = "
 .version 7.0
 .target sm_80

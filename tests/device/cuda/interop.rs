@@ -370,7 +370,7 @@ pub fn devices() {
             "one of cuda:1, where the rank is on cuda:0",
         );
         all(&wrong, 9.0);
-        // And not the primary context.
+        // A context that is not the primary one.
         let (device, raw) = (result::device::get(0).unwrap(), right.context().cu_ctx());
         // SAFETY: a context that lives, and that is not destroyed, since its owner is forgotten.
         let other = unsafe { CudaContext::from_raw_context(0, device, raw) }.unwrap();

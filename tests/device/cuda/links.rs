@@ -90,7 +90,7 @@ pub fn every_link() {
         drop(auto);
         host.average(&mut model).unwrap();
     });
-    // Options that need a single device.
+    // `Algorithm::Direct` needs a single device, and a world has CPUs only or CUDA devices only.
     let errors = ranks_of(&[Device::cuda(0), Device::cuda(1)], |communicator| {
         let mut model = Model::new(communicator.device(), &shapes, 0);
         ParamAverager::builder(communicator)

@@ -14,7 +14,7 @@ use test_support::{ranks_of, ranks_on};
 
 /// Makes a call of this function by this thread fail, after so many more.
 fn fail(function: &'static CStr, calls: c_int) {
-    // SAFETY: strict_driver.cpp exports the function, and copies the name.
+    // SAFETY: strict_driver.cpp exports the function, and the name that it keeps is static.
     unsafe {
         let library = libloading::Library::new("libcuda.so").unwrap();
         let fail = library
@@ -176,7 +176,7 @@ pub fn beside_a_blocking_capture() {
             }
             // SAFETY: as above.
             unsafe {
-                // Nor can a stream be waited for that is being captured.
+                // A stream that is being captured cannot be waited for either.
                 refused(averager.graph_outcome(std::ptr::null_mut()).unwrap_err());
                 let error = averager.graph_outcome(stream.cast()).unwrap_err();
                 assert!(matches!(error, Error::InvalidOption { option: "stream", .. }), "{error}");

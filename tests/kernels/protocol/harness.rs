@@ -137,7 +137,7 @@ pub fn build(flavour: Flavour, with_mutants: Option<&Path>) -> Result<PathBuf, S
     let output =
         command.output().map_err(|error| format!("cannot run {:?}: {error}", compiler()))?;
     if !output.status.success() {
-        if !compiles_nothing(flavour) {
+        if !is_supported(flavour) {
             return Err(format!("{:?} cannot build with {:?}", compiler(), flavour.flags()));
         }
         panic!("{line}\n{}", String::from_utf8_lossy(&output.stderr));
@@ -146,8 +146,9 @@ pub fn build(flavour: Flavour, with_mutants: Option<&Path>) -> Result<PathBuf, S
     Ok(program)
 }
 
-/// Whether the compiler has the flavour's sanitizer and instruction set at all.
-fn compiles_nothing(flavour: Flavour) -> bool {
+/// True if the compiler supports the flavour's sanitizer and instruction set: it builds an empty
+/// program.
+fn is_supported(flavour: Flavour) -> bool {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let source = folder.join(format!("nothing-{}.cpp", flavour.name()));
     fs::write(&source, "int main() {}\n").expect("writing a source file");

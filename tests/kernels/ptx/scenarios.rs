@@ -143,7 +143,7 @@ fn same_bits(fatbin: &[u8], own_devices: bool) {
     println!("{count} cases");
 }
 
-/// Small: the race detector is slow. Each kernel, two warps a block, two channels.
+/// Small cases, since the race detector is slow: each kernel, two warps a block, two channels.
 fn racing() -> Vec<Case> {
     let tensors = || vec![(F32, 4 * 260 + 1, 0, 0), (F32, 30, 1, 0)];
     let case = Case { tensors: tensors(), threads: 64, chunk: 64, ..Case::default() };

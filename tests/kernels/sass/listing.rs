@@ -58,7 +58,7 @@ impl Tools {
 pub struct Instruction {
     pub address: u64,
     pub predicated: bool,
-    /// Such as `LDG.E.128`.
+    /// Opcode with its suffixes, such as `LDG.E.128`.
     pub opcode: String,
     pub operands: String,
 }

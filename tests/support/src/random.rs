@@ -18,7 +18,7 @@ impl Random {
         self.next_u64() % n
     }
 
-    /// Between -1 and 1, of many magnitudes.
+    /// A number between -1 and 1, of many magnitudes.
     pub fn value(&mut self) -> f64 {
         let unit = self.next_u64() as i64 as f64 / i64::MAX as f64;
         unit * 0.5f64.powi(self.below(8) as i32)

@@ -12,8 +12,8 @@ use super::Model;
 /// Set by a line on the standard input.
 static END_REQUESTED: AtomicBool = AtomicBool::new(false);
 
-/// Averages, and recovers when a peer was lost, until four averages in a row had `PA_TEST_FINAL`
-/// ranks, or until a line on the standard input.
+/// Averages, and recovers when a peer was lost, until four averages have had `PA_TEST_FINAL` ranks,
+/// or until a line on the standard input.
 pub fn survive() -> i32 {
     std::thread::spawn(|| {
         if std::io::stdin().read_line(&mut String::new()).is_ok_and(|bytes| bytes > 0) {
@@ -34,7 +34,7 @@ pub fn survive() -> i32 {
         };
         match builder(communicator.clone()).build(&mut model) {
             Ok(averager) => break (communicator, averager),
-            // a peer was lost on the way: once more
+            // a peer was lost while joining: join again
             Err(error) => assert!(is_late() && error.is_fatal(), "{error}"),
         }
     };

@@ -153,8 +153,8 @@ fn meet() -> i32 {
     }
 }
 
-/// Under torchrun, which starts all ranks again when one fails: rank 1 fails at first, while the
-/// others wait for it.
+/// Role under torchrun, which starts all ranks again when one fails: rank 1 fails at first, while
+/// the others wait for it.
 fn restart() -> i32 {
     let is = |name, what| std::env::var(name).is_ok_and(|value| value == what);
     if is("TORCHELASTIC_RESTART_COUNT", "0") && is("RANK", "1") {
