@@ -118,8 +118,8 @@ impl RankProcess {
         }
     }
 
-    /// Waits for the process to end, and returns its exit code, or none if a signal ended it. All its
-    /// lines are in `output` then.
+    /// Waits for the process to end, and returns its exit code, or none if a signal ended it. All
+    /// its lines are in `output` then.
     pub fn end(&mut self) -> Option<i32> {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
