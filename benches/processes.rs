@@ -104,7 +104,7 @@ mod linux {
 
     /// Waits for a line: what began, and what ended.
     fn hear(process: &mut RankProcess, what: &str) -> (f64, f64) {
-        let line = process.hear_for(&format!("{what} "), Duration::from_secs(600));
+        let line = process.wait_for_within(&format!("{what} "), Duration::from_secs(600));
         let mut numbers = line.split(' ').map(|number| number.parse().unwrap());
         (numbers.next().unwrap(), numbers.next().unwrap())
     }
@@ -155,7 +155,7 @@ mod linux {
         for rank in &mut ranks {
             hear(rank, "model");
         }
-        ranks.iter_mut().for_each(RankProcess::enough);
+        ranks.iter_mut().for_each(RankProcess::ask_to_end);
         let met = span(ranks.iter_mut().map(|rank| hear(rank, "met")));
         let built = span(ranks.iter_mut().map(|rank| hear(rank, "built")));
         let first = span(ranks.iter_mut().map(|rank| hear(rank, "first")));
@@ -171,7 +171,7 @@ mod linux {
         let recovered = span(ranks.iter_mut().map(|rank| hear(rank, "recovered")));
         let again = span(ranks.iter_mut().map(|rank| hear(rank, "again")));
 
-        late.enough();
+        late.ask_to_end();
         let joined = span([hear(&mut late, "joined")]);
         let admitted = span(ranks.iter_mut().map(|rank| hear(rank, "admitted")));
         [met, built, first, told, recovered, again, joined, admitted]

@@ -94,7 +94,8 @@ fn join_gets_the_model() {
     prints("join", &["rank 0 of 3: 7", "rank 1 of 3: 7", "rank 2 of 3: 7"]);
 }
 
-/// On a GPU or a simulated one the mean, else this crate's typed error.
+/// Asserts that an example prints the mean on a GPU or a simulated one, and this crate's typed
+/// error elsewhere.
 #[cfg(feature = "cuda")]
 fn cuda(name: &str) {
     let (ends_well, lines, errors) = run(name);
@@ -112,8 +113,8 @@ fn cuda_examples_average_or_say_why_not() {
     ["cuda_stream", "cuda_graph", "cudarc"].iter().for_each(|name| cuda(name));
 }
 
-/// A program that drops a rank's handle ends well whatever the rank's error is. Users copy programs
-/// from README, rustdoc and the examples.
+/// Programs in README, rustdoc and the examples, which users copy, drop no rank's handle: with a
+/// dropped handle a program would exit with 0 in spite of the rank's error.
 #[test]
 fn no_program_drops_a_handle() {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));

@@ -1,5 +1,4 @@
-//! What build.rs does with the nvcc it finds or does not find. Runs the build script itself, as
-//! cargo does.
+//! build.rs with and without nvcc. Runs the build script itself, as cargo does.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -25,12 +24,12 @@ fn scratch(name: &str) -> PathBuf {
     folder
 }
 
-/// Runs it with these variables and no others that it reads.
+/// Runs the build script with these variables, and no others that it reads.
 fn build(folder: &Path, variables: &[(&str, &str)]) -> Output {
     build_in(Path::new(env!("CARGO_MANIFEST_DIR")), folder, variables)
 }
 
-/// The same for sources in another folder.
+/// [`build`] for sources in another folder.
 fn build_in(sources: &Path, folder: &Path, variables: &[(&str, &str)]) -> Output {
     let mut command = Command::new(program());
     command.current_dir(sources).env_clear();
@@ -151,7 +150,7 @@ pub fn kernels_are_compiled_once_for_all_profiles() {
     let copied = Command::new("cp").arg("-r").arg(kernels).arg(&sources).status().unwrap();
     assert!(copied.success());
     let target = folder.join("target");
-    // How many objects a build has compiled, and has in its archive.
+    // Numbers of objects that a build has compiled, and has in its archive.
     let compiles = |place: &str, variables: &[(&str, &str)]| {
         let out = target.join(place);
         fs::create_dir_all(&out).unwrap();
@@ -168,14 +167,14 @@ pub fn kernels_are_compiled_once_for_all_profiles() {
     };
     const SETS: usize = if cfg!(target_arch = "x86_64") { 3 } else { 1 };
 
-    // The scratch folder is in cargo's own, but it has one that is nearer.
+    // The scratch folder is inside cargo's target folder, but has a nearer one.
     fs::create_dir_all(&target).unwrap();
     fs::write(target.join("CACHEDIR.TAG"), "").unwrap();
     assert_eq!(compiles("debug/build/one/out", &[]), SETS);
     let release = [("PROFILE", "release"), ("OPT_LEVEL", "3"), ("DEBUG", "true")];
     assert_eq!(compiles("release/build/two/out", &release), 0);
     assert_eq!(compiles("debug/build/three/out", &[("CARGO_FEATURE___TESTING", "1")]), 0);
-    // Whatever makes other code is another key.
+    // Everything that changes the code changes the key.
     assert_eq!(compiles("debug/build/one/out", &[("CXXFLAGS", "-g")]), SETS);
     assert_eq!(compiles("debug/build/one/out", &[("CPATH", "/elsewhere")]), SETS);
     fs::write(folder.join("version"), "fake g++ 2\n").unwrap();
@@ -187,7 +186,7 @@ pub fn kernels_are_compiled_once_for_all_profiles() {
     assert_eq!(compiles("debug/build/three/out", &[]), 0);
 }
 
-/// Each waits until all have begun.
+/// Each compilation waits until all have begun.
 #[cfg(target_arch = "x86_64")]
 pub fn instruction_sets_are_compiled_at_the_same_time() {
     let folder = scratch("parallel");

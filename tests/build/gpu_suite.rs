@@ -1,5 +1,4 @@
-//! What `tests/gpu/suite run` makes of a bundle: made of shell scripts here, on a driver that does
-//! nothing.
+//! `tests/gpu/suite run` on bundles of shell scripts, with a driver that does nothing.
 
 use serde_json::Value;
 use std::ffi::OsStr;
@@ -113,8 +112,8 @@ fn status<'a>(results: &'a Value, name: &str) -> &'a str {
     entry.unwrap_or_else(|| panic!("no {name} in {entries:#?}"))["status"].as_str().unwrap()
 }
 
-pub fn outcomes_are_told_apart() {
-    let folder = folder("outcomes_are_told_apart");
+pub fn outcomes_are_distinguished() {
+    let folder = folder("outcomes_are_distinguished");
     let (bundle, out) = (bundle(&folder), folder.join("out"));
     for (device, simulated) in [("Some GPU", false), ("cudasim (CPU simulation)", true)] {
         let driver = driver(&folder, device);
@@ -137,7 +136,7 @@ pub fn outcomes_are_told_apart() {
             ["passed", "passed", "skipped", "failed", "failed", "timed-out"],
             "{said}"
         );
-        // Of a program with other tests, those that need a driver.
+        // From a program with other tests, only those that need a driver.
         assert!(said.contains("kernels ptx::good") && !said.contains("sass::other"), "{said}");
         let log = std::fs::read_to_string(out.join("device-good.log")).unwrap();
         assert!(log.contains(&format!("good on {}, 1, ", driver.display())), "{log}");

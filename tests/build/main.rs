@@ -1,5 +1,5 @@
-//! What is built, and from what: the build script, the bindings of `kernels/abi.h`, and the suite
-//! that goes to machines with a GPU.
+//! The build: the build script, the bindings of `kernels/abi.h`, and the suite that goes to
+//! machines with a GPU.
 
 mod abi;
 mod build_script;
@@ -22,7 +22,7 @@ fn main() -> ExitCode {
         build_script::failing_nvcc_is_fatal_and_its_output_is_shown,
         build_script::architectures_come_from_the_variable_or_from_what_this_nvcc_knows,
         build_script::nvcc_is_found_in_a_toolkit_and_in_a_virtual_environment,
-        gpu_suite::outcomes_are_told_apart: tools,
+        gpu_suite::outcomes_are_distinguished: tools,
         gpu_suite::refusals_name_the_reason: tools,
     ];
     #[cfg(target_arch = "x86_64")]

@@ -1,4 +1,4 @@
-//! How exact the mean is, as README promises it, against an exact one: for values of any magnitude,
+//! Accuracy of the mean, as README promises it, against an exact mean: for values of any magnitude,
 //! subnormal and huge ones, and weights from 1e-30 to 1e30.
 
 use num_bigint::{BigInt, Sign};
@@ -12,9 +12,9 @@ struct Case {
     algorithm: Algorithm,
     all_or_nothing: bool,
     narrow_wire: bool,
-    /// By rank.
+    /// Weights by rank.
     weights: Vec<f64>,
-    /// What values are like.
+    /// Distribution of the values.
     class: Class,
     seed: u64,
 }
@@ -23,9 +23,10 @@ struct Case {
 enum Class {
     /// Any bits that are a finite number.
     Any,
-    /// All ranks' of one magnitude: two to the power of so much of the dtype's range.
+    /// All ranks' values of one magnitude: their exponent lies at this fraction of the dtype's
+    /// range.
     Near(f64),
-    /// Below what a sum is rounded to, and a little above.
+    /// Subnormal numbers, and a little above.
     Subnormal,
     /// The largest numbers.
     Huge,
@@ -87,7 +88,7 @@ impl Case {
         results.into_iter().unzip()
     }
 
-    /// What README promises, for a mean of about `mean` of values up to `most`.
+    /// Error bound of README, for a mean of about `mean` of values up to `most`.
     fn bound(&self, mean: f64, most: f64) -> f64 {
         let counting: Vec<f64> =
             self.weights.iter().copied().filter(|&weight| weight > 0.0).collect();
@@ -124,7 +125,7 @@ impl Case {
             let sum: BigInt = values().map(|(x, w)| exact(x) * exact(w)).sum();
             let most = values().map(|(x, _)| x.abs()).fold(0.0, f64::max);
             let got = after[0].get(i);
-            // Near enough to know the mean's ulp by.
+            // An approximation, to determine the mean's ulp.
             let largest = self.weights.iter().copied().fold(0.0, f64::max);
             let near = values().map(|(x, w)| x * (w / largest)).sum::<f64>()
                 / values().map(|(_, w)| w / largest).sum::<f64>();
@@ -178,7 +179,7 @@ fn cases() -> impl Strategy<Value = Case> {
     let weights = prop_oneof![
         2 => prop::collection::vec(weight, 2..=16),
         1 => (2..=16usize).prop_map(|world| vec![1.0; world]),
-        // As in the issue: 1 : 10 and 1 : 1,000.
+        // Ratios 1 : 10 and 1 : 1,000.
         1 => (2..=16usize, prop_oneof![Just(10.0), Just(1000.0)])
             .prop_map(|(world, other)| {
                 (0..world).map(|rank| if rank == 0 { 1.0 } else { other }).collect()
@@ -218,7 +219,7 @@ proptest! {
     }
 }
 
-/// The issue's settings: small f16 values and unequal weights, by the ring.
+/// Small f16 values and unequal weights, by the ring.
 #[test]
 fn small_halves_and_unequal_weights_by_the_ring() {
     for dtype in [Dtype::F16, Dtype::Bf16] {

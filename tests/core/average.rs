@@ -1,5 +1,5 @@
-//! Invariants 1, 2 and 3 against an f64 oracle: every element averaged once, the same bits
-//! everywhere, and how exact.
+//! Invariants 1, 2 and 3 against an f64 oracle: every element averaged once, the same bits on every
+//! rank, and the accuracy.
 
 use param_averager::__testing::instruction_sets;
 use param_averager::__testing::Testing;
@@ -27,7 +27,7 @@ struct Case {
 
 impl Case {
     fn build(&self, builder: Builder, instruction_set: Option<&'static str>) -> Builder {
-        // Slots written past the caches, through them, and as this machine asks for.
+        // Slots written past the caches, into them, and as this machine prefers.
         let remote_ns = [Some(0), Some(u32::MAX), None][(self.seed % 3) as usize];
         builder
             .algorithm(self.algorithm)
@@ -41,7 +41,7 @@ impl Case {
                 counter: self.counter,
                 poison_slots: true,
                 remote_ns,
-                // Every fourth case: blocks meet in other orders.
+                // Every fourth case has delays, so that blocks arrive in other orders.
                 delay_ns: if self.seed % 4 == 3 { 50_000 } else { 0 },
                 instruction_set,
             })
@@ -82,7 +82,7 @@ impl Case {
         })
     }
 
-    /// What is wrong with the result, if something is.
+    /// Checks a result, and describes the first wrong element.
     fn check(&self, result: &[Vec<(Vec<Guarded>, Vec<Guarded>)>]) -> Result<(), String> {
         let n = self.world as f64;
         let even = vec![1.0; self.world];
@@ -106,8 +106,8 @@ impl Case {
                         result.iter().map(|averages| averages[round].0[t].get(i)).collect();
                     let (mean, most) = mean(&values, weights);
                     let sums = if dtype == Dtype::F64 { Dtype::F64 } else { Dtype::F32 };
-                    // As README says; tests/accuracy.rs has values and weights of every magnitude,
-                    // and where it comes from.
+                    // Bound of README. tests/core/accuracy.rs tests it for values and weights of
+                    // every magnitude.
                     let mut bound =
                         (n + if self.weights.is_some() { 3.0 } else { 0.0 }) * ulp(sums, most);
                     if dtype.size() == 2 {
@@ -307,7 +307,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
     /// Ranks that are threads build and average with every timeout that is longer than they take.
     #[test]
-    fn any_timeout_is_one(
+    fn any_long_timeout_averages(
         seconds in prop_oneof![
             60u64..100,
             any::<u64>().prop_map(|x| x.max(60)),

@@ -1,11 +1,11 @@
-//! Averaging what is the same everywhere changes nothing: bit for bit by the direct average; by the
-//! ring for f16 and bf16; within a stated bound by the ring for f32 and f64.
+//! Averages of equal values change nothing: bit for bit by the direct average; by the ring for f16
+//! and bf16; within a stated bound by the ring for f32 and f64.
 
 use param_averager::{Algorithm, Device, Dtype, ParamAverager, Parameters, TensorMut};
 use proptest::prelude::*;
 use test_support::{count, ranks, Guarded, Random};
 
-/// One tensor of raw bits of each dtype.
+/// Raw bits of a tensor of each dtype.
 #[derive(Clone)]
 struct Bits {
     halves: Vec<u16>,
@@ -46,7 +46,7 @@ impl Bits {
         Bits { halves: (0..=u16::MAX).collect(), f32, f64 }
     }
 
-    /// Of rank `rank`, whose values count for nothing.
+    /// Replaces the values of rank `rank`, which has weight 0.
     fn disturb(&mut self, rank: usize) {
         self.halves
             .iter_mut()
@@ -56,7 +56,7 @@ impl Bits {
     }
 }
 
-/// Halves twice, as f16 and as bf16.
+/// A model of `Bits`, with `halves` as f16 and again as bf16.
 struct Model {
     f16: Vec<u16>,
     bf16: Vec<u16>,
@@ -99,7 +99,7 @@ fn weightings(world: usize) -> Vec<Option<Vec<f64>>> {
         of(&|rank| if rank == 0 { 1.0 } else { 10.0 }),
         of(&|rank| if rank % 2 == 0 { 1000.0 } else { 1.0 }),
         of(&|rank| if rank == 1 { 1e30 } else { 1e-30 }),
-        // Some only receive, and what they hold is something else.
+        // Ranks of weight 0 hold other values.
         of(&|rank| if rank % 3 == 0 { 0.0 } else { 0.1 + rank as f64 }),
         of(&|rank| if rank == world - 1 { 3.0 } else { 0.0 }),
     ]
@@ -190,7 +190,7 @@ fn the_direct_average_keeps_a_million_values() {
     }
 }
 
-/// On either wire.
+/// Rings with either wire keep every value of 16 bits.
 #[test]
 fn the_ring_keeps_every_value_of_f16_and_bf16() {
     let bits = Bits::all(64, 3);
@@ -206,7 +206,7 @@ fn the_ring_keeps_every_value_of_f16_and_bf16() {
                 (i + world) % 3 == 0,
                 |model| {
                     let want = &bits.halves;
-                    // Of a NaN only that it is one: narrowing gives the same one for all.
+                    // A NaN stays a NaN; narrowing gives the same NaN for all.
                     check(&what("f16"), &model.f16, want, |got, want| {
                         got == want || is_nan_f16(got) && is_nan_f16(want)
                     });
@@ -243,7 +243,7 @@ fn the_ring_keeps_f32_and_f64_within_the_stated_bound() {
                         || counting > 1
                             && (x.is_nan() && y.is_nan()
                                 || usual && u64::from(got.abs_diff(want)) <= bound)
-                        // its bound is that of tests/accuracy.rs
+                        // its bound is that of tests/core/accuracy.rs
                         || counting > 1 && !usual && y.is_finite()
                 });
                 check(&what, &model.bits.f64, &bits.f64, |got, want| {
@@ -259,11 +259,11 @@ fn the_ring_keeps_f32_and_f64_within_the_stated_bound() {
     }
 }
 
-/// A trainer's thread that rounds upwards and takes subnormal numbers for zero does not change what
-/// is averaged on it.
+/// A trainer's thread that rounds upwards and flushes subnormal numbers to zero does not change
+/// averages on it.
 #[cfg(target_arch = "x86_64")]
 #[test]
-fn how_the_thread_of_a_trainer_rounds_does_not_matter() {
+fn rounding_mode_of_the_trainer_does_not_matter() {
     let control = |new: Option<u32>| -> u32 {
         let mut now = 0u32;
         // SAFETY: reads and, if asked to, writes this thread's MXCSR, with its exceptions masked.

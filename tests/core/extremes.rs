@@ -139,8 +139,7 @@ proptest! {
         sgd.finish(&mut model).unwrap();
     }
 
-    /// A pointer that is null is refused whatever the length is, and a length that no memory has,
-    /// too.
+    /// Null pointers of any length are refused, and so is a length that no memory has.
     #[test]
     fn any_length_is_refused_by_name(
         elements in number(),
@@ -151,7 +150,7 @@ proptest! {
         let pointer = if null { std::ptr::null_mut() } else { 16 as *mut u8 };
         let longest = isize::MAX as u64 / dtype.size() as u64;
         prop_assume!(elements > longest || null && elements > 0);
-        // SAFETY: it is refused, so nothing is read there.
+        // SAFETY: the tensor is refused, so nothing is read.
         let tensor = unsafe {
             TensorMut::from_raw_parts(pointer, elements as usize, dtype, Device::cpu())
         };

@@ -1,5 +1,7 @@
-//! Invariants 4, 5 and 7: whatever goes wrong, every rank gets the same typed error in time, and as
-//! long as nobody wrote, every tensor holds the bytes it held before.
+//! Invariants 4, 5 and 7: after every fault all ranks get the same typed error in time, and unless
+//! a rank has written, every tensor holds its bytes from before.
+
+mod leaving;
 
 use std::time::{Duration, Instant};
 
@@ -9,8 +11,10 @@ use param_averager::{
 };
 use test_support::{count, ranks, Guarded, Random};
 
+use leaving::leave_at;
+
 const TIMEOUT: Duration = Duration::from_millis(600);
-/// How long an error may take beyond the timeout on a machine with more threads than cores.
+/// Time that an error may take beyond the timeout on a machine with more threads than cores.
 const GRACE: Duration = Duration::from_secs(5);
 
 const WAYS: [(Algorithm, bool); 3] =
@@ -38,7 +42,7 @@ fn bytes(model: &[Guarded]) -> Vec<Vec<u8>> {
     model.iter().map(|tensor| tensor.bytes().to_vec()).collect()
 }
 
-/// What one rank of a failing average saw.
+/// Observations of one rank of a failing average.
 struct Seen {
     error: Option<Error>,
     unchanged: bool,
@@ -46,8 +50,8 @@ struct Seen {
     again: Option<Error>,
 }
 
-/// One average after a good one, with a chance for each rank to misbehave first; `None`: it does
-/// not come at all.
+/// An average after a good one. `before` may inject a fault on each rank, and returns the weight,
+/// or `None` for a rank that does not average.
 fn one_average(
     n: usize,
     way: (Algorithm, bool),
@@ -79,12 +83,12 @@ fn one_average(
                 again: averager.average(&mut model).err(),
             }
         });
-        barrier.wait(); // nobody leaves the world before all have an answer
+        barrier.wait(); // no rank leaves the world before all have a result
         seen
     })
 }
 
-/// All ranks that came got `error`, in time, with their tensors as they were.
+/// Asserts that all ranks that averaged got `error`, in time, with unchanged tensors.
 #[track_caller]
 fn expect(seen: &[Option<Seen>], error: &Error) {
     for (rank, seen) in
@@ -147,102 +151,6 @@ fn a_rank_that_leaves_at_any_step_is_named_and_nothing_is_lost() {
     }
 }
 
-/// Rank 1 leaves before this step of its second average. Survivors build a new world and agree
-/// again.
-fn leave_at(n: usize, way: (Algorithm, bool), step: u32) {
-    let leaver = 1;
-    let context = format!("{way:?}, {n} ranks, step {step}");
-    let outcomes = ranks(n, |communicator| {
-        let rank = communicator.rank();
-        let mut model = model(rank);
-        let mut averager = builder(communicator, way).build(&mut model).unwrap();
-        averager.average(&mut model).unwrap();
-        model = self::model(rank + 100);
-        let held = bytes(&model);
-        if rank == leaver {
-            // SAFETY: `model` is returned to the test, which drops it when all ranks have returned.
-            unsafe { averager.leave_before_step(step) };
-        }
-        let start = Instant::now();
-        let result = averager.average(&mut model);
-        let elapsed = start.elapsed();
-        if rank == leaver {
-            std::thread::sleep(2 * TIMEOUT); // silent, and not yet gone
-        }
-        (result, held, model, elapsed)
-    });
-    let mean: Vec<Vec<f64>> = (0..outcomes[0].2.len())
-        .map(|t| {
-            let originals: Vec<Vec<Guarded>> = (0..n).map(|rank| self::model(rank + 100)).collect();
-            let count = originals[0][t].elements;
-            (0..count)
-                .map(|i| originals.iter().map(|m| m[t].get(i)).sum::<f64>() / n as f64)
-                .collect()
-        })
-        .collect();
-    let before_commit: Vec<bool> = outcomes
-        .iter()
-        .enumerate()
-        .filter(|(rank, _)| *rank != leaver)
-        .map(|(rank, (result, held, model, elapsed))| {
-            assert!(*elapsed < 2 * TIMEOUT + GRACE, "{context}: rank {rank} took {elapsed:?}");
-            assert!(model.iter().all(Guarded::guards_are_whole), "{context}: rank {rank}");
-            let Err(error) = result else { return false };
-            let named = match error {
-                Error::Timeout { rank, .. } | Error::PeerLost { rank, .. } => *rank,
-                other => panic!("{context}: rank {rank} got {other}"),
-            };
-            assert_eq!(named, leaver, "{context}: rank {rank} says {error}");
-            if error.tensors() == TensorState::Unchanged {
-                assert_eq!(&bytes(model), held, "{context}: rank {rank} says {error}");
-            } else {
-                // Each element is the rank's own or the mean.
-                let original = self::model(rank + 100);
-                for (t, tensor) in model.iter().enumerate() {
-                    for (i, &mean) in mean[t].iter().enumerate() {
-                        let (now, own) = (tensor.get(i), original[t].get(i));
-                        let near = 0.02 * (1.0 + own.abs());
-                        assert!(
-                            now == own || (now - mean).abs() < near,
-                            "{context}: rank {rank}, tensor {t}, element {i}: {now} is neither \
-                             {own} nor {mean}"
-                        );
-                    }
-                }
-            }
-            error.tensors() == TensorState::Unchanged
-        })
-        .collect();
-    // Either all survivors failed before the commit or none did, and then they all say the same.
-    assert!(
-        before_commit.windows(2).all(|pair| pair[0] == pair[1]),
-        "{context}: {before_commit:?}"
-    );
-    let errors: Vec<_> = outcomes
-        .iter()
-        .enumerate()
-        .filter(|(r, _)| *r != leaver)
-        .map(|(_, o)| o.0.clone())
-        .collect();
-    if before_commit[0] {
-        assert!(errors.windows(2).all(|pair| pair[0] == pair[1]), "{context}: {errors:?}");
-    }
-    // A later average among the survivors makes them agree.
-    let survivors: Vec<_> = outcomes
-        .into_iter()
-        .enumerate()
-        .filter(|(rank, _)| *rank != leaver)
-        .map(|(_, o)| std::sync::Mutex::new(o.2))
-        .collect();
-    let after = ranks(n - 1, |communicator| {
-        let mut model = survivors[communicator.rank()].lock().unwrap();
-        let mut averager = builder(communicator, way).build(&mut *model).unwrap();
-        averager.average(&mut *model).unwrap();
-        bytes(&model)
-    });
-    assert!(after.windows(2).all(|pair| pair[0] == pair[1]), "{context}: survivors differ");
-}
-
 #[test]
 fn an_abort_from_another_thread_ends_every_wait() {
     for way in WAYS {
@@ -267,7 +175,7 @@ fn an_abort_from_another_thread_ends_every_wait() {
 }
 
 #[test]
-fn an_abort_while_nobody_waits_is_seen_by_the_next_average() {
+fn abort_between_averages_fails_the_next_average() {
     let seen = one_average(
         2,
         WAYS[0],
@@ -305,9 +213,9 @@ fn a_rank_that_drops_its_averager_is_lost_at_once() {
     }
 }
 
-/// Also by those that wait for another one at the time.
+/// A departure is also noticed by ranks that wait for another rank.
 #[test]
-fn a_rank_that_is_gone_is_missed_while_another_is_late() {
+fn departed_rank_is_noticed_while_another_is_late() {
     for way in WAYS {
         let known = std::sync::Barrier::new(2);
         ranks(3, |communicator| {
@@ -317,7 +225,7 @@ fn a_rank_that_is_gone_is_missed_while_another_is_late() {
             let mut averager = builder(communicator, way).timeout(long).build(&mut model).unwrap();
             averager.average(&mut model).unwrap();
             match rank {
-                0 => drop(known.wait()), // it does not come before rank 2 knows
+                0 => drop(known.wait()), // not before rank 2 has its error
                 1 => return,
                 _ => {}
             }
@@ -362,13 +270,13 @@ fn a_nan_is_rejected_by_all_when_asked_and_named() {
                     element: element as u64,
                 },
             );
-            // Nobody is poisoned: the next average says the same again.
+            // No averager is poisoned: the next average fails by the same error.
             assert!(seen
                 .iter()
                 .flatten()
                 .all(|seen| matches!(seen.again, Some(Error::NonFinite { .. }))));
 
-            // Without being asked, it spreads, as in any mean; with weight 0, it does not.
+            // Without `reject_non_finite` a NaN spreads, as in any mean; with weight 0 it does not.
             let seen = one_average(3, way, |b| b, poison);
             assert!(seen.iter().flatten().all(|seen| seen.error.is_none()));
             let seen = one_average(

@@ -1,5 +1,5 @@
-//! Models that lend their tensors: when they are asked, and what a rank that can't lend does to the
-//! others.
+//! Models that lend their tensors: when they are asked, and the errors on all ranks when one cannot
+//! lend.
 
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Mutex;
@@ -92,7 +92,7 @@ fn a_model_is_asked_only_when_an_average_is_made() {
     });
 }
 
-/// Averages with three ranks, of which rank 1 fails once, and then once more, all being well.
+/// Averages twice with three ranks; rank 1 fails in the first average only.
 fn with_a_rank_that(fails: Fails, check: impl Fn(usize, Result<(), Error>) + Sync) {
     for algorithm in ALGORITHMS {
         ranks(3, |communicator| {
@@ -172,9 +172,9 @@ fn a_fault_after_the_average_changes_no_schedule() {
     });
 }
 
-/// The average was made before the fault showed, so peers know nothing of it.
+/// The average was made before the fault showed, so peers get no error.
 #[test]
-fn a_fault_after_the_average_is_told_as_such() {
+fn fault_after_the_average_is_reported_as_such() {
     for fails in [Fails::Repeats, Fails::SaysAfterwards] {
         with_a_rank_that(fails, |rank, ended| match (rank, ended) {
             (1, Err(Error::AfterAverage { averaged: Some(_), cause })) => {
@@ -203,7 +203,7 @@ fn no_rank_builds_where_one_can_not_lend() {
 }
 
 #[test]
-fn a_single_rank_that_can_not_lend_hears_of_it() {
+fn single_rank_that_can_not_lend_gets_an_error() {
     ranks(1, |communicator| {
         let mut model = Locked::new(0.0);
         let mut averager = ParamAverager::builder(communicator).build(&mut model).unwrap();

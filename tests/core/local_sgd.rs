@@ -1,4 +1,4 @@
-//! Local SGD on top: when it averages, what it says, and that it learns.
+//! Local SGD: when it averages, the actions that it returns, and that it learns.
 
 use param_averager::{Action, Error, LocalSgd, ParamAverager, Schedule, TensorState};
 use test_support::{ranks, Random};
@@ -36,7 +36,7 @@ fn averages_when_due_and_says_what_it_did() {
 }
 
 #[test]
-fn finish_averages_uneven_ends_and_nothing_when_nobody_stepped() {
+fn finish_averages_uneven_ends_and_nothing_when_no_rank_stepped() {
     let done = ranks(2, |communicator| {
         let rank = communicator.rank();
         let mut model = vec![rank as f64; 4];
@@ -116,7 +116,7 @@ fn schedules_that_differ_are_an_error_everywhere_and_never_a_hang() {
         let (found, expected) = (found.to_owned(), expected.to_owned());
         assert_eq!(errors, vec![Error::SchedulesDiffer { rank: 2, found, expected }; 3]);
     }
-    // The same step of two schedules.
+    // Two schedules that average at the same step.
     let errors = ranks(2, |communicator| {
         let schedule = Schedule::every(2 + communicator.rank() as u64).after_warmup(1);
         let mut model = vec![1.0f32; 4];
@@ -128,8 +128,8 @@ fn schedules_that_differ_are_an_error_everywhere_and_never_a_hang() {
     assert!(errors[0].contains(says) && errors[0] == errors[1], "{errors:?}");
 }
 
-/// The way out that the error names: the rank that has run out of steps calls `finish` again and
-/// again.
+/// Remedy that the error names: a rank without further steps calls `finish` until the others
+/// finish.
 #[test]
 fn a_rank_with_fewer_steps_finishes_until_the_others_do() {
     let seen = ranks(3, |communicator| {

@@ -1,5 +1,5 @@
-//! After construction, averaging allocates nothing and makes no system call, waiting aside. And the
-//! memory beside the parameters is within its bounds.
+//! After construction, averaging allocates nothing and makes no system call, waiting aside. Memory
+//! beside the parameters is within its bounds.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -13,7 +13,7 @@ use test_support::{ranks, tests, tool};
 struct Counting;
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 thread_local! {
-    /// The threads of ranks: the test harness has others, which allocate when they like.
+    /// True on threads of ranks: the threads of the test harness also allocate.
     static COUNTED: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -47,8 +47,8 @@ const WAYS: [(Algorithm, bool, bool); 5] = [
     (Algorithm::Ring, false, true),
 ];
 
-/// Averages a model many times on two ranks, between two calls of `mark` that nothing else runs
-/// beside.
+/// Averages a model many times on two ranks, between two calls of `mark`; nothing else runs at the
+/// time.
 fn average_between(mark: impl Fn(&str) + Sync) {
     for (algorithm, all_or_nothing, reject) in WAYS {
         let barrier = Barrier::new(2);
@@ -86,12 +86,12 @@ const UNDER_STRACE: &str = "UNDER_STRACE";
 
 fn main() -> ExitCode {
     if std::env::var_os(UNDER_STRACE).is_some() {
-        // A system call that strace shows and nobody else makes.
+        // A system call that strace shows and nothing else makes.
         average_between(|what| drop(std::fs::read(format!("/nonexistent/{what}"))));
         return ExitCode::SUCCESS;
     }
     let strace = tool("strace", &["-V"]).or_else(|| tool("strace", &["-f", "true"]));
-    // One at a time: the counter is for all.
+    // One test at a time: the counter is global.
     test_support::main_with_threads(
         1,
         tests![
@@ -163,8 +163,8 @@ fn averaging_makes_no_system_call() {
         }
     }
     assert_eq!(spans, WAYS.len(), "averages that strace saw");
-    // Waiting: for the other rank, and of the harness's own threads; a call that was interrupted
-    // goes on.
+    // Calls that wait, for the other rank and in the harness's own threads, and restarts of
+    // interrupted calls.
     let waiting = [
         "futex(",
         "sched_yield(",
@@ -172,7 +172,7 @@ fn averaging_makes_no_system_call() {
         "<... sched_yield resumed>",
         "+++ exited",
     ];
-    // Or the end of the call that marks the begin.
+    // The end of the call that marks the begin.
     let expected = |line: &str| {
         waiting.iter().any(|call| line.contains(call)) || line.contains("openat resumed>) ")
     };

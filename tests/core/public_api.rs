@@ -1,4 +1,4 @@
-//! What safe code of a user can call: nothing that only tests may use.
+//! Items that safe code of a user can call: none that only tests may use.
 
 use std::path::Path;
 
@@ -13,8 +13,8 @@ fn sources(folder: &Path, found: &mut Vec<(String, String)>) {
     }
 }
 
-/// A hidden item is as callable as any other. Each is behind a feature or a `cfg` that no user
-/// sets.
+/// Every hidden item is behind a feature or a `cfg` that no user sets: users could call it like any
+/// other.
 #[test]
 fn hidden_items_are_behind_a_gate() {
     let mut found = vec![];

@@ -1,5 +1,5 @@
-//! Invariants 5 and 7: worlds, averagers and tensors that can't be are refused, with the same error
-//! on every rank.
+//! Invariants 5 and 7: invalid worlds, averagers and tensors are refused, with the same error on
+//! every rank.
 
 use std::time::Duration;
 
@@ -95,7 +95,7 @@ fn worlds_and_devices_that_cannot_be_are_refused() {
     let error = Communicator::from_devices(&[Device::cpu(), Device::cuda(0)]).unwrap_err();
     let Error::DeviceUnavailable { rank: 1, device, reason } = &error else { panic!("{error}") };
     assert!(device == "cuda:0" && reason.contains("all on CPUs or all on CUDA devices"), "{error}");
-    // On CPUs all memory is one, and there is no peer's.
+    // Ranks on CPUs accept `Link::Host`, and refuse `Link::Peer`.
     let errors = ranks(2, |communicator| {
         let builder = |link| {
             ParamAverager::builder(communicator.clone()).algorithm(Algorithm::Ring).link(link)
@@ -110,7 +110,7 @@ fn worlds_and_devices_that_cannot_be_are_refused() {
     for error in errors {
         assert!(matches!(error, Error::InvalidOption { rank: 0, option: "link", .. }), "{error}");
     }
-    // What a machine with a driver says, or one without, is tests/device/cuda.rs's.
+    // tests/device/cuda.rs tests the errors with a driver and without one.
     if let Err(said) = param_averager::__testing::fatbin() {
         // Built without nvcc: the same words as the build's warning.
         let error = Communicator::from_devices(&[Device::cuda(0)]).unwrap_err();
@@ -152,7 +152,7 @@ fn pointers_are_checked_and_the_tensor_is_named() {
             on cpu"),
     ];
     for (tensors, message) in cases {
-        // One rank's mistake is every rank's error.
+        // A mistake of one rank is an error on every rank.
         let errors = ranks(3, |communicator| {
             let own = communicator.rank() == 0;
             let mut good = vec![0f32; 50];
@@ -167,15 +167,15 @@ fn pointers_are_checked_and_the_tensor_is_named() {
     }
 }
 
-/// Also the second time, when nothing has moved since it was first refused.
+/// Overlapping tensors are refused again, even if nothing has moved since the first refusal.
 #[test]
 fn tensors_that_begin_to_overlap_are_refused_as_long_as_they_do() {
     ranks(2, |communicator| {
         let mut memory = vec![1f32; 30];
         let at = memory.as_mut_ptr();
         let tensors = |second: usize| {
-            // SAFETY: inside of `memory`, which lives; that they overlap is found out before
-            // anybody writes.
+            // SAFETY: inside of `memory`, which lives; the overlap is found out before any rank
+            // writes.
             [0, second].map(|element| unsafe {
                 TensorMut::from_raw_parts(at.add(element).cast(), 10, Dtype::F32, Device::cpu())
             })
@@ -192,10 +192,9 @@ fn tensors_that_begin_to_overlap_are_refused_as_long_as_they_do() {
     });
 }
 
-/// What a scan found in one average says nothing about the next, whose tensors it may not have
-/// read.
+/// The finding of a scan holds for one average only: the next may not read its tensors.
 #[test]
-fn a_nan_of_one_average_is_not_told_in_the_next() {
+fn nan_of_one_average_is_not_reported_in_the_next() {
     for (algorithm, all_or_nothing) in
         [(Algorithm::Direct, true), (Algorithm::Ring, false), (Algorithm::Ring, true)]
     {
@@ -227,7 +226,7 @@ fn a_nan_of_one_average_is_not_told_in_the_next() {
                     .average_weighted(&mut model(20), if own { -1.0 } else { 1.0 })
                     .unwrap_err(),
             );
-            // It only receives now, so its NaN counts for nothing.
+            // Rank 1 has weight 0 now, so its NaN does not count.
             averager.average_weighted(&mut with_nan, if own { 0.0 } else { 1.0 }).unwrap();
             averager.average(&mut with_nan).unwrap();
             errors

@@ -1,4 +1,4 @@
-//! Ranks that are threads.
+//! Ranks that are threads on CUDA devices.
 
 mod beside;
 mod graphs;
@@ -9,6 +9,7 @@ pub mod model;
 mod scenarios;
 mod streams;
 mod strict;
+mod way;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -25,7 +26,7 @@ fn compiler() -> String {
 /// Skips where the driver of `cuda/strict_driver.cpp` can't be had.
 pub fn no_strict_driver() -> Skip {
     match simulator::on_own_driver() {
-        true => None, // which is told from a simulated one when the test runs
+        true => None, // the test itself tells it from a simulated driver
         false => simulator::missing().or_else(|| tool(&compiler(), &["--version"])),
     }
 }
@@ -144,7 +145,7 @@ pub fn captures_elsewhere_refuse_only_what_they_must() {
     strict("strict-slices", &[ONE]);
 }
 
-pub fn failing_device_is_told_to_peers_and_waits_for_none() {
+pub fn failing_device_is_reported_to_peers_and_waits_for_none() {
     strict("strict-failures", &[ONE]);
     #[cfg(feature = "cuda")]
     strict("strict-ends", &[ONE]);
@@ -155,7 +156,7 @@ pub fn a_device_with_too_many_peers_goes_through_the_host() {
 }
 
 pub fn memory_is_freed_after_the_last_average() {
-    scenario("memory", &[&[ONE, ("CUDASIM_MEM_MB", "1024")]]); // nobody else takes memory of it
+    scenario("memory", &[&[ONE, ("CUDASIM_MEM_MB", "1024")]]); // no other process uses its memory
 }
 
 pub fn a_device_that_is_full_says_so() {

@@ -1,174 +1,16 @@
-//! Averages of processes on CUDA devices, their links, and what is left when one of them is killed.
+//! Averages of processes on CUDA devices: links, refusals, kills and joins.
+
+mod ranks;
 
 use std::time::Duration;
 
-use param_averager::*;
 use rustix::process::Signal;
 
-use crate::cuda::model::{self, Model, Shape};
+use ranks::bits_of_the_cpu;
+pub use ranks::rank;
 use test_support::process::{check_survivors, name, start, start_all, RankProcess};
-use test_support::rank::{builder, bytes_used, device, join, say, Used};
 use test_support::simulator::{environment, Setting};
-use test_support::{fnv1a, mean, ranks, seed, ulp, Random};
-
-const SHAPES: [Shape; 6] = [
-    (Dtype::F32, 5000, 0),
-    (Dtype::Bf16, 3001, 1),
-    (Dtype::F32, 0, 0),
-    (Dtype::F32, 1, 1),
-    (Dtype::Bf16, 64, 0),
-    (Dtype::F32, 777, 3),
-];
-const ROUNDS: u64 = 4;
-
-fn fresh(on: Device, rank: usize, round: u64) -> Model {
-    Model::new(on, &SHAPES, 100 * round + rank as u64)
-}
-
-fn hash(bytes: &[u8]) -> u64 {
-    fnv1a(bytes.iter().map(|&byte| u64::from(byte)))
-}
-
-/// Averages, checks every element, says what came of it, and drops all. Or whatever its role is.
-pub fn rank(role: &str) -> i32 {
-    let result = match role {
-        "abort" => abort(),
-        "threads" => threads(),
-        _ => averages(),
-    };
-    match result {
-        Ok(()) => 0,
-        Err(error) => {
-            say(&format!("error {error}"));
-            3
-        }
-    }
-}
-
-fn averages() -> Result<()> {
-    let communicator = join()?;
-    let (rank, world, on) = (communicator.rank(), communicator.world_size(), device());
-    assert_eq!(communicator.device(), on);
-    // All are allocated before and freed after all averages: a device frees when its kernels are
-    // done, and one that waits for a peer is.
-    let mut models: Vec<Model> = (0..ROUNDS).map(|round| fresh(on, rank, round)).collect();
-    let mut other = fresh(on, rank, ROUNDS);
-    let context = cudarc::driver::CudaContext::new(model::ordinal(on)).unwrap();
-    let used = || Used::now(bytes_used(&context));
-    // Lends nothing, and when it is built, all have closed what was theirs of the others.
-    let host = |model: &mut Model| -> Result<()> {
-        let builder = ParamAverager::builder(communicator.clone()).link(Link::Host).channels(1);
-        builder.timeout(Duration::from_secs(50)).build(model).map(drop)
-    };
-    host(&mut other)?; // a driver keeps some of what it takes at first
-    let before = used();
-    let mut averager = builder(communicator.clone()).build(&mut models[0])?;
-    say(&format!("order {:?}", averager.ring_order()));
-    for (round, model) in models.iter_mut().enumerate() {
-        let report = averager.average(model)?;
-        assert_eq!((report.world_size, report.algorithm), (world, Algorithm::Ring));
-        model.download();
-        assert!(model.guards_are_whole());
-        check(model, world, round as u64);
-        say(&format!("bits {:x}", hash(model.bytes())));
-    }
-    // As many channels as there is room for, while the first one lives.
-    let mut defaults = ParamAverager::builder(communicator.clone())
-        .timeout(Duration::from_secs(50))
-        .build(&mut other)?;
-    defaults.average(&mut other)?;
-    averager.average(&mut models[0])?; // of what is equal: it stays so
-    models[0].download();
-    say(&format!("again {:x}", hash(models[0].bytes())));
-    other.download();
-    check(&other, world, ROUNDS);
-    drop((averager, defaults));
-    host(&mut other)?;
-    let after = used();
-    assert!(after.is_no_more_than(&before), "{after:?}, there were {before:?}");
-    say("done");
-    Ok(())
-}
-
-/// Two ranks of a world of processes that are in one process, to which a driver lends none of its
-/// own memory.
-fn threads() -> Result<()> {
-    let rank = |rank: usize| {
-        let world = Communicator::builder().rank(rank).world_size(2).device(device());
-        let communicator = world.rendezvous(std::env::var("PA_TEST_NAME").unwrap()).build()?;
-        let mut model = fresh(device(), rank, 0);
-        let builder = |link| builder(communicator.clone()).link(link);
-        let error = builder(Link::Peer).build(&mut model).map(drop).unwrap_err();
-        assert!(error.to_string().contains("ranks 0 and 1 don't reach"), "{error}");
-        let mut averager = builder(Link::Auto).build(&mut model)?;
-        averager.average(&mut model)?;
-        model.download();
-        check(&model, 2, 0);
-        Ok((averager, model)) // freed when both are done
-    };
-    let other = std::thread::spawn(move || rank(1));
-    let both = [rank(0)?, other.join().unwrap()?];
-    drop(both);
-    Ok(())
-}
-
-/// Rank 1 aborts while the kernels of the others wait for it.
-fn abort() -> Result<()> {
-    let communicator = join()?;
-    let (rank, handle) = (communicator.rank(), communicator.abort_handle());
-    let mut model = fresh(device(), rank, 0);
-    let before = model.bytes().to_vec();
-    let mut averager = builder(communicator).build(&mut model)?;
-    if rank == 1 {
-        std::thread::sleep(Duration::from_millis(300));
-        handle.abort();
-    }
-    let result = averager.average(&mut model);
-    model.download();
-    assert!(model.bytes() == before);
-    result.map(drop)
-}
-
-/// Every element is the mean of what all ranks had, as exact as the ring is.
-fn check(model: &Model, world: usize, round: u64) {
-    let before: Vec<Model> = (0..world).map(|rank| fresh(Device::cpu(), rank, round)).collect();
-    for (tensor, &(dtype, elements, _)) in SHAPES.iter().enumerate() {
-        let element = |model: &Model, i: usize| -> f64 {
-            let bytes = &model.tensor(tensor)[i * dtype.size()..][..dtype.size()];
-            match dtype {
-                Dtype::F32 => f32::from_ne_bytes(bytes.try_into().unwrap()).into(),
-                _ => half::bf16::from_ne_bytes(bytes.try_into().unwrap()).into(),
-            }
-        };
-        for i in 0..elements {
-            let values: Vec<f64> = before.iter().map(|model| element(model, i)).collect();
-            let (mean, largest) = mean(&values, &vec![1.0; world]);
-            let found = element(model, i);
-            let most = world as f64 * ulp(dtype, largest);
-            assert!(
-                (found - mean).abs() <= most,
-                "{round}: element {i} of tensor {tensor} is {found}, not {mean}"
-            );
-        }
-    }
-}
-
-/// What threads on CPUs make of the same.
-fn bits_of_the_cpu(world: usize) -> Vec<String> {
-    let mut all = ranks(world, |communicator| {
-        let rank = communicator.rank();
-        let mut models: Vec<Model> =
-            (0..ROUNDS).map(|round| fresh(Device::cpu(), rank, round)).collect();
-        let builder = ParamAverager::builder(communicator).algorithm(Algorithm::Ring);
-        let mut averager = builder.channels(2).chunk_bytes(1 << 10).build(&mut models[0]).unwrap();
-        let bits = |model: &mut Model| {
-            averager.average(model).unwrap();
-            format!("{:x}", hash(model.bytes()))
-        };
-        models.iter_mut().map(bits).collect::<Vec<_>>()
-    });
-    all.swap_remove(0)
-}
+use test_support::{seed, Random};
 
 /// A world: a rank on each of these devices, or with each of these made visible to it alone.
 #[derive(Clone, Copy)]
@@ -180,7 +22,7 @@ struct Case {
 }
 
 impl Case {
-    /// With these variables, by rank.
+    /// Starts the ranks. `more`: further variables, by rank.
     fn start(
         &self,
         role: &str,
@@ -202,7 +44,7 @@ impl Case {
         let Some(mut ranks) = self.start("devices", |_| vec![]) else { return };
         let expected = bits_of_the_cpu(ranks.len());
         for rank in &mut ranks {
-            assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+            assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
             assert_eq!(rank.said("order"), [order]);
             assert_eq!(rank.said("done").len(), 1);
         }
@@ -237,7 +79,7 @@ pub fn processes_on_two_devices_reach_each_other_or_go_through_the_host() {
     for link in ["auto", "peer", "host"] {
         Case { link, ..two }.averages("[0, 1]");
     }
-    // Each process sees one device only, and calls it its first.
+    // Each process sees one device only, as its device 0.
     for link in ["auto", "peer", "host"] {
         Case { link, hidden: true, ..two }.averages("[0, 1]");
     }
@@ -254,7 +96,7 @@ pub fn a_link_that_is_not_there_is_refused_by_all_processes() {
         let case = Case { devices: &[0, 1], hidden: false, link: "peer", settings };
         let Some(mut ranks) = case.start("devices", |_| vec![]) else { return };
         for rank in &mut ranks {
-            assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+            assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
             let error = &rank.said("error")[0];
             assert!(
                 error.contains("the devices of ranks 0 and 1 don't reach each other's memory"),
@@ -265,7 +107,7 @@ pub fn a_link_that_is_not_there_is_refused_by_all_processes() {
     }
 }
 
-/// Those that have it by one number, and those that see nothing else and call it their first.
+/// Processes that share a device by one ordinal, and processes that each see it as device 0.
 pub fn blocks_of_processes_that_share_a_device_must_fit_on_it_together() {
     for (devices, hidden, ranks) in
         [(&[0, 0, 1][..], false, 2), (&[0, 1, 1], true, 2), (&[0, 1], true, 1)]
@@ -276,7 +118,7 @@ pub fn blocks_of_processes_that_share_a_device_must_fit_on_it_together() {
             return;
         };
         for process in &mut all {
-            assert_eq!(process.end(), Some(3), "{:#?}", process.heard);
+            assert_eq!(process.end(), Some(3), "{:#?}", process.output);
             let error = &process.said("error")[0];
             assert!(error.contains(&format!("1000, on each of {ranks} ranks of cuda:")), "{error}");
         }
@@ -290,18 +132,18 @@ pub fn cpus_and_devices_are_not_in_one_world() {
         [environment.clone(), device].concat()
     });
     for rank in &mut ranks {
-        assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+        assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
         let error = &rank.said("error")[0];
         assert!(error.contains("rank 2 is on cpu and rank 0 on cuda:0"), "{error}");
     }
 }
 
-pub fn a_process_without_its_device_tells_the_others() {
+pub fn missing_device_is_reported_to_all_processes() {
     for (devices, rank) in [(&[7, 0, 0][..], 0), (&[0, 0, 7], 2)] {
         let case = Case { devices, hidden: false, link: "auto", settings: &[ONE] };
         let Some(mut ranks) = case.start("devices", |_| vec![]) else { return };
         for process in &mut ranks {
-            assert_eq!(process.end(), Some(3), "{:#?}", process.heard);
+            assert_eq!(process.end(), Some(3), "{:#?}", process.output);
             let error = &process.said("error")[0];
             assert!(error.contains(&format!("rank {rank} asks for cuda:7")), "{error}");
             assert!(error.contains("CUDA devices, numbered from 0"), "{error}");
@@ -312,33 +154,33 @@ pub fn a_process_without_its_device_tells_the_others() {
 pub fn two_ranks_of_one_process_go_through_the_host() {
     let case = Case { devices: &[0], hidden: false, link: "auto", settings: &[ONE] };
     let Some(mut ranks) = case.start("threads", |_| vec![]) else { return };
-    assert_eq!(ranks[0].end(), Some(0), "{:#?}", ranks[0].heard);
+    assert_eq!(ranks[0].end(), Some(0), "{:#?}", ranks[0].output);
 }
 
 pub fn an_abort_ends_the_kernels_of_all_processes() {
     for case in DOOMED {
         let Some(mut ranks) = case.start("abort", |_| vec![]) else { return };
         for rank in &mut ranks {
-            assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+            assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
             let error = &rank.said("error")[0];
             assert!(error.contains("rank 1") && error.contains("abort"), "{error}");
         }
     }
 }
 
-/// Where ranks are killed: with links of each kind.
+/// Worlds in which ranks are killed, with links of each kind.
 const DOOMED: [Case; 3] = [
     Case { devices: &[0; 3], hidden: false, link: "auto", settings: &[ONE] },
     Case { devices: &[0, 1, 0], hidden: false, link: "host", settings: &[TWO] },
     Case { devices: &[0, 1, 0], hidden: true, link: "auto", settings: &[TWO] },
 ];
 
-/// Until three averages of those that are left were right.
+/// Variables by which two survivors average until they are done.
 fn survivors() -> Vec<(&'static str, String)> {
     vec![("PA_TEST_FINAL", "2".to_owned())]
 }
 
-pub fn processes_go_on_without_one_that_is_killed_at_a_step() {
+pub fn kill_at_a_step_leaves_survivors_running() {
     for (index, case) in DOOMED.into_iter().enumerate() {
         // In the first launch, in the second, and without the commit in the only one.
         for (dead, step, all_or_nothing) in [(0, 1, "1"), (1, 3 + index, "0"), (2, 6 + index, "1")]
@@ -352,29 +194,29 @@ pub fn processes_go_on_without_one_that_is_killed_at_a_step() {
             let Some(mut ranks) = case.start("survive", variables) else {
                 return;
             };
-            assert_eq!(ranks[dead].end(), None, "{:#?}", ranks[dead].heard);
+            assert_eq!(ranks[dead].end(), None, "{:#?}", ranks[dead].output);
             check_survivors(&mut ranks, dead);
         }
     }
 }
 
-pub fn processes_go_on_without_one_that_is_killed_at_any_time() {
+pub fn kill_at_any_time_leaves_survivors_running() {
     let mut chance = Random(seed());
     for case in DOOMED {
         for dead in 0..3 {
             let Some(mut ranks) = case.start("survive", |_| survivors()) else {
                 return;
             };
-            ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+            ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
             std::thread::sleep(Duration::from_micros(chance.below(200_000)));
             ranks[dead].signal(Signal::KILL);
-            assert_eq!(ranks[dead].end(), None, "{:#?}", ranks[dead].heard);
+            assert_eq!(ranks[dead].end(), None, "{:#?}", ranks[dead].output);
             check_survivors(&mut ranks, dead);
         }
     }
 }
 
-/// A rank of its own origin on a device: one of so many that begin, or one that joins.
+/// Starts a rank on a device: one of `begin` first ranks, or a joiner.
 fn one(
     environment: &[(&'static str, String)],
     name: &str,
@@ -394,69 +236,69 @@ fn one(
     start("survive", &variables)
 }
 
-/// Such as while all try whether they reach each other's memory.
-pub fn processes_go_on_without_one_that_is_killed_on_its_way_in() {
+/// The joiner is killed at any time, such as during the probe of peer access.
+pub fn kill_of_a_joiner_leaves_members_running() {
     let Some(environment) = environment(&[TWO]) else { return };
     let (name, mut chance) = (name(), Random(seed()));
     let mut ranks = [0, 1].map(|origin| one(&environment, &name, origin, "0", Some(2)));
-    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
     for _ in 0..8 {
-        let mut guest = one(&environment, &name, 2, "1", None);
+        let mut joiner = one(&environment, &name, 2, "1", None);
         std::thread::sleep(Duration::from_micros(chance.below(1_500_000)));
-        guest.signal(Signal::KILL);
-        assert_eq!(guest.end(), None, "{:#?}", guest.heard);
+        joiner.signal(Signal::KILL);
+        assert_eq!(joiner.end(), None, "{:#?}", joiner.output);
     }
     let mut last = one(&environment, &name, 2, "1", None);
-    last.hear("ready");
+    last.wait_for("ready");
     for rank in ranks.iter_mut().chain([&mut last]) {
-        rank.enough();
-        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        rank.ask_to_end();
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
     }
 }
 
-/// On another device than the others, and where one of them is; then one of those that were there
-/// is killed.
+/// The joiner is on another device than the members, or on the same; then a member is killed.
 pub fn a_process_joins_processes_on_devices() {
     for (settings, device) in [(&[TWO][..], "1"), (&[TWO], "0"), (&[TWO, NO_P2P], "1")] {
         let Some(environment) = environment(settings) else { return };
         let name = name();
         let mut ranks =
             Vec::from([0, 1].map(|origin| one(&environment, &name, origin, "0", Some(2))));
-        ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
         ranks.push(one(&environment, &name, 2, device, None));
-        assert_eq!(ranks[2].hear("joined"), "[0, 1]");
-        assert_eq!(ranks[0].hear("admitted"), ranks[1].hear("admitted"));
-        ranks[2].hear("ready");
+        assert_eq!(ranks[2].wait_for("joined"), "[0, 1]");
+        assert_eq!(ranks[0].wait_for("admitted"), ranks[1].wait_for("admitted"));
+        ranks[2].wait_for("ready");
         std::thread::sleep(Duration::from_millis(100));
         ranks[0].signal(Signal::KILL);
         assert_eq!(ranks[0].end(), None);
-        let agreed = [ranks[1].hear("agreed"), ranks[2].hear("agreed")];
+        let agreed = [ranks[1].wait_for("agreed"), ranks[2].wait_for("agreed")];
         assert_eq!(agreed[0], agreed[1]);
         for rank in &mut ranks[1..] {
-            rank.enough();
-            assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+            rank.ask_to_end();
+            assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
         }
     }
 }
 
-/// It may be in the middle of an average, and go on to write where its neighbour's mailbox was.
+/// The process may stop in the middle of an average, and go on to write where its neighbour's
+/// mailbox was.
 pub fn stopped_process_disturbs_no_peer_when_it_resumes() {
     let mut chance = Random(seed());
     for case in DOOMED {
         let soon = |_| vec![("PA_TEST_TIMEOUT_MS", "1500".to_owned())];
         let Some(mut ranks) = case.start("survive", soon) else { return };
-        ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
         std::thread::sleep(Duration::from_micros(chance.below(200_000)));
         ranks[1].signal(Signal::STOP);
-        ranks[0].hear("agreed");
-        ranks[2].hear("agreed");
+        ranks[0].wait_for("agreed");
+        ranks[2].wait_for("agreed");
         ranks[1].signal(Signal::CONT);
-        assert_eq!(ranks[1].end(), Some(5), "{:#?}", ranks[1].heard);
+        assert_eq!(ranks[1].end(), Some(5), "{:#?}", ranks[1].output);
         std::thread::sleep(Duration::from_millis(100));
         for rank in [0, 2] {
-            ranks[rank].enough();
-            assert_eq!(ranks[rank].end(), Some(0), "{:#?}", ranks[rank].heard);
-            assert_eq!(ranks[rank].said("enough").len(), 1);
+            ranks[rank].ask_to_end();
+            assert_eq!(ranks[rank].end(), Some(0), "{:#?}", ranks[rank].output);
+            assert_eq!(ranks[rank].said("ended").len(), 1);
         }
     }
 }

@@ -1,6 +1,5 @@
 //! The kernels by themselves: the protocol under sanitizers, mutants, models explored in every
-//! interleaving, and what nvcc makes of the sources. `cargo test --test kernels -- sass` runs a
-//! part.
+//! interleaving, and the output of nvcc. `cargo test --test kernels -- sass` runs a part.
 
 mod model;
 mod protocol;

@@ -20,17 +20,17 @@ fn file(model: &str) -> PathBuf {
         .with_extension("pml")
 }
 
-/// What spin is to explore.
+/// A state space for spin to explore.
 #[derive(Clone, Copy)]
 struct World {
     model: &'static str,
     ranks: u32,
-    /// Nobody dies or gives up, so every rank must get to the end.
+    /// No rank dies or gives up, so every rank must reach the end.
     healthy: bool,
     fault: u32,
 }
 
-/// What it found.
+/// Result of an exploration.
 struct Found {
     states: String,
     /// The assertion that failed, or the deadlock.
@@ -71,7 +71,7 @@ fn explore(world: World) -> Found {
     Found { states, error }
 }
 
-/// Runs a program to success; what it printed.
+/// Runs a program to success, and returns its output.
 fn said(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"));
     let text = [output.stdout, output.stderr]
@@ -90,14 +90,14 @@ pub fn every_interleaving_is_good() {
     for (model, _) in MODELS {
         for (ranks, healthy) in [(2, true), (2, false), (3, true), (3, false)] {
             let found = explore(World { model, ranks, healthy, fault: 0 });
-            let kind = if healthy { "nobody fails" } else { "ranks give up and die" };
+            let kind = if healthy { "no rank fails" } else { "ranks give up and die" };
             println!("{model}, {ranks} ranks, {kind}: {}", found.states);
             assert!(found.error.is_none(), "{model}, {ranks} ranks, {kind}: {:?}", found.error);
         }
     }
 }
 
-/// Number and description of each, from the model's own list.
+/// Number and description of each fault, from the model's own list.
 fn faults(model: &str) -> Vec<(u32, String)> {
     let text = fs::read_to_string(file(model)).expect("the model");
     let fault = |line: &str| {
@@ -117,10 +117,10 @@ pub fn every_planted_fault_is_found() {
             (1..=count).collect::<Vec<_>>()
         );
         for (fault, what) in faults {
-            // Three ranks: of two, neither can get far ahead of the other.
+            // Three ranks: with two, neither can get far ahead of the other.
             let found = [false, true].into_iter().find_map(|healthy| {
                 let error = explore(World { model, ranks: 3, healthy, fault }).error?;
-                Some((if healthy { "nobody fails" } else { "ranks give up" }, error))
+                Some((if healthy { "no rank fails" } else { "ranks give up" }, error))
             });
             let Some((kind, error)) = found else {
                 panic!("spin does not find fault {fault} of {model}: {what}")

@@ -1,273 +1,21 @@
 //! The kernels' protocol under sanitizers, as C++: worlds of ranks as threads, in averages that
 //! succeed and that fail (protocol/harness.cpp). Mutants: each synchronisation is taken out of a
 //! copy of kernels/ once, and a check must notice (protocol/mutants.txt).
+
+mod harness;
 pub mod mutants;
 
-use mutants::Mutant;
-use std::ffi::{OsStr, OsString};
-use std::fmt;
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Instant, SystemTime};
+use std::time::Instant;
 
-use test_support::{partly, tool, Skip};
+use test_support::partly;
 
-const ROOT: &str = env!("CARGO_MANIFEST_DIR");
-const FLAGS: [&str; 7] = [
-    "-std=c++17",
-    "-O1",
-    "-g1",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-pthread",
-];
-const THREAD: [&str; 1] = ["-fsanitize=thread"];
-const ADDRESS: [&str; 1] = ["-fsanitize=address"];
-const UNDEFINED: [&str; 2] = ["-fsanitize=undefined", "-fno-sanitize-recover=all"];
+pub use harness::tools;
+use harness::{best_vectors, build, run, unfit, Flavour, How, Vectors};
+use mutants::Mutant;
 
-/// A way to build the harness.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Flavour {
-    /// ThreadSanitizer, one lane a block.
-    Tsan,
-    /// ThreadSanitizer, several lanes a block.
-    Lanes,
-    /// AddressSanitizer, and UBSan where it pays.
-    Asan(Vectors),
-    /// No sanitizer: the only flavour with streaming stores.
-    Plain(Vectors),
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Vectors {
-    Baseline,
-    Avx2,
-    Avx512,
-}
-
-impl Vectors {
-    fn flags(self) -> &'static [&'static str] {
-        match self {
-            Vectors::Baseline => &[],
-            Vectors::Avx2 => &["-mavx2", "-mf16c"],
-            Vectors::Avx512 => {
-                &["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mf16c"]
-            }
-        }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    fn here(self) -> bool {
-        use std::is_x86_feature_detected as has;
-        match self {
-            Vectors::Baseline => true,
-            Vectors::Avx2 => has!("avx2") && has!("f16c"),
-            Vectors::Avx512 => {
-                Vectors::Avx2.here()
-                    && has!("avx512f")
-                    && has!("avx512bw")
-                    && has!("avx512vl")
-                    && has!("avx512dq")
-            }
-        }
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    fn here(self) -> bool {
-        self == Vectors::Baseline
-    }
-}
-
-impl Flavour {
-    fn flags(self) -> Vec<&'static str> {
-        match self {
-            Flavour::Tsan => THREAD.to_vec(),
-            Flavour::Lanes => [&THREAD[..], &["-DPA_LANES"]].concat(),
-            // The narrowest and the widest vectors with UBSan too, which doubles the time to
-            // compile.
-            Flavour::Asan(Vectors::Avx2) => [&ADDRESS[..], Vectors::Avx2.flags()].concat(),
-            Flavour::Asan(vectors) => [&ADDRESS[..], &UNDEFINED, vectors.flags()].concat(),
-            Flavour::Plain(vectors) => vectors.flags().to_vec(),
-        }
-    }
-    fn name(self) -> String {
-        format!("{self:?}").to_lowercase().replace('(', "-").replace(')', "")
-    }
-    fn here(self) -> bool {
-        match self {
-            Flavour::Asan(vectors) | Flavour::Plain(vectors) => vectors.here(),
-            _ => true,
-        }
-    }
-}
-
-/// Skips without a C++ compiler.
-pub fn tools() -> Skip {
-    tool(&compiler().to_string_lossy(), &["--version"])
-}
-
-fn compiler() -> OsString {
-    std::env::var_os("CXX").filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".into())
-}
-
-/// The harness of a flavour with the kernels, or with a copy of them that holds all mutants, or why
-/// this machine can't have it. Kept from one run of the tests to the next.
-fn build(flavour: Flavour, with_mutants: Option<&Path>) -> Result<PathBuf, String> {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let program = folder.join(format!(
-        "protocol-{}{}",
-        flavour.name(),
-        if with_mutants.is_some() { "-mutants" } else { "" }
-    ));
-    let mut command = Command::new(compiler());
-    command.args(FLAGS).args(flavour.flags());
-    if with_mutants.is_some() {
-        command.arg("-DPA_MUTANTS");
-    }
-    let original = Path::new(ROOT).join("kernels");
-    let kernels = with_mutants.unwrap_or(&original);
-    command.arg("-I").arg(kernels);
-    command.arg(Path::new(ROOT).join("tests/kernels/protocol/harness.cpp")).arg("-o").arg(&program);
-    let made_by = program.with_extension("command");
-    let line = format!("{command:?}");
-    if fs::read_to_string(&made_by).is_ok_and(|made| made == line)
-        && modified(&program) > newest_source(kernels)
-    {
-        return Ok(program);
-    }
-    let output =
-        command.output().map_err(|error| format!("cannot run {:?}: {error}", compiler()))?;
-    if !output.status.success() {
-        if !compiles_nothing(flavour) {
-            return Err(format!("{:?} cannot build with {:?}", compiler(), flavour.flags()));
-        }
-        panic!("{line}\n{}", String::from_utf8_lossy(&output.stderr));
-    }
-    fs::write(made_by, line).expect("writing beside the harness");
-    Ok(program)
-}
-
-/// Whether the compiler has the flavour's sanitizer and instruction set at all.
-fn compiles_nothing(flavour: Flavour) -> bool {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let source = folder.join(format!("nothing-{}.cpp", flavour.name()));
-    fs::write(&source, "int main() {}\n").expect("writing a source file");
-    let mut command = Command::new(compiler());
-    command
-        .args(FLAGS)
-        .args(flavour.flags())
-        .arg(&source)
-        .arg("-o")
-        .arg(source.with_extension("out"));
-    command.output().is_ok_and(|output| output.status.success())
-}
-
-fn modified(path: &Path) -> SystemTime {
-    fs::metadata(path).and_then(|data| data.modified()).unwrap_or(SystemTime::UNIX_EPOCH)
-}
-fn newest_source(kernels: &Path) -> SystemTime {
-    let folders = [kernels, &Path::new(ROOT).join("tests/kernels/protocol")];
-    let files = folders.iter().flat_map(|folder| mutants::files(folder));
-    let sources =
-        files.filter(|path| path.extension().is_some_and(|name| name == "h" || name == "cpp"));
-    sources.map(|path| modified(&path)).max().expect("sources")
-}
-
-/// How a run of the harness ended.
-#[derive(Clone, PartialEq, Eq, Debug)]
-enum How {
-    Good,
-    Race,
-    Memory(String),
-    Wrong(String),
-    Hang,
-    Crash(String),
-}
-
-impl How {
-    /// The word of mutants.txt.
-    fn word(&self) -> &'static str {
-        match self {
-            How::Good => "good",
-            How::Race => "race",
-            How::Memory(_) => "memory",
-            How::Wrong(_) => "wrong",
-            How::Hang => "hang",
-            How::Crash(_) => "crash",
-        }
-    }
-}
-
-impl fmt::Display for How {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        match self {
-            How::Good => write!(f, "not at all"),
-            How::Race => write!(f, "data race"),
-            How::Memory(kind) => write!(f, "{kind}"),
-            How::Wrong(what) => {
-                write!(f, "wrong result: {}", what.chars().take(110).collect::<String>())
-            }
-            How::Hang => write!(f, "hang (watchdog)"),
-            How::Crash(status) => write!(f, "crash, {status}"),
-        }
-    }
-}
-
-/// Runs a harness; with what it printed.
-fn run(flavour: Flavour, program: &Path, arguments: &[&str]) -> (How, String) {
-    let mut command = match flavour {
-        // ThreadSanitizer maps its shadow where a randomised layout may have put something already.
-        Flavour::Tsan | Flavour::Lanes if has_setarch() => {
-            let mut command = Command::new("setarch");
-            command.arg("-R").arg(program);
-            command
-        }
-        _ => Command::new(program),
-    };
-    command
-        .args(arguments)
-        .env("TSAN_OPTIONS", "halt_on_error=1")
-        .env("ASAN_OPTIONS", "")
-        .env("UBSAN_OPTIONS", "");
-    let output = command.output().expect("the harness runs");
-    let text = [output.stdout, output.stderr]
-        .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
-        .concat();
-    let after = |mark: &str| {
-        text.split_once(mark).map(|(_, rest)| rest.lines().next().unwrap_or("").to_owned())
-    };
-    let how = if output.status.success() {
-        How::Good
-    } else if text.contains("ThreadSanitizer: data race") {
-        How::Race
-    } else if let Some(kind) = after("ERROR: AddressSanitizer: ") {
-        How::Memory(kind.split(' ').next().unwrap_or("").to_owned())
-    } else if let Some(error) = after("runtime error: ") {
-        How::Memory(error)
-    } else if let Some(what) = after("WRONG ") {
-        How::Wrong(what)
-    } else if text.contains("HANG ") {
-        How::Hang
-    } else {
-        How::Crash(output.status.to_string())
-    };
-    (how, text)
-}
-
-fn has_setarch() -> bool {
-    let quiet =
-        |command: &mut Command| command.stdout(Stdio::null()).stderr(Stdio::null()).status();
-    quiet(Command::new("setarch").args([OsStr::new("-R"), OsStr::new("true")]))
-        .is_ok_and(|status| status.success())
-}
-/// ThreadSanitizer's word for a kernel whose memory layout it can't live with.
-fn unfit(text: &str) -> bool {
-    text.contains("unexpected memory mapping")
-}
-
-/// Two jobs at a time: the harness has threads enough of its own.
+/// Runs two jobs at a time: the harness itself has many threads.
 fn two_at_a_time<T: Send, R: Send>(items: Vec<T>, job: impl Fn(T) -> R + Sync) -> Vec<R> {
     let queue = Mutex::new(items.into_iter().enumerate());
     let results = Mutex::new(Vec::new());
@@ -284,17 +32,10 @@ fn two_at_a_time<T: Send, R: Send>(items: Vec<T>, job: impl Fn(T) -> R + Sync) -
     results.sort_by_key(|&(index, _)| index);
     results.into_iter().map(|(_, result)| result).collect()
 }
-/// And one test at a time, for the same reason.
+/// Lock by which one test runs at a time, for the same reason.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn best_vectors() -> Vectors {
-    *[Vectors::Avx512, Vectors::Avx2, Vectors::Baseline]
-        .iter()
-        .find(|vectors| vectors.here())
-        .expect("a baseline")
 }
 
 pub fn every_scenario_is_clean_in_every_build() {
@@ -328,8 +69,8 @@ pub fn every_scenario_is_clean_in_every_build() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-/// Whether a run of a mutant ended as mutants.txt says. What a race does may show before the
-/// sanitizer sees the race.
+/// True if a run of a mutant ended as mutants.txt says. The consequences of a race may show before
+/// the sanitizer reports the race.
 fn allows(mutant: &Mutant, how: &How) -> bool {
     let consequence = matches!(how, How::Wrong(_) | How::Crash(_));
     mutant.expected.iter().any(|word| word == how.word() || word == "race" && consequence)
@@ -365,7 +106,7 @@ pub fn every_mutant_is_caught() {
         &built[flavours.iter().position(|&f| f == flavour).expect("a flavour that was built")]
     };
 
-    // What catches a mutant must let the original pass.
+    // A check that catches a mutant must pass on the original.
     let mut mutants = mutants_and_flavours(vectors);
     let mut checks: Vec<(Flavour, &str)> = Vec::new();
     for (mutant, flavour) in &mutants {
@@ -413,7 +154,7 @@ pub fn every_mutant_is_caught() {
             !needs_vectors
         });
     }
-    // Those that hang first: they take longest.
+    // Mutants that hang run first: they take longest.
     mutants.sort_by_key(|(mutant, _)| !mutant.expected.iter().any(|word| word == "hang"));
     let mut rows = two_at_a_time(mutants, |(mutant, flavour)| {
         // A race that has to be met may take several runs.
@@ -468,9 +209,9 @@ pub fn mutants_that_do_not_fit_are_named() {
             &sources,
         )
     };
-    let one = |edits: &str, told: &[&str]| {
+    let one = |edits: &str, contents: &[&str]| {
         let [problem] = &problems(edits)[..] else { panic!("{edits}: {:?}", problems(edits)) };
-        assert!(told.iter().all(|words| problem.contains(words)), "{edits}: {problem}");
+        assert!(contents.iter().all(|part| problem.contains(part)), "{edits}: {problem}");
     };
     one("    in a.h\n    - h(x);\n", &["mutant 7, the seventh", "a.h", "0 times", "h(x);"]);
     one("    in b.h\n    - f(x);\n", &["mutant 7, the seventh", "b.h", "0 times"]);

@@ -1,7 +1,7 @@
-//! The GPU kernels' PTX, run through the CUDA driver API on a simulated device:
-//! `../shared/cudasim`, or the libcuda.so.1 in the folder that `CUDASIM_LIB` names; by
-//! tests/gpu/suite, on a GPU. Every result must have the bits that the CPU kernels give. What a
-//! simulation can't see: ptxas, caches, weak memory, time.
+//! The GPU kernels' PTX, run by the CUDA driver API on a simulated device: `../shared/cudasim`, or
+//! the libcuda.so.1 in the folder that `CUDASIM_LIB` names; by tests/gpu/suite, on a GPU. Every
+//! result must have the bits that the CPU kernels give. What a simulation can't see: ptxas, caches,
+//! weak memory, time.
 
 mod case;
 mod machines;
@@ -18,7 +18,7 @@ use crate::protocol::mutants;
 /// A fatbin to use instead of the crate's.
 const FATBIN: &str = "PA_PTX_FATBIN";
 
-/// What a child does, in a process of its own.
+/// Runs a scenario in a child process.
 pub fn run(scenario: &str) {
     let fatbin = match std::env::var_os(FATBIN) {
         Some(file) => std::fs::read(file).unwrap(),
@@ -30,7 +30,7 @@ pub fn run(scenario: &str) {
 /// The nvcc that built the kernels.
 const NVCC: Option<&str> = option_env!("PARAM_AVERAGER_NVCC");
 
-/// Skips where that is gone.
+/// Skips where that nvcc no longer exists.
 pub fn nvcc() -> Skip {
     let there = on_own_driver() || NVCC.is_some_and(|nvcc| Path::new(nvcc).is_file());
     (!there).then(|| "the nvcc that built the kernels is gone: build them again".to_owned())

@@ -1,5 +1,5 @@
-//! Static checks of the GPU kernels: what nvcc made of them, for each architecture of the fatbin.
-//! No GPU needed.
+//! Static checks of the GPU kernels: the output of nvcc, for each architecture of the fatbin. No
+//! GPU needed.
 //!
 //! Registers, spills, the width of accesses in the loops that move packs, and the orderings that
 //! publish a flag. The kernels in `sass/controls.cu` have one flaw each, and the same checks
@@ -20,19 +20,19 @@ use test_support::Skip;
 /// The kernels and the loops that move packs in each: f32, f64, f16, bf16, and in the ring the last
 /// two again with partial sums of f32.
 const KERNELS: [(&str, Expected); 5] = [
-    // A dtype: two ranks, four ranks. More are read one after another.
+    // Loops per dtype: two ranks, four ranks. More ranks are read one after another.
     ("pa_direct", Expected { hot_loops: 4 * 2, loads: 44, talks: true, tables: true }),
-    // A dtype: first, middle and last step of the reduce; then middle and last step of the gather.
-    // In one or two places ptxas 13.0 enters a loop at two points, which makes it no natural loop;
-    // its 128-bit loads are there all the same.
+    // Loops per dtype: first, middle and last step of the reduce; then middle and last step of the
+    // gather. In one or two places ptxas 13.0 enters a loop at two points, which makes it no
+    // natural loop; its 128-bit loads are there all the same.
     ("pa_ring", Expected { hot_loops: 6 * 5 - 2, loads: 230, talks: true, tables: false }),
     ("pa_ring_reduce", Expected { hot_loops: 6 * 3, loads: 170, talks: true, tables: false }),
-    // A dtype: first, middle and last step of the gather.
+    // Loops per dtype: first, middle and last step of the gather.
     ("pa_ring_gather", Expected { hot_loops: 6 * 3, loads: 90, talks: true, tables: false }),
     ("pa_scan", Expected { hot_loops: 4, loads: 20, talks: false, tables: false }),
 ];
 
-/// Skips without machine code or what shows it.
+/// Skips without machine code or the tools that print it.
 pub fn tools() -> Skip {
     test_support::gpu_kernels().or_else(|| Tools::find().err())
 }

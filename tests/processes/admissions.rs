@@ -1,5 +1,4 @@
-//! Effects of letting a process in on the models of the others, and the errors when it fails half
-//! way.
+//! Effects of an admission on the models of the members, and the errors when it fails half way.
 
 use std::io::BufRead;
 use std::time::Duration;
@@ -22,7 +21,7 @@ struct Mixed {
 }
 
 impl Mixed {
-    /// Finite numbers of all magnitudes, of which each origin has others.
+    /// Finite numbers of all magnitudes, different for each origin.
     fn new(origin: u64) -> Mixed {
         let mut random = Random(origin);
         let mut bits = || random.next_u64();
@@ -51,8 +50,8 @@ impl Parameters for Mixed {
     }
 }
 
-/// Averages until a process waits to join, takes models of its own, and lets that process in: by
-/// the first of two averagers, which the second finds out.
+/// Averages until a process waits to join, takes models of its own, and admits that process by the
+/// first of two averagers; the second gets `StaleView`.
 pub fn copies() -> i32 {
     let communicator = join().unwrap();
     let origin = number("PA_TEST_ORIGIN").unwrap_or(communicator.rank() as u64);
@@ -72,19 +71,19 @@ pub fn copies() -> i32 {
             assert_eq!(
                 model.digest(),
                 before.digest(),
-                "letting a process in has changed a model of rank {origin}"
+                "the admission has changed a model of rank {origin}"
             );
         }
     }
     let [one, other] = models.each_ref().map(Mixed::digest);
     say(&format!("has {one:x} {other:x} of {}", second.world_size()));
-    second.average(&mut models[1]).unwrap(); // nobody leaves before
+    second.average(&mut models[1]).unwrap(); // no rank leaves before
     0
 }
 
-/// One step of Local SGD after another until one tells more than that it averaged, with the mean of
-/// two ranks' own elements expected after each. A line on the standard input aborts the world.
-pub fn lets_in() -> i32 {
+/// Steps of Local SGD until one returns more than a plain average, with the mean of two ranks'
+/// elements expected after each. A line on the standard input aborts the world.
+pub fn admits() -> i32 {
     let communicator = join().unwrap();
     let origin = communicator.rank();
     let mut model = vec![vec![0.0f32; 3000]];
@@ -129,7 +128,7 @@ pub fn joins_only() -> i32 {
     0
 }
 
-/// Two ranks that let a process in, which has joined and does not build its averager.
+/// Two ranks that admit a process, which has joined and does not build its averager.
 fn half_way_in(name: &str) -> (Vec<RankProcess>, RankProcess) {
     let member = |rank: usize| {
         let variables = [
@@ -137,17 +136,17 @@ fn half_way_in(name: &str) -> (Vec<RankProcess>, RankProcess) {
             ("PA_TEST_WORLD", "2".to_owned()),
             ("PA_TEST_NAME", name.to_owned()),
         ];
-        start("lets_in", &variables)
+        start("admits", &variables)
     };
     let mut members = vec![member(0), member(1)];
-    members.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    members.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
     let mut joiner =
         start("joins_only", &[("PA_TEST_JOIN", "1".to_owned()), ("PA_TEST_NAME", name.to_owned())]);
-    joiner.hear("joined as 2");
+    joiner.wait_for("joined as 2");
     (members, joiner)
 }
 
-pub fn letting_a_process_in_changes_no_other_model() {
+pub fn admission_changes_no_other_model() {
     for n in [1, 2, 8] {
         let name = name();
         let mut ranks: Vec<RankProcess> = (0..n)
@@ -160,7 +159,7 @@ pub fn letting_a_process_in_changes_no_other_model() {
                 start("copies", &variables)
             })
             .collect();
-        ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
         let variables = [
             ("PA_TEST_JOIN", "1".to_owned()),
             ("PA_TEST_ORIGIN", n.to_string()),
@@ -168,7 +167,7 @@ pub fn letting_a_process_in_changes_no_other_model() {
         ];
         ranks.push(start("copies", &variables));
         for rank in &mut ranks {
-            assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+            assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
         }
         let has: Vec<String> = ranks.iter().map(|rank| rank.said("has")[0].clone()).collect();
         let digest = |origin: usize| Mixed::new(origin as u64).digest();
@@ -181,20 +180,21 @@ pub fn letting_a_process_in_changes_no_other_model() {
 }
 
 /// The average that was due was made, so no error may say that nothing was changed.
-pub fn an_abort_while_a_process_is_let_in_tells_both_halves() {
+pub fn abort_during_an_admission_reports_both_halves() {
     let (mut members, joiner) = half_way_in(&name());
     std::thread::sleep(Duration::from_millis(100));
-    members[0].enough();
+    members[0].ask_to_end();
     for rank in &mut members {
-        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
         let error = &rank.said("error")[0];
         assert!(error.contains("AfterAverage") && error.contains("cause: Aborted"), "{error}");
     }
     drop(joiner);
 }
 
-/// A joiner that never builds, or dies: the others have averaged, and say so, also the last one.
-pub fn a_joiner_that_is_lost_on_its_way_does_not_hide_the_average() {
+/// The joiner never builds, or dies: the members have averaged, and report it, also the last
+/// member.
+pub fn lost_joiner_does_not_hide_the_average() {
     for last in [false, true] {
         let (mut members, joiner) = half_way_in(&name());
         if last {
@@ -202,16 +202,16 @@ pub fn a_joiner_that_is_lost_on_its_way_does_not_hide_the_average() {
         }
         joiner.signal(Signal::KILL);
         for rank in &mut members[..if last { 1 } else { 2 }] {
-            assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+            assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
             let action = &rank.said("action")[0];
             assert!(action.starts_with("Averaged"), "{action}");
         }
     }
 }
 
-/// Without all-or-nothing, too, a member has its own elements or the mean over all members,
-/// whenever the joiner dies: never a mean of what was half written.
-pub fn a_joiner_that_dies_at_any_time_leaves_whole_models() {
+/// Members have their own elements or the mean over all members, whenever the joiner dies, also
+/// without all-or-nothing: never the mean of a half-written model.
+pub fn joiner_killed_at_any_time_leaves_whole_models() {
     let rounds = count(2, 12);
     let mut chance = Random(seed());
     let name = name();
@@ -226,7 +226,7 @@ pub fn a_joiner_that_dies_at_any_time_leaves_whole_models() {
             start("survive", &[&variables[..], &more].concat())
         })
         .collect();
-    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
     for _ in 0..rounds {
         let variables = [
             ("PA_TEST_JOIN", "1".to_owned()),
@@ -236,10 +236,10 @@ pub fn a_joiner_that_dies_at_any_time_leaves_whole_models() {
         let mut joiner = start("survive", &[&variables[..], &more].concat());
         std::thread::sleep(Duration::from_micros(chance.below(40_000)));
         joiner.signal(Signal::KILL);
-        assert_eq!(joiner.end(), None, "{:#?}", joiner.heard);
+        assert_eq!(joiner.end(), None, "{:#?}", joiner.output);
     }
-    ranks.iter_mut().for_each(|rank| rank.enough());
+    ranks.iter_mut().for_each(|rank| rank.ask_to_end());
     for rank in &mut ranks {
-        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
     }
 }

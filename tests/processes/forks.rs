@@ -1,4 +1,4 @@
-//! Children that a process of a world forks, without exec: they hold nothing of it.
+//! Children that a process of a world forks, without exec: they hold none of the world's resources.
 
 use std::time::{Duration, Instant};
 
@@ -37,7 +37,7 @@ pub fn a_forked_child_holds_neither_the_name_nor_a_socket() {
     };
     let mut ranks = [rank("fork", 0), rank("fork", 1)];
     let children: Vec<i32> =
-        ranks.iter_mut().map(|rank| rank.hear("child").parse().unwrap()).collect();
+        ranks.iter_mut().map(|rank| rank.wait_for("child").parse().unwrap()).collect();
     for (rank, child) in ranks.iter().zip(&children) {
         let own = sockets(rank.child.id() as i32);
         assert!(
@@ -52,12 +52,12 @@ pub fn a_forked_child_holds_neither_the_name_nor_a_socket() {
         assert_eq!(sockets(*child), Vec::<String>::new());
     }
     for rank in &mut ranks {
-        rank.enough();
-        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        rank.ask_to_end();
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
     }
-    // The next world of that name begins at once, and lets in who comes late.
+    // The next world of that name begins at once, and admits a joiner.
     let mut next = [rank("survive", 0), rank("survive", 1)];
-    next.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    next.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
     let late = [
         ("PA_TEST_JOIN", "1"),
         ("PA_TEST_ORIGIN", "2"),
@@ -66,7 +66,7 @@ pub fn a_forked_child_holds_neither_the_name_nor_a_socket() {
     ];
     let mut late = start("survive", &late.map(|(name, value)| (name, value.to_owned())));
     for rank in next.iter_mut().chain([&mut late]) {
-        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
         assert_eq!(rank.said("done"), ["[0, 1, 2]"]);
     }
     let is_alive = |child: &i32| {

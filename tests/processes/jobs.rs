@@ -1,4 +1,4 @@
-//! Two jobs that use one name: they never mix, never hang, and each is told about the other.
+//! Two jobs that use one name: they never mix, never hang, and the errors of each name the other.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use test_support::count;
 use test_support::note;
 use test_support::process::{command, name, spawn, start, start_all, RankProcess};
 
-/// No process takes longer from the start of the last job.
+/// Maximum duration of a process from the start of the last job.
 const SOON: Duration = Duration::from_secs(30);
 
 /// A shell that starts two ranks by `line`, in which $r is the rank, and waits for them.
@@ -26,8 +26,7 @@ fn shell(line: &str, port: &str, job: usize, more: &[(&str, String)]) -> Command
     sh
 }
 
-/// What two shells say that were started so long after one another. Returns how many ranks of each
-/// have averaged.
+/// Runs two shells, the second started so much later. Returns how many ranks of each have averaged.
 fn play(one: Command, other: Command, apart: Duration) -> [usize; 2] {
     let mut jobs = vec![spawn(one)];
     std::thread::sleep(apart);
@@ -35,9 +34,9 @@ fn play(one: Command, other: Command, apart: Duration) -> [usize; 2] {
     let begin = Instant::now();
     let mut averaged = [0; 2];
     for (job, shell) in jobs.iter_mut().enumerate() {
-        assert_eq!(shell.end(), Some(0), "{:#?}", shell.heard);
+        assert_eq!(shell.end(), Some(0), "{:#?}", shell.output);
         let (good, errors) = (shell.said("averaged"), shell.said("error"));
-        assert_eq!(good.len() + errors.len(), 2, "{:#?}", shell.heard);
+        assert_eq!(good.len() + errors.len(), 2, "{:#?}", shell.output);
         for error in &errors {
             let names = error.matches("process ").count() >= 2;
             assert!(
@@ -85,8 +84,8 @@ pub fn one_job_meets_however_its_ranks_are_started() {
         "for r in 0 1; do RANK=$r TRAINER 2>&1 | cat & done; wait",
     ] {
         let mut job = spawn(script(text, &name(), 7));
-        assert_eq!(job.end(), Some(0), "{text}: {:#?}", job.heard);
-        assert_eq!(job.said("averaged"), ["7", "7"], "{text}: {:#?}", job.heard);
+        assert_eq!(job.end(), Some(0), "{text}: {:#?}", job.output);
+        assert_eq!(job.said("averaged"), ["7", "7"], "{text}: {:#?}", job.output);
     }
 }
 
@@ -116,15 +115,15 @@ pub fn jobs_of_ended_shells_and_of_one_shell_never_mix() {
         };
         let text = format!("{} & {} & wait", job(10, 0.0, 1.0), job(20, 1.0, 0.4));
         let mut both = spawn(script(&text, &name(), 7));
-        assert_eq!(both.end(), Some(0), "{:#?}", both.heard);
+        assert_eq!(both.end(), Some(0), "{:#?}", both.output);
         let averaged = both.said("averaged");
-        assert!(averaged.windows(2).all(|pair| pair[0] == pair[1]), "{:#?}", both.heard);
-        assert_eq!(averaged.len() + both.said("error").len(), 4, "{:#?}", both.heard);
+        assert!(averaged.windows(2).all(|pair| pair[0] == pair[1]), "{:#?}", both.output);
+        assert_eq!(averaged.len() + both.said("error").len(), 4, "{:#?}", both.output);
     }
 }
 
 /// The process that adopts the ranks of ended shells is in their session, as pid 1 of a container
-/// may be: nothing but process groups tells one job from the other.
+/// may be: only process groups distinguish the jobs.
 pub fn jobs_of_ended_shells_never_mix_where_a_process_of_their_session_adopts_them() {
     let port = name();
     let ended = |job: usize, first: f32, second: f32| {
@@ -146,10 +145,10 @@ pub fn jobs_of_ended_shells_never_mix_where_a_process_of_their_session_adopts_th
     // SAFETY: two system calls.
     unsafe { std::os::unix::process::CommandExt::pre_exec(&mut adopter, adopts) };
     let mut both = spawn(adopter);
-    assert_eq!(both.end(), Some(0), "{:#?}", both.heard);
+    assert_eq!(both.end(), Some(0), "{:#?}", both.output);
     let averaged = both.said("averaged");
-    assert!(averaged.windows(2).all(|pair| pair[0] == pair[1]), "{:#?}", both.heard);
-    assert_eq!(averaged.len() + both.said("error").len(), 4, "{:#?}", both.heard);
+    assert!(averaged.windows(2).all(|pair| pair[0] == pair[1]), "{:#?}", both.output);
+    assert_eq!(averaged.len() + both.said("error").len(), 4, "{:#?}", both.output);
 }
 
 /// Shell loops, subshells and wrappers for each rank.
@@ -164,12 +163,12 @@ pub fn shell_loops_meet_by_themselves() {
     for line in LINES {
         let mut shell = spawn(shell(line, &name(), 7, &[]));
         assert_eq!(shell.end(), Some(0));
-        assert_eq!(shell.said("averaged"), ["7", "7"], "{line}: {:#?}", shell.heard);
+        assert_eq!(shell.said("averaged"), ["7", "7"], "{line}: {:#?}", shell.output);
     }
 }
 
-/// The loop has ended before its ranks meet, so that their parent is another process.
-pub fn ranks_meet_whose_shell_has_ended() {
+/// The loop ends before its ranks meet, so that their parent is another process.
+pub fn ranks_of_an_ended_shell_meet() {
     let own = std::env::current_exe().unwrap();
     let own = format!("{} rank", own.display());
     for late in [0, 1] {
@@ -180,7 +179,7 @@ pub fn ranks_meet_whose_shell_has_ended() {
         sh.env("WORLD_SIZE", "2").env("MASTER_PORT", name());
         let mut shell = spawn(sh);
         assert_eq!(shell.end(), Some(0));
-        assert_eq!(shell.said("averaged"), ["7", "7"], "{:#?}", shell.heard);
+        assert_eq!(shell.said("averaged"), ["7", "7"], "{:#?}", shell.output);
     }
 }
 
@@ -198,10 +197,11 @@ pub fn jobs_with_one_name_never_mix() {
         }
     }
     note!("{pairs} pairs: in {both} both jobs ran, in {one} one did, in {neither} none; 0 mixed");
-    assert!(one + both > 0, "no job gets into its world");
+    assert!(one + both > 0, "no job has formed its world");
 }
 
-/// The first job's rank 1 comes late, and the second job's rank 0: its rank 1 comes in between.
+/// Rank 1 of the first job and rank 0 of the second are late; rank 1 of the second arrives in
+/// between.
 pub fn an_early_rank_of_another_job_takes_no_place() {
     for _ in 0..count(1, 3) {
         let port = name();
@@ -213,8 +213,8 @@ pub fn an_early_rank_of_another_job_takes_no_place() {
     }
 }
 
-/// As a sweep does that one script starts: what tells the jobs apart is an argument.
-pub fn jobs_that_one_process_starts_are_told_apart_by_their_arguments() {
+/// Jobs of a sweep, started by one script, differ in an argument.
+pub fn jobs_of_one_process_are_distinguished_by_their_arguments() {
     for _ in 0..count(1, 3) {
         let port = name();
         let rank = |rank: usize, job: usize| {
@@ -233,8 +233,8 @@ pub fn jobs_that_one_process_starts_are_told_apart_by_their_arguments() {
         let codes: Vec<_> = ranks.iter_mut().map(RankProcess::end).collect();
         assert_eq!((codes[0], codes[1]), (codes[2], codes[3]), "{codes:?}");
         let errors: Vec<String> = ranks.iter().flat_map(|rank| rank.said("error")).collect();
-        let heard: Vec<_> = ranks.iter().map(|rank| &rank.heard).collect();
-        assert!(codes.contains(&Some(0)) && codes.contains(&Some(3)), "{codes:?} {heard:#?}");
+        let outputs: Vec<_> = ranks.iter().map(|rank| &rank.output).collect();
+        assert!(codes.contains(&Some(0)) && codes.contains(&Some(3)), "{codes:?} {outputs:#?}");
         for error in errors {
             let is_named = error.contains("\"lr-0.1\" and \"lr-0.2\"")
                 || error.contains("\"lr-0.2\" and \"lr-0.1\"");
@@ -243,8 +243,8 @@ pub fn jobs_that_one_process_starts_are_told_apart_by_their_arguments() {
     }
 }
 
-/// Jobs that nothing tells apart: who comes second to a number ends both meetings.
-pub fn two_processes_with_one_number_end_the_meeting_for_all() {
+/// Jobs that nothing distinguishes: the second process of a rank fails both meetings.
+pub fn duplicate_rank_fails_the_rendezvous_on_every_rank() {
     for twice in [0, 1] {
         let numbers = [0, 1, twice];
         let name = name();
@@ -261,7 +261,7 @@ pub fn two_processes_with_one_number_end_the_meeting_for_all() {
         let pids: Vec<String> =
             ranks.iter().map(|rank| format!("process {} ", rank.child.id())).collect();
         for rank in &mut ranks {
-            assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+            assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
             let error = &rank.said("error")[0];
             let both = [twice, 2].iter().all(|&at| error.contains(&pids[at]));
             assert!(
@@ -275,7 +275,7 @@ pub fn two_processes_with_one_number_end_the_meeting_for_all() {
 
 pub fn a_name_is_held_for_the_life_of_a_world() {
     let mut world = start_all("hold", 2, |_| vec![]);
-    world.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    world.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
     let about = world[0].said("in")[0].clone();
     let held = about.split('"').nth(1).unwrap().to_owned();
     assert!(about.contains(&format!("process {} ", world[0].child.id())), "{about}");
@@ -296,7 +296,7 @@ pub fn a_name_is_held_for_the_life_of_a_world() {
         assert!(names && error.contains("which began"), "{error}");
         assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
     }
-    // A rank 0 that is stopped holds it, too.
+    // A stopped rank 0 holds the name, too.
     world[0].signal(Signal::STOP);
     let mut second = rank(0);
     assert_eq!(second.end(), Some(3));
@@ -326,19 +326,19 @@ pub fn a_job_that_was_killed_restarts_at_once() {
     let mut slowest = Duration::ZERO;
     for _ in 0..restarts {
         let mut large = [rank(0, 2000), rank(1, 0)];
-        large.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        large.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
         large.iter().for_each(|rank| rank.signal(Signal::KILL));
         let begin = Instant::now();
-        // One that is ready soon.
+        // A job that is ready soon.
         let mut next = [rank(0, 0), rank(1, 0)];
-        next.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+        next.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
         slowest = slowest.max(begin.elapsed());
         next.iter().for_each(|rank| rank.signal(Signal::KILL));
     }
     note!("{restarts} restarts at once, the slowest took {slowest:?}");
 }
 
-pub fn jobs_are_told_apart_by_what_the_program_says() {
+pub fn job_names_distinguish_jobs() {
     let name = name();
     let rank = |rank: usize, job: &str| {
         let variables = [
@@ -352,7 +352,7 @@ pub fn jobs_are_told_apart_by_what_the_program_says() {
     };
     let mut ranks = [rank(0, "a"), rank(1, "b")];
     for process in &mut ranks {
-        assert_eq!(process.end(), Some(3), "{:#?}", process.heard);
+        assert_eq!(process.end(), Some(3), "{:#?}", process.output);
         let error = &process.said("error")[0];
         assert!(
             error.contains("of job \"a\" and of job \"b\"")
@@ -376,6 +376,6 @@ pub fn jobs_are_told_apart_by_what_the_program_says() {
         spawn(sh)
     };
     for mut shell in [start(0), start(1)] {
-        assert_eq!(shell.end(), Some(0), "{:#?}", shell.heard);
+        assert_eq!(shell.end(), Some(0), "{:#?}", shell.output);
     }
 }

@@ -1,5 +1,4 @@
-//! What launchers say through the environment: each rank meets, or is told within seconds what to
-//! set.
+//! Environment variables of launchers: each rank meets, or fails within seconds with what to set.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -15,7 +14,7 @@ fn said(variables: &[(&str, &str)]) -> RankProcess {
     let variables: Vec<_> =
         variables.iter().map(|(name, value)| (*name, (*value).to_owned())).collect();
     let mut rank = start("launched", &variables);
-    assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+    assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
     rank
 }
 
@@ -31,18 +30,22 @@ pub fn slurm_shell_is_no_rank() {
     for variables in [&sbatch[..], &pty] {
         let rank = said(variables);
         assert_eq!(rank.said("is_launched"), ["false"]);
-        assert!(rank.said("error")[0].contains("a Slurm shell and not a rank"), "{:?}", rank.heard);
+        assert!(
+            rank.said("error")[0].contains("a Slurm shell and not a rank"),
+            "{:?}",
+            rank.output
+        );
     }
     assert_eq!(said(&[]).said("is_launched"), ["false"]);
     assert_eq!(said(&[("RANK", "0"), ("WORLD_SIZE", "1")]).said("is_launched"), ["true"]);
 }
 
-pub fn environment_errors_are_told_at_once() {
+pub fn environment_errors_are_reported_at_once() {
     let rank = said(&[("RANK", "0"), ("WORLD_SIZE", "17"), ("MASTER_PORT", "1")]);
     assert!(
         rank.said("error")[0].contains("WORLD_SIZE is 17: a world has 1 to 16 ranks"),
         "{:?}",
-        rank.heard
+        rank.output
     );
     let two = [("RANK", "0"), ("WORLD_SIZE", "2")];
     let agents = [
@@ -51,7 +54,7 @@ pub fn environment_errors_are_told_at_once() {
     ]
     .concat();
     assert!(said(&agents).said("error")[0].contains("set MASTER_ADDR to localhost"));
-    // No text, for each variable that is read.
+    // Bytes that are not UTF-8, for each variable that is read.
     for variable in ["RANK", "WORLD_SIZE", "MASTER_PORT", "PARAM_AVERAGER_RENDEZVOUS"] {
         let mut command =
             command(&[], "launched", &[("RANK", "0".into()), ("WORLD_SIZE", "2".into())]);
@@ -71,7 +74,7 @@ pub fn one_rank_alone_needs_no_port() {
         let variables = [("RANK", "0".to_owned()), ("WORLD_SIZE", "1".to_owned())];
         let mut ranks = [start("meet", &variables), start("meet", &variables)];
         for rank in &mut ranks {
-            assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+            assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
             assert_eq!(rank.said("averaged"), ["1"]);
         }
     }
@@ -94,7 +97,7 @@ pub fn agents_of_torchrun_on_one_host_meet() {
             start("meet", &variables)
         };
         for mut rank in (0..4).map(rank).collect::<Vec<_>>() {
-            assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+            assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
         }
     }
 }
@@ -121,14 +124,14 @@ pub fn ranks_of_mpich_meet_through_wrappers() {
         let mut manager = spawn(command);
         assert_eq!(manager.end(), Some(0));
         if meets {
-            assert_eq!(manager.said("averaged"), ["2", "2"], "{proxy}: {:#?}", manager.heard);
+            assert_eq!(manager.said("averaged"), ["2", "2"], "{proxy}: {:#?}", manager.output);
             continue;
         }
-        // Each wrapper is taken for the manager; who waits is told what the name was taken from.
-        assert_eq!(manager.said("error").len(), 2, "{:#?}", manager.heard);
-        let told =
+        // Each wrapper is taken for the manager; the timeout names the source of the name.
+        assert_eq!(manager.said("error").len(), 2, "{:#?}", manager.output);
+        let says_so =
             |error: &String| error.contains("made from the process that has started this one");
-        assert!(manager.said("error").iter().all(told), "{:#?}", manager.heard);
+        assert!(manager.said("error").iter().all(says_so), "{:#?}", manager.output);
     }
     std::fs::remove_dir_all(folder).unwrap();
 }
@@ -157,15 +160,15 @@ pub fn waiting_rank_says_for_what_and_what_to_set() {
     for (rank, waits) in [(0, "rank 0 of 3 waits for ranks 2"), (1, "rank 1 of 3 waits for rank 0")]
     {
         assert_eq!(ranks[rank].end(), Some(3));
-        let told = ranks[rank].said("stderr: param-averager: after 10s,");
-        assert!(told.len() == 1 && told[0].starts_with(waits), "{told:?}");
+        let notices = ranks[rank].said("stderr: param-averager: after 10s,");
+        assert!(notices.len() == 1 && notices[0].starts_with(waits), "{notices:?}");
         assert!(
-            told[0].contains("made from MASTER_PORT")
-                && told[0].contains("set PARAM_AVERAGER_RENDEZVOUS")
+            notices[0].contains("made from MASTER_PORT")
+                && notices[0].contains("set PARAM_AVERAGER_RENDEZVOUS")
         );
     }
     assert_eq!(alone.end(), Some(3));
-    assert_eq!(alone.said("stderr: param-averager: after 10s,").len(), 1, "{:#?}", alone.heard);
+    assert_eq!(alone.said("stderr: param-averager: after 10s,").len(), 1, "{:#?}", alone.output);
 }
 
 pub fn names_have_a_maximum_length() {
@@ -182,7 +185,7 @@ pub fn names_have_a_maximum_length() {
             ));
         }
         for rank in &mut ranks {
-            assert_eq!(rank.end(), Some(if is_right { 0 } else { 3 }), "{:#?}", rank.heard);
+            assert_eq!(rank.end(), Some(if is_right { 0 } else { 3 }), "{:#?}", rank.output);
             assert!(
                 is_right
                     || rank.said("error")[0]
@@ -193,7 +196,7 @@ pub fn names_have_a_maximum_length() {
     }
 }
 
-/// A user of this test alone: limits count all that a user has.
+/// A user of this test alone: limits count all threads of a user.
 const USER: u32 = 54_323;
 
 /// Skips where this program can't run as another user.
@@ -207,7 +210,7 @@ pub fn another_user() -> Skip {
     (!runs).then(|| "other users can't run programs in this folder".to_owned())
 }
 
-/// A user that has no more threads: all ranks are told, and do not wait.
+/// A user that may start no more threads: all ranks fail at once.
 pub fn rank_0_without_threads_says_so() {
     let name = name();
     let rank = |rank: usize, more: &[(&str, String)]| {
@@ -220,14 +223,14 @@ pub fn rank_0_without_threads_says_so() {
         command.uid(USER);
         spawn(command)
     };
-    // One more than it has: that which listens.
+    // One more thread than the process has: the listener.
     let mut first = rank(0, &[("PA_TEST_MORE_THREADS", "1".into())]);
-    first.hear("limited");
+    first.wait_for("limited");
     std::thread::sleep(Duration::from_millis(300));
     let begin = Instant::now();
     let mut second = rank(1, &[]);
     for rank in [&mut first, &mut second] {
-        assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+        assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
         let error = &rank.said("error")[0];
         assert!(error.contains("can't start a thread") && error.contains("ulimit -u"), "{error}");
     }

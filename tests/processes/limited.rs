@@ -1,4 +1,4 @@
-//! What a rank does that meets a limit of the system at one of its stages.
+//! Role of a rank that meets a limit of the system at one of its stages.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Barrier;
@@ -11,7 +11,8 @@ use rustix::process::{getpid, getrlimit, kill_process, setrlimit, Resource, Rlim
 use super::limits::RANKS;
 use test_support::rank::{builder, is_late, join, number, say};
 
-/// Comes to a stage: takes its limit, if it is that of this stage, and goes on when it is told to.
+/// Enters a stage: sets the limit, if it belongs to this stage, and waits for a line on the
+/// standard input.
 fn come_to(stage: &str) -> Instant {
     be_limited(stage);
     say(stage);
@@ -21,23 +22,23 @@ fn come_to(stage: &str) -> Instant {
 
 fn be_limited(stage: &str) {
     if std::env::var("PA_TEST_STAGE").is_ok_and(|limited| limited == stage) {
-        // threads that were started have what they take by then
+        // by then threads that were started have allocated what they need
         std::thread::sleep(Duration::from_millis(20));
         take_limit(&std::env::var("PA_TEST_LIMIT").unwrap());
     }
 }
 
-static ENOUGH: AtomicBool = AtomicBool::new(false);
+static END_REQUESTED: AtomicBool = AtomicBool::new(false);
 
-/// Meets, builds, averages and recovers; says of the first error how long after its stage began it
-/// came.
+/// Meets, builds, averages and recovers; prints the first error with the time since its stage
+/// began.
 pub fn limited() -> i32 {
     if let Some(user) = number("PA_TEST_USER") {
         // SAFETY: no pointer is passed.
         assert_eq!(unsafe { libc::setuid(user as u32) }, 0);
     }
     let rank = number("PA_TEST_RANK").unwrap_or(2);
-    // 24 MiB: its shard is of 8 or 12 MiB, which malloc maps.
+    // 24 MiB: its shard has 8 or 12 MiB, which malloc maps.
     let mut model = vec![vec![rank as f32; 6 << 20], vec![1.0; 100]];
     let result = stages(&mut model);
     match result {
@@ -96,17 +97,17 @@ fn stages(model: &mut Vec<Vec<f32>>) -> Result<usize, (u128, Error)> {
     let mut averager: ParamAverager =
         builder(communicator).channels(2).chunk_bytes(chunk).build(model).map_err(failed(begin))?;
     let begin = come_to("averaging");
-    if number("PA_TEST_LETS_IN").is_some() {
+    if number("PA_TEST_ADMITS").is_some() {
         std::thread::spawn(|| {
             let _ = std::io::stdin().read_line(&mut String::new());
-            ENOUGH.store(true, Ordering::Relaxed);
+            END_REQUESTED.store(true, Ordering::Relaxed);
         });
-        be_limited("letting in");
+        be_limited("admitting");
         loop {
-            // Both end after the same average.
+            // Both members end after the same average.
             let begin = Instant::now();
-            let enough = vec![f32::from(u8::from(ENOUGH.load(Ordering::Relaxed)))];
-            model[1][..1].copy_from_slice(&enough);
+            let ends = vec![f32::from(u8::from(END_REQUESTED.load(Ordering::Relaxed)))];
+            model[1][..1].copy_from_slice(&ends);
             let report = averager.average(model).map_err(failed(begin))?;
             if model[1][0] != 0.0 {
                 return Ok(averager.world_size());
@@ -141,18 +142,19 @@ fn set(resource: Resource, most: u64) {
     setrlimit(resource, Rlimit { current: Some(most), ..getrlimit(resource) }).unwrap();
 }
 
-/// Of this process, in bytes.
+/// A value of `/proc/self/status`, in bytes.
 fn status(name: &str) -> u64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
     line.split_whitespace().next().unwrap().parse::<u64>().unwrap() << 10
 }
 
-/// Takes what is left of a resource, but for a little that small things need.
+/// Leaves of a resource only what small allocations need.
 fn take_limit(resource: &str) {
     let stage = std::env::var("PA_TEST_STAGE").unwrap();
     let room = number("PA_TEST_ROOM");
-    // What meets it is larger than this; what can't fail is smaller.
+    // Allocations that meet the limit are larger than this; allocations that cannot fail are
+    // smaller.
     let bytes = room.map_or(if stage == "averaging" { 0 } else { 1 << 20 }, |room| room << 20 >> 1);
     match resource {
         "memory" => set(Resource::As, status("VmSize:") + bytes),
@@ -161,7 +163,7 @@ fn take_limit(resource: &str) {
         "file size" => set(Resource::Fsize, 0),
         "descriptors" => {
             let open = std::fs::read_dir("/proc/self/fd").unwrap().count() as u64 - 1;
-            // A rank that has no socket can't say so.
+            // A rank without a socket cannot report its error.
             set(Resource::Nofile, open + room.unwrap_or(if stage == "starting" { 3 } else { 0 }));
         }
         "threads" => set(Resource::Nproc, 1),
@@ -170,7 +172,7 @@ fn take_limit(resource: &str) {
             std::fs::create_dir(&group).unwrap();
             std::fs::write(group.clone() + "/cgroup.procs", std::process::id().to_string())
                 .unwrap();
-            // Below what it has, of which a thread may end: none can be started.
+            // Below the current number, since a thread may end: none can be started.
             std::fs::write(group + "/pids.max", "1").unwrap();
         }
         "locked memory" => {
@@ -189,7 +191,7 @@ fn take_mappings(left: u64) {
     const PAGE: usize = 4096;
     const MOST: usize = 1 << 20;
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-    // SAFETY: a new mapping, wherever the system puts it; nobody uses it.
+    // SAFETY: a new mapping, at an address of the system's choice; nothing uses it.
     let start = unsafe {
         rustix::mm::mmap_anonymous(std::ptr::null_mut(), MOST * PAGE, ProtFlags::empty(), flags)
     };
@@ -207,7 +209,7 @@ fn take_mappings(left: u64) {
     }
 }
 
-/// As sandboxes do it: memfd_create is answered by EPERM, on this thread and those that it starts.
+/// Makes memfd_create fail with EPERM, on this thread and on those that it starts, as sandboxes do.
 fn forbid_memfds() {
     const ALLOW: u32 = libc::SECCOMP_RET_ALLOW;
     const REFUSE: u32 = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use test_support::process::{name, start, RankProcess};
 use test_support::{count, note, partly};
 
-/// A resource: what an error about it says, and whether root is not bound by the limit.
+/// A resource, the words of an error about it, and whether the limit does not bind root.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Limit {
     resource: &'static str,
@@ -31,23 +31,23 @@ const LIMITS: [Limit; 9] = [
     limit("mappings", "vm.max_map_count", false),
 ];
 
-/// When the limit is set.
+/// Stages at which the limit is set.
 const STAGES: [&str; 4] = ["starting", "building", "averaging", "recovering"];
-/// The ranks of a world, of which the last one dies before the others recover.
+/// Number of ranks of a world; the last rank dies before the others recover.
 pub const RANKS: usize = 3;
-/// A second, and more where this machine is busy with other things; no timeout of these worlds is
-/// below a minute.
+/// Maximum time until an error, in ms: a second, and more for a busy machine. Timeouts of these
+/// worlds are a minute or more.
 const SOON_MS: u64 = 5000;
 /// A user that has no other processes, for limits that do not bind root.
 const USER: u32 = 54_321;
 
-/// What limits a process at `stage`.
+/// Variables that limit a process at `stage`.
 fn variables(limit: Limit, stage: &str) -> Vec<(&'static str, String)> {
     vec![("PA_TEST_LIMIT", limit.resource.into()), ("PA_TEST_STAGE", stage.into())]
 }
 
-/// PA_TEST_LIMITS, where it is set, is a list of resources to try. Otherwise `PA_TEST_SCALE` says
-/// whether a few will do.
+/// True if the limit is to be tried: `PA_TEST_LIMITS` lists resources; without it, `PA_TEST_SCALE`
+/// decides between a few and all.
 fn is_asked_for(limit: &Limit) -> bool {
     match std::env::var("PA_TEST_LIMITS") {
         Ok(all) => all.split(',').any(|one| one == limit.resource),
@@ -116,7 +116,7 @@ fn world(
     (0..RANKS).map(rank).collect()
 }
 
-/// Its error, if that is how it ended: when it came, and what it says.
+/// Error of a rank that failed: the time of its stage until then, in ms, and the text.
 fn error(rank: &mut RankProcess, what: &str) -> Option<(u64, String)> {
     let code = rank.end();
     let errors = rank.said("error");
@@ -126,11 +126,11 @@ fn error(rank: &mut RankProcess, what: &str) -> Option<(u64, String)> {
             let (after, error) = error.split_once(' ').unwrap();
             Some((after.parse().unwrap(), error.to_owned()))
         }
-        _ => panic!("{what}: it ended by {code:?}: {:#?}", rank.heard),
+        _ => panic!("{what}: it ended by {code:?}: {:#?}", rank.output),
     }
 }
 
-/// One cell of the table: what the rank that met the limit says, if it was met.
+/// A cell of the table: the error of the rank that met the limit, if it was met.
 fn cell(
     limit: Limit,
     stage: &str,
@@ -140,9 +140,9 @@ fn cell(
     let what = format!("{} while {stage}, rank {limited} {more:?}", limit.resource);
     let group = group();
     let mut ranks = world(limit, stage, limited, &group, more);
-    // All have begun when the first is told to.
-    ranks.iter_mut().for_each(|rank| drop(rank.hear("starting")));
-    ranks.iter_mut().for_each(|rank| STAGES.iter().for_each(|_| rank.enough()));
+    // All ranks have started when the first one begins.
+    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("starting")));
+    ranks.iter_mut().for_each(|rank| STAGES.iter().for_each(|_| rank.ask_to_end()));
     let mut errors = vec![];
     for (rank, process) in ranks.iter_mut().enumerate() {
         let dies = rank + 1 == RANKS && process.end().is_none();
@@ -155,10 +155,10 @@ fn cell(
     for (rank, error) in errors.iter().enumerate() {
         let (after, error) = error
             .as_ref()
-            .unwrap_or_else(|| panic!("{what}: rank {rank} is not told: {errors:#?}"));
+            .unwrap_or_else(|| panic!("{what}: rank {rank} has no error: {errors:#?}"));
         let names = |rank: usize| error.contains(&format!("rank {rank} "));
         assert!(error.contains(limit.says) && names(limited), "{what}: rank {rank} says {error}");
-        assert!(*after < SOON_MS, "{what}: rank {rank} was told after {after} ms: {error}");
+        assert!(*after < SOON_MS, "{what}: rank {rank} failed after {after} ms: {error}");
     }
     let latest = errors.iter().flatten().map(|(after, _)| after).max();
     let said = errors[limited].as_ref().unwrap().1.clone();
@@ -166,7 +166,7 @@ fn cell(
     Some(said)
 }
 
-/// The table, for one of its lines.
+/// A line of the table.
 fn limits_at(stage: &str, is_met: impl Fn(&str, usize) -> bool) {
     for limit in LIMITS.into_iter().filter(is_asked_for) {
         if !can_be_set(limit) {
@@ -195,8 +195,7 @@ pub fn limits_while_building_are_named_on_all_ranks() {
     limits_at("building", |_, _| true);
 }
 
-/// A rank that has what it needs of its own, but not what it takes to open a peer's memory, is the
-/// one that is named.
+/// A rank with enough for its own memory, but not to open a peer's, is named.
 pub fn limit_met_on_a_peers_memory_names_the_rank_that_met_it() {
     for (resource, rooms, says) in [
         ("descriptors", 1..10, "receiving the file descriptors of a message"),
@@ -216,7 +215,7 @@ pub fn limit_met_on_a_peers_memory_names_the_rank_that_met_it() {
     }
 }
 
-/// Averages take nothing of the system.
+/// Averages need no resource of the system.
 pub fn limits_while_averaging_are_not_met() {
     limits_at("averaging", |_, _| false);
 }
@@ -225,9 +224,9 @@ pub fn limits_while_recovering_are_named_on_all_ranks() {
     limits_at("recovering", |_, _| true);
 }
 
-/// A world of two members, `limits` being the second one's, that have averaged, and a process that
-/// joins it with limits of its own. The joiner is told of `limit`, soon, and the members go on.
-fn joiner_is_told(
+/// A joiner with the limits `own`, and two members that average, of which the second has `limits`.
+/// The joiner fails soon, with `limit` named, and the members go on.
+fn check_joiner(
     limit: Limit,
     what: &str,
     limits: Vec<(&'static str, String)>,
@@ -249,47 +248,46 @@ fn joiner_is_told(
         let variables = [
             ("PA_TEST_RANK", rank.to_string()),
             ("PA_TEST_WORLD", "2".into()),
-            ("PA_TEST_LETS_IN", "1".into()),
+            ("PA_TEST_ADMITS", "1".into()),
         ];
         one(&[&variables[..], if rank == 1 { &limits } else { &[] }].concat())
     };
     let mut members: Vec<RankProcess> = (0..2).map(member).collect();
-    members.iter_mut().for_each(|rank| STAGES[..3].iter().for_each(|_| rank.enough()));
-    members.iter_mut().for_each(|rank| drop(rank.hear("averaged")));
+    members.iter_mut().for_each(|rank| STAGES[..3].iter().for_each(|_| rank.ask_to_end()));
+    members.iter_mut().for_each(|rank| drop(rank.wait_for("averaged")));
     let mut late = one(&[own, vec![("PA_TEST_JOIN", "1".into())]].concat());
-    STAGES.iter().for_each(|_| late.enough());
+    STAGES.iter().for_each(|_| late.ask_to_end());
     let (after, error) = error(&mut late, what).unwrap_or_else(|| panic!("{what}: it was not met"));
     let _ = std::fs::remove_dir(&group);
     assert!(error.contains(limit.says), "{what}: {error}");
-    assert!(after < SOON_MS, "{what}: it was told after {after} ms");
+    assert!(after < SOON_MS, "{what}: it failed after {after} ms");
     note!("{what}: after {after} ms: {error}");
-    members.iter_mut().for_each(|rank| rank.enough());
+    members.iter_mut().for_each(|rank| rank.ask_to_end());
     for member in &mut members {
-        assert_eq!(member.end(), Some(0), "{what}: {:#?}", member.heard);
-        assert_eq!(member.said("done"), ["2"], "{what}: {:#?}", member.heard);
+        assert_eq!(member.end(), Some(0), "{what}: {:#?}", member.output);
+        assert_eq!(member.said("done"), ["2"], "{what}: {:#?}", member.output);
     }
 }
 
-/// A process that joins and meets a limit leaves, and the others go on.
-pub fn limits_while_joining_harm_nobody_else() {
+/// A joiner that meets a limit leaves, and the members go on.
+pub fn limits_while_joining_harm_no_member() {
     for limit in LIMITS {
         for stage in ["joining", "building"] {
             let what = format!("{}, {stage}", limit.resource);
             if !can_be_set(limit) {
                 continue;
             }
-            joiner_is_told(limit, &what, vec![], variables(limit, stage));
+            check_joiner(limit, &what, vec![], variables(limit, stage));
         }
     }
 }
 
-/// A member that meets a limit when a process comes that wants to join tells it so, and all members
-/// go on.
-pub fn limits_of_members_are_told_to_processes_that_join() {
+/// A member that meets a limit during a join reports it to the joiner, and all members go on.
+pub fn limits_of_members_are_reported_to_joiners() {
     for limit in LIMITS.into_iter().filter(is_asked_for) {
         let what = format!("{} of a member", limit.resource);
-        // What a member makes for an averager with the joiner is the table of those that build; no
-        // process hears of a socket that nobody can take.
+        // Limits on what a member allocates for an averager with the joiner are in the table of
+        // building; a socket that cannot be accepted is reported to no process.
         if !["memory", "data", "threads", "pids", "locked memory", "mappings"]
             .contains(&limit.resource)
         {
@@ -298,7 +296,7 @@ pub fn limits_of_members_are_told_to_processes_that_join() {
         if !can_be_set(limit) {
             continue;
         }
-        joiner_is_told(limit, &what, variables(limit, "letting in"), vec![]);
+        check_joiner(limit, &what, variables(limit, "admitting"), vec![]);
     }
 }
 
@@ -318,15 +316,15 @@ pub fn limits_of_ranks_that_are_threads_are_typed_errors() {
             ]);
             all.extend(limit.not_root.then(|| ("PA_TEST_USER", USER.to_string())));
             let mut process = start("limited_threads", &all);
-            process.enough();
+            process.ask_to_end();
             let code = process.end();
             let _ = std::fs::remove_dir(&group);
             let errors = process.said("error");
             if ["memfds", "file size", "descriptors"].contains(&limit.resource) {
-                assert_eq!((code, errors.len()), (Some(0), 0), "{what}: {:#?}", process.heard);
+                assert_eq!((code, errors.len()), (Some(0), 0), "{what}: {:#?}", process.output);
                 continue;
             }
-            assert_eq!((code, errors.len()), (Some(0), 2), "{what}: {:#?}", process.heard);
+            assert_eq!((code, errors.len()), (Some(0), 2), "{what}: {:#?}", process.output);
             assert!(errors[0] == errors[1] && errors[0].contains(limit.says), "{what}: {errors:?}");
             assert!(
                 errors[0].starts_with("Memory { rank: ")
@@ -337,15 +335,15 @@ pub fn limits_of_ranks_that_are_threads_are_typed_errors() {
     }
 }
 
-/// With ever less address space, or ever fewer mappings, ranks meet and average, or are told:
-/// nothing between aborts.
+/// Ranks with ever less address space, or ever fewer mappings, average or fail by an error: none
+/// aborts.
 pub fn any_amount_of_memory_is_enough_or_an_error() {
     for limit in
         LIMITS.iter().filter(|limit| ["memory", "data", "mappings"].contains(&limit.resource))
     {
         let (mut good, mut bad) = (0, 0);
         for stage in ["starting", "building"] {
-            // In half MiB, or in two mappings.
+            // In units of half a MiB, or of two mappings.
             for room in ["0", "3", "6", "9", "12", "24", "40", "1000"] {
                 let name = name();
                 let rank = |rank: usize| {
@@ -360,7 +358,7 @@ pub fn any_amount_of_memory_is_enough_or_an_error() {
                     start("limited", &all)
                 };
                 let mut ranks: Vec<RankProcess> = (0..2).map(rank).collect();
-                ranks.iter_mut().for_each(|rank| STAGES.iter().for_each(|_| rank.enough()));
+                ranks.iter_mut().for_each(|rank| STAGES.iter().for_each(|_| rank.ask_to_end()));
                 for rank in &mut ranks {
                     match error(rank, &format!("{} {room} {stage}", limit.resource)) {
                         None => good += 1,
@@ -372,7 +370,7 @@ pub fn any_amount_of_memory_is_enough_or_an_error() {
                 }
             }
         }
-        note!("{}: {good} ranks averaged, {bad} were told", limit.resource);
+        note!("{}: {good} ranks averaged, {bad} failed", limit.resource);
         assert!(good > 0 && bad > 0, "{}: {good} {bad}", limit.resource);
     }
 }

@@ -1,5 +1,5 @@
-//! Ranks that are processes: they find one another, average, and go on when one of them is killed
-//! or stopped. Every rank is this very program, run with `PA_TEST_ROLE`.
+//! Ranks that are processes: they meet, average, and go on when a rank is killed or stopped. Every
+//! rank is this very program, run with `PA_TEST_ROLE`.
 
 #[cfg(target_os = "linux")]
 mod admissions;
@@ -22,6 +22,8 @@ mod meeting;
 #[cfg(target_os = "linux")]
 mod namespaces;
 #[cfg(target_os = "linux")]
+mod several_averagers;
+#[cfg(target_os = "linux")]
 mod stops;
 
 #[cfg(not(target_os = "linux"))]
@@ -36,7 +38,7 @@ fn main() -> std::process::ExitCode {
             "limited" => limited::limited(),
             "limited_threads" => limited::limited_threads(),
             "copies" => admissions::copies(),
-            "lets_in" => admissions::lets_in(),
+            "admits" => admissions::admits(),
             "joins_only" => admissions::joins_only(),
             role => rank::run(role),
         });
@@ -54,38 +56,34 @@ fn main() -> std::process::ExitCode {
     test_support::main_with_threads(
         8,
         tests![
-            admissions::letting_a_process_in_changes_no_other_model,
-            admissions::an_abort_while_a_process_is_let_in_tells_both_halves,
-            admissions::a_joiner_that_is_lost_on_its_way_does_not_hide_the_average,
-            admissions::a_joiner_that_dies_at_any_time_leaves_whole_models,
+            admissions::admission_changes_no_other_model,
+            admissions::abort_during_an_admission_reports_both_halves,
+            admissions::lost_joiner_does_not_hide_the_average,
+            admissions::joiner_killed_at_any_time_leaves_whole_models,
             deaths::kill_at_any_step_of_3_ranks,
             deaths::kill_at_some_steps_of_4_and_8_ranks: stress,
             deaths::kill_at_any_step_of_2_ranks,
-            deaths::averagers_are_recovered_in_any_order,
-            deaths::the_longest_timeouts_are_timeouts,
-            deaths::local_sgds_that_are_recovered_in_different_orders_are_told_so,
-            deaths::dropped_averager_is_named,
+            deaths::longest_timeouts_work,
             deaths::kill_is_noticed_at_once,
             deaths::stopped_rank_is_late_and_excluded,
             deaths::kill_is_noticed_at_once_beside_a_stopped_rank,
             deaths::kills_at_any_time,
             deaths::stops_and_kills_at_any_time: stress,
             deaths::training_goes_on_without_a_rank_that_panics,
-            deaths::nothing_is_left_of_a_world_that_was_killed,
-            deaths::two_averagers_of_a_world_recover,
+            deaths::killed_world_leaves_no_socket_and_no_file,
             forks::a_forked_child_holds_neither_the_name_nor_a_socket,
             jobs::one_job_meets_however_its_ranks_are_started,
             jobs::jobs_of_ended_shells_and_of_one_shell_never_mix,
             jobs::jobs_of_ended_shells_never_mix_where_a_process_of_their_session_adopts_them,
             jobs::shell_loops_meet_by_themselves,
-            jobs::ranks_meet_whose_shell_has_ended,
+            jobs::ranks_of_an_ended_shell_meet,
             jobs::jobs_with_one_name_never_mix,
             jobs::an_early_rank_of_another_job_takes_no_place,
-            jobs::jobs_that_one_process_starts_are_told_apart_by_their_arguments,
-            jobs::two_processes_with_one_number_end_the_meeting_for_all,
+            jobs::jobs_of_one_process_are_distinguished_by_their_arguments,
+            jobs::duplicate_rank_fails_the_rendezvous_on_every_rank,
             jobs::a_name_is_held_for_the_life_of_a_world,
             jobs::a_job_that_was_killed_restarts_at_once,
-            jobs::jobs_are_told_apart_by_what_the_program_says,
+            jobs::job_names_distinguish_jobs,
             joins::processes_join_one_after_the_other_and_at_once,
             joins::a_process_joins_a_world_that_rejects_and_one_that_is_aborted,
             joins::a_process_joins_a_world_with_two_averagers,
@@ -95,9 +93,9 @@ fn main() -> std::process::ExitCode {
             joins::refusal_names_the_reason_and_harms_no_member,
             joins::training_goes_on_with_a_process_that_joins,
             joins::failed_attempts_by_the_thousand_use_up_no_ids: stress,
-            joins::world_id_is_told_to_joiners,
+            joins::joiners_learn_the_world_id,
             launchers::slurm_shell_is_no_rank,
-            launchers::environment_errors_are_told_at_once,
+            launchers::environment_errors_are_reported_at_once,
             launchers::one_rank_alone_needs_no_port,
             launchers::agents_of_torchrun_on_one_host_meet,
             launchers::ranks_of_mpich_meet_through_wrappers,
@@ -109,8 +107,8 @@ fn main() -> std::process::ExitCode {
             limits::limit_met_on_a_peers_memory_names_the_rank_that_met_it: stress,
             limits::limits_while_averaging_are_not_met: stress,
             limits::limits_while_recovering_are_named_on_all_ranks: stress,
-            limits::limits_while_joining_harm_nobody_else: stress,
-            limits::limits_of_members_are_told_to_processes_that_join: stress,
+            limits::limits_while_joining_harm_no_member: stress,
+            limits::limits_of_members_are_reported_to_joiners: stress,
             limits::limits_of_ranks_that_are_threads_are_typed_errors,
             limits::any_amount_of_memory_is_enough_or_an_error: stress,
             meeting::worlds_of_2_3_4_and_8_processes_average,
@@ -126,9 +124,13 @@ fn main() -> std::process::ExitCode {
             namespaces::ranks_in_containers_meet_die_and_join: containers,
             namespaces::ranks_in_pid_namespaces_meet_die_and_join: pid_namespaces,
             namespaces::a_name_is_held_across_namespaces: containers,
-            namespaces::ranks_in_two_network_namespaces_are_told_so: network_namespaces,
+            namespaces::ranks_in_two_network_namespaces_are_an_error: network_namespaces,
             namespaces::users_that_are_not_mapped_are_refused: unmapped_users,
             namespaces::a_user_in_a_container_meets_itself_outside: other_containers,
+            several_averagers::averagers_are_recovered_in_any_order,
+            several_averagers::two_averagers_of_a_world_recover,
+            several_averagers::local_sgds_recovered_in_different_orders_fail_at_once,
+            several_averagers::dropped_averager_is_named,
             stops::rank_stopped_before_the_rendezvous,
             stops::rank_stopped_while_it_waits_for_the_others,
             stops::rank_stopped_before_it_builds,

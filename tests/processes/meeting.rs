@@ -1,4 +1,4 @@
-//! How ranks find one another, and what they are told if they do not.
+//! Rendezvous of ranks, and the errors of ranks that do not meet.
 
 use std::io::Write;
 use std::os::linux::net::SocketAddrExt;
@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use test_support::process::{name, start, start_all, RankProcess};
 use test_support::Skip;
 
-/// All fail, with an error that holds each of these.
+/// Asserts that all ranks fail, with an error that holds each of these.
 fn all_fail(mut ranks: Vec<RankProcess>, with: &[&str]) {
     for rank in &mut ranks {
-        assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+        assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
         let errors = rank.said("error");
         for with in with {
             assert!(errors[0].contains(with), "{errors:?} without {with:?}");
@@ -23,7 +23,7 @@ pub fn worlds_of_2_3_4_and_8_processes_average() {
     for n in [2, 3, 4, 8] {
         let mut ranks = start_all("meet", n, |_| vec![]);
         for rank in &mut ranks {
-            assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+            assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
             assert_eq!(rank.said("averaged"), [n.to_string()]);
         }
     }
@@ -43,11 +43,11 @@ pub fn the_environment_of_torchrun_is_enough() {
         start("meet", &variables)
     });
     for mut rank in ranks.collect::<Vec<_>>() {
-        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
     }
     let mut alone = start("meet", &[("RANK", "0".into())]);
     assert_eq!(alone.end(), Some(3));
-    assert!(alone.said("error")[0].contains("WORLD_SIZE is not"), "{:?}", alone.heard);
+    assert!(alone.said("error")[0].contains("WORLD_SIZE is not"), "{:?}", alone.output);
 }
 
 pub fn open_mpi_starts_ranks() {
@@ -72,7 +72,7 @@ pub fn torchrun() -> Skip {
     (!there).then(|| format!("no torchrun: set {TORCHRUN}=/path/to/torchrun"))
 }
 
-/// Also again, after one has failed at first.
+/// Two starts: one rank fails in the first, and torchrun starts all again.
 pub fn torchrun_starts_ranks() {
     let torchrun = std::env::var(TORCHRUN).unwrap();
     let program = std::env::current_exe().unwrap();
@@ -108,12 +108,12 @@ pub fn ranks_that_disagree_are_named_on_every_rank() {
     );
 }
 
-/// Once.
+/// The error names rank 1 once.
 pub fn a_rank_that_refuses_by_itself_is_named_on_every_rank() {
     let wrong = |rank| if rank == 1 { vec![("PA_TEST_SLOTS", "3".to_owned())] } else { vec![] };
     let mut ranks = start_all("meet", 3, wrong);
     for (rank, process) in ranks.iter_mut().enumerate() {
-        assert_eq!(process.end(), Some(3), "{:#?}", process.heard);
+        assert_eq!(process.end(), Some(3), "{:#?}", process.output);
         let error = &process.said("error")[0];
         let begin = if rank == 1 {
             "rank 1: the option"
@@ -129,10 +129,10 @@ pub fn ranks_that_do_not_come_are_named() {
     let mut ranks = start_all("meet", 3, soon);
     for (rank, process) in ranks.iter_mut().enumerate() {
         assert_eq!(process.end(), Some(3));
-        // A rank's own patience may end a moment before rank 0's.
+        // A rank's own timeout may end a moment before rank 0's.
         let error = &process.said("error")[0];
-        let told = error.contains("did not arrive within 500ms: 3, 4");
-        assert!(told || rank > 0 && error.contains("was not found"), "{error}");
+        let is_named = error.contains("did not arrive within 500ms: 3, 4");
+        assert!(is_named || rank > 0 && error.contains("was not found"), "{error}");
     }
     let late = |_| vec![("PA_TEST_MEET_MS", "300".to_owned()), ("PA_TEST_RANK", "1".to_owned())];
     all_fail(
@@ -141,7 +141,7 @@ pub fn ranks_that_do_not_come_are_named() {
     );
 }
 
-/// A rank that runs out of them at any point says so, and nobody hangs.
+/// A rank that runs out of file descriptors at any point reports it, and no rank hangs.
 pub fn a_rank_may_have_too_few_file_descriptors() {
     for short in [0, 2] {
         let mut good = 0;
@@ -156,29 +156,30 @@ pub fn a_rank_may_have_too_few_file_descriptors() {
             let soon = |rank| [limit(rank), vec![("PA_TEST_MEET_MS", "2000".to_owned())]].concat();
             let mut ranks = start_all("meet", 3, soon);
             let codes: Vec<_> = ranks.iter_mut().map(|rank| rank.end()).collect();
-            let heard: Vec<_> = ranks.iter().map(|rank| rank.heard.clone()).collect();
+            let outputs: Vec<_> = ranks.iter().map(|rank| rank.output.clone()).collect();
             if codes.iter().all(|&code| code == Some(0)) {
                 good += 1;
                 continue;
             }
-            assert!(codes.iter().all(|&code| code == Some(3)), "{most}: {codes:?} {heard:#?}");
+            assert!(codes.iter().all(|&code| code == Some(3)), "{most}: {codes:?} {outputs:#?}");
             let why = ranks[short].said("error");
-            let told = ["ulimit -n", "open files"].iter().any(|what| why[0].contains(what));
-            assert!(told, "{most}: {heard:#?}");
+            let is_named = ["ulimit -n", "open files"].iter().any(|what| why[0].contains(what));
+            assert!(is_named, "{most}: {outputs:#?}");
             // Rank 0 needs a socket to listen on, one to answer on, and one more for what comes
-            // with a hello: without these it can't tell the others, which wait until their timeout.
+            // with a hello: without these it cannot report to the others, which wait until their
+            // timeout.
             let names = |rank: &RankProcess| {
                 let error = &rank.said("error")[0];
                 error.contains("ulimit -n") && error.contains(&format!("rank {short} "))
             };
-            assert!(ranks.iter().all(names) || short == 0 && most < 6, "{most}: {heard:#?}");
+            assert!(ranks.iter().all(names) || short == 0 && most < 6, "{most}: {outputs:#?}");
         }
         assert!(good > 0 && good < 36, "{good} of 36");
     }
 }
 
-/// Connections that say nothing, half of something, or garbage, many of them, neither keep ranks
-/// out nor get in.
+/// Many connections that send nothing, half a message, or garbage neither delay ranks nor become
+/// peers.
 pub fn foreign_connections_are_not_waited_for() {
     let name = name();
     let variables = |rank: usize| {
@@ -190,8 +191,8 @@ pub fn foreign_connections_are_not_waited_for() {
     };
     let mut host = start("meet", &variables(0));
     let deadline = Instant::now() + Duration::from_secs(20);
-    let mut strangers = vec![];
-    // Behind the user, as another namespace may number it.
+    let mut connections = vec![];
+    // The name follows the user id, which another namespace may map to another number.
     let socket = loop {
         let known = std::fs::read_to_string("/proc/net/unix").unwrap();
         let is_it = |path: &&str| {
@@ -204,17 +205,17 @@ pub fn foreign_connections_are_not_waited_for() {
         std::thread::sleep(Duration::from_millis(1));
     };
     let address = SocketAddr::from_abstract_name(socket).unwrap();
-    while strangers.len() < 300 {
+    while connections.len() < 300 {
         match UnixStream::connect_addr(&address) {
             Ok(mut stream) => {
-                let said: &[u8] = match strangers.len() % 4 {
+                let said: &[u8] = match connections.len() % 4 {
                     0 => b"",
                     1 => b"PAVG",
                     2 => b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
                     _ => b"PAVG\x03\x00\x01\x00\0\0\0\0\0\0\0\0\x02\0\0\0{}",
                 };
                 let _ = stream.write_all(said);
-                strangers.push(stream);
+                connections.push(stream);
             }
             Err(_) => std::thread::sleep(Duration::from_millis(1)),
         }
@@ -225,12 +226,12 @@ pub fn foreign_connections_are_not_waited_for() {
         (host.end(), other.end()),
         (Some(0), Some(0)),
         "{:#?} {:#?}",
-        host.heard,
-        other.heard
+        host.output,
+        other.output
     );
 }
 
-/// The longest and the shortest that a caller can give.
+/// The longest and the shortest timeout that a caller can give.
 pub fn timeouts_of_any_length_work() {
     let most = ("PA_TEST_MEET_MS", u64::MAX.to_string());
     let name = name();
@@ -243,7 +244,7 @@ pub fn timeouts_of_any_length_work() {
         start("survive", &[&variables[..], &[most.clone(), ("PA_TEST_FINAL", "3".into())]].concat())
     };
     let mut ranks = vec![first(0), first(1)];
-    ranks.iter_mut().for_each(|rank| drop(rank.hear("ready")));
+    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
     let late = [
         ("PA_TEST_JOIN", "1".into()),
         ("PA_TEST_ORIGIN", "2".into()),
@@ -254,12 +255,12 @@ pub fn timeouts_of_any_length_work() {
         &[&late[..], &[most.clone(), ("PA_TEST_FINAL", "3".into())]].concat(),
     ));
     for rank in &mut ranks {
-        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
     }
     let least = ("PA_TEST_MEET_MS", "0".to_owned());
-    // One may find the other there, and be told that it has gone.
+    // A rank may find the other listening, and then see it leave.
     for rank in &mut start_all("meet", 2, |_| vec![least.clone()]) {
-        assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+        assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
         let error = &rank.said("error")[0];
         assert!(error.contains("within 0ns") || error.contains("has left the world"), "{error}");
     }

@@ -1,5 +1,5 @@
-//! Ranks that are stopped while they meet, build or recover: the others name them in time, and they
-//! find out when they go on.
+//! Ranks that are stopped while they meet, build or recover: the others name them in time, and the
+//! stopped ranks get an error when they go on.
 
 use std::time::{Duration, Instant};
 
@@ -7,17 +7,17 @@ use rustix::process::Signal;
 
 use test_support::process::{name, start, start_all, RankProcess};
 
-/// For what fails by it.
+/// Timeout of the stage that fails, in ms.
 const SHORT_MS: u64 = 2000;
-/// For what does not.
+/// Timeout of the other stages, in ms.
 const LONG_MS: u64 = 20_000;
 
-/// For the rendezvous, and for builds and recoveries.
+/// Timeouts of the rendezvous, and of builds and recoveries, in ms.
 fn timeouts(meet: u64, build: u64) -> [(&'static str, String); 2] {
     [("PA_TEST_MEET_MS", meet.to_string()), ("PA_TEST_TIMEOUT_MS", build.to_string())]
 }
 
-/// n ranks, of which one stops itself there.
+/// Starts n ranks, of which `stopped` stops itself at `place`.
 fn stopped_at(
     n: usize,
     stopped: usize,
@@ -28,14 +28,15 @@ fn stopped_at(
         let stop = (rank == stopped).then(|| ("PA_TEST_STOP_AT", place.to_owned()));
         timeouts.clone().into_iter().chain(stop).collect()
     });
-    ranks[stopped].hear("stopping");
+    ranks[stopped].wait_for("stopping");
     ranks
 }
 
-/// All of them but `except` end so, with errors of which each holds one of these.
+/// Asserts that all ranks but `except` end by `code`, with errors of which each holds one of
+/// `with`.
 fn ends(ranks: &mut [RankProcess], except: usize, code: i32, with: &[&str]) {
     for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != except) {
-        assert_eq!(process.end(), Some(code), "rank {rank}: {:#?}", process.heard);
+        assert_eq!(process.end(), Some(code), "rank {rank}: {:#?}", process.output);
         let errors = process.said("error");
         assert!(
             with.iter().any(|with| errors[0].contains(with)),
@@ -44,15 +45,15 @@ fn ends(ranks: &mut [RankProcess], except: usize, code: i32, with: &[&str]) {
     }
 }
 
-/// Goes on, and ends with one of these errors.
+/// Continues a stopped rank, which ends by one of these errors.
 fn wakes(rank: &mut RankProcess, with: &[&str]) {
     rank.signal(Signal::CONT);
-    assert_eq!(rank.end(), Some(3), "{:#?}", rank.heard);
+    assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
     let errors = rank.said("error");
     assert!(with.iter().any(|with| errors[0].contains(with)), "{errors:?} without {with:?}");
 }
 
-/// What ranks other than 0 are told when rank 0 says nothing in their time.
+/// Error of the other ranks when rank 0 is silent until their timeout.
 const NO_HOST: &str = "was not found on this host within";
 
 pub fn rank_stopped_before_the_rendezvous() {
@@ -66,7 +67,7 @@ pub fn rank_stopped_before_the_rendezvous() {
     }
 }
 
-/// It has come, so that the world begins, but does not hear of it.
+/// The stopped rank has connected, so the world begins, but it does not receive that message.
 pub fn rank_stopped_while_it_waits_for_the_others() {
     for stopped in [0, 2] {
         let world = name();
@@ -80,7 +81,7 @@ pub fn rank_stopped_while_it_waits_for_the_others() {
             ]);
             start("stages", &variables)
         };
-        // Rank 0's socket, and its end of rank 2's.
+        // Rank 0's listener, and its end of the connection to rank 2.
         let sockets = || std::fs::read_to_string("/proc/net/unix").unwrap().matches(&world).count();
         let mut ranks = vec![come(0)];
         let deadline = Instant::now() + Duration::from_secs(60);
@@ -95,13 +96,13 @@ pub fn rank_stopped_while_it_waits_for_the_others() {
             ranks[0].signal(Signal::STOP);
             ranks.extend([come(1), come(2)]);
             ends(&mut ranks, 0, 3, &[NO_HOST]);
-            // What they said to it is still there, or not; in any case it is alone.
+            // Their messages may still be in the socket, or not; in both cases rank 0 is alone.
             ranks[0].signal(Signal::CONT);
-            ranks[0].enough();
-            assert!([Some(0), Some(3)].contains(&ranks[0].end()), "{:#?}", ranks[0].heard);
-            let told = [ranks[0].said("error"), ranks[0].said("failed")].concat();
+            ranks[0].ask_to_end();
+            assert!([Some(0), Some(3)].contains(&ranks[0].end()), "{:#?}", ranks[0].output);
+            let errors = [ranks[0].said("error"), ranks[0].said("failed")].concat();
             let why = ["did not arrive within", "has left the world while building"];
-            assert!(why.iter().any(|why| told[0].contains(why)), "{told:?}");
+            assert!(why.iter().any(|why| errors[0].contains(why)), "{errors:?}");
             continue;
         }
         let waiting = come(2);
@@ -113,10 +114,10 @@ pub fn rank_stopped_while_it_waits_for_the_others() {
     }
 }
 
-/// The others say that it is late, and go on without it, before it wakes up.
+/// The others report the stopped rank as late, and go on without it, before it continues.
 fn go_on_without(ranks: &mut [RankProcess], stopped: usize) {
     for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != stopped) {
-        assert_eq!(process.hear("averaged"), "2", "rank {rank}");
+        assert_eq!(process.wait_for("averaged"), "2", "rank {rank}");
         let failed = process.said("failed");
         assert!(
             failed[0].starts_with(&format!("rank {stopped} did not move for 2s while building")),
@@ -125,8 +126,8 @@ fn go_on_without(ranks: &mut [RankProcess], stopped: usize) {
     }
     wakes(&mut ranks[stopped], &[&format!("rank {stopped} was excluded")]);
     for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != stopped) {
-        process.enough();
-        assert_eq!(process.end(), Some(0), "rank {rank}: {:#?}", process.heard);
+        process.ask_to_end();
+        assert_eq!(process.end(), Some(0), "rank {rank}: {:#?}", process.output);
     }
 }
 
@@ -137,7 +138,7 @@ pub fn rank_stopped_before_it_builds() {
 }
 
 /// Rank 0 is killed. Rank 2 stops before it recovers, and goes on in time. Rank 1 is stopped
-/// meanwhile, while it waits for rank 2, so that it has said that it takes part: ranks 2 and 3
+/// meanwhile, while it waits for rank 2, so that it has announced that it takes part: ranks 2 and 3
 /// build with it, in vain, and then without it.
 pub fn rank_stopped_while_it_recovers() {
     let mut ranks = start_all("stages", 4, |rank| {
@@ -147,25 +148,25 @@ pub fn rank_stopped_while_it_recovers() {
             .chain(stop.map(|place| ("PA_TEST_STOP_AT", place.to_owned())))
             .collect()
     });
-    ranks[0].hear("stopping");
+    ranks[0].wait_for("stopping");
     ranks[0].signal(Signal::KILL);
-    ranks[2].hear("stopping");
-    ranks[1].hear("recovering");
+    ranks[2].wait_for("stopping");
+    ranks[1].wait_for("recovering");
     std::thread::sleep(Duration::from_millis(50)); // for its message
     ranks[1].signal(Signal::STOP);
     ranks[2].signal(Signal::CONT);
     for rank in &mut ranks[2..] {
-        assert_eq!(rank.hear("averaged"), "2");
+        assert_eq!(rank.wait_for("averaged"), "2");
         let failed = rank.said("failed");
         assert!(failed[0].starts_with("rank 0 has left the world while building"), "{failed:?}");
-        // Numbered anew: what was rank 1 is rank 0.
-        // It may have built by the time it was stopped, on a machine that is busy.
+        // Ranks are renumbered: rank 1 has become rank 0. On a busy machine it may have built
+        // before it was stopped.
         assert!(failed[1].starts_with("rank 0 did not move for 3s"), "{failed:?}");
     }
     wakes(&mut ranks[1], &["was excluded: it did not reach the recovery"]);
     for rank in &mut ranks[2..] {
-        rank.enough();
-        assert_eq!(rank.end(), Some(0), "{:#?}", rank.heard);
+        rank.ask_to_end();
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
     }
 }
 
@@ -177,8 +178,8 @@ pub fn abort_ends_the_wait_of_building_ranks() {
             vec![]
         }
     });
-    ranks[2].hear("stopping");
-    (0..2).for_each(|rank| drop(ranks[rank].hear("building")));
+    ranks[2].wait_for("stopping");
+    (0..2).for_each(|rank| drop(ranks[rank].wait_for("building")));
     std::thread::sleep(Duration::from_millis(50)); // so that they do wait
     ranks[2].signal(Signal::CONT);
     ends(&mut ranks, 3, 3, &["rank 2 aborted the world while building the averager"]);

@@ -1,5 +1,5 @@
-//! Averages while the device has other work: a trainer's own kernels, and another average, also of
-//! another world.
+//! Averages while the device has other work: a trainer's own kernels, and another average, possibly
+//! of another world.
 
 use super::model::Model;
 use super::scenarios::GPU;
@@ -10,7 +10,7 @@ use std::sync::Barrier;
 use std::time::Duration;
 use test_support::ranks_on;
 
-/// Adds 1 to each of so many words.
+/// Kernel that adds 1 to each of `count` words.
 const TRAINER: &str = "
 .version 7.0
 .target sm_80
@@ -126,8 +126,8 @@ pub fn beside() {
     });
 }
 
-/// Memory of averagers that have gone is kept while others live, since to free it is to wait for
-/// them; then it is freed.
+/// Memory of dropped averagers is kept while others live, since freeing it waits for them; then it
+/// is freed.
 pub fn memory() {
     let context = CudaContext::new(0).unwrap();
     let free = || context.mem_get_info().unwrap().0;

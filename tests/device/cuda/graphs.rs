@@ -9,7 +9,7 @@ use std::time::Duration;
 use test_support::{ranks_of, ranks_on};
 
 const ELEMENTS: usize = 5000;
-/// The strictest: no thread may do what might wait.
+/// The strictest mode: no thread may make a call that might wait.
 const MODE: sys::CUstreamCaptureMode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
 
 pub fn on_one_device() {
@@ -41,8 +41,7 @@ unsafe fn capture(stream: sys::CUstream, f: impl FnOnce()) -> sys::CUgraphExec {
     }
 }
 
-/// What every replay would refuse is refused when it is captured, and nothing of it is in the
-/// graph.
+/// An average that every replay would refuse is refused at capture, and the graph stays empty.
 pub fn refusals() {
     let weights = [-1.0, f64::INFINITY, f64::NAN];
     for algorithm in [Algorithm::Ring, Algorithm::Direct] {
@@ -130,7 +129,7 @@ pub fn refusals() {
                     "{algorithm:?}"
                 );
             }
-            // Where nothing is captured, every rank hears, as ever.
+            // Without a capture every rank gets the error, as usual.
             let weight = if rank == 1 { -1.0 } else { 1.0 };
             // SAFETY: as above.
             let pending = unsafe {
@@ -210,7 +209,7 @@ fn replay(devices: &[Device], algorithm: Algorithm, commit: bool) {
         if std::env::var_os("CUDASIM_RACE").is_none()
             || devices.iter().any(|device| *device != devices[0])
         {
-            // A world that was ended: nothing changes, and every replay says so.
+            // After the end of the world nothing changes, and every replay reports it.
             model.download();
             let before = model.bytes().to_vec();
             if rank == 1 {

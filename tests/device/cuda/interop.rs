@@ -20,7 +20,7 @@ pub fn interop() {
 }
 
 /// A stream of the non-blocking kind. cudarc waits for the device when a context makes its first,
-/// so before anybody averages.
+/// so before any rank averages.
 fn stream() -> Arc<CudaStream> {
     CudaContext::new(0).unwrap().new_stream().unwrap()
 }
@@ -83,7 +83,7 @@ fn every_dtype() {
     });
 }
 
-/// Slices that other streams write before, read after and free; nobody waits on the host.
+/// Slices that other streams write before, read after and free; the host waits for none of it.
 fn other_streams() {
     const ELEMENTS: usize = 30_000;
     ranks_on(GPU, 2, |communicator| {
@@ -143,7 +143,7 @@ fn last_stream() {
         std::mem::forget(averager.start(&mut params).unwrap());
         drop(stream);
         drop(first);
-        // Waits for the one before it, which fails if its memory is gone.
+        // Waits for the average before it, which fails if its memory was freed.
         let mut params = CudaParams::new(&null);
         params.push(&mut second);
         averager.average(&mut params).unwrap();
@@ -152,8 +152,8 @@ fn last_stream() {
     });
 }
 
-/// What a trainer does that knows of no streams: all ranks are on the null stream, in a context of
-/// their own or in one.
+/// Use by a trainer without streams: all ranks are on the null stream, in contexts of their own or
+/// in a common one.
 fn one_null_stream() {
     let shared = CudaContext::new(0).unwrap();
     for own in [true, false] {
@@ -209,7 +209,7 @@ fn stream_is(error: Error, words: &str) {
     assert!(found.contains(words), "{error}");
 }
 
-/// Every rank hears that rank 1 passes this tensor.
+/// Asserts that every rank gets the error about this tensor of rank 1.
 fn tensor_is(error: Error, words: &str) {
     let Error::InvalidTensor { rank: 1, tensor, problem } = &error else { panic!("{error}") };
     assert!(tensor.contains("tensor 0 `wte`") && problem.contains(words), "{error}");
@@ -222,7 +222,7 @@ fn refusals() {
         let mut right = stream.clone_htod(&vec![rank as f32; 50]).unwrap();
         let foreign = self::stream();
         let mut foreign = foreign.clone_htod(&vec![9.0f32; 50]).unwrap();
-        // SAFETY: what is not tracked is used on one stream only, and waited for.
+        // SAFETY: the untracked slice is used on one stream only, and waited for.
         unsafe { context.disable_event_tracking() };
         let mut untracked = context.new_stream().unwrap().clone_htod(&vec![9.0f32; 50]).unwrap();
         untracked.stream().synchronize().unwrap();
@@ -302,7 +302,7 @@ pub fn captured_slices() {
                 false => work.memcpy_dtod(&wrong, &mut read).unwrap(),
             }
             drop(work.end_capture(flags).unwrap());
-            // On any kind of stream every rank hears, and can go on.
+            // On any kind of stream every rank gets the error, and can go on.
             for on in [&stream, &context.default_stream(), &blocking] {
                 let mut params = CudaParams::new(on);
                 params.push(if rank == 1 { &mut wrong } else { &mut right });
@@ -318,8 +318,8 @@ pub fn captured_slices() {
             all(&right, 0.5);
             right = stream.clone_htod(&vec![rank as f32; 50]).unwrap();
         }
-        // While the capture goes on, a stream that waits becomes a part of it: this rank alone
-        // hears.
+        // While the capture goes on, a stream that waits becomes a part of it: this rank alone gets
+        // an error.
         if rank == 1 {
             let on = context.new_stream().unwrap();
             let mut wrong = work.clone_htod(&vec![9.0f32; 50]).unwrap();
@@ -331,7 +331,7 @@ pub fn captured_slices() {
             let error = averager.start(&mut params).map(drop).unwrap_err();
             tensor_is(error, "a stream that was being captured");
             work.join(&on).unwrap();
-            // SAFETY: a stream that is being captured, and a graph that nobody launches.
+            // SAFETY: a stream that is being captured, and a graph that is never launched.
             unsafe {
                 result::graph::destroy(result::stream::end_capture(work.cu_stream()).unwrap())
             }
@@ -370,9 +370,9 @@ pub fn devices() {
             "one of cuda:1, where the rank is on cuda:0",
         );
         all(&wrong, 9.0);
-        // And not the primary context.
+        // A context that is not the primary one.
         let (device, raw) = (result::device::get(0).unwrap(), right.context().cu_ctx());
-        // SAFETY: a context that lives, and that is not destroyed, since what says so is forgotten.
+        // SAFETY: a context that lives, and that is not destroyed, since its owner is forgotten.
         let other = unsafe { CudaContext::from_raw_context(0, device, raw) }.unwrap();
         let null = other.default_stream();
         stream_is(refused(&mut averager, &mut CudaParams::new(&null)), "not its primary one");

@@ -1,7 +1,8 @@
 //! Ranks on several devices, and mailboxes in memory of the host.
 
 use super::model::{Model, Shape};
-use super::scenarios::{fail, shapes, Way, WAY};
+use super::scenarios::fail;
+use super::way::{shapes, Way, WAY};
 use param_averager::*;
 use test_support::ranks_of;
 
@@ -9,7 +10,7 @@ fn ring(ranks: usize, devices: &'static [usize], link: Link) -> Way {
     Way { ranks, devices, link, ..WAY }
 }
 
-/// As ranks on these devices follow one another around the ring.
+/// Order in which ranks on these devices follow one another around the ring.
 fn order_of(devices: &[Device]) -> Vec<usize> {
     let orders = ranks_of(devices, |communicator| {
         let mut model = Model::new(communicator.device(), &shapes()[..1], 0);
@@ -22,7 +23,7 @@ fn compare(way: Way, shapes: &[Shape]) {
     way.compare_in_order(shapes, &order_of(&way.devices()));
 }
 
-/// One device, mailboxes in memory of the host.
+/// Runs on one device, with mailboxes in memory of the host.
 pub fn host_links() {
     let shapes = shapes();
     for ranks in [2, 3, 4, 8] {
@@ -73,8 +74,8 @@ pub fn every_link() {
         Way { reject: true, slots: 2, chunk: 128, channels: 3, ..ring(3, &[0, 1, 2], Link::Host) },
         &shapes[15..],
     );
-    // The defaults: what Auto stands for, how many blocks there are, and an average of each kind at
-    // once.
+    // The defaults: the meaning of Auto, the number of blocks, and an average of each kind at the
+    // same time.
     ranks_of(&[Device::cuda(2), Device::cuda(0)], |communicator| {
         let mut model = Model::new(communicator.device(), &shapes, communicator.rank() as u64);
         let mut host = ParamAverager::builder(communicator.clone())
@@ -89,7 +90,7 @@ pub fn every_link() {
         drop(auto);
         host.average(&mut model).unwrap();
     });
-    // What is for one device only.
+    // `Algorithm::Direct` needs a single device, and a world has CPUs only or CUDA devices only.
     let errors = ranks_of(&[Device::cuda(0), Device::cuda(1)], |communicator| {
         let mut model = Model::new(communicator.device(), &shapes, 0);
         ParamAverager::builder(communicator)
@@ -123,7 +124,7 @@ pub fn pairs() {
     }
 }
 
-/// Two devices that don't reach each other, whatever the driver says.
+/// Two devices that do not reach each other, although the driver may claim it.
 pub fn not_reached(access: PeerAccess) {
     // All try the same pair at once.
     let topology = std::thread::scope(|scope| {

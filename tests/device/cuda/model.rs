@@ -19,13 +19,13 @@ struct Tensor {
 
 pub struct Model {
     tensors: Vec<Tensor>,
-    /// What it holds: on a CPU, the memory itself.
+    /// Contents: on a CPU, the memory itself.
     host: Vec<u64>,
     device: Option<(Arc<CudaContext>, u64)>,
     on: Device,
 }
 
-/// Of a CUDA device.
+/// Memory of a CUDA device.
 pub fn ordinal(device: Device) -> usize {
     let name = device.to_string();
     name.strip_prefix("cuda:").and_then(|number| number.parse().ok()).expect("a CUDA device")
@@ -73,7 +73,7 @@ impl Model {
         model
     }
 
-    /// What it holds, guard bytes included. On a device: what it held when it was last downloaded.
+    /// Contents, guard bytes included. On a device: those of the last download.
     pub fn bytes(&self) -> &[u8] {
         bytemuck::cast_slice(&self.host)
     }
@@ -101,12 +101,12 @@ impl Model {
     fn upload(&self) {
         if let Some((context, address)) = &self.device {
             context.bind_to_thread().unwrap();
-            // SAFETY: own memory, which nobody is using.
+            // SAFETY: own memory, which nothing else uses.
             unsafe { result::memcpy_htod_sync(*address, self.bytes()) }.unwrap();
         }
     }
 
-    /// Brings what a device has to the host.
+    /// Copies the device's memory to the host.
     pub fn download(&mut self) {
         if let Some((context, address)) = &self.device {
             context.bind_to_thread().unwrap();
@@ -116,7 +116,7 @@ impl Model {
         }
     }
 
-    /// Of a tensor on a device.
+    /// Address of a tensor on a device.
     pub fn tensor_address(&self, index: usize) -> u64 {
         let (_, address) = self.device.as_ref().expect("a device");
         address + self.tensors[index].offset as u64

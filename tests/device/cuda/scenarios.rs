@@ -1,9 +1,9 @@
-//! What a child process does.
+//! Scenarios of child processes.
 
-use super::model::{Model, Shape};
+use super::model::Model;
 use super::streams::streams;
+use super::way::{shapes, Way, WAY};
 use super::{beside, graphs, links, strict};
-use param_averager::__testing::Testing;
 use param_averager::*;
 use std::time::Duration;
 use test_support::{ranks_of, ranks_on};
@@ -48,139 +48,6 @@ pub fn run(scenario: &str) {
         "no-driver" => no_driver(),
         other => panic!("no scenario {other}"),
     }
-}
-
-/// How an average is made.
-#[derive(Clone, Debug)]
-pub struct Way {
-    pub ranks: usize,
-    /// By rank, over and over.
-    pub devices: &'static [usize],
-    pub link: Link,
-    pub algorithm: Algorithm,
-    pub all_or_nothing: bool,
-    pub reject: bool,
-    pub narrow_wire: bool,
-    pub weighted: bool,
-    pub channels: u32,
-    pub chunk: usize,
-    pub slots: u32,
-    pub counter: u32,
-    pub delay_ns: u32,
-}
-
-pub const WAY: Way = Way {
-    ranks: 3,
-    devices: &[0],
-    link: Link::Auto,
-    algorithm: Algorithm::Ring,
-    all_or_nothing: true,
-    reject: false,
-    narrow_wire: false,
-    weighted: false,
-    channels: 2,
-    chunk: 4096,
-    slots: 4,
-    counter: 0,
-    delay_ns: 0,
-};
-
-impl Way {
-    pub fn devices(&self) -> Vec<Device> {
-        self.devices.iter().cycle().take(self.ranks).map(|&ordinal| Device::cuda(ordinal)).collect()
-    }
-
-    pub fn build(&self, communicator: Communicator, model: &mut Model) -> Result<ParamAverager> {
-        let link = if communicator.device() == Device::cpu() { Link::Auto } else { self.link };
-        ParamAverager::builder(communicator)
-            .algorithm(self.algorithm)
-            .link(link)
-            .all_or_nothing(self.all_or_nothing)
-            .reject_non_finite(self.reject)
-            .narrow_wire(self.narrow_wire)
-            .channels(self.channels)
-            .chunk_bytes(self.chunk)
-            .slots(self.slots)
-            .timeout(Duration::from_secs(60))
-            .testing(Testing {
-                counter: self.counter,
-                delay_ns: self.delay_ns,
-                poison_slots: true,
-                ..Testing::default()
-            })
-            .build(model)
-    }
-
-    /// Two averages of fresh models, and what came of them. The model of rank `order[p]` of a ring
-    /// on devices is that of rank p of one on CPUs, so that both make their sums in the same order.
-    pub fn averages(&self, devices: &[Device], shapes: &[Shape], order: &[usize]) -> Vec<Vec<u8>> {
-        let results = ranks_of(devices, |communicator| {
-            let (rank, on) = (communicator.rank(), communicator.device());
-            let data = if on == Device::cpu() { order[rank] } else { rank };
-            // Pointers may change between calls. All are freed at the end: that waits for every
-            // kernel on the device, and so for a peer's average that waits for this rank.
-            let mut models: Vec<Model> =
-                (0..3).map(|round| Model::new(on, shapes, (100 * round + data) as u64)).collect();
-            let mut averager = self.build(communicator, &mut models[0]).unwrap();
-            let mut results = vec![];
-            for model in &mut models[1..] {
-                let model = &mut *model;
-                let report = match self.weighted {
-                    true => averager.average_weighted(model, data as f64).unwrap(),
-                    false => averager.average(model).unwrap(),
-                };
-                assert_eq!((report.world_size, report.algorithm), (self.ranks, self.algorithm));
-                model.download();
-                assert!(
-                    model.guards_are_whole(),
-                    "{self:?}: rank {rank} wrote beside its tensors on {on}"
-                );
-                results.push(model.bytes().to_vec());
-            }
-            // which says that it leaves, by a copy that the race detector takes for a race
-            (results, averager)
-        });
-        let results: Vec<_> = results.into_iter().map(|(results, _)| results).collect();
-        for (rank, result) in results.iter().enumerate() {
-            assert!(
-                *result == results[0],
-                "{self:?}: rank {rank} differs from rank 0 on {}",
-                devices[rank]
-            );
-        }
-        results.into_iter().next().unwrap()
-    }
-
-    /// With ranks that follow one another around the ring in this order.
-    pub fn compare_in_order(&self, shapes: &[Shape], order: &[usize]) {
-        let gpu = self.averages(&self.devices(), shapes, order);
-        let cpu = self.averages(&vec![Device::cpu(); self.ranks], shapes, order);
-        assert!(gpu == cpu, "{self:?}: not the bits of the CPU");
-    }
-
-    pub fn compare(&self, shapes: &[Shape]) {
-        self.compare_in_order(shapes, &Vec::from_iter(0..self.ranks));
-    }
-
-    /// On devices alone.
-    pub fn run(&self, shapes: &[Shape]) {
-        self.averages(&self.devices(), shapes, &[]);
-    }
-}
-
-/// All dtypes, empty, tiny, misaligned and larger than a round.
-pub fn shapes() -> Vec<Shape> {
-    let mut shapes = vec![];
-    for (index, dtype) in Dtype::ALL.into_iter().enumerate() {
-        shapes.extend([
-            (dtype, 1000, 0),
-            (dtype, 0, 0),
-            (dtype, 1, index % 2),
-            (dtype, 3001, 1),
-            (dtype, 64, 0),
-        ]);
-    }
-    shapes
 }
 
 fn averages() {
@@ -246,10 +113,10 @@ fn refusals() {
     // Memory of the host, at build and later.
     let host = |model: &mut Vec<f32>| {
         let pointer = model.as_mut_ptr().cast();
-        // SAFETY: not what it should be; which is found out before anybody reads it.
+        // SAFETY: the claim is false, which is found out before the memory is read.
         unsafe { TensorMut::from_raw_parts(pointer, model.len(), Dtype::F32, GPU) }
     };
-    let told = |error: Error| {
+    let check = |error: Error| {
         let Error::InvalidTensor { rank: 1, problem, .. } = &error else { panic!("{error}") };
         assert!(problem.contains("does not lie in memory of cuda:0"), "{error}");
     };
@@ -257,7 +124,7 @@ fn refusals() {
         let (rank, mut wrong) = (communicator.rank(), vec![1.0f32; 50]);
         let mut right = Model::new(GPU, &[(Dtype::F32, 50, 0)], 0);
         let builder = ParamAverager::builder(communicator.clone());
-        told(
+        check(
             if rank == 1 {
                 builder.build(&mut host(&mut wrong))
             } else {
@@ -270,13 +137,13 @@ fn refusals() {
         let (longer, pointer) = (1 << 40, right.tensor_address(0) as *mut u8);
         // SAFETY: as above.
         let mut longer = unsafe { TensorMut::from_raw_parts(pointer, longer, Dtype::F32, GPU) };
-        told(
+        check(
             if rank == 1 { builder.build(&mut longer) } else { builder.build(&mut right) }
                 .unwrap_err(),
         );
         let mut averager = ParamAverager::builder(communicator).build(&mut right).unwrap();
         let before = right.bytes().to_vec();
-        told(
+        check(
             if rank == 1 {
                 averager.average(&mut host(&mut wrong))
             } else {
@@ -305,7 +172,7 @@ fn failures() {
     }
 }
 
-/// Everything that may happen to rank 2 of 3 before the commit.
+/// Runs every fault of rank 2 of 3 before the commit.
 pub fn fail(devices: &[Device], link: Link, algorithm: Algorithm, all_or_nothing: bool) {
     let shapes = [(Dtype::F32, 5000, 0), (Dtype::F16, 100, 1)];
     {
@@ -372,7 +239,7 @@ pub fn fail(devices: &[Device], link: Link, algorithm: Algorithm, all_or_nothing
             });
         }
     }
-    // The devices are as good as ever.
+    // The devices still work.
     let way = WAY;
     way.averages(devices, &shapes, &[]);
 }

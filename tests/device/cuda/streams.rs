@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use test_support::ranks_on;
 
-/// A trainer that enqueues everything: its step, the average, and what uses the mean.
+/// A trainer that enqueues everything: its step, the average, and the use of the mean.
 pub fn streams() {
     const ELEMENTS: usize = 20_000;
     let bits = |value: f32| value.to_bits();
@@ -19,8 +19,8 @@ pub fn streams() {
             let mut model = Model::new(GPU, &[(Dtype::F32, ELEMENTS, 0)], 9);
             let mut seen = Model::new(GPU, &[(Dtype::F32, ELEMENTS, 0)], 10);
             let (weights, copy) = (model.tensor_address(0), seen.tensor_address(0));
-            // Of the non-blocking kind. cudarc waits for the device when it makes the first, so
-            // before anybody averages.
+            // Non-blocking streams. cudarc waits for the device when it makes the first, so before
+            // any rank averages.
             let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
             let raw = stream.cu_stream();
             let builder = ParamAverager::builder(communicator).algorithm(algorithm).channels(2);
@@ -45,8 +45,7 @@ pub fn streams() {
                     "{algorithm:?}"
                 );
             }
-            // Nobody waits for them; the next one does.
-            // SAFETY: as above.
+            // The host does not wait for them; the next average does. SAFETY: as above.
             unsafe {
                 drop(
                     averager
@@ -71,7 +70,7 @@ pub fn streams() {
             };
             assert_eq!(found, "a blocking stream");
             // Work on the null stream comes first. SAFETY: as above; the other ranks' work is on
-            // the null stream, too, and waits for nobody.
+            // the null stream, too, and waits for no rank.
             unsafe {
                 sys::cuMemsetD32Async(weights, bits(rank as f32), ELEMENTS, std::ptr::null_mut())
             }
@@ -88,7 +87,7 @@ pub fn streams() {
                 // race, if a harmless one.
                 return Some(averager);
             }
-            // An abort while it is under way, and what comes after.
+            // An abort during an average, and the averages after it.
             model.download();
             let before = model.bytes().to_vec();
             if rank == 2 {
@@ -114,11 +113,11 @@ pub fn streams() {
             None
         });
     }
-    // On CPUs it is over on return.
+    // On CPUs the average has ended on return.
     let on_cpus = ranks_on(Device::cpu(), 2, |communicator| {
         let mut model = vec![communicator.rank() as f32; 10];
         let mut averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
-        // SAFETY: no stream is looked at, and the model lives until it is done.
+        // SAFETY: no stream is used, and the model lives until the average is done.
         let pending =
             unsafe { averager.start(&mut RawCudaParams::new(std::ptr::null_mut(), &mut model)) }
                 .unwrap();

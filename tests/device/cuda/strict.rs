@@ -1,4 +1,5 @@
-//! What NVIDIA's driver refuses and cudasim lets pass, and calls that fail: on `strict_driver.cpp`.
+//! Calls that NVIDIA's driver refuses and cudasim accepts, and failing calls, on
+//! `strict_driver.cpp`.
 
 use super::model::Model;
 use super::scenarios::GPU;
@@ -11,9 +12,9 @@ use std::sync::Barrier;
 use std::time::{Duration, Instant};
 use test_support::{ranks_of, ranks_on};
 
-/// After so many more calls of it by this thread, one fails.
+/// Makes a call of this function by this thread fail, after so many more.
 fn fail(function: &'static CStr, calls: c_int) {
-    // SAFETY: strict_driver.cpp has it, and it keeps the name.
+    // SAFETY: strict_driver.cpp exports the function, and the name that it keeps is static.
     unsafe {
         let library = libloading::Library::new("libcuda.so").unwrap();
         let fail = library
@@ -27,14 +28,14 @@ fn fail(function: &'static CStr, calls: c_int) {
 const TENSORS: [(Dtype, usize, usize); 1] = [(Dtype::F32, 40_000, 0)];
 const LAUNCH: &CStr = c"cuLaunchCooperativeKernel";
 
-/// Each call of an average fails on rank 0, which returns at once although its peer has not come,
-/// and the peer hears.
+/// Each call of an average fails on rank 0, which returns at once although its peer has not
+/// arrived, and the peer gets an error.
 pub fn failures() {
     for (algorithm, function, calls) in [
         (Algorithm::Ring, LAUNCH, 0),
-        (Algorithm::Ring, LAUNCH, 1), // half of it is under way
+        (Algorithm::Ring, LAUNCH, 1), // half of the average is under way
         (Algorithm::Direct, LAUNCH, 0),
-        (Algorithm::Direct, c"cuMemcpyDtoHAsync_v2", 0), // all of it is
+        (Algorithm::Direct, c"cuMemcpyDtoHAsync_v2", 0), // all of the average is
         (Algorithm::Direct, c"cuEventRecord", 0),
         (Algorithm::Ring, c"cuEventRecord", 0),
     ] {
@@ -80,7 +81,7 @@ pub fn failures() {
                             model.download();
                             assert!(model.bytes() == before, "{what}");
                         }
-                        // Nothing was missing but what told rank 0 of it.
+                        // The average itself succeeded; only its report to rank 0 failed.
                         Ok(_) if peer_is_there && calls == 0 && function != LAUNCH => {}
                         Err(Error::PeerLost { rank: 0, committed: true, .. })
                             if peer_is_there && function != LAUNCH => {}
@@ -98,7 +99,7 @@ pub fn failures() {
     }
 }
 
-/// What a rank has enqueued comes to its end before peers hear that it is gone.
+/// Enqueued averages of a rank end before peers see its departure.
 #[cfg(feature = "cuda")]
 pub fn whole_averages_end() {
     let done = Barrier::new(2);
@@ -108,7 +109,7 @@ pub fn whole_averages_end() {
         let context = CudaContext::new(0).unwrap();
         let (stream, blocking) = (context.new_stream().unwrap(), context.per_thread_stream());
         let mut slice = blocking.clone_htod(&vec![0.0f32; TENSORS[0].1]).unwrap();
-        // Rank 0 dawdles, so that rank 1 has to wait for it, and looks whether it is gone.
+        // Rank 0 is slow, so that rank 1 has to wait, and checks whether rank 0 has departed.
         let testing =
             Testing { delay_ns: if rank == 0 { 3_000_000 } else { 0 }, ..Testing::default() };
         let builder = ParamAverager::builder(communicator).algorithm(Algorithm::Ring).channels(2);
@@ -140,7 +141,7 @@ pub fn whole_averages_end() {
 }
 
 /// The null stream waits for blocking streams, so a driver refuses it while one is being captured:
-/// this rank alone hears.
+/// this rank alone gets an error.
 pub fn beside_a_blocking_capture() {
     let ended = Barrier::new(2);
     ranks_on(GPU, 2, |communicator| {
@@ -175,14 +176,14 @@ pub fn beside_a_blocking_capture() {
             }
             // SAFETY: as above.
             unsafe {
-                // Nor can a stream be waited for that is being captured.
+                // A stream that is being captured cannot be waited for either.
                 refused(averager.graph_outcome(std::ptr::null_mut()).unwrap_err());
                 let error = averager.graph_outcome(stream.cast()).unwrap_err();
                 assert!(matches!(error, Error::InvalidOption { option: "stream", .. }), "{error}");
                 sys::cuStreamEndCapture(stream, &mut graph).result().unwrap();
                 sys::cuGraphDestroy(graph).result().unwrap();
                 sys::cuStreamDestroy_v2(stream).result().unwrap();
-                // A capture that the driver has given up.
+                // A capture that the driver has invalidated.
                 let stream = context.new_stream().unwrap();
                 let raw = stream.cu_stream();
                 sys::cuStreamBeginCapture_v2(
@@ -210,8 +211,7 @@ pub fn beside_a_blocking_capture() {
     });
 }
 
-/// Four devices, each of which can be given access to one other: those that come too late go
-/// through the host.
+/// Four devices, each with access to one other at most: later pairs use memory of the host.
 pub fn one_peer_each() {
     let verified = |devices: [usize; 2]| {
         let [one, other] = devices.map(Device::cuda);

@@ -21,7 +21,7 @@ pub struct Mutant {
     pub scenario: String,
     /// Ends of the run that count as noticed.
     pub expected: Vec<String>,
-    /// What is taken out.
+    /// Description of the synchronisation that is taken out.
     pub what: String,
     edits: Vec<Edit>,
 }

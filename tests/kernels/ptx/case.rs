@@ -1,11 +1,11 @@
-//! One world, its tensors and what happens to it: built on any machine, run there, read back.
+//! A world, its tensors and its faults: built on any machine, run there, read back.
 
 use param_averager::__testing::abi::*;
 use param_averager::Dtype;
 use std::sync::atomic::{AtomicU32, Ordering};
 use test_support::{ulp, Guarded, Random};
 
-/// How the ranks average.
+/// Kernels that the ranks launch.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum How {
     Direct,
@@ -69,7 +69,7 @@ impl Default for Case {
     }
 }
 
-/// Where a world can live. Memory is never freed: a case is small, and the process short.
+/// A machine that can run a world. Memory is never freed: a case is small, and its process short.
 pub trait Machine {
     /// Memory of a rank that its peers can reach too, at a multiple of 128 bytes.
     fn allocate(&self, rank: usize, bytes: usize) -> u64;
@@ -89,7 +89,7 @@ pub struct Job {
     pub threads: u32,
 }
 
-/// What was there afterwards, by rank.
+/// Memory after the run, by rank.
 pub struct Outcome {
     pub tensors: Vec<Vec<Vec<u8>>>,
     pub channels: Vec<Vec<PaChannel>>,
@@ -98,8 +98,8 @@ pub struct Outcome {
 const LINE: usize = 4 * PA_LINE_WORDS as usize;
 const GUARD: usize = 64;
 
-/// What lies beside a rank's tensors. It differs between ranks, or an average that takes it in
-/// would not change it.
+/// Value of the bytes beside a rank's tensors. It differs between ranks: the mean of equal bytes
+/// would leave them as they were.
 fn guard_byte(rank: usize) -> u8 {
     0x21 + 0x11 * rank as u8
 }
@@ -184,8 +184,8 @@ impl Case {
             if self.abort {
                 std::thread::sleep(std::time::Duration::from_millis(300));
                 let word = control + std::mem::offset_of!(PaControl, abort) as u64;
-                // SAFETY: it is in host memory that is never freed, and everyone uses it
-                // atomically.
+                // SAFETY: the word is in host memory that is never freed, and every access to it is
+                // atomic.
                 let word = unsafe { AtomicU32::from_ptr(word as *mut u32) };
                 word.store(PA_ABORTED << 8 | 1, Ordering::Release);
             }

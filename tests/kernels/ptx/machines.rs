@@ -1,4 +1,4 @@
-//! The two machines: the CPU kernels, and PTX through the driver API on whatever libcuda there is.
+//! The two machines: the CPU kernels, and PTX by the driver API of the libcuda that is found.
 
 use super::case::{Job, Machine};
 use cudarc::driver::{

@@ -1,4 +1,4 @@
-//! What a child process does under one setting of the simulator.
+//! Scenarios that a child process runs under one setting of the simulator.
 
 use super::case::{Case, How, Outcome};
 use super::machines::{Cpu, Cuda};
@@ -74,8 +74,7 @@ fn good() -> Vec<Case> {
                 ..Case::default()
             });
         }
-        // All dtypes at once; several averages, across the wrap of every counter, with nobody in
-        // between.
+        // All dtypes at once; several averages, across the wrap of every counter, without a gap.
         let all =
             ALL.iter().flat_map(|&dtype| vec![(dtype, 500, 0, 0), (dtype, 77, 1, 1)]).collect();
         let counter = u32::MAX - 1;
@@ -144,7 +143,7 @@ fn same_bits(fatbin: &[u8], own_devices: bool) {
     println!("{count} cases");
 }
 
-/// Small: the race detector is slow. Each kernel, two warps a block, two channels.
+/// Small cases, since the race detector is slow: each kernel, two warps a block, two channels.
 fn racing() -> Vec<Case> {
     let tensors = || vec![(F32, 4 * 260 + 1, 0, 0), (F32, 30, 1, 0)];
     let case = Case { tensors: tensors(), threads: 64, chunk: 64, ..Case::default() };
@@ -201,8 +200,8 @@ fn failures(fatbin: &[u8]) {
         let named = outcome.channels.iter().flatten().all(|c| c.detail == 1 + 2222);
         assert!(named, "every block knows the element, {nan:?}");
     }
-    // A rank that leaves in the middle of the reduce, without a word. Of the others one waits for
-    // its chunk, one for its vote; whose deadline passes first decides for all.
+    // A rank that leaves in the middle of the reduce, silently. One peer waits for its chunk, the
+    // other for its vote; the first deadline that passes decides for both.
     let leaver = Case {
         world: 3,
         how: How::Commit,
@@ -220,8 +219,7 @@ fn no_device() {
 }
 
 fn no_driver() {
-    // Anything else of cudarc panics now.
-    // SAFETY: it opens a library and looks no further.
+    // Anything else of cudarc panics now. SAFETY: the call opens a library, and nothing else.
     assert!(
         !unsafe { cudarc::driver::sys::is_culib_present() },
         "a libcuda is installed here, or LD_LIBRARY_PATH was not cleared"

@@ -1,5 +1,5 @@
-//! What must hold of the kernels' machine code and PTX. Every check returns what is wrong, so that
-//! negative controls can ask for complaints.
+//! Requirements on the kernels' machine code and PTX. Every check returns its complaints, so that
+//! negative controls can ask for some.
 
 use super::listing::{Instruction, Kernel};
 use super::loops;
@@ -9,18 +9,18 @@ use super::loops;
 /// own kernels.
 const MOST_REGISTERS: u32 = 65_536 / 512;
 
-/// A loop that moves packs has at least so many 128-bit loads in flight.
+/// Minimum of 128-bit loads in flight in a loop that moves packs.
 const IN_FLIGHT: usize = 4;
 
-/// What is expected of a kernel.
+/// Requirements on one kernel.
 pub struct Expected {
     /// Loops that move packs, at least.
     pub hot_loops: usize,
     /// 128-bit loads, at least, in loops or not.
     pub loads: usize,
-    /// Whether it exchanges flags with other ranks.
+    /// True if the kernel exchanges flags with other ranks.
     pub talks: bool,
-    /// Whether a loop over packs may also load 64-bit addresses and scales: a loop over more ranks
+    /// True if a loop over packs may also load 64-bit addresses and scales: a loop over more ranks
     /// than registers hold does, and counts where a compiler unrolls it.
     pub tables: bool,
 }
@@ -124,7 +124,7 @@ fn order(kernel: &Kernel, complaints: &mut Vec<String>) {
     }
 }
 
-/// What the PTX of all kernels must have and must not have.
+/// Requirements on the PTX of all kernels.
 pub fn check_ptx(text: &str) -> Vec<String> {
     let mut complaints = vec![];
     for needed in ["ld.acquire.sys", "st.release.sys"] {

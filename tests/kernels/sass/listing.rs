@@ -1,4 +1,4 @@
-//! What cuobjdump says of a fatbin: per architecture and kernel, the resources and the machine
+//! Output of cuobjdump for a fatbin: per architecture and kernel, the resources and the machine
 //! code.
 
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ pub struct Tools {
 }
 
 impl Tools {
-    /// Those that the kernels were built with, or why there are none.
+    /// The tools that the kernels were built with, or why there are none.
     pub fn find() -> Result<Tools, String> {
         let nvcc = match option_env!("PARAM_AVERAGER_NVCC") {
             None | Some("") => return Err("the crate was built without nvcc".into()),
@@ -38,10 +38,10 @@ impl Tools {
         Ok(Tools { nvcc, cuobjdump })
     }
 
-    /// What cuobjdump prints for one of its options.
+    /// Output of cuobjdump for one of its options.
     pub fn dump(&self, option: &str, file: &Path) -> String {
         let mut command = Command::new(&self.cuobjdump);
-        // It runs nvdisasm, which lies beside it.
+        // cuobjdump runs the nvdisasm of its own folder.
         let mut path =
             self.cuobjdump.parent().map(|folder| vec![folder.to_path_buf()]).unwrap_or_default();
         path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
@@ -53,12 +53,12 @@ impl Tools {
     }
 }
 
-/// One instruction, without its predicate and encoding.
+/// An instruction, without its predicate and encoding.
 #[derive(Clone, Debug)]
 pub struct Instruction {
     pub address: u64,
     pub predicated: bool,
-    /// Such as `LDG.E.128`.
+    /// Opcode with its suffixes, such as `LDG.E.128`.
     pub opcode: String,
     pub operands: String,
 }
@@ -70,12 +70,11 @@ impl Instruction {
     pub fn is_store(&self) -> bool {
         matches!(self.space(), "STG" | "ST" | "STL")
     }
-    /// Whether it is about memory that tensors or mailboxes may lie in, or the stack: not
-    /// constants.
+    /// True for accesses to memory of tensors, mailboxes or the stack; false for constants.
     pub fn is_memory(&self) -> bool {
         self.is_load() || self.is_store()
     }
-    /// What comes before the first dot.
+    /// The opcode up to its first dot.
     pub fn space(&self) -> &str {
         self.opcode.split('.').next().unwrap_or_default()
     }
@@ -84,7 +83,7 @@ impl Instruction {
     }
 }
 
-/// One kernel for one architecture.
+/// A kernel for one architecture.
 pub struct Kernel {
     pub architecture: String,
     pub name: String,

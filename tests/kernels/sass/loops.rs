@@ -13,8 +13,8 @@ struct Graph {
     predecessors: Vec<Vec<usize>>,
 }
 
-/// Where an instruction may go, other than to the next one. Calls return, so they count as going
-/// on. `BSYNC` meets the other lanes at the address that the `BSSY` of its barrier named.
+/// Targets of an instruction other than the next one. Calls return, so they count as going on.
+/// `BSYNC` meets the other lanes at the address that the `BSSY` of its barrier named.
 fn target(code: &[Instruction], i: usize) -> Option<u64> {
     let hex = |text: &str| {
         text.split("0x").nth(1).and_then(|digits| {

@@ -62,7 +62,7 @@ pub fn says_more() -> bool {
     SAYS_MORE.load(Ordering::Relaxed)
 }
 
-/// `println!` of what a test has seen, such as a time, where somebody may want to read it.
+/// `println!` of what a test has seen, such as a time, for a reader of the log.
 #[macro_export]
 macro_rules! note {
     ($($argument:tt)*) => { if $crate::says_more() { println!($($argument)*) } };
@@ -74,7 +74,7 @@ pub fn main(tests: Vec<Test>) -> ExitCode {
     run(Arguments::from_args(), tests)
 }
 
-/// The same with this many tests at a time, if the command line does not say how many.
+/// [`main`] with this many tests at a time, if the command line does not say how many.
 pub fn main_with_threads(threads: usize, tests: Vec<Test>) -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(threads);
@@ -118,7 +118,8 @@ fn message(panic: &dyn Any) -> &str {
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message")
 }
 
-/// As libtest-mimic selects: filters are parts of names, or with `--exact` whole ones.
+/// True if the command line selects the test, by the rule of libtest-mimic: filters are parts of
+/// names, or with `--exact` whole names.
 fn is_asked_for(arguments: &Arguments, name: &str) -> bool {
     let matches = |filter: &str| match arguments.exact {
         true => name == filter,
@@ -128,7 +129,7 @@ fn is_asked_for(arguments: &Arguments, name: &str) -> bool {
     is_in && !arguments.skip.iter().any(|filter| matches(filter))
 }
 
-/// One line, which `.ci/run` looks for, or none if nothing was skipped.
+/// Line about skipped tests, which `.ci/run` looks for; none if nothing was skipped.
 fn last_line(skipped: &BTreeMap<String, usize>, parts: &BTreeMap<String, usize>) -> Option<String> {
     let of = |reasons: &BTreeMap<String, usize>, what: &str| -> Vec<String> {
         let line = |(reason, count): (&String, &usize)| {

@@ -1,4 +1,4 @@
-//! What a result is compared with.
+//! Exact references for results.
 
 use param_averager::Dtype;
 

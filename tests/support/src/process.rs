@@ -1,5 +1,5 @@
-//! Ranks that are processes: this very program, started again with `PA_TEST_ROLE`, and what they
-//! say.
+//! Ranks that are processes: this very program, started again with `PA_TEST_ROLE`, and the lines
+//! that they print.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
@@ -13,7 +13,7 @@ pub const ROLE: &str = "PA_TEST_ROLE";
 pub struct RankProcess {
     pub child: Child,
     lines: std::sync::mpsc::Receiver<String>,
-    pub heard: Vec<String>,
+    pub output: Vec<String>,
 }
 
 /// Ends this process as a rank's: with what `rank` returns, on a thread of its own. The stack of a
@@ -34,7 +34,7 @@ pub fn start(role: &str, variables: &[(&str, String)]) -> RankProcess {
     spawn(command(&[], role, variables))
 }
 
-/// What starts one rank, by another program if there is one before it.
+/// Command that starts one rank; `before` is a program that starts it, with arguments, or empty.
 pub fn command(before: &[&str], role: &str, variables: &[(&str, String)]) -> Command {
     let own = std::env::current_exe().unwrap();
     let mut command = match before {
@@ -52,7 +52,7 @@ pub fn command(before: &[&str], role: &str, variables: &[(&str, String)]) -> Com
     command
 }
 
-/// A rank, or what starts some.
+/// Starts a rank, or a program that starts some.
 pub fn spawn(mut command: Command) -> RankProcess {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
@@ -72,10 +72,10 @@ pub fn spawn(mut command: Command) -> RankProcess {
             let _ = send_errors.send(format!("stderr: {line}"));
         }
     });
-    RankProcess { child, lines, heard: vec![] }
+    RankProcess { child, lines, output: vec![] }
 }
 
-/// Starts n ranks of one world that have nothing but their ranks of their own.
+/// Starts n ranks of one world. `variables`: more of them, by rank.
 pub fn start_all(
     role: &str,
     n: usize,
@@ -95,56 +95,56 @@ pub fn start_all(
 }
 
 impl RankProcess {
-    /// Waits for a line that begins so, and returns the rest.
-    pub fn hear(&mut self, begin: &str) -> String {
-        self.hear_for(begin, Duration::from_secs(60))
+    /// Waits up to 60 s for a line that begins with `begin`, and returns the rest.
+    pub fn wait_for(&mut self, begin: &str) -> String {
+        self.wait_for_within(begin, Duration::from_secs(60))
     }
 
-    /// The same, for so long.
-    pub fn hear_for(&mut self, begin: &str, patience: Duration) -> String {
-        let deadline = Instant::now() + patience;
+    /// [`wait_for`](Self::wait_for) with another limit.
+    pub fn wait_for_within(&mut self, begin: &str, limit: Duration) -> String {
+        let deadline = Instant::now() + limit;
         let mut next = 0;
         loop {
-            while next < self.heard.len() {
-                if let Some(rest) = self.heard[next].strip_prefix(begin) {
+            while next < self.output.len() {
+                if let Some(rest) = self.output[next].strip_prefix(begin) {
                     return rest.trim().to_owned();
                 }
                 next += 1;
             }
             match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(line) => self.heard.push(line),
-                Err(error) => panic!("no {begin:?} ({error}), only {:#?}", self.heard),
+                Ok(line) => self.output.push(line),
+                Err(error) => panic!("no {begin:?} ({error}), only {:#?}", self.output),
             }
         }
     }
 
-    /// Waits for its end, and returns its exit code, or none if a signal ended it. All it has said
-    /// is in `heard`.
+    /// Waits for the process to end, and returns its exit code, or none if a signal ended it. All
+    /// its lines are in `output` then.
     pub fn end(&mut self) -> Option<i32> {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
-                self.heard.extend(self.lines.iter());
+                self.output.extend(self.lines.iter());
                 return status.code();
             }
-            assert!(Instant::now() < deadline, "it hangs: {:#?}", self.heard);
-            self.heard.extend(self.lines.try_iter());
+            assert!(Instant::now() < deadline, "it hangs: {:#?}", self.output);
+            self.output.extend(self.lines.try_iter());
             std::thread::sleep(Duration::from_millis(1));
         }
     }
 
-    /// The lines that begin so, without that.
+    /// Rests of the lines so far that begin with `begin`.
     pub fn said(&self, begin: &str) -> Vec<String> {
-        self.heard
+        self.output
             .iter()
             .filter_map(|line| line.strip_prefix(begin))
             .map(|rest| rest.trim().to_owned())
             .collect()
     }
 
-    /// Tells it to end.
-    pub fn enough(&mut self) {
-        let _ = writeln!(self.child.stdin.as_ref().unwrap(), "enough"); // it may be dead
+    /// Asks the rank to end, by a line on its standard input.
+    pub fn ask_to_end(&mut self) {
+        let _ = writeln!(self.child.stdin.as_ref().unwrap(), "end"); // it may be dead
     }
 
     pub fn signal(&self, signal: rustix::process::Signal) {
@@ -160,12 +160,12 @@ impl Drop for RankProcess {
     }
 }
 
-/// Survivors are done, agree, and have seen `dead` lost first.
+/// Asserts that the survivors are done, agree, and have lost `dead` first.
 pub fn check_survivors(ranks: &mut [RankProcess], dead: usize) {
     let mut agreed = vec![];
     for (rank, process) in ranks.iter_mut().enumerate().filter(|(rank, _)| *rank != dead) {
-        assert_eq!(process.end(), Some(0), "rank {rank}: {:#?}", process.heard);
-        assert_eq!(process.said("done").len(), 1, "{:#?}", process.heard);
+        assert_eq!(process.end(), Some(0), "rank {rank}: {:#?}", process.output);
+        assert_eq!(process.said("done").len(), 1, "{:#?}", process.output);
         assert!(!process.said("failed").is_empty());
         agreed.extend(process.said("agreed"));
     }
@@ -174,5 +174,5 @@ pub fn check_survivors(ranks: &mut [RankProcess], dead: usize) {
     let lost = |rank: &RankProcess| {
         rank.said("failed").iter().any(|error| error.contains(&format!("PeerLost {{ rank: {dead}")))
     };
-    assert!(ranks.iter().any(lost), "{:#?}", ranks[0].heard);
+    assert!(ranks.iter().any(lost), "{:#?}", ranks[0].output);
 }

@@ -18,15 +18,15 @@ impl Random {
         self.next_u64() % n
     }
 
-    /// Between -1 and 1, of many magnitudes.
+    /// A number between -1 and 1, of many magnitudes.
     pub fn value(&mut self) -> f64 {
         let unit = self.next_u64() as i64 as f64 / i64::MAX as f64;
         unit * 0.5f64.powi(self.below(8) as i32)
     }
 }
 
-/// How much tests do: `PA_TEST_SCALE`. Not set: little. `full`: what CI does. A number: so many
-/// times that.
+/// Scale of the tests, `PA_TEST_SCALE`. Not set: little. `full`: the counts of CI. A number: so
+/// many times that.
 fn scale() -> Option<usize> {
     match std::env::var("PA_TEST_SCALE").ok()?.as_str() {
         "" => None,

@@ -21,21 +21,21 @@ pub const SCENARIO: &str = "PA_PTX_SCENARIO";
 /// An environment variable and its value.
 pub type Setting<'a> = (&'a str, &'a str);
 
-/// What makes a machine that a GPU's owner has not got, or a detector that a GPU has not got.
+/// Settings that a real machine cannot follow: they simulate another machine, or a race detector.
 const SIMULATED: [&str; 5] =
     ["CUDASIM_NO_DEVICE", "CUDASIM_OLD_DRIVER", "CUDASIM_MEM_MB", "CUDASIM_RACE", "CUDASIM_P2P"];
 const ABOUT_SIMULATED: &str = "about a simulated machine";
 
-/// Where scenarios run.
+/// The driver that scenarios run on.
 #[derive(Clone)]
 pub enum Driver {
     /// The folder of the simulator's libcuda.so.1.
     Simulated(PathBuf),
-    /// This machine's own.
+    /// This machine's own driver.
     Own,
 }
 
-/// Whether scenarios run on this machine's own driver.
+/// True if scenarios run on this machine's own driver.
 pub fn on_own_driver() -> bool {
     std::env::var_os("PARAM_AVERAGER_GPU").is_some_and(|value| value == "1")
 }
@@ -60,14 +60,14 @@ pub fn driver() -> Driver {
     DRIVER.get_or_init(found).clone().unwrap_or_else(|reason| panic!("{reason}"))
 }
 
-/// One line for `tests/gpu/suite`, past any capture of the output.
-fn tell(line: &str) {
+/// Prints a line for `tests/gpu/suite`, past any capture of the output.
+fn print_line(line: &str) {
     let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 /// Says on a machine's own driver that a test, or a part of one, is not for it.
 pub fn not_here(reason: &str) {
-    tell(&format!("SKIPPED {reason}"));
+    print_line(&format!("SKIPPED {reason}"));
 }
 
 /// The simulator's sources, beside the checkout.
@@ -122,7 +122,7 @@ pub fn scenario(name: &str, settings: &[&[Setting<'_>]]) {
     }
 }
 
-/// What is left of the settings on a machine that is what it is, or why it can't be used.
+/// The settings that a real machine can follow, or why it cannot be used.
 fn on_a_machine<'a>(settings: &[&[Setting<'a>]]) -> Result<Vec<Vec<Setting<'a>>>, String> {
     let mut left: Vec<Vec<Setting<'a>>> = vec![];
     let mut too_few = None;
@@ -162,7 +162,7 @@ pub fn environment(settings: &[Setting<'static>]) -> Option<Vec<(&'static str, S
         }
         Driver::Own => match on_a_machine(&[settings]) {
             Ok(mut left) => {
-                tell(&format!("RAN {settings:?}"));
+                print_line(&format!("RAN {settings:?}"));
                 Some(own(left.remove(0)))
             }
             Err(reason) => {
@@ -173,9 +173,9 @@ pub fn environment(settings: &[Setting<'static>]) -> Option<Vec<(&'static str, S
     }
 }
 
-/// Of this machine's own driver.
+/// Number of devices of this machine's own driver.
 fn devices() -> i32 {
-    // SAFETY: it opens a library and looks no further.
+    // SAFETY: the call opens a library, and nothing else.
     let there = unsafe { cudarc::driver::sys::is_culib_present() };
     assert!(
         there,
@@ -184,15 +184,15 @@ fn devices() -> i32 {
     cudarc::driver::CudaContext::device_count().expect("a driver that can be initialised")
 }
 
-/// Runs a scenario in a child, for so long at most. `driver`: none, a process that finds no libcuda
-/// but one that is installed.
+/// Runs a scenario in a child, within the limit. `driver`: `None` for a process that finds only an
+/// installed libcuda.
 pub fn child(scenario: &str, driver: Option<&Driver>, settings: &[Setting<'_>]) -> Ended {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.env(SCENARIO, scenario);
     match driver {
         Some(Driver::Own) => {
             // A test that says neither this nor SKIPPED has shown nothing.
-            tell(&format!("RAN {scenario} {settings:?}"));
+            print_line(&format!("RAN {scenario} {settings:?}"));
         }
         _ => {
             let simulator =
@@ -212,14 +212,14 @@ pub fn child(scenario: &str, driver: Option<&Driver>, settings: &[Setting<'_>]) 
     output_within(command, limit())
 }
 
-/// For one child.
+/// Time limit of one child.
 fn limit() -> Duration {
     let seconds = std::env::var("PARAM_AVERAGER_CHILD_LIMIT_S");
     Duration::from_secs(seconds.map_or(600, |seconds| seconds.parse().expect("whole seconds")))
 }
 
 /// Runs the scenario `no-driver` in a process without a driver. A driver that is found without
-/// LD_LIBRARY_PATH is one of the machine's own.
+/// LD_LIBRARY_PATH belongs to the machine.
 pub fn no_driver() {
     const THERE: &str = "no-driver: this machine has a driver";
     if on_own_driver() {
@@ -233,7 +233,7 @@ pub fn no_driver() {
 }
 
 /// Runs a scenario's body in the child that is for it, where a rank that panics ends the process:
-/// its peers may wait for it where nothing tells them.
+/// its peers might wait for it without end.
 pub fn run_child(body: impl FnOnce()) {
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {

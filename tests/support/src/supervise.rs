@@ -1,11 +1,11 @@
-//! A process that ends, or is ended.
+//! Processes with a time limit.
 
 use std::io::Read;
 use std::process::{Command, Stdio};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How a process ended, and what it printed.
+/// Exit code and output of a process.
 pub struct Ended {
     /// Exit code; none if a signal ended it.
     pub code: Option<i32>,
@@ -13,7 +13,7 @@ pub struct Ended {
     pub said: String,
 }
 
-/// Runs it to its end, or kills it after `limit`.
+/// Runs a process to its end, or kills it after `limit`.
 pub fn output_within(mut command: Command, limit: Duration) -> Ended {
     fn read(mut from: impl Read + Send + 'static) -> JoinHandle<String> {
         std::thread::spawn(move || {

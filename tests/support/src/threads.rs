@@ -7,7 +7,7 @@ pub fn ranks<T: Send>(n: usize, rank: impl Fn(Communicator) -> T + Sync) -> Vec<
     ranks_on(Device::cpu(), n, rank)
 }
 
-/// The same for n ranks on any device.
+/// [`ranks`] on any device.
 pub fn ranks_on<T: Send>(
     device: Device,
     n: usize,
@@ -16,7 +16,7 @@ pub fn ranks_on<T: Send>(
     ranks_of(&vec![device; n], rank)
 }
 
-/// The same for a rank on each of these devices.
+/// [`ranks`] with a rank on each of these devices.
 pub fn ranks_of<T: Send>(devices: &[Device], rank: impl Fn(Communicator) -> T + Sync) -> Vec<T> {
     let world = Communicator::from_devices(devices).unwrap();
     let rank = &rank;

@@ -1,8 +1,9 @@
-//! What a rank that is a process does in the tests of worlds of processes, on CPUs and on devices.
+//! Roles of ranks that are processes, on CPUs and on devices.
 
 mod model;
 mod pairs;
 mod roles;
+mod survive;
 mod worker;
 
 pub use model::{bytes_used, Model};

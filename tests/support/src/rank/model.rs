@@ -1,4 +1,4 @@
-//! A model whose elements tell whose they are, in memory of the host or of a device.
+//! A model whose elements identify their rank, in memory of the host or of a device.
 
 use std::sync::Arc;
 
@@ -8,14 +8,14 @@ use param_averager::{Device, Dtype, Parameters, TensorMut};
 /// Ranks that a test can have.
 const MOST: usize = 16;
 
-/// What a rank's element is. Sums of them are exact.
+/// Value of a rank's element. Sums of such values are exact.
 fn value(origin: usize, element: usize) -> f32 {
     ((origin * 7919 + element * 31) % 4096) as f32
 }
 
 pub struct Model {
     pub origin: usize,
-    /// The last tells who took part: 1 at this rank's place.
+    /// The last tensor is a mask of the ranks that took part: 1 at this rank's place.
     tensors: Vec<Vec<f32>>,
     device: Option<OnDevice>,
 }
@@ -27,7 +27,7 @@ impl Model {
         Model { origin, tensors, device }
     }
 
-    /// Makes it NaN.
+    /// Fills all tensors with NaN.
     pub fn spoil(&mut self) {
         self.tensors.iter_mut().for_each(|tensor| tensor.fill(f32::NAN));
         if let Some(device) = &self.device {
@@ -35,19 +35,19 @@ impl Model {
         }
     }
 
-    /// Brings what a device has to the host.
+    /// Copies the device's tensors to the host.
     pub fn download(&mut self) {
         if let Some(device) = &self.device {
             device.download(&mut self.tensors);
         }
     }
 
-    /// On its device.
+    /// Bytes in use on its device.
     pub fn device_bytes_used(&self) -> usize {
         self.device.as_ref().map_or(0, OnDevice::bytes_used)
     }
 
-    /// With this rank's own.
+    /// Fills all tensors with this rank's own values.
     pub fn fill(&mut self) {
         let mut element = 0;
         for tensor in &mut self.tensors {
@@ -79,7 +79,7 @@ impl Model {
         self.elements().enumerate().all(|(element, x)| x == value(self.origin, element))
     }
 
-    /// Every element is the mean over the ranks that the mask names, which are returned.
+    /// Asserts that every element is the mean over the ranks that the mask names, and returns them.
     pub fn check(&self) -> Vec<usize> {
         let mask = self.tensors.last().unwrap();
         let ranks: Vec<usize> = (0..MOST).filter(|&rank| mask[rank] != 0.0).collect();
@@ -93,8 +93,8 @@ impl Model {
         ranks
     }
 
-    /// Every element is this rank's own, or, where it may be, the mean over `all`, if it is known
-    /// who that was.
+    /// Asserts that every element is this rank's own or, unless `unchanged`, the mean over `all`
+    /// (`None`: unknown ranks).
     pub fn check_failed(&self, unchanged: bool, all: Option<&[usize]>) {
         for (element, x) in self.elements().enumerate() {
             let own = x == value(self.origin, element);
@@ -134,7 +134,7 @@ impl Parameters for Model {
     }
 }
 
-/// Memory of a device for all tensors, one after the other. It goes with the process.
+/// Memory of a device for all tensors, one after the other. Freed with the process.
 struct OnDevice {
     device: Device,
     context: Arc<CudaContext>,
@@ -166,7 +166,7 @@ impl OnDevice {
         for (tensor, address) in
             tensors.iter().zip(self.addresses(tensors)).filter(|(tensor, _)| !tensor.is_empty())
         {
-            // SAFETY: own memory, which nobody is using.
+            // SAFETY: own memory, which nothing else uses.
             unsafe { result::memcpy_htod_sync(address, tensor) }.unwrap();
         }
     }
@@ -187,7 +187,8 @@ impl OnDevice {
     }
 }
 
-/// By this process. A GPU tells only what all processes use; then it is 0.
+/// Bytes that this process uses, on a simulated device. 0 on a GPU, which reports only the total of
+/// all processes.
 pub fn bytes_used(context: &CudaContext) -> usize {
     if !context.name().unwrap().contains("cudasim") {
         return 0;

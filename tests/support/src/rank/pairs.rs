@@ -1,4 +1,4 @@
-//! What a rank with several averagers does.
+//! Roles of a rank with several averagers.
 
 use param_averager::{LocalSgd, ParamAverager, Schedule};
 
@@ -30,8 +30,8 @@ pub fn two() -> i32 {
     0
 }
 
-/// Two averagers, in turn, that let in who comes, until there are so many ranks as there are to be.
-/// Each has a value of its own.
+/// Two averagers, in turn, that admit joiners until the world has `PA_TEST_FINAL` ranks. Each has a
+/// value of its own.
 pub fn two_admit() -> i32 {
     let communicator = join().unwrap();
     let own = if is_late() { [f32::NAN; 2] } else { [1.0, 2.0] };
@@ -43,7 +43,7 @@ pub fn two_admit() -> i32 {
     say("ready");
     let (mut rounds, mut is_behind) = (0, !is_late());
     while rounds < 5 {
-        // Who joins goes on where the others are: behind their admission.
+        // A joiner goes on where the members are: after the admission.
         let behind = std::mem::replace(&mut is_behind, true);
         if behind && averagers[0].average(&mut models[0]).unwrap().join_pending {
             averagers[0].admit_joiner(&mut models[0]).unwrap();
@@ -69,7 +69,7 @@ pub fn two_admit() -> i32 {
 }
 
 /// Several averagers, in turn. When one fails, all are recovered, in an order of this rank's own;
-/// until there are so few ranks as are to be left, and three rounds went well.
+/// until `PA_TEST_FINAL` ranks are left and three rounds have succeeded.
 pub fn many_recover() -> i32 {
     let communicator = join().unwrap();
     let origin = communicator.rank();
@@ -95,7 +95,7 @@ pub fn many_recover() -> i32 {
         };
         assert!(error.is_fatal(), "{error}");
         say(&format!("failed {error}"));
-        // The first to be recovered is another one on every rank, and every second rank goes
+        // The first averager to be recovered differs between ranks, and every second rank goes
         // backwards.
         let mut order: Vec<usize> = (0..count).collect();
         order.rotate_left(origin % count);
@@ -112,8 +112,8 @@ pub fn many_recover() -> i32 {
     0
 }
 
-/// Two `LocalSgd`s that this rank first recovers in an order of its own, and then in the one of
-/// all.
+/// Two `LocalSgd`s that this rank recovers first in an order of its own, and then in the common
+/// order.
 pub fn two_sgd() -> i32 {
     let communicator = join().unwrap();
     let origin = communicator.rank();

@@ -1,4 +1,4 @@
-//! What ranks do in tests about meeting.
+//! Roles of ranks in tests about the rendezvous.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -35,7 +35,7 @@ pub fn job() -> i32 {
     }
 }
 
-/// Is a rank, with so many megabytes of memory, until it is killed.
+/// Holds its place in a world, with `PA_TEST_MEGABYTES` of memory, until it is killed.
 pub fn hold() -> i32 {
     if let Some(more) = number("PA_TEST_MORE_THREADS") {
         let own = std::fs::read_dir("/proc/self/task").unwrap().count() as u64;
@@ -61,8 +61,8 @@ pub fn hold() -> i32 {
     }
 }
 
-/// Lets nobody in until it is told that it is enough, then one.
-pub fn let_in() -> i32 {
+/// Admits one joiner, but only after a line on the standard input.
+pub fn admit_one() -> i32 {
     let communicator = join().unwrap();
     let mut model = vec![vec![communicator.rank() as f32; 1000]];
     let mut averager = builder(communicator).build(&mut model).unwrap();
@@ -102,7 +102,7 @@ pub fn fork() -> i32 {
     0
 }
 
-/// What the environment says.
+/// Prints what the environment says about this rank.
 pub fn launched() -> i32 {
     say(&format!("is_launched {}", Communicator::is_launched()));
     match Communicator::builder().timeout(Duration::from_secs(1)).from_env() {
@@ -125,7 +125,7 @@ pub fn try_to_join() -> i32 {
                 while withdrawn.load(Ordering::Relaxed) < tries {
                     let joined = Communicator::builder().rendezvous(&name).timeout(timeout).join();
                     let error = joined.unwrap_err().to_string();
-                    // Such a one was a peer of the members, or on its way to be.
+                    // Such an attempt had become a peer of the members, or was about to.
                     let was_in =
                         error.contains("admitted no process") || error.contains("did not answer");
                     withdrawn.fetch_add(u64::from(was_in), Ordering::Relaxed);

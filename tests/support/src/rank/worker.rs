@@ -1,21 +1,18 @@
-//! What a rank does: averages until a failure, checks every element, recovers, and says what it saw
-//! in lines that begin with @.
+//! Role of a rank, chosen by name, and its options, from the environment. A rank prints its results
+//! as lines that begin with @.
 
-use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use param_averager::{
     Algorithm, Builder, Communicator, Device, Error, Link, LocalSgd, ParamAverager, Schedule,
-    TensorState,
 };
 
-use super::Model;
-use super::{pairs, roles};
+use super::{pairs, roles, survive};
 
 pub fn say(line: &str) {
-    // Behind whatever the test harness has written.
+    // After a line feed: the test harness may have written half a line.
     let _ = std::io::stdout().write_all(format!("\n@{line}\n").as_bytes());
     let _ = std::io::stdout().flush();
 }
@@ -24,7 +21,7 @@ pub fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().map(|value| value.parse().unwrap())
 }
 
-/// In ms, or the longest that there is; else 20 s.
+/// Duration from a variable: in ms, or `longest`. Not set: 20 s.
 fn duration(name: &str) -> Duration {
     match std::env::var(name) {
         Ok(longest) if longest == "longest" => Duration::MAX,
@@ -37,18 +34,18 @@ pub fn now_us() -> u128 {
 }
 
 /// Ends as a killed process does: nothing is dropped or flushed.
-fn die() -> ! {
+pub fn die() -> ! {
     let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
     unreachable!()
 }
 
-/// Does what this role is, and returns the process's exit code.
+/// Runs a role, and returns the process's exit code.
 pub fn run(role: &str) -> i32 {
     match role {
         "meet" => meet(),
         "restart" => restart(),
         "stages" => stages(),
-        "survive" => survive(),
+        "survive" => survive::survive(),
         "train" => train(),
         "two" => pairs::two(),
         "two_admit" => pairs::two_admit(),
@@ -58,19 +55,19 @@ pub fn run(role: &str) -> i32 {
         "job" => roles::job(),
         "hold" => roles::hold(),
         "fork" => roles::fork(),
-        "let_in" => roles::let_in(),
+        "admit_one" => roles::admit_one(),
         "launched" => roles::launched(),
         "try" => roles::try_to_join(),
         other => panic!("no role {other}"),
     }
 }
 
-/// Whether this process comes late.
+/// True if this process joins a world that has begun.
 pub fn is_late() -> bool {
     number("PA_TEST_JOIN").is_some()
 }
 
-/// That of this ordinal, or the CPU.
+/// The CUDA device of the ordinal in `PA_TEST_DEVICE`, or the CPU.
 pub fn device() -> Device {
     number("PA_TEST_DEVICE").map_or(Device::cpu(), |ordinal| Device::cuda(ordinal as usize))
 }
@@ -118,7 +115,7 @@ pub fn builder(communicator: Communicator) -> Builder {
         .chunk_bytes(1 << 10)
 }
 
-/// Finds the others, averages once, says what happened.
+/// Meets, averages once, prints the outcome.
 fn meet() -> i32 {
     if let Some(most) = number("PA_TEST_FILES") {
         let limit = rustix::process::Rlimit { current: Some(most), maximum: Some(most) };
@@ -156,8 +153,8 @@ fn meet() -> i32 {
     }
 }
 
-/// Under torchrun, which starts all ranks again when one fails: rank 1 does, while the others wait
-/// for it.
+/// Role under torchrun, which starts all ranks again when one fails: rank 1 fails at first, while
+/// the others wait for it.
 fn restart() -> i32 {
     let is = |name, what| std::env::var(name).is_ok_and(|value| value == what);
     if is("TORCHELASTIC_RESTART_COUNT", "0") && is("RANK", "1") {
@@ -167,7 +164,7 @@ fn restart() -> i32 {
     meet()
 }
 
-/// Stops, if this is the place to do so for the first time.
+/// Stops this process, once, if `PA_TEST_STOP_AT` is this place.
 fn stop_at(place: &str) {
     static STOPPED: AtomicBool = AtomicBool::new(false);
     let is_here = std::env::var("PA_TEST_STOP_AT").is_ok_and(|at| at == place);
@@ -180,8 +177,8 @@ fn stop_at(place: &str) {
     }
 }
 
-/// Finds the others, builds, recovers and builds again until there is an averager, averages, and
-/// waits until it is told to end. On the way it stops where it is told to, or aborts.
+/// Meets, builds, recovers and builds again until there is an averager, averages, and waits for a
+/// line on the standard input. Stops or aborts where `PA_TEST_STOP_AT` says.
 fn stages() -> i32 {
     let timeout = duration("PA_TEST_TIMEOUT_MS");
     let failed = |error: Error| {
@@ -220,159 +217,13 @@ fn stages() -> i32 {
     }
 }
 
-/// Set by a line on the standard input: enough.
-static ENOUGH: AtomicBool = AtomicBool::new(false);
-
-/// Averages, and recovers where somebody was lost, until it was done three times with no more than
-/// `PA_TEST_FINAL` ranks, or until it is told to end.
-fn survive() -> i32 {
-    std::thread::spawn(|| {
-        if std::io::stdin().read_line(&mut String::new()).is_ok_and(|bytes| bytes > 0) {
-            ENOUGH.store(true, Ordering::Relaxed);
-        }
-    });
-    let mut model = Model::new(0, device());
-    if is_late() {
-        model.spoil(); // what it has of its own is nothing to anybody
-    }
-    let (communicator, mut averager) = loop {
-        let communicator = match join() {
-            Ok(communicator) => communicator,
-            Err(error) => {
-                say(&format!("error {error}"));
-                return 3;
-            }
-        };
-        match builder(communicator.clone()).build(&mut model) {
-            Ok(averager) => break (communicator, averager),
-            // a peer was lost on the way: once more
-            Err(error) => assert!(is_late() && error.is_fatal(), "{error}"),
-        }
-    };
-    let origin = number("PA_TEST_ORIGIN").map_or(communicator.rank(), |origin| origin as usize);
-    model.origin = origin;
-    // Who takes part, where that is known.
-    let mut all = (!is_late()).then(|| (0..communicator.world_size()).collect::<Vec<usize>>());
-    drop(communicator);
-    let left = number("PA_TEST_FINAL").unwrap_or(0) as usize;
-    if is_late() {
-        model.download();
-        let ranks = model.check();
-        assert!(!ranks.is_empty() && !ranks.contains(&origin), "{ranks:?}");
-        say(&format!("joined {ranks:?}"));
-    }
-    let (handle, mut aborted) = (averager.abort_handle(), false);
-    // By the number of ranks.
-    let used = BTreeMap::from([(averager.world_size(), Used::now(model.device_bytes_used()))]);
-    say("ready");
-    let (mut rounds, mut good) = (0, 0);
-    loop {
-        if ENOUGH.load(Ordering::Relaxed) {
-            say(&format!("enough {rounds}"));
-            return 0;
-        }
-        model.fill();
-        rounds += 1;
-        if let Some(pause) = number("PA_TEST_PAUSE_MS") {
-            say("pausing");
-            std::thread::sleep(Duration::from_millis(pause));
-        }
-        let doomed = number("PA_TEST_DIE_AT").filter(|_| rounds == 3);
-        if let Some(step) = doomed {
-            // SAFETY: processes average by the ring: no peer touches the tensors.
-            unsafe { averager.leave_before_step(step as u32) };
-        }
-        let result = averager.average(&mut model);
-        model.download();
-        let averaged = result.is_ok();
-        if let Some(step) = doomed {
-            if result.is_err() {
-                die();
-            }
-            say(&format!("no step {step}: it has {}", averager.steps()));
-            return 4;
-        }
-        let error = match result {
-            Ok(report) => {
-                let ranks = model.check();
-                assert_eq!(report.world_size, ranks.len());
-                assert!(ranks.contains(&origin) && all.is_none_or(|all| all == ranks), "{ranks:?}");
-                good = if ranks.len() == left { good + 1 } else { 0 };
-                if good > 3 {
-                    let now = Used::now(model.device_bytes_used());
-                    if let Some(before) = used.get(&ranks.len()) {
-                        assert!(now.is_no_more_than(before), "{now:?}, there were {before:?}");
-                    }
-                    say(&format!("done {ranks:?}"));
-                    return 0;
-                }
-                all = Some(ranks);
-                if !report.join_pending {
-                    continue;
-                }
-                all = None;
-                let refills = number("PA_TEST_REFILL").is_some();
-                if refills {
-                    model.fill(); // of another rank's own when it lets a process in
-                }
-                match averager.admit_joiner(&mut model) {
-                    Ok(report) => {
-                        model.download();
-                        if refills && !model.is_own() {
-                            model.check();
-                        }
-                        say(&format!("admitted {} {:x}", report.world_size, model.digest()));
-                        if number("PA_TEST_ABORT").is_some()
-                            && origin == 0
-                            && !std::mem::replace(&mut aborted, true)
-                        {
-                            handle.abort(); // taken in another generation of the world
-                        }
-                        continue;
-                    }
-                    Err(Error::Excluded { .. }) => {
-                        say("left out");
-                        return 5;
-                    }
-                    Err(error) => error,
-                }
-            }
-            Err(error) => error,
-        };
-        say(&format!("failed {} {error:?}", now_us()));
-        assert!(error.is_fatal(), "{error}");
-        if !averaged {
-            model.check_failed(error.tensors() == TensorState::Unchanged, all.as_deref());
-        }
-        let start = now_us();
-        match averager.recover(&mut model) {
-            Ok(()) => {}
-            Err(Error::Excluded { .. }) => {
-                say("left out");
-                return 5;
-            }
-            Err(error) => panic!("recover: {error}"),
-        }
-        say(&format!("recovered {} {}", now_us() - start, averager.world_size()));
-        // What some have half written is made one again.
-        match averager.average(&mut model) {
-            Ok(_) => {
-                model.download();
-                say(&format!("agreed {:x}", model.digest()));
-            }
-            Err(error) => assert!(error.is_fatal(), "{error}"), // a further rank was lost
-        }
-        all = None;
-    }
-}
-
-/// What a world takes of its process.
+/// Resources that a world holds in its process.
 #[derive(Debug)]
 pub struct Used {
     files: usize,
-    /// Of memory that has a file, such as that which processes share.
+    /// Mappings of memory with a file, such as shared memory.
     mappings: usize,
-    /// Of the device.
+    /// Bytes of the device.
     bytes: usize,
 }
 
@@ -395,7 +246,7 @@ impl Used {
     }
 }
 
-/// Minimises Σ (x - target)² with noise of each rank's own; rank 1 of 4 panics half way.
+/// Minimises Σ (x - target)² with noise that differs between ranks; rank 1 of 4 panics half way.
 fn train() -> i32 {
     let communicator = join().unwrap();
     let origin = number("PA_TEST_ORIGIN").unwrap_or(communicator.rank() as u64);
