@@ -186,7 +186,8 @@ pub enum Error {
     LendFailed {
         /// Rank of the model.
         rank: usize,
-        /// Reason; on a rank that fails itself, the text of its own [`LendError`](crate::LendError).
+        /// Reason; on a rank that fails itself, the text of its own
+        /// [`LendError`](crate::LendError).
         reason: String,
     },
 

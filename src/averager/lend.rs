@@ -13,8 +13,8 @@ use crate::{Error, Parameters, Result};
 /// Every list of tensors ([`Parameters`]) implements it. Implement this trait for tensors that must
 /// be locked, assembled or ordered first: behind a lock, in a framework's storage, on a CUDA
 /// stream. `lend` is called once when an averager is built, to look at the tensors, and then only
-/// for an average, which for [`LocalSgd`](crate::LocalSgd) is one step of many. Peers may be waiting
-/// meanwhile.
+/// for an average, which for [`LocalSgd`](crate::LocalSgd) is one step of many. Peers may be
+/// waiting meanwhile.
 ///
 /// The tensors come in the same order on every rank. The order of a `HashMap` is no order: sort by
 /// name, and pass the names on ([`TensorMut::named`](crate::TensorMut::named)), so that a
@@ -58,8 +58,8 @@ pub trait Lend {
     /// contiguous or holds no floats.
     ///
     /// * Before `average` was called: every rank gets [`Error::LendFailed`], this rank with its own
-    ///   reason, and no tensor is changed. The same holds if `average` is not called. (Peers that are
-    ///   processes get [`Error::PeerBuildFailed`] if an averager is being built.)
+    ///   reason, and no tensor is changed. The same holds if `average` is not called. (Peers that
+    ///   are processes get [`Error::PeerBuildFailed`] if an averager is being built.)
     /// * After it: the average was made, and the peers have it. This rank alone gets
     ///   [`Error::AfterAverage`]; its schedule goes on as that of its peers.
     /// * While `average` is captured for a CUDA graph, `lend` must not fail before it: peers that
