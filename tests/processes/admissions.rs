@@ -4,7 +4,9 @@ use std::io::BufRead;
 use std::time::Duration;
 
 use half::{bf16, f16};
-use param_averager::{Action, Error, LocalSgd, Parameters, Schedule, TensorMut, TensorState};
+use param_averager::{
+    Action, Error, Lend, LendError, Loan, LocalSgd, Parameters, Schedule, TensorMut, TensorState,
+};
 use rustix::process::Signal;
 
 use test_support::process::{name, start, RankProcess};
@@ -119,6 +121,53 @@ pub fn admits() -> i32 {
     }
 }
 
+/// A model that fails after an average that it was lent for, as one that is copied back may: after
+/// the first and the third loan of a step, if it `fails`. The second one is for a build.
+struct FailsLate {
+    model: Vec<Vec<f32>>,
+    fails: bool,
+    loans: u32,
+}
+
+impl Lend for FailsLate {
+    fn lend(&mut self, average: &mut dyn FnMut(Loan<'_>)) -> Result<(), LendError> {
+        average(Loan::new(&mut self.model));
+        self.loans += 1;
+        match self.fails && self.loans % 2 == 1 {
+            true => Err(LendError::new("the copy failed")),
+            false => Ok(()),
+        }
+    }
+}
+
+/// Steps of Local SGD until the world has three ranks, and one more. Rank 1's model fails late in
+/// every step but the last.
+pub fn fails_late() -> i32 {
+    let communicator = join().unwrap();
+    let rank = communicator.rank();
+    let mut model = FailsLate { model: vec![vec![0.0; 3000]], fails: false, loans: 0 };
+    let mut sgd =
+        LocalSgd::new(builder(communicator).build(&mut model).unwrap(), Schedule::every(1));
+    say("ready");
+    model.fails = rank == 1;
+    while sgd.averager().world_size() < 3 {
+        model.loans = 0;
+        match sgd.step(&mut model) {
+            Ok(Action::Averaged(_) | Action::Admitted { .. }) if rank == 0 => {}
+            Err(Error::AfterAverage { averaged: Some(_), cause }) if rank == 1 => {
+                assert!(matches!(*cause, Error::LendFailed { rank: 1, .. }), "{cause:?}");
+            }
+            made => panic!("{made:?}"),
+        }
+    }
+    model.fails = false;
+    model.model[0].fill(rank as f32);
+    sgd.step(&mut model).unwrap();
+    assert!(model.model[0] == [1.0; 3000]);
+    say(&format!("position {}", sgd.position()));
+    0
+}
+
 /// Joins, and builds nothing.
 pub fn joins_only() -> i32 {
     let communicator = join().unwrap();
@@ -177,6 +226,28 @@ pub fn admission_changes_no_other_model() {
         }
         assert_eq!(has[n], of(0), "the joiner has a copy of rank 0's model");
     }
+}
+
+/// A rank whose `lend` fails after the average takes part in the admission all the same.
+pub fn late_failure_of_a_model_does_not_stop_an_admission() {
+    let name = name();
+    let rank = |variable: &str, value: &str| {
+        let variables = [
+            (variable, value.to_owned()),
+            ("PA_TEST_WORLD", "2".to_owned()),
+            ("PA_TEST_NAME", name.clone()),
+        ];
+        start("fails_late", &variables)
+    };
+    let mut ranks = vec![rank("PA_TEST_RANK", "0"), rank("PA_TEST_RANK", "1")];
+    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
+    ranks.push(rank("PA_TEST_JOIN", "1"));
+    for rank in &mut ranks {
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
+    }
+    let positions = ranks.iter().map(|rank| rank.said("position")[0].clone());
+    let positions: Vec<_> = positions.collect();
+    assert!(positions.iter().all(|position| *position == positions[0]), "{positions:?}");
 }
 
 /// The average that was due was made, so no error may say that nothing was changed.

@@ -40,6 +40,7 @@ fn main() -> std::process::ExitCode {
             "copies" => admissions::copies(),
             "admits" => admissions::admits(),
             "joins_only" => admissions::joins_only(),
+            "fails_late" => admissions::fails_late(),
             role => rank::run(role),
         });
     }
@@ -57,6 +58,7 @@ fn main() -> std::process::ExitCode {
         8,
         tests![
             admissions::admission_changes_no_other_model,
+            admissions::late_failure_of_a_model_does_not_stop_an_admission,
             admissions::abort_during_an_admission_reports_both_halves,
             admissions::lost_joiner_does_not_hide_the_average,
             admissions::joiner_killed_at_any_time_leaves_whole_models,
