@@ -3,20 +3,17 @@
 //! as it should and what it makes of the answers, not what NCCL does.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitCode};
 use std::sync::OnceLock;
 
 use serde_json::Value;
 
 use test_support::simulator::{self, Driver};
+use test_support::{tests, Skip};
 
 #[allow(dead_code)] // its main
 #[path = "../build.rs"]
 mod build_script;
-
-fn skipped(test: &str, reason: &str) {
-    eprintln!("SKIPPED {test}: {reason}");
-}
 
 /// Of a record: those of ranks on CPUs, and five more.
 const FIELDS: [&str; 20] = [
@@ -42,19 +39,27 @@ const FIELDS: [&str; 20] = [
     "note",
 ];
 
-/// The folder of the simulator's driver, or a SKIPPED line of this test's.
-fn folder_for(test: &str) -> Option<PathBuf> {
-    if let Some(reason) = simulator::missing() {
-        skipped(test, &reason);
-        return None;
-    }
+/// The folder of the simulator's driver.
+fn driver() -> PathBuf {
     match simulator::driver() {
-        Driver::Simulated(folder) => Some(folder),
-        Driver::Own => {
-            skipped(test, "about a simulated machine");
-            None
-        }
+        Driver::Simulated(folder) => folder,
+        Driver::Own => unreachable!("these tests are skipped"),
     }
+}
+
+/// Skips without a simulated device.
+fn simulated() -> Skip {
+    let own = || Some("about a simulated machine: unset PARAM_AVERAGER_GPU".to_owned());
+    simulator::missing().or_else(|| simulator::on_own_driver().then(own).flatten())
+}
+
+/// Skips without cuobjdump beside the nvcc of the build.
+fn cuobjdump() -> Skip {
+    let Some(nvcc) = option_env!("ALLREDUCE_BENCH_NVCC") else {
+        return Some("built without nvcc: set NVCC".to_owned());
+    };
+    let is_there = Path::new(nvcc).with_file_name("cuobjdump").is_file();
+    (!is_there).then(|| "no cuobjdump beside nvcc: install nvidia-cuda-cuobjdump".to_owned())
 }
 
 /// What a run printed on standard output and standard error, and its exit code.
@@ -105,8 +110,8 @@ fn methods(table: &str) -> Vec<String> {
     rows(table).into_iter().map(|row| row[4].clone()).collect()
 }
 
-/// The stand-in, or a SKIPPED line.
-fn fake_nccl(test: &str) -> Option<&'static str> {
+/// The stand-in for NCCL. It needs `_Float16` of the compiler.
+fn fake_nccl() -> &'static str {
     static LIBRARY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     let build = || {
         let compiler =
@@ -124,20 +129,14 @@ fn fake_nccl(test: &str) -> Option<&'static str> {
         ]);
         let output =
             command.arg(&library).arg("-ldl").output().map_err(|error| error.to_string())?;
-        // It needs _Float16 of the compiler.
         output
             .status
             .success()
             .then_some(library)
             .ok_or(String::from_utf8_lossy(&output.stderr).into_owned())
     };
-    match LIBRARY.get_or_init(build) {
-        Ok(library) => library.to_str(),
-        Err(reason) => {
-            skipped(test, &format!("the stand-in for NCCL did not build: {reason}"));
-            None
-        }
-    }
+    let built = LIBRARY.get_or_init(build);
+    built.as_ref().unwrap_or_else(|reason| panic!("{reason}")).to_str().unwrap()
 }
 
 /// No figure of time anywhere, and it says why.
@@ -148,9 +147,8 @@ fn is_timeless(table: &str) {
     }
 }
 
-#[test]
 fn averages_on_a_device_are_right_and_have_no_times_where_it_is_simulated() {
-    let Some(driver) = folder_for("averages_on_a_device_are_right") else { return };
+    let driver = driver();
     let (json, csv) = (file("records.json", b""), file("records.csv", b""));
     let line = format!(
         "-b 3K -e 3K -g 2 -d f32,bf16 -n 2 -w 1 --algorithm direct,ring --baseline --channels 2 \
@@ -201,9 +199,8 @@ fn averages_on_a_device_are_right_and_have_no_times_where_it_is_simulated() {
     assert_eq!(csv.lines().count(), 17);
 }
 
-#[test]
 fn models_of_many_dtypes_weights_and_a_wrong_element() {
-    let Some(driver) = folder_for("models_of_many_dtypes") else { return };
+    let driver = driver();
     let list = r#"[{"name": "a", "shape": [300], "dtype": "f32"},
         {"name": "b", "shape": [301], "dtype": "bf16"},
         {"name": "c", "shape": [17], "dtype": "half"},
@@ -233,10 +230,8 @@ fn models_of_many_dtypes_weights_and_a_wrong_element() {
     assert!(wrong.table.contains("Out of bounds values : 1 FAILED"), "{}", wrong.table);
 }
 
-#[test]
 fn nccl_has_rows_of_its_own() {
-    let test = "nccl_has_rows_of_its_own";
-    let (Some(driver), Some(fake)) = (folder_for(test), fake_nccl(test)) else { return };
+    let (driver, fake) = (driver(), fake_nccl());
     let list = r#"[{"name": "a", "shape": [300], "dtype": "f32"},
         {"name": "b", "shape": [33], "dtype": "f32"}]"#;
     let model = file("two.json", list.as_bytes());
@@ -268,10 +263,8 @@ fn nccl_has_rows_of_its_own() {
     assert!(ended.table.contains(says), "{}", ended.table);
 }
 
-#[test]
 fn where_nccl_fails_its_rows_say_so_and_the_rest_runs() {
-    let test = "where_nccl_fails_its_rows_say_so";
-    let (Some(driver), Some(fake)) = (folder_for(test), fake_nccl(test)) else { return };
+    let (driver, fake) = (driver(), fake_nccl());
     for (name, value, says) in [
         ("FAKE_NCCL", "crash", "NCCL ended the process that tried it"),
         ("FAKE_NCCL", "hang", "ncclCommInitRank did not come back within 15s"),
@@ -298,9 +291,8 @@ fn where_nccl_fails_its_rows_say_so_and_the_rest_runs() {
     }
 }
 
-#[test]
 fn machines_that_do_not_suit_say_what_to_do() {
-    let Some(driver) = folder_for("machines_that_do_not_suit") else { return };
+    let driver = driver();
     for (settings, line, says) in [
         (("CUDASIM_NO_DEVICE", "1"), "-b 1K", ["cuda:0", "CUDA_VISIBLE_DEVICES"]),
         (("CUDASIM_OLD_DRIVER", "11040"), "-b 1K", ["cuda:0", "update the driver"]),
@@ -317,16 +309,9 @@ fn machines_that_do_not_suit_say_what_to_do() {
 }
 
 /// For every architecture that the kernels were compiled for.
-#[test]
 fn the_kernels_have_no_spills() {
-    let test = "the_kernels_have_no_spills";
-    let Some(nvcc) = option_env!("ALLREDUCE_BENCH_NVCC") else {
-        return skipped(test, "built without nvcc");
-    };
+    let nvcc = option_env!("ALLREDUCE_BENCH_NVCC").unwrap();
     let cuobjdump = Path::new(nvcc).with_file_name("cuobjdump");
-    if !cuobjdump.is_file() {
-        return skipped(test, "there is no cuobjdump beside nvcc");
-    }
     let mut command = Command::new(cuobjdump);
     command.arg("--dump-resource-usage").arg(concat!(env!("OUT_DIR"), "/flatten.fatbin"));
     let output = command.output().unwrap();
@@ -338,7 +323,6 @@ fn the_kernels_have_no_spills() {
     }
 }
 
-#[test]
 fn where_there_is_no_nvcc_or_it_fails_the_kernels_say_why() {
     let fatbin = Path::new(env!("CARGO_TARGET_TMPDIR")).join("none.fatbin");
     for (line, says) in [
@@ -350,4 +334,17 @@ fn where_there_is_no_nvcc_or_it_fails_the_kernels_say_why() {
         let reason = build_script::compile(&fatbin).unwrap_err();
         assert!(reason.contains(says), "{reason}");
     }
+}
+
+fn main() -> ExitCode {
+    let (simulated, cuobjdump) = (simulated(), cuobjdump());
+    test_support::main(tests![
+        averages_on_a_device_are_right_and_have_no_times_where_it_is_simulated: simulated,
+        models_of_many_dtypes_weights_and_a_wrong_element: simulated,
+        nccl_has_rows_of_its_own: simulated,
+        where_nccl_fails_its_rows_say_so_and_the_rest_runs: simulated,
+        machines_that_do_not_suit_say_what_to_do: simulated,
+        the_kernels_have_no_spills: cuobjdump,
+        where_there_is_no_nvcc_or_it_fails_the_kernels_say_why,
+    ])
 }

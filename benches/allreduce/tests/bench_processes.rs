@@ -2,11 +2,12 @@
 //! with a rank that is killed.
 #![cfg(target_os = "linux")]
 
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitCode, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{kill_process, Pid, Signal};
 use serde_json::Value;
+use test_support::{tests, Skip};
 
 fn command(line: &str) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_allreduce-bench"));
@@ -80,7 +81,6 @@ fn is_right(printed: &str, rows: usize) {
     assert!(printed.contains("Out of bounds values : 0 OK"), "{printed}");
 }
 
-#[test]
 fn worlds_of_2_and_4_are_right_and_recorded() {
     for (ranks, flags, rows) in [
         (2, "-b 1000 -e 64K -f 8 -d all", 24),
@@ -129,7 +129,6 @@ fn worlds_of_2_and_4_are_right_and_recorded() {
     }
 }
 
-#[test]
 fn a_wrong_element_of_one_process_is_seen() {
     let output = ended(command("-g 3 -b 64K -e 64K -d all -n 1 -w 0 --corrupt").spawn().unwrap());
     let (printed, said) = text(&output);
@@ -138,7 +137,6 @@ fn a_wrong_element_of_one_process_is_seen() {
     assert!(said.starts_with("error: 8 elements"), "{said}");
 }
 
-#[test]
 fn wrong_command_lines_say_what_to_do() {
     for (line, code, says) in [
         ("--backend cuda", 2, "on CPUs only"),
@@ -158,8 +156,7 @@ fn wrong_command_lines_say_what_to_do() {
     }
 }
 
-#[test]
-fn who_has_seen_enough_is_no_error() {
+fn closed_output_is_no_error() {
     let mut child = command("-b 1K -e 1M -n 2").spawn().unwrap();
     drop(child.stdout.take());
     let output = ended(child);
@@ -169,8 +166,7 @@ fn who_has_seen_enough_is_no_error() {
 /// More than a test waits for.
 const LONG: &str = "-g 3 -b 1K -e 1M -n 1000000";
 
-#[test]
-fn a_rank_that_is_killed_is_named_and_nobody_hangs() {
+fn killed_rank_is_named_and_no_rank_hangs() {
     for killed in 0..3 {
         let child = command(LONG).spawn().unwrap();
         let me = child.id();
@@ -187,8 +183,7 @@ fn a_rank_that_is_killed_is_named_and_nobody_hangs() {
     }
 }
 
-#[test]
-fn ranks_end_with_whoever_started_them() {
+fn ranks_end_with_the_process_that_started_them() {
     let mut child = command(LONG).spawn().unwrap();
     let me = child.id();
     let ranks = wait_for("three ranks", || Some(children(me)).filter(|ranks| ranks.len() == 3));
@@ -213,7 +208,6 @@ fn by_hand(line: &str, rank: usize, world: usize, port: &str) -> Child {
     command(line).envs(variables).spawn().unwrap()
 }
 
-#[test]
 fn a_shell_loop_is_a_launcher() {
     let port = format!("bench-{}", std::process::id());
     let ranks: Vec<Child> =
@@ -253,7 +247,6 @@ fn a_shell_loop_is_a_launcher() {
     }
 }
 
-#[test]
 fn mpirun_is_a_launcher() {
     let mut mpirun = Command::new("mpirun");
     mpirun.args(["--oversubscribe", "--bind-to", "none", "-n", "2"]);
@@ -270,16 +263,30 @@ fn mpirun_is_a_launcher() {
         .env("OMPI_ALLOW_RUN_AS_ROOT", "1")
         .env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
         .env("NO_COLOR", "1");
-    let Ok(child) =
-        mpirun.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()
-    else {
-        return eprintln!("SKIPPED mpirun_is_a_launcher: there is no mpirun");
-    };
-    let output = ended(child);
+    let child = mpirun.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let output = ended(child.unwrap());
     let (printed, said) = text(&output);
-    if said.contains("unrecognized argument oversubscribe") {
-        return eprintln!("SKIPPED mpirun_is_a_launcher: mpirun is not Open MPI's");
-    }
     assert!(output.status.success(), "{said}");
     is_right(&printed.replace('\r', ""), 2);
+}
+
+/// Skips without an mpirun that is Open MPI's.
+fn open_mpi() -> Skip {
+    let version = Command::new("mpirun").arg("--version").output();
+    let found = version.is_ok_and(|output| text(&output).0.contains("Open MPI"));
+    (!found).then(|| "no mpirun of Open MPI: install openmpi-bin".to_owned())
+}
+
+fn main() -> ExitCode {
+    let open_mpi = open_mpi();
+    test_support::main(tests![
+        worlds_of_2_and_4_are_right_and_recorded,
+        a_wrong_element_of_one_process_is_seen,
+        wrong_command_lines_say_what_to_do,
+        closed_output_is_no_error,
+        killed_rank_is_named_and_no_rank_hangs,
+        ranks_end_with_the_process_that_started_them,
+        a_shell_loop_is_a_launcher,
+        mpirun_is_a_launcher: open_mpi,
+    ])
 }
