@@ -61,8 +61,8 @@ impl ParamAverager {
     }
 
     /// Builds an averager from its table. `refusal` is this rank's reason not to build, which is
-    /// shown to all ranks. `number` is the averager's place among those that are built again;
-    /// `None`: the next one of its view.
+    /// shown to all ranks. `number` is the averager's place among the averagers that are built
+    /// again; `None`: the next one of its view.
     pub(super) fn assemble_for(
         options: Builder,
         mut table: Table,

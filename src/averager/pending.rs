@@ -87,8 +87,8 @@ impl ParamAverager {
         let none = Error::InvalidOption {
             rank: self.rank(),
             option: "stream",
-            found: "one on which no captured average has been replayed".into(),
-            expected: "one that a graph with this averager's average was launched on",
+            found: "a stream on which no captured average has been replayed".into(),
+            expected: "a stream on which a graph with this averager's average was launched",
         };
         // No block has begun an average yet, or the last launch was none.
         if self.args.fault_step == 0 && self.ended().any(|status| status.outcome == PA_OPEN) {
@@ -116,8 +116,8 @@ impl ParamAverager {
         }
         // SAFETY: the caller's promise.
         if waits && self.world_size() > 1 && unsafe { self.is_capturing(stream) }? {
-            let expected = "one that is not, or ParamAverager::start";
-            return refuse(self.rank(), "one that is being captured".into(), expected);
+            let expected = "a stream that is not captured, or ParamAverager::start";
+            return refuse(self.rank(), "a stream that is being captured".into(), expected);
         }
         Ok(())
     }

@@ -95,19 +95,20 @@ impl ParamAverager {
             };
             let expected = "a stream that CudaContext::new(ordinal) made, with the ordinal of \
                             this rank's device";
-            let found = format!("one of {on}{kind}, where the rank is on {}", self.device());
+            let found = format!("a stream of {on}{kind}, where the rank is on {}", self.device());
             return refuse(rank, found, expected);
         }
         // With an error left, a use of a tensor may not have been recorded.
         if let Err(error) = context.check_err() {
-            let expected = "one whose context has no error left: see what failed, then call again";
-            let found = format!("one whose context holds an error, {}", reason(error));
+            let expected =
+                "a stream whose context has no error left: see what failed, then call again";
+            let found = format!("a stream whose context holds an error, {}", reason(error));
             return refuse(rank, found, expected);
         }
         // A later replay of the graph would use the tensors outside of their loan.
         if !is_not_captured(stream).map_err(|error| self.not_beside_a_capture(error))? {
-            let expected = "one that is not; or RawCudaParams, which is unsafe";
-            return refuse(rank, "one that is being captured".into(), expected);
+            let expected = "a stream that is not captured, or RawCudaParams, which is unsafe";
+            return refuse(rank, "a stream that is being captured".into(), expected);
         }
         let raw = stream.cu_stream().cast();
         if waits {

@@ -161,7 +161,7 @@ impl RankZero<'_> {
         Ok(())
     }
 
-    /// Tells the reason to the ranks that have arrived, and to those that arrive soon.
+    /// Tells the reason to the ranks that have arrived or arrive soon.
     fn refuse_all(
         &mut self,
         arrivals: &mpsc::Receiver<Pending>,
