@@ -127,7 +127,8 @@
 // A build without one of these has code that nothing calls, and types without values.
 #![cfg_attr(
     not(all(processes, feature = "cuda")),
-    allow(dead_code, unreachable_code, unused_imports, unused_variables)
+    allow(dead_code, unreachable_code, unused_imports, unused_variables),
+    allow(rustdoc::broken_intra_doc_links)
 )]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 

@@ -9,7 +9,7 @@
 //! let ranks: Vec<_> = world.into_iter().map(|communicator| std::thread::spawn(move || {
 //!     let stream = CudaContext::new(0)?.new_stream()?; // of this rank's own
 //!     let mut wte = stream.alloc_zeros::<f32>(1_000_000)?;
-//!     let mut layers = vec![stream.alloc_zeros::<half::bf16>(4096)?, stream.alloc_zeros(4096)?];
+//!     let mut layers = vec![stream.alloc_zeros::<f32>(4096)?, stream.alloc_zeros(4096)?];
 //!
 //!     let mut params = CudaParams::new(&stream);
 //!     params.push(CudaTensorMut::from(&mut wte).named("wte"));
