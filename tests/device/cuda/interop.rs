@@ -367,7 +367,7 @@ pub fn devices() {
         params.push(&mut wrong);
         stream_is(
             refused(&mut averager, &mut params),
-            "one of cuda:1, where the rank is on cuda:0",
+            "a stream of cuda:1, where the rank is on cuda:0",
         );
         all(&wrong, 9.0);
         // A context that is not the primary one.
