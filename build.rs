@@ -27,7 +27,7 @@
 //! it has read: where `NVCC` is a path, neither `PATH` nor `VIRTUAL_ENV`. A toolkit that is
 //! installed later in one of those places changes neither: set `NVCC`.
 //!
-//! What was compiled is kept in `target/param-averager-kernels`, under a hash of the sources, the
+//! Compiled kernels are kept in `target/param-averager-kernels`, under a hash of the sources, the
 //! compiler and its flags: all profiles and features share it, and compile each kernel once.
 
 // Over 400 lines in one file: it is read from top to bottom, and has no module tree of its own.
@@ -163,7 +163,7 @@ fn compile_set(out: &Path, set: &str, flags: &[&str]) -> Result<PathBuf, String>
     let mut key = Key::of_sources()?;
     key.add_command(&tool.to_command());
     key.add_version(tool.path());
-    // What gcc and clang read besides.
+    // Further variables that gcc and clang read.
     for variable in ["CPATH", "C_INCLUDE_PATH", "CPLUS_INCLUDE_PATH"] {
         key.add(variable, &format!("{:?}", env::var_os(variable)));
     }
@@ -173,7 +173,7 @@ fn compile_set(out: &Path, set: &str, flags: &[&str]) -> Result<PathBuf, String>
     })
 }
 
-/// What something is made from, as a hash.
+/// Hash of all that a kernel is made from.
 struct Key(DefaultHasher);
 
 impl Key {
@@ -207,7 +207,7 @@ impl Key {
         command.get_args().for_each(|argument| argument.hash(&mut self.0));
     }
 
-    /// What a compiler says that it is: another one may come to be under the same path.
+    /// Adds the version that a compiler reports: its path may be another compiler's later.
     fn add_version(&mut self, compiler: &Path) {
         let output = Command::new(compiler).arg("--version").output();
         let said = output.map(|output| output.stdout).unwrap_or_default();

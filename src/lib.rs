@@ -178,7 +178,7 @@ mod readme {}
 #[doc(hidden)]
 pub use world::fuzz as __fuzz;
 
-/// What this build of the crate runs on this machine: for a line in a log or a bug report.
+/// Kernels that this build of the crate runs on this machine: for a line in a log or a bug report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BuildInfo {
@@ -222,7 +222,7 @@ pub mod __testing {
     /// Runs one block of one kernel on this thread.
     ///
     /// # Safety
-    /// What `args` points at is as `kernels/abi.h` describes it.
+    /// `args` points at memory as `kernels/abi.h` describes it.
     pub unsafe fn run_block_cpu(args: &crate::abi::PaArgs, kernel: u32, channel: u32) {
         let best = crate::backend::cpu::instruction_sets()[0];
         // SAFETY: the caller's.

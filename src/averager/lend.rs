@@ -347,7 +347,7 @@ impl ParamAverager {
     }
 }
 
-/// The number of loans of one call of `lend` that is right.
+/// Checks that one call of `lend` has called `average` once.
 fn lent_once(loans: usize) -> std::result::Result<(), LendError> {
     match loans {
         0 => Err(LendError::new("its `lend` returned without calling `average`")),

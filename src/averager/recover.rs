@@ -46,7 +46,12 @@ impl ParamAverager {
     /// the builder's `timeout` for each averager at most.
     pub fn recover<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<()> {
         let mut progress = Progress::default();
-        self.recover_step(params, false, &mut progress).map(drop).map_err(Halt::error)
+        let made = self.recover_step(params, false, &mut progress).map(drop).map_err(Halt::error);
+        // The average with a joiner, if there was one, was made all the same.
+        match (made, self.take_late()) {
+            (Ok(()), Some(cause)) => Err(cause),
+            (made, _) => made,
+        }
     }
 
     /// Recovers, as one step of a call that may have more. Returns the place in the schedule, since

@@ -59,7 +59,7 @@ pub struct Replica {
     pub start: *mut u8,
     pub tensors: Arc<[Placed]>,
     pub device: Device,
-    /// What keeps the memory.
+    /// Owner of the memory.
     _memory: Arc<dyn Any + Send + Sync>,
 }
 

@@ -16,11 +16,11 @@ use std::time::{Duration, Instant};
 use crate::failure::Failure;
 use crate::memory::cores;
 
-/// What one member does in an iteration. It returns how long that took if it has a clock of its
+/// Work of one member in an iteration. It returns how long that took if it has a clock of its
 /// own, such as a device's.
 pub type Work = Box<dyn FnMut() -> Result<Option<Duration>, Failure>>;
 
-/// What a member does first, on its thread, while the others do theirs.
+/// First work of a member, on its own thread, beside that of the others.
 pub type Make = Box<dyn FnOnce() -> Result<Work, Failure> + Send>;
 
 /// End of an iteration of one member, and how long it took by a clock of its own.

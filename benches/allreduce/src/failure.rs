@@ -1,4 +1,4 @@
-//! What ends a run early, and its exit code.
+//! Failures that end a run early, and their exit codes.
 
 use std::io;
 

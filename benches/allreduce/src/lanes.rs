@@ -16,7 +16,7 @@ pub const LANES: usize = 16;
 
 /// An element type of tensors.
 pub trait Lanes: Copy + Default + Send + Sync + 'static {
-    /// What sums are made in.
+    /// Type of the sums.
     type Sum: Float;
 
     /// Exactly. The machine must have `ISA`.

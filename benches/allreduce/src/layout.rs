@@ -1,4 +1,4 @@
-//! What is averaged: a list of tensors.
+//! Layouts: lists of tensors to average.
 
 use param_averager::Dtype;
 
@@ -12,7 +12,7 @@ pub struct Layout {
     pub tensors: Vec<Tensor>,
     /// The factor of `--scale`, unless 1.
     pub scale: Option<f64>,
-    /// What was left out of a file.
+    /// Parts of a file that were left out.
     pub note: Option<String>,
 }
 

@@ -112,7 +112,7 @@ fn progress(sections: &[Section], shown: bool) -> ProgressBar {
     bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 
-/// What is printed and written.
+/// Outputs: the table, files and pictures.
 struct Report {
     table: Table,
     sinks: Vec<Sink>,

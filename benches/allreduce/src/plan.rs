@@ -1,4 +1,4 @@
-//! What the command line asks for, table by table.
+//! Plan of a run: the tables that the command line asks for.
 
 use indicatif::HumanCount;
 use param_averager::{Algorithm, Dtype};

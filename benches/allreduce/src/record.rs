@@ -19,7 +19,7 @@ pub struct Record {
     pub dtype: String,
     pub ranks: usize,
     pub elements: u64,
-    /// Of one rank.
+    /// Bytes of one rank.
     pub bytes: u64,
     /// Ascending. Empty: not measured.
     pub times: Vec<Duration>,
@@ -30,7 +30,7 @@ pub struct Record {
     pub details: Details,
 }
 
-/// What a record has besides, by what its ranks are.
+/// Further fields of a record, by the kind of its ranks.
 #[derive(Clone, Debug)]
 pub enum Details {
     Cpu,
@@ -43,10 +43,11 @@ pub enum Details {
         simulated: bool,
         /// Largest error in ulp, see `Found`. `None`: not checked.
         ulps: Option<f64>,
-        /// What NCCL it was measured with, or why it was not measured.
+        /// Version of NCCL, or the reason why the row was not measured.
         note: Option<String>,
     },
-    /// Of `--processes`: ranks that are processes, or the threads that they are compared with.
+    /// A row of `--processes`: ranks that are processes, or the threads that they are compared
+    /// with.
     Processes {
         ranks_are: &'static str,
         /// From the start of the processes to the end of their first average.

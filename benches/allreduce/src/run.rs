@@ -20,7 +20,7 @@ const TURNS: u32 = 3;
 /// Ranks that average: threads, processes, or threads with CUDA devices. Of ranks that are
 /// processes, all call the same methods in the same order.
 pub trait Ranks {
-    /// What they are and what they run on, for the table.
+    /// Description of the ranks and their machine, for the table.
     fn describe(&self, ranks: usize) -> String;
 
     /// Lines of the table's preamble, and whether they are warnings.
@@ -28,7 +28,7 @@ pub trait Ranks {
         vec![]
     }
 
-    /// Whether this process prints.
+    /// True if this process prints.
     fn prints(&self) -> bool {
         true
     }
@@ -42,7 +42,7 @@ pub trait Ranks {
     /// Frees what `enter` prepared.
     fn leave(&mut self) {}
 
-    /// Whether the row has a result that can be checked.
+    /// True if the row has a result that can be checked.
     fn has_result(&self, _row: usize) -> bool {
         true
     }
@@ -90,7 +90,7 @@ pub struct Bench {
     /// Every checked result gets a wrong element.
     pub corrupt: bool,
     pub progress: ProgressBar,
-    /// Of the next data.
+    /// Seed of the next data.
     pub seed: u64,
 }
 
@@ -109,7 +109,7 @@ impl Bench {
     ) -> Result<Vec<Record>, Failure> {
         let rows = 0..group.rows.len();
         ranks.enter(group)?;
-        // What lies there may be of another dtype, and NaNs and subnormals are slow on some
+        // The bytes there may be of another dtype, and NaNs and subnormals are slow on some
         // machines. Where dtypes are mixed, a flat buffer has them in other places.
         self.fill(ranks, group, 0)?;
         let mixed = group.layout.dtype().is_none();

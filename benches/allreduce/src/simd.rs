@@ -8,7 +8,7 @@ pub const AVX512: u8 = 2; // F, BW, VL, DQ
 
 /// A loop. `run` is `#[inline(always)]`, so that it is compiled anew in each function below.
 pub trait Task {
-    /// What it returns.
+    /// Its result.
     type Output;
     /// Runs it on a machine that has this instruction set.
     fn run<const ISA: u8>(self) -> Self::Output;

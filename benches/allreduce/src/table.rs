@@ -38,8 +38,8 @@ impl Table {
         self.line(Style::new(), text)
     }
 
-    /// What is measured on what, before anything is measured. `more`: lines, and whether they are
-    /// warnings.
+    /// Heading: methods and machine, before anything is measured. `more`: lines, and whether they
+    /// are warnings.
     pub fn preamble(&self, args: &Args, more: &[(String, bool)]) -> io::Result<()> {
         let set = param_averager::BuildInfo::get().instruction_set;
         let memory = available().map_or(String::new(), |(free, all)| {
@@ -124,7 +124,7 @@ impl Table {
         self.line(style, &columns("", cells, ulps.as_deref()))
     }
 
-    /// What NCCL's rows were measured with, or why rows were not measured; once in a section.
+    /// Version of NCCL, or the reason why rows were not measured; once in a section.
     pub fn notes(&mut self, records: &[Record]) -> io::Result<()> {
         for record in records {
             let Details::Cuda { note: Some(note), .. } = &record.details else { continue };

@@ -16,7 +16,7 @@ use crate::plan::Group;
 use crate::rows::{Kind, Row};
 use crate::run::{Ranks, Replicas};
 
-/// What stays the same for a run, and the rows of the present group.
+/// Constants of a run, and the rows of the present group.
 pub struct Threads {
     options: Options,
     pub pool: Pool,

@@ -4,7 +4,7 @@
 //! reference is computed again from the seed, and nothing is kept. An element of a rank is wrong if
 //! it is further from the mean than rounding allows, or if its bits are not the first rank's.
 //!
-//! What rounding allows, with one ulp of x being the distance between neighbours at |x|:
+//! Bounds of rounding, with one ulp of x being the distance between neighbours at |x|:
 //!
 //! * f32, f64: n ulp of the largest input (n + 1 for the limits, which multiply by 1/n; n + 3 with
 //!   weights).
@@ -37,7 +37,7 @@ pub struct Check {
     pub weights: Vec<f64>,
     /// Roundings of the method besides those of a plain sum and one division.
     pub more_roundings: u8,
-    /// What 16-bit dtypes lose on their way.
+    /// Loss of 16-bit dtypes on the wire.
     pub wire: Wire,
 }
 
@@ -215,7 +215,7 @@ fn compare<T: Number>(
                 let (term, before) = (x * weight, sum[k]);
                 sum[k] += term;
                 if T::MANTISSA == f64::MANTISSA {
-                    // What the sum lost, exactly: the reference must be better than the result.
+                    // The exact loss of the sum: the reference must be better than the result.
                     let part = sum[k] - before;
                     lost[k] += (before - (sum[k] - part)) + (term - part);
                 }

@@ -32,7 +32,7 @@ fn bench(line: &str) -> Output {
         .expect("the binary was built")
 }
 
-/// What a run prints that succeeds.
+/// Output of a run that succeeds.
 fn table(line: &str) -> String {
     let output = bench(line);
     let said = String::from_utf8_lossy(&output.stderr);
@@ -41,7 +41,7 @@ fn table(line: &str) -> String {
     String::from_utf8(output.stdout).expect("text")
 }
 
-/// What a run says that fails so.
+/// Error text of a run that fails with this code.
 fn error(line: &str, code: i32) -> String {
     let output = bench(line);
     assert_eq!(
@@ -136,7 +136,7 @@ fn a_wrong_element_is_seen_and_fails_the_run() {
     assert!(rows(&table).iter().all(|row| row[10] == "1"), "{table}");
     assert!(table.contains("Out of bounds values : 20 FAILED"), "{table}");
     assert!(String::from_utf8_lossy(&output.stderr).starts_with("error: 20 elements"));
-    // Who does not look does not see.
+    // A run that does not check finds nothing.
     let unchecked = self::table("-b 1K -e 1K -n 1 -c 0 --corrupt");
     assert_eq!(rows(&unchecked)[0][10], "N/A");
 }

@@ -15,7 +15,7 @@ use test_support::{tests, Skip};
 #[path = "../build.rs"]
 mod build_script;
 
-/// Of a record: those of ranks on CPUs, and five more.
+/// Fields of a record: those of ranks on CPUs, and five more.
 const FIELDS: [&str; 20] = [
     "method",
     "backend",
@@ -62,7 +62,7 @@ fn cuobjdump() -> Skip {
     (!is_there).then(|| "no cuobjdump beside nvcc: install nvidia-cuda-cuobjdump".to_owned())
 }
 
-/// What a run printed on standard output and standard error, and its exit code.
+/// Standard output and standard error of a run, and its exit code.
 struct Ended {
     table: String,
     said: String,

@@ -16,7 +16,7 @@ fn command(line: &str) -> Command {
     command
 }
 
-/// What it printed, and what it said on standard error.
+/// Standard output and standard error.
 fn text(output: &Output) -> (String, String) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (text(&output.stdout), text(&output.stderr))
@@ -222,7 +222,7 @@ fn a_shell_loop_is_a_launcher() {
             assert_eq!(printed, "");
         }
     }
-    // Of these, the second is killed.
+    // The second of these is killed.
     let mut ranks: Vec<Child> = (0..3).map(|rank| by_hand(LONG, rank, 3, &port)).collect();
     std::thread::sleep(Duration::from_millis(800));
     ranks.remove(1).kill().unwrap();

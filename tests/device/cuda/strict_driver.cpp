@@ -67,7 +67,7 @@ bool is_unsafe() {
   return false;
 }
 
-// Whether work on the legacy null stream would wait for a stream that is being captured.
+// True if work on the legacy null stream would wait for a stream that is being captured.
 bool is_implicit(void* stream) {
   std::lock_guard guard(lock);
   if (reinterpret_cast<uintptr_t>(stream) > 1) return false;
@@ -76,7 +76,7 @@ bool is_implicit(void* stream) {
   return false;
 }
 
-// Of the capture that a stream takes part in, or 0.
+// Id of the capture that a stream takes part in, or 0.
 uint64_t capture_of(void* stream) {
   int status = 0;
   uint64_t id = 0;
@@ -188,7 +188,7 @@ API int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream
   return cudasim("cuMemcpyDtoHAsync_v2", to, from, bytes, stream);
 }
 
-// What a capture in the global mode forbids to all threads.
+// Calls that a capture in the global mode forbids to all threads.
 #define UNSAFE(name, declared, ...) \
   API int name declared { \
     return is_unsafe() ? STREAM_CAPTURE_UNSUPPORTED : cudasim(#name, __VA_ARGS__); \

@@ -6,7 +6,7 @@
 
 // ---- a death beside a stop ----------------------------------------------------------------------
 
-// Of two missing ranks one has departed: ranks that wait for the other notice at once, too.
+// Two ranks are missing and one has departed: ranks that wait for the other notice at once, too.
 inline void departed_beside_a_late_rank(Mode mode, uint64_t seed) {
   World w(setup_of(mode, 4, 2, seed));
   const uint32_t departed = uint32_t(seed % 4), late = (departed + 1 + uint32_t(mix(seed) % 3)) % 4;
@@ -177,7 +177,7 @@ inline void stopped_in_its_turn() {
 
 // ---- the straggler ------------------------------------------------------------------------------
 
-// What a rank's board shows during a wait of rank 0 that reaches its deadline.
+// A rank's board during a wait of rank 0 that reaches its deadline.
 struct Shows {
   uint32_t rank, behind; // the awaited rank + 1, or 0
   bool alive;

@@ -9,7 +9,7 @@
 
 constexpr int kThreads = 512, kPacks = 4; // of a block; that each thread has in flight
 
-// Of at most kThreads * kPacks packs, at a multiple of 16 bytes.
+// At most kThreads * kPacks packs, at a multiple of 16 bytes.
 struct Piece {
     uint64_t place[2]; // in the tensors, in the flat buffer
     uint64_t bytes;

@@ -35,7 +35,7 @@ use rank::Rank;
 /// bytes: the best that a flatten can do. What lies between is averaged along.
 const ALIGNMENT: usize = 16;
 
-/// What stays the same for a run, and the present group.
+/// Constants of a run, and the present group.
 pub struct Cuda {
     machine: Machine,
     options: Options,
@@ -58,7 +58,7 @@ struct Entry {
     /// Its threads, or `None`: it can't be measured, as the note says.
     crew: Option<Crew>,
     note: Option<String>,
-    /// What `Algorithm::Auto` was.
+    /// Algorithm that `Algorithm::Auto` chose.
     ran: Arc<OnceLock<Algorithm>>,
 }
 
@@ -165,7 +165,7 @@ impl Cuda {
         Ok(entry)
     }
 
-    /// What went wrong in one row is wrong for all.
+    /// A failure of one row is one of all rows.
     fn give_up_nccl(&mut self, entry: &mut Entry, reason: &str) {
         self.nccl.insert(self.ranks.len(), Err(reason.into()));
         entry.give_up(reason);
@@ -260,7 +260,7 @@ impl Ranks for Cuda {
         Ok(())
     }
 
-    /// What goes wrong with NCCL is its rows' note, and the end of the run only if a call never
+    /// A failure of NCCL is the note of its rows, and the end of the run only if a call never
     /// comes back.
     fn run(&mut self, row: usize, iterations: u32) -> Result<Vec<Duration>, Failure> {
         let entry = &mut self.rows[row];
@@ -269,7 +269,7 @@ impl Ranks for Cuda {
         }
         let Some(crew) = &mut entry.crew else { return Ok(vec![]) };
         if entry.row.needs_second() {
-            // What copies left between the tensors of a flat buffer may be NaN.
+            // The bytes that copies left between the tensors of a flat buffer may be NaN.
             let mut second = self.ranks.iter().filter_map(|rank| rank.second.as_ref());
             second.try_for_each(|memory| memory.zero())?;
         }

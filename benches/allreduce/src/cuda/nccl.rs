@@ -140,7 +140,7 @@ impl Nccl {
     }
 }
 
-/// What the ranks of one row share.
+/// State that the ranks of one row share.
 #[derive(Clone)]
 pub struct Row {
     pub nccl: Arc<Nccl>,

@@ -21,7 +21,7 @@ use crate::run::Bench;
 const BYTES: u64 = 4 << 16;
 const ANSWER: &str = "nccl-probe: ";
 
-/// Whether so many ranks can average with NCCL here, or why not.
+/// Checks that this many ranks can average with NCCL here. The error says why not.
 pub fn ask(ranks: usize, limit: Duration) -> Result<(), String> {
     let failed =
         |error: std::io::Error| format!("this program can't start itself to try NCCL: {error}");

@@ -1,4 +1,4 @@
-//! What one rank on a CUDA device does in an iteration of each row.
+//! Work of one rank on a CUDA device in an iteration of each row.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;

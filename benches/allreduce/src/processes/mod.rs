@@ -197,7 +197,7 @@ impl Ranks for Processes {
         let weight = self.options.weight(self.rank());
         let mut average = averager::average(Host, builder, replica, weight, &OnceLock::new())?;
         average()?;
-        // Of the rank that took most; none if a rank can't tell.
+        // The most of any rank; none if a rank can't tell.
         let extra = before.and_then(|before| Some(resident::most()?.saturating_sub(before)));
         let told = self.exchange.tell([extra.map_or(0, |extra| extra + 1), 0, 0, 0])?;
         let extra = told.iter().map(|told| told[0].checked_sub(1)).collect::<Option<Vec<_>>>();
