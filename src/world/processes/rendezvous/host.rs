@@ -85,7 +85,7 @@ impl RankZero<'_> {
             match send.try_send(Pending { stream, hello, process }) {
                 Ok(()) | Err(TrySendError::Full(_)) => {} // the process tries again
                 Err(TrySendError::Disconnected(pending)) => {
-                    pending.refuse_as_foreign(&name::begun(&me, &pending.hello, since))
+                    pending.refuse_as_late(&name::begun(&me, &pending.hello, since))
                 }
             }
         };
@@ -253,8 +253,8 @@ impl RankZero<'_> {
             self.is_contested = true;
             Some(format!(
                 "two processes claim rank {rank} of the world {name:?}: {claimant} and {}: give \
-                    each rank a number of its own, and each job a name of its own, such as another \
-                    MASTER_PORT",
+                    each rank a number of its own, and each job its own MASTER_PORT or \
+                    PARAM_AVERAGER_RENDEZVOUS",
                 hello.job
             ))
         } else if let Some((what, theirs, ours)) = differs {
