@@ -15,6 +15,7 @@ mod recover;
 mod report;
 mod run;
 mod table;
+mod watch;
 
 use std::any::Any;
 use std::fmt;
@@ -41,6 +42,7 @@ use memory::RankMemory;
 use rebuild::Blueprint;
 use recover::Admitted;
 use table::Table;
+use watch::Watch;
 
 /// Algorithm of an average: how the parameters move and where they are summed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -104,6 +106,7 @@ pub struct ParamAverager {
     blueprint: Option<Arc<Blueprint>>,
     /// Stream of the average that may be under way, kept alive until the next one has begun.
     stream: Option<Arc<dyn Any + Send + Sync>>,
+    watch: Arc<Watch>,
 }
 
 /// Request for one average.

@@ -7,6 +7,7 @@ use super::lend::with_tensors;
 use super::memory::{check_room, RankMemory, Sizes, LINE_BYTES};
 use super::rebuild::Blueprint;
 use super::table::{Layout, Table};
+use super::watch::Watch;
 use super::{defaults, flag, kernels, spins, Algorithm, Builder, Lend, ParamAverager};
 use crate::abi::*;
 use crate::backend::Memory;
@@ -107,6 +108,7 @@ impl ParamAverager {
             admitted: None,
             blueprint: None,
             stream: None,
+            watch: Watch::new(&communicator, &agreement, options.timeout),
             communicator,
             agreement,
             algorithm,

@@ -268,7 +268,7 @@ impl ParamAverager {
                 // `lend` may have caught a panic of `average`.
                 let panicked = || LendError::new("its tensors panicked while they were lent");
                 let own = self.lend_failed(failed.unwrap_or_else(panicked));
-                self.refuse_to_average(call, own)
+                self.refuse_to_average(call, own, start)
             }
         }
     }
@@ -332,13 +332,13 @@ impl ParamAverager {
     }
 
     /// Takes part in an average only to tell the peers that this rank has no tensors for it.
-    fn refuse_to_average(&mut self, call: Call, own: Error) -> Result<Begun> {
+    fn refuse_to_average(&mut self, call: Call, own: Error, start: Instant) -> Result<Begun> {
         if self.world_size() == 1 {
             return Err(own);
         }
         let _ = self.own.engine.finish();
         // SAFETY: with a problem, no tensor is read or written.
-        unsafe { self.launch(Some(Problem::NOT_LENT), call, None) }?;
+        unsafe { self.launch(Some(Problem::NOT_LENT), call, None, start) }?;
         Ok(Begun { outcome: None, failed: Some(own) })
     }
 

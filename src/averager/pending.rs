@@ -10,6 +10,7 @@ use std::time::Instant;
 use super::lend::Begun;
 use super::{Call, Lend, Outcome, ParamAverager, Report};
 use crate::abi::PA_OPEN;
+use crate::notice;
 use crate::{Error, Result};
 
 /// Average that has been enqueued; [`wait`](Self::wait) returns its report or its error.
@@ -182,7 +183,11 @@ impl Pending<'_> {
 
 impl Drop for Pending<'_> {
     fn drop(&mut self) {
-        let _ = self.end();
-        let _ = self.averager.take_late();
+        let ended = if self.over.is_none() { self.end().err() } else { None };
+        if let Some(error) = ended.or(self.averager.take_late()) {
+            let rank = self.averager.rank();
+            let text = format!("an average that was not waited for has failed: {error}");
+            notice::warn(Some(rank), &text);
+        }
     }
 }

@@ -47,7 +47,7 @@ impl ParamAverager {
             return self.alone(self.refusal_of(problem, call), call, start).map(Some);
         }
         // SAFETY: the caller's promise; the tables hold the addresses of these tensors.
-        unsafe { self.launch(problem, call, stream) }.map(|()| None)
+        unsafe { self.launch(problem, call, stream, start) }.map(|()| None)
     }
 
     /// Launches the kernels of an average. With a `problem`, only those that tell peers of it.
@@ -59,6 +59,7 @@ impl ParamAverager {
         problem: Option<Problem>,
         call: Call,
         stream: Option<*mut c_void>,
+        start: Instant,
     ) -> Result<()> {
         let refusal = self.refusal_of(problem, call);
         let is_captured = match stream {
@@ -95,6 +96,8 @@ impl ParamAverager {
         let meets = |kernel: u32| kernel != PA_SCAN && kernel != PA_RING_GATHER;
         let kernels =
             self.kernels.iter().copied().filter(|&kernel| problem.is_none() || meets(kernel));
+        // Threads run the whole average in this call.
+        let _waiting = self.watch.waits(start);
         // SAFETY: the tables describe the tensors of the caller's promise; all other memory is this
         // averager's or kept by `agreement`.
         match unsafe { self.own.engine.start(&args, kernels, stream) } {
@@ -122,7 +125,9 @@ impl ParamAverager {
                     "nothing to wait for: launch the graph, then ask ParamAverager::graph_outcome",
             });
         }
+        let waiting = self.watch.waits(start);
         self.own.engine.finish().map_err(|reason| self.device_failed(reason))?;
+        drop(waiting);
         self.outcome(Some(start))
     }
 }

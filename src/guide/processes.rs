@@ -35,7 +35,8 @@
 //! Ranks find one another by a name made of the launcher's variables; `PARAM_AVERAGER_RENDEZVOUS`
 //! replaces it. The name becomes an abstract Unix socket of rank 0: no port is opened, and no file
 //! is made. Ranks that are missing or disagree are named on every rank. A rank that waits for more
-//! than 10 seconds says on standard error for which ranks, where its name is from, and what to set.
+//! than 10 seconds says for which ranks, where its name is from, and what to set: see
+//! [waits](crate#what-blocks-and-what-can-deadlock).
 //!
 //! # Jobs
 //! Two jobs with one name do not mix. Rank 0 keeps the name for as long as it is in the world; a

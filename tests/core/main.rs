@@ -7,5 +7,6 @@ mod extremes;
 mod faults;
 mod lend;
 mod local_sgd;
+mod notices;
 mod public_api;
 mod refusals;

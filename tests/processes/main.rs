@@ -22,6 +22,8 @@ mod meeting;
 #[cfg(target_os = "linux")]
 mod namespaces;
 #[cfg(target_os = "linux")]
+mod notices;
+#[cfg(target_os = "linux")]
 mod several_averagers;
 #[cfg(target_os = "linux")]
 mod stops;
@@ -131,6 +133,9 @@ fn main() -> std::process::ExitCode {
             namespaces::ranks_in_two_network_namespaces_are_an_error: network_namespaces,
             namespaces::users_that_are_not_mapped_are_refused: unmapped_users,
             namespaces::a_user_in_a_container_meets_itself_outside: other_containers,
+            notices::a_rank_that_waits_to_meet_says_so,
+            notices::a_rank_that_waits_to_build_says_so,
+            notices::a_rank_that_waits_to_recover_says_so,
             several_averagers::averagers_are_recovered_in_any_order,
             several_averagers::two_averagers_of_a_world_recover,
             several_averagers::local_sgds_recovered_in_different_orders_fail_at_once,

@@ -7,7 +7,6 @@
 pub mod fuzz;
 mod host;
 mod name;
-mod notice;
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
@@ -29,8 +28,8 @@ use super::private::Private;
 use super::view_board::ViewBoard;
 use crate::backend::limits::{why, Wanted};
 use crate::hash::fnv1a;
+use crate::notice::Notice;
 use crate::world::WorldId;
-use notice::Notice;
 
 /// Time in which a rank that can't take part tries to tell the other ranks, which were started when
 /// it was.
@@ -202,7 +201,7 @@ fn meet_rank_0(
     let failed = |error: io::Error| {
         why(&format!("rank 0 of the world {:?}", me.name), Wanted::Descriptor, error)
     };
-    let mut notice = Notice::new();
+    let mut notice = Notice::new(Some(me.rank));
     let mut restart = Restart::default();
     loop {
         let greeted = connect(address).map(Private::new).and_then(|stream| {
@@ -276,7 +275,7 @@ fn tell_own_rank_0(me: &RankInfo, address: &SocketAddr, reason: &str) {
     const PAUSE: Duration = Duration::from_millis(20);
     let refused = RankInfo { refusal: Some(reason.into()), ..me.clone() };
     let until = Instant::now() + RESTART + GRACE;
-    let mut notice = Notice::new();
+    let mut notice = Notice::new(Some(me.rank));
     while Instant::now() < until {
         std::thread::sleep(PAUSE);
         let answer = connect(address).map(Private::new);
@@ -313,7 +312,7 @@ fn greet(
     let process = pidfd_open(getpid(), PidfdFlags::empty()).ok();
     let files: Vec<_> = process.iter().map(AsFd::as_fd).collect();
     frame::send(stream, (Kind::Hello, 0, 0), &me.hello(), &files, deadline)?;
-    while !notice.is_said()
+    while !notice.is_told()
         && !is_readable(stream, deadline.min(notice.at()))?
         && Instant::now() < deadline
     {

@@ -5,6 +5,7 @@
 mod guarded;
 mod harness;
 mod needs;
+pub mod notices;
 mod oracle;
 #[cfg(target_os = "linux")]
 pub mod process;

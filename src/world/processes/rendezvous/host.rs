@@ -13,9 +13,10 @@ use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
 use super::name::{self, Pending, TWO_JOBS};
 use super::{
-    is_early, Connection, Hello, Notice, Origin, Peers, RankInfo, Welcome, CAUSES, GRACE, REFUSING,
+    is_early, Connection, Hello, Origin, Peers, RankInfo, Welcome, CAUSES, GRACE, REFUSING,
 };
 use crate::backend::limits::{why, Wanted};
+use crate::notice::Notice;
 use crate::world::processes::confirm::Confirmation;
 use crate::world::processes::frame::{self, Frame, Kind};
 use crate::world::processes::job::Job;
@@ -132,7 +133,7 @@ impl RankZero<'_> {
         if let Some(reason) = &self.me.refusal {
             return Err(reason.clone());
         }
-        let mut notice = Notice::new();
+        let mut notice = Notice::new(Some(0));
         while self.came.len() + 1 < self.me.world_size {
             if listener.is_stuck() {
                 return Err(format!(

@@ -7,10 +7,10 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use super::{
-    connect, greet, is_early, is_late, Hello, Notice, RankInfo, Restart, AGAIN, BEGUN, FOREIGN,
-    GRACE,
+    connect, greet, is_early, is_late, Hello, RankInfo, Restart, AGAIN, BEGUN, FOREIGN, GRACE,
 };
 use crate::backend::limits::{why, Wanted};
+use crate::notice::Notice;
 use crate::world::processes::ancestry::Process;
 use crate::world::processes::credentials::Credentials;
 use crate::world::processes::frame::{self, Frame, Kind};
@@ -71,7 +71,8 @@ pub(super) fn take(
     timeout: Duration,
 ) -> Result<UnixListener, String> {
     let name = &me.name;
-    let (mut silent, mut notice, mut restart) = (None, Notice::new(), Restart::default());
+    let (mut silent, mut notice) = (None, Notice::new(Some(me.rank)));
+    let mut restart = Restart::default();
     loop {
         match UnixListener::bind_addr(address) {
             Ok(listener) => return Ok(listener),

@@ -10,6 +10,7 @@ use param_averager::{
 };
 
 use super::{pairs, roles, survive};
+use crate::notices;
 
 pub fn say(line: &str) {
     // After a line feed: the test harness may have written half a line.
@@ -41,6 +42,9 @@ pub fn die() -> ! {
 
 /// Runs a role, and returns the process's exit code.
 pub fn run(role: &str) -> i32 {
+    if let Some(patience) = number("PA_TEST_PATIENCE_MS") {
+        notices::listen(Duration::from_millis(patience), |text| say(&format!("notice {text}")));
+    }
     match role {
         "meet" => meet(),
         "restart" => restart(),
