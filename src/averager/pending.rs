@@ -71,7 +71,8 @@ impl ParamAverager {
 
     /// Waits for a stream on which a graph with an average in it has been launched, and returns the
     /// result of the last replay. After a fatal failure every later replay ends at once. `elapsed`
-    /// of the report is 0, since a replay is not timed.
+    /// of the report is 0, since a replay is not timed. The default stream of a thread is waited
+    /// for on that thread.
     ///
     /// # Safety
     /// The stream is one of the device's primary context, and no replay is under way on another.
@@ -101,24 +102,19 @@ impl ParamAverager {
         }
     }
 
-    /// Refuses a stream that can't take an average, or, if the caller `waits`, can't be waited for.
+    /// Refuses a stream that is being captured if the caller `waits`.
     ///
     /// # Safety
     /// It is a stream of the device's primary context.
     pub(crate) unsafe fn check_stream(&mut self, stream: *mut c_void, waits: bool) -> Result<()> {
-        let refuse = |rank, found: String, expected| {
-            Err(Error::InvalidOption { rank, option: "stream", found, expected })
-        };
-        // SAFETY: the caller's promise.
-        let refusal = unsafe { self.refusal(stream) }?;
-        if let (Some(found), true) = (refusal, self.world_size() > 1) {
-            let expected = "a stream of this rank's own that was made with CU_STREAM_NON_BLOCKING";
-            return refuse(self.rank(), found.into(), expected);
-        }
         // SAFETY: the caller's promise.
         if waits && self.world_size() > 1 && unsafe { self.is_capturing(stream) }? {
-            let expected = "a stream that is not captured, or ParamAverager::start";
-            return refuse(self.rank(), "a stream that is being captured".into(), expected);
+            return Err(Error::InvalidOption {
+                rank: self.rank(),
+                option: "stream",
+                found: "a stream that is being captured".into(),
+                expected: "a stream that is not captured, or ParamAverager::start",
+            });
         }
         Ok(())
     }
@@ -136,15 +132,6 @@ impl ParamAverager {
     #[cfg(feature = "cuda")]
     pub(crate) fn device(&self) -> crate::Device {
         self.communicator.device()
-    }
-
-    /// Reason why an average can't be enqueued on this stream.
-    ///
-    /// # Safety
-    /// It is a stream of the device's primary context.
-    pub(crate) unsafe fn refusal(&mut self, stream: *mut c_void) -> Result<Option<&'static str>> {
-        // SAFETY: the caller's promise.
-        unsafe { self.own.engine.refuses(stream) }.map_err(|reason| self.device_failed(reason))
     }
 
     /// Keeps a stream alive until the next average has begun, when this one is done, also if its
