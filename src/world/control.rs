@@ -134,6 +134,12 @@ impl Control {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn has_departed(&self, position: usize) -> bool {
+        let word = self.word(of_board(position, offset_of!(PaBoard, departed)));
+        word.is_some_and(|word| word.load(Ordering::Acquire) != 0)
+    }
+
     /// The failure that ended this world, as far as the host can tell without asking a device. A
     /// failure in device memory is reported by the next average.
     pub(crate) fn failure(&self) -> Option<Failure> {
