@@ -7,6 +7,7 @@ mod interop;
 mod links;
 pub mod model;
 mod scenarios;
+mod steps;
 mod streams;
 mod strict;
 mod way;
@@ -92,6 +93,10 @@ pub fn averages_run_beside_kernels_and_each_other() {
 
 pub fn averages_are_enqueued_on_streams() {
     scenario("streams", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
+}
+
+pub fn steps_are_enqueued_and_their_outcome_is_asked_for_later() {
+    scenario("steps", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_SEED", "3")]]);
 }
 
 const TWO: (&str, &str) = ("CUDASIM_DEVICES", "2");

@@ -1,6 +1,7 @@
 //! Scenarios of child processes.
 
 use super::model::Model;
+use super::steps::steps;
 use super::streams::streams;
 use super::way::{shapes, Way, WAY};
 use super::{beside, graphs, links, strict};
@@ -18,6 +19,7 @@ pub fn run(scenario: &str) {
         "failures" => failures(),
         "trainers" => trainers(),
         "streams" => streams(),
+        "steps" => steps(),
         "beside" => beside::beside(),
         "graphs" => graphs::on_one_device(),
         "graph-refusals" => graphs::refusals(),
