@@ -91,6 +91,8 @@ pub struct ParamAverager {
     agreement: Arc<Agreement>,
     algorithm: Algorithm,
     kernels: &'static [u32],
+    /// Data packs of a slot of the ring.
+    chunk: u32,
     table: Table,
     own: RankMemory,
     args: PaArgs,
