@@ -146,7 +146,7 @@ fn main() -> std::process::ExitCode {
             stops::abort_ends_the_wait_of_building_ranks,
             trainers::every_process_begins_with_one_model_and_a_joiner_with_the_one_that_is_trained,
             trainers::a_rank_that_is_done_survives_the_death_of_a_peer,
-            trainers::reproducible_averages_have_the_same_bits_on_threads_and_on_processes_of_one_core,
+            trainers::reproducible_averages_have_the_same_bits_on_threads_and_processes,
             trainers::a_barrier_ends_when_a_rank_dies_and_the_others_recover,
         ],
     )

@@ -197,7 +197,7 @@ pub fn mean_on_one_core() -> i32 {
     0
 }
 
-pub fn reproducible_averages_have_the_same_bits_on_threads_and_on_processes_of_one_core() {
+pub fn reproducible_averages_have_the_same_bits_on_threads_and_processes() {
     let threads = test_support::ranks(3, |communicator| mean(communicator, true));
     let (digest, report) = threads[0].clone();
     let expected = format!("{digest} {} {}", report.channels, report.chunk_bytes);
