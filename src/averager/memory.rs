@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::builder::{Builder, Testing};
+use super::defaults;
 use super::link::Link;
 use super::table::Table;
 use crate::abi::*;
@@ -38,7 +39,9 @@ impl Sizes {
         let cut = options.cut();
         let most =
             cut.slot_budget_bytes / (channels as usize * options.slots.max(1) as usize * widest);
-        let bytes = options.chunk_bytes.unwrap_or_else(|| cut.chunk_bytes.min(most).max(128));
+        let pinned = options.reproducible.then_some(defaults::REPRODUCIBLE.chunk_bytes);
+        let bytes = options.chunk_bytes.or(pinned);
+        let bytes = bytes.unwrap_or_else(|| cut.chunk_bytes.min(most).max(128));
         // No more than the largest bucket has for one rank in one round.
         let world = options.communicator.world_size() as u64;
         let packs = table.buckets.iter().map(|bucket| bucket.packs).max().unwrap_or(1);
@@ -79,7 +82,7 @@ fn counters(channels: u32, testing: &Testing) -> Vec<u32> {
 pub(super) fn check_room(tensors: usize, names: usize, rank: usize, world: usize) -> Result<()> {
     // Bytes for a tensor besides its name: in tables, which double as they grow; and in a line, of
     // which this rank has 5, and 2 from each peer.
-    const TABLES: usize = 320;
+    const TABLES: usize = 448;
     const LINE: usize = 96;
     let lines = (tensors * LINE + names) * (5 + 2 * world);
     limits::spare_for_all(tensors * TABLES + names + lines)

@@ -2,6 +2,7 @@
 //! of one host.
 
 mod control;
+mod exchange;
 mod handshake;
 mod in_process;
 #[cfg(processes)]
@@ -10,6 +11,7 @@ mod placement;
 #[cfg(processes)]
 mod processes;
 mod rebuild;
+mod run;
 #[cfg(processes)]
 mod world_id;
 
@@ -19,6 +21,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 pub(crate) use control::{Control, Failure};
+pub(crate) use exchange::{ExchangeId, Shown, MOST_WORDS};
 pub(crate) use handshake::{Admission, Agreement, Handshake};
 #[cfg(processes)]
 pub use launched::CommunicatorBuilder;
@@ -35,16 +38,17 @@ use crate::backend::MemorySpace;
 use crate::{Error, Result};
 use in_process::ThreadBootstrap;
 
-/// Text of a notice: `rank` waits for these to build an averager.
-fn waits_to_build(rank: usize, missing: &[usize], timeout: Duration) -> String {
+/// Text of a notice: `rank` waits for these to make the same call.
+fn waits_for_call(rank: usize, missing: &[usize], call: &str, timeout: Duration) -> String {
     let missing: Vec<String> = missing.iter().map(usize::to_string).collect();
     let (several, missing) = (if missing.len() > 1 { "s" } else { "" }, missing.join(", "));
     format!(
-        "rank {rank} waits for rank{several} {missing} to build an averager, which every rank \
-            does at the same time, on a thread or process of its own; the wait ends after \
-            {timeout:?}"
+        "rank {rank} waits for rank{several} {missing} to {call}, which every rank does at the \
+            same time, on a thread or process of its own; the wait ends after {timeout:?}"
     )
 }
+
+const BUILD: &str = "build an averager";
 
 /// The device that a rank's parameters are on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

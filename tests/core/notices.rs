@@ -14,7 +14,7 @@ fn told(timeout: Duration) -> Vec<String> {
     TOLD.lock().unwrap().iter().filter(|text| text.contains(&mark)).cloned().collect()
 }
 
-/// Rank 2 of 3 is late for `build`, and for an average.
+/// Rank 2 of 3 is late for `build`, for an average, and for a barrier.
 #[test]
 fn a_long_wait_is_told_of_once_with_the_rank_that_is_late() {
     const PATIENCE: Duration = Duration::from_millis(300);
@@ -28,22 +28,30 @@ fn a_long_wait_is_told_of_once_with_the_rank_that_is_late() {
             late();
             let builder = ParamAverager::builder(communicator).algorithm(algorithm);
             let mut averager = builder.timeout(timeout).build(&mut model).unwrap();
+            model.fill(rank as f32);
             late();
             averager.average(&mut model).unwrap();
             averager.average(&mut model).unwrap();
             assert_eq!(model, [1.0; 100]);
+            late();
+            averager.barrier().unwrap();
         });
         let told = told(timeout);
         for rank in [0, 1] {
             let has = |text: String| told.iter().filter(|told| told.starts_with(&text)).count();
             let build = format!("{rank}: after 300ms, rank {rank} waits for rank 2 to build an");
             assert_eq!(has(build), 1, "{told:#?}");
+            let barrier =
+                format!("{rank}: after 300ms, rank {rank} waits for rank 2 to call barrier");
+            assert_eq!(has(barrier), 1, "{told:#?}");
             let average = format!("{rank}: rank {rank} has waited for ");
             // A second notice comes after twice the time.
             assert!([1, 2].contains(&has(average)), "{told:#?}");
         }
         let late = "in an average for rank 2 to call it, too:";
-        assert!(told.iter().all(|text| text.contains("to build") || text.contains(late)));
+        let is_one =
+            |text: &String| ["to build", "barrier", late].iter().any(|it| text.contains(it));
+        assert!(told.iter().all(is_one), "{told:#?}");
         assert!(told.iter().all(|text| !text.starts_with('2')), "{told:#?}");
     }
 }

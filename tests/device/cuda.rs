@@ -8,6 +8,7 @@ mod interop;
 mod links;
 pub mod model;
 mod scenarios;
+mod steps;
 mod streams;
 mod strict;
 mod way;
@@ -98,6 +99,10 @@ pub fn averages_are_enqueued_on_streams() {
 pub fn averages_are_enqueued_on_streams_of_any_kind() {
     scenario("any-stream", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
     scenario("any-stream-devices", &[&[TWO, ("CUDASIM_DELAY", "30")], &[TWO]]);
+}
+
+pub fn steps_are_enqueued_and_their_outcome_is_asked_for_later() {
+    scenario("steps", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_SEED", "3")]]);
 }
 
 const TWO: (&str, &str) = ("CUDASIM_DEVICES", "2");

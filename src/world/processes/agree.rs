@@ -13,7 +13,7 @@ use crate::backend::{limits, Memory};
 use crate::deadline;
 use crate::error::Phase;
 use crate::notice::Notice;
-use crate::world::{waits_to_build, Agreement, Control, Handshake};
+use crate::world::{waits_for_call, Agreement, Control, Handshake, BUILD};
 use crate::{Error, Result};
 
 /// Number of a build in messages: the view, and the build number in that view.
@@ -63,6 +63,7 @@ impl ProcessBootstrap {
         let verdict = self.verdict(number, opened.as_ref().err(), deadline, timeout);
         let handshakes = verdict.and(opened)?;
         let mut agreement = Agreement::of(handshakes)?;
+        agreement.number = number.1;
         agreement.ordinal.get_or_insert_with(|| format!("{} of view {}", number.1, number.0));
         let agreement = Arc::new(agreement);
         self.peer_set.watch(&agreement, self.ring());
@@ -176,16 +177,16 @@ impl ProcessBootstrap {
             }
             let Some(&(first, _)) = missing.first() else { return Ok(received) };
             let absent: Vec<usize> = missing.iter().map(|&(rank, _)| rank).collect();
-            let waiting = |_: &State| waits_to_build(self.rank(), &absent, timeout);
+            let waiting = |_: &State| waits_for_call(self.rank(), &absent, BUILD, timeout);
             let came = self.peer_set.wait_and_tell(deadline, &mut notice, waiting, |state| {
                 let new: Vec<(usize, Frame)> = missing
                     .iter()
                     .filter_map(|&(rank, peer)| Some((rank, state.take(peer, key)?)))
                     .collect();
                 let reason_for_silence = || {
-                    missing
-                        .iter()
-                        .find_map(|&(rank, peer)| self.reason_for_silence(rank, peer, state))
+                    missing.iter().find_map(|&(rank, peer)| {
+                        self.reason_for_silence(rank, peer, state, Phase::Build)
+                    })
                 };
                 if new.is_empty() {
                     reason_for_silence().map(Err)
@@ -207,8 +208,13 @@ impl ProcessBootstrap {
     }
 
     /// The reason why no message will come from a peer, if there is one.
-    fn reason_for_silence(&self, rank: usize, peer: usize, state: &State) -> Option<Error> {
-        let phase = Phase::Build;
+    pub(super) fn reason_for_silence(
+        &self,
+        rank: usize,
+        peer: usize,
+        state: &State,
+        phase: Phase,
+    ) -> Option<Error> {
         let aborts = |peer: &usize| state.aborts(*peer, self.number());
         if let Some(rank) = self.members().iter().position(aborts) {
             return Some(Error::Aborted { rank, phase, committed: false });

@@ -328,10 +328,11 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, connectio
 }
 
 /// Kinds of messages between peers.
-const KINDS: [Kind; 8] = [
+const KINDS: [Kind; 9] = [
     Kind::Handshake,
     Kind::Verdict,
     Kind::Averagers,
+    Kind::Exchange,
     Kind::Abort,
     Kind::Ready,
     Kind::Connected,
@@ -354,8 +355,9 @@ mod tests {
         let info = || HostInfo::unknown(Device::cpu());
         let memory = Memory::new(&MemorySpace::Host, Control::BYTES).unwrap();
         let control = Arc::new(Control::new(memory, 0).unwrap());
-        let agreement = Arc::new(Agreement { control, handshakes: vec![], ordinal: None });
-        let departed = |peer| agreement.control.has_departed(peer);
+        let agreement =
+            Arc::new(Agreement { control, handshakes: vec![], ordinal: None, number: 0 });
+        let departed = |peer| agreement.control.has_left(peer);
         let connections = Arc::new(Connections::new(ViewBoard::new(3).unwrap(), 0, info()));
         let mut others = vec![];
         for peer in [1, 2] {
