@@ -166,6 +166,14 @@ impl Communicator {
         self.placement().device(self.rank())
     }
 
+    /// True if another rank of this process is on the same device.
+    pub(crate) fn shares_device(&self) -> bool {
+        let placement = self.placement();
+        let is_on_it = |&rank: &usize| placement.device(rank) == self.device();
+        let others = || (0..placement.size()).filter(|&rank| rank != self.rank());
+        matches!(self.membership.group, Group::Threads(..)) && others().any(|rank| is_on_it(&rank))
+    }
+
     pub(crate) fn space(&self) -> &MemorySpace {
         self.placement().space(self.rank())
     }
