@@ -13,8 +13,6 @@ use crate::world::{Agreement, Communicator};
 
 /// Stack of the thread in bytes. A subscriber of the user's runs on it.
 const STACK: usize = 1 << 20;
-/// Longest wait for the thread to run. It needs some system calls to begin, which no average makes.
-const START: Duration = Duration::from_millis(200);
 
 /// The waits of one averager's caller.
 #[derive(Debug)]
@@ -117,11 +115,10 @@ struct Watcher {
 struct State {
     watched: Vec<Weak<Watch>>,
     is_started: bool,
-    runs: bool,
 }
 
 static WATCHER: Watcher = Watcher {
-    state: Mutex::new(State { watched: vec![], is_started: false, runs: false }),
+    state: Mutex::new(State { watched: vec![], is_started: false }),
     changed: Condvar::new(),
 };
 
@@ -133,17 +130,11 @@ impl Watcher {
             // Without the thread, averages are the same and long ones go unsaid.
             state.is_started = thread("watch".into(), STACK, Watcher::run).is_ok();
         }
-        let until = Instant::now() + START;
-        while state.is_started && !state.runs && Instant::now() < until {
-            state = wait_timeout(&WATCHER.changed, state, START);
-        }
         WATCHER.changed.notify_all();
     }
 
     fn run() {
         let mut state = lock(&WATCHER.state);
-        state.runs = true;
-        WATCHER.changed.notify_all();
         loop {
             state.watched.retain(|watch| watch.strong_count() > 0);
             let due: Vec<(usize, String)> = (state.watched.iter())
