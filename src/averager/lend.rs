@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::table::Problem;
 use super::{Call, Outcome, ParamAverager, Report};
+use crate::backend::Order;
 use crate::{Error, Parameters, Result};
 
 /// A model that lends its tensors for the time of one average.
@@ -315,13 +316,16 @@ impl ParamAverager {
         start: Instant,
     ) -> Result<Option<Outcome>> {
         let (begun, waits) = match loan.0 {
-            // SAFETY: the tensors are borrowed until `end` has returned, below.
-            Lent::Exclusive(tensors) => (unsafe { self.begin(tensors, call, None, start) }?, true),
+            Lent::Exclusive(tensors) => {
+                // SAFETY: the tensors are borrowed until `end` has returned, below.
+                (unsafe { self.begin(tensors, call, Order::NullStream, start) }?, true)
+            }
             Lent::OnStream(tensors, stream) => {
                 // SAFETY: the promise of `Loan::on_stream`.
                 unsafe { self.check_stream(stream, waits) }?;
+                let order = if waits { Order::Behind(stream) } else { Order::Within(stream) };
                 // SAFETY: as above.
-                (unsafe { self.begin(tensors, call, Some(stream), start) }?, waits)
+                (unsafe { self.begin(tensors, call, order, start) }?, waits)
             }
             Lent::Ordered(params) => (params.begin(self, call, waits, start)?, waits),
         };
@@ -338,7 +342,7 @@ impl ParamAverager {
         }
         let _ = self.own.engine.finish();
         // SAFETY: with a problem, no tensor is read or written.
-        unsafe { self.launch(Some(Problem::NOT_LENT), call, None, start) }?;
+        unsafe { self.launch(Some(Problem::NOT_LENT), call, Order::NullStream, start) }?;
         Ok(Begun { outcome: None, failed: Some(own) })
     }
 

@@ -101,24 +101,19 @@ impl ParamAverager {
         }
     }
 
-    /// Refuses a stream that can't take an average, or, if the caller `waits`, can't be waited for.
+    /// Refuses a stream that is being captured if the caller `waits`.
     ///
     /// # Safety
     /// It is a stream of the device's primary context.
     pub(crate) unsafe fn check_stream(&mut self, stream: *mut c_void, waits: bool) -> Result<()> {
-        let refuse = |rank, found: String, expected| {
-            Err(Error::InvalidOption { rank, option: "stream", found, expected })
-        };
-        // SAFETY: the caller's promise.
-        let refusal = unsafe { self.refusal(stream) }?;
-        if let (Some(found), true) = (refusal, self.world_size() > 1) {
-            let expected = "a stream of this rank's own that was made with CU_STREAM_NON_BLOCKING";
-            return refuse(self.rank(), found.into(), expected);
-        }
         // SAFETY: the caller's promise.
         if waits && self.world_size() > 1 && unsafe { self.is_capturing(stream) }? {
-            let expected = "a stream that is not captured, or ParamAverager::start";
-            return refuse(self.rank(), "a stream that is being captured".into(), expected);
+            return Err(Error::InvalidOption {
+                rank: self.rank(),
+                option: "stream",
+                found: "a stream that is being captured".into(),
+                expected: "a stream that is not captured, or ParamAverager::start",
+            });
         }
         Ok(())
     }
@@ -136,15 +131,6 @@ impl ParamAverager {
     #[cfg(feature = "cuda")]
     pub(crate) fn device(&self) -> crate::Device {
         self.communicator.device()
-    }
-
-    /// Reason why an average can't be enqueued on this stream.
-    ///
-    /// # Safety
-    /// It is a stream of the device's primary context.
-    pub(crate) unsafe fn refusal(&mut self, stream: *mut c_void) -> Result<Option<&'static str>> {
-        // SAFETY: the caller's promise.
-        unsafe { self.own.engine.refuses(stream) }.map_err(|reason| self.device_failed(reason))
     }
 
     /// Keeps a stream alive until the next average has begun, when this one is done, also if its

@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use super::proximity::Connection;
-use super::Unstarted;
+use super::{Order, Unstarted};
 use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment};
 
 /// Threads of a block, as for `cuda`.
@@ -104,6 +104,7 @@ impl Rank {
         _: &[PaChannel],
         _: usize,
         _: usize,
+        _: usize,
     ) -> Result<Rank, String> {
         match **context {}
     }
@@ -120,7 +121,7 @@ impl Rank {
         &mut self,
         _: &PaArgs,
         _: impl Iterator<Item = u32>,
-        _: Option<*mut c_void>,
+        _: Order,
     ) -> Result<(), Unstarted> {
         match *self {}
     }
@@ -130,10 +131,6 @@ impl Rank {
     }
 
     pub(crate) unsafe fn is_capturing(&self, _: *mut c_void) -> Result<bool, Failed> {
-        match *self {}
-    }
-
-    pub(crate) unsafe fn refuses(&self, _: *mut c_void) -> Result<Option<&'static str>, Failed> {
         match *self {}
     }
 }

@@ -1,5 +1,6 @@
 //! Ranks that are threads on CUDA devices.
 
+mod any_stream;
 mod beside;
 mod graphs;
 #[cfg(feature = "cuda")]
@@ -92,6 +93,11 @@ pub fn averages_run_beside_kernels_and_each_other() {
 
 pub fn averages_are_enqueued_on_streams() {
     scenario("streams", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
+}
+
+pub fn averages_are_enqueued_on_streams_of_any_kind() {
+    scenario("any-stream", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
+    scenario("any-stream-devices", &[&[TWO, ("CUDASIM_DELAY", "30")], &[TWO]]);
 }
 
 const TWO: (&str, &str) = ("CUDASIM_DEVICES", "2");
