@@ -71,7 +71,8 @@ impl ParamAverager {
 
     /// Waits for a stream on which a graph with an average in it has been launched, and returns the
     /// result of the last replay. After a fatal failure every later replay ends at once. `elapsed`
-    /// of the report is 0, since a replay is not timed.
+    /// of the report is 0, since a replay is not timed. The default stream of a thread is waited
+    /// for on that thread.
     ///
     /// # Safety
     /// The stream is one of the device's primary context, and no replay is under way on another.

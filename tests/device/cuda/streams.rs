@@ -59,9 +59,10 @@ pub fn streams() {
                     averager.start(&mut RawCudaParams::new(raw.cast(), &mut model)).unwrap(),
                 );
             }
-            averager.average(&mut seen).unwrap(); // other tensors: new tables
-                                                  // Work on the null stream comes first. SAFETY: as above; the other ranks' work is on
-                                                  // the null stream, too, and waits for no rank.
+            // Other tensors: new tables.
+            averager.average(&mut seen).unwrap();
+            // Work on the null stream comes first. SAFETY: as above; the other ranks' work is on
+            // the null stream, too, and waits for no rank.
             unsafe {
                 sys::cuMemsetD32Async(weights, bits(rank as f32), ELEMENTS, std::ptr::null_mut())
             }
