@@ -7,6 +7,7 @@ use super::lend::with_tensors;
 use super::memory::{check_room, RankMemory, Sizes, LINE_BYTES};
 use super::rebuild::Blueprint;
 use super::table::{Layout, Table};
+use super::watch::Watch;
 use super::{
     defaults, flag, kernels, spins, start, Algorithm, Builder, Call, Lend, ParamAverager, Start,
 };
@@ -127,6 +128,7 @@ impl ParamAverager {
             admitted: None,
             blueprint: None,
             stream: None,
+            watch: Watch::new(&communicator, &agreement, options.timeout),
             communicator,
             agreement,
             algorithm,

@@ -152,7 +152,8 @@
 //! For memory that Rust sees as an address only (`Tensor::data_ptr` of tch, another runtime's
 //! allocations), [`TensorMut::from_raw_parts`](crate::TensorMut::from_raw_parts) makes a tensor,
 //! unsafely. With a CUDA stream that orders its uses it goes into
-//! [`RawCudaParams`](crate::RawCudaParams).
+//! [`RawCudaParams`](crate::RawCudaParams), or into a [`Lend`](crate::Lend) of your own:
+//! `examples/cuda_raw.rs` is a trainer with a CUDA runtime of its own.
 //!
 //! # cudarc
 #![cfg_attr(

@@ -22,6 +22,8 @@ mod meeting;
 #[cfg(target_os = "linux")]
 mod namespaces;
 #[cfg(target_os = "linux")]
+mod notices;
+#[cfg(target_os = "linux")]
 mod several_averagers;
 #[cfg(target_os = "linux")]
 mod stops;
@@ -88,6 +90,8 @@ fn main() -> std::process::ExitCode {
             jobs::jobs_with_one_name_never_mix,
             jobs::an_early_rank_of_another_job_takes_no_place,
             jobs::jobs_of_one_process_are_distinguished_by_their_arguments,
+            jobs::a_second_job_of_one_port_is_refused_by_the_pid_that_holds_it,
+            jobs::a_job_restarts_while_its_former_run_ends,
             jobs::duplicate_rank_fails_the_rendezvous_on_every_rank,
             jobs::a_name_is_held_for_the_life_of_a_world,
             jobs::a_job_that_was_killed_restarts_at_once,
@@ -135,6 +139,9 @@ fn main() -> std::process::ExitCode {
             namespaces::ranks_in_two_network_namespaces_are_an_error: network_namespaces,
             namespaces::users_that_are_not_mapped_are_refused: unmapped_users,
             namespaces::a_user_in_a_container_meets_itself_outside: other_containers,
+            notices::a_rank_that_waits_to_meet_says_so,
+            notices::a_rank_that_waits_to_build_says_so,
+            notices::a_rank_that_waits_to_recover_says_so,
             several_averagers::averagers_are_recovered_in_any_order,
             several_averagers::two_averagers_of_a_world_recover,
             several_averagers::local_sgds_recovered_in_different_orders_fail_at_once,

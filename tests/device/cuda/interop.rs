@@ -167,11 +167,6 @@ fn one_null_stream() {
             params.push(&mut weights);
             let mut averager = build(communicator, &mut params).unwrap();
             averager.average(&mut params).unwrap();
-            let later = averager.start(&mut params).map(drop);
-            let Err(Error::InvalidOption { option: "stream", found, .. }) = later else {
-                panic!("{later:?}")
-            };
-            assert_eq!(found, "a blocking stream");
             averager.average(&mut params).unwrap();
             all(&weights, 1.0);
             averager
