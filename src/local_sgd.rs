@@ -149,7 +149,8 @@ impl LocalSgd {
     ///
     /// If the parameters' uses are ordered on a CUDA stream (as cudarc's slices are, and
     /// [`RawCudaParams`](crate::RawCudaParams)), the average is [enqueued](Action::Enqueued) on it,
-    /// and this returns at once. Its error is that of the next call that averages, or of
+    /// and this returns at once, or when the average is done if ranks that share a device are on
+    /// blocking streams. Its error is that of the next call that averages, or of
     /// [`wait`](Self::wait). All other parameters hold the mean when this returns.
     ///
     /// After an average that was due, a process that waits to [join](crate::Communicator::join) is

@@ -157,8 +157,10 @@ impl fmt::Display for LendError {
 /// averager's own, ordered by events; a `start` on a non-blocking stream runs there. On CPUs the
 /// stream is ignored.
 ///
-/// `average` waits, so ranks may even share one stream. A stream that a rank gives to `start` waits
-/// for the average, and so for the peers. If a peer's average is behind that, both wait until the
+/// `average` waits, so ranks may even share one stream; so does a step of
+/// [`LocalSgd`](crate::LocalSgd) with another than a non-blocking stream, if a second rank of the
+/// process is on the device. A stream that a rank gives to `start` waits for the average, and so
+/// for the peers. If a peer's average is behind that, both wait until the
 /// timeout. Therefore, of ranks on one device that are threads of one process,
 ///
 /// * no two give one stream to `start`;
@@ -337,6 +339,8 @@ impl ParamAverager {
             }
             Lent::OnStream(tensors, stream) => {
                 // SAFETY: the promise of `Loan::on_stream`.
+                let waits = waits || unsafe { self.should_wait(call, stream) }?;
+                // SAFETY: as above.
                 unsafe { self.check_stream(stream, waits) }?;
                 let order = if waits { Order::Behind(stream) } else { Order::Within(stream) };
                 // SAFETY: as above.

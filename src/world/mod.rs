@@ -38,16 +38,17 @@ use crate::backend::MemorySpace;
 use crate::{Error, Result};
 use in_process::ThreadBootstrap;
 
-/// Text of a notice: `rank` waits for these to build an averager.
-fn waits_to_build(rank: usize, missing: &[usize], timeout: Duration) -> String {
+/// Text of a notice: `rank` waits for these to make the same call.
+fn waits_for_call(rank: usize, missing: &[usize], call: &str, timeout: Duration) -> String {
     let missing: Vec<String> = missing.iter().map(usize::to_string).collect();
     let (several, missing) = (if missing.len() > 1 { "s" } else { "" }, missing.join(", "));
     format!(
-        "rank {rank} waits for rank{several} {missing} to build an averager, which every rank \
-            does at the same time, on a thread or process of its own; the wait ends after \
-            {timeout:?}"
+        "rank {rank} waits for rank{several} {missing} to {call}, which every rank does at the \
+            same time, on a thread or process of its own; the wait ends after {timeout:?}"
     )
 }
+
+const BUILD: &str = "build an averager";
 
 /// The device that a rank's parameters are on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -163,6 +164,14 @@ impl Communicator {
     /// The device that this rank's parameters are on.
     pub fn device(&self) -> Device {
         self.placement().device(self.rank())
+    }
+
+    /// True if another rank of this process is on the same device.
+    pub(crate) fn shares_device(&self) -> bool {
+        let placement = self.placement();
+        let is_on_it = |&rank: &usize| placement.device(rank) == self.device();
+        let others = || (0..placement.size()).filter(|&rank| rank != self.rank());
+        matches!(self.membership.group, Group::Threads(..)) && others().any(|rank| is_on_it(&rank))
     }
 
     pub(crate) fn space(&self) -> &MemorySpace {
