@@ -213,6 +213,9 @@ impl Communicator {
     /// recovers an averager waits for the averagers of all others. If ranks split into several
     /// groups, by the timeout, one group forms the view and every other rank gets
     /// [`Error::Excluded`].
+    ///
+    /// An averager that is built by hand in the new view gives all ranks rank 0's values, which may
+    /// be half an average: use [`Start::Mean`](crate::Start::Mean).
     pub fn recover(&self, timeout: Duration) -> Result<Communicator> {
         match &self.membership.group {
             Group::Threads(rank, _) => Err(Error::RecoveryUnsupported { rank: *rank }),
