@@ -202,6 +202,12 @@ impl Builder {
     }
 
     /// Builds the averager for these tensors. Collective: returns when every rank has called it.
+    /// Ranks compare options, names, dtypes and sizes, and then all tensors get rank 0's values,
+    /// unless [`start_from`](Self::start_from) says otherwise. Afterwards values and addresses may
+    /// change; number, order, names, dtypes and sizes stay.
+    ///
+    /// In a process that [joined](crate::Communicator::join), the tensors get the values that the
+    /// members train.
     ///
     /// # Errors
     /// The same on every rank: [`Error::OptionsDiffer`], [`Error::LayoutsDiffer`], those of the
