@@ -1,0 +1,6 @@
+//! Averages of burn modules between ranks that are threads.
+
+mod average;
+mod errors;
+mod model;
+mod no_copy;
