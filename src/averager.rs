@@ -4,6 +4,7 @@
 mod assemble;
 mod builder;
 mod defaults;
+mod exchange;
 mod lend;
 mod link;
 mod memory;
@@ -14,6 +15,7 @@ mod rebuild;
 mod recover;
 mod report;
 mod run;
+mod start;
 mod table;
 
 use std::any::Any;
@@ -24,6 +26,8 @@ use std::time::Duration;
 pub use builder::Builder;
 #[cfg(feature = "__testing")]
 pub use builder::Testing;
+pub use exchange::Reduction;
+pub(crate) use lend::Begun;
 #[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
 pub(crate) use lend::Ordered;
 pub use lend::{Lend, LendError, Loan, RawCudaParams};
@@ -32,11 +36,12 @@ pub use pending::Pending;
 pub(crate) use progress::{Halt, Progress};
 pub(crate) use recover::{Regrouped, TRIES};
 pub use report::Report;
+pub use start::Start;
 
 use crate::abi::*;
 use crate::schedule::place;
 use crate::world::{AbortHandle, Agreement, Communicator};
-use crate::{Error, Result};
+use crate::{Error, Result, Schedule};
 use memory::RankMemory;
 use rebuild::Blueprint;
 use recover::Admitted;
@@ -64,23 +69,21 @@ pub enum Algorithm {
 ///
 /// Every average is collective: it returns when all ranks have called it, and gives every rank the
 /// same bits. If it fails before any rank wrote, every tensor of every rank is as it was, and every
-/// rank gets the same error.
+/// rank gets the same error. Building gives all ranks rank 0's values ([`Start`]).
 ///
 /// ```
 /// use param_averager::{Device, ParamAverager, Communicator};
 ///
-/// let world = Communicator::from_devices(&[Device::cpu(), Device::cpu()])?;
-/// let ranks: Vec<_> = world.into_iter().map(|communicator| std::thread::spawn(move || {
-///     let mut model = vec![vec![communicator.rank() as f32; 1000], vec![1.0; 10]];
+/// Communicator::run(&[Device::cpu(), Device::cpu()], |communicator| {
+///     let rank = communicator.rank() as f32;
+///     let mut model = vec![vec![0.0; 1000], vec![1.0; 10]];
 ///     let mut averager = ParamAverager::builder(communicator).build(&mut model)?;
+///     model[0].fill(rank); // each rank trains its own copy
 ///     let report = averager.average(&mut model)?;
 ///     assert_eq!(report.bytes, 4040);
 ///     assert_eq!(model[0], [0.5; 1000]);
 ///     Ok::<_, param_averager::Error>(())
-/// })).collect();
-/// for rank in ranks {
-///     rank.join().unwrap()?;
-/// }
+/// })?;
 /// # Ok::<(), param_averager::Error>(())
 /// ```
 pub struct ParamAverager {
@@ -95,6 +98,10 @@ pub struct ParamAverager {
     /// Options of this averager's successor in a later view.
     options: Builder,
     failed: Option<Error>,
+    /// Number of exchanges made by calls.
+    exchanges: u32,
+    /// The latest call that was launched.
+    call: Call,
     /// Failure of a `lend` after its average was made, until the call that made it ends.
     late: Option<Error>,
     /// Average that gave a joiner the model. `regroup` takes it.
@@ -118,12 +125,28 @@ pub(crate) struct Call {
     pub(crate) unneeded: bool,
     /// True if this rank takes part and its tensors stay as they are. For the ring only.
     pub(crate) keeps: bool,
+    /// Schedule and position of a `LocalSgd`, for errors.
+    pub(crate) course: Option<(Schedule, u64)>,
 }
 
 impl Call {
     /// An average outside of every schedule.
     pub(crate) fn by_hand(weight: Option<f64>) -> Call {
-        Call { weight, schedule: 0, place: place::BY_HAND, unneeded: false, keeps: false }
+        let place = place::BY_HAND;
+        Call { weight, schedule: 0, place, unneeded: false, keeps: false, course: None }
+    }
+
+    /// The call in words, as the cause of [`Error::SchedulesDiffer`] or `CallsDiffer`.
+    fn in_words(&self, is_of_schedule: bool) -> String {
+        match self.course {
+            Some((schedule, position)) if is_of_schedule && self.place == place::FINISH => {
+                format!("{} after step {position} of {schedule}", place::time(self.place))
+            }
+            Some((schedule, _)) if is_of_schedule => {
+                format!("{} of {schedule}", place::time(self.place))
+            }
+            _ => place::call(self.place),
+        }
     }
 }
 

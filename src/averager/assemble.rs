@@ -7,9 +7,11 @@ use super::lend::with_tensors;
 use super::memory::{check_room, RankMemory, Sizes, LINE_BYTES};
 use super::rebuild::Blueprint;
 use super::table::{Layout, Table};
-use super::{defaults, flag, kernels, spins, Algorithm, Builder, Lend, ParamAverager};
+use super::{
+    defaults, flag, kernels, spins, start, Algorithm, Builder, Call, Lend, ParamAverager, Start,
+};
 use crate::abi::*;
-use crate::backend::Memory;
+use crate::backend::{Memory, MemorySpace};
 use crate::world::Handshake;
 use crate::{Error, Result};
 
@@ -29,10 +31,10 @@ impl ParamAverager {
         })
     }
 
-    fn assemble<P: Lend + ?Sized>(options: Builder, params: &mut P) -> Result<Self> {
+    fn assemble<P: Lend + ?Sized>(mut options: Builder, params: &mut P) -> Result<Self> {
         let (rank, world) = (options.communicator.rank(), options.communicator.world_size());
         let (device, space) = (options.communicator.device(), options.communicator.space().clone());
-        let mut made = None;
+        let (mut made, mut digest) = (None, None);
         let lent = with_tensors(params, rank, &mut |params| {
             let (mut tensors, mut names) = (0, 0);
             params.visit(&mut |tensor| {
@@ -42,6 +44,16 @@ impl ParamAverager {
             made = Some(check_room(tensors, names, rank, world).map(|()| {
                 let (table, problem) = Table::new(params, device, space.clone());
                 let refusal = problem.map(|problem| table.error(rank, problem));
+                let mut refusal = refusal.or_else(|| table.ambiguity(rank, options.allow_unnamed));
+                if refusal.is_none() && options.start == Start::Own && world > 1 {
+                    // SAFETY: the table has the addresses of tensors that are lent now.
+                    match unsafe { start::digest(&table, &space) } {
+                        Ok(found) => digest = Some(found),
+                        Err(reason) => {
+                            refusal = Some(Error::DeviceFailed { rank, source: reason.into() })
+                        }
+                    }
+                }
                 (table, refusal)
             }));
         });
@@ -50,23 +62,27 @@ impl ParamAverager {
             rank,
             reason: "its tensors panicked while they were lent".into(),
         };
-        let found = lent.and_then(|()| made.unwrap_or_else(|| Err(panicked())));
+        let is_on_device = !matches!(space, MemorySpace::Host);
+        options.on_stream = is_on_device && lent.as_ref().is_ok_and(|&on_stream| on_stream);
+        let found = lent.and_then(|_| made.unwrap_or_else(|| Err(panicked())));
         // The handshake tells peers of a refusal, so this rank takes part in it all the same.
         let (table, refusal) = found.unwrap_or_else(|error| {
             (Table::of(Layout::none(device, space.clone()).into()), Some(error))
         });
-        let mut averager = ParamAverager::assemble_for(options, table, refusal, None)?;
+        let mut averager = ParamAverager::assemble_for(options, table, refusal, digest, None)?;
         averager.blueprint = Some(Blueprint::of(&averager));
         Ok(averager)
     }
 
     /// Builds an averager from its table. `refusal` is this rank's reason not to build, which is
-    /// shown to all ranks. `number` is the averager's place among the averagers that are built
-    /// again; `None`: the next one of its view.
+    /// shown to all ranks. `digest` is that of the tensors' values, if ranks compare them. `number`
+    /// is the averager's place among the averagers that are built again; `None`: the next one of
+    /// its view.
     pub(super) fn assemble_for(
         options: Builder,
         mut table: Table,
         refusal: Option<Error>,
+        digest: Option<u64>,
         number: Option<u32>,
     ) -> Result<Self> {
         let communicator = options.communicator.clone();
@@ -88,6 +104,7 @@ impl ParamAverager {
             schedule_position: options.schedule_position,
             admission: options.admission,
             ordinal: options.ordinal.clone(),
+            digest,
             inbox: own.as_ref().ok().and_then(|own| own.inbox.clone()),
             credits: own.as_ref().ok().and_then(|own| own.credits.clone()),
             control: own.as_ref().ok().and_then(|own| own.control.clone()),
@@ -103,6 +120,8 @@ impl ParamAverager {
             timeout: options.timeout,
             options: Builder { ordinal: agreement.ordinal.clone(), ..options.clone() },
             failed: None,
+            exchanges: 0,
+            call: Call::by_hand(None),
             late: None,
             admitted: None,
             blueprint: None,

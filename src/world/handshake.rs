@@ -34,6 +34,8 @@ pub(crate) struct Handshake {
     pub(crate) admission: Admission,
     /// Ordinal of an averager that is built again, to tell it from averagers with the same layout.
     pub(crate) ordinal: Option<String>,
+    /// Digest of the tensors' values, if ranks compare them.
+    pub(crate) digest: Option<u64>,
     /// Memory that the previous rank of the ring writes: `filled` counters, then the inbox.
     pub(crate) inbox: Option<Arc<Memory>>,
     /// Memory that the next rank of the ring writes: `drained` counters.
@@ -50,6 +52,8 @@ pub(crate) struct Agreement {
     pub(crate) handshakes: Vec<Handshake>,
     /// Ordinal of the averager, the same on every rank; see `Handshake`.
     pub(crate) ordinal: Option<String>,
+    /// Number of the build in its view, the same on every rank.
+    pub(crate) number: u32,
 }
 
 impl Agreement {
@@ -60,7 +64,7 @@ impl Agreement {
         let control =
             handshakes[0].control.clone().ok_or(Error::PeerBuildFailed { rank: 0, reason })?;
         let ordinal = handshakes.iter().find_map(|handshake| handshake.ordinal.clone());
-        Ok(Agreement { control, handshakes, ordinal })
+        Ok(Agreement { control, handshakes, ordinal, number: 0 })
     }
 
     /// Compares handshakes, except their memory. The result is the same on every rank.
@@ -128,6 +132,7 @@ mod tests {
             schedule_position: 0,
             admission: Admission::None,
             ordinal: ordinal.map(str::to_owned),
+            digest: None,
             inbox: None,
             credits: None,
             control: None,

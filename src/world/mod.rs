@@ -2,6 +2,7 @@
 //! of one host.
 
 mod control;
+mod exchange;
 mod handshake;
 mod in_process;
 #[cfg(processes)]
@@ -10,6 +11,7 @@ mod placement;
 #[cfg(processes)]
 mod processes;
 mod rebuild;
+mod run;
 #[cfg(processes)]
 mod world_id;
 
@@ -19,6 +21,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 pub(crate) use control::{Control, Failure};
+pub(crate) use exchange::{ExchangeId, Shown, MOST_WORDS};
 pub(crate) use handshake::{Admission, Agreement, Handshake};
 #[cfg(processes)]
 pub use launched::CommunicatorBuilder;

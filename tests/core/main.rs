@@ -3,9 +3,14 @@
 mod accuracy;
 mod average;
 mod equal;
+mod exchange;
 mod extremes;
 mod faults;
 mod lend;
 mod local_sgd;
+mod names;
 mod public_api;
 mod refusals;
+mod run;
+mod start;
+mod uneven;
