@@ -138,5 +138,6 @@ fn train(communicator: Communicator, options: Options) -> Result<Trained, Error>
 }
 
 fn main() -> Result<(), Error> {
-    trainer::run("plain Rust", train)
+    let options = Options::from_arguments()?;
+    trainer::run("plain Rust", options, |communicator| train(communicator, options))
 }

@@ -29,8 +29,9 @@ fn simulator() -> Option<PathBuf> {
 }
 
 /// Success of an example, the lines that it printed, sorted, and its errors.
-fn run(name: &str) -> (bool, Vec<String>, String) {
+fn run(name: &str, arguments: &[&str]) -> (bool, Vec<String>, String) {
     let mut command = Command::new(built(name));
+    command.args(arguments);
     // A launcher's variables for this test are not the example's.
     for variable in ["RANK", "WORLD_SIZE", "PARAM_AVERAGER_RENDEZVOUS"] {
         command.env_remove(variable);
@@ -55,7 +56,7 @@ fn run(name: &str) -> (bool, Vec<String>, String) {
 }
 
 fn prints(name: &str, expected: &[&str]) {
-    let (ends_well, lines, errors) = run(name);
+    let (ends_well, lines, errors) = run(name, &[]);
     assert!(ends_well, "{name}: {lines:#?}\n{errors}");
     assert_eq!(lines, expected, "{name}: {errors}");
 }
@@ -63,6 +64,22 @@ fn prints(name: &str, expected: &[&str]) {
 #[test]
 fn threads_learn_one_line() {
     prints("threads", &["rank 0: y = 3.000 x + 1.000", "rank 1: y = 3.000 x + 1.000"]);
+}
+
+/// Two ranks learn the digits as threads and as processes, to the same bits.
+#[test]
+#[cfg(all(target_os = "linux", feature = "processes"))]
+fn digits_are_learned_by_threads_and_processes() {
+    let learned = [&[][..], &["--processes"]].map(|how| {
+        let (ends_well, lines, errors) = run("digits", &[&["--epochs", "3"], how].concat());
+        assert!(ends_well && lines.len() == 1, "{lines:#?}\n{errors}");
+        let found = lines[0].split_once("accuracy ").and_then(|(_, rest)| rest.rsplit_once(','));
+        let found = found.map(|(found, _time)| found.to_owned()).expect("an accuracy and a time");
+        let percent: f64 = found.split_once(' ').unwrap().0.parse().unwrap();
+        assert!(percent > 80.0, "{found}");
+        found
+    });
+    assert_eq!(learned[0], learned[1]);
 }
 
 #[test]
@@ -79,7 +96,7 @@ fn processes_average() {
 #[test]
 #[cfg(all(target_os = "linux", feature = "processes"))]
 fn recover_goes_on_without_a_rank() {
-    let (ends_well, lines, errors) = run("recover");
+    let (ends_well, lines, errors) = run("recover", &[]);
     assert!(ends_well, "{lines:#?}\n{errors}");
     let (become_, lost): (Vec<_>, Vec<_>) = lines.iter().partition(|line| line.contains("become"));
     let expected = ["rank 0 has become rank 0 of 2: 1", "rank 2 has become rank 1 of 2: 1"];
@@ -98,7 +115,7 @@ fn join_gets_the_model() {
 /// error elsewhere.
 #[cfg(feature = "cuda")]
 fn cuda(name: &str) {
-    let (ends_well, lines, errors) = run(name);
+    let (ends_well, lines, errors) = run(name, &[]);
     let means = lines.iter().filter(|line| line.ends_with("the mean is 0.5")).count();
     let is_typed = ["DeviceUnavailable", "CudaUnavailable"].iter().any(|it| errors.contains(it));
     match ends_well {

@@ -67,6 +67,7 @@ impl Random {
     }
 
     /// `count` numbers between -`bound` and `bound`.
+    #[allow(dead_code)] // Frameworks have initial weights of their own.
     pub fn uniform(&mut self, count: usize, bound: f32) -> Vec<f32> {
         let mut number = || (self.next() >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
         (0..count).map(|_| number() * bound).collect()
@@ -99,7 +100,8 @@ pub struct Options {
 impl Options {
     const USAGE: &str = "[--ranks N] [--every H] [--seed S] [--epochs N] [--processes] [--sorted]";
 
-    fn from_arguments() -> Result<Options, Error> {
+    /// Those of the command line.
+    pub fn from_arguments() -> Result<Options, Error> {
         let mut options = Options {
             ranks: 2,
             every: 8,
@@ -144,13 +146,13 @@ pub struct Trained {
 /// launcher this process is one rank.
 pub fn run(
     trainer: &str,
-    train: impl Fn(Communicator, Options) -> Result<Trained, Error> + Sync,
+    options: Options,
+    train: impl Fn(Communicator) -> Result<Trained, Error> + Sync,
 ) -> Result<(), Error> {
-    let options = Options::from_arguments()?;
-    let timed = |communicator: Communicator| {
-        let (rank, ranks, start) =
-            (communicator.rank(), communicator.world_size(), std::time::Instant::now());
-        let Trained { accuracy, loss, averages } = train(communicator, options)?;
+    let timed = |communicator: Communicator| -> Result<(), Error> {
+        let (rank, ranks) = (communicator.rank(), communicator.world_size());
+        let start = std::time::Instant::now();
+        let Trained { accuracy, loss, averages } = train(communicator)?;
         if rank == 0 {
             let Options { every, seed, .. } = options;
             println!(
@@ -174,10 +176,6 @@ pub fn run(
         }
         return Ok(());
     }
-    let world = Communicator::from_devices(&vec![Device::cpu(); options.ranks])?;
-    std::thread::scope(|scope| {
-        let start = |communicator| scope.spawn(|| timed(communicator));
-        let ranks: Vec<_> = world.into_iter().map(start).collect();
-        ranks.into_iter().try_for_each(|rank| rank.join().expect("a rank panicked"))
-    })
+    Communicator::run(&vec![Device::cpu(); options.ranks], timed)?;
+    Ok(())
 }

@@ -1,8 +1,8 @@
 //! A trainer with burn: a network with four hidden layers learns handwritten digits.
 //!
-//!     cargo run --release -p param-averager-burn --example digits -- --ranks 4 --every 8 --seed 1
-//!     cargo run --release -p param-averager-burn --example digits -- --ranks 4 --processes
-//!     torchrun --no-python --nproc-per-node 4 target/release/examples/digits
+//!     cargo run --release -p param-averager-burn --example burn-digits -- --ranks 4 --every 8 --seed 1
+//!     cargo run --release -p param-averager-burn --example burn-digits -- --ranks 4 --processes
+//!     torchrun --no-python --nproc-per-node 4 target/release/examples/burn-digits
 //!
 //! What belongs to param-averager: the lines with `params`, `averager` or `sgd`.
 
@@ -51,14 +51,13 @@ fn tensors(samples: &[Sample], device: &Device) -> (Tensor<2>, Tensor<1, Int>) {
     )
 }
 
-fn train(communicator: Communicator, options: Options) -> Result<Trained, Error> {
+fn train(communicator: Communicator, options: Options, model: Mlp) -> Result<Trained, Error> {
     let (rank, ranks) = (communicator.rank(), communicator.world_size());
     let data = Data::digits();
     let mut mine = data.shard(rank, ranks, options.sorted);
     let device = Device::flex().autodiff();
-    device.seed(options.seed + rank as u64);
 
-    let mut params = BurnParams::new(Mlp::new(&device));
+    let mut params = BurnParams::new(model);
     let averager = ParamAverager::builder(communicator).build(&mut params)?;
     let mut sgd = LocalSgd::new(averager, Schedule::every(options.every));
     let mut optim = AdamWConfig::new().with_weight_decay(0.01).init();
@@ -90,5 +89,9 @@ fn train(communicator: Communicator, options: Options) -> Result<Trained, Error>
 }
 
 fn main() -> Result<(), Error> {
-    trainer::run("burn", train)
+    let options = Options::from_arguments()?;
+    let device = Device::flex().autodiff();
+    device.seed(options.seed); // one generator for all threads, so the model is made before them
+    let model = Mlp::new(&device);
+    trainer::run("burn", options, |communicator| train(communicator, options, model.clone()))
 }

@@ -26,12 +26,14 @@
 //!     }
 //! }
 //!
-//! fn train(communicator: Communicator, model: Model) -> param_averager::Result<Vec<f32>> {
+//! fn train(communicator: Communicator) -> param_averager::Result<Vec<f32>> {
 //!     let device = Device::flex().autodiff();
 //!     let shift = communicator.rank() as f32; // each rank sees another part of the data
+//!     let hidden = LinearConfig::new(1, 8).init(&device);
+//!     let out = LinearConfig::new(8, 1).init(&device);
 //!     let mut optim = AdamWConfig::new().init();
-//!     let mut params = BurnParams::new(model);
-//!     let averager = ParamAverager::builder(communicator).build(&mut params)?;
+//!     let mut params = BurnParams::new(Model { hidden, out });
+//!     let averager = ParamAverager::builder(communicator).build(&mut params)?; // rank 0's values
 //!     let mut sgd = LocalSgd::new(averager, Schedule::every(8));
 //!     for _batch in 0..20 {
 //!         let x = Tensor::<2>::from_data([[0.1 + shift], [0.6 + shift]], &device);
@@ -43,22 +45,10 @@
 //!     }
 //!     sgd.finish(&mut params)?;
 //!     let model: Model = params.into_module();
-//!     Ok(model.out.weight.val().into_data().try_into_vec::<f32>().expect("f32"))
+//!     Ok(model.out.weight.val().into_data().try_into_vec().expect("f32"))
 //! }
 //!
-//! let device = Device::flex().autodiff();
-//! let model = Model {
-//!     hidden: LinearConfig::new(1, 8).init(&device),
-//!     out: LinearConfig::new(8, 1).init(&device),
-//! };
-//! let cpu = param_averager::Device::cpu();
-//! let world = Communicator::from_devices(&[cpu, cpu])?;
-//! let start = |rank| std::thread::spawn({ let model = model.clone(); || train(rank, model) });
-//! let ranks: Vec<_> = world.into_iter().map(start).collect();
-//! let mut weights = vec![];
-//! for rank in ranks {
-//!     weights.push(rank.join().expect("a rank panicked")?);
-//! }
+//! let weights = Communicator::run(&[param_averager::Device::cpu(); 2], train)?;
 //! assert_eq!(weights[0], weights[1]); // the same bits
 //! # Ok::<(), param_averager::Error>(())
 //! ```
@@ -77,8 +67,8 @@
 //!
 //! **Statistics of `BatchNorm`** are `RunningState`s, which keep this thread's newest value beside
 //! the one that is averaged: the next forward pass in training puts it in place. They stay local
-//! while training goes on. At the end, `params.update(|model| model.valid())` before
-//! [`LocalSgd::finish`](param_averager::LocalSgd::finish) has them averaged.
+//! while training goes on. At the end, `params.update(|model| model.valid())` and then
+//! `sgd.averager().average(&mut params)` average them.
 //!
 //! # Copies
 //! | device of the parameters | an average copies |

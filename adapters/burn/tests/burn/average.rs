@@ -7,7 +7,7 @@ use burn::module::{Lora, Module, Param};
 use burn::nn::{BatchNorm, BatchNormConfig, Linear, LinearConfig};
 use burn::optim::{AdamWConfig, GradientsParams};
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use param_averager::{Action, Lend, LocalSgd, Schedule};
+use param_averager::{Action, Lend, LocalSgd, ParamAverager, Schedule};
 use param_averager_burn::{with_module, BurnParams};
 
 fn devices() -> [Device; 2] {
@@ -72,6 +72,19 @@ fn frozen_parameters_and_validation_stay_so() {
         averager.average(&mut params).unwrap();
         assert_eq!(grads(&attributes(params.module())), grads(&before));
     });
+}
+
+/// By default all ranks begin with rank 0's module, whatever they made.
+#[test]
+fn ranks_begin_with_rank_0s_module() {
+    let began = ranks(4, |communicator| {
+        let mut params = BurnParams::new(Model::lazy(&Device::flex().autodiff()));
+        let own = values(params.module());
+        ParamAverager::builder(communicator).build(&mut params).unwrap();
+        (own, values(params.module()))
+    });
+    assert!(began[1..].iter().all(|(own, _)| *own != began[0].0));
+    assert!(began.iter().all(|(_, now)| *now == began[0].0));
 }
 
 /// Gradients reach averaged parameters, the optimizer finds its state by their ids, and ranks that

@@ -3,21 +3,19 @@
 use burn::module::{Module, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Int, Tensor};
-use param_averager::{Builder, Communicator, ParamAverager};
+use param_averager::{Builder, Communicator, ParamAverager, Result, Start};
 
 /// Calls `rank` on a thread for each of `n` ranks, and returns what they return, by rank.
 pub fn ranks<T: Send>(n: usize, rank: impl Fn(Communicator) -> T + Sync) -> Vec<T> {
-    let world = Communicator::from_devices(&vec![param_averager::Device::cpu(); n]).unwrap();
-    std::thread::scope(|scope| {
-        let threads: Vec<_> =
-            world.into_iter().map(|communicator| scope.spawn(|| rank(communicator))).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-    })
+    let devices = vec![param_averager::Device::cpu(); n];
+    Communicator::run(&devices, |communicator| Result::<T>::Ok(rank(communicator))).unwrap()
 }
 
-/// An averager's builder with a short timeout: no test waits for ten minutes.
+/// An averager's builder with a short timeout, so that no test waits for ten minutes. Each rank
+/// begins with its own values.
 pub fn builder(communicator: Communicator) -> Builder {
-    ParamAverager::builder(communicator).timeout(std::time::Duration::from_secs(60))
+    let timeout = std::time::Duration::from_secs(60);
+    ParamAverager::builder(communicator).start_from(Start::Own).timeout(timeout)
 }
 
 /// A module with all kinds of containers.
