@@ -1,6 +1,6 @@
 //! A trainer with burn: a network with four hidden layers learns handwritten digits.
 //!
-//!     cargo run --release -p param-averager-burn --example burn-digits -- --ranks 4 --every 8 --seed 1
+//!     cargo run --release -p param-averager-burn --example burn-digits -- --ranks 4 --every 8
 //!     cargo run --release -p param-averager-burn --example burn-digits -- --ranks 4 --processes
 //!     torchrun --no-python --nproc-per-node 4 target/release/examples/burn-digits
 //!

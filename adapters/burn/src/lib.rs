@@ -1,5 +1,6 @@
 //! Local SGD for [burn](burn_core): lends a module's parameters to
-//! [param-averager](param_averager), which averages them across ranks every so many optimizer steps.
+//! [param-averager](param_averager), which averages them across ranks every so many optimizer
+//! steps.
 //!
 //! [`BurnParams`] holds a module and implements [`Lend`], so that every call of
 //! [`LocalSgd`](param_averager::LocalSgd) and [`ParamAverager`](param_averager::ParamAverager)

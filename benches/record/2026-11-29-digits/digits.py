@@ -30,7 +30,7 @@ def cell(found):
 
 def table(path):
     found = {}
-    for line in open(path):
+    for line in open(path, encoding="utf-8"):
         setting = line.split(" --seed")[0]
         numbers = re.search(r"accuracy ([\d.]+) %, train loss ([\d.]+)", line).groups()
         found.setdefault(setting, []).append(tuple(map(float, numbers)))
