@@ -29,7 +29,12 @@ fn simulator() -> Option<PathBuf> {
 }
 
 /// Success of an example, the lines that it printed, sorted, and its errors.
-fn run(name: &str, arguments: &[&str]) -> (bool, Vec<String>, String) {
+fn run(name: &str) -> (bool, Vec<String>, String) {
+    run_on("1", name, &[])
+}
+
+/// [`run`] with that many simulated CUDA devices, and arguments.
+fn run_on(devices: &str, name: &str, arguments: &[&str]) -> (bool, Vec<String>, String) {
     let mut command = Command::new(built(name));
     command.args(arguments);
     // A launcher's variables for this test are not the example's.
@@ -37,7 +42,7 @@ fn run(name: &str, arguments: &[&str]) -> (bool, Vec<String>, String) {
         command.env_remove(variable);
     }
     if let Some(folder) = simulator() {
-        command.env("LD_LIBRARY_PATH", folder).env("CUDASIM_DEVICES", "1");
+        command.env("LD_LIBRARY_PATH", folder).env("CUDASIM_DEVICES", devices);
     }
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let deadline = Instant::now() + Duration::from_secs(120);
@@ -56,7 +61,7 @@ fn run(name: &str, arguments: &[&str]) -> (bool, Vec<String>, String) {
 }
 
 fn prints(name: &str, expected: &[&str]) {
-    let (ends_well, lines, errors) = run(name, &[]);
+    let (ends_well, lines, errors) = run(name);
     assert!(ends_well, "{name}: {lines:#?}\n{errors}");
     assert_eq!(lines, expected, "{name}: {errors}");
 }
@@ -71,7 +76,7 @@ fn threads_learn_one_line() {
 #[cfg(all(target_os = "linux", feature = "processes"))]
 fn digits_are_learned_by_threads_and_processes() {
     let learned = [&[][..], &["--processes"]].map(|how| {
-        let (ends_well, lines, errors) = run("digits", &[&["--epochs", "3"], how].concat());
+        let (ends_well, lines, errors) = run_on("1", "digits", &[&["--epochs", "3"], how].concat());
         assert!(ends_well && lines.len() == 1, "{lines:#?}\n{errors}");
         let found = lines[0].split_once("accuracy ").and_then(|(_, rest)| rest.rsplit_once(','));
         let found = found.map(|(found, _time)| found.to_owned()).expect("an accuracy and a time");
@@ -96,7 +101,7 @@ fn processes_average() {
 #[test]
 #[cfg(all(target_os = "linux", feature = "processes"))]
 fn recover_goes_on_without_a_rank() {
-    let (ends_well, lines, errors) = run("recover", &[]);
+    let (ends_well, lines, errors) = run("recover");
     assert!(ends_well, "{lines:#?}\n{errors}");
     let (become_, lost): (Vec<_>, Vec<_>) = lines.iter().partition(|line| line.contains("become"));
     let expected = ["rank 0 has become rank 0 of 2: 1", "rank 2 has become rank 1 of 2: 1"];
@@ -114,8 +119,8 @@ fn join_gets_the_model() {
 /// Asserts that an example prints the mean on a GPU or a simulated one, and this crate's typed
 /// error elsewhere.
 #[cfg(feature = "cuda")]
-fn cuda(name: &str) {
-    let (ends_well, lines, errors) = run(name, &[]);
+fn cuda(devices: &str, name: &str) {
+    let (ends_well, lines, errors) = run_on(devices, name, &[]);
     let means = lines.iter().filter(|line| line.ends_with("the mean is 0.5")).count();
     let is_typed = ["DeviceUnavailable", "CudaUnavailable"].iter().any(|it| errors.contains(it));
     match ends_well {
@@ -127,7 +132,8 @@ fn cuda(name: &str) {
 #[test]
 #[cfg(feature = "cuda")]
 fn cuda_examples_average_or_say_why_not() {
-    ["cuda_stream", "cuda_graph", "cudarc"].iter().for_each(|name| cuda(name));
+    ["cuda_stream", "cuda_graph", "cudarc"].iter().for_each(|name| cuda("1", name));
+    ["1", "2"].iter().for_each(|devices| cuda(devices, "cuda_raw"));
 }
 
 /// Programs in README, rustdoc and the examples, which users copy, drop no rank's handle: with a
