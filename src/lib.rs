@@ -139,8 +139,6 @@
     allow(rustdoc::broken_intra_doc_links)
 )]
 #![cfg_attr(docsrs, feature(doc_cfg))]
-// build.rs sets `processes`: badges say what it is made of.
-#![cfg_attr(docsrs, doc(auto_cfg(hide(processes))))]
 
 #[allow(missing_docs, dead_code, clippy::all)]
 #[rustfmt::skip]
