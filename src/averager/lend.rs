@@ -62,7 +62,8 @@ pub trait Lend {
     ///   reason, and no tensor is changed. The same holds if `average` is not called. (Peers that
     ///   are processes get [`Error::PeerBuildFailed`] if an averager is being built.)
     /// * After it: the average was made, and the peers have it. This rank alone gets
-    ///   [`Error::AfterAverage`]; its schedule goes on as that of its peers.
+    ///   [`Error::AfterAverage`]; its schedule goes on as that of its peers. (While an averager is
+    ///   built it gets [`Error::LendFailed`], and has none; its peers lose it.)
     /// * While `average` is captured for a CUDA graph, `lend` must not fail before it: peers that
     ///   captured do not wait for an average now, so that this rank waits until its timeout.
     fn lend(&mut self, average: &mut dyn FnMut(Loan<'_>)) -> std::result::Result<(), LendError>;
@@ -157,8 +158,10 @@ impl fmt::Display for LendError {
 /// averager's own, ordered by events; a `start` on a non-blocking stream runs there. On CPUs the
 /// stream is ignored.
 ///
-/// `average` waits, so ranks may even share one stream. A stream that a rank gives to `start` waits
-/// for the average, and so for the peers. If a peer's average is behind that, both wait until the
+/// `average` waits, so ranks may even share one stream; so does a step of
+/// [`LocalSgd`](crate::LocalSgd) with another than a non-blocking stream, if a second rank of the
+/// process is on the device. A stream that a rank gives to `start` waits for the average, and so
+/// for the peers. If a peer's average is behind that, both wait until the
 /// timeout. Therefore, of ranks on one device that are threads of one process,
 ///
 /// * no two give one stream to `start`;
@@ -298,7 +301,8 @@ impl ParamAverager {
             }
             // Peers were told, or the average was captured, or moved nothing: this rank knows why.
             (
-                Ok(Outcome::Unneeded) | Err(Error::LendFailed { .. } | Error::InvalidOption { .. }),
+                Ok(Outcome::Unneeded { .. })
+                | Err(Error::LendFailed { .. } | Error::InvalidOption { .. }),
                 Some(failed),
             ) => Err(failed),
             (ended, _) => ended,
@@ -336,6 +340,8 @@ impl ParamAverager {
             }
             Lent::OnStream(tensors, stream) => {
                 // SAFETY: the promise of `Loan::on_stream`.
+                let waits = waits || unsafe { self.should_wait(call, stream) }?;
+                // SAFETY: as above.
                 unsafe { self.check_stream(stream, waits) }?;
                 let order = if waits { Order::Behind(stream) } else { Order::Within(stream) };
                 // SAFETY: as above.

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{Communicator, Group};
+use crate::error::Phase;
 use crate::{Error, Result};
 
 /// Identity of an exchange in its view, the same on every rank.
@@ -26,14 +27,14 @@ pub(crate) struct Shown {
 /// Most words of a message.
 pub(crate) const MOST_WORDS: usize = 1024;
 
-/// Text of a notice: `rank` waits for these in an exchange.
-pub(super) fn waits(rank: usize, missing: &[usize], call: &str, timeout: Duration) -> String {
-    let missing: Vec<String> = missing.iter().map(usize::to_string).collect();
-    let (several, missing) = (if missing.len() > 1 { "s" } else { "" }, missing.join(", "));
-    format!(
-        "rank {rank} waits for rank{several} {missing} to call {call}, too; the wait ends after \
-         {timeout:?}"
-    )
+/// The failure of a world, as that of an exchange.
+pub(super) fn in_exchange(failure: Error) -> Error {
+    match failure {
+        Error::Aborted { rank, committed, .. } => {
+            Error::Aborted { rank, phase: Phase::Exchange, committed }
+        }
+        failure => failure,
+    }
 }
 
 /// Time between two looks for what sends no notification: ranks that have dropped an averager.
