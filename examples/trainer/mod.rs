@@ -1,5 +1,5 @@
-//! What trainers of the digits share: the data, each rank's part of it, options, and ranks that are
-//! threads or processes.
+//! Parts that trainers of the digits share: the data, each rank's part of it, options, and ranks
+//! that are threads or processes.
 
 #[path = "../launch/mod.rs"]
 mod launch;

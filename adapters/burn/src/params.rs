@@ -5,7 +5,7 @@ use std::fmt;
 use burn_core::module::Module;
 use param_averager::{Lend, LendError, Loan};
 
-use crate::values::{check, Keep, Out, GONE};
+use crate::values::{check, Keep, Lending, GONE};
 
 /// A burn module that lends its float parameters to averages.
 ///
@@ -73,8 +73,8 @@ impl<M: Module> Lend for BurnParams<M> {
     fn lend(&mut self, average: &mut dyn FnMut(Loan<'_>)) -> Result<(), LendError> {
         check(self.module.as_ref().ok_or_else(|| LendError::new(GONE))?, &self.keep)?;
         // Dropped last, also while a panic unwinds: it puts the values back into the module.
-        let mut out = Out::of(&mut self.module, &self.keep)?;
-        let mut tensors = out.tensors()?;
+        let mut lending = Lending::begin(&mut self.module, &self.keep)?;
+        let mut tensors = lending.tensors()?;
         average(Loan::new(&mut tensors));
         Ok(())
     }

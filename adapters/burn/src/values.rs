@@ -6,7 +6,7 @@ use burn_core::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn_core::tensor::{bf16, f16, Bool, DType, Device, Int, Tensor, TensorData};
 use param_averager::{LendError, TensorMut};
 
-/// What is said of a module that is gone.
+/// Text about a module that is gone.
 pub(crate) const GONE: &str = "the module is gone: a closure of BurnParams::update, or burn, \
     failed while it had it. Load a checkpoint and pass it to BurnParams::replace";
 
@@ -53,7 +53,7 @@ struct Check<'k> {
 }
 
 impl Check<'_> {
-    /// Takes note of a parameter, and of what it holds if that has no mean.
+    /// Counts a parameter. `holds` is what it holds, if that has no mean.
     fn note(&mut self, holds: Option<String>) {
         let name = self.path.name();
         if self.refused.is_some() || !(self.keep)(&name) {
@@ -106,22 +106,22 @@ struct Values {
 }
 
 /// A module whose values are out of it, until this is dropped.
-pub(crate) struct Out<'p, M: Module> {
+pub(crate) struct Lending<'p, M: Module> {
     home: &'p mut Option<M>,
     /// The module, with empty tensors in the place of the values. `None`: gone.
     module: Option<M>,
     values: Vec<Values>,
 }
 
-impl<'p, M: Module> Out<'p, M> {
+impl<'p, M: Module> Lending<'p, M> {
     /// Takes the values out of the module at `home`.
-    pub(crate) fn of(home: &'p mut Option<M>, keep: &Keep) -> Result<Self, LendError> {
+    pub(crate) fn begin(home: &'p mut Option<M>, keep: &Keep) -> Result<Self, LendError> {
         let mut take = Take { path: Path::default(), keep, index: 0, values: vec![], failed: None };
         let module = home.take().map(|module| module.map(&mut take));
         match take.failed {
             // Its device is lost, and the values with it.
             Some(failed) => Err(failed),
-            None => Ok(Out { home, module, values: take.values }),
+            None => Ok(Lending { home, module, values: take.values }),
         }
     }
 
@@ -131,7 +131,7 @@ impl<'p, M: Module> Out<'p, M> {
     }
 }
 
-impl<M: Module> Drop for Out<'_, M> {
+impl<M: Module> Drop for Lending<'_, M> {
     fn drop(&mut self) {
         let mut put = Put { index: 0, values: mem::take(&mut self.values).into_iter().peekable() };
         *self.home = self.module.take().map(|module| module.map(&mut put));

@@ -223,7 +223,7 @@ struct Normed {
     norm: BatchNorm,
 }
 
-/// What the crate's page says of running statistics.
+/// Claims of the crate's page about running statistics.
 #[test]
 fn statistics_of_batch_norm_stay_local_until_validation() {
     let device = Device::flex().autodiff();

@@ -89,7 +89,8 @@ pub fn values<M: Module>(module: &M) -> Vec<Vec<f64>> {
     collect.0
 }
 
-/// What an average keeps of each float parameter: id, device, requirement of gradients, shape.
+/// Attributes of each float parameter that an average keeps: id, device, requirement of gradients,
+/// shape.
 pub fn attributes<M: Module>(module: &M) -> Vec<(u64, String, bool, Vec<usize>)> {
     struct Collect(Vec<(u64, String, bool, Vec<usize>)>);
     impl burn::module::ModuleVisitor for Collect {
