@@ -6,6 +6,7 @@ mod exchange;
 mod handshake;
 mod in_process;
 #[cfg(processes)]
+#[cfg_attr(docsrs, doc(cfg(all(target_os = "linux", feature = "processes"))))]
 mod launched;
 mod placement;
 #[cfg(processes)]
@@ -13,6 +14,7 @@ mod processes;
 mod rebuild;
 mod run;
 #[cfg(processes)]
+#[cfg_attr(docsrs, doc(cfg(all(target_os = "linux", feature = "processes"))))]
 mod world_id;
 
 use std::fmt;
