@@ -202,9 +202,16 @@ impl Builder {
     }
 
     /// Builds the averager for these tensors. Collective: returns when every rank has called it.
+    /// Ranks compare options, names, dtypes and sizes, and then all tensors get rank 0's values,
+    /// unless [`start_from`](Self::start_from) says otherwise. Afterwards values and addresses may
+    /// change; number, order, names, dtypes and sizes stay.
+    ///
+    /// In a process that [joined](crate::Communicator::join), the tensors get the values that the
+    /// members train.
     ///
     /// # Errors
-    /// The same on every rank: [`Error::OptionsDiffer`], [`Error::LayoutsDiffer`], or the error of
+    /// The same on every rank: [`Error::OptionsDiffer`], [`Error::LayoutsDiffer`], those of the
+    /// average that copies rank 0's values ([`Error::NonFinite`] if they are rejected), or that of
     /// the rank that can't build, such as [`Error::InvalidOption`], [`Error::InvalidTensor`],
     /// [`Error::LendFailed`] and [`Error::Memory`]; between processes, peers get the text of that
     /// error in [`Error::PeerBuildFailed`]. [`Error::Timeout`] names a rank that does not call it.
@@ -219,7 +226,6 @@ impl Builder {
         let refuse = |option, found: String, expected| {
             Err(Error::InvalidOption { rank: self.communicator.rank(), option, found, expected })
         };
-        let ranks = self.communicator.world_size();
         match (self.channels, self.chunk_bytes) {
             (Some(channels), _) if !(1..=1024).contains(&channels) => {
                 refuse("channels", channels.to_string(), "1 to 1024 threads")
@@ -231,11 +237,6 @@ impl Builder {
                 refuse("slots", self.slots.to_string(), "a power of two from 2 to 1024")
             }
             _ if self.timeout.is_zero() => refuse("timeout", "0".into(), "longer than nothing"),
-            _ if matches!(self.start, Start::Rank(root) if root >= ranks) => refuse(
-                "start_from",
-                format!("{:?}, in a world of {ranks}", self.start),
-                "the number of a rank, from 0, or Mean, or Own",
-            ),
             _ if self.algorithm == Algorithm::Direct
                 && !self.communicator.placement().one_memory() =>
             {

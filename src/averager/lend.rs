@@ -62,7 +62,8 @@ pub trait Lend {
     ///   reason, and no tensor is changed. The same holds if `average` is not called. (Peers that
     ///   are processes get [`Error::PeerBuildFailed`] if an averager is being built.)
     /// * After it: the average was made, and the peers have it. This rank alone gets
-    ///   [`Error::AfterAverage`]; its schedule goes on as that of its peers.
+    ///   [`Error::AfterAverage`]; its schedule goes on as that of its peers. (While an averager is
+    ///   built it gets [`Error::LendFailed`], and has none; its peers lose it.)
     /// * While `average` is captured for a CUDA graph, `lend` must not fail before it: peers that
     ///   captured do not wait for an average now, so that this rank waits until its timeout.
     fn lend(&mut self, average: &mut dyn FnMut(Loan<'_>)) -> std::result::Result<(), LendError>;
@@ -300,7 +301,8 @@ impl ParamAverager {
             }
             // Peers were told, or the average was captured, or moved nothing: this rank knows why.
             (
-                Ok(Outcome::Unneeded) | Err(Error::LendFailed { .. } | Error::InvalidOption { .. }),
+                Ok(Outcome::Unneeded { .. })
+                | Err(Error::LendFailed { .. } | Error::InvalidOption { .. }),
                 Some(failed),
             ) => Err(failed),
             (ended, _) => ended,

@@ -45,7 +45,8 @@
 //! # Optimizer state
 //! Momentum and Adam's moments stay local, which is what Accelerate's `LocalSGD` does, and works:
 //! each rank goes on with moments of its own after an average. To average them as well, pass them
-//! as further tensors, or to an averager of their own with a period of their own. With SGD with
+//! as further tensors, or to an averager of their own
+//! ([`start_from(Start::Own)`](crate::Start::Own)) with a period of their own. With SGD with
 //! momentum and a large H, resetting the momentum after an average is an alternative.
 //!
 //! # Buffers
@@ -66,10 +67,11 @@
 //! Between averages every rank has a model of its own, which is a little worse than the mean. Call
 //! [`sync`](crate::LocalSgd::sync) before evaluating or saving; then all ranks hold the same bits,
 //! and rank 0 alone can do either. Sums of losses and of numbers of samples go through
-//! [`all_reduce_scalars`](crate::ParamAverager::all_reduce_scalars). Save
-//! [`position`](crate::LocalSgd::position) with the model, pass it to
-//! [`at`](crate::LocalSgd::at) when training resumes, and load the model on rank 0: `build` copies
-//! it to the others. Optimizer state is each rank's own: save it on every rank, or begin it anew.
+//! [`all_reduce_scalars`](crate::ParamAverager::all_reduce_scalars), on all ranks at the same
+//! point, so after `done`, not while some ranks still train. Save
+//! [`position`](crate::LocalSgd::position) with the model, pass it to [`at`](crate::LocalSgd::at)
+//! when training resumes, and load the model on rank 0: `build` copies it to the others. Optimizer
+//! state is each rank's own: save it on every rank, or begin it anew.
 //!
 //! # When not to use it
 //! * One device is fast enough: a larger batch is simpler.

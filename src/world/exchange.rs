@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{Communicator, Group};
+use crate::error::Phase;
 use crate::{Error, Result};
 
 /// Identity of an exchange in its view, the same on every rank.
@@ -25,6 +26,16 @@ pub(crate) struct Shown {
 
 /// Most words of a message.
 pub(crate) const MOST_WORDS: usize = 1024;
+
+/// The failure of a world, as that of an exchange.
+pub(super) fn in_exchange(failure: Error) -> Error {
+    match failure {
+        Error::Aborted { rank, committed, .. } => {
+            Error::Aborted { rank, phase: Phase::Exchange, committed }
+        }
+        failure => failure,
+    }
+}
 
 /// Time between two looks for what sends no notification: ranks that have dropped an averager.
 pub(super) const LOOK: Duration = Duration::from_millis(50);

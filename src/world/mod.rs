@@ -6,6 +6,7 @@ mod exchange;
 mod handshake;
 mod in_process;
 #[cfg(processes)]
+#[cfg_attr(docsrs, doc(cfg(all(target_os = "linux", feature = "processes"))))]
 mod launched;
 mod placement;
 #[cfg(processes)]
@@ -13,6 +14,7 @@ mod processes;
 mod rebuild;
 mod run;
 #[cfg(processes)]
+#[cfg_attr(docsrs, doc(cfg(all(target_os = "linux", feature = "processes"))))]
 mod world_id;
 
 use std::fmt;
@@ -213,6 +215,9 @@ impl Communicator {
     /// recovers an averager waits for the averagers of all others. If ranks split into several
     /// groups, by the timeout, one group forms the view and every other rank gets
     /// [`Error::Excluded`].
+    ///
+    /// An averager that is built by hand in the new view gives all ranks rank 0's values, which may
+    /// be half an average: use [`Start::Mean`](crate::Start::Mean).
     pub fn recover(&self, timeout: Duration) -> Result<Communicator> {
         match &self.membership.group {
             Group::Threads(rank, _) => Err(Error::RecoveryUnsupported { rank: *rank }),
