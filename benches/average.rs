@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use criterion::{criterion_group, criterion_main, Criterion, SamplingMode, Throughput};
-use param_averager::{Algorithm, Communicator, Device, ParamAverager};
+use param_averager::{Algorithm, Communicator, Device, ParamAverager, Start};
 
 /// Rank threads that average one layout of f32 tensors repeatedly. All start together, and rank 0
 /// measures the time.
@@ -34,6 +34,8 @@ impl Ranks {
                 let mut model: Vec<Vec<f32>> =
                     layout.iter().map(|&len| vec![rank as f32; len]).collect();
                 let builder = ParamAverager::builder(communicator)
+                    .start_from(Start::Own)
+                    .allow_unnamed()
                     .algorithm(algorithm)
                     .all_or_nothing(all_or_nothing);
                 let mut averager = builder.build(&mut model).unwrap();

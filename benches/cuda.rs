@@ -18,7 +18,7 @@ use cudarc::driver::result::{self, stream::StreamKind};
 use cudarc::driver::{sys, CudaContext};
 use param_averager::{
     Algorithm, Builder, Communicator, Device, Dtype, ParamAverager, Parameters, RawCudaParams,
-    TensorMut,
+    Start, TensorMut,
 };
 
 const RANKS: usize = 2;
@@ -155,7 +155,10 @@ fn rank(
     let stream = result::stream::create(StreamKind::NonBlocking).unwrap();
     let [start, stop] =
         [(); 2].map(|()| result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).unwrap());
-    let mut averager = options(ParamAverager::builder(communicator)).build(&mut model).unwrap();
+    let mut averager =
+        options(ParamAverager::builder(communicator).start_from(Start::Own).allow_unnamed())
+            .build(&mut model)
+            .unwrap();
     for iterations in ordered {
         let mut times = vec![];
         for _ in 0..iterations {

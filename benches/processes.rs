@@ -26,7 +26,7 @@ fn main() {
 mod linux {
     use std::time::Duration;
 
-    use param_averager::{Communicator, ParamAverager};
+    use param_averager::{Communicator, ParamAverager, Start};
     use rustix::time::{clock_gettime, ClockId};
     use test_support::process::{self, RankProcess};
 
@@ -58,7 +58,11 @@ mod linux {
         let name = std::env::var("PA_TEST_NAME").unwrap();
         let world = Communicator::builder().rendezvous(name);
         let build = |communicator: Communicator, model: &mut Vec<Vec<f32>>| {
-            ParamAverager::builder(communicator).build(model).unwrap()
+            ParamAverager::builder(communicator)
+                .start_from(Start::Own)
+                .allow_unnamed()
+                .build(model)
+                .unwrap()
         };
         let mut averager = match rank.parse() {
             Ok(rank) => {

@@ -30,10 +30,8 @@ fn train(communicator: Communicator) -> Result<f32> {
 }
 
 fn main() -> Result<()> {
-    let world = Communicator::from_devices(&[Device::cuda(0); 2])?;
-    let ranks: Vec<_> = world.into_iter().map(|rank| std::thread::spawn(|| train(rank))).collect();
-    for (rank, thread) in ranks.into_iter().enumerate() {
-        println!("rank {rank}: the mean is {}", thread.join().expect("a rank panicked")?);
+    for (rank, mean) in Communicator::run(&[Device::cuda(0); 2], train)?.into_iter().enumerate() {
+        println!("rank {rank}: the mean is {mean}");
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>
 fn train(communicator: Communicator) -> Result<f32> {
     let rank = communicator.rank();
     let stream = CudaContext::new(0)?.new_stream()?; // of this rank alone
-    let mut weight = stream.clone_htod(&vec![rank as f32; 1000])?;
+    let mut weight = stream.alloc_zeros::<f32>(1000)?;
     let mut bias = stream.alloc_zeros::<f32>(10)?;
 
     let mut params = CudaParams::new(&stream);
@@ -19,6 +19,7 @@ fn train(communicator: Communicator) -> Result<f32> {
     params.push(CudaTensorMut::from(&mut bias).named("bias"));
     let averager = ParamAverager::builder(communicator).build(&mut params)?;
     let mut sgd = LocalSgd::new(averager, Schedule::every(2));
+    stream.memcpy_htod(&vec![rank as f32; 1000], &mut weight)?; // as if each rank had trained
     for _batch in 0..8 {
         // train_step(&stream, &mut weight, &mut bias), with `params` made again after it
         let mut params = CudaParams::new(&stream);
@@ -30,10 +31,8 @@ fn train(communicator: Communicator) -> Result<f32> {
 }
 
 fn main() -> Result<()> {
-    let world = Communicator::from_devices(&[Device::cuda(0); 2])?;
-    let ranks: Vec<_> = world.into_iter().map(|rank| std::thread::spawn(|| train(rank))).collect();
-    for (rank, thread) in ranks.into_iter().enumerate() {
-        println!("rank {rank}: the mean is {}", thread.join().expect("a rank panicked")?);
+    for (rank, mean) in Communicator::run(&[Device::cuda(0); 2], train)?.into_iter().enumerate() {
+        println!("rank {rank}: the mean is {mean}");
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use param_averager::{Action, Communicator, Device, LocalSgd, ParamAverager, Resu
 
 fn train(communicator: Communicator, joins: bool) -> Result<()> {
     let mut params = vec![vec![if joins { 0.0f32 } else { 7.0 }; 1000]];
-    // In the process that joins, this gives the tensors rank 0's values.
+    // In the process that joins, this gives the tensors the values of the others.
     let averager = ParamAverager::builder(communicator).build(&mut params)?;
     let mut sgd = LocalSgd::new(averager, Schedule::every(8));
     let mut last = if joins { sgd.position() + 16 } else { u64::MAX };

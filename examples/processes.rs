@@ -11,9 +11,10 @@ use param_averager::{Communicator, Device, LocalSgd, ParamAverager, Result, Sche
 fn train() -> Result<()> {
     let communicator = Communicator::from_env(Device::cpu())?; // waits for the other ranks
     let (rank, ranks) = (communicator.rank(), communicator.world_size());
-    let mut params = vec![vec![rank as f32; 1000]];
+    let mut params = vec![vec![0.0f32; 1000]];
     let averager = ParamAverager::builder(communicator).build(&mut params)?;
     let mut sgd = LocalSgd::new(averager, Schedule::every(8));
+    params[0].fill(rank as f32); // as if each rank had trained on its own data
     for _batch in 0..100 {
         // train_step(&mut params, batch);
         sgd.step(&mut params)?;

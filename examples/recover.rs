@@ -10,9 +10,10 @@ use param_averager::{Communicator, Device, LocalSgd, ParamAverager, Result, Sche
 fn train() -> Result<()> {
     let communicator = Communicator::from_env(Device::cpu())?;
     let first = communicator.rank();
-    let mut params = vec![vec![first as f32; 1000]];
+    let mut params = vec![vec![0.0f32; 1000]];
     let averager = ParamAverager::builder(communicator).build(&mut params)?;
     let mut sgd = LocalSgd::new(averager, Schedule::every(8));
+    params[0].fill(first as f32); // as if each rank had trained on its own data
     while sgd.position() < 100 {
         if first == 1 && sgd.position() == 20 {
             std::process::exit(1); // before its third average

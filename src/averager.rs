@@ -14,6 +14,7 @@ mod rebuild;
 mod recover;
 mod report;
 mod run;
+mod start;
 mod table;
 
 use std::any::Any;
@@ -32,6 +33,7 @@ pub use pending::Pending;
 pub(crate) use progress::{Halt, Progress};
 pub(crate) use recover::{Regrouped, TRIES};
 pub use report::Report;
+pub use start::Start;
 
 use crate::abi::*;
 use crate::schedule::place;
@@ -64,23 +66,21 @@ pub enum Algorithm {
 ///
 /// Every average is collective: it returns when all ranks have called it, and gives every rank the
 /// same bits. If it fails before any rank wrote, every tensor of every rank is as it was, and every
-/// rank gets the same error.
+/// rank gets the same error. Building gives all ranks rank 0's values ([`Start`]).
 ///
 /// ```
 /// use param_averager::{Device, ParamAverager, Communicator};
 ///
-/// let world = Communicator::from_devices(&[Device::cpu(), Device::cpu()])?;
-/// let ranks: Vec<_> = world.into_iter().map(|communicator| std::thread::spawn(move || {
-///     let mut model = vec![vec![communicator.rank() as f32; 1000], vec![1.0; 10]];
+/// Communicator::run(&[Device::cpu(), Device::cpu()], |communicator| {
+///     let rank = communicator.rank() as f32;
+///     let mut model = vec![vec![0.0; 1000], vec![1.0; 10]];
 ///     let mut averager = ParamAverager::builder(communicator).build(&mut model)?;
+///     model[0].fill(rank); // each rank trains its own copy
 ///     let report = averager.average(&mut model)?;
 ///     assert_eq!(report.bytes, 4040);
 ///     assert_eq!(model[0], [0.5; 1000]);
 ///     Ok::<_, param_averager::Error>(())
-/// })).collect();
-/// for rank in ranks {
-///     rank.join().unwrap()?;
-/// }
+/// })?;
 /// # Ok::<(), param_averager::Error>(())
 /// ```
 pub struct ParamAverager {

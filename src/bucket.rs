@@ -12,7 +12,7 @@ use crate::abi::{PaSegment, PA_ALIGN_PACKS, PA_PACK_BYTES};
 use crate::tensor::Dtype;
 
 /// Dtype and size of a tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Shape {
     /// Element type.
     pub dtype: Dtype,

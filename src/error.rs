@@ -208,6 +208,21 @@ pub enum Error {
         expected: String,
     },
 
+    /// Ranks made different calls at the same time. No tensor was changed, and every rank can go
+    /// on.
+    #[error(
+        "rank {rank} averages {found}, rank 0 {expected} (no tensor was changed): make the same \
+        calls in the same order on every rank"
+    )]
+    CallsDiffer {
+        /// First rank that differs from rank 0.
+        rank: usize,
+        /// Purpose of that rank's call, such as "to copy rank 1's values".
+        found: String,
+        /// Purpose of rank 0's call.
+        expected: String,
+    },
+
     /// Some ranks passed a weight and some did not. No tensor was changed.
     #[error(
         "rank {rank} and rank 0 differ: one called average_weighted, the other average; use the \

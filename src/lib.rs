@@ -5,8 +5,11 @@
 //! use param_averager::{Communicator, Device, LocalSgd, ParamAverager, Result, Schedule};
 //!
 //! fn train(communicator: Communicator) -> Result<()> {
-//!     let mut params = vec![vec![0.0f32; 1000], vec![communicator.rank() as f32; 10]];
+//!     let rank = communicator.rank() as f32;
+//!     let mut params = vec![vec![0.0f32; 1000], vec![0.0; 10]];
+//!     // Every rank begins with rank 0's values.
 //!     let averager = ParamAverager::builder(communicator).build(&mut params)?;
+//!     params[1].fill(rank);
 //!     let mut sgd = LocalSgd::new(averager, Schedule::every(8));
 //!     for _batch in 0..100 {
 //!         // train_step(&mut params, batch);
@@ -18,11 +21,7 @@
 //! }
 //!
 //! // Two ranks that are threads of this process, each with a model of its own.
-//! let world = Communicator::from_devices(&[Device::cpu(), Device::cpu()])?;
-//! let ranks: Vec<_> = world.into_iter().map(|rank| std::thread::spawn(|| train(rank))).collect();
-//! for rank in ranks {
-//!     rank.join().expect("a rank panicked")?;
-//! }
+//! Communicator::run(&[Device::cpu(), Device::cpu()], train)?;
 //! # Ok::<(), param_averager::Error>(())
 //! ```
 //!
@@ -154,6 +153,7 @@ mod world;
 pub use adapters::cudarc::{CudaParams, CudaTensorMut};
 pub use averager::{
     Algorithm, Builder, Lend, LendError, Link, Loan, ParamAverager, Pending, RawCudaParams, Report,
+    Start,
 };
 #[cfg(feature = "cuda")]
 pub use backend::cuda::{CudaDevice, Topology};

@@ -15,7 +15,10 @@ use crate::TensorMut;
 /// `BTreeMap<String, _>` of implementors: `Vec<Vec<f32>>` is a model. A map names its tensors by
 /// their keys. A `HashMap` has another order in every process, so it does not implement it: sort
 /// its tensors by name, and name every tensor. Without names only dtypes and numbers of elements
-/// are compared, and layers of one shape in another order are averaged with each other.
+/// could be compared, and layers of one shape in another order would be averaged with each other.
+/// So several unnamed tensors of one dtype and size are an error of
+/// [`build`](crate::Builder::build), unless the builder
+/// [allows them](crate::Builder::allow_unnamed), which suits a `Vec` or an array.
 ///
 /// Implement it for a model of your own by calling `visit` once for each tensor:
 ///
@@ -97,13 +100,18 @@ impl<P: Parameters, const N: usize> Parameters for [P; N] {
     }
 }
 
-/// Tensors in the order of the keys, which name the tensors that have no name yet.
+/// Tensors in the order of the keys, which name the tensors that have no name yet. If a value has
+/// several, errors number all but the first of them: `key`, `key.1`, `key.2`.
 impl<P: Parameters> Parameters for BTreeMap<String, P> {
     fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
         for (name, part) in self.iter_mut() {
+            let mut unnamed = 0;
             part.visit(&mut |tensor: TensorMut<'a>| {
-                let is_named = tensor.name().is_some();
-                visit(if is_named { tensor } else { tensor.named(name) })
+                if tensor.name().is_some() {
+                    return visit(tensor);
+                }
+                visit(tensor.named(name).numbered(unnamed));
+                unnamed += 1;
             });
         }
     }

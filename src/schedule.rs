@@ -18,6 +18,26 @@ pub(crate) mod place {
     pub(crate) const RECOVERY: u64 = u64::MAX - 1;
     pub(crate) const ADMISSION: u64 = u64::MAX - 2;
     pub(crate) const BY_HAND: u64 = u64::MAX - 3;
+    /// The mean that all ranks begin with.
+    pub(crate) const START: u64 = u64::MAX - 4;
+    /// Copies of rank 0, of rank 1, and so on.
+    const COPIES: u64 = u64::MAX - 0xffff;
+    const LAST_COPY: u64 = COPIES + 0xff;
+
+    /// A copy of rank `root`'s tensors. Roots that are too large for every world share a place.
+    pub(crate) fn copy_of(root: usize) -> u64 {
+        COPIES + root.min(0xff) as u64
+    }
+
+    /// True for averages that `LocalSgd` makes in the course of training.
+    pub(crate) fn is_of_schedule(place: u64) -> bool {
+        place < COPIES || place == FINISH || place == RECOVERY
+    }
+
+    /// The value by which ranks check that they average at the same place, outside of a schedule.
+    pub(crate) fn digest(place: u64) -> u64 {
+        crate::hash::fnv1a(place.to_le_bytes()) | 1
+    }
 
     /// Description of a place, to follow "averages".
     pub(crate) fn in_words(place: u64) -> String {
@@ -26,6 +46,8 @@ pub(crate) mod place {
             RECOVERY => "in a recovery".into(),
             ADMISSION => "to admit a joiner".into(),
             BY_HAND => "outside of a schedule".into(),
+            START => "to start from the mean".into(),
+            COPIES..=LAST_COPY => format!("to copy rank {}'s values", place - COPIES),
             step => format!("after step {step}"),
         }
     }

@@ -73,10 +73,14 @@ pub trait Element: sealed::Sealed + Copy + Send + Sync + 'static {
 /// address that suits the dtype. An average never copies or moves it.
 ///
 /// A mutable slice converts safely: `TensorMut::from(&mut weights[..]).named("wte")`. Ranks compare
-/// the names when an averager is built, and errors give them. Name every tensor whose order comes
-/// from a framework: unnamed tensors of one dtype and size can't be told apart.
+/// the names when an averager is built, each average compares them with those of the build, and
+/// errors give them. Names are unique. Unnamed tensors of one dtype and size can't be told apart,
+/// so they are refused unless the order of the list is known to be right
+/// ([`allow_unnamed`](crate::Builder::allow_unnamed)).
 pub struct TensorMut<'a> {
     name: Option<&'a str>,
+    /// Number of the tensor among those that share its name: the tensors of one key of a map.
+    part: u32,
     pointer: *mut u8,
     elements: usize,
     dtype: Dtype,
@@ -119,6 +123,7 @@ impl<'a> TensorMut<'a> {
     ) -> Self {
         TensorMut {
             name: None,
+            part: 0,
             pointer,
             elements,
             dtype,
@@ -137,6 +142,17 @@ impl<'a> TensorMut<'a> {
     /// Name of the tensor, if it has one.
     pub fn name(&self) -> Option<&str> {
         self.name
+    }
+
+    /// The same tensor as one of several that share a name.
+    pub(crate) fn numbered(self, part: u32) -> Self {
+        TensorMut { part, ..self }
+    }
+
+    /// Name and number of the tensor, which tell it from all others. The name is empty if there is
+    /// none.
+    pub(crate) fn identity(&self) -> (&str, u32) {
+        (self.name.unwrap_or_default(), self.part)
     }
 
     /// Number of elements.

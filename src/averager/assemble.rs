@@ -7,7 +7,9 @@ use super::lend::with_tensors;
 use super::memory::{check_room, RankMemory, Sizes, LINE_BYTES};
 use super::rebuild::Blueprint;
 use super::table::{Layout, Table};
-use super::{defaults, flag, kernels, spins, Algorithm, Builder, Lend, ParamAverager};
+use super::{
+    defaults, flag, kernels, spins, start, Algorithm, Builder, Lend, ParamAverager, Start,
+};
 use crate::abi::*;
 use crate::backend::Memory;
 use crate::world::Handshake;
@@ -32,7 +34,7 @@ impl ParamAverager {
     fn assemble<P: Lend + ?Sized>(options: Builder, params: &mut P) -> Result<Self> {
         let (rank, world) = (options.communicator.rank(), options.communicator.world_size());
         let (device, space) = (options.communicator.device(), options.communicator.space().clone());
-        let mut made = None;
+        let (mut made, mut digest) = (None, None);
         let lent = with_tensors(params, rank, &mut |params| {
             let (mut tensors, mut names) = (0, 0);
             params.visit(&mut |tensor| {
@@ -42,6 +44,16 @@ impl ParamAverager {
             made = Some(check_room(tensors, names, rank, world).map(|()| {
                 let (table, problem) = Table::new(params, device, space.clone());
                 let refusal = problem.map(|problem| table.error(rank, problem));
+                let mut refusal = refusal.or_else(|| table.ambiguity(rank, options.allow_unnamed));
+                if refusal.is_none() && options.start == Start::Own && world > 1 {
+                    // SAFETY: the table has the addresses of tensors that are lent now.
+                    match unsafe { start::digest(&table, &space) } {
+                        Ok(found) => digest = Some(found),
+                        Err(reason) => {
+                            refusal = Some(Error::DeviceFailed { rank, source: reason.into() })
+                        }
+                    }
+                }
                 (table, refusal)
             }));
         });
@@ -55,18 +67,19 @@ impl ParamAverager {
         let (table, refusal) = found.unwrap_or_else(|error| {
             (Table::of(Layout::none(device, space.clone()).into()), Some(error))
         });
-        let mut averager = ParamAverager::assemble_for(options, table, refusal, None)?;
+        let mut averager = ParamAverager::assemble_for(options, table, refusal, digest, None)?;
         averager.blueprint = Some(Blueprint::of(&averager));
         Ok(averager)
     }
 
     /// Builds an averager from its table. `refusal` is this rank's reason not to build, which is
-    /// shown to all ranks. `number` is the averager's place among the averagers that are built
+    /// shown to all ranks. `digest`: of the tensors' values, if ranks compare them. `number` is the averager's place among the averagers that are built
     /// again; `None`: the next one of its view.
     pub(super) fn assemble_for(
         options: Builder,
         mut table: Table,
         refusal: Option<Error>,
+        digest: Option<u64>,
         number: Option<u32>,
     ) -> Result<Self> {
         let communicator = options.communicator.clone();
@@ -88,6 +101,7 @@ impl ParamAverager {
             schedule_position: options.schedule_position,
             admission: options.admission,
             ordinal: options.ordinal.clone(),
+            digest,
             inbox: own.as_ref().ok().and_then(|own| own.inbox.clone()),
             credits: own.as_ref().ok().and_then(|own| own.credits.clone()),
             control: own.as_ref().ok().and_then(|own| own.control.clone()),

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::defaults::{self, Cut};
-use super::{Algorithm, Lend, Link, ParamAverager};
+use super::{Algorithm, Lend, Link, ParamAverager, Start};
 use crate::backend::MemorySpace;
 use crate::world::{Admission, Communicator};
 use crate::{Error, Result};
@@ -18,6 +18,8 @@ pub struct Builder {
     pub(super) all_or_nothing: bool,
     pub(super) reject_non_finite: bool,
     pub(super) narrow_wire: bool,
+    pub(super) allow_unnamed: bool,
+    pub(super) start: Start,
     pub(super) timeout: Duration,
     pub(super) channels: Option<u32>,
     pub(super) slots: u32,
@@ -56,6 +58,8 @@ impl Builder {
             all_or_nothing: true,
             reject_non_finite: false,
             narrow_wire: false,
+            allow_unnamed: false,
+            start: Start::Rank(0),
             timeout: defaults::TIMEOUT,
             channels: None,
             slots: defaults::SLOTS,
@@ -106,6 +110,21 @@ impl Builder {
     /// Everything else travels in the tensors' dtype either way. Two ranks send no partial sums.
     pub fn narrow_wire(mut self, narrow_wire: bool) -> Self {
         self.narrow_wire = narrow_wire;
+        self
+    }
+
+    /// Permits several unnamed tensors of one dtype and size. Only their order tells them apart, so
+    /// it must be the same on every rank and at every call, as in a `Vec` or an array. Without it,
+    /// [`build`](Self::build) refuses them.
+    pub fn allow_unnamed(mut self) -> Self {
+        self.allow_unnamed = true;
+        self
+    }
+
+    /// Values that all ranks begin with. Default: [`Start::Rank(0)`](Start::Rank), so that ranks
+    /// need not begin with equal weights, and a checkpoint need be loaded on rank 0 only.
+    pub fn start_from(mut self, start: Start) -> Self {
+        self.start = start;
         self
     }
 
@@ -160,10 +179,6 @@ impl Builder {
     }
 
     /// Builds the averager for these tensors. Collective: returns when every rank has called it.
-    /// The tensors' values and addresses may change afterwards; their number, order, dtypes and
-    /// sizes stay. Ranks compare options, names, dtypes and sizes, not values.
-    ///
-    /// In a process that [joined](crate::Communicator::join), the tensors get rank 0's values.
     ///
     /// # Errors
     /// The same on every rank: [`Error::OptionsDiffer`], [`Error::LayoutsDiffer`], or the error of
@@ -172,6 +187,7 @@ impl Builder {
     /// error in [`Error::PeerBuildFailed`]. [`Error::Timeout`] names a rank that does not call it.
     pub fn build<P: Lend + ?Sized>(self, params: &mut P) -> Result<ParamAverager> {
         let mut averager = ParamAverager::build(self, params)?;
+        averager.start_values(params)?;
         // A process that joined has its model, but `lend` has failed with it: it leaves.
         averager.take_late().map_or(Ok(averager), Err)
     }
@@ -180,6 +196,7 @@ impl Builder {
         let refuse = |option, found: String, expected| {
             Err(Error::InvalidOption { rank: self.communicator.rank(), option, found, expected })
         };
+        let ranks = self.communicator.world_size();
         match (self.channels, self.chunk_bytes) {
             (Some(channels), _) if !(1..=1024).contains(&channels) => {
                 refuse("channels", channels.to_string(), "1 to 1024 threads")
@@ -191,6 +208,11 @@ impl Builder {
                 refuse("slots", self.slots.to_string(), "a power of two from 2 to 1024")
             }
             _ if self.timeout.is_zero() => refuse("timeout", "0".into(), "longer than nothing"),
+            _ if matches!(self.start, Start::Rank(root) if root >= ranks) => refuse(
+                "start_from",
+                format!("{:?}, in a world of {ranks}", self.start),
+                "the number of a rank, from 0, or Mean, or Own",
+            ),
             _ if self.algorithm == Algorithm::Direct
                 && !self.communicator.placement().one_memory() =>
             {
@@ -274,6 +296,7 @@ impl Builder {
             ("all_or_nothing", self.all_or_nothing.to_string()),
             ("reject_non_finite", self.reject_non_finite.to_string()),
             ("narrow_wire", self.narrow_wire.to_string()),
+            ("start_from", format!("{:?}", self.start)),
             ("timeout", format!("{:?}", self.timeout)),
             ("channels", self.channel_count().to_string()),
             ("slots", self.slots.to_string()),

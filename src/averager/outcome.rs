@@ -53,11 +53,14 @@ impl ParamAverager {
                 found: format!("{} of another schedule", place::in_words(status.found)),
                 expected: place::in_words(status.detail),
             },
-            PA_SCHEDULE => Error::SchedulesDiffer {
-                rank,
-                found: place::in_words(status.found),
-                expected: place::in_words(status.detail),
-            },
+            PA_SCHEDULE => {
+                let places = [status.found, status.detail];
+                let [found, expected] = places.map(place::in_words);
+                match places.into_iter().all(place::is_of_schedule) {
+                    true => Error::SchedulesDiffer { rank, found, expected },
+                    false => Error::CallsDiffer { rank, found, expected },
+                }
+            }
             PA_WEIGHTING => Error::WeightingDiffers { rank },
             PA_BAD_WEIGHT => Error::InvalidWeight { rank, weight: f64::from_bits(status.found) },
             PA_NO_WEIGHT => Error::AllWeightsZero,

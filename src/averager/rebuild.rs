@@ -108,7 +108,7 @@ impl Rebuild for Blueprint {
                 Ok(()) => (Table::of(self.layout.clone()), None),
                 Err(error) => (Table::of(self.layout.without_tensors().into()), Some(error)),
             };
-        let built = ParamAverager::assemble_for(options, table, refusal, Some(number));
+        let built = ParamAverager::assemble_for(options, table, refusal, None, Some(number));
         match built {
             // The view has lost a rank again, or was aborted: none of its averagers can be built.
             Err(error) if is_of_the_view(&error) || matches!(error, Error::Aborted { .. }) => {

@@ -1,5 +1,6 @@
 //! Segment tables: a rank's tensors in the kernels' form, brought up to date at every average.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::abi::{PaBucket, PaSegment};
@@ -14,7 +15,8 @@ use crate::{Error, Parameters, TensorMut};
 pub(super) struct Layout {
     device: Device,
     space: MemorySpace,
-    names: Vec<String>,
+    /// Name and number of each tensor, as [`TensorMut::identity`].
+    names: Vec<(String, u32)>,
     shapes: Vec<Shape>,
 }
 
@@ -67,6 +69,10 @@ const UNTRACKED: u64 = 24;
 const IN_A_GRAPH: u64 = 25;
 const TOO_LONG: u64 = 26;
 const NOT_LENT: u64 = 27;
+/// The low bits are the place of the tensor that has the name found, or one of the next two.
+const RENAMED: u64 = 28;
+const NO_NAME: u64 = u32::MAX as u64;
+const OTHER_NAME: u64 = NO_NAME - 1;
 const SHIFT: u32 = 56;
 
 impl Layout {
@@ -77,7 +83,32 @@ impl Layout {
 
     /// Number of tensors, and bytes of all their names.
     pub(super) fn size(&self) -> (usize, usize) {
-        (self.shapes.len(), self.names.iter().map(String::len).sum())
+        (self.shapes.len(), self.names.iter().map(|(name, _)| name.len()).sum())
+    }
+
+    /// Place of the tensor with this name, as the low bits of a `RENAMED` problem.
+    fn place_of(&self, name: &str, part: u32) -> u64 {
+        match self.names.iter().position(|known| known.0 == name && known.1 == part) {
+            _ if name.is_empty() => NO_NAME,
+            Some(index) => index as u64,
+            None => OTHER_NAME,
+        }
+    }
+
+    /// The first two tensors that can't be told apart: they share a name, or they share dtype and
+    /// size and neither has a name. Tensors without elements are left out.
+    fn twins(&self, allow_unnamed: bool) -> Option<(usize, usize)> {
+        let mut seen = HashMap::with_capacity(self.shapes.len());
+        (0..self.shapes.len()).find_map(|index| {
+            let (name, part) = &self.names[index];
+            let shape = self.shapes[index];
+            let key = match name.is_empty() {
+                true if allow_unnamed || shape.elements == 0 => return None,
+                true => ("", 0, Some(shape)),
+                false => (name.as_str(), *part, None),
+            };
+            seen.insert(key, index).map(|before| (before, index))
+        })
     }
 
     /// Layout of no tensors on the same device.
@@ -95,7 +126,8 @@ impl Table {
     ) -> (Table, Option<Problem>) {
         let (mut names, mut shapes) = (vec![], vec![]);
         params.visit(&mut |tensor| {
-            names.push(tensor.name().unwrap_or_default().to_owned());
+            let (name, part) = tensor.identity();
+            names.push((name.to_owned(), part));
             let (dtype, elements) = (tensor.dtype(), tensor.len() as u64);
             // `refresh` refuses a tensor that is too long, whatever its shape is here.
             let elements = if elements > most_elements(dtype) { 0 } else { elements };
@@ -148,6 +180,11 @@ impl Table {
         }
         if shape != (Shape { dtype: tensor.dtype(), elements: tensor.len() as u64 }) {
             return Err(found);
+        }
+        let (name, part) = tensor.identity();
+        let expected = &self.layout.names[index];
+        if name != expected.0 || part != expected.1 {
+            return Err(RENAMED << SHIFT | self.layout.place_of(name, part));
         }
         if tensor.device() != self.layout.device {
             return Err(DEVICE << SHIFT);
@@ -205,6 +242,25 @@ impl Table {
         }
     }
 
+    /// Error of tensors that could be mistaken for one another.
+    pub(super) fn ambiguity(&self, rank: usize, allow_unnamed: bool) -> Option<Error> {
+        let (first, second) = self.layout.twins(allow_unnamed)?;
+        let problem = match self.layout.names[second].0.as_str() {
+            "" => format!(
+                "has no name, as {}, so that nothing tells the two apart if their order differs \
+                 between ranks: name every tensor (TensorMut::named, or a BTreeMap) and sort them \
+                 by name where they come from a HashMap, whose order differs from process to \
+                 process; or call Builder::allow_unnamed if their order is fixed, as in a Vec",
+                self.describe(first)
+            ),
+            _ => format!(
+                "has the name of {}: give every tensor a name of its own",
+                self.describe(first)
+            ),
+        };
+        Some(Error::InvalidTensor { rank, tensor: self.describe(second), problem })
+    }
+
     /// Error for a problem of rank `rank`, whose tensors are the same as this rank's.
     pub(super) fn error(&self, rank: usize, problem: Problem) -> Error {
         let index = problem.tensor as usize;
@@ -259,6 +315,14 @@ impl Table {
                 let (found, expected) = match what {
                     MISSING => (format!("only {index} tensors"), format!("{count}")),
                     EXTRA => (format!("more than {count} tensors"), format!("{count}")),
+                    RENAMED => {
+                        let found = match low {
+                            NO_NAME => "a tensor without a name".into(),
+                            low if low < count as u64 => self.describe(low as usize),
+                            _ => "a tensor of another name".into(),
+                        };
+                        (format!("{found}, as tensor {index}"), tensor())
+                    }
                     dtype => (
                         format!("{}, {low} elements, as tensor \
                             {index}", Dtype::ALL[dtype as usize & 3]),
@@ -273,9 +337,10 @@ impl Table {
     /// Line about one tensor, such as "tensor 3 `ln.weight` (f32, 768 elements)".
     pub(super) fn describe(&self, index: usize) -> String {
         let Shape { dtype, elements } = self.layout.shapes[index];
-        let name = match self.layout.names[index].as_str() {
-            "" => String::new(),
-            name => format!(" `{name}`"),
+        let name = match &self.layout.names[index] {
+            (name, _) if name.is_empty() => String::new(),
+            (name, 0) => format!(" `{name}`"),
+            (name, part) => format!(" `{name}.{part}`"),
         };
         format!("tensor {index}{name} ({dtype}, {elements} elements)")
     }

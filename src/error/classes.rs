@@ -80,6 +80,7 @@ impl Error {
             Error::OptionsDiffer { .. }
             | Error::LayoutsDiffer { .. }
             | Error::SchedulesDiffer { .. }
+            | Error::CallsDiffer { .. }
             | Error::WeightingDiffers { .. } => ErrorKind::Mismatch,
             Error::Rendezvous { .. }
             | Error::JoinRefused { .. }

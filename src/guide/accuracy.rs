@@ -37,19 +37,17 @@
 //! Set them, and another machine, or processes in the place of threads, gives the same model:
 //!
 //! ```
-//! use param_averager::{Algorithm, Communicator, Device, ParamAverager};
+//! use param_averager::{Algorithm, Communicator, Device, ParamAverager, Start};
 //!
-//! let world = Communicator::from_devices(&[Device::cpu(); 3])?;
-//! let ranks: Vec<_> = world.into_iter().map(|communicator| std::thread::spawn(move || {
+//! let models = Communicator::run(&[Device::cpu(); 3], |communicator| {
 //!     let scale = 0.1 * (communicator.rank() + 1) as f32;
 //!     let mut model: Vec<f32> = (0..1000).map(|i| scale * i as f32).collect();
-//!     let builder = ParamAverager::builder(communicator);
+//!     let builder = ParamAverager::builder(communicator).start_from(Start::Own);
 //!     let pinned = builder.algorithm(Algorithm::Ring).channels(2).chunk_bytes(64 << 10);
 //!     pinned.build(&mut model)?.average(&mut model)?;
 //!     Ok::<_, param_averager::Error>(model.iter().map(|x| x.to_bits()).collect::<Vec<_>>())
-//! })).collect();
-//! let models: Result<Vec<_>, _> = ranks.into_iter().map(|rank| rank.join().unwrap()).collect();
-//! assert!(models?.windows(2).all(|pair| pair[0] == pair[1]));
+//! })?;
+//! assert!(models.windows(2).all(|pair| pair[0] == pair[1]));
 //! # Ok::<(), param_averager::Error>(())
 //! ```
 //!

@@ -48,18 +48,14 @@
 //! ```
 //! use param_averager::{Algorithm, Communicator, Device, ParamAverager};
 //!
-//! let world = Communicator::from_devices(&[Device::cpu(), Device::cpu()])?;
-//! let ranks: Vec<_> = world.into_iter().map(|communicator| std::thread::spawn(move || {
-//!     let mut model = vec![vec![0.0f32; 1000]; 3];
+//! Communicator::run(&[Device::cpu(), Device::cpu()], |communicator| {
+//!     let mut model = (vec![0.0f32; 1000], vec![0.0f32; 10]);
 //!     let averager = ParamAverager::builder(communicator).build(&mut model)?;
 //!     // What `Auto` stands for here, and the memory that it takes beside the model, in bytes.
 //!     assert_eq!(averager.algorithm(), Algorithm::Direct);
 //!     assert!(averager.memory_overhead() < 1 << 20);
 //!     Ok::<_, param_averager::Error>(())
-//! })).collect();
-//! for rank in ranks {
-//!     rank.join().unwrap()?;
-//! }
+//! })?;
 //! # Ok::<(), param_averager::Error>(())
 //! ```
 //!

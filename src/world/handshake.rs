@@ -34,6 +34,8 @@ pub(crate) struct Handshake {
     pub(crate) admission: Admission,
     /// Ordinal of an averager that is built again, to tell it from averagers with the same layout.
     pub(crate) ordinal: Option<String>,
+    /// Digest of the tensors' values, if ranks compare them.
+    pub(crate) digest: Option<u64>,
     /// Memory that the previous rank of the ring writes: `filled` counters, then the inbox.
     pub(crate) inbox: Option<Arc<Memory>>,
     /// Memory that the next rank of the ring writes: `drained` counters.
@@ -128,6 +130,7 @@ mod tests {
             schedule_position: 0,
             admission: Admission::None,
             ordinal: ordinal.map(str::to_owned),
+            digest: None,
             inbox: None,
             credits: None,
             control: None,

@@ -10,6 +10,7 @@ mod placement;
 #[cfg(processes)]
 mod processes;
 mod rebuild;
+mod run;
 #[cfg(processes)]
 mod world_id;
 

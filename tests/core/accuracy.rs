@@ -2,7 +2,7 @@
 //! subnormal and huge ones, and weights from 1e-30 to 1e30.
 
 use num_bigint::{BigInt, Sign};
-use param_averager::{Algorithm, Dtype, ParamAverager};
+use param_averager::{Algorithm, Dtype};
 use proptest::prelude::*;
 use test_support::{count, format, ranks, ulp, Guarded, Random};
 
@@ -74,7 +74,7 @@ impl Case {
                 before.set(i, self.value(&mut random));
             }
             after.bytes_mut().copy_from_slice(before.bytes());
-            let mut averager = ParamAverager::builder(communicator)
+            let mut averager = test_support::options(communicator)
                 .algorithm(self.algorithm)
                 .all_or_nothing(self.all_or_nothing)
                 .narrow_wire(self.narrow_wire)

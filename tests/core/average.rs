@@ -3,7 +3,7 @@
 
 use param_averager::__testing::instruction_sets;
 use param_averager::__testing::Testing;
-use param_averager::{Algorithm, Builder, Dtype, ParamAverager};
+use param_averager::{Algorithm, Builder, Dtype};
 use proptest::prelude::*;
 use test_support::{count, mean, ranks, ulp, Guarded, Random};
 
@@ -59,7 +59,7 @@ impl Case {
         ranks(self.world, |communicator| {
             let rank = communicator.rank();
             let mut model = self.model(rank);
-            let builder = ParamAverager::builder(communicator);
+            let builder = test_support::options(communicator);
             let mut averager = self.build(builder, instruction_set).build(&mut model).unwrap();
             (0..self.averages)
                 .map(|round| {
@@ -280,7 +280,7 @@ fn means_of_extreme_values() {
                     let mut tensor = Guarded::new(dtype, 100, 0);
                     (0..100).for_each(|i| tensor.set(i, if i % 2 == 0 { value } else { -value }));
                     let before = tensor.bytes().to_vec();
-                    let mut averager = ParamAverager::builder(communicator)
+                    let mut averager = test_support::options(communicator)
                         .algorithm(algorithm)
                         .build(&mut tensor)
                         .unwrap();
@@ -318,7 +318,7 @@ proptest! {
         let timeout = std::time::Duration::new(seconds, nanoseconds);
         ranks(2, |communicator| {
             let mut model = vec![vec![communicator.rank() as f32; 100]];
-            let builder = ParamAverager::builder(communicator)
+            let builder = test_support::options(communicator)
                 .algorithm(Algorithm::Ring)
                 .timeout(timeout);
             builder.build(&mut model).unwrap().average(&mut model).unwrap();

@@ -1,7 +1,7 @@
 //! Averages of equal values change nothing: bit for bit by the direct average; by the ring for f16
 //! and bf16; within a stated bound by the ring for f32 and f64.
 
-use param_averager::{Algorithm, Device, Dtype, ParamAverager, Parameters, TensorMut};
+use param_averager::{Algorithm, Device, Dtype, Parameters, TensorMut};
 use proptest::prelude::*;
 use test_support::{count, ranks, Guarded, Random};
 
@@ -122,7 +122,7 @@ fn averaged(
             model.bits.disturb(rank);
             (model.f16, model.bf16) = (model.bits.halves.clone(), model.bits.halves.clone());
         }
-        let mut averager = ParamAverager::builder(communicator)
+        let mut averager = test_support::options(communicator)
             .algorithm(algorithm)
             .all_or_nothing(all_or_nothing)
             .narrow_wire(narrow_wire)
@@ -279,7 +279,7 @@ fn rounding_mode_of_the_trainer_does_not_matter() {
     ranks(3, |communicator| {
         let mut values: Vec<half::bf16> =
             tiny.iter().map(|&bits| half::bf16::from_bits(bits)).collect();
-        let mut averager = ParamAverager::builder(communicator)
+        let mut averager = test_support::options(communicator)
             .algorithm(Algorithm::Ring)
             .channels(1)
             .build(&mut values)
@@ -346,7 +346,7 @@ proptest! {
             }).collect();
             let before: Vec<Vec<u8>> = model.iter().map(|tensor| tensor.bytes().to_vec()).collect();
             let algorithm = if direct { Algorithm::Direct } else { Algorithm::Ring };
-            let mut averager = ParamAverager::builder(communicator)
+            let mut averager = test_support::options(communicator)
                 .algorithm(algorithm)
                 .all_or_nothing(all_or_nothing)
                 .channels(channels)

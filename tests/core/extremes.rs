@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use param_averager::{
-    Algorithm, Communicator, Device, Dtype, Error, LocalSgd, ParamAverager, Schedule, TensorMut,
+    Algorithm, Communicator, Device, Dtype, Error, LocalSgd, Schedule, TensorMut,
 };
 use proptest::prelude::*;
 use test_support::{count, ranks};
@@ -68,7 +68,7 @@ proptest! {
         prop_assume!(!valid || bytes() < 64 << 20 && channels < 16);
         let results = ranks(2, |communicator| {
             let algorithm = if ring { Algorithm::Ring } else { Algorithm::Direct };
-            let builder = ParamAverager::builder(communicator).algorithm(algorithm);
+            let builder = test_support::options(communicator).algorithm(algorithm);
             let builder = builder.channels(channels).slots(slots).chunk_bytes(chunk);
             builder.timeout(timeout).build(&mut vec![1.0f32; 100]).map(drop)
         });
@@ -101,7 +101,7 @@ proptest! {
             let rank = communicator.rank();
             let algorithm = if ring { Algorithm::Ring } else { Algorithm::Direct };
             let mut model = vec![rank as f32; 1000];
-            let builder = ParamAverager::builder(communicator).algorithm(algorithm);
+            let builder = test_support::options(communicator).algorithm(algorithm);
             let mut averager = builder.timeout(timeout).build(&mut model).unwrap();
             let weight = if rank == 0 { weights.0 } else { weights.1 };
             let weighted = averager.average_weighted(&mut model, weight);
@@ -130,7 +130,7 @@ proptest! {
     #[test]
     fn any_schedule_steps(every in number(), warmup in number(), steps in 0usize..20) {
         let mut model = vec![1.0f32];
-        let averager = ParamAverager::builder(one()).build(&mut model).unwrap();
+        let averager = test_support::options(one()).build(&mut model).unwrap();
         let mut sgd = LocalSgd::new(averager, Schedule::every(every.max(1)).after_warmup(warmup));
         for _ in 0..steps {
             sgd.step(&mut model).unwrap();
@@ -155,7 +155,7 @@ proptest! {
             TensorMut::from_raw_parts(pointer, elements as usize, dtype, Device::cpu())
         };
         let mut tensors = [tensor];
-        let mut builder = ParamAverager::builder(one());
+        let mut builder = test_support::options(one());
         builder = builder.channels(1);
         let error = builder.build(&mut tensors).map(drop).unwrap_err();
         prop_assert!(matches!(error, Error::InvalidTensor { rank: 0, .. }), "{}", error);

@@ -23,7 +23,7 @@ const WAYS: [(Algorithm, bool); 3] =
 fn builder(communicator: Communicator, (algorithm, all_or_nothing): (Algorithm, bool)) -> Builder {
     let testing = Testing { poison_slots: true, ..Testing::default() };
     let builder =
-        ParamAverager::builder(communicator).algorithm(algorithm).all_or_nothing(all_or_nothing);
+        test_support::options(communicator).algorithm(algorithm).all_or_nothing(all_or_nothing);
     builder.timeout(TIMEOUT).chunk_bytes(128).slots(2).channels(1).testing(testing)
 }
 

@@ -5,8 +5,8 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Mutex;
 
 use param_averager::{
-    Action, Algorithm, Error, Lend, LendError, Loan, LocalSgd, ParamAverager, Parameters, Schedule,
-    TensorMut, TensorState,
+    Action, Algorithm, Error, Lend, LendError, Loan, LocalSgd, Parameters, Schedule, TensorMut,
+    TensorState,
 };
 use test_support::ranks;
 
@@ -80,7 +80,7 @@ const ALGORITHMS: [Algorithm; 2] = [Algorithm::Direct, Algorithm::Ring];
 fn a_model_is_asked_only_when_an_average_is_made() {
     ranks(2, |communicator| {
         let mut model = Locked::new(communicator.rank() as f32);
-        let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let averager = test_support::options(communicator).build(&mut model).unwrap();
         let built = model.lent;
         let mut sgd = LocalSgd::new(averager, Schedule::every(8));
         for step in 1..=20 {
@@ -98,7 +98,7 @@ fn with_a_rank_that(fails: Fails, check: impl Fn(usize, Result<(), Error>) + Syn
         ranks(3, |communicator| {
             let rank = communicator.rank();
             let mut model = Locked::new(rank as f32);
-            let builder = ParamAverager::builder(communicator).algorithm(algorithm);
+            let builder = test_support::options(communicator).algorithm(algorithm);
             let mut averager = builder.build(&mut model).unwrap();
             if rank == 1 {
                 model.fails = fails;
@@ -140,7 +140,7 @@ fn each_rank_that_fails_gets_its_own_reason() {
     ranks(3, |communicator| {
         let rank = communicator.rank();
         let mut model = Locked::new(rank as f32);
-        let mut averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let mut averager = test_support::options(communicator).build(&mut model).unwrap();
         model.fails = [Fails::Says, Fails::No, Fails::Forgets][rank];
         let error = averager.average(&mut model).unwrap_err();
         let reason = ["not contiguous", "own error", "without calling"][rank];
@@ -156,7 +156,7 @@ fn a_fault_after_the_average_changes_no_schedule() {
     ranks(2, |communicator| {
         let rank = communicator.rank();
         let mut model = Locked::new(rank as f32);
-        let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let averager = test_support::options(communicator).build(&mut model).unwrap();
         let mut sgd = LocalSgd::new(averager, Schedule::every(1));
         if rank == 1 {
             model.fails = Fails::SaysAfterwards;
@@ -196,7 +196,7 @@ fn no_rank_builds_where_one_can_not_lend() {
             if communicator.rank() == 1 {
                 model.fails = fails;
             }
-            let error = ParamAverager::builder(communicator).build(&mut model).unwrap_err();
+            let error = test_support::options(communicator).build(&mut model).unwrap_err();
             assert!(matches!(error, Error::LendFailed { rank: 1, .. }), "{error:?}");
         });
     }
@@ -206,7 +206,7 @@ fn no_rank_builds_where_one_can_not_lend() {
 fn single_rank_that_can_not_lend_gets_an_error() {
     ranks(1, |communicator| {
         let mut model = Locked::new(0.0);
-        let mut averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let mut averager = test_support::options(communicator).build(&mut model).unwrap();
         model.fails = Fails::Says;
         assert!(matches!(averager.average(&mut model), Err(Error::LendFailed { rank: 0, .. })));
         let mut sgd = LocalSgd::new(averager, Schedule::every(1));
@@ -220,7 +220,7 @@ fn host_memory_is_averaged_by_start() {
     ranks(2, |communicator| {
         let rank = communicator.rank();
         let mut model = Locked::new(rank as f32);
-        let mut averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let mut averager = test_support::options(communicator).build(&mut model).unwrap();
         let pending = averager.start_weighted(&mut model, 1.0 + 2.0 * rank as f64).unwrap();
         assert!(pending.is_done());
         assert_eq!(model.values(), vec![0.75; 1006]);

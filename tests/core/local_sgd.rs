@@ -1,6 +1,6 @@
 //! Local SGD: when it averages, the actions that it returns, and that it learns.
 
-use param_averager::{Action, Error, LocalSgd, ParamAverager, Schedule, TensorState};
+use param_averager::{Action, Error, LocalSgd, Schedule, TensorState};
 use test_support::{ranks, Random};
 
 #[test]
@@ -8,7 +8,7 @@ fn averages_when_due_and_says_what_it_did() {
     let done = ranks(3, |communicator| {
         let rank = communicator.rank();
         let mut model = vec![rank as f32; 10];
-        let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let averager = test_support::options(communicator).build(&mut model).unwrap();
         let mut sgd = LocalSgd::new(averager, Schedule::every(3).after_warmup(1));
         let mut said = vec![];
         for step in 1..=6 {
@@ -40,7 +40,7 @@ fn finish_averages_uneven_ends_and_nothing_when_no_rank_stepped() {
     let done = ranks(2, |communicator| {
         let rank = communicator.rank();
         let mut model = vec![rank as f64; 4];
-        let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let averager = test_support::options(communicator).build(&mut model).unwrap();
         let mut sgd = LocalSgd::new(averager, Schedule::every(10));
         assert_eq!(sgd.finish(&mut model).unwrap(), Action::Unneeded);
         assert_eq!(model, [rank as f64; 4]);
@@ -58,7 +58,7 @@ fn a_skipped_step_still_takes_part_when_the_others_are_due() {
     ranks(2, |communicator| {
         let rank = communicator.rank();
         let mut model = vec![rank as f32; 4];
-        let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let averager = test_support::options(communicator).build(&mut model).unwrap();
         let mut sgd = LocalSgd::new(averager, Schedule::every(2));
         for step in 1..=4 {
             // Rank 1's loss scaler skips every second optimizer step.
@@ -79,7 +79,7 @@ fn alone_or_disabled_it_only_counts() {
         ranks(n, |communicator| {
             let rank = communicator.rank();
             let mut model = vec![rank as f32; 4];
-            let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+            let averager = test_support::options(communicator).build(&mut model).unwrap();
             let mut sgd = LocalSgd::new(averager, Schedule::every(2)).enabled(n == 1);
             for _ in 0..5 {
                 assert_eq!(sgd.step(&mut model).unwrap(), Action::Alone);
@@ -103,7 +103,7 @@ fn schedules_that_differ_are_an_error_everywhere_and_never_a_hang() {
         let errors = ranks(3, |communicator| {
             let odd = communicator.rank() == 2;
             let mut model = vec![communicator.rank() as f32; 4];
-            let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+            let averager = test_support::options(communicator).build(&mut model).unwrap();
             let mut sgd = LocalSgd::new(averager, if odd { schedule } else { Schedule::every(2) });
             if odd && finishes {
                 sgd.step(&mut model).unwrap();
@@ -120,7 +120,7 @@ fn schedules_that_differ_are_an_error_everywhere_and_never_a_hang() {
     let errors = ranks(2, |communicator| {
         let schedule = Schedule::every(2 + communicator.rank() as u64).after_warmup(1);
         let mut model = vec![1.0f32; 4];
-        let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let averager = test_support::options(communicator).build(&mut model).unwrap();
         let mut sgd = LocalSgd::new(averager, schedule);
         sgd.step(&mut model).unwrap_err().to_string()
     });
@@ -135,7 +135,7 @@ fn a_rank_with_fewer_steps_finishes_until_the_others_do() {
     let seen = ranks(3, |communicator| {
         let rank = communicator.rank();
         let mut model = vec![rank as f32; 4];
-        let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let averager = test_support::options(communicator).build(&mut model).unwrap();
         let mut sgd = LocalSgd::new(averager, Schedule::every(2));
         let mut differed = 0;
         for _ in 0..if rank == 1 { 3 } else { 8 } {
@@ -156,7 +156,7 @@ fn a_panic_in_the_training_loop_starts_no_collective() {
     let seen = ranks(2, |communicator| {
         let rank = communicator.rank();
         let mut model = vec![rank as f32; 4];
-        let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let averager = test_support::options(communicator).build(&mut model).unwrap();
         let mut sgd = LocalSgd::new(averager, Schedule::every(2));
         sgd.step(&mut model).unwrap();
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || {
@@ -183,7 +183,7 @@ fn ranks_learn_together_what_none_could_alone() {
     let models = ranks(4, |communicator| {
         let rank = communicator.rank();
         let mut model = vec![vec![0.0f64; 2]; 2];
-        let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let averager = test_support::options(communicator).build(&mut model).unwrap();
         let mut sgd = LocalSgd::new(averager, Schedule::every(8));
         let mut random = Random(rank as u64);
         for _ in 0..4000 {

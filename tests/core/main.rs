@@ -7,5 +7,8 @@ mod extremes;
 mod faults;
 mod lend;
 mod local_sgd;
+mod names;
 mod public_api;
 mod refusals;
+mod run;
+mod start;

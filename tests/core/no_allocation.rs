@@ -7,7 +7,7 @@ use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Barrier;
 
-use param_averager::{Algorithm, LocalSgd, ParamAverager, Schedule};
+use param_averager::{Algorithm, LocalSgd, Schedule};
 use test_support::{ranks, tests, tool};
 
 struct Counting;
@@ -56,7 +56,7 @@ fn average_between(mark: impl Fn(&str) + Sync) {
             COUNTED.set(true);
             let rank = communicator.rank();
             let mut model: Vec<Vec<f32>> = (0..100).map(|i| vec![rank as f32; i * 7]).collect();
-            let averager = ParamAverager::builder(communicator)
+            let averager = test_support::options(communicator)
                 .algorithm(algorithm)
                 .all_or_nothing(all_or_nothing)
                 .reject_non_finite(reject)
@@ -125,10 +125,8 @@ fn memory_overhead_is_bounded() {
     let extra = |algorithm: Algorithm, n: usize, megabytes: usize| {
         ranks(n, |communicator| {
             let mut model = vec![vec![0f32; megabytes << 16]; 4];
-            let averager = ParamAverager::builder(communicator)
-                .algorithm(algorithm)
-                .build(&mut model)
-                .unwrap();
+            let averager =
+                test_support::options(communicator).algorithm(algorithm).build(&mut model).unwrap();
             averager.memory_overhead()
         })[0]
     };

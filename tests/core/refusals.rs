@@ -18,7 +18,7 @@ fn layouts_and_options_that_differ_are_refused_by_all_at_build() {
             if communicator.rank() == 2 {
                 return rank2(communicator).unwrap_err();
             }
-            ParamAverager::builder(communicator)
+            test_support::options(communicator)
                 .build(&mut vec![vec![0f32; 10], vec![0f32; 20]])
                 .unwrap_err()
         })
@@ -26,25 +26,25 @@ fn layouts_and_options_that_differ_are_refused_by_all_at_build() {
     type Build = fn(Communicator) -> Result<ParamAverager, Error>;
     let cases: [(Build, &str); 7] = [
         (
-            |c| ParamAverager::builder(c).timeout(Duration::ZERO).build(&mut vec![0f32; 10]),
+            |c| test_support::options(c).timeout(Duration::ZERO).build(&mut vec![0f32; 10]),
             "`timeout` is 0",
         ),
         (
-            |c| ParamAverager::builder(c).build(&mut vec![vec![0f32; 10], vec![0f32; 21]]),
+            |c| test_support::options(c).build(&mut vec![vec![0f32; 10], vec![0f32; 21]]),
             "tensor 1 (f32, 21 elements)",
         ),
         (
-            |c| ParamAverager::builder(c).build(&mut vec![vec![0f64; 10], vec![0f64; 20]]),
+            |c| test_support::options(c).build(&mut vec![vec![0f64; 10], vec![0f64; 20]]),
             "tensor 0 (f64, 10 elements)",
         ),
-        (|c| ParamAverager::builder(c).build(&mut vec![vec![0f32; 10]]), "1 tensors"),
+        (|c| test_support::options(c).build(&mut vec![vec![0f32; 10]]), "1 tensors"),
         (
-            |c| ParamAverager::builder(c).slots(8).build(&mut vec![vec![0f32; 10], vec![0f32; 20]]),
+            |c| test_support::options(c).slots(8).build(&mut vec![vec![0f32; 10], vec![0f32; 20]]),
             "slots = 8",
         ),
-        (|c| ParamAverager::builder(c).slots(0).build(&mut vec![vec![0f32; 10]]), "`slots` is 0"),
+        (|c| test_support::options(c).slots(0).build(&mut vec![vec![0f32; 10]]), "`slots` is 0"),
         (
-            |c| ParamAverager::builder(c).slots(3).build(&mut vec![vec![0f32; 10], vec![0f32; 20]]),
+            |c| test_support::options(c).slots(3).build(&mut vec![vec![0f32; 10], vec![0f32; 20]]),
             "`slots` is 3",
         ),
     ];
@@ -67,10 +67,7 @@ fn a_rank_that_does_not_build_is_a_timeout_and_one_that_is_gone_is_lost() {
         if communicator.rank() == 1 {
             std::thread::sleep(2 * TIMEOUT);
         }
-        ParamAverager::builder(communicator)
-            .timeout(TIMEOUT)
-            .build(&mut vec![0f32; 10])
-            .unwrap_err()
+        test_support::options(communicator).timeout(TIMEOUT).build(&mut vec![0f32; 10]).unwrap_err()
     });
     let timeout =
         Error::Timeout { rank: 1, timeout: TIMEOUT, phase: Phase::Build, committed: false };
@@ -78,7 +75,7 @@ fn a_rank_that_does_not_build_is_a_timeout_and_one_that_is_gone_is_lost() {
 
     let gone = ranks(3, |communicator| {
         (communicator.rank() != 1)
-            .then(|| ParamAverager::builder(communicator).build(&mut vec![0f32; 10]).unwrap_err())
+            .then(|| test_support::options(communicator).build(&mut vec![0f32; 10]).unwrap_err())
     });
     let lost = Some(Error::PeerLost { rank: 1, phase: Phase::Build, committed: false });
     assert_eq!(gone, [lost.clone(), None, lost]);
@@ -98,7 +95,7 @@ fn worlds_and_devices_that_cannot_be_are_refused() {
     // Ranks on CPUs accept `Link::Host`, and refuse `Link::Peer`.
     let errors = ranks(2, |communicator| {
         let builder = |link| {
-            ParamAverager::builder(communicator.clone()).algorithm(Algorithm::Ring).link(link)
+            test_support::options(communicator.clone()).algorithm(Algorithm::Ring).link(link)
         };
         builder(Link::Host)
             .build(&mut vec![0f32; 10])
@@ -158,7 +155,7 @@ fn pointers_are_checked_and_the_tensor_is_named() {
             let mut good = vec![0f32; 50];
             let mut raw =
                 Raw(tensors.iter().map(|&(a, e, n, d)| (a as *mut u8, e, n, d)).collect());
-            let builder = ParamAverager::builder(communicator);
+            let builder = test_support::options(communicator);
             if own { builder.build(&mut raw) } else { builder.build(&mut good) }.unwrap_err()
         });
         for error in errors {
@@ -181,7 +178,7 @@ fn tensors_that_begin_to_overlap_are_refused_as_long_as_they_do() {
             })
         };
         let own = communicator.rank() == 1;
-        let mut averager = ParamAverager::builder(communicator).build(&mut tensors(10)).unwrap();
+        let mut averager = test_support::options(communicator).build(&mut tensors(10)).unwrap();
         for _ in 0..3 {
             let error = averager.average(&mut tensors(if own { 9 } else { 10 })).unwrap_err();
             assert!(matches!(error, Error::InvalidTensor { rank: 1, .. }), "{error}");
@@ -201,7 +198,7 @@ fn nan_of_one_average_is_not_reported_in_the_next() {
         let errors = ranks(3, |communicator| {
             let own = communicator.rank() == 1;
             let model = |elements: usize| vec![vec![1f32; 10], vec![1.0; elements], vec![1.0; 500]];
-            let mut averager = ParamAverager::builder(communicator)
+            let mut averager = test_support::options(communicator)
                 .algorithm(algorithm)
                 .all_or_nothing(all_or_nothing)
                 .reject_non_finite(true)

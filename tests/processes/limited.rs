@@ -69,7 +69,7 @@ pub fn limited_threads() -> i32 {
                 let mut model = vec![vec![1.0f32; 6 << 20]];
                 at_limit.wait();
                 limited.wait();
-                let builder = ParamAverager::builder(communicator).algorithm(algorithm).channels(2);
+                let builder = test_support::options(communicator).algorithm(algorithm).channels(2);
                 let built = builder.build(&mut model);
                 match built.and_then(|mut averager| averager.average(&mut model)) {
                     Ok(_) => say("averaged"),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use param_averager::{
     Algorithm, Builder, Communicator, Device, Link, ParamAverager, Parameters, Pending,
-    RawCudaParams, TensorMut,
+    RawCudaParams, Start, TensorMut,
 };
 
 use crate::cli::Options;
@@ -22,6 +22,8 @@ const BASELINES_COMMIT: bool = false;
 impl Options {
     pub fn builder(&self, of: Communicator, algorithm: Algorithm, commit: bool) -> Builder {
         let mut builder = ParamAverager::builder(of)
+            .start_from(Start::Own)
+            .allow_unnamed()
             .algorithm(algorithm)
             .link(self.link.unwrap_or(Link::Auto))
             .all_or_nothing(commit)
@@ -81,26 +83,27 @@ impl Replica {
         Replica::new(arena.start, tensors, Device::cpu(), arena.clone())
     }
 
-    /// One of its tensors.
+    /// One of its tensors, without its name: tensors of one size share an averager.
     pub fn tensor(&mut self, index: usize) -> TensorMut<'_> {
         self.placed(index)
     }
 
     /// The same; within one borrow of the replica, each is used once.
     fn placed(&self, index: usize) -> TensorMut<'_> {
-        let Placed { name, offset, elements, dtype } = &self.tensors[index];
+        let Placed { offset, elements, dtype, .. } = &self.tensors[index];
         let start = self.start.wrapping_add(*offset);
         // SAFETY: placed inside of the memory, which is initialised and kept; one crew runs at a
         // time, and its member has its rank's memory to itself.
-        let tensor = unsafe { TensorMut::from_raw_parts(start, *elements, *dtype, self.device) };
-        tensor.named(name)
+        unsafe { TensorMut::from_raw_parts(start, *elements, *dtype, self.device) }
     }
 }
 
 impl Parameters for Replica {
     fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
         let replica: &'a Replica = self;
-        (0..replica.tensors.len()).for_each(|index| visit(replica.placed(index)))
+        for (index, tensor) in replica.tensors.iter().enumerate() {
+            visit(replica.placed(index).named(&tensor.name));
+        }
     }
 }
 

@@ -185,6 +185,20 @@ impl Context {
         unsafe { call!(cuStreamSynchronize(self.side)) }
     }
 
+    /// Reads bytes after all work that the device has been given so far.
+    ///
+    /// # Safety
+    /// The bytes are in memory of the device that stays allocated.
+    pub(crate) unsafe fn read_behind_all(&self, from: u64, to: &mut [u8]) -> Result<(), Failed> {
+        let _bound = self.bind()?;
+        // SAFETY: no argument.
+        unsafe { call!(cuCtxSynchronize()) }?;
+        self.on_the_side(|stream| {
+            // SAFETY: the caller's promise; `to` outlives the copy, which is waited for.
+            unsafe { call!(cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), stream)) }
+        })
+    }
+
     pub(super) fn spare(&self) -> MutexGuard<'_, Spare> {
         lock(&self.spare)
     }

@@ -37,6 +37,7 @@ driver_api! {
     cuDevicePrimaryCtxRelease_v2,
     cuCtxPushCurrent_v2,
     cuCtxPopCurrent_v2,
+    cuCtxSynchronize,
     cuCtxEnablePeerAccess,
     cuCtxDisablePeerAccess,
     cuModuleLoadData,

@@ -18,6 +18,7 @@ pub(super) struct WireHandshake {
     schedule_position: u64,
     admission: Admission,
     ordinal: Option<String>,
+    digest: Option<u64>,
     /// Handles of inbox, credits and control block, as far as they exist.
     memories: [Option<MemoryHandle>; 3],
 }
@@ -51,6 +52,7 @@ impl WireHandshake {
             schedule_position: handshake.schedule_position,
             admission: handshake.admission,
             ordinal: handshake.ordinal.clone(),
+            digest: handshake.digest,
             memories,
         };
         (wire, files)
@@ -69,6 +71,7 @@ impl WireHandshake {
             schedule_position: wire.schedule_position,
             admission: wire.admission,
             ordinal: wire.ordinal,
+            digest: wire.digest,
             inbox: None,
             credits: None,
             control: None,

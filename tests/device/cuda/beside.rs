@@ -61,7 +61,7 @@ pub fn beside() {
         };
         let build = |algorithm, model: &mut Model| {
             let builder =
-                ParamAverager::builder(communicator.clone()).algorithm(algorithm).channels(2);
+                test_support::options(communicator.clone()).algorithm(algorithm).channels(2);
             builder.timeout(Duration::from_secs(60)).build(model).unwrap()
         };
         let mut averagers =
@@ -133,7 +133,7 @@ pub fn memory() {
     let free = || context.mem_get_info().unwrap().0;
     let build = |communicator, elements, seed| {
         let mut model = Model::new(GPU, &[(Dtype::F32, elements, 0)], seed);
-        let builder = ParamAverager::builder(communicator).algorithm(Algorithm::Ring).channels(1);
+        let builder = test_support::options(communicator).algorithm(Algorithm::Ring).channels(1);
         (builder.timeout(Duration::from_secs(30)).build(&mut model).unwrap(), model)
     };
     let worlds = [(); 2].map(|()| Communicator::from_devices(&[GPU; 2]).unwrap());

@@ -54,7 +54,7 @@ pub fn refusals() {
                 .map(|tensors| Model::new(GPU, tensors, 5));
             let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
             let raw = stream.cu_stream();
-            let builder = ParamAverager::builder(communicator).algorithm(algorithm).channels(2);
+            let builder = test_support::options(communicator).algorithm(algorithm).channels(2);
             let mut averager = builder.timeout(Duration::from_secs(60)).build(&mut model).unwrap();
             let mut wrong = |averager: &mut ParamAverager, model: &mut Model| {
                 for other in &mut others {
@@ -157,7 +157,7 @@ fn replay(devices: &[Device], algorithm: Algorithm, commit: bool) {
         let weights = model.tensor_address(0);
         let stream = CudaContext::new(super::model::ordinal(on)).unwrap().new_stream().unwrap();
         let raw = stream.cu_stream();
-        let builder = ParamAverager::builder(communicator)
+        let builder = test_support::options(communicator)
             .algorithm(algorithm)
             .all_or_nothing(commit)
             .channels(2);

@@ -26,7 +26,7 @@ fn stream() -> Arc<CudaStream> {
 }
 
 fn build(communicator: Communicator, params: &mut CudaParams<'_>) -> Result<ParamAverager> {
-    let builder = ParamAverager::builder(communicator).channels(2).timeout(Duration::from_secs(60));
+    let builder = test_support::options(communicator).channels(2).timeout(Duration::from_secs(60));
     builder.build(params)
 }
 
@@ -270,7 +270,7 @@ fn refusals() {
     // Ranks on CPUs.
     ranks_on(Device::cpu(), 2, |communicator| {
         let mut model = vec![communicator.rank() as f32; 10];
-        let mut averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let mut averager = test_support::options(communicator).build(&mut model).unwrap();
         let stream = stream();
         stream_is(
             refused(&mut averager, &mut CudaParams::new(&stream)),

@@ -14,7 +14,7 @@ fn ring(ranks: usize, devices: &'static [usize], link: Link) -> Way {
 fn order_of(devices: &[Device]) -> Vec<usize> {
     let orders = ranks_of(devices, |communicator| {
         let mut model = Model::new(communicator.device(), &shapes()[..1], 0);
-        ParamAverager::builder(communicator).build(&mut model).unwrap().ring_order().to_vec()
+        test_support::options(communicator).build(&mut model).unwrap().ring_order().to_vec()
     });
     orders.into_iter().next().unwrap()
 }
@@ -78,11 +78,9 @@ pub fn every_link() {
     // same time.
     ranks_of(&[Device::cuda(2), Device::cuda(0)], |communicator| {
         let mut model = Model::new(communicator.device(), &shapes, communicator.rank() as u64);
-        let mut host = ParamAverager::builder(communicator.clone())
-            .link(Link::Host)
-            .build(&mut model)
-            .unwrap();
-        let mut auto = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let mut host =
+            test_support::options(communicator.clone()).link(Link::Host).build(&mut model).unwrap();
+        let mut auto = test_support::options(communicator).build(&mut model).unwrap();
         assert_eq!((auto.algorithm(), host.algorithm()), (Algorithm::Ring, Algorithm::Ring));
         assert_eq!(auto.ring_order(), [0, 1]);
         auto.average(&mut model).unwrap();
@@ -93,7 +91,7 @@ pub fn every_link() {
     // `Algorithm::Direct` needs a single device, and a world has CPUs only or CUDA devices only.
     let errors = ranks_of(&[Device::cuda(0), Device::cuda(1)], |communicator| {
         let mut model = Model::new(communicator.device(), &shapes, 0);
-        ParamAverager::builder(communicator)
+        test_support::options(communicator)
             .algorithm(Algorithm::Direct)
             .build(&mut model)
             .map(drop)
@@ -114,7 +112,7 @@ pub fn pairs() {
     let shapes = shapes();
     ranks_of(&[0, 1, 2, 3].map(Device::cuda), |communicator| {
         let mut model = Model::new(communicator.device(), &shapes, 0);
-        let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let averager = test_support::options(communicator).build(&mut model).unwrap();
         assert_eq!(averager.ring_order(), [0, 2, 1, 3]);
     });
     // Two links of each kind, and weights that go with their ranks.
@@ -140,7 +138,7 @@ pub fn not_reached(access: PeerAccess) {
     ring(2, &[1, 0], Link::Host).compare(&shapes()[5..]);
     let errors = ranks_of(&[Device::cuda(0), Device::cuda(1)], |communicator| {
         let mut model = Model::new(communicator.device(), &shapes(), 0);
-        ParamAverager::builder(communicator)
+        test_support::options(communicator)
             .link(Link::Peer)
             .build(&mut model)
             .map(drop)

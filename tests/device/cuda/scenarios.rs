@@ -72,11 +72,11 @@ fn averages() {
     // The defaults of a device, and two averagers at once.
     ranks_on(GPU, 4, |communicator| {
         let mut model = Model::new(GPU, &shapes, communicator.rank() as u64);
-        let mut ring = ParamAverager::builder(communicator.clone())
+        let mut ring = test_support::options(communicator.clone())
             .algorithm(Algorithm::Ring)
             .build(&mut model)
             .unwrap();
-        let mut auto = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let mut auto = test_support::options(communicator).build(&mut model).unwrap();
         assert_eq!(auto.algorithm(), Algorithm::Direct);
         ring.average(&mut model).unwrap();
         auto.average(&mut model).unwrap();
@@ -101,7 +101,7 @@ fn refusals() {
     // rank.
     let errors = ranks_on(GPU, 4, |communicator| {
         let mut model = Model::new(GPU, &shapes(), 0);
-        let builder = ParamAverager::builder(communicator).channels(1000);
+        let builder = test_support::options(communicator).channels(1000);
         builder.build(&mut model).map(drop).unwrap_err()
     });
     for error in &errors {
@@ -123,7 +123,7 @@ fn refusals() {
     ranks_on(GPU, 2, |communicator| {
         let (rank, mut wrong) = (communicator.rank(), vec![1.0f32; 50]);
         let mut right = Model::new(GPU, &[(Dtype::F32, 50, 0)], 0);
-        let builder = ParamAverager::builder(communicator.clone());
+        let builder = test_support::options(communicator.clone());
         check(
             if rank == 1 {
                 builder.build(&mut host(&mut wrong))
@@ -133,7 +133,7 @@ fn refusals() {
             .unwrap_err(),
         );
         // Memory that ends before the tensor does.
-        let builder = ParamAverager::builder(communicator.clone());
+        let builder = test_support::options(communicator.clone());
         let (longer, pointer) = (1 << 40, right.tensor_address(0) as *mut u8);
         // SAFETY: as above.
         let mut longer = unsafe { TensorMut::from_raw_parts(pointer, longer, Dtype::F32, GPU) };
@@ -141,7 +141,7 @@ fn refusals() {
             if rank == 1 { builder.build(&mut longer) } else { builder.build(&mut right) }
                 .unwrap_err(),
         );
-        let mut averager = ParamAverager::builder(communicator).build(&mut right).unwrap();
+        let mut averager = test_support::options(communicator).build(&mut right).unwrap();
         let before = right.bytes().to_vec();
         check(
             if rank == 1 {
@@ -158,7 +158,7 @@ fn refusals() {
     // A tensor that says it is on the CPU, and a device that is not there.
     ranks_on(GPU, 2, |communicator| {
         let error =
-            ParamAverager::builder(communicator).build(&mut vec![vec![0.0f32; 5]]).unwrap_err();
+            test_support::options(communicator).build(&mut vec![vec![0.0f32; 5]]).unwrap_err();
         assert!(error.to_string().contains("is not on cuda:0"), "{error}");
     });
     unavailable(Device::cuda(99), &["CUDA devices, numbered from 0"]);
@@ -191,7 +191,7 @@ pub fn fail(devices: &[Device], link: Link, algorithm: Algorithm, all_or_nothing
                     Duration::from_secs(50)
                 };
                 let builder =
-                    ParamAverager::builder(communicator).algorithm(algorithm).timeout(timeout);
+                    test_support::options(communicator).algorithm(algorithm).timeout(timeout);
                 let builder = builder.link(link);
                 let builder = builder
                     .all_or_nothing(all_or_nothing)
@@ -268,7 +268,7 @@ fn out_of_memory() {
     let shapes = [(Dtype::F32, 1 << 20, 0)]; // 4 MiB a rank
     let errors = ranks_on(GPU, 2, |communicator| {
         let mut model = Model::new(GPU, &shapes, 0);
-        let builder = ParamAverager::builder(communicator).algorithm(Algorithm::Ring).channels(1);
+        let builder = test_support::options(communicator).algorithm(Algorithm::Ring).channels(1);
         builder.chunk_bytes(2 << 20).slots(32).build(&mut model).map(drop)
     });
     for error in errors {

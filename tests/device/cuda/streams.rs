@@ -23,7 +23,7 @@ pub fn streams() {
             // any rank averages.
             let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
             let raw = stream.cu_stream();
-            let builder = ParamAverager::builder(communicator).algorithm(algorithm).channels(2);
+            let builder = test_support::options(communicator).algorithm(algorithm).channels(2);
             let mut averager = builder.timeout(Duration::from_secs(60)).build(&mut model).unwrap();
             for round in 0..3 {
                 // SAFETY: own memory and stream, which live until all is done.
@@ -116,7 +116,7 @@ pub fn streams() {
     // On CPUs the average has ended on return.
     let on_cpus = ranks_on(Device::cpu(), 2, |communicator| {
         let mut model = vec![communicator.rank() as f32; 10];
-        let mut averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let mut averager = test_support::options(communicator).build(&mut model).unwrap();
         // SAFETY: no stream is used, and the model lives until the average is done.
         let pending =
             unsafe { averager.start(&mut RawCudaParams::new(std::ptr::null_mut(), &mut model)) }

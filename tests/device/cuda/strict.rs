@@ -45,7 +45,7 @@ pub fn failures() {
                 let rank = communicator.rank();
                 let mut model = Model::new(GPU, &TENSORS, rank as u64);
                 let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
-                let builder = ParamAverager::builder(communicator).algorithm(algorithm).channels(2);
+                let builder = test_support::options(communicator).algorithm(algorithm).channels(2);
                 let mut averager =
                     builder.timeout(Duration::from_secs(50)).build(&mut model).unwrap();
                 let before = model.bytes().to_vec();
@@ -112,7 +112,7 @@ pub fn whole_averages_end() {
         // Rank 0 is slow, so that rank 1 has to wait, and checks whether rank 0 has departed.
         let testing =
             Testing { delay_ns: if rank == 0 { 3_000_000 } else { 0 }, ..Testing::default() };
-        let builder = ParamAverager::builder(communicator).algorithm(Algorithm::Ring).channels(2);
+        let builder = test_support::options(communicator).algorithm(Algorithm::Ring).channels(2);
         let builder = builder.chunk_bytes(4096).slots(2).testing(testing);
         let mut averager = builder.timeout(Duration::from_secs(50)).build(&mut model).unwrap();
         if rank == 0 {
@@ -148,7 +148,7 @@ pub fn beside_a_blocking_capture() {
         let rank = communicator.rank();
         let mut model = Model::new(GPU, &TENSORS, rank as u64);
         let mut averager =
-            ParamAverager::builder(communicator).channels(2).build(&mut model).unwrap();
+            test_support::options(communicator).channels(2).build(&mut model).unwrap();
         if rank == 0 {
             let context = CudaContext::new(0).unwrap();
             context.bind_to_thread().unwrap();
@@ -217,7 +217,7 @@ pub fn one_peer_each() {
         let [one, other] = devices.map(Device::cuda);
         let links = ranks_of(&[one, other], |communicator| {
             let mut model = Model::new(communicator.device(), &TENSORS, 0);
-            let builder = ParamAverager::builder(communicator).channels(2);
+            let builder = test_support::options(communicator).channels(2);
             let peer = builder.clone().link(Link::Peer).build(&mut model).is_ok();
             builder.build(&mut model).unwrap().average(&mut model).unwrap();
             peer

@@ -50,7 +50,7 @@ impl Way {
 
     pub fn build(&self, communicator: Communicator, model: &mut Model) -> Result<ParamAverager> {
         let link = if communicator.device() == Device::cpu() { Link::Auto } else { self.link };
-        ParamAverager::builder(communicator)
+        test_support::options(communicator)
             .algorithm(self.algorithm)
             .link(link)
             .all_or_nothing(self.all_or_nothing)

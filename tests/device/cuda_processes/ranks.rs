@@ -55,7 +55,7 @@ fn averages() -> Result<()> {
     let used = || Used::now(bytes_used(&context));
     // Exports no memory; when it is built, all ranks have closed their imports.
     let host = |model: &mut Model| -> Result<()> {
-        let builder = ParamAverager::builder(communicator.clone()).link(Link::Host).channels(1);
+        let builder = test_support::options(communicator.clone()).link(Link::Host).channels(1);
         builder.timeout(Duration::from_secs(50)).build(model).map(drop)
     };
     host(&mut other)?; // a driver keeps some of what it takes at first
@@ -71,7 +71,7 @@ fn averages() -> Result<()> {
         say(&format!("bits {:x}", hash(model.bytes())));
     }
     // As many channels as fit, while the first averager lives.
-    let mut defaults = ParamAverager::builder(communicator.clone())
+    let mut defaults = test_support::options(communicator.clone())
         .timeout(Duration::from_secs(50))
         .build(&mut other)?;
     defaults.average(&mut other)?;
@@ -157,7 +157,7 @@ pub fn bits_of_the_cpu(world: usize) -> Vec<String> {
         let rank = communicator.rank();
         let mut models: Vec<Model> =
             (0..ROUNDS).map(|round| fresh(Device::cpu(), rank, round)).collect();
-        let builder = ParamAverager::builder(communicator).algorithm(Algorithm::Ring);
+        let builder = test_support::options(communicator).algorithm(Algorithm::Ring);
         let mut averager = builder.channels(2).chunk_bytes(1 << 10).build(&mut models[0]).unwrap();
         let bits = |model: &mut Model| {
             averager.average(model).unwrap();

@@ -5,6 +5,7 @@
 mod guarded;
 mod harness;
 mod needs;
+mod options;
 mod oracle;
 #[cfg(target_os = "linux")]
 pub mod process;
@@ -18,6 +19,7 @@ mod threads;
 pub use guarded::Guarded;
 pub use harness::{main, main_with_threads, partly, says_more, Skip, Test};
 pub use needs::{gpu_kernels, tool};
+pub use options::options;
 pub use oracle::{fnv1a, format, mean, ulp};
 pub use random::{count, seed, stress, Random};
 pub use supervise::{output_within, Ended};

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use param_averager::{Communicator, ParamAverager};
+use param_averager::{Communicator, ParamAverager, Start};
 
 use crate::failure::Failure;
 
@@ -27,7 +27,10 @@ impl Exchange {
     pub fn new(communicator: Communicator, timeout: Option<Duration>) -> Result<Self, Failure> {
         let timeout = timeout.map_or(10 * PATIENCE, |timeout| timeout.max(PATIENCE));
         let mut table = vec![vec![0.0; communicator.world_size() * HALVES]];
-        let builder = ParamAverager::builder(communicator).timeout(timeout).channels(1);
+        let builder = ParamAverager::builder(communicator)
+            .start_from(Start::Own)
+            .timeout(timeout)
+            .channels(1);
         Ok(Exchange { averager: builder.build(&mut table)?, table })
     }
 

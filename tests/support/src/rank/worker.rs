@@ -5,9 +5,7 @@ use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use param_averager::{
-    Algorithm, Builder, Communicator, Device, Error, Link, LocalSgd, ParamAverager, Schedule,
-};
+use param_averager::{Algorithm, Builder, Communicator, Device, Error, Link, LocalSgd, Schedule};
 
 use super::{pairs, roles, survive};
 
@@ -103,9 +101,10 @@ pub fn builder(communicator: Communicator) -> Builder {
         _ => Link::Auto,
     };
     let builder = match device() == Device::cpu() {
-        true => ParamAverager::builder(communicator),
-        false => ParamAverager::builder(communicator)
-            .channels(number("PA_TEST_CHANNELS").unwrap_or(2) as u32),
+        true => crate::options(communicator),
+        false => {
+            crate::options(communicator).channels(number("PA_TEST_CHANNELS").unwrap_or(2) as u32)
+        }
     };
     builder
         .link(link)
