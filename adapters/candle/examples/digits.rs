@@ -4,7 +4,7 @@
 //!     cargo run --release -p param-averager-candle --example digits -- --ranks 4 --epochs 20
 //!     cargo run --release -p param-averager-candle --example digits -- --ranks 2 --processes
 
-#[allow(dead_code)] // The other task.
+#[allow(dead_code)] // What other examples use.
 mod train;
 
 use clap::Parser;

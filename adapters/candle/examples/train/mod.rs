@@ -3,6 +3,8 @@
 pub mod chars;
 pub mod clock;
 pub mod digits;
+pub mod plot;
+pub mod record;
 pub mod world;
 
 use candle_core::{DType, Device, Result as Candle, Tensor};
