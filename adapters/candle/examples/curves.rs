@@ -26,7 +26,7 @@ enum What {
         #[arg(long, default_value_t = 5)]
         seeds: u64,
         /// Passes over the digits
-        #[arg(long, default_value_t = 20.0)]
+        #[arg(long, default_value_t = 30.0)]
         digits_epochs: f64,
         /// Passes over the text
         #[arg(long, default_value_t = 3.6)]

@@ -122,7 +122,8 @@ pub fn train<T: Task>(
                 let last = sgd.finish(&mut params)?;
                 model_bytes = last.report().map_or(model_bytes, |report| report.bytes);
             }
-            let (test_loss, test_accuracy) = task.test()?;
+            // All ranks hold the same model now; rank 0 reports.
+            let (test_loss, test_accuracy) = if rank == 0 { task.test()? } else { (0.0, 0.0) };
             let averages = sgd.averages();
             let sent = 2.0 * (ranks - 1) as f64 / ranks as f64 * model_bytes as f64;
             points.push(Point {
@@ -146,18 +147,18 @@ pub fn train<T: Task>(
     Ok(points)
 }
 
-/// The same weights for the same seed: uniform with the variance that He et al. give.
+/// The same weights for the same seed: uniform with the variance that He et al. give, and no bias.
 fn initialize(params: &VarParams, seed: u64) -> Candle<()> {
     let mut random = StdRng::seed_from_u64(seed);
     for (name, var) in params.iter() {
-        // Gains and biases keep candle's constants.
-        let [_, inputs] = var.dims() else { continue };
-        let bound = match name.contains("embedding") {
-            true => 0.05,
-            false => (3.0 / *inputs as f32).sqrt(),
+        let bound = match var.dims() {
+            _ if name.contains("embedding") => 0.05,
+            [_, inputs] => (3.0 / *inputs as f32).sqrt(),
+            _ if name.ends_with("bias") => 0.0,
+            _ => continue, // A gain stays 1.
         };
         let count = var.elem_count();
-        let values: Vec<f32> = (0..count).map(|_| random.random_range(-bound..bound)).collect();
+        let values: Vec<f32> = (0..count).map(|_| random.random_range(-bound..=bound)).collect();
         var.set(&Tensor::from_vec(values, var.dims(), var.device())?)?;
     }
     Ok(())

@@ -88,6 +88,12 @@ fn font(size: i32) -> TextStyle<'static> {
     (FontFamily::SansSerif, size).into_text_style(&(WIDTH, WIDTH)).color(&BLACK)
 }
 
+/// A number with four decimals at most.
+fn short(number: f64) -> String {
+    let text = format!("{number:.4}");
+    text.trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
 fn curves(rows: &[Row], with_sorted: bool, x: &dyn Fn(&Row) -> f64) -> Vec<Curve> {
     let of = |label: String, colour, is_sorted, keep: &dyn Fn(&Row) -> bool| {
         let mut losses: BTreeMap<u64, Vec<(f64, f64)>> = BTreeMap::new();
@@ -134,14 +140,14 @@ fn panel(area: &Area, name: &str, curves: &[Curve], is_log: bool) -> Drawn {
     let mut builder = ChartBuilder::on(area);
     builder.margin(12).margin_right(24).x_label_area_size(46).y_label_area_size(62);
     macro_rules! series {
-        ($x:expr) => {{
-            let mut chart = builder.build_cartesian_2d($x, (low..high).log_scale())?;
+        ($x:expr, $y:expr) => {{
+            let mut chart = builder.build_cartesian_2d($x, $y)?;
             chart
                 .configure_mesh()
                 .x_desc(name)
                 .y_desc("test loss")
-                .y_label_formatter(&|loss| format!("{loss:.2}"))
-                .x_label_formatter(&|x| format!("{x}"))
+                .y_label_formatter(&|loss| short(*loss))
+                .x_label_formatter(&|x| short(*x))
                 .x_labels(7)
                 .y_labels(6)
                 .light_line_style(WHITE)
@@ -161,9 +167,12 @@ fn panel(area: &Area, name: &str, curves: &[Curve], is_log: bool) -> Drawn {
             }
         }};
     }
-    match is_log {
-        true => series!((from..to).log_scale()),
-        false => series!(from..to.max(f64::MIN_POSITIVE)),
+    let ratio = (low..high).log_scale().base(2.0);
+    match (is_log, high / low > 3.0) {
+        (true, true) => series!((from..to).log_scale(), ratio),
+        (true, false) => series!((from..to).log_scale(), low..high),
+        (false, true) => series!(from..to.max(f64::MIN_POSITIVE), ratio),
+        (false, false) => series!(from..to.max(f64::MIN_POSITIVE), low..high),
     }
     Ok(())
 }
