@@ -7,10 +7,10 @@
 namespace PA_ISA {
 
 // Validates the records of an epoch. Returns 0, or the error with the lowest rank at fault: the
-// same on every rank.
+// same on every rank. Calls are compared with that of the first rank that is not done.
 PA_FN uint32_t check_records(const PaControl* control, uint32_t world, uint32_t epoch) {
   const uint32_t parity = epoch & 1;
-  const PaRecord& first = control->board[0].record[parity];
+  const PaRecord& first = control->board[reference_rank(control, world, parity)].record[parity];
   bool needed = false, counts = false;
   uint32_t layout = 0, weight = 0, weighting = 0, schedule = 0, non_finite = 0;
   for (uint32_t r = world; r-- > 0;) {
@@ -20,9 +20,11 @@ PA_FN uint32_t check_records(const PaControl* control, uint32_t world, uint32_t 
     if (record.flags & PA_FLAG_LAYOUT) layout = code_of(uint32_t(PA_LAYOUT), r);
     if (!(record.weight >= 0) || record.weight - record.weight != 0)
       weight = code_of(uint32_t(PA_BAD_WEIGHT), r);
-    if ((record.flags ^ first.flags) & PA_FLAG_WEIGHTED)
+    const bool compared = !(record.flags & PA_FLAG_DONE);
+    if (compared && (record.flags ^ first.flags) & PA_FLAG_WEIGHTED)
       weighting = code_of(uint32_t(PA_WEIGHTING), r);
-    if (record.schedule != first.schedule) schedule = code_of(uint32_t(PA_SCHEDULE), r);
+    if (compared && record.schedule != first.schedule)
+      schedule = code_of(uint32_t(PA_SCHEDULE), r);
     if (record.flags & PA_FLAG_NON_FINITE) non_finite = code_of(uint32_t(PA_NON_FINITE), r);
   }
   if (layout) return layout;
@@ -62,11 +64,12 @@ PA_FN void compute_scales(const PaControl* control, uint32_t world, uint32_t epo
   me->divisor_f32 = sum_f32;
 }
 
-// True if any rank knows of a joiner: the same on all ranks, so that all admit it or none does.
+// True if any rank knows of a joiner: the same on all ranks, so that all admit it or none does. A
+// rank that is done does not know at which step the others are.
 PA_FN uint32_t has_joiner(const PaControl* control, uint32_t world, uint32_t epoch) {
   uint32_t flags = 0;
   for (uint32_t r = 0; r < world; ++r) flags |= control->board[r].record[epoch & 1].flags;
-  return flags & PA_FLAG_JOINER ? 1 : 0;
+  return (flags & PA_FLAG_JOINER) && !(flags & PA_FLAG_DONE) ? 1 : 0;
 }
 
 // First non-finite value that this rank's blocks have found in its tensors, or 0: PaChannel.bad.

@@ -31,6 +31,13 @@ PA_FN uint32_t poll_interrupt(WaitCtx ctx, uint32_t peer, bool all) {
   return 0;
 }
 
+// Rank whose call the others' are compared with: the first that is not done.
+PA_FN uint32_t reference_rank(const PaControl* control, uint32_t world, uint32_t parity) {
+  for (uint32_t r = 0; r < world; ++r)
+    if (!(control->board[r].record[parity].flags & PA_FLAG_DONE)) return r;
+  return 0;
+}
+
 // Writes the status record.
 PA_FN void write_status(WaitCtx ctx, uint32_t code, uint32_t phase) {
   const uint32_t kind = kind_of(code), rank = rank_of(code), parity = ctx.epoch & 1;
@@ -44,7 +51,10 @@ PA_FN void write_status(WaitCtx ctx, uint32_t code, uint32_t phase) {
   ctx.me->detail = about_record ? record.detail : 0;
   ctx.me->found = about_record ? record.found : 0;
   if (kind == PA_BAD_WEIGHT) memcpy(&ctx.me->found, &record.weight, sizeof record.weight);
-  if (kind == PA_SCHEDULE) ctx.me->detail = ctx.control()->board[0].record[parity].found;
+  if (kind == PA_SCHEDULE) {
+    const uint32_t first = reference_rank(ctx.control(), ctx.a->world, parity);
+    ctx.me->detail = ctx.control()->board[first].record[parity].found;
+  }
 }
 
 // Resolves a wait that ended with `failure`. True if that ends this rank's average. False if the

@@ -4,6 +4,7 @@
 mod assemble;
 mod builder;
 mod defaults;
+mod exchange;
 mod lend;
 mod link;
 mod memory;
@@ -25,6 +26,8 @@ use std::time::Duration;
 pub use builder::Builder;
 #[cfg(feature = "__testing")]
 pub use builder::Testing;
+pub use exchange::Reduction;
+pub(crate) use lend::Begun;
 #[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
 pub(crate) use lend::Ordered;
 pub use lend::{Lend, LendError, Loan, RawCudaParams};
@@ -38,7 +41,7 @@ pub use start::Start;
 use crate::abi::*;
 use crate::schedule::place;
 use crate::world::{AbortHandle, Agreement, Communicator};
-use crate::{Error, Result};
+use crate::{Error, Result, Schedule};
 use memory::RankMemory;
 use rebuild::Blueprint;
 use recover::Admitted;
@@ -95,6 +98,10 @@ pub struct ParamAverager {
     /// Options of this averager's successor in a later view.
     options: Builder,
     failed: Option<Error>,
+    /// Number of exchanges made by calls.
+    exchanges: u32,
+    /// The latest call that was launched.
+    call: Call,
     /// Failure of a `lend` after its average was made, until the call that made it ends.
     late: Option<Error>,
     /// Average that gave a joiner the model. `regroup` takes it.
@@ -118,12 +125,28 @@ pub(crate) struct Call {
     pub(crate) unneeded: bool,
     /// True if this rank takes part and its tensors stay as they are. For the ring only.
     pub(crate) keeps: bool,
+    /// Schedule and position of a `LocalSgd`, for errors.
+    pub(crate) course: Option<(Schedule, u64)>,
 }
 
 impl Call {
     /// An average outside of every schedule.
     pub(crate) fn by_hand(weight: Option<f64>) -> Call {
-        Call { weight, schedule: 0, place: place::BY_HAND, unneeded: false, keeps: false }
+        let place = place::BY_HAND;
+        Call { weight, schedule: 0, place, unneeded: false, keeps: false, course: None }
+    }
+
+    /// The call in words, as the cause of [`Error::SchedulesDiffer`] or `CallsDiffer`.
+    fn in_words(&self, is_of_schedule: bool) -> String {
+        match self.course {
+            Some((schedule, position)) if is_of_schedule && self.place == place::FINISH => {
+                format!("{} after step {position} of {schedule}", place::time(self.place))
+            }
+            Some((schedule, _)) if is_of_schedule => {
+                format!("{} of {schedule}", place::time(self.place))
+            }
+            _ => place::call(self.place),
+        }
     }
 }
 

@@ -194,42 +194,45 @@ pub enum Error {
     /// Ranks average at different points of their schedules. No tensor was changed, and every rank
     /// can go on.
     #[error(
-        "rank {rank} averages {found}, rank 0 {expected} (no tensor was changed): use the same \
-        Schedule on every rank, and call step once for each optimizer step, or skip where it was \
-        left out; a rank that has made fewer steps than its peers and is in `finish` calls it \
-        again until they reach it, too"
+        "rank {rank} averages {found}, rank {reference} {expected} (no tensor was changed): use \
+        the same Schedule on every rank, and call step once for each optimizer step, or skip where \
+        it was left out; a rank that has fewer batches than its peers calls `done` after its last"
     )]
     SchedulesDiffer {
-        /// First rank that differs from rank 0.
+        /// First rank that differs from `reference`.
         rank: usize,
-        /// Place of that rank in its schedule, such as "after step 12".
+        /// First rank that has not called [`done`](crate::LocalSgd::done).
+        reference: usize,
+        /// Time and schedule of that rank's average, such as "after step 12 of every(8)".
         found: String,
-        /// Place of rank 0.
+        /// Time and schedule of the average of `reference`.
         expected: String,
     },
 
     /// Ranks made different calls at the same time. No tensor was changed, and every rank can go
     /// on.
     #[error(
-        "rank {rank} averages {found}, rank 0 {expected} (no tensor was changed): make the same \
-        calls in the same order on every rank"
+        "rank {rank} calls {found}, rank {reference} {expected} (nothing was changed): make the \
+        same calls in the same order on every rank"
     )]
     CallsDiffer {
-        /// First rank that differs from rank 0.
+        /// First rank that differs from `reference`.
         rank: usize,
-        /// Purpose of that rank's call, such as "to copy rank 1's values".
+        /// First rank that has not called [`done`](crate::LocalSgd::done).
+        reference: usize,
+        /// Call of that rank, such as "broadcast from rank 1".
         found: String,
-        /// Purpose of rank 0's call.
+        /// Call of `reference`.
         expected: String,
     },
 
     /// Some ranks passed a weight and some did not. No tensor was changed.
     #[error(
-        "rank {rank} and rank 0 differ: one called average_weighted, the other average; use the \
-        same call on every rank"
+        "rank {rank} and a rank before it differ: one passes a weight (average_weighted, \
+        step_weighted), the other none; use the same call on every rank"
     )]
     WeightingDiffers {
-        /// First rank that differs from rank 0.
+        /// First rank that differs from the first one.
         rank: usize,
     },
 

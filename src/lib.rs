@@ -152,8 +152,8 @@ mod world;
 #[cfg(feature = "cuda")]
 pub use adapters::cudarc::{CudaParams, CudaTensorMut};
 pub use averager::{
-    Algorithm, Builder, Lend, LendError, Link, Loan, ParamAverager, Pending, RawCudaParams, Report,
-    Start,
+    Algorithm, Builder, Lend, LendError, Link, Loan, ParamAverager, Pending, RawCudaParams,
+    Reduction, Report, Start,
 };
 #[cfg(feature = "cuda")]
 pub use backend::cuda::{CudaDevice, Topology};

@@ -1,8 +1,11 @@
 //! Local SGD: counts optimizer steps, and averages when the schedule says so.
 
-use crate::averager::{Call, Halt, Lend, Outcome, Progress, Regrouped, TRIES};
+mod rounds;
+
+use std::time::Instant;
+
+use crate::averager::{Begun, Halt, Lend, Progress};
 use crate::schedule::place;
-use crate::world::Admission;
 use crate::{Error, ParamAverager, Report, Result, Schedule};
 
 /// Averages a model's parameters across ranks every so many optimizer steps.
@@ -10,11 +13,11 @@ use crate::{Error, ParamAverager, Report, Result, Schedule};
 /// Call [`step`](Self::step) once after every optimizer step, not after every micro-batch;
 /// [`skip`](Self::skip) where the optimizer step was left out (a loss scaler that found an
 /// overflow); [`finish`](Self::finish) once at the end of the loop. On every rank, the calls of
-/// `step` and `skip` together are equally many, up to the last due average.
+/// `step` and `skip` together are equally many, up to the last due average. Where ranks have
+/// different numbers of batches, each calls [`done`](Self::done) after its last one.
 ///
-/// `LocalSgd` makes all ranks agree at its first average, not before: ranks begin with the same
-/// weights, or copy rank 0's after building ([`guide::frameworks`](crate::guide::frameworks)).
-/// Buffers and the optimizer's state stay local unless they are passed as tensors.
+/// [`build`](crate::Builder::build) has given all ranks one model to begin with. Buffers and the
+/// optimizer's state stay local unless they are passed as tensors.
 ///
 /// Nothing is averaged on drop or while unwinding: a rank that panics leaves, and its peers get
 /// [`Error::PeerLost`](crate::Error::PeerLost), not a hang.
@@ -26,7 +29,24 @@ pub struct LocalSgd {
     position: u64,
     applied: u64,
     since_average: u64,
+    /// Samples since the last average, if steps are weighted.
+    samples: Option<f64>,
     averages: u64,
+    enqueued: Option<Enqueued>,
+    /// True if the next due average is waited for, since a process can be admitted after it.
+    admits_next: bool,
+    /// Error of an average that was enqueued, until the next call.
+    unreported: Option<Error>,
+}
+
+/// Average on the parameters' stream whose outcome was not taken yet.
+#[derive(Debug)]
+struct Enqueued {
+    begun: Begun,
+    start: Instant,
+    /// Steps and samples that it averages.
+    steps: u64,
+    samples: Option<f64>,
 }
 
 /// Result of a call of [`LocalSgd`].
@@ -40,6 +60,9 @@ pub enum Action {
     },
     /// The parameters are now the mean of all ranks' parameters.
     Averaged(Report),
+    /// An average was enqueued on the parameters' CUDA stream: work enqueued there from now on sees
+    /// the mean. Its outcome comes with the next average, or from [`wait`](LocalSgd::wait).
+    Enqueued,
     /// A process was admitted: the world has one more rank, which has a copy of the model.
     Admitted {
         /// Average that was due, made just before. `None`: this rank was alone, and its parameters
@@ -81,7 +104,11 @@ impl LocalSgd {
             position,
             applied: 0,
             since_average: 0,
+            samples: None,
             averages: 0,
+            enqueued: None,
+            admits_next: false,
+            unreported: None,
         }
     }
 
@@ -92,18 +119,70 @@ impl LocalSgd {
         self
     }
 
+    /// Place in the schedule to begin at, such as [`position`](Self::position) when a checkpoint
+    /// was written: a warm-up is then not repeated. Must be the same on every rank. In a process
+    /// that [joined](crate::Communicator::join) it changes nothing, since its peers tell the place.
+    /// Default: 0.
+    pub fn at(mut self, position: u64) -> Self {
+        if !self.averager.has_joined() {
+            self.position = position;
+            self.averager.set_position_in_schedule(position);
+        }
+        self
+    }
+
     /// Counts an optimizer step that was applied, and averages if an average is due.
     ///
+    /// If the parameters' uses are ordered on a CUDA stream (as cudarc's slices are, and
+    /// [`RawCudaParams`](crate::RawCudaParams)), the average is [enqueued](Action::Enqueued) on it,
+    /// and this returns at once. Its error is that of the next call that averages, or of
+    /// [`wait`](Self::wait). All other parameters hold the mean when this returns.
+    ///
     /// After an average that was due, a process that waits to [join](crate::Communicator::join) is
-    /// admitted, with a copy of the model. [`finish`](Self::finish) admits no process.
+    /// admitted, with a copy of the model; on a stream, after the next one that is due.
+    /// [`finish`](Self::finish) admits no process.
     ///
     /// # Errors
     /// As [`ParamAverager::average`]; [`Error::SchedulesDiffer`] if another rank averages at
     /// another place of its schedule. If the admission fails, the error is
     /// [`Error::AfterAverage`], and the parameters are the mean.
     pub fn step<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
+        self.count(params, self.samples.map(|_| 1.0))
+    }
+
+    /// Counts an optimizer step that was applied to a batch of `samples` samples, or of any other
+    /// weight, and averages if an average is due. A rank then counts by the samples that it has
+    /// seen since the last average; one that has seen none only receives.
+    ///
+    /// All ranks use it for all steps. After the first call, [`step`](Self::step) counts as one
+    /// sample.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step). [`Error::InvalidWeight`] if `samples` is negative or not finite: if
+    /// an average is due, on every rank; else on this rank alone, which has counted the step
+    /// without its samples.
+    pub fn step_weighted<P: Lend + ?Sized>(
+        &mut self,
+        params: &mut P,
+        samples: f64,
+    ) -> Result<Action> {
+        let before = self.samples.unwrap_or(0.0);
+        self.samples = Some(before);
+        if !(samples >= 0.0 && samples.is_finite()) {
+            let is_due = self.is_next_due();
+            self.samples = Some(if is_due { samples } else { before });
+            let made = self.count(params, None);
+            self.samples = Some(before);
+            let weight = samples;
+            return made.and(Err(Error::InvalidWeight { rank: self.rank(), weight }));
+        }
+        self.count(params, Some(samples))
+    }
+
+    fn count<P: Lend + ?Sized>(&mut self, params: &mut P, samples: Option<f64>) -> Result<Action> {
         self.applied += 1;
         self.since_average += 1;
+        self.samples = self.samples.map(|before| before + samples.unwrap_or(0.0));
         self.skip(params)
     }
 
@@ -117,26 +196,79 @@ impl LocalSgd {
         self.position += 1;
         self.averager.set_position_in_schedule(self.position);
         if self.schedule.is_due(self.position) {
-            let made = self.average(params, self.position);
+            let waits = std::mem::take(&mut self.admits_next);
+            let made = self.average(params, self.position, waits);
             let made = made.and_then(|action| self.admit(params, action).map_err(Halt::error));
-            return self.unless_late(made);
+            return self.ended(made);
         }
+        self.unreported.take().map_or(Ok(()), Err)?;
         if self.is_alone() {
             return Ok(Action::Alone);
         }
         Ok(Action::Counted { until_next: self.schedule.next_due(self.position) - self.position })
     }
 
-    /// Makes the last average, after which all ranks' parameters are the same. Ranks may have made
-    /// different numbers of steps since the last due average. If no rank has stepped since, no
-    /// parameter is moved, so a second call changes nothing.
+    /// Averages now, outside of the due steps, and waits for it: before an evaluation or a
+    /// checkpoint, or at the end of an epoch. All ranks call it after the same due average; they
+    /// may have made different numbers of steps since. If no rank has stepped since, no parameter
+    /// is moved, so a second call changes nothing.
     ///
     /// # Errors
-    /// As [`step`](Self::step). A rank that has made fewer steps than its peers gets
-    /// [`Error::SchedulesDiffer`] while they average, and calls it again.
+    /// As [`step`](Self::step).
+    pub fn sync<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
+        let made = self.average(params, place::FINISH, true);
+        self.ended(made)
+    }
+
+    /// Makes the last average, after which all ranks' parameters are the same: [`sync`](Self::sync)
+    /// by the name that the end of a loop has.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
     pub fn finish<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        let made = self.average(params, place::FINISH);
-        self.unless_late(made)
+        self.sync(params)
+    }
+
+    /// Ends this rank's batches, of one epoch or of all, where ranks have different numbers of
+    /// them. Every rank calls it after its last step, in the place of [`finish`](Self::finish), and
+    /// it returns when all have: until then this rank takes part in the averages of the others.
+    /// In the first of them it counts with the steps that it has made since the last average, and
+    /// in the others it only receives. All ranks end with the same parameters, at the position of
+    /// the one that was farthest, so that another epoch can follow.
+    ///
+    /// PyTorch's `Join` makes a rank without data repeat the collectives of the others, too; here
+    /// they are the averages only. While a rank is done, no process is admitted.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), of every average made meanwhile. After one that is not fatal, call
+    /// it again.
+    pub fn done<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
+        let mut last = Action::Unneeded;
+        let made = loop {
+            match self.average(params, place::DONE, true) {
+                Ok(Action::Unneeded) => break self.meet_at_farthest().map(|()| last),
+                Ok(Action::Alone) => break Ok(Action::Alone),
+                Ok(action) => last = action,
+                Err(error) => break Err(error),
+            }
+        };
+        self.ended(made)
+    }
+
+    fn meet_at_farthest(&mut self) -> Result<()> {
+        self.position = self.averager.farthest(self.position)?;
+        self.averager.set_position_in_schedule(self.position);
+        Ok(())
+    }
+
+    /// Waits for the average that [`step`](Self::step) has enqueued. `None` if none was under way.
+    ///
+    /// # Errors
+    /// Those of the average. It may be called on some ranks only.
+    pub fn wait(&mut self) -> Result<Option<Report>> {
+        self.unreported.take().map_or(Ok(()), Err)?;
+        let report = self.settle()?;
+        self.averager.take_late().map_or(Ok(report), Err)
     }
 
     /// Recovers from an error that [is fatal](crate::Error::is_fatal), among the ranks that are
@@ -154,14 +286,29 @@ impl LocalSgd {
     /// # Errors
     /// As [`ParamAverager::recover`], and those of the average.
     pub fn recover<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
+        self.unreported = None; // it has failed for good
         let made = self.recover_step(params, &mut Progress::default()).map_err(Halt::error);
-        self.unless_late(made)
+        self.ended(made)
     }
 
-    fn averaged(&mut self, report: Report) -> Action {
-        self.since_average = 0;
-        self.averages += 1;
-        Action::Averaged(report)
+    /// True if the next [`step`](Self::step) or [`skip`](Self::skip) averages.
+    pub fn is_next_due(&self) -> bool {
+        !self.is_alone() && self.schedule.is_due(self.position + 1)
+    }
+
+    /// This rank's number.
+    pub fn rank(&self) -> usize {
+        self.averager.rank()
+    }
+
+    /// The number of ranks.
+    pub fn world_size(&self) -> usize {
+        self.averager.world_size()
+    }
+
+    /// Schedule of the averages.
+    pub fn schedule(&self) -> Schedule {
+        self.schedule
     }
 
     /// Place in the schedule: number of steps taken and skipped by this rank and, in a process that
@@ -180,106 +327,21 @@ impl LocalSgd {
         self.averages
     }
 
-    /// Averager of this rank, to abort its world or to average outside of the schedule.
+    /// Averager of this rank, to abort its world, to reduce scalars, or to average outside of the
+    /// schedule. Waits for an average that was enqueued, whose error is that of the next call.
     pub fn averager(&mut self) -> &mut ParamAverager {
+        if let Err(error) = self.settle() {
+            self.unreported.get_or_insert(error);
+        }
         &mut self.averager
     }
 
-    fn recover_step(
-        &mut self,
-        params: &mut (impl Lend + ?Sized),
-        progress: &mut Progress,
-    ) -> Result<Action, Halt> {
-        let (mut last, mut in_vain) = (None::<(Error, usize)>, 0);
-        loop {
-            let Regrouped { position, admitted } =
-                self.averager.recover_step(params, true, progress)?;
-            self.position = position;
-            if let Some(admitted) = admitted {
-                return Ok(self.averaged(admitted.report)); // The mean over all members.
-            }
-            if let Some((error, ranks)) = last.take() {
-                in_vain = if self.averager.world_size() < ranks { 0 } else { in_vain + 1 };
-                if in_vain == TRIES {
-                    return Err(progress.halt(error));
-                }
-            }
-            self.since_average += 1; // Tensors may be half written, so an average is needed.
-            match self.average(params, place::RECOVERY) {
-                // Another rank is lost. The next view leaves it out.
-                Err(error @ (Error::PeerLost { .. } | Error::Timeout { .. })) => {
-                    progress.survived(&error);
-                    last = Some((error, self.averager.world_size()));
-                }
-                Ok(Action::Alone) if progress.has_written() => return Ok(Action::PartlyAveraged),
-                made => return made.map_err(|error| progress.halt(error)),
-            }
-        }
-    }
-
-    /// Admits a process that waits, after an average that was due.
-    fn admit(&mut self, params: &mut (impl Lend + ?Sized), action: Action) -> Result<Action, Halt> {
-        let (average, waits) = match &action {
-            Action::Averaged(report) => (Some(report.clone()), report.join_pending),
-            Action::Alone => (None, self.enabled && self.averager.join_pending()),
-            _ => (None, false),
-        };
-        if !waits {
-            return Ok(action);
-        }
-        let mut progress = Progress::default();
-        average.iter().for_each(|report| progress.averaged(report));
-        let regrouped = self.averager.regroup(params, Admission::Copy, false, &mut progress)?;
-        self.position = regrouped.position;
-        match regrouped.admitted {
-            Some(admitted) if admitted.is_mean => return Ok(self.averaged(admitted.report)),
-            Some(_) => return Ok(Action::Admitted { average }),
-            None => {}
-        }
-        // The joiner vanished. Run the recovery average, which ranks that had admitted the joiner
-        // before they lost it are already running.
-        match self.recover_step(params, &mut progress)? {
-            made @ (Action::Averaged(_) | Action::PartlyAveraged) if average.is_none() => Ok(made),
-            Action::PartlyAveraged => Ok(Action::PartlyAveraged),
-            _ => Ok(action),
-        }
-    }
-
-    fn average(&mut self, params: &mut (impl Lend + ?Sized), place: u64) -> Result<Action> {
-        if self.is_alone() {
-            return Ok(Action::Alone);
-        }
-        let call = Call {
-            schedule: self.schedule.digest(place),
-            place,
-            unneeded: self.since_average == 0,
-            ..Call::by_hand(None)
-        };
-        Ok(match self.averager.run(params, call)? {
-            Outcome::Averaged(report) => self.averaged(report),
-            Outcome::Unneeded => {
-                self.since_average = 0;
-                Action::Unneeded
-            }
-        })
-    }
-
-    /// The result of a call, unless its [`Lend`](crate::Lend) has failed after an average. That
-    /// changes no step of the call, since the peers know nothing of it.
-    fn unless_late(&mut self, made: Result<Action>) -> Result<Action> {
-        match (made, self.averager.take_late()) {
-            (Ok(action), Some(cause)) => Err(match action.report() {
-                Some(report) => Error::AfterAverage {
-                    averaged: Some(Box::new(report.clone())),
-                    cause: Box::new(cause),
-                },
-                None => cause,
-            }),
+    /// Result of a call that averages.
+    fn ended(&mut self, made: Result<Action>) -> Result<Action> {
+        let made = self.unless_late(made);
+        match (made, self.unreported.take()) {
+            (Ok(_), Some(earlier)) => Err(earlier),
             (made, _) => made,
         }
-    }
-
-    fn is_alone(&self) -> bool {
-        !self.enabled || self.averager.world_size() == 1
     }
 }

@@ -1,5 +1,7 @@
 //! Schedules: the steps after which to average. Pure functions, without state or I/O.
 
+use std::fmt;
+
 use crate::hash::fnv1a;
 
 /// The optimizer steps after which the ranks average.
@@ -20,6 +22,8 @@ pub(crate) mod place {
     pub(crate) const BY_HAND: u64 = u64::MAX - 3;
     /// The mean that all ranks begin with.
     pub(crate) const START: u64 = u64::MAX - 4;
+    /// A rank that has ended its steps.
+    pub(crate) const DONE: u64 = u64::MAX - 5;
     /// Copies of rank 0, of rank 1, and so on.
     const COPIES: u64 = u64::MAX - 0xffff;
     const LAST_COPY: u64 = COPIES + 0xff;
@@ -39,16 +43,37 @@ pub(crate) mod place {
         crate::hash::fnv1a(place.to_le_bytes()) | 1
     }
 
-    /// Description of a place, to follow "averages".
-    pub(crate) fn in_words(place: u64) -> String {
+    /// The call of a place, in words.
+    pub(crate) fn call(place: u64) -> String {
         match place {
-            FINISH => "in `finish`".into(),
+            FINISH => "LocalSgd::sync or finish".into(),
+            DONE => "LocalSgd::done".into(),
+            RECOVERY => "LocalSgd::recover".into(),
+            ADMISSION => "admit_joiner".into(),
+            BY_HAND => "average".into(),
+            START => "build, which starts from the mean".into(),
+            COPIES..=LAST_COPY => format!("broadcast from rank {}", place - COPIES),
+            step => format!("LocalSgd::step, its step {step}"),
+        }
+    }
+
+    /// The time of an average in the course of training, in words, to follow "averages".
+    pub(crate) fn time(place: u64) -> String {
+        match place {
+            FINISH => "in `sync` or `finish`".into(),
             RECOVERY => "in a recovery".into(),
-            ADMISSION => "to admit a joiner".into(),
-            BY_HAND => "outside of a schedule".into(),
-            START => "to start from the mean".into(),
-            COPIES..=LAST_COPY => format!("to copy rank {}'s values", place - COPIES),
             step => format!("after step {step}"),
+        }
+    }
+}
+
+/// As it is built: `every(8).after_warmup(100)`.
+impl fmt::Display for Schedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "every({})", self.every)?;
+        match self.warmup {
+            0 => Ok(()),
+            warmup => write!(f, ".after_warmup({warmup})"),
         }
     }
 }

@@ -8,10 +8,10 @@ use super::memory::{check_room, RankMemory, Sizes, LINE_BYTES};
 use super::rebuild::Blueprint;
 use super::table::{Layout, Table};
 use super::{
-    defaults, flag, kernels, spins, start, Algorithm, Builder, Lend, ParamAverager, Start,
+    defaults, flag, kernels, spins, start, Algorithm, Builder, Call, Lend, ParamAverager, Start,
 };
 use crate::abi::*;
-use crate::backend::Memory;
+use crate::backend::{Memory, MemorySpace};
 use crate::world::Handshake;
 use crate::{Error, Result};
 
@@ -31,7 +31,7 @@ impl ParamAverager {
         })
     }
 
-    fn assemble<P: Lend + ?Sized>(options: Builder, params: &mut P) -> Result<Self> {
+    fn assemble<P: Lend + ?Sized>(mut options: Builder, params: &mut P) -> Result<Self> {
         let (rank, world) = (options.communicator.rank(), options.communicator.world_size());
         let (device, space) = (options.communicator.device(), options.communicator.space().clone());
         let (mut made, mut digest) = (None, None);
@@ -62,7 +62,9 @@ impl ParamAverager {
             rank,
             reason: "its tensors panicked while they were lent".into(),
         };
-        let found = lent.and_then(|()| made.unwrap_or_else(|| Err(panicked())));
+        let is_on_device = !matches!(space, MemorySpace::Host);
+        options.on_stream = is_on_device && lent.as_ref().is_ok_and(|&on_stream| on_stream);
+        let found = lent.and_then(|_| made.unwrap_or_else(|| Err(panicked())));
         // The handshake tells peers of a refusal, so this rank takes part in it all the same.
         let (table, refusal) = found.unwrap_or_else(|error| {
             (Table::of(Layout::none(device, space.clone()).into()), Some(error))
@@ -73,8 +75,9 @@ impl ParamAverager {
     }
 
     /// Builds an averager from its table. `refusal` is this rank's reason not to build, which is
-    /// shown to all ranks. `digest`: of the tensors' values, if ranks compare them. `number` is the averager's place among the averagers that are built
-    /// again; `None`: the next one of its view.
+    /// shown to all ranks. `digest` is that of the tensors' values, if ranks compare them. `number`
+    /// is the averager's place among the averagers that are built again; `None`: the next one of
+    /// its view.
     pub(super) fn assemble_for(
         options: Builder,
         mut table: Table,
@@ -117,6 +120,8 @@ impl ParamAverager {
             timeout: options.timeout,
             options: Builder { ordinal: agreement.ordinal.clone(), ..options.clone() },
             failed: None,
+            exchanges: 0,
+            call: Call::by_hand(None),
             late: None,
             admitted: None,
             blueprint: None,

@@ -24,6 +24,8 @@ pub struct Builder {
     pub(super) channels: Option<u32>,
     pub(super) slots: u32,
     pub(super) chunk_bytes: Option<usize>,
+    /// True if the tensors' uses are ordered on a stream; set by `build`.
+    pub(super) on_stream: bool,
     /// Place in the schedule, part of the handshake: a joiner starts from it.
     pub(super) schedule_position: u64,
     /// Role of this rank in an admission.
@@ -64,6 +66,7 @@ impl Builder {
             channels: None,
             slots: defaults::SLOTS,
             chunk_bytes: None,
+            on_stream: false,
             schedule_position: 0,
             admission: Admission::None,
             ordinal: None,
@@ -304,6 +307,7 @@ impl Builder {
                 "chunk_bytes",
                 self.chunk_bytes.map_or("the default".into(), |bytes| bytes.to_string()),
             ),
+            ("tensors", if self.on_stream { "on a stream" } else { "without a stream" }.into()),
             ("counter", self.testing.counter.to_string()),
         ];
         shown.map(|(name, value)| (name.to_owned(), value)).into()

@@ -219,7 +219,7 @@ pub(crate) trait Ordered {
 
 /// Average that has begun.
 #[derive(Debug)]
-pub(super) struct Begun {
+pub(crate) struct Begun {
     /// Its outcome, if it is known already.
     outcome: Option<Outcome>,
     /// Failure of `lend`: before the average, which tells the peers, or after it.
@@ -243,7 +243,7 @@ impl ParamAverager {
 
     /// Begins one average. Its outcome is known if the tensors have no stream, or if the caller
     /// `waits`.
-    pub(super) fn average_lent<P: Lend + ?Sized>(
+    pub(crate) fn average_lent<P: Lend + ?Sized>(
         &mut self,
         params: &mut P,
         call: Call,
@@ -274,7 +274,7 @@ impl ParamAverager {
     }
 
     /// Waits for an average that has begun.
-    pub(super) fn conclude(&mut self, begun: Begun, start: Instant) -> Result<Outcome> {
+    pub(crate) fn conclude(&mut self, begun: Begun, start: Instant) -> Result<Outcome> {
         let ended = begun.outcome.map_or_else(|| self.end(start), Ok);
         match (ended, begun.failed) {
             (Ok(outcome @ Outcome::Averaged(_)), Some(failed)) => {
@@ -356,16 +356,18 @@ fn lent_once(loans: usize) -> std::result::Result<(), LendError> {
     }
 }
 
-/// Calls `with` with the tensors that `params` lends, without an average.
+/// Calls `with` with the tensors that `params` lends, without an average. Returns true if their
+/// uses are ordered on a stream.
 pub(super) fn with_tensors<P: Lend + ?Sized>(
     params: &mut P,
     rank: usize,
     with: &mut dyn FnMut(&mut dyn Parameters),
-) -> Result<()> {
-    let (mut made, mut loans) = (Ok(()), 0);
+) -> Result<bool> {
+    let (mut made, mut loans, mut on_stream) = (Ok(()), 0, false);
     let lent = params.lend(&mut |loan| {
         loans += 1;
         if loans == 1 {
+            on_stream = !matches!(loan.0, Lent::Exclusive(_));
             made = match loan.0 {
                 Lent::Exclusive(tensors) | Lent::OnStream(tensors, _) => {
                     with(tensors);
@@ -376,5 +378,6 @@ pub(super) fn with_tensors<P: Lend + ?Sized>(
         }
     });
     let lent = lent.and_then(|()| lent_once(loans));
-    made.and(lent.map_err(|failed| Error::LendFailed { rank, reason: failed.to_string() }))
+    made.and(lent.map_err(|failed| Error::LendFailed { rank, reason: failed.to_string() }))?;
+    Ok(on_stream)
 }

@@ -48,19 +48,7 @@ impl ParamAverager {
             PA_UNNEEDED => return Ok(Outcome::Unneeded),
             PA_NON_FINITE => self.non_finite(rank, status.detail),
             PA_LAYOUT => self.table.error(rank, problem),
-            PA_SCHEDULE if status.found == status.detail => Error::SchedulesDiffer {
-                rank,
-                found: format!("{} of another schedule", place::in_words(status.found)),
-                expected: place::in_words(status.detail),
-            },
-            PA_SCHEDULE => {
-                let places = [status.found, status.detail];
-                let [found, expected] = places.map(place::in_words);
-                match places.into_iter().all(place::is_of_schedule) {
-                    true => Error::SchedulesDiffer { rank, found, expected },
-                    false => Error::CallsDiffer { rank, found, expected },
-                }
-            }
+            PA_SCHEDULE => self.calls_differ(rank, status),
             PA_WEIGHTING => Error::WeightingDiffers { rank },
             PA_BAD_WEIGHT => Error::InvalidWeight { rank, weight: f64::from_bits(status.found) },
             PA_NO_WEIGHT => Error::AllWeightsZero,
@@ -76,6 +64,26 @@ impl ParamAverager {
             self.failed = Some(error.clone());
         }
         Err(error)
+    }
+
+    /// Error of ranks that have different reasons to average. All ranks get here, and tell one
+    /// another theirs, since a status record has room for two numbers only.
+    fn calls_differ(&mut self, rank: usize, status: PaChannel) -> Error {
+        let places = [status.found, status.detail];
+        let is_of_schedule = places.into_iter().all(place::is_of_schedule);
+        let all = self.all_reasons(status.epoch, self.call.in_words(is_of_schedule));
+        let all = all.filter(|all| all.iter().any(|(_, is_done)| !is_done));
+        let [mut found, mut expected] =
+            places.map(if is_of_schedule { place::time } else { place::call });
+        let mut reference = 0;
+        if let Some(all) = all {
+            reference = all.iter().position(|(_, is_done)| !is_done).unwrap_or(0);
+            [found, expected] = [rank, reference].map(|rank| all[rank].0.clone());
+        }
+        match is_of_schedule {
+            true => Error::SchedulesDiffer { rank, reference, found, expected },
+            false => Error::CallsDiffer { rank, reference, found, expected },
+        }
     }
 
     /// Error of a device that failed. Peers are told that this rank has left.

@@ -245,6 +245,7 @@ impl ParamAverager {
             schedule: u64::MAX, // the digest of no schedule
             place: place::ADMISSION,
             unneeded: false,
+            course: None,
             keeps: is_member && !is_mean,
         };
         if let Outcome::Averaged(report) = self.run(params, call)? {
@@ -268,6 +269,16 @@ impl ParamAverager {
 
     pub(crate) fn set_position_in_schedule(&self, position: u64) {
         self.blueprint.iter().for_each(|blueprint| blueprint.set_position(position));
+    }
+
+    /// True if this averager got its model from its peers, after its process had joined.
+    pub(crate) fn has_joined(&self) -> bool {
+        self.admitted.is_some()
+    }
+
+    /// True if averages are enqueued: the tensors' uses are ordered on a stream, on every rank.
+    pub(crate) fn is_on_stream(&self) -> bool {
+        self.options.on_stream
     }
 
     /// True if this rank knows of a process that waits to join.

@@ -8,6 +8,7 @@ use super::{flag, Call, Outcome, ParamAverager};
 use crate::abi::*;
 use crate::backend::Unstarted;
 use crate::error::Phase;
+use crate::schedule::place;
 use crate::{Error, Parameters, Result};
 
 impl ParamAverager {
@@ -70,6 +71,7 @@ impl ParamAverager {
         if let (Some(refusal), true) = (&refusal, is_captured) {
             return Err(refusal.clone());
         }
+        self.call = call;
         // A graph replays the same flags each time, but joiners come and go.
         let has_joiner = self.communicator.has_joiner() && !is_captured;
         let segments = || self.table.buckets.iter().map(|bucket| &bucket.segments[..]);
@@ -85,7 +87,8 @@ impl ParamAverager {
                 | flag(PA_FLAG_UNNEEDED, call.unneeded)
                 | flag(PA_FLAG_LAYOUT, problem.is_some())
                 | flag(PA_FLAG_JOINER, has_joiner)
-                | flag(PA_FLAG_KEEP, call.keeps),
+                | flag(PA_FLAG_KEEP, call.keeps)
+                | flag(PA_FLAG_DONE, call.place == place::DONE),
             ..self.args
         };
         if std::mem::take(&mut self.table.moved) {

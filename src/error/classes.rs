@@ -20,6 +20,8 @@ pub enum Phase {
     Gather,
     /// Wait until every rank has written.
     Exit,
+    /// A barrier, or a reduction of scalars. No tensor has a part in it.
+    Exchange,
 }
 
 impl fmt::Display for Phase {
@@ -31,6 +33,7 @@ impl fmt::Display for Phase {
             Phase::Commit => "at the vote before writing",
             Phase::Gather => "while writing the mean",
             Phase::Exit => "at the end of an average",
+            Phase::Exchange => "at a barrier, or while scalars were reduced",
         })
     }
 }

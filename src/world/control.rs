@@ -22,6 +22,8 @@ pub(crate) struct Control {
     /// Abort code that this host has written to a control block in device memory, which it can't
     /// read without waiting for the device.
     aborted: AtomicU32,
+    /// Bits of the ranks that this host has recorded as departed.
+    departed: AtomicU32,
 }
 
 impl Control {
@@ -40,13 +42,13 @@ impl Control {
             board.completed = epoch;
         }
         memory.set(0, bytemuck::bytes_of(&first))?;
-        Ok(Control { memory, aborted: AtomicU32::new(0) })
+        Ok(Control { memory, aborted: AtomicU32::new(0), departed: AtomicU32::new(0) })
     }
 
     /// Control block that another process has initialised.
     #[cfg(processes)]
     pub(super) fn of(memory: Memory) -> Self {
-        Control { memory, aborted: AtomicU32::new(0) }
+        Control { memory, aborted: AtomicU32::new(0), departed: AtomicU32::new(0) }
     }
 
     #[cfg(processes)]
@@ -98,6 +100,7 @@ impl Control {
 
     /// Records that this rank has departed.
     pub(crate) fn leave(&self, position: usize) {
+        self.departed.fetch_or(1 << position, Ordering::AcqRel);
         let at = of_board(position, offset_of!(PaBoard, departed));
         match (self.word(at), &self.memory) {
             (Some(departed), _) => departed.store(1, Ordering::Release),
@@ -106,6 +109,13 @@ impl Control {
             }
             (None, _) => unreachable!("the host has an address for all other memory"),
         }
+    }
+
+    /// True if this rank has departed, as far as the host can tell without asking a device.
+    pub(crate) fn has_left(&self, position: usize) -> bool {
+        let word = self.word(of_board(position, offset_of!(PaBoard, departed)));
+        word.is_some_and(|departed| departed.load(Ordering::Acquire) != 0)
+            || self.departed.load(Ordering::Acquire) & 1 << position != 0
     }
 
     /// The failure that ended this world, as far as the host can tell without asking a device. A

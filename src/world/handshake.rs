@@ -52,6 +52,8 @@ pub(crate) struct Agreement {
     pub(crate) handshakes: Vec<Handshake>,
     /// Ordinal of the averager, the same on every rank; see `Handshake`.
     pub(crate) ordinal: Option<String>,
+    /// Number of the build in its view, the same on every rank.
+    pub(crate) number: u32,
 }
 
 impl Agreement {
@@ -62,7 +64,7 @@ impl Agreement {
         let control =
             handshakes[0].control.clone().ok_or(Error::PeerBuildFailed { rank: 0, reason })?;
         let ordinal = handshakes.iter().find_map(|handshake| handshake.ordinal.clone());
-        Ok(Agreement { control, handshakes, ordinal })
+        Ok(Agreement { control, handshakes, ordinal, number: 0 })
     }
 
     /// Compares handshakes, except their memory. The result is the same on every rank.

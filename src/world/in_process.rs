@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
+use super::exchange::{ExchangeId, Shown, LOOK};
 use super::{Agreement, Handshake, Placement};
 use crate::error::Phase;
 use crate::sync::{lock, wait_timeout};
@@ -26,6 +27,8 @@ struct State {
     departed: Vec<bool>,
     /// Averagers being built, by build number.
     builds: BTreeMap<u64, Build>,
+    /// Exchanges that not all ranks have completed.
+    exchanges: BTreeMap<ExchangeId, Exchange>,
     /// Averagers built, for aborts.
     built: Vec<Weak<Agreement>>,
 }
@@ -38,6 +41,13 @@ struct Build {
     taken: usize,
 }
 
+#[derive(Debug)]
+struct Exchange {
+    shown: Vec<Option<Shown>>,
+    /// Number of ranks that have taken the messages.
+    taken: usize,
+}
+
 impl ThreadBootstrap {
     pub(super) fn new(placement: Placement) -> Self {
         let size = placement.size();
@@ -46,6 +56,7 @@ impl ThreadBootstrap {
             told: vec![false; size],
             departed: vec![false; size],
             builds: BTreeMap::new(),
+            exchanges: BTreeMap::new(),
             built: vec![],
         };
         ThreadBootstrap { placement, state: Mutex::new(state), changed: Condvar::new() }
@@ -69,7 +80,7 @@ impl ThreadBootstrap {
         }
         let build = state.builds.entry(number).or_insert_with(|| Build::new(self.placement.size()));
         build.handshakes[rank] = Some(handshake);
-        build.complete();
+        build.complete(number);
         self.changed.notify_all();
         loop {
             let build =
@@ -106,6 +117,59 @@ impl ThreadBootstrap {
             // A spurious wake-up or a timeout only repeats the loop.
             state = wait_timeout(&self.changed, state, timeout - waited);
         }
+    }
+
+    /// See `Communicator::all_gather`.
+    pub(super) fn all_gather(
+        &self,
+        rank: usize,
+        id: ExchangeId,
+        shown: Shown,
+        timeout: Duration,
+        has_left: &dyn Fn(usize) -> bool,
+    ) -> Result<Vec<Shown>> {
+        let (start, size) = (Instant::now(), self.placement.size());
+        let mut state = self.lock();
+        if let Some(failure) = state.failure_for(rank) {
+            return Err(failure);
+        }
+        let none = || Exchange { shown: vec![None; size], taken: 0 };
+        state.exchanges.entry(id).or_insert_with(none).shown[rank] = Some(shown);
+        self.changed.notify_all();
+        loop {
+            let exchange = state.exchanges.get_mut(&id).expect("kept until all have taken it");
+            let missing: Vec<usize> =
+                (0..size).filter(|&rank| exchange.shown[rank].is_none()).collect();
+            let Some(&first) = missing.first() else {
+                let all = exchange.shown.iter().flatten().cloned().collect();
+                exchange.taken += 1;
+                if exchange.taken == size {
+                    state.exchanges.remove(&id);
+                }
+                return Ok(all);
+            };
+            if let Some(failure) = state.failure_for(rank) {
+                return Err(failure);
+            }
+            let (phase, committed) = (Phase::Exchange, false);
+            let lost = missing.iter().find(|&&rank| state.departed[rank] || has_left(rank));
+            if let Some(&rank) = lost {
+                return Err(Error::PeerLost { rank, phase, committed });
+            }
+            let waited = start.elapsed();
+            if waited >= timeout {
+                return Err(Error::Timeout { rank: first, timeout, phase, committed });
+            }
+            state = wait_timeout(&self.changed, state, LOOK.min(timeout - waited));
+        }
+    }
+
+    /// Ends the world. The rank that calls it knows the error.
+    pub(super) fn fail(&self, rank: usize, error: &Error) {
+        let mut state = self.lock();
+        state.failure.get_or_insert_with(|| error.clone());
+        state.told[rank] = true;
+        self.changed.notify_all();
     }
 
     pub(super) fn leave(&self, rank: usize) {
@@ -149,11 +213,14 @@ impl Build {
     }
 
     /// Compares the handshakes, once every rank has provided one.
-    fn complete(&mut self) {
+    fn complete(&mut self, number: u64) {
         if self.handshakes.iter().any(Option::is_none) {
             return;
         }
         let handshakes = self.handshakes.iter_mut().filter_map(Option::take).collect();
-        self.result = Some(Agreement::of(handshakes).map(Arc::new));
+        let agreement = Agreement::of(handshakes);
+        // Averagers of one world whose numbers are 2^32 apart do not live at the same time.
+        let numbered = agreement.map(|agreement| Agreement { number: number as u32, ..agreement });
+        self.result = Some(numbered.map(Arc::new));
     }
 }

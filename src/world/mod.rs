@@ -2,6 +2,7 @@
 //! of one host.
 
 mod control;
+mod exchange;
 mod handshake;
 mod in_process;
 #[cfg(processes)]
@@ -20,6 +21,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 pub(crate) use control::{Control, Failure};
+pub(crate) use exchange::{ExchangeId, Shown, MOST_WORDS};
 pub(crate) use handshake::{Admission, Agreement, Handshake};
 #[cfg(processes)]
 pub use launched::CommunicatorBuilder;

@@ -95,9 +95,19 @@ fn alone_or_disabled_it_only_counts() {
 fn schedules_that_differ_are_an_error_everywhere_and_never_a_hang() {
     // Other H; other warm-up; one rank finishes while the others are due.
     let cases: [(Schedule, bool, &str, &str); 3] = [
-        (Schedule::every(4), false, "after step 4", "after step 2"),
-        (Schedule::every(2).after_warmup(2), false, "after step 1", "after step 2"),
-        (Schedule::every(2), true, "in `finish`", "after step 2"),
+        (Schedule::every(4), false, "after step 4 of every(4)", "after step 2 of every(2)"),
+        (
+            Schedule::every(2).after_warmup(2),
+            false,
+            "after step 1 of every(2).after_warmup(2)",
+            "after step 2 of every(2)",
+        ),
+        (
+            Schedule::every(2),
+            true,
+            "in `sync` or `finish` after step 1 of every(2)",
+            "after step 2 of every(2)",
+        ),
     ];
     for (schedule, finishes, found, expected) in cases {
         let errors = ranks(3, |communicator| {
@@ -114,7 +124,10 @@ fn schedules_that_differ_are_an_error_everywhere_and_never_a_hang() {
             error
         });
         let (found, expected) = (found.to_owned(), expected.to_owned());
-        assert_eq!(errors, vec![Error::SchedulesDiffer { rank: 2, found, expected }; 3]);
+        assert_eq!(
+            errors,
+            vec![Error::SchedulesDiffer { rank: 2, reference: 0, found, expected }; 3]
+        );
     }
     // Two schedules that average at the same step.
     let errors = ranks(2, |communicator| {
@@ -124,7 +137,8 @@ fn schedules_that_differ_are_an_error_everywhere_and_never_a_hang() {
         let mut sgd = LocalSgd::new(averager, schedule);
         sgd.step(&mut model).unwrap_err().to_string()
     });
-    let says = "rank 1 averages after step 1 of another schedule, rank 0 after step 1";
+    let says = "rank 1 averages after step 1 of every(3).after_warmup(1), rank 0 after step 1 of \
+                every(2).after_warmup(1)";
     assert!(errors[0].contains(says) && errors[0] == errors[1], "{errors:?}");
 }
 

@@ -3,6 +3,7 @@
 mod accuracy;
 mod average;
 mod equal;
+mod exchange;
 mod extremes;
 mod faults;
 mod lend;
@@ -12,3 +13,4 @@ mod public_api;
 mod refusals;
 mod run;
 mod start;
+mod uneven;

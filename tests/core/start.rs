@@ -132,15 +132,12 @@ fn broadcasts_that_differ_change_nothing() {
     let cases: [([Call; 2], &str); 4] = [
         (
             [copy::<0>, copy::<1>],
-            "rank 1 averages to copy rank 1's values, rank 0 to copy rank 0's",
+            "rank 1 calls broadcast from rank 1, rank 0 broadcast from rank 0",
         ),
-        (
-            [copy::<1>, mean],
-            "rank 1 averages outside of a schedule, rank 0 to copy rank 1's values",
-        ),
+        ([copy::<1>, mean], "rank 1 calls average, rank 0 broadcast from rank 1"),
         (
             [copy::<0>, copy::<7>],
-            "rank 1 averages to copy rank 7's values, rank 0 to copy rank 0's",
+            "rank 1 calls broadcast from rank 7, rank 0 broadcast from rank 0",
         ),
         ([copy::<7>, copy::<7>], "`root` is 7, in a world of 2"),
     ];

@@ -25,6 +25,8 @@ mod namespaces;
 mod several_averagers;
 #[cfg(target_os = "linux")]
 mod stops;
+#[cfg(target_os = "linux")]
+mod trainers;
 
 #[cfg(not(target_os = "linux"))]
 fn main() {}
@@ -41,6 +43,9 @@ fn main() -> std::process::ExitCode {
             "admits" => admissions::admits(),
             "joins_only" => admissions::joins_only(),
             "fails_late" => admissions::fails_late(),
+            "first_day" => trainers::first_day(),
+            "done_beside_a_death" => trainers::done_beside_a_death(),
+            "barrier_beside_a_death" => trainers::barrier_beside_a_death(),
             role => rank::run(role),
         });
     }
@@ -138,6 +143,9 @@ fn main() -> std::process::ExitCode {
             stops::rank_stopped_before_it_builds,
             stops::rank_stopped_while_it_recovers,
             stops::abort_ends_the_wait_of_building_ranks,
+            trainers::every_process_begins_with_one_model_and_a_joiner_with_the_one_that_is_trained,
+            trainers::a_rank_that_is_done_survives_the_death_of_a_peer,
+            trainers::a_barrier_ends_when_a_rank_dies_and_the_others_recover,
         ],
     )
 }

@@ -62,6 +62,7 @@ impl ProcessBootstrap {
         let verdict = self.verdict(number, opened.as_ref().err(), deadline, timeout);
         let handshakes = verdict.and(opened)?;
         let mut agreement = Agreement::of(handshakes)?;
+        agreement.number = number.1;
         agreement.ordinal.get_or_insert_with(|| format!("{} of view {}", number.1, number.0));
         let agreement = Arc::new(agreement);
         self.peer_set.watch(&agreement, self.ring());
@@ -179,9 +180,9 @@ impl ProcessBootstrap {
                     .filter_map(|&(rank, peer)| Some((rank, state.take(peer, key)?)))
                     .collect();
                 let reason_for_silence = || {
-                    missing
-                        .iter()
-                        .find_map(|&(rank, peer)| self.reason_for_silence(rank, peer, state))
+                    missing.iter().find_map(|&(rank, peer)| {
+                        self.reason_for_silence(rank, peer, state, Phase::Build)
+                    })
                 };
                 if new.is_empty() {
                     reason_for_silence().map(Err)
@@ -203,8 +204,13 @@ impl ProcessBootstrap {
     }
 
     /// The reason why no message will come from a peer, if there is one.
-    fn reason_for_silence(&self, rank: usize, peer: usize, state: &State) -> Option<Error> {
-        let phase = Phase::Build;
+    pub(super) fn reason_for_silence(
+        &self,
+        rank: usize,
+        peer: usize,
+        state: &State,
+        phase: Phase,
+    ) -> Option<Error> {
         let aborts = |peer: &usize| state.aborts(*peer, self.number());
         if let Some(rank) = self.members().iter().position(aborts) {
             return Some(Error::Aborted { rank, phase, committed: false });

@@ -58,12 +58,14 @@ pub(super) enum Kind {
     Verdict = 13,
     /// The averagers of the sender, before they are built again.
     Averagers = 14,
+    /// A small message in an exchange of all members.
+    Exchange = 15,
 }
 
 impl Kind {
     fn of(byte: u8) -> Option<Kind> {
         use Kind::*;
-        let of_peers = [Handshake, Abort, Ready, JoinPending, Reach, Verdict, Averagers];
+        let of_peers = [Handshake, Abort, Ready, JoinPending, Reach, Verdict, Averagers, Exchange];
         let before = [Hello, Welcome, Refuse, JoinRequest, JoinOffer, Connect, Connected];
         of_peers.into_iter().chain(before).find(|&kind| kind as u8 == byte)
     }

@@ -5,6 +5,7 @@ mod agree;
 mod ancestry;
 mod confirm;
 mod credentials;
+mod exchange;
 mod frame;
 mod host_info;
 mod job;
@@ -226,7 +227,7 @@ impl ProcessBootstrap {
         Some(if told { Error::Poisoned { cause: Box::new(failure) } } else { failure })
     }
 
-    fn fail(&self, error: Error) -> Error {
+    pub(in crate::world) fn fail(&self, error: Error) -> Error {
         let mut status = self.status();
         status.told = true;
         status.failure.get_or_insert_with(|| error.clone());

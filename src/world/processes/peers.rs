@@ -305,10 +305,11 @@ fn listen(peer: usize, stream: &UnixStream, process: Option<&OwnedFd>, connectio
 }
 
 /// Kinds of messages between peers.
-const KINDS: [Kind; 8] = [
+const KINDS: [Kind; 9] = [
     Kind::Handshake,
     Kind::Verdict,
     Kind::Averagers,
+    Kind::Exchange,
     Kind::Abort,
     Kind::Ready,
     Kind::Connected,

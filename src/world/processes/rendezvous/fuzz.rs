@@ -17,13 +17,15 @@ use crate::world::processes::frame::{self, Frame, Kind};
 use crate::world::processes::join_listener::{JoinOffer, JoinRequest};
 use crate::world::processes::rebuild::AveragerList;
 use crate::world::processes::wire_handshake::{Reader, WireHandshake};
+use crate::world::Shown;
 
 /// Feeds arbitrary bytes and files to the functions that receive them: those of a listener, of a
 /// rank that waits for rank 0, or of a peer.
 pub fn frames(data: &[u8]) {
     const LISTENER: (&[Kind], usize) = (&[Kind::Hello], 1);
     const PENDING: (&[Kind], usize) = (&[Kind::Welcome, Kind::Refuse], frame::MOST_FILES);
-    const PEER: (&[Kind], usize) = (&[Kind::Handshake, Kind::Verdict, Kind::Abort, Kind::Ready], 3);
+    const PEER: (&[Kind], usize) =
+        (&[Kind::Handshake, Kind::Verdict, Kind::Abort, Kind::Ready, Kind::Exchange], 3);
     let Some((&how, data)) = data.split_first() else { return };
     let (kinds, most) = [LISTENER, PENDING, PEER][how as usize % 3];
     let (at_once, stays) = (how & 8 == 0, how & 16 != 0);
@@ -93,6 +95,7 @@ fn parse(me: &RankInfo, frame: Frame, how: u8) {
         Kind::Reach => drop(frame.parse::<Option<MemoryHandle>>()),
         Kind::Averagers => drop(frame.parse::<AveragerList>()),
         Kind::Verdict => drop(frame.parse::<Option<String>>()),
+        Kind::Exchange => drop(frame.parse::<Shown>()),
         Kind::Abort | Kind::Connect | Kind::Connected | Kind::JoinPending => {}
     }
 }

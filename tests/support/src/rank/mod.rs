@@ -7,4 +7,4 @@ mod survive;
 mod worker;
 
 pub use model::{bytes_used, Model};
-pub use worker::{builder, device, is_late, join, now_us, number, run, say, Used};
+pub use worker::{builder, device, die, is_late, join, now_us, number, run, say, Used};

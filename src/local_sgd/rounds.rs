@@ -1,0 +1,200 @@
+//! Averages of [`LocalSgd`](super::LocalSgd): what a call makes, admissions and recoveries.
+
+use std::time::Instant;
+
+use super::{Action, Enqueued, LocalSgd};
+use crate::averager::{Call, Halt, Lend, Outcome, Progress, Regrouped, TRIES};
+use crate::schedule::place;
+use crate::world::Admission;
+use crate::{Error, Report, Result};
+
+impl LocalSgd {
+    /// Makes one average, behind an earlier one that was enqueued. `waits` is false if it may be
+    /// enqueued, too.
+    pub(super) fn average(
+        &mut self,
+        params: &mut (impl Lend + ?Sized),
+        place: u64,
+        waits: bool,
+    ) -> Result<Action> {
+        if self.is_alone() {
+            return Ok(Action::Alone);
+        }
+        // Peers that have asked for its outcome before do not make this average without this rank.
+        let earlier = match self.settle() {
+            Err(error) if error.is_fatal() => return Err(error),
+            earlier => earlier.err(),
+        };
+        let made = match waits || !self.averager.is_on_stream() {
+            true => self.made(params, place),
+            false => self.enqueue(params, place),
+        };
+        match (made, earlier) {
+            (Ok(action), Some(cause)) => Err(match action.report() {
+                Some(report) => {
+                    let averaged = Some(Box::new(report.clone()));
+                    Error::AfterAverage { averaged, cause: Box::new(cause) }
+                }
+                None => cause,
+            }),
+            (made, _) => made,
+        }
+    }
+
+    fn made(&mut self, params: &mut (impl Lend + ?Sized), place: u64) -> Result<Action> {
+        let call = self.call(place);
+        Ok(match self.averager.run(params, call)? {
+            Outcome::Averaged(report) => self.averaged(report),
+            Outcome::Unneeded => {
+                self.forget_steps();
+                Action::Unneeded
+            }
+        })
+    }
+
+    fn enqueue(&mut self, params: &mut (impl Lend + ?Sized), place: u64) -> Result<Action> {
+        let (start, call) = (Instant::now(), self.call(place));
+        let begun = self.averager.average_lent(params, call, false, start)?;
+        let (steps, samples) = (self.since_average, self.samples);
+        self.enqueued = Some(Enqueued { begun, start, steps, samples });
+        self.forget_steps();
+        Ok(Action::Enqueued)
+    }
+
+    /// Takes the outcome of an average that was enqueued, if there is one.
+    pub(super) fn settle(&mut self) -> Result<Option<Report>> {
+        let Some(Enqueued { begun, start, steps, samples }) = self.enqueued.take() else {
+            return Ok(None);
+        };
+        match self.averager.conclude(begun, start) {
+            Ok(Outcome::Averaged(report)) => {
+                self.averages += 1;
+                self.admits_next = report.join_pending;
+                Ok(Some(report))
+            }
+            Ok(Outcome::Unneeded) => Ok(None),
+            Err(error) => {
+                // Its steps belong to the next average.
+                self.since_average += steps;
+                let lost = samples.filter(|samples| samples.is_finite()).unwrap_or(0.0);
+                self.samples = self.samples.map(|since| since + lost);
+                Err(error)
+            }
+        }
+    }
+
+    fn call(&self, place: u64) -> Call {
+        let (done, recovers) = (place == place::DONE, place == place::RECOVERY);
+        let has_news = self.since_average > 0 && self.samples != Some(0.0);
+        let weight = match self.samples {
+            // A rank that is done counts with the steps that no average has had, and then no more.
+            _ if done && !has_news => Some(0.0),
+            None if done => Some(1.0),
+            // It may have completed the average that failed for others, and holds the mean.
+            Some(0.0) if recovers => Some(1.0),
+            samples => samples,
+        };
+        Call {
+            schedule: self.schedule.digest(place),
+            place,
+            unneeded: !has_news && !recovers,
+            course: Some((self.schedule, self.position)),
+            ..Call::by_hand(weight)
+        }
+    }
+
+    fn averaged(&mut self, report: Report) -> Action {
+        self.forget_steps();
+        self.averages += 1;
+        Action::Averaged(report)
+    }
+
+    fn forget_steps(&mut self) {
+        self.since_average = 0;
+        self.samples = self.samples.map(|_| 0.0);
+    }
+
+    pub(super) fn recover_step(
+        &mut self,
+        params: &mut (impl Lend + ?Sized),
+        progress: &mut Progress,
+    ) -> Result<Action, Halt> {
+        // The world was lost with it, if it has failed.
+        let _ = self.settle();
+        let (mut last, mut in_vain) = (None::<(Error, usize)>, 0);
+        loop {
+            let Regrouped { position, admitted } =
+                self.averager.recover_step(params, true, progress)?;
+            self.position = position;
+            if let Some(admitted) = admitted {
+                return Ok(self.averaged(admitted.report)); // The mean over all members.
+            }
+            if let Some((error, ranks)) = last.take() {
+                in_vain = if self.averager.world_size() < ranks { 0 } else { in_vain + 1 };
+                if in_vain == TRIES {
+                    return Err(progress.halt(error));
+                }
+            }
+            match self.average(params, place::RECOVERY, true) {
+                // Another rank is lost. The next view leaves it out.
+                Err(error @ (Error::PeerLost { .. } | Error::Timeout { .. })) => {
+                    progress.survived(&error);
+                    last = Some((error, self.averager.world_size()));
+                }
+                Ok(Action::Alone) if progress.has_written() => return Ok(Action::PartlyAveraged),
+                made => return made.map_err(|error| progress.halt(error)),
+            }
+        }
+    }
+
+    /// Admits a process that waits, after an average that was due.
+    pub(super) fn admit(
+        &mut self,
+        params: &mut (impl Lend + ?Sized),
+        action: Action,
+    ) -> Result<Action, Halt> {
+        let (average, waits) = match &action {
+            Action::Averaged(report) => (Some(report.clone()), report.join_pending),
+            Action::Alone => (None, self.enabled && self.averager.join_pending()),
+            _ => (None, false),
+        };
+        if !waits {
+            return Ok(action);
+        }
+        let mut progress = Progress::default();
+        average.iter().for_each(|report| progress.averaged(report));
+        let regrouped = self.averager.regroup(params, Admission::Copy, false, &mut progress)?;
+        self.position = regrouped.position;
+        match regrouped.admitted {
+            Some(admitted) if admitted.is_mean => return Ok(self.averaged(admitted.report)),
+            Some(_) => return Ok(Action::Admitted { average }),
+            None => {}
+        }
+        // The joiner vanished. Run the recovery average, which ranks that had admitted the joiner
+        // before they lost it are already running.
+        match self.recover_step(params, &mut progress)? {
+            made @ (Action::Averaged(_) | Action::PartlyAveraged) if average.is_none() => Ok(made),
+            Action::PartlyAveraged => Ok(Action::PartlyAveraged),
+            _ => Ok(action),
+        }
+    }
+
+    /// The result of a call, unless its [`Lend`](crate::Lend) has failed after an average. That
+    /// changes no step of the call, since the peers know nothing of it.
+    pub(super) fn unless_late(&mut self, made: Result<Action>) -> Result<Action> {
+        match (made, self.averager.take_late()) {
+            (Ok(action), Some(cause)) => Err(match action.report() {
+                Some(report) => Error::AfterAverage {
+                    averaged: Some(Box::new(report.clone())),
+                    cause: Box::new(cause),
+                },
+                None => cause,
+            }),
+            (made, _) => made,
+        }
+    }
+
+    pub(super) fn is_alone(&self) -> bool {
+        !self.enabled || self.averager.world_size() == 1
+    }
+}
