@@ -1,6 +1,6 @@
 //! An average of a candle model of 120 MB through `VarParams`, beside one of bare slices of the
-//! same sizes, in turn: `cargo bench -p param-averager-candle`. `-- --json FILE` writes the times;
-//! `-- --test` makes one turn of a small model.
+//! same sizes, in turn: `cargo bench -p param-averager-candle`, `-- --json FILE` writes the times.
+//! `cargo test` makes one turn of a small model.
 
 use std::sync::Barrier;
 use std::time::Instant;
@@ -22,7 +22,7 @@ struct Turn {
 
 fn main() {
     let arguments: Vec<String> = std::env::args().collect();
-    let is_test = arguments.iter().any(|argument| argument == "--test");
+    let is_test = !arguments.iter().any(|argument| argument == "--bench"); // as criterion does
     let json = arguments.iter().position(|argument| argument == "--json");
     let (width, turns) = if is_test { (10, 1) } else { (1000, 41) };
     let found = measure(width, turns);

@@ -39,6 +39,7 @@ fn every_dtype_becomes_the_mean(make: fn(usize) -> Result<Device>) {
         let averager = averager.start_from(param_averager::Start::Own).build(&mut params).unwrap();
         let mut sgd = LocalSgd::new(averager, Schedule::every(1));
         sgd.step(&mut params).unwrap();
+        sgd.finish(&mut params).unwrap(); // the error of an average that was enqueued
         vars.map(|var| values(&var))
     });
     for vars in found {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use candle_core::{CpuStorage, DType, Device, Storage, Tensor, Var};
 use candle_nn::{linear_no_bias, Init, VarBuilder, VarMap};
 use param_averager::{
-    Communicator, Error, Lend, LendError, Loan, LocalSgd, ParamAverager, Result, Schedule,
+    Communicator, Error, Lend, LendError, Loan, LocalSgd, ParamAverager, Result, Schedule, Start,
     TensorState,
 };
 use param_averager_candle::VarParams;
@@ -22,8 +22,10 @@ fn ranks<T: Send>(count: usize, rank: impl Fn(Communicator) -> T + Sync) -> Vec<
     })
 }
 
+/// Averager of ranks that keep their own values at the start, so that a mean can be seen.
 fn build(communicator: Communicator, params: &mut impl Lend) -> Result<ParamAverager> {
-    ParamAverager::builder(communicator).timeout(Duration::from_secs(60)).build(params)
+    let builder = ParamAverager::builder(communicator).start_from(Start::Own);
+    builder.timeout(Duration::from_secs(60)).build(params)
 }
 
 fn var(values: &[f64], dtype: DType) -> Var {
@@ -101,6 +103,24 @@ fn layers_of_one_size_keep_their_places_in_20_of_20_runs() {
                 assert_eq!(values, &[layer as f64; 64]);
             }
         }
+    }
+}
+
+/// candle's generator has no seed on CPUs, so every rank makes other weights.
+#[test]
+fn every_rank_begins_with_rank_0s_weights() {
+    let found = ranks(4, |communicator| {
+        let varmap = VarMap::new();
+        let builder = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+        let layer = linear_no_bias(8, 8, builder).unwrap();
+        let before = values(layer.weight());
+        let mut params = VarParams::new(&varmap).unwrap();
+        ParamAverager::builder(communicator).build(&mut params).unwrap();
+        (before, values(layer.weight()))
+    });
+    for (rank, (before, after)) in found.iter().enumerate() {
+        assert_eq!(after, &found[0].0);
+        assert_eq!(before == after, rank == 0);
     }
 }
 
