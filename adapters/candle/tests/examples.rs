@@ -47,16 +47,16 @@ fn digits_learns_and_threads_and_processes_agree() {
 
 #[test]
 fn chars_learns() {
-    let points = columns(&run("chars", "--ranks 2 --every 4 --epochs 0.1"));
+    let points = columns(&run("chars", "--ranks 2 --every 4 --epochs 0.05"));
     let (first, last) = (&points[0], &points[points.len() - 1]);
-    assert!(last[3] < first[3] - 1.0, "{points:?}");
+    assert!(last[3] < first[3] - 0.5, "{points:?}");
 }
 
 #[test]
 fn curves_writes_rows_and_pictures() {
     let folder = std::env::temp_dir().join(format!("candle-curves-{}", std::process::id()));
     let path = folder.display();
-    run("curves", &format!("all {path} --seeds 1 --digits-epochs 6 --chars-epochs 0.01"));
+    run("curves", &format!("all {path} --seeds 1 --digits-epochs 3 --chars-epochs 0.004"));
     for (task, kinds) in [("digits", 22), ("chars", 4)] {
         let rows = std::fs::read_to_string(folder.join(format!("{task}.csv"))).unwrap();
         let starts = rows.lines().filter(|line| line.split(',').nth(8) == Some("0")).count();
