@@ -17,6 +17,7 @@ mod report;
 mod run;
 mod start;
 mod table;
+mod watch;
 
 use std::any::Any;
 use std::fmt;
@@ -46,6 +47,7 @@ use memory::RankMemory;
 use rebuild::Blueprint;
 use recover::Admitted;
 use table::Table;
+use watch::Watch;
 
 /// Algorithm of an average: how the parameters move and where they are summed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -91,6 +93,8 @@ pub struct ParamAverager {
     agreement: Arc<Agreement>,
     algorithm: Algorithm,
     kernels: &'static [u32],
+    /// Data packs of a slot of the ring.
+    chunk: u32,
     table: Table,
     own: RankMemory,
     args: PaArgs,
@@ -111,6 +115,7 @@ pub struct ParamAverager {
     blueprint: Option<Arc<Blueprint>>,
     /// Stream of the average that may be under way, kept alive until the next one has begun.
     stream: Option<Arc<dyn Any + Send + Sync>>,
+    watch: Arc<Watch>,
 }
 
 /// Request for one average.

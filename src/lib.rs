@@ -48,6 +48,7 @@
 //! |---|---|---|
 //! | `cuda` | yes | ranks on CUDA devices: the dependencies cudarc and libloading, the GPU kernels, `adapters::cudarc` |
 //! | `processes` | yes | ranks that are processes of one host; Linux only |
+//! | `tracing` | yes | notices of long waits as events of the crate `tracing`, not on standard error |
 //! | `half` | yes | slices of `half::f16` and `half::bf16`; tensors of raw parts need no feature |
 //!
 //! Without any of them this is a CPU library for threads, f32 and f64. With `cuda`, the GPU kernels
@@ -94,6 +95,13 @@
 //!   averager (a rank that returns or panics drops it, and its peers get [`Error::PeerLost`]);
 //! * on a CUDA device, a rank calls `cudaFree`, or anything else that waits for all kernels, while
 //!   a peer on the same device averages; see [`guide::streams`].
+//!
+//! A wait of more than 10 seconds (to meet, join, build, recover or average) is told of, once, with
+//! the rank that waits and the ranks that it waits for: as a warning of `tracing`, target
+//! `param_averager`, or on standard error if the program has no subscriber. Of averages only waits
+//! are told that are twice as long as the longest before, since ranks of unequal speed wait at
+//! each. Two more warnings go to `tracing` alone: the ranks that a recovery left out, and the error
+//! of an average whose [`Pending`] was dropped.
 //!
 //! One wait has no limit: once a direct average has begun to write, ranks wait for one another,
 //! since a peer may still be writing into their tensors.
@@ -143,6 +151,7 @@ mod error;
 pub mod guide;
 mod hash;
 mod local_sgd;
+mod notice;
 mod parameters;
 mod schedule;
 mod sync;
@@ -203,6 +212,7 @@ impl BuildInfo {
 #[doc(hidden)]
 pub mod __testing {
     pub use crate::averager::Testing;
+    pub use crate::notice::testing::set_patience;
 
     /// The structures that the kernels share with Rust.
     pub mod abi {

@@ -30,13 +30,18 @@ fn simulator() -> Option<PathBuf> {
 
 /// Success of an example, the lines that it printed, sorted, and its errors.
 fn run(name: &str) -> (bool, Vec<String>, String) {
+    run_on("1", name)
+}
+
+/// [`run`] with that many simulated CUDA devices.
+fn run_on(devices: &str, name: &str) -> (bool, Vec<String>, String) {
     let mut command = Command::new(built(name));
     // A launcher's variables for this test are not the example's.
     for variable in ["RANK", "WORLD_SIZE", "PARAM_AVERAGER_RENDEZVOUS"] {
         command.env_remove(variable);
     }
     if let Some(folder) = simulator() {
-        command.env("LD_LIBRARY_PATH", folder).env("CUDASIM_DEVICES", "1");
+        command.env("LD_LIBRARY_PATH", folder).env("CUDASIM_DEVICES", devices);
     }
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let deadline = Instant::now() + Duration::from_secs(120);
@@ -97,8 +102,8 @@ fn join_gets_the_model() {
 /// Asserts that an example prints the mean on a GPU or a simulated one, and this crate's typed
 /// error elsewhere.
 #[cfg(feature = "cuda")]
-fn cuda(name: &str) {
-    let (ends_well, lines, errors) = run(name);
+fn cuda(devices: &str, name: &str) {
+    let (ends_well, lines, errors) = run_on(devices, name);
     let means = lines.iter().filter(|line| line.ends_with("the mean is 0.5")).count();
     let is_typed = ["DeviceUnavailable", "CudaUnavailable"].iter().any(|it| errors.contains(it));
     match ends_well {
@@ -110,7 +115,8 @@ fn cuda(name: &str) {
 #[test]
 #[cfg(feature = "cuda")]
 fn cuda_examples_average_or_say_why_not() {
-    ["cuda_stream", "cuda_graph", "cudarc"].iter().for_each(|name| cuda(name));
+    ["cuda_stream", "cuda_graph", "cudarc"].iter().for_each(|name| cuda("1", name));
+    ["1", "2"].iter().for_each(|devices| cuda(devices, "cuda_raw"));
 }
 
 /// Programs in README, rustdoc and the examples, which users copy, drop no rank's handle: with a

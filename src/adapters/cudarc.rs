@@ -136,12 +136,11 @@ impl fmt::Debug for CudaTensorMut<'_> {
 
 /// A model's parameters in cudarc's slices, and the stream that they are averaged on.
 ///
-/// [`average`](crate::ParamAverager::average) returns when the average is done. The stream may be
-/// of any kind, the null stream included; the average runs behind its work, on it or on a stream of
-/// the averager's own. [`start`](crate::ParamAverager::start) enqueues the average on the stream
-/// and returns; the stream must be non-blocking, as `CudaContext::new_stream` makes them. In both
-/// cases the stream belongs to the rank's device, is not being captured and, unless it is the null
-/// stream, serves no other rank.
+/// [`average`](crate::ParamAverager::average) runs behind the stream's work, and returns when the
+/// average is done. [`start`](crate::ParamAverager::start) returns at once, and the stream's later
+/// work comes after the average. The stream belongs to the rank's device, is not being captured,
+/// and may be of any kind, the null stream included. For `start` it serves no other rank, and
+/// [`RawCudaParams`](crate::RawCudaParams) has the rules for ranks that share a device.
 ///
 /// It can be made again for every average: addresses may change; the number, order, dtypes and
 /// sizes of the tensors stay.
@@ -152,8 +151,8 @@ pub struct CudaParams<'a> {
 }
 
 impl<'a> CudaParams<'a> {
-    /// Parameters without tensors yet, averaged on `stream`, which belongs to this rank's device
-    /// and serves no other rank.
+    /// Parameters without tensors yet, averaged behind the work of `stream`, which belongs to this
+    /// rank's device.
     pub fn new(stream: &'a Arc<CudaStream>) -> Self {
         CudaParams { stream, tensors: vec![] }
     }

@@ -7,6 +7,7 @@ use super::lend::with_tensors;
 use super::memory::{check_room, RankMemory, Sizes, LINE_BYTES};
 use super::rebuild::Blueprint;
 use super::table::{Layout, Table};
+use super::watch::Watch;
 use super::{
     defaults, flag, kernels, spins, start, Algorithm, Builder, Call, Lend, ParamAverager, Start,
 };
@@ -116,7 +117,8 @@ impl ParamAverager {
 
         let mut averager = ParamAverager {
             args: bytemuck::Zeroable::zeroed(),
-            kernels: kernels(algorithm, options.all_or_nothing, options.reject_non_finite),
+            kernels: kernels(algorithm, options.all_or_nothing, options.rejects_non_finite()),
+            chunk: sizes.chunk,
             timeout: options.timeout,
             options: Builder { ordinal: agreement.ordinal.clone(), ..options.clone() },
             failed: None,
@@ -126,6 +128,7 @@ impl ParamAverager {
             admitted: None,
             blueprint: None,
             stream: None,
+            watch: Watch::new(&communicator, &agreement, options.timeout),
             communicator,
             agreement,
             algorithm,
@@ -166,7 +169,7 @@ impl ParamAverager {
             spins: spins(world * channels as usize),
             remote_ns: options.testing.remote_ns.unwrap_or(defaults::REMOTE_NS),
             delay_ns: options.testing.delay_ns,
-            flags: flag(PA_FLAG_REJECT_NON_FINITE, options.reject_non_finite)
+            flags: flag(PA_FLAG_REJECT_NON_FINITE, options.rejects_non_finite())
                 | flag(PA_FLAG_COMPLETED, self.agreement.control.reports_completed()),
             ..bytemuck::Zeroable::zeroed()
         }

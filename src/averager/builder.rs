@@ -16,7 +16,8 @@ pub struct Builder {
     pub(super) algorithm: Algorithm,
     pub(super) link: Link,
     pub(super) all_or_nothing: bool,
-    pub(super) reject_non_finite: bool,
+    pub(super) reject_non_finite: Option<bool>,
+    pub(super) reproducible: bool,
     pub(super) narrow_wire: bool,
     pub(super) allow_unnamed: bool,
     pub(super) start: Start,
@@ -58,7 +59,8 @@ impl Builder {
             algorithm: Algorithm::Auto,
             link: Link::Auto,
             all_or_nothing: true,
-            reject_non_finite: false,
+            reject_non_finite: None,
+            reproducible: false,
             narrow_wire: false,
             allow_unnamed: false,
             start: Start::Rank(0),
@@ -98,9 +100,27 @@ impl Builder {
 
     /// Check for NaN and infinities. `true`: if a rank holds one, no rank's tensors change and
     /// every rank gets [`Error::NonFinite`]. It costs the direct average, and the ring without
-    /// [`all_or_nothing`](Self::all_or_nothing), one more pass over the tensors. Default: `false`.
+    /// [`all_or_nothing`](Self::all_or_nothing), one more pass over the tensors. Default: `true`
+    /// for the ring with `all_or_nothing`, which looks at every element as it sums; else `false`.
     pub fn reject_non_finite(mut self, reject: bool) -> Self {
-        self.reject_non_finite = reject;
+        self.reject_non_finite = Some(reject);
+        self
+    }
+
+    pub(super) fn rejects_non_finite(&self) -> bool {
+        let is_free = self.all_or_nothing && self.chosen_algorithm() == Algorithm::Ring;
+        self.reject_non_finite.unwrap_or(is_free)
+    }
+
+    /// Defaults that depend on nothing but the number of ranks: the ring, 4 channels and chunks of
+    /// 64 KiB. Two runs with the same inputs then have the same bits on machines with other numbers
+    /// of cores, and whether their ranks are threads or processes, on CPUs or on CUDA devices with
+    /// one [`ring_order`](ParamAverager::ring_order). Options that are set take precedence.
+    /// Otherwise [`Algorithm::Auto`], and the defaults of [`channels`](Self::channels) and
+    /// [`chunk_bytes`](Self::chunk_bytes), follow the machine, and with them the bits of three
+    /// ranks and more; see [`guide::accuracy`](crate::guide::accuracy). Default: `false`.
+    pub fn reproducible(mut self, reproducible: bool) -> Self {
+        self.reproducible = reproducible;
         self
     }
 
@@ -153,7 +173,7 @@ impl Builder {
     /// not checked.
     ///
     /// By the ring with three ranks or more, another number of channels gives other bits; see
-    /// [`guide::accuracy`](crate::guide::accuracy).
+    /// [`reproducible`](Self::reproducible).
     pub fn channels(mut self, channels: u32) -> Self {
         self.channels = Some(channels);
         self
@@ -262,6 +282,7 @@ impl Builder {
     /// Algorithm that `Auto` stands for.
     pub(super) fn chosen_algorithm(&self) -> Algorithm {
         match self.algorithm {
+            Algorithm::Auto if self.reproducible => Algorithm::Ring,
             Algorithm::Auto if self.communicator.placement().one_memory() => Algorithm::Direct,
             Algorithm::Auto => Algorithm::Ring,
             chosen => chosen,
@@ -280,7 +301,8 @@ impl Builder {
     }
 
     pub(super) fn channel_count(&self) -> u32 {
-        self.channels.unwrap_or_else(|| {
+        let pinned = self.reproducible.then_some(defaults::REPRODUCIBLE.channels);
+        self.channels.or(pinned).unwrap_or_else(|| {
             let at_once = match self.communicator.placement().occupancy() {
                 Some(occupancy) => occupancy.blocks / occupancy.ranks,
                 None => {
@@ -297,7 +319,8 @@ impl Builder {
             ("algorithm", format!("{:?}", self.algorithm)),
             ("link", format!("{:?}", self.link)),
             ("all_or_nothing", self.all_or_nothing.to_string()),
-            ("reject_non_finite", self.reject_non_finite.to_string()),
+            ("reject_non_finite", self.rejects_non_finite().to_string()),
+            ("reproducible", self.reproducible.to_string()),
             ("narrow_wire", self.narrow_wire.to_string()),
             ("start_from", format!("{:?}", self.start)),
             ("timeout", format!("{:?}", self.timeout)),

@@ -48,6 +48,11 @@ pub(super) const HOST: Cut = Cut { channels: 16, chunk_bytes: DEEP, slot_budget_
 /// Bytes that a block has in flight.
 const DEEP: usize = 4 * 16 * crate::backend::cuda::THREADS as usize;
 
+/// Tiling that is the same on every machine, for `Builder::reproducible`: 4 threads or blocks run
+/// at once nearly everywhere, and 64 KiB fit every budget above. (Reasoned.)
+pub(super) const REPRODUCIBLE: Cut =
+    Cut { channels: 4, chunk_bytes: 64 << 10, slot_budget_bytes: 2 << 20 };
+
 /// Slots of a mailbox: how many chunks a rank may be ahead of the next one. With two, one is
 /// written while the other is read; four even out different speeds. (Measured on CPUs: 2 to 8
 /// differ by less than the noise.)

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use super::table::Problem;
 use super::{Call, Outcome, ParamAverager, Report};
+use crate::backend::Order;
 use crate::{Error, Parameters, Result};
 
 /// A model that lends its tensors for the time of one average.
@@ -150,12 +151,26 @@ impl fmt::Display for LendError {
 /// [`average`](ParamAverager::average) then runs behind the work of the stream and waits;
 /// [`start`](ParamAverager::start) enqueues and returns.
 ///
-/// The stream is a `CUstream` (a `cudaStream_t` is the same) of the device's primary context. It
-/// belongs to this rank alone: on a shared stream, the first rank's average would wait for the
-/// second one's, which is queued behind it. It is non-blocking (`CU_STREAM_NON_BLOCKING`): a
-/// blocking stream would wait for a peer's work on the null stream. Any other stream is refused on
-/// this rank alone; its peers get an error when it drops its averager, or at the timeout. On CPUs
-/// the stream is ignored.
+/// The stream is a `CUstream` (a `cudaStream_t` is the same) of the device's primary context, and
+/// of any kind: non-blocking, blocking, the null stream (0 or `CU_STREAM_LEGACY`), or the default
+/// stream of the calling thread (`CU_STREAM_PER_THREAD`). The average runs on a stream of the
+/// averager's own, ordered by events; a `start` on a non-blocking stream runs there. On CPUs the
+/// stream is ignored.
+///
+/// `average` waits, so ranks may even share one stream. A stream that a rank gives to `start` waits
+/// for the average, and so for the peers. If a peer's average is behind that, both wait until the
+/// timeout. Therefore, of ranks on one device that are threads of one process,
+///
+/// * no two give one stream to `start`;
+/// * none gives a blocking stream (a thread's default stream is one) to `start` while another
+///   averages on the null stream, or without a stream; nor the other way round;
+/// * if they give blocking streams to `start`, nothing uses the null stream of the device, as
+///   `cudaMemcpy` and `cudaMemset` do, from the first rank's `start` to the last one's.
+///
+/// What breaks one of the first two is refused ([`Error::InvalidOption`]) on the rank that comes
+/// later. Its peers get an error when it drops its averager, or at the timeout. The third can't be
+/// seen, nor can the first two between replays of graphs, or between two ranks of one process that
+/// met as processes do. Ranks on other devices, and in other processes, have streams of their own.
 ///
 /// While the stream is being captured, [`start`](ParamAverager::start) captures the average into
 /// the graph.
@@ -268,7 +283,7 @@ impl ParamAverager {
                 // `lend` may have caught a panic of `average`.
                 let panicked = || LendError::new("its tensors panicked while they were lent");
                 let own = self.lend_failed(failed.unwrap_or_else(panicked));
-                self.refuse_to_average(call, own)
+                self.refuse_to_average(call, own, start)
             }
         }
     }
@@ -315,13 +330,16 @@ impl ParamAverager {
         start: Instant,
     ) -> Result<Option<Outcome>> {
         let (begun, waits) = match loan.0 {
-            // SAFETY: the tensors are borrowed until `end` has returned, below.
-            Lent::Exclusive(tensors) => (unsafe { self.begin(tensors, call, None, start) }?, true),
+            Lent::Exclusive(tensors) => {
+                // SAFETY: the tensors are borrowed until `end` has returned, below.
+                (unsafe { self.begin(tensors, call, Order::NullStream, start) }?, true)
+            }
             Lent::OnStream(tensors, stream) => {
                 // SAFETY: the promise of `Loan::on_stream`.
                 unsafe { self.check_stream(stream, waits) }?;
+                let order = if waits { Order::Behind(stream) } else { Order::Within(stream) };
                 // SAFETY: as above.
-                (unsafe { self.begin(tensors, call, Some(stream), start) }?, waits)
+                (unsafe { self.begin(tensors, call, order, start) }?, waits)
             }
             Lent::Ordered(params) => (params.begin(self, call, waits, start)?, waits),
         };
@@ -332,13 +350,13 @@ impl ParamAverager {
     }
 
     /// Takes part in an average only to tell the peers that this rank has no tensors for it.
-    fn refuse_to_average(&mut self, call: Call, own: Error) -> Result<Begun> {
+    fn refuse_to_average(&mut self, call: Call, own: Error, start: Instant) -> Result<Begun> {
         if self.world_size() == 1 {
             return Err(own);
         }
         let _ = self.own.engine.finish();
         // SAFETY: with a problem, no tensor is read or written.
-        unsafe { self.launch(Some(Problem::NOT_LENT), call, None) }?;
+        unsafe { self.launch(Some(Problem::NOT_LENT), call, Order::NullStream, start) }?;
         Ok(Begun { outcome: None, failed: Some(own) })
     }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::builder::{Builder, Testing};
+use super::defaults;
 use super::link::Link;
 use super::table::Table;
 use crate::abi::*;
@@ -38,7 +39,9 @@ impl Sizes {
         let cut = options.cut();
         let most =
             cut.slot_budget_bytes / (channels as usize * options.slots.max(1) as usize * widest);
-        let bytes = options.chunk_bytes.unwrap_or_else(|| cut.chunk_bytes.min(most).max(128));
+        let pinned = options.reproducible.then_some(defaults::REPRODUCIBLE.chunk_bytes);
+        let bytes = options.chunk_bytes.or(pinned);
+        let bytes = bytes.unwrap_or_else(|| cut.chunk_bytes.min(most).max(128));
         // No more than the largest bucket has for one rank in one round.
         let world = options.communicator.world_size() as u64;
         let packs = table.buckets.iter().map(|bucket| bucket.packs).max().unwrap_or(1);

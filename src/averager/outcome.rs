@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::table::Problem;
-use super::{Call, Outcome, ParamAverager, Report};
+use super::{Algorithm, Call, Outcome, ParamAverager, Report};
 use crate::abi::*;
 use crate::backend::Unstarted;
 use crate::error::Phase;
@@ -132,6 +132,11 @@ impl ParamAverager {
             waited: Duration::from_nanos(waited),
             world_size: self.world_size(),
             algorithm: self.algorithm,
+            channels: self.args.channels,
+            chunk_bytes: match self.algorithm {
+                Algorithm::Ring => u64::from(self.chunk) * u64::from(PA_PACK_BYTES),
+                _ => 0,
+            },
             join_pending: match self.world_size() {
                 1 => self.communicator.has_joiner(),
                 _ => self.ended().next().is_some_and(|status| status.joiner != 0),

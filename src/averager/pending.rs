@@ -10,6 +10,7 @@ use std::time::Instant;
 use super::lend::Begun;
 use super::{Call, Lend, Outcome, ParamAverager, Report};
 use crate::abi::PA_OPEN;
+use crate::notice;
 use crate::{Error, Result};
 
 /// Average that has been enqueued; [`wait`](Self::wait) returns its report or its error.
@@ -70,7 +71,8 @@ impl ParamAverager {
 
     /// Waits for a stream on which a graph with an average in it has been launched, and returns the
     /// result of the last replay. After a fatal failure every later replay ends at once. `elapsed`
-    /// of the report is 0, since a replay is not timed.
+    /// of the report is 0, since a replay is not timed. The default stream of a thread is waited
+    /// for on that thread.
     ///
     /// # Safety
     /// The stream is one of the device's primary context, and no replay is under way on another.
@@ -100,24 +102,19 @@ impl ParamAverager {
         }
     }
 
-    /// Refuses a stream that can't take an average, or, if the caller `waits`, can't be waited for.
+    /// Refuses a stream that is being captured if the caller `waits`.
     ///
     /// # Safety
     /// It is a stream of the device's primary context.
     pub(crate) unsafe fn check_stream(&mut self, stream: *mut c_void, waits: bool) -> Result<()> {
-        let refuse = |rank, found: String, expected| {
-            Err(Error::InvalidOption { rank, option: "stream", found, expected })
-        };
-        // SAFETY: the caller's promise.
-        let refusal = unsafe { self.refusal(stream) }?;
-        if let (Some(found), true) = (refusal, self.world_size() > 1) {
-            let expected = "a stream of this rank's own that was made with CU_STREAM_NON_BLOCKING";
-            return refuse(self.rank(), found.into(), expected);
-        }
         // SAFETY: the caller's promise.
         if waits && self.world_size() > 1 && unsafe { self.is_capturing(stream) }? {
-            let expected = "a stream that is not captured, or ParamAverager::start";
-            return refuse(self.rank(), "a stream that is being captured".into(), expected);
+            return Err(Error::InvalidOption {
+                rank: self.rank(),
+                option: "stream",
+                found: "a stream that is being captured".into(),
+                expected: "a stream that is not captured, or ParamAverager::start",
+            });
         }
         Ok(())
     }
@@ -135,15 +132,6 @@ impl ParamAverager {
     #[cfg(feature = "cuda")]
     pub(crate) fn device(&self) -> crate::Device {
         self.communicator.device()
-    }
-
-    /// Reason why an average can't be enqueued on this stream.
-    ///
-    /// # Safety
-    /// It is a stream of the device's primary context.
-    pub(crate) unsafe fn refusal(&mut self, stream: *mut c_void) -> Result<Option<&'static str>> {
-        // SAFETY: the caller's promise.
-        unsafe { self.own.engine.refuses(stream) }.map_err(|reason| self.device_failed(reason))
     }
 
     /// Keeps a stream alive until the next average has begun, when this one is done, also if its
@@ -182,7 +170,11 @@ impl Pending<'_> {
 
 impl Drop for Pending<'_> {
     fn drop(&mut self) {
-        let _ = self.end();
-        let _ = self.averager.take_late();
+        let ended = if self.over.is_none() { self.end().err() } else { None };
+        if let Some(error) = ended.or(self.averager.take_late()) {
+            let rank = self.averager.rank();
+            let text = format!("an average that was not waited for has failed: {error}");
+            notice::warn(Some(rank), &text);
+        }
     }
 }

@@ -80,6 +80,8 @@ mod tests {
             waited: Default::default(),
             world_size: 2,
             algorithm: Algorithm::Ring,
+            channels: 1,
+            chunk_bytes: 0,
             join_pending: true,
         };
         for cause in [lost(true), lost(false), Error::AllWeightsZero] {

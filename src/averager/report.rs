@@ -17,8 +17,13 @@ pub struct Report {
     pub waited: Duration,
     /// Number of ranks that took part.
     pub world_size: usize,
-    /// Algorithm in use.
+    /// Algorithm in use. With the next two it decides the bits of three ranks and more; see
+    /// [`Builder::reproducible`](crate::Builder::reproducible).
     pub algorithm: Algorithm,
+    /// Channels in use, on each rank.
+    pub channels: u32,
+    /// Bytes of parameters in one slot of the ring. 0 for the direct average, which has no slots.
+    pub chunk_bytes: u64,
     /// True if a process waits to [join](crate::Communicator::join) this world; the same on every
     /// rank. [`LocalSgd`](crate::LocalSgd) or
     /// [`ParamAverager::admit_joiner`](crate::ParamAverager::admit_joiner) admits it.
@@ -34,6 +39,16 @@ impl Report {
         } else {
             0.0
         }
+    }
+
+    /// Smallest H, the number of local steps between averages, with which averages like this one
+    /// take no more than `overhead` of the time of the steps, each of which takes `step`:
+    /// elapsed / (overhead · step), at least 1.
+    ///
+    /// 0.05 is flodl's default overhead. A larger H costs accuracy at some point; see
+    /// [`guide::practice`](crate::guide::practice).
+    pub fn suggested_local_steps(&self, step: Duration, overhead: f64) -> u64 {
+        (self.elapsed.as_secs_f64() / (overhead * step.as_secs_f64())).ceil().max(1.0) as u64
     }
 
     /// Bus bandwidth in GB/s: algbw · 2·(n − 1)/n, the load of a ring on each link. As in

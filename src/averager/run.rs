@@ -1,12 +1,11 @@
 //! Launches of one average: checks before tensors are asked for, the first half, and the wait.
 
-use std::ffi::c_void;
 use std::time::Instant;
 
 use super::table::Problem;
 use super::{flag, Call, Outcome, ParamAverager};
 use crate::abi::*;
-use crate::backend::Unstarted;
+use crate::backend::{Order, Unstarted};
 use crate::error::Phase;
 use crate::schedule::place;
 use crate::{Error, Parameters, Result};
@@ -34,13 +33,14 @@ impl ParamAverager {
     /// else `None`: `end` waits for it.
     ///
     /// # Safety
-    /// Nothing else uses the tensors until `end` has returned, except on the device what is ordered
-    /// before or after `stream`, which is one of its primary context and lives as long.
+    /// Nothing else uses the tensors until `end` has returned, except on the device what `order`
+    /// puts before or after the average. Its stream is one of the primary context and lives as
+    /// long.
     pub(crate) unsafe fn begin(
         &mut self,
         params: &mut dyn Parameters,
         call: Call,
-        stream: Option<*mut c_void>,
+        order: Order,
         start: Instant,
     ) -> Result<Option<Outcome>> {
         let problem = self.table.refresh(params).err();
@@ -48,7 +48,7 @@ impl ParamAverager {
             return self.alone(self.refusal_of(problem, call), call, start).map(Some);
         }
         // SAFETY: the caller's promise; the tables hold the addresses of these tensors.
-        unsafe { self.launch(problem, call, stream) }.map(|()| None)
+        unsafe { self.launch(problem, call, order, start) }.map(|()| None)
     }
 
     /// Launches the kernels of an average. With a `problem`, only those that tell peers of it.
@@ -59,13 +59,14 @@ impl ParamAverager {
         &mut self,
         problem: Option<Problem>,
         call: Call,
-        stream: Option<*mut c_void>,
+        order: Order,
+        start: Instant,
     ) -> Result<()> {
         let refusal = self.refusal_of(problem, call);
-        let is_captured = match stream {
+        let is_captured = match order {
             // SAFETY: the caller's promise.
-            Some(stream) => unsafe { self.is_capturing(stream) }?,
-            None => false,
+            Order::Behind(stream) | Order::Within(stream) => unsafe { self.is_capturing(stream) }?,
+            Order::NullStream => false,
         };
         // If captured, every replay of the graph would report the refusal to the peers.
         if let (Some(refusal), true) = (&refusal, is_captured) {
@@ -98,9 +99,11 @@ impl ParamAverager {
         let meets = |kernel: u32| kernel != PA_SCAN && kernel != PA_RING_GATHER;
         let kernels =
             self.kernels.iter().copied().filter(|&kernel| problem.is_none() || meets(kernel));
+        // Threads run the whole average in this call.
+        let _waiting = self.watch.waits(start);
         // SAFETY: the tables describe the tensors of the caller's promise; all other memory is this
         // averager's or kept by `agreement`.
-        match unsafe { self.own.engine.start(&args, kernels, stream) } {
+        match unsafe { self.own.engine.start(&args, kernels, order) } {
             Ok(()) => Ok(()),
             Err(refused @ Unstarted::Refused { .. }) => {
                 Err(refusal.unwrap_or_else(|| self.unstarted(refused)))
@@ -125,7 +128,9 @@ impl ParamAverager {
                     "nothing to wait for: launch the graph, then ask ParamAverager::graph_outcome",
             });
         }
+        let waiting = self.watch.waits(start);
         self.own.engine.finish().map_err(|reason| self.device_failed(reason))?;
+        drop(waiting);
         self.outcome(Some(start))
     }
 }

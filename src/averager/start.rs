@@ -3,6 +3,7 @@
 use super::table::Table;
 use super::{Call, Lend, Outcome, ParamAverager, Report};
 use crate::backend::MemorySpace;
+use crate::notice;
 use crate::schedule::place;
 use crate::{Error, Result};
 
@@ -63,7 +64,16 @@ impl ParamAverager {
                 let report = self.run(params, call.with_digest_of_place()).map(Outcome::report)?;
                 self.unless_late(report).map(drop)
             }
-            Start::Own => Ok(()),
+            Start::Own => {
+                let differing = self.differing_ranks();
+                if !differing.is_empty() && self.rank() == 0 {
+                    let text = format!(
+                        "the ranks begin with different values: {differing:?} differ from rank 0"
+                    );
+                    notice::warn(Some(0), &text);
+                }
+                Ok(())
+            }
         }
     }
 

@@ -14,6 +14,17 @@ pub(crate) enum Engine {
     Cuda(cuda::Rank),
 }
 
+/// Place of an average in the order of a device's work. Threads ignore it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Order {
+    /// Behind the work of the null stream, and so of all blocking streams. The caller waits.
+    NullStream,
+    /// Behind the work of this stream. The caller waits.
+    Behind(*mut c_void),
+    /// Behind the earlier work of this stream, and before its later work.
+    Within(*mut c_void),
+}
+
 /// The reason why an average was not started, or a replay not waited for.
 #[derive(Debug)]
 pub(crate) enum Unstarted {
@@ -61,7 +72,7 @@ impl Engine {
                     .map_err(|reason| Error::Thread { rank, reason })?;
                 Ok(Engine::Cpu { workers, states: buffer })
             }
-            MemorySpace::Cuda(context) => cuda::Rank::new(context, states, buckets, segments)
+            MemorySpace::Cuda(context) => cuda::Rank::new(context, states, buckets, segments, rank)
                 .map(Engine::Cuda)
                 .map_err(|reason| Error::DeviceFailed { rank, source: DeviceError::from(reason) }),
         }
@@ -127,18 +138,18 @@ impl Engine {
     }
 
     /// Starts the kernels of an average. Threads run them before this function returns. A device
-    /// gets them enqueued on `stream`, or on the rank's own stream, which waits for the null
-    /// stream. `finish` must be called even after an error.
+    /// gets them enqueued. `finish` must be called even after an error.
     ///
     /// # Safety
     /// The memory that `args` refers to is as `kernels/abi.h` describes it. No other code accesses
     /// the tensors until `finish` has returned, and earlier accesses have completed or are ordered
-    /// before that stream. `stream` belongs to the device's primary context and exists until then.
+    /// before the stream of `order`, which belongs to the device's primary context and exists until
+    /// then.
     pub(crate) unsafe fn start(
         &mut self,
         args: &PaArgs,
         kernels: impl Iterator<Item = u32>,
-        stream: Option<*mut c_void>,
+        order: Order,
     ) -> Result<(), Unstarted> {
         match self {
             Engine::Cpu { workers, states } => {
@@ -155,9 +166,7 @@ impl Engine {
                 Ok(())
             }
             // SAFETY: guaranteed by the caller.
-            Engine::Cuda(rank) => unsafe {
-                rank.start(args, kernels, stream.map(<*mut c_void>::cast))
-            },
+            Engine::Cuda(rank) => unsafe { rank.start(args, kernels, order) },
         }
     }
 
@@ -175,21 +184,6 @@ impl Engine {
                 (false, failure) => Unstarted::Failed(failure),
             }
         })
-    }
-
-    /// The reason why an average can't be enqueued on this stream, if there is one.
-    ///
-    /// # Safety
-    /// `stream` belongs to the device's primary context.
-    pub(crate) unsafe fn refuses(
-        &self,
-        stream: *mut c_void,
-    ) -> std::result::Result<Option<&'static str>, String> {
-        match self {
-            Engine::Cpu { .. } => Ok(None),
-            // SAFETY: guaranteed by the caller.
-            Engine::Cuda(rank) => Ok(unsafe { rank.refuses(stream.cast()) }?),
-        }
     }
 
     /// True if the average that was started last was captured into a CUDA graph, and so has not

@@ -17,7 +17,7 @@ mod memfd;
 mod memory;
 pub(crate) mod proximity;
 
-pub(crate) use engine::{Engine, Unstarted};
+pub(crate) use engine::{Engine, Order, Unstarted};
 pub(crate) use host_buffer::HostBuffer;
 #[cfg(processes)]
 pub(crate) use import_lock::ImportLock;

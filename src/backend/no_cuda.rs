@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use super::proximity::Connection;
-use super::Unstarted;
+use super::{Order, Unstarted};
 use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment};
 
 /// Threads of a block, as for `cuda`.
@@ -108,6 +108,7 @@ impl Rank {
         _: &[PaChannel],
         _: usize,
         _: usize,
+        _: usize,
     ) -> Result<Rank, String> {
         match **context {}
     }
@@ -124,7 +125,7 @@ impl Rank {
         &mut self,
         _: &PaArgs,
         _: impl Iterator<Item = u32>,
-        _: Option<*mut c_void>,
+        _: Order,
     ) -> Result<(), Unstarted> {
         match *self {}
     }
@@ -134,10 +135,6 @@ impl Rank {
     }
 
     pub(crate) unsafe fn is_capturing(&self, _: *mut c_void) -> Result<bool, Failed> {
-        match *self {}
-    }
-
-    pub(crate) unsafe fn refuses(&self, _: *mut c_void) -> Result<Option<&'static str>, Failed> {
         match *self {}
     }
 }

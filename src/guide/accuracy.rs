@@ -34,7 +34,9 @@
 //!   [`ring_order`](crate::ParamAverager::ring_order). They decide which rank sums which element
 //!   first, and the default of `channels` is the machine's cores divided by the ranks.
 //!
-//! Set them, and another machine, or processes in the place of threads, gives the same model:
+//! [`Report`](crate::Report) tells the algorithm, the channels and the bytes of a chunk. With
+//! [`reproducible`](crate::Builder::reproducible) none of the three depends on the machine, and
+//! processes in the place of threads, or another number of cores, give the same model:
 //!
 //! ```
 //! use param_averager::{Algorithm, Communicator, Device, ParamAverager, Start};
@@ -43,8 +45,8 @@
 //!     let scale = 0.1 * (communicator.rank() + 1) as f32;
 //!     let mut model: Vec<f32> = (0..1000).map(|i| scale * i as f32).collect();
 //!     let builder = ParamAverager::builder(communicator).start_from(Start::Own);
-//!     let pinned = builder.algorithm(Algorithm::Ring).channels(2).chunk_bytes(64 << 10);
-//!     pinned.build(&mut model)?.average(&mut model)?;
+//!     let report = builder.reproducible(true).build(&mut model)?.average(&mut model)?;
+//!     assert_eq!((report.algorithm, report.channels), (Algorithm::Ring, 4));
 //!     Ok::<_, param_averager::Error>(model.iter().map(|x| x.to_bits()).collect::<Vec<_>>())
 //! })?;
 //! assert!(models.windows(2).all(|pair| pair[0] == pair[1]));
@@ -54,5 +56,6 @@
 //! # NaN and infinities
 //! A NaN on one rank is a NaN of the mean on every rank. With
 //! [`reject_non_finite`](crate::Builder::reject_non_finite) the average fails instead, on every
-//! rank, and names the rank, the tensor and the element; no tensor changes. A rank of weight 0
-//! spreads nothing.
+//! rank, and names the rank, the tensor and the element; no tensor changes. It is the default of
+//! the ring with its commit, which looks at every element anyway; the direct average needs one more
+//! pass. A rank of weight 0 spreads nothing.

@@ -85,7 +85,8 @@
 //! For memory that Rust sees as an address only (`Tensor::data_ptr` of tch, another runtime's
 //! allocations), [`TensorMut::from_raw_parts`](crate::TensorMut::from_raw_parts) makes a tensor,
 //! unsafely. With a CUDA stream that orders its uses it goes into
-//! [`RawCudaParams`](crate::RawCudaParams).
+//! [`RawCudaParams`](crate::RawCudaParams), or into a [`Lend`](crate::Lend) of your own:
+//! `examples/cuda_raw.rs` is a trainer with a CUDA runtime of its own.
 //!
 //! # cudarc
 #![cfg_attr(
@@ -95,12 +96,9 @@
 #![cfg_attr(not(feature = "cuda"), doc = "Slices of cudarc need the feature `cuda`.")]
 //!
 //! # What is not averaged
-//! Buffers and the optimizer's state stay local unless they are passed as tensors. With batch
-//! normalisation, running statistics differ from rank to rank: evaluate and save rank 0's model, or
-//! pass the statistics. Moments of Adam may stay local. Count **optimizer steps**, not
-//! micro-batches: call [`LocalSgd::step`](crate::LocalSgd::step) after `optimizer.step()`, and
-//! [`skip`](crate::LocalSgd::skip) where a loss scaler left it out. Each rank trains on its own
-//! part of the data, mixed, not sorted by label. Make equally many steps on every rank: where one
-//! rank runs out of data and calls [`finish`](crate::LocalSgd::finish), averages of its peers are
-//! [`Error::SchedulesDiffer`](crate::Error::SchedulesDiffer) on all ranks, with unchanged tensors,
-//! until all of them call `finish`.
+//! Buffers and the optimizer's state stay local unless they are passed as tensors;
+//! [`guide::practice`](crate::guide::practice) says what becomes of them, and how to divide the
+//! data. Count **optimizer steps**, not micro-batches: call
+//! [`LocalSgd::step`](crate::LocalSgd::step) after `optimizer.step()`, and
+//! [`skip`](crate::LocalSgd::skip) where a loss scaler left it out. Ranks with different numbers of
+//! batches end each epoch by [`done`](crate::LocalSgd::done).

@@ -69,6 +69,7 @@ pub mod failures;
 pub mod frameworks;
 #[cfg(all(target_os = "linux", feature = "processes"))]
 pub mod joining;
+pub mod practice;
 #[cfg(all(target_os = "linux", feature = "processes"))]
 pub mod processes;
 #[cfg(feature = "cuda")]

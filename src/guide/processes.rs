@@ -7,7 +7,9 @@
 //! [`Communicator::builder`] takes the same from the program, and its
 //! [`from_env`](crate::CommunicatorBuilder::from_env) takes the launcher's values with other
 //! options of yours. [`Communicator::is_launched`] tells whether a launcher has started the
-//! process; a shell of Slurm's is no rank.
+//! process; a shell of Slurm's is no rank. Half of a launcher's variables, such as `WORLD_SIZE`
+//! without `RANK`, are an error of `from_env`, and `is_launched` is true: such a process does not
+//! train alone.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -33,12 +35,14 @@
 //! Ranks find one another by a name made of the launcher's variables; `PARAM_AVERAGER_RENDEZVOUS`
 //! replaces it. The name becomes an abstract Unix socket of rank 0: no port is opened, and no file
 //! is made. Ranks that are missing or disagree are named on every rank. A rank that waits for more
-//! than 10 seconds says on standard error for which ranks, where its name is from, and what to set.
+//! than 10 seconds says for which ranks, where its name is from, and what to set: see
+//! [waits](crate#what-blocks-and-what-can-deadlock).
 //!
 //! # Jobs
 //! Two jobs with one name do not mix. Rank 0 keeps the name for as long as it is in the world; a
-//! crash frees it. A process that starts later with this name is refused at once, and told which
-//! process has it.
+//! crash frees it. A process that starts later with this name is refused, and told which process
+//! has it. It tries again for two seconds before that, so that a job can be started again while its
+//! former run ends.
 //!
 //! Ranks tell each other their job: the launcher's name for it, [`CommunicatorBuilder::job`], or
 //! else the process that started them (wrappers, subshells and the end of a loop aside) and their
@@ -46,8 +50,11 @@
 //! Ranks started by hand in two terminals, or by two container runtimes in one PID namespace, need
 //! one name in `PARAM_AVERAGER_RENDEZVOUS`, which is trusted.
 //!
-//! Jobs that nothing tells apart are seen by their second rank 0, which ends both rendezvous if it
-//! starts in time. A rank that starts more than 2 seconds after its own rank 0 was refused waits
+//! Jobs that nothing tells apart, such as two runs from one script that differ in a variable of the
+//! environment alone, are seen by their second rank 0, which ends both rendezvous if it starts in
+//! time. If it comes later, a rank of its job may have taken the place of a rank of the first: that
+//! rank and the second rank 0 get an error, and the mixed world runs. Give such jobs names of their
+//! own. A rank that starts more than 2 seconds after its own rank 0 was refused waits
 //! until its timeout. [`Communicator::world`] tells which world a rank is in: its name, and the
 //! process and the job that began it, and when.
 //!

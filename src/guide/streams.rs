@@ -12,8 +12,14 @@
 //! | call | runs behind | returns | streams |
 //! |---|---|---|---|
 //! | `average` of tensors without a stream | the null stream and every blocking stream, none under capture | when the average is done | none: work of non-blocking streams on the tensors must be done before |
-//! | `average` of [`RawCudaParams`](crate::RawCudaParams) or [`CudaParams`](crate::CudaParams) | the earlier work of their stream | when the average is done | raw: non-blocking, of this rank alone; cudarc: any kind |
-//! | `start` of the same | the earlier work of their stream | at once; later work of the stream sees the mean | non-blocking, of this rank alone |
+//! | `average` of [`RawCudaParams`](crate::RawCudaParams) or [`CudaParams`](crate::CudaParams) | the earlier work of their stream | when the average is done | of any kind, shared by ranks or not |
+//! | `start` of the same | the earlier work of their stream | at once; later work of the stream sees the mean | of any kind, of this rank alone |
+//!
+//! Streams are non-blocking, blocking, the null stream, or the default stream of a thread. An
+//! average runs on a stream of the averager's own, between two events, except where `start` gets a
+//! non-blocking stream: it runs there. `start` makes the stream wait for the peers, which two ranks
+//! on one device must not do to each other: [`RawCudaParams`](crate::RawCudaParams) has the rules,
+//! and what is refused. With a stream of their own each, non-blocking, ranks follow them all.
 //!
 //! If an average fails, later work of the stream runs all the same, on unchanged tensors;
 //! [`Pending::wait`](crate::Pending::wait) returns the report or the error. cudarc's events order
@@ -67,6 +73,6 @@
 //! `cuMemAllocAsync` pools work across devices and processes.
 //!
 //! # candle
-//! candle's `Device::new_cuda` uses the per-thread default stream, which is blocking: with
-//! [`CudaParams`](crate::CudaParams), `average` and `LocalSgd::step` take it, and `start` refuses
-//! it. `Device::new_cuda_with_stream` has a stream that `start` takes.
+//! candle's `Device::new_cuda` uses the per-thread default stream, which is blocking;
+//! `Device::new_cuda_with_stream` makes a non-blocking one. `average`, `LocalSgd::step` and `start`
+//! take both. Ranks that share a GPU are better off with the second if they use `start`.

@@ -98,6 +98,32 @@ impl Control {
         }
     }
 
+    /// Ranks that `position` waits for in its current average, and if they have not begun it.
+    /// `None` if the host does not see that, or there is none. A hint for a notice, so the words
+    /// are read one by one.
+    pub(crate) fn awaited(&self, position: usize, world: usize) -> Option<(Vec<usize>, bool)> {
+        let read =
+            |position, word| Some(self.word(of_board(position, word))?.load(Ordering::Relaxed));
+        let arrived = |position| read(position, offset_of!(PaBoard, arrived));
+        let own = arrived(position)?;
+        let ahead = |of: usize| arrived(of).map_or(0, |theirs| own.wrapping_sub(theirs) as i32);
+        let is_behind = |&other: &usize| ahead(other) > 0;
+        let missing: Vec<usize> = (0..world).filter(is_behind).collect();
+        if !missing.is_empty() {
+            return Some((missing, true));
+        }
+        // All are in it: the last in the chain of waits that begins here.
+        let mut last = position;
+        for _ in 0..world {
+            let next = read(last, offset_of!(PaBoard, waiting_on))? & 0xff;
+            match (next as usize).checked_sub(1) {
+                Some(next) if next != position && next < world => last = next,
+                _ => break,
+            }
+        }
+        (last != position).then(|| (vec![last], false))
+    }
+
     /// Records that this rank has departed.
     pub(crate) fn leave(&self, position: usize) {
         self.departed.fetch_or(1 << position, Ordering::AcqRel);

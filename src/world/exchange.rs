@@ -26,6 +26,16 @@ pub(crate) struct Shown {
 /// Most words of a message.
 pub(crate) const MOST_WORDS: usize = 1024;
 
+/// Text of a notice: `rank` waits for these in an exchange.
+pub(super) fn waits(rank: usize, missing: &[usize], call: &str, timeout: Duration) -> String {
+    let missing: Vec<String> = missing.iter().map(usize::to_string).collect();
+    let (several, missing) = (if missing.len() > 1 { "s" } else { "" }, missing.join(", "));
+    format!(
+        "rank {rank} waits for rank{several} {missing} to call {call}, too; the wait ends after \
+         {timeout:?}"
+    )
+}
+
 /// Time between two looks for what sends no notification: ranks that have dropped an averager.
 pub(super) const LOOK: Duration = Duration::from_millis(50);
 

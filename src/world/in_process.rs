@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
-use super::exchange::{ExchangeId, Shown, LOOK};
-use super::{Agreement, Handshake, Placement};
+use super::exchange::{waits, ExchangeId, Shown, LOOK};
+use super::{waits_to_build, Agreement, Handshake, Placement};
 use crate::error::Phase;
+use crate::notice::Notice;
 use crate::sync::{lock, wait_timeout};
 use crate::{Error, Result};
 
@@ -73,7 +74,7 @@ impl ThreadBootstrap {
         handshake: Handshake,
         timeout: Duration,
     ) -> Result<Arc<Agreement>> {
-        let start = Instant::now();
+        let (start, mut notice) = (Instant::now(), Notice::new(Some(rank)));
         let mut state = self.lock();
         if let Some(failure) = state.failure_for(rank) {
             return Err(failure);
@@ -96,8 +97,9 @@ impl ThreadBootstrap {
                 }
                 return result;
             }
-            let missing =
-                build.handshakes.iter().position(Option::is_none).expect("or it would be complete");
+            let absent = |rank: &usize| build.handshakes[*rank].is_none();
+            let absent: Vec<usize> = (0..build.handshakes.len()).filter(absent).collect();
+            let missing = *absent.first().expect("or it would be complete");
             if let Some(failure) = state.failure_for(rank) {
                 return Err(failure);
             }
@@ -114,8 +116,19 @@ impl ThreadBootstrap {
                 self.changed.notify_all();
                 continue;
             }
+            let mut left = timeout - waited;
+            if !notice.is_told() {
+                let due = notice.at().saturating_duration_since(Instant::now());
+                if due.is_zero() {
+                    drop(state); // a subscriber may do anything
+                    notice.look(|| waits_to_build(rank, &absent, timeout));
+                    state = self.lock();
+                    continue;
+                }
+                left = left.min(due);
+            }
             // A spurious wake-up or a timeout only repeats the loop.
-            state = wait_timeout(&self.changed, state, timeout - waited);
+            state = wait_timeout(&self.changed, state, left);
         }
     }
 
@@ -129,6 +142,7 @@ impl ThreadBootstrap {
         has_left: &dyn Fn(usize) -> bool,
     ) -> Result<Vec<Shown>> {
         let (start, size) = (Instant::now(), self.placement.size());
+        let (mut notice, call) = (Notice::new(Some(rank)), shown.call.clone());
         let mut state = self.lock();
         if let Some(failure) = state.failure_for(rank) {
             return Err(failure);
@@ -160,6 +174,7 @@ impl ThreadBootstrap {
             if waited >= timeout {
                 return Err(Error::Timeout { rank: first, timeout, phase, committed });
             }
+            notice.look(|| waits(rank, &missing, &call, timeout));
             state = wait_timeout(&self.changed, state, LOOK.min(timeout - waited));
         }
     }

@@ -39,7 +39,9 @@ impl Communicator {
     /// **Rendezvous.** Ranks find one another by the name of their world. The name is made from the
     /// launcher's variables unless `PARAM_AVERAGER_RENDEZVOUS` sets it. Rank 0 listens on an
     /// abstract Unix socket of that name, without a file or a port, for as long as it is in the
-    /// world. Rank 0 refuses processes of other users and of other jobs. The launcher's job id
+    /// world. Rank 0 refuses processes of other users and of other jobs, and names its process; a
+    /// process that comes while a world of its name runs tries again for two seconds first, since
+    /// the former run of a restarted job may be ending. The launcher's job id
     /// identifies a job; without one, the parent process and the arguments of the ranks do. A name
     /// in `PARAM_AVERAGER_RENDEZVOUS` is trusted to belong to one job.
     /// [`CommunicatorBuilder::from_env`] takes further options.
@@ -94,12 +96,12 @@ impl Communicator {
         Communicator::builder().rendezvous(rendezvous).device(device).join()
     }
 
-    /// True if a launcher has made this process a rank, which any rank variable that
-    /// [`Communicator::from_env`] reads shows.
+    /// True if a launcher has made this process a rank: a variable of its rank or of the number of
+    /// ranks, which [`Communicator::from_env`] reads, is set.
     ///
-    /// `from_env` can still fail, on the other variables. A Slurm shell, in a batch script or by
-    /// `srun --pty`, is not a rank. A program without a launcher can start ranks itself, or run
-    /// without them.
+    /// `from_env` can still fail: on half of the variables, such as `WORLD_SIZE` without `RANK`, or
+    /// on wrong ones. A Slurm shell, in a batch script or by `srun --pty`, is not a rank. A program
+    /// without a launcher can start ranks itself, or run without them.
     pub fn is_launched() -> bool {
         Setup::is_in_the_environment()
     }

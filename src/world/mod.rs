@@ -38,6 +38,17 @@ use crate::backend::MemorySpace;
 use crate::{Error, Result};
 use in_process::ThreadBootstrap;
 
+/// Text of a notice: `rank` waits for these to build an averager.
+fn waits_to_build(rank: usize, missing: &[usize], timeout: Duration) -> String {
+    let missing: Vec<String> = missing.iter().map(usize::to_string).collect();
+    let (several, missing) = (if missing.len() > 1 { "s" } else { "" }, missing.join(", "));
+    format!(
+        "rank {rank} waits for rank{several} {missing} to build an averager, which every rank \
+            does at the same time, on a thread or process of its own; the wait ends after \
+            {timeout:?}"
+    )
+}
+
 /// The device that a rank's parameters are on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Device(Kind);

@@ -127,6 +127,7 @@ fn averaged(
             .all_or_nothing(all_or_nothing)
             .narrow_wire(narrow_wire)
             .channels(1)
+            .reject_non_finite(false)
             .build(&mut model)
             .unwrap();
         match weights {
@@ -282,6 +283,7 @@ fn rounding_mode_of_the_trainer_does_not_matter() {
         let mut averager = test_support::options(communicator)
             .algorithm(Algorithm::Ring)
             .channels(1)
+            .reject_non_finite(false)
             .build(&mut values)
             .unwrap();
         const UPWARDS_AND_FLUSHED: u32 = 0x1f80 | 0x4000 | 0x8000 | 0x40;
@@ -350,6 +352,7 @@ proptest! {
                 .algorithm(algorithm)
                 .all_or_nothing(all_or_nothing)
                 .channels(channels)
+                .reject_non_finite(false)
                 .chunk_bytes(chunk)
                 .narrow_wire(seed % 4 == 0)
                 .build(&mut model).unwrap();

@@ -277,7 +277,7 @@ fn a_nan_is_rejected_by_all_when_asked_and_named() {
                 .all(|seen| matches!(seen.again, Some(Error::NonFinite { .. }))));
 
             // Without `reject_non_finite` a NaN spreads, as in any mean; with weight 0 it does not.
-            let seen = one_average(3, way, |b| b, poison);
+            let seen = one_average(3, way, |b| b.reject_non_finite(false), poison);
             assert!(seen.iter().flatten().all(|seen| seen.error.is_none()));
             let seen = one_average(
                 3,

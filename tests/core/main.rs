@@ -9,6 +9,7 @@ mod faults;
 mod lend;
 mod local_sgd;
 mod names;
+mod notices;
 mod public_api;
 mod refusals;
 mod run;

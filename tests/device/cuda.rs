@@ -1,5 +1,6 @@
 //! Ranks that are threads on CUDA devices.
 
+mod any_stream;
 mod beside;
 mod graphs;
 #[cfg(feature = "cuda")]
@@ -7,6 +8,7 @@ mod interop;
 mod links;
 pub mod model;
 mod scenarios;
+mod steps;
 mod streams;
 mod strict;
 mod way;
@@ -92,6 +94,15 @@ pub fn averages_run_beside_kernels_and_each_other() {
 
 pub fn averages_are_enqueued_on_streams() {
     scenario("streams", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
+}
+
+pub fn steps_are_enqueued_and_their_outcome_is_asked_for_later() {
+    scenario("steps", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_SEED", "3")]]);
+}
+
+pub fn averages_are_enqueued_on_streams_of_any_kind() {
+    scenario("any-stream", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
+    scenario("any-stream-devices", &[&[TWO, ("CUDASIM_DELAY", "30")], &[TWO]]);
 }
 
 const TWO: (&str, &str) = ("CUDASIM_DEVICES", "2");

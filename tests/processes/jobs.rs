@@ -12,6 +12,10 @@ use test_support::process::{command, name, spawn, start, start_all, RankProcess}
 /// Maximum duration of a process from the start of the last job.
 const SOON: Duration = Duration::from_secs(30);
 
+/// Milliseconds for which a world lives after its average: a second job of its name waits for less
+/// than that and is then refused.
+const LINGER: &str = "6000";
+
 /// A shell that starts two ranks by `line`, in which $r is the rank, and waits for them.
 fn shell(line: &str, port: &str, job: usize, more: &[(&str, String)]) -> Command {
     let own = std::env::current_exe().unwrap();
@@ -207,7 +211,7 @@ pub fn an_early_rank_of_another_job_takes_no_place() {
         let port = name();
         let job = |job: usize, late: usize| {
             let line = format!("(test $r = {late} && sleep 0.5; RANK=$r TRAINER; true)");
-            shell(&line, &port, job, &[("PA_TEST_LINGER_MS", "1500".to_owned())])
+            shell(&line, &port, job, &[("PA_TEST_LINGER_MS", LINGER.to_owned())])
         };
         assert_eq!(play(job(10, 1), job(20, 0), Duration::from_millis(50)), [2, 0]);
     }
@@ -223,7 +227,7 @@ pub fn jobs_of_one_process_are_distinguished_by_their_arguments() {
                 ("WORLD_SIZE", "2".to_owned()),
                 ("MASTER_PORT", port.clone()),
                 ("PA_TEST_JOB", job.to_string()),
-                ("PA_TEST_LINGER_MS", "1500".to_owned()),
+                ("PA_TEST_LINGER_MS", LINGER.to_owned()),
             ];
             let mut command = command(&[], "job", &variables);
             command.args([format!("rank-{rank}"), format!("lr-0.{job}")]);
@@ -241,6 +245,62 @@ pub fn jobs_of_one_process_are_distinguished_by_their_arguments() {
             assert!(is_named && error.contains("PARAM_AVERAGER_RENDEZVOUS"), "{error}");
         }
     }
+}
+
+/// Two runs of a shell loop with one port and two seeds, in the order in which ranks of the two
+/// would pair up across the jobs.
+pub fn a_second_job_of_one_port_is_refused_by_the_pid_that_holds_it() {
+    let port = name();
+    let rank = |rank: usize, job: usize| {
+        let variables = [
+            ("RANK", rank.to_string()),
+            ("WORLD_SIZE", "2".to_owned()),
+            ("MASTER_ADDR", "localhost".to_owned()),
+            ("MASTER_PORT", port.clone()),
+            ("PA_TEST_JOB", job.to_string()),
+            ("PA_TEST_LINGER_MS", LINGER.to_owned()),
+        ];
+        let mut command = command(&[], "job", &variables);
+        command.args(["--seed".into(), job.to_string()]);
+        let started = spawn(command);
+        std::thread::sleep(Duration::from_millis(500));
+        started
+    };
+    let (mut first, mut second) = (vec![rank(0, 1)], vec![rank(0, 2), rank(1, 2)]);
+    first.push(rank(1, 1));
+    for rank in &mut second {
+        assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
+        let error = &rank.said("error")[0];
+        let holder = format!("process {} ", first[0].child.id());
+        assert!(error.contains(&holder), "{error} does not name {holder}");
+        let says = |what: &str| error.contains(what);
+        assert!(says("its own MASTER_PORT or PARAM_AVERAGER_RENDEZVOUS"), "{error}");
+        assert!(says("\"1\" and \"2\"") || says("\"2\" and \"1\""), "{error}");
+    }
+    for rank in &mut first {
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
+        assert_eq!(rank.said("averaged"), ["1"]);
+    }
+}
+
+/// A job that is started again while its former run still answers, as one that handles SIGTERM.
+pub fn a_job_restarts_while_its_former_run_ends() {
+    let name = name();
+    let rank = |rank: usize| {
+        let variables = [
+            ("PA_TEST_RANK", rank.to_string()),
+            ("PA_TEST_WORLD", "2".to_owned()),
+            ("PA_TEST_NAME", name.clone()),
+        ];
+        start("hold", &variables)
+    };
+    let mut former = [rank(0), rank(1)];
+    former.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
+    let mut next = [rank(0), rank(1)];
+    std::thread::sleep(Duration::from_millis(1000));
+    former.iter().for_each(|rank| rank.signal(Signal::KILL));
+    next.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
+    next.iter().for_each(|rank| rank.signal(Signal::KILL));
 }
 
 /// Jobs that nothing distinguishes: the second process of a rank fails both meetings.

@@ -37,6 +37,10 @@ pub fn slurm_shell_is_no_rank() {
         );
     }
     assert_eq!(said(&[]).said("is_launched"), ["false"]);
+    // Neither a rank nor alone: an error, in the place of training alone.
+    let half = said(&[("WORLD_SIZE", "2"), ("MASTER_PORT", "1")]);
+    assert_eq!(half.said("is_launched"), ["true"]);
+    assert!(half.said("error")[0].contains("WORLD_SIZE is set, but RANK is not"));
     assert_eq!(said(&[("RANK", "0"), ("WORLD_SIZE", "1")]).said("is_launched"), ["true"]);
 }
 

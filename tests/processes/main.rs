@@ -22,6 +22,8 @@ mod meeting;
 #[cfg(target_os = "linux")]
 mod namespaces;
 #[cfg(target_os = "linux")]
+mod notices;
+#[cfg(target_os = "linux")]
 mod several_averagers;
 #[cfg(target_os = "linux")]
 mod stops;
@@ -45,6 +47,7 @@ fn main() -> std::process::ExitCode {
             "fails_late" => admissions::fails_late(),
             "first_day" => trainers::first_day(),
             "done_beside_a_death" => trainers::done_beside_a_death(),
+            "mean_on_one_core" => trainers::mean_on_one_core(),
             "barrier_beside_a_death" => trainers::barrier_beside_a_death(),
             role => rank::run(role),
         });
@@ -87,6 +90,8 @@ fn main() -> std::process::ExitCode {
             jobs::jobs_with_one_name_never_mix,
             jobs::an_early_rank_of_another_job_takes_no_place,
             jobs::jobs_of_one_process_are_distinguished_by_their_arguments,
+            jobs::a_second_job_of_one_port_is_refused_by_the_pid_that_holds_it,
+            jobs::a_job_restarts_while_its_former_run_ends,
             jobs::duplicate_rank_fails_the_rendezvous_on_every_rank,
             jobs::a_name_is_held_for_the_life_of_a_world,
             jobs::a_job_that_was_killed_restarts_at_once,
@@ -134,6 +139,9 @@ fn main() -> std::process::ExitCode {
             namespaces::ranks_in_two_network_namespaces_are_an_error: network_namespaces,
             namespaces::users_that_are_not_mapped_are_refused: unmapped_users,
             namespaces::a_user_in_a_container_meets_itself_outside: other_containers,
+            notices::a_rank_that_waits_to_meet_says_so,
+            notices::a_rank_that_waits_to_build_says_so,
+            notices::a_rank_that_waits_to_recover_says_so,
             several_averagers::averagers_are_recovered_in_any_order,
             several_averagers::two_averagers_of_a_world_recover,
             several_averagers::local_sgds_recovered_in_different_orders_fail_at_once,
@@ -145,6 +153,7 @@ fn main() -> std::process::ExitCode {
             stops::abort_ends_the_wait_of_building_ranks,
             trainers::every_process_begins_with_one_model_and_a_joiner_with_the_one_that_is_trained,
             trainers::a_rank_that_is_done_survives_the_death_of_a_peer,
+            trainers::reproducible_averages_have_the_same_bits_on_threads_and_processes,
             trainers::a_barrier_ends_when_a_rank_dies_and_the_others_recover,
         ],
     )

@@ -3,10 +3,12 @@
 use std::time::{Duration, Instant};
 
 use param_averager::{
-    Action, Error, LocalSgd, ParamAverager, Phase, Reduction, Schedule, TensorState,
+    Action, Algorithm, Communicator, Error, LocalSgd, ParamAverager, Phase, Reduction, Report,
+    Schedule, TensorState,
 };
 use test_support::process::{name, start, start_all, RankProcess};
 use test_support::rank::{die, is_late, join, number, say};
+use test_support::{fnv1a, Random};
 
 /// Trains until a process has joined, meets, and ends with an uneven number of steps. All ranks run
 /// this one program.
@@ -170,4 +172,42 @@ pub fn a_barrier_ends_when_a_rank_dies_and_the_others_recover() {
     for rank in [0, 2] {
         assert_eq!(ranks[rank].said("ranks"), ["2: 0"]);
     }
+}
+
+/// Digest of the mean of numbers that are the same in every run.
+fn mean(communicator: Communicator, reproducible: bool) -> (u64, Report) {
+    let rank = communicator.rank() as u64;
+    let mut random = Random(rank);
+    let mut value = || (random.next_u64() as f64 / 1e18).sin() as f32;
+    let mut model: Vec<f32> = (0..200_000).map(|_| value()).collect();
+    let mut averager =
+        test_support::options(communicator).reproducible(reproducible).build(&mut model).unwrap();
+    let report = averager.average(&mut model).unwrap();
+    (fnv1a(model.iter().map(|x| u64::from(x.to_bits()))), report)
+}
+
+/// Averages on one core, where the default is one channel.
+pub fn mean_on_one_core() -> i32 {
+    let mut one = rustix::thread::CpuSet::new();
+    one.set(0);
+    rustix::thread::sched_setaffinity(None, &one).unwrap();
+    let (digest, report) = mean(join().unwrap(), true);
+    assert_eq!(report.algorithm, Algorithm::Ring);
+    say(&format!("mean {digest} {} {}", report.channels, report.chunk_bytes));
+    0
+}
+
+pub fn reproducible_averages_have_the_same_bits_on_threads_and_processes() {
+    let threads = test_support::ranks(3, |communicator| mean(communicator, true));
+    let (digest, report) = threads[0].clone();
+    let expected = format!("{digest} {} {}", report.channels, report.chunk_bytes);
+    let mut ranks = start_all("mean_on_one_core", 3, |_| vec![]);
+    for process in &mut ranks {
+        assert_eq!(process.end(), Some(0), "{:#?}", process.output);
+        assert_eq!(process.said("mean"), [expected.as_str()]);
+    }
+    // By default, threads of one process average directly, which sums in another order.
+    let direct = test_support::ranks(3, |communicator| mean(communicator, false));
+    assert_eq!((direct[0].1.algorithm, direct[0].1.chunk_bytes), (Algorithm::Direct, 0));
+    assert_ne!(direct[0].0, digest);
 }

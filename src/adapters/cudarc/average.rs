@@ -8,7 +8,7 @@ use cudarc::driver::{CudaStream, DriverError};
 use super::{device, is_not_captured, CudaParams};
 use crate::averager::{Call, Loan, Ordered, Outcome};
 use crate::backend::cuda::is_of_capture;
-use crate::backend::Unstarted;
+use crate::backend::{Order, Unstarted};
 use crate::{Error, Lend, LendError, ParamAverager, Parameters, Result};
 
 impl Lend for CudaParams<'_> {
@@ -43,26 +43,19 @@ impl Ordered for CudaParams<'_> {
         start: Instant,
     ) -> Result<Option<Outcome>> {
         let stream = self.stream;
-        let is_blocking = averager.check_cudarc(stream, waits)?;
+        averager.check_cudarc(stream)?;
         let (mut tensors, events) = match self.order() {
             Ok(ordered) => ordered,
-            Err(error) => return Err(averager.not_beside_a_capture(error)),
+            Err(error) => return Err(averager.unstarted(failure(error))),
         };
-        let null = stream.context().default_stream();
-        // Refused tensors are not used, so nothing needs to wait for them.
-        let none_refused = || tensors.iter().all(|tensor| tensor.refusal().is_none());
-        if is_blocking && *stream != null && none_refused() {
-            if let Err(error) = null.join(stream) {
-                return Err(averager.not_beside_a_capture(error));
-            }
-        }
-        let on = (!is_blocking).then(|| stream.cu_stream().cast());
+        let raw = stream.cu_stream().cast();
+        let order = if waits { Order::Behind(raw) } else { Order::Within(raw) };
         // SAFETY: the stream belongs to the primary context of this rank's device, which was
-        // checked, and the averager keeps it alive. It, or the null stream behind it, waits for
-        // earlier uses of the tensors, which was checked for each; tensors that are not so ordered
-        // are refused. Later uses wait for the events that are recorded below, or are enqueued on
-        // the same stream; or, on a blocking stream, come after the caller has waited.
-        let outcome = unsafe { averager.begin(&mut tensors, call, on, start) }?;
+        // checked, and the averager keeps it alive. It waits for earlier uses of the tensors, which
+        // was checked for each; tensors that are not so ordered are refused. Later uses wait for
+        // the events that are recorded below, or are enqueued on the same stream, which waits for
+        // the average; or, if the caller `waits`, come after it has done so.
+        let outcome = unsafe { averager.begin(&mut tensors, call, order, start) }?;
         if outcome.is_none() {
             // cudarc stops ordering uses in a context whose last stream was dropped.
             averager.keep(stream.clone());
@@ -80,9 +73,8 @@ impl Ordered for CudaParams<'_> {
 }
 
 impl ParamAverager {
-    /// True if the stream is of the blocking kind. An error if it can't take an average, or, if
-    /// `waits`, can't take an average that the caller waits for.
-    fn check_cudarc(&mut self, stream: &Arc<CudaStream>, waits: bool) -> Result<bool> {
+    /// Refuses a stream that can't take an average.
+    fn check_cudarc(&mut self, stream: &Arc<CudaStream>) -> Result<()> {
         let refuse = |rank, found: String, expected| {
             Err(Error::InvalidOption { rank, option: "stream", found, expected })
         };
@@ -106,22 +98,11 @@ impl ParamAverager {
             return refuse(rank, found, expected);
         }
         // A later replay of the graph would use the tensors outside of their loan.
-        if !is_not_captured(stream).map_err(|error| self.not_beside_a_capture(error))? {
+        if !is_not_captured(stream).map_err(|error| self.unstarted(failure(error)))? {
             let expected = "a stream that is not captured, or RawCudaParams, which is unsafe";
             return refuse(rank, "a stream that is being captured".into(), expected);
         }
-        let raw = stream.cu_stream().cast();
-        if waits {
-            // SAFETY: a stream of the primary context of this rank's device.
-            return Ok(unsafe { self.refusal(raw) }?.is_some());
-        }
-        // SAFETY: a stream of the primary context of this rank's device.
-        unsafe { self.check_stream(raw, waits) }.map(|()| false)
-    }
-
-    /// Error of the driver while it ordered the null stream, or work on it.
-    fn not_beside_a_capture(&mut self, error: DriverError) -> Error {
-        self.unstarted(failure(error))
+        Ok(())
     }
 }
 

@@ -14,6 +14,7 @@ mod memory;
 pub(crate) mod peer;
 mod rank;
 mod running;
+mod streams;
 mod tables;
 mod topology;
 mod topology_display;

@@ -9,10 +9,11 @@ use cudarc::driver::sys;
 use super::driver::{call, Failed};
 use super::memory::Pinned;
 use super::running::{Busy, Running};
+use super::streams::{Begun, Held, Stream};
 use super::tables::Tables;
 use super::{Context, DeviceMemory};
 use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment};
-use crate::backend::Unstarted;
+use crate::backend::{Order, Unstarted};
 
 /// Threads of a block, the maximum that the kernels are compiled for. 4 packs in flight per thread
 /// saturate a multiprocessor's memory bandwidth, and one block per multiprocessor has enough
@@ -23,8 +24,11 @@ pub(crate) const THREADS: u32 = 512;
 #[derive(Debug)]
 pub(crate) struct Rank {
     context: Arc<Context>,
+    /// Number of the rank, for messages.
+    number: usize,
+    /// Non-blocking stream of the rank's own.
     stream: sys::CUstream,
-    /// Event on the null stream at the start of an average.
+    /// Event on the application's stream before an average on the rank's own.
     before: sys::CUevent,
     /// Event at the end of an average.
     done: sys::CUevent,
@@ -36,6 +40,8 @@ pub(crate) struct Rank {
     capturing: bool,
     /// The end of the average that was started and not waited for.
     pending: Option<Pending>,
+    /// Present while later work of the application's stream waits for the pending average.
+    held: Option<Held>,
     /// Present while an average is pending. Present for good after a capture, since replays of the
     /// graph are not observed here.
     busy: Option<Busy>,
@@ -62,10 +68,12 @@ impl Rank {
         states: &[PaChannel],
         buckets: usize,
         segments: usize,
+        number: usize,
     ) -> Result<Rank, String> {
         let bytes: &[u8] = bytemuck::cast_slice(states);
         let mut rank = Rank {
             context: context.clone(),
+            number,
             stream: null_mut(),
             before: null_mut(),
             done: null_mut(),
@@ -74,6 +82,7 @@ impl Rank {
             tables: Tables::new(context, buckets, segments)?,
             capturing: false,
             pending: None,
+            held: None,
             busy: None,
             _running: Running::new(),
         };
@@ -122,73 +131,109 @@ impl Rank {
         bytemuck::cast_slice(self.ended.bytes())
     }
 
-    /// Enqueues an average and returns at once. Without `stream`, the average goes to the rank's
-    /// own stream, which waits for the null stream and so for all blocking streams. If `stream` is
-    /// being captured, the average becomes a part of the graph, with its current tensors and
-    /// arguments. All counters are in device memory, so a graph can be replayed.
+    /// Enqueues an average and returns at once.
+    ///
+    /// An average that later work of its stream waits for is enqueued on that stream, if that is
+    /// non-blocking. Any other runs on the rank's own stream, between two events: work of another
+    /// kind of stream can wait for a peer's, and so could the average. If the stream is being
+    /// captured, the average becomes a part of the graph, with its current tensors and arguments.
+    /// All counters are in device memory, so a graph can be replayed.
     ///
     /// # Safety
     /// The memory that `args` refers to is as `kernels/abi.h` describes it, in memory that the
     /// device addresses. No other code accesses the tensors until `finish` has returned, and
-    /// earlier accesses have completed or are ordered before that stream. The stream belongs to
-    /// this context and exists until then.
+    /// earlier accesses have completed or are ordered before the stream of `order`. The stream
+    /// belongs to this context and exists until then.
     pub(crate) unsafe fn start(
         &mut self,
         args: &PaArgs,
         kernels: impl Iterator<Item = u32>,
-        stream: Option<sys::CUstream>,
+        order: Order,
     ) -> Result<(), Unstarted> {
         let _bound = self.context.bind()?;
-        self.capturing = match stream {
-            // SAFETY: guaranteed by the caller.
-            Some(stream) => unsafe { is_capturing(stream) }?,
-            None => {
-                self.follow_the_null_stream()?;
-                false
-            }
+        let (behind, is_awaited) = match order {
+            Order::NullStream => (null_mut(), false),
+            Order::Behind(stream) => (stream.cast(), false),
+            Order::Within(stream) => (stream.cast(), true),
         };
-        let stream = stream.unwrap_or(self.stream);
+        self.capturing = match order {
+            Order::NullStream => false,
+            // SAFETY: guaranteed by the caller.
+            Order::Behind(_) | Order::Within(_) => unsafe { is_capturing(behind) }?,
+        };
         self.busy.get_or_insert_with(Busy::new);
         if self.capturing {
-            let tables = self.tables.copy()?;
-            let args = PaArgs { buckets: tables.address(), ..*args };
-            // SAFETY: as below; the enqueued work does not run before the graph does.
-            let captured = unsafe { self.enqueue(&args, kernels, stream) };
-            return match captured {
-                // The capture failed, so there will be no graph.
-                Err(failed) if failed.is_of_capture() => {
-                    self.tables.take_back(tables);
-                    self.capturing = false;
-                    Err(Unstarted::Refused {
-                        found: format!("a stream whose capture has failed ({failed})"),
-                        expected: "a stream whose capture can continue: end this capture, and \
-                            capture again",
-                    })
-                }
-                captured => {
-                    self.tables.keep(tables);
-                    Ok(captured?)
-                }
-            };
+            // SAFETY: guaranteed by the caller.
+            return unsafe { self.capture(args, kernels, behind) };
         }
+        // SAFETY: guaranteed by the caller.
+        let stream = unsafe { Stream::of(behind) }?;
+        let context = self.context.raw() as usize;
+        let begun = Begun { context, control: args.control, rank: self.number, stream };
+        let held = begun.enter(is_awaited)?;
+        let is_within = is_awaited && stream.is_non_blocking();
+        let on = if is_within { behind } else { self.stream };
+        if !is_within {
+            // SAFETY: guaranteed by the caller.
+            unsafe { self.follow(behind) }?;
+        }
+        self.held = held;
         // SAFETY: source and destination of the copies have the same size, and no other code
         // accesses them until `finish`; the caller guarantees the rest. All enqueued work precedes
         // the event.
         unsafe {
-            let enqueued =
-                self.tables.update(stream).and_then(|()| self.enqueue(args, kernels, stream));
-            let recorded = call!(cuEventRecord(self.done, stream));
-            self.pending =
-                Some(if recorded.is_ok() { Pending::Done } else { Pending::All(stream) });
-            Ok(enqueued.and(recorded)?)
+            let enqueued = self.tables.update(on).and_then(|()| self.enqueue(args, kernels, on));
+            let recorded = call!(cuEventRecord(self.done, on));
+            self.pending = Some(if recorded.is_ok() { Pending::Done } else { Pending::All(on) });
+            let followed = match recorded {
+                Ok(()) if is_awaited && !is_within => {
+                    call!(cuStreamWaitEvent(behind, self.done, 0))
+                }
+                recorded => recorded,
+            };
+            Ok(enqueued.and(followed)?)
         }
     }
 
-    /// Makes the rank's own stream wait for the null stream.
-    fn follow_the_null_stream(&self) -> Result<(), Unstarted> {
-        // SAFETY: this rank's event and stream.
+    /// Makes an average a part of the graph that is captured on the stream.
+    ///
+    /// # Safety
+    /// As `start`; the work does not run before the graph does.
+    unsafe fn capture(
+        &mut self,
+        args: &PaArgs,
+        kernels: impl Iterator<Item = u32>,
+        stream: sys::CUstream,
+    ) -> Result<(), Unstarted> {
+        let tables = self.tables.copy()?;
+        let args = PaArgs { buckets: tables.address(), ..*args };
+        // SAFETY: guaranteed by the caller.
+        match unsafe { self.enqueue(&args, kernels, stream) } {
+            // The capture failed, so there will be no graph.
+            Err(failed) if failed.is_of_capture() => {
+                self.tables.take_back(tables);
+                self.capturing = false;
+                Err(Unstarted::Refused {
+                    found: format!("a stream whose capture has failed ({failed})"),
+                    expected: "a stream whose capture can continue: end this capture, and capture \
+                        again",
+                })
+            }
+            captured => {
+                self.tables.keep(tables);
+                Ok(captured?)
+            }
+        }
+    }
+
+    /// Makes the rank's own stream wait for the work of another stream so far.
+    ///
+    /// # Safety
+    /// `stream` belongs to this context, which is bound.
+    unsafe fn follow(&self, stream: sys::CUstream) -> Result<(), Unstarted> {
+        // SAFETY: this rank's event and stream; the caller guarantees the rest.
         let follows = unsafe {
-            call!(cuEventRecord(self.before, null_mut()))
+            call!(cuEventRecord(self.before, stream))
                 .and_then(|()| call!(cuStreamWaitEvent(self.stream, self.before, 0)))
         };
         match follows {
@@ -258,22 +303,6 @@ impl Rank {
         unsafe { is_capturing(stream) }
     }
 
-    /// The reason why an average can't be enqueued on this stream, if there is one.
-    ///
-    /// # Safety
-    /// `stream` belongs to this context.
-    pub(crate) unsafe fn refuses(
-        &self,
-        stream: sys::CUstream,
-    ) -> Result<Option<&'static str>, Failed> {
-        let _bound = self.context.bind()?;
-        let mut flags = 0;
-        // SAFETY: guaranteed by the caller.
-        unsafe { call!(cuStreamGetFlags(stream, &mut flags)) }?;
-        let blocking = flags & sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32 == 0;
-        Ok(blocking.then_some("a blocking stream"))
-    }
-
     /// True if the pending average has ended.
     pub(crate) fn is_done(&self) -> bool {
         let Some(Pending::Done) = self.pending else { return true };
@@ -297,12 +326,14 @@ impl Rank {
             Some(Pending::All(stream)) => {
                 // cleared first, since the stream may be destroyed after this call
                 self.pending = None;
+                self.held = None;
                 // SAFETY: the caller of `start` has guaranteed that the stream
                 // exists until now.
                 unsafe { self.synchronize(stream) }?;
             }
         }
         self.pending = None; // cleared last, so that a call after an error waits again
+        self.held = None;
         if !self.tables.is_captured() {
             self.busy = None;
         }

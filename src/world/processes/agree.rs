@@ -12,7 +12,8 @@ use super::{ProcessBootstrap, JOINING};
 use crate::backend::{limits, Memory};
 use crate::deadline;
 use crate::error::Phase;
-use crate::world::{Agreement, Control, Handshake};
+use crate::notice::Notice;
+use crate::world::{waits_to_build, Agreement, Control, Handshake};
 use crate::{Error, Result};
 
 /// Number of a build in messages: the view, and the build number in that view.
@@ -169,12 +170,15 @@ impl ProcessBootstrap {
         let mut missing: Vec<(usize, usize)> =
             peers.filter(|&(_, peer)| peer != self.peer_set.me).collect();
         let mut received = vec![];
+        let mut notice = Notice::new(Some(self.rank()));
         loop {
             if is_refused {
                 deadline = deadline.min(Instant::now() + SOON);
             }
             let Some(&(first, _)) = missing.first() else { return Ok(received) };
-            let came = self.peer_set.wait(deadline, |state| {
+            let absent: Vec<usize> = missing.iter().map(|&(rank, _)| rank).collect();
+            let waiting = |_: &State| waits_to_build(self.rank(), &absent, timeout);
+            let came = self.peer_set.wait_and_tell(deadline, &mut notice, waiting, |state| {
                 let new: Vec<(usize, Frame)> = missing
                     .iter()
                     .filter_map(|&(rank, peer)| Some((rank, state.take(peer, key)?)))

@@ -6,7 +6,8 @@ use super::frame::Kind;
 use super::ProcessBootstrap;
 use crate::deadline;
 use crate::error::Phase;
-use crate::world::exchange::{ExchangeId, Shown, LOOK};
+use crate::notice::Notice;
+use crate::world::exchange::{waits, ExchangeId, Shown, LOOK};
 use crate::{Error, Result};
 
 impl ProcessBootstrap {
@@ -27,6 +28,7 @@ impl ProcessBootstrap {
         let key = (Kind::Exchange, self.number(), number);
         let sent = self.peer_set.send_to_all(self.others(), key, &shown, &[], deadline);
         sent.map_err(|error| Error::SharedMemory { rank: self.rank(), reason: error.to_string() })?;
+        let (mut notice, call) = (Notice::new(Some(self.rank())), shown.call.clone());
         let members = self.members();
         let mut all: Vec<Option<Shown>> = vec![None; members.len()];
         all[self.rank()] = Some(shown);
@@ -58,6 +60,10 @@ impl ProcessBootstrap {
                 Some(Err((_, error))) => return Err(error),
                 None => {
                     let missing = (0..members.len()).filter(|&rank| all[rank].is_none());
+                    notice.look(|| {
+                        let missing: Vec<usize> = missing.clone().collect();
+                        waits(self.rank(), &missing, &call, timeout)
+                    });
                     let lost = missing.clone().find(|&rank| has_left(rank));
                     let (phase, committed) = (Phase::Exchange, false);
                     if let Some(rank) = lost {

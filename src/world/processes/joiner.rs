@@ -20,6 +20,7 @@ use super::rendezvous::{address, connect, Connection, Origin};
 use super::view_board::{View, ViewBoard};
 use crate::abi::PA_MAX_WORLD;
 use crate::backend::limits::{self, is_shortage, Wanted};
+use crate::notice::Notice;
 use crate::sync::lock;
 
 /// Shortest pause between two attempts to find a world, or to reach a member that does not answer.
@@ -39,17 +40,21 @@ pub(super) fn join(
     is_some_user()?;
     address(name, None)?; // refuses a name that is too long
     let mut lost = vec![];
+    let mut notice = Notice::new(None);
     loop {
-        let found = find(name, &own.host_info, &lost, deadline).map_err(|reason| match reason {
-            Some(reason) => reason,
-            None => format!(
+        let found =
+            find(name, &own.host_info, &lost, deadline, &mut notice).map_err(
+                |reason| match reason {
+                    Some(reason) => reason,
+                    None => format!(
                 "no world of this name was found on this host within {timeout:?}: check that its \
                     ranks are running, and that they gave the same name; {CAUSES}"
             ),
-        })?;
+                },
+            )?;
         let Found { board, origin, others } = found;
         let nonce = board.nonce();
-        match become_member(name, &own, board, deadline, timeout) {
+        match become_member(name, &own, board, (deadline, timeout), &mut notice) {
             Err(NotAdmitted::Lost) if lost.len() < MOST_WORLDS => lost.push(nonce),
             Err(NotAdmitted::Lost) => return Err("its ranks can't be reached".into()),
             Err(NotAdmitted::For(reason)) => {
@@ -65,8 +70,8 @@ fn become_member(
     name: &str,
     own: &LocalDevice,
     board: ViewBoard,
-    deadline: Instant,
-    timeout: Duration,
+    (deadline, timeout): (Instant, Duration),
+    notice: &mut Notice,
 ) -> Result<PeerSet, NotAdmitted> {
     let full = || NotAdmitted::For("it has no id left for a further process".into());
     let id = board.new_id().ok_or_else(full)?;
@@ -81,7 +86,7 @@ fn become_member(
         announced_in: None,
         last_connected: Instant::now(),
     };
-    let view = CurrentView::new(joiner.wait(deadline, timeout)?);
+    let view = CurrentView::new(joiner.wait(deadline, timeout, notice)?);
     peer_set.is_new.store(true, Ordering::Relaxed);
     peer_set.enter(&view);
     *lock(&peer_set.latest) = view;
@@ -109,6 +114,7 @@ fn find(
     host_info: &HostInfo,
     lost: &[u64],
     deadline: Instant,
+    notice: &mut Notice,
 ) -> Result<Found, Option<String>> {
     let (mut pause, mut why) = (AGAIN, None);
     loop {
@@ -133,6 +139,12 @@ fn find(
         if Instant::now() + pause > deadline {
             return Err(why);
         }
+        notice.look(|| {
+            format!(
+                "a process looks for a world named {name:?} to join: check that its ranks are \
+                    running on this host, and that they gave the same name; {CAUSES}"
+            )
+        });
         std::thread::sleep(pause);
         pause = (2 * pause).min(10 * AGAIN);
     }
@@ -212,7 +224,12 @@ struct Joiner<'a> {
 
 impl Joiner<'_> {
     /// Waits until a view has this process as a member.
-    fn wait(&mut self, deadline: Instant, timeout: Duration) -> Result<View, NotAdmitted> {
+    fn wait(
+        &mut self,
+        deadline: Instant,
+        timeout: Duration,
+        notice: &mut Notice,
+    ) -> Result<View, NotAdmitted> {
         let connections = &self.peer_set.connections;
         loop {
             let agreed = connections.board.agreed();
@@ -249,6 +266,10 @@ impl Joiner<'_> {
             if Instant::now() >= deadline {
                 return Err(NotAdmitted::For(timeout_reason(unconnected, members.len(), timeout)));
             }
+            notice.look(|| {
+                let waits = timeout_reason(unconnected, members.len(), timeout);
+                format!("a process still waits to join the world {:?}: {waits}", self.name)
+            });
             let soon =
                 deadline.min(Instant::now() + if unconnected.is_some() { AGAIN } else { PATIENCE });
             let departed = self.peer_set.wait(soon, |state| {

@@ -28,9 +28,10 @@ struct Launcher {
     rank: &'static str,
     world_size: &'static str,
     local_size: &'static str,
-    /// Variables whose values together differ between any two jobs of one host. The first is
-    /// required.
+    /// Variables whose values together differ between any two jobs of one host.
     job: &'static [&'static str],
+    /// Number of the first variables of `job` that are required.
+    required: usize,
     /// The variable of `job` that only the launcher itself sets, to another value for each job.
     knows: &'static str,
 }
@@ -58,6 +59,7 @@ const LAUNCHERS: [Launcher; 4] = [
         world_size: "WORLD_SIZE",
         local_size: "LOCAL_WORLD_SIZE",
         job: &["MASTER_PORT", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"],
+        required: 1,
         knows: "TORCHELASTIC_RUN_ID",
     },
     Launcher {
@@ -66,6 +68,7 @@ const LAUNCHERS: [Launcher; 4] = [
         world_size: "OMPI_COMM_WORLD_SIZE",
         local_size: "OMPI_COMM_WORLD_LOCAL_SIZE",
         job: &["PMIX_NAMESPACE"],
+        required: 1,
         knows: "PMIX_NAMESPACE",
     },
     Launcher {
@@ -74,6 +77,7 @@ const LAUNCHERS: [Launcher; 4] = [
         world_size: "PMI_SIZE",
         local_size: "MPI_LOCALNRANKS",
         job: &[PARENT], // MPICH names no job, but starts all ranks of a host from one process
+        required: 1,
         knows: PARENT,
     },
     Launcher {
@@ -82,6 +86,7 @@ const LAUNCHERS: [Launcher; 4] = [
         world_size: "SLURM_STEP_NUM_TASKS",
         local_size: "SLURM_STEP_TASKS_PER_NODE",
         job: &["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"],
+        required: 2, // a job can run several steps at once
         knows: "SLURM_JOB_ID",
     },
 ];
@@ -129,6 +134,23 @@ impl Launcher {
         LAUNCHERS.iter().find(is_meant)
     }
 
+    /// The error, if a launcher's variables say that this process is one of several ranks, and not
+    /// which. Variables such as `MASTER_PORT`, which a shell may set for programs that it starts
+    /// later, say nothing.
+    fn half_set(get: &impl Fn(&str) -> Option<String>) -> Option<String> {
+        LAUNCHERS.iter().find_map(|launcher| {
+            let Launcher { name, rank, world_size, local_size, .. } = *launcher;
+            let set = [world_size, local_size].into_iter().find(|size| get(size).is_some())?;
+            get(rank).is_none().then(|| {
+                format!(
+                    "{set} is set, but {rank} is not: {name} sets both for the ranks that it \
+                        starts; set {rank} on every process, to 0, 1 and so on, or unset {set} if \
+                        this process is no rank"
+                )
+            })
+        })
+    }
+
     /// The reason, if the variables are those of a shell that will start the ranks.
     fn shell(&self, get: &impl Fn(&str) -> Option<String>) -> Option<String> {
         if self.name != "Slurm" {
@@ -154,10 +176,11 @@ impl Launcher {
 }
 
 impl Launched {
-    /// True if a launcher has set the rank of this process, even if other variables are missing or
-    /// wrong.
+    /// True if a launcher has made this process a rank, even if variables are missing, that of the
+    /// rank included, or wrong.
     pub(super) fn is_there(get: impl Fn(&str) -> Option<String>) -> bool {
         Launcher::find(&get).is_some_and(|launcher| launcher.shell(&get).is_none())
+            || Launcher::half_set(&get).is_some()
     }
 
     /// Reads the variables that `get` returns, `PARENT` among them. An error says what is wrong and
@@ -166,7 +189,14 @@ impl Launched {
         get: impl Fn(&str) -> Option<String>,
         given: Option<String>,
     ) -> Result<Launched, String> {
-        let Some(launcher) = Launcher::find(&get) else {
+        let launcher = Launcher::find(&get);
+        let shell = launcher.and_then(|launcher| launcher.shell(&get));
+        if let (true, Some(problem)) =
+            (launcher.is_none() || shell.is_some(), Launcher::half_set(&get))
+        {
+            return Err(problem);
+        }
+        let Some(launcher) = launcher else {
             let names: Vec<_> =
                 LAUNCHERS.iter().map(|l| format!("{} ({})", l.rank, l.name)).collect();
             let names = names.join(", ");
@@ -176,14 +206,15 @@ impl Launched {
                     and MASTER_PORT yourself, or use Communicator::builder()"
             ));
         };
-        if let Some(problem) = launcher.shell(&get) {
+        if let Some(problem) = shell {
             return Err(problem);
         }
         let number = |name: &str| -> Result<usize, String> {
             let by = launcher.name;
             let value = get(name).ok_or_else(|| {
                 format!(
-                    "{} is set, but {name} is not: {by} sets both for the ranks that it starts",
+                    "{0} is set, but {name} is not: {by} sets both for the ranks that it starts; \
+                        set {name} to the number of ranks, or unset {0} if this process is no rank",
                     launcher.rank
                 )
             })?;
@@ -246,7 +277,8 @@ impl Launched {
         if let Some(name) = by_hand {
             return found(name, format!("set by {RENDEZVOUS}"), Known::ByName);
         }
-        if get(launcher.job[0]).is_none() {
+        let (required, _) = launcher.job.split_at(launcher.required);
+        if let Some(missing) = required.iter().find(|name| get(name).is_none()) {
             if world_size == 1 {
                 // A single rank has no peer to find.
                 let own = Process::own().map_or(0, |own| own.start);
@@ -258,10 +290,10 @@ impl Launched {
                 return found(name, "made from its process".into(), Known::ByName);
             }
             return Err(format!(
-                "{} is set, but neither {} nor {RENDEZVOUS}, which name the world: set one of them \
-                    to the same value on every rank, {RENDEZVOUS} to a name that no other job on \
-                    this host uses",
-                launcher.rank, launcher.job[0]
+                "{} is set, but neither {missing} nor {RENDEZVOUS}, which name the world: set one \
+                    of them to the same value on every rank, {RENDEZVOUS} to a name that no other \
+                    job on this host uses",
+                launcher.rank
             ));
         }
         let there = launcher.job.iter().filter(|name| get(name).is_some());

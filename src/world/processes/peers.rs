@@ -21,6 +21,7 @@ use super::private::Private;
 use super::rendezvous::Connection;
 use super::view_board::ViewBoard;
 use crate::backend::limits::thread;
+use crate::notice::Notice;
 use crate::sync::{lock, wait_timeout};
 use crate::world::Agreement;
 
@@ -164,6 +165,25 @@ impl Connections {
             }
             state = wait_timeout(&self.changed, state, left);
         }
+    }
+
+    /// As `wait`. Once the notice is due, tells what is waited for, which `text` says.
+    pub(super) fn wait_and_tell<T>(
+        &self,
+        deadline: Instant,
+        notice: &mut Notice,
+        text: impl FnOnce(&State) -> String,
+        mut done: impl FnMut(&mut State) -> Option<T>,
+    ) -> Option<T> {
+        if !notice.is_told() && notice.at() < deadline {
+            let came = self.wait(notice.at(), &mut done);
+            if came.is_some() {
+                return came;
+            }
+            let text = text(&self.lock()); // a subscriber is not called under the lock
+            notice.look(|| text);
+        }
+        self.wait(deadline, done)
     }
 
     /// Shuts down all sockets. Both ends of each see it.

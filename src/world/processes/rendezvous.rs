@@ -7,7 +7,6 @@
 pub mod fuzz;
 mod host;
 mod name;
-mod notice;
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};
@@ -29,8 +28,8 @@ use super::private::Private;
 use super::view_board::ViewBoard;
 use crate::backend::limits::{why, Wanted};
 use crate::hash::fnv1a;
+use crate::notice::Notice;
 use crate::world::WorldId;
-use notice::Notice;
 
 /// Time in which a rank that can't take part tries to tell the other ranks, which were started when
 /// it was.
@@ -39,8 +38,15 @@ const REFUSING: Duration = Duration::from_secs(10);
 const AGAIN: Duration = Duration::from_millis(2);
 /// Time in which late ranks are told why there is no world.
 const GRACE: Duration = Duration::from_secs(2);
+/// Time in which a process that was refused by a world of its name tries again: the former run of
+/// a job that is started again may need a moment to end.
+const RESTART: Duration = Duration::from_secs(2);
+/// Pause between two of these attempts.
+const RESTART_PAUSE: Duration = Duration::from_millis(50);
 /// Number of a `Kind::Refuse` from a rank 0 that belongs to another job than the refused process.
 const FOREIGN: u32 = 1;
+/// Number of a `Kind::Refuse` from the rank 0 of a world that has begun.
+const BEGUN: u32 = 2;
 /// Longest name in bytes. The short messages to unknown processes have room for it.
 pub(super) const MOST_NAME: usize = 1024;
 /// Characters of a reason that a first message has room for.
@@ -195,7 +201,8 @@ fn meet_rank_0(
     let failed = |error: io::Error| {
         why(&format!("rank 0 of the world {:?}", me.name), Wanted::Descriptor, error)
     };
-    let mut notice = Notice::new();
+    let mut notice = Notice::new(Some(me.rank));
+    let mut restart = Restart::default();
     loop {
         let greeted = connect(address).map(Private::new).and_then(|stream| {
             let answer = greet(me, &stream, deadline, &mut notice).inspect_err(|error| {
@@ -206,8 +213,10 @@ fn meet_rank_0(
             Ok((answer?, stream))
         });
         match greeted {
+            Ok((frame, _)) if restart.waits_for(&frame, deadline) => {}
             Ok((frame, stream)) => {
-                let is_foreign = frame.kind == Kind::Refuse && frame.number == FOREIGN;
+                let is_foreign =
+                    frame.kind == Kind::Refuse && [FOREIGN, BEGUN].contains(&frame.number);
                 let mut peers = welcomed(me, frame).inspect_err(|reason| {
                     confirm::refuse(&stream, reason);
                     if is_foreign {
@@ -236,17 +245,42 @@ fn meet_rank_0(
     }
 }
 
-/// Tells rank 0 of this job, which may take the name later and would wait for this rank.
+/// Wait for a world of the same name to end.
+#[derive(Debug, Default)]
+struct Restart {
+    /// Time of the first refusal by such a world.
+    since: Option<Instant>,
+}
+
+impl Restart {
+    /// True if this answer is the refusal of a world that has begun and may end soon. Pauses then:
+    /// the caller tries again.
+    fn waits_for(&mut self, answer: &Frame, deadline: Instant) -> bool {
+        if answer.kind != Kind::Refuse || answer.number != BEGUN {
+            return false;
+        }
+        let since = *self.since.get_or_insert_with(Instant::now);
+        let again = Instant::now() + RESTART_PAUSE;
+        let waits = again < deadline.min(since + RESTART);
+        if waits {
+            std::thread::sleep(RESTART_PAUSE);
+        }
+        waits
+    }
+}
+
+/// Tells rank 0 of this job, which may take the name later and would wait for this rank. It may
+/// itself be waiting for the former holder of the name to end.
 fn tell_own_rank_0(me: &RankInfo, address: &SocketAddr, reason: &str) {
     const PAUSE: Duration = Duration::from_millis(20);
     let refused = RankInfo { refusal: Some(reason.into()), ..me.clone() };
-    let until = Instant::now() + GRACE;
-    let mut notice = Notice::new();
+    let until = Instant::now() + RESTART + GRACE;
+    let mut notice = Notice::new(Some(me.rank));
     while Instant::now() < until {
         std::thread::sleep(PAUSE);
         let answer = connect(address).map(Private::new);
         let answer = answer.and_then(|stream| greet(&refused, &stream, until, &mut notice));
-        if answer.is_ok_and(|answer| answer.kind == Kind::Refuse && answer.number != FOREIGN) {
+        if answer.is_ok_and(|answer| answer.kind == Kind::Refuse && answer.number == 0) {
             return;
         }
     }
@@ -278,7 +312,7 @@ fn greet(
     let process = pidfd_open(getpid(), PidfdFlags::empty()).ok();
     let files: Vec<_> = process.iter().map(AsFd::as_fd).collect();
     frame::send(stream, (Kind::Hello, 0, 0), &me.hello(), &files, deadline)?;
-    while !notice.is_said()
+    while !notice.is_told()
         && !is_readable(stream, deadline.min(notice.at()))?
         && Instant::now() < deadline
     {

@@ -10,6 +10,7 @@ use super::{p2p_probe, ProcessBootstrap, JOINING};
 use crate::abi::PA_MAX_WORLD;
 use crate::deadline;
 use crate::error::Phase;
+use crate::notice::{self, Notice};
 use crate::sync::lock;
 use crate::{Error, Result};
 
@@ -128,7 +129,11 @@ impl ProcessBootstrap {
             };
             // A joiner of this view that has no model yet is not waited for.
             let unsettled = self.unsettled();
-            let _ = self.peer_set.wait(deadline, |state| all(state, unsettled).then_some(()));
+            let mut notice = Notice::new(Some(self.rank()));
+            let waiting = |state: &State| self.waits_for_view(state, next, timeout);
+            let _ = self.peer_set.wait_and_tell(deadline, &mut notice, waiting, |state| {
+                all(state, unsettled).then_some(())
+            });
             let _ = self
                 .peer_set
                 .wait(deadline.min(Instant::now() + SOON), |state| all(state, None).then_some(()));
@@ -168,6 +173,7 @@ impl ProcessBootstrap {
         }
         *latest = CurrentView::new(agreed);
         self.peer_set.enter(&latest);
+        self.tell_of_lost(latest.members());
         if let Some(joined) = latest.agreed.joined {
             let tried =
                 p2p_probe::find(&self.peer_set, &latest, Instant::now() + timeout.min(JOINING));
@@ -180,6 +186,34 @@ impl ProcessBootstrap {
             }
         }
         Ok(self.view(latest.clone()))
+    }
+
+    /// Text of a notice: the members that the next view waits for.
+    fn waits_for_view(&self, state: &State, next: u32, timeout: Duration) -> String {
+        let is_ready = |peer: &usize| {
+            state.departed.contains(peer) || state.has(*peer, (Kind::Ready, next, READY))
+        };
+        let late = self.others().filter(|peer| !is_ready(peer)).map(|peer| self.rank_of(peer));
+        let late: Vec<String> = late.map(|rank| rank.to_string()).collect();
+        format!(
+            "rank {} waits for ranks {} to recover, too, or to admit a process; ranks that have \
+                not called it after {timeout:?} are left out",
+            self.rank(),
+            late.join(", ")
+        )
+    }
+
+    /// Warns of members that the next view goes on without.
+    fn tell_of_lost(&self, next: &[usize]) {
+        let lost = self.members().iter().filter(|peer| !next.contains(peer));
+        let lost: Vec<String> = lost.map(|&peer| self.rank_of(peer).to_string()).collect();
+        if !lost.is_empty() {
+            let (lost, left) = (lost.join(", "), next.len());
+            notice::warn(
+                Some(self.rank()),
+                &format!("the world goes on without rank {lost}: {left} ranks are left"),
+            );
+        }
     }
 
     fn rank_of(&self, peer: usize) -> usize {

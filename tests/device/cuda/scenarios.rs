@@ -1,9 +1,10 @@
 //! Scenarios of child processes.
 
 use super::model::Model;
+use super::steps::steps;
 use super::streams::streams;
 use super::way::{shapes, Way, WAY};
-use super::{beside, graphs, links, strict};
+use super::{any_stream, beside, graphs, links, strict};
 use param_averager::*;
 use std::time::Duration;
 use test_support::{ranks_of, ranks_on};
@@ -18,6 +19,9 @@ pub fn run(scenario: &str) {
         "failures" => failures(),
         "trainers" => trainers(),
         "streams" => streams(),
+        "steps" => steps(),
+        "any-stream" => any_stream::on_one_device(),
+        "any-stream-devices" => any_stream::on_two_devices(),
         "beside" => beside::beside(),
         "graphs" => graphs::on_one_device(),
         "graph-refusals" => graphs::refusals(),

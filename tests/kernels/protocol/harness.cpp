@@ -27,6 +27,7 @@ constexpr Scenario kScenarios[] = {
     {"joiners", joiners},
     {"keep", keep},
     {"layout", layout},
+    {"done", done},
     {"non_finite", non_finite},
     {"timeout", timeout},
     {"departed", departed},

@@ -139,6 +139,61 @@ inline void joiners() {
   }
 }
 
+// A rank that is done takes part in whatever call the others make, and counts with its own weight;
+// the others' calls are compared with one another. A joiner is not admitted meanwhile.
+inline void done() {
+  uint64_t seed = 90;
+  enum Case { kPlain, kWeighted, kAllDone, kUnneeded, kDiffer, kCases };
+  for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect}) {
+    World w(setup_of(mode, 4, 2, seed++));
+    const auto case_at = [](uint32_t k) { return Case((k * 3) % kCases); };
+    const auto is_done = [&](uint32_t k, uint32_t r) {
+      return r == k % 4 || case_at(k) == kAllDone || case_at(k) == kUnneeded;
+    };
+    // The last of the ranks that are not done.
+    const auto odd_at = [&](uint32_t k) { return k % 4 == 3 ? 2u : 3u; };
+    run_script(
+        w, 40,
+        [&](uint32_t k) {
+          Script script = script_of(w, k);
+          for (uint32_t r = 0; r < 4; ++r) {
+            Call& call = script.calls[r];
+            call.flags |= PA_FLAG_JOINER;
+            call.found = 3000 + r;
+            double weight = case_at(k) == kWeighted ? 1.5 + r : 1;
+            if (case_at(k) == kWeighted) call.flags |= PA_FLAG_WEIGHTED;
+            if (is_done(k, r)) {
+              // With a rest of its own in every second average; it has made no other call.
+              const bool rest = k / 4 % 2 == 0 && case_at(k) != kUnneeded;
+              weight = rest || case_at(k) == kAllDone ? 1 : 0;
+              call.flags |= PA_FLAG_DONE | PA_FLAG_WEIGHTED;
+              if (weight == 0) call.flags |= PA_FLAG_UNNEEDED;
+              call.schedule = 99;
+            } else if (case_at(k) == kDiffer && r == odd_at(k)) {
+              ++call.schedule;
+            }
+            call.weight = weight;
+            script.plan.weights.push_back(weight);
+            if (weight == 0) script.plan.useless.push_back(r);
+          }
+          return script;
+        },
+        [&](uint32_t k, uint32_t r, const Outcome& o) {
+          const Case which = case_at(k);
+          expect_outcome(w, r, k, o,
+                         which == kDiffer     ? PA_SCHEDULE
+                         : which == kUnneeded ? PA_UNNEEDED
+                                              : PA_COMMITTED,
+                         which == kDiffer ? odd_at(k) : 0);
+          const uint32_t reference = k % 4 == 0 ? 1 : 0;
+          if (which == kDiffer && (o.detail != 3000 + reference || o.found != 3000 + odd_at(k)))
+            wrong("%s, average %u: rank %u was told of the wrong calls", name_of(mode), k, r);
+          if (o.kind == PA_COMMITTED && o.joiner)
+            wrong("%s, average %u: rank %u admits a joiner", name_of(mode), k, r);
+        });
+  }
+}
+
 // Each verdict of the entry barrier in turn, with good averages between. Some follow one another at
 // once: a rank may write its next record while another still reads this one.
 inline void layout() {

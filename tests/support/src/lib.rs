@@ -5,6 +5,7 @@
 mod guarded;
 mod harness;
 mod needs;
+pub mod notices;
 mod options;
 mod oracle;
 #[cfg(target_os = "linux")]

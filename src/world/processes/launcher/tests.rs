@@ -58,7 +58,7 @@ fn missing_and_contradictory_variables_are_named() {
         |names: &[&str]| Launched::is_there(|name| names.contains(&name).then(|| "x".to_owned()));
     assert!(
         !is_there(&[])
-            && !is_there(&["WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", RENDEZVOUS, PARENT])
+            && !is_there(&["MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", RENDEZVOUS, PARENT])
     );
     assert!(["RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"].iter().all(|rank| is_there(&[rank])));
     assert!(is_there(&["SLURM_PROCID", "SLURM_STEP_NUM_TASKS"]));
@@ -80,6 +80,41 @@ fn missing_and_contradictory_variables_are_named() {
         ("SLURM_STEP_TASKS_PER_NODE", "2(x2)"),
     ];
     assert!(error(&slurm).contains("2(x2)"));
+}
+
+/// Every launcher, and both halves of each pair: never "not launched", which would train alone.
+#[test]
+fn half_of_a_launchers_variables_is_an_error() {
+    let is_there = |variables: &[(&str, &str)]| {
+        Launched::is_there(|name| {
+            variables.iter().find(|(other, _)| *other == name).map(|(_, v)| v.to_string())
+        })
+    };
+    for launcher in &LAUNCHERS {
+        let Launcher { rank, world_size, local_size, .. } = *launcher;
+        for (set, missing) in [(world_size, rank), (local_size, rank), (rank, world_size)] {
+            let half = [(set, "1"), (RENDEZVOUS, "x"), ("MASTER_PORT", "1")];
+            let error = find(&half).unwrap_err();
+            let is_named = error.contains(&format!("{set} is set, but {missing} is not"));
+            assert!(is_named && (is_there(&half) || error.contains("a Slurm shell")), "{error}");
+        }
+        // Half of torchrun's beside all of another launcher's: a script has set it for its own use.
+        let whole = [(rank, "0"), (world_size, "1"), (local_size, "1"), ("SLURM_STEP_ID", "0")];
+        let beside = [&whole[..], &[(RENDEZVOUS, "x"), ("WORLD_SIZE", "1")]].concat();
+        assert_eq!(find(&beside).unwrap().variable, rank);
+        // A name is made of whole job ids.
+        let required = &launcher.job[..launcher.required];
+        for missing in required.iter().filter(|_| rank != "PMI_RANK") {
+            let job = required.iter().filter(|name| *name != missing).map(|name| (*name, "7"));
+            let two = [(rank, "0"), (world_size, "2"), (local_size, "2")];
+            let part: Vec<_> = two.into_iter().chain(job).collect();
+            let error = find(&part).unwrap_err();
+            assert!(error.contains(&format!("neither {missing} nor {RENDEZVOUS}")), "{error}");
+        }
+    }
+    // A batch script of Slurm's that exports the size for the ranks that srun starts.
+    let sbatch = [("SLURM_PROCID", "0"), ("SLURM_JOB_ID", "7"), ("WORLD_SIZE", "4")];
+    assert!(is_there(&sbatch) && find(&sbatch).unwrap_err().contains("but RANK is not"));
 }
 
 #[test]

@@ -13,9 +13,10 @@ use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
 use super::name::{self, Pending, TWO_JOBS};
 use super::{
-    is_early, Connection, Hello, Notice, Origin, Peers, RankInfo, Welcome, CAUSES, GRACE, REFUSING,
+    is_early, Connection, Hello, Origin, Peers, RankInfo, Welcome, CAUSES, GRACE, REFUSING,
 };
 use crate::backend::limits::{why, Wanted};
+use crate::notice::Notice;
 use crate::world::processes::confirm::Confirmation;
 use crate::world::processes::frame::{self, Frame, Kind};
 use crate::world::processes::job::Job;
@@ -85,7 +86,7 @@ impl RankZero<'_> {
             match send.try_send(Pending { stream, hello, process }) {
                 Ok(()) | Err(TrySendError::Full(_)) => {} // the process tries again
                 Err(TrySendError::Disconnected(pending)) => {
-                    pending.refuse_as_foreign(&name::begun(&me, &pending.hello, since))
+                    pending.refuse_as_late(&name::begun(&me, &pending.hello, since))
                 }
             }
         };
@@ -132,7 +133,7 @@ impl RankZero<'_> {
         if let Some(reason) = &self.me.refusal {
             return Err(reason.clone());
         }
-        let mut notice = Notice::new();
+        let mut notice = Notice::new(Some(0));
         while self.came.len() + 1 < self.me.world_size {
             if listener.is_stuck() {
                 return Err(format!(
@@ -253,8 +254,8 @@ impl RankZero<'_> {
             self.is_contested = true;
             Some(format!(
                 "two processes claim rank {rank} of the world {name:?}: {claimant} and {}: give \
-                    each rank a number of its own, and each job a name of its own, such as another \
-                    MASTER_PORT",
+                    each rank a number of its own, and each job its own MASTER_PORT or \
+                    PARAM_AVERAGER_RENDEZVOUS",
                 hello.job
             ))
         } else if let Some((what, theirs, ours)) = differs {

@@ -6,8 +6,11 @@ use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use super::{connect, greet, is_early, is_late, Hello, Notice, RankInfo, AGAIN, FOREIGN, GRACE};
+use super::{
+    connect, greet, is_early, is_late, Hello, RankInfo, Restart, AGAIN, BEGUN, FOREIGN, GRACE,
+};
 use crate::backend::limits::{why, Wanted};
+use crate::notice::Notice;
 use crate::world::processes::ancestry::Process;
 use crate::world::processes::credentials::Credentials;
 use crate::world::processes::frame::{self, Frame, Kind};
@@ -23,7 +26,7 @@ const SILENCE: Duration = Duration::from_secs(5);
 pub(super) const TWO_JOBS: &str =
     "if they are one job, set PARAM_AVERAGER_RENDEZVOUS to one name on \
     every rank, or, where the program gives the name, call CommunicatorBuilder::job; if they are \
-    two jobs, give each a name of its own, such as another MASTER_PORT";
+    two jobs, give each its own MASTER_PORT or PARAM_AVERAGER_RENDEZVOUS";
 
 /// A rank that has sent its `Hello`.
 #[derive(Debug)]
@@ -41,6 +44,11 @@ impl Pending {
     /// Refuses a rank of another job, which may have a rank 0 of its own.
     pub(super) fn refuse_as_foreign(&self, reason: &str) {
         self.answer(FOREIGN, reason);
+    }
+
+    /// Refuses a process that comes after the world has begun. It may try again.
+    pub(super) fn refuse_as_late(&self, reason: &str) {
+        self.answer(BEGUN, reason);
     }
 
     fn answer(&self, number: u32, reason: &str) {
@@ -63,7 +71,8 @@ pub(super) fn take(
     timeout: Duration,
 ) -> Result<UnixListener, String> {
     let name = &me.name;
-    let (mut silent, mut notice) = (None, Notice::new());
+    let (mut silent, mut notice) = (None, Notice::new(Some(me.rank)));
+    let mut restart = Restart::default();
     loop {
         match UnixListener::bind_addr(address) {
             Ok(listener) => return Ok(listener),
@@ -83,6 +92,7 @@ pub(super) fn take(
         let holder = connect(address).map(Private::new);
         let pid = holder.as_ref().ok().and_then(|holder| Credentials::of(holder).ok()?.pid);
         match holder.and_then(|holder| greet(me, &holder, until, &mut notice)) {
+            Ok(frame) if restart.waits_for(&frame, deadline) => continue,
             Ok(frame) if frame.kind == Kind::Refuse => {
                 let reason = frame.parse().unwrap_or_else(|error: io::Error| error.to_string());
                 tell_own_ranks(me, address, deadline, &reason);
@@ -158,8 +168,8 @@ pub(super) fn begun(me: &RankInfo, hello: &Hello, since: Instant) -> String {
     let seconds = since.elapsed().as_secs();
     let how = match (&differs, hello.rank) {
         (Some(differs), _) => format!("{differs}; {TWO_JOBS}"),
-        (None, 0) => "end that process, or give this world a name of its own, such as another \
-            MASTER_PORT"
+        (None, 0) => "end that process, or give this job its own MASTER_PORT or \
+            PARAM_AVERAGER_RENDEZVOUS"
             .into(),
         (None, rank) => format!(
             "the world has a rank {rank} already: check whether this process was started twice, or \

@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use param_averager::{Algorithm, Builder, Communicator, Device, Error, Link, LocalSgd, Schedule};
 
 use super::{pairs, roles, survive};
+use crate::notices;
 
 pub fn say(line: &str) {
     // After a line feed: the test harness may have written half a line.
@@ -39,6 +40,9 @@ pub fn die() -> ! {
 
 /// Runs a role, and returns the process's exit code.
 pub fn run(role: &str) -> i32 {
+    if let Some(patience) = number("PA_TEST_PATIENCE_MS") {
+        notices::listen(Duration::from_millis(patience), |text| say(&format!("notice {text}")));
+    }
     match role {
         "meet" => meet(),
         "restart" => restart(),

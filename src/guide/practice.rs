@@ -1,0 +1,81 @@
+//! Local SGD in practice: which H, the learning rate, optimizer state, data, and when not to.
+//!
+//! # Which H
+//! H local steps between averages cost one average. With S bytes of parameters, n ranks, links of B
+//! bytes/s and steps of t seconds, a ring moves 2·S·(n − 1)/n bytes over each link, so averages
+//! take the share p of the steps' time for
+//!
+//! > H ≥ 2·S·(n − 1)/n / B / (p · t)
+//!
+//! 124 million parameters in f32 (S = 496 MB) on two GPUs over PCIe 4.0 x8 (B ≈ 13 GB/s) take 38
+//! ms. With steps of 200 ms and p = 0.05, flodl's default, H is 4; over 10 Gbit/s Ethernet, 40.
+//! Better than computing is measuring:
+//! [`Report::suggested_local_steps`](crate::Report::suggested_local_steps) does it from an average
+//! that was made.
+//!
+//! ```
+//! use std::time::Duration;
+//! use param_averager::{Communicator, Device, ParamAverager, Result};
+//!
+//! let steps = Communicator::run(&[Device::cpu(); 2], |communicator| -> Result<u64> {
+//!     let mut model = vec![0.0f32; 100_000];
+//!     let mut averager = ParamAverager::builder(communicator).build(&mut model)?;
+//!     let report = averager.average(&mut model)?;
+//!     // Ranks measure different times, and need one H: rank 0's, or the largest.
+//!     let mut h = [report.suggested_local_steps(Duration::from_millis(5), 0.05) as f64];
+//!     averager.all_reduce_scalars(&mut h, param_averager::Reduction::Max)?;
+//!     Ok(h[0] as u64)
+//! })?;
+//! assert!(steps[0] >= 1 && steps[0] == steps[1]);
+//! # Ok::<(), param_averager::Error>(())
+//! ```
+//!
+//! Accelerate's default is 8. A larger H saves nothing more once averages are a few percent of the
+//! time, and lets the ranks' models drift apart, the more the higher the learning rate. On mixed
+//! data, H up to 64 cost small models nothing that could be measured; see README. Averages are
+//! worth more while the loss falls fast: [`Schedule::after_warmup`](crate::Schedule::after_warmup).
+//!
+//! # Learning rate
+//! Each rank's optimizer sees its own batch, so its learning rate is that of one rank with that
+//! batch. With n ranks, n times as many samples go into each step of the mean: after the same
+//! number of samples there are n times fewer steps, as with an n times larger batch in synchronous
+//! training, and the same rules apply (a linear or a square-root increase of SGD's learning rate
+//! with a warm-up; little or none for Adam).
+//!
+//! # Optimizer state
+//! Momentum and Adam's moments stay local, which is what Accelerate's `LocalSGD` does, and works:
+//! each rank goes on with moments of its own after an average. To average them as well, pass them
+//! as further tensors, or to an averager of their own with a period of their own. With SGD with
+//! momentum and a large H, resetting the momentum after an average is an alternative.
+//!
+//! # Buffers
+//! Running statistics of batch normalisation are no parameters, and differ between ranks. Pass them
+//! as tensors, which averages them; or evaluate and save rank 0's model only. A mean of variances
+//! is not the variance of all data, but close to it if the data are mixed. Counters that are
+//! integers are no floats: leave them out.
+//!
+//! # Data
+//! Give each rank its own part of the data, **mixed**: rank r takes the samples r, r + n, r + 2·n,
+//! … of one permutation that all ranks draw with the same seed, and a new one in each epoch. Data
+//! sorted by label do harm that grows with H, since each rank forgets what it does not see. Parts
+//! of different size are the usual case: call [`LocalSgd::done`](crate::LocalSgd::done) at the end
+//! of an epoch. Where batches differ in size, or a faster GPU gets more of them,
+//! [`step_weighted`](crate::LocalSgd::step_weighted) counts each rank by its samples.
+//!
+//! # Evaluation and checkpoints
+//! Between averages every rank has a model of its own, which is a little worse than the mean. Call
+//! [`sync`](crate::LocalSgd::sync) before evaluating or saving; then all ranks hold the same bits,
+//! and rank 0 alone can do either. Sums of losses and of numbers of samples go through
+//! [`all_reduce_scalars`](crate::ParamAverager::all_reduce_scalars). Save
+//! [`position`](crate::LocalSgd::position) with the model, pass it to
+//! [`at`](crate::LocalSgd::at) when training resumes, and load the model on rank 0: `build` copies
+//! it to the others. Optimizer state is each rank's own: save it on every rank, or begin it anew.
+//!
+//! # When not to use it
+//! * One device is fast enough: a larger batch is simpler.
+//! * GPUs are joined by NVLink: an all-reduce of gradients at every step costs little, and is
+//!   exactly synchronous.
+//! * The model does not fit on one device: parameters that are sharded are not averaged by this
+//!   crate as a whole, only shard by shard, among ranks that hold the same shard.
+//! * The data of each rank are of another kind, and must stay there: that is federated learning,
+//!   with methods of its own.
