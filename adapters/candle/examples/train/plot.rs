@@ -45,7 +45,9 @@ fn draw(task: &str, rows: &[Row], text: &mut String) -> Drawn {
     let seeds = rows.iter().map(|row| row.seed).max().unwrap_or(0);
     let title = format!("{task}: test loss of 4 ranks that average every H steps");
     root.draw_text(&title, &font(20), (20, 12))?;
-    let below = format!("lines: mean of {seeds} seeds; bands: least and most; data: mixed");
+    let below = format!(
+        "lines: mean of {seeds} seeds; bands: least and most; solid: data mixed among ranks"
+    );
     root.draw_text(&below, &font(13), (20, 38))?;
 
     let step_ms = step_ms(rows);
