@@ -57,9 +57,10 @@ enum PaFlag {
   // Ring only: this rank makes every step, but its own tensors are not written. Not with PA_DIRECT,
   // where the owner of a part writes the tensors of all ranks.
   PA_FLAG_KEEP = 128,
-  // This rank has ended its steps: it takes part in whatever call the others make, with its own
-  // `weight`, and no joiner is admitted meanwhile.
+  // This rank has ended its steps: it takes part in whatever call of their schedules the others
+  // make, with its own `weight`, and no joiner is admitted meanwhile.
   PA_FLAG_DONE = 256,
+  PA_FLAG_OF_SCHEDULE = 512, // the call is one that a rank with PA_FLAG_DONE takes part in
 };
 
 // Placement of one tensor in its bucket. `first_pack` ascends; an empty tensor has no segment.
@@ -138,7 +139,8 @@ struct PaChannel {
   uint32_t step;      // protocol steps made by then
   uint32_t committed; // 1: tensors may have been written
   uint64_t bad;       // 1 + (bucket << 56 | element) of a NaN or infinity in the own tensors, or 0
-  uint64_t detail;    // from the record of `peer`. PA_SCHEDULE: `found` of the call compared with
+  uint64_t detail;    // from the record of `peer`. PA_SCHEDULE: `found` of the call compared with.
+                      // PA_UNNEEDED: number of ranks with PA_FLAG_DONE
   uint64_t found;     // from the record of `peer`. PA_BAD_WEIGHT: its weight
   uint64_t waited_ns; // time spent waiting for peers, over all launches of this average
   double divisor;     // divisor of sums in f64, agreed at the entry barrier

@@ -6,25 +6,42 @@
 
 namespace PA_ISA {
 
+// Record that the weighting of all ranks with news is compared with: the first of theirs.
+PA_FN const PaRecord& first_with_news(const PaControl* control, uint32_t world, uint32_t parity) {
+  return control->board[first_without(control, world, parity, PA_FLAG_DONE | PA_FLAG_UNNEEDED)]
+      .record[parity];
+}
+
+// Weight of a rank, where `news` is the first record with news. If that passes a weight, a rank
+// that has no news, and may not know of weights yet, counts nothing.
+PA_FN double weight_of(const PaRecord& record, const PaRecord& news) {
+  const uint32_t passes = PA_FLAG_WEIGHTED, others = PA_FLAG_DONE | PA_FLAG_UNNEEDED;
+  const bool weighted = (news.flags & (passes | others)) == passes;
+  return weighted && !(record.flags & PA_FLAG_WEIGHTED) ? 0 : record.weight;
+}
+
 // Validates the records of an epoch. Returns 0, or the error with the lowest rank at fault: the
 // same on every rank. Calls are compared with that of the first rank that is not done.
 PA_FN uint32_t check_records(const PaControl* control, uint32_t world, uint32_t epoch) {
   const uint32_t parity = epoch & 1;
-  const PaRecord& first = control->board[reference_rank(control, world, parity)].record[parity];
+  const uint32_t compared = first_without(control, world, parity, PA_FLAG_DONE);
+  const PaRecord& first = control->board[compared].record[parity];
+  const PaRecord& news = first_with_news(control, world, parity);
   bool needed = false, counts = false;
   uint32_t layout = 0, weight = 0, weighting = 0, schedule = 0, non_finite = 0;
   for (uint32_t r = world; r-- > 0;) {
     const PaRecord& record = control->board[r].record[parity];
-    needed |= !(record.flags & PA_FLAG_UNNEEDED);
-    counts |= record.weight > 0;
+    const bool done = record.flags & PA_FLAG_DONE, unneeded = record.flags & PA_FLAG_UNNEEDED;
+    needed |= !unneeded;
+    counts |= weight_of(record, news) > 0;
     if (record.flags & PA_FLAG_LAYOUT) layout = code_of(uint32_t(PA_LAYOUT), r);
     if (!(record.weight >= 0) || record.weight - record.weight != 0)
       weight = code_of(uint32_t(PA_BAD_WEIGHT), r);
-    const bool compared = !(record.flags & PA_FLAG_DONE);
-    if (compared && (record.flags ^ first.flags) & PA_FLAG_WEIGHTED)
+    // A rank without news may not know yet that the others pass weights.
+    if (!done && !unneeded && (record.flags ^ news.flags) & PA_FLAG_WEIGHTED)
       weighting = code_of(uint32_t(PA_WEIGHTING), r);
-    if (compared && record.schedule != first.schedule)
-      schedule = code_of(uint32_t(PA_SCHEDULE), r);
+    const bool joins = done && (first.flags & (PA_FLAG_OF_SCHEDULE | PA_FLAG_DONE));
+    if (!joins && record.schedule != first.schedule) schedule = code_of(uint32_t(PA_SCHEDULE), r);
     if (record.flags & PA_FLAG_NON_FINITE) non_finite = code_of(uint32_t(PA_NON_FINITE), r);
   }
   if (layout) return layout;
@@ -44,14 +61,15 @@ PA_FN void compute_scales(const PaControl* control, uint32_t world, uint32_t epo
   constexpr double kLeast = 0x1p-126;
   double most = 0, part = 1, sum = 0, lost = 0, sum_f32 = 0;
   uint32_t count = 0;
+  const PaRecord& news = first_with_news(control, world, epoch & 1);
   for (uint32_t r = 0; r < world; ++r) {
-    const double w = control->board[r].record[epoch & 1].weight;
+    const double w = weight_of(control->board[r].record[epoch & 1], news);
     if (w > most) most = w;
     if (w > 0) ++count;
   }
   for (uint32_t power = 1; power < count; power *= 2) part *= 0.5;
   for (uint32_t r = 0; r < world; ++r) {
-    const double w = control->board[r].record[epoch & 1].weight;
+    const double w = weight_of(control->board[r].record[epoch & 1], news);
     const double ratio = w / most * part, scale = ratio > kLeast ? ratio : kLeast;
     me->scale[r] = w > 0 ? scale : -1.0;
     if (!(w > 0)) continue;
@@ -69,7 +87,7 @@ PA_FN void compute_scales(const PaControl* control, uint32_t world, uint32_t epo
 PA_FN uint32_t has_joiner(const PaControl* control, uint32_t world, uint32_t epoch) {
   uint32_t flags = 0;
   for (uint32_t r = 0; r < world; ++r) flags |= control->board[r].record[epoch & 1].flags;
-  return (flags & PA_FLAG_JOINER) && !(flags & PA_FLAG_DONE) ? 1 : 0;
+  return (flags & (PA_FLAG_JOINER | PA_FLAG_DONE)) == PA_FLAG_JOINER;
 }
 
 // First non-finite value that this rank's blocks have found in its tensors, or 0: PaChannel.bad.

@@ -43,6 +43,7 @@ pub const PA_FLAG_JOINER: PaFlag = 32;
 pub const PA_FLAG_COMPLETED: PaFlag = 64;
 pub const PA_FLAG_KEEP: PaFlag = 128;
 pub const PA_FLAG_DONE: PaFlag = 256;
+pub const PA_FLAG_OF_SCHEDULE: PaFlag = 512;
 pub type PaFlag = ::std::os::raw::c_uint;
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]

@@ -159,7 +159,10 @@ impl Call {
 #[derive(Clone, Debug)]
 pub(crate) enum Outcome {
     Averaged(Report),
-    Unneeded,
+    Unneeded {
+        /// True if every rank has ended its steps.
+        all_done: bool,
+    },
 }
 
 impl Outcome {
@@ -167,7 +170,9 @@ impl Outcome {
     fn report(self) -> Report {
         match self {
             Outcome::Averaged(report) => report,
-            Outcome::Unneeded => unreachable!("only a rank that does not need one is told so"),
+            Outcome::Unneeded { .. } => {
+                unreachable!("only a rank that does not need one is told so")
+            }
         }
     }
 }

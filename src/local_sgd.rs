@@ -37,6 +37,8 @@ pub struct LocalSgd {
     admits_next: bool,
     /// Error of an average that was enqueued, until the next call.
     unreported: Option<Error>,
+    /// True if the last average moved nothing, and all ranks have ended their steps.
+    all_done: bool,
 }
 
 /// Average on the parameters' stream whose outcome was not taken yet.
@@ -88,6 +90,17 @@ impl Action {
             _ => None,
         }
     }
+
+    /// Error of a call that has made this, and of which another step failed.
+    fn after(self, cause: Error) -> Error {
+        match self.report() {
+            Some(report) => {
+                let averaged = Some(Box::new(report.clone()));
+                Error::AfterAverage { averaged, cause: Box::new(cause) }
+            }
+            None => cause,
+        }
+    }
 }
 
 impl LocalSgd {
@@ -109,6 +122,7 @@ impl LocalSgd {
             enqueued: None,
             admits_next: false,
             unreported: None,
+            all_done: false,
         }
     }
 
@@ -125,8 +139,8 @@ impl LocalSgd {
     /// Default: 0.
     pub fn at(mut self, position: u64) -> Self {
         if !self.averager.has_joined() {
-            self.position = position;
-            self.averager.set_position_in_schedule(position);
+            self.position = position.min(u64::MAX / 2); // leaves room to count, and for `place`
+            self.averager.set_position_in_schedule(self.position);
         }
         self
     }
@@ -196,8 +210,7 @@ impl LocalSgd {
         self.position += 1;
         self.averager.set_position_in_schedule(self.position);
         if self.schedule.is_due(self.position) {
-            let waits = std::mem::take(&mut self.admits_next);
-            let made = self.average(params, self.position, waits);
+            let made = self.average(params, self.position, false);
             let made = made.and_then(|action| self.admit(params, action).map_err(Halt::error));
             return self.ended(made);
         }
@@ -246,7 +259,10 @@ impl LocalSgd {
         let mut last = Action::Unneeded;
         let made = loop {
             match self.average(params, place::DONE, true) {
-                Ok(Action::Unneeded) => break self.meet_at_farthest().map(|()| last),
+                Ok(Action::Unneeded) if self.all_done => {
+                    break self.meet_at_farthest().map(|()| last)
+                }
+                Ok(Action::Unneeded) => {} // of ranks that go on
                 Ok(Action::Alone) => break Ok(Action::Alone),
                 Ok(action) => last = action,
                 Err(error) => break Err(error),
@@ -267,8 +283,7 @@ impl LocalSgd {
     /// Those of the average. It may be called on some ranks only.
     pub fn wait(&mut self) -> Result<Option<Report>> {
         self.unreported.take().map_or(Ok(()), Err)?;
-        let report = self.settle()?;
-        self.averager.take_late().map_or(Ok(report), Err)
+        self.settle()
     }
 
     /// Recovers from an error that [is fatal](crate::Error::is_fatal), among the ranks that are
@@ -339,9 +354,9 @@ impl LocalSgd {
     /// Result of a call that averages.
     fn ended(&mut self, made: Result<Action>) -> Result<Action> {
         let made = self.unless_late(made);
-        match (made, self.unreported.take()) {
-            (Ok(_), Some(earlier)) => Err(earlier),
-            (made, _) => made,
+        match self.unreported.take() {
+            Some(cause) => made.and_then(|action| Err(action.after(cause))),
+            None => made,
         }
     }
 }

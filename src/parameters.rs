@@ -101,14 +101,15 @@ impl<P: Parameters, const N: usize> Parameters for [P; N] {
 }
 
 /// Tensors in the order of the keys, which name the tensors that have no name yet. If a value has
-/// several, errors number all but the first of them: `key`, `key.1`, `key.2`.
+/// several, errors number all but the first of them: `key`, `key.1`, `key.2`. Names within a value
+/// need be unique among themselves only.
 impl<P: Parameters> Parameters for BTreeMap<String, P> {
     fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
         for (name, part) in self.iter_mut() {
             let mut unnamed = 0;
             part.visit(&mut |tensor: TensorMut<'a>| {
                 if tensor.name().is_some() {
-                    return visit(tensor);
+                    return visit(tensor.within(name));
                 }
                 visit(tensor.named(name).numbered(unnamed));
                 unnamed += 1;

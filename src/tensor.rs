@@ -7,6 +7,7 @@ use std::marker::PhantomData;
 use half::{bf16, f16};
 
 use crate::abi::{PA_BF16, PA_F16, PA_F32, PA_F64};
+use crate::hash::fnv1a;
 use crate::world::Device;
 
 /// Element type of a tensor.
@@ -58,6 +59,15 @@ impl fmt::Display for Dtype {
     }
 }
 
+/// Name of a tensor, and what tells it from others of that name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Identity<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) part: u32,
+    pub(crate) outer: Option<&'a str>,
+    pub(crate) scope: u64,
+}
+
 mod sealed {
     pub trait Sealed {}
 }
@@ -81,6 +91,8 @@ pub struct TensorMut<'a> {
     name: Option<&'a str>,
     /// Number of the tensor among those that share its name: the tensors of one key of a map.
     part: u32,
+    /// Key of the outermost map that holds the map which names it, and a digest of all such keys.
+    scope: (Option<&'a str>, u64),
     pointer: *mut u8,
     elements: usize,
     dtype: Dtype,
@@ -124,6 +136,7 @@ impl<'a> TensorMut<'a> {
         TensorMut {
             name: None,
             part: 0,
+            scope: (None, 0),
             pointer,
             elements,
             dtype,
@@ -149,10 +162,16 @@ impl<'a> TensorMut<'a> {
         TensorMut { part, ..self }
     }
 
-    /// Name and number of the tensor, which tell it from all others. The name is empty if there is
-    /// none.
-    pub(crate) fn identity(&self) -> (&str, u32) {
-        (self.name.unwrap_or_default(), self.part)
+    /// The same tensor, of a map that this key holds.
+    pub(crate) fn within(self, key: &'a str) -> Self {
+        let keys = key.bytes().chain(self.scope.1.to_le_bytes());
+        TensorMut { scope: (Some(key), fnv1a(keys)), ..self }
+    }
+
+    /// What tells the tensor from all others. The name is empty if there is none.
+    pub(crate) fn identity(&self) -> Identity<'_> {
+        let (outer, scope) = self.scope;
+        Identity { name: self.name.unwrap_or_default(), part: self.part, outer, scope }
     }
 
     /// Number of elements.

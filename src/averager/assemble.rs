@@ -13,7 +13,7 @@ use super::{
 };
 use crate::abi::*;
 use crate::backend::{Memory, MemorySpace};
-use crate::world::Handshake;
+use crate::world::{Admission, Handshake};
 use crate::{Error, Result};
 
 impl ParamAverager {
@@ -40,13 +40,15 @@ impl ParamAverager {
             let (mut tensors, mut names) = (0, 0);
             params.visit(&mut |tensor| {
                 tensors += 1;
-                names += tensor.name().map_or(0, str::len);
+                let identity = tensor.identity();
+                names += identity.name.len() + identity.outer.map_or(0, str::len);
             });
             made = Some(check_room(tensors, names, rank, world).map(|()| {
                 let (table, problem) = Table::new(params, device, space.clone());
                 let refusal = problem.map(|problem| table.error(rank, problem));
                 let mut refusal = refusal.or_else(|| table.ambiguity(rank, options.allow_unnamed));
-                if refusal.is_none() && options.start == Start::Own && world > 1 {
+                let compares = options.start == Start::Own && options.admission == Admission::None;
+                if refusal.is_none() && compares && world > 1 {
                     // SAFETY: the table has the addresses of tensors that are lent now.
                     match unsafe { start::digest(&table, &space) } {
                         Ok(found) => digest = Some(found),

@@ -219,7 +219,6 @@ impl Builder {
         let refuse = |option, found: String, expected| {
             Err(Error::InvalidOption { rank: self.communicator.rank(), option, found, expected })
         };
-        let ranks = self.communicator.world_size();
         match (self.channels, self.chunk_bytes) {
             (Some(channels), _) if !(1..=1024).contains(&channels) => {
                 refuse("channels", channels.to_string(), "1 to 1024 threads")
@@ -231,11 +230,6 @@ impl Builder {
                 refuse("slots", self.slots.to_string(), "a power of two from 2 to 1024")
             }
             _ if self.timeout.is_zero() => refuse("timeout", "0".into(), "longer than nothing"),
-            _ if matches!(self.start, Start::Rank(root) if root >= ranks) => refuse(
-                "start_from",
-                format!("{:?}, in a world of {ranks}", self.start),
-                "the number of a rank, from 0, or Mean, or Own",
-            ),
             _ if self.algorithm == Algorithm::Direct
                 && !self.communicator.placement().one_memory() =>
             {

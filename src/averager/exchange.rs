@@ -44,7 +44,8 @@ impl ParamAverager {
             });
         }
         for (index, value) in values.iter_mut().enumerate() {
-            let column = all.iter().map(|shown| f64::from_bits(shown.words[index]));
+            let column =
+                all.iter().filter_map(|shown| shown.words.get(index)).copied().map(f64::from_bits);
             *value = match reduction {
                 Reduction::Sum => column.sum(),
                 Reduction::Mean => column.sum::<f64>() / all.len() as f64,
@@ -75,7 +76,7 @@ impl ParamAverager {
         if self.world_size() == 1 {
             return Ok(vec![shown]);
         }
-        let number = 2 * self.exchanges;
+        let number = self.exchanges.wrapping_mul(2);
         self.exchanges = self.exchanges.wrapping_add(1);
         let all = self.all_gather(number, shown, self.timeout).inspect_err(|error| {
             // Peers may have all messages by now, or wait for this rank in an average.

@@ -298,7 +298,8 @@ impl ParamAverager {
             }
             // Peers were told, or the average was captured, or moved nothing: this rank knows why.
             (
-                Ok(Outcome::Unneeded) | Err(Error::LendFailed { .. } | Error::InvalidOption { .. }),
+                Ok(Outcome::Unneeded { .. })
+                | Err(Error::LendFailed { .. } | Error::InvalidOption { .. }),
                 Some(failed),
             ) => Err(failed),
             (ended, _) => ended,

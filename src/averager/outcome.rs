@@ -45,7 +45,10 @@ impl ParamAverager {
         let problem = Problem { tensor: status.detail, found: status.found };
         let error = match status.outcome {
             PA_COMMITTED => return Ok(Outcome::Averaged(self.report(start))),
-            PA_UNNEEDED => return Ok(Outcome::Unneeded),
+            PA_UNNEEDED => {
+                let all_done = status.detail == self.world_size() as u64;
+                return Ok(Outcome::Unneeded { all_done });
+            }
             PA_NON_FINITE => self.non_finite(rank, status.detail),
             PA_LAYOUT => self.table.error(rank, problem),
             PA_SCHEDULE => self.calls_differ(rank, status),
@@ -77,7 +80,9 @@ impl ParamAverager {
             places.map(if is_of_schedule { place::time } else { place::call });
         let mut reference = 0;
         if let Some(all) = all {
-            reference = all.iter().position(|(_, is_done)| !is_done).unwrap_or(0);
+            // In the order in which the kernels look.
+            let first = self.ring_order().iter().copied().find(|&rank| !all[rank].1);
+            reference = first.unwrap_or(0);
             [found, expected] = [rank, reference].map(|rank| all[rank].0.clone());
         }
         match is_of_schedule {

@@ -98,7 +98,7 @@ impl ParamAverager {
         }
         match self.outcome(None)? {
             Outcome::Averaged(report) => Ok(report),
-            Outcome::Unneeded => Err(none),
+            Outcome::Unneeded { .. } => Err(none),
         }
     }
 

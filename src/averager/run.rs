@@ -68,6 +68,15 @@ impl ParamAverager {
             Order::Behind(stream) | Order::Within(stream) => unsafe { self.is_capturing(stream) }?,
             Order::NullStream => false,
         };
+        if let (Some(_), true) = (call.course, is_captured) {
+            return Err(Error::InvalidOption {
+                rank: self.rank(),
+                option: "stream",
+                found: "being captured, in a step of LocalSgd".into(),
+                expected: "a stream that is not captured, or ParamAverager::start, whose average \
+                           every replay of the graph makes",
+            });
+        }
         // If captured, every replay of the graph would report the refusal to the peers.
         if let (Some(refusal), true) = (&refusal, is_captured) {
             return Err(refusal.clone());
@@ -89,7 +98,8 @@ impl ParamAverager {
                 | flag(PA_FLAG_LAYOUT, problem.is_some())
                 | flag(PA_FLAG_JOINER, has_joiner)
                 | flag(PA_FLAG_KEEP, call.keeps)
-                | flag(PA_FLAG_DONE, call.place == place::DONE),
+                | flag(PA_FLAG_DONE, call.place == place::DONE)
+                | flag(PA_FLAG_OF_SCHEDULE, place::is_of_schedule(call.place)),
             ..self.args
         };
         if std::mem::take(&mut self.table.moved) {

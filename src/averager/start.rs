@@ -58,6 +58,14 @@ impl ParamAverager {
             return Ok(());
         }
         match self.options.start {
+            // Not a refusal of the handshake: later views, which may be smaller, compare the
+            // option, too, and copy nothing. It is the same on every rank.
+            Start::Rank(root) if root >= self.world_size() => Err(Error::InvalidOption {
+                rank: self.rank(),
+                option: "start_from",
+                found: format!("Rank({root}), in a world of {}", self.world_size()),
+                expected: "the number of a rank, from 0, or Mean, or Own",
+            }),
             Start::Rank(root) => self.broadcast(root, params).map(drop),
             Start::Mean => {
                 let call = Call { place: place::START, ..Call::by_hand(None) };
@@ -78,9 +86,12 @@ impl ParamAverager {
     }
 
     /// Ranks whose values differed from rank 0's when this averager was built with [`Start::Own`];
-    /// the same on every rank. Empty for any other start.
+    /// the same on every rank. Empty for any other start, and since a process has joined.
     pub fn differing_ranks(&self) -> Vec<usize> {
         let handshakes = &self.agreement.handshakes;
+        if handshakes.iter().any(|shown| shown.digest.is_none()) {
+            return vec![];
+        }
         let differs = |&rank: &usize| handshakes[rank].digest != handshakes[0].digest;
         (0..handshakes.len()).filter(differs).collect()
     }

@@ -1,12 +1,13 @@
 //! Segment tables: a rank's tensors in the kernels' form, brought up to date at every average.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::sync::Arc;
 
 use crate::abi::{PaBucket, PaSegment};
 use crate::backend::MemorySpace;
 use crate::bucket::{self, Bucket, Place, Shape};
-use crate::tensor::{Dtype, Unordered};
+use crate::tensor::{Dtype, Identity, Unordered};
 use crate::world::Device;
 use crate::{Error, Parameters, TensorMut};
 
@@ -15,9 +16,46 @@ use crate::{Error, Parameters, TensorMut};
 pub(super) struct Layout {
     device: Device,
     space: MemorySpace,
-    /// Name and number of each tensor, as [`TensorMut::identity`].
-    names: Vec<(String, u32)>,
+    names: Vec<Name>,
     shapes: Vec<Shape>,
+}
+
+/// [`TensorMut::identity`] of a tensor.
+#[derive(Debug)]
+struct Name {
+    name: String,
+    part: u32,
+    outer: Option<String>,
+    scope: u64,
+}
+
+impl Name {
+    fn of(Identity { name, part, outer, scope }: Identity<'_>) -> Name {
+        Name { name: name.to_owned(), part, outer: outer.map(str::to_owned), scope }
+    }
+
+    fn bytes(&self) -> usize {
+        self.name.len() + self.outer.as_ref().map_or(0, String::len)
+    }
+
+    fn identity(&self) -> Identity<'_> {
+        let Name { name, part, outer, scope } = self;
+        Identity { name, part: *part, outer: outer.as_deref(), scope: *scope }
+    }
+}
+
+/// Name as errors show it.
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(outer) = &self.outer {
+            write!(f, "{outer}.")?;
+        }
+        f.write_str(&self.name)?;
+        match self.part {
+            0 => Ok(()),
+            part => write!(f, ".{part}"),
+        }
+    }
 }
 
 /// Most elements of a tensor: no memory is longer. Larger numbers come from a wrong length in
@@ -83,31 +121,31 @@ impl Layout {
 
     /// Number of tensors, and bytes of all their names.
     pub(super) fn size(&self) -> (usize, usize) {
-        (self.shapes.len(), self.names.iter().map(|(name, _)| name.len()).sum())
+        (self.shapes.len(), self.names.iter().map(Name::bytes).sum())
     }
 
     /// Place of the tensor with this name, as the low bits of a `RENAMED` problem.
-    fn place_of(&self, name: &str, part: u32) -> u64 {
-        match self.names.iter().position(|known| known.0 == name && known.1 == part) {
-            _ if name.is_empty() => NO_NAME,
+    fn place_of(&self, identity: Identity<'_>) -> u64 {
+        match self.names.iter().position(|known| known.identity() == identity) {
+            _ if identity.name.is_empty() => NO_NAME,
             Some(index) => index as u64,
             None => OTHER_NAME,
         }
     }
 
     /// The first two tensors that can't be told apart: they share a name, or they share dtype and
-    /// size and neither has a name. Tensors without elements are left out.
+    /// size and neither has a name. Unnamed tensors without elements are left out.
     fn twins(&self, allow_unnamed: bool) -> Option<(usize, usize)> {
         let mut seen = HashMap::with_capacity(self.shapes.len());
         (0..self.shapes.len()).find_map(|index| {
-            let (name, part) = &self.names[index];
+            let identity = self.names[index].identity();
             let shape = self.shapes[index];
-            let key = match name.is_empty() {
-                true if allow_unnamed || shape.elements == 0 => return None,
-                true => ("", 0, Some(shape)),
-                false => (name.as_str(), *part, None),
+            let shape = match identity.name {
+                "" if allow_unnamed || shape.elements == 0 => return None,
+                "" => Some(shape),
+                _ => None,
             };
-            seen.insert(key, index).map(|before| (before, index))
+            seen.insert((identity, shape), index).map(|before| (before, index))
         })
     }
 
@@ -126,8 +164,7 @@ impl Table {
     ) -> (Table, Option<Problem>) {
         let (mut names, mut shapes) = (vec![], vec![]);
         params.visit(&mut |tensor| {
-            let (name, part) = tensor.identity();
-            names.push((name.to_owned(), part));
+            names.push(Name::of(tensor.identity()));
             let (dtype, elements) = (tensor.dtype(), tensor.len() as u64);
             // `refresh` refuses a tensor that is too long, whatever its shape is here.
             let elements = if elements > most_elements(dtype) { 0 } else { elements };
@@ -181,10 +218,9 @@ impl Table {
         if shape != (Shape { dtype: tensor.dtype(), elements: tensor.len() as u64 }) {
             return Err(found);
         }
-        let (name, part) = tensor.identity();
-        let expected = &self.layout.names[index];
-        if name != expected.0 || part != expected.1 {
-            return Err(RENAMED << SHIFT | self.layout.place_of(name, part));
+        let identity = tensor.identity();
+        if identity != self.layout.names[index].identity() {
+            return Err(RENAMED << SHIFT | self.layout.place_of(identity));
         }
         if tensor.device() != self.layout.device {
             return Err(DEVICE << SHIFT);
@@ -245,7 +281,7 @@ impl Table {
     /// Error of tensors that could be mistaken for one another.
     pub(super) fn ambiguity(&self, rank: usize, allow_unnamed: bool) -> Option<Error> {
         let (first, second) = self.layout.twins(allow_unnamed)?;
-        let problem = match self.layout.names[second].0.as_str() {
+        let problem = match self.layout.names[second].name.as_str() {
             "" => format!(
                 "has no name, as {}, so that nothing tells the two apart if their order differs \
                  between ranks: name every tensor (TensorMut::named, or a BTreeMap) and sort them \
@@ -338,9 +374,8 @@ impl Table {
     pub(super) fn describe(&self, index: usize) -> String {
         let Shape { dtype, elements } = self.layout.shapes[index];
         let name = match &self.layout.names[index] {
-            (name, _) if name.is_empty() => String::new(),
-            (name, 0) => format!(" `{name}`"),
-            (name, part) => format!(" `{name}.{part}`"),
+            name if name.name.is_empty() => String::new(),
+            name => format!(" `{name}`"),
         };
         format!("tensor {index}{name} ({dtype}, {elements} elements)")
     }

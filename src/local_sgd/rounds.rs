@@ -25,19 +25,16 @@ impl LocalSgd {
             Err(error) if error.is_fatal() => return Err(error),
             earlier => earlier.err(),
         };
+        // After `settle`, which sets it: so it is the same on all ranks, whether they have asked
+        // for the outcome of the last average before or not.
+        let waits = waits | std::mem::take(&mut self.admits_next);
         let made = match waits || !self.averager.is_on_stream() {
             true => self.made(params, place),
             false => self.enqueue(params, place),
         };
-        match (made, earlier) {
-            (Ok(action), Some(cause)) => Err(match action.report() {
-                Some(report) => {
-                    let averaged = Some(Box::new(report.clone()));
-                    Error::AfterAverage { averaged, cause: Box::new(cause) }
-                }
-                None => cause,
-            }),
-            (made, _) => made,
+        match earlier {
+            Some(cause) => made.and_then(|action| Err(action.after(cause))),
+            None => made,
         }
     }
 
@@ -45,7 +42,8 @@ impl LocalSgd {
         let call = self.call(place);
         Ok(match self.averager.run(params, call)? {
             Outcome::Averaged(report) => self.averaged(report),
-            Outcome::Unneeded => {
+            Outcome::Unneeded { all_done } => {
+                self.all_done = all_done;
                 self.forget_steps();
                 Action::Unneeded
             }
@@ -70,9 +68,15 @@ impl LocalSgd {
             Ok(Outcome::Averaged(report)) => {
                 self.averages += 1;
                 self.admits_next = report.join_pending;
-                Ok(Some(report))
+                match self.averager.take_late() {
+                    None => Ok(Some(report)),
+                    Some(cause) => Err(Error::AfterAverage {
+                        averaged: Some(Box::new(report)),
+                        cause: Box::new(cause),
+                    }),
+                }
             }
-            Ok(Outcome::Unneeded) => Ok(None),
+            Ok(Outcome::Unneeded { .. }) => Ok(None),
             Err(error) => {
                 // Its steps belong to the next average.
                 self.since_average += steps;
@@ -90,8 +94,9 @@ impl LocalSgd {
             // A rank that is done counts with the steps that no average has had, and then no more.
             _ if done && !has_news => Some(0.0),
             None if done => Some(1.0),
-            // It may have completed the average that failed for others, and holds the mean.
-            Some(0.0) if recovers => Some(1.0),
+            // It may have completed the average that failed for others, and holds the mean. A rank
+            // that has joined does not know whether the others pass weights.
+            None | Some(0.0) if recovers => Some(1.0),
             samples => samples,
         };
         Call {
@@ -121,6 +126,7 @@ impl LocalSgd {
     ) -> Result<Action, Halt> {
         // The world was lost with it, if it has failed.
         let _ = self.settle();
+        self.admits_next = false;
         let (mut last, mut in_vain) = (None::<(Error, usize)>, 0);
         loop {
             let Regrouped { position, admitted } =
@@ -182,15 +188,9 @@ impl LocalSgd {
     /// The result of a call, unless its [`Lend`](crate::Lend) has failed after an average. That
     /// changes no step of the call, since the peers know nothing of it.
     pub(super) fn unless_late(&mut self, made: Result<Action>) -> Result<Action> {
-        match (made, self.averager.take_late()) {
-            (Ok(action), Some(cause)) => Err(match action.report() {
-                Some(report) => Error::AfterAverage {
-                    averaged: Some(Box::new(report.clone())),
-                    cause: Box::new(cause),
-                },
-                None => cause,
-            }),
-            (made, _) => made,
+        match self.averager.take_late() {
+            Some(cause) => made.and_then(|action| Err(action.after(cause))),
+            None => made,
         }
     }
 

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{Communicator, Group};
+use crate::error::Phase;
 use crate::{Error, Result};
 
 /// Identity of an exchange in its view, the same on every rank.
@@ -34,6 +35,16 @@ pub(super) fn waits(rank: usize, missing: &[usize], call: &str, timeout: Duratio
         "rank {rank} waits for rank{several} {missing} to call {call}, too; the wait ends after \
          {timeout:?}"
     )
+}
+
+/// The failure of a world, as that of an exchange.
+pub(super) fn in_exchange(failure: Error) -> Error {
+    match failure {
+        Error::Aborted { rank, committed, .. } => {
+            Error::Aborted { rank, phase: Phase::Exchange, committed }
+        }
+        failure => failure,
+    }
 }
 
 /// Time between two looks for what sends no notification: ranks that have dropped an averager.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
-use super::exchange::{waits, ExchangeId, Shown, LOOK};
+use super::exchange::{in_exchange, waits, ExchangeId, Shown, LOOK};
 use super::{waits_to_build, Agreement, Handshake, Placement};
 use crate::error::Phase;
 use crate::notice::Notice;
@@ -45,8 +45,8 @@ struct Build {
 #[derive(Debug)]
 struct Exchange {
     shown: Vec<Option<Shown>>,
-    /// Number of ranks that have taken the messages.
-    taken: usize,
+    /// Ranks that have taken the messages, or given up.
+    ended: Vec<bool>,
 }
 
 impl ThreadBootstrap {
@@ -145,34 +145,30 @@ impl ThreadBootstrap {
         let (mut notice, call) = (Notice::new(Some(rank)), shown.call.clone());
         let mut state = self.lock();
         if let Some(failure) = state.failure_for(rank) {
-            return Err(failure);
+            return Err(in_exchange(failure));
         }
-        let none = || Exchange { shown: vec![None; size], taken: 0 };
-        state.exchanges.entry(id).or_insert_with(none).shown[rank] = Some(shown);
+        let none = || Exchange { shown: vec![None; size], ended: vec![false; size] };
+        let exchange = state.exchanges.entry(id).or_insert_with(none);
+        (exchange.shown[rank], exchange.ended[rank]) = (Some(shown), false);
         self.changed.notify_all();
         loop {
-            let exchange = state.exchanges.get_mut(&id).expect("kept until all have taken it");
+            let exchange = &state.exchanges[&id]; // kept until all have ended it
             let missing: Vec<usize> =
                 (0..size).filter(|&rank| exchange.shown[rank].is_none()).collect();
-            let Some(&first) = missing.first() else {
-                let all = exchange.shown.iter().flatten().cloned().collect();
-                exchange.taken += 1;
-                if exchange.taken == size {
-                    state.exchanges.remove(&id);
-                }
-                return Ok(all);
-            };
-            if let Some(failure) = state.failure_for(rank) {
-                return Err(failure);
-            }
-            let (phase, committed) = (Phase::Exchange, false);
+            let (waited, phase, committed) = (start.elapsed(), Phase::Exchange, false);
             let lost = missing.iter().find(|&&rank| state.departed[rank] || has_left(rank));
-            if let Some(&rank) = lost {
-                return Err(Error::PeerLost { rank, phase, committed });
-            }
-            let waited = start.elapsed();
-            if waited >= timeout {
-                return Err(Error::Timeout { rank: first, timeout, phase, committed });
+            let ended = match (missing.first(), lost) {
+                (None, _) => Some(Ok(exchange.shown.iter().flatten().cloned().collect())),
+                _ if state.failure.is_some() => state.failure_for(rank).map(in_exchange).map(Err),
+                (_, Some(&rank)) => Some(Err(Error::PeerLost { rank, phase, committed })),
+                (Some(&rank), _) if waited >= timeout => {
+                    Some(Err(Error::Timeout { rank, timeout, phase, committed }))
+                }
+                _ => None,
+            };
+            if let Some(ended) = ended {
+                state.end_exchange(id, rank);
+                return ended;
             }
             notice.look(|| waits(rank, &missing, &call, timeout));
             state = wait_timeout(&self.changed, state, LOOK.min(timeout - waited));
@@ -213,6 +209,15 @@ impl ThreadBootstrap {
 }
 
 impl State {
+    /// Records that a rank takes no part in an exchange any more.
+    fn end_exchange(&mut self, id: ExchangeId, rank: usize) {
+        let Some(exchange) = self.exchanges.get_mut(&id) else { return };
+        exchange.ended[rank] = true;
+        if exchange.ended.iter().all(|&ended| ended) {
+            self.exchanges.remove(&id);
+        }
+    }
+
     /// The failure that ended the world, if any. A rank gets the failure itself once and `Poisoned`
     /// afterwards.
     fn failure_for(&mut self, rank: usize) -> Option<Error> {

@@ -80,7 +80,12 @@ impl<E: 'static> Failure<E> {
     /// True if a peer's failure must be the reason.
     fn follows_from_another(&self) -> bool {
         let Failure::Error(error) = self else { return false };
-        let error: Option<&Error> = (error as &dyn Any).downcast_ref();
-        error.is_some_and(|error| error.kind() == ErrorKind::Peer)
+        type Boxed = Box<dyn std::error::Error + Send + Sync>;
+        let error = error as &dyn Any;
+        let boxed = || error.downcast_ref::<Boxed>()?.downcast_ref::<Error>();
+        error
+            .downcast_ref::<Error>()
+            .or_else(boxed)
+            .is_some_and(|error| error.kind() == ErrorKind::Peer)
     }
 }

@@ -142,9 +142,18 @@ fn a_map_numbers_the_tensors_of_one_key() {
     });
     let text = errors[1].to_string();
     assert!(text.contains("built for tensor 2 `two` (f32, 8 elements)"), "{text}");
+    let nested = ranks(1, |communicator| {
+        let inner = || BTreeMap::from(["w", "b"].map(|name| (name.to_owned(), vec![0.0f32; 8])));
+        let middle = |key: &str| (key.to_owned(), BTreeMap::from([("x".to_owned(), inner())]));
+        let mut model = BTreeMap::from(["one", "two"].map(middle));
+        let mut averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        model.get_mut("two").unwrap().get_mut("x").unwrap().remove("w");
+        averager.average(&mut model).unwrap_err().to_string()
+    });
+    assert!(nested[0].contains("only 3 tensors where its averager was built for 4"), "{nested:?}");
     let twice = ranks(1, |communicator| {
         let mut model = BTreeMap::from([("w".to_owned(), Named::of(&["x", "x"]))]);
         ParamAverager::builder(communicator).build(&mut model).unwrap_err().to_string()
     });
-    assert!(twice[0].contains("has the name of tensor 0 `x`"), "{}", twice[0]);
+    assert!(twice[0].contains("has the name of tensor 0 `w.x`"), "{}", twice[0]);
 }

@@ -82,8 +82,14 @@ fn different_starts_and_absent_roots_are_errors_on_all_ranks() {
     };
     let text = starts([Start::Rank(0), Start::Rank(1)]);
     assert!(text.contains("start_from = Rank(1), rank 0 with start_from = Rank(0)"), "{text}");
-    let text = starts([Start::Mean, Start::Rank(2)]);
-    assert!(text.contains("`start_from` is Rank(2), in a world of 2"), "{text}");
+    let absent = ranks(2, |communicator| {
+        let builder = ParamAverager::builder(communicator).start_from(Start::Rank(2));
+        builder.build(&mut vec![0.0f32; 10]).map(drop).unwrap_err().to_string()
+    });
+    for (rank, text) in absent.iter().enumerate() {
+        let expected = format!("rank {rank}: the option `start_from` is Rank(2), in a world of 2");
+        assert!(text.starts_with(&expected), "{text}");
+    }
 }
 
 #[test]

@@ -255,3 +255,90 @@ fn sync_averages_between_due_steps_and_training_goes_on() {
         assert_eq!(sgd.finish(&mut model).unwrap(), Action::Unneeded);
     });
 }
+
+#[test]
+fn calls_that_move_nothing_do_not_end_a_rank_that_is_done() {
+    // At its last two due averages, rank 1 has no step, or a step without samples; or it syncs
+    // twice.
+    for case in 0..3 {
+        let found = ranks(2, |communicator| {
+            let mut model = vec![0.0; 4];
+            let rank = communicator.rank();
+            let mut sgd = sgd(communicator, &mut model, 1);
+            if rank == 1 {
+                for step in 0..4 {
+                    let made = match (case, step) {
+                        (0, 1 | 2) => sgd.skip(&mut model).unwrap(),
+                        (1, 1 | 2) => sgd.step_weighted(&mut model, 0.0).unwrap(),
+                        (2, 1 | 2) => sgd.sync(&mut model).unwrap(),
+                        (1, _) => {
+                            model.iter_mut().for_each(|x| *x += 1.0);
+                            sgd.step_weighted(&mut model, 5.0).unwrap()
+                        }
+                        _ => {
+                            model.iter_mut().for_each(|x| *x += 1.0);
+                            sgd.step(&mut model).unwrap()
+                        }
+                    };
+                    let moves = step == 0 || step == 3;
+                    assert_eq!(made.report().is_some(), moves, "{case} {step}: {made:?}");
+                }
+            }
+            sgd.done(&mut model).unwrap();
+            (model[0], sgd.position())
+        });
+        assert_eq!(found, [(2.0, if case == 2 { 2 } else { 4 }); 2], "{case}");
+    }
+}
+
+#[test]
+fn a_rank_that_is_done_takes_part_in_no_call_by_hand() {
+    type Call = fn(&mut LocalSgd, &mut Vec<f64>) -> param_averager::Result<()>;
+    let calls: [(Call, &str); 4] = [
+        (|sgd, model| sgd.averager().broadcast(1, model).map(drop), "broadcast from rank 1"),
+        (|sgd, model| sgd.averager().broadcast(0, model).map(drop), "broadcast from rank 0"),
+        (|sgd, model| sgd.averager().average(model).map(drop), "average"),
+        (|sgd, model| sgd.averager().average_weighted(model, 2.0).map(drop), "average"),
+    ];
+    for (call, name) in calls {
+        for steps in [0, 1] {
+            let errors = ranks(2, |communicator| {
+                let rank = communicator.rank();
+                let mut model = vec![10.0 * rank as f64; 4];
+                let mut sgd = sgd(communicator, &mut model, 8);
+                if rank == 0 {
+                    (0..steps).for_each(|_| drop(sgd.step(&mut model).unwrap()));
+                    let error = sgd.done(&mut model).unwrap_err();
+                    sgd.done(&mut model).unwrap();
+                    return error.to_string();
+                }
+                let error = call(&mut sgd, &mut model).unwrap_err();
+                assert_eq!(model, [10.0; 4]);
+                sgd.done(&mut model).unwrap();
+                error.to_string()
+            });
+            let text = format!("rank 0 calls LocalSgd::done, rank 1 {name} ");
+            assert!(errors.iter().all(|error| error.starts_with(&text)), "{errors:?}");
+        }
+    }
+}
+
+#[test]
+fn ranks_that_have_made_no_weighted_step_yet_fit_those_that_have() {
+    for case in 0..2 {
+        let found = ranks(3, |communicator| {
+            let rank = communicator.rank();
+            let mut model = vec![rank as f64; 4];
+            let mut sgd = sgd(communicator, &mut model, if case == 0 { 1 } else { 8 });
+            match (rank, case) {
+                // It skips its first step, or has made none: its values count for nothing.
+                (0, 0) => drop(sgd.skip(&mut model).unwrap()),
+                (0, _) => {}
+                _ => drop(sgd.step_weighted(&mut model, rank as f64).unwrap()),
+            }
+            sgd.sync(&mut model).unwrap();
+            model[0]
+        });
+        assert_eq!(found, [(1.0 + 2.0 * 2.0) / 3.0; 3], "{case}");
+    }
+}

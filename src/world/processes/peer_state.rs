@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 
+use super::exchange::is_over;
 use super::frame::{Frame, Kind};
 use super::host_info::HostInfo;
 use crate::world::Agreement;
@@ -48,6 +49,12 @@ impl State {
     /// Stores a message, unless an equal one is stored. An error if too many wait to be taken.
     pub(super) fn store(&mut self, peer: usize, frame: Frame) -> Result<(), String> {
         let messages = self.messages.entry(peer).or_default();
+        if frame.kind == Kind::Exchange {
+            // Left over where this rank had given up an exchange of descriptions.
+            messages.retain(|&(kind, view, number), _| {
+                kind != Kind::Exchange || view != frame.view || !is_over(number, frame.number)
+            });
+        }
         messages.entry((frame.kind, frame.view, frame.number)).or_insert(frame);
         if messages.len() > MOST_WAITING {
             return Err(format!("peer {peer} builds averagers that this rank does not build"));

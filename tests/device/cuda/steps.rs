@@ -125,6 +125,9 @@ fn failing(algorithm: Algorithm) {
         let own = (2.0 * rank as f32).to_bits();
         // SAFETY: own memory and stream, which live until all is done.
         unsafe { sys::cuMemsetD32Async(weights, own, ELEMENTS, raw) }.result().unwrap();
+        if rank == 2 {
+            trainer.sgd.averager(); // waits for it, and keeps its error
+        }
         let error = trainer.finish().unwrap_err();
         assert!(matches!(&error, Error::AfterAverage { averaged: Some(_), cause } if bad(cause)));
         assert_eq!((error.tensors(), trainer.value()), (TensorState::Averaged, 2.0));

@@ -139,38 +139,55 @@ inline void joiners() {
   }
 }
 
-// A rank that is done takes part in whatever call the others make, and counts with its own weight;
-// the others' calls are compared with one another. A joiner is not admitted meanwhile.
+// A rank that is done takes part in whatever call of their schedules the others make, and counts
+// with its own weight; the others' calls are compared with one another. A joiner is not admitted
+// meanwhile. A rank without news need not know whether the others pass weights.
 inline void done() {
   uint64_t seed = 90;
-  enum Case { kPlain, kWeighted, kAllDone, kUnneeded, kDiffer, kCases };
+  enum Case { kPlain, kWeighted, kAllDone, kAllOver, kUnneeded, kDiffer, kByHand, kCases };
   for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect}) {
     World w(setup_of(mode, 4, 2, seed++));
     const auto case_at = [](uint32_t k) { return Case((k * 3) % kCases); };
     const auto is_done = [&](uint32_t k, uint32_t r) {
-      return r == k % 4 || case_at(k) == kAllDone || case_at(k) == kUnneeded;
+      return r == k % 4 || case_at(k) == kAllDone || case_at(k) == kAllOver;
     };
-    // The last of the ranks that are not done.
-    const auto odd_at = [&](uint32_t k) { return k % 4 == 3 ? 2u : 3u; };
+    const auto odd_at = [](uint32_t k) { return k % 4 == 3 ? 2u : 3u; }; // last that is not done
+    const auto kind_at = [&](uint32_t k) {
+      const Case which = case_at(k);
+      return which == kDiffer || which == kByHand      ? PA_SCHEDULE
+             : which == kUnneeded || which == kAllOver ? PA_UNNEEDED
+                                                       : PA_COMMITTED;
+    };
     run_script(
-        w, 40,
+        w, 56,
         [&](uint32_t k) {
           Script script = script_of(w, k);
+          const Case which = case_at(k);
           for (uint32_t r = 0; r < 4; ++r) {
             Call& call = script.calls[r];
-            call.flags |= PA_FLAG_JOINER;
+            call.flags |= PA_FLAG_JOINER | (which == kByHand ? 0 : PA_FLAG_OF_SCHEDULE);
             call.found = 3000 + r;
-            double weight = case_at(k) == kWeighted ? 1.5 + r : 1;
-            if (case_at(k) == kWeighted) call.flags |= PA_FLAG_WEIGHTED;
+            double weight = which == kWeighted ? 1.5 + r : 1;
+            if (which == kWeighted) call.flags |= PA_FLAG_WEIGHTED;
             if (is_done(k, r)) {
-              // With a rest of its own in every second average; it has made no other call.
-              const bool rest = k / 4 % 2 == 0 && case_at(k) != kUnneeded;
-              weight = rest || case_at(k) == kAllDone ? 1 : 0;
-              call.flags |= PA_FLAG_DONE | PA_FLAG_WEIGHTED;
-              if (weight == 0) call.flags |= PA_FLAG_UNNEEDED;
+              // With steps that no average has had, in every second average.
+              const bool rest = (k / 4 % 2 == 0 || which == kAllDone) &&
+                                which != kUnneeded && which != kAllOver;
+              weight = rest ? 1 : 0;
+              call.flags |= PA_FLAG_DONE | PA_FLAG_WEIGHTED | (rest ? 0 : PA_FLAG_UNNEEDED);
               call.schedule = 99;
-            } else if (case_at(k) == kDiffer && r == odd_at(k)) {
+            } else if (which == kDiffer && r == odd_at(k)) {
               ++call.schedule;
+            } else if (which == kUnneeded) {
+              call.flags |= PA_FLAG_UNNEEDED;
+            } else if (r == odd_at(k) && which == kWeighted) {
+              // It has made no step, and so has not learnt of weights.
+              call.flags = PA_FLAG_JOINER | PA_FLAG_OF_SCHEDULE | PA_FLAG_UNNEEDED;
+              weight = 0;
+            } else if (r == odd_at(k) && which == kPlain) {
+              // It has made weighted steps before, and none since.
+              call.flags |= PA_FLAG_WEIGHTED | PA_FLAG_UNNEEDED;
+              weight = 0;
             }
             call.weight = weight;
             script.plan.weights.push_back(weight);
@@ -180,14 +197,14 @@ inline void done() {
         },
         [&](uint32_t k, uint32_t r, const Outcome& o) {
           const Case which = case_at(k);
-          expect_outcome(w, r, k, o,
-                         which == kDiffer     ? PA_SCHEDULE
-                         : which == kUnneeded ? PA_UNNEEDED
-                                              : PA_COMMITTED,
-                         which == kDiffer ? odd_at(k) : 0);
           const uint32_t reference = k % 4 == 0 ? 1 : 0;
-          if (which == kDiffer && (o.detail != 3000 + reference || o.found != 3000 + odd_at(k)))
+          const uint32_t odd = which == kByHand ? k % 4 : odd_at(k);
+          expect_outcome(w, r, k, o, kind_at(k), kind_at(k) == PA_SCHEDULE ? odd : 0);
+          if (o.kind == PA_SCHEDULE && (o.detail != 3000 + reference || o.found != 3000 + odd))
             wrong("%s, average %u: rank %u was told of the wrong calls", name_of(mode), k, r);
+          if (o.kind == PA_UNNEEDED && o.detail != (which == kAllOver ? 4u : 1u))
+            wrong("%s, average %u: rank %u says %u ranks are done", name_of(mode), k, r,
+                  unsigned(o.detail));
           if (o.kind == PA_COMMITTED && o.joiner)
             wrong("%s, average %u: rank %u admits a joiner", name_of(mode), k, r);
         });
