@@ -39,9 +39,9 @@ fn main() {
     let bytes = LAYERS * (width * width + width) * 4;
     let middle = found.len() / 2;
     println!(
-        "{RANKS} ranks, {LAYERS} layers, {:.1} MB, {WORLDS} times {turns} turns: VarParams {:.3} \
-         ms (least {:.3}), slices {:.3} ms (least {:.3}), medians; median ratio of a turn {:.3}; the \
-         loan takes {:.1} us beside its average",
+        "{RANKS} ranks, {LAYERS} layers, {:.1} MB, {WORLDS} times {turns} turns, medians: \
+         VarParams {:.3} ms (least {:.3}), slices {:.3} ms (least {:.3}); median ratio of a turn \
+         {:.3}; the loan takes {:.1} us beside its average",
         bytes as f64 / 1e6,
         adapter[middle],
         adapter[0],

@@ -9,7 +9,7 @@ use param_averager::{Lend, LendError, Loan, TensorMut};
 use crate::lent::Entry;
 use crate::VarParams;
 
-/// Stack that one nested operation may take; about 600 bytes are used, and 3 KiB without
+/// Stack that one nested operation may take: 0.7 KiB were measured with candle 0.11.1, 4.4 without
 /// optimization.
 const LEVEL: usize = 64 << 10;
 /// Stack that the average may take.
