@@ -59,7 +59,6 @@
 //! `Device` each: `Device::new_cuda_with_stream`. No GPU has run this.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
-#![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod lend;
 mod lent;
@@ -120,7 +119,7 @@ impl VarParams {
     /// These variables, in any order. Names are the same on every rank.
     ///
     /// # Errors
-    /// None today.
+    /// None today: what can't be averaged is an error of the average, which reaches every rank.
     pub fn from_vars(vars: impl IntoIterator<Item = (String, Var)>) -> candle_core::Result<Self> {
         let address = |var: &Var| std::ptr::from_ref(&*var.storage_and_layout().0).addr();
         let vars = vars.into_iter().map(|(name, var)| Named { storage: address(&var), name, var });
