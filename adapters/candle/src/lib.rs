@@ -71,12 +71,15 @@ use param_averager::LendError;
 
 pub use param_averager;
 
+const POISONED: &str =
+    "the lock of the VarMap is poisoned: another thread has panicked while it held it";
+
 /// Variables of a candle model, sorted by name, which an average borrows in place.
 ///
 /// It is what [`ParamAverager`](param_averager::ParamAverager) and
 /// [`LocalSgd`](param_averager::LocalSgd) take as a model. It holds the variables themselves, not
-/// copies, so the model and its optimizer see the mean. Variables that are added to the `VarMap`
-/// later are not part of it.
+/// copies, so the model and its optimizer see the mean. Make it when the model is complete: a
+/// `VarMap` that gets further variables later is an error.
 ///
 /// # Errors of an average
 /// [`Error::LendFailed`](param_averager::Error::LendFailed) on every rank, with the variable's name
@@ -85,10 +88,13 @@ pub use param_averager;
 /// * a variable is not contiguous,
 /// * two variables share one storage (tied weights), or have one name,
 /// * variables are on different devices, or on a device that this build does not serve,
-/// * a variable is lent to another average at the same time: two ranks share a `VarMap`.
+/// * a variable is lent to another average at the same time: two ranks share a `VarMap`,
+/// * there are no variables, or the `VarMap` has others by now, or its lock is poisoned.
 #[derive(Clone)]
 pub struct VarParams {
     vars: Vec<Named>,
+    /// Map of the variables, and how many it had.
+    map: Option<(VarMap, usize)>,
     /// Places in `vars` by address of the storage: the order in which candle's own in-place
     /// operations take their locks.
     locking: Vec<usize>,
@@ -108,12 +114,9 @@ impl VarParams {
     /// # Errors
     /// An error if another thread has panicked while it held the map's lock.
     pub fn new(map: &VarMap) -> candle_core::Result<Self> {
-        let Ok(vars) = map.data().lock() else {
-            candle_core::bail!(
-                "the lock of the VarMap is poisoned: another thread has panicked while it held it"
-            )
-        };
-        Self::from_vars(vars.iter().map(|(name, var)| (name.clone(), var.clone())))
+        let Ok(vars) = map.data().lock() else { candle_core::bail!("{POISONED}") };
+        let all = Self::from_vars(vars.iter().map(|(name, var)| (name.clone(), var.clone())))?;
+        Ok(VarParams { map: Some((map.clone(), vars.len())), ..all })
     }
 
     /// These variables, in any order. Names are the same on every rank.
@@ -123,7 +126,7 @@ impl VarParams {
     pub fn from_vars(vars: impl IntoIterator<Item = (String, Var)>) -> candle_core::Result<Self> {
         let address = |var: &Var| std::ptr::from_ref(&*var.storage_and_layout().0).addr();
         let vars = vars.into_iter().map(|(name, var)| Named { storage: address(&var), name, var });
-        Ok(Self::sorted(vars.collect()))
+        Ok(Self::sorted(vars.collect(), None))
     }
 
     /// Only the variables for which `keep` returns true. Keep the same ones on every rank.
@@ -137,7 +140,8 @@ impl VarParams {
     /// # candle_core::Result::Ok(())
     /// ```
     pub fn filter(self, mut keep: impl FnMut(&str, &Var) -> bool) -> Self {
-        Self::sorted(self.vars.into_iter().filter(|it| keep(&it.name, &it.var)).collect())
+        let vars = self.vars.into_iter().filter(|it| keep(&it.name, &it.var)).collect();
+        Self::sorted(vars, self.map)
     }
 
     /// Names and variables, in the order of an average.
@@ -155,11 +159,11 @@ impl VarParams {
         self.vars.is_empty()
     }
 
-    fn sorted(mut vars: Vec<Named>) -> Self {
+    fn sorted(mut vars: Vec<Named>, map: Option<(VarMap, usize)>) -> Self {
         vars.sort_by(|a, b| a.name.cmp(&b.name));
         let mut locking: Vec<usize> = (0..vars.len()).collect();
         locking.sort_by_key(|&place| vars[place].storage);
-        VarParams { vars, locking }
+        VarParams { vars, map, locking }
     }
 
     /// Variables in the order of their locks.
@@ -170,7 +174,22 @@ impl VarParams {
     /// Checks all that would make an average wrong, or a lock wait for itself.
     fn check(&self) -> Result<(), LendError> {
         let refuse = |reason: String| Err(LendError::new(reason));
-        let Some(first) = self.vars.first() else { return Ok(()) };
+        if let Some((map, before)) = &self.map {
+            let now = map.data().lock().map_err(|_| LendError::new(POISONED))?.len();
+            if now != *before {
+                return refuse(format!(
+                    "the VarMap has {now} variables and had {before} when VarParams was made: make \
+                     it when the model is complete"
+                ));
+            }
+        }
+        let Some(first) = self.vars.first() else {
+            return refuse(
+                "there are no variables: make VarParams when the model is complete, and keep some \
+                 with VarParams::filter"
+                    .to_owned(),
+            );
+        };
         for Named { name, var, .. } in &self.vars {
             if !matches!(var.dtype(), DType::F32 | DType::F64 | DType::F16 | DType::BF16) {
                 return refuse(format!(

@@ -166,15 +166,34 @@ fn ranks_with_other_names_are_refused() {
 }
 
 /// Variables that can't be lent, with what their error names.
-fn refused() -> Vec<(VarParams, &'static [&'static str])> {
+type Refused = (VarParams, &'static [&'static str]);
+
+fn refused() -> Vec<Refused> {
     let float = || var(&[1.0], DType::F32);
     let integer = Var::new(&[1u32], &Device::Cpu).unwrap();
     let tied = float();
-    vec![
+    let (late, poisoned) = (VarMap::new(), VarMap::new());
+    let cases: Vec<Refused> = vec![
         (params([("w", float()), ("steps", integer)]), &["`steps`", "u32", "filter"]),
         (params([("head", tied.clone()), ("wte", tied)]), &["`head`", "`wte`", "one storage"]),
         (params([("w", float()), ("w", float())]), &["`w`", "two variables"]),
-    ]
+        (params([]), &["no variables"]),
+        (VarParams::new(&late).unwrap(), &["has 1 variables and had 0"]),
+        (VarParams::new(&poisoned).unwrap(), &["poisoned"]),
+    ];
+    late.get(1, "late", Init::Const(1.0), DType::F32, &Device::Cpu).unwrap();
+    poison(&poisoned);
+    cases
+}
+
+fn poison(varmap: &VarMap) {
+    std::thread::scope(|scope| {
+        let holder = scope.spawn(|| {
+            let _held = varmap.data().lock().unwrap();
+            panic!("on purpose");
+        });
+        assert!(holder.join().is_err());
+    });
 }
 
 #[test]
@@ -222,12 +241,7 @@ fn expect(errors: &[Error], texts: &[&str]) {
 #[test]
 fn a_poisoned_map_is_an_error() {
     let varmap = VarMap::new();
-    let held = varmap.clone();
-    let holder = std::thread::spawn(move || {
-        let _held = held.data().lock().unwrap();
-        panic!("on purpose");
-    });
-    assert!(holder.join().is_err());
+    poison(&varmap);
     let error = VarParams::new(&varmap).unwrap_err();
     assert!(error.to_string().contains("poisoned"), "{error}");
 }
