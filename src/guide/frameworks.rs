@@ -68,77 +68,10 @@
 //! ```
 //!
 //! # candle
-//! `VarMap` hides its storage behind locks, but an in-place operation lends it. Operations that
-//! nest in one another hold all locks during the average: no copy, no unsafe code. The program
-//! below was compiled and run with candle 0.11.1 on CPUs; for CUDA, add `cuda_fwd`, which makes a
-//! [`CudaTensorMut`](crate::adapters::cudarc::CudaTensorMut) of each slice. A thread with a stack
-//! of 2 MiB nests about 3,000 tensors.
-//!
-//! ```ignore
-//! use std::cell::{Cell, RefCell};
-//!
-//! use candle_core::{bail, CpuStorage, InplaceOp1, Layout, Var};
-//! use candle_nn::VarMap;
-//! use param_averager::{Lend, LendError, Loan, TensorMut};
-//!
-//! /// The variables of a `VarMap`, sorted by name.
-//! pub struct VarParams(Vec<(String, Var)>);
-//!
-//! impl VarParams {
-//!     pub fn new(map: &VarMap) -> Self {
-//!         let data = map.data().lock().unwrap();
-//!         let mut vars: Vec<_> = data.clone().into_iter().collect();
-//!         vars.sort_by(|a, b| a.0.cmp(&b.0));
-//!         VarParams(vars)
-//!     }
-//! }
-//!
-//! impl Lend for VarParams {
-//!     fn lend(&mut self, average: &mut dyn FnMut(Loan<'_>)) -> Result<(), LendError> {
-//!         Ok(nest(&self.0, vec![], &RefCell::new(average))?)
-//!     }
-//! }
-//!
-//! type Average<'r> = RefCell<&'r mut dyn FnMut(Loan<'_>)>;
-//!
-//! /// Locks the first variable and nests the others in it: all are locked during the average.
-//! fn nest(vars: &[(String, Var)], mut tensors: Vec<TensorMut<'_>>, average: &Average<'_>)
-//!     -> candle_core::Result<()> {
-//!     match vars.split_first() {
-//!         None => Ok((*average.borrow_mut())(Loan::new(&mut tensors))),
-//!         Some(((name, var), others)) => {
-//!             var.inplace_op1(&Nested { name, others, tensors: Cell::new(tensors), average })
-//!         }
-//!     }
-//! }
-//!
-//! struct Nested<'v, 't, 'r> {
-//!     name: &'v str,
-//!     others: &'v [(String, Var)],
-//!     tensors: Cell<Vec<TensorMut<'t>>>,
-//!     average: &'v Average<'r>,
-//! }
-//!
-//! impl InplaceOp1 for Nested<'_, '_, '_> {
-//!     fn name(&self) -> &'static str {
-//!         "param-averager"
-//!     }
-//!
-//!     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
-//!         let Some((a, b)) = layout.contiguous_offsets() else { bail!("{} has gaps", self.name) };
-//!         let tensor = match storage {
-//!             CpuStorage::F32(values) => TensorMut::from(&mut values[a..b]),
-//!             CpuStorage::F64(values) => TensorMut::from(&mut values[a..b]),
-//!             CpuStorage::F16(values) => TensorMut::from(&mut values[a..b]),
-//!             CpuStorage::BF16(values) => TensorMut::from(&mut values[a..b]),
-//!             _ => bail!("{} holds no floats", self.name),
-//!         };
-//!         let mut tensors: Vec<TensorMut<'_>> = self.tensors.take();
-//!         tensors.push(tensor.named(self.name));
-//!         nest(self.others, tensors, self.average)
-//!     }
-//! }
-//! ```
+//! The package `param-averager-candle` (`adapters/candle` in the repository) lends the variables of
+//! a `VarMap`, sorted by name, without a copy and without unsafe code: `VarParams::new(&varmap)` is
+//! the model of every call. `VarMap` hides its storage behind locks, but an in-place operation
+//! lends it; operations that nest in one another hold all locks during the average.
 //!
 //! # burn
 //! The package `param-averager-burn` (`adapters/burn` in the repository) has `BurnParams`, which

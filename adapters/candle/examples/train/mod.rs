@@ -1,0 +1,165 @@
+//! Local SGD of a task with candle: what the examples share. `train` is the whole loop.
+
+pub mod chars;
+pub mod clock;
+pub mod digits;
+pub mod plot;
+pub mod record;
+pub mod world;
+
+use candle_core::{DType, Device, Result as Candle, Tensor};
+use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap};
+use clap::{Args, ValueEnum};
+use param_averager::{Communicator, LocalSgd, ParamAverager, Schedule};
+use param_averager_candle::VarParams;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde::{Deserialize, Serialize};
+
+/// Error of an example; it comes from candle, the averager or the system.
+pub type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+/// A model, its loss on a rank's part of the data, and its test.
+pub trait Task: Sized {
+    /// Name in records.
+    const NAME: &'static str;
+    /// Rate of AdamW, the same for any number of ranks.
+    const LEARNING_RATE: f64;
+    /// Samples of a batch of one rank.
+    const BATCH: usize;
+    /// Steps of one rank after which all ranks together have seen the data so often, roughly.
+    fn steps(epochs: f64, ranks: usize) -> u64;
+    /// Model with new variables of `vars`, and the part of the data that is this rank's.
+    fn new(vars: VarBuilder<'_>, rank: usize, options: &Options) -> Candle<Self>;
+    /// Loss of the model on the next batch of this rank.
+    fn next_loss(&mut self) -> Candle<Tensor>;
+    /// Loss and accuracy on data that no rank trains on.
+    fn test(&self) -> Candle<(f32, f32)>;
+}
+
+/// One training run. All its ranks have the same options.
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
+pub struct Options {
+    /// Number of ranks, each with a copy of the model
+    #[arg(long, default_value_t = 2)]
+    pub ranks: usize,
+    /// H: optimizer steps between two averages
+    #[arg(long, default_value_t = 8)]
+    pub every: u64,
+    /// Passes over the data of all ranks together
+    #[arg(long, default_value_t = 1.0)]
+    pub epochs: f64,
+    /// Order of batches, and initial weights
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+    /// Data of one rank: a mixture, or samples of few labels
+    #[arg(long, value_enum, default_value_t = Shards::Mixed)]
+    pub shards: Shards,
+    /// Initial weights: of the seed, or of candle's own generator, which has no seed on CPUs
+    #[arg(long, value_enum, default_value_t = Init::Seed)]
+    pub init: Init,
+    /// Each rank as a process instead of a thread
+    #[arg(long)]
+    #[serde(default)]
+    pub processes: bool,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Shards {
+    Mixed,
+    Sorted,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Init {
+    Seed,
+    Candle,
+}
+
+/// State of training after so many steps of a rank.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Point {
+    pub step: u64,
+    pub averages: u64,
+    /// Bytes that each rank has sent, by a ring: 2 (n - 1) / n times the model, an average.
+    pub bytes_sent: f64,
+    pub test_loss: f32,
+    pub test_accuracy: f32,
+    /// Median time that a step took on a core so far, averages aside.
+    pub step_ms: f64,
+}
+
+/// Steps between two tests. A multiple of every H that is plotted, so that a test finds all ranks
+/// with one model.
+const TEST_EVERY: u64 = 64;
+
+/// Trains as one rank.
+pub fn train<T: Task>(
+    communicator: Communicator,
+    options: &Options,
+) -> Result<Vec<Point>, Failure> {
+    let (rank, ranks) = (communicator.rank(), communicator.world_size());
+    let varmap = VarMap::new();
+    let vars = VarBuilder::from_varmap(&varmap, DType::F32, &Device::Cpu);
+    let mut task = T::new(vars, rank, options)?;
+    let mut params = VarParams::new(&varmap)?;
+    if options.init == Init::Seed {
+        initialize(&params, options.seed)?;
+    }
+    let rate = ParamsAdamW { lr: T::LEARNING_RATE, ..Default::default() };
+    let mut optimizer = AdamW::new(varmap.all_vars(), rate)?;
+
+    let averager = ParamAverager::builder(communicator).build(&mut params)?;
+    let mut sgd = LocalSgd::new(averager, Schedule::every(options.every));
+
+    let (mut points, mut times, mut model_bytes) = (vec![], vec![], 0);
+    let steps = T::steps(options.epochs, ranks);
+    for step in 0..=steps {
+        if step % TEST_EVERY == 0 || step == steps {
+            if step == steps {
+                let last = sgd.finish(&mut params)?;
+                model_bytes = last.report().map_or(model_bytes, |report| report.bytes);
+            }
+            // All ranks hold the same model now; rank 0 reports.
+            let (test_loss, test_accuracy) = if rank == 0 { task.test()? } else { (0.0, 0.0) };
+            let averages = sgd.averages();
+            let sent = 2.0 * (ranks - 1) as f64 / ranks as f64 * model_bytes as f64;
+            points.push(Point {
+                step,
+                averages,
+                bytes_sent: averages as f64 * sent,
+                test_loss,
+                test_accuracy,
+                step_ms: clock::median(&mut times),
+            });
+        }
+        if step < steps {
+            let start = clock::busy();
+            optimizer.backward_step(&task.next_loss()?)?;
+            times.push(clock::busy() - start);
+            if let Some(report) = sgd.step(&mut params)?.report() {
+                model_bytes = report.bytes;
+            }
+        }
+    }
+    Ok(points)
+}
+
+/// The same weights for the same seed: uniform with the variance that He et al. give, and no bias.
+fn initialize(params: &VarParams, seed: u64) -> Candle<()> {
+    let mut random = StdRng::seed_from_u64(seed);
+    for (name, var) in params.iter() {
+        let bound = match var.dims() {
+            _ if name.contains("embedding") => 0.05,
+            [_, inputs] => (3.0 / *inputs as f32).sqrt(),
+            _ if name.ends_with("bias") => 0.0,
+            _ => continue, // A gain stays 1.
+        };
+        let count = var.elem_count();
+        let values: Vec<f32> = (0..count).map(|_| random.random_range(-bound..=bound)).collect();
+        var.set(&Tensor::from_vec(values, var.dims(), var.device())?)?;
+    }
+    Ok(())
+}
