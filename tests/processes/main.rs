@@ -8,6 +8,8 @@ mod deaths;
 #[cfg(target_os = "linux")]
 mod forks;
 #[cfg(target_os = "linux")]
+mod held;
+#[cfg(target_os = "linux")]
 mod jobs;
 #[cfg(target_os = "linux")]
 mod joins;
@@ -93,11 +95,11 @@ fn main() -> std::process::ExitCode {
             jobs::jobs_with_one_name_never_mix,
             jobs::an_early_rank_of_another_job_takes_no_place,
             jobs::jobs_of_one_process_are_distinguished_by_their_arguments,
-            jobs::a_second_job_of_one_port_is_refused_by_the_pid_that_holds_it,
-            jobs::a_job_restarts_while_its_former_run_ends,
+            held::a_second_job_of_one_port_is_refused_by_the_pid_that_holds_it,
+            held::a_job_restarts_while_its_former_run_ends,
             jobs::duplicate_rank_fails_the_rendezvous_on_every_rank,
-            jobs::a_name_is_held_for_the_life_of_a_world,
-            jobs::a_job_that_was_killed_restarts_at_once,
+            held::a_name_is_held_for_the_life_of_a_world,
+            held::a_job_that_was_killed_restarts_at_once,
             jobs::job_names_distinguish_jobs,
             joins::processes_join_one_after_the_other_and_at_once,
             joins::a_process_joins_a_world_that_rejects_and_one_that_is_aborted,
