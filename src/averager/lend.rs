@@ -97,10 +97,10 @@ impl<'a> Loan<'a> {
     }
 
     /// Tensors whose uses are ordered on a CUDA stream: the average runs behind the stream's
-    /// earlier work, and later work sees the mean. [`RawCudaParams`] says which streams are valid.
+    /// earlier work, and later work sees the mean. [`RawCudaParams`](crate::RawCudaParams) says which streams are valid.
     ///
     /// # Safety
-    /// As [`RawCudaParams::new`].
+    /// As [`RawCudaParams::new`](crate::RawCudaParams::new).
     pub unsafe fn on_stream(tensors: &'a mut dyn Parameters, stream: *mut c_void) -> Self {
         Loan(Lent::OnStream(tensors, stream))
     }

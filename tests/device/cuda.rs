@@ -105,11 +105,6 @@ pub fn steps_are_enqueued_and_their_outcome_is_asked_for_later() {
     scenario("steps", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_SEED", "3")]]);
 }
 
-pub fn averages_are_enqueued_on_streams_of_any_kind() {
-    scenario("any-stream", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
-    scenario("any-stream-devices", &[&[TWO, ("CUDASIM_DELAY", "30")], &[TWO]]);
-}
-
 const TWO: (&str, &str) = ("CUDASIM_DEVICES", "2");
 const FOUR: (&str, &str) = ("CUDASIM_DEVICES", "4");
 

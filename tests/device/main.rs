@@ -39,7 +39,6 @@ fn main() -> ExitCode {
         cuda::averages_are_enqueued_on_streams: driver,
         cuda::averages_are_enqueued_on_streams_of_any_kind: driver,
         cuda::steps_are_enqueued_and_their_outcome_is_asked_for_later: driver,
-        cuda::averages_are_enqueued_on_streams_of_any_kind: driver,
         cuda::mailboxes_in_memory_of_the_host_make_no_difference: driver,
         cuda::ranks_on_several_devices_have_the_bits_of_the_cpu: driver,
         cuda::devices_that_do_not_reach_each_other_go_through_the_host: driver,

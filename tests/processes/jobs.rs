@@ -3,11 +3,9 @@
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use rustix::process::Signal;
-
 use test_support::count;
 use test_support::note;
-use test_support::process::{command, name, spawn, start, start_all, RankProcess};
+use test_support::process::{command, name, spawn, start, RankProcess};
 
 /// Maximum duration of a process from the start of the last job.
 const SOON: Duration = Duration::from_secs(30);

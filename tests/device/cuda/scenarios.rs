@@ -22,8 +22,6 @@ pub fn run(scenario: &str) {
         "any-stream" => any_stream::on_one_device(),
         "any-stream-devices" => any_stream::on_two_devices(),
         "steps" => steps(),
-        "any-stream" => any_stream::on_one_device(),
-        "any-stream-devices" => any_stream::on_two_devices(),
         "beside" => beside::beside(),
         "graphs" => graphs::on_one_device(),
         "graph-refusals" => graphs::refusals(),
