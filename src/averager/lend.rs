@@ -46,7 +46,9 @@ use crate::{Error, Parameters, Result};
     message = "`{Self}` can't lend its tensors to an average",
     note = "lists of tensors such as `Vec<Vec<f32>>` can; for a struct of your own, implement \
             `Parameters`",
-    note = "candle, burn, tch: implement `Lend` for a type of your own that holds the model's \
+    note = "candle: `VarParams` of the package `param-averager-candle` lends a `VarMap`; burn: \
+            `BurnParams` of `param-averager-burn` lends a module",
+    note = "tch and others: implement `Lend` for a type of your own that holds the model's \
             tensors sorted by name, and lends them for one average; see `param_averager::Lend`"
 )]
 pub trait Lend {
@@ -97,7 +99,8 @@ impl<'a> Loan<'a> {
     }
 
     /// Tensors whose uses are ordered on a CUDA stream: the average runs behind the stream's
-    /// earlier work, and later work sees the mean. [`RawCudaParams`](crate::RawCudaParams) says which streams are valid.
+    /// earlier work, and later work sees the mean. [`RawCudaParams`](crate::RawCudaParams) says
+    /// which streams are valid.
     ///
     /// # Safety
     /// As [`RawCudaParams::new`](crate::RawCudaParams::new).
