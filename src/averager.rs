@@ -229,9 +229,10 @@ impl ParamAverager {
     ///
     /// # Errors
     /// Before the commit, the same error on every rank, and no tensor of any rank has changed. It
-    /// names the rank that was late, left, aborted, passed other tensors or, if asked for, held a
-    /// value that is not finite. [`Error::is_fatal`] tells whether the averager can be used again,
-    /// [`Error::tensors`] what this rank's tensors hold.
+    /// names the rank that was late, left, aborted, passed other tensors or, if that is
+    /// [rejected](Builder::reject_non_finite), held a value that is not finite. [`Error::is_fatal`]
+    /// tells whether the averager can be used again, [`Error::tensors`] what this rank's tensors
+    /// hold.
     pub fn average<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Report> {
         let report = self.run(params, Call::by_hand(None)).map(Outcome::report)?;
         self.unless_late(report)

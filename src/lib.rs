@@ -56,9 +56,10 @@
 //! the active virtual environment (`pip install
 //! "cuda-toolkit[nvcc,cudart,cccl,crt,nvvm]==13.0.2"`). Without nvcc the crate builds with a
 //! warning, and CUDA devices are [`Error::DeviceUnavailable`]; `NVCC=` (empty) says that this is
-//! meant, and `PARAM_AVERAGER_REQUIRE_NVCC=1` makes it an error. `CUDA_COMPUTE_CAP=90` (or a list,
-//! `80,9.0`) chooses architectures; the default are those of 80, 90, 100 and 120 that nvcc knows,
-//! and PTX of the oldest and the newest. `build.rs` has all variables.
+//! meant, without a warning, and `PARAM_AVERAGER_REQUIRE_NVCC=1` makes it an error.
+//! `CUDA_COMPUTE_CAP=90` (or a list, `80,9.0`) chooses architectures; the default are those of 80,
+//! 90, 100 and 120 that nvcc knows, and PTX of the oldest and the newest. `build.rs` has all
+//! variables.
 //!
 //! # Platforms
 //!
@@ -175,6 +176,7 @@ pub use schedule::Schedule;
 pub use tensor::{Dtype, Element, TensorMut};
 pub use world::{AbortHandle, Communicator, Device};
 #[cfg(processes)]
+#[cfg_attr(docsrs, doc(cfg(all(target_os = "linux", feature = "processes"))))]
 pub use world::{CommunicatorBuilder, WorldId};
 
 /// The programs of README.md, compiled and run by `cargo test --doc`.

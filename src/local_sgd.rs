@@ -149,12 +149,14 @@ impl LocalSgd {
     ///
     /// If the parameters' uses are ordered on a CUDA stream (as cudarc's slices are, and
     /// [`RawCudaParams`](crate::RawCudaParams)), the average is [enqueued](Action::Enqueued) on it,
-    /// and this returns at once. Its error is that of the next call that averages, or of
+    /// and this returns at once, or when the average is done if ranks that share a device are on
+    /// blocking streams. Its error is that of the next call that averages, or of
     /// [`wait`](Self::wait). All other parameters hold the mean when this returns.
     ///
     /// After an average that was due, a process that waits to [join](crate::Communicator::join) is
-    /// admitted, with a copy of the model; on a stream, after the next one that is due.
-    /// [`finish`](Self::finish) admits no process.
+    /// admitted, with a copy of the model; on a stream, after the next one that is due, which is
+    /// waited for. [`sync`](Self::sync), [`finish`](Self::finish) and [`done`](Self::done) admit no
+    /// process.
     ///
     /// # Errors
     /// As [`ParamAverager::average`]; [`Error::SchedulesDiffer`] if another rank averages at
@@ -250,11 +252,12 @@ impl LocalSgd {
     /// the one that was farthest, so that another epoch can follow.
     ///
     /// PyTorch's `Join` makes a rank without data repeat the collectives of the others, too; here
-    /// they are the averages only. While a rank is done, no process is admitted.
+    /// they are the averages of the schedule only. Averages by hand, broadcasts, barriers and
+    /// scalars wait until all ranks are done. While a rank is done, no process is admitted.
     ///
     /// # Errors
-    /// As [`step`](Self::step), of every average made meanwhile. After one that is not fatal, call
-    /// it again.
+    /// As [`step`](Self::step), of every average made meanwhile. Call it again after the error; if
+    /// that was fatal, after [`recover`](Self::recover), whose average counts every rank.
     pub fn done<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
         let mut last = Action::Unneeded;
         let made = loop {

@@ -49,6 +49,19 @@ impl Notice {
         Notice { rank, at: Instant::now() + after, after, is_told: false }
     }
 
+    /// True if it is to be told now.
+    pub(crate) fn is_due(&self) -> bool {
+        !self.is_told && Instant::now() >= self.at
+    }
+
+    /// Time until it is due; without end once it has been told.
+    pub(crate) fn left(&self) -> Duration {
+        match self.is_told {
+            true => Duration::MAX,
+            false => self.at.saturating_duration_since(Instant::now()),
+        }
+    }
+
     /// The time at which the notice is due.
     pub(crate) fn at(&self) -> Instant {
         self.at
@@ -60,7 +73,7 @@ impl Notice {
 
     /// Tells `text` if the notice is due.
     pub(crate) fn look(&mut self, text: impl FnOnce() -> String) {
-        if !self.is_told && Instant::now() >= self.at {
+        if self.is_due() {
             self.is_told = true;
             tell_wait(self.rank, &format!("after {:?}, {}", self.after, text()));
         }

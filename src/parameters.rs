@@ -41,7 +41,9 @@ use crate::TensorMut;
     message = "`{Self}` is no list of tensors in host memory",
     note = "lists are `Vec<Vec<f32>>` and the like, or a type that implements `Parameters` by \
             visiting its tensors in one order",
-    note = "candle, burn, tch: implement `Lend` for a type of your own that holds the model's \
+    note = "candle: `VarParams` of the package `param-averager-candle` lends a `VarMap`; burn: \
+            `BurnParams` of `param-averager-burn` lends a module",
+    note = "tch and others: implement `Lend` for a type of your own that holds the model's \
             tensors sorted by name, and lends them for one average; see `param_averager::Lend`"
 )]
 pub trait Parameters {

@@ -30,12 +30,13 @@ fn simulator() -> Option<PathBuf> {
 
 /// Success of an example, the lines that it printed, sorted, and its errors.
 fn run(name: &str) -> (bool, Vec<String>, String) {
-    run_on("1", name)
+    run_on("1", name, &[])
 }
 
-/// [`run`] with that many simulated CUDA devices.
-fn run_on(devices: &str, name: &str) -> (bool, Vec<String>, String) {
+/// [`run`] with that many simulated CUDA devices, and arguments.
+fn run_on(devices: &str, name: &str, arguments: &[&str]) -> (bool, Vec<String>, String) {
     let mut command = Command::new(built(name));
+    command.args(arguments);
     // A launcher's variables for this test are not the example's.
     for variable in ["RANK", "WORLD_SIZE", "PARAM_AVERAGER_RENDEZVOUS"] {
         command.env_remove(variable);
@@ -68,6 +69,22 @@ fn prints(name: &str, expected: &[&str]) {
 #[test]
 fn threads_learn_one_line() {
     prints("threads", &["rank 0: y = 3.000 x + 1.000", "rank 1: y = 3.000 x + 1.000"]);
+}
+
+/// Two ranks learn the digits as threads and as processes, to the same bits.
+#[test]
+#[cfg(all(target_os = "linux", feature = "processes"))]
+fn digits_are_learned_by_threads_and_processes() {
+    let learned = [&[][..], &["--processes"]].map(|how| {
+        let (ends_well, lines, errors) = run_on("1", "digits", &[&["--epochs", "3"], how].concat());
+        assert!(ends_well && lines.len() == 1, "{lines:#?}\n{errors}");
+        let found = lines[0].split_once("accuracy ").and_then(|(_, rest)| rest.rsplit_once(','));
+        let found = found.map(|(found, _time)| found.to_owned()).expect("an accuracy and a time");
+        let percent: f64 = found.split_once(' ').unwrap().0.parse().unwrap();
+        assert!(percent > 80.0, "{found}");
+        found
+    });
+    assert_eq!(learned[0], learned[1]);
 }
 
 #[test]
@@ -103,7 +120,7 @@ fn join_gets_the_model() {
 /// error elsewhere.
 #[cfg(feature = "cuda")]
 fn cuda(devices: &str, name: &str) {
-    let (ends_well, lines, errors) = run_on(devices, name);
+    let (ends_well, lines, errors) = run_on(devices, name, &[]);
     let means = lines.iter().filter(|line| line.ends_with("the mean is 0.5")).count();
     let is_typed = ["DeviceUnavailable", "CudaUnavailable"].iter().any(|it| errors.contains(it));
     match ends_well {

@@ -202,9 +202,16 @@ impl Builder {
     }
 
     /// Builds the averager for these tensors. Collective: returns when every rank has called it.
+    /// Ranks compare options, names, dtypes and sizes, and then all tensors get rank 0's values,
+    /// unless [`start_from`](Self::start_from) says otherwise. Afterwards values and addresses may
+    /// change; number, order, names, dtypes and sizes stay.
+    ///
+    /// In a process that [joined](crate::Communicator::join), the tensors get the values that the
+    /// members train.
     ///
     /// # Errors
-    /// The same on every rank: [`Error::OptionsDiffer`], [`Error::LayoutsDiffer`], or the error of
+    /// The same on every rank: [`Error::OptionsDiffer`], [`Error::LayoutsDiffer`], those of the
+    /// average that copies rank 0's values ([`Error::NonFinite`] if they are rejected), or that of
     /// the rank that can't build, such as [`Error::InvalidOption`], [`Error::InvalidTensor`],
     /// [`Error::LendFailed`] and [`Error::Memory`]; between processes, peers get the text of that
     /// error in [`Error::PeerBuildFailed`]. [`Error::Timeout`] names a rank that does not call it.

@@ -46,7 +46,9 @@ use crate::{Error, Parameters, Result};
     message = "`{Self}` can't lend its tensors to an average",
     note = "lists of tensors such as `Vec<Vec<f32>>` can; for a struct of your own, implement \
             `Parameters`",
-    note = "candle, burn, tch: implement `Lend` for a type of your own that holds the model's \
+    note = "candle: `VarParams` of the package `param-averager-candle` lends a `VarMap`; burn: \
+            `BurnParams` of `param-averager-burn` lends a module",
+    note = "tch and others: implement `Lend` for a type of your own that holds the model's \
             tensors sorted by name, and lends them for one average; see `param_averager::Lend`"
 )]
 pub trait Lend {
@@ -62,7 +64,8 @@ pub trait Lend {
     ///   reason, and no tensor is changed. The same holds if `average` is not called. (Peers that
     ///   are processes get [`Error::PeerBuildFailed`] if an averager is being built.)
     /// * After it: the average was made, and the peers have it. This rank alone gets
-    ///   [`Error::AfterAverage`]; its schedule goes on as that of its peers.
+    ///   [`Error::AfterAverage`]; its schedule goes on as that of its peers. (While an averager is
+    ///   built it gets [`Error::LendFailed`], and has none; its peers lose it.)
     /// * While `average` is captured for a CUDA graph, `lend` must not fail before it: peers that
     ///   captured do not wait for an average now, so that this rank waits until its timeout.
     fn lend(&mut self, average: &mut dyn FnMut(Loan<'_>)) -> std::result::Result<(), LendError>;
@@ -157,8 +160,10 @@ impl fmt::Display for LendError {
 /// averager's own, ordered by events; a `start` on a non-blocking stream runs there. On CPUs the
 /// stream is ignored.
 ///
-/// `average` waits, so ranks may even share one stream. A stream that a rank gives to `start` waits
-/// for the average, and so for the peers. If a peer's average is behind that, both wait until the
+/// `average` waits, so ranks may even share one stream; so does a step of
+/// [`LocalSgd`](crate::LocalSgd) with another than a non-blocking stream, if a second rank of the
+/// process is on the device. A stream that a rank gives to `start` waits for the average, and so
+/// for the peers. If a peer's average is behind that, both wait until the
 /// timeout. Therefore, of ranks on one device that are threads of one process,
 ///
 /// * no two give one stream to `start`;
@@ -337,6 +342,8 @@ impl ParamAverager {
             }
             Lent::OnStream(tensors, stream) => {
                 // SAFETY: the promise of `Loan::on_stream`.
+                let waits = waits || unsafe { self.should_wait(call, stream) }?;
+                // SAFETY: as above.
                 unsafe { self.check_stream(stream, waits) }?;
                 let order = if waits { Order::Behind(stream) } else { Order::Within(stream) };
                 // SAFETY: as above.

@@ -19,7 +19,8 @@ const START: Duration = Duration::from_millis(200);
 /// The waits of one averager's caller.
 #[derive(Debug)]
 pub(super) struct Watch {
-    agreement: Arc<Agreement>,
+    /// Weak: an averager frees its memory when it is dropped.
+    agreement: Weak<Agreement>,
     rank: usize,
     /// Ranks by ring position.
     order: Vec<usize>,
@@ -49,7 +50,7 @@ impl Watch {
         timeout: Duration,
     ) -> Arc<Watch> {
         let watch = Arc::new(Watch {
-            agreement: agreement.clone(),
+            agreement: Arc::downgrade(agreement),
             rank: communicator.rank(),
             order: communicator.placement().order().to_vec(),
             timeout,
@@ -86,7 +87,8 @@ impl Watch {
             format!("rank{} {}", if all.len() > 1 { "s" } else { "" }, all.join(", "))
         };
         let position = self.order.iter().position(|&rank| rank == self.rank)?;
-        let peers = match self.agreement.control.awaited(position, self.order.len()) {
+        let agreement = self.agreement.upgrade()?;
+        let peers = match agreement.control.awaited(position, self.order.len()) {
             Some((missing, true)) => format!("{} to call it, too", named(missing)),
             Some((awaited, false)) => format!("{}, which has called it", named(awaited)),
             None => "its peers".to_owned(),

@@ -186,6 +186,21 @@ impl Engine {
         })
     }
 
+    /// True if the stream waits for no other stream by itself. Threads have none.
+    ///
+    /// # Safety
+    /// `stream` belongs to the device's primary context.
+    pub(crate) unsafe fn is_non_blocking(
+        &self,
+        stream: *mut c_void,
+    ) -> std::result::Result<bool, String> {
+        match self {
+            Engine::Cpu { .. } => Ok(true),
+            // SAFETY: guaranteed by the caller.
+            Engine::Cuda(rank) => Ok(unsafe { rank.is_non_blocking(stream.cast()) }?),
+        }
+    }
+
     /// True if the average that was started last was captured into a CUDA graph, and so has not
     /// run.
     pub(crate) fn was_captured(&self) -> bool {

@@ -134,6 +134,10 @@ impl Rank {
         match *self {}
     }
 
+    pub(crate) unsafe fn is_non_blocking(&self, _: *mut c_void) -> Result<bool, Failed> {
+        match *self {}
+    }
+
     pub(crate) unsafe fn is_capturing(&self, _: *mut c_void) -> Result<bool, Failed> {
         match *self {}
     }

@@ -74,12 +74,22 @@
 //! lends it; operations that nest in one another hold all locks during the average.
 //!
 //! # burn
-//! burn's modules go by value, and their tensors change address. Hold the module in an `Option`; in
-//! `lend`, take it out, map it with a `ModuleMapper` that takes each parameter apart
-//! (`param.consume()`, `tensor.into_data()`) and keeps its path as a name, call `average` with the
-//! `TensorData` (`as_mut_slice`), and map it back (`Tensor::from_data`). On the flex backend of
-//! burn 0.22 no byte is copied; GPU backends copy to the host and back. Put the module back before
-//! an error is returned, too.
+//! The package `param-averager-burn` (`adapters/burn` in the repository) has `BurnParams`, which
+//! holds a module and lends its float parameters, named by their paths. On the flex backend of burn
+//! 0.22 no byte is copied; GPU backends copy to the host and back. The module comes back with an
+//! error, too.
+//!
+//! ```text
+//! let mut params = BurnParams::new(model);
+//! let averager = ParamAverager::builder(communicator).build(&mut params)?;
+//! let mut sgd = LocalSgd::new(averager, Schedule::every(8));
+//! for batch in batches {
+//!     let loss = params.module().loss(batch);
+//!     let grads = GradientsParams::from_grads(loss.backward(), params.module());
+//!     params.update(|model| optim.step(1e-3, model, grads));
+//!     sgd.step(&mut params)?;
+//! }
+//! ```
 //!
 //! # tch, and raw pointers
 //! For memory that Rust sees as an address only (`Tensor::data_ptr` of tch, another runtime's

@@ -17,7 +17,7 @@
 //!     let mut model = vec![vec![0.0f32; 1000]];
 //!     let communicator = Communicator::join("my-run", Device::cpu())?;
 //!     let averager = ParamAverager::builder(communicator).build(&mut model)?;
-//!     // The model is rank 0's now: no further average before the loop.
+//!     // The model is now the one that the members train.
 //!     let mut sgd = LocalSgd::new(averager, Schedule::every(8));
 //!     for _step in sgd.position()..10_000 {
 //!         // train_step(&mut model);
@@ -29,8 +29,9 @@
 //! ```
 //!
 //! # The members
-//! [`LocalSgd::step`](crate::LocalSgd::step) admits a process after the next average that is due,
-//! and returns [`Action::Admitted`](crate::Action::Admitted);
+//! [`LocalSgd::step`](crate::LocalSgd::step) admits a process after the next average that is due
+//! (on a CUDA stream after the second one, and after none while a rank is
+//! [`done`](crate::LocalSgd::done)), and returns [`Action::Admitted`](crate::Action::Admitted);
 //! [`ParamAverager::admit_joiner`](crate::ParamAverager::admit_joiner) does it for averages by
 //! hand, where [`Report::join_pending`](crate::Report::join_pending) says that a process waits. The
 //! members' models stay as they are, bit for bit. If the joiner's model differs, or the process

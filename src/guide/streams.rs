@@ -20,6 +20,8 @@
 //! non-blocking stream: it runs there. `start` makes the stream wait for the peers, which two ranks
 //! on one device must not do to each other: [`RawCudaParams`](crate::RawCudaParams) has the rules,
 //! and what is refused. With a stream of their own each, non-blocking, ranks follow them all.
+//! [`LocalSgd::step`](crate::LocalSgd::step) is a `start`, unless a rule could be broken: it waits
+//! if the stream is not non-blocking and a second rank of the process is on the device.
 //!
 //! If an average fails, later work of the stream runs all the same, on unchanged tensors;
 //! [`Pending::wait`](crate::Pending::wait) returns the report or the error. cudarc's events order
@@ -75,4 +77,4 @@
 //! # candle
 //! candle's `Device::new_cuda` uses the per-thread default stream, which is blocking;
 //! `Device::new_cuda_with_stream` makes a non-blocking one. `average`, `LocalSgd::step` and `start`
-//! take both. Ranks that share a GPU are better off with the second if they use `start`.
+//! take both.

@@ -27,16 +27,6 @@ pub(crate) struct Shown {
 /// Most words of a message.
 pub(crate) const MOST_WORDS: usize = 1024;
 
-/// Text of a notice: `rank` waits for these in an exchange.
-pub(super) fn waits(rank: usize, missing: &[usize], call: &str, timeout: Duration) -> String {
-    let missing: Vec<String> = missing.iter().map(usize::to_string).collect();
-    let (several, missing) = (if missing.len() > 1 { "s" } else { "" }, missing.join(", "));
-    format!(
-        "rank {rank} waits for rank{several} {missing} to call {call}, too; the wait ends after \
-         {timeout:?}"
-    )
-}
-
 /// The failure of a world, as that of an exchange.
 pub(super) fn in_exchange(failure: Error) -> Error {
     match failure {

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
-use super::exchange::{in_exchange, waits, ExchangeId, Shown, LOOK};
-use super::{waits_to_build, Agreement, Handshake, Placement};
+use super::exchange::{in_exchange, ExchangeId, Shown, LOOK};
+use super::{waits_for_call, Agreement, Handshake, Placement, BUILD};
 use crate::error::Phase;
 use crate::notice::Notice;
 use crate::sync::{lock, wait_timeout};
@@ -116,17 +116,13 @@ impl ThreadBootstrap {
                 self.changed.notify_all();
                 continue;
             }
-            let mut left = timeout - waited;
-            if !notice.is_told() {
-                let due = notice.at().saturating_duration_since(Instant::now());
-                if due.is_zero() {
-                    drop(state); // a subscriber may do anything
-                    notice.look(|| waits_to_build(rank, &absent, timeout));
-                    state = self.lock();
-                    continue;
-                }
-                left = left.min(due);
+            if notice.is_due() {
+                drop(state); // a subscriber may do anything
+                notice.look(|| waits_for_call(rank, &absent, BUILD, timeout));
+                state = self.lock();
+                continue;
             }
+            let left = (timeout - waited).min(notice.left());
             // A spurious wake-up or a timeout only repeats the loop.
             state = wait_timeout(&self.changed, state, left);
         }
@@ -142,7 +138,7 @@ impl ThreadBootstrap {
         has_left: &dyn Fn(usize) -> bool,
     ) -> Result<Vec<Shown>> {
         let (start, size) = (Instant::now(), self.placement.size());
-        let (mut notice, call) = (Notice::new(Some(rank)), shown.call.clone());
+        let (mut notice, call) = (Notice::new(Some(rank)), format!("call {}", shown.call));
         let mut state = self.lock();
         if let Some(failure) = state.failure_for(rank) {
             return Err(in_exchange(failure));
@@ -170,7 +166,12 @@ impl ThreadBootstrap {
                 state.end_exchange(id, rank);
                 return ended;
             }
-            notice.look(|| waits(rank, &missing, &call, timeout));
+            if notice.is_due() {
+                drop(state); // a subscriber may do anything
+                notice.look(|| waits_for_call(rank, &missing, &call, timeout));
+                state = self.lock();
+                continue;
+            }
             state = wait_timeout(&self.changed, state, LOOK.min(timeout - waited));
         }
     }

@@ -6,6 +6,7 @@ mod exchange;
 mod handshake;
 mod in_process;
 #[cfg(processes)]
+#[cfg_attr(docsrs, doc(cfg(all(target_os = "linux", feature = "processes"))))]
 mod launched;
 mod placement;
 #[cfg(processes)]
@@ -13,6 +14,7 @@ mod processes;
 mod rebuild;
 mod run;
 #[cfg(processes)]
+#[cfg_attr(docsrs, doc(cfg(all(target_os = "linux", feature = "processes"))))]
 mod world_id;
 
 use std::fmt;
@@ -38,16 +40,17 @@ use crate::backend::MemorySpace;
 use crate::{Error, Result};
 use in_process::ThreadBootstrap;
 
-/// Text of a notice: `rank` waits for these to build an averager.
-fn waits_to_build(rank: usize, missing: &[usize], timeout: Duration) -> String {
+/// Text of a notice: `rank` waits for these to make the same call.
+fn waits_for_call(rank: usize, missing: &[usize], call: &str, timeout: Duration) -> String {
     let missing: Vec<String> = missing.iter().map(usize::to_string).collect();
     let (several, missing) = (if missing.len() > 1 { "s" } else { "" }, missing.join(", "));
     format!(
-        "rank {rank} waits for rank{several} {missing} to build an averager, which every rank \
-            does at the same time, on a thread or process of its own; the wait ends after \
-            {timeout:?}"
+        "rank {rank} waits for rank{several} {missing} to {call}, which every rank does at the \
+            same time, on a thread or process of its own; the wait ends after {timeout:?}"
     )
 }
+
+const BUILD: &str = "build an averager";
 
 /// The device that a rank's parameters are on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -165,6 +168,14 @@ impl Communicator {
         self.placement().device(self.rank())
     }
 
+    /// True if another rank of this process is on the same device.
+    pub(crate) fn shares_device(&self) -> bool {
+        let placement = self.placement();
+        let is_on_it = |&rank: &usize| placement.device(rank) == self.device();
+        let others = || (0..placement.size()).filter(|&rank| rank != self.rank());
+        matches!(self.membership.group, Group::Threads(..)) && others().any(|rank| is_on_it(&rank))
+    }
+
     pub(crate) fn space(&self) -> &MemorySpace {
         self.placement().space(self.rank())
     }
@@ -204,6 +215,9 @@ impl Communicator {
     /// recovers an averager waits for the averagers of all others. If ranks split into several
     /// groups, by the timeout, one group forms the view and every other rank gets
     /// [`Error::Excluded`].
+    ///
+    /// An averager that is built by hand in the new view gives all ranks rank 0's values, which may
+    /// be half an average: use [`Start::Mean`](crate::Start::Mean).
     pub fn recover(&self, timeout: Duration) -> Result<Communicator> {
         match &self.membership.group {
             Group::Threads(rank, _) => Err(Error::RecoveryUnsupported { rank: *rank }),

@@ -74,6 +74,18 @@ pub fn missing_nvcc_is_one_warning_that_says_what_to_set() {
     assert!(kernels.contains("Err(") && kernels.contains("NVCC=/path/to/nvcc"), "{kernels}");
 }
 
+/// What was asked for needs no warning. CUDA devices say at run time why there are no kernels.
+pub fn a_build_that_is_meant_to_be_without_nvcc_is_silent() {
+    for (variable, value) in [("NVCC", ""), ("DOCS_RS", "1")] {
+        let folder = scratch("silent");
+        let output = build(&folder, &[(variable, value)]);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        assert!(!text(&output.stdout).contains("cargo::warning"), "{}", text(&output.stdout));
+        let kernels = fs::read_to_string(folder.join("kernels.rs")).unwrap();
+        assert!(kernels.contains("NVCC=/path/to/nvcc") && kernels.contains(variable), "{kernels}");
+    }
+}
+
 /// A build for CPUs lacks nothing, so it has nothing to say.
 pub fn a_build_without_the_feature_for_cuda_looks_for_no_nvcc() {
     let folder = scratch("cpu");

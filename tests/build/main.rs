@@ -15,6 +15,7 @@ fn main() -> ExitCode {
     let mut tests = tests![
         abi::abi_rs_is_what_bindgen_makes_of_abi_h: libclang,
         build_script::missing_nvcc_is_one_warning_that_says_what_to_set,
+        build_script::a_build_that_is_meant_to_be_without_nvcc_is_silent,
         build_script::a_build_without_the_feature_for_cuda_looks_for_no_nvcc,
         build_script::the_script_runs_again_for_what_it_has_read,
         build_script::kernels_are_compiled_once_for_all_profiles,

@@ -307,7 +307,9 @@ fn a_rank_that_is_done_takes_part_in_no_call_by_hand() {
                 let mut model = vec![10.0 * rank as f64; 4];
                 let mut sgd = sgd(communicator, &mut model, 8);
                 if rank == 0 {
-                    (0..steps).for_each(|_| drop(sgd.step(&mut model).unwrap()));
+                    for _ in 0..steps {
+                        sgd.step(&mut model).unwrap();
+                    }
                     let error = sgd.done(&mut model).unwrap_err();
                     sgd.done(&mut model).unwrap();
                     return error.to_string();

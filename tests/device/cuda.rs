@@ -96,6 +96,11 @@ pub fn averages_are_enqueued_on_streams() {
     scenario("streams", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
 }
 
+pub fn averages_are_enqueued_on_streams_of_any_kind() {
+    scenario("any-stream", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
+    scenario("any-stream-devices", &[&[TWO, ("CUDASIM_DELAY", "30")], &[TWO]]);
+}
+
 pub fn steps_are_enqueued_and_their_outcome_is_asked_for_later() {
     scenario("steps", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_SEED", "3")]]);
 }

@@ -37,6 +37,7 @@ fn main() -> ExitCode {
         cuda::local_sgd_runs_beside_a_trainer: driver,
         cuda::averages_run_beside_kernels_and_each_other: driver,
         cuda::averages_are_enqueued_on_streams: driver,
+        cuda::averages_are_enqueued_on_streams_of_any_kind: driver,
         cuda::steps_are_enqueued_and_their_outcome_is_asked_for_later: driver,
         cuda::averages_are_enqueued_on_streams_of_any_kind: driver,
         cuda::mailboxes_in_memory_of_the_host_make_no_difference: driver,

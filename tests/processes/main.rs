@@ -48,6 +48,9 @@ fn main() -> std::process::ExitCode {
             "first_day" => trainers::first_day(),
             "done_beside_a_death" => trainers::done_beside_a_death(),
             "mean_on_one_core" => trainers::mean_on_one_core(),
+            "starts_from_a_rank_that_dies" => trainers::starts_from_a_rank_that_dies(),
+            "two_averagers_of_one_view" => trainers::two_averagers_of_one_view(),
+            "last_barriers" => trainers::last_barriers(),
             "barrier_beside_a_death" => trainers::barrier_beside_a_death(),
             role => rank::run(role),
         });
@@ -154,6 +157,9 @@ fn main() -> std::process::ExitCode {
             trainers::every_process_begins_with_one_model_and_a_joiner_with_the_one_that_is_trained,
             trainers::a_rank_that_is_done_survives_the_death_of_a_peer,
             trainers::reproducible_averages_have_the_same_bits_on_threads_and_processes,
+            trainers::a_rank_that_all_began_from_may_die,
+            trainers::averagers_that_were_built_again_exchange_on_their_own,
+            trainers::a_rank_that_leaves_after_a_barrier_is_not_lost,
             trainers::a_barrier_ends_when_a_rank_dies_and_the_others_recover,
         ],
     )

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use param_averager::{
     Action, Algorithm, Communicator, Error, LocalSgd, ParamAverager, Phase, Reduction, Report,
-    Schedule, TensorState,
+    Schedule, Start, TensorState,
 };
 use test_support::process::{name, start, start_all, RankProcess};
 use test_support::rank::{die, is_late, join, number, say};
@@ -210,4 +210,105 @@ pub fn reproducible_averages_have_the_same_bits_on_threads_and_processes() {
     let direct = test_support::ranks(3, |communicator| mean(communicator, false));
     assert_eq!((direct[0].1.algorithm, direct[0].1.chunk_bytes), (Algorithm::Direct, 0));
     assert_ne!(direct[0].0, digest);
+}
+
+/// Starts from rank 2, which dies; the others recover, also to one rank.
+pub fn starts_from_a_rank_that_dies() -> i32 {
+    let communicator = join().unwrap();
+    let rank = communicator.rank();
+    let mut model = vec![rank as f64; 1000];
+    let builder = ParamAverager::builder(communicator).timeout(Duration::from_secs(60));
+    let averager = builder.start_from(Start::Rank(2)).build(&mut model).unwrap();
+    say(&format!("starts {}", model[0]));
+    let mut sgd = LocalSgd::new(averager, Schedule::every(1));
+    let until = [usize::MAX, 6, 3][rank];
+    for step in 0.. {
+        if step == until {
+            die();
+        }
+        model.iter_mut().for_each(|x| *x += 1.0);
+        if let Err(error) = sgd.step(&mut model) {
+            assert!(error.is_fatal(), "{error}");
+            sgd.recover(&mut model).unwrap();
+        }
+        if sgd.world_size() == 1 {
+            break;
+        }
+    }
+    say("alone");
+    0
+}
+
+pub fn a_rank_that_all_began_from_may_die() {
+    let mut ranks = start_all("starts_from_a_rank_that_dies", 3, |_| vec![]);
+    for (rank, process) in ranks.iter_mut().enumerate() {
+        let expected = if rank == 0 { Some(0) } else { None };
+        assert_eq!(process.end(), expected, "{rank}: {:#?}", process.output);
+        assert_eq!(process.said("starts"), ["2"]);
+    }
+    assert_eq!(ranks[0].said("alone").len(), 1);
+}
+
+/// Recovers an averager, builds another one in the same view, and uses the barriers of both.
+pub fn two_averagers_of_one_view() -> i32 {
+    let communicator = join().unwrap();
+    let rank = communicator.rank();
+    let mut model = vec![rank as f64; 1000];
+    let build = |communicator, model: &mut Vec<f64>| {
+        let builder = ParamAverager::builder(communicator).timeout(Duration::from_secs(20));
+        builder.build(model).unwrap()
+    };
+    let mut first = build(communicator, &mut model);
+    if rank == 2 {
+        die();
+    }
+    first.barrier().unwrap_err();
+    first.recover(&mut model).unwrap();
+    let mut second = build(first.communicator().clone(), &mut vec![0.0; 10]);
+    for round in 0..300 {
+        for (which, averager) in [&mut first, &mut second].into_iter().enumerate() {
+            let mut sum = [round as f64 + 1000.0 * which as f64];
+            averager.all_reduce_scalars(&mut sum, Reduction::Sum).unwrap();
+            assert_eq!(sum, [2.0 * (round as f64 + 1000.0 * which as f64)]);
+        }
+    }
+    say("exchanged");
+    0
+}
+
+pub fn averagers_that_were_built_again_exchange_on_their_own() {
+    let mut ranks = start_all("two_averagers_of_one_view", 3, |_| vec![]);
+    for (rank, process) in ranks.iter_mut().enumerate() {
+        let expected = if rank == 2 { None } else { Some(0) };
+        assert_eq!(process.end(), expected, "{rank}: {:#?}", process.output);
+    }
+}
+
+/// The last rank reaches each barrier when the others look for ranks that have left, and then
+/// leaves.
+pub fn last_barriers() -> i32 {
+    let communicator = join().unwrap();
+    let rank = communicator.rank();
+    for round in 0..number("PA_TEST_ROUNDS").unwrap() {
+        let mut model = vec![0.0f32; 10];
+        let builder = ParamAverager::builder(communicator.clone());
+        let builder = builder.timeout(Duration::from_secs(20)).channels(1);
+        let mut averager = builder.build(&mut model).unwrap();
+        if rank == 0 {
+            std::thread::sleep(Duration::from_micros(48_000 + round * 4_000 / 40 % 4_000));
+        }
+        if let Err(error) = averager.barrier() {
+            say(&format!("failed in round {round}: {error}"));
+            return 1;
+        }
+    }
+    0
+}
+
+pub fn a_rank_that_leaves_after_a_barrier_is_not_lost() {
+    let rounds = test_support::count(40, 400).to_string();
+    let mut ranks = start_all("last_barriers", 4, |_| vec![("PA_TEST_ROUNDS", rounds.clone())]);
+    for (rank, process) in ranks.iter_mut().enumerate() {
+        assert_eq!(process.end(), Some(0), "{rank}: {:#?}", process.output);
+    }
 }

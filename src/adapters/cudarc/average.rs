@@ -44,17 +44,19 @@ impl Ordered for CudaParams<'_> {
     ) -> Result<Option<Outcome>> {
         let stream = self.stream;
         averager.check_cudarc(stream)?;
+        let raw = stream.cu_stream().cast();
+        // SAFETY: it was checked.
+        let waits_here = !waits && unsafe { averager.should_wait(call, raw) }?;
         let (mut tensors, events) = match self.order() {
             Ok(ordered) => ordered,
             Err(error) => return Err(averager.unstarted(failure(error))),
         };
-        let raw = stream.cu_stream().cast();
-        let order = if waits { Order::Behind(raw) } else { Order::Within(raw) };
+        let order = if waits || waits_here { Order::Behind(raw) } else { Order::Within(raw) };
         // SAFETY: the stream belongs to the primary context of this rank's device, which was
         // checked, and the averager keeps it alive. It waits for earlier uses of the tensors, which
         // was checked for each; tensors that are not so ordered are refused. Later uses wait for
         // the events that are recorded below, or are enqueued on the same stream, which waits for
-        // the average; or, if the caller `waits`, come after it has done so.
+        // the average; or, if this call or its caller `waits`, come after that.
         let outcome = unsafe { averager.begin(&mut tensors, call, order, start) }?;
         if outcome.is_none() {
             // cudarc stops ordering uses in a context whose last stream was dropped.
@@ -68,7 +70,10 @@ impl Ordered for CudaParams<'_> {
             }
             return Err(averager.device_failed(reason(error)));
         }
-        Ok(outcome)
+        match outcome {
+            None if waits_here => averager.end(start).map(Some),
+            outcome => Ok(outcome),
+        }
     }
 }
 

@@ -303,6 +303,16 @@ impl Rank {
         unsafe { is_capturing(stream) }
     }
 
+    /// True if the stream waits for no other stream by itself.
+    ///
+    /// # Safety
+    /// `stream` belongs to this context.
+    pub(crate) unsafe fn is_non_blocking(&self, stream: sys::CUstream) -> Result<bool, Failed> {
+        let _bound = self.context.bind()?;
+        // SAFETY: guaranteed by the caller.
+        unsafe { Stream::of(stream) }.map(Stream::is_non_blocking)
+    }
+
     /// True if the pending average has ended.
     pub(crate) fn is_done(&self) -> bool {
         let Some(Pending::Done) = self.pending else { return true };

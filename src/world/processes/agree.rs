@@ -13,7 +13,7 @@ use crate::backend::{limits, Memory};
 use crate::deadline;
 use crate::error::Phase;
 use crate::notice::Notice;
-use crate::world::{waits_to_build, Agreement, Control, Handshake};
+use crate::world::{waits_for_call, Agreement, Control, Handshake, BUILD};
 use crate::{Error, Result};
 
 /// Number of a build in messages: the view, and the build number in that view.
@@ -177,7 +177,7 @@ impl ProcessBootstrap {
             }
             let Some(&(first, _)) = missing.first() else { return Ok(received) };
             let absent: Vec<usize> = missing.iter().map(|&(rank, _)| rank).collect();
-            let waiting = |_: &State| waits_to_build(self.rank(), &absent, timeout);
+            let waiting = |_: &State| waits_for_call(self.rank(), &absent, BUILD, timeout);
             let came = self.peer_set.wait_and_tell(deadline, &mut notice, waiting, |state| {
                 let new: Vec<(usize, Frame)> = missing
                     .iter()

@@ -7,7 +7,8 @@ use super::ProcessBootstrap;
 use crate::deadline;
 use crate::error::Phase;
 use crate::notice::{self, Notice};
-use crate::world::exchange::{in_exchange, waits, ExchangeId, Shown, LOOK};
+use crate::world::exchange::{in_exchange, ExchangeId, Shown, LOOK};
+use crate::world::waits_for_call;
 use crate::{Error, Result};
 
 /// Longest way of a message between two processes of one host, one of which may be stopped for a
@@ -46,7 +47,7 @@ impl ProcessBootstrap {
             return Err(in_exchange(failure));
         }
         let (deadline, own) = (deadline::after(timeout), self.rank());
-        let (mut notice, call) = (Notice::new(Some(own)), shown.call.clone());
+        let (mut notice, call) = (Notice::new(Some(own)), format!("call {}", shown.call));
         let key = (Kind::Exchange, self.number(), key_of(id));
         let sent = self.peer_set.send_to_all(self.others(), key, &shown, &[], deadline);
         sent.expect("only a message that is too large can't be sent");
@@ -90,7 +91,7 @@ impl ProcessBootstrap {
                 },
                 Some(Event::Failed(error)) => return Err(error),
                 None => {
-                    notice.look(|| waits(own, &missing, &call, timeout));
+                    notice.look(|| waits_for_call(own, &missing, &call, timeout));
                     let left = missing.iter().copied().find(|&rank| has_left(rank));
                     // It may have left after the exchange, with its message still under way.
                     let since = left_at.get_or_insert_with(Instant::now);

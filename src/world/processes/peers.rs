@@ -257,11 +257,14 @@ impl Connections {
     }
 
     fn mark_departed(&self, peer: usize) {
+        // Then all its connections end, and its peers, which share the control blocks, live on.
+        let has_left = self.has_left();
         let mut state = self.lock();
         state.departed.insert(peer);
         // Under the lock, so that `watch` sees every departure. The host can write the memory
         // without a device.
-        for (agreement, ring) in state.built() {
+        let built = if has_left { vec![] } else { state.built() };
+        for (agreement, ring) in built {
             leave(&agreement, &ring, peer);
         }
         self.count_joiners(&state);
@@ -338,3 +341,38 @@ const KINDS: [Kind; 9] = [
 ];
 /// Files of the largest message, a handshake.
 const MOST_FILES: usize = 3;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{Memory, MemorySpace};
+    use crate::world::{Control, Device};
+
+    /// A process that leaves while its averager lives on for a moment tells its peers nothing about
+    /// one another; one that stays tells them who has departed.
+    #[test]
+    fn a_process_that_leaves_marks_no_peer_as_departed() {
+        let info = || HostInfo::unknown(Device::cpu());
+        let memory = Memory::new(&MemorySpace::Host, Control::BYTES).unwrap();
+        let control = Arc::new(Control::new(memory, 0).unwrap());
+        let agreement =
+            Arc::new(Agreement { control, handshakes: vec![], ordinal: None, number: 0 });
+        let departed = |peer| agreement.control.has_left(peer);
+        let connections = Arc::new(Connections::new(ViewBoard::new(3).unwrap(), 0, info()));
+        let mut others = vec![];
+        for peer in [1, 2] {
+            let (own, other) = UnixStream::pair().unwrap();
+            let met = Connection { stream: Private::new(own), process: None };
+            assert!(connections.add(peer, info(), met).is_ok());
+            others.push(other);
+        }
+        connections.watch(&agreement, Ring { view: 0, peers: [0, 1, 2].into() });
+        drop(others.pop());
+        let gone = |state: &mut State| state.departed.contains(&2).then_some(());
+        connections.wait(Instant::now() + WHOLE_MESSAGE, gone).unwrap();
+        assert!(departed(2) && !departed(1));
+        connections.leave();
+        connections.join(); // its threads have seen their connections end
+        assert!(connections.lock().departed.contains(&1) && !departed(1));
+    }
+}

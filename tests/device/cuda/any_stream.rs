@@ -114,7 +114,7 @@ impl Drop for Trainer {
 }
 
 fn build(communicator: Communicator, algorithm: Algorithm, model: &mut Model) -> ParamAverager {
-    let builder = test_support::options(communicator).algorithm(algorithm).channels(2);
+    let builder = ParamAverager::builder(communicator).algorithm(algorithm).channels(2);
     builder.timeout(Duration::from_secs(50)).build(model).unwrap()
 }
 
@@ -168,6 +168,7 @@ pub fn on_one_device() {
     }
     starts(&[GPU; 2], &[Legacy, NonBlocking], Algorithm::Ring);
     shared_streams();
+    steps_beside_the_null_stream();
     streams_that_wait_for_each_other();
     in_graphs();
 }
@@ -202,6 +203,40 @@ fn shared_streams() {
             (averager, trainer)
         });
         drop(owner);
+    }
+}
+
+/// Two ranks on one device that train as a program without streams of its own does: what one rank
+/// does on the null stream waits for the other's stream. Their steps wait, so that this ends.
+fn steps_beside_the_null_stream() {
+    for kind in [Blocking, PerThread, Null, NonBlocking] {
+        let all_ready = Barrier::new(2);
+        ranks_of(&[GPU; 2], |communicator| {
+            let rank = communicator.rank();
+            let mut trainer = Trainer::new(GPU, kind);
+            let builder = ParamAverager::builder(communicator).channels(2);
+            let builder = builder.timeout(Duration::from_secs(50));
+            let averager = builder.build(&mut trainer.params()).unwrap();
+            let mut sgd = LocalSgd::new(averager, Schedule::every(2));
+            all_ready.wait();
+            for batch in 0..6 {
+                trainer.step(10 * batch + 2 * rank);
+                if kind != NonBlocking {
+                    trainer.seen.download(); // on the null stream
+                }
+                let is_due = sgd.is_next_due();
+                let action = sgd.step(&mut trainer.params()).unwrap();
+                assert_eq!(action == Action::Enqueued, is_due, "{action:?}");
+                if is_due {
+                    trainer.look();
+                    trainer.saw(10 * batch + 1);
+                }
+            }
+            assert_eq!(sgd.wait().unwrap().map(|report| report.bytes), Some(4 * ELEMENTS as u64));
+            assert_eq!(sgd.averages(), 3);
+            all_ready.wait();
+            (sgd, trainer)
+        });
     }
 }
 

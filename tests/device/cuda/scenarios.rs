@@ -19,6 +19,8 @@ pub fn run(scenario: &str) {
         "failures" => failures(),
         "trainers" => trainers(),
         "streams" => streams(),
+        "any-stream" => any_stream::on_one_device(),
+        "any-stream-devices" => any_stream::on_two_devices(),
         "steps" => steps(),
         "any-stream" => any_stream::on_one_device(),
         "any-stream-devices" => any_stream::on_two_devices(),
