@@ -56,7 +56,7 @@
 //! # CUDA
 //! With the feature `cuda`, variables on one CUDA device are averaged on their `Device`'s stream.
 //! `Device::new_cuda` and `Device::new_cuda_with_stream` both serve. Threads on one GPU need a
-//! `Device` each: `Device::new_cuda_with_stream`. No GPU has run this.
+//! `Device` each: `Device::new_cuda_with_stream`. Simulated only: no GPU has run it.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 

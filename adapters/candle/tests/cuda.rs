@@ -1,5 +1,6 @@
 //! Averages of candle's variables on a CUDA device, between ranks that are threads. Needs a GPU, or
-//! a simulated driver: `cargo test -p param-averager-candle --features cuda --test cuda`.
+//! a simulated driver, for which `tests/simulated` builds and runs it:
+//! `cargo test -p param-averager-candle --features cuda --test cuda`.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use param_averager::{Communicator, Error, Lend, LocalSgd, ParamAverager, Schedule};
