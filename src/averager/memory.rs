@@ -82,7 +82,7 @@ fn counters(channels: u32, testing: &Testing) -> Vec<u32> {
 pub(super) fn check_room(tensors: usize, names: usize, rank: usize, world: usize) -> Result<()> {
     // Bytes for a tensor besides its name: in tables, which double as they grow; and in a line, of
     // which this rank has 5, and 2 from each peer.
-    const TABLES: usize = 448;
+    const TABLES: usize = 768;
     const LINE: usize = 96;
     let lines = (tensors * LINE + names) * (5 + 2 * world);
     limits::spare_for_all(tensors * TABLES + names + lines)

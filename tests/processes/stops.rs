@@ -155,14 +155,20 @@ pub fn rank_stopped_while_it_recovers() {
     std::thread::sleep(Duration::from_millis(50)); // for its message
     ranks[1].signal(Signal::STOP);
     ranks[2].signal(Signal::CONT);
+    let mut late = 0;
     for rank in &mut ranks[2..] {
         assert_eq!(rank.wait_for("averaged"), "2");
         let failed = rank.said("failed");
         assert!(failed[0].starts_with("rank 0 has left the world while building"), "{failed:?}");
         // Ranks are renumbered: rank 1 has become rank 0. On a busy machine it may have built
-        // before it was stopped.
-        assert!(failed[1].starts_with("rank 0 did not move for 3s"), "{failed:?}");
+        // before it was stopped, or have told one rank so and not the other: that one goes on to
+        // the average, until the other leaves to recover.
+        let is_late = failed[1].starts_with("rank 0 did not move for 3s");
+        let left = "has left the world at the start of an average";
+        assert!(is_late || failed[1].contains(left), "{failed:?}");
+        late += usize::from(is_late);
     }
+    assert!(late > 0, "no rank waited for the stopped one");
     wakes(&mut ranks[1], &["was excluded: it did not reach the recovery"]);
     for rank in &mut ranks[2..] {
         rank.ask_to_end();
