@@ -9,6 +9,7 @@
 #include <cstdlib>
 
 static int chosen_mutant = 0; // the mutant that counts, of those in a build with PA_MUTANTS
+#include "scenario_done.h"
 #include "scenario_turns.h"
 #include "scenarios_bad.h"
 #include "scenarios_stopped.h"
