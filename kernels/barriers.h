@@ -16,8 +16,8 @@ PA_FN const PaRecord& first_with_news(const PaControl* control, uint32_t world, 
 // that has no news, and may not know of weights yet, counts nothing.
 PA_FN double weight_of(const PaRecord& record, const PaRecord& news) {
   const uint32_t passes = PA_FLAG_WEIGHTED, others = PA_FLAG_DONE | PA_FLAG_UNNEEDED;
-  const bool weighted = (news.flags & (passes | others)) == passes;
-  return weighted && !(record.flags & PA_FLAG_WEIGHTED) ? 0 : record.weight;
+  const bool weighted = (flags_of(news) & (passes | others)) == passes;
+  return weighted && !(flags_of(record) & PA_FLAG_WEIGHTED) ? 0 : record.weight;
 }
 
 // Validates the records of an epoch. Returns 0, or the error with the lowest rank at fault: the
@@ -31,18 +31,19 @@ PA_FN uint32_t check_records(const PaControl* control, uint32_t world, uint32_t 
   uint32_t layout = 0, weight = 0, weighting = 0, schedule = 0, non_finite = 0;
   for (uint32_t r = world; r-- > 0;) {
     const PaRecord& record = control->board[r].record[parity];
-    const bool done = record.flags & PA_FLAG_DONE, unneeded = record.flags & PA_FLAG_UNNEEDED;
+    const uint32_t flags = flags_of(record);
+    const bool done = flags & PA_FLAG_DONE, unneeded = flags & PA_FLAG_UNNEEDED;
     needed |= !unneeded;
     counts |= weight_of(record, news) > 0;
-    if (record.flags & PA_FLAG_LAYOUT) layout = code_of(uint32_t(PA_LAYOUT), r);
+    if (flags & PA_FLAG_LAYOUT) layout = code_of(uint32_t(PA_LAYOUT), r);
     if (!(record.weight >= 0) || record.weight - record.weight != 0)
       weight = code_of(uint32_t(PA_BAD_WEIGHT), r);
     // A rank without news may not know yet that the others pass weights.
-    if (!done && !unneeded && (record.flags ^ news.flags) & PA_FLAG_WEIGHTED)
+    if (!done && !unneeded && (flags ^ flags_of(news)) & PA_FLAG_WEIGHTED)
       weighting = code_of(uint32_t(PA_WEIGHTING), r);
-    const bool joins = done && (first.flags & (PA_FLAG_OF_SCHEDULE | PA_FLAG_DONE));
+    const bool joins = done && (flags_of(first) & (PA_FLAG_OF_SCHEDULE | PA_FLAG_DONE));
     if (!joins && record.schedule != first.schedule) schedule = code_of(uint32_t(PA_SCHEDULE), r);
-    if (record.flags & PA_FLAG_NON_FINITE) non_finite = code_of(uint32_t(PA_NON_FINITE), r);
+    if (flags & PA_FLAG_NON_FINITE) non_finite = code_of(uint32_t(PA_NON_FINITE), r);
   }
   if (layout) return layout;
   if (schedule) return schedule;
@@ -86,7 +87,7 @@ PA_FN void compute_scales(const PaControl* control, uint32_t world, uint32_t epo
 // rank that is done does not know at which step the others are.
 PA_FN uint32_t has_joiner(const PaControl* control, uint32_t world, uint32_t epoch) {
   uint32_t flags = 0;
-  for (uint32_t r = 0; r < world; ++r) flags |= control->board[r].record[epoch & 1].flags;
+  for (uint32_t r = 0; r < world; ++r) flags |= flags_of(control->board[r].record[epoch & 1]);
   return (flags & (PA_FLAG_JOINER | PA_FLAG_DONE)) == PA_FLAG_JOINER;
 }
 

@@ -31,11 +31,14 @@ PA_FN uint32_t poll_interrupt(WaitCtx ctx, uint32_t peer, bool all) {
   return 0;
 }
 
+// Flags of a record. Loaded as a word, since nvcc would load the bytes that it needs.
+PA_FN uint32_t flags_of(const PaRecord& record) { return load_relaxed(&record.flags); }
+
 // First rank whose record has none of these flags, or 0: the others' calls are compared with its.
 PA_FN uint32_t first_without(const PaControl* control, uint32_t world, uint32_t parity,
                              uint32_t flags) {
   for (uint32_t r = 0; r < world; ++r)
-    if (!(control->board[r].record[parity].flags & flags)) return r;
+    if (!(flags_of(control->board[r].record[parity]) & flags)) return r;
   return 0;
 }
 
@@ -54,7 +57,7 @@ PA_FN void write_status(WaitCtx ctx, uint32_t code, uint32_t phase) {
   if (kind == PA_BAD_WEIGHT) memcpy(&ctx.me->found, &record.weight, sizeof record.weight);
   if (kind == PA_UNNEEDED)
     for (uint32_t r = 0; r < ctx.a->world; ++r)
-      ctx.me->detail += ctx.control()->board[r].record[parity].flags & PA_FLAG_DONE ? 1 : 0;
+      ctx.me->detail += flags_of(ctx.control()->board[r].record[parity]) & PA_FLAG_DONE ? 1 : 0;
   if (kind == PA_SCHEDULE) {
     const uint32_t first = first_without(ctx.control(), ctx.a->world, parity, PA_FLAG_DONE);
     ctx.me->detail = ctx.control()->board[first].record[parity].found;
