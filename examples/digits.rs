@@ -4,7 +4,7 @@
 //!     cargo run --release --example digits -- --ranks 4 --processes
 //!     torchrun --no-python --nproc-per-node 4 target/release/examples/digits
 //!
-//! What belongs to param-averager: `Parameters for Layer`, and the lines with `averager` or `sgd`.
+//! Lines that belong to param-averager: `Parameters for Layer`, and those with `averager` or `sgd`.
 
 mod trainer;
 

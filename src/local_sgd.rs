@@ -257,8 +257,13 @@ impl LocalSgd {
     ///
     /// # Errors
     /// As [`step`](Self::step), of every average made meanwhile. Call it again after the error; if
-    /// that was fatal, after [`recover`](Self::recover), whose average counts every rank.
+    /// that was fatal, after [`recover`](Self::recover), whose average counts every rank. After
+    /// [`Error::AfterAverage`] all ranks are done.
     pub fn done<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
+        // An earlier error is returned before this rank takes part. After the last average of all it
+        // would make this rank call `done` again, which its peers have left.
+        self.averager();
+        self.unreported.take().map_or(Ok(()), Err)?;
         let mut last = Action::Unneeded;
         let made = loop {
             match self.average(params, place::DONE, true) {

@@ -100,7 +100,7 @@ pub struct Options {
 impl Options {
     const USAGE: &str = "[--ranks N] [--every H] [--seed S] [--epochs N] [--processes] [--sorted]";
 
-    /// Those of the command line.
+    /// Settings of the command line.
     pub fn from_arguments() -> Result<Options, Error> {
         let mut options = Options {
             ranks: 2,

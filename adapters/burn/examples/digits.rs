@@ -4,7 +4,7 @@
 //!     cargo run --release -p param-averager-burn --example burn-digits -- --ranks 4 --processes
 //!     torchrun --no-python --nproc-per-node 4 target/release/examples/burn-digits
 //!
-//! What belongs to param-averager: the lines with `params`, `averager` or `sgd`.
+//! Lines that belong to param-averager: those with `params`, `averager` or `sgd`.
 
 #[path = "../../../examples/trainer/mod.rs"]
 mod trainer;

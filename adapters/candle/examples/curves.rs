@@ -1,4 +1,4 @@
-//! What H costs and saves: trains both tasks with many settings and 5 seeds, writes every test to
+//! Costs and savings of H: trains both tasks with many settings and 5 seeds, writes every test to
 //! `DIR/digits.csv` and `DIR/chars.csv`, and draws `DIR/digits.svg` and `DIR/chars.svg`.
 //!
 //!     cargo run --release -p param-averager-candle --example curves -- DIR

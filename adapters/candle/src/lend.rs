@@ -32,7 +32,7 @@ impl Lend for VarParams {
 struct Lending<'p> {
     params: &'p VarParams,
     average: RefCell<&'p mut dyn FnMut(Loan<'_>)>,
-    /// What the average's own loan returned.
+    /// Result of the average's own loan.
     ended: Cell<Result<(), LendError>>,
 }
 

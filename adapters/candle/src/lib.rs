@@ -76,10 +76,10 @@ const POISONED: &str =
 
 /// Variables of a candle model, sorted by name, which an average borrows in place.
 ///
-/// It is what [`ParamAverager`](param_averager::ParamAverager) and
-/// [`LocalSgd`](param_averager::LocalSgd) take as a model. It holds the variables themselves, not
-/// copies, so the model and its optimizer see the mean. Make it when the model is complete: a
-/// `VarMap` that gets further variables later is an error.
+/// [`ParamAverager`](param_averager::ParamAverager) and [`LocalSgd`](param_averager::LocalSgd) take
+/// it as a model. It holds the variables themselves, not copies, so the model and its optimizer see
+/// the mean. Make it when the model is complete: a `VarMap` that gets further variables later is an
+/// error.
 ///
 /// # Errors of an average
 /// [`Error::LendFailed`](param_averager::Error::LendFailed) on every rank, with the variable's name

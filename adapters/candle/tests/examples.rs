@@ -16,7 +16,7 @@ fn built(name: &str) -> PathBuf {
     program
 }
 
-/// What an example prints.
+/// Output of an example.
 fn run(name: &str, arguments: &str) -> String {
     let mut command = Command::new(built(name));
     // A launcher's variables for this test are not the example's.

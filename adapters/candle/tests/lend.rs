@@ -78,7 +78,7 @@ fn every_dtype_becomes_the_mean_in_place() {
     }
 }
 
-/// What a user writes first. Layers of one size in the order of a HashMap, which is another one on
+/// First program of a user. Layers of one size in the order of a HashMap, which is another one on
 /// every rank, used to be averaged with each other.
 #[test]
 fn layers_of_one_size_keep_their_places_in_20_of_20_runs() {

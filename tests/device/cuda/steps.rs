@@ -45,6 +45,12 @@ impl Trainer {
         unsafe { self.sgd.finish(&mut RawCudaParams::new(raw.cast(), &mut self.model)) }
     }
 
+    fn done(&mut self) -> Result<Action> {
+        let raw = self.stream.cu_stream();
+        // SAFETY: as in `new`.
+        unsafe { self.sgd.done(&mut RawCudaParams::new(raw.cast(), &mut self.model)) }
+    }
+
     /// Value of all weights, behind the stream's work.
     fn value(&mut self) -> f32 {
         self.stream.synchronize().unwrap();
@@ -132,6 +138,20 @@ fn failing(algorithm: Algorithm) {
         assert!(matches!(&error, Error::AfterAverage { averaged: Some(_), cause } if bad(cause)));
         assert_eq!((error.tensors(), trainer.value()), (TensorState::Averaged, 2.0));
         assert_eq!(trainer.finish().unwrap(), Action::Unneeded);
+        // Found by `done`, before the rank takes part; one rank knows of it already.
+        trainer.step(1.0).unwrap();
+        assert_eq!(trainer.step(value).unwrap(), Action::Enqueued);
+        if rank == 0 {
+            assert!(bad(&trainer.sgd.wait().unwrap_err()));
+        } else {
+            let error = trainer.done().unwrap_err();
+            assert!(bad(&error), "{error}");
+        }
+        trainer.stream.synchronize().unwrap();
+        // SAFETY: as above.
+        unsafe { sys::cuMemsetD32Async(weights, own, ELEMENTS, raw) }.result().unwrap();
+        trainer.done().unwrap();
+        assert_eq!((trainer.value(), trainer.sgd.position()), (2.0, 8));
         trainer
     });
 }
