@@ -260,8 +260,8 @@ impl LocalSgd {
     /// that was fatal, after [`recover`](Self::recover), whose average counts every rank. After
     /// [`Error::AfterAverage`] all ranks are done.
     pub fn done<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        // An earlier error is returned before this rank takes part. After the last average of all it
-        // would make this rank call `done` again, which its peers have left.
+        // An earlier error is returned before this rank takes part. After the last average of all
+        // it would make this rank call `done` again, which its peers have left.
         self.averager();
         self.unreported.take().map_or(Ok(()), Err)?;
         let mut last = Action::Unneeded;
