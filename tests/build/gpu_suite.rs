@@ -184,3 +184,31 @@ pub fn refusals_name_the_reason() {
     refused(&suite, &[&"run", &out, &"--driver", &driver], "is not what was bundled");
     assert!(!out.exists());
 }
+
+/// Asks a cargo that does not build for the bundle's targets.
+pub fn bundles_are_of_default_members() {
+    let folder = folder("bundles_are_of_default_members");
+    let (asked, cargo) = (folder.join("asked"), folder.join("cargo"));
+    let text = format!(
+        "#!/bin/sh\n[ \"$1\" = build ] || exec {} \"$@\"\necho \"$@\" >{}\nexit 1\n",
+        env!("CARGO"),
+        asked.display()
+    );
+    std::fs::write(&cargo, text).unwrap();
+    assert!(Command::new("chmod").arg("+x").arg(&cargo).status().unwrap().success());
+    let path = format!("{}:{}", folder.display(), std::env::var("PATH").unwrap());
+    let mut command = Command::new("python3");
+    command.arg(SUITE).arg("bundle").arg(folder.join("bundle")).env("PATH", path);
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    let asked = std::fs::read_to_string(asked).unwrap();
+    let words: Vec<&str> = asked.split_whitespace().collect();
+    let is_target = |kind: &str| ["--bin", "--bench", "--test"].contains(&kind);
+    let pairs = words.windows(2).filter(|pair| is_target(pair[0]));
+    let wanted: Vec<&str> = pairs.map(|pair| pair[1]).collect();
+    assert!(wanted.contains(&"allreduce-bench") && wanted.contains(&"device"), "{asked}");
+    for target in &wanted {
+        let known = ["allreduce-bench", "average", "cuda", "device", "kernels"].contains(target);
+        assert!(known, "{target} is no target of a default member: {asked}");
+    }
+}

@@ -25,6 +25,7 @@ fn main() -> ExitCode {
         build_script::nvcc_is_found_in_a_toolkit_and_in_a_virtual_environment,
         gpu_suite::outcomes_are_distinguished: tools,
         gpu_suite::refusals_name_the_reason: tools,
+        gpu_suite::bundles_are_of_default_members: tools,
     ];
     #[cfg(target_arch = "x86_64")]
     tests.extend(tests![build_script::instruction_sets_are_compiled_at_the_same_time]);
