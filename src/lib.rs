@@ -154,6 +154,7 @@ mod hash;
 mod local_sgd;
 mod notice;
 mod parameters;
+mod plan;
 mod schedule;
 mod sync;
 mod tensor;

@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-pub(crate) use control::{Control, Failure};
+pub(crate) use control::Control;
 pub(crate) use exchange::{ExchangeId, Shown, MOST_WORDS};
 pub(crate) use handshake::{Admission, Agreement, Handshake};
 #[cfg(processes)]
@@ -166,14 +166,6 @@ impl Communicator {
     /// The device that this rank's parameters are on.
     pub fn device(&self) -> Device {
         self.placement().device(self.rank())
-    }
-
-    /// True if another rank of this process is on the same device.
-    pub(crate) fn shares_device(&self) -> bool {
-        let placement = self.placement();
-        let is_on_it = |&rank: &usize| placement.device(rank) == self.device();
-        let others = || (0..placement.size()).filter(|&rank| rank != self.rank());
-        matches!(self.membership.group, Group::Threads(..)) && others().any(|rank| is_on_it(&rank))
     }
 
     pub(crate) fn space(&self) -> &MemorySpace {
