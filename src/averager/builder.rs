@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::defaults::{self, Cut};
 use super::{Algorithm, Lend, Link, ParamAverager, Start};
-use crate::backend::MemorySpace;
+use crate::backend::{MemorySpace, ProcessWay};
 use crate::world::{Admission, Communicator};
 use crate::{Error, Result};
 
@@ -296,6 +296,16 @@ impl Builder {
                 occupancy.ranks, occupancy.device, occupancy.blocks
             )
         })
+    }
+
+    /// True if the hosts make an average step by step, since processes share a device.
+    pub(super) fn is_sequenced(&self) -> bool {
+        self.communicator.placement().process_way() == Some(ProcessWay::Sequenced)
+    }
+
+    /// True if the ring commits after the reduce. Where hosts make the steps it always does.
+    pub(super) fn commits_late(&self) -> bool {
+        self.all_or_nothing || self.is_sequenced()
     }
 
     /// Algorithm that `Auto` stands for.

@@ -28,6 +28,10 @@ pub(in crate::world) struct Gpu {
     pub(in crate::world) identity: Identity,
     /// Blocks that averages may have on the device at once.
     pub(in crate::world) resident_blocks: u32,
+    /// True if streams can wait for words in memory.
+    pub(in crate::world) stream_waits: bool,
+    /// True if kernels of different processes run at the same time (MPS).
+    pub(in crate::world) mps: bool,
 }
 
 impl HostInfo {
@@ -72,7 +76,12 @@ impl LocalDevice {
         if let Kind::Cuda(ordinal) = device.0 {
             let context = Context::open(ordinal)?;
             let identity = cuda::identity(&context)?;
-            host_info.gpu = Some(Gpu { identity, resident_blocks: context.usable_blocks() });
+            host_info.gpu = Some(Gpu {
+                identity,
+                resident_blocks: context.usable_blocks(),
+                stream_waits: context.has_stream_waits(),
+                mps: context.has_mps(),
+            });
             space = MemorySpace::Cuda(context);
         }
         Ok(LocalDevice { host_info, device, space })
