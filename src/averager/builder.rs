@@ -174,7 +174,8 @@ impl Builder {
     /// that has failed or does not run the peer's kernel: the average ends with [`Error::Timeout`],
     /// and so does the world. Default: 1 second, less than the time after which the driver kills
     /// kernels on a device with a display. [`timeout`](Self::timeout) bounds it, too. Averages of
-    /// CUDA graphs wait for late ranks in their kernels, for as long as `timeout` says.
+    /// CUDA graphs wait for late ranks in their kernels, for as long as `timeout` says, or on a
+    /// device with a display for this time.
     pub fn device_timeout(mut self, timeout: Duration) -> Self {
         self.device_timeout = timeout;
         self

@@ -187,12 +187,9 @@ impl ParamAverager {
     /// Longest wait in the average that timed out: for a rank that has not come, or, in a kernel on
     /// a device, for one that has.
     fn longest_wait(&self) -> Duration {
-        let is_met = self.communicator.placement().occupancy().is_some()
-            && !self.own.engine.was_captured()
-            && self.agreement.control.found_by_a_host() != Some(PA_TIMEOUT);
-        match is_met {
-            true => self.timeout.min(self.options.device_timeout),
-            false => self.timeout,
+        match self.own.engine.longest_wait() {
+            Some(wait) if self.agreement.control.found_by_a_host() != Some(PA_TIMEOUT) => wait,
+            _ => self.timeout,
         }
     }
 

@@ -252,6 +252,15 @@ impl Engine {
         }
     }
 
+    /// Longest wait for a peer in the kernels of the average that was started last, where ranks
+    /// meet before. `None` on CPUs.
+    pub(crate) fn longest_wait(&self) -> Option<Duration> {
+        match self {
+            Engine::Cpu { .. } => None,
+            Engine::Cuda(rank) => Some(rank.longest_wait()),
+        }
+    }
+
     /// Waits for all work on a stream. `ended` then holds the states after the last average on it.
     ///
     /// # Safety

@@ -53,6 +53,11 @@ pub(crate) struct Attendance {
 }
 
 impl Attendance {
+    /// True if both are the same meeting of the same averager.
+    pub(crate) fn is(&self, other: &Attendance) -> bool {
+        self.number == other.number && Arc::ptr_eq(&self.arrivals, &other.arrivals)
+    }
+
     /// Positions of the ranks that have not come.
     fn missing(&self) -> impl Iterator<Item = usize> + '_ {
         (0..self.ranks).filter(|&at| {

@@ -116,9 +116,11 @@ impl Placement {
             .iter()
             .map(|one| host_infos.iter().map(|other| one.connection(other)).collect())
             .collect();
-        let occupancies = host_infos.iter().filter_map(|host_info| {
+        let occupancies = host_infos.iter().enumerate().filter_map(|(rank, host_info)| {
             let gpu = host_info.gpu.as_ref()?;
-            Some((gpu.identity.uuid.as_str(), host_info.device.clone(), gpu.resident_blocks))
+            let share = gpu.own_share.then_some(rank); // which no other rank uses
+            let key = (gpu.identity.uuid.as_str(), share);
+            Some((key, host_info.device.clone(), gpu.resident_blocks))
         });
         Placement {
             devices: vec![own.0; host_infos.len()],

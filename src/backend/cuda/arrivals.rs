@@ -67,6 +67,11 @@ pub(super) fn watch(meeting: Attendance) {
     WATCHER.changed.notify_all();
 }
 
+/// Ends the watch of a meeting that is over, and its hold on the words.
+pub(super) fn forget(meeting: &Attendance) {
+    lock(&WATCHER.state).0.retain(|other| !other.is(meeting));
+}
+
 fn run() {
     let mut state = lock(&WATCHER.state);
     loop {

@@ -161,6 +161,11 @@ impl Context {
         driver::get().is_ok_and(|driver| driver.attribute(MPS_ENABLED, self.device) == 1)
     }
 
+    /// True if the driver ends kernels that run for seconds, since the device has a display.
+    pub(super) fn ends_long_kernels(&self) -> bool {
+        self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT).is_ok_and(|is| is != 0)
+    }
+
     /// Makes the context current on this thread until the result is dropped.
     pub(super) fn bind(&self) -> Result<Bound, Failed> {
         bind(self.raw)

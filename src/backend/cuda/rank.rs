@@ -1,6 +1,7 @@
 //! One rank on a device: its tables, the states of its channels, and its part of an average.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use cudarc::driver::sys;
 
@@ -35,9 +36,14 @@ pub(crate) struct Rank {
     tables: Tables,
     /// True if the average that was started last was captured and so has not run.
     capturing: bool,
+    /// Longest wait for a peer in the kernels of that average.
+    longest_wait: Duration,
     /// Number of the latest meeting of processes that this rank has come to.
     #[cfg(processes)]
     meetings: u32,
+    /// Meeting of the pending average that a stream waits for.
+    #[cfg(processes)]
+    watched: Option<Attendance>,
     /// The event behind the average that was started and not waited for.
     pending: Option<Arc<Event>>,
     /// Present while an average is pending. Present for good after a capture, since replays of the
@@ -69,8 +75,11 @@ impl Rank {
             ended: Pinned::new(context, size_of::<PaStatus>() * states.len())?,
             tables: Tables::new(context, buckets, segments)?,
             capturing: false,
+            longest_wait: Duration::ZERO,
             #[cfg(processes)]
             meetings: 0,
+            #[cfg(processes)]
+            watched: None,
             pending: None,
             busy: None,
             _running: Running::new(),
@@ -151,6 +160,7 @@ impl Rank {
             Order::Behind(_) | Order::Within(_) => unsafe { is_capturing(behind) }?,
         };
         self.busy.get_or_insert_with(Busy::new);
+        self.longest_wait = Duration::from_nanos(args.timeout_ns);
         if self.capturing {
             // SAFETY: guaranteed by the caller.
             return unsafe { self.capture(args, launches, behind, peers) };
@@ -227,6 +237,7 @@ impl Rank {
         if way == ProcessWay::InStreams {
             let meeting = self.next_meeting(arrivals, peers);
             super::arrivals::watch(meeting.clone());
+            self.watched = Some(meeting.clone());
             return Ok(self.launch_all(&[part], Some(&meeting), peers)?);
         }
         // The host comes when the work before the average has ended.
@@ -236,6 +247,7 @@ impl Rank {
             _ => vec![launches],
         };
         self.ready.synchronize()?;
+        let args = part.args;
         for (index, launches) in parts.into_iter().enumerate() {
             if let Err(failure) = self.next_meeting(arrivals, peers).meet(peers.position) {
                 if index > 0 {
@@ -249,6 +261,10 @@ impl Rank {
             let done = self.launch_all(&[part], None, peers)?;
             if way == ProcessWay::Sequenced {
                 done.synchronize()?;
+                let fault = args.fault_step;
+                if fault != 0 && self.ended().iter().any(|status| status.step == fault) {
+                    break; // a test ends the rank here
+                }
             }
         }
         Ok(self.done.clone())
@@ -311,7 +327,11 @@ impl Rank {
             });
         }
         let tables = self.tables.copy()?;
-        let timeout_ns = u64::try_from(peers.timeout.as_nanos()).unwrap_or(u64::MAX);
+        // Ranks meet in the kernels, since no host sees a replay.
+        if !self.context.ends_long_kernels() {
+            self.longest_wait = peers.timeout;
+        }
+        let timeout_ns = u64::try_from(self.longest_wait.as_nanos()).unwrap_or(u64::MAX);
         let args = PaArgs { buckets: tables.address(), timeout_ns, ..*args };
         let enqueue = |&each: &Launch| {
             // SAFETY: guaranteed by the caller.
@@ -338,6 +358,11 @@ impl Rank {
     /// True if the average that was started last was captured and so has not run.
     pub(crate) fn was_captured(&self) -> bool {
         self.capturing
+    }
+
+    /// Longest wait for a peer in the kernels of the average that was started last.
+    pub(crate) fn longest_wait(&self) -> Duration {
+        self.longest_wait
     }
 
     /// Waits for a stream on which a graph was replayed.
@@ -389,6 +414,10 @@ impl Rank {
     pub(crate) fn finish(&mut self) -> Result<(), Failed> {
         if let Some(done) = &self.pending {
             done.synchronize()?;
+        }
+        #[cfg(processes)]
+        if let Some(meeting) = self.watched.take() {
+            super::arrivals::forget(&meeting);
         }
         self.pending = None; // cleared last, so that a call after an error waits again
         if !self.tables.is_captured() {
