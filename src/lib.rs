@@ -148,6 +148,7 @@ mod averager;
 mod backend;
 mod bucket;
 mod deadline;
+mod device;
 mod error;
 pub mod guide;
 mod hash;
@@ -169,12 +170,13 @@ pub use averager::{
 pub use backend::cuda::{CudaDevice, Topology};
 #[cfg(feature = "cuda")]
 pub use backend::proximity::{Connection, PeerAccess};
+pub use device::Device;
 pub use error::{DeviceError, Error, ErrorKind, Phase, Result, TensorState};
 pub use local_sgd::{Action, LocalSgd};
 pub use parameters::Parameters;
 pub use schedule::Schedule;
 pub use tensor::{Dtype, Element, TensorMut};
-pub use world::{AbortHandle, Communicator, Device};
+pub use world::{AbortHandle, Communicator};
 #[cfg(processes)]
 #[cfg_attr(docsrs, doc(cfg(all(target_os = "linux", feature = "processes"))))]
 pub use world::{CommunicatorBuilder, WorldId};

@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use super::processes::{Known, ProcessBootstrap, Setup};
-use super::{Communicator, Device, Group, Rebuild, WorldId};
+use super::{Communicator, Group, Rebuild, WorldId};
 use crate::abi::PA_MAX_WORLD;
-use crate::{Error, Result};
+use crate::{Device, Error, Result};
 
 /// Default of `CommunicatorBuilder::timeout`.
 const TIMEOUT: Duration = Duration::from_secs(600);

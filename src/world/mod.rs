@@ -17,7 +17,6 @@ mod run;
 #[cfg_attr(docsrs, doc(cfg(all(target_os = "linux", feature = "processes"))))]
 mod world_id;
 
-use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -37,7 +36,7 @@ pub(crate) use placement::Placement;
 
 use crate::abi::PA_MAX_WORLD;
 use crate::backend::MemorySpace;
-use crate::{Error, Result};
+use crate::{Device, Error, Result};
 use in_process::ThreadBootstrap;
 
 /// Text of a notice: `rank` waits for these to make the same call.
@@ -51,37 +50,6 @@ fn waits_for_call(rank: usize, missing: &[usize], call: &str, timeout: Duration)
 }
 
 const BUILD: &str = "build an averager";
-
-/// The device that a rank's parameters are on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Device(Kind);
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Kind {
-    Cpu,
-    Cuda(usize),
-}
-
-impl Device {
-    /// The memory and the cores of this host.
-    pub const fn cpu() -> Self {
-        Device(Kind::Cpu)
-    }
-
-    /// The CUDA device with this ordinal, as this process numbers its devices.
-    pub const fn cuda(ordinal: usize) -> Self {
-        Device(Kind::Cuda(ordinal))
-    }
-}
-
-impl fmt::Display for Device {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            Kind::Cpu => f.write_str("cpu"),
-            Kind::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
-        }
-    }
-}
 
 /// The membership of one rank in a world. Send it to the thread that trains this rank.
 ///

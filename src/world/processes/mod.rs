@@ -27,10 +27,10 @@ mod wire_handshake;
 use std::sync::{Arc, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
-use super::{Device, Placement, WorldId};
+use super::{Placement, WorldId};
 use crate::backend::limits;
 use crate::sync::lock;
-use crate::{Error, Result};
+use crate::{Device, Error, Result};
 pub(super) use host_info::HostInfo;
 use host_info::LocalDevice;
 use job::Job;

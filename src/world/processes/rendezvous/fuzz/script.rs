@@ -7,11 +7,11 @@ use std::os::unix::net::UnixStream;
 use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use crate::backend::Memfd;
+use crate::device::Device;
 use crate::world::processes::frame::{self, Kind};
 use crate::world::processes::host_info::HostInfo;
 use crate::world::processes::job::{Job, Known};
 use crate::world::processes::rendezvous::{Origin, RankInfo, Welcome};
-use crate::world::Device;
 
 /// An act of an unknown process, or of a rank.
 #[derive(Clone, Debug)]
