@@ -103,11 +103,6 @@ impl JoinListener {
         self
     }
 
-    /// Name of the world.
-    pub(super) fn name(&self) -> &str {
-        &self.world.name
-    }
-
     pub(super) fn world(&self) -> &WorldId {
         &self.world
     }

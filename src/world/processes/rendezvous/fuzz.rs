@@ -284,7 +284,7 @@ mod tests {
         let bytes = prop_oneof![
             vec(any::<u8>(), 0..100),
             vec(any::<u8>(), 5000),
-            Just(b"PAVG\x04".to_vec())
+            Just(b"PAVG\x05".to_vec())
         ];
         let files = prop_oneof![4 => Just(0), 1 => any::<u8>()];
         let half_a_hello =
