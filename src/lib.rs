@@ -186,11 +186,6 @@ pub use world::{CommunicatorBuilder, WorldId};
 #[doc = include_str!("../README.md")]
 mod readme {}
 
-/// For `fuzz/` in the repository.
-#[cfg(all(fuzzing, processes))]
-#[doc(hidden)]
-pub use world::fuzz as __fuzz;
-
 /// Kernels that this build of the crate runs on this machine: for a line in a log or a bug report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -217,6 +212,8 @@ impl BuildInfo {
 pub mod __testing {
     pub use crate::averager::Testing;
     pub use crate::notice::testing::set_patience;
+    #[cfg(processes)]
+    pub use crate::world::testing as rendezvous;
 
     /// The structures that the kernels share with Rust.
     pub mod abi {

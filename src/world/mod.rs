@@ -28,8 +28,8 @@ pub(crate) use handshake::{Admission, Agreement, Handshake};
 #[cfg(processes)]
 pub use launched::CommunicatorBuilder;
 pub(crate) use placement::Placement;
-#[cfg(all(fuzzing, processes))]
-pub use processes::fuzz;
+#[cfg(all(processes, feature = "__testing"))]
+pub use processes::testing;
 pub(crate) use rebuild::Rebuild;
 pub use world_id::WorldId;
 

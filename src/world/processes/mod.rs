@@ -48,8 +48,8 @@ use join_listener::JoinListener;
 use member::Member;
 use peer_set::PeerSet;
 use peers::NoReceiver;
-#[cfg(fuzzing)]
-pub use rendezvous::fuzz;
+#[cfg(feature = "__testing")]
+pub use rendezvous::testing;
 use rendezvous::RankInfo;
 use view_board::ViewBoard;
 

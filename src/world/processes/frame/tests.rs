@@ -49,7 +49,7 @@ fn a_message_to_all_is_not_delayed_by_a_peer_that_does_not_read() {
         .collect();
     let streams: Vec<&UnixStream> = pairs.iter().map(|(one, _)| one).collect();
     let (mut ended, start) = (vec![], Instant::now());
-    let deadline = start + Duration::from_millis(500);
+    let deadline = start + Duration::from_secs(3); // for busy machines
     let files = [pairs[0].0.as_fd()];
     send_to_all(&streams, (Kind::Handshake, 1, 2), &body, &files, deadline, |index, result| {
         ended.push((index, result.is_ok(), start.elapsed()))
