@@ -155,6 +155,7 @@ mod hash;
 mod local_sgd;
 mod notice;
 mod parameters;
+mod plan;
 mod schedule;
 mod sync;
 mod tensor;

@@ -158,11 +158,16 @@ impl RankMemory {
             // In memory of the host where not all ranks can address that of one device.
             let placement = options.communicator.placement();
             let is_host = !placement.one_memory() || options.link == Link::Host;
-            Control::new(Link::place(is_host, placement, space, Control::BYTES)?, testing.counter)
+            let memory = Link::place(is_host, placement, space, Control::BYTES)?;
+            let words = match memory.host_pointer() {
+                Some(_) => None,
+                None => Some(Memory::of_the_host(space, Control::HOST_BYTES)?),
+            };
+            Control::new(memory, words, testing.counter)
         });
         let control = control.transpose().map_err(failed)?;
         let mut state: PaChannel = bytemuck::Zeroable::zeroed();
-        (state.recv_seq, state.send_seq, state.epoch) =
+        (state.recv_seq, state.send_seq, state.status.epoch) =
             (testing.counter, testing.counter, testing.counter);
         let sets = instruction_sets();
         let named = |name| {
@@ -171,7 +176,9 @@ impl RankMemory {
         let isa = testing.instruction_set.map_or(sets[0], named);
         let count = table.buckets.iter().map(|bucket| bucket.segments.len()).sum();
         let states = vec![state; channels as usize];
-        let engine = Engine::new(space, &states, table.buckets.len(), count, isa, rank)?;
+        let leads = options.communicator.placement().leads(rank);
+        let capacity = (table.buckets.len(), count);
+        let engine = Engine::new(space, &states, capacity, isa, leads, rank)?;
         Ok(RankMemory {
             engine,
             shards,

@@ -5,11 +5,12 @@ use std::ffi::c_void;
 use std::sync::Arc;
 
 use super::proximity::Connection;
-use super::{Order, Unstarted};
-use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment};
+use super::{Gathering, Order, Unstarted};
+use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PaStatus};
+use crate::plan::Launch;
 
 /// Threads of a block, as for `cuda`.
-pub(crate) const THREADS: u32 = 512;
+pub(crate) const THREADS: u32 = 256;
 
 /// Reason why there is no embedded fatbin.
 pub(crate) fn fatbin() -> Result<&'static [u8], &'static str> {
@@ -34,7 +35,7 @@ macro_rules! absent {
 }
 
 absent!(Context {
-    fn resident_blocks() -> u32;
+    fn usable_blocks() -> u32;
     fn ordinal() -> usize;
     fn owns(address: u64) -> bool;
 });
@@ -65,7 +66,6 @@ absent!(DeviceMemory {
     fn address() -> u64;
     fn bytes() -> usize;
     fn write(offset: usize, from: &[u8]) -> Result<(), Failed>;
-    fn write_word(offset: usize, word: u32) -> Result<(), Failed>;
     fn read(offset: usize, to: &mut [u8]) -> Result<(), Failed>;
     fn fill(offset: usize, bytes: usize, value: u8) -> Result<(), Failed>;
 });
@@ -91,12 +91,18 @@ impl Pinned {
     }
 }
 
+absent!(Part {});
+
+/// Result of a launch.
+pub(crate) type Launched = Option<Result<Part, Failed>>;
+
 absent!(Rank {
     fn bytes() -> usize;
     fn channels() -> u64;
+    fn status() -> u64;
     fn buckets() -> u64;
     fn segments(buckets: usize, before: usize) -> u64;
-    fn ended() -> &[PaChannel];
+    fn ended() -> &[PaStatus];
     fn was_captured() -> bool;
     fn is_done() -> bool;
     fn finish() -> Result<(), Failed>;
@@ -108,7 +114,7 @@ impl Rank {
         _: &[PaChannel],
         _: usize,
         _: usize,
-        _: usize,
+        _: bool,
     ) -> Result<Rank, String> {
         match **context {}
     }
@@ -124,17 +130,14 @@ impl Rank {
     pub(crate) unsafe fn start(
         &mut self,
         _: &PaArgs,
-        _: impl Iterator<Item = u32>,
+        _: &[Launch],
         _: Order,
+        _: &Gathering<'_>,
     ) -> Result<(), Unstarted> {
         match *self {}
     }
 
     pub(crate) unsafe fn wait_for(&self, _: *mut c_void) -> Result<(), Unstarted> {
-        match *self {}
-    }
-
-    pub(crate) unsafe fn is_non_blocking(&self, _: *mut c_void) -> Result<bool, Failed> {
         match *self {}
     }
 

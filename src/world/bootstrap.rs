@@ -18,13 +18,14 @@ pub(crate) trait Bootstrap: Debug + Send + Sync {
 
     /// Exchanges handshakes with all ranks and returns them if they agree. Collective. `number`
     /// identifies an averager that is [built again](Rebuild); `None` stands for the next build of
-    /// this view. An error of one rank is an error on every rank.
+    /// this view. An error of one rank is an error on every rank. Ranks of one process share the
+    /// result.
     fn agree(
         &self,
         handshake: Handshake,
         number: Option<u32>,
         timeout: Duration,
-    ) -> Result<Agreement>;
+    ) -> Result<Arc<Agreement>>;
 
     /// Shows a message to all ranks and returns the messages of all, by rank. Collective, for at
     /// most `timeout`. `has_left` tells whether a rank has dropped the averager.

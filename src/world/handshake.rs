@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::Control;
-use crate::backend::Memory;
+use crate::backend::{cuda, Meeting, Memory};
 use crate::{Error, Result};
 
 /// Way in which a joiner gets its model from the members of its world.
@@ -54,6 +54,9 @@ pub(crate) struct Agreement {
     pub(crate) ordinal: Option<String>,
     /// Number of the build in its view, the same on every rank.
     pub(crate) number: u32,
+    /// Meetings of ranks on devices that are threads of one process.
+    pub(crate) calls: Meeting<cuda::Part>,
+    pub(crate) launches: Meeting<cuda::Launched>,
 }
 
 impl Agreement {
@@ -64,7 +67,16 @@ impl Agreement {
         let control =
             handshakes[0].control.clone().ok_or(Error::PeerBuildFailed { rank: 0, reason })?;
         let ordinal = handshakes.iter().find_map(|handshake| handshake.ordinal.clone());
-        Ok(Agreement { control, handshakes, ordinal, number: 0 })
+        let world = handshakes.len();
+        let (calls, launches) = (Meeting::new(world), Meeting::new(world));
+        Ok(Agreement { control, handshakes, ordinal, number: 0, calls, launches })
+    }
+
+    /// An agreement of no rank.
+    #[cfg(test)]
+    pub(super) fn of_none(control: Arc<Control>) -> Agreement {
+        let (calls, launches) = (Meeting::new(0), Meeting::new(0));
+        Agreement { control, handshakes: vec![], ordinal: None, number: 0, calls, launches }
     }
 
     /// Compares handshakes, except their memory. The result is the same on every rank.

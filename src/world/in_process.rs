@@ -65,6 +65,8 @@ struct Messages {
     shown: Vec<Option<Message>>,
     /// Ranks that have taken the messages, or given up.
     ended: Vec<bool>,
+    /// Agreement of a build, made by the first rank that has all handshakes.
+    agreement: Option<Result<Arc<Agreement>>>,
 }
 
 impl ThreadBootstrap {
@@ -90,19 +92,20 @@ impl ThreadBootstrap {
         Call { rank, size, name, phase, timeout, deadline: deadline::after(timeout) }
     }
 
-    /// Shows a message to all ranks, and returns those of all.
+    /// Shows a message to all ranks, and returns those of all. This rank takes part in the call
+    /// until the second part of the result is dropped.
     fn gather(
         &self,
         call: &Call<'_>,
         tag: Tag,
         message: Message,
         has_left: &dyn Fn(usize) -> bool,
-    ) -> Result<Vec<Message>, Silence> {
+    ) -> Result<(Vec<Message>, Received<'_>), Silence> {
         self.world.show(tag, self.rank, message.clone());
-        let messages = Received { world: &self.world, rank: self.rank, tag };
-        let mut all = call.receive(&messages, false, has_left)?;
+        let received = Received { world: &self.world, rank: self.rank, tag };
+        let mut all = call.receive(&received, false, has_left)?;
         all[self.rank] = Some(message);
-        Ok(all.into_iter().flatten().collect())
+        Ok((all.into_iter().flatten().collect(), received))
     }
 
     fn failure(&self) -> Option<Error> {
@@ -119,19 +122,25 @@ impl Bootstrap for ThreadBootstrap {
         &self.world.placement
     }
 
-    fn agree(&self, handshake: Handshake, _: Option<u32>, timeout: Duration) -> Result<Agreement> {
+    fn agree(
+        &self,
+        handshake: Handshake,
+        _: Option<u32>,
+        timeout: Duration,
+    ) -> Result<Arc<Agreement>> {
         // Averagers of one world whose numbers are 2^32 apart do not live at the same time.
         let number = self.builds.fetch_add(1, Ordering::Relaxed);
         self.failure().map_or(Ok(()), Err)?;
         let (call, handshake) = (self.call(BUILD, Phase::Build, timeout), Arc::new(handshake));
         let all = self.gather(&call, Tag::Build(number), Message::Handshake(handshake), &|_| false);
-        let all = all.map_err(|silence| silence.error(&call)).inspect_err(|e| self.fail(e))?;
+        let all = all.map_err(|silence| silence.error(&call));
+        let (all, received) = all.inspect_err(|error| self.fail(error))?;
         let handshake = |message| match message {
             Message::Handshake(handshake) => Some(handshake),
             Message::Shown(_) => None,
         };
-        let agreement = Agreement::of(all.into_iter().filter_map(handshake).collect())?;
-        Ok(Agreement { number, ..agreement })
+        let handshakes = all.into_iter().filter_map(handshake).collect();
+        received.agreement(|| Ok(Agreement { number, ..Agreement::of(handshakes)? }))
     }
 
     fn all_gather(
@@ -149,7 +158,7 @@ impl Bootstrap for ThreadBootstrap {
             Message::Shown(shown) => Some(shown),
             Message::Handshake(_) => None,
         };
-        let all = all.map_err(|silence| missing(silence, &call))?;
+        let (all, _) = all.map_err(|silence| missing(silence, &call))?;
         Ok(all.into_iter().filter_map(shown).collect())
     }
 
@@ -242,6 +251,15 @@ impl Inbox for Received<'_> {
     }
 }
 
+impl Received<'_> {
+    /// The agreement of a build, the same for all ranks. `make` makes it of the handshakes.
+    fn agreement(&self, make: impl FnOnce() -> Result<Agreement>) -> Result<Arc<Agreement>> {
+        let mut state = self.world.lock();
+        let messages = state.calls.get_mut(&self.tag).expect("kept until all have ended the call");
+        messages.agreement.get_or_insert_with(|| make().map(Arc::new)).clone()
+    }
+}
+
 impl Drop for Received<'_> {
     /// This rank takes no part in the call any more.
     fn drop(&mut self) {
@@ -259,7 +277,8 @@ impl Threads {
     fn show(&self, tag: Tag, rank: usize, message: Message) {
         let mut state = self.lock();
         let size = self.placement.size();
-        let none = || Messages { shown: vec![None; size], ended: vec![false; size] };
+        let none =
+            || Messages { shown: vec![None; size], ended: vec![false; size], agreement: None };
         let messages = state.calls.entry(tag).or_insert_with(none);
         (messages.shown[rank], messages.ended[rank]) = (Some(message), false);
         self.changed.notify_all();

@@ -22,7 +22,7 @@ mod world_id;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub(crate) use control::{Control, Failure};
+pub(crate) use control::Control;
 pub(crate) use exchange::{ExchangeId, Shown, MOST_WORDS};
 pub(crate) use handshake::{Admission, Agreement, Handshake};
 #[cfg(processes)]
@@ -108,14 +108,6 @@ impl Communicator {
         self.placement().device(self.rank())
     }
 
-    /// True if another rank of this process is on the same device.
-    pub(crate) fn shares_device(&self) -> bool {
-        let placement = self.placement();
-        let is_on_it = |&rank: &usize| placement.device(rank) == self.device();
-        let others = || (0..placement.size()).filter(|&rank| rank != self.rank());
-        !placement.between_processes() && others().any(|rank| is_on_it(&rank))
-    }
-
     pub(crate) fn space(&self) -> &MemorySpace {
         self.placement().space(self.rank())
     }
@@ -166,7 +158,7 @@ impl Communicator {
         number: Option<u32>,
         timeout: Duration,
     ) -> Result<Arc<Agreement>> {
-        let agreement = Arc::new(self.bootstrap.agree(handshake, number, timeout)?);
+        let agreement = self.bootstrap.agree(handshake, number, timeout)?;
         self.bootstrap.watch(&agreement)?;
         Ok(agreement)
     }

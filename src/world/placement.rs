@@ -25,12 +25,14 @@ pub(crate) struct Placement {
     occupancy: Option<Occupancy>,
 }
 
-/// The ranks on a device and the blocks that can be resident there.
+/// The ranks on a device and the blocks that they may have there at once.
 #[derive(Clone, Debug)]
 pub(crate) struct Occupancy {
     pub(crate) device: String,
     pub(crate) ranks: u32,
     pub(crate) blocks: u32,
+    /// True if this or another device has several ranks.
+    pub(crate) shared: bool,
 }
 
 impl Placement {
@@ -74,7 +76,7 @@ impl Placement {
         let occupancies = spaces.iter().zip(devices).filter_map(|(space, device)| match space {
             MemorySpace::Host => None,
             MemorySpace::Cuda(context) => {
-                Some((context.ordinal(), device.to_string(), context.resident_blocks()))
+                Some((context.ordinal(), device.to_string(), context.usable_blocks()))
             }
         });
         let occupancy = most_oversubscribed(occupancies);
@@ -160,6 +162,17 @@ impl Placement {
         self.order.iter().position(|&other| other == rank).expect("every rank is in the ring")
     }
 
+    /// True if two ranks share a CUDA device.
+    pub(crate) fn shares_device(&self) -> bool {
+        self.occupancy.as_ref().is_some_and(|occupancy| occupancy.shared)
+    }
+
+    /// True if this rank is the first one of its process on its device, in ring order.
+    pub(crate) fn leads(&self, rank: usize) -> bool {
+        let is_on_it = |&&other: &&usize| self.devices[other] == self.devices[rank];
+        self.between_processes() || self.order.iter().find(is_on_it) == Some(&rank)
+    }
+
     /// Occupancy of the most oversubscribed CUDA device. `None` on CPUs.
     pub(crate) fn occupancy(&self) -> Option<&Occupancy> {
         self.occupancy.as_ref()
@@ -186,9 +199,12 @@ fn most_oversubscribed<K: Ord>(
 ) -> Option<Occupancy> {
     let mut occupancies: BTreeMap<K, Occupancy> = BTreeMap::new();
     for (key, device, blocks) in devices {
-        occupancies.entry(key).or_insert(Occupancy { device, ranks: 0, blocks }).ranks += 1;
+        let none = Occupancy { device, ranks: 0, blocks, shared: false };
+        occupancies.entry(key).or_insert(none).ranks += 1;
     }
-    occupancies.into_values().min_by_key(|occupancy| occupancy.blocks / occupancy.ranks)
+    let shared = occupancies.values().any(|occupancy| occupancy.ranks > 1);
+    let most = occupancies.into_values().min_by_key(|occupancy| occupancy.blocks / occupancy.ranks);
+    most.map(|most| Occupancy { shared, ..most })
 }
 
 /// Ring order: begins at rank 0 and continues with the nearest rank that is left, the lowest of

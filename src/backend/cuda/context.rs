@@ -10,11 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
 use super::driver::{self, call, Failed};
-use super::rank::THREADS;
+use super::launch::THREADS;
 use crate::sync::lock;
 
 /// Names of the kernels, indexed by `PaKernel`.
-const KERNELS: [&str; 5] = ["pa_direct", "pa_ring", "pa_ring_reduce", "pa_ring_gather", "pa_scan"];
+const KERNELS: [&str; 4] = ["pa_direct", "pa_ring", "pa_ring_commit", "pa_scan"];
 /// Name of the kernel that tests peer access.
 const PROBE: &str = "pa_probe";
 
@@ -27,7 +27,7 @@ pub(crate) struct Context {
     device: sys::CUdevice,
     raw: sys::CUcontext,
     module: sys::CUmodule,
-    kernels: [sys::CUfunction; 5],
+    kernels: [sys::CUfunction; 4],
     probe: sys::CUfunction,
     /// Stream for copies while kernels run. It does not wait for the null stream.
     side: sys::CUstream,
@@ -77,7 +77,7 @@ impl Context {
             device: 0,
             raw: null_mut(),
             module: null_mut(),
-            kernels: [null_mut(); 5],
+            kernels: [null_mut(); 4],
             probe: null_mut(),
             side: null_mut(),
             resident: 0,
@@ -143,9 +143,10 @@ impl Context {
         Ok(())
     }
 
-    /// Number of blocks of [`THREADS`] threads that can be resident at once.
-    pub(crate) fn resident_blocks(&self) -> u32 {
-        self.resident
+    /// Number of blocks of [`THREADS`] threads that averages may have on the device at once: half
+    /// of what fits, so that no average needs a device on which nothing else runs.
+    pub(crate) fn usable_blocks(&self) -> u32 {
+        self.resident / 2
     }
 
     /// Makes the context current on this thread until the result is dropped.

@@ -10,6 +10,7 @@ mod driver;
 mod ipc;
 #[cfg(processes)]
 mod ipc_probe;
+mod launch;
 mod memory;
 pub(crate) mod peer;
 mod rank;
@@ -26,8 +27,9 @@ pub(crate) use driver::Failed;
 pub(crate) use ipc::{IpcImport, Registered};
 #[cfg(processes)]
 pub(crate) use ipc_probe::IpcProbe;
+pub(crate) use launch::{Launched, Part, THREADS};
 pub(crate) use memory::{DeviceMemory, Pinned};
-pub(crate) use rank::{Rank, THREADS};
+pub(crate) use rank::Rank;
 pub(crate) use topology::connection;
 #[cfg(processes)]
 pub(crate) use topology::identity;

@@ -27,7 +27,7 @@ pub(in crate::world) struct HostInfo {
 #[serde(deny_unknown_fields)]
 pub(in crate::world) struct Gpu {
     pub(in crate::world) identity: Identity,
-    /// Blocks that can be resident on the device at once.
+    /// Blocks that averages may have on the device at once.
     pub(in crate::world) resident_blocks: u32,
 }
 
@@ -73,7 +73,7 @@ impl LocalDevice {
         if let Some(ordinal) = device.ordinal() {
             let context = Context::open(ordinal)?;
             let identity = cuda::identity(&context)?;
-            host_info.gpu = Some(Gpu { identity, resident_blocks: context.resident_blocks() });
+            host_info.gpu = Some(Gpu { identity, resident_blocks: context.usable_blocks() });
             space = MemorySpace::Cuda(context);
         }
         Ok(LocalDevice { host_info, device, space })

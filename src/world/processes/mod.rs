@@ -200,8 +200,8 @@ impl Bootstrap for ProcessBootstrap {
         handshake: Handshake,
         number: Option<u32>,
         timeout: Duration,
-    ) -> Result<Agreement> {
-        self.exchange_handshakes(handshake, number, timeout)
+    ) -> Result<Arc<Agreement>> {
+        self.exchange_handshakes(handshake, number, timeout).map(Arc::new)
     }
 
     fn all_gather(
