@@ -2,15 +2,17 @@
 //! other, before anything is built.
 
 use std::os::fd::BorrowedFd;
-use std::time::Instant;
+use std::time::Duration;
 
 use serde::{de::DeserializeOwned, Serialize};
 
 use super::frame::{Frame, Kind};
-use super::peer_set::{CurrentView, PeerSet};
+use super::member::Member;
 use crate::backend::cuda::IpcProbe;
 use crate::backend::proximity::PeerAccess;
 use crate::backend::MemoryHandle;
+use crate::error::Phase;
+use crate::world::gather::{Call, Silence, Why};
 
 /// Numbers of the messages, in order.
 const HANDLE: u32 = 0;
@@ -31,98 +33,68 @@ type Found = Option<bool>;
 /// ```
 ///
 /// The same steps run in the opposite direction at the same time.
-pub(super) fn find(
-    peer_set: &PeerSet,
-    view: &CurrentView,
-    deadline: Instant,
-) -> Result<(), String> {
-    let (view, members) = (view.number(), view.members());
-    let context = peer_set.host_infos().own().context().cloned();
-    let Some(context) = context.filter(|_| members.len() > 1) else { return Ok(()) };
-    let me =
-        members.iter().position(|&peer| peer == peer_set.me).ok_or("this rank is not a member")?;
-    let exchange = Exchange { peer_set, view, members, deadline };
+pub(super) fn find(member: &Member, timeout: Duration) -> Result<(), String> {
+    let context = member.peer_set.host_infos().own().context().cloned();
+    let call = member.call("test peer access", Phase::Build, timeout);
+    let Some(context) = context.filter(|_| call.size > 1) else { return Ok(()) };
     // `None` without CUDA IPC.
-    let probe = IpcProbe::new(&context, members.len()).ok();
+    let probe = IpcProbe::new(&context, call.size).ok();
     let (handle, file) = probe.as_ref().map(IpcProbe::export).unzip();
-    let frames = exchange.all_gather(HANDLE, |_| handle.clone(), file.as_slice())?;
-    let mut tested: Vec<Found> = vec![None; members.len()];
+    let frames = all_gather(member, &call, HANDLE, &handle, file.as_slice())?;
+    let mut tested: Vec<Found> = vec![None; call.size];
     for (rank, frame) in frames {
-        let handle: Option<MemoryHandle> = exchange.parse(rank, &frame)?;
+        let handle: Option<MemoryHandle> = parse(rank, &frame)?;
         let opened = handle.zip(frame.files.into_iter().next());
-        tested[rank] =
-            opened.and_then(|(handle, file)| IpcProbe::test(&context, &handle, file, me).ok());
+        tested[rank] = opened
+            .and_then(|(handle, file)| IpcProbe::test(&context, &handle, file, call.rank).ok());
     }
-    let mut found: Vec<Found> = vec![None; members.len()];
-    for (rank, frame) in exchange.all_gather(TESTED, |rank| tested[rank], &[])? {
-        let theirs: Found = exchange.parse(rank, &frame)?;
+    let mut found: Vec<Found> = vec![None; call.size];
+    for (rank, frame) in all_gather(member, &call, TESTED, &tested, &[])? {
+        let theirs: Vec<Found> = parse(rank, &frame)?;
+        let theirs = theirs.get(call.rank).copied().flatten();
         if let (Some(probe), Some(ours), Some(theirs)) = (&probe, tested[rank], theirs) {
             found[rank] = Some(ours && theirs && probe.was_written(rank)?);
         }
     }
-    let mut all: Vec<Vec<Found>> = vec![vec![]; members.len()];
-    for (rank, frame) in exchange.all_gather(FOUND, |_| found.clone(), &[])? {
-        all[rank] = exchange.parse(rank, &frame)?;
+    let mut all: Vec<Vec<Found>> = vec![vec![]; call.size];
+    for (rank, frame) in all_gather(member, &call, FOUND, &found, &[])? {
+        all[rank] = parse(rank, &frame)?;
     }
-    all[me] = found;
+    all[call.rank] = found;
     let of = |one: usize, other: usize| all[one].get(other).copied().flatten();
-    for (one, other) in (0..members.len()).flat_map(|one| (0..one).map(move |other| (one, other))) {
+    for (one, other) in (0..call.size).flat_map(|one| (0..one).map(move |other| (one, other))) {
         let access = match (of(one, other), of(other, one)) {
             (Some(true), Some(true)) => PeerAccess::Verified,
             (None, _) | (_, None) => PeerAccess::Unsupported,
             _ => PeerAccess::Broken,
         };
-        peer_set.host_infos().know(members[one], members[other], access);
+        member.peer_set.host_infos().know(member.ids()[one], member.ids()[other], access);
     }
     Ok(())
 }
 
-struct Exchange<'a> {
-    peer_set: &'a PeerSet,
-    view: u32,
-    members: &'a [usize],
-    deadline: Instant,
+/// One step of the test: the messages of all other ranks.
+fn all_gather(
+    member: &Member,
+    call: &Call<'_>,
+    step: u32,
+    message: &impl Serialize,
+    files: &[BorrowedFd<'_>],
+) -> Result<impl Iterator<Item = (usize, Frame)>, String> {
+    let frames = member.all_gather(call, (Kind::Reach, step), message, files);
+    let frames = frames.map_err(|Silence { rank, why }| {
+        let why = match why {
+            Why::Unreadable(reason) => format!("sends messages that can't be received: {reason}"),
+            Why::Lost => "has left".into(),
+            Why::Aborted => "has aborted".into(),
+            Why::Late => "did not answer in time".into(),
+            Why::Failed(error) => format!("was not heard: {error}"),
+        };
+        format!("test of peer access between ranks: rank {rank} {why}")
+    })?;
+    Ok(frames.into_iter().enumerate().filter_map(|(rank, frame)| Some((rank, frame?))))
 }
 
-impl Exchange<'_> {
-    /// Sends a message to every other rank, and receives one from each.
-    fn all_gather<T: Serialize>(
-        &self,
-        number: u32,
-        message: impl Fn(usize) -> T,
-        files: &[BorrowedFd<'_>],
-    ) -> Result<Vec<(usize, Frame)>, String> {
-        let key = (Kind::Reach, self.view, number);
-        let others = || {
-            self.members.iter().copied().enumerate().filter(|&(_, peer)| peer != self.peer_set.me)
-        };
-        for (rank, peer) in others() {
-            // A departed peer is detected below.
-            let _ = self.peer_set.send(peer, key, &message(rank), files, self.deadline);
-        }
-        let receive = |(rank, peer): (usize, usize)| {
-            let came = self.peer_set.wait(self.deadline, |state| {
-                if let Some(frame) = state.take(peer, key) {
-                    return Some(Ok((rank, frame)));
-                }
-                let reason = match state.unreadable.get(&peer) {
-                    Some(reason) => format!("sends messages that can't be received: {reason}"),
-                    None if state.is_lost(peer, self.view) => "has left".into(),
-                    None if state.aborts(peer, self.view) => "has aborted".into(),
-                    None => return None,
-                };
-                Some(Err(format!("test of peer access between ranks: rank {rank} {reason}")))
-            });
-            let late =
-                || format!("test of peer access between ranks: rank {rank} did not answer in time");
-            came.unwrap_or_else(|| Err(late()))
-        };
-        others().map(receive).collect()
-    }
-
-    fn parse<T: DeserializeOwned>(&self, rank: usize, frame: &Frame) -> Result<T, String> {
-        frame
-            .parse()
-            .map_err(|error| format!("the message of rank {rank} can't be parsed: {error}"))
-    }
+fn parse<T: DeserializeOwned>(rank: usize, frame: &Frame) -> Result<T, String> {
+    frame.parse().map_err(|error| format!("the message of rank {rank} can't be parsed: {error}"))
 }
