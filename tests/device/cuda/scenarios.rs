@@ -50,6 +50,8 @@ pub fn run(scenario: &str) {
         "no-device" => unavailable(GPU, &["no device", "CUDA_VISIBLE_DEVICES"]),
         "old-driver" => unavailable(GPU, &["CUDA 11.4", "update the driver"]),
         "no-driver" => no_driver(),
+        #[cfg(target_os = "linux")]
+        unkind if unkind.contains(' ') => crate::unkind::run(unkind),
         other => panic!("no scenario {other}"),
     }
 }

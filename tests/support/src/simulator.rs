@@ -148,6 +148,23 @@ fn on_a_machine<'a>(settings: &[&[Setting<'a>]]) -> Result<Vec<Vec<Setting<'a>>>
     }
 }
 
+/// Runs a scenario once with these settings, which come last, and returns how it ended within the
+/// limit. `None` where a machine's own driver has no use for it.
+pub fn outcome(name: &str, settings: &[Setting<'_>], limit: Duration) -> Option<Ended> {
+    let driver = driver();
+    let settings = match driver {
+        Driver::Simulated(_) => settings.to_vec(),
+        Driver::Own => match on_a_machine(&[settings]) {
+            Ok(mut left) => left.remove(0),
+            Err(reason) => {
+                not_here(&format!("{name}: {reason}"));
+                return None;
+            }
+        },
+    };
+    Some(child_within(name, Some(&driver), &settings, limit))
+}
+
 /// Environment of a process that is to run with these settings; none where a machine's own driver
 /// has no use for them.
 pub fn environment(settings: &[Setting<'static>]) -> Option<Vec<(&'static str, String)>> {
@@ -187,6 +204,15 @@ fn devices() -> i32 {
 /// Runs a scenario in a child, within the limit. `driver`: `None` for a process that finds only an
 /// installed libcuda.
 pub fn child(scenario: &str, driver: Option<&Driver>, settings: &[Setting<'_>]) -> Ended {
+    child_within(scenario, driver, settings, limit())
+}
+
+fn child_within(
+    scenario: &str,
+    driver: Option<&Driver>,
+    settings: &[Setting<'_>],
+    limit: Duration,
+) -> Ended {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.env(SCENARIO, scenario);
     match driver {
@@ -209,7 +235,7 @@ pub fn child(scenario: &str, driver: Option<&Driver>, settings: &[Setting<'_>]) 
         command.env("CUDASIM_KILL_S", "60");
     }
     command.envs(settings.iter().copied());
-    output_within(command, limit())
+    output_within(command, limit)
 }
 
 /// Time limit of one child.
