@@ -22,17 +22,17 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     #[cfg(target_os = "linux")]
-    if let Some(file) = std::env::var_os(unkind::matrix::FILE) {
-        unkind::matrix::write(file.as_ref());
-        return ExitCode::SUCCESS;
-    }
-    #[cfg(target_os = "linux")]
     if let Ok(role) = std::env::var(test_support::process::ROLE) {
         test_support::process::exit_as(move || match role.as_str() {
             role @ ("devices" | "abort" | "threads") => cuda_processes::rank(role),
             "unkind" => unkind::process(),
             role => test_support::rank::run(role),
         });
+    }
+    #[cfg(target_os = "linux")]
+    if let Some(file) = std::env::var_os(unkind::matrix::FILE) {
+        unkind::matrix::write(file.as_ref());
+        return ExitCode::SUCCESS;
     }
 
     let driver = simulator::missing();

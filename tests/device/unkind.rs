@@ -113,7 +113,7 @@ tests! {
     a_late_trainer_synchronizes: "A2", cases(&one_device("synchronize", 2), PLAIN);
     /// Launches return when their work is done.
     launches_that_block: "A2", [
-        cases(&one_and_two_devices("averages", 2), BLOCKING),
+        cases(&one_and_two_devices("waited", 2), BLOCKING),
         cases(&one_and_two_devices("started", 2), BLOCKING),
         cases(&one_and_two_devices("alloc", 2), BLOCKING),
     ].concat();
@@ -136,9 +136,9 @@ tests! {
 
     /// Processes share a device without MPS: their grids take turns, or slices of time.
     processes_that_share_a_device: "A5", [
-        cases(&["processes averages auto 0,0", "processes averages auto 0,0,0,0"], NODE),
-        cases(&["processes averages auto 0,0", "processes late auto 0,0"], SLICES),
-        cases(&["processes averages auto 0,1,0,1"], NODE_OF_TWO),
+        cases(&["processes waited auto 0,0", "processes waited auto 0,0,0,0"], NODE),
+        cases(&["processes waited auto 0,0", "processes late auto 0,0"], SLICES),
+        cases(&["processes waited auto 0,1,0,1"], NODE_OF_TWO),
         cases(&["test processes_share_a_device"], NODE),
         cases(&["test an_abort_ends_the_kernels", "test kill_at_a_step"], NODE_OF_TWO),
     ].concat();

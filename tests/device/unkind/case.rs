@@ -74,7 +74,7 @@ impl Case {
         let words: Vec<String> = self
             .mode
             .iter()
-            .filter(|setting| **setting != OWN_NODE)
+            .filter(|setting| **setting != OWN_NODE && setting.0 != "CUDASIM_DEVICES")
             .map(|(name, value)| format!("{}={value}", name.trim_start_matches("CUDASIM_")))
             .collect();
         if words.is_empty() {

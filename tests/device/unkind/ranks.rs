@@ -271,7 +271,7 @@ impl Trainer {
     /// One call of a trainer's that a device may hold back while a kernel runs.
     fn act(&mut self, act: &str) {
         let late = match act {
-            "averages" | "trainers" | "resident" => 0,
+            "averages" | "waited" | "trainers" | "resident" => 0,
             "late" => 4000,
             "later" => 1500,
             _ => 150, // the peers wait by now
