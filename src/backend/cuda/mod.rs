@@ -13,6 +13,7 @@ mod ipc_probe;
 mod launch;
 mod memory;
 pub(crate) mod peer;
+mod probe;
 mod rank;
 mod running;
 mod streams;
@@ -26,7 +27,7 @@ pub(crate) use driver::Failed;
 #[cfg(processes)]
 pub(crate) use ipc::{IpcImport, Registered};
 #[cfg(processes)]
-pub(crate) use ipc_probe::IpcProbe;
+pub(crate) use ipc_probe::{IpcPeer, IpcProbe, Round};
 pub(crate) use launch::{Launched, Part, THREADS};
 pub(crate) use memory::{DeviceMemory, Pinned};
 pub(crate) use rank::Rank;

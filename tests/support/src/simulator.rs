@@ -26,6 +26,11 @@ const SIMULATED: [&str; 5] =
     ["CUDASIM_NO_DEVICE", "CUDASIM_OLD_DRIVER", "CUDASIM_MEM_MB", "CUDASIM_RACE", "CUDASIM_P2P"];
 const ABOUT_SIMULATED: &str = "about a simulated machine";
 
+/// Limits on the simulator. Kernels that make no progress end in an error, not in a test that hangs;
+/// and a probe of peer access is given more time than one on a real device takes.
+const LIMITS: [Setting<'static>; 2] =
+    [("CUDASIM_KILL_S", "60"), ("PARAM_AVERAGER_P2P_LIMIT_MS", "3000")];
+
 /// The driver that scenarios run on.
 #[derive(Clone)]
 pub enum Driver {
@@ -174,8 +179,8 @@ pub fn environment(settings: &[Setting<'static>]) -> Option<Vec<(&'static str, S
     match driver() {
         Driver::Simulated(folder) => {
             let library = ("LD_LIBRARY_PATH", folder.to_str().expect("a name in UTF-8").to_owned());
-            let limit = ("CUDASIM_KILL_S", "60".to_owned());
-            Some([own(settings.to_vec()), vec![library, limit]].concat())
+            let limits = LIMITS.map(|(name, value)| (name, value.to_owned())).to_vec();
+            Some([limits, own(settings.to_vec()), vec![library]].concat())
         }
         Driver::Own => match on_a_machine(&[settings]) {
             Ok(mut left) => {
@@ -230,9 +235,7 @@ fn child_within(
         }
     }
     if let Some(Driver::Simulated(folder)) = driver {
-        command.env("LD_LIBRARY_PATH", folder);
-        // Kernels that make no progress end in an error, not in a test that hangs.
-        command.env("CUDASIM_KILL_S", "60");
+        command.env("LD_LIBRARY_PATH", folder).envs(LIMITS);
     }
     command.envs(settings.iter().copied());
     output_within(command, limit)
