@@ -131,7 +131,7 @@ tests! {
     /// A device with a display ends kernels that run long.
     a_device_with_a_display: "A4", [
         cases(&one_and_two_devices("late", 2), DISPLAY),
-        cases(&one_and_two_devices("later", 2), DISPLAY_AND_WAITS),
+        cases(&one_and_two_devices("late", 2), DISPLAY_AND_WAITS),
     ].concat();
 
     /// Processes share a device without MPS: their grids take turns, or slices of time.

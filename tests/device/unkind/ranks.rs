@@ -282,7 +282,7 @@ impl Trainer {
         // SAFETY: own memory, each freed once; PTX, and a name that it has.
         unsafe {
             match act {
-                "alloc" => drop(result::malloc_sync(4096).unwrap()),
+                "alloc" | "late" => drop(result::malloc_sync(4096).unwrap()),
                 "free" => self.free_once(),
                 "pinned" => drop(pinned()),
                 "unpinned" => self.unpin_once(),
