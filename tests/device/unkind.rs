@@ -153,6 +153,14 @@ tests! {
         cases(&processes("later"), QUEUES_AND_WAITS),
     ].concat();
 
+    /// The probe of peer access itself waits for nothing that a device may hold back: peer access
+    /// is found wherever there is any.
+    the_probe_of_peer_access: "A6", [
+        COOP, ROOM, QUEUES, ONE_QUEUE, WAITS, LAZY, DISPLAY, SHORT, BLOCKING, QUEUES_AND_WAITS,
+    ].map(|mode| {
+        cases(&["threads peer ring 0,1", "processes peer ring 0,1"], mode)
+    }).concat();
+
     /// The other scenarios of this program, where grids take turns.
     scenarios_with_cooperative_grids_that_take_turns: "A1",
         [cases(&FEW, COOP), cases(&["averages", "links", "link-failures"], COOP)].concat();

@@ -5,8 +5,7 @@
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use super::driver::call;
-use super::probe::{run, warm_up, Path, SIZES};
+use super::probe::{read, run, warm_up, Path, SIZES};
 use super::Context;
 use crate::backend::{Memory, MemoryHandle, MemorySpace};
 
@@ -71,13 +70,7 @@ impl IpcProbe {
     pub(crate) fn open(&self, handle: &MemoryHandle, file: OwnedFd) -> Result<IpcPeer, String> {
         let memory = Memory::open(&MemorySpace::Cuda(self.context.clone()), handle, file)?;
         let mut found = [0; GREETING.len()];
-        let from = memory.address();
-        self.context.on_the_side(|stream| {
-            // SAFETY: the memory holds more bytes; `found` outlives the copy, which is waited for.
-            unsafe {
-                call!(cuMemcpyDtoHAsync_v2(found.as_mut_ptr().cast(), from, found.len(), stream))
-            }
-        })?;
+        read(&self.context, memory.address(), &mut found)?;
         match found == GREETING {
             true => Ok(IpcPeer { memory }),
             false => Err("its memory holds something else".into()),

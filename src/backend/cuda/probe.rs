@@ -47,9 +47,9 @@ impl Size {
         (self.blocks * PA_LINE_WORDS) as usize * 4
     }
 
-    /// Memory of one side: data and two arrays of flags.
+    /// Memory of one side: data, two arrays of flags, and the result.
     pub(super) fn bytes(self) -> usize {
-        self.data_bytes() + 2 * self.flag_bytes()
+        self.data_bytes() + 2 * self.flag_bytes() + size_of::<PaProbeResult>()
     }
 
     /// Bytes that each side writes after the first round.
@@ -130,7 +130,7 @@ fn side(path: Path, size: Size, own: u64, other: u64, is_first: bool) -> PaProbe
         filled_in: own + data,
         drained_out: other + data + flags,
         drained_in: own + data + flags,
-        result: 0,
+        result: own + data + 2 * flags,
         limit_ns: limit().as_nanos() as u64,
         packs: size.packs,
         slots: size.slots,
@@ -147,28 +147,35 @@ pub(super) fn warm_up(context: &Context) -> Result<(), Failed> {
     launch(context, &PaProbeSide { rounds: 0, ..bytemuck::Zeroable::zeroed() }, 1)
 }
 
-/// Runs one side of a probe and waits for it. The other side runs at the same time.
+/// Runs one side of a probe and waits for it. The other side runs at the same time, so that nothing
+/// is allocated here: that may wait for the other side's kernel.
 ///
 /// `memory` is this side's, `other` the address of the other side's, mapped here. Both are zeroed.
 pub(super) fn run(
-    context: &Arc<Context>,
+    context: &Context,
     path: Path,
     size: Size,
     (memory, other): (u64, u64),
     is_first: bool,
 ) -> Result<Found, Failed> {
-    let result = DeviceMemory::new(context, size_of::<PaProbeResult>())?;
-    let side =
-        PaProbeSide { result: result.address(), ..side(path, size, memory, other, is_first) };
+    let side = side(path, size, memory, other, is_first);
     launch(context, &side, size.blocks)?;
     let mut found = PaProbeResult { wrong: 0, late: 0, ns: 0 };
-    result.read(0, bytemuck::bytes_of_mut(&mut found))?;
+    read(context, side.result, bytemuck::bytes_of_mut(&mut found))?;
     let rate = match found.ns {
         0 => 0.0,
         ns => size.timed_bytes() as f64 / ns as f64,
     };
     let took = Duration::from_nanos(found.ns);
     Ok(Found { is_right: found.wrong == 0 && found.late == 0, rate, took })
+}
+
+/// Copies memory that the device addresses to the host.
+pub(super) fn read(context: &Context, from: u64, to: &mut [u8]) -> Result<(), Failed> {
+    context.on_the_side(|stream| {
+        // SAFETY: the caller keeps the memory; `to` outlives the copy, which is waited for.
+        unsafe { call!(cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), stream)) }
+    })
 }
 
 /// Launches the kernel on the context's own stream and waits for it.

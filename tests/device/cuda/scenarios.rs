@@ -32,6 +32,7 @@ pub fn run(scenario: &str) {
         "pairs" => links::pairs(),
         "no-p2p" => links::not_reached(PeerAccess::Unsupported),
         "broken-p2p" => links::not_reached(PeerAccess::Broken),
+        "p2p-off" => links::not_reached(PeerAccess::Disabled),
         "link-races" => links::races(),
         "link-failures" => links::failures(),
         #[cfg(feature = "cuda")]

@@ -118,6 +118,9 @@ fn averages(plan: &Plan, communicator: Communicator) {
     if let Some(algorithm) = plan.algorithm {
         builder = builder.algorithm(algorithm);
     }
+    if plan.act == "peer" {
+        builder = builder.link(Link::Peer); // refused if the probe of peer access fails
+    }
     // Where room on the device is what a scenario is about, as many channels as by default.
     if !matches!(plan.act.as_str(), "averages" | "resident") {
         builder = builder.channels(2);
@@ -271,7 +274,7 @@ impl Trainer {
     /// One call of a trainer's that a device may hold back while a kernel runs.
     fn act(&mut self, act: &str) {
         let late = match act {
-            "averages" | "waited" | "trainers" | "resident" => 0,
+            "averages" | "waited" | "peer" | "trainers" | "resident" => 0,
             "late" => 4000,
             "later" => 1500,
             _ => 150, // the peers wait by now

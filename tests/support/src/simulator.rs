@@ -26,8 +26,8 @@ const SIMULATED: [&str; 5] =
     ["CUDASIM_NO_DEVICE", "CUDASIM_OLD_DRIVER", "CUDASIM_MEM_MB", "CUDASIM_RACE", "CUDASIM_P2P"];
 const ABOUT_SIMULATED: &str = "about a simulated machine";
 
-/// Limits on the simulator. Kernels that make no progress end in an error, not in a test that hangs;
-/// and a probe of peer access is given more time than one on a real device takes.
+/// Limits on the simulator. Kernels that make no progress end in an error, not in a test that
+/// hangs; a probe of peer access has more time than on a real device.
 const LIMITS: [Setting<'static>; 2] =
     [("CUDASIM_KILL_S", "60"), ("PARAM_AVERAGER_P2P_LIMIT_MS", "3000")];
 
