@@ -13,7 +13,7 @@ mod ranks;
 
 use test_support::{Skip, Test};
 
-use case::{cases, check, Case};
+use case::{cases, check, check_former, Case};
 use modes::*;
 pub use ranks::process;
 
@@ -43,8 +43,13 @@ macro_rules! tests {
 
         /// The tests of this module.
         pub fn tests(skip: &Skip) -> Vec<Test> {
-            let test = |name: &str, run: fn()| Test::new(&format!("unkind::{name}"), run);
-            vec![$(test(stringify!($name), $name).unless(skip)),*]
+            let test = |name: &str, run: fn()| {
+                Test::new(&format!("unkind::{name}"), run).unless(skip)
+            };
+            vec![
+                test("the_former_way_fails", || check_former(&former())),
+                $(test(stringify!($name), $name)),*
+            ]
         }
 
         /// Cases of all tests, each with the test's name and its finding.
@@ -176,6 +181,25 @@ tests! {
     /// The same, where launches block. (`streams` and `steps` are about averages that go on by
     /// themselves.)
     scenarios_with_launches_that_block: "A2", cases(&["trainers", "links"], BLOCKING);
+}
+
+/// Cases of each finding that the former way does not pass.
+fn former() -> Vec<Case> {
+    let on_waits = ["alloc", "free", "pinned", "module", "fetch"];
+    let on_waits = on_waits.map(|act| format!("threads {act} ring 0,0"));
+    [
+        cases(&one_device("averages", 2), COOP),
+        cases(&one_device("resident", 2), ROOM),
+        cases(&["beside"], ROOM),
+        cases(&on_waits, WAITS),
+        cases(&["threads alloc direct 0,0", "threads alloc ring 0,1"], WAITS),
+        cases(&["threads launch ring 0,1"], LAZY),
+        cases(&["threads ahead ring 0,0"], DEPTH),
+        cases(&["threads trainers ring 0,0,0,0 0", "threads trainers direct 0,0,0,0 0"], ONE_QUEUE),
+        cases(&["threads late ring 0,1", "processes late auto 0,1"], DISPLAY),
+        cases(&["processes waited auto 0,0"], NODE),
+    ]
+    .concat()
 }
 
 /// Scenarios of `cuda` that end soon.

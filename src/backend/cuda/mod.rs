@@ -6,6 +6,8 @@
 
 mod context;
 mod driver;
+#[cfg(feature = "__testing")]
+mod former;
 #[cfg(processes)]
 mod ipc;
 #[cfg(processes)]

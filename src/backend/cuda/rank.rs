@@ -51,6 +51,8 @@ impl Rank {
         leads: bool,
     ) -> Result<Rank, String> {
         let bytes: &[u8] = bytemuck::cast_slice(states);
+        #[cfg(feature = "__testing")]
+        let leads = leads || super::former::is_asked_for();
         let mut rank = Rank {
             context: context.clone(),
             stream: leads.then(|| LaunchStream::new(context)).transpose()?,
@@ -159,6 +161,8 @@ impl Rank {
             launches: launches.to_vec(),
         };
         let done = match peers.way {
+            #[cfg(feature = "__testing")]
+            _ if super::former::is_asked_for() => self.launch_formerly(&part, peers)?,
             Way::Threads { calls, launches } => {
                 self.launch_together(part, calls, launches, peers)?
             }
@@ -195,6 +199,21 @@ impl Rank {
     /// Launches for this rank, the only one of this process on its device.
     fn launch_alone(&mut self, part: Part, peers: &Gathering<'_>) -> Result<Arc<Event>, Unstarted> {
         Ok(self.launch_all(&[part], peers)?)
+    }
+
+    /// Launches for this rank as it was done formerly.
+    #[cfg(feature = "__testing")]
+    fn launch_formerly(
+        &mut self,
+        part: &Part,
+        peers: &Gathering<'_>,
+    ) -> Result<Arc<Event>, Failed> {
+        let stream = self.stream.as_ref().expect("every rank has one");
+        // SAFETY: guaranteed by the caller of `start`.
+        unsafe {
+            super::former::launch_one(&self.context, stream, part, peers.timeout, &self.done)
+        }?;
+        Ok(self.done.clone())
     }
 
     fn launch_all(&self, parts: &[Part], peers: &Gathering<'_>) -> Result<Arc<Event>, Failed> {

@@ -62,8 +62,10 @@ impl Verdict {
             return Verdict::Hangs(killed);
         }
         match after("panicked at") {
-            Some((_, reason)) => Verdict::Fails(reason.trim().to_owned()),
-            None => Verdict::Fails(format!("{:?}: {}", ended.code, ended.said.trim())),
+            Some((_, reason)) if !reason.trim().is_empty() => {
+                Verdict::Fails(reason.trim().to_owned())
+            }
+            _ => Verdict::Fails(format!("{:?}: {}", ended.code, ended.said.trim())),
         }
     }
 }
@@ -136,4 +138,15 @@ pub fn check(cases: &[Case]) {
         }
     }
     assert!(bad.is_empty(), "{} of {} cases:\n{}", bad.len(), cases.len(), bad.join("\n"));
+}
+
+/// Asserts that each case hangs or fails by the former way of averages, a mutant of the engine: a
+/// mode that stops nothing would show nothing.
+pub fn check_former(cases: &[Case]) {
+    let passes = |case: &&Case| {
+        let ended = case.run(&[("PA_FORMER_WAY", "1")]);
+        matches!(ended, Some((Verdict::Passes, ..)))
+    };
+    let good: Vec<&Case> = cases.iter().filter(passes).collect();
+    assert!(good.is_empty(), "the former way passes: {good:#?}");
 }
