@@ -190,7 +190,7 @@ fn former() -> Vec<Case> {
     [
         cases(&one_device("averages", 2), COOP),
         cases(&one_device("resident", 2), ROOM),
-        cases(&["beside"], ROOM),
+        cases(&["beside"], COOP),
         cases(&on_waits, WAITS),
         cases(&["threads alloc direct 0,0", "threads alloc ring 0,1"], WAITS),
         cases(&["threads launch ring 0,1"], LAZY),
