@@ -170,7 +170,7 @@ pub use averager::{
 #[cfg(feature = "cuda")]
 pub use backend::cuda::{CudaDevice, Topology};
 #[cfg(feature = "cuda")]
-pub use backend::proximity::{Connection, PeerAccess};
+pub use backend::proximity::{Connection, PeerAccess, PeerRates};
 pub use device::Device;
 pub use error::{DeviceError, Error, ErrorKind, Phase, Result, TensorState};
 pub use local_sgd::{Action, LocalSgd};

@@ -74,6 +74,7 @@ driver_api! {
     cuMemsetD8Async,
     cuMemcpyHtoDAsync_v2,
     cuMemcpyDtoHAsync_v2,
+    cuMemcpyDtoDAsync_v2,
     cuPointerGetAttribute,
 }
 

@@ -66,6 +66,8 @@ impl Rank {
         #[cfg(processes)]
         super::arrivals::start_watcher()?;
         let bytes: &[u8] = bytemuck::cast_slice(states);
+        #[cfg(feature = "__testing")]
+        let leads = leads || super::former::is_asked_for();
         let mut rank = Rank {
             context: context.clone(),
             stream: leads.then(|| LaunchStream::new(context)).transpose()?,
@@ -184,6 +186,8 @@ impl Rank {
             launches: launches.to_vec(),
         };
         let done = match peers.way {
+            #[cfg(feature = "__testing")]
+            _ if super::former::is_asked_for() => self.launch_formerly(&part, peers)?,
             Way::Threads { calls, launches } => {
                 self.launch_together(part, calls, launches, peers)?
             }
@@ -267,6 +271,21 @@ impl Rank {
                 }
             }
         }
+        Ok(self.done.clone())
+    }
+
+    /// Launches for this rank as it was done formerly.
+    #[cfg(feature = "__testing")]
+    fn launch_formerly(
+        &mut self,
+        part: &Part,
+        peers: &Gathering<'_>,
+    ) -> Result<Arc<Event>, Failed> {
+        let stream = self.stream.as_ref().expect("every rank has one");
+        // SAFETY: guaranteed by the caller of `start`.
+        unsafe {
+            super::former::launch_one(&self.context, stream, part, peers.timeout, &self.done)
+        }?;
         Ok(self.done.clone())
     }
 
