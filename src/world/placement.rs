@@ -2,8 +2,6 @@
 
 use std::collections::BTreeMap;
 
-#[cfg(processes)]
-use super::processes::HostInfo;
 use crate::backend::cuda::{self, Context};
 use crate::backend::proximity::{all_pairs, Connection, PeerAccess};
 use crate::backend::MemorySpace;
@@ -91,31 +89,25 @@ impl Placement {
     }
 
     /// Placement of processes of this host, by rank. `own` is this process's device and memory
-    /// space, which stand for those of all ranks. `access` returns the peer access of two ranks,
-    /// the same on every rank.
-    #[cfg(processes)]
-    pub(super) fn of_processes(
-        host_infos: &[&HostInfo],
+    /// space, which stand for those of all ranks; `cores` is the least number of any rank.
+    /// `access` returns the peer access of two ranks, the same on every rank. `occupancies` has the
+    /// key, the name and the blocks of each rank's CUDA device.
+    pub(super) fn of_processes<K: Ord>(
         own: (Device, &MemorySpace),
+        cores: usize,
+        connections: Vec<Vec<Connection>>,
         access: impl Fn(usize, usize) -> PeerAccess,
+        occupancies: impl Iterator<Item = (K, String, u32)>,
     ) -> Placement {
-        let ranks = || 0..host_infos.len();
+        let ranks = || 0..connections.len();
         let peers: Vec<Vec<_>> =
             ranks().map(|one| ranks().map(|other| access(one, other)).collect()).collect();
-        let connections: Vec<Vec<_>> = host_infos
-            .iter()
-            .map(|one| host_infos.iter().map(|other| one.connection(other)).collect())
-            .collect();
-        let occupancies = host_infos.iter().filter_map(|host_info| {
-            let gpu = host_info.gpu.as_ref()?;
-            Some((gpu.identity.uuid.as_str(), host_info.device.clone(), gpu.resident_blocks))
-        });
         Placement {
-            devices: vec![own.0; host_infos.len()],
-            spaces: vec![own.1.clone(); host_infos.len()],
+            devices: vec![own.0; peers.len()],
+            spaces: vec![own.1.clone(); peers.len()],
             order: ring_order(&distances(&connections, &peers)),
             peers,
-            processes: host_infos.iter().map(|host_info| host_info.cores).min(),
+            processes: Some(cores),
             occupancy: most_oversubscribed(occupancies),
         }
     }

@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use serde::{de::DeserializeOwned, Serialize};
 
-use super::frame::{Frame, Kind};
-use super::member::Member;
+use super::Member;
 use crate::backend::cuda::IpcProbe;
 use crate::backend::proximity::PeerAccess;
 use crate::backend::MemoryHandle;
 use crate::error::Phase;
 use crate::world::gather::{Call, Silence, Why};
+use crate::world::processes::wire::frame::{Frame, Kind};
 
 /// Numbers of the messages, in order.
 const HANDLE: u32 = 0;
@@ -33,7 +33,7 @@ type Found = Option<bool>;
 /// ```
 ///
 /// The same steps run in the opposite direction at the same time.
-pub(super) fn find(member: &Member, timeout: Duration) -> Result<(), String> {
+pub(crate) fn find(member: &Member, timeout: Duration) -> Result<(), String> {
     let context = member.peer_set.host_infos().own().context().cloned();
     let call = member.call("test peer access", Phase::Build, timeout);
     let Some(context) = context.filter(|_| call.size > 1) else { return Ok(()) };
