@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::backend::cuda::{self, Context};
 use crate::backend::proximity::{all_pairs, Connection, PeerAccess};
-use crate::backend::MemorySpace;
+use crate::backend::{MemorySpace, ProcessWay};
 use crate::{Device, Error, Result};
 
 /// Placement of all ranks, computed once for a view.
@@ -17,10 +17,19 @@ pub(crate) struct Placement {
     peers: Vec<Vec<PeerAccess>>,
     /// Ranks in ring order.
     order: Vec<usize>,
-    /// Cores available to each process: the minimum over all ranks. `None` for threads.
-    processes: Option<usize>,
+    /// What processes have in common. `None` for threads.
+    processes: Option<Common>,
     /// Occupancy of the most oversubscribed CUDA device. `None` on CPUs.
     occupancy: Option<Occupancy>,
+}
+
+/// Properties of a world of processes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Common {
+    /// Cores available to each process: the minimum over all ranks.
+    pub(super) cores: usize,
+    /// Way in which ranks on devices meet.
+    pub(super) way: ProcessWay,
 }
 
 /// The ranks on a device and the blocks that they may have there at once.
@@ -89,12 +98,12 @@ impl Placement {
     }
 
     /// Placement of processes of this host, by rank. `own` is this process's device and memory
-    /// space, which stand for those of all ranks; `cores` is the least number of any rank.
-    /// `access` returns the peer access of two ranks, the same on every rank. `occupancies` has the
-    /// key, the name and the blocks of each rank's CUDA device.
+    /// space, which stand for those of all ranks. `access` returns the peer access of two ranks,
+    /// the same on every rank. `occupancies` has the key, the name and the blocks of each rank's
+    /// CUDA device.
     pub(super) fn of_processes<K: Ord>(
         own: (Device, &MemorySpace),
-        cores: usize,
+        common: Common,
         connections: Vec<Vec<Connection>>,
         access: impl Fn(usize, usize) -> PeerAccess,
         occupancies: impl Iterator<Item = (K, String, u32)>,
@@ -107,9 +116,14 @@ impl Placement {
             spaces: vec![own.1.clone(); peers.len()],
             order: ring_order(&distances(&connections, &peers)),
             peers,
-            processes: Some(cores),
+            processes: Some(common),
             occupancy: most_oversubscribed(occupancies),
         }
+    }
+
+    /// Way in which ranks on devices meet, if they are processes.
+    pub(crate) fn process_way(&self) -> Option<ProcessWay> {
+        self.processes.map(|common| common.way)
     }
 
     /// True if every rank is a process.
@@ -120,7 +134,7 @@ impl Placement {
     /// Number of cores that the ranks share. Meaningful on CPUs only.
     pub(crate) fn cores(&self) -> usize {
         let all = || std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        self.processes.unwrap_or_else(all)
+        self.processes.map_or_else(all, |common| common.cores)
     }
 
     pub(super) fn size(&self) -> usize {

@@ -24,6 +24,9 @@ pub type Setting<'a> = (&'a str, &'a str);
 /// Settings that a real machine cannot follow: they simulate another machine, or a race detector.
 const SIMULATED: [&str; 5] =
     ["CUDASIM_NO_DEVICE", "CUDASIM_OLD_DRIVER", "CUDASIM_MEM_MB", "CUDASIM_RACE", "CUDASIM_P2P"];
+/// The clock of the kernels, whose waits of a second at most are for skew: on a machine that has
+/// other work, a kernel of the simulator does not run for longer than that.
+const SLOW: Setting<'static> = ("CUDASIM_TIMESCALE", "30");
 const ABOUT_SIMULATED: &str = "about a simulated machine";
 
 /// The driver that scenarios run on.
@@ -158,7 +161,7 @@ pub fn environment(settings: &[Setting<'static>]) -> Option<Vec<(&'static str, S
         Driver::Simulated(folder) => {
             let library = ("LD_LIBRARY_PATH", folder.to_str().expect("a name in UTF-8").to_owned());
             let limit = ("CUDASIM_KILL_S", "60".to_owned());
-            Some([own(settings.to_vec()), vec![library, limit]].concat())
+            Some([own(vec![SLOW]), own(settings.to_vec()), vec![library, limit]].concat())
         }
         Driver::Own => match on_a_machine(&[settings]) {
             Ok(mut left) => {
@@ -206,7 +209,7 @@ pub fn child(scenario: &str, driver: Option<&Driver>, settings: &[Setting<'_>]) 
     if let Some(Driver::Simulated(folder)) = driver {
         command.env("LD_LIBRARY_PATH", folder);
         // Kernels that make no progress end in an error, not in a test that hangs.
-        command.env("CUDASIM_KILL_S", "60");
+        command.env("CUDASIM_KILL_S", "60").env(SLOW.0, SLOW.1);
     }
     command.envs(settings.iter().copied());
     output_within(command, limit())

@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::backend::cuda::{self, Context};
 use crate::backend::proximity::{Connection, Identity, PeerAccess};
-use crate::backend::MemorySpace;
+use crate::backend::{MemorySpace, ProcessWay};
 use crate::device::Device;
-use crate::world::placement::Placement;
+use crate::world::placement::{Common, Placement};
 
 /// Host information of a rank.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,7 +29,16 @@ pub(crate) struct Gpu {
     pub(crate) identity: Identity,
     /// Blocks that averages may have on the device at once.
     pub(crate) resident_blocks: u32,
+    /// True if streams can wait for words in memory.
+    pub(crate) stream_waits: bool,
+    /// True if kernels of different processes run at the same time (MPS).
+    pub(crate) mps: bool,
+    /// True if the process has a share of the device to itself, and `resident_blocks` are of that.
+    pub(crate) own_share: bool,
 }
+
+/// Set for clients of MPS that see a part of a device's multiprocessors.
+const SHARE: &str = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE";
 
 impl HostInfo {
     /// Host information of a process whose device has not been opened.
@@ -73,7 +82,13 @@ impl LocalDevice {
         if let Some(ordinal) = device.ordinal() {
             let context = Context::open(ordinal)?;
             let identity = cuda::identity(&context)?;
-            host_info.gpu = Some(Gpu { identity, resident_blocks: context.usable_blocks() });
+            host_info.gpu = Some(Gpu {
+                identity,
+                resident_blocks: context.usable_blocks(),
+                stream_waits: context.has_stream_waits(),
+                mps: context.has_mps(),
+                own_share: context.has_mps() && std::env::var_os(SHARE).is_some(),
+            });
             space = MemorySpace::Cuda(context);
         }
         Ok(LocalDevice { host_info, device, space })
@@ -127,12 +142,26 @@ impl P2pMatrix {
             .iter()
             .map(|one| host_infos.iter().map(|other| one.connection(other)).collect())
             .collect();
-        let occupancies = host_infos.iter().filter_map(|host_info| {
+        let occupancies = host_infos.iter().enumerate().filter_map(|(rank, host_info)| {
             let gpu = host_info.gpu.as_ref()?;
-            Some((gpu.identity.uuid.as_str(), host_info.device.clone(), gpu.resident_blocks))
+            let share = gpu.own_share.then_some(rank); // which no other rank uses
+            let key = (gpu.identity.uuid.as_str(), share);
+            Some((key, host_info.device.clone(), gpu.resident_blocks))
         });
         let cores = host_infos.iter().map(|host_info| host_info.cores).min().unwrap_or(1);
+        let common = Common { cores, way: way_of(&host_infos) };
         let own = (self.own.device, &self.own.space);
-        Placement::of_processes(own, cores, connections, access, occupancies)
+        Placement::of_processes(own, common, connections, access, occupancies)
+    }
+}
+
+/// Way in which processes with these devices meet: the same on every rank.
+fn way_of(host_infos: &[&HostInfo]) -> ProcessWay {
+    let gpus = || host_infos.iter().filter_map(|host_info| host_info.gpu.as_ref());
+    let is_alone = |uuid: &str| gpus().filter(|gpu| gpu.identity.uuid == uuid).count() == 1;
+    match () {
+        _ if gpus().any(|gpu| !gpu.mps && !is_alone(&gpu.identity.uuid)) => ProcessWay::Sequenced,
+        _ if gpus().all(|gpu| gpu.stream_waits) => ProcessWay::InStreams,
+        _ => ProcessWay::OnHosts,
     }
 }
