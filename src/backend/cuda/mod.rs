@@ -16,7 +16,6 @@ mod launch;
 mod memory;
 pub(crate) mod peer;
 mod rank;
-mod running;
 mod streams;
 mod tables;
 mod topology;
