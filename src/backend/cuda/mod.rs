@@ -19,7 +19,6 @@ mod memory;
 pub(crate) mod peer;
 mod probe;
 mod rank;
-mod running;
 mod streams;
 mod tables;
 mod topology;

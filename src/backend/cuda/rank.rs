@@ -8,12 +8,12 @@ use cudarc::driver::sys;
 use super::driver::{call, Failed};
 use super::launch::{launch, launch_all, leader_of, Launched, Part};
 use super::memory::Pinned;
-use super::running::{Busy, Running};
 use super::streams::{Event, LaunchStream};
 use super::tables::Tables;
 use super::{Context, DeviceMemory};
 use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PaStatus, PA_DEPARTED, PA_OPEN};
 #[cfg(processes)]
+use crate::backend::reclaim::{Busy, Running};
 use crate::backend::{Arrivals, ProcessWay};
 use crate::backend::{Attendance, Failure, Gathering, Meeting, Order, Unstarted, Way};
 #[cfg(processes)]
