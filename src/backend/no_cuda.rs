@@ -3,6 +3,7 @@
 
 use std::ffi::c_void;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::proximity::Connection;
 use super::{Gathering, Order, Unstarted};
@@ -104,6 +105,7 @@ absent!(Rank {
     fn segments(buckets: usize, before: usize) -> u64;
     fn ended() -> &[PaStatus];
     fn was_captured() -> bool;
+    fn longest_wait() -> Duration;
     fn is_done() -> bool;
     fn finish() -> Result<(), Failed>;
 });

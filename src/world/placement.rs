@@ -7,7 +7,7 @@ use super::processes::HostInfo;
 use super::{Device, Kind};
 use crate::backend::cuda::{self, Context};
 use crate::backend::proximity::{all_pairs, Connection, PeerAccess};
-use crate::backend::MemorySpace;
+use crate::backend::{MemorySpace, ProcessWay};
 use crate::{Error, Result};
 
 /// Placement of all ranks, computed once for a view.
@@ -20,10 +20,19 @@ pub(crate) struct Placement {
     peers: Vec<Vec<PeerAccess>>,
     /// Ranks in ring order.
     order: Vec<usize>,
-    /// Cores available to each process: the minimum over all ranks. `None` for threads.
-    processes: Option<usize>,
+    /// What processes have in common. `None` for threads.
+    processes: Option<Common>,
     /// Occupancy of the most oversubscribed CUDA device. `None` on CPUs.
     occupancy: Option<Occupancy>,
+}
+
+/// Properties of a world of processes.
+#[derive(Clone, Copy, Debug)]
+struct Common {
+    /// Cores available to each process: the minimum over all ranks.
+    cores: usize,
+    /// Way in which ranks on devices meet.
+    way: ProcessWay,
 }
 
 /// The ranks on a device and the blocks that they may have there at once.
@@ -107,18 +116,29 @@ impl Placement {
             .iter()
             .map(|one| host_infos.iter().map(|other| one.connection(other)).collect())
             .collect();
-        let occupancies = host_infos.iter().filter_map(|host_info| {
+        let occupancies = host_infos.iter().enumerate().filter_map(|(rank, host_info)| {
             let gpu = host_info.gpu.as_ref()?;
-            Some((gpu.identity.uuid.as_str(), host_info.device.clone(), gpu.resident_blocks))
+            let share = gpu.own_share.then_some(rank); // which no other rank uses
+            let key = (gpu.identity.uuid.as_str(), share);
+            Some((key, host_info.device.clone(), gpu.resident_blocks))
         });
         Placement {
             devices: vec![own.0; host_infos.len()],
             spaces: vec![own.1.clone(); host_infos.len()],
             order: ring_order(&distances(&connections, &peers)),
             peers,
-            processes: host_infos.iter().map(|host_info| host_info.cores).min(),
+            processes: host_infos
+                .iter()
+                .map(|host_info| host_info.cores)
+                .min()
+                .map(|cores| Common { cores, way: way_of_processes(host_infos) }),
             occupancy: most_oversubscribed(occupancies),
         }
+    }
+
+    /// Way in which ranks on devices meet, if they are processes.
+    pub(crate) fn process_way(&self) -> Option<ProcessWay> {
+        self.processes.map(|common| common.way)
     }
 
     /// True if every rank is a process.
@@ -129,7 +149,7 @@ impl Placement {
     /// Number of cores that the ranks share. Meaningful on CPUs only.
     pub(crate) fn cores(&self) -> usize {
         let all = || std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        self.processes.unwrap_or_else(all)
+        self.processes.map_or_else(all, |common| common.cores)
     }
 
     pub(super) fn size(&self) -> usize {
@@ -177,6 +197,18 @@ impl Placement {
     /// Occupancy of the most oversubscribed CUDA device. `None` on CPUs.
     pub(crate) fn occupancy(&self) -> Option<&Occupancy> {
         self.occupancy.as_ref()
+    }
+}
+
+/// Way in which processes with these devices meet: the same on every rank.
+#[cfg(processes)]
+fn way_of_processes(host_infos: &[&HostInfo]) -> ProcessWay {
+    let gpus = || host_infos.iter().filter_map(|host_info| host_info.gpu.as_ref());
+    let is_alone = |uuid: &str| gpus().filter(|gpu| gpu.identity.uuid == uuid).count() == 1;
+    match () {
+        _ if gpus().any(|gpu| !gpu.mps && !is_alone(&gpu.identity.uuid)) => ProcessWay::Sequenced,
+        _ if gpus().all(|gpu| gpu.stream_waits) => ProcessWay::InStreams,
+        _ => ProcessWay::OnHosts,
     }
 }
 

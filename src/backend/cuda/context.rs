@@ -153,6 +153,23 @@ impl Context {
         self.resident / 2
     }
 
+    /// True if streams of this device can wait for words in memory.
+    pub(crate) fn has_stream_waits(&self) -> bool {
+        const CAN_USE_STREAM_MEM_OPS: i32 = 92; // has another name in some versions of CUDA
+        driver::get().is_ok_and(|driver| driver.attribute(CAN_USE_STREAM_MEM_OPS, self.device) == 1)
+    }
+
+    /// True if kernels of different processes run at the same time on this device (MPS).
+    pub(crate) fn has_mps(&self) -> bool {
+        const MPS_ENABLED: i32 = 133; // of CUDA 12.4 and later
+        driver::get().is_ok_and(|driver| driver.attribute(MPS_ENABLED, self.device) == 1)
+    }
+
+    /// True if the driver ends kernels that run for seconds, since the device has a display.
+    pub(super) fn ends_long_kernels(&self) -> bool {
+        self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT).is_ok_and(|is| is != 0)
+    }
+
     /// Makes the context current on this thread until the result is dropped.
     pub(super) fn bind(&self) -> Result<Bound, Failed> {
         bind(self.raw)

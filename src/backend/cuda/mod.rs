@@ -4,6 +4,8 @@
 //! cudarc loads `libcuda` at its first call and panics if the library or a function is missing. So
 //! no function of cudarc is called before [`driver::get`] has succeeded.
 
+#[cfg(processes)]
+mod arrivals;
 mod context;
 mod driver;
 #[cfg(feature = "__testing")]

@@ -28,7 +28,16 @@ pub(in crate::world) struct Gpu {
     pub(in crate::world) identity: Identity,
     /// Blocks that averages may have on the device at once.
     pub(in crate::world) resident_blocks: u32,
+    /// True if streams can wait for words in memory.
+    pub(in crate::world) stream_waits: bool,
+    /// True if kernels of different processes run at the same time (MPS).
+    pub(in crate::world) mps: bool,
+    /// True if the process has a share of the device to itself, and `resident_blocks` are of that.
+    pub(in crate::world) own_share: bool,
 }
+
+/// Set for clients of MPS that see a part of a device's multiprocessors.
+const SHARE: &str = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE";
 
 impl HostInfo {
     /// Host information of a process whose device has not been opened.
@@ -72,7 +81,13 @@ impl LocalDevice {
         if let Kind::Cuda(ordinal) = device.0 {
             let context = Context::open(ordinal)?;
             let identity = cuda::identity(&context)?;
-            host_info.gpu = Some(Gpu { identity, resident_blocks: context.usable_blocks() });
+            host_info.gpu = Some(Gpu {
+                identity,
+                resident_blocks: context.usable_blocks(),
+                stream_waits: context.has_stream_waits(),
+                mps: context.has_mps(),
+                own_share: context.has_mps() && std::env::var_os(SHARE).is_some(),
+            });
             space = MemorySpace::Cuda(context);
         }
         Ok(LocalDevice { host_info, device, space })

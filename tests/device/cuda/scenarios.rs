@@ -25,7 +25,7 @@ pub fn run(scenario: &str) {
         "beside" => beside::beside(),
         "graphs" => graphs::on_one_device(),
         "graph-refusals" => graphs::refusals(),
-        "graphs-devices" => graphs::on_two_devices(),
+        "graphs-devices" => graphs::on_devices(),
         "host-links" => links::host_links(),
         "host-failures" => links::host_failures(),
         "links" => links::every_link(),
