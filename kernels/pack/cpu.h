@@ -161,6 +161,14 @@ template <class T, int K> PA_FN bool any_nonzero(const Wide<T, K>& a) {
     for (unsigned i = 0; i < sizeof a.part[h] / sizeof(SumOf<T>); ++i) any |= a.part[h][i] != 0;
   return any;
 }
+// Whether one of the values that were looked at, each 0 or NaN, is NaN.
+template <class T, int K> struct Nonzero {
+  Wide<T, K> sum{};
+  PA_FN void look(const Wide<T, K>& x) {
+    for (int h = 0; h < Wide<T, K>::kParts; ++h) sum.part[h] = sum.part[h] + x.part[h];
+  }
+  PA_FN bool found() const { return any_nonzero<T, K>(sum); }
+};
 template <class T, int K> PA_FN Wide<T, K> load_wide(const char* p) {
   using W = Wide<T, K>;
   W x;

@@ -4,11 +4,10 @@ use std::collections::BTreeMap;
 
 #[cfg(processes)]
 use super::processes::HostInfo;
-use super::{Device, Kind};
 use crate::backend::cuda::{self, Context};
 use crate::backend::proximity::{all_pairs, Connection, PeerAccess};
 use crate::backend::{MemorySpace, ProcessWay};
-use crate::{Error, Result};
+use crate::{Device, Error, Result};
 
 /// Placement of all ranks, computed once for a view.
 #[derive(Debug)]
@@ -54,7 +53,7 @@ impl Placement {
         };
         let mut spaces: Vec<MemorySpace> = vec![];
         for (rank, device) in devices.iter().enumerate() {
-            if (device.0 == Kind::Cpu) != (devices[0].0 == Kind::Cpu) {
+            if device.ordinal().is_none() != devices[0].ordinal().is_none() {
                 let reason = format!(
                     "rank 0 is on {}, but the ranks of a world are all on CPUs or all on CUDA \
                         devices: give every rank the same kind",
@@ -62,9 +61,9 @@ impl Placement {
                 );
                 return Err(unavailable(rank, reason));
             }
-            spaces.push(match device.0 {
-                Kind::Cpu => MemorySpace::Host,
-                Kind::Cuda(ordinal) => MemorySpace::Cuda(
+            spaces.push(match device.ordinal() {
+                None => MemorySpace::Host,
+                Some(ordinal) => MemorySpace::Cuda(
                     Context::open(ordinal).map_err(|reason| unavailable(rank, reason))?,
                 ),
             });

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use crate::backend::cuda::{self, Context};
 use crate::backend::proximity::{Connection, Identity, PeerAccess};
 use crate::backend::MemorySpace;
-use crate::world::{Device, Kind, Placement};
+use crate::device::Device;
+use crate::world::Placement;
 
 /// Host information of a rank.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,7 +79,7 @@ impl LocalDevice {
     /// Opens the device.
     pub(super) fn find(device: Device) -> Result<LocalDevice, String> {
         let (mut host_info, mut space) = (HostInfo::unknown(device), MemorySpace::Host);
-        if let Kind::Cuda(ordinal) = device.0 {
+        if let Some(ordinal) = device.ordinal() {
             let context = Context::open(ordinal)?;
             let identity = cuda::identity(&context)?;
             host_info.gpu = Some(Gpu {

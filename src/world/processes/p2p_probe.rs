@@ -2,15 +2,17 @@
 //! other, before anything is built.
 
 use std::os::fd::BorrowedFd;
-use std::time::Instant;
+use std::time::Duration;
 
 use serde::{de::DeserializeOwned, Deserialize, Serialize};
 
 use super::frame::{Frame, Kind};
-use super::peer_set::{CurrentView, PeerSet};
+use super::member::Member;
 use crate::backend::cuda::{peer, IpcPeer, IpcProbe, Round};
 use crate::backend::proximity::PeerAccess;
 use crate::backend::MemoryHandle;
+use crate::error::Phase;
+use crate::world::gather::{Call, Silence, Why};
 
 /// First message of a rank.
 #[derive(Serialize, Deserialize)]
@@ -60,26 +62,21 @@ struct State {
 ///
 /// The same steps run in the opposite direction at the same time. More data follow while all probes
 /// are quick.
-pub(super) fn find(
-    peer_set: &PeerSet,
-    view: &CurrentView,
-    deadline: Instant,
-) -> Result<(), String> {
-    let (view, members) = (view.number(), view.members());
-    let own = peer_set.host_infos().own().clone();
-    let Some(context) = own.context().filter(|_| members.len() > 1) else { return Ok(()) };
-    let me =
-        members.iter().position(|&peer| peer == peer_set.me).ok_or("this rank is not a member")?;
-    let mut exchange = Exchange { peer_set, view, members, deadline, number: 0 };
+pub(super) fn find(member: &Member, timeout: Duration) -> Result<(), String> {
+    let own = member.peer_set.host_infos().own().clone();
+    let call = member.call("test peer access", Phase::Build, timeout);
+    let (size, me) = (call.size, call.rank);
+    let Some(context) = own.context().filter(|_| size > 1) else { return Ok(()) };
+    let mut exchange = Exchange { member, call, number: 0 };
     let mut probe = IpcProbe::new(context).ok();
     let (handle, file) = probe.as_ref().map(IpcProbe::export).unzip();
     let uuid = own.host_info.gpu.as_ref().map(|gpu| gpu.identity.uuid.clone()).unwrap_or_default();
     let opening = Opening { handle, uuid, is_allowed: peer::is_allowed() };
-    let mut found = vec![Found::Closed; members.len()];
-    let mut is_same = vec![false; members.len()];
-    let mut peers: Vec<Option<IpcPeer>> = members.iter().map(|_| None).collect();
+    let mut found = vec![Found::Closed; size];
+    let mut is_same = vec![false; size];
+    let mut peers: Vec<Option<IpcPeer>> = (0..size).map(|_| None).collect();
     for (rank, frame) in exchange.all_gather(&opening, file.as_slice())? {
-        let theirs: Opening = exchange.parse(rank, &frame)?;
+        let theirs: Opening = parse(rank, &frame)?;
         is_same[rank] = theirs.uuid == opening.uuid;
         let is_allowed = theirs.is_allowed && opening.is_allowed;
         if !is_same[rank] && !is_allowed {
@@ -91,12 +88,12 @@ pub(super) fn find(
             found[rank] = if peers[rank].is_some() { Found::Right } else { Found::Closed };
         }
     }
-    let mut all = exchange.states(me, State { found: found.clone(), is_quick: true })?;
+    let mut all = exchange.states(State { found: found.clone(), is_quick: true })?;
     'sizes: for rounds in Round::all() {
         for round in rounds {
             let mut is_quick = true;
-            for turn in 0..turns(members.len()) {
-                let partner = partner(members.len(), me, turn)
+            for turn in 0..turns(size) {
+                let partner = partner(size, me, turn)
                     .filter(|&rank| !is_same[rank] && access(&all, me, rank).works());
                 if let (Some(probe), Some(_)) = (&mut probe, partner) {
                     probe.clear()?;
@@ -115,14 +112,15 @@ pub(super) fn find(
                 // A pair that has failed is not probed again: it keeps no other from more data.
                 is_quick &= outcome.is_none_or(|outcome| !outcome.is_right || outcome.is_quick);
             }
-            all = exchange.states(me, State { found: found.clone(), is_quick })?;
+            all = exchange.states(State { found: found.clone(), is_quick })?;
         }
         if !all.iter().all(|state| state.is_quick) {
             break 'sizes;
         }
     }
-    for (one, other) in (0..members.len()).flat_map(|one| (0..one).map(move |other| (one, other))) {
-        peer_set.host_infos().know(members[one], members[other], access(&all, one, other));
+    for (one, other) in (0..size).flat_map(|one| (0..one).map(move |other| (one, other))) {
+        let (mut peers, ids) = (member.peer_set.host_infos(), member.ids());
+        peers.know(ids[one], ids[other], access(&all, one, other));
     }
     Ok(())
 }
@@ -160,25 +158,22 @@ fn partner(size: usize, rank: usize, turn: usize) -> Option<usize> {
 }
 
 struct Exchange<'a> {
-    peer_set: &'a PeerSet,
-    view: u32,
-    members: &'a [usize],
-    deadline: Instant,
+    member: &'a Member,
+    call: Call<'a>,
     /// Number of the next messages.
     number: u32,
 }
 
 impl Exchange<'_> {
     /// States of all ranks, by rank.
-    fn states(&mut self, me: usize, own: State) -> Result<Vec<State>, String> {
+    fn states(&mut self, own: State) -> Result<Vec<State>, String> {
         let frames = self.all_gather(&own, &[])?;
-        let mut states = Vec::from_iter(
-            (0..self.members.len()).map(|_| State { found: vec![], is_quick: true }),
-        );
+        let none = || State { found: vec![], is_quick: true };
+        let mut states: Vec<State> = (0..self.call.size).map(|_| none()).collect();
         for (rank, frame) in frames {
-            states[rank] = self.parse(rank, &frame)?;
+            states[rank] = parse(rank, &frame)?;
         }
-        states[me] = own;
+        states[self.call.rank] = own;
         Ok(states)
     }
 
@@ -188,40 +183,28 @@ impl Exchange<'_> {
         message: &impl Serialize,
         files: &[BorrowedFd<'_>],
     ) -> Result<Vec<(usize, Frame)>, String> {
-        let key = (Kind::Reach, self.view, self.number);
+        let key = (Kind::Reach, self.number);
         self.number += 1;
-        let others = || {
-            self.members.iter().copied().enumerate().filter(|&(_, peer)| peer != self.peer_set.me)
-        };
-        for (_, peer) in others() {
-            // A departed peer is detected below.
-            let _ = self.peer_set.send(peer, key, message, files, self.deadline);
-        }
-        let receive = |(rank, peer): (usize, usize)| {
-            let came = self.peer_set.wait(self.deadline, |state| {
-                if let Some(frame) = state.take(peer, key) {
-                    return Some(Ok((rank, frame)));
+        let frames = self.member.all_gather(&self.call, key, message, files);
+        let frames = frames.map_err(|Silence { rank, why }| {
+            let why = match why {
+                Why::Unreadable(reason) => {
+                    format!("sends messages that can't be received: {reason}")
                 }
-                let reason = match state.unreadable.get(&peer) {
-                    Some(reason) => format!("sends messages that can't be received: {reason}"),
-                    None if state.is_lost(peer, self.view) => "has left".into(),
-                    None if state.aborts(peer, self.view) => "has aborted".into(),
-                    None => return None,
-                };
-                Some(Err(format!("test of peer access between ranks: rank {rank} {reason}")))
-            });
-            let late =
-                || format!("test of peer access between ranks: rank {rank} did not answer in time");
-            came.unwrap_or_else(|| Err(late()))
-        };
-        others().map(receive).collect()
+                Why::Lost => "has left".into(),
+                Why::Aborted => "has aborted".into(),
+                Why::Late => "did not answer in time".into(),
+                Why::Failed(error) => format!("was not heard: {error}"),
+            };
+            format!("test of peer access between ranks: rank {rank} {why}")
+        })?;
+        let came = frames.into_iter().enumerate();
+        Ok(came.filter_map(|(rank, frame)| Some((rank, frame?))).collect())
     }
+}
 
-    fn parse<T: DeserializeOwned>(&self, rank: usize, frame: &Frame) -> Result<T, String> {
-        frame
-            .parse()
-            .map_err(|error| format!("the message of rank {rank} can't be parsed: {error}"))
-    }
+fn parse<T: DeserializeOwned>(rank: usize, frame: &Frame) -> Result<T, String> {
+    frame.parse().map_err(|error| format!("the message of rank {rank} can't be parsed: {error}"))
 }
 
 #[cfg(test)]

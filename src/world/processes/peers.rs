@@ -346,7 +346,8 @@ const MOST_FILES: usize = 3;
 mod tests {
     use super::*;
     use crate::backend::{Memory, MemorySpace};
-    use crate::world::{Control, Device};
+    use crate::device::Device;
+    use crate::world::Control;
 
     /// A process that leaves while its averager lives on for a moment tells its peers nothing about
     /// one another; one that stays tells them who has departed.
