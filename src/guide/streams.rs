@@ -89,9 +89,11 @@
 //! milliseconds, once for each two devices, and gives up after 200 ms, or what
 //! `PARAM_AVERAGER_P2P_LIMIT_MS` says. `PARAM_AVERAGER_P2P=0` forbids the probe and peer access:
 //! set it where a link is broken in a way that no program survives.
+//! Between devices that NVLink does not connect, a child process tries it first: a broken link may
+//! end the process that uses it. The child is the same program, which exits before `main`.
 //! [`Builder::link`](crate::Builder::link) insists on one of the two. Ranks follow one another
-//! around the ring by NVLink, PCIe switch and NUMA node. [`Topology::probe`](crate::Topology::probe)
-//! returns what was found, and `allreduce-bench --devices` draws it. Peers touch mailboxes only,
+//! around the ring by NVLink, PCIe switch and NUMA node. `allreduce-bench --devices` draws what was
+//! found, and [`Topology::probe`](crate::Topology::probe) returns it. Peers touch mailboxes only,
 //! never the tensors (by the ring), so tensors of `cuMemAllocAsync` pools work across devices and
 //! processes.
 //!

@@ -50,6 +50,7 @@ fn main() -> ExitCode {
         cuda::mailboxes_in_memory_of_the_host_make_no_difference: driver,
         cuda::ranks_on_several_devices_have_the_bits_of_the_cpu: driver,
         cuda::devices_that_do_not_reach_each_other_go_through_the_host: driver,
+        cuda::a_probe_that_kills_its_process_does_not_kill_the_trainer: driver,
         cuda::links_have_no_race: driver,
         cuda::failures_between_devices_are_typed_and_change_nothing: driver,
         cuda::averages_in_graphs_are_replayed: driver,

@@ -18,6 +18,8 @@ mod launch;
 mod memory;
 pub(crate) mod peer;
 mod probe;
+#[cfg(processes)]
+mod probe_child;
 mod rank;
 mod streams;
 mod tables;

@@ -9,7 +9,11 @@ use cudarc::driver::sys::CUresult;
 
 use super::driver::{call, Failed};
 use super::probe::{self, Path, Probed};
+#[cfg(processes)]
+use super::topology::connection;
 use super::Context;
+#[cfg(processes)]
+use crate::backend::proximity::Connection;
 use crate::backend::proximity::{PeerAccess, PeerRates};
 use crate::sync::lock;
 
@@ -47,12 +51,31 @@ pub(crate) fn link(one: &Arc<Context>, other: &Arc<Context>) -> Result<Link, Fai
     if let Some(&known) = known.get(&pair) {
         return Ok(known);
     }
-    let found = find(one, other)?;
+    #[cfg(processes)]
+    let is_broken = is_risky(one, other)? && super::probe_child::finds_it_broken(one, other);
+    #[cfg(not(processes))]
+    let is_broken = false;
+    let found = match is_broken {
+        true => Link { access: PeerAccess::Broken, rates: None },
+        false => find(one, other)?,
+    };
     known.insert(pair, found);
     Ok(found)
 }
 
-fn find(one: &Arc<Context>, other: &Arc<Context>) -> Result<Link, Failed> {
+/// True if a child process is to try first: there is a link to try, and it is not NVLink.
+#[cfg(processes)]
+fn is_risky(one: &Context, other: &Context) -> Result<bool, Failed> {
+    #[cfg(feature = "__testing")]
+    if std::env::var_os("PA_PROBE_CHILD").is_some() {
+        return Ok(true);
+    }
+    let is_said = is_allowed() && can(one, other)? && can(other, one)?;
+    Ok(is_said && connection(one, other)? != Connection::NvLink)
+}
+
+/// Tries the access in this process.
+pub(super) fn find(one: &Arc<Context>, other: &Arc<Context>) -> Result<Link, Failed> {
     let without = |access| Ok(Link { access, rates: None });
     if !is_allowed() {
         return without(PeerAccess::Disabled);

@@ -130,6 +130,13 @@ pub fn pairs() {
     }
 }
 
+/// Two devices that reach each other.
+pub fn reached() {
+    let topology = Topology::probe().unwrap();
+    assert_eq!(topology.peer_access(0, 1), PeerAccess::Verified);
+    ring(2, &[0, 1], Link::Peer).compare(&shapes()[5..]);
+}
+
 /// Two devices that do not reach each other, although the driver may claim it.
 pub fn not_reached(access: PeerAccess) {
     // All try the same pair at once.

@@ -32,6 +32,8 @@ pub fn run(scenario: &str) {
         "pairs" => links::pairs(),
         "no-p2p" => links::not_reached(PeerAccess::Unsupported),
         "broken-p2p" => links::not_reached(PeerAccess::Broken),
+        "child-crashes" => links::not_reached(PeerAccess::Broken),
+        "child-works" => links::reached(),
         "p2p-off" => links::not_reached(PeerAccess::Disabled),
         "link-races" => links::races(),
         "link-failures" => links::failures(),
