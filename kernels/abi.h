@@ -13,10 +13,10 @@
 
 enum PaDtype { PA_F32 = 0, PA_F64 = 1, PA_F16 = 2, PA_BF16 = 3 };
 
-// Kernel of one launch. PA_DIRECT and PA_RING do an average in one launch, after PA_SCAN where
-// non-finite values are rejected. The all-or-nothing commit is PA_RING_REDUCE, which also scans,
-// and PA_RING_GATHER.
-enum PaKernel { PA_DIRECT = 0, PA_RING = 1, PA_RING_REDUCE = 2, PA_RING_GATHER = 3, PA_SCAN = 4 };
+// Kernel of one launch. PA_DIRECT and PA_RING follow PA_SCAN where non-finite values are rejected.
+// PA_RING_COMMIT is all or nothing; it also scans, and can be launched in several parts, see
+// PaArgs.from_segment.
+enum PaKernel { PA_DIRECT = 0, PA_RING = 1, PA_RING_COMMIT = 2, PA_SCAN = 3 };
 
 // Outcome of an average. Up to PA_NO_WEIGHT nothing is broken and the next average may run; from
 // PA_TIMEOUT on the world is poisoned.
@@ -51,9 +51,6 @@ enum PaFlag {
   PA_FLAG_LAYOUT = 8,      // this rank's tensors differ from those of the build; see PaRecord
   PA_FLAG_NON_FINITE = 16, // in a record: the scan before the entry barrier found NaN or infinity
   PA_FLAG_JOINER = 32,     // this rank knows of a process that waits to join the world
-  // Hosts maintain PaBoard.completed. A rank that departs before completing the epoch fails every
-  // wait, not only waits on it.
-  PA_FLAG_COMPLETED = 64,
   // Ring only: this rank makes every step, but its own tensors are not written. Not with PA_DIRECT,
   // where the owner of a part writes the tensors of all ranks.
   PA_FLAG_KEEP = 128,
@@ -75,8 +72,8 @@ struct PaBucket {
   uint64_t segments; // PaSegment[segment_count]
   uint64_t packs;
   uint64_t channel_packs; // channel c begins at pack c * channel_packs; the last may be shorter
-  uint64_t shard;         // Pack[channels][shard_packs]: own shard of the mean, between
-                          // PA_RING_REDUCE and PA_RING_GATHER
+  uint64_t shard;         // Pack[channels][shard_packs]: own shard of the mean, until the commit of
+                          // PA_RING_COMMIT
   uint64_t shard_packs;   // capacity of one channel's shard
   uint32_t segment_count;
   uint32_t dtype;    // PaDtype
@@ -104,11 +101,10 @@ struct PaBoard {
   uint32_t arrived;    // latest epoch entered; published after its record
   uint32_t vote;       // 2·e: finite and reduced; 2·e + 1: reduced, but holds a non-finite value
   uint32_t exited;     // direct only. 2·e: accesses no peer's tensors any more; 2·e + 1: gave up
-  uint32_t departed;   // 1: the averager was dropped, for good
   uint32_t waiting_on; // (heartbeat << 8) | awaited rank + 1; 0: none. See find_straggler()
   uint32_t sleepers;   // CPU: threads that may sleep on a word of this board
   uint32_t deciding;   // 1: holds the turn lock or waits for it, see take_turn()
-  uint32_t completed;  // PA_FLAG_COMPLETED: latest epoch completed; host-written before `departed`
+  uint32_t reserved[2];
   struct PaRecord record[2];
 };
 
@@ -119,44 +115,72 @@ struct PaControl {
   // cannot disagree.
   uint64_t decision;
   uint64_t reserved0[15];
-  // (kind << 8) | rank: the host poisoned the world; 0: it did not. Hosts write this word,
-  // `departed` and `completed`, and no other.
-  uint32_t abort;
-  uint32_t failed; // the same for the first failure found by a kernel; written once, under the lock
-  uint32_t reserved1[30];
+  // (kind << 8) | rank: first failure found by a kernel; written once, under the lock. 0: none
+  uint32_t failed;
+  uint32_t reserved1[31];
   struct PaBoard board[PA_MAX_WORLD];
 };
 
-// State and status record of one block, private to its rank, on lines of its own.
-struct PaChannel {
-  uint32_t recv_seq;  // chunks taken from the inbox
-  uint32_t send_seq;  // chunks put into the outbox
+// Words that hosts write and kernels read, one per world, in memory of the host: a host ends the
+// waits of kernels by a store, whatever the device is doing. Hosts also find a rank here that
+// another host has lost.
+struct PaHost {
+  uint32_t abort;    // (kind << 8) | rank: a host poisoned the world; 0: none did
+  uint32_t departed; // bit r: rank r has dropped its averager, for good
+  uint32_t reserved[30];
+  uint32_t completed[PA_MAX_WORLD]; // latest epoch that the rank completed; before `departed`
+  // The words below are none of the kernels' business. They count averages on devices, replays of
+  // graphs aside: those that the rank's host has called, and those that its stream has come to.
+  uint32_t called[PA_MAX_WORLD];
+  uint32_t arrived[PA_MAX_WORLD];
+  uint32_t reserved1[PA_MAX_WORLD];
+};
+
+// Status record of one block: how its last average ended. Written in memory of the host.
+struct PaStatus {
   uint32_t epoch;     // averages entered
-  uint32_t outcome;   // PaKind of the last launch. PA_OPEN: ended by fault_step. PA_COMMITTED after
-                      // PA_RING_REDUCE: ready to vote
+  uint32_t outcome;   // PaKind of the average. PA_OPEN: not ended, or ended by fault_step
   uint32_t peer;      // the rank that the outcome names
   uint32_t phase;     // PaPhase in which the block ended
   uint32_t step;      // protocol steps made by then
   uint32_t committed; // 1: tensors may have been written
-  uint64_t bad;       // 1 + (bucket << 56 | element) of a NaN or infinity in the own tensors, or 0
   uint64_t detail;    // from the record of `peer`. PA_SCHEDULE: `found` of the call compared with.
                       // PA_UNNEEDED: number of ranks with PA_FLAG_DONE
   uint64_t found;     // from the record of `peer`. PA_BAD_WEIGHT: its weight
   uint64_t waited_ns; // time spent waiting for peers, over all launches of this average
+  uint32_t joiner;    // 1: a rank's record has PA_FLAG_JOINER
+  uint32_t reserved;
+};
+
+// State of one block, private to its rank, on lines of its own.
+struct PaChannel {
+  struct PaStatus status; // the original of the record
+  uint32_t recv_seq;      // chunks taken from the inbox
+  uint32_t send_seq;      // chunks put into the outbox
+  uint32_t segment;       // PA_RING_COMMIT: segment that comes next; PA_NO_SEGMENT: none
+  uint32_t remote;        // CPU: 1: the next rank's core is remote, see reader_is_remote()
+  uint32_t finished;      // channel 0: blocks that have reached the vote, or the exit (PA_DIRECT)
+  uint32_t deciding;      // channel 0: lock among the blocks of this rank, see take_turn()
+  uint64_t bad;       // 1 + (bucket << 56 | element) of a NaN or infinity in the own tensors, or 0
   double divisor;     // divisor of sums in f64, agreed at the entry barrier
   double divisor_f32; // divisor of sums in f32, whose scales were rounded to f32
-  uint32_t finished;  // channel 0: blocks that access no peer's tensors any more (PA_DIRECT)
-  uint32_t remote;    // CPU: 1: the next rank's core is remote, see reader_is_remote()
-  uint32_t deciding;  // channel 0: lock among the blocks of this rank, see take_turn()
-  uint32_t joiner;    // 1: a rank's record has PA_FLAG_JOINER
   uint16_t heartbeat[PA_MAX_WORLD]; // heartbeats at the start of the watch, see begin_watch()
   uint64_t segments[PA_MAX_WORLD];  // PA_DIRECT: every rank's segment table of the current bucket
   double scale[PA_MAX_WORLD];       // factor of each rank's values; negative: it only receives
 };
 
-// Arguments of one launch, the same for all its blocks.
+// Segments of PA_RING_COMMIT in a world of n ranks: 0 publishes the record, 1 validates all records
+// and makes step 0 of the reduce, s = 2 … n step s - 1. At the end of n the vote is cast, at the
+// begin of n + 1 the votes are counted, and n + 1 … 2 n are the n steps of the gather. No segment
+// waits for what its peers do in the same one.
+#define PA_SEGMENTS(world) (2 * (world) + 1)
+#define PA_NO_SEGMENT 0xffffffffu
+
+// Arguments of one rank's part of a launch, the same for all its blocks.
 struct PaArgs {
   uint64_t control;     // PaControl*
+  uint64_t host;        // PaHost*
+  uint64_t status;      // PaStatus[channels], own, in memory of the host
   uint64_t channel;     // PaChannel[channels], own
   uint64_t buckets;     // PaBucket[bucket_count], own
   uint64_t inbox;       // Pack[channels][slots][slot_packs], own; the previous rank writes it
@@ -181,5 +205,37 @@ struct PaArgs {
   uint32_t spins;      // CPU: polls of a wait before it yields its core
   uint32_t remote_ns;  // CPU: time per line from which on slots are written by non-temporal stores
   uint32_t delay_ns;   // tests: longest delay before each protocol step; 0: none
+  // Segments of PA_RING_COMMIT that this launch runs, to_segment excluded. A launch that does not
+  // begin with segment 0 goes on where the one before it ended, unless that ended the average.
+  uint32_t from_segment;
+  uint32_t to_segment;
   uint32_t reserved;
+};
+
+// A launch on a device: the parts of all its ranks that are threads of one process. Block (c, i) is
+// channel c of args[i].
+struct PaLaunch {
+  struct PaArgs args[PA_MAX_WORLD];
+};
+
+// One side of a probe. Data and flags lie where the path under test has them: data in the reader's
+// memory (push), in the writer's (pull), or in memory of the host.
+struct PaProbeSide {
+  uint64_t out;         // data that this side writes: `slots` chunks of `packs` for each block
+  uint64_t in;          // data that this side reads
+  uint64_t filled_out;  // rounds that this side has written, for the other side to poll
+  uint64_t filled_in;   // rounds that the other side has written
+  uint64_t drained_out; // rounds that this side has read, for the other side to poll
+  uint64_t drained_in;  // rounds that the other side has read
+  uint64_t result;      // PaProbeResult, in own memory, zeroed
+  uint64_t limit_ns;    // time from the kernel's start to its last wait
+  uint32_t packs, slots, rounds;
+  uint32_t seed_out, seed_in; // of the data
+  uint32_t reserved;
+};
+
+struct PaProbeResult {
+  uint32_t wrong; // packs that differ from what was written
+  uint32_t late;  // blocks that have waited until the limit
+  uint64_t ns;    // block 0: time from the end of its first round to the end of its last
 };

@@ -1,32 +1,39 @@
-// CUDA entry points, with PaArgs by value. Launch `channels` blocks of a power of two of threads,
-// at most PA_THREADS, all resident together with those of every other rank on the device
-// (cooperative launch).
+// CUDA entry points, with PaLaunch by value. Launch a grid of (channels, args) blocks of a power of
+// two of threads, at most PA_THREADS. Blocks wait for one another, so all must find room; a plain
+// launch is enough, since what else runs on the device ends without them.
 #include "direct.h"
+#include "probe.h"
 #include "ring.h"
 #include "scan.h"
 
 #define PA_THREADS 512
+
+namespace PA_ISA {
+// Copies the arguments of this block's rank to shared memory: addresses there are constants, while
+// an index into the parameters would hold registers throughout, and spill others.
+PA_FN void load_args(PaArgs* own, const PaLaunch& launch) {
+  static_assert(sizeof(PaArgs) % 8 == 0, "copied by words");
+  const uint64_t* from = reinterpret_cast<const uint64_t*>(&launch.args[blockIdx.y]);
+  uint64_t* to = reinterpret_cast<uint64_t*>(own);
+  for (uint32_t i = threadIdx.x; i < sizeof(PaArgs) / 8; i += blockDim.x) to[i] = from[i];
+  __syncthreads();
+}
+} // namespace PA_ISA
 #define PA_KERNEL(name, body)                                 \
   extern "C" __global__ void __launch_bounds__(PA_THREADS, 1) \
-      name(const __grid_constant__ PaArgs args) {             \
-    const PA_ISA::Exec ex{};                                  \
-    PA_ISA::body(ex, args);                                   \
+      name(const __grid_constant__ PaLaunch launch) {         \
+    __shared__ PaArgs args;                                   \
+    PA_ISA::load_args(&args, launch);                         \
+    PA_ISA::body(PA_ISA::Exec{}, args);                       \
   }
 
 PA_KERNEL(pa_direct, run_direct)
-PA_KERNEL(pa_ring, run_ring<PA_RING>)
-PA_KERNEL(pa_ring_reduce, run_ring<PA_RING_REDUCE>)
-PA_KERNEL(pa_ring_gather, run_ring<PA_RING_GATHER>)
+PA_KERNEL(pa_ring, run_ring)
+PA_KERNEL(pa_ring_commit, run_ring_commit)
 PA_KERNEL(pa_scan, run_scan)
 
-// Probe of peer access: writes `words` words derived from `seed` to `memory`, or, where `differs`
-// is not null, compares them and sets *differs if one differs. One block.
-extern "C" __global__ void pa_probe(uint32_t* memory, uint32_t words, uint32_t seed,
-                                    uint32_t* differs) {
-  const uint32_t spread = 2654435761u; // no bit stays the same from word to word
-  for (uint32_t i = threadIdx.x; i < words; i += blockDim.x) {
-    const uint32_t value = (i + seed) * spread;
-    if (differs == nullptr) PA_ISA::store_relaxed(memory + i, value);
-    else if (PA_ISA::load_relaxed(memory + i) != value) PA_ISA::store_relaxed(differs, 1);
-  }
+// Both sides of a probe at the same time: blocks of a power of two of threads, as many on each side.
+extern "C" __global__ void __launch_bounds__(256)
+    pa_probe(const __grid_constant__ PaProbeSide side) {
+  PA_ISA::run_probe(PA_ISA::Exec{}, side);
 }

@@ -8,16 +8,14 @@ namespace PA_ISA {
 // A function per kernel: with all in one, the ring's code made the direct average 1.4 times slower
 // (g++ 12).
 PA_NOINLINE void direct(const Exec& ex, const PaArgs& args) { run_direct(ex, args); }
-template <uint32_t kKernel> PA_NOINLINE void ring(const Exec& ex, const PaArgs& args) {
-  run_ring<kKernel>(ex, args);
-}
+PA_NOINLINE void ring(const Exec& ex, const PaArgs& args) { run_ring(ex, args); }
+PA_NOINLINE void ring_commit(const Exec& ex, const PaArgs& args) { run_ring_commit(ex, args); }
 PA_NOINLINE void scan(const Exec& ex, const PaArgs& args) { run_scan(ex, args); }
 PA_FN void run_kernel(const Exec& ex, const PaArgs& args, uint32_t kernel) {
   switch (kernel) {
     case PA_DIRECT: return direct(ex, args);
-    case PA_RING: return ring<PA_RING>(ex, args);
-    case PA_RING_REDUCE: return ring<PA_RING_REDUCE>(ex, args);
-    case PA_RING_GATHER: return ring<PA_RING_GATHER>(ex, args);
+    case PA_RING: return ring(ex, args);
+    case PA_RING_COMMIT: return ring_commit(ex, args);
     default: return scan(ex, args);
   }
 }

@@ -98,32 +98,35 @@ PA_FN uint64_t first_bad(const PaArgs& a) {
   return bad;
 }
 
+// Publishes this rank's record. Block 0, before the entry barrier.
+PA_NOINLINE void publish_record_as_leader(Exec, WaitCtx ctx, bool commits) {
+  const PaArgs& a = *ctx.a;
+  PaBoard& own = ctx.control()->board[a.rank];
+  PaRecord& record = own.record[ctx.epoch & 1];
+  // Result of this average's scan, the launch before this one. Tensors of a wrong layout are not
+  // scanned: `bad` is an earlier average's then.
+  const bool scanned =
+      commits && (a.flags & PA_FLAG_REJECT_NON_FINITE) && !(a.flags & PA_FLAG_LAYOUT);
+  const uint64_t bad = scanned ? first_bad(a) : 0;
+  record.schedule = a.schedule;
+  record.weight = a.flags & PA_FLAG_WEIGHTED ? a.weight : 1.0;
+  record.buckets = a.buckets;
+  record.detail = bad != 0 ? bad : a.detail;
+  record.found = a.found;
+  record.flags = a.flags | (bad != 0 ? uint32_t(PA_FLAG_NON_FINITE) : 0u);
+  publish_board(ctx, &own.arrived, ctx.epoch);
+}
+
 // The leader's part of the entry barrier. False: the average ended. `commits`: the agreement is
 // also the decision to write (PA_DIRECT, PA_RING).
 PA_NOINLINE bool entry_barrier_as_leader(Exec ex, WaitCtx ctx, bool commits) {
   const PaArgs& a = *ctx.a;
   PaControl* control = ctx.control();
-  if (ex.block() == 0) {
-    PaBoard& own = control->board[a.rank];
-    PaRecord& record = own.record[ctx.epoch & 1];
-    // Result of this average's scan, the launch before this one. Tensors of a wrong layout are not
-    // scanned: `bad` is an earlier average's then.
-    const bool scanned =
-        commits && (a.flags & PA_FLAG_REJECT_NON_FINITE) && !(a.flags & PA_FLAG_LAYOUT);
-    const uint64_t bad = scanned ? first_bad(a) : 0;
-    record.schedule = a.schedule;
-    record.weight = a.flags & PA_FLAG_WEIGHTED ? a.weight : 1.0;
-    record.buckets = a.buckets;
-    record.detail = bad != 0 ? bad : a.detail;
-    record.found = a.found;
-    record.flags = a.flags | (bad != 0 ? uint32_t(PA_FLAG_NON_FINITE) : 0u);
-    publish_board(ctx, &own.arrived, ctx.epoch);
-  }
   for (uint32_t r = 0; r < a.world; ++r) {
     if (!wait_for_board(ex, ctx, r, &control->board[r].arrived, ctx.epoch, PA_AT_MEET))
       return false;
   }
-  const uint32_t poisoned = poison_cause(control);
+  const uint32_t poisoned = poison_cause(ctx);
   if (poisoned != 0 && resolve_failure(ex, ctx, poisoned, PA_AT_MEET)) return false;
   uint32_t code = check_records(control, a.world, ctx.epoch);
   if (code == 0 && commits) code = code_of(uint32_t(PA_COMMITTED), 0);
@@ -138,13 +141,17 @@ PA_NOINLINE bool entry_barrier_as_leader(Exec ex, WaitCtx ctx, bool commits) {
     }
   }
   compute_scales(control, a.world, ctx.epoch, ctx.me);
-  ctx.me->joiner = has_joiner(control, a.world, ctx.epoch);
+  ctx.me->status.joiner = has_joiner(control, a.world, ctx.epoch);
   return true;
 }
 
-// False in all lanes if the average ended here.
-PA_FN bool entry_barrier(Block& b, bool commits) {
+// First protocol step. False in all lanes if the average ended here.
+PA_FN bool publish_record(Block& b, bool commits) {
   if (!b.begin_step()) return false;
+  if (b.ex.block() == 0 && b.ex.leader()) publish_record_as_leader(b.ex, b.wait_ctx(), commits);
+  return true;
+}
+PA_FN bool entry_barrier(Block& b, bool commits) {
   bool failed = false;
   if (b.ex.leader()) failed = !entry_barrier_as_leader(b.ex, b.wait_ctx(), commits);
   if (b.ex.any(failed)) return false;
@@ -152,18 +159,24 @@ PA_FN bool entry_barrier(Block& b, bool commits) {
   return true;
 }
 
+// Casts this rank's vote when the last of its blocks has reduced its shard. The block barrier of
+// the last step orders the shard, which this block alone reads, and the lanes' `bad`.
+PA_NOINLINE void cast_vote_as_leader(WaitCtx ctx) {
+  const PaArgs& a = *ctx.a;
+  uint32_t* finished = &at<PaChannel>(a.channel)->finished;
+  if (fetch_add(finished, 1) + 1 != a.channels) return;
+  store_relaxed(finished, 0); // read next by the next average
+  PaBoard& own = ctx.control()->board[a.rank];
+  const uint64_t bad = first_bad(a);
+  if (bad != 0) own.record[ctx.epoch & 1].detail = bad;
+  publish_board(ctx, &own.vote, 2 * ctx.epoch + (bad != 0 ? 1 : 0));
+}
+
 // The leader's part of the commit vote.
 PA_NOINLINE bool commit_vote_as_leader(Exec ex, WaitCtx ctx) {
   const PaArgs& a = *ctx.a;
   PaControl* control = ctx.control();
   const uint32_t good = 2 * ctx.epoch;
-  if (ex.block() == 0) {
-    PaBoard& own = control->board[a.rank];
-    const uint64_t bad = first_bad(a);
-    const uint32_t mine = bad != 0 ? good + 1 : good;
-    if (bad != 0) own.record[ctx.epoch & 1].detail = bad;
-    publish_board(ctx, &own.vote, mine);
-  }
   uint32_t code = code_of(uint32_t(PA_COMMITTED), 0);
   for (uint32_t r = a.world; r-- > 0;) {
     uint32_t* vote = &control->board[r].vote;
@@ -178,10 +191,15 @@ PA_NOINLINE bool commit_vote_as_leader(Exec ex, WaitCtx ctx) {
   return false;
 }
 
+// A protocol step: the vote for this rank's shard. False in all lanes if a test ends the block.
+PA_FN bool cast_vote(Block& b) {
+  if (!b.begin_step()) return false;
+  if (b.ex.leader()) cast_vote_as_leader(b.wait_ctx());
+  return true;
+}
 // All or nothing: true in all lanes if every rank has reduced its shard and will write. False:
 // no rank writes.
 PA_FN bool commit_vote(Block& b) {
-  if (!b.begin_step()) return false;
   bool failed = false;
   if (b.ex.leader()) failed = !commit_vote_as_leader(b.ex, b.wait_ctx());
   if (b.ex.any(failed)) return false;

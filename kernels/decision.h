@@ -24,7 +24,13 @@ struct WaitCtx {
   uint32_t epoch;
   bool committed;
   PA_FN PaControl* control() const { return at<PaControl>(a->control); }
+  PA_FN PaHost* host() const { return at<PaHost>(a->host); }
 };
+
+// True if `rank` has dropped its averager.
+PA_FN bool has_departed(WaitCtx ctx, uint32_t rank) {
+  return load_acquire(&ctx.host()->departed) >> rank & 1;
+}
 
 // ---- the turn lock ---------------------------------------------------------------------------
 // Serialises writes to words that every rank may write. Ranks may be on different devices or in
@@ -48,8 +54,8 @@ PA_FN uint64_t max_turn_ns(const PaArgs& a) {
   const uint64_t base_ns = min(a.timeout_ns / 16, PA_MAX_TURN_NS);
   return base_ns + base_ns / 32 * a.rank;
 }
-PA_FN bool has_turn(PaBoard& board, uint64_t waited_ns, uint64_t max_ns) {
-  return load_flag(&board.deciding) != 0 && load_acquire(&board.departed) == 0 &&
+PA_FN bool has_turn(WaitCtx ctx, uint32_t rank, uint64_t waited_ns, uint64_t max_ns) {
+  return load_flag(&ctx.control()->board[rank].deciding) != 0 && !has_departed(ctx, rank) &&
          waited_ns <= max_ns;
 }
 PA_FN void end_turn(WaitCtx ctx) {
@@ -71,12 +77,12 @@ template <class Over> PA_FN bool take_turn(Exec ex, WaitCtx ctx, Over over) {
     first = true;
     for (uint32_t r = 0; first && r < a.world; ++r) {
       PaBoard& other = ctx.control()->board[r];
-      if (r == a.rank || !has_turn(other, ex.now_ns() - start, longest)) continue;
+      if (r == a.rank || !has_turn(ctx, r, ex.now_ns() - start, longest)) continue;
       if (r < a.rank) {
         store_release(&own.deciding, 0);
         first = false;
       }
-      for (uint32_t spins = 1; has_turn(other, ex.now_ns() - start, longest); ++spins) {
+      for (uint32_t spins = 1; has_turn(ctx, r, ex.now_ns() - start, longest); ++spins) {
         if (over()) {
           end_turn(ctx);
           return false;
@@ -107,9 +113,9 @@ PA_NOINLINE uint64_t decide(Exec ex, WaitCtx ctx, uint32_t phase, uint32_t code)
 
 // Cause that poisoned the world, or 0: a failure found by a kernel, else a host's abort. A kernel
 // turns an abort into a failure.
-PA_FN uint32_t poison_cause(PaControl* control) {
-  const uint32_t failed = load_acquire(&control->failed);
-  return failed != 0 ? failed : load_acquire(&control->abort);
+PA_FN uint32_t poison_cause(WaitCtx ctx) {
+  const uint32_t failed = load_acquire(&ctx.control()->failed);
+  return failed != 0 ? failed : load_acquire(&ctx.host()->abort);
 }
 // Poisons the world. Returns the first failure that did.
 PA_NOINLINE uint32_t poison(Exec ex, WaitCtx ctx, uint32_t failure) {

@@ -193,7 +193,7 @@ template <class T> PA_FN void run_direct_bucket(Block& b, const PaBucket& bucket
 PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
   if (has_failed(ex, a)) return;
   Block b(ex, a, true);
-  if (entry_barrier(b, true)) {
+  if (publish_record(b, true) && entry_barrier(b, true)) {
     const PaBucket* buckets = at<const PaBucket>(a.buckets);
     bool good = b.begin_step();
     for (uint32_t i = 0; good && i < a.bucket_count; ++i)
@@ -204,7 +204,7 @@ PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
     if (ex.leader()) {
       // A block that fault_step ends still publishes its exit: peers wait for that without limit.
       if (!good) publish_exit(b.wait_ctx(), false);
-      else if (exit_barrier_as_leader(ex, b.wait_ctx())) b.me->outcome = PA_COMMITTED;
+      else if (exit_barrier_as_leader(ex, b.wait_ctx())) b.me->status.outcome = PA_COMMITTED;
     }
   }
   b.save();

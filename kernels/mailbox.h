@@ -29,7 +29,7 @@ PA_NOINLINE void inject_delay(Exec ex, WaitCtx ctx, uint32_t step) {
 // further average: its decision would overwrite the one that slower ranks have yet to read, and its
 // status the record of whether tensors are half written.
 PA_FN bool has_failed(const Exec& ex, const PaArgs& a) {
-  return at<PaChannel>(a.channel)[ex.block()].outcome >= PA_TIMEOUT;
+  return at<PaChannel>(a.channel)[ex.block()].status.outcome >= PA_TIMEOUT;
 }
 
 // State of one block during one launch. All members have the same value in all lanes.
@@ -43,14 +43,15 @@ struct Block {
 
   PA_FN Block(const Exec& ex_, const PaArgs& a_, bool begins)
       : ex(ex_), a(a_), me(at<PaChannel>(a_.channel) + ex_.block()),
-        epoch(me->epoch + (begins ? 1 : 0)), send_seq(me->send_seq), recv_seq(me->recv_seq),
-        step(begins ? 0 : me->step), committed(false), remote(me->remote != 0) {
+        epoch(me->status.epoch + (begins ? 1 : 0)), send_seq(me->send_seq),
+        recv_seq(me->recv_seq), step(begins ? 0 : me->status.step),
+        committed(!begins && me->status.committed != 0), remote(me->remote != 0) {
     ex.sync(); // all lanes have read before the leader writes
     if (begins && ex.leader()) {
-      me->outcome = PA_OPEN;
-      me->waited_ns = 0;
-      me->committed = 0;
-      me->joiner = 0;
+      me->status.outcome = PA_OPEN;
+      me->status.waited_ns = 0;
+      me->status.committed = 0;
+      me->status.joiner = 0;
     }
   }
 
@@ -118,17 +119,18 @@ struct Block {
     store_release(word, value);
     wake(word, word + 1);
   }
-  // Ends the launch: saves the state that the next one starts from.
+  // Ends the launch: saves the state that the next one starts from, and shows the host its status.
   PA_FN void save() {
     fence_nt();
     ex.sync();
     if (ex.leader()) {
       me->send_seq = send_seq;
       me->recv_seq = recv_seq;
-      me->epoch = epoch;
-      me->step = step;
-      me->committed = committed;
       me->remote = remote;
+      me->status.epoch = epoch;
+      me->status.step = step;
+      me->status.committed = committed;
+      at<PaStatus>(a.status)[ex.block()] = me->status;
     }
   }
 };

@@ -223,90 +223,134 @@ template <class T, bool kF32> struct Ring {
       if (!step(part_of(round(number), shard % b.a.world, b.a.world), number)) return false;
     return true;
   }
-  PA_FN bool reduce(Batch batch) {
+  // Segments of PA_RING_COMMIT that this launch runs: step k of the reduce is segment k + 1, of the
+  // gather segment n + 1 + k.
+  PA_FN bool runs(uint32_t segment) const {
+    return b.a.from_segment <= segment && segment < b.a.to_segment;
+  }
+  // Steps 0 … n - 2 of the reduce.
+  template <bool kAll> PA_FN bool reduce(Batch batch) {
     const uint32_t n = b.a.world;
-    if (!each(batch, b.a.rank + n - 1, [&](Range r, uint64_t) { return send_own(r); }))
+    if ((kAll || runs(1)) &&
+        !each(batch, b.a.rank + n - 1, [&](Range r, uint64_t) { return send_own(r); }))
       return false;
     uint32_t k = 1;
     if constexpr (kF32) { // more than two ranks; what comes first is raw
       const Incoming in = incoming(k);
-      if (!each(batch, b.a.rank + n - 1 - k,
+      if ((kAll || runs(k + 1)) &&
+          !each(batch, b.a.rank + n - 1 - k,
                 [&](Range r, uint64_t) { return add_and_send<true>(r, in); }))
         return false;
       ++k;
     }
     for (; k + 1 < n; ++k) {
       const Incoming in = incoming(k);
-      if (!each(batch, b.a.rank + n - 1 - k,
+      if ((kAll || runs(k + 1)) &&
+          !each(batch, b.a.rank + n - 1 - k,
                 [&](Range r, uint64_t) { return add_and_send<!kF32>(r, in); }))
         return false;
     }
     return true;
   }
-  template <bool kNonTemporal> PA_FN bool gather(Batch batch) {
+  // Steps 1 … n - 1 of the gather.
+  template <bool kAll, bool kNonTemporal> PA_FN bool gather(Batch batch) {
     const uint32_t n = b.a.world;
     for (uint32_t k = 1; k + 1 < n; ++k)
-      if (!each(batch, b.a.rank + n - k, [&](Range r, uint64_t) {
+      if ((kAll || runs(n + 1 + k)) &&
+          !each(batch, b.a.rank + n - k, [&](Range r, uint64_t) {
             return forward<true, true, kNonTemporal>(r, nullptr);
           }))
         return false;
-    return each(batch, b.a.rank + 1, [&](Range r, uint64_t) {
+    return !(kAll || runs(2 * n)) || each(batch, b.a.rank + 1, [&](Range r, uint64_t) {
       return forward<true, false, kNonTemporal>(r, nullptr);
     });
   }
 
-  template <uint32_t kKernel> PA_FN bool run() {
+  // Calls f for each batch, until it returns false.
+  template <class F> PA_FN bool each_batch(F f) const {
     const uint64_t packs = channel_range(bucket, b.ex.block()).packs();
     const uint64_t round_packs = uint64_t(bucket.chunk) * b.a.world;
     const uint64_t rounds = (packs + round_packs - 1) / round_packs, together = b.a.slots / 2;
-    const Incoming last = incoming(b.a.world - 1);
     bool good = true;
-    for (uint64_t first = 0; good && first < rounds; first += together) {
-      const Batch batch{first, min(first + together, rounds)};
-      if constexpr (kKernel == PA_RING_REDUCE) {
-        good = reduce(batch) && each(batch, b.a.rank, [&](Range r, uint64_t number) {
-                 return finish_into(r, last, own_shard(number));
-               });
-      } else if constexpr (kKernel == PA_RING_GATHER) {
-        good = each(batch, b.a.rank, [&](Range r, uint64_t number) {
-                 return forward<false, true, true>(r, own_shard(number));
-               }) &&
-               gather<true>(batch);
-      } else {
-        good = reduce(batch) &&
-               each(batch, b.a.rank,
-                    [&](Range r, uint64_t) { return finish_and_send(r, last); }) &&
-               gather<false>(batch);
-      }
-    }
+    for (uint64_t first = 0; good && first < rounds; first += together)
+      good = f(Batch{first, min(first + together, rounds)});
     return good;
+  }
+  PA_FN bool run_reduce() {
+    const uint32_t n = b.a.world;
+    const Incoming last = incoming(n - 1);
+    return each_batch([&](Batch batch) {
+      return reduce<false>(batch) && (!runs(n) || each(batch, b.a.rank, [&](Range r, uint64_t at) {
+               return finish_into(r, last, own_shard(at));
+             }));
+    });
+  }
+  PA_FN bool run_gather() {
+    const uint32_t n = b.a.world;
+    return each_batch([&](Batch batch) {
+      return (!runs(n + 1) || each(batch, b.a.rank,
+                                   [&](Range r, uint64_t at) {
+                                     return forward<false, true, true>(r, own_shard(at));
+                                   })) &&
+             gather<false, true>(batch);
+    });
+  }
+  PA_FN bool run_both() {
+    const Incoming last = incoming(b.a.world - 1);
+    return each_batch([&](Batch batch) {
+      return reduce<true>(batch) &&
+             each(batch, b.a.rank, [&](Range r, uint64_t) { return finish_and_send(r, last); }) &&
+             gather<true, false>(batch);
+    });
   }
 };
 
-// One block's share of one launch of the ring.
-template <uint32_t kKernel> PA_FN void run_ring(const Exec& ex, const PaArgs& a) {
-  constexpr bool kBegins = kKernel != PA_RING_GATHER;
-  const uint32_t reduced = at<PaChannel>(a.channel)[ex.block()].outcome;
-  if (kBegins && has_failed(ex, a)) return;
-  Block b(ex, a, kBegins);
-  if (kKernel == PA_RING_GATHER && reduced != PA_COMMITTED) return; // the reduce has said why
-  if (kKernel == PA_RING_GATHER && ex.leader()) b.me->outcome = PA_OPEN; // was: ready to vote
-  if (kKernel == PA_RING_REDUCE && ex.leader()) b.me->bad = 0;
-  bool good = kKernel == PA_RING_GATHER ? commit_vote(b) : entry_barrier(b, kKernel == PA_RING);
-  const PaBucket* buckets = at<const PaBucket>(a.buckets);
-  for (uint32_t i = 0; good && i < a.bucket_count; ++i) {
+// Calls f(ring) for each bucket, until it returns false.
+template <class F> PA_FN bool each_bucket(Block& b, F f) {
+  const PaBucket* buckets = at<const PaBucket>(b.a.buckets);
+  bool good = true;
+  for (uint32_t i = 0; good && i < b.a.bucket_count; ++i) {
     const PaBucket& bucket = buckets[i];
     // Forced inline: an argument passed by address, as `b` would be, lies in memory on a GPU.
     with_dtype(bucket.dtype, [&](auto element) __attribute__((always_inline)) {
       using T = decltype(element);
       if constexpr (sizeof(T) == 2) {
-        if (bucket.wire_f32 && a.world > 2)
-          return void(good = Ring<T, true>(b, bucket, i).template run<kKernel>());
+        if (bucket.wire_f32 && b.a.world > 2)
+          return void(good = f(Ring<T, true>(b, bucket, i)));
       }
-      good = Ring<T, false>(b, bucket, i).template run<kKernel>();
+      good = f(Ring<T, false>(b, bucket, i));
     });
   }
-  if (good && ex.leader()) b.me->outcome = PA_COMMITTED; // after PA_RING_REDUCE: ready to vote
+  return good;
+}
+
+// One block's share of the ring without a commit.
+PA_FN void run_ring(const Exec& ex, const PaArgs& a) {
+  if (has_failed(ex, a)) return;
+  Block b(ex, a, true);
+  const bool good = publish_record(b, true) && entry_barrier(b, true) &&
+                    each_bucket(b, [](auto ring) { return ring.run_both(); });
+  if (good && ex.leader()) b.me->status.outcome = PA_COMMITTED;
+  b.save();
+}
+
+// One block's share of one launch of the ring with a commit.
+PA_FN void run_ring_commit(const Exec& ex, const PaArgs& a) {
+  const uint32_t n = a.world, from = a.from_segment, to = a.to_segment;
+  if (from == 0 ? has_failed(ex, a) : at<PaChannel>(a.channel)[ex.block()].segment != from) return;
+  Block b(ex, a, from == 0);
+  if (from == 0 && ex.leader()) b.me->bad = 0;
+  const auto runs = [&](uint32_t segment) { return from <= segment && segment < to; };
+  const bool good =
+      (!runs(0) || publish_record(b, false)) && (!runs(1) || entry_barrier(b, false)) &&
+      (from > n || each_bucket(b, [](auto ring) { return ring.run_reduce(); })) &&
+      (!runs(n) || cast_vote(b)) && (!runs(n + 1) || commit_vote(b)) &&
+      (to <= n + 1 || each_bucket(b, [](auto ring) { return ring.run_gather(); }));
+  if (ex.leader()) {
+    const bool ends = to == PA_SEGMENTS(n);
+    if (good && ends) b.me->status.outcome = PA_COMMITTED;
+    b.me->segment = good && !ends ? to : PA_NO_SEGMENT;
+  }
   b.save();
 }
 } // namespace PA_ISA

@@ -25,7 +25,6 @@ PA_NOINLINE void begin_watch(WaitCtx ctx) {
 PA_NOINLINE uint32_t find_straggler(WaitCtx ctx, uint32_t peer) {
   PaControl* control = ctx.control();
   const uint32_t n = ctx.a->world, self = ctx.a->rank;
-  const bool reports_completed = (ctx.a->flags & PA_FLAG_COMPLETED) != 0;
   const auto alive = [&](uint32_t shown, uint32_t r) {
     return uint16_t(shown >> 8) != ctx.me->heartbeat[r];
   };
@@ -39,8 +38,7 @@ PA_NOINLINE uint32_t find_straggler(WaitCtx ctx, uint32_t peer) {
   }
   // A cycle. Some block of its ranks waits for the straggler, which is outside of it.
   for (uint32_t r = 0; r < n; ++r) {
-    const bool completed =
-        reports_completed && reached(load_relaxed(&control->board[r].completed), ctx.epoch);
+    const bool completed = reached(load_relaxed(&ctx.host()->completed[r]), ctx.epoch);
     if (r != self && !completed && !alive(load_relaxed(&control->board[r].waiting_on), r)) return r;
   }
   return peer;

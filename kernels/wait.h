@@ -8,24 +8,23 @@ namespace PA_ISA {
 // True if `rank` departed before completing this epoch. Departure after completion is legal.
 // Relaxed: `completed` was last written before `departed`, which is acquired first.
 PA_FN bool is_lost(WaitCtx ctx, uint32_t rank) {
-  const PaBoard& board = ctx.control()->board[rank];
-  return load_acquire(&board.departed) != 0 && !reached(load_relaxed(&board.completed), ctx.epoch);
+  return has_departed(ctx, rank) &&
+         !reached(load_relaxed(&ctx.host()->completed[rank]), ctx.epoch);
 }
 
 // Reason to stop waiting for `peer`, or 0. `all`: looks at all ranks, since `peer` may be stuck
 // behind a stopped rank while a third one has died.
 PA_FN uint32_t poll_interrupt(WaitCtx ctx, uint32_t peer, bool all) {
   PaControl* control = ctx.control();
-  const uint32_t poisoned = poison_cause(control);
+  const uint32_t poisoned = poison_cause(ctx);
   if (poisoned != 0) return poisoned;
   if (!ctx.committed) {
     const uint64_t decision = load_acquire(&control->decision);
     if (epoch_of(decision) == ctx.epoch && kind_of(code_of(decision)) != PA_COMMITTED)
       return code_of(decision);
   }
-  if (load_acquire(&control->board[peer].departed) != 0)
-    return code_of(uint32_t(PA_DEPARTED), peer);
-  if (all && (ctx.a->flags & PA_FLAG_COMPLETED))
+  if (has_departed(ctx, peer)) return code_of(uint32_t(PA_DEPARTED), peer);
+  if (all)
     for (uint32_t r = 0; r < ctx.a->world; ++r)
       if (r != ctx.a->rank && is_lost(ctx, r)) return code_of(uint32_t(PA_DEPARTED), r);
   return 0;
@@ -45,22 +44,23 @@ PA_FN uint32_t first_without(const PaControl* control, uint32_t world, uint32_t 
 // Writes the status record.
 PA_FN void write_status(WaitCtx ctx, uint32_t code, uint32_t phase) {
   const uint32_t kind = kind_of(code), rank = rank_of(code), parity = ctx.epoch & 1;
-  ctx.me->outcome = kind;
-  ctx.me->peer = rank;
-  ctx.me->phase = phase;
+  PaStatus& status = ctx.me->status;
+  status.outcome = kind;
+  status.peer = rank;
+  status.phase = phase;
   // No other kind is about a record: a rank that others gave up on may be writing its own now.
   const bool about_record = kind == PA_LAYOUT || kind == PA_NON_FINITE ||
                             kind == PA_BAD_WEIGHT || kind == PA_SCHEDULE;
   const PaRecord& record = ctx.control()->board[rank].record[parity];
-  ctx.me->detail = about_record ? record.detail : 0;
-  ctx.me->found = about_record ? record.found : 0;
-  if (kind == PA_BAD_WEIGHT) memcpy(&ctx.me->found, &record.weight, sizeof record.weight);
+  status.detail = about_record ? record.detail : 0;
+  status.found = about_record ? record.found : 0;
+  if (kind == PA_BAD_WEIGHT) memcpy(&status.found, &record.weight, sizeof record.weight);
   if (kind == PA_UNNEEDED)
     for (uint32_t r = 0; r < ctx.a->world; ++r)
-      ctx.me->detail += flags_of(ctx.control()->board[r].record[parity]) & PA_FLAG_DONE ? 1 : 0;
+      status.detail += flags_of(ctx.control()->board[r].record[parity]) & PA_FLAG_DONE ? 1 : 0;
   if (kind == PA_SCHEDULE) {
     const uint32_t first = first_without(ctx.control(), ctx.a->world, parity, PA_FLAG_DONE);
-    ctx.me->detail = ctx.control()->board[first].record[parity].found;
+    status.detail = ctx.control()->board[first].record[parity].found;
   }
 }
 
@@ -120,7 +120,7 @@ PA_NOINLINE bool wait_slow(Exec ex, WaitCtx ctx, uint32_t* word, uint32_t* sleep
     }
     ex.pause(spins, ctx.a->spins, word, seen, sleepers);
   }
-  ctx.me->waited_ns += ex.now_ns() - start;
+  ctx.me->status.waited_ns += ex.now_ns() - start;
   const bool ended = failure != 0 && resolve_failure(ex, ctx, failure, phase);
   if (!ended) store_relaxed(waiting_on, 0); // stays after a failure, for find_straggler()
   return !ended;

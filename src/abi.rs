@@ -4,6 +4,7 @@ pub const PA_MAX_WORLD: u32 = 16;
 pub const PA_LINE_WORDS: u32 = 32;
 pub const PA_PACK_BYTES: u32 = 16;
 pub const PA_ALIGN_PACKS: u32 = 8;
+pub const PA_NO_SEGMENT: u32 = 4294967295;
 pub const PA_F32: PaDtype = 0;
 pub const PA_F64: PaDtype = 1;
 pub const PA_F16: PaDtype = 2;
@@ -11,9 +12,8 @@ pub const PA_BF16: PaDtype = 3;
 pub type PaDtype = ::std::os::raw::c_uint;
 pub const PA_DIRECT: PaKernel = 0;
 pub const PA_RING: PaKernel = 1;
-pub const PA_RING_REDUCE: PaKernel = 2;
-pub const PA_RING_GATHER: PaKernel = 3;
-pub const PA_SCAN: PaKernel = 4;
+pub const PA_RING_COMMIT: PaKernel = 2;
+pub const PA_SCAN: PaKernel = 3;
 pub type PaKernel = ::std::os::raw::c_uint;
 pub const PA_OPEN: PaKind = 0;
 pub const PA_COMMITTED: PaKind = 1;
@@ -40,7 +40,6 @@ pub const PA_FLAG_UNNEEDED: PaFlag = 4;
 pub const PA_FLAG_LAYOUT: PaFlag = 8;
 pub const PA_FLAG_NON_FINITE: PaFlag = 16;
 pub const PA_FLAG_JOINER: PaFlag = 32;
-pub const PA_FLAG_COMPLETED: PaFlag = 64;
 pub const PA_FLAG_KEEP: PaFlag = 128;
 pub const PA_FLAG_DONE: PaFlag = 256;
 pub const PA_FLAG_OF_SCHEDULE: PaFlag = 512;
@@ -154,11 +153,10 @@ pub struct PaBoard {
     pub arrived: u32,
     pub vote: u32,
     pub exited: u32,
-    pub departed: u32,
     pub waiting_on: u32,
     pub sleepers: u32,
     pub deciding: u32,
-    pub completed: u32,
+    pub reserved: [u32; 2usize],
     pub record: [PaRecord; 2usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -173,20 +171,17 @@ const _: () = {
         "Offset of field: PaBoard::exited",
     ][::std::mem::offset_of!(PaBoard, exited) - 8usize];
     [
-        "Offset of field: PaBoard::departed",
-    ][::std::mem::offset_of!(PaBoard, departed) - 12usize];
-    [
         "Offset of field: PaBoard::waiting_on",
-    ][::std::mem::offset_of!(PaBoard, waiting_on) - 16usize];
+    ][::std::mem::offset_of!(PaBoard, waiting_on) - 12usize];
     [
         "Offset of field: PaBoard::sleepers",
-    ][::std::mem::offset_of!(PaBoard, sleepers) - 20usize];
+    ][::std::mem::offset_of!(PaBoard, sleepers) - 16usize];
     [
         "Offset of field: PaBoard::deciding",
-    ][::std::mem::offset_of!(PaBoard, deciding) - 24usize];
+    ][::std::mem::offset_of!(PaBoard, deciding) - 20usize];
     [
-        "Offset of field: PaBoard::completed",
-    ][::std::mem::offset_of!(PaBoard, completed) - 28usize];
+        "Offset of field: PaBoard::reserved",
+    ][::std::mem::offset_of!(PaBoard, reserved) - 24usize];
     [
         "Offset of field: PaBoard::record",
     ][::std::mem::offset_of!(PaBoard, record) - 32usize];
@@ -196,9 +191,8 @@ const _: () = {
 pub struct PaControl {
     pub decision: u64,
     pub reserved0: [u64; 15usize],
-    pub abort: u32,
     pub failed: u32,
-    pub reserved1: [u32; 30usize],
+    pub reserved1: [u32; 31usize],
     pub board: [PaBoard; 16usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -212,115 +206,168 @@ const _: () = {
         "Offset of field: PaControl::reserved0",
     ][::std::mem::offset_of!(PaControl, reserved0) - 8usize];
     [
-        "Offset of field: PaControl::abort",
-    ][::std::mem::offset_of!(PaControl, abort) - 128usize];
-    [
         "Offset of field: PaControl::failed",
-    ][::std::mem::offset_of!(PaControl, failed) - 132usize];
+    ][::std::mem::offset_of!(PaControl, failed) - 128usize];
     [
         "Offset of field: PaControl::reserved1",
-    ][::std::mem::offset_of!(PaControl, reserved1) - 136usize];
+    ][::std::mem::offset_of!(PaControl, reserved1) - 132usize];
     [
         "Offset of field: PaControl::board",
     ][::std::mem::offset_of!(PaControl, board) - 256usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
-pub struct PaChannel {
-    pub recv_seq: u32,
-    pub send_seq: u32,
+pub struct PaHost {
+    pub abort: u32,
+    pub departed: u32,
+    pub reserved: [u32; 30usize],
+    pub completed: [u32; 16usize],
+    pub called: [u32; 16usize],
+    pub arrived: [u32; 16usize],
+    pub reserved1: [u32; 16usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PaHost"][::std::mem::size_of::<PaHost>() - 384usize];
+    ["Alignment of PaHost"][::std::mem::align_of::<PaHost>() - 4usize];
+    ["Offset of field: PaHost::abort"][::std::mem::offset_of!(PaHost, abort) - 0usize];
+    [
+        "Offset of field: PaHost::departed",
+    ][::std::mem::offset_of!(PaHost, departed) - 4usize];
+    [
+        "Offset of field: PaHost::reserved",
+    ][::std::mem::offset_of!(PaHost, reserved) - 8usize];
+    [
+        "Offset of field: PaHost::completed",
+    ][::std::mem::offset_of!(PaHost, completed) - 128usize];
+    [
+        "Offset of field: PaHost::called",
+    ][::std::mem::offset_of!(PaHost, called) - 192usize];
+    [
+        "Offset of field: PaHost::arrived",
+    ][::std::mem::offset_of!(PaHost, arrived) - 256usize];
+    [
+        "Offset of field: PaHost::reserved1",
+    ][::std::mem::offset_of!(PaHost, reserved1) - 320usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PaStatus {
     pub epoch: u32,
     pub outcome: u32,
     pub peer: u32,
     pub phase: u32,
     pub step: u32,
     pub committed: u32,
-    pub bad: u64,
     pub detail: u64,
     pub found: u64,
     pub waited_ns: u64,
+    pub joiner: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PaStatus"][::std::mem::size_of::<PaStatus>() - 56usize];
+    ["Alignment of PaStatus"][::std::mem::align_of::<PaStatus>() - 8usize];
+    [
+        "Offset of field: PaStatus::epoch",
+    ][::std::mem::offset_of!(PaStatus, epoch) - 0usize];
+    [
+        "Offset of field: PaStatus::outcome",
+    ][::std::mem::offset_of!(PaStatus, outcome) - 4usize];
+    ["Offset of field: PaStatus::peer"][::std::mem::offset_of!(PaStatus, peer) - 8usize];
+    [
+        "Offset of field: PaStatus::phase",
+    ][::std::mem::offset_of!(PaStatus, phase) - 12usize];
+    [
+        "Offset of field: PaStatus::step",
+    ][::std::mem::offset_of!(PaStatus, step) - 16usize];
+    [
+        "Offset of field: PaStatus::committed",
+    ][::std::mem::offset_of!(PaStatus, committed) - 20usize];
+    [
+        "Offset of field: PaStatus::detail",
+    ][::std::mem::offset_of!(PaStatus, detail) - 24usize];
+    [
+        "Offset of field: PaStatus::found",
+    ][::std::mem::offset_of!(PaStatus, found) - 32usize];
+    [
+        "Offset of field: PaStatus::waited_ns",
+    ][::std::mem::offset_of!(PaStatus, waited_ns) - 40usize];
+    [
+        "Offset of field: PaStatus::joiner",
+    ][::std::mem::offset_of!(PaStatus, joiner) - 48usize];
+    [
+        "Offset of field: PaStatus::reserved",
+    ][::std::mem::offset_of!(PaStatus, reserved) - 52usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PaChannel {
+    pub status: PaStatus,
+    pub recv_seq: u32,
+    pub send_seq: u32,
+    pub segment: u32,
+    pub remote: u32,
+    pub finished: u32,
+    pub deciding: u32,
+    pub bad: u64,
     pub divisor: f64,
     pub divisor_f32: f64,
-    pub finished: u32,
-    pub remote: u32,
-    pub deciding: u32,
-    pub joiner: u32,
     pub heartbeat: [u16; 16usize],
     pub segments: [u64; 16usize],
     pub scale: [f64; 16usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaChannel"][::std::mem::size_of::<PaChannel>() - 384usize];
+    ["Size of PaChannel"][::std::mem::size_of::<PaChannel>() - 392usize];
     ["Alignment of PaChannel"][::std::mem::align_of::<PaChannel>() - 8usize];
     [
+        "Offset of field: PaChannel::status",
+    ][::std::mem::offset_of!(PaChannel, status) - 0usize];
+    [
         "Offset of field: PaChannel::recv_seq",
-    ][::std::mem::offset_of!(PaChannel, recv_seq) - 0usize];
+    ][::std::mem::offset_of!(PaChannel, recv_seq) - 56usize];
     [
         "Offset of field: PaChannel::send_seq",
-    ][::std::mem::offset_of!(PaChannel, send_seq) - 4usize];
+    ][::std::mem::offset_of!(PaChannel, send_seq) - 60usize];
     [
-        "Offset of field: PaChannel::epoch",
-    ][::std::mem::offset_of!(PaChannel, epoch) - 8usize];
-    [
-        "Offset of field: PaChannel::outcome",
-    ][::std::mem::offset_of!(PaChannel, outcome) - 12usize];
-    [
-        "Offset of field: PaChannel::peer",
-    ][::std::mem::offset_of!(PaChannel, peer) - 16usize];
-    [
-        "Offset of field: PaChannel::phase",
-    ][::std::mem::offset_of!(PaChannel, phase) - 20usize];
-    [
-        "Offset of field: PaChannel::step",
-    ][::std::mem::offset_of!(PaChannel, step) - 24usize];
-    [
-        "Offset of field: PaChannel::committed",
-    ][::std::mem::offset_of!(PaChannel, committed) - 28usize];
-    [
-        "Offset of field: PaChannel::bad",
-    ][::std::mem::offset_of!(PaChannel, bad) - 32usize];
-    [
-        "Offset of field: PaChannel::detail",
-    ][::std::mem::offset_of!(PaChannel, detail) - 40usize];
-    [
-        "Offset of field: PaChannel::found",
-    ][::std::mem::offset_of!(PaChannel, found) - 48usize];
-    [
-        "Offset of field: PaChannel::waited_ns",
-    ][::std::mem::offset_of!(PaChannel, waited_ns) - 56usize];
-    [
-        "Offset of field: PaChannel::divisor",
-    ][::std::mem::offset_of!(PaChannel, divisor) - 64usize];
-    [
-        "Offset of field: PaChannel::divisor_f32",
-    ][::std::mem::offset_of!(PaChannel, divisor_f32) - 72usize];
-    [
-        "Offset of field: PaChannel::finished",
-    ][::std::mem::offset_of!(PaChannel, finished) - 80usize];
+        "Offset of field: PaChannel::segment",
+    ][::std::mem::offset_of!(PaChannel, segment) - 64usize];
     [
         "Offset of field: PaChannel::remote",
-    ][::std::mem::offset_of!(PaChannel, remote) - 84usize];
+    ][::std::mem::offset_of!(PaChannel, remote) - 68usize];
+    [
+        "Offset of field: PaChannel::finished",
+    ][::std::mem::offset_of!(PaChannel, finished) - 72usize];
     [
         "Offset of field: PaChannel::deciding",
-    ][::std::mem::offset_of!(PaChannel, deciding) - 88usize];
+    ][::std::mem::offset_of!(PaChannel, deciding) - 76usize];
     [
-        "Offset of field: PaChannel::joiner",
-    ][::std::mem::offset_of!(PaChannel, joiner) - 92usize];
+        "Offset of field: PaChannel::bad",
+    ][::std::mem::offset_of!(PaChannel, bad) - 80usize];
+    [
+        "Offset of field: PaChannel::divisor",
+    ][::std::mem::offset_of!(PaChannel, divisor) - 88usize];
+    [
+        "Offset of field: PaChannel::divisor_f32",
+    ][::std::mem::offset_of!(PaChannel, divisor_f32) - 96usize];
     [
         "Offset of field: PaChannel::heartbeat",
-    ][::std::mem::offset_of!(PaChannel, heartbeat) - 96usize];
+    ][::std::mem::offset_of!(PaChannel, heartbeat) - 104usize];
     [
         "Offset of field: PaChannel::segments",
-    ][::std::mem::offset_of!(PaChannel, segments) - 128usize];
+    ][::std::mem::offset_of!(PaChannel, segments) - 136usize];
     [
         "Offset of field: PaChannel::scale",
-    ][::std::mem::offset_of!(PaChannel, scale) - 256usize];
+    ][::std::mem::offset_of!(PaChannel, scale) - 264usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct PaArgs {
     pub control: u64,
+    pub host: u64,
+    pub status: u64,
     pub channel: u64,
     pub buckets: u64,
     pub inbox: u64,
@@ -345,74 +392,183 @@ pub struct PaArgs {
     pub spins: u32,
     pub remote_ns: u32,
     pub delay_ns: u32,
+    pub from_segment: u32,
+    pub to_segment: u32,
     pub reserved: u32,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaArgs"][::std::mem::size_of::<PaArgs>() - 160usize];
+    ["Size of PaArgs"][::std::mem::size_of::<PaArgs>() - 184usize];
     ["Alignment of PaArgs"][::std::mem::align_of::<PaArgs>() - 8usize];
     [
         "Offset of field: PaArgs::control",
     ][::std::mem::offset_of!(PaArgs, control) - 0usize];
+    ["Offset of field: PaArgs::host"][::std::mem::offset_of!(PaArgs, host) - 8usize];
+    [
+        "Offset of field: PaArgs::status",
+    ][::std::mem::offset_of!(PaArgs, status) - 16usize];
     [
         "Offset of field: PaArgs::channel",
-    ][::std::mem::offset_of!(PaArgs, channel) - 8usize];
+    ][::std::mem::offset_of!(PaArgs, channel) - 24usize];
     [
         "Offset of field: PaArgs::buckets",
-    ][::std::mem::offset_of!(PaArgs, buckets) - 16usize];
-    ["Offset of field: PaArgs::inbox"][::std::mem::offset_of!(PaArgs, inbox) - 24usize];
+    ][::std::mem::offset_of!(PaArgs, buckets) - 32usize];
+    ["Offset of field: PaArgs::inbox"][::std::mem::offset_of!(PaArgs, inbox) - 40usize];
     [
         "Offset of field: PaArgs::outbox",
-    ][::std::mem::offset_of!(PaArgs, outbox) - 32usize];
+    ][::std::mem::offset_of!(PaArgs, outbox) - 48usize];
     [
         "Offset of field: PaArgs::filled_in",
-    ][::std::mem::offset_of!(PaArgs, filled_in) - 40usize];
+    ][::std::mem::offset_of!(PaArgs, filled_in) - 56usize];
     [
         "Offset of field: PaArgs::filled_out",
-    ][::std::mem::offset_of!(PaArgs, filled_out) - 48usize];
+    ][::std::mem::offset_of!(PaArgs, filled_out) - 64usize];
     [
         "Offset of field: PaArgs::drained_in",
-    ][::std::mem::offset_of!(PaArgs, drained_in) - 56usize];
+    ][::std::mem::offset_of!(PaArgs, drained_in) - 72usize];
     [
         "Offset of field: PaArgs::drained_out",
-    ][::std::mem::offset_of!(PaArgs, drained_out) - 64usize];
+    ][::std::mem::offset_of!(PaArgs, drained_out) - 80usize];
     [
         "Offset of field: PaArgs::timeout_ns",
-    ][::std::mem::offset_of!(PaArgs, timeout_ns) - 72usize];
+    ][::std::mem::offset_of!(PaArgs, timeout_ns) - 88usize];
     [
         "Offset of field: PaArgs::schedule",
-    ][::std::mem::offset_of!(PaArgs, schedule) - 80usize];
+    ][::std::mem::offset_of!(PaArgs, schedule) - 96usize];
     [
         "Offset of field: PaArgs::weight",
-    ][::std::mem::offset_of!(PaArgs, weight) - 88usize];
+    ][::std::mem::offset_of!(PaArgs, weight) - 104usize];
     [
         "Offset of field: PaArgs::detail",
-    ][::std::mem::offset_of!(PaArgs, detail) - 96usize];
-    ["Offset of field: PaArgs::found"][::std::mem::offset_of!(PaArgs, found) - 104usize];
-    ["Offset of field: PaArgs::rank"][::std::mem::offset_of!(PaArgs, rank) - 112usize];
-    ["Offset of field: PaArgs::world"][::std::mem::offset_of!(PaArgs, world) - 116usize];
+    ][::std::mem::offset_of!(PaArgs, detail) - 112usize];
+    ["Offset of field: PaArgs::found"][::std::mem::offset_of!(PaArgs, found) - 120usize];
+    ["Offset of field: PaArgs::rank"][::std::mem::offset_of!(PaArgs, rank) - 128usize];
+    ["Offset of field: PaArgs::world"][::std::mem::offset_of!(PaArgs, world) - 132usize];
     [
         "Offset of field: PaArgs::channels",
-    ][::std::mem::offset_of!(PaArgs, channels) - 120usize];
-    ["Offset of field: PaArgs::slots"][::std::mem::offset_of!(PaArgs, slots) - 124usize];
+    ][::std::mem::offset_of!(PaArgs, channels) - 136usize];
+    ["Offset of field: PaArgs::slots"][::std::mem::offset_of!(PaArgs, slots) - 140usize];
     [
         "Offset of field: PaArgs::slot_packs",
-    ][::std::mem::offset_of!(PaArgs, slot_packs) - 128usize];
+    ][::std::mem::offset_of!(PaArgs, slot_packs) - 144usize];
     [
         "Offset of field: PaArgs::bucket_count",
-    ][::std::mem::offset_of!(PaArgs, bucket_count) - 132usize];
-    ["Offset of field: PaArgs::flags"][::std::mem::offset_of!(PaArgs, flags) - 136usize];
+    ][::std::mem::offset_of!(PaArgs, bucket_count) - 148usize];
+    ["Offset of field: PaArgs::flags"][::std::mem::offset_of!(PaArgs, flags) - 152usize];
     [
         "Offset of field: PaArgs::fault_step",
-    ][::std::mem::offset_of!(PaArgs, fault_step) - 140usize];
-    ["Offset of field: PaArgs::spins"][::std::mem::offset_of!(PaArgs, spins) - 144usize];
+    ][::std::mem::offset_of!(PaArgs, fault_step) - 156usize];
+    ["Offset of field: PaArgs::spins"][::std::mem::offset_of!(PaArgs, spins) - 160usize];
     [
         "Offset of field: PaArgs::remote_ns",
-    ][::std::mem::offset_of!(PaArgs, remote_ns) - 148usize];
+    ][::std::mem::offset_of!(PaArgs, remote_ns) - 164usize];
     [
         "Offset of field: PaArgs::delay_ns",
-    ][::std::mem::offset_of!(PaArgs, delay_ns) - 152usize];
+    ][::std::mem::offset_of!(PaArgs, delay_ns) - 168usize];
+    [
+        "Offset of field: PaArgs::from_segment",
+    ][::std::mem::offset_of!(PaArgs, from_segment) - 172usize];
+    [
+        "Offset of field: PaArgs::to_segment",
+    ][::std::mem::offset_of!(PaArgs, to_segment) - 176usize];
     [
         "Offset of field: PaArgs::reserved",
-    ][::std::mem::offset_of!(PaArgs, reserved) - 156usize];
+    ][::std::mem::offset_of!(PaArgs, reserved) - 180usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PaLaunch {
+    pub args: [PaArgs; 16usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PaLaunch"][::std::mem::size_of::<PaLaunch>() - 2944usize];
+    ["Alignment of PaLaunch"][::std::mem::align_of::<PaLaunch>() - 8usize];
+    ["Offset of field: PaLaunch::args"][::std::mem::offset_of!(PaLaunch, args) - 0usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PaProbeSide {
+    pub out: u64,
+    pub in_: u64,
+    pub filled_out: u64,
+    pub filled_in: u64,
+    pub drained_out: u64,
+    pub drained_in: u64,
+    pub result: u64,
+    pub limit_ns: u64,
+    pub packs: u32,
+    pub slots: u32,
+    pub rounds: u32,
+    pub seed_out: u32,
+    pub seed_in: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PaProbeSide"][::std::mem::size_of::<PaProbeSide>() - 88usize];
+    ["Alignment of PaProbeSide"][::std::mem::align_of::<PaProbeSide>() - 8usize];
+    [
+        "Offset of field: PaProbeSide::out",
+    ][::std::mem::offset_of!(PaProbeSide, out) - 0usize];
+    [
+        "Offset of field: PaProbeSide::in_",
+    ][::std::mem::offset_of!(PaProbeSide, in_) - 8usize];
+    [
+        "Offset of field: PaProbeSide::filled_out",
+    ][::std::mem::offset_of!(PaProbeSide, filled_out) - 16usize];
+    [
+        "Offset of field: PaProbeSide::filled_in",
+    ][::std::mem::offset_of!(PaProbeSide, filled_in) - 24usize];
+    [
+        "Offset of field: PaProbeSide::drained_out",
+    ][::std::mem::offset_of!(PaProbeSide, drained_out) - 32usize];
+    [
+        "Offset of field: PaProbeSide::drained_in",
+    ][::std::mem::offset_of!(PaProbeSide, drained_in) - 40usize];
+    [
+        "Offset of field: PaProbeSide::result",
+    ][::std::mem::offset_of!(PaProbeSide, result) - 48usize];
+    [
+        "Offset of field: PaProbeSide::limit_ns",
+    ][::std::mem::offset_of!(PaProbeSide, limit_ns) - 56usize];
+    [
+        "Offset of field: PaProbeSide::packs",
+    ][::std::mem::offset_of!(PaProbeSide, packs) - 64usize];
+    [
+        "Offset of field: PaProbeSide::slots",
+    ][::std::mem::offset_of!(PaProbeSide, slots) - 68usize];
+    [
+        "Offset of field: PaProbeSide::rounds",
+    ][::std::mem::offset_of!(PaProbeSide, rounds) - 72usize];
+    [
+        "Offset of field: PaProbeSide::seed_out",
+    ][::std::mem::offset_of!(PaProbeSide, seed_out) - 76usize];
+    [
+        "Offset of field: PaProbeSide::seed_in",
+    ][::std::mem::offset_of!(PaProbeSide, seed_in) - 80usize];
+    [
+        "Offset of field: PaProbeSide::reserved",
+    ][::std::mem::offset_of!(PaProbeSide, reserved) - 84usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PaProbeResult {
+    pub wrong: u32,
+    pub late: u32,
+    pub ns: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PaProbeResult"][::std::mem::size_of::<PaProbeResult>() - 16usize];
+    ["Alignment of PaProbeResult"][::std::mem::align_of::<PaProbeResult>() - 8usize];
+    [
+        "Offset of field: PaProbeResult::wrong",
+    ][::std::mem::offset_of!(PaProbeResult, wrong) - 0usize];
+    [
+        "Offset of field: PaProbeResult::late",
+    ][::std::mem::offset_of!(PaProbeResult, late) - 4usize];
+    [
+        "Offset of field: PaProbeResult::ns",
+    ][::std::mem::offset_of!(PaProbeResult, ns) - 8usize];
 };

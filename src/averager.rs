@@ -42,6 +42,7 @@ pub use report::Report;
 pub use start::Start;
 
 use crate::abi::*;
+use crate::plan::Launch;
 use crate::schedule::place;
 use crate::world::{AbortHandle, Agreement, Communicator};
 use crate::{Error, Result, Schedule};
@@ -94,7 +95,7 @@ pub struct ParamAverager {
     communicator: Communicator,
     agreement: Arc<Agreement>,
     algorithm: Algorithm,
-    kernels: &'static [u32],
+    launches: Vec<Launch>,
     /// Data packs of a slot of the ring.
     chunk: u32,
     table: Table,
@@ -297,17 +298,6 @@ impl fmt::Debug for ParamAverager {
             .field("bytes", &self.table.bytes)
             .field("engine", &self.own.engine)
             .finish_non_exhaustive()
-    }
-}
-
-/// The launches of one average.
-fn kernels(algorithm: Algorithm, all_or_nothing: bool, reject_non_finite: bool) -> &'static [u32] {
-    match (algorithm, all_or_nothing, reject_non_finite) {
-        (Algorithm::Ring, true, _) => &[PA_RING_REDUCE, PA_RING_GATHER],
-        (Algorithm::Ring, false, true) => &[PA_SCAN, PA_RING],
-        (Algorithm::Ring, false, false) => &[PA_RING],
-        (_, _, true) => &[PA_SCAN, PA_DIRECT],
-        (_, _, false) => &[PA_DIRECT],
     }
 }
 

@@ -148,12 +148,14 @@ mod averager;
 mod backend;
 mod bucket;
 mod deadline;
+mod device;
 mod error;
 pub mod guide;
 mod hash;
 mod local_sgd;
 mod notice;
 mod parameters;
+mod plan;
 mod schedule;
 mod sync;
 mod tensor;
@@ -168,13 +170,14 @@ pub use averager::{
 #[cfg(feature = "cuda")]
 pub use backend::cuda::{CudaDevice, Topology};
 #[cfg(feature = "cuda")]
-pub use backend::proximity::{Connection, PeerAccess};
+pub use backend::proximity::{Connection, PeerAccess, PeerRates};
+pub use device::Device;
 pub use error::{DeviceError, Error, ErrorKind, Phase, Result, TensorState};
 pub use local_sgd::{Action, LocalSgd};
 pub use parameters::Parameters;
 pub use schedule::Schedule;
 pub use tensor::{Dtype, Element, TensorMut};
-pub use world::{AbortHandle, Communicator, Device};
+pub use world::{AbortHandle, Communicator};
 #[cfg(processes)]
 #[cfg_attr(docsrs, doc(cfg(all(target_os = "linux", feature = "processes"))))]
 pub use world::{CommunicatorBuilder, WorldId};
@@ -183,11 +186,6 @@ pub use world::{CommunicatorBuilder, WorldId};
 #[cfg(all(doctest, target_os = "linux", feature = "processes"))]
 #[doc = include_str!("../README.md")]
 mod readme {}
-
-/// For `fuzz/` in the repository.
-#[cfg(all(fuzzing, processes))]
-#[doc(hidden)]
-pub use world::fuzz as __fuzz;
 
 /// Kernels that this build of the crate runs on this machine: for a line in a log or a bug report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -215,6 +213,8 @@ impl BuildInfo {
 pub mod __testing {
     pub use crate::averager::Testing;
     pub use crate::notice::testing::set_patience;
+    #[cfg(processes)]
+    pub use crate::world::testing as rendezvous;
 
     /// The structures that the kernels share with Rust.
     pub mod abi {

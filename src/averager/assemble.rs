@@ -8,11 +8,10 @@ use super::memory::{check_room, RankMemory, Sizes, LINE_BYTES};
 use super::rebuild::Blueprint;
 use super::table::{Layout, Table};
 use super::watch::Watch;
-use super::{
-    defaults, flag, kernels, spins, start, Algorithm, Builder, Call, Lend, ParamAverager, Start,
-};
+use super::{defaults, flag, spins, start, Algorithm, Builder, Call, Lend, ParamAverager, Start};
 use crate::abi::*;
 use crate::backend::{Memory, MemorySpace};
+use crate::plan::Plan;
 use crate::world::{Admission, Handshake};
 use crate::{Error, Result};
 
@@ -119,7 +118,8 @@ impl ParamAverager {
 
         let mut averager = ParamAverager {
             args: bytemuck::Zeroable::zeroed(),
-            kernels: kernels(algorithm, options.all_or_nothing, options.rejects_non_finite()),
+            launches: Plan::new(ring, options.commits_late(), options.rejects_non_finite())
+                .launches(world as u32, options.is_sequenced()),
             chunk: sizes.chunk,
             timeout: options.timeout,
             options: Builder { ordinal: agreement.ordinal.clone(), ..options.clone() },
@@ -152,8 +152,14 @@ impl ParamAverager {
         let (own_inbox, own_credits) = (address(&own.inbox), address(&own.credits));
         let next = address(&handshake(position + 1).inbox);
         let slots = u64::from(channels) * LINE_BYTES as u64; // behind the counters
+        let longest_wait = match options.communicator.space() {
+            MemorySpace::Host => options.timeout,
+            MemorySpace::Cuda(_) => options.timeout.min(options.device_timeout),
+        };
         PaArgs {
             control: self.agreement.control.address(),
+            host: self.agreement.control.host_address(),
+            status: self.own.engine.status(),
             channel: self.own.engine.channels(),
             inbox: own_inbox + slots,
             outbox: next + slots,
@@ -161,18 +167,17 @@ impl ParamAverager {
             filled_out: next,
             drained_in: own_credits,
             drained_out: address(&handshake(position + world - 1).credits),
-            timeout_ns: u64::try_from(options.timeout.as_nanos()).unwrap_or(u64::MAX),
+            timeout_ns: u64::try_from(longest_wait.as_nanos()).unwrap_or(u64::MAX),
             rank: position as u32,
             world: world as u32,
             channels,
-            slots: options.slots,
+            slots: sizes.slots,
             slot_packs: sizes.slot_packs,
             bucket_count: self.table.raw.len() as u32,
             spins: spins(world * channels as usize),
             remote_ns: options.testing.remote_ns.unwrap_or(defaults::REMOTE_NS),
             delay_ns: options.testing.delay_ns,
-            flags: flag(PA_FLAG_REJECT_NON_FINITE, options.rejects_non_finite())
-                | flag(PA_FLAG_COMPLETED, self.agreement.control.reports_completed()),
+            flags: flag(PA_FLAG_REJECT_NON_FINITE, options.rejects_non_finite()),
             ..bytemuck::Zeroable::zeroed()
         }
     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::defaults::{self, Cut};
 use super::{Algorithm, Lend, Link, ParamAverager, Start};
-use crate::backend::MemorySpace;
+use crate::backend::{MemorySpace, ProcessWay};
 use crate::world::{Admission, Communicator};
 use crate::{Error, Result};
 
@@ -22,6 +22,7 @@ pub struct Builder {
     pub(super) allow_unnamed: bool,
     pub(super) start: Start,
     pub(super) timeout: Duration,
+    pub(super) device_timeout: Duration,
     pub(super) channels: Option<u32>,
     pub(super) slots: u32,
     pub(super) chunk_bytes: Option<usize>,
@@ -65,6 +66,7 @@ impl Builder {
             allow_unnamed: false,
             start: Start::Rank(0),
             timeout: defaults::TIMEOUT,
+            device_timeout: defaults::DEVICE_TIMEOUT,
             channels: None,
             slots: defaults::SLOTS,
             chunk_bytes: None,
@@ -167,11 +169,23 @@ impl Builder {
         self
     }
 
+    /// Longest wait for a peer within a kernel on a CUDA device. All ranks have come by then, and
+    /// their launches follow one another in microseconds, so that a longer wait tells of a device
+    /// that has failed or does not run the peer's kernel: the average ends with [`Error::Timeout`],
+    /// and so does the world. Default: 1 second, less than the time after which the driver kills
+    /// kernels on a device with a display. [`timeout`](Self::timeout) bounds it, too. Averages of
+    /// CUDA graphs wait for late ranks in their kernels, for as long as `timeout` says, or on a
+    /// device with a display for this time.
+    pub fn device_timeout(mut self, timeout: Duration) -> Self {
+        self.device_timeout = timeout;
+        self
+    }
+
     /// Channels of a rank, 1 to 1,024: threads that each move a part. Default: this machine's cores
-    /// divided by the ranks, 8 at most. On a CUDA device a channel is a block; default: the blocks
-    /// that run at the same time divided by the ranks, or 16 where the ring goes through memory of
-    /// the host. Averagers whose averages overlap in time must fit on the device together, which is
-    /// not checked.
+    /// divided by the ranks, 8 at most. On a CUDA device a channel is a block; default: half of the
+    /// blocks that fit divided by the ranks, or 16 where the ring goes through memory of the host.
+    /// More than that half is refused. Averagers whose averages overlap in time must fit on the
+    /// device together, which is not checked.
     ///
     /// By the ring with three ranks or more, another number of channels gives other bits; see
     /// [`reproducible`](Self::reproducible).
@@ -238,6 +252,9 @@ impl Builder {
                 refuse("slots", self.slots.to_string(), "a power of two from 2 to 1024")
             }
             _ if self.timeout.is_zero() => refuse("timeout", "0".into(), "longer than nothing"),
+            _ if self.device_timeout.is_zero() => {
+                refuse("device_timeout", "0".into(), "longer than nothing")
+            }
             _ if self.algorithm == Algorithm::Direct
                 && !self.communicator.placement().one_memory() =>
             {
@@ -252,7 +269,7 @@ impl Builder {
                 (Some(found), _) => refuse(
                     "channels",
                     found,
-                    "so few that the blocks of all ranks on a device run at the same time",
+                    "so few that the blocks of all ranks on a device leave room for other work",
                 ),
                 (None, Some(refusal)) => Err(refusal),
                 (None, None) => Ok(()),
@@ -275,10 +292,21 @@ impl Builder {
         let channels = self.channel_count();
         (channels * occupancy.ranks > occupancy.blocks).then(|| {
             format!(
-                "{channels}, on each of {} ranks of {}, but only {} blocks fit on it",
+                "{channels}, on each of {} ranks of {}, but only {} blocks, half of what fits on \
+                    it, may wait there",
                 occupancy.ranks, occupancy.device, occupancy.blocks
             )
         })
+    }
+
+    /// True if the hosts make an average step by step, since processes share a device.
+    pub(super) fn is_sequenced(&self) -> bool {
+        self.communicator.placement().process_way() == Some(ProcessWay::Sequenced)
+    }
+
+    /// True if the ring commits after the reduce. Where hosts make the steps it always does.
+    pub(super) fn commits_late(&self) -> bool {
+        self.all_or_nothing || self.is_sequenced()
     }
 
     /// Algorithm that `Auto` stands for.
@@ -326,6 +354,7 @@ impl Builder {
             ("narrow_wire", self.narrow_wire.to_string()),
             ("start_from", format!("{:?}", self.start)),
             ("timeout", format!("{:?}", self.timeout)),
+            ("device_timeout", format!("{:?}", self.device_timeout)),
             ("channels", self.channel_count().to_string()),
             ("slots", self.slots.to_string()),
             (

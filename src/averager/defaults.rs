@@ -26,9 +26,9 @@ pub(super) const CPU: Cut = Cut { channels: 8, chunk_bytes: 256 << 10, slot_budg
 
 /// Tiling for blocks of a device whose mailboxes are in memory of devices.
 ///
-/// * Every block that can run: each adds to the bytes in flight to memory, of which a device needs
-///   as many as possible.
-/// * 32 KiB are 4 packs for each of 512 threads, as many as each has in flight.
+/// * Half of the blocks that fit, which is one for each multiprocessor: each adds to the bytes in
+///   flight to memory, of which 11 KiB a multiprocessor are enough, and a block has 16 KiB.
+/// * 32 KiB are 8 packs for each of 256 threads, which have 4 in flight.
 /// * 16 MiB are 4 slots of that for each of 128 blocks; they stay in the second-level cache of an
 ///   H100 or H200, which has 50 MiB.
 ///
@@ -45,8 +45,8 @@ pub(super) const PEER: Cut = Cut { channels: 1024, chunk_bytes: DEEP, slot_budge
 /// (All reasoned.)
 pub(super) const HOST: Cut = Cut { channels: 16, chunk_bytes: DEEP, slot_budget_bytes: 16 << 20 };
 
-/// Bytes that a block has in flight.
-const DEEP: usize = 4 * 16 * crate::backend::cuda::THREADS as usize;
+/// Twice the bytes that a block has in flight.
+const DEEP: usize = 2 * 4 * 16 * crate::backend::cuda::THREADS as usize;
 
 /// Tiling that is the same on every machine, for `Builder::reproducible`: 4 threads or blocks run
 /// at once nearly everywhere, and 64 KiB fit every budget above. (Reasoned.)
@@ -66,3 +66,7 @@ pub(super) const REMOTE_NS: u32 = 8;
 
 /// Longest wait for a peer: that of torch.distributed with NCCL.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(600);
+
+/// Longest wait for a peer within a kernel. Drivers kill kernels on devices with a display after 2 s
+/// (Windows) to 7 s (Linux); ranks that have come are microseconds apart. (Reasoned.)
+pub(super) const DEVICE_TIMEOUT: Duration = Duration::from_secs(1);

@@ -275,8 +275,6 @@ impl ParamAverager {
             }
             Lent::OnStream(tensors, stream) => {
                 // SAFETY: the promise of `Loan::on_stream`.
-                let waits = waits || unsafe { self.should_wait(call, stream) }?;
-                // SAFETY: as above.
                 unsafe { self.check_stream(stream, waits) }?;
                 let order = if waits { Order::Behind(stream) } else { Order::Within(stream) };
                 // SAFETY: as above.

@@ -5,23 +5,22 @@ use std::time::{Duration, Instant};
 use super::table::Problem;
 use super::{Algorithm, Call, Outcome, ParamAverager, Report};
 use crate::abi::*;
-use crate::backend::Unstarted;
+use crate::backend::{Failure, Unstarted};
 use crate::error::Phase;
 use crate::schedule::place;
-use crate::world::Failure;
 use crate::{Error, Result};
 
 impl ParamAverager {
     /// Status records of the channels. Between launches only.
-    pub(super) fn ended(&self) -> impl Iterator<Item = PaChannel> + '_ {
+    pub(super) fn ended(&self) -> impl Iterator<Item = PaStatus> + '_ {
         self.own.engine.ended().iter().copied()
     }
 
     /// Tells the peers that this rank has completed its last average, if it has: then it may leave,
     /// and they need not give up an average that they are still in.
     pub(super) fn publish_completed(&self) {
-        let is_through = |status: PaChannel| match status.outcome {
-            PA_COMMITTED => status.committed != 0, // else it has only reduced
+        let is_through = |status: PaStatus| match status.outcome {
+            PA_COMMITTED => true,
             verdict => (PA_UNNEEDED..=PA_NO_WEIGHT).contains(&verdict),
         };
         if self.ended().all(is_through) {
@@ -71,7 +70,7 @@ impl ParamAverager {
 
     /// Error of ranks that have different reasons to average. All ranks get here, and tell one
     /// another theirs, since a status record has room for two numbers only.
-    fn calls_differ(&mut self, rank: usize, status: PaChannel) -> Error {
+    fn calls_differ(&mut self, rank: usize, status: PaStatus) -> Error {
         let places = [status.found, status.detail];
         let is_of_schedule = places.into_iter().all(place::is_of_schedule);
         let all = self.all_reasons(status.epoch, self.call.in_words(is_of_schedule));
@@ -155,8 +154,20 @@ impl ParamAverager {
             Unstarted::Refused { found, expected } => {
                 Error::InvalidOption { rank: self.rank(), option: "stream", found, expected }
             }
+            Unstarted::Ended(failure) => self.halted(failure, Phase::Meet, false),
+            Unstarted::Halted(failure) => {
+                let committed = self.ended().any(|status| status.committed != 0);
+                let phase = if committed { Phase::Gather } else { Phase::Reduce };
+                self.halted(failure, phase, committed)
+            }
             Unstarted::Failed(reason) => self.device_failed(reason),
         }
+    }
+
+    fn halted(&mut self, failure: Failure, phase: Phase, committed: bool) -> Error {
+        let error = self.fatal(failure, phase, committed);
+        self.failed = Some(error.clone());
+        error
     }
 
     fn non_finite(&self, rank: usize, bad: u64) -> Error {
@@ -173,11 +184,20 @@ impl ParamAverager {
         Error::NonFinite { rank, tensor, element }
     }
 
+    /// Longest wait in the average that timed out: for a rank that has not come, or, in a kernel on
+    /// a device, for one that has.
+    fn longest_wait(&self) -> Duration {
+        match self.own.engine.longest_wait() {
+            Some(wait) if self.agreement.control.found_by_a_host() != Some(PA_TIMEOUT) => wait,
+            _ => self.timeout,
+        }
+    }
+
     pub(super) fn fatal(&self, failure: Failure, phase: Phase, committed: bool) -> Error {
         let Failure { kind, position } = failure;
         let rank = self.ring_order()[position];
         match kind {
-            PA_TIMEOUT => Error::Timeout { rank, timeout: self.timeout, phase, committed },
+            PA_TIMEOUT => Error::Timeout { rank, timeout: self.longest_wait(), phase, committed },
             PA_ABORTED => Error::Aborted { rank, phase, committed },
             _ => Error::PeerLost { rank, phase, committed },
         }

@@ -119,20 +119,6 @@ impl ParamAverager {
         Ok(())
     }
 
-    /// True if the caller of this average should wait for it although it could be enqueued within
-    /// the work of the stream: a step of `LocalSgd`, with a stream that can wait for a peer's work.
-    ///
-    /// # Safety
-    /// It is a stream of the device's primary context.
-    pub(crate) unsafe fn should_wait(&mut self, call: Call, stream: *mut c_void) -> Result<bool> {
-        if call.course.is_none() || !self.communicator.shares_device() {
-            return Ok(false);
-        }
-        // SAFETY: the caller's promise.
-        let known = unsafe { self.own.engine.is_non_blocking(stream) };
-        known.map(|is| !is).map_err(|reason| self.device_failed(reason))
-    }
-
     /// True if the stream is being captured.
     ///
     /// # Safety

@@ -5,8 +5,9 @@ use std::time::Instant;
 use super::table::Problem;
 use super::{flag, Call, Outcome, ParamAverager};
 use crate::abi::*;
-use crate::backend::{Order, Unstarted};
+use crate::backend::{Gathering, Order, Unstarted, Way};
 use crate::error::Phase;
+use crate::plan::Launch;
 use crate::schedule::place;
 use crate::{Error, Parameters, Result};
 
@@ -106,18 +107,35 @@ impl ParamAverager {
             self.own.engine.set_tables(&self.table.raw, segments());
         }
         // With a problem, no tensor is read: the launch with the entry barrier reports it.
-        let meets = |kernel: u32| kernel != PA_SCAN && kernel != PA_RING_GATHER;
-        let kernels =
-            self.kernels.iter().copied().filter(|&kernel| problem.is_none() || meets(kernel));
-        // Threads run the whole average in this call.
+        let launches = self.launches.iter().filter(|launch| problem.is_none() || launch.meets());
+        let launches: Vec<Launch> = launches.copied().collect();
+        let (agreement, position) = (&self.agreement, self.position());
+        let placement = self.communicator.placement();
+        let peers = Gathering {
+            position,
+            ranks: self.world_size(),
+            world: &*agreement.control,
+            timeout: self.timeout,
+            shares_device: placement.shares_device(),
+            way: match placement.process_way() {
+                Some(way) => Way::Processes(way, agreement.control.clone()),
+                None => Way::Threads { calls: &agreement.calls, launches: &agreement.launches },
+            },
+        };
+        if placement.occupancy().is_some() && !is_captured {
+            agreement.control.call(position);
+        }
+        // Threads run the whole average in this call, and ranks on devices meet in it.
         let _waiting = self.watch.waits(start);
         // SAFETY: the tables describe the tensors of the caller's promise; all other memory is this
         // averager's or kept by `agreement`.
-        match unsafe { self.own.engine.start(&args, kernels, order) } {
+        match unsafe { self.own.engine.start(&args, &launches, order, &peers) } {
             Ok(()) => Ok(()),
             Err(refused @ Unstarted::Refused { .. }) => {
                 Err(refusal.unwrap_or_else(|| self.unstarted(refused)))
             }
+            // Nothing is running. Every rank gets the failure of the world.
+            Err(ended @ (Unstarted::Ended(_) | Unstarted::Halted(_))) => Err(self.unstarted(ended)),
             Err(failed @ Unstarted::Failed(_)) => {
                 // Half an average may have been enqueued. Its kernels wait for peers, and these for
                 // the other half, or for this call to return: so all are told before it returns.

@@ -1,17 +1,55 @@
 //! Engine of one rank's part of an average: CPU threads, or a stream of a device.
 
 use std::ffi::c_void;
+use std::sync::Arc;
+use std::time::Duration;
 
 use super::cpu::{Isa, Workers};
-use super::{cuda, HostBuffer, MemorySpace};
-use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PA_COMMITTED, PA_RING_GATHER};
+use super::{cuda, Arrivals, Failure, HostBuffer, Meeting, MemorySpace, World};
+use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PaStatus};
+use crate::plan::Launch;
 use crate::{DeviceError, Error, Result};
 
 /// Runs the kernels of one rank and keeps its channels' states.
 #[derive(Debug)]
 pub(crate) enum Engine {
-    Cpu { workers: Workers, states: HostBuffer },
+    Cpu { workers: Workers, states: HostBuffer, statuses: HostBuffer },
     Cuda(cuda::Rank),
+}
+
+/// The ranks that meet before an average, on devices. Threads on CPUs meet in the kernels: a block
+/// that waits there keeps nobody else from running.
+pub(crate) struct Gathering<'a> {
+    /// Ring position of this rank.
+    pub(crate) position: usize,
+    /// Number of ranks.
+    pub(crate) ranks: usize,
+    pub(crate) world: &'a dyn World,
+    /// Longest wait for a rank that has not come.
+    pub(crate) timeout: Duration,
+    /// True if any two ranks of the world share a device.
+    pub(crate) shares_device: bool,
+    pub(crate) way: Way<'a>,
+}
+
+/// Way in which ranks on devices meet.
+pub(crate) enum Way<'a> {
+    /// Ranks that are threads of one process: all calls first, then all launches.
+    Threads { calls: &'a Meeting<cuda::Part>, launches: &'a Meeting<cuda::Launched> },
+    /// Ranks that are processes.
+    Processes(ProcessWay, Arc<dyn Arrivals>),
+}
+
+/// Way in which ranks on devices meet if they are processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ProcessWay {
+    /// In their streams, which wait for words in memory.
+    InStreams,
+    /// On their hosts.
+    OnHosts,
+    /// On their hosts, before each segment of an average: kernels of processes that share a device
+    /// take turns, so none may wait for another.
+    Sequenced,
 }
 
 /// Place of an average in the order of a device's work. Threads ignore it.
@@ -31,6 +69,10 @@ pub(crate) enum Unstarted {
     /// A stream capture prevents the call, and nothing has been enqueued. Holds the stream that was
     /// found, and the streams that are accepted.
     Refused { found: String, expected: &'static str },
+    /// The world ended before all ranks had come, and nothing has been enqueued.
+    Ended(Failure),
+    /// The world ended between two launches, and all that was enqueued has ended.
+    Halted(Failure),
     /// The device failed. A part of the average may have been enqueued.
     Failed(String),
 }
@@ -53,26 +95,31 @@ impl<E: Into<String>> From<E> for Unstarted {
 }
 
 impl Engine {
-    /// Creates the engine. `states` are the channels' states before the first average. `isa` is
-    /// used for threads only.
+    /// Creates the engine. `first` are the channels' states before the first average. `isa` is used
+    /// for threads only, and `leads` for devices only: this rank is the first one of its process on
+    /// its device.
     pub(crate) fn new(
         space: &MemorySpace,
-        states: &[PaChannel],
-        buckets: usize,
-        segments: usize,
+        first: &[PaChannel],
+        (buckets, segments): (usize, usize),
         isa: Isa,
+        leads: bool,
         rank: usize,
     ) -> Result<Engine> {
         match space {
             MemorySpace::Host => {
-                let mut buffer = HostBuffer::new(size_of_val(states))
-                    .map_err(|reason| Error::Memory { rank, reason })?;
-                buffer.bytes_mut().copy_from_slice(bytemuck::cast_slice(states));
-                let workers = Workers::new(isa, states.len() as u32, &format!("rank-{rank}"))
+                let no_memory = |reason| Error::Memory { rank, reason };
+                let mut states = HostBuffer::new(size_of_val(first)).map_err(no_memory)?;
+                states.bytes_mut().copy_from_slice(bytemuck::cast_slice(first));
+                let bytes = size_of::<PaStatus>() * first.len();
+                let mut statuses = HostBuffer::new(bytes).map_err(no_memory)?;
+                let ended: Vec<PaStatus> = first.iter().map(|state| state.status).collect();
+                statuses.bytes_mut().copy_from_slice(bytemuck::cast_slice(&ended));
+                let workers = Workers::new(isa, first.len() as u32, &format!("rank-{rank}"))
                     .map_err(|reason| Error::Thread { rank, reason })?;
-                Ok(Engine::Cpu { workers, states: buffer })
+                Ok(Engine::Cpu { workers, states, statuses })
             }
-            MemorySpace::Cuda(context) => cuda::Rank::new(context, states, buckets, segments, rank)
+            MemorySpace::Cuda(context) => cuda::Rank::new(context, first, buckets, segments, leads)
                 .map(Engine::Cuda)
                 .map_err(|reason| Error::DeviceFailed { rank, source: DeviceError::from(reason) }),
         }
@@ -83,6 +130,14 @@ impl Engine {
         match self {
             Engine::Cpu { states, .. } => states.address(),
             Engine::Cuda(rank) => rank.channels(),
+        }
+    }
+
+    /// Address of the channels' status records, for the kernels.
+    pub(crate) fn status(&self) -> u64 {
+        match self {
+            Engine::Cpu { statuses, .. } => statuses.address(),
+            Engine::Cuda(rank) => rank.status(),
         }
     }
 
@@ -124,21 +179,26 @@ impl Engine {
     /// Memory of tables and states, in bytes.
     pub(crate) fn bytes(&self, tables: usize) -> usize {
         match self {
-            Engine::Cpu { states, .. } => states.bytes() + tables,
+            Engine::Cpu { states, statuses, .. } => states.bytes() + statuses.bytes() + tables,
             Engine::Cuda(rank) => rank.bytes(),
         }
     }
 
-    /// The channels' states. Valid between averages only.
-    pub(crate) fn ended(&self) -> &[PaChannel] {
+    /// The channels' status records. Valid between averages only.
+    pub(crate) fn ended(&self) -> &[PaStatus] {
         match self {
-            Engine::Cpu { states, .. } => states_of(states),
+            Engine::Cpu { statuses, .. } => {
+                let count = statuses.bytes() / size_of::<PaStatus>();
+                // SAFETY: the buffer was made for this many records, is page-aligned, and is
+                // borrowed for as long. Threads write it during launches only.
+                unsafe { std::slice::from_raw_parts(statuses.as_ptr::<PaStatus>(), count) }
+            }
             Engine::Cuda(rank) => rank.ended(),
         }
     }
 
-    /// Starts the kernels of an average. Threads run them before this function returns. A device
-    /// gets them enqueued. `finish` must be called even after an error.
+    /// Starts the launches of an average. Threads run them before this function returns. A device
+    /// gets them enqueued, when all ranks have come. `finish` must be called even after an error.
     ///
     /// # Safety
     /// The memory that `args` refers to is as `kernels/abi.h` describes it. No other code accesses
@@ -148,25 +208,22 @@ impl Engine {
     pub(crate) unsafe fn start(
         &mut self,
         args: &PaArgs,
-        kernels: impl Iterator<Item = u32>,
+        launches: &[Launch],
         order: Order,
+        peers: &Gathering<'_>,
     ) -> Result<(), Unstarted> {
         match self {
-            Engine::Cpu { workers, states } => {
-                for kernel in kernels {
-                    // The kernel checks this itself; the check here saves waking the threads.
-                    let failed =
-                        || states_of(states).iter().any(|state| state.outcome != PA_COMMITTED);
-                    if kernel == PA_RING_GATHER && failed() {
-                        break;
-                    }
+            Engine::Cpu { workers, .. } => {
+                for launch in launches {
+                    let (from_segment, to_segment) = launch.segments;
+                    let args = PaArgs { from_segment, to_segment, ..*args };
                     // SAFETY: guaranteed by the caller.
-                    unsafe { workers.launch(args, kernel) };
+                    unsafe { workers.launch(&args, launch.kernel) };
                 }
                 Ok(())
             }
             // SAFETY: guaranteed by the caller.
-            Engine::Cuda(rank) => unsafe { rank.start(args, kernels, order) },
+            Engine::Cuda(rank) => unsafe { rank.start(args, launches, order, peers) },
         }
     }
 
@@ -186,27 +243,21 @@ impl Engine {
         })
     }
 
-    /// True if the stream waits for no other stream by itself. Threads have none.
-    ///
-    /// # Safety
-    /// `stream` belongs to the device's primary context.
-    pub(crate) unsafe fn is_non_blocking(
-        &self,
-        stream: *mut c_void,
-    ) -> std::result::Result<bool, String> {
-        match self {
-            Engine::Cpu { .. } => Ok(true),
-            // SAFETY: guaranteed by the caller.
-            Engine::Cuda(rank) => Ok(unsafe { rank.is_non_blocking(stream.cast()) }?),
-        }
-    }
-
     /// True if the average that was started last was captured into a CUDA graph, and so has not
     /// run.
     pub(crate) fn was_captured(&self) -> bool {
         match self {
             Engine::Cpu { .. } => false,
             Engine::Cuda(rank) => rank.was_captured(),
+        }
+    }
+
+    /// Longest wait for a peer in the kernels of the average that was started last, where ranks
+    /// meet before. `None` on CPUs.
+    pub(crate) fn longest_wait(&self) -> Option<Duration> {
+        match self {
+            Engine::Cpu { .. } => None,
+            Engine::Cuda(rank) => Some(rank.longest_wait()),
         }
     }
 
@@ -237,12 +288,4 @@ impl Engine {
             Engine::Cuda(rank) => Ok(rank.finish()?),
         }
     }
-}
-
-/// The channels' states of a CPU rank. Threads write them during launches only.
-fn states_of(buffer: &HostBuffer) -> &[PaChannel] {
-    let count = buffer.bytes() / size_of::<PaChannel>();
-    // SAFETY: the buffer was made for this many states, is page-aligned, and is borrowed for as
-    // long.
-    unsafe { std::slice::from_raw_parts(buffer.as_ptr::<PaChannel>(), count) }
 }

@@ -12,15 +12,17 @@ mod host_buffer;
 #[cfg(processes)]
 mod import_lock;
 pub(crate) mod limits;
+mod meeting;
 #[cfg(processes)]
 mod memfd;
 mod memory;
 pub(crate) mod proximity;
 
-pub(crate) use engine::{Engine, Order, Unstarted};
+pub(crate) use engine::{Engine, Gathering, Order, ProcessWay, Unstarted, Way};
 pub(crate) use host_buffer::HostBuffer;
 #[cfg(processes)]
 pub(crate) use import_lock::ImportLock;
+pub(crate) use meeting::{Arrivals, Attendance, Failure, Meeting, World};
 #[cfg(processes)]
 pub(crate) use memfd::{Mapping, Memfd, Unopened};
 #[cfg(processes)]

@@ -3,13 +3,15 @@
 
 use std::ffi::c_void;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::proximity::Connection;
-use super::{Order, Unstarted};
-use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment};
+use super::{Gathering, Order, Unstarted};
+use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PaStatus};
+use crate::plan::Launch;
 
 /// Threads of a block, as for `cuda`.
-pub(crate) const THREADS: u32 = 512;
+pub(crate) const THREADS: u32 = 256;
 
 /// Reason why there is no embedded fatbin.
 pub(crate) fn fatbin() -> Result<&'static [u8], &'static str> {
@@ -34,7 +36,7 @@ macro_rules! absent {
 }
 
 absent!(Context {
-    fn resident_blocks() -> u32;
+    fn usable_blocks() -> u32;
     fn ordinal() -> usize;
     fn owns(address: u64) -> bool;
 });
@@ -65,7 +67,6 @@ absent!(DeviceMemory {
     fn address() -> u64;
     fn bytes() -> usize;
     fn write(offset: usize, from: &[u8]) -> Result<(), Failed>;
-    fn write_word(offset: usize, word: u32) -> Result<(), Failed>;
     fn read(offset: usize, to: &mut [u8]) -> Result<(), Failed>;
     fn fill(offset: usize, bytes: usize, value: u8) -> Result<(), Failed>;
 });
@@ -91,13 +92,20 @@ impl Pinned {
     }
 }
 
+absent!(Part {});
+
+/// Result of a launch.
+pub(crate) type Launched = Option<Result<Part, Failed>>;
+
 absent!(Rank {
     fn bytes() -> usize;
     fn channels() -> u64;
+    fn status() -> u64;
     fn buckets() -> u64;
     fn segments(buckets: usize, before: usize) -> u64;
-    fn ended() -> &[PaChannel];
+    fn ended() -> &[PaStatus];
     fn was_captured() -> bool;
+    fn longest_wait() -> Duration;
     fn is_done() -> bool;
     fn finish() -> Result<(), Failed>;
 });
@@ -108,7 +116,7 @@ impl Rank {
         _: &[PaChannel],
         _: usize,
         _: usize,
-        _: usize,
+        _: bool,
     ) -> Result<Rank, String> {
         match **context {}
     }
@@ -124,17 +132,14 @@ impl Rank {
     pub(crate) unsafe fn start(
         &mut self,
         _: &PaArgs,
-        _: impl Iterator<Item = u32>,
+        _: &[Launch],
         _: Order,
+        _: &Gathering<'_>,
     ) -> Result<(), Unstarted> {
         match *self {}
     }
 
     pub(crate) unsafe fn wait_for(&self, _: *mut c_void) -> Result<(), Unstarted> {
-        match *self {}
-    }
-
-    pub(crate) unsafe fn is_non_blocking(&self, _: *mut c_void) -> Result<bool, Failed> {
         match *self {}
     }
 
@@ -151,13 +156,18 @@ pub(crate) mod peer {
     use super::{Arc, Context, Failed};
     use crate::backend::proximity::PeerAccess;
 
+    #[cfg(processes)]
+    pub(crate) fn is_allowed() -> bool {
+        true
+    }
+
     pub(crate) fn access(one: &Arc<Context>, _: &Arc<Context>) -> Result<PeerAccess, Failed> {
         match **one {}
     }
 }
 
 #[cfg(processes)]
-pub(crate) use processes::{identity, IpcImport, IpcProbe, Registered};
+pub(crate) use processes::{identity, IpcImport, IpcPeer, IpcProbe, Registered, Round};
 
 #[cfg(processes)]
 mod processes {
@@ -212,23 +222,46 @@ mod processes {
         }
     }
 
+    absent!(IpcPeer {});
+
     absent!(IpcProbe {
         fn export() -> (MemoryHandle, BorrowedFd<'_>);
-        fn was_written(peer: usize) -> Result<bool, String>;
     });
 
+    #[derive(Clone, Copy)]
+    pub(crate) struct Round;
+
+    impl Round {
+        pub(crate) fn all() -> [[Round; 2]; 0] {
+            []
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    pub(crate) struct Outcome {
+        pub(crate) is_right: bool,
+        pub(crate) is_quick: bool,
+    }
+
     impl IpcProbe {
-        pub(crate) fn new(context: &Arc<Context>, _: usize) -> Result<IpcProbe, String> {
+        pub(crate) fn new(context: &Arc<Context>) -> Result<IpcProbe, String> {
             match **context {}
         }
 
-        pub(crate) fn test(
-            context: &Arc<Context>,
-            _: &MemoryHandle,
-            _: OwnedFd,
-            _: usize,
-        ) -> Result<bool, String> {
-            match **context {}
+        pub(crate) fn open(&self, _: &MemoryHandle, _: OwnedFd) -> Result<IpcPeer, String> {
+            match *self {}
+        }
+
+        pub(crate) fn has_room(&self, _: &IpcPeer, _: Round) -> bool {
+            match *self {}
+        }
+
+        pub(crate) fn clear(&mut self) -> Result<(), String> {
+            match *self {}
+        }
+
+        pub(crate) fn run(&self, _: &IpcPeer, _: Round, _: bool) -> Result<Outcome, String> {
+            match *self {}
         }
     }
 }

@@ -67,12 +67,17 @@
 //!
 //! # Links
 //! Between two devices the ring writes straight into the other device's memory (P2P) if a probe
-//! that moves bytes both ways finds them right, whatever the driver says; else it goes through
-//! page-locked memory of the host. [`Builder::link`](crate::Builder::link) insists on one of the
-//! two. Ranks follow one another around the ring by NVLink, PCIe switch and NUMA node.
-//! [`Topology::probe`](crate::Topology::probe) returns what was found, and `allreduce-bench
-//! --devices` draws it. Peers touch mailboxes only, never the tensors (by the ring), so tensors of
-//! `cuMemAllocAsync` pools work across devices and processes.
+//! finds that this works, whatever the driver says, and that page-locked memory of the host is not
+//! much faster; else it goes through the latter. The probe does what the ring does: kernels of both
+//! devices run at the same time and exchange up to 64 MiB, data first, then flags. It takes some
+//! milliseconds, once for each two devices, and gives up after 200 ms, or what
+//! `PARAM_AVERAGER_P2P_LIMIT_MS` says. `PARAM_AVERAGER_P2P=0` forbids the probe and peer access:
+//! set it where a link is broken in a way that no program survives.
+//! [`Builder::link`](crate::Builder::link) insists on one of the two. Ranks follow one another
+//! around the ring by NVLink, PCIe switch and NUMA node. [`Topology::probe`](crate::Topology::probe)
+//! returns what was found, and `allreduce-bench --devices` draws it. Peers touch mailboxes only,
+//! never the tensors (by the ring), so tensors of `cuMemAllocAsync` pools work across devices and
+//! processes.
 //!
 //! # candle
 //! candle's `Device::new_cuda` uses the per-thread default stream, which is blocking;

@@ -1,54 +1,55 @@
-//! Host-side access to `PaControl`, the shared control block.
+//! Host-side access to the blocks that all ranks share: `PaControl`, which kernels write, and
+//! `PaHost`, which hosts write.
 
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::abi::{PaBoard, PaControl, PA_ABORTED, PA_COMMITTED, PA_DEPARTED};
-use crate::backend::Memory;
+use crate::abi::{PaBoard, PaControl, PaHost, PA_ABORTED, PA_COMMITTED, PA_DEPARTED};
+use crate::backend::{Arrivals, Failure, Memory, World};
 
-/// A failure that ended a world: the contents of `PaControl.abort` or `PaControl.failed`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Failure {
-    /// A `PaKind`.
-    pub(crate) kind: u32,
-    /// Ring position of the rank at fault. All positions in this file are ring positions.
-    pub(crate) position: usize,
-}
-
-/// A `PaControl`. After construction the host writes single words only.
+/// A `PaControl` and its `PaHost`. After construction the host writes single words only.
 #[derive(Debug)]
 pub(crate) struct Control {
     memory: Memory,
-    /// Abort code that this host has written to a control block in device memory, which it can't
-    /// read without waiting for the device.
-    aborted: AtomicU32,
-    /// Bits of the ranks that this host has recorded as departed.
-    departed: AtomicU32,
+    /// The `PaHost`, in memory of the host. `None`: it follows the `PaControl` in `memory`.
+    host: Option<Memory>,
 }
 
 impl Control {
-    /// Size in bytes.
-    pub(crate) const BYTES: usize = size_of::<PaControl>();
+    /// Size of both blocks in bytes.
+    pub(crate) const BYTES: usize = size_of::<PaControl>() + size_of::<PaHost>();
+    /// Size of the `PaHost` alone.
+    pub(crate) const HOST_BYTES: usize = size_of::<PaHost>();
 
-    /// Initialises the control block; averages are numbered from `epoch` + 1. `memory` is zeroed
-    /// and accessible to every rank.
-    pub(crate) fn new(mut memory: Memory, epoch: u32) -> Result<Self, String> {
+    /// Initialises the blocks; averages are numbered from `epoch` + 1. `memory` is zeroed,
+    /// accessible to every rank, and has room for both blocks. Where the host can't access it,
+    /// `host` is memory of the host for the `PaHost`.
+    pub(crate) fn new(
+        mut memory: Memory,
+        mut host: Option<Memory>,
+        epoch: u32,
+    ) -> Result<Self, String> {
         let mut first: PaControl = bytemuck::Zeroable::zeroed();
         first.decision = u64::from(epoch) << 32 | u64::from(PA_COMMITTED << 8);
         for board in &mut first.board {
             board.arrived = epoch;
             board.vote = epoch.wrapping_mul(2);
             board.exited = epoch.wrapping_mul(2);
-            board.completed = epoch;
         }
+        let words = PaHost { completed: [epoch; 16], ..bytemuck::Zeroable::zeroed() };
         memory.set(0, bytemuck::bytes_of(&first))?;
-        Ok(Control { memory, aborted: AtomicU32::new(0), departed: AtomicU32::new(0) })
+        let (to, at) = match &mut host {
+            Some(host) => (host, 0),
+            None => (&mut memory, size_of::<PaControl>()),
+        };
+        to.set(at, bytemuck::bytes_of(&words))?;
+        Ok(Control { memory, host })
     }
 
-    /// Control block that another process has initialised.
+    /// Blocks that another process has initialised.
     #[cfg(processes)]
     pub(super) fn of(memory: Memory) -> Self {
-        Control { memory, aborted: AtomicU32::new(0), departed: AtomicU32::new(0) }
+        Control { memory, host: None }
     }
 
     #[cfg(processes)]
@@ -58,6 +59,14 @@ impl Control {
 
     pub(crate) fn address(&self) -> u64 {
         self.memory.address()
+    }
+
+    /// Address of the `PaHost`, for the kernels.
+    pub(crate) fn host_address(&self) -> u64 {
+        match &self.host {
+            Some(host) => host.address(),
+            None => self.memory.address() + size_of::<PaControl>() as u64,
+        }
     }
 
     /// Sets the abort word, unless it is set.
@@ -73,29 +82,27 @@ impl Control {
 
     fn poison(&self, kind: u32, position: usize) {
         let code = kind << 8 | position as u32;
-        let word = self.word(ABORT).unwrap_or(&self.aborted);
         // Release: a reader that sees the code also sees all writes before it.
-        let first = word.compare_exchange(0, code, Ordering::AcqRel, Ordering::Acquire).is_ok();
-        if let (true, Memory::Cuda(memory)) = (first, &self.memory) {
-            // A device that can no longer be written to has failed its kernels, too.
-            let _ = memory.write_word(ABORT, code);
-        }
-    }
-
-    /// True if hosts record here which rank has completed an average: the memory must be accessible
-    /// to the host.
-    pub(crate) fn reports_completed(&self) -> bool {
-        self.memory.host_pointer().is_some()
+        let word = self.host_word(offset_of!(PaHost, abort));
+        let _ = word.compare_exchange(0, code, Ordering::AcqRel, Ordering::Acquire);
     }
 
     /// Records that this rank has completed an average. Peers then do not need the rank to complete
     /// theirs, so it may depart.
     pub(crate) fn completed(&self, position: usize, epoch: u32) {
-        if let Some(completed) = self.word(of_board(position, offset_of!(PaBoard, completed))) {
-            // Release: a reader that sees this store, or a later departure of the rank, also sees
-            // the writes of the rank in the average.
-            completed.store(epoch, Ordering::Release);
-        }
+        // Release: a reader that sees this store, or a later departure of the rank, also sees the
+        // writes of the rank in the average.
+        let word = self.host_word(offset_of!(PaHost, completed) + 4 * position);
+        word.store(epoch, Ordering::Release);
+    }
+
+    /// Counts a call of an average on a device, for notices.
+    pub(crate) fn call(&self, position: usize) {
+        self.called(position).fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn called(&self, position: usize) -> &AtomicU32 {
+        self.host_word(offset_of!(PaHost, called) + 4 * position)
     }
 
     /// Ranks that `position` waits for in its current average, and if they have not begun it.
@@ -104,13 +111,16 @@ impl Control {
     pub(crate) fn awaited(&self, position: usize, world: usize) -> Option<(Vec<usize>, bool)> {
         let read =
             |position, word| Some(self.word(of_board(position, word))?.load(Ordering::Relaxed));
+        let called = |position| Some(self.called(position).load(Ordering::Relaxed));
         let arrived = |position| read(position, offset_of!(PaBoard, arrived));
-        let own = arrived(position)?;
-        let ahead = |of: usize| arrived(of).map_or(0, |theirs| own.wrapping_sub(theirs) as i32);
-        let is_behind = |&other: &usize| ahead(other) > 0;
-        let missing: Vec<usize> = (0..world).filter(is_behind).collect();
-        if !missing.is_empty() {
-            return Some((missing, true));
+        let counts: [&dyn Fn(usize) -> Option<u32>; 2] = [&called, &arrived];
+        for count in counts {
+            let own = count(position)?;
+            let ahead = |of: usize| count(of).map_or(0, |theirs| own.wrapping_sub(theirs) as i32);
+            let missing: Vec<usize> = (0..world).filter(|&other| ahead(other) > 0).collect();
+            if !missing.is_empty() {
+                return Some((missing, true));
+            }
         }
         // All are in it: the last in the chain of waits that begins here.
         let mut last = position;
@@ -124,43 +134,77 @@ impl Control {
         (last != position).then(|| (vec![last], false))
     }
 
-    /// Records that this rank has departed.
-    pub(crate) fn leave(&self, position: usize) {
-        self.departed.fetch_or(1 << position, Ordering::AcqRel);
-        let at = of_board(position, offset_of!(PaBoard, departed));
-        match (self.word(at), &self.memory) {
-            (Some(departed), _) => departed.store(1, Ordering::Release),
-            (None, Memory::Cuda(memory)) => {
-                let _ = memory.write_word(at, 1); // an error is ignored as in `poison`
-            }
-            (None, _) => unreachable!("the host has an address for all other memory"),
-        }
+    /// The failure that a host has found. Kernels then report the same.
+    pub(crate) fn found_by_a_host(&self) -> Option<u32> {
+        let code = self.host_word(offset_of!(PaHost, abort)).load(Ordering::Acquire);
+        (code != 0).then_some(code >> 8)
     }
 
-    /// True if this rank has departed, as far as the host can tell without asking a device.
+    /// Records that this rank has departed.
+    pub(crate) fn leave(&self, position: usize) {
+        self.host_word(offset_of!(PaHost, departed)).fetch_or(1 << position, Ordering::AcqRel);
+    }
+
+    /// True if this rank has departed.
     pub(crate) fn has_left(&self, position: usize) -> bool {
-        let word = self.word(of_board(position, offset_of!(PaBoard, departed)));
-        word.is_some_and(|departed| departed.load(Ordering::Acquire) != 0)
-            || self.departed.load(Ordering::Acquire) & 1 << position != 0
+        let departed = self.host_word(offset_of!(PaHost, departed)).load(Ordering::Acquire);
+        departed & 1 << position != 0
     }
 
     /// The failure that ended this world, as far as the host can tell without asking a device. A
     /// failure in device memory is reported by the next average.
     pub(crate) fn failure(&self) -> Option<Failure> {
         // `failed` comes first: an abort that a failure caused must not hide the failure.
-        let words = [self.word(FAILED), Some(self.word(ABORT).unwrap_or(&self.aborted))];
+        let failed = self.word(offset_of!(PaControl, failed));
+        let words = [failed, Some(self.host_word(offset_of!(PaHost, abort)))];
         let mut codes = words.into_iter().flatten().map(|word| word.load(Ordering::Acquire));
         let code = codes.find(|&code| code != 0)?;
         Some(Failure { kind: code >> 8, position: (code & 0xff) as usize })
     }
 
-    /// A word of the block, if the host can access the memory.
+    /// A word of the `PaControl`, if the host can access the memory.
     fn word(&self, at: usize) -> Option<&AtomicU32> {
         let start = self.memory.host_pointer()?;
-        assert!(at + 4 <= Self::BYTES);
+        assert!(at + 4 <= size_of::<PaControl>());
         // SAFETY: in bounds, aligned and borrowed with the memory; these words are accessed by
         // atomics only.
         Some(unsafe { AtomicU32::from_ptr(start.add(at).cast()) })
+    }
+
+    /// A word of the `PaHost`.
+    fn host_word(&self, at: usize) -> &AtomicU32 {
+        let (memory, before) = match &self.host {
+            Some(host) => (host, 0),
+            None => (&self.memory, size_of::<PaControl>()),
+        };
+        let start = memory.host_pointer().expect("it is in memory of the host");
+        assert!(at + 4 <= size_of::<PaHost>());
+        // SAFETY: as for `word`.
+        unsafe { AtomicU32::from_ptr(start.add(before + at).cast()) }
+    }
+}
+
+impl World for Control {
+    fn failure(&self) -> Option<Failure> {
+        self.failure()
+    }
+
+    fn has_left(&self, position: usize) -> bool {
+        self.has_left(position)
+    }
+
+    fn poison(&self, failure: Failure) {
+        self.poison(failure.kind, failure.position);
+    }
+}
+
+impl Arrivals for Control {
+    fn arrived(&self, position: usize) -> &AtomicU32 {
+        self.host_word(offset_of!(PaHost, arrived) + 4 * position)
+    }
+
+    fn arrived_address(&self, position: usize) -> u64 {
+        self.host_address() + (offset_of!(PaHost, arrived) + 4 * position) as u64
     }
 }
 
@@ -168,6 +212,3 @@ impl Control {
 fn of_board(position: usize, word: usize) -> usize {
     offset_of!(PaControl, board) + position * size_of::<PaBoard>() + word
 }
-
-const ABORT: usize = offset_of!(PaControl, abort);
-const FAILED: usize = offset_of!(PaControl, failed);

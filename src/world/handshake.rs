@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::Control;
-use crate::backend::Memory;
+use crate::backend::{cuda, Meeting, Memory};
 use crate::{Error, Result};
 
 /// Way in which a joiner gets its model from the members of its world.
@@ -49,26 +49,38 @@ pub(crate) struct Handshake {
 pub(crate) struct Agreement {
     pub(crate) control: Arc<Control>,
     /// Handshakes of all ranks, by rank.
-    pub(crate) handshakes: Vec<Handshake>,
+    pub(crate) handshakes: Vec<Arc<Handshake>>,
     /// Ordinal of the averager, the same on every rank; see `Handshake`.
     pub(crate) ordinal: Option<String>,
     /// Number of the build in its view, the same on every rank.
     pub(crate) number: u32,
+    /// Meetings of ranks on devices that are threads of one process.
+    pub(crate) calls: Meeting<cuda::Part>,
+    pub(crate) launches: Meeting<cuda::Launched>,
 }
 
 impl Agreement {
     /// Returns the agreement, unless a rank refuses or two ranks differ.
-    pub(super) fn of(handshakes: Vec<Handshake>) -> Result<Agreement> {
+    pub(super) fn of(handshakes: Vec<Arc<Handshake>>) -> Result<Agreement> {
         Agreement::check(&handshakes)?;
         let reason = "its handshake has no control block".to_owned();
         let control =
             handshakes[0].control.clone().ok_or(Error::PeerBuildFailed { rank: 0, reason })?;
         let ordinal = handshakes.iter().find_map(|handshake| handshake.ordinal.clone());
-        Ok(Agreement { control, handshakes, ordinal, number: 0 })
+        let world = handshakes.len();
+        let (calls, launches) = (Meeting::new(world), Meeting::new(world));
+        Ok(Agreement { control, handshakes, ordinal, number: 0, calls, launches })
+    }
+
+    /// An agreement of no rank.
+    #[cfg(test)]
+    pub(super) fn of_none(control: Arc<Control>) -> Agreement {
+        let (calls, launches) = (Meeting::new(0), Meeting::new(0));
+        Agreement { control, handshakes: vec![], ordinal: None, number: 0, calls, launches }
     }
 
     /// Compares handshakes, except their memory. The result is the same on every rank.
-    pub(super) fn check(handshakes: &[Handshake]) -> Result<()> {
+    pub(super) fn check(handshakes: &[Arc<Handshake>]) -> Result<()> {
         let refusal = handshakes.iter().find_map(|handshake| handshake.refusal.clone());
         // A rank without an ordinal agrees with every other.
         let mut known = handshakes
@@ -125,17 +137,19 @@ mod tests {
 
     #[test]
     fn ordinals_of_averagers_built_again_must_agree() {
-        let handshake = |ordinal: Option<&str>| Handshake {
-            refusal: None,
-            options: vec![],
-            tensors: vec![],
-            schedule_position: 0,
-            admission: Admission::None,
-            ordinal: ordinal.map(str::to_owned),
-            digest: None,
-            inbox: None,
-            credits: None,
-            control: None,
+        let handshake = |ordinal: Option<&str>| {
+            Arc::new(Handshake {
+                refusal: None,
+                options: vec![],
+                tensors: vec![],
+                schedule_position: 0,
+                admission: Admission::None,
+                ordinal: ordinal.map(str::to_owned),
+                digest: None,
+                inbox: None,
+                credits: None,
+                control: None,
+            })
         };
         let of = |ordinals: [Option<&str>; 3]| Agreement::of(ordinals.map(handshake).into());
         // A joiner has no ordinal yet.

@@ -1,8 +1,11 @@
 //! Communicators: the membership of a rank in its world, by threads of one process or by processes
 //! of one host.
 
+mod bootstrap;
 mod control;
+mod elastic;
 mod exchange;
+mod gather;
 mod handshake;
 mod in_process;
 #[cfg(processes)]
@@ -13,75 +16,31 @@ mod placement;
 mod processes;
 mod rebuild;
 mod run;
-#[cfg(processes)]
 #[cfg_attr(docsrs, doc(cfg(all(target_os = "linux", feature = "processes"))))]
 mod world_id;
 
-use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::Duration;
 
-pub(crate) use control::{Control, Failure};
+pub(crate) use control::Control;
 pub(crate) use exchange::{ExchangeId, Shown, MOST_WORDS};
 pub(crate) use handshake::{Admission, Agreement, Handshake};
 #[cfg(processes)]
 pub use launched::CommunicatorBuilder;
-#[cfg(all(fuzzing, processes))]
-pub use processes::fuzz;
-pub(crate) use rebuild::Rebuild;
-#[cfg(processes)]
-pub use world_id::WorldId;
-
 pub(crate) use placement::Placement;
+#[cfg(all(processes, feature = "__testing"))]
+pub use processes::testing;
+pub(crate) use rebuild::Rebuild;
+pub use world_id::WorldId;
 
 use crate::abi::PA_MAX_WORLD;
 use crate::backend::MemorySpace;
-use crate::{Error, Result};
+use crate::{Device, Error, Result};
+use bootstrap::{Abort, Bootstrap, Elastic};
 use in_process::ThreadBootstrap;
 
-/// Text of a notice: `rank` waits for these to make the same call.
-fn waits_for_call(rank: usize, missing: &[usize], call: &str, timeout: Duration) -> String {
-    let missing: Vec<String> = missing.iter().map(usize::to_string).collect();
-    let (several, missing) = (if missing.len() > 1 { "s" } else { "" }, missing.join(", "));
-    format!(
-        "rank {rank} waits for rank{several} {missing} to {call}, which every rank does at the \
-            same time, on a thread or process of its own; the wait ends after {timeout:?}"
-    )
-}
-
+/// Name of the call that exchanges handshakes, for notices.
 const BUILD: &str = "build an averager";
-
-/// The device that a rank's parameters are on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Device(Kind);
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Kind {
-    Cpu,
-    Cuda(usize),
-}
-
-impl Device {
-    /// The memory and the cores of this host.
-    pub const fn cpu() -> Self {
-        Device(Kind::Cpu)
-    }
-
-    /// The CUDA device with this ordinal, as this process numbers its devices.
-    pub const fn cuda(ordinal: usize) -> Self {
-        Device(Kind::Cuda(ordinal))
-    }
-}
-
-impl fmt::Display for Device {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            Kind::Cpu => f.write_str("cpu"),
-            Kind::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
-        }
-    }
-}
 
 /// The membership of one rank in a world. Send it to the thread that trains this rank.
 ///
@@ -90,24 +49,7 @@ impl fmt::Display for Device {
 /// build a further averager. All ranks build their averagers in the same order.
 #[derive(Clone, Debug)]
 pub struct Communicator {
-    membership: Arc<Membership>,
-}
-
-/// The connection of one rank to its peers.
-#[derive(Clone, Debug)]
-enum Group {
-    Threads(usize, Arc<ThreadBootstrap>),
-    #[cfg(processes)]
-    Processes(Arc<processes::ProcessBootstrap>),
-}
-
-#[derive(Debug)]
-struct Membership {
-    rank: usize,
-    group: Group,
-    /// Number of builds begun: the k-th build of one rank belongs with the k-th build of every
-    /// other rank.
-    builds: AtomicU64,
+    bootstrap: Arc<dyn Bootstrap>,
 }
 
 impl Communicator {
@@ -147,15 +89,13 @@ impl Communicator {
         if devices.is_empty() || devices.len() > PA_MAX_WORLD as usize {
             return Err(Error::WorldSize { found: devices.len() });
         }
-        let threads = Arc::new(ThreadBootstrap::new(Placement::find(devices)?));
-        let communicators =
-            (0..devices.len()).map(|rank| Communicator::new(Group::Threads(rank, threads.clone())));
-        Ok(communicators.collect())
+        let ranks = ThreadBootstrap::all(Placement::find(devices)?);
+        Ok(ranks.map(|rank| Communicator { bootstrap: Arc::new(rank) }).collect())
     }
 
     /// The rank of this communicator, from 0 to `world_size() - 1`.
     pub fn rank(&self) -> usize {
-        self.membership.rank
+        self.bootstrap.rank()
     }
 
     /// The number of ranks, 1 to 16.
@@ -168,24 +108,12 @@ impl Communicator {
         self.placement().device(self.rank())
     }
 
-    /// True if another rank of this process is on the same device.
-    pub(crate) fn shares_device(&self) -> bool {
-        let placement = self.placement();
-        let is_on_it = |&rank: &usize| placement.device(rank) == self.device();
-        let others = || (0..placement.size()).filter(|&rank| rank != self.rank());
-        matches!(self.membership.group, Group::Threads(..)) && others().any(|rank| is_on_it(&rank))
-    }
-
     pub(crate) fn space(&self) -> &MemorySpace {
         self.placement().space(self.rank())
     }
 
     pub(crate) fn placement(&self) -> &Placement {
-        match &self.membership.group {
-            Group::Threads(_, threads) => threads.placement(),
-            #[cfg(processes)]
-            Group::Processes(processes) => processes.placement(),
-        }
+        self.bootstrap.placement()
     }
 
     /// Returns a handle that ends every wait of this world, from any thread.
@@ -193,13 +121,7 @@ impl Communicator {
     /// The handle does not keep the rank in its world. It stays valid across view changes, until
     /// the rank has left.
     pub fn abort_handle(&self) -> AbortHandle {
-        AbortHandle {
-            of: match &self.membership.group {
-                Group::Threads(rank, threads) => Handle::Threads(*rank, Arc::downgrade(threads)),
-                #[cfg(processes)]
-                Group::Processes(processes) => Handle::Processes(processes.handle()),
-            },
-        }
+        self.bootstrap.abort_handle()
     }
 
     /// Forms the next view of the surviving ranks, after an error that [is fatal](Error::is_fatal),
@@ -219,133 +141,55 @@ impl Communicator {
     /// An averager that is built by hand in the new view gives all ranks rank 0's values, which may
     /// be half an average: use [`Start::Mean`](crate::Start::Mean).
     pub fn recover(&self, timeout: Duration) -> Result<Communicator> {
-        match &self.membership.group {
-            Group::Threads(rank, _) => Err(Error::RecoveryUnsupported { rank: *rank }),
-            #[cfg(processes)]
-            Group::Processes(_) => self.next(timeout, false),
-        }
+        self.next(timeout, false)
     }
 
     /// Changes the view, with or without a preceding failure. Admits a joiner if all ranks pass
     /// `admits`.
     pub(crate) fn next(&self, timeout: Duration, admits: bool) -> Result<Communicator> {
-        match &self.membership.group {
-            Group::Threads(rank, _) => Err(Error::RecoveryUnsupported { rank: *rank }),
-            #[cfg(processes)]
-            Group::Processes(processes) => {
-                let next = processes.next_view(timeout, admits)?;
-                Ok(Communicator::new(Group::Processes(Arc::new(next))))
-            }
-        }
+        Ok(Communicator { bootstrap: self.bootstrap.change_view(timeout, admits)? })
     }
 
-    /// Exchanges handshakes with all ranks and returns them if they agree. Collective. `number`
-    /// identifies an averager that is [built again](Rebuild); `None` stands for the next build of
-    /// this view.
+    /// Exchanges handshakes with all ranks and returns them if they agree; see
+    /// [`Bootstrap::agree`]. From then on, departures and aborts end the waits of this averager.
     pub(crate) fn agree(
         &self,
         handshake: Handshake,
         number: Option<u32>,
         timeout: Duration,
     ) -> Result<Arc<Agreement>> {
-        match &self.membership.group {
-            Group::Threads(rank, threads) => {
-                let number = self.membership.builds.fetch_add(1, Ordering::Relaxed);
-                threads.agree(*rank, number, handshake, timeout)
-            }
-            #[cfg(processes)]
-            Group::Processes(processes) => processes.agree(handshake, number, timeout),
-        }
+        let agreement = self.bootstrap.agree(handshake, number, timeout)?;
+        self.bootstrap.watch(&agreement)?;
+        Ok(agreement)
     }
 
-    fn new(group: Group) -> Self {
-        let rank = match &group {
-            Group::Threads(rank, _) => *rank,
-            #[cfg(processes)]
-            Group::Processes(processes) => processes.rank(),
-        };
-        Communicator { membership: Arc::new(Membership { rank, group, builds: AtomicU64::new(0) }) }
-    }
-}
-
-#[cfg(not(processes))]
-impl Communicator {
-    pub(crate) fn has_joiner(&self) -> bool {
-        false
+    /// Shows a message to all ranks; see [`Bootstrap::all_gather`].
+    pub(crate) fn all_gather(
+        &self,
+        id: ExchangeId,
+        shown: Shown,
+        timeout: Duration,
+        has_left: &dyn Fn(usize) -> bool,
+    ) -> Result<Vec<Shown>> {
+        self.bootstrap.all_gather(id, shown, timeout, has_left)
     }
 
-    pub(crate) fn has_joined(&self) -> bool {
-        false
-    }
-
-    pub(crate) fn is_superseded(&self) -> bool {
-        false
-    }
-
-    pub(crate) fn has_lost_a_member(&self) -> bool {
-        false
-    }
-
-    pub(crate) fn view(&self) -> u32 {
-        0
-    }
-
-    pub(crate) fn register(&self, _: std::sync::Weak<dyn Rebuild>) {}
-
-    pub(crate) fn rebuild(&self, _: Option<&str>, _: Duration) -> Result<()> {
-        Err(Error::RecoveryUnsupported { rank: self.rank() })
-    }
-
-    pub(crate) fn is_new(&self) -> bool {
-        false
-    }
-
-    pub(crate) fn lacks_model(&self) -> bool {
-        false
-    }
-
-    pub(crate) fn not_admitted(&self) -> Error {
-        Error::RecoveryUnsupported { rank: self.rank() }
-    }
-
-    pub(crate) fn has_model(&self) {}
-
-    pub(crate) fn leave(&self) {}
-}
-
-impl Drop for Membership {
-    fn drop(&mut self) {
-        match &self.group {
-            Group::Threads(rank, threads) => threads.leave(*rank),
-            #[cfg(processes)]
-            Group::Processes(_) => {} // its sockets close when the last communicator is dropped
-        }
+    /// Ends the world for this rank; see [`Bootstrap::fail`].
+    pub(crate) fn fail(&self, error: &Error) {
+        self.bootstrap.fail(error);
     }
 }
 
 /// Ends a world from any thread. Every rank that waits, or averages later, gets [`Error::Aborted`].
 #[derive(Clone, Debug)]
 pub struct AbortHandle {
-    of: Handle,
-}
-
-#[derive(Clone, Debug)]
-enum Handle {
-    Threads(usize, Weak<ThreadBootstrap>),
-    #[cfg(processes)]
-    Processes(processes::Handle),
+    of: Arc<dyn Abort>,
 }
 
 impl AbortHandle {
     /// Ends the world. Does not wait for the other ranks. An average that has not been committed
     /// leaves every tensor unchanged. Further calls have no effect.
     pub fn abort(&self) {
-        match &self.of {
-            Handle::Threads(rank, threads) => {
-                threads.upgrade().into_iter().for_each(|threads| threads.abort(*rank))
-            }
-            #[cfg(processes)]
-            Handle::Processes(processes) => processes.abort(),
-        }
+        self.of.abort();
     }
 }

@@ -4,11 +4,10 @@ use std::collections::BTreeMap;
 
 #[cfg(processes)]
 use super::processes::HostInfo;
-use super::{Device, Kind};
 use crate::backend::cuda::{self, Context};
 use crate::backend::proximity::{all_pairs, Connection, PeerAccess};
-use crate::backend::MemorySpace;
-use crate::{Error, Result};
+use crate::backend::{MemorySpace, ProcessWay};
+use crate::{Device, Error, Result};
 
 /// Placement of all ranks, computed once for a view.
 #[derive(Debug)]
@@ -20,18 +19,29 @@ pub(crate) struct Placement {
     peers: Vec<Vec<PeerAccess>>,
     /// Ranks in ring order.
     order: Vec<usize>,
-    /// Cores available to each process: the minimum over all ranks. `None` for threads.
-    processes: Option<usize>,
+    /// What processes have in common. `None` for threads.
+    processes: Option<Common>,
     /// Occupancy of the most oversubscribed CUDA device. `None` on CPUs.
     occupancy: Option<Occupancy>,
 }
 
-/// The ranks on a device and the blocks that can be resident there.
+/// Properties of a world of processes.
+#[derive(Clone, Copy, Debug)]
+struct Common {
+    /// Cores available to each process: the minimum over all ranks.
+    cores: usize,
+    /// Way in which ranks on devices meet.
+    way: ProcessWay,
+}
+
+/// The ranks on a device and the blocks that they may have there at once.
 #[derive(Clone, Debug)]
 pub(crate) struct Occupancy {
     pub(crate) device: String,
     pub(crate) ranks: u32,
     pub(crate) blocks: u32,
+    /// True if this or another device has several ranks.
+    pub(crate) shared: bool,
 }
 
 impl Placement {
@@ -43,7 +53,7 @@ impl Placement {
         };
         let mut spaces: Vec<MemorySpace> = vec![];
         for (rank, device) in devices.iter().enumerate() {
-            if (device.0 == Kind::Cpu) != (devices[0].0 == Kind::Cpu) {
+            if device.ordinal().is_none() != devices[0].ordinal().is_none() {
                 let reason = format!(
                     "rank 0 is on {}, but the ranks of a world are all on CPUs or all on CUDA \
                         devices: give every rank the same kind",
@@ -51,9 +61,9 @@ impl Placement {
                 );
                 return Err(unavailable(rank, reason));
             }
-            spaces.push(match device.0 {
-                Kind::Cpu => MemorySpace::Host,
-                Kind::Cuda(ordinal) => MemorySpace::Cuda(
+            spaces.push(match device.ordinal() {
+                None => MemorySpace::Host,
+                Some(ordinal) => MemorySpace::Cuda(
                     Context::open(ordinal).map_err(|reason| unavailable(rank, reason))?,
                 ),
             });
@@ -75,7 +85,7 @@ impl Placement {
         let occupancies = spaces.iter().zip(devices).filter_map(|(space, device)| match space {
             MemorySpace::Host => None,
             MemorySpace::Cuda(context) => {
-                Some((context.ordinal(), device.to_string(), context.resident_blocks()))
+                Some((context.ordinal(), device.to_string(), context.usable_blocks()))
             }
         });
         let occupancy = most_oversubscribed(occupancies);
@@ -105,18 +115,29 @@ impl Placement {
             .iter()
             .map(|one| host_infos.iter().map(|other| one.connection(other)).collect())
             .collect();
-        let occupancies = host_infos.iter().filter_map(|host_info| {
+        let occupancies = host_infos.iter().enumerate().filter_map(|(rank, host_info)| {
             let gpu = host_info.gpu.as_ref()?;
-            Some((gpu.identity.uuid.as_str(), host_info.device.clone(), gpu.resident_blocks))
+            let share = gpu.own_share.then_some(rank); // which no other rank uses
+            let key = (gpu.identity.uuid.as_str(), share);
+            Some((key, host_info.device.clone(), gpu.resident_blocks))
         });
         Placement {
             devices: vec![own.0; host_infos.len()],
             spaces: vec![own.1.clone(); host_infos.len()],
             order: ring_order(&distances(&connections, &peers)),
             peers,
-            processes: host_infos.iter().map(|host_info| host_info.cores).min(),
+            processes: host_infos
+                .iter()
+                .map(|host_info| host_info.cores)
+                .min()
+                .map(|cores| Common { cores, way: way_of_processes(host_infos) }),
             occupancy: most_oversubscribed(occupancies),
         }
+    }
+
+    /// Way in which ranks on devices meet, if they are processes.
+    pub(crate) fn process_way(&self) -> Option<ProcessWay> {
+        self.processes.map(|common| common.way)
     }
 
     /// True if every rank is a process.
@@ -127,7 +148,7 @@ impl Placement {
     /// Number of cores that the ranks share. Meaningful on CPUs only.
     pub(crate) fn cores(&self) -> usize {
         let all = || std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        self.processes.unwrap_or_else(all)
+        self.processes.map_or_else(all, |common| common.cores)
     }
 
     pub(super) fn size(&self) -> usize {
@@ -161,9 +182,32 @@ impl Placement {
         self.order.iter().position(|&other| other == rank).expect("every rank is in the ring")
     }
 
+    /// True if two ranks share a CUDA device.
+    pub(crate) fn shares_device(&self) -> bool {
+        self.occupancy.as_ref().is_some_and(|occupancy| occupancy.shared)
+    }
+
+    /// True if this rank is the first one of its process on its device, in ring order.
+    pub(crate) fn leads(&self, rank: usize) -> bool {
+        let is_on_it = |&&other: &&usize| self.devices[other] == self.devices[rank];
+        self.between_processes() || self.order.iter().find(is_on_it) == Some(&rank)
+    }
+
     /// Occupancy of the most oversubscribed CUDA device. `None` on CPUs.
     pub(crate) fn occupancy(&self) -> Option<&Occupancy> {
         self.occupancy.as_ref()
+    }
+}
+
+/// Way in which processes with these devices meet: the same on every rank.
+#[cfg(processes)]
+fn way_of_processes(host_infos: &[&HostInfo]) -> ProcessWay {
+    let gpus = || host_infos.iter().filter_map(|host_info| host_info.gpu.as_ref());
+    let is_alone = |uuid: &str| gpus().filter(|gpu| gpu.identity.uuid == uuid).count() == 1;
+    match () {
+        _ if gpus().any(|gpu| !gpu.mps && !is_alone(&gpu.identity.uuid)) => ProcessWay::Sequenced,
+        _ if gpus().all(|gpu| gpu.stream_waits) => ProcessWay::InStreams,
+        _ => ProcessWay::OnHosts,
     }
 }
 
@@ -187,9 +231,12 @@ fn most_oversubscribed<K: Ord>(
 ) -> Option<Occupancy> {
     let mut occupancies: BTreeMap<K, Occupancy> = BTreeMap::new();
     for (key, device, blocks) in devices {
-        occupancies.entry(key).or_insert(Occupancy { device, ranks: 0, blocks }).ranks += 1;
+        let none = Occupancy { device, ranks: 0, blocks, shared: false };
+        occupancies.entry(key).or_insert(none).ranks += 1;
     }
-    occupancies.into_values().min_by_key(|occupancy| occupancy.blocks / occupancy.ranks)
+    let shared = occupancies.values().any(|occupancy| occupancy.ranks > 1);
+    let most = occupancies.into_values().min_by_key(|occupancy| occupancy.blocks / occupancy.ranks);
+    most.map(|most| Occupancy { shared, ..most })
 }
 
 /// Ring order: begins at rank 0 and continues with the nearest rank that is left, the lowest of

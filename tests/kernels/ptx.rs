@@ -63,10 +63,10 @@ fn mutant(nvcc: &str, number: u32) -> PathBuf {
     if let Some(mutant) = mutants::table().iter().find(|mutant| mutant.number == number) {
         kernels = mutant.apply(&kernels);
     }
-    let text = "#include \"ring.h\"\n\
-        extern \"C\" __global__ void pa_ring(const __grid_constant__ PaArgs args) {\n\
-        PA_ISA::run_ring<PA_RING>(PA_ISA::Exec{}, args);\n}\n";
-    kernels.insert("ring.cu".into(), text.into());
+    let others = |line: &&str| line.starts_with("PA_KERNEL(") && !line.contains("run_ring)");
+    let lines: Vec<&str> = kernels["average.cu"].lines().filter(|line| !others(line)).collect();
+    let text = lines.join("\n");
+    kernels.insert("ring.cu".into(), text);
     mutants::write(&kernels, &folder);
     let output = Command::new(nvcc)
         .args([

@@ -30,6 +30,7 @@ impl Ordered for CudaParams<'_> {
                 Error::InvalidOption { rank, option: "stream", found, expected }
             }
             Unstarted::Failed(reason) => Error::DeviceFailed { rank, source: reason.into() },
+            Unstarted::Ended(_) | Unstarted::Halted(_) => unreachable!("nothing was started"),
         })?;
         with(&mut tensors);
         Ok(())
@@ -45,13 +46,11 @@ impl Ordered for CudaParams<'_> {
         let stream = self.stream;
         averager.check_cudarc(stream)?;
         let raw = stream.cu_stream().cast();
-        // SAFETY: it was checked.
-        let waits_here = !waits && unsafe { averager.should_wait(call, raw) }?;
         let (mut tensors, events) = match self.order() {
             Ok(ordered) => ordered,
             Err(error) => return Err(averager.unstarted(failure(error))),
         };
-        let order = if waits || waits_here { Order::Behind(raw) } else { Order::Within(raw) };
+        let order = if waits { Order::Behind(raw) } else { Order::Within(raw) };
         // SAFETY: the stream belongs to the primary context of this rank's device, which was
         // checked, and the averager keeps it alive. It waits for earlier uses of the tensors, which
         // was checked for each; tensors that are not so ordered are refused. Later uses wait for
@@ -70,10 +69,7 @@ impl Ordered for CudaParams<'_> {
             }
             return Err(averager.device_failed(reason(error)));
         }
-        match outcome {
-            None if waits_here => averager.end(start).map(Some),
-            outcome => Ok(outcome),
-        }
+        Ok(outcome)
     }
 }
 

@@ -10,11 +10,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
 use super::driver::{self, call, Failed};
-use super::rank::THREADS;
+use super::launch::THREADS;
 use crate::sync::lock;
 
 /// Names of the kernels, indexed by `PaKernel`.
-const KERNELS: [&str; 5] = ["pa_direct", "pa_ring", "pa_ring_reduce", "pa_ring_gather", "pa_scan"];
+const KERNELS: [&str; 4] = ["pa_direct", "pa_ring", "pa_ring_commit", "pa_scan"];
 /// Name of the kernel that tests peer access.
 const PROBE: &str = "pa_probe";
 
@@ -27,7 +27,7 @@ pub(crate) struct Context {
     device: sys::CUdevice,
     raw: sys::CUcontext,
     module: sys::CUmodule,
-    kernels: [sys::CUfunction; 5],
+    kernels: [sys::CUfunction; 4],
     probe: sys::CUfunction,
     /// Stream for copies while kernels run. It does not wait for the null stream.
     side: sys::CUstream,
@@ -77,7 +77,7 @@ impl Context {
             device: 0,
             raw: null_mut(),
             module: null_mut(),
-            kernels: [null_mut(); 5],
+            kernels: [null_mut(); 4],
             probe: null_mut(),
             side: null_mut(),
             resident: 0,
@@ -143,9 +143,31 @@ impl Context {
         Ok(())
     }
 
-    /// Number of blocks of [`THREADS`] threads that can be resident at once.
-    pub(crate) fn resident_blocks(&self) -> u32 {
-        self.resident
+    /// Number of blocks of [`THREADS`] threads that averages may have on the device at once: half
+    /// of what fits, so that no average needs a device on which nothing else runs.
+    pub(crate) fn usable_blocks(&self) -> u32 {
+        #[cfg(feature = "__testing")]
+        if super::former::is_asked_for() {
+            return self.resident;
+        }
+        self.resident / 2
+    }
+
+    /// True if streams of this device can wait for words in memory.
+    pub(crate) fn has_stream_waits(&self) -> bool {
+        const CAN_USE_STREAM_MEM_OPS: i32 = 92; // has another name in some versions of CUDA
+        driver::get().is_ok_and(|driver| driver.attribute(CAN_USE_STREAM_MEM_OPS, self.device) == 1)
+    }
+
+    /// True if kernels of different processes run at the same time on this device (MPS).
+    pub(crate) fn has_mps(&self) -> bool {
+        const MPS_ENABLED: i32 = 133; // of CUDA 12.4 and later
+        driver::get().is_ok_and(|driver| driver.attribute(MPS_ENABLED, self.device) == 1)
+    }
+
+    /// True if the driver ends kernels that run for seconds, since the device has a display.
+    pub(super) fn ends_long_kernels(&self) -> bool {
+        self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT).is_ok_and(|is| is != 0)
     }
 
     /// Makes the context current on this thread until the result is dropped.

@@ -80,32 +80,6 @@ impl DeviceMemory {
         })
     }
 
-    /// Writes a word, atomically, that running kernels poll.
-    pub(crate) fn write_word(&self, offset: usize, word: u32) -> Result<(), Failed> {
-        let to = self.at(offset, 4);
-        // SAFETY: inside of this memory, and aligned. Flags 0: earlier writes are visible before
-        // the word.
-        let written = self
-            .context
-            .on_the_side(|stream| unsafe { call!(cuStreamWriteValue32_v2(stream, to, word, 0)) });
-        match written {
-            // A copy of an aligned word is atomic in practice, though no specification says so.
-            Err(Failed { result: CUresult::CUDA_ERROR_NOT_SUPPORTED, .. }) => {
-                self.write(offset, &word.to_ne_bytes())
-            }
-            written => written,
-        }
-    }
-
-    /// Reads bytes and waits for the copy. Kernels may run at the same time.
-    pub(crate) fn read(&self, offset: usize, to: &mut [u8]) -> Result<(), Failed> {
-        let from = self.at(offset, to.len());
-        self.context.on_the_side(|stream| {
-            // SAFETY: as for `write`.
-            unsafe { call!(cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), stream)) }
-        })
-    }
-
     pub(crate) fn fill(&self, offset: usize, bytes: usize, value: u8) -> Result<(), Failed> {
         let to = self.at(offset, bytes);
         // SAFETY: inside of this memory.

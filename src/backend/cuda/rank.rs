@@ -1,47 +1,51 @@
-//! One rank on a device: its stream, its tables, and the states of its channels.
+//! One rank on a device: its tables, the states of its channels, and its part of an average.
 
-use std::ffi::c_void;
-use std::ptr::null_mut;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cudarc::driver::sys;
 
 use super::driver::{call, Failed};
+use super::launch::{launch, launch_all, leader_of, Launched, Part};
 use super::memory::Pinned;
 use super::running::{Busy, Running};
-use super::streams::{Begun, Held, Stream};
+use super::streams::{Event, LaunchStream};
 use super::tables::Tables;
 use super::{Context, DeviceMemory};
-use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment};
-use crate::backend::{Order, Unstarted};
+use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PaStatus, PA_DEPARTED, PA_OPEN};
+#[cfg(processes)]
+use crate::backend::{Arrivals, ProcessWay};
+use crate::backend::{Attendance, Failure, Gathering, Meeting, Order, Unstarted, Way};
+#[cfg(processes)]
+use crate::deadline::after;
+use crate::plan::Launch;
 
-/// Threads of a block, the maximum that the kernels are compiled for. 4 packs in flight per thread
-/// saturate a multiprocessor's memory bandwidth, and one block per multiprocessor has enough
-/// registers to avoid spills (tests/kernels/sass.rs).
-pub(crate) const THREADS: u32 = 512;
-
-/// A rank's stream and tables.
+/// A rank's tables and states.
 #[derive(Debug)]
 pub(crate) struct Rank {
     context: Arc<Context>,
-    /// Number of the rank, for messages.
-    number: usize,
-    /// Non-blocking stream of the rank's own.
-    stream: sys::CUstream,
-    /// Event on the application's stream before an average on the rank's own.
-    before: sys::CUevent,
-    /// Event at the end of an average.
-    done: sys::CUevent,
+    /// Stream of the launches, if this rank is the first on its device.
+    stream: Option<LaunchStream>,
+    /// Recorded behind the work that an average follows.
+    ready: Arc<Event>,
+    /// Recorded behind this rank's launches.
+    done: Arc<Event>,
     channels: DeviceMemory,
-    /// The channels' states after the last average.
+    /// The status records after the last average, which the kernels write.
     ended: Pinned,
     tables: Tables,
     /// True if the average that was started last was captured and so has not run.
     capturing: bool,
-    /// The end of the average that was started and not waited for.
-    pending: Option<Pending>,
-    /// Present while later work of the application's stream waits for the pending average.
-    held: Option<Held>,
+    /// Longest wait for a peer in the kernels of that average.
+    longest_wait: Duration,
+    /// Number of the latest meeting of processes that this rank has come to.
+    #[cfg(processes)]
+    meetings: u32,
+    /// Meeting of the pending average that a stream waits for.
+    #[cfg(processes)]
+    watched: Option<Attendance>,
+    /// The event behind the average that was started and not waited for.
+    pending: Option<Arc<Event>>,
     /// Present while an average is pending. Present for good after a capture, since replays of the
     /// graph are not observed here.
     busy: Option<Busy>,
@@ -49,54 +53,42 @@ pub(crate) struct Rank {
     _running: Running,
 }
 
-/// The event or stream to wait on for the end of an average.
-#[derive(Clone, Copy, Debug)]
-enum Pending {
-    /// Wait on `Rank::done`.
-    Done,
-    /// Wait for the whole stream, since `done` could not be recorded.
-    All(sys::CUstream),
-}
-
-// SAFETY: handles, which the driver allows on every thread, and memory that only `self` refers to.
-unsafe impl Send for Rank {}
-
 impl Rank {
-    /// `buckets` and `segments` are the capacities of the tables.
+    /// `buckets` and `segments` are the capacities of the tables. `leads`: this rank is the first
+    /// one of this process on its device.
     pub(crate) fn new(
         context: &Arc<Context>,
         states: &[PaChannel],
         buckets: usize,
         segments: usize,
-        number: usize,
+        leads: bool,
     ) -> Result<Rank, String> {
+        #[cfg(processes)]
+        super::arrivals::start_watcher()?;
         let bytes: &[u8] = bytemuck::cast_slice(states);
+        #[cfg(feature = "__testing")]
+        let leads = leads || super::former::is_asked_for();
         let mut rank = Rank {
             context: context.clone(),
-            number,
-            stream: null_mut(),
-            before: null_mut(),
-            done: null_mut(),
+            stream: leads.then(|| LaunchStream::new(context)).transpose()?,
+            ready: Arc::new(Event::new(context)?),
+            done: Arc::new(Event::new(context)?),
             channels: DeviceMemory::new(context, bytes.len())?,
-            ended: Pinned::new(context, bytes.len())?,
+            ended: Pinned::new(context, size_of::<PaStatus>() * states.len())?,
             tables: Tables::new(context, buckets, segments)?,
             capturing: false,
+            longest_wait: Duration::ZERO,
+            #[cfg(processes)]
+            meetings: 0,
+            #[cfg(processes)]
+            watched: None,
             pending: None,
-            held: None,
             busy: None,
             _running: Running::new(),
         };
         rank.channels.write(0, bytes)?;
-        rank.ended.bytes_mut().copy_from_slice(bytes);
-        let _bound = context.bind()?;
-        let kind = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-        let untimed = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
-        // SAFETY: the context is bound.
-        unsafe {
-            call!(cuStreamCreate(&mut rank.stream, kind))?;
-            call!(cuEventCreate(&mut rank.before, untimed))?;
-            call!(cuEventCreate(&mut rank.done, untimed))?;
-        }
+        let first: Vec<PaStatus> = states.iter().map(|state| state.status).collect();
+        rank.ended.bytes_mut().copy_from_slice(bytemuck::cast_slice(&first));
         Ok(rank)
     }
 
@@ -107,6 +99,11 @@ impl Rank {
 
     pub(crate) fn channels(&self) -> u64 {
         self.channels.address()
+    }
+
+    /// Address of the status records, for the kernels.
+    pub(crate) fn status(&self) -> u64 {
+        self.ended.address()
     }
 
     pub(crate) fn buckets(&self) -> u64 {
@@ -127,15 +124,17 @@ impl Rank {
         self.tables.set(buckets, segments);
     }
 
-    pub(crate) fn ended(&self) -> &[PaChannel] {
+    pub(crate) fn ended(&self) -> &[PaStatus] {
         bytemuck::cast_slice(self.ended.bytes())
     }
 
-    /// Enqueues an average and returns at once.
+    /// Meets the peers and launches an average. Returns when all ranks of this process have
+    /// launched: no call of the driver that a trainer makes afterwards can delay a launch that a
+    /// kernel waits for.
     ///
-    /// An average that later work of its stream waits for is enqueued on that stream, if that is
-    /// non-blocking. Any other runs on the rank's own stream, between two events: work of another
-    /// kind of stream can wait for a peer's, and so could the average. If the stream is being
+    /// The launches run on a stream of this crate's own, behind the work of every rank's stream so
+    /// far. Work is submitted in an order in which each piece waits for earlier ones only, so
+    /// streams that share a hardware queue do not block one another. If the stream is being
     /// captured, the average becomes a part of the graph, with its current tensors and arguments.
     /// All counters are in device memory, so a graph can be replayed.
     ///
@@ -147,12 +146,13 @@ impl Rank {
     pub(crate) unsafe fn start(
         &mut self,
         args: &PaArgs,
-        kernels: impl Iterator<Item = u32>,
+        launches: &[Launch],
         order: Order,
+        peers: &Gathering<'_>,
     ) -> Result<(), Unstarted> {
         let _bound = self.context.bind()?;
         let (behind, is_awaited) = match order {
-            Order::NullStream => (null_mut(), false),
+            Order::NullStream => (std::ptr::null_mut(), false),
             Order::Behind(stream) => (stream.cast(), false),
             Order::Within(stream) => (stream.cast(), true),
         };
@@ -162,37 +162,167 @@ impl Rank {
             Order::Behind(_) | Order::Within(_) => unsafe { is_capturing(behind) }?,
         };
         self.busy.get_or_insert_with(Busy::new);
+        self.longest_wait = Duration::from_nanos(args.timeout_ns);
         if self.capturing {
             // SAFETY: guaranteed by the caller.
-            return unsafe { self.capture(args, kernels, behind) };
+            return unsafe { self.capture(args, launches, behind, peers) };
         }
         // SAFETY: guaranteed by the caller.
-        let stream = unsafe { Stream::of(behind) }?;
-        let context = self.context.raw() as usize;
-        let begun = Begun { context, control: args.control, rank: self.number, stream };
-        let held = begun.enter(is_awaited)?;
-        let is_within = is_awaited && stream.is_non_blocking();
-        let on = if is_within { behind } else { self.stream };
-        if !is_within {
+        match unsafe { self.ready.record(behind) } {
+            Err(failed) if failed.is_of_capture() => {
+                return Err(Unstarted::beside_a_capture(&failed.to_string()));
+            }
+            recorded => recorded?,
+        }
+        // The records of the last average must not be taken for those of one that fails to begin.
+        for status in bytemuck::cast_slice_mut::<_, PaStatus>(self.ended.bytes_mut()) {
+            (status.outcome, status.committed) = (PA_OPEN, 0);
+        }
+        let part = Part {
+            device: self.context.ordinal(),
+            ready: self.ready.clone(),
+            tables: self.tables.take_stale(),
+            args: *args,
+            launches: launches.to_vec(),
+        };
+        let done = match peers.way {
+            #[cfg(feature = "__testing")]
+            _ if super::former::is_asked_for() => self.launch_formerly(&part, peers)?,
+            Way::Threads { calls, launches } => {
+                self.launch_together(part, calls, launches, peers)?
+            }
+            #[cfg(processes)]
+            Way::Processes(way, ref arrivals) => self.launch_alone(part, way, arrivals, peers)?,
+            #[cfg(not(processes))]
+            Way::Processes { .. } => unreachable!("this build has threads only"),
+        };
+        self.pending = Some(done.clone());
+        if is_awaited {
             // SAFETY: guaranteed by the caller.
-            unsafe { self.follow(behind) }?;
+            unsafe { done.hold(behind) }?;
         }
-        self.held = held;
-        // SAFETY: source and destination of the copies have the same size, and no other code
-        // accesses them until `finish`; the caller guarantees the rest. All enqueued work precedes
-        // the event.
-        unsafe {
-            let enqueued = self.tables.update(on).and_then(|()| self.enqueue(args, kernels, on));
-            let recorded = call!(cuEventRecord(self.done, on));
-            self.pending = Some(if recorded.is_ok() { Pending::Done } else { Pending::All(on) });
-            let followed = match recorded {
-                Ok(()) if is_awaited && !is_within => {
-                    call!(cuStreamWaitEvent(behind, self.done, 0))
+        Ok(())
+    }
+
+    /// Meets the ranks that are threads of this process, and launches for those on this device if
+    /// this rank is the first of them. Returns the event behind the launches.
+    fn launch_together(
+        &mut self,
+        part: Part,
+        calls: &Meeting<Part>,
+        launches: &Meeting<Launched>,
+        peers: &Gathering<'_>,
+    ) -> Result<Arc<Event>, Unstarted> {
+        let parts = calls.all_gather(peers.position, part, peers.world, peers.timeout);
+        let parts = parts.inspect_err(|_| self.tables.set_stale()).map_err(Unstarted::Ended)?;
+        // From here on every rank takes part, whatever happens to the world: tensors must not be
+        // returned to a caller while a launch uses them.
+        let leader = leader_of(self.context.ordinal(), &parts);
+        let leads = leader == peers.position;
+        let launched = leads.then(|| self.launch_all(&parts, None, peers));
+        let all = launches.all_gather_of_all(peers.position, launched);
+        match all[leader].clone().expect("the first rank of a device launches") {
+            Ok(done) => Ok(done),
+            Err(failed) if leads => Err(failed.into()),
+            // What was launched has ended.
+            Err(_) => Err(Unstarted::Halted(Failure { kind: PA_DEPARTED, position: leader })),
+        }
+    }
+
+    /// Launches for this rank, the only one of this process on its device.
+    #[cfg(processes)]
+    fn launch_alone(
+        &mut self,
+        part: Part,
+        way: ProcessWay,
+        arrivals: &Arc<dyn Arrivals>,
+        peers: &Gathering<'_>,
+    ) -> Result<Arc<Event>, Unstarted> {
+        if way == ProcessWay::InStreams {
+            let meeting = self.next_meeting(arrivals, peers);
+            super::arrivals::watch(meeting.clone());
+            self.watched = Some(meeting.clone());
+            return Ok(self.launch_all(&[part], Some(&meeting), peers)?);
+        }
+        // The host comes when the work before the average has ended.
+        let mut launches = part.launches.clone();
+        let parts = match way {
+            ProcessWay::Sequenced => launches.drain(..).map(|each| vec![each]).collect(),
+            _ => vec![launches],
+        };
+        self.ready.synchronize()?;
+        let args = part.args;
+        for (index, launches) in parts.into_iter().enumerate() {
+            if let Err(failure) = self.next_meeting(arrivals, peers).meet(peers.position) {
+                if index > 0 {
+                    return Err(Unstarted::Halted(failure));
                 }
-                recorded => recorded,
-            };
-            Ok(enqueued.and(followed)?)
+                self.tables.set_stale();
+                return Err(Unstarted::Ended(failure));
+            }
+            let tables = part.tables.filter(|_| index == 0);
+            let part = Part { launches, tables, ..part.clone() };
+            let done = self.launch_all(&[part], None, peers)?;
+            if way == ProcessWay::Sequenced {
+                done.synchronize()?;
+                let fault = args.fault_step;
+                if fault != 0 && self.ended().iter().any(|status| status.step == fault) {
+                    break; // a test ends the rank here
+                }
+            }
         }
+        Ok(self.done.clone())
+    }
+
+    /// Launches for this rank as it was done formerly.
+    #[cfg(feature = "__testing")]
+    fn launch_formerly(
+        &mut self,
+        part: &Part,
+        peers: &Gathering<'_>,
+    ) -> Result<Arc<Event>, Failed> {
+        let stream = self.stream.as_ref().expect("every rank has one");
+        // SAFETY: guaranteed by the caller of `start`.
+        unsafe {
+            super::former::launch_one(&self.context, stream, part, peers.timeout, &self.done)
+        }?;
+        Ok(self.done.clone())
+    }
+
+    /// The next meeting of processes. Its deadline is that of a call.
+    #[cfg(processes)]
+    fn next_meeting(&mut self, arrivals: &Arc<dyn Arrivals>, peers: &Gathering<'_>) -> Attendance {
+        self.meetings = self.meetings.wrapping_add(1);
+        Attendance {
+            arrivals: arrivals.clone(),
+            ranks: peers.ranks,
+            number: self.meetings,
+            deadline: after(peers.timeout),
+        }
+    }
+
+    /// Launches for all ranks of this process on the device, behind a meeting in the stream if
+    /// there is one.
+    fn launch_all(
+        &self,
+        parts: &[Part],
+        meeting: Option<&Attendance>,
+        peers: &Gathering<'_>,
+    ) -> Result<Arc<Event>, Failed> {
+        let stream = self.stream.as_ref().expect("the first rank of a device has a stream");
+        // SAFETY: every rank guarantees it for its part.
+        let launched = unsafe {
+            launch_all(&self.context, stream, (meeting, peers.position), parts, &self.done)
+        };
+        launched.map(|()| self.done.clone()).inspect_err(|_| {
+            // Half an average may wait for the other half. It ends by this.
+            peers.world.poison(Failure { kind: PA_DEPARTED, position: peers.position });
+            if let Some(meeting) = meeting {
+                meeting.release();
+            }
+            // SAFETY: this rank's stream; the context is bound.
+            let _ = unsafe { call!(cuStreamSynchronize(stream.raw())) };
+        })
     }
 
     /// Makes an average a part of the graph that is captured on the stream.
@@ -202,13 +332,31 @@ impl Rank {
     unsafe fn capture(
         &mut self,
         args: &PaArgs,
-        kernels: impl Iterator<Item = u32>,
+        launches: &[Launch],
         stream: sys::CUstream,
+        peers: &Gathering<'_>,
     ) -> Result<(), Unstarted> {
+        if peers.shares_device {
+            // Nothing promises that two graphs run at the same time on one device.
+            self.capturing = false;
+            return Err(Unstarted::Refused {
+                found: "being captured, in a world where ranks share a device".into(),
+                expected: "a stream that is not captured, or a device for each rank: the averages \
+                    of graphs wait for one another on their devices",
+            });
+        }
         let tables = self.tables.copy()?;
-        let args = PaArgs { buckets: tables.address(), ..*args };
-        // SAFETY: guaranteed by the caller.
-        match unsafe { self.enqueue(&args, kernels, stream) } {
+        // Ranks meet in the kernels, since no host sees a replay.
+        if !self.context.ends_long_kernels() {
+            self.longest_wait = peers.timeout;
+        }
+        let timeout_ns = u64::try_from(self.longest_wait.as_nanos()).unwrap_or(u64::MAX);
+        let args = PaArgs { buckets: tables.address(), timeout_ns, ..*args };
+        let enqueue = |&each: &Launch| {
+            // SAFETY: guaranteed by the caller.
+            unsafe { launch(&self.context, each, &[args], stream) }
+        };
+        match launches.iter().try_for_each(enqueue) {
             // The capture failed, so there will be no graph.
             Err(failed) if failed.is_of_capture() => {
                 self.tables.take_back(tables);
@@ -226,42 +374,14 @@ impl Rank {
         }
     }
 
-    /// Makes the rank's own stream wait for the work of another stream so far.
-    ///
-    /// # Safety
-    /// `stream` belongs to this context, which is bound.
-    unsafe fn follow(&self, stream: sys::CUstream) -> Result<(), Unstarted> {
-        // SAFETY: this rank's event and stream; the caller guarantees the rest.
-        let follows = unsafe {
-            call!(cuEventRecord(self.before, stream))
-                .and_then(|()| call!(cuStreamWaitEvent(self.stream, self.before, 0)))
-        };
-        match follows {
-            Err(failed) if failed.is_of_capture() => {
-                Err(Unstarted::beside_a_capture(&failed.to_string()))
-            }
-            follows => Ok(follows?),
-        }
-    }
-
-    unsafe fn enqueue(
-        &mut self,
-        args: &PaArgs,
-        kernels: impl Iterator<Item = u32>,
-        stream: sys::CUstream,
-    ) -> Result<(), Failed> {
-        for kernel in kernels {
-            // SAFETY: see `start`.
-            unsafe { self.launch(args, kernel, stream) }?;
-        }
-        let (to, from) = (self.ended.bytes_mut(), self.channels.address());
-        // SAFETY: see `start`.
-        unsafe { call!(cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), stream)) }
-    }
-
     /// True if the average that was started last was captured and so has not run.
     pub(crate) fn was_captured(&self) -> bool {
         self.capturing
+    }
+
+    /// Longest wait for a peer in the kernels of the average that was started last.
+    pub(crate) fn longest_wait(&self) -> Duration {
+        self.longest_wait
     }
 
     /// Waits for a stream on which a graph was replayed.
@@ -303,75 +423,26 @@ impl Rank {
         unsafe { is_capturing(stream) }
     }
 
-    /// True if the stream waits for no other stream by itself.
-    ///
-    /// # Safety
-    /// `stream` belongs to this context.
-    pub(crate) unsafe fn is_non_blocking(&self, stream: sys::CUstream) -> Result<bool, Failed> {
-        let _bound = self.context.bind()?;
-        // SAFETY: guaranteed by the caller.
-        unsafe { Stream::of(stream) }.map(Stream::is_non_blocking)
-    }
-
-    /// True if the pending average has ended.
+    /// True if the pending average has ended, or there is none.
     pub(crate) fn is_done(&self) -> bool {
-        let Some(Pending::Done) = self.pending else { return true };
-        // SAFETY: this rank's event.
-        let ready =
-            self.context.bind().and_then(|_bound| unsafe { call!(cuEventQuery(self.done)) });
-        // `finish` returns any other error, and does not wait for it.
-        !matches!(ready, Err(Failed { result: sys::CUresult::CUDA_ERROR_NOT_READY, .. }))
+        self.pending.as_ref().is_none_or(|done| done.is_over()) // `finish` returns any error
     }
 
     /// Waits for the pending average, if any. Without one it makes no driver call, which a thread
     /// that captures must not make.
     pub(crate) fn finish(&mut self) -> Result<(), Failed> {
-        match self.pending {
-            None => {}
-            Some(Pending::Done) => {
-                let _bound = self.context.bind()?;
-                // SAFETY: this rank's event.
-                unsafe { call!(cuEventSynchronize(self.done)) }?;
-            }
-            Some(Pending::All(stream)) => {
-                // cleared first, since the stream may be destroyed after this call
-                self.pending = None;
-                self.held = None;
-                // SAFETY: the caller of `start` has guaranteed that the stream
-                // exists until now.
-                unsafe { self.synchronize(stream) }?;
-            }
+        if let Some(done) = &self.pending {
+            done.synchronize()?;
+        }
+        #[cfg(processes)]
+        if let Some(meeting) = self.watched.take() {
+            super::arrivals::forget(&meeting);
         }
         self.pending = None; // cleared last, so that a call after an error waits again
-        self.held = None;
         if !self.tables.is_captured() {
             self.busy = None;
         }
         Ok(())
-    }
-
-    unsafe fn launch(
-        &self,
-        args: &PaArgs,
-        kernel: u32,
-        stream: sys::CUstream,
-    ) -> Result<(), Failed> {
-        let mut parameters: [*mut c_void; 1] = [std::ptr::from_ref(args).cast_mut().cast()];
-        // SAFETY: the kernel takes one PaArgs, which the driver copies during the call.
-        unsafe {
-            call!(cuLaunchCooperativeKernel(
-                self.context.kernel(kernel),
-                args.channels,
-                1,
-                1,
-                THREADS,
-                1,
-                1,
-                0,
-                stream,
-                parameters.as_mut_ptr()
-            ))
-        }
     }
 }
 
@@ -382,19 +453,4 @@ unsafe fn is_capturing(stream: sys::CUstream) -> Result<bool, Failed> {
     // SAFETY: guaranteed by the caller.
     unsafe { call!(cuStreamIsCapturing(stream, &mut status)) }?;
     Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
-}
-
-impl Drop for Rank {
-    fn drop(&mut self) {
-        let Ok(_bound) = self.context.bind() else { return };
-        // SAFETY: created by `new` unless null; the driver destroys them when their work has ended.
-        unsafe {
-            if !self.stream.is_null() {
-                let _ = call!(cuStreamDestroy_v2(self.stream));
-            }
-            for event in [self.before, self.done].into_iter().filter(|event| !event.is_null()) {
-                let _ = call!(cuEventDestroy_v2(event));
-            }
-        }
-    }
 }

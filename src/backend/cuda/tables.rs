@@ -2,9 +2,7 @@
 
 use std::sync::Arc;
 
-use cudarc::driver::sys;
-
-use super::driver::{call, Failed};
+use super::driver::Failed;
 use super::memory::Pinned;
 use super::{Context, DeviceMemory};
 use crate::abi::{PaBucket, PaSegment};
@@ -82,18 +80,16 @@ impl Tables {
         self.is_stale = true;
     }
 
-    /// Enqueues the copy of changed tables to the device.
-    ///
-    /// # Safety
-    /// `stream` belongs to this context. The tables are not set again until the copy has ended.
-    pub(super) unsafe fn update(&mut self, stream: sys::CUstream) -> Result<(), Failed> {
-        if std::mem::take(&mut self.is_stale) {
-            let (to, from) = (self.device.address(), self.next.bytes());
-            // SAFETY: both have this size, and the caller guarantees the rest.
-            unsafe { call!(cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), stream)) }
-                .inspect_err(|_| self.is_stale = true)?;
-        }
-        Ok(())
+    /// Tables that have changed, for the caller to copy before the next average: address on the
+    /// device, address here, bytes. They are not set again until the copy has ended.
+    pub(super) fn take_stale(&mut self) -> Option<(u64, usize, usize)> {
+        let (to, from) = (self.device.address(), self.next.bytes());
+        std::mem::take(&mut self.is_stale).then_some((to, from.as_ptr() as usize, from.len()))
+    }
+
+    /// Records that the tables which were taken have not been copied.
+    pub(super) fn set_stale(&mut self) {
+        self.is_stale = true;
     }
 
     /// A copy of the current tables, for a graph.

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use crate::backend::cuda::{self, Context};
 use crate::backend::proximity::{Connection, Identity, PeerAccess};
 use crate::backend::MemorySpace;
-use crate::world::{Device, Kind, Placement};
+use crate::device::Device;
+use crate::world::Placement;
 
 /// Host information of a rank.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,9 +27,18 @@ pub(in crate::world) struct HostInfo {
 #[serde(deny_unknown_fields)]
 pub(in crate::world) struct Gpu {
     pub(in crate::world) identity: Identity,
-    /// Blocks that can be resident on the device at once.
+    /// Blocks that averages may have on the device at once.
     pub(in crate::world) resident_blocks: u32,
+    /// True if streams can wait for words in memory.
+    pub(in crate::world) stream_waits: bool,
+    /// True if kernels of different processes run at the same time (MPS).
+    pub(in crate::world) mps: bool,
+    /// True if the process has a share of the device to itself, and `resident_blocks` are of that.
+    pub(in crate::world) own_share: bool,
 }
+
+/// Set for clients of MPS that see a part of a device's multiprocessors.
+const SHARE: &str = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE";
 
 impl HostInfo {
     /// Host information of a process whose device has not been opened.
@@ -69,10 +79,16 @@ impl LocalDevice {
     /// Opens the device.
     pub(super) fn find(device: Device) -> Result<LocalDevice, String> {
         let (mut host_info, mut space) = (HostInfo::unknown(device), MemorySpace::Host);
-        if let Kind::Cuda(ordinal) = device.0 {
+        if let Some(ordinal) = device.ordinal() {
             let context = Context::open(ordinal)?;
             let identity = cuda::identity(&context)?;
-            host_info.gpu = Some(Gpu { identity, resident_blocks: context.resident_blocks() });
+            host_info.gpu = Some(Gpu {
+                identity,
+                resident_blocks: context.usable_blocks(),
+                stream_waits: context.has_stream_waits(),
+                mps: context.has_mps(),
+                own_share: context.has_mps() && std::env::var_os(SHARE).is_some(),
+            });
             space = MemorySpace::Cuda(context);
         }
         Ok(LocalDevice { host_info, device, space })

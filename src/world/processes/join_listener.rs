@@ -103,11 +103,6 @@ impl JoinListener {
         self
     }
 
-    /// Name of the world.
-    pub(super) fn name(&self) -> &str {
-        &self.world.name
-    }
-
     pub(super) fn world(&self) -> &WorldId {
         &self.world
     }
@@ -198,10 +193,10 @@ fn serve(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Device;
     use crate::world::processes::job::{Job, Known};
     use crate::world::processes::rendezvous::connect;
     use crate::world::processes::view_board::ViewBoard;
-    use crate::world::Device;
 
     #[test]
     fn refusals_name_both_sides() {

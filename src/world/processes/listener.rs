@@ -20,13 +20,39 @@ use crate::sync::lock;
 /// Limit on connections whose first message is incomplete.
 pub(super) const MOST: usize = 64;
 /// Time for the first message.
-const HELLO: Duration = Duration::from_millis(if cfg!(any(test, fuzzing)) { 50 } else { 2000 });
+const HELLO: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 2000 });
 /// Time for the first message if other connections wait for it.
 const PATIENCE: Duration = Duration::from_millis(500);
 /// Stack of a thread in bytes.
 const STACK: usize = 256 << 10;
 /// Pause between two attempts to accept while descriptors are missing.
 const AGAIN: Duration = Duration::from_millis(2);
+
+/// Time for the first message.
+#[cfg(not(feature = "__testing"))]
+fn hello_time() -> Duration {
+    HELLO
+}
+
+#[cfg(feature = "__testing")]
+use testing::hello_time;
+
+#[cfg(feature = "__testing")]
+pub mod testing {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::Duration;
+
+    static MILLIS: AtomicU64 = AtomicU64::new(super::HELLO.as_millis() as u64);
+
+    pub(super) fn hello_time() -> Duration {
+        Duration::from_millis(MILLIS.load(Ordering::Relaxed))
+    }
+
+    /// Sets the time that a process has for its first message.
+    pub fn set_hello_time(time: Duration) {
+        MILLIS.store(time.as_millis() as u64, Ordering::Relaxed);
+    }
+}
 
 /// A listening socket. Dropping it shuts the socket down and frees the name soon after.
 #[derive(Debug)]
@@ -70,7 +96,7 @@ impl Listener {
             &stream,
             kinds,
             most_files,
-            Instant::now() + HELLO,
+            Instant::now() + hello_time(),
         ) {
             Ok(frame) => handle(stream, frame),
             Err(error) if error.kind() == frame::SHORT => missing.file(1),
@@ -78,8 +104,13 @@ impl Listener {
             // version.
             Err(error) if error.kind() == frame::OTHER_VERSION => {
                 let refuse = (Kind::Refuse, 0, 0);
-                let _ =
-                    frame::send(&stream, refuse, &error.to_string(), &[], Instant::now() + HELLO);
+                let _ = frame::send(
+                    &stream,
+                    refuse,
+                    &error.to_string(),
+                    &[],
+                    Instant::now() + hello_time(),
+                );
             }
             Err(_) => {}
         };

@@ -13,6 +13,7 @@ mod join_listener;
 mod joiner;
 mod launcher;
 mod listener;
+mod member;
 mod p2p_probe;
 mod peer_set;
 mod peer_state;
@@ -24,22 +25,31 @@ mod view_board;
 mod view_change;
 mod wire_handshake;
 
-use std::sync::{Arc, MutexGuard, Weak};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use super::{Device, Placement, WorldId};
+use super::bootstrap::{Abort, Bootstrap, Elastic};
+use super::exchange::{in_exchange, missing};
+use super::{
+    AbortHandle, Agreement, Communicator, ExchangeId, Handshake, Placement, Rebuild, Shown, WorldId,
+};
+use crate::abi::PA_MAX_WORLD;
 use crate::backend::limits;
-use crate::sync::lock;
-use crate::{Error, Result};
+use crate::error::Phase;
+use crate::{notice, Device, Error, Result};
+use exchange::key_of;
+use frame::Kind;
 pub(super) use host_info::HostInfo;
 use host_info::LocalDevice;
 use job::Job;
 pub(super) use job::Known;
 use join_listener::JoinListener;
-use peer_set::{CurrentView, PeerSet, ViewStatus};
+use member::Member;
+use peer_set::PeerSet;
 use peers::NoReceiver;
-#[cfg(fuzzing)]
-pub use rendezvous::fuzz;
+#[cfg(feature = "__testing")]
+pub use rendezvous::testing;
 use rendezvous::RankInfo;
 use view_board::ViewBoard;
 
@@ -49,8 +59,7 @@ const JOINING: Duration = Duration::from_secs(60);
 /// Membership of a process in one view of a world.
 #[derive(Debug)]
 pub(super) struct ProcessBootstrap {
-    peer_set: Arc<PeerSet>,
-    view: CurrentView,
+    member: Member,
     placement: Placement,
     /// Listener of this process for joiners.
     listener: Arc<JoinListener>,
@@ -149,15 +158,12 @@ impl ProcessBootstrap {
             met.map(|(peer, (host_info, met))| peer_set.connections.add(peer, host_info, met));
         let heard = heard.collect::<Result<(), NoReceiver>>().map_err(|failed| failed.reason);
         peers.confirmation.give(heard).map_err(failed)?;
-        p2p_probe::find(&peer_set, &peer_set.current(), deadline).map_err(failed)?;
-        let listener = JoinListener::open(
-            &me.name,
-            peers.origin,
-            peer_set.me,
-            &peer_set.connections,
-            peers.held,
-        );
-        Ok(ProcessBootstrap::of(peer_set, listener))
+        let member = Member::new(peer_set);
+        let left = deadline.saturating_duration_since(Instant::now());
+        p2p_probe::find(&member, left).map_err(failed)?;
+        let (id, connections) = (member.peer_set.me, &member.peer_set.connections);
+        let listener = JoinListener::open(&me.name, peers.origin, id, connections, peers.held);
+        Ok(ProcessBootstrap::of(member, Arc::new(listener)))
     }
 
     /// Joins a running world; see `Communicator::join`.
@@ -167,84 +173,145 @@ impl ProcessBootstrap {
             .map_err(|reason| failed(format!("{device} is not available: {reason}")))?;
         limits::spare_for_all(0).map_err(failed)?;
         let (peer_set, origin, others) = joiner::join(name, own, timeout).map_err(failed)?;
-        p2p_probe::find(&peer_set, &peer_set.current(), Instant::now() + JOINING)
-            .map_err(failed)?;
-        let listener = JoinListener::open(name, origin, peer_set.me, &peer_set.connections, None)
-            .with_others(others);
-        Ok(ProcessBootstrap::of(peer_set, listener))
+        let member = Member::new(peer_set);
+        p2p_probe::find(&member, JOINING).map_err(failed)?;
+        let (id, connections) = (member.peer_set.me, &member.peer_set.connections);
+        let listener = JoinListener::open(name, origin, id, connections, None).with_others(others);
+        Ok(ProcessBootstrap::of(member, Arc::new(listener)))
     }
 
-    fn of(peer_set: PeerSet, listener: JoinListener) -> ProcessBootstrap {
-        let view = lock(&peer_set.latest).clone();
-        let placement = peer_set.placement(&view);
-        ProcessBootstrap {
-            peer_set: Arc::new(peer_set),
-            view,
-            placement,
-            listener: Arc::new(listener),
-        }
-    }
-
-    pub(super) fn rank(&self) -> usize {
-        self.members().iter().position(|&peer| peer == self.peer_set.me).expect("it is a member")
-    }
-
-    pub(super) fn placement(&self) -> &Placement {
-        &self.placement
-    }
-
-    fn members(&self) -> &[usize] {
-        self.view.members()
-    }
-
-    pub(in crate::world) fn number(&self) -> u32 {
-        self.view.number()
-    }
-
-    fn others(&self) -> impl Iterator<Item = usize> + '_ {
-        self.members().iter().copied().filter(|&peer| peer != self.peer_set.me)
-    }
-
-    /// Handle that aborts the world from any thread, while this process is in it.
-    pub(super) fn handle(&self) -> Handle {
-        Handle(Arc::downgrade(&self.peer_set))
-    }
-
-    pub(super) fn name(&self) -> &str {
-        self.listener.name()
-    }
-
-    pub(super) fn world(&self) -> &WorldId {
-        self.listener.world()
-    }
-
-    /// The failure that ended this view, if any. Returns the failure itself once and `Poisoned`
-    /// afterwards.
-    fn failure(&self) -> Option<Error> {
-        let mut status = self.status();
-        let failure = status.failure.clone()?;
-        let told = std::mem::replace(&mut status.told, true);
-        Some(if told { Error::Poisoned { cause: Box::new(failure) } } else { failure })
-    }
-
-    pub(in crate::world) fn fail(&self, error: Error) -> Error {
-        let mut status = self.status();
-        status.told = true;
-        status.failure.get_or_insert_with(|| error.clone());
-        error
-    }
-
-    fn status(&self) -> MutexGuard<'_, ViewStatus> {
-        self.view.status()
+    fn of(member: Member, listener: Arc<JoinListener>) -> ProcessBootstrap {
+        let placement = member.peer_set.placement(&member.view);
+        ProcessBootstrap { member, placement, listener }
     }
 }
 
-/// See `ProcessBootstrap::handle`.
-#[derive(Clone, Debug)]
-pub(super) struct Handle(Weak<PeerSet>);
+impl Bootstrap for ProcessBootstrap {
+    fn rank(&self) -> usize {
+        self.member.rank()
+    }
 
-impl Handle {
-    pub(super) fn abort(&self) {
+    fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    fn agree(
+        &self,
+        handshake: Handshake,
+        number: Option<u32>,
+        timeout: Duration,
+    ) -> Result<Arc<Agreement>> {
+        self.exchange_handshakes(handshake, number, timeout).map(Arc::new)
+    }
+
+    fn all_gather(
+        &self,
+        id: ExchangeId,
+        shown: Shown,
+        timeout: Duration,
+        has_left: &dyn Fn(usize) -> bool,
+    ) -> Result<Vec<Shown>> {
+        let (member, phase) = (&self.member, Phase::Exchange);
+        member.failure().map(in_exchange).map_or(Ok(()), Err)?;
+        let name = format!("call {}", shown.call);
+        let (call, kind) = (member.call(&name, phase, timeout), (Kind::Exchange, key_of(id)));
+        let frames = member.all_gather_until(&call, kind, (&shown, &[]), false, has_left);
+        let mut all = vec![];
+        for (rank, frame) in frames.map_err(|e| missing(e, &call))?.into_iter().enumerate() {
+            let theirs = frame.map_or_else(|| Ok(shown.clone()), |frame| frame.parse());
+            all.push(theirs.map_err(|error| {
+                let text = format!("the message of rank {rank} can't be parsed: {error}");
+                notice::warn(Some(call.rank), &text);
+                Error::PeerLost { rank, phase, committed: false }
+            })?);
+        }
+        Ok(all)
+    }
+
+    fn fail(&self, error: &Error) {
+        self.member.fail(error);
+    }
+
+    fn watch(&self, agreement: &Arc<Agreement>) -> Result<()> {
+        self.member.watch(agreement, &self.placement)
+    }
+
+    fn abort_handle(&self) -> AbortHandle {
+        AbortHandle { of: Arc::new(Handle(Arc::downgrade(&self.member.peer_set))) }
+    }
+
+    fn change_view(&self, timeout: Duration, admits: bool) -> Result<Arc<dyn Bootstrap>> {
+        Ok(Arc::new(self.next_view(timeout, admits)?))
+    }
+
+    fn elastic(&self) -> Option<&dyn Elastic> {
+        Some(self)
+    }
+}
+
+impl Elastic for ProcessBootstrap {
+    fn world(&self) -> &WorldId {
+        self.listener.world()
+    }
+
+    fn view(&self) -> u32 {
+        self.member.number()
+    }
+
+    fn is_superseded(&self) -> bool {
+        self.member.peer_set.number.load(Ordering::Relaxed) != self.view()
+    }
+
+    fn has_lost_a_member(&self) -> bool {
+        self.member.has_lost_a_member()
+    }
+
+    fn has_joiner(&self) -> bool {
+        self.member.ids().len() < PA_MAX_WORLD as usize
+            && self.member.peer_set.connections.has_joiner(self.view())
+    }
+
+    fn has_joined(&self) -> bool {
+        self.member.view.agreed.joined.is_some()
+    }
+
+    fn is_new(&self) -> bool {
+        self.member.view.agreed.joined == Some(self.member.peer_set.me)
+    }
+
+    fn lacks_model(&self) -> bool {
+        self.member.peer_set.is_new.load(Ordering::Relaxed)
+    }
+
+    fn has_model(&self) {
+        self.member.view.settled.store(true, Ordering::Relaxed);
+        self.member.peer_set.is_new.store(false, Ordering::Relaxed);
+    }
+
+    fn leave(&self) {
+        self.member.peer_set.leave();
+    }
+
+    fn register(&self, averager: Weak<dyn Rebuild>) {
+        self.register_averager(averager);
+    }
+
+    fn rebuild(
+        &self,
+        communicator: &Communicator,
+        averages: Option<&str>,
+        timeout: Duration,
+    ) -> Result<()> {
+        self.rebuild_all(communicator, averages, timeout)
+    }
+}
+
+/// See `Bootstrap::abort_handle`. Valid while this process is in the world, in every view.
+#[derive(Debug)]
+struct Handle(Weak<PeerSet>);
+
+impl Abort for Handle {
+    fn abort(&self) {
         self.0.upgrade().into_iter().for_each(|peer_set| peer_set.abort());
     }
 }

@@ -346,7 +346,8 @@ const MOST_FILES: usize = 3;
 mod tests {
     use super::*;
     use crate::backend::{Memory, MemorySpace};
-    use crate::world::{Control, Device};
+    use crate::device::Device;
+    use crate::world::Control;
 
     /// A process that leaves while its averager lives on for a moment tells its peers nothing about
     /// one another; one that stays tells them who has departed.
@@ -354,9 +355,8 @@ mod tests {
     fn a_process_that_leaves_marks_no_peer_as_departed() {
         let info = || HostInfo::unknown(Device::cpu());
         let memory = Memory::new(&MemorySpace::Host, Control::BYTES).unwrap();
-        let control = Arc::new(Control::new(memory, 0).unwrap());
-        let agreement =
-            Arc::new(Agreement { control, handshakes: vec![], ordinal: None, number: 0 });
+        let control = Arc::new(Control::new(memory, None, 0).unwrap());
+        let agreement = Arc::new(Agreement::of_none(control));
         let departed = |peer| agreement.control.has_left(peer);
         let connections = Arc::new(Connections::new(ViewBoard::new(3).unwrap(), 0, info()));
         let mut others = vec![];

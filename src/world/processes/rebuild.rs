@@ -8,11 +8,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::frame::Kind;
-use super::peer_state::Ring;
 use super::ProcessBootstrap;
-use crate::deadline;
+use crate::error::Phase;
 use crate::sync::lock;
-use crate::world::{Agreement, Communicator, Rebuild};
+use crate::world::{Communicator, Rebuild, BUILD};
 use crate::{Error, Result};
 
 /// First build number of averagers that are built again. Larger than any number of a first build.
@@ -47,39 +46,24 @@ impl Averagers {
 }
 
 impl ProcessBootstrap {
-    pub(in crate::world) fn register(&self, averager: Weak<dyn Rebuild>) {
-        let mut all = lock(&self.peer_set.averagers.all);
+    pub(super) fn register_averager(&self, averager: Weak<dyn Rebuild>) {
+        let mut all = lock(&self.member.peer_set.averagers.all);
         all.retain(|averager| averager.strong_count() > 0);
         all.push(averager);
     }
 
-    /// True if a member has departed or left this view, or an averager of this view has failed for
-    /// good. A peer may report a failure before this process detects the departure.
-    pub(in crate::world) fn has_lost_a_member(&self) -> bool {
-        let view = self.number();
-        if self.status().failure.is_some() {
-            return true;
-        }
-        let state = self.peer_set.lock();
-        let has_failed = |(averager, ring): (Arc<Agreement>, Ring)| {
-            ring.view == view && averager.control.failure().is_some()
-        };
-        let lost = self.others().any(|peer| state.is_lost(peer, view));
-        lost || state.built().into_iter().any(has_failed)
-    }
-
-    /// Builds the averagers again; see `Communicator::rebuild`. Each process sends all others the
+    /// Builds the averagers again; see `Elastic::rebuild`. Each process sends all others the
     /// ordinals of its averagers. Those that every process has are built, in the order of their
     /// ordinals.
-    pub(in crate::world) fn rebuild(
+    pub(super) fn rebuild_all(
         &self,
         communicator: &Communicator,
         averages: Option<&str>,
         timeout: Duration,
     ) -> Result<()> {
-        let averagers = &self.peer_set.averagers;
+        let (member, averagers) = (&self.member, &self.member.peer_set.averagers);
         let mut built_in = lock(&averagers.built_in);
-        if *built_in == Some(self.number()) {
+        if *built_in == Some(member.number()) {
             return Ok(());
         }
         let ours = averagers.alive();
@@ -87,19 +71,20 @@ impl ProcessBootstrap {
             all: ours.keys().cloned().collect(),
             averages: averages.map(str::to_owned),
         };
-        let (number, deadline) = ((self.number(), 0), deadline::after(timeout));
-        if let Some(failure) = self.failure() {
-            return Err(failure);
-        }
-        self.send_to_others(Kind::Averagers, number, &own, &[], deadline)?;
-        let mut theirs = vec![own; self.members().len()];
-        for (rank, frame) in
-            self.receive_from_others(Kind::Averagers, number, deadline, timeout, false, |_| false)?
-        {
-            theirs[rank] = frame.parse().map_err(|error| {
-                let reason = format!("its list of averagers can't be parsed: {error}");
-                self.fail(Error::PeerBuildFailed { rank, reason })
-            })?;
+        member.failure().map_or(Ok(()), Err)?;
+        let call = member.call(BUILD, Phase::Build, timeout);
+        let frames = member.all_gather(&call, (Kind::Averagers, 0), &own, &[]);
+        let frames = frames.map_err(|silence| silence.error(&call));
+        let mut theirs = vec![own; call.size];
+        for (rank, frame) in frames.inspect_err(|e| member.fail(e))?.into_iter().enumerate() {
+            let Some(frame) = frame else { continue };
+            theirs[rank] = frame
+                .parse()
+                .map_err(|error| {
+                    let reason = format!("its list of averagers can't be parsed: {error}");
+                    Error::PeerBuildFailed { rank, reason }
+                })
+                .inspect_err(|error| member.fail(error))?;
         }
         // A rank that averages another averager next would make the others wait in vain.
         let mut next = theirs
@@ -121,12 +106,12 @@ impl ProcessBootstrap {
                 (None, _) => {} // the other ranks refuse it, since this process has dropped it
             }
         }
-        *built_in = Some(self.number());
+        *built_in = Some(member.number());
         Ok(())
     }
 
     /// The number of a build.
     pub(super) fn number_of_build(&self, again: Option<u32>) -> u32 {
-        again.unwrap_or_else(|| self.view.builds.fetch_add(1, Ordering::Relaxed))
+        again.unwrap_or_else(|| self.member.view.builds.fetch_add(1, Ordering::Relaxed))
     }
 }

@@ -3,10 +3,10 @@
 //! the name, for as long as it is in the world. This file holds the common part and the side of
 //! ranks 1 and above.
 
-#[cfg(any(test, fuzzing))]
-pub mod fuzz;
 mod host;
 mod name;
+#[cfg(feature = "__testing")]
+pub mod testing;
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, OwnedFd};

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::frame::Kind;
+use super::member::Member;
 use super::peer_set::{CurrentView, PeerSet};
 use super::peer_state::State;
 use super::{p2p_probe, ProcessBootstrap, JOINING};
@@ -12,6 +13,7 @@ use crate::deadline;
 use crate::error::Phase;
 use crate::notice::{self, Notice};
 use crate::sync::lock;
+use crate::world::bootstrap::Elastic;
 use crate::{Error, Result};
 
 /// Number of a `Kind::Ready` from a process that will take part.
@@ -22,43 +24,6 @@ const DECIDED: u32 = 1;
 const SOON: Duration = Duration::from_millis(100);
 
 impl ProcessBootstrap {
-    /// True if a joiner waits to be admitted. One relaxed load.
-    pub(in crate::world) fn has_joiner(&self) -> bool {
-        self.members().len() < PA_MAX_WORLD as usize
-            && self.peer_set.connections.has_joiner(self.number())
-    }
-
-    /// True if a process was admitted with this view.
-    pub(in crate::world) fn has_joined(&self) -> bool {
-        self.view.agreed.joined.is_some()
-    }
-
-    /// True if this process has entered a later view. One relaxed load.
-    pub(in crate::world) fn is_superseded(&self) -> bool {
-        self.peer_set.number.load(Ordering::Relaxed) != self.number()
-    }
-
-    /// True if this process is the joiner of this view.
-    pub(in crate::world) fn is_new(&self) -> bool {
-        self.view.agreed.joined == Some(self.peer_set.me)
-    }
-
-    /// True if this process has joined and not received a model yet.
-    pub(in crate::world) fn lacks_model(&self) -> bool {
-        self.peer_set.is_new.load(Ordering::Relaxed)
-    }
-
-    /// Records that the joiner of this view has received the model.
-    pub(in crate::world) fn has_model(&self) {
-        self.view.settled.store(true, Ordering::Relaxed);
-        self.peer_set.is_new.store(false, Ordering::Relaxed);
-    }
-
-    /// Leaves the world, so that peers do not wait for this process.
-    pub(in crate::world) fn leave(&self) {
-        self.peer_set.leave();
-    }
-
     /// Changes to the next view. Collective among the surviving members. The next view has all
     /// members that are connected and call this function within `timeout`, and one joiner if all
     /// members pass `admits`.
@@ -67,34 +32,30 @@ impl ProcessBootstrap {
     /// other process is ready or departed. The first process that has such a list, or runs out of
     /// time, decides the view by compare-and-swap from the view before. All members adopt the first
     /// list, so a process that dies during the change leaves no partial state.
-    pub(in crate::world) fn next_view(
-        &self,
-        timeout: Duration,
-        admits: bool,
-    ) -> Result<ProcessBootstrap> {
-        let mut latest = lock(&self.peer_set.latest);
-        if latest.number() > self.number() {
+    pub(super) fn next_view(&self, timeout: Duration, admits: bool) -> Result<ProcessBootstrap> {
+        let mut latest = lock(&self.member.peer_set.latest);
+        if latest.number() > self.member.number() {
             // another communicator of this process has changed the view
-            return Ok(self.view(latest.clone()));
+            return Ok(self.with(self.entered(latest.clone())));
         }
         if self.lacks_model() {
             self.leave();
             let reason = "it was admitted, but lost a peer before it received the model: call \
                     Communicator::join again";
             return Err(Error::JoinRefused {
-                rendezvous: self.listener.name().to_owned(),
+                rendezvous: self.listener.world().name().to_owned(),
                 reason: reason.into(),
             });
         }
-        let (next, me) = (self.number() + 1, self.peer_set.me);
+        let (next, me) = (self.member.number() + 1, self.member.peer_set.me);
         let deadline = deadline::after(timeout);
         // A process that can't receive from its peers must not decide the list of members.
         let is_needed =
-            |peer: &usize| self.members().contains(peer) && Some(*peer) != self.unsettled();
+            |peer: &usize| self.member.ids().contains(peer) && Some(*peer) != self.unsettled();
         if let Some((_, reason)) =
-            self.peer_set.lock().unreadable.iter().find(|(peer, _)| is_needed(peer))
+            self.member.peer_set.lock().unreadable.iter().find(|(peer, _)| is_needed(peer))
         {
-            return Err(Error::SharedMemory { rank: self.rank(), reason: reason.clone() });
+            return Err(Error::SharedMemory { rank: self.member.rank(), reason: reason.clone() });
         }
         // An abort sent before this view change cancels an admission. A recovery ignores it: it is
         // the failure that is recovered from.
@@ -103,22 +64,33 @@ impl ProcessBootstrap {
             let has = |peer: &usize| {
                 counts.iter().any(|&during| state.has(*peer, (Kind::Abort, next - 1, during)))
             };
-            let own = counts.iter().any(|&during| self.status().aborted[during as usize]);
-            self.others().find(has).or(own.then_some(me)).map(|peer| self.rank_of(peer))
+            let own = counts.iter().any(|&during| self.member.status().aborted[during as usize]);
+            self.member
+                .others()
+                .find(has)
+                .or(own.then_some(me))
+                .map(|peer| self.member.rank_of(peer))
         };
-        let _guard = ViewChangeGuard::new(&self.peer_set);
+        let _guard = ViewChangeGuard::new(&self.member.peer_set);
         let joiners = if admits { self.joiners(deadline) } else { vec![] };
         let send_ready = |number, to: &[usize], deadline| {
-            for &peer in to.iter().filter(|&&peer| !self.peer_set.lock().departed.contains(&peer)) {
+            for &peer in
+                to.iter().filter(|&&peer| !self.member.peer_set.lock().departed.contains(&peer))
+            {
                 // A peer that does not read is not ready, either.
-                let _ =
-                    self.peer_set.send(peer, (Kind::Ready, next, number), &joiners, &[], deadline);
+                let _ = self.member.peer_set.send(
+                    peer,
+                    (Kind::Ready, next, number),
+                    &joiners,
+                    &[],
+                    deadline,
+                );
             }
         };
-        let board = &self.peer_set.connections.board;
+        let board = &self.member.peer_set.connections.board;
         let is_decided = || board.view() >= next;
         if !is_decided() {
-            let others: Vec<usize> = self.others().collect();
+            let others: Vec<usize> = self.member.others().collect();
             send_ready(READY, &others, deadline);
             let ready = |state: &State, peer: usize| state.has(peer, (Kind::Ready, next, READY));
             let all = |state: &State, but: Option<usize>| {
@@ -129,25 +101,28 @@ impl ProcessBootstrap {
             };
             // A joiner of this view that has no model yet is not waited for.
             let unsettled = self.unsettled();
-            let mut notice = Notice::new(Some(self.rank()));
+            let mut notice = Notice::new(Some(self.member.rank()));
             let waiting = |state: &State| self.waits_for_view(state, next, timeout);
-            let _ = self.peer_set.wait_and_tell(deadline, &mut notice, waiting, |state| {
+            let _ = self.member.peer_set.wait_and_tell(deadline, &mut notice, waiting, |state| {
                 all(state, unsettled).then_some(())
             });
             let _ = self
+                .member
                 .peer_set
                 .wait(deadline.min(Instant::now() + SOON), |state| all(state, None).then_some(()));
-            let mut state = self.peer_set.lock();
+            let mut state = self.member.peer_set.lock();
             if let Some(rank) = aborted(&state) {
-                self.others().for_each(|peer| drop(state.take(peer, (Kind::Abort, next - 1, 1))));
-                self.status().aborted[1] = false;
+                self.member
+                    .others()
+                    .for_each(|peer| drop(state.take(peer, (Kind::Abort, next - 1, 1))));
+                self.member.status().aborted[1] = false;
                 return Err(Error::Aborted { rank, phase: Phase::Build, committed: false });
             }
             let there = |peer: usize| {
                 peer == me || (ready(&state, peer) && !state.departed.contains(&peer))
             };
             let mut members: Vec<usize> =
-                self.members().iter().copied().filter(|&peer| there(peer)).collect();
+                self.member.ids().iter().copied().filter(|&peer| there(peer)).collect();
             let known = |peer: usize, joiner: usize| {
                 let said = state
                     .get(peer, (Kind::Ready, next, READY))
@@ -161,31 +136,31 @@ impl ProcessBootstrap {
                 !state.departed.contains(&joiner) && members.iter().all(|&peer| known(peer, joiner))
             });
             members.extend(joined);
-            let receivers = [others, state.outsiders(self.members())].concat();
+            let receivers = [others, state.outsiders(self.member.ids())].concat();
             drop(state);
-            board.propose(me, &self.view.agreed, &members, joined);
+            board.propose(me, &self.member.view.agreed, &members, joined);
             // Wakes members that wait for a process that will not arrive, and joiners.
             send_ready(DECIDED, &receivers, Instant::now() + SOON);
         }
         let agreed = board.agreed();
         if agreed.number != next || !agreed.members.contains(&me) {
-            return Err(Error::Excluded { rank: self.rank(), timeout });
+            return Err(Error::Excluded { rank: self.member.rank(), timeout });
         }
         *latest = CurrentView::new(agreed);
-        self.peer_set.enter(&latest);
+        self.member.peer_set.enter(&latest);
         self.tell_of_lost(latest.members());
+        let entered = self.entered(latest.clone());
         if let Some(joined) = latest.agreed.joined {
-            let tried =
-                p2p_probe::find(&self.peer_set, &latest, Instant::now() + timeout.min(JOINING));
-            if tried.is_err() {
+            if p2p_probe::find(&entered, timeout.min(JOINING)).is_err() {
                 // The average that transfers the model fails on all ranks then, and the next view
                 // excludes the joiner.
                 let rank = latest.members().iter().position(|&id| id == joined).unwrap_or(0);
-                latest.status().failure =
-                    Some(Error::PeerLost { rank, phase: Phase::Build, committed: false });
+                let lost = Error::PeerLost { rank, phase: Phase::Build, committed: false };
+                let mut status = latest.status();
+                (status.failure, status.told) = (Some(lost), false);
             }
         }
-        Ok(self.view(latest.clone()))
+        Ok(self.with(entered))
     }
 
     /// Text of a notice: the members that the next view waits for.
@@ -193,56 +168,55 @@ impl ProcessBootstrap {
         let is_ready = |peer: &usize| {
             state.departed.contains(peer) || state.has(*peer, (Kind::Ready, next, READY))
         };
-        let late = self.others().filter(|peer| !is_ready(peer)).map(|peer| self.rank_of(peer));
+        let late = self
+            .member
+            .others()
+            .filter(|peer| !is_ready(peer))
+            .map(|peer| self.member.rank_of(peer));
         let late: Vec<String> = late.map(|rank| rank.to_string()).collect();
         format!(
             "rank {} waits for ranks {} to recover, too, or to admit a process; ranks that have \
                 not called it after {timeout:?} are left out",
-            self.rank(),
+            self.member.rank(),
             late.join(", ")
         )
     }
 
     /// Warns of members that the next view goes on without.
     fn tell_of_lost(&self, next: &[usize]) {
-        let lost = self.members().iter().filter(|peer| !next.contains(peer));
-        let lost: Vec<String> = lost.map(|&peer| self.rank_of(peer).to_string()).collect();
+        let lost = self.member.ids().iter().filter(|peer| !next.contains(peer));
+        let lost: Vec<String> = lost.map(|&peer| self.member.rank_of(peer).to_string()).collect();
         if !lost.is_empty() {
             let (lost, left) = (lost.join(", "), next.len());
             notice::warn(
-                Some(self.rank()),
+                Some(self.member.rank()),
                 &format!("the world goes on without rank {lost}: {left} ranks are left"),
             );
         }
     }
 
-    fn rank_of(&self, peer: usize) -> usize {
-        self.members().iter().position(|&other| other == peer).expect("a member")
-    }
-
     /// The joiner of this view, until it is known to have a model.
     fn unsettled(&self) -> Option<usize> {
-        self.view.agreed.joined.filter(|_| !self.view.settled.load(Ordering::Relaxed))
+        self.member.view.agreed.joined.filter(|_| !self.member.view.settled.load(Ordering::Relaxed))
     }
 
     /// Joiners that are currently waiting. Some peer has already seen one; waits briefly for its
     /// `JoinPending` to reach this process.
     fn joiners(&self, deadline: Instant) -> Vec<usize> {
         let soon = deadline.min(Instant::now() + SOON);
-        let found = self.peer_set.wait(soon, |state| {
-            Some(state.joiners(self.number())).filter(|joiners| !joiners.is_empty())
+        let found = self.member.peer_set.wait(soon, |state| {
+            Some(state.joiners(self.member.number())).filter(|joiners| !joiners.is_empty())
         });
         found.unwrap_or_default()
     }
 
-    fn view(&self, view: CurrentView) -> ProcessBootstrap {
-        let placement = self.peer_set.placement(&view);
-        ProcessBootstrap {
-            peer_set: self.peer_set.clone(),
-            view,
-            placement,
-            listener: self.listener.clone(),
-        }
+    /// Membership of this process in a later view.
+    fn entered(&self, view: CurrentView) -> Member {
+        Member { peer_set: self.member.peer_set.clone(), view }
+    }
+
+    fn with(&self, member: Member) -> ProcessBootstrap {
+        ProcessBootstrap::of(member, self.listener.clone())
     }
 }
 

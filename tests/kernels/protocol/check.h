@@ -126,6 +126,9 @@ inline void expect_outcome(const World& w, uint32_t r, uint32_t number, const Ou
     wrong("%s, n=%u, C=%u, average %u: rank %u ended with %u of rank %u at %u, not %u of rank %u",
           name_of(w.s.mode), w.s.world, w.s.channels, number, r, o.kind, o.peer, o.phase, kind,
           peer);
+  if (kind == PA_COMMITTED && !o.committed)
+    wrong("%s, average %u: rank %u does not know that it has committed", name_of(w.s.mode), number,
+          r);
 }
 
 // Digest that check() returns where all tensors are as rank r had them.

@@ -10,6 +10,7 @@
 
 static int chosen_mutant = 0; // the mutant that counts, of those in a build with PA_MUTANTS
 #include "scenario_done.h"
+#include "scenario_parts.h"
 #include "scenario_turns.h"
 #include "scenarios_bad.h"
 #include "scenarios_stopped.h"
@@ -42,6 +43,8 @@ constexpr Scenario kScenarios[] = {
     {"equal", equal},
     {"huge", huge},
     {"stale", stale},
+    {"sequenced", sequenced},
+    {"parts", parts},
 };
 
 static void watch(unsigned seconds) {

@@ -41,7 +41,7 @@ inline void rank_taken_for_departed() {
   uint64_t* decision = &w.control()->decision;
   if (!PA_ISA::take_turn(leader_of(0), p[0], [] { return false; })) wrong("no turn");
   const uint64_t seen = PA_ISA::load_acquire(decision);
-  PA_ISA::store_release(&w.control()->board[0].departed, 1);
+  w.depart(0);
   const uint64_t decided =
       PA_ISA::decide(leader_of(0), p[1], PA_AT_MEET, PA_ISA::code_of(uint32_t(PA_DEPARTED), 0));
   if (PA_ISA::replace(decision, seen, uint64_t(1) << 32 | PA_COMMITTED << 8))
@@ -63,8 +63,10 @@ inline void turns() {
     uint64_t taken = 0; // not atomic: two holders at once are a race
     const bool one_departed = round >= kRanks;
     const uint32_t departed = round % kRanks;
-    if (one_departed)
-      w.control()->board[departed].deciding = w.control()->board[departed].departed = 1;
+    if (one_departed) {
+      w.control()->board[departed].deciding = 1;
+      w.depart(departed);
+    }
     each_rank(w, [&](uint32_t r) {
       if (one_departed && r == departed) return;
       const PaArgs a = w.args(r, Call{});

@@ -76,16 +76,13 @@ inline void departed() {
   for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect}) {
     const Setup s = setup_of(mode, 3, 2, seed++);
     const uint32_t absent = uint32_t(seed % 3);
-    without_a_rank(s, 2, absent, PA_DEPARTED, [&](World& w) {
-      PA_ISA::store_release(&w.control()->board[absent].departed, 1);
-    });
+    without_a_rank(s, 2, absent, PA_DEPARTED, [&](World& w) { w.depart(absent); });
   }
   // A rank departs as soon as its last average is done, while others still work on it, one of them
   // for long: they succeed.
   for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect})
     for (uint32_t i = 0; i < 48; ++i) {
       Setup s = setup_of(mode, 3, 1 + i % 2, 2 * seed++);
-      s.reports_completed = i % 4 != 0;
       if (i % 3 == 0) s.buckets = {{PA_F32, false, {190, 3, 70}}};
       s.epoch = 0xffffffffu; // the epoch wraps
       World w(s);
@@ -95,14 +92,14 @@ inline void departed() {
         Call call;
         if (i % 3 == 0 && r == i / 3 % 3) call.delay_ns = 6'000'000;
         expect_outcome(w, r, 0, w.average(r, call), PA_COMMITTED, 0);
-        PA_ISA::store_release(&w.control()->board[r].departed, 1);
+        w.depart(r);
         check(w, plan, r, Expect::kMean);
       });
     }
 }
 
 inline void abort_world(World& w, uint32_t rank) {
-  PA_ISA::store_release(&w.control()->abort, PA_ISA::code_of(uint32_t(PA_ABORTED), rank));
+  PA_ISA::store_release(&w.host()->abort, PA_ISA::code_of(uint32_t(PA_ABORTED), rank));
 }
 // An abort while all others wait for a missing rank, and one before any rank arrives.
 inline void abort_at_rest(Mode mode, uint64_t seed) {
@@ -172,14 +169,14 @@ inline void abort_within(Mode mode, uint64_t seed, bool slow) {
     check(w, Plan{}, r, o[r].committed ? Expect::kEither : Expect::kLocal);
     if (o[r].kind == PA_COMMITTED) return;
     // A graph replayed now must keep the status that says whether tensors are half written.
-    const uint32_t kernels[] = {PA_RING, PA_RING_REDUCE, PA_DIRECT};
+    const uint32_t kernels[] = {PA_RING, PA_RING_COMMIT, PA_DIRECT};
     w.launch(r, w.args(r, Call{}),
              kernels[mode == Mode::kRing     ? 0
                      : mode == Mode::kCommit ? 1
                                              : 2],
              0);
     bool committed = false;
-    for (uint32_t c = 0; c < 2; ++c) committed |= w.channel(r, c)->committed != 0;
+    for (uint32_t c = 0; c < 2; ++c) committed |= w.status(r, c)->committed != 0;
     if (committed != o[r].committed)
       wrong("%s: rank %u: a replay hides that tensors are half written", name_of(mode), r);
   });

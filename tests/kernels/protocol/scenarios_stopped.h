@@ -16,7 +16,7 @@ inline void departed_beside_a_late_rank(Mode mode, uint64_t seed) {
     fill(w, Plan{}, r);
     if (r == departed) {
       usleep(uint32_t(mix(seed + 1) % 4000));
-      return PA_ISA::store_release(&w.control()->board[r].departed, 1);
+      return w.depart(r);
     }
     while (r == late && back < 2) usleep(100);
     const uint64_t start = PA_ISA::cpu_now_ns();
@@ -69,7 +69,7 @@ inline Came killed_beside_a_stopped_rank(Mode mode, uint64_t seed) {
     }
     // With `dead` done and `idle` stopped, the others would wait for the timeout.
     if (has_ended[dead]) w.stop[idle].goes_on = true;
-    else PA_ISA::store_release(&w.control()->board[dead].departed, 1);
+    else w.depart(dead);
     const uint64_t start = PA_ISA::cpu_now_ns();
     while (back < 2) {
       if (PA_ISA::cpu_now_ns() - start > kSoonNs)
@@ -196,7 +196,7 @@ inline uint32_t straggler_of(uint32_t world, uint32_t peer, const std::vector<Sh
     const uint32_t heartbeat = board.behind == 0 ? 0 : PA_ISA::heartbeat_of(now_ns);
     PA_ISA::store_relaxed(&w.control()->board[board.rank].waiting_on,
                           heartbeat << 8 | board.behind);
-    if (board.completed) PA_ISA::store_release(&w.control()->board[board.rank].completed, 1);
+    if (board.completed) PA_ISA::store_release(&w.host()->completed[board.rank], 1);
   };
   for (const Shows& board : boards) show(board, PA_ISA::cpu_now_ns());
   std::atomic<bool> over{false};
@@ -215,8 +215,9 @@ inline uint32_t straggler_of(uint32_t world, uint32_t peer, const std::vector<Sh
   waits.join();
   over = true;
   others.join();
-  if (w.channel(0, 0)->outcome != PA_TIMEOUT) wrong("not a timeout");
-  return w.channel(0, 0)->peer;
+  const PaStatus& status = w.channel(0, 0)->status;
+  if (status.outcome != PA_TIMEOUT) wrong("not a timeout");
+  return status.peer;
 }
 inline void expect_straggler(const char* what, uint32_t straggler, uint32_t named) {
   if (named != straggler)

@@ -56,7 +56,6 @@ struct Setup {
   uint32_t epoch = 0;    // averages made before
   uint32_t sequence = 0; // chunks sent before over the first link; other links differ by a few
   uint64_t timeout_ns = 200'000'000'000;
-  bool reports_completed = true; // hosts maintain PaBoard.completed
   uint64_t seed = 1;
 };
 // Inputs of one average on one rank.
@@ -65,7 +64,9 @@ struct Call {
   double weight = 1;
   uint64_t schedule = 7, detail = 0, found = 0;
   uint32_t fault_step = 0, delay_ns = 0;
-  // Delays before the average, between its two launches, and of the last channel alone.
+  // PA_RING_COMMIT: bit s: segment s begins a launch. Others begin as World::cuts() says.
+  uint32_t cuts = 0;
+  // Delays before the average, between its launches, and of the last channel alone.
   uint32_t before_us = 0, between_us = 0, last_channel_us = 0;
 };
 // Outcome on that rank.
@@ -101,7 +102,7 @@ struct Tensor {
 struct Rank {
   std::vector<std::vector<Tensor>> tensors;             // by bucket
   std::vector<std::unique_ptr<Region>> segments, shards; // by bucket
-  std::unique_ptr<Region> buckets, channels, inbox, filled_in, drained_in;
+  std::unique_ptr<Region> buckets, channels, statuses, inbox, filled_in, drained_in;
   uint32_t averages = 0;
 };
 
@@ -109,18 +110,23 @@ inline uint64_t round_up(uint64_t x, uint64_t to) { return (x + to - 1) / to * t
 
 struct World {
   Setup s;
-  Region control_memory;
+  Region control_memory, host_memory;
   std::vector<Rank> ranks;
   mutable Stop stop[PA_MAX_WORLD];
   uint32_t slot_packs = 0;
 
   PaControl* control() const { return control_memory.as<PaControl>(); }
+  PaHost* host() const { return host_memory.as<PaHost>(); }
   PaChannel* channel(uint32_t rank, uint32_t c) const {
     return ranks[rank].channels->as<PaChannel>() + c;
   }
+  PaStatus* status(uint32_t rank, uint32_t c) const {
+    return ranks[rank].statuses->as<PaStatus>() + c;
+  }
 
   explicit World(const Setup& setup)
-      : s(setup), control_memory(sizeof(PaControl), 0), ranks(setup.world) {
+      : s(setup), control_memory(sizeof(PaControl), 0), host_memory(sizeof(PaHost), 0),
+        ranks(setup.world) {
     for (const Shape& shape : s.buckets) {
       const uint32_t wide = shape.wire_f32 && kFormat[shape.dtype].bytes == 2 ? 2 : 1;
       slot_packs = std::max(slot_packs, s.chunk * wide);
@@ -136,12 +142,13 @@ struct World {
     PaBoard& board = control()->board[r];
     board.arrived = s.epoch;
     board.vote = board.exited = 2 * s.epoch;
-    board.completed = s.epoch;
+    host()->completed[r] = s.epoch;
     stop[r].deciding = &board.deciding;
     rank.buckets = std::make_unique<Region>(s.buckets.size() * sizeof(PaBucket), 0);
     for (size_t b = 0; b < s.buckets.size(); ++b)
       rank.buckets->as<PaBucket>()[b] = build_bucket(rank, r, s.buckets[b]);
     rank.channels = std::make_unique<Region>(s.channels * sizeof(PaChannel), 0);
+    rank.statuses = std::make_unique<Region>(s.channels * sizeof(PaStatus), 0);
     rank.filled_in = std::make_unique<Region>(s.channels * PA_LINE_WORDS * 4, 0);
     rank.drained_in = std::make_unique<Region>(s.channels * PA_LINE_WORDS * 4, 0);
     // NaN
@@ -153,7 +160,9 @@ struct World {
     for (uint32_t c = 0; c < s.channels; ++c) {
       const uint32_t out = sequence_of(r, c), in = sequence_of((r + s.world - 1) % s.world, c);
       PaChannel& own = rank.channels->as<PaChannel>()[c];
-      own.epoch = s.epoch, own.send_seq = out, own.recv_seq = in;
+      own.status.epoch = s.epoch, own.send_seq = out, own.recv_seq = in;
+      own.segment = PA_NO_SEGMENT;
+      *status(r, c) = own.status;
       rank.filled_in->as<uint32_t>()[c * PA_LINE_WORDS] = in;
       rank.drained_in->as<uint32_t>()[c * PA_LINE_WORDS] = out;
     }
@@ -205,6 +214,8 @@ struct World {
                &previous = ranks[(r + s.world - 1) % s.world];
     PaArgs a = {};
     a.control = control_memory.address();
+    a.host = host_memory.address();
+    a.status = own.statuses->address();
     a.channel = own.channels->address();
     a.buckets = own.buckets->address();
     a.inbox = own.inbox->address();
@@ -222,8 +233,8 @@ struct World {
     // Non-temporal stores always, never, as measured.
     a.remote_ns = s.seed % 3 == 0 ? 0 : s.seed % 3 == 1 ? ~0u : 8;
     a.bucket_count = uint32_t(s.buckets.size());
-    a.flags = call.flags | (s.reports_completed ? PA_FLAG_COMPLETED : 0u),
-    a.fault_step = call.fault_step, a.delay_ns = call.delay_ns;
+    a.flags = call.flags, a.fault_step = call.fault_step, a.delay_ns = call.delay_ns;
+    a.from_segment = 0, a.to_segment = PA_SEGMENTS(s.world);
     return a;
   }
 
@@ -264,27 +275,56 @@ struct World {
     if (s.mode != Mode::kCommit && scans) launch(r, a, PA_SCAN, 0);
     if (s.mode == Mode::kDirect) launch(r, a, PA_DIRECT, call.last_channel_us);
     if (s.mode == Mode::kRing) launch(r, a, PA_RING, call.last_channel_us);
-    if (s.mode == Mode::kCommit) {
-      launch(r, a, PA_RING_REDUCE, call.last_channel_us);
-      if (call.between_us != 0) usleep(call.between_us);
-      if (stop[r].later_looks != 0) stop[r].looks = stop[r].later_looks;
-      launch(r, a, PA_RING_GATHER, 0);
+    if (s.mode == Mode::kCommit) launch_parts(r, a, call);
+    return complete(r);
+  }
+
+  // Segments of PA_RING_COMMIT that begin a launch, as a bit mask. With few slots a launch can end
+  // behind the record and before the commit only: a segment's chunks must fit the mailbox.
+  uint32_t cuts(uint32_t r, const Call& call) const {
+    const uint32_t commit = 1u << (s.world + 1);
+    uint32_t cuts = call.cuts;
+    if (s.seed / 2 % 2 != 0 || call.between_us != 0 || stop[r].later_looks != 0) cuts |= commit;
+    if ((s.seed + r) % 3 == 0) cuts |= 1u << 1;
+    return cuts;
+  }
+  // The launches of PA_RING_COMMIT.
+  void launch_parts(uint32_t r, PaArgs a, const Call& call) const {
+    const uint32_t begins = cuts(r, call), end = PA_SEGMENTS(s.world);
+    for (a.from_segment = 0; a.from_segment < end; a.from_segment = a.to_segment) {
+      a.to_segment = a.from_segment + 1;
+      while (a.to_segment < end && !(begins >> a.to_segment & 1)) ++a.to_segment;
+      if (a.from_segment == s.world + 1) {
+        if (call.between_us != 0) usleep(call.between_us);
+        if (stop[r].later_looks != 0) stop[r].looks = stop[r].later_looks;
+      }
+      launch(r, a, PA_RING_COMMIT, a.from_segment <= s.world ? call.last_channel_us : 0);
     }
+  }
+
+  // What a host does when an average has ended on its rank.
+  Outcome complete(uint32_t r) {
     ++ranks[r].averages;
     const Outcome o = outcome(r);
-    if (s.reports_completed && o.kind != PA_OPEN && o.kind < PA_TIMEOUT)
-      PA_ISA::store_release(&control()->board[r].completed, channel(r, 0)->epoch);
+    if (o.kind != PA_OPEN && o.kind < PA_TIMEOUT)
+      PA_ISA::store_release(&host()->completed[r], status(r, 0)->epoch);
     return o;
+  }
+  void depart(uint32_t r) const {
+    __atomic_fetch_or(&host()->departed, 1u << r, __ATOMIC_ACQ_REL);
   }
 
   // Outcome of all channels of a rank. They must agree, except about a failure after the commit,
   // which may strike some of them.
   Outcome outcome(uint32_t r) const {
-    const PaChannel& first = *channel(r, 0);
+    for (uint32_t c = 0; c < s.channels; ++c)
+      if (std::memcmp(status(r, c), &channel(r, c)->status, sizeof(PaStatus)) != 0)
+        wrong("rank %u: the host sees another status of channel %u", r, c);
+    const PaStatus& first = *status(r, 0);
     Outcome o{first.outcome, first.peer,  first.phase,      first.committed != 0,
               first.detail,  first.found, first.joiner != 0};
     for (uint32_t c = 1; c < s.channels; ++c) {
-      const PaChannel& other = *channel(r, c);
+      const PaStatus& other = *status(r, c);
       if ((other.committed != 0) != o.committed && other.outcome != PA_OPEN && o.kind != PA_OPEN)
         wrong("rank %u: channel %u committed=%u, channel 0 %u (outcomes %u and %u)", r, c,
               other.committed, o.committed, other.outcome, o.kind);

@@ -10,8 +10,10 @@ use test_support::{ulp, Guarded, Random};
 pub enum How {
     Direct,
     Ring,
-    /// The ring with the vote between its two launches.
+    /// The ring with the commit.
     Commit,
+    /// The same, each segment in a launch of its own.
+    Sequenced,
 }
 
 #[derive(Clone, Debug)]
@@ -81,12 +83,28 @@ pub trait Machine {
     fn run(&self, jobs: &[Job], meanwhile: &dyn Fn());
 }
 
-/// The launches of one rank.
+/// One rank's part of each launch.
 pub struct Job {
     pub rank: usize,
     pub args: PaArgs,
-    pub kernels: Vec<u32>,
+    /// The same on all ranks.
+    pub launches: Vec<Launch>,
     pub threads: u32,
+}
+
+/// A kernel, and the segments that it runs.
+#[derive(Clone, Copy)]
+pub struct Launch {
+    pub kernel: u32,
+    segments: (u32, u32),
+}
+
+impl Launch {
+    /// A rank's arguments in this launch.
+    pub fn args(self, args: &PaArgs) -> PaArgs {
+        let (from_segment, to_segment) = self.segments;
+        PaArgs { from_segment, to_segment, ..*args }
+    }
 }
 
 /// Memory after the run, by rank.
@@ -154,36 +172,29 @@ impl Case {
     }
 
     pub fn run(&self, machine: &dyn Machine, inputs: &[Vec<Guarded>]) -> Outcome {
-        let control = self.control(machine);
-        let mut ranks: Vec<Rank> =
-            (0..self.world).map(|rank| self.rank(machine, rank, control, &inputs[rank])).collect();
+        let (control, host) = (self.control(machine), self.host(machine));
+        let mut ranks: Vec<Rank> = (0..self.world)
+            .map(|rank| self.rank(machine, rank, (control, host), &inputs[rank]))
+            .collect();
         for rank in 0..self.world {
             let (next, previous) = ((rank + 1) % self.world, (rank + self.world - 1) % self.world);
             ranks[rank].args.outbox = ranks[next].args.inbox;
             ranks[rank].args.filled_out = ranks[next].args.filled_in;
             ranks[rank].args.drained_out = ranks[previous].args.drained_in;
         }
-        let mut kernels = match self.how {
-            How::Direct => vec![PA_DIRECT],
-            How::Ring => vec![PA_RING],
-            How::Commit => vec![PA_RING_REDUCE, PA_RING_GATHER],
-        };
-        if self.reject && self.how != How::Commit {
-            kernels.insert(0, PA_SCAN);
-        }
         let jobs: Vec<Job> = (0..self.world)
             .filter(|&rank| self.missing != Some(rank))
             .map(|rank| Job {
                 rank,
                 args: ranks[rank].args,
-                kernels: kernels.repeat(self.averages),
+                launches: self.launches().repeat(self.averages),
                 threads: self.threads,
             })
             .collect();
         machine.run(&jobs, &|| {
             if self.abort {
                 std::thread::sleep(std::time::Duration::from_millis(300));
-                let word = control + std::mem::offset_of!(PaControl, abort) as u64;
+                let word = host + std::mem::offset_of!(PaHost, abort) as u64;
                 // SAFETY: the word is in host memory that is never freed, and every access to it is
                 // atomic.
                 let word = unsafe { AtomicU32::from_ptr(word as *mut u32) };
@@ -191,6 +202,21 @@ impl Case {
             }
         });
         self.collect(machine, &ranks)
+    }
+
+    /// The launches of one average.
+    fn launches(&self) -> Vec<Launch> {
+        let segments = 2 * self.world as u32 + 1;
+        let all_of = |kernel| Launch { kernel, segments: (0, segments) };
+        let scan = self.reject.then(|| all_of(PA_SCAN));
+        match self.how {
+            How::Direct => scan.into_iter().chain([all_of(PA_DIRECT)]).collect(),
+            How::Ring => scan.into_iter().chain([all_of(PA_RING)]).collect(),
+            How::Commit => vec![all_of(PA_RING_COMMIT)],
+            How::Sequenced => (0..segments)
+                .map(|at| Launch { kernel: PA_RING_COMMIT, segments: (at, at + 1) })
+                .collect(),
+        }
     }
 
     fn control(&self, machine: &dyn Machine) -> u64 {
@@ -201,13 +227,26 @@ impl Case {
             board.arrived = self.counter;
             board.vote = self.counter.wrapping_mul(2);
             board.exited = self.counter.wrapping_mul(2);
-            board.completed = self.counter;
         }
         machine.write(0, address, bytemuck::bytes_of(&control));
         address
     }
 
-    fn rank(&self, machine: &dyn Machine, rank: usize, control: u64, inputs: &[Guarded]) -> Rank {
+    fn host(&self, machine: &dyn Machine) -> u64 {
+        let address = machine.allocate_shared(std::mem::size_of::<PaHost>());
+        let completed = [self.counter; PA_MAX_WORLD as usize];
+        let words = PaHost { completed, ..bytemuck::Zeroable::zeroed() };
+        machine.write(0, address, bytemuck::bytes_of(&words));
+        address
+    }
+
+    fn rank(
+        &self,
+        machine: &dyn Machine,
+        rank: usize,
+        (control, host): (u64, u64),
+        inputs: &[Guarded],
+    ) -> Rank {
         let place = |bytes: &[u8]| {
             let address = machine.allocate(rank, bytes.len());
             machine.write(rank, address, bytes);
@@ -264,8 +303,9 @@ impl Case {
             });
         }
         let mut channel: PaChannel = bytemuck::Zeroable::zeroed();
-        (channel.recv_seq, channel.send_seq, channel.epoch) =
-            (self.counter, self.counter, self.counter);
+        (channel.recv_seq, channel.send_seq) = (self.counter, self.counter);
+        channel.status.epoch = self.counter;
+        channel.segment = PA_NO_SEGMENT;
         let channels = vec![channel; self.channels as usize];
         let counters = vec![self.counter; self.channels as usize * PA_LINE_WORDS as usize];
         // The second word of a line counts sleepers, on a CPU.
@@ -279,7 +319,11 @@ impl Case {
         let slots =
             vec![0xffu8; (self.channels * self.slots * slot_packs * PA_PACK_BYTES) as usize];
         let mut args: PaArgs = bytemuck::Zeroable::zeroed();
-        args.control = control;
+        (args.control, args.host) = (control, host);
+        let statuses = vec![channel.status; self.channels as usize];
+        let statuses: &[u8] = bytemuck::cast_slice(&statuses);
+        args.status = machine.allocate_shared(statuses.len());
+        machine.write(rank, args.status, statuses);
         args.channel = place(bytemuck::cast_slice(&channels));
         args.buckets = place(bytemuck::cast_slice(&buckets));
         args.inbox = place(&slots);
@@ -314,6 +358,13 @@ impl Case {
             let mut channels: Vec<PaChannel> =
                 vec![bytemuck::Zeroable::zeroed(); self.channels as usize];
             machine.read(rank, own.args.channel, bytemuck::cast_slice_mut(&mut channels));
+            let mut statuses: Vec<PaStatus> =
+                vec![bytemuck::Zeroable::zeroed(); self.channels as usize];
+            machine.read(rank, own.args.status, bytemuck::cast_slice_mut(&mut statuses));
+            for (status, channel) in statuses.iter().zip(&channels) {
+                let shown = bytemuck::bytes_of(status) == bytemuck::bytes_of(&channel.status);
+                assert!(shown, "rank {rank}: the host is shown another status, {self:?}");
+            }
             outcome.channels.push(channels);
             let read = |placed: &Placed| {
                 let mut memory = vec![0; placed.offset + placed.bytes + GUARD];

@@ -1,11 +1,11 @@
 //! The two machines: the CPU kernels, and PTX by the driver API of the libcuda that is found.
 
-use super::case::{Job, Machine};
+use super::case::{Job, Launch, Machine};
 use cudarc::driver::{
     result, sys, CudaContext, CudaFunction, CudaStream, DeviceRepr, LaunchConfig, PushKernelArg,
 };
 use cudarc::nvrtc::Ptx;
-use param_averager::__testing::abi::{PaArgs, PA_DIRECT, PA_RING, PA_RING_GATHER, PA_RING_REDUCE};
+use param_averager::__testing::abi::{PaLaunch, PA_DIRECT, PA_MAX_WORLD, PA_RING, PA_RING_COMMIT};
 use param_averager::__testing::run_block_cpu;
 use std::sync::Arc;
 
@@ -32,12 +32,13 @@ impl Machine for Cpu {
         std::thread::scope(|scope| {
             for job in jobs {
                 scope.spawn(move || {
-                    for &kernel in &job.kernels {
+                    for launch in &job.launches {
+                        let args = &launch.args(&job.args);
                         std::thread::scope(|scope| {
-                            for channel in 0..job.args.channels {
+                            for channel in 0..args.channels {
                                 // SAFETY: the case laid the memory out as kernels/abi.h says.
                                 scope.spawn(move || unsafe {
-                                    run_block_cpu(&job.args, kernel, channel)
+                                    run_block_cpu(args, launch.kernel, channel)
                                 });
                             }
                         });
@@ -50,19 +51,20 @@ impl Machine for Cpu {
 }
 
 #[repr(transparent)]
-struct Args(PaArgs);
+struct Args(PaLaunch);
 // SAFETY: plain data, and what the kernels take by value.
 unsafe impl DeviceRepr for Args {}
 
 struct Rank {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    functions: [Option<CudaFunction>; 5], // see index()
+    functions: [Option<CudaFunction>; 4], // see index()
 }
 
-/// Rank r is a stream of device r, or of device 0.
+/// Rank r has device r to itself, or all ranks are on device 0, each launch with the blocks of all.
 pub struct Cuda {
     ranks: Vec<Rank>,
+    own_devices: bool,
 }
 
 impl Cuda {
@@ -83,13 +85,33 @@ impl Cuda {
             if module.is_none() || own_devices {
                 module = Some(context.load_module(Ptx::from_binary(fatbin.to_vec())).unwrap());
             }
-            let names = ["pa_direct", "pa_ring", "pa_ring_reduce", "pa_ring_gather", "pa_scan"];
+            let names = ["pa_direct", "pa_ring", "pa_ring_commit", "pa_scan"];
             // The fatbin of a mutant holds one kernel.
             let functions = names.map(|name| module.as_ref().unwrap().load_function(name).ok());
             let stream = context.new_stream().unwrap();
             Rank { functions, context, stream }
         });
-        Cuda { ranks: ranks.collect() }
+        Cuda { ranks: ranks.collect(), own_devices }
+    }
+
+    /// Launches the parts of these jobs, on the stream of the first one.
+    fn launch(&self, launch: Launch, jobs: &[Job]) {
+        let mut args = Args(bytemuck::Zeroable::zeroed());
+        assert!(jobs.len() <= PA_MAX_WORLD as usize);
+        for (to, job) in args.0.args.iter_mut().zip(jobs) {
+            *to = launch.args(&job.args);
+        }
+        let config = LaunchConfig {
+            grid_dim: (jobs[0].args.channels, jobs.len() as u32, 1),
+            block_dim: (jobs[0].threads, 1, 1),
+            shared_mem_bytes: 0,
+        };
+        let rank = &self.ranks[jobs[0].rank];
+        let function = rank.functions[index(launch.kernel)].as_ref();
+        let mut builder = rank.stream.launch_builder(function.expect("the fatbin has the kernel"));
+        builder.arg(&args);
+        // SAFETY: the case laid the memory out as kernels/abi.h says.
+        unsafe { builder.launch(config) }.unwrap();
     }
 
     fn bind(&self, rank: usize) {
@@ -121,22 +143,9 @@ impl Machine for Cuda {
     }
     fn run(&self, jobs: &[Job], meanwhile: &dyn Fn()) {
         self.ranks.iter().for_each(|rank| rank.context.synchronize().unwrap());
-        for job in jobs {
-            let rank = &self.ranks[job.rank];
-            for &kernel in &job.kernels {
-                let config = LaunchConfig {
-                    grid_dim: (job.args.channels, 1, 1),
-                    block_dim: (job.threads, 1, 1),
-                    shared_mem_bytes: 0,
-                };
-                let args = Args(job.args);
-                let mut launch = rank.stream.launch_builder(
-                    rank.functions[index(kernel)].as_ref().expect("the fatbin has the kernel"),
-                );
-                launch.arg(&args);
-                // SAFETY: the case laid the memory out as kernels/abi.h says.
-                unsafe { launch.launch_cooperative(config) }.unwrap();
-            }
+        // Jobs of one device.
+        for jobs in jobs.chunks(if self.own_devices { 1 } else { jobs.len() }) {
+            jobs[0].launches.iter().for_each(|&launch| self.launch(launch, jobs));
         }
         meanwhile();
         jobs.iter().for_each(|job| self.ranks[job.rank].stream.synchronize().unwrap());
@@ -148,8 +157,7 @@ fn index(kernel: u32) -> usize {
     match kernel {
         PA_DIRECT => 0,
         PA_RING => 1,
-        PA_RING_REDUCE => 2,
-        PA_RING_GATHER => 3,
-        _ => 4,
+        PA_RING_COMMIT => 2,
+        _ => 3,
     }
 }

@@ -117,11 +117,17 @@ fn compare(case: &Case, fatbin: &[u8], own_devices: bool) {
         );
         for (got, want) in got.channels[rank].iter().zip(&want.channels[rank]) {
             let all = |c: &PaChannel| {
-                let how = (c.outcome, c.peer, c.phase, c.committed, c.bad, c.step);
-                (how, (c.recv_seq, c.send_seq, c.epoch), (c.divisor, c.divisor_f32))
+                let s = &c.status;
+                let how = (s.outcome, s.peer, s.phase, s.committed, c.bad, s.step);
+                (how, (c.recv_seq, c.send_seq, s.epoch), (c.divisor, c.divisor_f32))
             };
             assert_eq!(all(got), all(want), "rank {rank}, {case:?}");
-            assert_eq!((got.outcome, got.committed), (PA_COMMITTED, 1), "rank {rank}, {case:?}");
+            let status = &got.status;
+            assert_eq!(
+                (status.outcome, status.committed),
+                (PA_COMMITTED, 1),
+                "rank {rank}, {case:?}"
+            );
         }
     }
     if case.averages == 1 {
@@ -177,7 +183,7 @@ fn failures(fatbin: &[u8]) {
         for (rank, channels) in
             outcome.channels.iter().enumerate().filter(|&(rank, _)| silent != Some(rank))
         {
-            for c in channels {
+            for c in channels.iter().map(|channel| &channel.status) {
                 assert_eq!(
                     (c.outcome, c.peer, c.committed),
                     (kind, peer, 0),
@@ -197,7 +203,7 @@ fn failures(fatbin: &[u8]) {
         let outcome = run(&nan);
         let found = if how == How::Commit { PA_AT_COMMIT } else { PA_AT_MEET };
         expect(&nan, &outcome, None, PA_NON_FINITE, 1, &[found]);
-        let named = outcome.channels.iter().flatten().all(|c| c.detail == 1 + 2222);
+        let named = outcome.channels.iter().flatten().all(|c| c.status.detail == 1 + 2222);
         assert!(named, "every block knows the element, {nan:?}");
     }
     // A rank that leaves in the middle of the reduce, silently. One peer waits for its chunk, the

@@ -49,7 +49,7 @@ fn a_message_to_all_is_not_delayed_by_a_peer_that_does_not_read() {
         .collect();
     let streams: Vec<&UnixStream> = pairs.iter().map(|(one, _)| one).collect();
     let (mut ended, start) = (vec![], Instant::now());
-    let deadline = start + Duration::from_millis(500);
+    let deadline = start + Duration::from_secs(3); // for busy machines
     let files = [pairs[0].0.as_fd()];
     send_to_all(&streams, (Kind::Handshake, 1, 2), &body, &files, deadline, |index, result| {
         ended.push((index, result.is_ok(), start.elapsed()))
@@ -60,7 +60,7 @@ fn a_message_to_all_is_not_delayed_by_a_peer_that_does_not_read() {
         ended.iter().map(|&(index, good, _)| (index, good)).collect::<Vec<_>>(),
         [(0, false), (1, true), (2, true)]
     );
-    assert!(ended[0].2 >= Duration::from_millis(500) && ended[1].2 < ended[0].2, "{ended:?}");
+    assert!(ended[0].2 >= Duration::from_secs(3) && ended[1].2 < ended[0].2, "{ended:?}");
     for reader in readers {
         let frame = reader.join().unwrap();
         assert_eq!((frame.number, frame.files.len()), (2, 1));

@@ -6,16 +6,11 @@ use std::os::unix::net::UnixStream;
 
 use rustix::net::{sendmsg, SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
-use crate::backend::Memfd;
-use crate::world::processes::frame::{self, Kind};
-use crate::world::processes::host_info::HostInfo;
-use crate::world::processes::job::{Job, Known};
-use crate::world::processes::rendezvous::{Origin, RankInfo, Welcome};
-use crate::world::Device;
+use param_averager::__testing::rendezvous::Rank;
 
 /// An act of an unknown process, or of a rank.
 #[derive(Clone, Debug)]
-pub(super) enum Act {
+pub enum Act {
     /// Opens a connection, which the following acts use.
     Connect,
     /// Opens this many connections that send nothing.
@@ -69,19 +64,6 @@ pub(super) fn script(mut data: &[u8]) -> Vec<Act> {
     acts
 }
 
-pub(super) fn me(name: &str, rank: usize, world_size: usize) -> RankInfo {
-    let (host_info, job) = (HostInfo::unknown(Device::cpu()), Job::own(&Known::ByName, rank, None));
-    RankInfo {
-        name: name.into(),
-        source: "made up".into(),
-        rank,
-        world_size,
-        host_info,
-        job,
-        refusal: None,
-    }
-}
-
 /// Numbers of files in a message: none, few, the limit of this crate and one more, the kernel's
 /// limit.
 pub(super) const COUNTS: [usize; 8] = [0, 1, 2, 3, 31, 64, 65, 253];
@@ -92,11 +74,20 @@ fn files(files: u8, own: BorrowedFd<'_>) -> Vec<OwnedFd> {
     let file = || match files >> 3 & 3 {
         0 => std::fs::File::open("/dev/null").ok().map(OwnedFd::from),
         1 => own.try_clone_to_owned().ok(),
-        2 => Memfd::new(4096).ok()?.file().try_clone_to_owned().ok(),
+        2 => memory(4096).ok(),
         _ => std::io::pipe().ok().map(|(read, _)| read.into()),
     };
     let Some(file) = (count > 0).then(file).flatten() else { return vec![] };
     (0..count).filter_map(|_| file.try_clone().ok()).collect()
+}
+
+/// Memory that can't shrink or grow, as ranks share it.
+fn memory(bytes: u64) -> rustix::io::Result<OwnedFd> {
+    use rustix::fs::{fcntl_add_seals, ftruncate, memfd_create, MemfdFlags, SealFlags};
+    let file = memfd_create("fuzz", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    ftruncate(&file, bytes)?;
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(file)
 }
 
 /// Sends as much as there is room for without blocking. Returns the number of bytes.
@@ -110,35 +101,8 @@ fn write(stream: &UnixStream, bytes: &[u8], files: &[OwnedFd]) -> usize {
 }
 
 /// The message of `Act::Send`.
-pub(super) fn message(me: &RankInfo, kind: u8, files: usize, keep: u8) -> Vec<u8> {
-    let json = |body: serde_json::Result<Vec<u8>>| body.expect("plain data");
-    let (kind, body) = match kind % 6 {
-        0 => (Kind::Hello, json(serde_json::to_vec(&me.hello()))),
-        1 => {
-            let origin = Origin::now(&me.job);
-            (
-                Kind::Welcome,
-                json(serde_json::to_vec(&Welcome {
-                    host_infos: vec![me.host_info.clone(); 2],
-                    origin,
-                })),
-            )
-        }
-        2 => (Kind::Refuse, json(serde_json::to_vec("no"))),
-        3 => {
-            let memory = |bytes: usize| serde_json::json!({ "bytes": bytes, "handle": null });
-            let handshake = serde_json::json!({
-                "refusal": null, "options": [["slots", "4"]], "tensors": ["tensor"],
-                "schedule_position": 0, "admission": "None", "ordinal": null,
-                "memories": [memory(1), memory(4096), memory(4097)],
-            });
-            (Kind::Handshake, json(serde_json::to_vec(&handshake)))
-        }
-        4 => (Kind::Abort, b"null".to_vec()),
-        _ => (Kind::Ready, b"null".to_vec()),
-    };
-    let mut message = frame::header((kind, 0, 0), body.len(), files).to_vec();
-    message.extend(body);
+pub(super) fn message(rank: &Rank, kind: u8, files: usize, keep: u8) -> Vec<u8> {
+    let mut message = rank.message(kind, files);
     message.truncate(if keep == 0 { usize::MAX } else { keep.into() });
     message
 }
@@ -146,7 +110,7 @@ pub(super) fn message(me: &RankInfo, kind: u8, files: usize, keep: u8) -> Vec<u8
 /// Header of a message, by the format that `frame` documents: kind, files and bytes of the body.
 pub(super) fn read_header(bytes: &[u8]) -> Option<(u8, usize, usize)> {
     let header = bytes.get(..20)?;
-    let right = header.starts_with(b"PAVG\x04\x00");
+    let right = header.starts_with(b"PAVG\x05\x00");
     right.then(|| {
         (
             header[6],
@@ -165,7 +129,7 @@ pub(super) struct Sent {
 
 impl Sent {
     /// Performs an act that sends something.
-    pub(super) fn send(&mut self, act: &Act, me: &RankInfo, stream: &UnixStream) {
+    pub(super) fn send(&mut self, act: &Act, me: &Rank, stream: &UnixStream) {
         let (bytes, files) = match act {
             Act::Write { files: which, bytes } => (bytes.clone(), files(*which, stream.as_fd())),
             Act::Send { kind, files: which, keep } => {

@@ -1,36 +1,31 @@
 //! Fuzzing of the rendezvous. Input is a list of acts of unknown processes, from the bytes of a
-//! fuzzer (`fuzz/` in the repository) or from a property test.
+//! fuzzer (`fuzz_targets/`) or from a property test (`tests/processes/unknown.rs`).
 
 mod script;
 
 use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::{SocketAddr, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use script::{me, message, read_header, script, Act, Sent, COUNTS};
+use param_averager::__testing::rendezvous::{
+    is_hello, is_refusal, set_hello_time, Met, Rank, Received, Receiver,
+};
+pub use script::Act;
+use script::{message, read_header, script, Sent, COUNTS};
 
-use super::{address, connect, meet, welcomed, Hello, Peers, RankInfo};
-use crate::backend::{MemoryHandle, MemorySpace};
-use crate::world::processes::frame::{self, Frame, Kind};
-use crate::world::processes::join_listener::{JoinOffer, JoinRequest};
-use crate::world::processes::rebuild::AveragerList;
-use crate::world::processes::wire_handshake::{Reader, WireHandshake};
-use crate::world::Shown;
+/// Time that an unknown process has for its first message: short, so that runs are.
+const HELLO: Duration = Duration::from_millis(50);
 
 /// Feeds arbitrary bytes and files to the functions that receive them: those of a listener, of a
 /// rank that waits for rank 0, or of a peer.
 pub fn frames(data: &[u8]) {
-    const LISTENER: (&[Kind], usize) = (&[Kind::Hello], 1);
-    const PENDING: (&[Kind], usize) = (&[Kind::Welcome, Kind::Refuse], frame::MOST_FILES);
-    const PEER: (&[Kind], usize) =
-        (&[Kind::Handshake, Kind::Verdict, Kind::Abort, Kind::Ready, Kind::Exchange], 3);
     let Some((&how, data)) = data.split_first() else { return };
-    let (kinds, most) = [LISTENER, PENDING, PEER][how as usize % 3];
+    let receiver = [Receiver::Listener, Receiver::Waiting, Receiver::Peer][how as usize % 3];
     let (at_once, stays) = (how & 8 == 0, how & 16 != 0);
     let before = left();
-    let me = me("a name", 1, 3);
+    let me = Rank::new("a name", 1, 3);
     let (theirs, ours) = UnixStream::pair().expect("a pair of sockets");
     let write = || {
         let mut sent = Sent::default();
@@ -47,8 +42,8 @@ pub fn frames(data: &[u8]) {
     };
     let read = || {
         let deadline = Instant::now() + Duration::from_millis(if stays { 1 } else { 5000 });
-        let received = || frame::receive(&ours, kinds, most, deadline).ok();
-        std::iter::from_fn(received).collect::<Vec<Frame>>()
+        let received = || receiver.receive(&ours, deadline);
+        std::iter::from_fn(received).collect::<Vec<Received>>()
     };
     let (sent, read) = std::thread::scope(|scope| match at_once {
         true => (write(), read()),
@@ -59,16 +54,16 @@ pub fn frames(data: &[u8]) {
         }
     });
     let mut rest = &sent.bytes[..];
-    for frame in read {
+    for received in read {
         let (kind, files, bytes) = read_header(rest).expect("it was sent");
-        assert!(kinds.contains(&frame.kind) && frame.kind as u8 == kind);
-        assert!(frame.files.len() == files && files <= most);
-        assert_eq!(frame.body, rest[20..20 + bytes]);
+        assert!(receiver.takes(kind) && received.kind() == kind);
+        assert!(received.files() == files && files <= receiver.most_files());
+        assert_eq!(received.body(), &rest[20..20 + bytes]);
         rest = &rest[20 + bytes..];
-        parse(&me, frame, how);
+        let _ = received.parse(&me, [how & 32 != 0, how & 64 != 0, how & 128 != 0]);
     }
     if let (Some((kind, 0, bytes)), false) = (read_header(rest), sent.with_files) {
-        let is_right = kinds.iter().any(|&right| right as u8 == kind) && bytes <= rest.len() - 20;
+        let is_right = receiver.takes(kind) && bytes <= rest.len() - 20;
         let was_late = stays && !at_once;
         assert!(
             !is_right || bytes > 4 << 10 || was_late,
@@ -77,27 +72,6 @@ pub fn frames(data: &[u8]) {
     }
     drop((theirs, ours));
     nothing_is_left(before);
-}
-
-/// Parses a message as its receiver does.
-fn parse(me: &RankInfo, frame: Frame, how: u8) {
-    match frame.kind {
-        Kind::Hello => drop(frame.parse::<Hello>()),
-        Kind::Welcome | Kind::Refuse => drop(welcomed(me, frame)),
-        Kind::Handshake => {
-            let wanted = [how & 32 != 0, how & 64 != 0, how & 128 != 0];
-            let reader = Reader { rank: 0, space: &MemorySpace::Host, wanted };
-            drop(WireHandshake::read(frame, 1).and_then(|unopened| unopened.open(reader)))
-        }
-        Kind::JoinRequest => drop(frame.parse::<JoinRequest>()),
-        Kind::JoinOffer => drop(frame.parse::<JoinOffer>()),
-        Kind::Ready => drop(frame.parse::<Vec<usize>>()),
-        Kind::Reach => drop(frame.parse::<Option<MemoryHandle>>()),
-        Kind::Averagers => drop(frame.parse::<AveragerList>()),
-        Kind::Verdict => drop(frame.parse::<Option<String>>()),
-        Kind::Exchange => drop(frame.parse::<Shown>()),
-        Kind::Abort | Kind::Connect | Kind::Connected | Kind::JoinPending => {}
-    }
 }
 
 /// Runs a rendezvous while unknown processes act as the script says. The first byte determines the
@@ -111,22 +85,19 @@ pub fn rendezvous(data: &[u8]) {
 
 /// Checks that all ranks enter their world and no unknown process does. If an unknown process sends
 /// a valid `Hello`, checks that all ranks end in time.
-fn play(world_size: usize, script: &[Act]) {
+pub fn play(world_size: usize, script: &[Act]) {
     static NEXT: AtomicU32 = AtomicU32::new(0);
+    set_hello_time(HELLO);
     let name = format!("fuzz-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
     let is_quiet = !sends_hello(&name, script);
     let timeout = if is_quiet { Duration::from_secs(20) } else { Duration::from_millis(40) };
     let begin = Instant::now();
     let (results, clients) = std::thread::scope(|scope| {
         let name = &name;
-        let join = |rank| scope.spawn(move || meet(&me(name, rank, world_size), timeout));
+        let join = |rank| scope.spawn(move || Rank::new(name, rank, world_size).meet(timeout));
         let mut ranks = vec![join(0)];
-        let mut clients = Clients {
-            name,
-            address: address(name, None).expect("a name"),
-            all: vec![],
-            current: 0,
-        };
+        let unknown = Rank::new(name, 1, 2);
+        let mut clients = Clients { unknown, all: vec![], current: 0 };
         for act in script {
             match act {
                 Act::Join if ranks.len() < world_size => ranks.push(join(ranks.len())),
@@ -142,12 +113,9 @@ fn play(world_size: usize, script: &[Act]) {
         assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
         return;
     }
-    let results: Vec<Peers> =
-        results.into_iter().map(|peers| peers.expect("all ranks meet")).collect();
+    let results: Vec<Met> = results.into_iter().map(|met| met.expect("all ranks meet")).collect();
     for (one, other) in (0..world_size).flat_map(|one| (0..one).map(move |other| (one, other))) {
-        let stream = |from: usize, to: usize| -> &UnixStream {
-            &results[from].peers[to].as_ref().expect("a peer").1.stream
-        };
+        let stream = |from: usize, to: usize| results[from].stream(to);
         let mut received = [0];
         let mut other_end = stream(other, one);
         other_end.set_read_timeout(Some(Duration::from_secs(5))).expect("a time");
@@ -162,8 +130,8 @@ fn play(world_size: usize, script: &[Act]) {
         let mut answer = [0; 64];
         let received = client.set_nonblocking(true).and_then(|()| client.read(&mut answer));
         // Only a message of another version is answered.
-        let is_refused = answer[..7] == frame::header((Kind::Refuse, 0, 0), 0, 0)[..7];
-        assert!(!matches!(received, Ok(1..)) || is_refused, "an unknown process was answered");
+        let is_right = !matches!(received, Ok(1..)) || is_refusal(&answer);
+        assert!(is_right, "an unknown process was answered");
     }
 }
 
@@ -181,7 +149,7 @@ fn sends_hello(name: &str, script: &[Act]) -> bool {
             Act::Write { bytes, .. } if !sent.is_empty() => sent[current].extend_from_slice(bytes),
             Act::Send { kind, files: which, keep } if !sent.is_empty() => {
                 let files = COUNTS[*which as usize & 7];
-                sent[current].extend(message(&me(name, 1, 2), *kind, files, *keep));
+                sent[current].extend(message(&Rank::new(name, 1, 2), *kind, files, *keep));
             }
             _ => {}
         }
@@ -189,23 +157,22 @@ fn sends_hello(name: &str, script: &[Act]) -> bool {
     sent.iter().any(|sent| {
         let Some((kind, _, bytes)) = read_header(sent) else { return false };
         let body = sent.get(20..).and_then(|body| body.get(..bytes));
-        kind == Kind::Hello as u8
-            && body.is_some_and(|body| serde_json::from_slice::<Hello>(body).is_ok())
+        body.is_some_and(|body| is_hello(kind, body))
     })
 }
 
 /// Limit on connections of one script.
 const MOST_CONNECTIONS: usize = 200;
 
-struct Clients<'a> {
-    name: &'a str,
-    address: SocketAddr,
+struct Clients {
+    /// What they claim to be.
+    unknown: Rank,
     /// Connections; `None` if one is closed or could not be made.
     all: Vec<Option<UnixStream>>,
     current: usize,
 }
 
-impl Clients<'_> {
+impl Clients {
     fn act(&mut self, act: &Act, is_over: &dyn Fn() -> bool) {
         match act {
             Act::Connect => {
@@ -227,7 +194,7 @@ impl Clients<'_> {
             Act::Close => drop(self.all.get_mut(self.current).and_then(Option::take)),
             act => {
                 if let Some(Some(stream)) = self.all.get(self.current) {
-                    Sent::default().send(act, &me(self.name, 1, 2), stream);
+                    Sent::default().send(act, &self.unknown, stream);
                 }
             }
         }
@@ -237,7 +204,7 @@ impl Clients<'_> {
     fn connect(&self, is_over: &dyn Fn() -> bool) -> Option<UnixStream> {
         let patience = Instant::now() + Duration::from_millis(20);
         while !is_over() && Instant::now() < patience {
-            match connect(&self.address) {
+            match self.unknown.connect() {
                 Ok(stream) => return Some(stream),
                 Err(_) => std::thread::sleep(Duration::from_micros(20)),
             }
@@ -270,85 +237,4 @@ fn left() -> Left {
         files => files,
     };
     Left { files, threads: of("/proc/self/task").nlink() }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::world::processes::rendezvous::Welcome;
-    use proptest::collection::vec;
-    use proptest::prelude::*;
-
-    /// Acts without a valid `Hello`, but with many that nearly are one.
-    fn act() -> impl Strategy<Value = Act> {
-        let bytes = prop_oneof![
-            vec(any::<u8>(), 0..100),
-            vec(any::<u8>(), 5000),
-            Just(b"PAVG\x04".to_vec())
-        ];
-        let files = prop_oneof![4 => Just(0), 1 => any::<u8>()];
-        let half_a_hello =
-            (files.clone(), 1u8..100).prop_map(|(files, keep)| Act::Send { kind: 0, files, keep });
-        let other =
-            (1u8..6, files.clone()).prop_map(|(kind, files)| Act::Send { kind, files, keep: 0 });
-        prop_oneof![
-            5 => Just(Act::Connect),
-            1 => any::<u8>().prop_map(Act::Flood),
-            1 => any::<u8>().prop_map(Act::Turn),
-            3 => (files, bytes).prop_map(|(files, bytes)| Act::Write { files, bytes }),
-            3 => half_a_hello,
-            2 => other,
-            2 => (0u8..50).prop_map(Act::Pause),
-            1 => Just(Act::Close),
-            1 => Just(Act::Join),
-        ]
-    }
-
-    proptest! {
-        // each case may take 20 s
-        #![proptest_config(ProptestConfig {
-            cases: 50, max_shrink_iters: 5, ..ProptestConfig::default()
-        })]
-
-        #[test]
-        fn ranks_meet_whatever_unknown_processes_do(
-            ranks in 2usize..5, script in vec(act(), 0..40)
-        ) {
-            play(ranks, &script);
-        }
-
-        #[test]
-        fn bytes_for_the_fuzzer_do_no_harm(data in vec(any::<u8>(), 0..60)) {
-            frames(&data);
-            rendezvous(&data);
-        }
-    }
-
-    /// A scripted message that its receiver cannot parse would fuzz nothing but the parser.
-    #[test]
-    fn scripted_messages_are_valid() {
-        let me = me("a name", 1, 2);
-        for kind in 0..6 {
-            let (one, other) = UnixStream::pair().unwrap();
-            (&one).write_all(&message(&me, kind, 0, 0)).unwrap();
-            let kinds = [
-                Kind::Hello,
-                Kind::Welcome,
-                Kind::Refuse,
-                Kind::Handshake,
-                Kind::Abort,
-                Kind::Ready,
-            ];
-            let deadline = Instant::now() + Duration::from_secs(20);
-            let frame = frame::receive(&other, &kinds, 0, deadline).unwrap();
-            assert_eq!(frame.kind, kinds[kind as usize]);
-            match frame.kind {
-                Kind::Hello => drop(frame.parse::<Hello>().unwrap()),
-                Kind::Welcome => drop(frame.parse::<Welcome>().unwrap()),
-                Kind::Refuse => drop(frame.parse::<String>().unwrap()),
-                Kind::Handshake => drop(WireHandshake::read(frame, 1).unwrap()),
-                _ => {}
-            }
-        }
-    }
 }
