@@ -54,14 +54,6 @@ impl Notice {
         !self.is_told && Instant::now() >= self.at
     }
 
-    /// Time until it is due; without end once it has been told.
-    pub(crate) fn left(&self) -> Duration {
-        match self.is_told {
-            true => Duration::MAX,
-            false => self.at.saturating_duration_since(Instant::now()),
-        }
-    }
-
     /// The time at which the notice is due.
     pub(crate) fn at(&self) -> Instant {
         self.at

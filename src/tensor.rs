@@ -7,8 +7,8 @@ use std::marker::PhantomData;
 use half::{bf16, f16};
 
 use crate::abi::{PA_BF16, PA_F16, PA_F32, PA_F64};
+use crate::device::Device;
 use crate::hash::fnv1a;
-use crate::world::Device;
 
 /// Element type of a tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -118,8 +118,8 @@ impl ParamAverager {
 
         let mut averager = ParamAverager {
             args: bytemuck::Zeroable::zeroed(),
-            launches: Plan::new(ring, options.all_or_nothing, options.rejects_non_finite())
-                .launches(world as u32, false),
+            launches: Plan::new(ring, options.commits_late(), options.rejects_non_finite())
+                .launches(world as u32, options.is_sequenced()),
             chunk: sizes.chunk,
             timeout: options.timeout,
             options: Builder { ordinal: agreement.ordinal.clone(), ..options.clone() },
@@ -171,7 +171,7 @@ impl ParamAverager {
             rank: position as u32,
             world: world as u32,
             channels,
-            slots: options.slots,
+            slots: sizes.slots,
             slot_packs: sizes.slot_packs,
             bucket_count: self.table.raw.len() as u32,
             spins: spins(world * channels as usize),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::defaults::{self, Cut};
 use super::{Algorithm, Lend, Link, ParamAverager, Start};
-use crate::backend::MemorySpace;
+use crate::backend::{MemorySpace, ProcessWay};
 use crate::world::{Admission, Communicator};
 use crate::{Error, Result};
 
@@ -174,7 +174,8 @@ impl Builder {
     /// that has failed or does not run the peer's kernel: the average ends with [`Error::Timeout`],
     /// and so does the world. Default: 1 second, less than the time after which the driver kills
     /// kernels on a device with a display. [`timeout`](Self::timeout) bounds it, too. Averages of
-    /// CUDA graphs wait for late ranks in their kernels, for as long as `timeout` says.
+    /// CUDA graphs wait for late ranks in their kernels, for as long as `timeout` says, or on a
+    /// device with a display for this time.
     pub fn device_timeout(mut self, timeout: Duration) -> Self {
         self.device_timeout = timeout;
         self
@@ -296,6 +297,16 @@ impl Builder {
                 occupancy.ranks, occupancy.device, occupancy.blocks
             )
         })
+    }
+
+    /// True if the hosts make an average step by step, since processes share a device.
+    pub(super) fn is_sequenced(&self) -> bool {
+        self.communicator.placement().process_way() == Some(ProcessWay::Sequenced)
+    }
+
+    /// True if the ring commits after the reduce. Where hosts make the steps it always does.
+    pub(super) fn commits_late(&self) -> bool {
+        self.all_or_nothing || self.is_sequenced()
     }
 
     /// Algorithm that `Auto` stands for.

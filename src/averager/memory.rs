@@ -23,7 +23,8 @@ pub(super) struct Sizes {
     pub(super) chunk: u32,
     /// Packs on the wire.
     pub(super) slot_packs: u32,
-    slots: u32,
+    /// Slots of a mailbox.
+    pub(super) slots: u32,
 }
 
 impl Sizes {
@@ -47,7 +48,20 @@ impl Sizes {
         let packs = table.buckets.iter().map(|bucket| bucket.packs).max().unwrap_or(1);
         let needed = bucket::align_up(bucket::channel_packs(packs, channels).div_ceil(world));
         let chunk = bucket::align_up(bytes.div_ceil(pack) as u64).min(needed) as u32;
-        Sizes { chunk, slot_packs: chunk * widest as u32, slots: options.slots }
+        let slots = match options.is_sequenced() {
+            false => options.slots,
+            // Each launch makes one step for all chunks, and no chunk waits for room: those of one
+            // step are written while those of the step before are read.
+            true => {
+                let rounds = |packs| {
+                    let packs = bucket::channel_packs(packs, channels);
+                    packs.div_ceil(u64::from(chunk.max(1)) * world)
+                };
+                let all: u64 = table.buckets.iter().map(|bucket| rounds(bucket.packs)).sum();
+                (2 * all.max(1) as u32).next_power_of_two()
+            }
+        };
+        Sizes { chunk, slot_packs: chunk * widest as u32, slots }
     }
 
     /// Memory for the `filled` counters, followed by the slots.
@@ -125,7 +139,7 @@ impl RankMemory {
         for (bucket, raw) in table.buckets.iter().zip(&mut table.raw) {
             let channel_packs = bucket::channel_packs(bucket.packs, channels);
             let shard_packs = bucket::shard_packs(channel_packs, world, sizes.chunk);
-            if ring && options.all_or_nothing {
+            if ring && options.commits_late() {
                 let bytes = (shard_packs * u64::from(channels)) as usize * PA_PACK_BYTES as usize;
                 shards.push(Memory::new(space, bytes).map_err(own_failed)?);
             }

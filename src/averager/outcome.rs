@@ -154,13 +154,20 @@ impl ParamAverager {
             Unstarted::Refused { found, expected } => {
                 Error::InvalidOption { rank: self.rank(), option: "stream", found, expected }
             }
-            Unstarted::Ended(failure) => {
-                let error = self.fatal(failure, Phase::Meet, false);
-                self.failed = Some(error.clone());
-                error
+            Unstarted::Ended(failure) => self.halted(failure, Phase::Meet, false),
+            Unstarted::Halted(failure) => {
+                let committed = self.ended().any(|status| status.committed != 0);
+                let phase = if committed { Phase::Gather } else { Phase::Reduce };
+                self.halted(failure, phase, committed)
             }
             Unstarted::Failed(reason) => self.device_failed(reason),
         }
+    }
+
+    fn halted(&mut self, failure: Failure, phase: Phase, committed: bool) -> Error {
+        let error = self.fatal(failure, phase, committed);
+        self.failed = Some(error.clone());
+        error
     }
 
     fn non_finite(&self, rank: usize, bad: u64) -> Error {
@@ -180,12 +187,9 @@ impl ParamAverager {
     /// Longest wait in the average that timed out: for a rank that has not come, or, in a kernel on
     /// a device, for one that has.
     fn longest_wait(&self) -> Duration {
-        let is_met = self.communicator.placement().occupancy().is_some()
-            && !self.own.engine.was_captured()
-            && self.agreement.control.found_by_a_host() != Some(PA_TIMEOUT);
-        match is_met {
-            true => self.timeout.min(self.options.device_timeout),
-            false => self.timeout,
+        match self.own.engine.longest_wait() {
+            Some(wait) if self.agreement.control.found_by_a_host() != Some(PA_TIMEOUT) => wait,
+            _ => self.timeout,
         }
     }
 

@@ -113,12 +113,13 @@ impl ParamAverager {
         let placement = self.communicator.placement();
         let peers = Gathering {
             position,
+            ranks: self.world_size(),
             world: &*agreement.control,
             timeout: self.timeout,
             shares_device: placement.shares_device(),
-            way: match placement.between_processes() {
-                true => Way::Processes,
-                false => Way::Threads { calls: &agreement.calls, launches: &agreement.launches },
+            way: match placement.process_way() {
+                Some(way) => Way::Processes(way, agreement.control.clone()),
+                None => Way::Threads { calls: &agreement.calls, launches: &agreement.launches },
             },
         };
         if placement.occupancy().is_some() && !is_captured {
@@ -133,8 +134,8 @@ impl ParamAverager {
             Err(refused @ Unstarted::Refused { .. }) => {
                 Err(refusal.unwrap_or_else(|| self.unstarted(refused)))
             }
-            // Nothing was launched. Every rank gets the failure of the world.
-            Err(ended @ Unstarted::Ended(_)) => Err(self.unstarted(ended)),
+            // Nothing is running. Every rank gets the failure of the world.
+            Err(ended @ (Unstarted::Ended(_) | Unstarted::Halted(_))) => Err(self.unstarted(ended)),
             Err(failed @ Unstarted::Failed(_)) => {
                 // Half an average may have been enqueued. Its kernels wait for peers, and these for
                 // the other half, or for this call to return: so all are told before it returns.

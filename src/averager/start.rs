@@ -164,7 +164,7 @@ impl Digest {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::world::Device;
+    use crate::device::Device;
 
     fn of(values: &mut [Vec<f32>]) -> u64 {
         let (table, problem) = Table::new(&mut &mut *values, Device::cpu(), MemorySpace::Host);

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use crate::abi::{PaBucket, PaSegment};
 use crate::backend::MemorySpace;
 use crate::bucket::{self, Bucket, Place, Shape};
+use crate::device::Device;
 use crate::tensor::{Dtype, Identity, Unordered};
-use crate::world::Device;
 use crate::{Error, Parameters, TensorMut};
 
 /// Tensors that an averager is built for, without their addresses.

@@ -1,10 +1,11 @@
 //! Engine of one rank's part of an average: CPU threads, or a stream of a device.
 
 use std::ffi::c_void;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::cpu::{Isa, Workers};
-use super::{cuda, Failure, HostBuffer, Meeting, MemorySpace, World};
+use super::{cuda, Arrivals, Failure, HostBuffer, Meeting, MemorySpace, World};
 use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PaStatus};
 use crate::plan::Launch;
 use crate::{DeviceError, Error, Result};
@@ -21,6 +22,8 @@ pub(crate) enum Engine {
 pub(crate) struct Gathering<'a> {
     /// Ring position of this rank.
     pub(crate) position: usize,
+    /// Number of ranks.
+    pub(crate) ranks: usize,
     pub(crate) world: &'a dyn World,
     /// Longest wait for a rank that has not come.
     pub(crate) timeout: Duration,
@@ -34,7 +37,19 @@ pub(crate) enum Way<'a> {
     /// Ranks that are threads of one process: all calls first, then all launches.
     Threads { calls: &'a Meeting<cuda::Part>, launches: &'a Meeting<cuda::Launched> },
     /// Ranks that are processes.
-    Processes,
+    Processes(ProcessWay, Arc<dyn Arrivals>),
+}
+
+/// Way in which ranks on devices meet if they are processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ProcessWay {
+    /// In their streams, which wait for words in memory.
+    InStreams,
+    /// On their hosts.
+    OnHosts,
+    /// On their hosts, before each segment of an average: kernels of processes that share a device
+    /// take turns, so none may wait for another.
+    Sequenced,
 }
 
 /// Place of an average in the order of a device's work. Threads ignore it.
@@ -56,6 +71,8 @@ pub(crate) enum Unstarted {
     Refused { found: String, expected: &'static str },
     /// The world ended before all ranks had come, and nothing has been enqueued.
     Ended(Failure),
+    /// The world ended between two launches, and all that was enqueued has ended.
+    Halted(Failure),
     /// The device failed. A part of the average may have been enqueued.
     Failed(String),
 }
@@ -232,6 +249,15 @@ impl Engine {
         match self {
             Engine::Cpu { .. } => false,
             Engine::Cuda(rank) => rank.was_captured(),
+        }
+    }
+
+    /// Longest wait for a peer in the kernels of the average that was started last, where ranks
+    /// meet before. `None` on CPUs.
+    pub(crate) fn longest_wait(&self) -> Option<Duration> {
+        match self {
+            Engine::Cpu { .. } => None,
+            Engine::Cuda(rank) => Some(rank.longest_wait()),
         }
     }
 

@@ -4,6 +4,7 @@
 //! of all its ranks.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -29,6 +30,80 @@ pub(crate) trait World {
 
     /// Ends the world, unless it has ended.
     fn poison(&self, failure: Failure);
+}
+
+/// Words in memory that all processes of a world map, one for each rank: the number of the latest
+/// meeting that the rank has come to. Numbers are compared wrap-safe.
+pub(crate) trait Arrivals: World + Send + Sync + fmt::Debug {
+    /// The word of a rank.
+    fn arrived(&self, position: usize) -> &AtomicU32;
+
+    /// Address of a rank's word for the device of this process.
+    fn arrived_address(&self, position: usize) -> u64;
+}
+
+/// One meeting of processes.
+#[derive(Clone, Debug)]
+pub(crate) struct Attendance {
+    pub(crate) arrivals: Arc<dyn Arrivals>,
+    /// Number of ranks.
+    pub(crate) ranks: usize,
+    pub(crate) number: u32,
+    pub(crate) deadline: Instant,
+}
+
+impl Attendance {
+    /// True if both are the same meeting of the same averager.
+    pub(crate) fn is(&self, other: &Attendance) -> bool {
+        self.number == other.number && Arc::ptr_eq(&self.arrivals, &other.arrivals)
+    }
+
+    /// Positions of the ranks that have not come.
+    fn missing(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..self.ranks).filter(|&at| {
+            // Acquire: what the rank wrote before it came is visible.
+            let come = self.arrivals.arrived(at).load(Ordering::Acquire);
+            (come.wrapping_sub(self.number) as i32) < 0
+        })
+    }
+
+    /// Looks once: `None` while ranks are missing, and the failure that ends the meeting if there
+    /// is one. A failure that this look finds poisons the world.
+    pub(crate) fn look(&self) -> Option<Result<(), Failure>> {
+        let Some(first) = self.missing().next() else { return Some(Ok(())) };
+        let ended = match self.missing().find(|&at| self.arrivals.has_left(at)) {
+            Some(position) => Some(Failure { kind: PA_DEPARTED, position }),
+            None if Instant::now() < self.deadline => None,
+            None => Some(Failure { kind: PA_TIMEOUT, position: first }),
+        };
+        ended.into_iter().for_each(|failure| self.arrivals.poison(failure));
+        self.arrivals.failure().map(Err)
+    }
+
+    /// Ends a meeting that has failed for all streams that wait for it, as if every rank had come.
+    /// The kernels behind them see why, since the world is poisoned.
+    pub(crate) fn release(&self) {
+        self.missing()
+            .for_each(|at| self.arrivals.arrived(at).store(self.number, Ordering::Release));
+    }
+
+    /// Comes to the meeting and waits on the host for all others.
+    pub(crate) fn meet(&self, position: usize) -> Result<(), Failure> {
+        /// Looks before the wait sleeps: about as long as a hand-off takes.
+        const SPINS: u32 = 2000;
+        self.arrivals.arrived(position).store(self.number, Ordering::Release);
+        let mut looks = 0;
+        loop {
+            if let Some(ended) = self.look() {
+                return ended;
+            }
+            looks += 1;
+            match looks {
+                ..SPINS => std::thread::yield_now(),
+                _ => std::thread::sleep(Duration::from_micros(100)),
+            }
+        }
+    }
 }
 
 /// Longest time between two looks at the world: aborts and departures ring no bell here.

@@ -17,12 +17,13 @@ mod meeting;
 mod memfd;
 mod memory;
 pub(crate) mod proximity;
+mod reclaim;
 
-pub(crate) use engine::{Engine, Gathering, Order, Unstarted, Way};
+pub(crate) use engine::{Engine, Gathering, Order, ProcessWay, Unstarted, Way};
 pub(crate) use host_buffer::HostBuffer;
 #[cfg(processes)]
 pub(crate) use import_lock::ImportLock;
-pub(crate) use meeting::{Failure, Meeting, World};
+pub(crate) use meeting::{Arrivals, Attendance, Failure, Meeting, World};
 #[cfg(processes)]
 pub(crate) use memfd::{Mapping, Memfd, Unopened};
 #[cfg(processes)]

@@ -5,7 +5,7 @@ use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::abi::{PaBoard, PaControl, PaHost, PA_ABORTED, PA_COMMITTED, PA_DEPARTED};
-use crate::backend::{Failure, Memory, World};
+use crate::backend::{Arrivals, Failure, Memory, World};
 
 /// A `PaControl` and its `PaHost`. After construction the host writes single words only.
 #[derive(Debug)]
@@ -195,6 +195,16 @@ impl World for Control {
 
     fn poison(&self, failure: Failure) {
         self.poison(failure.kind, failure.position);
+    }
+}
+
+impl Arrivals for Control {
+    fn arrived(&self, position: usize) -> &AtomicU32 {
+        self.host_word(offset_of!(PaHost, arrived) + 4 * position)
+    }
+
+    fn arrived_address(&self, position: usize) -> u64 {
+        self.host_address() + (offset_of!(PaHost, arrived) + 4 * position) as u64
     }
 }
 

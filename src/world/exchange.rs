@@ -1,10 +1,8 @@
 //! Exchange of small messages between all ranks, on the hosts.
 
-use std::time::Duration;
-
-use super::{Communicator, Group};
+use super::gather::{Call, Silence, Why};
 use crate::error::Phase;
-use crate::{Error, Result};
+use crate::{notice, Error};
 
 /// Identity of an exchange in its view, the same on every rank.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -37,37 +35,15 @@ pub(super) fn in_exchange(failure: Error) -> Error {
     }
 }
 
-/// Time between two looks for what sends no notification: ranks that have dropped an averager.
-pub(super) const LOOK: Duration = Duration::from_millis(50);
-
-impl Communicator {
-    /// Shows a message to all ranks and returns the messages of all, by rank. Collective, for at
-    /// most `timeout`. `has_left` tells whether a rank has dropped the averager.
-    ///
-    /// An error does not end the world; see [`fail`](Self::fail).
-    pub(crate) fn all_gather(
-        &self,
-        id: ExchangeId,
-        shown: Shown,
-        timeout: Duration,
-        has_left: &dyn Fn(usize) -> bool,
-    ) -> Result<Vec<Shown>> {
-        match &self.membership.group {
-            Group::Threads(rank, threads) => {
-                threads.all_gather(*rank, id, shown, timeout, has_left)
-            }
-            #[cfg(processes)]
-            Group::Processes(processes) => processes.all_gather(id, shown, timeout, has_left),
+/// The error of an exchange. A rank whose messages can't be received is lost for this one.
+pub(super) fn missing(silence: Silence, call: &Call<'_>) -> Error {
+    let rank = silence.rank;
+    let is_unreadable = matches!(silence.why, Why::Unreadable(_));
+    match silence.error(call) {
+        Error::SharedMemory { reason, .. } if is_unreadable => {
+            notice::warn(Some(call.rank), &reason);
+            Error::PeerLost { rank, phase: Phase::Exchange, committed: false }
         }
-    }
-
-    /// Ends the world for this rank, and for the others that are threads, after an exchange that
-    /// only some ranks have completed.
-    pub(crate) fn fail(&self, error: &Error) {
-        match &self.membership.group {
-            Group::Threads(rank, threads) => threads.fail(*rank, error),
-            #[cfg(processes)]
-            Group::Processes(processes) => drop(processes.fail(error.clone())),
-        }
+        error => in_exchange(error),
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::Control;
+use super::control::Control;
 use crate::backend::{cuda, Meeting, Memory};
 use crate::{Error, Result};
 
@@ -49,7 +49,7 @@ pub(crate) struct Handshake {
 pub(crate) struct Agreement {
     pub(crate) control: Arc<Control>,
     /// Handshakes of all ranks, by rank.
-    pub(crate) handshakes: Vec<Handshake>,
+    pub(crate) handshakes: Vec<Arc<Handshake>>,
     /// Ordinal of the averager, the same on every rank; see `Handshake`.
     pub(crate) ordinal: Option<String>,
     /// Number of the build in its view, the same on every rank.
@@ -61,7 +61,7 @@ pub(crate) struct Agreement {
 
 impl Agreement {
     /// Returns the agreement, unless a rank refuses or two ranks differ.
-    pub(super) fn of(handshakes: Vec<Handshake>) -> Result<Agreement> {
+    pub(super) fn of(handshakes: Vec<Arc<Handshake>>) -> Result<Agreement> {
         Agreement::check(&handshakes)?;
         let reason = "its handshake has no control block".to_owned();
         let control =
@@ -80,7 +80,7 @@ impl Agreement {
     }
 
     /// Compares handshakes, except their memory. The result is the same on every rank.
-    pub(super) fn check(handshakes: &[Handshake]) -> Result<()> {
+    pub(super) fn check(handshakes: &[Arc<Handshake>]) -> Result<()> {
         let refusal = handshakes.iter().find_map(|handshake| handshake.refusal.clone());
         // A rank without an ordinal agrees with every other.
         let mut known = handshakes
@@ -137,17 +137,19 @@ mod tests {
 
     #[test]
     fn ordinals_of_averagers_built_again_must_agree() {
-        let handshake = |ordinal: Option<&str>| Handshake {
-            refusal: None,
-            options: vec![],
-            tensors: vec![],
-            schedule_position: 0,
-            admission: Admission::None,
-            ordinal: ordinal.map(str::to_owned),
-            digest: None,
-            inbox: None,
-            credits: None,
-            control: None,
+        let handshake = |ordinal: Option<&str>| {
+            Arc::new(Handshake {
+                refusal: None,
+                options: vec![],
+                tensors: vec![],
+                schedule_position: 0,
+                admission: Admission::None,
+                ordinal: ordinal.map(str::to_owned),
+                digest: None,
+                inbox: None,
+                credits: None,
+                control: None,
+            })
         };
         let of = |ordinals: [Option<&str>; 3]| Agreement::of(ordinals.map(handshake).into());
         // A joiner has no ordinal yet.

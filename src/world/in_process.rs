@@ -1,18 +1,33 @@
-//! Bootstrap of ranks that are threads of one process. Ranks exchange handshakes under one lock.
+//! Bootstrap of ranks that are threads of one process. Ranks exchange messages under one lock.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
-use super::exchange::{in_exchange, ExchangeId, Shown, LOOK};
-use super::{waits_for_call, Agreement, Handshake, Placement, BUILD};
+use super::bootstrap::{Abort, AbortHandle, Bootstrap, BUILD};
+use super::exchange::{in_exchange, missing, ExchangeId, Shown};
+use super::gather::{Call, Inbox, Silence, Why};
+use super::handshake::{Agreement, Handshake};
+use super::placement::Placement;
+use crate::deadline;
 use crate::error::Phase;
-use crate::notice::Notice;
 use crate::sync::{lock, wait_timeout};
 use crate::{Error, Result};
 
+/// Membership of one rank.
 #[derive(Debug)]
 pub(super) struct ThreadBootstrap {
+    rank: usize,
+    world: Arc<Threads>,
+    /// Number of builds begun: the k-th build of one rank belongs with the k-th build of every
+    /// other rank.
+    builds: AtomicU32,
+}
+
+/// A world of threads.
+#[derive(Debug)]
+struct Threads {
     placement: Placement,
     state: Mutex<State>,
     changed: Condvar,
@@ -26,182 +41,252 @@ struct State {
     told: Vec<bool>,
     /// Ranks that have departed.
     departed: Vec<bool>,
-    /// Averagers being built, by build number.
-    builds: BTreeMap<u64, Build>,
-    /// Exchanges that not all ranks have completed.
-    exchanges: BTreeMap<ExchangeId, Exchange>,
+    /// Calls that not all ranks have ended.
+    calls: BTreeMap<Tag, Messages>,
     /// Averagers built, for aborts.
     built: Vec<Weak<Agreement>>,
 }
 
-#[derive(Debug)]
-struct Build {
-    handshakes: Vec<Option<Handshake>>,
-    result: Option<Result<Arc<Agreement>>>,
-    /// Number of ranks that have taken the result.
-    taken: usize,
+/// Identity of a call that all ranks make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Tag {
+    Build(u32),
+    Exchange(ExchangeId),
 }
 
+#[derive(Clone, Debug)]
+enum Message {
+    Handshake(Arc<Handshake>),
+    Shown(Shown),
+}
+
+/// The messages of one call, by rank.
 #[derive(Debug)]
-struct Exchange {
-    shown: Vec<Option<Shown>>,
+struct Messages {
+    shown: Vec<Option<Message>>,
     /// Ranks that have taken the messages, or given up.
     ended: Vec<bool>,
+    /// Agreement of a build, made by the first rank that has all handshakes.
+    agreement: Option<Result<Arc<Agreement>>>,
 }
 
 impl ThreadBootstrap {
-    pub(super) fn new(placement: Placement) -> Self {
+    /// The memberships of all ranks of a new world, by rank.
+    pub(super) fn all(placement: Placement) -> impl Iterator<Item = ThreadBootstrap> {
         let size = placement.size();
         let state = State {
             failure: None,
             told: vec![false; size],
             departed: vec![false; size],
-            builds: BTreeMap::new(),
-            exchanges: BTreeMap::new(),
+            calls: BTreeMap::new(),
             built: vec![],
         };
-        ThreadBootstrap { placement, state: Mutex::new(state), changed: Condvar::new() }
+        let world = Threads { placement, state: Mutex::new(state), changed: Condvar::new() };
+        let world = Arc::new(world);
+        let rank =
+            move |rank| ThreadBootstrap { rank, world: world.clone(), builds: AtomicU32::new(0) };
+        (0..size).map(rank)
     }
 
-    pub(super) fn placement(&self) -> &Placement {
-        &self.placement
+    fn call<'a>(&self, name: &'a str, phase: Phase, timeout: Duration) -> Call<'a> {
+        let (rank, size) = (self.rank, self.world.placement.size());
+        Call { rank, size, name, phase, timeout, deadline: deadline::after(timeout) }
     }
 
-    pub(super) fn agree(
+    /// Shows a message to all ranks, and returns those of all. This rank takes part in the call
+    /// until the second part of the result is dropped.
+    fn gather(
         &self,
-        rank: usize,
-        number: u64,
+        call: &Call<'_>,
+        tag: Tag,
+        message: Message,
+        has_left: &dyn Fn(usize) -> bool,
+    ) -> Result<(Vec<Message>, Received<'_>), Silence> {
+        self.world.show(tag, self.rank, message.clone());
+        let received = Received { world: &self.world, rank: self.rank, tag };
+        let mut all = call.receive(&received, false, has_left)?;
+        all[self.rank] = Some(message);
+        Ok((all.into_iter().flatten().collect(), received))
+    }
+
+    fn failure(&self) -> Option<Error> {
+        self.world.lock().failure_for(self.rank)
+    }
+}
+
+impl Bootstrap for ThreadBootstrap {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn placement(&self) -> &Placement {
+        &self.world.placement
+    }
+
+    fn agree(
+        &self,
         handshake: Handshake,
+        _: Option<u32>,
         timeout: Duration,
     ) -> Result<Arc<Agreement>> {
-        let (start, mut notice) = (Instant::now(), Notice::new(Some(rank)));
-        let mut state = self.lock();
-        if let Some(failure) = state.failure_for(rank) {
-            return Err(failure);
-        }
-        let build = state.builds.entry(number).or_insert_with(|| Build::new(self.placement.size()));
-        build.handshakes[rank] = Some(handshake);
-        build.complete(number);
-        self.changed.notify_all();
-        loop {
-            let build =
-                state.builds.get_mut(&number).expect("kept until all have taken the result");
-            if let Some(result) = build.result.clone() {
-                build.taken += 1;
-                if build.taken == self.placement.size() {
-                    state.builds.remove(&number);
-                }
-                if let Ok(agreement) = &result {
-                    state.built.retain(|other| other.strong_count() > 0);
-                    state.built.push(Arc::downgrade(agreement));
-                }
-                return result;
-            }
-            let absent = |rank: &usize| build.handshakes[*rank].is_none();
-            let absent: Vec<usize> = (0..build.handshakes.len()).filter(absent).collect();
-            let missing = *absent.first().expect("or it would be complete");
-            if let Some(failure) = state.failure_for(rank) {
-                return Err(failure);
-            }
-            let waited = start.elapsed();
-            let lost = state.departed[missing];
-            if lost || waited >= timeout {
-                let phase = Phase::Build;
-                let failure = if lost {
-                    Error::PeerLost { rank: missing, phase, committed: false }
-                } else {
-                    Error::Timeout { rank: missing, timeout, phase, committed: false }
-                };
-                state.failure = Some(failure);
-                self.changed.notify_all();
-                continue;
-            }
-            if notice.is_due() {
-                drop(state); // a subscriber may do anything
-                notice.look(|| waits_for_call(rank, &absent, BUILD, timeout));
-                state = self.lock();
-                continue;
-            }
-            let left = (timeout - waited).min(notice.left());
-            // A spurious wake-up or a timeout only repeats the loop.
-            state = wait_timeout(&self.changed, state, left);
-        }
+        // Averagers of one world whose numbers are 2^32 apart do not live at the same time.
+        let number = self.builds.fetch_add(1, Ordering::Relaxed);
+        self.failure().map_or(Ok(()), Err)?;
+        let (call, handshake) = (self.call(BUILD, Phase::Build, timeout), Arc::new(handshake));
+        let all = self.gather(&call, Tag::Build(number), Message::Handshake(handshake), &|_| false);
+        let all = all.map_err(|silence| silence.error(&call));
+        let (all, received) = all.inspect_err(|error| self.fail(error))?;
+        let handshake = |message| match message {
+            Message::Handshake(handshake) => Some(handshake),
+            Message::Shown(_) => None,
+        };
+        let handshakes = all.into_iter().filter_map(handshake).collect();
+        received.agreement(|| Ok(Agreement { number, ..Agreement::of(handshakes)? }))
     }
 
-    /// See `Communicator::all_gather`.
-    pub(super) fn all_gather(
+    fn all_gather(
         &self,
-        rank: usize,
         id: ExchangeId,
         shown: Shown,
         timeout: Duration,
         has_left: &dyn Fn(usize) -> bool,
     ) -> Result<Vec<Shown>> {
-        let (start, size) = (Instant::now(), self.placement.size());
-        let (mut notice, call) = (Notice::new(Some(rank)), format!("call {}", shown.call));
-        let mut state = self.lock();
-        if let Some(failure) = state.failure_for(rank) {
-            return Err(in_exchange(failure));
-        }
-        let none = || Exchange { shown: vec![None; size], ended: vec![false; size] };
-        let exchange = state.exchanges.entry(id).or_insert_with(none);
-        (exchange.shown[rank], exchange.ended[rank]) = (Some(shown), false);
-        self.changed.notify_all();
-        loop {
-            let exchange = &state.exchanges[&id]; // kept until all have ended it
-            let missing: Vec<usize> =
-                (0..size).filter(|&rank| exchange.shown[rank].is_none()).collect();
-            let (waited, phase, committed) = (start.elapsed(), Phase::Exchange, false);
-            let lost = missing.iter().find(|&&rank| state.departed[rank] || has_left(rank));
-            let ended = match (missing.first(), lost) {
-                (None, _) => Some(Ok(exchange.shown.iter().flatten().cloned().collect())),
-                _ if state.failure.is_some() => state.failure_for(rank).map(in_exchange).map(Err),
-                (_, Some(&rank)) => Some(Err(Error::PeerLost { rank, phase, committed })),
-                (Some(&rank), _) if waited >= timeout => {
-                    Some(Err(Error::Timeout { rank, timeout, phase, committed }))
-                }
-                _ => None,
-            };
-            if let Some(ended) = ended {
-                state.end_exchange(id, rank);
-                return ended;
-            }
-            if notice.is_due() {
-                drop(state); // a subscriber may do anything
-                notice.look(|| waits_for_call(rank, &missing, &call, timeout));
-                state = self.lock();
-                continue;
-            }
-            state = wait_timeout(&self.changed, state, LOOK.min(timeout - waited));
-        }
+        self.failure().map(in_exchange).map_or(Ok(()), Err)?;
+        let name = format!("call {}", shown.call);
+        let call = self.call(&name, Phase::Exchange, timeout);
+        let all = self.gather(&call, Tag::Exchange(id), Message::Shown(shown), has_left);
+        let shown = |message| match message {
+            Message::Shown(shown) => Some(shown),
+            Message::Handshake(_) => None,
+        };
+        let (all, _) = all.map_err(|silence| missing(silence, &call))?;
+        Ok(all.into_iter().filter_map(shown).collect())
     }
 
-    /// Ends the world. The rank that calls it knows the error.
-    pub(super) fn fail(&self, rank: usize, error: &Error) {
-        let mut state = self.lock();
+    fn fail(&self, error: &Error) {
+        let mut state = self.world.lock();
         state.failure.get_or_insert_with(|| error.clone());
-        state.told[rank] = true;
-        self.changed.notify_all();
+        state.told[self.rank] = true;
+        self.world.changed.notify_all();
     }
 
-    pub(super) fn leave(&self, rank: usize) {
-        self.lock().departed[rank] = true;
-        self.changed.notify_all();
+    fn watch(&self, agreement: &Arc<Agreement>) -> Result<()> {
+        let mut state = self.world.lock();
+        state.built.retain(|other| other.strong_count() > 0);
+        state.built.push(Arc::downgrade(agreement));
+        let aborted = match state.failure {
+            Some(Error::Aborted { rank, .. }) => Some(rank),
+            _ => None,
+        };
+        drop(state); // writing to a device may take long
+        aborted.into_iter().for_each(|rank| self.world.abort_averager(rank, agreement));
+        Ok(())
     }
 
-    pub(super) fn abort(&self, rank: usize) {
-        let mut state = self.lock();
+    fn abort_handle(&self) -> AbortHandle {
+        let handle = Handle { rank: self.rank, world: Arc::downgrade(&self.world) };
+        AbortHandle { of: Arc::new(handle) }
+    }
+}
+
+impl Drop for ThreadBootstrap {
+    fn drop(&mut self) {
+        self.world.lock().departed[self.rank] = true;
+        self.world.changed.notify_all();
+    }
+}
+
+/// See `Bootstrap::abort_handle`. Valid while any rank is in the world.
+#[derive(Debug)]
+struct Handle {
+    rank: usize,
+    world: Weak<Threads>,
+}
+
+impl Abort for Handle {
+    fn abort(&self) {
+        let Some(world) = self.world.upgrade() else { return };
+        let (rank, mut state) = (self.rank, world.lock());
         let failure = Error::Aborted { rank, phase: Phase::Build, committed: false };
         state.failure.get_or_insert(failure);
-        // Averagers that are built, and averagers that are complete and not taken by any rank yet.
-        let taken = state.built.iter().filter_map(Weak::upgrade);
-        let complete = state.builds.values().filter_map(|build| build.result.clone()?.ok());
-        let all: Vec<Arc<Agreement>> = taken.chain(complete).collect();
+        let built: Vec<Arc<Agreement>> = state.built.iter().filter_map(Weak::upgrade).collect();
         drop(state); // writing to a device may take long
-        for agreement in all {
-            agreement.control.abort(self.placement.position(rank));
+        built.iter().for_each(|agreement| world.abort_averager(rank, agreement));
+        world.changed.notify_all();
+    }
+}
+
+/// The messages of one call, as one rank receives them.
+struct Received<'a> {
+    world: &'a Threads,
+    rank: usize,
+    tag: Tag,
+}
+
+impl Inbox for Received<'_> {
+    type Message = Message;
+    const UNDER_WAY: Duration = Duration::ZERO;
+
+    fn take(&self, missing: &[usize], until: Instant) -> Result<Vec<(usize, Message)>, Silence> {
+        let mut state = self.world.lock();
+        loop {
+            let shown = &state.calls[&self.tag].shown; // kept until all have ended the call
+            let new = |&rank: &usize| Some((rank, shown[rank].clone()?));
+            let new: Vec<(usize, Message)> = missing.iter().filter_map(new).collect();
+            let left = until.saturating_duration_since(Instant::now());
+            if !new.is_empty() {
+                return Ok(new);
+            }
+            if let Some(error) = state.failure_for(self.rank) {
+                return Err(Silence { rank: missing[0], why: Why::Failed(error) });
+            }
+            if let Some(&rank) = missing.iter().find(|&&rank| state.departed[rank]) {
+                return Err(Silence { rank, why: Why::Lost });
+            }
+            if left.is_zero() {
+                return Ok(new);
+            }
+            // A spurious wake-up or a timeout only repeats the loop.
+            state = wait_timeout(&self.world.changed, state, left);
         }
+    }
+}
+
+impl Received<'_> {
+    /// The agreement of a build, the same for all ranks. `make` makes it of the handshakes.
+    fn agreement(&self, make: impl FnOnce() -> Result<Agreement>) -> Result<Arc<Agreement>> {
+        let mut state = self.world.lock();
+        let messages = state.calls.get_mut(&self.tag).expect("kept until all have ended the call");
+        messages.agreement.get_or_insert_with(|| make().map(Arc::new)).clone()
+    }
+}
+
+impl Drop for Received<'_> {
+    /// This rank takes no part in the call any more.
+    fn drop(&mut self) {
+        let mut state = self.world.lock();
+        let Some(messages) = state.calls.get_mut(&self.tag) else { return };
+        messages.ended[self.rank] = true;
+        if messages.ended.iter().all(|&ended| ended) {
+            state.calls.remove(&self.tag);
+        }
+    }
+}
+
+impl Threads {
+    /// Stores the message of a rank that begins a call.
+    fn show(&self, tag: Tag, rank: usize, message: Message) {
+        let mut state = self.lock();
+        let size = self.placement.size();
+        let none =
+            || Messages { shown: vec![None; size], ended: vec![false; size], agreement: None };
+        let messages = state.calls.entry(tag).or_insert_with(none);
+        (messages.shown[rank], messages.ended[rank]) = (Some(message), false);
         self.changed.notify_all();
+    }
+
+    fn abort_averager(&self, rank: usize, agreement: &Agreement) {
+        agreement.control.abort(self.placement.position(rank));
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -210,38 +295,11 @@ impl ThreadBootstrap {
 }
 
 impl State {
-    /// Records that a rank takes no part in an exchange any more.
-    fn end_exchange(&mut self, id: ExchangeId, rank: usize) {
-        let Some(exchange) = self.exchanges.get_mut(&id) else { return };
-        exchange.ended[rank] = true;
-        if exchange.ended.iter().all(|&ended| ended) {
-            self.exchanges.remove(&id);
-        }
-    }
-
     /// The failure that ended the world, if any. A rank gets the failure itself once and `Poisoned`
     /// afterwards.
     fn failure_for(&mut self, rank: usize) -> Option<Error> {
         let failure = self.failure.clone()?;
         let told = std::mem::replace(&mut self.told[rank], true);
         Some(if told { Error::Poisoned { cause: Box::new(failure) } } else { failure })
-    }
-}
-
-impl Build {
-    fn new(size: usize) -> Self {
-        Build { handshakes: vec![None; size], result: None, taken: 0 }
-    }
-
-    /// Compares the handshakes, once every rank has provided one.
-    fn complete(&mut self, number: u64) {
-        if self.handshakes.iter().any(Option::is_none) {
-            return;
-        }
-        let handshakes = self.handshakes.iter_mut().filter_map(Option::take).collect();
-        let agreement = Agreement::of(handshakes);
-        // Averagers of one world whose numbers are 2^32 apart do not live at the same time.
-        let numbered = agreement.map(|agreement| Agreement { number: number as u32, ..agreement });
-        self.result = Some(numbered.map(Arc::new));
     }
 }

@@ -1,11 +1,13 @@
 //! Constructors of worlds of processes: from the variables of a launcher, or with explicit values.
 
+use std::sync::Arc;
 use std::time::Duration;
 
+use super::communicator::Communicator;
 use super::processes::{Known, ProcessBootstrap, Setup};
-use super::{Communicator, Device, Group, Rebuild, WorldId};
+use super::world_id::WorldId;
 use crate::abi::PA_MAX_WORLD;
-use crate::{Error, Result};
+use crate::{Device, Error, Result};
 
 /// Default of `CommunicatorBuilder::timeout`.
 const TIMEOUT: Duration = Duration::from_secs(600);
@@ -251,8 +253,8 @@ impl CommunicatorBuilder {
                     leave .rank(..) and .world_size(..) out, or call .build() to begin a world";
             return Err(Error::Environment { problem: problem.into() });
         }
-        let processes = ProcessBootstrap::join(&name, self.device, self.timeout)?;
-        Ok(Communicator::new(Group::Processes(std::sync::Arc::new(processes))))
+        let bootstrap = ProcessBootstrap::join(&name, self.device, self.timeout)?;
+        Ok(Communicator::of(Arc::new(bootstrap)))
     }
 }
 
@@ -275,94 +277,19 @@ fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<Communicator>
         );
         return Err(Error::Environment { problem });
     }
-    let processes = ProcessBootstrap::meet(setup, device, timeout)?;
-    Ok(Communicator::new(Group::Processes(std::sync::Arc::new(processes))))
+    let bootstrap = ProcessBootstrap::meet(setup, device, timeout)?;
+    Ok(Communicator::of(Arc::new(bootstrap)))
 }
 
 impl Communicator {
     /// The name of a world of processes, which [`Communicator::join`] takes. `None` for threads.
     pub fn rendezvous(&self) -> Option<&str> {
-        self.processes().map(|processes| processes.name())
+        self.world().map(WorldId::name)
     }
 
     /// The identity of a world of processes: its name, and the process that began it. On a joiner
     /// it identifies the world that [`Communicator::join`] entered. `None` for threads.
     pub fn world(&self) -> Option<&WorldId> {
-        self.processes().map(|processes| processes.world())
-    }
-
-    /// True if a joiner waits to be admitted, as far as this rank knows.
-    pub(crate) fn has_joiner(&self) -> bool {
-        self.processes().is_some_and(|processes| processes.has_joiner())
-    }
-
-    /// True if a joiner was admitted with this view.
-    pub(crate) fn has_joined(&self) -> bool {
-        self.processes().is_some_and(|processes| processes.has_joined())
-    }
-
-    /// True if a member of this view has departed, or has left the view for the next one, as far as
-    /// this rank knows.
-    pub(crate) fn has_lost_a_member(&self) -> bool {
-        self.processes().is_some_and(|processes| processes.has_lost_a_member())
-    }
-
-    /// The number of this view.
-    pub(crate) fn view(&self) -> u32 {
-        self.processes().map_or(0, |processes| processes.number())
-    }
-
-    /// Registers an averager of this process, so that a view change can build it again.
-    pub(crate) fn register(&self, averager: std::sync::Weak<dyn Rebuild>) {
-        self.processes().into_iter().for_each(|processes| processes.register(averager.clone()));
-    }
-
-    /// Builds all averagers of this process again, unless this view has built them already.
-    /// Collective. The first averager that recovers calls this for all. `averages` is the ordinal
-    /// of the averager that this rank averages next.
-    pub(crate) fn rebuild(&self, averages: Option<&str>, timeout: Duration) -> Result<()> {
-        match self.processes() {
-            Some(processes) => processes.rebuild(self, averages, timeout),
-            None => Err(Error::RecoveryUnsupported { rank: self.rank() }),
-        }
-    }
-
-    /// True if this process has entered a later view.
-    pub(crate) fn is_superseded(&self) -> bool {
-        self.processes().is_some_and(|processes| processes.is_superseded())
-    }
-
-    /// True if this rank is the joiner of this view.
-    pub(crate) fn is_new(&self) -> bool {
-        self.processes().is_some_and(|processes| processes.is_new())
-    }
-
-    /// True if this process has joined and not received a model yet.
-    pub(crate) fn lacks_model(&self) -> bool {
-        self.processes().is_some_and(|processes| processes.lacks_model())
-    }
-
-    pub(crate) fn not_admitted(&self) -> Error {
-        let reason = "the members have built an averager without admitting this process: call \
-            ParamAverager::admit_joiner on every member"
-            .into();
-        Error::JoinRefused { rendezvous: self.rendezvous().unwrap_or_default().to_owned(), reason }
-    }
-
-    /// Records that the joiner of this view has received the model.
-    pub(crate) fn has_model(&self) {
-        self.processes().into_iter().for_each(|processes| processes.has_model());
-    }
-
-    /// Leaves the world after a failure that this process cannot recover from.
-    pub(crate) fn leave(&self) {
-        self.processes().into_iter().for_each(|processes| processes.leave());
-    }
-
-    fn processes(&self) -> Option<&ProcessBootstrap> {
-        match &self.membership.group {
-            Group::Threads(..) => None,
-            Group::Processes(processes) => Some(processes),
-        }
+        self.elastic().map(|elastic| elastic.world())
     }
 }

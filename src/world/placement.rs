@@ -2,13 +2,10 @@
 
 use std::collections::BTreeMap;
 
-#[cfg(processes)]
-use super::processes::HostInfo;
-use super::{Device, Kind};
 use crate::backend::cuda::{self, Context};
 use crate::backend::proximity::{all_pairs, Connection, PeerAccess};
-use crate::backend::MemorySpace;
-use crate::{Error, Result};
+use crate::backend::{MemorySpace, ProcessWay};
+use crate::{Device, Error, Result};
 
 /// Placement of all ranks, computed once for a view.
 #[derive(Debug)]
@@ -20,10 +17,19 @@ pub(crate) struct Placement {
     peers: Vec<Vec<PeerAccess>>,
     /// Ranks in ring order.
     order: Vec<usize>,
-    /// Cores available to each process: the minimum over all ranks. `None` for threads.
-    processes: Option<usize>,
+    /// What processes have in common. `None` for threads.
+    processes: Option<Common>,
     /// Occupancy of the most oversubscribed CUDA device. `None` on CPUs.
     occupancy: Option<Occupancy>,
+}
+
+/// Properties of a world of processes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Common {
+    /// Cores available to each process: the minimum over all ranks.
+    pub(super) cores: usize,
+    /// Way in which ranks on devices meet.
+    pub(super) way: ProcessWay,
 }
 
 /// The ranks on a device and the blocks that they may have there at once.
@@ -45,7 +51,7 @@ impl Placement {
         };
         let mut spaces: Vec<MemorySpace> = vec![];
         for (rank, device) in devices.iter().enumerate() {
-            if (device.0 == Kind::Cpu) != (devices[0].0 == Kind::Cpu) {
+            if device.ordinal().is_none() != devices[0].ordinal().is_none() {
                 let reason = format!(
                     "rank 0 is on {}, but the ranks of a world are all on CPUs or all on CUDA \
                         devices: give every rank the same kind",
@@ -53,9 +59,9 @@ impl Placement {
                 );
                 return Err(unavailable(rank, reason));
             }
-            spaces.push(match device.0 {
-                Kind::Cpu => MemorySpace::Host,
-                Kind::Cuda(ordinal) => MemorySpace::Cuda(
+            spaces.push(match device.ordinal() {
+                None => MemorySpace::Host,
+                Some(ordinal) => MemorySpace::Cuda(
                     Context::open(ordinal).map_err(|reason| unavailable(rank, reason))?,
                 ),
             });
@@ -93,32 +99,31 @@ impl Placement {
 
     /// Placement of processes of this host, by rank. `own` is this process's device and memory
     /// space, which stand for those of all ranks. `access` returns the peer access of two ranks,
-    /// the same on every rank.
-    #[cfg(processes)]
-    pub(super) fn of_processes(
-        host_infos: &[&HostInfo],
+    /// the same on every rank. `occupancies` has the key, the name and the blocks of each rank's
+    /// CUDA device.
+    pub(super) fn of_processes<K: Ord>(
         own: (Device, &MemorySpace),
+        common: Common,
+        connections: Vec<Vec<Connection>>,
         access: impl Fn(usize, usize) -> PeerAccess,
+        occupancies: impl Iterator<Item = (K, String, u32)>,
     ) -> Placement {
-        let ranks = || 0..host_infos.len();
+        let ranks = || 0..connections.len();
         let peers: Vec<Vec<_>> =
             ranks().map(|one| ranks().map(|other| access(one, other)).collect()).collect();
-        let connections: Vec<Vec<_>> = host_infos
-            .iter()
-            .map(|one| host_infos.iter().map(|other| one.connection(other)).collect())
-            .collect();
-        let occupancies = host_infos.iter().filter_map(|host_info| {
-            let gpu = host_info.gpu.as_ref()?;
-            Some((gpu.identity.uuid.as_str(), host_info.device.clone(), gpu.resident_blocks))
-        });
         Placement {
-            devices: vec![own.0; host_infos.len()],
-            spaces: vec![own.1.clone(); host_infos.len()],
+            devices: vec![own.0; peers.len()],
+            spaces: vec![own.1.clone(); peers.len()],
             order: ring_order(&distances(&connections, &peers)),
             peers,
-            processes: host_infos.iter().map(|host_info| host_info.cores).min(),
+            processes: Some(common),
             occupancy: most_oversubscribed(occupancies),
         }
+    }
+
+    /// Way in which ranks on devices meet, if they are processes.
+    pub(crate) fn process_way(&self) -> Option<ProcessWay> {
+        self.processes.map(|common| common.way)
     }
 
     /// True if every rank is a process.
@@ -129,7 +134,7 @@ impl Placement {
     /// Number of cores that the ranks share. Meaningful on CPUs only.
     pub(crate) fn cores(&self) -> usize {
         let all = || std::thread::available_parallelism().map_or(1, |cores| cores.get());
-        self.processes.unwrap_or_else(all)
+        self.processes.map_or_else(all, |common| common.cores)
     }
 
     pub(super) fn size(&self) -> usize {

@@ -4,10 +4,10 @@ use std::any::Any;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::Mutex;
 
-use super::{Communicator, Device};
+use super::communicator::Communicator;
 use crate::error::ErrorKind;
 use crate::sync::lock;
-use crate::Error;
+use crate::{Device, Error};
 
 impl Communicator {
     /// Runs one rank for each device, each on a thread of its own, and returns their results by

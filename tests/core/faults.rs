@@ -244,6 +244,38 @@ fn departed_rank_is_noticed_while_another_is_late() {
     }
 }
 
+/// The same while an averager is built, and in an exchange on the hosts.
+#[test]
+fn departed_rank_is_noticed_while_another_is_late_to_build_or_to_exchange() {
+    for builds in [false, true] {
+        let known = std::sync::Barrier::new(2);
+        ranks(3, |communicator| {
+            let (rank, start) = (communicator.rank(), Instant::now());
+            let mut model = model(rank);
+            let long = Duration::from_secs(60);
+            let mut build =
+                || builder(communicator.clone(), WAYS[0]).timeout(long).build(&mut model);
+            let averager = (!builds).then(|| build().unwrap());
+            match rank {
+                1 => drop(known.wait()), // not before rank 0 has its error
+                2 => return,
+                _ => {}
+            }
+            let error = match averager {
+                Some(mut averager) => averager.barrier().unwrap_err(),
+                None => build().map(drop).unwrap_err(),
+            };
+            if rank == 0 {
+                known.wait();
+                let phase = if builds { Phase::Build } else { Phase::Exchange };
+                let lost = Error::PeerLost { rank: 2, phase, committed: false };
+                assert_eq!(error, lost, "builds: {builds}");
+            }
+            assert!(start.elapsed() < GRACE, "builds: {builds}, rank {rank}");
+        });
+    }
+}
+
 #[test]
 fn a_nan_is_rejected_by_all_when_asked_and_named() {
     for way in WAYS {

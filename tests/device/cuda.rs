@@ -124,6 +124,15 @@ pub fn ranks_on_several_devices_have_the_bits_of_the_cpu() {
 pub fn devices_that_do_not_reach_each_other_go_through_the_host() {
     scenario("no-p2p", &[&[TWO, ("CUDASIM_P2P", "none"), ("CUDASIM_DELAY", "30")]]);
     scenario("broken-p2p", &[&[TWO, ("CUDASIM_P2P", "broken")]]);
+    scenario("p2p-off", &[&[TWO, ("CUDASIM_P2P", "all"), ("PARAM_AVERAGER_P2P", "0")]]);
+}
+
+/// A process of its own tries peer access first, where that may end a process.
+pub fn a_probe_that_kills_its_process_does_not_kill_the_trainer() {
+    const CHILD: &str = "PA_PROBE_CHILD";
+    scenario("child-crashes", &[&[TWO, ("CUDASIM_P2P", "all"), (CHILD, "crash")]]);
+    scenario("child-works", &[&[TWO, ("CUDASIM_P2P", "all"), (CHILD, "1")]]);
+    scenario("broken-p2p", &[&[TWO, ("CUDASIM_P2P", "broken"), (CHILD, "1")]]);
 }
 
 pub fn links_have_no_race() {
@@ -135,8 +144,12 @@ pub fn failures_between_devices_are_typed_and_change_nothing() {
 }
 
 pub fn averages_in_graphs_are_replayed() {
-    scenario("graphs", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
-    scenario("graphs-devices", &[&[TWO, ("CUDASIM_DELAY", "30")], &[TWO, ("CUDASIM_RACE", "1")]]);
+    const THREE: Setting<'_> = ("CUDASIM_DEVICES", "3");
+    scenario("graphs", &[&[ONE]]);
+    scenario(
+        "graphs-devices",
+        &[&[THREE, ("CUDASIM_DELAY", "30")], &[THREE, ("CUDASIM_RACE", "1")]],
+    );
 }
 
 #[cfg(feature = "cuda")]
@@ -146,12 +159,12 @@ pub fn slices_of_cudarc_are_averaged_in_order() {
 }
 
 pub fn graph_refusals_are_errors_of_the_capture() {
-    scenario("graph-refusals", &[&[ONE]]);
+    scenario("graph-refusals", &[&[TWO]]);
 }
 
 pub fn captures_elsewhere_refuse_only_what_they_must() {
-    strict("graphs", &[ONE]);
-    strict("strict-captures", &[ONE]);
+    strict("graphs-devices", &[("CUDASIM_DEVICES", "3")]);
+    strict("strict-captures", &[TWO]);
     #[cfg(feature = "cuda")]
     strict("strict-slices", &[ONE]);
 }

@@ -31,6 +31,8 @@ mod several_averagers;
 mod stops;
 #[cfg(target_os = "linux")]
 mod trainers;
+#[cfg(target_os = "linux")]
+mod unknown;
 
 #[cfg(not(target_os = "linux"))]
 fn main() {}
@@ -163,6 +165,8 @@ fn main() -> std::process::ExitCode {
             trainers::averagers_that_were_built_again_exchange_on_their_own,
             trainers::a_rank_that_leaves_after_a_barrier_is_not_lost,
             trainers::a_barrier_ends_when_a_rank_dies_and_the_others_recover,
+            unknown::ranks_meet_whatever_unknown_processes_do,
+            unknown::bytes_for_the_fuzzer_do_no_harm,
         ],
     )
 }

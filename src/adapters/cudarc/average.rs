@@ -30,7 +30,7 @@ impl Ordered for CudaParams<'_> {
                 Error::InvalidOption { rank, option: "stream", found, expected }
             }
             Unstarted::Failed(reason) => Error::DeviceFailed { rank, source: reason.into() },
-            Unstarted::Ended(_) => unreachable!("nothing was started"),
+            Unstarted::Ended(_) | Unstarted::Halted(_) => unreachable!("nothing was started"),
         })?;
         with(&mut tensors);
         Ok(())

@@ -11,6 +11,7 @@ use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
 use super::driver::{self, call, Failed};
 use super::launch::THREADS;
+use crate::backend::reclaim::{register_spare, Reclaim};
 use crate::sync::lock;
 
 /// Names of the kernels, indexed by `PaKernel`.
@@ -54,12 +55,14 @@ unsafe impl Sync for Context {}
 impl Context {
     /// Opens a device. An error says why it can't be used.
     pub(crate) fn open(ordinal: usize) -> Result<Arc<Context>, String> {
-        let mut open = opened();
+        static OPENED: Mutex<BTreeMap<usize, Arc<Context>>> = Mutex::new(BTreeMap::new());
+        let mut open = lock(&OPENED);
         if let Some(context) = open.get(&ordinal) {
             return Ok(context.clone());
         }
         let context = Arc::new(Context::new(ordinal)?);
         open.insert(ordinal, context.clone());
+        register_spare(context.clone());
         Ok(context)
     }
 
@@ -146,7 +149,28 @@ impl Context {
     /// Number of blocks of [`THREADS`] threads that averages may have on the device at once: half
     /// of what fits, so that no average needs a device on which nothing else runs.
     pub(crate) fn usable_blocks(&self) -> u32 {
+        #[cfg(feature = "__testing")]
+        if super::former::is_asked_for() {
+            return self.resident;
+        }
         self.resident / 2
+    }
+
+    /// True if streams of this device can wait for words in memory.
+    pub(crate) fn has_stream_waits(&self) -> bool {
+        const CAN_USE_STREAM_MEM_OPS: i32 = 92; // has another name in some versions of CUDA
+        driver::get().is_ok_and(|driver| driver.attribute(CAN_USE_STREAM_MEM_OPS, self.device) == 1)
+    }
+
+    /// True if kernels of different processes run at the same time on this device (MPS).
+    pub(crate) fn has_mps(&self) -> bool {
+        const MPS_ENABLED: i32 = 133; // of CUDA 12.4 and later
+        driver::get().is_ok_and(|driver| driver.attribute(MPS_ENABLED, self.device) == 1)
+    }
+
+    /// True if the driver ends kernels that run for seconds, since the device has a display.
+    pub(super) fn ends_long_kernels(&self) -> bool {
+        self.attribute(Attribute::CU_DEVICE_ATTRIBUTE_KERNEL_EXEC_TIMEOUT).is_ok_and(|is| is != 0)
     }
 
     /// Makes the context current on this thread until the result is dropped.
@@ -266,10 +290,12 @@ impl Drop for Context {
     }
 }
 
-/// All opened devices, by ordinal.
-pub(super) fn opened() -> MutexGuard<'static, BTreeMap<usize, Arc<Context>>> {
-    static OPENED: Mutex<BTreeMap<usize, Arc<Context>>> = Mutex::new(BTreeMap::new());
-    lock(&OPENED)
+/// The spare memory of the device.
+impl Reclaim for Context {
+    fn try_reclaim(&self) -> bool {
+        self.free_spare();
+        true
+    }
 }
 
 /// Keeps a context current on this thread, and restores the previous one, which is the

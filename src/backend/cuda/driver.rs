@@ -1,6 +1,6 @@
 //! The NVIDIA driver: loading, version check and errors.
 
-use std::ffi::CStr;
+use std::ffi::{c_int, CStr};
 use std::sync::OnceLock;
 
 use cudarc::driver::sys::CUresult;
@@ -11,7 +11,7 @@ use cudarc::driver::sys::CUresult;
 macro_rules! driver_api {
     ($($function:ident),* $(,)?) => {
         pub(crate) mod api {
-            // Off Linux, CUDA IPC is not used. On Linux an unused declaration is a warning.
+            // Off Linux, CUDA IPC and meetings in streams are not used. On Linux an unused declaration is a warning.
             #[cfg_attr(not(processes), allow(unused_imports))]
             pub(crate) use cudarc::driver::sys::{$($function),*};
         }
@@ -52,6 +52,8 @@ driver_api! {
     cuStreamSynchronize,
     cuStreamWaitEvent,
     cuStreamIsCapturing,
+    cuStreamWriteValue32_v2,
+    cuStreamWaitValue32_v2,
     cuThreadExchangeStreamCaptureMode,
     cuEventCreate,
     cuEventDestroy_v2,
@@ -72,6 +74,7 @@ driver_api! {
     cuMemsetD8Async,
     cuMemcpyHtoDAsync_v2,
     cuMemcpyDtoHAsync_v2,
+    cuMemcpyDtoDAsync_v2,
     cuPointerGetAttribute,
 }
 
@@ -82,12 +85,27 @@ pub(crate) struct Driver {
     version: i32,
     /// Number of devices visible to this process.
     pub(crate) devices: usize,
+    /// `cuDeviceGetAttribute` by number.
+    attribute: AttributeByNumber,
 }
+
+type AttributeByNumber = unsafe extern "C" fn(*mut c_int, c_int, c_int) -> CUresult;
 
 impl Driver {
     /// The CUDA version that the driver supports, such as 13.0.
     pub(crate) fn version(&self) -> String {
         format!("{}.{}", self.version / 1000, self.version % 1000 / 10)
+    }
+
+    /// An attribute of a device that not every version of CUDA has a name for. 0 if the driver does
+    /// not know it.
+    pub(crate) fn attribute(&self, number: i32, device: i32) -> i32 {
+        let mut value = 0;
+        // SAFETY: a function of the loaded driver, which checks its arguments.
+        match unsafe { (self.attribute)(&mut value, number, device) } {
+            CUresult::CUDA_SUCCESS => value,
+            _ => 0,
+        }
     }
 }
 
@@ -115,6 +133,9 @@ fn find() -> Result<Driver, String> {
             return Err(format!("the NVIDIA driver is too old: it has no {function}; update it"));
         }
     }
+    // SAFETY: its signature, where an enumeration of C is an int.
+    let attribute = unsafe { library.get::<AttributeByNumber>(b"cuDeviceGetAttribute") };
+    let attribute = *attribute.expect("it was there");
     std::mem::forget(library); // cudarc keeps it loaded, too
     let (mut version, mut devices) = (0, 0);
     // SAFETY: the functions exist, and the pointers are valid.
@@ -129,7 +150,7 @@ fn find() -> Result<Driver, String> {
         check("cuDriverGetVersion", api::cuDriverGetVersion(&mut version))?;
         check("cuDeviceGetCount", api::cuDeviceGetCount(&mut devices))?;
     }
-    Ok(Driver { version, devices: devices.max(0) as usize })
+    Ok(Driver { version, devices: devices.max(0) as usize, attribute })
 }
 
 /// A driver call that failed.

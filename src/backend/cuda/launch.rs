@@ -9,6 +9,7 @@ use super::driver::{call, Failed};
 use super::streams::{Event, LaunchStream};
 use super::Context;
 use crate::abi::{PaArgs, PaLaunch, PA_MAX_WORLD};
+use crate::backend::Attendance;
 use crate::plan::Launch;
 
 /// Threads of a block. 128 registers each are half the register file of a multiprocessor, so that a
@@ -39,7 +40,8 @@ pub(super) fn leader_of(device: usize, parts: &[Part]) -> usize {
 }
 
 /// Launches the parts of all ranks on the device, behind the work that any rank of the world
-/// waits for: no kernel waits for work of a peer. `done` is recorded behind all.
+/// waits for: no kernel waits for work of a peer. `meeting` is one of processes, to which this rank
+/// comes in the stream, at a ring position. `done` is recorded behind all.
 ///
 /// # Safety
 /// `parts` are those of an average of all ranks. Every rank keeps its promises of `Rank::start`
@@ -47,6 +49,7 @@ pub(super) fn leader_of(device: usize, parts: &[Part]) -> usize {
 pub(super) unsafe fn launch_all(
     context: &Context,
     stream: &LaunchStream,
+    (meeting, position): (Option<&Attendance>, usize),
     parts: &[Part],
     done: &Event,
 ) -> Result<(), Failed> {
@@ -62,6 +65,12 @@ pub(super) unsafe fn launch_all(
         for (to, from, bytes) in own().filter_map(|part| part.tables) {
             call!(cuMemcpyHtoDAsync_v2(to, from as *const c_void, bytes, on))?;
         }
+        #[cfg(processes)]
+        if let Some(meeting) = meeting {
+            super::arrivals::enqueue(meeting, position, on)?;
+        }
+        #[cfg(not(processes))]
+        let _ = (meeting, position);
         // A rank whose tensors are wrong lacks some launches.
         let most = own().map(|part| &part.launches).max_by_key(|all| all.len());
         for &each in most.into_iter().flatten() {

@@ -4,8 +4,12 @@
 //! cudarc loads `libcuda` at its first call and panics if the library or a function is missing. So
 //! no function of cudarc is called before [`driver::get`] has succeeded.
 
+#[cfg(processes)]
+mod arrivals;
 mod context;
 mod driver;
+#[cfg(feature = "__testing")]
+mod former;
 #[cfg(processes)]
 mod ipc;
 #[cfg(processes)]
@@ -13,8 +17,10 @@ mod ipc_probe;
 mod launch;
 mod memory;
 pub(crate) mod peer;
+mod probe;
+#[cfg(processes)]
+mod probe_child;
 mod rank;
-mod running;
 mod streams;
 mod tables;
 mod topology;
@@ -26,7 +32,7 @@ pub(crate) use driver::Failed;
 #[cfg(processes)]
 pub(crate) use ipc::{IpcImport, Registered};
 #[cfg(processes)]
-pub(crate) use ipc_probe::IpcProbe;
+pub(crate) use ipc_probe::{IpcPeer, IpcProbe, Round};
 pub(crate) use launch::{Launched, Part, THREADS};
 pub(crate) use memory::{DeviceMemory, Pinned};
 pub(crate) use rank::Rank;

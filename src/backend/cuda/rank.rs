@@ -1,18 +1,23 @@
 //! One rank on a device: its tables, the states of its channels, and its part of an average.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use cudarc::driver::sys;
 
 use super::driver::{call, Failed};
 use super::launch::{launch, launch_all, leader_of, Launched, Part};
 use super::memory::Pinned;
-use super::running::{Busy, Running};
 use super::streams::{Event, LaunchStream};
 use super::tables::Tables;
 use super::{Context, DeviceMemory};
-use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PaStatus, PA_DEPARTED};
-use crate::backend::{Failure, Gathering, Meeting, Order, Unstarted, Way};
+use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PaStatus, PA_DEPARTED, PA_OPEN};
+#[cfg(processes)]
+use crate::backend::reclaim::{Busy, Running};
+use crate::backend::{Arrivals, ProcessWay};
+use crate::backend::{Attendance, Failure, Gathering, Meeting, Order, Unstarted, Way};
+#[cfg(processes)]
+use crate::deadline::after;
 use crate::plan::Launch;
 
 /// A rank's tables and states.
@@ -31,6 +36,14 @@ pub(crate) struct Rank {
     tables: Tables,
     /// True if the average that was started last was captured and so has not run.
     capturing: bool,
+    /// Longest wait for a peer in the kernels of that average.
+    longest_wait: Duration,
+    /// Number of the latest meeting of processes that this rank has come to.
+    #[cfg(processes)]
+    meetings: u32,
+    /// Meeting of the pending average that a stream waits for.
+    #[cfg(processes)]
+    watched: Option<Attendance>,
     /// The event behind the average that was started and not waited for.
     pending: Option<Arc<Event>>,
     /// Present while an average is pending. Present for good after a capture, since replays of the
@@ -50,7 +63,11 @@ impl Rank {
         segments: usize,
         leads: bool,
     ) -> Result<Rank, String> {
+        #[cfg(processes)]
+        super::arrivals::start_watcher()?;
         let bytes: &[u8] = bytemuck::cast_slice(states);
+        #[cfg(feature = "__testing")]
+        let leads = leads || super::former::is_asked_for();
         let mut rank = Rank {
             context: context.clone(),
             stream: leads.then(|| LaunchStream::new(context)).transpose()?,
@@ -60,6 +77,11 @@ impl Rank {
             ended: Pinned::new(context, size_of::<PaStatus>() * states.len())?,
             tables: Tables::new(context, buckets, segments)?,
             capturing: false,
+            longest_wait: Duration::ZERO,
+            #[cfg(processes)]
+            meetings: 0,
+            #[cfg(processes)]
+            watched: None,
             pending: None,
             busy: None,
             _running: Running::new(),
@@ -140,6 +162,7 @@ impl Rank {
             Order::Behind(_) | Order::Within(_) => unsafe { is_capturing(behind) }?,
         };
         self.busy.get_or_insert_with(Busy::new);
+        self.longest_wait = Duration::from_nanos(args.timeout_ns);
         if self.capturing {
             // SAFETY: guaranteed by the caller.
             return unsafe { self.capture(args, launches, behind, peers) };
@@ -151,6 +174,10 @@ impl Rank {
             }
             recorded => recorded?,
         }
+        // The records of the last average must not be taken for those of one that fails to begin.
+        for status in bytemuck::cast_slice_mut::<_, PaStatus>(self.ended.bytes_mut()) {
+            (status.outcome, status.committed) = (PA_OPEN, 0);
+        }
         let part = Part {
             device: self.context.ordinal(),
             ready: self.ready.clone(),
@@ -159,10 +186,15 @@ impl Rank {
             launches: launches.to_vec(),
         };
         let done = match peers.way {
+            #[cfg(feature = "__testing")]
+            _ if super::former::is_asked_for() => self.launch_formerly(&part, peers)?,
             Way::Threads { calls, launches } => {
                 self.launch_together(part, calls, launches, peers)?
             }
-            Way::Processes => self.launch_alone(part, peers)?,
+            #[cfg(processes)]
+            Way::Processes(way, ref arrivals) => self.launch_alone(part, way, arrivals, peers)?,
+            #[cfg(not(processes))]
+            Way::Processes { .. } => unreachable!("this build has threads only"),
         };
         self.pending = Some(done.clone());
         if is_awaited {
@@ -187,23 +219,107 @@ impl Rank {
         // returned to a caller while a launch uses them.
         let leader = leader_of(self.context.ordinal(), &parts);
         let leads = leader == peers.position;
-        let launched = leads.then(|| self.launch_all(&parts, peers));
+        let launched = leads.then(|| self.launch_all(&parts, None, peers));
         let all = launches.all_gather_of_all(peers.position, launched);
-        Ok(all[leader].clone().expect("the first rank of a device launches")?)
+        match all[leader].clone().expect("the first rank of a device launches") {
+            Ok(done) => Ok(done),
+            Err(failed) if leads => Err(failed.into()),
+            // What was launched has ended.
+            Err(_) => Err(Unstarted::Halted(Failure { kind: PA_DEPARTED, position: leader })),
+        }
     }
 
     /// Launches for this rank, the only one of this process on its device.
-    fn launch_alone(&mut self, part: Part, peers: &Gathering<'_>) -> Result<Arc<Event>, Unstarted> {
-        Ok(self.launch_all(&[part], peers)?)
+    #[cfg(processes)]
+    fn launch_alone(
+        &mut self,
+        part: Part,
+        way: ProcessWay,
+        arrivals: &Arc<dyn Arrivals>,
+        peers: &Gathering<'_>,
+    ) -> Result<Arc<Event>, Unstarted> {
+        if way == ProcessWay::InStreams {
+            let meeting = self.next_meeting(arrivals, peers);
+            super::arrivals::watch(meeting.clone());
+            self.watched = Some(meeting.clone());
+            return Ok(self.launch_all(&[part], Some(&meeting), peers)?);
+        }
+        // The host comes when the work before the average has ended.
+        let mut launches = part.launches.clone();
+        let parts = match way {
+            ProcessWay::Sequenced => launches.drain(..).map(|each| vec![each]).collect(),
+            _ => vec![launches],
+        };
+        self.ready.synchronize()?;
+        let args = part.args;
+        for (index, launches) in parts.into_iter().enumerate() {
+            if let Err(failure) = self.next_meeting(arrivals, peers).meet(peers.position) {
+                if index > 0 {
+                    return Err(Unstarted::Halted(failure));
+                }
+                self.tables.set_stale();
+                return Err(Unstarted::Ended(failure));
+            }
+            let tables = part.tables.filter(|_| index == 0);
+            let part = Part { launches, tables, ..part.clone() };
+            let done = self.launch_all(&[part], None, peers)?;
+            if way == ProcessWay::Sequenced {
+                done.synchronize()?;
+                let fault = args.fault_step;
+                if fault != 0 && self.ended().iter().any(|status| status.step == fault) {
+                    break; // a test ends the rank here
+                }
+            }
+        }
+        Ok(self.done.clone())
     }
 
-    fn launch_all(&self, parts: &[Part], peers: &Gathering<'_>) -> Result<Arc<Event>, Failed> {
+    /// Launches for this rank as it was done formerly.
+    #[cfg(feature = "__testing")]
+    fn launch_formerly(
+        &mut self,
+        part: &Part,
+        peers: &Gathering<'_>,
+    ) -> Result<Arc<Event>, Failed> {
+        let stream = self.stream.as_ref().expect("every rank has one");
+        // SAFETY: guaranteed by the caller of `start`.
+        unsafe {
+            super::former::launch_one(&self.context, stream, part, peers.timeout, &self.done)
+        }?;
+        Ok(self.done.clone())
+    }
+
+    /// The next meeting of processes. Its deadline is that of a call.
+    #[cfg(processes)]
+    fn next_meeting(&mut self, arrivals: &Arc<dyn Arrivals>, peers: &Gathering<'_>) -> Attendance {
+        self.meetings = self.meetings.wrapping_add(1);
+        Attendance {
+            arrivals: arrivals.clone(),
+            ranks: peers.ranks,
+            number: self.meetings,
+            deadline: after(peers.timeout),
+        }
+    }
+
+    /// Launches for all ranks of this process on the device, behind a meeting in the stream if
+    /// there is one.
+    fn launch_all(
+        &self,
+        parts: &[Part],
+        meeting: Option<&Attendance>,
+        peers: &Gathering<'_>,
+    ) -> Result<Arc<Event>, Failed> {
         let stream = self.stream.as_ref().expect("the first rank of a device has a stream");
         // SAFETY: every rank guarantees it for its part.
-        let launched = unsafe { launch_all(&self.context, stream, parts, &self.done) };
+        let launched = unsafe {
+            launch_all(&self.context, stream, (meeting, peers.position), parts, &self.done)
+        };
         launched.map(|()| self.done.clone()).inspect_err(|_| {
             // Half an average may wait for the other half. It ends by this.
             peers.world.poison(Failure { kind: PA_DEPARTED, position: peers.position });
+            if let Some(meeting) = meeting {
+                meeting.release();
+            }
             // SAFETY: this rank's stream; the context is bound.
             let _ = unsafe { call!(cuStreamSynchronize(stream.raw())) };
         })
@@ -230,7 +346,11 @@ impl Rank {
             });
         }
         let tables = self.tables.copy()?;
-        let timeout_ns = u64::try_from(peers.timeout.as_nanos()).unwrap_or(u64::MAX);
+        // Ranks meet in the kernels, since no host sees a replay.
+        if !self.context.ends_long_kernels() {
+            self.longest_wait = peers.timeout;
+        }
+        let timeout_ns = u64::try_from(self.longest_wait.as_nanos()).unwrap_or(u64::MAX);
         let args = PaArgs { buckets: tables.address(), timeout_ns, ..*args };
         let enqueue = |&each: &Launch| {
             // SAFETY: guaranteed by the caller.
@@ -257,6 +377,11 @@ impl Rank {
     /// True if the average that was started last was captured and so has not run.
     pub(crate) fn was_captured(&self) -> bool {
         self.capturing
+    }
+
+    /// Longest wait for a peer in the kernels of the average that was started last.
+    pub(crate) fn longest_wait(&self) -> Duration {
+        self.longest_wait
     }
 
     /// Waits for a stream on which a graph was replayed.
@@ -308,6 +433,10 @@ impl Rank {
     pub(crate) fn finish(&mut self) -> Result<(), Failed> {
         if let Some(done) = &self.pending {
             done.synchronize()?;
+        }
+        #[cfg(processes)]
+        if let Some(meeting) = self.watched.take() {
+            super::arrivals::forget(&meeting);
         }
         self.pending = None; // cleared last, so that a call after an error waits again
         if !self.tables.is_captured() {

@@ -84,7 +84,7 @@ impl Tables {
     /// device, address here, bytes. They are not set again until the copy has ended.
     pub(super) fn take_stale(&mut self) -> Option<(u64, usize, usize)> {
         let (to, from) = (self.device.address(), self.next.bytes());
-        std::mem::take(&mut self.is_stale).then(|| (to, from.as_ptr() as usize, from.len()))
+        std::mem::take(&mut self.is_stale).then_some((to, from.as_ptr() as usize, from.len()))
     }
 
     /// Records that the tables which were taken have not been copied.

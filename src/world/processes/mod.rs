@@ -1,56 +1,48 @@
 //! Ranks that are processes of one host. They exchange messages over Unix sockets and share the
 //! memory of their mailboxes.
 
-mod agree;
-mod ancestry;
-mod confirm;
-mod credentials;
-mod exchange;
-mod frame;
-mod host_info;
-mod job;
-mod join_listener;
-mod joiner;
-mod launcher;
-mod listener;
-mod p2p_probe;
-mod peer_set;
-mod peer_state;
+mod identity;
+mod join;
+mod member;
 mod peers;
-mod private;
-mod rebuild;
 mod rendezvous;
 mod view_board;
 mod view_change;
-mod wire_handshake;
+mod wire;
 
-use std::sync::{Arc, MutexGuard, Weak};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use super::{Device, Placement, WorldId};
+use self::rendezvous::RankInfo;
+use crate::abi::PA_MAX_WORLD;
 use crate::backend::limits;
-use crate::sync::lock;
-use crate::{Error, Result};
-pub(super) use host_info::HostInfo;
-use host_info::LocalDevice;
-use job::Job;
-pub(super) use job::Known;
-use join_listener::JoinListener;
-use peer_set::{CurrentView, PeerSet, ViewStatus};
-use peers::NoReceiver;
-#[cfg(fuzzing)]
-pub use rendezvous::fuzz;
-use rendezvous::RankInfo;
+use crate::error::Phase;
+use crate::world::bootstrap::{Abort, AbortHandle, Bootstrap, Elastic, Rebuild};
+use crate::world::exchange::{in_exchange, missing, ExchangeId, Shown};
+use crate::world::handshake::{Agreement, Handshake};
+use crate::world::placement::Placement;
+use crate::world::world_id::WorldId;
+use crate::{notice, Device, Error, Result};
+use identity::job::Job;
+pub(crate) use identity::job::Known;
+use identity::launcher;
+use join::joiner;
+use join::listener::JoinListener;
+use member::{p2p_probe, Member, JOINING};
+use peers::connections::NoReceiver;
+use peers::host_info::{HostInfo, LocalDevice};
+use peers::peer_set::PeerSet;
+#[cfg(feature = "__testing")]
+pub use rendezvous::testing;
 use view_board::ViewBoard;
-
-/// Longest time from `Communicator::join` to the averager of the joiner.
-const JOINING: Duration = Duration::from_secs(60);
+use wire::exchange::key_of;
+use wire::frame::Kind;
 
 /// Membership of a process in one view of a world.
 #[derive(Debug)]
-pub(super) struct ProcessBootstrap {
-    peer_set: Arc<PeerSet>,
-    view: CurrentView,
+pub(crate) struct ProcessBootstrap {
+    member: Member,
     placement: Placement,
     /// Listener of this process for joiners.
     listener: Arc<JoinListener>,
@@ -58,20 +50,20 @@ pub(super) struct ProcessBootstrap {
 
 /// Identity of a rank, from a launcher or from the caller.
 #[derive(Clone, Debug)]
-pub(super) struct Setup {
-    pub(super) rank: usize,
-    pub(super) world_size: usize,
-    pub(super) name: String,
+pub(crate) struct Setup {
+    pub(crate) rank: usize,
+    pub(crate) world_size: usize,
+    pub(crate) name: String,
     /// Source of the name, for messages.
-    pub(super) source: String,
-    pub(super) known: Known,
+    pub(crate) source: String,
+    pub(crate) known: Known,
     /// The variable that gave the rank.
-    pub(super) variable: Option<&'static str>,
+    pub(crate) variable: Option<&'static str>,
 }
 
 impl Setup {
     /// Reads the environment. A `given` name takes precedence.
-    pub(super) fn of_the_environment(given: Option<String>) -> Result<Setup> {
+    pub(crate) fn of_the_environment(given: Option<String>) -> Result<Setup> {
         let failed = |problem| Error::Environment { problem };
         launcher::variables().try_for_each(|name| text(name).map(drop))?;
         let launcher::Launched { rank, world_size, name, source, known, variable } =
@@ -80,12 +72,12 @@ impl Setup {
     }
 
     /// True if a launcher has set a rank.
-    pub(super) fn is_in_the_environment() -> bool {
+    pub(crate) fn is_in_the_environment() -> bool {
         launcher::Launched::is_there(variable)
     }
 
     /// The name from `PARAM_AVERAGER_RENDEZVOUS` alone.
-    pub(super) fn name_of_the_environment() -> Result<Option<String>> {
+    pub(crate) fn name_of_the_environment() -> Result<Option<String>> {
         Ok(text(launcher::RENDEZVOUS)?.filter(|name| !name.is_empty()))
     }
 }
@@ -117,7 +109,7 @@ fn text(name: &str) -> Result<Option<String>> {
 
 impl ProcessBootstrap {
     /// Meets the other ranks in a new world. Collective.
-    pub(super) fn meet(
+    pub(crate) fn meet(
         setup: Setup,
         device: Device,
         timeout: Duration,
@@ -149,102 +141,161 @@ impl ProcessBootstrap {
             met.map(|(peer, (host_info, met))| peer_set.connections.add(peer, host_info, met));
         let heard = heard.collect::<Result<(), NoReceiver>>().map_err(|failed| failed.reason);
         peers.confirmation.give(heard).map_err(failed)?;
-        p2p_probe::find(&peer_set, &peer_set.current(), deadline).map_err(failed)?;
-        let listener = JoinListener::open(
-            &me.name,
-            peers.origin,
-            peer_set.me,
-            &peer_set.connections,
-            peers.held,
-        );
-        Ok(ProcessBootstrap::of(peer_set, listener))
+        let member = Member::new(peer_set);
+        let left = deadline.saturating_duration_since(Instant::now());
+        p2p_probe::find(&member, left).map_err(failed)?;
+        let (id, connections) = (member.peer_set.me, &member.peer_set.connections);
+        let listener = JoinListener::open(&me.name, peers.origin, id, connections, peers.held);
+        Ok(ProcessBootstrap::of(member, Arc::new(listener)))
     }
 
     /// Joins a running world; see `Communicator::join`.
-    pub(super) fn join(name: &str, device: Device, timeout: Duration) -> Result<ProcessBootstrap> {
+    pub(crate) fn join(name: &str, device: Device, timeout: Duration) -> Result<ProcessBootstrap> {
         let failed = |reason| Error::JoinRefused { rendezvous: name.to_owned(), reason };
         let own = LocalDevice::find(device)
             .map_err(|reason| failed(format!("{device} is not available: {reason}")))?;
         limits::spare_for_all(0).map_err(failed)?;
         let (peer_set, origin, others) = joiner::join(name, own, timeout).map_err(failed)?;
-        p2p_probe::find(&peer_set, &peer_set.current(), Instant::now() + JOINING)
-            .map_err(failed)?;
-        let listener = JoinListener::open(name, origin, peer_set.me, &peer_set.connections, None)
-            .with_others(others);
-        Ok(ProcessBootstrap::of(peer_set, listener))
+        let member = Member::new(peer_set);
+        p2p_probe::find(&member, JOINING).map_err(failed)?;
+        let (id, connections) = (member.peer_set.me, &member.peer_set.connections);
+        let listener = JoinListener::open(name, origin, id, connections, None).with_others(others);
+        Ok(ProcessBootstrap::of(member, Arc::new(listener)))
     }
 
-    fn of(peer_set: PeerSet, listener: JoinListener) -> ProcessBootstrap {
-        let view = lock(&peer_set.latest).clone();
-        let placement = peer_set.placement(&view);
-        ProcessBootstrap {
-            peer_set: Arc::new(peer_set),
-            view,
-            placement,
-            listener: Arc::new(listener),
-        }
-    }
-
-    pub(super) fn rank(&self) -> usize {
-        self.members().iter().position(|&peer| peer == self.peer_set.me).expect("it is a member")
-    }
-
-    pub(super) fn placement(&self) -> &Placement {
-        &self.placement
-    }
-
-    fn members(&self) -> &[usize] {
-        self.view.members()
-    }
-
-    pub(in crate::world) fn number(&self) -> u32 {
-        self.view.number()
-    }
-
-    fn others(&self) -> impl Iterator<Item = usize> + '_ {
-        self.members().iter().copied().filter(|&peer| peer != self.peer_set.me)
-    }
-
-    /// Handle that aborts the world from any thread, while this process is in it.
-    pub(super) fn handle(&self) -> Handle {
-        Handle(Arc::downgrade(&self.peer_set))
-    }
-
-    pub(super) fn name(&self) -> &str {
-        self.listener.name()
-    }
-
-    pub(super) fn world(&self) -> &WorldId {
-        self.listener.world()
-    }
-
-    /// The failure that ended this view, if any. Returns the failure itself once and `Poisoned`
-    /// afterwards.
-    fn failure(&self) -> Option<Error> {
-        let mut status = self.status();
-        let failure = status.failure.clone()?;
-        let told = std::mem::replace(&mut status.told, true);
-        Some(if told { Error::Poisoned { cause: Box::new(failure) } } else { failure })
-    }
-
-    pub(in crate::world) fn fail(&self, error: Error) -> Error {
-        let mut status = self.status();
-        status.told = true;
-        status.failure.get_or_insert_with(|| error.clone());
-        error
-    }
-
-    fn status(&self) -> MutexGuard<'_, ViewStatus> {
-        self.view.status()
+    fn of(member: Member, listener: Arc<JoinListener>) -> ProcessBootstrap {
+        let placement = member.peer_set.placement(&member.view);
+        ProcessBootstrap { member, placement, listener }
     }
 }
 
-/// See `ProcessBootstrap::handle`.
-#[derive(Clone, Debug)]
-pub(super) struct Handle(Weak<PeerSet>);
+impl Bootstrap for ProcessBootstrap {
+    fn rank(&self) -> usize {
+        self.member.rank()
+    }
 
-impl Handle {
-    pub(super) fn abort(&self) {
+    fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    fn agree(
+        &self,
+        handshake: Handshake,
+        number: Option<u32>,
+        timeout: Duration,
+    ) -> Result<Arc<Agreement>> {
+        self.member.agree(&self.placement, handshake, number, timeout).map(Arc::new)
+    }
+
+    fn all_gather(
+        &self,
+        id: ExchangeId,
+        shown: Shown,
+        timeout: Duration,
+        has_left: &dyn Fn(usize) -> bool,
+    ) -> Result<Vec<Shown>> {
+        let (member, phase) = (&self.member, Phase::Exchange);
+        member.failure().map(in_exchange).map_or(Ok(()), Err)?;
+        let name = format!("call {}", shown.call);
+        let (call, kind) = (member.call(&name, phase, timeout), (Kind::Exchange, key_of(id)));
+        let frames = member.all_gather_until(&call, kind, (&shown, &[]), false, has_left);
+        let mut all = vec![];
+        for (rank, frame) in frames.map_err(|e| missing(e, &call))?.into_iter().enumerate() {
+            let theirs = frame.map_or_else(|| Ok(shown.clone()), |frame| frame.parse());
+            all.push(theirs.map_err(|error| {
+                let text = format!("the message of rank {rank} can't be parsed: {error}");
+                notice::warn(Some(call.rank), &text);
+                Error::PeerLost { rank, phase, committed: false }
+            })?);
+        }
+        Ok(all)
+    }
+
+    fn fail(&self, error: &Error) {
+        self.member.fail(error);
+    }
+
+    fn watch(&self, agreement: &Arc<Agreement>) -> Result<()> {
+        self.member.watch(agreement, &self.placement)
+    }
+
+    fn abort_handle(&self) -> AbortHandle {
+        AbortHandle { of: Arc::new(Handle(Arc::downgrade(&self.member.peer_set))) }
+    }
+
+    fn change_view(&self, timeout: Duration, admits: bool) -> Result<Arc<dyn Bootstrap>> {
+        let member = self.member.next_view(self.world().name(), timeout, admits)?;
+        Ok(Arc::new(ProcessBootstrap::of(member, self.listener.clone())))
+    }
+
+    fn elastic(&self) -> Option<&dyn Elastic> {
+        Some(self)
+    }
+}
+
+impl Elastic for ProcessBootstrap {
+    fn world(&self) -> &WorldId {
+        self.listener.world()
+    }
+
+    fn view(&self) -> u32 {
+        self.member.number()
+    }
+
+    fn is_superseded(&self) -> bool {
+        self.member.peer_set.number.load(Ordering::Relaxed) != self.view()
+    }
+
+    fn has_lost_a_member(&self) -> bool {
+        self.member.has_lost_a_member()
+    }
+
+    fn has_joiner(&self) -> bool {
+        self.member.ids().len() < PA_MAX_WORLD as usize
+            && self.member.peer_set.connections.has_joiner(self.view())
+    }
+
+    fn has_joined(&self) -> bool {
+        self.member.view.agreed.joined.is_some()
+    }
+
+    fn is_new(&self) -> bool {
+        self.member.view.agreed.joined == Some(self.member.peer_set.me)
+    }
+
+    fn lacks_model(&self) -> bool {
+        self.member.peer_set.is_new.load(Ordering::Relaxed)
+    }
+
+    fn has_model(&self) {
+        self.member.view.settled.store(true, Ordering::Relaxed);
+        self.member.peer_set.is_new.store(false, Ordering::Relaxed);
+    }
+
+    fn leave(&self) {
+        self.member.peer_set.leave();
+    }
+
+    fn register(&self, averager: Weak<dyn Rebuild>) {
+        self.member.peer_set.averagers.register(averager);
+    }
+
+    fn rebuild(
+        &self,
+        own: &Arc<dyn Bootstrap>,
+        averages: Option<&str>,
+        timeout: Duration,
+    ) -> Result<()> {
+        self.member.rebuild(own, averages, timeout)
+    }
+}
+
+/// See `Bootstrap::abort_handle`. Valid while this process is in the world, in every view.
+#[derive(Debug)]
+struct Handle(Weak<PeerSet>);
+
+impl Abort for Handle {
+    fn abort(&self) {
         self.0.upgrade().into_iter().for_each(|peer_set| peer_set.abort());
     }
 }

@@ -3,15 +3,15 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::frame::Kind;
-use super::peer_set::{CurrentView, PeerSet};
-use super::peer_state::State;
-use super::{p2p_probe, ProcessBootstrap, JOINING};
 use crate::abi::PA_MAX_WORLD;
 use crate::deadline;
 use crate::error::Phase;
 use crate::notice::{self, Notice};
 use crate::sync::lock;
+use crate::world::processes::member::{p2p_probe, Member, JOINING};
+use crate::world::processes::peers::peer_set::{CurrentView, PeerSet};
+use crate::world::processes::peers::state::State;
+use crate::world::processes::wire::frame::Kind;
 use crate::{Error, Result};
 
 /// Number of a `Kind::Ready` from a process that will take part.
@@ -21,44 +21,7 @@ const DECIDED: u32 = 1;
 /// Time for a message that was sent already to arrive.
 const SOON: Duration = Duration::from_millis(100);
 
-impl ProcessBootstrap {
-    /// True if a joiner waits to be admitted. One relaxed load.
-    pub(in crate::world) fn has_joiner(&self) -> bool {
-        self.members().len() < PA_MAX_WORLD as usize
-            && self.peer_set.connections.has_joiner(self.number())
-    }
-
-    /// True if a process was admitted with this view.
-    pub(in crate::world) fn has_joined(&self) -> bool {
-        self.view.agreed.joined.is_some()
-    }
-
-    /// True if this process has entered a later view. One relaxed load.
-    pub(in crate::world) fn is_superseded(&self) -> bool {
-        self.peer_set.number.load(Ordering::Relaxed) != self.number()
-    }
-
-    /// True if this process is the joiner of this view.
-    pub(in crate::world) fn is_new(&self) -> bool {
-        self.view.agreed.joined == Some(self.peer_set.me)
-    }
-
-    /// True if this process has joined and not received a model yet.
-    pub(in crate::world) fn lacks_model(&self) -> bool {
-        self.peer_set.is_new.load(Ordering::Relaxed)
-    }
-
-    /// Records that the joiner of this view has received the model.
-    pub(in crate::world) fn has_model(&self) {
-        self.view.settled.store(true, Ordering::Relaxed);
-        self.peer_set.is_new.store(false, Ordering::Relaxed);
-    }
-
-    /// Leaves the world, so that peers do not wait for this process.
-    pub(in crate::world) fn leave(&self) {
-        self.peer_set.leave();
-    }
-
+impl Member {
     /// Changes to the next view. Collective among the surviving members. The next view has all
     /// members that are connected and call this function within `timeout`, and one joiner if all
     /// members pass `admits`.
@@ -67,30 +30,22 @@ impl ProcessBootstrap {
     /// other process is ready or departed. The first process that has such a list, or runs out of
     /// time, decides the view by compare-and-swap from the view before. All members adopt the first
     /// list, so a process that dies during the change leaves no partial state.
-    pub(in crate::world) fn next_view(
-        &self,
-        timeout: Duration,
-        admits: bool,
-    ) -> Result<ProcessBootstrap> {
+    pub(crate) fn next_view(&self, name: &str, timeout: Duration, admits: bool) -> Result<Member> {
         let mut latest = lock(&self.peer_set.latest);
         if latest.number() > self.number() {
             // another communicator of this process has changed the view
-            return Ok(self.view(latest.clone()));
+            return Ok(self.entered(latest.clone()));
         }
-        if self.lacks_model() {
-            self.leave();
+        if self.peer_set.is_new.load(Ordering::Relaxed) {
+            self.peer_set.leave();
             let reason = "it was admitted, but lost a peer before it received the model: call \
                     Communicator::join again";
-            return Err(Error::JoinRefused {
-                rendezvous: self.listener.name().to_owned(),
-                reason: reason.into(),
-            });
+            return Err(Error::JoinRefused { rendezvous: name.to_owned(), reason: reason.into() });
         }
         let (next, me) = (self.number() + 1, self.peer_set.me);
         let deadline = deadline::after(timeout);
         // A process that can't receive from its peers must not decide the list of members.
-        let is_needed =
-            |peer: &usize| self.members().contains(peer) && Some(*peer) != self.unsettled();
+        let is_needed = |peer: &usize| self.ids().contains(peer) && Some(*peer) != self.unsettled();
         if let Some((_, reason)) =
             self.peer_set.lock().unreadable.iter().find(|(peer, _)| is_needed(peer))
         {
@@ -147,7 +102,7 @@ impl ProcessBootstrap {
                 peer == me || (ready(&state, peer) && !state.departed.contains(&peer))
             };
             let mut members: Vec<usize> =
-                self.members().iter().copied().filter(|&peer| there(peer)).collect();
+                self.ids().iter().copied().filter(|&peer| there(peer)).collect();
             let known = |peer: usize, joiner: usize| {
                 let said = state
                     .get(peer, (Kind::Ready, next, READY))
@@ -161,7 +116,7 @@ impl ProcessBootstrap {
                 !state.departed.contains(&joiner) && members.iter().all(|&peer| known(peer, joiner))
             });
             members.extend(joined);
-            let receivers = [others, state.outsiders(self.members())].concat();
+            let receivers = [others, state.outsiders(self.ids())].concat();
             drop(state);
             board.propose(me, &self.view.agreed, &members, joined);
             // Wakes members that wait for a process that will not arrive, and joiners.
@@ -174,18 +129,18 @@ impl ProcessBootstrap {
         *latest = CurrentView::new(agreed);
         self.peer_set.enter(&latest);
         self.tell_of_lost(latest.members());
+        let entered = self.entered(latest.clone());
         if let Some(joined) = latest.agreed.joined {
-            let tried =
-                p2p_probe::find(&self.peer_set, &latest, Instant::now() + timeout.min(JOINING));
-            if tried.is_err() {
+            if p2p_probe::find(&entered, timeout.min(JOINING)).is_err() {
                 // The average that transfers the model fails on all ranks then, and the next view
                 // excludes the joiner.
                 let rank = latest.members().iter().position(|&id| id == joined).unwrap_or(0);
-                latest.status().failure =
-                    Some(Error::PeerLost { rank, phase: Phase::Build, committed: false });
+                let lost = Error::PeerLost { rank, phase: Phase::Build, committed: false };
+                let mut status = latest.status();
+                (status.failure, status.told) = (Some(lost), false);
             }
         }
-        Ok(self.view(latest.clone()))
+        Ok(entered)
     }
 
     /// Text of a notice: the members that the next view waits for.
@@ -205,7 +160,7 @@ impl ProcessBootstrap {
 
     /// Warns of members that the next view goes on without.
     fn tell_of_lost(&self, next: &[usize]) {
-        let lost = self.members().iter().filter(|peer| !next.contains(peer));
+        let lost = self.ids().iter().filter(|peer| !next.contains(peer));
         let lost: Vec<String> = lost.map(|&peer| self.rank_of(peer).to_string()).collect();
         if !lost.is_empty() {
             let (lost, left) = (lost.join(", "), next.len());
@@ -214,10 +169,6 @@ impl ProcessBootstrap {
                 &format!("the world goes on without rank {lost}: {left} ranks are left"),
             );
         }
-    }
-
-    fn rank_of(&self, peer: usize) -> usize {
-        self.members().iter().position(|&other| other == peer).expect("a member")
     }
 
     /// The joiner of this view, until it is known to have a model.
@@ -235,14 +186,9 @@ impl ProcessBootstrap {
         found.unwrap_or_default()
     }
 
-    fn view(&self, view: CurrentView) -> ProcessBootstrap {
-        let placement = self.peer_set.placement(&view);
-        ProcessBootstrap {
-            peer_set: self.peer_set.clone(),
-            view,
-            placement,
-            listener: self.listener.clone(),
-        }
+    /// Membership of this process in a later view.
+    fn entered(&self, view: CurrentView) -> Member {
+        Member { peer_set: self.peer_set.clone(), view }
     }
 }
 

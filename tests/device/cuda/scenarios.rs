@@ -25,13 +25,16 @@ pub fn run(scenario: &str) {
         "beside" => beside::beside(),
         "graphs" => graphs::on_one_device(),
         "graph-refusals" => graphs::refusals(),
-        "graphs-devices" => graphs::on_two_devices(),
+        "graphs-devices" => graphs::on_devices(),
         "host-links" => links::host_links(),
         "host-failures" => links::host_failures(),
         "links" => links::every_link(),
         "pairs" => links::pairs(),
         "no-p2p" => links::not_reached(PeerAccess::Unsupported),
         "broken-p2p" => links::not_reached(PeerAccess::Broken),
+        "child-crashes" => links::not_reached(PeerAccess::Broken),
+        "child-works" => links::reached(),
+        "p2p-off" => links::not_reached(PeerAccess::Disabled),
         "link-races" => links::races(),
         "link-failures" => links::failures(),
         #[cfg(feature = "cuda")]
@@ -50,6 +53,8 @@ pub fn run(scenario: &str) {
         "no-device" => unavailable(GPU, &["no device", "CUDA_VISIBLE_DEVICES"]),
         "old-driver" => unavailable(GPU, &["CUDA 11.4", "update the driver"]),
         "no-driver" => no_driver(),
+        #[cfg(target_os = "linux")]
+        unkind if unkind.contains(' ') => crate::unkind::run(unkind),
         other => panic!("no scenario {other}"),
     }
 }

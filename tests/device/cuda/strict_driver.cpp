@@ -133,6 +133,7 @@ API int cuEventRecord(void* event, void* stream) {
 }
 
 API int cuStreamWaitEvent(void* stream, void* event, unsigned flags) {
+  if (fails("cuStreamWaitEvent")) return LAUNCH_OUT_OF_RESOURCES;
   if (is_implicit(stream)) return STREAM_CAPTURE_IMPLICIT;
   {
     std::lock_guard guard(lock);
@@ -172,20 +173,20 @@ API int cuCtxDisablePeerAccess(void* context) {
   return result;
 }
 
-API int cuLaunchCooperativeKernel(void* kernel, unsigned x, unsigned y, unsigned z,
-                                  unsigned threads_x, unsigned threads_y,
-                                  unsigned threads_z, unsigned shared, void* stream, void** args) {
+API int cuLaunchKernel(void* kernel, unsigned x, unsigned y, unsigned z, unsigned threads_x,
+                       unsigned threads_y, unsigned threads_z, unsigned shared, void* stream,
+                       void** args, void** extra) {
   int status = 0;
-  if (fails("cuLaunchCooperativeKernel")) return LAUNCH_OUT_OF_RESOURCES;
+  if (fails("cuLaunchKernel")) return LAUNCH_OUT_OF_RESOURCES;
   if (cudasim("cuStreamIsCapturing", stream, &status) == SUCCESS && status == INVALIDATED)
     return STREAM_CAPTURE_INVALIDATED;
-  return cudasim("cuLaunchCooperativeKernel", kernel, x, y, z, threads_x, threads_y, threads_z,
-                 shared, stream, args);
+  return cudasim("cuLaunchKernel", kernel, x, y, z, threads_x, threads_y, threads_z, shared,
+                 stream, args, extra);
 }
 
-API int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) {
-  if (fails("cuMemcpyDtoHAsync_v2")) return LAUNCH_OUT_OF_RESOURCES;
-  return cudasim("cuMemcpyDtoHAsync_v2", to, from, bytes, stream);
+API int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stream) {
+  if (fails("cuMemcpyHtoDAsync_v2")) return LAUNCH_OUT_OF_RESOURCES;
+  return cudasim("cuMemcpyHtoDAsync_v2", to, from, bytes, stream);
 }
 
 // Calls that a capture in the global mode forbids to all threads.

@@ -12,6 +12,7 @@ pub fn run(name: &str, fatbin: &[u8]) {
         "failures" => failures(fatbin),
         "race" => racing().iter().for_each(|case| compare(case, fatbin, case.world == 3)),
         "mutant" => compare(&racing()[0], fatbin, false),
+        "probe" => super::probe::run(fatbin),
         "no-device" => no_device(),
         "no-driver" => no_driver(),
         _ => panic!("no scenario {name}"),
