@@ -3,9 +3,9 @@
 use std::ffi::c_void;
 
 use super::{Lend, LendError, Loan};
-use crate::Parameters;
 #[cfg(doc)]
 use crate::ParamAverager;
+use crate::Parameters;
 
 /// Tensors on a CUDA device by their addresses ([`TensorMut::from_raw_parts`]), with the stream
 /// that orders their uses.
