@@ -217,3 +217,25 @@ struct PaArgs {
 struct PaLaunch {
   struct PaArgs args[PA_MAX_WORLD];
 };
+
+// One side of a probe. Data and flags lie where the path under test has them: data in the reader's
+// memory (push), in the writer's (pull), or in memory of the host.
+struct PaProbeSide {
+  uint64_t out;         // data that this side writes: `slots` chunks of `packs` for each block
+  uint64_t in;          // data that this side reads
+  uint64_t filled_out;  // rounds that this side has written, for the other side to poll
+  uint64_t filled_in;   // rounds that the other side has written
+  uint64_t drained_out; // rounds that this side has read, for the other side to poll
+  uint64_t drained_in;  // rounds that the other side has read
+  uint64_t result;      // PaProbeResult, in own memory, zeroed
+  uint64_t limit_ns;    // time from the kernel's start to its last wait
+  uint32_t packs, slots, rounds;
+  uint32_t seed_out, seed_in; // of the data
+  uint32_t reserved;
+};
+
+struct PaProbeResult {
+  uint32_t wrong; // packs that differ from what was written
+  uint32_t late;  // blocks that have waited until the limit
+  uint64_t ns;    // block 0: time from the end of its first round to the end of its last
+};

@@ -2,6 +2,7 @@
 // two of threads, at most PA_THREADS. Blocks wait for one another, so all must find room; a plain
 // launch is enough, since what else runs on the device ends without them.
 #include "direct.h"
+#include "probe.h"
 #include "ring.h"
 #include "scan.h"
 
@@ -31,14 +32,9 @@ PA_KERNEL(pa_ring, run_ring)
 PA_KERNEL(pa_ring_commit, run_ring_commit)
 PA_KERNEL(pa_scan, run_scan)
 
-// Probe of peer access: writes `words` words derived from `seed` to `memory`, or, where `differs`
-// is not null, compares them and sets *differs if one differs. One block.
-extern "C" __global__ void pa_probe(uint32_t* memory, uint32_t words, uint32_t seed,
-                                    uint32_t* differs) {
-  const uint32_t spread = 2654435761u; // no bit stays the same from word to word
-  for (uint32_t i = threadIdx.x; i < words; i += blockDim.x) {
-    const uint32_t value = (i + seed) * spread;
-    if (differs == nullptr) PA_ISA::store_relaxed(memory + i, value);
-    else if (PA_ISA::load_relaxed(memory + i) != value) PA_ISA::store_relaxed(differs, 1);
-  }
+// Both sides of a probe at the same time: blocks of a power of two of threads, as many on each
+// side.
+extern "C" __global__ void __launch_bounds__(256)
+    pa_probe(const __grid_constant__ PaProbeSide side) {
+  PA_ISA::run_probe(PA_ISA::Exec{}, side);
 }

@@ -9,75 +9,114 @@
 
 namespace PA_ISA {
 
-// kMost 2 and 4: worlds up to that size. Loops over ranks unroll, so that a GPU keeps the state of
-// each rank in registers. kMost 0: any world; the state is read from the block's PaChannel.
-template <class T, int kMost> struct Direct {
+// What a block's lanes share where the world is too large for registers. The addresses lie there
+// twice, in turn: no lane overwrites those that another one still uses for the part before.
+template <class S> struct DirectTable {
+  S scale[PA_MAX_WORLD];
+  char* base[2][PA_MAX_WORLD];
+};
+
+// kWorld 2 to 4: a world of that size. Loops over ranks unroll, so that a GPU keeps the state of
+// each rank in registers. kWorld 0: any world, by a DirectTable.
+template <class T, int kWorld> struct Direct {
   using S = SumOf<T>;
-  // Packs of each rank in flight.
-  static constexpr int kDeep = kMost > 0 && kInFlight > kMost ? kInFlight / kMost : 1;
+  // Ranks whose packs are loaded before one is used, and packs of each of them.
+  static constexpr uint32_t kRanks = kWorld > 0 ? kWorld : kInFlight;
+  static constexpr int kDeep = (kInFlight + kRanks - 1) / kRanks;
   Block& b;
   const PaBucket& bucket;
-  S scale_of[kMost + 1];
+  Shared<DirectTable<S>> shared;
+  S scale_of[kWorld + 1];
   S divisor;
   uint32_t first; // rank that counts
 
-  PA_FN Direct(Block& b_, const PaBucket& bucket_) : b(b_), bucket(bucket_) {
-    if constexpr (kMost > 0) {
-      each_rank([&](uint32_t r) { scale_of[r] = S(b.me->scale[r]); });
+  PA_FN Direct(Block& b_, const PaBucket& bucket_) : b(b_), bucket(bucket_), shared(b_.ex) {
+    if constexpr (kWorld > 0) {
+      PA_UNROLL for (uint32_t r = 0; r < kWorld; ++r) scale_of[r] = S(b.me->scale[r]);
+    } else {
+      each_entry([&](uint32_t r, uint32_t) {
+        shared.get().scale[r] = r < b.a.world ? S(b.me->scale[r]) : S(-1);
+      });
     }
     divisor = S(PA_SAME(S, float) ? b.me->divisor_f32 : b.me->divisor);
     first = 0;
     while (first + 1 < b.a.world && b.me->scale[first] < 0) ++first;
   }
 
+  // This lane's entries of the table, and the rank whose tensors each stands for. The last group of
+  // ranks is filled up with entries that do not count.
+  template <class F> PA_FN void each_entry(F f) const {
+    const uint32_t entries = (b.a.world + kRanks - 1) / kRanks * kRanks;
+    for (uint32_t r = b.ex.lane(); r < entries; r += b.ex.lanes()) f(r, r < b.a.world ? r : 0);
+  }
   template <class F> PA_FN void each_rank(F f) const {
-    if constexpr (kMost > 0) {
-      PA_UNROLL for (uint32_t r = 0; r < kMost; ++r)
-        if (r < b.a.world) f(r);
+    if constexpr (kWorld > 0) {
+      PA_UNROLL for (uint32_t r = 0; r < kWorld; ++r) f(r);
     } else {
       for (uint32_t r = 0; r < b.a.world; ++r) f(r);
     }
   }
-  PA_FN const PaSegment* segments(uint32_t r) const {
-    return at<const PaSegment>(b.me->segments[r]);
+  PA_FN uint64_t address(uint32_t r, const Part& part) const {
+    return at<const PaSegment>(b.me->segments[r])[part.segment].address;
   }
   // Negative: r only receives.
-  PA_FN S scale(uint32_t r) const { return kMost > 0 ? scale_of[r] : S(b.me->scale[r]); }
+  PA_FN S scale(uint32_t r) const {
+    if constexpr (kWorld > 0) return scale_of[r];
+    else return shared.get().scale[r];
+  }
 
-  // Pack i of every rank → the mean.
-  template <class G, class Access> PA_FN auto mean(const Access& access, G, uint32_t i) const {
-    constexpr int K = G::kPacks;
+  // Values of one place, added up in rank order.
+  template <int K> struct Sum {
     Wide<T, K> sum = zero<T, K>();
     Raw<T, K> value{}, differs{};
-    each_rank([&](uint32_t r) {
-      if (scale(r) < 0) return;
-      const Raw<T, K> raw = access(r).template load<K>(i);
-      if (r == first) value = raw;
-      else differs = differing_bits<T, K>(value, raw, differs);
-      sum = sum + widen<T, K>(raw) * scale(r);
-    });
+    PA_FN void add(const Raw<T, K>& raw, S scale, bool is_first) {
+      if (!(scale >= 0)) return;
+      if (is_first) value = raw;
+      differs = differing_bits<T, K>(value, raw, differs);
+      sum = sum + widen<T, K>(raw) * scale;
+    }
+  };
+  // Pack i of ranks r and following.
+  template <int K> struct Packs { Raw<T, K> raw[kRanks]; };
+  template <class G, class Access>
+  PA_FN Packs<G::kPacks> load(const Access& access, G, uint32_t i, uint32_t r) const {
+    Packs<G::kPacks> packs;
+    PA_UNROLL for (uint32_t j = 0; j < kRanks; ++j)
+      packs.raw[j] = access(r + j).template load<G::kPacks>(i);
+    return packs;
+  }
+  template <int K> PA_FN void add(Sum<K>& sum, const Packs<K>& packs, uint32_t r) const {
+    PA_UNROLL for (uint32_t j = 0; j < kRanks; ++j)
+      sum.add(packs.raw[j], scale(r + j), r + j == first);
+  }
+  template <int K> PA_FN Raw<T, K> mean_of(const Sum<K>& s) const {
     // By 1 after equal weights in a world of 2, 4, 8 or 16.
-    const Raw<T, K> mean = narrow<T, K>(divisor == S(1) ? sum : sum / divisor);
-    return where_equal<T, K>(differs, value, mean);
+    const Raw<T, K> mean = narrow<T, K>(divisor == S(1) ? s.sum : s.sum / divisor);
+    return where_equal<T, K>(s.differs, s.value, mean);
   }
 
   PA_FN void run() const {
     const Range own = part_of(channel_range(bucket, b.ex.block()), b.a.rank, b.a.world);
     if (own.begin == own.end) return;
+    uint32_t turn = 0;
     each_part_of_any<T>(bucket, own.begin, own.end, [&](const Part& part) {
-      char* base_of[kMost + 1] = {}; // else those beyond the world live in memory, across parts
-      uint64_t addresses = 0;
-      each_rank([&](uint32_t r) {
-        const uint64_t address = segments(r)[part.segment].address;
-        if constexpr (kMost > 0)
-          base_of[r] = at<char>(address + part.offset) - 16 * uint64_t(part.first);
-        addresses |= address;
-      });
+      char* base_of[kWorld + 1] = {};
+      bool odd = false; // not at a multiple of 16
+      turn ^= 1;
+      const auto look_up = [&](char*& base, uint32_t r) {
+        const uint64_t tensor = address(r, part);
+        base = at<char>(tensor + part.offset) - 16 * uint64_t(part.first);
+        odd |= tensor % 16 != 0;
+      };
+      if constexpr (kWorld > 0) {
+        each_rank([&](uint32_t r) { look_up(base_of[r], r); });
+      } else {
+        each_entry([&](uint32_t r, uint32_t of) { look_up(shared.get().base[turn][r], of); });
+        odd = b.ex.any(odd); // also the barrier before the table is read
+      }
       const auto base = [&](uint32_t r) {
-        if constexpr (kMost > 0) return base_of[r];
-        else
-          return at<char>(segments(r)[part.segment].address + part.offset) -
-                 16 * uint64_t(part.first);
+        if constexpr (kWorld > 0) return base_of[r];
+        else return shared.get().base[turn][r];
       };
       const auto whole = [&](uint32_t r) { return Whole<T>{base(r)}; };
       const auto ragged = [&](bool aligned) {
@@ -86,10 +125,26 @@ template <class T, int kMost> struct Direct {
         };
       };
       each_pack_of<kDeep>(
-          b.ex, part, 0, addresses % 16 == 0, [&] { return whole; }, ragged,
-          [&](const auto& access, auto g, uint32_t i) { return mean(access, g, i); },
-          [&](const auto& access, auto g, uint32_t i, const auto& raw) {
-            each_rank([&](uint32_t r) { access(r).template store<g.kPacks>(i, raw); });
+          b.ex, part, 0, !odd, [&] { return whole; }, ragged,
+          [&](const auto& access, auto g, uint32_t i) {
+            if constexpr (kWorld > 0) {
+              return load(access, g, i, 0);
+            } else {
+              Sum<g.kPacks> sum;
+              for (uint32_t r = 0; r < b.a.world; r += kRanks) add(sum, load(access, g, i, r), r);
+              return mean_of(sum);
+            }
+          },
+          [&](const auto& access, auto g, uint32_t i, const auto& loaded) {
+            Raw<T, g.kPacks> mean;
+            if constexpr (kWorld > 0) {
+              Sum<g.kPacks> sum;
+              add(sum, loaded, 0);
+              mean = mean_of(sum);
+            } else {
+              mean = loaded;
+            }
+            each_rank([&](uint32_t r) { access(r).template store<g.kPacks>(i, mean); });
           });
     });
   }
@@ -126,9 +181,12 @@ template <class T> PA_FN void run_direct_bucket(Block& b, const PaBucket& bucket
       b.me->segments[r] = at<const PaBucket>(record.buckets)[index].segments;
     }
   b.ex.sync();
-  if (b.a.world <= 2) Direct<T, 2>(b, bucket).run();
-  else if (b.a.world <= 4) Direct<T, 4>(b, bucket).run();
-  else Direct<T, 0>(b, bucket).run();
+  switch (b.a.world) {
+    case 2: Direct<T, 2>(b, bucket).run(); break;
+    case 3: Direct<T, 3>(b, bucket).run(); break;
+    case 4: Direct<T, 4>(b, bucket).run(); break;
+    default: Direct<T, 0>(b, bucket).run();
+  }
   b.ex.sync(); // all lanes have written, and have read me->segments
 }
 

@@ -6,6 +6,7 @@
 //   CPU, tests      (PA_LANES) a block has many lanes, each an OS thread, with a real barrier, so
 //                   that a missing block barrier can be seen
 //
+//   Shared          an object that the lanes of a block share
 //   load_acquire, store_release   publish and poll words of other ranks, at system scope
 //   raise_flag, load_flag         sequentially consistent with one another
 //   fetch_add, try_lock           between blocks of one rank only: PCIe has no atomics between

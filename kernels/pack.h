@@ -63,12 +63,12 @@ template <class T, int K> PA_FN Wide<T, K> operator/(Wide<T, K> a, SumOf<T> s) {
 
 // Finds NaN and infinity among all values that were looked at: x - x is NaN then, and 0 otherwise.
 template <class T> struct NonFiniteCheck {
-  Wide<T, kGroup> group = zero<T, kGroup>();
-  Wide<T, 1> one = zero<T, 1>();
+  Nonzero<T, kGroup> group;
+  Nonzero<T, 1> one;
   template <int K> PA_FN void look(const Wide<T, K>& x) {
-    if constexpr (K == 1) one = one + (x - x);
-    else group = group + (x - x);
+    if constexpr (K == 1) one.look(x - x);
+    else group.look(x - x);
   }
-  PA_FN bool found() const { return any_nonzero<T, 1>(one) || any_nonzero<T, kGroup>(group); }
+  PA_FN bool found() const { return one.found() || group.found(); }
 };
 } // namespace PA_ISA

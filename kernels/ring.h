@@ -77,6 +77,9 @@ template <class T, bool kF32> struct Ring {
     if (rejects && check.found()) locate_non_finite<T>(&bucket, index, r.begin, r.end, b.me);
   }
 
+  // Steps load a lane's packs first and use them afterwards, in `store`: what is branched over or
+  // computed between two loads makes a GPU wait for the first one.
+
   // Own packs of a shard → outbox.
   PA_FN bool send_own(Range r) {
     if (!b.enter<false, true>(PA_AT_REDUCE, bucket.chunk)) return false;
@@ -86,17 +89,32 @@ template <class T, bool kF32> struct Ring {
     if (contributes)
       each_own<T>(
           b.ex, bucket, r.begin, r.end,
-          [&](const auto& own, auto g, uint32_t i) {
-            const auto raw = own.template load<g.kPacks>(i);
-            if (rejects) check.template look<g.kPacks>(widen<T, g.kPacks>(raw));
-            return raw;
-          },
+          [&](const auto& own, auto g, uint32_t i) { return own.template load<g.kPacks>(i); },
           [&](const auto&, auto g, uint32_t i, const auto& raw) {
+            if (rejects) check.template look<g.kPacks>(widen<T, g.kPacks>(raw));
             store_to_peer<T, g.kPacks>(out + 16 * uint64_t(i), raw, remote);
           });
     after(check, r);
     b.leave<false, true>();
     return true;
+  }
+
+  // Pack i of a shard: what came, and the own one.
+  template <bool kRaw, int K> struct Packs {
+    std::conditional_t<kRaw, Raw<T, K>, Wide<T, K>> came;
+    Raw<T, K> own;
+  };
+  template <bool kRaw, int K>
+  PA_FN Wide<T, K> sum_of(const Packs<kRaw, K>& packs, const Incoming& incoming,
+                          NonFiniteCheck<T>& check) const {
+    auto sum = zero<T, K>();
+    if (incoming.any) {
+      if constexpr (kRaw) sum = times<K>(widen<T, K>(packs.came), incoming.in);
+      else sum = packs.came;
+    }
+    if (!contributes) return sum;
+    const auto share = own_share<K>(packs.own, check);
+    return incoming.any ? sum + share : share;
   }
 
   // Inbox + own packs → sink(own, group, i, sum); make_sink() runs after the step has begun.
@@ -105,24 +123,23 @@ template <class T, bool kF32> struct Ring {
   PA_FN bool receive_and_add(Range r, const Incoming& incoming, MakeSink make_sink) {
     if (!b.enter<true, kSend>(PA_AT_REDUCE, bucket.chunk)) return false;
     const char* in = b.inbox();
-    const auto partial = [in, factor = incoming.in](auto g, uint32_t i) {
-      constexpr int K = g.kPacks;
-      if constexpr (kRaw)
-        return times<K>(widen<T, K>(load_raw<T, K>(in + 16 * uint64_t(i))), factor);
-      else return load_wide<T, K>(in + sizeof(Wide<T, 1>) * uint64_t(i));
-    };
     NonFiniteCheck<T> check;
+    const auto sink = make_sink();
     if (incoming.any || contributes)
       each_own<T>(
           b.ex, bucket, r.begin, r.end,
           [&](const auto& own, auto g, uint32_t i) {
-            auto sum = zero<T, g.kPacks>();
-            if (incoming.any) sum = partial(g, i);
-            if (!contributes) return sum;
-            const auto share = own_share<g.kPacks>(own.template load<g.kPacks>(i), check);
-            return incoming.any ? sum + share : share;
+            constexpr int K = g.kPacks;
+            Packs<kRaw, K> packs;
+            // Also where one of them is not used: memory that may be read.
+            if constexpr (kRaw) packs.came = load_raw<T, K>(in + 16 * uint64_t(i));
+            else packs.came = load_wide<T, K>(in + sizeof(Wide<T, 1>) * uint64_t(i));
+            packs.own = own.template load<K>(i);
+            return packs;
           },
-          make_sink());
+          [&](const auto& own, auto g, uint32_t i, const auto& packs) {
+            sink(own, g, i, sum_of<kRaw, g.kPacks>(packs, incoming, check));
+          });
     after(check, r);
     b.leave<true, kSend>();
     return true;

@@ -486,3 +486,89 @@ const _: () = {
     ["Alignment of PaLaunch"][::std::mem::align_of::<PaLaunch>() - 8usize];
     ["Offset of field: PaLaunch::args"][::std::mem::offset_of!(PaLaunch, args) - 0usize];
 };
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PaProbeSide {
+    pub out: u64,
+    pub in_: u64,
+    pub filled_out: u64,
+    pub filled_in: u64,
+    pub drained_out: u64,
+    pub drained_in: u64,
+    pub result: u64,
+    pub limit_ns: u64,
+    pub packs: u32,
+    pub slots: u32,
+    pub rounds: u32,
+    pub seed_out: u32,
+    pub seed_in: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PaProbeSide"][::std::mem::size_of::<PaProbeSide>() - 88usize];
+    ["Alignment of PaProbeSide"][::std::mem::align_of::<PaProbeSide>() - 8usize];
+    [
+        "Offset of field: PaProbeSide::out",
+    ][::std::mem::offset_of!(PaProbeSide, out) - 0usize];
+    [
+        "Offset of field: PaProbeSide::in_",
+    ][::std::mem::offset_of!(PaProbeSide, in_) - 8usize];
+    [
+        "Offset of field: PaProbeSide::filled_out",
+    ][::std::mem::offset_of!(PaProbeSide, filled_out) - 16usize];
+    [
+        "Offset of field: PaProbeSide::filled_in",
+    ][::std::mem::offset_of!(PaProbeSide, filled_in) - 24usize];
+    [
+        "Offset of field: PaProbeSide::drained_out",
+    ][::std::mem::offset_of!(PaProbeSide, drained_out) - 32usize];
+    [
+        "Offset of field: PaProbeSide::drained_in",
+    ][::std::mem::offset_of!(PaProbeSide, drained_in) - 40usize];
+    [
+        "Offset of field: PaProbeSide::result",
+    ][::std::mem::offset_of!(PaProbeSide, result) - 48usize];
+    [
+        "Offset of field: PaProbeSide::limit_ns",
+    ][::std::mem::offset_of!(PaProbeSide, limit_ns) - 56usize];
+    [
+        "Offset of field: PaProbeSide::packs",
+    ][::std::mem::offset_of!(PaProbeSide, packs) - 64usize];
+    [
+        "Offset of field: PaProbeSide::slots",
+    ][::std::mem::offset_of!(PaProbeSide, slots) - 68usize];
+    [
+        "Offset of field: PaProbeSide::rounds",
+    ][::std::mem::offset_of!(PaProbeSide, rounds) - 72usize];
+    [
+        "Offset of field: PaProbeSide::seed_out",
+    ][::std::mem::offset_of!(PaProbeSide, seed_out) - 76usize];
+    [
+        "Offset of field: PaProbeSide::seed_in",
+    ][::std::mem::offset_of!(PaProbeSide, seed_in) - 80usize];
+    [
+        "Offset of field: PaProbeSide::reserved",
+    ][::std::mem::offset_of!(PaProbeSide, reserved) - 84usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PaProbeResult {
+    pub wrong: u32,
+    pub late: u32,
+    pub ns: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PaProbeResult"][::std::mem::size_of::<PaProbeResult>() - 16usize];
+    ["Alignment of PaProbeResult"][::std::mem::align_of::<PaProbeResult>() - 8usize];
+    [
+        "Offset of field: PaProbeResult::wrong",
+    ][::std::mem::offset_of!(PaProbeResult, wrong) - 0usize];
+    [
+        "Offset of field: PaProbeResult::late",
+    ][::std::mem::offset_of!(PaProbeResult, late) - 4usize];
+    [
+        "Offset of field: PaProbeResult::ns",
+    ][::std::mem::offset_of!(PaProbeResult, ns) - 8usize];
+};

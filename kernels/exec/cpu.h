@@ -141,5 +141,10 @@ struct Exec : CpuExec {
   void sync() const {}
   bool any(bool p) const { return p; }
 };
+template <class X> struct Shared {
+  mutable X x;
+  explicit Shared(const Exec&) {}
+  X& get() const { return x; }
+};
 } // namespace PA_ISA
 #endif

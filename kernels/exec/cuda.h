@@ -76,6 +76,14 @@ struct Exec {
   }
   PA_FN bool sleeps(uint32_t, uint32_t) const { return false; } // not for so long that it matters
 };
+// Memory that the lanes of a block share.
+template <class X> struct Shared {
+  PA_FN explicit Shared(const Exec&) {}
+  PA_FN X& get() const {
+    __shared__ X x;
+    return x;
+  }
+};
 PA_FN bool reader_is_remote(char*, uint64_t, uint32_t) { return false; } // stores do not wait
 constexpr int kInFlight = 4; // packs a lane loads before it stores any
 constexpr int kGroup = 1;

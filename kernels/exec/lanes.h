@@ -6,6 +6,7 @@ namespace PA_ISA {
 struct Lanes { // shared by the lanes of one block
   pthread_barrier_t barrier;
   int flag[2];
+  alignas(16) char memory[512];
 };
 struct Exec : CpuExec {
   uint32_t lane_, lanes_;
@@ -26,5 +27,12 @@ struct Exec : CpuExec {
     sync();
     return result;
   }
+};
+template <class X> struct Shared {
+  X& x;
+  explicit Shared(const Exec& ex) : x(*reinterpret_cast<X*>(ex.shared->memory)) {
+    static_assert(sizeof(X) <= sizeof ex.shared->memory, "Lanes::memory");
+  }
+  X& get() const { return x; }
 };
 } // namespace PA_ISA

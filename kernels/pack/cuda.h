@@ -78,6 +78,13 @@ template <class T, int K> PA_FN bool any_nonzero(const Wide<T, K>& a) {
   PA_UNROLL for (int i = 0; i < Wide<T, K>::kParts; ++i) any |= a.part[i] != SumOf<T>(0);
   return any;
 }
+// Whether one of the values that were looked at, each 0 or NaN, is NaN: one bit, not a register per
+// element.
+template <class T, int K> struct Nonzero {
+  bool any = false;
+  PA_FN void look(const Wide<T, K>& x) { any |= any_nonzero<T, K>(x); }
+  PA_FN bool found() const { return any; }
+};
 template <class T, int K> PA_FN Wide<T, K> load_wide(const char* p) {
   Wide<T, K> x;
   PA_UNROLL for (int q = 0; q < int(sizeof x / 16); ++q) {

@@ -11,8 +11,9 @@ use crate::Error;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Link {
-    /// [`Peer`](Self::Peer) where a probe that moves bytes both ways succeeds, else
-    /// [`Host`](Self::Host); decided for each two neighbours.
+    /// [`Peer`](Self::Peer) where a probe that does what an average does succeeds, and is not much
+    /// slower than memory of the host; else [`Host`](Self::Host). Decided for each two neighbours.
+    /// The environment variable `PARAM_AVERAGER_P2P=0` forbids the probe and peer access.
     Auto,
     /// The receiver's device memory: the sender writes over NVLink or PCIe (P2P), or has the same
     /// device.
@@ -56,11 +57,12 @@ impl Link {
         }
         let (rank, next, access) = neighbours(placement)
             .map(|(rank, next)| (rank, next, placement.peers(rank, next)))
-            .find(|&(_, _, access)| access != PeerAccess::Verified)?;
+            .find(|&(_, _, access)| !access.works())?;
         let why = match access {
             PeerAccess::Broken => {
                 "the driver says that they do, but bytes that were moved to try it were lost"
             }
+            PeerAccess::Disabled => "PARAM_AVERAGER_P2P=0 forbids it",
             _ if placement.between_processes() => {
                 "the driver says so, or lends no memory to other processes (CUDA IPC)"
             }

@@ -41,17 +41,46 @@ impl fmt::Display for Connection {
     }
 }
 
-/// Peer access (P2P) between two devices, as a test transfer has shown.
+/// Peer access (P2P) between two devices, as a probe has shown that does what an average does:
+/// kernels on both devices at the same time, each of which writes data and then a flag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum PeerAccess {
     /// The driver reports no access, in one direction at least.
     Unsupported,
-    /// The driver reports access, but transferred bytes were wrong. Parameters go through host
-    /// memory.
+    /// The environment variable `PARAM_AVERAGER_P2P` is `0`. Parameters go through host memory.
+    Disabled,
+    /// The driver reports access, but transferred bytes were wrong or came too late. Parameters go
+    /// through host memory.
     Broken,
+    /// Access works, but host memory is much faster. Parameters go through host memory, unless
+    /// [`Link::Peer`](crate::Link::Peer) is asked for.
+    Slow,
     /// Bytes transferred in both directions, by writes and by reads, were right.
     Verified,
+}
+
+impl PeerAccess {
+    /// True if devices can use each other's memory.
+    pub(crate) fn works(self) -> bool {
+        matches!(self, PeerAccess::Slow | PeerAccess::Verified)
+    }
+}
+
+/// Throughput of the paths between two devices in GB/s (10⁹ bytes per second), for each direction
+/// while both are in use. Of the slower direction.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct PeerRates {
+    /// A kernel writes to the other device's memory.
+    pub push: f64,
+    /// A kernel reads from the other device's memory.
+    pub pull: f64,
+    /// Copies by the driver.
+    pub copy: f64,
+    /// A kernel writes to page-locked memory of the host, from where a kernel of the other device
+    /// reads.
+    pub host: f64,
 }
 
 /// PCI position of a device.

@@ -50,11 +50,8 @@ impl Communicator {
     ///
     /// [`Error::DeviceUnavailable`] names the rank whose device cannot be used, and the reason.
     ///
-    /// **Deadlocks.** On CUDA devices, the average of a rank waits for its peers on the device.
-    /// While an average runs, no peer may wait for all kernels of that device, as `cuMemFree`,
-    /// `cudaFree` and `cuModuleLoad` do: such a wait lasts until the average times out. With many
-    /// streams, set `CUDA_DEVICE_MAX_CONNECTIONS=32`: streams that share one of the 8 hardware
-    /// queues wait for one another. None of this has been measured on a GPU.
+    /// Ranks on CUDA devices meet on the host before anything runs on a device:
+    /// [`guide::streams`](crate::guide::streams). None of it has run on a GPU.
     pub fn from_devices(devices: &[Device]) -> Result<Vec<Communicator>> {
         if devices.is_empty() || devices.len() > PA_MAX_WORLD as usize {
             return Err(Error::WorldSize { found: devices.len() });

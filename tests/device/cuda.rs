@@ -124,6 +124,15 @@ pub fn ranks_on_several_devices_have_the_bits_of_the_cpu() {
 pub fn devices_that_do_not_reach_each_other_go_through_the_host() {
     scenario("no-p2p", &[&[TWO, ("CUDASIM_P2P", "none"), ("CUDASIM_DELAY", "30")]]);
     scenario("broken-p2p", &[&[TWO, ("CUDASIM_P2P", "broken")]]);
+    scenario("p2p-off", &[&[TWO, ("CUDASIM_P2P", "all"), ("PARAM_AVERAGER_P2P", "0")]]);
+}
+
+/// A process of its own tries peer access first, where that may end a process.
+pub fn a_probe_that_kills_its_process_does_not_kill_the_trainer() {
+    const CHILD: &str = "PA_PROBE_CHILD";
+    scenario("child-crashes", &[&[TWO, ("CUDASIM_P2P", "all"), (CHILD, "crash")]]);
+    scenario("child-works", &[&[TWO, ("CUDASIM_P2P", "all"), (CHILD, "1")]]);
+    scenario("broken-p2p", &[&[TWO, ("CUDASIM_P2P", "broken"), (CHILD, "1")]]);
 }
 
 pub fn links_have_no_race() {

@@ -63,6 +63,7 @@ const ONE: Setting<'_> = ("CUDASIM_DEVICES", "1");
 const TWO: Setting<'_> = ("CUDASIM_DEVICES", "2");
 const NO_P2P: Setting<'_> = ("CUDASIM_P2P", "none");
 const BROKEN: Setting<'_> = ("CUDASIM_P2P", "broken");
+const OFF: Setting<'_> = ("PARAM_AVERAGER_P2P", "0");
 
 pub fn processes_share_a_device() {
     for link in ["auto", "peer", "host"] {
@@ -83,7 +84,7 @@ pub fn processes_on_two_devices_reach_each_other_or_go_through_the_host() {
     for link in ["auto", "peer", "host"] {
         Case { link, hidden: true, ..two }.averages("[0, 1]");
     }
-    for settings in [&[TWO, NO_P2P][..], &[TWO, BROKEN]] {
+    for settings in [&[TWO, NO_P2P][..], &[TWO, BROKEN], &[TWO, OFF]] {
         Case { settings, ..two }.averages("[0, 1]");
         Case { settings, hidden: true, ..two }.averages("[0, 1]");
         // Links of both kinds: each device's two ranks follow one another.
@@ -92,7 +93,11 @@ pub fn processes_on_two_devices_reach_each_other_or_go_through_the_host() {
 }
 
 pub fn a_link_that_is_not_there_is_refused_by_all_processes() {
-    for (settings, why) in [(&[TWO, NO_P2P][..], "CUDA IPC"), (&[TWO, BROKEN], "were lost")] {
+    for (settings, why) in [
+        (&[TWO, NO_P2P][..], "CUDA IPC"),
+        (&[TWO, BROKEN], "were lost"),
+        (&[TWO, OFF], "PARAM_AVERAGER_P2P=0"),
+    ] {
         let case = Case { devices: &[0, 1], hidden: false, link: "peer", settings };
         let Some(mut ranks) = case.start("devices", |_| vec![]) else { return };
         for rank in &mut ranks {

@@ -9,6 +9,8 @@
 mod cuda;
 #[cfg(target_os = "linux")]
 mod cuda_processes;
+#[cfg(target_os = "linux")]
+mod unkind;
 
 use std::process::ExitCode;
 
@@ -23,8 +25,14 @@ fn main() -> ExitCode {
     if let Ok(role) = std::env::var(test_support::process::ROLE) {
         test_support::process::exit_as(move || match role.as_str() {
             role @ ("devices" | "abort" | "threads") => cuda_processes::rank(role),
+            "unkind" => unkind::process(),
             role => test_support::rank::run(role),
         });
+    }
+    #[cfg(target_os = "linux")]
+    if let Some(file) = std::env::var_os(unkind::matrix::FILE) {
+        unkind::matrix::write(file.as_ref());
+        return ExitCode::SUCCESS;
     }
 
     let driver = simulator::missing();
@@ -42,6 +50,7 @@ fn main() -> ExitCode {
         cuda::mailboxes_in_memory_of_the_host_make_no_difference: driver,
         cuda::ranks_on_several_devices_have_the_bits_of_the_cpu: driver,
         cuda::devices_that_do_not_reach_each_other_go_through_the_host: driver,
+        cuda::a_probe_that_kills_its_process_does_not_kill_the_trainer: driver,
         cuda::links_have_no_race: driver,
         cuda::failures_between_devices_are_typed_and_change_nothing: driver,
         cuda::averages_in_graphs_are_replayed: driver,
@@ -71,5 +80,7 @@ fn main() -> ExitCode {
         cuda_processes::a_process_joins_processes_on_devices: driver,
         cuda_processes::stopped_process_disturbs_no_peer_when_it_resumes: driver,
     ]);
+    #[cfg(target_os = "linux")]
+    tests.extend(unkind::tests(&driver));
     test_support::main(tests)
 }

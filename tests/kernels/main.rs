@@ -33,6 +33,8 @@ fn main() -> ExitCode {
         ptx::failures_are_typed_and_change_nothing: driver,
         ptx::averages_have_no_race: driver,
         ptx::planted_faults_are_reported: driver & nvcc,
+        ptx::the_probe_finds_what_is_wrong_or_late: driver,
+        ptx::faults_planted_in_the_probe_are_reported: driver & nvcc,
         ptx::missing_device_or_driver_is_named: driver,
     ])
 }

@@ -5,6 +5,7 @@
 
 mod case;
 mod machines;
+mod probe;
 mod scenarios;
 
 use std::path::{Path, PathBuf};
@@ -57,8 +58,6 @@ pub fn averages_have_no_race() {
 
 /// A fatbin with the ring alone, without one of its synchronisations. 0: with all of them.
 fn mutant(nvcc: &str, number: u32) -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("ptx-mutant{number}"));
-    let (source, fatbin) = (folder.join("ring.cu"), folder.join("ring.fatbin"));
     let mut kernels = mutants::kernels();
     if let Some(mutant) = mutants::table().iter().find(|mutant| mutant.number == number) {
         kernels = mutant.apply(&kernels);
@@ -66,6 +65,13 @@ fn mutant(nvcc: &str, number: u32) -> PathBuf {
     let others = |line: &&str| line.starts_with("PA_KERNEL(") && !line.contains("run_ring)");
     let lines: Vec<&str> = kernels["average.cu"].lines().filter(|line| !others(line)).collect();
     let text = lines.join("\n");
+    compile(nvcc, &format!("ptx-mutant{number}"), kernels, text)
+}
+
+/// A fatbin of these kernels and this text in the place of average.cu.
+fn compile(nvcc: &str, name: &str, mut kernels: mutants::Sources, text: String) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let (source, fatbin) = (folder.join("ring.cu"), folder.join("ring.fatbin"));
     kernels.insert("ring.cu".into(), text);
     mutants::write(&kernels, &folder);
     let output = Command::new(nvcc)
@@ -107,6 +113,47 @@ pub fn planted_faults_are_reported() {
             &[settings, &[(FATBIN, fatbin.to_str().unwrap())]].concat(),
         );
         assert_eq!(ended.code, expected, "mutant {number}: {}", ended.said);
+    }
+}
+
+/// Two devices, and the probe of the path between them.
+pub fn the_probe_finds_what_is_wrong_or_late() {
+    scenario("probe", &[&[("CUDASIM_DEVICES", "2")], &[("CUDASIM_DEVICES", "2"), RACE[0]]]);
+}
+
+/// Without the release of a flag, or the barriers around it, the probe would find links right that
+/// are not, or wrong that are right.
+pub fn faults_planted_in_the_probe_are_reported() {
+    if on_own_driver() {
+        return simulator::not_here("planted faults: about a simulated machine");
+    }
+    let (driver, nvcc) = (driver(), NVCC.expect("an nvcc"));
+    const FILLED: &str = "if (ex.leader()) store_release(at<uint32_t>(side.filled_out)";
+    const DRAINED: &str = "if (ex.leader()) store_release(at<uint32_t>(side.drained_out)";
+    let relaxed = |line: &str| line.replace("release", "relaxed");
+    for (index, (right, wrong)) in [
+        (FILLED.to_owned(), relaxed(FILLED)),
+        (DRAINED.to_owned(), relaxed(DRAINED)),
+        (format!("ex.sync();\n    {FILLED}"), FILLED.to_owned()),
+        (format!("ex.sync();\n    {DRAINED}"), DRAINED.to_owned()),
+        ("load_acquire(word)".into(), "load_relaxed(word)".into()),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let mut kernels = mutants::kernels();
+        let probe = kernels["probe.h"].clone();
+        assert_eq!(probe.matches(&right).count(), 1, "{right}");
+        kernels.insert("probe.h".into(), probe.replace(&right, &wrong));
+        let text = kernels["average.cu"].lines().filter(|line| !line.starts_with("PA_KERNEL("));
+        let text = text.collect::<Vec<_>>().join("\n");
+        let fatbin = compile(nvcc, &format!("ptx-probe{index}"), kernels, text);
+        let ended = child(
+            "probe",
+            Some(&driver),
+            &[("CUDASIM_DEVICES", "2"), RACE[0], (FATBIN, fatbin.to_str().unwrap())],
+        );
+        assert_eq!(ended.code, RACE_EXIT, "{wrong}: {}", ended.said);
     }
 }
 

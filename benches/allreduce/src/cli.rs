@@ -141,8 +141,8 @@ pub struct What {
     /// Where the parameters are: cpu or cuda
     #[arg(long, value_name = "BACKEND", default_value = "cpu", hide_possible_values = true)]
     pub backend: Backend,
-    /// Prints the CUDA devices that there are and what lies between them, and ends: peer access
-    /// counts as OK when bytes were moved both ways and were right
+    /// Prints the CUDA devices that there are, what lies between them and how much it carries, and
+    /// ends: peer access counts as OK when kernels of both exchanged bytes and all were right
     #[arg(long)]
     pub devices: bool,
     /// Every rank is a process of its own, on this host, beside threads: the ring only. -g has one

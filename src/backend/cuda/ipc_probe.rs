@@ -1,28 +1,64 @@
-//! Probe of peer access between processes. As between devices of one process (see `peer`), only
-//! transferred bytes show that access works. The probe uses the kind of mapping that mailboxes use.
+//! Probe of peer access between processes. As between devices of one process (see `peer`), only a
+//! probe that does what the ring does shows that access works. It uses the kind of mapping that
+//! mailboxes use.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use super::peer::{probe, WORDS};
-use super::{Context, DeviceMemory};
+use super::probe::{read, run, warm_up, Path, SIZES};
+use super::Context;
 use crate::backend::{Memory, MemoryHandle, MemorySpace};
 
-/// Size of one part in bytes.
-const PART: usize = WORDS as usize * 4;
+/// Contents of the first bytes of exported memory, until the first probe.
+const GREETING: [u8; 16] = *b"param-averager p";
 
-/// Device memory of this process for the probe: one part that all peers read, and one part per peer
-/// that this peer writes.
+/// Paths that are probed, in this order.
+const PATHS: [Path; 2] = [Path::Push, Path::Pull];
+
+/// Device memory of this process for probes with one peer at a time.
 #[derive(Debug)]
 pub(crate) struct IpcProbe {
     context: Arc<Context>,
     memory: Memory,
 }
 
+/// Memory of a peer's probe.
+#[derive(Debug)]
+pub(crate) struct IpcPeer {
+    memory: Memory,
+}
+
+/// One round of probes, which all ranks make in the same order: a path with an amount of data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Round {
+    size: usize,
+    path: Path,
+}
+
+impl Round {
+    /// Rounds of each amount of data, in order.
+    pub(crate) fn all() -> [[Round; 2]; SIZES.len()] {
+        std::array::from_fn(|size| PATHS.map(|path| Round { size, path }))
+    }
+}
+
+/// Result of a probe on one side.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Outcome {
+    /// True if all data arrived, in time.
+    pub(crate) is_right: bool,
+    /// True if more data would not take long.
+    pub(crate) is_quick: bool,
+}
+
 impl IpcProbe {
-    pub(crate) fn new(context: &Arc<Context>, peers: usize) -> Result<IpcProbe, String> {
-        let memory = Memory::exportable(context, (1 + peers) * PART)?;
-        probe(context, memory.address(), 0, 0)?;
+    /// Exports as much memory as the largest probe needs, or as there is.
+    pub(crate) fn new(context: &Arc<Context>) -> Result<IpcProbe, String> {
+        let allocate = |size: &super::probe::Size| Memory::exportable(context, size.bytes());
+        let mut all = SIZES.iter().rev().map(allocate);
+        let mut memory = all.find(Result::is_ok).ok_or("there is no memory for the probe")??;
+        memory.set(0, &GREETING)?;
+        warm_up(context)?;
         Ok(IpcProbe { context: context.clone(), memory })
     }
 
@@ -30,41 +66,37 @@ impl IpcProbe {
         self.memory.export().expect("exportable memory")
     }
 
-    /// Tests access from another process: true if the bytes it reads are right. Also writes the
-    /// part that the owner then checks. An error means that the memory can't be opened.
-    pub(crate) fn test(
-        context: &Arc<Context>,
-        handle: &MemoryHandle,
-        file: OwnedFd,
-        peer: usize,
-    ) -> Result<bool, String> {
-        let memory = Memory::open(&MemorySpace::Cuda(context.clone()), handle, file)?;
-        if memory.bytes() < (peer + 2) * PART {
-            return Err(format!("the memory has only {} bytes", memory.bytes()));
+    /// Opens a peer's memory. An error means that it can't be opened, or is not the peer's.
+    pub(crate) fn open(&self, handle: &MemoryHandle, file: OwnedFd) -> Result<IpcPeer, String> {
+        let memory = Memory::open(&MemorySpace::Cuda(self.context.clone()), handle, file)?;
+        let mut found = [0; GREETING.len()];
+        read(&self.context, memory.address(), &mut found)?;
+        match found == GREETING {
+            true => Ok(IpcPeer { memory }),
+            false => Err("its memory holds something else".into()),
         }
-        let is_right = is_there(context, memory.address(), 0)?;
-        probe(context, part(&memory, peer), seed(peer), 0)?;
-        Ok(is_right)
     }
 
-    /// True if the bytes that a peer has written are right.
-    pub(crate) fn was_written(&self, peer: usize) -> Result<bool, String> {
-        is_there(&self.context, part(&self.memory, peer), seed(peer))
+    /// True if this process's memory and the peer's hold the data of a round.
+    pub(crate) fn has_room(&self, peer: &IpcPeer, round: Round) -> bool {
+        self.memory.bytes().min(peer.memory.bytes()) >= SIZES[round.size].bytes()
     }
-}
 
-fn part(memory: &Memory, peer: usize) -> u64 {
-    memory.address() + ((1 + peer) * PART) as u64
-}
+    /// Clears this process's memory for the next round. No probe may be running.
+    pub(crate) fn clear(&mut self) -> Result<(), String> {
+        self.memory.fill_from(0, 0)
+    }
 
-fn seed(peer: usize) -> u32 {
-    1 + peer as u32
-}
-
-fn is_there(context: &Arc<Context>, memory: u64, seed: u32) -> Result<bool, String> {
-    let differs = DeviceMemory::new(context, 4)?;
-    probe(context, memory, seed, differs.address())?;
-    let mut word = [1; 4];
-    differs.read(0, &mut word)?;
-    Ok(word == [0; 4])
+    /// Runs this side of a probe. The peer runs the other one at the same time; both have cleared
+    /// their memory. `is_first` differs between the two.
+    pub(crate) fn run(
+        &self,
+        peer: &IpcPeer,
+        round: Round,
+        is_first: bool,
+    ) -> Result<Outcome, String> {
+        let memory = (self.memory.address(), peer.memory.address());
+        let found = run(&self.context, round.path, SIZES[round.size], memory, is_first)?;
+        Ok(Outcome { is_right: found.is_right, is_quick: found.goes_on() })
+    }
 }

@@ -80,15 +80,6 @@ impl DeviceMemory {
         })
     }
 
-    /// Reads bytes and waits for the copy. Kernels may run at the same time.
-    pub(crate) fn read(&self, offset: usize, to: &mut [u8]) -> Result<(), Failed> {
-        let from = self.at(offset, to.len());
-        self.context.on_the_side(|stream| {
-            // SAFETY: as for `write`.
-            unsafe { call!(cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), stream)) }
-        })
-    }
-
     pub(crate) fn fill(&self, offset: usize, bytes: usize, value: u8) -> Result<(), Failed> {
         let to = self.at(offset, bytes);
         // SAFETY: inside of this memory.

@@ -8,6 +8,8 @@
 mod arrivals;
 mod context;
 mod driver;
+#[cfg(feature = "__testing")]
+mod former;
 #[cfg(processes)]
 mod ipc;
 #[cfg(processes)]
@@ -15,6 +17,9 @@ mod ipc_probe;
 mod launch;
 mod memory;
 pub(crate) mod peer;
+mod probe;
+#[cfg(processes)]
+mod probe_child;
 mod rank;
 mod streams;
 mod tables;
@@ -27,7 +32,7 @@ pub(crate) use driver::Failed;
 #[cfg(processes)]
 pub(crate) use ipc::{IpcImport, Registered};
 #[cfg(processes)]
-pub(crate) use ipc_probe::IpcProbe;
+pub(crate) use ipc_probe::{IpcPeer, IpcProbe, Round};
 pub(crate) use launch::{Launched, Part, THREADS};
 pub(crate) use memory::{DeviceMemory, Pinned};
 pub(crate) use rank::Rank;

@@ -1,62 +1,130 @@
 //! Peer access between two devices of one process. The driver's answer is not sufficient: behind
-//! some IOMMUs, switches and patched drivers, writes to a peer are lost without an error. So bytes
-//! are transferred and compared.
+//! some IOMMUs, switches and patched drivers, writes to a peer are lost without an error, though
+//! copies may arrive. So a probe does what the ring does, see `probe`.
 
 use std::collections::BTreeMap;
-use std::ffi::c_void;
 use std::sync::{Arc, Mutex};
 
 use cudarc::driver::sys::CUresult;
 
 use super::driver::{call, Failed};
-use super::{Context, DeviceMemory};
-use crate::backend::proximity::PeerAccess;
+use super::probe::{self, Path, Probed};
+#[cfg(processes)]
+use super::topology::connection;
+use super::Context;
+#[cfg(processes)]
+use crate::backend::proximity::Connection;
+use crate::backend::proximity::{PeerAccess, PeerRates};
 use crate::sync::lock;
 
-/// Number of words transferred in each direction.
-pub(super) const WORDS: u32 = 16 << 10;
+/// Factor by which memory of the host must be faster than the link for mailboxes to be there: a
+/// mailbox in memory of the host takes bandwidth of the host that others may need.
+const MUCH_FASTER: f64 = 1.5;
+
+/// Peer access between two devices, and what the paths between them carry, if that was measured.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Link {
+    pub(crate) access: PeerAccess,
+    pub(crate) rates: Option<PeerRates>,
+}
+
+/// False if `PARAM_AVERAGER_P2P=0` forbids peer access.
+pub(crate) fn is_allowed() -> bool {
+    std::env::var_os("PARAM_AVERAGER_P2P").is_none_or(|value| value != "0")
+}
 
 /// Tests the access between two devices once, and leaves it enabled if it works.
 pub(crate) fn access(one: &Arc<Context>, other: &Arc<Context>) -> Result<PeerAccess, Failed> {
+    link(one, other).map(|link| link.access)
+}
+
+/// [`access`], with rates.
+pub(crate) fn link(one: &Arc<Context>, other: &Arc<Context>) -> Result<Link, Failed> {
     if one.ordinal() == other.ordinal() {
-        return Ok(PeerAccess::Verified);
+        return Ok(Link { access: PeerAccess::Verified, rates: None });
     }
     // By ordinals, the lower one first. Locked during a test: a test that fails disables the
     // access, which must not happen under the kernels of a concurrent test of the same pair.
-    static KNOWN: Mutex<BTreeMap<(usize, usize), PeerAccess>> = Mutex::new(BTreeMap::new());
+    static KNOWN: Mutex<BTreeMap<(usize, usize), Link>> = Mutex::new(BTreeMap::new());
     let mut known = lock(&KNOWN);
     let pair = (one.ordinal().min(other.ordinal()), one.ordinal().max(other.ordinal()));
     if let Some(&known) = known.get(&pair) {
         return Ok(known);
     }
-    let found = find(one, other)?;
+    #[cfg(processes)]
+    let is_broken = is_risky(one, other)? && super::probe_child::finds_it_broken(one, other);
+    #[cfg(not(processes))]
+    let is_broken = false;
+    let found = match is_broken {
+        true => Link { access: PeerAccess::Broken, rates: None },
+        false => find(one, other)?,
+    };
     known.insert(pair, found);
     Ok(found)
 }
 
-fn find(one: &Arc<Context>, other: &Arc<Context>) -> Result<PeerAccess, Failed> {
+/// True if a child process is to try first: there is a link to try, and it is not NVLink.
+#[cfg(processes)]
+fn is_risky(one: &Context, other: &Context) -> Result<bool, Failed> {
+    #[cfg(feature = "__testing")]
+    if std::env::var_os("PA_PROBE_CHILD").is_some() {
+        return Ok(true);
+    }
+    let is_said = is_allowed() && can(one, other)? && can(other, one)?;
+    Ok(is_said && connection(one, other)? != Connection::NvLink)
+}
+
+/// Tries the access in this process.
+pub(super) fn find(one: &Arc<Context>, other: &Arc<Context>) -> Result<Link, Failed> {
+    let without = |access| Ok(Link { access, rates: None });
+    if !is_allowed() {
+        return without(PeerAccess::Disabled);
+    }
     if !can(one, other)? || !can(other, one)? {
-        return Ok(PeerAccess::Unsupported);
+        return without(PeerAccess::Unsupported);
     }
     let there = match enable(one, other) {
-        Err(failed) => return not_to_be_had(failed),
+        Err(failed) => return not_to_be_had(failed).and_then(without),
         Ok(there) => there,
     };
     let back = match enable(other, one) {
         Err(failed) => {
             disable(one, other, there)?;
-            return not_to_be_had(failed);
+            return not_to_be_had(failed).and_then(without);
         }
         Ok(back) => back,
     };
-    if round_trips(one, other, 1)? && round_trips(other, one, 2)? {
-        return Ok(PeerAccess::Verified);
+    for context in [one, other] {
+        probe::warm_up(context)?;
+    }
+    let push = probe::peer(one, other, Path::Push)?;
+    if push.found.is_right {
+        let pull = probe::peer(one, other, Path::Pull)?;
+        if pull.found.is_right {
+            let host = probe::host(one, other)?;
+            let copy = probe::copies(one, other, push.sizes)?;
+            let rates = PeerRates {
+                push: push.found.rate,
+                pull: pull.found.rate,
+                host: host.found.rate,
+                copy,
+            };
+            return Ok(Link { access: judge(&push, &host), rates: Some(rates) });
+        }
     }
     // Disables the access that was enabled here, so that the application sees the state it left and
     // can decide for itself.
     disable(one, other, there)?;
     disable(other, one, back)?;
-    Ok(PeerAccess::Broken)
+    without(PeerAccess::Broken)
+}
+
+/// Access over a link on which data arrive, compared with memory of the host.
+fn judge(push: &Probed, host: &Probed) -> PeerAccess {
+    match host.is_telling() && host.found.rate > MUCH_FASTER * push.found.rate {
+        true => PeerAccess::Slow,
+        false => PeerAccess::Verified,
+    }
 }
 
 /// Maps the lack of a free peer slot to `Unsupported`. Without NVSwitch a device has at most 8
@@ -99,50 +167,23 @@ fn enable(from: &Context, to: &Context) -> Result<bool, Failed> {
     }
 }
 
-/// True if `to` reads what `from` has written to its memory, and `from` reads what `to` has written
-/// there.
-fn round_trips(from: &Arc<Context>, to: &Arc<Context>, seed: u32) -> Result<bool, Failed> {
-    let memory = DeviceMemory::new(to, WORDS as usize * 4)?;
-    let (differs_here, differs_there) = (DeviceMemory::new(from, 4)?, DeviceMemory::new(to, 4)?);
-    let there = memory.address();
-    probe(from, there, seed, 0)?;
-    probe(to, there, seed, differs_there.address())?;
-    probe(to, there, !seed, 0)?;
-    probe(from, there, !seed, differs_here.address())?;
-    let (mut here, mut there) = ([1; 4], [1; 4]);
-    differs_here.read(0, &mut here)?;
-    differs_there.read(0, &mut there)?;
-    Ok(here == [0; 4] && there == [0; 4])
-}
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
 
-/// Runs the probe kernel on a device and waits for it.
-pub(super) fn probe(on: &Context, memory: u64, seed: u32, differs: u64) -> Result<(), Failed> {
-    const THREADS: u32 = 256;
-    let (mut memory, mut words, mut seed, mut differs) = (memory, WORDS, seed, differs);
-    let mut parameters: [*mut c_void; 4] = [
-        (&raw mut memory).cast(),
-        (&raw mut words).cast(),
-        (&raw mut seed).cast(),
-        (&raw mut differs).cast(),
-    ];
-    on.on_the_side(|stream| {
-        // SAFETY: the kernel takes these four parameters, which the driver copies during the call;
-        // `memory` holds `WORDS` words, and peer access to it is enabled.
-        unsafe {
-            let parameters = parameters.as_mut_ptr();
-            call!(cuLaunchKernel(
-                on.probe(),
-                1,
-                1,
-                1,
-                THREADS,
-                1,
-                1,
-                0,
-                stream,
-                parameters,
-                std::ptr::null_mut()
-            ))
-        }
-    })
+    use super::*;
+    use crate::backend::cuda::probe::Found;
+
+    fn probed(rate: f64, sizes: usize) -> Probed {
+        Probed { found: Found { is_right: true, rate, took: Duration::ZERO }, sizes }
+    }
+
+    #[test]
+    fn a_link_that_is_much_slower_than_the_host_is_slow() {
+        // A fabric that writes at 2.6 GB/s.
+        assert_eq!(judge(&probed(2.6, 3), &probed(21.0, 4)), PeerAccess::Slow);
+        assert_eq!(judge(&probed(22.0, 4), &probed(24.0, 4)), PeerAccess::Verified);
+        // Nothing is concluded from the latency of small probes.
+        assert_eq!(judge(&probed(0.001, 1), &probed(0.01, 1)), PeerAccess::Verified);
+    }
 }

@@ -3,10 +3,11 @@
 use std::ffi::{c_char, c_int, CStr};
 
 use super::driver::{self, call, Failed};
-use super::{peer, Context};
+use super::peer::{self, Link};
+use super::Context;
 #[cfg(processes)]
 use crate::backend::proximity::Identity;
-use crate::backend::proximity::{all_pairs, Connection, PeerAccess, Slot};
+use crate::backend::proximity::{all_pairs, Connection, PeerAccess, PeerRates, Slot};
 use crate::{Error, Result};
 use cudarc::driver::sys::{
     self, CUdevice_P2PAttribute as P2pAttribute, CUdevice_attribute as Attribute,
@@ -47,11 +48,11 @@ pub struct Topology {
     driver: String,
     devices: Vec<CudaDevice>,
     connections: Vec<Vec<Connection>>,
-    peers: Vec<Vec<PeerAccess>>,
+    peers: Vec<Vec<Link>>,
 }
 
 impl Topology {
-    /// Finds all devices and tests the peer access between every two of them.
+    /// Finds all devices and tests the peer access between every two of them, with up to 64 MiB.
     ///
     /// Loads this crate's kernels on every device. [`Error::CudaUnavailable`] is returned without a
     /// driver, without a device, or if the driver is too old.
@@ -66,7 +67,7 @@ impl Topology {
         let devices: Vec<CudaDevice> =
             contexts.iter().map(|context| facts(context)).collect::<Result<_, _>>()?;
         let connections = all_pairs(&contexts, |one, other| connection(one, other))?;
-        let peers = all_pairs(&contexts, peer::access)?;
+        let peers = all_pairs(&contexts, peer::link)?;
         Ok(Topology { driver: driver.version(), devices, connections, peers })
     }
 
@@ -87,7 +88,13 @@ impl Topology {
 
     /// The peer access between two devices, given by ordinal. Panics if an ordinal is out of range.
     pub fn peer_access(&self, one: usize, other: usize) -> PeerAccess {
-        self.peers[one][other]
+        self.peers[one][other].access
+    }
+
+    /// The throughput between two devices, given by ordinal. `None` for a device and itself, and
+    /// where there is no peer access. Panics if an ordinal is out of range.
+    pub fn peer_rates(&self, one: usize, other: usize) -> Option<PeerRates> {
+        self.peers[one][other].rates
     }
 }
 

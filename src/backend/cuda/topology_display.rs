@@ -3,10 +3,10 @@
 use std::fmt::{self, Display, Formatter, Write};
 
 use super::topology::Topology;
-use crate::backend::proximity::{Connection, PeerAccess};
+use crate::backend::proximity::{Connection, PeerAccess, PeerRates};
 
-/// Devices, a matrix of what lies between them, a matrix of peer access, and a legend. Lines of
-/// text that end in a newline.
+/// Devices, a matrix of what lies between them, a matrix of peer access, matrices of throughput,
+/// and a legend. Lines of text that end in a newline.
 impl Display for Topology {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         writeln!(f, "CUDA {} driver", self.driver_version())?;
@@ -31,10 +31,22 @@ impl Display for Topology {
             match self.peer_access(one, other) {
                 _ if self.connection(one, other) == Connection::Same => "X".into(),
                 PeerAccess::Verified => "OK".into(),
+                PeerAccess::Slow => "SLOW".into(),
                 PeerAccess::Broken => "BAD".into(),
-                _ => "NO".into(),
+                PeerAccess::Disabled => "OFF".into(),
+                PeerAccess::Unsupported => "NO".into(),
             }
         })?;
+        let rates = |title, rate: fn(PeerRates) -> f64, f: &mut Formatter<'_>| {
+            matrix(f, title, count, |one, other| match self.peer_rates(one, other) {
+                Some(rates) => format!("{:.1}", rate(rates)),
+                None => "-".into(),
+            })
+        };
+        rates("GB/s, written by a kernel", |rates| rates.push, f)?;
+        rates("GB/s, read by a kernel", |rates| rates.pull, f)?;
+        rates("GB/s, copied", |rates| rates.copy, f)?;
+        rates("GB/s, through the host", |rates| rates.host, f)?;
         f.write_str(LEGEND)
     }
 }
@@ -64,8 +76,12 @@ X     the same device                     NV    NVLink: all native atomics work 
 PIX   one PCIe switch or bridge           NODE  host bridges of one NUMA node
 PXB   several PCIe switches               SYS   the link between NUMA nodes
 PHB   a PCIe host bridge                  ?     the system doesn't say
-OK    bytes were moved both ways, by writing and by reading, and were right: mailboxes are in
-      device memory
-BAD   the driver says that it works, and bytes were lost: mailboxes are in memory of the host
+OK    kernels of both exchanged bytes, by writing and by reading, and all were right: mailboxes are
+      in device memory
+SLOW  the same, but memory of the host is much faster: mailboxes are there
+BAD   the driver says that it works, and bytes were lost or late: mailboxes are in memory of the
+      host
 NO    the driver says that it doesn't: mailboxes are in memory of the host
+OFF   PARAM_AVERAGER_P2P=0: mailboxes are in memory of the host
+GB/s  10⁹ bytes per second, of the slower direction while both are in use
 ";

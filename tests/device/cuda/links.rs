@@ -50,6 +50,14 @@ pub fn every_link() {
     if all().all(|(one, other)| topology.peer_access(one, other) == PeerAccess::Verified) {
         links.push(Link::Peer);
     }
+    for (one, other) in all() {
+        let access = topology.peer_access(one, other);
+        let is_measured = one != other && matches!(access, PeerAccess::Verified | PeerAccess::Slow);
+        let rates = topology.peer_rates(one, other);
+        assert_eq!(rates.is_some(), is_measured, "{one}, {other}: {access:?}");
+        let all = rates.map(|rates| [rates.push, rates.pull, rates.copy, rates.host]);
+        assert!(all.is_none_or(|all| all.iter().all(|rate| *rate > 0.0)), "{rates:?}");
+    }
     if simulated {
         assert_eq!((topology.devices().len(), links.len()), (4, 3));
         for (one, other) in all() {
@@ -122,6 +130,13 @@ pub fn pairs() {
     }
 }
 
+/// Two devices that reach each other.
+pub fn reached() {
+    let topology = Topology::probe().unwrap();
+    assert_eq!(topology.peer_access(0, 1), PeerAccess::Verified);
+    ring(2, &[0, 1], Link::Peer).compare(&shapes()[5..]);
+}
+
 /// Two devices that do not reach each other, although the driver may claim it.
 pub fn not_reached(access: PeerAccess) {
     // All try the same pair at once.
@@ -130,9 +145,13 @@ pub fn not_reached(access: PeerAccess) {
         threads.map(|thread| thread.join().unwrap()).into_iter().last().unwrap()
     });
     assert_eq!((topology.peer_access(0, 1), topology.peer_access(1, 0)), (access, access));
+    assert_eq!(topology.peer_rates(0, 1), None);
     // Simulated devices are not in /sys, and say that they have native atomics if they say that
     // they have access.
-    let says = if access == PeerAccess::Broken { Connection::NvLink } else { Connection::Unknown };
+    let says = match access {
+        PeerAccess::Unsupported => Connection::Unknown,
+        _ => Connection::NvLink,
+    };
     assert_eq!(topology.connection(0, 1), says);
     ring(3, &[0, 1], Link::Auto).compare_in_order(&shapes(), &[0, 2, 1]);
     ring(2, &[1, 0], Link::Host).compare(&shapes()[5..]);
@@ -150,6 +169,8 @@ pub fn not_reached(access: PeerAccess) {
         };
         assert!(found.contains("ranks 0 and 1"), "{error}");
         assert_eq!(found.contains("were lost"), access == PeerAccess::Broken, "{error}");
+        let is_forbidden = access == PeerAccess::Disabled;
+        assert_eq!(found.contains("PARAM_AVERAGER_P2P=0"), is_forbidden, "{error}");
     }
     // On one device nothing has to be reached.
     ring(2, &[0], Link::Peer).compare(&shapes()[15..]);

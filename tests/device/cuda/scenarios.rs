@@ -32,6 +32,9 @@ pub fn run(scenario: &str) {
         "pairs" => links::pairs(),
         "no-p2p" => links::not_reached(PeerAccess::Unsupported),
         "broken-p2p" => links::not_reached(PeerAccess::Broken),
+        "child-crashes" => links::not_reached(PeerAccess::Broken),
+        "child-works" => links::reached(),
+        "p2p-off" => links::not_reached(PeerAccess::Disabled),
         "link-races" => links::races(),
         "link-failures" => links::failures(),
         #[cfg(feature = "cuda")]
@@ -50,6 +53,8 @@ pub fn run(scenario: &str) {
         "no-device" => unavailable(GPU, &["no device", "CUDA_VISIBLE_DEVICES"]),
         "old-driver" => unavailable(GPU, &["CUDA 11.4", "update the driver"]),
         "no-driver" => no_driver(),
+        #[cfg(target_os = "linux")]
+        unkind if unkind.contains(' ') => crate::unkind::run(unkind),
         other => panic!("no scenario {other}"),
     }
 }

@@ -1,6 +1,7 @@
 //! Requirements on the kernels' machine code and PTX. Every check returns its complaints, so that
 //! negative controls can ask for some.
 
+use super::flight::batches;
 use super::listing::{Instruction, Kernel};
 use super::loops;
 
@@ -9,7 +10,7 @@ use super::loops;
 /// own kernels.
 const MOST_REGISTERS: u32 = 65_536 / 512;
 
-/// Minimum of 128-bit loads in flight in a loop that moves packs.
+/// Minimum of 128-bit loads in flight in a loop that moves packs, on average over its batches.
 const IN_FLIGHT: usize = 4;
 
 /// Requirements on one kernel.
@@ -20,14 +21,13 @@ pub struct Expected {
     pub loads: usize,
     /// True if the kernel exchanges flags with other ranks.
     pub talks: bool,
-    /// True if a loop over packs may also load 64-bit addresses and scales: a loop over more ranks
-    /// than registers hold does, and counts where a compiler unrolls it.
-    pub tables: bool,
 }
 
 /// Numbers for the table, and complaints.
 pub struct Findings {
     pub hot_loops: usize,
+    /// Fewest 128-bit loads in flight in one of these loops, on average over its batches.
+    pub in_flight: Option<usize>,
     pub loads_128: usize,
     pub stores_128: usize,
     pub complaints: Vec<String>,
@@ -40,7 +40,7 @@ fn describe(instruction: &Instruction) -> String {
 pub fn check(kernel: &Kernel, expected: &Expected) -> Findings {
     let mut complaints = vec![];
     resources(kernel, &mut complaints);
-    let hot_loops = memory(kernel, expected, &mut complaints);
+    let (hot_loops, in_flight) = memory(kernel, expected, &mut complaints);
     if expected.talks {
         order(kernel, &mut complaints);
     }
@@ -50,7 +50,13 @@ pub fn check(kernel: &Kernel, expected: &Expected) -> Findings {
     if loads_128 < expected.loads {
         complaints.push(format!("{loads_128} 128-bit loads, {} expected", expected.loads));
     }
-    Findings { hot_loops, loads_128, stores_128: count(Instruction::is_store), complaints }
+    Findings {
+        hot_loops,
+        in_flight,
+        loads_128,
+        stores_128: count(Instruction::is_store),
+        complaints,
+    }
 }
 
 fn resources(kernel: &Kernel, complaints: &mut Vec<String>) {
@@ -65,7 +71,12 @@ fn resources(kernel: &Kernel, complaints: &mut Vec<String>) {
     }
 }
 
-fn memory(kernel: &Kernel, expected: &Expected, complaints: &mut Vec<String>) -> usize {
+/// The number of hot loops, and the fewest loads in flight in one.
+fn memory(
+    kernel: &Kernel,
+    expected: &Expected,
+    complaints: &mut Vec<String>,
+) -> (usize, Option<usize>) {
     let is_byte = |x: &Instruction| x.is_memory() && (x.has("U8") || x.has("S8"));
     for x in kernel.code.iter().filter(|x| x.is_memory()) {
         if is_byte(x) && x.space().ends_with('G') {
@@ -76,7 +87,7 @@ fn memory(kernel: &Kernel, expected: &Expected, complaints: &mut Vec<String>) ->
                 .push(format!("generic access, where global memory is meant: {}", describe(x)));
         }
     }
-    let mut hot_loops = 0;
+    let mut in_flight = vec![];
     for body in loops::innermost(&kernel.code) {
         let accesses: Vec<&Instruction> =
             body.iter().map(|&i| &kernel.code[i]).filter(|x| x.is_memory()).collect();
@@ -86,19 +97,27 @@ fn memory(kernel: &Kernel, expected: &Expected, complaints: &mut Vec<String>) ->
         if accesses.iter().filter(|x| x.is_load() && x.has("128")).count() < IN_FLIGHT {
             continue;
         }
-        hot_loops += 1;
-        let of_tables = |x: &Instruction| expected.tables && x.is_load() && x.has("64");
-        for x in accesses.iter().filter(|x| !x.has("128") && !of_tables(x)) {
+        for x in accesses.iter().filter(|x| !x.has("128")) {
             complaints.push(format!("narrow access in a loop over packs: {}", describe(x)));
         }
+        let batches = batches(kernel, &body);
+        in_flight.push(batches.iter().sum::<usize>() / batches.len());
+        if in_flight.last() < Some(&IN_FLIGHT) {
+            let begin = kernel.code[body[0]].address;
+            complaints.push(format!(
+                "loads in flight: batches of {batches:?} in the loop at {begin:#x}, {IN_FLIGHT} \
+                 expected"
+            ));
+        }
     }
-    if hot_loops < expected.hot_loops {
+    if in_flight.len() < expected.hot_loops {
         complaints.push(format!(
-            "{hot_loops} loops with {IN_FLIGHT} or more 128-bit loads, {} expected",
+            "{} loops with {IN_FLIGHT} or more 128-bit loads, {} expected",
+            in_flight.len(),
             expected.hot_loops
         ));
     }
-    hot_loops
+    (in_flight.len(), in_flight.into_iter().min())
 }
 
 /// An acquire is a strong load and then an invalidation of the first-level cache; a release is a

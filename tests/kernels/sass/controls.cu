@@ -50,6 +50,14 @@ CONTROL(relaxed_store)(const uint4* from, uint4* to, int n, uint32_t* flags, uin
 CONTROL(narrow_in_the_loop)(const uint4* from, uint4* to, int n, uint32_t* flags, uint16_t* half) {
   move_packs<true, true, true>(from, to, n, flags, half);
 }
+// Four loads, each of which is used before the next one.
+CONTROL(one_load_in_flight)(const uint4* from, uint4* to, int n) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < n; i += 4 * 512) {
+#pragma unroll
+    for (int u = 0; u < 4; ++u) store(to + i + 512 * u, load(from + i + 512 * u));
+  }
+}
 CONTROL(scalar_loop)(const volatile float* from, volatile float* to, int n) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < n; i += 512) to[i] = from[i];

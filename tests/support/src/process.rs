@@ -46,6 +46,7 @@ pub fn command(before: &[&str], role: &str, variables: &[(&str, String)]) -> Com
         }
     };
     command.arg("rank").env(ROLE, role); // the argument shows in a list of processes
+    command.env_remove(crate::simulator::SCENARIO); // of the process that starts ranks
     for (name, value) in variables {
         command.env(name, value);
     }

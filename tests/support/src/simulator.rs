@@ -24,10 +24,14 @@ pub type Setting<'a> = (&'a str, &'a str);
 /// Settings that a real machine cannot follow: they simulate another machine, or a race detector.
 const SIMULATED: [&str; 5] =
     ["CUDASIM_NO_DEVICE", "CUDASIM_OLD_DRIVER", "CUDASIM_MEM_MB", "CUDASIM_RACE", "CUDASIM_P2P"];
-/// The clock of the kernels, whose waits of a second at most are for skew: on a machine that has
-/// other work, a kernel of the simulator does not run for longer than that.
-const SLOW: Setting<'static> = ("CUDASIM_TIMESCALE", "30");
 const ABOUT_SIMULATED: &str = "about a simulated machine";
+
+/// Limits on the simulator. Kernels that make no progress end in an error, not in a test that
+/// hangs. The clock of kernels is slow: their waits, of a second at most, are for skew, and on a
+/// machine that has other work a kernel of the simulator may not run for longer than that. By the
+/// same clock, a probe of peer access ends after 3 seconds.
+const LIMITS: [Setting<'static>; 3] =
+    [("CUDASIM_KILL_S", "60"), ("CUDASIM_TIMESCALE", "30"), ("PARAM_AVERAGER_P2P_LIMIT_MS", "100")];
 
 /// The driver that scenarios run on.
 #[derive(Clone)]
@@ -151,6 +155,23 @@ fn on_a_machine<'a>(settings: &[&[Setting<'a>]]) -> Result<Vec<Vec<Setting<'a>>>
     }
 }
 
+/// Runs a scenario once with these settings, which come last, and returns how it ended within the
+/// limit. `None` where a machine's own driver has no use for it.
+pub fn outcome(name: &str, settings: &[Setting<'_>], limit: Duration) -> Option<Ended> {
+    let driver = driver();
+    let settings = match driver {
+        Driver::Simulated(_) => settings.to_vec(),
+        Driver::Own => match on_a_machine(&[settings]) {
+            Ok(mut left) => left.remove(0),
+            Err(reason) => {
+                not_here(&format!("{name}: {reason}"));
+                return None;
+            }
+        },
+    };
+    Some(child_within(name, Some(&driver), &settings, limit))
+}
+
 /// Environment of a process that is to run with these settings; none where a machine's own driver
 /// has no use for them.
 pub fn environment(settings: &[Setting<'static>]) -> Option<Vec<(&'static str, String)>> {
@@ -160,8 +181,8 @@ pub fn environment(settings: &[Setting<'static>]) -> Option<Vec<(&'static str, S
     match driver() {
         Driver::Simulated(folder) => {
             let library = ("LD_LIBRARY_PATH", folder.to_str().expect("a name in UTF-8").to_owned());
-            let limit = ("CUDASIM_KILL_S", "60".to_owned());
-            Some([own(vec![SLOW]), own(settings.to_vec()), vec![library, limit]].concat())
+            let limits = LIMITS.map(|(name, value)| (name, value.to_owned())).to_vec();
+            Some([limits, own(settings.to_vec()), vec![library]].concat())
         }
         Driver::Own => match on_a_machine(&[settings]) {
             Ok(mut left) => {
@@ -190,6 +211,15 @@ fn devices() -> i32 {
 /// Runs a scenario in a child, within the limit. `driver`: `None` for a process that finds only an
 /// installed libcuda.
 pub fn child(scenario: &str, driver: Option<&Driver>, settings: &[Setting<'_>]) -> Ended {
+    child_within(scenario, driver, settings, limit())
+}
+
+fn child_within(
+    scenario: &str,
+    driver: Option<&Driver>,
+    settings: &[Setting<'_>],
+    limit: Duration,
+) -> Ended {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.env(SCENARIO, scenario);
     match driver {
@@ -207,12 +237,10 @@ pub fn child(scenario: &str, driver: Option<&Driver>, settings: &[Setting<'_>]) 
         }
     }
     if let Some(Driver::Simulated(folder)) = driver {
-        command.env("LD_LIBRARY_PATH", folder);
-        // Kernels that make no progress end in an error, not in a test that hangs.
-        command.env("CUDASIM_KILL_S", "60").env(SLOW.0, SLOW.1);
+        command.env("LD_LIBRARY_PATH", folder).envs(LIMITS);
     }
     command.envs(settings.iter().copied());
-    output_within(command, limit())
+    output_within(command, limit)
 }
 
 /// Time limit of one child.

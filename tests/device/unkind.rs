@@ -1,0 +1,231 @@
+//! Averages on devices that behave as unkindly as `../shared/GPU.md` expects of real ones: each
+//! scenario of its findings A1 to A5, and the other scenarios of this program, under the modes of
+//! the simulator that take one kindness away each, alone and in pairs.
+//!
+//! A case is a process of its own under its mode. A case that hangs ends within seconds, by the
+//! simulator's detection of wedges, with a line that says what waits for what. `matrix` writes the
+//! outcome of every case to a file.
+
+mod case;
+pub mod matrix;
+mod modes;
+mod ranks;
+
+use test_support::{Skip, Test};
+
+use case::{cases, check, check_former, Case};
+use modes::*;
+pub use ranks::process;
+
+/// Runs the scenario of a child process: words, the first of which says what kind it is.
+pub fn run(scenario: &str) {
+    let words: Vec<&str> = scenario.split(' ').collect();
+    match words[..] {
+        ["threads", ref plan @ ..] => ranks::threads(plan),
+        ["processes", ref plan @ ..] => ranks::processes(plan),
+        // A test of processes, under the settings of this one.
+        ["test", name] => match name {
+            "processes_share_a_device" => crate::cuda_processes::processes_share_a_device(),
+            "an_abort_ends_the_kernels" => {
+                crate::cuda_processes::an_abort_ends_the_kernels_of_all_processes();
+            }
+            "kill_at_a_step" => crate::cuda_processes::kill_at_a_step_leaves_survivors_running(),
+            other => panic!("no test {other}"),
+        },
+        _ => panic!("no scenario {scenario}"),
+    }
+}
+
+/// Declares tests, each with the finding that it is about and its cases.
+macro_rules! tests {
+    ($($(#[doc = $doc:literal])* $name:ident: $finding:literal, $cases:expr;)*) => {
+        $($(#[doc = $doc])* fn $name() { check(&$cases); })*
+
+        /// The tests of this module.
+        pub fn tests(skip: &Skip) -> Vec<Test> {
+            let test = |name: &str, run: fn()| {
+                Test::new(&format!("unkind::{name}"), run).unless(skip)
+            };
+            vec![
+                test("the_former_way_fails", || check_former(&former())),
+                $(test(stringify!($name), $name)),*
+            ]
+        }
+
+        /// Cases of all tests, each with the test's name and its finding.
+        fn all() -> Vec<(&'static str, &'static str, Vec<Case>)> {
+            vec![$((stringify!($name), $finding, $cases)),*]
+        }
+    };
+}
+
+/// Worlds of threads on one device, by both algorithms.
+fn one_device(act: &str, ranks: usize) -> Vec<String> {
+    let devices = vec!["0"; ranks].join(",");
+    ["ring", "direct"].map(|algorithm| format!("threads {act} {algorithm} {devices}")).to_vec()
+}
+
+/// [`one_device`], and a world of threads on two devices.
+fn one_and_two_devices(act: &str, ranks: usize) -> Vec<String> {
+    let devices = ["0", "1"].repeat(ranks / 2).join(",");
+    [one_device(act, ranks), vec![format!("threads {act} ring {devices}")]].concat()
+}
+
+/// Worlds of processes with a device each, and links of their own choice.
+fn processes(act: &str) -> Vec<String> {
+    vec![format!("processes {act} auto 0,1"), format!("processes {act} auto 0,1,2")]
+}
+
+tests! {
+    /// Cooperative grids of one device run one after the other.
+    cooperative_grids_that_take_turns: "A1", [
+        cases(&[one_device("averages", 2), one_device("averages", 4)].concat(), COOP),
+    ].concat();
+
+    /// Blocks that fit by their registers, and grids that start as a whole or not at all.
+    ranks_that_share_a_device_by_its_registers: "A1", [
+        cases(&one_device("averages", 2), ROOM),
+        cases(&one_device("averages", 4), ROOM),
+        cases(&one_device("averages", 8), WIDE_ROOM),
+    ].concat();
+
+    /// A block of another kernel stays on the device during the averages.
+    another_kernel_that_stays: "A1", [
+        cases(&one_device("resident", 2), OCCUPANCY),
+        cases(&one_device("resident", 2), ROOM),
+        cases(&one_and_two_devices("resident", 4), ROOM),
+    ].concat();
+
+    /// The trainer of a late rank allocates.
+    a_late_trainer_allocates: "A2", cases(&one_and_two_devices("alloc", 2), WAITS);
+    /// The trainer of a late rank frees.
+    a_late_trainer_frees: "A2", cases(&one_and_two_devices("free", 2), WAITS);
+    /// The trainer of a late rank allocates, frees or registers page-locked memory.
+    a_late_trainer_pins_memory: "A2", [
+        cases(&one_and_two_devices("pinned", 2), WAITS),
+        cases(&one_and_two_devices("unpinned", 2), WAITS),
+        cases(&one_and_two_devices("registered", 2), WAITS),
+    ].concat();
+    /// The trainer of a late rank loads a module, or takes a function out of one.
+    a_late_trainer_loads_a_module: "A2", [
+        cases(&one_and_two_devices("module", 2), WAITS),
+        cases(&one_and_two_devices("fetch", 2), WAITS),
+    ].concat();
+    /// The trainer of a late rank launches a kernel for the first time, which loads its code.
+    a_late_trainer_launches_for_the_first_time: "A2",
+        cases(&one_and_two_devices("launch", 2), LAZY);
+    /// The trainer of a late rank waits for the device.
+    a_late_trainer_synchronizes: "A2", cases(&one_device("synchronize", 2), PLAIN);
+    /// Launches return when their work is done.
+    launches_that_block: "A2", [
+        cases(&one_and_two_devices("waited", 2), BLOCKING),
+        cases(&one_and_two_devices("started", 2), BLOCKING),
+        cases(&one_and_two_devices("alloc", 2), BLOCKING),
+    ].concat();
+    /// A trainer that is far ahead of a late peer fills its launch queue.
+    a_trainer_runs_ahead: "A2", cases(&one_and_two_devices("ahead", 2), DEPTH);
+
+    /// Streams share hardware queues, in whatever order they were created.
+    streams_that_share_queues: "A3", [QUEUES, THREE_QUEUES, ONE_QUEUE].map(|mode| {
+        let seeds = 0..if mode == QUEUES { 4 } else { 2 };
+        let with_seed = |seed| one_and_two_devices("trainers", 4).into_iter()
+            .map(move |scenario| format!("{scenario} {seed}"));
+        cases(&seeds.flat_map(with_seed).collect::<Vec<_>>(), mode)
+    }).concat();
+
+    /// A device with a display ends kernels that run long.
+    a_device_with_a_display: "A4", [
+        cases(&one_and_two_devices("late", 2), DISPLAY),
+        cases(&one_and_two_devices("late", 2), DISPLAY_AND_WAITS),
+    ].concat();
+
+    /// Processes share a device without MPS: their grids take turns, or slices of time.
+    processes_that_share_a_device: "A5", [
+        cases(&["processes waited auto 0,0", "processes waited auto 0,0,0,0"], NODE),
+        cases(&["processes waited auto 0,0", "processes late auto 0,0"], SLICES),
+        cases(&["processes waited auto 0,1,0,1"], NODE_OF_TWO),
+        cases(&["test processes_share_a_device"], NODE),
+        cases(&["test an_abort_ends_the_kernels", "test kill_at_a_step"], NODE_OF_TWO),
+    ].concat();
+
+    /// Processes with a device each.
+    processes_with_a_device_each: "A2-A4", [
+        cases(&processes("trainers"), QUEUES),
+        cases(&processes("later"), ONE_QUEUE),
+        cases(&processes("alloc"), WAITS),
+        cases(&processes("launch"), LAZY),
+        cases(&processes("late"), DISPLAY),
+        cases(&processes("later"), QUEUES_AND_WAITS),
+    ].concat();
+
+    /// The probe of peer access itself waits for nothing that a device may hold back: peer access
+    /// is found wherever there is any.
+    the_probe_of_peer_access: "A6", [
+        COOP, ROOM, QUEUES, ONE_QUEUE, WAITS, LAZY, DISPLAY, SHORT, BLOCKING, QUEUES_AND_WAITS,
+    ].map(|mode| {
+        cases(&["threads peer ring 0,1", "processes peer ring 0,1"], mode)
+    }).concat();
+
+    /// The other scenarios of this program, where grids take turns.
+    scenarios_with_cooperative_grids_that_take_turns: "A1",
+        [cases(&FEW, COOP), cases(&["averages", "links", "link-failures"], COOP)].concat();
+    /// The same, on a device whose registers count.
+    scenarios_on_a_device_with_its_registers: "A1",
+        [cases(&FEW, ROOM), cases(&["averages"], WIDE_ROOM)].concat();
+    /// The same, with shared queues and calls that wait for kernels.
+    scenarios_with_queues_and_waits: "A2, A3", cases(&MORE, QUEUES_AND_WAITS);
+    /// The same, on a device with a display whose calls wait for kernels.
+    scenarios_with_a_display_and_waits: "A2, A4", cases(&FEW, DISPLAY_AND_WAITS);
+    /// The same, where a launch queue is short.
+    scenarios_with_a_short_launch_queue: "A2", cases(&["streams", "steps", "beside"], SHORT);
+    /// The same, where launches block. (`streams` and `steps` are about averages that go on by
+    /// themselves.)
+    scenarios_with_launches_that_block: "A2", cases(&["trainers", "links"], BLOCKING);
+}
+
+/// Cases of each finding that the former way does not pass.
+fn former() -> Vec<Case> {
+    let on_waits = ["alloc", "free", "pinned", "module", "fetch"];
+    let on_waits = on_waits.map(|act| format!("threads {act} ring 0,0"));
+    [
+        cases(&one_device("averages", 2), COOP),
+        cases(&one_device("resident", 2), ROOM),
+        cases(&["beside"], COOP),
+        cases(&on_waits, WAITS),
+        cases(&["threads alloc direct 0,0", "threads alloc ring 0,1"], WAITS),
+        cases(&["threads launch ring 0,1"], LAZY),
+        cases(&["threads ahead ring 0,0"], DEPTH),
+        cases(&["threads trainers ring 0,0,0,0 0", "threads trainers direct 0,0,0,0 0"], ONE_QUEUE),
+        cases(&["threads late ring 0,1", "processes late auto 0,1"], DISPLAY),
+        cases(&["processes waited auto 0,0"], NODE),
+    ]
+    .concat()
+}
+
+/// Scenarios of `cuda` that end soon.
+const FEW: [&str; 9] = [
+    "trainers",
+    "streams",
+    "any-stream",
+    "any-stream-devices",
+    "steps",
+    "beside",
+    "interop",
+    "interop-devices",
+    "graphs-devices",
+];
+
+/// [`FEW`], and failures.
+const MORE: [&str; 11] = [
+    "trainers",
+    "streams",
+    "any-stream",
+    "any-stream-devices",
+    "steps",
+    "beside",
+    "interop",
+    "interop-devices",
+    "graphs-devices",
+    "failures",
+    "link-failures",
+];
