@@ -114,6 +114,7 @@ impl Case {
         let highest = list.and_then(|list| list.split(',').max());
         match (self.scenario.as_str(), highest) {
             ("links", _) => "4",
+            ("graphs-devices", _) => "3",
             (name, None) if name.contains("devices") || name.starts_with("link") => "2",
             (_, Some("0") | None) => "1",
             (_, Some("1")) => "2",
