@@ -120,10 +120,10 @@ def run(suite, here, seconds, hangs):
 
 
 def small(arguments):
-    """The same bench on a simulated device: less data, once."""
+    """The same bench on a simulated device: less data, once, and blocks that fit."""
     changed, before = [], ""
     for argument in map(str, arguments):
-        changed.append("64K" if before in ("-b", "-e") else argument)
+        changed.append({"-b": "64K", "-e": "64K", "--channels": "2"}.get(before, argument))
         before = argument
     scale = ["--scale", "0.001"] if "--layout" in changed else []
     counts = [] if "-n" in changed else SMALL
