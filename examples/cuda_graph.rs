@@ -1,6 +1,7 @@
-//! Two ranks that share a GPU capture a step and an average in a CUDA graph, and replay it.
+//! Two ranks with a GPU each capture a step and an average in a CUDA graph, and replay it. Ranks
+//! that share a GPU can't: nothing promises that their graphs run at the same time.
 //!
-//!     cargo run --example cuda_graph        (needs a GPU, and nvcc when it is built)
+//!     cargo run --example cuda_graph        (needs two GPUs, and nvcc when it is built)
 
 use std::sync::Barrier;
 
@@ -12,15 +13,15 @@ const N: usize = 1000;
 static CAPTURED: Barrier = Barrier::new(2);
 
 fn train(communicator: Communicator) -> Result<f32> {
-    let rank = communicator.rank();
-    let stream = CudaContext::new(0)?.new_stream()?; // non-blocking, of this rank alone
+    let (rank, device) = (communicator.rank(), communicator.device());
+    let stream = CudaContext::new(rank)?.new_stream()?; // non-blocking, of this rank alone
     let mut weights = stream.alloc_zeros::<f32>(N)?;
     let (address, in_use) = weights.device_ptr_mut(&stream);
     let raw = stream.cu_stream();
     // SAFETY: the memory lives until the last replay has ended, and all its uses are ordered on the
     // stream.
     let mut params = unsafe {
-        let tensor = TensorMut::from_raw_parts(address as *mut u8, N, Dtype::F32, Device::cuda(0));
+        let tensor = TensorMut::from_raw_parts(address as *mut u8, N, Dtype::F32, device);
         RawCudaParams::new(raw.cast(), tensor.named("weights"))
     };
     let mut averager = ParamAverager::builder(communicator).build(&mut params)?;
@@ -43,7 +44,7 @@ fn train(communicator: Communicator) -> Result<f32> {
 }
 
 fn main() -> Result<()> {
-    let world = Communicator::from_devices(&[Device::cuda(0); 2])?;
+    let world = Communicator::from_devices(&[Device::cuda(0), Device::cuda(1)])?;
     let or_exit = |error| {
         eprintln!("Error: {error:?}");
         std::process::exit(1) // the other rank may be at the barrier

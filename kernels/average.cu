@@ -32,7 +32,8 @@ PA_KERNEL(pa_ring, run_ring)
 PA_KERNEL(pa_ring_commit, run_ring_commit)
 PA_KERNEL(pa_scan, run_scan)
 
-// Both sides of a probe at the same time: blocks of a power of two of threads, as many on each side.
+// Both sides of a probe at the same time: blocks of a power of two of threads, as many on each
+// side.
 extern "C" __global__ void __launch_bounds__(256)
     pa_probe(const __grid_constant__ PaProbeSide side) {
   PA_ISA::run_probe(PA_ISA::Exec{}, side);

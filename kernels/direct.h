@@ -65,15 +65,15 @@ template <class T, int kWorld> struct Direct {
     else return shared.get().scale[r];
   }
 
-  // Values of one place, added up in rank order. No branch: loads that follow need not wait.
+  // Values of one place, added up in rank order.
   template <int K> struct Sum {
     Wide<T, K> sum = zero<T, K>();
     Raw<T, K> value{}, differs{};
     PA_FN void add(const Raw<T, K>& raw, S scale, bool is_first) {
-      const bool counts = scale >= 0;
-      value = is_first ? raw : value;
-      differs = counts ? differing_bits<T, K>(value, raw, differs) : differs;
-      sum = counts ? sum + widen<T, K>(raw) * scale : sum;
+      if (!(scale >= 0)) return;
+      if (is_first) value = raw;
+      differs = differing_bits<T, K>(value, raw, differs);
+      sum = sum + widen<T, K>(raw) * scale;
     }
   };
   // Pack i of ranks r and following.

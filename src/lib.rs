@@ -79,10 +79,10 @@
 //! |---|---|---|
 //! | `Communicator::from_env`, `CommunicatorBuilder::build` | all ranks to start | `CommunicatorBuilder::timeout` |
 //! | `Communicator::join` | the members to admit this process | `CommunicatorBuilder::timeout` |
-//! | [`Builder::build`], [`ParamAverager::average`], [`LocalSgd::finish`], a due [`LocalSgd::step`] or `skip`, `admit_joiner` | every other rank to make the same call | [`Builder::timeout`] for each wait |
+//! | [`Builder::build`], [`ParamAverager::average`] and `start`, [`LocalSgd::finish`], a due [`LocalSgd::step`] or `skip`, `admit_joiner` | every other rank to make the same call | [`Builder::timeout`] for each wait |
 //! | `recover` | the ranks that are left to call it | some times [`Builder::timeout`] |
 //! | [`Pending::wait`], dropping a [`Pending`] or an averager | enqueued averages to end | as above |
-//! | [`ParamAverager::start`] on a CUDA stream, a step that is not due, `from_devices` | nothing | |
+//! | `start` on a CUDA stream that is being captured, or of a process with a device of its own; a step that is not due; `from_devices` | nothing | |
 //!
 //! Every rank makes the same collective calls in the same order. A rank that waits for a call that
 //! can't come gets [`Error::Timeout`], with the name of the late rank, after 10 minutes unless
@@ -93,9 +93,11 @@
 //!   give each rank locks of its own;
 //! * ranks use two averagers in different orders;
 //! * one rank averages and another has left the loop without [`LocalSgd::finish`] but keeps its
-//!   averager (a rank that returns or panics drops it, and its peers get [`Error::PeerLost`]);
-//! * on a CUDA device, a rank calls `cudaFree`, or anything else that waits for all kernels, while
-//!   a peer on the same device averages; see [`guide::streams`].
+//!   averager (a rank that returns or panics drops it, and its peers get [`Error::PeerLost`]).
+//!
+//! On CUDA devices ranks meet before anything runs there, so no kernel waits for a late rank, and
+//! nothing that a trainer calls meanwhile (`cudaMalloc`, `cudaFree`, the first launch of a kernel)
+//! waits for an average that waits for it; CUDA graphs aside, see [`guide::streams`].
 //!
 //! A wait of more than 10 seconds (to meet, join, build, recover or average) is told of, once, with
 //! the rank that waits and the ranks that it waits for: as a warning of `tracing`, target

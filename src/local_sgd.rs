@@ -148,10 +148,9 @@ impl LocalSgd {
     /// Counts an optimizer step that was applied, and averages if an average is due.
     ///
     /// If the parameters' uses are ordered on a CUDA stream (as cudarc's slices are, and
-    /// [`RawCudaParams`](crate::RawCudaParams)), the average is [enqueued](Action::Enqueued) on it,
-    /// and this returns at once, or when the average is done if ranks that share a device are on
-    /// blocking streams. Its error is that of the next call that averages, or of
-    /// [`wait`](Self::wait). All other parameters hold the mean when this returns.
+    /// [`RawCudaParams`](crate::RawCudaParams)), the average is [enqueued](Action::Enqueued) on it.
+    /// Its error is that of the next call that averages, or of [`wait`](Self::wait). All other
+    /// parameters hold the mean when this returns.
     ///
     /// After an average that was due, a process that waits to [join](crate::Communicator::join) is
     /// admitted, with a copy of the model; on a stream, after the next one that is due, which is

@@ -41,10 +41,13 @@ PA_FN void fence_nt() {
 #endif
 }
 
-// Halves lie in memory as two vectors of half the width, so that each widens to one whole vector.
+// A bf16 is the upper half of a float, so that a vector of floats with every second element is one
+// operation away from their packs, with no move between elements. A Wide of bf16 holds the even
+// elements and then the odd ones, also on the wire: the ranks of a world run on one machine, with
+// one kGroup. Packs of f16 are two vectors of half the width, which widen to a whole one each.
 template <class T, int K> struct Raw {
   using E = std::conditional_t<sizeof(T) == 2, uint16_t, SumOf<T>>;
-  static constexpr int kParts = sizeof(T) == 2 ? 2 : 1, kBytes = 16 * K / kParts;
+  static constexpr int kParts = PA_SAME(T, F16) ? 2 : 1, kBytes = 16 * K / kParts;
   V<E, kBytes> part[kParts];
 };
 template <class T, int K> struct Wide {
@@ -78,15 +81,11 @@ template <class T, int K> PA_FN void store_to_peer(char* p, const Raw<T, K>& r, 
   else store_raw<T, K>(p, r);
 }
 
-template <int B> PA_FN V<float, B> bf16_to_float(V<uint16_t, B / 2> h) {
-  return (V<float, B>)(__builtin_convertvector(h, V<uint32_t, B>) << 16);
-}
-template <int B> PA_FN V<uint16_t, B / 2> float_to_bf16(V<float, B> f) {
+// Rounded to bf16, in the upper halves; the lower ones are not cleared.
+template <int B> PA_FN V<uint32_t, B> rounded_to_bf16(V<float, B> f) {
   const auto u = (V<uint32_t, B>)f;
-  const auto rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  const auto magnitude = u & 0x7fffffffu;
-  const auto result = magnitude > 0x7f800000u ? V<uint32_t, B>{} + 0x7fffu : rounded;
-  return __builtin_convertvector(result, V<uint16_t, B / 2>);
+  const auto rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  return f != f ? V<uint32_t, B>{} + 0x7fff0000u : rounded;
 }
 template <int B> PA_FN V<float, B> f16_to_float(V<uint16_t, B / 2> h) {
 #if defined(__F16C__)
@@ -107,23 +106,22 @@ template <int B> PA_FN V<float, B> f16_to_float(V<uint16_t, B / 2> h) {
 }
 template <int B> PA_FN V<uint16_t, B / 2> float_to_f16(V<float, B> f) {
   using U = V<uint32_t, B>;
-  const U magnitude = (U)f & 0x7fffffffu;
-  const auto is_nan = magnitude > 0x7f800000u;
 #if defined(__F16C__)
-  V<uint16_t, B / 2> half;
+  // The conversion keeps the upper bits of a NaN: of this one it makes 0x7fff.
+  const auto g = (V<float, B>)(f != f ? U{} + 0x7fffe000u : (U)f);
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   if constexpr (B == 16) {
-    const auto both = (V<uint16_t, 16>)_mm_cvtps_ph((__m128)f, kNearest);
-    half = V<uint16_t, B / 2>{both[0], both[1], both[2], both[3]};
+    const auto both = (V<uint16_t, 16>)_mm_cvtps_ph((__m128)g, kNearest);
+    return V<uint16_t, B / 2>{both[0], both[1], both[2], both[3]};
   }
-  if constexpr (B == 32) half = (V<uint16_t, B / 2>)_mm256_cvtps_ph((__m256)f, kNearest);
+  if constexpr (B == 32) return (V<uint16_t, B / 2>)_mm256_cvtps_ph((__m256)g, kNearest);
 #if defined(__AVX512F__)
   if constexpr (B == 64)
-    half = (V<uint16_t, B / 2>)_mm512_maskz_cvtps_ph(0xffff, (__m512)f, kNearest);
+    return (V<uint16_t, B / 2>)_mm512_maskz_cvtps_ph(0xffff, (__m512)g, kNearest);
 #endif
-  const U wide = __builtin_convertvector(half, U);
-  return __builtin_convertvector(is_nan ? U{} + 0x7fffu : wide, V<uint16_t, B / 2>);
 #else
+  const U magnitude = (U)f & 0x7fffffffu;
+  const auto is_nan = magnitude > 0x7f800000u;
   // Below 2^-14, adding 0.5 leaves the rounded subnormal in the low bits. Above, the carry of the
   // rounding goes into the exponent, and at the top to infinity.
   const U tiny = (U)((V<float, B>)magnitude + 0.5f) - 0x3f000000u;
@@ -136,24 +134,26 @@ template <int B> PA_FN V<uint16_t, B / 2> float_to_f16(V<float, B> f) {
 }
 
 template <class T, int K> PA_FN Wide<T, K> widen(const Raw<T, K>& r) {
-  using W = Wide<T, K>;
-  W x;
-  for (int h = 0; h < W::kParts; ++h) {
-    if constexpr (PA_SAME(T, F16)) x.part[h] = f16_to_float<W::kBytes>(r.part[h]);
-    else if constexpr (PA_SAME(T, BF16)) x.part[h] = bf16_to_float<W::kBytes>(r.part[h]);
-    else x.part[h] = r.part[h];
+  constexpr int B = Wide<T, K>::kBytes;
+  if constexpr (PA_SAME(T, F16)) {
+    return {{f16_to_float<B>(r.part[0]), f16_to_float<B>(r.part[1])}};
+  } else if constexpr (PA_SAME(T, BF16)) {
+    const auto both = (V<uint32_t, B>)r.part[0];
+    return {{(V<float, B>)(both << 16), (V<float, B>)(both & 0xffff0000u)}};
+  } else {
+    return {{r.part[0]}};
   }
-  return x;
 }
 template <class T, int K> PA_FN Raw<T, K> narrow(const Wide<T, K>& x) {
-  using W = Wide<T, K>;
-  Raw<T, K> r;
-  for (int h = 0; h < W::kParts; ++h) {
-    if constexpr (PA_SAME(T, F16)) r.part[h] = float_to_f16<W::kBytes>(x.part[h]);
-    else if constexpr (PA_SAME(T, BF16)) r.part[h] = float_to_bf16<W::kBytes>(x.part[h]);
-    else r.part[h] = x.part[h];
+  constexpr int B = Wide<T, K>::kBytes;
+  if constexpr (PA_SAME(T, F16)) {
+    return {{float_to_f16<B>(x.part[0]), float_to_f16<B>(x.part[1])}};
+  } else if constexpr (PA_SAME(T, BF16)) {
+    const auto even = rounded_to_bf16<B>(x.part[0]), odd = rounded_to_bf16<B>(x.part[1]);
+    return {{(V<uint16_t, B>)(even >> 16 | (odd & 0xffff0000u))}};
+  } else {
+    return {{x.part[0]}};
   }
-  return r;
 }
 template <class T, int K> PA_FN bool any_nonzero(const Wide<T, K>& a) {
   bool any = false;

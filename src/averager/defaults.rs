@@ -67,6 +67,6 @@ pub(super) const REMOTE_NS: u32 = 8;
 /// Longest wait for a peer: that of torch.distributed with NCCL.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(600);
 
-/// Longest wait for a peer within a kernel. Drivers kill kernels on devices with a display after 2 s
-/// (Windows) to 7 s (Linux); ranks that have come are microseconds apart. (Reasoned.)
+/// Longest wait for a peer within a kernel. Drivers kill kernels on devices with a display after 2
+/// s (Windows) to 7 s (Linux); ranks that have come are microseconds apart. (Reasoned.)
 pub(super) const DEVICE_TIMEOUT: Duration = Duration::from_secs(1);

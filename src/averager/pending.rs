@@ -29,8 +29,10 @@ pub struct Pending<'a> {
 }
 
 impl ParamAverager {
-    /// Starts an average and returns. On a CUDA stream it is enqueued behind the stream's earlier
-    /// work, and later work sees the mean. Collective, as [`average`](ParamAverager::average).
+    /// Starts an average. On a CUDA stream it is enqueued behind the stream's earlier work, and
+    /// later work sees the mean. Collective, as [`average`](ParamAverager::average): it returns
+    /// when all ranks of this process have called it, and each device has its launch; see
+    /// [`guide::streams`](crate::guide::streams).
     ///
     /// It is enqueued if the parameters are used on a stream, as [`RawCudaParams`] and cudarc's
     /// slices are. Any other parameters hold the mean when this returns.

@@ -14,7 +14,7 @@ use super::table::{Layout, Table};
 use super::{Builder, ParamAverager};
 use crate::error::Phase;
 use crate::sync::lock;
-use crate::world::{Admission, Communicator, Rebuild};
+use crate::world::{Admission, Bootstrap, Communicator, Rebuild};
 use crate::{Error, Result};
 
 /// Recipe of an averager: everything that it is built from.
@@ -94,7 +94,8 @@ impl Rebuild for Blueprint {
         &self.ordinal
     }
 
-    fn rebuild(&self, communicator: &Communicator, number: u32) -> Result<()> {
+    fn rebuild(&self, bootstrap: &Arc<dyn Bootstrap>, number: u32) -> Result<()> {
+        let communicator = Communicator::of(bootstrap.clone());
         let options = Builder {
             communicator: communicator.clone(),
             schedule_position: self.position(),
@@ -115,16 +116,17 @@ impl Rebuild for Blueprint {
                 Err(error)
             }
             built => {
-                self.put(communicator, built);
+                self.put(&communicator, built);
                 Ok(())
             }
         }
     }
 
-    fn refuse(&self, communicator: &Communicator, rank: usize) {
+    fn refuse(&self, bootstrap: &Arc<dyn Bootstrap>, rank: usize) {
+        let communicator = Communicator::of(bootstrap.clone());
         let reason =
             "it has dropped this averager, or has joined without it: drop it on every rank".into();
-        self.put(communicator, Err(Error::PeerBuildFailed { rank, reason }));
+        self.put(&communicator, Err(Error::PeerBuildFailed { rank, reason }));
     }
 }
 

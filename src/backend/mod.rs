@@ -17,6 +17,7 @@ mod meeting;
 mod memfd;
 mod memory;
 pub(crate) mod proximity;
+mod reclaim;
 
 pub(crate) use engine::{Engine, Gathering, Order, ProcessWay, Unstarted, Way};
 pub(crate) use host_buffer::HostBuffer;

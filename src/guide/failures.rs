@@ -76,8 +76,10 @@
 //!
 //! # Waits
 //! A wait for a peer ends after the builder's [`timeout`](crate::Builder::timeout), 10 minutes
-//! unless set. One exception: once the direct average has begun to write, ranks wait for one
-//! another without a limit, since a peer may still be writing into their tensors.
+//! unless set. On CUDA devices this is the wait for a rank to come; within kernels the limit is
+//! [`device_timeout`](crate::Builder::device_timeout). One exception: once the direct average has
+//! begun to write, ranks wait for one another without a limit, since a peer may still be writing
+//! into their tensors.
 //!
 //! # Limits of the system
 //! If a rank meets a limit while ranks start, build, recover or join, every rank gets the same

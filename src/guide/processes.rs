@@ -83,8 +83,8 @@
 //! both register. [`Link`] and the order of the ring are as for threads, as far as the processes
 //! see each other's devices. Memory that a peer has mapped is freed when the peer has closed it or
 //! has ended, and is not used again before. The ranks of one world are all on CPUs, or all on CUDA
-//! devices. Processes that share a GPU without MPS take turns by time slices: an average takes many
-//! of them. All of this has been simulated only; no GPU has run it. Neither the gain of CUDA IPC is
+//! devices. How they meet, and what MPS changes, is in [`streams`](super::streams). All of this has
+//! been simulated only; no GPU has run it. Neither the gain of CUDA IPC is
 //! known, nor the behaviour of a driver when the process that exported memory is killed while a
 //! peer's kernel writes there.
 //!

@@ -13,15 +13,27 @@
 //! |---|---|---|---|
 //! | `average` of tensors without a stream | the null stream and every blocking stream, none under capture | when the average is done | none: work of non-blocking streams on the tensors must be done before |
 //! | `average` of [`RawCudaParams`](crate::RawCudaParams) or [`CudaParams`](crate::CudaParams) | the earlier work of their stream | when the average is done | of any kind, shared by ranks or not |
-//! | `start` of the same | the earlier work of their stream | at once; later work of the stream sees the mean | of any kind, of this rank alone |
+//! | `start` of the same | the earlier work of their stream | when the average is enqueued; later work of the stream sees the mean | of any kind, shared by ranks or not |
 //!
 //! Streams are non-blocking, blocking, the null stream, or the default stream of a thread. An
-//! average runs on a stream of the averager's own, between two events, except where `start` gets a
-//! non-blocking stream: it runs there. `start` makes the stream wait for the peers, which two ranks
-//! on one device must not do to each other: [`RawCudaParams`](crate::RawCudaParams) has the rules,
-//! and what is refused. With a stream of their own each, non-blocking, ranks follow them all.
-//! [`LocalSgd::step`](crate::LocalSgd::step) is a `start`, unless a rule could be broken: it waits
-//! if the stream is not non-blocking and a second rank of the process is on the device.
+//! average runs on a stream of the averager's own, of the highest priority, between events.
+//! [`LocalSgd::step`](crate::LocalSgd::step) is a `start`.
+//!
+//! # Ranks meet, then launch
+//! No kernel waits for a rank that has not come: such a kernel would hold up whatever the late
+//! rank's trainer does on a device that waits for all kernels, and the driver may end it.
+//!
+//! | ranks | meet | then |
+//! |---|---|---|
+//! | threads of one process | on the host, also in `start`, which returns when all have called it | one plain launch a device, with the blocks of all its ranks, behind the work of all their streams |
+//! | processes, each with a device, or with MPS | in the front end of their streams, by words in memory (`cuStreamWaitValue32`), so that `start` returns at once; on their hosts if a device lacks that | a launch each |
+//! | processes that share a device without MPS | on their hosts, before each of 2n + 1 steps; `start` returns when the average is done | a launch for each step. Kernels of such processes take turns by time slices, so none waits for another. Start MPS (`nvidia-cuda-mps-control -d`) before the ranks, and they run together |
+//! | replays of CUDA graphs | in their kernels, since no host sees them | refused where ranks share a device |
+//!
+//! A meeting ends with the averager's [`timeout`](crate::Builder::timeout), an abort or a death.
+//! After it, kernels wait for one another for microseconds, and for
+//! [`device_timeout`](crate::Builder::device_timeout), 1 second, at most. Averages take half of the
+//! blocks that fit on a device, and leave the rest to the trainer.
 //!
 //! If an average fails, later work of the stream runs all the same, on unchanged tensors;
 //! [`Pending::wait`](crate::Pending::wait) returns the report or the error. cudarc's events order
@@ -59,11 +71,15 @@
 //! rank alone. `examples/cuda_graph.rs` shows it.
 //!
 //! # What can block
-//! A rank's average waits for its peers on the device itself. While it runs, its peers on the same
-//! device must not call `cudaFree` or anything else that waits for every kernel: the average and
-//! that call would wait for each other, until the average's timeout. With many streams, set
-//! `CUDA_DEVICE_MAX_CONNECTIONS=32`: streams that share one of 8 hardware queues wait for one
-//! another. Averagers whose averages overlap in time must fit on the device together.
+//! Replays of graphs wait for late ranks in their kernels, for as long as `timeout` says, and on a
+//! device with a display for `device_timeout`. Meanwhile a peer must not call `cudaMalloc`,
+//! `cudaFree` or anything else that waits for all kernels of its device and of devices with access
+//! to it: both would wait until the timeout. Averagers whose averages overlap in time must fit on
+//! the device together.
+//!
+//! `CUDA_LAUNCH_BLOCKING=1`, any `CUDA_DEVICE_MAX_CONNECTIONS`, lazy loading, devices with a
+//! display and MPS percentages change nothing for averages without graphs: `tests/device/unkind.rs`
+//! runs them on a simulator with each of these.
 //!
 //! # Links
 //! Between two devices the ring writes straight into the other device's memory (P2P) if a probe

@@ -5,10 +5,14 @@ use std::fmt::Debug;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use super::{
-    AbortHandle, Agreement, Communicator, ExchangeId, Handshake, Placement, Rebuild, Shown, WorldId,
-};
+use super::exchange::{ExchangeId, Shown};
+use super::handshake::{Agreement, Handshake};
+use super::placement::Placement;
+use super::world_id::WorldId;
 use crate::{Error, Result};
+
+/// Name of the call that exchanges handshakes, for notices.
+pub(crate) const BUILD: &str = "build an averager";
 
 /// Membership of one rank in one view. Dropping it leaves the world.
 pub(crate) trait Bootstrap: Debug + Send + Sync {
@@ -99,10 +103,10 @@ pub(crate) trait Elastic {
 
     /// Builds all averagers of this process again, unless this view has built them already.
     /// Collective. The first averager that recovers calls this for all. `averages` is the ordinal
-    /// of the averager that this rank averages next.
+    /// of the averager that this rank averages next. `own` is this membership.
     fn rebuild(
         &self,
-        communicator: &Communicator,
+        own: &Arc<dyn Bootstrap>,
         averages: Option<&str>,
         timeout: Duration,
     ) -> Result<()>;
@@ -112,4 +116,34 @@ pub(crate) trait Elastic {
 pub(crate) trait Abort: Debug + Send + Sync {
     /// Ends the world, unless the rank has left it.
     fn abort(&self);
+}
+
+/// Ends a world from any thread. Every rank that waits, or averages later, gets [`Error::Aborted`].
+#[derive(Clone, Debug)]
+pub struct AbortHandle {
+    pub(super) of: Arc<dyn Abort>,
+}
+
+impl AbortHandle {
+    /// Ends the world. Does not wait for the other ranks. An average that has not been committed
+    /// leaves every tensor unchanged. Further calls have no effect.
+    pub fn abort(&self) {
+        self.of.abort();
+    }
+}
+
+/// The recipe of an averager, kept by the world for all averagers of the process.
+pub(crate) trait Rebuild: Send + Sync + Debug {
+    /// Identifier of the averager, the same on every rank and in every view.
+    fn ordinal(&self) -> &str;
+
+    /// Builds the averager for the new view. Collective. `number` is the position of the averager
+    /// among all that are built again.
+    ///
+    /// An error means that the view has lost a rank. An error of this averager alone is stored in
+    /// it.
+    fn rebuild(&self, bootstrap: &Arc<dyn Bootstrap>, number: u32) -> Result<()>;
+
+    /// Records that the averager cannot be built again, since `rank` has dropped its own.
+    fn refuse(&self, bootstrap: &Arc<dyn Bootstrap>, rank: usize);
 }

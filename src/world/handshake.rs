@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::Control;
+use super::control::Control;
 use crate::backend::{cuda, Meeting, Memory};
 use crate::{Error, Result};
 

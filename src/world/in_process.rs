@@ -5,10 +5,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
-use super::bootstrap::{Abort, Bootstrap};
+use super::bootstrap::{Abort, AbortHandle, Bootstrap, BUILD};
 use super::exchange::{in_exchange, missing, ExchangeId, Shown};
 use super::gather::{Call, Inbox, Silence, Why};
-use super::{AbortHandle, Agreement, Handshake, Placement, BUILD};
+use super::handshake::{Agreement, Handshake};
+use super::placement::Placement;
 use crate::deadline;
 use crate::error::Phase;
 use crate::sync::{lock, wait_timeout};

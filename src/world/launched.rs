@@ -3,8 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::communicator::Communicator;
 use super::processes::{Known, ProcessBootstrap, Setup};
-use super::{Communicator, WorldId};
+use super::world_id::WorldId;
 use crate::abi::PA_MAX_WORLD;
 use crate::{Device, Error, Result};
 
@@ -253,7 +254,7 @@ impl CommunicatorBuilder {
             return Err(Error::Environment { problem: problem.into() });
         }
         let bootstrap = ProcessBootstrap::join(&name, self.device, self.timeout)?;
-        Ok(Communicator { bootstrap: Arc::new(bootstrap) })
+        Ok(Communicator::of(Arc::new(bootstrap)))
     }
 }
 
@@ -277,7 +278,7 @@ fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<Communicator>
         return Err(Error::Environment { problem });
     }
     let bootstrap = ProcessBootstrap::meet(setup, device, timeout)?;
-    Ok(Communicator { bootstrap: Arc::new(bootstrap) })
+    Ok(Communicator::of(Arc::new(bootstrap)))
 }
 
 impl Communicator {

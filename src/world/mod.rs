@@ -2,8 +2,8 @@
 //! of one host.
 
 mod bootstrap;
+mod communicator;
 mod control;
-mod elastic;
 mod exchange;
 mod gather;
 mod handshake;
@@ -14,14 +14,13 @@ mod launched;
 mod placement;
 #[cfg(processes)]
 mod processes;
-mod rebuild;
 mod run;
 #[cfg_attr(docsrs, doc(cfg(all(target_os = "linux", feature = "processes"))))]
 mod world_id;
 
-use std::sync::Arc;
-use std::time::Duration;
-
+pub use bootstrap::AbortHandle;
+pub(crate) use bootstrap::{Bootstrap, Rebuild};
+pub use communicator::Communicator;
 pub(crate) use control::Control;
 pub(crate) use exchange::{ExchangeId, Shown, MOST_WORDS};
 pub(crate) use handshake::{Admission, Agreement, Handshake};
@@ -30,166 +29,4 @@ pub use launched::CommunicatorBuilder;
 pub(crate) use placement::Placement;
 #[cfg(all(processes, feature = "__testing"))]
 pub use processes::testing;
-pub(crate) use rebuild::Rebuild;
 pub use world_id::WorldId;
-
-use crate::abi::PA_MAX_WORLD;
-use crate::backend::MemorySpace;
-use crate::{Device, Error, Result};
-use bootstrap::{Abort, Bootstrap, Elastic};
-use in_process::ThreadBootstrap;
-
-/// Name of the call that exchanges handshakes, for notices.
-const BUILD: &str = "build an averager";
-
-/// The membership of one rank in a world. Send it to the thread that trains this rank.
-///
-/// A rank leaves its world when its last communicator is dropped; an averager holds one. Peers that
-/// wait for a rank that has left get [`Error::PeerLost`]. A clone is the same rank and serves to
-/// build a further averager. All ranks build their averagers in the same order.
-#[derive(Clone, Debug)]
-pub struct Communicator {
-    bootstrap: Arc<dyn Bootstrap>,
-}
-
-impl Communicator {
-    /// Creates a world whose ranks are threads of this process: one communicator for each device,
-    /// in the order given. Does not wait for the ranks.
-    ///
-    /// ```
-    /// use param_averager::{Communicator, Device};
-    ///
-    /// let world = Communicator::from_devices(&[Device::cpu(), Device::cpu()])?;
-    /// let rank = |communicator: Communicator| std::thread::spawn(move || communicator.rank());
-    /// let ranks: Vec<_> = world.into_iter().map(rank).collect();
-    /// let numbers: Vec<_> = ranks.into_iter().map(|rank| rank.join().unwrap()).collect();
-    /// assert_eq!(numbers, [0, 1]);
-    /// # Ok::<(), param_averager::Error>(())
-    /// ```
-    ///
-    /// A world has 1 to 16 ranks ([`Error::WorldSize`]), all on CPUs or all on CUDA devices.
-    /// Several ranks may share one device, as in `&[Device::cuda(0); 4]`. Ranks on two devices
-    /// exchange parameters by peer access if a test transfer, made in this call, arrives intact in
-    /// both directions. Otherwise they exchange them through page-locked host memory; see
-    /// [`Link`](crate::Link). The ring visits devices in the order of their distance: NVLink first,
-    /// then one PCIe switch, then one NUMA node.
-    ///
-    /// A CUDA device stays open for the life of the process, with its primary context retained and
-    /// the kernels of this crate loaded. Memory of averagers is freed when the last averager of the
-    /// process is dropped.
-    ///
-    /// [`Error::DeviceUnavailable`] names the rank whose device cannot be used, and the reason.
-    ///
-    /// **Deadlocks.** On CUDA devices, the average of a rank waits for its peers on the device.
-    /// While an average runs, no peer may wait for all kernels of that device, as `cuMemFree`,
-    /// `cudaFree` and `cuModuleLoad` do: such a wait lasts until the average times out. With many
-    /// streams, set `CUDA_DEVICE_MAX_CONNECTIONS=32`: streams that share one of the 8 hardware
-    /// queues wait for one another. None of this has been measured on a GPU.
-    pub fn from_devices(devices: &[Device]) -> Result<Vec<Communicator>> {
-        if devices.is_empty() || devices.len() > PA_MAX_WORLD as usize {
-            return Err(Error::WorldSize { found: devices.len() });
-        }
-        let ranks = ThreadBootstrap::all(Placement::find(devices)?);
-        Ok(ranks.map(|rank| Communicator { bootstrap: Arc::new(rank) }).collect())
-    }
-
-    /// The rank of this communicator, from 0 to `world_size() - 1`.
-    pub fn rank(&self) -> usize {
-        self.bootstrap.rank()
-    }
-
-    /// The number of ranks, 1 to 16.
-    pub fn world_size(&self) -> usize {
-        self.placement().size()
-    }
-
-    /// The device that this rank's parameters are on.
-    pub fn device(&self) -> Device {
-        self.placement().device(self.rank())
-    }
-
-    pub(crate) fn space(&self) -> &MemorySpace {
-        self.placement().space(self.rank())
-    }
-
-    pub(crate) fn placement(&self) -> &Placement {
-        self.bootstrap.placement()
-    }
-
-    /// Returns a handle that ends every wait of this world, from any thread.
-    ///
-    /// The handle does not keep the rank in its world. It stays valid across view changes, until
-    /// the rank has left.
-    pub fn abort_handle(&self) -> AbortHandle {
-        self.bootstrap.abort_handle()
-    }
-
-    /// Forms the next view of the surviving ranks, after an error that [is fatal](Error::is_fatal),
-    /// and returns its communicator.
-    ///
-    /// Collective: blocks until all of them have called it, or for `timeout`. Ranks that are lost
-    /// or late are excluded, and the others are renumbered from 0 in their old order. The old
-    /// communicator, and the averagers built with it, are not usable any more.
-    ///
-    /// Only processes can recover; ranks that are threads get [`Error::RecoveryUnsupported`]. Any
-    /// rank may be lost. [`ParamAverager::recover`](crate::ParamAverager::recover) does the same
-    /// and builds the averagers again. All ranks must use the same one of the two: a rank that
-    /// recovers an averager waits for the averagers of all others. If ranks split into several
-    /// groups, by the timeout, one group forms the view and every other rank gets
-    /// [`Error::Excluded`].
-    ///
-    /// An averager that is built by hand in the new view gives all ranks rank 0's values, which may
-    /// be half an average: use [`Start::Mean`](crate::Start::Mean).
-    pub fn recover(&self, timeout: Duration) -> Result<Communicator> {
-        self.next(timeout, false)
-    }
-
-    /// Changes the view, with or without a preceding failure. Admits a joiner if all ranks pass
-    /// `admits`.
-    pub(crate) fn next(&self, timeout: Duration, admits: bool) -> Result<Communicator> {
-        Ok(Communicator { bootstrap: self.bootstrap.change_view(timeout, admits)? })
-    }
-
-    /// Exchanges handshakes with all ranks and returns them if they agree; see
-    /// [`Bootstrap::agree`]. From then on, departures and aborts end the waits of this averager.
-    pub(crate) fn agree(
-        &self,
-        handshake: Handshake,
-        number: Option<u32>,
-        timeout: Duration,
-    ) -> Result<Arc<Agreement>> {
-        let agreement = self.bootstrap.agree(handshake, number, timeout)?;
-        self.bootstrap.watch(&agreement)?;
-        Ok(agreement)
-    }
-
-    /// Shows a message to all ranks; see [`Bootstrap::all_gather`].
-    pub(crate) fn all_gather(
-        &self,
-        id: ExchangeId,
-        shown: Shown,
-        timeout: Duration,
-        has_left: &dyn Fn(usize) -> bool,
-    ) -> Result<Vec<Shown>> {
-        self.bootstrap.all_gather(id, shown, timeout, has_left)
-    }
-
-    /// Ends the world for this rank; see [`Bootstrap::fail`].
-    pub(crate) fn fail(&self, error: &Error) {
-        self.bootstrap.fail(error);
-    }
-}
-
-/// Ends a world from any thread. Every rank that waits, or averages later, gets [`Error::Aborted`].
-#[derive(Clone, Debug)]
-pub struct AbortHandle {
-    of: Arc<dyn Abort>,
-}
-
-impl AbortHandle {
-    /// Ends the world. Does not wait for the other ranks. An average that has not been committed
-    /// leaves every tensor unchanged. Further calls have no effect.
-    pub fn abort(&self) {
-        self.of.abort();
-    }
-}

@@ -2,8 +2,6 @@
 
 use std::collections::BTreeMap;
 
-#[cfg(processes)]
-use super::processes::HostInfo;
 use crate::backend::cuda::{self, Context};
 use crate::backend::proximity::{all_pairs, Connection, PeerAccess};
 use crate::backend::{MemorySpace, ProcessWay};
@@ -27,11 +25,11 @@ pub(crate) struct Placement {
 
 /// Properties of a world of processes.
 #[derive(Clone, Copy, Debug)]
-struct Common {
+pub(super) struct Common {
     /// Cores available to each process: the minimum over all ranks.
-    cores: usize,
+    pub(super) cores: usize,
     /// Way in which ranks on devices meet.
-    way: ProcessWay,
+    pub(super) way: ProcessWay,
 }
 
 /// The ranks on a device and the blocks that they may have there at once.
@@ -101,36 +99,24 @@ impl Placement {
 
     /// Placement of processes of this host, by rank. `own` is this process's device and memory
     /// space, which stand for those of all ranks. `access` returns the peer access of two ranks,
-    /// the same on every rank.
-    #[cfg(processes)]
-    pub(super) fn of_processes(
-        host_infos: &[&HostInfo],
+    /// the same on every rank. `occupancies` has the key, the name and the blocks of each rank's
+    /// CUDA device.
+    pub(super) fn of_processes<K: Ord>(
         own: (Device, &MemorySpace),
+        common: Common,
+        connections: Vec<Vec<Connection>>,
         access: impl Fn(usize, usize) -> PeerAccess,
+        occupancies: impl Iterator<Item = (K, String, u32)>,
     ) -> Placement {
-        let ranks = || 0..host_infos.len();
+        let ranks = || 0..connections.len();
         let peers: Vec<Vec<_>> =
             ranks().map(|one| ranks().map(|other| access(one, other)).collect()).collect();
-        let connections: Vec<Vec<_>> = host_infos
-            .iter()
-            .map(|one| host_infos.iter().map(|other| one.connection(other)).collect())
-            .collect();
-        let occupancies = host_infos.iter().enumerate().filter_map(|(rank, host_info)| {
-            let gpu = host_info.gpu.as_ref()?;
-            let share = gpu.own_share.then_some(rank); // which no other rank uses
-            let key = (gpu.identity.uuid.as_str(), share);
-            Some((key, host_info.device.clone(), gpu.resident_blocks))
-        });
         Placement {
-            devices: vec![own.0; host_infos.len()],
-            spaces: vec![own.1.clone(); host_infos.len()],
+            devices: vec![own.0; peers.len()],
+            spaces: vec![own.1.clone(); peers.len()],
             order: ring_order(&distances(&connections, &peers)),
             peers,
-            processes: host_infos
-                .iter()
-                .map(|host_info| host_info.cores)
-                .min()
-                .map(|cores| Common { cores, way: way_of_processes(host_infos) }),
+            processes: Some(common),
             occupancy: most_oversubscribed(occupancies),
         }
     }
@@ -196,18 +182,6 @@ impl Placement {
     /// Occupancy of the most oversubscribed CUDA device. `None` on CPUs.
     pub(crate) fn occupancy(&self) -> Option<&Occupancy> {
         self.occupancy.as_ref()
-    }
-}
-
-/// Way in which processes with these devices meet: the same on every rank.
-#[cfg(processes)]
-fn way_of_processes(host_infos: &[&HostInfo]) -> ProcessWay {
-    let gpus = || host_infos.iter().filter_map(|host_info| host_info.gpu.as_ref());
-    let is_alone = |uuid: &str| gpus().filter(|gpu| gpu.identity.uuid == uuid).count() == 1;
-    match () {
-        _ if gpus().any(|gpu| !gpu.mps && !is_alone(&gpu.identity.uuid)) => ProcessWay::Sequenced,
-        _ if gpus().all(|gpu| gpu.stream_waits) => ProcessWay::InStreams,
-        _ => ProcessWay::OnHosts,
     }
 }
 

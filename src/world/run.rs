@@ -4,7 +4,7 @@ use std::any::Any;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::Mutex;
 
-use super::Communicator;
+use super::communicator::Communicator;
 use crate::error::ErrorKind;
 use crate::sync::lock;
 use crate::{Device, Error};

@@ -20,15 +20,14 @@ use test_support::Skip;
 
 /// The kernels and the loops that move packs in each: f32, f64, f16, bf16, and in the ring the last
 /// two again with partial sums of f32, where the first partial sum is made of raw packs.
-const KERNELS: [(&str, Expected); 5] = [
+const KERNELS: [(&str, Expected); 4] = [
     // Loops per dtype: two, three and four ranks, and more of them, four by four.
     ("pa_direct", Expected { hot_loops: 4 * 4, loads: 92, talks: true }),
     // Loops per dtype: first, middle and last step of the reduce; then middle and last step of the
     // gather.
     ("pa_ring", Expected { hot_loops: 6 * 5 + 2, loads: 250, talks: true }),
-    ("pa_ring_reduce", Expected { hot_loops: 6 * 3 + 2, loads: 190, talks: true }),
-    // Loops per dtype: first, middle and last step of the gather.
-    ("pa_ring_gather", Expected { hot_loops: 6 * 3, loads: 90, talks: true }),
+    // Loops per dtype: first, middle and last step of each.
+    ("pa_ring_commit", Expected { hot_loops: 6 * 6 + 2, loads: 280, talks: true }),
     ("pa_scan", Expected { hot_loops: 4, loads: 20, talks: false }),
 ];
 

@@ -1,7 +1,7 @@
-//! Meetings in streams: a rank's stream writes the rank's word and waits for its peers' in its front
-//! end. Nothing spins on the device, and no lock is held. A host ends the wait when it has lasted
-//! too long or the world has ended, by writing the words itself; the kernels behind it then find
-//! the world poisoned and end with its failure.
+//! Meetings in streams: a rank's stream writes the rank's word and waits for its peers' in its
+//! front end. Nothing spins on the device, and no lock is held. A host ends the wait when it has
+//! lasted too long or the world has ended, by writing the words itself; the kernels behind it then
+//! find the world poisoned and end with its failure.
 
 use std::sync::{Condvar, Mutex};
 use std::time::Duration;

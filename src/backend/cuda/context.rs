@@ -11,6 +11,7 @@ use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
 use super::driver::{self, call, Failed};
 use super::launch::THREADS;
+use crate::backend::reclaim::{register_spare, Reclaim};
 use crate::sync::lock;
 
 /// Names of the kernels, indexed by `PaKernel`.
@@ -54,12 +55,14 @@ unsafe impl Sync for Context {}
 impl Context {
     /// Opens a device. An error says why it can't be used.
     pub(crate) fn open(ordinal: usize) -> Result<Arc<Context>, String> {
-        let mut open = opened();
+        static OPENED: Mutex<BTreeMap<usize, Arc<Context>>> = Mutex::new(BTreeMap::new());
+        let mut open = lock(&OPENED);
         if let Some(context) = open.get(&ordinal) {
             return Ok(context.clone());
         }
         let context = Arc::new(Context::new(ordinal)?);
         open.insert(ordinal, context.clone());
+        register_spare(context.clone());
         Ok(context)
     }
 
@@ -287,10 +290,12 @@ impl Drop for Context {
     }
 }
 
-/// All opened devices, by ordinal.
-pub(super) fn opened() -> MutexGuard<'static, BTreeMap<usize, Arc<Context>>> {
-    static OPENED: Mutex<BTreeMap<usize, Arc<Context>>> = Mutex::new(BTreeMap::new());
-    lock(&OPENED)
+/// The spare memory of the device.
+impl Reclaim for Context {
+    fn try_reclaim(&self) -> bool {
+        self.free_spare();
+        true
+    }
 }
 
 /// Keeps a context current on this thread, and restores the previous one, which is the

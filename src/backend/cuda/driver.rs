@@ -11,7 +11,8 @@ use cudarc::driver::sys::CUresult;
 macro_rules! driver_api {
     ($($function:ident),* $(,)?) => {
         pub(crate) mod api {
-            // Off Linux, CUDA IPC and meetings in streams are not used. On Linux an unused declaration is a warning.
+            // Off Linux, CUDA IPC and meetings in streams are not used. On Linux an unused
+            // declaration is a warning.
             #[cfg_attr(not(processes), allow(unused_imports))]
             pub(crate) use cudarc::driver::sys::{$($function),*};
         }

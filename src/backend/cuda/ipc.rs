@@ -8,8 +8,8 @@ use std::sync::Arc;
 use cudarc::driver::sys;
 
 use super::driver::{call, Failed};
-use super::running::defer;
 use super::Context;
+use crate::backend::reclaim::{defer, Reclaim};
 use crate::backend::{ImportLock, Mapping, Memfd};
 
 /// Host memory shared with other processes, page-locked and mapped for every device of this
@@ -152,7 +152,7 @@ impl Drop for IpcImport {
 
 /// Memory that this process no longer uses and that other processes may have open.
 #[derive(Debug)]
-pub(super) struct DeferredFree {
+struct DeferredFree {
     context: Arc<Context>,
     what: What,
 }
@@ -169,9 +169,9 @@ enum What {
     IpcExport(u64, ImportLock),
 }
 
-impl DeferredFree {
-    /// Releases the memory. False if another process still has it open. Waits for kernels.
-    pub(super) fn try_release(&self) -> bool {
+impl Reclaim for DeferredFree {
+    /// False if another process still has the memory open.
+    fn try_reclaim(&self) -> bool {
         // The device is lost, and all its memory with it.
         let Ok(_bound) = self.context.bind() else { return true };
         // SAFETY: created by this process in this context, and no longer used by its kernels. An

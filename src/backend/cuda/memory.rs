@@ -11,8 +11,8 @@ use cudarc::driver::sys::{self, CUresult};
 use super::driver::{call, Failed};
 #[cfg(processes)]
 use super::ipc::IpcExport;
-use super::running::Running;
 use super::Context;
+use crate::backend::reclaim::reclaim_spare;
 
 /// Device memory. It does not come from a pool, since peers may be given access to it and it may be
 /// exported.
@@ -100,7 +100,7 @@ impl Drop for DeviceMemory {
             return export.free_when_unused(&self.context, self.address);
         }
         self.context.spare().device.push((self.bytes, self.address));
-        Running::free_if_none();
+        reclaim_spare();
     }
 }
 
@@ -161,7 +161,7 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         self.context.spare().pinned.push((self.bytes, self.start as u64));
-        Running::free_if_none();
+        reclaim_spare();
     }
 }
 

@@ -21,7 +21,6 @@ mod probe;
 #[cfg(processes)]
 mod probe_child;
 mod rank;
-mod running;
 mod streams;
 mod tables;
 mod topology;

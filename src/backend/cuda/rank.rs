@@ -1,23 +1,23 @@
 //! One rank on a device: its tables, the states of its channels, and its part of an average.
 
+mod meet;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use cudarc::driver::sys;
 
 use super::driver::{call, Failed};
-use super::launch::{launch, launch_all, leader_of, Launched, Part};
+use super::launch::{launch, Part};
 use super::memory::Pinned;
-use super::running::{Busy, Running};
 use super::streams::{Event, LaunchStream};
 use super::tables::Tables;
 use super::{Context, DeviceMemory};
-use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PaStatus, PA_DEPARTED, PA_OPEN};
+use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PaStatus, PA_OPEN};
+use crate::backend::reclaim::{Busy, Running};
 #[cfg(processes)]
-use crate::backend::{Arrivals, ProcessWay};
-use crate::backend::{Attendance, Failure, Gathering, Meeting, Order, Unstarted, Way};
-#[cfg(processes)]
-use crate::deadline::after;
+use crate::backend::Attendance;
+use crate::backend::{Gathering, Order, Unstarted, Way};
 use crate::plan::Launch;
 
 /// A rank's tables and states.
@@ -202,127 +202,6 @@ impl Rank {
             unsafe { done.hold(behind) }?;
         }
         Ok(())
-    }
-
-    /// Meets the ranks that are threads of this process, and launches for those on this device if
-    /// this rank is the first of them. Returns the event behind the launches.
-    fn launch_together(
-        &mut self,
-        part: Part,
-        calls: &Meeting<Part>,
-        launches: &Meeting<Launched>,
-        peers: &Gathering<'_>,
-    ) -> Result<Arc<Event>, Unstarted> {
-        let parts = calls.all_gather(peers.position, part, peers.world, peers.timeout);
-        let parts = parts.inspect_err(|_| self.tables.set_stale()).map_err(Unstarted::Ended)?;
-        // From here on every rank takes part, whatever happens to the world: tensors must not be
-        // returned to a caller while a launch uses them.
-        let leader = leader_of(self.context.ordinal(), &parts);
-        let leads = leader == peers.position;
-        let launched = leads.then(|| self.launch_all(&parts, None, peers));
-        let all = launches.all_gather_of_all(peers.position, launched);
-        match all[leader].clone().expect("the first rank of a device launches") {
-            Ok(done) => Ok(done),
-            Err(failed) if leads => Err(failed.into()),
-            // What was launched has ended.
-            Err(_) => Err(Unstarted::Halted(Failure { kind: PA_DEPARTED, position: leader })),
-        }
-    }
-
-    /// Launches for this rank, the only one of this process on its device.
-    #[cfg(processes)]
-    fn launch_alone(
-        &mut self,
-        part: Part,
-        way: ProcessWay,
-        arrivals: &Arc<dyn Arrivals>,
-        peers: &Gathering<'_>,
-    ) -> Result<Arc<Event>, Unstarted> {
-        if way == ProcessWay::InStreams {
-            let meeting = self.next_meeting(arrivals, peers);
-            super::arrivals::watch(meeting.clone());
-            self.watched = Some(meeting.clone());
-            return Ok(self.launch_all(&[part], Some(&meeting), peers)?);
-        }
-        // The host comes when the work before the average has ended.
-        let mut launches = part.launches.clone();
-        let parts = match way {
-            ProcessWay::Sequenced => launches.drain(..).map(|each| vec![each]).collect(),
-            _ => vec![launches],
-        };
-        self.ready.synchronize()?;
-        let args = part.args;
-        for (index, launches) in parts.into_iter().enumerate() {
-            if let Err(failure) = self.next_meeting(arrivals, peers).meet(peers.position) {
-                if index > 0 {
-                    return Err(Unstarted::Halted(failure));
-                }
-                self.tables.set_stale();
-                return Err(Unstarted::Ended(failure));
-            }
-            let tables = part.tables.filter(|_| index == 0);
-            let part = Part { launches, tables, ..part.clone() };
-            let done = self.launch_all(&[part], None, peers)?;
-            if way == ProcessWay::Sequenced {
-                done.synchronize()?;
-                let fault = args.fault_step;
-                if fault != 0 && self.ended().iter().any(|status| status.step == fault) {
-                    break; // a test ends the rank here
-                }
-            }
-        }
-        Ok(self.done.clone())
-    }
-
-    /// Launches for this rank as it was done formerly.
-    #[cfg(feature = "__testing")]
-    fn launch_formerly(
-        &mut self,
-        part: &Part,
-        peers: &Gathering<'_>,
-    ) -> Result<Arc<Event>, Failed> {
-        let stream = self.stream.as_ref().expect("every rank has one");
-        // SAFETY: guaranteed by the caller of `start`.
-        unsafe {
-            super::former::launch_one(&self.context, stream, part, peers.timeout, &self.done)
-        }?;
-        Ok(self.done.clone())
-    }
-
-    /// The next meeting of processes. Its deadline is that of a call.
-    #[cfg(processes)]
-    fn next_meeting(&mut self, arrivals: &Arc<dyn Arrivals>, peers: &Gathering<'_>) -> Attendance {
-        self.meetings = self.meetings.wrapping_add(1);
-        Attendance {
-            arrivals: arrivals.clone(),
-            ranks: peers.ranks,
-            number: self.meetings,
-            deadline: after(peers.timeout),
-        }
-    }
-
-    /// Launches for all ranks of this process on the device, behind a meeting in the stream if
-    /// there is one.
-    fn launch_all(
-        &self,
-        parts: &[Part],
-        meeting: Option<&Attendance>,
-        peers: &Gathering<'_>,
-    ) -> Result<Arc<Event>, Failed> {
-        let stream = self.stream.as_ref().expect("the first rank of a device has a stream");
-        // SAFETY: every rank guarantees it for its part.
-        let launched = unsafe {
-            launch_all(&self.context, stream, (meeting, peers.position), parts, &self.done)
-        };
-        launched.map(|()| self.done.clone()).inspect_err(|_| {
-            // Half an average may wait for the other half. It ends by this.
-            peers.world.poison(Failure { kind: PA_DEPARTED, position: peers.position });
-            if let Some(meeting) = meeting {
-                meeting.release();
-            }
-            // SAFETY: this rank's stream; the context is bound.
-            let _ = unsafe { call!(cuStreamSynchronize(stream.raw())) };
-        })
     }
 
     /// Makes an average a part of the graph that is captured on the stream.

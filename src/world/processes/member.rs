@@ -1,63 +1,72 @@
 //! Membership of a process in one view, and the exchange of messages with all other members.
 
+mod handshake;
+pub(crate) mod p2p_probe;
+pub(crate) mod rebuild;
+pub(crate) mod wire_handshake;
+
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::frame::{Frame, Kind};
-use super::peer_set::{CurrentView, PeerSet, ViewStatus};
-use super::peer_state::{Ring, State};
 use crate::error::Phase;
 use crate::world::gather::{Call, Inbox, Silence, Why};
-use crate::world::{Agreement, Placement};
+use crate::world::handshake::Agreement;
+use crate::world::placement::Placement;
+use crate::world::processes::peers::peer_set::{CurrentView, PeerSet, ViewStatus};
+use crate::world::processes::peers::state::{Ring, State};
+use crate::world::processes::wire::frame::{Frame, Kind};
 use crate::{deadline, Error, Result};
+
+/// Longest time from `Communicator::join` to the averager of the joiner.
+pub(crate) const JOINING: Duration = Duration::from_secs(60);
 
 /// Membership of this process in one view.
 #[derive(Clone, Debug)]
-pub(super) struct Member {
-    pub(super) peer_set: Arc<PeerSet>,
-    pub(super) view: CurrentView,
+pub(crate) struct Member {
+    pub(crate) peer_set: Arc<PeerSet>,
+    pub(crate) view: CurrentView,
 }
 
 impl Member {
     /// Membership in the current view.
-    pub(super) fn new(peer_set: PeerSet) -> Member {
+    pub(crate) fn new(peer_set: PeerSet) -> Member {
         let view = peer_set.current();
         Member { peer_set: Arc::new(peer_set), view }
     }
 
-    pub(super) fn rank(&self) -> usize {
+    pub(crate) fn rank(&self) -> usize {
         self.rank_of(self.peer_set.me)
     }
 
-    pub(super) fn rank_of(&self, peer: usize) -> usize {
+    pub(crate) fn rank_of(&self, peer: usize) -> usize {
         self.ids().iter().position(|&other| other == peer).expect("a member")
     }
 
     /// Ids of all members, by rank.
-    pub(super) fn ids(&self) -> &[usize] {
+    pub(crate) fn ids(&self) -> &[usize] {
         self.view.members()
     }
 
     /// Number of the view.
-    pub(super) fn number(&self) -> u32 {
+    pub(crate) fn number(&self) -> u32 {
         self.view.number()
     }
 
     /// Ids of all other members.
-    pub(super) fn others(&self) -> impl Iterator<Item = usize> + '_ {
+    pub(crate) fn others(&self) -> impl Iterator<Item = usize> + '_ {
         self.ids().iter().copied().filter(|&peer| peer != self.peer_set.me)
     }
 
-    pub(super) fn status(&self) -> MutexGuard<'_, ViewStatus> {
+    pub(crate) fn status(&self) -> MutexGuard<'_, ViewStatus> {
         self.view.status()
     }
 
     /// The failure that ended this view, if any. Returns the failure itself once and `Poisoned`
     /// afterwards.
-    pub(super) fn failure(&self) -> Option<Error> {
+    pub(crate) fn failure(&self) -> Option<Error> {
         let mut status = self.status();
         let failure = status.failure.clone()?;
         let told = std::mem::replace(&mut status.told, true);
@@ -65,7 +74,7 @@ impl Member {
     }
 
     /// Records that this view has failed.
-    pub(super) fn fail(&self, error: &Error) {
+    pub(crate) fn fail(&self, error: &Error) {
         let mut status = self.status();
         status.told = true;
         status.failure.get_or_insert_with(|| error.clone());
@@ -73,7 +82,7 @@ impl Member {
 
     /// See `Elastic::has_lost_a_member`. A peer may report a failure before this process detects
     /// the departure.
-    pub(super) fn has_lost_a_member(&self) -> bool {
+    pub(crate) fn has_lost_a_member(&self) -> bool {
         let view = self.number();
         if self.status().failure.is_some() {
             return true;
@@ -86,14 +95,14 @@ impl Member {
         lost || state.built().into_iter().any(has_failed)
     }
 
-    pub(super) fn watch(&self, agreement: &Arc<Agreement>, placement: &Placement) -> Result<()> {
+    pub(crate) fn watch(&self, agreement: &Arc<Agreement>, placement: &Placement) -> Result<()> {
         let peers = placement.order().iter().map(|&rank| self.ids()[rank]).collect();
         self.peer_set.watch(agreement, Ring { view: self.number(), peers });
         self.failure().map_or(Ok(()), Err) // aborted meanwhile
     }
 
     /// A call that all members make, from now on.
-    pub(super) fn call<'a>(&self, name: &'a str, phase: Phase, timeout: Duration) -> Call<'a> {
+    pub(crate) fn call<'a>(&self, name: &'a str, phase: Phase, timeout: Duration) -> Call<'a> {
         let (rank, size, deadline) = (self.rank(), self.ids().len(), deadline::after(timeout));
         Call { rank, size, name, phase, timeout, deadline }
     }
@@ -101,7 +110,7 @@ impl Member {
     /// Sends a message to every other member and waits for theirs, which are returned by rank;
     /// `None` for this rank. Collective. `kind` and `number` tell the messages of this call from
     /// all others of the view.
-    pub(super) fn all_gather(
+    pub(crate) fn all_gather(
         &self,
         call: &Call<'_>,
         kind: (Kind, u32),
@@ -112,7 +121,7 @@ impl Member {
     }
 
     /// As `all_gather`. `refuses` and `has_left` are those of [`Call::receive`].
-    pub(super) fn all_gather_until(
+    pub(crate) fn all_gather_until(
         &self,
         call: &Call<'_>,
         (kind, number): (Kind, u32),

@@ -1,64 +1,47 @@
 //! Ranks that are processes of one host. They exchange messages over Unix sockets and share the
 //! memory of their mailboxes.
 
-mod agree;
-mod ancestry;
-mod confirm;
-mod credentials;
-mod exchange;
-mod frame;
-mod host_info;
-mod job;
-mod join_listener;
-mod joiner;
-mod launcher;
-mod listener;
+mod identity;
+mod join;
 mod member;
-mod p2p_probe;
-mod peer_set;
-mod peer_state;
 mod peers;
-mod private;
-mod rebuild;
 mod rendezvous;
 mod view_board;
 mod view_change;
-mod wire_handshake;
+mod wire;
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use super::bootstrap::{Abort, Bootstrap, Elastic};
-use super::exchange::{in_exchange, missing};
-use super::{
-    AbortHandle, Agreement, Communicator, ExchangeId, Handshake, Placement, Rebuild, Shown, WorldId,
-};
+use self::rendezvous::RankInfo;
 use crate::abi::PA_MAX_WORLD;
 use crate::backend::limits;
 use crate::error::Phase;
+use crate::world::bootstrap::{Abort, AbortHandle, Bootstrap, Elastic, Rebuild};
+use crate::world::exchange::{in_exchange, missing, ExchangeId, Shown};
+use crate::world::handshake::{Agreement, Handshake};
+use crate::world::placement::Placement;
+use crate::world::world_id::WorldId;
 use crate::{notice, Device, Error, Result};
-use exchange::key_of;
-use frame::Kind;
-pub(super) use host_info::HostInfo;
-use host_info::LocalDevice;
-use job::Job;
-pub(super) use job::Known;
-use join_listener::JoinListener;
-use member::Member;
-use peer_set::PeerSet;
-use peers::NoReceiver;
+use identity::job::Job;
+pub(crate) use identity::job::Known;
+use identity::launcher;
+use join::joiner;
+use join::listener::JoinListener;
+use member::{p2p_probe, Member, JOINING};
+use peers::connections::NoReceiver;
+use peers::host_info::{HostInfo, LocalDevice};
+use peers::peer_set::PeerSet;
 #[cfg(feature = "__testing")]
 pub use rendezvous::testing;
-use rendezvous::RankInfo;
 use view_board::ViewBoard;
-
-/// Longest time from `Communicator::join` to the averager of the joiner.
-const JOINING: Duration = Duration::from_secs(60);
+use wire::exchange::key_of;
+use wire::frame::Kind;
 
 /// Membership of a process in one view of a world.
 #[derive(Debug)]
-pub(super) struct ProcessBootstrap {
+pub(crate) struct ProcessBootstrap {
     member: Member,
     placement: Placement,
     /// Listener of this process for joiners.
@@ -67,20 +50,20 @@ pub(super) struct ProcessBootstrap {
 
 /// Identity of a rank, from a launcher or from the caller.
 #[derive(Clone, Debug)]
-pub(super) struct Setup {
-    pub(super) rank: usize,
-    pub(super) world_size: usize,
-    pub(super) name: String,
+pub(crate) struct Setup {
+    pub(crate) rank: usize,
+    pub(crate) world_size: usize,
+    pub(crate) name: String,
     /// Source of the name, for messages.
-    pub(super) source: String,
-    pub(super) known: Known,
+    pub(crate) source: String,
+    pub(crate) known: Known,
     /// The variable that gave the rank.
-    pub(super) variable: Option<&'static str>,
+    pub(crate) variable: Option<&'static str>,
 }
 
 impl Setup {
     /// Reads the environment. A `given` name takes precedence.
-    pub(super) fn of_the_environment(given: Option<String>) -> Result<Setup> {
+    pub(crate) fn of_the_environment(given: Option<String>) -> Result<Setup> {
         let failed = |problem| Error::Environment { problem };
         launcher::variables().try_for_each(|name| text(name).map(drop))?;
         let launcher::Launched { rank, world_size, name, source, known, variable } =
@@ -89,12 +72,12 @@ impl Setup {
     }
 
     /// True if a launcher has set a rank.
-    pub(super) fn is_in_the_environment() -> bool {
+    pub(crate) fn is_in_the_environment() -> bool {
         launcher::Launched::is_there(variable)
     }
 
     /// The name from `PARAM_AVERAGER_RENDEZVOUS` alone.
-    pub(super) fn name_of_the_environment() -> Result<Option<String>> {
+    pub(crate) fn name_of_the_environment() -> Result<Option<String>> {
         Ok(text(launcher::RENDEZVOUS)?.filter(|name| !name.is_empty()))
     }
 }
@@ -126,7 +109,7 @@ fn text(name: &str) -> Result<Option<String>> {
 
 impl ProcessBootstrap {
     /// Meets the other ranks in a new world. Collective.
-    pub(super) fn meet(
+    pub(crate) fn meet(
         setup: Setup,
         device: Device,
         timeout: Duration,
@@ -167,7 +150,7 @@ impl ProcessBootstrap {
     }
 
     /// Joins a running world; see `Communicator::join`.
-    pub(super) fn join(name: &str, device: Device, timeout: Duration) -> Result<ProcessBootstrap> {
+    pub(crate) fn join(name: &str, device: Device, timeout: Duration) -> Result<ProcessBootstrap> {
         let failed = |reason| Error::JoinRefused { rendezvous: name.to_owned(), reason };
         let own = LocalDevice::find(device)
             .map_err(|reason| failed(format!("{device} is not available: {reason}")))?;
@@ -201,7 +184,7 @@ impl Bootstrap for ProcessBootstrap {
         number: Option<u32>,
         timeout: Duration,
     ) -> Result<Arc<Agreement>> {
-        self.exchange_handshakes(handshake, number, timeout).map(Arc::new)
+        self.member.agree(&self.placement, handshake, number, timeout).map(Arc::new)
     }
 
     fn all_gather(
@@ -241,7 +224,8 @@ impl Bootstrap for ProcessBootstrap {
     }
 
     fn change_view(&self, timeout: Duration, admits: bool) -> Result<Arc<dyn Bootstrap>> {
-        Ok(Arc::new(self.next_view(timeout, admits)?))
+        let member = self.member.next_view(self.world().name(), timeout, admits)?;
+        Ok(Arc::new(ProcessBootstrap::of(member, self.listener.clone())))
     }
 
     fn elastic(&self) -> Option<&dyn Elastic> {
@@ -293,16 +277,16 @@ impl Elastic for ProcessBootstrap {
     }
 
     fn register(&self, averager: Weak<dyn Rebuild>) {
-        self.register_averager(averager);
+        self.member.peer_set.averagers.register(averager);
     }
 
     fn rebuild(
         &self,
-        communicator: &Communicator,
+        own: &Arc<dyn Bootstrap>,
         averages: Option<&str>,
         timeout: Duration,
     ) -> Result<()> {
-        self.rebuild_all(communicator, averages, timeout)
+        self.member.rebuild(own, averages, timeout)
     }
 }
 

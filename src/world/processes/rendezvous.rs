@@ -3,13 +3,14 @@
 //! the name, for as long as it is in the world. This file holds the common part and the side of
 //! ranks 1 and above.
 
+pub(crate) mod confirm;
 mod host;
 mod name;
 #[cfg(feature = "__testing")]
 pub mod testing;
 
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -18,18 +19,21 @@ use rustix::event::{poll, PollFd, PollFlags, Timespec};
 use rustix::process::{getpid, pidfd_open, PidfdFlags};
 use serde::{Deserialize, Serialize};
 
-use super::confirm::{self, Confirmation};
-use super::credentials::{is_same_user, is_some_user, user_of_the_name, CAUSES};
-use super::frame::{self, Frame, Kind};
-use super::host_info::HostInfo;
-use super::job::Job;
-use super::listener;
-use super::private::Private;
-use super::view_board::ViewBoard;
 use crate::backend::limits::{why, Wanted};
 use crate::hash::fnv1a;
 use crate::notice::Notice;
-use crate::world::WorldId;
+use crate::world::processes::identity::credentials::{
+    is_same_user, is_some_user, user_of_the_name, CAUSES,
+};
+use crate::world::processes::identity::job::Job;
+use crate::world::processes::peers::connections::Connection;
+use crate::world::processes::peers::host_info::HostInfo;
+use crate::world::processes::view_board::ViewBoard;
+use crate::world::processes::wire::frame::{self, Frame, Kind};
+use crate::world::processes::wire::listener;
+use crate::world::processes::wire::private::Private;
+use crate::world::world_id::WorldId;
+use confirm::Confirmation;
 
 /// Time in which a rank that can't take part tries to tell the other ranks, which were started when
 /// it was.
@@ -48,7 +52,7 @@ const FOREIGN: u32 = 1;
 /// Number of a `Kind::Refuse` from the rank 0 of a world that has begun.
 const BEGUN: u32 = 2;
 /// Longest name in bytes. The short messages to unknown processes have room for it.
-pub(super) const MOST_NAME: usize = 1024;
+pub(crate) const MOST_NAME: usize = 1024;
 /// Characters of a reason that a first message has room for.
 const MOST_REASON: usize = 1200;
 
@@ -78,21 +82,21 @@ struct Welcome {
 /// Rank 0 of the first view, which identifies the world.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Origin {
-    pub(super) job: Job,
+pub(crate) struct Origin {
+    pub(crate) job: Job,
     /// Time at which all ranks had arrived, in milliseconds of Unix time.
     since: u64,
 }
 
 impl Origin {
     /// Origin of a world whose ranks have all arrived now.
-    pub(super) fn now(job: &Job) -> Origin {
+    pub(crate) fn now(job: &Job) -> Origin {
         let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         Origin { job: job.clone(), since: since.as_millis().try_into().unwrap_or(u64::MAX) }
     }
 
     /// Identity of the world for the user; `others` is the number of other worlds of the name.
-    pub(super) fn world(&self, name: &str, others: usize) -> WorldId {
+    pub(crate) fn world(&self, name: &str, others: usize) -> WorldId {
         WorldId {
             name: name.into(),
             process: self.job.process(),
@@ -106,41 +110,34 @@ impl Origin {
 
 /// Data about this process that it brings to the rendezvous.
 #[derive(Clone, Debug)]
-pub(super) struct RankInfo {
-    pub(super) name: String,
+pub(crate) struct RankInfo {
+    pub(crate) name: String,
     /// Source of the name, for messages.
-    pub(super) source: String,
-    pub(super) rank: usize,
-    pub(super) world_size: usize,
-    pub(super) host_info: HostInfo,
-    pub(super) job: Job,
+    pub(crate) source: String,
+    pub(crate) rank: usize,
+    pub(crate) world_size: usize,
+    pub(crate) host_info: HostInfo,
+    pub(crate) job: Job,
     /// The reason why this rank can't take part.
-    pub(super) refusal: Option<String>,
-}
-
-/// Connection to a peer: a socket, and a pidfd, if available, which shows the end of its process.
-#[derive(Debug)]
-pub(super) struct Connection {
-    pub(super) stream: Private<UnixStream>,
-    pub(super) process: Option<OwnedFd>,
+    pub(crate) refusal: Option<String>,
 }
 
 /// Result of a rendezvous.
 #[derive(Debug)]
-pub(super) struct Peers {
-    pub(super) board: ViewBoard,
+pub(crate) struct Peers {
+    pub(crate) board: ViewBoard,
     /// Connections by rank; `None` for this rank.
-    pub(super) peers: Vec<Option<(HostInfo, Connection)>>,
+    pub(crate) peers: Vec<Option<(HostInfo, Connection)>>,
     /// Streams to rank 0 for the last step of the rendezvous.
-    pub(super) confirmation: Confirmation,
-    pub(super) origin: Origin,
+    pub(crate) confirmation: Confirmation,
+    pub(crate) origin: Origin,
     /// Listener of rank 0, which holds the name and answers later processes.
-    pub(super) held: Option<listener::Listener>,
+    pub(crate) held: Option<listener::Listener>,
 }
 
 /// Meets the other ranks. Collective. An error says what is wrong and what to do. A rank that can't
 /// take part tells the ranks that arrive soon.
-pub(super) fn meet(me: &RankInfo, timeout: Duration) -> Result<Peers, String> {
+pub(crate) fn meet(me: &RankInfo, timeout: Duration) -> Result<Peers, String> {
     let timeout = if me.refusal.is_some() { timeout.min(REFUSING) } else { timeout };
     let deadline = crate::deadline::after(timeout);
     is_some_user()?;
@@ -154,7 +151,7 @@ pub(super) fn meet(me: &RankInfo, timeout: Duration) -> Result<Peers, String> {
 /// Abstract socket address of rank 0's rendezvous listener (`None`) or of join listener `listener`.
 /// The address is free when its process ends. Names longer than 64 bytes are truncated and suffixed
 /// with an FNV-1a hash.
-pub(super) fn address(name: &str, listener: Option<usize>) -> Result<SocketAddr, String> {
+pub(crate) fn address(name: &str, listener: Option<usize>) -> Result<SocketAddr, String> {
     if name.len() > MOST_NAME {
         return Err(format!(
             "the name of the world has {} bytes, but the limit is {MOST_NAME}: choose a shorter \
@@ -331,7 +328,7 @@ fn is_readable(stream: &UnixStream, until: Instant) -> io::Result<bool> {
 }
 
 /// Connects without blocking on a listener whose backlog is full.
-pub(super) fn connect(address: &SocketAddr) -> io::Result<UnixStream> {
+pub(crate) fn connect(address: &SocketAddr) -> io::Result<UnixStream> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
     let name = address.as_abstract_name().expect("made of one");
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;

@@ -45,25 +45,25 @@ struct List {
 }
 
 #[derive(Debug)]
-pub(super) struct ViewBoard {
+pub(crate) struct ViewBoard {
     memory: Memfd,
 }
 
 /// A view: an agreed list of members.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct View {
-    pub(super) number: u32,
+pub(crate) struct View {
+    pub(crate) number: u32,
     /// Ids of the members, by rank.
-    pub(super) members: Vec<usize>,
+    pub(crate) members: Vec<usize>,
     /// Id of the joiner that this view has admitted.
-    pub(super) joined: Option<usize>,
+    pub(crate) joined: Option<usize>,
     /// The value of `agreed` that decided this view.
     word: u64,
 }
 
 impl ViewBoard {
     /// Creates the board of a world whose first view has the ids 0 to `size` - 1, by rank.
-    pub(super) fn new(size: usize) -> Result<ViewBoard, String> {
+    pub(crate) fn new(size: usize) -> Result<ViewBoard, String> {
         let board = ViewBoard { memory: Memfd::new(size_of::<Words>())? };
         // Random: clock and pid are not unique across PID namespaces.
         let mut nonce = [0; 8];
@@ -76,32 +76,32 @@ impl ViewBoard {
     }
 
     /// Opens a board that another process has created.
-    pub(super) fn open(file: OwnedFd) -> Result<ViewBoard, String> {
+    pub(crate) fn open(file: OwnedFd) -> Result<ViewBoard, String> {
         Ok(ViewBoard { memory: Memfd::open(file, size_of::<Words>())? })
     }
 
-    pub(super) fn file(&self) -> BorrowedFd<'_> {
+    pub(crate) fn file(&self) -> BorrowedFd<'_> {
         self.memory.file()
     }
 
-    pub(super) fn nonce(&self) -> u64 {
+    pub(crate) fn nonce(&self) -> u64 {
         self.words().nonce.load(Ordering::Relaxed)
     }
 
     /// Takes an id that no process of this world has had. `None` after 2^32 ids.
-    pub(super) fn new_id(&self) -> Option<usize> {
+    pub(crate) fn new_id(&self) -> Option<usize> {
         let next = |id: u32| id.checked_add(1);
         let id = self.words().next_id.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
         id.ok().map(|id| id as usize)
     }
 
     /// The first view of a world of `size` ranks, which may have been replaced.
-    pub(super) fn first(size: usize) -> View {
+    pub(crate) fn first(size: usize) -> View {
         View { number: 0, members: (0..size).collect(), joined: None, word: 0 }
     }
 
     /// The current view.
-    pub(super) fn agreed(&self) -> View {
+    pub(crate) fn agreed(&self) -> View {
         loop {
             // Acquire: every word of the list is at least as new as the word that its proposer
             // wrote.
@@ -133,13 +133,13 @@ impl ViewBoard {
     }
 
     /// Number of the current view.
-    pub(super) fn view(&self) -> u32 {
+    pub(crate) fn view(&self) -> u32 {
         (self.words().agreed.load(Ordering::Acquire) >> 32) as u32
     }
 
     /// Proposes the view after `last`. The first proposal of any member decides. Does nothing
     /// unless `me` is a member of `last`. Each member proposes at most once per view.
-    pub(super) fn propose(&self, me: usize, last: &View, members: &[usize], joined: Option<usize>) {
+    pub(crate) fn propose(&self, me: usize, last: &View, members: &[usize], joined: Option<usize>) {
         let Some(rank) = last.members.iter().position(|&id| id == me) else { return };
         let next = last.number + 1;
         self.write(rank, next, members, joined);

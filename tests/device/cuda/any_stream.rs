@@ -242,8 +242,9 @@ fn steps_beside_the_null_stream() {
     }
 }
 
-/// Two ranks whose streams wait for each other, by their rules or because they are one stream, start
-/// their averages at the same time: the launch is behind the work of both, and before neither's.
+/// Two ranks whose streams wait for each other, by their rules or because they are one stream,
+/// start their averages at the same time: the launch is behind the work of both, and before
+/// neither's.
 fn streams_that_wait_for_each_other() {
     for (first, second, waits) in [
         (NonBlocking, None, false),

@@ -101,10 +101,22 @@ fn good() -> Vec<Case> {
         counter: 3,
         ..Case::default()
     });
+    cases.extend(sequenced());
     // Five ranks: more than Direct unrolls.
     let tensors = vec![(Bf16, 5 * 8 * 40 + 3, 0, 0), (Bf16, 99, 3, 0)];
     cases.push(Case { world: 5, tensors, how: How::Direct, channels: 2, ..Case::default() });
     cases
+}
+
+/// Segment by segment, with room for the chunks of two segments: nothing waits.
+fn sequenced() -> Vec<Case> {
+    let case = Case { how: How::Sequenced, slots: 16, chunk: 64, ..Case::default() };
+    let tensors = vec![(Bf16, 8 * 300, 0, 1), (F32, 4 * 200 + 3, 1, 0), (Bf16, 77, 0, 0)];
+    vec![
+        case.clone(),
+        Case { world: 3, tensors: tensors.clone(), wire_f32: true, averages: 2, ..case.clone() },
+        Case { world: 4, tensors, channels: 1, reject: true, counter: u32::MAX, ..case },
+    ]
 }
 
 fn compare(case: &Case, fatbin: &[u8], own_devices: bool) {
@@ -129,6 +141,10 @@ fn compare(case: &Case, fatbin: &[u8], own_devices: bool) {
                 (PA_COMMITTED, 1),
                 "rank {rank}, {case:?}"
             );
+            // Launches of several devices overlap: no host orders the segments here.
+            if case.how == How::Sequenced && !own_devices {
+                assert_eq!(status.waited_ns, 0, "rank {rank} has waited, {case:?}");
+            }
         }
     }
     if case.averages == 1 {
@@ -159,6 +175,7 @@ fn racing() -> Vec<Case> {
         case.clone(),
         Case { how: How::Commit, world: 3, reject: true, ..case.clone() },
         Case { how: How::Direct, world: 3, reject: true, averages: 2, ..case.clone() },
+        Case { how: How::Sequenced, slots: 16, reject: true, ..case.clone() },
         Case { how: How::Direct, tensors: tensors(), ..case.clone() },
         Case { how: How::Ring, world: 3, tensors: halves, wire_f32: true, averages: 2, ..case },
     ]
@@ -194,15 +211,16 @@ fn failures(fatbin: &[u8]) {
             }
         }
     };
-    for how in [How::Direct, How::Ring, How::Commit] {
-        let case = Case { world: 3, how, ..Case::default() };
+    for how in [How::Direct, How::Ring, How::Commit, How::Sequenced] {
+        let case = Case { world: 3, how, slots: 64, ..Case::default() };
         let missing = Case { missing: Some(2), timeout_ms: 2000, ..case.clone() };
         expect(&missing, &run(&missing), Some(2), PA_TIMEOUT, 2, &[PA_AT_MEET]);
         let aborted = Case { missing: Some(2), abort: true, ..case.clone() };
         expect(&aborted, &run(&aborted), Some(2), PA_ABORTED, 1, &[PA_AT_MEET]);
         let nan = Case { reject: true, nan: Some((1, 0, 2222)), ..case.clone() };
         let outcome = run(&nan);
-        let found = if how == How::Commit { PA_AT_COMMIT } else { PA_AT_MEET };
+        let commits_late = matches!(how, How::Commit | How::Sequenced);
+        let found = if commits_late { PA_AT_COMMIT } else { PA_AT_MEET };
         expect(&nan, &outcome, None, PA_NON_FINITE, 1, &[found]);
         let named = outcome.channels.iter().flatten().all(|c| c.status.detail == 1 + 2222);
         assert!(named, "every block knows the element, {nan:?}");

@@ -12,17 +12,16 @@ use std::time::{Duration, Instant};
 use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
 use super::name::{self, Pending, TWO_JOBS};
-use super::{
-    is_early, Connection, Hello, Origin, Peers, RankInfo, Welcome, CAUSES, GRACE, REFUSING,
-};
+use super::{is_early, Hello, Origin, Peers, RankInfo, Welcome, CAUSES, GRACE, REFUSING};
 use crate::backend::limits::{why, Wanted};
 use crate::notice::Notice;
-use crate::world::processes::confirm::Confirmation;
-use crate::world::processes::frame::{self, Frame, Kind};
-use crate::world::processes::job::Job;
-use crate::world::processes::listener::{self, Listener};
-use crate::world::processes::private::Private;
+use crate::world::processes::identity::job::Job;
+use crate::world::processes::peers::connections::Connection;
+use crate::world::processes::rendezvous::confirm::Confirmation;
 use crate::world::processes::view_board::ViewBoard;
+use crate::world::processes::wire::frame::{self, Frame, Kind};
+use crate::world::processes::wire::listener::{self, Listener};
+use crate::world::processes::wire::private::Private;
 
 /// Time to wait for a rank of this job after a process of another job has claimed that rank.
 const FOREIGN_WAIT: Duration = Duration::from_secs(5);

@@ -11,11 +11,11 @@ use super::{
 };
 use crate::backend::limits::{why, Wanted};
 use crate::notice::Notice;
-use crate::world::processes::ancestry::Process;
-use crate::world::processes::credentials::Credentials;
-use crate::world::processes::frame::{self, Frame, Kind};
-use crate::world::processes::listener::{self, Listener};
-use crate::world::processes::private::Private;
+use crate::world::processes::identity::ancestry::Process;
+use crate::world::processes::identity::credentials::Credentials;
+use crate::world::processes::wire::frame::{self, Frame, Kind};
+use crate::world::processes::wire::listener::{self, Listener};
+use crate::world::processes::wire::private::Private;
 
 /// Time that a process holding the name has for one answer, and in all. A process that is ending
 /// has no such limit.

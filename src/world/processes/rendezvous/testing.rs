@@ -6,17 +6,15 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use super::{address, connect, meet, welcomed, Hello, Origin, Peers, RankInfo, Welcome};
-use crate::backend::{MemoryHandle, MemorySpace};
+use crate::backend::MemorySpace;
 use crate::device::Device;
-use crate::world::processes::frame::{self, Frame, Kind};
-use crate::world::processes::host_info::HostInfo;
-use crate::world::processes::job::{Job, Known};
-use crate::world::processes::join_listener::{JoinOffer, JoinRequest};
-use crate::world::processes::rebuild::AveragerList;
-use crate::world::processes::wire_handshake::{Reader, WireHandshake};
-use crate::world::Shown;
+use crate::world::exchange::Shown;
+use crate::world::processes::identity::job::{Job, Known};
+use crate::world::processes::member::wire_handshake::{Reader, WireHandshake};
+use crate::world::processes::peers::host_info::HostInfo;
+use crate::world::processes::wire::frame::{self, Frame, Kind};
 
-pub use crate::world::processes::listener::testing::set_hello_time;
+pub use crate::world::processes::wire::listener::testing::set_hello_time;
 
 /// A function that receives messages.
 #[derive(Clone, Copy, Debug)]
@@ -93,14 +91,11 @@ impl Received {
                 let opened = WireHandshake::read(frame, 1);
                 opened.and_then(|unopened| unopened.open(reader)).is_ok()
             }
-            Kind::JoinRequest => frame.parse::<JoinRequest>().is_ok(),
-            Kind::JoinOffer => frame.parse::<JoinOffer>().is_ok(),
             Kind::Ready => frame.parse::<Vec<usize>>().is_ok(),
-            Kind::Reach => frame.parse::<Option<MemoryHandle>>().is_ok(),
-            Kind::Averagers => frame.parse::<AveragerList>().is_ok(),
             Kind::Verdict => frame.parse::<Option<String>>().is_ok(),
             Kind::Exchange => frame.parse::<Shown>().is_ok(),
-            Kind::Abort | Kind::Connect | Kind::Connected | Kind::JoinPending => true,
+            Kind::Abort => true,
+            _ => unreachable!("no receiver takes it"),
         }
     }
 }

@@ -11,24 +11,24 @@ use std::os::fd::OwnedFd;
 
 use serde::de::DeserializeOwned;
 
-pub(super) use receive::{receive, short_of_files};
-pub(super) use send::{send, send_to_all};
+pub(crate) use receive::{receive, short_of_files};
+pub(crate) use send::{send, send_to_all};
 
 /// Version of all messages. A message of another version is refused.
 const VERSION: u16 = 5;
 const MAGIC: [u8; 4] = *b"PAVG";
 const HEADER: usize = 20;
 /// Error kind: this process lacks file descriptors or memory for a message.
-pub(super) const SHORT: ErrorKind = ErrorKind::QuotaExceeded;
+pub(crate) const SHORT: ErrorKind = ErrorKind::QuotaExceeded;
 /// Error kind: the message has another version.
-pub(super) const OTHER_VERSION: ErrorKind = ErrorKind::Unsupported;
+pub(crate) const OTHER_VERSION: ErrorKind = ErrorKind::Unsupported;
 /// Limit on files of one message. The kernel's own limit is 253.
-pub(super) const MOST_FILES: usize = 64;
+pub(crate) const MOST_FILES: usize = 64;
 
 /// The type of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     /// Rank to rank 0: request to take part in the world.
     Hello = 1,
     /// Rank 0 to rank: descriptions of all ranks, with sockets to them.
@@ -83,19 +83,19 @@ impl Kind {
 
 /// One message.
 #[derive(Debug)]
-pub(super) struct Frame {
-    pub(super) kind: Kind,
+pub(crate) struct Frame {
+    pub(crate) kind: Kind,
     /// The sender's view. Messages of earlier views are ignored.
-    pub(super) view: u32,
+    pub(crate) view: u32,
     /// Tells messages of one kind and view apart.
-    pub(super) number: u32,
-    pub(super) body: Vec<u8>,
-    pub(super) files: Vec<OwnedFd>,
+    pub(crate) number: u32,
+    pub(crate) body: Vec<u8>,
+    pub(crate) files: Vec<OwnedFd>,
     /// True if the files were lost because this process had no file descriptors.
-    pub(super) is_short: bool,
+    pub(crate) is_short: bool,
 }
 
-pub(super) fn header(
+pub(crate) fn header(
     (kind, view, number): (Kind, u32, u32),
     bytes: usize,
     files: usize,
@@ -112,7 +112,7 @@ pub(super) fn header(
 }
 
 impl Frame {
-    pub(super) fn parse<T: DeserializeOwned>(&self) -> io::Result<T> {
+    pub(crate) fn parse<T: DeserializeOwned>(&self) -> io::Result<T> {
         Ok(serde_json::from_slice(&self.body)?)
     }
 }

@@ -10,18 +10,19 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{getpid, pidfd_open, PidfdFlags};
 
-use super::credentials::{is_same_user, is_some_user, CAUSES};
-use super::frame::{self, Frame, Kind};
-use super::host_info::{HostInfo, LocalDevice};
-use super::join_listener::{JoinOffer, JoinRequest, MOST_LISTENERS, PATIENCE};
-use super::peer_set::{CurrentView, PeerSet};
-use super::private::Private;
-use super::rendezvous::{address, connect, Connection, Origin};
-use super::view_board::{View, ViewBoard};
 use crate::abi::PA_MAX_WORLD;
 use crate::backend::limits::{self, is_shortage, Wanted};
 use crate::notice::Notice;
 use crate::sync::lock;
+use crate::world::processes::identity::credentials::{is_same_user, is_some_user, CAUSES};
+use crate::world::processes::join::listener::{JoinOffer, JoinRequest, MOST_LISTENERS, PATIENCE};
+use crate::world::processes::peers::connections::Connection;
+use crate::world::processes::peers::host_info::{HostInfo, LocalDevice};
+use crate::world::processes::peers::peer_set::{CurrentView, PeerSet};
+use crate::world::processes::rendezvous::{address, connect, Origin};
+use crate::world::processes::view_board::{View, ViewBoard};
+use crate::world::processes::wire::frame::{self, Frame, Kind};
+use crate::world::processes::wire::private::Private;
 
 /// Shortest pause between two attempts to find a world, or to reach a member that does not answer.
 const AGAIN: Duration = Duration::from_millis(20);
@@ -31,7 +32,7 @@ const FURTHER: Duration = Duration::from_millis(200);
 const MOST_WORLDS: usize = 64;
 
 /// Joins a world. Also returns its origin, and the number of other worlds of the name.
-pub(super) fn join(
+pub(crate) fn join(
     name: &str,
     own: LocalDevice,
     timeout: Duration,

@@ -9,18 +9,18 @@ use std::time::{Duration, Instant};
 use rustix::process::{getpid, pidfd_open, PidfdFlags};
 use serde::{Deserialize, Serialize};
 
-use super::frame::{self, Frame, Kind};
-use super::host_info::HostInfo;
-use super::listener;
-use super::peers::Connections;
-use super::private::Private;
-use super::rendezvous::{address, Connection, Origin};
 use crate::backend::limits::thread;
-use crate::world::WorldId;
+use crate::world::processes::peers::connections::{Connection, Connections};
+use crate::world::processes::peers::host_info::HostInfo;
+use crate::world::processes::rendezvous::{address, Origin};
+use crate::world::processes::wire::frame::{self, Frame, Kind};
+use crate::world::processes::wire::listener;
+use crate::world::processes::wire::private::Private;
+use crate::world::world_id::WorldId;
 
 /// Number of join listeners that the worlds of one name share. Larger than a world, so that each
 /// rank finds a free one.
-pub(super) const MOST_LISTENERS: usize = 64;
+pub(crate) const MOST_LISTENERS: usize = 64;
 /// Limit on joiners that wait at one listener.
 const MOST_JOINERS: usize = 16;
 /// Limit on departed joiners that a member remembers, so that the departure of a joiner that is
@@ -29,32 +29,32 @@ const MOST_DEPARTED: usize = 64;
 /// Pause between two attempts to bind a listener.
 const AGAIN: Duration = Duration::from_millis(200);
 /// Time for one message.
-pub(super) const PATIENCE: Duration = Duration::from_secs(2);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(2);
 
 /// First message of a joiner.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct JoinRequest {
-    pub(super) crate_version: String,
-    pub(super) name: String,
-    pub(super) host_info: HostInfo,
+pub(crate) struct JoinRequest {
+    pub(crate) crate_version: String,
+    pub(crate) name: String,
+    pub(crate) host_info: HostInfo,
 }
 
 /// Answer of a member, sent with the view board of the world.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct JoinOffer {
+pub(crate) struct JoinOffer {
     /// Id of the member that this listener belongs to.
-    pub(super) id: usize,
-    pub(super) host_info: HostInfo,
+    pub(crate) id: usize,
+    pub(crate) host_info: HostInfo,
     /// Identifies the world among those of its name.
-    pub(super) nonce: u64,
-    pub(super) origin: Origin,
+    pub(crate) nonce: u64,
+    pub(crate) origin: Origin,
 }
 
 /// A join listener, open until it is dropped.
 #[derive(Debug)]
-pub(super) struct JoinListener {
+pub(crate) struct JoinListener {
     world: WorldId,
     _closes: mpsc::Sender<()>,
     /// Rank 0's rendezvous listener, which holds the name of the world and answers later processes.
@@ -64,7 +64,7 @@ pub(super) struct JoinListener {
 impl JoinListener {
     /// Opens the listener in the background. Failure to bind is not an error: the world runs, but
     /// cannot be joined until a number or a descriptor is free.
-    pub(super) fn open(
+    pub(crate) fn open(
         name: &str,
         origin: Origin,
         me: usize,
@@ -98,12 +98,12 @@ impl JoinListener {
     }
 
     /// Sets the number of other worlds of the name.
-    pub(super) fn with_others(mut self, others: usize) -> JoinListener {
+    pub(crate) fn with_others(mut self, others: usize) -> JoinListener {
         self.world.others = others;
         self
     }
 
-    pub(super) fn world(&self) -> &WorldId {
+    pub(crate) fn world(&self) -> &WorldId {
         &self.world
     }
 }
@@ -194,7 +194,7 @@ fn serve(
 mod tests {
     use super::*;
     use crate::device::Device;
-    use crate::world::processes::job::{Job, Known};
+    use crate::world::processes::identity::job::{Job, Known};
     use crate::world::processes::rendezvous::connect;
     use crate::world::processes::view_board::ViewBoard;
 

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 
 /// Possible causes of ranks not finding one another, for error messages.
-pub(super) const CAUSES: &str =
+pub(crate) const CAUSES: &str =
     "ranks find one another only within one network namespace (containers need a common one, such \
         as --network=host) and as one user";
 /// Default of the kernel's overflow uid, if /proc does not tell it.
@@ -19,9 +19,9 @@ const OVERFLOW: u32 = 65534;
 
 /// `SO_PEERCRED` of a stream: the process that connected, or that called listen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Credentials {
+pub(crate) struct Credentials {
     /// `None` if the process is outside of this PID namespace.
-    pub(super) pid: Option<u32>,
+    pub(crate) pid: Option<u32>,
     /// The effective uid, as this process's user namespace maps it.
     uid: u32,
 }
@@ -29,7 +29,7 @@ pub(super) struct Credentials {
 impl Credentials {
     /// Reads the credentials. rustix is not used: its type for a pid cannot hold the 0 that the
     /// kernel reports for a process of another PID namespace.
-    pub(super) fn of(stream: &UnixStream) -> io::Result<Credentials> {
+    pub(crate) fn of(stream: &UnixStream) -> io::Result<Credentials> {
         let mut found = libc::ucred { pid: 0, uid: 0, gid: 0 };
         let mut bytes = size_of::<libc::ucred>() as libc::socklen_t;
         // SAFETY: the descriptor is borrowed and open, and `found` has room for the `bytes` that
@@ -55,21 +55,21 @@ impl Credentials {
 
 /// Refuses a peer of another user. Any user may connect to an abstract name, and only processes of
 /// this user are trusted.
-pub(super) fn is_same_user(stream: &UnixStream) -> Result<Credentials, String> {
+pub(crate) fn is_same_user(stream: &UnixStream) -> Result<Credentials, String> {
     let found = Credentials::of(stream).map_err(|error| format!("SO_PEERCRED: {error}"))?;
     Users::now().check(found.uid)?;
     Ok(found)
 }
 
 /// Fails if this process can't tell its own user from others.
-pub(super) fn is_some_user() -> Result<(), String> {
+pub(crate) fn is_some_user() -> Result<(), String> {
     let users = Users::now();
     users.check(users.own)
 }
 
 /// Uid for the listening socket's name, as the parent user namespace has it. Ranks inside and
 /// outside of a rootless container are one user with different uids.
-pub(super) fn user_of_the_name() -> u32 {
+pub(crate) fn user_of_the_name() -> u32 {
     Users::now().outside()
 }
 

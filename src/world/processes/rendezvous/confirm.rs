@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags};
 
-use super::frame::{self, Kind};
-use super::private::Private;
+use crate::world::processes::wire::frame::{self, Kind};
+use crate::world::processes::wire::private::Private;
 
 /// Time for a rank to confirm. A silent rank is stopped or departed, which its peers detect later
 /// in any case.
@@ -19,24 +19,24 @@ const MOST_REASON: usize = 2000;
 
 /// The streams of the rendezvous: rank 0's to every other rank, or another rank's to rank 0.
 #[derive(Debug, Default)]
-pub(super) struct Confirmation {
+pub(crate) struct Confirmation {
     streams: Vec<(usize, Private<UnixStream>)>,
 }
 
 impl Confirmation {
-    pub(super) fn of_rank_0(
+    pub(crate) fn of_rank_0(
         connections: impl Iterator<Item = (usize, Private<UnixStream>)>,
     ) -> Confirmation {
         Confirmation { streams: connections.collect() }
     }
 
-    pub(super) fn of_other_rank(stream: Private<UnixStream>) -> Confirmation {
+    pub(crate) fn of_other_rank(stream: Private<UnixStream>) -> Confirmation {
         Confirmation { streams: vec![(0, stream)] }
     }
 
     /// Reports whether this rank has all that it needs, and returns when all ranks have reported.
     /// Collective. A refusal is an error on every rank.
-    pub(super) fn give(self, own: Result<(), String>) -> Result<(), String> {
+    pub(crate) fn give(self, own: Result<(), String>) -> Result<(), String> {
         match &self.streams[..] {
             [(0, first)] => {
                 send_verdict(first, own.as_ref().err());
@@ -56,7 +56,7 @@ impl Confirmation {
 }
 
 /// Tells rank 0 why this rank fails.
-pub(super) fn refuse(stream: &Private<UnixStream>, reason: &String) {
+pub(crate) fn refuse(stream: &Private<UnixStream>, reason: &String) {
     send_verdict(stream, Some(reason));
 }
 

@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use serde::{de::DeserializeOwned, Deserialize, Serialize};
 
-use super::frame::{Frame, Kind};
-use super::member::Member;
+use super::Member;
 use crate::backend::cuda::{peer, IpcPeer, IpcProbe, Round};
 use crate::backend::proximity::PeerAccess;
 use crate::backend::MemoryHandle;
 use crate::error::Phase;
 use crate::world::gather::{Call, Silence, Why};
+use crate::world::processes::wire::frame::{Frame, Kind};
 
 /// First message of a rank.
 #[derive(Serialize, Deserialize)]
@@ -64,7 +64,7 @@ struct State {
 ///
 /// The same steps run in the opposite direction at the same time. More data follow while all probes
 /// are quick.
-pub(super) fn find(member: &Member, timeout: Duration) -> Result<(), String> {
+pub(crate) fn find(member: &Member, timeout: Duration) -> Result<(), String> {
     let own = member.peer_set.host_infos().own().clone();
     let call = member.call("test peer access", Phase::Build, timeout);
     let (size, me) = (call.size, call.rank);

@@ -11,14 +11,14 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{poll, PollFd, PollFlags};
 
-use super::credentials::is_same_user;
-use super::frame::{self, Frame, Kind};
-use super::private::Private;
 use crate::backend::limits::thread;
 use crate::sync::lock;
+use crate::world::processes::identity::credentials::is_same_user;
+use crate::world::processes::wire::frame::{self, Frame, Kind};
+use crate::world::processes::wire::private::Private;
 
 /// Limit on connections whose first message is incomplete.
-pub(super) const MOST: usize = 64;
+pub(crate) const MOST: usize = 64;
 /// Time for the first message.
 const HELLO: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 2000 });
 /// Time for the first message if other connections wait for it.
@@ -44,7 +44,7 @@ pub mod testing {
 
     static MILLIS: AtomicU64 = AtomicU64::new(super::HELLO.as_millis() as u64);
 
-    pub(super) fn hello_time() -> Duration {
+    pub(crate) fn hello_time() -> Duration {
         Duration::from_millis(MILLIS.load(Ordering::Relaxed))
     }
 
@@ -56,7 +56,7 @@ pub mod testing {
 
 /// A listening socket. Dropping it shuts the socket down and frees the name soon after.
 #[derive(Debug)]
-pub(super) struct Listener {
+pub(crate) struct Listener {
     // Dropped in this order: the thread waits for `_open`, so it is the last owner of the socket.
     listener: Arc<Private<UnixListener>>,
     short: Arc<Shortage>,
@@ -83,7 +83,7 @@ impl Listener {
     /// Dropping the listener waits for no thread: closing a file from an unknown process can take
     /// as long as that process chooses (`SO_LINGER`). So `handle` may still be called shortly after
     /// the drop.
-    pub(super) fn open(
+    pub(crate) fn open(
         listener: UnixListener,
         kinds: &'static [Kind],
         most_files: usize,
@@ -127,14 +127,14 @@ impl Listener {
     }
 
     /// The missing resource, if any, and what to do.
-    pub(super) fn shortage(&self) -> Option<String> {
+    pub(crate) fn shortage(&self) -> Option<String> {
         let thread = lock(&self.short.thread).clone();
         thread.or_else(|| self.short.files.load(Ordering::Relaxed).then(frame::short_of_files))
     }
 
     /// True if no connection can be read: a thread or a file descriptor is missing, although no
     /// other connection holds one.
-    pub(super) fn is_stuck(&self) -> bool {
+    pub(crate) fn is_stuck(&self) -> bool {
         let thread = lock(&self.short.thread);
         thread.is_some() || self.short.is_alone.load(Ordering::Relaxed)
     }
@@ -142,14 +142,14 @@ impl Listener {
 
 /// A socket on which no connection is read, since no thread could be started.
 #[derive(Debug)]
-pub(super) struct Shut {
-    pub(super) reason: String,
+pub(crate) struct Shut {
+    pub(crate) reason: String,
     listener: Arc<Private<UnixListener>>,
 }
 
 impl Shut {
     /// Answers up to `most` connections with a reason, on this thread.
-    pub(super) fn refuse(
+    pub(crate) fn refuse(
         &self,
         kinds: &[Kind],
         most_files: usize,

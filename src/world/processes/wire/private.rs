@@ -18,13 +18,13 @@ static REGISTERED: [AtomicI32; MOST] = [const { AtomicI32::new(FREE) }; MOST];
 /// A socket that each child forked without exec finds replaced by an unconnected one. Closing or
 /// shutting down the child's copy does not affect this process.
 #[derive(Debug)]
-pub(super) struct Private<T: AsFd> {
+pub(crate) struct Private<T: AsFd> {
     slot: Option<&'static AtomicI32>,
     socket: T,
 }
 
 impl<T: AsFd> Private<T> {
-    pub(super) fn new(socket: T) -> Private<T> {
+    pub(crate) fn new(socket: T) -> Private<T> {
         static HANDLER: Once = Once::new();
         // SAFETY: the handler calls async-signal-safe functions only, and is never unloaded: it is
         // a function of this program. Without memory for it, children keep their copies.

@@ -1,16 +1,16 @@
 //! Numbers of exchanges in messages.
 
-use crate::world::ExchangeId;
+use crate::world::exchange::ExchangeId;
 
 /// Number of an exchange: 16 bits for the averager, the first of them for those that were built
 /// again, and 16 for the exchange. Ranks are never far apart: each waits for the others.
-pub(super) fn key_of(ExchangeId { averager, number }: ExchangeId) -> u32 {
+pub(crate) fn key_of(ExchangeId { averager, number }: ExchangeId) -> u32 {
     ((averager & 0x7fff) | (averager >> 31) << 15) << 16 | (number & 0xffff)
 }
 
 /// True if a message of an exchange has no receiver any more, since its sender has shown `newer`:
 /// it shows one only when all ranks have completed the last but one before it.
-pub(super) fn is_over(number: u32, newer: u32) -> bool {
+pub(crate) fn is_over(number: u32, newer: u32) -> bool {
     let ahead = (newer as u16).wrapping_sub(number as u16) as i16;
     number >> 16 == newer >> 16 && ahead >= 4 && ahead % 2 == 0
 }

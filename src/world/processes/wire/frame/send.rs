@@ -21,7 +21,7 @@ const AT_LIMIT_PAUSE: Duration = Duration::from_millis(1);
 
 /// Sends a message, or fails at `deadline`. At most one thread at a time may send on a stream. On
 /// `InvalidInput` nothing was sent.
-pub(in crate::world::processes) fn send(
+pub(crate) fn send(
     stream: &UnixStream,
     key: (Kind, u32, u32),
     body: &impl Serialize,
@@ -75,7 +75,7 @@ fn encode(
 /// Sends a message on several streams at once, on this thread, so that a peer that does not read
 /// delays no other. Calls `ended` with the index and the result of each stream, by `deadline` at
 /// the latest. On an error nothing was sent.
-pub(in crate::world::processes) fn send_to_all(
+pub(crate) fn send_to_all(
     streams: &[&UnixStream],
     key: (Kind, u32, u32),
     body: &impl Serialize,

@@ -3,22 +3,22 @@
 #[cfg(test)]
 mod tests;
 
-use super::ancestry::Process;
-use super::job::Known;
 use crate::abi::PA_MAX_WORLD;
+use crate::world::processes::identity::ancestry::Process;
+use crate::world::processes::identity::job::Known;
 
 /// The values found in the environment.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Launched {
-    pub(super) rank: usize,
-    pub(super) world_size: usize,
+pub(crate) struct Launched {
+    pub(crate) rank: usize,
+    pub(crate) world_size: usize,
     /// Name of the world, unique on this host.
-    pub(super) name: String,
+    pub(crate) name: String,
     /// Source of the name, for messages.
-    pub(super) source: String,
-    pub(super) known: Known,
+    pub(crate) source: String,
+    pub(crate) known: Known,
     /// The variable that gave the rank.
-    pub(super) variable: &'static str,
+    pub(crate) variable: &'static str,
 }
 
 /// The variables of one launcher: rank, world size, and the number of ranks on this host, if it
@@ -37,12 +37,12 @@ struct Launcher {
 }
 
 /// Variable by which a user names the world explicitly, with any launcher.
-pub(super) const RENDEZVOUS: &str = "PARAM_AVERAGER_RENDEZVOUS";
+pub(crate) const RENDEZVOUS: &str = "PARAM_AVERAGER_RENDEZVOUS";
 
 /// Facts about this process that are looked up like variables: the process that started all ranks
 /// of this host, and the presence of a terminal.
-pub(super) const PARENT: &str = "the process that has started this one";
-pub(super) const TERMINAL: &str = "the terminal";
+pub(crate) const PARENT: &str = "the process that has started this one";
+pub(crate) const TERMINAL: &str = "the terminal";
 
 /// Programs of MPICH and Intel MPI that are an ancestor of all ranks of a host, nearest first.
 const PROXIES: [&str; 3] = ["hydra_pmi_proxy", "pmi_proxy", "mpiexec.hydra"];
@@ -92,7 +92,7 @@ const LAUNCHERS: [Launcher; 4] = [
 ];
 
 /// Names of all variables that must be UTF-8.
-pub(super) fn variables() -> impl Iterator<Item = &'static str> {
+pub(crate) fn variables() -> impl Iterator<Item = &'static str> {
     let of = |launcher: &Launcher| {
         let Launcher { rank, world_size, local_size, job, .. } = *launcher;
         [rank, world_size, local_size].into_iter().chain(job.iter().copied())
@@ -102,14 +102,14 @@ pub(super) fn variables() -> impl Iterator<Item = &'static str> {
 
 /// The process that started all ranks of this host, as pid and start time. Wrappers of single ranks
 /// are skipped.
-pub(super) fn parent() -> Option<String> {
+pub(crate) fn parent() -> Option<String> {
     let own = Process::own()?;
     let proxy = own.ancestors().find(|ancestor| PROXIES.contains(&ancestor.name.as_str()));
     let found = proxy.or_else(|| own.parent())?;
     Some(format!("{}.{}", found.pid, found.start))
 }
 
-pub(super) fn has_terminal() -> bool {
+pub(crate) fn has_terminal() -> bool {
     Process::own().is_some_and(|own| own.has_terminal)
 }
 
@@ -178,14 +178,14 @@ impl Launcher {
 impl Launched {
     /// True if a launcher has made this process a rank, even if variables are missing, that of the
     /// rank included, or wrong.
-    pub(super) fn is_there(get: impl Fn(&str) -> Option<String>) -> bool {
+    pub(crate) fn is_there(get: impl Fn(&str) -> Option<String>) -> bool {
         Launcher::find(&get).is_some_and(|launcher| launcher.shell(&get).is_none())
             || Launcher::half_set(&get).is_some()
     }
 
     /// Reads the variables that `get` returns, `PARENT` among them. An error says what is wrong and
     /// what to do. A `given` name takes precedence.
-    pub(super) fn find(
+    pub(crate) fn find(
         get: impl Fn(&str) -> Option<String>,
         given: Option<String>,
     ) -> Result<Launched, String> {
@@ -285,7 +285,7 @@ impl Launched {
                 let name = format!(
                     "alone/{}.{own}/{}",
                     std::process::id(),
-                    super::ancestry::pid_namespace().unwrap_or(0)
+                    crate::world::processes::identity::ancestry::pid_namespace().unwrap_or(0)
                 );
                 return found(name, "made from its process".into(), Known::ByName);
             }

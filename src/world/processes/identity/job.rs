@@ -5,8 +5,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::ancestry::{pid_namespace, Process};
 use crate::hash::fnv1a;
+use crate::world::processes::identity::ancestry::{pid_namespace, Process};
 
 /// Number of arguments that are compared one by one. Further arguments are compared together.
 const MOST_ARGUMENTS: usize = 48;
@@ -20,7 +20,7 @@ const MOST_SHOWN: usize = 64;
 /// Job of a rank. Bounded in size, since it is part of the first message to an unknown process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Job {
+pub(crate) struct Job {
     kind: Kind,
     pid: u32,
     /// PID namespace of `pid`. `None` if unknown.
@@ -69,7 +69,7 @@ struct Argument {
 
 /// Source of the job's identity, as far as the caller or a launcher gives one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(in crate::world) enum Known {
+pub(crate) enum Known {
     /// Unknown: the processes that started the ranks are compared.
     #[default]
     No,
@@ -81,7 +81,7 @@ pub(in crate::world) enum Known {
 
 impl Job {
     /// Job of this process as `rank`, which it was given in `variable`.
-    pub(super) fn own(known: &Known, rank: usize, variable: Option<&str>) -> Job {
+    pub(crate) fn own(known: &Known, rank: usize, variable: Option<&str>) -> Job {
         let kind = match known {
             Known::ByName => Kind::Named,
             Known::By(by, id) => Kind::Known(excerpt(by), excerpt(id) + &suffix(id)),
@@ -97,7 +97,7 @@ impl Job {
     }
 
     /// Evidence that the two jobs differ, or `None`.
-    pub(super) fn differs(&self, other: &Job) -> Option<String> {
+    pub(crate) fn differs(&self, other: &Job) -> Option<String> {
         match (&self.kind, &other.kind) {
             (Kind::Named, Kind::Named) => None,
             (Kind::Started(one), Kind::Started(two)) => {
@@ -112,7 +112,7 @@ impl Job {
     }
 
     /// The process as text, for a reader that may be in another PID namespace.
-    pub(super) fn process(&self) -> String {
+    pub(crate) fn process(&self) -> String {
         match self.namespace == pid_namespace() || self.namespace.is_none() {
             true => format!("process {}", self.pid),
             false => format!("process {} of another PID namespace", self.pid),
@@ -120,12 +120,12 @@ impl Job {
     }
 
     /// The pid in the namespace of this process, if it has one there.
-    pub(super) fn pid(&self) -> Option<u32> {
+    pub(crate) fn pid(&self) -> Option<u32> {
         (self.namespace.is_some() && self.namespace == pid_namespace()).then_some(self.pid)
     }
 
     /// The job as text, without the process.
-    pub(super) fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         self.kind.to_string()
     }
 }

@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::frame::{short_of_files, Frame};
 use crate::backend::{Memory, MemoryHandle, MemorySpace, Unopened as Fault};
-use crate::world::{Admission, Control, Handshake};
+use crate::world::control::Control;
+use crate::world::handshake::{Admission, Handshake};
+use crate::world::processes::wire::frame::{short_of_files, Frame};
 use crate::{Error, Result};
 
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct WireHandshake {
+pub(crate) struct WireHandshake {
     refusal: Option<String>,
     options: Vec<(String, String)>,
     tensors: Vec<String>,
@@ -25,15 +26,15 @@ pub(super) struct WireHandshake {
 
 /// The rank that opens the memory of a handshake.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Reader<'a> {
-    pub(super) rank: usize,
-    pub(super) space: &'a MemorySpace,
+pub(crate) struct Reader<'a> {
+    pub(crate) rank: usize,
+    pub(crate) space: &'a MemorySpace,
     /// True for inbox, credits and control block if the reader uses them.
-    pub(super) wanted: [bool; 3],
+    pub(crate) wanted: [bool; 3],
 }
 
 impl WireHandshake {
-    pub(super) fn of(handshake: &Handshake) -> (WireHandshake, Vec<BorrowedFd<'_>>) {
+    pub(crate) fn of(handshake: &Handshake) -> (WireHandshake, Vec<BorrowedFd<'_>>) {
         let memories = [
             handshake.inbox.as_deref(),
             handshake.credits.as_deref(),
@@ -59,7 +60,7 @@ impl WireHandshake {
     }
 
     /// Parses the handshake of rank `rank`. Its memory is still to be opened.
-    pub(super) fn read(frame: Frame, rank: usize) -> Result<Unopened> {
+    pub(crate) fn read(frame: Frame, rank: usize) -> Result<Unopened> {
         let refuse = |reason: String| Error::PeerBuildFailed { rank, reason };
         let wire: WireHandshake = frame
             .parse()
@@ -88,9 +89,9 @@ impl WireHandshake {
 
 /// A handshake whose memory has not been opened.
 #[derive(Debug)]
-pub(super) struct Unopened {
-    pub(super) rank: usize,
-    pub(super) handshake: Handshake,
+pub(crate) struct Unopened {
+    pub(crate) rank: usize,
+    pub(crate) handshake: Handshake,
     memories: [Option<MemoryHandle>; 3],
     files: Vec<OwnedFd>,
     is_short: bool,
@@ -99,7 +100,7 @@ pub(super) struct Unopened {
 impl Unopened {
     /// Opens the memory that the reader wants. An error names the rank at fault: the owner, if the
     /// memory is invalid, or the reader, if it lacks a resource.
-    pub(super) fn open(self, reader: Reader<'_>) -> Result<Handshake> {
+    pub(crate) fn open(self, reader: Reader<'_>) -> Result<Handshake> {
         let Unopened { rank, mut handshake, memories, files, is_short } = self;
         let refuse = |reason: String| Error::PeerBuildFailed { rank, reason };
         let mut files = files.into_iter();
@@ -130,7 +131,7 @@ impl Unopened {
 }
 
 /// An error text of a rank without the rank's name, for use inside of an error that names the rank.
-pub(super) fn of_itself(reason: String, rank: usize) -> String {
+pub(crate) fn of_itself(reason: String, rank: usize) -> String {
     match reason.strip_prefix(&format!("rank {rank}")) {
         Some(rest) if rest.starts_with(": ") => rest[2..].into(),
         Some(rest) if rest.starts_with(' ') => format!("it{rest}"),

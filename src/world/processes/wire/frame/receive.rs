@@ -12,7 +12,7 @@ use super::{Frame, Kind, HEADER, MAGIC, MOST_FILES, OTHER_VERSION, SHORT, VERSIO
 use crate::backend::limits::{why, Wanted};
 
 /// Receives a message of one of `kinds` with at most `most_files` files, or fails at `deadline`.
-pub(in crate::world::processes) fn receive(
+pub(crate) fn receive(
     stream: &UnixStream,
     kinds: &[Kind],
     most_files: usize,
@@ -91,7 +91,7 @@ fn wait_at_most(stream: &UnixStream, deadline: Instant) -> io::Result<RecvFlags>
 }
 
 /// Error text for files that were lost for want of file descriptors.
-pub(in crate::world::processes) fn short_of_files() -> String {
+pub(crate) fn short_of_files() -> String {
     let what = "receiving the file descriptors of a message";
     why(what, Wanted::Descriptor, rustix::io::Errno::MFILE)
 }

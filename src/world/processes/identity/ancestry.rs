@@ -11,34 +11,34 @@ const EXITING: u64 = 0x4;
 
 /// The fields of /proc/PID/stat that this crate uses.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Process {
-    pub(super) pid: u32,
+pub(crate) struct Process {
+    pub(crate) pid: u32,
     /// Name of the program, at most 15 bytes.
-    pub(super) name: String,
+    pub(crate) name: String,
     /// Pid of the parent; 0 if it is outside of this PID namespace.
-    pub(super) parent: u32,
-    pub(super) group: u32,
-    pub(super) session: u32,
-    pub(super) has_terminal: bool,
+    pub(crate) parent: u32,
+    pub(crate) group: u32,
+    pub(crate) session: u32,
+    pub(crate) has_terminal: bool,
     /// Start time in clock ticks since boot. Pid and start time together identify a process.
-    pub(super) start: u64,
+    pub(crate) start: u64,
     /// True if the process is freeing its memory and closing its files, in this order, or has done
     /// so.
-    pub(super) is_ending: bool,
+    pub(crate) is_ending: bool,
     /// Address of the arguments, which is random for every exec. A process forked without exec has
     /// its parent's.
     arguments_at: u64,
 }
 
 impl Process {
-    pub(super) fn of(pid: u32) -> Option<Process> {
+    pub(crate) fn of(pid: u32) -> Option<Process> {
         // A program's name may be any bytes.
         Process::parse(&String::from_utf8_lossy(&read(format!("/proc/{pid}/stat")).ok()?))
     }
 
     /// This process. /proc may belong to another PID namespace than this process, so its pid may
     /// differ from `std::process::id()`.
-    pub(super) fn own() -> Option<Process> {
+    pub(crate) fn own() -> Option<Process> {
         Process::parse(&String::from_utf8_lossy(&read("/proc/self/stat").ok()?))
     }
 
@@ -64,20 +64,20 @@ impl Process {
         })
     }
 
-    pub(super) fn parent(&self) -> Option<Process> {
+    pub(crate) fn parent(&self) -> Option<Process> {
         let parent = (self.parent != 0).then(|| Process::of(self.parent))??;
         // The pid of a parent that has ended may have been reused.
         (parent.start <= self.start).then_some(parent)
     }
 
     /// Parent, grandparent and so on.
-    pub(super) fn ancestors(&self) -> impl Iterator<Item = Process> {
+    pub(crate) fn ancestors(&self) -> impl Iterator<Item = Process> {
         const MOST: usize = 64;
         std::iter::successors(self.parent(), Process::parent).take(MOST)
     }
 
     /// True if its parent forked it without exec, as shells make subshells.
-    pub(super) fn is_copy_of(&self, parent: &Process) -> bool {
+    pub(crate) fn is_copy_of(&self, parent: &Process) -> bool {
         let arguments = |process: &Process| read(format!("/proc/{}/cmdline", process.pid)).ok();
         self.arguments_at != 0
             && self.arguments_at == parent.arguments_at
@@ -86,7 +86,7 @@ impl Process {
 
     /// True if `parent` is not the process that started this one, but has adopted it. Such a parent
     /// tells nothing about the job: it adopts the orphans of every job.
-    pub(super) fn is_adopted_by(&self, parent: &Process) -> bool {
+    pub(crate) fn is_adopted_by(&self, parent: &Process) -> bool {
         // A process leads its own session or is in its parent's.
         if self.session != self.pid && self.session != parent.session {
             return true;
@@ -103,7 +103,7 @@ impl Process {
     }
 
     /// True if the process was started with this value of the variable.
-    pub(super) fn was_given(&self, variable: &str, value: &str) -> bool {
+    pub(crate) fn was_given(&self, variable: &str, value: &str) -> bool {
         let wanted = format!("{variable}={value}");
         let environment = read(format!("/proc/{}/environ", self.pid)).unwrap_or_default();
         environment.split(|&byte| byte == 0).any(|entry| entry == wanted.as_bytes())
@@ -111,7 +111,7 @@ impl Process {
 
     /// True if this process is a wrapper, such as `timeout`: its arguments end with all arguments
     /// of `process`.
-    pub(super) fn is_wrapper_of(&self, process: &Process) -> bool {
+    pub(crate) fn is_wrapper_of(&self, process: &Process) -> bool {
         let arguments = |pid: u32| read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         let (ours, theirs) = (arguments(self.pid), arguments(process.pid));
         !theirs.is_empty()
@@ -119,12 +119,12 @@ impl Process {
     }
 
     /// Path of the program; empty if it can't be read.
-    pub(super) fn program(&self) -> PathBuf {
+    pub(crate) fn program(&self) -> PathBuf {
         read_link(format!("/proc/{}/exe", self.pid)).unwrap_or_default()
     }
 
     /// True if a child other than `child` runs one of these programs.
-    pub(super) fn has_other_child(&self, child: u32, programs: &[PathBuf]) -> bool {
+    pub(crate) fn has_other_child(&self, child: u32, programs: &[PathBuf]) -> bool {
         let children =
             read_to_string(format!("/proc/{0}/task/{0}/children", self.pid)).unwrap_or_default();
         let runs = |pid: &str| {
@@ -135,7 +135,7 @@ impl Process {
 }
 
 /// Identifier of this process's PID namespace. Pids of two namespaces can't be compared.
-pub(super) fn pid_namespace() -> Option<u64> {
+pub(crate) fn pid_namespace() -> Option<u64> {
     std::fs::metadata("/proc/self/ns/pid").ok().map(|found| found.ino())
 }
 

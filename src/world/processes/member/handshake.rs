@@ -2,38 +2,43 @@
 //! memory that it needs, and tells its verdict. A refusal or shortage of one rank is an error on
 //! every rank.
 
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::frame::{Frame, Kind};
-use super::wire_handshake::{of_itself, Reader, Unopened, WireHandshake};
-use super::{ProcessBootstrap, JOINING};
+use super::{Member, JOINING};
 use crate::backend::{limits, Memory};
 use crate::error::Phase;
-use crate::world::bootstrap::Elastic;
+use crate::world::bootstrap::BUILD;
+use crate::world::control::Control;
 use crate::world::gather::Call;
-use crate::world::{Agreement, Control, Handshake, BUILD};
+use crate::world::handshake::{Agreement, Handshake};
+use crate::world::placement::Placement;
+use crate::world::processes::member::wire_handshake::{of_itself, Reader, Unopened, WireHandshake};
+use crate::world::processes::wire::frame::{Frame, Kind};
 use crate::{Error, Result};
 
-impl ProcessBootstrap {
+impl Member {
     /// Exchanges handshakes and opens the memory of peers; see `Bootstrap::agree`. An error in one
     /// handshake, or in opening its memory, is an error on every rank. `again` is the build number
     /// of an averager that is built again.
-    pub(super) fn exchange_handshakes(
+    pub(crate) fn agree(
         &self,
+        placement: &Placement,
         handshake: Handshake,
         again: Option<u32>,
         timeout: Duration,
     ) -> Result<Agreement> {
-        let (member, number) = (&self.member, self.number_of_build(again));
-        member.failure().map_or(Ok(()), Err)?;
+        let number = again.unwrap_or_else(|| self.view.builds.fetch_add(1, Ordering::Relaxed));
+        self.failure().map_or(Ok(()), Err)?;
         // The members of a view with a joiner have a model to train, so they wait for it briefly.
-        let timeout = if self.has_joined() { timeout.min(JOINING) } else { timeout };
-        let call = member.call(BUILD, Phase::Build, timeout);
+        let timeout =
+            if self.view.agreed.joined.is_some() { timeout.min(JOINING) } else { timeout };
+        let call = self.call(BUILD, Phase::Build, timeout);
         let (body, files) = WireHandshake::of(&handshake);
-        let frames = member.all_gather(&call, (Kind::Handshake, number), &body, &files);
+        let frames = self.all_gather(&call, (Kind::Handshake, number), &body, &files);
         let frames: Vec<Option<Frame>> =
-            frames.map_err(|silence| silence.error(&call)).inspect_err(|e| member.fail(e))?;
+            frames.map_err(|silence| silence.error(&call)).inspect_err(|e| self.fail(e))?;
         // Parsing allocates many small pieces, and a small allocation that fails aborts the
         // process. So memory for handshakes larger than this rank's own is tested first.
         let bytes: usize = frames.iter().flatten().map(|frame| frame.body.len()).sum();
@@ -44,35 +49,36 @@ impl ProcessBootstrap {
         let unopened = frames.into_iter().enumerate();
         let unopened = unopened.filter_map(|(rank, frame)| Some(WireHandshake::read(frame?, rank)));
         let unopened = unopened.collect::<Result<Vec<Unopened>>>();
-        let unopened = unopened.inspect_err(|error| member.fail(error))?;
+        let unopened = unopened.inspect_err(|error| self.fail(error))?;
         let own = Arc::new(handshake);
         let mut handshakes = vec![own; call.size];
         for unopened in &unopened {
             handshakes[unopened.rank] = Arc::new(unopened.handshake.clone());
         }
         Agreement::check(&handshakes)?; // the same on every rank, so that none waits for a verdict
-        let opened = self.open(unopened, handshakes);
+        let opened = self.open(placement, unopened, handshakes);
         let verdict = self.verdict(&call, number, opened.as_ref().err());
         let mut agreement = Agreement::of(verdict.and(opened)?)?;
         agreement.number = number;
-        agreement.ordinal.get_or_insert_with(|| format!("{number} of view {}", member.number()));
+        agreement.ordinal.get_or_insert_with(|| format!("{number} of view {}", self.number()));
         Ok(agreement)
     }
 
     /// All handshakes, by rank, with the memory that this rank uses.
     fn open(
         &self,
+        placement: &Placement,
         unopened: Vec<Unopened>,
         mut handshakes: Vec<Arc<Handshake>>,
     ) -> Result<Vec<Arc<Handshake>>> {
         let bytes = |memory: &Option<Arc<Memory>>| memory.as_ref().map(|memory| memory.bytes());
-        let own = handshakes[self.member.rank()].clone();
+        let own = handshakes[self.rank()].clone();
         for unopened in unopened {
             let rank = unopened.rank;
-            let wanted @ [inbox, credits, control] = self.wanted(rank);
+            let wanted @ [inbox, credits, control] = self.wanted(placement, rank);
             let theirs = unopened.open(Reader {
-                rank: self.member.rank(),
-                space: self.placement.space(self.member.rank()),
+                rank: self.rank(),
+                space: placement.space(self.rank()),
                 wanted,
             })?;
             let right = (!inbox || bytes(&theirs.inbox) == bytes(&own.inbox))
@@ -94,14 +100,14 @@ impl ProcessBootstrap {
     /// Tells all others whether this rank could open what it needs, and receives their verdicts.
     /// Collective. Of several refusals, every rank reports that of the lowest rank.
     fn verdict(&self, call: &Call<'_>, number: u32, own: Option<&Error>) -> Result<()> {
-        let (member, rank) = (&self.member, call.rank);
+        let rank = call.rank;
         let verdict = own.map(|error| of_itself(error.to_string(), rank));
         let kind = (Kind::Verdict, number);
         let refuses = own.is_some();
-        let frames = member.all_gather_until(call, kind, (&verdict, &[]), refuses, &|_| false);
+        let frames = self.all_gather_until(call, kind, (&verdict, &[]), refuses, &|_| false);
         let frames = frames.map_err(|silence| silence.error(call));
         let mut verdicts: Vec<Option<Error>> = vec![];
-        for (rank, frame) in frames.inspect_err(|e| member.fail(e))?.into_iter().enumerate() {
+        for (rank, frame) in frames.inspect_err(|e| self.fail(e))?.into_iter().enumerate() {
             let refusal = frame.and_then(|frame| {
                 let unread = |error| Some(format!("its verdict can't be parsed: {error}"));
                 frame.parse::<Option<String>>().unwrap_or_else(unread)
@@ -113,9 +119,9 @@ impl ProcessBootstrap {
     }
 
     /// True for the inbox, the credits and the control block of `rank` if this rank uses them.
-    fn wanted(&self, rank: usize) -> [bool; 3] {
-        let (own, world) = (self.placement.position(self.member.rank()), self.member.ids().len());
-        let position = self.placement.position(rank);
+    fn wanted(&self, placement: &Placement, rank: usize) -> [bool; 3] {
+        let (own, world) = (placement.position(self.rank()), self.ids().len());
+        let position = placement.position(rank);
         [position == (own + 1) % world, (position + 1) % world == own, rank == 0]
     }
 }
