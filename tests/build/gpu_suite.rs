@@ -35,6 +35,7 @@ fn bundle(folder: &Path) -> PathBuf {
     let bundle = folder.join("bundle");
     std::fs::create_dir_all(&bundle).unwrap();
     std::fs::copy(SUITE, bundle.join("suite")).unwrap();
+    std::fs::copy(Path::new(SUITE).with_file_name("slot.py"), bundle.join("slot.py")).unwrap();
     let cuda = "#!/bin/sh\n\
         echo \"$1 on $LD_LIBRARY_PATH, $PARAM_AVERAGER_GPU, $PA_PTX_SCENARIO\"\n\
         case $1 in\n\
@@ -157,6 +158,42 @@ pub fn outcomes_are_distinguished() {
             "{said}"
         );
     }
+}
+
+/// A slot goes on after a part that hangs, ends in time, and writes its page.
+pub fn a_slot_survives_a_part_that_hangs() {
+    let folder = folder("a_slot_survives_a_part_that_hangs");
+    let (bundle, out) = (bundle(&folder), folder.join("out"));
+    let driver = driver(&folder, "Some GPU");
+    // The bench writes rows for the page; the former way fails, which is a finding.
+    let row = r#"[{"dtype": "f32", "algorithm": "direct", "time_us": 510.0}]"#;
+    let programs = [
+        ("allreduce-bench", format!("for file; do :; done\n[ $# -lt 2 ] || echo '{row}' >$file\n")),
+        ("device", "echo 'RAN it []'; [ -z \"$PA_FORMER_WAY\" ]\n".to_owned()),
+    ];
+    let mut manifest: Value =
+        serde_json::from_slice(&std::fs::read(bundle.join("MANIFEST.json")).unwrap()).unwrap();
+    for (name, text) in programs {
+        std::fs::write(bundle.join(name), format!("#!/bin/sh\n{text}")).unwrap();
+        let sum = Command::new("sha256sum").arg(bundle.join(name)).output().unwrap().stdout;
+        manifest["files"][name]["sha256"] = String::from_utf8(sum).unwrap()[..64].into();
+    }
+    std::fs::write(bundle.join("MANIFEST.json"), manifest.to_string()).unwrap();
+    let suite = bundle.join("suite");
+    let (output, said) = run(&suite, false, &[&"slot", &out, &"--driver", &driver, &"--hang"]);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    let results = results(&out);
+    assert_eq!(status(&results, "a part that hangs"), "found", "{said}");
+    assert_eq!(status(&results, "former way, threads alloc ring 0,0"), "found", "{said}");
+    assert_eq!(status(&results, "threads alloc ring 0,0"), "passed", "{said}");
+    assert_eq!(status(&results, "bench direct-2"), "passed", "{said}");
+    let page = std::fs::read_to_string(out.join("page.md")).unwrap();
+    assert!(page.contains("| 2, direct, f32 | 0.51 | 0.52 | 0.49 |"), "{page}");
+    assert!(page.contains("| a part that hangs | found |"), "{page}");
+    // A slot that is over begins nothing more.
+    let _ = std::fs::remove_dir_all(&out);
+    let (_, said) = run(&suite, false, &[&"slot", &out, &"--driver", &driver, &"--seconds", &"4"]);
+    assert!(said.contains("the time of the slot is over"), "{said}");
 }
 
 pub fn refusals_name_the_reason() {

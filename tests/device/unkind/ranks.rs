@@ -49,8 +49,8 @@ again:
 \0";
 
 const ELEMENTS: usize = 40_000;
-/// Longer than a wedge takes to be found, so that the simulator says what hangs.
-const TIMEOUT: Duration = Duration::from_secs(25);
+/// Variable with the timeout of the averagers in seconds, for a slot on a GPU.
+const TIMEOUT: &str = "PA_UNKIND_TIMEOUT_S";
 /// More launches than a launch queue holds.
 const AHEAD: usize = 1100;
 /// Shared memory of a block of `hold`: all that a multiprocessor has.
@@ -114,7 +114,10 @@ pub fn process() -> i32 {
 fn averages(plan: &Plan, communicator: Communicator) {
     let (rank, world) = (communicator.rank(), communicator.world_size());
     let mut trainer = Trainer::new(plan, communicator.device(), rank);
-    let mut builder = test_support::options(communicator).timeout(TIMEOUT);
+    // Longer than a wedge takes to be found, so that the simulator says what hangs.
+    let timeout = std::env::var(TIMEOUT).map_or(25, |seconds| seconds.parse().expect("seconds"));
+    let timeout = Duration::from_secs(timeout);
+    let mut builder = test_support::options(communicator).timeout(timeout);
     if let Some(algorithm) = plan.algorithm {
         builder = builder.algorithm(algorithm);
     }

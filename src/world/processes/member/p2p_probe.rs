@@ -45,7 +45,9 @@ enum Found {
 struct State {
     /// By rank.
     found: Vec<Found>,
-    /// True if all probes of this rank were quick, so that more data may follow.
+    /// Probes that this rank has run in this round.
+    probes: u32,
+    /// True if all of them were quick, so that more data may follow.
     is_quick: bool,
 }
 
@@ -88,10 +90,10 @@ pub(crate) fn find(member: &Member, timeout: Duration) -> Result<(), String> {
             found[rank] = if peers[rank].is_some() { Found::Right } else { Found::Closed };
         }
     }
-    let mut all = exchange.states(State { found: found.clone(), is_quick: true })?;
-    'sizes: for rounds in Round::all() {
+    let mut all = exchange.states(State { found: found.clone(), probes: 0, is_quick: true })?;
+    for rounds in Round::all() {
         for round in rounds {
-            let mut is_quick = true;
+            let (mut probes, mut is_quick) = (0, true);
             for turn in 0..turns(size) {
                 let partner = partner(size, me, turn)
                     .filter(|&rank| !is_same[rank] && access(&all, me, rank).works());
@@ -106,16 +108,18 @@ pub(crate) fn find(member: &Member, timeout: Duration) -> Result<(), String> {
                     continue;
                 }
                 let outcome = probe.run(peer, round, me < rank).ok();
+                probes += 1;
                 if !outcome.is_some_and(|outcome| outcome.is_right) {
                     found[rank] = Found::Wrong;
                 }
                 // A pair that has failed is not probed again: it keeps no other from more data.
                 is_quick &= outcome.is_none_or(|outcome| !outcome.is_right || outcome.is_quick);
             }
-            all = exchange.states(State { found: found.clone(), is_quick })?;
+            all = exchange.states(State { found: found.clone(), probes, is_quick })?;
         }
-        if !all.iter().all(|state| state.is_quick) {
-            break 'sizes;
+        // Ranks that are all on one device have nothing to probe.
+        if all.iter().all(|state| state.probes == 0) || !all.iter().all(|state| state.is_quick) {
+            break;
         }
     }
     for (one, other) in (0..size).flat_map(|one| (0..one).map(move |other| (one, other))) {
@@ -168,7 +172,7 @@ impl Exchange<'_> {
     /// States of all ranks, by rank.
     fn states(&mut self, own: State) -> Result<Vec<State>, String> {
         let frames = self.all_gather(&own, &[])?;
-        let none = || State { found: vec![], is_quick: true };
+        let none = || State { found: vec![], probes: 0, is_quick: true };
         let mut states: Vec<State> = (0..self.call.size).map(|_| none()).collect();
         for (rank, frame) in frames {
             states[rank] = parse(rank, &frame)?;
@@ -233,7 +237,7 @@ mod tests {
     fn access_is_what_both_ranks_have_found() {
         use Found::{Closed, Forbidden, Right, Wrong};
         let access = |ours, theirs| {
-            let state = |found| State { found, is_quick: true };
+            let state = |found| State { found, probes: 0, is_quick: true };
             super::access(&[state(vec![Right, ours]), state(vec![theirs, Right])], 0, 1)
         };
         assert_eq!(access(Right, Right), PeerAccess::Verified);
