@@ -148,7 +148,8 @@ def text(results, tables):
         reason = entry["reason"].replace("|", "/")
         lines.append(f"| {entry['name']} | {entry['status']} | {entry['seconds']} | {reason} |")
     lines += ["", "Milliseconds for GPT-2, beside the model (GPU.md (b)):", ""]
-    lines += ["| ranks on one device | measured | model, before | model, after |", "|---|---|---|---|"]
+    lines.append("| ranks on one device | measured | model, before | model, after |")
+    lines.append("|---|---|---|---|")
     for name, dtype, algorithm, before, after in MODEL:
         found = [
             row
