@@ -173,6 +173,9 @@ struct PaChannel {
 // and makes step 0 of the reduce, s = 2 … n step s - 1. At the end of n the vote is cast, at the
 // begin of n + 1 the votes are counted, and n + 1 … 2 n are the n steps of the gather. No segment
 // waits for what its peers do in the same one.
+// A launch runs all segments of the reduce (1 … n) or one of them at most, and the same of the
+// gather (n + 1 … 2 n): it takes each bucket through its segments, and chunks are in a mailbox in
+// the order of launches, buckets, segments. So all ranks cut the reduce and the gather alike.
 #define PA_SEGMENTS(world) (2 * (world) + 1)
 #define PA_NO_SEGMENT 0xffffffffu
 

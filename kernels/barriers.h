@@ -99,15 +99,11 @@ PA_FN uint64_t first_bad(const PaArgs& a) {
 }
 
 // Publishes this rank's record. Block 0, before the entry barrier.
-PA_NOINLINE void publish_record_as_leader(Exec, WaitCtx ctx, bool commits) {
+PA_NOINLINE void publish_record_as_leader(Exec, WaitCtx ctx, bool is_bad) {
   const PaArgs& a = *ctx.a;
   PaBoard& own = ctx.control()->board[a.rank];
   PaRecord& record = own.record[ctx.epoch & 1];
-  // Result of this average's scan, the launch before this one. Tensors of a wrong layout are not
-  // scanned: `bad` is an earlier average's then.
-  const bool scanned =
-      commits && (a.flags & PA_FLAG_REJECT_NON_FINITE) && !(a.flags & PA_FLAG_LAYOUT);
-  const uint64_t bad = scanned ? first_bad(a) : 0;
+  const uint64_t bad = is_bad ? first_bad(a) : 0;
   record.schedule = a.schedule;
   record.weight = a.flags & PA_FLAG_WEIGHTED ? a.weight : 1.0;
   record.buckets = a.buckets;
@@ -148,7 +144,18 @@ PA_NOINLINE bool entry_barrier_as_leader(Exec ex, WaitCtx ctx, bool commits) {
 // First protocol step. False in all lanes if the average ended here.
 PA_FN bool publish_record(Block& b, bool commits) {
   if (!b.begin_step()) return false;
-  if (b.ex.block() == 0 && b.ex.leader()) publish_record_as_leader(b.ex, b.wait_ctx(), commits);
+  if (b.ex.block() != 0) return true;
+  // Result of this average's scan, the launch before this one. Tensors of a wrong layout are not
+  // scanned: `bad` is an earlier average's then.
+  const bool scanned =
+      commits && (b.a.flags & PA_FLAG_REJECT_NON_FINITE) && !(b.a.flags & PA_FLAG_LAYOUT);
+  bool is_bad = false;
+  if (scanned) {
+    for (uint32_t c = b.ex.lane(); c < b.a.channels; c += b.ex.lanes())
+      is_bad |= at<PaChannel>(b.a.channel)[c].bad != 0;
+    is_bad = b.ex.any(is_bad);
+  }
+  if (b.ex.leader()) publish_record_as_leader(b.ex, b.wait_ctx(), is_bad);
   return true;
 }
 PA_FN bool entry_barrier(Block& b, bool commits) {
@@ -164,10 +171,13 @@ PA_FN bool entry_barrier(Block& b, bool commits) {
 PA_NOINLINE void cast_vote_as_leader(WaitCtx ctx) {
   const PaArgs& a = *ctx.a;
   uint32_t* finished = &at<PaChannel>(a.channel)->finished;
-  if (fetch_add(finished, 1) + 1 != a.channels) return;
+  // The upper half counts the blocks that have found a bad value.
+  const uint32_t mine = ctx.me->bad != 0 ? 0x10001u : 1u;
+  const uint32_t seen = fetch_add(finished, mine) + mine;
+  if ((seen & 0xffffu) != a.channels) return;
   store_relaxed(finished, 0); // read next by the next average
   PaBoard& own = ctx.control()->board[a.rank];
-  const uint64_t bad = first_bad(a);
+  const uint64_t bad = seen >> 16 != 0 ? first_bad(a) : 0;
   if (bad != 0) own.record[ctx.epoch & 1].detail = bad;
   publish_board(ctx, &own.vote, 2 * ctx.epoch + (bad != 0 ? 1 : 0));
 }

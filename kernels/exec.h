@@ -8,6 +8,7 @@
 //
 //   Shared          an object that the lanes of a block share
 //   load_acquire, store_release   publish and poll words of other ranks, at system scope
+//   fence_release, store_after_fence  one fence for several releases, on CUDA
 //   raise_flag, load_flag         sequentially consistent with one another
 //   fetch_add, try_lock           between blocks of one rank only: PCIe has no atomics between
 //                                 devices

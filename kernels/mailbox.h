@@ -111,12 +111,13 @@ struct Block {
     if (kReceive) ++recv_seq;
     if (kSend) ++send_seq;
     if (ex.leader()) {
+      fence_release();
       if (kSend) publish(line(a.filled_out), send_seq);
       if (kReceive) publish(line(a.drained_out), recv_seq);
     }
   }
   PA_FN void publish(uint32_t* word, uint32_t value) {
-    store_release(word, value);
+    store_after_fence(word, value);
     wake(word, word + 1);
   }
   // Ends the launch: saves the state that the next one starts from, and shows the host its status.

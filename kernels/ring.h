@@ -22,6 +22,17 @@
 
 namespace PA_ISA {
 
+// What the lanes of a block share. The segments that the reduce and the gather have reached in each
+// shard, in which positions only grow from round to round. And the step's chunk, looked up before
+// the wait: on a GPU it would hold registers throughout.
+struct RingTable {
+  uint32_t reached[2 * PA_MAX_WORLD];
+  Range range;
+  uint32_t cursor; // index of `reached`
+  uint32_t index; // of the segment in which the chunk begins
+  PaSegment segment;
+};
+
 // kF32: partial sums of f16 or bf16 travel as f32.
 template <class T, bool kF32> struct Ring {
   using S = SumOf<T>;
@@ -31,9 +42,13 @@ template <class T, bool kF32> struct Ring {
   uint32_t index; // of the bucket
   S scale, divisor;
   bool contributes, rejects, keeps;
+  Shared<RingTable> table;
 
   PA_FN Ring(Block& b_, const PaBucket& bucket_, uint32_t index_)
-      : b(b_), bucket(bucket_), index(index_) {
+      : b(b_), bucket(bucket_), index(index_), table(b_.ex) {
+    for (uint32_t i = b.ex.lane(); i < 2 * PA_MAX_WORLD; i += b.ex.lanes())
+      table.get().reached[i] = 0;
+    b.ex.sync();
     const double own = b.me->scale[b.a.rank];
     contributes = own >= 0;
     scale = contributes ? S(own) : S(0);
@@ -73,28 +88,57 @@ template <class T, bool kF32> struct Ring {
   template <int K> PA_FN Wide<T, K> mean_of(const Wide<T, K>& sum) const {
     return divisor == S(1) ? sum : sum / divisor;
   }
-  PA_FN void after(NonFiniteCheck<T>& check, Range r) {
+  PA_FN void after(NonFiniteCheck<T>& check) {
+    const Range& r = table.get().range;
     if (rejects && check.found()) locate_non_finite<T>(&bucket, index, r.begin, r.end, b.me);
+  }
+
+  // A chunk of a shard.
+  struct Chunk {
+    Range range;
+    uint32_t shard;
+  };
+  PA_FN Chunk chunk_of(uint64_t round_number, uint32_t shard) const {
+    return {part_of(round(round_number), shard, b.a.world), shard};
+  }
+  // Enters a step. What depends on no peer comes before the wait: where the chunk lies, and on a
+  // GPU its way from memory to the cache.
+  template <bool kReceive, bool kSend>
+  PA_FN bool enter(const Chunk& c, uint32_t phase, bool reads_own) {
+    RingTable& t = table.get();
+    const uint32_t cursor = c.shard + (phase == PA_AT_GATHER ? PA_MAX_WORLD : 0);
+    const uint32_t s = last_at_from(bucket, t.reached[cursor], c.range.begin);
+    const PaSegment segment = at<const PaSegment>(bucket.segments)[s];
+    if (reads_own) prefetch_own(b.ex, segment, c.range);
+    if (b.ex.leader()) t.range = c.range, t.cursor = cursor, t.index = s, t.segment = segment;
+    return b.template enter<kReceive, kSend>(phase, bucket.chunk);
+  }
+  template <class Load, class Store> PA_FN void each_own(Load load, Store store) {
+    RingTable& t = table.get();
+    const uint32_t last =
+        each_part_from<T>(bucket, t.index, t.segment, t.range, [&](const Part& part) {
+          each_own_pack<T>(b.ex, part, load, store);
+        });
+    if (b.ex.leader()) t.reached[t.cursor] = last; // read before this step began, and after it
   }
 
   // Steps load a lane's packs first and use them afterwards, in `store`: what is branched over or
   // computed between two loads makes a GPU wait for the first one.
 
   // Own packs of a shard → outbox.
-  PA_FN bool send_own(Range r) {
-    if (!b.enter<false, true>(PA_AT_REDUCE, bucket.chunk)) return false;
+  PA_FN bool send_own(const Chunk& c) {
+    if (!enter<false, true>(c, PA_AT_REDUCE, contributes)) return false;
     char* out = b.outbox();
     const bool remote = b.remote;
     NonFiniteCheck<T> check;
     if (contributes)
-      each_own<T>(
-          b.ex, bucket, r.begin, r.end,
+      each_own(
           [&](const auto& own, auto g, uint32_t i) { return own.template load<g.kPacks>(i); },
           [&](const auto&, auto g, uint32_t i, const auto& raw) {
             if (rejects) check.template look<g.kPacks>(widen<T, g.kPacks>(raw));
             store_to_peer<T, g.kPacks>(out + 16 * uint64_t(i), raw, remote);
           });
-    after(check, r);
+    after(check);
     b.leave<false, true>();
     return true;
   }
@@ -120,14 +164,13 @@ template <class T, bool kF32> struct Ring {
   // Inbox + own packs → sink(own, group, i, sum); make_sink() runs after the step has begun.
   // kSend: the sink fills the outbox. kRaw: the inbox holds raw packs, not partial sums as f32.
   template <bool kRaw, bool kSend, class MakeSink>
-  PA_FN bool receive_and_add(Range r, const Incoming& incoming, MakeSink make_sink) {
-    if (!b.enter<true, kSend>(PA_AT_REDUCE, bucket.chunk)) return false;
+  PA_FN bool receive_and_add(const Chunk& c, const Incoming& incoming, MakeSink make_sink) {
+    if (!enter<true, kSend>(c, PA_AT_REDUCE, contributes)) return false;
     const char* in = b.inbox();
     NonFiniteCheck<T> check;
     const auto sink = make_sink();
     if (incoming.any || contributes)
-      each_own<T>(
-          b.ex, bucket, r.begin, r.end,
+      each_own(
           [&](const auto& own, auto g, uint32_t i) {
             constexpr int K = g.kPacks;
             Packs<kRaw, K> packs;
@@ -140,12 +183,12 @@ template <class T, bool kF32> struct Ring {
           [&](const auto& own, auto g, uint32_t i, const auto& packs) {
             sink(own, g, i, sum_of<kRaw, g.kPacks>(packs, incoming, check));
           });
-    after(check, r);
+    after(check);
     b.leave<true, kSend>();
     return true;
   }
-  template <bool kRaw> PA_FN bool add_and_send(Range r, const Incoming& incoming) {
-    return receive_and_add<kRaw, true>(r, incoming, [&] {
+  template <bool kRaw> PA_FN bool add_and_send(const Chunk& c, const Incoming& incoming) {
+    return receive_and_add<kRaw, true>(c, incoming, [&] {
       return [out = b.outbox(), remote = b.remote, factor = incoming.out](
                  const auto&, auto g, uint32_t i, const auto& x) {
         constexpr int K = g.kPacks;
@@ -158,8 +201,8 @@ template <class T, bool kF32> struct Ring {
     });
   }
   // The last step of the reduce: the mean → `shard`, until the commit …
-  PA_FN bool finish_into(Range r, const Incoming& incoming, char* shard) {
-    return receive_and_add<!kF32, false>(r, incoming, [&] {
+  PA_FN bool finish_into(const Chunk& c, const Incoming& incoming, char* shard) {
+    return receive_and_add<!kF32, false>(c, incoming, [&] {
       return [this, shard](const auto&, auto g, uint32_t i, const auto& x) {
         store_raw_nt<T, g.kPacks>(shard + 16 * uint64_t(i),
                                   narrow<T, g.kPacks>(mean_of<g.kPacks>(x)));
@@ -167,8 +210,8 @@ template <class T, bool kF32> struct Ring {
     });
   }
   // … or → own tensors, unless they are kept, and outbox.
-  PA_FN bool finish_and_send(Range r, const Incoming& incoming) {
-    return receive_and_add<!kF32, true>(r, incoming, [&] {
+  PA_FN bool finish_and_send(const Chunk& c, const Incoming& incoming) {
+    return receive_and_add<!kF32, true>(c, incoming, [&] {
       return [this, out = b.outbox(), remote = b.remote](const auto& own, auto g, uint32_t i,
                                                          const auto& x) {
         const auto raw = narrow<T, g.kPacks>(mean_of<g.kPacks>(x));
@@ -181,13 +224,12 @@ template <class T, bool kF32> struct Ring {
   // Inbox, or `shard` → own tensors, unless they are kept, and → outbox. kNonTemporal: the tensors
   // were not read a moment ago.
   template <bool kReceive, bool kSend, bool kNonTemporal>
-  PA_FN bool forward(Range r, const char* shard) {
-    if (!b.enter<kReceive, kSend>(PA_AT_GATHER, bucket.chunk)) return false;
+  PA_FN bool forward(const Chunk& c, const char* shard) {
+    if (!enter<kReceive, kSend>(c, PA_AT_GATHER, false)) return false;
     const char* in = kReceive ? b.inbox() : shard;
     char* out = kSend ? b.outbox() : nullptr;
     const bool remote = b.remote, writes = !keeps;
-    each_own<T>(
-        b.ex, bucket, r.begin, r.end,
+    each_own(
         [&](const auto&, auto g, uint32_t i) {
           return load_raw<T, g.kPacks>(in + 16 * uint64_t(i));
         },
@@ -220,7 +262,7 @@ template <class T, bool kF32> struct Ring {
   };
   template <class Step> PA_FN bool each(Batch batch, uint32_t shard, Step step) {
     for (uint64_t number = batch.first; number < batch.end; ++number)
-      if (!step(part_of(round(number), shard % b.a.world, b.a.world), number)) return false;
+      if (!step(chunk_of(number, shard % b.a.world), number)) return false;
     return true;
   }
   // Segments of PA_RING_COMMIT that this launch runs: step k of the reduce is segment k + 1, of the
@@ -232,14 +274,14 @@ template <class T, bool kF32> struct Ring {
   template <bool kAll> PA_FN bool reduce(Batch batch) {
     const uint32_t n = b.a.world;
     if ((kAll || runs(1)) &&
-        !each(batch, b.a.rank + n - 1, [&](Range r, uint64_t) { return send_own(r); }))
+        !each(batch, b.a.rank + n - 1, [&](const Chunk& c, uint64_t) { return send_own(c); }))
       return false;
     uint32_t k = 1;
     if constexpr (kF32) { // more than two ranks; what comes first is raw
       const Incoming in = incoming(k);
       if ((kAll || runs(k + 1)) &&
           !each(batch, b.a.rank + n - 1 - k,
-                [&](Range r, uint64_t) { return add_and_send<true>(r, in); }))
+                [&](const Chunk& c, uint64_t) { return add_and_send<true>(c, in); }))
         return false;
       ++k;
     }
@@ -247,7 +289,7 @@ template <class T, bool kF32> struct Ring {
       const Incoming in = incoming(k);
       if ((kAll || runs(k + 1)) &&
           !each(batch, b.a.rank + n - 1 - k,
-                [&](Range r, uint64_t) { return add_and_send<!kF32>(r, in); }))
+                [&](const Chunk& c, uint64_t) { return add_and_send<!kF32>(c, in); }))
         return false;
     }
     return true;
@@ -257,12 +299,12 @@ template <class T, bool kF32> struct Ring {
     const uint32_t n = b.a.world;
     for (uint32_t k = 1; k + 1 < n; ++k)
       if ((kAll || runs(n + 1 + k)) &&
-          !each(batch, b.a.rank + n - k, [&](Range r, uint64_t) {
-            return forward<true, true, kNonTemporal>(r, nullptr);
+          !each(batch, b.a.rank + n - k, [&](const Chunk& c, uint64_t) {
+            return forward<true, true, kNonTemporal>(c, nullptr);
           }))
         return false;
-    return !(kAll || runs(2 * n)) || each(batch, b.a.rank + 1, [&](Range r, uint64_t) {
-      return forward<true, false, kNonTemporal>(r, nullptr);
+    return !(kAll || runs(2 * n)) || each(batch, b.a.rank + 1, [&](const Chunk& c, uint64_t) {
+      return forward<true, false, kNonTemporal>(c, nullptr);
     });
   }
 
@@ -280,8 +322,8 @@ template <class T, bool kF32> struct Ring {
     const uint32_t n = b.a.world;
     const Incoming last = incoming(n - 1);
     return each_batch([&](Batch batch) {
-      return reduce<false>(batch) && (!runs(n) || each(batch, b.a.rank, [&](Range r, uint64_t at) {
-               return finish_into(r, last, own_shard(at));
+      return reduce<false>(batch) && (!runs(n) || each(batch, b.a.rank, [&](const Chunk& c, uint64_t at) {
+               return finish_into(c, last, own_shard(at));
              }));
     });
   }
@@ -289,8 +331,8 @@ template <class T, bool kF32> struct Ring {
     const uint32_t n = b.a.world;
     return each_batch([&](Batch batch) {
       return (!runs(n + 1) || each(batch, b.a.rank,
-                                   [&](Range r, uint64_t at) {
-                                     return forward<false, true, true>(r, own_shard(at));
+                                   [&](const Chunk& c, uint64_t at) {
+                                     return forward<false, true, true>(c, own_shard(at));
                                    })) &&
              gather<false, true>(batch);
     });
@@ -299,7 +341,7 @@ template <class T, bool kF32> struct Ring {
     const Incoming last = incoming(b.a.world - 1);
     return each_batch([&](Batch batch) {
       return reduce<true>(batch) &&
-             each(batch, b.a.rank, [&](Range r, uint64_t) { return finish_and_send(r, last); }) &&
+             each(batch, b.a.rank, [&](const Chunk& c, uint64_t) { return finish_and_send(c, last); }) &&
              gather<true, false>(batch);
     });
   }

@@ -62,35 +62,63 @@ template <class T> struct Ragged {
 
 // Intersection of one tensor with a range of packs, counted from the range's begin: packs
 // first … whole are full; a last one with only `tail` elements follows if end > whole. Pack `first`
-// lies `offset` bytes into the tensor.
+// lies `offset` bytes into the tensor, which begins at `address`.
 struct Part {
   uint32_t segment;
-  uint64_t offset;
+  uint64_t address, offset;
   uint32_t first, whole, end;
   uint32_t tail;
 };
 
-// Calls f for each part of packs begin … end, of which there are fewer than 2^32.
-template <class T, class F>
-PA_FN void each_part(const PaBucket& bucket, uint64_t begin, uint64_t end, F f) {
-  constexpr uint64_t N = Element<T>::kPerPack;
-  const PaSegment* segments = at<const PaSegment>(bucket.segments);
-  uint32_t low = 0, high = bucket.segment_count; // last segment that begins at or before `begin`
+// The last of segments low … high that begins at or before `pack`, as segment `low` does.
+PA_FN uint32_t last_at(const PaSegment* segments, uint32_t low, uint32_t high, uint64_t pack) {
   while (high - low > 1) {
     const uint32_t middle = low + (high - low) / 2;
-    if (segments[middle].first_pack <= begin) low = middle;
+    if (segments[middle].first_pack <= pack) low = middle;
     else high = middle;
   }
-  for (uint32_t s = low; s < bucket.segment_count && segments[s].first_pack < end; ++s) {
-    const uint64_t start = segments[s].first_pack, elements = segments[s].elements;
+  return low;
+}
+// The same among all segments, where `low` begins at or before `pack` and is most likely near: one
+// load where it is the one.
+PA_FN uint32_t last_at_from(const PaBucket& bucket, uint32_t low, uint64_t pack) {
+  const PaSegment* segments = at<const PaSegment>(bucket.segments);
+  uint32_t step = 1;
+  while (step < bucket.segment_count - low && segments[low + step].first_pack <= pack) {
+    low += step;
+    step *= 2;
+  }
+  return last_at(segments, low, uint32_t(min(low + uint64_t(step), bucket.segment_count)), pack);
+}
+
+// Calls f for each part of a range of fewer than 2^32 packs. Segment s, which is `segment`, is the
+// last one that begins at or before the range's begin. Returns the last one before its end.
+template <class T, class F>
+PA_FN uint32_t each_part_from(const PaBucket& bucket, uint32_t s, PaSegment segment,
+                              const Range& range, F f) {
+  constexpr uint64_t N = Element<T>::kPerPack;
+  for (;;) {
+    const uint64_t begin = range.begin, end = range.end;
+    const uint64_t start = segment.first_pack, elements = segment.elements;
     const uint64_t full = elements / N, packs = (elements + N - 1) / N;
     const uint64_t from = start < begin ? begin - start : 0;
-    const uint64_t to = packs < end - start ? packs : end - start;
-    if (from >= to) continue;
+    const bool goes_on = packs < end - start; // what lies beyond the end is not looked at
+    const uint64_t to = goes_on ? packs : end - start;
     const uint64_t whole = to < full ? to : full > from ? full : from;
-    f(Part{s, from * 16, uint32_t(start + from - begin), uint32_t(start + whole - begin),
-           uint32_t(start + to - begin), uint32_t(elements - full * N)});
+    if (from < to)
+      f(Part{s, segment.address, from * 16, uint32_t(start + from - begin),
+             uint32_t(start + whole - begin), uint32_t(start + to - begin),
+             uint32_t(elements - full * N)});
+    if (!goes_on) return s;
+    segment = at<const PaSegment>(bucket.segments)[++s];
   }
+}
+template <class T, class F>
+PA_FN void each_part(const PaBucket& bucket, uint64_t begin, uint64_t end, F f) {
+  if (begin == end) return;
+  const PaSegment* segments = at<const PaSegment>(bucket.segments);
+  const uint32_t s = last_at(segments, 0, bucket.segment_count, begin);
+  each_part_from<T>(bucket, s, segments[s], Range{begin, end}, f);
 }
 
 // Splits a range into pieces of at most `most` packs: a Part counts packs in 32 bits.
@@ -128,17 +156,30 @@ PA_FN void each_pack_of(const Exec& ex, const Part& part, uint32_t lead, bool al
   }
 }
 
+// Asks for the packs of a range that lie in the segment in which it begins, before a step waits:
+// on a GPU they are on their way from memory to the cache meanwhile.
+PA_FN void prefetch_own(const Exec& ex, const PaSegment& segment, Range range) {
+  if constexpr (kInFlight == 1) return; // a CPU's core looks ahead by itself
+  constexpr uint64_t kLine = 128;
+  const uint64_t into = 16 * (range.begin - segment.first_pack);
+  const uint64_t last = segment.address + into + 16 * range.packs() - 1; // may lie beyond it
+  for (uint64_t p = segment.address + into + kLine * ex.lane(); p <= last; p += kLine * ex.lanes())
+    ex.prefetch(at<const char>(p));
+}
+// Packs of one part of the own tensors.
+template <class T, class Load, class Store>
+PA_FN void each_own_pack(const Exec& ex, const Part& part, Load load, Store store) {
+  char* base = at<char>(part.address + part.offset) - 16 * uint64_t(part.first);
+  const uint32_t lead = (0u - part.first) % kGroup; // groups are aligned in the chunk
+  each_pack_of<kInFlight>(
+      ex, part, lead, part.address % 16 == 0, [&] { return Whole<T>{base}; },
+      [&](bool whole) { return Ragged<T>{base, part.whole, part.tail, whole}; }, load, store);
+}
 // Packs begin … end of the own tensors.
 template <class T, class Load, class Store>
 PA_FN void each_own(const Exec& ex, const PaBucket& bucket, uint64_t begin, uint64_t end, Load load,
                     Store store) {
-  each_part<T>(bucket, begin, end, [&](const Part& part) {
-    const uint64_t address = at<const PaSegment>(bucket.segments)[part.segment].address;
-    char* base = at<char>(address + part.offset) - 16 * uint64_t(part.first);
-    const uint32_t lead = (0u - part.first) % kGroup; // groups are aligned in the chunk
-    each_pack_of<kInFlight>(
-        ex, part, lead, address % 16 == 0, [&] { return Whole<T>{base}; },
-        [&](bool whole) { return Ragged<T>{base, part.whole, part.tail, whole}; }, load, store);
-  });
+  each_part<T>(bucket, begin, end,
+               [&](const Part& part) { each_own_pack<T>(ex, part, load, store); });
 }
 } // namespace PA_ISA

@@ -84,7 +84,6 @@ PA_NOINLINE bool resolve_failure(Exec ex, WaitCtx ctx, uint32_t failure, uint32_
 // The leader's wait until *word, which `peer` writes, reaches `want`. False: the average ended.
 PA_NOINLINE bool wait_slow(Exec ex, WaitCtx ctx, uint32_t* word, uint32_t* sleepers, uint32_t want,
                            uint32_t peer, uint32_t phase) {
-  constexpr uint32_t kLookAround = 16; // polls between two calls of poll_interrupt()
   constexpr uint64_t kMaxAwakeNs = 25'000'000;
   uint32_t* waiting_on = &ctx.control()->board[ctx.a->rank].waiting_on;
   const uint64_t start = ex.now_ns();
@@ -97,6 +96,7 @@ PA_NOINLINE bool wait_slow(Exec ex, WaitCtx ctx, uint32_t* word, uint32_t* sleep
     // At the exit barrier only the word itself ends the wait: until a peer has exited, it may write
     // into this rank's tensors, which the caller is free to drop. Peers reach the exit without
     // waiting.
+    // Not at each poll: a GPU reads memory of the host here.
     if ((spins % kLookAround == 0 || ex.sleeps(spins, ctx.a->spins)) && phase != PA_AT_EXIT) {
       const uint64_t now = ex.now_ns(), waited = now - start;
       const bool ticked = heartbeat != heartbeat_of(now);

@@ -26,6 +26,8 @@ PA_FN uint32_t load_relaxed(const uint32_t* p) { return __atomic_load_n(p, __ATO
 // Stronger than release: it must not pass the load of `sleepers` in wake(), or a wake-up is lost.
 PA_FN void store_release(uint32_t* p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
 PA_FN void store_release(uint64_t* p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+PA_FN void fence_release() {} // the stores that follow are releases each
+PA_FN void store_after_fence(uint32_t* p, uint32_t v) { store_release(p, v); }
 PA_FN void store_relaxed(uint32_t* p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 PA_FN void store_relaxed(uint64_t* p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
 PA_FN void raise_flag(uint32_t* p) { __atomic_store_n(p, 1u, __ATOMIC_SEQ_CST); }
@@ -108,6 +110,7 @@ inline bool reader_is_remote(char* slot, uint64_t bytes, uint32_t max_ns) {
 #endif
 }
 
+constexpr uint32_t kLookAround = 16; // see wait_slow()
 constexpr int kInFlight = 1; // the compiler and the core overlap loads themselves
 #if defined(__AVX512BW__) && !defined(PA_LANES)
 constexpr int kGroup = 4; // packs per vector register
@@ -121,6 +124,7 @@ struct CpuExec {
   uint32_t channel;
   uint32_t block() const { return channel; }
   uint64_t now_ns() const { return cpu_now_ns(); }
+  void prefetch(const char*) const {}
   bool sleeps(uint32_t spins, uint32_t max_spins) const { return cpu_sleeps(spins, max_spins); }
   void pause(uint32_t spins, uint32_t max_spins, const uint32_t* word, uint32_t seen,
              uint32_t* sleepers) const {

@@ -27,6 +27,10 @@ PA_FN void store_release(uint32_t* p, uint32_t v) {
 PA_FN void store_release(uint64_t* p, uint64_t v) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
+PA_FN void fence_release() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+PA_FN void store_after_fence(uint32_t* p, uint32_t v) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
 PA_FN void store_relaxed(uint32_t* p, uint32_t v) {
   asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
@@ -71,6 +75,10 @@ struct Exec {
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
     return t;
   }
+  // A hint, for any address.
+  PA_FN void prefetch(const char* p) const {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory");
+  }
   PA_FN void pause(uint32_t spins, uint32_t, const uint32_t*, uint32_t, uint32_t*) const {
     __nanosleep(spins < 64 ? 20 : 200);
   }
@@ -85,6 +93,7 @@ template <class X> struct Shared {
   }
 };
 PA_FN bool reader_is_remote(char*, uint64_t, uint32_t) { return false; } // stores do not wait
+constexpr uint32_t kLookAround = 64; // see wait_slow()
 constexpr int kInFlight = 4; // packs a lane loads before it stores any
 constexpr int kGroup = 1;
 } // namespace PA_ISA

@@ -63,6 +63,12 @@ impl ParamAverager {
             kind => self.fatal(Failure { kind, position }, phase(status.phase), committed),
         };
         if error.is_fatal() {
+            // A peer that has committed may not know of it, and must not wait at its next meeting.
+            // Hosts do not see what kernels write to memory of a device.
+            let control = &self.agreement.control;
+            if control.failure().is_none() && status.outcome >= PA_TIMEOUT {
+                control.lose(position);
+            }
             self.failed = Some(error.clone());
         }
         Err(error)

@@ -122,9 +122,6 @@ impl ParamAverager {
                 None => Way::Threads { calls: &agreement.calls, launches: &agreement.launches },
             },
         };
-        if placement.occupancy().is_some() && !is_captured {
-            agreement.control.call(position);
-        }
         // Threads run the whole average in this call, and ranks on devices meet in it.
         let _waiting = self.watch.waits(start);
         // SAFETY: the tables describe the tensors of the caller's promise; all other memory is this

@@ -22,6 +22,9 @@ pub(crate) struct Failure {
 
 /// State of a world, as a rank that waits sees it. All positions are ring positions.
 pub(crate) trait World {
+    /// Counts a call of an average on a device, for notices.
+    fn count_call(&self, position: usize);
+
     /// The failure that ended the world.
     fn failure(&self) -> Option<Failure>;
 
@@ -48,8 +51,13 @@ pub(crate) struct Attendance {
     pub(crate) arrivals: Arc<dyn Arrivals>,
     /// Number of ranks.
     pub(crate) ranks: usize,
+    /// Position of this rank.
+    pub(crate) position: usize,
     pub(crate) number: u32,
-    pub(crate) deadline: Instant,
+    pub(crate) timeout: Duration,
+    /// Time at which this rank was first seen to have come: peers are waited for from then on, not
+    /// while this rank's stream has earlier work to do.
+    pub(crate) since: Option<Instant>,
 }
 
 impl Attendance {
@@ -69,11 +77,15 @@ impl Attendance {
 
     /// Looks once: `None` while ranks are missing, and the failure that ends the meeting if there
     /// is one. A failure that this look finds poisons the world.
-    pub(crate) fn look(&self) -> Option<Result<(), Failure>> {
+    pub(crate) fn look(&mut self) -> Option<Result<(), Failure>> {
         let Some(first) = self.missing().next() else { return Some(Ok(())) };
+        if self.since.is_none() && self.missing().all(|at| at != self.position) {
+            self.since = Some(Instant::now());
+        }
+        let is_late = self.since.is_some_and(|since| since.elapsed() >= self.timeout);
         let ended = match self.missing().find(|&at| self.arrivals.has_left(at)) {
             Some(position) => Some(Failure { kind: PA_DEPARTED, position }),
-            None if Instant::now() < self.deadline => None,
+            None if !is_late => None,
             None => Some(Failure { kind: PA_TIMEOUT, position: first }),
         };
         ended.into_iter().for_each(|failure| self.arrivals.poison(failure));
@@ -88,10 +100,10 @@ impl Attendance {
     }
 
     /// Comes to the meeting and waits on the host for all others.
-    pub(crate) fn meet(&self, position: usize) -> Result<(), Failure> {
+    pub(crate) fn meet(&mut self) -> Result<(), Failure> {
         /// Looks before the wait sleeps: about as long as a hand-off takes.
         const SPINS: u32 = 2000;
-        self.arrivals.arrived(position).store(self.number, Ordering::Release);
+        self.arrivals.arrived(self.position).store(self.number, Ordering::Release);
         let mut looks = 0;
         loop {
             if let Some(ended) = self.look() {
@@ -120,17 +132,16 @@ struct State<T> {
     completed: u64,
     /// Contributions to the next meeting, by position.
     brought: Vec<Option<T>>,
-    /// Contributions to the last two meetings, by parity. A rank may bring something to the next
-    /// meeting before a slow one has taken the results of the last.
-    results: [Arc<[T]>; 2],
+    /// Contributions to the last meeting. The next one is not complete before every rank has taken
+    /// them and has come again.
+    results: Arc<[T]>,
 }
 
 impl<T> Meeting<T> {
     /// Meetings of this many ranks.
     pub(crate) fn new(world: usize) -> Self {
         let brought = (0..world).map(|_| None).collect();
-        let results = [Arc::new([]) as Arc<[T]>, Arc::new([])];
-        let state = State { completed: 0, brought, results };
+        let state = State { completed: 0, brought, results: Arc::new([]) };
         Meeting { state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -154,14 +165,13 @@ impl<T> Meeting<T> {
         let number = state.completed;
         state.brought[position] = Some(own);
         if state.brought.iter().all(Option::is_some) {
-            let all = state.brought.iter_mut().filter_map(Option::take).collect();
-            state.results[number as usize % 2] = all;
+            state.results = state.brought.iter_mut().filter_map(Option::take).collect();
             state.completed += 1;
             self.changed.notify_all();
         }
         loop {
             if state.completed != number {
-                return Ok(state.results[number as usize % 2].clone());
+                return Ok(state.results.clone());
             }
             let waited = start.elapsed();
             let mut missing = (0..state.brought.len()).filter(|&at| state.brought[at].is_none());
@@ -189,6 +199,7 @@ impl<T> Meeting<T> {
     pub(crate) fn all_gather_of_all(&self, position: usize, own: T) -> Arc<[T]> {
         struct Lasting;
         impl World for Lasting {
+            fn count_call(&self, _: usize) {}
             fn failure(&self) -> Option<Failure> {
                 None
             }
@@ -217,6 +228,7 @@ mod tests {
     struct Ended(Mutex<(Option<Failure>, Vec<usize>)>);
 
     impl World for Ended {
+        fn count_call(&self, _: usize) {}
         fn failure(&self) -> Option<Failure> {
             lock(&self.0).0
         }

@@ -37,6 +37,8 @@ macro_rules! absent {
 
 absent!(Context {
     fn usable_blocks() -> u32;
+    fn has_stream_waits() -> bool;
+    fn has_mps() -> bool;
     fn ordinal() -> usize;
     fn owns(address: u64) -> bool;
 });

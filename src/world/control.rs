@@ -4,7 +4,7 @@
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::abi::{PaBoard, PaControl, PaHost, PA_ABORTED, PA_COMMITTED, PA_DEPARTED};
+use crate::abi::{PaBoard, PaControl, PaHost, PA_ABORTED, PA_COMMITTED, PA_DEPARTED, PA_MAX_WORLD};
 use crate::backend::{Arrivals, Failure, Memory, World};
 
 /// A `PaControl` and its `PaHost`. After construction the host writes single words only.
@@ -36,7 +36,8 @@ impl Control {
             board.vote = epoch.wrapping_mul(2);
             board.exited = epoch.wrapping_mul(2);
         }
-        let words = PaHost { completed: [epoch; 16], ..bytemuck::Zeroable::zeroed() };
+        let words =
+            PaHost { completed: [epoch; PA_MAX_WORLD as usize], ..bytemuck::Zeroable::zeroed() };
         memory.set(0, bytemuck::bytes_of(&first))?;
         let (to, at) = match &mut host {
             Some(host) => (host, 0),
@@ -80,6 +81,11 @@ impl Control {
         self.poison(PA_DEPARTED, position);
     }
 
+    /// Ends the world after this rank's kernels have: `position` is at fault.
+    pub(crate) fn lose(&self, position: usize) {
+        self.poison(PA_DEPARTED, position);
+    }
+
     fn poison(&self, kind: u32, position: usize) {
         let code = kind << 8 | position as u32;
         // Release: a reader that sees the code also sees all writes before it.
@@ -94,11 +100,6 @@ impl Control {
         // writes of the rank in the average.
         let word = self.host_word(offset_of!(PaHost, completed) + 4 * position);
         word.store(epoch, Ordering::Release);
-    }
-
-    /// Counts a call of an average on a device, for notices.
-    pub(crate) fn call(&self, position: usize) {
-        self.called(position).fetch_add(1, Ordering::Relaxed);
     }
 
     fn called(&self, position: usize) -> &AtomicU32 {
@@ -185,6 +186,10 @@ impl Control {
 }
 
 impl World for Control {
+    fn count_call(&self, position: usize) {
+        self.called(position).fetch_add(1, Ordering::Relaxed);
+    }
+
     fn failure(&self) -> Option<Failure> {
         self.failure()
     }

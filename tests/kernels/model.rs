@@ -2,7 +2,9 @@
 //! spin: no deadlock, no chunk lost or doubled, no rank writes unless all have voted, all ranks
 //! that end an average agree on its outcome. Also the turn lock (turn.pml) and departure
 //! (leave.pml): a rank that has completed an average fails no peer, and a death during it ends
-//! every wait. Each planted fault is found, so the models do look.
+//! every wait. And the meeting before launches (meeting.pml): no rank launches what another one
+//! gave up, none returns while a launch uses its tensors, every wait ends. Each planted fault is
+//! found, so the models do look.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,7 +13,7 @@ use std::process::Command;
 use test_support::{tool, Skip};
 
 /// Models in `protocol`, each with the number of its faults.
-const MODELS: [(&str, u32); 3] = [("ring", 15), ("turn", 8), ("leave", 6)];
+const MODELS: [(&str, u32); 4] = [("ring", 15), ("turn", 8), ("leave", 6), ("meeting", 9)];
 
 fn file(model: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))

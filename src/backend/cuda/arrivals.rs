@@ -17,18 +17,14 @@ use crate::sync::{lock, wait, wait_timeout};
 ///
 /// # Safety
 /// `stream` belongs to the context, which is bound.
-pub(super) unsafe fn enqueue(
-    meeting: &Attendance,
-    position: usize,
-    stream: sys::CUstream,
-) -> Result<(), Failed> {
+pub(super) unsafe fn enqueue(meeting: &Attendance, stream: sys::CUstream) -> Result<(), Failed> {
     let (number, at) = (meeting.number, |rank| meeting.arrivals.arrived_address(rank));
     let reached = sys::CUstreamWaitValue_flags::CU_STREAM_WAIT_VALUE_GEQ as u32;
     // SAFETY: the words are in memory that is mapped for the device until the averager is dropped,
     // which waits for the stream. Flags 0 of the write: earlier writes are visible before it.
     unsafe {
-        call!(cuStreamWriteValue32_v2(stream, at(position), number, 0))?;
-        for other in (0..meeting.ranks).filter(|&other| other != position) {
+        call!(cuStreamWriteValue32_v2(stream, at(meeting.position), number, 0))?;
+        for other in (0..meeting.ranks).filter(|&other| other != meeting.position) {
             call!(cuStreamWaitValue32_v2(stream, at(other), number, reached))?;
         }
     }
@@ -75,7 +71,7 @@ pub(super) fn forget(meeting: &Attendance) {
 fn run() {
     let mut state = lock(&WATCHER.state);
     loop {
-        state.0.retain(|meeting| {
+        state.0.retain_mut(|meeting| {
             let ended = meeting.look();
             if let Some(Err(_)) = ended {
                 meeting.release();

@@ -162,6 +162,11 @@ pub(crate) struct Failed {
 }
 
 impl Failed {
+    /// Stands for calls that were not made since a panic came before them.
+    pub(crate) fn panicked() -> Failed {
+        Failed { function: "launches that a panic has ended", result: CUresult::CUDA_ERROR_UNKNOWN }
+    }
+
     /// True if a stream capture prevents the call. The call had no effect then, and the device has
     /// not failed.
     pub(crate) fn is_of_capture(&self) -> bool {

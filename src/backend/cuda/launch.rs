@@ -41,7 +41,7 @@ pub(super) fn leader_of(device: usize, parts: &[Part]) -> usize {
 
 /// Launches the parts of all ranks on the device, behind the work that any rank of the world
 /// waits for: no kernel waits for work of a peer. `meeting` is one of processes, to which this rank
-/// comes in the stream, at a ring position. `done` is recorded behind all.
+/// comes in the stream. `done` is recorded behind all.
 ///
 /// # Safety
 /// `parts` are those of an average of all ranks. Every rank keeps its promises of `Rank::start`
@@ -49,7 +49,7 @@ pub(super) fn leader_of(device: usize, parts: &[Part]) -> usize {
 pub(super) unsafe fn launch_all(
     context: &Context,
     stream: &LaunchStream,
-    (meeting, position): (Option<&Attendance>, usize),
+    meeting: Option<&Attendance>,
     parts: &[Part],
     done: &Event,
 ) -> Result<(), Failed> {
@@ -67,10 +67,10 @@ pub(super) unsafe fn launch_all(
         }
         #[cfg(processes)]
         if let Some(meeting) = meeting {
-            super::arrivals::enqueue(meeting, position, on)?;
+            super::arrivals::enqueue(meeting, on)?;
         }
         #[cfg(not(processes))]
-        let _ = (meeting, position);
+        let _ = meeting;
         // A rank whose tensors are wrong lacks some launches.
         let most = own().map(|part| &part.launches).max_by_key(|all| all.len());
         for &each in most.into_iter().flatten() {

@@ -178,6 +178,7 @@ impl Rank {
         for status in bytemuck::cast_slice_mut::<_, PaStatus>(self.ended.bytes_mut()) {
             (status.outcome, status.committed) = (PA_OPEN, 0);
         }
+        peers.world.count_call(peers.position);
         let part = Part {
             device: self.context.ordinal(),
             ready: self.ready.clone(),

@@ -51,76 +51,14 @@ impl Member {
         {
             return Err(Error::SharedMemory { rank: self.rank(), reason: reason.clone() });
         }
-        // An abort sent before this view change cancels an admission. A recovery ignores it: it is
-        // the failure that is recovered from.
-        let counts = if admits { &[0, 1][..] } else { &[1] };
-        let aborted = |state: &State| {
-            let has = |peer: &usize| {
-                counts.iter().any(|&during| state.has(*peer, (Kind::Abort, next - 1, during)))
-            };
-            let own = counts.iter().any(|&during| self.status().aborted[during as usize]);
-            self.others().find(has).or(own.then_some(me)).map(|peer| self.rank_of(peer))
-        };
+        let board = &self.peer_set.connections.board;
         let _guard = ViewChangeGuard::new(&self.peer_set);
         let joiners = if admits { self.joiners(deadline) } else { vec![] };
-        let send_ready = |number, to: &[usize], deadline| {
-            for &peer in to.iter().filter(|&&peer| !self.peer_set.lock().departed.contains(&peer)) {
-                // A peer that does not read is not ready, either.
-                let _ =
-                    self.peer_set.send(peer, (Kind::Ready, next, number), &joiners, &[], deadline);
-            }
-        };
-        let board = &self.peer_set.connections.board;
-        let is_decided = || board.view() >= next;
-        if !is_decided() {
-            let others: Vec<usize> = self.others().collect();
-            send_ready(READY, &others, deadline);
-            let ready = |state: &State, peer: usize| state.has(peer, (Kind::Ready, next, READY));
-            let all = |state: &State, but: Option<usize>| {
-                let settled = |&peer: &usize| {
-                    state.departed.contains(&peer) || ready(state, peer) || Some(peer) == but
-                };
-                others.iter().all(settled) || is_decided() || aborted(state).is_some()
-            };
-            // A joiner of this view that has no model yet is not waited for.
-            let unsettled = self.unsettled();
-            let mut notice = Notice::new(Some(self.rank()));
-            let waiting = |state: &State| self.waits_for_view(state, next, timeout);
-            let _ = self.peer_set.wait_and_tell(deadline, &mut notice, waiting, |state| {
-                all(state, unsettled).then_some(())
-            });
-            let _ = self
-                .peer_set
-                .wait(deadline.min(Instant::now() + SOON), |state| all(state, None).then_some(()));
-            let mut state = self.peer_set.lock();
-            if let Some(rank) = aborted(&state) {
-                self.others().for_each(|peer| drop(state.take(peer, (Kind::Abort, next - 1, 1))));
-                self.status().aborted[1] = false;
-                return Err(Error::Aborted { rank, phase: Phase::Build, committed: false });
-            }
-            let there = |peer: usize| {
-                peer == me || (ready(&state, peer) && !state.departed.contains(&peer))
-            };
-            let mut members: Vec<usize> =
-                self.ids().iter().copied().filter(|&peer| there(peer)).collect();
-            let known = |peer: usize, joiner: usize| {
-                let said = state
-                    .get(peer, (Kind::Ready, next, READY))
-                    .and_then(|frame| frame.parse().ok());
-                peer == me || said.is_some_and(|joiners: Vec<usize>| joiners.contains(&joiner))
-            };
-            // At most one joiner: two joiners are not connected to each other.
-            let mut joiners =
-                joiners.iter().copied().filter(|_| members.len() < PA_MAX_WORLD as usize);
-            let joined = joiners.find(|&joiner| {
-                !state.departed.contains(&joiner) && members.iter().all(|&peer| known(peer, joiner))
-            });
-            members.extend(joined);
-            let receivers = [others, state.outsiders(self.ids())].concat();
-            drop(state);
-            board.propose(me, &self.view.agreed, &members, joined);
-            // Wakes members that wait for a process that will not arrive, and joiners.
-            send_ready(DECIDED, &receivers, Instant::now() + SOON);
+        let others = self.others().collect();
+        let change = ViewChange { member: self, next, others, joiners, admits };
+        if !change.is_decided() {
+            change.collect_ready(deadline, timeout);
+            change.decide()?;
         }
         let agreed = board.agreed();
         if agreed.number != next || !agreed.members.contains(&me) {
@@ -141,21 +79,6 @@ impl Member {
             }
         }
         Ok(entered)
-    }
-
-    /// Text of a notice: the members that the next view waits for.
-    fn waits_for_view(&self, state: &State, next: u32, timeout: Duration) -> String {
-        let is_ready = |peer: &usize| {
-            state.departed.contains(peer) || state.has(*peer, (Kind::Ready, next, READY))
-        };
-        let late = self.others().filter(|peer| !is_ready(peer)).map(|peer| self.rank_of(peer));
-        let late: Vec<String> = late.map(|rank| rank.to_string()).collect();
-        format!(
-            "rank {} waits for ranks {} to recover, too, or to admit a process; ranks that have \
-                not called it after {timeout:?} are left out",
-            self.rank(),
-            late.join(", ")
-        )
     }
 
     /// Warns of members that the next view goes on without.
@@ -189,6 +112,125 @@ impl Member {
     /// Membership of this process in a later view.
     fn entered(&self, view: CurrentView) -> Member {
         Member { peer_set: self.peer_set.clone(), view }
+    }
+}
+
+/// A change to view `next`, which no process has decided when it begins.
+struct ViewChange<'a> {
+    member: &'a Member,
+    next: u32,
+    /// All other members.
+    others: Vec<usize>,
+    /// Joiners that this process knows.
+    joiners: Vec<usize>,
+    admits: bool,
+}
+
+impl ViewChange<'_> {
+    /// Tells all other members that this process is ready, and waits until each is ready or
+    /// departed, or another process has decided the view.
+    fn collect_ready(&self, deadline: Instant, timeout: Duration) {
+        let peer_set = &self.member.peer_set;
+        self.send_ready(READY, &self.others, deadline);
+        let all = |state: &State, but: Option<usize>| {
+            let settled = |&peer: &usize| {
+                state.departed.contains(&peer) || self.is_ready(state, peer) || Some(peer) == but
+            };
+            let is_over = || self.is_decided() || self.aborted(state).is_some();
+            self.others.iter().all(settled) || is_over()
+        };
+        // A joiner of this view that has no model yet is not waited for.
+        let unsettled = self.member.unsettled();
+        let mut notice = Notice::new(Some(self.member.rank()));
+        let waiting = |state: &State| self.waiting(state, timeout);
+        let _ = peer_set.wait_and_tell(deadline, &mut notice, waiting, |state| {
+            all(state, unsettled).then_some(())
+        });
+        let soon = deadline.min(Instant::now() + SOON);
+        let _ = peer_set.wait(soon, |state| all(state, None).then_some(()));
+    }
+
+    /// Decides the view, unless another process has: its members are those that are ready.
+    fn decide(&self) -> Result<()> {
+        let (peer_set, me) = (&self.member.peer_set, self.member.peer_set.me);
+        let mut state = peer_set.lock();
+        if let Some(rank) = self.aborted(&state) {
+            let during = (Kind::Abort, self.next - 1, 1);
+            self.others.iter().for_each(|&peer| drop(state.take(peer, during)));
+            self.member.status().aborted[1] = false;
+            return Err(Error::Aborted { rank, phase: Phase::Build, committed: false });
+        }
+        let there = |peer: &usize| {
+            *peer == me || (self.is_ready(&state, *peer) && !state.departed.contains(peer))
+        };
+        let mut members: Vec<usize> = self.member.ids().iter().copied().filter(there).collect();
+        let joined = self.joiner_of_all(&state, &members);
+        members.extend(joined);
+        let receivers = [&self.others[..], &state.outsiders(self.member.ids())].concat();
+        drop(state);
+        peer_set.connections.board.propose(me, &self.member.view.agreed, &members, joined);
+        // Wakes members that wait for a process that will not arrive, and joiners.
+        self.send_ready(DECIDED, &receivers, Instant::now() + SOON);
+        Ok(())
+    }
+
+    /// A joiner that all of these members know. At most one: two joiners are not connected to each
+    /// other.
+    fn joiner_of_all(&self, state: &State, members: &[usize]) -> Option<usize> {
+        let known = |peer: usize, joiner: usize| {
+            let frame = state.get(peer, (Kind::Ready, self.next, READY));
+            let said = frame.and_then(|frame| frame.parse().ok());
+            peer == self.member.peer_set.me
+                || said.is_some_and(|joiners: Vec<usize>| joiners.contains(&joiner))
+        };
+        let mut joiners =
+            self.joiners.iter().copied().filter(|_| members.len() < PA_MAX_WORLD as usize);
+        joiners.find(|&joiner| {
+            !state.departed.contains(&joiner) && members.iter().all(|&peer| known(peer, joiner))
+        })
+    }
+
+    /// The rank that has aborted. An abort sent before this view change cancels an admission. A
+    /// recovery ignores it: it is the failure that is recovered from.
+    fn aborted(&self, state: &State) -> Option<usize> {
+        let counts = if self.admits { &[0, 1][..] } else { &[1] };
+        let has = |peer: &usize| {
+            counts.iter().any(|&during| state.has(*peer, (Kind::Abort, self.next - 1, during)))
+        };
+        let own = counts.iter().any(|&during| self.member.status().aborted[during as usize]);
+        let own = own.then_some(self.member.peer_set.me);
+        let aborted = self.others.iter().copied().find(has).or(own);
+        aborted.map(|peer| self.member.rank_of(peer))
+    }
+
+    fn send_ready(&self, number: u32, to: &[usize], deadline: Instant) {
+        let (peer_set, key) = (&self.member.peer_set, (Kind::Ready, self.next, number));
+        for &peer in to.iter().filter(|&&peer| !peer_set.lock().departed.contains(&peer)) {
+            // A peer that does not read is not ready, either.
+            let _ = peer_set.send(peer, key, &self.joiners, &[], deadline);
+        }
+    }
+
+    fn is_ready(&self, state: &State, peer: usize) -> bool {
+        state.has(peer, (Kind::Ready, self.next, READY))
+    }
+
+    fn is_decided(&self) -> bool {
+        self.member.peer_set.connections.board.view() >= self.next
+    }
+
+    /// Text of a notice: the members that the next view waits for.
+    fn waiting(&self, state: &State, timeout: Duration) -> String {
+        let is_late =
+            |peer: &&usize| !state.departed.contains(peer) && !self.is_ready(state, **peer);
+        let late = self.others.iter().filter(is_late).map(|&peer| self.member.rank_of(peer));
+        let late: Vec<String> = late.map(|rank| rank.to_string()).collect();
+        format!(
+            "rank {} waits for ranks {} to recover, too, or to admit a process; ranks that have \
+                not called it after {timeout:?} are left out",
+            self.member.rank(),
+            late.join(", ")
+        )
     }
 }
 

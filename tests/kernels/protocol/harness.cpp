@@ -45,6 +45,7 @@ constexpr Scenario kScenarios[] = {
     {"stale", stale},
     {"sequenced", sequenced},
     {"parts", parts},
+    {"given_up", given_up},
 };
 
 static void watch(unsigned seconds) {

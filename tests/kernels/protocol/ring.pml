@@ -1,6 +1,7 @@
 /* The mailbox protocol of kernels/ring.h with the all-or-nothing commit, for spin: N ranks of one
- * channel each make AVERAGES averages of ROUNDS rounds. Counters are modulo 8, and wrap.
- * model.rs runs it.
+ * channel each make AVERAGES averages of ROUNDS rounds. Counters are modulo 8, and wrap. With
+ * several channels the last block to have reduced votes for its rank; mutants 80 to 82 of
+ * mutants.txt are about that. model.rs runs it.
  *
  *   HEALTHY     no rank dies and no deadline passes: every average must end, so that a deadlock is
  *               an error

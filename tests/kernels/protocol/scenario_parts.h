@@ -1,7 +1,7 @@
-// PA_RING_COMMIT in several launches: segment by segment on one thread, where no wait can end, and
-// cut anywhere on threads.
+// PA_RING_COMMIT in several launches: segment by segment on one thread, where no wait can end; cut
+// on threads; and given up between two of them.
 #pragma once
-#include "scenarios_good.h"
+#include "scenarios_bad.h"
 
 // Rounds of all buckets in the largest channel: the chunks that a rank sends in one segment.
 inline uint32_t all_rounds(const World& w) {
@@ -149,4 +149,40 @@ inline void parts() {
           },
           [&](uint32_t k, uint32_t r, const Outcome& o) { expect_end_of_part(w, k, r, o); });
     }
+}
+
+// A host gives up between two launches while others go on. All ranks end with one outcome if each
+// runs the rest, segment by segment, without any more meetings: a rank that only stopped would not
+// know that others commit.
+inline void given_up_before(Setup s, uint32_t at, uint32_t in_time) {
+  World w(s);
+  const uint32_t n = s.world, end = PA_SEGMENTS(n), first = uint32_t(random_below(n));
+  for (uint32_t r = 0; r < n; ++r) fill(w, Plan{}, r);
+  const auto run = [&](uint32_t r, uint32_t from, uint32_t to) {
+    PaArgs a = w.args(r, Call{});
+    a.from_segment = from, a.to_segment = to;
+    for (uint32_t c = 0; c < s.channels; ++c) run_here(w, r, c, a);
+  };
+  for (uint32_t segment = 0; segment < at; ++segment)
+    for (uint32_t r = 0; r < n; ++r) run(r, segment, segment + 1);
+  abort_world(w, first);
+  std::vector<Outcome> o(n);
+  for (uint32_t i = 1; i <= in_time; ++i) run((first + i) % n, at, at + 1);
+  bool others_committed = false; // before the rank that gave up first looks
+  for (uint32_t i = 1; i <= n; ++i) {
+    const uint32_t r = (first + i) % n;
+    if (i == n) others_committed = w.status((r + 1) % n, 0)->committed != 0;
+    for (uint32_t next = i <= in_time ? at + 1 : at; next < end; ++next) run(r, next, next + 1);
+  }
+  for (uint32_t r = 0; r < n; ++r) o[r] = w.complete(r);
+  const bool committed = check_agreement(w, Plan{}, o, ~0u);
+  if (committed != others_committed || (committed && at <= n))
+    wrong("n=%u: given up before segment %u, and committed = %d", n, at, committed);
+}
+inline void given_up() {
+  uint64_t seed = 260;
+  for (uint32_t world : {2u, 3u, 4u})
+    for (uint32_t at = 1; at < PA_SEGMENTS(world); ++at)
+      for (uint32_t in_time = 0; in_time < world; ++in_time, ++seed)
+        given_up_before(roomy(setup_of(Mode::kCommit, world, 1 + at % 2, seed)), at, in_time);
 }

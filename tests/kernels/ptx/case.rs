@@ -1,5 +1,6 @@
 //! A world, its tensors and its faults: built on any machine, run there, read back.
 
+use super::machines::{Job, Launch, Machine};
 use param_averager::__testing::abi::*;
 use param_averager::Dtype;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -68,42 +69,6 @@ impl Default for Case {
             keeps: None,
             abort: false,
         }
-    }
-}
-
-/// A machine that can run a world. Memory is never freed: a case is small, and its process short.
-pub trait Machine {
-    /// Memory of a rank that its peers can reach too, at a multiple of 128 bytes.
-    fn allocate(&self, rank: usize, bytes: usize) -> u64;
-    /// Memory of the host that all ranks can reach.
-    fn allocate_shared(&self, bytes: usize) -> u64;
-    fn write(&self, rank: usize, address: u64, bytes: &[u8]);
-    fn read(&self, rank: usize, address: u64, bytes: &mut [u8]);
-    /// Runs the jobs, and `meanwhile` when all have been started.
-    fn run(&self, jobs: &[Job], meanwhile: &dyn Fn());
-}
-
-/// One rank's part of each launch.
-pub struct Job {
-    pub rank: usize,
-    pub args: PaArgs,
-    /// The same on all ranks.
-    pub launches: Vec<Launch>,
-    pub threads: u32,
-}
-
-/// A kernel, and the segments that it runs.
-#[derive(Clone, Copy)]
-pub struct Launch {
-    pub kernel: u32,
-    segments: (u32, u32),
-}
-
-impl Launch {
-    /// A rank's arguments in this launch.
-    pub fn args(self, args: &PaArgs) -> PaArgs {
-        let (from_segment, to_segment) = self.segments;
-        PaArgs { from_segment, to_segment, ..*args }
     }
 }
 

@@ -1,13 +1,51 @@
-//! The two machines: the CPU kernels, and PTX by the driver API of the libcuda that is found.
+//! What a machine does, and the two machines: the CPU kernels, and PTX by the driver API of the
+//! libcuda that is found.
 
-use super::case::{Job, Launch, Machine};
 use cudarc::driver::{
     result, sys, CudaContext, CudaFunction, CudaStream, DeviceRepr, LaunchConfig, PushKernelArg,
 };
 use cudarc::nvrtc::Ptx;
-use param_averager::__testing::abi::{PaLaunch, PA_DIRECT, PA_MAX_WORLD, PA_RING, PA_RING_COMMIT};
+use param_averager::__testing::abi::{
+    PaArgs, PaLaunch, PA_DIRECT, PA_MAX_WORLD, PA_RING, PA_RING_COMMIT,
+};
 use param_averager::__testing::run_block_cpu;
 use std::sync::Arc;
+
+/// A machine that can run a world. Memory is never freed: a case is small, and its process short.
+pub trait Machine {
+    /// Memory of a rank that its peers can reach too, at a multiple of 128 bytes.
+    fn allocate(&self, rank: usize, bytes: usize) -> u64;
+    /// Memory of the host that all ranks can reach.
+    fn allocate_shared(&self, bytes: usize) -> u64;
+    fn write(&self, rank: usize, address: u64, bytes: &[u8]);
+    fn read(&self, rank: usize, address: u64, bytes: &mut [u8]);
+    /// Runs the jobs, and `meanwhile` when all have been started.
+    fn run(&self, jobs: &[Job], meanwhile: &dyn Fn());
+}
+
+/// One rank's part of each launch.
+pub struct Job {
+    pub rank: usize,
+    pub args: PaArgs,
+    /// The same on all ranks.
+    pub launches: Vec<Launch>,
+    pub threads: u32,
+}
+
+/// A kernel, and the segments that it runs.
+#[derive(Clone, Copy)]
+pub struct Launch {
+    pub kernel: u32,
+    pub segments: (u32, u32),
+}
+
+impl Launch {
+    /// A rank's arguments in this launch.
+    pub fn args(self, args: &PaArgs) -> PaArgs {
+        let (from_segment, to_segment) = self.segments;
+        PaArgs { from_segment, to_segment, ..*args }
+    }
+}
 
 /// A block is a thread.
 pub struct Cpu;

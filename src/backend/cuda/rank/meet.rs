@@ -1,5 +1,6 @@
 //! Meetings of a rank with its peers, and the launches behind them.
 
+use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 
 use super::super::driver::{call, Failed};
@@ -10,8 +11,6 @@ use crate::abi::PA_DEPARTED;
 #[cfg(processes)]
 use crate::backend::{Arrivals, ProcessWay};
 use crate::backend::{Attendance, Failure, Gathering, Meeting, Unstarted};
-#[cfg(processes)]
-use crate::deadline::after;
 
 impl Rank {
     /// Meets the ranks that are threads of this process, and launches for those on this device if
@@ -29,8 +28,20 @@ impl Rank {
         // returned to a caller while a launch uses them.
         let leader = leader_of(self.context.ordinal(), &parts);
         let leads = leader == peers.position;
-        let launched = leads.then(|| self.launch_all(&parts, None, peers));
+        // A panic, too, comes after the peers have been told.
+        let launch = || catch_unwind(AssertUnwindSafe(|| self.launch_all(&parts, None, peers)));
+        let (launched, panic) = match leads.then(launch) {
+            None => (None, None),
+            Some(Ok(launched)) => (Some(launched), None),
+            Some(Err(panic)) => {
+                self.end_launches(None, peers);
+                (Some(Err(Failed::panicked())), Some(panic))
+            }
+        };
         let all = launches.all_gather_of_all(peers.position, launched);
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
         match all[leader].clone().expect("the first rank of a device launches") {
             Ok(done) => Ok(done),
             Err(failed) if leads => Err(failed.into()),
@@ -62,13 +73,19 @@ impl Rank {
         };
         self.ready.synchronize()?;
         let args = part.args;
+        let mut meets = true;
         for (index, launches) in parts.into_iter().enumerate() {
-            if let Err(failure) = self.next_meeting(arrivals, peers).meet(peers.position) {
-                if index > 0 {
-                    return Err(Unstarted::Halted(failure));
+            if meets {
+                match self.next_meeting(arrivals, peers).meet() {
+                    Ok(()) => {}
+                    Err(failure) if index == 0 => {
+                        self.tables.set_stale();
+                        return Err(Unstarted::Ended(failure));
+                    }
+                    // A peer may have met all ranks and commit, so the kernels decide how this ends
+                    // (`given_up` in tests/kernels/protocol). The world has ended: none waits.
+                    Err(_) => meets = false,
                 }
-                self.tables.set_stale();
-                return Err(Unstarted::Ended(failure));
             }
             let tables = part.tables.filter(|_| index == 0);
             let part = Part { launches, tables, ..part.clone() };
@@ -99,15 +116,17 @@ impl Rank {
         Ok(self.done.clone())
     }
 
-    /// The next meeting of processes. Its deadline is that of a call.
+    /// The next meeting of processes.
     #[cfg(processes)]
     fn next_meeting(&mut self, arrivals: &Arc<dyn Arrivals>, peers: &Gathering<'_>) -> Attendance {
         self.meetings = self.meetings.wrapping_add(1);
         Attendance {
             arrivals: arrivals.clone(),
             ranks: peers.ranks,
+            position: peers.position,
             number: self.meetings,
-            deadline: after(peers.timeout),
+            timeout: peers.timeout,
+            since: None,
         }
     }
 
@@ -121,17 +140,19 @@ impl Rank {
     ) -> Result<Arc<Event>, Failed> {
         let stream = self.stream.as_ref().expect("the first rank of a device has a stream");
         // SAFETY: every rank guarantees it for its part.
-        let launched = unsafe {
-            launch_all(&self.context, stream, (meeting, peers.position), parts, &self.done)
-        };
-        launched.map(|()| self.done.clone()).inspect_err(|_| {
-            // Half an average may wait for the other half. It ends by this.
-            peers.world.poison(Failure { kind: PA_DEPARTED, position: peers.position });
-            if let Some(meeting) = meeting {
-                meeting.release();
-            }
+        let launched = unsafe { launch_all(&self.context, stream, meeting, parts, &self.done) };
+        launched.map(|()| self.done.clone()).inspect_err(|_| self.end_launches(meeting, peers))
+    }
+
+    /// Ends what was launched of an average: half of it may wait for the other half.
+    fn end_launches(&self, meeting: Option<&Attendance>, peers: &Gathering<'_>) {
+        peers.world.poison(Failure { kind: PA_DEPARTED, position: peers.position });
+        if let Some(meeting) = meeting {
+            meeting.release();
+        }
+        if let Some(stream) = &self.stream {
             // SAFETY: this rank's stream; the context is bound.
             let _ = unsafe { call!(cuStreamSynchronize(stream.raw())) };
-        })
+        }
     }
 }
