@@ -228,8 +228,10 @@ fn child_within(
             print_line(&format!("RAN {scenario} {settings:?}"));
         }
         _ => {
-            let simulator =
-                |name: &std::ffi::OsString| name.to_string_lossy().starts_with("CUDASIM_");
+            // A scenario may start processes of its own, which look for the simulator, too.
+            let simulator = |name: &std::ffi::OsString| {
+                name.to_string_lossy().starts_with("CUDASIM_") && name != "CUDASIM_LIB"
+            };
             for (name, _) in std::env::vars_os().filter(|(name, _)| simulator(name)) {
                 command.env_remove(name);
             }
