@@ -14,7 +14,7 @@ use crate::{DeviceError, Error, Result};
 #[derive(Debug)]
 pub(crate) enum Engine {
     Cpu { workers: Workers, states: HostBuffer, statuses: HostBuffer },
-    Cuda(cuda::Rank),
+    Cuda(Box<cuda::Rank>),
 }
 
 /// The ranks that meet before an average, on devices. Threads on CPUs meet in the kernels: a block
@@ -120,7 +120,7 @@ impl Engine {
                 Ok(Engine::Cpu { workers, states, statuses })
             }
             MemorySpace::Cuda(context) => cuda::Rank::new(context, first, buckets, segments, leads)
-                .map(Engine::Cuda)
+                .map(|rank| Engine::Cuda(Box::new(rank)))
                 .map_err(|reason| Error::DeviceFailed { rank, source: DeviceError::from(reason) }),
         }
     }
