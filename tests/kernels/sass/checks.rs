@@ -85,10 +85,6 @@ fn memory(
         if is_byte(x) && x.space().ends_with('G') {
             complaints.push(format!("byte access: {}", describe(x)));
         }
-        if x.has("128") && !x.space().ends_with('G') {
-            complaints
-                .push(format!("generic access, where global memory is meant: {}", describe(x)));
-        }
     }
     let mut in_flight = vec![];
     for body in loops::innermost(&kernel.code) {
@@ -97,7 +93,15 @@ fn memory(
         for x in accesses.iter().filter(|x| is_byte(x)) {
             complaints.push(format!("byte access in a loop: {}", describe(x)));
         }
-        if accesses.iter().filter(|x| x.is_load() && x.has("128")).count() < IN_FLIGHT {
+        let loads = accesses.iter().filter(|x| x.is_load() && x.has("128")).count();
+        // Arguments, which lie in shared memory, may be loaded by twos.
+        if loads >= IN_FLIGHT || accesses.iter().any(|x| x.is_store() && x.has("128")) {
+            for x in accesses.iter().filter(|x| x.has("128") && !x.space().ends_with('G')) {
+                let what = describe(x);
+                complaints.push(format!("generic access, where global memory is meant: {what}"));
+            }
+        }
+        if loads < IN_FLIGHT {
             continue;
         }
         for x in accesses.iter().filter(|x| !x.has("128")) {
@@ -151,10 +155,11 @@ fn order(kernel: &Kernel, complaints: &mut Vec<String>) {
 fn steps(kernel: &Kernel, expected: usize, complaints: &mut Vec<String>) {
     let is_barrier = |x: &Instruction| x.space() == "BAR";
     let is_pack = |x: &Instruction| x.is_load() && x.has("128");
+    let is_exit = |x: &Instruction| x.space() == "EXIT" && !x.predicated;
     let mut begins = vec![];
     for (i, x) in kernel.code.iter().enumerate().filter(|(_, x)| is_barrier(x) && x.has("RED")) {
         let after = &kernel.code[i + 1..];
-        let end = after.iter().position(|x| is_barrier(x) || x.space() == "EXIT" || is_pack(x));
+        let end = after.iter().position(|x| is_barrier(x) || is_exit(x) || is_pack(x));
         let Some(end) = end.filter(|&end| is_pack(&after[end])) else { continue };
         begins.push(i);
         for load in after[..end].iter().filter(|x| x.is_load()) {
