@@ -41,21 +41,23 @@ template <class T, bool kF32> struct Ring {
   const PaBucket& bucket;
   uint32_t index; // of the bucket
   S scale, divisor;
-  bool contributes, rejects, keeps;
+  bool contributes, rejects;
   Shared<RingTable> table;
 
   PA_FN Ring(Block& b_, const PaBucket& bucket_, uint32_t index_)
       : b(b_), bucket(bucket_), index(index_), table(b_.ex) {
-    for (uint32_t i = b.ex.lane(); i < 2 * PA_MAX_WORLD; i += b.ex.lanes())
-      table.get().reached[i] = 0;
-    b.ex.sync();
     const double own = b.me->scale[b.a.rank];
     contributes = own >= 0;
     scale = contributes ? S(own) : S(0);
     divisor = S(PA_SAME(S, float) ? b.me->divisor_f32 : b.me->divisor);
     rejects = (b.a.flags & PA_FLAG_REJECT_NON_FINITE) && contributes;
-    keeps = b.a.flags & PA_FLAG_KEEP;
+    for (uint32_t i = b.ex.lane(); i < 2 * PA_MAX_WORLD; i += b.ex.lanes())
+      table.get().reached[i] = 0;
+    b.ex.sync();
   }
+
+  // True if the own tensors are not written.
+  PA_FN bool keeps() const { return b.a.flags & PA_FLAG_KEEP; }
 
   // State of a shard after k steps.
   struct Incoming {
@@ -98,7 +100,7 @@ template <class T, bool kF32> struct Ring {
     Range range;
     uint32_t shard;
   };
-  PA_FN Chunk chunk_of(uint64_t round_number, uint32_t shard) const {
+  PA_FN Chunk chunk_of(uint32_t round_number, uint32_t shard) const {
     return {part_of(round(round_number), shard, b.a.world), shard};
   }
   // Enters a step. What depends on no peer comes before the wait: where the chunk lies, and on a
@@ -212,10 +214,10 @@ template <class T, bool kF32> struct Ring {
   // … or → own tensors, unless they are kept, and outbox.
   PA_FN bool finish_and_send(const Chunk& c, const Incoming& incoming) {
     return receive_and_add<!kF32, true>(c, incoming, [&] {
-      return [this, out = b.outbox(), remote = b.remote](const auto& own, auto g, uint32_t i,
+      return [this, out = b.outbox(), remote = b.remote, writes = !keeps()](const auto& own, auto g, uint32_t i,
                                                          const auto& x) {
         const auto raw = narrow<T, g.kPacks>(mean_of<g.kPacks>(x));
-        if (!keeps) own.template store<g.kPacks>(i, raw);
+        if (writes) own.template store<g.kPacks>(i, raw);
         store_to_peer<T, g.kPacks>(out + 16 * uint64_t(i), raw, remote);
       };
     });
@@ -228,7 +230,7 @@ template <class T, bool kF32> struct Ring {
     if (!enter<kReceive, kSend>(c, PA_AT_GATHER, false)) return false;
     const char* in = kReceive ? b.inbox() : shard;
     char* out = kSend ? b.outbox() : nullptr;
-    const bool remote = b.remote, writes = !keeps;
+    const bool remote = b.remote, writes = !keeps();
     each_own(
         [&](const auto&, auto g, uint32_t i) {
           return load_raw<T, g.kPacks>(in + 16 * uint64_t(i));
@@ -258,10 +260,10 @@ template <class T, bool kF32> struct Ring {
   // Rounds that make each step together, so that one chunk travels while another is worked on.
   // More rounds than half the slots would fill a mailbox with no rank left to empty it.
   struct Batch {
-    uint64_t first, end;
+    uint32_t first, end;
   };
   template <class Step> PA_FN bool each(Batch batch, uint32_t shard, Step step) {
-    for (uint64_t number = batch.first; number < batch.end; ++number)
+    for (uint32_t number = batch.first; number < batch.end; ++number)
       if (!step(chunk_of(number, shard % b.a.world), number)) return false;
     return true;
   }
@@ -274,14 +276,14 @@ template <class T, bool kF32> struct Ring {
   template <bool kAll> PA_FN bool reduce(Batch batch) {
     const uint32_t n = b.a.world;
     if ((kAll || runs(1)) &&
-        !each(batch, b.a.rank + n - 1, [&](const Chunk& c, uint64_t) { return send_own(c); }))
+        !each(batch, b.a.rank + n - 1, [&](const Chunk& c, uint32_t) { return send_own(c); }))
       return false;
     uint32_t k = 1;
     if constexpr (kF32) { // more than two ranks; what comes first is raw
       const Incoming in = incoming(k);
       if ((kAll || runs(k + 1)) &&
           !each(batch, b.a.rank + n - 1 - k,
-                [&](const Chunk& c, uint64_t) { return add_and_send<true>(c, in); }))
+                [&](const Chunk& c, uint32_t) { return add_and_send<true>(c, in); }))
         return false;
       ++k;
     }
@@ -289,7 +291,7 @@ template <class T, bool kF32> struct Ring {
       const Incoming in = incoming(k);
       if ((kAll || runs(k + 1)) &&
           !each(batch, b.a.rank + n - 1 - k,
-                [&](const Chunk& c, uint64_t) { return add_and_send<!kF32>(c, in); }))
+                [&](const Chunk& c, uint32_t) { return add_and_send<!kF32>(c, in); }))
         return false;
     }
     return true;
@@ -299,11 +301,11 @@ template <class T, bool kF32> struct Ring {
     const uint32_t n = b.a.world;
     for (uint32_t k = 1; k + 1 < n; ++k)
       if ((kAll || runs(n + 1 + k)) &&
-          !each(batch, b.a.rank + n - k, [&](const Chunk& c, uint64_t) {
+          !each(batch, b.a.rank + n - k, [&](const Chunk& c, uint32_t) {
             return forward<true, true, kNonTemporal>(c, nullptr);
           }))
         return false;
-    return !(kAll || runs(2 * n)) || each(batch, b.a.rank + 1, [&](const Chunk& c, uint64_t) {
+    return !(kAll || runs(2 * n)) || each(batch, b.a.rank + 1, [&](const Chunk& c, uint32_t) {
       return forward<true, false, kNonTemporal>(c, nullptr);
     });
   }
@@ -312,17 +314,19 @@ template <class T, bool kF32> struct Ring {
   template <class F> PA_FN bool each_batch(F f) const {
     const uint64_t packs = channel_range(bucket, b.ex.block()).packs();
     const uint64_t round_packs = uint64_t(bucket.chunk) * b.a.world;
-    const uint64_t rounds = (packs + round_packs - 1) / round_packs, together = b.a.slots / 2;
+    const uint32_t rounds = uint32_t((packs + round_packs - 1) / round_packs); // 256 bytes each
     bool good = true;
-    for (uint64_t first = 0; good && first < rounds; first += together)
-      good = f(Batch{first, min(first + together, rounds)});
+    for (uint32_t first = 0, end; good && first < rounds; first = end) {
+      end = uint32_t(min(first + uint64_t(b.a.slots / 2), rounds));
+      good = f(Batch{first, end});
+    }
     return good;
   }
   PA_FN bool run_reduce() {
     const uint32_t n = b.a.world;
     const Incoming last = incoming(n - 1);
     return each_batch([&](Batch batch) {
-      return reduce<false>(batch) && (!runs(n) || each(batch, b.a.rank, [&](const Chunk& c, uint64_t at) {
+      return reduce<false>(batch) && (!runs(n) || each(batch, b.a.rank, [&](const Chunk& c, uint32_t at) {
                return finish_into(c, last, own_shard(at));
              }));
     });
@@ -331,17 +335,17 @@ template <class T, bool kF32> struct Ring {
     const uint32_t n = b.a.world;
     return each_batch([&](Batch batch) {
       return (!runs(n + 1) || each(batch, b.a.rank,
-                                   [&](const Chunk& c, uint64_t at) {
+                                   [&](const Chunk& c, uint32_t at) {
                                      return forward<false, true, true>(c, own_shard(at));
                                    })) &&
              gather<false, true>(batch);
     });
   }
   PA_FN bool run_both() {
-    const Incoming last = incoming(b.a.world - 1);
     return each_batch([&](Batch batch) {
-      return reduce<true>(batch) &&
-             each(batch, b.a.rank, [&](const Chunk& c, uint64_t) { return finish_and_send(c, last); }) &&
+      if (!reduce<true>(batch)) return false;
+      const Incoming last = incoming(b.a.world - 1); // here, or it holds registers throughout
+      return each(batch, b.a.rank, [&](const Chunk& c, uint32_t) { return finish_and_send(c, last); }) &&
              gather<true, false>(batch);
     });
   }
@@ -349,10 +353,9 @@ template <class T, bool kF32> struct Ring {
 
 // Calls f(ring) for each bucket, until it returns false.
 template <class F> PA_FN bool each_bucket(Block& b, F f) {
-  const PaBucket* buckets = at<const PaBucket>(b.a.buckets);
   bool good = true;
   for (uint32_t i = 0; good && i < b.a.bucket_count; ++i) {
-    const PaBucket& bucket = buckets[i];
+    const PaBucket& bucket = at<const PaBucket>(b.a.buckets)[i];
     // Forced inline: an argument passed by address, as `b` would be, lies in memory on a GPU.
     with_dtype(bucket.dtype, [&](auto element) __attribute__((always_inline)) {
       using T = decltype(element);

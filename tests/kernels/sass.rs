@@ -22,13 +22,16 @@ use test_support::Skip;
 /// two again with partial sums of f32, where the first partial sum is made of raw packs.
 const KERNELS: [(&str, Expected); 4] = [
     // Loops per dtype: two, three and four ranks, and more of them, four by four.
-    ("pa_direct", Expected { hot_loops: 4 * 4, loads: 92, talks: true }),
+    ("pa_direct", Expected { hot_loops: 4 * 4, loads: 92, talks: true, steps: 0 }),
     // Loops per dtype: first, middle and last step of the reduce; then middle and last step of the
     // gather.
-    ("pa_ring", Expected { hot_loops: 6 * 5 + 2, loads: 250, talks: true }),
+    ("pa_ring", Expected { hot_loops: 6 * 5 + 2, loads: 250, talks: true, steps: 6 * 5 + 2 }),
     // Loops per dtype: first, middle and last step of each.
-    ("pa_ring_commit", Expected { hot_loops: 6 * 6 + 2, loads: 280, talks: true }),
-    ("pa_scan", Expected { hot_loops: 4, loads: 20, talks: false }),
+    (
+        "pa_ring_commit",
+        Expected { hot_loops: 6 * 6 + 2, loads: 280, talks: true, steps: 6 * 6 + 2 },
+    ),
+    ("pa_scan", Expected { hot_loops: 4, loads: 20, talks: false, steps: 0 }),
 ];
 
 /// Skips without machine code or the tools that print it.
@@ -130,12 +133,15 @@ pub fn the_checks_find_what_they_look_for() {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let all = kernels(&tools, &controls);
     // Each control and the beginnings of all complaints about it.
-    let flaws: [(&str, &[&str]); 10] = [
+    let flaws: [(&str, &[&str]); 13] = [
         ("flawless", &[]),
         ("relaxed_load", &["no acquire"]),
         ("relaxed_store", &["no release"]),
         ("narrow_in_the_loop", &["narrow access in a loop over packs"]),
         ("one_load_in_flight", &["loads in flight"]),
+        ("two_steps", &[]),
+        ("look_up_after_the_wait", &["look-up after the wait"]),
+        ("two_fences", &["fences: 2 in the step"]),
         ("scalar_loop", &["0 loops with"]),
         ("byte_loop", &["byte access", "0 loops with"]),
         ("stack_array", &["local memory", "0 loops with"]),
@@ -147,8 +153,12 @@ pub fn the_checks_find_what_they_look_for() {
             all.iter().find(|kernel| kernel.name == name).unwrap_or_else(|| panic!("no {name}"));
         let talks =
             ["flawless", "relaxed_load", "relaxed_store", "narrow_in_the_loop"].contains(&name);
+        let steps = match name {
+            "two_steps" | "look_up_after_the_wait" | "two_fences" => 2,
+            _ => 0,
+        };
         let hot_loops = usize::from(name != "many_registers");
-        let complaints = check(kernel, &Expected { hot_loops, loads: 0, talks }).complaints;
+        let complaints = check(kernel, &Expected { hot_loops, loads: 0, talks, steps }).complaints;
         for complaint in &complaints {
             assert!(expected.iter().any(|flaw| complaint.starts_with(flaw)), "{name}: {complaint}");
         }

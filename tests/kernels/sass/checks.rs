@@ -21,6 +21,8 @@ pub struct Expected {
     pub loads: usize,
     /// True if the kernel exchanges flags with other ranks.
     pub talks: bool,
+    /// Steps of the ring.
+    pub steps: usize,
 }
 
 /// Numbers for the table, and complaints.
@@ -44,6 +46,7 @@ pub fn check(kernel: &Kernel, expected: &Expected) -> Findings {
     if expected.talks {
         order(kernel, &mut complaints);
     }
+    steps(kernel, expected.steps, &mut complaints);
     let count =
         |is: fn(&Instruction) -> bool| kernel.code.iter().filter(|x| is(x) && x.has("128")).count();
     let loads_128 = count(Instruction::is_load);
@@ -82,10 +85,6 @@ fn memory(
         if is_byte(x) && x.space().ends_with('G') {
             complaints.push(format!("byte access: {}", describe(x)));
         }
-        if x.has("128") && !x.space().ends_with('G') {
-            complaints
-                .push(format!("generic access, where global memory is meant: {}", describe(x)));
-        }
     }
     let mut in_flight = vec![];
     for body in loops::innermost(&kernel.code) {
@@ -94,7 +93,15 @@ fn memory(
         for x in accesses.iter().filter(|x| is_byte(x)) {
             complaints.push(format!("byte access in a loop: {}", describe(x)));
         }
-        if accesses.iter().filter(|x| x.is_load() && x.has("128")).count() < IN_FLIGHT {
+        let loads = accesses.iter().filter(|x| x.is_load() && x.has("128")).count();
+        // Arguments, which lie in shared memory, may be loaded by twos.
+        if loads >= IN_FLIGHT || accesses.iter().any(|x| x.is_store() && x.has("128")) {
+            for x in accesses.iter().filter(|x| x.has("128") && !x.space().ends_with('G')) {
+                let what = describe(x);
+                complaints.push(format!("generic access, where global memory is meant: {what}"));
+            }
+        }
+        if loads < IN_FLIGHT {
             continue;
         }
         for x in accesses.iter().filter(|x| !x.has("128")) {
@@ -140,6 +147,36 @@ fn order(kernel: &Kernel, complaints: &mut Vec<String>) {
     }
     if releases.count() == 0 {
         complaints.push("no release at system scope: MEMBAR.*.SYS, STG.*.STRONG.SYS".into());
+    }
+}
+
+/// A step of the ring: a block barrier that tells all lanes the result of the wait, and packs that
+/// are loaded after it. Nothing is looked up in between, and one system fence ends the step.
+fn steps(kernel: &Kernel, expected: usize, complaints: &mut Vec<String>) {
+    let is_barrier = |x: &Instruction| x.space() == "BAR";
+    let is_pack = |x: &Instruction| x.is_load() && x.has("128");
+    let is_exit = |x: &Instruction| x.space() == "EXIT" && !x.predicated;
+    let mut begins = vec![];
+    for (i, x) in kernel.code.iter().enumerate().filter(|(_, x)| is_barrier(x) && x.has("RED")) {
+        let after = &kernel.code[i + 1..];
+        let end = after.iter().position(|x| is_barrier(x) || is_exit(x) || is_pack(x));
+        let Some(end) = end.filter(|&end| is_pack(&after[end])) else { continue };
+        begins.push(i);
+        for load in after[..end].iter().filter(|x| x.is_load()) {
+            let step = x.address;
+            complaints.push(format!("look-up after the wait at {step:#x}: {}", describe(load)));
+        }
+    }
+    if begins.len() != expected {
+        complaints.push(format!("{} steps, {expected} expected", begins.len()));
+    }
+    for step in begins.windows(2) {
+        let code = &kernel.code[step[0]..step[1]];
+        let fences = code.iter().filter(|x| x.space() == "MEMBAR" && x.has("SYS")).count();
+        if fences != 1 {
+            let step = code[0].address;
+            complaints.push(format!("fences: {fences} in the step at {step:#x}, 1 expected"));
+        }
     }
 }
 

@@ -50,6 +50,44 @@ CONTROL(relaxed_store)(const uint4* from, uint4* to, int n, uint32_t* flags, uin
 CONTROL(narrow_in_the_loop)(const uint4* from, uint4* to, int n, uint32_t* flags, uint16_t* half) {
   move_packs<true, true, true>(from, to, n, flags, half);
 }
+// Two steps of a ring: wait, move packs, one fence, two flags.
+template <bool kLate, int kFences>
+__device__ __forceinline__ void make_steps(const uint4* from, uint4* to, int n, uint32_t* flags,
+                                           const volatile int* table) {
+#pragma unroll
+  for (int step = 0; step < 2; ++step) {
+    int begin = table[step];
+    uint32_t seen;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(flags) : "memory");
+    if (__syncthreads_or(seen == 0)) return;
+    if (kLate) begin = table[step + 2];
+#pragma unroll 1
+    for (int i = threadIdx.x + begin; i < n; i += 4 * 512) {
+      uint4 v[4];
+#pragma unroll
+      for (int u = 0; u < 4; ++u) v[u] = load(from + i + 512 * u);
+#pragma unroll
+      for (int u = 0; u < 4; ++u) store(to + i + 512 * u, v[u]);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int f = 0; f < 2; ++f) {
+      if (f < kFences) asm volatile("fence.acq_rel.sys;" ::: "memory");
+      asm volatile("st.relaxed.sys.global.u32 [%0], %1;"
+                   ::"l"(flags + 32 * (f + 1)), "r"(seen + 1) : "memory");
+    }
+  }
+}
+CONTROL(two_steps)(const uint4* from, uint4* to, int n, uint32_t* flags, const int* table) {
+  make_steps<false, 1>(from, to, n, flags, table);
+}
+CONTROL(look_up_after_the_wait)(const uint4* from, uint4* to, int n, uint32_t* flags,
+                                const int* table) {
+  make_steps<true, 1>(from, to, n, flags, table);
+}
+CONTROL(two_fences)(const uint4* from, uint4* to, int n, uint32_t* flags, const int* table) {
+  make_steps<false, 2>(from, to, n, flags, table);
+}
 // Four loads, each of which is used before the next one.
 CONTROL(one_load_in_flight)(const uint4* from, uint4* to, int n) {
 #pragma unroll 1
