@@ -194,12 +194,13 @@ PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
   if (has_failed(ex, a)) return;
   Block b(ex, a, true);
   if (publish_record(b, true) && entry_barrier(b, true)) {
-    const PaBucket* buckets = at<const PaBucket>(a.buckets);
     bool good = b.begin_step();
-    for (uint32_t i = 0; good && i < a.bucket_count; ++i)
-      with_dtype(buckets[i].dtype, [&](auto element) {
-        run_direct_bucket<decltype(element)>(b, buckets[i], i);
+    for (uint32_t i = 0; good && i < a.bucket_count; ++i) {
+      const PaBucket& bucket = at<const PaBucket>(a.buckets)[i];
+      with_dtype(bucket.dtype, [&](auto element) {
+        run_direct_bucket<decltype(element)>(b, bucket, i);
       });
+    }
     good = good && b.begin_step();
     if (ex.leader()) {
       // A block that fault_step ends still publishes its exit: peers wait for that without limit.

@@ -214,8 +214,8 @@ template <class T, bool kF32> struct Ring {
   // … or → own tensors, unless they are kept, and outbox.
   PA_FN bool finish_and_send(const Chunk& c, const Incoming& incoming) {
     return receive_and_add<!kF32, true>(c, incoming, [&] {
-      return [this, out = b.outbox(), remote = b.remote, writes = !keeps()](const auto& own, auto g, uint32_t i,
-                                                         const auto& x) {
+      return [this, out = b.outbox(), remote = b.remote, writes = !keeps()](
+                 const auto& own, auto g, uint32_t i, const auto& x) {
         const auto raw = narrow<T, g.kPacks>(mean_of<g.kPacks>(x));
         if (writes) own.template store<g.kPacks>(i, raw);
         store_to_peer<T, g.kPacks>(out + 16 * uint64_t(i), raw, remote);
@@ -326,7 +326,8 @@ template <class T, bool kF32> struct Ring {
     const uint32_t n = b.a.world;
     const Incoming last = incoming(n - 1);
     return each_batch([&](Batch batch) {
-      return reduce<false>(batch) && (!runs(n) || each(batch, b.a.rank, [&](const Chunk& c, uint32_t at) {
+      return reduce<false>(batch) &&
+             (!runs(n) || each(batch, b.a.rank, [&](const Chunk& c, uint32_t at) {
                return finish_into(c, last, own_shard(at));
              }));
     });
@@ -345,7 +346,8 @@ template <class T, bool kF32> struct Ring {
     return each_batch([&](Batch batch) {
       if (!reduce<true>(batch)) return false;
       const Incoming last = incoming(b.a.world - 1); // here, or it holds registers throughout
-      return each(batch, b.a.rank, [&](const Chunk& c, uint32_t) { return finish_and_send(c, last); }) &&
+      return each(batch, b.a.rank,
+                  [&](const Chunk& c, uint32_t) { return finish_and_send(c, last); }) &&
              gather<true, false>(batch);
     });
   }
