@@ -26,8 +26,9 @@ const KERNELS: [(&str, Expected); 4] = [
     // Loops per dtype: first, middle and last step of the reduce; then middle and last step of the
     // gather.
     ("pa_ring", Expected { hot_loops: 6 * 5 + 2, loads: 250, talks: true, steps: 6 * 5 + 2 }),
-    // Loops per dtype: first, middle and last step of each. In one or two places ptxas 13.0 enters a
-    // loop at two points, which makes it no natural loop; its 128-bit loads are there all the same.
+    // Loops per dtype: first, middle and last step of each. In one or two places ptxas 13.0 enters
+    // a loop at two points, which makes it no natural loop; its 128-bit loads are there all the
+    // same.
     ("pa_ring_commit", Expected { hot_loops: 6 * 6, loads: 280, talks: true, steps: 6 * 6 + 2 }),
     ("pa_scan", Expected { hot_loops: 4, loads: 20, talks: false, steps: 0 }),
 ];
