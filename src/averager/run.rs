@@ -7,7 +7,6 @@ use super::{flag, Call, Outcome, ParamAverager};
 use crate::abi::*;
 use crate::backend::{Gathering, Order, Unstarted, Way};
 use crate::error::Phase;
-use crate::plan::Launch;
 use crate::schedule::place;
 use crate::{Error, Parameters, Result};
 
@@ -107,8 +106,9 @@ impl ParamAverager {
             self.own.engine.set_tables(&self.table.raw, segments());
         }
         // With a problem, no tensor is read: the launch with the entry barrier reports it.
-        let launches = self.launches.iter().filter(|launch| problem.is_none() || launch.meets());
-        let launches: Vec<Launch> = launches.copied().collect();
+        // What does not meet comes first. Nothing is allocated here.
+        let first = self.launches.iter().position(|launch| problem.is_none() || launch.meets());
+        let launches = &self.launches[first.unwrap_or(0)..];
         let (agreement, position) = (&self.agreement, self.position());
         let placement = self.communicator.placement();
         let peers = Gathering {
@@ -126,7 +126,7 @@ impl ParamAverager {
         let _waiting = self.watch.waits(start);
         // SAFETY: the tables describe the tensors of the caller's promise; all other memory is this
         // averager's or kept by `agreement`.
-        match unsafe { self.own.engine.start(&args, &launches, order, &peers) } {
+        match unsafe { self.own.engine.start(&args, launches, order, &peers) } {
             Ok(()) => Ok(()),
             Err(refused @ Unstarted::Refused { .. }) => {
                 Err(refusal.unwrap_or_else(|| self.unstarted(refused)))
