@@ -54,7 +54,8 @@ pub enum PeerAccess {
     /// through host memory.
     Broken,
     /// Access works, but host memory is much faster. Parameters go through host memory, unless
-    /// [`Link::Peer`](crate::Link::Peer) is asked for.
+    /// [`Link::Peer`](crate::Link::Peer) is asked for, or the environment variable
+    /// `PARAM_AVERAGER_P2P` is `1`.
     Slow,
     /// Bytes transferred in both directions, by writes and by reads, were right.
     Verified,

@@ -88,7 +88,8 @@
 //! devices run at the same time and exchange up to 64 MiB, data first, then flags. It takes some
 //! milliseconds, once for each two devices, and gives up after 200 ms, or what
 //! `PARAM_AVERAGER_P2P_LIMIT_MS` says. `PARAM_AVERAGER_P2P=0` forbids the probe and peer access:
-//! set it where a link is broken in a way that no program survives.
+//! set it where a link is broken in a way that no program survives. `PARAM_AVERAGER_P2P=1` asks for
+//! peer access wherever data arrive, at whatever rate.
 //! Between devices that NVLink does not connect, a child process tries it first: a broken link may
 //! end the process that uses it. The child is the same program, which exits before `main`.
 //! [`Builder::link`](crate::Builder::link) insists on one of the two. Ranks follow one another
