@@ -82,7 +82,9 @@ fn bench(line: &str, driver: &Path, settings: &[(&str, &str)]) -> Ended {
     }
     command.args(["--backend", "cuda"]).args(line.split_whitespace());
     command.env("LD_LIBRARY_PATH", driver).env("CUDASIM_DEVICES", "1").env("CUDASIM_KILL_S", "60");
-    command.env("PARAM_AVERAGER_P2P_LIMIT_MS", "3000"); // simulated devices take longer
+    // As in tests/support/src/simulator.rs.
+    command.envs([("CUDASIM_TIMESCALE", "30"), ("PARAM_AVERAGER_P2P_LIMIT_MS", "100")]);
+    command.env("PARAM_AVERAGER_P2P", "1");
     let output = command.envs(settings.iter().copied()).output().expect("the binary was built");
     let text = |bytes| String::from_utf8(bytes).expect("text");
     Ended { table: text(output.stdout), said: text(output.stderr), code: output.status.code() }
