@@ -24,11 +24,10 @@ const KERNELS: [(&str, Expected); 4] = [
     // Loops per dtype: two, three and four ranks, and more of them, four by four.
     ("pa_direct", Expected { hot_loops: 4 * 4, loads: 92, talks: true, steps: 0 }),
     // Loops per dtype: first, middle and last step of the reduce; then middle and last step of the
-    // gather.
-    ("pa_ring", Expected { hot_loops: 6 * 5 + 2, loads: 250, talks: true, steps: 6 * 5 + 2 }),
-    // Loops per dtype: first, middle and last step of each. In one or two places ptxas 13.0 enters
-    // a loop at two points, which makes it no natural loop; its 128-bit loads are there all the
-    // same.
+    // gather. In a few places ptxas 13.0 enters a loop at two points, which makes it no natural
+    // loop: 3 of 32 on sm_100 and sm_120. Its 128-bit loads are there all the same.
+    ("pa_ring", Expected { hot_loops: 6 * 5 - 1, loads: 250, talks: true, steps: 6 * 5 + 2 }),
+    // Loops per dtype: first, middle and last step of each, likewise.
     ("pa_ring_commit", Expected { hot_loops: 6 * 6, loads: 280, talks: true, steps: 6 * 6 + 2 }),
     ("pa_scan", Expected { hot_loops: 4, loads: 20, talks: false, steps: 0 }),
 ];
