@@ -109,7 +109,8 @@ pub fn the_script_runs_again_for_what_it_has_read() {
     let folder = scratch("watched");
     fs::write(folder.join("CACHEDIR.TAG"), "").unwrap();
     let compiler = compiler(&folder, "");
-    let nvcc = nvcc(&folder, "touch average.fatbin; exit 0");
+    let writes = "while [ $# -gt 0 ]; do [ \"$1\" = -o ] && touch \"$2\"; shift; done; exit 0";
+    let nvcc = nvcc(&folder, writes);
     let other = build(&folder, &[("CXX", &compiler)]);
     let named = [("CXX", compiler.as_str()), ("NVCC", &nvcc), ("CUDA_COMPUTE_CAP", "90")];
     let named = build(&folder, &named);
