@@ -9,8 +9,8 @@
 
 namespace PA_ISA {
 
-// What a block's lanes share where the world is too large for registers. The addresses lie there
-// twice, in turn: no lane overwrites those that another one still uses for the part before.
+// Table that a block's lanes share where the world is too large for registers. It has addresses of
+// two parts, in turn: no lane overwrites those that another lane still uses for the part before.
 template <class S> struct DirectTable {
   S scale[PA_MAX_WORLD];
   char* base[2][PA_MAX_WORLD];

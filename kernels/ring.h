@@ -22,14 +22,12 @@
 
 namespace PA_ISA {
 
-// What the lanes of a block share. The segments that the reduce and the gather have reached in each
-// shard, in which positions only grow from round to round. And the step's chunk, looked up before
-// the wait: on a GPU it would hold registers throughout.
+// State that the lanes of a block share: in registers of a GPU it would displace others.
 struct RingTable {
-  uint32_t reached[2 * PA_MAX_WORLD];
-  Range range;
+  uint32_t reached[2 * PA_MAX_WORLD]; // segment by shard, of the reduce and the gather; only grows
+  Range range;     // of the step's chunk, looked up before the wait
   uint32_t cursor; // index of `reached`
-  uint32_t index; // of the segment in which the chunk begins
+  uint32_t index;  // of the segment in which the chunk begins
   PaSegment segment;
 };
 

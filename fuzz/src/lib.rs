@@ -165,7 +165,7 @@ fn sends_hello(name: &str, script: &[Act]) -> bool {
 const MOST_CONNECTIONS: usize = 200;
 
 struct Clients {
-    /// What they claim to be.
+    /// Role that they claim.
     unknown: Rank,
     /// Connections; `None` if one is closed or could not be made.
     all: Vec<Option<UnixStream>>,

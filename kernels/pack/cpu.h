@@ -161,7 +161,7 @@ template <class T, int K> PA_FN bool any_nonzero(const Wide<T, K>& a) {
     for (unsigned i = 0; i < sizeof a.part[h] / sizeof(SumOf<T>); ++i) any |= a.part[h][i] != 0;
   return any;
 }
-// Whether one of the values that were looked at, each 0 or NaN, is NaN.
+// Search for NaN in values that are each 0 or NaN.
 template <class T, int K> struct Nonzero {
   Wide<T, K> sum{};
   PA_FN void look(const Wide<T, K>& x) {

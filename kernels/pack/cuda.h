@@ -78,8 +78,7 @@ template <class T, int K> PA_FN bool any_nonzero(const Wide<T, K>& a) {
   PA_UNROLL for (int i = 0; i < Wide<T, K>::kParts; ++i) any |= a.part[i] != SumOf<T>(0);
   return any;
 }
-// Whether one of the values that were looked at, each 0 or NaN, is NaN: one bit, not a register per
-// element.
+// Search for NaN in values that are each 0 or NaN. One bit, not a register per element.
 template <class T, int K> struct Nonzero {
   bool any = false;
   PA_FN void look(const Wide<T, K>& x) { any |= any_nonzero<T, K>(x); }

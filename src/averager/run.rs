@@ -106,7 +106,7 @@ impl ParamAverager {
             self.own.engine.set_tables(&self.table.raw, segments());
         }
         // With a problem, no tensor is read: the launch with the entry barrier reports it.
-        // What does not meet comes first. Nothing is allocated here.
+        // Launches that do not meet come first. No allocation: averages on CPUs make none.
         let first = self.launches.iter().position(|launch| problem.is_none() || launch.meets());
         let launches = &self.launches[first.unwrap_or(0)..];
         let (agreement, position) = (&self.agreement, self.position());

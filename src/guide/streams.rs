@@ -77,9 +77,10 @@
 //! to it: both would wait until the timeout. Averagers whose averages overlap in time must fit on
 //! the device together.
 //!
-//! `CUDA_LAUNCH_BLOCKING=1`, any `CUDA_DEVICE_MAX_CONNECTIONS`, lazy loading, devices with a
-//! display and MPS percentages change nothing for averages without graphs: `tests/device/unkind.rs`
-//! runs them on a simulator with each of these.
+//! Averages without graphs work with `CUDA_LAUNCH_BLOCKING=1`, with 1, 3 or 8 hardware queues
+//! (`CUDA_DEVICE_MAX_CONNECTIONS`), with lazy loading and on devices with a display:
+//! `tests/device/unkind.rs` runs them on a simulator with each of these. MPS and its percentages
+//! are detected; nothing has run with them, not even simulated.
 //!
 //! # Links
 //! Between two devices the ring writes straight into the other device's memory (P2P) if a probe

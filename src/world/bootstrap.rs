@@ -112,7 +112,7 @@ pub(crate) trait Elastic {
     ) -> Result<()>;
 }
 
-/// What an [`AbortHandle`] holds. It does not keep the rank in its world.
+/// Content of an [`AbortHandle`]. It does not keep the rank in its world.
 pub(crate) trait Abort: Debug + Send + Sync {
     /// Ends the world, unless the rank has left it.
     fn abort(&self);

@@ -45,7 +45,7 @@ impl Rank {
         match all[leader].clone().expect("the first rank of a device launches") {
             Ok(done) => Ok(done),
             Err(failed) if leads => Err(failed.into()),
-            // What was launched has ended.
+            // The launches before the failure have ended.
             Err(_) => Err(Unstarted::Halted(Failure { kind: PA_DEPARTED, position: leader })),
         }
     }
