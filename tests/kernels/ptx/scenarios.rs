@@ -181,6 +181,10 @@ fn racing() -> Vec<Case> {
     ]
 }
 
+/// A deadline that passes. The simulator's clock is 30 times slower, and the simulator ends kernels
+/// that wait for a minute.
+const SOON_MS: u64 = 200;
+
 fn failures(fatbin: &[u8]) {
     let run = |case: &Case| {
         let inputs = case.inputs();
@@ -213,7 +217,7 @@ fn failures(fatbin: &[u8]) {
     };
     for how in [How::Direct, How::Ring, How::Commit, How::Sequenced] {
         let case = Case { world: 3, how, slots: 64, ..Case::default() };
-        let missing = Case { missing: Some(2), timeout_ms: 2000, ..case.clone() };
+        let missing = Case { missing: Some(2), timeout_ms: SOON_MS, ..case.clone() };
         expect(&missing, &run(&missing), Some(2), PA_TIMEOUT, 2, &[PA_AT_MEET]);
         let aborted = Case { missing: Some(2), abort: true, ..case.clone() };
         expect(&aborted, &run(&aborted), Some(2), PA_ABORTED, 1, &[PA_AT_MEET]);
@@ -231,7 +235,7 @@ fn failures(fatbin: &[u8]) {
         world: 3,
         how: How::Commit,
         fault: Some((1, 3)),
-        timeout_ms: 2000,
+        timeout_ms: SOON_MS,
         ..Case::default()
     };
     expect(&leaver, &run(&leaver), Some(1), PA_TIMEOUT, 1, &[PA_AT_REDUCE, PA_AT_COMMIT]);
