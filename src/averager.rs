@@ -43,9 +43,9 @@ pub use start::Start;
 
 use crate::abi::*;
 use crate::plan::Launch;
-use crate::schedule::place;
+use crate::schedule::{place, Reason};
 use crate::world::{AbortHandle, Agreement, Communicator};
-use crate::{Error, Result, Schedule};
+use crate::{Error, Result};
 use memory::RankMemory;
 use rebuild::Blueprint;
 use recover::Admitted;
@@ -133,26 +133,30 @@ pub(crate) struct Call {
     pub(crate) unneeded: bool,
     /// True if this rank takes part and its tensors stay as they are. For the ring only.
     pub(crate) keeps: bool,
-    /// Schedule and position of a `LocalSgd`, for errors.
-    pub(crate) course: Option<(Schedule, u64)>,
+    /// Reason of a `LocalSgd`, for errors.
+    pub(crate) reason: Option<Reason>,
+    /// Measurements of this rank. All ranks get the largest of each, in the report.
+    pub(crate) measured: Option<[f64; 2]>,
 }
 
 impl Call {
     /// An average outside of every schedule.
     pub(crate) fn by_hand(weight: Option<f64>) -> Call {
-        let place = place::BY_HAND;
-        Call { weight, schedule: 0, place, unneeded: false, keeps: false, course: None }
+        Call {
+            weight,
+            schedule: 0,
+            place: place::BY_HAND,
+            unneeded: false,
+            keeps: false,
+            reason: None,
+            measured: None,
+        }
     }
 
     /// The call in words, as the cause of [`Error::SchedulesDiffer`] or `CallsDiffer`.
     fn in_words(&self, is_of_schedule: bool) -> String {
-        match self.course {
-            Some((schedule, position)) if is_of_schedule && self.place == place::FINISH => {
-                format!("{} after step {position} of {schedule}", place::time(self.place))
-            }
-            Some((schedule, _)) if is_of_schedule => {
-                format!("{} of {schedule}", place::time(self.place))
-            }
+        match self.reason {
+            Some(reason) if is_of_schedule => reason.at(self.place),
             _ => place::call(self.place),
         }
     }

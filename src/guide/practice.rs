@@ -30,6 +30,12 @@
 //! # Ok::<(), param_averager::Error>(())
 //! ```
 //!
+//! [`Schedule::overhead`](crate::Schedule::overhead) does both by itself, and goes on doing so:
+//! all ranks have the same H, from the times of the slowest one.
+//! [`Schedule::budget`](crate::Schedule::budget) limits the bytes per second instead, and
+//! [`Schedule::quadratic`](crate::Schedule::quadratic) averages less often as the learning rate
+//! falls, for accuracy.
+//!
 //! Accelerate's default is 8. A larger H saves nothing more once averages are a few percent of the
 //! time, and lets the ranks' models drift apart, the more the higher the learning rate. On mixed
 //! data, H up to 64 cost a perceptron that had converged nothing that could be measured, 4 ranks on

@@ -13,5 +13,6 @@ mod notices;
 mod public_api;
 mod refusals;
 mod run;
+mod schedules;
 mod start;
 mod uneven;

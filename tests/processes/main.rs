@@ -26,6 +26,8 @@ mod namespaces;
 #[cfg(target_os = "linux")]
 mod notices;
 #[cfg(target_os = "linux")]
+mod schedules;
+#[cfg(target_os = "linux")]
 mod several_averagers;
 #[cfg(target_os = "linux")]
 mod stops;
@@ -49,6 +51,7 @@ fn main() -> std::process::ExitCode {
             "admits" => admissions::admits(),
             "joins_only" => admissions::joins_only(),
             "fails_late" => admissions::fails_late(),
+            "adapts" => schedules::adapts(),
             "first_day" => trainers::first_day(),
             "done_beside_a_death" => trainers::done_beside_a_death(),
             "mean_on_one_core" => trainers::mean_on_one_core(),
@@ -149,6 +152,7 @@ fn main() -> std::process::ExitCode {
             notices::a_rank_that_waits_to_meet_says_so,
             notices::a_rank_that_waits_to_build_says_so,
             notices::a_rank_that_waits_to_recover_says_so,
+            schedules::ranks_go_on_with_one_h_after_a_death_and_a_join,
             several_averagers::averagers_are_recovered_in_any_order,
             several_averagers::two_averagers_of_a_world_recover,
             several_averagers::local_sgds_recovered_in_different_orders_fail_at_once,
