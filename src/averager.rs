@@ -227,6 +227,12 @@ impl ParamAverager {
         &self.communicator
     }
 
+    /// Number of tensors, bytes of all, and digest of their names, dtypes and sizes.
+    pub(crate) fn layout(&self) -> [u64; 3] {
+        let Table { layout, bytes, .. } = &self.table;
+        [layout.size().0 as u64, *bytes, layout.digest()]
+    }
+
     /// Handle that ends every wait of this world, from any thread.
     pub fn abort_handle(&self) -> AbortHandle {
         self.communicator.abort_handle()

@@ -2,7 +2,10 @@
 
 mod action;
 mod decide;
+mod resume;
 mod rounds;
+#[cfg(feature = "serde")]
+mod serialized;
 
 use std::time::Instant;
 
@@ -11,6 +14,11 @@ use crate::schedule::{place, Course, Decisions};
 use crate::{Error, ParamAverager, Report, Result, Schedule};
 pub use action::Action;
 use decide::{is_rate, Measured};
+#[cfg(feature = "serde")]
+pub use serialized::SavedState;
+
+/// Largest position to begin at: leaves room to count, and for `place`.
+const MOST_STEPS: u64 = u64::MAX / 2;
 
 /// Averages a model's parameters across ranks every so many optimizer steps.
 ///
@@ -95,7 +103,7 @@ impl LocalSgd {
     /// Default: 0.
     pub fn at(mut self, position: u64) -> Self {
         if !self.averager.has_joined() {
-            let position = position.min(u64::MAX / 2); // leaves room to count, and for `place`
+            let position = position.min(MOST_STEPS);
             self.take_course(Course::begin(&self.schedule(), position));
         }
         self

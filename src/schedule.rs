@@ -159,6 +159,12 @@ impl Schedule {
         matches!(self.rule, Rule::Overhead(_) | Rule::Budget(_))
     }
 
+    /// Words that are equal for equal schedules only, in all versions of this crate.
+    pub(crate) fn words(&self) -> [u64; 5] {
+        let [rule, first, second] = self.rule.words();
+        [rule, first, second, self.warmup, self.at_most]
+    }
+
     fn limited(&self, h: u64) -> u64 {
         h.min(self.at_most)
     }

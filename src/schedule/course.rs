@@ -124,6 +124,16 @@ impl Decisions {
         self.later = Some(agreed);
     }
 
+    /// Values that are to be used in the next average of a step.
+    pub(crate) fn later(&self) -> Option<Agreed> {
+        self.later
+    }
+
+    /// Goes on with such values.
+    pub(crate) fn restore(&mut self, later: Option<Agreed>) {
+        self.later = later;
+    }
+
     /// Goes on at a course that all ranks have agreed on.
     pub(crate) fn take(&mut self, course: Course) {
         *self = Decisions::new(self.schedule, course);
@@ -154,13 +164,12 @@ impl Reason {
     /// The value by which ranks check that they average at the same place of the same schedule.
     /// Never 0, which stands for an average outside of any schedule.
     pub(crate) fn digest(&self, place: u64) -> u64 {
-        let Schedule { rule, warmup, at_most } = self.schedule;
+        let [rule, first, second, warmup, at_most] = self.schedule.words();
         let (of_rate, rate) = match self.rate {
             None => (0, 0),
             Some(Rate::Known(rate)) => (1, rate.to_bits()),
             Some(Rate::Unusable { rank }) => (2, rank as u64),
         };
-        let [rule, first, second] = rule.words();
         let Course { anchor, local_steps, .. } = self.course;
         let words =
             [rule, first, second, warmup, at_most, place, anchor, local_steps, of_rate, rate];

@@ -120,6 +120,17 @@ fn reasons_name_what_was_decided() {
     );
 }
 
+/// Saved states have these words.
+#[test]
+fn words_of_a_schedule_never_change() {
+    let at_most = u64::MAX;
+    let bits = f64::to_bits;
+    assert_eq!(Schedule::every(8).after_warmup(3).words(), [0, 8, 0, 3, at_most]);
+    assert_eq!(Schedule::quadratic(0.2, 4).words(), [1, bits(0.2), 4, 0, at_most]);
+    assert_eq!(Schedule::overhead(0.05).words(), [2, bits(0.05), 0, 0, 200]);
+    assert_eq!(Schedule::budget(1e6).at_most(9).words(), [3, bits(1e6), 0, 0, 9]);
+}
+
 fn refuses(build: fn() -> Schedule) -> String {
     let panic = std::panic::catch_unwind(build).unwrap_err();
     let text = panic.downcast_ref::<String>().cloned();

@@ -26,6 +26,8 @@ mod namespaces;
 #[cfg(target_os = "linux")]
 mod notices;
 #[cfg(target_os = "linux")]
+mod resume;
+#[cfg(target_os = "linux")]
 mod schedules;
 #[cfg(target_os = "linux")]
 mod several_averagers;
@@ -55,6 +57,7 @@ fn main() -> std::process::ExitCode {
             "first_day" => trainers::first_day(),
             "done_beside_a_death" => trainers::done_beside_a_death(),
             "mean_on_one_core" => trainers::mean_on_one_core(),
+            "saves" => resume::saves(),
             "starts_from_a_rank_that_dies" => trainers::starts_from_a_rank_that_dies(),
             "two_averagers_of_one_view" => trainers::two_averagers_of_one_view(),
             "last_barriers" => trainers::last_barriers(),
@@ -152,6 +155,7 @@ fn main() -> std::process::ExitCode {
             notices::a_rank_that_waits_to_meet_says_so,
             notices::a_rank_that_waits_to_build_says_so,
             notices::a_rank_that_waits_to_recover_says_so,
+            resume::a_world_killed_after_a_save_loads_it_and_ends_as_one_that_ran_through,
             schedules::ranks_go_on_with_one_h_after_a_death_and_a_join,
             several_averagers::averagers_are_recovered_in_any_order,
             several_averagers::two_averagers_of_a_world_recover,
