@@ -102,6 +102,11 @@ fn adapting(algorithm: Algorithm) {
                 if rank == 1 {
                     trainer.sgd.wait().unwrap();
                 }
+                // A state has what was agreed and is not used yet, but no times.
+                if rank == 2 && schedule == quadratic.0 {
+                    let state = trainer.sgd.save().unwrap();
+                    trainer.sgd.load(&state).unwrap();
+                }
             }
             trainer.finish().unwrap();
             (trainer, seen)
