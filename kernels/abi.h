@@ -69,6 +69,7 @@ enum PaFlag {
   // make, with its own `weight`, and no joiner is admitted meanwhile.
   PA_FLAG_DONE = 256,
   PA_FLAG_OF_SCHEDULE = 512, // the call is one that a rank with PA_FLAG_DONE takes part in
+  PA_FLAG_WHOLE = 1024,      // PaOuter.mix counts as 1
 };
 
 // Outer optimizer, see stage.h.

@@ -238,7 +238,7 @@ template <class T, bool kF32> struct Ring {
     const char* in = kReceive ? b.inbox() : shard;
     char* out = kSend ? b.outbox() : nullptr;
     const bool remote = b.remote, writes = !keeps();
-    const S mix = kMixes ? mix_of<T>(bucket) : S(1);
+    const S mix = kMixes ? mix_of<T>(bucket, b.a) : S(1);
     each_own(
         [&](const auto& own, auto g, uint32_t i) {
           constexpr int K = g.kPacks;

@@ -16,8 +16,9 @@ namespace PA_ISA {
 template <class T> constexpr uint64_t kStatePackBytes = sizeof(SumOf<T>) * Element<T>::kPerPack;
 
 // Share of the result in each rank's new values.
-template <class T> PA_FN SumOf<T> mix_of(const PaBucket& bucket) {
-  return SumOf<T>(load_in_place(&bucket.outer.mix));
+template <class T> PA_FN SumOf<T> mix_of(const PaBucket& bucket, const PaArgs& a) {
+  const SumOf<T> mix = SumOf<T>(load_in_place(&bucket.outer.mix));
+  return a.flags & PA_FLAG_WHOLE ? SumOf<T>(1) : mix;
 }
 // Value of a rank after partial mixing: a part of its own, and `mix` of the new one.
 template <class T, int K>
@@ -39,7 +40,7 @@ template <class T, bool kAdam> struct Stage {
         lr(S(load_in_place(&bucket.outer.lr))), a(S(load_in_place(&bucket.outer.a))),
         b(S(load_in_place(&bucket.outer.b))), mu(S(load_in_place(&bucket.outer.mu))),
         beta2(S(load_in_place(&bucket.outer.beta2))), tau(S(load_in_place(&bucket.outer.tau))),
-        mix(mix_of<T>(bucket)) {}
+        mix(mix_of<T>(bucket, args)) {}
 
   PA_FN char* slot(int number, uint64_t i) const {
     return state + stride * number + kStatePackBytes<T> * i;

@@ -33,6 +33,11 @@ pub(crate) mod place {
         COPIES + root.min(0xff) as u64
     }
 
+    /// True for averages that give the ranks the values that they go on from.
+    pub(crate) fn sets_values(place: u64) -> bool {
+        matches!(place, RECOVERY | ADMISSION | START | COPIES..=LAST_COPY)
+    }
+
     /// True for averages that `LocalSgd` makes in the course of training.
     pub(crate) fn is_of_schedule(place: u64) -> bool {
         place < COPIES || place == FINISH || place == RECOVERY

@@ -221,8 +221,8 @@ template <class E, int B> PA_FN V<E, B> root_of(V<E, B> x) {
   if constexpr (B == 32 && !kFloat) return (V<E, B>)_mm256_sqrt_pd((__m256d)x);
 #endif
 #if defined(__AVX512F__)
-  if constexpr (B == 64 && kFloat) return (V<E, B>)_mm512_sqrt_ps((__m512)x);
-  if constexpr (B == 64 && !kFloat) return (V<E, B>)_mm512_sqrt_pd((__m512d)x);
+  if constexpr (B == 64 && kFloat) return (V<E, B>)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+  if constexpr (B == 64 && !kFloat) return (V<E, B>)_mm512_maskz_sqrt_pd(0xff, (__m512d)x);
 #endif
 #endif
   for (unsigned i = 0; i < B / sizeof(E); ++i)
