@@ -83,8 +83,9 @@ impl Way {
             let data = if on == Device::cpu() { order[rank] } else { rank };
             // Pointers may change between calls. All are freed at the end: that waits for every
             // kernel on the device, and so for a peer's average that waits for this rank.
-            let mut models: Vec<Model> =
-                (0..rounds).map(|round| Model::new(on, shapes, (100 * round + data) as u64)).collect();
+            let mut models: Vec<Model> = (0..rounds)
+                .map(|round| Model::new(on, shapes, (100 * round + data) as u64))
+                .collect();
             let mut averager = self.build(communicator, &mut models[0]).unwrap();
             let mut results = vec![];
             for model in &mut models[1..] {
