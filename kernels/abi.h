@@ -16,7 +16,18 @@ enum PaDtype { PA_F32 = 0, PA_F64 = 1, PA_F16 = 2, PA_BF16 = 3 };
 // Kernel of one launch. PA_DIRECT and PA_RING follow PA_SCAN where non-finite values are rejected.
 // PA_RING_COMMIT is all or nothing; it also scans, and can be launched in several parts, see
 // PaArgs.from_segment.
-enum PaKernel { PA_DIRECT = 0, PA_RING = 1, PA_RING_COMMIT = 2, PA_SCAN = 3 };
+// With an outer optimizer: PA_DIRECT_STEP in the place of PA_DIRECT, or PA_RING_STEP between the
+// segments of PA_RING_COMMIT up to n and those from n + 1 on, which PA_RING_MIX runs if mix != 1.
+enum PaKernel {
+  PA_DIRECT = 0,
+  PA_RING = 1,
+  PA_RING_COMMIT = 2,
+  PA_SCAN = 3,
+  PA_DIRECT_STEP = 4,
+  PA_RING_STEP = 5,
+  PA_RING_MIX = 6,
+  PA_ANCHOR = 7, // after an average without a step: its result becomes the anchor
+};
 
 // Outcome of an average. Up to PA_NO_WEIGHT nothing is broken and the next average may run; from
 // PA_TIMEOUT on the world is poisoned.
@@ -58,7 +69,24 @@ enum PaFlag {
   // make, with its own `weight`, and no joiner is admitted meanwhile.
   PA_FLAG_DONE = 256,
   PA_FLAG_OF_SCHEDULE = 512, // the call is one that a rank with PA_FLAG_DONE takes part in
-  PA_FLAG_MEASURED = 1024,   // PaBoard.measured belongs to this record
+  PA_FLAG_WHOLE = 1024,      // PaOuter.mix counts as 1
+  PA_FLAG_MEASURED = 2048,   // PaBoard.measured belongs to this record
+};
+
+// Outer optimizer, see stage.h.
+enum PaOuterKind {
+  PA_OUTER_MOMENTUM = 0, // one slot: velocity
+  PA_OUTER_ADAM = 1,     // two slots: both moments
+};
+struct PaOuter {
+  double lr;
+  double a, b;  // PA_OUTER_MOMENTUM: factors of the difference and of the velocity
+  double mu;    // decay of the first slot
+  double beta2; // PA_OUTER_ADAM: decay of the second slot
+  double tau;   // PA_OUTER_ADAM: added to the root
+  double mix;   // share of the result in each rank's new values; the rest is its own
+  uint32_t kind;
+  uint32_t reserved;
 };
 
 // Placement of one tensor in its bucket. `first_pack` ascends; an empty tensor has no segment.
@@ -76,6 +104,12 @@ struct PaBucket {
   uint64_t shard;         // Pack[channels][shard_packs]: own shard of the mean, until the commit of
                           // PA_RING_COMMIT
   uint64_t shard_packs;   // capacity of one channel's shard
+  // State of the outer optimizer, or 0: SumOf<T>[slots + 1][channels][shard_packs of elements]. The
+  // anchor comes first.
+  uint64_t state;
+  uint64_t mean; // ring with `state`: SumOf<T>[channels][shard_packs of elements]; `shard` itself
+                 // where that has the size
+  struct PaOuter outer;
   uint32_t segment_count;
   uint32_t dtype;    // PaDtype
   uint32_t chunk;    // data packs per slot at most; a multiple of PA_ALIGN_PACKS

@@ -27,9 +27,13 @@ PA_FN void load_args(PaArgs* own, const PaLaunch& launch) {
     PA_ISA::body(PA_ISA::Exec{}, args);                       \
   }
 
-PA_KERNEL(pa_direct, run_direct)
+PA_KERNEL(pa_direct, run_direct<false>)
+PA_KERNEL(pa_direct_step, run_direct<true>)
 PA_KERNEL(pa_ring, run_ring)
 PA_KERNEL(pa_ring_commit, run_ring_commit)
+PA_KERNEL(pa_ring_step, run_ring_step)
+PA_KERNEL(pa_ring_mix, run_ring_mix)
+PA_KERNEL(pa_anchor, run_anchor)
 PA_KERNEL(pa_scan, run_scan)
 
 // Both sides of a probe at the same time: blocks of a power of two of threads, as many on each

@@ -7,15 +7,23 @@
 namespace PA_ISA {
 // A function per kernel: with all in one, the ring's code made the direct average 1.4 times slower
 // (g++ 12).
-PA_NOINLINE void direct(const Exec& ex, const PaArgs& args) { run_direct(ex, args); }
+PA_NOINLINE void direct(const Exec& ex, const PaArgs& args) { run_direct<false>(ex, args); }
+PA_NOINLINE void direct_step(const Exec& ex, const PaArgs& args) { run_direct<true>(ex, args); }
 PA_NOINLINE void ring(const Exec& ex, const PaArgs& args) { run_ring(ex, args); }
 PA_NOINLINE void ring_commit(const Exec& ex, const PaArgs& args) { run_ring_commit(ex, args); }
+PA_NOINLINE void ring_step(const Exec& ex, const PaArgs& args) { run_ring_step(ex, args); }
+PA_NOINLINE void ring_mix(const Exec& ex, const PaArgs& args) { run_ring_mix(ex, args); }
+PA_NOINLINE void anchor(const Exec& ex, const PaArgs& args) { run_anchor(ex, args); }
 PA_NOINLINE void scan(const Exec& ex, const PaArgs& args) { run_scan(ex, args); }
 PA_FN void run_kernel(const Exec& ex, const PaArgs& args, uint32_t kernel) {
   switch (kernel) {
     case PA_DIRECT: return direct(ex, args);
     case PA_RING: return ring(ex, args);
     case PA_RING_COMMIT: return ring_commit(ex, args);
+    case PA_DIRECT_STEP: return direct_step(ex, args);
+    case PA_RING_STEP: return ring_step(ex, args);
+    case PA_ANCHOR: return anchor(ex, args);
+    case PA_RING_MIX: return ring_mix(ex, args);
     default: return scan(ex, args);
   }
 }

@@ -5,7 +5,7 @@
 // accesses its tensors any more.
 #pragma once
 #include "barriers.h"
-#include "segments.h"
+#include "stage.h"
 
 namespace PA_ISA {
 
@@ -89,64 +89,104 @@ template <class T, int kWorld> struct Direct {
     PA_UNROLL for (uint32_t j = 0; j < kRanks; ++j)
       sum.add(packs.raw[j], scale(r + j), r + j == first);
   }
-  template <int K> PA_FN Raw<T, K> mean_of(const Sum<K>& s) const {
+  template <int K> PA_FN Wide<T, K> wide_mean_of(const Sum<K>& s) const {
     // By 1 after equal weights in a world of 2, 4, 8 or 16.
-    const Raw<T, K> mean = narrow<T, K>(divisor == S(1) ? s.sum : s.sum / divisor);
-    return where_equal<T, K>(s.differs, s.value, mean);
+    return divisor == S(1) ? s.sum : s.sum / divisor;
+  }
+  template <int K> PA_FN Raw<T, K> mean_of(const Sum<K>& s) const {
+    return where_equal<T, K>(s.differs, s.value, narrow<T, K>(wide_mean_of(s)));
   }
 
-  PA_FN void run() const {
+  // `end` says what becomes of a sum: EndsInMean, EndsInStep.
+  template <class End> PA_FN void run(const End& end) const {
     const Range own = part_of(channel_range(bucket, b.ex.block()), b.a.rank, b.a.world);
-    if (own.begin == own.end) return;
     uint32_t turn = 0;
-    each_part_of_any<T>(bucket, own.begin, own.end, [&](const Part& part) {
-      char* base_of[kWorld + 1] = {};
-      bool odd = false; // not at a multiple of 16
-      turn ^= 1;
-      const auto look_up = [&](char*& base, uint32_t r) {
-        const uint64_t tensor = address(r, part);
-        base = at<char>(tensor + part.offset) - 16 * uint64_t(part.first);
-        odd |= tensor % 16 != 0;
-      };
-      if constexpr (kWorld > 0) {
-        each_rank([&](uint32_t r) { look_up(base_of[r], r); });
-      } else {
-        each_entry([&](uint32_t r, uint32_t of) { look_up(shared.get().base[turn][r], of); });
-        odd = b.ex.any(odd); // also the barrier before the table is read
-      }
-      const auto base = [&](uint32_t r) {
-        if constexpr (kWorld > 0) return base_of[r];
-        else return shared.get().base[turn][r];
-      };
-      const auto whole = [&](uint32_t r) { return Whole<T>{base(r)}; };
-      const auto ragged = [&](bool aligned) {
-        return [&base, &part, aligned](uint32_t r) {
-          return Ragged<T>{base(r), part.whole, part.tail, aligned && kDeep > 1};
-        };
-      };
-      each_pack_of<kDeep>(
-          b.ex, part, 0, !odd, [&] { return whole; }, ragged,
-          [&](const auto& access, auto g, uint32_t i) {
-            if constexpr (kWorld > 0) {
-              return load(access, g, i, 0);
-            } else {
-              Sum<g.kPacks> sum;
-              for (uint32_t r = 0; r < b.a.world; r += kRanks) add(sum, load(access, g, i, r), r);
-              return mean_of(sum);
-            }
-          },
-          [&](const auto& access, auto g, uint32_t i, const auto& loaded) {
-            Raw<T, g.kPacks> mean;
-            if constexpr (kWorld > 0) {
-              Sum<g.kPacks> sum;
-              add(sum, loaded, 0);
-              mean = mean_of(sum);
-            } else {
-              mean = loaded;
-            }
-            each_rank([&](uint32_t r) { access(r).template store<g.kPacks>(i, mean); });
-          });
+    in_pieces(own.begin, own.end, kMaxPiecePacks, [&](uint64_t from, uint64_t to) {
+      each_part<T>(bucket, from, to, [&](const Part& part) {
+        run_part(end, part, from - own.begin, turn ^= 1);
+      });
     });
+  }
+  // `ahead`: packs of the own part before pack 0 of `part`.
+  template <class End>
+  PA_FN void run_part(const End& end, const Part& part, uint64_t ahead, uint32_t turn) const {
+    char* base_of[kWorld + 1] = {};
+    bool odd = false; // not at a multiple of 16
+    const auto look_up = [&](char*& base, uint32_t r) {
+      const uint64_t tensor = address(r, part);
+      base = at<char>(tensor + part.offset) - 16 * uint64_t(part.first);
+      odd |= tensor % 16 != 0;
+    };
+    if constexpr (kWorld > 0) {
+      each_rank([&](uint32_t r) { look_up(base_of[r], r); });
+    } else {
+      each_entry([&](uint32_t r, uint32_t of) { look_up(shared.get().base[turn][r], of); });
+      odd = b.ex.any(odd); // also the barrier before the table is read
+    }
+    const auto base = [&](uint32_t r) {
+      if constexpr (kWorld > 0) return base_of[r];
+      else return shared.get().base[turn][r];
+    };
+    const auto whole = [&](uint32_t r) { return Whole<T>{base(r)}; };
+    const auto ragged = [&](bool aligned) {
+      return [&base, &part, aligned](uint32_t r) {
+        return Ragged<T>{base(r), part.whole, part.tail, aligned && kDeep > 1};
+      };
+    };
+    each_pack_of<kDeep>(
+        b.ex, part, 0, !odd, [&] { return whole; }, ragged,
+        [&](const auto& access, auto g, uint32_t i) {
+          constexpr int K = g.kPacks;
+          if constexpr (kWorld > 0) {
+            return load(access, g, i, 0);
+          } else {
+            Sum<K> sum;
+            for (uint32_t r = 0; r < b.a.world; r += kRanks) add(sum, load(access, g, i, r), r);
+            return end.template mean_of<K>(*this, sum);
+          }
+        },
+        [&](const auto& access, auto g, uint32_t i, const auto& loaded) {
+          constexpr int K = g.kPacks;
+          Raw<T, K> result;
+          if constexpr (kWorld > 0) {
+            Sum<K> sum;
+            add(sum, loaded, 0);
+            result = end.template result_of<K>(ahead + i, end.template mean_of<K>(*this, sum));
+          } else {
+            result = end.template result_of<K>(ahead + i, loaded);
+          }
+          each_rank([&](uint32_t r) { end.template write<K>(access(r), i, result); });
+        });
+  }
+};
+
+// The mean is the result.
+template <class T> struct EndsInMean {
+  template <int K, class D, class Sum> PA_FN Raw<T, K> mean_of(const D& d, const Sum& sum) const {
+    return d.mean_of(sum);
+  }
+  template <int K> PA_FN Raw<T, K> result_of(uint64_t, const Raw<T, K>& mean) const {
+    return mean;
+  }
+  template <int K, class Access>
+  PA_FN void write(const Access& access, uint32_t i, const Raw<T, K>& result) const {
+    access.template store<K>(i, result);
+  }
+};
+// A step of the outer optimizer follows.
+template <class T, bool kAdam> struct EndsInStep {
+  Stage<T, kAdam> stage;
+  template <int K, class D, class Sum> PA_FN Wide<T, K> mean_of(const D& d, const Sum& sum) const {
+    return d.wide_mean_of(sum);
+  }
+  template <int K> PA_FN Raw<T, K> result_of(uint64_t i, const Wide<T, K>& mean) const {
+    return stage.template step<K>(i, mean, stage.template load<K>(i));
+  }
+  template <int K, class Access>
+  PA_FN void write(const Access& access, uint32_t i, const Raw<T, K>& result) const {
+    if (stage.mix == SumOf<T>(1)) return access.template store<K>(i, result);
+    const Raw<T, K> own = access.template load<K>(i);
+    access.template store<K>(i, mixed<T, K>(own, result, stage.mix));
   }
 };
 
@@ -173,24 +213,34 @@ PA_NOINLINE bool exit_barrier_as_leader(Exec ex, WaitCtx ctx) {
   return undone == 0 || !resolve_failure(ex, ctx, undone, PA_AT_EXIT);
 }
 
-// Averages this block's share of one bucket.
-template <class T> PA_FN void run_direct_bucket(Block& b, const PaBucket& bucket, uint32_t index) {
+// This block's share of one bucket. kSteps: with an outer optimizer; not unrolled by ranks on a
+// GPU then, whose code would double.
+template <class T, class End> PA_FN void run_direct_to(Block& b, const PaBucket& bucket, End end) {
+  if constexpr (kInFlight == 1 || PA_SAME(End, EndsInMean<T>)) {
+    switch (b.a.world) {
+      case 2: return Direct<T, 2>(b, bucket).run(end);
+      case 3: return Direct<T, 3>(b, bucket).run(end);
+      case 4: return Direct<T, 4>(b, bucket).run(end);
+    }
+  }
+  Direct<T, 0>(b, bucket).run(end);
+}
+template <class T, bool kSteps>
+PA_FN void run_direct_bucket(Block& b, const PaBucket& bucket, uint32_t index) {
   if (b.ex.leader())
     for (uint32_t r = 0; r < b.a.world; ++r) {
       const PaRecord& record = b.wait_ctx().control()->board[r].record[b.epoch & 1];
       b.me->segments[r] = at<const PaBucket>(record.buckets)[index].segments;
     }
   b.ex.sync();
-  switch (b.a.world) {
-    case 2: Direct<T, 2>(b, bucket).run(); break;
-    case 3: Direct<T, 3>(b, bucket).run(); break;
-    case 4: Direct<T, 4>(b, bucket).run(); break;
-    default: Direct<T, 0>(b, bucket).run();
-  }
+  if constexpr (!kSteps) run_direct_to<T>(b, bucket, EndsInMean<T>{});
+  else if (bucket.outer.kind == PA_OUTER_ADAM)
+    run_direct_to<T>(b, bucket, EndsInStep<T, true>{{bucket, b.a, b.ex.block()}});
+  else run_direct_to<T>(b, bucket, EndsInStep<T, false>{{bucket, b.a, b.ex.block()}});
   b.ex.sync(); // all lanes have written, and have read me->segments
 }
 
-PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
+template <bool kSteps> PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
   if (has_failed(ex, a)) return;
   Block b(ex, a, true);
   if (publish_record(b, true) && entry_barrier(b, true)) {
@@ -198,7 +248,7 @@ PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
     for (uint32_t i = 0; good && i < a.bucket_count; ++i) {
       const PaBucket& bucket = at<const PaBucket>(a.buckets)[i];
       with_dtype(bucket.dtype, [&](auto element) {
-        run_direct_bucket<decltype(element)>(b, bucket, i);
+        run_direct_bucket<decltype(element), kSteps>(b, bucket, i);
       });
     }
     good = good && b.begin_step();

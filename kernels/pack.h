@@ -60,6 +60,10 @@ template <class T, int K> PA_FN Wide<T, K> operator/(Wide<T, K> a, SumOf<T> s) {
   PA_UNROLL for (int i = 0; i < Wide<T, K>::kParts; ++i) a.part[i] = a.part[i] / s;
   return a;
 }
+template <class T, int K> PA_FN Wide<T, K> operator*(Wide<T, K> a, const Wide<T, K>& b) {
+  PA_UNROLL for (int i = 0; i < Wide<T, K>::kParts; ++i) a.part[i] = a.part[i] * b.part[i];
+  return a;
+}
 
 // Finds NaN and infinity among all values that were looked at: x - x is NaN then, and 0 otherwise.
 template <class T> struct NonFiniteCheck {

@@ -19,6 +19,7 @@
 #pragma once
 #include "barriers.h"
 #include "scan.h"
+#include "stage.h"
 
 namespace PA_ISA {
 
@@ -209,6 +210,14 @@ template <class T, bool kF32> struct Ring {
       };
     });
   }
+  // … or, for an outer optimizer, → `mean`, not narrowed; the same memory where nothing is …
+  PA_FN bool finish_into_mean(const Chunk& c, const Incoming& incoming, char* mean) {
+    return receive_and_add<!kF32, false>(c, incoming, [&] {
+      return [this, mean](const auto&, auto g, uint32_t i, const auto& x) {
+        store_in_order<T, g.kPacks>(mean + kStatePackBytes<T> * i, mean_of<g.kPacks>(x));
+      };
+    });
+  }
   // … or → own tensors, unless they are kept, and outbox.
   PA_FN bool finish_and_send(const Chunk& c, const Incoming& incoming) {
     return receive_and_add<!kF32, true>(c, incoming, [&] {
@@ -222,23 +231,36 @@ template <class T, bool kF32> struct Ring {
   }
 
   // Inbox, or `shard` → own tensors, unless they are kept, and → outbox. kNonTemporal: the tensors
-  // were not read a moment ago.
-  template <bool kReceive, bool kSend, bool kNonTemporal>
+  // were not read a moment ago. kMixes: own tensors keep a part of what they were.
+  template <bool kReceive, bool kSend, bool kNonTemporal, bool kMixes = false>
   PA_FN bool forward(const Chunk& c, const char* shard) {
     if (!enter<kReceive, kSend>(c, PA_AT_GATHER, false)) return false;
     const char* in = kReceive ? b.inbox() : shard;
     char* out = kSend ? b.outbox() : nullptr;
     const bool remote = b.remote, writes = !keeps();
+    const S mix = kMixes ? mix_of<T>(bucket, b.a) : S(1);
     each_own(
-        [&](const auto&, auto g, uint32_t i) {
-          return load_raw<T, g.kPacks>(in + 16 * uint64_t(i));
+        [&](const auto& own, auto g, uint32_t i) {
+          constexpr int K = g.kPacks;
+          const Raw<T, K> came = load_raw<T, K>(in + 16 * uint64_t(i));
+          if constexpr (kMixes) return Packs<true, K>{came, own.template load<K>(i)};
+          else return came;
         },
-        [&](const auto& own, auto g, uint32_t i, const auto& raw) {
-          if (writes) {
-            if (kNonTemporal) own.template store_nt<g.kPacks>(i, raw);
-            else own.template store<g.kPacks>(i, raw);
+        [&](const auto& own, auto g, uint32_t i, const auto& loaded) {
+          constexpr int K = g.kPacks;
+          const auto send = [&](const Raw<T, K>& raw) {
+            if (kSend) store_to_peer<T, K>(out + 16 * uint64_t(i), raw, remote);
+          };
+          if constexpr (kMixes) {
+            if (writes) own.template store<K>(i, mixed<T, K>(loaded.own, loaded.came, mix));
+            send(loaded.came);
+          } else {
+            if (writes) {
+              if (kNonTemporal) own.template store_nt<K>(i, loaded);
+              else own.template store<K>(i, loaded);
+            }
+            send(loaded);
           }
-          if (kSend) store_to_peer<T, g.kPacks>(out + 16 * uint64_t(i), raw, remote);
         });
     b.leave<kReceive, kSend>();
     return true;
@@ -250,11 +272,15 @@ template <class T, bool kF32> struct Ring {
     const uint64_t packs = uint64_t(bucket.chunk) * b.a.world, begin = all.begin + number * packs;
     return {begin, min(begin + packs, all.end)};
   }
-  PA_FN char* own_shard(uint64_t number) const {
-    return at<char>(bucket.shard) +
-           16 * (b.ex.block() * bucket.shard_packs + number * bucket.chunk);
+  PA_FN uint64_t own_pack(uint64_t number) const { // first pack of a round, in the shards
+    return b.ex.block() * bucket.shard_packs + number * bucket.chunk;
   }
-
+  PA_FN char* own_shard(uint64_t number) const {
+    return at<char>(bucket.shard) + 16 * own_pack(number);
+  }
+  PA_FN char* own_mean(uint64_t number) const {
+    return at<char>(bucket.mean) + kStatePackBytes<T> * own_pack(number);
+  }
   // Rounds that make each step together, so that one chunk travels while another is worked on.
   // More rounds than half the slots would fill a mailbox with no rank left to empty it.
   struct Batch {
@@ -295,16 +321,16 @@ template <class T, bool kF32> struct Ring {
     return true;
   }
   // Steps 1 … n - 1 of the gather.
-  template <bool kAll, bool kNonTemporal> PA_FN bool gather(Batch batch) {
+  template <bool kAll, bool kNonTemporal, bool kMixes = false> PA_FN bool gather(Batch batch) {
     const uint32_t n = b.a.world;
     for (uint32_t k = 1; k + 1 < n; ++k)
       if ((kAll || runs(n + 1 + k)) &&
           !each(batch, b.a.rank + n - k, [&](const Chunk& c, uint32_t) {
-            return forward<true, true, kNonTemporal>(c, nullptr);
+            return forward<true, true, kNonTemporal, kMixes>(c, nullptr);
           }))
         return false;
     return !(kAll || runs(2 * n)) || each(batch, b.a.rank + 1, [&](const Chunk& c, uint32_t) {
-      return forward<true, false, kNonTemporal>(c, nullptr);
+      return forward<true, false, kNonTemporal, kMixes>(c, nullptr);
     });
   }
 
@@ -326,18 +352,21 @@ template <class T, bool kF32> struct Ring {
     return each_batch([&](Batch batch) {
       return reduce<false>(batch) &&
              (!runs(n) || each(batch, b.a.rank, [&](const Chunk& c, uint32_t at) {
+               if constexpr (sizeof(T) == 2) {
+                 if (bucket.state != 0) return finish_into_mean(c, last, own_mean(at));
+               }
                return finish_into(c, last, own_shard(at));
              }));
     });
   }
-  PA_FN bool run_gather() {
+  template <bool kMixes> PA_FN bool run_gather() {
     const uint32_t n = b.a.world;
     return each_batch([&](Batch batch) {
       return (!runs(n + 1) || each(batch, b.a.rank,
                                    [&](const Chunk& c, uint32_t at) {
-                                     return forward<false, true, true>(c, own_shard(at));
+                                     return forward<false, true, true, kMixes>(c, own_shard(at));
                                    })) &&
-             gather<false, true>(batch);
+             gather<false, true, kMixes>(batch);
     });
   }
   PA_FN bool run_both() {
@@ -379,23 +408,48 @@ PA_FN void run_ring(const Exec& ex, const PaArgs& a) {
   b.save();
 }
 
+// Ends a launch of PA_RING_COMMIT and its kin, whose next segment is `to`.
+PA_FN void end_launch(Block& b, bool good, uint32_t to) {
+  if (b.ex.leader()) {
+    const bool ends = to == PA_SEGMENTS(b.a.world);
+    if (good && ends) b.me->status.outcome = PA_COMMITTED;
+    b.me->segment = good && !ends ? to : PA_NO_SEGMENT;
+  }
+  b.save();
+}
+PA_FN bool is_next(const Exec& ex, const PaArgs& a, uint32_t segment) {
+  return at<PaChannel>(a.channel)[ex.block()].segment == segment;
+}
+
 // One block's share of one launch of the ring with a commit.
 PA_FN void run_ring_commit(const Exec& ex, const PaArgs& a) {
   const uint32_t n = a.world, from = a.from_segment, to = a.to_segment;
-  if (from == 0 ? has_failed(ex, a) : at<PaChannel>(a.channel)[ex.block()].segment != from) return;
+  if (from == 0 ? has_failed(ex, a) : !is_next(ex, a, from)) return;
   Block b(ex, a, from == 0);
   if (from == 0 && ex.leader()) b.me->bad = 0;
   const auto runs = [&](uint32_t segment) { return from <= segment && segment < to; };
   const bool good =
       (!runs(0) || publish_record(b, false)) && (!runs(1) || entry_barrier(b, false)) &&
       (from > n || each_bucket(b, [](auto ring) { return ring.run_reduce(); })) &&
-      (!runs(n) || cast_vote(b)) && (!runs(n + 1) || commit_vote(b)) &&
-      (to <= n + 1 || each_bucket(b, [](auto ring) { return ring.run_gather(); }));
-  if (ex.leader()) {
-    const bool ends = to == PA_SEGMENTS(n);
-    if (good && ends) b.me->status.outcome = PA_COMMITTED;
-    b.me->segment = good && !ends ? to : PA_NO_SEGMENT;
-  }
-  b.save();
+      (!runs(n) || cast_vote(b)) && (!runs(n + 1) || b.committed || commit_vote(b)) &&
+      (to <= n + 1 || each_bucket(b, [](auto ring) { return ring.template run_gather<false>(); }));
+  end_launch(b, good, to);
+}
+
+// The commit, and the outer optimizer's step. Comes before segment n + 1.
+PA_FN void run_ring_step(const Exec& ex, const PaArgs& a) {
+  if (!is_next(ex, a, a.world + 1)) return;
+  Block b(ex, a, false);
+  const bool good = commit_vote(b);
+  for (uint32_t i = 0; good && i < a.bucket_count; ++i)
+    step_shard(ex, at<const PaBucket>(a.buckets)[i], a);
+  end_launch(b, good, a.world + 1);
+}
+// PA_RING_COMMIT from segment n + 1 on, where own tensors keep a part of what they were.
+PA_FN void run_ring_mix(const Exec& ex, const PaArgs& a) {
+  if (!is_next(ex, a, a.from_segment)) return;
+  Block b(ex, a, false);
+  const bool good = each_bucket(b, [](auto ring) { return ring.template run_gather<true>(); });
+  end_launch(b, good, a.to_segment);
 }
 } // namespace PA_ISA

@@ -14,6 +14,10 @@ pub const PA_DIRECT: PaKernel = 0;
 pub const PA_RING: PaKernel = 1;
 pub const PA_RING_COMMIT: PaKernel = 2;
 pub const PA_SCAN: PaKernel = 3;
+pub const PA_DIRECT_STEP: PaKernel = 4;
+pub const PA_RING_STEP: PaKernel = 5;
+pub const PA_RING_MIX: PaKernel = 6;
+pub const PA_ANCHOR: PaKernel = 7;
 pub type PaKernel = ::std::os::raw::c_uint;
 pub const PA_OPEN: PaKind = 0;
 pub const PA_COMMITTED: PaKind = 1;
@@ -43,8 +47,43 @@ pub const PA_FLAG_JOINER: PaFlag = 32;
 pub const PA_FLAG_KEEP: PaFlag = 128;
 pub const PA_FLAG_DONE: PaFlag = 256;
 pub const PA_FLAG_OF_SCHEDULE: PaFlag = 512;
-pub const PA_FLAG_MEASURED: PaFlag = 1024;
+pub const PA_FLAG_WHOLE: PaFlag = 1024;
+pub const PA_FLAG_MEASURED: PaFlag = 2048;
 pub type PaFlag = ::std::os::raw::c_uint;
+pub const PA_OUTER_MOMENTUM: PaOuterKind = 0;
+pub const PA_OUTER_ADAM: PaOuterKind = 1;
+pub type PaOuterKind = ::std::os::raw::c_uint;
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PaOuter {
+    pub lr: f64,
+    pub a: f64,
+    pub b: f64,
+    pub mu: f64,
+    pub beta2: f64,
+    pub tau: f64,
+    pub mix: f64,
+    pub kind: u32,
+    pub reserved: u32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PaOuter"][::std::mem::size_of::<PaOuter>() - 64usize];
+    ["Alignment of PaOuter"][::std::mem::align_of::<PaOuter>() - 8usize];
+    ["Offset of field: PaOuter::lr"][::std::mem::offset_of!(PaOuter, lr) - 0usize];
+    ["Offset of field: PaOuter::a"][::std::mem::offset_of!(PaOuter, a) - 8usize];
+    ["Offset of field: PaOuter::b"][::std::mem::offset_of!(PaOuter, b) - 16usize];
+    ["Offset of field: PaOuter::mu"][::std::mem::offset_of!(PaOuter, mu) - 24usize];
+    [
+        "Offset of field: PaOuter::beta2",
+    ][::std::mem::offset_of!(PaOuter, beta2) - 32usize];
+    ["Offset of field: PaOuter::tau"][::std::mem::offset_of!(PaOuter, tau) - 40usize];
+    ["Offset of field: PaOuter::mix"][::std::mem::offset_of!(PaOuter, mix) - 48usize];
+    ["Offset of field: PaOuter::kind"][::std::mem::offset_of!(PaOuter, kind) - 56usize];
+    [
+        "Offset of field: PaOuter::reserved",
+    ][::std::mem::offset_of!(PaOuter, reserved) - 60usize];
+};
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct PaSegment {
@@ -74,6 +113,9 @@ pub struct PaBucket {
     pub channel_packs: u64,
     pub shard: u64,
     pub shard_packs: u64,
+    pub state: u64,
+    pub mean: u64,
+    pub outer: PaOuter,
     pub segment_count: u32,
     pub dtype: u32,
     pub chunk: u32,
@@ -81,7 +123,7 @@ pub struct PaBucket {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaBucket"][::std::mem::size_of::<PaBucket>() - 56usize];
+    ["Size of PaBucket"][::std::mem::size_of::<PaBucket>() - 136usize];
     ["Alignment of PaBucket"][::std::mem::align_of::<PaBucket>() - 8usize];
     [
         "Offset of field: PaBucket::segments",
@@ -99,17 +141,26 @@ const _: () = {
         "Offset of field: PaBucket::shard_packs",
     ][::std::mem::offset_of!(PaBucket, shard_packs) - 32usize];
     [
+        "Offset of field: PaBucket::state",
+    ][::std::mem::offset_of!(PaBucket, state) - 40usize];
+    [
+        "Offset of field: PaBucket::mean",
+    ][::std::mem::offset_of!(PaBucket, mean) - 48usize];
+    [
+        "Offset of field: PaBucket::outer",
+    ][::std::mem::offset_of!(PaBucket, outer) - 56usize];
+    [
         "Offset of field: PaBucket::segment_count",
-    ][::std::mem::offset_of!(PaBucket, segment_count) - 40usize];
+    ][::std::mem::offset_of!(PaBucket, segment_count) - 120usize];
     [
         "Offset of field: PaBucket::dtype",
-    ][::std::mem::offset_of!(PaBucket, dtype) - 44usize];
+    ][::std::mem::offset_of!(PaBucket, dtype) - 124usize];
     [
         "Offset of field: PaBucket::chunk",
-    ][::std::mem::offset_of!(PaBucket, chunk) - 48usize];
+    ][::std::mem::offset_of!(PaBucket, chunk) - 128usize];
     [
         "Offset of field: PaBucket::wire_f32",
-    ][::std::mem::offset_of!(PaBucket, wire_f32) - 52usize];
+    ][::std::mem::offset_of!(PaBucket, wire_f32) - 132usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]

@@ -9,6 +9,7 @@ mod lend;
 mod link;
 mod memory;
 mod outcome;
+mod outer_state;
 mod pending;
 mod progress;
 mod raw;
@@ -42,11 +43,11 @@ pub use report::Report;
 pub use start::Start;
 
 use crate::abi::*;
-use crate::plan::Launch;
 use crate::schedule::{place, Reason};
 use crate::world::{AbortHandle, Agreement, Communicator};
 use crate::{Error, Result};
 use memory::RankMemory;
+use outer_state::{AnchorState, Launches, OuterState};
 use rebuild::Blueprint;
 use recover::Admitted;
 use table::Table;
@@ -95,7 +96,7 @@ pub struct ParamAverager {
     communicator: Communicator,
     agreement: Arc<Agreement>,
     algorithm: Algorithm,
-    launches: Vec<Launch>,
+    launches: Launches,
     /// Data packs of a slot of the ring.
     chunk: u32,
     table: Table,
@@ -116,6 +117,13 @@ pub struct ParamAverager {
     /// Recipe for a successor, which is built without the tensors. `None` in a successor that has
     /// not been taken yet.
     blueprint: Option<Arc<Blueprint>>,
+    /// State of the outer optimizer in an earlier view, until this averager has taken it over.
+    inherited: Option<Arc<OuterState>>,
+    /// State of the outer optimizer: whether it is to be taken over from an earlier view, and
+    /// whether it has an anchor.
+    anchor: AnchorState,
+    /// Share of the outer optimizer's state that no rank of this view had.
+    lost_state: f64,
     /// Stream of the average that may be under way, kept alive until the next one has begun.
     stream: Option<Arc<dyn Any + Send + Sync>>,
     watch: Arc<Watch>,

@@ -79,6 +79,60 @@ pub fn shard_packs(channel_packs: u64, world: u32, chunk: u32) -> u64 {
     rounds * u64::from(chunk) + align_up(rest.div_ceil(u64::from(world)))
 }
 
+/// A run of packs in one rank's shard of a bucket: where it lies in the bucket, and where in the
+/// rank's memory of shards, `[channels][shard_packs]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// First pack in the bucket.
+    pub first: u64,
+    /// First pack in the memory of shards.
+    pub at: u64,
+    /// Number of packs.
+    pub packs: u64,
+}
+
+/// The shards of a bucket: how its packs are divided among channels and ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Division {
+    /// Number of ranks.
+    pub world: u32,
+    /// Number of channels.
+    pub channels: u32,
+    /// Data packs of a slot.
+    pub chunk: u32,
+    /// True for the ring, whose channels are divided round by round.
+    pub is_ring: bool,
+}
+
+impl Division {
+    /// Shard of one rank, in ascending order.
+    pub fn shard(&self, packs: u64, rank: u32) -> Vec<Run> {
+        let each = channel_packs(packs, self.channels);
+        let shard = shard_packs(each, self.world, self.chunk);
+        let round = match self.is_ring {
+            true => u64::from(self.chunk) * u64::from(self.world),
+            false => each,
+        };
+        let mut runs = vec![];
+        for channel in 0..u64::from(self.channels) {
+            let (mut begin, end) = ((channel * each).min(packs), ((channel + 1) * each).min(packs));
+            let mut at = channel * shard;
+            while begin < end {
+                let next = (begin + round).min(end);
+                let part = align_up((next - begin).div_ceil(u64::from(self.world)));
+                let first = (begin + u64::from(rank) * part).min(next);
+                let packs = (first + part).min(next) - first;
+                if packs > 0 {
+                    runs.push(Run { first, at, packs });
+                }
+                at += packs;
+                begin = next;
+            }
+        }
+        runs
+    }
+}
+
 /// Rounds up to a multiple of [`PA_ALIGN_PACKS`].
 pub fn align_up(packs: u64) -> u64 {
     let align = u64::from(PA_ALIGN_PACKS);
@@ -133,6 +187,30 @@ mod tests {
                     prop_assert_eq!(buckets[bucket].segments[segment].elements, shape.elements);
                 }
             }
+        }
+
+        #[test]
+        fn shards_have_every_pack_once(
+            packs in 1u64..1 << 16, channels in 1u32..20, world in 1u32..=16, chunk in 1u32..64,
+            is_ring: bool,
+        ) {
+            let chunk = chunk * PA_ALIGN_PACKS;
+            let division = Division { world, channels, chunk, is_ring };
+            let capacity = shard_packs(channel_packs(packs, channels), world, chunk);
+            let mut all = vec![];
+            for rank in 0..world {
+                let mut end = 0;
+                for run in division.shard(packs, rank) {
+                    prop_assert!(run.at >= end, "no two runs share memory");
+                    end = run.at + run.packs;
+                    prop_assert!(end <= (run.at / capacity + 1) * capacity, "of one channel");
+                    all.push((run.first, run.packs));
+                }
+                prop_assert!(end <= capacity * u64::from(channels));
+            }
+            all.sort_unstable();
+            let end = all.iter().try_fold(0, |end, run| (run.0 == end).then_some(end + run.1));
+            prop_assert_eq!(end, Some(packs));
         }
 
         #[test]

@@ -157,6 +157,7 @@ pub mod guide;
 mod hash;
 mod local_sgd;
 mod notice;
+mod outer;
 mod parameters;
 mod plan;
 mod saved;
@@ -181,6 +182,7 @@ pub use error::{DeviceError, Error, ErrorKind, Phase, Result, StateError, Tensor
 #[cfg_attr(docsrs, doc(cfg(feature = "serde")))]
 pub use local_sgd::SavedState;
 pub use local_sgd::{Action, LocalSgd};
+pub use outer::Outer;
 pub use parameters::Parameters;
 pub use schedule::Schedule;
 pub use tensor::{Dtype, Element, TensorMut};

@@ -1,7 +1,10 @@
 //! The plan of an average: its steps, with a commit mark, and the launches that run them. Pure
 //! data, made of options alone.
 
-use crate::abi::{PA_DIRECT, PA_RING, PA_RING_COMMIT, PA_SCAN};
+use crate::abi::{
+    PA_ANCHOR, PA_DIRECT, PA_DIRECT_STEP, PA_RING, PA_RING_COMMIT, PA_RING_MIX, PA_RING_STEP,
+    PA_SCAN,
+};
 
 /// One step of an average.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,8 +17,14 @@ pub(crate) enum Step {
     Reduce,
     /// Decide that every rank writes, or none. Before it no tensor changes.
     Commit,
-    /// Write the mean to all tensors.
+    /// Make the outer optimizer's step for this rank's shard. Nothing in it waits for a peer.
+    Outer,
+    /// Write the result to all tensors.
     Gather,
+    /// As `Gather`; each tensor keeps a part of what it was.
+    Mix,
+    /// Keep this rank's shard of the tensors as the outer optimizer's anchor.
+    Anchor,
 }
 
 /// One launch of a kernel, which runs one or several steps.
@@ -34,8 +43,21 @@ impl Launch {
 
     /// True if a rank whose tensors are wrong takes part, to tell its peers.
     pub(crate) fn meets(self) -> bool {
-        self.kernel != PA_SCAN
+        self.kernel != PA_SCAN && self.kernel != PA_ANCHOR
     }
+}
+
+/// The end of an average, after the reduce.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// The mean is written to all tensors.
+    Mean,
+    /// As `Mean`, and it becomes the outer optimizer's anchor.
+    Anchor,
+    /// The outer optimizer makes a step, and its result is written to all tensors.
+    Step,
+    /// As `Step`, and each rank keeps a part of its own values.
+    Mix,
 }
 
 /// The plan of an averager's averages.
@@ -49,13 +71,28 @@ impl Plan {
     /// Plan of a ring or of a direct average. `all_or_nothing`: the commit follows the reduce, so
     /// that a failure up to the end of the reduce changes no tensor. A direct average writes while
     /// it reduces, so it commits when all ranks have agreed.
-    pub(crate) fn new(is_ring: bool, all_or_nothing: bool, rejects_non_finite: bool) -> Plan {
+    pub(crate) fn new(
+        is_ring: bool,
+        all_or_nothing: bool,
+        rejects_non_finite: bool,
+        end: End,
+    ) -> Plan {
         use Step::*;
-        let steps = match (is_ring && all_or_nothing, rejects_non_finite) {
+        let mut steps = match (is_ring && all_or_nothing, rejects_non_finite) {
             (true, _) => vec![Agree, Reduce, Commit, Gather], // the reduce reads all tensors anyway
             (false, true) => vec![Scan, Agree, Commit, Reduce, Gather],
             (false, false) => vec![Agree, Commit, Reduce, Gather],
         };
+        let gather = steps.len() - 1;
+        match end {
+            End::Mean => {}
+            End::Anchor => steps.push(Anchor),
+            End::Step => steps.insert(gather, Outer),
+            End::Mix => {
+                steps[gather] = Mix;
+                steps.insert(gather, Outer);
+            }
+        }
         Plan { is_ring, steps }
     }
 
@@ -63,19 +100,46 @@ impl Plan {
     /// `is_sequenced`, nothing may wait on a device: each segment is a launch of its own, and all
     /// ranks meet on the host before each.
     pub(crate) fn launches(&self, world: u32, is_sequenced: bool) -> Vec<Launch> {
-        let segments = 2 * world + 1;
-        let commits_late = self.steps[..2] == [Step::Agree, Step::Reduce];
-        let of = |first, end| Launch { kernel: PA_RING_COMMIT, segments: (first, end) };
-        match (self.is_ring, commits_late) {
-            (true, true) if is_sequenced => (0..segments).map(|at| of(at, at + 1)).collect(),
-            (true, true) => vec![of(0, segments)],
-            (is_ring, _) => {
-                let scan = self.steps.first().filter(|step| **step == Step::Scan);
-                let kernel = if is_ring { PA_RING } else { PA_DIRECT };
-                let scan = scan.map(|_| Launch::all_of(PA_SCAN));
-                scan.into_iter().chain([Launch::all_of(kernel)]).collect()
-            }
+        let has = |step| self.steps.contains(&step);
+        let mut launches = vec![];
+        if has(Step::Scan) {
+            launches.push(Launch::all_of(PA_SCAN));
         }
+        match (self.is_ring, self.commits_late()) {
+            (true, true) => launches.extend(self.segments(world, is_sequenced)),
+            (true, false) => launches.push(Launch::all_of(PA_RING)),
+            (false, _) if has(Step::Outer) => launches.push(Launch::all_of(PA_DIRECT_STEP)),
+            (false, _) => launches.push(Launch::all_of(PA_DIRECT)),
+        }
+        if has(Step::Anchor) {
+            launches.push(Launch::all_of(PA_ANCHOR));
+        }
+        launches
+    }
+
+    /// True if no tensor is written before all ranks have their shard.
+    fn commits_late(&self) -> bool {
+        self.steps[..2] == [Step::Agree, Step::Reduce]
+    }
+
+    /// Launches of the ring with a commit. The outer step has a kernel of its own, which commits:
+    /// in one with the ring it would cost the ring registers.
+    fn segments(&self, world: u32, is_sequenced: bool) -> Vec<Launch> {
+        let (commit, end) = (world + 1, 2 * world + 1);
+        let cut = |kernel, first, end| -> Vec<Launch> {
+            let of = |first, end| Launch { kernel, segments: (first, end) };
+            match is_sequenced {
+                true => (first..end).map(|at| of(at, at + 1)).collect(),
+                false => vec![of(first, end)],
+            }
+        };
+        if !self.steps.contains(&Step::Outer) {
+            return cut(PA_RING_COMMIT, 0, end);
+        }
+        let step = Launch { kernel: PA_RING_STEP, segments: (commit, commit) };
+        let mixes = self.steps.contains(&Step::Mix);
+        let gather = if mixes { PA_RING_MIX } else { PA_RING_COMMIT };
+        [cut(PA_RING_COMMIT, 0, commit), vec![step], cut(gather, commit, end)].concat()
     }
 }
 
@@ -84,37 +148,76 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn ends() -> impl Strategy<Value = End> {
+        prop::sample::select(vec![End::Mean, End::Anchor, End::Step, End::Mix])
+    }
+
     proptest! {
         #[test]
         fn plans_commit_once_before_any_tensor_is_written(
-            is_ring: bool, all_or_nothing: bool, rejects: bool, world in 2u32..=16, host: bool,
+            is_ring: bool, all_or_nothing: bool, rejects: bool, end in ends(),
         ) {
-            let plan = Plan::new(is_ring, all_or_nothing, rejects);
+            let all_or_nothing = all_or_nothing || end != End::Mean;
+            let plan = Plan::new(is_ring, all_or_nothing, rejects, end);
             let at = |step| plan.steps.iter().position(|other| *other == step);
-            for step in [Step::Agree, Step::Commit, Step::Reduce, Step::Gather] {
+            for step in [Step::Agree, Step::Commit, Step::Reduce] {
                 prop_assert_eq!(plan.steps.iter().filter(|other| **other == step).count(), 1);
             }
-            prop_assert!(at(Step::Agree) < at(Step::Commit) && at(Step::Commit) < at(Step::Gather));
-            prop_assert!(at(Step::Agree) < at(Step::Reduce) && at(Step::Reduce) < at(Step::Gather));
+            let gather = at(Step::Gather).or(at(Step::Mix));
+            prop_assert_eq!(at(Step::Gather).is_some(), at(Step::Mix).is_none());
+            prop_assert!(at(Step::Agree) < at(Step::Commit) && at(Step::Commit) < gather);
+            prop_assert!(at(Step::Agree) < at(Step::Reduce) && at(Step::Reduce) < gather);
             // A direct average has no shard of its own to keep until a later commit.
             prop_assert_eq!(at(Step::Reduce) < at(Step::Commit), is_ring && all_or_nothing);
             // Values are looked at before the commit, by a scan where the reduce comes after it.
             let scans = rejects && at(Step::Commit) < at(Step::Reduce);
             prop_assert_eq!(at(Step::Scan).is_some(), scans);
             prop_assert!(at(Step::Scan).is_none_or(|at| at == 0));
+            // State changes once, after the commit, and before any tensor is written or after all.
+            let steps = matches!(end, End::Step | End::Mix);
+            prop_assert_eq!(at(Step::Outer).is_some(), steps);
+            prop_assert!(at(Step::Outer).is_none_or(|at| Some(at + 1) == gather));
+            prop_assert!(!steps || at(Step::Commit) < at(Step::Outer));
+            prop_assert_eq!(at(Step::Anchor).is_some(), end == End::Anchor);
+            prop_assert!(at(Step::Anchor).is_none_or(|at| at + 1 == plan.steps.len()));
+        }
 
+        #[test]
+        fn launches_run_every_segment_once_and_in_order(
+            is_ring: bool, all_or_nothing: bool, rejects: bool, world in 2u32..=16, host: bool,
+            end in ends(),
+        ) {
+            let all_or_nothing = all_or_nothing || end != End::Mean;
+            let plan = Plan::new(is_ring, all_or_nothing, rejects, end);
             let launches = plan.launches(world, host);
-            prop_assert_eq!(launches[0].kernel == PA_SCAN, at(Step::Scan).is_some());
+            let is = |at: usize, kernel| launches[at].kernel == kernel;
+            prop_assert_eq!(is(0, PA_SCAN), plan.steps[0] == Step::Scan);
+            prop_assert_eq!(is(launches.len() - 1, PA_ANCHOR), end == End::Anchor);
             let meeting: Vec<_> = launches.iter().filter(|launch| launch.meets()).collect();
             let mut next = 0;
             for launch in &meeting {
-                prop_assert_eq!(launch.kernel, meeting[0].kernel);
                 prop_assert_eq!(launch.segments.0, next);
                 next = launch.segments.1;
             }
             let splits = is_ring && all_or_nothing;
             prop_assert_eq!(next, if splits { 2 * world + 1 } else { 0 });
-            prop_assert_eq!(meeting.len(), if splits && host { next as usize } else { 1 });
+            let steps = matches!(end, End::Step | End::Mix);
+            let step = meeting.iter().position(|launch| launch.kernel == PA_RING_STEP);
+            prop_assert_eq!(step.is_some(), splits && steps);
+            if let Some(step) = step {
+                prop_assert_eq!(meeting[step].segments, (world + 1, world + 1));
+            }
+            let gather = if end == End::Mix { PA_RING_MIX } else { PA_RING_COMMIT };
+            prop_assert!(!splits || meeting[meeting.len() - 1].kernel == gather);
+            let parts = if steps { 3 } else { 1 };
+            let segments = if steps { next + 1 } else { next } as usize;
+            prop_assert_eq!(meeting.len(), match (splits, host) {
+                (false, _) => 1,
+                (true, false) => parts,
+                (true, true) => segments,
+            });
+            let direct = if steps { PA_DIRECT_STEP } else { PA_DIRECT };
+            prop_assert!(is_ring || meeting[0].kernel == direct);
         }
     }
 }

@@ -187,6 +187,56 @@ template <class T, int K> PA_FN void store_wide_to_peer(char* p, const Wide<T, K
   for (int h = 0; h < W::kParts; ++h)
     store_vector_nt<SumOf<T>, W::kBytes>(p + h * W::kBytes, x.part[h]);
 }
+// Memory in the order of elements. A Wide of bf16 has another one.
+template <class T, int K> PA_FN Wide<T, K> load_in_order(const char* p) {
+  if constexpr (!PA_SAME(T, BF16)) {
+    return load_wide<T, K>(p);
+  } else {
+    constexpr int B = Wide<T, K>::kBytes, N = B / sizeof(float);
+    float all[2 * N], even[N], odd[N];
+    memcpy(all, p, sizeof all);
+    for (int i = 0; i < N; ++i) even[i] = all[2 * i], odd[i] = all[2 * i + 1];
+    return {{load_vector<float, B>(reinterpret_cast<const char*>(even)),
+             load_vector<float, B>(reinterpret_cast<const char*>(odd))}};
+  }
+}
+template <class T, int K> PA_FN void store_in_order(char* p, const Wide<T, K>& x) {
+  if constexpr (!PA_SAME(T, BF16)) {
+    store_wide<T, K>(p, x);
+  } else {
+    constexpr int N = Wide<T, K>::kBytes / sizeof(float);
+    float all[2 * N];
+    for (int i = 0; i < N; ++i) all[2 * i] = x.part[0][i], all[2 * i + 1] = x.part[1][i];
+    memcpy(p, all, sizeof all);
+  }
+}
+PA_FN double load_in_place(const double* p) { return *p; }
+template <class E, int B> PA_FN V<E, B> root_of(V<E, B> x) {
+#if defined(__SSE2__)
+  constexpr bool kFloat = sizeof(E) == 4;
+  if constexpr (B == 16 && kFloat) return (V<E, B>)_mm_sqrt_ps((__m128)x);
+  if constexpr (B == 16 && !kFloat) return (V<E, B>)_mm_sqrt_pd((__m128d)x);
+#if defined(__AVX2__)
+  if constexpr (B == 32 && kFloat) return (V<E, B>)_mm256_sqrt_ps((__m256)x);
+  if constexpr (B == 32 && !kFloat) return (V<E, B>)_mm256_sqrt_pd((__m256d)x);
+#endif
+#if defined(__AVX512F__)
+  if constexpr (B == 64 && kFloat) return (V<E, B>)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
+  if constexpr (B == 64 && !kFloat) return (V<E, B>)_mm512_maskz_sqrt_pd(0xff, (__m512d)x);
+#endif
+#endif
+  for (unsigned i = 0; i < B / sizeof(E); ++i)
+    x[i] = sizeof(E) == 4 ? E(__builtin_sqrtf(float(x[i]))) : E(__builtin_sqrt(double(x[i])));
+  return x;
+}
+// first / (√second + tau).
+template <class T, int K>
+PA_FN Wide<T, K> ratio_to_root(Wide<T, K> first, const Wide<T, K>& second, SumOf<T> tau) {
+  for (int h = 0; h < Wide<T, K>::kParts; ++h)
+    first.part[h] =
+        first.part[h] / (root_of<SumOf<T>, Wide<T, K>::kBytes>(second.part[h]) + tau);
+  return first;
+}
 
 // Bits in which a and b differ, and those of `before`.
 template <class T, int K>

@@ -102,6 +102,31 @@ template <class T, int K> PA_FN void store_wide(char* p, const Wide<T, K>& x) {
 template <class T, int K> PA_FN void store_wide_to_peer(char* p, const Wide<T, K>& x, bool) {
   store_wide<T, K>(p, x);
 }
+template <class T, int K> PA_FN Wide<T, K> load_in_order(const char* p) {
+  return load_wide<T, K>(p);
+}
+template <class T, int K> PA_FN void store_in_order(char* p, const Wide<T, K>& x) {
+  store_wide<T, K>(p, x);
+}
+// Not moved by the compiler: loads of four dtypes' constants ahead of the choice of one would spill.
+PA_FN double load_in_place(const double* p) {
+  double v;
+  asm volatile("ld.global.f64 %0, [%1];" : "=d"(v) : "l"(p) : "memory");
+  return v;
+}
+// first / (√second + tau). A call for each element: eight at once would spill.
+PA_NOINLINE float ratio_to_root(float first, float second, float tau) {
+  return first / (sqrtf(second) + tau);
+}
+PA_NOINLINE double ratio_to_root(double first, double second, double tau) {
+  return first / (sqrt(second) + tau);
+}
+template <class T, int K>
+PA_FN Wide<T, K> ratio_to_root(Wide<T, K> first, const Wide<T, K>& second, SumOf<T> tau) {
+  PA_UNROLL for (int i = 0; i < Wide<T, K>::kParts; ++i)
+    first.part[i] = ratio_to_root(first.part[i], second.part[i], tau);
+  return first;
+}
 
 // See pack/cpu.h.
 template <class T, int K>

@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use super::lend::with_tensors;
 use super::memory::{check_room, RankMemory, Sizes, LINE_BYTES};
+use super::outer_state::{AnchorState, Launches};
 use super::rebuild::Blueprint;
 use super::table::{Layout, Table};
 use super::watch::Watch;
 use super::{defaults, flag, spins, start, Algorithm, Builder, Call, Lend, ParamAverager, Start};
 use crate::abi::*;
 use crate::backend::{Memory, MemorySpace};
-use crate::plan::Plan;
 use crate::world::{Admission, Handshake};
 use crate::{Error, Result};
 
@@ -118,11 +118,21 @@ impl ParamAverager {
 
         let mut averager = ParamAverager {
             args: bytemuck::Zeroable::zeroed(),
-            launches: Plan::new(ring, options.commits_late(), options.rejects_non_finite())
-                .launches(world as u32, options.is_sequenced()),
+            launches: Launches::new(&options, ring),
             chunk: sizes.chunk,
             timeout: options.timeout,
-            options: Builder { ordinal: agreement.ordinal.clone(), ..options.clone() },
+            options: Builder {
+                ordinal: agreement.ordinal.clone(),
+                inherited: None,
+                ..options.clone()
+            },
+            // Also in a joiner, which has nothing to inherit, and takes what its peers show.
+            anchor: match agreement.is_again() {
+                true => AnchorState::ToInherit,
+                false => AnchorState::Missing,
+            },
+            inherited: options.inherited.clone(),
+            lost_state: 0.0,
             failed: None,
             exchanges: 0,
             call: Call::by_hand(None),

@@ -1,13 +1,15 @@
 //! Options of an averager.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::defaults::{self, Cut};
+use super::outer_state::OuterState;
 use super::{Algorithm, Lend, Link, ParamAverager, Start};
 use crate::backend::{MemorySpace, ProcessWay};
 use crate::schedule::Course;
 use crate::world::{Admission, Communicator};
-use crate::{Error, Result};
+use crate::{Error, Outer, Result};
 
 /// Options of a [`ParamAverager`]; the same on every rank.
 #[derive(Clone, Debug)]
@@ -22,6 +24,7 @@ pub struct Builder {
     pub(super) narrow_wire: bool,
     pub(super) allow_unnamed: bool,
     pub(super) start: Start,
+    pub(super) outer: Outer,
     pub(super) timeout: Duration,
     pub(super) device_timeout: Duration,
     pub(super) channels: Option<u32>,
@@ -35,6 +38,8 @@ pub struct Builder {
     pub(super) admission: Admission,
     /// Identity of the averager in its world, if it is built again.
     pub(super) ordinal: Option<String>,
+    /// State of the outer optimizer in an earlier view.
+    pub(super) inherited: Option<Arc<OuterState>>,
     pub(super) testing: Testing,
 }
 
@@ -66,6 +71,7 @@ impl Builder {
             narrow_wire: false,
             allow_unnamed: false,
             start: Start::Rank(0),
+            outer: Outer::mean(),
             timeout: defaults::TIMEOUT,
             device_timeout: defaults::DEVICE_TIMEOUT,
             channels: None,
@@ -75,6 +81,7 @@ impl Builder {
             course: Course::default(),
             admission: Admission::None,
             ordinal: None,
+            inherited: None,
             testing: Testing::default(),
         }
     }
@@ -152,6 +159,16 @@ impl Builder {
     /// need not begin with equal weights, and a checkpoint need be loaded on rank 0 only.
     pub fn start_from(mut self, start: Start) -> Self {
         self.start = start;
+        self
+    }
+
+    /// Outer optimizer, which makes a step from the mean. The ring then commits whatever
+    /// [`all_or_nothing`](Self::all_or_nothing) is, and all ranks must begin with one model. The
+    /// step has state, which a [recovery](ParamAverager::recover) and a join carry over to the new
+    /// ranks, except for the share of a rank that was lost: its velocity begins at 0 again, see
+    /// [`Report::lost_state`](crate::Report::lost_state). Default: [`Outer::mean`].
+    pub fn outer(mut self, outer: Outer) -> Self {
+        self.outer = outer;
         self
     }
 
@@ -256,6 +273,15 @@ impl Builder {
             _ if self.device_timeout.is_zero() => {
                 refuse("device_timeout", "0".into(), "longer than nothing")
             }
+            _ if self.outer.refusal().is_some() => {
+                let (found, expected) = self.outer.refusal().expect("just seen");
+                refuse("outer", found, expected)
+            }
+            _ if self.start == Start::Own && !self.outer.is_mean() => refuse(
+                "start_from",
+                "Own, with an outer optimizer".into(),
+                "Rank or Mean: an outer step begins from parameters that all ranks have had",
+            ),
             _ if self.algorithm == Algorithm::Direct
                 && !self.communicator.placement().one_memory() =>
             {
@@ -305,9 +331,10 @@ impl Builder {
         self.communicator.placement().process_way() == Some(ProcessWay::Sequenced)
     }
 
-    /// True if the ring commits after the reduce. Where hosts make the steps it always does.
+    /// True if the ring commits after the reduce. Where hosts make the steps it always does, and
+    /// with an outer optimizer, whose state changes on all ranks or on none.
     pub(super) fn commits_late(&self) -> bool {
-        self.all_or_nothing || self.is_sequenced()
+        self.all_or_nothing || self.is_sequenced() || !self.outer.is_mean()
     }
 
     /// Algorithm that `Auto` stands for.
@@ -354,6 +381,7 @@ impl Builder {
             ("reproducible", self.reproducible.to_string()),
             ("narrow_wire", self.narrow_wire.to_string()),
             ("start_from", format!("{:?}", self.start)),
+            ("outer", self.outer.to_string()),
             ("timeout", format!("{:?}", self.timeout)),
             ("device_timeout", format!("{:?}", self.device_timeout)),
             ("channels", self.channel_count().to_string()),

@@ -71,7 +71,7 @@ impl ParamAverager {
     }
 
     /// Shows a message to all ranks that make the same call.
-    fn exchange(&mut self, shown: Shown) -> Result<Vec<Shown>> {
+    pub(super) fn exchange(&mut self, shown: Shown) -> Result<Vec<Shown>> {
         self.preflight()?;
         if self.world_size() == 1 {
             return Ok(vec![shown]);

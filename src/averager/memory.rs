@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::builder::{Builder, Testing};
 use super::defaults;
 use super::link::Link;
+use super::outer_state::OuterState;
 use super::table::Table;
 use crate::abi::*;
 use crate::backend::cpu::instruction_sets;
@@ -108,6 +109,8 @@ pub(super) struct RankMemory {
     pub(super) engine: Engine,
     /// This rank's shard of the mean, for each bucket.
     pub(super) shards: Vec<Memory>,
+    /// State of the outer optimizer, if there is one.
+    pub(super) outer: Option<Arc<OuterState>>,
     /// Memory that neighbours write to; see `Handshake`.
     pub(super) inbox: Option<Arc<Memory>>,
     pub(super) credits: Option<Arc<Memory>>,
@@ -136,7 +139,13 @@ impl RankMemory {
             false => own_failed(reason),
         };
         let mut shards = vec![];
-        for (bucket, raw) in table.buckets.iter().zip(&mut table.raw) {
+        let mut outer = match options.outer.is_mean() {
+            true => None,
+            false => Some(
+                OuterState::new(options, table, sizes.chunk, channels, ring).map_err(own_failed)?,
+            ),
+        };
+        for (index, (bucket, raw)) in table.buckets.iter().zip(&mut table.raw).enumerate() {
             let channel_packs = bucket::channel_packs(bucket.packs, channels);
             let shard_packs = bucket::shard_packs(channel_packs, world, sizes.chunk);
             if ring && options.commits_late() {
@@ -153,7 +162,11 @@ impl RankMemory {
                 dtype: bucket.dtype.code(),
                 chunk: sizes.chunk,
                 wire_f32: u32::from(options.has_f32_wire() && bucket.dtype.size() == 2),
+                ..bytemuck::Zeroable::zeroed()
             };
+            if let Some(outer) = &mut outer {
+                outer.complete(index, raw, options.outer.coefficients());
+            }
         }
         let (mut inbox, mut credits) = (None, None);
         if ring {
@@ -196,6 +209,7 @@ impl RankMemory {
         Ok(RankMemory {
             engine,
             shards,
+            outer: outer.map(Arc::new),
             inbox: inbox.map(Arc::new),
             credits: credits.map(Arc::new),
             control: control.map(Arc::new),
@@ -208,6 +222,7 @@ impl RankMemory {
         let mailbox: usize =
             [&self.inbox, &self.credits].into_iter().flatten().map(|memory| memory.bytes()).sum();
         let segments: usize = table.buckets.iter().map(|bucket| bucket.segments.len()).sum();
-        shards + mailbox + self.engine.bytes(segments * size_of::<PaSegment>())
+        let outer = self.outer.as_ref().map_or(0, |outer| outer.bytes());
+        shards + outer + mailbox + self.engine.bytes(segments * size_of::<PaSegment>())
     }
 }

@@ -160,6 +160,7 @@ impl ParamAverager {
                 1 => self.communicator.has_joiner(),
                 _ => self.ended().next().is_some_and(|status| status.joiner != 0),
             },
+            lost_state: self.lost_state,
         }
     }
 

@@ -85,6 +85,7 @@ mod tests {
             channels: 1,
             chunk_bytes: 0,
             join_pending: true,
+            lost_state: 0.0,
         };
         for cause in [lost(true), lost(false), Error::AllWeightsZero] {
             let mut progress = Progress::default();

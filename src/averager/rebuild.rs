@@ -101,6 +101,7 @@ impl Rebuild for Blueprint {
             course: self.course(),
             admission: Admission::None,
             ordinal: Some(self.ordinal.clone()),
+            inherited: None,
             ..self.options.clone()
         };
         let (tensors, names) = self.layout.size();

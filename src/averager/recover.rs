@@ -2,7 +2,7 @@
 
 use super::progress::Halt;
 use super::rebuild::is_of_the_view;
-use super::{Call, Lend, Outcome, ParamAverager, Progress, Report};
+use super::{Builder, Call, Lend, Outcome, ParamAverager, Progress, Report};
 use crate::error::Phase;
 use crate::schedule::{place, Course};
 use crate::world::{Admission, Communicator};
@@ -182,9 +182,13 @@ impl ParamAverager {
                     Admission::None => Admission::Mean,
                     admission => admission,
                 };
-                ParamAverager::build(self.options.clone(), params)
+                let inherited = self.state_to_pass_on();
+                ParamAverager::build(Builder { inherited, ..self.options.clone() }, params)
             } else {
-                self.successor(&communicator, averages)
+                self.successor(&communicator, averages).map(|mut averager| {
+                    averager.inherited = self.state_to_pass_on();
+                    averager
+                })
             };
             match built {
                 Ok(averager) => {

@@ -33,6 +33,9 @@ pub struct Report {
     /// rank. [`LocalSgd`](crate::LocalSgd) or
     /// [`ParamAverager::admit_joiner`](crate::ParamAverager::admit_joiner) admits it.
     pub join_pending: bool,
+    /// Share of the [outer optimizer](crate::Outer)'s velocity that was lost with ranks before this
+    /// view of the world, and began at 0 in its first average; the same on every rank.
+    pub lost_state: f64,
 }
 
 impl Report {

@@ -2,11 +2,13 @@
 
 use std::time::Instant;
 
+use super::outer_state::AnchorState;
 use super::table::Problem;
 use super::{flag, Call, Outcome, ParamAverager};
 use crate::abi::*;
 use crate::backend::{Gathering, Order, Unstarted, Way};
 use crate::error::Phase;
+use crate::plan::End;
 use crate::schedule::place;
 use crate::{Error, Parameters, Result};
 
@@ -44,7 +46,7 @@ impl ParamAverager {
         start: Instant,
     ) -> Result<Option<Outcome>> {
         let problem = self.table.refresh(params).err();
-        if self.world_size() == 1 {
+        if self.world_size() == 1 && !self.has_outer() {
             return self.alone(self.refusal_of(problem, call), call, start).map(Some);
         }
         // SAFETY: the caller's promise; the tables hold the addresses of these tensors.
@@ -63,6 +65,8 @@ impl ParamAverager {
         start: Instant,
     ) -> Result<()> {
         let refusal = self.refusal_of(problem, call);
+        self.prepare_outer()?;
+        let end = self.end_of(call);
         let is_captured = match order {
             // SAFETY: the caller's promise.
             Order::Behind(stream) | Order::Within(stream) => unsafe { self.is_capturing(stream) }?,
@@ -75,6 +79,15 @@ impl ParamAverager {
                 found: "being captured, in a step of LocalSgd".into(),
                 expected: "a stream that is not captured, or ParamAverager::start, whose average \
                            every replay of the graph makes",
+            });
+        }
+        if is_captured && end == End::Anchor {
+            return Err(Error::InvalidOption {
+                rank: self.rank(),
+                option: "stream",
+                found: "being captured, before the first average since a recovery".into(),
+                expected: "one average that is not captured: the outer optimizer's steps begin \
+                           from it",
             });
         }
         // If captured, every replay of the graph would report the refusal to the peers.
@@ -101,7 +114,8 @@ impl ParamAverager {
                 | flag(PA_FLAG_KEEP, call.keeps)
                 | flag(PA_FLAG_MEASURED, call.measured.is_some())
                 | flag(PA_FLAG_DONE, call.place == place::DONE)
-                | flag(PA_FLAG_OF_SCHEDULE, place::is_of_schedule(call.place)),
+                | flag(PA_FLAG_OF_SCHEDULE, place::is_of_schedule(call.place))
+                | ParamAverager::flags_of(end),
             ..self.args
         };
         if std::mem::take(&mut self.table.moved) {
@@ -109,8 +123,12 @@ impl ParamAverager {
         }
         // With a problem, no tensor is read: the launch with the entry barrier reports it.
         // Launches that do not meet come first. No allocation: averages on CPUs make none.
-        let first = self.launches.iter().position(|launch| problem.is_none() || launch.meets());
-        let launches = &self.launches[first.unwrap_or(0)..];
+        let launches = self.launches.to(end);
+        let first = launches.iter().position(|launch| problem.is_none() || launch.meets());
+        let launches = &launches[first.unwrap_or(0)..];
+        if end == End::Anchor {
+            self.anchor = AnchorState::Launched;
+        }
         let (agreement, position) = (&self.agreement, self.position());
         let placement = self.communicator.placement();
         let peers = Gathering {

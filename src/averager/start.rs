@@ -53,12 +53,17 @@ impl ParamAverager {
 
     /// Gives the tensors of a new averager the values that all ranks begin with.
     pub(super) fn start_values<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<()> {
-        // An averager that is built again has an ordinal on some rank, and its tensors are trained.
-        let is_again = self.agreement.handshakes.iter().any(|shown| shown.ordinal.is_some());
-        if self.world_size() == 1 || is_again || self.admitted.is_some() {
+        let is_again = self.agreement.is_again(); // its tensors are trained
+        let is_alone = self.world_size() == 1;
+        if is_alone && !self.has_outer() || is_again || self.admitted.is_some() {
             return Ok(());
         }
         match self.options.start {
+            _ if is_alone => {
+                let call = Call { place: place::START, ..Call::by_hand(None) };
+                let report = self.run(params, call.with_digest_of_place()).map(Outcome::report)?;
+                self.unless_late(report).map(drop)
+            }
             // Not a refusal of the handshake: later views, which may be smaller, compare the
             // option, too, and copy nothing. It is the same on every rank.
             Start::Rank(root) if root >= self.world_size() => Err(Error::InvalidOption {

@@ -177,6 +177,40 @@ impl Memory {
         Ok(())
     }
 
+    /// Copies the contents, `to.len()` bytes from the begin, behind all work on the device.
+    ///
+    /// # Safety
+    /// Nothing else writes the memory meanwhile.
+    pub(crate) unsafe fn read(&self, to: &mut [u8]) -> Result<(), String> {
+        assert!(to.len() <= self.bytes());
+        match (self, self.host_pointer()) {
+            (_, Some(from)) => {
+                // SAFETY: inside of this memory; the caller's promise.
+                unsafe { std::ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) };
+                Ok(())
+            }
+            (Memory::Cuda(memory), None) => Ok(memory.read(to)?),
+            _ => unreachable!("a peer uses imported memory"),
+        }
+    }
+
+    /// Replaces the contents, from the begin.
+    ///
+    /// # Safety
+    /// Nothing else uses the memory meanwhile.
+    pub(crate) unsafe fn overwrite(&self, from: &[u8]) -> Result<(), String> {
+        assert!(from.len() <= self.bytes());
+        match (self, self.host_pointer()) {
+            (_, Some(to)) => {
+                // SAFETY: inside of this memory; the caller's promise.
+                unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
+                Ok(())
+            }
+            (Memory::Cuda(memory), None) => Ok(memory.write(0, from)?),
+            _ => unreachable!("a peer uses imported memory"),
+        }
+    }
+
     /// The contents of host memory. No other code may use it at the same time.
     fn bytes_mut(&mut self) -> &mut [u8] {
         match self {

@@ -69,7 +69,7 @@ absent!(DeviceMemory {
     fn address() -> u64;
     fn bytes() -> usize;
     fn write(offset: usize, from: &[u8]) -> Result<(), Failed>;
-    fn read(offset: usize, to: &mut [u8]) -> Result<(), Failed>;
+    fn read(to: &mut [u8]) -> Result<(), Failed>;
     fn fill(offset: usize, bytes: usize, value: u8) -> Result<(), Failed>;
 });
 

@@ -209,6 +209,6 @@ impl LocalSgd {
     }
 
     pub(super) fn is_alone(&self) -> bool {
-        !self.enabled || self.averager.world_size() == 1
+        !self.enabled || self.averager.world_size() == 1 && !self.averager.has_outer()
     }
 }

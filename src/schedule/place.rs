@@ -17,6 +17,11 @@ pub(crate) fn copy_of(root: usize) -> u64 {
     COPIES + root.min(0xff) as u64
 }
 
+/// True for averages that give the ranks the values that they go on from.
+pub(crate) fn sets_values(place: u64) -> bool {
+    matches!(place, RECOVERY | ADMISSION | START | COPIES..=LAST_COPY)
+}
+
 /// True for an average that follows a step of the schedule.
 pub(crate) fn is_step(place: u64) -> bool {
     place < COPIES

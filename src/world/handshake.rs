@@ -80,6 +80,11 @@ impl Agreement {
         Agreement { control, handshakes: vec![], ordinal: None, number: 0, calls, launches }
     }
 
+    /// True if the averager is built again: it has an ordinal on some rank.
+    pub(crate) fn is_again(&self) -> bool {
+        self.handshakes.iter().any(|handshake| handshake.ordinal.is_some())
+    }
+
     /// Compares handshakes, except their memory. The result is the same on every rank.
     pub(super) fn check(handshakes: &[Arc<Handshake>]) -> Result<()> {
         let refusal = handshakes.iter().find_map(|handshake| handshake.refusal.clone());

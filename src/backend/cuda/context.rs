@@ -15,7 +15,16 @@ use crate::backend::reclaim::{register_spare, Reclaim};
 use crate::sync::lock;
 
 /// Names of the kernels, indexed by `PaKernel`.
-const KERNELS: [&str; 4] = ["pa_direct", "pa_ring", "pa_ring_commit", "pa_scan"];
+const KERNELS: [&str; 8] = [
+    "pa_direct",
+    "pa_ring",
+    "pa_ring_commit",
+    "pa_scan",
+    "pa_direct_step",
+    "pa_ring_step",
+    "pa_ring_mix",
+    "pa_anchor",
+];
 /// Name of the kernel that tests peer access.
 const PROBE: &str = "pa_probe";
 
@@ -28,7 +37,7 @@ pub(crate) struct Context {
     device: sys::CUdevice,
     raw: sys::CUcontext,
     module: sys::CUmodule,
-    kernels: [sys::CUfunction; 4],
+    kernels: [sys::CUfunction; KERNELS.len()],
     probe: sys::CUfunction,
     /// Stream for copies while kernels run. It does not wait for the null stream.
     side: sys::CUstream,
@@ -80,7 +89,7 @@ impl Context {
             device: 0,
             raw: null_mut(),
             module: null_mut(),
-            kernels: [null_mut(); 4],
+            kernels: [null_mut(); KERNELS.len()],
             probe: null_mut(),
             side: null_mut(),
             resident: 0,

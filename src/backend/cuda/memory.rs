@@ -71,6 +71,12 @@ impl DeviceMemory {
         self.bytes
     }
 
+    /// Copies the first bytes, behind all work on the device.
+    pub(crate) fn read(&self, to: &mut [u8]) -> Result<(), Failed> {
+        // SAFETY: inside of this memory.
+        unsafe { self.context.read_behind_all(self.at(0, to.len()), to) }
+    }
+
     /// Writes bytes and waits for the copy. Kernels may run at the same time.
     pub(crate) fn write(&self, offset: usize, from: &[u8]) -> Result<(), Failed> {
         let to = self.at(offset, from.len());
