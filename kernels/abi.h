@@ -188,7 +188,8 @@ struct PaStatus {
   uint64_t waited_ns; // time spent waiting for peers, over all launches of this average
   uint32_t joiner;    // 1: a rank's record has PA_FLAG_JOINER
   uint32_t reserved;
-  uint64_t active_ns; // PA_COMMITTED: time since the end of the entry barrier
+  // Of a rank with PA_FLAG_MEASURED, after PA_COMMITTED:
+  uint64_t active_ns; // time since the end of the entry barrier
   double measured[2]; // largest of all records, the same on every rank; 0: none
 };
 

@@ -131,7 +131,8 @@ struct Block {
       me->status.epoch = epoch;
       me->status.step = step;
       me->status.committed = committed;
-      if (me->status.outcome == PA_COMMITTED) me->status.active_ns = ex.now_ns() - me->agreed_ns;
+      if ((a.flags & PA_FLAG_MEASURED) && me->status.outcome == PA_COMMITTED)
+        me->status.active_ns = ex.now_ns() - me->agreed_ns;
       at<PaStatus>(a.status)[ex.block()] = me->status;
     }
   }

@@ -136,19 +136,15 @@ impl ParamAverager {
 
     pub(super) fn report(&self, start: Option<Instant>) -> Report {
         let waited = self.ended().map(|status| status.waited_ns).max().unwrap_or(0);
-        let (active, measured) = match self.world_size() {
-            1 => (0, [0.0; 2]),
-            _ => (
-                self.ended().map(|status| status.active_ns).max().unwrap_or(0),
-                self.ended().next().map_or([0.0; 2], |status| status.measured),
-            ),
-        };
+        let is_measured = self.call.measured.is_some() && self.world_size() > 1;
+        let active = self.ended().map(|status| status.active_ns).max();
+        let measured = self.ended().next().map(|status| status.measured);
         Report {
             bytes: self.table.bytes,
             elapsed: start.map_or(Duration::ZERO, |start| start.elapsed()),
             waited: Duration::from_nanos(waited),
-            active: Duration::from_nanos(active),
-            measured,
+            active: active.filter(|_| is_measured).map(Duration::from_nanos),
+            measured: measured.filter(|_| is_measured).unwrap_or_default(),
             world_size: self.world_size(),
             algorithm: self.algorithm,
             channels: self.args.channels,

@@ -16,8 +16,8 @@ pub struct Report {
     /// channels.
     pub waited: Duration,
     /// Part of `elapsed` since all ranks had come: the time that the average itself takes. Maximum
-    /// over channels. 0 for one rank.
-    pub active: Duration,
+    /// over channels. `None`: it was not measured, since no schedule needs it.
+    pub active: Option<Duration>,
     /// Largest of all ranks' measurements, the same on every rank. 0: none.
     pub(crate) measured: [f64; 2],
     /// Number of ranks that took part.

@@ -82,8 +82,10 @@ impl LocalSgd {
 
     /// Values that all ranks have after an average that was made with this rate.
     pub(super) fn agreed(&mut self, report: &Report, rate: Option<f64>) -> Agreed {
-        let [last, _] = self.measured.averages;
-        self.measured.averages = [report.active.as_secs_f64(), last];
+        if let Some(active) = report.active {
+            let [last, _] = self.measured.averages;
+            self.measured.averages = [active.as_secs_f64(), last];
+        }
         let [step, average] = report.measured;
         let (bytes, ranks) = (report.bytes as f64, report.world_size as f64);
         Agreed { step, average, sent: 2.0 * bytes * (ranks - 1.0) / ranks, rate }

@@ -3,7 +3,8 @@
 #include "scenarios_good.h"
 
 // What ranks have measured: after the average every rank knows the largest value of those that have
-// measured in this one. NaN counts as nothing. The time of the average is no longer than the call.
+// measured in this one, if it has measured itself. NaN counts as nothing. The time of the average
+// is no longer than that of all.
 inline void measured() {
   uint64_t seed = 57;
   for (Mode mode : {Mode::kRing, Mode::kCommit, Mode::kDirect}) {
@@ -31,9 +32,10 @@ inline void measured() {
         },
         [&](uint32_t k, uint32_t r, const Outcome& o) {
           expect_outcome(w, r, k, o, PA_COMMITTED, 0);
+          if (r == k % 4 || k % 5 == 4) return;
           for (uint32_t i = 0; i < 2; ++i) {
             double most = 0;
-            for (uint32_t other = 0; other < 3 && k % 5 != 4; ++other)
+            for (uint32_t other = 0; other < 3; ++other)
               if (counts(k, other)) most = std::max(most, value(k, other, i));
             if (o.measured[i] != most)
               wrong("%s, average %u: rank %u says %g was measured, not %g", name_of(mode), k, r,
