@@ -70,6 +70,7 @@ enum PaFlag {
   PA_FLAG_DONE = 256,
   PA_FLAG_OF_SCHEDULE = 512, // the call is one that a rank with PA_FLAG_DONE takes part in
   PA_FLAG_WHOLE = 1024,      // PaOuter.mix counts as 1
+  PA_FLAG_STEP = 2048,       // the outer optimizer's step follows the commit
 };
 
 // Outer optimizer, see stage.h.

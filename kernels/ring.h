@@ -353,7 +353,7 @@ template <class T, bool kF32> struct Ring {
       return reduce<false>(batch) &&
              (!runs(n) || each(batch, b.a.rank, [&](const Chunk& c, uint32_t at) {
                if constexpr (sizeof(T) == 2) {
-                 if (bucket.state != 0) return finish_into_mean(c, last, own_mean(at));
+                 if (b.a.flags & PA_FLAG_STEP) return finish_into_mean(c, last, own_mean(at));
                }
                return finish_into(c, last, own_shard(at));
              }));

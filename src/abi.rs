@@ -48,6 +48,7 @@ pub const PA_FLAG_KEEP: PaFlag = 128;
 pub const PA_FLAG_DONE: PaFlag = 256;
 pub const PA_FLAG_OF_SCHEDULE: PaFlag = 512;
 pub const PA_FLAG_WHOLE: PaFlag = 1024;
+pub const PA_FLAG_STEP: PaFlag = 2048;
 pub type PaFlag = ::std::os::raw::c_uint;
 pub const PA_OUTER_MOMENTUM: PaOuterKind = 0;
 pub const PA_OUTER_ADAM: PaOuterKind = 1;
