@@ -26,6 +26,8 @@ mod namespaces;
 #[cfg(target_os = "linux")]
 mod notices;
 #[cfg(target_os = "linux")]
+mod outer;
+#[cfg(target_os = "linux")]
 mod several_averagers;
 #[cfg(target_os = "linux")]
 mod stops;
@@ -44,6 +46,7 @@ fn main() -> std::process::ExitCode {
     if let Ok(role) = std::env::var(process::ROLE) {
         process::exit_as(move || match role.as_str() {
             "limited" => limited::limited(),
+            "outer" => outer::outer(),
             "limited_threads" => limited::limited_threads(),
             "copies" => admissions::copies(),
             "admits" => admissions::admits(),
@@ -85,6 +88,8 @@ fn main() -> std::process::ExitCode {
             deaths::stopped_rank_is_late_and_excluded,
             deaths::kill_is_noticed_at_once_beside_a_stopped_rank,
             deaths::kills_at_any_time,
+            outer::kills_advance_the_velocity_of_all_ranks_or_of_none,
+            outer::a_joiner_takes_over_its_shard_of_the_velocity,
             deaths::stops_and_kills_at_any_time: stress,
             deaths::training_goes_on_without_a_rank_that_panics,
             deaths::killed_world_leaves_no_socket_and_no_file,
