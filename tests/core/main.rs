@@ -16,6 +16,8 @@ mod outer_promises;
 mod outer_reference;
 mod public_api;
 mod refusals;
+mod resume;
 mod run;
+mod schedules;
 mod start;
 mod uneven;
