@@ -16,6 +16,8 @@
     all(target_os = "linux", feature = "processes"),
     doc = "| [`joining`] | How does a process enter a world that is training? |"
 )]
+//! | [`practice`] | Which H, which learning rate, and what of optimizer state, buffers and data? |
+//! | [`outer`] | Which outer optimizer, and what becomes of its state? |
 //! | [`accuracy`] | How exact is the mean, and when do two runs have the same bits? |
 //!
 //! # The data path of an average
@@ -61,7 +63,8 @@
 //!
 //! # Memory and system calls
 //! Extra memory per rank on CPUs: at most S/n + 4 MiB by the ring, for S bytes of parameters and n
-//! ranks, and 1 MiB directly. After construction nothing is allocated and no system call is made,
+//! ranks, and 1 MiB directly; and the state of an [outer optimizer](outer), 8 bytes an element over n
+//! at most but for Adam and f64. After construction nothing is allocated and no system call is made,
 //! waiting aside. On a CUDA device the slots take up to 16 MiB, and the driver may allocate.
 
 pub mod accuracy;
@@ -69,6 +72,7 @@ pub mod failures;
 pub mod frameworks;
 #[cfg(all(target_os = "linux", feature = "processes"))]
 pub mod joining;
+pub mod outer;
 pub mod practice;
 #[cfg(all(target_os = "linux", feature = "processes"))]
 pub mod processes;
