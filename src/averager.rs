@@ -74,8 +74,9 @@ pub enum Algorithm {
 /// Averages a rank's parameters with those of its peers, in place.
 ///
 /// Every average is collective: it returns when all ranks have called it, and gives every rank the
-/// same bits, unless an [outer optimizer](Builder::outer) lets ranks keep a share. If it fails before any rank wrote, every tensor of every rank is as it was, and every
-/// rank gets the same error. Building gives all ranks rank 0's values ([`Start`]).
+/// same bits, unless an [outer optimizer](Builder::outer) lets ranks keep a share. If it fails
+/// before any rank wrote, every tensor of every rank is as it was, and every rank gets the same
+/// error. Building gives all ranks rank 0's values ([`Start`]).
 ///
 /// ```
 /// use param_averager::{Device, ParamAverager, Communicator};

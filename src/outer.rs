@@ -123,7 +123,8 @@ impl Outer {
     /// Partial mixing: each rank keeps the share `alpha` of its own values,
     /// w ← α · w + (1 − α) · θ; α as torchft and MaxText count it. The ranks' values then differ
     /// after an average. [`LocalSgd::sync`](crate::LocalSgd::sync) and `finish` mix nothing, so
-    /// that all ranks have θ, and [`LocalSgd::done`](crate::LocalSgd::done) is refused. Default: 0.
+    /// that all ranks have θ, and [`LocalSgd::done`](crate::LocalSgd::done) is refused. When a
+    /// process joins, all ranks get the mean. Default: 0.
     pub const fn keeping(mut self, alpha: f64) -> Outer {
         self.keeps = alpha;
         self

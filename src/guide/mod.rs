@@ -63,9 +63,9 @@
 //!
 //! # Memory and system calls
 //! Extra memory per rank on CPUs: at most S/n + 4 MiB by the ring, for S bytes of parameters and n
-//! ranks, and 1 MiB directly; and the state of an [outer optimizer](outer), 8 bytes an element over n
-//! at most but for Adam and f64. After construction nothing is allocated and no system call is made,
-//! waiting aside. On a CUDA device the slots take up to 16 MiB, and the driver may allocate.
+//! ranks, and 1 MiB directly; and the state of an [outer optimizer](outer). After construction
+//! nothing is allocated and no system call is made, waiting aside. On a CUDA device the slots take
+//! up to 16 MiB, and the driver may allocate.
 
 pub mod accuracy;
 pub mod failures;

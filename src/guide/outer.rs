@@ -68,6 +68,7 @@
 //! With [`keeping`](crate::Outer::keeping) the ranks differ after an average, until
 //! [`sync`](crate::LocalSgd::sync) or [`finish`](crate::LocalSgd::finish) gives all of them θ. A
 //! rank can't be [`done`](crate::LocalSgd::done) before the others then. Averages by hand mix, too.
+//! When a process joins, all ranks get the mean.
 //!
 //! # State of the inner optimizer
 //! The averager sees what it is passed, so that the state of the inner optimizer is the trainer's
