@@ -1,5 +1,8 @@
 //! State of the outer optimizer: this rank's shard of it, and its way to the ranks of a later view.
 
+#[cfg(test)]
+mod tests;
+
 use std::ops::Range;
 use std::sync::Arc;
 
