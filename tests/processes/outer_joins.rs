@@ -35,8 +35,8 @@ pub fn keeps_a_share() -> i32 {
     0
 }
 
-/// Role: makes steps with a Δ of its own for each element until all velocities are 2 Δ and a process
-/// has joined, and then one more.
+/// Role: makes steps with a Δ of its own for each element until all velocities are 2 Δ and a
+/// process has joined, and then one more.
 pub fn has_large_state() -> i32 {
     let way = |i: usize| 1.0 + (i % 97) as f32;
     let mut model = vec![vec![0.0f32; 300_001], vec![0.0; 7], vec![0.0; 50_000]];

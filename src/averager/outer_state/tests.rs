@@ -142,9 +142,8 @@ proptest! {
 fn averages_mix_only_where_they_are_told_to() {
     use crate::abi::{PA_FLAG_STEP, PA_FLAG_WHOLE};
     let flags = |end| {
-        (ParamAverager::flags_of(end) & PA_FLAG_WHOLE != 0, {
-            ParamAverager::flags_of(end) & PA_FLAG_STEP != 0
-        })
+        let flags = ParamAverager::flags_of(end);
+        (flags & PA_FLAG_WHOLE != 0, flags & PA_FLAG_STEP != 0)
     };
     assert_eq!(flags(End::Mean), (true, false));
     assert_eq!(flags(End::Anchor), (true, false));
