@@ -1,5 +1,8 @@
 //! State of the outer optimizer: this rank's shard of it, and its way to the ranks of a later view.
 
+#[cfg(test)]
+mod tests;
+
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -332,8 +335,9 @@ impl ParamAverager {
     /// Takes over the outer optimizer's slots from an earlier view, whose ranks had other shards.
     /// Every rank shows what it has, piece by piece, and takes what belongs to its shard now.
     fn take_over(&mut self) -> Result<()> {
-        /// Bytes of a message.
-        const PIECE: usize = 128 << 10;
+        /// Bytes in a message. As text, a word has up to 21 bytes, and a message between processes
+        /// takes 64 KiB.
+        const PIECE: usize = 16 << 10;
         let Some(own) = self.own.outer.clone() else { return Ok(()) };
         let slots = 1..3;
         let rank = self.rank();

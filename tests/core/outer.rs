@@ -2,7 +2,7 @@
 //! and layout; and the drift of 16-bit models over many rounds.
 
 use param_averager::__testing::{instruction_sets, Testing};
-use param_averager::{Algorithm, Builder, Dtype, Outer, ParamAverager, Start};
+use param_averager::{Algorithm, Builder, Dtype, ParamAverager, Start};
 use proptest::prelude::*;
 use test_support::{count, format, mean, ranks, ulp, Guarded, Random};
 
@@ -26,8 +26,15 @@ struct Case {
     seed: u64,
 }
 
-/// One rank's tensors: what `build` has given them, and then before and after each average.
-type Course = (Vec<Guarded>, Vec<(Vec<Guarded>, Vec<Guarded>)>);
+/// One rank's tensors.
+struct Course {
+    /// Before `build`.
+    initial: Vec<Guarded>,
+    /// After it.
+    begin: Vec<Guarded>,
+    /// Before and after each average.
+    rounds: Vec<(Vec<Guarded>, Vec<Guarded>)>,
+}
 
 impl Case {
     fn builder(&self, builder: Builder, instruction_set: Option<&'static str>) -> Builder {
@@ -61,6 +68,7 @@ impl Case {
             let mut random = Random(self.seed + rank as u64);
             let mut model = self.model(rank);
             model.iter_mut().for_each(|tensor| tensor.fill_random(&mut random));
+            let initial = self.copy(rank, &model);
             let builder = ParamAverager::builder(communicator);
             let mut averager = self.builder(builder, instruction_set).build(&mut model).unwrap();
             let begin = self.copy(rank, &model);
@@ -79,7 +87,7 @@ impl Case {
                 let next = self.copy(rank, &model); // pointers may change between calls
                 rounds.push((before, std::mem::replace(&mut model, next)));
             }
-            (begin, rounds)
+            Course { initial, begin, rounds }
         })
     }
 
@@ -103,8 +111,12 @@ impl Case {
     fn check(&self, courses: &[Course]) -> Result<f64, String> {
         let mut loosest = 0.0f64;
         for (t, &(dtype, elements, _)) in self.tensors.iter().enumerate() {
-            for (rank, (begin, rounds)) in courses.iter().enumerate() {
-                if begin[t].bytes() != courses[0].0[t].bytes() {
+            for (rank, Course { begin, rounds, .. }) in courses.iter().enumerate() {
+                let same = match self.start {
+                    Start::Rank(root) => &courses[root].initial[t],
+                    _ => &courses[0].begin[t],
+                };
+                if begin[t].bytes() != same.bytes() {
                     return Err(format!("rank {rank} begins with other bits, tensor {t}"));
                 }
                 for (round, (_, after)) in rounds.iter().enumerate() {
@@ -112,23 +124,33 @@ impl Case {
                     if !after[t].guards_are_whole() {
                         return Err(format!("wrote outside of the tensor: {at}"));
                     }
-                    if self.keeps == 0.0 && after[t].bytes() != courses[0].1[round].1[t].bytes() {
+                    if self.keeps == 0.0
+                        && after[t].bytes() != courses[0].rounds[round].1[t].bytes()
+                    {
                         return Err(format!("other bits than rank 0: {at}"));
                     }
                 }
             }
             let is_seen = dtype.size() > 2 && self.keeps == 0.0;
             for i in 0..elements {
-                let begin = courses[0].0[t].get(i);
+                let begin = courses[0].begin[t].get(i);
+                if self.start == Start::Mean {
+                    let all: Vec<f64> =
+                        courses.iter().map(|course| course.initial[t].get(i)).collect();
+                    let plain = Case { weights: None, ..self.clone() };
+                    if !plain.mean(dtype, &all).narrowed().allows(begin) {
+                        return Err(format!("begins with {begin}, no mean of {all:?}, tensor {t}"));
+                    }
+                }
                 let mut state = State::new(begin, dtype);
                 let mut most = begin.abs();
                 for round in 0..self.rounds {
                     let before: Vec<f64> =
-                        courses.iter().map(|course| course.1[round].0[t].get(i)).collect();
+                        courses.iter().map(|course| course.rounds[round].0[t].get(i)).collect();
                     most = before.iter().fold(most, |most, x| most.max(x.abs()));
                     let anchor = state.step(&self.rule, self.mean(dtype, &before));
                     for (rank, own) in before.iter().enumerate() {
-                        let got = courses[rank].1[round].1[t].get(i);
+                        let got = courses[rank].rounds[round].1[t].get(i);
                         let want = match self.keeps {
                             0.0 => anchor.narrowed(),
                             keeps => anchor.narrowed().mixed_into(*own, keeps).narrowed(),
@@ -143,7 +165,7 @@ impl Case {
                     if is_seen {
                         let sums = sums(dtype);
                         loosest = loosest.max(anchor.error / ulp(sums, most));
-                        state.anchor = Near::new(courses[0].1[round].1[t].get(i), 0.0, dtype);
+                        state.anchor = Near::new(courses[0].rounds[round].1[t].get(i), 0.0, dtype);
                     }
                 }
             }
@@ -232,7 +254,7 @@ proptest! {
         let best = case.run(None);
         for set in instruction_sets() {
             for (a, b) in best.iter().zip(case.run(Some(set))) {
-                for (x, y) in a.1.iter().zip(&b.1) {
+                for (x, y) in a.rounds.iter().zip(&b.rounds) {
                     for (x, y) in x.1.iter().zip(&y.1) {
                         prop_assert_eq!(x.bytes(), y.bytes(), "{} differs", set);
                     }
@@ -264,23 +286,23 @@ fn the_reference_sees_a_wrong_element() {
         let mut courses = case.run(None);
         case.check(&courses).unwrap();
         for (tensor, element, off) in [(0, 999, 1e-5), (1, 76, 0.02)] {
-            let right = courses[0].1[2].1[tensor].get(element);
+            let right = courses[0].rounds[2].1[tensor].get(element);
             for course in &mut courses {
-                course.1[2].1[tensor].set(element, right + off);
+                course.rounds[2].1[tensor].set(element, right + off);
             }
             assert!(case.check(&courses).unwrap_err().starts_with("wrong value"));
             for course in &mut courses {
-                course.1[2].1[tensor].set(element, right);
+                course.rounds[2].1[tensor].set(element, right);
             }
         }
-        courses[2].1[2].1[0].set(5, 0.25);
+        courses[2].rounds[2].1[0].set(5, 0.25);
         assert!(case.check(&courses).unwrap_err().starts_with("other bits"));
     }
 }
 
 /// The anchor of a model in 16 bits is in f32, so that roundings of the tensors do not add up. The
 /// error of θ and v follows the rule itself, e ← M e + (what one step rounds), which is linear: so
-/// after k rounds it is at most Σ |Mʲ| times the largest rounding, and the tensor is θ rounded once,
+/// after k rounds it is at most Σ |Mʲ| times the largest rounding. The tensor is θ rounded once,
 /// within 1 ulp of the rounded reference.
 #[test]
 fn models_of_16_bits_do_not_drift() {
@@ -322,22 +344,23 @@ fn models_of_16_bits_do_not_drift() {
         }
         let mut worst = 0.0f64;
         for i in 0..2001 {
-            let (mut theta, mut v, mut most) = (courses[0].0[0].get(i), 0.0f64, 0.0f64);
+            let (mut theta, mut v, mut most) = (courses[0].begin[0].get(i), 0.0f64, 0.0f64);
             for round in 0..ROUNDS {
-                let before: Vec<f64> = courses.iter().map(|c| c.1[round].0[0].get(i)).collect();
+                let before: Vec<f64> =
+                    courses.iter().map(|c| c.rounds[round].0[0].get(i)).collect();
                 let delta = theta - mean(&before, &[1.0; 3]).0;
                 v = mu * v + delta;
                 let way = lr * (delta + mu * v);
                 theta -= way;
                 let size = before.iter().fold(theta.abs(), |most, x| most.max(x.abs()));
                 most = most.max(size).max(v.abs()).max(way.abs()).max(delta.abs());
-                // Roundings of one step, in ulp of the largest number so far: of v, the mean's n and
-                // half of Δ, μ v, μ and the sum each; of θ, lr times as much and those of its own.
+                // Roundings of one step, in ulp of the largest number so far. Of v: n of the mean,
+                // and half for Δ, μ v, μ and the sum. Of θ: lr (1 + μ) times as many, and its own.
                 let unit = ulp(Dtype::F32, most);
                 let (of_v, of_theta) =
                     ((N + 2.0) * unit, (lr * (1.0 + mu) * (N + 2.0) + 3.0) * unit);
                 let error = sum[0] * of_theta + sum[1] * of_v;
-                let got = courses[0].1[round].1[0].get(i);
+                let got = courses[0].rounds[round].1[0].get(i);
                 let bound = 0.5 * ulp(dtype, theta.abs() + error) + error;
                 assert!((got - theta).abs() <= bound, "{dtype} {i}, {round}: {got} not {theta}");
                 let least = f64::from(format(dtype).1).exp2();
@@ -348,36 +371,4 @@ fn models_of_16_bits_do_not_drift() {
         }
         assert!(worst > 0.4 && worst < 1.0, "{dtype}: a bound of {worst} ulp");
     }
-}
-
-/// As the docs of `Outer` say: 8 bytes an element over n ranks, 12 for Adam, twice as much for f64;
-/// and by the ring, 4 more for f16 and bf16, whose mean waits for the commit in f32.
-#[test]
-fn state_is_divided_by_the_number_of_ranks() {
-    const ELEMENTS: usize = 1 << 20;
-    let of = |world: usize, algorithm, dtype, outer: Outer| {
-        let bytes = ranks(world, |communicator| {
-            let mut model = Guarded::new(dtype, ELEMENTS, 0);
-            let builder = ParamAverager::builder(communicator).algorithm(algorithm).outer(outer);
-            builder.channels(2).build(&mut model).unwrap().memory_overhead()
-        });
-        bytes[0]
-    };
-    for world in [2, 4] {
-        for (algorithm, dtype, outer, bytes) in [
-            (Algorithm::Direct, Dtype::F32, Outer::diloco(), 8),
-            (Algorithm::Direct, Dtype::Bf16, Outer::diloco(), 8),
-            (Algorithm::Direct, Dtype::F64, Outer::diloco(), 16),
-            (Algorithm::Direct, Dtype::F32, Outer::adam(0.1, 0.9, 0.99, 1e-3), 12),
-            (Algorithm::Ring, Dtype::F32, Outer::diloco(), 8),
-            (Algorithm::Ring, Dtype::F16, Outer::diloco(), 12),
-        ] {
-            let before = of(world, algorithm, dtype, Outer::mean());
-            let more = of(world, algorithm, dtype, outer) - before;
-            assert_eq!(more, bytes * ELEMENTS / world, "{algorithm:?} {dtype} {outer} {world}");
-            let each = more as f64 / ELEMENTS as f64;
-            println!("{algorithm:?}, {dtype}, {outer}: {each} bytes an element, {world} ranks");
-        }
-    }
-    println!("torchft: 8 bytes an element on every rank, its backup and its velocity in f32");
 }

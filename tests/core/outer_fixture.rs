@@ -7,9 +7,9 @@ fn numbers(line: &str) -> Vec<f32> {
     line.split(' ').map(|bits| f32::from_bits(u32::from_str_radix(bits, 16).unwrap())).collect()
 }
 
-/// Ten rounds of each case. torch fuses `parameters - lr · gradient` into one rounding on a CPU, and
-/// `gradient + mu · velocity` too; the kernels round each product. So bits differ, by less than 2
-/// ulp of the largest number that went into the element.
+/// Ten rounds of each case. On a CPU torch rounds `parameters - lr · gradient` once, and
+/// `gradient + mu · velocity` too; the kernels round each product. So bits differ, by at most 2 ulp
+/// of the largest number that went into the element.
 #[test]
 fn steps_are_those_of_torch_within_2_ulp() {
     let text = include_str!("fixtures/torch_sgd.txt");

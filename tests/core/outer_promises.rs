@@ -355,3 +355,35 @@ fn outer_optimizers_that_cannot_be_are_refused_by_name() {
         }
     }
 }
+
+/// As the docs of `Outer` say: 8 bytes an element over n ranks, 12 for Adam, twice as much for f64;
+/// and by the ring, 4 more for f16 and bf16, whose mean waits for the commit in f32.
+#[test]
+fn state_is_divided_by_the_number_of_ranks() {
+    const ELEMENTS: usize = 1 << 20;
+    let of = |world: usize, algorithm, dtype, outer: Outer| {
+        let bytes = ranks(world, |communicator| {
+            let mut model = Guarded::new(dtype, ELEMENTS, 0);
+            let builder = ParamAverager::builder(communicator).algorithm(algorithm).outer(outer);
+            builder.channels(2).build(&mut model).unwrap().memory_overhead()
+        });
+        bytes[0]
+    };
+    for world in [2, 4] {
+        for (algorithm, dtype, outer, bytes) in [
+            (Algorithm::Direct, Dtype::F32, Outer::diloco(), 8),
+            (Algorithm::Direct, Dtype::Bf16, Outer::diloco(), 8),
+            (Algorithm::Direct, Dtype::F64, Outer::diloco(), 16),
+            (Algorithm::Direct, Dtype::F32, Outer::adam(0.1, 0.9, 0.99, 1e-3), 12),
+            (Algorithm::Ring, Dtype::F32, Outer::diloco(), 8),
+            (Algorithm::Ring, Dtype::F16, Outer::diloco(), 12),
+        ] {
+            let before = of(world, algorithm, dtype, Outer::mean());
+            let more = of(world, algorithm, dtype, outer) - before;
+            assert_eq!(more, bytes * ELEMENTS / world, "{algorithm:?} {dtype} {outer} {world}");
+            let each = more as f64 / ELEMENTS as f64;
+            println!("{algorithm:?}, {dtype}, {outer}: {each} bytes an element, {world} ranks");
+        }
+    }
+    println!("torchft: 8 bytes an element on every rank, its backup and its velocity in f32");
+}
