@@ -241,7 +241,7 @@ struct PaArgs {
   uint64_t found;
   double measured[2]; // PA_FLAG_MEASURED: see PaBoard
   uint32_t rank;
-  uint32_t world; // 2 … PA_MAX_WORLD
+  uint32_t world; // 1 … PA_MAX_WORLD; 1 with an outer optimizer only
   uint32_t channels;
   uint32_t slots; // a power of two, at least 2
   uint32_t slot_packs;

@@ -28,10 +28,11 @@ mod notices;
 #[cfg(target_os = "linux")]
 mod outer;
 #[cfg(target_os = "linux")]
+mod outer_joins;
+#[cfg(target_os = "linux")]
 mod resume;
 #[cfg(target_os = "linux")]
 mod schedules;
-mod outer_joins;
 #[cfg(target_os = "linux")]
 mod several_averagers;
 #[cfg(target_os = "linux")]
