@@ -177,7 +177,7 @@ pub use backend::proximity::{Connection, PeerAccess, PeerRates};
 pub use device::Device;
 pub use error::{DeviceError, Error, ErrorKind, Phase, Result, TensorState};
 pub use local_sgd::{Action, LocalSgd};
-pub use outer::Outer;
+pub use outer::{Outer, ParseOuterError};
 pub use parameters::Parameters;
 pub use schedule::Schedule;
 pub use tensor::{Dtype, Element, TensorMut};

@@ -3,6 +3,7 @@
 pub mod chars;
 pub mod clock;
 pub mod digits;
+pub mod outer;
 pub mod plot;
 pub mod record;
 pub mod world;
@@ -10,7 +11,7 @@ pub mod world;
 use candle_core::{DType, Device, Result as Candle, Tensor};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use clap::{Args, ValueEnum};
-use param_averager::{Communicator, LocalSgd, ParamAverager, Schedule};
+use param_averager::{Communicator, LocalSgd, Outer, ParamAverager, Schedule};
 use param_averager_candle::VarParams;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -38,7 +39,7 @@ pub trait Task: Sized {
 }
 
 /// One training run. All its ranks have the same options.
-#[derive(Args, Clone, Debug, Serialize, Deserialize)]
+#[derive(Args, Clone, Debug)]
 pub struct Options {
     /// Number of ranks, each with a copy of the model
     #[arg(long, default_value_t = 2)]
@@ -58,9 +59,11 @@ pub struct Options {
     /// Initial weights: of the seed, or of candle's own generator, which has no seed on CPUs
     #[arg(long, value_enum, default_value_t = Init::Seed)]
     pub init: Init,
+    /// Outer optimizer: mean, diloco, slowmo, "nesterov(0.7, 0.9)", "ease(0.5)", …
+    #[arg(long, default_value_t = Outer::mean())]
+    pub outer: Outer,
     /// Each rank as a process instead of a thread
     #[arg(long)]
-    #[serde(default)]
     pub processes: bool,
 }
 
@@ -111,7 +114,8 @@ pub fn train<T: Task>(
     let rate = ParamsAdamW { lr: T::LEARNING_RATE, ..Default::default() };
     let mut optimizer = AdamW::new(varmap.all_vars(), rate)?;
 
-    let averager = ParamAverager::builder(communicator).build(&mut params)?;
+    let builder = ParamAverager::builder(communicator).outer(options.outer);
+    let averager = builder.build(&mut params)?;
     let mut sgd = LocalSgd::new(averager, Schedule::every(options.every));
 
     let (mut points, mut times, mut model_bytes) = (vec![], vec![], 0);
