@@ -70,6 +70,7 @@ enum PaFlag {
   PA_FLAG_DONE = 256,
   PA_FLAG_OF_SCHEDULE = 512, // the call is one that a rank with PA_FLAG_DONE takes part in
   PA_FLAG_WHOLE = 1024,      // PaOuter.mix counts as 1
+  PA_FLAG_MEASURED = 2048,   // PaBoard.measured belongs to this record
 };
 
 // Outer optimizer, see stage.h.
@@ -130,7 +131,8 @@ struct PaRecord {
 
 // Notice board of a rank, on lines of its own: written by that rank, read by all. The record of
 // epoch e is record[e & 1]: a rank that is already in e + 1 must not overwrite what a slow rank
-// still reads, and no rank reaches e + 2 before all have arrived at e + 1.
+// still reads, and no rank reaches e + 2 before all have arrived at e + 1. What every average reads
+// is on the first line.
 struct PaBoard {
   uint32_t arrived;    // latest epoch entered; published after its record
   uint32_t vote;       // 2·e: finite and reduced; 2·e + 1: reduced, but holds a non-finite value
@@ -140,6 +142,8 @@ struct PaBoard {
   uint32_t deciding;   // 1: holds the turn lock or waits for it, see take_turn()
   uint32_t reserved[2];
   struct PaRecord record[2];
+  double measured[2][2]; // of each record, with PA_FLAG_MEASURED: what this rank alone knows
+  uint64_t reserved1[12];
 };
 
 // Control block, one per world, addressable by every rank.
@@ -184,6 +188,8 @@ struct PaStatus {
   uint64_t waited_ns; // time spent waiting for peers, over all launches of this average
   uint32_t joiner;    // 1: a rank's record has PA_FLAG_JOINER
   uint32_t reserved;
+  uint64_t active_ns; // PA_COMMITTED: time since the end of the entry barrier
+  double measured[2]; // largest of all records, the same on every rank; 0: none
 };
 
 // State of one block, private to its rank, on lines of its own.
@@ -198,6 +204,7 @@ struct PaChannel {
   uint64_t bad;       // 1 + (bucket << 56 | element) of a NaN or infinity in the own tensors, or 0
   double divisor;     // divisor of sums in f64, agreed at the entry barrier
   double divisor_f32; // divisor of sums in f32, whose scales were rounded to f32
+  uint64_t agreed_ns; // clock at the end of the entry barrier
   uint16_t heartbeat[PA_MAX_WORLD]; // heartbeats at the start of the watch, see begin_watch()
   uint64_t segments[PA_MAX_WORLD];  // PA_DIRECT: every rank's segment table of the current bucket
   double scale[PA_MAX_WORLD];       // factor of each rank's values; negative: it only receives
@@ -231,6 +238,7 @@ struct PaArgs {
   double weight;
   uint64_t detail;
   uint64_t found;
+  double measured[2]; // PA_FLAG_MEASURED: see PaBoard
   uint32_t rank;
   uint32_t world; // 2 … PA_MAX_WORLD
   uint32_t channels;

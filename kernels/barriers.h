@@ -91,6 +91,23 @@ PA_FN uint32_t has_joiner(const PaControl* control, uint32_t world, uint32_t epo
   return (flags & (PA_FLAG_JOINER | PA_FLAG_DONE)) == PA_FLAG_JOINER;
 }
 
+// Largest value of all records of what each rank has measured: the same on all ranks. NaN, and what
+// a rank has not measured, count as 0.
+PA_FN void agree_on_measured(const PaControl* control, uint32_t world, uint32_t epoch,
+                             PaStatus& status) {
+  const uint32_t turn = epoch & 1;
+  double most[2] = {0, 0};
+  for (uint32_t r = 0; r < world; ++r) {
+    const PaBoard& board = control->board[r];
+    if (!(flags_of(board.record[turn]) & PA_FLAG_MEASURED)) continue;
+    for (uint32_t i = 0; i < 2; ++i) {
+      const double value = board.measured[turn][i];
+      if (value > most[i]) most[i] = value;
+    }
+  }
+  for (uint32_t i = 0; i < 2; ++i) status.measured[i] = most[i];
+}
+
 // First non-finite value that this rank's blocks have found in its tensors, or 0: PaChannel.bad.
 PA_FN uint64_t first_bad(const PaArgs& a) {
   uint64_t bad = 0;
@@ -109,6 +126,8 @@ PA_NOINLINE void publish_record_as_leader(Exec, WaitCtx ctx, bool is_bad) {
   record.buckets = a.buckets;
   record.detail = bad != 0 ? bad : a.detail;
   record.found = a.found;
+  if (a.flags & PA_FLAG_MEASURED)
+    for (uint32_t i = 0; i < 2; ++i) own.measured[ctx.epoch & 1][i] = a.measured[i];
   record.flags = a.flags | (bad != 0 ? uint32_t(PA_FLAG_NON_FINITE) : 0u);
   publish_board(ctx, &own.arrived, ctx.epoch);
 }
@@ -138,6 +157,8 @@ PA_NOINLINE bool entry_barrier_as_leader(Exec ex, WaitCtx ctx, bool commits) {
   }
   compute_scales(control, a.world, ctx.epoch, ctx.me);
   ctx.me->status.joiner = has_joiner(control, a.world, ctx.epoch);
+  agree_on_measured(control, a.world, ctx.epoch, ctx.me->status);
+  ctx.me->agreed_ns = ex.now_ns();
   return true;
 }
 

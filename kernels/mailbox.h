@@ -131,6 +131,7 @@ struct Block {
       me->status.epoch = epoch;
       me->status.step = step;
       me->status.committed = committed;
+      if (me->status.outcome == PA_COMMITTED) me->status.active_ns = ex.now_ns() - me->agreed_ns;
       at<PaStatus>(a.status)[ex.block()] = me->status;
     }
   }

@@ -48,6 +48,7 @@ pub const PA_FLAG_KEEP: PaFlag = 128;
 pub const PA_FLAG_DONE: PaFlag = 256;
 pub const PA_FLAG_OF_SCHEDULE: PaFlag = 512;
 pub const PA_FLAG_WHOLE: PaFlag = 1024;
+pub const PA_FLAG_MEASURED: PaFlag = 2048;
 pub type PaFlag = ::std::os::raw::c_uint;
 pub const PA_OUTER_MOMENTUM: PaOuterKind = 0;
 pub const PA_OUTER_ADAM: PaOuterKind = 1;
@@ -209,10 +210,12 @@ pub struct PaBoard {
     pub deciding: u32,
     pub reserved: [u32; 2usize],
     pub record: [PaRecord; 2usize],
+    pub measured: [[f64; 2usize]; 2usize],
+    pub reserved1: [u64; 12usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaBoard"][::std::mem::size_of::<PaBoard>() - 128usize];
+    ["Size of PaBoard"][::std::mem::size_of::<PaBoard>() - 256usize];
     ["Alignment of PaBoard"][::std::mem::align_of::<PaBoard>() - 8usize];
     [
         "Offset of field: PaBoard::arrived",
@@ -236,6 +239,12 @@ const _: () = {
     [
         "Offset of field: PaBoard::record",
     ][::std::mem::offset_of!(PaBoard, record) - 32usize];
+    [
+        "Offset of field: PaBoard::measured",
+    ][::std::mem::offset_of!(PaBoard, measured) - 128usize];
+    [
+        "Offset of field: PaBoard::reserved1",
+    ][::std::mem::offset_of!(PaBoard, reserved1) - 160usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -248,7 +257,7 @@ pub struct PaControl {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaControl"][::std::mem::size_of::<PaControl>() - 2304usize];
+    ["Size of PaControl"][::std::mem::size_of::<PaControl>() - 4352usize];
     ["Alignment of PaControl"][::std::mem::align_of::<PaControl>() - 8usize];
     [
         "Offset of field: PaControl::decision",
@@ -315,10 +324,12 @@ pub struct PaStatus {
     pub waited_ns: u64,
     pub joiner: u32,
     pub reserved: u32,
+    pub active_ns: u64,
+    pub measured: [f64; 2usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaStatus"][::std::mem::size_of::<PaStatus>() - 56usize];
+    ["Size of PaStatus"][::std::mem::size_of::<PaStatus>() - 80usize];
     ["Alignment of PaStatus"][::std::mem::align_of::<PaStatus>() - 8usize];
     [
         "Offset of field: PaStatus::epoch",
@@ -351,6 +362,12 @@ const _: () = {
     [
         "Offset of field: PaStatus::reserved",
     ][::std::mem::offset_of!(PaStatus, reserved) - 52usize];
+    [
+        "Offset of field: PaStatus::active_ns",
+    ][::std::mem::offset_of!(PaStatus, active_ns) - 56usize];
+    [
+        "Offset of field: PaStatus::measured",
+    ][::std::mem::offset_of!(PaStatus, measured) - 64usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -365,53 +382,57 @@ pub struct PaChannel {
     pub bad: u64,
     pub divisor: f64,
     pub divisor_f32: f64,
+    pub agreed_ns: u64,
     pub heartbeat: [u16; 16usize],
     pub segments: [u64; 16usize],
     pub scale: [f64; 16usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaChannel"][::std::mem::size_of::<PaChannel>() - 392usize];
+    ["Size of PaChannel"][::std::mem::size_of::<PaChannel>() - 424usize];
     ["Alignment of PaChannel"][::std::mem::align_of::<PaChannel>() - 8usize];
     [
         "Offset of field: PaChannel::status",
     ][::std::mem::offset_of!(PaChannel, status) - 0usize];
     [
         "Offset of field: PaChannel::recv_seq",
-    ][::std::mem::offset_of!(PaChannel, recv_seq) - 56usize];
+    ][::std::mem::offset_of!(PaChannel, recv_seq) - 80usize];
     [
         "Offset of field: PaChannel::send_seq",
-    ][::std::mem::offset_of!(PaChannel, send_seq) - 60usize];
+    ][::std::mem::offset_of!(PaChannel, send_seq) - 84usize];
     [
         "Offset of field: PaChannel::segment",
-    ][::std::mem::offset_of!(PaChannel, segment) - 64usize];
+    ][::std::mem::offset_of!(PaChannel, segment) - 88usize];
     [
         "Offset of field: PaChannel::remote",
-    ][::std::mem::offset_of!(PaChannel, remote) - 68usize];
+    ][::std::mem::offset_of!(PaChannel, remote) - 92usize];
     [
         "Offset of field: PaChannel::finished",
-    ][::std::mem::offset_of!(PaChannel, finished) - 72usize];
+    ][::std::mem::offset_of!(PaChannel, finished) - 96usize];
     [
         "Offset of field: PaChannel::deciding",
-    ][::std::mem::offset_of!(PaChannel, deciding) - 76usize];
+    ][::std::mem::offset_of!(PaChannel, deciding) - 100usize];
     [
         "Offset of field: PaChannel::bad",
-    ][::std::mem::offset_of!(PaChannel, bad) - 80usize];
+    ][::std::mem::offset_of!(PaChannel, bad) - 104usize];
     [
         "Offset of field: PaChannel::divisor",
-    ][::std::mem::offset_of!(PaChannel, divisor) - 88usize];
+    ][::std::mem::offset_of!(PaChannel, divisor) - 112usize];
     [
         "Offset of field: PaChannel::divisor_f32",
-    ][::std::mem::offset_of!(PaChannel, divisor_f32) - 96usize];
+    ][::std::mem::offset_of!(PaChannel, divisor_f32) - 120usize];
+    [
+        "Offset of field: PaChannel::agreed_ns",
+    ][::std::mem::offset_of!(PaChannel, agreed_ns) - 128usize];
     [
         "Offset of field: PaChannel::heartbeat",
-    ][::std::mem::offset_of!(PaChannel, heartbeat) - 104usize];
+    ][::std::mem::offset_of!(PaChannel, heartbeat) - 136usize];
     [
         "Offset of field: PaChannel::segments",
-    ][::std::mem::offset_of!(PaChannel, segments) - 136usize];
+    ][::std::mem::offset_of!(PaChannel, segments) - 168usize];
     [
         "Offset of field: PaChannel::scale",
-    ][::std::mem::offset_of!(PaChannel, scale) - 264usize];
+    ][::std::mem::offset_of!(PaChannel, scale) - 296usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -432,6 +453,7 @@ pub struct PaArgs {
     pub weight: f64,
     pub detail: u64,
     pub found: u64,
+    pub measured: [f64; 2usize],
     pub rank: u32,
     pub world: u32,
     pub channels: u32,
@@ -449,7 +471,7 @@ pub struct PaArgs {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaArgs"][::std::mem::size_of::<PaArgs>() - 184usize];
+    ["Size of PaArgs"][::std::mem::size_of::<PaArgs>() - 200usize];
     ["Alignment of PaArgs"][::std::mem::align_of::<PaArgs>() - 8usize];
     [
         "Offset of field: PaArgs::control",
@@ -493,38 +515,41 @@ const _: () = {
         "Offset of field: PaArgs::detail",
     ][::std::mem::offset_of!(PaArgs, detail) - 112usize];
     ["Offset of field: PaArgs::found"][::std::mem::offset_of!(PaArgs, found) - 120usize];
-    ["Offset of field: PaArgs::rank"][::std::mem::offset_of!(PaArgs, rank) - 128usize];
-    ["Offset of field: PaArgs::world"][::std::mem::offset_of!(PaArgs, world) - 132usize];
+    [
+        "Offset of field: PaArgs::measured",
+    ][::std::mem::offset_of!(PaArgs, measured) - 128usize];
+    ["Offset of field: PaArgs::rank"][::std::mem::offset_of!(PaArgs, rank) - 144usize];
+    ["Offset of field: PaArgs::world"][::std::mem::offset_of!(PaArgs, world) - 148usize];
     [
         "Offset of field: PaArgs::channels",
-    ][::std::mem::offset_of!(PaArgs, channels) - 136usize];
-    ["Offset of field: PaArgs::slots"][::std::mem::offset_of!(PaArgs, slots) - 140usize];
+    ][::std::mem::offset_of!(PaArgs, channels) - 152usize];
+    ["Offset of field: PaArgs::slots"][::std::mem::offset_of!(PaArgs, slots) - 156usize];
     [
         "Offset of field: PaArgs::slot_packs",
-    ][::std::mem::offset_of!(PaArgs, slot_packs) - 144usize];
+    ][::std::mem::offset_of!(PaArgs, slot_packs) - 160usize];
     [
         "Offset of field: PaArgs::bucket_count",
-    ][::std::mem::offset_of!(PaArgs, bucket_count) - 148usize];
-    ["Offset of field: PaArgs::flags"][::std::mem::offset_of!(PaArgs, flags) - 152usize];
+    ][::std::mem::offset_of!(PaArgs, bucket_count) - 164usize];
+    ["Offset of field: PaArgs::flags"][::std::mem::offset_of!(PaArgs, flags) - 168usize];
     [
         "Offset of field: PaArgs::fault_step",
-    ][::std::mem::offset_of!(PaArgs, fault_step) - 156usize];
-    ["Offset of field: PaArgs::spins"][::std::mem::offset_of!(PaArgs, spins) - 160usize];
+    ][::std::mem::offset_of!(PaArgs, fault_step) - 172usize];
+    ["Offset of field: PaArgs::spins"][::std::mem::offset_of!(PaArgs, spins) - 176usize];
     [
         "Offset of field: PaArgs::remote_ns",
-    ][::std::mem::offset_of!(PaArgs, remote_ns) - 164usize];
+    ][::std::mem::offset_of!(PaArgs, remote_ns) - 180usize];
     [
         "Offset of field: PaArgs::delay_ns",
-    ][::std::mem::offset_of!(PaArgs, delay_ns) - 168usize];
+    ][::std::mem::offset_of!(PaArgs, delay_ns) - 184usize];
     [
         "Offset of field: PaArgs::from_segment",
-    ][::std::mem::offset_of!(PaArgs, from_segment) - 172usize];
+    ][::std::mem::offset_of!(PaArgs, from_segment) - 188usize];
     [
         "Offset of field: PaArgs::to_segment",
-    ][::std::mem::offset_of!(PaArgs, to_segment) - 176usize];
+    ][::std::mem::offset_of!(PaArgs, to_segment) - 192usize];
     [
         "Offset of field: PaArgs::reserved",
-    ][::std::mem::offset_of!(PaArgs, reserved) - 180usize];
+    ][::std::mem::offset_of!(PaArgs, reserved) - 196usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -533,7 +558,7 @@ pub struct PaLaunch {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaLaunch"][::std::mem::size_of::<PaLaunch>() - 2944usize];
+    ["Size of PaLaunch"][::std::mem::size_of::<PaLaunch>() - 3200usize];
     ["Alignment of PaLaunch"][::std::mem::align_of::<PaLaunch>() - 8usize];
     ["Offset of field: PaLaunch::args"][::std::mem::offset_of!(PaLaunch, args) - 0usize];
 };

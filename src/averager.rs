@@ -43,9 +43,9 @@ pub use report::Report;
 pub use start::Start;
 
 use crate::abi::*;
-use crate::schedule::place;
+use crate::schedule::{place, Reason};
 use crate::world::{AbortHandle, Agreement, Communicator};
-use crate::{Error, Result, Schedule};
+use crate::{Error, Result};
 use memory::RankMemory;
 use outer_state::{AnchorState, Launches, OuterState};
 use rebuild::Blueprint;
@@ -141,26 +141,30 @@ pub(crate) struct Call {
     pub(crate) unneeded: bool,
     /// True if this rank takes part and its tensors stay as they are. For the ring only.
     pub(crate) keeps: bool,
-    /// Schedule and position of a `LocalSgd`, for errors.
-    pub(crate) course: Option<(Schedule, u64)>,
+    /// Reason of a `LocalSgd`, for errors.
+    pub(crate) reason: Option<Reason>,
+    /// Measurements of this rank. All ranks get the largest of each, in the report.
+    pub(crate) measured: Option<[f64; 2]>,
 }
 
 impl Call {
     /// An average outside of every schedule.
     pub(crate) fn by_hand(weight: Option<f64>) -> Call {
-        let place = place::BY_HAND;
-        Call { weight, schedule: 0, place, unneeded: false, keeps: false, course: None }
+        Call {
+            weight,
+            schedule: 0,
+            place: place::BY_HAND,
+            unneeded: false,
+            keeps: false,
+            reason: None,
+            measured: None,
+        }
     }
 
     /// The call in words, as the cause of [`Error::SchedulesDiffer`] or `CallsDiffer`.
     fn in_words(&self, is_of_schedule: bool) -> String {
-        match self.course {
-            Some((schedule, position)) if is_of_schedule && self.place == place::FINISH => {
-                format!("{} after step {position} of {schedule}", place::time(self.place))
-            }
-            Some((schedule, _)) if is_of_schedule => {
-                format!("{} of {schedule}", place::time(self.place))
-            }
+        match self.reason {
+            Some(reason) if is_of_schedule => reason.at(self.place),
             _ => place::call(self.place),
         }
     }
@@ -229,6 +233,12 @@ impl ParamAverager {
     /// its rank and size differ from those of the communicator that the averager was built with.
     pub fn communicator(&self) -> &Communicator {
         &self.communicator
+    }
+
+    /// Number of tensors, bytes of all, and digest of their names, dtypes and sizes.
+    pub(crate) fn layout(&self) -> [u64; 3] {
+        let Table { layout, bytes, .. } = &self.table;
+        [layout.size().0 as u64, *bytes, layout.digest()]
     }
 
     /// Handle that ends every wait of this world, from any thread.

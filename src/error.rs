@@ -1,10 +1,12 @@
 //! Errors: what happened, to which rank and tensor, and what to do.
 
 mod classes;
+mod state;
 
 use std::time::Duration;
 
 pub use classes::{DeviceError, ErrorKind, Phase, TensorState};
+pub use state::StateError;
 
 /// Result of this crate's calls.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -124,6 +126,16 @@ pub enum Error {
         found: String,
         /// Valid values, or what to do.
         expected: &'static str,
+    },
+
+    /// A saved state can't be loaded. Nothing was changed.
+    #[error("rank {rank} can't load its state: {cause}")]
+    InvalidState {
+        /// This rank.
+        rank: usize,
+        /// What was found, and what to do.
+        #[source]
+        cause: StateError,
     },
 
     /// Ranks built their averagers with different options.

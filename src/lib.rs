@@ -49,6 +49,7 @@
 //! | `cuda` | yes | ranks on CUDA devices: the dependencies cudarc and libloading, the GPU kernels, `adapters::cudarc` |
 //! | `processes` | yes | ranks that are processes of one host; Linux only |
 //! | `tracing` | yes | notices of long waits as events of the crate `tracing`, not on standard error |
+//! | `serde` | no | `SavedState`, a state of [`LocalSgd`] as a field of a trainer's own checkpoint |
 //! | `half` | yes | slices of `half::f16` and `half::bf16`; tensors of raw parts need no feature |
 //!
 //! Without any of them this is a CPU library for threads, f32 and f64. With `cuda`, the GPU kernels
@@ -159,6 +160,7 @@ mod notice;
 mod outer;
 mod parameters;
 mod plan;
+mod saved;
 mod schedule;
 mod sync;
 mod tensor;
@@ -175,7 +177,10 @@ pub use backend::cuda::{CudaDevice, Topology};
 #[cfg(feature = "cuda")]
 pub use backend::proximity::{Connection, PeerAccess, PeerRates};
 pub use device::Device;
-pub use error::{DeviceError, Error, ErrorKind, Phase, Result, TensorState};
+pub use error::{DeviceError, Error, ErrorKind, Phase, Result, StateError, TensorState};
+#[cfg(feature = "serde")]
+#[cfg_attr(docsrs, doc(cfg(feature = "serde")))]
+pub use local_sgd::SavedState;
 pub use local_sgd::{Action, LocalSgd};
 pub use outer::{Outer, ParseOuterError};
 pub use parameters::Parameters;

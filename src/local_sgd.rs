@@ -1,12 +1,24 @@
 //! Local SGD: counts optimizer steps, and averages when the schedule says so.
 
+mod action;
+mod decide;
+mod resume;
 mod rounds;
+#[cfg(feature = "serde")]
+mod serialized;
 
 use std::time::Instant;
 
 use crate::averager::{Begun, Halt, Lend, Progress};
-use crate::schedule::place;
+use crate::schedule::{place, Course, Decisions};
 use crate::{Error, ParamAverager, Report, Result, Schedule};
+pub use action::Action;
+use decide::{is_rate, Measured};
+#[cfg(feature = "serde")]
+pub use serialized::SavedState;
+
+/// Largest position to begin at: leaves room to count, and for `place`.
+const MOST_STEPS: u64 = u64::MAX / 2;
 
 /// Averages a model's parameters across ranks every so many optimizer steps.
 ///
@@ -24,9 +36,9 @@ use crate::{Error, ParamAverager, Report, Result, Schedule};
 #[derive(Debug)]
 pub struct LocalSgd {
     averager: ParamAverager,
-    schedule: Schedule,
+    decisions: Decisions,
     enabled: bool,
-    position: u64,
+    measured: Measured,
     applied: u64,
     since_average: u64,
     /// Samples since the last average, if steps are weighted.
@@ -49,58 +61,8 @@ struct Enqueued {
     /// Steps and samples that it averages.
     steps: u64,
     samples: Option<f64>,
-}
-
-/// Result of a call of [`LocalSgd`].
-#[derive(Clone, Debug, PartialEq)]
-#[non_exhaustive]
-pub enum Action {
-    /// The step was counted, and no average was due.
-    Counted {
-        /// Steps until the next average, at least 1.
-        until_next: u64,
-    },
-    /// The parameters are now the mean of all ranks' parameters.
-    Averaged(Report),
-    /// An average was enqueued on the parameters' CUDA stream: work enqueued there from now on sees
-    /// the mean. Its outcome comes with the next average, or from [`wait`](LocalSgd::wait).
-    Enqueued,
-    /// A process was admitted: the world has one more rank, which has a copy of the model.
-    Admitted {
-        /// Average that was due, made just before. `None`: this rank was alone, and its parameters
-        /// are unchanged.
-        average: Option<Report>,
-    },
-    /// This is the only rank left, and the failed average had begun to write: each
-    /// element is this rank's own or their mean.
-    PartlyAveraged,
-    /// No rank had taken a step since the last average, so no parameter was moved.
-    Unneeded,
-    /// This is the only rank, or Local SGD is not enabled: the step was counted, and the parameters
-    /// are unchanged.
-    Alone,
-}
-
-impl Action {
-    /// Report of the average, if one was made.
-    pub fn report(&self) -> Option<&Report> {
-        match self {
-            Action::Averaged(report) => Some(report),
-            Action::Admitted { average } => average.as_ref(),
-            _ => None,
-        }
-    }
-
-    /// Error of a call that has made this, and of which another step failed.
-    fn after(self, cause: Error) -> Error {
-        match self.report() {
-            Some(report) => {
-                let averaged = Some(Box::new(report.clone()));
-                Error::AfterAverage { averaged, cause: Box::new(cause) }
-            }
-            None => cause,
-        }
-    }
+    /// Learning rate of the step before it.
+    rate: Option<f64>,
 }
 
 impl LocalSgd {
@@ -108,13 +70,14 @@ impl LocalSgd {
     /// process that [joined](crate::Communicator::join), it begins at the place in the schedule
     /// that its peers have reached.
     pub fn new(averager: ParamAverager, schedule: Schedule) -> Self {
-        let position = averager.schedule_position();
-        averager.set_position_in_schedule(position);
+        let decisions = Decisions::new(schedule, averager.farthest_course());
+        averager.set_course(decisions.course);
+        let measured = Measured::from(decisions.course.position);
         LocalSgd {
             averager,
-            schedule,
+            decisions,
             enabled: true,
-            position,
+            measured,
             applied: 0,
             since_average: 0,
             samples: None,
@@ -134,13 +97,14 @@ impl LocalSgd {
     }
 
     /// Place in the schedule to begin at, such as [`position`](Self::position) when a checkpoint
-    /// was written: a warm-up is then not repeated. Must be the same on every rank. In a process
+    /// was written: a warm-up is then not repeated. A schedule that adapts begins with its first H.
+    /// Must be the same on every rank. In a process
     /// that [joined](crate::Communicator::join) it changes nothing, since its peers tell the place.
     /// Default: 0.
     pub fn at(mut self, position: u64) -> Self {
         if !self.averager.has_joined() {
-            self.position = position.min(u64::MAX / 2); // leaves room to count, and for `place`
-            self.averager.set_position_in_schedule(self.position);
+            let position = position.min(MOST_STEPS);
+            self.take_course(Course::begin(&self.schedule(), position));
         }
         self
     }
@@ -194,6 +158,28 @@ impl LocalSgd {
         self.count(params, Some(samples))
     }
 
+    /// Counts an optimizer step that was applied with the learning rate `lr`, for schedules that
+    /// depend on it, and averages if an average is due. The rate of the step before an average must
+    /// be the same on every rank. Calls that pass no rate go on with the last one;
+    /// [`set_learning_rate`](Self::set_learning_rate) gives them theirs.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step). [`Error::SchedulesDiffer`] on every rank, with no tensor changed,
+    /// if the ranks' rates differ. With [`Schedule::quadratic`], if a rank has no rate that is
+    /// finite and not negative when an average is due: [`Error::InvalidOption`] on that rank, and
+    /// `SchedulesDiffer` on the others.
+    pub fn step_with<P: Lend + ?Sized>(&mut self, params: &mut P, lr: f64) -> Result<Action> {
+        self.set_learning_rate(lr);
+        self.step(params)
+    }
+
+    /// Learning rate of the steps that follow, as [`step_with`](Self::step_with) passes it: for
+    /// [`step_weighted`](Self::step_weighted), and for [`skip`](Self::skip) where the rate changes
+    /// in steps that are left out.
+    pub fn set_learning_rate(&mut self, lr: f64) {
+        self.measured.rate = Some(lr);
+    }
+
     fn count<P: Lend + ?Sized>(&mut self, params: &mut P, samples: Option<f64>) -> Result<Action> {
         self.applied += 1;
         self.since_average += 1;
@@ -208,10 +194,11 @@ impl LocalSgd {
     /// # Errors
     /// As [`step`](Self::step).
     pub fn skip<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        self.position += 1;
-        self.averager.set_position_in_schedule(self.position);
-        if self.schedule.is_due(self.position) {
-            let made = self.average(params, self.position, false);
+        let is_due = self.decisions.step();
+        self.averager.set_course(self.decisions.course);
+        if is_due {
+            let made = self.average(params, self.decisions.course.position, false);
+            let made = self.unless_without_rate(made);
             let made = made.and_then(|action| self.admit(params, action).map_err(Halt::error));
             return self.ended(made);
         }
@@ -219,7 +206,24 @@ impl LocalSgd {
         if self.is_alone() {
             return Ok(Action::Alone);
         }
-        Ok(Action::Counted { until_next: self.schedule.next_due(self.position) - self.position })
+        Ok(Action::Counted { until_next: self.decisions.course.until_next(&self.schedule()) })
+    }
+
+    /// The result of a due average, unless this rank has no learning rate: its peers have got an
+    /// error.
+    fn unless_without_rate(&self, made: Result<Action>) -> Result<Action> {
+        let is_refused = matches!(made, Err(Error::SchedulesDiffer { .. }) | Ok(Action::Enqueued));
+        let rate = self.measured.rate;
+        if !is_refused || !self.schedule().needs_rate() || rate.is_some_and(is_rate) {
+            return made;
+        }
+        Err(Error::InvalidOption {
+            rank: self.rank(),
+            option: "learning rate",
+            found: rate.map_or("not given".into(), |rate| rate.to_string()),
+            expected: "a finite number from 0 on, passed to LocalSgd::step_with, for a quadratic \
+                       schedule",
+        })
     }
 
     /// Averages now, outside of the due steps, and waits for it: before an evaluation or a
@@ -279,9 +283,16 @@ impl LocalSgd {
     }
 
     fn meet_at_farthest(&mut self) -> Result<()> {
-        self.position = self.averager.farthest(self.position)?;
-        self.averager.set_position_in_schedule(self.position);
+        let course = self.averager.farthest(self.decisions.course)?;
+        self.take_course(course);
         Ok(())
+    }
+
+    /// Takes the course that all ranks take now.
+    fn take_course(&mut self, course: Course) {
+        self.decisions.take(course);
+        self.measured.restart(course.position);
+        self.averager.set_course(course);
     }
 
     /// Waits for the average that [`step`](Self::step) has enqueued. `None` if none was under way.
@@ -315,7 +326,7 @@ impl LocalSgd {
 
     /// True if the next [`step`](Self::step) or [`skip`](Self::skip) averages.
     pub fn is_next_due(&self) -> bool {
-        !self.is_alone() && self.schedule.is_due(self.position + 1)
+        !self.is_alone() && self.decisions.is_next_due()
     }
 
     /// This rank's number.
@@ -330,13 +341,19 @@ impl LocalSgd {
 
     /// Schedule of the averages.
     pub fn schedule(&self) -> Schedule {
-        self.schedule
+        self.decisions.schedule
     }
 
     /// Place in the schedule: number of steps taken and skipped by this rank and, in a process that
     /// joined, by its peers before.
     pub fn position(&self) -> u64 {
-        self.position
+        self.decisions.course.position
+    }
+
+    /// H of the current round: number of local steps between averages, after the warm-up. It
+    /// changes with schedules that adapt, and is the same on every rank.
+    pub fn local_steps(&self) -> u64 {
+        self.decisions.course.local_steps
     }
 
     /// Number of optimizer steps applied so far, by this rank.

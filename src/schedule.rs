@@ -1,81 +1,41 @@
-//! Schedules: the steps after which to average. Pure functions, without state or I/O.
+//! Schedules: the steps after which to average. Pure functions, without I/O.
+
+mod course;
+pub(crate) mod place;
+mod rule;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 
-use crate::hash::fnv1a;
+pub(crate) use course::{Course, Decisions, Rate, Reason};
+pub(crate) use rule::Agreed;
+use rule::{Parameter, Rule};
 
 /// The optimizer steps after which the ranks average.
 ///
 /// Local SGD with H local steps is `Schedule::every(H)`: an average after steps H, 2·H, 3·H, … H =
 /// 8 is the default of Accelerate's `LocalSGD`; H = 1 averages after every step.
+///
+/// The other schedules adapt H. They decide it in the average of a step, for the steps that follow,
+/// from what all ranks know: so all ranks take the same decision. Measurements of one rank alone
+/// become known to all in an average. Where averages are [enqueued](crate::Action::Enqueued), they
+/// take effect one average later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Schedule {
-    every: u64,
+    rule: Rule,
     warmup: u64,
-}
-
-/// Values that stand for averages outside of the step count. A step count never reaches them.
-pub(crate) mod place {
-    pub(crate) const FINISH: u64 = u64::MAX;
-    pub(crate) const RECOVERY: u64 = u64::MAX - 1;
-    pub(crate) const ADMISSION: u64 = u64::MAX - 2;
-    pub(crate) const BY_HAND: u64 = u64::MAX - 3;
-    /// The mean that all ranks begin with.
-    pub(crate) const START: u64 = u64::MAX - 4;
-    /// A rank that has ended its steps.
-    pub(crate) const DONE: u64 = u64::MAX - 5;
-    /// Copies of rank 0, of rank 1, and so on.
-    const COPIES: u64 = u64::MAX - 0xffff;
-    const LAST_COPY: u64 = COPIES + 0xff;
-
-    /// A copy of rank `root`'s tensors. Roots that are too large for every world share a place.
-    pub(crate) fn copy_of(root: usize) -> u64 {
-        COPIES + root.min(0xff) as u64
-    }
-
-    /// True for averages that give the ranks the values that they go on from.
-    pub(crate) fn sets_values(place: u64) -> bool {
-        matches!(place, RECOVERY | ADMISSION | START | COPIES..=LAST_COPY)
-    }
-
-    /// True for averages that `LocalSgd` makes in the course of training.
-    pub(crate) fn is_of_schedule(place: u64) -> bool {
-        place < COPIES || place == FINISH || place == RECOVERY
-    }
-
-    /// The value by which ranks check that they average at the same place, outside of a schedule.
-    pub(crate) fn digest(place: u64) -> u64 {
-        crate::hash::fnv1a(place.to_le_bytes()) | 1
-    }
-
-    /// The call of a place, in words.
-    pub(crate) fn call(place: u64) -> String {
-        match place {
-            FINISH => "LocalSgd::sync or finish".into(),
-            DONE => "LocalSgd::done".into(),
-            RECOVERY => "LocalSgd::recover".into(),
-            ADMISSION => "admit_joiner".into(),
-            BY_HAND => "average".into(),
-            START => "build, which starts from the mean".into(),
-            COPIES..=LAST_COPY => format!("broadcast from rank {}", place - COPIES),
-            step => format!("LocalSgd::step, its step {step}"),
-        }
-    }
-
-    /// The time of an average in the course of training, in words, to follow "averages".
-    pub(crate) fn time(place: u64) -> String {
-        match place {
-            FINISH => "in `sync` or `finish`".into(),
-            RECOVERY => "in a recovery".into(),
-            step => format!("after step {step}"),
-        }
-    }
+    /// Largest H.
+    at_most: u64,
 }
 
 /// As it is built: `every(8).after_warmup(100)`.
 impl fmt::Display for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "every({})", self.every)?;
+        write!(f, "{}", self.rule)?;
+        if self.at_most != u64::MAX {
+            write!(f, ".at_most({})", self.at_most)?;
+        }
         match self.warmup {
             0 => Ok(()),
             warmup => write!(f, ".after_warmup({warmup})"),
@@ -84,6 +44,9 @@ impl fmt::Display for Schedule {
 }
 
 impl Schedule {
+    /// Target of [`overhead`](Self::overhead) that flodl has by default.
+    pub const OVERHEAD: f64 = 0.05;
+
     /// Averages after every `h`-th step: after steps h, 2·h, 3·h, …
     ///
     /// # Panics
@@ -93,113 +56,116 @@ impl Schedule {
             h > 0,
             "Schedule::every(0): the number of local steps between averages is at least 1"
         );
-        Schedule { every: h, warmup: 0 }
+        Schedule::of(Rule::Every(h))
     }
 
-    /// Averages after each of the first `w` steps, and then after every `h`-th step: after 1, 2, …,
-    /// w, w + h, w + 2·h, … Post-local SGD (Lin et al., 2018, "Don't use large mini-batches, use
-    /// local SGD").
+    /// Averages less often as the learning rate η falls: H = max(h_base, ⌊(alpha / η)²⌋), the
+    /// quadratic synchronization rule (QSR) of Gu et al., 2024, "A Quadratic Synchronization Rule
+    /// for Distributed Deep Learning", arXiv 2310.14423. η is that of the last step before the
+    /// average that begins a round: give it to [`LocalSgd::step_with`](crate::LocalSgd::step_with).
+    /// The first round has h_base steps.
+    ///
+    /// The paper has alpha = 0.0175 with h_base = 4 for ViT-B with AdamW, whose learning rate falls
+    /// from 0.008. A rate that falls to 0 ends the averages, except the last one; see
+    /// [`at_most`](Self::at_most).
+    ///
+    /// # Panics
+    /// If `alpha` is not positive and finite, or `h_base` is 0.
+    pub fn quadratic(alpha: f64, h_base: u64) -> Self {
+        assert!(h_base > 0, "Schedule::quadratic(_, 0): H is at least 1");
+        let alpha = Parameter::new(alpha)
+            .unwrap_or_else(|| panic!("Schedule::quadratic({alpha}, _): alpha is above 0"));
+        Schedule::of(Rule::Quadratic { alpha, base: h_base })
+    }
+
+    /// Averages as often as takes no more than the share `target` of the time of the steps, such as
+    /// [`OVERHEAD`](Self::OVERHEAD). The rule is that of flodl: with T the time of an average and t
+    /// that of a step, the overhead is T / (H·t). Above the target, H becomes ⌈H · overhead /
+    /// target⌉; below half of it, H − 1. H is 10 at first and [at most](Self::at_most) 200, as
+    /// there; unlike there, it may become smaller than at first.
+    ///
+    /// T is that of the slowest rank, from the time when all have come ([`Report::active`]): of
+    /// each rank's last two averages the shorter one, so that a single slow one counts nothing. t
+    /// is that of the slowest rank, with everything that it does between its calls of `step`.
+    ///
+    /// [`Report::active`]: crate::Report::active
+    ///
+    /// # Panics
+    /// If `target` is not positive and finite.
+    pub fn overhead(target: f64) -> Self {
+        let target = Parameter::new(target)
+            .unwrap_or_else(|| panic!("Schedule::overhead({target}): a share is above 0"));
+        Schedule::of(Rule::Overhead(target)).at_most(200)
+    }
+
+    /// Averages as often as each rank may send `bytes_per_second`, on average over a round of H
+    /// steps: H = ⌈V / (bytes_per_second · t)⌉, with t the time of a step on the slowest rank and V
+    /// = 2·S·(n − 1)/n the bytes that a ring sends for S bytes of parameters and n ranks. (The time
+    /// of the average itself, which would allow a smaller H, is not counted.) H is 10 at first.
+    ///
+    /// # Panics
+    /// If `bytes_per_second` is not positive and finite.
+    pub fn budget(bytes_per_second: f64) -> Self {
+        let rate = Parameter::new(bytes_per_second).unwrap_or_else(|| {
+            panic!("Schedule::budget({bytes_per_second}): a number of bytes is above 0")
+        });
+        Schedule::of(Rule::Budget(rate))
+    }
+
+    fn of(rule: Rule) -> Self {
+        Schedule { rule, warmup: 0, at_most: u64::MAX }
+    }
+
+    /// Limits H, whatever the rule asks for.
+    ///
+    /// # Panics
+    /// If `h` is 0.
+    pub fn at_most(self, h: u64) -> Self {
+        assert!(h > 0, "Schedule::at_most(0): the number of local steps is at least 1");
+        Schedule { at_most: h, ..self }
+    }
+
+    /// Averages after each of the first `w` steps, and then by the rule: with `every(h)` after 1,
+    /// 2, …, w, w + h, w + 2·h, … Post-local SGD (Lin et al., 2018, "Don't use large mini-batches,
+    /// use local SGD").
     pub fn after_warmup(self, w: u64) -> Self {
         Schedule { warmup: w, ..self }
     }
 
-    /// True if an average follows step `step`, counted from 1.
-    pub fn is_due(&self, step: u64) -> bool {
-        step > 0 && (step <= self.warmup || (step - self.warmup).is_multiple_of(self.every))
+    /// Post-local SGD with the steps of PyTorch: averages at each step up to `start`, then after
+    /// steps start + 1, start + 1 + h, start + 1 + 2·h, … The same as `after_warmup(start + 1)`.
+    ///
+    /// In PyTorch, `post_localSGD_hook` all-reduces the gradients of the first `start_localSGD_iter
+    /// = start` steps, and `PeriodicModelAverager(period=h, warmup_steps=start)` averages the
+    /// parameters at steps s, counted from 0, with s ≥ start and (s − start) % h = 0. Averaged
+    /// parameters in the place of averaged gradients are the same for SGD, with or without momentum
+    /// (rounding aside), but not for Adam, whose moments stay local here.
+    pub fn post_local(self, start: u64) -> Self {
+        self.after_warmup(start.saturating_add(1))
     }
 
-    /// The first step after `step` that an average follows; [`u64::MAX`] if it exceeds `u64`.
-    pub fn next_due(&self, step: u64) -> u64 {
-        if step < self.warmup {
-            return step + 1;
-        }
-        let past = (step - self.warmup) % self.every;
-        step.saturating_add(self.every - past)
+    /// True if H depends on more than the position.
+    pub(crate) fn adapts(&self) -> bool {
+        !matches!(self.rule, Rule::Every(_))
     }
 
-    /// The value by which ranks check that they average at the same place of the same schedule.
-    /// Never 0, which stands for an average outside of any schedule.
-    pub(crate) fn digest(&self, place: u64) -> u64 {
-        let words = [self.every, self.warmup, place];
-        fnv1a(words.iter().flat_map(|word| word.to_le_bytes())) | 1
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn due(schedule: Schedule) -> Vec<u64> {
-        (0..=12).filter(|&step| schedule.is_due(step)).collect()
+    /// True if H depends on the learning rate.
+    pub(crate) fn needs_rate(&self) -> bool {
+        matches!(self.rule, Rule::Quadratic { .. })
     }
 
-    #[test]
-    fn every_h_steps() {
-        assert_eq!(due(Schedule::every(4)), [4, 8, 12]);
-        assert_eq!(due(Schedule::every(1)), (1..=12).collect::<Vec<_>>());
+    /// True if H depends on times.
+    pub(crate) fn needs_times(&self) -> bool {
+        matches!(self.rule, Rule::Overhead(_) | Rule::Budget(_))
     }
 
-    #[test]
-    fn every_step_before_the_warmup_ends() {
-        assert_eq!(due(Schedule::every(4).after_warmup(3)), [1, 2, 3, 7, 11]);
+    /// Words that are equal for equal schedules only, in all versions of this crate.
+    pub(crate) fn words(&self) -> [u64; 5] {
+        let [rule, first, second] = self.rule.words();
+        [rule, first, second, self.warmup, self.at_most]
     }
 
-    #[test]
-    fn next_due_is_the_next_step_that_is_due() {
-        for schedule in [Schedule::every(4), Schedule::every(1), Schedule::every(5).after_warmup(3)]
-        {
-            for step in 0..40 {
-                let next = (step + 1..).find(|&s| schedule.is_due(s)).unwrap();
-                assert_eq!(schedule.next_due(step), next, "{schedule:?} after {step}");
-            }
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn any_schedule_and_step_have_an_answer(
-            every in near_powers(), warmup in near_powers(), step in near_powers()
-        ) {
-            let schedule = Schedule::every(every.max(1)).after_warmup(warmup);
-            let next = schedule.next_due(step);
-            prop_assert!(next > step || step == u64::MAX);
-            prop_assert!(schedule.is_due(next) || next == u64::MAX);
-            prop_assert!(next - step <= every.max(1));
-            // No step in between is due; checked for the first ones.
-            for between in (step.saturating_add(1)..next).take(20) {
-                prop_assert!(!schedule.is_due(between));
-            }
-            prop_assert_ne!(schedule.digest(step), 0);
-        }
-    }
-
-    /// Numbers of every magnitude, numbers next to a power of two, and numbers next to the ends of
-    /// the range.
-    fn near_powers() -> impl Strategy<Value = u64> {
-        let near =
-            (0u32..64, -3i64..=3).prop_map(|(bit, off)| (1u64 << bit).wrapping_add_signed(off));
-        prop_oneof![any::<u64>(), near, 0u64..40, (0u64..40).prop_map(|off| u64::MAX - off)]
-    }
-
-    #[test]
-    fn digests_tell_schedules_and_reasons_apart() {
-        let a = Schedule::every(4);
-        let digests = [
-            a.digest(8),
-            a.digest(12),
-            Schedule::every(5).digest(8),
-            a.after_warmup(1).digest(8),
-            0,
-        ];
-        for (i, x) in digests.iter().enumerate() {
-            assert!(digests[..i].iter().all(|y| x != y), "digest {i}");
-        }
-    }
-
-    #[test]
-    #[should_panic(expected = "at least 1")]
-    fn every_zero_steps_is_refused() {
-        Schedule::every(0);
+    fn limited(&self, h: u64) -> u64 {
+        h.min(self.at_most)
     }
 }

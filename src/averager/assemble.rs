@@ -103,7 +103,7 @@ impl ParamAverager {
             refusal: own.as_ref().err().cloned(),
             options: options.shown(),
             tensors: table.describe_all(),
-            schedule_position: options.schedule_position,
+            course: options.course,
             admission: options.admission,
             ordinal: options.ordinal.clone(),
             digest,

@@ -7,6 +7,7 @@ use super::defaults::{self, Cut};
 use super::outer_state::OuterState;
 use super::{Algorithm, Lend, Link, ParamAverager, Start};
 use crate::backend::{MemorySpace, ProcessWay};
+use crate::schedule::Course;
 use crate::world::{Admission, Communicator};
 use crate::{Error, Outer, Result};
 
@@ -31,8 +32,8 @@ pub struct Builder {
     pub(super) chunk_bytes: Option<usize>,
     /// True if the tensors' uses are ordered on a stream; set by `build`.
     pub(super) on_stream: bool,
-    /// Place in the schedule, part of the handshake: a joiner starts from it.
-    pub(super) schedule_position: u64,
+    /// Course of a `LocalSgd`, part of the handshake: a joiner starts from it.
+    pub(super) course: Course,
     /// Role of this rank in an admission.
     pub(super) admission: Admission,
     /// Identity of the averager in its world, if it is built again.
@@ -77,7 +78,7 @@ impl Builder {
             slots: defaults::SLOTS,
             chunk_bytes: None,
             on_stream: false,
-            schedule_position: 0,
+            course: Course::default(),
             admission: Admission::None,
             ordinal: None,
             inherited: None,

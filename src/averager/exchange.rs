@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::ParamAverager;
-use crate::schedule::place;
+use crate::schedule::{place, Course};
 use crate::world::{ExchangeId, Shown, MOST_WORDS};
 use crate::{Error, Result};
 
@@ -109,11 +109,15 @@ impl ParamAverager {
         Some(all.into_iter().map(|shown| (shown.call, shown.words.contains(&1))).collect())
     }
 
-    /// Largest position in the schedule of all ranks, which are `done`.
-    pub(crate) fn farthest(&mut self, position: u64) -> Result<u64> {
-        let call = place::call(place::DONE);
-        let all = self.exchange(Shown { call, words: vec![position] })?;
-        Ok(all.iter().filter_map(|shown| shown.words.first().copied()).max().unwrap_or(position))
+    /// Course of the ranks that are farthest on; all of them are `done`.
+    pub(crate) fn farthest(&mut self, course: Course) -> Result<Course> {
+        let words = vec![course.position, course.anchor, course.local_steps];
+        let all = self.exchange(Shown { call: place::call(place::DONE), words })?;
+        let courses = all.iter().filter_map(|shown| {
+            let &[position, anchor, local_steps] = &shown.words[..] else { return None };
+            Some(Course { position, anchor, local_steps })
+        });
+        Ok(Course::farthest(courses.chain([course])))
     }
 
     fn all_gather(&self, number: u32, shown: Shown, timeout: Duration) -> Result<Vec<Shown>> {

@@ -136,10 +136,19 @@ impl ParamAverager {
 
     pub(super) fn report(&self, start: Option<Instant>) -> Report {
         let waited = self.ended().map(|status| status.waited_ns).max().unwrap_or(0);
+        let (active, measured) = match self.world_size() {
+            1 => (0, [0.0; 2]),
+            _ => (
+                self.ended().map(|status| status.active_ns).max().unwrap_or(0),
+                self.ended().next().map_or([0.0; 2], |status| status.measured),
+            ),
+        };
         Report {
             bytes: self.table.bytes,
             elapsed: start.map_or(Duration::ZERO, |start| start.elapsed()),
             waited: Duration::from_nanos(waited),
+            active: Duration::from_nanos(active),
+            measured,
             world_size: self.world_size(),
             algorithm: self.algorithm,
             channels: self.args.channels,

@@ -78,6 +78,8 @@ mod tests {
             bytes: 4,
             elapsed: Default::default(),
             waited: Default::default(),
+            active: Default::default(),
+            measured: Default::default(),
             world_size: 2,
             algorithm: Algorithm::Ring,
             channels: 1,

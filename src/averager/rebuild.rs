@@ -6,13 +6,13 @@
 //! ranks agree on, and each averager takes its successor when its own `recover` is called.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use super::memory::check_room;
 use super::table::{Layout, Table};
 use super::{Builder, ParamAverager};
 use crate::error::Phase;
+use crate::schedule::Course;
 use crate::sync::lock;
 use crate::world::{Admission, Bootstrap, Communicator, Rebuild};
 use crate::{Error, Result};
@@ -23,8 +23,8 @@ pub(super) struct Blueprint {
     layout: Arc<Layout>,
     /// Identity of the averager in its world, the same on every rank and for all successors.
     ordinal: String,
-    /// Place in the schedule, kept up to date by `LocalSgd`.
-    position: AtomicU64,
+    /// Course of this rank, kept up to date by `LocalSgd`.
+    course: Mutex<Course>,
     successor: Mutex<Option<Successor>>,
 }
 
@@ -42,7 +42,7 @@ impl Blueprint {
             options: averager.options.clone(),
             layout: averager.table.layout.clone(),
             ordinal: averager.agreement.ordinal.clone().unwrap_or_default(),
-            position: AtomicU64::new(averager.schedule_position()),
+            course: Mutex::new(averager.farthest_course()),
             successor: Mutex::new(None),
         });
         let weak = Arc::downgrade(&blueprint);
@@ -50,12 +50,12 @@ impl Blueprint {
         blueprint
     }
 
-    pub(super) fn position(&self) -> u64 {
-        self.position.load(Ordering::Relaxed)
+    pub(super) fn course(&self) -> Course {
+        *lock(&self.course)
     }
 
-    pub(super) fn set_position(&self, position: u64) {
-        self.position.store(position, Ordering::Relaxed);
+    pub(super) fn set_course(&self, course: Course) {
+        *lock(&self.course) = course;
     }
 
     /// Reason why there is no successor in this view, if building one has failed.
@@ -72,7 +72,7 @@ impl Blueprint {
         }
         let successor = self.lock().take_if(|successor| successor.view == view)?;
         Some(successor.built.map(|mut averager| {
-            self.set_position(averager.schedule_position());
+            self.set_course(averager.farthest_course());
             averager.blueprint = Some(self.clone());
             *averager
         }))
@@ -98,7 +98,7 @@ impl Rebuild for Blueprint {
         let communicator = Communicator::of(bootstrap.clone());
         let options = Builder {
             communicator: communicator.clone(),
-            schedule_position: self.position(),
+            course: self.course(),
             admission: Admission::None,
             ordinal: Some(self.ordinal.clone()),
             inherited: None,

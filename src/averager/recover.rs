@@ -4,14 +4,14 @@ use super::progress::Halt;
 use super::rebuild::is_of_the_view;
 use super::{Builder, Call, Lend, Outcome, ParamAverager, Progress, Report};
 use crate::error::Phase;
-use crate::schedule::place;
+use crate::schedule::{place, Course};
 use crate::world::{Admission, Communicator};
 use crate::{Error, Result};
 
 /// Result of an averager's move to the next view of its world.
 pub(crate) struct Regrouped {
-    /// Place in the schedule of the rank that is farthest on.
-    pub(crate) position: u64,
+    /// Course of the ranks that are farthest on.
+    pub(crate) course: Course,
     /// Average that gave a joiner the model, if a process joined.
     pub(crate) admitted: Option<Admitted>,
 }
@@ -67,7 +67,7 @@ impl ParamAverager {
         let latest = &self.options.communicator;
         let is_over = latest.is_superseded() || latest.has_lost_a_member();
         if !is_over && !self.has_failed() && !self.communicator.is_superseded() {
-            return Ok(Regrouped { position: self.position_in_schedule(), admitted: None });
+            return Ok(Regrouped { course: self.course(), admitted: None });
         }
         // In this view all averagers but this one were built, and are in use.
         let refused =
@@ -152,7 +152,7 @@ impl ParamAverager {
         // Tensors of an averager that has not failed are whole: a joiner copies them, unless an
         // average is due.
         let is_whole = !averages && self.tensors_are_whole();
-        self.options.schedule_position = self.position_in_schedule();
+        self.options.course = self.course();
         // Error that ended the last try, and the number of ranks in that try.
         let mut last: Option<(Error, usize)> = None;
         let mut in_vain = 0;
@@ -196,9 +196,9 @@ impl ParamAverager {
                     *self = averager;
                     self.late = self.late.take().or(late);
                     self.options.admission = Admission::None;
-                    let (position, admitted) = (self.schedule_position(), self.admitted.take());
-                    self.set_position_in_schedule(position);
-                    return Ok(Regrouped { position, admitted });
+                    let (course, admitted) = (self.farthest_course(), self.admitted.take());
+                    self.set_course(course);
+                    return Ok(Regrouped { course, admitted });
                 }
                 // A rank of the new view was lost.
                 Err(error) if is_of_the_view(&error) => {
@@ -248,9 +248,8 @@ impl ParamAverager {
             weight: Some(if counts { 1.0 } else { 0.0 }),
             schedule: u64::MAX, // the digest of no schedule
             place: place::ADMISSION,
-            unneeded: false,
-            course: None,
             keeps: is_member && !is_mean,
+            ..Call::by_hand(None)
         };
         if let Outcome::Averaged(report) = self.run(params, call)? {
             self.admitted = Some(Admitted { report, is_mean });
@@ -259,20 +258,18 @@ impl ParamAverager {
         Ok(())
     }
 
-    /// Farthest place in the schedule of all ranks, when the averager was built.
-    pub(crate) fn schedule_position(&self) -> u64 {
-        let positions =
-            self.agreement.handshakes.iter().map(|handshake| handshake.schedule_position);
-        positions.max().unwrap_or(0)
+    /// Course of the ranks that were farthest on when the averager was built.
+    pub(crate) fn farthest_course(&self) -> Course {
+        Course::farthest(self.agreement.handshakes.iter().map(|handshake| handshake.course))
     }
 
-    /// Place in the schedule of this rank.
-    fn position_in_schedule(&self) -> u64 {
-        self.blueprint.as_ref().map_or(0, |blueprint| blueprint.position())
+    /// Course of this rank.
+    fn course(&self) -> Course {
+        self.blueprint.as_ref().map_or(Course::default(), |blueprint| blueprint.course())
     }
 
-    pub(crate) fn set_position_in_schedule(&self, position: u64) {
-        self.blueprint.iter().for_each(|blueprint| blueprint.set_position(position));
+    pub(crate) fn set_course(&self, course: Course) {
+        self.blueprint.iter().for_each(|blueprint| blueprint.set_course(course));
     }
 
     /// True if this averager got its model from its peers, after its process had joined.

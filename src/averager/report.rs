@@ -15,6 +15,11 @@ pub struct Report {
     /// Part of `elapsed` spent waiting for peers, at the start or on the way. Maximum over
     /// channels.
     pub waited: Duration,
+    /// Part of `elapsed` since all ranks had come: the time that the average itself takes. Maximum
+    /// over channels. 0 for one rank.
+    pub active: Duration,
+    /// Largest of all ranks' measurements, the same on every rank. 0: none.
+    pub(crate) measured: [f64; 2],
     /// Number of ranks that took part.
     pub world_size: usize,
     /// Algorithm in use. With the next two it decides the bits of three ranks and more; see

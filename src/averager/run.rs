@@ -72,7 +72,7 @@ impl ParamAverager {
             Order::Behind(stream) | Order::Within(stream) => unsafe { self.is_capturing(stream) }?,
             Order::NullStream => false,
         };
-        if let (Some(_), true) = (call.course, is_captured) {
+        if let (Some(_), true) = (call.reason, is_captured) {
             return Err(Error::InvalidOption {
                 rank: self.rank(),
                 option: "stream",
@@ -105,12 +105,14 @@ impl ParamAverager {
             weight: call.weight.unwrap_or(1.0),
             detail: problem.map_or(0, |problem| problem.tensor),
             found: problem.map_or(call.place, |problem| problem.found),
+            measured: call.measured.unwrap_or_default(),
             flags: self.args.flags
                 | flag(PA_FLAG_WEIGHTED, call.weight.is_some())
                 | flag(PA_FLAG_UNNEEDED, call.unneeded)
                 | flag(PA_FLAG_LAYOUT, problem.is_some())
                 | flag(PA_FLAG_JOINER, has_joiner)
                 | flag(PA_FLAG_KEEP, call.keeps)
+                | flag(PA_FLAG_MEASURED, call.measured.is_some())
                 | flag(PA_FLAG_DONE, call.place == place::DONE)
                 | flag(PA_FLAG_OF_SCHEDULE, place::is_of_schedule(call.place))
                 | ParamAverager::flags_of(end),

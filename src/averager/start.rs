@@ -3,6 +3,7 @@
 use super::table::Table;
 use super::{Call, Lend, Outcome, ParamAverager, Report};
 use crate::backend::MemorySpace;
+use crate::hash::Digest;
 use crate::notice;
 use crate::schedule::place;
 use crate::{Error, Result};
@@ -123,7 +124,7 @@ impl Call {
 pub(super) unsafe fn digest(table: &Table, space: &MemorySpace) -> Result<u64, String> {
     /// Bytes that are read at once.
     const PIECE: usize = 16 << 20;
-    let mut digest = Digest(0);
+    let mut digest = Digest::default();
     let mut copy = vec![];
     for bucket in &table.buckets {
         for segment in &bucket.segments {
@@ -144,26 +145,7 @@ pub(super) unsafe fn digest(table: &Table, space: &MemorySpace) -> Result<u64, S
             }
         }
     }
-    Ok(digest.0)
-}
-
-/// Digest of bytes by words of 8, since a digest by bytes takes longer than an average.
-struct Digest(u64);
-
-impl Digest {
-    fn add(&mut self, bytes: &[u8]) {
-        let mut word = |bytes: [u8; 8]| {
-            // An odd factor with mixed bits, from the golden ratio, as in Fibonacci hashing.
-            let mixed = (self.0.rotate_left(23) ^ u64::from_le_bytes(bytes)).wrapping_add(1);
-            self.0 = mixed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        };
-        let (words, rest) = bytes.as_chunks::<8>();
-        words.iter().for_each(|&bytes| word(bytes));
-        let mut last = [0; 8];
-        last[..rest.len()].copy_from_slice(rest);
-        word(last);
-        word((bytes.len() as u64).to_le_bytes());
-    }
+    Ok(digest.value())
 }
 
 #[cfg(test)]

@@ -8,6 +8,7 @@ use crate::abi::{PaBucket, PaSegment};
 use crate::backend::MemorySpace;
 use crate::bucket::{self, Bucket, Place, Shape};
 use crate::device::Device;
+use crate::hash::fnv1a;
 use crate::tensor::{Dtype, Identity, Unordered};
 use crate::{Error, Parameters, TensorMut};
 
@@ -114,6 +115,16 @@ const OTHER_NAME: u64 = NO_NAME - 1;
 const SHIFT: u32 = 56;
 
 impl Layout {
+    /// Digest of all names, dtypes and sizes, the same in all versions of this crate.
+    pub(super) fn digest(&self) -> u64 {
+        let tensors = self.names.iter().zip(&self.shapes).flat_map(|(name, shape)| {
+            let words = [u64::from(shape.dtype.code()), shape.elements];
+            let words = words.map(u64::to_le_bytes).concat();
+            name.to_string().into_bytes().into_iter().chain([0]).chain(words)
+        });
+        fnv1a(tensors)
+    }
+
     /// Layout of no tensors.
     pub(super) fn none(device: Device, space: MemorySpace) -> Layout {
         Layout { device, space, names: vec![], shapes: vec![] }

@@ -74,6 +74,7 @@ impl Error {
             Error::WorldSize { .. }
             | Error::RecoveryUnsupported { .. }
             | Error::InvalidOption { .. }
+            | Error::InvalidState { .. }
             | Error::InvalidTensor { .. }
             | Error::LendFailed { .. }
             | Error::InvalidWeight { .. }

@@ -30,6 +30,12 @@
 //! # Ok::<(), param_averager::Error>(())
 //! ```
 //!
+//! [`Schedule::overhead`](crate::Schedule::overhead) does both by itself, and goes on doing so:
+//! all ranks have the same H, from the times of the slowest one.
+//! [`Schedule::budget`](crate::Schedule::budget) limits the bytes per second instead, and
+//! [`Schedule::quadratic`](crate::Schedule::quadratic) averages less often as the learning rate
+//! falls, for accuracy.
+//!
 //! Accelerate's default is 8. A larger H saves nothing more once averages are a few percent of the
 //! time, and lets the ranks' models drift apart, the more the higher the learning rate. On mixed
 //! data, H up to 64 cost a perceptron that had converged nothing that could be measured, 4 ranks on
@@ -72,10 +78,14 @@
 //! [`sync`](crate::LocalSgd::sync) before evaluating or saving; then all ranks hold the same bits,
 //! and rank 0 alone can do either. Sums of losses and of numbers of samples go through
 //! [`all_reduce_scalars`](crate::ParamAverager::all_reduce_scalars), on all ranks at the same
-//! point, so after `done`, not while some ranks still train. Save
-//! [`position`](crate::LocalSgd::position) with the model, pass it to [`at`](crate::LocalSgd::at)
-//! when training resumes, and load the model on rank 0: `build` copies it to the others. Optimizer
-//! state is each rank's own: save it on every rank, or begin it anew.
+//! point, so after `done`, not while some ranks still train.
+//!
+//! Save [`LocalSgd::save`](crate::LocalSgd::save) with the model, and pass it to
+//! [`load`](crate::LocalSgd::load) when training resumes: the schedule goes on where it was. After
+//! `sync` rank 0's model and state are enough, for any number of ranks; load the model on rank 0,
+//! since `build` copies it to the others. Between two averages each rank saves its own model and
+//! its own state, after the same step, and builds with [`Start::Own`](crate::Start::Own) when it
+//! has loaded them. Optimizer state is each rank's own: save it on every rank, or begin it anew.
 //!
 //! # When not to use it
 //! * One device is fast enough: a larger batch is simpler.

@@ -28,6 +28,8 @@ impl LocalSgd {
         // After `settle`, which sets it: so it is the same on all ranks, whether they have asked
         // for the outcome of the last average before or not.
         let waits = waits | std::mem::take(&mut self.admits_next);
+        self.decisions.before(place);
+        self.averager.set_course(self.decisions.course);
         let made = match waits || !self.averager.is_on_stream() {
             true => self.made(params, place),
             false => self.enqueue(params, place),
@@ -40,8 +42,15 @@ impl LocalSgd {
 
     fn made(&mut self, params: &mut (impl Lend + ?Sized), place: u64) -> Result<Action> {
         let call = self.call(place);
-        Ok(match self.averager.run(params, call)? {
-            Outcome::Averaged(report) => self.averaged(report),
+        let made = self.averager.run(params, call);
+        self.begin_round(false);
+        Ok(match made? {
+            Outcome::Averaged(report) => {
+                let agreed = self.agreed(&report, self.measured.rate);
+                self.decisions.after(place, &agreed);
+                self.averager.set_course(self.decisions.course);
+                self.averaged(report)
+            }
             Outcome::Unneeded { all_done } => {
                 self.all_done = all_done;
                 self.forget_steps();
@@ -53,20 +62,23 @@ impl LocalSgd {
     fn enqueue(&mut self, params: &mut (impl Lend + ?Sized), place: u64) -> Result<Action> {
         let (start, call) = (Instant::now(), self.call(place));
         let begun = self.averager.average_lent(params, call, false, start)?;
-        let (steps, samples) = (self.since_average, self.samples);
-        self.enqueued = Some(Enqueued { begun, start, steps, samples });
+        let (steps, samples, rate) = (self.since_average, self.samples, self.measured.rate);
+        self.enqueued = Some(Enqueued { begun, start, steps, samples, rate });
         self.forget_steps();
+        self.begin_round(true);
         Ok(Action::Enqueued)
     }
 
     /// Takes the outcome of an average that was enqueued, if there is one.
     pub(super) fn settle(&mut self) -> Result<Option<Report>> {
-        let Some(Enqueued { begun, start, steps, samples }) = self.enqueued.take() else {
+        let Some(Enqueued { begun, start, steps, samples, rate }) = self.enqueued.take() else {
             return Ok(None);
         };
         match self.averager.conclude(begun, start) {
             Ok(Outcome::Averaged(report)) => {
                 self.averages += 1;
+                let agreed = self.agreed(&report, rate);
+                self.decisions.after_enqueued(agreed);
                 self.admits_next = report.join_pending;
                 match self.averager.take_late() {
                     None => Ok(Some(report)),
@@ -99,11 +111,13 @@ impl LocalSgd {
             None | Some(0.0) if recovers => Some(1.0),
             samples => samples,
         };
+        let reason = self.reason(place);
         Call {
-            schedule: self.schedule.digest(place),
+            schedule: reason.digest(place),
             place,
             unneeded: !has_news && !recovers,
-            course: Some((self.schedule, self.position)),
+            reason: Some(reason),
+            measured: self.times_at(place),
             ..Call::by_hand(weight)
         }
     }
@@ -129,9 +143,9 @@ impl LocalSgd {
         self.admits_next = false;
         let (mut last, mut in_vain) = (None::<(Error, usize)>, 0);
         loop {
-            let Regrouped { position, admitted } =
+            let Regrouped { course, admitted } =
                 self.averager.recover_step(params, true, progress)?;
-            self.position = position;
+            self.take_course(course);
             if let Some(admitted) = admitted {
                 return Ok(self.averaged(admitted.report)); // The mean over all members.
             }
@@ -170,7 +184,7 @@ impl LocalSgd {
         let mut progress = Progress::default();
         average.iter().for_each(|report| progress.averaged(report));
         let regrouped = self.averager.regroup(params, Admission::Copy, false, &mut progress)?;
-        self.position = regrouped.position;
+        self.take_course(regrouped.course);
         match regrouped.admitted {
             Some(admitted) if admitted.is_mean => return Ok(self.averaged(admitted.report)),
             Some(_) => return Ok(Action::Admitted { average }),

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::control::Control;
 use crate::backend::{cuda, Meeting, Memory};
+use crate::schedule::Course;
 use crate::{Error, Result};
 
 /// Way in which a joiner gets its model from the members of its world.
@@ -28,8 +29,8 @@ pub(crate) struct Handshake {
     pub(crate) options: Vec<(String, String)>,
     /// One line per tensor: name, dtype and size.
     pub(crate) tensors: Vec<String>,
-    /// Position in the schedule, after a recovery.
-    pub(crate) schedule_position: u64,
+    /// Course of a `LocalSgd`, after a recovery or for a joiner.
+    pub(crate) course: Course,
     /// Way in which this rank transfers the model to a joiner, in its first average.
     pub(crate) admission: Admission,
     /// Ordinal of an averager that is built again, to tell it from averagers with the same layout.
@@ -147,7 +148,7 @@ mod tests {
                 refusal: None,
                 options: vec![],
                 tensors: vec![],
-                schedule_position: 0,
+                course: Course::default(),
                 admission: Admission::None,
                 ordinal: ordinal.map(str::to_owned),
                 digest: None,

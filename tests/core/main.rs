@@ -12,6 +12,8 @@ mod names;
 mod notices;
 mod public_api;
 mod refusals;
+mod resume;
 mod run;
+mod schedules;
 mod start;
 mod uneven;

@@ -72,6 +72,10 @@ pub fn averages_have_the_bits_of_the_cpu() {
     );
 }
 
+pub fn outer_steps_have_the_bits_of_the_cpu() {
+    scenario("outer", &[&[ONE, ("CUDASIM_SEED", "1")]]);
+}
+
 pub fn averages_have_no_race() {
     scenario("races", &[&[ONE, ("CUDASIM_RACE", "1")]]);
 }

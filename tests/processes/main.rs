@@ -26,6 +26,12 @@ mod namespaces;
 #[cfg(target_os = "linux")]
 mod notices;
 #[cfg(target_os = "linux")]
+mod outer;
+#[cfg(target_os = "linux")]
+mod resume;
+#[cfg(target_os = "linux")]
+mod schedules;
+#[cfg(target_os = "linux")]
 mod several_averagers;
 #[cfg(target_os = "linux")]
 mod stops;
@@ -44,14 +50,17 @@ fn main() -> std::process::ExitCode {
     if let Ok(role) = std::env::var(process::ROLE) {
         process::exit_as(move || match role.as_str() {
             "limited" => limited::limited(),
+            "outer" => outer::outer(),
             "limited_threads" => limited::limited_threads(),
             "copies" => admissions::copies(),
             "admits" => admissions::admits(),
             "joins_only" => admissions::joins_only(),
             "fails_late" => admissions::fails_late(),
+            "adapts" => schedules::adapts(),
             "first_day" => trainers::first_day(),
             "done_beside_a_death" => trainers::done_beside_a_death(),
             "mean_on_one_core" => trainers::mean_on_one_core(),
+            "saves" => resume::saves(),
             "starts_from_a_rank_that_dies" => trainers::starts_from_a_rank_that_dies(),
             "two_averagers_of_one_view" => trainers::two_averagers_of_one_view(),
             "last_barriers" => trainers::last_barriers(),
@@ -85,6 +94,8 @@ fn main() -> std::process::ExitCode {
             deaths::stopped_rank_is_late_and_excluded,
             deaths::kill_is_noticed_at_once_beside_a_stopped_rank,
             deaths::kills_at_any_time,
+            outer::kills_advance_the_velocity_of_all_ranks_or_of_none,
+            outer::a_joiner_takes_over_its_shard_of_the_velocity,
             deaths::stops_and_kills_at_any_time: stress,
             deaths::training_goes_on_without_a_rank_that_panics,
             deaths::killed_world_leaves_no_socket_and_no_file,
@@ -149,6 +160,8 @@ fn main() -> std::process::ExitCode {
             notices::a_rank_that_waits_to_meet_says_so,
             notices::a_rank_that_waits_to_build_says_so,
             notices::a_rank_that_waits_to_recover_says_so,
+            resume::a_world_killed_after_a_save_loads_it_and_ends_as_one_that_ran_through,
+            schedules::ranks_go_on_with_one_h_after_a_death_and_a_join,
             several_averagers::averagers_are_recovered_in_any_order,
             several_averagers::two_averagers_of_a_world_recover,
             several_averagers::local_sgds_recovered_in_different_orders_fail_at_once,

@@ -27,6 +27,7 @@ pub fn run(scenario: &str) {
         "graph-refusals" => graphs::refusals(),
         "graphs-devices" => graphs::on_devices(),
         "host-links" => links::host_links(),
+        "outer" => outer(),
         "host-failures" => links::host_failures(),
         "links" => links::every_link(),
         "pairs" => links::pairs(),
@@ -94,13 +95,45 @@ fn averages() {
     });
 }
 
+fn outer() {
+    let shapes = shapes();
+    for ranks in [1, 2, 3, 5] {
+        for algorithm in [Algorithm::Direct, Algorithm::Ring] {
+            if ranks == 1 && algorithm == Algorithm::Ring {
+                continue;
+            }
+            for outer in outers() {
+                Way { ranks, algorithm, outer, ..WAY }.compare(&shapes);
+            }
+        }
+    }
+    let way = Way { outer: Outer::diloco(), channels: 3, slots: 2, chunk: 128, ..WAY };
+    for algorithm in [Algorithm::Direct, Algorithm::Ring] {
+        let way = Way { algorithm, ..way.clone() };
+        Way { weighted: true, counter: u32::MAX - 3, reject: true, ..way.clone() }
+            .compare(&shapes[10..]);
+        Way { delay_ns: 100_000, narrow_wire: true, ..way }.compare(&shapes[5..]);
+    }
+}
+
+/// One outer optimizer of each kind.
+pub fn outers() -> [Outer; 3] {
+    [Outer::diloco(), Outer::adam(0.1, 0.9, 0.99, 1e-3), Outer::momentum(0.9, 0.5).keeping(0.25)]
+}
+
 fn races() {
     let shapes = [(Dtype::F32, 600, 0), (Dtype::Bf16, 77, 1)];
     for ranks in [2, 3] {
         for (algorithm, all_or_nothing) in
             [(Algorithm::Direct, true), (Algorithm::Ring, true), (Algorithm::Ring, false)]
         {
-            Way { ranks, algorithm, all_or_nothing, slots: 2, chunk: 256, ..WAY }.run(&shapes);
+            let way = Way { ranks, algorithm, all_or_nothing, slots: 2, chunk: 256, ..WAY };
+            way.run(&shapes);
+            if all_or_nothing {
+                for outer in outers() {
+                    Way { outer, ..way.clone() }.run(&shapes);
+                }
+            }
         }
     }
 }

@@ -19,6 +19,15 @@ struct Trainer {
 
 impl Trainer {
     fn new(communicator: Communicator, algorithm: Algorithm, rejects: bool) -> Self {
+        Trainer::of(communicator, algorithm, rejects, Schedule::every(2))
+    }
+
+    fn of(
+        communicator: Communicator,
+        algorithm: Algorithm,
+        rejects: bool,
+        schedule: Schedule,
+    ) -> Self {
         let mut model = Model::new(GPU, &[(Dtype::F32, ELEMENTS, 0)], 9);
         let stream = CudaContext::new(0).unwrap().new_stream().unwrap();
         let builder = test_support::options(communicator).algorithm(algorithm).channels(2);
@@ -26,7 +35,7 @@ impl Trainer {
         // SAFETY: own memory and stream, which live until all is done.
         let mut params = unsafe { RawCudaParams::new(stream.cu_stream().cast(), &mut model) };
         let averager = builder.build(&mut params).unwrap();
-        Trainer { sgd: LocalSgd::new(averager, Schedule::every(2)), model, stream }
+        Trainer { sgd: LocalSgd::new(averager, schedule), model, stream }
     }
 
     /// Enqueues a step that fills the weights, and then whatever the schedule says.
@@ -66,6 +75,44 @@ pub fn steps() {
         enqueued(algorithm);
         failing(algorithm);
         ends(algorithm);
+        adapting(algorithm);
+    }
+}
+
+/// Schedules that adapt decide one average later than where averages are waited for, whether a rank
+/// has looked at the outcome of the last one or not.
+fn adapting(algorithm: Algorithm) {
+    // (0.2 / rate)² is 1 up to step 4, and 4 then: at step 6, whose rate all ranks know at step 8.
+    let quadratic = (Schedule::quadratic(0.2, 2), &[2, 4, 6, 8, 12, 16][..]);
+    // Two averages are timed and told in the 3rd; its values are known to all in the 4th.
+    let overhead = (Schedule::overhead(1e6), &[10, 20, 30, 40, 49, 57][..]);
+    for (schedule, expected) in [quadratic, overhead] {
+        let seen = ranks_on(GPU, 3, |communicator| {
+            let rank = communicator.rank();
+            let mut trainer = Trainer::of(communicator, algorithm, false, schedule);
+            let last = *expected.last().unwrap();
+            let mut seen = vec![];
+            for step in 1..=last {
+                std::thread::sleep(Duration::from_millis(rank as u64));
+                trainer.sgd.set_learning_rate(if step <= 4 { 0.2 } else { 0.1 });
+                match trainer.step(rank as f32).unwrap() {
+                    Action::Enqueued => seen.push(step),
+                    action => assert!(matches!(action, Action::Counted { .. }), "{action:?}"),
+                }
+                if rank == 1 {
+                    trainer.sgd.wait().unwrap();
+                }
+                // A state has what was agreed and is not used yet, but no times.
+                if rank == 2 && schedule == quadratic.0 {
+                    let state = trainer.sgd.save().unwrap();
+                    trainer.sgd.load(&state).unwrap();
+                }
+            }
+            trainer.finish().unwrap();
+            (trainer, seen)
+        });
+        let seen: Vec<&Vec<u64>> = seen.iter().map(|(_, seen)| seen).collect();
+        assert!(seen.iter().all(|of| **of == *expected), "{schedule}: {seen:?}");
     }
 }
 

@@ -20,6 +20,7 @@ pub struct Way {
     pub reject: bool,
     pub narrow_wire: bool,
     pub weighted: bool,
+    pub outer: Outer,
     pub channels: u32,
     pub chunk: usize,
     pub slots: u32,
@@ -36,6 +37,7 @@ pub const WAY: Way = Way {
     reject: false,
     narrow_wire: false,
     weighted: false,
+    outer: Outer::mean(),
     channels: 2,
     chunk: 4096,
     slots: 4,
@@ -50,8 +52,11 @@ impl Way {
 
     pub fn build(&self, communicator: Communicator, model: &mut Model) -> Result<ParamAverager> {
         let link = if communicator.device() == Device::cpu() { Link::Auto } else { self.link };
+        let is_mean = self.outer == Outer::mean();
         test_support::options(communicator)
             .algorithm(self.algorithm)
+            .start_from(if is_mean { Start::Own } else { Start::Rank(0) })
+            .outer(self.outer)
             .link(link)
             .all_or_nothing(self.all_or_nothing)
             .reject_non_finite(self.reject)
@@ -69,16 +74,18 @@ impl Way {
             .build(model)
     }
 
-    /// Results of two averages of fresh models. The model of rank `order[p]` of a ring on devices
+    /// Results of two averages of fresh models, or of four with an outer optimizer. The model of rank `order[p]` of a ring on devices
     /// is that of rank p of one on CPUs, so that both make their sums in the same order.
     pub fn averages(&self, devices: &[Device], shapes: &[Shape], order: &[usize]) -> Vec<Vec<u8>> {
+        let rounds = if self.outer == Outer::mean() { 3 } else { 5 };
         let results = ranks_of(devices, |communicator| {
             let (rank, on) = (communicator.rank(), communicator.device());
             let data = if on == Device::cpu() { order[rank] } else { rank };
             // Pointers may change between calls. All are freed at the end: that waits for every
             // kernel on the device, and so for a peer's average that waits for this rank.
-            let mut models: Vec<Model> =
-                (0..3).map(|round| Model::new(on, shapes, (100 * round + data) as u64)).collect();
+            let mut models: Vec<Model> = (0..rounds)
+                .map(|round| Model::new(on, shapes, (100 * round + data) as u64))
+                .collect();
             let mut averager = self.build(communicator, &mut models[0]).unwrap();
             let mut results = vec![];
             for model in &mut models[1..] {
@@ -99,6 +106,9 @@ impl Way {
             (results, averager)
         });
         let results: Vec<_> = results.into_iter().map(|(results, _)| results).collect();
+        if self.outer != self.outer.keeping(0.0) {
+            return results.concat(); // ranks keep a part of what they had
+        }
         for (rank, result) in results.iter().enumerate() {
             assert!(
                 *result == results[0],

@@ -10,6 +10,7 @@
 
 static int chosen_mutant = 0; // the mutant that counts, of those in a build with PA_MUTANTS
 #include "scenario_done.h"
+#include "scenario_measured.h"
 #include "scenario_parts.h"
 #include "scenario_turns.h"
 #include "scenarios_bad.h"
@@ -27,6 +28,7 @@ constexpr Scenario kScenarios[] = {
     {"wrap", wrap},
     {"weights", weights},
     {"joiners", joiners},
+    {"measured", measured},
     {"keep", keep},
     {"layout", layout},
     {"done", done},

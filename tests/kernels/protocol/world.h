@@ -63,6 +63,7 @@ struct Call {
   uint32_t flags = 0;
   double weight = 1;
   uint64_t schedule = 7, detail = 0, found = 0;
+  double measured[2] = {0, 0};
   uint32_t fault_step = 0, delay_ns = 0;
   // PA_RING_COMMIT: bit s: segment s begins a launch. Others begin as World::cuts() says.
   uint32_t cuts = 0;
@@ -75,6 +76,8 @@ struct Outcome {
   bool committed = false;
   uint64_t detail = 0, found = 0;
   bool joiner = false;
+  double measured[2] = {0, 0};
+  uint64_t active_ns = 0;
 };
 
 // Memory on lines of its own, freed with the world.
@@ -227,6 +230,7 @@ struct World {
     a.timeout_ns = s.timeout_ns;
     a.schedule = call.schedule, a.weight = call.weight, a.detail = call.detail,
     a.found = call.found;
+    a.measured[0] = call.measured[0], a.measured[1] = call.measured[1];
     a.rank = r, a.world = s.world, a.channels = s.channels, a.slots = s.slots,
     a.slot_packs = slot_packs;
     a.spins = s.seed % 2 == 0 ? 200 : 0; // with a core per thread, and without
@@ -322,7 +326,8 @@ struct World {
         wrong("rank %u: the host sees another status of channel %u", r, c);
     const PaStatus& first = *status(r, 0);
     Outcome o{first.outcome, first.peer,  first.phase,      first.committed != 0,
-              first.detail,  first.found, first.joiner != 0};
+              first.detail,  first.found, first.joiner != 0,
+              {first.measured[0], first.measured[1]}, first.active_ns};
     for (uint32_t c = 1; c < s.channels; ++c) {
       const PaStatus& other = *status(r, c);
       if ((other.committed != 0) != o.committed && other.outcome != PA_OPEN && o.kind != PA_OPEN)

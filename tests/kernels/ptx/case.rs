@@ -265,6 +265,7 @@ impl Case {
                 dtype: code(dtype),
                 chunk: self.chunk,
                 wire_f32: u32::from(self.wire_f32 && dtype.size() == 2),
+                ..bytemuck::Zeroable::zeroed()
             });
         }
         let mut channel: PaChannel = bytemuck::Zeroable::zeroed();

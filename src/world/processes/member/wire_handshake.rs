@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{Memory, MemoryHandle, MemorySpace, Unopened as Fault};
+use crate::schedule::Course;
 use crate::world::control::Control;
 use crate::world::handshake::{Admission, Handshake};
 use crate::world::processes::wire::frame::{short_of_files, Frame};
@@ -16,7 +17,7 @@ pub(crate) struct WireHandshake {
     refusal: Option<String>,
     options: Vec<(String, String)>,
     tensors: Vec<String>,
-    schedule_position: u64,
+    course: Course,
     admission: Admission,
     ordinal: Option<String>,
     digest: Option<u64>,
@@ -50,7 +51,7 @@ impl WireHandshake {
             refusal: handshake.refusal.as_ref().map(Error::to_string),
             options: handshake.options.clone(),
             tensors: handshake.tensors.clone(),
-            schedule_position: handshake.schedule_position,
+            course: handshake.course,
             admission: handshake.admission,
             ordinal: handshake.ordinal.clone(),
             digest: handshake.digest,
@@ -69,7 +70,7 @@ impl WireHandshake {
             refusal: wire.refusal.map(|reason| refuse(of_itself(reason, rank))),
             options: wire.options,
             tensors: wire.tensors,
-            schedule_position: wire.schedule_position,
+            course: wire.course,
             admission: wire.admission,
             ordinal: wire.ordinal,
             digest: wire.digest,

@@ -131,7 +131,8 @@ impl Rank {
                 let memory = |bytes: usize| serde_json::json!({ "bytes": bytes, "handle": null });
                 let handshake = serde_json::json!({
                     "refusal": null, "options": [["slots", "4"]], "tensors": ["tensor"],
-                    "schedule_position": 0, "admission": "None", "ordinal": null,
+                    "course": { "position": 0, "anchor": 0, "local_steps": 0 },
+                    "admission": "None", "ordinal": null,
                     "memories": [memory(1), memory(4096), memory(4097)],
                 });
                 (Kind::Handshake, serde_json::to_vec(&handshake))

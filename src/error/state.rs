@@ -1,0 +1,97 @@
+//! Reasons why a saved state can't be loaded.
+
+/// Reason why [`LocalSgd::load`](crate::LocalSgd::load) can't load a state: what was found, and
+/// what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum StateError {
+    /// The bytes do not begin as a saved state does.
+    #[error("these bytes are no saved state: pass those that LocalSgd::save has returned")]
+    NotAState,
+
+    /// Another version of this crate has saved it, in another format.
+    #[error(
+        "it has format {found}, where this version of param-averager reads format {expected}: load \
+        it with the version that has saved it"
+    )]
+    OtherVersion {
+        /// Format of the state.
+        found: u32,
+        /// Format that this version reads.
+        expected: u32,
+    },
+
+    /// Its end is missing.
+    #[error("it was cut off after {found} bytes{}: take another copy", of(.expected))]
+    Truncated {
+        /// Number of bytes found.
+        found: u64,
+        /// Number of bytes that were saved, if that is known.
+        expected: Option<u64>,
+    },
+
+    /// Its checksum or its structure is wrong.
+    #[error("its bytes have changed since they were saved: take another copy")]
+    Corrupt,
+
+    /// It was saved for other tensors.
+    #[error(
+        "it was saved for {found}, and this model has {expected}: load it with the model that it \
+        was saved with, the tensors in the same order"
+    )]
+    OtherLayout {
+        /// Number of tensors and of bytes of the state, and a digest of names, dtypes and sizes.
+        found: String,
+        /// The same of the averager.
+        expected: String,
+    },
+
+    /// It was saved with another schedule.
+    #[error(
+        "it was saved with the schedule {found}, and this one is {expected}: pass the same \
+        Schedule, or begin the new one at the position with LocalSgd::at"
+    )]
+    OtherSchedule {
+        /// Schedule of the state.
+        found: String,
+        /// Schedule of the `LocalSgd`.
+        expected: String,
+    },
+
+    /// Another rank has saved it, between two averages, when each rank had steps of its own.
+    #[error(
+        "rank {found} of {world_size} has saved it {steps} steps after an average: load on each \
+        rank what it has saved itself, or save after LocalSgd::sync, when one state fits all ranks"
+    )]
+    OtherRank {
+        /// Rank that has saved it.
+        found: usize,
+        /// Number of ranks then.
+        world_size: usize,
+        /// Steps applied since the last average.
+        steps: u64,
+    },
+
+    /// It has a part that this `LocalSgd` does not know and can't do without.
+    #[error(
+        "it has a part `{tag}` that this LocalSgd does not know: build the averager with the \
+        options that it was saved with, and this crate's version that has saved it or a later one"
+    )]
+    UnknownSection {
+        /// Name of the part.
+        tag: String,
+    },
+
+    /// A part of it is missing.
+    #[error(
+        "its part `{tag}` is missing: build the averager with the options that it was saved with"
+    )]
+    MissingSection {
+        /// Name of the part.
+        tag: String,
+    },
+}
+
+fn of(expected: &Option<u64>) -> String {
+    expected.map_or(String::new(), |expected| format!(" of {expected}"))
+}

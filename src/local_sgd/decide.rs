@@ -1,0 +1,103 @@
+//! Input of a schedule that adapts: measurements of this rank, and values that all ranks agree on.
+
+use std::time::Instant;
+
+use super::LocalSgd;
+use crate::schedule::{place, Agreed, Rate, Reason};
+use crate::Report;
+
+/// Measurements of this rank for its schedule.
+#[derive(Debug)]
+pub(super) struct Measured {
+    /// Learning rate of the last step.
+    pub(super) rate: Option<f64>,
+    /// Begin of the steps that are timed.
+    begin: Instant,
+    /// Position then.
+    position: u64,
+    /// True if an average was enqueued then, whose time is not that of a step.
+    holds_average: bool,
+    /// Seconds of this rank's last two averages; NaN: unknown.
+    averages: [f64; 2],
+}
+
+impl Measured {
+    pub(super) fn from(position: u64) -> Measured {
+        Measured {
+            rate: None,
+            begin: Instant::now(),
+            position,
+            holds_average: false,
+            averages: [f64::NAN; 2],
+        }
+    }
+
+    /// Forgets what was measured before a view change, or before ranks have met again.
+    pub(super) fn restart(&mut self, position: u64) {
+        *self = Measured { rate: self.rate, ..Measured::from(position) };
+    }
+
+    /// Begins the steps of the next average.
+    fn begin_round(&mut self, position: u64, holds_average: bool) {
+        (self.begin, self.position, self.holds_average) = (Instant::now(), position, holds_average);
+    }
+
+    /// Seconds of a step since the last average, and of an average: the shorter one of the last
+    /// two, since the first one is slow, and any may be disturbed. NaN: unknown.
+    fn times(&self, position: u64) -> [f64; 2] {
+        let mut seconds = self.begin.elapsed().as_secs_f64();
+        if self.holds_average {
+            seconds -= self.averages[0];
+        }
+        let step = seconds / position.saturating_sub(self.position) as f64;
+        let [last, before] = self.averages;
+        let average = if before.is_nan() { before } else { last.min(before) };
+        [if step.is_finite() { step } else { f64::NAN }, average]
+    }
+}
+
+impl LocalSgd {
+    /// Rate that ranks compare in an average at `place`.
+    fn rate_at(&self, place: u64) -> Option<Rate> {
+        (self.schedule().needs_rate() && place::is_step(place)).then(|| match self.measured.rate {
+            Some(rate) if is_rate(rate) => Rate::Known(rate),
+            _ => Rate::Unusable { rank: self.averager.rank() },
+        })
+    }
+
+    /// Reason to average at `place`.
+    pub(super) fn reason(&self, place: u64) -> Reason {
+        Reason {
+            schedule: self.schedule(),
+            course: self.decisions.course,
+            rate: self.rate_at(place),
+        }
+    }
+
+    /// Measurements that an average at `place` agrees on.
+    pub(super) fn times_at(&self, place: u64) -> Option<[f64; 2]> {
+        let needed = self.schedule().needs_times() && place::is_step(place);
+        needed.then(|| self.measured.times(self.decisions.course.position))
+    }
+
+    /// Values that all ranks have after an average that was made with this rate.
+    pub(super) fn agreed(&mut self, report: &Report, rate: Option<f64>) -> Agreed {
+        let [last, _] = self.measured.averages;
+        self.measured.averages = [report.active.as_secs_f64(), last];
+        let [step, average] = report.measured;
+        let (bytes, ranks) = (report.bytes as f64, report.world_size as f64);
+        Agreed { step, average, sent: 2.0 * bytes * (ranks - 1.0) / ranks, rate }
+    }
+
+    /// Begins to time the steps after an average.
+    pub(super) fn begin_round(&mut self, holds_average: bool) {
+        if self.schedule().needs_times() {
+            self.measured.begin_round(self.decisions.course.position, holds_average);
+        }
+    }
+}
+
+/// True for a learning rate that H can be computed from.
+pub(super) fn is_rate(rate: f64) -> bool {
+    rate >= 0.0 && rate.is_finite()
+}

@@ -1,0 +1,343 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn due(schedule: Schedule) -> Vec<u64> {
+    let mut decisions = Decisions::new(schedule, Course::default());
+    (1..=12).filter(|_| decisions.step()).collect()
+}
+
+fn begun(schedule: Schedule, position: u64) -> Course {
+    Course { position, ..Course::begin(&schedule, 0) }
+}
+
+#[test]
+fn every_h_steps() {
+    assert_eq!(due(Schedule::every(4)), [4, 8, 12]);
+    assert_eq!(due(Schedule::every(1)), (1..=12).collect::<Vec<_>>());
+    assert_eq!(due(Schedule::every(9).at_most(4)), [4, 8, 12]);
+}
+
+#[test]
+fn every_step_before_the_warmup_ends() {
+    assert_eq!(due(Schedule::every(4).after_warmup(3)), [1, 2, 3, 7, 11]);
+    assert_eq!(due(Schedule::quadratic(0.1, 4).after_warmup(3)), [1, 2, 3, 7, 11]);
+}
+
+/// PyTorch's two conditions, with steps counted from 0.
+#[test]
+fn post_local_averages_at_the_steps_of_pytorch() {
+    for (start, h) in [(0, 4), (3, 4), (5, 1), (2, 3)] {
+        let gradients = |step| step < start;
+        let parameters = |step: u64| step >= start && (step - start).is_multiple_of(h);
+        let expected: Vec<u64> =
+            (0..12).filter(|&s| gradients(s) || parameters(s)).map(|s| s + 1).collect();
+        assert_eq!(due(Schedule::every(h).post_local(start)), expected, "{start} {h}");
+    }
+    assert_eq!(Schedule::every(4).post_local(100), Schedule::every(4).after_warmup(101));
+}
+
+#[test]
+fn steps_until_the_next_average_are_those_to_the_next_one_that_is_due() {
+    for schedule in [Schedule::every(4), Schedule::every(1), Schedule::every(5).after_warmup(3)] {
+        for position in 0..40 {
+            let is_due = |&step: &u64| begun(schedule, step).is_due(&schedule);
+            let next = (position + 1..).find(is_due).unwrap();
+            let found = begun(schedule, position).until_next(&schedule);
+            assert_eq!(position + found, next, "{schedule} after {position}");
+        }
+    }
+}
+
+#[test]
+fn schedules_show_as_they_are_built() {
+    for (schedule, shown) in [
+        (Schedule::every(8), "every(8)"),
+        (Schedule::every(8).after_warmup(100), "every(8).after_warmup(100)"),
+        (Schedule::every(8).post_local(100), "every(8).after_warmup(101)"),
+        (Schedule::quadratic(0.0175, 4), "quadratic(0.0175, 4)"),
+        (Schedule::quadratic(1.0, 4).at_most(64), "quadratic(1, 4).at_most(64)"),
+        (Schedule::overhead(Schedule::OVERHEAD), "overhead(0.05).at_most(200)"),
+        (Schedule::budget(12.5e6).after_warmup(2), "budget(12500000).after_warmup(2)"),
+    ] {
+        assert_eq!(schedule.to_string(), shown);
+    }
+}
+
+/// Position 4 of a schedule, as the reason to average.
+fn reason(schedule: Schedule) -> Reason {
+    Reason { schedule, course: begun(schedule, 4), rate: None }
+}
+
+#[test]
+fn digests_tell_schedules_decisions_rates_and_places_apart() {
+    let a = reason(Schedule::every(4));
+    let adapts = reason(Schedule::overhead(0.05));
+    let course = |anchor, local_steps| Course { anchor, local_steps, ..adapts.course };
+    let rate = |rate| Reason { rate: Some(rate), ..reason(Schedule::quadratic(1.0, 4)) };
+    let digests = [
+        a.digest(8),
+        a.digest(12),
+        a.digest(place::FINISH),
+        reason(Schedule::every(5)).digest(8),
+        reason(Schedule::every(4).after_warmup(1)).digest(8),
+        reason(Schedule::every(4).at_most(8)).digest(8),
+        adapts.digest(8),
+        reason(Schedule::overhead(0.06)).digest(8),
+        reason(Schedule::budget(0.05).at_most(200)).digest(8),
+        Reason { course: course(1, 10), ..adapts }.digest(8),
+        Reason { course: course(0, 11), ..adapts }.digest(8),
+        reason(Schedule::quadratic(1.0, 4)).digest(8),
+        reason(Schedule::quadratic(1.0, 5)).digest(8),
+        reason(Schedule::quadratic(2.0, 4)).digest(8),
+        rate(Rate::Known(0.1)).digest(8),
+        rate(Rate::Known(0.1 + 1e-17)).digest(8) ^ 1, // the same number
+        rate(Rate::Known(0.2)).digest(8),
+        rate(Rate::Unusable { rank: 0 }).digest(8),
+        rate(Rate::Unusable { rank: 1 }).digest(8),
+        0,
+    ];
+    for (i, x) in digests.iter().enumerate() {
+        assert!(digests[..i].iter().all(|y| x != y), "digest {i}");
+    }
+}
+
+#[test]
+fn reasons_name_what_was_decided() {
+    let shown = |schedule, rate, place| Reason { rate, ..reason(schedule) }.at(place);
+    assert_eq!(shown(Schedule::every(4), None, 4), "after step 4 of every(4)");
+    assert_eq!(
+        shown(Schedule::every(3), None, place::FINISH),
+        "in `sync` or `finish` after step 4 of every(3)"
+    );
+    assert_eq!(
+        shown(Schedule::quadratic(0.2, 4), Some(Rate::Known(0.1)), 4),
+        "after step 4 of quadratic(0.2, 4), with H = 4 from step 0 and learning rate 0.1"
+    );
+    assert_eq!(
+        shown(Schedule::quadratic(0.2, 4), Some(Rate::Unusable { rank: 1 }), 4),
+        "after step 4 of quadratic(0.2, 4), with H = 4 from step 0 and no learning rate"
+    );
+}
+
+/// Saved states have these words.
+#[test]
+fn words_of_a_schedule_never_change() {
+    let at_most = u64::MAX;
+    let bits = f64::to_bits;
+    assert_eq!(Schedule::every(8).after_warmup(3).words(), [0, 8, 0, 3, at_most]);
+    assert_eq!(Schedule::quadratic(0.2, 4).words(), [1, bits(0.2), 4, 0, at_most]);
+    assert_eq!(Schedule::overhead(0.05).words(), [2, bits(0.05), 0, 0, 200]);
+    assert_eq!(Schedule::budget(1e6).at_most(9).words(), [3, bits(1e6), 0, 0, 9]);
+}
+
+fn refuses(build: fn() -> Schedule) -> String {
+    let panic = std::panic::catch_unwind(build).unwrap_err();
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or(panic.downcast_ref::<&str>().map(|&text| text.into())).unwrap()
+}
+
+#[test]
+fn parameters_without_a_meaning_are_refused() {
+    for (build, says) in [
+        ((|| Schedule::every(0)) as fn() -> Schedule, "at least 1"),
+        (|| Schedule::every(1).at_most(0), "at least 1"),
+        (|| Schedule::quadratic(1.0, 0), "at least 1"),
+        (|| Schedule::quadratic(-1.0, 4), "quadratic(-1, _): alpha is above 0"),
+        (|| Schedule::overhead(0.0), "overhead(0): a share is above 0"),
+        (|| Schedule::overhead(f64::NAN), "overhead(NaN)"),
+        (|| Schedule::budget(f64::INFINITY), "budget(inf)"),
+    ] {
+        let text = refuses(build);
+        assert!(text.contains(says), "{text}");
+    }
+}
+
+/// Numbers of every magnitude, numbers next to a power of two, and numbers next to the ends of the
+/// range.
+fn near_powers() -> impl Strategy<Value = u64> {
+    let near = (0u32..64, -3i64..=3).prop_map(|(bit, off)| (1u64 << bit).wrapping_add_signed(off));
+    prop_oneof![any::<u64>(), near, 0u64..40, (0u64..40).prop_map(|off| u64::MAX - off)]
+}
+
+/// Times, bytes and rates, with those that no rank should have.
+fn measurement() -> impl Strategy<Value = f64> {
+    let odd = [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-300, 1e300];
+    prop_oneof![4 => 1e-4..1.0f64, 1 => proptest::sample::select(odd.to_vec())]
+}
+
+fn schedule() -> impl Strategy<Value = Schedule> {
+    let rule = prop_oneof![
+        (1u64..6).prop_map(Schedule::every),
+        (0.001..1.0f64, 1u64..6).prop_map(|(alpha, base)| Schedule::quadratic(alpha, base)),
+        (0.01..2.0f64).prop_map(Schedule::overhead),
+        (1.0..1e6f64).prop_map(Schedule::budget),
+    ];
+    (rule, 0u64..4, 1u64..40).prop_map(|(rule, w, h)| rule.after_warmup(w).at_most(h))
+}
+
+/// What happens at a step.
+#[derive(Clone, Debug)]
+struct Event {
+    /// Measurements of each rank.
+    measured: Vec<[f64; 2]>,
+    rate: f64,
+    /// If an average is due: whether it is enqueued, how it ends, and which ranks look at its
+    /// outcome at once.
+    enqueued: bool,
+    end: End,
+    looks: Vec<bool>,
+    /// True if the ranks make an average outside of the due ones after the step.
+    syncs: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum End {
+    Averaged,
+    /// The same error on all ranks, or nothing to average.
+    Refused,
+    /// A failure after the commit: some ranks have completed the average. All recover.
+    FailedFor(u8),
+}
+
+const RANKS: usize = 3;
+
+fn event() -> impl Strategy<Value = Event> {
+    let end = prop_oneof![
+        6 => Just(End::Averaged),
+        1 => Just(End::Refused),
+        1 => any::<u8>().prop_map(End::FailedFor),
+    ];
+    let measured = proptest::collection::vec([measurement(), measurement()], RANKS);
+    let looks = proptest::collection::vec(any::<bool>(), RANKS);
+    (measured, 1e-4..1.0f64, any::<bool>(), end, looks, any::<bool>()).prop_map(
+        |(measured, rate, enqueued, end, looks, syncs)| Event {
+            measured,
+            rate,
+            enqueued,
+            end,
+            looks,
+            syncs,
+        },
+    )
+}
+
+/// The largest of all ranks' measurements, as the kernels' `agree_on_measured`.
+fn largest(measured: &[[f64; 2]], of: usize) -> f64 {
+    measured.iter().fold(0.0, |most, values| if values[of] > most { values[of] } else { most })
+}
+
+proptest! {
+    #[test]
+    fn any_schedule_and_step_have_an_answer(
+        every in near_powers(), warmup in near_powers(), step in near_powers()
+    ) {
+        let schedule = Schedule::every(every.max(1)).after_warmup(warmup);
+        let course = begun(schedule, step);
+        let until = course.until_next(&schedule);
+        prop_assert!(until >= 1 && until <= every.max(1));
+        let is_due = |step| begun(schedule, step).is_due(&schedule);
+        let next = step.saturating_add(until);
+        prop_assert!(is_due(next) || next == u64::MAX);
+        // No step in between is due; checked for the first ones.
+        for between in (step.saturating_add(1)..next).take(20) {
+            prop_assert!(!is_due(between));
+        }
+        let reason = Reason { schedule, course, rate: None };
+        prop_assert_ne!(reason.digest(step), 0);
+    }
+
+    #[test]
+    fn any_measurement_gives_a_number_of_steps(
+        schedule in schedule(), h in near_powers(), step in measurement(),
+        average in measurement(), sent in measurement(), rate in measurement()
+    ) {
+        let agreed = Agreed { step, average, sent, rate: Some(rate) };
+        let mut course = Course { local_steps: h.max(1), ..begun(schedule, 9) };
+        course.decide(&schedule, &agreed);
+        prop_assert!((1..40).contains(&course.local_steps) || !schedule.adapts());
+        prop_assert!(course.until_next(&schedule) <= course.local_steps);
+    }
+
+    /// Whatever the ranks measure, whenever they look at outcomes, and however averages end: all
+    /// ranks average after the same steps, for the same reason.
+    #[test]
+    fn all_ranks_take_the_same_decisions(
+        schedule in schedule(), events in proptest::collection::vec(event(), 1..120)
+    ) {
+        let mut ranks = vec![Decisions::new(schedule, Course::default()); RANKS];
+        // Outcome of an average that was enqueued, until each rank looks at it.
+        let mut unseen: Vec<Option<Agreed>> = vec![None; RANKS];
+        for event in events {
+            let due: Vec<bool> = ranks.iter_mut().map(Decisions::step).collect();
+            prop_assert!(due.iter().all(|&is_due| is_due == due[0]), "{due:?}");
+            let settle = |ranks: &mut [Decisions], unseen: &mut [Option<Agreed>], all: bool| {
+                for ((rank, seen), looks) in ranks.iter_mut().zip(unseen).zip(&event.looks) {
+                    if let Some(agreed) = seen.take_if(|_| all || *looks) {
+                        rank.after_enqueued(agreed);
+                    }
+                }
+            };
+            settle(&mut ranks, &mut unseen, false);
+            let places: &[u64] = match (due[0], event.syncs) {
+                (true, false) => &[ranks[0].course.position],
+                (true, true) => &[ranks[0].course.position, place::FINISH],
+                (false, true) => &[place::FINISH],
+                (false, false) => &[],
+            };
+            for &place in places {
+                settle(&mut ranks, &mut unseen, true);
+                ranks.iter_mut().for_each(|rank| rank.before(place));
+                let digest = |rank: &Decisions| {
+                    let Decisions { schedule, course, .. } = rank.clone();
+                    Reason { schedule, course, rate: None }.digest(place)
+                };
+                let digests: Vec<u64> = ranks.iter().map(digest).collect();
+                prop_assert!(digests.iter().all(|&digest| digest == digests[0]), "{ranks:?}");
+                let agreed = Agreed {
+                    step: largest(&event.measured, 0),
+                    average: largest(&event.measured, 1),
+                    sent: 1e3,
+                    rate: Some(event.rate),
+                };
+                let is_enqueued = event.enqueued && place != place::FINISH;
+                for index in 0..RANKS {
+                    let is_made = match event.end {
+                        End::Averaged => true,
+                        End::Refused => false,
+                        End::FailedFor(which) => which & 1 << index == 0,
+                    };
+                    match is_enqueued {
+                        true => unseen[index] = is_made.then_some(agreed),
+                        false if is_made => ranks[index].after(place, &agreed),
+                        false => {}
+                    }
+                }
+                if matches!(event.end, End::FailedFor(_)) {
+                    settle(&mut ranks, &mut unseen, true);
+                    let course = Course::farthest(ranks.iter().map(|rank| rank.course));
+                    ranks.iter_mut().for_each(|rank| rank.take(course));
+                }
+            }
+        }
+    }
+
+    /// Ranks that have gone on to different steps when a peer is lost go on together.
+    #[test]
+    fn ranks_meet_at_the_farthest_course(
+        schedule in schedule(), ahead in 0u64..10, agreed in measurement()
+    ) {
+        let mut near = Decisions::new(schedule, Course::default());
+        while !near.step() {}
+        let mut far = near.clone();
+        let agreed = Agreed { step: agreed, average: agreed, sent: agreed, rate: Some(0.1) };
+        far.after(far.course.position, &agreed);
+        for _ in 0..ahead {
+            far.step();
+        }
+        for order in [[&near, &far], [&far, &near]] {
+            let met = Course::farthest(order.map(|rank| rank.course));
+            prop_assert_eq!(met, far.course);
+        }
+    }
+}
