@@ -7,7 +7,7 @@ use clap::ValueEnum;
 use param_averager::Outer;
 use serde::{Deserialize, Serialize};
 
-use super::{Init, Options, Point, Shards};
+use super::{Init, Options, Point, Rule, Shards};
 
 /// Links that times are computed for: name, and bytes per second of each rank in each direction.
 pub const LINKS: [(&str, f64); 3] =
@@ -36,6 +36,11 @@ pub struct Row {
     /// As [`Outer`](param_averager::Outer) is displayed; records before it was there have none.
     #[serde(default)]
     pub outer: String,
+    #[serde(default)]
+    pub schedule: Rule,
+    /// True if the learning rate fell.
+    #[serde(default)]
+    pub cosine: bool,
 }
 
 impl Row {
@@ -56,6 +61,8 @@ impl Row {
             test_accuracy: point.test_accuracy,
             step_ms: point.step_ms,
             outer: run.outer.to_string(),
+            schedule: run.schedule,
+            cosine: run.cosine,
         }
     }
 
@@ -76,6 +83,8 @@ pub fn one_rank(epochs: f64) -> Options {
         shards: Shards::Mixed,
         init: Init::Seed,
         outer: Outer::mean(),
+        schedule: Rule::Every,
+        cosine: false,
         processes: false,
     }
 }
