@@ -267,8 +267,8 @@ pub enum Step {
 }
 
 impl Step {
-    /// The optimizer, with numbers by which its result is the mean: θ − (θ − w̄), with the roundings
-    /// of two subtractions. Adam's τ absorbs √s, and is absorbed by the rate.
+    /// The optimizer, with numbers by which its result is the mean: θ − (θ − w̄), with the
+    /// roundings of two subtractions. Adam's τ absorbs √s, and is absorbed by the rate.
     pub fn outer(self) -> Outer {
         const TAU: f64 = (1u64 << 60) as f64;
         match self {

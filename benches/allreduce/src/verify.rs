@@ -10,7 +10,8 @@
 //!   weights).
 //! * bf16, f16: half an ulp of the mean, and as many ulp in f32 of the largest input; besides, if
 //!   partial sums travelled in the dtype, n − 2 half ulps of the partial means.
-//! * after the step of an outer optimizer, θ − (θ − mean): besides, one ulp of 4 in the type of sums.
+//! * after the step of an outer optimizer, θ − (θ − mean): besides, one ulp of 4 in the type of
+//!   sums.
 //! * bf16, f16 of a collective that scales each input in the dtype, too: n + 1 ulp of the largest
 //!   input.
 
