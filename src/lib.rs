@@ -183,7 +183,7 @@ pub use error::{DeviceError, Error, ErrorKind, Phase, Result, StateError, Tensor
 #[cfg_attr(docsrs, doc(cfg(feature = "serde")))]
 pub use local_sgd::SavedState;
 pub use local_sgd::{Action, LocalSgd};
-pub use outer::Outer;
+pub use outer::{Outer, ParseOuterError};
 pub use parameters::Parameters;
 pub use schedule::Schedule;
 pub use tensor::{Dtype, Element, TensorMut};

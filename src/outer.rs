@@ -1,7 +1,11 @@
 //! Outer optimizers: the step that all ranks make from their mean. Pure data; the formulas are in
 //! `kernels/stage.h`.
 
+mod parse;
+
 use std::fmt;
+
+pub use parse::ParseOuterError;
 
 use crate::abi::{PaOuter, PA_OUTER_ADAM, PA_OUTER_MOMENTUM};
 
