@@ -2,6 +2,7 @@
 //!
 //!     cargo run --release --example digits -- --ranks 4 --every 8 --seed 1
 //!     cargo run --release --example digits -- --ranks 4 --processes
+//!     cargo run --release --example digits -- --ranks 4 --every 32 --sorted --outer diloco
 //!     torchrun --no-python --nproc-per-node 4 target/release/examples/digits
 //!
 //! Lines that belong to param-averager: `Parameters for Layer`, and those with `averager` or `sgd`.
@@ -109,7 +110,8 @@ fn train(communicator: Communicator, options: Options) -> Result<Trained, Error>
     let layer = |index| Layer::new(index, sizes[index], sizes[index + 1], &mut random);
     let mut model: Vec<Layer> = (0..sizes.len() - 1).map(layer).collect();
 
-    let averager = ParamAverager::builder(communicator).build(&mut model)?;
+    let builder = ParamAverager::builder(communicator).outer(options.outer);
+    let averager = builder.build(&mut model)?;
     let mut sgd = LocalSgd::new(averager, Schedule::every(options.every));
     let mut order = Random::new(options.seed * 1000 + rank as u64); // another one on every rank
     for _epoch in 0..options.epochs {

@@ -70,7 +70,8 @@ enum PaFlag {
   PA_FLAG_DONE = 256,
   PA_FLAG_OF_SCHEDULE = 512, // the call is one that a rank with PA_FLAG_DONE takes part in
   PA_FLAG_WHOLE = 1024,      // PaOuter.mix counts as 1
-  PA_FLAG_MEASURED = 2048,   // PaBoard.measured belongs to this record
+  PA_FLAG_STEP = 2048,       // the outer optimizer's step follows the commit
+  PA_FLAG_MEASURED = 4096,   // PaBoard.measured belongs to this record
 };
 
 // Outer optimizer, see stage.h.
@@ -241,7 +242,7 @@ struct PaArgs {
   uint64_t found;
   double measured[2]; // PA_FLAG_MEASURED: see PaBoard
   uint32_t rank;
-  uint32_t world; // 2 … PA_MAX_WORLD
+  uint32_t world; // 1 … PA_MAX_WORLD; 1 with an outer optimizer only
   uint32_t channels;
   uint32_t slots; // a power of two, at least 2
   uint32_t slot_packs;

@@ -234,11 +234,11 @@ template <class T, bool kF32> struct Ring {
   // were not read a moment ago. kMixes: own tensors keep a part of what they were.
   template <bool kReceive, bool kSend, bool kNonTemporal, bool kMixes = false>
   PA_FN bool forward(const Chunk& c, const char* shard) {
+    const S mix = kMixes ? mix_of<T>(bucket, b.a) : S(1); // before the wait
     if (!enter<kReceive, kSend>(c, PA_AT_GATHER, false)) return false;
     const char* in = kReceive ? b.inbox() : shard;
     char* out = kSend ? b.outbox() : nullptr;
     const bool remote = b.remote, writes = !keeps();
-    const S mix = kMixes ? mix_of<T>(bucket, b.a) : S(1);
     each_own(
         [&](const auto& own, auto g, uint32_t i) {
           constexpr int K = g.kPacks;
@@ -353,7 +353,7 @@ template <class T, bool kF32> struct Ring {
       return reduce<false>(batch) &&
              (!runs(n) || each(batch, b.a.rank, [&](const Chunk& c, uint32_t at) {
                if constexpr (sizeof(T) == 2) {
-                 if (bucket.state != 0) return finish_into_mean(c, last, own_mean(at));
+                 if (b.a.flags & PA_FLAG_STEP) return finish_into_mean(c, last, own_mean(at));
                }
                return finish_into(c, last, own_shard(at));
              }));

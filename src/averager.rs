@@ -74,8 +74,9 @@ pub enum Algorithm {
 /// Averages a rank's parameters with those of its peers, in place.
 ///
 /// Every average is collective: it returns when all ranks have called it, and gives every rank the
-/// same bits. If it fails before any rank wrote, every tensor of every rank is as it was, and every
-/// rank gets the same error. Building gives all ranks rank 0's values ([`Start`]).
+/// same bits, unless an [outer optimizer](Builder::outer) lets ranks keep a share. If it fails
+/// before any rank wrote, every tensor of every rank is as it was, and every rank gets the same
+/// error. Building gives all ranks rank 0's values ([`Start`]).
 ///
 /// ```
 /// use param_averager::{Device, ParamAverager, Communicator};
@@ -224,7 +225,8 @@ impl ParamAverager {
         self.algorithm
     }
 
-    /// Memory of this rank beyond its parameters, in bytes: slots, shard, counters and tables.
+    /// Memory of this rank beyond its parameters, in bytes: slots, shard, counters, tables, and the
+    /// state of the outer optimizer.
     pub fn memory_overhead(&self) -> usize {
         self.own.bytes(&self.table) + size_of::<PaControl>()
     }
@@ -246,7 +248,8 @@ impl ParamAverager {
         self.communicator.abort_handle()
     }
 
-    /// Replaces every tensor by its mean over all ranks. Collective.
+    /// Replaces every tensor by its mean over all ranks, or by what the
+    /// [outer optimizer](Builder::outer) makes of the mean. Collective.
     ///
     /// # Errors
     /// Before the commit, the same error on every rank, and no tensor of any rank has changed. It

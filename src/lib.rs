@@ -37,7 +37,8 @@
 )]
 //! * [`Error`] names the rank and the tensor, and says what to do. If an average fails before any
 //!   rank wrote, no tensor of any rank has changed.
-//! * [`guide`] has short pages on frameworks, processes, streams, failures, joining and accuracy.
+//! * [`guide`] has short pages on frameworks, processes, streams, failures, joining, outer
+//!   optimizers and accuracy.
 //!
 //! Sums are made in f32 (f64 for f64) in a fixed order, so all ranks end with the same bits.
 //! Nothing is allocated and no system call is made while averaging on CPUs, waiting aside.
@@ -182,7 +183,7 @@ pub use error::{DeviceError, Error, ErrorKind, Phase, Result, StateError, Tensor
 #[cfg_attr(docsrs, doc(cfg(feature = "serde")))]
 pub use local_sgd::SavedState;
 pub use local_sgd::{Action, LocalSgd};
-pub use outer::Outer;
+pub use outer::{Outer, ParseOuterError};
 pub use parameters::Parameters;
 pub use schedule::Schedule;
 pub use tensor::{Dtype, Element, TensorMut};

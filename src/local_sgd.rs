@@ -261,12 +261,16 @@ impl LocalSgd {
     /// # Errors
     /// As [`step`](Self::step), of every average made meanwhile. Call it again after the error; if
     /// that was fatal, after [`recover`](Self::recover), whose average counts every rank. After
-    /// [`Error::AfterAverage`] all ranks are done.
+    /// [`Error::AfterAverage`] all ranks are done. [`Error::InvalidOption`], before this rank takes
+    /// part in anything, if the outer optimizer lets ranks
+    /// [keep a share](crate::Outer::keeping): a due average then mixes and the last one does not,
+    /// and a rank that is done can't tell which of them the others make.
     pub fn done<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
         // An earlier error is returned before this rank takes part. After the last average of all
         // it would make this rank call `done` again, which its peers have left.
         self.averager();
         self.unreported.take().map_or(Ok(()), Err)?;
+        self.averager.refusal_of_done().filter(|_| self.enabled).map_or(Ok(()), Err)?;
         let mut last = Action::Unneeded;
         let made = loop {
             match self.average(params, place::DONE, true) {

@@ -1,7 +1,11 @@
 //! Outer optimizers: the step that all ranks make from their mean. Pure data; the formulas are in
 //! `kernels/stage.h`.
 
+mod parse;
+
 use std::fmt;
+
+pub use parse::ParseOuterError;
 
 use crate::abi::{PaOuter, PA_OUTER_ADAM, PA_OUTER_MOMENTUM};
 
@@ -9,13 +13,17 @@ use crate::abi::{PaOuter, PA_OUTER_ADAM, PA_OUTER_MOMENTUM};
 ///
 /// It keeps the outer parameters θ, which all ranks had after the last average, and takes
 /// Δ = θ − w̄ for a gradient. Every rank makes the step for its own n-th part of the parameters, so
-/// its state takes 8 bytes for each element of f32, f16 and bf16, divided by n (Adam: 12; f64: twice
-/// as much); for models of f16 and bf16, θ is a master copy in f32. All ranks get the same bits. A
-/// failed average changes no state, or it changes that of all ranks that are left.
+/// its state takes 8 bytes for each element of f32, f16 and bf16, divided by n. Adam takes 12, f64
+/// twice as much, and the ring 4 more for f16 and bf16. For models of f16 and bf16, θ is a master
+/// copy in f32. All ranks get the same bits. A failed average changes no state, or it changes that
+/// of all ranks that are left.
 ///
 /// An average that tells the ranks what to begin with makes no step: the one of
 /// [`build`](crate::Builder::build), [`broadcast`](crate::ParamAverager::broadcast), and the first
-/// one after a recovery or a join. θ is then what it gives to the tensors.
+/// one after a recovery or a join. θ is then what it gives to the tensors. All other averages make
+/// a step, those by hand and those of a world of one rank as well.
+///
+/// The guide's page on [outer optimizers](crate::guide::outer) says which one to use when.
 ///
 /// ```
 /// use param_averager::{Communicator, Device, LocalSgd, Outer, ParamAverager, Schedule};
@@ -58,7 +66,7 @@ impl Outer {
         Outer::of(Rule::Mean)
     }
 
-    /// θ ← θ − lr · Δ. With `lr` 1 it is the mean.
+    /// θ ← θ − lr · Δ. With `lr` 1 it is the mean, but for roundings.
     pub const fn sgd(lr: f64) -> Outer {
         Outer::of(Rule::Momentum { lr, mu: 0.0, nesterov: false })
     }
@@ -118,8 +126,9 @@ impl Outer {
 
     /// Partial mixing: each rank keeps the share `alpha` of its own values,
     /// w ← α · w + (1 − α) · θ; α as torchft and MaxText count it. The ranks' values then differ
-    /// after an average. [`LocalSgd::sync`](crate::LocalSgd::sync) and `finish` mix nothing, so that
-    /// all ranks have θ. Default: 0.
+    /// after an average. [`LocalSgd::sync`](crate::LocalSgd::sync) and `finish` mix nothing, so
+    /// that all ranks have θ, and [`LocalSgd::done`](crate::LocalSgd::done) is refused. When a
+    /// process joins, all ranks get the mean. Default: 0.
     pub const fn keeping(mut self, alpha: f64) -> Outer {
         self.keeps = alpha;
         self

@@ -87,6 +87,35 @@ fn digits_are_learned_by_threads_and_processes() {
     assert_eq!(learned[0], learned[1]);
 }
 
+/// With an outer optimizer they learn other weights, also as processes; a text that names none is
+/// refused, with those that there are.
+#[test]
+#[cfg(all(target_os = "linux", feature = "processes"))]
+fn digits_are_learned_with_an_outer_optimizer() {
+    let learned = ["mean", "diloco", "ease(0.5)"].map(|outer| {
+        let arguments = ["--epochs", "3", "--every", "16", "--outer", outer];
+        let [threads, processes] = [&[][..], &["--processes"]].map(|how| {
+            let (ends_well, lines, errors) = run_on("1", "digits", &[&arguments, how].concat());
+            assert!(ends_well && lines.len() == 1, "{lines:#?}\n{errors}");
+            lines[0].rsplit_once(',').expect("a time").0.to_owned()
+        });
+        assert_eq!(threads, processes);
+        let percent = threads.split_once("accuracy ").and_then(|(_, rest)| rest.split_once(' '));
+        assert!(percent.unwrap().0.parse::<f64>().unwrap() > 70.0, "{threads}");
+        threads
+    });
+    for (line, outer) in learned.iter().zip(["mean()", "nesterov(0.7, 0.9)", "sgd(1).keeping(0.5)"])
+    {
+        assert!(line.contains(&format!("H 16, {outer}, seed 1")), "{line}");
+    }
+    let found = learned.each_ref().map(|line| line.split_once("accuracy ").unwrap().1);
+    assert!(found[0] != found[1] && found[0] != found[2], "{found:?}");
+    for wrong in [&["--outer", "dilco"][..], &["--outer"]] {
+        let (ends_well, _, errors) = run_on("1", "digits", wrong);
+        assert!(!ends_well && errors.contains("use mean, sgd(lr)"), "{errors}");
+    }
+}
+
 #[test]
 fn weighted_mean_counts_samples() {
     prints("weighted", &["rank 0: 104", "rank 1: 104"]);

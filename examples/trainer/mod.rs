@@ -4,7 +4,7 @@
 #[path = "../launch/mod.rs"]
 mod launch;
 
-use param_averager::{Communicator, Device};
+use param_averager::{Communicator, Device, Outer};
 
 /// Pixels of an image, 0 to 1.
 pub const PIXELS: usize = 64;
@@ -95,10 +95,12 @@ pub struct Options {
     pub processes: bool,
     /// True if each rank sees some digits only.
     pub sorted: bool,
+    pub outer: Outer,
 }
 
 impl Options {
-    const USAGE: &str = "[--ranks N] [--every H] [--seed S] [--epochs N] [--processes] [--sorted]";
+    const USAGE: &str = "[--ranks N] [--every H] [--seed S] [--epochs N] [--processes] [--sorted] \
+        [--outer diloco|slowmo|ease(0.5)|...]";
 
     /// Settings of the command line.
     pub fn from_arguments() -> Result<Options, Error> {
@@ -110,6 +112,7 @@ impl Options {
             batch: 16,
             processes: false,
             sorted: false,
+            outer: Outer::mean(),
         };
         let mut arguments = std::env::args().skip(1);
         while let Some(name) = arguments.next() {
@@ -125,6 +128,7 @@ impl Options {
                 "--batch" => options.batch = number()?.max(1) as usize,
                 "--processes" => options.processes = true,
                 "--sorted" => options.sorted = true,
+                "--outer" => options.outer = arguments.next().unwrap_or_default().parse()?,
                 _ => return Err(format!("{name} is no option: {}", Self::USAGE).into()),
             }
         }
@@ -154,9 +158,9 @@ pub fn run(
         let start = std::time::Instant::now();
         let Trained { accuracy, loss, averages } = train(communicator)?;
         if rank == 0 {
-            let Options { every, seed, .. } = options;
+            let Options { every, seed, outer, .. } = options;
             println!(
-                "{trainer}: {ranks} ranks, H {every}, seed {seed}: accuracy {:.2} %, \
+                "{trainer}: {ranks} ranks, H {every}, {outer}, seed {seed}: accuracy {:.2} %, \
                  train loss {loss:.4}, {averages} averages, {:.2} s",
                 accuracy * 100.0,
                 start.elapsed().as_secs_f64()

@@ -1,7 +1,14 @@
 // CPU: a Wide is one vector, or two where a half is widened to f32. Included by pack.h.
 #pragma once
+#include <utility>
 #if defined(__SSE2__)
 #include <immintrin.h>
+#endif
+// Of clang, and of g++ from 12 on.
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define PA_HAS_SHUFFLEVECTOR 1
+#endif
 #endif
 
 namespace PA_ISA {
@@ -187,17 +194,27 @@ template <class T, int K> PA_FN void store_wide_to_peer(char* p, const Wide<T, K
   for (int h = 0; h < W::kParts; ++h)
     store_vector_nt<SumOf<T>, W::kBytes>(p + h * W::kBytes, x.part[h]);
 }
+// Elements of a and then b: number of(i) at i, for each i of the sequence.
+template <class Vec, class Of, int... I>
+PA_FN Vec picked(const Vec& a, const Vec& b, Of of, std::integer_sequence<int, I...>) {
+#if PA_HAS_SHUFFLEVECTOR
+  return __builtin_shufflevector(a, b, of(I)...);
+#else // slower: through memory
+  constexpr int N = sizeof...(I);
+  Vec all;
+  ((all[I] = of(I) < N ? a[of(I)] : b[of(I) - N]), ...);
+  return all;
+#endif
+}
 // Memory in the order of elements. A Wide of bf16 has another one.
 template <class T, int K> PA_FN Wide<T, K> load_in_order(const char* p) {
+  const Wide<T, K> x = load_wide<T, K>(p);
   if constexpr (!PA_SAME(T, BF16)) {
-    return load_wide<T, K>(p);
+    return x;
   } else {
-    constexpr int B = Wide<T, K>::kBytes, N = B / sizeof(float);
-    float all[2 * N], even[N], odd[N];
-    memcpy(all, p, sizeof all);
-    for (int i = 0; i < N; ++i) even[i] = all[2 * i], odd[i] = all[2 * i + 1];
-    return {{load_vector<float, B>(reinterpret_cast<const char*>(even)),
-             load_vector<float, B>(reinterpret_cast<const char*>(odd))}};
+    constexpr std::make_integer_sequence<int, Wide<T, K>::kBytes / sizeof(float)> all;
+    return {{picked(x.part[0], x.part[1], [](int i) { return 2 * i; }, all),
+             picked(x.part[0], x.part[1], [](int i) { return 2 * i + 1; }, all)}};
   }
 }
 template <class T, int K> PA_FN void store_in_order(char* p, const Wide<T, K>& x) {
@@ -205,9 +222,11 @@ template <class T, int K> PA_FN void store_in_order(char* p, const Wide<T, K>& x
     store_wide<T, K>(p, x);
   } else {
     constexpr int N = Wide<T, K>::kBytes / sizeof(float);
-    float all[2 * N];
-    for (int i = 0; i < N; ++i) all[2 * i] = x.part[0][i], all[2 * i + 1] = x.part[1][i];
-    memcpy(p, all, sizeof all);
+    constexpr std::make_integer_sequence<int, N> all;
+    const auto low = [](int i) { return i / 2 + i % 2 * N; };
+    const auto high = [](int i) { return (N + i) / 2 + i % 2 * N; };
+    store_wide<T, K>(p, {{picked(x.part[0], x.part[1], low, all),
+                          picked(x.part[0], x.part[1], high, all)}});
   }
 }
 PA_FN double load_in_place(const double* p) { return *p; }

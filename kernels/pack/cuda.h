@@ -108,7 +108,7 @@ template <class T, int K> PA_FN Wide<T, K> load_in_order(const char* p) {
 template <class T, int K> PA_FN void store_in_order(char* p, const Wide<T, K>& x) {
   store_wide<T, K>(p, x);
 }
-// Not moved by the compiler: loads of four dtypes' constants ahead of the choice of one would spill.
+// Not moved by the compiler: loads of all four dtypes' constants, ahead of the choice, would spill.
 PA_FN double load_in_place(const double* p) {
   double v;
   asm volatile("ld.global.f64 %0, [%1];" : "=d"(v) : "l"(p) : "memory");

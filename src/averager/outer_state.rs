@@ -1,11 +1,16 @@
 //! State of the outer optimizer: this rank's shard of it, and its way to the ranks of a later view.
 
+#[cfg(test)]
+mod tests;
+
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::table::Table;
 use super::{flag, Builder, Call, ParamAverager};
-use crate::abi::{PaBucket, PaOuter, PaStatus, PA_COMMITTED, PA_FLAG_WHOLE, PA_PACK_BYTES};
+use crate::abi::{
+    PaBucket, PaOuter, PaStatus, PA_COMMITTED, PA_FLAG_STEP, PA_FLAG_WHOLE, PA_PACK_BYTES,
+};
 use crate::backend::Memory;
 use crate::bucket::{self, Division, Run};
 use crate::plan::{End, Launch, Plan};
@@ -56,7 +61,10 @@ pub(super) enum AnchorState {
     /// The next average gives the anchor.
     Missing,
     /// The average that was launched last gives the anchor, if it is committed.
-    Launched,
+    Launched {
+        /// True if there was an anchor before, which stays if that average has failed.
+        was_set: bool,
+    },
     Set,
 }
 
@@ -269,6 +277,17 @@ impl ParamAverager {
         self.own.outer.is_some()
     }
 
+    /// Error of `LocalSgd::done` where ranks keep a share of their values. The ranks that are not
+    /// done make due averages, which mix, or the last one, which does not.
+    pub(crate) fn refusal_of_done(&self) -> Option<Error> {
+        self.options.outer.mixes().then(|| Error::InvalidOption {
+            rank: self.rank(),
+            option: "outer",
+            found: format!("{}, with LocalSgd::done", self.options.outer),
+            expected: "no share to keep; or LocalSgd::finish, after as many steps on every rank",
+        })
+    }
+
     /// End of this call's average.
     pub(super) fn end_of(&self, call: Call) -> End {
         match (&self.own.outer, self.anchor) {
@@ -286,6 +305,7 @@ impl ParamAverager {
     /// Flags of an average with this end.
     pub(super) fn flags_of(end: End) -> u32 {
         flag(PA_FLAG_WHOLE, end != End::Mix)
+            | flag(PA_FLAG_STEP, matches!(end, End::Step | End::Mix))
     }
 
     /// State of the outer optimizer for an averager in a later view.
@@ -299,9 +319,9 @@ impl ParamAverager {
     /// Brings the outer optimizer's state up to date before a launch. Collective where the state of
     /// an earlier view is taken over.
     pub(super) fn prepare_outer(&mut self) -> Result<()> {
-        if self.anchor == AnchorState::Launched {
+        if let AnchorState::Launched { was_set } = self.anchor {
             let is_committed = |status: PaStatus| status.outcome == PA_COMMITTED;
-            let is_set = self.ended().all(is_committed);
+            let is_set = was_set || self.ended().all(is_committed);
             self.anchor = if is_set { AnchorState::Set } else { AnchorState::Missing };
         }
         if self.anchor == AnchorState::ToInherit {
@@ -315,8 +335,9 @@ impl ParamAverager {
     /// Takes over the outer optimizer's slots from an earlier view, whose ranks had other shards.
     /// Every rank shows what it has, piece by piece, and takes what belongs to its shard now.
     fn take_over(&mut self) -> Result<()> {
-        /// Bytes of a message.
-        const PIECE: usize = 128 << 10;
+        /// Bytes in a message. As text, a word has up to 21 bytes, and a message between processes
+        /// takes 64 KiB.
+        const PIECE: usize = 16 << 10;
         let Some(own) = self.own.outer.clone() else { return Ok(()) };
         let slots = 1..3;
         let rank = self.rank();

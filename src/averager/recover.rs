@@ -81,8 +81,9 @@ impl ParamAverager {
     /// Admits a process that [waits to join](Report::join_pending), as the last rank, and gives it
     /// a copy of rank 0's tensors, by an average in which rank 0 alone has a weight. Collective,
     /// after an average whose report says so. The tensors of all other ranks stay as they are, bit
-    /// for bit. If the process is gone by now, or its tensors or options differ, the others go on
-    /// without it, and make a plain average instead, since some of them may have to recover.
+    /// for bit; but where ranks [keep a share](crate::Outer::keeping) of their values, all of them
+    /// get the mean. If the process is gone by now, or its tensors or options differ, the others go
+    /// on without it, and make a plain average instead, since some of them may have to recover.
     ///
     /// Every other averager of this world calls it next, in the order in which they were built. An
     /// averager that averages first gets an error, and [`recover`](Self::recover) then does the
@@ -241,7 +242,9 @@ impl ParamAverager {
             };
         }
         // The same on every rank, although the last average may have failed on some of them only.
-        let is_mean = handshakes.iter().any(|handshake| handshake.admission == Admission::Mean);
+        // Members that keep a share of their own values have no one model to copy, and to anchor.
+        let is_mean = handshakes.iter().any(|handshake| handshake.admission == Admission::Mean)
+            || self.options.outer.mixes();
         let is_member = self.options.admission != Admission::None;
         let counts = is_member && (is_mean || self.rank() == 0);
         let call = Call {

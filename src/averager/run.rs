@@ -127,7 +127,7 @@ impl ParamAverager {
         let first = launches.iter().position(|launch| problem.is_none() || launch.meets());
         let launches = &launches[first.unwrap_or(0)..];
         if end == End::Anchor {
-            self.anchor = AnchorState::Launched;
+            self.anchor = AnchorState::Launched { was_set: self.anchor == AnchorState::Set };
         }
         let (agreement, position) = (&self.agreement, self.position());
         let placement = self.communicator.placement();

@@ -16,6 +16,8 @@
     all(target_os = "linux", feature = "processes"),
     doc = "| [`joining`] | How does a process enter a world that is training? |"
 )]
+//! | [`practice`] | Which H, which learning rate, and what of optimizer state, buffers and data? |
+//! | [`outer`] | Which outer optimizer, and what becomes of its state? |
 //! | [`accuracy`] | How exact is the mean, and when do two runs have the same bits? |
 //!
 //! # The data path of an average
@@ -61,14 +63,16 @@
 //!
 //! # Memory and system calls
 //! Extra memory per rank on CPUs: at most S/n + 4 MiB by the ring, for S bytes of parameters and n
-//! ranks, and 1 MiB directly. After construction nothing is allocated and no system call is made,
-//! waiting aside. On a CUDA device the slots take up to 16 MiB, and the driver may allocate.
+//! ranks, and 1 MiB directly; and the state of an [outer optimizer](outer). After construction
+//! nothing is allocated and no system call is made, waiting aside. On a CUDA device the slots take
+//! up to 16 MiB, and the driver may allocate.
 
 pub mod accuracy;
 pub mod failures;
 pub mod frameworks;
 #[cfg(all(target_os = "linux", feature = "processes"))]
 pub mod joining;
+pub mod outer;
 pub mod practice;
 #[cfg(all(target_os = "linux", feature = "processes"))]
 pub mod processes;

@@ -57,7 +57,8 @@
 //! each rank goes on with moments of its own after an average. To average them as well, pass them
 //! as further tensors, or to an averager of their own
 //! ([`start_from(Start::Own)`](crate::Start::Own)) with a period of their own. With SGD with
-//! momentum and a large H, resetting the momentum after an average is an alternative.
+//! momentum and a large H, resetting the momentum after an average is an alternative. The page on
+//! [outer optimizers](super::outer) has the policies by name, and which system has which.
 //!
 //! # Buffers
 //! Running statistics of batch normalisation are no parameters, and differ between ranks. Pass them

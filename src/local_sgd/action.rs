@@ -11,7 +11,8 @@ pub enum Action {
         /// Steps until the next average, at least 1.
         until_next: u64,
     },
-    /// The parameters are now the mean of all ranks' parameters.
+    /// The parameters are now the mean of all ranks' parameters, or what the
+    /// [outer optimizer](crate::Builder::outer) has made of it.
     Averaged(Report),
     /// An average was enqueued on the parameters' CUDA stream: work enqueued there from now on sees
     /// the mean. Its outcome comes with the next average, or from [`wait`](super::LocalSgd::wait).
@@ -27,8 +28,8 @@ pub enum Action {
     PartlyAveraged,
     /// No rank had taken a step since the last average, so no parameter was moved.
     Unneeded,
-    /// This is the only rank, or Local SGD is not enabled: the step was counted, and the parameters
-    /// are unchanged.
+    /// This is the only rank, without an outer optimizer, or Local SGD is not enabled: the step was
+    /// counted, and the parameters are unchanged.
     Alone,
 }
 

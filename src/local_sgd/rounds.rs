@@ -161,7 +161,12 @@ impl LocalSgd {
                     progress.survived(&error);
                     last = Some((error, self.averager.world_size()));
                 }
-                Ok(Action::Alone) if progress.has_written() => return Ok(Action::PartlyAveraged),
+                // Alone, also where an outer optimizer has taken these values for its anchor.
+                Ok(Action::Alone | Action::Averaged(_))
+                    if self.averager.world_size() == 1 && progress.has_written() =>
+                {
+                    return Ok(Action::PartlyAveraged)
+                }
                 made => return made.map_err(|error| progress.halt(error)),
             }
         }

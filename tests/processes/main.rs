@@ -28,6 +28,8 @@ mod notices;
 #[cfg(target_os = "linux")]
 mod outer;
 #[cfg(target_os = "linux")]
+mod outer_joins;
+#[cfg(target_os = "linux")]
 mod resume;
 #[cfg(target_os = "linux")]
 mod schedules;
@@ -51,6 +53,8 @@ fn main() -> std::process::ExitCode {
         process::exit_as(move || match role.as_str() {
             "limited" => limited::limited(),
             "outer" => outer::outer(),
+            "keeps_a_share" => outer_joins::keeps_a_share(),
+            "has_large_state" => outer_joins::has_large_state(),
             "limited_threads" => limited::limited_threads(),
             "copies" => admissions::copies(),
             "admits" => admissions::admits(),
@@ -96,6 +100,8 @@ fn main() -> std::process::ExitCode {
             deaths::kills_at_any_time,
             outer::kills_advance_the_velocity_of_all_ranks_or_of_none,
             outer::a_joiner_takes_over_its_shard_of_the_velocity,
+            outer_joins::a_joiner_takes_over_a_large_state,
+            outer_joins::ranks_that_keep_a_share_and_a_joiner_begin_from_one_model,
             deaths::stops_and_kills_at_any_time: stress,
             deaths::training_goes_on_without_a_rank_that_panics,
             deaths::killed_world_leaves_no_socket_and_no_file,

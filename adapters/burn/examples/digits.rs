@@ -58,7 +58,8 @@ fn train(communicator: Communicator, options: Options, model: Mlp) -> Result<Tra
     let device = Device::flex().autodiff();
 
     let mut params = BurnParams::new(model);
-    let averager = ParamAverager::builder(communicator).build(&mut params)?;
+    let builder = ParamAverager::builder(communicator).outer(options.outer);
+    let averager = builder.build(&mut params)?;
     let mut sgd = LocalSgd::new(averager, Schedule::every(options.every));
     let mut optim = AdamWConfig::new().with_weight_decay(0.01).init();
     let cross_entropy = CrossEntropyLossConfig::new().init(&device);

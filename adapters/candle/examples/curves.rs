@@ -1,15 +1,17 @@
 //! Costs and savings of H: trains both tasks with many settings and 5 seeds, writes every test to
 //! `DIR/digits.csv` and `DIR/chars.csv`, and draws `DIR/digits.svg` and `DIR/chars.svg`.
 //!
-//!     cargo run --release -p param-averager-candle --example curves -- DIR
+//!     cargo run --release -p param-averager-candle --example curves -- all DIR
+//!
+//! `outer DIR` does the same with outer optimizers.
 
 mod train;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand};
 use train::record::{kinds, summary, Row};
-use train::{chars::Chars, digits::Digits, plot, world, Failure, Options, Task};
+use train::{chars::Chars, digits::Digits, outer, plot, world, Failure, Options, Task};
 
 #[derive(Parser)]
 struct Cli {
@@ -37,6 +39,22 @@ enum What {
         /// Folder of the record
         folder: PathBuf,
     },
+    /// Train with outer optimizers and without, and write the rows and the pictures
+    Outer {
+        /// Folder of the record
+        folder: PathBuf,
+        #[arg(long, default_value_t = 5)]
+        seeds: u64,
+        /// Passes over the digits
+        #[arg(long, default_value_t = 60.0)]
+        digits_epochs: f64,
+        /// Passes over the text; 0: only the digits
+        #[arg(long, default_value_t = 3.6)]
+        chars_epochs: f64,
+        /// Draw the pictures of a record again
+        #[arg(long)]
+        draw: bool,
+    },
     /// One run on the digits
     Digits(Options),
     /// One run on the text
@@ -47,22 +65,30 @@ fn main() -> Result<(), Failure> {
     match Cli::parse().what {
         What::All { folder, seeds, digits_epochs, chars_epochs } => {
             std::fs::create_dir_all(&folder)?;
-            record::<Digits>(&folder, seeds, digits_epochs)?;
+            record::<Digits>(&folder, seeds, kinds(Digits::NAME, digits_epochs))?;
             draw::<Digits>(&folder)?;
-            record::<Chars>(&folder, seeds, chars_epochs)?;
+            record::<Chars>(&folder, seeds, kinds(Chars::NAME, chars_epochs))?;
             draw::<Chars>(&folder)
         }
         What::Draw { folder } => draw::<Digits>(&folder).and(draw::<Chars>(&folder)),
+        What::Outer { folder, seeds, digits_epochs, chars_epochs, draw } => {
+            std::fs::create_dir_all(&folder)?;
+            outer_record::<Digits>(&folder, seeds, digits_epochs, draw)?;
+            match chars_epochs {
+                0.0 => Ok(()),
+                epochs => outer_record::<Chars>(&folder, seeds, epochs, draw),
+            }
+        }
         What::Digits(options) => world::main::<Digits>(&options),
         What::Chars(options) => world::main::<Chars>(&options),
     }
 }
 
-fn record<T: Task>(folder: &std::path::Path, seeds: u64, epochs: f64) -> Result<(), Failure> {
+fn record<T: Task>(folder: &Path, seeds: u64, kinds: Vec<Options>) -> Result<(), Failure> {
     let mut rows = csv::Writer::from_path(folder.join(format!("{}.csv", T::NAME)))?;
     for seed in 1..=seeds {
-        for kind in kinds(T::NAME, epochs) {
-            let run = Options { seed, ..kind };
+        for kind in &kinds {
+            let run = Options { seed, ..kind.clone() };
             let start = std::time::Instant::now();
             for point in world::run::<T>(&run, &arguments(T::NAME, &run))? {
                 rows.serialize(Row::new(T::NAME, &run, &point))?;
@@ -78,16 +104,41 @@ fn arguments(task: &str, run: &Options) -> Vec<String> {
     let Options { every, epochs, seed, .. } = run;
     let line =
         format!("{task} --every {every} --epochs {epochs} --seed {seed} --ranks {}", run.ranks);
-    line.split(' ').map(str::to_owned).collect()
+    let outer = ["--outer".to_owned(), run.outer.to_string()];
+    line.split(' ').map(str::to_owned).chain(outer).collect()
 }
 
-fn draw<T: Task>(folder: &std::path::Path) -> Result<(), Failure> {
+fn outer_record<T: Task>(
+    folder: &Path,
+    seeds: u64,
+    epochs: f64,
+    only_draw: bool,
+) -> Result<(), Failure> {
+    if !only_draw {
+        record::<T>(folder, seeds, outer::kinds(T::NAME, epochs))?;
+    }
+    let rows = rows::<T>(folder)?;
+    write::<T>(folder, outer::svg(T::NAME, &rows), outer::summary(T::NAME, &rows))
+}
+
+fn draw<T: Task>(folder: &Path) -> Result<(), Failure> {
+    let rows = rows::<T>(folder)?;
+    write::<T>(folder, plot::svg(T::NAME, &rows), summary(&rows))
+}
+
+fn rows<T: Task>(folder: &Path) -> Result<Vec<Row>, Failure> {
+    let file = folder.join(format!("{}.csv", T::NAME));
+    Ok(csv::Reader::from_path(file)?.deserialize().collect::<Result<_, _>>()?)
+}
+
+fn write<T: Task>(
+    folder: &Path,
+    picture: Result<String, Box<dyn std::error::Error>>,
+    table: String,
+) -> Result<(), Failure> {
     let file = |ending: &str| folder.join(format!("{}.{ending}", T::NAME));
-    let rows: Vec<Row> =
-        csv::Reader::from_path(file("csv"))?.deserialize().collect::<Result<_, _>>()?;
-    let picture = plot::svg(T::NAME, &rows).map_err(|error| error.to_string())?;
-    std::fs::write(file("svg"), picture)?;
-    std::fs::write(file("md"), summary(&rows))?;
-    println!("{}", summary(&rows));
+    std::fs::write(file("svg"), picture.map_err(|error| error.to_string())?)?;
+    std::fs::write(file("md"), &table)?;
+    println!("{table}");
     Ok(())
 }

@@ -69,5 +69,19 @@ fn curves_writes_rows_and_pictures() {
         let table = std::fs::read_to_string(folder.join(format!("{task}.md"))).unwrap();
         assert_eq!(table.lines().filter(|line| line.starts_with("| ")).count(), kinds + 1);
     }
+    run("curves", &format!("outer {path} --seeds 1 --digits-epochs 6 --chars-epochs 0"));
+    let rows = std::fs::read_to_string(folder.join("digits.csv")).unwrap();
+    for (outer, runs) in
+        [("mean()", 13), ("\"nesterov(0.7, 0.9)\"", 2), ("\"momentum(1, 0.5)\"", 2)]
+    {
+        let starts = rows.lines().filter(|line| {
+            line.split(',').nth(8) == Some("0") && line.contains(&format!(",{outer},"))
+        });
+        assert_eq!(starts.count(), runs, "{outer}: {rows}");
+    }
+    let picture = std::fs::read_to_string(folder.join("digits.svg")).unwrap();
+    assert!(["DiLoCo, H = 64", "QSR from 8", "1 rank"].iter().all(|text| picture.contains(text)));
+    let table = std::fs::read_to_string(folder.join("digits.md")).unwrap();
+    assert_eq!(table.lines().filter(|line| line.starts_with("| ")).count(), 24, "{table}");
     std::fs::remove_dir_all(folder).unwrap();
 }

@@ -11,7 +11,7 @@ use param_averager::{
     RawCudaParams, Start, TensorMut,
 };
 
-use crate::cli::Options;
+use crate::cli::{Options, Step};
 use crate::crew::Work;
 use crate::failure::Failure;
 use crate::memory::{cores, Arena, Placed};
@@ -173,6 +173,26 @@ pub fn average(
         clock.stop()?; // before the wait, so that the host's wake-up does not count
         wait(pending)?;
         clock.took()
+    }))
+}
+
+/// One average of all tensors on CPUs, with a step of an outer optimizer.
+pub fn stepped(
+    builder: Builder,
+    step: Step,
+    mut replica: Replica,
+    weight: Option<f64>,
+) -> Result<Work, Failure> {
+    let builder = builder.start_from(Start::Rank(0)).outer(step.outer());
+    let mut averager = builder.build(&mut replica)?;
+    let mut is_first = true;
+    Ok(Box::new(move || {
+        // The bytes that it was built with may be no numbers, and then steps from there are none.
+        if std::mem::take(&mut is_first) {
+            averager.broadcast(0, &mut replica)?;
+        }
+        start(&mut averager, &mut replica, weight, None)?;
+        Ok(None)
     }))
 }
 

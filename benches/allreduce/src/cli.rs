@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args as Group, Parser, ValueEnum};
-use param_averager::{Algorithm, Dtype, Link};
+use param_averager::{Algorithm, Dtype, Link, Outer};
 
 use crate::number;
 
@@ -19,6 +19,8 @@ Examples:
       one size in every dtype, against the baselines
   allreduce-bench --layout resnet50 -g 2,4 --algorithm direct,ring --baseline --plot resnet50.svg
       a model, and its bars in a picture
+  allreduce-bench --layout gpt2 -g 2,4 --algorithm direct,ring --outer
+      what a step of an outer optimizer adds to an average
   allreduce-bench --layout llama3-8b --scale 0.05
       a model that does not fit in memory, at a 20th of its size
   allreduce-bench --layout model.safetensors --csv out.csv
@@ -161,6 +163,14 @@ pub struct What {
     #[arg(long, value_name = "ROWS", value_delimiter = ',', num_args = 0..=1)]
     #[arg(require_equals = true, default_missing_value = "all", hide_possible_values = true)]
     pub baseline: Vec<Baseline>,
+    /// Adds rows with an outer optimizer after each average, of ranks that are threads on CPUs:
+    /// nesterov or adam; several with commas. Without a value: both. Their numbers make each step
+    /// end at the mean, so that the result can be checked; what a step costs does not depend on
+    /// them
+    #[arg(long, value_name = "NAMES", value_delimiter = ',', num_args = 0..=1)]
+    #[arg(require_equals = true, default_missing_values = ["nesterov", "adam"])]
+    #[arg(hide_possible_values = true)]
+    pub outer: Vec<Step>,
 }
 
 #[derive(Clone, Debug, Group)]
@@ -247,6 +257,33 @@ pub enum Baseline {
     PerTensor,
     Flatten,
     Nccl,
+}
+
+/// The step of an outer optimizer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Step {
+    Nesterov,
+    Adam,
+}
+
+impl Step {
+    /// The optimizer, with numbers by which its result is the mean: θ − (θ − w̄), with the
+    /// roundings of two subtractions. Adam's τ absorbs √s, and is absorbed by the rate.
+    pub fn outer(self) -> Outer {
+        const TAU: f64 = (1u64 << 60) as f64;
+        match self {
+            Step::Nesterov => Outer::nesterov(1.0, 0.0),
+            Step::Adam => Outer::adam(TAU, 0.0, 0.0, TAU),
+        }
+    }
+
+    /// Values of its state for each element: θ, and what the optimizer remembers.
+    pub fn state(self) -> u64 {
+        match self {
+            Step::Nesterov => 2,
+            Step::Adam => 3,
+        }
+    }
 }
 
 fn algorithm(name: String) -> Algorithm {
@@ -343,9 +380,12 @@ mod tests {
             (&algorithm[..], &baseline[..]),
             (&[Algorithm::Ring, Algorithm::Direct][..], &[Baseline::All][..])
         );
+        assert_eq!(parse("bench --outer").unwrap().what.outer, [Step::Nesterov, Step::Adam]);
+        assert_eq!(parse("bench --outer=adam").unwrap().what.outer, [Step::Adam]);
         assert_eq!(parse("bench --baseline=limit,flatten").unwrap().what.baseline.len(), 2);
         let wrong = "-g 0;-g 17;-d int8;-o sum;-c 2;-n 0;-f 1;-i 1K -f 2;--layout gpt2 -b 1K;\
-            --scale 0;--scale 2;--scale 0.5 -b 1K;--timeout 0;--backend tpu;--link tcp;--nonsense";
+            --scale 0;--scale 2;--scale 0.5 -b 1K;--timeout 0;--backend tpu;--link tcp;--outer=sgd;\
+            --nonsense";
         for line in wrong.split(';') {
             assert!(parse(&format!("bench {line}")).is_err(), "{line}");
         }

@@ -96,6 +96,12 @@ impl Layout {
         self.tensors.iter().map(|tensor| tensor.elements() * tensor.dtype.size() as u64).sum()
     }
 
+    /// Bytes of as many elements in the type of sums: f32, or f64 for f64.
+    pub fn bytes_of_sums(&self) -> u64 {
+        let size = |tensor: &Tensor| tensor.dtype.size().max(4) as u64;
+        self.tensors.iter().map(|tensor| tensor.elements() * size(tensor)).sum()
+    }
+
     /// The dtype that all tensors have, or none.
     pub fn dtype(&self) -> Option<Dtype> {
         let first = self.tensors.first()?.dtype;

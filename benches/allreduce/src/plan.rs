@@ -58,6 +58,9 @@ fn refuse(args: &Args) -> Result<(), Failure> {
         "--baseline=nccl is a row of --backend cuda: leave it out"
     } else if cuda && baseline(Baseline::TwoPass) {
         "--baseline=two-pass is a row of --backend cpu: leave it out"
+    } else if (processes || cuda) && !what.outer.is_empty() {
+        "--outer has rows for ranks that are threads on CPUs: leave it out with --processes and \
+         --backend cuda"
     } else {
         return Ok(());
     };
@@ -204,7 +207,16 @@ fn with_baselines(
     }
     let asked = |name| baselines.contains(&name) || baselines.contains(&Baseline::All);
     let (flatten, limit) = (asked(Baseline::Flatten), asked(Baseline::Limit));
-    let mut all = averages.to_vec();
+    let mut all = vec![];
+    for average in averages {
+        all.push(*average);
+        let steps = args.what.outer.iter().filter_map(|&step| rows::with_step(average, step));
+        for row in steps {
+            if !all.iter().any(|known| std::ptr::eq(*known, row)) {
+                all.push(row); // a ring with and one without a commit have the same one
+            }
+        }
+    }
     let mut add = |wanted: bool, row| all.extend(wanted.then_some(row));
     add(asked(Baseline::PerTensor) && tensors > 1, &rows::PER_TENSOR);
     add(flatten, &rows::FLATTEN);

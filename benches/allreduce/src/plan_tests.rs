@@ -61,7 +61,13 @@ fn baselines_are_added_once_asked_for() {
     assert_eq!(labels("--layout resnet50 --baseline --backend cuda").len(), 10);
     assert_eq!(labels("-b 1K --baseline --backend cuda").len(), 7, "one tensor is flat");
     assert_eq!(labels("-b 1K --processes"), ["ring, processes", "ring, threads"]);
+    let both = ["direct", "direct, nesterov", "direct, adam", "one-pass limit"];
+    assert_eq!(labels("-b 1K --outer --baseline=limit"), both);
+    let tour = ["direct", "direct, adam", "ring", "ring, adam", "ring, no commit"];
+    assert_eq!(labels("--outer=adam --baseline=none"), tour, "the last one has the same step");
     for (line, says) in [
+        ("-b 1K --outer --backend cuda", "threads on CPUs"),
+        ("-b 1K --outer --processes", "threads on CPUs"),
         ("-b 1K --baseline=nccl", "a row of --backend cuda"),
         ("-b 1K --baseline=two-pass --backend cuda", "a row of --backend cpu"),
     ] {

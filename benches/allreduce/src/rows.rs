@@ -2,6 +2,8 @@
 
 use param_averager::Algorithm;
 
+use crate::cli::Step;
+use crate::layout::Layout;
 use crate::verify::Wire;
 
 /// A row's names, and what it does.
@@ -22,8 +24,8 @@ pub struct Row {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// The library, on the tensors where they are. `commit`: all or nothing, which makes a
-    /// difference for the ring only.
-    Average { algorithm: Algorithm, commit: bool },
+    /// difference for the ring only. `step`: that of an outer optimizer.
+    Average { algorithm: Algorithm, commit: bool, step: Option<Step> },
     /// A ring for each tensor, one tensor after the other, as a loop over `all_reduce` does.
     PerTensor,
     /// All tensors moved into a flat buffer, one ring, all moved back. `copies`: by a copy of the
@@ -55,9 +57,18 @@ const fn baseline(
 const fn average(label: &'static str, algorithm: Algorithm, commit: bool) -> Row {
     let ring = matches!(algorithm, Algorithm::Ring);
     let name = if ring && !commit { "average_no_commit" } else { "average" };
-    let kind = Kind::Average { algorithm, commit };
+    let kind = Kind::Average { algorithm, commit, step: None };
     let algorithm = if ring { "ring" } else { "direct" };
     Row { name, label, algorithm, redop: "avg", kind, baseline: false }
+}
+
+const fn stepped(label: &'static str, algorithm: Algorithm, step: Step) -> Row {
+    let name = match step {
+        Step::Nesterov => "average_nesterov",
+        Step::Adam => "average_adam",
+    };
+    let kind = Kind::Average { algorithm, commit: true, step: Some(step) };
+    Row { name, kind, ..average(label, algorithm, true) }
 }
 
 /// `Auto` stands for `direct` where ranks share an address space.
@@ -72,8 +83,25 @@ static AVERAGES: [Row; 6] = [
 
 /// The library's row of these.
 pub fn of(algorithm: Algorithm, commit: bool) -> &'static Row {
-    let kind = Kind::Average { algorithm, commit };
+    let kind = Kind::Average { algorithm, commit, step: None };
     AVERAGES.iter().find(|row| row.kind == kind).expect("a row for every algorithm")
+}
+
+/// With an outer optimizer an average is all or nothing.
+static STEPS: [Row; 6] = [
+    stepped("direct, nesterov", Algorithm::Auto, Step::Nesterov),
+    stepped("direct, adam", Algorithm::Auto, Step::Adam),
+    stepped("direct, nesterov", Algorithm::Direct, Step::Nesterov),
+    stepped("direct, adam", Algorithm::Direct, Step::Adam),
+    stepped("ring, nesterov", Algorithm::Ring, Step::Nesterov),
+    stepped("ring, adam", Algorithm::Ring, Step::Adam),
+];
+
+/// The same average with a step of an outer optimizer.
+pub fn with_step(row: &Row, step: Step) -> Option<&'static Row> {
+    let Kind::Average { algorithm, .. } = row.kind else { return None };
+    let kind = Kind::Average { algorithm, commit: true, step: Some(step) };
+    STEPS.iter().find(|row| row.kind == kind)
 }
 
 /// The ring between processes, and the same between threads of one process.
@@ -152,6 +180,11 @@ impl Row {
         matches!(self.kind, Kind::Average { .. })
     }
 
+    /// True if its result is rounded on the way through the step of an outer optimizer.
+    pub fn is_stepped(&self) -> bool {
+        matches!(self.kind, Kind::Average { step: Some(_), .. })
+    }
+
     /// How its partial sums travel. `narrow`: the averager's option.
     pub fn wire(&self, narrow: bool) -> Wire {
         match self.algorithm {
@@ -179,11 +212,16 @@ impl Row {
         }
     }
 
-    /// Bytes that all ranks on CPUs need besides their tensors: the second copies, and the mean
-    /// that waits for a commit.
-    pub fn memory_overhead(&self, bytes: u64, ranks: usize) -> u64 {
+    /// Bytes that all ranks on CPUs need besides their tensors: the second copies, the mean that
+    /// waits for a commit, and an outer optimizer's state.
+    pub fn memory_overhead(&self, layout: &Layout, ranks: usize) -> u64 {
+        let (bytes, sums) = (layout.bytes(), layout.bytes_of_sums());
         match self.kind {
-            Kind::Average { algorithm: Algorithm::Ring, commit: true } => bytes,
+            Kind::Average { algorithm, commit, step } => {
+                let waits = algorithm == Algorithm::Ring && commit;
+                let state = step.map_or(0, |step| step.state() + u64::from(waits));
+                u64::from(waits) * bytes + sums.saturating_mul(state)
+            }
             _ => self.spare_arenas(ranks) as u64 * bytes,
         }
     }

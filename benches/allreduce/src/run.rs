@@ -163,6 +163,7 @@ impl Bench {
             weights: (0..group.ranks).map(weight).collect(),
             more_roundings: of.more_roundings(self.options.weighted),
             wire: of.wire(self.options.narrow_wire),
+            stepped: of.is_stepped(),
         };
         // SAFETY: no rank averages between two runs.
         unsafe { check.fill() };

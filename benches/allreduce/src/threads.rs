@@ -44,15 +44,13 @@ impl Threads {
             let replica = Replica::on_host(&self.arenas[rank], &self.tensors);
             let options = self.options.clone();
             match row.kind {
-                Kind::Average { algorithm, commit } => Box::new(move || {
+                Kind::Average { algorithm, commit, step } => Box::new(move || {
                     let builder = options.builder(communicator, algorithm, commit);
-                    averager::average(
-                        Host,
-                        builder,
-                        replica,
-                        options.weight(rank),
-                        &OnceLock::new(),
-                    )
+                    let weight = options.weight(rank);
+                    match step {
+                        Some(step) => averager::stepped(builder, step, replica, weight),
+                        None => averager::average(Host, builder, replica, weight, &OnceLock::new()),
+                    }
                 }),
                 Kind::PerTensor => {
                     Box::new(move || averager::per_tensor(Host, &options, communicator, replica))
@@ -93,8 +91,8 @@ impl Ranks for Threads {
     }
 
     fn memory(&self, group: &Group, layout: &Layout) -> u64 {
-        let (bytes, ranks) = (layout.bytes(), group.ranks);
-        let extra: u64 = group.rows.iter().map(|row| row.memory_overhead(bytes, ranks)).sum();
+        let ranks = group.ranks;
+        let extra: u64 = group.rows.iter().map(|row| row.memory_overhead(layout, ranks)).sum();
         place(layout).1 as u64 * ranks as u64 + extra
     }
 

@@ -10,6 +10,8 @@
 //!   weights).
 //! * bf16, f16: half an ulp of the mean, and as many ulp in f32 of the largest input; besides, if
 //!   partial sums travelled in the dtype, n − 2 half ulps of the partial means.
+//! * after the step of an outer optimizer, θ − (θ − mean): besides, one ulp of 4 in the type of
+//!   sums.
 //! * bf16, f16 of a collective that scales each input in the dtype, too: n + 1 ulp of the largest
 //!   input.
 
@@ -39,6 +41,8 @@ pub struct Check {
     pub more_roundings: u8,
     /// Loss of 16-bit dtypes on the wire.
     pub wire: Wire,
+    /// The mean went through a step of an outer optimizer, whose result it is.
+    pub stepped: bool,
 }
 
 /// How partial sums of 16-bit dtypes travel.
@@ -160,6 +164,7 @@ impl Check {
                 let keys = (0..self.weights.len()).map(|rank| self.key(rank, piece));
                 let keys: Vec<u32> = keys.collect();
                 let tolerance = Tolerance::new::<T>(&self.weights, self.more_roundings, self.wire);
+                let tolerance = tolerance.stepped::<T>(self.stepped);
                 let found = compare(&results, &keys, &self.weights, tolerance);
                 // The bits of numbers that are not negative are ordered as the numbers are.
                 ulps.fetch_max(found.ulps.to_bits(), Ordering::Relaxed);
@@ -257,6 +262,8 @@ struct Tolerance {
     hops: f64,
     /// Ulps of the largest input in the dtype itself, instead of all that.
     scaled: Option<f64>,
+    /// Error of two subtractions of values within ±4, or 0.
+    step: f64,
 }
 
 impl Tolerance {
@@ -266,7 +273,13 @@ impl Tolerance {
         // Each input loses half an ulp to the rounded 1/n and half to its product, each hop half an
         // ulp of the sum.
         let scaled = (half && wire == Wire::NarrowAndScaled).then_some(n + 1.0);
-        Tolerance { ulps: n + f64::from(more_roundings), hops, scaled }
+        Tolerance { ulps: n + f64::from(more_roundings), hops, scaled, step: 0.0 }
+    }
+
+    fn stepped<T: Number>(self, stepped: bool) -> Self {
+        // Half an ulp of θ − mean, within ±8, and half an ulp of the result.
+        let mantissa = if size_of::<T>() > 2 { T::MANTISSA } else { f32::MANTISSA };
+        Tolerance { step: if stepped { power(2 - mantissa) } else { 0.0 }, ..self }
     }
 
     /// Bound of the error of a result that should be `mean`; `most`: the largest input's |x|.
@@ -277,11 +290,11 @@ impl Tolerance {
             return ulps * ulp_of(most);
         }
         if size_of::<T>() > 2 {
-            return self.ulps * ulp_of(most);
+            return self.ulps * ulp_of(most) + self.step;
         }
         // A partial mean is made of a partial sum in f32, and back, with five roundings.
         let summed = (self.ulps + 5.0 * self.hops) * ulp(most, f32::MANTISSA, power(f32::SMALLEST));
-        let before = summed + self.hops * 0.5 * ulp_of(most);
+        let before = summed + self.step + self.hops * 0.5 * ulp_of(most);
         before + 0.5 * ulp_of(mean.abs() + before)
     }
 }

@@ -14,7 +14,8 @@ fn check(dtype: Dtype, ranks: usize) -> Check {
     let (tensors, bytes) = place(&Layout::new("test", vec![tensor("a", 5), tensor("b", ELEMENTS)]));
     let arenas = (0..ranks).map(|_| Arc::new(Arena::new(bytes))).collect();
     let (weights, more_roundings, wire) = (vec![1.0; ranks], 0, Wire::Wide);
-    let check = Check { seed: 7, arenas, first: 0, tensors, weights, more_roundings, wire };
+    let (first, stepped) = (0, false);
+    let check = Check { seed: 7, arenas, first, tensors, weights, more_roundings, wire, stepped };
     // SAFETY: no other thread has the arenas.
     unsafe { check.fill() };
     check
@@ -37,6 +38,24 @@ fn average<T: Number>(check: &Check, round: impl Fn(f64) -> T, back: impl Fn(T) 
             (0..n).for_each(|rank| of::<T>(check, rank, tensor)[k] = round(sum / n as f64));
         }
     }
+}
+
+/// A step of an outer optimizer rounds twice more, and no more than that is let through.
+#[test]
+fn a_step_has_room_for_two_roundings() {
+    let plain = Tolerance::new::<f32>(&[1.0; 2], 0, Wire::Wide);
+    let room = plain.stepped::<f32>(true).of::<f32>(1.0, 2.0) - plain.of::<f32>(1.0, 2.0);
+    assert_eq!(room, 2f64.powi(-21), "an ulp of 4");
+    assert_eq!(plain.stepped::<f32>(false).of::<f32>(1.0, 2.0), plain.of::<f32>(1.0, 2.0));
+    let mut check = check(Dtype::F32, 2);
+    average(&check, |x| x as f32 + 1.5 * f32::EPSILON, f64::from);
+    // SAFETY: no other thread has the arenas.
+    let wrong = |check: &Check| unsafe { check.found() }.wrong;
+    let without = wrong(&check);
+    check.stepped = true;
+    assert!(without > 0 && wrong(&check) == 0, "{without}");
+    average(&check, |x| x as f32 + 8.0 * f32::EPSILON, f64::from);
+    assert!(wrong(&check) > ELEMENTS, "{}", wrong(&check));
 }
 
 fn catches_what_is_wrong<T: Number>(

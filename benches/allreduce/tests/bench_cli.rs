@@ -120,6 +120,36 @@ fn every_dtype_and_algorithm_is_right() {
     }
 }
 
+/// The result of a step is the mean, so that a step that is left out, made twice, or made from
+/// another anchor is seen.
+#[test]
+fn outer_steps_have_rows_of_their_own_and_are_right() {
+    for (flags, labels) in [
+        ("--outer", "direct;direct, nesterov;direct, adam"),
+        ("--outer=adam --algorithm ring,direct", "ring;ring, adam;direct;direct, adam"),
+        (
+            "--outer --no-commit --algorithm ring --weighted",
+            "ring, no commit;ring, nesterov;ring, adam",
+        ),
+    ] {
+        let labels: Vec<&str> = labels.split(';').collect();
+        let table = table(&format!("-b 10000 -e 10000 -g 2,3 -d all -n 3 -w 1 {flags}"));
+        let rows = rows(&table);
+        assert_eq!(rows.len(), 8 * labels.len(), "{table}");
+        for (row, label) in rows.iter().zip(labels.iter().cycle()) {
+            assert_eq!((row[4].as_str(), row[10].as_str()), (*label, "0"), "{table}");
+        }
+    }
+    let corrupt = bench("-b 64K -e 64K -d all -n 1 --algorithm direct,ring --outer --corrupt");
+    let table = String::from_utf8(corrupt.stdout).unwrap();
+    assert!(rows(&table).iter().all(|row| row[10] == "1"), "{table}");
+    let json = file("outer.json", b"");
+    self::table(&format!("-b 1K -e 1K -n 1 --outer --json {}", json.display()));
+    let records: Vec<Value> = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
+    let methods: Vec<_> = records.iter().map(|record| record["method"].clone()).collect();
+    assert_eq!(methods, ["average", "average_nesterov", "average_adam"]);
+}
+
 #[test]
 fn one_rank_and_sixteen() {
     let table =
@@ -403,6 +433,8 @@ fn wrong_command_lines_exit_with_2_and_failures_with_1() {
         ("--layout gpt3", "gpt2, resnet50, llama3-8b"),
         ("--layout gpt2 -b 1K", "cannot be used with"),
         ("-b 1K -e 1K --slots 3 --algorithm ring", "a power of two"),
+        ("--outer=sgd", "nesterov, adam"),
+        ("--outer --processes", "threads on CPUs"),
     ] {
         let said = error(line, 2);
         assert!(said.contains(says), "{said} does not say {says}");

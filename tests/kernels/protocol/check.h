@@ -151,8 +151,10 @@ inline void run_script(World& w, uint32_t averages, const std::function<Script(u
     for (uint32_t k = 0; k < averages; ++k) {
       const Script now = script(k);
       fill(w, now.plan, r);
+      w.clear_state(r);
       Ended& e = ended[r][k];
       e.outcome = w.average(r, now.calls[r]);
+      w.check_state(r, now.calls[r], e.outcome);
       ending(k, r, e.outcome);
       e.digest = check(
           w, now.plan, r,

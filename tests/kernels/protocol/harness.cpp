@@ -47,6 +47,7 @@ constexpr Scenario kScenarios[] = {
     {"stale", stale},
     {"sequenced", sequenced},
     {"parts", parts},
+    {"steps", steps},
     {"given_up", given_up},
 };
 

@@ -151,6 +151,27 @@ inline void parts() {
     }
 }
 
+// The same with an outer optimizer: its state changes with the tensors, or not at all. Every third
+// average becomes the anchor.
+inline void steps() {
+  uint64_t seed = 300;
+  for (Mode mode : {Mode::kCommit, Mode::kDirect})
+    for (uint32_t world : {3u, 2u, 5u})
+      for (uint32_t channels : {2u, 1u, 3u}) {
+        Setup s = roomy(setup_of(mode, world, channels, seed++));
+        s.steps = true;
+        World w(s);
+        run_script(
+            w, 12,
+            [&](uint32_t k) {
+              Script script = parts_script(w, k);
+              for (uint32_t r = 0; r < world; ++r) script.calls[r].anchors = k % 3 == 2;
+              return script;
+            },
+            [&](uint32_t k, uint32_t r, const Outcome& o) { expect_end_of_part(w, k, r, o); });
+      }
+}
+
 // A host gives up between two launches while others go on. All ranks end with one outcome if each
 // runs the rest, segment by segment, without any more meetings: a rank that only stopped would not
 // know that others commit.

@@ -57,6 +57,7 @@ struct Setup {
   uint32_t sequence = 0; // chunks sent before over the first link; other links differ by a few
   uint64_t timeout_ns = 200'000'000'000;
   uint64_t seed = 1;
+  bool steps = false; // with an outer optimizer; its state is set to 0 before each average
 };
 // Inputs of one average on one rank.
 struct Call {
@@ -67,6 +68,7 @@ struct Call {
   uint32_t fault_step = 0, delay_ns = 0;
   // PA_RING_COMMIT: bit s: segment s begins a launch. Others begin as World::cuts() says.
   uint32_t cuts = 0;
+  bool anchors = false; // Setup.steps: the average becomes the anchor, without a step
   // Delays before the average, between its launches, and of the last channel alone.
   uint32_t before_us = 0, between_us = 0, last_channel_us = 0;
 };
@@ -104,7 +106,7 @@ struct Tensor {
 
 struct Rank {
   std::vector<std::vector<Tensor>> tensors;             // by bucket
-  std::vector<std::unique_ptr<Region>> segments, shards; // by bucket
+  std::vector<std::unique_ptr<Region>> segments, shards, states, means; // by bucket
   std::unique_ptr<Region> buckets, channels, statuses, inbox, filled_in, drained_in;
   uint32_t averages = 0;
 };
@@ -208,8 +210,45 @@ struct World {
         std::make_unique<Region>(bucket.shard_packs * s.channels * PA_PACK_BYTES, 0xff));
     bucket.segments = rank.segments.back()->address();
     bucket.shard = rank.shards.back()->address();
+    if (s.steps) add_state(rank, bucket, bytes == 2 ? 2 : 1);
     rank.tensors.push_back(std::move(tensors));
     return bucket;
+  }
+
+  // Momentum with rate 1 and without a past: from an anchor of 0 it gives the mean.
+  void add_state(Rank& rank, PaBucket& bucket, uint64_t wide) const {
+    const uint64_t array = bucket.shard_packs * s.channels * PA_PACK_BYTES * wide;
+    rank.states.push_back(std::make_unique<Region>(2 * array, 0));
+    rank.means.push_back(std::make_unique<Region>(wide == 2 ? array : 0, 0xff));
+    bucket.state = rank.states.back()->address();
+    if (s.mode == Mode::kCommit)
+      bucket.mean = wide == 2 ? rank.means.back()->address() : bucket.shard;
+    bucket.outer = {1, 0, 1, 0, 0, 0, 1, PA_OUTER_MOMENTUM, 0};
+  }
+  void clear_state(uint32_t r) const {
+    for (const auto& state : ranks[r].states) std::memset(state->base, 0, state->bytes);
+  }
+  // A step changes the state of each block with data, as does an anchor; a failure changes none.
+  void check_state(uint32_t r, const Call& call, const Outcome& o) const {
+    for (size_t b = 0; b < ranks[r].states.size(); ++b) {
+      const PaBucket& bucket = ranks[r].buckets->as<PaBucket>()[b];
+      const Region& state = *ranks[r].states[b];
+      const size_t half = 2 * bucket.shard_packs * s.channels * PA_PACK_BYTES *
+                          (kFormat[bucket.dtype].bytes == 2 ? 2 : 1) / 2;
+      const auto any = [&](size_t from, size_t to) {
+        for (size_t i = from; i < to; ++i)
+          if (state.base[i] != 0) return true;
+        return false;
+      };
+      const bool anchor = any(0, half), velocity = any(half, 2 * half);
+      const bool ends = o.kind == PA_COMMITTED, steps = ends && !call.anchors;
+      // Small buckets leave some ranks without a shard.
+      if ((anchor && !ends) || (velocity && !steps) ||
+          (bucket.packs >= 8 * PA_ALIGN_PACKS * s.channels * s.world &&
+           (anchor != ends || velocity != steps)))
+        wrong("rank %u, bucket %zu: outcome %u, the anchor %s and the velocity %s", r, b, o.kind,
+              anchor ? "changed" : "stayed", velocity ? "changed" : "stayed");
+    }
   }
 
   PaArgs args(uint32_t r, const Call& call) const {
@@ -237,7 +276,8 @@ struct World {
     // Non-temporal stores always, never, as measured.
     a.remote_ns = s.seed % 3 == 0 ? 0 : s.seed % 3 == 1 ? ~0u : 8;
     a.bucket_count = uint32_t(s.buckets.size());
-    a.flags = call.flags, a.fault_step = call.fault_step, a.delay_ns = call.delay_ns;
+    if (s.steps && !call.anchors) a.flags |= PA_FLAG_STEP | PA_FLAG_WHOLE;
+    a.flags |= call.flags, a.fault_step = call.fault_step, a.delay_ns = call.delay_ns;
     a.from_segment = 0, a.to_segment = PA_SEGMENTS(s.world);
     return a;
   }
@@ -277,9 +317,12 @@ struct World {
     // tensors of a wrong layout are not read
     const bool scans = (call.flags & PA_FLAG_REJECT_NON_FINITE) && !(call.flags & PA_FLAG_LAYOUT);
     if (s.mode != Mode::kCommit && scans) launch(r, a, PA_SCAN, 0);
-    if (s.mode == Mode::kDirect) launch(r, a, PA_DIRECT, call.last_channel_us);
+    const bool steps = s.steps && !call.anchors;
+    if (s.mode == Mode::kDirect)
+      launch(r, a, steps ? PA_DIRECT_STEP : PA_DIRECT, call.last_channel_us);
     if (s.mode == Mode::kRing) launch(r, a, PA_RING, call.last_channel_us);
     if (s.mode == Mode::kCommit) launch_parts(r, a, call);
+    if (s.steps && call.anchors) launch(r, a, PA_ANCHOR, 0);
     return complete(r);
   }
 
@@ -288,6 +331,7 @@ struct World {
   uint32_t cuts(uint32_t r, const Call& call) const {
     const uint32_t commit = 1u << (s.world + 1);
     uint32_t cuts = call.cuts;
+    if (s.steps && !call.anchors) cuts |= commit;
     if (s.seed / 2 % 2 != 0 || call.between_us != 0 || stop[r].later_looks != 0) cuts |= commit;
     if ((s.seed + r) % 3 == 0) cuts |= 1u << 1;
     return cuts;
@@ -301,6 +345,7 @@ struct World {
       if (a.from_segment == s.world + 1) {
         if (call.between_us != 0) usleep(call.between_us);
         if (stop[r].later_looks != 0) stop[r].looks = stop[r].later_looks;
+        if (s.steps && !call.anchors) launch(r, a, PA_RING_STEP, 0);
       }
       launch(r, a, PA_RING_COMMIT, a.from_segment <= s.world ? call.last_channel_us : 0);
     }

@@ -3,14 +3,17 @@
 pub mod chars;
 pub mod clock;
 pub mod digits;
+pub mod outer;
 pub mod plot;
 pub mod record;
 pub mod world;
 
+use std::f64::consts::PI;
+
 use candle_core::{DType, Device, Result as Candle, Tensor};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use clap::{Args, ValueEnum};
-use param_averager::{Communicator, LocalSgd, ParamAverager, Schedule};
+use param_averager::{Communicator, LocalSgd, Outer, ParamAverager, Schedule};
 use param_averager_candle::VarParams;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -38,12 +41,12 @@ pub trait Task: Sized {
 }
 
 /// One training run. All its ranks have the same options.
-#[derive(Args, Clone, Debug, Serialize, Deserialize)]
+#[derive(Args, Clone, Debug)]
 pub struct Options {
     /// Number of ranks, each with a copy of the model
     #[arg(long, default_value_t = 2)]
     pub ranks: usize,
-    /// H: optimizer steps between two averages
+    /// H: optimizer steps between two averages, or what it is at first
     #[arg(long, default_value_t = 8)]
     pub every: u64,
     /// Passes over the data of all ranks together
@@ -58,9 +61,17 @@ pub struct Options {
     /// Initial weights: of the seed, or of candle's own generator, which has no seed on CPUs
     #[arg(long, value_enum, default_value_t = Init::Seed)]
     pub init: Init,
+    /// Outer optimizer: mean, diloco, slowmo, "nesterov(0.7, 0.9)", "ease(0.5)", …
+    #[arg(long, default_value_t = Outer::mean())]
+    pub outer: Outer,
+    /// Rule for H
+    #[arg(long, value_enum, default_value_t = Rule::Every)]
+    pub schedule: Rule,
+    /// Learning rate: constant, or half a cosine that ends at 0
+    #[arg(long)]
+    pub cosine: bool,
     /// Each rank as a process instead of a thread
     #[arg(long)]
-    #[serde(default)]
     pub processes: bool,
 }
 
@@ -69,6 +80,28 @@ pub struct Options {
 pub enum Shards {
     Mixed,
     Sorted,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Rule {
+    /// Always the same H
+    #[default]
+    Every,
+    /// The quadratic synchronization rule; H at the highest learning rate
+    Quadratic,
+    /// 5 % of the time for averages, whatever H is
+    Overhead,
+}
+
+impl Rule {
+    fn schedule(self, every: u64, highest_rate: f64) -> Schedule {
+        match self {
+            Rule::Every => Schedule::every(every),
+            Rule::Quadratic => Schedule::quadratic(highest_rate * (every as f64).sqrt(), every),
+            Rule::Overhead => Schedule::overhead(Schedule::OVERHEAD),
+        }
+    }
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -111,8 +144,10 @@ pub fn train<T: Task>(
     let rate = ParamsAdamW { lr: T::LEARNING_RATE, ..Default::default() };
     let mut optimizer = AdamW::new(varmap.all_vars(), rate)?;
 
-    let averager = ParamAverager::builder(communicator).build(&mut params)?;
-    let mut sgd = LocalSgd::new(averager, Schedule::every(options.every));
+    let builder = ParamAverager::builder(communicator).outer(options.outer);
+    let averager = builder.build(&mut params)?;
+    let mut sgd =
+        LocalSgd::new(averager, options.schedule.schedule(options.every, T::LEARNING_RATE));
 
     let (mut points, mut times, mut model_bytes) = (vec![], vec![], 0);
     let steps = T::steps(options.epochs, ranks);
@@ -122,7 +157,7 @@ pub fn train<T: Task>(
                 let last = sgd.finish(&mut params)?;
                 model_bytes = last.report().map_or(model_bytes, |report| report.bytes);
             }
-            // All ranks hold the same model now; rank 0 reports.
+            // Rank 0 reports. Where H is fixed, all ranks hold the same model now.
             let (test_loss, test_accuracy) = if rank == 0 { task.test()? } else { (0.0, 0.0) };
             let averages = sgd.averages();
             let sent = 2.0 * (ranks - 1) as f64 / ranks as f64 * model_bytes as f64;
@@ -136,10 +171,14 @@ pub fn train<T: Task>(
             });
         }
         if step < steps {
+            let done = step as f64 / steps as f64;
+            let share = if options.cosine { (1.0 + (PI * done).cos()) / 2.0 } else { 1.0 };
+            let rate = T::LEARNING_RATE * share;
+            optimizer.set_learning_rate(rate);
             let start = clock::busy();
             optimizer.backward_step(&task.next_loss()?)?;
             times.push(clock::busy() - start);
-            if let Some(report) = sgd.step(&mut params)?.report() {
+            if let Some(report) = sgd.step_with(&mut params, rate)?.report() {
                 model_bytes = report.bytes;
             }
         }

@@ -11,24 +11,49 @@ use plotters::style::FontFamily;
 use super::record::{step_ms, Row, EVERY, LINKS};
 use super::{Init, Shards};
 
-const WIDTH: u32 = 1080;
+pub const WIDTH: u32 = 1080;
 const PANEL: u32 = 330;
 const TITLE: u32 = 58;
 const NOTES: u32 = 74;
 
 /// Colours that are told apart with any kind of colour vision (Okabe and Ito), for each H.
 const COLOURS: [RGBColor; 3] = [RGBColor(0, 114, 178), RGBColor(213, 94, 0), RGBColor(0, 158, 115)];
-const ONE_RANK: RGBColor = RGBColor(110, 110, 110);
+pub const ONE_RANK: RGBColor = RGBColor(110, 110, 110);
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
-type Drawn = Result<(), Box<dyn Error>>;
+pub type Drawn = Result<(), Box<dyn Error>>;
 
 /// Points of one kind of run: x, then mean, least and most of the loss over all seeds.
-struct Curve {
+pub struct Curve {
     label: String,
-    colour: RGBColor,
-    is_sorted: bool,
+    pub colour: RGBColor,
+    is_dashed: bool,
     points: Vec<(f64, f64, f64, f64)>,
+}
+
+impl Curve {
+    /// Curve of the rows that `keep` keeps.
+    pub fn new(
+        label: String,
+        colour: RGBColor,
+        is_dashed: bool,
+        rows: &[Row],
+        keep: &dyn Fn(&Row) -> bool,
+        x: &dyn Fn(&Row) -> f64,
+    ) -> Curve {
+        let mut losses: BTreeMap<u64, Vec<(f64, f64)>> = BTreeMap::new();
+        // Without the start, where all are the same, and the end of a last, shorter interval.
+        let shown = rows.iter().filter(|row| row.step > 0 && row.step % 64 == 0 && keep(row));
+        for row in shown {
+            losses.entry(row.step).or_default().push((x(row), f64::from(row.test_loss)));
+        }
+        let point = |found: &Vec<(f64, f64)>| {
+            let losses = || found.iter().map(|&(_, loss)| loss);
+            let mean = losses().sum::<f64>() / found.len() as f64;
+            (found[0].0, mean, losses().fold(f64::MAX, f64::min), losses().fold(0.0, f64::max))
+        };
+        Curve { label, colour, is_dashed, points: losses.values().map(point).collect() }
+    }
 }
 
 /// Picture of the runs of one task with 4 ranks, beside 1 rank.
@@ -65,7 +90,9 @@ fn draw(task: &str, rows: &[Row], text: &mut String) -> Drawn {
         let name = format!("seconds over {link}, computed");
         panel(area, &name, &curves(rows, false, &time), false)?;
     }
-    legend(&panels[5], &curves(rows, true, &steps))?;
+    for (index, curve) in curves(rows, true, &steps).iter().enumerate() {
+        legend(&panels[5], (70, 40 + 26 * index as i32), 15, curve)?;
+    }
 
     let lines = [
         format!(
@@ -86,7 +113,7 @@ fn draw(task: &str, rows: &[Row], text: &mut String) -> Drawn {
     Ok(())
 }
 
-fn font(size: i32) -> TextStyle<'static> {
+pub fn font(size: i32) -> TextStyle<'static> {
     (FontFamily::SansSerif, size).into_text_style(&(WIDTH, WIDTH)).color(&BLACK)
 }
 
@@ -98,18 +125,7 @@ fn short(number: f64) -> String {
 
 fn curves(rows: &[Row], with_sorted: bool, x: &dyn Fn(&Row) -> f64) -> Vec<Curve> {
     let of = |label: String, colour, is_sorted, keep: &dyn Fn(&Row) -> bool| {
-        let mut losses: BTreeMap<u64, Vec<(f64, f64)>> = BTreeMap::new();
-        // Without the start, where all are the same, and the end of a last, shorter interval.
-        let shown = rows.iter().filter(|row| row.step > 0 && row.step % 64 == 0 && keep(row));
-        for row in shown {
-            losses.entry(row.step).or_default().push((x(row), f64::from(row.test_loss)));
-        }
-        let point = |found: &Vec<(f64, f64)>| {
-            let losses = || found.iter().map(|&(_, loss)| loss);
-            let mean = losses().sum::<f64>() / found.len() as f64;
-            (found[0].0, mean, losses().fold(f64::MAX, f64::min), losses().fold(0.0, f64::max))
-        };
-        Curve { label, colour, is_sorted, points: losses.values().map(point).collect() }
+        Curve::new(label, colour, is_sorted, rows, keep, x)
     };
     let plain = |row: &Row| row.init == Init::Seed && !row.processes;
     let last = rows.iter().filter(|row| row.ranks == 4).map(|row| row.step).max().unwrap_or(0);
@@ -125,11 +141,11 @@ fn curves(rows: &[Row], with_sorted: bool, x: &dyn Fn(&Row) -> f64) -> Vec<Curve
             }));
         }
     }
-    curves.retain(|curve| !curve.points.is_empty() && (with_sorted || !curve.is_sorted));
+    curves.retain(|curve| !curve.points.is_empty() && (with_sorted || !curve.is_dashed));
     curves
 }
 
-fn panel(area: &Area, name: &str, curves: &[Curve], is_log: bool) -> Drawn {
+pub fn panel(area: &Area, name: &str, curves: &[Curve], is_log: bool) -> Drawn {
     let points = || curves.iter().flat_map(|curve| &curve.points);
     let (mut from, mut to) = (0.0, points().fold(0.0, |most: f64, it| most.max(it.0)));
     if is_log {
@@ -156,13 +172,13 @@ fn panel(area: &Area, name: &str, curves: &[Curve], is_log: bool) -> Drawn {
                 .label_style(font(13))
                 .axis_desc_style(font(14))
                 .draw()?;
-            for Curve { colour, is_sorted, points, .. } in curves {
+            for Curve { colour, is_dashed, points, .. } in curves {
                 let up = points.iter().map(|&(x, _, _, most)| (x, most));
                 let down = points.iter().rev().map(|&(x, _, least, _)| (x, least));
                 let band: Vec<_> = up.chain(down).collect();
                 chart.draw_series([Polygon::new(band, colour.mix(0.12))])?;
                 let mean = points.iter().map(|&(x, mean, _, _)| (x, mean));
-                match is_sorted {
+                match is_dashed {
                     true => chart.draw_series(DashedLineSeries::new(mean, 6, 4, colour.into()))?,
                     false => chart.draw_series(LineSeries::new(mean, colour.stroke_width(2)))?,
                 };
@@ -179,17 +195,15 @@ fn panel(area: &Area, name: &str, curves: &[Curve], is_log: bool) -> Drawn {
     Ok(())
 }
 
-fn legend(area: &Area, curves: &[Curve]) -> Drawn {
-    for (index, Curve { label, colour, is_sorted, .. }) in curves.iter().enumerate() {
-        let (x, y) = (70, 40 + 26 * index as i32);
-        let pieces: &[(i32, i32)] =
-            if *is_sorted { &[(0, 12), (18, 30), (36, 44)] } else { &[(0, 44)] };
-        for (from, to) in pieces {
-            let line = [(x + from, y), (x + to, y)];
-            area.draw(&PathElement::new(line, colour.stroke_width(2)))?;
-        }
-        let middle = font(15).pos(Pos::new(HPos::Left, VPos::Center));
-        area.draw_text(label, &middle, (x + 56, y))?;
+/// A line of the curve's colour, and its label.
+pub fn legend(area: &Area, (x, y): (i32, i32), size: i32, curve: &Curve) -> Drawn {
+    let pieces: &[(i32, i32)] =
+        if curve.is_dashed { &[(0, 12), (18, 30), (36, 44)] } else { &[(0, 44)] };
+    for (from, to) in pieces {
+        let line = [(x + from, y), (x + to, y)];
+        area.draw(&PathElement::new(line, curve.colour.stroke_width(2)))?;
     }
+    let middle = font(size).pos(Pos::new(HPos::Left, VPos::Center));
+    area.draw_text(&curve.label, &middle, (x + 56, y))?;
     Ok(())
 }

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use clap::ValueEnum;
+use param_averager::Outer;
 use serde::{Deserialize, Serialize};
 
-use super::{Init, Options, Point, Shards};
+use super::{Init, Options, Point, Rule, Shards};
 
 /// Links that times are computed for: name, and bytes per second of each rank in each direction.
 pub const LINKS: [(&str, f64); 3] =
@@ -32,6 +33,14 @@ pub struct Row {
     pub test_loss: f32,
     pub test_accuracy: f32,
     pub step_ms: f64,
+    /// As [`Outer`](param_averager::Outer) is displayed; records before it was there have none.
+    #[serde(default)]
+    pub outer: String,
+    #[serde(default)]
+    pub schedule: Rule,
+    /// True if the learning rate fell.
+    #[serde(default)]
+    pub cosine: bool,
 }
 
 impl Row {
@@ -51,6 +60,9 @@ impl Row {
             test_loss: point.test_loss,
             test_accuracy: point.test_accuracy,
             step_ms: point.step_ms,
+            outer: run.outer.to_string(),
+            schedule: run.schedule,
+            cosine: run.cosine,
         }
     }
 
@@ -61,17 +73,25 @@ impl Row {
     }
 }
 
-/// Runs that differ in their seed only.
-pub fn kinds(task: &str, epochs: f64) -> Vec<Options> {
-    let one = Options {
+/// A run of one rank.
+pub fn one_rank(epochs: f64) -> Options {
+    Options {
         ranks: 1,
         every: 1,
         epochs,
         seed: 0,
         shards: Shards::Mixed,
         init: Init::Seed,
+        outer: Outer::mean(),
+        schedule: Rule::Every,
+        cosine: false,
         processes: false,
-    };
+    }
+}
+
+/// Runs that differ in their seed only.
+pub fn kinds(task: &str, epochs: f64) -> Vec<Options> {
+    let one = one_rank(epochs);
     let mut kinds = vec![one.clone()];
     for every in EVERY {
         let four = Options { ranks: 4, every, ..one.clone() };
@@ -96,15 +116,16 @@ pub fn step_ms(rows: &[Row]) -> f64 {
     times.get(times.len() / 2).copied().unwrap_or(0.0)
 }
 
+/// Mean, least and most of a value of rows.
+pub fn shown(value: &dyn Fn(&Row) -> f64, of: &[&Row], digits: usize) -> String {
+    let values: Vec<f64> = of.iter().map(|row| value(row)).collect();
+    let mean = values.iter().sum::<f64>() / values.len() as f64;
+    let (least, most) = values.iter().fold((f64::MAX, f64::MIN), |(a, b), &v| (a.min(v), b.max(v)));
+    format!("{mean:.digits$} ({least:.digits$}..{most:.digits$})")
+}
+
 /// Table of the last tests, in Markdown.
 pub fn summary(rows: &[Row]) -> String {
-    let shown = |value: &dyn Fn(&Row) -> f64, of: &[&Row], digits: usize| {
-        let values: Vec<f64> = of.iter().map(|row| value(row)).collect();
-        let mean = values.iter().sum::<f64>() / values.len() as f64;
-        let (least, most) =
-            values.iter().fold((f64::MAX, f64::MIN), |(a, b), &v| (a.min(v), b.max(v)));
-        format!("{mean:.digits$} ({least:.digits$}..{most:.digits$})")
-    };
     let name = |value: Option<clap::builder::PossibleValue>| {
         value.map_or(String::new(), |value| value.get_name().to_owned())
     };

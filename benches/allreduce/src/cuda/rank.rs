@@ -52,7 +52,7 @@ impl Rank {
         let (clock, options) = (Clock::new(&self.gpu)?, &self.options);
         let own = self.own.replica(&self.tensors);
         match row.kind {
-            Kind::Average { algorithm, commit } => {
+            Kind::Average { algorithm, commit, .. } => {
                 let builder = options.builder(communicator, algorithm, commit);
                 averager::average(clock, builder, own, options.weight(self.gpu.rank), ran)
             }

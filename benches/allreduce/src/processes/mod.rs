@@ -175,7 +175,7 @@ impl Ranks for Processes {
     /// A replica for each process and for each thread but one, and what their rings need.
     fn memory(&self, group: &Group, layout: &Layout) -> u64 {
         let extra: u64 =
-            group.rows.iter().map(|row| row.memory_overhead(layout.bytes(), group.ranks)).sum();
+            group.rows.iter().map(|row| row.memory_overhead(layout, group.ranks)).sum();
         place(layout).1 as u64 * (2 * group.ranks as u64 - 1) + extra
     }
 
@@ -188,7 +188,7 @@ impl Ranks for Processes {
         } else {
             self.pool.get(1, bytes)[0].clone()
         };
-        let Kind::Average { algorithm, commit } = group.rows[PROCESSES].kind else {
+        let Kind::Average { algorithm, commit, .. } = group.rows[PROCESSES].kind else {
             unreachable!("--processes has rows of the library's only")
         };
         let replica = Replica::on_host(&arena, &tensors);

@@ -1,0 +1,199 @@
+//! Outer optimizers and schedules: the runs that compare them with the mean every H steps, their
+//! picture, and their table.
+
+use std::error::Error;
+use std::fmt::Write;
+
+use param_averager::Outer;
+use plotters::prelude::*;
+
+use super::plot::{font, legend, panel, Curve, Drawn, ONE_RANK, WIDTH};
+use super::record::{one_rank, shown, Row};
+use super::{Options, Rule, Shards};
+
+const TITLE: u32 = 66;
+const LEGEND: u32 = 30;
+const PANEL: u32 = 330;
+const NOTES: u32 = 78;
+
+const LIGHT_BLUE: RGBColor = RGBColor(86, 180, 233);
+const BLUE: RGBColor = RGBColor(0, 114, 178);
+const RED: RGBColor = RGBColor(213, 94, 0);
+const ORANGE: RGBColor = RGBColor(230, 159, 0);
+const GREEN: RGBColor = RGBColor(0, 158, 115);
+const PINK: RGBColor = RGBColor(204, 121, 167);
+
+/// A way to average on 4 ranks.
+struct Way {
+    name: String,
+    run: Options,
+    colour: RGBColor,
+}
+
+impl Way {
+    fn is_of(&self, row: &Row) -> bool {
+        let Options { shards, every, outer, schedule, cosine, .. } = &self.run;
+        (row.ranks, row.shards, row.every) == (4, *shards, *every)
+            && row.outer == outer.to_string()
+            && (row.schedule, row.cosine) == (*schedule, *cosine)
+    }
+}
+
+/// Ways that are drawn in the same two panels.
+struct Line {
+    data: &'static str,
+    ways: Vec<Way>,
+}
+
+fn lines(task: &str, epochs: f64) -> Vec<Line> {
+    let mixed = ("data mixed among ranks", Shards::Mixed);
+    let sorted = ("each rank its own labels", Shards::Sorted);
+    let line = |(data, shards), h, ways: fn(Options, u64) -> Vec<Way>| {
+        let run = Options { ranks: 4, shards, ..one_rank(epochs) };
+        Line { data, ways: ways(run, h) }
+    };
+    match task {
+        "digits" => vec![
+            line(mixed, 64, outers),
+            line(sorted, 64, outers),
+            line(mixed, 8, schedules),
+            line(sorted, 8, schedules),
+        ],
+        _ => vec![line(mixed, 16, outers)], // of a few hundred steps in all
+    }
+}
+
+fn outers(run: Options, h: u64) -> Vec<Way> {
+    let way = |name: &str, every, outer, colour| {
+        let run = Options { every, outer, ..run.clone() };
+        Way { name: format!("{name}, H = {every}"), run, colour }
+    };
+    vec![
+        way("mean", 1, Outer::mean(), LIGHT_BLUE),
+        way("mean", h, Outer::mean(), BLUE),
+        way("DiLoCo", h, Outer::diloco(), RED),
+        way("MaxText", h, Outer::maxtext(), ORANGE),
+        way("SlowMo", h, Outer::slowmo(), GREEN),
+        way("EASGD", h, Outer::ease(0.5), PINK),
+    ]
+}
+
+fn schedules(run: Options, h: u64) -> Vec<Way> {
+    let way = |name: String, every, schedule, cosine, colour| Way {
+        name,
+        run: Options { every, schedule, cosine, ..run.clone() },
+        colour,
+    };
+    vec![
+        way("H = 1".into(), 1, Rule::Every, false, LIGHT_BLUE),
+        way(format!("H = {h}"), h, Rule::Every, false, BLUE),
+        way("overhead 5 %".into(), h, Rule::Overhead, false, RED),
+        way(format!("H = {h}, cosine"), h, Rule::Every, true, GREEN),
+        way(format!("QSR from {h}, cosine"), h, Rule::Quadratic, true, PINK),
+    ]
+}
+
+/// Runs that differ in their seed only.
+pub fn kinds(task: &str, epochs: f64) -> Vec<Options> {
+    let mut kinds: Vec<Options> = vec![one_rank(epochs)];
+    for way in lines(task, epochs).into_iter().flat_map(|line| line.ways) {
+        let is_known = |run: &Options| format!("{run:?}") == format!("{:?}", way.run);
+        if !kinds.iter().any(is_known) {
+            kinds.push(way.run);
+        }
+    }
+    kinds
+}
+
+fn curves(line: &Line, rows: &[Row], x: &dyn Fn(&Row) -> f64) -> Vec<Curve> {
+    let last = rows.iter().filter(|row| row.ranks == 4).map(|row| row.step).max().unwrap_or(0);
+    let alone = |row: &Row| row.ranks == 1 && row.step <= last;
+    let mut curves = vec![Curve::new("1 rank".into(), ONE_RANK, true, rows, &alone, x)];
+    for way in &line.ways {
+        let keep = |row: &Row| way.is_of(row);
+        curves.push(Curve::new(way.name.clone(), way.colour, false, rows, &keep, x));
+    }
+    curves
+}
+
+/// Picture of a record: the loss over steps and over bytes.
+pub fn svg(task: &str, rows: &[Row]) -> Result<String, Box<dyn Error>> {
+    let mut text = String::new();
+    draw(task, rows, &mut text)?;
+    Ok(text)
+}
+
+fn draw(task: &str, rows: &[Row], text: &mut String) -> Drawn {
+    let lines = lines(task, 0.0);
+    let height = TITLE + lines.len() as u32 * (LEGEND + PANEL) + NOTES;
+    let root = SVGBackend::with_string(text, (WIDTH, height)).into_drawing_area();
+    root.fill(&WHITE)?;
+    let seeds = rows.iter().map(|row| row.seed).max().unwrap_or(0);
+    let title = format!("{task}: test loss of 4 ranks, by outer optimizer and schedule");
+    root.draw_text(&title, &font(20), (20, 12))?;
+    let below = format!("lines: mean of {seeds} seeds; bands: least and most");
+    root.draw_text(&below, &font(13), (20, 38))?;
+
+    let (_, mut rest) = root.split_vertically(TITLE);
+    let steps = |row: &Row| row.step as f64;
+    let sent = |row: &Row| row.bytes_sent / 1e6;
+    for line in &lines {
+        let (area, below) = rest.split_vertically(LEGEND + PANEL);
+        rest = below;
+        let (top, panels) = area.split_vertically(LEGEND);
+        let over = curves(line, rows, &steps);
+        for (index, curve) in over.iter().enumerate() {
+            let across = (WIDTH as i32 - 20) / over.len() as i32;
+            legend(&top, (20 + across * index as i32, 18), 12, curve)?;
+        }
+        let (left, right) = panels.split_horizontally(WIDTH / 2);
+        panel(&left, &format!("steps of each rank; {}", line.data), &over, false)?;
+        let mut averaging = curves(line, rows, &sent);
+        averaging.retain(|curve| curve.colour != ONE_RANK);
+        panel(&right, &format!("MB that each rank has sent; {}", line.data), &averaging, true)?;
+    }
+    let notes = [
+        "DiLoCo: nesterov(0.7, 0.9). MaxText: nesterov(0.3, 0.9). SlowMo: momentum(1, 0.5). EASGD: \
+         ease(0.5). An outer optimizer sends nothing more than the mean.",
+        "cosine: the learning rate falls to 0 over the run. QSR: H grows with the square of 1 / \
+         rate. MB: of a ring, 2 (n - 1) / n times the model for an average.",
+        "Between averages, and with EASGD, rank 0's own model is tested. Drawn by \
+         adapters/candle/examples/curves.rs.",
+    ];
+    for (index, line) in notes.iter().enumerate() {
+        rest.draw_text(line, &font(13), (20, 8 + 20 * index as i32))?;
+    }
+    root.present()?;
+    Ok(())
+}
+
+/// Table of the last tests, in Markdown.
+pub fn summary(task: &str, rows: &[Row]) -> String {
+    let mut text = "| data | way | test accuracy, % | test loss | least test loss on the way | \
+        steps | averages | MB sent |\n|---|---|---|---|---|---|---|---|\n"
+        .to_owned();
+    let mut line = |data: &str, name: &str, keep: &dyn Fn(&Row) -> bool| {
+        let kept: Vec<&Row> = rows.iter().filter(|row| keep(row)).collect();
+        let Some(steps) = kept.iter().map(|row| row.step).max() else { return };
+        let last: Vec<&Row> = kept.iter().filter(|row| row.step == steps).copied().collect();
+        let least = |last: &Row| {
+            let run = kept.iter().filter(|row| row.seed == last.seed);
+            run.map(|row| f64::from(row.test_loss)).fold(f64::MAX, f64::min)
+        };
+        writeln!(
+            text,
+            "| {data} | {name} | {} | {} | {} | {steps} | {} | {} |",
+            shown(&|row| f64::from(row.test_accuracy) * 100.0, &last, 1),
+            shown(&|row| f64::from(row.test_loss), &last, 3),
+            shown(&least, &last, 3),
+            shown(&|row| row.averages as f64, &last, 0),
+            shown(&|row| row.bytes_sent / 1e6, &last, 2),
+        )
+        .expect("a String takes all");
+    };
+    line("all", "1 rank", &|row| row.ranks == 1);
+    for Line { data, ways } in lines(task, 0.0) {
+        ways.iter().for_each(|way| line(data, &way.name, &|row| way.is_of(row)));
+    }
+    text
+}

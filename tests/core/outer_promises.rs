@@ -1,0 +1,389 @@
+//! Promises of the docs of `Outer` and `Builder::outer` besides the formulas: which averages make a
+//! step, what a failed one leaves behind, and what is refused.
+
+use param_averager::{
+    Action, Algorithm, Builder, Communicator, Dtype, Error, LendError, Loan, LocalSgd, Outer,
+    ParamAverager, Schedule, Start, TensorState,
+};
+use test_support::{ranks, Guarded, Random};
+
+const WAYS: [Algorithm; 2] = [Algorithm::Ring, Algorithm::Direct];
+/// Numbers with which every result below is exact in every dtype.
+const HALVES: Outer = Outer::nesterov(0.5, 0.5);
+
+fn builder(communicator: Communicator, algorithm: Algorithm, outer: Outer) -> Builder {
+    let builder = ParamAverager::builder(communicator).algorithm(algorithm).outer(outer);
+    builder.allow_unnamed().channels(2).chunk_bytes(128)
+}
+
+/// A tensor of each dtype, filled with one number.
+fn filled(value: f64) -> Vec<Guarded> {
+    let mut model: Vec<Guarded> =
+        Dtype::ALL.iter().map(|&dtype| Guarded::new(dtype, 301, 1)).collect();
+    fill(&mut model, value);
+    model
+}
+
+fn fill(model: &mut [Guarded], value: f64) {
+    for tensor in model {
+        (0..tensor.elements).for_each(|i| tensor.set(i, value));
+    }
+}
+
+/// The number that all elements are.
+fn the_one(model: &[Guarded]) -> f64 {
+    let first = model[0].get(0);
+    for tensor in model {
+        for i in 0..tensor.elements {
+            assert_eq!(tensor.get(i), first, "{}, element {i}", tensor.dtype);
+        }
+    }
+    first
+}
+
+fn bytes(model: &[Guarded]) -> Vec<Vec<u8>> {
+    model.iter().map(|tensor| tensor.bytes().to_vec()).collect()
+}
+
+fn each_way(worlds: &[usize], rank: impl Fn(Communicator, Algorithm) + Sync) {
+    for algorithm in WAYS {
+        for &world in worlds {
+            ranks(world, |communicator| rank(communicator, algorithm));
+        }
+    }
+}
+
+#[test]
+fn build_and_broadcast_make_no_step_and_set_the_anchor() {
+    each_way(&[1, 2, 3], |communicator, algorithm| {
+        let (rank, last) = (communicator.rank(), communicator.world_size() - 1);
+        let mut model = filled(if rank == 0 { 8.0 } else { 100.0 });
+        let mut averager = builder(communicator, algorithm, HALVES).build(&mut model).unwrap();
+        assert_eq!(the_one(&model), 8.0, "rank 0's");
+        fill(&mut model, 4.0);
+        averager.average(&mut model).unwrap();
+        assert_eq!(the_one(&model), 5.0, "8 - (4 + 2) / 2");
+        fill(&mut model, if rank == last { 16.0 } else { f64::from(rank as u32) });
+        averager.broadcast(last, &mut model).unwrap();
+        assert_eq!(the_one(&model), 16.0, "the last rank's");
+        fill(&mut model, 12.0);
+        averager.average(&mut model).unwrap();
+        assert_eq!(the_one(&model), 12.5, "16 - (4 + 3) / 2: v = 4 / 2 + 4, which stays");
+    });
+}
+
+#[test]
+fn a_start_from_the_mean_makes_no_step() {
+    each_way(&[1, 2, 4], |communicator, algorithm| {
+        let (rank, world) = (communicator.rank(), communicator.world_size());
+        let mut model = filled(2.0 * rank as f64);
+        let builder = builder(communicator, algorithm, HALVES).start_from(Start::Mean);
+        let mut averager = builder.build(&mut model).unwrap();
+        let begin = world as f64 - 1.0;
+        assert_eq!(the_one(&model), begin);
+        fill(&mut model, begin - 4.0);
+        averager.average(&mut model).unwrap();
+        assert_eq!(the_one(&model), begin - 3.0);
+    });
+}
+
+/// Calls that fail on every rank, with nothing changed.
+type Fails = fn(&mut ParamAverager, &mut Vec<Guarded>) -> Option<Error>;
+
+struct NotLent;
+impl param_averager::Lend for NotLent {
+    fn lend(&mut self, _: &mut dyn FnMut(Loan<'_>)) -> Result<(), LendError> {
+        Err(LendError::new("not now"))
+    }
+}
+
+fn with_nan(
+    model: &mut [Guarded],
+    rank: usize,
+    call: impl FnOnce(&mut [Guarded]) -> Option<Error>,
+) -> Option<Error> {
+    let kept = model[2].get(7);
+    if rank == 0 {
+        model[2].set(7, f64::NAN);
+    }
+    let error = call(model);
+    assert!(rank != 0 || model[2].get(7).is_nan());
+    model[2].set(7, kept);
+    error
+}
+
+const FAILURES: [(&str, Fails); 8] = [
+    ("a NaN", |averager, model| {
+        let rank = averager.rank();
+        with_nan(model, rank, |mut model| averager.average(&mut model).err())
+    }),
+    ("a NaN that is broadcast", |averager, model| {
+        let rank = averager.rank();
+        with_nan(model, rank, |mut model| averager.broadcast(0, &mut model).err())
+    }),
+    ("no weight", |averager, model| averager.average_weighted(model, 0.0).err()),
+    ("a negative weight", |averager, model| averager.average_weighted(model, -1.0).err()),
+    ("a root that is none", |averager, model| averager.broadcast(9, model).err()),
+    ("other calls", |averager, model| match averager.rank() {
+        0 => averager.broadcast(0, model).err(),
+        _ => averager.average(model).err(),
+    }),
+    ("other tensors", |averager, model| {
+        let last = model.pop().unwrap();
+        let error = averager.average(model).err();
+        model.push(last);
+        error
+    }),
+    ("tensors that are not lent", |averager, model| match averager.rank() {
+        0 => averager.average(&mut NotLent).err(),
+        _ => averager.average(model).err(),
+    }),
+];
+
+/// An average that fails changes neither tensors nor state, whichever call it was: the one after it
+/// gives the bits that it would have given.
+#[test]
+fn an_average_that_fails_changes_no_state() {
+    let run = |world, algorithm, outer, fails: Option<Fails>| {
+        ranks(world, |communicator| {
+            let rank = communicator.rank();
+            let mut random = Random(rank as u64);
+            let mut model = filled(0.0);
+            model.iter_mut().for_each(|tensor| tensor.fill_random(&mut random));
+            let builder = builder(communicator, algorithm, outer).reject_non_finite(true);
+            let mut averager = builder.build(&mut model).unwrap();
+            let mut results = vec![];
+            for round in 0..4 {
+                for tensor in &mut model {
+                    for i in 0..tensor.elements {
+                        tensor.set(i, tensor.get(i) + random.value() / 4.0);
+                    }
+                }
+                if let (Some(fails), 1..=2) = (fails, round) {
+                    let before = bytes(&model);
+                    let error = fails(&mut averager, &mut model).expect("an error");
+                    assert!(!error.is_fatal(), "{error}");
+                    assert_eq!(error.tensors(), TensorState::Unchanged, "{error}");
+                    assert_eq!(bytes(&model), before, "{error}");
+                }
+                averager.average(&mut model).unwrap();
+                results.push(bytes(&model));
+            }
+            results
+        })
+    };
+    for algorithm in WAYS {
+        for outer in [Outer::diloco(), Outer::adam(0.1, 0.9, 0.99, 1e-3), HALVES.keeping(0.5)] {
+            for world in [1, 3] {
+                let good = run(world, algorithm, outer, None);
+                for (what, fails) in FAILURES {
+                    if world == 1 && what == "other calls" {
+                        continue; // alone, there is no other call
+                    }
+                    let failed = run(world, algorithm, outer, Some(fails));
+                    assert!(failed == good, "{algorithm:?}, {outer}, {world} ranks: {what}");
+                }
+            }
+        }
+    }
+}
+
+/// A fatal failure before the commit: no rank's tensors change. (That no rank's state does is what
+/// tests/processes sees, after a recovery.)
+#[test]
+fn an_abort_before_the_commit_changes_no_tensor() {
+    for algorithm in WAYS {
+        let all_are_built = std::sync::Barrier::new(3);
+        ranks(3, |communicator| {
+            let rank = communicator.rank();
+            let mut model = filled(8.0);
+            let mut averager = builder(communicator, algorithm, HALVES).build(&mut model).unwrap();
+            fill(&mut model, rank as f64);
+            let before = bytes(&model);
+            all_are_built.wait();
+            if rank == 0 {
+                averager.abort_handle().abort(); // without rank 0 there is no commit
+            }
+            let error = averager.average(&mut model).unwrap_err();
+            assert!(error.is_fatal() && error.tensors() == TensorState::Unchanged, "{error}");
+            assert_eq!(bytes(&model), before);
+        });
+    }
+}
+
+#[test]
+fn local_sgd_makes_outer_steps_also_alone() {
+    each_way(&[1, 2, 3], |communicator, algorithm| {
+        let rank = communicator.rank() as f64;
+        let middle = (communicator.world_size() - 1) as f64 / 2.0;
+        let mut model = filled(8.0);
+        let averager = builder(communicator, algorithm, HALVES).build(&mut model).unwrap();
+        let mut sgd = LocalSgd::new(averager, Schedule::every(2));
+        assert_eq!(sgd.finish(&mut model).unwrap(), Action::Unneeded, "no rank has stepped");
+        assert_eq!(sgd.step(&mut model).unwrap(), Action::Counted { until_next: 1 });
+        fill(&mut model, 4.0 + rank - middle);
+        assert!(matches!(sgd.step(&mut model).unwrap(), Action::Averaged(_)));
+        assert_eq!(the_one(&model), 5.0, "8 - (4 + 2) / 2");
+        fill(&mut model, 3.0 + rank - middle);
+        assert!(matches!(sgd.step(&mut model).unwrap(), Action::Counted { .. }));
+        assert!(matches!(sgd.sync(&mut model).unwrap(), Action::Averaged(_)));
+        assert_eq!(the_one(&model), 3.0, "5 - (2 + 2) / 2: v = 4 / 2 + 2");
+        assert_eq!(sgd.finish(&mut model).unwrap(), Action::Unneeded);
+        assert_eq!(sgd.done(&mut model).unwrap(), Action::Unneeded);
+        assert_eq!((the_one(&model), sgd.averages()), (3.0, 2));
+    });
+}
+
+#[test]
+fn ranks_that_keep_a_share_differ_until_finish() {
+    for outer in [Outer::ease(0.25), Outer::mean().keeping(0.75), HALVES.keeping(0.75)] {
+        each_way(&[2, 3], |communicator, algorithm| {
+            let (rank, world) = (communicator.rank() as f64, communicator.world_size() as f64);
+            let mut model = filled(0.0);
+            let averager = builder(communicator, algorithm, outer).build(&mut model).unwrap();
+            let mut sgd = LocalSgd::new(averager, Schedule::every(1));
+            let (own, mean) = (8.0 * rank, 4.0 * (world - 1.0)); // θ = 0: Δ = -mean
+            let after = if outer == HALVES.keeping(0.75) { 0.75 * mean } else { mean };
+            fill(&mut model, own);
+            sgd.step(&mut model).unwrap();
+            assert_eq!(the_one(&model), 0.75 * own + 0.25 * after, "{outer}");
+            // Without a step since, `finish` moves nothing.
+            assert_eq!(sgd.finish(&mut model).unwrap(), Action::Unneeded);
+            assert_eq!(the_one(&model), 0.75 * own + 0.25 * after, "{outer}");
+        });
+        each_way(&[1, 2, 3], |communicator, algorithm| {
+            let rank = communicator.rank() as f64;
+            let middle = (communicator.world_size() - 1) as f64 / 2.0;
+            let mut model = filled(8.0);
+            let averager = builder(communicator, algorithm, outer).build(&mut model).unwrap();
+            let mut sgd = LocalSgd::new(averager, Schedule::every(2));
+            fill(&mut model, 4.0 + rank - middle);
+            sgd.step(&mut model).unwrap();
+            assert!(matches!(sgd.finish(&mut model).unwrap(), Action::Averaged(_)));
+            let after = if outer == HALVES.keeping(0.75) { 5.0 } else { 4.0 };
+            assert_eq!(the_one(&model), after, "all ranks have θ: {outer}");
+        });
+    }
+}
+
+/// A rank that is done can't tell a due average, which mixes, from the last one, which does not.
+#[test]
+fn done_is_refused_where_ranks_keep_a_share() {
+    ranks(2, |communicator| {
+        let rank = communicator.rank();
+        let mut model = filled(0.0);
+        let outer = Outer::diloco().keeping(0.5);
+        let averager = builder(communicator, Algorithm::Auto, outer).build(&mut model).unwrap();
+        let mut sgd = LocalSgd::new(averager, Schedule::every(2));
+        sgd.step(&mut model).unwrap();
+        let before = bytes(&model);
+        let error = sgd.done(&mut model).unwrap_err();
+        let Error::InvalidOption { rank: named, option: "outer", found, expected } = &error else {
+            panic!("{error}")
+        };
+        assert_eq!((*named, error.is_fatal(), error.tensors()), {
+            (rank, false, TensorState::Unchanged)
+        });
+        assert!(found.contains("nesterov(0.7, 0.9).keeping(0.5)"), "{error}");
+        assert!(found.contains("done") && expected.contains("finish"), "{error}");
+        assert_eq!(bytes(&model), before);
+        assert!(matches!(sgd.finish(&mut model).unwrap(), Action::Averaged(_)));
+        let mut sgd = sgd.enabled(false);
+        assert_eq!(sgd.done(&mut model).unwrap(), Action::Alone, "nothing is averaged");
+    });
+}
+
+#[test]
+fn the_mean_as_outer_optimizer_is_no_outer_optimizer() {
+    let run = |world, algorithm, outer: Option<Outer>| {
+        ranks(world, |communicator| {
+            let mut random = Random(communicator.rank() as u64);
+            let mut model = filled(0.0);
+            model.iter_mut().for_each(|tensor| tensor.fill_random(&mut random));
+            let builder = test_support::options(communicator).algorithm(algorithm).channels(2);
+            let builder = outer.into_iter().fold(builder, |builder, outer| builder.outer(outer));
+            let mut averager = builder.build(&mut model).unwrap();
+            averager.average(&mut model).unwrap();
+            (bytes(&model), averager.memory_overhead())
+        })
+    };
+    for algorithm in WAYS {
+        for world in [1, 2, 3] {
+            assert!(run(world, algorithm, Some(Outer::mean())) == run(world, algorithm, None));
+        }
+    }
+}
+
+#[test]
+fn outer_optimizers_that_cannot_be_are_refused_by_name() {
+    let nan = f64::NAN;
+    let refused = |communicator: Communicator, outer: Outer, start| {
+        let builder = builder(communicator, Algorithm::Auto, outer).start_from(start);
+        builder.build(&mut filled(0.0)).map(drop).unwrap_err()
+    };
+    for (outer, found) in [
+        (Outer::sgd(0.0), "sgd(0)"),
+        (Outer::nesterov(nan, 0.9), "nesterov(NaN, 0.9)"),
+        (Outer::momentum(1.0, 1.0), "momentum(1, 1)"),
+        (Outer::adam(0.1, 0.9, 0.99, 0.0), "adam(0.1, 0.9, 0.99, 0)"),
+        (Outer::ease(0.0), "sgd(1).keeping(1)"),
+        (Outer::mean().keeping(-0.5), "mean().keeping(-0.5)"),
+    ] {
+        for error in ranks(2, |communicator| refused(communicator, outer, Start::Rank(0))) {
+            assert!(matches!(error, Error::InvalidOption { option: "outer", .. }), "{error}");
+            assert!(error.to_string().contains(found), "{error}");
+        }
+    }
+    for outer in [Outer::diloco(), Outer::ease(0.5)] {
+        for error in ranks(2, |communicator| refused(communicator, outer, Start::Own)) {
+            let Error::InvalidOption { option: "start_from", found, .. } = &error else {
+                panic!("{error}")
+            };
+            assert!(found.contains("outer optimizer"), "{error}");
+        }
+    }
+    for others in [Outer::mean(), Outer::maxtext(), Outer::diloco().keeping(0.1)] {
+        let errors = ranks(3, |communicator| {
+            let outer = if communicator.rank() == 1 { others } else { Outer::diloco() };
+            refused(communicator, outer, Start::Rank(0))
+        });
+        for error in errors {
+            assert!(matches!(error, Error::OptionsDiffer { rank: 1, .. }), "{error}");
+            let text = error.to_string();
+            assert!(text.contains(&format!("outer = {others}")), "{text}");
+            assert!(text.contains("outer = nesterov(0.7, 0.9)"), "{text}");
+        }
+    }
+}
+
+/// As the docs of `Outer` say: 8 bytes an element over n ranks, 12 for Adam, twice as much for f64;
+/// and by the ring, 4 more for f16 and bf16, whose mean waits for the commit in f32.
+#[test]
+fn state_is_divided_by_the_number_of_ranks() {
+    const ELEMENTS: usize = 1 << 20;
+    let of = |world: usize, algorithm, dtype, outer: Outer| {
+        let bytes = ranks(world, |communicator| {
+            let mut model = Guarded::new(dtype, ELEMENTS, 0);
+            let builder = ParamAverager::builder(communicator).algorithm(algorithm).outer(outer);
+            builder.channels(2).build(&mut model).unwrap().memory_overhead()
+        });
+        bytes[0]
+    };
+    for world in [2, 4] {
+        for (algorithm, dtype, outer, bytes) in [
+            (Algorithm::Direct, Dtype::F32, Outer::diloco(), 8),
+            (Algorithm::Direct, Dtype::Bf16, Outer::diloco(), 8),
+            (Algorithm::Direct, Dtype::F64, Outer::diloco(), 16),
+            (Algorithm::Direct, Dtype::F32, Outer::adam(0.1, 0.9, 0.99, 1e-3), 12),
+            (Algorithm::Ring, Dtype::F32, Outer::diloco(), 8),
+            (Algorithm::Ring, Dtype::F16, Outer::diloco(), 12),
+        ] {
+            let before = of(world, algorithm, dtype, Outer::mean());
+            let more = of(world, algorithm, dtype, outer) - before;
+            assert_eq!(more, bytes * ELEMENTS / world, "{algorithm:?} {dtype} {outer} {world}");
+            let each = more as f64 / ELEMENTS as f64;
+            println!("{algorithm:?}, {dtype}, {outer}: {each} bytes an element, {world} ranks");
+        }
+    }
+    println!("torchft: 8 bytes an element on every rank, its backup and its velocity in f32");
+}
