@@ -49,7 +49,6 @@ pub fn tools() -> Skip {
 fn fatbin(test: &str) -> (Tools, PathBuf) {
     let bytes = param_averager::__testing::fatbin().expect("GPU kernels");
     let x = std::fs::read("/tmp/all.fatbin").unwrap();
-    let bytes = &x[..]; //TEMP
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{test}.fatbin"));
     std::fs::write(&file, bytes).unwrap();
     (Tools::find().expect("tools"), file)

@@ -74,8 +74,9 @@ impl Way {
             .build(model)
     }
 
-    /// Results of two averages of fresh models, or of four with an outer optimizer. The model of rank `order[p]` of a ring on devices
-    /// is that of rank p of one on CPUs, so that both make their sums in the same order.
+    /// Results of two averages of fresh models, or of four with an outer optimizer. The model of
+    /// rank `order[p]` of a ring on devices is that of rank p of one on CPUs, so that both make
+    /// their sums in the same order.
     pub fn averages(&self, devices: &[Device], shapes: &[Shape], order: &[usize]) -> Vec<Vec<u8>> {
         let rounds = if self.outer == Outer::mean() { 3 } else { 5 };
         let results = ranks_of(devices, |communicator| {
