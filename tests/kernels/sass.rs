@@ -48,7 +48,6 @@ pub fn tools() -> Skip {
 /// The tools and the fatbin as a file.
 fn fatbin(test: &str) -> (Tools, PathBuf) {
     let bytes = param_averager::__testing::fatbin().expect("GPU kernels");
-    let x = std::fs::read("/tmp/all.fatbin").unwrap();
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{test}.fatbin"));
     std::fs::write(&file, bytes).unwrap();
     (Tools::find().expect("tools"), file)
