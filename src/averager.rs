@@ -35,6 +35,7 @@ pub(crate) use lend::Begun;
 pub(crate) use lend::Ordered;
 pub use lend::{Lend, LendError, Loan};
 pub use link::Link;
+pub(crate) use outer_state::saved::OUTER as OUTER_SECTION;
 pub use pending::Pending;
 pub(crate) use progress::{Halt, Progress};
 pub use raw::RawCudaParams;

@@ -1,5 +1,8 @@
 //! State of the outer optimizer: this rank's shard of it, and its way to the ranks of a later view.
 
+mod assembly;
+pub(crate) mod saved;
+mod take_over;
 #[cfg(test)]
 mod tests;
 
@@ -12,12 +15,12 @@ use crate::abi::{
     PaBucket, PaOuter, PaStatus, PA_COMMITTED, PA_FLAG_STEP, PA_FLAG_WHOLE, PA_PACK_BYTES,
 };
 use crate::backend::Memory;
-use crate::bucket::{self, Division, Run};
+use crate::bucket::{self, Division};
 use crate::plan::{End, Launch, Plan};
 use crate::schedule::place;
 use crate::tensor::Dtype;
-use crate::world::Shown;
 use crate::{Error, Result};
+use assembly::{reserved, Piece};
 
 /// The launches of an averager's averages, by their end.
 pub(super) struct Launches {
@@ -72,7 +75,7 @@ pub(super) enum AnchorState {
 /// `[channels][shard_packs]` of elements in the type of sums.
 #[derive(Debug)]
 pub(super) struct OuterState {
-    pub(super) division: Division,
+    division: Division,
     /// Ring position of this rank.
     position: u32,
     buckets: Vec<BucketState>,
@@ -159,6 +162,11 @@ impl OuterState {
         pieces
     }
 
+    /// Bytes of a stream of these pieces.
+    fn length(&self, pieces: &[Piece]) -> usize {
+        pieces.last().map_or(0, |last| last.before + last.bytes(&self.buckets[last.bucket]))
+    }
+
     /// Reads this rank's state as one stream of bytes. No average may be running.
     pub(super) fn read(&self, arrays: Range<usize>) -> Result<Vec<u8>, String> {
         let pieces = self.pieces(&self.division, self.position, arrays);
@@ -176,99 +184,9 @@ impl OuterState {
     }
 }
 
-/// One run of one array, in a stream of bytes.
-#[derive(Clone, Copy, Debug)]
-struct Piece {
-    bucket: usize,
-    array: usize,
-    run: Run,
-    /// Bytes of the stream before it.
-    before: usize,
-}
-
-impl Piece {
-    fn bytes(&self, state: &BucketState) -> usize {
-        self.run.packs as usize * state.pack_bytes
-    }
-}
-
-/// New contents of a rank's state, put together of what ranks of other views have.
-pub(super) struct Assembly<'a> {
-    state: &'a OuterState,
-    own: Vec<Piece>,
-    /// Contents of the memory of each bucket.
-    contents: Vec<Vec<u8>>,
-}
-
-impl<'a> Assembly<'a> {
-    /// A state of zeros, of which `arrays` are to be filled. The others stay as they are.
-    pub(super) fn new(state: &'a OuterState, arrays: Range<usize>) -> Result<Self, String> {
-        let own = state.pieces(&state.division, state.position, arrays.clone());
-        let mut contents = vec![];
-        for bucket in &state.buckets {
-            let mut all = reserved(bucket.memory.bytes())?;
-            // SAFETY: as in `read`.
-            unsafe { bucket.memory.read(&mut all) }?;
-            for array in arrays.clone().filter(|&array| array <= bucket.slots) {
-                all[array * bucket.array..][..bucket.array].fill(0);
-            }
-            contents.push(all);
-        }
-        Ok(Assembly { state, own, contents })
-    }
-
-    /// Copies what this rank needs of a part of another rank's stream, which begins `at` bytes into
-    /// it. `theirs` are the pieces of that rank.
-    fn add(&mut self, theirs: &[Piece], at: usize, bytes: &[u8]) {
-        let end = at + bytes.len();
-        let from = theirs.partition_point(|piece| piece.before <= at).saturating_sub(1);
-        for piece in theirs[from..].iter().take_while(|piece| piece.before < end) {
-            let bucket = &self.state.buckets[piece.bucket];
-            let size = bucket.pack_bytes as u64;
-            // In bytes of the array's index space.
-            let start = piece.run.first * size;
-            let shown = start + (at.saturating_sub(piece.before)) as u64
-                ..start + (end - piece.before).min(piece.bytes(bucket)) as u64;
-            for own in &self.own {
-                if (own.bucket, own.array) != (piece.bucket, piece.array) {
-                    continue;
-                }
-                let mine = own.run.first * size..(own.run.first + own.run.packs) * size;
-                let both = shown.start.max(mine.start)..shown.end.min(mine.end);
-                if both.is_empty() {
-                    continue;
-                }
-                let to = own.array * bucket.array
-                    + (own.run.at * size + (both.start - mine.start)) as usize;
-                let skipped =
-                    (piece.before as i64 - at as i64 + (both.start - start) as i64) as usize;
-                let count = (both.end - both.start) as usize;
-                self.contents[own.bucket][to..to + count]
-                    .copy_from_slice(&bytes[skipped..skipped + count]);
-            }
-        }
-    }
-
-    /// Writes the state. No average may be running.
-    fn write(self) -> Result<(), String> {
-        for (bucket, contents) in self.state.buckets.iter().zip(&self.contents) {
-            // SAFETY: as in `read`.
-            unsafe { bucket.memory.overwrite(contents) }?;
-        }
-        Ok(())
-    }
-}
-
 /// Bytes of the state of a pack.
 fn pack_bytes(dtype: Dtype) -> usize {
     PA_PACK_BYTES as usize * if dtype.size() == 2 { 2 } else { 1 }
-}
-
-fn reserved(bytes: usize) -> Result<Vec<u8>, String> {
-    let mut all = vec![];
-    all.try_reserve_exact(bytes).map_err(|error| error.to_string())?;
-    all.resize(bytes, 0);
-    Ok(all)
 }
 
 impl ParamAverager {
@@ -319,11 +237,7 @@ impl ParamAverager {
     /// Brings the outer optimizer's state up to date before a launch. Collective where the state of
     /// an earlier view is taken over.
     pub(super) fn prepare_outer(&mut self) -> Result<()> {
-        if let AnchorState::Launched { was_set } = self.anchor {
-            let is_committed = |status: PaStatus| status.outcome == PA_COMMITTED;
-            let is_set = was_set || self.ended().all(is_committed);
-            self.anchor = if is_set { AnchorState::Set } else { AnchorState::Missing };
-        }
+        self.note_anchor();
         if self.anchor == AnchorState::ToInherit {
             self.take_over()?;
             self.inherited = None;
@@ -332,87 +246,12 @@ impl ParamAverager {
         Ok(())
     }
 
-    /// Takes over the outer optimizer's slots from an earlier view, whose ranks had other shards.
-    /// Every rank shows what it has, piece by piece, and takes what belongs to its shard now.
-    fn take_over(&mut self) -> Result<()> {
-        /// Bytes in a message. As text, a word has up to 21 bytes, and a message between processes
-        /// takes 64 KiB.
-        const PIECE: usize = 16 << 10;
-        let Some(own) = self.own.outer.clone() else { return Ok(()) };
-        let slots = 1..3;
-        let rank = self.rank();
-        let no_memory = |reason| Error::Memory { rank, reason };
-        let old = self.inherited.clone();
-        let stream = old.as_ref().map_or(Ok(vec![]), |old| old.read(slots.clone()));
-        let stream = stream.map_err(no_memory)?;
-        let shown = old.as_ref().map(|old| {
-            let Division { world, channels, chunk, is_ring } = old.division;
-            [world, channels, chunk, is_ring.into(), old.position].map(u64::from)
-        });
-        let call = "the outer optimizer's state, at the first average of a view";
-        let words = shown.map_or(vec![], Vec::from);
-        let headers = self.exchange(Shown { call: call.into(), words })?;
-        let pieces: Vec<Vec<Piece>> = headers
-            .iter()
-            .map(|shown| match shown.words[..] {
-                [world, channels, chunk, is_ring, position] => {
-                    let [world, channels, chunk] = [world, channels, chunk].map(|word| word as u32);
-                    let division = Division { world, channels, chunk, is_ring: is_ring != 0 };
-                    own.pieces(&division, position as u32, slots.clone())
-                }
-                _ => vec![],
-            })
-            .collect();
-        self.lost_state = own.lost_share(&pieces);
-        let mut assembly = Assembly::new(&own, slots).map_err(no_memory)?;
-        let length = |pieces: &Vec<Piece>| {
-            pieces.last().map_or(0, |last| last.before + last.bytes(&own.buckets[last.bucket]))
-        };
-        let longest = pieces.iter().map(length).max().unwrap_or(0);
-        for at in (0..longest).step_by(PIECE) {
-            let part = stream.get(at..).unwrap_or_default();
-            let words = to_words(&part[..part.len().min(PIECE)]);
-            let all = self.exchange(Shown { call: format!("{call}, from byte {at}"), words })?;
-            for (theirs, shown) in pieces.iter().zip(all) {
-                let bytes: Vec<u8> =
-                    shown.words.iter().flat_map(|word| word.to_le_bytes()).collect();
-                let left = length(theirs).saturating_sub(at);
-                assembly.add(theirs, at, &bytes[..bytes.len().min(left)]);
-            }
+    /// Notes whether the last average has given the anchor.
+    fn note_anchor(&mut self) {
+        if let AnchorState::Launched { was_set } = self.anchor {
+            let is_committed = |status: PaStatus| status.outcome == PA_COMMITTED;
+            let is_set = was_set || self.ended().all(is_committed);
+            self.anchor = if is_set { AnchorState::Set } else { AnchorState::Missing };
         }
-        assembly.write().map_err(no_memory)
     }
-}
-
-impl OuterState {
-    /// Share of the first slot that no rank has.
-    fn lost_share(&self, pieces: &[Vec<Piece>]) -> f64 {
-        let all: u64 = self.buckets.iter().map(|state| state.packs).sum();
-        let mut runs: Vec<_> = pieces
-            .iter()
-            .flatten()
-            .filter(|piece| piece.array == 1)
-            .map(|piece| (piece.bucket, piece.run.first, piece.run.first + piece.run.packs))
-            .collect();
-        runs.sort_unstable();
-        let (mut covered, mut reached) = (0, (0, 0));
-        for (bucket, first, end) in runs {
-            if bucket != reached.0 {
-                reached = (bucket, 0);
-            }
-            covered += end.saturating_sub(first.max(reached.1));
-            reached.1 = reached.1.max(end);
-        }
-        1.0 - covered as f64 / all.max(1) as f64
-    }
-}
-
-/// Bytes as words, the last one filled up with zeros.
-fn to_words(bytes: &[u8]) -> Vec<u64> {
-    let word = |bytes: &[u8]| {
-        let mut word = [0; 8];
-        word[..bytes.len()].copy_from_slice(bytes);
-        u64::from_le_bytes(word)
-    };
-    bytes.chunks(8).map(word).collect()
 }

@@ -72,6 +72,53 @@ pub enum StateError {
         steps: u64,
     },
 
+    /// Two of the states that were passed are of different steps.
+    #[error(
+        "one of the states was saved at step {found}, and another at step {expected}: pass those \
+        that the ranks have saved after the same step"
+    )]
+    OtherStep {
+        /// Position of the state that differs.
+        found: u64,
+        /// Position of the others.
+        expected: u64,
+    },
+
+    /// It was saved with another outer optimizer.
+    #[error(
+        "it was saved with the outer optimizer {found}, and this one is {expected}: pass the same \
+        Outer to Builder::outer"
+    )]
+    OtherOuter {
+        /// Optimizer of the state.
+        found: String,
+        /// Optimizer of the averager.
+        expected: String,
+    },
+
+    /// The outer optimizer's state is divided among the ranks, and parts that this rank needs are
+    /// in states that were not passed.
+    #[error(
+        "of the outer optimizer's {of} packs of this rank, {lacks} are in none of the {found} \
+        states that were passed: where the number of ranks, of channels or the algorithm has \
+        changed, pass what all ranks have saved to LocalSgd::load_all"
+    )]
+    MissingShards {
+        /// Number of states.
+        found: usize,
+        /// Packs of 16 bytes of parameters that no state has.
+        lacks: u64,
+        /// Packs that this rank needs.
+        of: u64,
+    },
+
+    /// This rank has no memory for it, or its device has failed.
+    #[error("there is no memory to load it: {reason}")]
+    Memory {
+        /// The reason.
+        reason: String,
+    },
+
     /// It has a part that this `LocalSgd` does not know and can't do without.
     #[error(
         "it has a part `{tag}` that this LocalSgd does not know: build the averager with the \

@@ -87,6 +87,9 @@
 //! since `build` copies it to the others. Between two averages each rank saves its own model and
 //! its own state, after the same step, and builds with [`Start::Own`](crate::Start::Own) when it
 //! has loaded them. Optimizer state is each rank's own: save it on every rank, or begin it anew.
+//! With an [outer optimizer](crate::Outer) every rank saves, since each has a shard of its state;
+//! for another number of ranks pass the states of all to
+//! [`load_all`](crate::LocalSgd::load_all), and put own parameters into the tensors after `build`.
 //!
 //! # When not to use it
 //! * One device is fast enough: a larger batch is simpler.

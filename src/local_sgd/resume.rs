@@ -1,6 +1,7 @@
 //! Saving a `LocalSgd` and loading it again.
 
 use super::{LocalSgd, MOST_STEPS};
+use crate::averager::OUTER_SECTION;
 use crate::error::StateError;
 use crate::saved::{Reader, Sections, Writer};
 use crate::schedule::{Agreed, Course};
@@ -104,8 +105,9 @@ impl LocalSgd {
     /// and the state of the rank's own optimizer, are saved beside it by the caller.
     ///
     /// All ranks save after the same step: each its own state and its own parameters, or, after
-    /// [`sync`](Self::sync), rank 0 those of all. Waits for an average that was enqueued, whose
-    /// error is that of the next call.
+    /// [`sync`](Self::sync), rank 0 those of all. With an [outer optimizer](crate::Outer) every
+    /// rank saves its state, which holds the rank's shard of the optimizer's. Waits for an average
+    /// that was enqueued, whose error is that of the next call.
     ///
     /// # Errors
     /// As [`ParamAverager::average`](crate::ParamAverager::average), if a part of the state can't
@@ -113,6 +115,9 @@ impl LocalSgd {
     pub fn save(&mut self) -> Result<Vec<u8>> {
         let mut sections = Sections::default();
         sections.push(COURSE, true, self.saved().to_bytes());
+        if let Some(outer) = self.averager().save_outer()? {
+            sections.push(OUTER_SECTION, true, outer);
+        }
         Ok(sections.to_bytes())
     }
 
@@ -123,23 +128,48 @@ impl LocalSgd {
     /// In a process that [joined](crate::Communicator::join) it changes nothing, since its peers
     /// tell the place. [`Builder::start_from`](crate::Builder::start_from) decides if the ranks
     /// keep the parameters that they have loaded: to go on between two averages, build with
-    /// [`Start::Own`](crate::Start::Own).
+    /// [`Start::Own`](crate::Start::Own), or, with an [outer optimizer](crate::Outer), put the
+    /// rank's parameters into the tensors after the build.
     ///
     /// # Errors
     /// [`Error::InvalidState`] on this rank, which has changed nothing: bytes that are no state,
-    /// have changed or are cut off, and states of another format, model, schedule or rank.
+    /// have changed or are cut off, and states of another format, model, schedule, optimizer or
+    /// rank.
     pub fn load(&mut self, state: &[u8]) -> Result<()> {
-        let rank = self.rank();
-        self.load_checked(state).map_err(|cause| Error::InvalidState { rank, cause })
+        self.load_all(&[state])
     }
 
-    fn load_checked(&mut self, state: &[u8]) -> Result<(), StateError> {
-        let mut sections = Sections::from_bytes(state)?;
-        let missing = || StateError::MissingSection { tag: COURSE.into() };
-        let content = sections.take(COURSE).ok_or_else(missing)?;
-        let found = Saved::from_bytes(&content).ok_or(StateError::Corrupt)?;
-        sections.end()?;
+    /// As [`load`](Self::load), from the states that all ranks have saved: for an
+    /// [outer optimizer](crate::Outer) where the number of ranks or of channels has changed since,
+    /// and with it the shards. Everything but the optimizer's state is taken from what this rank
+    /// has saved, or else from the first state.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load). [`StateError::MissingShards`] if a state is missing.
+    pub fn load_all<S: AsRef<[u8]>>(&mut self, states: &[S]) -> Result<()> {
+        let rank = self.rank();
+        self.load_checked(states).map_err(|cause| Error::InvalidState { rank, cause })
+    }
+
+    fn load_checked<S: AsRef<[u8]>>(&mut self, states: &[S]) -> Result<(), StateError> {
         let own = self.saved();
+        let is_own = |saved: &Saved| (saved.rank, saved.world_size) == (own.rank, own.world_size);
+        let (mut all, mut outer) = (vec![], vec![]);
+        for state in states {
+            let mut sections = Sections::from_bytes(state.as_ref())?;
+            let missing = || StateError::MissingSection { tag: COURSE.into() };
+            let content = sections.take(COURSE).ok_or_else(missing)?;
+            all.push(Saved::from_bytes(&content).ok_or(StateError::Corrupt)?);
+            outer.extend(sections.take(OUTER_SECTION));
+            sections.end()?;
+        }
+        let chosen = all.iter().find(|saved| is_own(saved)).or(all.first());
+        let found = chosen.ok_or(StateError::NotAState)?.clone();
+        let of_course = |saved: &&Saved| saved.course != found.course;
+        if let Some(other) = all.iter().find(of_course) {
+            let [found, expected] = [other.course, found.course].map(|course| course.position);
+            return Err(StateError::OtherStep { found, expected });
+        }
         if found.layout != own.layout {
             let (found, expected) = (found.layout.to_string(), own.layout.to_string());
             return Err(StateError::OtherLayout { found, expected });
@@ -148,12 +178,12 @@ impl LocalSgd {
             let (found, expected) = (found.schedule.0, own.schedule.0);
             return Err(StateError::OtherSchedule { found, expected });
         }
-        let is_own = (found.rank, found.world_size) == (own.rank, own.world_size);
-        if found.since_average > 0 && !is_own {
+        if found.since_average > 0 && !is_own(&found) {
             let Saved { rank, world_size, since_average, .. } = found;
             return Err(StateError::OtherRank { found: rank, world_size, steps: since_average });
         }
         if !self.averager.has_joined() {
+            self.averager().load_outer(&outer)?;
             self.take_course(found.course);
             self.decisions.restore(found.later);
             self.measured.rate = found.rate;

@@ -14,6 +14,7 @@ mod outer;
 mod outer_fixture;
 mod outer_promises;
 mod outer_reference;
+mod outer_resume;
 mod public_api;
 mod refusals;
 mod resume;

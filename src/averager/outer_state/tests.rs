@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::assembly::Assembly;
 use super::*;
 use crate::backend::MemorySpace;
 use crate::plan::End;

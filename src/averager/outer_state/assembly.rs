@@ -1,0 +1,96 @@
+//! New contents of the outer optimizer's state, put together of what other ranks have.
+
+use std::ops::Range;
+
+use super::{BucketState, OuterState};
+use crate::bucket::Run;
+
+/// One run of one array, in a stream of bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Piece {
+    pub(super) bucket: usize,
+    pub(super) array: usize,
+    pub(super) run: Run,
+    /// Bytes of the stream before it.
+    pub(super) before: usize,
+}
+
+impl Piece {
+    pub(super) fn bytes(&self, state: &BucketState) -> usize {
+        self.run.packs as usize * state.pack_bytes
+    }
+}
+
+/// New contents of a rank's state, put together of what ranks of other views have.
+pub(super) struct Assembly<'a> {
+    state: &'a OuterState,
+    own: Vec<Piece>,
+    /// Contents of the memory of each bucket.
+    contents: Vec<Vec<u8>>,
+}
+
+impl<'a> Assembly<'a> {
+    /// A state of zeros, of which `arrays` are to be filled. The others stay as they are.
+    pub(super) fn new(state: &'a OuterState, arrays: Range<usize>) -> Result<Self, String> {
+        let own = state.pieces(&state.division, state.position, arrays.clone());
+        let mut contents = vec![];
+        for bucket in &state.buckets {
+            let mut all = reserved(bucket.memory.bytes())?;
+            // SAFETY: as in `read`.
+            unsafe { bucket.memory.read(&mut all) }?;
+            for array in arrays.clone().filter(|&array| array <= bucket.slots) {
+                all[array * bucket.array..][..bucket.array].fill(0);
+            }
+            contents.push(all);
+        }
+        Ok(Assembly { state, own, contents })
+    }
+
+    /// Copies what this rank needs of a part of another rank's stream, which begins `at` bytes into
+    /// it. `theirs` are the pieces of that rank.
+    pub(super) fn add(&mut self, theirs: &[Piece], at: usize, bytes: &[u8]) {
+        let end = at + bytes.len();
+        let from = theirs.partition_point(|piece| piece.before <= at).saturating_sub(1);
+        for piece in theirs[from..].iter().take_while(|piece| piece.before < end) {
+            let bucket = &self.state.buckets[piece.bucket];
+            let size = bucket.pack_bytes as u64;
+            // In bytes of the array's index space.
+            let start = piece.run.first * size;
+            let shown = start + (at.saturating_sub(piece.before)) as u64
+                ..start + (end - piece.before).min(piece.bytes(bucket)) as u64;
+            for own in &self.own {
+                if (own.bucket, own.array) != (piece.bucket, piece.array) {
+                    continue;
+                }
+                let mine = own.run.first * size..(own.run.first + own.run.packs) * size;
+                let both = shown.start.max(mine.start)..shown.end.min(mine.end);
+                if both.is_empty() {
+                    continue;
+                }
+                let to = own.array * bucket.array
+                    + (own.run.at * size + (both.start - mine.start)) as usize;
+                let skipped =
+                    (piece.before as i64 - at as i64 + (both.start - start) as i64) as usize;
+                let count = (both.end - both.start) as usize;
+                self.contents[own.bucket][to..to + count]
+                    .copy_from_slice(&bytes[skipped..skipped + count]);
+            }
+        }
+    }
+
+    /// Writes the state. No average may be running.
+    pub(super) fn write(self) -> Result<(), String> {
+        for (bucket, contents) in self.state.buckets.iter().zip(&self.contents) {
+            // SAFETY: as in `read`.
+            unsafe { bucket.memory.overwrite(contents) }?;
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn reserved(bytes: usize) -> Result<Vec<u8>, String> {
+    let mut all = vec![];
+    all.try_reserve_exact(bytes).map_err(|error| error.to_string())?;
+    all.resize(bytes, 0);
+    Ok(all)
+}

@@ -1,0 +1,91 @@
+//! The way of the outer optimizer's state to the ranks of a later view.
+
+use super::assembly::{Assembly, Piece};
+use super::OuterState;
+use crate::averager::ParamAverager;
+use crate::bucket::Division;
+use crate::world::Shown;
+use crate::{Error, Result};
+
+impl ParamAverager {
+    /// Takes over the outer optimizer's slots from an earlier view, whose ranks had other shards.
+    /// Every rank shows what it has, piece by piece, and takes what belongs to its shard now.
+    pub(super) fn take_over(&mut self) -> Result<()> {
+        /// Bytes in a message. As text, a word has up to 21 bytes, and a message between processes
+        /// takes 64 KiB.
+        const PIECE: usize = 16 << 10;
+        let Some(own) = self.own.outer.clone() else { return Ok(()) };
+        let slots = 1..3;
+        let rank = self.rank();
+        let no_memory = |reason| Error::Memory { rank, reason };
+        let old = self.inherited.clone();
+        let stream = old.as_ref().map_or(Ok(vec![]), |old| old.read(slots.clone()));
+        let stream = stream.map_err(no_memory)?;
+        let shown = old.as_ref().map(|old| {
+            let Division { world, channels, chunk, is_ring } = old.division;
+            [world, channels, chunk, is_ring.into(), old.position].map(u64::from)
+        });
+        let call = "the outer optimizer's state, at the first average of a view";
+        let words = shown.map_or(vec![], Vec::from);
+        let headers = self.exchange(Shown { call: call.into(), words })?;
+        let pieces: Vec<Vec<Piece>> = headers
+            .iter()
+            .map(|shown| match shown.words[..] {
+                [world, channels, chunk, is_ring, position] => {
+                    let [world, channels, chunk] = [world, channels, chunk].map(|word| word as u32);
+                    let division = Division { world, channels, chunk, is_ring: is_ring != 0 };
+                    own.pieces(&division, position as u32, slots.clone())
+                }
+                _ => vec![],
+            })
+            .collect();
+        self.lost_state = own.lost_share(&pieces);
+        let mut assembly = Assembly::new(&own, slots).map_err(no_memory)?;
+        let longest = pieces.iter().map(|theirs| own.length(theirs)).max().unwrap_or(0);
+        for at in (0..longest).step_by(PIECE) {
+            let part = stream.get(at..).unwrap_or_default();
+            let words = to_words(&part[..part.len().min(PIECE)]);
+            let all = self.exchange(Shown { call: format!("{call}, from byte {at}"), words })?;
+            for (theirs, shown) in pieces.iter().zip(all) {
+                let bytes: Vec<u8> =
+                    shown.words.iter().flat_map(|word| word.to_le_bytes()).collect();
+                let left = own.length(theirs).saturating_sub(at);
+                assembly.add(theirs, at, &bytes[..bytes.len().min(left)]);
+            }
+        }
+        assembly.write().map_err(no_memory)
+    }
+}
+
+impl OuterState {
+    /// Share of the first slot that no rank has.
+    pub(super) fn lost_share(&self, pieces: &[Vec<Piece>]) -> f64 {
+        let all: u64 = self.buckets.iter().map(|state| state.packs).sum();
+        let mut runs: Vec<_> = pieces
+            .iter()
+            .flatten()
+            .filter(|piece| piece.array == 1)
+            .map(|piece| (piece.bucket, piece.run.first, piece.run.first + piece.run.packs))
+            .collect();
+        runs.sort_unstable();
+        let (mut covered, mut reached) = (0, (0, 0));
+        for (bucket, first, end) in runs {
+            if bucket != reached.0 {
+                reached = (bucket, 0);
+            }
+            covered += end.saturating_sub(first.max(reached.1));
+            reached.1 = reached.1.max(end);
+        }
+        1.0 - covered as f64 / all.max(1) as f64
+    }
+}
+
+/// Bytes as words, the last one filled up with zeros.
+fn to_words(bytes: &[u8]) -> Vec<u64> {
+    let word = |bytes: &[u8]| {
+        let mut word = [0; 8];
+        word[..bytes.len()].copy_from_slice(bytes);
+        u64::from_le_bytes(word)
+    };
+    bytes.chunks(8).map(word).collect()
+}
