@@ -246,6 +246,12 @@ impl ParamAverager {
         Ok(())
     }
 
+    /// True if outer steps can begin, or there are none.
+    pub(super) fn has_anchor(&mut self) -> bool {
+        self.note_anchor();
+        !self.has_outer() || self.anchor == AnchorState::Set
+    }
+
     /// Notes whether the last average has given the anchor.
     fn note_anchor(&mut self) {
         if let AnchorState::Launched { was_set } = self.anchor {

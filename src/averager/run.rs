@@ -65,8 +65,6 @@ impl ParamAverager {
         start: Instant,
     ) -> Result<()> {
         let refusal = self.refusal_of(problem, call);
-        self.prepare_outer()?;
-        let end = self.end_of(call);
         let is_captured = match order {
             // SAFETY: the caller's promise.
             Order::Behind(stream) | Order::Within(stream) => unsafe { self.is_capturing(stream) }?,
@@ -81,7 +79,7 @@ impl ParamAverager {
                            every replay of the graph makes",
             });
         }
-        if is_captured && end == End::Anchor {
+        if is_captured && !self.has_anchor() {
             return Err(Error::InvalidOption {
                 rank: self.rank(),
                 option: "stream",
@@ -94,6 +92,8 @@ impl ParamAverager {
         if let (Some(refusal), true) = (&refusal, is_captured) {
             return Err(refusal.clone());
         }
+        self.prepare_outer()?;
+        let end = self.end_of(call);
         self.call = call;
         // A graph replays the same flags each time, but joiners come and go.
         let has_joiner = self.communicator.has_joiner() && !is_captured;

@@ -76,6 +76,10 @@ pub fn outer_steps_have_the_bits_of_the_cpu() {
     scenario("outer", &[&[ONE, ("CUDASIM_SEED", "1")]]);
 }
 
+pub fn outer_states_are_saved_and_loaded() {
+    scenario("outer-saved", &[&[ONE]]);
+}
+
 pub fn averages_have_no_race() {
     scenario("races", &[&[ONE, ("CUDASIM_RACE", "1")]]);
 }

@@ -28,6 +28,7 @@ pub fn run(scenario: &str) {
         "graphs-devices" => graphs::on_devices(),
         "host-links" => links::host_links(),
         "outer" => outer(),
+        "outer-saved" => outer_saved(),
         "host-failures" => links::host_failures(),
         "links" => links::every_link(),
         "pairs" => links::pairs(),
@@ -113,6 +114,47 @@ fn outer() {
         Way { weighted: true, counter: u32::MAX - 3, reject: true, ..way.clone() }
             .compare(&shapes[10..]);
         Way { delay_ns: 100_000, narrow_wire: true, ..way }.compare(&shapes[5..]);
+    }
+}
+
+/// A world that saves, ends and loads goes on as one that ran through, on devices as on CPUs.
+fn outer_saved() {
+    let shapes = shapes();
+    for (algorithm, outer) in [
+        (Algorithm::Direct, outers()[0]),
+        (Algorithm::Ring, outers()[0]),
+        (Algorithm::Ring, outers()[1]),
+    ] {
+        let way = Way { ranks: 2, algorithm, outer, ..WAY };
+        // The models after two steps more, from the states of a world before or from its begin.
+        let run = |on: Device, states: Option<&[Vec<u8>]>| -> Vec<(Vec<u8>, Vec<u8>)> {
+            ranks_on(on, 2, |communicator| {
+                let rank = communicator.rank();
+                let mut models: Vec<Model> = (0..5)
+                    .map(|round| Model::new(on, &shapes, 100 * round + rank as u64))
+                    .collect();
+                let averager = way.build(communicator, &mut models[0]).unwrap();
+                let mut sgd = LocalSgd::new(averager, Schedule::every(1));
+                match states {
+                    Some(states) => sgd.load(&states[rank]).unwrap(),
+                    None => models[1..3].iter_mut().for_each(|model| {
+                        sgd.step(model).unwrap();
+                    }),
+                }
+                let state = sgd.save().unwrap();
+                models[3..].iter_mut().for_each(|model| {
+                    sgd.step(model).unwrap();
+                });
+                sgd.wait().unwrap();
+                models[4].download();
+                (state, models[4].bytes().to_vec())
+            })
+        };
+        let (gpu, cpu) = (run(GPU, None), run(Device::cpu(), None));
+        assert!(gpu == cpu, "{way:?}: not the states and bits of the CPU");
+        let states: Vec<Vec<u8>> = gpu.iter().map(|(state, _)| state.clone()).collect();
+        assert!(run(GPU, Some(&states)) == gpu, "{way:?}: loaded");
+        assert!(run(Device::cpu(), Some(&states)) == gpu, "{way:?}: loaded on CPUs");
     }
 }
 
