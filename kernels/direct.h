@@ -213,8 +213,8 @@ PA_NOINLINE bool exit_barrier_as_leader(Exec ex, WaitCtx ctx) {
   return undone == 0 || !resolve_failure(ex, ctx, undone, PA_AT_EXIT);
 }
 
-// This block's share of one bucket. kSteps: with an outer optimizer; not unrolled by ranks on a
-// GPU then, whose code would double.
+// All sums of this block's share of one bucket. With an outer optimizer not unrolled by ranks on a
+// GPU: the kernel's code would double.
 template <class T, class End> PA_FN void run_direct_to(Block& b, const PaBucket& bucket, End end) {
   if constexpr (kInFlight == 1 || PA_SAME(End, EndsInMean<T>)) {
     switch (b.a.world) {
@@ -225,6 +225,7 @@ template <class T, class End> PA_FN void run_direct_to(Block& b, const PaBucket&
   }
   Direct<T, 0>(b, bucket).run(end);
 }
+// This block's share of one bucket. kSteps: with an outer optimizer.
 template <class T, bool kSteps>
 PA_FN void run_direct_bucket(Block& b, const PaBucket& bucket, uint32_t index) {
   if (b.ex.leader())

@@ -64,11 +64,13 @@ pub enum Algorithm {
     /// for another device.
     Auto,
     /// Ring all-reduce through mailboxes. Extra memory of a rank: at most S/n + 4 MiB for S bytes
-    /// of parameters and n ranks, 16 MiB more on a CUDA device. Shard s is summed in the order of
-    /// ranks s+1, s+2, …, s, counted along [`ring_order`](ParamAverager::ring_order).
+    /// of parameters and n ranks, 16 MiB more on a CUDA device, and the state of an
+    /// [outer optimizer](Builder::outer). Shard s is summed in the order of ranks s+1, s+2, …, s,
+    /// counted along [`ring_order`](ParamAverager::ring_order).
     Ring,
     /// Owner computes: the owner of each part reads all ranks' values, in rank order, and writes
-    /// all ranks' means. No mailboxes, one rounding, at most 1 MiB of extra memory.
+    /// all ranks' means. No mailboxes, one rounding, at most 1 MiB of extra memory, and the state
+    /// of an [outer optimizer](Builder::outer).
     Direct,
 }
 
@@ -249,8 +251,8 @@ impl ParamAverager {
         self.communicator.abort_handle()
     }
 
-    /// Replaces every tensor by its mean over all ranks, or by what the
-    /// [outer optimizer](Builder::outer) makes of the mean. Collective.
+    /// Replaces every tensor by its mean over all ranks, or by the result of the
+    /// [outer optimizer](Builder::outer)'s step. Collective.
     ///
     /// # Errors
     /// Before the commit, the same error on every rank, and no tensor of any rank has changed. It

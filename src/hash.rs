@@ -8,7 +8,7 @@ pub(crate) fn fnv1a(bytes: impl IntoIterator<Item = u8>) -> u64 {
     })
 }
 
-/// Digest of bytes by words of 8, since one by single bytes takes longer than an average. Each step
+/// Digest of bytes by words of 8: a digest by single bytes takes longer than an average. Each step
 /// is invertible, so bytes that differ within one word have different digests.
 #[derive(Default)]
 pub(crate) struct Digest(u64);

@@ -30,18 +30,20 @@
 //!   ([`from_env`](Communicator#method.from_env)).
 //! * [`ParamAverager`] averages a model's tensors, plainly or weighted. A list of tensors
 //!   ([`Parameters`], [`TensorMut`]) is a model; a framework's tensors are lent ([`Lend`]).
-//! * [`LocalSgd`] counts optimizer steps and averages when its [`Schedule`] says so.
+//! * [`LocalSgd`] counts optimizer steps and averages when its [`Schedule`] says so. An [`Outer`]
+//!   optimizer makes a step from the mean.
 #![cfg_attr(
     feature = "cuda",
     doc = "* [`adapters::cudarc`]: cudarc's slices, averaged on a cudarc stream ([`CudaParams`])."
 )]
 //! * [`Error`] names the rank and the tensor, and says what to do. If an average fails before any
 //!   rank wrote, no tensor of any rank has changed.
-//! * [`guide`] has short pages on frameworks, processes, streams, failures, joining, outer
-//!   optimizers and accuracy.
+//! * [`guide`] has short pages on frameworks, processes, streams, failures, joining, Local SGD in
+//!   practice, outer optimizers and accuracy.
 //!
-//! Sums are made in f32 (f64 for f64) in a fixed order, so all ranks end with the same bits.
-//! Nothing is allocated and no system call is made while averaging on CPUs, waiting aside.
+//! Sums are made in f32 (f64 for f64) in a fixed order, so all ranks end with the same bits, unless
+//! they [keep a share](Outer::keeping) of their own values. Nothing is allocated and no system call
+//! is made while averaging on CPUs, waiting aside; [`guide`] has the one exception.
 //!
 //! # Features
 //!

@@ -89,16 +89,16 @@ impl LocalSgd {
         }
     }
 
-    /// Switch for all averages. `false`: steps are counted, and nothing is averaged. Must be the
-    /// same on every rank. Default: `true`.
+    /// Switch for all averages. `false`: steps are counted, nothing is averaged, and no outer step
+    /// is made. Must be the same on every rank. Default: `true`.
     pub fn enabled(mut self, enabled: bool) -> Self {
         self.enabled = enabled;
         self
     }
 
     /// Place in the schedule to begin at, such as [`position`](Self::position) when a checkpoint
-    /// was written: a warm-up is then not repeated. A schedule that adapts begins with its first H.
-    /// Must be the same on every rank. In a process
+    /// was written: a warm-up is then not repeated. A schedule that adapts begins with its first H;
+    /// [`load`](Self::load) restores its last one. Must be the same on every rank. In a process
     /// that [joined](crate::Communicator::join) it changes nothing, since its peers tell the place.
     /// Default: 0.
     pub fn at(mut self, position: u64) -> Self {
@@ -239,7 +239,8 @@ impl LocalSgd {
     }
 
     /// Makes the last average, after which all ranks' parameters are the same: [`sync`](Self::sync)
-    /// by the name that the end of a loop has.
+    /// by the name that the end of a loop has. See [`Outer::keeping`](crate::Outer::keeping) for an
+    /// exception.
     ///
     /// # Errors
     /// As [`step`](Self::step).

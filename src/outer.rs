@@ -9,19 +9,20 @@ pub use parse::ParseOuterError;
 
 use crate::abi::{PaOuter, PA_OUTER_ADAM, PA_OUTER_MOMENTUM};
 
-/// The outer optimizer of Local SGD: what becomes of the mean w̄ of all ranks' parameters.
+/// The outer optimizer of Local SGD: makes a step from the mean w̄ of all ranks' parameters.
 ///
-/// It keeps the outer parameters θ, which all ranks had after the last average, and takes
-/// Δ = θ − w̄ for a gradient. Every rank makes the step for its own n-th part of the parameters, so
-/// its state takes 8 bytes for each element of f32, f16 and bf16, divided by n. Adam takes 12, f64
-/// twice as much, and the ring 4 more for f16 and bf16. For models of f16 and bf16, θ is a master
-/// copy in f32. All ranks get the same bits. A failed average changes no state, or it changes that
-/// of all ranks that are left.
+/// It keeps the outer parameters θ, the result of the last average, and takes Δ = θ − w̄ as the
+/// gradient. Every rank makes the step for its own n-th part of the parameters, so the state takes
+/// 8 bytes for each element of f32, f16 and bf16, divided by n. Adam takes 12, f64 twice as much,
+/// and the ring 4 more for f16 and bf16. For models of f16 and bf16, θ is a master copy in f32. All
+/// ranks get the same bits, unless they [keep a share](Self::keeping) of their own values. A failed
+/// average changes no state, or that of all ranks that are left.
 ///
-/// An average that tells the ranks what to begin with makes no step: the one of
+/// An average that gives the ranks the values to begin with makes no step: that of
 /// [`build`](crate::Builder::build), [`broadcast`](crate::ParamAverager::broadcast), and the first
-/// one after a recovery or a join. θ is then what it gives to the tensors. All other averages make
-/// a step, those by hand and those of a world of one rank as well.
+/// average after a recovery or a join. θ is then its result. All other averages make a step, also
+/// averages by hand and those of a world of one rank. Where the docs of other items say that an
+/// average gives the mean, it gives the result of the step.
 ///
 /// The guide's page on [outer optimizers](crate::guide::outer) says which one to use when.
 ///
@@ -86,7 +87,7 @@ impl Outer {
 
     /// Slow momentum (Wang et al., 2019, "SlowMo", arXiv 1910.00643): u ← β · u + Δ / γ,
     /// θ ← θ − α · γ · u. The learning rate γ of the inner optimizer cancels out where it is
-    /// constant, and is taken for constant here: [`momentum(alpha, beta)`](Self::momentum).
+    /// constant, and is assumed to be constant here: [`momentum(alpha, beta)`](Self::momentum).
     pub const fn slow_momentum(alpha: f64, beta: f64) -> Outer {
         Outer::momentum(alpha, beta)
     }
@@ -127,8 +128,9 @@ impl Outer {
     /// Partial mixing: each rank keeps the share `alpha` of its own values,
     /// w ← α · w + (1 − α) · θ; α as torchft and MaxText count it. The ranks' values then differ
     /// after an average. [`LocalSgd::sync`](crate::LocalSgd::sync) and `finish` mix nothing, so
-    /// that all ranks have θ, and [`LocalSgd::done`](crate::LocalSgd::done) is refused. When a
-    /// process joins, all ranks get the mean. Default: 0.
+    /// that all ranks have θ; but without a step since the last average they move nothing, and the
+    /// ranks still differ. [`LocalSgd::done`](crate::LocalSgd::done) is refused. When a process
+    /// joins, all ranks get the mean. Default: 0.
     pub const fn keeping(mut self, alpha: f64) -> Outer {
         self.keeps = alpha;
         self
@@ -195,7 +197,7 @@ impl Default for Outer {
     }
 }
 
-/// As it is built: `nesterov(0.7, 0.9)`.
+/// The call that builds it: `nesterov(0.7, 0.9)`.
 impl fmt::Display for Outer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.rule {

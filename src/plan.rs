@@ -21,7 +21,7 @@ pub(crate) enum Step {
     Outer,
     /// Write the result to all tensors.
     Gather,
-    /// As `Gather`; each tensor keeps a part of what it was.
+    /// Write a mixture of the result and of its former value to each tensor.
     Mix,
     /// Keep this rank's shard of the tensors as the outer optimizer's anchor.
     Anchor,
@@ -52,11 +52,11 @@ impl Launch {
 pub(crate) enum End {
     /// The mean is written to all tensors.
     Mean,
-    /// As `Mean`, and it becomes the outer optimizer's anchor.
+    /// The mean is written to all tensors, and becomes the outer optimizer's anchor.
     Anchor,
     /// The outer optimizer makes a step, and its result is written to all tensors.
     Step,
-    /// As `Step`, and each rank keeps a part of its own values.
+    /// The outer optimizer makes a step, and each rank mixes the result with its own values.
     Mix,
 }
 
@@ -96,9 +96,10 @@ impl Plan {
         Plan { is_ring, steps }
     }
 
-    /// Launches of this plan in a world of this many ranks. Steps are fused into one launch. Where
-    /// `is_sequenced`, nothing may wait on a device: each segment is a launch of its own, and all
-    /// ranks meet on the host before each.
+    /// Launches of this plan in a world of this many ranks. Steps are fused into one launch, except
+    /// for the scan, the anchor and, by the ring, the outer step. Where `is_sequenced`, nothing may
+    /// wait on a device: each segment is a launch of its own, and all ranks meet on the host before
+    /// each.
     pub(crate) fn launches(&self, world: u32, is_sequenced: bool) -> Vec<Launch> {
         let has = |step| self.steps.contains(&step);
         let mut launches = vec![];

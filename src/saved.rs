@@ -66,7 +66,7 @@ impl Sections {
         all.0
     }
 
-    /// Parses bytes that may be anything.
+    /// Parses any bytes.
     pub(crate) fn from_bytes(bytes: &[u8]) -> Result<Sections, StateError> {
         let has_magic = bytes.iter().zip(&MAGIC).all(|(found, expected)| found == expected);
         if !has_magic || bytes.is_empty() {
@@ -266,7 +266,7 @@ mod tests {
             prop_assert!(Sections::from_bytes(&bytes).is_err());
         }
 
-        /// A file that somebody has made, with a right checksum, and any body.
+        /// A file made by hand, with a right checksum and any body.
         #[test]
         fn any_body_is_read_or_an_error(body in proptest::collection::vec(any::<u8>(), 0..200)) {
             let mut all = Writer::default();

@@ -18,9 +18,9 @@ use rule::{Parameter, Rule};
 /// 8 is the default of Accelerate's `LocalSGD`; H = 1 averages after every step.
 ///
 /// The other schedules adapt H. They decide it in the average of a step, for the steps that follow,
-/// from what all ranks know: so all ranks take the same decision. Measurements of one rank alone
-/// become known to all in an average. Where averages are [enqueued](crate::Action::Enqueued), they
-/// take effect one average later.
+/// from values that all ranks know, so that all ranks take the same decision. An average makes the
+/// measurements of single ranks known to all. Decisions take effect one average later where
+/// averages are [enqueued](crate::Action::Enqueued).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Schedule {
     rule: Rule,
@@ -29,7 +29,7 @@ pub struct Schedule {
     at_most: u64,
 }
 
-/// As it is built: `every(8).after_warmup(100)`.
+/// The call that builds it: `every(8).after_warmup(100)`.
 impl fmt::Display for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.rule)?;
@@ -78,11 +78,11 @@ impl Schedule {
         Schedule::of(Rule::Quadratic { alpha, base: h_base })
     }
 
-    /// Averages as often as takes no more than the share `target` of the time of the steps, such as
-    /// [`OVERHEAD`](Self::OVERHEAD). The rule is that of flodl: with T the time of an average and t
-    /// that of a step, the overhead is T / (H·t). Above the target, H becomes ⌈H · overhead /
-    /// target⌉; below half of it, H − 1. H is 10 at first and [at most](Self::at_most) 200, as
-    /// there; unlike there, it may become smaller than at first.
+    /// Averages as often as possible, if averages may take the share `target` of the time of the
+    /// steps, such as [`OVERHEAD`](Self::OVERHEAD). The rule is that of flodl: with T the time of
+    /// an average and t that of a step, the overhead is T / (H·t). Above the target, H becomes ⌈H ·
+    /// overhead / target⌉; below half of it, H − 1. H is 10 at first and [at most](Self::at_most)
+    /// 200, as there; unlike there, it may become smaller than at first.
     ///
     /// T is that of the slowest rank, from the time when all have come ([`Report::active`]): of
     /// each rank's last two averages the shorter one, so that a single slow one counts nothing. t

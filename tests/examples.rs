@@ -87,7 +87,7 @@ fn digits_are_learned_by_threads_and_processes() {
     assert_eq!(learned[0], learned[1]);
 }
 
-/// With an outer optimizer they learn other weights, also as processes; a text that names none is
+/// Ranks learn other weights with an outer optimizer, also as processes; a text that names none is
 /// refused, with those that there are.
 #[test]
 #[cfg(all(target_os = "linux", feature = "processes"))]

@@ -102,7 +102,8 @@ impl Builder {
     /// its shard of the mean, so a failure while summing leaves all tensors as they were. `false`:
     /// ranks write as they sum. That is faster and needs no memory for a shard, but a failure on
     /// the way leaves each element either a rank's own value or the mean. The direct average
-    /// commits at its start, whatever this option is.
+    /// commits at its start, whatever this option is; the ring with an [outer](Self::outer)
+    /// optimizer as with `true`.
     pub fn all_or_nothing(mut self, all_or_nothing: bool) -> Self {
         self.all_or_nothing = all_or_nothing;
         self
@@ -162,11 +163,12 @@ impl Builder {
         self
     }
 
-    /// Outer optimizer, which makes a step from the mean. The ring then commits whatever
-    /// [`all_or_nothing`](Self::all_or_nothing) is, and all ranks must begin with one model. The
-    /// step has state, which a [recovery](ParamAverager::recover) and a join carry over to the new
-    /// ranks, except for the share of a rank that was lost: its velocity begins at 0 again, see
-    /// [`Report::lost_state`](crate::Report::lost_state). Default: [`Outer::mean`].
+    /// Outer optimizer, which makes a step from the mean. The ring is then all or nothing, whatever
+    /// [`all_or_nothing`](Self::all_or_nothing) is, and all ranks must begin with one model:
+    /// [`Start::Own`] is refused. The step has state, which a [recovery](ParamAverager::recover)
+    /// and a join carry over to the new ranks, except for the share of a rank that was lost: its
+    /// velocity begins at 0 again, see [`Report::lost_state`](crate::Report::lost_state). Default:
+    /// [`Outer::mean`].
     pub fn outer(mut self, outer: Outer) -> Self {
         self.outer = outer;
         self

@@ -120,7 +120,8 @@ impl ParamAverager {
         }
     }
 
-    /// Result of an average in a world of one rank: the checks of its arguments, and nothing else.
+    /// Result of an average in a world of one rank without an outer optimizer: the checks of its
+    /// arguments, and nothing else.
     pub(super) fn alone(
         &self,
         refusal: Option<Error>,

@@ -1,4 +1,4 @@
-//! State of the outer optimizer: this rank's shard of it, and its way to the ranks of a later view.
+//! State of the outer optimizer: this rank's shard, and its transfer to the ranks of a later view.
 
 mod assembly;
 pub(crate) mod saved;

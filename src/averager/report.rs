@@ -15,10 +15,10 @@ pub struct Report {
     /// Part of `elapsed` spent waiting for peers, at the start or on the way. Maximum over
     /// channels.
     pub waited: Duration,
-    /// Part of `elapsed` since all ranks had come: the time that the average itself takes. Maximum
-    /// over channels. `None`: it was not measured, since no schedule needs it.
+    /// Part of `elapsed` since all ranks had come: the time of the average itself. Maximum over
+    /// channels. `None`: not measured, since the schedule does not need it.
     pub active: Option<Duration>,
-    /// Largest of all ranks' measurements, the same on every rank. 0: none.
+    /// Largest value of all ranks' measurements, the same on every rank. 0: none.
     pub(crate) measured: [f64; 2],
     /// Number of ranks that took part.
     pub world_size: usize,

@@ -21,7 +21,8 @@ pub enum Start {
     Mean,
     /// Each rank's own values. They are read once, to compare a digest of them with the peers':
     /// [`differing_ranks`](ParamAverager::differing_ranks). On a CUDA device this waits for all of
-    /// the device's work and copies the tensors to the host.
+    /// the device's work and copies the tensors to the host. Refused with an
+    /// [outer optimizer](crate::Builder::outer), whose steps begin from values that all ranks have.
     Own,
 }
 

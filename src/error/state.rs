@@ -5,11 +5,11 @@
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum StateError {
-    /// The bytes do not begin as a saved state does.
+    /// Bytes that do not begin as a saved state does.
     #[error("these bytes are no saved state: pass those that LocalSgd::save has returned")]
     NotAState,
 
-    /// Another version of this crate has saved it, in another format.
+    /// A state in the format of another version of this crate.
     #[error(
         "it has format {found}, where this version of param-averager reads format {expected}: load \
         it with the version that has saved it"
@@ -21,7 +21,7 @@ pub enum StateError {
         expected: u32,
     },
 
-    /// Its end is missing.
+    /// A state whose end is missing.
     #[error("it was cut off after {found} bytes{}: take another copy", of(.expected))]
     Truncated {
         /// Number of bytes found.
@@ -30,11 +30,11 @@ pub enum StateError {
         expected: Option<u64>,
     },
 
-    /// Its checksum or its structure is wrong.
+    /// A state with a wrong checksum or a wrong structure.
     #[error("its bytes have changed since they were saved: take another copy")]
     Corrupt,
 
-    /// It was saved for other tensors.
+    /// A state of other tensors.
     #[error(
         "it was saved for {found}, and this model has {expected}: load it with the model that it \
         was saved with, the tensors in the same order"
@@ -46,7 +46,7 @@ pub enum StateError {
         expected: String,
     },
 
-    /// It was saved with another schedule.
+    /// A state of another schedule.
     #[error(
         "it was saved with the schedule {found}, and this one is {expected}: pass the same \
         Schedule, or begin the new one at the position with LocalSgd::at"
@@ -58,13 +58,13 @@ pub enum StateError {
         expected: String,
     },
 
-    /// Another rank has saved it, between two averages, when each rank had steps of its own.
+    /// A state of another rank, saved between two averages, when each rank had steps of its own.
     #[error(
         "rank {found} of {world_size} has saved it {steps} steps after an average: load on each \
         rank what it has saved itself, or save after LocalSgd::sync, when one state fits all ranks"
     )]
     OtherRank {
-        /// Rank that has saved it.
+        /// Rank that saved the state.
         found: usize,
         /// Number of ranks then.
         world_size: usize,
@@ -72,7 +72,7 @@ pub enum StateError {
         steps: u64,
     },
 
-    /// Two of the states that were passed are of different steps.
+    /// States of different steps.
     #[error(
         "one of the states was saved at step {found}, and another at step {expected}: pass those \
         that the ranks have saved after the same step"
@@ -84,7 +84,7 @@ pub enum StateError {
         expected: u64,
     },
 
-    /// It was saved with another outer optimizer.
+    /// A state of another outer optimizer.
     #[error(
         "it was saved with the outer optimizer {found}, and this one is {expected}: pass the same \
         Outer to Builder::outer"
@@ -96,8 +96,8 @@ pub enum StateError {
         expected: String,
     },
 
-    /// The outer optimizer's state is divided among the ranks, and parts that this rank needs are
-    /// in states that were not passed.
+    /// Missing parts of the outer optimizer's state: it is divided among the ranks, and this rank
+    /// needs parts of states that were not passed.
     #[error(
         "of the outer optimizer's {of} packs of this rank, {lacks} are in none of the {found} \
         states that were passed: where the number of ranks, of channels or the algorithm has \
@@ -112,14 +112,14 @@ pub enum StateError {
         of: u64,
     },
 
-    /// This rank has no memory for it, or its device has failed.
+    /// No memory on this rank for the state, or a failed device.
     #[error("there is no memory to load it: {reason}")]
     Memory {
         /// The reason.
         reason: String,
     },
 
-    /// It has a part that this `LocalSgd` does not know and can't do without.
+    /// A state with a part that this `LocalSgd` does not know, and that the rest depends on.
     #[error(
         "it has a part `{tag}` that this LocalSgd does not know: build the averager with the \
         options that it was saved with, and this crate's version that has saved it or a later one"
@@ -129,7 +129,7 @@ pub enum StateError {
         tag: String,
     },
 
-    /// A part of it is missing.
+    /// A state without a part that this `LocalSgd` needs.
     #[error(
         "its part `{tag}` is missing: build the averager with the options that it was saved with"
     )]

@@ -13,8 +13,13 @@
 //!
 //! A mean next to the largest finite f32 or f64 may be infinite.
 //!
+//! These are the bounds of the mean. The step of an [outer optimizer](super::outer) is computed in
+//! the type of sums, from a mean in that type and from state in that type; each operation is
+//! rounded. Its result is rounded once to the dtype of the tensors.
+//!
 //! # Equal values
-//! A value that is the same on all ranks with a positive weight stays as it is:
+//! A value that is the same on all ranks with a positive weight stays as it is, unless an outer
+//! optimizer makes a step:
 //!
 //! | | plain mean | weights that differ | one rank with a weight |
 //! |---|---|---|---|
@@ -23,10 +28,12 @@
 //! | ring, f32 and f64 | within n / 4 ulp, rounded up; 2 and 4 ranks: exactly | within n + 2 ulp | exactly |
 //!
 //! # The same bits
-//! After an average **every rank of that average holds the same bits**. Two *runs* have the same
-//! bits if all of these are the same:
+//! After an average **every rank of that average holds the same bits**, unless an outer optimizer
+//! lets ranks [keep a share](crate::Outer::keeping). Two *runs* have the same bits if all of these
+//! are the same:
 //!
 //! * the number of ranks, their inputs and their weights;
+//! * the outer optimizer, if there is one, with all earlier averages;
 //! * the algorithm, which [`Algorithm::Auto`](crate::Algorithm::Auto) chooses by placement: direct
 //!   between threads of one process, the ring between processes;
 //! * with three ranks or more by the ring: [`channels`](crate::Builder::channels),

@@ -12,8 +12,9 @@
 //!
 //! Up to the commit of an average, the error is the same on every rank and no rank's tensors have
 //! changed. If a rank stops after the commit, each element on the other ranks is its own value or
-//! the mean (`committed: true`, [`TensorState::MayBeMixed`](crate::TensorState::MayBeMixed)); an
-//! average among the ranks that are left makes them agree again.
+//! the average's result (`committed: true`,
+//! [`TensorState::MayBeMixed`](crate::TensorState::MayBeMixed)); an average among the ranks that
+//! are left makes them agree again.
 //!
 //! ```
 //! use param_averager::{Communicator, Device, Error, ErrorKind, ParamAverager, TensorState};
@@ -43,7 +44,8 @@
 //! [`Communicator::recover`](crate::Communicator::recover)). They agree on the members, whichever
 //! rank was lost, also if another one is lost meanwhile, number themselves anew, and build the
 //! averager again. A process with several averagers recovers each, in any order. Threads of one
-//! process build a new world. `examples/recover.rs` is a program that does it.
+//! process build a new world. `examples/recover.rs` is a program that does it. The state of an
+//! [outer optimizer](super::outer) is carried over, except for the part of the lost rank.
 //!
 //! ```no_run
 //! use param_averager::{LocalSgd, Result};
@@ -87,7 +89,8 @@
 //! abort. The limits are memory, file size, descriptors, threads, locked memory, mappings, pids
 //! (`ulimit -v`, `-f`, `-n`, `-u`, `-l`, `vm.max_map_count`, `pids.max`), and a sandbox without
 //! `memfd_create`. A process that joins and meets one leaves, and the others go on. Averages on
-//! CPUs allocate nothing, so they meet none.
+//! CPUs allocate nothing, so they meet none; but the first one after a recovery or a join can,
+//! where an outer optimizer's state is divided anew.
 //!
 //! Two cases can't be reported. Rank 0 with fewer than 3 free descriptors has no socket to tell the
 //! others by, which wait until their timeout. The memory limit of a container or machine is

@@ -34,6 +34,9 @@
 //! [`done`](crate::LocalSgd::done)), and returns [`Action::Admitted`](crate::Action::Admitted);
 //! [`ParamAverager::admit_joiner`](crate::ParamAverager::admit_joiner) does it for averages by
 //! hand, where [`Report::join_pending`](crate::Report::join_pending) says that a process waits. The
-//! members' models stay as they are, bit for bit. If the joiner's model differs, or the process
+//! members' models stay as they are, bit for bit; but where an outer optimizer lets ranks
+//! [keep a share](crate::Outer::keeping), all ranks get the mean. The state of an
+//! [outer optimizer](super::outer) is divided anew, and the joiner gets its part. If the joiner's
+//! model differs, or the process
 //! dies on the way, the members go on without it, and the attempt uses nothing up.
 //! `examples/join.rs` is a program that does both.

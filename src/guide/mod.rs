@@ -16,8 +16,8 @@
     all(target_os = "linux", feature = "processes"),
     doc = "| [`joining`] | How does a process enter a world that is training? |"
 )]
-//! | [`practice`] | Which H, which learning rate, and what of optimizer state, buffers and data? |
-//! | [`outer`] | Which outer optimizer, and what becomes of its state? |
+//! | [`practice`] | Which H and which learning rate? How are optimizer state, buffers and data treated? |
+//! | [`outer`] | Which outer optimizer, and how is its state kept? |
 //! | [`accuracy`] | How exact is the mean, and when do two runs have the same bits? |
 //!
 //! # The data path of an average
@@ -39,10 +39,12 @@
 //! ```
 //!
 //! That is the ring ([`Algorithm::Ring`](crate::Algorithm::Ring)), in one fused kernel: no flatten
-//! buffer, no collective per tensor, no new storage. Where ranks can address each other's tensors
-//! (threads of one process, on CPUs or on one CUDA device),
+//! buffer, no collective per tensor, no new storage. The step of an [outer optimizer](outer) comes
+//! between the commit and the gather, in a kernel of its own: three launches instead of one. Where
+//! ranks can address each other's tensors (threads of one process, on CPUs or on one CUDA device),
 //! [`Algorithm::Auto`](crate::Algorithm::Auto) takes the direct way instead: the owner of each part
-//! reads its n values, adds them in rank order, rounds once and writes n results.
+//! reads its n values, adds them in rank order, rounds once and writes n results. The outer step is
+//! a part of its one kernel.
 //!
 //! The kernels' source is written once and compiled for CPUs and, by nvcc, for NVIDIA GPUs. It is
 //! meant to be read: `kernels/ring.h` and `kernels/direct.h` first.
@@ -64,8 +66,9 @@
 //! # Memory and system calls
 //! Extra memory per rank on CPUs: at most S/n + 4 MiB by the ring, for S bytes of parameters and n
 //! ranks, and 1 MiB directly; and the state of an [outer optimizer](outer). After construction
-//! nothing is allocated and no system call is made, waiting aside. On a CUDA device the slots take
-//! up to 16 MiB, and the driver may allocate.
+//! nothing is allocated and no system call is made, waiting aside; except in the first average
+//! after a recovery or a join, which divides that state anew. On a CUDA device the slots take up to
+//! 16 MiB, and the driver may allocate.
 
 pub mod accuracy;
 pub mod failures;

@@ -30,8 +30,8 @@
 //! # Ok::<(), param_averager::Error>(())
 //! ```
 //!
-//! [`Schedule::overhead`](crate::Schedule::overhead) does both by itself, and goes on doing so:
-//! all ranks have the same H, from the times of the slowest one.
+//! [`Schedule::overhead`](crate::Schedule::overhead) measures and chooses H by itself, throughout
+//! the training: all ranks have the same H, from the times of the slowest one.
 //! [`Schedule::budget`](crate::Schedule::budget) limits the bytes per second instead, and
 //! [`Schedule::quadratic`](crate::Schedule::quadratic) averages less often as the learning rate
 //! falls, for accuracy.
@@ -56,15 +56,16 @@
 //! Momentum and Adam's moments stay local, which is what Accelerate's `LocalSGD` does, and works:
 //! each rank goes on with moments of its own after an average. To average them as well, pass them
 //! as further tensors, or to an averager of their own
-//! ([`start_from(Start::Own)`](crate::Start::Own)) with a period of their own. With SGD with
+//! ([`start_from(Start::Own)`](crate::Start::Own)) with a period of their own; with an outer
+//! optimizer to one of their own only, since further tensors get its step, too. With SGD with
 //! momentum and a large H, resetting the momentum after an average is an alternative. The page on
-//! [outer optimizers](super::outer) has the policies by name, and which system has which.
+//! [outer optimizers](super::outer) has the policies by name, and the systems that have each.
 //!
 //! # Buffers
 //! Running statistics of batch normalisation are no parameters, and differ between ranks. Pass them
-//! as tensors, which averages them; or evaluate and save rank 0's model only. A mean of variances
-//! is not the variance of all data, but close to it if the data are mixed. Counters that are
-//! integers are no floats: leave them out.
+//! as tensors, which averages them (with an outer optimizer: to an averager without one); or
+//! evaluate and save rank 0's model only. A mean of variances is not the variance of all data, but
+//! close to it if the data are mixed. Counters that are integers are no floats: leave them out.
 //!
 //! # Data
 //! Give each rank its own part of the data, **mixed**: rank r takes the samples r, r + n, r + 2·n,
@@ -87,9 +88,11 @@
 //! since `build` copies it to the others. Between two averages each rank saves its own model and
 //! its own state, after the same step, and builds with [`Start::Own`](crate::Start::Own) when it
 //! has loaded them. Optimizer state is each rank's own: save it on every rank, or begin it anew.
-//! With an [outer optimizer](crate::Outer) every rank saves, since each has a shard of its state;
-//! for another number of ranks pass the states of all to
-//! [`load_all`](crate::LocalSgd::load_all), and put own parameters into the tensors after `build`.
+//!
+//! An [outer optimizer](crate::Outer)'s state is divided among the ranks, so every rank saves, also
+//! after `sync`. For another number of ranks pass the states of all to
+//! [`load_all`](crate::LocalSgd::load_all). `Start::Own` is refused with it: a rank that has saved
+//! between two averages puts its own parameters into the tensors after `build`.
 //!
 //! # When not to use it
 //! * One device is fast enough: a larger batch is simpler.

@@ -68,7 +68,8 @@
 //! of its own and replays it as often as the others; each replay is one average.
 //! [`graph_outcome`](crate::ParamAverager::graph_outcome) waits for the stream and returns the
 //! result of the last replay. Wrong tensors or a wrong weight are refused while capturing, on that
-//! rank alone. `examples/cuda_graph.rs` shows it.
+//! rank alone. So is, with an outer optimizer, the first average after a recovery or a join, from
+//! which the steps begin. `examples/cuda_graph.rs` shows it.
 //!
 //! # What can block
 //! Replays of graphs wait for late ranks in their kernels, for as long as `timeout` says, and on a

@@ -11,11 +11,12 @@ pub enum Action {
         /// Steps until the next average, at least 1.
         until_next: u64,
     },
-    /// The parameters are now the mean of all ranks' parameters, or what the
-    /// [outer optimizer](crate::Builder::outer) has made of it.
+    /// The parameters are now the mean of all ranks' parameters, or the result of the
+    /// [outer optimizer](crate::Builder::outer)'s step.
     Averaged(Report),
     /// An average was enqueued on the parameters' CUDA stream: work enqueued there from now on sees
-    /// the mean. Its outcome comes with the next average, or from [`wait`](super::LocalSgd::wait).
+    /// its result. Its outcome comes with the next average, or from
+    /// [`wait`](super::LocalSgd::wait).
     Enqueued,
     /// A process was admitted: the world has one more rank, which has a copy of the model.
     Admitted {
@@ -23,8 +24,8 @@ pub enum Action {
         /// are unchanged.
         average: Option<Report>,
     },
-    /// This is the only rank left, and the failed average had begun to write: each
-    /// element is this rank's own or their mean.
+    /// This is the only rank left, and the failed average had begun to write: each element is this
+    /// rank's own or the result of that average.
     PartlyAveraged,
     /// No rank had taken a step since the last average, so no parameter was moved.
     Unneeded,
@@ -43,7 +44,7 @@ impl Action {
         }
     }
 
-    /// Error of a call that has made this, and of which another step failed.
+    /// Error of a call that has this result, and failed in a later part.
     pub(super) fn after(self, cause: Error) -> Error {
         match self.report() {
             Some(report) => {

@@ -13,7 +13,7 @@ pub(super) struct Measured {
     pub(super) rate: Option<f64>,
     /// Begin of the steps that are timed.
     begin: Instant,
-    /// Position then.
+    /// Position at that time.
     position: u64,
     /// True if an average was enqueued then, whose time is not that of a step.
     holds_average: bool,
@@ -32,7 +32,7 @@ impl Measured {
         }
     }
 
-    /// Forgets what was measured before a view change, or before ranks have met again.
+    /// Forgets the measurements from before a view change, or before ranks met again.
     pub(super) fn restart(&mut self, position: u64) {
         *self = Measured { rate: self.rate, ..Measured::from(position) };
     }

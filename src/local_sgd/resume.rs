@@ -10,7 +10,7 @@ use crate::{Error, Result};
 /// Section that every state has.
 const COURSE: &str = "course";
 
-/// Content of the section: what `LocalSgd` itself knows.
+/// Content of the section: the state of `LocalSgd` itself.
 #[derive(Clone, Debug, PartialEq)]
 struct Saved {
     rank: usize,
@@ -101,8 +101,8 @@ impl Saved {
 
 impl LocalSgd {
     /// State of this rank's Local SGD, for a checkpoint: the position, the steps since the last
-    /// average, and what the schedule has decided; with a version and a checksum. The parameters,
-    /// and the state of the rank's own optimizer, are saved beside it by the caller.
+    /// average, and the schedule's decisions; with a version and a checksum. The parameters, and
+    /// the state of the rank's own optimizer, are saved beside it by the caller.
     ///
     /// All ranks save after the same step: each its own state and its own parameters, or, after
     /// [`sync`](Self::sync), rank 0 those of all. With an [outer optimizer](crate::Outer) every
@@ -141,8 +141,8 @@ impl LocalSgd {
 
     /// As [`load`](Self::load), from the states that all ranks have saved: for an
     /// [outer optimizer](crate::Outer) where the number of ranks or of channels has changed since,
-    /// and with it the shards. Everything but the optimizer's state is taken from what this rank
-    /// has saved, or else from the first state.
+    /// and with it the shards. Everything but the optimizer's state is taken from the state that
+    /// this rank has saved, or else from the first one.
     ///
     /// # Errors
     /// As [`load`](Self::load). [`StateError::MissingShards`] if a state is missing.

@@ -67,7 +67,7 @@ impl<'de> Deserialize<'de> for SavedState {
     }
 }
 
-/// Formats without bytes, such as JSON, have sequences of numbers.
+/// Visitor of a saved state: bytes, or a sequence of numbers in formats such as JSON.
 struct Bytes;
 
 impl<'de> Visitor<'de> for Bytes {

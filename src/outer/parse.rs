@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use super::Outer;
 
-/// Error of a text that names no [`Outer`] optimizer.
+/// Error of a text that is no [`Outer`] optimizer, or one with numbers that are refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ParseOuterError {
     found: String,
@@ -26,7 +26,7 @@ const NAMES: &str = "use mean, sgd(lr), momentum(lr, mu), nesterov(lr, mu), \
     or slowmo; .keeping(alpha) may follow";
 
 /// A call of one of the functions of [`Outer`], as its `Display` writes it: `nesterov(0.7, 0.9)`,
-/// `sgd(1).keeping(0.5)`. Those without numbers need no parentheses: `diloco`.
+/// `sgd(1).keeping(0.5)`. Functions without numbers need no parentheses: `diloco`.
 impl FromStr for Outer {
     type Err = ParseOuterError;
 

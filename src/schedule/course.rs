@@ -1,4 +1,4 @@
-//! Place of one rank in its schedule, and what its schedule has decided.
+//! Place of one rank in its schedule, and the decisions of the schedule.
 
 use std::fmt;
 
@@ -103,7 +103,8 @@ impl Decisions {
         self.clone().step()
     }
 
-    /// Before an average at `place`, when the outcome of the last one is known to all ranks.
+    /// Makes the decision that an enqueued average has left. Called before an average at `place`,
+    /// when the outcome of the last one is known to all ranks.
     pub(crate) fn before(&mut self, place: u64) {
         if place::is_step(place) {
             if let Some(agreed) = self.later.take() {
@@ -112,14 +113,15 @@ impl Decisions {
         }
     }
 
-    /// After an average at `place` that all ranks wait for.
+    /// Decides after an average at `place` that all ranks wait for.
     pub(crate) fn after(&mut self, place: u64, agreed: &Agreed) {
         if place::is_step(place) {
             self.course.decide(&self.schedule, agreed);
         }
     }
 
-    /// After an average of a step that was enqueued, whose outcome other ranks may not know yet.
+    /// Keeps the values of an enqueued average of a step, whose outcome other ranks may not know
+    /// yet.
     pub(crate) fn after_enqueued(&mut self, agreed: Agreed) {
         self.later = Some(agreed);
     }
@@ -129,7 +131,7 @@ impl Decisions {
         self.later
     }
 
-    /// Goes on with such values.
+    /// Replaces the values for the next average of a step.
     pub(crate) fn restore(&mut self, later: Option<Agreed>) {
         self.later = later;
     }
@@ -153,8 +155,8 @@ pub(crate) struct Reason {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Rate {
     Known(f64),
-    /// None was given, or it is no rate. It differs from that of every other rank, so that no rank
-    /// averages.
+    /// No rate was given, or a number that is no rate. It differs from the rate of every other
+    /// rank, so that no rank averages.
     Unusable {
         rank: usize,
     },

@@ -17,7 +17,7 @@ pub(crate) fn copy_of(root: usize) -> u64 {
     COPIES + root.min(0xff) as u64
 }
 
-/// True for averages that give the ranks the values that they go on from.
+/// True for averages that give the ranks values to begin with.
 pub(crate) fn sets_values(place: u64) -> bool {
     matches!(place, RECOVERY | ADMISSION | START | COPIES..=LAST_COPY)
 }

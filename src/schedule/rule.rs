@@ -1,5 +1,5 @@
-//! Rules for H, the number of local steps between two averages: pure functions of what all ranks
-//! know. A rule on the models' divergence would be one more, of one more agreed measurement.
+//! Rules for H, the number of local steps between two averages: pure functions of values that all
+//! ranks know. A rule on the models' divergence would need one more agreed measurement.
 
 use std::fmt;
 
@@ -85,7 +85,7 @@ impl Rule {
     }
 }
 
-/// As it is built.
+/// The call that builds it.
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

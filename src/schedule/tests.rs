@@ -160,7 +160,7 @@ fn near_powers() -> impl Strategy<Value = u64> {
     prop_oneof![any::<u64>(), near, 0u64..40, (0u64..40).prop_map(|off| u64::MAX - off)]
 }
 
-/// Times, bytes and rates, with those that no rank should have.
+/// Times, bytes and rates, and numbers that are none of these.
 fn measurement() -> impl Strategy<Value = f64> {
     let odd = [0.0, -1.0, f64::NAN, f64::INFINITY, 1e-300, 1e300];
     prop_oneof![4 => 1e-4..1.0f64, 1 => proptest::sample::select(odd.to_vec())]
@@ -176,7 +176,7 @@ fn schedule() -> impl Strategy<Value = Schedule> {
     (rule, 0u64..4, 1u64..40).prop_map(|(rule, w, h)| rule.after_warmup(w).at_most(h))
 }
 
-/// What happens at a step.
+/// Events of one step.
 #[derive(Clone, Debug)]
 struct Event {
     /// Measurements of each rank.
@@ -259,8 +259,8 @@ proptest! {
         prop_assert!(course.until_next(&schedule) <= course.local_steps);
     }
 
-    /// Whatever the ranks measure, whenever they look at outcomes, and however averages end: all
-    /// ranks average after the same steps, for the same reason.
+    /// All ranks average after the same steps, for the same reason, whatever they measure, whenever
+    /// they look at outcomes, and however averages end.
     #[test]
     fn all_ranks_take_the_same_decisions(
         schedule in schedule(), events in proptest::collection::vec(event(), 1..120)

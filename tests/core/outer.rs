@@ -28,11 +28,11 @@ struct Case {
 
 /// One rank's tensors.
 struct Course {
-    /// Before `build`.
+    /// Values before `build`.
     initial: Vec<Guarded>,
-    /// After it.
+    /// Values after `build`.
     begin: Vec<Guarded>,
-    /// Before and after each average.
+    /// Values before and after each average.
     rounds: Vec<(Vec<Guarded>, Vec<Guarded>)>,
 }
 

@@ -356,8 +356,8 @@ fn outer_optimizers_that_cannot_be_are_refused_by_name() {
     }
 }
 
-/// As the docs of `Outer` say: 8 bytes an element over n ranks, 12 for Adam, twice as much for f64;
-/// and by the ring, 4 more for f16 and bf16, whose mean waits for the commit in f32.
+/// The numbers in the docs of `Outer`: 8 bytes an element over n ranks, 12 for Adam, twice as much
+/// for f64; and by the ring, 4 more for f16 and bf16, whose mean waits for the commit in f32.
 #[test]
 fn state_is_divided_by_the_number_of_ranks() {
     const ELEMENTS: usize = 1 << 20;

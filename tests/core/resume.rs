@@ -31,7 +31,7 @@ fn step(sgd: &mut LocalSgd, model: &mut Model, weighted: bool) -> u64 {
     u64::from(action.unwrap().report().is_some())
 }
 
-/// What a rank has at the end: parameters, position, H, steps and averages.
+/// State of a rank at the end: parameters, position, H, steps and averages.
 type End = (Model, u64, u64, u64, u64);
 
 fn end(sgd: &mut LocalSgd, model: &mut Model) -> End {
@@ -138,7 +138,7 @@ fn a_measured_h_is_saved() {
     assert_eq!(found, [[60, 66, 72], [60, 66, 72]]);
 }
 
-/// After `sync` one state fits all ranks, and any number of them.
+/// One state fits all ranks after `sync`, and any number of ranks.
 #[test]
 fn a_state_of_rank_0_after_sync_fits_any_number_of_ranks() {
     let schedule = Schedule::every(8);

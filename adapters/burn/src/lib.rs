@@ -69,7 +69,8 @@
 //! **Statistics of `BatchNorm`** are `RunningState`s, which keep this thread's newest value beside
 //! the one that is averaged: the next forward pass in training puts it in place. They stay local
 //! while training goes on. At the end, `params.update(|model| model.valid())` and then
-//! `sgd.averager().average(&mut params)` average them.
+//! `sgd.averager().average(&mut params)` average them; but an outer optimizer would make its step
+//! from them.
 //!
 //! # Copies
 //! | device of the parameters | an average copies |

@@ -87,7 +87,7 @@ pub fn of(algorithm: Algorithm, commit: bool) -> &'static Row {
     AVERAGES.iter().find(|row| row.kind == kind).expect("a row for every algorithm")
 }
 
-/// With an outer optimizer an average is all or nothing.
+/// An average with an outer optimizer is all or nothing.
 static STEPS: [Row; 6] = [
     stepped("direct, nesterov", Algorithm::Auto, Step::Nesterov),
     stepped("direct, adam", Algorithm::Auto, Step::Adam),

@@ -1,4 +1,4 @@
-//! New contents of the outer optimizer's state, put together of what other ranks have.
+//! New contents of the outer optimizer's state, assembled from the shards of other ranks.
 
 use std::ops::Range;
 
@@ -21,7 +21,7 @@ impl Piece {
     }
 }
 
-/// New contents of a rank's state, put together of what ranks of other views have.
+/// New contents of a rank's state, assembled from the shards of ranks in another view.
 pub(super) struct Assembly<'a> {
     state: &'a OuterState,
     own: Vec<Piece>,
@@ -30,7 +30,7 @@ pub(super) struct Assembly<'a> {
 }
 
 impl<'a> Assembly<'a> {
-    /// A state of zeros, of which `arrays` are to be filled. The others stay as they are.
+    /// Contents with zeros in `arrays`, which are to be filled. The other arrays stay as they are.
     pub(super) fn new(state: &'a OuterState, arrays: Range<usize>) -> Result<Self, String> {
         let own = state.pieces(&state.division, state.position, arrays.clone());
         let mut contents = vec![];
@@ -46,8 +46,8 @@ impl<'a> Assembly<'a> {
         Ok(Assembly { state, own, contents })
     }
 
-    /// Copies what this rank needs of a part of another rank's stream, which begins `at` bytes into
-    /// it. `theirs` are the pieces of that rank.
+    /// Copies this rank's share of a part of another rank's stream. The part begins `at` bytes into
+    /// that stream; `theirs` are the pieces of that rank.
     pub(super) fn add(&mut self, theirs: &[Piece], at: usize, bytes: &[u8]) {
         let end = at + bytes.len();
         let from = theirs.partition_point(|piece| piece.before <= at).saturating_sub(1);

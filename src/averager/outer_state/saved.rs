@@ -74,8 +74,8 @@ impl ParamAverager {
         Ok(Some(to.0))
     }
 
-    /// Replaces this rank's shard of the outer optimizer's state by what some ranks have saved,
-    /// which may have been another number of them. Nothing has changed after an error.
+    /// Replaces this rank's shard of the outer optimizer's state, from the shards that ranks of a
+    /// world of any size have saved. After an error nothing has changed.
     pub(crate) fn load_outer(&mut self, saved: &[Vec<u8>]) -> Result<(), StateError> {
         let Some(own) = self.own.outer.clone() else {
             return match saved.is_empty() {

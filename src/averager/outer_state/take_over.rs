@@ -1,4 +1,4 @@
-//! The way of the outer optimizer's state to the ranks of a later view.
+//! Transfer of the outer optimizer's state to the ranks of a later view.
 
 use super::assembly::{Assembly, Piece};
 use super::OuterState;
@@ -9,7 +9,7 @@ use crate::{Error, Result};
 
 impl ParamAverager {
     /// Takes over the outer optimizer's slots from an earlier view, whose ranks had other shards.
-    /// Every rank shows what it has, piece by piece, and takes what belongs to its shard now.
+    /// Every rank shows its slots, piece by piece, and takes the parts of its new shard.
     pub(super) fn take_over(&mut self) -> Result<()> {
         /// Bytes in a message. As text, a word has up to 21 bytes, and a message between processes
         /// takes 64 KiB.

@@ -88,8 +88,8 @@ fn models() -> impl Strategy<Value = Model> {
 }
 
 proptest! {
-    /// Slots arrive whole, in messages of any size, but for those of lost ranks, which are 0, and
-    /// whose share is reported. Anchors stay as they are.
+    /// Slots arrive whole, in messages of any size. Slots of lost ranks are 0, and their share is
+    /// reported. Anchors stay as they are.
     #[test]
     fn slots_arrive_in_any_later_view(
         model in models(), before in divisions(), after in divisions(), lost in 0u32..64,

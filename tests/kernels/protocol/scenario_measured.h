@@ -2,8 +2,8 @@
 #pragma once
 #include "scenarios_good.h"
 
-// What ranks have measured: after the average every rank knows the largest value of those that have
-// measured in this one, if it has measured itself. NaN counts as nothing. The time of the average
+// Measurements: after the average every rank that has measured knows the largest value of all ranks
+// that have measured in this average. NaN counts as nothing. The time of the average
 // is no longer than that of all.
 inline void measured() {
   uint64_t seed = 57;
