@@ -126,6 +126,8 @@ pub struct ParamAverager {
     /// State of the outer optimizer: whether it is to be taken over from an earlier view, and
     /// whether it has an anchor.
     anchor: AnchorState,
+    /// True if ranks kept a share of their values in the average that was launched last.
+    mixed: bool,
     /// Share of the outer optimizer's state that no rank of this view had.
     lost_state: f64,
     /// Stream of the average that may be under way, kept alive until the next one has begun.

@@ -229,7 +229,8 @@ impl LocalSgd {
     /// Averages now, outside of the due steps, and waits for it: before an evaluation or a
     /// checkpoint, or at the end of an epoch. All ranks call it after the same due average; they
     /// may have made different numbers of steps since. If no rank has stepped since, no parameter
-    /// is moved, so a second call changes nothing.
+    /// is moved, so a second call changes nothing. (Where ranks [keep a
+    /// share](crate::Outer::keeping), the first call moves them all the same.)
     ///
     /// # Errors
     /// As [`step`](Self::step).
@@ -239,8 +240,7 @@ impl LocalSgd {
     }
 
     /// Makes the last average, after which all ranks' parameters are the same: [`sync`](Self::sync)
-    /// by the name that the end of a loop has. See [`Outer::keeping`](crate::Outer::keeping) for an
-    /// exception.
+    /// by the name that the end of a loop has.
     ///
     /// # Errors
     /// As [`step`](Self::step).

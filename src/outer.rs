@@ -127,10 +127,10 @@ impl Outer {
 
     /// Partial mixing: each rank keeps the share `alpha` of its own values,
     /// w ← α · w + (1 − α) · θ; α as torchft and MaxText count it. The ranks' values then differ
-    /// after an average. [`LocalSgd::sync`](crate::LocalSgd::sync) and `finish` mix nothing, so
-    /// that all ranks have θ; but without a step since the last average they move nothing, and the
-    /// ranks still differ. [`LocalSgd::done`](crate::LocalSgd::done) is refused. When a process
-    /// joins, all ranks get the mean. Default: 0.
+    /// after an average. [`LocalSgd::sync`](crate::LocalSgd::sync) and `finish` make an outer step
+    /// that mixes nothing, also without an inner step since the last average, so that all ranks
+    /// have θ. [`LocalSgd::done`](crate::LocalSgd::done) is refused. When a process joins, all
+    /// ranks get the mean. Default: 0.
     pub const fn keeping(mut self, alpha: f64) -> Outer {
         self.keeps = alpha;
         self

@@ -132,6 +132,7 @@ impl ParamAverager {
                 false => AnchorState::Missing,
             },
             inherited: options.inherited.clone(),
+            mixed: false,
             lost_state: 0.0,
             failed: None,
             exchanges: 0,

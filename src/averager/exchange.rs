@@ -78,12 +78,8 @@ impl ParamAverager {
         }
         let number = self.exchanges.wrapping_mul(2);
         self.exchanges = self.exchanges.wrapping_add(1);
-        let all = self.all_gather(number, shown, self.timeout).inspect_err(|error| {
-            // Peers may have all messages by now, or wait for this rank in an average.
-            self.agreement.control.give_up(self.position());
-            self.communicator.fail(error);
-            self.failed = Some(error.clone());
-        })?;
+        let all = self.all_gather(number, shown, self.timeout);
+        let all = all.inspect_err(|error| self.give_up(error))?;
         let differs = (1..all.len()).find(|&rank| all[rank].call != all[0].call);
         match differs {
             None => Ok(all),
@@ -94,6 +90,14 @@ impl ParamAverager {
                 expected: all[0].call.clone(),
             }),
         }
+    }
+
+    /// Ends the world after an error of this rank in an exchange: peers may have all messages by
+    /// now, or wait for this rank.
+    pub(super) fn give_up(&mut self, error: &Error) {
+        self.agreement.control.give_up(self.position());
+        self.communicator.fail(error);
+        self.failed.get_or_insert_with(|| error.clone());
     }
 
     /// Shows all ranks why an average of this epoch was made, after all of them have learnt that

@@ -14,7 +14,7 @@ use super::{flag, Builder, Call, ParamAverager};
 use crate::abi::{
     PaBucket, PaOuter, PaStatus, PA_COMMITTED, PA_FLAG_STEP, PA_FLAG_WHOLE, PA_PACK_BYTES,
 };
-use crate::backend::Memory;
+use crate::backend::{Memory, MemorySpace};
 use crate::bucket::{self, Division};
 use crate::plan::{End, Launch, Plan};
 use crate::schedule::place;
@@ -239,11 +239,27 @@ impl ParamAverager {
     pub(super) fn prepare_outer(&mut self) -> Result<()> {
         self.note_anchor();
         if self.anchor == AnchorState::ToInherit {
-            self.take_over()?;
+            self.take_over().inspect_err(|error| self.give_up(error))?;
             self.inherited = None;
             self.anchor = AnchorState::Missing;
         }
         Ok(())
+    }
+
+    /// True if the ranks' values differ since they kept a share of their own; the same on every
+    /// rank.
+    pub(crate) fn has_mixed(&self) -> bool {
+        self.mixed
+    }
+
+    /// The error of state that could not be copied, for a reason that the driver or the allocator
+    /// gives.
+    fn state_error(&self, reason: String) -> Error {
+        let rank = self.rank();
+        match self.communicator.space() {
+            MemorySpace::Host => Error::Memory { rank, reason },
+            MemorySpace::Cuda(_) => Error::DeviceFailed { rank, source: reason.into() },
+        }
     }
 
     /// True if outer steps can begin, or there are none.

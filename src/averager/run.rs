@@ -94,6 +94,7 @@ impl ParamAverager {
         }
         self.prepare_outer()?;
         let end = self.end_of(call);
+        self.mixed = end == End::Mix;
         self.call = call;
         // A graph replays the same flags each time, but joiners come and go.
         let has_joiner = self.communicator.has_joiner() && !is_captured;

@@ -113,7 +113,7 @@ pub enum StateError {
     },
 
     /// No memory on this rank for the state, or a failed device.
-    #[error("there is no memory to load it: {reason}")]
+    #[error("it can't be copied to this rank's memory: {reason}")]
     Memory {
         /// The reason.
         reason: String,

@@ -69,10 +69,9 @@
 //! direct average set [`reject_non_finite`](crate::Builder::reject_non_finite).
 //!
 //! [`keeping`](crate::Outer::keeping) makes the ranks differ after an average, until
-//! [`sync`](crate::LocalSgd::sync) or [`finish`](crate::LocalSgd::finish) gives all of them θ. Both
-//! move nothing if no rank has made a step since the last average, so that the ranks then still
-//! differ. [`done`](crate::LocalSgd::done) is refused. Averages by hand mix, too. When a process
-//! joins, all ranks get the mean.
+//! [`sync`](crate::LocalSgd::sync) or [`finish`](crate::LocalSgd::finish) gives all of them θ.
+//! [`done`](crate::LocalSgd::done) is refused. Averages by hand mix, too. When a process joins, all
+//! ranks get the mean.
 //!
 //! # State of the inner optimizer
 //! The averager changes the tensors that it is passed, and nothing else: the state of the inner

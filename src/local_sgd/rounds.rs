@@ -112,10 +112,11 @@ impl LocalSgd {
             samples => samples,
         };
         let reason = self.reason(place);
+        let evens_out = place == place::FINISH && self.averager.has_mixed();
         Call {
             schedule: reason.digest(place),
             place,
-            unneeded: !has_news && !recovers,
+            unneeded: !has_news && !recovers && !evens_out,
             reason: Some(reason),
             measured: self.times_at(place),
             ..Call::by_hand(weight)

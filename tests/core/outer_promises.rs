@@ -247,9 +247,13 @@ fn ranks_that_keep_a_share_differ_until_finish() {
             fill(&mut model, own);
             sgd.step(&mut model).unwrap();
             assert_eq!(the_one(&model), 0.75 * own + 0.25 * after, "{outer}");
-            // Without a step since, `finish` moves nothing.
+            // `finish` steps from the mean of what the ranks have kept, and mixes nothing: for
+            // HALVES Δ = -3/16, v = -11/16 of the mean.
+            assert!(matches!(sgd.finish(&mut model).unwrap(), Action::Averaged(_)));
+            let end = if outer == HALVES.keeping(0.75) { 1.015625 * mean } else { mean };
+            assert_eq!(the_one(&model), end, "{outer}");
             assert_eq!(sgd.finish(&mut model).unwrap(), Action::Unneeded);
-            assert_eq!(the_one(&model), 0.75 * own + 0.25 * after, "{outer}");
+            assert_eq!(the_one(&model), end, "{outer}");
         });
         each_way(&[1, 2, 3], |communicator, algorithm| {
             let rank = communicator.rank() as f64;

@@ -9,7 +9,7 @@ use crate::averager::ParamAverager;
 use crate::bucket::Division;
 use crate::error::StateError;
 use crate::saved::{Reader, Writer};
-use crate::{Error, Result};
+use crate::Result;
 
 /// Name of the section.
 pub(crate) const OUTER: &str = "outer";
@@ -68,14 +68,14 @@ impl ParamAverager {
         to.u8(is_ring.into());
         to.u32(state.position);
         to.u8((self.anchor == AnchorState::Set).into());
-        let rank = self.rank();
-        let stream = state.read(ALL).map_err(|reason| Error::Memory { rank, reason })?;
+        let stream = state.read(ALL).map_err(|reason| self.state_error(reason))?;
         to.bytes(&stream);
         Ok(Some(to.0))
     }
 
     /// Replaces this rank's shard of the outer optimizer's state, from the shards that ranks of a
-    /// world of any size have saved. After an error nothing has changed.
+    /// world of any size have saved. Only after
+    /// [`StateError::Memory`] the state may have changed in part.
     pub(crate) fn load_outer(&mut self, saved: &[Vec<u8>]) -> Result<(), StateError> {
         let Some(own) = self.own.outer.clone() else {
             return match saved.is_empty() {

@@ -5,7 +5,7 @@ use super::OuterState;
 use crate::averager::ParamAverager;
 use crate::bucket::Division;
 use crate::world::Shown;
-use crate::{Error, Result};
+use crate::Result;
 
 impl ParamAverager {
     /// Takes over the outer optimizer's slots from an earlier view, whose ranks had other shards.
@@ -16,11 +16,9 @@ impl ParamAverager {
         const PIECE: usize = 16 << 10;
         let Some(own) = self.own.outer.clone() else { return Ok(()) };
         let slots = 1..3;
-        let rank = self.rank();
-        let no_memory = |reason| Error::Memory { rank, reason };
         let old = self.inherited.clone();
         let stream = old.as_ref().map_or(Ok(vec![]), |old| old.read(slots.clone()));
-        let stream = stream.map_err(no_memory)?;
+        let stream = stream.map_err(|reason| self.state_error(reason))?;
         let shown = old.as_ref().map(|old| {
             let Division { world, channels, chunk, is_ring } = old.division;
             [world, channels, chunk, is_ring.into(), old.position].map(u64::from)
@@ -40,7 +38,8 @@ impl ParamAverager {
             })
             .collect();
         self.lost_state = own.lost_share(&pieces);
-        let mut assembly = Assembly::new(&own, slots).map_err(no_memory)?;
+        let assembly = Assembly::new(&own, slots);
+        let mut assembly = assembly.map_err(|reason| self.state_error(reason))?;
         let longest = pieces.iter().map(|theirs| own.length(theirs)).max().unwrap_or(0);
         for at in (0..longest).step_by(PIECE) {
             let part = stream.get(at..).unwrap_or_default();
@@ -53,7 +52,7 @@ impl ParamAverager {
                 assembly.add(theirs, at, &bytes[..bytes.len().min(left)]);
             }
         }
-        assembly.write().map_err(no_memory)
+        assembly.write().map_err(|reason| self.state_error(reason))
     }
 }
 
