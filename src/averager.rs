@@ -44,6 +44,7 @@ pub use report::Report;
 pub use start::Start;
 
 use crate::abi::*;
+use crate::plan::End;
 use crate::schedule::{place, Reason};
 use crate::world::{AbortHandle, Agreement, Communicator};
 use crate::{Error, Result};
@@ -126,7 +127,9 @@ pub struct ParamAverager {
     /// State of the outer optimizer: whether it is to be taken over from an earlier view, and
     /// whether it has an anchor.
     anchor: AnchorState,
-    /// True if ranks kept a share of their values in the average that was launched last.
+    /// End of the average that was launched last.
+    end: End,
+    /// True if ranks kept a share of their values in the last average that was made.
     mixed: bool,
     /// Share of the outer optimizer's state that no rank of this view had.
     lost_state: f64,

@@ -157,7 +157,8 @@ impl Outer {
     /// The reason why its numbers can't be used: what was found, and what is expected.
     pub(crate) fn refusal(&self) -> Option<(String, &'static str)> {
         let is_share = |share: f64| (0.0..1.0).contains(&share);
-        let is_rate = |lr: f64| lr.is_finite() && lr > 0.0;
+        // In f32, too, the type of most sums.
+        let is_rate = |lr: f64| (lr as f32).is_finite() && lr as f32 > 0.0;
         let expected = match self.rule {
             Rule::Momentum { lr, .. } | Rule::Adam { lr, .. } if !is_rate(lr) => {
                 "a finite learning rate above 0"
@@ -236,6 +237,8 @@ mod tests {
             Outer::adam(0.1, 0.9, 1.0, 1e-9),
             Outer::adam(0.1, -0.1, 0.9, 1e-9),
             Outer::adam(0.1, 0.9, 0.99, 0.0),
+            Outer::adam(0.1, 0.9, 0.99, 1e-50),
+            Outer::sgd(1e39),
             Outer::ease(0.0),
             Outer::ease(1.5),
             Outer::mean().keeping(nan),

@@ -12,6 +12,7 @@ use super::watch::Watch;
 use super::{defaults, flag, spins, start, Algorithm, Builder, Call, Lend, ParamAverager, Start};
 use crate::abi::*;
 use crate::backend::{Memory, MemorySpace};
+use crate::plan::End;
 use crate::world::{Admission, Handshake};
 use crate::{Error, Result};
 
@@ -132,6 +133,7 @@ impl ParamAverager {
                 false => AnchorState::Missing,
             },
             inherited: options.inherited.clone(),
+            end: End::Mean,
             mixed: false,
             lost_state: 0.0,
             failed: None,

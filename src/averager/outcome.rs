@@ -7,6 +7,7 @@ use super::{Algorithm, Call, Outcome, ParamAverager, Report};
 use crate::abi::*;
 use crate::backend::{Failure, Unstarted};
 use crate::error::Phase;
+use crate::plan::End;
 use crate::schedule::place;
 use crate::{Error, Result};
 
@@ -43,7 +44,10 @@ impl ParamAverager {
         let rank = self.ring_order()[position];
         let problem = Problem { tensor: status.detail, found: status.found };
         let error = match status.outcome {
-            PA_COMMITTED => return Ok(Outcome::Averaged(self.report(start))),
+            PA_COMMITTED => {
+                self.mixed = self.end == End::Mix;
+                return Ok(Outcome::Averaged(self.report(start)));
+            }
             PA_UNNEEDED => {
                 let all_done = status.detail == self.world_size() as u64;
                 return Ok(Outcome::Unneeded { all_done });

@@ -220,6 +220,13 @@ impl ParamAverager {
         }
     }
 
+    /// True if a rank that has ended its steps takes part in this call, as in any of the schedule.
+    /// With an outer optimizer not in one of another end: the recovery's makes no step.
+    pub(super) fn is_joined_by_done(&self, call: Call) -> bool {
+        let is_other = self.has_outer() && call.place == place::RECOVERY;
+        place::is_of_schedule(call.place) && !is_other
+    }
+
     /// Flags of an average with this end.
     pub(super) fn flags_of(end: End) -> u32 {
         flag(PA_FLAG_WHOLE, end != End::Mix)
@@ -228,10 +235,7 @@ impl ParamAverager {
 
     /// State of the outer optimizer for an averager in a later view.
     pub(super) fn state_to_pass_on(&self) -> Option<Arc<OuterState>> {
-        match self.anchor {
-            AnchorState::ToInherit => self.inherited.clone(),
-            _ => self.own.outer.clone(),
-        }
+        self.inherited.as_ref().or(self.own.outer.as_ref()).cloned()
     }
 
     /// Brings the outer optimizer's state up to date before a launch. Collective where the state of
@@ -239,8 +243,7 @@ impl ParamAverager {
     pub(super) fn prepare_outer(&mut self) -> Result<()> {
         self.note_anchor();
         if self.anchor == AnchorState::ToInherit {
-            self.take_over().inspect_err(|error| self.give_up(error))?;
-            self.inherited = None;
+            self.take_over()?;
             self.anchor = AnchorState::Missing;
         }
         Ok(())
@@ -262,6 +265,13 @@ impl ParamAverager {
         }
     }
 
+    /// As `state_error`, while peers wait for this rank's part of the state.
+    fn state_lost(&mut self, reason: String) -> Error {
+        let error = self.state_error(reason);
+        self.give_up(&error);
+        error
+    }
+
     /// True if outer steps can begin, or there are none.
     pub(super) fn has_anchor(&mut self) -> bool {
         self.note_anchor();
@@ -274,6 +284,11 @@ impl ParamAverager {
             let is_committed = |status: PaStatus| status.outcome == PA_COMMITTED;
             let is_set = was_set || self.ended().all(is_committed);
             self.anchor = if is_set { AnchorState::Set } else { AnchorState::Missing };
+            if is_set {
+                // Before, ranks of a further view need what this view began with: some may not
+                // have taken it over, and what was lost with a rank is to be reported.
+                self.inherited = None;
+            }
         }
     }
 }

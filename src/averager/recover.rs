@@ -85,6 +85,9 @@ impl ParamAverager {
     /// get the mean. If the process is gone by now, or its tensors or options differ, the others go
     /// on without it, and make a plain average instead, since some of them may have to recover.
     ///
+    /// With an [outer optimizer](crate::Outer) it is called right after an average, before further
+    /// inner steps: the members' tensors become the anchor.
+    ///
     /// Every other averager of this world calls it next, in the order in which they were built. An
     /// averager that averages first gets an error, and [`recover`](Self::recover) then does the
     /// same. Anything else that the new process needs to know, such as the number of steps made,

@@ -94,7 +94,7 @@ impl ParamAverager {
         }
         self.prepare_outer()?;
         let end = self.end_of(call);
-        self.mixed = end == End::Mix;
+        self.end = end;
         self.call = call;
         // A graph replays the same flags each time, but joiners come and go.
         let has_joiner = self.communicator.has_joiner() && !is_captured;
@@ -115,7 +115,7 @@ impl ParamAverager {
                 | flag(PA_FLAG_KEEP, call.keeps)
                 | flag(PA_FLAG_MEASURED, call.measured.is_some())
                 | flag(PA_FLAG_DONE, call.place == place::DONE)
-                | flag(PA_FLAG_OF_SCHEDULE, place::is_of_schedule(call.place))
+                | flag(PA_FLAG_OF_SCHEDULE, self.is_joined_by_done(call))
                 | ParamAverager::flags_of(end),
             ..self.args
         };

@@ -33,7 +33,7 @@ impl fmt::Display for Phase {
             Phase::Commit => "at the vote before writing",
             Phase::Gather => "while writing the mean",
             Phase::Exit => "at the end of an average",
-            Phase::Exchange => "at a barrier, or while scalars were reduced",
+            Phase::Exchange => "at a barrier, or while scalars were reduced or state was moved",
         })
     }
 }

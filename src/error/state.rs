@@ -61,7 +61,7 @@ pub enum StateError {
     /// A state of another rank, saved between two averages, when each rank had steps of its own.
     #[error(
         "rank {found} of {world_size} has saved it {steps} steps after an average: load on each \
-        rank what it has saved itself, or save after LocalSgd::sync, when one state fits all ranks"
+        rank what it has saved itself, or save after LocalSgd::sync, when any rank can load it"
     )]
     OtherRank {
         /// Rank that saved the state.

@@ -65,8 +65,9 @@
 //! | a rank is lost | the mean of the first average after the recovery | stay; 0 in the part of the lost rank ([`Report::lost_state`](crate::Report::lost_state)) |
 //! | a process joins | the values that all ranks have then | stay, divided anew |
 //!
-//! A NaN that one average lets through stays in v for good. The ring refuses it by default; for the
-//! direct average set [`reject_non_finite`](crate::Builder::reject_non_finite).
+//! A NaN that one average lets through stays in v for good. With
+//! [`reject_non_finite`](crate::Builder::reject_non_finite), the ring's default, it is refused; for
+//! the direct average, which is also that of the only rank left, set it.
 //!
 //! [`keeping`](crate::Outer::keeping) makes the ranks differ after an average, until
 //! [`sync`](crate::LocalSgd::sync) or [`finish`](crate::LocalSgd::finish) gives all of them θ.

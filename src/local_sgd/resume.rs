@@ -91,7 +91,9 @@ impl Saved {
         };
         let Course { position, anchor, local_steps } = saved.course;
         let is_weight = |samples: f64| samples >= 0.0 && samples.is_finite();
+        let counts = [saved.applied, saved.averages, saved.since_average];
         let is_possible = position <= MOST_STEPS
+            && counts.iter().all(|&count| count <= MOST_STEPS)
             && anchor <= position
             && local_steps > 0
             && saved.samples.is_none_or(is_weight);

@@ -102,6 +102,7 @@ impl LocalSgd {
     fn call(&self, place: u64) -> Call {
         let (done, recovers) = (place == place::DONE, place == place::RECOVERY);
         let has_news = self.since_average > 0 && self.samples != Some(0.0);
+        let evens_out = place == place::FINISH && self.averager.has_mixed();
         let weight = match self.samples {
             // A rank that is done counts with the steps that no average has had, and then no more.
             _ if done && !has_news => Some(0.0),
@@ -109,10 +110,11 @@ impl LocalSgd {
             // It may have completed the average that failed for others, and holds the mean. A rank
             // that has joined does not know whether the others pass weights.
             None | Some(0.0) if recovers => Some(1.0),
+            // No rank has samples, or those that have count alone.
+            Some(0.0) if evens_out => Some(f64::MIN_POSITIVE),
             samples => samples,
         };
         let reason = self.reason(place);
-        let evens_out = place == place::FINISH && self.averager.has_mixed();
         Call {
             schedule: reason.digest(place),
             place,

@@ -255,6 +255,28 @@ fn ranks_that_keep_a_share_differ_until_finish() {
             assert_eq!(sgd.finish(&mut model).unwrap(), Action::Unneeded);
             assert_eq!(the_one(&model), end, "{outer}");
         });
+        // With samples; after a failure; and from a saved state.
+        each_way(&[2, 3], |communicator, algorithm| {
+            let mut model = filled(0.0);
+            let averager =
+                builder(communicator.clone(), algorithm, outer).build(&mut model).unwrap();
+            let mut sgd = LocalSgd::new(averager, Schedule::every(1));
+            fill(&mut model, 8.0 * communicator.rank() as f64);
+            sgd.step_weighted(&mut model, 32.0).unwrap();
+            let (state, mixed) = (sgd.save().unwrap(), the_one(&model));
+            let last = model.pop().unwrap();
+            assert!(!sgd.finish(&mut model).unwrap_err().is_fatal());
+            model.push(last);
+            assert!(matches!(sgd.finish(&mut model).unwrap(), Action::Averaged(_)), "{outer}");
+            let end = the_one(&model);
+            let mut again = filled(0.0);
+            let averager = builder(communicator, algorithm, outer).build(&mut again).unwrap();
+            let mut sgd = LocalSgd::new(averager, Schedule::every(1));
+            fill(&mut again, mixed);
+            sgd.load(&state).unwrap();
+            assert!(matches!(sgd.finish(&mut again).unwrap(), Action::Averaged(_)), "{outer}");
+            assert_eq!(the_one(&again), end, "{outer}");
+        });
         each_way(&[1, 2, 3], |communicator, algorithm| {
             let rank = communicator.rank() as f64;
             let middle = (communicator.world_size() - 1) as f64 / 2.0;

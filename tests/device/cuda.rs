@@ -76,6 +76,10 @@ pub fn outer_steps_have_the_bits_of_the_cpu() {
     scenario("outer", &[&[ONE, ("CUDASIM_SEED", "1")]]);
 }
 
+pub fn outer_calls_that_differ_are_an_error_on_every_rank() {
+    scenario("outer-calls", &[&[ONE]]);
+}
+
 pub fn outer_states_are_saved_and_loaded() {
     scenario("outer-saved", &[&[ONE]]);
 }

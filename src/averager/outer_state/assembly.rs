@@ -58,15 +58,17 @@ impl<'a> Assembly<'a> {
             let start = piece.run.first * size;
             let shown = start + (at.saturating_sub(piece.before)) as u64
                 ..start + (end - piece.before).min(piece.bytes(bucket)) as u64;
-            for own in &self.own {
-                if (own.bucket, own.array) != (piece.bucket, piece.array) {
-                    continue;
-                }
+            // Own pieces are in the order of buckets, arrays and packs.
+            let array = (piece.bucket, piece.array);
+            let first = self.own.partition_point(|own| {
+                let end = (own.run.first + own.run.packs) * size;
+                ((own.bucket, own.array), end) <= (array, shown.start)
+            });
+            let is_near =
+                |own: &&Piece| (own.bucket, own.array) == array && own.run.first * size < shown.end;
+            for own in self.own[first..].iter().take_while(is_near) {
                 let mine = own.run.first * size..(own.run.first + own.run.packs) * size;
                 let both = shown.start.max(mine.start)..shown.end.min(mine.end);
-                if both.is_empty() {
-                    continue;
-                }
                 let to = own.array * bucket.array
                     + (own.run.at * size + (both.start - mine.start)) as usize;
                 let skipped =

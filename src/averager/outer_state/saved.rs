@@ -27,6 +27,8 @@ struct Shard<'a> {
     position: u32,
     /// True if steps can begin from its anchor.
     is_set: bool,
+    /// True if the ranks' values differ.
+    is_mixed: bool,
     stream: &'a [u8],
 }
 
@@ -43,6 +45,7 @@ impl<'a> Shard<'a> {
             },
             position: from.u32()?,
             is_set: from.u8()? != 0,
+            is_mixed: from.u8()? != 0,
             stream: from.0,
         };
         let Division { world, channels, chunk, .. } = shard.division;
@@ -59,6 +62,7 @@ impl ParamAverager {
     /// This rank's shard of the outer optimizer's state; `None` without one. No average may be
     /// running.
     pub(crate) fn save_outer(&mut self) -> Result<Option<Vec<u8>>> {
+        let _ = self.own.engine.finish(); // of a forgotten `Pending`
         self.note_anchor();
         let Some(state) = self.state_to_pass_on() else { return Ok(None) };
         let Division { world, channels, chunk, is_ring } = state.division;
@@ -68,6 +72,7 @@ impl ParamAverager {
         to.u8(is_ring.into());
         to.u32(state.position);
         to.u8((self.anchor == AnchorState::Set).into());
+        to.u8(self.mixed.into());
         let stream = state.read(ALL).map_err(|reason| self.state_error(reason))?;
         to.bytes(&stream);
         Ok(Some(to.0))
@@ -77,6 +82,7 @@ impl ParamAverager {
     /// world of any size have saved. Only after
     /// [`StateError::Memory`] the state may have changed in part.
     pub(crate) fn load_outer(&mut self, saved: &[Vec<u8>]) -> Result<(), StateError> {
+        let _ = self.own.engine.finish();
         let Some(own) = self.own.outer.clone() else {
             return match saved.is_empty() {
                 true => Ok(()),
@@ -110,30 +116,34 @@ impl ParamAverager {
         assembly.write().map_err(no_memory)?;
         let is_set = shards.iter().all(|shard| shard.is_set);
         self.anchor = if is_set { AnchorState::Set } else { AnchorState::Missing };
+        self.mixed = shards.iter().any(|shard| shard.is_mixed);
+        self.inherited = None;
         Ok(())
     }
 }
 
 impl OuterState {
-    /// Packs of this rank's shard that no rank has, and packs in all.
+    /// Number of packs of this rank's shard that no rank has, and of all its packs.
     fn lacks(&self, pieces: &[Vec<Piece>]) -> (u64, u64) {
+        let mut theirs: Vec<_> = pieces.iter().flatten().filter(|piece| piece.array == 0).collect();
+        theirs.sort_unstable_by_key(|piece| (piece.bucket, piece.run.first));
+        // Runs without overlap, in order.
+        let mut runs: Vec<(usize, u64, u64)> = vec![];
+        for piece in theirs {
+            let (bucket, first) = (piece.bucket, piece.run.first);
+            let end = first + piece.run.packs;
+            match runs.last_mut() {
+                Some(last) if last.0 == bucket && last.2 >= first => last.2 = last.2.max(end),
+                _ => runs.push((bucket, first, end)),
+            }
+        }
         let (mut lacks, mut of) = (0, 0);
         for own in self.pieces(&self.division, self.position, 0..1) {
             let (first, end) = (own.run.first, own.run.first + own.run.packs);
-            let theirs = pieces.iter().flatten();
-            let theirs = theirs.filter(|piece| (piece.bucket, piece.array) == (own.bucket, 0));
-            let mut runs: Vec<(u64, u64)> = theirs
-                .map(|piece| (piece.run.first.max(first), piece.run.first + piece.run.packs))
-                .map(|(from, to)| (from, to.min(end)))
-                .filter(|(from, to)| from < to)
-                .collect();
-            runs.sort_unstable();
-            let mut reached = first;
-            for (from, to) in runs {
-                lacks += from.saturating_sub(reached);
-                reached = reached.max(to);
-            }
-            lacks += end - reached;
+            let from = runs.partition_point(|run| (run.0, run.2) <= (own.bucket, first));
+            let near = runs[from..].iter().take_while(|run| run.0 == own.bucket && run.1 < end);
+            let has: u64 = near.map(|run| run.2.min(end) - run.1.max(first)).sum();
+            lacks += own.run.packs - has;
             of += own.run.packs;
         }
         (lacks, of)

@@ -18,7 +18,7 @@ impl ParamAverager {
         let slots = 1..3;
         let old = self.inherited.clone();
         let stream = old.as_ref().map_or(Ok(vec![]), |old| old.read(slots.clone()));
-        let stream = stream.map_err(|reason| self.state_error(reason))?;
+        let stream = stream.map_err(|reason| self.state_lost(reason))?;
         let shown = old.as_ref().map(|old| {
             let Division { world, channels, chunk, is_ring } = old.division;
             [world, channels, chunk, is_ring.into(), old.position].map(u64::from)
@@ -39,7 +39,7 @@ impl ParamAverager {
             .collect();
         self.lost_state = own.lost_share(&pieces);
         let assembly = Assembly::new(&own, slots);
-        let mut assembly = assembly.map_err(|reason| self.state_error(reason))?;
+        let mut assembly = assembly.map_err(|reason| self.state_lost(reason))?;
         let longest = pieces.iter().map(|theirs| own.length(theirs)).max().unwrap_or(0);
         for at in (0..longest).step_by(PIECE) {
             let part = stream.get(at..).unwrap_or_default();
@@ -52,7 +52,7 @@ impl ParamAverager {
                 assembly.add(theirs, at, &bytes[..bytes.len().min(left)]);
             }
         }
-        assembly.write().map_err(|reason| self.state_error(reason))
+        assembly.write().map_err(|reason| self.state_lost(reason))
     }
 }
 

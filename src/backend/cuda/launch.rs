@@ -71,10 +71,13 @@ pub(super) unsafe fn launch_all(
         }
         #[cfg(not(processes))]
         let _ = meeting;
-        // A rank whose tensors are wrong lacks some launches.
+        // The launches of ranks differ where a rank's tensors are wrong, which are not looked at,
+        // or where ranks make different calls, which none of these kernels takes past its entry
+        // barrier. All ranks take part in each that meets, whose it may be: a rank left out would
+        // be waited for.
         let most = own().map(|part| &part.launches).max_by_key(|all| all.len());
         for &each in most.into_iter().flatten() {
-            let ranks = own().filter(|part| part.launches.contains(&each));
+            let ranks = own().filter(|part| each.meets() || part.launches.contains(&each));
             let args: Vec<PaArgs> = ranks.map(|part| part.args).collect();
             launch(context, each, &args, on)?;
         }

@@ -29,6 +29,7 @@ pub fn run(scenario: &str) {
         "host-links" => links::host_links(),
         "outer" => outer(),
         "outer-saved" => outer_saved(),
+        "outer-calls" => outer_calls(),
         "host-failures" => links::host_failures(),
         "links" => links::every_link(),
         "pairs" => links::pairs(),
@@ -114,6 +115,27 @@ fn outer() {
         Way { weighted: true, counter: u32::MAX - 3, reject: true, ..way.clone() }
             .compare(&shapes[10..]);
         Way { delay_ns: 100_000, narrow_wire: true, ..way }.compare(&shapes[5..]);
+    }
+}
+
+/// Ranks of one device whose calls end differently, and so have different launches.
+fn outer_calls() {
+    for algorithm in [Algorithm::Direct, Algorithm::Ring] {
+        let way = Way { ranks: 2, algorithm, outer: Outer::diloco(), ..WAY };
+        let errors = ranks_on(GPU, 2, |communicator| {
+            let mut model = Model::new(GPU, &shapes(), communicator.rank() as u64);
+            let mut averager = way.build(communicator, &mut model).unwrap();
+            let error = match averager.rank() {
+                0 => averager.broadcast(0, &mut model).unwrap_err(),
+                _ => averager.average(&mut model).unwrap_err(),
+            };
+            averager.average(&mut model).unwrap();
+            error
+        });
+        assert!(
+            errors.iter().all(|error| matches!(error, Error::CallsDiffer { .. })),
+            "{algorithm:?}: {errors:?}"
+        );
     }
 }
 
