@@ -278,17 +278,19 @@ impl ParamAverager {
         !self.has_outer() || self.anchor == AnchorState::Set
     }
 
-    /// Notes whether the last average has given the anchor.
-    fn note_anchor(&mut self) {
+    /// Notes whether the last average has given the anchor, or has made a step.
+    pub(super) fn note_anchor(&mut self) {
+        // Until a step, a further view begins with what this one has inherited: some of its ranks
+        // may not have taken it over yet, and some not learnt of what was lost. A step is committed
+        // when all ranks have completed the average before.
+        let has_committed = |status: PaStatus| status.committed != 0;
+        if matches!(self.end, End::Step | End::Mix) && self.ended().any(has_committed) {
+            self.inherited = None;
+        }
         if let AnchorState::Launched { was_set } = self.anchor {
             let is_committed = |status: PaStatus| status.outcome == PA_COMMITTED;
             let is_set = was_set || self.ended().all(is_committed);
             self.anchor = if is_set { AnchorState::Set } else { AnchorState::Missing };
-            if is_set {
-                // Before, ranks of a further view need what this view began with: some may not
-                // have taken it over, and what was lost with a rank is to be reported.
-                self.inherited = None;
-            }
         }
     }
 }

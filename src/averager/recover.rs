@@ -141,6 +141,7 @@ impl ParamAverager {
     ) -> Result<Regrouped, Halt> {
         // Enqueued work ends by itself.
         let _ = self.own.engine.finish();
+        self.note_anchor();
         if admission != Admission::None {
             match &self.failed {
                 None | Some(Error::StaleView { .. }) => {}

@@ -76,23 +76,28 @@ impl Expected {
         let (model, mean) = (flat(model), mean(members, round));
         let made = |velocity: f32, i: usize| step(self.anchor[i], velocity, mean[i]);
         let fits = |velocities: &[f32], i: usize| made(velocities[i], i).1 == model[i];
+        // For each element the velocity that fits and, where a lost one fits as well, since the two
+        // differ by less than the model's rounding, that one too.
         let explain = |history: &History| {
             let one = |i: usize| {
-                let lost = || history.of_lost.iter().find(|lost| fits(lost, i));
+                let lost = history.of_lost.iter().filter(|lost| fits(lost, i));
+                let lost = || lost.clone().next_back().map(|lost| lost[i]); // 0 is the last one
                 let is_kept = fits(&history.velocity, i);
-                let velocities = if is_kept { &history.velocity } else { lost()? };
-                Some((made(velocities[i], i).0, is_kept))
+                let velocity = if is_kept { history.velocity[i] } else { lost()? };
+                let other = lost().unwrap_or(velocity);
+                Some((made(velocity, i).0, made(other, i).0, is_kept))
             };
-            (0..model.len()).map(one).collect::<Option<Vec<(f32, bool)>>>()
+            (0..model.len()).map(one).collect::<Option<Vec<(f32, f32, bool)>>>()
         };
         let Some(found) = self.histories.iter().find_map(explain) else {
             let first = &self.histories[0].velocity;
             let wrong = (0..model.len()).find(|&i| !fits(first, i));
             panic!("round {round}, members {members:b}: element {wrong:?} and others fit none");
         };
-        let lost = found.iter().filter(|(_, is_kept)| !is_kept).count();
-        let velocity = found.iter().map(|(velocity, _)| *velocity).collect();
-        self.histories = vec![History { velocity, of_lost: vec![] }];
+        let lost = found.iter().filter(|(_, _, is_kept)| !is_kept).count();
+        let velocity = found.iter().map(|(velocity, ..)| *velocity).collect();
+        let other = found.iter().map(|(_, other, _)| *other).collect();
+        self.histories = vec![History { velocity, of_lost: vec![other] }];
         self.anchor = model;
         lost as f64 / found.len() as f64
     }
