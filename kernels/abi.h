@@ -132,8 +132,8 @@ struct PaRecord {
 
 // Notice board of a rank, on lines of its own: written by that rank, read by all. The record of
 // epoch e is record[e & 1]: a rank that is already in e + 1 must not overwrite what a slow rank
-// still reads, and no rank reaches e + 2 before all have arrived at e + 1. What every average reads
-// is on the first line.
+// still reads, and no rank reaches e + 2 before all have arrived at e + 1. The words that
+// every average reads are on the first line.
 struct PaBoard {
   uint32_t arrived;    // latest epoch entered; published after its record
   uint32_t vote;       // 2·e: finite and reduced; 2·e + 1: reduced, but holds a non-finite value
@@ -189,7 +189,7 @@ struct PaStatus {
   uint64_t waited_ns; // time spent waiting for peers, over all launches of this average
   uint32_t joiner;    // 1: a rank's record has PA_FLAG_JOINER
   uint32_t reserved;
-  // Of a rank with PA_FLAG_MEASURED, after PA_COMMITTED:
+  // Set on a rank with PA_FLAG_MEASURED, after PA_COMMITTED:
   uint64_t active_ns; // time since the end of the entry barrier
   double measured[2]; // largest of all records, the same on every rank; 0: none
 };

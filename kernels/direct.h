@@ -101,10 +101,8 @@ template <class T, int kWorld> struct Direct {
   template <class End> PA_FN void run(const End& end) const {
     const Range own = part_of(channel_range(bucket, b.ex.block()), b.a.rank, b.a.world);
     uint32_t turn = 0;
-    in_pieces(own.begin, own.end, kMaxPiecePacks, [&](uint64_t from, uint64_t to) {
-      each_part<T>(bucket, from, to, [&](const Part& part) {
-        run_part(end, part, from - own.begin, turn ^= 1);
-      });
+    each_part_of_any<T>(bucket, own.begin, own.end, [&](const Part& part, uint64_t from) {
+      run_part(end, part, from - own.begin, turn ^= 1);
     });
   }
   // `ahead`: packs of the own part before pack 0 of `part`.

@@ -129,11 +129,13 @@ template <class F> PA_FN void in_pieces(uint64_t begin, uint64_t end, uint64_t m
     f(begin, next);
   }
 }
-// each_part() of a range of any length.
+// each_part() of a range of any length. f also gets the pack from which its part counts.
 template <class T, class F>
 PA_FN void each_part_of_any(const PaBucket& bucket, uint64_t begin, uint64_t end, F f) {
   in_pieces(begin, end, kMaxPiecePacks,
-            [&](uint64_t from, uint64_t to) { each_part<T>(bucket, from, to, f); });
+            [&](uint64_t from, uint64_t to) {
+              each_part<T>(bucket, from, to, [&](const Part& part) { f(part, from); });
+            });
 }
 
 // ---- loops over packs --------------------------------------------------------------------------

@@ -133,7 +133,7 @@ pub enum Error {
     InvalidState {
         /// This rank.
         rank: usize,
-        /// What was found, and what to do.
+        /// The reason: the content found, and the remedy.
         #[source]
         cause: StateError,
     },

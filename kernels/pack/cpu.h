@@ -4,7 +4,7 @@
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
-// Of clang, and of g++ from 12 on.
+// Shuffles, which clang has, and g++ from 12 on.
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define PA_HAS_SHUFFLEVECTOR 1

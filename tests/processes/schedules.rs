@@ -24,7 +24,7 @@ pub fn adapts() -> i32 {
         let before = sgd.local_steps();
         match sgd.step(&mut model) {
             Ok(Action::Admitted { .. }) => {
-                // What was decided in the average before the admission is not lost.
+                // The decision of the average before the admission is not lost.
                 assert!(since < 3 || sgd.local_steps() == (before - 1).max(1), "{before}");
                 break;
             }

@@ -336,7 +336,10 @@ inline void huge() {
         if (own.begin != own.end && own.begin != met)
           wrong("%u channels: part %u of channel %u begins at %llu", channels, r, c,
                 (unsigned long long)own.begin);
-        PA_ISA::each_part_of_any<T>(bucket, own.begin, own.end, [&](const PA_ISA::Part& part) {
+        PA_ISA::each_part_of_any<T>(bucket, own.begin, own.end, [&](const PA_ISA::Part& part,
+                                                                    uint64_t from) {
+          if (from + part.first != met)
+            wrong("%u channels: a part counts from elsewhere", channels);
           const PaSegment& segment = segments[part.segment];
           if (part.end <= part.first || part.whole < part.first || part.end - part.whole > 1)
             wrong("%u channels: a part of no packs", channels);
