@@ -257,8 +257,12 @@ pub fn abort_during_an_admission_reports_both_halves() {
     members[0].ask_to_end();
     for rank in &mut members {
         assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
-        let error = &rank.said("error")[0];
-        assert!(error.contains("AfterAverage") && error.contains("cause: Aborted"), "{error}");
+        let error = rank.said("error").join("");
+        assert!(
+            error.contains("AfterAverage") && error.contains("cause: Aborted"),
+            "{:#?}",
+            rank.output
+        );
     }
     drop(joiner);
 }

@@ -144,13 +144,20 @@ impl Connections {
         })
     }
 
-    /// Sends a message without a body, unless another thread is sending to this peer.
-    pub(crate) fn try_send(&self, peer: usize, key: (Kind, u32, u32)) {
+    /// Sends a message without a body, unless the peer has departed, or reads nothing for 100 ms.
+    pub(crate) fn send_briefly(&self, peer: usize, key: (Kind, u32, u32)) {
         const SHORT: Duration = Duration::from_millis(100);
-        if self.peer(peer).is_some_and(|peer| peer.sending.try_lock().is_ok()) {
-            // the peer may have departed
-            let _ = self.send(peer, key, &(), &[], Instant::now() + SHORT);
+        const AGAIN: Duration = Duration::from_micros(100);
+        let deadline = Instant::now() + SHORT;
+        let Some(connection) = self.peer(peer) else { return };
+        // Another thread may be sending to this peer.
+        while connection.sending.try_lock().is_err() {
+            if Instant::now() >= deadline {
+                return;
+            }
+            std::thread::sleep(AGAIN);
         }
+        let _ = self.send(peer, key, &(), &[], deadline);
     }
 
     /// Waits until `done` returns a value, and calls it again after each message and departure.
@@ -236,15 +243,17 @@ impl Connections {
         let Connection { stream, process } = met;
         let one = Arc::new(Peer { stream, sending: Mutex::new(()) });
         self.lock().host_infos.insert(peer, host_info);
-        let Some(peers) = &mut *self.peers() else { return Ok(()) };
+        let mut guard = self.peers();
+        let Some(peers) = &mut *guard else { return Ok(()) };
         peers.insert(peer, one.clone());
         let (heard, connections) = (one.clone(), self.clone());
         let listens = move || listen(peer, &heard.stream, process.as_ref(), &connections);
         let thread = thread(format!("peer-{peer}"), STACK, listens).map_err(|reason| {
             drop(peers.remove(&peer));
-            self.lock().host_infos.remove(&peer);
             NoReceiver { reason: format!("can't receive from peers: {reason}"), peer: one }
-        })?;
+        });
+        drop(guard); // never held while the state is locked
+        let thread = thread.inspect_err(|_| drop(self.lock().host_infos.remove(&peer)))?;
         let mut threads = lock(&self.threads);
         threads.retain(|thread| !thread.is_finished());
         threads.push(thread);
@@ -349,36 +358,4 @@ const KINDS: [Kind; 9] = [
 const MOST_FILES: usize = 3;
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::backend::{Memory, MemorySpace};
-    use crate::device::Device;
-    use crate::world::control::Control;
-
-    /// A process that leaves while its averager lives on for a moment tells its peers nothing about
-    /// one another; one that stays tells them who has departed.
-    #[test]
-    fn a_process_that_leaves_marks_no_peer_as_departed() {
-        let info = || HostInfo::unknown(Device::cpu());
-        let memory = Memory::new(&MemorySpace::Host, Control::BYTES).unwrap();
-        let control = Arc::new(Control::new(memory, None, 0).unwrap());
-        let agreement = Arc::new(Agreement::of_none(control));
-        let departed = |peer| agreement.control.has_left(peer);
-        let connections = Arc::new(Connections::new(ViewBoard::new(3).unwrap(), 0, info()));
-        let mut others = vec![];
-        for peer in [1, 2] {
-            let (own, other) = UnixStream::pair().unwrap();
-            let met = Connection { stream: Private::new(own), process: None };
-            assert!(connections.add(peer, info(), met).is_ok());
-            others.push(other);
-        }
-        connections.watch(&agreement, Ring { view: 0, peers: [0, 1, 2].into() });
-        drop(others.pop());
-        let gone = |state: &mut State| state.departed.contains(&2).then_some(());
-        connections.wait(Instant::now() + WHOLE_MESSAGE, gone).unwrap();
-        assert!(departed(2) && !departed(1));
-        connections.leave();
-        connections.join(); // its threads have seen their connections end
-        assert!(connections.lock().departed.contains(&1) && !departed(1));
-    }
-}
+mod tests;

@@ -130,10 +130,14 @@ impl PeerSet {
         lock(&self.current).clone()
     }
 
-    /// Makes `view`, which is `latest`, the current view.
+    /// Makes `view`, which is `latest`, the current view. An abort of this process during the
+    /// change counts in the new view, as it does for the peers.
     pub(crate) fn enter(&self, view: &CurrentView) {
-        *lock(&self.current) = view.clone();
+        let last = std::mem::replace(&mut *lock(&self.current), view.clone());
         self.number.store(view.number(), Ordering::Relaxed);
+        if last.status().aborted[1] {
+            self.mark_aborted(view, &mut view.status(), false);
+        }
         self.lock().forget_before(view.number());
     }
 
@@ -150,16 +154,29 @@ impl PeerSet {
         self.host_infos().placement(&members)
     }
 
-    /// Aborts the current view for all its members.
+    /// Aborts the current view for all its members, and a view that this process enters meanwhile.
     pub(crate) fn abort(&self) {
-        let view = self.current();
-        let Some(rank) = view.members().iter().position(|&peer| peer == self.me) else { return };
-        // The failure is reported once more, to a thread that averages or builds at this moment.
-        let failure = Error::Aborted { rank, phase: Phase::Build, committed: false };
+        loop {
+            let view = self.current();
+            self.abort_view(&view);
+            // Either this load or the one in `enter` sees the other's store.
+            if self.current().number() == view.number() {
+                return;
+            }
+        }
+    }
+
+    fn abort_view(&self, view: &CurrentView) {
         let mut status = view.status();
         let is_changing = self.is_changing.load(Ordering::Relaxed);
-        status.aborted[usize::from(is_changing)] = true;
-        status.failure.get_or_insert(failure);
+        if !self.mark_aborted(view, &mut status, is_changing) {
+            return;
+        }
+        // Under the lock, so before a thread of this process reports the abort and ends the
+        // process: the peers would know of its departure only.
+        for &peer in view.members().iter().filter(|&&peer| peer != self.me) {
+            self.send_briefly(peer, (Kind::Abort, view.number(), is_changing.into()));
+        }
         drop(status);
         let built = self.lock().built();
         for (agreement, ring) in built.iter().filter(|(_, ring)| ring.view == view.number()) {
@@ -167,10 +184,17 @@ impl PeerSet {
             position.into_iter().for_each(|position| agreement.control.abort(position));
         }
         self.wake();
-        let others = view.members().iter().filter(|&&peer| peer != self.me);
-        others.for_each(|&peer| {
-            self.try_send(peer, (Kind::Abort, view.number(), is_changing.into()))
-        });
+    }
+
+    /// Records an abort of this process. The failure is reported once more, to a thread that
+    /// averages or builds at this moment. False if this process is no member.
+    fn mark_aborted(&self, view: &CurrentView, status: &mut ViewStatus, is_changing: bool) -> bool {
+        let rank = view.members().iter().position(|&peer| peer == self.me);
+        let Some(rank) = rank else { return false };
+        status.aborted[usize::from(is_changing)] = true;
+        let failure = Error::Aborted { rank, phase: Phase::Build, committed: false };
+        status.failure.get_or_insert(failure);
+        true
     }
 }
 
@@ -186,5 +210,81 @@ impl Drop for PeerSet {
     fn drop(&mut self) {
         self.leave();
         self.join();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Device;
+    use crate::world::processes::peers::connections::Connection;
+    use crate::world::processes::peers::host_info::HostInfo;
+    use crate::world::processes::wire::frame;
+    use crate::world::processes::wire::private::Private;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+    use std::time::{Duration, Instant};
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// Process 0 of a world of two, the end of its connection that process 1 has, and the views 0
+    /// and 1.
+    fn first_of_two() -> (PeerSet, UnixStream, [CurrentView; 2]) {
+        let board = ViewBoard::new(2).unwrap();
+        let first = board.agreed();
+        board.propose(0, &first, &[0, 1], None);
+        let views = [first.clone(), board.agreed()].map(CurrentView::new);
+        let own = LocalDevice::find(Device::cpu()).unwrap();
+        let peer_set = PeerSet::new(0, own, board, first);
+        let (stream, other) = UnixStream::pair().unwrap();
+        let met = Connection { stream: Private::new(stream), process: None };
+        assert!(peer_set.connections.add(1, HostInfo::unknown(Device::cpu()), met).is_ok());
+        (peer_set, other, views)
+    }
+
+    fn is_aborted(view: &CurrentView) -> bool {
+        matches!(view.status().failure, Some(Error::Aborted { rank: 0, .. }))
+    }
+
+    /// A process that reports its abort may end at once: its peers must have the message by then.
+    #[test]
+    fn an_abort_is_sent_before_its_process_sees_it() {
+        for _ in 0..100 {
+            let (peer_set, mut other, _) = first_of_two();
+            other.set_nonblocking(true).unwrap();
+            let view = peer_set.current();
+            std::thread::scope(|scope| {
+                scope.spawn(|| peer_set.abort());
+                let deadline = Instant::now() + LONG;
+                while !is_aborted(&view) {
+                    assert!(Instant::now() < deadline);
+                }
+                let mut first = [0];
+                assert_eq!(other.read(&mut first).map_err(|error| error.kind()), Ok(1));
+            });
+        }
+    }
+
+    /// An abort during a view change counts in the next view, where another process has decided
+    /// that view before it heard of the abort: on the process that aborts and on its peers.
+    #[test]
+    fn aborts_during_a_view_change_count_in_the_next_view() {
+        let (peer_set, _other, [_, next]) = first_of_two();
+        peer_set.is_changing.store(true, Ordering::Relaxed);
+        peer_set.abort();
+        peer_set.enter(&next);
+        assert!(is_aborted(&next), "the own abort");
+        assert_eq!(next.status().aborted, [true, false], "no abort of the change after it");
+
+        let (peer_set, other, [_, next]) = first_of_two();
+        for (number, counts) in [(0, false), (1, true)] {
+            let key = (Kind::Abort, 0, number);
+            frame::send(&other, key, &(), &[], Instant::now() + LONG).unwrap();
+            let came =
+                peer_set.wait(Instant::now() + LONG, |state| state.has(1, key).then_some(()));
+            came.unwrap();
+            peer_set.enter(&next);
+            assert_eq!(peer_set.lock().aborts(1, 1), counts, "a peer's abort, {number}");
+        }
     }
 }

@@ -125,10 +125,12 @@ impl State {
         self.host_infos.keys().filter(is_one).copied().collect()
     }
 
-    /// Drops messages of earlier views.
+    /// Drops messages of earlier views, except aborts during the change to this view.
     pub(crate) fn forget_before(&mut self, view: u32) {
         self.messages.retain(|_, messages| {
-            messages.retain(|&(_, of, _), _| of >= view);
+            messages.retain(|&(kind, of, during), _| {
+                of >= view || (kind, of + 1, during) == (Kind::Abort, view, 1)
+            });
             !messages.is_empty()
         });
     }
