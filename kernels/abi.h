@@ -26,7 +26,9 @@ enum PaKernel {
   PA_DIRECT_STEP = 4,
   PA_RING_STEP = 5,
   PA_RING_MIX = 6,
-  PA_ANCHOR = 7, // after an average without a step: its result becomes the anchor
+  PA_ANCHOR = 7,  // after an average without a step: its result becomes the anchor
+  PA_SAMPLE = 8,  // before everything else: keeps a sample of the own values, see sample.h
+  PA_COMPARE = 9, // after everything else: compares the sample with the new values
 };
 
 // Outcome of an average. Up to PA_NO_WEIGHT nothing is broken and the next average may run; from
@@ -54,6 +56,9 @@ enum PaPhase {
   PA_AT_GATHER = 3,
   PA_AT_EXIT = 4, // exit barrier of the direct average
 };
+
+// Neighbouring packs of one run of a sample.
+#define PA_RUN_PACKS 64
 
 enum PaFlag {
   PA_FLAG_REJECT_NON_FINITE = 1, // scan the own tensors; a NaN or infinity vetoes the commit
@@ -111,6 +116,9 @@ struct PaBucket {
   uint64_t mean; // ring with `state`: SumOf<T>[channels][shard_packs of elements]; `shard` itself
                  // where that has the size
   struct PaOuter outer;
+  uint64_t sample;        // Pack[channels][sample_packs]: own values before the average, or 0
+  uint64_t sample_packs;  // capacity of one channel's sample
+  uint64_t sample_period; // packs from the place of one run to that of the next; at least a run
   uint32_t segment_count;
   uint32_t dtype;    // PaDtype
   uint32_t chunk;    // data packs per slot at most; a multiple of PA_ALIGN_PACKS
@@ -192,6 +200,10 @@ struct PaStatus {
   // Set on a rank with PA_FLAG_MEASURED, after PA_COMMITTED:
   uint64_t active_ns; // time since the end of the entry barrier
   double measured[2]; // largest of all records, the same on every rank; 0: none
+  // Written by PA_COMPARE, from the sample of this block's packs, scaled up to all of them:
+  // squares of the new values and of their differences from the old ones; the largest difference,
+  // not scaled; values that are not finite, or were not.
+  double sampled[4];
 };
 
 // State of one block, private to its rank, on lines of its own.

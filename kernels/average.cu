@@ -4,9 +4,11 @@
 #include "direct.h"
 #include "probe.h"
 #include "ring.h"
+#include "sample.h"
 #include "scan.h"
 
 #define PA_THREADS 512
+static_assert(PA_THREADS == PA_ISA::kMostLanes);
 
 namespace PA_ISA {
 // Copies the arguments of this block's rank to shared memory: addresses there are constants, while
@@ -34,6 +36,8 @@ PA_KERNEL(pa_ring_commit, run_ring_commit)
 PA_KERNEL(pa_ring_step, run_ring_step)
 PA_KERNEL(pa_ring_mix, run_ring_mix)
 PA_KERNEL(pa_anchor, run_anchor)
+PA_KERNEL(pa_sample, run_sample)
+PA_KERNEL(pa_compare, run_compare)
 PA_KERNEL(pa_scan, run_scan)
 
 // Both sides of a probe at the same time: blocks of a power of two of threads, as many on each

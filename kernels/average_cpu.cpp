@@ -2,6 +2,7 @@
 // set, PA_ISA.
 #include "direct.h"
 #include "ring.h"
+#include "sample.h"
 #include "scan.h"
 
 namespace PA_ISA {
@@ -14,6 +15,8 @@ PA_NOINLINE void ring_commit(const Exec& ex, const PaArgs& args) { run_ring_comm
 PA_NOINLINE void ring_step(const Exec& ex, const PaArgs& args) { run_ring_step(ex, args); }
 PA_NOINLINE void ring_mix(const Exec& ex, const PaArgs& args) { run_ring_mix(ex, args); }
 PA_NOINLINE void anchor(const Exec& ex, const PaArgs& args) { run_anchor(ex, args); }
+PA_NOINLINE void sample(const Exec& ex, const PaArgs& args) { run_sample(ex, args); }
+PA_NOINLINE void compare(const Exec& ex, const PaArgs& args) { run_compare(ex, args); }
 PA_NOINLINE void scan(const Exec& ex, const PaArgs& args) { run_scan(ex, args); }
 PA_FN void run_kernel(const Exec& ex, const PaArgs& args, uint32_t kernel) {
   switch (kernel) {
@@ -24,6 +27,8 @@ PA_FN void run_kernel(const Exec& ex, const PaArgs& args, uint32_t kernel) {
     case PA_RING_STEP: return ring_step(ex, args);
     case PA_ANCHOR: return anchor(ex, args);
     case PA_RING_MIX: return ring_mix(ex, args);
+    case PA_SAMPLE: return sample(ex, args);
+    case PA_COMPARE: return compare(ex, args);
     default: return scan(ex, args);
   }
 }

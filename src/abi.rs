@@ -4,6 +4,7 @@ pub const PA_MAX_WORLD: u32 = 16;
 pub const PA_LINE_WORDS: u32 = 32;
 pub const PA_PACK_BYTES: u32 = 16;
 pub const PA_ALIGN_PACKS: u32 = 8;
+pub const PA_RUN_PACKS: u32 = 64;
 pub const PA_NO_SEGMENT: u32 = 4294967295;
 pub const PA_F32: PaDtype = 0;
 pub const PA_F64: PaDtype = 1;
@@ -18,6 +19,8 @@ pub const PA_DIRECT_STEP: PaKernel = 4;
 pub const PA_RING_STEP: PaKernel = 5;
 pub const PA_RING_MIX: PaKernel = 6;
 pub const PA_ANCHOR: PaKernel = 7;
+pub const PA_SAMPLE: PaKernel = 8;
+pub const PA_COMPARE: PaKernel = 9;
 pub type PaKernel = ::std::os::raw::c_uint;
 pub const PA_OPEN: PaKind = 0;
 pub const PA_COMMITTED: PaKind = 1;
@@ -117,6 +120,9 @@ pub struct PaBucket {
     pub state: u64,
     pub mean: u64,
     pub outer: PaOuter,
+    pub sample: u64,
+    pub sample_packs: u64,
+    pub sample_period: u64,
     pub segment_count: u32,
     pub dtype: u32,
     pub chunk: u32,
@@ -124,7 +130,7 @@ pub struct PaBucket {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaBucket"][::std::mem::size_of::<PaBucket>() - 136usize];
+    ["Size of PaBucket"][::std::mem::size_of::<PaBucket>() - 160usize];
     ["Alignment of PaBucket"][::std::mem::align_of::<PaBucket>() - 8usize];
     [
         "Offset of field: PaBucket::segments",
@@ -151,17 +157,26 @@ const _: () = {
         "Offset of field: PaBucket::outer",
     ][::std::mem::offset_of!(PaBucket, outer) - 56usize];
     [
+        "Offset of field: PaBucket::sample",
+    ][::std::mem::offset_of!(PaBucket, sample) - 120usize];
+    [
+        "Offset of field: PaBucket::sample_packs",
+    ][::std::mem::offset_of!(PaBucket, sample_packs) - 128usize];
+    [
+        "Offset of field: PaBucket::sample_period",
+    ][::std::mem::offset_of!(PaBucket, sample_period) - 136usize];
+    [
         "Offset of field: PaBucket::segment_count",
-    ][::std::mem::offset_of!(PaBucket, segment_count) - 120usize];
+    ][::std::mem::offset_of!(PaBucket, segment_count) - 144usize];
     [
         "Offset of field: PaBucket::dtype",
-    ][::std::mem::offset_of!(PaBucket, dtype) - 124usize];
+    ][::std::mem::offset_of!(PaBucket, dtype) - 148usize];
     [
         "Offset of field: PaBucket::chunk",
-    ][::std::mem::offset_of!(PaBucket, chunk) - 128usize];
+    ][::std::mem::offset_of!(PaBucket, chunk) - 152usize];
     [
         "Offset of field: PaBucket::wire_f32",
-    ][::std::mem::offset_of!(PaBucket, wire_f32) - 132usize];
+    ][::std::mem::offset_of!(PaBucket, wire_f32) - 156usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -327,10 +342,11 @@ pub struct PaStatus {
     pub reserved: u32,
     pub active_ns: u64,
     pub measured: [f64; 2usize],
+    pub sampled: [f64; 4usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaStatus"][::std::mem::size_of::<PaStatus>() - 80usize];
+    ["Size of PaStatus"][::std::mem::size_of::<PaStatus>() - 112usize];
     ["Alignment of PaStatus"][::std::mem::align_of::<PaStatus>() - 8usize];
     [
         "Offset of field: PaStatus::epoch",
@@ -369,6 +385,9 @@ const _: () = {
     [
         "Offset of field: PaStatus::measured",
     ][::std::mem::offset_of!(PaStatus, measured) - 64usize];
+    [
+        "Offset of field: PaStatus::sampled",
+    ][::std::mem::offset_of!(PaStatus, sampled) - 80usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -390,50 +409,50 @@ pub struct PaChannel {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaChannel"][::std::mem::size_of::<PaChannel>() - 424usize];
+    ["Size of PaChannel"][::std::mem::size_of::<PaChannel>() - 456usize];
     ["Alignment of PaChannel"][::std::mem::align_of::<PaChannel>() - 8usize];
     [
         "Offset of field: PaChannel::status",
     ][::std::mem::offset_of!(PaChannel, status) - 0usize];
     [
         "Offset of field: PaChannel::recv_seq",
-    ][::std::mem::offset_of!(PaChannel, recv_seq) - 80usize];
+    ][::std::mem::offset_of!(PaChannel, recv_seq) - 112usize];
     [
         "Offset of field: PaChannel::send_seq",
-    ][::std::mem::offset_of!(PaChannel, send_seq) - 84usize];
+    ][::std::mem::offset_of!(PaChannel, send_seq) - 116usize];
     [
         "Offset of field: PaChannel::segment",
-    ][::std::mem::offset_of!(PaChannel, segment) - 88usize];
+    ][::std::mem::offset_of!(PaChannel, segment) - 120usize];
     [
         "Offset of field: PaChannel::remote",
-    ][::std::mem::offset_of!(PaChannel, remote) - 92usize];
+    ][::std::mem::offset_of!(PaChannel, remote) - 124usize];
     [
         "Offset of field: PaChannel::finished",
-    ][::std::mem::offset_of!(PaChannel, finished) - 96usize];
+    ][::std::mem::offset_of!(PaChannel, finished) - 128usize];
     [
         "Offset of field: PaChannel::deciding",
-    ][::std::mem::offset_of!(PaChannel, deciding) - 100usize];
+    ][::std::mem::offset_of!(PaChannel, deciding) - 132usize];
     [
         "Offset of field: PaChannel::bad",
-    ][::std::mem::offset_of!(PaChannel, bad) - 104usize];
+    ][::std::mem::offset_of!(PaChannel, bad) - 136usize];
     [
         "Offset of field: PaChannel::divisor",
-    ][::std::mem::offset_of!(PaChannel, divisor) - 112usize];
+    ][::std::mem::offset_of!(PaChannel, divisor) - 144usize];
     [
         "Offset of field: PaChannel::divisor_f32",
-    ][::std::mem::offset_of!(PaChannel, divisor_f32) - 120usize];
+    ][::std::mem::offset_of!(PaChannel, divisor_f32) - 152usize];
     [
         "Offset of field: PaChannel::agreed_ns",
-    ][::std::mem::offset_of!(PaChannel, agreed_ns) - 128usize];
+    ][::std::mem::offset_of!(PaChannel, agreed_ns) - 160usize];
     [
         "Offset of field: PaChannel::heartbeat",
-    ][::std::mem::offset_of!(PaChannel, heartbeat) - 136usize];
+    ][::std::mem::offset_of!(PaChannel, heartbeat) - 168usize];
     [
         "Offset of field: PaChannel::segments",
-    ][::std::mem::offset_of!(PaChannel, segments) - 168usize];
+    ][::std::mem::offset_of!(PaChannel, segments) - 200usize];
     [
         "Offset of field: PaChannel::scale",
-    ][::std::mem::offset_of!(PaChannel, scale) - 296usize];
+    ][::std::mem::offset_of!(PaChannel, scale) - 328usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]

@@ -19,6 +19,7 @@ mod report;
 mod run;
 mod start;
 mod table;
+mod telemetry;
 mod watch;
 
 use std::any::Any;
@@ -42,6 +43,7 @@ pub use raw::RawCudaParams;
 pub(crate) use recover::{Regrouped, TRIES};
 pub use report::Report;
 pub use start::Start;
+pub use telemetry::Telemetry;
 
 use crate::abi::*;
 use crate::plan::End;
@@ -133,6 +135,8 @@ pub struct ParamAverager {
     mixed: bool,
     /// Share of the outer optimizer's state that no rank of this view had.
     lost_state: f64,
+    #[cfg(feature = "metrics")]
+    metrics: telemetry::Metrics,
     /// Stream of the average that may be under way, kept alive until the next one has begun.
     stream: Option<Arc<dyn Any + Send + Sync>>,
     watch: Arc<Watch>,
@@ -152,6 +156,8 @@ pub(crate) struct Call {
     pub(crate) keeps: bool,
     /// Reason of a `LocalSgd`, for errors.
     pub(crate) reason: Option<Reason>,
+    /// Steps since the last average, for the report.
+    pub(crate) local_steps: u64,
     /// Measurements of this rank. All ranks get the largest of each, in the report.
     pub(crate) measured: Option<[f64; 2]>,
 }
@@ -166,6 +172,7 @@ impl Call {
             unneeded: false,
             keeps: false,
             reason: None,
+            local_steps: 0,
             measured: None,
         }
     }

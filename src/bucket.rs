@@ -8,7 +8,7 @@
 //! rounds   [n chunks][n chunks]…[n parts of the rest]    load of one trip around the ring
 //! ```
 
-use crate::abi::{PaSegment, PA_ALIGN_PACKS, PA_PACK_BYTES};
+use crate::abi::{PaSegment, PA_ALIGN_PACKS, PA_PACK_BYTES, PA_RUN_PACKS};
 use crate::tensor::Dtype;
 
 /// Dtype and size of a tensor.
@@ -77,6 +77,27 @@ pub fn shard_packs(channel_packs: u64, world: u32, chunk: u32) -> u64 {
     let round = u64::from(chunk) * u64::from(world);
     let (rounds, rest) = (channel_packs / round, channel_packs % round);
     rounds * u64::from(chunk) + align_up(rest.div_ceil(u64::from(world)))
+}
+
+/// The sample of a bucket for telemetry: one run of `PA_RUN_PACKS` neighbouring packs in each
+/// period of a channel's packs; see `kernels/sample.h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sample {
+    /// Packs from the place of one run to that of the next.
+    pub period: u64,
+    /// Capacity of one channel's sample, in packs.
+    pub packs: u64,
+}
+
+impl Sample {
+    /// Sample of a bucket: all of 16 KiB and less, 16 runs of 1 KiB up to 1 MiB, one of 64 packs
+    /// up to 16 MiB, and then 256 runs. So it costs little beside an average of any size.
+    pub fn of(packs: u64, channels: u32) -> Sample {
+        let run = u64::from(PA_RUN_PACKS);
+        let period = (packs / 16).clamp(run, (64 * run).max(packs / 256));
+        let runs = channel_packs(packs, channels).div_ceil(period);
+        Sample { period, packs: runs * run }
+    }
 }
 
 /// A run of packs in one rank's shard of a bucket: where it lies in the bucket, and where in the

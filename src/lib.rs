@@ -173,7 +173,7 @@ mod world;
 pub use adapters::cudarc::{CudaParams, CudaTensorMut};
 pub use averager::{
     Algorithm, Builder, Lend, LendError, Link, Loan, ParamAverager, Pending, RawCudaParams,
-    Reduction, Report, Start,
+    Reduction, Report, Start, Telemetry,
 };
 #[cfg(feature = "cuda")]
 pub use backend::cuda::{CudaDevice, Topology};

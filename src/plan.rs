@@ -2,8 +2,8 @@
 //! data, made of options alone.
 
 use crate::abi::{
-    PA_ANCHOR, PA_DIRECT, PA_DIRECT_STEP, PA_RING, PA_RING_COMMIT, PA_RING_MIX, PA_RING_STEP,
-    PA_SCAN,
+    PA_ANCHOR, PA_COMPARE, PA_DIRECT, PA_DIRECT_STEP, PA_RING, PA_RING_COMMIT, PA_RING_MIX,
+    PA_RING_STEP, PA_SAMPLE, PA_SCAN,
 };
 
 /// One step of an average.
@@ -25,6 +25,10 @@ pub(crate) enum Step {
     Mix,
     /// Keep this rank's shard of the tensors as the outer optimizer's anchor.
     Anchor,
+    /// Keep a sample of the own values, for telemetry. Waits for no peer.
+    Sample,
+    /// Compare that sample with the new values. Waits for no peer.
+    Compare,
 }
 
 /// One launch of a kernel, which runs one or several steps.
@@ -43,7 +47,7 @@ impl Launch {
 
     /// True if a rank whose tensors are wrong takes part, to tell its peers.
     pub(crate) fn meets(self) -> bool {
-        self.kernel != PA_SCAN && self.kernel != PA_ANCHOR
+        ![PA_SCAN, PA_ANCHOR, PA_SAMPLE, PA_COMPARE].contains(&self.kernel)
     }
 }
 
@@ -96,13 +100,23 @@ impl Plan {
         Plan { is_ring, steps }
     }
 
+    /// The same plan, with telemetry: what the average has moved.
+    pub(crate) fn sampled(mut self) -> Plan {
+        self.steps.insert(0, Step::Sample);
+        self.steps.push(Step::Compare);
+        self
+    }
+
     /// Launches of this plan in a world of this many ranks. Steps are fused into one launch, except
-    /// for the scan, the anchor and, by the ring, the outer step. Where `is_sequenced`, nothing may
+    /// for the sample, the scan, the anchor and, by the ring, the outer step. Where `is_sequenced`, nothing may
     /// wait on a device: each segment is a launch of its own, and all ranks meet on the host before
     /// each.
     pub(crate) fn launches(&self, world: u32, is_sequenced: bool) -> Vec<Launch> {
         let has = |step| self.steps.contains(&step);
         let mut launches = vec![];
+        if has(Step::Sample) {
+            launches.push(Launch::all_of(PA_SAMPLE));
+        }
         if has(Step::Scan) {
             launches.push(Launch::all_of(PA_SCAN));
         }
@@ -115,12 +129,15 @@ impl Plan {
         if has(Step::Anchor) {
             launches.push(Launch::all_of(PA_ANCHOR));
         }
+        if has(Step::Compare) {
+            launches.push(Launch::all_of(PA_COMPARE));
+        }
         launches
     }
 
     /// True if no tensor is written before all ranks have their shard.
     fn commits_late(&self) -> bool {
-        self.steps[..2] == [Step::Agree, Step::Reduce]
+        self.steps.windows(2).any(|steps| steps == [Step::Agree, Step::Reduce])
     }
 
     /// Launches of the ring with a commit. The outer step has a kernel of its own, which commits:

@@ -47,6 +47,10 @@ impl Schedule {
     /// Target of [`overhead`](Self::overhead) that flodl has by default.
     pub const OVERHEAD: f64 = 0.05;
 
+    /// Target of [`divergence`](Self::divergence): flodl warns when the relative change of a rank's
+    /// parameters rises above it.
+    pub const DIVERGENCE: f64 = 0.05;
+
     /// Averages after every `h`-th step: after steps h, 2·h, 3·h, …
     ///
     /// # Panics
@@ -112,6 +116,23 @@ impl Schedule {
         Schedule::of(Rule::Budget(rate))
     }
 
+    /// Averages as rarely as possible, if the parameters of no rank may move away from the mean by
+    /// more than the share `target` of its norm, such as [`DIVERGENCE`](Self::DIVERGENCE). With d
+    /// the largest [relative change](crate::Telemetry::relative_change) of a rank's parameters by
+    /// the average before: above the target, H becomes ⌊H · target / d⌋; below half of it, H + 1.
+    /// H is 10 at first. With an [outer optimizer](crate::Outer), d has its step in it.
+    ///
+    /// Needs [`Builder::telemetry`](crate::Builder::telemetry): without, every average that is due
+    /// is refused with [`Error::InvalidOption`](crate::Error::InvalidOption) on every rank.
+    ///
+    /// # Panics
+    /// If `target` is not positive and finite.
+    pub fn divergence(target: f64) -> Self {
+        let target = Parameter::new(target)
+            .unwrap_or_else(|| panic!("Schedule::divergence({target}): a share is above 0"));
+        Schedule::of(Rule::Divergence(target))
+    }
+
     fn of(rule: Rule) -> Self {
         Schedule { rule, warmup: 0, at_most: u64::MAX }
     }
@@ -157,6 +178,11 @@ impl Schedule {
     /// True if H depends on times.
     pub(crate) fn needs_times(&self) -> bool {
         matches!(self.rule, Rule::Overhead(_) | Rule::Budget(_))
+    }
+
+    /// True if H depends on what averages change.
+    pub(crate) fn needs_telemetry(&self) -> bool {
+        matches!(self.rule, Rule::Divergence(_))
     }
 
     /// Words that are equal for equal schedules only, in all versions of this crate.

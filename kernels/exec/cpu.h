@@ -120,6 +120,12 @@ constexpr int kGroup = 2;
 constexpr int kGroup = 1;
 #endif
 
+#if defined(PA_LANES)
+constexpr uint32_t kMostLanes = 16; // of a block
+#else
+constexpr uint32_t kMostLanes = 1;
+#endif
+
 struct CpuExec {
   uint32_t channel;
   uint32_t block() const { return channel; }

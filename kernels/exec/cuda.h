@@ -96,4 +96,5 @@ PA_FN bool reader_is_remote(char*, uint64_t, uint32_t) { return false; } // stor
 constexpr uint32_t kLookAround = 64; // see wait_slow()
 constexpr int kInFlight = 4; // packs a lane loads before it stores any
 constexpr int kGroup = 1;
+constexpr uint32_t kMostLanes = 512; // of a block
 } // namespace PA_ISA

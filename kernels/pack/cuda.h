@@ -12,6 +12,12 @@ template <class T, int K> struct Wide {
   static constexpr int kParts = Element<T>::kPerPack;
   SumOf<T> part[kParts];
 };
+// Values of one part of a Wide, in f64.
+template <class T, int K> using Doubles = double;
+template <class T, int K> PA_FN void to_doubles(double& to, const Wide<T, K>& x, int part) {
+  to = double(x.part[part]);
+}
+template <class T, int K, class F> PA_FN void each_double(double x, F f) { f(x); }
 // In PTX: the compiler cannot tell that an address from the segment table is one of global memory
 // and would use generic accesses. (A cast in at(), to tell it, makes nvcc 13.0 run for ever.)
 PA_FN uint4 load_16(const char* p) {

@@ -136,6 +136,8 @@ impl ParamAverager {
             end: End::Mean,
             mixed: false,
             lost_state: 0.0,
+            #[cfg(feature = "metrics")]
+            metrics: super::telemetry::Metrics::new(options.communicator.rank()),
             failed: None,
             exchanges: 0,
             call: Call::by_hand(None),

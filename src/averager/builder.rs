@@ -25,6 +25,7 @@ pub struct Builder {
     pub(super) allow_unnamed: bool,
     pub(super) start: Start,
     pub(super) outer: Outer,
+    pub(super) telemetry: bool,
     pub(super) timeout: Duration,
     pub(super) device_timeout: Duration,
     pub(super) channels: Option<u32>,
@@ -72,6 +73,7 @@ impl Builder {
             allow_unnamed: false,
             start: Start::Rank(0),
             outer: Outer::mean(),
+            telemetry: false,
             timeout: defaults::TIMEOUT,
             device_timeout: defaults::DEVICE_TIMEOUT,
             channels: None,
@@ -171,6 +173,15 @@ impl Builder {
     /// [`Outer::mean`].
     pub fn outer(mut self, outer: Outer) -> Self {
         self.outer = outer;
+        self
+    }
+
+    /// Telemetry in each [`Report`](crate::Report): the norm of the parameters, and how far the
+    /// average has moved those of this rank, from a sample of at most 256 KiB of each dtype. It
+    /// costs two small launches, and memory for the sample; nothing travels between the ranks.
+    /// [`Schedule::divergence`](crate::Schedule::divergence) needs it. Default: `false`.
+    pub fn telemetry(mut self, telemetry: bool) -> Self {
+        self.telemetry = telemetry;
         self
     }
 
@@ -384,6 +395,7 @@ impl Builder {
             ("narrow_wire", self.narrow_wire.to_string()),
             ("start_from", format!("{:?}", self.start)),
             ("outer", self.outer.to_string()),
+            ("telemetry", self.telemetry.to_string()),
             ("timeout", format!("{:?}", self.timeout)),
             ("device_timeout", format!("{:?}", self.device_timeout)),
             ("channels", self.channel_count().to_string()),

@@ -111,6 +111,8 @@ pub(super) struct RankMemory {
     pub(super) shards: Vec<Memory>,
     /// State of the outer optimizer, if there is one.
     pub(super) outer: Option<Arc<OuterState>>,
+    /// Samples for telemetry, for each bucket.
+    samples: Vec<Memory>,
     /// Memory that neighbours write to; see `Handshake`.
     pub(super) inbox: Option<Arc<Memory>>,
     pub(super) credits: Option<Arc<Memory>>,
@@ -138,7 +140,7 @@ impl RankMemory {
             true => Error::SharedMemory { rank, reason },
             false => own_failed(reason),
         };
-        let mut shards = vec![];
+        let (mut shards, mut samples) = (vec![], vec![]);
         let mut outer = match options.outer.is_mean() {
             true => None,
             false => Some(
@@ -164,6 +166,14 @@ impl RankMemory {
                 wire_f32: u32::from(options.has_f32_wire() && bucket.dtype.size() == 2),
                 ..bytemuck::Zeroable::zeroed()
             };
+            if options.telemetry {
+                let sample = bucket::Sample::of(bucket.packs, channels);
+                let bytes = (sample.packs * u64::from(channels)) as usize * PA_PACK_BYTES as usize;
+                let memory = Memory::new(space, bytes).map_err(own_failed)?;
+                (raw.sample, raw.sample_packs) = (memory.address(), sample.packs);
+                raw.sample_period = sample.period;
+                samples.push(memory);
+            }
             if let Some(outer) = &mut outer {
                 outer.complete(index, raw, options.outer.coefficients());
             }
@@ -210,6 +220,7 @@ impl RankMemory {
             engine,
             shards,
             outer: outer.map(Arc::new),
+            samples,
             inbox: inbox.map(Arc::new),
             credits: credits.map(Arc::new),
             control: control.map(Arc::new),
@@ -218,11 +229,12 @@ impl RankMemory {
 
     /// Number of bytes in all.
     pub(super) fn bytes(&self, table: &Table) -> usize {
-        let shards: usize = self.shards.iter().map(Memory::bytes).sum();
+        let own = self.shards.iter().chain(&self.samples);
+        let own: usize = own.map(Memory::bytes).sum();
         let mailbox: usize =
             [&self.inbox, &self.credits].into_iter().flatten().map(|memory| memory.bytes()).sum();
         let segments: usize = table.buckets.iter().map(|bucket| bucket.segments.len()).sum();
         let outer = self.outer.as_ref().map_or(0, |outer| outer.bytes());
-        shards + outer + mailbox + self.engine.bytes(segments * size_of::<PaSegment>())
+        own + outer + mailbox + self.engine.bytes(segments * size_of::<PaSegment>())
     }
 }

@@ -46,7 +46,9 @@ impl ParamAverager {
         let error = match status.outcome {
             PA_COMMITTED => {
                 self.mixed = self.end == End::Mix;
-                return Ok(Outcome::Averaged(self.report(start)));
+                let report = self.report(start);
+                self.publish(&report);
+                return Ok(Outcome::Averaged(report));
             }
             PA_UNNEEDED => {
                 let all_done = status.detail == self.world_size() as u64;
@@ -144,6 +146,7 @@ impl ParamAverager {
         let is_measured = self.call.measured.is_some() && self.world_size() > 1;
         let active = self.ended().map(|status| status.active_ns).max();
         let measured = self.ended().next().map(|status| status.measured);
+        let has_run = self.world_size() > 1 || self.has_outer();
         Report {
             bytes: self.table.bytes,
             elapsed: start.map_or(Duration::ZERO, |start| start.elapsed()),
@@ -162,6 +165,8 @@ impl ParamAverager {
                 _ => self.ended().next().is_some_and(|status| status.joiner != 0),
             },
             lost_state: self.lost_state,
+            local_steps: self.call.local_steps,
+            telemetry: (self.options.telemetry && has_run).then(|| self.telemetry()),
         }
     }
 

@@ -34,8 +34,9 @@ impl Launches {
     pub(super) fn new(options: &Builder, ring: bool) -> Launches {
         let world = options.communicator.world_size() as u32;
         let to = |end| {
-            Plan::new(ring, options.commits_late(), options.rejects_non_finite(), end)
-                .launches(world, options.is_sequenced())
+            let plan = Plan::new(ring, options.commits_late(), options.rejects_non_finite(), end);
+            let plan = if options.telemetry { plan.sampled() } else { plan };
+            plan.launches(world, options.is_sequenced())
         };
         let with_state = |end| if options.outer.is_mean() { vec![] } else { to(end) };
         Launches {

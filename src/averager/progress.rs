@@ -86,6 +86,8 @@ mod tests {
             chunk_bytes: 0,
             join_pending: true,
             lost_state: 0.0,
+            local_steps: 0,
+            telemetry: None,
         };
         for cause in [lost(true), lost(false), Error::AllWeightsZero] {
             let mut progress = Progress::default();

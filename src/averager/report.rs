@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::Algorithm;
+use super::{Algorithm, Telemetry};
 
 /// Bytes, time and bandwidth of one average, on this rank.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,6 +36,13 @@ pub struct Report {
     /// Share of the [outer optimizer](crate::Outer)'s velocity that was lost with ranks before this
     /// view of the world, and began at 0 in its first average; the same on every rank.
     pub lost_state: f64,
+    /// Steps of [`LocalSgd`](crate::LocalSgd) on this rank since the average before: H, for an
+    /// average that was due. 0 for other averages.
+    pub local_steps: u64,
+    /// What the average has moved on this rank. `None` without
+    /// [`Builder::telemetry`](crate::Builder::telemetry), and for a rank alone that has no outer
+    /// optimizer.
+    pub telemetry: Option<Telemetry>,
 }
 
 impl Report {

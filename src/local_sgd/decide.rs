@@ -19,6 +19,8 @@ pub(super) struct Measured {
     holds_average: bool,
     /// Seconds of this rank's last two averages; NaN: unknown.
     averages: [f64; 2],
+    /// Relative change of this rank's parameters by its last average; NaN: unknown.
+    change: f64,
 }
 
 impl Measured {
@@ -29,6 +31,7 @@ impl Measured {
             position,
             holds_average: false,
             averages: [f64::NAN; 2],
+            change: f64::NAN,
         }
     }
 
@@ -75,9 +78,15 @@ impl LocalSgd {
     }
 
     /// Measurements that an average at `place` agrees on.
-    pub(super) fn times_at(&self, place: u64) -> Option<[f64; 2]> {
-        let needed = self.schedule().needs_times() && place::is_step(place);
-        needed.then(|| self.measured.times(self.decisions.course.position))
+    pub(super) fn measured_at(&self, place: u64) -> Option<[f64; 2]> {
+        let schedule = self.schedule();
+        match place::is_step(place) {
+            true if schedule.needs_times() => {
+                Some(self.measured.times(self.decisions.course.position))
+            }
+            true if schedule.needs_telemetry() => Some([self.measured.change, f64::NAN]),
+            _ => None,
+        }
     }
 
     /// Values that all ranks have after an average that was made with this rate.
@@ -86,9 +95,12 @@ impl LocalSgd {
             let [last, _] = self.measured.averages;
             self.measured.averages = [active.as_secs_f64(), last];
         }
-        let [step, average] = report.measured;
+        if let Some(telemetry) = &report.telemetry {
+            self.measured.change = telemetry.relative_change();
+        }
         let (bytes, ranks) = (report.bytes as f64, report.world_size as f64);
-        Agreed { step, average, sent: 2.0 * bytes * (ranks - 1.0) / ranks, rate }
+        let sent = 2.0 * bytes * (ranks - 1.0) / ranks;
+        Agreed { measured: report.measured, sent, rate }
     }
 
     /// Begins to time the steps after an average.

@@ -53,8 +53,8 @@ impl Saved {
         to.words(&self.schedule.1);
         to.words(&[position, anchor, local_steps]);
         to.u8(self.later.is_some().into());
-        if let Some(Agreed { step, average, sent, rate }) = self.later {
-            to.words(&[step, average, sent].map(f64::to_bits));
+        if let Some(Agreed { measured: [first, second], sent, rate }) = self.later {
+            to.words(&[first, second, sent].map(f64::to_bits));
             to.optional(rate);
         }
         to.optional(self.rate);
@@ -77,8 +77,7 @@ impl Saved {
             later: match from.u8()? {
                 0 => None,
                 _ => Some(Agreed {
-                    step: from.f64()?,
-                    average: from.f64()?,
+                    measured: [from.f64()?, from.f64()?],
                     sent: from.f64()?,
                     rate: from.optional()?,
                 }),
@@ -238,7 +237,7 @@ mod tests {
         }
     }
 
-    const LATER: Agreed = Agreed { step: 0.5, average: 0.25, sent: 80.0, rate: None };
+    const LATER: Agreed = Agreed { measured: [0.5, 0.25], sent: 80.0, rate: None };
 
     #[test]
     fn everything_comes_back() {

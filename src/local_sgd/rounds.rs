@@ -20,6 +20,14 @@ impl LocalSgd {
         if self.is_alone() {
             return Ok(Action::Alone);
         }
+        if self.schedule().needs_telemetry() && !self.averager.has_telemetry() {
+            return Err(Error::InvalidOption {
+                rank: self.rank(),
+                option: "telemetry",
+                found: format!("false, with the schedule {}", self.schedule()),
+                expected: "true: the schedule depends on what averages change",
+            });
+        }
         // Peers that have asked for its outcome before do not make this average without this rank.
         let earlier = match self.settle() {
             Err(error) if error.is_fatal() => return Err(error),
@@ -120,7 +128,8 @@ impl LocalSgd {
             place,
             unneeded: !has_news && !recovers && !evens_out,
             reason: Some(reason),
-            measured: self.times_at(place),
+            local_steps: self.since_average,
+            measured: self.measured_at(place),
             ..Call::by_hand(weight)
         }
     }

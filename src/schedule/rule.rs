@@ -1,5 +1,5 @@
 //! Rules for H, the number of local steps between two averages: pure functions of values that all
-//! ranks know. A rule on the models' divergence would need one more agreed measurement.
+//! ranks know.
 
 use std::fmt;
 
@@ -13,6 +13,7 @@ pub(super) enum Rule {
     Quadratic { alpha: Parameter, base: u64 },
     Overhead(Parameter),
     Budget(Parameter),
+    Divergence(Parameter),
 }
 
 /// A rule's parameter: a positive number, compared by its bits.
@@ -32,10 +33,10 @@ impl Parameter {
 /// Values that all ranks know after an average, the same on each.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Agreed {
-    /// Seconds of a step, on the slowest rank. 0: unknown.
-    pub(crate) step: f64,
-    /// Seconds of an average, without waits for ranks that came later. 0: unknown.
-    pub(crate) average: f64,
+    /// Largest of all ranks' measurements, 0 for one that is unknown. Of a rule on times: seconds
+    /// of a step, and of an average without waits for ranks that came later. Of a rule on
+    /// divergence: the relative change of a rank's parameters by the average before.
+    pub(crate) measured: [f64; 2],
     /// Bytes that each rank sends in an average by the ring.
     pub(crate) sent: f64,
     /// Learning rate of the step before the average.
@@ -47,13 +48,14 @@ impl Rule {
     pub(super) fn first(self) -> u64 {
         match self {
             Rule::Every(h) | Rule::Quadratic { base: h, .. } => h,
-            Rule::Overhead(_) | Rule::Budget(_) => FIRST,
+            Rule::Overhead(_) | Rule::Budget(_) | Rule::Divergence(_) => FIRST,
         }
     }
 
     /// H of the next round, where that of the last one was `h`. Casts saturate.
     pub(super) fn next(self, h: u64, agreed: &Agreed) -> u64 {
-        let Agreed { step, average, sent, rate } = *agreed;
+        let Agreed { measured, sent, rate } = *agreed;
+        let [step, average] = measured;
         let next = match self {
             Rule::Every(h) => h,
             Rule::Quadratic { alpha, base } => match rate {
@@ -69,7 +71,12 @@ impl Rule {
                 }
             }
             Rule::Budget(rate) if step > 0.0 => (sent / (rate.get() * step)).ceil() as u64,
-            Rule::Overhead(_) | Rule::Budget(_) => h,
+            Rule::Divergence(target) if measured[0] > 0.0 => match measured[0] / target.get() {
+                excess if excess > 1.0 => (h as f64 / excess).floor() as u64,
+                excess if excess < 0.5 => h.saturating_add(1),
+                _ => h,
+            },
+            Rule::Overhead(_) | Rule::Budget(_) | Rule::Divergence(_) => h,
         };
         next.max(1)
     }
@@ -81,6 +88,7 @@ impl Rule {
             Rule::Quadratic { alpha, base } => [1, alpha.0, base],
             Rule::Overhead(target) => [2, target.0, 0],
             Rule::Budget(rate) => [3, rate.0, 0],
+            Rule::Divergence(target) => [4, target.0, 0],
         }
     }
 }
@@ -93,6 +101,7 @@ impl fmt::Display for Rule {
             Rule::Quadratic { alpha, base } => write!(f, "quadratic({}, {base})", alpha.get()),
             Rule::Overhead(target) => write!(f, "overhead({})", target.get()),
             Rule::Budget(rate) => write!(f, "budget({})", rate.get()),
+            Rule::Divergence(target) => write!(f, "divergence({})", target.get()),
         }
     }
 }
@@ -101,7 +110,7 @@ impl fmt::Display for Rule {
 mod tests {
     use super::*;
 
-    const UNKNOWN: Agreed = Agreed { step: 0.0, average: 0.0, sent: 0.0, rate: None };
+    const UNKNOWN: Agreed = Agreed { measured: [0.0; 2], sent: 0.0, rate: None };
 
     fn parameter(value: f64) -> Parameter {
         Parameter::new(value).unwrap()
@@ -123,7 +132,8 @@ mod tests {
     fn overhead_rule_by_hand() {
         let rule = Rule::Overhead(parameter(0.05));
         assert_eq!(rule.first(), 10);
-        let next = |h, step, average| rule.next(h, &Agreed { step, average, ..UNKNOWN });
+        let next =
+            |h, step, average| rule.next(h, &Agreed { measured: [step, average], ..UNKNOWN });
         // 30 ms of averages for 10 · 20 ms of steps are 0.15, three times the target.
         assert_eq!(next(10, 0.020, 0.030), 30);
         // With the H that follows, 0.05: as wanted. Between half the target and the target: kept.
@@ -142,11 +152,24 @@ mod tests {
     fn budget_rule_by_hand() {
         let rule = Rule::Budget(parameter(100e6)); // 100 MB/s
         assert_eq!(rule.first(), 10);
-        let next = |step, sent| rule.next(3, &Agreed { step, sent, ..UNKNOWN });
+        let next = |step, sent| rule.next(3, &Agreed { measured: [step, 0.0], sent, ..UNKNOWN });
         // 248 MB in steps of 100 ms: 10 MB a step are allowed, so 24.8 steps.
         assert_eq!(next(0.1, 248e6), 25);
         assert_eq!([next(0.1, 10e6), next(0.1, 1.0), next(0.1, 0.0)], [1, 1, 1]);
         assert_eq!([next(0.0, 248e6), next(1e-300, 1e300)], [3, u64::MAX]);
+    }
+
+    #[test]
+    fn divergence_rule_by_hand() {
+        let rule = Rule::Divergence(parameter(0.05));
+        assert_eq!(rule.first(), 10);
+        let next = |h, change| rule.next(h, &Agreed { measured: [change, 0.0], ..UNKNOWN });
+        // Twice the target: half of H. Four thirds of it: 7.5, rounded down.
+        assert_eq!([next(10, 0.1), next(10, 0.2 / 3.0)], [5, 7]);
+        // Between half the target and the target: kept. Under half: one step more at a time.
+        assert_eq!([next(10, 0.05), next(10, 0.0251), next(10, 0.0249)], [10, 10, 11]);
+        assert_eq!([next(3, 1e300), next(u64::MAX, 1e-9)], [1, u64::MAX]);
+        assert_eq!(next(17, 0.0), 17, "nothing is known");
     }
 
     #[test]

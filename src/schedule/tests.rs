@@ -129,6 +129,7 @@ fn words_of_a_schedule_never_change() {
     assert_eq!(Schedule::quadratic(0.2, 4).words(), [1, bits(0.2), 4, 0, at_most]);
     assert_eq!(Schedule::overhead(0.05).words(), [2, bits(0.05), 0, 0, 200]);
     assert_eq!(Schedule::budget(1e6).at_most(9).words(), [3, bits(1e6), 0, 0, 9]);
+    assert_eq!(Schedule::divergence(0.05).words(), [4, bits(0.05), 0, 0, u64::MAX]);
 }
 
 fn refuses(build: fn() -> Schedule) -> String {
@@ -147,6 +148,7 @@ fn parameters_without_a_meaning_are_refused() {
         (|| Schedule::overhead(0.0), "overhead(0): a share is above 0"),
         (|| Schedule::overhead(f64::NAN), "overhead(NaN)"),
         (|| Schedule::budget(f64::INFINITY), "budget(inf)"),
+        (|| Schedule::divergence(-0.1), "divergence(-0.1): a share is above 0"),
     ] {
         let text = refuses(build);
         assert!(text.contains(says), "{text}");
@@ -172,6 +174,7 @@ fn schedule() -> impl Strategy<Value = Schedule> {
         (0.001..1.0f64, 1u64..6).prop_map(|(alpha, base)| Schedule::quadratic(alpha, base)),
         (0.01..2.0f64).prop_map(Schedule::overhead),
         (1.0..1e6f64).prop_map(Schedule::budget),
+        (0.01..2.0f64).prop_map(Schedule::divergence),
     ];
     (rule, 0u64..4, 1u64..40).prop_map(|(rule, w, h)| rule.after_warmup(w).at_most(h))
 }
@@ -252,7 +255,7 @@ proptest! {
         schedule in schedule(), h in near_powers(), step in measurement(),
         average in measurement(), sent in measurement(), rate in measurement()
     ) {
-        let agreed = Agreed { step, average, sent, rate: Some(rate) };
+        let agreed = Agreed { measured: [step, average], sent, rate: Some(rate) };
         let mut course = Course { local_steps: h.max(1), ..begun(schedule, 9) };
         course.decide(&schedule, &agreed);
         prop_assert!((1..40).contains(&course.local_steps) || !schedule.adapts());
@@ -295,8 +298,7 @@ proptest! {
                 let digests: Vec<u64> = ranks.iter().map(digest).collect();
                 prop_assert!(digests.iter().all(|&digest| digest == digests[0]), "{ranks:?}");
                 let agreed = Agreed {
-                    step: largest(&event.measured, 0),
-                    average: largest(&event.measured, 1),
+                    measured: [0, 1].map(|of| largest(&event.measured, of)),
                     sent: 1e3,
                     rate: Some(event.rate),
                 };
@@ -330,7 +332,7 @@ proptest! {
         let mut near = Decisions::new(schedule, Course::default());
         while !near.step() {}
         let mut far = near.clone();
-        let agreed = Agreed { step: agreed, average: agreed, sent: agreed, rate: Some(0.1) };
+        let agreed = Agreed { measured: [agreed; 2], sent: agreed, rate: Some(0.1) };
         far.after(far.course.position, &agreed);
         for _ in 0..ahead {
             far.step();

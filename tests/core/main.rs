@@ -21,4 +21,5 @@ mod resume;
 mod run;
 mod schedules;
 mod start;
+mod telemetry;
 mod uneven;

@@ -61,6 +61,7 @@ fn average_between(mark: impl Fn(&str) + Sync) {
                 .all_or_nothing(all_or_nothing)
                 .reject_non_finite(reject)
                 .channels(1)
+                .telemetry(true)
                 .build(&mut model)
                 .unwrap();
             let mut sgd = LocalSgd::new(averager, Schedule::every(2));

@@ -15,7 +15,7 @@ use crate::backend::reclaim::{register_spare, Reclaim};
 use crate::sync::lock;
 
 /// Names of the kernels, indexed by `PaKernel`.
-const KERNELS: [&str; 8] = [
+const KERNELS: [&str; 10] = [
     "pa_direct",
     "pa_ring",
     "pa_ring_commit",
@@ -24,6 +24,8 @@ const KERNELS: [&str; 8] = [
     "pa_ring_step",
     "pa_ring_mix",
     "pa_anchor",
+    "pa_sample",
+    "pa_compare",
 ];
 /// Name of the kernel that tests peer access.
 const PROBE: &str = "pa_probe";

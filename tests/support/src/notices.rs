@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
-use tracing::{Event, Metadata, Subscriber};
+use tracing::{Event, Level, Metadata, Subscriber};
 
 /// Calls `tell` with each event of the library in this process from now on, as "rank: text", and
 /// makes waits be told of after `patience`.
@@ -34,7 +34,7 @@ impl Visit for Text {
 
 impl Subscriber for Listener {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        metadata.target() == "param_averager"
+        metadata.target() == "param_averager" && *metadata.level() <= Level::INFO
     }
     fn event(&self, event: &Event<'_>) {
         let mut text = Text::default();
