@@ -108,9 +108,9 @@ impl Plan {
     }
 
     /// Launches of this plan in a world of this many ranks. Steps are fused into one launch, except
-    /// for the sample, the scan, the anchor and, by the ring, the outer step. Where `is_sequenced`, nothing may
-    /// wait on a device: each segment is a launch of its own, and all ranks meet on the host before
-    /// each.
+    /// for the sample, its comparison, the scan, the anchor and, by the ring, the outer step. Where
+    /// `is_sequenced`, nothing may wait on a device: each segment is a launch of its own, and all
+    /// ranks meet on the host before each.
     pub(crate) fn launches(&self, world: u32, is_sequenced: bool) -> Vec<Launch> {
         let has = |step| self.steps.contains(&step);
         let mut launches = vec![];
@@ -236,6 +236,21 @@ mod tests {
             });
             let direct = if steps { PA_DIRECT_STEP } else { PA_DIRECT };
             prop_assert!(is_ring || meeting[0].kernel == direct);
+        }
+
+        /// The sample is kept before anything else, and compared after everything else.
+        #[test]
+        fn telemetry_adds_a_launch_at_each_end(
+            is_ring: bool, all_or_nothing: bool, rejects: bool, world in 1u32..=16, host: bool,
+            end in ends(),
+        ) {
+            let plan = Plan::new(is_ring, all_or_nothing || end != End::Mean, rejects, end);
+            let mut expected = plan.launches(world, host);
+            expected.insert(0, Launch::all_of(PA_SAMPLE));
+            expected.push(Launch::all_of(PA_COMPARE));
+            let sampled = plan.sampled().launches(world, host);
+            prop_assert!(!sampled[0].meets() && !sampled[sampled.len() - 1].meets());
+            prop_assert_eq!(sampled, expected);
         }
     }
 }

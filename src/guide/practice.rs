@@ -32,9 +32,10 @@
 //!
 //! [`Schedule::overhead`](crate::Schedule::overhead) measures and chooses H by itself, throughout
 //! the training: all ranks have the same H, from the times of the slowest one.
-//! [`Schedule::budget`](crate::Schedule::budget) limits the bytes per second instead, and
+//! [`Schedule::budget`](crate::Schedule::budget) limits the bytes per second instead. For accuracy,
 //! [`Schedule::quadratic`](crate::Schedule::quadratic) averages less often as the learning rate
-//! falls, for accuracy.
+//! falls, and [`Schedule::divergence`](crate::Schedule::divergence) more often when the ranks'
+//! parameters move too far from their mean.
 //!
 //! Accelerate's default is 8. A larger H saves nothing more once averages are a few percent of the
 //! time, and lets the ranks' models drift apart, the more the higher the learning rate. On mixed
@@ -93,6 +94,40 @@
 //! after `sync`. For another number of ranks pass the states of all to
 //! [`load_all`](crate::LocalSgd::load_all). `Start::Own` is refused with it: a rank that has saved
 //! between two averages puts its own parameters into the tensors after `build`.
+//!
+//! # What an average has moved
+//! How far the ranks' parameters are from their mean says whether H is too large. With
+//! [`Builder::telemetry`](crate::Builder::telemetry) every [`Report`](crate::Report) has this
+//! rank's distance, relative to the norm, and the share of values that are not finite, from a
+//! sample; flodl warns from 0.05 on.
+//!
+//! ```
+//! use param_averager::{Action, Communicator, Device, LocalSgd, ParamAverager, Report, Schedule};
+//!
+//! Communicator::run(&[Device::cpu(); 2], |communicator| {
+//!     let rank = communicator.rank();
+//!     let mut model = vec![1.0f32; 1000];
+//!     let averager = ParamAverager::builder(communicator).telemetry(true).build(&mut model)?;
+//!     let mut sgd = LocalSgd::new(averager, Schedule::every(8));
+//!     let mut lines = vec![format!("step,{}", Report::CSV_COLUMNS)];
+//!     for step in 1..=16 {
+//!         model.iter_mut().for_each(|weight| *weight += 0.001 * rank as f32); // an inner step
+//!         if let Action::Averaged(report) = sgd.step(&mut model)? {
+//!             let telemetry = report.telemetry.expect("asked for");
+//!             assert!((0.003..0.005).contains(&telemetry.relative_change())); // 8 · 0.001 / 2
+//!             lines.push(format!("{step},{}", report.csv()));
+//!         }
+//!     }
+//!     assert_eq!(lines.len(), 3);
+//!     Ok::<_, param_averager::Error>(())
+//! })?;
+//! # Ok::<(), param_averager::Error>(())
+//! ```
+//!
+//! Every average is also an event of `tracing`, target `param_averager`, level `DEBUG`, with the
+//! same numbers as fields; and with the feature `metrics`, counters, gauges and histograms of that
+//! crate's recorder, `param_averager_*`, with the label `rank`. Install the recorder before
+//! `build`.
 //!
 //! # When not to use it
 //! * One device is fast enough: a larger batch is simpler.

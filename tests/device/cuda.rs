@@ -11,6 +11,7 @@ mod scenarios;
 mod steps;
 mod streams;
 mod strict;
+mod telemetry;
 mod way;
 
 use std::path::{Path, PathBuf};
@@ -82,6 +83,10 @@ pub fn outer_calls_that_differ_are_an_error_on_every_rank() {
 
 pub fn outer_states_are_saved_and_loaded() {
     scenario("outer-saved", &[&[ONE]]);
+}
+
+pub fn telemetry_has_the_numbers_of_the_cpu() {
+    scenario("telemetry", &[&[ONE, ("CUDASIM_SEED", "1")], &[ONE, ("CUDASIM_RACE", "1")]]);
 }
 
 pub fn averages_have_no_race() {

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand};
 use train::record::{kinds, summary, Row};
-use train::{chars::Chars, digits::Digits, outer, plot, world, Failure, Options, Task};
+use train::{chars::Chars, digits::Digits, outer, plot, telemetry, world, Failure, Options, Task};
 
 #[derive(Parser)]
 struct Cli {
@@ -55,6 +55,17 @@ enum What {
         #[arg(long)]
         draw: bool,
     },
+    /// Train on the digits with telemetry, and write a file for each run and a picture
+    Telemetry {
+        /// Folder of the record
+        folder: PathBuf,
+        /// Passes over the digits
+        #[arg(long, default_value_t = 60.0)]
+        epochs: f64,
+        /// Draw the picture of a record again
+        #[arg(long)]
+        draw: bool,
+    },
     /// One run on the digits
     Digits(Options),
     /// One run on the text
@@ -78,6 +89,17 @@ fn main() -> Result<(), Failure> {
                 0.0 => Ok(()),
                 epochs => outer_record::<Chars>(&folder, seeds, epochs, draw),
             }
+        }
+        What::Telemetry { folder, epochs, draw } => {
+            std::fs::create_dir_all(&folder)?;
+            for (name, _, run) in telemetry::runs(epochs).into_iter().filter(|_| !draw) {
+                let file = folder.join(format!("{}-{name}.csv", Digits::NAME));
+                let run = Options { telemetry: Some(file), ..run };
+                world::run::<Digits>(&run, &arguments(Digits::NAME, &run))?;
+            }
+            let picture = telemetry::svg(Digits::NAME, &folder);
+            let picture = picture.map_err(|error| error.to_string())?;
+            Ok(std::fs::write(folder.join("telemetry.svg"), picture)?)
         }
         What::Digits(options) => world::main::<Digits>(&options),
         What::Chars(options) => world::main::<Chars>(&options),

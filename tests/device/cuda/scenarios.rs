@@ -4,7 +4,7 @@ use super::model::Model;
 use super::steps::steps;
 use super::streams::streams;
 use super::way::{shapes, Way, WAY};
-use super::{any_stream, beside, graphs, links, strict};
+use super::{any_stream, beside, graphs, links, strict, telemetry};
 use param_averager::*;
 use std::time::Duration;
 use test_support::{ranks_of, ranks_on};
@@ -30,6 +30,7 @@ pub fn run(scenario: &str) {
         "outer" => outer(),
         "outer-saved" => outer_saved(),
         "outer-calls" => outer_calls(),
+        "telemetry" => telemetry::telemetry(),
         "host-failures" => links::host_failures(),
         "links" => links::every_link(),
         "pairs" => links::pairs(),

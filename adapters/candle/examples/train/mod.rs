@@ -6,9 +6,11 @@ pub mod digits;
 pub mod outer;
 pub mod plot;
 pub mod record;
+pub mod telemetry;
 pub mod world;
 
 use std::f64::consts::PI;
+use std::path::PathBuf;
 
 use candle_core::{DType, Device, Result as Candle, Tensor};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap};
@@ -73,6 +75,9 @@ pub struct Options {
     /// Each rank as a process instead of a thread
     #[arg(long)]
     pub processes: bool,
+    /// File of comma-separated values with a line for each average of rank 0
+    #[arg(long)]
+    pub telemetry: Option<PathBuf>,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -92,6 +97,8 @@ pub enum Rule {
     Quadratic,
     /// 5 % of the time for averages, whatever H is
     Overhead,
+    /// No rank's parameters more than 5 % away from the mean, whatever H is
+    Divergence,
 }
 
 impl Rule {
@@ -100,6 +107,7 @@ impl Rule {
             Rule::Every => Schedule::every(every),
             Rule::Quadratic => Schedule::quadratic(highest_rate * (every as f64).sqrt(), every),
             Rule::Overhead => Schedule::overhead(Schedule::OVERHEAD),
+            Rule::Divergence => Schedule::divergence(Schedule::DIVERGENCE),
         }
     }
 }
@@ -144,8 +152,10 @@ pub fn train<T: Task>(
     let rate = ParamsAdamW { lr: T::LEARNING_RATE, ..Default::default() };
     let mut optimizer = AdamW::new(varmap.all_vars(), rate)?;
 
+    let has_telemetry = options.telemetry.is_some() || options.schedule == Rule::Divergence;
     let builder = ParamAverager::builder(communicator).outer(options.outer);
-    let averager = builder.build(&mut params)?;
+    let averager = builder.telemetry(has_telemetry).build(&mut params)?;
+    let mut log = telemetry::Log::new(options.telemetry.as_deref().filter(|_| rank == 0))?;
     let mut sgd =
         LocalSgd::new(averager, options.schedule.schedule(options.every, T::LEARNING_RATE));
 
@@ -180,6 +190,7 @@ pub fn train<T: Task>(
             times.push(clock::busy() - start);
             if let Some(report) = sgd.step_with(&mut params, rate)?.report() {
                 model_bytes = report.bytes;
+                log.average(step + 1, report)?;
             }
         }
     }

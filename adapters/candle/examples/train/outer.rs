@@ -7,7 +7,7 @@ use std::fmt::Write;
 use param_averager::Outer;
 use plotters::prelude::*;
 
-use super::plot::{font, legend, panel, Curve, Drawn, ONE_RANK, WIDTH};
+use super::plot::{font, legend, panel, Curve, Drawn, LOSS, ONE_RANK, WIDTH};
 use super::record::{one_rank, shown, Row};
 use super::{Options, Rule, Shards};
 
@@ -147,10 +147,15 @@ fn draw(task: &str, rows: &[Row], text: &mut String) -> Drawn {
             legend(&top, (20 + across * index as i32, 18), 12, curve)?;
         }
         let (left, right) = panels.split_horizontally(WIDTH / 2);
-        panel(&left, &format!("steps of each rank; {}", line.data), &over, false)?;
+        panel(&left, (&format!("steps of each rank; {}", line.data), LOSS), &over, false)?;
         let mut averaging = curves(line, rows, &sent);
         averaging.retain(|curve| curve.colour != ONE_RANK);
-        panel(&right, &format!("MB that each rank has sent; {}", line.data), &averaging, true)?;
+        panel(
+            &right,
+            (&format!("MB that each rank has sent; {}", line.data), LOSS),
+            &averaging,
+            true,
+        )?;
     }
     let notes = [
         "DiLoCo: nesterov(0.7, 0.9). MaxText: nesterov(0.3, 0.9). SlowMo: momentum(1, 0.5). EASGD: \

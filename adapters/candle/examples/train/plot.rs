@@ -12,6 +12,8 @@ use super::record::{step_ms, Row, EVERY, LINKS};
 use super::{Init, Shards};
 
 pub const WIDTH: u32 = 1080;
+/// Name of the axis of losses.
+pub const LOSS: &str = "test loss";
 const PANEL: u32 = 330;
 const TITLE: u32 = 58;
 const NOTES: u32 = 74;
@@ -32,6 +34,12 @@ pub struct Curve {
 }
 
 impl Curve {
+    /// Curve of one run.
+    pub fn of_run(label: String, colour: RGBColor, is_dashed: bool, run: &[(f64, f64)]) -> Curve {
+        let points = run.iter().map(|&(x, y)| (x, y, y, y)).collect();
+        Curve { label, colour, is_dashed, points }
+    }
+
     /// Curve of the rows that `keep` keeps.
     pub fn new(
         label: String,
@@ -80,15 +88,15 @@ fn draw(task: &str, rows: &[Row], text: &mut String) -> Drawn {
     let (panels, notes) = rest.split_vertically(3 * PANEL);
     let panels = panels.split_evenly((3, 2));
     let steps = |row: &Row| row.step as f64;
-    panel(&panels[0], "steps of each rank", &curves(rows, true, &steps), false)?;
+    panel(&panels[0], ("steps of each rank", LOSS), &curves(rows, true, &steps), false)?;
     let sent = |row: &Row| row.bytes_sent / 1e6;
     let mut averaging = curves(rows, false, &sent);
     averaging.retain(|curve| curve.colour != ONE_RANK);
-    panel(&panels[1], "MB that each rank has sent", &averaging, true)?;
+    panel(&panels[1], ("MB that each rank has sent", LOSS), &averaging, true)?;
     for ((link, speed), area) in LINKS.iter().zip(&panels[2..]) {
         let time = |row: &Row| row.seconds(step_ms, *speed);
         let name = format!("seconds over {link}, computed");
-        panel(area, &name, &curves(rows, false, &time), false)?;
+        panel(area, (&name, LOSS), &curves(rows, false, &time), false)?;
     }
     for (index, curve) in curves(rows, true, &steps).iter().enumerate() {
         legend(&panels[5], (70, 40 + 26 * index as i32), 15, curve)?;
@@ -145,7 +153,8 @@ fn curves(rows: &[Row], with_sorted: bool, x: &dyn Fn(&Row) -> f64) -> Vec<Curve
     curves
 }
 
-pub fn panel(area: &Area, name: &str, curves: &[Curve], is_log: bool) -> Drawn {
+/// Curves over x. `names`: those of x and of y.
+pub fn panel(area: &Area, names: (&str, &str), curves: &[Curve], is_log: bool) -> Drawn {
     let points = || curves.iter().flat_map(|curve| &curve.points);
     let (mut from, mut to) = (0.0, points().fold(0.0, |most: f64, it| most.max(it.0)));
     if is_log {
@@ -162,8 +171,8 @@ pub fn panel(area: &Area, name: &str, curves: &[Curve], is_log: bool) -> Drawn {
             let mut chart = builder.build_cartesian_2d($x, $y)?;
             chart
                 .configure_mesh()
-                .x_desc(name)
-                .y_desc("test loss")
+                .x_desc(names.0)
+                .y_desc(names.1)
                 .y_label_formatter(&|loss| short(*loss))
                 .x_label_formatter(&|x| short(*x))
                 .x_labels(7)

@@ -86,6 +86,7 @@ pub fn one_rank(epochs: f64) -> Options {
         schedule: Rule::Every,
         cosine: false,
         processes: false,
+        telemetry: None,
     }
 }
 

@@ -1,0 +1,53 @@
+//! Telemetry of averages on a device.
+
+use param_averager::*;
+use test_support::ranks_of;
+
+use super::model::Model;
+use super::way::shapes;
+
+/// Numbers of two averages, by rank.
+fn told(devices: &[Device], algorithm: Algorithm, all_or_nothing: bool) -> Vec<Vec<Telemetry>> {
+    let shapes = shapes();
+    let told = ranks_of(devices, |communicator| {
+        let (rank, on) = (communicator.rank(), communicator.device());
+        let mut model = Model::new(on, &shapes, rank as u64);
+        let mut averager = test_support::options(communicator)
+            .algorithm(algorithm)
+            .all_or_nothing(all_or_nothing)
+            .telemetry(true)
+            .channels(2)
+            .chunk_bytes(4096)
+            .build(&mut model)
+            .unwrap();
+        let told = (0..2).map(|_| averager.average(&mut model).unwrap().telemetry.unwrap());
+        let told = told.collect();
+        model.download();
+        assert!(model.guards_are_whole());
+        (told, averager)
+    });
+    told.into_iter().map(|(told, _)| told).collect()
+}
+
+/// A device has the sample of the CPU, and its numbers but for the order of sums.
+pub fn telemetry() {
+    for (algorithm, all_or_nothing) in
+        [(Algorithm::Direct, true), (Algorithm::Ring, true), (Algorithm::Ring, false)]
+    {
+        for ranks in [2, 3] {
+            let what = (algorithm, all_or_nothing, ranks);
+            let of = |device| told(&vec![device; ranks], algorithm, all_or_nothing);
+            for (gpu, cpu) in of(Device::cuda(0)).into_iter().zip(of(Device::cpu())) {
+                for (gpu, cpu) in gpu.iter().zip(&cpu) {
+                    let is_near = |gpu: f64, cpu: f64| (gpu - cpu).abs() <= 1e-12 * cpu;
+                    assert!(is_near(gpu.norm, cpu.norm), "{what:?}: {gpu:?} {cpu:?}");
+                    assert!(is_near(gpu.change, cpu.change), "{what:?}: {gpu:?} {cpu:?}");
+                    assert_eq!(gpu.largest_change, cpu.largest_change, "{what:?}");
+                    assert_eq!((gpu.non_finite, cpu.non_finite), (0.0, 0.0));
+                }
+                assert!(gpu[0].norm > 0.0 && gpu[0].change > 0.0, "{gpu:?}");
+                assert!(gpu[1].change < 1e-3 * gpu[0].change, "equal by now: {gpu:?}");
+            }
+        }
+    }
+}
