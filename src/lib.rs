@@ -51,7 +51,8 @@
 //! |---|---|---|
 //! | `cuda` | yes | ranks on CUDA devices: the dependencies cudarc and libloading, the GPU kernels, `adapters::cudarc` |
 //! | `processes` | yes | ranks that are processes of one host; Linux only |
-//! | `tracing` | yes | notices of long waits as events of the crate `tracing`, not on standard error |
+//! | `tracing` | yes | averages, and notices of long waits, as events of the crate `tracing`; without it, notices are lines on standard error |
+//! | `metrics` | no | averages as counters, gauges and histograms of the crate `metrics` |
 //! | `serde` | no | `SavedState`, a state of [`LocalSgd`] as a field of a trainer's own checkpoint |
 //! | `half` | yes | slices of `half::f16` and `half::bf16`; tensors of raw parts need no feature |
 //!

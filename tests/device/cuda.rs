@@ -87,6 +87,7 @@ pub fn outer_states_are_saved_and_loaded() {
 
 pub fn telemetry_has_the_numbers_of_the_cpu() {
     scenario("telemetry", &[&[ONE, ("CUDASIM_SEED", "1")], &[ONE, ("CUDASIM_RACE", "1")]]);
+    scenario("telemetry-devices", &[&[("CUDASIM_DEVICES", "2")]]);
 }
 
 pub fn averages_have_no_race() {

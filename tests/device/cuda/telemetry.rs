@@ -29,25 +29,36 @@ fn told(devices: &[Device], algorithm: Algorithm, all_or_nothing: bool) -> Vec<V
     told.into_iter().map(|(told, _)| told).collect()
 }
 
-/// A device has the sample of the CPU, and its numbers but for the order of sums.
-pub fn telemetry() {
-    for (algorithm, all_or_nothing) in
-        [(Algorithm::Direct, true), (Algorithm::Ring, true), (Algorithm::Ring, false)]
-    {
-        for ranks in [2, 3] {
-            let what = (algorithm, all_or_nothing, ranks);
-            let of = |device| told(&vec![device; ranks], algorithm, all_or_nothing);
-            for (gpu, cpu) in of(Device::cuda(0)).into_iter().zip(of(Device::cpu())) {
-                for (gpu, cpu) in gpu.iter().zip(&cpu) {
-                    let is_near = |gpu: f64, cpu: f64| (gpu - cpu).abs() <= 1e-12 * cpu;
-                    assert!(is_near(gpu.norm, cpu.norm), "{what:?}: {gpu:?} {cpu:?}");
-                    assert!(is_near(gpu.change, cpu.change), "{what:?}: {gpu:?} {cpu:?}");
-                    assert_eq!(gpu.largest_change, cpu.largest_change, "{what:?}");
-                    assert_eq!((gpu.non_finite, cpu.non_finite), (0.0, 0.0));
-                }
-                assert!(gpu[0].norm > 0.0 && gpu[0].change > 0.0, "{gpu:?}");
-                assert!(gpu[1].change < 1e-3 * gpu[0].change, "equal by now: {gpu:?}");
+pub fn on_one_device() {
+    for ranks in [2, 3] {
+        let devices = vec![Device::cuda(0); ranks];
+        compare(&devices, &[(Algorithm::Direct, true), RING, RING_WITHOUT_COMMIT]);
+    }
+}
+
+pub fn on_two_devices() {
+    compare(&[Device::cuda(0), Device::cuda(1)], &[RING, RING_WITHOUT_COMMIT]);
+}
+
+const RING: (Algorithm, bool) = (Algorithm::Ring, true);
+const RING_WITHOUT_COMMIT: (Algorithm, bool) = (Algorithm::Ring, false);
+
+/// Devices have the sample of the CPU, and its numbers but for the order of sums.
+fn compare(devices: &[Device], ways: &[(Algorithm, bool)]) {
+    let cpus = vec![Device::cpu(); devices.len()];
+    for &(algorithm, all_or_nothing) in ways {
+        let what = (algorithm, all_or_nothing, devices);
+        let of = |devices: &[Device]| told(devices, algorithm, all_or_nothing);
+        for (gpu, cpu) in of(devices).into_iter().zip(of(&cpus)) {
+            for (gpu, cpu) in gpu.iter().zip(&cpu) {
+                let is_near = |gpu: f64, cpu: f64| (gpu - cpu).abs() <= 1e-12 * cpu;
+                assert!(is_near(gpu.norm, cpu.norm), "{what:?}: {gpu:?} {cpu:?}");
+                assert!(is_near(gpu.change, cpu.change), "{what:?}: {gpu:?} {cpu:?}");
+                assert_eq!(gpu.largest_change, cpu.largest_change, "{what:?}");
+                assert_eq!((gpu.non_finite, cpu.non_finite), (0.0, 0.0));
             }
+            assert!(gpu[0].norm > 0.0 && gpu[0].change > 0.0, "{gpu:?}");
+            assert!(gpu[1].change < 1e-3 * gpu[0].change, "equal by now: {gpu:?}");
         }
     }
 }
