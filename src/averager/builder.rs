@@ -8,6 +8,7 @@ use super::outer_state::OuterState;
 use super::{Algorithm, Lend, Link, ParamAverager, Start};
 use crate::backend::{MemorySpace, ProcessWay};
 use crate::schedule::Course;
+use crate::stage::{Shard, Stage, Veto};
 use crate::world::{Admission, Communicator};
 use crate::{Error, Outer, Result};
 
@@ -25,6 +26,7 @@ pub struct Builder {
     pub(super) allow_unnamed: bool,
     pub(super) start: Start,
     pub(super) outer: Outer,
+    pub(super) stage: Option<Stage>,
     pub(super) timeout: Duration,
     pub(super) device_timeout: Duration,
     pub(super) channels: Option<u32>,
@@ -72,6 +74,7 @@ impl Builder {
             allow_unnamed: false,
             start: Start::Rank(0),
             outer: Outer::mean(),
+            stage: None,
             timeout: defaults::TIMEOUT,
             device_timeout: defaults::DEVICE_TIMEOUT,
             channels: None,
@@ -171,6 +174,30 @@ impl Builder {
     /// [`Outer::mean`].
     pub fn outer(mut self, outer: Outer) -> Self {
         self.outer = outer;
+        self
+    }
+
+    /// Stage of this rank: a function that has the rank's [`Shard`] of the mean, in f32 (f64 for
+    /// f64), before the commit. What it leaves there is what all ranks get, rounded to the tensors'
+    /// dtype: an optimizer of one's own, a filter, a check. It is called once in every average that
+    /// has summed, also of a world of one rank, on the thread that averages; peers wait for it
+    /// meanwhile, until the [`timeout`](Self::timeout). With an [`outer`](Self::outer) optimizer it
+    /// comes first, and the outer step is made from what it leaves.
+    ///
+    /// If it returns a [`Veto`] or panics, no tensor of any rank changes, every rank gets
+    /// [`Error::StageVetoed`], and the world lives. The same holds if it leaves a value that is not
+    /// finite, where such values are [rejected](Self::reject_non_finite). After a panic it is not
+    /// called again, and every average is refused.
+    ///
+    /// All ranks have a stage or none. Averages use the ring with its commit; the algorithm
+    /// `Direct` and `all_or_nothing(false)` are refused, and so are CUDA devices. Its state is its
+    /// own: it is in no saved state, and [`Shard::layout`] tells when its parts have changed.
+    /// [`guide::outer`](crate::guide::outer) has an example. Default: none.
+    pub fn stage(
+        mut self,
+        stage: impl FnMut(&mut Shard<'_>) -> Result<(), Veto> + Send + 'static,
+    ) -> Self {
+        self.stage = Some(Stage::new(stage));
         self
     }
 
@@ -284,6 +311,10 @@ impl Builder {
                 "Own, with an outer optimizer".into(),
                 "Rank or Mean: an outer step begins from parameters that all ranks have had",
             ),
+            _ if self.stage.is_some() && self.stage_refusal().is_some() => {
+                let (option, found, expected) = self.stage_refusal().expect("just seen");
+                refuse(option, found.into(), expected)
+            }
             _ if self.algorithm == Algorithm::Direct
                 && !self.communicator.placement().one_memory() =>
             {
@@ -303,6 +334,26 @@ impl Builder {
                 (None, Some(refusal)) => Err(refusal),
                 (None, None) => Ok(()),
             },
+        }
+    }
+
+    /// Option that contradicts a stage: its name, what was found, and what is expected.
+    fn stage_refusal(&self) -> Option<(&'static str, &'static str, &'static str)> {
+        const RING: &str = "Auto or Ring: only the ring commits after it has summed";
+        if self.algorithm == Algorithm::Direct {
+            return Some(("algorithm", "Direct, with a stage", RING));
+        }
+        if !self.all_or_nothing {
+            let expected = "true, the default: a stage comes between the sum and the commit";
+            return Some(("all_or_nothing", "false, with a stage", expected));
+        }
+        match self.communicator.space() {
+            MemorySpace::Host => None,
+            MemorySpace::Cuda(_) => Some((
+                "stage",
+                "set, for a rank on a CUDA device",
+                "none: stages are for ranks on CPUs; Builder::outer works on devices",
+            )),
         }
     }
 
@@ -342,7 +393,7 @@ impl Builder {
     /// Algorithm that `Auto` stands for.
     pub(super) fn chosen_algorithm(&self) -> Algorithm {
         match self.algorithm {
-            Algorithm::Auto if self.reproducible => Algorithm::Ring,
+            Algorithm::Auto if self.reproducible || self.stage.is_some() => Algorithm::Ring,
             Algorithm::Auto if self.communicator.placement().one_memory() => Algorithm::Direct,
             Algorithm::Auto => Algorithm::Ring,
             chosen => chosen,
@@ -384,6 +435,7 @@ impl Builder {
             ("narrow_wire", self.narrow_wire.to_string()),
             ("start_from", format!("{:?}", self.start)),
             ("outer", self.outer.to_string()),
+            ("stage", self.stage.as_ref().map_or("none".into(), |stage| format!("{stage:?}"))),
             ("timeout", format!("{:?}", self.timeout)),
             ("device_timeout", format!("{:?}", self.device_timeout)),
             ("channels", self.channel_count().to_string()),

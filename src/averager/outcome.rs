@@ -35,6 +35,7 @@ impl ParamAverager {
     pub(super) fn outcome(&mut self, start: Option<Instant>) -> Result<Outcome> {
         self.publish_completed();
         let committed = self.ended().any(|status| status.committed != 0);
+        self.stage.iter_mut().for_each(|stage| stage.ended(committed));
         let Some(status) =
             self.ended().max_by_key(|status| (status.outcome != PA_COMMITTED, status.outcome))
         else {
@@ -52,6 +53,7 @@ impl ParamAverager {
                 let all_done = status.detail == self.world_size() as u64;
                 return Ok(Outcome::Unneeded { all_done });
             }
+            PA_NON_FINITE if status.detail == PA_VETOED => self.vetoed(rank),
             PA_NON_FINITE => self.non_finite(rank, status.detail),
             PA_LAYOUT => self.table.error(rank, problem),
             PA_SCHEDULE => self.calls_differ(rank, status),

@@ -20,5 +20,6 @@ mod refusals;
 mod resume;
 mod run;
 mod schedules;
+mod stage;
 mod start;
 mod uneven;
