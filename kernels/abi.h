@@ -10,6 +10,8 @@
 #define PA_PACK_BYTES 16
 /* Alignment of shards and channels: no two ranks write one 128-byte line. */
 #define PA_ALIGN_PACKS 8
+/* PaRecord.detail with PA_NON_FINITE: a stage on the host has refused. No PaChannel.bad is it. */
+#define PA_VETOED 0x7f00000000000000
 
 enum PaDtype { PA_F32 = 0, PA_F64 = 1, PA_F16 = 2, PA_BF16 = 3 };
 
@@ -18,6 +20,7 @@ enum PaDtype { PA_F32 = 0, PA_F64 = 1, PA_F16 = 2, PA_BF16 = 3 };
 // PaArgs.from_segment.
 // With an outer optimizer: PA_DIRECT_STEP in the place of PA_DIRECT, or PA_RING_STEP between the
 // segments of PA_RING_COMMIT up to n and those from n + 1 on, which PA_RING_MIX runs if mix != 1.
+// With a stage on the host: PA_RING_VOTE behind the segments up to n, and before PA_RING_STEP.
 enum PaKernel {
   PA_DIRECT = 0,
   PA_RING = 1,
@@ -29,6 +32,7 @@ enum PaKernel {
   PA_ANCHOR = 7,  // after an average without a step: its result becomes the anchor
   PA_SAMPLE = 8,  // before everything else: keeps a sample of the own values, see sample.h
   PA_COMPARE = 9, // after everything else: compares the sample with the new values
+  PA_RING_VOTE = 10, // CPUs only: casts the vote after a stage on the host has had the shard
 };
 
 // Outcome of an average. Up to PA_NO_WEIGHT nothing is broken and the next average may run; from
@@ -37,7 +41,7 @@ enum PaKind {
   PA_OPEN = 0,       // not decided yet
   PA_COMMITTED = 1,  // every rank writes the mean
   PA_UNNEEDED = 2,   // no rank had anything to average
-  PA_NON_FINITE = 3, // a rank that rejects NaN and infinity holds one
+  PA_NON_FINITE = 3, // a rank that rejects NaN and infinity holds one; or PA_VETOED
   PA_LAYOUT = 4,     // a rank's tensors differ from those the averager was built for
   PA_SCHEDULE = 5,   // ranks average at different points of the schedule
   PA_WEIGHTING = 6,  // some ranks passed a weight and some did not
@@ -75,8 +79,10 @@ enum PaFlag {
   PA_FLAG_DONE = 256,
   PA_FLAG_OF_SCHEDULE = 512, // the call is one that a rank with PA_FLAG_DONE takes part in
   PA_FLAG_WHOLE = 1024,      // PaOuter.mix counts as 1
-  PA_FLAG_STEP = 2048,       // the outer optimizer's step follows the commit
+  PA_FLAG_STEP = 2048,       // the outer optimizer's step follows the commit, or PA_FLAG_STAGE
   PA_FLAG_MEASURED = 4096,   // PaBoard.measured belongs to this record
+  PA_FLAG_STAGE = 65536,     // PA_RING_COMMIT casts no vote: PA_RING_VOTE does, after the stage
+  PA_FLAG_VETO = 131072,     // PA_RING_VOTE: the stage has refused the average
 };
 
 // Outer optimizer, see stage.h.
@@ -113,8 +119,8 @@ struct PaBucket {
   // State of the outer optimizer, or 0: SumOf<T>[slots + 1][channels][shard_packs of elements]. The
   // anchor comes first.
   uint64_t state;
-  uint64_t mean; // ring with `state`: SumOf<T>[channels][shard_packs of elements]; `shard` itself
-                 // where that has the size
+  uint64_t mean; // ring with `state` or PA_FLAG_STAGE: SumOf<T>[channels][shard_packs of elements];
+                 // `shard` itself where that has the size
   struct PaOuter outer;
   uint64_t sample;        // Pack[channels][sample_packs]: own values before the average, or 0
   uint64_t sample_packs;  // capacity of one channel's sample
@@ -254,7 +260,7 @@ struct PaArgs {
   uint64_t found;
   double measured[2]; // PA_FLAG_MEASURED: see PaBoard
   uint32_t rank;
-  uint32_t world; // 1 … PA_MAX_WORLD; 1 with an outer optimizer only
+  uint32_t world; // 1 … PA_MAX_WORLD; 1 with an outer optimizer or a stage only
   uint32_t channels;
   uint32_t slots; // a power of two, at least 2
   uint32_t slot_packs;

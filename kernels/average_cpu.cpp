@@ -1,6 +1,7 @@
 // CPU entry points: one block of one kernel, on the calling thread. Compiled once per instruction
 // set, PA_ISA.
 #include "direct.h"
+#include "host_stage.h"
 #include "ring.h"
 #include "sample.h"
 #include "scan.h"
@@ -13,6 +14,7 @@ PA_NOINLINE void direct_step(const Exec& ex, const PaArgs& args) { run_direct<tr
 PA_NOINLINE void ring(const Exec& ex, const PaArgs& args) { run_ring(ex, args); }
 PA_NOINLINE void ring_commit(const Exec& ex, const PaArgs& args) { run_ring_commit(ex, args); }
 PA_NOINLINE void ring_step(const Exec& ex, const PaArgs& args) { run_ring_step(ex, args); }
+PA_NOINLINE void ring_vote(const Exec& ex, const PaArgs& args) { run_ring_vote(ex, args); }
 PA_NOINLINE void ring_mix(const Exec& ex, const PaArgs& args) { run_ring_mix(ex, args); }
 PA_NOINLINE void anchor(const Exec& ex, const PaArgs& args) { run_anchor(ex, args); }
 PA_NOINLINE void sample(const Exec& ex, const PaArgs& args) { run_sample(ex, args); }
@@ -25,6 +27,7 @@ PA_FN void run_kernel(const Exec& ex, const PaArgs& args, uint32_t kernel) {
     case PA_RING_COMMIT: return ring_commit(ex, args);
     case PA_DIRECT_STEP: return direct_step(ex, args);
     case PA_RING_STEP: return ring_step(ex, args);
+    case PA_RING_VOTE: return ring_vote(ex, args);
     case PA_ANCHOR: return anchor(ex, args);
     case PA_RING_MIX: return ring_mix(ex, args);
     case PA_SAMPLE: return sample(ex, args);

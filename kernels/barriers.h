@@ -201,7 +201,8 @@ PA_NOINLINE void cast_vote_as_leader(WaitCtx ctx) {
   if ((seen & 0xffffu) != a.channels) return;
   store_relaxed(finished, 0); // read next by the next average
   PaBoard& own = ctx.control()->board[a.rank];
-  const uint64_t bad = seen >> 16 != 0 ? first_bad(a) : 0;
+  const uint64_t vetoed = a.flags & PA_FLAG_VETO ? uint64_t(PA_VETOED) : 0;
+  const uint64_t bad = seen >> 16 != 0 ? first_bad(a) : vetoed;
   if (bad != 0) own.record[ctx.epoch & 1].detail = bad;
   publish_board(ctx, &own.vote, 2 * ctx.epoch + (bad != 0 ? 1 : 0));
 }
@@ -215,7 +216,11 @@ PA_NOINLINE bool commit_vote_as_leader(Exec ex, WaitCtx ctx) {
   for (uint32_t r = a.world; r-- > 0;) {
     uint32_t* vote = &control->board[r].vote;
     if (!wait_for_board(ex, ctx, r, vote, good, PA_AT_COMMIT)) return false;
-    if (load_acquire(vote) == good + 1) code = code_of(uint32_t(PA_NON_FINITE), r);
+    const bool refuses = load_acquire(vote) == good + 1;
+    if (!refuses) continue;
+    // A value that is not finite is told rather than a veto, which it may have caused.
+    const bool vetoes = control->board[r].record[ctx.epoch & 1].detail == PA_VETOED;
+    if (!vetoes || kind_of(code) == PA_COMMITTED) code = code_of(uint32_t(PA_NON_FINITE), r);
   }
   const uint64_t decision = decide(ex, ctx, PA_AT_COMMIT, code);
   if (epoch_of(decision) == ctx.epoch) code = code_of(decision);

@@ -120,7 +120,8 @@ template <class T, bool kF32> struct Ring {
         each_part_from<T>(bucket, t.index, t.segment, t.range, [&](const Part& part) {
           each_own_pack<T>(b.ex, part, load, store);
         });
-    if (b.ex.leader()) t.reached[t.cursor] = last; // read before this step began, and after it
+    // Read before this step began, and after it. A world of one comes to its shard twice.
+    if (b.ex.leader() && b.a.world > 1) t.reached[t.cursor] = last;
   }
 
   // Steps load a lane's packs first and use them afterwards, in `store`: what is branched over or
@@ -431,7 +432,8 @@ PA_FN void run_ring_commit(const Exec& ex, const PaArgs& a) {
   const bool good =
       (!runs(0) || publish_record(b, false)) && (!runs(1) || entry_barrier(b, false)) &&
       (from > n || each_bucket(b, [](auto ring) { return ring.run_reduce(); })) &&
-      (!runs(n) || cast_vote(b)) && (!runs(n + 1) || b.committed || commit_vote(b)) &&
+      (!runs(n) || (a.flags & PA_FLAG_STAGE) || cast_vote(b)) &&
+      (!runs(n + 1) || b.committed || commit_vote(b)) &&
       (to <= n + 1 || each_bucket(b, [](auto ring) { return ring.template run_gather<false>(); }));
   end_launch(b, good, to);
 }

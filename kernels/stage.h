@@ -109,12 +109,16 @@ PA_FN void make_step(const Exec& ex, const Stage<T, kAdam>& stage, const char* m
   });
 }
 
-// The step for a block's shard of one bucket of the ring: `mean` → `shard`.
-PA_FN void step_shard(const Exec& ex, const PaBucket& bucket, const PaArgs& a) {
-  const Range all = channel_range(bucket, ex.block());
+// Packs of a block's shard of one bucket of the ring.
+PA_FN uint64_t ring_shard_packs(const PaBucket& bucket, const PaArgs& a, uint32_t block) {
+  const Range all = channel_range(bucket, block);
   const uint64_t round = uint64_t(bucket.chunk) * a.world, full = all.packs() / round;
   const Range rest = part_of({all.begin + full * round, all.end}, a.rank, a.world);
-  const uint64_t packs = full * bucket.chunk + rest.packs();
+  return full * bucket.chunk + rest.packs();
+}
+// The step for a block's shard of one bucket of the ring: `mean` → `shard`.
+PA_FN void step_shard(const Exec& ex, const PaBucket& bucket, const PaArgs& a) {
+  const uint64_t packs = ring_shard_packs(bucket, a, ex.block());
   with_dtype(bucket.dtype, [&](auto element) {
     using T = decltype(element);
     const uint64_t first = ex.block() * bucket.shard_packs;

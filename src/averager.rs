@@ -17,6 +17,7 @@ mod rebuild;
 mod recover;
 mod report;
 mod run;
+mod stage;
 mod start;
 mod table;
 mod telemetry;
@@ -54,6 +55,7 @@ use memory::RankMemory;
 use outer_state::{AnchorState, Launches, OuterState};
 use rebuild::Blueprint;
 use recover::Admitted;
+use stage::RankStage;
 use table::Table;
 use watch::Watch;
 
@@ -68,7 +70,8 @@ pub enum Algorithm {
     Auto,
     /// Ring all-reduce through mailboxes. Extra memory of a rank: at most S/n + 4 MiB for S bytes
     /// of parameters and n ranks, 16 MiB more on a CUDA device, and the state of an
-    /// [outer optimizer](Builder::outer). Shard s is summed in the order of ranks s+1, s+2, …, s,
+    /// [outer optimizer](Builder::outer); with a [stage](Builder::stage) 4 bytes more for each
+    /// element of f16 and bf16, over n. Shard s is summed in the order of ranks s+1, s+2, …, s,
     /// counted along [`ring_order`](ParamAverager::ring_order).
     Ring,
     /// Owner computes: the owner of each part reads all ranks' values, in rank order, and writes
@@ -137,6 +140,8 @@ pub struct ParamAverager {
     lost_state: f64,
     #[cfg(feature = "metrics")]
     metrics: telemetry::Metrics,
+    /// The user's stage.
+    stage: Option<RankStage>,
     /// Stream of the average that may be under way, kept alive until the next one has begun.
     stream: Option<Arc<dyn Any + Send + Sync>>,
     watch: Arc<Watch>,
@@ -243,7 +248,8 @@ impl ParamAverager {
     /// Memory of this rank beyond its parameters, in bytes: slots, shard, counters, tables, and the
     /// state of the outer optimizer.
     pub fn memory_overhead(&self) -> usize {
-        self.own.bytes(&self.table) + size_of::<PaControl>()
+        let stage = self.stage.as_ref().map_or(0, RankStage::bytes);
+        self.own.bytes(&self.table) + size_of::<PaControl>() + stage
     }
 
     /// Current communicator of this rank, for further averagers. After a rank was lost or admitted

@@ -282,6 +282,19 @@ pub enum Error {
         element: u64,
     },
 
+    /// The [stage](crate::Builder::stage) of a rank has refused the average. No tensor was changed,
+    /// and every rank can go on.
+    #[error(
+        "the stage of rank {rank} has refused the average: {reason} (no tensor of any rank was \
+        changed)"
+    )]
+    StageVetoed {
+        /// Rank of the stage: this one, if its stage is among those that refused.
+        rank: usize,
+        /// Reason; on a rank whose stage has refused, the text of its own [`Veto`](crate::Veto).
+        reason: String,
+    },
+
     /// A rank did not reach an average, or stopped on the way.
     #[error("rank {rank} did not move for {timeout:?} {phase}{}: see what it does, or raise the \
         builder's `timeout`; then recover, or build a new world", written(.committed))]

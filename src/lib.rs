@@ -166,6 +166,7 @@ mod parameters;
 mod plan;
 mod saved;
 mod schedule;
+mod stage;
 mod sync;
 mod tensor;
 mod world;
@@ -189,6 +190,7 @@ pub use local_sgd::{Action, LocalSgd};
 pub use outer::{Outer, ParseOuterError};
 pub use parameters::Parameters;
 pub use schedule::Schedule;
+pub use stage::{Part, Shard, Values, Veto};
 pub use tensor::{Dtype, Element, TensorMut};
 pub use world::{AbortHandle, Communicator};
 #[cfg(processes)]

@@ -3,7 +3,7 @@
 
 use crate::abi::{
     PA_ANCHOR, PA_COMPARE, PA_DIRECT, PA_DIRECT_STEP, PA_RING, PA_RING_COMMIT, PA_RING_MIX,
-    PA_RING_STEP, PA_SAMPLE, PA_SCAN,
+    PA_RING_STEP, PA_RING_VOTE, PA_SAMPLE, PA_SCAN,
 };
 
 /// One step of an average.
@@ -15,6 +15,8 @@ pub(crate) enum Step {
     Agree,
     /// Sum this rank's shard. Writes no tensor.
     Reduce,
+    /// Call the user's stage, and narrow what it leaves of this rank's shard.
+    Stage,
     /// Decide that every rank writes, or none. Before it no tensor changes.
     Commit,
     /// Make the outer optimizer's step for this rank's shard. Nothing in it waits for a peer.
@@ -100,6 +102,15 @@ impl Plan {
         Plan { is_ring, steps }
     }
 
+    /// The plan with the user's stage before the commit, if there is one. A plan with a stage is
+    /// one of a ring that is all or nothing.
+    pub(crate) fn with_stage(mut self, has_stage: bool) -> Plan {
+        if has_stage && self.commits_late() {
+            self.steps.insert(2, Step::Stage);
+        }
+        self
+    }
+
     /// The same plan, with telemetry: what the average has moved.
     pub(crate) fn sampled(mut self) -> Plan {
         self.steps.insert(0, Step::Sample);
@@ -151,13 +162,20 @@ impl Plan {
                 false => vec![of(first, end)],
             }
         };
+        let votes = Launch { kernel: PA_RING_VOTE, segments: (commit, commit) };
+        let reduce = || cut(PA_RING_COMMIT, 0, commit);
+        let reduce = match self.steps.contains(&Step::Stage) {
+            true => [reduce(), vec![votes]].concat(),
+            false if !self.steps.contains(&Step::Outer) => return cut(PA_RING_COMMIT, 0, end),
+            false => reduce(),
+        };
         if !self.steps.contains(&Step::Outer) {
-            return cut(PA_RING_COMMIT, 0, end);
+            return [reduce, cut(PA_RING_COMMIT, commit, end)].concat();
         }
         let step = Launch { kernel: PA_RING_STEP, segments: (commit, commit) };
         let mixes = self.steps.contains(&Step::Mix);
         let gather = if mixes { PA_RING_MIX } else { PA_RING_COMMIT };
-        [cut(PA_RING_COMMIT, 0, commit), vec![step], cut(gather, commit, end)].concat()
+        [reduce, vec![step], cut(gather, commit, end)].concat()
     }
 }
 
@@ -251,6 +269,34 @@ mod tests {
             let sampled = plan.sampled().launches(world, host);
             prop_assert!(!sampled[0].meets() && !sampled[sampled.len() - 1].meets());
             prop_assert_eq!(sampled, expected);
+        }
+
+        /// The vote of a stage comes when the reduce has ended, and before any rank commits; all
+        /// else is as without a stage.
+        #[test]
+        fn a_stage_votes_between_the_reduce_and_the_commit(
+            is_ring: bool, all_or_nothing: bool, rejects: bool, world in 1u32..=16, host: bool,
+            end in ends(),
+        ) {
+            let plan = Plan::new(is_ring, all_or_nothing, rejects, end).with_stage(true);
+            let launches = plan.launches(world, host);
+            let votes = |launch: &Launch| launch.kernel == PA_RING_VOTE;
+            let count = launches.iter().filter(|launch| votes(launch)).count();
+            prop_assert_eq!(count, usize::from(is_ring && all_or_nothing));
+            if let Some(vote) = launches.iter().position(votes) {
+                let commit = world + 1;
+                prop_assert_eq!(launches[vote].segments, (commit, commit));
+                let before = &launches[..vote];
+                prop_assert!(before.iter().all(|launch| launch.kernel == PA_RING_COMMIT));
+                prop_assert_eq!(before[vote - 1].segments.1, commit);
+                let after = launches[vote + 1..].iter().filter(|launch| launch.meets());
+                prop_assert!(after.clone().all(|launch| launch.segments.0 >= commit));
+                let segments = before.iter().chain(after).filter(|l| l.segments.0 < l.segments.1);
+                let next = segments.into_iter().try_fold(0, |next, launch| {
+                    (launch.segments.0 == next).then_some(launch.segments.1)
+                });
+                prop_assert_eq!(next, Some(2 * world + 1));
+            }
         }
     }
 }

@@ -7,6 +7,7 @@ use super::lend::with_tensors;
 use super::memory::{check_room, RankMemory, Sizes, LINE_BYTES};
 use super::outer_state::{AnchorState, Launches};
 use super::rebuild::Blueprint;
+use super::stage::RankStage;
 use super::table::{Layout, Table};
 use super::watch::Watch;
 use super::{defaults, flag, spins, start, Algorithm, Builder, Call, Lend, ParamAverager, Start};
@@ -91,7 +92,7 @@ impl ParamAverager {
         let communicator = options.communicator.clone();
         let world = communicator.world_size();
         let algorithm = options.chosen_algorithm();
-        let ring = algorithm == Algorithm::Ring && world > 1;
+        let ring = algorithm == Algorithm::Ring && (world > 1 || options.stage.is_some());
         // From here on nothing returns before the peers know: a refusal is part of the handshake.
         let refusal = options.check().err().or(refusal);
         let channels = if refusal.is_none() { options.channel_count() } else { 1 };
@@ -138,6 +139,7 @@ impl ParamAverager {
             lost_state: 0.0,
             #[cfg(feature = "metrics")]
             metrics: super::telemetry::Metrics::new(options.communicator.rank()),
+            stage: RankStage::new(&options, &table, sizes.chunk, channels),
             failed: None,
             exchanges: 0,
             call: Call::by_hand(None),
@@ -192,7 +194,9 @@ impl ParamAverager {
             spins: spins(world * channels as usize),
             remote_ns: options.testing.remote_ns.unwrap_or(defaults::REMOTE_NS),
             delay_ns: options.testing.delay_ns,
-            flags: flag(PA_FLAG_REJECT_NON_FINITE, options.rejects_non_finite()),
+            // A stage has its shard in the type of sums, as an outer step does.
+            flags: flag(PA_FLAG_REJECT_NON_FINITE, options.rejects_non_finite())
+                | flag(PA_FLAG_STAGE | PA_FLAG_STEP, options.stage.is_some()),
             ..bytemuck::Zeroable::zeroed()
         }
     }

@@ -1,5 +1,7 @@
 //! Options of an averager.
 
+mod check;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,8 +10,11 @@ use super::outer_state::OuterState;
 use super::{Algorithm, Lend, Link, ParamAverager, Start};
 use crate::backend::{MemorySpace, ProcessWay};
 use crate::schedule::Course;
+use crate::stage::{Shard, Stage, Veto};
 use crate::world::{Admission, Communicator};
-use crate::{Error, Outer, Result};
+#[cfg(doc)]
+use crate::Error;
+use crate::{Outer, Result};
 
 /// Options of a [`ParamAverager`]; the same on every rank.
 #[derive(Clone, Debug)]
@@ -26,6 +31,7 @@ pub struct Builder {
     pub(super) start: Start,
     pub(super) outer: Outer,
     pub(super) telemetry: bool,
+    pub(super) stage: Option<Stage>,
     pub(super) timeout: Duration,
     pub(super) device_timeout: Duration,
     pub(super) channels: Option<u32>,
@@ -74,6 +80,7 @@ impl Builder {
             start: Start::Rank(0),
             outer: Outer::mean(),
             telemetry: false,
+            stage: None,
             timeout: defaults::TIMEOUT,
             device_timeout: defaults::DEVICE_TIMEOUT,
             channels: None,
@@ -185,6 +192,30 @@ impl Builder {
         self
     }
 
+    /// Stage of this rank: a function that has the rank's [`Shard`] of the mean, in f32 (f64 for
+    /// f64), before the commit. What it leaves there is what all ranks get, rounded to the tensors'
+    /// dtype: an optimizer of one's own, a filter, a check. It is called once in every average that
+    /// has summed, also of a world of one rank, on the thread that averages; peers wait for it
+    /// meanwhile, until the [`timeout`](Self::timeout). With an [`outer`](Self::outer) optimizer it
+    /// comes first, and the outer step is made from what it leaves.
+    ///
+    /// If it returns a [`Veto`] or panics, no tensor of any rank changes, every rank gets
+    /// [`Error::StageVetoed`], and the world lives. The same holds if it leaves a value that is not
+    /// finite, where such values are [rejected](Self::reject_non_finite). After a panic it is not
+    /// called again, and every average is refused.
+    ///
+    /// All ranks have a stage or none. Averages use the ring with its commit; the algorithm
+    /// `Direct` and `all_or_nothing(false)` are refused, and so are CUDA devices. Its state is its
+    /// own: it is in no saved state, and [`Shard::layout`] tells when its parts have changed.
+    /// [`guide::outer`](crate::guide::outer) has an example. Default: none.
+    pub fn stage(
+        mut self,
+        stage: impl FnMut(&mut Shard<'_>) -> Result<(), Veto> + Send + 'static,
+    ) -> Self {
+        self.stage = Some(Stage::new(stage));
+        self
+    }
+
     /// True if partial sums of f16 and bf16 travel as f32. Two ranks send no partial sums.
     pub(super) fn has_f32_wire(&self) -> bool {
         !self.narrow_wire && self.communicator.world_size() > 2
@@ -268,77 +299,6 @@ impl Builder {
         averager.take_late().map_or(Ok(averager), Err)
     }
 
-    pub(super) fn check(&self) -> Result<()> {
-        let refuse = |option, found: String, expected| {
-            Err(Error::InvalidOption { rank: self.communicator.rank(), option, found, expected })
-        };
-        match (self.channels, self.chunk_bytes) {
-            (Some(channels), _) if !(1..=1024).contains(&channels) => {
-                refuse("channels", channels.to_string(), "1 to 1024 threads")
-            }
-            (_, Some(bytes)) if !(128..=64 << 20).contains(&bytes) => {
-                refuse("chunk_bytes", bytes.to_string(), "128 B to 64 MiB")
-            }
-            _ if !self.slots.is_power_of_two() || !(2..=1024).contains(&self.slots) => {
-                refuse("slots", self.slots.to_string(), "a power of two from 2 to 1024")
-            }
-            _ if self.timeout.is_zero() => refuse("timeout", "0".into(), "longer than nothing"),
-            _ if self.device_timeout.is_zero() => {
-                refuse("device_timeout", "0".into(), "longer than nothing")
-            }
-            _ if self.outer.refusal().is_some() => {
-                let (found, expected) = self.outer.refusal().expect("just seen");
-                refuse("outer", found, expected)
-            }
-            _ if self.start == Start::Own && !self.outer.is_mean() => refuse(
-                "start_from",
-                "Own, with an outer optimizer".into(),
-                "Rank or Mean: an outer step begins from parameters that all ranks have had",
-            ),
-            _ if self.algorithm == Algorithm::Direct
-                && !self.communicator.placement().one_memory() =>
-            {
-                refuse(
-                    "algorithm",
-                    "Direct, on several devices or between processes".into(),
-                    "Auto or Ring, unless all ranks are threads of one process, on CPUs or on one \
-                     device",
-                )
-            }
-            _ => match (self.crowd(), self.link_refusal()) {
-                (Some(found), _) => refuse(
-                    "channels",
-                    found,
-                    "so few that the blocks of all ranks on a device leave room for other work",
-                ),
-                (None, Some(refusal)) => Err(refusal),
-                (None, None) => Ok(()),
-            },
-        }
-    }
-
-    fn link_refusal(&self) -> Option<Error> {
-        self.link.refusal(
-            self.communicator.placement(),
-            self.communicator.rank(),
-            self.communicator.space(),
-        )
-    }
-
-    /// Blocks that do not fit, in words. All blocks of all ranks wait for one another, so those
-    /// that share a device must be resident together.
-    fn crowd(&self) -> Option<String> {
-        let occupancy = self.communicator.placement().occupancy()?;
-        let channels = self.channel_count();
-        (channels * occupancy.ranks > occupancy.blocks).then(|| {
-            format!(
-                "{channels}, on each of {} ranks of {}, but only {} blocks, half of what fits on \
-                    it, may wait there",
-                occupancy.ranks, occupancy.device, occupancy.blocks
-            )
-        })
-    }
-
     /// True if the hosts make an average step by step, since processes share a device.
     pub(super) fn is_sequenced(&self) -> bool {
         self.communicator.placement().process_way() == Some(ProcessWay::Sequenced)
@@ -353,7 +313,7 @@ impl Builder {
     /// Algorithm that `Auto` stands for.
     pub(super) fn chosen_algorithm(&self) -> Algorithm {
         match self.algorithm {
-            Algorithm::Auto if self.reproducible => Algorithm::Ring,
+            Algorithm::Auto if self.reproducible || self.stage.is_some() => Algorithm::Ring,
             Algorithm::Auto if self.communicator.placement().one_memory() => Algorithm::Direct,
             Algorithm::Auto => Algorithm::Ring,
             chosen => chosen,
@@ -382,31 +342,5 @@ impl Builder {
             };
             at_once.clamp(1, self.cut().channels)
         })
-    }
-
-    /// Options that must be the same on every rank.
-    pub(super) fn shown(&self) -> Vec<(String, String)> {
-        let shown = [
-            ("algorithm", format!("{:?}", self.algorithm)),
-            ("link", format!("{:?}", self.link)),
-            ("all_or_nothing", self.all_or_nothing.to_string()),
-            ("reject_non_finite", self.rejects_non_finite().to_string()),
-            ("reproducible", self.reproducible.to_string()),
-            ("narrow_wire", self.narrow_wire.to_string()),
-            ("start_from", format!("{:?}", self.start)),
-            ("outer", self.outer.to_string()),
-            ("telemetry", self.telemetry.to_string()),
-            ("timeout", format!("{:?}", self.timeout)),
-            ("device_timeout", format!("{:?}", self.device_timeout)),
-            ("channels", self.channel_count().to_string()),
-            ("slots", self.slots.to_string()),
-            (
-                "chunk_bytes",
-                self.chunk_bytes.map_or("the default".into(), |bytes| bytes.to_string()),
-            ),
-            ("tensors", if self.on_stream { "on a stream" } else { "without a stream" }.into()),
-            ("counter", self.testing.counter.to_string()),
-        ];
-        shown.map(|(name, value)| (name.to_owned(), value)).into()
     }
 }

@@ -109,6 +109,8 @@ pub(super) struct RankMemory {
     pub(super) engine: Engine,
     /// This rank's shard of the mean, for each bucket.
     pub(super) shards: Vec<Memory>,
+    /// The mean before the commit, for each bucket where a stage has it wider than the tensors.
+    pub(super) means: Vec<Memory>,
     /// State of the outer optimizer, if there is one.
     pub(super) outer: Option<Arc<OuterState>>,
     /// Samples for telemetry, for each bucket.
@@ -140,7 +142,7 @@ impl RankMemory {
             true => Error::SharedMemory { rank, reason },
             false => own_failed(reason),
         };
-        let (mut shards, mut samples) = (vec![], vec![]);
+        let (mut shards, mut means, mut samples) = (vec![], vec![], vec![]);
         let mut outer = match options.outer.is_mean() {
             true => None,
             false => Some(
@@ -176,6 +178,13 @@ impl RankMemory {
             }
             if let Some(outer) = &mut outer {
                 outer.complete(index, raw, options.outer.coefficients());
+            } else if options.stage.is_some() {
+                raw.mean = raw.shard;
+                if bucket.dtype.size() == 2 {
+                    let bytes = 2 * shards.last().map_or(0, Memory::bytes);
+                    means.push(Memory::new(space, bytes).map_err(own_failed)?);
+                    raw.mean = means.last().map_or(0, Memory::address);
+                }
             }
         }
         let (mut inbox, mut credits) = (None, None);
@@ -219,6 +228,7 @@ impl RankMemory {
         Ok(RankMemory {
             engine,
             shards,
+            means,
             outer: outer.map(Arc::new),
             samples,
             inbox: inbox.map(Arc::new),
@@ -229,7 +239,7 @@ impl RankMemory {
 
     /// Number of bytes in all.
     pub(super) fn bytes(&self, table: &Table) -> usize {
-        let own = self.shards.iter().chain(&self.samples);
+        let own = self.shards.iter().chain(&self.means).chain(&self.samples);
         let own: usize = own.map(Memory::bytes).sum();
         let mailbox: usize =
             [&self.inbox, &self.credits].into_iter().flatten().map(|memory| memory.bytes()).sum();

@@ -35,6 +35,7 @@ impl ParamAverager {
     pub(super) fn outcome(&mut self, start: Option<Instant>) -> Result<Outcome> {
         self.publish_completed();
         let committed = self.ended().any(|status| status.committed != 0);
+        self.stage.iter_mut().for_each(|stage| stage.ended(committed));
         let Some(status) =
             self.ended().max_by_key(|status| (status.outcome != PA_COMMITTED, status.outcome))
         else {
@@ -54,6 +55,7 @@ impl ParamAverager {
                 let all_done = status.detail == self.world_size() as u64;
                 return Ok(Outcome::Unneeded { all_done });
             }
+            PA_NON_FINITE if status.detail == PA_VETOED => self.vetoed(rank),
             PA_NON_FINITE => self.non_finite(rank, status.detail),
             PA_LAYOUT => self.table.error(rank, problem),
             PA_SCHEDULE => self.calls_differ(rank, status),
@@ -146,7 +148,6 @@ impl ParamAverager {
         let is_measured = self.call.measured.is_some() && self.world_size() > 1;
         let active = self.ended().map(|status| status.active_ns).max();
         let measured = self.ended().next().map(|status| status.measured);
-        let has_run = self.world_size() > 1 || self.has_outer();
         Report {
             bytes: self.table.bytes,
             elapsed: start.map_or(Duration::ZERO, |start| start.elapsed()),
@@ -166,7 +167,7 @@ impl ParamAverager {
             },
             lost_state: self.lost_state,
             local_steps: self.call.local_steps,
-            telemetry: (self.options.telemetry && has_run).then(|| self.telemetry()),
+            telemetry: (self.options.telemetry && !self.is_alone()).then(|| self.telemetry()),
         }
     }
 

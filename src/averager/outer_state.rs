@@ -34,7 +34,8 @@ impl Launches {
     pub(super) fn new(options: &Builder, ring: bool) -> Launches {
         let world = options.communicator.world_size() as u32;
         let to = |end| {
-            let plan = Plan::new(ring, options.commits_late(), options.rejects_non_finite(), end);
+            let plan = Plan::new(ring, options.commits_late(), options.rejects_non_finite(), end)
+                .with_stage(options.stage.is_some());
             let plan = if options.telemetry { plan.sampled() } else { plan };
             plan.launches(world, options.is_sequenced())
         };
@@ -222,9 +223,10 @@ impl ParamAverager {
     }
 
     /// True if a rank that has ended its steps takes part in this call, as in any of the schedule.
-    /// With an outer optimizer not in one of another end: the recovery's makes no step.
+    /// With an outer optimizer or a stage not in one of another end: the recovery's makes no step.
     pub(super) fn is_joined_by_done(&self, call: Call) -> bool {
-        let is_other = self.has_outer() && call.place == place::RECOVERY;
+        let has_step = self.has_outer() || self.stage.is_some();
+        let is_other = has_step && call.place == place::RECOVERY;
         place::is_of_schedule(call.place) && !is_other
     }
 

@@ -85,7 +85,7 @@ impl ParamAverager {
         }
         // SAFETY: the caller's promise.
         unsafe { self.own.engine.wait_for(stream) }.map_err(|unwaited| self.unstarted(unwaited))?;
-        if self.world_size() == 1 && !self.has_outer() {
+        if self.is_alone() {
             return Ok(self.report(None));
         }
         let none = Error::InvalidOption {
@@ -110,7 +110,7 @@ impl ParamAverager {
     /// It is a stream of the device's primary context.
     pub(crate) unsafe fn check_stream(&mut self, stream: *mut c_void, waits: bool) -> Result<()> {
         // SAFETY: the caller's promise.
-        let launches = self.world_size() > 1 || self.has_outer();
+        let launches = !self.is_alone();
         if waits && launches && unsafe { self.is_capturing(stream) }? {
             return Err(Error::InvalidOption {
                 rank: self.rank(),

@@ -40,8 +40,8 @@ pub struct Report {
     /// average that was due. 0 for other averages.
     pub local_steps: u64,
     /// What the average has moved on this rank. `None` without
-    /// [`Builder::telemetry`](crate::Builder::telemetry), and for a rank alone that has no outer
-    /// optimizer.
+    /// [`Builder::telemetry`](crate::Builder::telemetry), and for a rank alone that has neither an
+    /// outer optimizer nor a stage.
     pub telemetry: Option<Telemetry>,
 }
 

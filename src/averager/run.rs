@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use super::outer_state::AnchorState;
 use super::table::Problem;
-use super::{flag, Call, Outcome, ParamAverager};
+use super::{flag, stage, Call, Outcome, ParamAverager};
 use crate::abi::*;
 use crate::backend::{Gathering, Order, Unstarted, Way};
 use crate::error::Phase;
@@ -46,7 +46,7 @@ impl ParamAverager {
         start: Instant,
     ) -> Result<Option<Outcome>> {
         let problem = self.table.refresh(params).err();
-        if self.world_size() == 1 && !self.has_outer() {
+        if self.is_alone() {
             return self.alone(self.refusal_of(problem, call), call, start).map(Some);
         }
         // SAFETY: the caller's promise; the tables hold the addresses of these tensors.
@@ -145,9 +145,13 @@ impl ParamAverager {
         };
         // Threads run the whole average in this call, and ranks on devices meet in it.
         let _waiting = self.watch.waits(start);
+        let describe = |tensor| self.table.describe(tensor);
+        let stage = self.stage.as_mut();
+        let stage = stage.map(|stage| (stage, place::sets_values(call.place), &describe as _));
+        let average = (&args, launches, order, &peers);
         // SAFETY: the tables describe the tensors of the caller's promise; all other memory is this
         // averager's or kept by `agreement`.
-        match unsafe { self.own.engine.start(&args, launches, order, &peers) } {
+        match unsafe { stage::start(&mut self.own.engine, average, stage) } {
             Ok(()) => Ok(()),
             Err(refused @ Unstarted::Refused { .. }) => {
                 Err(refusal.unwrap_or_else(|| self.unstarted(refused)))

@@ -55,12 +55,11 @@ impl ParamAverager {
     /// Gives the tensors of a new averager the values that all ranks begin with.
     pub(super) fn start_values<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<()> {
         let is_again = self.agreement.is_again(); // its tensors are trained
-        let is_alone = self.world_size() == 1;
-        if is_alone && !self.has_outer() || is_again || self.admitted.is_some() {
+        if self.is_alone() || is_again || self.admitted.is_some() {
             return Ok(());
         }
         match self.options.start {
-            _ if is_alone => {
+            start if self.world_size() == 1 && start != Start::Own => {
                 let call = Call { place: place::START, ..Call::by_hand(None) };
                 let report = self.run(params, call.with_digest_of_place()).map(Outcome::report)?;
                 self.unless_late(report).map(drop)

@@ -391,6 +391,15 @@ impl Table {
         format!("tensor {index}{name} ({dtype}, {elements} elements)")
     }
 
+    /// Names as errors show them. Empty where there is none.
+    pub(super) fn names(&self) -> Vec<String> {
+        let name = |name: &Name| match name.name.is_empty() {
+            true => String::new(),
+            false => name.to_string(),
+        };
+        self.layout.names.iter().map(name).collect()
+    }
+
     pub(super) fn describe_all(&self) -> Vec<String> {
         (0..self.layout.shapes.len()).map(|index| self.describe(index)).collect()
     }

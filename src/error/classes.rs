@@ -80,7 +80,8 @@ impl Error {
             | Error::InvalidWeight { .. }
             | Error::AllWeightsZero
             | Error::LayoutChanged { .. }
-            | Error::NonFinite { .. } => ErrorKind::Usage,
+            | Error::NonFinite { .. }
+            | Error::StageVetoed { .. } => ErrorKind::Usage,
             Error::OptionsDiffer { .. }
             | Error::LayoutsDiffer { .. }
             | Error::SchedulesDiffer { .. }

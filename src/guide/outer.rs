@@ -74,6 +74,71 @@
 //! [`done`](crate::LocalSgd::done) is refused. Averages by hand mix, too. When a process joins, all
 //! ranks get the mean.
 //!
+//! # A stage of one's own
+//! [`Builder::stage`](crate::Builder::stage) calls a function of the program with the rank's
+//! [`Shard`](crate::Shard) of the mean, on CPUs: an optimizer of one's own, a filter, a check. It
+//! is called after the sum and before the commit, in f32 (f64 for f64), and costs S/n of time on
+//! each rank. What it leaves in the shard is what all ranks get. This one moves each element by
+//! 0.25 at most, and refuses means that are too far from 0:
+//!
+//! ```
+//! use param_averager::{Communicator, Device, Error, ParamAverager, Shard, Values, Veto};
+//!
+//! /// The values of the last average, and those of the next one until it is committed.
+//! #[derive(Default)]
+//! struct Limit { last: Vec<f32>, next: Vec<f32>, layout: Option<u32> }
+//!
+//! impl Limit {
+//!     fn step(&mut self, shard: &mut Shard<'_>) -> Result<(), Veto> {
+//!         if shard.was_committed() {
+//!             std::mem::swap(&mut self.last, &mut self.next);
+//!         }
+//!         // After a recovery or a join this rank has other elements.
+//!         let has_moved = self.layout.replace(shard.layout()) != Some(shard.layout());
+//!         let begins = shard.sets_values() || has_moved;
+//!         self.next.resize(shard.len(), 0.0);
+//!         for part in shard.parts() {
+//!             let Values::F32(values) = part.values else {
+//!                 return Err(Veto::new(format!("{} has no f32", part.name)));
+//!             };
+//!             for (i, value) in values.iter_mut().enumerate() {
+//!                 if !begins {
+//!                     let last = self.last[part.at + i];
+//!                     *value = value.clamp(last - 0.25, last + 0.25);
+//!                 }
+//!                 if value.abs() > 100.0 {
+//!                     let place = format!("element {} of {}", part.first + i, part.name);
+//!                     return Err(Veto::new(format!("{place} is {value}")));
+//!                 }
+//!                 self.next[part.at + i] = *value;
+//!             }
+//!         }
+//!         Ok(())
+//!     }
+//! }
+//!
+//! Communicator::run(&[Device::cpu(); 2], |communicator| {
+//!     let mut model = vec![1.0f32; 1000];
+//!     let mut limit = Limit::default();
+//!     let builder = ParamAverager::builder(communicator).stage(move |shard| limit.step(shard));
+//!     let mut averager = builder.build(&mut model)?; // the stage has seen 1.0
+//!     model.fill(3.0);
+//!     averager.average(&mut model)?;
+//!     assert_eq!(model, [1.25; 1000]);
+//!     Ok::<_, Error>(())
+//! })?;
+//! # Ok::<(), Error>(())
+//! ```
+//!
+//! | event | the stage |
+//! |---|---|
+//! | any average that has summed, also in a world of one rank | is called once on each rank |
+//! | `build`, `broadcast`, `LocalSgd::recover`, a process joins | is called with [`sets_values`](crate::Shard::sets_values): it may look, and must change nothing |
+//! | it returns a [`Veto`](crate::Veto), panics, or leaves a value that is not finite | no tensor changes; [`Error::StageVetoed`](crate::Error::StageVetoed) on every rank; the world lives |
+//! | the average fails after its call | [`was_committed`](crate::Shard::was_committed) is false at its next call: state is as before |
+//! | a rank is lost, or a process joins | [`layout`](crate::Shard::layout) is another number, and the parts are others |
+//! | an [`outer`](crate::Builder::outer) optimizer is set, too | comes first; the outer step is made from what it leaves |
+//!
 //! # State of the inner optimizer
 //! The averager changes the tensors that it is passed, and nothing else: the state of the inner
 //! optimizer is the trainer's choice. Systems differ:

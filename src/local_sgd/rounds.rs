@@ -226,6 +226,6 @@ impl LocalSgd {
     }
 
     pub(super) fn is_alone(&self) -> bool {
-        !self.enabled || self.averager.world_size() == 1 && !self.averager.has_outer()
+        !self.enabled || self.averager.is_alone()
     }
 }

@@ -20,6 +20,7 @@ mod refusals;
 mod resume;
 mod run;
 mod schedules;
+mod stage;
 mod start;
 mod telemetry;
 mod uneven;

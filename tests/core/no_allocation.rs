@@ -39,31 +39,39 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-const WAYS: [(Algorithm, bool, bool); 5] = [
-    (Algorithm::Direct, true, false),
-    (Algorithm::Direct, true, true),
-    (Algorithm::Ring, true, false),
-    (Algorithm::Ring, true, true),
-    (Algorithm::Ring, false, true),
+/// Algorithm, `all_or_nothing`, `reject_non_finite`, and whether there is a stage.
+const WAYS: [(Algorithm, bool, bool, bool); 6] = [
+    (Algorithm::Direct, true, false, false),
+    (Algorithm::Direct, true, true, false),
+    (Algorithm::Ring, true, false, false),
+    (Algorithm::Ring, true, true, false),
+    (Algorithm::Ring, false, true, false),
+    (Algorithm::Ring, true, true, true),
 ];
 
 /// Averages a model many times on two ranks, between two calls of `mark`; nothing else runs at the
 /// time.
 fn average_between(mark: impl Fn(&str) + Sync) {
-    for (algorithm, all_or_nothing, reject) in WAYS {
+    for (algorithm, all_or_nothing, reject, has_stage) in WAYS {
         let barrier = Barrier::new(2);
         ranks(2, |communicator| {
             COUNTED.set(true);
             let rank = communicator.rank();
             let mut model: Vec<Vec<f32>> = (0..100).map(|i| vec![rank as f32; i * 7]).collect();
-            let averager = test_support::options(communicator)
+            let builder = test_support::options(communicator)
                 .algorithm(algorithm)
                 .all_or_nothing(all_or_nothing)
                 .reject_non_finite(reject)
                 .channels(1)
-                .telemetry(true)
-                .build(&mut model)
-                .unwrap();
+                .telemetry(true);
+            let builder = match has_stage {
+                true => builder.stage(|shard| {
+                    shard.parts().for_each(|part| assert!(!part.values.is_empty()));
+                    Ok(())
+                }),
+                false => builder,
+            };
+            let averager = builder.build(&mut model).unwrap();
             let mut sgd = LocalSgd::new(averager, Schedule::every(2));
             barrier.wait();
             if rank == 0 {

@@ -36,6 +36,8 @@ mod schedules;
 #[cfg(target_os = "linux")]
 mod several_averagers;
 #[cfg(target_os = "linux")]
+mod stage;
+#[cfg(target_os = "linux")]
 mod stops;
 #[cfg(target_os = "linux")]
 mod trainers;
@@ -53,6 +55,7 @@ fn main() -> std::process::ExitCode {
         process::exit_as(move || match role.as_str() {
             "limited" => limited::limited(),
             "outer" => outer::outer(),
+            "stage" => stage::stage(),
             "keeps_a_share" => outer_joins::keeps_a_share(),
             "has_large_state" => outer_joins::has_large_state(),
             "limited_threads" => limited::limited_threads(),
@@ -100,6 +103,8 @@ fn main() -> std::process::ExitCode {
             deaths::kills_at_any_time,
             outer::kills_advance_the_velocity_of_all_ranks_or_of_none,
             outer::a_joiner_takes_over_its_shard_of_the_velocity,
+            stage::vetoes_and_kills_at_any_time,
+            stage::stages_are_told_of_a_process_that_joins,
             outer_joins::a_joiner_takes_over_a_large_state,
             outer_joins::ranks_that_keep_a_share_and_a_joiner_begin_from_one_model,
             deaths::stops_and_kills_at_any_time: stress,

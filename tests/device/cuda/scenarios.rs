@@ -218,6 +218,18 @@ fn refusals() {
         };
         assert!(found.contains("1000, on each of 4 ranks") && found.contains("fit"), "{error}");
     }
+    // A stage, which is for CPUs, is refused before any tensor is read; alone, too.
+    for world in [1, 2] {
+        let errors = ranks_on(GPU, world, |communicator| {
+            let mut model = Model::new(GPU, &shapes(), 0);
+            let builder = test_support::options(communicator).stage(|_| Ok(()));
+            builder.build(&mut model).map(drop).unwrap_err()
+        });
+        for error in &errors {
+            let is_named = matches!(error, Error::InvalidOption { option: "stage", .. });
+            assert!(is_named && error.to_string().contains("Builder::outer"), "{error}");
+        }
+    }
     // Memory of the host, at build and later.
     let host = |model: &mut Vec<f32>| {
         let pointer = model.as_mut_ptr().cast();

@@ -12,6 +12,7 @@ static int chosen_mutant = 0; // the mutant that counts, of those in a build wit
 #include "scenario_done.h"
 #include "scenario_measured.h"
 #include "scenario_parts.h"
+#include "scenario_stage.h"
 #include "scenario_turns.h"
 #include "scenarios_bad.h"
 #include "scenarios_stopped.h"
@@ -47,6 +48,7 @@ constexpr Scenario kScenarios[] = {
     {"stale", stale},
     {"sequenced", sequenced},
     {"parts", parts},
+    {"staged", staged},
     {"steps", steps},
     {"given_up", given_up},
 };

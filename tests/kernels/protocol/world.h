@@ -58,6 +58,7 @@ struct Setup {
   uint64_t timeout_ns = 200'000'000'000;
   uint64_t seed = 1;
   bool steps = false; // with an outer optimizer; its state is set to 0 before each average
+  bool stages = false; // with a stage on the host, which changes nothing
 };
 // Inputs of one average on one rank.
 struct Call {
@@ -69,6 +70,7 @@ struct Call {
   // PA_RING_COMMIT: bit s: segment s begins a launch. Others begin as World::cuts() says.
   uint32_t cuts = 0;
   bool anchors = false; // Setup.steps: the average becomes the anchor, without a step
+  bool vetoes = false;  // Setup.stages: the stage refuses
   // Delays before the average, between its launches, and of the last channel alone.
   uint32_t before_us = 0, between_us = 0, last_channel_us = 0;
 };
@@ -211,6 +213,7 @@ struct World {
     bucket.segments = rank.segments.back()->address();
     bucket.shard = rank.shards.back()->address();
     if (s.steps) add_state(rank, bucket, bytes == 2 ? 2 : 1);
+    if (s.stages) add_mean(rank, bucket, bytes == 2 ? 2 : 1);
     rank.tensors.push_back(std::move(tensors));
     return bucket;
   }
@@ -219,11 +222,14 @@ struct World {
   void add_state(Rank& rank, PaBucket& bucket, uint64_t wide) const {
     const uint64_t array = bucket.shard_packs * s.channels * PA_PACK_BYTES * wide;
     rank.states.push_back(std::make_unique<Region>(2 * array, 0));
-    rank.means.push_back(std::make_unique<Region>(wide == 2 ? array : 0, 0xff));
     bucket.state = rank.states.back()->address();
-    if (s.mode == Mode::kCommit)
-      bucket.mean = wide == 2 ? rank.means.back()->address() : bucket.shard;
+    if (s.mode == Mode::kCommit) add_mean(rank, bucket, wide);
     bucket.outer = {1, 0, 1, 0, 0, 0, 1, PA_OUTER_MOMENTUM, 0};
+  }
+  void add_mean(Rank& rank, PaBucket& bucket, uint64_t wide) const {
+    const uint64_t array = bucket.shard_packs * s.channels * PA_PACK_BYTES * wide;
+    rank.means.push_back(std::make_unique<Region>(wide == 2 ? array : 0, 0xff));
+    bucket.mean = wide == 2 ? rank.means.back()->address() : bucket.shard;
   }
   void clear_state(uint32_t r) const {
     for (const auto& state : ranks[r].states) std::memset(state->base, 0, state->bytes);
@@ -277,6 +283,7 @@ struct World {
     a.remote_ns = s.seed % 3 == 0 ? 0 : s.seed % 3 == 1 ? ~0u : 8;
     a.bucket_count = uint32_t(s.buckets.size());
     if (s.steps && !call.anchors) a.flags |= PA_FLAG_STEP | PA_FLAG_WHOLE;
+    if (s.stages) a.flags |= PA_FLAG_STAGE | PA_FLAG_STEP;
     a.flags |= call.flags, a.fault_step = call.fault_step, a.delay_ns = call.delay_ns;
     a.from_segment = 0, a.to_segment = PA_SEGMENTS(s.world);
     return a;
@@ -331,7 +338,7 @@ struct World {
   uint32_t cuts(uint32_t r, const Call& call) const {
     const uint32_t commit = 1u << (s.world + 1);
     uint32_t cuts = call.cuts;
-    if (s.steps && !call.anchors) cuts |= commit;
+    if ((s.steps && !call.anchors) || s.stages) cuts |= commit;
     if (s.seed / 2 % 2 != 0 || call.between_us != 0 || stop[r].later_looks != 0) cuts |= commit;
     if ((s.seed + r) % 3 == 0) cuts |= 1u << 1;
     return cuts;
@@ -345,10 +352,18 @@ struct World {
       if (a.from_segment == s.world + 1) {
         if (call.between_us != 0) usleep(call.between_us);
         if (stop[r].later_looks != 0) stop[r].looks = stop[r].later_looks;
+        if (s.stages) vote(r, a, call);
         if (s.steps && !call.anchors) launch(r, a, PA_RING_STEP, 0);
       }
       launch(r, a, PA_RING_COMMIT, a.from_segment <= s.world ? call.last_channel_us : 0);
     }
+  }
+
+  // The end of a stage on the host. One that refuses takes longer than its peers need to commit
+  // without it.
+  void vote(uint32_t r, PaArgs a, const Call& call) const {
+    if (call.vetoes) usleep(2000), a.flags |= PA_FLAG_VETO;
+    launch(r, a, PA_RING_VOTE, 0);
   }
 
   // What a host does when an average has ended on its rank.

@@ -1,0 +1,131 @@
+//! Options that a rank can't have, and those that all ranks must have alike.
+
+use super::Builder;
+use crate::averager::{Algorithm, Start};
+use crate::backend::MemorySpace;
+use crate::{Error, Result};
+
+impl Builder {
+    /// Error of an option that this rank can't have.
+    pub(in crate::averager) fn check(&self) -> Result<()> {
+        let refuse = |option, found: String, expected| {
+            Err(Error::InvalidOption { rank: self.communicator.rank(), option, found, expected })
+        };
+        match (self.channels, self.chunk_bytes) {
+            (Some(channels), _) if !(1..=1024).contains(&channels) => {
+                refuse("channels", channels.to_string(), "1 to 1024 threads")
+            }
+            (_, Some(bytes)) if !(128..=64 << 20).contains(&bytes) => {
+                refuse("chunk_bytes", bytes.to_string(), "128 B to 64 MiB")
+            }
+            _ if !self.slots.is_power_of_two() || !(2..=1024).contains(&self.slots) => {
+                refuse("slots", self.slots.to_string(), "a power of two from 2 to 1024")
+            }
+            _ if self.timeout.is_zero() => refuse("timeout", "0".into(), "longer than nothing"),
+            _ if self.device_timeout.is_zero() => {
+                refuse("device_timeout", "0".into(), "longer than nothing")
+            }
+            _ if self.outer.refusal().is_some() => {
+                let (found, expected) = self.outer.refusal().expect("just seen");
+                refuse("outer", found, expected)
+            }
+            _ if self.start == Start::Own && !self.outer.is_mean() => refuse(
+                "start_from",
+                "Own, with an outer optimizer".into(),
+                "Rank or Mean: an outer step begins from parameters that all ranks have had",
+            ),
+            _ if self.stage.is_some() && self.stage_refusal().is_some() => {
+                let (option, found, expected) = self.stage_refusal().expect("just seen");
+                refuse(option, found.into(), expected)
+            }
+            _ if self.algorithm == Algorithm::Direct
+                && !self.communicator.placement().one_memory() =>
+            {
+                refuse(
+                    "algorithm",
+                    "Direct, on several devices or between processes".into(),
+                    "Auto or Ring, unless all ranks are threads of one process, on CPUs or on one \
+                     device",
+                )
+            }
+            _ => match (self.crowd(), self.link_refusal()) {
+                (Some(found), _) => refuse(
+                    "channels",
+                    found,
+                    "so few that the blocks of all ranks on a device leave room for other work",
+                ),
+                (None, Some(refusal)) => Err(refusal),
+                (None, None) => Ok(()),
+            },
+        }
+    }
+
+    /// Option that contradicts a stage: its name, what was found, and what is expected.
+    fn stage_refusal(&self) -> Option<(&'static str, &'static str, &'static str)> {
+        const RING: &str = "Auto or Ring: only the ring commits after it has summed";
+        if self.algorithm == Algorithm::Direct {
+            return Some(("algorithm", "Direct, with a stage", RING));
+        }
+        if !self.all_or_nothing {
+            let expected = "true, the default: a stage comes between the sum and the commit";
+            return Some(("all_or_nothing", "false, with a stage", expected));
+        }
+        match self.communicator.space() {
+            MemorySpace::Host => None,
+            MemorySpace::Cuda(_) => Some((
+                "stage",
+                "set, for a rank on a CUDA device",
+                "none: stages are for ranks on CPUs; Builder::outer works on devices",
+            )),
+        }
+    }
+
+    fn link_refusal(&self) -> Option<Error> {
+        self.link.refusal(
+            self.communicator.placement(),
+            self.communicator.rank(),
+            self.communicator.space(),
+        )
+    }
+
+    /// Blocks that do not fit, in words. All blocks of all ranks wait for one another, so those
+    /// that share a device must be resident together.
+    fn crowd(&self) -> Option<String> {
+        let occupancy = self.communicator.placement().occupancy()?;
+        let channels = self.channel_count();
+        (channels * occupancy.ranks > occupancy.blocks).then(|| {
+            format!(
+                "{channels}, on each of {} ranks of {}, but only {} blocks, half of what fits on \
+                    it, may wait there",
+                occupancy.ranks, occupancy.device, occupancy.blocks
+            )
+        })
+    }
+
+    /// Options that must be the same on every rank.
+    pub(in crate::averager) fn shown(&self) -> Vec<(String, String)> {
+        let shown = [
+            ("algorithm", format!("{:?}", self.algorithm)),
+            ("link", format!("{:?}", self.link)),
+            ("all_or_nothing", self.all_or_nothing.to_string()),
+            ("reject_non_finite", self.rejects_non_finite().to_string()),
+            ("reproducible", self.reproducible.to_string()),
+            ("narrow_wire", self.narrow_wire.to_string()),
+            ("start_from", format!("{:?}", self.start)),
+            ("outer", self.outer.to_string()),
+            ("telemetry", self.telemetry.to_string()),
+            ("stage", self.stage.as_ref().map_or("none".into(), |stage| format!("{stage:?}"))),
+            ("timeout", format!("{:?}", self.timeout)),
+            ("device_timeout", format!("{:?}", self.device_timeout)),
+            ("channels", self.channel_count().to_string()),
+            ("slots", self.slots.to_string()),
+            (
+                "chunk_bytes",
+                self.chunk_bytes.map_or("the default".into(), |bytes| bytes.to_string()),
+            ),
+            ("tensors", if self.on_stream { "on a stream" } else { "without a stream" }.into()),
+            ("counter", self.testing.counter.to_string()),
+        ];
+        shown.map(|(name, value)| (name.to_owned(), value)).into()
+    }
+}

@@ -1,0 +1,220 @@
+//! The user's stage of one averager: its parts, and its call between the reduce and the vote.
+
+use super::table::Table;
+use super::{flag, Builder, ParamAverager};
+use crate::abi::{PaArgs, PA_FLAG_VETO, PA_OPEN, PA_PACK_BYTES, PA_RING_VOTE};
+use crate::backend::{Engine, Gathering, Order, Unstarted};
+use crate::bucket::Division;
+use crate::hash::Digest;
+use crate::plan::Launch;
+use crate::stage::{Shard, Span, Stage, Veto};
+use crate::tensor::Dtype;
+use crate::Error;
+
+/// The stage of one rank, and the parts of its shard.
+pub(super) struct RankStage {
+    stage: Stage,
+    names: Vec<String>,
+    spans: Vec<Span>,
+    rank: usize,
+    world_size: usize,
+    layout: u32,
+    rejects_non_finite: bool,
+    /// True if the function was called in the average that is under way.
+    was_called: bool,
+    /// Veto of this rank in the last average.
+    veto: Option<Veto>,
+}
+
+impl RankStage {
+    /// `table` has the addresses of the means.
+    pub(super) fn new(
+        options: &Builder,
+        table: &Table,
+        chunk: u32,
+        channels: u32,
+    ) -> Option<RankStage> {
+        let (stage, communicator) = (options.stage.clone()?, &options.communicator);
+        let (rank, world_size) = (communicator.rank(), communicator.world_size());
+        let division = Division { world: world_size as u32, channels, chunk, is_ring: true };
+        let position = communicator.placement().position(rank) as u32;
+        Some(RankStage {
+            stage,
+            names: table.names(),
+            spans: spans(table, &division, position),
+            rank,
+            world_size,
+            layout: communicator.view(),
+            rejects_non_finite: options.rejects_non_finite(),
+            was_called: false,
+            veto: None,
+        })
+    }
+
+    /// Calls the function. Returns true if this rank refuses the average.
+    ///
+    /// # Safety
+    /// The reduce has filled the means, and nothing else uses them until this returns.
+    unsafe fn refuses(&mut self, sets_values: bool, describe: &dyn Fn(usize) -> String) -> bool {
+        // SAFETY: guaranteed by the caller.
+        self.veto = unsafe { self.call(sets_values, describe) }.err();
+        self.veto.is_some()
+    }
+
+    /// # Safety
+    /// As `refuses`.
+    unsafe fn call(
+        &mut self,
+        sets_values: bool,
+        describe: &dyn Fn(usize) -> String,
+    ) -> Result<(), Veto> {
+        // SAFETY: guaranteed by the caller, here and below.
+        if let Some((tensor, element)) = unsafe { self.first_non_finite() } {
+            // The rank that holds such a value votes against the average, too, and its error is the
+            // one that all ranks get. Otherwise the sum has overflowed.
+            let tensor = describe(tensor);
+            return Err(Veto::new(format!("the mean is not finite: {tensor}, element {element}")));
+        }
+        // SAFETY: as above.
+        let before = sets_values.then(|| unsafe { self.digest() });
+        // SAFETY: as above.
+        let mut shard = unsafe { Shard::new(&self.names, &self.spans) };
+        (shard.rank, shard.world_size, shard.layout) = (self.rank, self.world_size, self.layout);
+        shard.sets_values = sets_values;
+        self.was_called = true;
+        self.stage.call(&mut shard)?;
+        // SAFETY: as above; the function has returned.
+        if before.is_some_and(|before| before != unsafe { self.digest() }) {
+            return Err(Veto::new(
+                "its function has changed values that all ranks begin with: leave them as they are \
+                 where Shard::sets_values is true",
+            ));
+        }
+        // SAFETY: as above.
+        match unsafe { self.first_non_finite() } {
+            Some((tensor, element)) => Err(Veto::new(format!(
+                "its function has left a value that is not finite, or too large for its dtype, in \
+                 {}, element {element}",
+                describe(tensor)
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// Tensor and element of a value that is rejected, if there is one.
+    ///
+    /// # Safety
+    /// As `refuses`.
+    unsafe fn first_non_finite(&self) -> Option<(usize, usize)> {
+        if !self.rejects_non_finite {
+            return None;
+        }
+        self.spans.iter().find_map(|span| {
+            // SAFETY: guaranteed by the caller.
+            let found = unsafe { span.values() }.first_beyond(span.dtype)?;
+            Some((span.tensor, span.first + found))
+        })
+    }
+
+    /// # Safety
+    /// As `refuses`.
+    unsafe fn digest(&self) -> u64 {
+        let mut digest = Digest::default();
+        // SAFETY: guaranteed by the caller.
+        self.spans.iter().for_each(|span| digest.add(unsafe { span.values() }.bytes()));
+        digest.value()
+    }
+
+    /// Notes the end of an average.
+    pub(super) fn ended(&mut self, committed: bool) {
+        if std::mem::take(&mut self.was_called) {
+            self.stage.ended(committed);
+        }
+    }
+
+    /// Bytes of the tables.
+    pub(super) fn bytes(&self) -> usize {
+        size_of_val(&self.spans[..]) + self.names.iter().map(String::len).sum::<usize>()
+    }
+}
+
+/// The parts of a rank's shard: the runs of its packs, cut at the ends of tensors.
+fn spans(table: &Table, division: &Division, position: u32) -> Vec<Span> {
+    let (mut spans, mut at) = (vec![], 0);
+    for (bucket, raw) in table.buckets.iter().zip(&table.raw) {
+        let per_pack = u64::from(PA_PACK_BYTES) / bucket.dtype.size() as u64;
+        let value = if bucket.dtype == Dtype::F64 { 8 } else { 4 };
+        for run in division.shard(bucket.packs, position) {
+            let (first, end) = (run.first * per_pack, (run.first + run.packs) * per_pack);
+            let is_before = |segment: &crate::abi::PaSegment| {
+                segment.first_pack * per_pack + segment.elements <= first
+            };
+            let from = bucket.segments.partition_point(is_before);
+            for (segment, &tensor) in bucket.segments.iter().zip(&bucket.tensors).skip(from) {
+                let begin = segment.first_pack * per_pack;
+                if begin >= end {
+                    break;
+                }
+                let (low, high) = (begin.max(first), (begin + segment.elements).min(end));
+                let elements = (high - low) as usize;
+                spans.push(Span {
+                    tensor,
+                    dtype: bucket.dtype,
+                    first: (low - begin) as usize,
+                    elements,
+                    at,
+                    address: raw.mean + (run.at * per_pack + low - first) * value,
+                });
+                at += elements;
+            }
+        }
+    }
+    spans
+}
+
+/// A rank's stage, whether the average sets values, and the line about a tensor.
+pub(super) type StageOf<'a> = (&'a mut RankStage, bool, &'a dyn Fn(usize) -> String);
+
+/// Starts the launches of an average on the engine, with the call of the stage before its vote.
+///
+/// # Safety
+/// As `Engine::start`.
+pub(super) unsafe fn start(
+    engine: &mut Engine,
+    (args, launches, order, peers): (&PaArgs, &[Launch], Order, &Gathering<'_>),
+    stage: Option<StageOf<'_>>,
+) -> Result<(), Unstarted> {
+    let vote = launches.iter().position(|launch| launch.kernel == PA_RING_VOTE);
+    let (Some((stage, sets_values, describe)), Some(vote)) = (stage, vote) else {
+        // SAFETY: guaranteed by the caller.
+        return unsafe { engine.start(args, launches, order, peers) };
+    };
+    stage.veto = None;
+    // SAFETY: guaranteed by the caller. On CPUs, where stages are, the launches have run when
+    // `start` returns.
+    unsafe { engine.start(args, &launches[..vote], order, peers) }?;
+    let is_reduced = engine.ended().iter().all(|status| status.outcome == PA_OPEN);
+    // SAFETY: the reduce has ended, and the kernels that read the means come after this call.
+    let vetoes = is_reduced && unsafe { stage.refuses(sets_values, describe) };
+    let args = PaArgs { flags: args.flags | flag(PA_FLAG_VETO, vetoes), ..*args };
+    // SAFETY: guaranteed by the caller.
+    unsafe { engine.start(&args, &launches[vote..], order, peers) }
+}
+
+impl ParamAverager {
+    /// Error of an average that the stage of the rank has refused.
+    pub(super) fn vetoed(&self, rank: usize) -> Error {
+        match self.stage.as_ref().and_then(|stage| stage.veto.as_ref()) {
+            Some(own) => Error::StageVetoed { rank: self.rank(), reason: own.to_string() },
+            None => {
+                let reason = "that rank's own error has the reason".into();
+                Error::StageVetoed { rank, reason }
+            }
+        }
+    }
+
+    /// True if an average of this rank has nothing to do but to check its arguments.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.world_size() == 1 && !self.has_outer() && self.stage.is_none()
+    }
+}
