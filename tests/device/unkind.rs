@@ -9,7 +9,9 @@
 mod case;
 pub mod matrix;
 mod modes;
+mod outer;
 mod ranks;
+mod trainer;
 
 use test_support::{Skip, Test};
 
@@ -69,6 +71,11 @@ fn one_device(act: &str, ranks: usize) -> Vec<String> {
 fn one_and_two_devices(act: &str, ranks: usize) -> Vec<String> {
     let devices = ["0", "1"].repeat(ranks / 2).join(",");
     [one_device(act, ranks), vec![format!("threads {act} ring {devices}")]].concat()
+}
+
+/// Worlds of 2 and of 4 ranks with these outer optimizers.
+fn with_outer(act: &str) -> Vec<String> {
+    [one_and_two_devices(act, 2), one_and_two_devices(act, 4)].concat()
 }
 
 /// Worlds of processes with a device each, and links of their own choice.
@@ -166,6 +173,38 @@ tests! {
         cases(&["threads peer ring 0,1", "processes peer ring 0,1"], mode)
     }).concat();
 
+    /// Steps of outer optimizers, which have kernels of their own.
+    outer_steps_where_grids_take_turns_or_lack_room: "A1",
+        [COOP, OCCUPANCY, ROOM].map(|mode| cases(&with_outer("waited+all"), mode)).concat();
+    outer_steps_with_shared_queues: "A3",
+        [QUEUES, THREE_QUEUES, ONE_QUEUE].map(|mode| cases(&with_outer("trainers+all"), mode))
+            .concat();
+    outer_steps_with_calls_that_wait: "A2",
+        [WAITS, LAZY, BLOCKING, SHORT, DISPLAY, QUEUES_AND_WAITS, DISPLAY_AND_WAITS]
+            .map(|mode| cases(&with_outer("waited+all"), mode)).concat();
+    /// The trainer of a late rank acts while its peers wait in an average with an outer step.
+    outer_steps_beside_a_late_trainer: "A2, A4", [
+        cases(&one_device("resident+all", 2), ROOM),
+        cases(&one_and_two_devices("alloc+nesterov", 2), WAITS),
+        cases(&one_and_two_devices("launch+keeping", 2), LAZY),
+        cases(&one_and_two_devices("ahead+adam", 2), DEPTH),
+        cases(&one_and_two_devices("started+all", 2), BLOCKING),
+        cases(&one_and_two_devices("late+keeping", 2), DISPLAY),
+    ].concat();
+    /// Steps of ranks that are processes.
+    outer_steps_of_processes: "A5", [
+        cases(&["processes waited+all auto 0,0", "processes waited+all auto 0,0,0,0"], NODE),
+        cases(&["processes waited+all auto 0,0"], SLICES),
+        cases(&["processes waited+all auto 0,1,0,1"], NODE_OF_TWO),
+        [COOP, ROOM, QUEUES, LAZY, DISPLAY, SHORT, BLOCKING, QUEUES_AND_WAITS].map(|mode| {
+            cases(&["processes waited+all auto 0,1"], mode)
+        }).concat(),
+    ].concat();
+    /// Steps of all dtypes, states that are saved and loaded, and calls that differ.
+    scenarios_of_outer_optimizers: "A1-A4",
+        [COOP, ROOM, SHORT, BLOCKING, QUEUES_AND_WAITS, DISPLAY_AND_WAITS]
+            .map(|mode| cases(&OUTER, mode)).concat();
+
     /// The other scenarios of this program, where grids take turns.
     scenarios_with_cooperative_grids_that_take_turns: "A1",
         [cases(&FEW, COOP), cases(&["averages", "links", "link-failures"], COOP)].concat();
@@ -214,6 +253,9 @@ const FEW: [&str; 9] = [
     "interop-devices",
     "graphs-devices",
 ];
+
+/// Scenarios of `cuda` with outer optimizers.
+const OUTER: [&str; 4] = ["outer-few", "outer-devices", "outer-saved", "outer-calls"];
 
 /// [`FEW`], and failures.
 const MORE: [&str; 11] = [

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use test_support::process::{check_survivors, name, start, start_all, RankProcess};
+use test_support::process::{check_survivors, name, start, start_all, start_and_kill, RankProcess};
 use test_support::rank::now_us;
 use test_support::{count, note, seed, Random};
 
@@ -207,18 +207,9 @@ pub fn kills_at_any_time() {
     let start = Instant::now();
     let mut kills = 0;
     for _ in 0..runs {
-        let n = 3 + chance.below(2) as usize;
-        let deaths = 1 + chance.below(n as u64 - 2) as usize;
-        let mut ranks =
-            start_all("survive", n, |_| vec![("PA_TEST_FINAL", (n - deaths).to_string())]);
-        ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
-        let mut alive: Vec<usize> = (0..n).collect();
-        for _ in 0..deaths {
-            std::thread::sleep(Duration::from_micros(chance.below(20_000)));
-            let dead = alive.remove(chance.below(alive.len() as u64) as usize);
-            ranks[dead].signal(Signal::KILL);
-            kills += 1;
-        }
+        let (n, pause) = (3 + chance.below(2) as usize, Duration::from_millis(20));
+        let (mut ranks, alive) = start_and_kill("survive", n, &mut chance, pause, |_| vec![]);
+        kills += n - alive.len();
         for &rank in &alive {
             assert_eq!(ranks[rank].end(), Some(0), "rank {rank}: {:#?}", ranks[rank].output);
             assert_eq!(ranks[rank].said("done"), [format!("{alive:?}")]);

@@ -52,7 +52,6 @@ fn main() -> std::process::ExitCode {
     if let Ok(role) = std::env::var(process::ROLE) {
         process::exit_as(move || match role.as_str() {
             "limited" => limited::limited(),
-            "outer" => outer::outer(),
             "keeps_a_share" => outer_joins::keeps_a_share(),
             "has_large_state" => outer_joins::has_large_state(),
             "limited_threads" => limited::limited_threads(),
