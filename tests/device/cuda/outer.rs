@@ -30,18 +30,6 @@ pub fn all() {
     }
 }
 
-/// [`all`] for 2 and 4 ranks alone.
-pub fn few() {
-    let shapes = shapes();
-    for ranks in [2, 4] {
-        for algorithm in [Algorithm::Direct, Algorithm::Ring] {
-            for outer in outers() {
-                Way { ranks, algorithm, outer, ..WAY }.compare(&shapes[5..]);
-            }
-        }
-    }
-}
-
 /// Ranks of one device whose calls end differently, and so have different launches.
 pub fn calls() {
     for algorithm in [Algorithm::Direct, Algorithm::Ring] {

@@ -29,7 +29,6 @@ pub fn run(scenario: &str) {
         "graphs-devices" => graphs::on_devices(),
         "host-links" => links::host_links(),
         "outer" => outer::all(),
-        "outer-few" => outer::few(),
         "outer-devices" => outer::on_two_devices(),
         "outer-saved" => outer::saved(),
         "outer-calls" => outer::calls(),
