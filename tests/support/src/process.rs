@@ -114,10 +114,19 @@ impl RankProcess {
                 }
                 next += 1;
             }
-            match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(line) => self.output.push(line),
-                Err(error) => panic!("no {begin:?} ({error}), only {:#?}", self.output),
-            }
+            self.receive(begin, deadline);
+        }
+    }
+
+    /// Waits up to 60 s for one more line.
+    pub fn wait_for_next(&mut self) {
+        self.receive("", Instant::now() + Duration::from_secs(60));
+    }
+
+    fn receive(&mut self, begin: &str, deadline: Instant) {
+        match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(line) => self.output.push(line),
+            Err(error) => panic!("no {begin:?} ({error}), only {:#?}", self.output),
         }
     }
 
@@ -134,6 +143,11 @@ impl RankProcess {
             self.output.extend(self.lines.try_iter());
             std::thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    /// Takes the lines that have arrived.
+    pub fn listen(&mut self) {
+        self.output.extend(self.lines.try_iter());
     }
 
     /// Rests of the lines so far that begin with `begin`.
