@@ -161,7 +161,12 @@ impl RankProcess {
 
     /// Asks the rank to end, by a line on its standard input.
     pub fn ask_to_end(&mut self) {
-        let _ = writeln!(self.child.stdin.as_ref().unwrap(), "end"); // it may be dead
+        self.tell("end");
+    }
+
+    /// Writes a line to its standard input.
+    pub fn tell(&mut self, line: &str) {
+        let _ = writeln!(self.child.stdin.as_ref().unwrap(), "{line}"); // it may be dead
     }
 
     pub fn signal(&self, signal: rustix::process::Signal) {
