@@ -179,6 +179,7 @@ fn main() -> std::process::ExitCode {
             stops::rank_stopped_while_it_waits_for_the_others,
             stops::rank_stopped_before_it_builds,
             stops::rank_stopped_while_it_recovers,
+            stops::a_rank_that_dies_while_another_is_late_to_build_is_lost_at_once,
             stops::abort_ends_the_wait_of_building_ranks,
             trainers::every_process_begins_with_one_model_and_a_joiner_with_the_one_that_is_trained,
             trainers::a_rank_that_is_done_survives_the_death_of_a_peer,

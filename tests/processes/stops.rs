@@ -183,6 +183,31 @@ pub fn rank_stopped_while_it_recovers() {
     }
 }
 
+/// Rank 1 dies when it has told the others that it builds, while rank 2 is stopped before that: rank
+/// 0 notices long before its timeout.
+pub fn a_rank_that_dies_while_another_is_late_to_build_is_lost_at_once() {
+    let long = timeouts(LONG_MS, 600_000);
+    let mut ranks = start_all("stages", 3, |rank| {
+        let stop = (rank == 2).then(|| ("PA_TEST_STOP_AT", "build".to_owned()));
+        long.clone().into_iter().chain([patience()]).chain(stop).collect()
+    });
+    ranks[2].wait_for("stopping");
+    for rank in 0..2 {
+        // Each may wait for the other one, too; rank 0 has the message of rank 1 in any case.
+        ranks[rank].wait_for("building");
+        ranks[rank].wait_for(&format!("notice {rank}: after 200ms, rank {rank} waits for rank"));
+    }
+    ranks[1].signal(Signal::KILL);
+    let failed = ranks[0].wait_for("failed");
+    assert!(failed.starts_with("rank 1 has left the world while building"), "{failed}");
+    ranks[2].signal(Signal::CONT);
+    for rank in [0, 2] {
+        assert_eq!(ranks[rank].wait_for("averaged"), "2", "rank {rank}");
+        ranks[rank].ask_to_end();
+        assert_eq!(ranks[rank].end(), Some(0), "rank {rank}: {:#?}", ranks[rank].output);
+    }
+}
+
 pub fn abort_ends_the_wait_of_building_ranks() {
     let mut ranks = start_all("stages", 3, |rank| match rank {
         2 => vec![("PA_TEST_STOP_AT", "abort".to_owned())],
