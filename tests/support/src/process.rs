@@ -11,6 +11,9 @@ use crate::Random;
 /// Variable with the role of a process. `main` of a test program looks at it before anything else.
 pub const ROLE: &str = "PA_TEST_ROLE";
 
+/// Time after which a process hangs. Where tests of many processes run at once, a minute is short.
+const HANGS: Duration = Duration::from_secs(180);
+
 /// A process, and the lines it prints. Killed when it is dropped.
 pub struct RankProcess {
     pub child: Child,
@@ -98,12 +101,12 @@ pub fn start_all(
 }
 
 impl RankProcess {
-    /// Waits up to 60 s for a line that begins with `begin`, and returns the rest.
+    /// Waits for a line that begins with `begin`, and returns the rest.
     pub fn wait_for(&mut self, begin: &str) -> String {
-        self.wait_for_within(begin, Duration::from_secs(60))
+        self.wait_for_within(begin, HANGS)
     }
 
-    /// [`wait_for`](Self::wait_for) with another limit.
+    /// [`wait_for`](Self::wait_for) with a limit.
     pub fn wait_for_within(&mut self, begin: &str, limit: Duration) -> String {
         let deadline = Instant::now() + limit;
         let mut next = 0;
@@ -118,9 +121,9 @@ impl RankProcess {
         }
     }
 
-    /// Waits up to 60 s for one more line.
+    /// Waits for one more line.
     pub fn wait_for_next(&mut self) {
-        self.receive("", Instant::now() + Duration::from_secs(60));
+        self.receive("", Instant::now() + HANGS);
     }
 
     fn receive(&mut self, begin: &str, deadline: Instant) {
@@ -133,7 +136,7 @@ impl RankProcess {
     /// Waits for the process to end, and returns its exit code, or none if a signal ended it. All
     /// its lines are in `output` then.
     pub fn end(&mut self) -> Option<i32> {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + HANGS;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 self.output.extend(self.lines.iter());

@@ -174,10 +174,10 @@ fn stop_at(place: &str) {
     let is_here = std::env::var("PA_TEST_STOP_AT").is_ok_and(|at| at == place);
     if is_here && !STOPPED.swap(true, Ordering::Relaxed) {
         say("stopping");
-        let _ =
-            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
-        // another thread may have got the signal, which stops all soon
-        std::thread::sleep(Duration::from_millis(20));
+        // Sent to this thread, which stops before it returns from the call. A signal for the process
+        // may be taken by another thread, later.
+        // SAFETY: no pointer is passed.
+        unsafe { libc::raise(libc::SIGSTOP) };
     }
 }
 
