@@ -131,7 +131,7 @@ fn start_with_a_pause(
 }
 
 /// Timeout of tests in which it passes: longer than a busy machine delays a rank.
-const LATE: Duration = Duration::from_secs(6);
+const LATE: Duration = Duration::from_secs(10);
 
 /// Stops a rank before an average, while it waits for a pausing rank, or while all average.
 fn stop_one(n: usize, pauses: Option<usize>, stopped: usize) {

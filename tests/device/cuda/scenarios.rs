@@ -7,6 +7,7 @@ use super::streams::streams;
 use super::way::{shapes, Way, WAY};
 use super::{any_stream, beside, graphs, links, strict};
 use param_averager::*;
+use std::sync::Barrier;
 use std::time::Duration;
 use test_support::{ranks_of, ranks_on};
 
@@ -197,6 +198,7 @@ pub fn fail(devices: &[Device], link: Link, algorithm: Algorithm, all_or_nothing
     let shapes = [(Dtype::F32, 5000, 0), (Dtype::F16, 100, 1)];
     {
         for fault in ["late", "abort", "gone", "nan"] {
+            let over = Barrier::new(devices.len());
             ranks_of(devices, |communicator| {
                 let on = communicator.device();
                 let (rank, abort) = (communicator.rank(), communicator.abort_handle());
@@ -205,11 +207,8 @@ pub fn fail(devices: &[Device], link: Link, algorithm: Algorithm, all_or_nothing
                     model.set(0, 4321, f32::NAN);
                 }
                 let before = model.bytes().to_vec();
-                let timeout = if fault == "late" {
-                    Duration::from_millis(700)
-                } else {
-                    Duration::from_secs(50)
-                };
+                // Longer than a busy machine delays a rank.
+                let timeout = Duration::from_secs(if fault == "late" { 5 } else { 50 });
                 let builder =
                     test_support::options(communicator).algorithm(algorithm).timeout(timeout);
                 let builder = builder.link(link);
@@ -221,12 +220,15 @@ pub fn fail(devices: &[Device], link: Link, algorithm: Algorithm, all_or_nothing
                 if rank == 2 && fault != "nan" {
                     std::thread::sleep(Duration::from_millis(300)); // the others wait by now
                     match fault {
-                        "late" => std::thread::sleep(Duration::from_millis(2500)),
+                        "late" => drop(over.wait()), // when the others have failed
                         "abort" => abort.abort(),
                         _ => return drop(averager),
                     }
                 }
                 let error = averager.average(&mut model).unwrap_err();
+                if fault == "late" && rank != 2 {
+                    over.wait();
+                }
                 let text = format!("{algorithm:?} {all_or_nothing} {fault}, rank {rank}: {error}");
                 let right = match fault {
                     "late" => {
