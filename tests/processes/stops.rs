@@ -183,8 +183,8 @@ pub fn rank_stopped_while_it_recovers() {
     }
 }
 
-/// Rank 1 dies when it has told the others that it builds, while rank 2 is stopped before that: rank
-/// 0 notices long before its timeout.
+/// Rank 1 dies when it has told the others that it builds, while rank 2 is stopped before that:
+/// rank 0 notices long before its timeout.
 pub fn a_rank_that_dies_while_another_is_late_to_build_is_lost_at_once() {
     let long = timeouts(LONG_MS, 600_000);
     let mut ranks = start_all("stages", 3, |rank| {

@@ -116,7 +116,6 @@ pub fn captures() -> Result<()> {
         sys::cuGraphLaunch(ready, raw).result().unwrap();
         averager.graph_outcome(raw.cast())?;
     }
-    drop(params);
     model.download();
     let step = (theta - 0.5 * (theta - 0.5)).to_ne_bytes();
     assert!(model.tensor(0).chunks_exact(4).all(|element| element == step));

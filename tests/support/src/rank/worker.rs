@@ -174,8 +174,8 @@ fn stop_at(place: &str) {
     let is_here = std::env::var("PA_TEST_STOP_AT").is_ok_and(|at| at == place);
     if is_here && !STOPPED.swap(true, Ordering::Relaxed) {
         say("stopping");
-        // Sent to this thread, which stops before it returns from the call. A signal for the process
-        // may be taken by another thread, later.
+        // Sent to this thread, which stops before it returns from the call. Another thread may take
+        // a signal for the process, later.
         // SAFETY: no pointer is passed.
         unsafe { libc::raise(libc::SIGSTOP) };
     }
