@@ -183,6 +183,12 @@ pub fn rank_stopped_while_it_recovers() {
     }
 }
 
+/// Waits until a rank has told its peers that it builds, and waits for them.
+fn waits_to_build(process: &mut RankProcess, rank: usize) {
+    process.wait_for("building");
+    process.wait_for(&format!("notice {rank}: after 200ms, rank {rank} waits for rank"));
+}
+
 /// Rank 1 dies when it has told the others that it builds, while rank 2 is stopped before that:
 /// rank 0 notices long before its timeout.
 pub fn a_rank_that_dies_while_another_is_late_to_build_is_lost_at_once() {
@@ -192,11 +198,8 @@ pub fn a_rank_that_dies_while_another_is_late_to_build_is_lost_at_once() {
         long.clone().into_iter().chain([patience()]).chain(stop).collect()
     });
     ranks[2].wait_for("stopping");
-    for rank in 0..2 {
-        // Each may wait for the other one, too; rank 0 has the message of rank 1 in any case.
-        ranks[rank].wait_for("building");
-        ranks[rank].wait_for(&format!("notice {rank}: after 200ms, rank {rank} waits for rank"));
-    }
+    // Each may wait for the other one, too; rank 0 has the message of rank 1 in any case.
+    ranks[..2].iter_mut().enumerate().for_each(|(rank, process)| waits_to_build(process, rank));
     ranks[1].signal(Signal::KILL);
     let failed = ranks[0].wait_for("failed");
     assert!(failed.starts_with("rank 1 has left the world while building"), "{failed}");
@@ -214,10 +217,7 @@ pub fn abort_ends_the_wait_of_building_ranks() {
         _ => vec![patience()],
     });
     ranks[2].wait_for("stopping");
-    for rank in 0..2 {
-        ranks[rank].wait_for("building");
-        ranks[rank].wait_for(&format!("notice {rank}: after 200ms, rank {rank} waits for rank"));
-    }
+    ranks[..2].iter_mut().enumerate().for_each(|(rank, process)| waits_to_build(process, rank));
     ranks[2].signal(Signal::CONT);
     ends(&mut ranks, 3, 3, &["rank 2 aborted the world while building the averager"]);
 }
