@@ -236,6 +236,7 @@ fn former() -> Vec<Case> {
     let on_waits = on_waits.map(|act| format!("threads {act} ring 0,0"));
     [
         cases(&one_device("averages", 2), COOP),
+        cases(&["threads averages+nesterov ring 0,0"], COOP),
         cases(&one_device("resident", 2), ROOM),
         cases(&["beside"], COOP),
         cases(&on_waits, WAITS),
