@@ -126,31 +126,34 @@ pub struct Division {
 }
 
 impl Division {
-    /// Shard of one rank, in ascending order.
-    pub fn shard(&self, packs: u64, rank: u32) -> Vec<Run> {
+    /// Shard of one rank, in ascending order. Allocates nothing: a division that was read from
+    /// bytes may have any number of runs.
+    pub fn runs(self, packs: u64, rank: u32) -> impl Iterator<Item = Run> {
         let each = channel_packs(packs, self.channels);
         let shard = shard_packs(each, self.world, self.chunk);
         let round = match self.is_ring {
             true => u64::from(self.chunk) * u64::from(self.world),
             false => each,
         };
-        let mut runs = vec![];
-        for channel in 0..u64::from(self.channels) {
+        let of_channel = move |channel: u64| {
             let (mut begin, end) = ((channel * each).min(packs), ((channel + 1) * each).min(packs));
             let mut at = channel * shard;
-            while begin < end {
-                let next = (begin + round).min(end);
-                let part = align_up((next - begin).div_ceil(u64::from(self.world)));
-                let first = (begin + u64::from(rank) * part).min(next);
-                let packs = (first + part).min(next) - first;
-                if packs > 0 {
-                    runs.push(Run { first, at, packs });
+            std::iter::from_fn(move || {
+                while begin < end {
+                    let next = (begin + round).min(end);
+                    let part = align_up((next - begin).div_ceil(u64::from(self.world)));
+                    let first = (begin + u64::from(rank) * part).min(next);
+                    let run = Run { first, at, packs: (first + part).min(next) - first };
+                    at += run.packs;
+                    begin = next;
+                    if run.packs > 0 {
+                        return Some(run);
+                    }
                 }
-                at += packs;
-                begin = next;
-            }
-        }
-        runs
+                None
+            })
+        };
+        (0..u64::from(self.channels)).flat_map(of_channel)
     }
 }
 
@@ -221,7 +224,7 @@ mod tests {
             let mut all = vec![];
             for rank in 0..world {
                 let mut end = 0;
-                for run in division.shard(packs, rank) {
+                for run in division.runs(packs, rank) {
                     prop_assert!(run.at >= end, "no two runs share memory");
                     end = run.at + run.packs;
                     prop_assert!(end <= (run.at / capacity + 1) * capacity, "of one channel");

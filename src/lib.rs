@@ -236,6 +236,11 @@ pub mod __testing {
         pub use crate::abi::*;
     }
 
+    /// The checksum of a saved state.
+    pub fn checksum(bytes: &[u8]) -> u64 {
+        crate::hash::Digest::of(bytes)
+    }
+
     /// The GPU kernels, or why there are none.
     pub fn fatbin() -> Result<&'static [u8], &'static str> {
         crate::backend::cuda::fatbin()

@@ -153,9 +153,8 @@ impl OuterState {
         let mut pieces = vec![];
         let mut before = 0;
         for (bucket, state) in self.buckets.iter().enumerate() {
-            let runs = division.shard(state.packs, position);
             for array in arrays.clone().filter(|&array| array <= state.slots) {
-                for &run in &runs {
+                for run in division.runs(state.packs, position) {
                     pieces.push(Piece { bucket, array, run, before });
                     before += run.packs as usize * state.pack_bytes;
                 }

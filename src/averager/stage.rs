@@ -144,7 +144,7 @@ fn spans(table: &Table, division: &Division, position: u32) -> Vec<Span> {
     for (bucket, raw) in table.buckets.iter().zip(&table.raw) {
         let per_pack = u64::from(PA_PACK_BYTES) / bucket.dtype.size() as u64;
         let value = if bucket.dtype == Dtype::F64 { 8 } else { 4 };
-        for run in division.shard(bucket.packs, position) {
+        for run in division.runs(bucket.packs, position) {
             let (first, end) = (run.first * per_pack, (run.first + run.packs) * per_pack);
             let is_before = |segment: &crate::abi::PaSegment| {
                 segment.first_pack * per_pack + segment.elements <= first

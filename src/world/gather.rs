@@ -27,6 +27,11 @@ pub(super) trait Inbox {
         until: Instant,
     ) -> Result<Vec<(usize, Self::Message)>, Silence>;
 
+    /// True if a rank has departed, or has left the view.
+    fn has_departed(&self, _: usize) -> bool {
+        false
+    }
+
     /// True if the message of a rank says that the call fails on every rank.
     fn is_refusal(&self, _: &Self::Message) -> bool {
         false
@@ -117,6 +122,13 @@ impl Call<'_> {
                 notice.look(|| waits_for_call(self.rank, &missing, self.name, self.timeout));
                 // It may have left after the call, with its message still under way.
                 let left = missing.iter().copied().find(|&rank| has_left(rank));
+                // A build has more messages than this one: it can't end without a rank that has
+                // sent this one and departed, unless all the others are under way.
+                let departed = |&rank: &usize| {
+                    rank != self.rank && all[rank].is_some() && inbox.has_departed(rank)
+                };
+                let is_build = self.phase == Phase::Build;
+                let left = left.or_else(|| (0..self.size).filter(|_| is_build).find(departed));
                 let since = *left_at.get_or_insert_with(Instant::now);
                 match left {
                     None => left_at = None,
@@ -157,6 +169,7 @@ mod tests {
     /// reason, or waits.
     struct Fake {
         arriving: RefCell<Vec<(usize, &'static str)>>,
+        departed: Option<usize>,
         silence: Option<fn() -> Silence>,
     }
 
@@ -178,6 +191,10 @@ mod tests {
             Ok(vec![])
         }
 
+        fn has_departed(&self, rank: usize) -> bool {
+            self.departed == Some(rank)
+        }
+
         fn is_refusal(&self, message: &&'static str) -> bool {
             *message == "no"
         }
@@ -195,7 +212,7 @@ mod tests {
         let deadline = crate::deadline::after(timeout);
         let phase = Phase::Build;
         let call = Call { rank: 1, size: 4, name: "test", phase, timeout, deadline };
-        let inbox = Fake { arriving: RefCell::new(arriving.to_vec()), silence };
+        let inbox = Fake { arriving: RefCell::new(arriving.to_vec()), departed: None, silence };
         call.receive(&inbox, refuses, has_left)
     }
 
@@ -235,6 +252,24 @@ mod tests {
         let lost = || Silence { rank: 3, why: Why::Lost };
         let all = receive(LONG, &[(0, "a")], Some(lost), true, &|_| false).unwrap();
         assert_eq!(all, [Some("a"), None, None, None]);
+    }
+
+    /// A rank that has sent its message ends a build when it departs, but no other call: there it
+    /// may have all messages.
+    #[test]
+    fn a_rank_that_departs_after_its_message_ends_a_build() {
+        let receive = |phase, arriving: &[(usize, &'static str)], timeout| {
+            let deadline = crate::deadline::after(timeout);
+            let call = Call { rank: 1, size: 4, name: "test", phase, timeout, deadline };
+            let arriving = RefCell::new(arriving.to_vec());
+            let inbox = Fake { arriving, departed: Some(2), silence: None };
+            call.receive(&inbox, false, &|_| false)
+        };
+        let lost = receive(Phase::Build, &ALL[..2], LONG);
+        assert!(matches!(lost, Err(Silence { rank: 2, why: Why::Lost })), "{lost:?}");
+        assert!(receive(Phase::Build, &ALL, LONG).is_ok(), "all had arrived");
+        let late = receive(Phase::Exchange, &ALL[..2], 4 * Fake::UNDER_WAY);
+        assert!(matches!(late, Err(Silence { rank: 3, why: Why::Late })), "{late:?}");
     }
 
     /// The last message of a rank may still arrive when the rank has left.

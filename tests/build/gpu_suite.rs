@@ -122,7 +122,7 @@ pub fn outcomes_are_distinguished() {
         let (output, said) = run(
             &bundle.join("suite"),
             true,
-            &[&"run", &out, &"--driver", &driver, &"--limit", &"2"],
+            &[&"run", &out, &"--driver", &driver, &"--limit", &"10"],
         );
         assert_eq!(output.status.code(), Some(1), "{said}");
         let results = results(&out);

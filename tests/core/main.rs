@@ -11,6 +11,7 @@ mod local_sgd;
 mod names;
 mod notices;
 mod outer;
+mod outer_failures;
 mod outer_fixture;
 mod outer_promises;
 mod outer_reference;

@@ -1,5 +1,7 @@
 //! After construction, averaging allocates nothing and makes no system call, waiting aside. Memory
-//! beside the parameters is within its bounds.
+//! beside the parameters is within its bounds, and so is that of a state that is loaded.
+
+mod crafted_states;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
@@ -15,23 +17,38 @@ static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 thread_local! {
     /// True on threads of ranks: the threads of the test harness also allocate.
     static COUNTED: Cell<bool> = const { Cell::new(false) };
+    /// Bytes that this thread has allocated and not freed, and the most of them since `peak_of`.
+    static LIVE: Cell<i64> = const { Cell::new(0) };
+    static PEAK: Cell<i64> = const { Cell::new(0) };
 }
 
-fn count() {
+fn count(bytes: i64) {
     if COUNTED.get() {
         ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        LIVE.set(LIVE.get() + bytes);
+        PEAK.set(PEAK.get().max(LIVE.get()));
     }
+}
+
+/// Calls `f`, and returns the most bytes that this thread had allocated meanwhile.
+fn peak_of<T>(f: impl FnOnce() -> T) -> (T, i64) {
+    COUNTED.set(true);
+    let before = LIVE.get();
+    PEAK.set(before);
+    let value = f();
+    COUNTED.set(false);
+    (value, PEAK.get() - before)
 }
 
 // SAFETY: the system's allocator, counted.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count();
+        count(layout.size() as i64);
         // SAFETY: the caller's.
         unsafe { System.alloc(layout) }
     }
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        count();
+        count(-(layout.size() as i64));
         // SAFETY: the caller's.
         unsafe { System.dealloc(pointer, layout) }
     }
@@ -107,6 +124,8 @@ fn main() -> ExitCode {
             averaging_allocates_nothing,
             averaging_makes_no_system_call: strace,
             memory_overhead_is_bounded,
+            crafted_states::refused_states_allocate_no_more_than_their_size,
+            crafted_states::any_state_with_a_right_checksum_is_loaded_or_refused,
         ],
     )
 }

@@ -1,30 +1,30 @@
 //! Promises of the docs of `Outer` and `Builder::outer` besides the formulas: which averages make a
-//! step, what a failed one leaves behind, and what is refused.
+//! step, and what is refused.
 
 use param_averager::{
-    Action, Algorithm, Builder, Communicator, Dtype, Error, LendError, Loan, LocalSgd, Outer,
-    ParamAverager, Schedule, Start, TensorState,
+    Action, Algorithm, Builder, Communicator, Dtype, Error, LocalSgd, Outer, ParamAverager,
+    Schedule, Start, TensorState,
 };
 use test_support::{ranks, Guarded, Random};
 
-const WAYS: [Algorithm; 2] = [Algorithm::Ring, Algorithm::Direct];
+pub const WAYS: [Algorithm; 2] = [Algorithm::Ring, Algorithm::Direct];
 /// Numbers with which every result below is exact in every dtype.
-const HALVES: Outer = Outer::nesterov(0.5, 0.5);
+pub const HALVES: Outer = Outer::nesterov(0.5, 0.5);
 
-fn builder(communicator: Communicator, algorithm: Algorithm, outer: Outer) -> Builder {
+pub fn builder(communicator: Communicator, algorithm: Algorithm, outer: Outer) -> Builder {
     let builder = ParamAverager::builder(communicator).algorithm(algorithm).outer(outer);
     builder.allow_unnamed().channels(2).chunk_bytes(128)
 }
 
 /// A tensor of each dtype, filled with one number.
-fn filled(value: f64) -> Vec<Guarded> {
+pub fn filled(value: f64) -> Vec<Guarded> {
     let mut model: Vec<Guarded> =
         Dtype::ALL.iter().map(|&dtype| Guarded::new(dtype, 301, 1)).collect();
     fill(&mut model, value);
     model
 }
 
-fn fill(model: &mut [Guarded], value: f64) {
+pub fn fill(model: &mut [Guarded], value: f64) {
     for tensor in model {
         (0..tensor.elements).for_each(|i| tensor.set(i, value));
     }
@@ -41,7 +41,7 @@ fn the_one(model: &[Guarded]) -> f64 {
     first
 }
 
-fn bytes(model: &[Guarded]) -> Vec<Vec<u8>> {
+pub fn bytes(model: &[Guarded]) -> Vec<Vec<u8>> {
     model.iter().map(|tensor| tensor.bytes().to_vec()).collect()
 }
 
@@ -85,130 +85,6 @@ fn a_start_from_the_mean_makes_no_step() {
         averager.average(&mut model).unwrap();
         assert_eq!(the_one(&model), begin - 3.0);
     });
-}
-
-/// Calls that fail on every rank, with nothing changed.
-type Fails = fn(&mut ParamAverager, &mut Vec<Guarded>) -> Option<Error>;
-
-struct NotLent;
-impl param_averager::Lend for NotLent {
-    fn lend(&mut self, _: &mut dyn FnMut(Loan<'_>)) -> Result<(), LendError> {
-        Err(LendError::new("not now"))
-    }
-}
-
-fn with_nan(
-    model: &mut [Guarded],
-    rank: usize,
-    call: impl FnOnce(&mut [Guarded]) -> Option<Error>,
-) -> Option<Error> {
-    let kept = model[2].get(7);
-    if rank == 0 {
-        model[2].set(7, f64::NAN);
-    }
-    let error = call(model);
-    assert!(rank != 0 || model[2].get(7).is_nan());
-    model[2].set(7, kept);
-    error
-}
-
-const FAILURES: [(&str, Fails); 8] = [
-    ("a NaN", |averager, model| {
-        let rank = averager.rank();
-        with_nan(model, rank, |mut model| averager.average(&mut model).err())
-    }),
-    ("a NaN that is broadcast", |averager, model| {
-        let rank = averager.rank();
-        with_nan(model, rank, |mut model| averager.broadcast(0, &mut model).err())
-    }),
-    ("no weight", |averager, model| averager.average_weighted(model, 0.0).err()),
-    ("a negative weight", |averager, model| averager.average_weighted(model, -1.0).err()),
-    ("a root that is none", |averager, model| averager.broadcast(9, model).err()),
-    ("other calls", |averager, model| match averager.rank() {
-        0 => averager.broadcast(0, model).err(),
-        _ => averager.average(model).err(),
-    }),
-    ("other tensors", |averager, model| {
-        let last = model.pop().unwrap();
-        let error = averager.average(model).err();
-        model.push(last);
-        error
-    }),
-    ("tensors that are not lent", |averager, model| match averager.rank() {
-        0 => averager.average(&mut NotLent).err(),
-        _ => averager.average(model).err(),
-    }),
-];
-
-/// An average that fails changes neither tensors nor state, whichever call it was: the one after it
-/// gives the bits that it would have given.
-#[test]
-fn an_average_that_fails_changes_no_state() {
-    let run = |world, algorithm, outer, fails: Option<Fails>| {
-        ranks(world, |communicator| {
-            let rank = communicator.rank();
-            let mut random = Random(rank as u64);
-            let mut model = filled(0.0);
-            model.iter_mut().for_each(|tensor| tensor.fill_random(&mut random));
-            let builder = builder(communicator, algorithm, outer).reject_non_finite(true);
-            let mut averager = builder.build(&mut model).unwrap();
-            let mut results = vec![];
-            for round in 0..4 {
-                for tensor in &mut model {
-                    for i in 0..tensor.elements {
-                        tensor.set(i, tensor.get(i) + random.value() / 4.0);
-                    }
-                }
-                if let (Some(fails), 1..=2) = (fails, round) {
-                    let before = bytes(&model);
-                    let error = fails(&mut averager, &mut model).expect("an error");
-                    assert!(!error.is_fatal(), "{error}");
-                    assert_eq!(error.tensors(), TensorState::Unchanged, "{error}");
-                    assert_eq!(bytes(&model), before, "{error}");
-                }
-                averager.average(&mut model).unwrap();
-                results.push(bytes(&model));
-            }
-            results
-        })
-    };
-    for algorithm in WAYS {
-        for outer in [Outer::diloco(), Outer::adam(0.1, 0.9, 0.99, 1e-3), HALVES.keeping(0.5)] {
-            for world in [1, 3] {
-                let good = run(world, algorithm, outer, None);
-                for (what, fails) in FAILURES {
-                    if world == 1 && what == "other calls" {
-                        continue; // alone, there is no other call
-                    }
-                    let failed = run(world, algorithm, outer, Some(fails));
-                    assert!(failed == good, "{algorithm:?}, {outer}, {world} ranks: {what}");
-                }
-            }
-        }
-    }
-}
-
-/// A fatal failure before the commit: no rank's tensors change. (That no rank's state does is what
-/// tests/processes sees, after a recovery.)
-#[test]
-fn an_abort_before_the_commit_changes_no_tensor() {
-    for algorithm in WAYS {
-        let all_are_built = std::sync::Barrier::new(3);
-        ranks(3, |communicator| {
-            let rank = communicator.rank();
-            let mut model = filled(8.0);
-            let mut averager = builder(communicator, algorithm, HALVES).build(&mut model).unwrap();
-            fill(&mut model, rank as f64);
-            let before = bytes(&model);
-            all_are_built.wait();
-            if rank == 0 {
-                averager.abort_handle().abort(); // without rank 0 there is no commit
-            }
-            let error = averager.average(&mut model).unwrap_err();
-            assert!(error.is_fatal() && error.tensors() == TensorState::Unchanged, "{error}");
-            assert_eq!(bytes(&model), before);
-        });
-    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ mod graphs;
 mod interop;
 mod links;
 pub mod model;
+mod outer;
 mod scenarios;
 mod steps;
 mod streams;
@@ -20,6 +21,7 @@ use std::process::Command;
 use test_support::simulator::{self, no_driver, scenario, Driver, Setting};
 use test_support::{tool, Skip};
 
+pub use outer::outers;
 pub use scenarios::run;
 
 fn compiler() -> String {
@@ -75,6 +77,7 @@ pub fn averages_have_the_bits_of_the_cpu() {
 
 pub fn outer_steps_have_the_bits_of_the_cpu() {
     scenario("outer", &[&[ONE, ("CUDASIM_SEED", "1")]]);
+    scenario("outer-devices", &[&[TWO, ("CUDASIM_SEED", "1")]]);
 }
 
 pub fn outer_calls_that_differ_are_an_error_on_every_rank() {

@@ -1,5 +1,6 @@
 //! Averages of processes on CUDA devices: links, refusals, kills and joins.
 
+pub mod outer;
 mod ranks;
 
 use std::time::Duration;
@@ -223,37 +224,38 @@ pub fn kill_at_any_time_leaves_survivors_running() {
 
 /// Starts a rank on a device: one of `begin` first ranks, or a joiner.
 fn one(
+    role: &str,
     environment: &[(&'static str, String)],
     name: &str,
     origin: usize,
-    device: &str,
+    device: usize,
     begin: Option<usize>,
 ) -> RankProcess {
     let mut variables = environment.to_vec();
     variables.push(("PA_TEST_NAME", name.to_owned()));
     variables.push(("PA_TEST_ORIGIN", origin.to_string()));
-    variables.push(("PA_TEST_DEVICE", device.to_owned()));
+    variables.push(("PA_TEST_DEVICE", device.to_string()));
     match begin {
         Some(world) => variables
             .extend([("PA_TEST_RANK", origin.to_string()), ("PA_TEST_WORLD", world.to_string())]),
         None => variables.push(("PA_TEST_JOIN", "1".to_owned())),
     }
-    start("survive", &variables)
+    start(role, &variables)
 }
 
 /// The joiner is killed at any time, such as during the probe of peer access.
 pub fn kill_of_a_joiner_leaves_members_running() {
     let Some(environment) = environment(&[TWO]) else { return };
     let (name, mut chance) = (name(), Random(seed()));
-    let mut ranks = [0, 1].map(|origin| one(&environment, &name, origin, "0", Some(2)));
+    let mut ranks = [0, 1].map(|origin| one("survive", &environment, &name, origin, 0, Some(2)));
     ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
     for _ in 0..8 {
-        let mut joiner = one(&environment, &name, 2, "1", None);
+        let mut joiner = one("survive", &environment, &name, 2, 1, None);
         std::thread::sleep(Duration::from_micros(chance.below(1_500_000)));
         joiner.signal(Signal::KILL);
         assert_eq!(joiner.end(), None, "{:#?}", joiner.output);
     }
-    let mut last = one(&environment, &name, 2, "1", None);
+    let mut last = one("survive", &environment, &name, 2, 1, None);
     last.wait_for("ready");
     for rank in ranks.iter_mut().chain([&mut last]) {
         rank.ask_to_end();
@@ -263,13 +265,13 @@ pub fn kill_of_a_joiner_leaves_members_running() {
 
 /// The joiner is on another device than the members, or on the same; then a member is killed.
 pub fn a_process_joins_processes_on_devices() {
-    for (settings, device) in [(&[TWO][..], "1"), (&[TWO], "0"), (&[TWO, NO_P2P], "1")] {
+    for (settings, device) in [(&[TWO][..], 1), (&[TWO], 0), (&[TWO, NO_P2P], 1)] {
         let Some(environment) = environment(settings) else { return };
         let name = name();
         let mut ranks =
-            Vec::from([0, 1].map(|origin| one(&environment, &name, origin, "0", Some(2))));
+            Vec::from([0, 1].map(|origin| one("survive", &environment, &name, origin, 0, Some(2))));
         ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
-        ranks.push(one(&environment, &name, 2, device, None));
+        ranks.push(one("survive", &environment, &name, 2, device, None));
         assert_eq!(ranks[2].wait_for("joined"), "[0, 1]");
         assert_eq!(ranks[0].wait_for("admitted"), ranks[1].wait_for("admitted"));
         ranks[2].wait_for("ready");
@@ -290,7 +292,8 @@ pub fn a_process_joins_processes_on_devices() {
 pub fn stopped_process_disturbs_no_peer_when_it_resumes() {
     let mut chance = Random(seed());
     for case in DOOMED {
-        let soon = |_| vec![("PA_TEST_TIMEOUT_MS", "1500".to_owned())];
+        // Longer than a busy machine delays a rank.
+        let soon = |_| vec![("PA_TEST_TIMEOUT_MS", "6000".to_owned())];
         let Some(mut ranks) = case.start("survive", soon) else { return };
         ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
         std::thread::sleep(Duration::from_micros(chance.below(200_000)));

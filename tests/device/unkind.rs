@@ -9,7 +9,9 @@
 mod case;
 pub mod matrix;
 mod modes;
+mod outer;
 mod ranks;
+mod trainer;
 
 use test_support::{Skip, Test};
 
@@ -69,6 +71,16 @@ fn one_device(act: &str, ranks: usize) -> Vec<String> {
 fn one_and_two_devices(act: &str, ranks: usize) -> Vec<String> {
     let devices = ["0", "1"].repeat(ranks / 2).join(",");
     [one_device(act, ranks), vec![format!("threads {act} ring {devices}")]].concat()
+}
+
+/// Worlds of 2 and of 4 ranks with these outer optimizers.
+fn with_outer(act: &str) -> Vec<String> {
+    [one_and_two_devices(act, 2), one_and_two_devices(act, 4)].concat()
+}
+
+/// Some of [`with_outer`]: both algorithms, both sizes, one device and two.
+fn some_with_outer(act: &str) -> Vec<String> {
+    ["ring 0,0", "direct 0,0,0,0", "ring 0,1,0,1"].map(|of| format!("threads {act} {of}")).to_vec()
 }
 
 /// Worlds of processes with a device each, and links of their own choice.
@@ -166,6 +178,41 @@ tests! {
         cases(&["threads peer ring 0,1", "processes peer ring 0,1"], mode)
     }).concat();
 
+    /// Steps of outer optimizers, which have kernels of their own, in all worlds.
+    outer_steps_of_ranks_that_are_threads: "A1-A3",
+        [COOP, ROOM, QUEUES_AND_WAITS].map(|mode| cases(&with_outer("waited+all"), mode)).concat();
+    /// The same in the other modes, in some worlds.
+    outer_steps_in_further_modes: "A1-A4", [
+        [OCCUPANCY, WAITS, LAZY, BLOCKING, SHORT, DISPLAY, DISPLAY_AND_WAITS]
+            .map(|mode| cases(&some_with_outer("waited+all"), mode)).concat(),
+        [QUEUES, THREE_QUEUES, ONE_QUEUE]
+            .map(|mode| cases(&some_with_outer("trainers+all"), mode)).concat(),
+    ].concat();
+    /// The trainer of a late rank acts while its peers wait in an average with an outer step.
+    outer_steps_beside_a_late_trainer: "A1, A2, A4", [
+        cases(&one_device("resident+all", 2), ROOM),
+        cases(&one_and_two_devices("alloc+nesterov", 2), WAITS),
+        cases(&one_and_two_devices("launch+keeping", 2), LAZY),
+        cases(&one_and_two_devices("ahead+adam", 2), DEPTH),
+        cases(&one_and_two_devices("started+all", 2), BLOCKING),
+        cases(&["threads late+keeping ring 0,1"], DISPLAY),
+    ].concat();
+    /// Steps of ranks that are processes.
+    outer_steps_of_processes: "A1-A5", [
+        cases(&["processes waited+all auto 0,0", "processes waited+all auto 0,0,0,0"], NODE),
+        cases(&["processes waited+all auto 0,0"], SLICES),
+        cases(&["processes waited+all auto 0,1,0,1"], NODE_OF_TWO),
+        [COOP, ROOM, QUEUES, LAZY, DISPLAY, SHORT, BLOCKING, QUEUES_AND_WAITS].map(|mode| {
+            cases(&["processes waited+all auto 0,1"], mode)
+        }).concat(),
+    ].concat();
+    /// Steps of all dtypes, states that are saved and loaded, and calls that differ.
+    scenarios_of_outer_optimizers: "A1-A4", [
+        [COOP, ROOM, QUEUES_AND_WAITS].map(|mode| cases(&["outer-devices"], mode)).concat(),
+        [COOP, ROOM, SHORT, BLOCKING, QUEUES_AND_WAITS, DISPLAY_AND_WAITS]
+            .map(|mode| cases(&["outer-saved", "outer-calls"], mode)).concat(),
+    ].concat();
+
     /// The other scenarios of this program, where grids take turns.
     scenarios_with_cooperative_grids_that_take_turns: "A1",
         [cases(&FEW, COOP), cases(&["averages", "links", "link-failures"], COOP)].concat();
@@ -189,6 +236,7 @@ fn former() -> Vec<Case> {
     let on_waits = on_waits.map(|act| format!("threads {act} ring 0,0"));
     [
         cases(&one_device("averages", 2), COOP),
+        cases(&["threads averages+nesterov ring 0,0"], COOP),
         cases(&one_device("resident", 2), ROOM),
         cases(&["beside"], COOP),
         cases(&on_waits, WAITS),

@@ -253,7 +253,6 @@ pub fn late_failure_of_a_model_does_not_stop_an_admission() {
 /// The average that was due was made, so no error may say that nothing was changed.
 pub fn abort_during_an_admission_reports_both_halves() {
     let (mut members, joiner) = half_way_in(&name());
-    std::thread::sleep(Duration::from_millis(100));
     members[0].ask_to_end();
     for rank in &mut members {
         assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);

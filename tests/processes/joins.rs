@@ -101,7 +101,7 @@ pub fn joiners_may_be_stopped_at_any_time() {
     let rounds = count(1, 6);
     let mut chance = Random(seed());
     let name = name();
-    let timeout = [("PA_TEST_TIMEOUT_MS", "1000".to_owned())];
+    let timeout = [("PA_TEST_TIMEOUT_MS", "3000".to_owned())];
     let mut ranks: Vec<RankProcess> =
         (0..3).map(|origin| first("survive", &name, 3, origin, &timeout)).collect();
     ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
@@ -109,7 +109,7 @@ pub fn joiners_may_be_stopped_at_any_time() {
         let mut joiner = late("survive", &name, 3, &timeout);
         std::thread::sleep(Duration::from_micros(chance.below(40_000)));
         joiner.signal(Signal::STOP);
-        std::thread::sleep(Duration::from_millis(chance.below(2000)));
+        std::thread::sleep(Duration::from_millis(chance.below(5000)));
         if chance.below(2) == 0 {
             joiner.signal(Signal::CONT);
             std::thread::sleep(Duration::from_millis(chance.below(300)));
@@ -197,15 +197,20 @@ pub fn refusal_names_the_reason_and_harms_no_member() {
     assert!(error.contains("no world of this name was found on this host within 1.5s"), "{error}");
 
     // No rank averages meanwhile.
+    let soon = [("PA_TEST_MEET_MS", "6000".to_owned())];
     let name = name();
-    let mut pausing: Vec<RankProcess> = (0..2)
-        .map(|origin| first("survive", &name, 2, origin, &[("PA_TEST_PAUSE_MS", "7000".into())]))
-        .collect();
-    pausing.iter_mut().for_each(|rank| drop(rank.wait_for("pausing")));
+    let held = || -> Vec<RankProcess> {
+        let held = [("PA_TEST_HOLD", "1".into())];
+        let mut ranks: Vec<RankProcess> =
+            (0..2).map(|origin| first("survive", &name, 2, origin, &held)).collect();
+        ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
+        ranks
+    };
+    let mut pausing = held();
     let mut early = late("meet", &name, 2, &soon);
     assert_eq!(early.end(), Some(3));
     let error = &early.said("error")[0];
-    assert!(error.contains("its 2 ranks admitted no process within 1.5s"), "{error}");
+    assert!(error.contains("its 2 ranks admitted no process within 6s"), "{error}");
     pausing[1].signal(Signal::STOP);
     let mut silent = late("meet", &name, 2, &soon);
     assert_eq!(silent.end(), Some(3));
@@ -215,6 +220,7 @@ pub fn refusal_names_the_reason_and_harms_no_member() {
 
     // Another model: the joiner finds out while it builds, and leaves. The members go on.
     let mut other = late("meet", &name, 2, &[]);
+    pausing.iter_mut().for_each(|rank| rank.tell("go"));
     assert_eq!(other.end(), Some(3), "{:#?}", other.output);
     let error = &other.said("error")[0];
     assert!(error.contains("rank 2 builds its averager with"), "{error}");
@@ -225,21 +231,21 @@ pub fn refusal_names_the_reason_and_harms_no_member() {
     drop(pausing);
 
     // The world ends while a joiner waits.
-    let mut pausing: Vec<RankProcess> = (0..2)
-        .map(|origin| first("survive", &name, 2, origin, &[("PA_TEST_PAUSE_MS", "30000".into())]))
-        .collect();
-    pausing.iter_mut().for_each(|rank| drop(rank.wait_for("pausing")));
-    let mut waiting = late("meet", &name, 2, &[]);
-    std::thread::sleep(Duration::from_millis(1500));
+    let pausing = held();
+    let mut waiting = late("meet", &name, 2, &[("PA_TEST_PATIENCE_MS", "1500".into())]);
+    let notice = waiting.wait_for("notice");
     pausing.iter().for_each(|rank| rank.signal(Signal::KILL));
     assert_eq!(waiting.end(), Some(3));
     let error = &waiting.said("error")[0];
-    assert!(error.contains("the world has ended"), "{error}");
+    // On a busy machine it may have looked for the world for that long.
+    let found_none = notice.contains("looks for") && error.contains("no world of this name");
+    assert!(error.contains("the world has ended") || found_none, "{error}");
 }
 
 /// A joiner takes the place of one of four ranks, which has panicked.
 pub fn training_goes_on_with_a_process_that_joins() {
-    let pause = ("PA_TEST_STEP_US", "8000".to_owned());
+    // Training goes on until the process has joined.
+    let more = [("PA_TEST_STEP_US", "8000".to_owned()), ("PA_TEST_FINAL", "4".to_owned())];
     let trained = |ranks: &mut [RankProcess]| -> f64 {
         let mut said = vec![];
         for rank in ranks {
@@ -255,16 +261,16 @@ pub fn training_goes_on_with_a_process_that_joins() {
     let mut ranks: Vec<RankProcess> = (0..4)
         .map(|origin| {
             let dies = (origin == 1).then(|| ("PA_TEST_PANIC", "103".to_owned()));
-            let more: Vec<_> = [pause.clone()].into_iter().chain(dies).collect();
+            let more: Vec<_> = more.iter().cloned().chain(dies).collect();
             first("train", &name, 4, origin, &more)
         })
         .collect();
     assert_eq!(ranks[1].end(), Some(6));
     assert!(ranks[0].wait_for("failed").contains("PeerLost { rank: 1"));
-    ranks[1] = late("train", &name, 4, &[pause]);
+    ranks[1] = late("train", &name, 4, &more);
     let disturbed = trained(&mut ranks);
     let began: u64 = ranks[1].said("begins at")[0].parse().unwrap();
-    assert!(began > 103 && began < 400 && began.is_multiple_of(8), "{began}");
+    assert!(began > 103 && began.is_multiple_of(8), "{began}");
     note!(
         "loss {undisturbed} undisturbed, {disturbed} with a rank that was replaced at step {began}"
     );

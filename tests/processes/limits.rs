@@ -37,7 +37,7 @@ const STAGES: [&str; 4] = ["starting", "building", "averaging", "recovering"];
 pub const RANKS: usize = 3;
 /// Maximum time until an error, in ms: a second, and more for a busy machine. Timeouts of these
 /// worlds are a minute or more.
-const SOON_MS: u64 = 5000;
+const SOON_MS: u64 = 20_000;
 /// A user that has no other processes, for limits that do not bind root.
 const USER: u32 = 54_321;
 

@@ -30,6 +30,8 @@ mod outer;
 #[cfg(target_os = "linux")]
 mod outer_joins;
 #[cfg(target_os = "linux")]
+mod partly;
+#[cfg(target_os = "linux")]
 mod resume;
 #[cfg(target_os = "linux")]
 mod schedules;
@@ -54,8 +56,8 @@ fn main() -> std::process::ExitCode {
     if let Ok(role) = std::env::var(process::ROLE) {
         process::exit_as(move || match role.as_str() {
             "limited" => limited::limited(),
-            "outer" => outer::outer(),
             "stage" => stage::stage(),
+            "left_alone" => partly::left_alone(),
             "keeps_a_share" => outer_joins::keeps_a_share(),
             "has_large_state" => outer_joins::has_large_state(),
             "limited_threads" => limited::limited_threads(),
@@ -171,6 +173,7 @@ fn main() -> std::process::ExitCode {
             notices::a_rank_that_waits_to_meet_says_so,
             notices::a_rank_that_waits_to_build_says_so,
             notices::a_rank_that_waits_to_recover_says_so,
+            partly::a_rank_that_is_left_alone_by_half_an_average_says_so,
             resume::a_world_killed_after_a_save_loads_it_and_ends_as_one_that_ran_through,
             schedules::ranks_go_on_with_one_h_after_a_death_and_a_join,
             several_averagers::averagers_are_recovered_in_any_order,
@@ -181,6 +184,7 @@ fn main() -> std::process::ExitCode {
             stops::rank_stopped_while_it_waits_for_the_others,
             stops::rank_stopped_before_it_builds,
             stops::rank_stopped_while_it_recovers,
+            stops::a_rank_that_dies_while_another_is_late_to_build_is_lost_at_once,
             stops::abort_ends_the_wait_of_building_ranks,
             trainers::every_process_begins_with_one_model_and_a_joiner_with_the_one_that_is_trained,
             trainers::a_rank_that_is_done_survives_the_death_of_a_peer,

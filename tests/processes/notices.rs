@@ -1,5 +1,7 @@
 //! Ranks that wait for long say so once, through `tracing`, with the rank that they wait for.
 
+use std::time::Duration;
+
 use rustix::process::Signal;
 
 use test_support::process::{name, start, start_all, RankProcess};
@@ -36,7 +38,7 @@ pub fn a_rank_that_waits_to_meet_says_so() {
             ("RANK", rank.to_string()),
             ("WORLD_SIZE", "3".to_owned()),
             ("MASTER_PORT", port.clone()),
-            ("PA_TEST_MEET_MS", "2500".to_owned()),
+            ("PA_TEST_MEET_MS", "6000".to_owned()),
             ("PA_TEST_PATIENCE_MS", PATIENCE.to_owned()),
         ];
         start("meet", &variables)
@@ -44,19 +46,25 @@ pub fn a_rank_that_waits_to_meet_says_so() {
     let join = [
         ("PA_TEST_JOIN", "1".to_owned()),
         ("PA_TEST_NAME", name()),
-        ("PA_TEST_MEET_MS", "2500".to_owned()),
+        ("PA_TEST_MEET_MS", "6000".to_owned()),
         ("PA_TEST_PATIENCE_MS", PATIENCE.to_owned()),
     ];
     let mut ranks = [rank(0), rank(1), start("meet", &join)];
     let waits = [
-        "0: after 400ms, rank 0 of 3 waits for ranks 2",
-        "1: after 400ms, rank 1 of 3 waits for rank 0",
-        ": after 400ms, a process looks for a world named",
+        // Rank 1 may be late, too.
+        &[
+            "0: after 400ms, rank 0 of 3 waits for ranks 2",
+            "0: after 400ms, rank 0 of 3 waits for \
+            ranks 1, 2",
+        ][..],
+        &["1: after 400ms, rank 1 of 3 waits for rank 0"],
+        &[": after 400ms, a process looks for a world named"],
     ];
     for (rank, waits) in ranks.iter_mut().zip(waits) {
         assert_eq!(rank.end(), Some(3));
         let notices = rank.said("notice ");
-        assert!(notices.len() == 1 && notices[0].starts_with(waits), "{:#?}", rank.output);
+        let is_right = waits.iter().any(|waits| notices[0].starts_with(waits));
+        assert!(notices.len() == 1 && is_right, "{:#?}", rank.output);
         assert!(rank.said("stderr: param-averager").is_empty(), "{:#?}", rank.output);
     }
 }
@@ -64,18 +72,29 @@ pub fn a_rank_that_waits_to_meet_says_so() {
 pub fn a_rank_that_waits_to_build_says_so() {
     let mut ranks = stages(3, |rank| (rank == 2).then_some("build"));
     ranks[2].wait_for("stopping");
+    // A busy machine may delay further ranks: these are named, too, and so are slow meetings.
+    let build = |rank: usize| {
+        let begin = format!("notice {rank}: after 400ms, rank {rank} waits for ");
+        ["rank 2 to build", "ranks 0, 2 to build", "ranks 1, 2 to build"]
+            .map(|ranks| begin.clone() + ranks)
+    };
+    let of_build = |rank: usize, process: &RankProcess| -> Vec<String> {
+        build(rank).iter().flat_map(|begin| process.said(begin)).collect()
+    };
     for (rank, process) in ranks[..2].iter_mut().enumerate() {
-        let waits = format!("after 400ms, rank {rank} waits for rank 2 to build an averager");
-        let notice = process.wait_for(&format!("notice {rank}: "));
-        assert!(notice.starts_with(&waits) && notice.ends_with("after 50s"), "{notice}");
+        while of_build(rank, process).is_empty() {
+            process.wait_for_next();
+        }
+        let notice = of_build(rank, process).remove(0);
+        assert!(notice.starts_with("an averager") && notice.ends_with("after 50s"), "{notice}");
+    }
+    std::thread::sleep(Duration::from_millis(1000)); // time for another one, which there is not
+    for (rank, process) in ranks[..2].iter_mut().enumerate() {
+        process.listen();
+        assert_eq!(of_build(rank, process).len(), 1, "{:#?}", process.output);
     }
     ranks[2].signal(Signal::CONT);
     end(&mut ranks, 3);
-    for (rank, process) in ranks[..2].iter().enumerate() {
-        // Any other notice is one of an average or a build that the machine made slow.
-        let build = format!("notice {rank}: after 400ms, rank {rank} waits for rank 2 to build");
-        assert_eq!(process.said(&build).len(), 1, "{:#?}", process.output);
-    }
 }
 
 pub fn a_rank_that_waits_to_recover_says_so() {
@@ -84,8 +103,8 @@ pub fn a_rank_that_waits_to_recover_says_so() {
     ranks[0].signal(Signal::KILL);
     ranks[2].wait_for("stopping");
     ranks[1].wait_for("recovering");
-    let notice = ranks[1].wait_for("notice 1: after 400ms, rank 1 waits for ranks");
-    assert!(notice.starts_with("2 to recover") && notice.contains("50s are left out"), "{notice}");
+    let notice = ranks[1].wait_for("notice 1: after 400ms, rank 1 waits for ranks 2 to recover");
+    assert!(notice.contains("50s are left out"), "{notice}");
     ranks[2].signal(Signal::CONT);
     end(&mut ranks[1..], 2);
     for (rank, process) in ranks.iter().enumerate().skip(1) {

@@ -152,7 +152,7 @@ pub fn barrier_beside_a_death() -> i32 {
     let error = averager.all_reduce_scalars(&mut [1.0], Reduction::Max).unwrap_err();
     let expected = Error::PeerLost { rank: 1, phase: Phase::Exchange, committed: false };
     assert_eq!((&error, error.tensors()), (&expected, TensorState::Unchanged));
-    assert!(start.elapsed() < Duration::from_secs(20));
+    assert!(start.elapsed() < Duration::from_secs(50), "the timeout of 60 s, not the death");
     let poisoned = averager.barrier().unwrap_err();
     assert!(matches!(poisoned, Error::Poisoned { .. }), "{poisoned}");
     averager.recover(&mut model).unwrap();

@@ -3,10 +3,10 @@
 use std::ops::Range;
 
 use super::assembly::{Assembly, Piece};
-use super::{AnchorState, OuterState};
+use super::{AnchorState, BucketState, OuterState};
 use crate::abi::{PA_ALIGN_PACKS, PA_MAX_WORLD};
 use crate::averager::ParamAverager;
-use crate::bucket::Division;
+use crate::bucket::{Division, Run};
 use crate::error::StateError;
 use crate::saved::{Reader, Writer};
 use crate::Result;
@@ -98,20 +98,22 @@ impl ParamAverager {
         if let Some(other) = shards.iter().find(|shard| shard.optimizer != expected) {
             return Err(StateError::OtherOuter { found: other.optimizer.into(), expected });
         }
-        let no_memory = |reason| StateError::Memory { reason };
-        let mut assembly = Assembly::new(&own, ALL).map_err(no_memory)?;
-        let mut all = vec![];
-        for shard in &shards {
-            let theirs = own.pieces(&shard.division, shard.position, ALL);
-            if own.length(&theirs) != shard.stream.len() {
-                return Err(StateError::Corrupt);
-            }
-            assembly.add(&theirs, 0, shard.stream);
-            all.push(theirs);
+        // Before anything is allocated for a division, which may be any.
+        let is_whole =
+            |shard: &Shard| own.bytes_of(&shard.division, shard.position) == shard.stream.len();
+        if !shards.iter().all(is_whole) {
+            return Err(StateError::Corrupt);
         }
+        let pieces = |shard: &Shard| own.pieces(&shard.division, shard.position, ALL);
+        let all: Vec<Vec<Piece>> = shards.iter().map(pieces).collect();
         let (lacks, of) = own.lacks(&all);
         if lacks > 0 {
             return Err(StateError::MissingShards { found: saved.len(), lacks, of });
+        }
+        let no_memory = |reason| StateError::Memory { reason };
+        let mut assembly = Assembly::new(&own, ALL).map_err(no_memory)?;
+        for (theirs, shard) in all.iter().zip(&shards) {
+            assembly.add(theirs, 0, shard.stream);
         }
         assembly.write().map_err(no_memory)?;
         let is_set = shards.iter().all(|shard| shard.is_set);
@@ -123,6 +125,15 @@ impl ParamAverager {
 }
 
 impl OuterState {
+    /// Bytes of the stream of a rank of any division. Allocates nothing.
+    fn bytes_of(&self, division: &Division, position: u32) -> usize {
+        let of = |state: &BucketState| {
+            let packs: u64 = division.runs(state.packs, position).map(|run| run.packs).sum();
+            packs as usize * state.pack_bytes * (state.slots + 1)
+        };
+        self.buckets.iter().map(of).sum()
+    }
+
     /// Number of packs of this rank's shard that no rank has, and of all its packs.
     fn lacks(&self, pieces: &[Vec<Piece>]) -> (u64, u64) {
         let mut theirs: Vec<_> = pieces.iter().flatten().filter(|piece| piece.array == 0).collect();
@@ -138,13 +149,17 @@ impl OuterState {
             }
         }
         let (mut lacks, mut of) = (0, 0);
-        for own in self.pieces(&self.division, self.position, 0..1) {
-            let (first, end) = (own.run.first, own.run.first + own.run.packs);
-            let from = runs.partition_point(|run| (run.0, run.2) <= (own.bucket, first));
-            let near = runs[from..].iter().take_while(|run| run.0 == own.bucket && run.1 < end);
+        let division = self.division;
+        let own = self.buckets.iter().enumerate().flat_map(|(bucket, state)| {
+            division.runs(state.packs, self.position).map(move |run| (bucket, run))
+        });
+        for (bucket, Run { first, packs, .. }) in own {
+            let end = first + packs;
+            let from = runs.partition_point(|run| (run.0, run.2) <= (bucket, first));
+            let near = runs[from..].iter().take_while(|run| run.0 == bucket && run.1 < end);
             let has: u64 = near.map(|run| run.2.min(end) - run.1.max(first)).sum();
-            lacks += own.run.packs - has;
-            of += own.run.packs;
+            lacks += packs - has;
+            of += packs;
         }
         (lacks, of)
     }

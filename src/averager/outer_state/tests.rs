@@ -39,7 +39,7 @@ impl Model {
     fn each_byte(&self, state: &OuterState, mut f: impl FnMut(usize, usize, u64, usize)) {
         for (bucket, of) in state.buckets.iter().enumerate() {
             let size = of.pack_bytes as u64;
-            for run in state.division.shard(of.packs, state.position) {
+            for run in state.division.runs(of.packs, state.position) {
                 for array in 0..=self.slots {
                     for byte in 0..run.packs * size {
                         let at = array * of.array + (run.at * size + byte) as usize;
@@ -104,7 +104,7 @@ proptest! {
             model.buckets.iter().map(|&(_, packs)| vec![u32::MAX; packs as usize]).collect();
         for (owner, &(_, packs)) in owner.iter_mut().zip(&model.buckets) {
             for rank in 0..before.world {
-                for run in before.shard(packs, rank) {
+                for run in before.runs(packs, rank) {
                     owner[run.first as usize..][..run.packs as usize].fill(rank);
                 }
             }

@@ -179,6 +179,11 @@ impl Inbox for Received<'_> {
         came.unwrap_or_else(|| Ok(vec![]))
     }
 
+    fn has_departed(&self, rank: usize) -> bool {
+        let Received { member, .. } = *self;
+        member.peer_set.lock().is_lost(member.ids()[rank], member.number())
+    }
+
     fn is_refusal(&self, frame: &Frame) -> bool {
         frame.kind == Kind::Verdict && frame.body != b"null"
     }

@@ -1,6 +1,7 @@
 //! A rank that leaves at one step of an average, and the tensors of each survivor afterwards.
 
-use std::time::Instant;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use param_averager::{Algorithm, Error, TensorState};
 use test_support::{ranks, Guarded};
@@ -11,6 +12,7 @@ use super::{builder, bytes, model, GRACE, TIMEOUT};
 /// again.
 pub fn leave_at(n: usize, way: (Algorithm, bool), step: u32) {
     let leaver = 1;
+    let returned = AtomicUsize::new(0);
     let context = format!("{way:?}, {n} ranks, step {step}");
     let outcomes = ranks(n, |communicator| {
         let rank = communicator.rank();
@@ -26,8 +28,9 @@ pub fn leave_at(n: usize, way: (Algorithm, bool), step: u32) {
         let start = Instant::now();
         let result = averager.average(&mut model);
         let elapsed = start.elapsed();
-        if rank == leaver {
-            std::thread::sleep(2 * TIMEOUT); // silent, and not yet gone
+        returned.fetch_add(1, Ordering::Relaxed);
+        while rank == leaver && returned.load(Ordering::Relaxed) < n {
+            std::thread::sleep(Duration::from_millis(20)); // silent, and not yet gone
         }
         (result, held, model, elapsed)
     });

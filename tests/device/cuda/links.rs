@@ -6,7 +6,7 @@ use super::way::{shapes, Way, WAY};
 use param_averager::*;
 use test_support::ranks_of;
 
-fn ring(ranks: usize, devices: &'static [usize], link: Link) -> Way {
+pub fn ring(ranks: usize, devices: &'static [usize], link: Link) -> Way {
     Way { ranks, devices, link, ..WAY }
 }
 
@@ -19,7 +19,7 @@ fn order_of(devices: &[Device]) -> Vec<usize> {
     orders.into_iter().next().unwrap()
 }
 
-fn compare(way: Way, shapes: &[Shape]) {
+pub fn compare(way: Way, shapes: &[Shape]) {
     way.compare_in_order(shapes, &order_of(&way.devices()));
 }
 

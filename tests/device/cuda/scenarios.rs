@@ -1,11 +1,13 @@
 //! Scenarios of child processes.
 
 use super::model::Model;
+use super::outer::{self, outers};
 use super::steps::steps;
 use super::streams::streams;
 use super::way::{shapes, Way, WAY};
 use super::{any_stream, beside, graphs, links, strict, telemetry};
 use param_averager::*;
+use std::sync::Barrier;
 use std::time::Duration;
 use test_support::{ranks_of, ranks_on};
 
@@ -27,9 +29,10 @@ pub fn run(scenario: &str) {
         "graph-refusals" => graphs::refusals(),
         "graphs-devices" => graphs::on_devices(),
         "host-links" => links::host_links(),
-        "outer" => outer(),
-        "outer-saved" => outer_saved(),
-        "outer-calls" => outer_calls(),
+        "outer" => outer::all(),
+        "outer-devices" => outer::on_two_devices(),
+        "outer-saved" => outer::saved(),
+        "outer-calls" => outer::calls(),
         "telemetry" => telemetry::on_one_device(),
         "telemetry-devices" => telemetry::on_two_devices(),
         "host-failures" => links::host_failures(),
@@ -97,94 +100,6 @@ fn averages() {
         drop(ring);
         auto.average(&mut model).unwrap();
     });
-}
-
-fn outer() {
-    let shapes = shapes();
-    for ranks in [1, 2, 3, 5] {
-        for algorithm in [Algorithm::Direct, Algorithm::Ring] {
-            if ranks == 1 && algorithm == Algorithm::Ring {
-                continue;
-            }
-            for outer in outers() {
-                Way { ranks, algorithm, outer, ..WAY }.compare(&shapes);
-            }
-        }
-    }
-    let way = Way { outer: Outer::diloco(), channels: 3, slots: 2, chunk: 128, ..WAY };
-    for algorithm in [Algorithm::Direct, Algorithm::Ring] {
-        let way = Way { algorithm, ..way.clone() };
-        Way { weighted: true, counter: u32::MAX - 3, reject: true, ..way.clone() }
-            .compare(&shapes[10..]);
-        Way { delay_ns: 100_000, narrow_wire: true, ..way }.compare(&shapes[5..]);
-    }
-}
-
-/// Ranks of one device whose calls end differently, and so have different launches.
-fn outer_calls() {
-    for algorithm in [Algorithm::Direct, Algorithm::Ring] {
-        let way = Way { ranks: 2, algorithm, outer: Outer::diloco(), ..WAY };
-        let errors = ranks_on(GPU, 2, |communicator| {
-            let mut model = Model::new(GPU, &shapes(), communicator.rank() as u64);
-            let mut averager = way.build(communicator, &mut model).unwrap();
-            let error = match averager.rank() {
-                0 => averager.broadcast(0, &mut model).unwrap_err(),
-                _ => averager.average(&mut model).unwrap_err(),
-            };
-            averager.average(&mut model).unwrap();
-            error
-        });
-        assert!(
-            errors.iter().all(|error| matches!(error, Error::CallsDiffer { .. })),
-            "{algorithm:?}: {errors:?}"
-        );
-    }
-}
-
-/// A world that saves, ends and loads goes on as one that ran through, on devices as on CPUs.
-fn outer_saved() {
-    let shapes = shapes();
-    for (algorithm, outer) in [
-        (Algorithm::Direct, outers()[0]),
-        (Algorithm::Ring, outers()[0]),
-        (Algorithm::Ring, outers()[1]),
-    ] {
-        let way = Way { ranks: 2, algorithm, outer, ..WAY };
-        // The models after two steps more, from the states of a world before or from its begin.
-        let run = |on: Device, states: Option<&[Vec<u8>]>| -> Vec<(Vec<u8>, Vec<u8>)> {
-            ranks_on(on, 2, |communicator| {
-                let rank = communicator.rank();
-                let mut models: Vec<Model> = (0..5)
-                    .map(|round| Model::new(on, &shapes, 100 * round + rank as u64))
-                    .collect();
-                let averager = way.build(communicator, &mut models[0]).unwrap();
-                let mut sgd = LocalSgd::new(averager, Schedule::every(1));
-                match states {
-                    Some(states) => sgd.load(&states[rank]).unwrap(),
-                    None => models[1..3].iter_mut().for_each(|model| {
-                        sgd.step(model).unwrap();
-                    }),
-                }
-                let state = sgd.save().unwrap();
-                models[3..].iter_mut().for_each(|model| {
-                    sgd.step(model).unwrap();
-                });
-                sgd.wait().unwrap();
-                models[4].download();
-                (state, models[4].bytes().to_vec())
-            })
-        };
-        let (gpu, cpu) = (run(GPU, None), run(Device::cpu(), None));
-        assert!(gpu == cpu, "{way:?}: not the states and bits of the CPU");
-        let states: Vec<Vec<u8>> = gpu.iter().map(|(state, _)| state.clone()).collect();
-        assert!(run(GPU, Some(&states)) == gpu, "{way:?}: loaded");
-        assert!(run(Device::cpu(), Some(&states)) == gpu, "{way:?}: loaded on CPUs");
-    }
-}
-
-/// One outer optimizer of each kind.
-pub fn outers() -> [Outer; 3] {
-    [Outer::diloco(), Outer::adam(0.1, 0.9, 0.99, 1e-3), Outer::momentum(0.9, 0.5).keeping(0.25)]
 }
 
 fn races() {
@@ -297,6 +212,7 @@ pub fn fail(devices: &[Device], link: Link, algorithm: Algorithm, all_or_nothing
     let shapes = [(Dtype::F32, 5000, 0), (Dtype::F16, 100, 1)];
     {
         for fault in ["late", "abort", "gone", "nan"] {
+            let over = Barrier::new(devices.len());
             ranks_of(devices, |communicator| {
                 let on = communicator.device();
                 let (rank, abort) = (communicator.rank(), communicator.abort_handle());
@@ -305,11 +221,8 @@ pub fn fail(devices: &[Device], link: Link, algorithm: Algorithm, all_or_nothing
                     model.set(0, 4321, f32::NAN);
                 }
                 let before = model.bytes().to_vec();
-                let timeout = if fault == "late" {
-                    Duration::from_millis(700)
-                } else {
-                    Duration::from_secs(50)
-                };
+                // Longer than a busy machine delays a rank.
+                let timeout = Duration::from_secs(if fault == "late" { 5 } else { 50 });
                 let builder =
                     test_support::options(communicator).algorithm(algorithm).timeout(timeout);
                 let builder = builder.link(link);
@@ -321,12 +234,15 @@ pub fn fail(devices: &[Device], link: Link, algorithm: Algorithm, all_or_nothing
                 if rank == 2 && fault != "nan" {
                     std::thread::sleep(Duration::from_millis(300)); // the others wait by now
                     match fault {
-                        "late" => std::thread::sleep(Duration::from_millis(2500)),
+                        "late" => drop(over.wait()), // when the others have failed
                         "abort" => abort.abort(),
                         _ => return drop(averager),
                     }
                 }
                 let error = averager.average(&mut model).unwrap_err();
+                if fault == "late" && rank != 2 {
+                    over.wait();
+                }
                 let text = format!("{algorithm:?} {all_or_nothing} {fault}, rank {rank}: {error}");
                 let right = match fault {
                     "late" => {

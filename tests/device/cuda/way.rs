@@ -104,9 +104,12 @@ impl Way {
                 results.push(model.bytes().to_vec());
             }
             // its drop publishes the exit by a copy, which the race detector takes for a race
-            (results, averager)
+            (data, results, averager)
         });
-        let results: Vec<_> = results.into_iter().map(|(results, _)| results).collect();
+        let mut results: Vec<_> =
+            results.into_iter().map(|(data, results, _)| (data, results)).collect();
+        results.sort_unstable(); // by the model that a rank began with
+        let results: Vec<_> = results.into_iter().map(|(_, results)| results).collect();
         if self.outer != self.outer.keeping(0.0) {
             return results.concat(); // ranks keep a part of what they had
         }

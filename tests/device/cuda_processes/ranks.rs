@@ -32,6 +32,7 @@ pub fn rank(role: &str) -> i32 {
     let result = match role {
         "abort" => abort(),
         "threads" => threads(),
+        "captures" => super::outer::captures(),
         _ => averages(),
     };
     match result {

@@ -6,8 +6,13 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::Random;
+
 /// Variable with the role of a process. `main` of a test program looks at it before anything else.
 pub const ROLE: &str = "PA_TEST_ROLE";
+
+/// Time after which a process hangs. Where tests of many processes run at once, a minute is short.
+const HANGS: Duration = Duration::from_secs(180);
 
 /// A process, and the lines it prints. Killed when it is dropped.
 pub struct RankProcess {
@@ -96,12 +101,12 @@ pub fn start_all(
 }
 
 impl RankProcess {
-    /// Waits up to 60 s for a line that begins with `begin`, and returns the rest.
+    /// Waits for a line that begins with `begin`, and returns the rest.
     pub fn wait_for(&mut self, begin: &str) -> String {
-        self.wait_for_within(begin, Duration::from_secs(60))
+        self.wait_for_within(begin, HANGS)
     }
 
-    /// [`wait_for`](Self::wait_for) with another limit.
+    /// [`wait_for`](Self::wait_for) with a limit.
     pub fn wait_for_within(&mut self, begin: &str, limit: Duration) -> String {
         let deadline = Instant::now() + limit;
         let mut next = 0;
@@ -112,17 +117,26 @@ impl RankProcess {
                 }
                 next += 1;
             }
-            match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(line) => self.output.push(line),
-                Err(error) => panic!("no {begin:?} ({error}), only {:#?}", self.output),
-            }
+            self.receive(begin, deadline);
+        }
+    }
+
+    /// Waits for one more line.
+    pub fn wait_for_next(&mut self) {
+        self.receive("", Instant::now() + HANGS);
+    }
+
+    fn receive(&mut self, begin: &str, deadline: Instant) {
+        match self.lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(line) => self.output.push(line),
+            Err(error) => panic!("no {begin:?} ({error}), only {:#?}", self.output),
         }
     }
 
     /// Waits for the process to end, and returns its exit code, or none if a signal ended it. All
     /// its lines are in `output` then.
     pub fn end(&mut self) -> Option<i32> {
-        let deadline = Instant::now() + Duration::from_secs(60);
+        let deadline = Instant::now() + HANGS;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 self.output.extend(self.lines.iter());
@@ -132,6 +146,11 @@ impl RankProcess {
             self.output.extend(self.lines.try_iter());
             std::thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    /// Takes the lines that have arrived.
+    pub fn listen(&mut self) {
+        self.output.extend(self.lines.try_iter());
     }
 
     /// Rests of the lines so far that begin with `begin`.
@@ -145,7 +164,12 @@ impl RankProcess {
 
     /// Asks the rank to end, by a line on its standard input.
     pub fn ask_to_end(&mut self) {
-        let _ = writeln!(self.child.stdin.as_ref().unwrap(), "end"); // it may be dead
+        self.tell("end");
+    }
+
+    /// Writes a line to its standard input.
+    pub fn tell(&mut self, line: &str) {
+        let _ = writeln!(self.child.stdin.as_ref().unwrap(), "{line}"); // it may be dead
     }
 
     pub fn signal(&self, signal: rustix::process::Signal) {
@@ -176,4 +200,49 @@ pub fn check_survivors(ranks: &mut [RankProcess], dead: usize) {
         rank.said("failed").iter().any(|error| error.contains(&format!("PeerLost {{ rank: {dead}")))
     };
     assert!(ranks.iter().any(lost), "{:#?}", ranks[0].output);
+}
+
+/// Starts n ranks and kills, at any time, some of them, but not the last two. `pause`: the
+/// longest time before a kill. `variables`: more of them, by rank. Returns the ranks, and which of
+/// them are alive; these have their number in `PA_TEST_FINAL`.
+pub fn start_and_kill(
+    role: &str,
+    n: usize,
+    chance: &mut Random,
+    pause: Duration,
+    variables: impl Fn(usize) -> Vec<(&'static str, String)>,
+) -> (Vec<RankProcess>, Vec<usize>) {
+    let deaths = 1 + chance.below(n as u64 - 2) as usize;
+    let mut ranks = start_all(role, n, |rank| {
+        let own =
+            [("PA_TEST_FINAL", (n - deaths).to_string()), ("PA_TEST_ORIGIN", rank.to_string())];
+        [variables(rank), own.to_vec()].concat()
+    });
+    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
+    let mut alive: Vec<usize> = (0..n).collect();
+    for _ in 0..deaths {
+        std::thread::sleep(Duration::from_micros(chance.below(pause.as_micros() as u64)));
+        let dead = alive.remove(chance.below(alive.len() as u64) as usize);
+        ranks[dead].signal(rustix::process::Signal::KILL);
+    }
+    (ranks, alive)
+}
+
+/// Asserts that these ranks of the role `outer` are done, with one model, and that no more of the
+/// velocity was 0 than was reported as lost. Returns the share that was reported.
+pub fn check_velocity(ranks: &mut [RankProcess], alive: &[usize]) -> f64 {
+    let (mut done, mut lost_most) = (vec![], 0.0f64);
+    for &rank in alive {
+        assert_eq!(ranks[rank].end(), Some(0), "rank {rank}: {:#?}", ranks[rank].output);
+        done.extend(ranks[rank].said("done"));
+        let share = |line: &String| line.parse::<f64>().unwrap();
+        let said: f64 = ranks[rank].said("lost").iter().map(share).sum();
+        let seen: f64 = ranks[rank].said("checked").iter().map(share).sum();
+        lost_most = lost_most.max(said);
+        // An element whose velocity was 0 anyway, and those beside a tensor's end.
+        assert!(seen <= said + 0.02, "{said} was reported, {seen} seen");
+    }
+    assert_eq!(done.len(), alive.len());
+    assert!(done.windows(2).all(|pair| pair[0] == pair[1]), "{done:#?}");
+    lost_most
 }

@@ -13,55 +13,89 @@ fn value(origin: usize, element: usize) -> f32 {
     ((origin * 7919 + element * 31) % 4096) as f32
 }
 
-pub struct Model {
-    pub origin: usize,
-    /// The last tensor is a mask of the ranks that took part: 1 at this rank's place.
-    tensors: Vec<Vec<f32>>,
+/// Tensors in memory of the host or of a device, with their values on the host.
+pub struct Tensors {
+    /// Of a device's tensors as of the last `set` or `download`.
+    pub values: Vec<Vec<f32>>,
     device: Option<OnDevice>,
 }
 
-impl Model {
-    pub fn new(origin: usize, device: Device) -> Model {
-        let tensors = vec![vec![0.0; 5000], vec![], vec![0.0; 777], vec![0.0; MOST]];
-        let device = (device != Device::cpu()).then(|| OnDevice::new(device, &tensors));
-        Model { origin, tensors, device }
+impl Tensors {
+    pub fn new(values: Vec<Vec<f32>>, device: Device) -> Tensors {
+        let device = (device != Device::cpu()).then(|| OnDevice::new(device, &values));
+        let tensors = Tensors { values, device };
+        tensors.upload();
+        tensors
     }
 
-    /// Fills all tensors with NaN.
-    pub fn spoil(&mut self) {
-        self.tensors.iter_mut().for_each(|tensor| tensor.fill(f32::NAN));
+    /// Replaces all values by others of the same shapes.
+    pub fn set(&mut self, values: Vec<Vec<f32>>) {
+        let shapes = |of: &[Vec<f32>]| of.iter().map(Vec::len).collect::<Vec<_>>();
+        assert_eq!(shapes(&values), shapes(&self.values));
+        self.values = values;
+        self.upload();
+    }
+
+    fn upload(&self) {
         if let Some(device) = &self.device {
-            device.upload(&self.tensors);
+            device.upload(&self.values);
         }
     }
 
     /// Copies the device's tensors to the host.
     pub fn download(&mut self) {
         if let Some(device) = &self.device {
-            device.download(&mut self.tensors);
+            device.download(&mut self.values);
         }
     }
 
     /// Bytes in use on its device.
-    pub fn device_bytes_used(&self) -> usize {
+    fn device_bytes_used(&self) -> usize {
         self.device.as_ref().map_or(0, OnDevice::bytes_used)
+    }
+}
+
+pub struct Model {
+    pub origin: usize,
+    /// The last tensor is a mask of the ranks that took part: 1 at this rank's place.
+    tensors: Tensors,
+}
+
+impl Model {
+    pub fn new(origin: usize, device: Device) -> Model {
+        let values = vec![vec![0.0; 5000], vec![], vec![0.0; 777], vec![0.0; MOST]];
+        Model { origin, tensors: Tensors::new(values, device) }
+    }
+
+    /// Fills all tensors with NaN.
+    pub fn spoil(&mut self) {
+        self.tensors.values.iter_mut().for_each(|tensor| tensor.fill(f32::NAN));
+        self.tensors.upload();
+    }
+
+    /// Copies the device's tensors to the host.
+    pub fn download(&mut self) {
+        self.tensors.download();
+    }
+
+    /// Bytes in use on its device.
+    pub fn device_bytes_used(&self) -> usize {
+        self.tensors.device_bytes_used()
     }
 
     /// Fills all tensors with this rank's own values.
     pub fn fill(&mut self) {
         let mut element = 0;
-        for tensor in &mut self.tensors {
+        for tensor in &mut self.tensors.values {
             for x in tensor.iter_mut() {
                 *x = value(self.origin, element);
                 element += 1;
             }
         }
-        let mask = self.tensors.last_mut().unwrap();
+        let mask = self.tensors.values.last_mut().unwrap();
         mask.fill(0.0);
         mask[self.origin] = 1.0;
-        if let Some(device) = &self.device {
-            device.upload(&self.tensors);
-        }
+        self.tensors.upload();
     }
 
     /// The mean over these ranks.
@@ -71,7 +105,8 @@ impl Model {
     }
 
     fn elements(&self) -> impl Iterator<Item = f32> + '_ {
-        self.tensors[..self.tensors.len() - 1].iter().flatten().copied()
+        let (_, tensors) = self.tensors.values.split_last().expect("the mask");
+        tensors.iter().flatten().copied()
     }
 
     /// True if every element is this rank's own.
@@ -81,7 +116,7 @@ impl Model {
 
     /// Asserts that every element is the mean over the ranks that the mask names, and returns them.
     pub fn check(&self) -> Vec<usize> {
-        let mask = self.tensors.last().unwrap();
+        let mask = self.tensors.values.last().unwrap();
         let ranks: Vec<usize> = (0..MOST).filter(|&rank| mask[rank] != 0.0).collect();
         for (element, x) in self.elements().enumerate() {
             let mean = self.mean(&ranks, element);
@@ -108,16 +143,22 @@ impl Model {
     }
 
     pub fn digest(&self) -> u64 {
-        crate::fnv1a(self.tensors.iter().flatten().map(|x| u64::from(x.to_bits())))
+        crate::fnv1a(self.tensors.values.iter().flatten().map(|x| u64::from(x.to_bits())))
     }
 }
 
 impl Parameters for Model {
     fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
+        self.tensors.visit(visit);
+    }
+}
+
+impl Parameters for Tensors {
+    fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
         match &self.device {
-            None => self.tensors.visit(visit),
+            None => self.values.visit(visit),
             Some(device) => {
-                for (tensor, address) in self.tensors.iter().zip(device.addresses(&self.tensors)) {
+                for (tensor, address) in self.values.iter().zip(device.addresses(&self.values)) {
                     // SAFETY: inside of own memory, which stays as long as the process.
                     let tensor = unsafe {
                         TensorMut::from_raw_parts(

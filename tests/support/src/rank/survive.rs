@@ -9,15 +9,17 @@ use param_averager::{Error, TensorState};
 use super::worker::{builder, device, die, is_late, join, now_us, number, say, Used};
 use super::Model;
 
-/// Set by a line on the standard input.
+/// Set by lines on the standard input: `end` and `go`.
 static END_REQUESTED: AtomicBool = AtomicBool::new(false);
+static MAY_GO: AtomicBool = AtomicBool::new(false);
 
 /// Averages, and recovers when a peer was lost, until four averages have had `PA_TEST_FINAL` ranks,
-/// or until a line on the standard input.
+/// or until a line `end` on the standard input. With `PA_TEST_HOLD`, begins at a line `go`.
 pub fn survive() -> i32 {
     std::thread::spawn(|| {
-        if std::io::stdin().read_line(&mut String::new()).is_ok_and(|bytes| bytes > 0) {
-            END_REQUESTED.store(true, Ordering::Relaxed);
+        for line in std::io::stdin().lines().map_while(Result::ok) {
+            let word = if line == "go" { &MAY_GO } else { &END_REQUESTED };
+            word.store(true, Ordering::Relaxed);
         }
     });
     let mut model = Model::new(0, device());
@@ -54,6 +56,9 @@ pub fn survive() -> i32 {
     // Resources by the number of ranks.
     let used = BTreeMap::from([(averager.world_size(), Used::now(model.device_bytes_used()))]);
     say("ready");
+    while number("PA_TEST_HOLD").is_some() && !MAY_GO.load(Ordering::Relaxed) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
     let (mut rounds, mut good) = (0, 0);
     loop {
         if END_REQUESTED.load(Ordering::Relaxed) {

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use param_averager::{Algorithm, Builder, Communicator, Device, Error, Link, LocalSgd, Schedule};
 
-use super::{pairs, roles, survive};
+use super::{outer, pairs, roles, survive};
 use crate::notices;
 
 pub fn say(line: &str) {
@@ -49,6 +49,7 @@ pub fn run(role: &str) -> i32 {
         "stages" => stages(),
         "survive" => survive::survive(),
         "train" => train(),
+        "outer" => outer::outer(),
         "two" => pairs::two(),
         "two_admit" => pairs::two_admit(),
         "many_recover" => pairs::many_recover(),
@@ -173,10 +174,10 @@ fn stop_at(place: &str) {
     let is_here = std::env::var("PA_TEST_STOP_AT").is_ok_and(|at| at == place);
     if is_here && !STOPPED.swap(true, Ordering::Relaxed) {
         say("stopping");
-        let _ =
-            rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::STOP);
-        // another thread may have got the signal, which stops all soon
-        std::thread::sleep(Duration::from_millis(20));
+        // Sent to this thread, which stops before it returns from the call. Another thread may take
+        // a signal for the process, later.
+        // SAFETY: no pointer is passed.
+        unsafe { libc::raise(libc::SIGSTOP) };
     }
 }
 
@@ -261,7 +262,9 @@ fn train() -> i32 {
     let mut seed = origin + 1;
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(move || {
         say(&format!("begins at {}", sgd.position()));
-        for step in sgd.position()..400 {
+        // Until a process has joined, too, if one is to.
+        let (mut step, all) = (sgd.position(), number("PA_TEST_FINAL").unwrap_or(0) as usize);
+        while step < 400 || sgd.world_size() < all {
             pause.into_iter().for_each(|pause| std::thread::sleep(Duration::from_micros(pause)));
             for (x, target) in x[0].iter_mut().zip(&target) {
                 seed = seed
@@ -275,6 +278,7 @@ fn train() -> i32 {
                 say(&format!("failed {error:?}"));
                 sgd.recover(&mut x).unwrap();
             }
+            step += 1;
         }
         sgd.finish(&mut x).unwrap();
         let loss: f32 = x[0].iter().zip(&target).map(|(x, target)| (x - target).powi(2)).sum();
