@@ -329,7 +329,9 @@ fn divergence_rule_without_telemetry_is_refused() {
         let mut model = vec![1.0f32; 10];
         let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
         let mut sgd = LocalSgd::new(averager, Schedule::divergence(0.05));
-        (1..10).for_each(|_| drop(sgd.step(&mut model).unwrap()));
+        for _ in 1..10 {
+            sgd.step(&mut model).unwrap();
+        }
         let error = sgd.step(&mut model).unwrap_err();
         let text = error.to_string();
         assert!(matches!(error, Error::InvalidOption { option: "telemetry", .. }), "{error:?}");
@@ -405,7 +407,9 @@ fn each_average_is_an_event_of_tracing() {
             let builder = ParamAverager::builder(communicator).start_from(Start::Mean);
             let averager = builder.telemetry(true).build(&mut model).unwrap();
             let mut sgd = LocalSgd::new(averager, Schedule::every(2));
-            (0..4).for_each(|_| drop(sgd.step(&mut model).unwrap()));
+            for _ in 0..4 {
+                sgd.step(&mut model).unwrap();
+            }
         });
         let events = events.0.lock().unwrap().clone();
         events
@@ -514,7 +518,9 @@ fn each_average_is_recorded_with_metrics() {
             let builder = ParamAverager::builder(communicator).start_from(Start::Own);
             let averager = builder.telemetry(true).build(&mut model).unwrap();
             let mut sgd = LocalSgd::new(averager, Schedule::every(2));
-            (0..4).for_each(|_| drop(sgd.step(&mut model).unwrap()));
+            for _ in 0..4 {
+                sgd.step(&mut model).unwrap();
+            }
         });
         let all = recorder.0.lock().unwrap().clone();
         all
