@@ -21,5 +21,6 @@ mod resume;
 mod run;
 mod schedules;
 mod stage;
+mod stage_vetoes;
 mod start;
 mod uneven;
