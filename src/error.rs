@@ -5,6 +5,7 @@ mod state;
 
 use std::time::Duration;
 
+use classes::{before, written};
 pub use classes::{DeviceError, ErrorKind, Phase, TensorState};
 pub use state::StateError;
 
@@ -395,19 +396,4 @@ pub enum Error {
         /// Error of the system, the limit that was met, and what to do.
         reason: String,
     },
-}
-
-fn before(averaged: &Option<Box<crate::Report>>) -> &'static str {
-    match averaged {
-        Some(_) => "the average was made, and every tensor holds the mean",
-        None => "an average failed while tensors were written, which may be partly averaged",
-    }
-}
-
-fn written(committed: &bool) -> &'static str {
-    if *committed {
-        " (tensors may be partly averaged)"
-    } else {
-        " (no tensor was changed)"
-    }
 }

@@ -10,7 +10,7 @@ use super::outer_state::OuterState;
 use super::{Algorithm, Lend, Link, ParamAverager, Start};
 use crate::backend::{MemorySpace, ProcessWay};
 use crate::schedule::Course;
-use crate::stage::{Shard, Stage, Veto};
+use crate::stage::Stage;
 use crate::world::{Admission, Communicator};
 #[cfg(doc)]
 use crate::Error;
@@ -189,30 +189,6 @@ impl Builder {
     /// [`Schedule::divergence`](crate::Schedule::divergence) needs it. Default: `false`.
     pub fn telemetry(mut self, telemetry: bool) -> Self {
         self.telemetry = telemetry;
-        self
-    }
-
-    /// Stage of this rank: a function that has the rank's [`Shard`] of the mean, in f32 (f64 for
-    /// f64), before the commit. What it leaves there is what all ranks get, rounded to the tensors'
-    /// dtype: an optimizer of one's own, a filter, a check. It is called once in every average that
-    /// has summed, also of a world of one rank, on the thread that averages; peers wait for it
-    /// meanwhile, until the [`timeout`](Self::timeout). With an [`outer`](Self::outer) optimizer it
-    /// comes first, and the outer step is made from what it leaves.
-    ///
-    /// If it returns a [`Veto`] or panics, no tensor of any rank changes, every rank gets
-    /// [`Error::StageVetoed`], and the world lives. The same holds if it leaves a value that is not
-    /// finite, where such values are [rejected](Self::reject_non_finite). After a panic it is not
-    /// called again, and every average is refused.
-    ///
-    /// All ranks have a stage or none. Averages use the ring with its commit; the algorithm
-    /// `Direct` and `all_or_nothing(false)` are refused, and so are CUDA devices. Its state is its
-    /// own: it is in no saved state, and [`Shard::layout`] tells when its parts have changed.
-    /// [`guide::outer`](crate::guide::outer) has an example. Default: none.
-    pub fn stage(
-        mut self,
-        stage: impl FnMut(&mut Shard<'_>) -> Result<(), Veto> + Send + 'static,
-    ) -> Self {
-        self.stage = Some(Stage::new(stage));
         self
     }
 

@@ -2,7 +2,7 @@
 
 use crate::backend::proximity::PeerAccess;
 use crate::backend::{Memory, MemorySpace};
-use crate::world::Placement;
+use crate::world::{Communicator, Placement};
 use crate::Error;
 
 /// Placement of the mailbox between two neighbours of the ring, on CUDA devices. The same for
@@ -39,12 +39,8 @@ impl Link {
     }
 
     /// Error of a link that these devices do not have.
-    pub(super) fn refusal(
-        self,
-        placement: &Placement,
-        rank: usize,
-        space: &MemorySpace,
-    ) -> Option<Error> {
+    pub(super) fn refusal(self, communicator: &Communicator) -> Option<Error> {
+        let (placement, rank) = (communicator.placement(), communicator.rank());
         let refuse = |found| {
             let expected = "Auto, or Host, which works everywhere";
             Some(Error::InvalidOption { rank, option: "link", found, expected })
@@ -52,7 +48,7 @@ impl Link {
         if self != Link::Peer {
             return None;
         }
-        if matches!(space, MemorySpace::Host) {
+        if matches!(communicator.space(), MemorySpace::Host) {
             return refuse("Peer, which is for CUDA devices".into());
         }
         let (rank, next, access) = neighbours(placement)

@@ -1,9 +1,9 @@
 //! The user's stage of one averager: its parts, and its call between the reduce and the vote.
 
 use super::table::Table;
-use super::{flag, Builder, ParamAverager};
+use super::{flag, Algorithm, Builder, ParamAverager};
 use crate::abi::{PaArgs, PA_FLAG_VETO, PA_OPEN, PA_PACK_BYTES, PA_RING_VOTE};
-use crate::backend::{Engine, Gathering, Order, Unstarted};
+use crate::backend::{Engine, Gathering, MemorySpace, Order, Unstarted};
 use crate::bucket::Division;
 use crate::hash::Digest;
 use crate::plan::Launch;
@@ -170,6 +170,52 @@ fn spans(table: &Table, division: &Division, position: u32) -> Vec<Span> {
         }
     }
     spans
+}
+
+impl Builder {
+    /// Stage of this rank: a function that has the rank's [`Shard`] of the mean, in f32 (f64 for
+    /// f64), before the commit. What it leaves there is what all ranks get, rounded to the tensors'
+    /// dtype: an optimizer of one's own, a filter, a check. It is called once in every average that
+    /// has summed, also of a world of one rank, on the thread that averages; peers wait for it
+    /// meanwhile, until the [`timeout`](Self::timeout). With an [`outer`](Self::outer) optimizer it
+    /// comes first, and the outer step is made from what it leaves.
+    ///
+    /// If it returns a [`Veto`] or panics, no tensor of any rank changes, every rank gets
+    /// [`Error::StageVetoed`], and the world lives. The same holds if it leaves a value that is not
+    /// finite, where such values are [rejected](Self::reject_non_finite). After a panic it is not
+    /// called again, and every average is refused.
+    ///
+    /// All ranks have a stage or none. Averages use the ring with its commit; the algorithm
+    /// `Direct` and `all_or_nothing(false)` are refused, and so are CUDA devices. Its state is its
+    /// own: it is in no saved state, and [`Shard::layout`] tells when its parts have changed.
+    /// [`guide::outer`](crate::guide::outer) has an example. Default: none.
+    pub fn stage(
+        mut self,
+        stage: impl FnMut(&mut Shard<'_>) -> Result<(), Veto> + Send + 'static,
+    ) -> Self {
+        self.stage = Some(Stage::new(stage));
+        self
+    }
+
+    /// Option that contradicts a stage: its name, what was found, and what is expected.
+    pub(super) fn stage_refusal(&self) -> Option<(&'static str, &'static str, &'static str)> {
+        const RING: &str = "Auto or Ring: only the ring commits after it has summed";
+        if self.algorithm == Algorithm::Direct {
+            return Some(("algorithm", "Direct, with a stage", RING));
+        }
+        if !self.all_or_nothing {
+            let expected = "true, the default: a stage comes between the sum and the commit";
+            return Some(("all_or_nothing", "false, with a stage", expected));
+        }
+        match self.communicator.space() {
+            MemorySpace::Host => None,
+            MemorySpace::Cuda(_) => Some((
+                "stage",
+                "set, for a rank on a CUDA device",
+                "none: stages are for ranks on CPUs; Builder::outer works on devices",
+            )),
+        }
+    }
 }
 
 /// A rank's stage, whether the average sets values, and the line about a tensor.

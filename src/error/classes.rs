@@ -156,6 +156,23 @@ pub enum TensorState {
     Unknown,
 }
 
+/// Beginning of an `AfterAverage`.
+pub(super) fn before(averaged: &Option<Box<crate::Report>>) -> &'static str {
+    match averaged {
+        Some(_) => "the average was made, and every tensor holds the mean",
+        None => "an average failed while tensors were written, which may be partly averaged",
+    }
+}
+
+/// End of an error that may have come after the commit.
+pub(super) fn written(committed: &bool) -> &'static str {
+    if *committed {
+        " (tensors may be partly averaged)"
+    } else {
+        " (no tensor was changed)"
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;

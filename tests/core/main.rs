@@ -22,6 +22,7 @@ mod resume;
 mod run;
 mod schedules;
 mod stage;
+mod stage_vetoes;
 mod start;
 mod telemetry;
 mod uneven;

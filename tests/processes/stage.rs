@@ -159,6 +159,57 @@ pub fn stage() -> i32 {
     0
 }
 
+/// Role: steps with a stage that adds 1, until a rank is lost; then recovers.
+pub fn stage_sgd() -> i32 {
+    let calls = Arc::new(Mutex::new(vec![]));
+    let saw = calls.clone();
+    let function = move |shard: &mut Shard<'_>| {
+        saw.lock().unwrap().push((shard.layout(), shard.sets_values()));
+        let way = if shard.sets_values() { 0.0 } else { 1.0 };
+        for part in shard.parts() {
+            let Values::F32(values) = part.values else { return Err(Veto::new("no f32")) };
+            values.iter_mut().for_each(|x| *x += way);
+        }
+        Ok(())
+    };
+    let mut model = vec![vec![0.0f32; 1000]];
+    let averager = builder(join().unwrap()).stage(function).build(&mut model).unwrap();
+    let mut sgd = LocalSgd::new(averager, Schedule::every(1));
+    say("ready");
+    let error = loop {
+        match sgd.step(&mut model) {
+            Ok(_) => {}
+            Err(error) => break error,
+        }
+    };
+    assert!(error.is_fatal(), "{error}");
+    calls.lock().unwrap().clear();
+    sgd.recover(&mut model).unwrap();
+    // The ranks' values are the same but for an average that not all of them have completed.
+    let begin = model[0][0];
+    assert!(model[0].iter().all(|x| *x == begin || (*x - begin).abs() <= 1.0));
+    let recovered = calls.lock().unwrap().clone();
+    let (layout, _) = *recovered.last().unwrap();
+    assert_eq!(recovered, [(layout, true)], "{error}");
+    let before: Vec<f32> = model.concat();
+    sgd.step(&mut model).unwrap();
+    assert!(model.concat().iter().zip(before).all(|(x, before)| *x == before + 1.0));
+    assert_eq!(*calls.lock().unwrap(), [(layout, true), (layout, false)]);
+    say("done");
+    0
+}
+
+/// The average of `LocalSgd::recover` gives the ranks values to begin with, and its stage is told.
+pub fn stages_are_told_of_a_recovery() {
+    let mut ranks = start_all("stage_sgd", 3, |_| vec![]);
+    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
+    ranks.remove(1).signal(Signal::KILL);
+    for rank in &mut ranks {
+        assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
+        assert_eq!(rank.said("done").len(), 1, "{:#?}", rank.output);
+    }
+}
+
 fn ended(rank: &mut RankProcess) -> (u64, u64) {
     assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
     assert_eq!(rank.said("done").len(), 1, "{:#?}", rank.output);

@@ -2,7 +2,6 @@
 
 use super::Builder;
 use crate::averager::{Algorithm, Start};
-use crate::backend::MemorySpace;
 use crate::{Error, Result};
 
 impl Builder {
@@ -48,7 +47,7 @@ impl Builder {
                      device",
                 )
             }
-            _ => match (self.crowd(), self.link_refusal()) {
+            _ => match (self.crowd(), self.link.refusal(&self.communicator)) {
                 (Some(found), _) => refuse(
                     "channels",
                     found,
@@ -58,34 +57,6 @@ impl Builder {
                 (None, None) => Ok(()),
             },
         }
-    }
-
-    /// Option that contradicts a stage: its name, what was found, and what is expected.
-    fn stage_refusal(&self) -> Option<(&'static str, &'static str, &'static str)> {
-        const RING: &str = "Auto or Ring: only the ring commits after it has summed";
-        if self.algorithm == Algorithm::Direct {
-            return Some(("algorithm", "Direct, with a stage", RING));
-        }
-        if !self.all_or_nothing {
-            let expected = "true, the default: a stage comes between the sum and the commit";
-            return Some(("all_or_nothing", "false, with a stage", expected));
-        }
-        match self.communicator.space() {
-            MemorySpace::Host => None,
-            MemorySpace::Cuda(_) => Some((
-                "stage",
-                "set, for a rank on a CUDA device",
-                "none: stages are for ranks on CPUs; Builder::outer works on devices",
-            )),
-        }
-    }
-
-    fn link_refusal(&self) -> Option<Error> {
-        self.link.refusal(
-            self.communicator.placement(),
-            self.communicator.rank(),
-            self.communicator.space(),
-        )
     }
 
     /// Blocks that do not fit, in words. All blocks of all ranks wait for one another, so those
