@@ -213,14 +213,15 @@ PA_NOINLINE bool commit_vote_as_leader(Exec ex, WaitCtx ctx) {
   PaControl* control = ctx.control();
   const uint32_t good = 2 * ctx.epoch;
   uint32_t code = code_of(uint32_t(PA_COMMITTED), 0);
+  bool is_bad = false;
   for (uint32_t r = a.world; r-- > 0;) {
     uint32_t* vote = &control->board[r].vote;
     if (!wait_for_board(ex, ctx, r, vote, good, PA_AT_COMMIT)) return false;
-    const bool refuses = load_acquire(vote) == good + 1;
-    if (!refuses) continue;
+    if (load_acquire(vote) != good + 1) continue;
     // A value that is not finite is told rather than a veto, which it may have caused.
     const bool vetoes = control->board[r].record[ctx.epoch & 1].detail == PA_VETOED;
-    if (!vetoes || kind_of(code) == PA_COMMITTED) code = code_of(uint32_t(PA_NON_FINITE), r);
+    if (!vetoes || !is_bad) code = code_of(uint32_t(PA_NON_FINITE), r);
+    is_bad |= !vetoes;
   }
   const uint64_t decision = decide(ex, ctx, PA_AT_COMMIT, code);
   if (epoch_of(decision) == ctx.epoch) code = code_of(decision);

@@ -239,7 +239,9 @@ template <class T, bool kF32> struct Ring {
     if (!enter<kReceive, kSend>(c, PA_AT_GATHER, false)) return false;
     const char* in = kReceive ? b.inbox() : shard;
     char* out = kSend ? b.outbox() : nullptr;
-    const bool remote = b.remote, writes = !keeps();
+    const bool remote = b.remote;
+    // Alone, a rank comes to its shard twice: as the owner, and as the last one that it goes to.
+    const bool writes = !keeps() && (kReceive || b.a.world > 1);
     each_own(
         [&](const auto& own, auto g, uint32_t i) {
           constexpr int K = g.kPacks;

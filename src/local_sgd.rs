@@ -58,6 +58,8 @@ pub struct LocalSgd {
 struct Enqueued {
     begun: Begun,
     start: Instant,
+    /// Place in the schedule.
+    place: u64,
     /// Steps and samples that it averages.
     steps: u64,
     samples: Option<f64>,

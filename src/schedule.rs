@@ -119,11 +119,13 @@ impl Schedule {
     /// Averages as rarely as possible, if the parameters of no rank may move away from the mean by
     /// more than the share `target` of its norm, such as [`DIVERGENCE`](Self::DIVERGENCE). With d
     /// the largest [relative change](crate::Telemetry::relative_change) of a rank's parameters by
-    /// the average before: above the target, H becomes ⌊H · target / d⌋; below half of it, H + 1.
-    /// H is 10 at first. With an [outer optimizer](crate::Outer), d has its step in it.
+    /// the last average but one that was due, after h steps: above the target, H becomes ⌊h ·
+    /// target / d⌋, and no longer than it is; below half of it, H + 1. H is 10 at first. With an
+    /// [outer optimizer](crate::Outer), d has its step in it.
     ///
-    /// Needs [`Builder::telemetry`](crate::Builder::telemetry): without, every average that is due
-    /// is refused with [`Error::InvalidOption`](crate::Error::InvalidOption) on every rank.
+    /// Needs [`Builder::telemetry`](crate::Builder::telemetry): without, the averages of
+    /// [`LocalSgd`](crate::LocalSgd) are refused with
+    /// [`Error::InvalidOption`](crate::Error::InvalidOption) on every rank.
     ///
     /// # Panics
     /// If `target` is not positive and finite.

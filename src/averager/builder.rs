@@ -184,8 +184,9 @@ impl Builder {
     }
 
     /// Telemetry in each [`Report`](crate::Report): the norm of the parameters, and how far the
-    /// average has moved those of this rank, from a sample of at most 256 KiB of each dtype. It
-    /// costs two small launches, and memory for the sample; nothing travels between the ranks.
+    /// average has moved those of this rank, from a sample of about 256 KiB of each dtype at
+    /// most. It costs two small launches, and memory for the sample; nothing travels between the
+    /// ranks.
     /// [`Schedule::divergence`](crate::Schedule::divergence) needs it. Default: `false`.
     pub fn telemetry(mut self, telemetry: bool) -> Self {
         self.telemetry = telemetry;

@@ -48,7 +48,9 @@ impl ParamAverager {
             PA_COMMITTED => {
                 self.mixed = self.end == End::Mix;
                 let report = self.report(start);
-                self.publish(&report);
+                if start.is_some() {
+                    self.publish(&report); // not at each look at a graph's replays
+                }
                 return Ok(Outcome::Averaged(report));
             }
             PA_UNNEEDED => {

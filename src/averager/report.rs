@@ -16,7 +16,7 @@ pub struct Report {
     /// channels.
     pub waited: Duration,
     /// Part of `elapsed` since all ranks had come: the time of the average itself. Maximum over
-    /// channels. `None`: not measured, since the schedule does not need it.
+    /// channels. `None`: not measured, since the schedule needs no measurements.
     pub active: Option<Duration>,
     /// Largest value of all ranks' measurements, the same on every rank. 0: none.
     pub(crate) measured: [f64; 2],
@@ -37,7 +37,7 @@ pub struct Report {
     /// view of the world, and began at 0 in its first average; the same on every rank.
     pub lost_state: f64,
     /// Steps of [`LocalSgd`](crate::LocalSgd) on this rank since the average before: H, for an
-    /// average that was due. 0 for other averages.
+    /// average that was due. 0 for averages by hand.
     pub local_steps: u64,
     /// What the average has moved on this rank. `None` without
     /// [`Builder::telemetry`](crate::Builder::telemetry), and for a rank alone that has neither an

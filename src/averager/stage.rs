@@ -176,14 +176,15 @@ impl Builder {
     /// Stage of this rank: a function that has the rank's [`Shard`] of the mean, in f32 (f64 for
     /// f64), before the commit. What it leaves there is what all ranks get, rounded to the tensors'
     /// dtype: an optimizer of one's own, a filter, a check. It is called once in every average that
-    /// has summed, also of a world of one rank, on the thread that averages; peers wait for it
-    /// meanwhile, until the [`timeout`](Self::timeout). With an [`outer`](Self::outer) optimizer it
-    /// comes first, and the outer step is made from what it leaves.
+    /// has summed, also of a world of one rank, on the thread that averages, unless a mean is not
+    /// finite where that is [rejected](Self::reject_non_finite); peers wait for it meanwhile, until
+    /// the [`timeout`](Self::timeout). With an [`outer`](Self::outer) optimizer it comes first, and
+    /// the outer step is made from what it leaves. Averagers of clones of one builder share it.
     ///
     /// If it returns a [`Veto`] or panics, no tensor of any rank changes, every rank gets
     /// [`Error::StageVetoed`], and the world lives. The same holds if it leaves a value that is not
-    /// finite, where such values are [rejected](Self::reject_non_finite). After a panic it is not
-    /// called again, and every average is refused.
+    /// finite where such values are rejected. After a panic it is not called again, and every
+    /// average is refused.
     ///
     /// All ranks have a stage or none. Averages use the ring with its commit; the algorithm
     /// `Direct` and `all_or_nothing(false)` are refused, and so are CUDA devices. Its state is its

@@ -84,9 +84,13 @@
 //! ```
 //! use param_averager::{Communicator, Device, Error, ParamAverager, Shard, Values, Veto};
 //!
+//! /// Values, and the layout of the shard that they belong to.
+//! #[derive(Default)]
+//! struct Kept { values: Vec<f32>, layout: Option<u32> }
+//!
 //! /// The values of the last average, and those of the next one until it is committed.
 //! #[derive(Default)]
-//! struct Limit { last: Vec<f32>, next: Vec<f32>, layout: Option<u32> }
+//! struct Limit { last: Kept, next: Kept }
 //!
 //! impl Limit {
 //!     fn step(&mut self, shard: &mut Shard<'_>) -> Result<(), Veto> {
@@ -94,23 +98,23 @@
 //!             std::mem::swap(&mut self.last, &mut self.next);
 //!         }
 //!         // After a recovery or a join this rank has other elements.
-//!         let has_moved = self.layout.replace(shard.layout()) != Some(shard.layout());
-//!         let begins = shard.sets_values() || has_moved;
-//!         self.next.resize(shard.len(), 0.0);
+//!         let begins = shard.sets_values() || self.last.layout != Some(shard.layout());
+//!         self.next.layout = Some(shard.layout());
+//!         self.next.values.resize(shard.len(), 0.0);
 //!         for part in shard.parts() {
 //!             let Values::F32(values) = part.values else {
 //!                 return Err(Veto::new(format!("{} has no f32", part.name)));
 //!             };
 //!             for (i, value) in values.iter_mut().enumerate() {
 //!                 if !begins {
-//!                     let last = self.last[part.at + i];
+//!                     let last = self.last.values[part.at + i];
 //!                     *value = value.clamp(last - 0.25, last + 0.25);
 //!                 }
 //!                 if value.abs() > 100.0 {
 //!                     let place = format!("element {} of {}", part.first + i, part.name);
 //!                     return Err(Veto::new(format!("{place} is {value}")));
 //!                 }
-//!                 self.next[part.at + i] = *value;
+//!                 self.next.values[part.at + i] = *value;
 //!             }
 //!         }
 //!         Ok(())
@@ -132,7 +136,7 @@
 //!
 //! | event | the stage |
 //! |---|---|
-//! | any average that has summed, also in a world of one rank | is called once on each rank |
+//! | any average whose sum is finite, or may be anything; also in a world of one rank | is called once on each rank |
 //! | `build`, `broadcast`, `LocalSgd::recover`, a process joins | is called with [`sets_values`](crate::Shard::sets_values): it may look, and must change nothing |
 //! | it returns a [`Veto`](crate::Veto), panics, or leaves a value that is not finite | no tensor changes; [`Error::StageVetoed`](crate::Error::StageVetoed) on every rank; the world lives |
 //! | the average fails after its call | [`was_committed`](crate::Shard::was_committed) is false at its next call: state is as before |

@@ -29,8 +29,8 @@ pub enum Action {
     PartlyAveraged,
     /// No rank had taken a step since the last average, so no parameter was moved.
     Unneeded,
-    /// This is the only rank, without an outer optimizer, or Local SGD is not enabled: the step was
-    /// counted, and the parameters are unchanged.
+    /// This is the only rank, with neither an outer optimizer nor a stage, or Local SGD is not
+    /// enabled: the step was counted, and the parameters are unchanged.
     Alone,
 }
 

@@ -19,8 +19,9 @@ pub(super) struct Measured {
     holds_average: bool,
     /// Seconds of this rank's last two averages; NaN: unknown.
     averages: [f64; 2],
-    /// Relative change of this rank's parameters by its last average; NaN: unknown.
-    change: f64,
+    /// Relative change of this rank's parameters by the last average of a step, and the number of
+    /// steps before it; NaN: unknown.
+    change: [f64; 2],
 }
 
 impl Measured {
@@ -31,7 +32,7 @@ impl Measured {
             position,
             holds_average: false,
             averages: [f64::NAN; 2],
-            change: f64::NAN,
+            change: [f64::NAN; 2],
         }
     }
 
@@ -84,19 +85,25 @@ impl LocalSgd {
             true if schedule.needs_times() => {
                 Some(self.measured.times(self.decisions.course.position))
             }
-            true if schedule.needs_telemetry() => Some([self.measured.change, f64::NAN]),
+            true if schedule.needs_telemetry() => Some(self.measured.change),
             _ => None,
         }
     }
 
-    /// Values that all ranks have after an average that was made with this rate.
-    pub(super) fn agreed(&mut self, report: &Report, rate: Option<f64>) -> Agreed {
+    /// Values that all ranks have after an average at `place` that was made with this rate.
+    pub(super) fn agreed(&mut self, report: &Report, place: u64, rate: Option<f64>) -> Agreed {
         if let Some(active) = report.active {
             let [last, _] = self.measured.averages;
             self.measured.averages = [active.as_secs_f64(), last];
         }
-        if let Some(telemetry) = &report.telemetry {
-            self.measured.change = telemetry.relative_change();
+        match &report.telemetry {
+            Some(telemetry) if place::is_step(place) => {
+                let change = telemetry.relative_change();
+                // 0 is known, too, and is no 0 for the ranks.
+                let change = if change == 0.0 { f64::MIN_POSITIVE } else { change };
+                self.measured.change = [change, report.local_steps as f64];
+            }
+            _ => {}
         }
         let (bytes, ranks) = (report.bytes as f64, report.world_size as f64);
         let sent = 2.0 * bytes * (ranks - 1.0) / ranks;

@@ -54,7 +54,7 @@ impl LocalSgd {
         self.begin_round(false);
         Ok(match made? {
             Outcome::Averaged(report) => {
-                let agreed = self.agreed(&report, self.measured.rate);
+                let agreed = self.agreed(&report, place, self.measured.rate);
                 self.decisions.after(place, &agreed);
                 self.averager.set_course(self.decisions.course);
                 self.averaged(report)
@@ -71,7 +71,7 @@ impl LocalSgd {
         let (start, call) = (Instant::now(), self.call(place));
         let begun = self.averager.average_lent(params, call, false, start)?;
         let (steps, samples, rate) = (self.since_average, self.samples, self.measured.rate);
-        self.enqueued = Some(Enqueued { begun, start, steps, samples, rate });
+        self.enqueued = Some(Enqueued { begun, start, place, steps, samples, rate });
         self.forget_steps();
         self.begin_round(true);
         Ok(Action::Enqueued)
@@ -79,13 +79,14 @@ impl LocalSgd {
 
     /// Takes the outcome of an average that was enqueued, if there is one.
     pub(super) fn settle(&mut self) -> Result<Option<Report>> {
-        let Some(Enqueued { begun, start, steps, samples, rate }) = self.enqueued.take() else {
+        let Some(Enqueued { begun, start, place, steps, samples, rate }) = self.enqueued.take()
+        else {
             return Ok(None);
         };
         match self.averager.conclude(begun, start) {
             Ok(Outcome::Averaged(report)) => {
                 self.averages += 1;
-                let agreed = self.agreed(&report, rate);
+                let agreed = self.agreed(&report, place, rate);
                 self.decisions.after_enqueued(agreed);
                 self.admits_next = report.join_pending;
                 match self.averager.take_late() {

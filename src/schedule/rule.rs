@@ -35,7 +35,8 @@ impl Parameter {
 pub(crate) struct Agreed {
     /// Largest of all ranks' measurements, 0 for one that is unknown. Of a rule on times: seconds
     /// of a step, and of an average without waits for ranks that came later. Of a rule on
-    /// divergence: the relative change of a rank's parameters by the average before.
+    /// divergence: the relative change of a rank's parameters by the average before, and the number
+    /// of steps before that one.
     pub(crate) measured: [f64; 2],
     /// Bytes that each rank sends in an average by the ring.
     pub(crate) sent: f64,
@@ -71,11 +72,13 @@ impl Rule {
                 }
             }
             Rule::Budget(rate) if step > 0.0 => (sent / (rate.get() * step)).ceil() as u64,
-            Rule::Divergence(target) if measured[0] > 0.0 => match measured[0] / target.get() {
-                excess if excess > 1.0 => (h as f64 / excess).floor() as u64,
-                excess if excess < 0.5 => h.saturating_add(1),
-                _ => h,
-            },
+            Rule::Divergence(target) if measured[0] > 0.0 && measured[1] > 0.0 => {
+                match measured[0] / target.get() {
+                    excess if excess > 1.0 => ((measured[1] / excess).floor() as u64).min(h),
+                    excess if excess < 0.5 => h.saturating_add(1),
+                    _ => h,
+                }
+            }
             Rule::Overhead(_) | Rule::Budget(_) | Rule::Divergence(_) => h,
         };
         next.max(1)
@@ -163,13 +166,19 @@ mod tests {
     fn divergence_rule_by_hand() {
         let rule = Rule::Divergence(parameter(0.05));
         assert_eq!(rule.first(), 10);
-        let next = |h, change| rule.next(h, &Agreed { measured: [change, 0.0], ..UNKNOWN });
+        let after =
+            |h, change, steps| rule.next(h, &Agreed { measured: [change, steps], ..UNKNOWN });
+        let next = |h: u64, change| after(h, change, h as f64);
         // Twice the target: half of H. Four thirds of it: 7.5, rounded down.
         assert_eq!([next(10, 0.1), next(10, 0.2 / 3.0)], [5, 7]);
         // Between half the target and the target: kept. Under half: one step more at a time.
         assert_eq!([next(10, 0.05), next(10, 0.0251), next(10, 0.0249)], [10, 10, 11]);
         assert_eq!([next(3, 1e300), next(u64::MAX, 1e-9)], [1, u64::MAX]);
-        assert_eq!(next(17, 0.0), 17, "nothing is known");
+        assert_eq!([next(17, 0.0), after(17, 0.2, 0.0)], [17, 17], "nothing is known");
+        // The change of a round of 100 steps is known when H is 50 already, as it should be.
+        assert_eq!([after(50, 0.1, 100.0), after(60, 0.1, 100.0)], [50, 50]);
+        // And one of a longer round is none of this one: H does not grow.
+        assert_eq!(after(10, 0.06, 40.0), 10);
     }
 
     #[test]

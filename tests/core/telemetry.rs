@@ -311,8 +311,10 @@ fn divergence_rule_shortens_and_lengthens_rounds() {
         if at > 0 {
             // Known to all ranks one average later.
             let change = seen[0][at - 1].2.max(seen[1][at - 1].2);
+            let before = if at > 1 { seen[0][at - 2].0 } else { 0 };
+            let steps = (seen[0][at - 1].0 - before) as f64;
             h = match change / 0.05 {
-                excess if excess > 1.0 => ((h as f64 / excess).floor() as u64).max(1),
+                excess if excess > 1.0 => ((steps / excess).floor() as u64).clamp(1, h),
                 excess if excess < 0.5 => h + 1,
                 _ => h,
             };

@@ -74,8 +74,7 @@ impl Member {
                 // excludes the joiner.
                 let rank = latest.members().iter().position(|&id| id == joined).unwrap_or(0);
                 let lost = Error::PeerLost { rank, phase: Phase::Build, committed: false };
-                let mut status = latest.status();
-                (status.failure, status.told) = (Some(lost), false);
+                latest.status().failure.get_or_insert(lost); // unless it was aborted
             }
         }
         Ok(entered)
@@ -194,8 +193,9 @@ impl ViewChange<'_> {
     /// recovery ignores it: it is the failure that is recovered from.
     fn aborted(&self, state: &State) -> Option<usize> {
         let counts = if self.admits { &[0, 1][..] } else { &[1] };
-        let has = |peer: &usize| {
-            counts.iter().any(|&during| state.has(*peer, (Kind::Abort, self.next - 1, during)))
+        let has = |peer: &usize| match self.admits {
+            true => state.aborts(*peer, self.next - 1),
+            false => state.has(*peer, (Kind::Abort, self.next - 1, 1)),
         };
         let own = counts.iter().any(|&during| self.member.status().aborted[during as usize]);
         let own = own.then_some(self.member.peer_set.me);

@@ -7,7 +7,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,24 @@ struct Peer {
     stream: Private<UnixStream>,
     /// Locked while a message is sent.
     sending: Mutex<()>,
+}
+
+impl Peer {
+    /// Sends a message, while `sending` is locked.
+    fn send(
+        &self,
+        key: (Kind, u32, u32),
+        body: &impl Serialize,
+        files: &[BorrowedFd<'_>],
+        deadline: Instant,
+    ) -> io::Result<()> {
+        frame::send(&self.stream, key, body, files, deadline).inspect_err(|error| {
+            if error.kind() != io::ErrorKind::InvalidInput {
+                // The message may be half sent, and no later one would be understood.
+                let _ = self.stream.shutdown(Shutdown::Both);
+            }
+        })
+    }
 }
 
 /// Connection to a peer: a socket, and a pidfd, if available, which shows the end of its process.
@@ -110,14 +128,8 @@ impl Connections {
         deadline: Instant,
     ) -> io::Result<()> {
         let Some(peer) = self.peer(peer) else { return Ok(()) }; // departed
-        let Peer { stream, sending } = &*peer;
-        let _one = lock(sending);
-        frame::send(stream, key, body, files, deadline).inspect_err(|error| {
-            if error.kind() != io::ErrorKind::InvalidInput {
-                // The message may be half sent, and no later one would be understood.
-                let _ = stream.shutdown(Shutdown::Both);
-            }
-        })
+        let _one = lock(&peer.sending);
+        peer.send(key, body, files, deadline)
     }
 
     /// Sends a message to several peers at once, on this thread. A peer that has departed, or does
@@ -144,20 +156,22 @@ impl Connections {
         })
     }
 
-    /// Sends a message without a body, unless the peer has departed, or reads nothing for 100 ms.
+    /// Sends a message without a body, unless the peer has departed, or another thread has been
+    /// sending to it for 100 ms. A peer that then reads nothing for as long is disconnected.
     pub(crate) fn send_briefly(&self, peer: usize, key: (Kind, u32, u32)) {
         const SHORT: Duration = Duration::from_millis(100);
         const AGAIN: Duration = Duration::from_micros(100);
         let deadline = Instant::now() + SHORT;
-        let Some(connection) = self.peer(peer) else { return };
-        // Another thread may be sending to this peer.
-        while connection.sending.try_lock().is_err() {
-            if Instant::now() >= deadline {
-                return;
+        let Some(peer) = self.peer(peer) else { return };
+        let _one = loop {
+            match peer.sending.try_lock() {
+                Ok(one) => break one,
+                Err(TryLockError::Poisoned(one)) => break one.into_inner(),
+                Err(TryLockError::WouldBlock) if Instant::now() >= deadline => return,
+                Err(TryLockError::WouldBlock) => std::thread::sleep(AGAIN),
             }
-            std::thread::sleep(AGAIN);
-        }
-        let _ = self.send(peer, key, &(), &[], deadline);
+        };
+        let _ = peer.send(key, &(), &[], Instant::now() + SHORT);
     }
 
     /// Waits until `done` returns a value, and calls it again after each message and departure.

@@ -130,13 +130,16 @@ impl PeerSet {
         lock(&self.current).clone()
     }
 
-    /// Makes `view`, which is `latest`, the current view. An abort of this process during the
-    /// change counts in the new view, as it does for the peers.
+    /// Makes `view`, which is `latest`, the current view, and ends the change to it: an abort from
+    /// here on is one of the new view. One during the change aborts that, too; its peers know, but
+    /// for a joiner.
     pub(crate) fn enter(&self, view: &CurrentView) {
+        self.is_changing.store(false, Ordering::Relaxed);
         let last = std::mem::replace(&mut *lock(&self.current), view.clone());
         self.number.store(view.number(), Ordering::Relaxed);
-        if last.status().aborted[1] {
-            self.mark_aborted(view, &mut view.status(), false);
+        let was_aborted = last.status().aborted[1];
+        if was_aborted {
+            self.abort_view(view);
         }
         self.lock().forget_before(view.number());
     }
