@@ -272,12 +272,26 @@ mod tests {
     /// that view before it heard of the abort: on the process that aborts and on its peers.
     #[test]
     fn aborts_during_a_view_change_count_in_the_next_view() {
-        let (peer_set, _other, [_, next]) = first_of_two();
+        let (peer_set, other, [_, next]) = first_of_two();
         peer_set.is_changing.store(true, Ordering::Relaxed);
         peer_set.abort();
         peer_set.enter(&next);
         assert!(is_aborted(&next), "the own abort");
+        // A joiner of the next view knows nothing of the one before.
+        for key in [(0, 1), (1, 0)] {
+            let told = frame::receive(&other, &[Kind::Abort], 0, Instant::now() + LONG).unwrap();
+            assert_eq!((told.view, told.number), key);
+        }
         assert_eq!(next.status().aborted, [true, false], "no abort of the change after it");
+
+        // One that comes when the view is entered, while the change is not over, is of that view.
+        let (peer_set, other, [_, next]) = first_of_two();
+        peer_set.is_changing.store(true, Ordering::Relaxed);
+        peer_set.enter(&next);
+        peer_set.abort();
+        assert_eq!(next.status().aborted, [true, false]);
+        let told = frame::receive(&other, &[Kind::Abort], 0, Instant::now() + LONG).unwrap();
+        assert_eq!((told.view, told.number), (1, 0));
 
         let (peer_set, other, [_, next]) = first_of_two();
         for (number, counts) in [(0, false), (1, true)] {
