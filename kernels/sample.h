@@ -36,11 +36,8 @@ template <class T, int K> struct Tally {
   using D = Doubles<T, K>;
   D norm{}, change{}, largest{}, bad{};
   PA_FN void add(const Wide<T, K>& now, const Wide<T, K>& before) {
-    PA_UNROLL for (int part = 0; part < Wide<T, K>::kParts; ++part) {
-      D x, old;
-      to_doubles<T, K>(x, now, part);
-      to_doubles<T, K>(old, before, part);
-      const D d = x - old;
+    PA_UNROLL for (int piece = 0; piece < kDoublesPieces<T, K>; ++piece) {
+      const D x = doubles_of<T, K>(now, piece), d = x - doubles_of<T, K>(before, piece);
       const auto finite = d - d == 0; // NaN where one of the two is NaN or infinity
       const D none{}, size = d < 0 ? -d : d;
       norm += finite ? x * x : none;

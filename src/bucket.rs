@@ -90,11 +90,11 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// Sample of a bucket: all of 16 KiB and less, 16 runs of 1 KiB up to 1 MiB, one of 64 packs
-    /// up to 16 MiB, and then 256 runs. So it costs little beside an average of any size.
+    /// Sample of a bucket: all of 4 KiB and less, 4 runs of 1 KiB up to 512 KiB, one of 128 KiB up
+    /// to 8 MiB, and then 64 runs. So it costs little beside an average of any size.
     pub fn of(packs: u64, channels: u32) -> Sample {
         let run = u64::from(PA_RUN_PACKS);
-        let period = (packs / 16).clamp(run, (64 * run).max(packs / 256));
+        let period = (packs / 4).clamp(run, (128 * run).max(packs / 64));
         let runs = channel_packs(packs, channels).div_ceil(period);
         Sample { period, packs: runs * run }
     }

@@ -61,14 +61,18 @@ template <class T, int K> struct Wide {
   static constexpr int kParts = sizeof(T) == 2 ? 2 : 1, kBytes = 16 * K;
   V<SumOf<T>, kBytes> part[kParts];
 };
-// Values of one part of a Wide, in f64. Never passed by value: it may be wider than a register.
-template <class T, int K> using Doubles = V<double, 8 * (16 * K / sizeof(SumOf<T>))>;
+// A Wide's values in f64, in vectors of its size: one piece for f64, two for each part of f32.
+// (Vectors that are wider than a register are slow.)
+template <class T, int K> using Doubles = V<double, Wide<T, K>::kBytes>;
 template <class T, int K>
-PA_FN void to_doubles(Doubles<T, K>& to, const Wide<T, K>& x, int part) {
-  to = __builtin_convertvector(x.part[part], Doubles<T, K>);
+constexpr int kDoublesPieces = Wide<T, K>::kParts * (sizeof(double) / sizeof(SumOf<T>));
+template <class T, int K> PA_FN Doubles<T, K> doubles_of(const Wide<T, K>& x, int piece) {
+  constexpr int kBytes = Wide<T, K>::kBytes * sizeof(SumOf<T>) / sizeof(double);
+  const char* values = reinterpret_cast<const char*>(x.part) + kBytes * piece;
+  return __builtin_convertvector((load_vector<SumOf<T>, kBytes>(values)), Doubles<T, K>);
 }
 template <class T, int K, class F> PA_FN void each_double(const Doubles<T, K>& x, F f) {
-  for (int i = 0; i < int(sizeof x / 8); ++i) f(x[i]);
+  for (int i = 0; i < int(sizeof x / sizeof(double)); ++i) f(x[i]);
 }
 template <class T, int K> PA_FN Raw<T, K> load_raw(const char* p) {
   using R = Raw<T, K>;

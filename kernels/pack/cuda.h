@@ -12,10 +12,11 @@ template <class T, int K> struct Wide {
   static constexpr int kParts = Element<T>::kPerPack;
   SumOf<T> part[kParts];
 };
-// Values of one part of a Wide, in f64.
+// A Wide's values in f64, one by one.
 template <class T, int K> using Doubles = double;
-template <class T, int K> PA_FN void to_doubles(double& to, const Wide<T, K>& x, int part) {
-  to = double(x.part[part]);
+template <class T, int K> constexpr int kDoublesPieces = Wide<T, K>::kParts;
+template <class T, int K> PA_FN double doubles_of(const Wide<T, K>& x, int piece) {
+  return double(x.part[piece]);
 }
 template <class T, int K, class F> PA_FN void each_double(double x, F f) { f(x); }
 // In PTX: the compiler cannot tell that an address from the segment table is one of global memory

@@ -184,7 +184,7 @@ impl Builder {
     }
 
     /// Telemetry in each [`Report`](crate::Report): the norm of the parameters, and how far the
-    /// average has moved those of this rank, from a sample of about 256 KiB of each dtype at
+    /// average has moved those of this rank, from a sample of about 64 KiB of each dtype at
     /// most. It costs two small launches, and memory for the sample; nothing travels between the
     /// ranks.
     /// [`Schedule::divergence`](crate::Schedule::divergence) needs it. Default: `false`.

@@ -4,7 +4,7 @@
 use super::{ParamAverager, Report};
 
 /// Norms of one rank's parameters around an average: estimates from a sample of the elements, the
-/// same in every average. For models of up to 16 KiB all elements are in it.
+/// same in every average. For models of up to 4 KiB all elements are in it.
 ///
 /// Elements that are NaN or infinite, or were, are in no norm.
 #[derive(Clone, Copy, Debug, PartialEq)]
