@@ -39,7 +39,7 @@ pub struct Report {
     /// Steps of [`LocalSgd`](crate::LocalSgd) on this rank since the average before: H, for an
     /// average that was due. 0 for averages by hand.
     pub local_steps: u64,
-    /// What the average has moved on this rank. `None` without
+    /// Change that the average made to this rank's parameters. `None` without
     /// [`Builder::telemetry`](crate::Builder::telemetry), and for a rank alone that has neither an
     /// outer optimizer nor a stage.
     pub telemetry: Option<Telemetry>,

@@ -1,5 +1,5 @@
-//! Telemetry of averages: what an average has moved on this rank, and what each average tells
-//! subscribers of `tracing`, recorders of `metrics`, and CSV files.
+//! Telemetry of averages: the change of this rank's parameters by an average, and the ways out:
+//! events of `tracing`, instruments of `metrics`, lines of CSV.
 
 use super::{ParamAverager, Report};
 

@@ -15,7 +15,7 @@ fn value(origin: usize, element: usize) -> f32 {
 
 /// Tensors in memory of the host or of a device, with their values on the host.
 pub struct Tensors {
-    /// Of a device's tensors as of the last `set` or `download`.
+    /// Values; those of a device as of the last `set` or `download`.
     pub values: Vec<Vec<f32>>,
     device: Option<OnDevice>,
 }
