@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::outer_state::AnchorState;
+use super::stage::StageOf;
 use super::table::Problem;
 use super::{flag, stage, Call, Outcome, ParamAverager};
 use crate::abi::*;
@@ -147,7 +148,12 @@ impl ParamAverager {
         let _waiting = self.watch.waits(start);
         let describe = |tensor| self.table.describe(tensor);
         let stage = self.stage.as_mut();
-        let stage = stage.map(|stage| (stage, place::sets_values(call.place), &describe as _));
+        let stage = stage.map(|stage| StageOf {
+            stage,
+            watch: &self.watch,
+            sets_values: place::sets_values(call.place),
+            describe: &describe,
+        });
         let average = (&args, launches, order, &peers);
         // SAFETY: the tables describe the tensors of the caller's promise; all other memory is this
         // averager's or kept by `agreement`.

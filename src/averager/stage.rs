@@ -1,6 +1,7 @@
 //! The user's stage of one averager: its parts, and its call between the reduce and the vote.
 
 use super::table::Table;
+use super::watch::Watch;
 use super::{flag, Algorithm, Builder, ParamAverager};
 use crate::abi::{PaArgs, PA_FLAG_VETO, PA_OPEN, PA_PACK_BYTES, PA_RING_VOTE};
 use crate::backend::{Engine, Gathering, MemorySpace, Order, Unstarted};
@@ -219,8 +220,14 @@ impl Builder {
     }
 }
 
-/// A rank's stage, whether the average sets values, and the line about a tensor.
-pub(super) type StageOf<'a> = (&'a mut RankStage, bool, &'a dyn Fn(usize) -> String);
+/// A rank's stage, in one average.
+pub(super) struct StageOf<'a> {
+    pub(super) stage: &'a mut RankStage,
+    pub(super) watch: &'a Watch,
+    pub(super) sets_values: bool,
+    /// The line about a tensor.
+    pub(super) describe: &'a dyn Fn(usize) -> String,
+}
 
 /// Starts the launches of an average on the engine, with the call of the stage before its vote.
 ///
@@ -232,7 +239,7 @@ pub(super) unsafe fn start(
     stage: Option<StageOf<'_>>,
 ) -> Result<(), Unstarted> {
     let vote = launches.iter().position(|launch| launch.kernel == PA_RING_VOTE);
-    let (Some((stage, sets_values, describe)), Some(vote)) = (stage, vote) else {
+    let (Some(StageOf { stage, watch, sets_values, describe }), Some(vote)) = (stage, vote) else {
         // SAFETY: guaranteed by the caller.
         return unsafe { engine.start(args, launches, order, peers) };
     };
@@ -242,7 +249,7 @@ pub(super) unsafe fn start(
     unsafe { engine.start(args, &launches[..vote], order, peers) }?;
     let is_reduced = engine.ended().iter().all(|status| status.outcome == PA_OPEN);
     // SAFETY: the reduce has ended, and the kernels that read the means come after this call.
-    let vetoes = is_reduced && unsafe { stage.refuses(sets_values, describe) };
+    let vetoes = is_reduced && watch.pause(|| unsafe { stage.refuses(sets_values, describe) });
     let args = PaArgs { flags: args.flags | flag(PA_FLAG_VETO, vetoes), ..*args };
     // SAFETY: guaranteed by the caller.
     unsafe { engine.start(&args, &launches[vote..], order, peers) }

@@ -69,6 +69,14 @@ impl Watch {
         Waiting(self.clone())
     }
 
+    /// Runs what is no wait, in the course of one that begins again after it.
+    pub(super) fn pause<T>(&self, run: impl FnOnce() -> T) -> T {
+        self.since.store(0, Ordering::Relaxed);
+        let result = run();
+        self.since.store(nanoseconds(self.made.elapsed()) + 1, Ordering::Relaxed);
+        result
+    }
+
     /// Text of a notice, if one is due.
     fn look(&self) -> Option<String> {
         let since = self.since.load(Ordering::Relaxed).checked_sub(1)?;

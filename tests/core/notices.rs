@@ -59,6 +59,31 @@ fn a_long_wait_is_told_of_once_with_the_rank_that_is_late() {
             assert_eq!(model, [1.0; 100]);
         });
     }
+    // A rank whose own stage takes long waits for nothing; its peer waits for it.
+    const TIMEOUT: Duration = Duration::from_secs(6103);
+    ranks(2, |communicator| {
+        let rank = communicator.rank();
+        let of_average = |rank: usize| {
+            let is_it = |text: &&String| text.starts_with(&format!("{rank}: rank {rank} has"));
+            told(TIMEOUT).iter().filter(is_it).count()
+        };
+        let mut model = vec![rank as f32; 100];
+        let builder = test_support::options(communicator).timeout(TIMEOUT).stage(move |_| {
+            if rank == 0 {
+                std::thread::sleep(PATIENCE); // for a notice of what rank 0 has waited for before
+                let (begin, before) = (Instant::now(), of_average(0));
+                while of_average(1) == 0 {
+                    assert!(begin.elapsed() < Duration::from_secs(120), "none");
+                    std::thread::sleep(PATIENCE / 10);
+                }
+                std::thread::sleep(3 * PATIENCE);
+                assert_eq!(of_average(0), before, "{:#?}", told(TIMEOUT));
+            }
+            Ok(())
+        });
+        builder.build(&mut model).unwrap().average(&mut model).unwrap();
+        assert_eq!(model, [0.5; 100]);
+    });
     let begins = "0: the ranks begin with different values: [1, 2] differ from rank 0";
     assert!(TOLD.lock().unwrap().iter().filter(|text| *text == begins).count() >= 2);
 }

@@ -45,7 +45,7 @@ enum What {
         folder: PathBuf,
         #[arg(long, default_value_t = 5)]
         seeds: u64,
-        /// Passes over the digits
+        /// Passes over the digits; 0: only the text
         #[arg(long, default_value_t = 60.0)]
         digits_epochs: f64,
         /// Passes over the text; 0: only the digits
@@ -84,7 +84,9 @@ fn main() -> Result<(), Failure> {
         What::Draw { folder } => draw::<Digits>(&folder).and(draw::<Chars>(&folder)),
         What::Outer { folder, seeds, digits_epochs, chars_epochs, draw } => {
             std::fs::create_dir_all(&folder)?;
-            outer_record::<Digits>(&folder, seeds, digits_epochs, draw)?;
+            if digits_epochs > 0.0 {
+                outer_record::<Digits>(&folder, seeds, digits_epochs, draw)?;
+            }
             match chars_epochs {
                 0.0 => Ok(()),
                 epochs => outer_record::<Chars>(&folder, seeds, epochs, draw),
