@@ -27,8 +27,8 @@
 //! 1 / (1 − μ) times a Δ that stays the same, and takes as many averages to get there: a run of
 //! fewer averages gains little from it. On digits, with 21 averages, none of four was more than 0.1
 //! points better than the mean on mixed data, and all four were 6 to 15 points better where each
-//! rank had its own labels; on text, with 33 averages of mixed data, all four had a higher loss than
-//! the mean: `benches/record/2026-11-29-outer`.
+//! rank had its own labels; on text, with 33 averages of mixed data, all four had a higher loss
+//! than the mean: `benches/record/2026-11-29-outer`.
 //!
 //! ```
 //! use param_averager::{Communicator, Device, LocalSgd, Outer, ParamAverager, Result, Schedule};
