@@ -247,7 +247,7 @@ inline Came one_is_stopped(Mode mode, uint64_t seed) {
   const uint32_t world = 3 + uint32_t(seed % 2);
   Setup s = setup_of(mode, world, 1 + uint32_t(mix(seed) % 2), 2 * seed);
   s.buckets = {{PA_F32, false, {190, 3, 70}}};
-  s.timeout_ns = 3 * kTimeoutNs; // a rank that waits for a core is not the stopped one
+  s.timeout_ns = 6 * kTimeoutNs; // a rank that waits for a core is not the stopped one
   World w(s);
   const uint32_t idle = uint32_t(mix(seed + 1) % world),
                  slow = (idle + 1 + uint32_t(mix(seed + 2) % (world - 1))) % world;
@@ -272,7 +272,7 @@ inline void stopped() {
   std::atomic<uint32_t> before{0}, after{0};
   constexpr uint64_t kRuns = 32;
   std::vector<std::thread> helpers; // mostly waiting for deadlines
-  for (uint32_t i = 0; i < 12; ++i)
+  for (uint32_t i = 0; i < 10; ++i)
     helpers.emplace_back([&, i] {
       delay_state = mix(i + 6000);
       for (uint64_t run; (run = next++) < kRuns;)
