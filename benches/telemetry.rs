@@ -1,4 +1,4 @@
-//! What telemetry adds to an average on CPUs: `cargo bench --bench telemetry`. Averages with and
+//! Cost of telemetry in an average on CPUs: `cargo bench --bench telemetry`. Averages with and
 //! without it take turns, and each line has the median of the ratios of neighbouring turns. With
 //! `-- --test`, one turn of each.
 

@@ -111,7 +111,7 @@ impl Plan {
         self
     }
 
-    /// The same plan, with telemetry: what the average has moved.
+    /// The same plan between the two steps of telemetry.
     pub(crate) fn sampled(mut self) -> Plan {
         self.steps.insert(0, Step::Sample);
         self.steps.push(Step::Compare);

@@ -137,7 +137,7 @@
 //!
 //! | event | the stage |
 //! |---|---|
-//! | any average whose sum is finite, or may be anything; also in a world of one rank | is called once on each rank |
+//! | an average, also in a world of one rank, unless a mean is not finite where that is rejected | is called once on each rank |
 //! | `build`, `broadcast`, `LocalSgd::recover`, a process joins | is called with [`sets_values`](crate::Shard::sets_values): it may look, and must change nothing |
 //! | it returns a [`Veto`](crate::Veto), panics, or leaves a value that is not finite | no tensor changes; [`Error::StageVetoed`](crate::Error::StageVetoed) on every rank; the world lives |
 //! | the average fails after its call | [`was_committed`](crate::Shard::was_committed) is false at its next call: state is as before |

@@ -25,4 +25,5 @@ mod stage;
 mod stage_vetoes;
 mod start;
 mod telemetry;
+mod telemetry_sinks;
 mod uneven;

@@ -165,7 +165,7 @@ proptest! {
         prop_assert_eq!(places, want);
     }
 
-    /// What a stage leaves at a place is what every rank's tensors hold there, rounded once.
+    /// Values that a stage leaves are those of every rank's tensors there, rounded once.
     #[test]
     fn ranks_get_what_the_stage_leaves(case in cases()) {
         let case = Case { outer: Outer::mean(), ..case };

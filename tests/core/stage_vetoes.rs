@@ -26,7 +26,7 @@ fn fails(at: usize, fail: impl Fn() -> Result<(), Veto> + Send + 'static) -> imp
         let (fail, mut call) = (fail.clone(), 0);
         Box::new(move |shard: &mut Shard<'_>| {
             call += 1;
-            // What the function does to a shard that it then refuses has no effect.
+            // Changes of a shard that the function then refuses have no effect.
             each(shard, |_, _, x| x.set(x.get() + 1.0));
             if call == at {
                 fail.lock().unwrap()()

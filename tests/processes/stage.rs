@@ -20,7 +20,7 @@ fn values(origin: u64, round: u64) -> Vec<Vec<f32>> {
     SIZES.map(|size| (0..size).map(|_| random.below(64) as f32).collect()).into()
 }
 
-/// What the stage makes of a mean.
+/// Result of the stage for a mean.
 fn staged(mean: f32) -> f32 {
     mean * 2.0 + 1.0
 }
@@ -40,7 +40,7 @@ fn result(mask: u64, round: u64) -> Vec<f32> {
     (0..all[0].len()).map(|i| staged(mean(i))).collect()
 }
 
-/// What a stage has seen.
+/// Observations of a stage.
 #[derive(Default)]
 struct Seen {
     layouts: Vec<u32>,

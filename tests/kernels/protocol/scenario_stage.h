@@ -19,7 +19,7 @@ inline void staged() {
           [&](uint32_t k) {
             Script script = script_of(w, k);
             for (Call& call : script.calls) call.flags |= PA_FLAG_REJECT_NON_FINITE;
-            // Of several that refuse the lowest is told.
+            // The lowest rank of several that refuse is told.
             const uint32_t end = k % 8 == 1 ? world : refuser(k) + 1;
             for (uint32_t r = refuser(k); vetoes(k) && r < end; ++r) script.calls[r].vetoes = true;
             if (k % 4 >= 2) script.plan.odd = {odd(k), 0, 0, 0, k % 8 == 2};

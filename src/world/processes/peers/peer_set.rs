@@ -284,7 +284,7 @@ mod tests {
         }
         assert_eq!(next.status().aborted, [true, false], "no abort of the change after it");
 
-        // One that comes when the view is entered, while the change is not over, is of that view.
+        // An abort after the view was entered, while the change is not over, is of that view.
         let (peer_set, other, [_, next]) = first_of_two();
         peer_set.is_changing.store(true, Ordering::Relaxed);
         peer_set.enter(&next);
