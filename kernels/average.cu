@@ -3,7 +3,7 @@
 // launch is enough, since what else runs on the device ends without them.
 #include "direct.h"
 #include "probe.h"
-#include "ring.h"
+#include "ring_launches.h"
 #include "sample.h"
 #include "scan.h"
 

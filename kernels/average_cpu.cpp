@@ -2,7 +2,7 @@
 // set, PA_ISA.
 #include "direct.h"
 #include "host_stage.h"
-#include "ring.h"
+#include "ring_launches.h"
 #include "sample.h"
 #include "scan.h"
 

@@ -4,7 +4,7 @@
 // narrowed, and votes. A stage is done before its rank votes, so no tensor changes before every
 // rank's stage has agreed.
 #pragma once
-#include "ring.h"
+#include "ring_launches.h"
 
 namespace PA_ISA {
 
