@@ -21,6 +21,8 @@ enum PaDtype { PA_F32 = 0, PA_F64 = 1, PA_F16 = 2, PA_BF16 = 3 };
 // With an outer optimizer: PA_DIRECT_STEP in the place of PA_DIRECT, or PA_RING_STEP between the
 // segments of PA_RING_COMMIT up to n and those from n + 1 on, which PA_RING_MIX runs if mix != 1.
 // With a stage on the host: PA_RING_VOTE behind the segments up to n, and before PA_RING_STEP.
+// With PA_FLAG_DELTA, on the copy that PA_SNAPSHOT has made: PA_DIRECT_DELTA in the place of
+// PA_DIRECT, or the segments of PA_RING_COMMIT up to n, and PA_RING_MIX. PA_APPLY comes later.
 enum PaKernel {
   PA_DIRECT = 0,
   PA_RING = 1,
@@ -32,7 +34,10 @@ enum PaKernel {
   PA_ANCHOR = 7,  // after an average without a step: its result becomes the anchor
   PA_SAMPLE = 8,  // before everything else: keeps a sample of the own values, see sample.h
   PA_COMPARE = 9, // after everything else: compares the sample with the new values
-  PA_RING_VOTE = 10, // CPUs only: casts the vote after a stage on the host has had the shard
+  PA_SNAPSHOT = 10,  // copies the own tensors, see overlap.h
+  PA_APPLY = 11,     // adds the differences that an average has left there to the own tensors
+  PA_DIRECT_DELTA = 12,
+  PA_RING_VOTE = 13, // CPUs only: casts the vote after a stage on the host has had the shard
 };
 
 // Outcome of an average. Up to PA_NO_WEIGHT nothing is broken and the next average may run; from
@@ -83,6 +88,8 @@ enum PaFlag {
   PA_FLAG_MEASURED = 4096,   // PaBoard.measured belongs to this record
   PA_FLAG_STAGE = 65536,     // PA_RING_COMMIT casts no vote: PA_RING_VOTE does, after the stage
   PA_FLAG_VETO = 131072,     // PA_RING_VOTE: the stage has refused the average
+  // The result less the former value is written in the place of the result. With PA_FLAG_WHOLE.
+  PA_FLAG_DELTA = 262144,
 };
 
 // Outer optimizer, see stage.h.
@@ -125,6 +132,8 @@ struct PaBucket {
   uint64_t sample;        // Pack[channels][sample_packs]: own values before the average, or 0
   uint64_t sample_packs;  // capacity of one channel's sample
   uint64_t sample_period; // packs from the place of one run to that of the next; at least a run
+  uint64_t snapshot;      // Pack[packs]: copy of the tensors, which `segments` describe then, or 0
+  uint64_t source;        // PaSegment[segment_count]: the tensors that it is a copy of, or 0
   uint32_t segment_count;
   uint32_t dtype;    // PaDtype
   uint32_t chunk;    // data packs per slot at most; a multiple of PA_ALIGN_PACKS
@@ -259,6 +268,7 @@ struct PaArgs {
   uint64_t detail;
   uint64_t found;
   double measured[2]; // PA_FLAG_MEASURED: see PaBoard
+  double share;       // PA_APPLY: share of the differences that is added
   uint32_t rank;
   uint32_t world; // 1 … PA_MAX_WORLD; 1 with an outer optimizer or a stage only
   uint32_t channels;

@@ -2,6 +2,7 @@
 // two of threads, at most PA_THREADS. Blocks wait for one another, so all must find room; a plain
 // launch is enough, since what else runs on the device ends without them.
 #include "direct.h"
+#include "overlap.h"
 #include "probe.h"
 #include "ring_launches.h"
 #include "sample.h"
@@ -29,8 +30,9 @@ PA_FN void load_args(PaArgs* own, const PaLaunch& launch) {
     PA_ISA::body(PA_ISA::Exec{}, args);                       \
   }
 
-PA_KERNEL(pa_direct, run_direct<false>)
-PA_KERNEL(pa_direct_step, run_direct<true>)
+PA_KERNEL(pa_direct, run_direct<PA_ISA::DirectEnd::kMean>)
+PA_KERNEL(pa_direct_step, run_direct<PA_ISA::DirectEnd::kStep>)
+PA_KERNEL(pa_direct_delta, run_direct<PA_ISA::DirectEnd::kDelta>)
 PA_KERNEL(pa_ring, run_ring)
 PA_KERNEL(pa_ring_commit, run_ring_commit)
 PA_KERNEL(pa_ring_step, run_ring_step)
@@ -38,6 +40,8 @@ PA_KERNEL(pa_ring_mix, run_ring_mix)
 PA_KERNEL(pa_anchor, run_anchor)
 PA_KERNEL(pa_sample, run_sample)
 PA_KERNEL(pa_compare, run_compare)
+PA_KERNEL(pa_snapshot, run_snapshot)
+PA_KERNEL(pa_apply, run_apply)
 PA_KERNEL(pa_scan, run_scan)
 
 // Both sides of a probe at the same time: blocks of a power of two of threads, as many on each

@@ -2,6 +2,7 @@
 // set, PA_ISA.
 #include "direct.h"
 #include "host_stage.h"
+#include "overlap.h"
 #include "ring_launches.h"
 #include "sample.h"
 #include "scan.h"
@@ -9,8 +10,15 @@
 namespace PA_ISA {
 // A function per kernel: with all in one, the ring's code made the direct average 1.4 times slower
 // (g++ 12).
-PA_NOINLINE void direct(const Exec& ex, const PaArgs& args) { run_direct<false>(ex, args); }
-PA_NOINLINE void direct_step(const Exec& ex, const PaArgs& args) { run_direct<true>(ex, args); }
+PA_NOINLINE void direct(const Exec& ex, const PaArgs& args) {
+  run_direct<DirectEnd::kMean>(ex, args);
+}
+PA_NOINLINE void direct_step(const Exec& ex, const PaArgs& args) {
+  run_direct<DirectEnd::kStep>(ex, args);
+}
+PA_NOINLINE void direct_delta(const Exec& ex, const PaArgs& args) {
+  run_direct<DirectEnd::kDelta>(ex, args);
+}
 PA_NOINLINE void ring(const Exec& ex, const PaArgs& args) { run_ring(ex, args); }
 PA_NOINLINE void ring_commit(const Exec& ex, const PaArgs& args) { run_ring_commit(ex, args); }
 PA_NOINLINE void ring_step(const Exec& ex, const PaArgs& args) { run_ring_step(ex, args); }
@@ -19,6 +27,8 @@ PA_NOINLINE void ring_mix(const Exec& ex, const PaArgs& args) { run_ring_mix(ex,
 PA_NOINLINE void anchor(const Exec& ex, const PaArgs& args) { run_anchor(ex, args); }
 PA_NOINLINE void sample(const Exec& ex, const PaArgs& args) { run_sample(ex, args); }
 PA_NOINLINE void compare(const Exec& ex, const PaArgs& args) { run_compare(ex, args); }
+PA_NOINLINE void snapshot(const Exec& ex, const PaArgs& args) { run_snapshot(ex, args); }
+PA_NOINLINE void apply(const Exec& ex, const PaArgs& args) { run_apply(ex, args); }
 PA_NOINLINE void scan(const Exec& ex, const PaArgs& args) { run_scan(ex, args); }
 PA_FN void run_kernel(const Exec& ex, const PaArgs& args, uint32_t kernel) {
   switch (kernel) {
@@ -32,6 +42,9 @@ PA_FN void run_kernel(const Exec& ex, const PaArgs& args, uint32_t kernel) {
     case PA_RING_MIX: return ring_mix(ex, args);
     case PA_SAMPLE: return sample(ex, args);
     case PA_COMPARE: return compare(ex, args);
+    case PA_SNAPSHOT: return snapshot(ex, args);
+    case PA_APPLY: return apply(ex, args);
+    case PA_DIRECT_DELTA: return direct_delta(ex, args);
     default: return scan(ex, args);
   }
 }

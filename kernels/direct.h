@@ -171,6 +171,14 @@ template <class T> struct EndsInMean {
     access.template store<K>(i, result);
   }
 };
+// The mean less the former value is the result.
+template <class T> struct EndsInDelta : EndsInMean<T> {
+  template <int K, class Access>
+  PA_FN void write(const Access& access, uint32_t i, const Raw<T, K>& mean) const {
+    const Raw<T, K> own = access.template load<K>(i);
+    access.template store<K>(i, mixed<T, K>(own, mean, SumOf<T>(-1), SumOf<T>(1)));
+  }
+};
 // A step of the outer optimizer follows.
 template <class T, bool kAdam> struct EndsInStep {
   Stage<T, kAdam> stage;
@@ -182,9 +190,9 @@ template <class T, bool kAdam> struct EndsInStep {
   }
   template <int K, class Access>
   PA_FN void write(const Access& access, uint32_t i, const Raw<T, K>& result) const {
-    if (stage.mix == SumOf<T>(1)) return access.template store<K>(i, result);
+    if (stage.keep == SumOf<T>(0)) return access.template store<K>(i, result);
     const Raw<T, K> own = access.template load<K>(i);
-    access.template store<K>(i, mixed<T, K>(own, result, stage.mix));
+    access.template store<K>(i, mixed<T, K>(own, result, stage.keep, stage.mix));
   }
 };
 
@@ -223,8 +231,10 @@ template <class T, class End> PA_FN void run_direct_to(Block& b, const PaBucket&
   }
   Direct<T, 0>(b, bucket).run(end);
 }
-// This block's share of one bucket. kSteps: with an outer optimizer.
-template <class T, bool kSteps>
+// End of an average: of PA_DIRECT, PA_DIRECT_STEP, PA_DIRECT_DELTA.
+enum class DirectEnd { kMean, kStep, kDelta };
+// This block's share of one bucket.
+template <class T, DirectEnd kEnd>
 PA_FN void run_direct_bucket(Block& b, const PaBucket& bucket, uint32_t index) {
   if (b.ex.leader())
     for (uint32_t r = 0; r < b.a.world; ++r) {
@@ -232,14 +242,15 @@ PA_FN void run_direct_bucket(Block& b, const PaBucket& bucket, uint32_t index) {
       b.me->segments[r] = at<const PaBucket>(record.buckets)[index].segments;
     }
   b.ex.sync();
-  if constexpr (!kSteps) run_direct_to<T>(b, bucket, EndsInMean<T>{});
+  if constexpr (kEnd == DirectEnd::kMean) run_direct_to<T>(b, bucket, EndsInMean<T>{});
+  else if constexpr (kEnd == DirectEnd::kDelta) run_direct_to<T>(b, bucket, EndsInDelta<T>{});
   else if (bucket.outer.kind == PA_OUTER_ADAM)
     run_direct_to<T>(b, bucket, EndsInStep<T, true>{{bucket, b.a, b.ex.block()}});
   else run_direct_to<T>(b, bucket, EndsInStep<T, false>{{bucket, b.a, b.ex.block()}});
   b.ex.sync(); // all lanes have written, and have read me->segments
 }
 
-template <bool kSteps> PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
+template <DirectEnd kEnd> PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
   if (has_failed(ex, a)) return;
   Block b(ex, a, true);
   if (publish_record(b, true) && entry_barrier(b, true)) {
@@ -247,7 +258,7 @@ template <bool kSteps> PA_FN void run_direct(const Exec& ex, const PaArgs& a) {
     for (uint32_t i = 0; good && i < a.bucket_count; ++i) {
       const PaBucket& bucket = at<const PaBucket>(a.buckets)[i];
       with_dtype(bucket.dtype, [&](auto element) {
-        run_direct_bucket<decltype(element), kSteps>(b, bucket, i);
+        run_direct_bucket<decltype(element), kEnd>(b, bucket, i);
       });
     }
     good = good && b.begin_step();

@@ -236,6 +236,7 @@ template <class T, bool kF32> struct Ring {
   template <bool kReceive, bool kSend, bool kNonTemporal, bool kMixes = false>
   PA_FN bool forward(const Chunk& c, const char* shard) {
     const S mix = kMixes ? mix_of<T>(bucket, b.a) : S(1); // before the wait
+    const S keep = kMixes ? keep_of<T>(mix, b.a) : S(0);
     if (!enter<kReceive, kSend>(c, PA_AT_GATHER, false)) return false;
     const char* in = kReceive ? b.inbox() : shard;
     char* out = kSend ? b.outbox() : nullptr;
@@ -255,7 +256,7 @@ template <class T, bool kF32> struct Ring {
             if (kSend) store_to_peer<T, K>(out + 16 * uint64_t(i), raw, remote);
           };
           if constexpr (kMixes) {
-            if (writes) own.template store<K>(i, mixed<T, K>(loaded.own, loaded.came, mix));
+            if (writes) own.template store<K>(i, mixed<T, K>(loaded.own, loaded.came, keep, mix));
             send(loaded.came);
           } else {
             if (writes) {

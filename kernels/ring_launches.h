@@ -70,11 +70,14 @@ PA_FN void run_ring_step(const Exec& ex, const PaArgs& a) {
     step_shard(ex, at<const PaBucket>(a.buckets)[i], a);
   end_launch(b, good, a.world + 1);
 }
-// PA_RING_COMMIT from segment n + 1 on, where own tensors keep a part of what they were.
+// PA_RING_COMMIT from segment n + 1 on, where own tensors keep a part of what they were, or the
+// difference is written. Commits if no step has.
 PA_FN void run_ring_mix(const Exec& ex, const PaArgs& a) {
   if (!is_next(ex, a, a.from_segment)) return;
   Block b(ex, a, false);
-  const bool good = each_bucket(b, [](auto ring) { return ring.template run_gather<true>(); });
+  const bool good = (b.committed || commit_vote(b)) && each_bucket(b, [](auto ring) {
+                      return ring.template run_gather<true>();
+                    });
   end_launch(b, good, a.to_segment);
 }
 } // namespace PA_ISA

@@ -20,11 +20,14 @@ template <class T> PA_FN SumOf<T> mix_of(const PaBucket& bucket, const PaArgs& a
   const SumOf<T> mix = SumOf<T>(load_in_place(&bucket.outer.mix));
   return a.flags & PA_FLAG_WHOLE ? SumOf<T>(1) : mix;
 }
+// Share of its own value that a rank keeps; -1 where it writes the difference.
+template <class T> PA_FN SumOf<T> keep_of(SumOf<T> mix, const PaArgs& a) {
+  return a.flags & PA_FLAG_DELTA ? SumOf<T>(-1) : SumOf<T>(1) - mix;
+}
 // Value of a rank after partial mixing: a part of its own, and `mix` of the new one.
 template <class T, int K>
-PA_FN Raw<T, K> mixed(const Raw<T, K>& own, const Raw<T, K>& outer, SumOf<T> mix) {
-  const auto kept = widen<T, K>(own) * (SumOf<T>(1) - mix);
-  return narrow<T, K>(kept + widen<T, K>(outer) * mix);
+PA_FN Raw<T, K> mixed(const Raw<T, K>& own, const Raw<T, K>& outer, SumOf<T> keep, SumOf<T> mix) {
+  return narrow<T, K>(widen<T, K>(own) * keep + widen<T, K>(outer) * mix);
 }
 
 // The state of one block's shard, and what is done with it.
@@ -32,7 +35,7 @@ template <class T, bool kAdam> struct Stage {
   using S = SumOf<T>;
   char* state;     // the anchor
   uint64_t stride; // bytes from the anchor to the first slot, and from there to the second
-  S lr, a, b, mu, beta2, tau, mix;
+  S lr, a, b, mu, beta2, tau, mix, keep;
 
   PA_FN Stage(const PaBucket& bucket, const PaArgs& args, uint32_t block)
       : state(at<char>(bucket.state) + kStatePackBytes<T> * block * bucket.shard_packs),
@@ -40,7 +43,7 @@ template <class T, bool kAdam> struct Stage {
         lr(S(load_in_place(&bucket.outer.lr))), a(S(load_in_place(&bucket.outer.a))),
         b(S(load_in_place(&bucket.outer.b))), mu(S(load_in_place(&bucket.outer.mu))),
         beta2(S(load_in_place(&bucket.outer.beta2))), tau(S(load_in_place(&bucket.outer.tau))),
-        mix(mix_of<T>(bucket, args)) {}
+        mix(mix_of<T>(bucket, args)), keep(keep_of<T>(mix, args)) {}
 
   PA_FN char* slot(int number, uint64_t i) const {
     return state + stride * number + kStatePackBytes<T> * i;

@@ -22,7 +22,10 @@ pub const PA_RING_MIX: PaKernel = 6;
 pub const PA_ANCHOR: PaKernel = 7;
 pub const PA_SAMPLE: PaKernel = 8;
 pub const PA_COMPARE: PaKernel = 9;
-pub const PA_RING_VOTE: PaKernel = 10;
+pub const PA_SNAPSHOT: PaKernel = 10;
+pub const PA_APPLY: PaKernel = 11;
+pub const PA_DIRECT_DELTA: PaKernel = 12;
+pub const PA_RING_VOTE: PaKernel = 13;
 pub type PaKernel = ::std::os::raw::c_uint;
 pub const PA_OPEN: PaKind = 0;
 pub const PA_COMMITTED: PaKind = 1;
@@ -57,6 +60,7 @@ pub const PA_FLAG_STEP: PaFlag = 2048;
 pub const PA_FLAG_MEASURED: PaFlag = 4096;
 pub const PA_FLAG_STAGE: PaFlag = 65536;
 pub const PA_FLAG_VETO: PaFlag = 131072;
+pub const PA_FLAG_DELTA: PaFlag = 262144;
 pub type PaFlag = ::std::os::raw::c_uint;
 pub const PA_OUTER_MOMENTUM: PaOuterKind = 0;
 pub const PA_OUTER_ADAM: PaOuterKind = 1;
@@ -127,6 +131,8 @@ pub struct PaBucket {
     pub sample: u64,
     pub sample_packs: u64,
     pub sample_period: u64,
+    pub snapshot: u64,
+    pub source: u64,
     pub segment_count: u32,
     pub dtype: u32,
     pub chunk: u32,
@@ -134,7 +140,7 @@ pub struct PaBucket {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaBucket"][::std::mem::size_of::<PaBucket>() - 160usize];
+    ["Size of PaBucket"][::std::mem::size_of::<PaBucket>() - 176usize];
     ["Alignment of PaBucket"][::std::mem::align_of::<PaBucket>() - 8usize];
     [
         "Offset of field: PaBucket::segments",
@@ -170,17 +176,23 @@ const _: () = {
         "Offset of field: PaBucket::sample_period",
     ][::std::mem::offset_of!(PaBucket, sample_period) - 136usize];
     [
+        "Offset of field: PaBucket::snapshot",
+    ][::std::mem::offset_of!(PaBucket, snapshot) - 144usize];
+    [
+        "Offset of field: PaBucket::source",
+    ][::std::mem::offset_of!(PaBucket, source) - 152usize];
+    [
         "Offset of field: PaBucket::segment_count",
-    ][::std::mem::offset_of!(PaBucket, segment_count) - 144usize];
+    ][::std::mem::offset_of!(PaBucket, segment_count) - 160usize];
     [
         "Offset of field: PaBucket::dtype",
-    ][::std::mem::offset_of!(PaBucket, dtype) - 148usize];
+    ][::std::mem::offset_of!(PaBucket, dtype) - 164usize];
     [
         "Offset of field: PaBucket::chunk",
-    ][::std::mem::offset_of!(PaBucket, chunk) - 152usize];
+    ][::std::mem::offset_of!(PaBucket, chunk) - 168usize];
     [
         "Offset of field: PaBucket::wire_f32",
-    ][::std::mem::offset_of!(PaBucket, wire_f32) - 156usize];
+    ][::std::mem::offset_of!(PaBucket, wire_f32) - 172usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -478,6 +490,7 @@ pub struct PaArgs {
     pub detail: u64,
     pub found: u64,
     pub measured: [f64; 2usize],
+    pub share: f64,
     pub rank: u32,
     pub world: u32,
     pub channels: u32,
@@ -495,7 +508,7 @@ pub struct PaArgs {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaArgs"][::std::mem::size_of::<PaArgs>() - 200usize];
+    ["Size of PaArgs"][::std::mem::size_of::<PaArgs>() - 208usize];
     ["Alignment of PaArgs"][::std::mem::align_of::<PaArgs>() - 8usize];
     [
         "Offset of field: PaArgs::control",
@@ -542,38 +555,39 @@ const _: () = {
     [
         "Offset of field: PaArgs::measured",
     ][::std::mem::offset_of!(PaArgs, measured) - 128usize];
-    ["Offset of field: PaArgs::rank"][::std::mem::offset_of!(PaArgs, rank) - 144usize];
-    ["Offset of field: PaArgs::world"][::std::mem::offset_of!(PaArgs, world) - 148usize];
+    ["Offset of field: PaArgs::share"][::std::mem::offset_of!(PaArgs, share) - 144usize];
+    ["Offset of field: PaArgs::rank"][::std::mem::offset_of!(PaArgs, rank) - 152usize];
+    ["Offset of field: PaArgs::world"][::std::mem::offset_of!(PaArgs, world) - 156usize];
     [
         "Offset of field: PaArgs::channels",
-    ][::std::mem::offset_of!(PaArgs, channels) - 152usize];
-    ["Offset of field: PaArgs::slots"][::std::mem::offset_of!(PaArgs, slots) - 156usize];
+    ][::std::mem::offset_of!(PaArgs, channels) - 160usize];
+    ["Offset of field: PaArgs::slots"][::std::mem::offset_of!(PaArgs, slots) - 164usize];
     [
         "Offset of field: PaArgs::slot_packs",
-    ][::std::mem::offset_of!(PaArgs, slot_packs) - 160usize];
+    ][::std::mem::offset_of!(PaArgs, slot_packs) - 168usize];
     [
         "Offset of field: PaArgs::bucket_count",
-    ][::std::mem::offset_of!(PaArgs, bucket_count) - 164usize];
-    ["Offset of field: PaArgs::flags"][::std::mem::offset_of!(PaArgs, flags) - 168usize];
+    ][::std::mem::offset_of!(PaArgs, bucket_count) - 172usize];
+    ["Offset of field: PaArgs::flags"][::std::mem::offset_of!(PaArgs, flags) - 176usize];
     [
         "Offset of field: PaArgs::fault_step",
-    ][::std::mem::offset_of!(PaArgs, fault_step) - 172usize];
-    ["Offset of field: PaArgs::spins"][::std::mem::offset_of!(PaArgs, spins) - 176usize];
+    ][::std::mem::offset_of!(PaArgs, fault_step) - 180usize];
+    ["Offset of field: PaArgs::spins"][::std::mem::offset_of!(PaArgs, spins) - 184usize];
     [
         "Offset of field: PaArgs::remote_ns",
-    ][::std::mem::offset_of!(PaArgs, remote_ns) - 180usize];
+    ][::std::mem::offset_of!(PaArgs, remote_ns) - 188usize];
     [
         "Offset of field: PaArgs::delay_ns",
-    ][::std::mem::offset_of!(PaArgs, delay_ns) - 184usize];
+    ][::std::mem::offset_of!(PaArgs, delay_ns) - 192usize];
     [
         "Offset of field: PaArgs::from_segment",
-    ][::std::mem::offset_of!(PaArgs, from_segment) - 188usize];
+    ][::std::mem::offset_of!(PaArgs, from_segment) - 196usize];
     [
         "Offset of field: PaArgs::to_segment",
-    ][::std::mem::offset_of!(PaArgs, to_segment) - 192usize];
+    ][::std::mem::offset_of!(PaArgs, to_segment) - 200usize];
     [
         "Offset of field: PaArgs::reserved",
-    ][::std::mem::offset_of!(PaArgs, reserved) - 196usize];
+    ][::std::mem::offset_of!(PaArgs, reserved) - 204usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -582,7 +596,7 @@ pub struct PaLaunch {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaLaunch"][::std::mem::size_of::<PaLaunch>() - 3200usize];
+    ["Size of PaLaunch"][::std::mem::size_of::<PaLaunch>() - 3328usize];
     ["Alignment of PaLaunch"][::std::mem::align_of::<PaLaunch>() - 8usize];
     ["Offset of field: PaLaunch::args"][::std::mem::offset_of!(PaLaunch, args) - 0usize];
 };

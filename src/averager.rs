@@ -10,6 +10,7 @@ mod link;
 mod memory;
 mod outcome;
 mod outer_state;
+mod overlap;
 mod pending;
 mod progress;
 mod raw;
@@ -38,6 +39,7 @@ pub(crate) use lend::Ordered;
 pub use lend::{Lend, LendError, Loan};
 pub use link::Link;
 pub(crate) use outer_state::saved::OUTER as OUTER_SECTION;
+pub use overlap::Overlapped;
 pub use pending::Pending;
 pub(crate) use progress::{Halt, Progress};
 pub use raw::RawCudaParams;
@@ -53,6 +55,7 @@ use crate::world::{AbortHandle, Agreement, Communicator};
 use crate::{Error, Result};
 use memory::RankMemory;
 use outer_state::{AnchorState, Launches, OuterState};
+use overlap::UnderWay;
 use rebuild::Blueprint;
 use recover::Admitted;
 use stage::RankStage;
@@ -120,6 +123,10 @@ pub struct ParamAverager {
     exchanges: u32,
     /// The latest call that was launched.
     call: Call,
+    /// Average of a copy that was started and not finished.
+    under_way: Option<UnderWay>,
+    /// Number of averages of copies that were started.
+    copies: u64,
     /// Failure of a `lend` after its average was made, until the call that made it ends.
     late: Option<Error>,
     /// Average that gave a joiner the model. `regroup` takes it.
@@ -159,12 +166,26 @@ pub(crate) struct Call {
     pub(crate) unneeded: bool,
     /// True if this rank takes part and its tensors stay as they are. For the ring only.
     pub(crate) keeps: bool,
+    /// Fragment that is averaged. `None`: the whole model.
+    pub(crate) fragment: Option<usize>,
+    pub(crate) work: Work,
     /// Reason of a `LocalSgd`, for errors.
     pub(crate) reason: Option<Reason>,
     /// Steps since the last average, for the report.
     pub(crate) local_steps: u64,
     /// Measurements of this rank. All ranks get the largest of each, in the report.
     pub(crate) measured: Option<[f64; 2]>,
+}
+
+/// Work of a call on the tensors that are lent for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Work {
+    /// The average of the tensors.
+    InPlace,
+    /// A copy of them, and the start of its average.
+    OfCopy,
+    /// The addition of what that average has changed.
+    Apply,
 }
 
 impl Call {
@@ -176,6 +197,8 @@ impl Call {
             place: place::BY_HAND,
             unneeded: false,
             keeps: false,
+            fragment: None,
+            work: Work::InPlace,
             reason: None,
             local_steps: 0,
             measured: None,

@@ -3,10 +3,13 @@
 //!
 //! ```text
 //! tensors  wte f32 | ln f32 | wpe bf16 | head f32        in the order they are visited
-//! buckets  f32: [wte|ln|head]      bf16: [wpe]           one per dtype; tensors start at a pack
+//! buckets  f32: [wte|ln|head]      bf16: [wpe]           one per dtype (and fragment); tensors
+//!                                                        start at a pack
 //! channels [········][········]                          equal ranges of a bucket's packs
 //! rounds   [n chunks][n chunks]…[n parts of the rest]    load of one trip around the ring
 //! ```
+
+use std::ops::Range;
 
 use crate::abi::{PaSegment, PA_ALIGN_PACKS, PA_PACK_BYTES, PA_RUN_PACKS};
 use crate::tensor::Dtype;
@@ -36,15 +39,52 @@ pub struct Bucket {
 /// Position of a tensor, as (bucket, segment); `None` for an empty tensor.
 pub type Place = Option<(usize, usize)>;
 
-/// Sorts tensors into buckets, one for each dtype with elements, in the order of [`Dtype::ALL`].
-pub fn plan(shapes: &[Shape]) -> (Vec<Bucket>, Vec<Place>) {
+/// Sorts the tensors of each fragment into buckets, one for each dtype with elements, in the order
+/// of [`Dtype::ALL`]. The last result has the buckets of each fragment.
+pub fn plan(shapes: &[Shape], fragments: u32) -> (Vec<Bucket>, Vec<Place>, Vec<Range<usize>>) {
     let mut buckets = Vec::new();
     let mut placement = vec![None; shapes.len()];
+    let mut ranges = vec![];
+    for tensors in cut(shapes, fragments) {
+        let first = buckets.len();
+        sort(shapes, tensors, &mut buckets, &mut placement);
+        ranges.push(first..buckets.len());
+    }
+    (buckets, placement, ranges)
+}
+
+/// Cuts the list of tensors into fragments of about as many bytes each: a tensor belongs to the
+/// fragment in which its middle lies. A fragment may be empty.
+fn cut(shapes: &[Shape], fragments: u32) -> Vec<Range<usize>> {
+    let bytes = |shape: &Shape| u128::from(shape.elements) * shape.dtype.size() as u128;
+    let (parts, all) = (u128::from(fragments), shapes.iter().map(bytes).sum::<u128>().max(1));
+    let mut ranges = vec![0..0; fragments as usize];
+    let (mut before, mut part, mut first) = (0, 0, 0);
+    for (index, shape) in shapes.iter().enumerate() {
+        // In halves of bytes.
+        let of = (((2 * before + bytes(shape)) * parts / (2 * all)) as usize).min(ranges.len() - 1);
+        while part < of {
+            ranges[part] = first..index;
+            (part, first) = (part + 1, index);
+        }
+        before += bytes(shape);
+    }
+    ranges[part] = first..shapes.len();
+    ranges[part + 1..].fill(shapes.len()..shapes.len());
+    ranges
+}
+
+/// Sorts some tensors into buckets of their own.
+fn sort(
+    shapes: &[Shape],
+    tensors: Range<usize>,
+    buckets: &mut Vec<Bucket>,
+    placement: &mut [Place],
+) {
     for dtype in Dtype::ALL {
         let mut bucket = Bucket { dtype, packs: 0, segments: vec![], tensors: vec![] };
-        for (index, shape) in
-            shapes.iter().enumerate().filter(|(_, s)| s.dtype == dtype && s.elements > 0)
-        {
+        let indexed = shapes.iter().enumerate().take(tensors.end).skip(tensors.start);
+        for (index, shape) in indexed.filter(|(_, s)| s.dtype == dtype && s.elements > 0) {
             placement[index] = Some((buckets.len(), bucket.segments.len()));
             bucket.segments.push(PaSegment {
                 address: 0,
@@ -58,7 +98,6 @@ pub fn plan(shapes: &[Shape]) -> (Vec<Bucket>, Vec<Place>) {
             buckets.push(bucket);
         }
     }
-    (buckets, placement)
 }
 
 /// Number of packs of a tensor.
@@ -188,8 +227,18 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_element_has_one_place(shapes in shapes()) {
-            let (buckets, placement) = plan(&shapes);
+        fn every_element_has_one_place(shapes in shapes(), fragments in 1u32..9) {
+            let (buckets, placement, ranges) = plan(&shapes, fragments);
+            prop_assert_eq!(ranges.len(), fragments as usize);
+            let ends = ranges.iter().map(|range| range.end);
+            let begins = ranges.iter().map(|range| range.start);
+            prop_assert!(begins.skip(1).chain([buckets.len()]).eq(ends), "one behind the other");
+            // Tensors come in the order of fragments.
+            let of = |tensor: usize| placement[tensor].map(|(bucket, _)| {
+                ranges.iter().position(|range| range.contains(&bucket)).unwrap()
+            });
+            let order: Vec<_> = (0..shapes.len()).filter_map(of).collect();
+            prop_assert!(order.is_sorted());
             for bucket in &buckets {
                 let per_pack = 16 / bucket.dtype.size() as u64;
                 let mut end = 0;
@@ -210,6 +259,18 @@ mod tests {
                     prop_assert_eq!(buckets[bucket].dtype, shape.dtype);
                     prop_assert_eq!(buckets[bucket].segments[segment].elements, shape.elements);
                 }
+            }
+        }
+
+        /// No fragment exceeds an equal share by more than the largest tensor.
+        #[test]
+        fn fragments_have_about_as_many_bytes(shapes in shapes(), fragments in 1u32..9) {
+            let bytes = |shape: &Shape| shape.elements * shape.dtype.size() as u64;
+            let all: u64 = shapes.iter().map(bytes).sum();
+            let largest = shapes.iter().map(bytes).max().unwrap_or(0);
+            for range in cut(&shapes, fragments) {
+                let of: u64 = shapes[range].iter().map(bytes).sum();
+                prop_assert!(of <= all / u64::from(fragments) + largest + 1);
             }
         }
 

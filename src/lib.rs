@@ -162,6 +162,7 @@ mod hash;
 mod local_sgd;
 mod notice;
 mod outer;
+mod overlap;
 mod parameters;
 mod plan;
 mod saved;
@@ -174,8 +175,8 @@ mod world;
 #[cfg(feature = "cuda")]
 pub use adapters::cudarc::{CudaParams, CudaTensorMut};
 pub use averager::{
-    Algorithm, Builder, Lend, LendError, Link, Loan, ParamAverager, Pending, RawCudaParams,
-    Reduction, Report, Start, Telemetry,
+    Algorithm, Builder, Lend, LendError, Link, Loan, Overlapped, ParamAverager, Pending,
+    RawCudaParams, Reduction, Report, Start, Telemetry,
 };
 #[cfg(feature = "cuda")]
 pub use backend::cuda::{CudaDevice, Topology};
@@ -188,6 +189,7 @@ pub use error::{DeviceError, Error, ErrorKind, Phase, Result, StateError, Tensor
 pub use local_sgd::SavedState;
 pub use local_sgd::{Action, LocalSgd};
 pub use outer::{Outer, ParseOuterError};
+pub use overlap::Overlap;
 pub use parameters::Parameters;
 pub use schedule::Schedule;
 pub use stage::{Part, Shard, Values, Veto};

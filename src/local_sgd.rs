@@ -2,10 +2,12 @@
 
 mod action;
 mod decide;
+mod overlapped;
 mod resume;
 mod rounds;
 #[cfg(feature = "serde")]
 mod serialized;
+mod since;
 
 use std::time::Instant;
 
@@ -14,8 +16,10 @@ use crate::schedule::{place, Course, Decisions};
 use crate::{Error, ParamAverager, Report, Result, Schedule};
 pub use action::Action;
 use decide::{is_rate, Measured};
+use overlapped::{behind, Flight};
 #[cfg(feature = "serde")]
 pub use serialized::SavedState;
+use since::Since;
 
 /// Largest position to begin at: leaves room to count, and for `place`.
 const MOST_STEPS: u64 = u64::MAX / 2;
@@ -40,10 +44,10 @@ pub struct LocalSgd {
     enabled: bool,
     measured: Measured,
     applied: u64,
-    since_average: u64,
-    /// Samples since the last average, if steps are weighted.
-    samples: Option<f64>,
+    since: Since,
     averages: u64,
+    /// Average of a copy that a step has started.
+    flight: Option<Flight>,
     enqueued: Option<Enqueued>,
     /// True if the next due average is waited for, since a process can be admitted after it.
     admits_next: bool,
@@ -60,6 +64,7 @@ struct Enqueued {
     start: Instant,
     /// Place in the schedule.
     place: u64,
+    fragment: Option<usize>,
     /// Steps and samples that it averages.
     steps: u64,
     samples: Option<f64>,
@@ -75,15 +80,16 @@ impl LocalSgd {
         let decisions = Decisions::new(schedule, averager.farthest_course());
         averager.set_course(decisions.course);
         let measured = Measured::from(decisions.course.position);
+        let since = Since::new(averager.overlap().fragments);
         LocalSgd {
             averager,
             decisions,
             enabled: true,
             measured,
             applied: 0,
-            since_average: 0,
-            samples: None,
+            since,
             averages: 0,
+            flight: None,
             enqueued: None,
             admits_next: false,
             unreported: None,
@@ -128,7 +134,7 @@ impl LocalSgd {
     /// another place of its schedule. If the admission fails, the error is
     /// [`Error::AfterAverage`], and the parameters are the mean.
     pub fn step<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        self.count(params, self.samples.map(|_| 1.0))
+        self.count(params, 1.0)
     }
 
     /// Counts an optimizer step that was applied to a batch of `samples` samples, or of any other
@@ -147,17 +153,18 @@ impl LocalSgd {
         params: &mut P,
         samples: f64,
     ) -> Result<Action> {
-        let before = self.samples.unwrap_or(0.0);
-        self.samples = Some(before);
+        self.since.weigh();
         if !(samples >= 0.0 && samples.is_finite()) {
-            let is_due = self.is_next_due();
-            self.samples = Some(if is_due { samples } else { before });
-            let made = self.count(params, None);
-            self.samples = Some(before);
+            let before = self.since.clone();
+            if self.is_next_due() {
+                self.since.fill_samples(samples);
+            }
+            let made = self.count(params, 0.0);
+            self.since.set_samples(&before);
             let weight = samples;
             return made.and(Err(Error::InvalidWeight { rank: self.rank(), weight }));
         }
-        self.count(params, Some(samples))
+        self.count(params, samples)
     }
 
     /// Counts an optimizer step that was applied with the learning rate `lr`, for schedules that
@@ -182,10 +189,9 @@ impl LocalSgd {
         self.measured.rate = Some(lr);
     }
 
-    fn count<P: Lend + ?Sized>(&mut self, params: &mut P, samples: Option<f64>) -> Result<Action> {
+    fn count<P: Lend + ?Sized>(&mut self, params: &mut P, samples: f64) -> Result<Action> {
         self.applied += 1;
-        self.since_average += 1;
-        self.samples = self.samples.map(|before| before + samples.unwrap_or(0.0));
+        self.since.count(samples);
         self.skip(params)
     }
 
@@ -196,19 +202,23 @@ impl LocalSgd {
     /// # Errors
     /// As [`step`](Self::step).
     pub fn skip<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        let is_due = self.decisions.step();
+        let fragments = self.averager.overlap().fragments;
+        let due = self.decisions.step(fragments);
         self.averager.set_course(self.decisions.course);
-        if is_due {
-            let made = self.average(params, self.decisions.course.position, false);
-            let made = self.unless_without_rate(made);
-            let made = made.and_then(|action| self.admit(params, action).map_err(Halt::error));
-            return self.ended(made);
+        let landed = if self.is_landing() { self.land(params) } else { Ok(None) };
+        if landed.as_ref().is_err_and(Error::is_fatal) {
+            return self.ended(behind(landed, Ok(Action::Unneeded)));
+        }
+        if let Some(due) = due {
+            let made = self.make_due(params, due);
+            return self.ended(behind(landed, made));
         }
         self.unreported.take().map_or(Ok(()), Err)?;
         if self.is_alone() {
-            return Ok(Action::Alone);
+            return behind(landed, Ok(Action::Alone));
         }
-        Ok(Action::Counted { until_next: self.decisions.course.until_next(&self.schedule()) })
+        let until_next = self.decisions.course.until_next(&self.schedule(), fragments);
+        behind(landed, Ok(Action::Counted { until_next }))
     }
 
     /// The result of a due average, unless this rank has no learning rate: its peers have got an
@@ -237,8 +247,12 @@ impl LocalSgd {
     /// # Errors
     /// As [`step`](Self::step).
     pub fn sync<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
-        let made = self.average(params, place::FINISH, true);
-        self.ended(made)
+        let landed = self.land(params);
+        if landed.as_ref().is_err_and(Error::is_fatal) {
+            return self.ended(behind(landed, Ok(Action::Unneeded)));
+        }
+        let made = self.average(params, place::FINISH, None, true);
+        self.ended(behind(landed, made))
     }
 
     /// Makes the last average, after which all ranks' parameters are the same: [`sync`](Self::sync)
@@ -276,7 +290,7 @@ impl LocalSgd {
         self.averager.refusal_of_done().filter(|_| self.enabled).map_or(Ok(()), Err)?;
         let mut last = Action::Unneeded;
         let made = loop {
-            match self.average(params, place::DONE, true) {
+            match self.average(params, place::DONE, None, true) {
                 Ok(Action::Unneeded) if self.all_done => {
                     break self.meet_at_farthest().map(|()| last)
                 }
@@ -331,9 +345,10 @@ impl LocalSgd {
         self.ended(made)
     }
 
-    /// True if the next [`step`](Self::step) or [`skip`](Self::skip) averages.
+    /// True if the next [`step`](Self::step) or [`skip`](Self::skip) averages, or starts the
+    /// average of a copy.
     pub fn is_next_due(&self) -> bool {
-        !self.is_alone() && self.decisions.is_next_due()
+        !self.is_alone() && self.decisions.is_next_due(self.averager.overlap().fragments)
     }
 
     /// This rank's number.
@@ -368,13 +383,14 @@ impl LocalSgd {
         self.applied
     }
 
-    /// Number of averages made so far.
+    /// Number of averages made so far, each fragment's by itself.
     pub fn averages(&self) -> u64 {
         self.averages
     }
 
     /// Averager of this rank, to abort its world, to reduce scalars, or to average outside of the
     /// schedule. Waits for an average that was enqueued, whose error is that of the next call.
+    /// While an average of a copy is under way it makes no other; see [`flush`](Self::flush).
     pub fn averager(&mut self) -> &mut ParamAverager {
         if let Err(error) = self.settle() {
             self.unreported.get_or_insert(error);

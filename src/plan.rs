@@ -2,8 +2,8 @@
 //! data, made of options alone.
 
 use crate::abi::{
-    PA_ANCHOR, PA_COMPARE, PA_DIRECT, PA_DIRECT_STEP, PA_RING, PA_RING_COMMIT, PA_RING_MIX,
-    PA_RING_STEP, PA_RING_VOTE, PA_SAMPLE, PA_SCAN,
+    PA_ANCHOR, PA_COMPARE, PA_DIRECT, PA_DIRECT_DELTA, PA_DIRECT_STEP, PA_RING, PA_RING_COMMIT,
+    PA_RING_MIX, PA_RING_STEP, PA_RING_VOTE, PA_SAMPLE, PA_SCAN,
 };
 
 /// One step of an average.
@@ -25,6 +25,8 @@ pub(crate) enum Step {
     Gather,
     /// Write a mixture of the result and of its former value to each tensor.
     Mix,
+    /// Write the result less its former value to each tensor.
+    Delta,
     /// Keep this rank's shard of the tensors as the outer optimizer's anchor.
     Anchor,
     /// Keep a sample of the own values, for telemetry. Waits for no peer.
@@ -43,7 +45,7 @@ pub(crate) struct Launch {
 }
 
 impl Launch {
-    fn all_of(kernel: u32) -> Launch {
+    pub(crate) fn all_of(kernel: u32) -> Launch {
         Launch { kernel, segments: (0, 0) }
     }
 
@@ -64,6 +66,10 @@ pub(crate) enum End {
     Step,
     /// The outer optimizer makes a step, and each rank mixes the result with its own values.
     Mix,
+    /// The mean less a rank's own values is written to its tensors, which are copies.
+    Delta,
+    /// As `Delta`, with the outer optimizer's result in the place of the mean.
+    StepDelta,
 }
 
 /// The plan of an averager's averages.
@@ -96,6 +102,11 @@ impl Plan {
             End::Step => steps.insert(gather, Outer),
             End::Mix => {
                 steps[gather] = Mix;
+                steps.insert(gather, Outer);
+            }
+            End::Delta => steps[gather] = Delta,
+            End::StepDelta => {
+                steps[gather] = Delta;
                 steps.insert(gather, Outer);
             }
         }
@@ -135,6 +146,7 @@ impl Plan {
             (true, true) => launches.extend(self.segments(world, is_sequenced)),
             (true, false) => launches.push(Launch::all_of(PA_RING)),
             (false, _) if has(Step::Outer) => launches.push(Launch::all_of(PA_DIRECT_STEP)),
+            (false, _) if has(Step::Delta) => launches.push(Launch::all_of(PA_DIRECT_DELTA)),
             (false, _) => launches.push(Launch::all_of(PA_DIRECT)),
         }
         if has(Step::Anchor) {
@@ -164,18 +176,19 @@ impl Plan {
         };
         let votes = Launch { kernel: PA_RING_VOTE, segments: (commit, commit) };
         let reduce = || cut(PA_RING_COMMIT, 0, commit);
-        let reduce = match self.steps.contains(&Step::Stage) {
+        let has = |step| self.steps.contains(&step);
+        let mixes = has(Step::Mix) || has(Step::Delta);
+        let reduce = match has(Step::Stage) {
             true => [reduce(), vec![votes]].concat(),
-            false if !self.steps.contains(&Step::Outer) => return cut(PA_RING_COMMIT, 0, end),
+            false if !has(Step::Outer) && !mixes => return cut(PA_RING_COMMIT, 0, end),
             false => reduce(),
         };
-        if !self.steps.contains(&Step::Outer) {
-            return [reduce, cut(PA_RING_COMMIT, commit, end)].concat();
+        let gather = cut(if mixes { PA_RING_MIX } else { PA_RING_COMMIT }, commit, end);
+        if !has(Step::Outer) {
+            return [reduce, gather].concat();
         }
         let step = Launch { kernel: PA_RING_STEP, segments: (commit, commit) };
-        let mixes = self.steps.contains(&Step::Mix);
-        let gather = if mixes { PA_RING_MIX } else { PA_RING_COMMIT };
-        [reduce, vec![step], cut(gather, commit, end)].concat()
+        [reduce, vec![step], gather].concat()
     }
 }
 
@@ -185,7 +198,14 @@ mod tests {
     use proptest::prelude::*;
 
     fn ends() -> impl Strategy<Value = End> {
-        prop::sample::select(vec![End::Mean, End::Anchor, End::Step, End::Mix])
+        prop::sample::select(vec![
+            End::Mean,
+            End::Anchor,
+            End::Step,
+            End::Mix,
+            End::Delta,
+            End::StepDelta,
+        ])
     }
 
     proptest! {
@@ -199,8 +219,10 @@ mod tests {
             for step in [Step::Agree, Step::Commit, Step::Reduce] {
                 prop_assert_eq!(plan.steps.iter().filter(|other| **other == step).count(), 1);
             }
-            let gather = at(Step::Gather).or(at(Step::Mix));
-            prop_assert_eq!(at(Step::Gather).is_some(), at(Step::Mix).is_none());
+            let gathers = [Step::Gather, Step::Mix, Step::Delta].map(at);
+            prop_assert_eq!(gathers.iter().flatten().count(), 1);
+            let gather = gathers.into_iter().flatten().next();
+            prop_assert_eq!(at(Step::Delta).is_some(), matches!(end, End::Delta | End::StepDelta));
             prop_assert!(at(Step::Agree) < at(Step::Commit) && at(Step::Commit) < gather);
             prop_assert!(at(Step::Agree) < at(Step::Reduce) && at(Step::Reduce) < gather);
             // A direct average has no shard of its own to keep until a later commit.
@@ -210,7 +232,7 @@ mod tests {
             prop_assert_eq!(at(Step::Scan).is_some(), scans);
             prop_assert!(at(Step::Scan).is_none_or(|at| at == 0));
             // State changes once, after the commit, and before any tensor is written or after all.
-            let steps = matches!(end, End::Step | End::Mix);
+            let steps = matches!(end, End::Step | End::Mix | End::StepDelta);
             prop_assert_eq!(at(Step::Outer).is_some(), steps);
             prop_assert!(at(Step::Outer).is_none_or(|at| Some(at + 1) == gather));
             prop_assert!(!steps || at(Step::Commit) < at(Step::Outer));
@@ -237,22 +259,27 @@ mod tests {
             }
             let splits = is_ring && all_or_nothing;
             prop_assert_eq!(next, if splits { 2 * world + 1 } else { 0 });
-            let steps = matches!(end, End::Step | End::Mix);
+            let steps = matches!(end, End::Step | End::Mix | End::StepDelta);
             let step = meeting.iter().position(|launch| launch.kernel == PA_RING_STEP);
             prop_assert_eq!(step.is_some(), splits && steps);
             if let Some(step) = step {
                 prop_assert_eq!(meeting[step].segments, (world + 1, world + 1));
             }
-            let gather = if end == End::Mix { PA_RING_MIX } else { PA_RING_COMMIT };
+            let mixes = matches!(end, End::Mix | End::Delta | End::StepDelta);
+            let gather = if mixes { PA_RING_MIX } else { PA_RING_COMMIT };
             prop_assert!(!splits || meeting[meeting.len() - 1].kernel == gather);
-            let parts = if steps { 3 } else { 1 };
+            let parts = if steps { 3 } else if mixes { 2 } else { 1 };
             let segments = if steps { next + 1 } else { next } as usize;
             prop_assert_eq!(meeting.len(), match (splits, host) {
                 (false, _) => 1,
                 (true, false) => parts,
                 (true, true) => segments,
             });
-            let direct = if steps { PA_DIRECT_STEP } else { PA_DIRECT };
+            let direct = match end {
+                _ if steps => PA_DIRECT_STEP,
+                End::Delta => PA_DIRECT_DELTA,
+                _ => PA_DIRECT,
+            };
             prop_assert!(is_ring || meeting[0].kernel == direct);
         }
 

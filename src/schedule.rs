@@ -8,7 +8,7 @@ mod tests;
 
 use std::fmt;
 
-pub(crate) use course::{Course, Decisions, Rate, Reason};
+pub(crate) use course::{Course, Decisions, Due, Rate, Reason};
 pub(crate) use rule::Agreed;
 use rule::{Parameter, Rule};
 
@@ -170,6 +170,11 @@ impl Schedule {
     /// True if H depends on more than the position.
     pub(crate) fn adapts(&self) -> bool {
         !matches!(self.rule, Rule::Every(_))
+    }
+
+    /// True if every step up to this position is averaged.
+    pub(crate) fn is_in_warmup(&self, position: u64) -> bool {
+        position <= self.warmup
     }
 
     /// True if H depends on the learning rate.

@@ -13,6 +13,7 @@ use super::watch::Watch;
 use super::{defaults, flag, spins, start, Algorithm, Builder, Call, Lend, ParamAverager, Start};
 use crate::abi::*;
 use crate::backend::{Memory, MemorySpace};
+use crate::overlap::MOST_FRAGMENTS;
 use crate::plan::End;
 use crate::world::{Admission, Handshake};
 use crate::{Error, Result};
@@ -36,6 +37,7 @@ impl ParamAverager {
     fn assemble<P: Lend + ?Sized>(mut options: Builder, params: &mut P) -> Result<Self> {
         let (rank, world) = (options.communicator.rank(), options.communicator.world_size());
         let (device, space) = (options.communicator.device(), options.communicator.space().clone());
+        let fragments = options.overlap.fragments.clamp(1, MOST_FRAGMENTS);
         let (mut made, mut digest) = (None, None);
         let lent = with_tensors(params, rank, &mut |params| {
             let (mut tensors, mut names) = (0, 0);
@@ -45,7 +47,7 @@ impl ParamAverager {
                 names += identity.name.len() + identity.outer.map_or(0, str::len);
             });
             made = Some(check_room(tensors, names, rank, world).map(|()| {
-                let (table, problem) = Table::new(params, device, space.clone());
+                let (table, problem) = Table::new(params, device, space.clone(), fragments);
                 let refusal = problem.map(|problem| table.error(rank, problem));
                 let mut refusal = refusal.or_else(|| table.ambiguity(rank, options.allow_unnamed));
                 let compares = options.start == Start::Own && options.admission == Admission::None;
@@ -143,6 +145,8 @@ impl ParamAverager {
             failed: None,
             exchanges: 0,
             call: Call::by_hand(None),
+            under_way: None,
+            copies: 0,
             late: None,
             admitted: None,
             blueprint: None,
@@ -190,7 +194,6 @@ impl ParamAverager {
             channels,
             slots: sizes.slots,
             slot_packs: sizes.slot_packs,
-            bucket_count: self.table.raw.len() as u32,
             spins: spins(world * channels as usize),
             remote_ns: options.testing.remote_ns.unwrap_or(defaults::REMOTE_NS),
             delay_ns: options.testing.delay_ns,

@@ -14,7 +14,7 @@ use crate::stage::Stage;
 use crate::world::{Admission, Communicator};
 #[cfg(doc)]
 use crate::Error;
-use crate::{Outer, Result};
+use crate::{Outer, Overlap, Result};
 
 /// Options of a [`ParamAverager`]; the same on every rank.
 #[derive(Clone, Debug)]
@@ -31,6 +31,7 @@ pub struct Builder {
     pub(super) start: Start,
     pub(super) outer: Outer,
     pub(super) telemetry: bool,
+    pub(super) overlap: Overlap,
     pub(super) stage: Option<Stage>,
     pub(super) timeout: Duration,
     pub(super) device_timeout: Duration,
@@ -80,6 +81,7 @@ impl Builder {
             start: Start::Rank(0),
             outer: Outer::mean(),
             telemetry: false,
+            overlap: Overlap::default(),
             stage: None,
             timeout: defaults::TIMEOUT,
             device_timeout: defaults::DEVICE_TIMEOUT,
@@ -193,6 +195,19 @@ impl Builder {
         self
     }
 
+    /// Overlap of averages with training, and averages of a part of the model at a time. With a
+    /// [delay](Overlap::delay), averages that [`LocalSgd`](crate::LocalSgd) has due are made of a
+    /// copy of the parameters, or of a fragment of them, while training goes on: that costs as much
+    /// memory as the largest fragment has, and on CPUs one thread more. Refused with
+    /// [`telemetry`](Self::telemetry), with a [`stage`](Self::stage) and with an
+    /// [outer optimizer that keeps a share](crate::Outer::keeping); with a delay, the ring is all
+    /// or nothing whatever [`all_or_nothing`](Self::all_or_nothing) is. Default:
+    /// [`Overlap::default`], none.
+    pub fn overlap(mut self, overlap: Overlap) -> Self {
+        self.overlap = overlap;
+        self
+    }
+
     /// True if partial sums of f16 and bf16 travel as f32. Two ranks send no partial sums.
     pub(super) fn has_f32_wire(&self) -> bool {
         !self.narrow_wire && self.communicator.world_size() > 2
@@ -281,10 +296,12 @@ impl Builder {
         self.communicator.placement().process_way() == Some(ProcessWay::Sequenced)
     }
 
-    /// True if the ring commits after the reduce. Where hosts make the steps it always does, and
-    /// with an outer optimizer, whose state changes on all ranks or on none.
+    /// True if the ring commits after the reduce. Where hosts make the steps it always does; with
+    /// an outer optimizer, whose state changes on all ranks or on none; and where averages are made
+    /// of copies.
     pub(super) fn commits_late(&self) -> bool {
-        self.all_or_nothing || self.is_sequenced() || !self.outer.is_mean()
+        let keeps_more = !self.outer.is_mean() || self.overlap.copies();
+        self.all_or_nothing || self.is_sequenced() || keeps_more
     }
 
     /// Algorithm that `Auto` stands for.

@@ -5,7 +5,7 @@ use std::fmt;
 use std::time::Instant;
 
 use super::table::Problem;
-use super::{Call, Outcome, ParamAverager, Report};
+use super::{Call, Outcome, ParamAverager, Report, Work};
 use crate::backend::Order;
 use crate::{Error, Parameters, Result};
 
@@ -183,6 +183,11 @@ impl Begun {
     pub(super) fn is_over(&self) -> bool {
         self.outcome.is_some()
     }
+
+    /// Failure of `lend`.
+    pub(super) fn failed(self) -> Option<Error> {
+        self.failed
+    }
 }
 
 impl ParamAverager {
@@ -271,7 +276,8 @@ impl ParamAverager {
         let (begun, waits) = match loan.0 {
             Lent::Exclusive(tensors) => {
                 // SAFETY: the tensors are borrowed until `end` has returned, below.
-                (unsafe { self.begin(tensors, call, Order::NullStream, start) }?, true)
+                let waits = call.work == Work::InPlace;
+                (unsafe { self.begin(tensors, call, Order::NullStream, start) }?, waits)
             }
             Lent::OnStream(tensors, stream) => {
                 // SAFETY: the promise of `Loan::on_stream`.
@@ -292,6 +298,9 @@ impl ParamAverager {
     fn refuse_to_average(&mut self, call: Call, own: Error, start: Instant) -> Result<Begun> {
         if self.world_size() == 1 {
             return Err(own);
+        }
+        if call.work == Work::Apply {
+            return Err(own); // the peers have made the average
         }
         let _ = self.own.engine.finish();
         // SAFETY: with a problem, no tensor is read or written.

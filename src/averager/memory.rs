@@ -115,6 +115,8 @@ pub(super) struct RankMemory {
     pub(super) outer: Option<Arc<OuterState>>,
     /// Samples for telemetry, for each bucket.
     samples: Vec<Memory>,
+    /// Copy of one fragment, where averages are made of copies.
+    copy: Option<Memory>,
     /// Memory that neighbours write to; see `Handshake`.
     pub(super) inbox: Option<Arc<Memory>>,
     pub(super) credits: Option<Arc<Memory>>,
@@ -187,6 +189,14 @@ impl RankMemory {
                 }
             }
         }
+        let mut copy = None;
+        if options.overlap.copies() {
+            let (bytes, places) = places_of_copies(table);
+            let memory = Memory::new(space, bytes).map_err(own_failed)?;
+            let addresses: Vec<u64> = places.iter().map(|at| memory.address() + at).collect();
+            table.add_copies(&addresses);
+            copy = Some(memory);
+        }
         let (mut inbox, mut credits) = (None, None);
         if ring {
             let (placement, link) = (options.communicator.placement(), options.link);
@@ -220,17 +230,20 @@ impl RankMemory {
             sets.iter().find(|set| set.name == name).copied().expect("a set this machine has")
         };
         let isa = testing.instruction_set.map_or(sets[0], named);
-        let count = table.buckets.iter().map(|bucket| bucket.segments.len()).sum();
         let states = vec![state; channels as usize];
         let leads = options.communicator.placement().leads(rank);
-        let capacity = (table.buckets.len(), count);
-        let engine = Engine::new(space, &states, capacity, isa, leads, rank)?;
+        let capacity = (table.raw.len(), table.segment_count());
+        let mut engine = Engine::new(space, &states, capacity, isa, leads, rank)?;
+        if options.overlap.copies() {
+            engine.prepare_to_run_aside(rank)?;
+        }
         Ok(RankMemory {
             engine,
             shards,
             means,
             outer: outer.map(Arc::new),
             samples,
+            copy,
             inbox: inbox.map(Arc::new),
             credits: credits.map(Arc::new),
             control: control.map(Arc::new),
@@ -239,12 +252,27 @@ impl RankMemory {
 
     /// Number of bytes in all.
     pub(super) fn bytes(&self, table: &Table) -> usize {
-        let own = self.shards.iter().chain(&self.means).chain(&self.samples);
+        let own = self.shards.iter().chain(&self.means).chain(&self.samples).chain(&self.copy);
         let own: usize = own.map(Memory::bytes).sum();
         let mailbox: usize =
             [&self.inbox, &self.credits].into_iter().flatten().map(|memory| memory.bytes()).sum();
-        let segments: usize = table.buckets.iter().map(|bucket| bucket.segments.len()).sum();
+        let segments = table.segment_count();
         let outer = self.outer.as_ref().map_or(0, |outer| outer.bytes());
         own + outer + mailbox + self.engine.bytes(segments * size_of::<PaSegment>())
     }
+}
+
+/// Bytes of a copy of the largest fragment, and where each bucket has its copy in them: one
+/// fragment is copied at a time.
+fn places_of_copies(table: &Table) -> (usize, Vec<u64>) {
+    let (mut most, mut places) = (0, vec![]);
+    for range in &table.fragments {
+        let mut end = 0;
+        for bucket in &table.buckets[range.clone()] {
+            places.push(end);
+            end += bucket::align_up(bucket.packs) * u64::from(PA_PACK_BYTES);
+        }
+        most = most.max(end);
+    }
+    (most as usize, places)
 }

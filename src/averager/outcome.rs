@@ -151,7 +151,10 @@ impl ParamAverager {
         let active = self.ended().map(|status| status.active_ns).max();
         let measured = self.ended().next().map(|status| status.measured);
         Report {
-            bytes: self.table.bytes,
+            bytes: match self.call.fragment {
+                None => self.table.bytes,
+                fragment => self.table.bytes_of(fragment),
+            },
             elapsed: start.map_or(Duration::ZERO, |start| start.elapsed()),
             waited: Duration::from_nanos(waited),
             active: active.filter(|_| is_measured).map(Duration::from_nanos),
@@ -198,6 +201,7 @@ impl ParamAverager {
     fn non_finite(&self, rank: usize, bad: u64) -> Error {
         let place = bad.wrapping_sub(1);
         let (bucket, element) = ((place >> 56) as usize, place & ((1 << 56) - 1));
+        let bucket = self.table.buckets_of(self.call.fragment).start + bucket;
         let (tensor, element) = match self.table.buckets.get(bucket) {
             Some(bucket) => {
                 let (tensor, element) = bucket.locate(element);

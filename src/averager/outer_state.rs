@@ -10,9 +10,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::table::Table;
-use super::{flag, Builder, Call, ParamAverager};
+use super::{flag, Builder, Call, ParamAverager, Work};
 use crate::abi::{
-    PaBucket, PaOuter, PaStatus, PA_COMMITTED, PA_FLAG_STEP, PA_FLAG_WHOLE, PA_PACK_BYTES,
+    PaBucket, PaOuter, PaStatus, PA_COMMITTED, PA_FLAG_DELTA, PA_FLAG_STEP, PA_FLAG_WHOLE,
+    PA_PACK_BYTES,
 };
 use crate::backend::{Memory, MemorySpace};
 use crate::bucket::{self, Division};
@@ -28,6 +29,8 @@ pub(super) struct Launches {
     anchor: Vec<Launch>,
     step: Vec<Launch>,
     mix: Vec<Launch>,
+    delta: Vec<Launch>,
+    step_delta: Vec<Launch>,
 }
 
 impl Launches {
@@ -39,12 +42,15 @@ impl Launches {
             let plan = if options.telemetry { plan.sampled() } else { plan };
             plan.launches(world, options.is_sequenced())
         };
-        let with_state = |end| if options.outer.is_mean() { vec![] } else { to(end) };
+        let (has_state, copies) = (!options.outer.is_mean(), options.overlap.copies());
+        let to_if = |has: bool, end| if has { to(end) } else { vec![] };
         Launches {
             mean: to(End::Mean),
-            anchor: with_state(End::Anchor),
-            step: with_state(End::Step),
-            mix: with_state(End::Mix),
+            anchor: to_if(has_state, End::Anchor),
+            step: to_if(has_state, End::Step),
+            mix: to_if(has_state, End::Mix),
+            delta: to_if(copies, End::Delta),
+            step_delta: to_if(has_state && copies, End::StepDelta),
         }
     }
 
@@ -54,6 +60,8 @@ impl Launches {
             End::Anchor => &self.anchor,
             End::Step => &self.step,
             End::Mix => &self.mix,
+            End::Delta => &self.delta,
+            End::StepDelta => &self.step_delta,
         }
     }
 }
@@ -199,6 +207,15 @@ impl ParamAverager {
     /// Error of `LocalSgd::done` where ranks keep a share of their values. The ranks that are not
     /// done make due averages, which mix, or the last one, which does not.
     pub(crate) fn refusal_of_done(&self) -> Option<Error> {
+        if self.options.overlap.is_on() {
+            return Some(Error::InvalidOption {
+                rank: self.rank(),
+                option: "overlap",
+                found: format!("{}, with LocalSgd::done", self.options.overlap),
+                expected: "Overlap::default(); or LocalSgd::finish, after as many steps on every \
+                           rank",
+            });
+        }
         self.options.outer.mixes().then(|| Error::InvalidOption {
             rank: self.rank(),
             option: "outer",
@@ -209,6 +226,10 @@ impl ParamAverager {
 
     /// End of this call's average.
     pub(super) fn end_of(&self, call: Call) -> End {
+        if call.work == Work::OfCopy {
+            // Begun with an anchor only.
+            return if self.has_outer() { End::StepDelta } else { End::Delta };
+        }
         match (&self.own.outer, self.anchor) {
             (None, _) => End::Mean,
             (Some(_), AnchorState::Set) if !place::sets_values(call.place) => {
@@ -232,7 +253,8 @@ impl ParamAverager {
     /// Flags of an average with this end.
     pub(super) fn flags_of(end: End) -> u32 {
         flag(PA_FLAG_WHOLE, end != End::Mix)
-            | flag(PA_FLAG_STEP, matches!(end, End::Step | End::Mix))
+            | flag(PA_FLAG_STEP, matches!(end, End::Step | End::Mix | End::StepDelta))
+            | flag(PA_FLAG_DELTA, matches!(end, End::Delta | End::StepDelta))
     }
 
     /// State of the outer optimizer for an averager in a later view.
@@ -275,7 +297,7 @@ impl ParamAverager {
     }
 
     /// True if outer steps can begin, or there are none.
-    pub(super) fn has_anchor(&mut self) -> bool {
+    pub(crate) fn has_anchor(&mut self) -> bool {
         self.note_anchor();
         !self.has_outer() || self.anchor == AnchorState::Set
     }
@@ -286,7 +308,8 @@ impl ParamAverager {
         // may not have taken it over yet, and some not learnt of what was lost. A step is committed
         // when all ranks have completed the average before.
         let has_committed = |status: PaStatus| status.committed != 0;
-        if matches!(self.end, End::Step | End::Mix) && self.ended().any(has_committed) {
+        let is_step = matches!(self.end, End::Step | End::Mix | End::StepDelta);
+        if is_step && self.ended().any(has_committed) {
             self.inherited = None;
         }
         if let AnchorState::Launched { was_set } = self.anchor {

@@ -140,6 +140,7 @@ impl ParamAverager {
         progress: &mut Progress,
     ) -> Result<Regrouped, Halt> {
         // Enqueued work ends by itself.
+        self.drop_overlapped();
         let _ = self.own.engine.finish();
         self.note_anchor();
         if admission != Admission::None {

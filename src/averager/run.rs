@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::outer_state::AnchorState;
 use super::stage::StageOf;
 use super::table::Problem;
-use super::{flag, stage, Call, Outcome, ParamAverager};
+use super::{flag, stage, Call, Outcome, ParamAverager, Work};
 use crate::abi::*;
 use crate::backend::{Gathering, Order, Unstarted, Way};
 use crate::error::Phase;
@@ -25,6 +25,9 @@ impl ParamAverager {
             || self.communicator.is_superseded().then(|| Error::StaleView { rank: self.rank() });
         if let Some(error) = failure.or_else(superseded) {
             self.failed = Some(error.clone());
+            return Err(error);
+        }
+        if let Some(error) = self.refusal_of_another() {
             return Err(error);
         }
         // A forgotten `Pending` still uses the tables. The next launch reports its fatal error.
@@ -47,6 +50,10 @@ impl ParamAverager {
         start: Instant,
     ) -> Result<Option<Outcome>> {
         let problem = self.table.refresh(params).err();
+        if call.work != Work::InPlace {
+            // SAFETY: the caller's promise; the tables hold the addresses of these tensors.
+            return unsafe { self.begin_beside(problem, call, order, start) };
+        }
         if self.is_alone() {
             return self.alone(self.refusal_of(problem, call), call, start).map(Some);
         }
@@ -99,10 +106,11 @@ impl ParamAverager {
         self.call = call;
         // A graph replays the same flags each time, but joiners come and go.
         let has_joiner = self.communicator.has_joiner() && !is_captured;
-        let segments = || self.table.buckets.iter().map(|bucket| &bucket.segments[..]);
-        let buckets = self.own.engine.place(&mut self.table.raw, segments());
+        let of_copy = call.work == Work::OfCopy;
+        let (buckets, bucket_count) = self.place_tables(call.fragment, of_copy);
         let args = PaArgs {
             buckets,
+            bucket_count,
             schedule: call.schedule,
             weight: call.weight.unwrap_or(1.0),
             detail: problem.map_or(0, |problem| problem.tensor),
@@ -120,9 +128,6 @@ impl ParamAverager {
                 | ParamAverager::flags_of(end),
             ..self.args
         };
-        if std::mem::take(&mut self.table.moved) {
-            self.own.engine.set_tables(&self.table.raw, segments());
-        }
         // With a problem, no tensor is read: the launch with the entry barrier reports it.
         // Launches that do not meet come first. No allocation: averages on CPUs make none.
         let launches = self.launches.to(end);
@@ -154,7 +159,7 @@ impl ParamAverager {
             sets_values: place::sets_values(call.place),
             describe: &describe,
         });
-        let average = (&args, launches, order, &peers);
+        let average = (&args, launches, order, &peers, of_copy);
         // SAFETY: the tables describe the tensors of the caller's promise; all other memory is this
         // averager's or kept by `agreement`.
         match unsafe { stage::start(&mut self.own.engine, average, stage) } {
@@ -171,6 +176,16 @@ impl ParamAverager {
                 Err(self.unstarted(failed))
             }
         }
+    }
+
+    /// Brings the kernels' tables up to date. Returns the address of the buckets of a call, and
+    /// their number; see `Table::place`.
+    pub(super) fn place_tables(&mut self, fragment: Option<usize>, of_copies: bool) -> (u64, u32) {
+        let placed = self.table.place(&self.own.engine, fragment, of_copies);
+        if std::mem::take(&mut self.table.moved) {
+            self.own.engine.set_tables(&self.table.raw, self.table.segments());
+        }
+        placed
     }
 
     /// Second half of an average: waits for it.

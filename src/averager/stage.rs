@@ -235,13 +235,17 @@ pub(super) struct StageOf<'a> {
 /// As `Engine::start`.
 pub(super) unsafe fn start(
     engine: &mut Engine,
-    (args, launches, order, peers): (&PaArgs, &[Launch], Order, &Gathering<'_>),
+    (args, launches, order, peers, aside): (&PaArgs, &[Launch], Order, &Gathering<'_>, bool),
     stage: Option<StageOf<'_>>,
 ) -> Result<(), Unstarted> {
     let vote = launches.iter().position(|launch| launch.kernel == PA_RING_VOTE);
     let (Some(StageOf { stage, watch, sets_values, describe }), Some(vote)) = (stage, vote) else {
-        // SAFETY: guaranteed by the caller.
-        return unsafe { engine.start(args, launches, order, peers) };
+        // SAFETY: guaranteed by the caller, here and below.
+        return match aside {
+            false => unsafe { engine.start(args, launches, order, peers) },
+            // SAFETY: as above.
+            true => unsafe { engine.start_aside(args, launches, order, peers) },
+        };
     };
     stage.veto = None;
     // SAFETY: guaranteed by the caller. On CPUs, where stages are, the launches have run when

@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
-use crate::abi::{PaBucket, PaSegment};
-use crate::backend::MemorySpace;
+use crate::abi::{PaBucket, PaSegment, PA_PACK_BYTES};
+use crate::backend::{Engine, MemorySpace};
 use crate::bucket::{self, Bucket, Place, Shape};
 use crate::device::Device;
 use crate::hash::fnv1a;
@@ -17,6 +18,8 @@ use crate::{Error, Parameters, TensorMut};
 pub(super) struct Layout {
     device: Device,
     space: MemorySpace,
+    /// Number of fragments.
+    fragments: u32,
     names: Vec<Name>,
     shapes: Vec<Shape>,
 }
@@ -71,8 +74,13 @@ pub(super) struct Table {
     pub(super) layout: Arc<Layout>,
     placement: Vec<Place>,
     pub(super) buckets: Vec<Bucket>,
-    /// Buckets in the kernels' form.
+    /// Buckets of each fragment.
+    pub(super) fragments: Vec<Range<usize>>,
+    /// Buckets in the kernels' form; behind them those of the copies, if averages are made of
+    /// copies.
     pub(super) raw: Vec<PaBucket>,
+    /// Segments of the copies.
+    copies: Vec<Vec<PaSegment>>,
     /// Begin, end and index of each tensor with elements, for `overlap`.
     spans: Vec<(u64, u64, u32)>,
     pub(super) bytes: u64,
@@ -127,7 +135,7 @@ impl Layout {
 
     /// Layout of no tensors.
     pub(super) fn none(device: Device, space: MemorySpace) -> Layout {
-        Layout { device, space, names: vec![], shapes: vec![] }
+        Layout { device, space, fragments: 1, names: vec![], shapes: vec![] }
     }
 
     /// Number of tensors, and bytes of all their names.
@@ -172,6 +180,7 @@ impl Table {
         params: &mut dyn Parameters,
         device: Device,
         space: MemorySpace,
+        fragments: u32,
     ) -> (Table, Option<Problem>) {
         let (mut names, mut shapes) = (vec![], vec![]);
         params.visit(&mut |tensor| {
@@ -181,19 +190,88 @@ impl Table {
             let elements = if elements > most_elements(dtype) { 0 } else { elements };
             shapes.push(Shape { dtype, elements });
         });
-        let mut table = Table::of(Arc::new(Layout { device, space, names, shapes }));
+        let mut table = Table::of(Arc::new(Layout { device, space, fragments, names, shapes }));
         let problem = table.refresh(params).err();
         (table, problem)
     }
 
     /// Table of these tensors, whose addresses are not known yet.
     pub(super) fn of(layout: Arc<Layout>) -> Table {
-        let (buckets, placement) = bucket::plan(&layout.shapes);
+        let (buckets, placement, fragments) = bucket::plan(&layout.shapes, layout.fragments);
         let raw = buckets.iter().map(|_| bytemuck::Zeroable::zeroed()).collect();
         let bytes = layout.shapes.iter().map(|shape| shape.elements * shape.dtype.size() as u64);
         let bytes = bytes.fold(0, u64::saturating_add);
         let spans = Vec::with_capacity(layout.shapes.len());
-        Table { layout, placement, buckets, raw, spans, bytes, moved: true, unchecked: true }
+        Table {
+            layout,
+            placement,
+            buckets,
+            fragments,
+            raw,
+            copies: vec![],
+            spans,
+            bytes,
+            moved: true,
+            unchecked: true,
+        }
+    }
+
+    /// Adds the buckets of copies of the tensors, each at its address. Called once, when all
+    /// buckets are complete.
+    pub(super) fn add_copies(&mut self, addresses: &[u64]) {
+        for (index, (bucket, &snapshot)) in self.buckets.iter().zip(addresses).enumerate() {
+            let copy = |segment: &PaSegment| {
+                let address = snapshot + segment.first_pack * u64::from(PA_PACK_BYTES);
+                PaSegment { address, ..*segment }
+            };
+            self.copies.push(bucket.segments.iter().map(copy).collect());
+            self.raw.push(PaBucket { snapshot, ..self.raw[index] });
+        }
+    }
+
+    /// Segments of each of the kernels' buckets.
+    pub(super) fn segments(&self) -> impl Iterator<Item = &[PaSegment]> {
+        let tensors = self.buckets.iter().map(|bucket| &bucket.segments[..]);
+        tensors.chain(self.copies.iter().map(|segments| &segments[..]))
+    }
+
+    /// Number of segments of all the kernels' buckets.
+    pub(super) fn segment_count(&self) -> usize {
+        self.segments().map(<[PaSegment]>::len).sum()
+    }
+
+    /// Brings the addresses in the kernels' buckets up to date. Returns the address of the buckets
+    /// of a call: those of a fragment, or all; of the copies, or of the tensors; and their number.
+    pub(super) fn place(
+        &mut self,
+        engine: &Engine,
+        fragment: Option<usize>,
+        of_copies: bool,
+    ) -> (u64, u32) {
+        let count = self.buckets.len();
+        let tensors = self.buckets.iter().map(|bucket| &bucket.segments[..]);
+        let segments = tensors.chain(self.copies.iter().map(|segments| &segments[..]));
+        let address = engine.place(&mut self.raw, segments);
+        for index in count..self.raw.len() {
+            self.raw[index].source = self.raw[index - count].segments;
+        }
+        let range = self.buckets_of(fragment);
+        let first = range.start + if of_copies { count } else { 0 };
+        (address + (first * size_of::<PaBucket>()) as u64, range.len() as u32)
+    }
+
+    /// Buckets of a fragment, or all.
+    pub(super) fn buckets_of(&self, fragment: Option<usize>) -> Range<usize> {
+        fragment.map_or(0..self.buckets.len(), |fragment| self.fragments[fragment].clone())
+    }
+
+    /// Bytes of the tensors of a fragment, or of all.
+    pub(super) fn bytes_of(&self, fragment: Option<usize>) -> u64 {
+        let bytes = |bucket: &Bucket| {
+            let elements = bucket.segments.iter().map(|segment| segment.elements);
+            elements.sum::<u64>() * bucket.dtype.size() as u64
+        };
+        self.buckets[self.buckets_of(fragment)].iter().map(bytes).sum()
     }
 
     /// Takes over the tensors' addresses, if they are the tensors that the table was made for. Does

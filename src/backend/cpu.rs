@@ -1,5 +1,5 @@
-//! CPU threads that run the kernels. A block is a thread: the averager's own for channel 0, and one
-//! worker for each further channel.
+//! CPU threads that run the kernels. A block is a thread: the averager's own for channel 0, or one
+//! that stands for it, and one worker for each further channel.
 
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
@@ -122,6 +122,97 @@ impl Workers {
                 job = wait(&self.shared.ended, job);
             }
         }
+    }
+}
+
+/// Thread that runs the launches of one average while the averager's own thread trains: it takes
+/// channel 0 in that thread's place.
+pub(crate) struct Aside {
+    shared: Arc<AsideShared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct AsideShared {
+    state: Mutex<AsideState>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct AsideState {
+    /// Launches that were started and not taken by the thread.
+    list: Option<Vec<(PaArgs, u32)>>,
+    /// True from the start of a list to its end.
+    is_running: bool,
+    stop: bool,
+}
+
+impl Aside {
+    pub(crate) fn new(workers: Arc<Workers>, name: &str) -> Result<Aside, String> {
+        let shared = Arc::new(AsideShared { state: Mutex::default(), changed: Condvar::new() });
+        let of_thread = shared.clone();
+        let run = move || run_aside(&workers, &of_thread);
+        let thread = Some(thread(format!("{name}-aside"), STACK, run)?);
+        Ok(Aside { shared, thread })
+    }
+
+    /// Starts a list of launches, each when the one before has ended.
+    ///
+    /// # Safety
+    /// As [`Workers::launch`], until `wait` has returned. Nothing else launches meanwhile.
+    pub(crate) unsafe fn start(&self, list: Vec<(PaArgs, u32)>) {
+        self.wait();
+        let mut state = lock(&self.shared.state);
+        (state.list, state.is_running) = (Some(list), true);
+        self.shared.changed.notify_all();
+    }
+
+    /// True if `wait` returns at once.
+    pub(crate) fn is_done(&self) -> bool {
+        !lock(&self.shared.state).is_running
+    }
+
+    /// Waits for the launches that were started.
+    pub(crate) fn wait(&self) {
+        let mut state = lock(&self.shared.state);
+        while state.is_running {
+            state = wait(&self.shared.changed, state);
+        }
+    }
+}
+
+fn run_aside(workers: &Workers, shared: &AsideShared) {
+    loop {
+        let mut state = lock(&shared.state);
+        let list = loop {
+            match state.list.take() {
+                Some(list) => break list,
+                None if state.stop => return,
+                None => state = wait(&shared.changed, state),
+            }
+        };
+        drop(state);
+        for (args, kernel) in list {
+            // SAFETY: the promise of `Aside::start`, until `is_running` is false.
+            unsafe { workers.launch(&args, kernel) };
+        }
+        lock(&shared.state).is_running = false;
+        shared.changed.notify_all();
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        lock(&self.shared.state).stop = true;
+        self.shared.changed.notify_all();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl std::fmt::Debug for Aside {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Aside({})", if self.is_done() { "idle" } else { "running" })
     }
 }
 

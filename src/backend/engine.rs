@@ -4,7 +4,7 @@ use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::cpu::{Isa, Workers};
+use super::cpu::{Aside, Isa, Workers};
 use super::{cuda, Arrivals, Failure, HostBuffer, Meeting, MemorySpace, World};
 use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PaStatus};
 use crate::plan::Launch;
@@ -13,7 +13,13 @@ use crate::{DeviceError, Error, Result};
 /// Runs the kernels of one rank and keeps its channels' states.
 #[derive(Debug)]
 pub(crate) enum Engine {
-    Cpu { workers: Workers, states: HostBuffer, statuses: HostBuffer },
+    Cpu {
+        workers: Arc<Workers>,
+        /// Thread for averages that are made while the caller trains.
+        aside: Option<Aside>,
+        states: HostBuffer,
+        statuses: HostBuffer,
+    },
     Cuda(Box<cuda::Rank>),
 }
 
@@ -117,12 +123,21 @@ impl Engine {
                 statuses.bytes_mut().copy_from_slice(bytemuck::cast_slice(&ended));
                 let workers = Workers::new(isa, first.len() as u32, &format!("rank-{rank}"))
                     .map_err(|reason| Error::Thread { rank, reason })?;
-                Ok(Engine::Cpu { workers, states, statuses })
+                Ok(Engine::Cpu { workers: Arc::new(workers), aside: None, states, statuses })
             }
             MemorySpace::Cuda(context) => cuda::Rank::new(context, first, buckets, segments, leads)
                 .map(|rank| Engine::Cuda(Box::new(rank)))
                 .map_err(|reason| Error::DeviceFailed { rank, source: DeviceError::from(reason) }),
         }
+    }
+
+    /// Makes `start_aside` possible.
+    pub(crate) fn prepare_to_run_aside(&mut self, rank: usize) -> Result<()> {
+        if let Engine::Cpu { workers, aside, .. } = self {
+            let made = Aside::new(workers.clone(), &format!("rank-{rank}"));
+            *aside = Some(made.map_err(|reason| Error::Thread { rank, reason })?);
+        }
+        Ok(())
     }
 
     /// Address of the channels' states, for the kernels.
@@ -227,6 +242,53 @@ impl Engine {
         }
     }
 
+    /// As `start`, but threads run the launches after this function has returned.
+    ///
+    /// # Safety
+    /// As `start`.
+    pub(crate) unsafe fn start_aside(
+        &mut self,
+        args: &PaArgs,
+        launches: &[Launch],
+        order: Order,
+        peers: &Gathering<'_>,
+    ) -> Result<(), Unstarted> {
+        match self {
+            Engine::Cpu { aside: Some(aside), .. } => {
+                let with_args = |launch: &Launch| {
+                    let (from_segment, to_segment) = launch.segments;
+                    (PaArgs { from_segment, to_segment, ..*args }, launch.kernel)
+                };
+                // SAFETY: guaranteed by the caller.
+                unsafe { aside.start(launches.iter().map(with_args).collect()) };
+                Ok(())
+            }
+            Engine::Cpu { aside: None, .. } => Err("it was not prepared to run aside".into()),
+            // SAFETY: guaranteed by the caller.
+            Engine::Cuda(rank) => unsafe { rank.start(args, launches, order, peers) },
+        }
+    }
+
+    /// Runs a kernel that waits for no peer, between averages. Threads have run it when this
+    /// returns; a device runs it on the stream of `order`, as a part of that stream's work.
+    ///
+    /// # Safety
+    /// As `start`, until the stream has come to the end of the kernel.
+    pub(crate) unsafe fn run_local(
+        &mut self,
+        args: &PaArgs,
+        kernel: u32,
+        order: Order,
+    ) -> Result<(), Unstarted> {
+        match self {
+            // SAFETY: guaranteed by the caller.
+            Engine::Cpu { workers, .. } => unsafe { workers.launch(args, kernel) },
+            // SAFETY: guaranteed by the caller.
+            Engine::Cuda(rank) => unsafe { rank.run_local(args, kernel, order) }?,
+        }
+        Ok(())
+    }
+
     /// True if the stream is being captured.
     ///
     /// # Safety
@@ -276,7 +338,7 @@ impl Engine {
     /// True if `finish` would return at once.
     pub(crate) fn is_done(&self) -> bool {
         match self {
-            Engine::Cpu { .. } => true,
+            Engine::Cpu { aside, .. } => aside.as_ref().is_none_or(Aside::is_done),
             Engine::Cuda(rank) => rank.is_done(),
         }
     }
@@ -284,7 +346,10 @@ impl Engine {
     /// Waits for the average that was started. `ended` then holds its states.
     pub(crate) fn finish(&mut self) -> Result<(), String> {
         match self {
-            Engine::Cpu { .. } => Ok(()),
+            Engine::Cpu { aside, .. } => {
+                aside.iter().for_each(Aside::wait);
+                Ok(())
+            }
             Engine::Cuda(rank) => Ok(rank.finish()?),
         }
     }

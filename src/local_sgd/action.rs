@@ -18,6 +18,12 @@ pub enum Action {
     /// its result. Its outcome comes with the next average, or from
     /// [`wait`](super::LocalSgd::wait).
     Enqueued,
+    /// The average of a copy was started, as [`Overlap`](crate::Overlap) says: training goes on
+    /// meanwhile. A step that also ends an earlier one returns `Averaged`.
+    Started {
+        /// Steps until its result is added, in a step that returns `Averaged`.
+        ends_in: u64,
+    },
     /// A process was admitted: the world has one more rank, which has a copy of the model.
     Admitted {
         /// Average that was due, made just before. `None`: this rank was alone, and its parameters

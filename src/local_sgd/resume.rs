@@ -112,8 +112,17 @@ impl LocalSgd {
     ///
     /// # Errors
     /// As [`ParamAverager::average`](crate::ParamAverager::average), if a part of the state can't
-    /// be read from a device.
+    /// be read from a device. [`Error::InvalidOption`] if an average of a copy is under way; call
+    /// [`flush`](Self::flush) first.
     pub fn save(&mut self) -> Result<Vec<u8>> {
+        if self.flight.is_some() {
+            return Err(Error::InvalidOption {
+                rank: self.rank(),
+                option: "save",
+                found: "an average of a copy that is under way".into(),
+                expected: "LocalSgd::flush before",
+            });
+        }
         let mut sections = Sections::default();
         sections.push(COURSE, true, self.saved().to_bytes());
         if let Some(outer) = self.averager().save_outer()? {
@@ -190,8 +199,7 @@ impl LocalSgd {
             self.measured.rate = found.rate;
             self.applied = found.applied;
             self.averages = found.averages;
-            self.since_average = found.since_average;
-            self.samples = found.samples;
+            self.since.restore(found.since_average, found.samples);
         }
         Ok(())
     }
@@ -210,8 +218,8 @@ impl LocalSgd {
             rate: self.measured.rate,
             applied: self.applied,
             averages: self.averages,
-            since_average: self.since_average,
-            samples: self.samples,
+            since_average: self.since.steps(None),
+            samples: self.since.samples(None),
         }
     }
 }

@@ -4,17 +4,19 @@ use std::time::Instant;
 
 use super::{Action, Enqueued, LocalSgd};
 use crate::averager::{Call, Halt, Lend, Outcome, Progress, Regrouped, TRIES};
+use crate::hash::fnv1a;
 use crate::schedule::place;
 use crate::world::Admission;
 use crate::{Error, Report, Result};
 
 impl LocalSgd {
-    /// Makes one average, behind an earlier one that was enqueued. `waits` is false if it may be
-    /// enqueued, too.
+    /// Makes one average of a fragment, or of the whole model, behind an earlier one that was
+    /// enqueued. `waits` is false if it may be enqueued, too.
     pub(super) fn average(
         &mut self,
         params: &mut (impl Lend + ?Sized),
         place: u64,
+        fragment: Option<usize>,
         waits: bool,
     ) -> Result<Action> {
         if self.is_alone() {
@@ -39,8 +41,8 @@ impl LocalSgd {
         self.decisions.before(place);
         self.averager.set_course(self.decisions.course);
         let made = match waits || !self.averager.is_on_stream() {
-            true => self.made(params, place),
-            false => self.enqueue(params, place),
+            true => self.made(params, place, fragment),
+            false => self.enqueue(params, place, fragment),
         };
         match earlier {
             Some(cause) => made.and_then(|action| Err(action.after(cause))),
@@ -48,8 +50,13 @@ impl LocalSgd {
         }
     }
 
-    fn made(&mut self, params: &mut (impl Lend + ?Sized), place: u64) -> Result<Action> {
-        let call = self.call(place);
+    fn made(
+        &mut self,
+        params: &mut (impl Lend + ?Sized),
+        place: u64,
+        fragment: Option<usize>,
+    ) -> Result<Action> {
+        let call = self.call(place, fragment, false);
         let made = self.averager.run(params, call);
         self.begin_round(false);
         Ok(match made? {
@@ -57,32 +64,36 @@ impl LocalSgd {
                 let agreed = self.agreed(&report, place, self.measured.rate);
                 self.decisions.after(place, &agreed);
                 self.averager.set_course(self.decisions.course);
-                self.averaged(report)
+                self.averaged(report, fragment)
             }
             Outcome::Unneeded { all_done } => {
                 self.all_done = all_done;
-                self.forget_steps();
+                self.since.forget(fragment);
                 Action::Unneeded
             }
         })
     }
 
-    fn enqueue(&mut self, params: &mut (impl Lend + ?Sized), place: u64) -> Result<Action> {
-        let (start, call) = (Instant::now(), self.call(place));
+    fn enqueue(
+        &mut self,
+        params: &mut (impl Lend + ?Sized),
+        place: u64,
+        fragment: Option<usize>,
+    ) -> Result<Action> {
+        let (start, call) = (Instant::now(), self.call(place, fragment, false));
         let begun = self.averager.average_lent(params, call, false, start)?;
-        let (steps, samples, rate) = (self.since_average, self.samples, self.measured.rate);
-        self.enqueued = Some(Enqueued { begun, start, place, steps, samples, rate });
-        self.forget_steps();
+        let (steps, samples) = (self.since.steps(fragment), self.since.samples(fragment));
+        let rate = self.measured.rate;
+        self.enqueued = Some(Enqueued { begun, start, place, fragment, steps, samples, rate });
+        self.since.forget(fragment);
         self.begin_round(true);
         Ok(Action::Enqueued)
     }
 
     /// Takes the outcome of an average that was enqueued, if there is one.
     pub(super) fn settle(&mut self) -> Result<Option<Report>> {
-        let Some(Enqueued { begun, start, place, steps, samples, rate }) = self.enqueued.take()
-        else {
-            return Ok(None);
-        };
+        let Some(enqueued) = self.enqueued.take() else { return Ok(None) };
+        let Enqueued { begun, start, place, fragment, steps, samples, rate } = enqueued;
         match self.averager.conclude(begun, start) {
             Ok(Outcome::Averaged(report)) => {
                 self.averages += 1;
@@ -100,19 +111,19 @@ impl LocalSgd {
             Ok(Outcome::Unneeded { .. }) => Ok(None),
             Err(error) => {
                 // Its steps belong to the next average.
-                self.since_average += steps;
-                let lost = samples.filter(|samples| samples.is_finite()).unwrap_or(0.0);
-                self.samples = self.samples.map(|since| since + lost);
+                self.since.take_back(fragment, steps, samples);
                 Err(error)
             }
         }
     }
 
-    fn call(&self, place: u64) -> Call {
+    /// Call of an average at `place`: of a fragment, or of the whole model; of a copy, or in place.
+    pub(super) fn call(&self, place: u64, fragment: Option<usize>, of_copy: bool) -> Call {
         let (done, recovers) = (place == place::DONE, place == place::RECOVERY);
-        let has_news = self.since_average > 0 && self.samples != Some(0.0);
+        let (steps, samples) = (self.since.steps(fragment), self.since.samples(fragment));
+        let has_news = steps > 0 && samples != Some(0.0);
         let evens_out = place == place::FINISH && self.averager.has_mixed();
-        let weight = match self.samples {
+        let weight = match samples {
             // A rank that is done counts with the steps that no average has had, and then no more.
             _ if done && !has_news => Some(0.0),
             None if done => Some(1.0),
@@ -124,26 +135,30 @@ impl LocalSgd {
             samples => samples,
         };
         let reason = self.reason(place);
+        let digest = reason.digest(place);
         Call {
-            schedule: reason.digest(place),
+            schedule: match fragment {
+                None if !of_copy => digest,
+                _ => {
+                    let part = fragment.map_or(u64::MAX, |fragment| fragment as u64);
+                    let words = [digest, part, u64::from(of_copy)];
+                    fnv1a(words.iter().flat_map(|word| word.to_le_bytes())) | 1
+                }
+            },
+            fragment,
             place,
             unneeded: !has_news && !recovers && !evens_out,
             reason: Some(reason),
-            local_steps: self.since_average,
+            local_steps: steps,
             measured: self.measured_at(place),
             ..Call::by_hand(weight)
         }
     }
 
-    fn averaged(&mut self, report: Report) -> Action {
-        self.forget_steps();
+    fn averaged(&mut self, report: Report, fragment: Option<usize>) -> Action {
+        self.since.forget(fragment);
         self.averages += 1;
         Action::Averaged(report)
-    }
-
-    fn forget_steps(&mut self) {
-        self.since_average = 0;
-        self.samples = self.samples.map(|_| 0.0);
     }
 
     pub(super) fn recover_step(
@@ -153,6 +168,7 @@ impl LocalSgd {
     ) -> Result<Action, Halt> {
         // The world was lost with it, if it has failed.
         let _ = self.settle();
+        self.drop_flight();
         self.admits_next = false;
         let (mut last, mut in_vain) = (None::<(Error, usize)>, 0);
         loop {
@@ -160,7 +176,7 @@ impl LocalSgd {
                 self.averager.recover_step(params, true, progress)?;
             self.take_course(course);
             if let Some(admitted) = admitted {
-                return Ok(self.averaged(admitted.report)); // The mean over all members.
+                return Ok(self.averaged(admitted.report, None)); // The mean over all members.
             }
             if let Some((error, ranks)) = last.take() {
                 in_vain = if self.averager.world_size() < ranks { 0 } else { in_vain + 1 };
@@ -168,7 +184,7 @@ impl LocalSgd {
                     return Err(progress.halt(error));
                 }
             }
-            match self.average(params, place::RECOVERY, true) {
+            match self.average(params, place::RECOVERY, None, true) {
                 // Another rank is lost. The next view leaves it out.
                 Err(error @ (Error::PeerLost { .. } | Error::Timeout { .. })) => {
                     progress.survived(&error);
@@ -204,7 +220,7 @@ impl LocalSgd {
         let regrouped = self.averager.regroup(params, Admission::Copy, false, &mut progress)?;
         self.take_course(regrouped.course);
         match regrouped.admitted {
-            Some(admitted) if admitted.is_mean => return Ok(self.averaged(admitted.report)),
+            Some(admitted) if admitted.is_mean => return Ok(self.averaged(admitted.report, None)),
             Some(_) => return Ok(Action::Admitted { average }),
             None => {}
         }

@@ -21,6 +21,20 @@ pub(crate) struct Course {
     pub(crate) local_steps: u64,
 }
 
+/// An average that is due.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Due {
+    Whole,
+    Fragment(usize),
+}
+
+/// Number of fragments that are due at the first `step` steps of a round.
+fn fragments_by(step: u64, local_steps: u64, fragments: u32) -> u64 {
+    // p with ⌊p·H/P⌋ ≤ step, from 1 on: p·H < (step + 1)·P.
+    let most = (u128::from(step) + 1) * u128::from(fragments);
+    (most.div_ceil(local_steps.into()) - 1).min(fragments.into()) as u64
+}
+
 impl Course {
     /// Beginning of a schedule, at a position.
     pub(crate) fn begin(schedule: &Schedule, position: u64) -> Course {
@@ -28,23 +42,36 @@ impl Course {
         Course { position, anchor, local_steps: schedule.limited(schedule.rule.first()) }
     }
 
-    /// True if an average follows the step of this position.
-    pub(crate) fn is_due(&self, schedule: &Schedule) -> bool {
+    /// The average that follows the step of this position, if one does. Of several fragments,
+    /// number p is due at ⌊(p + 1)·H/P⌋ of a round of H steps; there are H at most.
+    pub(crate) fn due(&self, schedule: &Schedule, fragments: u32) -> Option<Due> {
         let Course { position, anchor, local_steps } = *self;
         let from = anchor.max(schedule.warmup);
-        let in_warmup = position > 0 && position <= schedule.warmup;
-        in_warmup || (position > from && (position - from).is_multiple_of(local_steps))
+        if position > 0 && position <= schedule.warmup {
+            return Some(Due::Whole);
+        }
+        let step = (position.checked_sub(from)?.checked_sub(1)? % local_steps) + 1;
+        if fragments == 1 {
+            return (step == local_steps).then_some(Due::Whole);
+        }
+        let last = fragments_by(step, local_steps, fragments);
+        (last > fragments_by(step - 1, local_steps, fragments))
+            .then(|| Due::Fragment(last as usize - 1))
     }
 
     /// Steps from here to the next one that an average follows, at least 1. Not an exact number
     /// where that exceeds `u64`.
-    pub(crate) fn until_next(&self, schedule: &Schedule) -> u64 {
+    pub(crate) fn until_next(&self, schedule: &Schedule, fragments: u32) -> u64 {
         let Course { position, anchor, local_steps } = *self;
         let from = anchor.max(schedule.warmup);
+        let step = position.saturating_sub(from) % local_steps;
+        // Step of the round that the next fragment is due at.
+        let next = fragments_by(step, local_steps, fragments) + 1;
+        let at = (u128::from(next) * u128::from(local_steps)).div_euclid(fragments.into()) as u64;
         let next = match position {
             _ if position < schedule.warmup => position + 1,
-            _ if position < from => from.saturating_add(local_steps),
-            _ => position.saturating_add(local_steps - (position - from) % local_steps),
+            _ if position < from => from.saturating_add(at),
+            _ => position.saturating_add(at - step),
         };
         (next - position).max(1)
     }
@@ -92,15 +119,15 @@ impl Decisions {
         Decisions { schedule, course, later: None }
     }
 
-    /// Counts a step. True if an average follows it.
-    pub(crate) fn step(&mut self) -> bool {
+    /// Counts a step. Returns the average that follows it.
+    pub(crate) fn step(&mut self, fragments: u32) -> Option<Due> {
         self.course.position += 1;
-        self.course.is_due(&self.schedule)
+        self.course.due(&self.schedule, fragments)
     }
 
     /// True if an average follows the next step.
-    pub(crate) fn is_next_due(&self) -> bool {
-        self.clone().step()
+    pub(crate) fn is_next_due(&self, fragments: u32) -> bool {
+        self.clone().step(fragments).is_some()
     }
 
     /// Makes the decision that an enqueued average has left. Called before an average at `place`,

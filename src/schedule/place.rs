@@ -12,6 +12,15 @@ pub(crate) const DONE: u64 = u64::MAX - 5;
 const COPIES: u64 = u64::MAX - 0xffff;
 const LAST_COPY: u64 = COPIES + 0xff;
 
+/// Averages of a copy of fragment 0, of fragment 1, and so on.
+const FRAGMENTS: u64 = COPIES - 0x10000;
+const LAST_FRAGMENT: u64 = FRAGMENTS + 0xffff;
+
+/// The average of a copy of a fragment, outside of a schedule.
+pub(crate) fn overlapped(fragment: usize) -> u64 {
+    FRAGMENTS + fragment.min(0xffff) as u64
+}
+
 /// A copy of rank `root`'s tensors. Roots that are too large for every world share a place.
 pub(crate) fn copy_of(root: usize) -> u64 {
     COPIES + root.min(0xff) as u64
@@ -24,7 +33,7 @@ pub(crate) fn sets_values(place: u64) -> bool {
 
 /// True for an average that follows a step of the schedule.
 pub(crate) fn is_step(place: u64) -> bool {
-    place < COPIES
+    place < FRAGMENTS
 }
 
 /// True for averages that `LocalSgd` makes in the course of training.
@@ -47,6 +56,9 @@ pub(crate) fn call(place: u64) -> String {
         BY_HAND => "average".into(),
         START => "build, which starts from the mean".into(),
         COPIES..=LAST_COPY => format!("broadcast from rank {}", place - COPIES),
+        FRAGMENTS..=LAST_FRAGMENT => {
+            format!("start_overlapped of fragment {}", place - FRAGMENTS)
+        }
         step => format!("LocalSgd::step, its step {step}"),
     }
 }

@@ -4,7 +4,7 @@ use super::*;
 
 fn due(schedule: Schedule) -> Vec<u64> {
     let mut decisions = Decisions::new(schedule, Course::default());
-    (1..=12).filter(|_| decisions.step()).collect()
+    (1..=12).filter(|_| decisions.step(1).is_some()).collect()
 }
 
 fn begun(schedule: Schedule, position: u64) -> Course {
@@ -38,12 +38,39 @@ fn post_local_averages_at_the_steps_of_pytorch() {
 }
 
 #[test]
+fn each_fragment_is_due_once_a_round() {
+    for (h, fragments, warmup) in [(8, 4, 0), (7, 3, 2), (5, 5, 0), (100, 7, 9), (3, 1, 1)] {
+        let schedule = Schedule::every(h).after_warmup(warmup);
+        let expected = |position: u64| match position {
+            0 => None,
+            _ if position <= warmup => Some(Due::Whole),
+            _ => {
+                let step = (position - warmup - 1) % h + 1;
+                let mut all = (0..fragments).filter(|p| (p + 1) * h / fragments == step);
+                all.next().map(|p| match fragments {
+                    1 => Due::Whole,
+                    _ => Due::Fragment(p as usize),
+                })
+            }
+        };
+        for position in 0..3 * h + warmup {
+            let course = begun(schedule, position);
+            let found = course.due(&schedule, fragments as u32);
+            assert_eq!(found, expected(position), "{schedule} / {fragments} at {position}");
+            let next = (position + 1..).find(|&step| expected(step).is_some()).unwrap();
+            let until = course.until_next(&schedule, fragments as u32);
+            assert_eq!(position + until, next, "{schedule} / {fragments} after {position}");
+        }
+    }
+}
+
+#[test]
 fn steps_until_the_next_average_are_those_to_the_next_one_that_is_due() {
     for schedule in [Schedule::every(4), Schedule::every(1), Schedule::every(5).after_warmup(3)] {
         for position in 0..40 {
-            let is_due = |&step: &u64| begun(schedule, step).is_due(&schedule);
+            let is_due = |&step: &u64| begun(schedule, step).due(&schedule, 1).is_some();
             let next = (position + 1..).find(is_due).unwrap();
-            let found = begun(schedule, position).until_next(&schedule);
+            let found = begun(schedule, position).until_next(&schedule, 1);
             assert_eq!(position + found, next, "{schedule} after {position}");
         }
     }
@@ -237,9 +264,9 @@ proptest! {
     ) {
         let schedule = Schedule::every(every.max(1)).after_warmup(warmup);
         let course = begun(schedule, step);
-        let until = course.until_next(&schedule);
+        let until = course.until_next(&schedule, 1);
         prop_assert!(until >= 1 && until <= every.max(1));
-        let is_due = |step| begun(schedule, step).is_due(&schedule);
+        let is_due = |step| begun(schedule, step).due(&schedule, 1).is_some();
         let next = step.saturating_add(until);
         prop_assert!(is_due(next) || next == u64::MAX);
         // No step in between is due; checked for the first ones.
@@ -259,7 +286,7 @@ proptest! {
         let mut course = Course { local_steps: h.max(1), ..begun(schedule, 9) };
         course.decide(&schedule, &agreed);
         prop_assert!((1..40).contains(&course.local_steps) || !schedule.adapts());
-        prop_assert!(course.until_next(&schedule) <= course.local_steps);
+        prop_assert!(course.until_next(&schedule, 1) <= course.local_steps);
     }
 
     /// All ranks average after the same steps, for the same reason, whatever they measure, whenever
@@ -272,7 +299,8 @@ proptest! {
         // Outcome of an average that was enqueued, until each rank looks at it.
         let mut unseen: Vec<Option<Agreed>> = vec![None; RANKS];
         for event in events {
-            let due: Vec<bool> = ranks.iter_mut().map(Decisions::step).collect();
+            let due: Vec<bool> =
+                ranks.iter_mut().map(|decisions| decisions.step(1).is_some()).collect();
             prop_assert!(due.iter().all(|&is_due| is_due == due[0]), "{due:?}");
             let settle = |ranks: &mut [Decisions], unseen: &mut [Option<Agreed>], all: bool| {
                 for ((rank, seen), looks) in ranks.iter_mut().zip(unseen).zip(&event.looks) {
@@ -330,12 +358,12 @@ proptest! {
         schedule in schedule(), ahead in 0u64..10, agreed in measurement()
     ) {
         let mut near = Decisions::new(schedule, Course::default());
-        while !near.step() {}
+        while near.step(1).is_none() {}
         let mut far = near.clone();
         let agreed = Agreed { measured: [agreed; 2], sent: agreed, rate: Some(0.1) };
         far.after(far.course.position, &agreed);
         for _ in 0..ahead {
-            far.step();
+            far.step(1);
         }
         for order in [[&near, &far], [&far, &near]] {
             let met = Course::farthest(order.map(|rank| rank.course));

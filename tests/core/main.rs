@@ -16,6 +16,8 @@ mod outer_fixture;
 mod outer_promises;
 mod outer_reference;
 mod outer_resume;
+mod overlap;
+mod overlap_steps;
 mod public_api;
 mod refusals;
 mod resume;

@@ -33,6 +33,10 @@ impl Builder {
                 "Own, with an outer optimizer".into(),
                 "Rank or Mean: an outer step begins from parameters that all ranks have had",
             ),
+            _ if self.overlap_refusal().is_some() => {
+                let (option, found, expected) = self.overlap_refusal().expect("just seen");
+                refuse(option, found, expected)
+            }
             _ if self.stage.is_some() && self.stage_refusal().is_some() => {
                 let (option, found, expected) = self.stage_refusal().expect("just seen");
                 refuse(option, found.into(), expected)
@@ -85,6 +89,7 @@ impl Builder {
             ("start_from", format!("{:?}", self.start)),
             ("outer", self.outer.to_string()),
             ("telemetry", self.telemetry.to_string()),
+            ("overlap", self.overlap.to_string()),
             ("stage", self.stage.as_ref().map_or("none".into(), |stage| format!("{stage:?}"))),
             ("timeout", format!("{:?}", self.timeout)),
             ("device_timeout", format!("{:?}", self.device_timeout)),

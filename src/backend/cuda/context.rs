@@ -15,7 +15,7 @@ use crate::backend::reclaim::{register_spare, Reclaim};
 use crate::sync::lock;
 
 /// Names of the kernels, indexed by `PaKernel`.
-const KERNELS: [&str; 10] = [
+const KERNELS: [&str; 13] = [
     "pa_direct",
     "pa_ring",
     "pa_ring_commit",
@@ -26,6 +26,9 @@ const KERNELS: [&str; 10] = [
     "pa_anchor",
     "pa_sample",
     "pa_compare",
+    "pa_snapshot",
+    "pa_apply",
+    "pa_direct_delta",
 ];
 /// Name of the kernel that tests peer access.
 const PROBE: &str = "pa_probe";

@@ -2,6 +2,7 @@
 
 mod meet;
 
+use std::ffi::c_void;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,6 +31,8 @@ pub(crate) struct Rank {
     ready: Arc<Event>,
     /// Recorded behind this rank's launches.
     done: Arc<Event>,
+    /// Recorded behind the last copy of tables that `run_local` has made.
+    copied: Option<Event>,
     channels: DeviceMemory,
     /// The status records after the last average, which the kernels write.
     ended: Pinned,
@@ -73,6 +76,7 @@ impl Rank {
             stream: leads.then(|| LaunchStream::new(context)).transpose()?,
             ready: Arc::new(Event::new(context)?),
             done: Arc::new(Event::new(context)?),
+            copied: None,
             channels: DeviceMemory::new(context, bytes.len())?,
             ended: Pinned::new(context, size_of::<PaStatus>() * states.len())?,
             tables: Tables::new(context, buckets, segments)?,
@@ -121,6 +125,8 @@ impl Rank {
         buckets: &'a [PaBucket],
         segments: impl Iterator<Item = &'a [PaSegment]>,
     ) {
+        // The next call of the driver returns its error, if it has one.
+        let _ = self.copied.as_ref().map(Event::synchronize);
         self.tables.set(buckets, segments);
     }
 
@@ -203,6 +209,39 @@ impl Rank {
             unsafe { done.hold(behind) }?;
         }
         Ok(())
+    }
+
+    /// Enqueues a kernel that waits for no peer on a stream of the caller, which is not captured.
+    ///
+    /// # Safety
+    /// As `start`, until the stream has come to the end of the kernel.
+    pub(crate) unsafe fn run_local(
+        &mut self,
+        args: &PaArgs,
+        kernel: u32,
+        order: Order,
+    ) -> Result<(), Unstarted> {
+        let _bound = self.context.bind()?;
+        let on: sys::CUstream = match order {
+            Order::NullStream => std::ptr::null_mut(),
+            Order::Behind(stream) | Order::Within(stream) => stream.cast(),
+        };
+        if let Some((to, from, bytes)) = self.tables.take_stale() {
+            let copied = match self.copied.take() {
+                Some(copied) => copied,
+                None => Event::new(&self.context)?,
+            };
+            // SAFETY: both have this size, and keep it. They are not written until `copied`; what
+            // reads the destination is on this stream, or behind it.
+            let copy = || unsafe {
+                call!(cuMemcpyHtoDAsync_v2(to, from as *const c_void, bytes, on))?;
+                copied.record(on)
+            };
+            copy().inspect_err(|_| self.tables.set_stale())?;
+            self.copied = Some(copied);
+        }
+        // SAFETY: guaranteed by the caller.
+        Ok(unsafe { launch(&self.context, Launch::all_of(kernel), &[*args], on) }?)
     }
 
     /// Makes an average a part of the graph that is captured on the stream.
