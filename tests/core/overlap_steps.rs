@@ -40,7 +40,7 @@ fn a_step_starts_an_average_and_a_later_one_adds_its_result() {
         let mut actions = vec![];
         for _ in 0..10 {
             step(rank, &mut model);
-            assert_eq!(sgd.is_next_due(), (sgd.position() + 1) % 4 == 0);
+            assert_eq!(sgd.is_next_due(), (sgd.position() + 1).is_multiple_of(4));
             actions.push(said(&sgd.step(&mut model).unwrap()));
         }
         let round = [('s', 2), ('c', 3), ('a', 40), ('c', 1)];

@@ -8,6 +8,7 @@ mod interop;
 mod links;
 pub mod model;
 mod outer;
+mod overlap;
 mod scenarios;
 mod steps;
 mod streams;
@@ -91,6 +92,15 @@ pub fn outer_states_are_saved_and_loaded() {
 pub fn telemetry_has_the_numbers_of_the_cpu() {
     scenario("telemetry", &[&[ONE, ("CUDASIM_SEED", "1")], &[ONE, ("CUDASIM_RACE", "1")]]);
     scenario("telemetry-devices", &[&[("CUDASIM_DEVICES", "2")]]);
+}
+
+pub fn averages_of_copies_have_the_bits_of_the_cpu() {
+    scenario("overlap", &[&[ONE, ("CUDASIM_SEED", "1")], &[ONE, ("CUDASIM_RACE", "1")]]);
+    scenario("overlap-devices", &[&[("CUDASIM_DEVICES", "2")]]);
+}
+
+pub fn averages_of_copies_are_ordered_with_a_stream() {
+    scenario("overlap-streams", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
 }
 
 pub fn averages_have_no_race() {

@@ -43,6 +43,8 @@ fn main() -> ExitCode {
         cuda::telemetry_has_the_numbers_of_the_cpu: driver,
         cuda::outer_calls_that_differ_are_an_error_on_every_rank: driver,
         cuda::outer_states_are_saved_and_loaded: driver,
+        cuda::averages_of_copies_have_the_bits_of_the_cpu: driver,
+        cuda::averages_of_copies_are_ordered_with_a_stream: driver,
         cuda::averages_have_no_race: driver,
         cuda::refusals_reach_every_rank: driver,
         cuda::failures_are_typed_and_change_nothing: driver,

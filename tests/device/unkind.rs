@@ -213,6 +213,11 @@ tests! {
             .map(|mode| cases(&["outer-saved", "outer-calls"], mode)).concat(),
     ].concat();
 
+    /// Averages of copies, beside a trainer on a stream and between devices.
+    averages_of_copies: "A1-A4", [
+        COOP, ROOM, SHORT, BLOCKING, QUEUES_AND_WAITS, DISPLAY_AND_WAITS,
+    ].map(|mode| cases(&["overlap-streams", "overlap-devices"], mode)).concat();
+
     /// The other scenarios of this program, where grids take turns.
     scenarios_with_cooperative_grids_that_take_turns: "A1",
         [cases(&FEW, COOP), cases(&["averages", "links", "link-failures"], COOP)].concat();

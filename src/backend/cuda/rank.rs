@@ -212,6 +212,7 @@ impl Rank {
     }
 
     /// Enqueues a kernel that waits for no peer on a stream of the caller, which is not captured.
+    /// Waits for it unless it is a part of the stream's work.
     ///
     /// # Safety
     /// As `start`, until the stream has come to the end of the kernel.
@@ -241,7 +242,13 @@ impl Rank {
             self.copied = Some(copied);
         }
         // SAFETY: guaranteed by the caller.
-        Ok(unsafe { launch(&self.context, Launch::all_of(kernel), &[*args], on) }?)
+        unsafe { launch(&self.context, Launch::all_of(kernel), &[*args], on) }?;
+        if !matches!(order, Order::Within(_)) {
+            // SAFETY: as above.
+            unsafe { self.ready.record(on) }?;
+            self.ready.synchronize()?;
+        }
+        Ok(())
     }
 
     /// Makes an average a part of the graph that is captured on the stream.

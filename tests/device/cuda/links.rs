@@ -11,7 +11,7 @@ pub fn ring(ranks: usize, devices: &'static [usize], link: Link) -> Way {
 }
 
 /// Order in which ranks on these devices follow one another around the ring.
-fn order_of(devices: &[Device]) -> Vec<usize> {
+pub fn order_of(devices: &[Device]) -> Vec<usize> {
     let orders = ranks_of(devices, |communicator| {
         let mut model = Model::new(communicator.device(), &shapes()[..1], 0);
         test_support::options(communicator).build(&mut model).unwrap().ring_order().to_vec()

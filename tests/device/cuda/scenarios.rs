@@ -5,7 +5,7 @@ use super::outer::{self, outers};
 use super::steps::steps;
 use super::streams::streams;
 use super::way::{shapes, Way, WAY};
-use super::{any_stream, beside, graphs, links, strict, telemetry};
+use super::{any_stream, beside, graphs, links, overlap, strict, telemetry};
 use param_averager::*;
 use std::sync::Barrier;
 use std::time::Duration;
@@ -33,6 +33,9 @@ pub fn run(scenario: &str) {
         "outer-devices" => outer::on_two_devices(),
         "outer-saved" => outer::saved(),
         "outer-calls" => outer::calls(),
+        "overlap" => overlap::on_one_device(),
+        "overlap-devices" => overlap::on_two_devices(),
+        "overlap-streams" => overlap::on_streams(),
         "telemetry" => telemetry::on_one_device(),
         "telemetry-devices" => telemetry::on_two_devices(),
         "host-failures" => links::host_failures(),
