@@ -21,10 +21,38 @@ pub fn kills_advance_the_velocity_of_all_ranks_or_of_none() {
     note!("{kills} kills in {runs} worlds: every element of one history");
 }
 
+/// The same while averages of copies are under way: what has changed is in the parameters of all
+/// ranks that are left, or of none, and so is the step that was made.
+pub fn kills_while_averages_are_under_way_lose_no_step() {
+    let runs = count(10, 500);
+    let mut chance = Random(seed());
+    let mut kills = 0;
+    for _ in 0..runs {
+        let (n, pause) = (3 + chance.below(2) as usize, Duration::from_millis(20));
+        let train = chance.below(2000).to_string();
+        let variables =
+            |_| vec![("PA_TEST_OVERLAP", "1".to_owned()), ("PA_TEST_TRAIN_US", train.clone())];
+        let (mut ranks, alive) = start_and_kill("outer", n, &mut chance, pause, variables);
+        kills += n - alive.len();
+        check_velocity(&mut ranks, &alive);
+    }
+    note!("{kills} kills in {runs} worlds: every element of one history");
+}
+
 /// A process that joins gets its share of the velocity, and nothing is lost.
 pub fn a_joiner_takes_over_its_shard_of_the_velocity() {
+    joins(&[]);
+}
+
+/// The same where averages are of copies.
+pub fn a_process_joins_ranks_whose_averages_are_under_way() {
+    joins(&[("PA_TEST_OVERLAP", "1".to_owned())]);
+}
+
+fn joins(more: &[(&'static str, String)]) {
     let name = name();
-    let more = [("PA_TEST_FINAL", "3".to_owned()), ("PA_TEST_ROUNDS", "5".to_owned())];
+    let own = [("PA_TEST_FINAL", "3".to_owned()), ("PA_TEST_ROUNDS", "5".to_owned())];
+    let more = [&own[..], more].concat();
     let rank = |origin: usize, more: &[(&'static str, String)]| {
         let variables = [("PA_TEST_NAME", name.clone()), ("PA_TEST_ORIGIN", origin.to_string())];
         start("outer", &[&variables, more].concat())
