@@ -141,6 +141,15 @@ impl Rank {
         match *self {}
     }
 
+    pub(crate) unsafe fn run_local(
+        &mut self,
+        _: &PaArgs,
+        _: u32,
+        _: Order,
+    ) -> Result<(), Unstarted> {
+        match *self {}
+    }
+
     pub(crate) unsafe fn wait_for(&self, _: *mut c_void) -> Result<(), Unstarted> {
         match *self {}
     }

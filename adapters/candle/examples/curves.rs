@@ -3,13 +3,15 @@
 //!
 //!     cargo run --release -p param-averager-candle --example curves -- all DIR
 //!
-//! `outer DIR` does the same with outer optimizers.
+//! `outer DIR` does the same with outer optimizers, and `overlap DIR` with averages that overlap with
+//! training.
 
 mod train;
 
 use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand};
+use train::outer::Study;
 use train::record::{kinds, summary, Row};
 use train::{chars::Chars, digits::Digits, outer, plot, telemetry, world, Failure, Options, Task};
 
@@ -55,6 +57,19 @@ enum What {
         #[arg(long)]
         draw: bool,
     },
+    /// Train on the text with averages that overlap with training, and write the rows and a picture
+    Overlap {
+        /// Folder of the record
+        folder: PathBuf,
+        #[arg(long, default_value_t = 5)]
+        seeds: u64,
+        /// Passes over the text
+        #[arg(long, default_value_t = 3.6)]
+        chars_epochs: f64,
+        /// Draw the picture of a record again
+        #[arg(long)]
+        draw: bool,
+    },
     /// Train on the digits with telemetry, and write a file for each run and a picture
     Telemetry {
         /// Folder of the record
@@ -85,12 +100,16 @@ fn main() -> Result<(), Failure> {
         What::Outer { folder, seeds, digits_epochs, chars_epochs, draw } => {
             std::fs::create_dir_all(&folder)?;
             if digits_epochs > 0.0 {
-                outer_record::<Digits>(&folder, seeds, digits_epochs, draw)?;
+                study::<Digits>(Study::Outer, &folder, seeds, digits_epochs, draw)?;
             }
             match chars_epochs {
                 0.0 => Ok(()),
-                epochs => outer_record::<Chars>(&folder, seeds, epochs, draw),
+                epochs => study::<Chars>(Study::Outer, &folder, seeds, epochs, draw),
             }
+        }
+        What::Overlap { folder, seeds, chars_epochs, draw } => {
+            std::fs::create_dir_all(&folder)?;
+            study::<Chars>(Study::Overlap, &folder, seeds, chars_epochs, draw)
         }
         What::Telemetry { folder, epochs, draw } => {
             std::fs::create_dir_all(&folder)?;
@@ -129,20 +148,28 @@ fn arguments(task: &str, run: &Options) -> Vec<String> {
     let line =
         format!("{task} --every {every} --epochs {epochs} --seed {seed} --ranks {}", run.ranks);
     let outer = ["--outer".to_owned(), run.outer.to_string()];
-    line.split(' ').map(str::to_owned).chain(outer).collect()
+    let Options { fragments, delay, alpha, .. } = run;
+    let overlap = format!("--fragments {fragments} --delay {delay} --alpha {alpha}");
+    [&line, &overlap]
+        .iter()
+        .flat_map(|line| line.split(' '))
+        .map(str::to_owned)
+        .chain(outer)
+        .collect()
 }
 
-fn outer_record<T: Task>(
+fn study<T: Task>(
+    study: Study,
     folder: &Path,
     seeds: u64,
     epochs: f64,
     only_draw: bool,
 ) -> Result<(), Failure> {
     if !only_draw {
-        record::<T>(folder, seeds, outer::kinds(T::NAME, epochs))?;
+        record::<T>(folder, seeds, outer::kinds(study, T::NAME, epochs))?;
     }
     let rows = rows::<T>(folder)?;
-    write::<T>(folder, outer::svg(T::NAME, &rows), outer::summary(T::NAME, &rows))
+    write::<T>(folder, outer::svg(study, T::NAME, &rows), outer::summary(study, T::NAME, &rows))
 }
 
 fn draw<T: Task>(folder: &Path) -> Result<(), Failure> {

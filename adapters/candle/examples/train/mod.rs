@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Result as Candle, Tensor};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use clap::{Args, ValueEnum};
-use param_averager::{Communicator, LocalSgd, Outer, ParamAverager, Schedule};
+use param_averager::{Communicator, LocalSgd, Outer, Overlap, ParamAverager, Schedule};
 use param_averager_candle::VarParams;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -66,6 +66,15 @@ pub struct Options {
     /// Outer optimizer: mean, diloco, slowmo, "nesterov(0.7, 0.9)", "ease(0.5)", …
     #[arg(long, default_value_t = Outer::mean())]
     pub outer: Outer,
+    /// Parts of the model that are averaged one at a time
+    #[arg(long, default_value_t = 1)]
+    pub fragments: u32,
+    /// Steps that training goes on while an average is made
+    #[arg(long, default_value_t = 0)]
+    pub delay: u64,
+    /// Share of an average's change that a rank does not take over; needs a delay
+    #[arg(long, default_value_t = 0.0)]
+    pub alpha: f64,
     /// Rule for H
     #[arg(long, value_enum, default_value_t = Rule::Every)]
     pub schedule: Rule,
@@ -99,6 +108,12 @@ pub enum Rule {
     Overhead,
     /// No rank's parameters more than 5 % away from the mean, whatever H is
     Divergence,
+}
+
+impl Options {
+    pub fn overlap(&self) -> Overlap {
+        Overlap::default().fragments(self.fragments).delay(self.delay).alpha(self.alpha)
+    }
 }
 
 impl Rule {
@@ -154,27 +169,26 @@ pub fn train<T: Task>(
 
     let has_telemetry = options.telemetry.is_some() || options.schedule == Rule::Divergence;
     let builder = ParamAverager::builder(communicator).outer(options.outer);
+    let builder = builder.overlap(options.overlap());
     let averager = builder.telemetry(has_telemetry).build(&mut params)?;
     let mut log = telemetry::Log::new(options.telemetry.as_deref().filter(|_| rank == 0))?;
     let mut sgd =
         LocalSgd::new(averager, options.schedule.schedule(options.every, T::LEARNING_RATE));
 
-    let (mut points, mut times, mut model_bytes) = (vec![], vec![], 0);
+    let (mut points, mut times, mut averaged) = (vec![], vec![], 0);
     let steps = T::steps(options.epochs, ranks);
     for step in 0..=steps {
         if step % TEST_EVERY == 0 || step == steps {
             if step == steps {
                 let last = sgd.finish(&mut params)?;
-                model_bytes = last.report().map_or(model_bytes, |report| report.bytes);
+                averaged += last.report().map_or(0, |report| report.bytes);
             }
             // Rank 0 reports. Where H is fixed, all ranks hold the same model now.
             let (test_loss, test_accuracy) = if rank == 0 { task.test()? } else { (0.0, 0.0) };
-            let averages = sgd.averages();
-            let sent = 2.0 * (ranks - 1) as f64 / ranks as f64 * model_bytes as f64;
             points.push(Point {
                 step,
-                averages,
-                bytes_sent: averages as f64 * sent,
+                averages: sgd.averages(),
+                bytes_sent: 2.0 * (ranks - 1) as f64 / ranks as f64 * averaged as f64,
                 test_loss,
                 test_accuracy,
                 step_ms: clock::median(&mut times),
@@ -189,7 +203,7 @@ pub fn train<T: Task>(
             optimizer.backward_step(&task.next_loss()?)?;
             times.push(clock::busy() - start);
             if let Some(report) = sgd.step_with(&mut params, rate)?.report() {
-                model_bytes = report.bytes;
+                averaged += report.bytes;
                 log.average(step + 1, report)?;
             }
         }

@@ -1,5 +1,5 @@
-//! Outer optimizers and schedules: the runs that compare them with the mean every H steps, their
-//! picture, and their table.
+//! Outer optimizers, schedules, and averages that overlap with training: the runs that compare them
+//! with the mean every H steps, their picture, and their table.
 
 use std::error::Error;
 use std::fmt::Write;
@@ -35,6 +35,7 @@ impl Way {
         let Options { shards, every, outer, schedule, cosine, .. } = &self.run;
         (row.ranks, row.shards, row.every) == (4, *shards, *every)
             && row.outer == outer.to_string()
+            && row.overlap == self.run.overlap().to_string()
             && (row.schedule, row.cosine) == (*schedule, *cosine)
     }
 }
@@ -45,7 +46,16 @@ struct Line {
     ways: Vec<Way>,
 }
 
-fn lines(task: &str, epochs: f64) -> Vec<Line> {
+/// What runs are compared in.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Study {
+    /// Outer optimizers and schedules.
+    Outer,
+    /// Averages that overlap with training, and averages of fragments.
+    Overlap,
+}
+
+fn lines(study: Study, task: &str, epochs: f64) -> Vec<Line> {
     let mixed = ("data mixed among ranks", Shards::Mixed);
     let sorted = ("each rank its own labels", Shards::Sorted);
     let line = |(data, shards), h, ways: fn(Options, u64) -> Vec<Way>| {
@@ -53,6 +63,9 @@ fn lines(task: &str, epochs: f64) -> Vec<Line> {
         Line { data, ways: ways(run, h) }
     };
     match task {
+        _ if study == Study::Overlap => {
+            vec![line(mixed, 16, delays), line(mixed, 16, fragments), line(mixed, 16, diloco)]
+        }
         "digits" => vec![
             line(mixed, 64, outers),
             line(sorted, 64, outers),
@@ -78,6 +91,52 @@ fn outers(run: Options, h: u64) -> Vec<Way> {
     ]
 }
 
+fn overlapped(run: &Options, h: u64, with: [f64; 3], colour: RGBColor) -> Way {
+    let [fragments, delay, alpha] = with;
+    let of = |what: &str, value: f64, none: f64| match value == none {
+        true => String::new(),
+        false => format!(", {what} {value}"),
+    };
+    let [p, tau, a] = [of("P", fragments, 1.0), of("τ", delay, 0.0), of("α", alpha, 0.0)];
+    let run = Options {
+        every: h,
+        fragments: fragments as u32,
+        delay: delay as u64,
+        alpha,
+        ..run.clone()
+    };
+    let outer = if run.outer == Outer::mean() { "mean" } else { "SlowMo" };
+    Way { name: format!("{outer}, H {h}{p}{tau}{a}"), run, colour }
+}
+
+fn delays(run: Options, h: u64) -> Vec<Way> {
+    let way = |with, colour| overlapped(&run, h, with, colour);
+    vec![
+        way([1.0, 0.0, 0.0], BLUE),
+        way([1.0, 1.0, 0.0], GREEN),
+        way([1.0, 4.0, 0.0], RED),
+        way([1.0, 4.0, 0.5], PINK),
+    ]
+}
+
+fn fragments(run: Options, h: u64) -> Vec<Way> {
+    let way = |with, colour| overlapped(&run, h, with, colour);
+    vec![
+        way([1.0, 0.0, 0.0], BLUE),
+        way([4.0, 0.0, 0.0], GREEN),
+        way([8.0, 0.0, 0.0], RED),
+        way([4.0, 4.0, 0.0], PINK),
+        way([4.0, 4.0, 0.5], ORANGE),
+    ]
+}
+
+/// With the outer optimizer that lost least on this text.
+fn diloco(run: Options, h: u64) -> Vec<Way> {
+    let run = Options { outer: Outer::slowmo(), ..run };
+    let way = |with, colour| overlapped(&run, h, with, colour);
+    vec![way([1.0, 0.0, 0.0], BLUE), way([1.0, 4.0, 0.0], RED), way([4.0, 4.0, 0.0], PINK)]
+}
+
 fn schedules(run: Options, h: u64) -> Vec<Way> {
     let way = |name: String, every, schedule, cosine, colour| Way {
         name,
@@ -94,9 +153,9 @@ fn schedules(run: Options, h: u64) -> Vec<Way> {
 }
 
 /// Runs that differ in their seed only.
-pub fn kinds(task: &str, epochs: f64) -> Vec<Options> {
+pub fn kinds(study: Study, task: &str, epochs: f64) -> Vec<Options> {
     let mut kinds: Vec<Options> = vec![one_rank(epochs)];
-    for way in lines(task, epochs).into_iter().flat_map(|line| line.ways) {
+    for way in lines(study, task, epochs).into_iter().flat_map(|line| line.ways) {
         let is_known = |run: &Options| format!("{run:?}") == format!("{:?}", way.run);
         if !kinds.iter().any(is_known) {
             kinds.push(way.run);
@@ -117,19 +176,23 @@ fn curves(line: &Line, rows: &[Row], x: &dyn Fn(&Row) -> f64) -> Vec<Curve> {
 }
 
 /// Picture of a record: the loss over steps and over bytes.
-pub fn svg(task: &str, rows: &[Row]) -> Result<String, Box<dyn Error>> {
+pub fn svg(study: Study, task: &str, rows: &[Row]) -> Result<String, Box<dyn Error>> {
     let mut text = String::new();
-    draw(task, rows, &mut text)?;
+    draw(study, task, rows, &mut text)?;
     Ok(text)
 }
 
-fn draw(task: &str, rows: &[Row], text: &mut String) -> Drawn {
-    let lines = lines(task, 0.0);
+fn draw(study: Study, task: &str, rows: &[Row], text: &mut String) -> Drawn {
+    let lines = lines(study, task, 0.0);
     let height = TITLE + lines.len() as u32 * (LEGEND + PANEL) + NOTES;
     let root = SVGBackend::with_string(text, (WIDTH, height)).into_drawing_area();
     root.fill(&WHITE)?;
     let seeds = rows.iter().map(|row| row.seed).max().unwrap_or(0);
-    let title = format!("{task}: test loss of 4 ranks, by outer optimizer and schedule");
+    let by = match study {
+        Study::Outer => "by outer optimizer and schedule",
+        Study::Overlap => "by overlap with training",
+    };
+    let title = format!("{task}: test loss of 4 ranks, {by}");
     root.draw_text(&title, &font(20), (20, 12))?;
     let below = format!("lines: mean of {seeds} seeds; bands: least and most");
     root.draw_text(&below, &font(13), (20, 38))?;
@@ -157,7 +220,7 @@ fn draw(task: &str, rows: &[Row], text: &mut String) -> Drawn {
             true,
         )?;
     }
-    let notes = [
+    let outer = [
         "DiLoCo: nesterov(0.7, 0.9). MaxText: nesterov(0.3, 0.9). SlowMo: momentum(1, 0.5). EASGD: \
          ease(0.5). An outer optimizer sends nothing more than the mean.",
         "cosine: the learning rate falls to 0 over the run. QSR: H grows with the square of 1 / \
@@ -165,6 +228,13 @@ fn draw(task: &str, rows: &[Row], text: &mut String) -> Drawn {
         "Between averages, and with EASGD, rank 0's own model is tested. Drawn by \
          adapters/candle/examples/curves.rs.",
     ];
+    let overlap = [
+        "τ: steps that training goes on while an average is made. P: fragments, averaged one at a \
+         time. α: share of the change that a rank does not take over.",
+        "SlowMo: momentum(1, 0.5). MB: of a ring, 2 (n - 1) / n times what is averaged.",
+        outer[2],
+    ];
+    let notes = if study == Study::Outer { outer } else { overlap };
     for (index, line) in notes.iter().enumerate() {
         rest.draw_text(line, &font(13), (20, 8 + 20 * index as i32))?;
     }
@@ -173,7 +243,7 @@ fn draw(task: &str, rows: &[Row], text: &mut String) -> Drawn {
 }
 
 /// Table of the last tests, in Markdown.
-pub fn summary(task: &str, rows: &[Row]) -> String {
+pub fn summary(study: Study, task: &str, rows: &[Row]) -> String {
     let mut text = "| data | way | test accuracy, % | test loss | least test loss on the way | \
         steps | averages | MB sent |\n|---|---|---|---|---|---|---|---|\n"
         .to_owned();
@@ -197,7 +267,7 @@ pub fn summary(task: &str, rows: &[Row]) -> String {
         .expect("a String takes all");
     };
     line("all", "1 rank", &|row| row.ranks == 1);
-    for Line { data, ways } in lines(task, 0.0) {
+    for Line { data, ways } in lines(study, task, 0.0) {
         ways.iter().for_each(|way| line(data, &way.name, &|row| way.is_of(row)));
     }
     text

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use clap::ValueEnum;
-use param_averager::Outer;
+use param_averager::{Outer, Overlap};
 use serde::{Deserialize, Serialize};
 
 use super::{Init, Options, Point, Rule, Shards};
@@ -36,6 +36,9 @@ pub struct Row {
     /// As [`Outer`](param_averager::Outer) is displayed; records before it was there have none.
     #[serde(default)]
     pub outer: String,
+    /// As [`Overlap`](param_averager::Overlap) is displayed.
+    #[serde(default = "no_overlap")]
+    pub overlap: String,
     #[serde(default)]
     pub schedule: Rule,
     /// True if the learning rate fell.
@@ -61,6 +64,7 @@ impl Row {
             test_accuracy: point.test_accuracy,
             step_ms: point.step_ms,
             outer: run.outer.to_string(),
+            overlap: run.overlap().to_string(),
             schedule: run.schedule,
             cosine: run.cosine,
         }
@@ -73,6 +77,10 @@ impl Row {
     }
 }
 
+fn no_overlap() -> String {
+    Overlap::default().to_string()
+}
+
 /// A run of one rank.
 pub fn one_rank(epochs: f64) -> Options {
     Options {
@@ -83,6 +91,9 @@ pub fn one_rank(epochs: f64) -> Options {
         shards: Shards::Mixed,
         init: Init::Seed,
         outer: Outer::mean(),
+        fragments: 1,
+        delay: 0,
+        alpha: 0.0,
         schedule: Rule::Every,
         cosine: false,
         processes: false,
