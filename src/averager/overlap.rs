@@ -74,8 +74,8 @@ impl ParamAverager {
     }
 
     /// Waits for the average that was started, and adds its result less the copy to the parameters:
-    /// all of it, or 1 − α ([`Overlap::alpha`](crate::Overlap::alpha)). Waits for nothing that peers
-    /// do after they have started it.
+    /// all of it, or 1 − α ([`Overlap::alpha`](crate::Overlap::alpha)). Waits for nothing that
+    /// peers do after they have started it.
     ///
     /// # Errors
     /// Those of [`average`](Self::average), on every rank, with no tensor of this rank changed. An

@@ -3,8 +3,8 @@
 //!
 //!     cargo run --release -p param-averager-candle --example curves -- all DIR
 //!
-//! `outer DIR` does the same with outer optimizers, and `overlap DIR` with averages that overlap with
-//! training.
+//! `outer DIR` does the same with outer optimizers, and `overlap DIR` with averages that overlap
+//! with training.
 
 mod train;
 
@@ -57,13 +57,16 @@ enum What {
         #[arg(long)]
         draw: bool,
     },
-    /// Train on the text with averages that overlap with training, and write the rows and a picture
+    /// Train with averages that overlap with training, and write the rows and the pictures
     Overlap {
         /// Folder of the record
         folder: PathBuf,
         #[arg(long, default_value_t = 5)]
         seeds: u64,
-        /// Passes over the text
+        /// Passes over the digits; 0: only the text
+        #[arg(long, default_value_t = 60.0)]
+        digits_epochs: f64,
+        /// Passes over the text; 0: only the digits
         #[arg(long, default_value_t = 3.6)]
         chars_epochs: f64,
         /// Draw the picture of a record again
@@ -98,18 +101,10 @@ fn main() -> Result<(), Failure> {
         }
         What::Draw { folder } => draw::<Digits>(&folder).and(draw::<Chars>(&folder)),
         What::Outer { folder, seeds, digits_epochs, chars_epochs, draw } => {
-            std::fs::create_dir_all(&folder)?;
-            if digits_epochs > 0.0 {
-                study::<Digits>(Study::Outer, &folder, seeds, digits_epochs, draw)?;
-            }
-            match chars_epochs {
-                0.0 => Ok(()),
-                epochs => study::<Chars>(Study::Outer, &folder, seeds, epochs, draw),
-            }
+            studies(Study::Outer, &folder, seeds, [digits_epochs, chars_epochs], draw)
         }
-        What::Overlap { folder, seeds, chars_epochs, draw } => {
-            std::fs::create_dir_all(&folder)?;
-            study::<Chars>(Study::Overlap, &folder, seeds, chars_epochs, draw)
+        What::Overlap { folder, seeds, digits_epochs, chars_epochs, draw } => {
+            studies(Study::Overlap, &folder, seeds, [digits_epochs, chars_epochs], draw)
         }
         What::Telemetry { folder, epochs, draw } => {
             std::fs::create_dir_all(&folder)?;
@@ -156,6 +151,23 @@ fn arguments(task: &str, run: &Options) -> Vec<String> {
         .map(str::to_owned)
         .chain(outer)
         .collect()
+}
+
+fn studies(
+    of: Study,
+    folder: &Path,
+    seeds: u64,
+    [digits, chars]: [f64; 2],
+    draw: bool,
+) -> Result<(), Failure> {
+    std::fs::create_dir_all(folder)?;
+    if digits > 0.0 {
+        study::<Digits>(of, folder, seeds, digits, draw)?;
+    }
+    match chars {
+        0.0 => Ok(()),
+        epochs => study::<Chars>(of, folder, seeds, epochs, draw),
+    }
 }
 
 fn study<T: Task>(

@@ -64,7 +64,12 @@ fn lines(study: Study, task: &str, epochs: f64) -> Vec<Line> {
     };
     match task {
         _ if study == Study::Overlap => {
-            vec![line(mixed, 16, delays), line(mixed, 16, fragments), line(mixed, 16, diloco)]
+            let mut lines =
+                vec![line(mixed, 16, delays), line(mixed, 16, fragments), line(mixed, 16, diloco)];
+            if task == "digits" {
+                lines.extend([line(sorted, 16, delays), line(sorted, 16, fragments)]);
+            }
+            lines
         }
         "digits" => vec![
             line(mixed, 64, outers),

@@ -1,0 +1,91 @@
+//! Overlap: averages that are made while training goes on, and averages of a fragment of the model
+//! at a time.
+//!
+//! [`Builder::overlap`](crate::Builder::overlap) takes an [`Overlap`](crate::Overlap);
+//! [`LocalSgd`](crate::LocalSgd) is used as without one:
+//!
+//! ```
+//! use param_averager::{
+//!     Action, Communicator, Device, LocalSgd, Overlap, ParamAverager, Result, Schedule,
+//! };
+//!
+//! fn train(communicator: Communicator) -> Result<f32> {
+//!     let mut model = vec![10.0f32; 1000];
+//!     let builder = ParamAverager::builder(communicator).overlap(Overlap::default().delay(2));
+//!     let mut sgd = LocalSgd::new(builder.build(&mut model)?, Schedule::every(8));
+//!     let mut averages = 0;
+//!     for _batch in 0..100 {
+//!         model.iter_mut().for_each(|weight| *weight -= 0.01 * *weight);
+//!         match sgd.step(&mut model)? {
+//!             Action::Started { ends_in } => assert_eq!(ends_in, 2), // training goes on
+//!             Action::Averaged(_) => averages += 1,                   // two steps later
+//!             _ => {}
+//!         }
+//!     }
+//!     sgd.finish(&mut model)?; // all ranks have one model
+//!     assert_eq!(averages, 12);
+//!     Ok(model[0])
+//! }
+//!
+//! let models = Communicator::run(&[Device::cpu(); 2], train)?;
+//! assert_eq!(models[0], models[1]);
+//! # Ok::<(), param_averager::Error>(())
+//! ```
+//!
+//! # What a step does
+//! Of H steps between two averages, with P fragments, delay τ and share α:
+//!
+//! | step | what `LocalSgd::step` does | returns |
+//! |---|---|---|
+//! | ⌊(p + 1)·H/P⌋ of a round | copies fragment p, s ← w, and starts the average of s | `Started` |
+//! | τ steps later | waits for it, and w ← w + (1 − α)·(θ − s) | `Averaged` |
+//! | others | nothing | `Counted` |
+//!
+//! θ is the mean of all ranks' s, or the result of the [outer optimizer](super::outer)'s step from
+//! it. The rule keeps what a rank has learnt since the copy (torchft and MaxText replace it: w ←
+//! α·w + (1 − α)·θ; the two are the same for τ = 0). With τ = 0 nothing is copied, and with P = 1
+//! besides it is plain Local SGD. The names and defaults are torchft's and MaxText's: 1 fragment, τ
+//! 0, α 0.
+//!
+//! Fragments are parts of neighbouring tensors, of about as many bytes each. Each has its own due
+//! step, weights, and part of the outer optimizer's state.
+//! [`sync`](crate::LocalSgd::sync), [`finish`](crate::LocalSgd::finish), a recovery, the steps of a
+//! warm-up, and the average after which a process joins are of the whole model, and training waits.
+//! [`flush`](crate::LocalSgd::flush) adds a result before its time, for an evaluation or a
+//! checkpoint. [`done`](crate::LocalSgd::done) and schedules that adapt H are refused.
+//!
+//! # States, and what can go wrong
+//!
+//! | state of an average of a copy | a failure here | w |
+//! |---|---|---|
+//! | copied; not all ranks have come | the error of `step` τ steps later, on every rank | unchanged |
+//! | summing, before the commit | the same | unchanged |
+//! | committed; results are written to s | the ranks that are left have made the outer step, or none has; a rank whose s is incomplete gets the error | unchanged |
+//! | done; not added yet | the rank's own process alone can fail | unchanged, or all of it added |
+//!
+//! So an error leaves every tensor as training has left it, whatever its phase. Steps of an average
+//! that failed belong to the next one. [`recover`](crate::LocalSgd::recover) drops an average that
+//! is under way. 1,268 kills of processes, most of them while averages were under way with a
+//! velocity: no wrong element, no step that some ranks had made and others not
+//! (`benches/record/2026-11-30-overlap`).
+//!
+//! # What it costs, and when it is worth it
+//! Memory: one copy of the largest fragment. Time: the copy, which reads and writes it once, and
+//! the addition, which reads two and writes one. **On CPUs that share a memory this is as much as
+//! a direct average itself moves**, so overlap hides what an average waits for, and not what it
+//! moves: use it where ranks wait for one another (uneven steps), or between processes by the ring,
+//! or where the link is slow; `cargo bench --bench overlap` measures what a trainer loses. An
+//! average on CPUs computes on threads of its own meanwhile, as many as it has
+//! [channels](crate::Builder::channels): a trainer whose steps need all cores loses that time.
+//!
+//! On CUDA devices the copy and the addition are kernels on the trainer's stream, in its order, and
+//! the average runs on a stream of this crate's own; later work of the trainer's stream waits for
+//! the copy only. Its blocks share the device with the trainer's kernels: fewer
+//! [channels](crate::Builder::channels) leave it more of the device and make the average longer,
+//! which the delay hides. 8 to 16 channels are enough for a PCIe link by reckoning (32 KiB in
+//! flight each); no GPU has measured it. Threads on devices meet when an average starts; processes
+//! that share a device without MPS make the whole average then, so that nothing is hidden.
+//! A captured stream is refused.
+//!
+//! By hand, outside of a schedule: [`start_overlapped`](crate::ParamAverager::start_overlapped) and
+//! [`finish_overlapped`](crate::ParamAverager::finish_overlapped).
