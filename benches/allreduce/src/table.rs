@@ -51,8 +51,7 @@ impl Table {
         self.line(Style::new().bold(), &title)?;
         if cfg!(debug_assertions) {
             self.warning(
-                "# DEBUG BUILD: baselines and limit are slow, ratios mean nothing; build with \
-                 --release",
+                "# DEBUG BUILD: baselines are slow, ratios mean nothing; build with --release",
             )?;
         }
         let cpu = cpus().first().map_or(String::new(), |brand| format!(", {brand}"));
