@@ -80,7 +80,7 @@ impl Replica {
     }
 
     pub fn on_host(arena: &Arc<Arena>, tensors: &Arc<[Placed]>) -> Self {
-        Replica::new(arena.start, tensors, Device::cpu(), arena.clone())
+        Replica::new(arena.as_mut_ptr(), tensors, Device::cpu(), arena.clone())
     }
 
     /// One of its tensors, without its name: tensors of one size share an averager.

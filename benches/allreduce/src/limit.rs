@@ -102,7 +102,7 @@ impl Pass {
             let part = part(buffer.elements, self.part, self.parts);
             let dtype = Dtype::ALL.iter().position(|&dtype| dtype == buffer.dtype);
             let starts = |arenas: &[Arc<Arena>]| -> Vec<*mut u8> {
-                arenas.iter().map(|arena| arena.start.wrapping_add(buffer.offset)).collect()
+                arenas.iter().map(|arena| arena.as_mut_ptr().wrapping_add(buffer.offset)).collect()
             };
             let (from, to) = (starts(from), starts(to));
             let of = Mean {
@@ -133,44 +133,31 @@ fn part(elements: usize, index: usize, parts: usize) -> Range<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::layout::{Layout, Tensor};
-    use crate::memory::{place, Flat};
-    use crate::verify::{Check, Wire};
+    use crate::memory::arena;
+    use crate::verify;
 
-    /// One pass and two, on every instruction set, of lengths that leave a rest of every kind.
+    /// One pass and two, of lengths that leave a rest.
     #[test]
     fn every_instruction_set_writes_the_mean_to_all() {
-        let tensor = |(index, dtype)| Tensor {
-            name: format!("{dtype}"),
-            shape: vec![65_536 + [1u64, 7, 33, 101][index]],
-            dtype,
-        };
-        let tensors = Dtype::ALL.into_iter().enumerate().map(tensor).collect();
-        let (tensors, bytes) = place(&Layout::new("test", tensors));
-        let buffers = Flat::new(&tensors, 1).buffers;
-        for ((_, mean), ranks) in
-            AVAILABLE.iter().flat_map(|set| [1, 2, 3, 4, 5, 8].map(|n| (set, n)))
-        {
-            for between in [None, Some(Arc::new(Arena::new(bytes)))] {
-                let check = Check {
-                    seed: ranks as u64,
-                    arenas: (0..ranks).map(|_| Arc::new(Arena::new(bytes))).collect(),
-                    first: 0,
-                    tensors: buffers.clone(),
-                    weights: vec![1.0; ranks],
-                    more_roundings: 1,
-                    wire: Wire::Wide,
-                    stepped: false,
-                };
-                // SAFETY: no other thread has the arenas.
-                unsafe { check.fill() };
-                for part in 0..3 {
-                    let (arenas, buffers) = (check.arenas.clone(), buffers.clone());
-                    let between = between.clone();
-                    Pass { arenas, buffers, part, parts: 3, between }.run_on(*mean);
+        let worlds = [1, 2, 3, 4, 5, 8];
+        let cases = Dtype::ALL.into_iter().flat_map(|dtype| worlds.map(|ranks| (dtype, ranks)));
+        for (dtype, ranks) in cases {
+            for (set, mean) in *AVAILABLE {
+                let mut check = verify::tests::check(dtype, ranks);
+                check.roundings.more = 1;
+                let between = arena(check.arenas[0].len());
+                for between in [None, Some(between)] {
+                    // SAFETY: no other thread has the arenas.
+                    unsafe { check.fill() };
+                    for part in 0..3 {
+                        let (arenas, buffers) = (check.arenas.clone(), check.tensors.clone());
+                        let between = between.clone();
+                        Pass { arenas, buffers, part, parts: 3, between }.run_on(*mean);
+                    }
+                    // SAFETY: as above.
+                    let wrong = unsafe { check.found() }.wrong;
+                    assert_eq!(wrong, 0, "{dtype}, {ranks} ranks, {set}");
                 }
-                // SAFETY: as above.
-                assert_eq!(unsafe { check.found() }.wrong, 0, "{ranks} ranks");
             }
         }
     }

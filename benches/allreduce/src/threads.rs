@@ -20,7 +20,7 @@ use crate::run::{Ranks, Replicas};
 pub struct Threads {
     options: Options,
     pub pool: Pool,
-    rows: Vec<(&'static Row, Crew)>,
+    rows: Vec<(Row, Crew)>,
     arenas: Vec<Arc<Arena>>,
     tensors: Arc<[Placed]>,
     flat: Arc<[Placed]>,
@@ -34,7 +34,7 @@ impl Threads {
     }
 
     /// The threads of a row, ready to run.
-    fn crew(&self, row: &Row, flat: &Flat, spare: &[Arc<Arena>]) -> Result<Crew, Failure> {
+    fn crew(&self, row: Row, flat: &Flat, spare: &[Arc<Arena>]) -> Result<Crew, Failure> {
         if matches!(row.kind, Kind::OnePass | Kind::TwoPass) {
             let between = (row.kind == Kind::TwoPass).then(|| spare[0].clone());
             return Crew::new(self.passes(between), None);
@@ -63,7 +63,7 @@ impl Threads {
                         averager::flatten(Host, &options, communicator, buffers, moves)
                     })
                 }
-                _ => unreachable!("{} is a row of --backend cuda", row.label),
+                _ => unreachable!("{} is a row of --backend cuda", row.label()),
             }
         };
         Crew::new(world.into_iter().enumerate().map(member).collect(), None)

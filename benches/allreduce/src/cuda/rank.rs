@@ -44,7 +44,7 @@ impl Rank {
     /// Makes the work of a row, on its thread. `nccl`: for its rows.
     pub fn work(
         self,
-        row: &Row,
+        row: Row,
         communicator: Communicator,
         ran: &OnceLock<Algorithm>,
         nccl: Option<nccl::Row>,
@@ -68,7 +68,7 @@ impl Rank {
             Kind::DeviceCopy => Ok(self.device_copy(clock)),
             Kind::HostCopies => self.host_copies(clock),
             Kind::OnePass | Kind::TwoPass => {
-                unreachable!("{} is a row of --backend cpu", row.label)
+                unreachable!("{} is a row of --backend cpu", row.label())
             }
         }
     }

@@ -242,11 +242,8 @@ impl Ranks for Processes {
     }
 
     fn complete(&mut self, row: usize, _found: Option<Found>, record: &mut Record) {
-        let (start, extra) = (self.start, self.entered().extra);
-        record.details = match row {
-            PROCESSES => Details::Processes { ranks_are: "processes", start, extra },
-            _ => Details::Processes { ranks_are: "threads", start, extra: None },
-        };
+        let (start, extra) = (self.start, self.entered().extra.filter(|_| row == PROCESSES));
+        record.details = Details::Processes { start, extra };
     }
 
     fn confirm(&mut self, failed: Option<&Failure>) -> Result<(), Failure> {
