@@ -43,7 +43,7 @@ impl Table {
         let index = problem.tensor as usize;
         if problem.found == Problem::NOT_LENT.found {
             let reason = "that rank's own error has the reason".into();
-            return Error::LendFailed { rank, reason };
+            return Error::LendFailed { rank, reason, source: None };
         }
         let (what, low) = (problem.found >> SHIFT, problem.found & ((1 << SHIFT) - 1));
         let tensor = || self.describe(index);
