@@ -6,6 +6,7 @@ use crate::cli::{Options, Step};
 use crate::layout::Layout;
 use crate::verify::{Roundings, Wire};
 
+/// A row: what is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
     pub kind: Kind,
@@ -13,6 +14,7 @@ pub struct Row {
     pub ranks_are: Option<RanksAre>,
 }
 
+/// Ranks of a row of `--processes`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RanksAre {
     Processes,
@@ -63,7 +65,7 @@ pub fn of_processes(commit: bool) -> [Row; 2] {
     [RanksAre::Processes, RanksAre::Threads].map(|are| Row { kind, ranks_are: Some(are) })
 }
 
-/// Grouped, then flat.
+/// Rows of NCCL: grouped, then flat.
 pub const NCCL: [Kind; 4] = [
     Kind::Nccl { flat: false, scale: false },
     Kind::Nccl { flat: false, scale: true },
@@ -72,7 +74,7 @@ pub const NCCL: [Kind; 4] = [
 ];
 
 impl Row {
-    /// The library's.
+    /// Row of the library's average.
     pub fn average(algorithm: Algorithm, commit: bool) -> Row {
         Kind::Average { algorithm, commit, step: None }.into()
     }
@@ -85,12 +87,12 @@ impl Row {
         self
     }
 
-    /// In records.
+    /// Name in records.
     pub fn name(&self) -> &'static str {
         self.names().0
     }
 
-    /// In the table.
+    /// Name in the table.
     pub fn label(&self) -> &'static str {
         self.names().1
     }
@@ -188,7 +190,7 @@ impl Row {
         matches!(self.kind, Kind::Average { .. })
     }
 
-    /// Those of its result. The options are the averager's.
+    /// Roundings of its result, with these options of the averager.
     pub fn roundings(&self, options: &Options) -> Roundings {
         Roundings {
             more: match self.kind {

@@ -46,11 +46,8 @@ impl Threads {
             match row.kind {
                 Kind::Average { algorithm, commit, step } => Box::new(move || {
                     let builder = options.builder(communicator, algorithm, commit);
-                    let weight = options.weight(rank);
-                    match step {
-                        Some(step) => averager::stepped(builder, step, replica, weight),
-                        None => averager::average(Host, builder, replica, weight, &OnceLock::new()),
-                    }
+                    let (weight, ran) = (options.weight(rank), OnceLock::new());
+                    averager::average(Host, builder, step, replica, weight, &ran)
                 }),
                 Kind::PerTensor => {
                     Box::new(move || averager::per_tensor(Host, &options, communicator, replica))

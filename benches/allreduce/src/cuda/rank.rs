@@ -52,9 +52,10 @@ impl Rank {
         let (clock, options) = (Clock::new(&self.gpu)?, &self.options);
         let own = self.own.replica(&self.tensors);
         match row.kind {
-            Kind::Average { algorithm, commit, .. } => {
+            Kind::Average { algorithm, commit, step } => {
                 let builder = options.builder(communicator, algorithm, commit);
-                averager::average(clock, builder, own, options.weight(self.gpu.rank), ran)
+                let weight = options.weight(self.gpu.rank);
+                averager::average(clock, builder, step, own, weight, ran)
             }
             Kind::PerTensor => averager::per_tensor(clock, options, communicator, own),
             Kind::Flatten { copies } => {

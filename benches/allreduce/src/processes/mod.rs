@@ -195,7 +195,8 @@ impl Ranks for Processes {
         let before = resident::now();
         let builder = self.options.builder(self.communicator.clone(), algorithm, commit);
         let weight = self.options.weight(self.rank());
-        let mut average = averager::average(Host, builder, replica, weight, &OnceLock::new())?;
+        let ran = OnceLock::new();
+        let mut average = averager::average(Host, builder, None, replica, weight, &ran)?;
         average()?;
         // The most of any rank; none if a rank can't tell.
         let extra = before.and_then(|before| Some(resident::most()?.saturating_sub(before)));
