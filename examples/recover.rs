@@ -5,6 +5,8 @@
 
 mod launch;
 
+#[cfg(not(target_os = "linux"))]
+use launch::Processes as _;
 use param_averager::{Communicator, Device, LocalSgd, ParamAverager, Result, Schedule};
 
 fn train() -> Result<()> {

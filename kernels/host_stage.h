@@ -11,12 +11,8 @@ namespace PA_ISA {
 // `mean` → `shard` for a block's shard of one bucket.
 PA_FN void narrow_shard(const Exec& ex, const PaBucket& bucket, const PaArgs& a) {
   if (bucket.mean == bucket.shard) return;
-  const uint64_t packs = ring_shard_packs(bucket, a, ex.block());
-  with_dtype(bucket.dtype, [&](auto element) {
+  with_shard(ex, bucket, a, [&](auto element, const char* mean, char* shard, uint64_t packs) {
     using T = decltype(element);
-    const uint64_t first = ex.block() * bucket.shard_packs;
-    const char* mean = at<const char>(bucket.mean) + kStatePackBytes<T> * first;
-    char* shard = at<char>(bucket.shard) + 16 * first;
     in_pieces(0, packs, kMaxPiecePacks, [&](uint64_t begin, uint64_t end) {
       const auto load = [&](auto g, uint32_t i) {
         return load_in_order<T, g.kPacks>(mean + kStatePackBytes<T> * (begin + i));

@@ -119,14 +119,21 @@ PA_FN uint64_t ring_shard_packs(const PaBucket& bucket, const PaArgs& a, uint32_
   const Range rest = part_of({all.begin + full * round, all.end}, a.rank, a.world);
   return full * bucket.chunk + rest.packs();
 }
-// The step for a block's shard of one bucket of the ring: `mean` → `shard`.
-PA_FN void step_shard(const Exec& ex, const PaBucket& bucket, const PaArgs& a) {
+// Calls f(element, mean, shard, packs) for a block's shard of one bucket of the ring: where it lies
+// in `mean`, in the type of sums, and in `shard`, in the tensors' type.
+template <class F>
+PA_FN void with_shard(const Exec& ex, const PaBucket& bucket, const PaArgs& a, F f) {
   const uint64_t packs = ring_shard_packs(bucket, a, ex.block());
   with_dtype(bucket.dtype, [&](auto element) {
-    using T = decltype(element);
     const uint64_t first = ex.block() * bucket.shard_packs;
-    const char* mean = at<const char>(bucket.mean) + kStatePackBytes<T> * first;
-    char* out = at<char>(bucket.shard) + 16 * first;
+    f(element, at<const char>(bucket.mean) + kStatePackBytes<decltype(element)> * first,
+      at<char>(bucket.shard) + 16 * first, packs);
+  });
+}
+// The step for a block's shard of one bucket of the ring: `mean` → `shard`.
+PA_FN void step_shard(const Exec& ex, const PaBucket& bucket, const PaArgs& a) {
+  with_shard(ex, bucket, a, [&](auto element, const char* mean, char* out, uint64_t packs) {
+    using T = decltype(element);
     if (bucket.outer.kind == PA_OUTER_ADAM)
       make_step(ex, Stage<T, true>(bucket, a, ex.block()), mean, out, packs);
     else make_step(ex, Stage<T, false>(bucket, a, ex.block()), mean, out, packs);

@@ -6,7 +6,7 @@ mod state;
 use std::time::Duration;
 
 use classes::{before, written};
-pub use classes::{DeviceError, ErrorKind, Phase, TensorState};
+pub use classes::{DeviceError, ErrorKind, LendSource, Phase, TensorState};
 pub use state::StateError;
 
 /// Result of this crate's calls.
@@ -199,9 +199,10 @@ pub enum Error {
     LendFailed {
         /// Rank of the model.
         rank: usize,
-        /// Reason; on a rank that fails itself, the text of its own
-        /// [`LendError`](crate::LendError).
+        /// Reason; on the rank that failed, the text of its [`LendError`](crate::LendError).
         reason: String,
+        /// On that rank, the error that its `LendError` was made from, if there is one.
+        source: Option<LendSource>,
     },
 
     /// Ranks average at different points of their schedules. No tensor was changed, and every rank

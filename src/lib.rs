@@ -183,7 +183,9 @@ pub use backend::cuda::{CudaDevice, Topology};
 #[cfg(feature = "cuda")]
 pub use backend::proximity::{Connection, PeerAccess, PeerRates};
 pub use device::Device;
-pub use error::{DeviceError, Error, ErrorKind, Phase, Result, StateError, TensorState};
+pub use error::{
+    DeviceError, Error, ErrorKind, LendSource, Phase, Result, StateError, TensorState,
+};
 #[cfg(feature = "serde")]
 #[cfg_attr(docsrs, doc(cfg(feature = "serde")))]
 pub use local_sgd::SavedState;

@@ -9,8 +9,34 @@ pub fn name() -> String {
 
 /// Starts one rank of a world of `ranks`, with the arguments of this process.
 pub fn start(rank: usize, ranks: usize) -> std::io::Result<Child> {
+    if cfg!(not(target_os = "linux")) {
+        return Err(std::io::Error::other(NEEDS_LINUX));
+    }
     let mut process = Command::new(std::env::current_exe()?);
     process.args(std::env::args_os().skip(1));
     process.env("RANK", rank.to_string()).env("WORLD_SIZE", ranks.to_string());
     process.env("PARAM_AVERAGER_RENDEZVOUS", name()).spawn()
 }
+
+const NEEDS_LINUX: &str =
+    "ranks that are processes need Linux; the example `threads` runs everywhere";
+
+/// What `Communicator` has on Linux, so that these examples compile, and say so, elsewhere.
+#[cfg(not(target_os = "linux"))]
+#[allow(dead_code)] // each example uses a part
+pub trait Processes: Sized {
+    fn is_launched() -> bool {
+        false
+    }
+
+    fn from_env(_: param_averager::Device) -> param_averager::Result<Self> {
+        Err(param_averager::Error::Environment { problem: NEEDS_LINUX.into() })
+    }
+
+    fn join(_: String, device: param_averager::Device) -> param_averager::Result<Self> {
+        Self::from_env(device)
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+impl Processes for param_averager::Communicator {}

@@ -4,6 +4,8 @@
 #[path = "../launch/mod.rs"]
 mod launch;
 
+#[cfg(not(target_os = "linux"))]
+use launch::Processes as _;
 use param_averager::{Communicator, Device, Outer};
 
 /// Pixels of an image, 0 to 1.

@@ -16,7 +16,7 @@ use crate::backend::{Memory, MemorySpace};
 use crate::overlap::MOST_FRAGMENTS;
 use crate::plan::End;
 use crate::world::{Admission, Handshake};
-use crate::{Error, Result};
+use crate::{Error, LendError, Result};
 
 impl ParamAverager {
     /// Builds the averager; if the view contains a joiner, runs the average that transfers the
@@ -63,11 +63,7 @@ impl ParamAverager {
                 (table, refusal)
             }));
         });
-        // `lend` may have caught a panic of `visit`.
-        let panicked = || Error::LendFailed {
-            rank,
-            reason: "its tensors panicked while they were lent".into(),
-        };
+        let panicked = || LendError::panicked().of_rank(rank);
         let is_on_device = !matches!(space, MemorySpace::Host);
         options.on_stream = is_on_device && lent.as_ref().is_ok_and(|&on_stream| on_stream);
         let found = lent.and_then(|_| made.unwrap_or_else(|| Err(panicked())));

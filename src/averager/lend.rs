@@ -7,6 +7,7 @@ use std::time::Instant;
 use super::table::Problem;
 use super::{Call, Outcome, ParamAverager, Report, Work};
 use crate::backend::Order;
+use crate::error::LendSource;
 use crate::{Error, Parameters, Result};
 
 /// A model that lends its tensors for the time of one average.
@@ -125,27 +126,40 @@ impl fmt::Debug for Loan<'_> {
     }
 }
 
-/// Reason why tensors could not be lent. `?` converts any error into it.
+/// Reason why tensors could not be lent. `?` converts an error into it and keeps it, as the source
+/// of [`Error::LendFailed`] on this rank.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LendError(String);
+pub struct LendError {
+    reason: String,
+    source: Option<LendSource>,
+}
 
 impl LendError {
     /// Error with this text: the tensor, what was found, what to do.
     pub fn new(reason: impl Into<String>) -> Self {
-        LendError(reason.into())
+        LendError { reason: reason.into(), source: None }
+    }
+
+    /// `lend` may catch a panic of `average`, or of the tensors.
+    pub(super) fn panicked() -> Self {
+        LendError::new("its tensors panicked while they were lent")
+    }
+
+    pub(super) fn of_rank(self, rank: usize) -> Error {
+        Error::LendFailed { rank, reason: self.reason, source: self.source }
     }
 }
 
 // Not an `Error` itself, so that every error can become one.
-impl<E: std::error::Error> From<E> for LendError {
+impl<E: std::error::Error + Send + Sync + 'static> From<E> for LendError {
     fn from(error: E) -> Self {
-        LendError(error.to_string())
+        LendError { reason: error.to_string(), source: Some(LendSource::new(error)) }
     }
 }
 
 impl fmt::Display for LendError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
+        f.write_str(&self.reason)
     }
 }
 
@@ -220,12 +234,10 @@ impl ParamAverager {
         match (made, failed) {
             (Some(Err(error)), _) => Err(error),
             (Some(Ok(outcome)), failed) => {
-                Ok(Begun { outcome, failed: failed.map(|failed| self.lend_failed(failed)) })
+                Ok(Begun { outcome, failed: failed.map(|failed| failed.of_rank(self.rank())) })
             }
             (None, failed) => {
-                // `lend` may have caught a panic of `average`.
-                let panicked = || LendError::new("its tensors panicked while they were lent");
-                let own = self.lend_failed(failed.unwrap_or_else(panicked));
+                let own = failed.unwrap_or_else(LendError::panicked).of_rank(self.rank());
                 self.refuse_to_average(call, own, start)
             }
         }
@@ -307,10 +319,6 @@ impl ParamAverager {
         unsafe { self.launch(Some(Problem::NOT_LENT), call, Order::NullStream, start) }?;
         Ok(Begun { outcome: None, failed: Some(own) })
     }
-
-    fn lend_failed(&self, failed: LendError) -> Error {
-        Error::LendFailed { rank: self.rank(), reason: failed.to_string() }
-    }
 }
 
 /// Checks that one call of `lend` has called `average` once.
@@ -344,6 +352,6 @@ pub(super) fn with_tensors<P: Lend + ?Sized>(
         }
     });
     let lent = lent.and_then(|()| lent_once(loans));
-    made.and(lent.map_err(|failed| Error::LendFailed { rank, reason: failed.to_string() }))?;
+    made.and(lent.map_err(|failed| failed.of_rank(rank)))?;
     Ok(on_stream)
 }

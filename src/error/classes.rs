@@ -1,6 +1,8 @@
 //! Classes of errors, and the parts that errors are made of.
 
 use std::fmt;
+use std::ops::Deref;
+use std::sync::Arc;
 
 use super::Error;
 
@@ -46,6 +48,40 @@ pub struct DeviceError(String);
 impl From<String> for DeviceError {
     fn from(text: String) -> Self {
         DeviceError(text)
+    }
+}
+
+/// Error of a model's own code, which [`Error::LendFailed`] keeps as its source. Equal to its
+/// clones only.
+#[derive(Clone)]
+pub struct LendSource(Arc<dyn std::error::Error + Send + Sync>);
+
+impl LendSource {
+    pub(crate) fn new(error: impl std::error::Error + Send + Sync + 'static) -> Self {
+        LendSource(Arc::new(error))
+    }
+}
+
+// Not an `Error` itself: `source` gives the error inside, of its own type.
+impl Deref for LendSource {
+    type Target = dyn std::error::Error + Send + Sync;
+
+    fn deref(&self) -> &Self::Target {
+        &*self.0
+    }
+}
+
+impl PartialEq for LendSource {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for LendSource {}
+
+impl fmt::Debug for LendSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
     }
 }
 

@@ -66,14 +66,11 @@ impl Case {
         let results = ranks(self.weights.len(), |communicator| {
             let rank = communicator.rank();
             let mut random = Random(self.seed ^ (rank as u64) << 32);
-            let (mut before, mut after) = (
-                Guarded::new(self.dtype, ELEMENTS, 0),
-                Guarded::new(self.dtype, ELEMENTS, rank % 2),
-            );
+            let mut before = Guarded::new(self.dtype, ELEMENTS, rank % 2);
             for i in 0..ELEMENTS {
                 before.set(i, self.value(&mut random));
             }
-            after.bytes_mut().copy_from_slice(before.bytes());
+            let mut after = before.copy();
             let mut averager = test_support::options(communicator)
                 .algorithm(self.algorithm)
                 .all_or_nothing(self.all_or_nothing)

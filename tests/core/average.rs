@@ -5,7 +5,7 @@ use param_averager::__testing::instruction_sets;
 use param_averager::__testing::Testing;
 use param_averager::{Algorithm, Builder, Dtype};
 use proptest::prelude::*;
-use test_support::{count, mean, ranks, ulp, Guarded, Random};
+use test_support::{count, layout, mean, ranks, ulp, Guarded, Random};
 
 #[derive(Clone, Debug)]
 struct Case {
@@ -47,29 +47,20 @@ impl Case {
             })
     }
 
-    fn model(&self, rank: usize) -> Vec<Guarded> {
-        self.tensors
-            .iter()
-            .map(|(dtype, elements, at)| Guarded::new(*dtype, *elements, at[rank]))
-            .collect()
-    }
-
     /// All ranks' tensors before and after each average.
     fn run(&self, instruction_set: Option<&'static str>) -> Vec<Vec<(Vec<Guarded>, Vec<Guarded>)>> {
         ranks(self.world, |communicator| {
             let rank = communicator.rank();
-            let mut model = self.model(rank);
+            let mut model = layout::model(&self.tensors, rank);
             let builder = test_support::options(communicator);
             let mut averager = self.build(builder, instruction_set).build(&mut model).unwrap();
             (0..self.averages)
                 .map(|round| {
                     let mut random = Random(self.seed + (round * 64 + rank) as u64);
                     // New memory each time: pointers may change between calls.
-                    let (mut before, mut after) = (self.model(rank), self.model(rank));
-                    for (one, other) in before.iter_mut().zip(&mut after) {
-                        one.fill_random(&mut random);
-                        other.bytes_mut().copy_from_slice(one.bytes());
-                    }
+                    let mut before = layout::model(&self.tensors, rank);
+                    before.iter_mut().for_each(|tensor| tensor.fill_random(&mut random));
+                    let mut after: Vec<Guarded> = before.iter().map(Guarded::copy).collect();
                     match &self.weights {
                         Some(weights) => {
                             averager.average_weighted(&mut after, weights[rank]).unwrap()
@@ -139,10 +130,7 @@ impl Case {
 }
 
 fn cases(most_ranks: usize, most_elements: usize) -> impl Strategy<Value = Case> {
-    let dtype = (0..4usize).prop_map(|d| Dtype::ALL[d]);
-    let elements = prop_oneof![Just(0), Just(1), 2..40usize, 0..most_elements];
-    let tensor =
-        (dtype, elements, prop::collection::vec(prop_oneof![3 => Just(0), 1 => 0..8usize], 16));
+    let tensor = layout::shapes(16, most_elements);
     let tensors = prop_oneof![
         9 => prop::collection::vec(tensor.clone(), 0..12),
         1 => prop::collection::vec(tensor.prop_map(|(d, e, at)| (d, e.min(70), at)), 200..400),

@@ -3,7 +3,7 @@
 
 use param_averager::{Algorithm, Device, Dtype, Parameters, TensorMut};
 use proptest::prelude::*;
-use test_support::{count, ranks, Guarded, Random};
+use test_support::{bits, count, ranks, Guarded, Random};
 
 /// Raw bits of a tensor of each dtype.
 #[derive(Clone)]
@@ -346,7 +346,7 @@ proptest! {
                 }
                 tensor
             }).collect();
-            let before: Vec<Vec<u8>> = model.iter().map(|tensor| tensor.bytes().to_vec()).collect();
+            let before = bits(&model);
             let algorithm = if direct { Algorithm::Direct } else { Algorithm::Ring };
             let mut averager = test_support::options(communicator)
                 .algorithm(algorithm)

@@ -9,7 +9,7 @@ use param_averager::__testing::Testing;
 use param_averager::{
     Algorithm, Builder, Communicator, Dtype, Error, ParamAverager, Phase, TensorState,
 };
-use test_support::{count, ranks, Guarded, Random};
+use test_support::{bits, count, ranks, Guarded, Random};
 
 use leaving::leave_at;
 
@@ -30,17 +30,8 @@ fn builder(communicator: Communicator, (algorithm, all_or_nothing): (Algorithm, 
 
 fn model(rank: usize) -> Vec<Guarded> {
     let mut random = Random(rank as u64);
-    let mut model = vec![
-        Guarded::new(Dtype::F32, 700, 0),
-        Guarded::new(Dtype::Bf16, 333, 1),
-        Guarded::new(Dtype::F32, 5, 3),
-    ];
-    model.iter_mut().for_each(|tensor| tensor.fill_random(&mut random));
-    model
-}
-
-fn bytes(model: &[Guarded]) -> Vec<Vec<u8>> {
-    model.iter().map(|tensor| tensor.bytes().to_vec()).collect()
+    let shapes = [(Dtype::F32, 700, 0), (Dtype::Bf16, 333, 1), (Dtype::F32, 5, 3)];
+    shapes.map(|(dtype, elements, at)| Guarded::random(dtype, elements, at, &mut random)).into()
 }
 
 /// Observations of one rank of a failing average.
@@ -67,7 +58,7 @@ fn one_average(
         averager.average(&mut model).unwrap();
         model = self::model(rank + 100);
         let call = before(rank, &mut averager, &mut model);
-        let held = bytes(&model);
+        let held = bits(&model);
         barrier.wait();
         let start = Instant::now();
         let seen = call.map(|weight| {
@@ -75,7 +66,7 @@ fn one_average(
                 Some(weight) => averager.average_weighted(&mut model, weight),
                 None => averager.average(&mut model),
             };
-            let unchanged = bytes(&model) == held && model.iter().all(Guarded::guards_are_whole);
+            let unchanged = bits(&model) == held && model.iter().all(Guarded::guards_are_whole);
             let elapsed = start.elapsed();
             Seen {
                 error: result.err(),

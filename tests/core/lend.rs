@@ -21,6 +21,7 @@ struct Locked {
 enum Fails {
     No,
     Says,
+    Wraps,
     Forgets,
     Repeats,
     SaysAfterwards,
@@ -49,6 +50,9 @@ impl Lend for Locked {
         if self.fails == Fails::Says {
             return Err(LendError::new("tensor `w1` is not contiguous"));
         }
+        if self.fails == Fails::Wraps {
+            "three".parse::<u32>()?;
+        }
         let mut guards: Vec<_> =
             self.weights.iter().map(|weights| weights.lock().unwrap()).collect();
         let mut tensors: Vec<_> =
@@ -59,10 +63,10 @@ impl Lend for Locked {
         if self.fails == Fails::Repeats {
             average(Loan::new(&mut tensors));
         }
-        match self.fails {
-            Fails::SaysAfterwards => Err("three".parse::<u32>().unwrap_err().into()),
-            _ => Ok(()),
+        if self.fails == Fails::SaysAfterwards {
+            "three".parse::<u32>()?;
         }
+        Ok(())
     }
 }
 
@@ -119,10 +123,30 @@ fn with_a_rank_that(fails: Fails, check: impl Fn(usize, Result<(), Error>) + Syn
 fn a_rank_that_can_not_lend_is_an_error_on_every_rank() {
     with_a_rank_that(Fails::Says, |rank, ended| {
         let error = ended.unwrap_err();
-        let Error::LendFailed { rank: 1, reason } = &error else { panic!("{error:?}") };
+        let Error::LendFailed { rank: 1, reason, source: None } = &error else {
+            panic!("{error:?}")
+        };
         assert!(!error.is_fatal() && error.tensors() == TensorState::Unchanged);
         let own = "tensor `w1` is not contiguous";
         assert_eq!(reason == own, rank == 1, "{error}");
+    });
+}
+
+/// The error that `lend` had, of its own type. Peers have its text at most.
+#[test]
+fn the_rank_that_fails_has_its_own_error_as_the_source() {
+    use std::error::Error as _;
+    let is_own = |error: &(dyn std::error::Error + 'static)| {
+        error.source().is_some_and(|source| source.is::<std::num::ParseIntError>())
+    };
+    with_a_rank_that(Fails::Wraps, |rank, ended| {
+        let error = ended.unwrap_err();
+        assert!(matches!(error, Error::LendFailed { rank: 1, .. }), "{error:?}");
+        assert_eq!((is_own(&error), error == error.clone()), (rank == 1, true), "rank {rank}");
+    });
+    with_a_rank_that(Fails::SaysAfterwards, |rank, ended| {
+        let own = ended.err().is_some_and(|error| error.source().is_some_and(is_own));
+        assert_eq!(own, rank == 1);
     });
 }
 
@@ -178,7 +202,9 @@ fn fault_after_the_average_is_reported_as_such() {
     for fails in [Fails::Repeats, Fails::SaysAfterwards] {
         with_a_rank_that(fails, |rank, ended| match (rank, ended) {
             (1, Err(Error::AfterAverage { averaged: Some(_), cause })) => {
-                let Error::LendFailed { rank: 1, reason } = &*cause else { panic!("{cause:?}") };
+                let Error::LendFailed { rank: 1, reason, .. } = &*cause else {
+                    panic!("{cause:?}")
+                };
                 let text = if fails == Fails::Repeats { "more than once" } else { "invalid digit" };
                 assert!(reason.contains(text), "{reason}");
             }
@@ -190,7 +216,7 @@ fn fault_after_the_average_is_reported_as_such() {
 #[test]
 fn no_rank_builds_where_one_can_not_lend() {
     use Fails::*;
-    for fails in [Says, Forgets, Repeats, SaysAfterwards, CatchesAPanic] {
+    for fails in [Says, Wraps, Forgets, Repeats, SaysAfterwards, CatchesAPanic] {
         ranks(2, |communicator| {
             let mut model = Locked::new(0.0);
             if communicator.rank() == 1 {

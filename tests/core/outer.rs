@@ -4,7 +4,7 @@
 use param_averager::__testing::{instruction_sets, Testing};
 use param_averager::{Algorithm, Builder, Dtype, ParamAverager, Start};
 use proptest::prelude::*;
-use test_support::{count, format, mean, ranks, ulp, Guarded, Random};
+use test_support::{count, format, layout, mean, ranks, ulp, Guarded, Random};
 
 use crate::outer_reference::{Near, Rule, State};
 
@@ -36,6 +36,10 @@ struct Course {
     rounds: Vec<(Vec<Guarded>, Vec<Guarded>)>,
 }
 
+fn copy(model: &[Guarded]) -> Vec<Guarded> {
+    model.iter().map(Guarded::copy).collect()
+}
+
 impl Case {
     fn builder(&self, builder: Builder, instruction_set: Option<&'static str>) -> Builder {
         builder
@@ -50,28 +54,16 @@ impl Case {
             .testing(Testing { poison_slots: true, instruction_set, ..Testing::default() })
     }
 
-    fn model(&self, rank: usize) -> Vec<Guarded> {
-        self.tensors.iter().map(|(dtype, n, at)| Guarded::new(*dtype, *n, at[rank])).collect()
-    }
-
-    fn copy(&self, rank: usize, model: &[Guarded]) -> Vec<Guarded> {
-        let mut copy = self.model(rank);
-        for (to, from) in copy.iter_mut().zip(model) {
-            to.bytes_mut().copy_from_slice(from.bytes());
-        }
-        copy
-    }
-
     fn run(&self, instruction_set: Option<&'static str>) -> Vec<Course> {
         ranks(self.world, |communicator| {
             let rank = communicator.rank();
             let mut random = Random(self.seed + rank as u64);
-            let mut model = self.model(rank);
+            let mut model = layout::model(&self.tensors, rank);
             model.iter_mut().for_each(|tensor| tensor.fill_random(&mut random));
-            let initial = self.copy(rank, &model);
+            let initial = copy(&model);
             let builder = ParamAverager::builder(communicator);
             let mut averager = self.builder(builder, instruction_set).build(&mut model).unwrap();
-            let begin = self.copy(rank, &model);
+            let begin = copy(&model);
             let mut rounds = vec![];
             for _ in 0..self.rounds {
                 for tensor in &mut model {
@@ -79,12 +71,12 @@ impl Case {
                         tensor.set(i, tensor.get(i) + random.value() / 4.0); // local steps
                     }
                 }
-                let before = self.copy(rank, &model);
+                let before = copy(&model);
                 match &self.weights {
                     Some(weights) => averager.average_weighted(&mut model, weights[rank]).unwrap(),
                     None => averager.average(&mut model).unwrap(),
                 };
-                let next = self.copy(rank, &model); // pointers may change between calls
+                let next = copy(&model); // pointers may change between calls
                 rounds.push((before, std::mem::replace(&mut model, next)));
             }
             Course { initial, begin, rounds }
@@ -196,15 +188,12 @@ fn rules() -> impl Strategy<Value = Rule> {
 }
 
 fn cases(most_elements: usize) -> impl Strategy<Value = Case> {
-    let dtype = (0..4usize).prop_map(|d| Dtype::ALL[d]);
-    let elements = prop_oneof![Just(0), Just(1), 2..40usize, 0..most_elements];
-    let at = prop::collection::vec(prop_oneof![3 => Just(0), 1 => 0..8usize], 4);
-    let tensors = prop::collection::vec((dtype, elements, at), 1..8);
+    let tensors = prop::collection::vec(layout::shapes(4, most_elements), 1..8);
     let weight = prop_oneof![1 => Just(0.0), 4 => (1..1000u32).prop_map(f64::from)];
     let weights = prop::option::of(prop::collection::vec(weight, 4));
     let keeps = prop_oneof![2 => Just(0.0), 1 => prop_oneof![Just(0.5), Just(0.1)]];
     let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
-    let chunk = prop_oneof![Just(128usize), Just(256), Just(4096)];
+    let chunk = layout::chunks();
     ((1..=4usize, tensors, rules(), keeps), flags, (1..4u32, chunk, weights, any::<u32>()))
         .prop_map(|((world, tensors, rule, keeps), flags, rest)| {
             let (channels, chunk_bytes, weights, seed) = rest;

@@ -1,9 +1,9 @@
 //! Averages with an outer optimizer that fail: neither tensors nor state change.
 
 use param_averager::{Algorithm, Error, LendError, Loan, Outer, ParamAverager, Phase, TensorState};
-use test_support::{ranks, Guarded, Random};
+use test_support::{bits, ranks, Guarded, Random};
 
-use crate::outer_promises::{builder, bytes, fill, filled, HALVES, WAYS};
+use crate::outer_promises::{builder, fill, filled, HALVES, WAYS};
 
 /// Calls that fail on every rank, with nothing changed.
 type Fails = fn(&mut ParamAverager, &mut Vec<Guarded>) -> Option<Error>;
@@ -78,14 +78,14 @@ fn an_average_that_fails_changes_no_state() {
                     }
                 }
                 if let (Some(fails), 1..=2) = (fails, round) {
-                    let before = bytes(&model);
+                    let before = bits(&model);
                     let error = fails(&mut averager, &mut model).expect("an error");
                     assert!(!error.is_fatal(), "{error}");
                     assert_eq!(error.tensors(), TensorState::Unchanged, "{error}");
-                    assert_eq!(bytes(&model), before, "{error}");
+                    assert_eq!(bits(&model), before, "{error}");
                 }
                 averager.average(&mut model).unwrap();
-                results.push(bytes(&model));
+                results.push(bits(&model));
             }
             results
         })
@@ -117,14 +117,14 @@ fn an_abort_before_the_commit_changes_no_tensor() {
             let mut model = filled(8.0);
             let mut averager = builder(communicator, algorithm, HALVES).build(&mut model).unwrap();
             fill(&mut model, rank as f64);
-            let before = bytes(&model);
+            let before = bits(&model);
             all_are_built.wait();
             if rank == 0 {
                 averager.abort_handle().abort(); // without rank 0 there is no commit
             }
             let error = averager.average(&mut model).unwrap_err();
             assert!(error.is_fatal() && error.tensors() == TensorState::Unchanged, "{error}");
-            assert_eq!(bytes(&model), before);
+            assert_eq!(bits(&model), before);
         });
     }
 }
@@ -139,14 +139,14 @@ fn a_rank_that_is_lost_while_summing_changes_no_tensor() {
             let builder = builder(communicator, Algorithm::Ring, HALVES);
             let mut averager = builder.all_or_nothing(all_or_nothing).build(&mut model).unwrap();
             fill(&mut model, rank as f64);
-            let before = bytes(&model);
+            let before = bits(&model);
             if rank == 2 {
                 // SAFETY: the ring; no peer touches this rank's tensors.
                 unsafe { averager.leave_before_step(6) };
             }
             let error = averager.average(&mut model).unwrap_err();
             assert_eq!(error.tensors(), TensorState::Unchanged, "{error}");
-            assert_eq!(bytes(&model), before);
+            assert_eq!(bits(&model), before);
             error
         });
         let is_while_summing = |error: &Error| {

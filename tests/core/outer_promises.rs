@@ -5,7 +5,7 @@ use param_averager::{
     Action, Algorithm, Builder, Communicator, Dtype, Error, LocalSgd, Outer, ParamAverager,
     Schedule, Start, TensorState,
 };
-use test_support::{ranks, Guarded, Random};
+use test_support::{bits, ranks, Guarded, Random};
 
 pub const WAYS: [Algorithm; 2] = [Algorithm::Ring, Algorithm::Direct];
 /// Numbers with which every result below is exact in every dtype.
@@ -39,10 +39,6 @@ fn the_one(model: &[Guarded]) -> f64 {
         }
     }
     first
-}
-
-pub fn bytes(model: &[Guarded]) -> Vec<Vec<u8>> {
-    model.iter().map(|tensor| tensor.bytes().to_vec()).collect()
 }
 
 fn each_way(worlds: &[usize], rank: impl Fn(Communicator, Algorithm) + Sync) {
@@ -178,7 +174,7 @@ fn done_is_refused_where_ranks_keep_a_share() {
         let averager = builder(communicator, Algorithm::Auto, outer).build(&mut model).unwrap();
         let mut sgd = LocalSgd::new(averager, Schedule::every(2));
         sgd.step(&mut model).unwrap();
-        let before = bytes(&model);
+        let before = bits(&model);
         let error = sgd.done(&mut model).unwrap_err();
         let Error::InvalidOption { rank: named, option: "outer", found, expected } = &error else {
             panic!("{error}")
@@ -188,7 +184,7 @@ fn done_is_refused_where_ranks_keep_a_share() {
         });
         assert!(found.contains("nesterov(0.7, 0.9).keeping(0.5)"), "{error}");
         assert!(found.contains("done") && expected.contains("finish"), "{error}");
-        assert_eq!(bytes(&model), before);
+        assert_eq!(bits(&model), before);
         assert!(matches!(sgd.finish(&mut model).unwrap(), Action::Averaged(_)));
         let mut sgd = sgd.enabled(false);
         assert_eq!(sgd.done(&mut model).unwrap(), Action::Alone, "nothing is averaged");
@@ -206,7 +202,7 @@ fn the_mean_as_outer_optimizer_is_no_outer_optimizer() {
             let builder = outer.into_iter().fold(builder, |builder, outer| builder.outer(outer));
             let mut averager = builder.build(&mut model).unwrap();
             averager.average(&mut model).unwrap();
-            (bytes(&model), averager.memory_overhead())
+            (bits(&model), averager.memory_overhead())
         })
     };
     for algorithm in WAYS {

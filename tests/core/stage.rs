@@ -7,23 +7,15 @@ use param_averager::{
     Algorithm, Builder, Communicator, Dtype, Outer, ParamAverager, Part, Shard, Start, Values, Veto,
 };
 use proptest::prelude::*;
-use test_support::{count, options, ranks, Guarded, Random};
+use test_support::{bits, count, layout, options, ranks, Guarded, Random};
 
 /// Tensors of a model: dtype and elements.
 pub type Layout = Vec<(Dtype, usize)>;
 
 pub fn model(layout: &Layout, seed: u64) -> Vec<Guarded> {
     let mut random = Random(seed);
-    let tensor = |&(dtype, elements): &(Dtype, usize)| {
-        let mut tensor = Guarded::new(dtype, elements, 0);
-        tensor.fill_random(&mut random);
-        tensor
-    };
+    let tensor = |&(dtype, elements): &_| Guarded::random(dtype, elements, 0, &mut random);
     layout.iter().map(tensor).collect()
-}
-
-pub fn bits(model: &[Guarded]) -> Vec<Vec<u8>> {
-    model.iter().map(|tensor| tensor.bytes().to_vec()).collect()
 }
 
 /// Calls `f(tensor, element, value)` for each value of a shard.
@@ -107,10 +99,8 @@ impl Case {
 }
 
 fn cases() -> impl Strategy<Value = Case> {
-    let dtype = (0..4usize).prop_map(|d| Dtype::ALL[d]);
-    let elements = prop_oneof![Just(0), Just(1), 2..40usize, 0..3000usize];
-    let layout = prop::collection::vec((dtype, elements), 1..8);
-    let chunk = prop_oneof![Just(128usize), Just(256), Just(4096)];
+    let layout = prop::collection::vec((layout::dtypes(), layout::elements(3000)), 1..8);
+    let chunk = layout::chunks();
     let outer = prop_oneof![
         3 => Just(Outer::mean()), 1 => Just(Outer::diloco()), 1 => Just(Outer::ease(0.5))
     ];

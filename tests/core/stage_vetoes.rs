@@ -9,9 +9,9 @@ use param_averager::{
     Algorithm, Builder, Dtype, Error, ErrorKind, LocalSgd, Schedule, Shard, Start, TensorState,
     Veto,
 };
-use test_support::{options, ranks};
+use test_support::{bits, options, ranks};
 
-use crate::stage::{bits, each, model};
+use crate::stage::{each, model};
 
 const SIZES: [usize; 3] = [100, 7, 501];
 

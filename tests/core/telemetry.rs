@@ -37,15 +37,6 @@ fn exact(before: &[Guarded], after: &[Guarded]) -> Exact {
     Exact { norm: f64::sqrt(norm), change: f64::sqrt(change), largest_change: largest, non_finite }
 }
 
-fn copy(model: &[Guarded]) -> Vec<Guarded> {
-    let of = |tensor: &Guarded| {
-        let mut copy = Guarded::new(tensor.dtype, tensor.elements, 0);
-        copy.bytes_mut().copy_from_slice(tensor.bytes());
-        copy
-    };
-    model.iter().map(of).collect()
-}
-
 /// Numbers that averages of `model(rank)` have told, and the exact ones, by rank.
 fn told_and_exact(
     n: usize,
@@ -56,7 +47,7 @@ fn told_and_exact(
         let mut model = model(communicator.rank());
         let builder = options(test_support::options(communicator)).telemetry(true);
         let mut averager = builder.build(&mut model).unwrap();
-        let before = copy(&model);
+        let before: Vec<Guarded> = model.iter().map(Guarded::copy).collect();
         let report = averager.average(&mut model).unwrap();
         assert!(model.iter().all(Guarded::guards_are_whole));
         (report.telemetry.unwrap(), before, model)

@@ -9,7 +9,7 @@ use param_averager::{
 };
 use rustix::process::Signal;
 
-use test_support::process::{name, start, RankProcess};
+use test_support::process::{name, start, start_and_join, RankProcess};
 use test_support::rank::{builder, is_late, join, number, say};
 use test_support::Random;
 use test_support::{count, seed};
@@ -197,24 +197,7 @@ fn half_way_in(name: &str) -> (Vec<RankProcess>, RankProcess) {
 
 pub fn admission_changes_no_other_model() {
     for n in [1, 2, 8] {
-        let name = name();
-        let mut ranks: Vec<RankProcess> = (0..n)
-            .map(|rank| {
-                let variables = [
-                    ("PA_TEST_RANK", rank.to_string()),
-                    ("PA_TEST_WORLD", n.to_string()),
-                    ("PA_TEST_NAME", name.clone()),
-                ];
-                start("copies", &variables)
-            })
-            .collect();
-        ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
-        let variables = [
-            ("PA_TEST_JOIN", "1".to_owned()),
-            ("PA_TEST_ORIGIN", n.to_string()),
-            ("PA_TEST_NAME", name.clone()),
-        ];
-        ranks.push(start("copies", &variables));
+        let mut ranks = start_and_join("copies", n, &[]);
         for rank in &mut ranks {
             assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
         }
@@ -230,18 +213,7 @@ pub fn admission_changes_no_other_model() {
 
 /// A rank whose `lend` fails after the average takes part in the admission all the same.
 pub fn late_failure_of_a_model_does_not_stop_an_admission() {
-    let name = name();
-    let rank = |variable: &str, value: &str| {
-        let variables = [
-            (variable, value.to_owned()),
-            ("PA_TEST_WORLD", "2".to_owned()),
-            ("PA_TEST_NAME", name.clone()),
-        ];
-        start("fails_late", &variables)
-    };
-    let mut ranks = vec![rank("PA_TEST_RANK", "0"), rank("PA_TEST_RANK", "1")];
-    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
-    ranks.push(rank("PA_TEST_JOIN", "1"));
+    let mut ranks = start_and_join("fails_late", 2, &[]);
     for rank in &mut ranks {
         assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
     }

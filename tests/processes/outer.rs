@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use test_support::process::{check_velocity, name, start, start_and_kill, RankProcess};
+use test_support::process::{check_velocity, start_and_join, start_and_kill};
 use test_support::{count, note, seed, Random};
 
 /// Random kills: every element after each step is that of one history of steps, the same for all
@@ -50,21 +50,8 @@ pub fn a_process_joins_ranks_whose_averages_are_under_way() {
 }
 
 fn joins(more: &[(&'static str, String)]) {
-    let name = name();
     let own = [("PA_TEST_FINAL", "3".to_owned()), ("PA_TEST_ROUNDS", "5".to_owned())];
-    let more = [&own[..], more].concat();
-    let rank = |origin: usize, more: &[(&'static str, String)]| {
-        let variables = [("PA_TEST_NAME", name.clone()), ("PA_TEST_ORIGIN", origin.to_string())];
-        start("outer", &[&variables, more].concat())
-    };
-    let first = |origin: usize| {
-        let own = [("PA_TEST_RANK", origin.to_string()), ("PA_TEST_WORLD", "2".to_owned())];
-        rank(origin, &[&own[..], &more[..]].concat())
-    };
-    let mut ranks: Vec<RankProcess> = (0..2).map(first).collect();
-    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
-    let own = [("PA_TEST_JOIN", "1".to_owned())];
-    ranks.push(rank(2, &[&own[..], &more[..]].concat()));
+    let mut ranks = start_and_join("outer", 2, &[&own[..], more].concat());
     let mut done = vec![];
     for rank in &mut ranks {
         assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);

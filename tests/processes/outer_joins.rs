@@ -3,7 +3,7 @@
 
 use param_averager::{Error, Outer, ParamAverager, Start};
 use test_support::fnv1a;
-use test_support::process::{name, start, RankProcess};
+use test_support::process::start_and_join;
 use test_support::rank::{builder, is_late, join, number, say};
 
 /// Role: averages until a process has joined, then once more, and checks the step.
@@ -72,32 +72,15 @@ pub fn has_large_state() -> i32 {
 
 /// A velocity of 700 KB on each of two ranks, which takes 43 messages.
 pub fn a_joiner_takes_over_a_large_state() {
-    for rank in &mut joined("has_large_state") {
+    for rank in &mut start_and_join("has_large_state", 2, &[]) {
         assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
         assert_eq!(rank.said("done").len(), 1, "{:#?}", rank.output);
     }
 }
 
-/// Two ranks, and one that joins them.
-fn joined(role: &str) -> Vec<RankProcess> {
-    let name = name();
-    let rank = |origin: usize, more: &[(&'static str, String)]| {
-        let variables = [("PA_TEST_NAME", name.clone()), ("PA_TEST_ORIGIN", origin.to_string())];
-        start(role, &[&variables, more].concat())
-    };
-    let first = |origin: usize| {
-        let own = [("PA_TEST_RANK", origin.to_string()), ("PA_TEST_WORLD", "2".to_owned())];
-        rank(origin, &own)
-    };
-    let mut ranks: Vec<RankProcess> = (0..2).map(first).collect();
-    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
-    ranks.push(rank(2, &[("PA_TEST_JOIN", "1".to_owned())]));
-    ranks
-}
-
 pub fn ranks_that_keep_a_share_and_a_joiner_begin_from_one_model() {
     let mut models = vec![];
-    for rank in &mut joined("keeps_a_share") {
+    for rank in &mut start_and_join("keeps_a_share", 2, &[]) {
         assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
         assert_eq!(rank.said("done").len(), 1, "{:#?}", rank.output);
         models.extend(rank.said("model"));

@@ -8,7 +8,7 @@ use std::time::Duration;
 use param_averager::*;
 use rustix::process::Signal;
 
-use test_support::process::{name, start, start_all, RankProcess};
+use test_support::process::{start_all, start_and_join, RankProcess};
 use test_support::rank::{builder, is_late, join, number, say};
 use test_support::{count, note, seed, Random};
 
@@ -245,22 +245,7 @@ pub fn vetoes_and_kills_at_any_time() {
 /// A process joins: its stage and those of the members get parts of a new layout, and it is called
 /// with the values that all ranks begin with.
 pub fn stages_are_told_of_a_process_that_joins() {
-    let name = name();
-    let rank = |origin: usize, own: &[(&'static str, String)]| {
-        let all = [
-            ("PA_TEST_NAME", name.clone()),
-            ("PA_TEST_ORIGIN", origin.to_string()),
-            ("PA_TEST_FINAL", "3".to_owned()),
-        ];
-        start("stage", &[&all, own].concat())
-    };
-    let first = |origin: usize| {
-        let own = [("PA_TEST_RANK", origin.to_string()), ("PA_TEST_WORLD", "2".to_owned())];
-        rank(origin, &own)
-    };
-    let mut ranks: Vec<RankProcess> = (0..2).map(first).collect();
-    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
-    ranks.push(rank(2, &[("PA_TEST_JOIN", "1".to_owned())]));
+    let mut ranks = start_and_join("stage", 2, &[("PA_TEST_FINAL", "3".to_owned())]);
     let layouts: Vec<u64> = ranks.iter_mut().map(|rank| ended(rank).0).collect();
     assert_eq!(layouts, [2, 2, 1]);
 }

@@ -6,7 +6,7 @@ use param_averager::{
     Action, Algorithm, Communicator, Error, LocalSgd, ParamAverager, Phase, Reduction, Report,
     Schedule, Start, TensorState,
 };
-use test_support::process::{name, start, start_all, RankProcess};
+use test_support::process::{start_all, start_and_join};
 use test_support::rank::{die, is_late, join, number, say};
 use test_support::{fnv1a, Random};
 
@@ -56,22 +56,7 @@ pub fn first_day() -> i32 {
 }
 
 pub fn every_process_begins_with_one_model_and_a_joiner_with_the_one_that_is_trained() {
-    let name = name();
-    let variables = |origin: usize| {
-        [
-            ("PA_TEST_ORIGIN", origin.to_string()),
-            ("PA_TEST_NAME", name.clone()),
-            ("PA_TEST_WORLD", "2".into()),
-        ]
-    };
-    let first = |origin: usize| {
-        let rank = [("PA_TEST_RANK", origin.to_string())];
-        start("first_day", &[&variables(origin)[..], &rank].concat())
-    };
-    let mut ranks: Vec<RankProcess> = (0..2).map(first).collect();
-    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
-    let late = [("PA_TEST_JOIN", "1".to_owned())];
-    ranks.push(start("first_day", &[&variables(2)[..], &late].concat()));
+    let mut ranks = start_and_join("first_day", 2, &[]);
     for rank in &mut ranks {
         assert_eq!(rank.end(), Some(0), "{:#?}", rank.output);
     }

@@ -80,7 +80,7 @@ impl Replica {
     }
 
     pub fn on_host(arena: &Arc<Arena>, tensors: &Arc<[Placed]>) -> Self {
-        Replica::new(arena.start, tensors, Device::cpu(), arena.clone())
+        Replica::new(arena.as_mut_ptr(), tensors, Device::cpu(), arena.clone())
     }
 
     /// One of its tensors, without its name: tensors of one size share an averager.
@@ -157,42 +157,32 @@ fn wait(pending: Option<Pending<'_>>) -> Result<(), Failure> {
     pending.map_or(Ok(()), |pending| pending.wait().map(drop).map_err(Failure::from))
 }
 
-/// One average of all tensors. `ran`: what `Algorithm::Auto` comes to, the same on every rank.
+/// One average of all tensors, with a step of an outer optimizer if one is asked for. `ran`: what
+/// `Algorithm::Auto` comes to, the same on every rank.
 pub fn average(
     clock: impl Clock + 'static,
-    builder: Builder,
+    mut builder: Builder,
+    step: Option<Step>,
     mut replica: Replica,
     weight: Option<f64>,
     ran: &OnceLock<Algorithm>,
 ) -> Result<Work, Failure> {
+    if let Some(step) = step {
+        builder = builder.start_from(Start::Rank(0)).outer(step.outer());
+    }
     let mut averager = builder.build(&mut replica)?;
     let _ = ran.set(averager.algorithm());
+    // The bytes that it was built with may be no numbers, and then steps from there are none.
+    let mut needs_anchor = step.is_some();
     Ok(Box::new(move || {
+        if std::mem::take(&mut needs_anchor) {
+            averager.broadcast(0, &mut replica)?;
+        }
         clock.start()?;
         let pending = start(&mut averager, &mut replica, weight, clock.stream())?;
         clock.stop()?; // before the wait, so that the host's wake-up does not count
         wait(pending)?;
         clock.took()
-    }))
-}
-
-/// One average of all tensors on CPUs, with a step of an outer optimizer.
-pub fn stepped(
-    builder: Builder,
-    step: Step,
-    mut replica: Replica,
-    weight: Option<f64>,
-) -> Result<Work, Failure> {
-    let builder = builder.start_from(Start::Rank(0)).outer(step.outer());
-    let mut averager = builder.build(&mut replica)?;
-    let mut is_first = true;
-    Ok(Box::new(move || {
-        // The bytes that it was built with may be no numbers, and then steps from there are none.
-        if std::mem::take(&mut is_first) {
-            averager.broadcast(0, &mut replica)?;
-        }
-        start(&mut averager, &mut replica, weight, None)?;
-        Ok(None)
     }))
 }
 

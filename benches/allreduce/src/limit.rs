@@ -4,7 +4,7 @@
 //! that and nothing else: all cores, each with a contiguous part of every replica, no meeting, no
 //! votes, no tensors. Plain stores, since the lines they go to were just read. The mean is the sum
 //! times 1/n rounded, one rounding more than the library allows itself, since dividing could cost
-//! time.
+//! time. The loop is `limit.cpp`.
 //!
 //! **Two passes.** An averager that changes no tensor before all have been summed must keep the
 //! mean until then, and whatever is larger than the caches goes to memory and comes back. The first
@@ -13,12 +13,53 @@
 //! meeting, no vote, and every thread goes on to its second pass by itself.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
-use crate::lanes::{Float, Lanes, LANES};
+use param_averager::{BuildInfo, Dtype};
+
 use crate::memory::{Arena, Placed};
-use crate::number::with_number;
-use crate::simd::{self, Task};
+
+/// The mean of a range of some buffers → the same range of others, as `limit.cpp` has it.
+#[repr(C)]
+struct Mean {
+    from: *const *mut u8,
+    reads: usize,
+    to: *const *mut u8,
+    writes: usize,
+    /// In bytes.
+    begin: usize,
+    end: usize,
+    /// In the order of `Dtype::ALL`.
+    dtype: u32,
+    /// Past the caches.
+    stream: bool,
+}
+
+type Function = unsafe extern "C" fn(&Mean);
+
+extern "C" {
+    fn allreduce_bench_mean_baseline(mean: &Mean);
+    #[cfg(target_arch = "x86_64")]
+    fn allreduce_bench_mean_avx2(mean: &Mean);
+    #[cfg(target_arch = "x86_64")]
+    fn allreduce_bench_mean_avx512(mean: &Mean);
+}
+
+/// Instruction sets that the library's kernels are compiled for, each with those before it.
+const SETS: &[(&str, Function)] = &[
+    ("baseline", allreduce_bench_mean_baseline),
+    #[cfg(target_arch = "x86_64")]
+    ("avx2", allreduce_bench_mean_avx2),
+    #[cfg(target_arch = "x86_64")]
+    ("avx512", allreduce_bench_mean_avx512),
+];
+
+/// Those that this machine has.
+static AVAILABLE: LazyLock<&[(&str, Function)]> = LazyLock::new(|| {
+    let best = BuildInfo::get().instruction_set;
+    let last = SETS.iter().position(|(set, _)| *set == best).expect("the library's sets");
+    &SETS[..=last]
+});
 
 /// One thread's share of the pass.
 pub struct Pass {
@@ -39,138 +80,87 @@ const LARGE: usize = 32 << 20;
 impl Pass {
     /// Averages this thread's part of all buffers.
     pub fn run(&self) {
+        self.run_on(AVAILABLE[AVAILABLE.len() - 1].1);
+    }
+
+    fn run_on(&self, mean: Function) {
         match &self.between {
-            None => self.pass(&self.arenas, &self.arenas, false),
+            None => self.pass(mean, &self.arenas, &self.arenas, false),
             Some(between) => {
                 let between = std::slice::from_ref(between);
-                let bytes: usize =
-                    self.buffers.iter().map(|buffer| buffer.elements * buffer.dtype.size()).sum();
-                self.pass(&self.arenas, between, bytes > LARGE);
-                self.pass(between, &self.arenas, bytes > LARGE);
+                let bytes: usize = self.buffers.iter().map(Placed::bytes).sum();
+                self.pass(mean, &self.arenas, between, bytes > LARGE);
+                self.pass(mean, between, &self.arenas, bytes > LARGE);
             }
         }
     }
 
     /// The mean of some → others.
-    fn pass(&self, from: &[Arc<Arena>], to: &[Arc<Arena>], stream: bool) {
+    fn pass(&self, mean: Function, from: &[Arc<Arena>], to: &[Arc<Arena>], stream: bool) {
         for buffer in self.buffers.iter() {
-            let range = part(buffer.elements, self.part, self.parts);
-            with_number!(buffer.dtype, T => {
-                // SAFETY: placed inside of the arenas.
-                let start = |arena: &Arc<Arena>| unsafe { arena.start.add(buffer.offset) };
-                let starts = |arenas: &[Arc<Arena>]| -> Vec<*mut T> {
-                    arenas.iter().map(|arena| start(arena).cast()).collect()
-                };
-                let (from, to) = (starts(from), starts(to));
-                simd::best(Average { from: &from, to: &to, range, stream })
-            })
+            let size = buffer.dtype.size();
+            let part = part(buffer.elements, self.part, self.parts);
+            let dtype = Dtype::ALL.iter().position(|&dtype| dtype == buffer.dtype);
+            let starts = |arenas: &[Arc<Arena>]| -> Vec<*mut u8> {
+                arenas.iter().map(|arena| arena.as_mut_ptr().wrapping_add(buffer.offset)).collect()
+            };
+            let (from, to) = (starts(from), starts(to));
+            let of = Mean {
+                from: from.as_ptr(),
+                reads: from.len(),
+                to: to.as_ptr(),
+                writes: to.len(),
+                begin: part.start * size,
+                end: part.end * size,
+                dtype: dtype.expect("one of all") as u32,
+                stream,
+            };
+            // SAFETY: placed inside of the arenas, and no two threads have a part in common. The
+            // machine has the function's instruction set.
+            unsafe { mean(&of) };
         }
     }
 }
 
-/// The `index`-th of `parts` equal ranges of whole lines.
+/// The `index`-th of `parts` equal ranges of 64 elements, which are whole lines.
 fn part(elements: usize, index: usize, parts: usize) -> Range<usize> {
-    let lanes = 4 * LANES;
-    let lines = elements.div_ceil(lanes);
-    let at = |index: usize| (lines * index / parts * lanes).min(elements);
+    const LINE: usize = 64;
+    let lines = elements.div_ceil(LINE);
+    let at = |index: usize| (lines * index / parts * LINE).min(elements);
     at(index)..at(index + 1)
-}
-
-/// The mean of a range of some buffers → the same range of others. No two threads share a range.
-struct Average<'a, T> {
-    from: &'a [*mut T],
-    to: &'a [*mut T],
-    range: Range<usize>,
-    /// Past the caches.
-    stream: bool,
-}
-
-impl<T: Lanes> Task for Average<'_, T> {
-    type Output = ();
-    #[inline(always)]
-    fn run<const ISA: u8>(self) {
-        // Known counts unroll. Lines of one replica that are moved together: fewer turns between
-        // replicas, and no more than the registers hold.
-        match self.from.len() {
-            1 => self.of::<ISA, 1, 4>(),
-            2 => self.of::<ISA, 2, 4>(),
-            3 => self.of::<ISA, 3, 4>(),
-            4 => self.of::<ISA, 4, 4>(),
-            8 => self.of::<ISA, 8, 4>(),
-            _ => self.of::<ISA, 0, 4>(),
-        }
-    }
-}
-
-impl<T: Lanes> Average<'_, T> {
-    #[inline(always)]
-    fn of<const ISA: u8, const N: usize, const GROUPS: usize>(self) {
-        let (from, to) = (if N > 0 { &self.from[..N] } else { self.from }, self.to);
-        let inverse = T::Sum::inverse(from.len());
-        let mut at = self.range.start;
-        while at + GROUPS * LANES <= self.range.end {
-            // SAFETY: inside of every buffer, in a range that no other thread uses. Plain reads and
-            // writes.
-            unsafe {
-                let block = |start: *mut T| start.add(at).cast::<[[T; LANES]; GROUPS]>();
-                let raw =
-                    mean::<T, ISA, GROUPS>(from, inverse, |start| block(start).read_unaligned());
-                if self.stream {
-                    to.iter().for_each(|&start| simd::stream(block(start), &raw));
-                } else {
-                    to.iter().for_each(|&start| block(start).write_unaligned(raw));
-                }
-            }
-            at += GROUPS * LANES;
-        }
-        while at < self.range.end {
-            let count = LANES.min(self.range.end - at);
-            // SAFETY: as above, for `count` elements.
-            unsafe {
-                let raw = mean::<T, ISA, 1>(from, inverse, |start| {
-                    let mut raw = [T::default(); LANES];
-                    raw.as_mut_ptr().copy_from_nonoverlapping(start.add(at), count);
-                    [raw]
-                });
-                to.iter().for_each(|&start| {
-                    start.add(at).copy_from_nonoverlapping(raw[0].as_ptr(), count)
-                });
-            }
-            at += count;
-        }
-        simd::stream_fence();
-    }
-}
-
-#[inline(always)]
-fn mean<T: Lanes, const ISA: u8, const GROUPS: usize>(
-    replicas: &[*mut T],
-    inverse: T::Sum,
-    load: impl Fn(*mut T) -> [[T; LANES]; GROUPS],
-) -> [[T; LANES]; GROUPS] {
-    let mut sum = [[T::Sum::default(); LANES]; GROUPS];
-    for &start in replicas {
-        let raw = load(start);
-        for (sum, raw) in sum.iter_mut().zip(&raw) {
-            let wide = T::widen::<ISA>(raw);
-            for k in 0..LANES {
-                sum[k] += wide[k];
-            }
-        }
-    }
-    let mut raw = [[T::default(); LANES]; GROUPS];
-    for (raw, sum) in raw.iter_mut().zip(&mut sum) {
-        for x in sum.iter_mut() {
-            *x *= inverse;
-        }
-        *raw = T::narrow::<ISA>(sum);
-    }
-    raw
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::arena;
+    use crate::verify;
+
+    /// One pass and two, of lengths that leave a rest.
+    #[test]
+    fn every_instruction_set_writes_the_mean_to_all() {
+        let worlds = [1, 2, 3, 4, 5, 8];
+        let cases = Dtype::ALL.into_iter().flat_map(|dtype| worlds.map(|ranks| (dtype, ranks)));
+        for (dtype, ranks) in cases {
+            for (set, mean) in *AVAILABLE {
+                let mut check = verify::tests::check(dtype, ranks);
+                check.roundings.more = 1;
+                let between = arena(check.arenas[0].len());
+                for between in [None, Some(between)] {
+                    // SAFETY: no other thread has the arenas.
+                    unsafe { check.fill() };
+                    for part in 0..3 {
+                        let (arenas, buffers) = (check.arenas.clone(), check.tensors.clone());
+                        let between = between.clone();
+                        Pass { arenas, buffers, part, parts: 3, between }.run_on(*mean);
+                    }
+                    // SAFETY: as above.
+                    let wrong = unsafe { check.found() }.wrong;
+                    assert_eq!(wrong, 0, "{dtype}, {ranks} ranks, {set}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn parts_cover_every_element_once() {

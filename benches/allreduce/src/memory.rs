@@ -1,10 +1,10 @@
-//! Host memory of the ranks' replicas: one block for each rank, allocated and touched once, with
-//! the tensors placed in it.
+//! Host memory of the ranks' replicas: one block for each rank, mapped and touched once, with the
+//! tensors placed in it.
 
-use std::alloc::{alloc_zeroed, dealloc, handle_alloc_error, Layout as Block};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
+use memmap2::{MmapOptions, MmapRaw};
 use param_averager::Dtype;
 use sysinfo::{CpuRefreshKind, MemoryRefreshKind, RefreshKind, System};
 
@@ -13,47 +13,15 @@ use crate::layout::Layout;
 /// Tensors start at multiples of this, and at least as much lies between two: they are not one flat
 /// buffer.
 const GAP: usize = 64;
-const PAGE: usize = 4096;
 
-/// Memory of one rank.
-#[derive(Debug)]
-pub struct Arena {
-    pub start: *mut u8,
-    block: Block,
-}
+/// Memory of one rank. The measuring loop settles which thread may use it when: those of a crew
+/// while it runs, all others otherwise.
+pub type Arena = MmapRaw;
 
-// SAFETY: plain memory. The measuring loop settles which thread may use it when: those of a crew
-// while it runs, all others otherwise.
-unsafe impl Send for Arena {}
-// SAFETY: as above.
-unsafe impl Sync for Arena {}
-
-impl Arena {
-    /// Allocates `bytes`. The calling thread touches every page.
-    pub fn new(bytes: usize) -> Self {
-        let block = Block::from_size_align(bytes.max(1), PAGE).expect("less than half of all");
-        // SAFETY: not of size 0.
-        let start = unsafe { alloc_zeroed(block) };
-        if start.is_null() {
-            handle_alloc_error(block);
-        }
-        for page in (0..block.size()).step_by(PAGE) {
-            // SAFETY: inside of the block. Volatile: the compiler knows that it is zero already.
-            unsafe { start.add(page).write_volatile(0) };
-        }
-        Arena { start, block }
-    }
-
-    pub fn bytes(&self) -> usize {
-        self.block.size()
-    }
-}
-
-impl Drop for Arena {
-    fn drop(&mut self) {
-        // SAFETY: allocated with this block.
-        unsafe { dealloc(self.start, self.block) }
-    }
+/// Zeroes, every page of which is there.
+pub fn arena(bytes: usize) -> Arc<Arena> {
+    let memory = MmapOptions::new().len(bytes.max(1)).populate().map_anon();
+    Arc::new(memory.expect("it was found to fit").into())
 }
 
 /// A tensor and its offset in bytes in its rank's memory.
@@ -141,14 +109,14 @@ pub struct Pool(Vec<Arc<Arena>>);
 impl Pool {
     /// Returns `count` arenas of at least `bytes`.
     pub fn get(&mut self, count: usize, bytes: usize) -> Vec<Arc<Arena>> {
-        if self.0.iter().take(count).any(|arena| arena.bytes() < bytes) {
+        if self.0.iter().take(count).any(|arena| arena.len() < bytes) {
             self.0.clear(); // before the new ones are allocated
         }
         let have = self.0.len();
         let new: Vec<_> = std::thread::scope(|scope| {
-            let new = |_| scope.spawn(|| Arc::new(Arena::new(bytes)));
+            let new = |_| scope.spawn(|| arena(bytes));
             let threads: Vec<_> = (have..count).map(new).collect();
-            threads.into_iter().map(|thread| thread.join().expect("only touches memory")).collect()
+            threads.into_iter().map(|thread| thread.join().expect("only maps memory")).collect()
         });
         self.0.extend(new);
         self.0[..count].to_vec()

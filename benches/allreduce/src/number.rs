@@ -22,9 +22,7 @@ pub trait Number: Copy + Default + Send + Sync + 'static {
 }
 
 /// A type that sums are made in.
-pub trait Float:
-    Number<Sum = Self> + std::ops::Add<Output = Self> + std::ops::Mul<Output = Self> + Into<f64>
-{
+pub trait Float: Copy + Default + Into<f64> {
     /// Rounds.
     fn of(x: f64) -> Self;
 }

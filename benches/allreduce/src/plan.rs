@@ -7,14 +7,14 @@ use crate::cli::{Args, Backend, Baseline, Datatype};
 use crate::failure::Failure;
 use crate::layout::Layout;
 use crate::load::load;
-use crate::rows::{self, Row};
+use crate::rows::{self, Kind, Row};
 
 /// Rows that share a layout and a world, and are measured turn by turn.
 #[derive(Clone, Debug)]
 pub struct Group {
     pub layout: Layout,
     pub ranks: usize,
-    pub rows: Vec<&'static Row>,
+    pub rows: Vec<Row>,
     pub iterations: u32,
     pub warmup: u32,
 }
@@ -74,17 +74,14 @@ fn tour(args: &Args) -> Result<Vec<Section>, Failure> {
     let mut averages = averages(args);
     if args.what.algorithm.is_empty() && !args.options.no_commit {
         use Algorithm::{Direct, Ring};
-        averages = vec![rows::of(Direct, true), rows::of(Ring, true), rows::of(Ring, false)];
+        averages =
+            vec![Row::average(Direct, true), Row::average(Ring, true), Row::average(Ring, false)];
     }
     let asked = &args.what.baseline[..];
     let or = |default| if asked.is_empty() { default } else { asked };
     let (all, few) = (or(&[Baseline::All]), or(&[Baseline::Limit]));
-    let group = |layout: Layout, ranks, averages: &[&'static Row], baselines: &[Baseline]| Group {
-        rows: with_baselines(args, averages, baselines, layout.tensors.len()),
-        layout,
-        ranks,
-        iterations: args.measuring.iterations.unwrap_or(9),
-        warmup: args.measuring.warmup.unwrap_or(1),
+    let group = |layout, ranks, averages: &[Row], baselines: &[Baseline]| {
+        group_of(args, layout, ranks, averages, baselines, (9, 1))
     };
     let ranks = ranks(args, if args.what.processes { &[2] } else { &[2, 4] });
     let dtypes = dtypes(args);
@@ -101,10 +98,8 @@ fn tour(args: &Args) -> Result<Vec<Section>, Failure> {
     }
     let sizes = std::iter::successors(Some(1024), |size| Some(size * 4)).take(9);
     let dtype = dtypes.map_or(Dtype::F32, |dtypes| dtypes[0]);
-    let sweep = sizes.map(|size| Group {
-        iterations: args.measuring.iterations.unwrap_or(20),
-        warmup: args.measuring.warmup.unwrap_or(5),
-        ..group(Layout::flat(size, dtype), ranks[0], &averages[..1], few)
+    let sweep = sizes.map(|size| {
+        group_of(args, Layout::flat(size, dtype), ranks[0], &averages[..1], few, (20, 5))
     });
     sections.extend(Section::sweep(sweep.collect()));
     Ok(sections)
@@ -134,13 +129,24 @@ fn sweeps(args: &Args) -> Result<Vec<Section>, Failure> {
 }
 
 fn group(args: &Args, layout: Layout, ranks: usize) -> Group {
-    let tensors = layout.tensors.len();
+    group_of(args, layout, ranks, &averages(args), &args.what.baseline, (20, 5))
+}
+
+/// `times`: iterations and warm-up where the command line has none.
+fn group_of(
+    args: &Args,
+    layout: Layout,
+    ranks: usize,
+    averages: &[Row],
+    baselines: &[Baseline],
+    times: (u32, u32),
+) -> Group {
     Group {
-        rows: with_baselines(args, &averages(args), &args.what.baseline, tensors),
+        rows: with_baselines(args, averages, baselines, layout.tensors.len()),
         layout,
         ranks,
-        iterations: args.measuring.iterations.unwrap_or(20),
-        warmup: args.measuring.warmup.unwrap_or(5),
+        iterations: args.measuring.iterations.unwrap_or(times.0),
+        warmup: args.measuring.warmup.unwrap_or(times.1),
     }
 }
 
@@ -186,11 +192,11 @@ fn dtypes(args: &Args) -> Option<Vec<Dtype>> {
 }
 
 /// The library's rows.
-fn averages(args: &Args) -> Vec<&'static Row> {
+fn averages(args: &Args) -> Vec<Row> {
     let commit = !args.options.no_commit;
     match &args.what.algorithm[..] {
-        [] => vec![rows::of(Algorithm::Auto, commit)],
-        algorithms => algorithms.iter().map(|&algorithm| rows::of(algorithm, commit)).collect(),
+        [] => vec![Row::average(Algorithm::Auto, commit)],
+        algorithms => algorithms.iter().map(|&algorithm| Row::average(algorithm, commit)).collect(),
     }
 }
 
@@ -198,10 +204,10 @@ fn averages(args: &Args) -> Vec<&'static Row> {
 /// each.
 fn with_baselines(
     args: &Args,
-    averages: &[&'static Row],
+    averages: &[Row],
     baselines: &[Baseline],
     tensors: usize,
-) -> Vec<&'static Row> {
+) -> Vec<Row> {
     if args.what.processes {
         return rows::of_processes(!args.options.no_commit).to_vec();
     }
@@ -210,26 +216,25 @@ fn with_baselines(
     let mut all = vec![];
     for average in averages {
         all.push(*average);
-        let steps = args.what.outer.iter().filter_map(|&step| rows::with_step(average, step));
-        for row in steps {
-            if !all.iter().any(|known| std::ptr::eq(*known, row)) {
+        for row in args.what.outer.iter().map(|&step| average.with_step(step)) {
+            if !all.contains(&row) {
                 all.push(row); // a ring with and one without a commit have the same one
             }
         }
     }
-    let mut add = |wanted: bool, row| all.extend(wanted.then_some(row));
-    add(asked(Baseline::PerTensor) && tensors > 1, &rows::PER_TENSOR);
-    add(flatten, &rows::FLATTEN);
+    let mut add = |wanted: bool, kind: Kind| all.extend(wanted.then_some(Row::from(kind)));
+    add(asked(Baseline::PerTensor) && tensors > 1, Kind::PerTensor);
+    add(flatten, Kind::Flatten { copies: false });
     if args.what.backend == Backend::Cuda {
-        add(flatten, &rows::COPIES);
-        for row in &rows::NCCL[..if tensors > 1 { 4 } else { 2 }] {
-            add(asked(Baseline::Nccl), row);
+        add(flatten, Kind::Flatten { copies: true });
+        for kind in &rows::NCCL[..if tensors > 1 { 4 } else { 2 }] {
+            add(asked(Baseline::Nccl), *kind);
         }
-        add(limit, &rows::HOST_COPIES);
-        add(limit, &rows::DEVICE_COPY);
+        add(limit, Kind::HostCopies);
+        add(limit, Kind::DeviceCopy);
     } else {
-        add(asked(Baseline::TwoPass), &rows::TWO_PASS);
-        add(limit, &rows::ONE_PASS);
+        add(asked(Baseline::TwoPass), Kind::TwoPass);
+        add(limit, Kind::OnePass);
     }
     all
 }

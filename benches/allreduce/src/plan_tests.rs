@@ -18,7 +18,7 @@ fn sizes(line: &str) -> Vec<u64> {
 }
 
 fn labels(line: &str) -> Vec<&'static str> {
-    plan(line).unwrap()[0].groups[0].rows.iter().map(|row| row.label).collect()
+    plan(line).unwrap()[0].groups[0].rows.iter().map(|row| row.label()).collect()
 }
 
 #[test]
@@ -48,7 +48,7 @@ fn the_tour_is_gpt2_and_a_sweep() {
     assert_eq!((sweep[0], sweep[8], sweep.len()), (1 << 10, 64 << 20, 9));
     let one = plan("-g 3 -d half --algorithm ring --no-commit").unwrap();
     assert_eq!((one.len(), one[0].groups[0].ranks), (2, 3));
-    assert_eq!(one[0].groups[0].rows[0].name, "average_no_commit");
+    assert_eq!(one[0].groups[0].rows[0].name(), "average_no_commit");
 }
 
 #[test]

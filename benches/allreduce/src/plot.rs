@@ -123,13 +123,13 @@ fn lines(area: &Area, panel: &[Record]) -> Drawn {
         .draw()?;
     let mut labels: Vec<&str> = vec![];
     for record in panel {
-        if !labels.contains(&record.row.label) {
-            labels.push(record.row.label);
+        if !labels.contains(&record.row.label()) {
+            labels.push(record.row.label());
         }
     }
     for (index, label) in labels.iter().enumerate() {
         let colour = COLOURS[index % COLOURS.len()];
-        let points = panel.iter().filter(|record| record.row.label == *label);
+        let points = panel.iter().filter(|record| record.row.label() == *label);
         let points = points.filter_map(|record| Some((record.bytes as f64, record.algbw()?)));
         let points: Vec<(f64, f64)> = points.collect();
         let line = colour.stroke_width(2);
@@ -154,12 +154,12 @@ fn bars(area: &Area, panel: &[Record]) -> Drawn {
     for (index, record) in panel.iter().enumerate() {
         let top = TITLE as i32 + index as i32 * BAR as i32;
         let y = top + BAR as i32 / 2 - 3;
-        area.draw_text(record.row.label, &middle(HPos::Right), (LEFT - 10, y))?;
+        area.draw_text(record.row.label(), &middle(HPos::Right), (LEFT - 10, y))?;
         let Some(ms) = ms(record) else {
             area.draw_text("not measured", &middle(HPos::Left), (FIGURES, y))?;
             continue;
         };
-        let colour = COLOURS[if record.row.baseline { 4 } else { 0 }];
+        let colour = COLOURS[if record.row.is_baseline() { 4 } else { 0 }];
         let bar = [(LEFT, top), (LEFT + width(ms), top + BAR as i32 - 6)];
         area.draw(&Rectangle::new(bar, colour.filled()))?;
         let decimals = [1.0, 100.0].iter().filter(|&&bound| ms < bound).count();

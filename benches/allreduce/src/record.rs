@@ -8,12 +8,12 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::failure::Failure;
-use crate::rows::Row;
+use crate::rows::{RanksAre, Row};
 
 /// The result of a row.
 #[derive(Clone, Debug)]
 pub struct Record {
-    pub row: &'static Row,
+    pub row: Row,
     pub layout: String,
     pub tensors: usize,
     pub dtype: String,
@@ -49,7 +49,6 @@ pub enum Details {
     /// A row of `--processes`: ranks that are processes, or the threads that they are compared
     /// with.
     Processes {
-        ranks_are: &'static str,
         /// From the start of the processes to the end of their first average.
         start: Duration,
         /// Bytes that the first average adds to the memory of a process, of the rank that took
@@ -91,9 +90,9 @@ impl Record {
         let processes = matches!(self.details, Details::Processes { .. });
         let backend = if matches!(self.details, Details::Cuda { .. }) { "cuda" } else { "cpu" };
         let mut fields = vec![
-            ("method", self.row.name.into()),
+            ("method", self.row.name().into()),
             ("backend", backend.into()),
-            ("algorithm", self.row.algorithm.into()),
+            ("algorithm", self.row.algorithm().into()),
             ("layout", self.layout.as_str().into()),
             ("tensors", self.tensors.into()),
             ("dtype", self.dtype.as_str().into()),
@@ -117,8 +116,8 @@ impl Record {
                 ("simulated", (*simulated).into()),
                 ("note", note.as_deref().into()),
             ]),
-            Details::Processes { ranks_are, start, extra } => fields.extend([
-                ("ranks_are", (*ranks_are).into()),
+            Details::Processes { start, extra } => fields.extend([
+                ("ranks_are", self.row.ranks_are.map(RanksAre::name).into()),
                 ("ratio_to_threads", short(self.ratio())),
                 ("start_ms", short(Some(start.as_secs_f64() * 1e3))),
                 ("extra_rss_bytes", (*extra).into()),
@@ -185,11 +184,11 @@ fn unwritable(path: &Path, error: io::Error) -> Failure {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use crate::rows;
+    use crate::rows::Kind;
 
     pub fn record() -> Record {
         Record {
-            row: &rows::ONE_PASS,
+            row: Kind::OnePass.into(),
             layout: "a \"model\", mine.json".into(),
             tensors: 2,
             dtype: "f32".into(),

@@ -2,23 +2,23 @@
 
 use param_averager::Algorithm;
 
-use crate::cli::Step;
+use crate::cli::{Options, Step};
 use crate::layout::Layout;
-use crate::verify::Wire;
+use crate::verify::{Roundings, Wire};
 
-/// A row's names, and what it does.
-#[derive(Debug)]
+/// A row: what is measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
-    /// In records.
-    pub name: &'static str,
-    /// In the table.
-    pub label: &'static str,
-    pub algorithm: &'static str,
-    /// The reduction, as nccl-tests names it.
-    pub redop: &'static str,
     pub kind: Kind,
-    /// Something to compare with. Unweighted, and printed dim.
-    pub baseline: bool,
+    /// What the ranks are, with `--processes`.
+    pub ranks_are: Option<RanksAre>,
+}
+
+/// Ranks of a row of `--processes`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RanksAre {
+    Processes,
+    Threads,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,112 +44,122 @@ pub enum Kind {
     HostCopies,
 }
 
-const fn baseline(
-    name: &'static str,
-    label: &'static str,
-    algorithm: &'static str,
-    kind: Kind,
-) -> Row {
-    let redop = if matches!(kind, Kind::Nccl { scale: true, .. }) { "sum" } else { "avg" };
-    Row { name, label, algorithm, redop, kind, baseline: true }
+impl RanksAre {
+    pub fn name(self) -> &'static str {
+        match self {
+            RanksAre::Processes => "processes",
+            RanksAre::Threads => "threads",
+        }
+    }
 }
 
-const fn average(label: &'static str, algorithm: Algorithm, commit: bool) -> Row {
-    let ring = matches!(algorithm, Algorithm::Ring);
-    let name = if ring && !commit { "average_no_commit" } else { "average" };
-    let kind = Kind::Average { algorithm, commit, step: None };
-    let algorithm = if ring { "ring" } else { "direct" };
-    Row { name, label, algorithm, redop: "avg", kind, baseline: false }
-}
-
-const fn stepped(label: &'static str, algorithm: Algorithm, step: Step) -> Row {
-    let name = match step {
-        Step::Nesterov => "average_nesterov",
-        Step::Adam => "average_adam",
-    };
-    let kind = Kind::Average { algorithm, commit: true, step: Some(step) };
-    Row { name, kind, ..average(label, algorithm, true) }
-}
-
-/// `Auto` stands for `direct` where ranks share an address space.
-static AVERAGES: [Row; 6] = [
-    average("direct", Algorithm::Auto, true),
-    average("direct", Algorithm::Auto, false),
-    average("direct", Algorithm::Direct, true),
-    average("direct", Algorithm::Direct, false),
-    average("ring", Algorithm::Ring, true),
-    average("ring, no commit", Algorithm::Ring, false),
-];
-
-/// The library's row of these.
-pub fn of(algorithm: Algorithm, commit: bool) -> &'static Row {
-    let kind = Kind::Average { algorithm, commit, step: None };
-    AVERAGES.iter().find(|row| row.kind == kind).expect("a row for every algorithm")
-}
-
-/// An average with an outer optimizer is all or nothing.
-static STEPS: [Row; 6] = [
-    stepped("direct, nesterov", Algorithm::Auto, Step::Nesterov),
-    stepped("direct, adam", Algorithm::Auto, Step::Adam),
-    stepped("direct, nesterov", Algorithm::Direct, Step::Nesterov),
-    stepped("direct, adam", Algorithm::Direct, Step::Adam),
-    stepped("ring, nesterov", Algorithm::Ring, Step::Nesterov),
-    stepped("ring, adam", Algorithm::Ring, Step::Adam),
-];
-
-/// The same average with a step of an outer optimizer.
-pub fn with_step(row: &Row, step: Step) -> Option<&'static Row> {
-    let Kind::Average { algorithm, .. } = row.kind else { return None };
-    let kind = Kind::Average { algorithm, commit: true, step: Some(step) };
-    STEPS.iter().find(|row| row.kind == kind)
+impl From<Kind> for Row {
+    fn from(kind: Kind) -> Row {
+        Row { kind, ranks_are: None }
+    }
 }
 
 /// The ring between processes, and the same between threads of one process.
-pub fn of_processes(commit: bool) -> [&'static Row; 2] {
-    const RING: Algorithm = Algorithm::Ring;
-    static COMMIT: [Row; 2] = [
-        average("ring, processes", RING, true),
-        Row { baseline: true, ..average("ring, threads", RING, true) },
-    ];
-    static NO_COMMIT: [Row; 2] = [
-        average("no commit, processes", RING, false),
-        Row { baseline: true, ..average("no commit, threads", RING, false) },
-    ];
-    (if commit { &COMMIT } else { &NO_COMMIT }).each_ref()
+pub fn of_processes(commit: bool) -> [Row; 2] {
+    let kind = Row::average(Algorithm::Ring, commit).kind;
+    [RanksAre::Processes, RanksAre::Threads].map(|are| Row { kind, ranks_are: Some(are) })
 }
 
-pub static PER_TENSOR: Row =
-    baseline("per_tensor_ring", "ring per tensor", "ring", Kind::PerTensor);
-pub static FLATTEN: Row = baseline(
-    "flatten_ring_unflatten",
-    "flatten+ring+unflatten",
-    "ring",
-    Kind::Flatten { copies: false },
-);
-pub static COPIES: Row =
-    baseline("copies_ring_copies", "copies+ring+copies", "ring", Kind::Flatten { copies: true });
-/// Grouped, then flat.
-pub static NCCL: [Row; 4] = [
-    baseline("nccl_grouped_avg", "NCCL grouped avg", "nccl", nccl(false, false)),
-    baseline("nccl_grouped_sum_scale", "NCCL grouped sum+scale", "nccl", nccl(false, true)),
-    baseline("nccl_flatten_avg", "NCCL flatten avg", "nccl", nccl(true, false)),
-    baseline("nccl_flatten_sum_scale", "NCCL flatten sum+scale", "nccl", nccl(true, true)),
+/// Rows of NCCL: grouped, then flat.
+pub const NCCL: [Kind; 4] = [
+    Kind::Nccl { flat: false, scale: false },
+    Kind::Nccl { flat: false, scale: true },
+    Kind::Nccl { flat: true, scale: false },
+    Kind::Nccl { flat: true, scale: true },
 ];
-pub static ONE_PASS: Row = baseline("one_pass_limit", "one-pass limit", "one_pass", Kind::OnePass);
-pub static TWO_PASS: Row = baseline("two_pass_limit", "two-pass limit", "two_pass", Kind::TwoPass);
-pub static DEVICE_COPY: Row = baseline("device_copy", "device copy", "copy", Kind::DeviceCopy);
-pub static HOST_COPIES: Row =
-    baseline("pinned_host_both_ways", "pinned host both ways", "copy", Kind::HostCopies);
-
-const fn nccl(flat: bool, scale: bool) -> Kind {
-    Kind::Nccl { flat, scale }
-}
 
 impl Row {
+    /// Row of the library's average.
+    pub fn average(algorithm: Algorithm, commit: bool) -> Row {
+        Kind::Average { algorithm, commit, step: None }.into()
+    }
+
+    /// The same average with a step of an outer optimizer, which is all or nothing.
+    pub fn with_step(mut self, outer: Step) -> Row {
+        if let Kind::Average { commit, step, .. } = &mut self.kind {
+            (*commit, *step) = (true, Some(outer));
+        }
+        self
+    }
+
+    /// Name in records.
+    pub fn name(&self) -> &'static str {
+        self.names().0
+    }
+
+    /// Name in the table.
+    pub fn label(&self) -> &'static str {
+        self.names().1
+    }
+
+    pub fn algorithm(&self) -> &'static str {
+        self.names().2
+    }
+
+    fn names(&self) -> (&'static str, &'static str, &'static str) {
+        use RanksAre::{Processes, Threads};
+        use Step::{Adam, Nesterov};
+        match self.kind {
+            Kind::Average { algorithm: Algorithm::Ring, commit, step } => {
+                let (name, label) = match (commit, step, self.ranks_are) {
+                    (true, None, None) => ("average", "ring"),
+                    (true, None, Some(Processes)) => ("average", "ring, processes"),
+                    (true, None, Some(Threads)) => ("average", "ring, threads"),
+                    (false, None, None) => ("average_no_commit", "ring, no commit"),
+                    (false, None, Some(Processes)) => ("average_no_commit", "no commit, processes"),
+                    (false, None, Some(Threads)) => ("average_no_commit", "no commit, threads"),
+                    (_, Some(Nesterov), _) => ("average_nesterov", "ring, nesterov"),
+                    (_, Some(Adam), _) => ("average_adam", "ring, adam"),
+                };
+                (name, label, "ring")
+            }
+            // `Auto` stands for `direct` where ranks share an address space.
+            Kind::Average { step, .. } => match step {
+                None => ("average", "direct", "direct"),
+                Some(Nesterov) => ("average_nesterov", "direct, nesterov", "direct"),
+                Some(Adam) => ("average_adam", "direct, adam", "direct"),
+            },
+            Kind::PerTensor => ("per_tensor_ring", "ring per tensor", "ring"),
+            Kind::Flatten { copies } => match copies {
+                false => ("flatten_ring_unflatten", "flatten+ring+unflatten", "ring"),
+                true => ("copies_ring_copies", "copies+ring+copies", "ring"),
+            },
+            Kind::Nccl { flat, scale } => match (flat, scale) {
+                (false, false) => ("nccl_grouped_avg", "NCCL grouped avg", "nccl"),
+                (false, true) => ("nccl_grouped_sum_scale", "NCCL grouped sum+scale", "nccl"),
+                (true, false) => ("nccl_flatten_avg", "NCCL flatten avg", "nccl"),
+                (true, true) => ("nccl_flatten_sum_scale", "NCCL flatten sum+scale", "nccl"),
+            },
+            Kind::OnePass => ("one_pass_limit", "one-pass limit", "one_pass"),
+            Kind::TwoPass => ("two_pass_limit", "two-pass limit", "two_pass"),
+            Kind::DeviceCopy => ("device_copy", "device copy", "copy"),
+            Kind::HostCopies => ("pinned_host_both_ways", "pinned host both ways", "copy"),
+        }
+    }
+
+    /// The reduction, as nccl-tests names it.
+    pub fn redop(&self) -> &'static str {
+        if matches!(self.kind, Kind::Nccl { scale: true, .. }) {
+            "sum"
+        } else {
+            "avg"
+        }
+    }
+
+    /// Something to compare with. Unweighted, and printed dim.
+    pub fn is_baseline(&self) -> bool {
+        self.ranks_are == Some(RanksAre::Threads) || !matches!(self.kind, Kind::Average { .. })
+    }
+
     /// A multiple of its time is in the last column of the others.
     pub fn is_yardstick(&self) -> bool {
-        let average = matches!(self.kind, Kind::Average { .. }) && self.baseline;
-        average || matches!(self.kind, Kind::OnePass | Kind::DeviceCopy)
+        self.ranks_are == Some(RanksAre::Threads)
+            || matches!(self.kind, Kind::OnePass | Kind::DeviceCopy)
     }
 
     pub fn is_nccl(&self) -> bool {
@@ -180,26 +190,20 @@ impl Row {
         matches!(self.kind, Kind::Average { .. })
     }
 
-    /// True if its result is rounded on the way through the step of an outer optimizer.
-    pub fn is_stepped(&self) -> bool {
-        matches!(self.kind, Kind::Average { step: Some(_), .. })
-    }
-
-    /// How its partial sums travel. `narrow`: the averager's option.
-    pub fn wire(&self, narrow: bool) -> Wire {
-        match self.algorithm {
-            "nccl" => Wire::NarrowAndScaled,
-            "ring" if narrow => Wire::Narrow,
-            _ => Wire::Wide,
-        }
-    }
-
-    /// Roundings besides those of a plain sum and one division.
-    pub fn more_roundings(&self, weighted: bool) -> u8 {
-        match self.kind {
-            Kind::Average { .. } if weighted => 3,
-            Kind::OnePass | Kind::TwoPass | Kind::Nccl { .. } => 1,
-            _ => 0,
+    /// Roundings of its result, with these options of the averager.
+    pub fn roundings(&self, options: &Options) -> Roundings {
+        Roundings {
+            more: match self.kind {
+                Kind::Average { .. } if options.weighted => 3,
+                Kind::OnePass | Kind::TwoPass | Kind::Nccl { .. } => 1,
+                _ => 0,
+            },
+            wire: match self.algorithm() {
+                "nccl" => Wire::NarrowAndScaled,
+                "ring" if options.narrow_wire => Wire::Narrow,
+                _ => Wire::Wide,
+            },
+            stepped: matches!(self.kind, Kind::Average { step: Some(_), .. }),
         }
     }
 

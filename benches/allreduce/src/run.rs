@@ -161,9 +161,7 @@ impl Bench {
             first,
             tensors,
             weights: (0..group.ranks).map(weight).collect(),
-            more_roundings: of.more_roundings(self.options.weighted),
-            wire: of.wire(self.options.narrow_wire),
-            stepped: of.is_stepped(),
+            roundings: of.roundings(&self.options),
         };
         // SAFETY: no rank averages between two runs.
         unsafe { check.fill() };
@@ -183,7 +181,7 @@ impl Bench {
         let last = check.arenas.last().filter(|_| check.first + check.arenas.len() == group.ranks);
         if let (true, Some(last)) = (self.corrupt, last) {
             // SAFETY: it has a byte at least, and no rank averages.
-            unsafe { *last.start ^= 1 };
+            unsafe { *last.as_mut_ptr() ^= 1 };
         }
         // SAFETY: no rank averages.
         let found = unsafe { check.found() };
@@ -191,7 +189,7 @@ impl Bench {
     }
 
     fn show(&self, group: &Group, row: usize, what: &str) {
-        let (name, label) = (&group.layout.name, group.rows[row].label);
+        let (name, label) = (&group.layout.name, group.rows[row].label());
         self.progress.set_message(format!("{name}, {} ranks: {what}{label}", group.ranks));
         self.progress.inc(1);
     }

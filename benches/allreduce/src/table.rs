@@ -51,8 +51,7 @@ impl Table {
         self.line(Style::new().bold(), &title)?;
         if cfg!(debug_assertions) {
             self.warning(
-                "# DEBUG BUILD: baselines and limit are slow, ratios mean nothing; build with \
-                 --release",
+                "# DEBUG BUILD: baselines are slow, ratios mean nothing; build with --release",
             )?;
         }
         let cpu = cpus().first().map_or(String::new(), |brand| format!(", {brand}"));
@@ -97,7 +96,7 @@ impl Table {
     pub fn row(&mut self, record: &Record) -> io::Result<()> {
         let style = match record.wrong {
             Some(1..) => Style::new().red().bold(),
-            _ if record.row.baseline => Style::new().dim(),
+            _ if record.row.is_baseline() => Style::new().dim(),
             _ => Style::new(),
         };
         let time = |time: Option<Duration>| time.map_or("-".into(), microseconds);
@@ -107,8 +106,8 @@ impl Table {
             &record.bytes.to_string(),
             &record.elements.to_string(),
             &record.dtype,
-            record.row.redop,
-            record.row.label,
+            record.row.redop(),
+            record.row.label(),
             &time(record.time()),
             &time(record.times.first().copied()),
             &time(record.times.last().copied()),

@@ -20,7 +20,7 @@ use crate::run::{Ranks, Replicas};
 pub struct Threads {
     options: Options,
     pub pool: Pool,
-    rows: Vec<(&'static Row, Crew)>,
+    rows: Vec<(Row, Crew)>,
     arenas: Vec<Arc<Arena>>,
     tensors: Arc<[Placed]>,
     flat: Arc<[Placed]>,
@@ -34,7 +34,7 @@ impl Threads {
     }
 
     /// The threads of a row, ready to run.
-    fn crew(&self, row: &Row, flat: &Flat, spare: &[Arc<Arena>]) -> Result<Crew, Failure> {
+    fn crew(&self, row: Row, flat: &Flat, spare: &[Arc<Arena>]) -> Result<Crew, Failure> {
         if matches!(row.kind, Kind::OnePass | Kind::TwoPass) {
             let between = (row.kind == Kind::TwoPass).then(|| spare[0].clone());
             return Crew::new(self.passes(between), None);
@@ -46,11 +46,8 @@ impl Threads {
             match row.kind {
                 Kind::Average { algorithm, commit, step } => Box::new(move || {
                     let builder = options.builder(communicator, algorithm, commit);
-                    let weight = options.weight(rank);
-                    match step {
-                        Some(step) => averager::stepped(builder, step, replica, weight),
-                        None => averager::average(Host, builder, replica, weight, &OnceLock::new()),
-                    }
+                    let (weight, ran) = (options.weight(rank), OnceLock::new());
+                    averager::average(Host, builder, step, replica, weight, &ran)
                 }),
                 Kind::PerTensor => {
                     Box::new(move || averager::per_tensor(Host, &options, communicator, replica))
@@ -63,7 +60,7 @@ impl Threads {
                         averager::flatten(Host, &options, communicator, buffers, moves)
                     })
                 }
-                _ => unreachable!("{} is a row of --backend cuda", row.label),
+                _ => unreachable!("{} is a row of --backend cuda", row.label()),
             }
         };
         Crew::new(world.into_iter().enumerate().map(member).collect(), None)

@@ -37,8 +37,13 @@ pub struct Check {
     pub tensors: Arc<[Placed]>,
     /// One for each rank; all 1 for a plain mean.
     pub weights: Vec<f64>,
-    /// Roundings of the method besides those of a plain sum and one division.
-    pub more_roundings: u8,
+    pub roundings: Roundings,
+}
+
+/// Roundings of a method besides those of a plain sum and one division.
+#[derive(Clone, Copy, Debug)]
+pub struct Roundings {
+    pub more: u8,
     /// Loss of 16-bit dtypes on the wire.
     pub wire: Wire,
     /// The mean went through a step of an outer optimizer, whose result it is.
@@ -87,7 +92,7 @@ impl Check {
     fn start<T>(&self, arena: usize, piece: Piece) -> *mut T {
         let bytes = self.tensors[piece.tensor].offset + piece.begin * size_of::<T>();
         // SAFETY: placed inside of the arena.
-        unsafe { self.arenas[arena].start.add(bytes).cast() }
+        unsafe { self.arenas[arena].as_mut_ptr().add(bytes).cast() }
     }
 
     /// # Safety
@@ -163,8 +168,7 @@ impl Check {
                 let results: Vec<&[T]> = (0..self.arenas.len()).map(result).collect();
                 let keys = (0..self.weights.len()).map(|rank| self.key(rank, piece));
                 let keys: Vec<u32> = keys.collect();
-                let tolerance = Tolerance::new::<T>(&self.weights, self.more_roundings, self.wire);
-                let tolerance = tolerance.stepped::<T>(self.stepped);
+                let tolerance = Tolerance::new::<T>(&self.weights, self.roundings);
                 let found = compare(&results, &keys, &self.weights, tolerance);
                 // The bits of numbers that are not negative are ordered as the numbers are.
                 ulps.fetch_max(found.ulps.to_bits(), Ordering::Relaxed);
@@ -267,19 +271,16 @@ struct Tolerance {
 }
 
 impl Tolerance {
-    fn new<T: Number>(weights: &[f64], more_roundings: u8, wire: Wire) -> Self {
-        let (n, half) = (weights.len() as f64, size_of::<T>() == 2);
+    fn new<T: Number>(weights: &[f64], roundings: Roundings) -> Self {
+        let (n, half, wire) = (weights.len() as f64, size_of::<T>() == 2, roundings.wire);
         let hops = if half && wire == Wire::Narrow { (n - 2.0).max(0.0) } else { 0.0 };
         // Each input loses half an ulp to the rounded 1/n and half to its product, each hop half an
         // ulp of the sum.
         let scaled = (half && wire == Wire::NarrowAndScaled).then_some(n + 1.0);
-        Tolerance { ulps: n + f64::from(more_roundings), hops, scaled, step: 0.0 }
-    }
-
-    fn stepped<T: Number>(self, stepped: bool) -> Self {
         // Half an ulp of θ − mean, within ±8, and half an ulp of the result.
-        let mantissa = if size_of::<T>() > 2 { T::MANTISSA } else { f32::MANTISSA };
-        Tolerance { step: if stepped { power(2 - mantissa) } else { 0.0 }, ..self }
+        let mantissa = if half { f32::MANTISSA } else { T::MANTISSA };
+        let step = if roundings.stepped { power(2 - mantissa) } else { 0.0 };
+        Tolerance { ulps: n + f64::from(roundings.more), hops, scaled, step }
     }
 
     /// Bound of the error of a result that should be `mean`; `most`: the largest input's |x|.
@@ -317,4 +318,4 @@ fn ulp(x: f64, mantissa: i32, smallest: f64) -> f64 {
 
 #[cfg(test)]
 #[path = "verify_tests.rs"]
-mod tests;
+pub mod tests;

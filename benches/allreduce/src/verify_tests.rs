@@ -5,17 +5,19 @@ use param_averager::Dtype;
 
 use super::*;
 use crate::layout::{Layout, Tensor};
-use crate::memory::place;
+use crate::memory::{arena, place};
 
 const ELEMENTS: u64 = 70_001; // two pieces, the last ragged
 
-fn check(dtype: Dtype, ranks: usize) -> Check {
+const PLAIN: Roundings = Roundings { more: 0, wire: Wire::Wide, stepped: false };
+
+/// Fresh data of two tensors.
+pub fn check(dtype: Dtype, ranks: usize) -> Check {
     let tensor = |name: &str, elements| Tensor { name: name.into(), shape: vec![elements], dtype };
     let (tensors, bytes) = place(&Layout::new("test", vec![tensor("a", 5), tensor("b", ELEMENTS)]));
-    let arenas = (0..ranks).map(|_| Arc::new(Arena::new(bytes))).collect();
-    let (weights, more_roundings, wire) = (vec![1.0; ranks], 0, Wire::Wide);
-    let (first, stepped) = (0, false);
-    let check = Check { seed: 7, arenas, first, tensors, weights, more_roundings, wire, stepped };
+    let arenas = (0..ranks).map(|_| arena(bytes)).collect();
+    let weights = vec![1.0; ranks];
+    let check = Check { seed: 7, arenas, first: 0, tensors, weights, roundings: PLAIN };
     // SAFETY: no other thread has the arenas.
     unsafe { check.fill() };
     check
@@ -43,16 +45,16 @@ fn average<T: Number>(check: &Check, round: impl Fn(f64) -> T, back: impl Fn(T) 
 /// A step of an outer optimizer rounds twice more, and no more than that is let through.
 #[test]
 fn a_step_has_room_for_two_roundings() {
-    let plain = Tolerance::new::<f32>(&[1.0; 2], 0, Wire::Wide);
-    let room = plain.stepped::<f32>(true).of::<f32>(1.0, 2.0) - plain.of::<f32>(1.0, 2.0);
-    assert_eq!(room, 2f64.powi(-21), "an ulp of 4");
-    assert_eq!(plain.stepped::<f32>(false).of::<f32>(1.0, 2.0), plain.of::<f32>(1.0, 2.0));
+    let bound = |stepped| {
+        Tolerance::new::<f32>(&[1.0; 2], Roundings { stepped, ..PLAIN }).of::<f32>(1.0, 2.0)
+    };
+    assert_eq!(bound(true) - bound(false), 2f64.powi(-21), "an ulp of 4");
     let mut check = check(Dtype::F32, 2);
     average(&check, |x| x as f32 + 1.5 * f32::EPSILON, f64::from);
     // SAFETY: no other thread has the arenas.
     let wrong = |check: &Check| unsafe { check.found() }.wrong;
     let without = wrong(&check);
-    check.stepped = true;
+    check.roundings.stepped = true;
     assert!(without > 0 && wrong(&check) == 0, "{without}");
     average(&check, |x| x as f32 + 8.0 * f32::EPSILON, f64::from);
     assert!(wrong(&check) > ELEMENTS, "{}", wrong(&check));
@@ -130,7 +132,8 @@ fn the_largest_error_is_in_ulps_of_the_largest_input() {
 
 #[test]
 fn the_wire_widens_the_tolerance_of_halves_only() {
-    let at = |wire| Tolerance::new::<bf16>(&[1.0; 4], 0, wire).of::<bf16>(1.0, 2.0);
+    let on = |wire| Roundings { wire, ..PLAIN };
+    let at = |wire| Tolerance::new::<bf16>(&[1.0; 4], on(wire)).of::<bf16>(1.0, 2.0);
     let half_ulp = power(-8);
     assert!((half_ulp..1.01 * half_ulp).contains(&at(Wire::Wide)));
     // Two half ulps of a partial mean of up to 2, and one of the mean, 1.
@@ -139,7 +142,7 @@ fn the_wire_widens_the_tolerance_of_halves_only() {
     // Five ulp of the largest input, which is 2.
     assert_eq!(at(Wire::NarrowAndScaled), 5.0 * 4.0 * half_ulp);
     for wire in [Wire::Wide, Wire::Narrow, Wire::NarrowAndScaled] {
-        let f32s = Tolerance::new::<f32>(&[1.0; 4], 0, wire).of::<f32>(1.0, 2.0);
+        let f32s = Tolerance::new::<f32>(&[1.0; 4], on(wire)).of::<f32>(1.0, 2.0);
         assert_eq!(f32s, 4.0 * f64::from(f32::EPSILON) * 2.0);
     }
 }

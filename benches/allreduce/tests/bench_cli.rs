@@ -1,27 +1,12 @@
 //! `allreduce-bench` as its users meet it: flags, columns, files, errors and exit codes.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-const FIELDS: [&str; 15] = [
-    "method",
-    "backend",
-    "algorithm",
-    "layout",
-    "tensors",
-    "dtype",
-    "ranks",
-    "bytes",
-    "time_us",
-    "min_us",
-    "max_us",
-    "algbw_gbs",
-    "busbw_gbs",
-    "wrong",
-    "ratio_to_limit",
-];
+mod common;
+use common::{file, FIELDS};
 
 fn bench(line: &str) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_allreduce-bench"));
@@ -44,37 +29,28 @@ fn table(line: &str) -> String {
 /// Error text of a run that fails with this code.
 fn error(line: &str, code: i32) -> String {
     let output = bench(line);
-    assert_eq!(
-        output.status.code(),
-        Some(code),
-        "{line}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
     let said = String::from_utf8(output.stderr).expect("text");
+    assert_eq!(output.status.code(), Some(code), "{line}: {said}");
     assert!(said.starts_with("error: "), "{said}");
     said
 }
 
-/// Cells of the rows; the label of a method, which may have blanks, is one.
 fn rows(table: &str) -> Vec<Vec<String>> {
-    let lines = table.lines().filter(|line| !line.starts_with('#'));
-    let cells = lines.map(|line| {
-        let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
-        let label = 4..words.len() - 7;
-        [&words[..4], &[words[label.clone()].join(" ")], &words[label.end..]].concat()
-    });
-    cells.collect()
+    common::rows(table, 7)
 }
 
-/// A file in the folder for this build's temporary files.
-fn file(name: &str, content: &[u8]) -> PathBuf {
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("bench-cli-{name}"));
-    std::fs::write(&path, content).expect("can write there");
-    path
-}
-
+/// A checkpoint of which there is the header only.
 fn safetensors(header: &str) -> Vec<u8> {
     [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat()
+}
+
+/// … with these tensors: name, dtype, shape, offsets.
+fn checkpoint(tensors: &[(&str, &str, &str, &str)]) -> Vec<u8> {
+    let entry = |(name, dtype, shape, offsets): &_| {
+        format!(r#""{name}": {{"dtype": "{dtype}", "shape": {shape}, "data_offsets": {offsets}}}"#)
+    };
+    let entries: Vec<String> = tensors.iter().map(entry).collect();
+    safetensors(&format!("{{{}}}", entries.join(", ")))
 }
 
 #[test]
@@ -143,7 +119,7 @@ fn outer_steps_have_rows_of_their_own_and_are_right() {
     let corrupt = bench("-b 64K -e 64K -d all -n 1 --algorithm direct,ring --outer --corrupt");
     let table = String::from_utf8(corrupt.stdout).unwrap();
     assert!(rows(&table).iter().all(|row| row[10] == "1"), "{table}");
-    let json = file("outer.json", b"");
+    let json = file("outer.json", "");
     self::table(&format!("-b 1K -e 1K -n 1 --outer --json {}", json.display()));
     let records: Vec<Value> = serde_json::from_slice(&std::fs::read(json).unwrap()).unwrap();
     let methods: Vec<_> = records.iter().map(|record| record["method"].clone()).collect();
@@ -173,7 +149,7 @@ fn a_wrong_element_is_seen_and_fails_the_run() {
 
 #[test]
 fn records_have_the_fields_that_they_promise() {
-    let (json, csv) = (file("records.json", b""), file("records.csv", b""));
+    let (json, csv) = (file("records.json", ""), file("records.csv", ""));
     let files = format!("--json {} --csv {}", json.display(), csv.display());
     let table = table(&format!(
         "--layout gpt2 --scale 0.0001 -g 4 -n 3 --baseline --algorithm direct,ring {files}"
@@ -190,11 +166,12 @@ fn records_have_the_fields_that_they_promise() {
     ];
     let algorithms = ["direct", "ring", "ring", "ring", "two_pass", "one_pass"];
     assert_eq!(records.len(), 6);
+    let fields: Vec<&str> = FIELDS.split(',').collect();
     let csv = std::fs::read_to_string(csv).unwrap();
     let mut lines = csv.lines();
-    assert_eq!(lines.next().unwrap(), FIELDS.join(","));
+    assert_eq!(lines.next().unwrap(), FIELDS);
     for (index, record) in records.iter().enumerate() {
-        assert_eq!(record.as_object().unwrap().len(), FIELDS.len());
+        assert_eq!(record.as_object().unwrap().len(), fields.len());
         assert_eq!(
             (&record["method"], &record["algorithm"]),
             (&methods[index].into(), &algorithms[index].into())
@@ -212,12 +189,13 @@ fn records_have_the_fields_that_they_promise() {
         let (busbw, algbw) = (number("busbw_gbs"), number("algbw_gbs"));
         assert!((busbw - 1.5 * algbw).abs() < 2e-4 + 0.01 * busbw, "{record}");
         let cells: Vec<&str> = lines.next().unwrap().split(',').collect();
-        let of_json = FIELDS.map(|field| record[field].to_string().trim_matches('"').to_owned());
+        let of_json = fields.iter().map(|&field| record[field].to_string());
+        let of_json: Vec<_> = of_json.map(|value| value.trim_matches('"').to_owned()).collect();
         assert_eq!(cells, of_json);
     }
     // In this order, one a line.
     let line = json.lines().nth(1).unwrap();
-    let places = FIELDS.map(|field| line.find(&format!("\"{field}\": ")).unwrap());
+    let places = fields.iter().map(|field| line.find(&format!("\"{field}\": ")).unwrap());
     assert!(places.is_sorted(), "{line}");
     assert!(table.contains("gpt2 at scale 0.0001: 148 tensors"), "{table}");
 }
@@ -228,14 +206,15 @@ fn models_come_from_files() {
         {"name": "b", "shape": [9], "dtype": "bf16"},
         {"name": "empty", "shape": [0, 4], "dtype": "f32"},
         {"name": "scalar", "shape": [], "dtype": "half"}]"#;
-    let header = r#"{"__metadata__": {"format": "pt"},
-        "wte": {"dtype": "F16", "shape": [70, 9], "data_offsets": [0, 1260]},
-        "wpe": {"dtype": "F64", "shape": [5], "data_offsets": [1260, 1300]},
-        "mask": {"dtype": "BOOL", "shape": [4], "data_offsets": [1300, 1304]}}"#;
+    let tensors = [
+        ("wte", "F16", "[70, 9]", "[0, 1260]"),
+        ("wpe", "F64", "[5]", "[1260, 1300]"),
+        ("mask", "BOOL", "[4]", "[1300, 1304]"),
+    ];
     for (path, says, bytes) in [
-        (file("model.json", list.as_bytes()), "4 tensors, 220 parameters in mixed", "860"),
+        (file("model.json", list), "4 tensors, 220 parameters in mixed", "860"),
         (
-            file("model.safetensors", &safetensors(header)),
+            file("model.safetensors", checkpoint(&tensors)),
             "2 tensors, 635 parameters in mixed (1 left out",
             "1300",
         ),
@@ -261,105 +240,54 @@ fn models_come_from_files() {
 
 #[test]
 fn files_that_are_no_good_are_named_with_what_to_do() {
+    let no_lists = "a layout is a list such as";
+    let of_json = |shape: &str, dtype: &str| {
+        format!(r#"[{{"name": "a", "shape": {shape}, "dtype": "{dtype}"}}]"#).into_bytes()
+    };
+    let overlap = [("v", "F32", "[2]", "[0, 8]"), ("w", "F32", "[2]", "[4, 12]")];
+    let text = |text: &str| text.as_bytes().to_vec();
     for (name, content, says) in [
-        ("no.json", &b"{\"model\": 1}"[..], "a layout is a list such as"),
-        ("cut.json", b"[{\"name\": \"a\"", "a layout is a list such as"),
-        ("index.json", b"{\"weight_map\": {}}", "give one of its .safetensors files"),
-        ("none.json", b"[]", "holds no tensors"),
-        (
-            "empty.json",
-            b"[{\"name\": \"a\", \"shape\": [0], \"dtype\": \"f32\"}]",
-            "all of its tensors are empty",
-        ),
-        (
-            "int.json",
-            b"[{\"name\": \"a\", \"shape\": [1], \"dtype\": \"i64\"}]",
-            "tensor `a` has dtype `i64`: use f32",
-        ),
-        (
-            "huge.json",
-            b"[{\"name\": \"a\", \"shape\": [9999999999999, 9999999999999], \"dtype\": \"f32\"}]",
-            "tensor `a`",
-        ),
-        ("cut.safetensors", b"\x40\0\0\0\0\0\0\0{\"a\":", "is cut within its header"),
-        ("list.safetensors", &safetensors("[1, 2"), "its header is not one of safetensors"),
-        ("gguf.safetensors", b"GGUF\x03\0\0\0\0\0", "a GGUF file"),
-        ("pickle.safetensors", b"\x80\x02\x8a\x0al\xfc\x9c\x46\xf9", "a pickle"),
+        ("no.json", text(r#"{"model": 1}"#), no_lists),
+        ("cut.json", text(r#"[{"name": "a""#), no_lists),
+        ("index.json", text(r#"{"weight_map": {}}"#), "give one of its .safetensors files"),
+        ("none.json", text("[]"), "holds no tensors"),
+        ("empty.json", of_json("[0]", "f32"), "all of its tensors are empty"),
+        ("int.json", of_json("[1]", "i64"), "tensor `a` has dtype `i64`: use f32"),
+        ("huge.json", of_json("[9999999999999, 9999999999999]", "f32"), "tensor `a`"),
+        ("cut.safetensors", b"\x40\0\0\0\0\0\0\0{\"a\":".to_vec(), "is cut within its header"),
+        ("list.safetensors", safetensors("[1, 2"), "its header is not one of safetensors"),
         (
             "fields.safetensors",
-            &safetensors(r#"{"x": {"dtype": "F32", "shape": [1]}}"#),
+            safetensors(r#"{"x": {"dtype": "F32", "shape": [1]}}"#),
             "missing field `data_offsets`",
         ),
-        (
-            "negative.safetensors",
-            &safetensors(r#"{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}"#),
-            "its header is not one of safetensors",
-        ),
-        (
-            "size.safetensors",
-            &safetensors(r#"{"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 4]}}"#),
-            "the file is damaged",
-        ),
-        (
-            "backwards.safetensors",
-            &safetensors(r#"{"x": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}}"#),
-            "invalid offset for tensor `x`",
-        ),
-        (
-            "overflow.safetensors",
-            &safetensors(
-                r#"{"x": {"dtype": "F32", "shape": [4294967296, 4294967296],
-                    "data_offsets": [0, 0]}}"#,
-            ),
-            "the file is damaged",
-        ),
-        (
-            "gap.safetensors",
-            &safetensors(
-                r#"{"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
-                    "y": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}"#,
-            ),
-            "invalid offset for tensor `y`",
-        ),
-        ("short.safetensors", b"abc", "shorter than the 8 bytes"),
-        ("text.safetensors", b"this is a text and no checkpoint", "no safetensors file"),
-        (
-            "pointer.safetensors",
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548\n",
-            "git lfs pull",
-        ),
-        ("page.safetensors", b"<!DOCTYPE html>\n<html><title>Sign in</title>", "an HTML page"),
-        (
-            "torch.safetensors",
-            b"PK\x03\x04\0\0\x08\x08\0\0\0\0\0\0archive/data.pkl",
-            "a zip, as torch.save writes",
-        ),
+        ("size.safetensors", checkpoint(&[("x", "F32", "[4]", "[0, 4]")]), "the file is damaged"),
+        ("overlap.safetensors", checkpoint(&overlap), "invalid offset for tensor `w`"),
+        ("none.safetensors", safetensors("{}"), "holds no tensors"),
         (
             "ids.safetensors",
-            &safetensors(r#"{"ids": {"dtype": "I64", "shape": [2], "data_offsets": [0, 16]}}"#),
+            checkpoint(&[("ids", "I64", "[2]", "[0, 16]")]),
             "none of its 1 tensors, such as `ids`, has elements that are floats",
         ),
         (
-            "twice.safetensors",
-            &safetensors(
-                r#"{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
-                    "w": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}"#,
-            ),
-            "invalid offset for tensor `w`",
-        ),
-        (
-            "overlap.safetensors",
-            &safetensors(
-                r#"{"v": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
-                    "w": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}"#,
-            ),
-            "invalid offset for tensor `w`",
-        ),
-        ("none.safetensors", b"\x02\0\0\0\0\0\0\0{}", "holds no tensors"),
-        (
             "f8.safetensors",
-            &safetensors(r#"{"w": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}"#),
+            checkpoint(&[("w", "F8_E4M3", "[4]", "[0, 4]")]),
             "tensor `w` has dtype F8_E4M3, which can't be averaged",
+        ),
+        ("short.safetensors", text("abc"), "shorter than the 8 bytes"),
+        ("text.safetensors", text("this is a text and no checkpoint"), "no safetensors file"),
+        ("gguf.safetensors", b"GGUF\x03\0\0\0\0\0".to_vec(), "a GGUF file"),
+        ("pickle.safetensors", b"\x80\x02\x8a\x0al\xfc\x9c\x46\xf9".to_vec(), "a pickle"),
+        (
+            "pointer.safetensors",
+            text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 548\n"),
+            "git lfs pull",
+        ),
+        ("page.safetensors", text("<!DOCTYPE html>\n<html></html>"), "an HTML page"),
+        (
+            "torch.safetensors",
+            b"PK\x03\x04\0\0\x08\x08\0\0\0\0\0\0archive/data.pkl".to_vec(),
+            "a zip, as torch.save writes",
         ),
     ] {
         let path = file(name, content);
@@ -390,7 +318,7 @@ fn texts(path: &Path) -> Vec<String> {
 
 #[test]
 fn a_plot_has_a_title_and_a_series_for_each_row() {
-    let path = file("plot.svg", b"");
+    let path = file("plot.svg", "");
     let plot = format!("-n 2 -w 0 -c 0 --algorithm direct,ring --plot {}", path.display());
     table(&format!("-b 1K -e 16K --baseline=limit {plot}"));
     let lines = texts(&path);

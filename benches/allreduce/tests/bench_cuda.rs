@@ -11,33 +11,11 @@ use serde_json::Value;
 use test_support::simulator::{self, Driver};
 use test_support::{tests, Skip};
 
-#[allow(dead_code)] // its main
-#[path = "../build.rs"]
-mod build_script;
+mod common;
+use common::{file, FIELDS};
 
-/// Fields of a record: those of ranks on CPUs, and five more.
-const FIELDS: [&str; 20] = [
-    "method",
-    "backend",
-    "algorithm",
-    "layout",
-    "tensors",
-    "dtype",
-    "ranks",
-    "bytes",
-    "time_us",
-    "min_us",
-    "max_us",
-    "algbw_gbs",
-    "busbw_gbs",
-    "wrong",
-    "ratio_to_limit",
-    "max_ulp",
-    "device",
-    "placement",
-    "simulated",
-    "note",
-];
+#[path = "../build/flatten.rs"]
+mod build_flatten;
 
 /// The folder of the simulator's driver.
 fn driver() -> PathBuf {
@@ -90,23 +68,9 @@ fn bench(line: &str, driver: &Path, settings: &[(&str, &str)]) -> Ended {
     Ended { table: text(output.stdout), said: text(output.stderr), code: output.status.code() }
 }
 
-/// A file in the folder for this build's temporary files.
-fn file(name: &str, content: &[u8]) -> PathBuf {
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("bench-cuda-{name}"));
-    std::fs::write(&path, content).expect("can write there");
-    path
-}
-
-/// Cells of the rows: size, count, type, redop, method, and the seven figures and the ulps after
-/// it.
+/// Cells of the rows: the seven figures and the ulps come last.
 fn rows(table: &str) -> Vec<Vec<String>> {
-    let lines = table.lines().filter(|line| !line.starts_with('#'));
-    let cells = lines.map(|line| {
-        let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
-        let label = 4..words.len() - 8;
-        [&words[..4], &[words[label.clone()].join(" ")], &words[label.end..]].concat()
-    });
-    cells.collect()
+    common::rows(table, 8)
 }
 
 fn methods(table: &str) -> Vec<String> {
@@ -152,7 +116,7 @@ fn is_timeless(table: &str) {
 
 fn averages_on_a_device_are_right_and_have_no_times_where_it_is_simulated() {
     let driver = driver();
-    let (json, csv) = (file("records.json", b""), file("records.csv", b""));
+    let (json, csv) = (file("cuda-records.json", ""), file("cuda-records.csv", ""));
     let line = format!(
         "-b 3K -e 3K -g 2 -d f32,bf16 -n 2 -w 1 --algorithm direct,ring --baseline --channels 2 \
          --json {} --csv {}",
@@ -185,7 +149,7 @@ fn averages_on_a_device_are_right_and_have_no_times_where_it_is_simulated() {
         serde_json::from_str(&std::fs::read_to_string(json).unwrap()).unwrap();
     assert_eq!(records.len(), 16);
     for record in &records {
-        assert_eq!(record.as_object().unwrap().len(), FIELDS.len());
+        assert_eq!(record.as_object().unwrap().len(), 20);
         assert_eq!((&record["backend"], &record["simulated"]), (&"cuda".into(), &true.into()));
         assert_eq!(record["placement"], "several ranks on one GPU");
         for time in ["time_us", "min_us", "max_us", "algbw_gbs", "busbw_gbs", "ratio_to_limit"] {
@@ -198,7 +162,8 @@ fn averages_on_a_device_are_right_and_have_no_times_where_it_is_simulated() {
         );
     }
     let csv = std::fs::read_to_string(csv).unwrap();
-    assert_eq!(csv.lines().next().unwrap(), FIELDS.join(","));
+    let fields = format!("{FIELDS},max_ulp,device,placement,simulated,note");
+    assert_eq!(csv.lines().next().unwrap(), fields);
     assert_eq!(csv.lines().count(), 17);
 }
 
@@ -210,7 +175,7 @@ fn models_of_many_dtypes_weights_and_a_wrong_element() {
         {"name": "none", "shape": [0], "dtype": "f64"},
         {"name": "d", "shape": [33], "dtype": "f64"},
         {"name": "e", "shape": [1], "dtype": "f32"}]"#;
-    let model = file("model.json", list.as_bytes());
+    let model = file("cuda-model.json", list);
     let line =
         format!("--layout {} -n 1 -w 0 --channels 1 --narrow-wire --weighted", model.display());
     let ended = bench(
@@ -237,7 +202,7 @@ fn nccl_has_rows_of_its_own() {
     let (driver, fake) = (driver(), fake_nccl());
     let list = r#"[{"name": "a", "shape": [300], "dtype": "f32"},
         {"name": "b", "shape": [33], "dtype": "f32"}]"#;
-    let model = file("two.json", list.as_bytes());
+    let model = file("cuda-two.json", list);
     let line =
         format!("--layout {} -d all -g 3 -n 1 -w 1 --channels 1 --baseline=nccl", model.display());
     let ended = bench(&line, &driver, &[("PA_NCCL_LIB", fake)]);
@@ -313,7 +278,7 @@ fn machines_that_do_not_suit_say_what_to_do() {
 
 /// For every architecture that the kernels were compiled for.
 fn the_kernels_have_no_spills() {
-    let nvcc = option_env!("ALLREDUCE_BENCH_NVCC").unwrap();
+    let Some(nvcc) = option_env!("ALLREDUCE_BENCH_NVCC") else { unreachable!("skipped") };
     let cuobjdump = Path::new(nvcc).with_file_name("cuobjdump");
     let mut command = Command::new(cuobjdump);
     command.arg("--dump-resource-usage").arg(concat!(env!("OUT_DIR"), "/flatten.fatbin"));
@@ -334,7 +299,7 @@ fn where_there_is_no_nvcc_or_it_fails_the_kernels_say_why() {
         ("false\u{1f}-fatbin", "nvcc failed on flatten.cu"),
     ] {
         std::env::set_var("DEP_PARAM_AVERAGER_KERNELS_NVCC", line);
-        let reason = build_script::compile(&fatbin).unwrap_err();
+        let reason = build_flatten::compile(&fatbin).unwrap_err();
         assert!(reason.contains(says), "{reason}");
     }
 }

@@ -4,9 +4,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use param_averager::{Algorithm, Error, TensorState};
-use test_support::{ranks, Guarded};
+use test_support::{bits, ranks, Guarded};
 
-use super::{builder, bytes, model, GRACE, TIMEOUT};
+use super::{builder, model, GRACE, TIMEOUT};
 
 /// Has rank 1 leave before this step of its second average. Survivors build a new world and agree
 /// again.
@@ -20,7 +20,7 @@ pub fn leave_at(n: usize, way: (Algorithm, bool), step: u32) {
         let mut averager = builder(communicator, way).build(&mut model).unwrap();
         averager.average(&mut model).unwrap();
         model = super::model(rank + 100);
-        let held = bytes(&model);
+        let held = bits(&model);
         if rank == leaver {
             // SAFETY: `model` is returned to the test, which drops it when all ranks have returned.
             unsafe { averager.leave_before_step(step) };
@@ -58,7 +58,7 @@ pub fn leave_at(n: usize, way: (Algorithm, bool), step: u32) {
             };
             assert_eq!(named, leaver, "{context}: rank {rank} says {error}");
             if error.tensors() == TensorState::Unchanged {
-                assert_eq!(&bytes(model), held, "{context}: rank {rank} says {error}");
+                assert_eq!(&bits(model), held, "{context}: rank {rank} says {error}");
             } else {
                 // Each element is the rank's own or the mean.
                 let original = super::model(rank + 100);
@@ -102,7 +102,7 @@ pub fn leave_at(n: usize, way: (Algorithm, bool), step: u32) {
         let mut model = survivors[communicator.rank()].lock().unwrap();
         let mut averager = builder(communicator, way).build(&mut *model).unwrap();
         averager.average(&mut *model).unwrap();
-        bytes(&model)
+        bits(&model)
     });
     assert!(after.windows(2).all(|pair| pair[0] == pair[1]), "{context}: survivors differ");
 }

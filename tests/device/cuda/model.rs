@@ -2,19 +2,25 @@
 
 use cudarc::driver::{result, CudaContext};
 use param_averager::{Device, Dtype, Parameters, TensorMut};
+use std::ops::Range;
 use std::sync::Arc;
-use test_support::Random;
+use test_support::{guards_are_whole, put, Random, GUARD};
 
 // dtype, elements, and how many elements after a multiple of 16 bytes it begins
 pub type Shape = (Dtype, usize, usize);
 
-const GUARD: usize = 64;
 const GUARD_BYTE: u8 = 0xa5;
 
 struct Tensor {
     dtype: Dtype,
     elements: usize,
     offset: usize,
+}
+
+impl Tensor {
+    fn bytes(&self) -> Range<usize> {
+        self.offset..self.offset + self.elements * self.dtype.size()
+    }
 }
 
 pub struct Model {
@@ -47,18 +53,9 @@ impl Model {
         let mut random = Random(seed);
         for tensor in &tensors {
             let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut host);
-            for element in bytes[tensor.offset..][..tensor.elements * tensor.dtype.size()]
-                .chunks_exact_mut(tensor.dtype.size())
-            {
-                let value = random.value();
-                match tensor.dtype {
-                    Dtype::F32 => element.copy_from_slice(&(value as f32).to_ne_bytes()),
-                    Dtype::F64 => element.copy_from_slice(&value.to_ne_bytes()),
-                    Dtype::F16 => {
-                        element.copy_from_slice(&half::f16::from_f64(value).to_ne_bytes())
-                    }
-                    _ => element.copy_from_slice(&half::bf16::from_f64(value).to_ne_bytes()),
-                }
+            let size = tensor.dtype.size();
+            for element in bytes[tensor.bytes()].chunks_exact_mut(size) {
+                put(tensor.dtype, random.value(), element);
             }
         }
         let mut model = Model { tensors, host, device: None, on };
@@ -79,15 +76,7 @@ impl Model {
     }
 
     pub fn guards_are_whole(&self) -> bool {
-        let mut at = 0;
-        let mut whole = |end: usize, next: usize| {
-            let good = self.bytes()[at..end].iter().all(|&byte| byte == GUARD_BYTE);
-            at = next;
-            good
-        };
-        let between =
-            self.tensors.iter().all(|t| whole(t.offset, t.offset + t.elements * t.dtype.size()));
-        between && whole(self.bytes().len(), 0)
+        guards_are_whole(self.bytes(), self.tensors.iter().map(Tensor::bytes), GUARD_BYTE)
     }
 
     /// Sets an element of an f32 tensor.
@@ -123,8 +112,7 @@ impl Model {
     }
 
     pub fn tensor(&self, index: usize) -> &[u8] {
-        let Tensor { dtype, elements, offset } = &self.tensors[index];
-        &self.bytes()[*offset..][..elements * dtype.size()]
+        &self.bytes()[self.tensors[index].bytes()]
     }
 }
 

@@ -4,7 +4,7 @@ use super::machines::{Job, Launch, Machine};
 use param_averager::__testing::abi::*;
 use param_averager::Dtype;
 use std::sync::atomic::{AtomicU32, Ordering};
-use test_support::{ulp, Guarded, Random};
+use test_support::{guards_are_whole, ulp, Guarded, Random, GUARD};
 
 /// Kernels that the ranks launch.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -79,7 +79,6 @@ pub struct Outcome {
 }
 
 const LINE: usize = 4 * PA_LINE_WORDS as usize;
-const GUARD: usize = 64;
 
 /// Value of the bytes beside a rank's tensors. It differs between ranks: the mean of equal bytes
 /// would leave them as they were.
@@ -116,8 +115,7 @@ impl Case {
                 .iter()
                 .enumerate()
                 .map(|(index, &(dtype, elements, _, _))| {
-                    let mut tensor = Guarded::new(dtype, elements, 0);
-                    tensor.fill_random(&mut random);
+                    let mut tensor = Guarded::random(dtype, elements, 0, &mut random);
                     if let Some((_, _, element)) =
                         self.nan.filter(|&(r, t, _)| (r, t) == (rank, index))
                     {
@@ -335,11 +333,10 @@ impl Case {
             let read = |placed: &Placed| {
                 let mut memory = vec![0; placed.offset + placed.bytes + GUARD];
                 machine.read(rank, placed.memory, &mut memory);
-                let (before, rest) = memory.split_at(placed.offset);
-                let (tensor, after) = rest.split_at(placed.bytes);
-                let whole = before.iter().chain(after).all(|&byte| byte == guard_byte(rank));
+                let tensor = placed.offset..placed.offset + placed.bytes;
+                let whole = guards_are_whole(&memory, [tensor.clone()], guard_byte(rank));
                 assert!(whole, "rank {rank}: written beside a tensor, {self:?}");
-                tensor.to_vec()
+                memory[tensor].to_vec()
             };
             outcome.tensors.push(own.tensors.iter().map(read).collect());
         }

@@ -4,6 +4,7 @@
 
 mod guarded;
 mod harness;
+pub mod layout;
 mod needs;
 pub mod notices;
 mod options;
@@ -17,7 +18,7 @@ pub mod simulator;
 mod supervise;
 mod threads;
 
-pub use guarded::Guarded;
+pub use guarded::{bits, guards_are_whole, put, Guarded, GUARD};
 pub use harness::{main, main_with_threads, partly, says_more, Skip, Test};
 pub use needs::{gpu_kernels, tool};
 pub use options::options;

@@ -100,6 +100,28 @@ pub fn start_all(
     (0..n).map(rank).collect()
 }
 
+/// Starts n ranks of one world, and one more that joins them when all have said "ready".
+/// `PA_TEST_ORIGIN` is the index of each.
+pub fn start_and_join(
+    role: &str,
+    n: usize,
+    variables: &[(&'static str, String)],
+) -> Vec<RankProcess> {
+    let name = name();
+    let of = |origin: usize| {
+        let own = [("PA_TEST_NAME", name.clone()), ("PA_TEST_ORIGIN", origin.to_string())];
+        [&own, variables].concat()
+    };
+    let first = |rank: usize| {
+        let own = [("PA_TEST_RANK", rank.to_string()), ("PA_TEST_WORLD", n.to_string())];
+        start(role, &[&of(rank)[..], &own].concat())
+    };
+    let mut ranks: Vec<RankProcess> = (0..n).map(first).collect();
+    ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
+    ranks.push(start(role, &[&of(n)[..], &[("PA_TEST_JOIN", "1".to_owned())]].concat()));
+    ranks
+}
+
 impl RankProcess {
     /// Waits for a line that begins with `begin`, and returns the rest.
     pub fn wait_for(&mut self, begin: &str) -> String {

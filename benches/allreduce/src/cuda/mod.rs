@@ -24,7 +24,7 @@ use crate::layout::Layout;
 use crate::memory::{place, Arena, Flat, Pool};
 use crate::plan::{Group, Section};
 use crate::record::{Details, Record};
-use crate::rows::{self, Kind, Row};
+use crate::rows::{Kind, Row};
 use crate::run::{Ranks, Replicas};
 use crate::verify::Found;
 use gpu::{DeviceMemory, Gpu, Machine};
@@ -54,7 +54,7 @@ pub struct Cuda {
 }
 
 struct Entry {
-    row: &'static Row,
+    row: Row,
     /// Its threads, or `None`: it can't be measured, as the note says.
     crew: Option<Crew>,
     note: Option<String>,
@@ -65,7 +65,7 @@ struct Entry {
 impl Entry {
     fn give_up(&mut self, reason: &str) {
         self.crew = None;
-        let what = if self.row.is_nccl() { "NCCL" } else { self.row.label };
+        let what = if self.row.is_nccl() { "NCCL" } else { self.row.label() };
         self.note = Some(format!("{what} not measured: {reason}"));
     }
 }
@@ -119,7 +119,7 @@ impl Cuda {
     }
 
     /// Starts a row's threads, or notes why it has none.
-    fn enter_row(&mut self, row: &'static Row) -> Result<Entry, Failure> {
+    fn enter_row(&mut self, row: Row) -> Result<Entry, Failure> {
         let ranks = self.ranks.len();
         let mut entry = Entry { row, crew: None, note: None, ran: Default::default() };
         let direct = matches!(row.kind, Kind::Average { algorithm: Algorithm::Direct, .. });
@@ -221,7 +221,7 @@ impl Ranks for Cuda {
             });
         }
         self.arenas = self.pool.get(group.ranks, bytes);
-        for row in &group.rows {
+        for &row in &group.rows {
             let row = self.enter_row(row)?;
             self.rows.push(row);
         }
@@ -245,7 +245,7 @@ impl Ranks for Cuda {
     fn upload(&mut self) -> Result<(), Failure> {
         for (rank, arena) in self.ranks.iter().zip(&self.arenas) {
             // SAFETY: initialised, and no other thread uses it now.
-            let from = unsafe { std::slice::from_raw_parts(arena.start, arena.bytes()) };
+            let from = unsafe { std::slice::from_raw_parts(arena.as_ptr(), arena.len()) };
             rank.own.upload(from)?;
         }
         Ok(())
@@ -254,7 +254,7 @@ impl Ranks for Cuda {
     fn download(&mut self) -> Result<(), Failure> {
         for (rank, arena) in self.ranks.iter().zip(&self.arenas) {
             // SAFETY: as above.
-            let to = unsafe { std::slice::from_raw_parts_mut(arena.start, arena.bytes()) };
+            let to = unsafe { std::slice::from_raw_parts_mut(arena.as_mut_ptr(), arena.len()) };
             rank.own.download(to)?;
         }
         Ok(())
@@ -296,7 +296,7 @@ impl Ranks for Cuda {
     fn complete(&mut self, row: usize, found: Option<Found>, record: &mut Record) {
         let (entry, simulated) = (&self.rows[row], self.machine.simulated);
         if let (Kind::Average { commit, .. }, Some(&ran)) = (entry.row.kind, entry.ran.get()) {
-            record.row = rows::of(ran, commit);
+            record.row = Row::average(ran, commit);
         }
         let given_up = entry.crew.is_none();
         if simulated || given_up {

@@ -65,7 +65,7 @@ pub fn answer(args: &Args, ranks: usize) -> String {
 }
 
 fn try_once(args: &Args, ranks: usize) -> Result<String, Failure> {
-    let (layout, rows) = (Layout::flat(BYTES, Dtype::F32), vec![&rows::NCCL[0]]);
+    let (layout, rows) = (Layout::flat(BYTES, Dtype::F32), vec![rows::NCCL[0].into()]);
     let group = Group { layout, ranks, rows, iterations: 1, warmup: 0 };
     let section = Section { heading: String::new(), groups: vec![group.clone()] };
     let mut cuda = Cuda::open(args, &[section])?;

@@ -44,7 +44,7 @@ impl Rank {
     /// Makes the work of a row, on its thread. `nccl`: for its rows.
     pub fn work(
         self,
-        row: &Row,
+        row: Row,
         communicator: Communicator,
         ran: &OnceLock<Algorithm>,
         nccl: Option<nccl::Row>,
@@ -52,9 +52,10 @@ impl Rank {
         let (clock, options) = (Clock::new(&self.gpu)?, &self.options);
         let own = self.own.replica(&self.tensors);
         match row.kind {
-            Kind::Average { algorithm, commit, .. } => {
+            Kind::Average { algorithm, commit, step } => {
                 let builder = options.builder(communicator, algorithm, commit);
-                averager::average(clock, builder, own, options.weight(self.gpu.rank), ran)
+                let weight = options.weight(self.gpu.rank);
+                averager::average(clock, builder, step, own, weight, ran)
             }
             Kind::PerTensor => averager::per_tensor(clock, options, communicator, own),
             Kind::Flatten { copies } => {
@@ -68,7 +69,7 @@ impl Rank {
             Kind::DeviceCopy => Ok(self.device_copy(clock)),
             Kind::HostCopies => self.host_copies(clock),
             Kind::OnePass | Kind::TwoPass => {
-                unreachable!("{} is a row of --backend cpu", row.label)
+                unreachable!("{} is a row of --backend cpu", row.label())
             }
         }
     }

@@ -195,7 +195,8 @@ impl Ranks for Processes {
         let before = resident::now();
         let builder = self.options.builder(self.communicator.clone(), algorithm, commit);
         let weight = self.options.weight(self.rank());
-        let mut average = averager::average(Host, builder, replica, weight, &OnceLock::new())?;
+        let ran = OnceLock::new();
+        let mut average = averager::average(Host, builder, None, replica, weight, &ran)?;
         average()?;
         // The most of any rank; none if a rank can't tell.
         let extra = before.and_then(|before| Some(resident::most()?.saturating_sub(before)));
@@ -242,11 +243,8 @@ impl Ranks for Processes {
     }
 
     fn complete(&mut self, row: usize, _found: Option<Found>, record: &mut Record) {
-        let (start, extra) = (self.start, self.entered().extra);
-        record.details = match row {
-            PROCESSES => Details::Processes { ranks_are: "processes", start, extra },
-            _ => Details::Processes { ranks_are: "threads", start, extra: None },
-        };
+        let (start, extra) = (self.start, self.entered().extra.filter(|_| row == PROCESSES));
+        record.details = Details::Processes { start, extra };
     }
 
     fn confirm(&mut self, failed: Option<&Failure>) -> Result<(), Failure> {
