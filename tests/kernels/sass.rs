@@ -20,7 +20,7 @@ use test_support::Skip;
 
 /// The kernels and the loops that move packs in each: f32, f64, f16, bf16, and in the ring the last
 /// two again with partial sums of f32, where the first partial sum is made of raw packs.
-const KERNELS: [(&str, Expected); 10] = [
+const KERNELS: [(&str, Expected); 13] = [
     // Loops per dtype: two, three and four ranks, and more of them, four by four.
     ("pa_direct", Expected { hot_loops: 4 * 4, loads: 92, talks: true, steps: 0 }),
     // Loops per dtype: first, middle and last step of the reduce; then middle and last step of the
@@ -43,6 +43,11 @@ const KERNELS: [(&str, Expected); 10] = [
     ("pa_sample", Expected { hot_loops: 4, loads: 20, talks: false, steps: 0 }),
     // Reads 64 KiB of each dtype at most; ptxas for sm_120 loads two by two, of f16 and bf16.
     ("pa_compare", Expected { hot_loops: 0, loads: 40, talks: false, steps: 0 }),
+    // Loops per dtype.
+    ("pa_snapshot", Expected { hot_loops: 4, loads: 20, talks: false, steps: 0 }),
+    ("pa_apply", Expected { hot_loops: 4, loads: 40, talks: false, steps: 0 }),
+    // Loops per dtype: any number of ranks.
+    ("pa_direct_delta", Expected { hot_loops: 4, loads: 40, talks: true, steps: 0 }),
     ("pa_scan", Expected { hot_loops: 4, loads: 20, talks: false, steps: 0 }),
 ];
 

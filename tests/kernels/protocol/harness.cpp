@@ -50,6 +50,7 @@ constexpr Scenario kScenarios[] = {
     {"parts", parts},
     {"staged", staged},
     {"steps", steps},
+    {"copies", copies},
     {"given_up", given_up},
 };
 

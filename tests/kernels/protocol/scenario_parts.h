@@ -172,6 +172,26 @@ inline void steps() {
       }
 }
 
+// The same of a copy, whose change is added to the tensors afterwards, or nothing is.
+inline void copies() {
+  uint64_t seed = 400;
+  for (Mode mode : {Mode::kCommit, Mode::kDirect})
+    for (uint32_t world : {3u, 2u, 5u})
+      for (uint32_t channels : {2u, 1u, 3u}) {
+        Setup s = roomy(setup_of(mode, world, channels, seed++));
+        s.copies = true;
+        World w(s);
+        run_script(
+            w, 12,
+            [&](uint32_t k) {
+              Script script = parts_script(w, k);
+              script.plan.useless.clear(); // a NaN stays one, whatever is added
+              return script;
+            },
+            [&](uint32_t k, uint32_t r, const Outcome& o) { expect_end_of_part(w, k, r, o); });
+      }
+}
+
 // A host gives up between two launches while others go on. All ranks end with one outcome if each
 // runs the rest, segment by segment, without any more meetings: a rank that only stopped would not
 // know that others commit.

@@ -25,6 +25,7 @@ struct Setup {
   uint64_t seed = 1;
   bool steps = false; // with an outer optimizer; its state is set to 0 before each average
   bool stages = false; // with a stage on the host, which changes nothing
+  bool copies = false; // of a copy of the tensors, which get its change at the end
 };
 // Inputs of one average on one rank.
 struct Call {

@@ -64,7 +64,7 @@ struct Tensor {
 
 struct Rank {
   std::vector<std::vector<Tensor>> tensors;             // by bucket
-  std::vector<std::unique_ptr<Region>> segments, shards, states, means; // by bucket
+  std::vector<std::unique_ptr<Region>> segments, shards, states, means, copies; // by bucket
   std::unique_ptr<Region> buckets, channels, statuses, inbox, filled_in, drained_in;
   uint32_t averages = 0;
 };
@@ -170,6 +170,7 @@ struct World {
     bucket.shard = rank.shards.back()->address();
     if (s.steps) add_state(rank, bucket, bytes == 2 ? 2 : 1);
     if (s.stages) add_mean(rank, bucket, bytes == 2 ? 2 : 1);
+    if (s.copies) add_copy(rank, bucket, segments);
     rank.tensors.push_back(std::move(tensors));
     return bucket;
   }
@@ -186,6 +187,16 @@ struct World {
     const uint64_t array = bucket.shard_packs * s.channels * PA_PACK_BYTES * wide;
     rank.means.push_back(std::make_unique<Region>(wide == 2 ? array : 0, 0xff));
     bucket.mean = wide == 2 ? rank.means.back()->address() : bucket.shard;
+  }
+  void add_copy(Rank& rank, PaBucket& bucket, std::vector<PaSegment> segments) const {
+    rank.copies.push_back(std::make_unique<Region>(bucket.packs * PA_PACK_BYTES, 0xff));
+    bucket.snapshot = rank.copies.back()->address();
+    for (PaSegment& segment : segments)
+      segment.address = bucket.snapshot + segment.first_pack * PA_PACK_BYTES;
+    rank.copies.push_back(std::make_unique<Region>(segments.size() * sizeof(PaSegment), 0));
+    std::memcpy(rank.copies.back()->base, segments.data(), segments.size() * sizeof(PaSegment));
+    bucket.source = bucket.segments;
+    bucket.segments = rank.copies.back()->address();
   }
   void clear_state(uint32_t r) const {
     for (const auto& state : ranks[r].states) std::memset(state->base, 0, state->bytes);
@@ -240,6 +251,7 @@ struct World {
     a.bucket_count = uint32_t(s.buckets.size());
     if (s.steps && !call.anchors) a.flags |= PA_FLAG_STEP | PA_FLAG_WHOLE;
     if (s.stages) a.flags |= PA_FLAG_STAGE | PA_FLAG_STEP;
+    if (s.copies) a.flags |= PA_FLAG_DELTA | PA_FLAG_WHOLE, a.share = 1;
     a.flags |= call.flags, a.fault_step = call.fault_step, a.delay_ns = call.delay_ns;
     a.from_segment = 0, a.to_segment = PA_SEGMENTS(s.world);
     return a;
@@ -278,15 +290,20 @@ struct World {
     const PaArgs a = args(r, call);
     if (call.before_us != 0) usleep(call.before_us);
     // tensors of a wrong layout are not read
-    const bool scans = (call.flags & PA_FLAG_REJECT_NON_FINITE) && !(call.flags & PA_FLAG_LAYOUT);
+    const bool reads = !(call.flags & PA_FLAG_LAYOUT);
+    const bool scans = (call.flags & PA_FLAG_REJECT_NON_FINITE) && reads;
+    if (s.copies && reads) launch(r, a, PA_SNAPSHOT, 0);
     if (s.mode != Mode::kCommit && scans) launch(r, a, PA_SCAN, 0);
     const bool steps = s.steps && !call.anchors;
     if (s.mode == Mode::kDirect)
-      launch(r, a, steps ? PA_DIRECT_STEP : PA_DIRECT, call.last_channel_us);
+      launch(r, a, steps ? PA_DIRECT_STEP : s.copies ? PA_DIRECT_DELTA : PA_DIRECT,
+             call.last_channel_us);
     if (s.mode == Mode::kRing) launch(r, a, PA_RING, call.last_channel_us);
     if (s.mode == Mode::kCommit) launch_parts(r, a, call);
     if (s.steps && call.anchors) launch(r, a, PA_ANCHOR, 0);
-    return complete(r);
+    const Outcome o = complete(r);
+    if (s.copies) launch(r, a, PA_APPLY, 0); // which changes nothing after a failure
+    return o;
   }
 
   // Segments of PA_RING_COMMIT that begin a launch, as a bit mask. With few slots a launch can end
@@ -294,7 +311,7 @@ struct World {
   uint32_t cuts(uint32_t r, const Call& call) const {
     const uint32_t commit = 1u << (s.world + 1);
     uint32_t cuts = call.cuts;
-    if ((s.steps && !call.anchors) || s.stages) cuts |= commit;
+    if ((s.steps && !call.anchors) || s.stages || s.copies) cuts |= commit;
     if (s.seed / 2 % 2 != 0 || call.between_us != 0 || stop[r].later_looks != 0) cuts |= commit;
     if ((s.seed + r) % 3 == 0) cuts |= 1u << 1;
     return cuts;
@@ -311,7 +328,9 @@ struct World {
         if (s.stages) vote(r, a, call);
         if (s.steps && !call.anchors) launch(r, a, PA_RING_STEP, 0);
       }
-      launch(r, a, PA_RING_COMMIT, a.from_segment <= s.world ? call.last_channel_us : 0);
+      const bool reduces = a.from_segment <= s.world;
+      launch(r, a, s.copies && !reduces ? PA_RING_MIX : PA_RING_COMMIT,
+             reduces ? call.last_channel_us : 0);
     }
   }
 
