@@ -39,6 +39,7 @@ pub(crate) use lend::Ordered;
 pub use lend::{Lend, LendError, Loan};
 pub use link::Link;
 pub(crate) use outer_state::saved::OUTER as OUTER_SECTION;
+pub(crate) use overlap::Landed;
 pub use overlap::Overlapped;
 pub use pending::Pending;
 pub(crate) use progress::{Halt, Progress};
@@ -125,8 +126,6 @@ pub struct ParamAverager {
     call: Call,
     /// Average of a copy that was started and not finished.
     under_way: Option<UnderWay>,
-    /// Number of averages of copies that were started.
-    copies: u64,
     /// Failure of a `lend` after its average was made, until the call that made it ends.
     late: Option<Error>,
     /// Average that gave a joiner the model. `regroup` takes it.

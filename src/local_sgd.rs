@@ -155,12 +155,9 @@ impl LocalSgd {
     ) -> Result<Action> {
         self.since.weigh();
         if !(samples >= 0.0 && samples.is_finite()) {
-            let before = self.since.clone();
-            if self.is_next_due() {
-                self.since.fill_samples(samples);
-            }
+            self.since.wrong = self.is_next_due().then_some(samples);
             let made = self.count(params, 0.0);
-            self.since.set_samples(&before);
+            self.since.wrong = None;
             let weight = samples;
             return made.and(Err(Error::InvalidWeight { rank: self.rank(), weight }));
         }
@@ -213,12 +210,16 @@ impl LocalSgd {
             let made = self.make_due(params, due);
             return self.ended(behind(landed, made));
         }
-        self.unreported.take().map_or(Ok(()), Err)?;
-        if self.is_alone() {
-            return behind(landed, Ok(Action::Alone));
+        let counted = match self.is_alone() {
+            true => Action::Alone,
+            false => Action::Counted {
+                until_next: self.decisions.course.until_next(&self.schedule(), fragments),
+            },
+        };
+        match self.unreported.take() {
+            None => behind(landed, Ok(counted)),
+            Some(cause) => behind(landed, Err(cause)),
         }
-        let until_next = self.decisions.course.until_next(&self.schedule(), fragments);
-        behind(landed, Ok(Action::Counted { until_next }))
     }
 
     /// The result of a due average, unless this rank has no learning rate: its peers have got an

@@ -25,8 +25,8 @@ pub struct Overlap {
     pub(crate) alpha: f64,
 }
 
-/// Most fragments.
-pub(crate) const MOST_FRAGMENTS: u32 = 1024;
+/// Most fragments: records of the kernels have 8 bits for one of their four dtypes.
+pub(crate) const MOST_FRAGMENTS: u32 = 64;
 
 impl Default for Overlap {
     fn default() -> Self {
@@ -35,7 +35,7 @@ impl Default for Overlap {
 }
 
 impl Overlap {
-    /// Number P of fragments, 1 to 1,024: parts of neighbouring tensors, of about as many bytes
+    /// Number P of fragments, 1 to 64: parts of neighbouring tensors, of about as many bytes
     /// each, that are averaged one at a time (Streaming DiLoCo, Douillard et al. 2025). In a round
     /// of H steps, fragment p is due after step ⌊(p + 1)·H/P⌋, so H is P at least. The average of a
     /// warm-up step, and those of [`sync`](crate::LocalSgd::sync) and of a recovery, are of the
@@ -67,7 +67,7 @@ impl Overlap {
         let Overlap { fragments, delay, alpha } = *self;
         match () {
             _ if !(1..=MOST_FRAGMENTS).contains(&fragments) => {
-                Some(("overlap", format!("{fragments} fragments"), "1 to 1024"))
+                Some(("overlap", format!("{fragments} fragments"), "1 to 64"))
             }
             _ if !(0.0..1.0).contains(&alpha) => {
                 Some(("overlap", format!("alpha {alpha}"), "from 0 up to 1, which is excluded"))

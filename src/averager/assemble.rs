@@ -142,7 +142,6 @@ impl ParamAverager {
             exchanges: 0,
             call: Call::by_hand(None),
             under_way: None,
-            copies: 0,
             late: None,
             admitted: None,
             blueprint: None,

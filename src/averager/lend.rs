@@ -222,7 +222,9 @@ impl ParamAverager {
         waits: bool,
         start: Instant,
     ) -> Result<Begun> {
-        self.preflight()?;
+        if call.work != Work::Apply {
+            self.preflight()?; // the average has ended, whatever has happened since
+        }
         let (mut made, mut loans) = (None, 0);
         let lent = params.lend(&mut |loan| {
             loans += 1;

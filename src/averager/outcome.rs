@@ -46,7 +46,7 @@ impl ParamAverager {
         let problem = Problem { tensor: status.detail, found: status.found };
         let error = match status.outcome {
             PA_COMMITTED => {
-                self.mixed = self.end == End::Mix;
+                self.mixed = matches!(self.end, End::Mix | End::Delta | End::StepDelta);
                 let report = self.report(start);
                 if start.is_some() {
                     self.publish(&report); // not at each look at a graph's replays

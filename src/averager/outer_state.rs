@@ -273,6 +273,12 @@ impl ParamAverager {
         Ok(())
     }
 
+    /// Notes that the ranks' values may differ, where averages are made of copies and a state was
+    /// loaded. Called on all ranks or on none.
+    pub(crate) fn assume_mixed(&mut self) {
+        self.mixed |= self.options.overlap.copies();
+    }
+
     /// True if the ranks' values differ since they kept a share of their own; the same on every
     /// rank.
     pub(crate) fn has_mixed(&self) -> bool {
@@ -298,6 +304,9 @@ impl ParamAverager {
 
     /// True if outer steps can begin, or there are none.
     pub(crate) fn has_anchor(&mut self) -> bool {
+        if self.under_way.is_some() {
+            return true; // or it would not have begun; its records are being written
+        }
         self.note_anchor();
         !self.has_outer() || self.anchor == AnchorState::Set
     }

@@ -1,13 +1,14 @@
 //! Averages of a copy, made while the tensors change: their start, and the addition of what they
 //! have changed.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use super::lend::Begun;
 use super::table::Problem;
 use super::{Builder, Call, Lend, Outcome, ParamAverager, Report, Work};
 use crate::abi::{PaArgs, PA_APPLY, PA_SNAPSHOT};
-use crate::backend::Order;
+use crate::backend::{Order, Unstarted};
 use crate::schedule::place;
 use crate::{Error, Overlap, Result};
 
@@ -16,8 +17,21 @@ use crate::{Error, Overlap, Result};
 #[derive(Debug, PartialEq, Eq)]
 #[must_use = "pass it to ParamAverager::finish_overlapped, on every rank"]
 pub struct Overlapped {
-    /// Number of the average among all that the averager has started.
+    /// Number of the average among all that this process has started.
     number: u64,
+}
+
+/// Number of the next average of a copy.
+static NEXT: AtomicU64 = AtomicU64::new(0);
+
+/// End of an average of a copy.
+#[derive(Default)]
+pub(crate) struct Landed {
+    /// Report of the average, if it was made.
+    pub(crate) report: Option<Report>,
+    /// True if its result was added, or no rank needed it. False also if it was dropped before.
+    pub(crate) is_over: bool,
+    pub(crate) error: Option<Error>,
 }
 
 /// The average of a copy that an averager has started.
@@ -33,11 +47,12 @@ impl ParamAverager {
     /// Starts the average of a copy of one fragment of the parameters, numbered from 0, which is
     /// the whole model unless [`Overlap::fragments`](crate::Overlap::fragments) says otherwise.
     /// When this returns the parameters may change; on a CUDA stream, by work behind what is
-    /// enqueued now. Collective; ranks that are threads and have CUDA devices meet in it.
+    /// enqueued now. Collective; ranks meet in it that are threads and have CUDA devices, or
+    /// processes whose devices have no stream memory operations.
     ///
     /// No other average of this averager begins before
-    /// [`finish_overlapped`](Self::finish_overlapped), or [`recover`](Self::recover), which drops
-    /// this one. [`LocalSgd`](crate::LocalSgd) makes both calls by itself.
+    /// [`finish_overlapped`](Self::finish_overlapped), [`drop_overlapped`](Self::drop_overlapped),
+    /// or [`recover`](Self::recover), which drops this one. [`LocalSgd`](crate::LocalSgd) makes both calls by itself.
     ///
     /// ```
     /// use param_averager::{Communicator, Device, Overlap, ParamAverager};
@@ -75,28 +90,39 @@ impl ParamAverager {
 
     /// Waits for the average that was started, and adds its result less the copy to the parameters:
     /// all of it, or 1 − α ([`Overlap::alpha`](crate::Overlap::alpha)). Waits for nothing that
-    /// peers do after they have started it.
+    /// peers do after they have started it, and is not stopped by their failures after that. If
+    /// the parameters are used on a CUDA stream, the addition is enqueued there.
     ///
     /// # Errors
     /// Those of [`average`](Self::average), on every rank, with no tensor of this rank changed. An
-    /// error of this rank's tensors or its `lend` after the average was made:
-    /// [`Error::AfterAverage`]; the addition was not made then.
+    /// error of this rank's tensors or its `lend` is this rank's alone, and what the average has
+    /// changed is lost to it: the next average makes up for that. [`Error::AfterAverage`] if the
+    /// addition was made, and a `lend` has failed after the average or after the addition.
     pub fn finish_overlapped<P: Lend + ?Sized>(
         &mut self,
         average: Overlapped,
         params: &mut P,
     ) -> Result<Report> {
-        if self.under_way.as_ref().is_none_or(|under_way| under_way.number != average.number) {
-            return Err(Error::InvalidOption {
-                rank: self.rank(),
-                option: "average",
-                found: "one that was finished, or dropped by a recovery, or of another averager"
-                    .into(),
-                expected: "the one that this averager has started last",
-            });
+        let unknown = || Error::InvalidOption {
+            rank: self.rank(),
+            option: "average",
+            found: "one that was dropped, or that LocalSgd has started, or of another averager"
+                .into(),
+            expected: "the one that this averager's start_overlapped has returned last",
+        };
+        let unknown = unknown();
+        match self.end_overlapped(average, params) {
+            Landed { error: Some(error), .. } => Err(error),
+            Landed { report, .. } => report.ok_or(unknown),
         }
-        let report = self.end_overlapped(params)?;
-        Ok(report.expect("a call outside of every schedule always has something to average"))
+    }
+
+    /// Waits for an average of a copy that was started, and drops what it has changed, on this rank
+    /// alone. Does nothing if there is none. Where a token was lost, averages go on after it.
+    pub fn drop_overlapped(&mut self) {
+        if self.under_way.take().is_some() {
+            let _ = self.own.engine.finish();
+        }
     }
 
     /// True if an average of a copy is under way and
@@ -134,57 +160,56 @@ impl ParamAverager {
         }
         let (start, call) = (Instant::now(), Call { work: Work::OfCopy, ..call });
         let begun = self.average_lent(params, call, false, start)?;
-        self.copies += 1;
-        let number = self.copies;
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
         self.under_way = Some(UnderWay { number, call, start, begun });
         Ok(Overlapped { number })
     }
 
-    /// Ends the average of a copy that is under way, which there is; see `finish_overlapped`.
-    /// `None`: no rank had anything to average.
+    /// Ends an average of a copy that was started; see `finish_overlapped`.
     pub(crate) fn end_overlapped<P: Lend + ?Sized>(
-        &mut self,
-        params: &mut P,
-    ) -> Result<Option<Report>> {
-        let UnderWay { call, start, begun, .. } = self.under_way.take().expect("it was started");
-        let Outcome::Averaged(report) = self.conclude(begun, start).map_err(of_a_copy)? else {
-            return Ok(None);
-        };
-        // Of the `lend` that gave the values to copy. The average was made all the same.
-        let late = self.take_late();
-        if !self.is_alone() {
-            let call = Call { work: Work::Apply, ..call };
-            let applied = self.average_lent(params, call, false, Instant::now());
-            if let Some(cause) = applied.map_or_else(Some, Begun::failed) {
-                return Err(after(report, cause));
-            }
-            self.mixed = true;
-        }
-        late.map_or(Ok(Some(report.clone())), |cause| Err(after(report, cause)))
-    }
-
-    /// Ends the average of a copy that a `LocalSgd` has started.
-    pub(crate) fn finish_if_needed<P: Lend + ?Sized>(
         &mut self,
         average: Overlapped,
         params: &mut P,
-    ) -> Result<Option<Report>> {
-        match &self.under_way {
-            Some(under_way) if under_way.number == average.number => self.end_overlapped(params),
-            _ => Ok(None),
-        }
+    ) -> Landed {
+        let is_it = |under_way: &UnderWay| under_way.number == average.number;
+        let Some(UnderWay { call, start, begun, .. }) = self.under_way.take_if(|it| is_it(it))
+        else {
+            return Landed::default();
+        };
+        let report = match self.conclude(begun, start) {
+            Ok(Outcome::Averaged(report)) => report,
+            Ok(Outcome::Unneeded { .. }) => return Landed { is_over: true, ..Landed::default() },
+            Err(error) => {
+                self.failed.iter_mut().for_each(of_a_copy);
+                let mut error = error;
+                of_a_copy(&mut error);
+                return Landed { error: Some(error), ..Landed::default() };
+            }
+        };
+        // Of the `lend` that gave the values to copy. The average was made all the same.
+        let late = self.take_late();
+        let after = |cause| Error::AfterAverage {
+            averaged: Some(Box::new(report.clone())),
+            cause: Box::new(cause),
+        };
+        let applied = match self.is_alone() {
+            true => Ok(None),
+            false => {
+                let call = Call { work: Work::Apply, ..call };
+                self.average_lent(params, call, false, Instant::now()).map(Begun::failed)
+            }
+        };
+        let (is_over, error) = match applied {
+            // Nothing was added, so the tensors are as training has left them.
+            Err(cause) => (false, Some(cause)),
+            Ok(failed) => (true, failed.or(late).map(after)),
+        };
+        Landed { report: Some(report), is_over, error }
     }
 
     /// How averages overlap with training.
     pub(crate) fn overlap(&self) -> Overlap {
         self.options.overlap
-    }
-
-    /// Drops an average of a copy, if there is one. What it has changed is lost.
-    pub(crate) fn drop_overlapped(&mut self) {
-        if self.under_way.take().is_some() {
-            let _ = self.own.engine.finish();
-        }
     }
 
     /// Error of a call that may not begin before an average of a copy was finished.
@@ -208,6 +233,17 @@ impl ParamAverager {
         order: Order,
         start: Instant,
     ) -> Result<Option<Outcome>> {
+        if let Order::Behind(stream) | Order::Within(stream) = order {
+            // SAFETY: the caller's promise.
+            if !self.is_alone() && unsafe { self.is_capturing(stream) }? {
+                return Err(Error::InvalidOption {
+                    rank: self.rank(),
+                    option: "stream",
+                    found: "being captured, for an average of a copy".into(),
+                    expected: "a stream that is not captured, or ParamAverager::start",
+                });
+            }
+        }
         if call.work == Work::Apply {
             if let Some(problem) = problem {
                 return Err(self.table.error(self.rank(), problem));
@@ -218,17 +254,6 @@ impl ParamAverager {
         if self.is_alone() {
             self.call = call;
             return self.alone(self.refusal_of(problem, call), call, start).map(Some);
-        }
-        if let Order::Behind(stream) | Order::Within(stream) = order {
-            // SAFETY: the caller's promise.
-            if unsafe { self.is_capturing(stream) }? {
-                return Err(Error::InvalidOption {
-                    rank: self.rank(),
-                    option: "stream",
-                    found: "being captured, for an average of a copy".into(),
-                    expected: "a stream that is not captured, or ParamAverager::start",
-                });
-            }
         }
         self.prepare_outer()?;
         if problem.is_none() {
@@ -255,7 +280,9 @@ impl ParamAverager {
         // SAFETY: the tables describe the tensors of the caller's promise; all other memory is this
         // averager's.
         unsafe { self.own.engine.run_local(&args, kernel, order) }.map_err(|failed| {
-            self.agreement.control.give_up(self.position());
+            if !matches!(failed, Unstarted::Refused { .. }) {
+                self.agreement.control.give_up(self.position());
+            }
             self.unstarted(failed)
         })
     }
@@ -288,16 +315,11 @@ impl Builder {
 }
 
 /// Error of an average of a copy: whatever it has written, no tensor has changed.
-fn of_a_copy(mut error: Error) -> Error {
+fn of_a_copy(error: &mut Error) {
     if let Error::Timeout { committed, .. }
     | Error::Aborted { committed, .. }
-    | Error::PeerLost { committed, .. } = &mut error
+    | Error::PeerLost { committed, .. } = error
     {
         *committed = false;
     }
-    error
-}
-
-fn after(report: Report, cause: Error) -> Error {
-    Error::AfterAverage { averaged: Some(Box::new(report)), cause: Box::new(cause) }
 }

@@ -83,6 +83,9 @@ impl ParamAverager {
         if let Some(cause) = &self.failed {
             return Err(Error::Poisoned { cause: Box::new(cause.clone()) });
         }
+        if let Some(error) = self.refusal_of_another() {
+            return Err(error);
+        }
         // SAFETY: the caller's promise.
         unsafe { self.own.engine.wait_for(stream) }.map_err(|unwaited| self.unstarted(unwaited))?;
         if self.is_alone() {

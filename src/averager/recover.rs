@@ -46,6 +46,7 @@ impl ParamAverager {
     /// the builder's `timeout` for each averager at most.
     pub fn recover<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<()> {
         let mut progress = Progress::default();
+        self.drop_overlapped();
         let made = self.recover_step(params, false, &mut progress).map(drop).map_err(Halt::error);
         // The average with a joiner, if there was one, was made all the same.
         match (made, self.take_late()) {
@@ -108,8 +109,10 @@ impl ParamAverager {
     /// ```
     pub fn admit_joiner<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Report> {
         let mut progress = Progress::default();
+        // Ranks that differ have no one model to copy, and to anchor.
+        let admission = if self.mixed { Admission::Mean } else { Admission::Copy };
         let regrouped =
-            self.regroup(params, Admission::Copy, false, &mut progress).map_err(Halt::error)?;
+            self.regroup(params, admission, false, &mut progress).map_err(Halt::error)?;
         let report = match regrouped.admitted {
             Some(admitted) => admitted.report,
             None => {

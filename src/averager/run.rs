@@ -16,6 +16,17 @@ use crate::{Error, Parameters, Result};
 impl ParamAverager {
     /// Error of an averager that can't average any more. Looks at no tensor.
     pub(super) fn preflight(&mut self) -> Result<()> {
+        self.check_world()?;
+        if let Some(error) = self.refusal_of_another() {
+            return Err(error);
+        }
+        // A forgotten `Pending` still uses the tables. The next launch reports its fatal error.
+        let _ = self.own.engine.finish();
+        Ok(())
+    }
+
+    /// Error of an averager whose world has failed, or is no more.
+    pub(super) fn check_world(&mut self) -> Result<()> {
         if let Some(cause) = &self.failed {
             return Err(Error::Poisoned { cause: Box::new(cause.clone()) });
         }
@@ -27,11 +38,6 @@ impl ParamAverager {
             self.failed = Some(error.clone());
             return Err(error);
         }
-        if let Some(error) = self.refusal_of_another() {
-            return Err(error);
-        }
-        // A forgotten `Pending` still uses the tables. The next launch reports its fatal error.
-        let _ = self.own.engine.finish();
         Ok(())
     }
 

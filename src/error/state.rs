@@ -87,7 +87,7 @@ pub enum StateError {
     /// A state of another outer optimizer.
     #[error(
         "it was saved with the outer optimizer {found}, and this one is {expected}: pass the same \
-        Outer to Builder::outer"
+        Outer to Builder::outer, and as many fragments to Builder::overlap"
     )]
     OtherOuter {
         /// Optimizer of the state.

@@ -61,10 +61,12 @@
 //! | copied; not all ranks have come | the error of `step` τ steps later, on every rank | unchanged |
 //! | summing, before the commit | the same | unchanged |
 //! | committed; results are written to s | the ranks that are left have made the outer step, or none has; a rank whose s is incomplete gets the error | unchanged |
-//! | done; not added yet | the rank's own process alone can fail | unchanged, or all of it added |
+//! | done; not added yet | nothing that happens to peers; the rank's own tensors, which can't be lent or have changed, are its own error | unchanged, or all of it added |
 //!
-//! So an error leaves every tensor as training has left it, whatever its phase. Steps of an average
-//! that failed belong to the next one. [`recover`](crate::LocalSgd::recover) drops an average that
+//! So an error leaves every tensor as training has left it, whatever its phase (but for
+//! [`Error::AfterAverage`](crate::Error::AfterAverage), after the addition). Steps of an average
+//! that failed belong to the next one. A NaN in the tensors stays one, whatever is added, also on a
+//! rank of weight 0: it takes an average in place to replace it. [`recover`](crate::LocalSgd::recover) drops an average that
 //! is under way. 1,268 kills of processes, most of them while averages were under way with a
 //! velocity: no wrong element, no step that some ranks had made and others not
 //! (`benches/record/2026-11-30-overlap`).
@@ -84,7 +86,8 @@
 //! [channels](crate::Builder::channels) leave it more of the device and make the average longer,
 //! which the delay hides. 8 to 16 channels are enough for a PCIe link by reckoning (32 KiB in
 //! flight each); no GPU has measured it. Threads on devices meet when an average starts; processes
-//! that share a device without MPS make the whole average then, so that nothing is hidden.
+//! that share a device without MPS, or whose devices have no stream memory operations, wait for one
+//! another in it, so that little or nothing is hidden.
 //! A captured stream is refused.
 //!
 //! By hand, outside of a schedule: [`start_overlapped`](crate::ParamAverager::start_overlapped) and

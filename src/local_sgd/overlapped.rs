@@ -1,7 +1,7 @@
 //! Averages of copies, which [`LocalSgd`](super::LocalSgd) starts and finishes some steps later.
 
 use super::{Action, LocalSgd};
-use crate::averager::{Halt, Lend, Overlapped};
+use crate::averager::{Halt, Landed, Lend, Overlapped};
 use crate::schedule::Due;
 use crate::{Error, Report, Result};
 
@@ -118,18 +118,16 @@ impl LocalSgd {
         let Some(Flight { average, fragment, steps, samples, .. }) = self.flight.take() else {
             return Ok(None);
         };
-        let ended = self.averager.finish_if_needed(average, params);
-        match &ended {
-            Ok(Some(report)) => {
-                self.averages += 1;
-                self.admits_next |= report.join_pending;
-            }
-            Ok(None) => {}
-            Err(Error::AfterAverage { .. }) => self.averages += 1,
-            // Its steps belong to the next average.
-            Err(_) => self.since.take_back(fragment, steps, samples),
+        let Landed { report, is_over, error } = self.averager.end_overlapped(average, params);
+        // On every rank, whatever this rank's own tensors are.
+        if let Some(report) = &report {
+            self.averages += 1;
+            self.admits_next |= report.join_pending;
         }
-        ended
+        if !is_over {
+            self.since.take_back(fragment, steps, samples); // they belong to the next average
+        }
+        error.map_or(Ok(report.filter(|_| is_over)), Err)
     }
 
     /// Drops the average of a copy, whose steps belong to the next average.

@@ -108,7 +108,8 @@ impl LocalSgd {
     /// All ranks save after the same step: each its own state and its own parameters, or, after
     /// [`sync`](Self::sync), rank 0 those of all. With an [outer optimizer](crate::Outer) every
     /// rank saves its state, which holds the rank's shard of the optimizer's. Waits for an average
-    /// that was enqueued, whose error is that of the next call.
+    /// that was enqueued, whose error is that of the next call. Of several fragments, all count
+    /// after `load` with the steps and samples of the one that has most; after `sync` none has any.
     ///
     /// # Errors
     /// As [`ParamAverager::average`](crate::ParamAverager::average), if a part of the state can't
@@ -200,6 +201,7 @@ impl LocalSgd {
             self.applied = found.applied;
             self.averages = found.averages;
             self.since.restore(found.since_average, found.samples);
+            self.averager.assume_mixed();
         }
         Ok(())
     }

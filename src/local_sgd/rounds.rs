@@ -120,7 +120,7 @@ impl LocalSgd {
     /// Call of an average at `place`: of a fragment, or of the whole model; of a copy, or in place.
     pub(super) fn call(&self, place: u64, fragment: Option<usize>, of_copy: bool) -> Call {
         let (done, recovers) = (place == place::DONE, place == place::RECOVERY);
-        let (steps, samples) = (self.since.steps(fragment), self.since.samples(fragment));
+        let (steps, samples) = (self.since.steps(fragment), self.since.weight(fragment));
         let has_news = steps > 0 && samples != Some(0.0);
         let evens_out = place == place::FINISH && self.averager.has_mixed();
         let weight = match samples {

@@ -6,11 +6,14 @@ pub(super) struct Since {
     steps: Vec<u64>,
     /// `None`: steps are not weighted.
     samples: Option<Vec<f64>>,
+    /// Wrong weight that the next average gets in the place of samples, so that all ranks learn of
+    /// it.
+    pub(super) wrong: Option<f64>,
 }
 
 impl Since {
     pub(super) fn new(fragments: u32) -> Since {
-        Since { steps: vec![0; fragments as usize], samples: None }
+        Since { steps: vec![0; fragments as usize], samples: None, wrong: None }
     }
 
     /// From here on, steps are weighted.
@@ -37,9 +40,13 @@ impl Since {
         let samples = self.samples.as_ref()?;
         Some(match fragment {
             Some(fragment) => samples[fragment],
-            // A NaN, which is no weight, must not be lost.
-            None => samples.iter().fold(0.0, |most, &next| if next <= most { most } else { next }),
+            None => samples.iter().copied().fold(0.0, f64::max),
         })
+    }
+
+    /// Weight of an average: the samples, unless a wrong one was given.
+    pub(super) fn weight(&self, fragment: Option<usize>) -> Option<f64> {
+        self.wrong.or_else(|| self.samples(fragment))
     }
 
     /// Notes that an average has had all steps.
@@ -58,16 +65,6 @@ impl Since {
         if let Some(all) = &mut self.samples {
             all[range].iter_mut().for_each(|since| *since += lost);
         }
-    }
-
-    /// Replaces the samples of all fragments: by those of another time, or by one weight.
-    pub(super) fn set_samples(&mut self, samples: &Since) {
-        self.samples.clone_from(&samples.samples);
-    }
-
-    /// Gives all fragments the same samples.
-    pub(super) fn fill_samples(&mut self, samples: f64) {
-        self.samples = Some(vec![samples; self.steps.len()]);
     }
 
     /// Restores what was saved.
@@ -98,7 +95,7 @@ mod tests {
         assert_eq!([Some(0), Some(1)].map(|of| since.samples(of).unwrap()), [7.0, 7.0]);
         since.forget(None);
         assert_eq!((since.steps(None), since.samples(None)), (0, Some(0.0)));
-        since.fill_samples(f64::NAN);
-        assert!(since.samples(None).unwrap().is_nan(), "no rank's weight is lost");
+        since.wrong = Some(f64::NAN);
+        assert!(since.weight(None).unwrap().is_nan() && since.samples(None) == Some(0.0));
     }
 }

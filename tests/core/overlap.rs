@@ -6,7 +6,8 @@ use std::sync::mpsc::channel;
 use std::sync::Mutex;
 
 use param_averager::{
-    Algorithm, Builder, Communicator, Dtype, Error, Outer, Overlap, ParamAverager, TensorState,
+    Algorithm, Builder, Communicator, Dtype, Error, Outer, Overlap, ParamAverager, Reduction,
+    Start, TensorState,
 };
 use proptest::prelude::*;
 use test_support::{count, ranks, Guarded, Random};
@@ -246,11 +247,78 @@ fn wrong_tensors_are_told_to_all_ranks_at_the_end() {
         };
         if rank == 0 {
             let error = ended.unwrap_err();
-            assert!(matches!(error, Error::AfterAverage { averaged: Some(_), .. }), "{error}");
+            assert!(matches!(error, Error::LayoutChanged { rank: 0, .. }), "{error}");
+            assert_eq!(error.tensors(), TensorState::Unchanged);
         } else {
             ended.unwrap();
         }
         averager.average(&mut model).unwrap();
+    });
+}
+
+/// An average that was committed is added, whatever happens to the world before.
+#[test]
+fn a_failure_after_the_average_does_not_take_it_back() {
+    let (added, waits) = channel();
+    let waits = Mutex::new(waits);
+    ranks(2, |communicator| {
+        let rank = communicator.rank();
+        let mut model = vec![rank as f32; 100];
+        let abort = communicator.abort_handle();
+        let builder = ParamAverager::builder(communicator).start_from(Start::Own);
+        let mut averager = builder.overlap(Overlap::default().delay(1)).build(&mut model).unwrap();
+        let average = averager.start_overlapped(0, &mut model).unwrap();
+        if rank == 0 {
+            averager.finish_overlapped(average, &mut model).unwrap();
+            abort.abort();
+            added.send(()).unwrap();
+        } else {
+            waits.lock().unwrap().recv().unwrap();
+            averager.finish_overlapped(average, &mut model).unwrap();
+        }
+        assert_eq!(model, [0.5; 100]);
+        let error = averager.average(&mut model).unwrap_err();
+        assert!(matches!(error, Error::Aborted { .. }), "{error}");
+    });
+}
+
+/// Scalars and barriers do not wait for the end of an average of a copy.
+#[test]
+fn scalars_are_exchanged_while_an_average_is_under_way() {
+    ranks(2, |communicator| {
+        let rank = communicator.rank();
+        let mut model = vec![rank as f32; 100];
+        let builder = ParamAverager::builder(communicator).start_from(Start::Own);
+        let mut averager = builder.overlap(Overlap::default().delay(1)).build(&mut model).unwrap();
+        let average = averager.start_overlapped(0, &mut model).unwrap();
+        let average = match rank {
+            0 => Some(average),
+            _ => averager.finish_overlapped(average, &mut model).map(|_| None).unwrap(),
+        };
+        let mut loss = [rank as f64];
+        averager.all_reduce_scalars(&mut loss, Reduction::Sum).unwrap();
+        assert_eq!(loss, [1.0]);
+        averager.barrier().unwrap();
+        if let Some(average) = average {
+            averager.finish_overlapped(average, &mut model).unwrap();
+        }
+        assert_eq!(model, [0.5; 100]);
+    });
+}
+
+#[test]
+fn an_average_whose_token_was_lost_can_be_dropped() {
+    ranks(2, |communicator| {
+        let rank = communicator.rank();
+        let mut model = vec![rank as f32; 100];
+        let builder = ParamAverager::builder(communicator).start_from(Start::Own);
+        let mut averager = builder.overlap(Overlap::default().delay(1)).build(&mut model).unwrap();
+        drop(averager.start_overlapped(0, &mut model).unwrap());
+        assert!(averager.average(&mut model).is_err());
+        averager.drop_overlapped();
+        assert_eq!(model, [rank as f32; 100]);
+        averager.average(&mut model).unwrap();
+        assert_eq!(model, [0.5; 100]);
     });
 }
 
@@ -291,7 +359,7 @@ fn options_that_do_not_fit_are_refused() {
     };
     let with = |overlap: Overlap| move |builder: Builder| builder.overlap(overlap);
     refused(2, &with(Overlap::default().fragments(0)), "0 fragments");
-    refused(2, &with(Overlap::default().fragments(1025)), "1025 fragments");
+    refused(2, &with(Overlap::default().fragments(65)), "65 fragments");
     refused(2, &with(Overlap::default().alpha(0.5)), "delay 0");
     refused(2, &with(Overlap::default().delay(1).alpha(1.0)), "alpha 1");
     refused(2, &with(Overlap::default().delay(1).alpha(f64::NAN)), "alpha NaN");

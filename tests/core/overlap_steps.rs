@@ -223,3 +223,43 @@ fn it_learns_with_an_outer_optimizer() {
         assert!(ends[0].iter().all(|x| (x - 1.0).abs() < 0.05), "{what}: {:?}", ends[0]);
     }
 }
+
+/// A state is loaded into as many fragments as it was saved with.
+#[test]
+fn a_state_is_of_its_fragments() {
+    let build = |communicator: Communicator, fragments| {
+        let mut model = vec![vec![4.0f32; 100]; 4];
+        let averager = ParamAverager::builder(communicator)
+            .allow_unnamed()
+            .outer(Outer::nesterov(0.5, 0.5))
+            .overlap(Overlap::default().fragments(fragments).delay(1))
+            .build(&mut model)
+            .unwrap();
+        (LocalSgd::new(averager, Schedule::every(4)), model)
+    };
+    let train = |sgd: &mut LocalSgd, model: &mut Vec<Vec<f32>>, steps: usize| {
+        for _ in 0..steps {
+            step(sgd.rank(), model);
+            sgd.step(model).unwrap();
+        }
+        sgd.flush(model).unwrap();
+    };
+    let saved = ranks(2, |communicator| {
+        let (mut sgd, mut model) = build(communicator, 2);
+        train(&mut sgd, &mut model, 9);
+        let (state, at) = (sgd.save().unwrap(), model.clone());
+        train(&mut sgd, &mut model, 8);
+        (state, at, model)
+    });
+    ranks(2, |communicator| {
+        let (state, at, end) = &saved[communicator.rank()];
+        let other = communicator.clone();
+        let (mut sgd, mut model) = build(communicator, 2);
+        sgd.load(state).unwrap();
+        model.clone_from(at);
+        train(&mut sgd, &mut model, 8);
+        assert_eq!(model, *end);
+        let error = build(other, 4).0.load(state).unwrap_err();
+        assert!(error.to_string().contains("2 fragments"), "{error}");
+    });
+}

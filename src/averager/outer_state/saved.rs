@@ -59,6 +59,15 @@ impl<'a> Shard<'a> {
 }
 
 impl ParamAverager {
+    /// Name of the optimizer, with the number of fragments: states of another number have their
+    /// elements in another order.
+    fn kind_of_state(&self) -> String {
+        match self.options.overlap.fragments {
+            1 => self.options.outer.to_string(),
+            fragments => format!("{}, {fragments} fragments", self.options.outer),
+        }
+    }
+
     /// This rank's shard of the outer optimizer's state; `None` without one. No average may be
     /// running.
     pub(crate) fn save_outer(&mut self) -> Result<Option<Vec<u8>>> {
@@ -67,7 +76,7 @@ impl ParamAverager {
         let Some(state) = self.state_to_pass_on() else { return Ok(None) };
         let Division { world, channels, chunk, is_ring } = state.division;
         let mut to = Writer::default();
-        to.text(&self.options.outer.to_string());
+        to.text(&self.kind_of_state());
         [world, channels, chunk].into_iter().for_each(|number| to.u32(number));
         to.u8(is_ring.into());
         to.u32(state.position);
@@ -94,7 +103,7 @@ impl ParamAverager {
         }
         let shards: Option<Vec<Shard>> = saved.iter().map(|one| Shard::from_bytes(one)).collect();
         let shards = shards.ok_or(StateError::Corrupt)?;
-        let expected = self.options.outer.to_string();
+        let expected = self.kind_of_state();
         if let Some(other) = shards.iter().find(|shard| shard.optimizer != expected) {
             return Err(StateError::OtherOuter { found: other.optimizer.into(), expected });
         }

@@ -31,8 +31,8 @@ pub(crate) struct Rank {
     ready: Arc<Event>,
     /// Recorded behind this rank's launches.
     done: Arc<Event>,
-    /// Recorded behind the last copy of tables that `run_local` has made.
-    copied: Option<Event>,
+    /// Recorded behind the last work of `run_local`, until it was waited for.
+    local: Option<Event>,
     channels: DeviceMemory,
     /// The status records after the last average, which the kernels write.
     ended: Pinned,
@@ -76,7 +76,7 @@ impl Rank {
             stream: leads.then(|| LaunchStream::new(context)).transpose()?,
             ready: Arc::new(Event::new(context)?),
             done: Arc::new(Event::new(context)?),
-            copied: None,
+            local: None,
             channels: DeviceMemory::new(context, bytes.len())?,
             ended: Pinned::new(context, size_of::<PaStatus>() * states.len())?,
             tables: Tables::new(context, buckets, segments)?,
@@ -125,8 +125,6 @@ impl Rank {
         buckets: &'a [PaBucket],
         segments: impl Iterator<Item = &'a [PaSegment]>,
     ) {
-        // The next call of the driver returns its error, if it has one.
-        let _ = self.copied.as_ref().map(Event::synchronize);
         self.tables.set(buckets, segments);
     }
 
@@ -227,26 +225,25 @@ impl Rank {
             Order::NullStream => std::ptr::null_mut(),
             Order::Behind(stream) | Order::Within(stream) => stream.cast(),
         };
+        let refused = |failed: Failed| match failed.is_of_capture() {
+            true => Unstarted::beside_a_capture(&failed.to_string()),
+            false => failed.into(),
+        };
+        let done = Event::new(&self.context)?;
         if let Some((to, from, bytes)) = self.tables.take_stale() {
-            let copied = match self.copied.take() {
-                Some(copied) => copied,
-                None => Event::new(&self.context)?,
-            };
-            // SAFETY: both have this size, and keep it. They are not written until `copied`; what
+            // SAFETY: both have this size, and keep it. They are not written until `finish`; what
             // reads the destination is on this stream, or behind it.
-            let copy = || unsafe {
-                call!(cuMemcpyHtoDAsync_v2(to, from as *const c_void, bytes, on))?;
-                copied.record(on)
-            };
-            copy().inspect_err(|_| self.tables.set_stale())?;
-            self.copied = Some(copied);
+            let copied =
+                unsafe { call!(cuMemcpyHtoDAsync_v2(to, from as *const c_void, bytes, on)) };
+            copied.inspect_err(|_| self.tables.set_stale()).map_err(refused)?;
         }
         // SAFETY: guaranteed by the caller.
-        unsafe { launch(&self.context, Launch::all_of(kernel), &[*args], on) }?;
-        if !matches!(order, Order::Within(_)) {
-            // SAFETY: as above.
-            unsafe { self.ready.record(on) }?;
-            self.ready.synchronize()?;
+        unsafe { launch(&self.context, Launch::all_of(kernel), &[*args], on) }.map_err(refused)?;
+        // SAFETY: as above.
+        unsafe { done.record(on) }.map_err(refused)?;
+        match order {
+            Order::Within(_) => self.local = Some(done),
+            Order::NullStream | Order::Behind(_) => done.synchronize()?,
         }
         Ok(())
     }
@@ -359,6 +356,11 @@ impl Rank {
     pub(crate) fn finish(&mut self) -> Result<(), Failed> {
         if let Some(done) = &self.pending {
             done.synchronize()?;
+        }
+        // The tables, and the memory of this rank, are in use until then.
+        if let Some(local) = &self.local {
+            local.synchronize()?;
+            self.local = None;
         }
         #[cfg(processes)]
         if let Some(meeting) = self.watched.take() {
