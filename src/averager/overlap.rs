@@ -52,7 +52,8 @@ impl ParamAverager {
     ///
     /// No other average of this averager begins before
     /// [`finish_overlapped`](Self::finish_overlapped), [`drop_overlapped`](Self::drop_overlapped),
-    /// or [`recover`](Self::recover), which drops this one. [`LocalSgd`](crate::LocalSgd) makes both calls by itself.
+    /// or [`recover`](Self::recover), which drops this one. [`LocalSgd`](crate::LocalSgd) makes
+    /// both calls by itself.
     ///
     /// ```
     /// use param_averager::{Communicator, Device, Overlap, ParamAverager};
