@@ -105,7 +105,7 @@ template <class C> struct Coded : Ring<float, false> {
     b.ex.sync(); // other lanes code these packs
   }
 
-  template <bool kReceive, int K> struct Sum { Came<K> came; Wide<float, K> own; };
+  template <int K> struct Sum { Came<K> came; Wide<float, K> own; };
   // Steps 0 … n - 2 of the reduce: what came, and D → outbox.
   template <bool kReceive> PA_FN bool add_and_send(const Chunk& c) {
     if (!enter<kReceive, true>(c, PA_AT_REDUCE, contributes)) return false;
@@ -117,11 +117,16 @@ template <class C> struct Coded : Ring<float, false> {
         b.ex, count, b.outbox(), b.remote, false,
         [&](auto g, uint32_t i) {
           constexpr int K = g.kPacks;
-          const auto own = load<K>(d, i);
-          if constexpr (kReceive) return load_came<K>(in, count, i).values() + own;
-          else return own;
+          Sum<K> sum;
+          if constexpr (kReceive) sum.came = load_came<K>(in, count, i);
+          sum.own = load<K>(d, i);
+          return sum;
         },
-        [&](auto g, uint32_t i, const auto& sum, const auto& sent) {
+        [](auto, const auto& sum) {
+          if constexpr (kReceive) return sum.came.values() + sum.own;
+          else return sum.own;
+        },
+        [&](auto g, uint32_t i, const auto&, const auto& sum, const auto& sent) {
           store<g.kPacks>(d, i, sum - sent);
         },
         [&](uint32_t element) { is_bad(c, element); });
@@ -168,16 +173,20 @@ template <class C> struct Coded : Ring<float, false> {
     }
   }
 
+  template <int K> struct Missing { Wide<float, K> target, reference; };
   // Step 0 of the gather: T - A → outbox, and what all ranks read there is added to A.
   PA_FN bool send_target(const Chunk& c, const char* shard) {
     if (!enter<false, true>(c, PA_AT_GATHER, false)) return false;
     char* from = reference(c);
     each_block<C>(
         b.ex, packs(c), b.outbox(), b.remote, true,
-        [&](auto g, uint32_t i) { return load<g.kPacks>(shard, i) - load<g.kPacks>(from, i); },
-        [&](auto g, uint32_t i, const auto&, const auto& sent) {
+        [&](auto g, uint32_t i) {
           constexpr int K = g.kPacks;
-          store<K>(from, i, load<K>(from, i) + sent);
+          return Missing<K>{load<K>(shard, i), load<K>(from, i)};
+        },
+        [](auto, const auto& missing) { return missing.target - missing.reference; },
+        [&](auto g, uint32_t i, const auto& missing, const auto&, const auto& sent) {
+          store<g.kPacks>(from, i, missing.reference + sent);
         },
         [](uint32_t) {}); // an outer step has made it: then it is in the tensors, too
     b.ex.sync(); // other lanes write these packs to the tensors
@@ -267,12 +276,12 @@ template <class C, class F> PA_FN bool each_coded(Block& b, F f) {
     good = f(Coded<C>(b, at<const PaBucket>(b.a.buckets)[i], i));
   return good;
 }
-// The begin of the reduce: notes that D changes from here on.
+// The begin of the reduce: notes that D changes from here on. The lanes read it behind the barrier
+// of Ring's constructor.
 PA_FN void begin_residuals(Block& b) {
   if (b.ex.leader())
     b.me->residuals =
         b.me->residuals == PA_RESIDUALS_KEPT ? PA_RESIDUALS_ADDED : PA_RESIDUALS_BEGIN;
-  b.ex.sync();
 }
 
 // One block's share of one launch of a coded average.

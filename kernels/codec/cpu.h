@@ -85,18 +85,19 @@ template <class F> PA_FN void each_group(uint32_t count, F f) {
   for (; i < count; ++i) f(Group<1>{}, i);
 }
 
-// Codes packs 0 … packs, whose values are load(group, i), to `out`; keep(group, i, value, decoded)
-// gets what each has become. bad(element) is told of a value that can't be coded.
-template <class C, class Load, class Keep, class Bad>
+// Codes packs 0 … packs, whose values are value(group, load(group, i)), to `out`;
+// keep(group, i, loaded, value, decoded) gets what each has become. bad(element) is told of a value
+// that can't be coded.
+template <class C, class Load, class Value, class Keep, class Bad>
 PA_FN void each_block(const Exec& ex, uint32_t packs, char* out, bool remote, bool spoils,
-                      Load load, Keep keep, Bad bad) {
+                      Load load, Value value, Keep keep, Bad bad) {
   alignas(64) char values[16 * PA_BLOCK_PACKS];
   for (uint32_t block = ex.lane(); block * PA_BLOCK_PACKS < packs; block += ex.lanes()) {
     const uint32_t first = block * PA_BLOCK_PACKS;
     const uint32_t count = uint32_t(min(packs - first, PA_BLOCK_PACKS));
     Largest largest;
     each_group(count, [&](auto g, uint32_t i) {
-      const Wide<float, g.kPacks> x = load(g, first + i);
+      const Wide<float, g.kPacks> x = value(g, load(g, first + i));
       largest.template look<g.kPacks>(x);
       store_wide<float, g.kPacks>(values + 16 * i, x);
     });
@@ -118,7 +119,7 @@ PA_FN void each_block(const Exec& ex, uint32_t packs, char* out, bool remote, bo
       const Wide<float, K> x = load_wide<float, K>(values + 16 * i);
       const auto codes = coded<C, K>(fits ? x : zero<float, K>(), s.factor, !fits && spoils);
       store_codes_to_peer<C, K>(out + C::kBytes * (first + i), codes, remote);
-      keep(g, first + i, x, decoded<C, K>(codes, s.scale));
+      keep(g, first + i, load(g, first + i), x, decoded<C, K>(codes, s.scale));
     });
     if (C::kScales) store_scale(out + C::kBytes * packs + 4 * block, s.scale);
   }

@@ -76,39 +76,45 @@ struct Largest {
   PA_FN uint32_t bits() const { return most; }
 };
 
-// See codec/cpu.h. A lane has kInFlight packs in flight. The lanes of a warp, all of them, go
-// through the blocks together, since each block's maximum is theirs; blocks have whole warps of
-// lanes.
-template <class C, class Load, class Keep, class Bad>
+// See codec/cpu.h. The lanes of a warp, all of them, go through the blocks together, since each
+// block's maximum is theirs; a thread block has whole warps. A lane has kInFlight packs in flight,
+// and leaves what does not fill them to a loop that costs less code.
+template <class C, class Load, class Value, class Keep, class Bad>
 PA_FN void each_block(const Exec& ex, uint32_t packs, char* out, bool, bool spoils, Load load,
-                      Keep keep, Bad bad) {
+                      Value value, Keep keep, Bad bad) {
   static_assert(PA_BLOCK_PACKS == 32, "lanes of a warp");
+  constexpr uint32_t kNone = ~0u;
   constexpr Group<1> one;
   const uint32_t step = ex.lanes(), in_warp = ex.lane() % PA_BLOCK_PACKS;
-  for (uint32_t at = ex.lane(); at - in_warp < packs; at += kInFlight * step) {
+  uint32_t wrong = kNone; // told behind the loops, which store nothing but packs
+  const auto code = [&](uint32_t i, const auto& loaded, bool is_mine) {
+    const Wide<float, 1> x = is_mine ? value(one, loaded) : zero<float, 1>();
+    Largest largest;
+    largest.template look<1>(x);
+    const uint32_t most = __reduce_max_sync(~0u, largest.bits());
+    const bool fits = most < kTop;
+    const Scale s = fits ? scale_of(most) : unusable(spoils);
+    PA_UNROLL for (int e = 0; e < 4; ++e)
+      wrong = (__float_as_uint(x.part[e]) & 0x7fffffffu) >= kTop ? 4 * i + e : wrong;
+    if (!is_mine) return;
+    const auto codes = coded<C, 1>(fits ? x : zero<float, 1>(), s.factor, !fits && spoils);
+    store_codes_to_peer<C, 1>(out + C::kBytes * i, codes, false);
+    keep(one, i, loaded, x, decoded<C, 1>(codes, s.scale));
+    if (C::kScales && in_warp == 0)
+      store_scale(out + C::kBytes * packs + 4 * (i / PA_BLOCK_PACKS), s.scale);
+  };
+  uint32_t at = ex.lane();
+  for (; at - in_warp + (kInFlight - 1) * step + PA_BLOCK_PACKS <= packs; at += kInFlight * step) {
     decltype(load(one, at)) loaded[kInFlight];
-    PA_UNROLL for (int u = 0; u < kInFlight; ++u)
-      if (at + u * step < packs) loaded[u] = load(one, at + u * step);
-    PA_UNROLL for (int u = 0; u < kInFlight; ++u) {
-      const uint32_t i = at + u * step;
-      const bool is_mine = i < packs;
-      const Wide<float, 1> x = is_mine ? loaded[u] : zero<float, 1>();
-      Largest largest;
-      largest.template look<1>(x);
-      const uint32_t most = __reduce_max_sync(~0u, largest.bits());
-      const bool fits = most < kTop;
-      const Scale s = fits ? scale_of(most) : unusable(spoils);
-      if (!fits && largest.bits() >= kTop) {
-        PA_UNROLL for (int e = 0; e < 4; ++e)
-          if ((__float_as_uint(x.part[e]) & 0x7fffffffu) >= kTop) bad(4 * i + e);
-      }
-      if (!is_mine) continue;
-      const auto codes = coded<C, 1>(fits ? x : zero<float, 1>(), s.factor, !fits && spoils);
-      store_codes_to_peer<C, 1>(out + C::kBytes * i, codes, false);
-      keep(one, i, x, decoded<C, 1>(codes, s.scale));
-      if (C::kScales && in_warp == 0)
-        store_scale(out + C::kBytes * packs + 4 * (i / PA_BLOCK_PACKS), s.scale);
-    }
+    PA_UNROLL for (int u = 0; u < kInFlight; ++u) loaded[u] = load(one, at + u * step);
+    PA_UNROLL for (int u = 0; u < kInFlight; ++u) code(at + u * step, loaded[u], true);
   }
+  for (; at - in_warp < packs; at += step) {
+    const bool is_mine = at < packs;
+    decltype(load(one, at)) loaded{};
+    if (is_mine) loaded = load(one, at);
+    code(at, loaded, is_mine);
+  }
+  if (wrong != kNone) bad(wrong);
 }
 } // namespace PA_ISA

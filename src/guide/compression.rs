@@ -64,8 +64,8 @@
 //! # With other options
 //! * By the ring, which [`Algorithm::Auto`](crate::Algorithm::Auto) then means, all or nothing, for
 //!   tensors of f32 alone. Values that are not finite are always rejected, and so are differences
-//!   that f32 does not hold. A stage, and an outer optimizer that
-//!   [keeps a share](crate::Outer::keeping), are refused.
+//!   that f32 does not hold. A stage, [overlap](crate::Builder::overlap), and an outer optimizer
+//!   that [keeps a share](crate::Outer::keeping), are refused.
 //! * Memory: 8 bytes for each element on every rank, for the reference and the residual.
 //! * In full, with no code, are averages that give the ranks values to begin with, as those of
 //!   [`build`](crate::Builder::build) and [`broadcast`](crate::ParamAverager::broadcast), and the

@@ -126,6 +126,9 @@ fn what_can_not_be_coded_is_refused() {
     refused("all_or_nothing", "false, with Compression::Int8", |b| b.all_or_nothing(false));
     refused("reject_non_finite", "false, with Compression::Int8", |b| b.reject_non_finite(false));
     refused("stage", "one, with Compression::Int8", |builder| builder.stage(|_| Ok(())));
+    refused("overlap", "fragments 2, delay 0, alpha 0, with Compression::Int8", |builder| {
+        builder.overlap(param_averager::Overlap::default().fragments(2))
+    });
     refused("outer", "sgd(1).keeping(0.5), with Compression::Int8", |builder| {
         builder.outer(Outer::ease(0.5))
     });
