@@ -23,6 +23,7 @@ enum PaDtype { PA_F32 = 0, PA_F64 = 1, PA_F16 = 2, PA_BF16 = 3 };
 // With a stage on the host: PA_RING_VOTE behind the segments up to n, and before PA_RING_STEP.
 // With PA_FLAG_DELTA, on the copy that PA_SNAPSHOT has made: PA_DIRECT_DELTA in the place of
 // PA_DIRECT, or the segments of PA_RING_COMMIT up to n, and PA_RING_MIX. PA_APPLY comes later.
+// PA_RING_INT8 and PA_RING_BF16 take the place of PA_RING_COMMIT in coded averages, see coded.h.
 enum PaKernel {
   PA_DIRECT = 0,
   PA_RING = 1,
@@ -37,7 +38,10 @@ enum PaKernel {
   PA_SNAPSHOT = 10,  // copies the own tensors, see overlap.h
   PA_APPLY = 11,     // adds the differences that an average has left there to the own tensors
   PA_DIRECT_DELTA = 12,
-  PA_RING_VOTE = 13, // CPUs only: casts the vote after a stage on the host has had the shard
+  PA_RING_INT8 = 13,
+  PA_RING_BF16 = 14,
+  PA_REFERENCE = 15, // after an average that is not coded: its result becomes the reference
+  PA_RING_VOTE = 16, // CPUs only: casts the vote after a stage on the host has had the shard
 };
 
 // Outcome of an average. Up to PA_NO_WEIGHT nothing is broken and the next average may run; from
@@ -68,6 +72,17 @@ enum PaPhase {
 
 // Neighbouring packs of one run of a sample.
 #define PA_RUN_PACKS 64
+
+// Packs of a block of a code: neighbours that share a scale. The lanes of a warp on CUDA.
+#define PA_BLOCK_PACKS 32
+
+// PaChannel.residuals.
+enum PaResiduals {
+  PA_RESIDUALS_KEPT = 0,   // they are what the last coded average has left
+  PA_RESIDUALS_STALE = 1,  // the next coded average begins without any
+  PA_RESIDUALS_ADDED = 2,  // a coded average is under way, or has failed, that adds to them
+  PA_RESIDUALS_BEGIN = 3,  // the same, and it has begun without any
+};
 
 enum PaFlag {
   PA_FLAG_REJECT_NON_FINITE = 1, // scan the own tensors; a NaN or infinity vetoes the commit
@@ -129,6 +144,10 @@ struct PaBucket {
   uint64_t mean; // ring with `state` or PA_FLAG_STAGE: SumOf<T>[channels][shard_packs of elements];
                  // `shard` itself where that has the size
   struct PaOuter outer;
+  // Coded averages: Pack[packs] each, or 0. The values that all ranks have had after the last
+  // average, and this rank's part of what the mean still lacks.
+  uint64_t reference;
+  uint64_t residual;
   uint64_t sample;        // Pack[channels][sample_packs]: own values before the average, or 0
   uint64_t sample_packs;  // capacity of one channel's sample
   uint64_t sample_period; // packs from the place of one run to that of the next; at least a run
@@ -230,6 +249,8 @@ struct PaChannel {
   uint32_t remote;        // CPU: 1: the next rank's core is remote, see reader_is_remote()
   uint32_t finished;      // channel 0: blocks that have reached the vote, or the exit (PA_DIRECT)
   uint32_t deciding;      // channel 0: lock among the blocks of this rank, see take_turn()
+  uint32_t residuals;     // PaResiduals
+  uint32_t reserved;
   uint64_t bad;       // 1 + (bucket << 56 | element) of a NaN or infinity in the own tensors, or 0
   double divisor;     // divisor of sums in f64, agreed at the entry barrier
   double divisor_f32; // divisor of sums in f32, whose scales were rounded to f32
@@ -239,10 +260,10 @@ struct PaChannel {
   double scale[PA_MAX_WORLD];       // factor of each rank's values; negative: it only receives
 };
 
-// Segments of PA_RING_COMMIT in a world of n ranks: 0 publishes the record, 1 validates all records
-// and makes step 0 of the reduce, s = 2 … n step s - 1. At the end of n the vote is cast, at the
-// begin of n + 1 the votes are counted, and n + 1 … 2 n are the n steps of the gather. No segment
-// waits for what its peers do in the same one.
+// Segments of PA_RING_COMMIT, PA_RING_INT8 and PA_RING_BF16 in a world of n ranks: 0 publishes the
+// record, 1 validates all records and makes step 0 of the reduce, s = 2 … n step s - 1. At the end
+// of n the vote is cast, at the begin of n + 1 the votes are counted, and n + 1 … 2 n are the n
+// steps of the gather. No segment waits for what its peers do in the same one.
 // A launch runs all segments of the reduce (1 … n) or one of them at most, and the same of the
 // gather (n + 1 … 2 n): it takes each bucket through its segments, and chunks are in a mailbox in
 // the order of launches, buckets, segments. So all ranks cut the reduce and the gather alike.

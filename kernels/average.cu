@@ -1,10 +1,10 @@
 // CUDA entry points, with PaLaunch by value. Launch a grid of (channels, args) blocks of a power of
 // two of threads, at most PA_THREADS. Blocks wait for one another, so all must find room; a plain
 // launch is enough, since what else runs on the device ends without them.
+#include "coded.h"
 #include "direct.h"
 #include "overlap.h"
 #include "probe.h"
-#include "ring_launches.h"
 #include "sample.h"
 #include "scan.h"
 
@@ -37,6 +37,9 @@ PA_KERNEL(pa_ring, run_ring)
 PA_KERNEL(pa_ring_commit, run_ring_commit)
 PA_KERNEL(pa_ring_step, run_ring_step)
 PA_KERNEL(pa_ring_mix, run_ring_mix)
+PA_KERNEL(pa_ring_int8, run_ring_coded<PA_ISA::Int8>)
+PA_KERNEL(pa_ring_bf16, run_ring_coded<PA_ISA::Bf16>)
+PA_KERNEL(pa_reference, run_reference)
 PA_KERNEL(pa_anchor, run_anchor)
 PA_KERNEL(pa_sample, run_sample)
 PA_KERNEL(pa_compare, run_compare)

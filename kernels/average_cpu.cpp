@@ -1,9 +1,9 @@
 // CPU entry points: one block of one kernel, on the calling thread. Compiled once per instruction
 // set, PA_ISA.
+#include "coded.h"
 #include "direct.h"
 #include "host_stage.h"
 #include "overlap.h"
-#include "ring_launches.h"
 #include "sample.h"
 #include "scan.h"
 
@@ -24,6 +24,9 @@ PA_NOINLINE void ring_commit(const Exec& ex, const PaArgs& args) { run_ring_comm
 PA_NOINLINE void ring_step(const Exec& ex, const PaArgs& args) { run_ring_step(ex, args); }
 PA_NOINLINE void ring_vote(const Exec& ex, const PaArgs& args) { run_ring_vote(ex, args); }
 PA_NOINLINE void ring_mix(const Exec& ex, const PaArgs& args) { run_ring_mix(ex, args); }
+PA_NOINLINE void ring_int8(const Exec& ex, const PaArgs& args) { run_ring_coded<Int8>(ex, args); }
+PA_NOINLINE void ring_bf16(const Exec& ex, const PaArgs& args) { run_ring_coded<Bf16>(ex, args); }
+PA_NOINLINE void reference(const Exec& ex, const PaArgs& args) { run_reference(ex, args); }
 PA_NOINLINE void anchor(const Exec& ex, const PaArgs& args) { run_anchor(ex, args); }
 PA_NOINLINE void sample(const Exec& ex, const PaArgs& args) { run_sample(ex, args); }
 PA_NOINLINE void compare(const Exec& ex, const PaArgs& args) { run_compare(ex, args); }
@@ -38,6 +41,9 @@ PA_FN void run_kernel(const Exec& ex, const PaArgs& args, uint32_t kernel) {
     case PA_DIRECT_STEP: return direct_step(ex, args);
     case PA_RING_STEP: return ring_step(ex, args);
     case PA_RING_VOTE: return ring_vote(ex, args);
+    case PA_RING_INT8: return ring_int8(ex, args);
+    case PA_RING_BF16: return ring_bf16(ex, args);
+    case PA_REFERENCE: return reference(ex, args);
     case PA_ANCHOR: return anchor(ex, args);
     case PA_RING_MIX: return ring_mix(ex, args);
     case PA_SAMPLE: return sample(ex, args);

@@ -114,11 +114,12 @@ template <class T, bool kF32> struct Ring {
     if (b.ex.leader()) t.range = c.range, t.cursor = cursor, t.index = s, t.segment = segment;
     return b.template enter<kReceive, kSend>(phase, bucket.chunk);
   }
-  template <class Load, class Store> PA_FN void each_own(Load load, Store store) {
+  template <int kDeep = kInFlight, class Load, class Store>
+  PA_FN void each_own(Load load, Store store) {
     RingTable& t = table.get();
     const uint32_t last =
         each_part_from<T>(bucket, t.index, t.segment, t.range, [&](const Part& part) {
-          each_own_pack<T>(b.ex, part, load, store);
+          each_own_pack<T, kDeep>(b.ex, part, load, store);
         });
     // Read before this step began, and after it. A world of one comes to its shard twice.
     if (b.ex.leader() && b.a.world > 1) t.reached[t.cursor] = last;

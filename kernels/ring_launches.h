@@ -45,20 +45,32 @@ PA_FN bool is_next(const Exec& ex, const PaArgs& a, uint32_t segment) {
   return at<PaChannel>(a.channel)[ex.block()].segment == segment;
 }
 
-// One block's share of one launch of the ring with a commit.
-PA_FN void run_ring_commit(const Exec& ex, const PaArgs& a) {
+// One block's share of one launch of a ring with a commit, whose segments of the reduce and of the
+// gather run in reduce(block) and gather(block).
+template <class Reduce, class Gather>
+PA_FN void run_segments(const Exec& ex, const PaArgs& a, Reduce reduce, Gather gather) {
   const uint32_t n = a.world, from = a.from_segment, to = a.to_segment;
   if (from == 0 ? has_failed(ex, a) : !is_next(ex, a, from)) return;
   Block b(ex, a, from == 0);
   if (from == 0 && ex.leader()) b.me->bad = 0;
   const auto runs = [&](uint32_t segment) { return from <= segment && segment < to; };
-  const bool good =
-      (!runs(0) || publish_record(b, false)) && (!runs(1) || entry_barrier(b, false)) &&
-      (from > n || each_bucket(b, [](auto ring) { return ring.run_reduce(); })) &&
-      (!runs(n) || (a.flags & PA_FLAG_STAGE) || cast_vote(b)) &&
-      (!runs(n + 1) || b.committed || commit_vote(b)) &&
-      (to <= n + 1 || each_bucket(b, [](auto ring) { return ring.template run_gather<false>(); }));
+  const bool good = (!runs(0) || publish_record(b, false)) &&
+                    (!runs(1) || entry_barrier(b, false)) && (from > n || reduce(b)) &&
+                    (!runs(n) || (a.flags & PA_FLAG_STAGE) || cast_vote(b)) &&
+                    (!runs(n + 1) || b.committed || commit_vote(b)) &&
+                    (to <= n + 1 || gather(b));
   end_launch(b, good, to);
+}
+PA_FN void run_ring_commit(const Exec& ex, const PaArgs& a) {
+  // Forced inline: see each_bucket().
+  run_segments(
+      ex, a,
+      [](Block& b) __attribute__((always_inline)) {
+        return each_bucket(b, [](auto ring) { return ring.run_reduce(); });
+      },
+      [](Block& b) __attribute__((always_inline)) {
+        return each_bucket(b, [](auto ring) { return ring.template run_gather<false>(); });
+      });
 }
 
 // The commit, and the outer optimizer's step. Comes before segment n + 1.

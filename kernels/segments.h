@@ -168,12 +168,12 @@ PA_FN void prefetch_own(const Exec& ex, const PaSegment& segment, Range range) {
   for (uint64_t p = segment.address + into + kLine * ex.lane(); p <= last; p += kLine * ex.lanes())
     ex.prefetch(at<const char>(p));
 }
-// Packs of one part of the own tensors.
-template <class T, class Load, class Store>
+// Packs of one part of the own tensors, `kDeep` of a lane in flight.
+template <class T, int kDeep = kInFlight, class Load, class Store>
 PA_FN void each_own_pack(const Exec& ex, const Part& part, Load load, Store store) {
   char* base = at<char>(part.address + part.offset) - 16 * uint64_t(part.first);
   const uint32_t lead = (0u - part.first) % kGroup; // groups are aligned in the chunk
-  each_pack_of<kInFlight>(
+  each_pack_of<kDeep>(
       ex, part, lead, part.address % 16 == 0, [&] { return Whole<T>{base}; },
       [&](bool whole) { return Ragged<T>{base, part.whole, part.tail, whole}; }, load, store);
 }

@@ -6,6 +6,7 @@ pub const PA_PACK_BYTES: u32 = 16;
 pub const PA_ALIGN_PACKS: u32 = 8;
 pub const PA_VETOED: u64 = 9151314442816847872;
 pub const PA_RUN_PACKS: u32 = 64;
+pub const PA_BLOCK_PACKS: u32 = 32;
 pub const PA_NO_SEGMENT: u32 = 4294967295;
 pub const PA_F32: PaDtype = 0;
 pub const PA_F64: PaDtype = 1;
@@ -25,7 +26,10 @@ pub const PA_COMPARE: PaKernel = 9;
 pub const PA_SNAPSHOT: PaKernel = 10;
 pub const PA_APPLY: PaKernel = 11;
 pub const PA_DIRECT_DELTA: PaKernel = 12;
-pub const PA_RING_VOTE: PaKernel = 13;
+pub const PA_RING_INT8: PaKernel = 13;
+pub const PA_RING_BF16: PaKernel = 14;
+pub const PA_REFERENCE: PaKernel = 15;
+pub const PA_RING_VOTE: PaKernel = 16;
 pub type PaKernel = ::std::os::raw::c_uint;
 pub const PA_OPEN: PaKind = 0;
 pub const PA_COMMITTED: PaKind = 1;
@@ -46,6 +50,11 @@ pub const PA_AT_COMMIT: PaPhase = 2;
 pub const PA_AT_GATHER: PaPhase = 3;
 pub const PA_AT_EXIT: PaPhase = 4;
 pub type PaPhase = ::std::os::raw::c_uint;
+pub const PA_RESIDUALS_KEPT: PaResiduals = 0;
+pub const PA_RESIDUALS_STALE: PaResiduals = 1;
+pub const PA_RESIDUALS_ADDED: PaResiduals = 2;
+pub const PA_RESIDUALS_BEGIN: PaResiduals = 3;
+pub type PaResiduals = ::std::os::raw::c_uint;
 pub const PA_FLAG_REJECT_NON_FINITE: PaFlag = 1;
 pub const PA_FLAG_WEIGHTED: PaFlag = 2;
 pub const PA_FLAG_UNNEEDED: PaFlag = 4;
@@ -128,6 +137,8 @@ pub struct PaBucket {
     pub state: u64,
     pub mean: u64,
     pub outer: PaOuter,
+    pub reference: u64,
+    pub residual: u64,
     pub sample: u64,
     pub sample_packs: u64,
     pub sample_period: u64,
@@ -140,7 +151,7 @@ pub struct PaBucket {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaBucket"][::std::mem::size_of::<PaBucket>() - 176usize];
+    ["Size of PaBucket"][::std::mem::size_of::<PaBucket>() - 192usize];
     ["Alignment of PaBucket"][::std::mem::align_of::<PaBucket>() - 8usize];
     [
         "Offset of field: PaBucket::segments",
@@ -167,32 +178,38 @@ const _: () = {
         "Offset of field: PaBucket::outer",
     ][::std::mem::offset_of!(PaBucket, outer) - 56usize];
     [
+        "Offset of field: PaBucket::reference",
+    ][::std::mem::offset_of!(PaBucket, reference) - 120usize];
+    [
+        "Offset of field: PaBucket::residual",
+    ][::std::mem::offset_of!(PaBucket, residual) - 128usize];
+    [
         "Offset of field: PaBucket::sample",
-    ][::std::mem::offset_of!(PaBucket, sample) - 120usize];
+    ][::std::mem::offset_of!(PaBucket, sample) - 136usize];
     [
         "Offset of field: PaBucket::sample_packs",
-    ][::std::mem::offset_of!(PaBucket, sample_packs) - 128usize];
+    ][::std::mem::offset_of!(PaBucket, sample_packs) - 144usize];
     [
         "Offset of field: PaBucket::sample_period",
-    ][::std::mem::offset_of!(PaBucket, sample_period) - 136usize];
+    ][::std::mem::offset_of!(PaBucket, sample_period) - 152usize];
     [
         "Offset of field: PaBucket::snapshot",
-    ][::std::mem::offset_of!(PaBucket, snapshot) - 144usize];
+    ][::std::mem::offset_of!(PaBucket, snapshot) - 160usize];
     [
         "Offset of field: PaBucket::source",
-    ][::std::mem::offset_of!(PaBucket, source) - 152usize];
+    ][::std::mem::offset_of!(PaBucket, source) - 168usize];
     [
         "Offset of field: PaBucket::segment_count",
-    ][::std::mem::offset_of!(PaBucket, segment_count) - 160usize];
+    ][::std::mem::offset_of!(PaBucket, segment_count) - 176usize];
     [
         "Offset of field: PaBucket::dtype",
-    ][::std::mem::offset_of!(PaBucket, dtype) - 164usize];
+    ][::std::mem::offset_of!(PaBucket, dtype) - 180usize];
     [
         "Offset of field: PaBucket::chunk",
-    ][::std::mem::offset_of!(PaBucket, chunk) - 168usize];
+    ][::std::mem::offset_of!(PaBucket, chunk) - 184usize];
     [
         "Offset of field: PaBucket::wire_f32",
-    ][::std::mem::offset_of!(PaBucket, wire_f32) - 172usize];
+    ][::std::mem::offset_of!(PaBucket, wire_f32) - 188usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -415,6 +432,8 @@ pub struct PaChannel {
     pub remote: u32,
     pub finished: u32,
     pub deciding: u32,
+    pub residuals: u32,
+    pub reserved: u32,
     pub bad: u64,
     pub divisor: f64,
     pub divisor_f32: f64,
@@ -425,7 +444,7 @@ pub struct PaChannel {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaChannel"][::std::mem::size_of::<PaChannel>() - 456usize];
+    ["Size of PaChannel"][::std::mem::size_of::<PaChannel>() - 464usize];
     ["Alignment of PaChannel"][::std::mem::align_of::<PaChannel>() - 8usize];
     [
         "Offset of field: PaChannel::status",
@@ -449,26 +468,32 @@ const _: () = {
         "Offset of field: PaChannel::deciding",
     ][::std::mem::offset_of!(PaChannel, deciding) - 132usize];
     [
+        "Offset of field: PaChannel::residuals",
+    ][::std::mem::offset_of!(PaChannel, residuals) - 136usize];
+    [
+        "Offset of field: PaChannel::reserved",
+    ][::std::mem::offset_of!(PaChannel, reserved) - 140usize];
+    [
         "Offset of field: PaChannel::bad",
-    ][::std::mem::offset_of!(PaChannel, bad) - 136usize];
+    ][::std::mem::offset_of!(PaChannel, bad) - 144usize];
     [
         "Offset of field: PaChannel::divisor",
-    ][::std::mem::offset_of!(PaChannel, divisor) - 144usize];
+    ][::std::mem::offset_of!(PaChannel, divisor) - 152usize];
     [
         "Offset of field: PaChannel::divisor_f32",
-    ][::std::mem::offset_of!(PaChannel, divisor_f32) - 152usize];
+    ][::std::mem::offset_of!(PaChannel, divisor_f32) - 160usize];
     [
         "Offset of field: PaChannel::agreed_ns",
-    ][::std::mem::offset_of!(PaChannel, agreed_ns) - 160usize];
+    ][::std::mem::offset_of!(PaChannel, agreed_ns) - 168usize];
     [
         "Offset of field: PaChannel::heartbeat",
-    ][::std::mem::offset_of!(PaChannel, heartbeat) - 168usize];
+    ][::std::mem::offset_of!(PaChannel, heartbeat) - 176usize];
     [
         "Offset of field: PaChannel::segments",
-    ][::std::mem::offset_of!(PaChannel, segments) - 200usize];
+    ][::std::mem::offset_of!(PaChannel, segments) - 208usize];
     [
         "Offset of field: PaChannel::scale",
-    ][::std::mem::offset_of!(PaChannel, scale) - 328usize];
+    ][::std::mem::offset_of!(PaChannel, scale) - 336usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]

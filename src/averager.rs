@@ -3,6 +3,7 @@
 
 mod assemble;
 mod builder;
+mod coded;
 mod defaults;
 mod exchange;
 mod lend;
@@ -53,7 +54,8 @@ use crate::abi::*;
 use crate::plan::End;
 use crate::schedule::{place, Reason};
 use crate::world::{AbortHandle, Agreement, Communicator};
-use crate::{Error, Result};
+use crate::{Compression, Error, Result};
+use coded::Reference;
 use memory::RankMemory;
 use outer_state::{AnchorState, Launches, OuterState};
 use overlap::UnderWay;
@@ -74,9 +76,10 @@ pub enum Algorithm {
     Auto,
     /// Ring all-reduce through mailboxes. Extra memory of a rank: at most S/n + 4 MiB for S bytes
     /// of parameters and n ranks, 16 MiB more on a CUDA device, and the state of an
-    /// [outer optimizer](Builder::outer); with a [stage](Builder::stage) 4 bytes more for each
-    /// element of f16 and bf16, over n. Shard s is summed in the order of ranks s+1, s+2, …, s,
-    /// counted along [`ring_order`](ParamAverager::ring_order).
+    /// [outer optimizer](Builder::outer); 2 S with [compression](Builder::compression); with a
+    /// [stage](Builder::stage) 4 bytes more for each element of f16 and bf16, over n. Shard s is
+    /// summed in the order of ranks s+1, s+2, …, s, counted along
+    /// [`ring_order`](ParamAverager::ring_order).
     Ring,
     /// Owner computes: the owner of each part reads all ranks' values, in rank order, and writes
     /// all ranks' means. No mailboxes, one rounding, at most 1 MiB of extra memory, and the state
@@ -140,6 +143,10 @@ pub struct ParamAverager {
     anchor: AnchorState,
     /// End of the average that was launched last.
     end: End,
+    /// Progress to the first coded average.
+    reference: Reference,
+    /// Code of the average that was launched last.
+    compression: Compression,
     /// True if ranks kept a share of their values in the last average that was made.
     mixed: bool,
     /// Share of the outer optimizer's state that no rank of this view had.
@@ -267,8 +274,8 @@ impl ParamAverager {
         self.algorithm
     }
 
-    /// Memory of this rank beyond its parameters, in bytes: slots, shard, counters, tables, and the
-    /// state of the outer optimizer.
+    /// Memory of this rank beyond its parameters, in bytes: slots, shard, counters, tables, the
+    /// state of the outer optimizer, and the reference and the residual of compression.
     pub fn memory_overhead(&self) -> usize {
         let stage = self.stage.as_ref().map_or(0, RankStage::bytes);
         self.own.bytes(&self.table) + size_of::<PaControl>() + stage

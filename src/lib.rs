@@ -154,6 +154,7 @@ pub mod adapters;
 mod averager;
 mod backend;
 mod bucket;
+mod compression;
 mod deadline;
 mod device;
 mod error;
@@ -182,6 +183,7 @@ pub use averager::{
 pub use backend::cuda::{CudaDevice, Topology};
 #[cfg(feature = "cuda")]
 pub use backend::proximity::{Connection, PeerAccess, PeerRates};
+pub use compression::Compression;
 pub use device::Device;
 pub use error::{
     DeviceError, Error, ErrorKind, LendSource, Phase, Result, StateError, TensorState,

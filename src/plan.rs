@@ -2,8 +2,8 @@
 //! data, made of options alone.
 
 use crate::abi::{
-    PA_ANCHOR, PA_COMPARE, PA_DIRECT, PA_DIRECT_DELTA, PA_DIRECT_STEP, PA_RING, PA_RING_COMMIT,
-    PA_RING_MIX, PA_RING_STEP, PA_RING_VOTE, PA_SAMPLE, PA_SCAN,
+    PaKernel, PA_ANCHOR, PA_COMPARE, PA_DIRECT, PA_DIRECT_DELTA, PA_DIRECT_STEP, PA_REFERENCE,
+    PA_RING, PA_RING_COMMIT, PA_RING_MIX, PA_RING_STEP, PA_RING_VOTE, PA_SAMPLE, PA_SCAN,
 };
 
 /// One step of an average.
@@ -29,6 +29,8 @@ pub(crate) enum Step {
     Delta,
     /// Keep this rank's shard of the tensors as the outer optimizer's anchor.
     Anchor,
+    /// Keep the result as the reference of coded averages.
+    Reference,
     /// Keep a sample of the own values, for telemetry. Waits for no peer.
     Sample,
     /// Compare that sample with the new values. Waits for no peer.
@@ -51,7 +53,7 @@ impl Launch {
 
     /// True if a rank whose tensors are wrong takes part, to tell its peers.
     pub(crate) fn meets(self) -> bool {
-        ![PA_SCAN, PA_ANCHOR, PA_SAMPLE, PA_COMPARE].contains(&self.kernel)
+        ![PA_SCAN, PA_ANCHOR, PA_REFERENCE, PA_SAMPLE, PA_COMPARE].contains(&self.kernel)
     }
 }
 
@@ -76,6 +78,8 @@ pub(crate) enum End {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Plan {
     is_ring: bool,
+    /// Kernel of the ring with a commit.
+    ring: PaKernel,
     steps: Vec<Step>,
 }
 
@@ -110,7 +114,7 @@ impl Plan {
                 steps.insert(gather, Outer);
             }
         }
-        Plan { is_ring, steps }
+        Plan { is_ring, ring: PA_RING_COMMIT, steps }
     }
 
     /// The plan with the user's stage before the commit, if there is one. A plan with a stage is
@@ -118,6 +122,17 @@ impl Plan {
     pub(crate) fn with_stage(mut self, has_stage: bool) -> Plan {
         if has_stage && self.commits_late() {
             self.steps.insert(2, Step::Stage);
+        }
+        self
+    }
+
+    /// The plan of an averager with compression: of an average coded by this kernel, or, with
+    /// `None`, of one in full whose result becomes the reference. A plan of a ring that is all or
+    /// nothing.
+    pub(crate) fn coded(mut self, kernel: Option<PaKernel>) -> Plan {
+        match kernel {
+            Some(kernel) => self.ring = kernel,
+            None => self.steps.push(Step::Reference),
         }
         self
     }
@@ -130,9 +145,9 @@ impl Plan {
     }
 
     /// Launches of this plan in a world of this many ranks. Steps are fused into one launch, except
-    /// for the sample, its comparison, the scan, the anchor and, by the ring, the outer step. Where
-    /// `is_sequenced`, nothing may wait on a device: each segment is a launch of its own, and all
-    /// ranks meet on the host before each.
+    /// for the sample, its comparison, the scan, the anchor, the reference and, by the ring, the
+    /// outer step. Where `is_sequenced`, nothing may wait on a device: each segment is a launch of
+    /// its own, and all ranks meet on the host before each.
     pub(crate) fn launches(&self, world: u32, is_sequenced: bool) -> Vec<Launch> {
         let has = |step| self.steps.contains(&step);
         let mut launches = vec![];
@@ -151,6 +166,9 @@ impl Plan {
         }
         if has(Step::Anchor) {
             launches.push(Launch::all_of(PA_ANCHOR));
+        }
+        if has(Step::Reference) {
+            launches.push(Launch::all_of(PA_REFERENCE));
         }
         if has(Step::Compare) {
             launches.push(Launch::all_of(PA_COMPARE));
@@ -175,15 +193,15 @@ impl Plan {
             }
         };
         let votes = Launch { kernel: PA_RING_VOTE, segments: (commit, commit) };
-        let reduce = || cut(PA_RING_COMMIT, 0, commit);
+        let reduce = || cut(self.ring, 0, commit);
         let has = |step| self.steps.contains(&step);
         let mixes = has(Step::Mix) || has(Step::Delta);
         let reduce = match has(Step::Stage) {
             true => [reduce(), vec![votes]].concat(),
-            false if !has(Step::Outer) && !mixes => return cut(PA_RING_COMMIT, 0, end),
+            false if !has(Step::Outer) && !mixes => return cut(self.ring, 0, end),
             false => reduce(),
         };
-        let gather = cut(if mixes { PA_RING_MIX } else { PA_RING_COMMIT }, commit, end);
+        let gather = cut(if mixes { PA_RING_MIX } else { self.ring }, commit, end);
         if !has(Step::Outer) {
             return [reduce, gather].concat();
         }
@@ -195,6 +213,7 @@ impl Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::abi::PA_RING_INT8;
     use proptest::prelude::*;
 
     fn ends() -> impl Strategy<Value = End> {
@@ -296,6 +315,30 @@ mod tests {
             let sampled = plan.sampled().launches(world, host);
             prop_assert!(!sampled[0].meets() && !sampled[sampled.len() - 1].meets());
             prop_assert_eq!(sampled, expected);
+        }
+
+        /// A coded average has another kernel in the place of the ring's, and nothing else; one in
+        /// full has one launch more.
+        #[test]
+        fn a_code_changes_the_kernel_of_the_ring(
+            world in 2u32..=16, host: bool, end in ends(), telemetry: bool,
+        ) {
+            let end = if end == End::Mix { End::Step } else { end };
+            let of = |kernel: Option<Option<PaKernel>>| {
+                let plan = Plan::new(true, true, true, end);
+                let plan = kernel.map_or(plan.clone(), |kernel| plan.coded(kernel));
+                let plan = if telemetry { plan.sampled() } else { plan };
+                plan.launches(world, host)
+            };
+            let mut expected = of(None);
+            let compare = usize::from(telemetry);
+            expected.insert(expected.len() - compare, Launch::all_of(PA_REFERENCE));
+            prop_assert_eq!(of(Some(None)), expected);
+            let mut expected = of(None);
+            for launch in expected.iter_mut().filter(|launch| launch.kernel == PA_RING_COMMIT) {
+                launch.kernel = PA_RING_INT8;
+            }
+            prop_assert_eq!(of(Some(Some(PA_RING_INT8))), expected);
         }
 
         /// The vote of a stage comes when the reduce has ended, and before any rank commits; all

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use super::coded::Reference;
 use super::lend::with_tensors;
 use super::memory::{check_room, RankMemory, Sizes, LINE_BYTES};
 use super::outer_state::{AnchorState, Launches};
@@ -16,7 +17,7 @@ use crate::backend::{Memory, MemorySpace};
 use crate::overlap::MOST_FRAGMENTS;
 use crate::plan::End;
 use crate::world::{Admission, Handshake};
-use crate::{Error, LendError, Result};
+use crate::{Compression, Error, LendError, Result};
 
 impl ParamAverager {
     /// Builds the averager; if the view contains a joiner, runs the average that transfers the
@@ -49,7 +50,8 @@ impl ParamAverager {
             made = Some(check_room(tensors, names, rank, world).map(|()| {
                 let (table, problem) = Table::new(params, device, space.clone(), fragments);
                 let refusal = problem.map(|problem| table.error(rank, problem));
-                let mut refusal = refusal.or_else(|| table.ambiguity(rank, options.allow_unnamed));
+                let refusal = refusal.or_else(|| table.ambiguity(rank, options.allow_unnamed));
+                let mut refusal = refusal.or_else(|| options.uncoded(&table));
                 let compares = options.start == Start::Own && options.admission == Admission::None;
                 if refusal.is_none() && compares && world > 1 {
                     // SAFETY: the table has the addresses of tensors that are lent now.
@@ -133,6 +135,8 @@ impl ParamAverager {
             },
             inherited: options.inherited.clone(),
             end: End::Mean,
+            reference: Reference::Missing,
+            compression: Compression::None,
             mixed: false,
             lost_state: 0.0,
             #[cfg(feature = "metrics")]

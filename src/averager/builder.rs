@@ -14,7 +14,7 @@ use crate::stage::Stage;
 use crate::world::{Admission, Communicator};
 #[cfg(doc)]
 use crate::Error;
-use crate::{Outer, Overlap, Result};
+use crate::{Compression, Outer, Overlap, Result};
 
 /// Options of a [`ParamAverager`]; the same on every rank.
 #[derive(Clone, Debug)]
@@ -30,6 +30,7 @@ pub struct Builder {
     pub(super) allow_unnamed: bool,
     pub(super) start: Start,
     pub(super) outer: Outer,
+    pub(super) compression: Compression,
     pub(super) telemetry: bool,
     pub(super) overlap: Overlap,
     pub(super) stage: Option<Stage>,
@@ -80,6 +81,7 @@ impl Builder {
             allow_unnamed: false,
             start: Start::Rank(0),
             outer: Outer::mean(),
+            compression: Compression::None,
             telemetry: false,
             overlap: Overlap::default(),
             stage: None,
@@ -182,6 +184,17 @@ impl Builder {
     /// [`Outer::mean`].
     pub fn outer(mut self, outer: Outer) -> Self {
         self.outer = outer;
+        self
+    }
+
+    /// Code in which ranks send how far they have come since the last average, for slow links: by
+    /// the ring, all or nothing, for tensors of f32 alone; values that are not finite are rejected.
+    /// It takes 8 bytes of memory for each element. Averages that give the ranks values to begin
+    /// with are made in full, and so is the first one after a recovery or a join. All ranks get the
+    /// same bits, within a bound of the mean: see
+    /// [`guide::compression`](crate::guide::compression). Default: [`Compression::None`].
+    pub fn compression(mut self, compression: Compression) -> Self {
+        self.compression = compression;
         self
     }
 
@@ -308,6 +321,7 @@ impl Builder {
     pub(super) fn chosen_algorithm(&self) -> Algorithm {
         match self.algorithm {
             Algorithm::Auto if self.reproducible || self.stage.is_some() => Algorithm::Ring,
+            Algorithm::Auto if self.compression != Compression::None => Algorithm::Ring,
             Algorithm::Auto if self.communicator.placement().one_memory() => Algorithm::Direct,
             Algorithm::Auto => Algorithm::Ring,
             chosen => chosen,

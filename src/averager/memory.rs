@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::builder::{Builder, Testing};
+use super::coded;
 use super::defaults;
 use super::link::Link;
 use super::outer_state::OuterState;
@@ -12,7 +13,7 @@ use crate::backend::cpu::instruction_sets;
 use crate::backend::{limits, Engine, Memory, MemorySpace};
 use crate::bucket;
 use crate::world::Control;
-use crate::{DeviceError, Error, Result};
+use crate::{Compression, DeviceError, Error, Result};
 
 /// Bytes between two counters that different ranks write.
 pub(super) const LINE_BYTES: usize = PA_LINE_WORDS as usize * 4;
@@ -113,6 +114,8 @@ pub(super) struct RankMemory {
     pub(super) means: Vec<Memory>,
     /// State of the outer optimizer, if there is one.
     pub(super) outer: Option<Arc<OuterState>>,
+    /// References and residuals of coded averages, for each bucket; empty without compression.
+    pub(super) coded: Vec<[Memory; 2]>,
     /// Samples for telemetry, for each bucket.
     samples: Vec<Memory>,
     /// Copy of one fragment, where averages are made of copies.
@@ -145,6 +148,7 @@ impl RankMemory {
             false => own_failed(reason),
         };
         let (mut shards, mut means, mut samples) = (vec![], vec![], vec![]);
+        let mut coded = vec![];
         let mut outer = match options.outer.is_mean() {
             true => None,
             false => Some(
@@ -170,6 +174,9 @@ impl RankMemory {
                 wire_f32: u32::from(options.has_f32_wire() && bucket.dtype.size() == 2),
                 ..bytemuck::Zeroable::zeroed()
             };
+            if ring && options.compression != Compression::None {
+                coded.push(coded::memory(space, raw).map_err(own_failed)?);
+            }
             if options.telemetry {
                 let sample = bucket::Sample::of(bucket.packs, channels);
                 let bytes = (sample.packs * u64::from(channels)) as usize * PA_PACK_BYTES as usize;
@@ -242,6 +249,7 @@ impl RankMemory {
             shards,
             means,
             outer: outer.map(Arc::new),
+            coded,
             samples,
             copy,
             inbox: inbox.map(Arc::new),
@@ -253,6 +261,7 @@ impl RankMemory {
     /// Number of bytes in all.
     pub(super) fn bytes(&self, table: &Table) -> usize {
         let own = self.shards.iter().chain(&self.means).chain(&self.samples).chain(&self.copy);
+        let own = own.chain(self.coded.as_flattened());
         let own: usize = own.map(Memory::bytes).sum();
         let mailbox: usize =
             [&self.inbox, &self.credits].into_iter().flatten().map(|memory| memory.bytes()).sum();

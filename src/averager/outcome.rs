@@ -170,6 +170,7 @@ impl ParamAverager {
                 1 => self.communicator.has_joiner(),
                 _ => self.ended().next().is_some_and(|status| status.joiner != 0),
             },
+            compression: self.compression,
             lost_state: self.lost_state,
             local_steps: self.call.local_steps,
             telemetry: (self.options.telemetry && !self.is_alone()).then(|| self.telemetry()),

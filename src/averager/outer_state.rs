@@ -31,19 +31,29 @@ pub(super) struct Launches {
     mix: Vec<Launch>,
     delta: Vec<Launch>,
     step_delta: Vec<Launch>,
+    coded_mean: Vec<Launch>,
+    coded_step: Vec<Launch>,
 }
 
 impl Launches {
     pub(super) fn new(options: &Builder, ring: bool) -> Launches {
         let world = options.communicator.world_size() as u32;
-        let to = |end| {
+        let kernel = options.compression.kernel().filter(|_| ring);
+        let in_code = |end, is_coded: bool| {
             let plan = Plan::new(ring, options.commits_late(), options.rejects_non_finite(), end)
                 .with_stage(options.stage.is_some());
+            let plan = match kernel {
+                Some(kernel) => plan.coded(is_coded.then_some(kernel)),
+                None => plan,
+            };
             let plan = if options.telemetry { plan.sampled() } else { plan };
             plan.launches(world, options.is_sequenced())
         };
+        let to = |end| in_code(end, false);
         let (has_state, copies) = (!options.outer.is_mean(), options.overlap.copies());
         let to_if = |has: bool, end| if has { to(end) } else { vec![] };
+        let coded =
+            |has: bool, end| if has && kernel.is_some() { in_code(end, true) } else { vec![] };
         Launches {
             mean: to(End::Mean),
             anchor: to_if(has_state, End::Anchor),
@@ -51,17 +61,22 @@ impl Launches {
             mix: to_if(has_state, End::Mix),
             delta: to_if(copies, End::Delta),
             step_delta: to_if(has_state && copies, End::StepDelta),
+            coded_mean: coded(!has_state, End::Mean),
+            coded_step: coded(has_state, End::Step),
         }
     }
 
-    pub(super) fn to(&self, end: End) -> &[Launch] {
-        match end {
-            End::Mean => &self.mean,
-            End::Anchor => &self.anchor,
-            End::Step => &self.step,
-            End::Mix => &self.mix,
-            End::Delta => &self.delta,
-            End::StepDelta => &self.step_delta,
+    /// The launches of an average with this end.
+    pub(super) fn to(&self, end: End, is_coded: bool) -> &[Launch] {
+        match (end, is_coded) {
+            (End::Mean, false) => &self.mean,
+            (End::Mean, true) => &self.coded_mean,
+            (End::Step, false) => &self.step,
+            (End::Step, true) => &self.coded_step,
+            (End::Anchor, _) => &self.anchor,
+            (End::Mix, _) => &self.mix,
+            (End::Delta, _) => &self.delta,
+            (End::StepDelta, _) => &self.step_delta,
         }
     }
 }
@@ -243,9 +258,10 @@ impl ParamAverager {
     }
 
     /// True if a rank that has ended its steps takes part in this call, as in any of the schedule.
-    /// With an outer optimizer or a stage not in one of another end: the recovery's makes no step.
+    /// With an outer optimizer, a stage or a code not in one of another end: the recovery's makes
+    /// no step, and is not coded.
     pub(super) fn is_joined_by_done(&self, call: Call) -> bool {
-        let has_step = self.has_outer() || self.stage.is_some();
+        let has_step = self.has_outer() || self.stage.is_some() || self.has_code();
         let is_other = has_step && call.place == place::RECOVERY;
         place::is_of_schedule(call.place) && !is_other
     }

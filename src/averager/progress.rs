@@ -84,6 +84,7 @@ mod tests {
             algorithm: Algorithm::Ring,
             channels: 1,
             chunk_bytes: 0,
+            compression: Default::default(),
             join_pending: true,
             lost_state: 0.0,
             local_steps: 0,

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::{Algorithm, Telemetry};
+use crate::Compression;
 
 /// Bytes, time and bandwidth of one average, on this rank.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,6 +30,9 @@ pub struct Report {
     pub channels: u32,
     /// Bytes of parameters in one slot of the ring. 0 for the direct average, which has no slots.
     pub chunk_bytes: u64,
+    /// Code in which differences travelled. [`Compression::None`] without compression, and with it
+    /// for an average that was made in full, as the first one is.
+    pub compression: Compression,
     /// True if a process waits to [join](crate::Communicator::join) this world; the same on every
     /// rank. [`LocalSgd`](crate::LocalSgd) or
     /// [`ParamAverager::admit_joiner`](crate::ParamAverager::admit_joiner) admits it.

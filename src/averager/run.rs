@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use super::coded::CODED;
 use super::outer_state::AnchorState;
 use super::stage::StageOf;
 use super::table::Problem;
@@ -93,13 +94,14 @@ impl ParamAverager {
                            every replay of the graph makes",
             });
         }
-        if is_captured && !self.has_anchor() {
+        if is_captured && !(self.has_anchor() && self.has_reference()) {
             return Err(Error::InvalidOption {
                 rank: self.rank(),
                 option: "stream",
                 found: "being captured, before the first average since a recovery".into(),
-                expected: "one average that is not captured: the outer optimizer's steps begin \
-                           from it",
+                expected:
+                    "one average that is not captured: the outer optimizer's steps, and what \
+                           compression codes, begin from it",
             });
         }
         // If captured, every replay of the graph would report the refusal to the peers.
@@ -107,7 +109,7 @@ impl ParamAverager {
             return Err(refusal.clone());
         }
         self.prepare_outer()?;
-        let end = self.end_of(call);
+        let (end, is_coded) = (self.end_of(call), self.is_coded(call));
         self.end = end;
         self.call = call;
         // A graph replays the same flags each time, but joiners come and go.
@@ -117,7 +119,7 @@ impl ParamAverager {
         let args = PaArgs {
             buckets,
             bucket_count,
-            schedule: call.schedule,
+            schedule: call.schedule ^ if is_coded { CODED } else { 0 },
             weight: call.weight.unwrap_or(1.0),
             detail: problem.map_or(0, |problem| problem.tensor),
             found: problem.map_or(call.place, |problem| problem.found),
@@ -136,7 +138,8 @@ impl ParamAverager {
         };
         // With a problem, no tensor is read: the launch with the entry barrier reports it.
         // Launches that do not meet come first. No allocation: averages on CPUs make none.
-        let launches = self.launches.to(end);
+        self.launched_coded(call, is_coded);
+        let launches = self.launches.to(end, is_coded);
         let first = launches.iter().position(|launch| problem.is_none() || launch.meets());
         let launches = &launches[first.unwrap_or(0)..];
         if end == End::Anchor {

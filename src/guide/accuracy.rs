@@ -13,6 +13,8 @@
 //!
 //! A mean next to the largest finite f32 or f64 may be infinite.
 //!
+//! With [compression](super::compression) the bounds are others, and so are those of equal values.
+//!
 //! These are the bounds of the mean. The step of an [outer optimizer](super::outer) is computed in
 //! the type of sums, from a mean in that type and from state in that type; each operation is
 //! rounded. Its result is rounded once to the dtype of the tensors.
@@ -36,8 +38,10 @@
 //! * the outer optimizer, if there is one, with all earlier averages;
 //! * the algorithm, which [`Algorithm::Auto`](crate::Algorithm::Auto) chooses by placement: direct
 //!   between threads of one process, the ring between processes;
-//! * with three ranks or more by the ring: [`channels`](crate::Builder::channels),
-//!   [`chunk_bytes`](crate::Builder::chunk_bytes), [`narrow_wire`](crate::Builder::narrow_wire) and
+//! * the [compression](super::compression);
+//! * with three ranks or more by the ring, or with compression:
+//!   [`channels`](crate::Builder::channels), [`chunk_bytes`](crate::Builder::chunk_bytes),
+//!   [`narrow_wire`](crate::Builder::narrow_wire) and
 //!   [`ring_order`](crate::ParamAverager::ring_order). They decide which rank sums which element
 //!   first, and the default of `channels` is the machine's cores divided by the ranks.
 //!

@@ -19,6 +19,7 @@
 //! | [`practice`] | Which H and which learning rate? How are optimizer state, buffers and data treated? |
 //! | [`outer`] | Which outer optimizer, and how is its state kept? |
 //! | [`overlap`] | How does training go on while an average is made, and what does it cost? |
+//! | [`compression`] | What do coded averages cost, and how far off is the mean? |
 //! | [`accuracy`] | How exact is the mean, and when do two runs have the same bits? |
 //!
 //! # The data path of an average
@@ -66,13 +67,14 @@
 //!
 //! # Memory and system calls
 //! Extra memory per rank on CPUs: at most S/n + 4 MiB by the ring, for S bytes of parameters and n
-//! ranks, and 1 MiB directly; the state of an [outer optimizer](outer); and with an
-//! [`Overlap::delay`](crate::Overlap::delay) a copy of the largest fragment. After construction
-//! nothing is allocated and no system call is made, waiting and averages of copies aside; except in
-//! the first average after a recovery or a join, which divides that state anew. On a CUDA device
-//! the slots take up to 16 MiB, and the driver may allocate.
+//! ranks, and 1 MiB directly; the state of an [outer optimizer](outer); with an
+//! [`Overlap::delay`](crate::Overlap::delay) a copy of the largest fragment; and 2 S with
+//! [compression]. After construction nothing is allocated and no system call is made, waiting and
+//! averages of copies aside; except in the first average after a recovery or a join, which divides
+//! that state anew. On a CUDA device the slots take up to 16 MiB, and the driver may allocate.
 
 pub mod accuracy;
+pub mod compression;
 pub mod failures;
 pub mod frameworks;
 #[cfg(all(target_os = "linux", feature = "processes"))]

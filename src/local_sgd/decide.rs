@@ -106,7 +106,7 @@ impl LocalSgd {
             _ => {}
         }
         let (bytes, ranks) = (report.bytes as f64, report.world_size as f64);
-        let sent = 2.0 * bytes * (ranks - 1.0) / ranks;
+        let sent = 2.0 * bytes * report.compression.ratio() * (ranks - 1.0) / ranks;
         Agreed { measured: report.measured, sent, rate }
     }
 

@@ -2,6 +2,9 @@
 
 mod accuracy;
 mod average;
+mod compression;
+mod compression_oracle;
+mod compression_promises;
 mod equal;
 mod exchange;
 mod extremes;

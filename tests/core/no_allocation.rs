@@ -9,7 +9,7 @@ use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Barrier;
 
-use param_averager::{Algorithm, LocalSgd, Schedule};
+use param_averager::{Algorithm, Compression, LocalSgd, Schedule};
 use test_support::{ranks, tests, tool};
 
 struct Counting;
@@ -56,20 +56,21 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-/// Algorithm, `all_or_nothing`, `reject_non_finite`, and whether there is a stage.
-const WAYS: [(Algorithm, bool, bool, bool); 6] = [
-    (Algorithm::Direct, true, false, false),
-    (Algorithm::Direct, true, true, false),
-    (Algorithm::Ring, true, false, false),
-    (Algorithm::Ring, true, true, false),
-    (Algorithm::Ring, false, true, false),
-    (Algorithm::Ring, true, true, true),
+/// Algorithm, `all_or_nothing`, `reject_non_finite`, whether there is a stage, and the code.
+const WAYS: [(Algorithm, bool, bool, bool, Compression); 7] = [
+    (Algorithm::Direct, true, false, false, Compression::None),
+    (Algorithm::Direct, true, true, false, Compression::None),
+    (Algorithm::Ring, true, false, false, Compression::None),
+    (Algorithm::Ring, true, true, false, Compression::None),
+    (Algorithm::Ring, false, true, false, Compression::None),
+    (Algorithm::Ring, true, true, true, Compression::None),
+    (Algorithm::Ring, true, true, false, Compression::Int8),
 ];
 
 /// Averages a model many times on two ranks, between two calls of `mark`; nothing else runs at the
 /// time.
 fn average_between(mark: impl Fn(&str) + Sync) {
-    for (algorithm, all_or_nothing, reject, has_stage) in WAYS {
+    for (algorithm, all_or_nothing, reject, has_stage, code) in WAYS {
         let barrier = Barrier::new(2);
         ranks(2, |communicator| {
             COUNTED.set(true);
@@ -80,6 +81,7 @@ fn average_between(mark: impl Fn(&str) + Sync) {
                 .all_or_nothing(all_or_nothing)
                 .reject_non_finite(reject)
                 .channels(1)
+                .compression(code)
                 .telemetry(true);
             let builder = match has_stage {
                 true => builder.stage(|shard| {

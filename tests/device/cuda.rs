@@ -2,6 +2,7 @@
 
 mod any_stream;
 mod beside;
+mod coded;
 mod graphs;
 #[cfg(feature = "cuda")]
 mod interop;
@@ -87,6 +88,16 @@ pub fn outer_calls_that_differ_are_an_error_on_every_rank() {
 
 pub fn outer_states_are_saved_and_loaded() {
     scenario("outer-saved", &[&[ONE]]);
+}
+
+pub fn coded_averages_have_the_bits_of_the_cpu() {
+    scenario("coded", &[&[ONE, ("CUDASIM_SEED", "1")]]);
+    scenario("coded-devices", &[&[TWO, ("CUDASIM_SEED", "1")]]);
+    scenario("coded-failures", &[&[ONE]]);
+}
+
+pub fn coded_averages_have_no_race() {
+    scenario("coded-races", &[&[ONE, ("CUDASIM_RACE", "1")]]);
 }
 
 pub fn telemetry_has_the_numbers_of_the_cpu() {

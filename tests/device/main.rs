@@ -40,6 +40,8 @@ fn main() -> ExitCode {
     let mut tests = tests![
         cuda::averages_have_the_bits_of_the_cpu: driver,
         cuda::outer_steps_have_the_bits_of_the_cpu: driver,
+        cuda::coded_averages_have_the_bits_of_the_cpu: driver,
+        cuda::coded_averages_have_no_race: driver,
         cuda::telemetry_has_the_numbers_of_the_cpu: driver,
         cuda::outer_calls_that_differ_are_an_error_on_every_rank: driver,
         cuda::outer_states_are_saved_and_loaded: driver,

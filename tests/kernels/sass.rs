@@ -20,35 +20,48 @@ use test_support::Skip;
 
 /// The kernels and the loops that move packs in each: f32, f64, f16, bf16, and in the ring the last
 /// two again with partial sums of f32, where the first partial sum is made of raw packs.
-const KERNELS: [(&str, Expected); 13] = [
+const KERNELS: [(&str, Expected); 16] = [
     // Loops per dtype: two, three and four ranks, and more of them, four by four.
-    ("pa_direct", Expected { hot_loops: 4 * 4, loads: 92, talks: true, steps: 0 }),
+    ("pa_direct", Expected { hot_loops: 4 * 4, loads: 92, talks: true, steps: 0, codes: false }),
     // Loops per dtype: first, middle and last step of the reduce; then middle and last step of the
     // gather. In a few places ptxas 13.0 enters a loop at two points, which makes it no natural
     // loop: 3 of 32 on sm_100 and sm_120. Its 128-bit loads are there all the same.
-    ("pa_ring", Expected { hot_loops: 6 * 5 - 1, loads: 250, talks: true, steps: 6 * 5 + 2 }),
+    (
+        "pa_ring",
+        Expected { hot_loops: 6 * 5 - 1, loads: 250, talks: true, steps: 6 * 5 + 2, codes: false },
+    ),
     // Loops per dtype: first, middle and last step of each; of 16 bits also the last step of the
     // reduce whose mean is not narrowed. On sm_100 and sm_120 one is no natural loop.
     (
         "pa_ring_commit",
-        Expected { hot_loops: 6 * 6 + 4 - 1, loads: 300, talks: true, steps: 6 * 7 },
+        Expected { hot_loops: 6 * 6 + 4 - 1, loads: 300, talks: true, steps: 6 * 7, codes: false },
     ),
     // Loops per dtype: any number of ranks, of both optimizers.
-    ("pa_direct_step", Expected { hot_loops: 4 * 2, loads: 60, talks: true, steps: 0 }),
+    (
+        "pa_direct_step",
+        Expected { hot_loops: 4 * 2, loads: 60, talks: true, steps: 0, codes: false },
+    ),
     // Loops per dtype: the steps of both optimizers.
-    ("pa_ring_step", Expected { hot_loops: 4 * 2, loads: 60, talks: true, steps: 0 }),
+    ("pa_ring_step", Expected { hot_loops: 4 * 2, loads: 60, talks: true, steps: 0, codes: false }),
     // Loops per dtype: first, middle and last step of the gather.
-    ("pa_ring_mix", Expected { hot_loops: 6 * 3, loads: 60, talks: true, steps: 6 * 3 }),
-    ("pa_anchor", Expected { hot_loops: 4, loads: 20, talks: false, steps: 0 }),
-    ("pa_sample", Expected { hot_loops: 4, loads: 20, talks: false, steps: 0 }),
+    (
+        "pa_ring_mix",
+        Expected { hot_loops: 6 * 3, loads: 60, talks: true, steps: 6 * 3, codes: false },
+    ),
+    // Loops: first, middle and last step of the reduce, differences and codes; of the gather.
+    ("pa_ring_int8", Expected { hot_loops: 10, loads: 60, talks: true, steps: 6, codes: true }),
+    ("pa_ring_bf16", Expected { hot_loops: 10, loads: 60, talks: true, steps: 6, codes: true }),
+    ("pa_reference", Expected { hot_loops: 1, loads: 5, talks: false, steps: 0, codes: false }),
+    ("pa_anchor", Expected { hot_loops: 4, loads: 20, talks: false, steps: 0, codes: false }),
+    ("pa_sample", Expected { hot_loops: 4, loads: 20, talks: false, steps: 0, codes: false }),
     // Reads 64 KiB of each dtype at most; ptxas for sm_120 loads two by two, of f16 and bf16.
-    ("pa_compare", Expected { hot_loops: 0, loads: 40, talks: false, steps: 0 }),
+    ("pa_compare", Expected { hot_loops: 0, loads: 40, talks: false, steps: 0, codes: false }),
     // Loops per dtype.
-    ("pa_snapshot", Expected { hot_loops: 4, loads: 20, talks: false, steps: 0 }),
-    ("pa_apply", Expected { hot_loops: 4, loads: 40, talks: false, steps: 0 }),
+    ("pa_snapshot", Expected { hot_loops: 4, loads: 20, talks: false, steps: 0, codes: false }),
+    ("pa_apply", Expected { hot_loops: 4, loads: 40, talks: false, steps: 0, codes: false }),
     // Loops per dtype: any number of ranks.
-    ("pa_direct_delta", Expected { hot_loops: 4, loads: 40, talks: true, steps: 0 }),
-    ("pa_scan", Expected { hot_loops: 4, loads: 20, talks: false, steps: 0 }),
+    ("pa_direct_delta", Expected { hot_loops: 4, loads: 40, talks: true, steps: 0, codes: false }),
+    ("pa_scan", Expected { hot_loops: 4, loads: 20, talks: false, steps: 0, codes: false }),
 ];
 
 /// Skips without machine code or the tools that print it.
@@ -175,7 +188,8 @@ pub fn the_checks_find_what_they_look_for() {
             _ => 0,
         };
         let hot_loops = usize::from(name != "many_registers");
-        let complaints = check(kernel, &Expected { hot_loops, loads: 0, talks, steps }).complaints;
+        let complaints =
+            check(kernel, &Expected { hot_loops, loads: 0, talks, steps, codes: false }).complaints;
         for complaint in &complaints {
             assert!(expected.iter().any(|flaw| complaint.starts_with(flaw)), "{name}: {complaint}");
         }

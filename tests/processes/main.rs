@@ -4,6 +4,7 @@
 #[cfg(target_os = "linux")]
 mod admissions;
 #[cfg(target_os = "linux")]
+mod coded;
 mod deaths;
 #[cfg(target_os = "linux")]
 mod forks;
@@ -96,6 +97,9 @@ fn main() -> std::process::ExitCode {
             admissions::abort_during_an_admission_reports_both_halves,
             admissions::lost_joiner_does_not_hide_the_average,
             admissions::joiner_killed_at_any_time_leaves_whole_models,
+            coded::kills_leave_equal_values_within_their_bound,
+            coded::kill_at_any_step_of_a_coded_average,
+            coded::a_joiner_counts_from_the_values_of_the_others,
             deaths::kill_at_any_step_of_3_ranks,
             deaths::kill_at_some_steps_of_4_and_8_ranks: stress,
             deaths::kill_at_any_step_of_2_ranks,

@@ -37,6 +37,10 @@ impl Builder {
                 let (option, found, expected) = self.overlap_refusal().expect("just seen");
                 refuse(option, found, expected)
             }
+            _ if self.compression_refusal().is_some() => {
+                let (option, found, expected) = self.compression_refusal().expect("just seen");
+                refuse(option, found, expected)
+            }
             _ if self.stage.is_some() && self.stage_refusal().is_some() => {
                 let (option, found, expected) = self.stage_refusal().expect("just seen");
                 refuse(option, found.into(), expected)
@@ -88,6 +92,7 @@ impl Builder {
             ("narrow_wire", self.narrow_wire.to_string()),
             ("start_from", format!("{:?}", self.start)),
             ("outer", self.outer.to_string()),
+            ("compression", format!("{:?}", self.compression)),
             ("telemetry", self.telemetry.to_string()),
             ("overlap", self.overlap.to_string()),
             ("stage", self.stage.as_ref().map_or("none".into(), |stage| format!("{stage:?}"))),

@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::assembly::{Assembly, Piece};
 use super::{AnchorState, BucketState, OuterState};
 use crate::abi::{PA_ALIGN_PACKS, PA_MAX_WORLD};
+use crate::averager::coded::Reference;
 use crate::averager::ParamAverager;
 use crate::bucket::{Division, Run};
 use crate::error::StateError;
@@ -129,6 +130,8 @@ impl ParamAverager {
         self.anchor = if is_set { AnchorState::Set } else { AnchorState::Missing };
         self.mixed = shards.iter().any(|shard| shard.is_mixed);
         self.inherited = None;
+        // The outer parameters are other ones than those that the ranks have had last.
+        self.reference = Reference::Missing;
         Ok(())
     }
 }

@@ -15,7 +15,7 @@ use crate::backend::reclaim::{register_spare, Reclaim};
 use crate::sync::lock;
 
 /// Names of the kernels, indexed by `PaKernel`.
-const KERNELS: [&str; 13] = [
+const KERNELS: [&str; 16] = [
     "pa_direct",
     "pa_ring",
     "pa_ring_commit",
@@ -29,6 +29,9 @@ const KERNELS: [&str; 13] = [
     "pa_snapshot",
     "pa_apply",
     "pa_direct_delta",
+    "pa_ring_int8",
+    "pa_ring_bf16",
+    "pa_reference",
 ];
 /// Name of the kernel that tests peer access.
 const PROBE: &str = "pa_probe";

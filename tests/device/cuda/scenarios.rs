@@ -5,7 +5,7 @@ use super::outer::{self, outers};
 use super::steps::steps;
 use super::streams::streams;
 use super::way::{shapes, Way, WAY};
-use super::{any_stream, beside, graphs, links, overlap, strict, telemetry};
+use super::{any_stream, beside, coded, graphs, links, overlap, strict, telemetry};
 use param_averager::*;
 use std::sync::Barrier;
 use std::time::Duration;
@@ -36,6 +36,10 @@ pub fn run(scenario: &str) {
         "overlap" => overlap::on_one_device(),
         "overlap-devices" => overlap::on_two_devices(),
         "overlap-streams" => overlap::on_streams(),
+        "coded" => coded::all(),
+        "coded-devices" => coded::on_two_devices(),
+        "coded-races" => coded::races(),
+        "coded-failures" => coded::failures(),
         "telemetry" => telemetry::on_one_device(),
         "telemetry-devices" => telemetry::on_two_devices(),
         "host-failures" => links::host_failures(),

@@ -21,6 +21,7 @@ pub struct Way {
     pub narrow_wire: bool,
     pub weighted: bool,
     pub outer: Outer,
+    pub compression: Compression,
     pub channels: u32,
     pub chunk: usize,
     pub slots: u32,
@@ -38,6 +39,7 @@ pub const WAY: Way = Way {
     narrow_wire: false,
     weighted: false,
     outer: Outer::mean(),
+    compression: Compression::None,
     channels: 2,
     chunk: 4096,
     slots: 4,
@@ -57,6 +59,7 @@ impl Way {
             .algorithm(self.algorithm)
             .start_from(if is_mean { Start::Own } else { Start::Rank(0) })
             .outer(self.outer)
+            .compression(self.compression)
             .link(link)
             .all_or_nothing(self.all_or_nothing)
             .reject_non_finite(self.reject)
@@ -74,11 +77,12 @@ impl Way {
             .build(model)
     }
 
-    /// Results of two averages of fresh models, or of four with an outer optimizer. The model of
-    /// rank `order[p]` of a ring on devices is that of rank p of one on CPUs, so that both make
-    /// their sums in the same order.
+    /// Results of two averages of fresh models, or of four with an outer optimizer or a code. The
+    /// model of rank `order[p]` of a ring on devices is that of rank p of one on CPUs, so that both
+    /// make their sums in the same order.
     pub fn averages(&self, devices: &[Device], shapes: &[Shape], order: &[usize]) -> Vec<Vec<u8>> {
-        let rounds = if self.outer == Outer::mean() { 3 } else { 5 };
+        let is_plain = self.outer == Outer::mean() && self.compression == Compression::None;
+        let rounds = if is_plain { 3 } else { 5 };
         let results = ranks_of(devices, |communicator| {
             let (rank, on) = (communicator.rank(), communicator.device());
             let data = if on == Device::cpu() { order[rank] } else { rank };

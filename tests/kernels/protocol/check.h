@@ -83,6 +83,8 @@ inline uint64_t check(const World& w, const Plan& plan, uint32_t r, Expect expec
         for (uint32_t q = 0; q < n; ++q)
           values[q] = decode(shape.dtype, local_bits(w, plan, q, b, t, i));
         Mean mean = mean_of(shape.dtype, values.data(), weights.data(), n, narrow_wire);
+        // n codes: of differences from the last mean, and of what the averages before have left.
+        if (w.s.is_coded()) mean.tolerance += 2 * n * 8.5 / 250;
         const double got = decode(shape.dtype, bits);
         // The difference and its sum with the value are rounded, too; neither exceeds 8.
         if (w.s.copies) mean.tolerance += std::ldexp(16, -int(kFormat[shape.dtype].mantissa) - 1);

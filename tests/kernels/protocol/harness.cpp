@@ -9,6 +9,7 @@
 #include <cstdlib>
 
 static int chosen_mutant = 0; // the mutant that counts, of those in a build with PA_MUTANTS
+#include "scenario_coded.h"
 #include "scenario_done.h"
 #include "scenario_measured.h"
 #include "scenario_parts.h"
@@ -39,6 +40,9 @@ constexpr Scenario kScenarios[] = {
     {"abort", aborted},
     {"decision", decision},
     {"leave_at_each_step", leave_at_each_step},
+    {"leave_at_each_coded_step", leave_at_each_coded_step},
+    {"coded", coded},
+    {"coded_in_sequence", coded_in_sequence},
     {"turns", turns},
     {"beside", beside},
     {"stopped", stopped},

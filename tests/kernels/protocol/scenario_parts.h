@@ -69,10 +69,10 @@ inline void run_here(const World& w, uint32_t r, uint32_t c, const PaArgs& a) {
 #if defined(PA_LANES)
   PA_ISA::Lanes shared{};
   pthread_barrier_init(&shared.barrier, nullptr, 1);
-  PA_ISA::run_kernel(PA_ISA::Exec{{c}, 0, 1, &shared}, a, PA_RING_COMMIT);
+  PA_ISA::run_kernel(PA_ISA::Exec{{c}, 0, 1, &shared}, a, w.s.kernel);
   pthread_barrier_destroy(&shared.barrier);
 #else
-  PA_ISA::run_kernel(PA_ISA::Exec{{c}}, a, PA_RING_COMMIT);
+  PA_ISA::run_kernel(PA_ISA::Exec{{c}}, a, w.s.kernel);
 #endif
   own_stop = nullptr;
 }

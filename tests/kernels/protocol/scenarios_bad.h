@@ -227,49 +227,55 @@ inline void decision() {
 }
 
 // Ends one rank before its first protocol step, its second, … until it completes the average.
-inline void leave_at_each_step() {
-  for (Mode mode : {Mode::kCommit, Mode::kRing, Mode::kDirect}) {
-    std::atomic<uint32_t> next_step{1};
-    std::atomic<bool> completed{false};
-    const auto try_steps = [&](uint32_t helper) {
-      delay_state = mix(helper + 5);
-      while (!completed) {
-        const uint32_t step = next_step++;
-        Setup s = setup_of(mode, 3 + step % 2, 1 + step % 2, 2 * (300 + step));
-        s.buckets = {{PA_F32, false, {190, 3, 70}}};
-        s.timeout_ns = kTimeoutNs;
-        const uint32_t dead = step % s.world;
-        World w(s);
-        std::vector<Outcome> o(s.world);
-        each_rank(w, [&](uint32_t r) {
-          fill(w, Plan{}, r);
-          Call call;
-          if (r == dead) call.fault_step = step;
-          o[r] = w.average(r, call);
-        });
-        if (o[dead].kind == PA_COMMITTED) {
-          for (uint32_t r = 0; r < s.world; ++r) expect_outcome(w, r, 0, o[r], PA_COMMITTED, 0);
-          check_agreement(w, Plan{}, o, ~0u);
-          completed = true;
-          return;
-        }
-        const bool committed = check_agreement(w, Plan{}, o, dead);
-        for (uint32_t r = 0; r < s.world; ++r)
-          // Direct, after the entry barrier: an ended rank publishes its exit, so that no peer
-          // waits.
-          if (r != dead && o[r].kind != PA_COMMITTED)
-            expect_outcome(w, r, 0, o[r],
-                           mode == Mode::kDirect && step > 1 ? PA_DEPARTED : PA_TIMEOUT, dead);
-        for (uint32_t r = 0; r < s.world; ++r)
-          if (mode == Mode::kDirect && o[r].kind == PA_COMMITTED)
-            wrong("direct: rank %u does not know that rank %u left its part undone", r, dead);
-        if (committed && !o[dead].committed)
-          wrong("%s: committed although rank %u died before step %u, not having agreed",
-                name_of(mode), dead, step);
+inline void leave_at_each_step_of(Mode mode, uint32_t kernel) {
+  std::atomic<uint32_t> next_step{1};
+  std::atomic<bool> completed{false};
+  const auto try_steps = [&](uint32_t helper) {
+    delay_state = mix(helper + 5);
+    while (!completed) {
+      const uint32_t step = next_step++;
+      Setup s = setup_of(mode, 3 + step % 2, 1 + step % 2, 2 * (300 + step));
+      s.buckets = {{PA_F32, false, {190, 3, 70}}};
+      s.timeout_ns = kTimeoutNs;
+      s.kernel = kernel;
+      const uint32_t dead = step % s.world;
+      World w(s);
+      std::vector<Outcome> o(s.world);
+      each_rank(w, [&](uint32_t r) {
+        fill(w, Plan{}, r);
+        Call call;
+        if (r == dead) call.fault_step = step;
+        o[r] = w.average(r, call);
+      });
+      if (o[dead].kind == PA_COMMITTED) {
+        for (uint32_t r = 0; r < s.world; ++r) expect_outcome(w, r, 0, o[r], PA_COMMITTED, 0);
+        check_agreement(w, Plan{}, o, ~0u);
+        completed = true;
+        return;
       }
-    };
-    std::vector<std::thread> helpers; // mostly waiting for deadlines
-    for (uint32_t i = 0; i < 4; ++i) helpers.emplace_back(try_steps, i);
-    for (auto& helper : helpers) helper.join();
-  }
+      const bool committed = check_agreement(w, Plan{}, o, dead);
+      for (uint32_t r = 0; r < s.world; ++r)
+        // Direct, after the entry barrier: an ended rank publishes its exit, so that no peer
+        // waits.
+        if (r != dead && o[r].kind != PA_COMMITTED)
+          expect_outcome(w, r, 0, o[r],
+                         mode == Mode::kDirect && step > 1 ? PA_DEPARTED : PA_TIMEOUT, dead);
+      for (uint32_t r = 0; r < s.world; ++r)
+        if (mode == Mode::kDirect && o[r].kind == PA_COMMITTED)
+          wrong("direct: rank %u does not know that rank %u left its part undone", r, dead);
+      if (committed && !o[dead].committed)
+        wrong("%s: committed although rank %u died before step %u, not having agreed",
+              name_of(mode), dead, step);
+    }
+  };
+  std::vector<std::thread> helpers; // mostly waiting for deadlines
+  for (uint32_t i = 0; i < 4; ++i) helpers.emplace_back(try_steps, i);
+  for (auto& helper : helpers) helper.join();
+}
+inline void leave_at_each_step() {
+  for (Mode mode : {Mode::kCommit, Mode::kRing, Mode::kDirect})
+    leave_at_each_step_of(mode, PA_RING_COMMIT);
+}
+inline void leave_at_each_coded_step() {
+  for (uint32_t kernel : {PA_RING_INT8, PA_RING_BF16}) leave_at_each_step_of(Mode::kCommit, kernel);
 }

@@ -26,6 +26,8 @@ struct Setup {
   bool steps = false; // with an outer optimizer; its state is set to 0 before each average
   bool stages = false; // with a stage on the host, which changes nothing
   bool copies = false; // of a copy of the tensors, which get its change at the end
+  uint32_t kernel = PA_RING_COMMIT; // or PA_RING_INT8, PA_RING_BF16, of buckets of f32
+  bool is_coded() const { return kernel != PA_RING_COMMIT; }
 };
 // Inputs of one average on one rank.
 struct Call {
@@ -37,6 +39,7 @@ struct Call {
   // PA_RING_COMMIT: bit s: segment s begins a launch. Others begin as World::cuts() says.
   uint32_t cuts = 0;
   bool anchors = false; // Setup.steps: the average becomes the anchor, without a step
+  bool in_full = false; // of a coded setup: the average has no code, and becomes the reference
   bool vetoes = false;  // Setup.stages: the stage refuses
   // Delays before the average, between its launches, and of the last channel alone.
   uint32_t before_us = 0, between_us = 0, last_channel_us = 0;

@@ -65,6 +65,7 @@ struct Tensor {
 struct Rank {
   std::vector<std::vector<Tensor>> tensors;             // by bucket
   std::vector<std::unique_ptr<Region>> segments, shards, states, means, copies; // by bucket
+  std::vector<std::unique_ptr<Region>> references, residuals; // of coded setups
   std::unique_ptr<Region> buckets, channels, statuses, inbox, filled_in, drained_in;
   uint32_t averages = 0;
 };
@@ -125,6 +126,7 @@ struct World {
       PaChannel& own = rank.channels->as<PaChannel>()[c];
       own.status.epoch = s.epoch, own.send_seq = out, own.recv_seq = in;
       own.segment = PA_NO_SEGMENT;
+      own.residuals = PA_RESIDUALS_STALE;
       *status(r, c) = own.status;
       rank.filled_in->as<uint32_t>()[c * PA_LINE_WORDS] = in;
       rank.drained_in->as<uint32_t>()[c * PA_LINE_WORDS] = out;
@@ -171,6 +173,7 @@ struct World {
     if (s.steps) add_state(rank, bucket, bytes == 2 ? 2 : 1);
     if (s.stages) add_mean(rank, bucket, bytes == 2 ? 2 : 1);
     if (s.copies) add_copy(rank, bucket, segments);
+    if (s.is_coded()) add_reference(rank, bucket);
     rank.tensors.push_back(std::move(tensors));
     return bucket;
   }
@@ -197,6 +200,13 @@ struct World {
     std::memcpy(rank.copies.back()->base, segments.data(), segments.size() * sizeof(PaSegment));
     bucket.source = bucket.segments;
     bucket.segments = rank.copies.back()->address();
+  }
+  // All ranks have had zeros; residuals are NaN, which the first average must not read.
+  static void add_reference(Rank& rank, PaBucket& bucket) {
+    rank.references.push_back(std::make_unique<Region>(bucket.packs * PA_PACK_BYTES, 0));
+    rank.residuals.push_back(std::make_unique<Region>(bucket.packs * PA_PACK_BYTES, 0xff));
+    bucket.reference = rank.references.back()->address();
+    bucket.residual = rank.residuals.back()->address();
   }
   void clear_state(uint32_t r) const {
     for (const auto& state : ranks[r].states) std::memset(state->base, 0, state->bytes);
@@ -301,6 +311,7 @@ struct World {
     if (s.mode == Mode::kRing) launch(r, a, PA_RING, call.last_channel_us);
     if (s.mode == Mode::kCommit) launch_parts(r, a, call);
     if (s.steps && call.anchors) launch(r, a, PA_ANCHOR, 0);
+    if (call.in_full) launch(r, a, PA_REFERENCE, 0);
     const Outcome o = complete(r);
     if (s.copies) launch(r, a, PA_APPLY, 0); // which changes nothing after a failure
     return o;
@@ -329,8 +340,10 @@ struct World {
         if (s.steps && !call.anchors) launch(r, a, PA_RING_STEP, 0);
       }
       const bool reduces = a.from_segment <= s.world;
-      launch(r, a, s.copies && !reduces ? PA_RING_MIX : PA_RING_COMMIT,
-             reduces ? call.last_channel_us : 0);
+      const uint32_t kernel = s.copies && !reduces ? uint32_t(PA_RING_MIX)
+                              : call.in_full       ? uint32_t(PA_RING_COMMIT)
+                                                   : s.kernel;
+      launch(r, a, kernel, reduces ? call.last_channel_us : 0);
     }
   }
 

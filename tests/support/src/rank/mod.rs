@@ -1,5 +1,6 @@
 //! Roles of ranks that are processes, on CPUs and on devices.
 
+mod coded;
 mod model;
 mod outer;
 mod pairs;

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use param_averager::{Algorithm, Builder, Communicator, Device, Error, Link, LocalSgd, Schedule};
 
-use super::{outer, pairs, roles, survive};
+use super::{coded, outer, pairs, roles, survive};
 use crate::notices;
 
 pub fn say(line: &str) {
@@ -49,6 +49,7 @@ pub fn run(role: &str) -> i32 {
         "stages" => stages(),
         "survive" => survive::survive(),
         "train" => train(),
+        "coded" => coded::coded(),
         "outer" => outer::outer(),
         "two" => pairs::two(),
         "two_admit" => pairs::two_admit(),

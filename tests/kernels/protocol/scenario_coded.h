@@ -1,0 +1,48 @@
+// Coded averages: of every kind, cut into launches, segment by segment on one thread, and with some
+// in full between them.
+#pragma once
+#include "scenario_parts.h"
+
+inline Setup coded_setup(uint32_t kernel, uint32_t world, uint32_t channels, uint64_t seed) {
+  Setup s = setup_of(Mode::kCommit, world, channels, seed);
+  s.kernel = kernel;
+  s.chunk = seed % 4 == 1 ? 64 : seed % 4 == 2 ? 40 : 8; // blocks of a code: whole and short
+  s.buckets = {{PA_F32, false, {530, 1, 2, 3, 5, 264, 1257}}};
+  return roomy(s);
+}
+
+// Averages of every kind in turn, and every fifth in full. One that fails after the reduce has
+// begun is followed by one that succeeds.
+inline void coded() {
+  uint64_t seed = 400;
+  for (uint32_t kernel : {PA_RING_INT8, PA_RING_BF16})
+    for (uint32_t world : {3u, 2u, 5u, 4u})
+      for (uint32_t channels : {2u, 1u, 3u}) {
+        if ((channels == 3 && world != 3) || (kLanes[0] > 1 && world > 3)) continue;
+        World w(coded_setup(kernel, world, channels, seed));
+        const uint32_t from = seed++ % 2 * 4; // a rank that does not count in the first average
+        run_script(
+            w, 12,
+            [&](uint32_t k) {
+              Script script = parts_script(w, from + k);
+              for (uint32_t r = 0; r < world; ++r) {
+                script.calls[r].cuts = some_cuts(world, mix(w.s.seed + 77 * k));
+                script.calls[r].in_full = k % 5 == 3;
+              }
+              return script;
+            },
+            [&](uint32_t k, uint32_t r, const Outcome& o) {
+              expect_end_of_part(w, from + k, r, o);
+            });
+      }
+}
+inline void coded_in_sequence() {
+  uint64_t seed = 430;
+  for (uint32_t kernel : {PA_RING_INT8, PA_RING_BF16})
+    for (uint32_t world : {2u, 3u, 5u}) {
+      Setup s = coded_setup(kernel, world, 1 + world % 2, seed++);
+      s.timeout_ns = 1'000'000; // a wait would not end before
+      World w(s);
+      for (uint32_t k = 0; k < 12; ++k) average_in_sequence(w, k);
+    }
+}
