@@ -15,7 +15,7 @@ use crate::averager::{Begun, Halt, Lend, Progress};
 use crate::schedule::{place, Course, Decisions};
 use crate::{Error, ParamAverager, Report, Result, Schedule};
 pub use action::Action;
-use decide::{is_rate, Measured};
+use decide::Measured;
 use overlapped::{behind, Flight};
 #[cfg(feature = "serde")]
 pub use serialized::SavedState;
@@ -220,23 +220,6 @@ impl LocalSgd {
             None => behind(landed, Ok(counted)),
             Some(cause) => behind(landed, Err(cause)),
         }
-    }
-
-    /// The result of a due average, unless this rank has no learning rate: its peers have got an
-    /// error.
-    fn unless_without_rate(&self, made: Result<Action>) -> Result<Action> {
-        let is_refused = matches!(made, Err(Error::SchedulesDiffer { .. }) | Ok(Action::Enqueued));
-        let rate = self.measured.rate;
-        if !is_refused || !self.schedule().needs_rate() || rate.is_some_and(is_rate) {
-            return made;
-        }
-        Err(Error::InvalidOption {
-            rank: self.rank(),
-            option: "learning rate",
-            found: rate.map_or("not given".into(), |rate| rate.to_string()),
-            expected: "a finite number from 0 on, passed to LocalSgd::step_with, for a quadratic \
-                       schedule",
-        })
     }
 
     /// Averages now, outside of the due steps, and waits for it: before an evaluation or a

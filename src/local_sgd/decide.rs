@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
-use super::LocalSgd;
+use super::{Action, LocalSgd};
 use crate::schedule::{place, Agreed, Rate, Reason};
-use crate::Report;
+use crate::{Error, Report, Result};
 
 /// Measurements of this rank for its schedule.
 #[derive(Debug)]
@@ -90,6 +90,23 @@ impl LocalSgd {
         }
     }
 
+    /// The result of a due average, unless this rank has no learning rate: its peers have got an
+    /// error.
+    pub(super) fn unless_without_rate(&self, made: Result<Action>) -> Result<Action> {
+        let is_refused = matches!(made, Err(Error::SchedulesDiffer { .. }) | Ok(Action::Enqueued));
+        let rate = self.measured.rate;
+        if !is_refused || !self.schedule().needs_rate() || rate.is_some_and(is_rate) {
+            return made;
+        }
+        Err(Error::InvalidOption {
+            rank: self.rank(),
+            option: "learning rate",
+            found: rate.map_or("not given".into(), |rate| rate.to_string()),
+            expected: "a finite number from 0 on, passed to LocalSgd::step_with, for a quadratic \
+                       schedule",
+        })
+    }
+
     /// Values that all ranks have after an average at `place` that was made with this rate.
     pub(super) fn agreed(&mut self, report: &Report, place: u64, rate: Option<f64>) -> Agreed {
         if let Some(active) = report.active {
@@ -119,6 +136,6 @@ impl LocalSgd {
 }
 
 /// True for a learning rate that H can be computed from.
-pub(super) fn is_rate(rate: f64) -> bool {
+fn is_rate(rate: f64) -> bool {
     rate >= 0.0 && rate.is_finite()
 }
