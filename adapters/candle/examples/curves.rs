@@ -10,7 +10,7 @@ mod train;
 
 use std::path::{Path, PathBuf};
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
 use train::outer::Study;
 use train::record::{kinds, summary, Row};
 use train::{chars::Chars, digits::Digits, outer, plot, telemetry, world, Failure, Options, Task};
@@ -143,8 +143,12 @@ fn arguments(task: &str, run: &Options) -> Vec<String> {
     let line =
         format!("{task} --every {every} --epochs {epochs} --seed {seed} --ranks {}", run.ranks);
     let outer = ["--outer".to_owned(), run.outer.to_string()];
-    let Options { fragments, delay, alpha, .. } = run;
-    let overlap = format!("--fragments {fragments} --delay {delay} --alpha {alpha}");
+    let Options { fragments, delay, alpha, codec, .. } = run;
+    let codec = codec.to_possible_value().expect("each has a name");
+    let overlap = format!(
+        "--fragments {fragments} --delay {delay} --alpha {alpha} --codec {}",
+        codec.get_name()
+    );
     [&line, &overlap]
         .iter()
         .flat_map(|line| line.split(' '))

@@ -15,7 +15,9 @@ use std::path::PathBuf;
 use candle_core::{DType, Device, Result as Candle, Tensor};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarBuilder, VarMap};
 use clap::{Args, ValueEnum};
-use param_averager::{Communicator, LocalSgd, Outer, Overlap, ParamAverager, Schedule};
+use param_averager::{
+    Communicator, Compression, LocalSgd, Outer, Overlap, ParamAverager, Report, Schedule,
+};
 use param_averager_candle::VarParams;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -75,6 +77,9 @@ pub struct Options {
     /// Share of an average's change that a rank does not take over; needs a delay
     #[arg(long, default_value_t = 0.0)]
     pub alpha: f64,
+    /// What differences from the last average travel as
+    #[arg(long, value_enum, default_value_t = Codec::Full)]
+    pub codec: Codec,
     /// Rule for H
     #[arg(long, value_enum, default_value_t = Rule::Every)]
     pub schedule: Rule,
@@ -110,6 +115,26 @@ pub enum Rule {
     Divergence,
 }
 
+#[derive(ValueEnum, Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Codec {
+    /// Values in full
+    #[default]
+    Full,
+    Bf16,
+    Int8,
+}
+
+impl Codec {
+    fn compression(self) -> Compression {
+        match self {
+            Codec::Full => Compression::None,
+            Codec::Bf16 => Compression::Bf16,
+            Codec::Int8 => Compression::Int8,
+        }
+    }
+}
+
 impl Options {
     pub fn overlap(&self) -> Overlap {
         Overlap::default().fragments(self.fragments).delay(self.delay).alpha(self.alpha)
@@ -139,7 +164,7 @@ pub enum Init {
 pub struct Point {
     pub step: u64,
     pub averages: u64,
-    /// Bytes that each rank has sent, by a ring: 2 (n - 1) / n times the model, an average.
+    /// Bytes that each rank has sent, by a ring: 2 (n - 1) / n times what an average is made of.
     pub bytes_sent: f64,
     pub test_loss: f32,
     pub test_accuracy: f32,
@@ -169,26 +194,27 @@ pub fn train<T: Task>(
 
     let has_telemetry = options.telemetry.is_some() || options.schedule == Rule::Divergence;
     let builder = ParamAverager::builder(communicator).outer(options.outer);
-    let builder = builder.overlap(options.overlap());
+    let builder = builder.overlap(options.overlap()).compression(options.codec.compression());
     let averager = builder.telemetry(has_telemetry).build(&mut params)?;
     let mut log = telemetry::Log::new(options.telemetry.as_deref().filter(|_| rank == 0))?;
     let mut sgd =
         LocalSgd::new(averager, options.schedule.schedule(options.every, T::LEARNING_RATE));
 
-    let (mut points, mut times, mut averaged) = (vec![], vec![], 0);
+    let (mut points, mut times, mut averaged) = (vec![], vec![], 0.0);
+    let sent = |report: &Report| report.bytes as f64 * report.compression.ratio();
     let steps = T::steps(options.epochs, ranks);
     for step in 0..=steps {
         if step % TEST_EVERY == 0 || step == steps {
             if step == steps {
                 let last = sgd.finish(&mut params)?;
-                averaged += last.report().map_or(0, |report| report.bytes);
+                averaged += last.report().map_or(0.0, sent);
             }
             // Rank 0 reports. Where H is fixed, all ranks hold the same model now.
             let (test_loss, test_accuracy) = if rank == 0 { task.test()? } else { (0.0, 0.0) };
             points.push(Point {
                 step,
                 averages: sgd.averages(),
-                bytes_sent: 2.0 * (ranks - 1) as f64 / ranks as f64 * averaged as f64,
+                bytes_sent: 2.0 * (ranks - 1) as f64 / ranks as f64 * averaged,
                 test_loss,
                 test_accuracy,
                 step_ms: clock::median(&mut times),
@@ -203,7 +229,7 @@ pub fn train<T: Task>(
             optimizer.backward_step(&task.next_loss()?)?;
             times.push(clock::busy() - start);
             if let Some(report) = sgd.step_with(&mut params, rate)?.report() {
-                averaged += report.bytes;
+                averaged += sent(report);
                 log.average(step + 1, report)?;
             }
         }

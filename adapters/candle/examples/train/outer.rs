@@ -9,7 +9,7 @@ use plotters::prelude::*;
 
 use super::plot::{font, legend, panel, Curve, Drawn, LOSS, ONE_RANK, WIDTH};
 use super::record::{one_rank, shown, Row};
-use super::{Options, Rule, Shards};
+use super::{Codec, Options, Rule, Shards};
 
 const TITLE: u32 = 66;
 const LEGEND: u32 = 30;
@@ -36,6 +36,7 @@ impl Way {
         (row.ranks, row.shards, row.every) == (4, *shards, *every)
             && row.outer == outer.to_string()
             && row.overlap == self.run.overlap().to_string()
+            && row.codec == self.run.codec
             && (row.schedule, row.cosine) == (*schedule, *cosine)
     }
 }
@@ -51,7 +52,7 @@ struct Line {
 pub enum Study {
     /// Outer optimizers and schedules.
     Outer,
-    /// Averages that overlap with training, and averages of fragments.
+    /// Averages that overlap with training, averages of fragments, and codecs.
     Overlap,
 }
 
@@ -64,10 +65,10 @@ fn lines(study: Study, task: &str, epochs: f64) -> Vec<Line> {
     };
     match task {
         _ if study == Study::Overlap => {
-            let mut lines =
-                vec![line(mixed, 16, delays), line(mixed, 16, fragments), line(mixed, 16, diloco)];
+            let ways: [fn(Options, u64) -> Vec<Way>; 4] = [delays, fragments, slowmo, codecs];
+            let mut lines: Vec<Line> = ways.map(|ways| line(mixed, 16, ways)).into();
             if task == "digits" {
-                lines.extend([line(sorted, 16, delays), line(sorted, 16, fragments)]);
+                lines.extend(ways.map(|ways| line(sorted, 16, ways)));
             }
             lines
         }
@@ -135,11 +136,25 @@ fn fragments(run: Options, h: u64) -> Vec<Way> {
     ]
 }
 
-/// With the outer optimizer that lost least on this text.
-fn diloco(run: Options, h: u64) -> Vec<Way> {
+/// With the outer optimizer that lost least in the study of these.
+fn slowmo(run: Options, h: u64) -> Vec<Way> {
     let run = Options { outer: Outer::slowmo(), ..run };
     let way = |with, colour| overlapped(&run, h, with, colour);
     vec![way([1.0, 0.0, 0.0], BLUE), way([1.0, 4.0, 0.0], RED), way([4.0, 4.0, 0.0], PINK)]
+}
+
+fn codecs(run: Options, h: u64) -> Vec<Way> {
+    let way = |name: &str, outer, codec, colour| {
+        let run = Options { every: h, outer, codec, ..run.clone() };
+        Way { name: format!("{name}, H {h}"), run, colour }
+    };
+    vec![
+        way("mean", Outer::mean(), Codec::Full, BLUE),
+        way("mean, int8", Outer::mean(), Codec::Int8, GREEN),
+        way("DiLoCo", Outer::diloco(), Codec::Full, RED),
+        way("DiLoCo, bf16", Outer::diloco(), Codec::Bf16, ORANGE),
+        way("DiLoCo, int8", Outer::diloco(), Codec::Int8, PINK),
+    ]
 }
 
 fn schedules(run: Options, h: u64) -> Vec<Way> {
@@ -195,7 +210,7 @@ fn draw(study: Study, task: &str, rows: &[Row], text: &mut String) -> Drawn {
     let seeds = rows.iter().map(|row| row.seed).max().unwrap_or(0);
     let by = match study {
         Study::Outer => "by outer optimizer and schedule",
-        Study::Overlap => "by overlap with training",
+        Study::Overlap => "by overlap with training, and by codec",
     };
     let title = format!("{task}: test loss of 4 ranks, {by}");
     root.draw_text(&title, &font(20), (20, 12))?;
@@ -236,7 +251,8 @@ fn draw(study: Study, task: &str, rows: &[Row], text: &mut String) -> Drawn {
     let overlap = [
         "τ: steps that training goes on while an average is made. P: fragments, averaged one at a \
          time. α: share of the change that a rank does not take over.",
-        "SlowMo: momentum(1, 0.5). MB: of a ring, 2 (n - 1) / n times what is averaged.",
+        "int8, bf16: what differences from the last average travel as, with error feedback. MB: of \
+         a ring, 2 (n - 1) / n times what is averaged. Colours: see the legends.",
         outer[2],
     ];
     let notes = if study == Study::Outer { outer } else { overlap };

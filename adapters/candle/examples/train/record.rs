@@ -7,7 +7,7 @@ use clap::ValueEnum;
 use param_averager::{Outer, Overlap};
 use serde::{Deserialize, Serialize};
 
-use super::{Init, Options, Point, Rule, Shards};
+use super::{Codec, Init, Options, Point, Rule, Shards};
 
 /// Links that times are computed for: name, and bytes per second of each rank in each direction.
 pub const LINKS: [(&str, f64); 3] =
@@ -40,6 +40,8 @@ pub struct Row {
     #[serde(default = "no_overlap")]
     pub overlap: String,
     #[serde(default)]
+    pub codec: Codec,
+    #[serde(default)]
     pub schedule: Rule,
     /// True if the learning rate fell.
     #[serde(default)]
@@ -65,6 +67,7 @@ impl Row {
             step_ms: point.step_ms,
             outer: run.outer.to_string(),
             overlap: run.overlap().to_string(),
+            codec: run.codec,
             schedule: run.schedule,
             cosine: run.cosine,
         }
@@ -94,6 +97,7 @@ pub fn one_rank(epochs: f64) -> Options {
         fragments: 1,
         delay: 0,
         alpha: 0.0,
+        codec: Codec::Full,
         schedule: Rule::Every,
         cosine: false,
         processes: false,
