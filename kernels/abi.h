@@ -103,6 +103,7 @@ enum PaFlag {
   PA_FLAG_MEASURED = 4096,   // PaBoard.measured belongs to this record
   PA_FLAG_STAGE = 65536,     // PA_RING_COMMIT casts no vote: PA_RING_VOTE does, after the stage
   PA_FLAG_VETO = 131072,     // PA_RING_VOTE: the stage has refused the average
+  PA_FLAG_CODED = 524288, // PA_RING_INT8 or PA_RING_BF16 makes the average, on all ranks or on none
   // The result less the former value is written in the place of the result. With PA_FLAG_WHOLE.
   PA_FLAG_DELTA = 262144,
 };

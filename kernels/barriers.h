@@ -42,7 +42,9 @@ PA_FN uint32_t check_records(const PaControl* control, uint32_t world, uint32_t 
     if (!done && !unneeded && (flags ^ flags_of(news)) & PA_FLAG_WEIGHTED)
       weighting = code_of(uint32_t(PA_WEIGHTING), r);
     const bool joins = done && (flags_of(first) & (PA_FLAG_OF_SCHEDULE | PA_FLAG_DONE));
-    if (!joins && record.schedule != first.schedule) schedule = code_of(uint32_t(PA_SCHEDULE), r);
+    const bool fits = !((flags ^ flags_of(first)) & PA_FLAG_CODED);
+    if (!fits || (!joins && record.schedule != first.schedule))
+      schedule = code_of(uint32_t(PA_SCHEDULE), r);
     if (flags & PA_FLAG_NON_FINITE) non_finite = code_of(uint32_t(PA_NON_FINITE), r);
   }
   if (layout) return layout;

@@ -66,6 +66,8 @@ PA_FN void run_ring_commit(const Exec& ex, const PaArgs& a) {
   run_segments(
       ex, a,
       [](Block& b) __attribute__((always_inline)) {
+        // The shard, which is written before the commit, is the target of coded averages, too.
+        if (b.ex.leader()) b.me->residuals = PA_RESIDUALS_STALE;
         return each_bucket(b, [](auto ring) { return ring.run_reduce(); });
       },
       [](Block& b) __attribute__((always_inline)) {

@@ -69,6 +69,7 @@ pub const PA_FLAG_STEP: PaFlag = 2048;
 pub const PA_FLAG_MEASURED: PaFlag = 4096;
 pub const PA_FLAG_STAGE: PaFlag = 65536;
 pub const PA_FLAG_VETO: PaFlag = 131072;
+pub const PA_FLAG_CODED: PaFlag = 524288;
 pub const PA_FLAG_DELTA: PaFlag = 262144;
 pub type PaFlag = ::std::os::raw::c_uint;
 pub const PA_OUTER_MOMENTUM: PaOuterKind = 0;

@@ -21,10 +21,6 @@ pub(super) enum Reference {
     Set,
 }
 
-/// Added to the digest of a coded average's schedule, so that a rank which makes another one in
-/// full does not read codes as values.
-pub(super) const CODED: u64 = 0x636f_6465_6400_0000;
-
 impl Builder {
     /// Error of compression with other options: the option, what was found, and what is expected.
     pub(super) fn compression_refusal(&self) -> Option<(&'static str, String, &'static str)> {

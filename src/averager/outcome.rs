@@ -9,7 +9,7 @@ use crate::backend::{Failure, Unstarted};
 use crate::error::Phase;
 use crate::plan::End;
 use crate::schedule::place;
-use crate::{Error, Result};
+use crate::{Compression, Error, Result};
 
 impl ParamAverager {
     /// Status records of the channels. Between launches only.
@@ -89,7 +89,14 @@ impl ParamAverager {
     fn calls_differ(&mut self, rank: usize, status: PaStatus) -> Error {
         let places = [status.found, status.detail];
         let is_of_schedule = places.into_iter().all(place::is_of_schedule);
-        let all = self.all_reasons(status.epoch, self.call.in_words(is_of_schedule));
+        let mut words = self.call.in_words(is_of_schedule);
+        if self.has_code() {
+            words += match self.compression {
+                Compression::None => ", in full",
+                _ => ", coded",
+            };
+        }
+        let all = self.all_reasons(status.epoch, words);
         let all = all.filter(|all| all.iter().any(|(_, is_done)| !is_done));
         let [mut found, mut expected] =
             places.map(if is_of_schedule { place::time } else { place::call });

@@ -2,7 +2,6 @@
 
 use std::time::Instant;
 
-use super::coded::CODED;
 use super::outer_state::AnchorState;
 use super::stage::StageOf;
 use super::table::Problem;
@@ -119,7 +118,7 @@ impl ParamAverager {
         let args = PaArgs {
             buckets,
             bucket_count,
-            schedule: call.schedule ^ if is_coded { CODED } else { 0 },
+            schedule: call.schedule,
             weight: call.weight.unwrap_or(1.0),
             detail: problem.map_or(0, |problem| problem.tensor),
             found: problem.map_or(call.place, |problem| problem.found),
@@ -133,11 +132,13 @@ impl ParamAverager {
                 | flag(PA_FLAG_MEASURED, call.measured.is_some())
                 | flag(PA_FLAG_DONE, call.place == place::DONE)
                 | flag(PA_FLAG_OF_SCHEDULE, self.is_joined_by_done(call))
+                | flag(PA_FLAG_CODED, is_coded)
                 | ParamAverager::flags_of(end),
             ..self.args
         };
         // With a problem, no tensor is read: the launch with the entry barrier reports it.
         // Launches that do not meet come first. No allocation: averages on CPUs make none.
+        let before = (self.anchor, self.reference);
         self.launched_coded(call, is_coded);
         let launches = self.launches.to(end, is_coded);
         let first = launches.iter().position(|launch| problem.is_none() || launch.meets());
@@ -174,6 +175,7 @@ impl ParamAverager {
         match unsafe { stage::start(&mut self.own.engine, average, stage) } {
             Ok(()) => Ok(()),
             Err(refused @ Unstarted::Refused { .. }) => {
+                (self.anchor, self.reference) = before; // nothing was launched
                 Err(refusal.unwrap_or_else(|| self.unstarted(refused)))
             }
             // Nothing is running. Every rank gets the failure of the world.

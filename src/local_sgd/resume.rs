@@ -193,6 +193,7 @@ impl LocalSgd {
             let Saved { rank, world_size, since_average, .. } = found;
             return Err(StateError::OtherRank { found: rank, world_size, steps: since_average });
         }
+        self.drop_flight(); // of the parameters before
         if !self.averager.has_joined() {
             self.averager().load_outer(&outer)?;
             self.take_course(found.course);

@@ -92,6 +92,13 @@ fn the_first_average_after_a_load_is_in_full() {
 /// A rank that makes a coded average and one that makes it in full are told so.
 #[test]
 fn ranks_that_code_and_do_not_are_told_so() {
+    for ends in [false, true] {
+        code_and_do_not(ends);
+    }
+}
+
+/// `ends`: the rank that does not code has ended its steps.
+fn code_and_do_not(ends: bool) {
     ranks(2, |communicator| {
         let (rank, mut model) = (communicator.rank(), vec![1.0f32; 100]);
         let builder = ParamAverager::builder(communicator).compression(Compression::Int8);
@@ -102,9 +109,37 @@ fn ranks_that_code_and_do_not_are_told_so() {
             sgd.load(&bytes).unwrap(); // on this rank alone
         }
         let before = model.clone();
-        let error = sgd.step(&mut model).unwrap_err();
-        assert!(matches!(error, Error::SchedulesDiffer { .. }), "{error}");
+        let made = match rank {
+            1 if ends => sgd.done(&mut model),
+            _ => sgd.step(&mut model),
+        };
+        let error = made.unwrap_err();
+        let is_typed = matches!(error, Error::SchedulesDiffer { .. } | Error::CallsDiffer { .. });
+        let text = error.to_string();
+        assert!(is_typed && text.contains(", coded") && text.contains(", in full"), "{text}");
         assert_eq!(model, before);
+    });
+}
+
+/// An average in full that is refused after its sums leaves nothing of them to the next coded one.
+#[test]
+fn a_refused_copy_does_not_spoil_the_next_average() {
+    ranks(3, |communicator| {
+        let (rank, mut model) = (communicator.rank(), vec![1.0f32; 1000]);
+        let builder = ParamAverager::builder(communicator).compression(Compression::Int8);
+        let mut averager = builder.build(&mut model).unwrap();
+        for round in 0..2 {
+            let report = averager.average(&mut model).unwrap();
+            assert_eq!(report.compression, Compression::Int8);
+            if rank == 0 {
+                model[17] = f32::NAN;
+            }
+            let error = averager.broadcast(0, &mut model).unwrap_err();
+            assert!(matches!(error, Error::NonFinite { rank: 0, element: 17, .. }), "{error}");
+            model.fill((1 + round + rank) as f32);
+        }
+        averager.average(&mut model).unwrap();
+        assert!(model.iter().all(|x| (x - 3.0).abs() < 3.0 * 3.0 / 254.0), "{:?}", &model[..20]);
     });
 }
 

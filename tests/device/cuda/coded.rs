@@ -1,4 +1,4 @@
-//! Coded averages on devices: the bits of the CPU, without a race, and in a graph.
+//! Coded averages on devices: the bits of the CPU, without a race, and failures.
 
 use param_averager::*;
 use test_support::ranks_on;
