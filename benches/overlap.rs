@@ -93,7 +93,7 @@ fn main() {
     let is_test = std::env::args().any(|argument| argument == "--test");
     let (sizes, rounds, turns): (&[usize], u64, usize) = match is_test {
         true => (&[1 << 20], 1, 1),
-        false => (&[64 << 20, 498 << 20], 2, 5),
+        false => (&[64 << 20], 2, 7),
     };
     let work = calibrate();
     let ways: [(&str, Option<Overlap>); 4] = [

@@ -112,7 +112,11 @@ fn overlapped(run: &Options, h: u64, with: [f64; 3], colour: RGBColor) -> Way {
         ..run.clone()
     };
     let outer = if run.outer == Outer::mean() { "mean" } else { "SlowMo" };
-    Way { name: format!("{outer}, H {h}{p}{tau}{a}"), run, colour }
+    let name = match format!("{p}{tau}{a}") {
+        of if of.is_empty() => format!("{outer}, H {h}"),
+        of => format!("{outer}{of}"),
+    };
+    Way { name, run, colour }
 }
 
 fn delays(run: Options, h: u64) -> Vec<Way> {
