@@ -21,7 +21,7 @@ pub fn start(rank: usize, ranks: usize) -> std::io::Result<Child> {
 const NEEDS_LINUX: &str =
     "ranks that are processes need Linux; the example `threads` runs everywhere";
 
-/// What `Communicator` has on Linux, so that these examples compile, and say so, elsewhere.
+/// Stand-ins for what `Communicator` has on Linux: elsewhere the examples compile, and say so.
 #[cfg(not(target_os = "linux"))]
 #[allow(dead_code)] // each example uses a part
 pub trait Processes: Sized {

@@ -75,7 +75,7 @@ impl ParamAverager {
     /// ```
     ///
     /// # Errors
-    /// Of this rank alone, with nothing started: [`Error::InvalidOption`] if the averager was built
+    /// On this rank alone, with nothing started: [`Error::InvalidOption`] if the averager was built
     /// without a [delay](crate::Overlap::delay), the fragment does not exist, another average is
     /// under way, the stream is being captured, or an outer optimizer has no anchor yet since a
     /// recovery. Tensors that can't be used are an error of `finish_overlapped`, on every rank.
@@ -95,7 +95,7 @@ impl ParamAverager {
     /// the parameters are used on a CUDA stream, the addition is enqueued there.
     ///
     /// # Errors
-    /// Those of [`average`](Self::average), on every rank, with no tensor of this rank changed. An
+    /// As [`average`](Self::average), on every rank, with no tensor of this rank changed. An
     /// error of this rank's tensors or its `lend` is this rank's alone, and what the average has
     /// changed is lost to it: the next average makes up for that. [`Error::AfterAverage`] if the
     /// addition was made, and a `lend` has failed after the average or after the addition.

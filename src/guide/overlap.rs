@@ -67,9 +67,9 @@
 //! [`Error::AfterAverage`](crate::Error::AfterAverage), after the addition). Steps of an average
 //! that failed belong to the next one. A NaN in the tensors stays one, whatever is added, also on a
 //! rank of weight 0: it takes an average in place to replace it.
-//! [`recover`](crate::LocalSgd::recover) drops an average that is under way. 1,268 kills of
-//! processes, most of them while averages were under way with a velocity: no wrong element, no step
-//! that some ranks had made and others not (`benches/record/2026-11-30-overlap`).
+//! [`recover`](crate::LocalSgd::recover) drops an average that is under way. 1,260 kills of
+//! processes whose averages are of copies, with a velocity: no wrong element, no step that some
+//! ranks had made and others not (`benches/record/2026-11-30-overlap`).
 //!
 //! # What it costs, and when it is worth it
 //! Memory: one copy of the largest fragment. Time: the copy, which reads and writes it once, and

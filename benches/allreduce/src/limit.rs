@@ -54,7 +54,7 @@ const SETS: &[(&str, Function)] = &[
     ("avx512", allreduce_bench_mean_avx512),
 ];
 
-/// Those that this machine has.
+/// Instruction sets that this machine has.
 static AVAILABLE: LazyLock<&[(&str, Function)]> = LazyLock::new(|| {
     let best = BuildInfo::get().instruction_set;
     let last = SETS.iter().position(|(set, _)| *set == best).expect("the library's sets");

@@ -10,7 +10,7 @@ use crate::verify::{Roundings, Wire};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
     pub kind: Kind,
-    /// What the ranks are, with `--processes`.
+    /// Kind of the ranks, with `--processes`.
     pub ranks_are: Option<RanksAre>,
 }
 

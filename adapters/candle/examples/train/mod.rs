@@ -77,7 +77,7 @@ pub struct Options {
     /// Share of an average's change that a rank does not take over; needs a delay
     #[arg(long, default_value_t = 0.0)]
     pub alpha: f64,
-    /// What differences from the last average travel as
+    /// Code in which differences from the last average travel
     #[arg(long, value_enum, default_value_t = Codec::Full)]
     pub codec: Codec,
     /// Rule for H

@@ -47,7 +47,7 @@ struct Line {
     ways: Vec<Way>,
 }
 
-/// What runs are compared in.
+/// Subject of a comparison of runs.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Study {
     /// Outer optimizers and schedules.

@@ -1,4 +1,4 @@
-//! What the tests on CPUs and on CUDA devices share.
+//! Helpers that the tests on CPUs and on CUDA devices share.
 
 use std::path::{Path, PathBuf};
 
