@@ -208,8 +208,8 @@ pub fn mutants_fit_the_kernels() {
 }
 
 pub fn mutants_that_do_not_fit_are_named() {
-    let sources =
-        mutants::Sources::from([("a.h".into(), "f(x);\n  g(x);\ng(y);\nreturn x + y;\n".into())]);
+    let text = "f(x);\n  g(x);\ng(y);\nreturn x + y;\nsync(); // of lanes\n";
+    let sources = mutants::Sources::from([("a.h".into(), text.into())]);
     let problems = |edits: &str| {
         mutants::problems(
             &mutants::parse(&format!("7 tsan ring race\n    what the seventh\n{edits}")),
@@ -231,6 +231,8 @@ pub fn mutants_that_do_not_fit_are_named() {
         &format!("    in a.h\n    - x + y\n{other}    - + y\n"),
         &["mutants 7 and 8, the eighth", "a.h"],
     );
+    one("    in a.h\n    - sync(); // of lanes\n", &["mutant 7, the seventh", "comment in a.h"]);
+    assert_eq!(problems("    in a.h\n    - «sync();» // of lanes\n"), [""; 0]);
     // its own, twice
     one("    in a.h\n    - x + y\n    in a.h\n    - x + y\n", &["mutants 7 and 7"]);
     assert_eq!(problems(&format!("    in a.h\n    - x + y\n{other}    - x + y\n")), [""; 0]);

@@ -199,6 +199,13 @@ pub fn problems(mutants: &[Mutant], sources: &Sources) -> Vec<String> {
             Vec::new()
         });
         for (file, range) in places {
+            if sources[&file][range.clone()].contains("//") {
+                problems.push(format!(
+                    "mutant {}, {}: replaces a comment in {file}, which would hide what is woven \
+                     in after it: mark the code before it with « and »",
+                    mutant.number, mutant.what
+                ));
+            }
             for (other, (other_file, other_range)) in &taken {
                 let apart = range.end <= other_range.start || other_range.end <= range.start;
                 let same = *other_range == range && *other != mutant.number;
