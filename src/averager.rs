@@ -6,6 +6,7 @@ mod builder;
 mod coded;
 mod defaults;
 mod exchange;
+mod hosts;
 mod lend;
 mod link;
 mod memory;

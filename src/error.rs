@@ -5,7 +5,7 @@ mod state;
 
 use std::time::Duration;
 
-use classes::{before, written};
+use classes::{before, of_host, written};
 pub use classes::{DeviceError, ErrorKind, LendSource, Phase, TensorState};
 pub use state::StateError;
 
@@ -295,6 +295,47 @@ pub enum Error {
         rank: usize,
         /// Reason; on a rank whose stage has refused, the text of its own [`Veto`](crate::Veto).
         reason: String,
+    },
+
+    /// The [link between hosts](crate::Hosts) has failed: another host is late or gone, or the
+    /// network. No tensor of this rank was changed. Hosts can't be lost and found again: restart
+    /// all of them from a checkpoint.
+    #[error(
+        "rank {rank}: the link between hosts has failed{}: {reason} (no tensor was changed): \
+        restart all hosts from a checkpoint", of_host(.host)
+    )]
+    HostLost {
+        /// This rank, on its host.
+        rank: usize,
+        /// Host that is late or gone, if the link knows.
+        host: Option<usize>,
+        /// Reason, in the words of the link.
+        reason: String,
+    },
+
+    /// A host has not made an average of all hosts, since it has failed there. No tensor of any
+    /// rank was changed, and every host can go on.
+    #[error(
+        "host {host} has refused the average of all hosts, and its own error has the reason (no \
+        tensor of any rank was changed)"
+    )]
+    HostRefused {
+        /// First host that has.
+        host: usize,
+    },
+
+    /// Hosts differ in their ranks, tensors, options or calls. No tensor of any rank was changed.
+    #[error(
+        "host {host} has {found}, and host 0 {expected}: give all hosts the same ranks, tensors, \
+        options and calls (no tensor of any rank was changed)"
+    )]
+    HostsDiffer {
+        /// First host that differs from host 0.
+        host: usize,
+        /// Difference of that host.
+        found: String,
+        /// The same of host 0.
+        expected: String,
     },
 
     /// A rank did not reach an average, or stopped on the way.

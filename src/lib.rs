@@ -160,6 +160,7 @@ mod device;
 mod error;
 pub mod guide;
 mod hash;
+mod hosts;
 mod local_sgd;
 mod notice;
 mod outer;
@@ -188,6 +189,10 @@ pub use device::Device;
 pub use error::{
     DeviceError, Error, ErrorKind, LendSource, Phase, Result, StateError, TensorState,
 };
+#[cfg(feature = "mpi")]
+#[cfg_attr(docsrs, doc(cfg(feature = "mpi")))]
+pub use hosts::MpiHosts;
+pub use hosts::{Hierarchy, Hosts, HostsError, ThreadHosts};
 #[cfg(feature = "serde")]
 #[cfg_attr(docsrs, doc(cfg(feature = "serde")))]
 pub use local_sgd::SavedState;

@@ -92,7 +92,7 @@ impl ParamAverager {
         let communicator = options.communicator.clone();
         let world = communicator.world_size();
         let algorithm = options.chosen_algorithm();
-        let ring = algorithm == Algorithm::Ring && (world > 1 || options.stage.is_some());
+        let ring = algorithm == Algorithm::Ring && (world > 1 || options.has_stage());
         // From here on nothing returns before the peers know: a refusal is part of the handshake.
         let refusal = options.check().err().or(refusal);
         let channels = if refusal.is_none() { options.channel_count() } else { 1 };
@@ -198,7 +198,7 @@ impl ParamAverager {
             delay_ns: options.testing.delay_ns,
             // A stage has its shard in the type of sums, as an outer step does.
             flags: flag(PA_FLAG_REJECT_NON_FINITE, options.rejects_non_finite())
-                | flag(PA_FLAG_STAGE | PA_FLAG_STEP, options.stage.is_some()),
+                | flag(PA_FLAG_STAGE | PA_FLAG_STEP, options.has_stage()),
             ..bytemuck::Zeroable::zeroed()
         }
     }

@@ -9,6 +9,7 @@ use super::defaults::{self, Cut};
 use super::outer_state::OuterState;
 use super::{Algorithm, Lend, Link, ParamAverager, Start};
 use crate::backend::{MemorySpace, ProcessWay};
+use crate::hosts::{Hierarchy, HostLink};
 use crate::schedule::Course;
 use crate::stage::Stage;
 use crate::world::{Admission, Communicator};
@@ -34,6 +35,7 @@ pub struct Builder {
     pub(super) telemetry: bool,
     pub(super) overlap: Overlap,
     pub(super) stage: Option<Stage>,
+    pub(super) hosts: Option<(HostLink, Hierarchy)>,
     pub(super) timeout: Duration,
     pub(super) device_timeout: Duration,
     pub(super) channels: Option<u32>,
@@ -85,6 +87,7 @@ impl Builder {
             telemetry: false,
             overlap: Overlap::default(),
             stage: None,
+            hosts: None,
             timeout: defaults::TIMEOUT,
             device_timeout: defaults::DEVICE_TIMEOUT,
             channels: None,
@@ -320,7 +323,7 @@ impl Builder {
     /// Algorithm that `Auto` stands for.
     pub(super) fn chosen_algorithm(&self) -> Algorithm {
         match self.algorithm {
-            Algorithm::Auto if self.reproducible || self.stage.is_some() => Algorithm::Ring,
+            Algorithm::Auto if self.reproducible || self.has_stage() => Algorithm::Ring,
             Algorithm::Auto if self.compression != Compression::None => Algorithm::Ring,
             Algorithm::Auto if self.communicator.placement().one_memory() => Algorithm::Direct,
             Algorithm::Auto => Algorithm::Ring,

@@ -187,7 +187,7 @@ impl RankMemory {
             }
             if let Some(outer) = &mut outer {
                 outer.complete(index, raw, options.outer.coefficients());
-            } else if options.stage.is_some() {
+            } else if options.has_stage() {
                 raw.mean = raw.shard;
                 if bucket.dtype.size() == 2 {
                     let bytes = 2 * shards.last().map_or(0, Memory::bytes);

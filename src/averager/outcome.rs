@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::stage::RankStage;
 use super::table::Problem;
 use super::{Algorithm, Call, Outcome, ParamAverager, Report};
 use crate::abi::*;
@@ -79,7 +80,7 @@ impl ParamAverager {
             if control.failure().is_none() && status.outcome >= PA_TIMEOUT {
                 control.lose(position);
             }
-            self.failed = Some(error.clone());
+            self.fail(&error);
         }
         Err(error)
     }
@@ -113,6 +114,12 @@ impl ParamAverager {
         }
     }
 
+    /// Notes that this averager can't average any more.
+    pub(super) fn fail(&mut self, error: &Error) {
+        self.failed = Some(error.clone());
+        self.stage.iter().for_each(|stage| stage.abort(error));
+    }
+
     /// Error of a device that failed. Peers are told that this rank has left.
     pub(crate) fn device_failed(&mut self, reason: String) -> Error {
         // Peers do not wait for the kernels of a rank that has left, so these end first. They do
@@ -121,7 +128,7 @@ impl ParamAverager {
         let _ = self.own.engine.finish();
         self.agreement.control.leave(self.position());
         let error = Error::DeviceFailed { rank: self.rank(), source: reason.into() };
-        self.failed = Some(error.clone());
+        self.fail(&error);
         error
     }
 
@@ -167,6 +174,7 @@ impl ParamAverager {
             active: active.filter(|_| is_measured).map(Duration::from_nanos),
             measured: measured.filter(|_| is_measured).unwrap_or_default(),
             world_size: self.world_size(),
+            hosts: self.stage.as_ref().map_or(1, RankStage::hosts),
             algorithm: self.algorithm,
             channels: self.args.channels,
             chunk_bytes: match self.algorithm {
@@ -202,7 +210,7 @@ impl ParamAverager {
 
     fn halted(&mut self, failure: Failure, phase: Phase, committed: bool) -> Error {
         let error = self.fatal(failure, phase, committed);
-        self.failed = Some(error.clone());
+        self.fail(&error);
         error
     }
 

@@ -41,7 +41,7 @@ impl Launches {
         let kernel = options.compression.kernel().filter(|_| ring);
         let in_code = |end, is_coded: bool| {
             let plan = Plan::new(ring, options.commits_late(), options.rejects_non_finite(), end)
-                .with_stage(options.stage.is_some());
+                .with_stage(options.has_stage());
             let plan = match kernel {
                 Some(kernel) => plan.coded(is_coded.then_some(kernel)),
                 None => plan,
@@ -222,6 +222,14 @@ impl ParamAverager {
     /// Error of `LocalSgd::done` where ranks keep a share of their values. The ranks that are not
     /// done make due averages, which mix, or the last one, which does not.
     pub(crate) fn refusal_of_done(&self) -> Option<Error> {
+        if self.options.hosts.is_some() {
+            return Some(Error::InvalidOption {
+                rank: self.rank(),
+                option: "hosts",
+                found: format!("{}, with LocalSgd::done", self.options.hosts_in_words()),
+                expected: "LocalSgd::finish, after as many steps on every rank of every host",
+            });
+        }
         if self.options.overlap.is_on() {
             return Some(Error::InvalidOption {
                 rank: self.rank(),

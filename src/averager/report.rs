@@ -21,8 +21,11 @@ pub struct Report {
     pub active: Option<Duration>,
     /// Largest value of all ranks' measurements, the same on every rank. 0: none.
     pub(crate) measured: [f64; 2],
-    /// Number of ranks that took part.
+    /// Number of ranks of this host that took part.
     pub world_size: usize,
+    /// Number of hosts that took part. 1 without [`Builder::hosts`](crate::Builder::hosts), and for
+    /// an average of one host between those of all.
+    pub hosts: usize,
     /// Algorithm in use. With the next two it decides the bits of three ranks and more; see
     /// [`Builder::reproducible`](crate::Builder::reproducible).
     pub algorithm: Algorithm,

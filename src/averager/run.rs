@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use super::hosts::Wanted;
 use super::outer_state::AnchorState;
 use super::stage::StageOf;
 use super::table::Problem;
@@ -35,7 +36,7 @@ impl ParamAverager {
         let superseded =
             || self.communicator.is_superseded().then(|| Error::StaleView { rank: self.rank() });
         if let Some(error) = failure.or_else(superseded) {
-            self.failed = Some(error.clone());
+            self.fail(&error);
             return Err(error);
         }
         Ok(())
@@ -162,11 +163,13 @@ impl ParamAverager {
         // Threads run the whole average in this call, and ranks on devices meet in it.
         let _waiting = self.watch.waits(start);
         let describe = |tensor| self.table.describe(tensor);
+        let weight = |epoch| agreement.control.weight(epoch, self.args.world as usize);
         let stage = self.stage.as_mut();
         let stage = stage.map(|stage| StageOf {
             stage,
             watch: &self.watch,
-            sets_values: place::sets_values(call.place),
+            wanted: Wanted::new(&call),
+            weight: &weight,
             describe: &describe,
         });
         let average = (&args, launches, order, &peers, of_copy);

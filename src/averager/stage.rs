@@ -1,5 +1,6 @@
-//! The user's stage of one averager: its parts, and its call between the reduce and the vote.
+//! Work of the host between the reduce and the vote: the mean over all hosts, and the user's stage.
 
+use super::hosts::{RankHosts, Wanted};
 use super::table::Table;
 use super::watch::Watch;
 use super::{flag, Algorithm, Builder, ParamAverager};
@@ -12,9 +13,10 @@ use crate::stage::{Shard, Span, Stage, Veto};
 use crate::tensor::Dtype;
 use crate::Error;
 
-/// The stage of one rank, and the parts of its shard.
+/// The work of one rank, and the parts of its shard.
 pub(super) struct RankStage {
-    stage: Stage,
+    stage: Option<Stage>,
+    hosts: Option<RankHosts>,
     names: Vec<String>,
     spans: Vec<Span>,
     rank: usize,
@@ -23,8 +25,21 @@ pub(super) struct RankStage {
     rejects_non_finite: bool,
     /// True if the function was called in the average that is under way.
     was_called: bool,
-    /// Veto of this rank in the last average.
-    veto: Option<Veto>,
+    /// Refusal of this rank in the last average.
+    refusal: Option<Refusal>,
+}
+
+/// Reason of a rank to refuse an average.
+enum Refusal {
+    Veto(Veto),
+    /// Error of the exchange with other hosts.
+    Hosts(Error),
+}
+
+impl From<Veto> for Refusal {
+    fn from(veto: Veto) -> Refusal {
+        Refusal::Veto(veto)
+    }
 }
 
 impl RankStage {
@@ -35,12 +50,16 @@ impl RankStage {
         chunk: u32,
         channels: u32,
     ) -> Option<RankStage> {
-        let (stage, communicator) = (options.stage.clone()?, &options.communicator);
+        if !options.has_stage() {
+            return None;
+        }
+        let communicator = &options.communicator;
         let (rank, world_size) = (communicator.rank(), communicator.world_size());
         let division = Division { world: world_size as u32, channels, chunk, is_ring: true };
         let position = communicator.placement().position(rank) as u32;
         Some(RankStage {
-            stage,
+            stage: options.stage.clone(),
+            hosts: RankHosts::new(options, table, chunk, channels),
             names: table.names(),
             spans: spans(table, &division, position),
             rank,
@@ -48,20 +67,74 @@ impl RankStage {
             layout: communicator.view(),
             rejects_non_finite: options.rejects_non_finite(),
             was_called: false,
-            veto: None,
+            refusal: None,
         })
     }
 
-    /// Calls the function. Returns true if this rank refuses the average.
+    /// Does the work. Returns true if this rank refuses the average.
     ///
     /// # Safety
-    /// The reduce has filled the means, and nothing else uses them until this returns.
-    unsafe fn refuses(&mut self, sets_values: bool, describe: &dyn Fn(usize) -> String) -> bool {
+    /// If `is_reduced`, the reduce has filled the means, and nothing else uses them until this
+    /// returns.
+    unsafe fn refuses(
+        &mut self,
+        is_reduced: bool,
+        wanted: Wanted,
+        describe: &dyn Fn(usize) -> String,
+    ) -> bool {
         // SAFETY: guaranteed by the caller.
-        self.veto = unsafe { self.call(sets_values, describe) }.err();
-        self.veto.is_some()
+        self.refusal = unsafe { self.run(is_reduced, wanted, describe) }.err();
+        self.refusal.is_some()
     }
 
+    /// # Safety
+    /// As `refuses`.
+    unsafe fn run(
+        &mut self,
+        is_reduced: bool,
+        wanted: Wanted,
+        describe: &dyn Fn(usize) -> String,
+    ) -> Result<(), Refusal> {
+        let sets_values = wanted.sets_values();
+        let is_of_all = self.hosts.as_ref().is_some_and(|hosts| hosts.is_due(sets_values));
+        self.hosts.iter_mut().for_each(|hosts| hosts.begin(is_of_all));
+        // SAFETY: guaranteed by the caller, here and below.
+        let own = is_reduced.then(|| unsafe { self.check(describe) });
+        if let Some(hosts) = self.hosts.as_mut().filter(|_| is_of_all) {
+            let failed = !matches!(own, Some(Ok(())));
+            // SAFETY: as above.
+            let made = unsafe { hosts.average(&self.spans, wanted, failed) };
+            made.map_err(Refusal::Hosts)?;
+        }
+        let Some(own) = own else { return Ok(()) };
+        own?;
+        // SAFETY: as above.
+        let called = unsafe { self.call(sets_values, describe) };
+        if let Some(hosts) = self.hosts.as_ref().filter(|_| is_of_all) {
+            let agreed = hosts.agree(called.is_err());
+            called?;
+            return agreed.map_err(Refusal::Hosts);
+        }
+        Ok(called?)
+    }
+
+    /// Looks at the mean of this host's ranks.
+    ///
+    /// # Safety
+    /// As `refuses`.
+    unsafe fn check(&self, describe: &dyn Fn(usize) -> String) -> Result<(), Veto> {
+        // SAFETY: guaranteed by the caller.
+        if let Some((tensor, element)) = unsafe { self.first_non_finite() } {
+            // The rank that holds such a value votes against the average, too, and its error is the
+            // one that all ranks get. Otherwise the sum has overflowed.
+            let tensor = describe(tensor);
+            return Err(Veto::new(format!("the mean is not finite: {tensor}, element {element}")));
+        }
+        Ok(())
+    }
+
+    /// Calls the function, and looks at what it leaves.
+    ///
     /// # Safety
     /// As `refuses`.
     unsafe fn call(
@@ -69,21 +142,24 @@ impl RankStage {
         sets_values: bool,
         describe: &dyn Fn(usize) -> String,
     ) -> Result<(), Veto> {
+        let Some(stage) = &self.stage else {
+            // SAFETY: guaranteed by the caller.
+            return match unsafe { self.first_non_finite() } {
+                Some((tensor, element)) => Err(Veto::new(format!(
+                    "the mean of all hosts is not finite: {}, element {element}",
+                    describe(tensor)
+                ))),
+                None => Ok(()),
+            };
+        };
         // SAFETY: guaranteed by the caller, here and below.
-        if let Some((tensor, element)) = unsafe { self.first_non_finite() } {
-            // The rank that holds such a value votes against the average, too, and its error is the
-            // one that all ranks get. Otherwise the sum has overflowed.
-            let tensor = describe(tensor);
-            return Err(Veto::new(format!("the mean is not finite: {tensor}, element {element}")));
-        }
-        // SAFETY: as above.
         let before = sets_values.then(|| unsafe { self.digest() });
         // SAFETY: as above.
         let mut shard = unsafe { Shard::new(&self.names, &self.spans) };
         (shard.rank, shard.world_size, shard.layout) = (self.rank, self.world_size, self.layout);
         shard.sets_values = sets_values;
         self.was_called = true;
-        self.stage.call(&mut shard)?;
+        stage.call(&mut shard)?;
         // SAFETY: as above; the function has returned.
         if before.is_some_and(|before| before != unsafe { self.digest() }) {
             return Err(Veto::new(
@@ -128,14 +204,27 @@ impl RankStage {
 
     /// Notes the end of an average.
     pub(super) fn ended(&mut self, committed: bool) {
+        self.hosts.iter_mut().for_each(|hosts| hosts.ended(committed));
         if std::mem::take(&mut self.was_called) {
-            self.stage.ended(committed);
+            self.stage.iter().for_each(|stage| stage.ended(committed));
         }
+    }
+
+    /// The number of hosts in the last average.
+    pub(super) fn hosts(&self) -> usize {
+        self.hosts.as_ref().map_or(1, RankHosts::in_last)
+    }
+
+    /// Tells other hosts that this one can't average any more.
+    pub(super) fn abort(&self, error: &Error) {
+        self.hosts.iter().for_each(|hosts| hosts.abort(error));
     }
 
     /// Bytes of the tables.
     pub(super) fn bytes(&self) -> usize {
-        size_of_val(&self.spans[..]) + self.names.iter().map(String::len).sum::<usize>()
+        self.hosts.as_ref().map_or(0, RankHosts::bytes)
+            + size_of_val(&self.spans[..])
+            + self.names.iter().map(String::len).sum::<usize>()
     }
 }
 
@@ -224,7 +313,10 @@ impl Builder {
 pub(super) struct StageOf<'a> {
     pub(super) stage: &'a mut RankStage,
     pub(super) watch: &'a Watch,
-    pub(super) sets_values: bool,
+    /// The average, with the weight of this rank alone.
+    pub(super) wanted: Wanted,
+    /// Sum of the weights of this host's ranks, once they have met.
+    pub(super) weight: &'a dyn Fn(u32) -> f64,
     /// The line about a tensor.
     pub(super) describe: &'a dyn Fn(usize) -> String,
 }
@@ -239,7 +331,8 @@ pub(super) unsafe fn start(
     stage: Option<StageOf<'_>>,
 ) -> Result<(), Unstarted> {
     let vote = launches.iter().position(|launch| launch.kernel == PA_RING_VOTE);
-    let (Some(StageOf { stage, watch, sets_values, describe }), Some(vote)) = (stage, vote) else {
+    let (Some(StageOf { stage, watch, wanted, weight, describe }), Some(vote)) = (stage, vote)
+    else {
         // SAFETY: guaranteed by the caller, here and below.
         return match aside {
             false => unsafe { engine.start(args, launches, order, peers) },
@@ -247,13 +340,17 @@ pub(super) unsafe fn start(
             true => unsafe { engine.start_aside(args, launches, order, peers) },
         };
     };
-    stage.veto = None;
+    stage.refusal = None;
     // SAFETY: guaranteed by the caller. On CPUs, where stages are, the launches have run when
     // `start` returns.
     unsafe { engine.start(args, &launches[..vote], order, peers) }?;
     let is_reduced = engine.ended().iter().all(|status| status.outcome == PA_OPEN);
     // SAFETY: the reduce has ended, and the kernels that read the means come after this call.
-    let vetoes = is_reduced && watch.pause(|| unsafe { stage.refuses(sets_values, describe) });
+    let epoch = engine.ended().first().map_or(0, |status| status.epoch);
+    let wanted = Wanted { weight: if is_reduced { weight(epoch) } else { 0.0 }, ..wanted };
+    // SAFETY: as above.
+    let refuses = watch.pause(|| unsafe { stage.refuses(is_reduced, wanted, describe) });
+    let vetoes = refuses && is_reduced;
     let args = PaArgs { flags: args.flags | flag(PA_FLAG_VETO, vetoes), ..*args };
     // SAFETY: guaranteed by the caller.
     unsafe { engine.start(&args, &launches[vote..], order, peers) }
@@ -262,8 +359,11 @@ pub(super) unsafe fn start(
 impl ParamAverager {
     /// Error of an average that the stage of the rank has refused.
     pub(super) fn vetoed(&self, rank: usize) -> Error {
-        match self.stage.as_ref().and_then(|stage| stage.veto.as_ref()) {
-            Some(own) => Error::StageVetoed { rank: self.rank(), reason: own.to_string() },
+        match self.stage.as_ref().and_then(|stage| stage.refusal.as_ref()) {
+            Some(Refusal::Hosts(error)) => error.clone(),
+            Some(Refusal::Veto(own)) => {
+                Error::StageVetoed { rank: self.rank(), reason: own.to_string() }
+            }
             None => {
                 let reason = "that rank's own error has the reason".into();
                 Error::StageVetoed { rank, reason }

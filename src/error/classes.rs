@@ -122,12 +122,15 @@ impl Error {
             | Error::LayoutsDiffer { .. }
             | Error::SchedulesDiffer { .. }
             | Error::CallsDiffer { .. }
+            | Error::HostsDiffer { .. }
             | Error::WeightingDiffers { .. } => ErrorKind::Mismatch,
             Error::Rendezvous { .. }
             | Error::JoinRefused { .. }
             | Error::PeerBuildFailed { .. }
             | Error::Excluded { .. }
             | Error::StaleView { .. }
+            | Error::HostLost { .. }
+            | Error::HostRefused { .. }
             | Error::Timeout { .. }
             | Error::Aborted { .. }
             | Error::PeerLost { .. } => ErrorKind::Peer,
@@ -198,6 +201,11 @@ pub(super) fn before(averaged: &Option<Box<crate::Report>>) -> &'static str {
         Some(_) => "the average was made, and every tensor holds the mean",
         None => "an average failed while tensors were written, which may be partly averaged",
     }
+}
+
+/// Host in the error of a link.
+pub(super) fn of_host(host: &Option<usize>) -> String {
+    host.map_or(String::new(), |host| format!(", at host {host}"))
 }
 
 /// End of an error that may have come after the commit.

@@ -20,6 +20,8 @@ use crate::{Device, Error, Result};
 #[derive(Clone, Debug)]
 pub struct Communicator {
     bootstrap: Arc<dyn Bootstrap>,
+    /// Number of hosts that the launcher has started ranks on.
+    hosts: usize,
 }
 
 impl Communicator {
@@ -61,7 +63,20 @@ impl Communicator {
     }
 
     pub(crate) fn of(bootstrap: Arc<dyn Bootstrap>) -> Communicator {
-        Communicator { bootstrap }
+        Communicator { bootstrap, hosts: 1 }
+    }
+
+    /// The same rank, in a job of this many hosts.
+    #[cfg(processes)]
+    pub(super) fn on_hosts(self, hosts: usize) -> Communicator {
+        Communicator { hosts, ..self }
+    }
+
+    /// The number of hosts that the launcher of this process has started ranks on, with the ranks
+    /// of this communicator on each. 1 unless the communicator was made by `from_env`. More than 1
+    /// need a link between them, [`Builder::hosts`](crate::Builder::hosts).
+    pub fn hosts(&self) -> usize {
+        self.hosts
     }
 
     /// The rank of this communicator, from 0 to `world_size() - 1`.

@@ -4,7 +4,9 @@
 use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::abi::{PaBoard, PaControl, PaHost, PA_ABORTED, PA_COMMITTED, PA_DEPARTED, PA_MAX_WORLD};
+use crate::abi::{
+    PaBoard, PaControl, PaHost, PaRecord, PA_ABORTED, PA_COMMITTED, PA_DEPARTED, PA_MAX_WORLD,
+};
 use crate::backend::{Arrivals, Failure, Memory, World};
 
 /// A `PaControl` and its `PaHost`. After construction the host writes single words only.
@@ -133,6 +135,20 @@ impl Control {
             }
         }
         (last != position).then(|| (vec![last], false))
+    }
+
+    /// Sum of the weights of all ranks in the average that they have met for. 0 where the host
+    /// can't read it.
+    pub(crate) fn weight(&self, epoch: u32, world: usize) -> f64 {
+        let Some(start) = self.memory.host_pointer() else { return 0.0 };
+        let record = offset_of!(PaBoard, record) + (epoch & 1) as usize * size_of::<PaRecord>();
+        let of = |position: usize| {
+            let at = of_board(position, record + offset_of!(PaRecord, weight));
+            // SAFETY: in bounds and aligned. A rank has written its record before it came to the
+            // meeting, and writes it again after the next one only.
+            unsafe { start.add(at).cast::<f64>().read() }
+        };
+        (0..world).map(of).filter(|weight| *weight > 0.0).sum()
     }
 
     /// The failure that a host has found. Kernels then report the same.

@@ -38,6 +38,11 @@ impl Communicator {
     /// MPS are time-sliced, so each exchange between them takes a time slice. None of this has been
     /// measured on a GPU.
     ///
+    /// **Several hosts.** Where Open MPI, MPICH or Slurm have started equally many ranks on each of
+    /// several hosts, the world is that of this host's ranks, numbered from 0 on each host, and
+    /// [`Communicator::hosts`] is the number of hosts. Averages over all of them need a link,
+    /// [`Builder::hosts`](crate::Builder::hosts).
+    ///
     /// **Rendezvous.** Ranks find one another by the name of their world. The name is made from the
     /// launcher's variables unless `PARAM_AVERAGER_RENDEZVOUS` sets it. Rank 0 listens on an
     /// abstract Unix socket of that name, without a file or a port, for as long as it is in the
@@ -120,6 +125,7 @@ impl Communicator {
             variable: None,
             device: Device::cpu(),
             timeout: TIMEOUT,
+            hosts: 1,
         }
     }
 }
@@ -145,6 +151,7 @@ pub struct CommunicatorBuilder {
     variable: Option<&'static str>,
     device: Device,
     timeout: Duration,
+    hosts: usize,
 }
 
 impl CommunicatorBuilder {
@@ -217,6 +224,7 @@ impl CommunicatorBuilder {
         (self.rank, self.world_size) = (Some(found.rank), Some(found.world_size));
         (self.rendezvous, self.source, self.variable) =
             (Some(found.name), found.source, found.variable);
+        self.hosts = found.hosts;
         if self.known == Known::No {
             self.known = found.known;
         }
@@ -233,6 +241,7 @@ impl CommunicatorBuilder {
             source: self.source,
             known: self.known,
             variable: self.variable,
+            hosts: self.hosts,
         };
         meet(setup, self.device, self.timeout)
     }
@@ -277,8 +286,9 @@ fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<Communicator>
         );
         return Err(Error::Environment { problem });
     }
+    let hosts = setup.hosts;
     let bootstrap = ProcessBootstrap::meet(setup, device, timeout)?;
-    Ok(Communicator::of(Arc::new(bootstrap)))
+    Ok(Communicator::of(Arc::new(bootstrap)).on_hosts(hosts))
 }
 
 impl Communicator {

@@ -9,6 +9,7 @@ mod equal;
 mod exchange;
 mod extremes;
 mod faults;
+mod hosts;
 mod lend;
 mod local_sgd;
 mod names;

@@ -41,6 +41,10 @@ impl Builder {
                 let (option, found, expected) = self.compression_refusal().expect("just seen");
                 refuse(option, found, expected)
             }
+            _ if self.hosts_refusal().is_some() => {
+                let (option, found, expected) = self.hosts_refusal().expect("just seen");
+                refuse(option, found, expected)
+            }
             _ if self.stage.is_some() && self.stage_refusal().is_some() => {
                 let (option, found, expected) = self.stage_refusal().expect("just seen");
                 refuse(option, found.into(), expected)
@@ -96,6 +100,7 @@ impl Builder {
             ("telemetry", self.telemetry.to_string()),
             ("overlap", self.overlap.to_string()),
             ("stage", self.stage.as_ref().map_or("none".into(), |stage| format!("{stage:?}"))),
+            ("hosts", self.hosts_in_words()),
             ("timeout", format!("{:?}", self.timeout)),
             ("device_timeout", format!("{:?}", self.device_timeout)),
             ("channels", self.channel_count().to_string()),

@@ -59,6 +59,8 @@ pub(crate) struct Setup {
     pub(crate) known: Known,
     /// The variable that gave the rank.
     pub(crate) variable: Option<&'static str>,
+    /// Number of hosts with as many ranks each.
+    pub(crate) hosts: usize,
 }
 
 impl Setup {
@@ -66,9 +68,9 @@ impl Setup {
     pub(crate) fn of_the_environment(given: Option<String>) -> Result<Setup> {
         let failed = |problem| Error::Environment { problem };
         launcher::variables().try_for_each(|name| text(name).map(drop))?;
-        let launcher::Launched { rank, world_size, name, source, known, variable } =
+        let launcher::Launched { rank, world_size, name, source, known, variable, hosts } =
             launcher::Launched::find(variable, given).map_err(failed)?;
-        Ok(Setup { rank, world_size, name, source, known, variable: Some(variable) })
+        Ok(Setup { rank, world_size, name, source, known, variable: Some(variable), hosts })
     }
 
     /// True if a launcher has set a rank.
@@ -114,7 +116,7 @@ impl ProcessBootstrap {
         device: Device,
         timeout: Duration,
     ) -> Result<ProcessBootstrap> {
-        let Setup { rank, world_size, name, source, known, variable } = setup;
+        let Setup { rank, world_size, name, source, known, variable, .. } = setup;
         let failed = |reason| Error::Rendezvous { rank, reason };
         let own = LocalDevice::find(device);
         let host_info =

@@ -19,15 +19,18 @@ pub(crate) struct Launched {
     pub(crate) known: Known,
     /// The variable that gave the rank.
     pub(crate) variable: &'static str,
+    /// Number of hosts with as many ranks each.
+    pub(crate) hosts: usize,
 }
 
 /// The variables of one launcher: rank, world size, and the number of ranks on this host, if it
-/// sets one.
+/// sets one, with the rank among them.
 struct Launcher {
     name: &'static str,
     rank: &'static str,
     world_size: &'static str,
     local_size: &'static str,
+    local_rank: &'static str,
     /// Variables whose values together differ between any two jobs of one host.
     job: &'static [&'static str],
     /// Number of the first variables of `job` that are required.
@@ -58,6 +61,7 @@ const LAUNCHERS: [Launcher; 4] = [
         rank: "RANK",
         world_size: "WORLD_SIZE",
         local_size: "LOCAL_WORLD_SIZE",
+        local_rank: "LOCAL_RANK",
         job: &["MASTER_PORT", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"],
         required: 1,
         knows: "TORCHELASTIC_RUN_ID",
@@ -67,6 +71,7 @@ const LAUNCHERS: [Launcher; 4] = [
         rank: "OMPI_COMM_WORLD_RANK",
         world_size: "OMPI_COMM_WORLD_SIZE",
         local_size: "OMPI_COMM_WORLD_LOCAL_SIZE",
+        local_rank: "OMPI_COMM_WORLD_LOCAL_RANK",
         job: &["PMIX_NAMESPACE"],
         required: 1,
         knows: "PMIX_NAMESPACE",
@@ -76,6 +81,7 @@ const LAUNCHERS: [Launcher; 4] = [
         rank: "PMI_RANK",
         world_size: "PMI_SIZE",
         local_size: "MPI_LOCALNRANKS",
+        local_rank: "MPI_LOCALRANKID",
         job: &[PARENT], // MPICH names no job, but starts all ranks of a host from one process
         required: 1,
         knows: PARENT,
@@ -85,6 +91,7 @@ const LAUNCHERS: [Launcher; 4] = [
         rank: "SLURM_PROCID",
         world_size: "SLURM_STEP_NUM_TASKS",
         local_size: "SLURM_STEP_TASKS_PER_NODE",
+        local_rank: "SLURM_LOCALID",
         job: &["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"],
         required: 2, // a job can run several steps at once
         knows: "SLURM_JOB_ID",
@@ -94,8 +101,8 @@ const LAUNCHERS: [Launcher; 4] = [
 /// Names of all variables that must be UTF-8.
 pub(crate) fn variables() -> impl Iterator<Item = &'static str> {
     let of = |launcher: &Launcher| {
-        let Launcher { rank, world_size, local_size, job, .. } = *launcher;
-        [rank, world_size, local_size].into_iter().chain(job.iter().copied())
+        let Launcher { rank, world_size, local_size, local_rank, job, .. } = *launcher;
+        [rank, world_size, local_size, local_rank].into_iter().chain(job.iter().copied())
     };
     LAUNCHERS.iter().flat_map(of).chain([RENDEZVOUS]).filter(|name| *name != PARENT)
 }
@@ -223,8 +230,13 @@ impl Launched {
                 .parse()
                 .map_err(|_| format!("{name} is {value:?}, which is not a whole number from 0"))
         };
-        let (rank, world_size) = (number(launcher.rank)?, number(launcher.world_size)?);
-        let (a, b) = (launcher.rank, launcher.world_size);
+        let (mut rank, mut world_size) = (number(launcher.rank)?, number(launcher.world_size)?);
+        let (mut a, mut b) = (launcher.rank, launcher.world_size);
+        let hosts = launcher.hosts(&get, world_size)?;
+        if hosts > 1 {
+            (a, b) = (launcher.local_rank, launcher.local_size);
+            (rank, world_size) = (number(a)?, world_size / hosts);
+        }
         if !(1..=PA_MAX_WORLD as usize).contains(&world_size) {
             return Err(format!(
                 "{b} is {world_size}: a world has 1 to {PA_MAX_WORLD} ranks; start as many"
@@ -240,27 +252,16 @@ impl Launched {
                 "{RENDEZVOUS} is empty: unset it, or give every rank of this world the same name"
             ));
         }
-        // Slurm writes "4", "4(x2)" or "4,2".
-        if let Some(local) =
-            get(launcher.local_size).filter(|local| local.trim() != world_size.to_string())
-        {
+        let local = get(launcher.local_size).filter(|local| local.trim() != world_size.to_string());
+        if let Some(local) = local.filter(|_| launcher.is_torchrun()) {
             let c = launcher.local_size;
-            // Several torchrun agents may run on one host.
-            let is_torchrun = launcher.rank == "RANK";
-            let is_one_host = is_torchrun
-                && (by_hand.is_some() || get("MASTER_ADDR").is_some_and(|a| is_here(&a)));
-            if !is_one_host {
-                let how = if is_torchrun {
-                    format!(
-                        "; if they are, set MASTER_ADDR to localhost, or {RENDEZVOUS} to one \
-                        name, on all of them"
-                    )
-                } else {
-                    String::new()
-                };
+            // Several agents may run on one host.
+            if by_hand.is_none() && !get("MASTER_ADDR").is_some_and(|address| is_here(&address)) {
                 return Err(format!(
-                    "{c} is {local} and {b} is {world_size}: all ranks must be processes of one \
-                     host{how}"
+                    "{c} is {local} and {b} is {world_size}: all ranks of torchrun must be \
+                     processes of one host; if they are, set MASTER_ADDR to localhost, or \
+                     {RENDEZVOUS} to one name, on all of them; for several hosts start the ranks \
+                     with mpirun or srun"
                 ));
             }
         }
@@ -269,7 +270,8 @@ impl Launched {
             None => Known::No,
         };
         let found = |name: String, source: String, known: Known| {
-            Ok(Launched { rank, world_size, name, source, known, variable: launcher.rank })
+            let variable = launcher.rank;
+            Ok(Launched { rank, world_size, name, source, known, variable, hosts })
         };
         if let Some(name) = given {
             return found(name, "set by Communicator::builder().rendezvous(..)".into(), known());
@@ -303,6 +305,34 @@ impl Launched {
 }
 
 impl Launcher {
+    fn is_torchrun(&self) -> bool {
+        self.rank == "RANK"
+    }
+
+    /// The number of hosts with as many ranks each. An error if they have not as many. 1 for
+    /// torchrun, whose agents may all run on one host.
+    fn hosts(
+        &self,
+        get: &impl Fn(&str) -> Option<String>,
+        world_size: usize,
+    ) -> Result<usize, String> {
+        let Some(local) = get(self.local_size).filter(|_| !self.is_torchrun()) else {
+            return Ok(1);
+        };
+        // Slurm writes "4", "4(x2)" or "4,2".
+        let ranks = local.trim().split('(').next().and_then(|ranks| ranks.trim().parse().ok());
+        match ranks {
+            Some(ranks @ 1..) if ranks <= world_size && world_size % ranks == 0 => {
+                Ok(world_size / ranks)
+            }
+            _ => Err(format!(
+                "{} is {local} and {} is {world_size}: all hosts must have as many ranks; start \
+                 as many on each",
+                self.local_size, self.world_size
+            )),
+        }
+    }
+
     fn id(&self, get: &impl Fn(&str) -> Option<String>) -> String {
         let job: Vec<String> = self.job.iter().filter_map(|name| get(name)).collect();
         job.join("/")

@@ -79,7 +79,52 @@ fn missing_and_contradictory_variables_are_named() {
         ("SLURM_STEP_NUM_TASKS", "4"),
         ("SLURM_STEP_TASKS_PER_NODE", "2(x2)"),
     ];
-    assert!(error(&slurm).contains("2(x2)"));
+    assert!(error(&slurm).contains("SLURM_LOCALID is not"));
+}
+
+#[test]
+fn ranks_of_several_hosts_are_numbered_on_each() {
+    let slurm = [
+        ("SLURM_PROCID", "3"),
+        ("SLURM_STEP_NUM_TASKS", "4"),
+        ("SLURM_STEP_TASKS_PER_NODE", "2(x2)"),
+        ("SLURM_LOCALID", "1"),
+        ("SLURM_JOB_ID", "77"),
+        ("SLURM_STEP_ID", "0"),
+    ];
+    let mpirun = [
+        ("OMPI_COMM_WORLD_RANK", "3"),
+        ("OMPI_COMM_WORLD_SIZE", "4"),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE", "2"),
+        ("OMPI_COMM_WORLD_LOCAL_RANK", "1"),
+        ("PMIX_NAMESPACE", "1234"),
+    ];
+    let mpich = [
+        ("PMI_RANK", "3"),
+        ("PMI_SIZE", "4"),
+        ("MPI_LOCALNRANKS", "2"),
+        ("MPI_LOCALRANKID", "1"),
+        (PARENT, "77"),
+    ];
+    for launched in [&slurm[..], &mpirun, &mpich] {
+        let found = find(launched).unwrap();
+        assert_eq!((found.rank, found.world_size, found.hosts), (1, 2, 2));
+    }
+    let with = |name: &str, value: &'static str| {
+        let mut changed = slurm;
+        changed.iter_mut().find(|(other, _)| *other == name).unwrap().1 = value;
+        find(&changed)
+    };
+    // More ranks than one host can have, on many.
+    let many = [("SLURM_STEP_NUM_TASKS", "65536"), ("SLURM_STEP_TASKS_PER_NODE", "16(x4096)")];
+    let many = find(&[&many[..], &slurm[..1], &slurm[3..]].concat()).unwrap();
+    assert_eq!((many.rank, many.world_size, many.hosts), (1, 16, 4096));
+    for unequal in ["3,1", "2,1(x2)", "3", "0", "five"] {
+        let error = with("SLURM_STEP_TASKS_PER_NODE", unequal).unwrap_err();
+        assert!(error.contains(unequal) && error.contains("as many on each"), "{error}");
+    }
+    let error = with("SLURM_STEP_TASKS_PER_NODE", "1(x4)").unwrap_err();
+    assert!(error.contains("SLURM_LOCALID is 1 and"), "{error}");
 }
 
 /// Every launcher, and both halves of each pair: never "not launched", which would train alone.

@@ -1,0 +1,297 @@
+//! Weighted mean of the shards of all hosts: each host has one part of every piece of the shard,
+//! receives all hosts' values of it, and sends their mean to all. Sums are made in f64, in the
+//! order of hosts, so that all hosts get the same bits.
+
+use std::time::Instant;
+
+use crate::hosts::{Hosts, HostsError};
+use crate::stage::{Span, Values};
+
+/// Bytes of a piece of the shard, on one host.
+const PIECE: usize = 4 << 20;
+/// Elements that are summed at a time.
+const TILE: usize = 256;
+
+/// Buffers of the sums.
+pub(super) struct Sums {
+    hosts: usize,
+    /// Values of a piece: to send, and received.
+    send: Vec<u64>,
+    receive: Vec<u64>,
+    mean: Vec<u64>,
+}
+
+/// Value in the type of sums.
+trait Value: bytemuck::Pod {
+    fn of<'a>(values: Values<'a>) -> Option<&'a mut [Self]>;
+    fn wide(self) -> f64;
+    fn narrow(wide: f64) -> Self;
+    fn bits(self) -> u64;
+}
+
+impl Value for f32 {
+    fn of(values: Values<'_>) -> Option<&mut [f32]> {
+        match values {
+            Values::F32(values) => Some(values),
+            Values::F64(_) => None,
+        }
+    }
+    fn wide(self) -> f64 {
+        self.into()
+    }
+    fn narrow(wide: f64) -> f32 {
+        wide as f32
+    }
+    fn bits(self) -> u64 {
+        self.to_bits().into()
+    }
+}
+
+impl Value for f64 {
+    fn of(values: Values<'_>) -> Option<&mut [f64]> {
+        match values {
+            Values::F64(values) => Some(values),
+            Values::F32(_) => None,
+        }
+    }
+    fn wide(self) -> f64 {
+        self
+    }
+    fn narrow(wide: f64) -> f64 {
+        wide
+    }
+    fn bits(self) -> u64 {
+        self.to_bits()
+    }
+}
+
+impl Sums {
+    pub(super) fn new(hosts: usize) -> Sums {
+        Sums { hosts, send: vec![], receive: vec![], mean: vec![] }
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        [&self.send, &self.receive, &self.mean].map(|buffer| buffer.capacity() * 8).iter().sum()
+    }
+
+    /// Replaces the values by their mean over all hosts. A host of weight 0 only receives. Values
+    /// that are equal on all hosts that count stay as they are, bit for bit.
+    ///
+    /// # Safety
+    /// The spans' values are initialised, and nothing else uses them.
+    pub(super) unsafe fn average(
+        &mut self,
+        link: &mut dyn Hosts,
+        spans: &[Span],
+        weights: &[f64],
+        deadline: Instant,
+    ) -> Result<(), HostsError> {
+        // SAFETY: guaranteed by the caller, here and below.
+        unsafe { self.average_of::<f32>(link, spans, weights, deadline) }?;
+        // SAFETY: as above.
+        unsafe { self.average_of::<f64>(link, spans, weights, deadline) }
+    }
+
+    /// `average` for the values of one type.
+    ///
+    /// # Safety
+    /// As `average`.
+    unsafe fn average_of<T: Value>(
+        &mut self,
+        link: &mut dyn Hosts,
+        spans: &[Span],
+        weights: &[f64],
+        deadline: Instant,
+    ) -> Result<(), HostsError> {
+        // SAFETY: guaranteed by the caller. Spans are disjoint.
+        let values = spans.iter().filter_map(|span| T::of(unsafe { span.values() }));
+        let mut values: Vec<&mut [T]> = values.collect();
+        let all: usize = values.iter().map(|values| values.len()).sum();
+        let words = |values: usize| (values * size_of::<T>()).div_ceil(8);
+        // At least one value for each host.
+        let most = (PIECE / size_of::<T>() / self.hosts).max(1);
+        let (mut from, mut to) = (Place::default(), Place::default());
+        for begin in (0..all).step_by(most * self.hosts) {
+            let count = (all - begin).min(most * self.hosts);
+            let part = count.div_ceil(self.hosts);
+            for (buffer, length) in [
+                (&mut self.send, part * self.hosts),
+                (&mut self.receive, part * self.hosts),
+                (&mut self.mean, part),
+            ] {
+                buffer.clear();
+                buffer.resize(words(length), 0); // what no value fills is 0
+            }
+            let send = &mut of::<T>(&mut self.send)[..part * self.hosts];
+            from.each(&mut values, count, |at, run| send[at..at + run.len()].copy_from_slice(run));
+            let receive = &mut of::<T>(&mut self.receive)[..part * self.hosts];
+            let mean = &mut of::<T>(&mut self.mean)[..part];
+            let (sent, received) = (bytemuck::cast_slice(send), bytemuck::cast_slice_mut(receive));
+            link.all_to_all(sent, received, deadline)?;
+            mean_of(receive, weights, mean);
+            let received = bytemuck::cast_slice_mut(receive);
+            link.all_gather(bytemuck::cast_slice(mean), received, deadline)?;
+            let run_of =
+                |at: usize, run: &mut [T]| run.copy_from_slice(&receive[at..][..run.len()]);
+            to.each(&mut values, count, run_of);
+        }
+        Ok(())
+    }
+}
+
+fn of<T: Value>(words: &mut [u64]) -> &mut [T] {
+    bytemuck::cast_slice_mut(words)
+}
+
+/// Place in a list of slices that are passed through from the first value to the last.
+#[derive(Default)]
+struct Place {
+    slice: usize,
+    at: usize,
+}
+
+impl Place {
+    /// Passes on over the next `count` values, run by run. `f` gets the number of values before.
+    fn each<T>(
+        &mut self,
+        slices: &mut [&mut [T]],
+        count: usize,
+        mut f: impl FnMut(usize, &mut [T]),
+    ) {
+        let mut done = 0;
+        while done < count {
+            let rest = &mut slices[self.slice][self.at..];
+            let length = rest.len().min(count - done);
+            f(done, &mut rest[..length]);
+            done += length;
+            self.at += length;
+            if self.at == slices[self.slice].len() {
+                *self = Place { slice: self.slice + 1, at: 0 };
+            }
+        }
+    }
+}
+
+/// Weighted means of `mean.len()` values of each host, which follow one another.
+fn mean_of<T: Value>(values: &[T], weights: &[f64], mean: &mut [T]) {
+    let part = mean.len();
+    let most = weights.iter().copied().fold(0.0, f64::max);
+    // Relative to the largest: equal weights are 1, and none overflows.
+    let counted = weights.iter().enumerate().filter(|(_, &weight)| weight > 0.0);
+    let counted: Vec<(usize, f64)> = counted.map(|(host, weight)| (host, weight / most)).collect();
+    let total: f64 = counted.iter().map(|(_, weight)| weight).sum();
+    let Some(&(first, _)) = counted.first() else { return };
+    for (tile, means) in mean.chunks_mut(TILE).enumerate() {
+        let length = means.len();
+        let of = |host: usize| &values[host * part + tile * TILE..][..length];
+        let (mut sums, mut differs) = ([0.0; TILE], [0; TILE]);
+        for &(host, weight) in &counted {
+            for ((value, one), (sum, differs)) in
+                of(host).iter().zip(of(first)).zip(sums.iter_mut().zip(&mut differs))
+            {
+                *sum += weight * value.wide();
+                *differs |= value.bits() ^ one.bits();
+            }
+        }
+        for ((mean, one), (sum, differs)) in
+            means.iter_mut().zip(of(first)).zip(sums.iter().zip(&differs))
+        {
+            *mean = if *differs == 0 { *one } else { T::narrow(sum / total) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::hosts::ThreadHosts;
+    use crate::tensor::Dtype;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        /// Any number of hosts and parts, of both types, against the sum in f64.
+        #[test]
+        fn all_hosts_get_the_weighted_mean(
+            lengths in prop::collection::vec((0usize..40, any::<bool>()), 1..6),
+            weights in prop::collection::vec(prop::sample::select(vec![0.0, 0.5, 1.0, 3e8]), 1..5),
+            seed in 0u64..1000,
+        ) {
+            prop_assume!(weights.iter().any(|&weight| weight > 0.0));
+            let value = |host: usize, tensor: usize, at: usize| {
+                let mixed = (seed + 1) * (7 + 31 * host as u64 + 1009 * at as u64) + tensor as u64;
+                // Some are equal on all hosts.
+                if at % 3 == 0 { 1.1 + tensor as f64 } else { (mixed % 1000) as f64 / 7.0 }
+            };
+            let hosts = weights.len();
+            let results: Vec<(Vec<Vec<f32>>, Vec<Vec<f64>>)> = std::thread::scope(|scope| {
+                let run = |(host, mut links): (usize, Vec<ThreadHosts>)| {
+                    let (lengths, weights) = (&lengths, &weights);
+                    scope.spawn(move || {
+                        let of = |wide: bool| -> Vec<Vec<f64>> {
+                            let each = lengths.iter().enumerate().filter(|(_, l)| l.1 == wide);
+                            each.map(|(tensor, (length, _))| {
+                                (0..*length).map(|at| value(host, tensor, at)).collect()
+                            })
+                            .collect()
+                        };
+                        let narrow = |values: &Vec<f64>| values.iter().map(|&v| v as f32).collect();
+                        let (mut wide, mut narrow): (Vec<Vec<f64>>, Vec<Vec<f32>>) =
+                            (of(true), of(false).iter().map(narrow).collect());
+                        let span = |dtype, address, elements| Span {
+                            tensor: 0, dtype, first: 0, elements, at: 0, address,
+                        };
+                        let wides = wide.iter_mut().filter(|values| !values.is_empty());
+                        let mut spans: Vec<Span> = wides
+                            .map(|v| span(Dtype::F64, v.as_mut_ptr() as u64, v.len()))
+                            .collect();
+                        let narrows = narrow.iter_mut().filter(|values| !values.is_empty());
+                        spans.extend(
+                            narrows.map(|v| span(Dtype::F32, v.as_mut_ptr() as u64, v.len())),
+                        );
+                        let deadline = Instant::now() + Duration::from_secs(60);
+                        let mut sums = Sums::new(hosts);
+                        // SAFETY: the spans are those vectors, which nothing else uses.
+                        unsafe { sums.average(&mut links[0], &spans, weights, deadline) }.unwrap();
+                        (narrow, wide)
+                    })
+                };
+                let links = ThreadHosts::new(hosts, 1);
+                let threads: Vec<_> = links.into_iter().enumerate().map(run).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            let total: f64 = weights.iter().sum();
+            let mean = |tensor, at, of: &dyn Fn(f64) -> f64| {
+                let weighted = |host| weights[host] * of(value(host, tensor, at));
+                (0..hosts).map(weighted).sum::<f64>() / total
+            };
+            for (wide, tensors) in [false, true].map(|wide| {
+                let each = lengths.iter().enumerate().filter(move |(_, length)| length.1 == wide);
+                (wide, each.map(|(tensor, _)| tensor).collect::<Vec<_>>())
+            }) {
+                for (index, &tensor) in tensors.iter().enumerate() {
+                    for at in 0..lengths[tensor].0 {
+                        let (found, expected, ulp) = match wide {
+                            true => (results[0].1[index][at], mean(tensor, at, &|v| v), 1e-14),
+                            false => (
+                                results[0].0[index][at].into(),
+                                mean(tensor, at, &|v| f64::from(v as f32)),
+                                1e-7,
+                            ),
+                        };
+                        let near = (found - expected).abs() <= ulp * expected.abs();
+                        prop_assert!(near, "{found} {expected}");
+                        if at % 3 == 0 {
+                            let same = if wide { 1.1 + tensor as f64 } else { f64::from((1.1 + tensor as f64) as f32) };
+                            prop_assert_eq!(found.to_bits(), same.to_bits());
+                        }
+                    }
+                }
+            }
+            prop_assert!(results.iter().all(|result| *result == results[0]));
+        }
+    }
+}

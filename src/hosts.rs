@@ -1,0 +1,145 @@
+//! Links between hosts: each rank's part of the mean is averaged with the parts of the ranks of the
+//! same number on all other hosts.
+
+#[cfg(feature = "mpi")]
+mod mpi;
+mod threads;
+
+use std::fmt;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+#[cfg(feature = "mpi")]
+pub use self::mpi::MpiHosts;
+pub use threads::ThreadHosts;
+
+/// Link of one rank to the ranks of the same number on all other hosts, for
+/// [`Builder::hosts`](crate::Builder::hosts).
+///
+/// The calls are collective: the ranks of one number on all hosts make the same calls in the same
+/// order, with buffers of the same length. An error ends the link: no further call follows.
+/// [`ThreadHosts`] is a link within a process, for tests.
+#[cfg_attr(feature = "mpi", doc = "[`MpiHosts`] is one over MPI.")]
+pub trait Hosts: Send {
+    /// The number of hosts.
+    fn hosts(&self) -> usize;
+
+    /// The number of this host, from 0, the same for all of its ranks.
+    fn host(&self) -> usize;
+
+    /// Sends part h of `send` to host h, and receives this host's part of what host h sends as part
+    /// h of `receive`. A buffer has a part of equal length for each host. Fails after `deadline`.
+    fn all_to_all(
+        &mut self,
+        send: &[u8],
+        receive: &mut [u8],
+        deadline: Instant,
+    ) -> Result<(), HostsError>;
+
+    /// Sends `send` to all hosts, and receives what host h sends as part h of `receive`. Fails
+    /// after `deadline`.
+    fn all_gather(
+        &mut self,
+        send: &[u8],
+        receive: &mut [u8],
+        deadline: Instant,
+    ) -> Result<(), HostsError>;
+
+    /// Tells the other hosts, if the link can, that this rank makes no further call. Does not wait.
+    fn abort(&mut self);
+}
+
+/// Failure of a link between hosts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct HostsError {
+    /// Host that is late or gone, if the link knows.
+    pub host: Option<usize>,
+    /// Reason: the call that failed, and what it waited for.
+    pub reason: String,
+}
+
+impl HostsError {
+    /// Failure with this reason.
+    pub fn new(host: Option<usize>, reason: impl Into<String>) -> Self {
+        HostsError { host, reason: reason.into() }
+    }
+}
+
+impl fmt::Display for HostsError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.reason)
+    }
+}
+
+impl std::error::Error for HostsError {}
+
+/// Averages that all hosts take part in; the same on every rank of every host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Hierarchy {
+    /// Every average.
+    Every,
+    /// Every `every`-th average. The averages between are of the ranks of one host.
+    Outer {
+        /// Number of averages from one of all hosts to the next, from 1.
+        every: u32,
+    },
+}
+
+impl Hierarchy {
+    pub(crate) fn every(self) -> u32 {
+        match self {
+            Hierarchy::Every => 1,
+            Hierarchy::Outer { every } => every,
+        }
+    }
+}
+
+/// A rank's link, which its averagers and their successors in later views share.
+#[derive(Clone)]
+pub(crate) struct HostLink {
+    pub(crate) hosts: usize,
+    pub(crate) host: usize,
+    shared: Arc<Mutex<Shared>>,
+}
+
+struct Shared {
+    link: Box<dyn Hosts>,
+    broken: Option<HostsError>,
+}
+
+impl HostLink {
+    pub(crate) fn new(link: impl Hosts + 'static) -> HostLink {
+        let (hosts, host) = (link.hosts(), link.host());
+        let shared = Shared { link: Box::new(link), broken: None };
+        HostLink { hosts, host, shared: Arc::new(Mutex::new(shared)) }
+    }
+
+    /// Makes a call, unless an earlier one has failed, whose error stays.
+    pub(crate) fn call(
+        &self,
+        call: impl FnOnce(&mut dyn Hosts) -> Result<(), HostsError>,
+    ) -> Result<(), HostsError> {
+        let shared = &mut *crate::sync::lock(&self.shared);
+        if let Some(broken) = &shared.broken {
+            return Err(broken.clone());
+        }
+        call(&mut *shared.link).inspect_err(|error| shared.broken = Some(error.clone()))
+    }
+
+    /// Tells the other hosts that this rank makes no further call.
+    pub(crate) fn abort(&self, reason: &str) {
+        let shared = &mut *crate::sync::lock(&self.shared);
+        if shared.broken.is_none() {
+            shared.link.abort();
+            shared.broken = Some(HostsError::new(Some(self.host), reason));
+        }
+    }
+}
+
+impl fmt::Debug for HostLink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "host {} of {}", self.host, self.hosts)
+    }
+}

@@ -1,0 +1,173 @@
+//! Link between "hosts" that are worlds of threads of one process.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Instant;
+
+use super::{Hosts, HostsError};
+use crate::sync::{lock, wait_timeout};
+
+/// Link between worlds of threads in one process, each of which stands for a host: for tests of a
+/// program that runs on several hosts.
+///
+/// ```
+/// use param_averager::{Communicator, Device, Error, Hierarchy, ParamAverager, ThreadHosts};
+///
+/// let hosts = ThreadHosts::new(2, 2); // 2 hosts with 2 ranks
+/// let result: Result<(), Error> = std::thread::scope(|scope| {
+///     for (host, links) in hosts.into_iter().enumerate() {
+///         let world = Communicator::from_devices(&[Device::cpu(); 2])?;
+///         for (communicator, link) in world.into_iter().zip(links) {
+///             scope.spawn(move || {
+///                 let rank = 2 * host + communicator.rank();
+///                 let mut model = vec![0.0f32; 1000];
+///                 let builder = ParamAverager::builder(communicator);
+///                 let builder = builder.hosts(link, Hierarchy::Every);
+///                 let mut averager = builder.build(&mut model)?;
+///                 model.fill(rank as f32);
+///                 averager.average(&mut model)?;
+///                 assert_eq!(model, [1.5; 1000]); // (0 + 1 + 2 + 3) / 4
+///                 Ok::<_, Error>(())
+///             });
+///         }
+///     }
+///     Ok(())
+/// });
+/// # result.unwrap();
+/// ```
+#[derive(Debug)]
+pub struct ThreadHosts {
+    host: usize,
+    group: Arc<Group>,
+}
+
+/// The ranks of one number on all hosts.
+#[derive(Debug)]
+struct Group {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    /// Bytes of each host in the current call, until all have read them.
+    sent: Vec<Option<Vec<u8>>>,
+    /// Hosts that have read.
+    read: Vec<bool>,
+    left: Option<usize>,
+}
+
+impl ThreadHosts {
+    /// Links of `hosts` hosts with `ranks` ranks each: by host, and by rank.
+    pub fn new(hosts: usize, ranks: usize) -> Vec<Vec<ThreadHosts>> {
+        let state = || State { sent: vec![None; hosts], read: vec![false; hosts], left: None };
+        let group = |_| Arc::new(Group { state: Mutex::new(state()), changed: Condvar::new() });
+        let groups: Vec<_> = (0..ranks).map(group).collect();
+        let of = |host| {
+            let link = |group: &Arc<Group>| ThreadHosts { host, group: group.clone() };
+            groups.iter().map(link).collect()
+        };
+        (0..hosts).map(of).collect()
+    }
+
+    /// Shows `send` to all hosts, and `receive` what all have sent.
+    fn exchange(
+        &mut self,
+        send: &[u8],
+        deadline: Instant,
+        mut receive: impl FnMut(usize, &[u8]),
+    ) -> Result<(), HostsError> {
+        let group = self.group.clone();
+        let mut state = lock(&group.state);
+        // The call before may still have readers.
+        state = group.wait(state, deadline, |state| state.sent[self.host].is_some())?;
+        state.sent[self.host] = Some(send.to_vec());
+        group.changed.notify_all();
+        state = group.wait(state, deadline, |state| state.sent.iter().any(Option::is_none))?;
+        for (host, sent) in state.sent.iter().enumerate() {
+            let sent = sent.as_deref().unwrap_or_default();
+            if sent.len() != send.len() {
+                let reason = format!("host {host} sends {} bytes, not {}", sent.len(), send.len());
+                return Err(HostsError::new(Some(host), reason));
+            }
+            receive(host, sent);
+        }
+        state.read[self.host] = true;
+        if state.read.iter().all(|&read| read) {
+            state.read.fill(false);
+            state.sent.fill(None);
+            group.changed.notify_all();
+        }
+        Ok(())
+    }
+}
+
+impl Group {
+    fn wait<'a>(
+        &self,
+        mut state: MutexGuard<'a, State>,
+        deadline: Instant,
+        lasts: impl Fn(&State) -> bool,
+    ) -> Result<MutexGuard<'a, State>, HostsError> {
+        while lasts(&state) {
+            if let Some(host) = state.left {
+                return Err(HostsError::new(Some(host), "it has left the link between hosts"));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let late = state.sent.iter().position(Option::is_none);
+                return Err(HostsError::new(late, "it has not come to an exchange of all hosts"));
+            }
+            state = wait_timeout(&self.changed, state, left);
+        }
+        Ok(state)
+    }
+
+    fn leave(&self, host: usize) {
+        lock(&self.state).left.get_or_insert(host);
+        self.changed.notify_all();
+    }
+}
+
+impl Hosts for ThreadHosts {
+    fn hosts(&self) -> usize {
+        lock(&self.group.state).sent.len()
+    }
+
+    fn host(&self) -> usize {
+        self.host
+    }
+
+    fn all_to_all(
+        &mut self,
+        send: &[u8],
+        receive: &mut [u8],
+        deadline: Instant,
+    ) -> Result<(), HostsError> {
+        let part = send.len() / self.hosts();
+        let own = self.host * part..(self.host + 1) * part;
+        self.exchange(send, deadline, |host, sent| {
+            receive[host * part..][..part].copy_from_slice(&sent[own.clone()]);
+        })
+    }
+
+    fn all_gather(
+        &mut self,
+        send: &[u8],
+        receive: &mut [u8],
+        deadline: Instant,
+    ) -> Result<(), HostsError> {
+        self.exchange(send, deadline, |host, sent| {
+            receive[host * send.len()..][..send.len()].copy_from_slice(sent);
+        })
+    }
+
+    fn abort(&mut self) {
+        self.group.leave(self.host);
+    }
+}
+
+impl Drop for ThreadHosts {
+    fn drop(&mut self) {
+        self.group.leave(self.host);
+    }
+}
