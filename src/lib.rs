@@ -38,12 +38,13 @@
 )]
 //! * [`Error`] names the rank and the tensor, and says what to do. If an average fails before any
 //!   rank wrote, no tensor of any rank has changed.
-//! * [`guide`] has short pages on frameworks, processes, streams, failures, joining, Local SGD in
-//!   practice, outer optimizers and accuracy.
+//! * [`guide`] has short pages on frameworks, processes, streams, failures, joining, several hosts,
+//!   Local SGD in practice, outer optimizers and accuracy.
 //!
 //! Sums are made in f32 (f64 for f64) in a fixed order, so all ranks end with the same bits, unless
 //! they [keep a share](Outer::keeping) of their own values. Nothing is allocated and no system call
-//! is made while averaging on CPUs, waiting aside; [`guide`] has the one exception.
+//! is made while averaging on CPUs, waiting and other hosts aside; [`guide`] has one exception
+//! more.
 //!
 //! # Features
 //!
@@ -53,6 +54,7 @@
 //! | `processes` | yes | ranks that are processes of one host; Linux only |
 //! | `tracing` | yes | averages, and notices of long waits, as events of the crate `tracing`; without it, notices are lines on standard error |
 //! | `metrics` | no | averages as counters, gauges and histograms of the crate `metrics` |
+//! | `mpi` | no | `MpiHosts`, the link between hosts over MPI: an MPI with its compiler wrapper, and libclang, to build |
 //! | `serde` | no | `SavedState`, a state of [`LocalSgd`] as a field of a trainer's own checkpoint |
 //! | `half` | yes | slices of `half::f16` and `half::bf16`; tensors of raw parts need no feature |
 //!
@@ -72,6 +74,7 @@
 //! |---|---|---|---|
 //! | threads, on CPUs | tested | not run | not tried |
 //! | processes, on CPUs | tested | not run | no |
+//! | processes of several hosts, on CPUs | tested in network namespaces of one machine | not run | no |
 //! | threads, on CUDA devices | simulated only: no GPU has run it | not run | not tried |
 //! | processes, on CUDA devices | simulated only: no GPU has run it | not run | no |
 //!
@@ -83,6 +86,8 @@
 //! | call | waits for | limit |
 //! |---|---|---|
 //! | `Communicator::from_env`, `CommunicatorBuilder::build` | all ranks to start | `CommunicatorBuilder::timeout` |
+//! | `MpiHosts::new` | all ranks of all hosts | MPI's own |
+//! | an average of all hosts ([`Builder::hosts`]) | the ranks of its number on all hosts | three quarters of [`Builder::timeout`] |
 //! | `Communicator::join` | the members to admit this process | `CommunicatorBuilder::timeout` |
 //! | [`Builder::build`], [`ParamAverager::average`] and `start`, [`LocalSgd::finish`], a due [`LocalSgd::step`] or `skip`, `admit_joiner` | every other rank to make the same call | [`Builder::timeout`] for each wait |
 //! | `recover` | the ranks that are left to call it | some times [`Builder::timeout`] |

@@ -150,7 +150,7 @@ impl ParamAverager {
             admitted: None,
             blueprint: None,
             stream: None,
-            watch: Watch::new(&communicator, &agreement, options.timeout),
+            watch: Watch::new(&communicator, &agreement, options.timeout, options.hosts.is_some()),
             communicator,
             agreement,
             algorithm,

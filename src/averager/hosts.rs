@@ -12,17 +12,17 @@ mod sum;
 use std::time::{Duration, Instant};
 
 use super::table::Table;
-use super::{Algorithm, Builder, Call, Start};
+use super::{Algorithm, Builder, Call, ParamAverager, Start};
 use crate::backend::MemorySpace;
 use crate::hash::Digest;
 use crate::hosts::{HostLink, Hosts, HostsError};
 use crate::schedule::place;
 use crate::stage::Span;
-use crate::{Compression, Error, Hierarchy, Result};
+use crate::{Compression, Error, Hierarchy, Result, Schedule};
 use sum::Sums;
 
 /// Words that the ranks of one number show one another before they average.
-const WORDS: usize = 10;
+const WORDS: usize = 12;
 /// Version of the exchange.
 const VERSION: u64 = 1;
 
@@ -37,9 +37,11 @@ const COMMON: [&str; 8] = [
     "call",
     "weighting",
 ];
-/// Words behind those: 1 if this host's own sum has failed, and the weight of its ranks.
+/// Words behind those: 1 if this host's own sum has failed, the weight of its ranks, and the
+/// largest of what they have measured.
 const FAILED: usize = 8;
 const WEIGHT: usize = 9;
+const MEASURED: usize = 10;
 
 /// Part of a rank in averages of all hosts.
 pub(super) struct RankHosts {
@@ -50,6 +52,8 @@ pub(super) struct RankHosts {
     channels: u32,
     /// Digest of the tensors and the options.
     layout: u64,
+    /// True if the values that all begin with are the mean of all hosts, not those of host 0.
+    starts_with_mean: bool,
     patience: Duration,
     /// Averages that this host has committed since the last one of all hosts.
     since: u32,
@@ -57,6 +61,8 @@ pub(super) struct RankHosts {
     made: u64,
     /// True if the average that is under way is of all hosts.
     is_of_all: bool,
+    /// Largest of what the ranks of all hosts have measured, in that average.
+    measured: [f64; 2],
     sums: Sums,
 }
 
@@ -68,6 +74,8 @@ pub(super) struct Wanted {
     pub(super) is_weighted: bool,
     /// Sum of the weights of this host's ranks.
     pub(super) weight: f64,
+    /// Largest of what they have measured.
+    pub(super) measured: [f64; 2],
 }
 
 impl Wanted {
@@ -76,7 +84,9 @@ impl Wanted {
             schedule: call.schedule,
             place: call.place,
             is_weighted: call.weight.is_some(),
-            weight: 0.0, // known when the ranks of this host have met
+            // Known when the ranks of this host have met.
+            weight: 0.0,
+            measured: [0.0; 2],
         }
     }
 
@@ -109,10 +119,12 @@ impl RankHosts {
             ranks: communicator.world_size(),
             channels,
             layout: digest.value(),
+            starts_with_mean: options.start == Start::Mean,
             patience: options.timeout / 4 * 3, // before the peers of this host stop waiting
             since: 0,
             made: 0,
             is_of_all: false,
+            measured: [0.0; 2],
             link,
         })
     }
@@ -128,6 +140,11 @@ impl RankHosts {
             true => self.link.hosts,
             false => 1,
         }
+    }
+
+    /// Largest of what all ranks have measured, in the last average, if that was of all hosts.
+    pub(super) fn measured(&self) -> Option<[f64; 2]> {
+        self.is_of_all.then_some(self.measured)
     }
 
     /// Begins an average, of all hosts or of this one.
@@ -197,6 +214,7 @@ impl RankHosts {
         ]);
         words[FAILED] = failed.into();
         words[WEIGHT] = wanted.weight.to_bits();
+        words[MEASURED..].copy_from_slice(&wanted.measured.map(f64::to_bits));
         let all = self.show(&words)?;
         let hosts: Vec<&[u64]> = all.chunks(WORDS).collect();
         if let Some(host) = hosts.iter().position(|host| host[FAILED] != 0) {
@@ -205,8 +223,15 @@ impl RankHosts {
         if let Some(error) = difference(&hosts) {
             return Err(error);
         }
-        let of_one =
-            wanted.sets_values() && !matches!(wanted.place, place::START | place::RECOVERY);
+        self.measured = [0, 1].map(|which| {
+            let of = |host: &&[u64]| f64::from_bits(host[MEASURED + which]);
+            hosts.iter().map(of).fold(0.0, f64::max)
+        });
+        let of_one = match wanted.place {
+            place::RECOVERY => false,
+            place::START => !self.starts_with_mean,
+            _ => wanted.sets_values(),
+        };
         let weight = |(host, words): (usize, &&[u64])| match of_one {
             true => f64::from(u8::from(host == 0)),
             false => f64::from_bits(words[WEIGHT]),
@@ -278,6 +303,11 @@ impl Builder {
         self.stage.is_some() || self.hosts.is_some()
     }
 
+    /// True if averages between those of all hosts are of one host alone.
+    pub(super) fn has_averages_of_one_host(&self) -> bool {
+        self.hosts.as_ref().is_some_and(|(_, hierarchy)| hierarchy.every() > 1)
+    }
+
     /// The option as all ranks of all hosts have it.
     pub(super) fn hosts_in_words(&self) -> String {
         match &self.hosts {
@@ -340,5 +370,20 @@ impl Builder {
                 }
             },
         }
+    }
+}
+
+impl ParamAverager {
+    /// Error of a schedule that adapts, where some averages are of one host alone: its ranks would
+    /// agree on another H than those of other hosts.
+    pub(crate) fn refusal_of_adapting(&self, schedule: &Schedule) -> Option<Error> {
+        let adapts = schedule.needs_times() || schedule.needs_telemetry();
+        (adapts && self.options.has_averages_of_one_host()).then(|| Error::InvalidOption {
+            rank: self.rank(),
+            option: "hosts",
+            found: format!("{}, with {schedule}", self.options.hosts_in_words()),
+            expected: "Hierarchy::Every, or a schedule that measures nothing, such as \
+                       Schedule::every",
+        })
     }
 }

@@ -161,9 +161,11 @@ impl ParamAverager {
 
     pub(super) fn report(&self, start: Option<Instant>) -> Report {
         let waited = self.ended().map(|status| status.waited_ns).max().unwrap_or(0);
-        let is_measured = self.call.measured.is_some() && self.world_size() > 1;
+        let has_peers = self.world_size() > 1 || self.options.hosts.is_some();
+        let is_measured = self.call.measured.is_some() && has_peers;
         let active = self.ended().map(|status| status.active_ns).max();
-        let measured = self.ended().next().map(|status| status.measured);
+        let of_hosts = self.stage.as_ref().and_then(RankStage::measured);
+        let measured = of_hosts.or_else(|| self.ended().next().map(|status| status.measured));
         Report {
             bytes: match self.call.fragment {
                 None => self.table.bytes,

@@ -215,6 +215,11 @@ impl RankStage {
         self.hosts.as_ref().map_or(1, RankHosts::in_last)
     }
 
+    /// Largest of what the ranks of all hosts have measured, if the last average was of all.
+    pub(super) fn measured(&self) -> Option<[f64; 2]> {
+        self.hosts.as_ref().and_then(RankHosts::measured)
+    }
+
     /// Tells other hosts that this one can't average any more.
     pub(super) fn abort(&self, error: &Error) {
         self.hosts.iter().for_each(|hosts| hosts.abort(error));
@@ -347,9 +352,14 @@ pub(super) unsafe fn start(
     let is_reduced = engine.ended().iter().all(|status| status.outcome == PA_OPEN);
     // SAFETY: the reduce has ended, and the kernels that read the means come after this call.
     let epoch = engine.ended().first().map_or(0, |status| status.epoch);
-    let wanted = Wanted { weight: if is_reduced { weight(epoch) } else { 0.0 }, ..wanted };
+    let measured = engine.ended().first().map_or([0.0; 2], |status| status.measured);
+    let weight = if is_reduced { weight(epoch) } else { 0.0 };
+    let has_hosts = stage.hosts.is_some();
+    let wanted = Wanted { weight, measured, ..wanted };
     // SAFETY: as above.
-    let refuses = watch.pause(|| unsafe { stage.refuses(is_reduced, wanted, describe) });
+    let run = || unsafe { stage.refuses(is_reduced, wanted, describe) };
+    // With a link, the user's function in it is taken for a wait.
+    let refuses = if has_hosts { watch.for_hosts(run) } else { watch.pause(run) };
     let vetoes = refuses && is_reduced;
     let args = PaArgs { flags: args.flags | flag(PA_FLAG_VETO, vetoes), ..*args };
     // SAFETY: guaranteed by the caller.

@@ -2,7 +2,7 @@
 //! ranks on devices within the driver, so a thread of its own looks every few seconds whether a
 //! caller still waits. An average pays a few stores for that.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,8 @@ pub(super) struct Watch {
     /// Begin of the current wait, in nanoseconds since `made`, plus one. 0: nothing waits.
     since: AtomicU64,
     made: Instant,
+    /// True if that wait is for another host.
+    is_for_hosts: AtomicBool,
     /// Shortest wait, in nanoseconds, that is told of. It doubles with each notice: ranks of
     /// unequal speed wait at every average.
     least: AtomicU64,
@@ -46,6 +48,7 @@ impl Watch {
         communicator: &Communicator,
         agreement: &Arc<Agreement>,
         timeout: Duration,
+        has_hosts: bool,
     ) -> Arc<Watch> {
         let watch = Arc::new(Watch {
             agreement: Arc::downgrade(agreement),
@@ -54,9 +57,10 @@ impl Watch {
             timeout,
             since: AtomicU64::new(0),
             made: Instant::now(),
+            is_for_hosts: AtomicBool::new(false),
             least: AtomicU64::new(nanoseconds(patience())),
         });
-        if communicator.world_size() > 1 {
+        if communicator.world_size() > 1 || has_hosts {
             Watcher::add(&watch);
         }
         watch
@@ -77,6 +81,17 @@ impl Watch {
         result
     }
 
+    /// Runs the waits for other hosts, in the course of one for the ranks of this host.
+    pub(super) fn for_hosts<T>(&self, run: impl FnOnce() -> T) -> T {
+        self.is_for_hosts.store(true, Ordering::Relaxed);
+        let result = self.pause(|| {
+            self.since.store(nanoseconds(self.made.elapsed()) + 1, Ordering::Relaxed);
+            run()
+        });
+        self.is_for_hosts.store(false, Ordering::Relaxed);
+        result
+    }
+
     /// Text of a notice, if one is due.
     fn look(&self) -> Option<String> {
         let since = self.since.load(Ordering::Relaxed).checked_sub(1)?;
@@ -86,6 +101,15 @@ impl Watch {
             return None;
         }
         self.least.store(2 * waited.max(least), Ordering::Relaxed);
+        if self.is_for_hosts.load(Ordering::Relaxed) {
+            return Some(format!(
+                "rank {} has waited for {:.1?} in an average of all hosts for another host: see \
+                 what that does; the wait ends after {:?}, three quarters of Builder::timeout",
+                self.rank,
+                Duration::from_nanos(waited),
+                self.timeout / 4 * 3
+            ));
+        }
         let named = |positions: Vec<usize>| {
             let mut ranks: Vec<usize> = positions.iter().map(|&at| self.order[at]).collect();
             ranks.sort_unstable();

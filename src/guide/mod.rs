@@ -16,6 +16,7 @@
     all(target_os = "linux", feature = "processes"),
     doc = "| [`joining`] | How does a process enter a world that is training? |"
 )]
+//! | [`hosts`] | How do ranks of several hosts average, and what if a host fails? |
 //! | [`practice`] | Which H and which learning rate? How are optimizer state, buffers and data treated? |
 //! | [`outer`] | Which outer optimizer, and how is its state kept? |
 //! | [`overlap`] | How does training go on while an average is made, and what does it cost? |
@@ -77,6 +78,7 @@ pub mod accuracy;
 pub mod compression;
 pub mod failures;
 pub mod frameworks;
+pub mod hosts;
 #[cfg(all(target_os = "linux", feature = "processes"))]
 pub mod joining;
 pub mod outer;

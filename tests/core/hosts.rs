@@ -1,5 +1,5 @@
-//! Averages over several hosts, each of which is a world of threads: the mean of all ranks, the same
-//! bits on all of them, and all or nothing when a host fails, differs, vetoes or leaves.
+//! Averages over several hosts, each of which is a world of threads: the mean of all ranks, the
+//! same bits on all of them, and all or nothing when a host fails, differs, vetoes or leaves.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -162,18 +162,25 @@ proptest! {
 
 #[test]
 fn all_ranks_begin_with_the_values_of_host_0() {
-    for (start, expected) in [(Start::Rank(0), 0.0), (Start::Rank(1), 1.0), (Start::Mean, 1.5)] {
-        let results = on_hosts(2, 2, |host, communicator, link| {
-            let mut model = vec![(2 * host + communicator.rank()) as f32; 100];
+    let of = |start, each: usize| {
+        on_hosts(2, each, |host, communicator, link| {
+            let mut model = vec![(each * host + communicator.rank()) as f32; 100];
             let builder = builder(communicator, link).start_from(start);
             let mut averager = builder.build(&mut model).unwrap();
-            assert_eq!(model, [expected; 100]);
-            model.fill((2 * host + averager.rank()) as f32);
-            averager.broadcast(1, &mut model).unwrap();
-            model
-        });
-        assert_eq!(results.concat().concat(), [1.0; 400]);
-    }
+            let began = model[0];
+            assert_eq!(model, [began; 100]);
+            model.fill((each * host + averager.rank()) as f32);
+            averager.broadcast(each - 1, &mut model).unwrap();
+            assert_eq!(model, [(each - 1) as f32; 100]);
+            began
+        })
+        .concat()
+    };
+    assert_eq!(of(Start::Rank(0), 2), [0.0; 4]);
+    assert_eq!(of(Start::Rank(1), 2), [1.0; 4]);
+    assert_eq!(of(Start::Mean, 2), [1.5; 4]);
+    assert_eq!(of(Start::Rank(0), 1), [0.0; 2]);
+    assert_eq!(of(Start::Mean, 1), [0.5; 2]);
 }
 
 #[test]
@@ -295,7 +302,10 @@ fn a_host_that_leaves_or_is_late_is_named() {
             Some(errors.map(Result::unwrap_err))
         });
         for (rank, [first, second]) in results[0].iter().flatten().enumerate() {
-            let named = |error: &Error| matches!(error, Error::HostLost { rank: of, host: Some(1), .. } if *of == rank);
+            let named = |error: &Error| {
+                let of = rank;
+                matches!(error, Error::HostLost { rank, host: Some(1), .. } if *rank == of)
+            };
             assert!(named(first) && named(second), "{first} {second}");
             assert!(first.tensors() == TensorState::Unchanged && !first.is_fatal());
             assert!(first.to_string().contains("restart all hosts from a checkpoint"), "{first}");
@@ -408,4 +418,74 @@ fn options_that_do_not_fit_are_refused() {
         });
         assert!(error[0].contains(text), "{}", error[0]);
     }
+}
+
+/// H from what each rank has measured: all hosts agree on it.
+#[test]
+fn schedules_that_adapt_decide_alike_on_all_hosts() {
+    for (schedule, each) in [
+        (Schedule::overhead(0.2), 1),
+        (Schedule::overhead(0.2), 2),
+        (Schedule::budget(1e5), 1),
+        (Schedule::divergence(0.01), 2),
+    ] {
+        let results = on_hosts(2, each, |host, communicator, link| {
+            let mut model = vec![0.0f32; 500];
+            let mut random = Random(host as u64 + 7 * communicator.rank() as u64);
+            let builder = builder(communicator, link).telemetry(true);
+            let mut sgd = LocalSgd::new(builder.build(&mut model).unwrap(), schedule);
+            let mut steps = vec![];
+            for step in 0..60 {
+                // Unequal on all ranks.
+                std::thread::sleep(Duration::from_micros(100 * host as u64 + 50));
+                model.iter_mut().for_each(|value| *value += random.value() as f32);
+                if sgd.step(&mut model).unwrap().report().is_some() {
+                    steps.push(step);
+                }
+            }
+            sgd.finish(&mut model).unwrap();
+            (steps, model)
+        })
+        .concat();
+        assert!(!results[0].0.is_empty() && results.iter().all(|result| *result == results[0]));
+    }
+}
+
+#[test]
+fn schedules_that_adapt_are_refused_where_hosts_average_alone() {
+    on_hosts(2, 1, |_, communicator, link| {
+        let mut model = vec![0.0f32; 10];
+        let hierarchy = Hierarchy::Outer { every: 2 };
+        let builder = ParamAverager::builder(communicator).hosts(link, hierarchy);
+        let averager = builder.build(&mut model).unwrap();
+        let mut sgd = LocalSgd::new(averager, Schedule::overhead(0.05));
+        let mut steps = (0..10).map(|_| sgd.step(&mut model));
+        let error = steps.find_map(Result::err).expect("an error").to_string();
+        assert!(error.contains("`hosts` is 2, Outer { every: 2 }, with "), "{error}");
+    });
+}
+
+/// A rank that panics takes its host with it; the other host is told.
+#[test]
+fn a_rank_that_is_lost_ends_the_averages_of_all_hosts() {
+    let results = on_hosts(2, 2, |host, communicator, link| {
+        let rank = communicator.rank();
+        let mut model = vec![1.0f32; 1000];
+        let mut averager = builder(communicator, link).build(&mut model).unwrap();
+        if (host, rank) == (1, 1) {
+            return None;
+        }
+        model.fill(rank as f32);
+        let error = averager.average(&mut model).unwrap_err();
+        assert_eq!(model, [rank as f32; 1000]);
+        Some(error)
+    });
+    assert!(matches!(results[1][0], Some(Error::PeerLost { rank: 1, .. })), "{results:?}");
+    let lost = |error: &Option<Error>| {
+        matches!(
+            error,
+            Some(Error::HostLost { host: Some(1), .. } | Error::HostRefused { host: 1 })
+        )
+    };
+    assert!(results[0].iter().all(lost), "{results:?}");
 }

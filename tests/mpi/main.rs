@@ -1,14 +1,13 @@
 //! Averages over several hosts by MPI: network namespaces of this machine, joined by a bridge, in
 //! which Open MPI's mpirun starts ranks that are this very program.
 
+mod averages;
 mod network;
 mod roles;
 
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
 
-use network::Network;
-use test_support::{note, output_within, tests, Ended};
+use test_support::tests;
 
 fn main() -> ExitCode {
     if let Ok(role) = std::env::var(roles::ROLE) {
@@ -19,82 +18,13 @@ fn main() -> ExitCode {
     test_support::main_with_threads(
         1,
         tests![
-            two_hosts_average_as_one_world: network,
-            three_hosts_average_over_slow_links: network,
-            a_cut_link_changes_no_tensor: network,
-            a_killed_rank_ends_the_job: network,
-            ranks_on_hosts_without_a_link_are_refused: network,
-            other_threads_than_mpis_are_refused: network,
+            averages::two_hosts_average_as_one_world: network,
+            averages::three_hosts_average_over_slow_links: network,
+            averages::a_cut_link_changes_no_tensor: network,
+            averages::a_killed_rank_ends_the_job: network,
+            averages::ranks_on_hosts_without_a_link_are_refused: network,
+            averages::other_threads_than_mpis_are_refused: network,
+            averages::the_example_trains: network,
         ],
     )
-}
-
-const LIMIT: Duration = Duration::from_secs(120);
-
-/// Digests that the ranks have printed behind `what`.
-fn digests<'a>(ended: &'a Ended, what: &str) -> Vec<&'a str> {
-    let behind = |line: &'a str| Some(line.split_once(what)?.1.rsplit(' ').next()?);
-    ended.said.lines().filter_map(behind).collect()
-}
-
-fn average_alike(hosts: usize, each: usize, network: &Network) {
-    let start = Instant::now();
-    let ended = output_within(network.mpirun(each, "averages"), LIMIT);
-    assert_eq!(ended.code, Some(0), "{}", ended.said);
-    let on = format!(" of {} on {hosts} hosts: ", hosts * each);
-    for what in [on.as_str(), " trained: "] {
-        let digests = digests(&ended, what);
-        assert_eq!(digests.len(), hosts * each, "{}", ended.said);
-        assert!(digests.iter().all(|digest| *digest == digests[0]), "{}", ended.said);
-    }
-    note!("{hosts} hosts with {each} ranks: {:.1?}", start.elapsed());
-}
-
-fn two_hosts_average_as_one_world() {
-    average_alike(2, 2, &Network::new(2));
-}
-
-fn three_hosts_average_over_slow_links() {
-    let network = Network::new(3);
-    network.slow(1, "delay 20ms rate 300mbit");
-    average_alike(3, 1, &network);
-}
-
-fn a_cut_link_changes_no_tensor() {
-    let network = Network::new(2);
-    let ended = std::thread::scope(|scope| {
-        let ranks = scope.spawn(|| output_within(network.mpirun(2, "cut"), LIMIT));
-        std::thread::sleep(Duration::from_secs(8)); // in the midst of an average, all but surely
-        network.cut(1);
-        // Ranks give up after three quarters of 8 s. What a host that is cut off prints arrives
-        // when its link is back.
-        std::thread::sleep(Duration::from_secs(12));
-        network.mend(1);
-        ranks.join().unwrap()
-    });
-    let unchanged = ended.said.matches(" unchanged after ").count();
-    assert_eq!(unchanged, 4, "{}", ended.said);
-    let lost = ended.said.matches("the link between hosts has failed").count();
-    let told = ended.said.matches("has refused the average").count();
-    assert!(lost >= 1 && lost + told == 4, "{}", ended.said);
-}
-
-fn a_killed_rank_ends_the_job() {
-    let network = Network::new(2);
-    let start = Instant::now();
-    let ended = output_within(network.mpirun(2, "killed"), LIMIT);
-    assert!(ended.code.is_some_and(|code| code != 0), "{}", ended.said);
-    assert!(start.elapsed() < Duration::from_secs(60));
-}
-
-fn ranks_on_hosts_without_a_link_are_refused() {
-    let ended = output_within(Network::new(2).mpirun(1, "without"), LIMIT);
-    let text = "the option `hosts` is none, with ranks on 2 hosts: a link between them";
-    assert!(ended.code == Some(1) && ended.said.contains(text), "{}", ended.said);
-}
-
-fn other_threads_than_mpis_are_refused() {
-    let ended = output_within(Network::new(2).mpirun(1, "threads"), LIMIT);
-    let text = "this is not its main thread: average there, or initialise MPI with";
-    assert!(ended.code == Some(1) && ended.said.contains(text), "{}", ended.said);
 }

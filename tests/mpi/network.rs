@@ -3,10 +3,12 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use test_support::Skip;
+
+use crate::roles::ROLE;
 
 /// Addresses of the hosts, in a network of their own.
 const NETWORK: &str = "10.211.77";
@@ -66,8 +68,8 @@ impl Network {
         }
         // In the place of ssh: the first argument is the address of a host.
         let script = format!(
-            "#!/bin/sh\nhost=${{1##*.}}\nshift\nexec ip netns exec {name}-$host unshare --uts sh -c \
-             \"hostname {name}-$host; $*\"\n"
+            "#!/bin/sh\nhost={name}-${{1##*.}}\nshift\n\
+             exec ip netns exec $host unshare --uts sh -c \"hostname $host; $*\"\n"
         );
         fs::write(&self.agent, script).map_err(|error| error.to_string())?;
         let runs = fs::Permissions::from_mode(0o755);
@@ -82,9 +84,10 @@ impl Network {
         format!("{}v{}", self.name, host + 1)
     }
 
-    /// Delays and slows what a host sends.
-    pub fn slow(&self, host: usize, how: &str) {
-        let line = format!("qdisc add dev {} root netem {how}", self.outer(host));
+    /// Limits the rate of what a host receives.
+    pub fn slow(&self, host: usize, rate: &str) {
+        let how = "burst 256kb latency 400ms";
+        let line = format!("qdisc add dev {} root tbf rate {rate} {how}", self.outer(host));
         let output = Command::new("tc").args(line.split(' ')).output().expect("tc runs");
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
@@ -101,18 +104,25 @@ impl Network {
 
     /// Open MPI's mpirun with these ranks on each host, in a role of this program.
     pub fn mpirun(&self, each: usize, role: &str) -> Command {
+        let program = std::env::current_exe().expect("this program");
+        let mut command = self.mpirun_of(each, &[Path::new("-x"), Path::new(ROLE), &program]);
+        command.env(ROLE, role);
+        command
+    }
+
+    /// The same of another program, with the arguments of mpirun before it.
+    pub fn mpirun_of(&self, each: usize, program: &[&Path]) -> Command {
         let hosts: Vec<String> =
             (0..self.hosts).map(|host| format!("{}:{each}", address(host))).collect();
         let network = format!("{NETWORK}.0/24");
         let mut command = Command::new("mpirun");
         command.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-H"]);
-        command.arg(hosts.join(",")).args(["-x", super::roles::ROLE]);
+        command.arg(hosts.join(","));
         command.args(["--mca", "plm_rsh_agent"]).arg(&self.agent);
         for option in ["oob_tcp_if_include", "btl_tcp_if_include"] {
             command.args(["--mca", option, &network]);
         }
-        command.env(super::roles::ROLE, role);
-        command.arg(std::env::current_exe().expect("this program"));
+        command.args(program);
         command
     }
 }

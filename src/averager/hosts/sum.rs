@@ -285,7 +285,8 @@ mod tests {
                         let near = (found - expected).abs() <= ulp * expected.abs();
                         prop_assert!(near, "{found} {expected}");
                         if at % 3 == 0 {
-                            let same = if wide { 1.1 + tensor as f64 } else { f64::from((1.1 + tensor as f64) as f32) };
+                            let one = 1.1 + tensor as f64;
+                            let same = if wide { one } else { f64::from(one as f32) };
                             prop_assert_eq!(found.to_bits(), same.to_bits());
                         }
                     }

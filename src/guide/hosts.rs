@@ -1,0 +1,100 @@
+//! Several hosts: the link between them, what it carries, and what happens when a host fails.
+//!
+//! Within a host ranks need nothing but this crate. Between hosts, each rank exchanges its part of
+//! the mean with the ranks of its number on all other hosts, over a link that the program brings:
+//! [`Hosts`](crate::Hosts), a trait of five functions.
+#![cfg_attr(
+    feature = "mpi",
+    doc = "[`MpiHosts`](crate::MpiHosts) is a link over MPI (feature `mpi`);"
+)]
+#![cfg_attr(
+    not(feature = "mpi"),
+    doc = "`MpiHosts` is a link over MPI (feature `mpi`, which this page was built without);"
+)]
+//! [`ThreadHosts`](crate::ThreadHosts) is one within a process, for tests.
+//!
+//! ```text
+//!  host 0: ranks 0 … n−1 sum their tensors       host 1: the same
+//!      │ rank r has part r of the host's mean         │
+//!      ▼                                              ▼
+//!  part r of host 0  ◀── rank r ── link ── rank r ──▶  part r of host 1
+//!      │ the mean of all hosts, in their order        │
+//!      ▼                                              ▼
+//!  commit: the ranks of this host vote            the same votes
+//!      │ part r goes to all ranks of the host         │
+//! ```
+//!
+//! # Start
+//! One program, started on all hosts by Open MPI's or MPICH's `mpirun` or by `srun`, with as many
+//! ranks on each host. A feature links MPI when the program is built:
+//! `cargo add param-averager --features mpi`, with an MPI and libclang. `examples/hosts.rs` is the
+//! program below, whole.
+//!
+//! ```text
+//! let (_universe, _) = mpi::initialize_with_threading(mpi::Threading::Funneled).expect("MPI");
+//! let communicator = Communicator::from_env(Device::cpu())?;   // the ranks of this host
+//! let link = MpiHosts::new(&communicator)?;
+//! let builder = ParamAverager::builder(communicator).hosts(link, Hierarchy::Every);
+//! let averager = builder.build(&mut params)?;                  // rank 0's values of host 0
+//! ```
+//!
+//! Ranks are numbered from 0 on each host, in errors, too. A launcher's job on several hosts
+//! without [`Builder::hosts`](crate::Builder::hosts) is an error of `build`: its ranks would train
+//! a model for each host.
+//!
+//! # The mean
+//! Σ wᵢ · xᵢ / Σ wᵢ over all ranks of all hosts. Each host's mean is made in f32 (f64 for f64) and
+//! travels so; the hosts' means are weighted by the sum of their ranks' weights and summed in f64,
+//! in the order of hosts; the result is rounded once to the tensor's dtype. It differs from that of
+//! one world of all ranks by the roundings of f32. All ranks get the same bits, and a value that
+//! all hosts' means have alike stays as it is. On every host a rank must have weight: otherwise
+//! that host gets [`Error::AllWeightsZero`](crate::Error::AllWeightsZero), and the others refuse.
+//!
+//! An [`outer`](crate::guide::outer) optimizer's step, and a
+//! [`stage`](crate::Builder::stage), are made from the mean of all hosts. State is divided among
+//! the ranks of a host, the same on all hosts.
+//!
+//! # Bytes
+//! For S bytes of parameters in f32, n ranks a host and h hosts, each rank sends
+//! 2 · (h − 1)/h · S/n to other hosts for each average of all hosts, so a host sends
+//! 2 · (h − 1)/h · S. A flat ring over all ranks, with its neighbours in the order of hosts, sends
+//! 2 · (1 − 1/(n·h)) · S over each host's link, in 2 · (n·h − 1) steps that wait for one another,
+//! where this makes 2 exchanges for each 4 MiB of a rank's part. Tensors of f16 and bf16 travel as
+//! f32.
+//!
+//! [`Hierarchy::Outer`](crate::Hierarchy::Outer) makes only every k-th average one of all hosts,
+//! and those between of one host: with `Schedule::every(h)` ranks agree within hosts every h steps,
+//! and between them every k·h. This is the two-level case of PyTorch's
+//! `HierarchicalModelAverager`. An outer optimizer makes a step at each of both. Schedules that
+//! measure (`overhead`, `budget`, `divergence`) need [`Hierarchy::Every`](crate::Hierarchy::Every).
+//!
+//! # All or nothing
+//! Before the exchange the ranks of one number show one another what they are about to average, and
+//! after it that they succeeded. Then the ranks of each host vote, as they do without a link. So
+//! the same votes are counted on every host:
+//!
+//! | what happens before the vote | what the ranks get; no tensor changes |
+//! |---|---|
+//! | a host's own sum fails: a NaN, a wrong tensor, a veto | that host: its error; the others: [`Error::HostRefused`](crate::Error::HostRefused), or [`Error::StageVetoed`](crate::Error::StageVetoed) of the rank that exchanges with it. All can go on |
+//! | hosts differ in ranks, tensors, options, schedule or call | [`Error::HostsDiffer`](crate::Error::HostsDiffer), with both values |
+//! | a host is late for three quarters of [`Builder::timeout`](crate::Builder::timeout), or its link fails | [`Error::HostLost`](crate::Error::HostLost). The link has ended |
+//! | a rank dies | its host: [`Error::PeerLost`](crate::Error::PeerLost); the others: `HostLost` |
+//!
+//! A link that has ended is not mended: **restart all hosts from the checkpoint.** MPI itself ends
+//! all ranks when one dies, unless it was told otherwise. A host can recover its ranks among
+//! themselves, but has fewer then: the others tell by `HostsDiffer`. Nobody joins.
+//!
+//! One case is left. A host that dies, or is cut off, between the last exchange and its own vote
+//! leaves it uncommitted where other hosts have committed. No protocol closes that gap, which is
+//! as long as one message within a host. The hosts' next average compares the numbers of their
+//! commits, and is an error.
+//!
+//! # Limits
+//! Ranks on CPUs, by the ring with its commit; no compression, no overlap, no
+//! [`LocalSgd::done`](crate::LocalSgd::done). A rank waits in its call, also for the link. Buffers
+//! take 12 MiB at most for each averager. All hosts have the same number of ranks and of
+//! [`channels`](crate::Builder::channels), whose default depends on the cores.
+//!
+//! Tested with Open MPI 4.1 on 2 hosts with 2 ranks and 3 hosts with 1, which were network
+//! namespaces of one machine, with a slow link, a cut one and a killed rank; no run on several
+//! machines was made.
