@@ -10,6 +10,8 @@
 //! | What was it, and where? | the variant and its text: rank, tensor, phase, and what to do |
 //! | What caused it? | [`source`](std::error::Error::source) of errors that follow from others |
 //!
+//! Of several hosts, [`guide::hosts`](super::hosts) has what is different.
+//!
 //! Up to the commit of an average, the error is the same on every rank and no rank's tensors have
 //! changed. If a rank stops after the commit, each element on the other ranks is its own value or
 //! the average's result (`committed: true`,

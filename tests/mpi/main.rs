@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use test_support::tests;
 
 fn main() -> ExitCode {
-    if let Ok(role) = std::env::var(roles::ROLE) {
+    if let Ok(role) = std::env::var(network::ROLE) {
         roles::run(&role);
     }
     let network = network::missing();

@@ -8,8 +8,8 @@ use std::process::Command;
 
 use test_support::Skip;
 
-use crate::roles::ROLE;
-
+/// Variable that tells a rank its role.
+pub const ROLE: &str = "PA_MPI_ROLE";
 /// Addresses of the hosts, in a network of their own.
 const NETWORK: &str = "10.211.77";
 

@@ -9,8 +9,6 @@ use param_averager::{
     Schedule,
 };
 
-/// Variable that tells a rank its role.
-pub const ROLE: &str = "PA_MPI_ROLE";
 /// Values of a model: more than a piece of what hosts exchange at once.
 const ELEMENTS: usize = 3_000_001;
 const ROUNDS: usize = 5;
