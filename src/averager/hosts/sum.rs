@@ -295,4 +295,68 @@ mod tests {
             prop_assert!(results.iter().all(|result| *result == results[0]));
         }
     }
+
+    /// Link to hosts that all send what this one sends, with counts of what it carries.
+    struct Counting {
+        hosts: usize,
+        calls: usize,
+        bytes: usize,
+    }
+
+    impl Hosts for Counting {
+        fn hosts(&self) -> usize {
+            self.hosts
+        }
+        fn host(&self) -> usize {
+            0
+        }
+        fn all_to_all(
+            &mut self,
+            send: &[u8],
+            receive: &mut [u8],
+            _: Instant,
+        ) -> Result<(), HostsError> {
+            let part = send.len() / self.hosts;
+            (self.calls, self.bytes) = (self.calls + 1, self.bytes + send.len() - part);
+            receive.chunks_mut(part).for_each(|from| from.copy_from_slice(&send[..part]));
+            Ok(())
+        }
+        fn all_gather(
+            &mut self,
+            send: &[u8],
+            receive: &mut [u8],
+            _: Instant,
+        ) -> Result<(), HostsError> {
+            self.calls += 1;
+            self.bytes += send.len() * (self.hosts - 1);
+            receive.chunks_mut(send.len()).for_each(|from| from.copy_from_slice(send));
+            Ok(())
+        }
+        fn abort(&mut self) {}
+    }
+
+    /// A rank sends 2 · (h − 1)/h of its part, whatever the number of hosts, and buffers stay small.
+    #[test]
+    fn links_carry_what_they_must_and_no_more() {
+        let part = 5_000_003; // of f32, of a model of GPT-2's size among 25 ranks
+        for hosts in [1, 2, 3, 64, 512, 4096] {
+            let mut values = vec![1.5f32; part];
+            let address = values.as_mut_ptr() as u64;
+            let span =
+                Span { tensor: 0, dtype: Dtype::F32, first: 0, elements: part, at: 0, address };
+            let mut link = Counting { hosts, calls: 0, bytes: 0 };
+            let (mut sums, weights) = (Sums::new(hosts), vec![1.0; hosts]);
+            let deadline = Instant::now() + Duration::from_secs(60);
+            // SAFETY: the span is that vector, which nothing else uses.
+            unsafe { sums.average(&mut link, &[span], &weights, deadline) }.unwrap();
+            assert!(values.iter().all(|&value| value == 1.5));
+            let pieces = (4 * part).div_ceil(PIECE / hosts / 4 * 4 * hosts);
+            assert_eq!(link.calls, 2 * pieces);
+            let least = 2 * (hosts - 1) * 4 * part / hosts;
+            // One value for each host is added to the last piece at most, in both exchanges.
+            let most = least + 2 * 4 * hosts;
+            assert!((least..=most).contains(&link.bytes), "{hosts}: {least} {}", link.bytes);
+            assert!(sums.bytes() <= 3 * PIECE + 64, "{hosts}: {}", sums.bytes());
+        }
+    }
 }
