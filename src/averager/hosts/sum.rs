@@ -335,7 +335,7 @@ mod tests {
         fn abort(&mut self) {}
     }
 
-    /// A rank sends 2 · (h − 1)/h of its part, whatever the number of hosts, and buffers stay small.
+    /// A rank sends 2 · (h − 1)/h of its part, for any number of hosts, and buffers stay small.
     #[test]
     fn links_carry_what_they_must_and_no_more() {
         let part = 5_000_003; // of f32, of a model of GPT-2's size among 25 ranks
