@@ -9,8 +9,23 @@ use param_averager::{
     Communicator, Device, Hierarchy, LocalSgd, MpiHosts, ParamAverager, Schedule,
 };
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let (_universe, _) = mpi::initialize_with_threading(Threading::Funneled).ok_or("no MPI")?;
+fn main() {
+    if let Err(error) = train() {
+        eprintln!("{error}");
+        std::process::exit(1);
+    }
+}
+
+fn train() -> Result<(), Box<dyn std::error::Error>> {
+    let (universe, _) = mpi::initialize_with_threading(Threading::Funneled).ok_or("no MPI")?;
+    let result = steps();
+    if result.is_err() {
+        std::mem::forget(universe); // dropped, it would finalise MPI, and wait for lost hosts
+    }
+    result
+}
+
+fn steps() -> Result<(), Box<dyn std::error::Error>> {
     let communicator = Communicator::from_env(Device::cpu())?; // the ranks of this host
     let (rank, ranks) = (communicator.rank(), communicator.world_size());
     let hosts = communicator.hosts();

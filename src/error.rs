@@ -301,8 +301,8 @@ pub enum Error {
     /// network. No tensor of this rank was changed. Hosts can't be lost and found again: restart
     /// all of them from a checkpoint.
     #[error(
-        "rank {rank}: the link between hosts has failed{}: {reason} (no tensor was changed): \
-        restart all hosts from a checkpoint", of_host(.host)
+        "rank {rank}: the link between hosts has failed{}: {reason} (no tensor was changed). The \
+        link has ended: restart all hosts from a checkpoint", of_host(.host)
     )]
     HostLost {
         /// This rank, on its host.

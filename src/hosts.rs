@@ -6,8 +6,9 @@ mod mpi;
 mod threads;
 
 use std::fmt;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 #[cfg(feature = "mpi")]
 pub use self::mpi::MpiHosts;
@@ -28,25 +29,61 @@ pub trait Hosts: Send {
     fn host(&self) -> usize;
 
     /// Sends part h of `send` to host h, and receives this host's part of what host h sends as part
-    /// h of `receive`. A buffer has a part of equal length for each host. Fails after `deadline`.
+    /// h of `receive`. Both buffers have a part of equal length for each host. Waits while
+    /// [`Limit::check`] is `Ok`.
     fn all_to_all(
         &mut self,
         send: &[u8],
         receive: &mut [u8],
-        deadline: Instant,
+        limit: &Limit<'_>,
     ) -> Result<(), HostsError>;
 
-    /// Sends `send` to all hosts, and receives what host h sends as part h of `receive`. Fails
-    /// after `deadline`.
+    /// Sends `send` to all hosts, and receives what host h sends as part h of `receive`. Waits
+    /// while [`Limit::check`] is `Ok`.
     fn all_gather(
         &mut self,
         send: &[u8],
         receive: &mut [u8],
-        deadline: Instant,
+        limit: &Limit<'_>,
     ) -> Result<(), HostsError>;
 
     /// Tells the other hosts, if the link can, that this rank makes no further call. Does not wait.
+    /// Follows an error, too.
     fn abort(&mut self);
+}
+
+/// End of the waits of a link, to be looked at every few milliseconds.
+#[derive(Clone, Copy)]
+pub struct Limit<'a> {
+    deadline: Option<Instant>,
+    /// True if this host's own ranks have failed.
+    is_over: &'a dyn Fn() -> bool,
+}
+
+impl<'a> Limit<'a> {
+    /// Limit `patience` from now, or when `is_over` returns true: for tests of a link.
+    pub fn new(patience: Duration, is_over: &'a dyn Fn() -> bool) -> Limit<'a> {
+        Limit { deadline: Instant::now().checked_add(patience), is_over }
+    }
+
+    /// Error if the wait has to end: time is up, the averaging was aborted, or a rank of this host
+    /// is lost.
+    pub fn check(&self) -> Result<(), HostsError> {
+        if (self.is_over)() {
+            return Err(HostsError::new(None, "the ranks of this host can't go on"));
+        }
+        if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            let reason = "another host is late: see what it does, or raise the builder's `timeout`";
+            return Err(HostsError::new(None, reason));
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Limit<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Limit({:?})", self.deadline)
+    }
 }
 
 /// Failure of a link between hosts.
@@ -125,7 +162,13 @@ impl HostLink {
         if let Some(broken) = &shared.broken {
             return Err(broken.clone());
         }
-        call(&mut *shared.link).inspect_err(|error| shared.broken = Some(error.clone()))
+        let link = &mut *shared.link;
+        let made = catch_unwind(AssertUnwindSafe(|| call(link)));
+        let made = made.unwrap_or_else(|_| Err(HostsError::new(None, "the link has panicked")));
+        made.inspect_err(|error| {
+            shared.link.abort();
+            shared.broken = Some(error.clone());
+        })
     }
 
     /// Tells the other hosts that this rank makes no further call.

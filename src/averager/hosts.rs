@@ -4,20 +4,24 @@
 //! Each rank makes three steps with them. First all show what they are about to average; a host
 //! whose own sum has failed, or that differs, ends the average on all hosts. Then the shards are
 //! averaged. Then all show whether that, and the stage, succeeded. So the ranks of one number on
-//! all hosts vote alike, and the commit of each host counts the same votes. A failure in the last
-//! exchange can leave one host committed and another not: the next average finds that and says so.
+//! all hosts vote alike, and the commit of each host counts the same votes. A host that fails
+//! after its word in the last exchange can be left uncommitted where others have committed. Its
+//! link has ended then, and so the next average of the others fails.
 
 mod sum;
 
 use std::time::{Duration, Instant};
 
+use super::stage::RankStage;
 use super::table::Table;
 use super::{Algorithm, Builder, Call, ParamAverager, Start};
 use crate::backend::MemorySpace;
+use crate::bucket::Bucket;
 use crate::hash::Digest;
-use crate::hosts::{HostLink, Hosts, HostsError};
+use crate::hosts::{HostLink, Hosts, HostsError, Limit};
 use crate::schedule::place;
 use crate::stage::Span;
+use crate::tensor::Dtype;
 use crate::{Compression, Error, Hierarchy, Result, Schedule};
 use sum::Sums;
 
@@ -33,15 +37,24 @@ const COMMON: [&str; 8] = [
     "channels",
     "digest of its tensors and options",
     "averages of all hosts",
-    "schedule",
     "call",
+    "schedule",
     "weighting",
 ];
-/// Words behind those: 1 if this host's own sum has failed, the weight of its ranks, and the
-/// largest of what they have measured.
-const FAILED: usize = 8;
+/// Words behind those: the state of this host's own sum (an `Own`), the weight of its ranks, and
+/// the largest of what they have measured.
+const OWN: usize = 8;
 const WEIGHT: usize = 9;
 const MEASURED: usize = 10;
+
+/// State of the sum of one host's ranks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Own {
+    Made,
+    Failed,
+    /// No rank has anything to average.
+    Unneeded,
+}
 
 /// Part of a rank in averages of all hosts.
 pub(super) struct RankHosts {
@@ -55,7 +68,7 @@ pub(super) struct RankHosts {
     /// True if the values that all begin with are the mean of all hosts, not those of host 0.
     starts_with_mean: bool,
     patience: Duration,
-    /// Averages that this host has committed since the last one of all hosts.
+    /// Averages that this host has begun since the last one of all hosts: as many on each.
     since: u32,
     /// Averages of all hosts that this host has committed.
     made: u64,
@@ -63,6 +76,8 @@ pub(super) struct RankHosts {
     is_of_all: bool,
     /// Largest of what the ranks of all hosts have measured, in that average.
     measured: [f64; 2],
+    /// Wait for the last host to come to that average.
+    waited: Duration,
     sums: Sums,
 }
 
@@ -71,9 +86,9 @@ pub(super) struct RankHosts {
 pub(super) struct Wanted {
     pub(super) schedule: u64,
     pub(super) place: u64,
-    pub(super) is_weighted: bool,
-    /// Sum of the weights of this host's ranks.
+    /// Sum of the weights of this host's ranks, and whether they have passed weights.
     pub(super) weight: f64,
+    pub(super) is_weighted: bool,
     /// Largest of what they have measured.
     pub(super) measured: [f64; 2],
 }
@@ -83,9 +98,9 @@ impl Wanted {
         Wanted {
             schedule: call.schedule,
             place: call.place,
-            is_weighted: call.weight.is_some(),
-            // Known when the ranks of this host have met.
+            // To be set when the ranks of this host have met.
             weight: 0.0,
+            is_weighted: false,
             measured: [0.0; 2],
         }
     }
@@ -120,18 +135,30 @@ impl RankHosts {
             channels,
             layout: digest.value(),
             starts_with_mean: options.start == Start::Mean,
-            patience: options.timeout / 4 * 3, // before the peers of this host stop waiting
+            // Less than that of the peers of this host, who wait for the vote meanwhile.
+            patience: options.timeout / 4 * 3,
             since: 0,
             made: 0,
             is_of_all: false,
             measured: [0.0; 2],
+            waited: Duration::ZERO,
             link,
         })
     }
 
-    /// True if the next average is of all hosts.
-    pub(super) fn is_due(&self, sets_values: bool) -> bool {
-        sets_values || self.since + 1 >= self.every
+    /// True if averages of this host alone have come after the last one of all.
+    pub(super) fn are_apart(&self) -> bool {
+        self.since > 0
+    }
+
+    /// Limit of the waits of one average, which end when this host's ranks can't go on.
+    pub(super) fn limit<'a>(&self, is_over: &'a dyn Fn() -> bool) -> Limit<'a> {
+        Limit::new(self.patience, is_over)
+    }
+
+    /// Wait for the last host to come to the last average.
+    pub(super) fn waited(&self) -> Duration {
+        self.waited
     }
 
     /// The number of hosts in the last average.
@@ -147,18 +174,18 @@ impl RankHosts {
         self.is_of_all.then_some(self.measured)
     }
 
-    /// Begins an average, of all hosts or of this one.
-    pub(super) fn begin(&mut self, is_of_all: bool) {
-        self.is_of_all = is_of_all;
+    /// Begins an average. Returns true if it is of all hosts.
+    pub(super) fn begin(&mut self, place: u64) -> bool {
+        let is_last = self.since + 1 >= self.every || place == place::FINISH;
+        self.is_of_all = is_last || place::sets_values(place);
+        self.since = if self.is_of_all { 0 } else { self.since + 1 };
+        self.waited = Duration::ZERO;
+        self.is_of_all
     }
 
     /// Notes the end of an average.
     pub(super) fn ended(&mut self, committed: bool) {
-        match (committed, self.is_of_all) {
-            (false, _) => {}
-            (true, true) => (self.since, self.made) = (0, self.made + 1),
-            (true, false) => self.since += 1,
-        }
+        self.made += u64::from(committed && self.is_of_all);
     }
 
     /// Tells the other hosts that this one can't average any more.
@@ -171,54 +198,55 @@ impl RankHosts {
         self.sums.bytes()
     }
 
-    fn deadline(&self) -> Instant {
-        let now = Instant::now();
-        now.checked_add(self.patience).unwrap_or(now + Duration::from_secs(86400))
-    }
-
     fn lost(&self, error: HostsError) -> Error {
         Error::HostLost { rank: self.rank, host: error.host, reason: error.reason }
     }
 
     /// Shows words to the ranks of this number, and returns those of all hosts, host by host.
-    fn show(&self, words: &[u64]) -> Result<Vec<u64>> {
-        let deadline = self.deadline();
+    fn show(&self, words: &[u64], limit: &Limit<'_>) -> Result<Vec<u64>> {
         let mut all = vec![0; words.len() * self.link.hosts];
         let (send, receive) = (bytemuck::cast_slice(words), bytemuck::cast_slice_mut(&mut all));
-        let shown = self.link.call(|link| link.all_gather(send, receive, deadline));
+        let shown = self.link.call(|link| link.all_gather(send, receive, limit));
         shown.map_err(|error| self.lost(error)).map(|()| all)
     }
 
     /// Replaces the values of this rank's shard by the mean of all hosts, weighted by host. Every
-    /// host calls it, with `failed` if it has no mean of its own ranks.
+    /// host calls it, also one whose ranks have made no sum. False if no host has anything to
+    /// average.
     ///
     /// # Safety
-    /// Nothing else uses the values of the spans, which are initialised unless `failed`.
+    /// Nothing else uses the values of the spans, which are initialised if `own` is `Made`.
     pub(super) unsafe fn average(
         &mut self,
         spans: &[Span],
         wanted: Wanted,
-        failed: bool,
-    ) -> Result<()> {
+        own: Own,
+        limit: &Limit<'_>,
+    ) -> Result<bool> {
         let mut words = [0; WORDS];
-        let weighting = u64::from(wanted.is_weighted);
-        words[..FAILED].copy_from_slice(&[
+        words[..OWN].copy_from_slice(&[
             VERSION,
             self.ranks as u64,
             self.channels.into(),
             self.layout,
             self.made,
-            wanted.schedule,
             wanted.place,
-            weighting,
+            wanted.schedule,
+            wanted.is_weighted.into(),
         ]);
-        words[FAILED] = failed.into();
+        words[OWN] = own as u64;
         words[WEIGHT] = wanted.weight.to_bits();
         words[MEASURED..].copy_from_slice(&wanted.measured.map(f64::to_bits));
-        let all = self.show(&words)?;
+        let start = Instant::now();
+        let all = self.show(&words, limit)?;
+        self.waited = start.elapsed();
         let hosts: Vec<&[u64]> = all.chunks(WORDS).collect();
-        if let Some(host) = hosts.iter().position(|host| host[FAILED] != 0) {
+        let is = |own: Own| move |host: &&[u64]| host[OWN] == own as u64;
+        if let Some(host) = hosts.iter().position(is(Own::Failed)) {
             return Err(Error::HostRefused { host });
+        }
+        if hosts.iter().all(is(Own::Unneeded)) {
+            return Ok(false);
         }
         if let Some(error) = difference(&hosts) {
             return Err(error);
@@ -227,27 +255,38 @@ impl RankHosts {
             let of = |host: &&[u64]| f64::from_bits(host[MEASURED + which]);
             hosts.iter().map(of).fold(0.0, f64::max)
         });
-        let of_one = match wanted.place {
-            place::RECOVERY => false,
-            place::START => !self.starts_with_mean,
-            _ => wanted.sets_values(),
-        };
+        let of_one = self.gives_values_of_one(wanted.place);
         let weight = |(host, words): (usize, &&[u64])| match of_one {
             true => f64::from(u8::from(host == 0)),
-            false => f64::from_bits(words[WEIGHT]),
+            false => f64::from_bits(words[WEIGHT]).min(f64::MAX),
         };
         let weights: Vec<f64> = hosts.iter().enumerate().map(weight).collect();
-        let deadline = self.deadline();
         let (link, sums) = (&self.link, &mut self.sums);
         // SAFETY: guaranteed by the caller.
-        let made = link.call(|link| unsafe { sums.average(link, spans, &weights, deadline) });
-        made.map_err(|error| self.lost(error))
+        let made = link.call(|link| unsafe { sums.average(link, spans, &weights, limit) });
+        made.map_err(|error| self.lost(error)).map(|()| true)
+    }
+
+    /// True if an average at this place gives all hosts the values of host 0.
+    fn gives_values_of_one(&self, place: u64) -> bool {
+        match place {
+            place::RECOVERY => false,
+            place::START => !self.starts_with_mean,
+            _ => place::sets_values(place),
+        }
+    }
+
+    /// True if this host's values do not count in an average at this place, whatever they are.
+    pub(super) fn only_receives(&self, place: u64) -> bool {
+        self.link.host != 0 && self.gives_values_of_one(place)
     }
 
     /// Last exchange before the vote of this host's ranks: an error if a rank of this number has
     /// failed on any host.
-    pub(super) fn agree(&self, failed: bool) -> Result<()> {
-        let all = self.show(&[failed.into()])?;
+    pub(super) fn agree(&self, failed: bool, limit: &Limit<'_>) -> Result<()> {
+        // An abort, or the loss of a rank of this host, is not to be found after this word.
+        let failed = failed || limit.check().is_err();
+        let all = self.show(&[failed.into()], limit)?;
         match all.iter().position(|&failed| failed != 0) {
             Some(host) => Err(Error::HostRefused { host }),
             None => Ok(()),
@@ -259,6 +298,13 @@ impl RankHosts {
 fn difference(hosts: &[&[u64]]) -> Option<Error> {
     let first = hosts[0];
     for (host, other) in hosts.iter().enumerate().skip(1) {
+        if first[OWN] != other[OWN] {
+            let word = |words: &[u64]| match words[OWN] == Own::Unneeded as u64 {
+                true => "made no step since its last average".to_owned(),
+                false => "made steps".into(),
+            };
+            return Some(Error::HostsDiffer { host, found: word(other), expected: word(first) });
+        }
         for (index, name) in COMMON.iter().enumerate().filter(|(at, _)| first[*at] != other[*at]) {
             let word = |words: &[u64]| match *name {
                 "ranks" | "channels" => format!("{} {name}", words[index]),
@@ -283,7 +329,7 @@ impl Builder {
     ///
     /// The result is the mean of all ranks of all hosts, weighted by rank: each rank's part of the
     /// mean of its host, in f32 (f64 for f64), is summed over the hosts in f64, in their order, and
-    /// rounded once to the tensors' dtype. All ranks of all hosts get the same bits. Each link
+    /// rounded to f32 and to the tensors' dtype. All ranks of all hosts get the same bits. Each link
     /// carries 2 · (h − 1)/h of the bytes of a rank's part for h hosts, in f32. An
     /// [`outer`](Self::outer) optimizer and a [`stage`](Self::stage) come after it. `hierarchy`
     /// says which averages are of all hosts; `build` and `broadcast` always are, and give all ranks
@@ -350,6 +396,16 @@ impl Builder {
                 "false",
                 "true, the default: hosts agree between the sum and the commit",
             ),
+            _ if hierarchy.every() > 1 && !self.outer.is_mean() => refused(
+                "outer",
+                &self.outer.to_string(),
+                "Outer::mean with Hierarchy::Outer: steps of one host would lead hosts apart",
+            ),
+            _ if hierarchy.every() > 1 && self.stage.is_some() => refused(
+                "stage",
+                "set",
+                "none with Hierarchy::Outer: stages of one host would lead hosts apart",
+            ),
             _ if self.start == Start::Own => {
                 refused("start_from", "Own", "Rank or Mean: hosts begin with one model")
             }
@@ -374,6 +430,33 @@ impl Builder {
 }
 
 impl ParamAverager {
+    /// Error of calls that change the members of a world: those of other hosts would not change.
+    pub(super) fn refusal_of_regrouping(&self) -> Option<Error> {
+        self.options.hosts.is_some().then(|| Error::InvalidOption {
+            rank: self.rank(),
+            option: "hosts",
+            found: format!("{}, and ranks that recover or join", self.options.hosts_in_words()),
+            expected: "the same ranks to the end: restart all hosts from a checkpoint",
+        })
+    }
+
+    /// True if hosts have averaged alone since the last average of all of them.
+    pub(super) fn has_hosts_apart(&self) -> bool {
+        self.stage.as_ref().is_some_and(RankStage::are_apart)
+    }
+
+    /// Bytes that each rank sends to other hosts in an average of all.
+    pub(crate) fn bytes_to_hosts(&self) -> f64 {
+        let Some((link, _)) = &self.options.hosts else { return 0.0 };
+        let wide = |dtype: Dtype| if dtype == Dtype::F64 { 8 } else { 4 };
+        let of = |bucket: &Bucket| -> u64 {
+            bucket.segments.iter().map(|segment| segment.elements * wide(bucket.dtype)).sum()
+        };
+        let bytes = self.table.buckets.iter().map(of).sum::<u64>() as f64;
+        let hosts = link.hosts as f64;
+        2.0 * (hosts - 1.0) / hosts * bytes / self.world_size() as f64
+    }
+
     /// Error of a schedule that adapts, where some averages are of one host alone: its ranks would
     /// agree on another H than those of other hosts.
     pub(crate) fn refusal_of_adapting(&self, schedule: &Schedule) -> Option<Error> {

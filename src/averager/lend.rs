@@ -310,7 +310,7 @@ impl ParamAverager {
 
     /// Takes part in an average only to tell the peers that this rank has no tensors for it.
     fn refuse_to_average(&mut self, call: Call, own: Error, start: Instant) -> Result<Begun> {
-        if self.world_size() == 1 {
+        if self.is_alone() {
             return Err(own);
         }
         if call.work == Work::Apply {

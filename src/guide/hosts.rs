@@ -38,6 +38,8 @@
 //! let averager = builder.build(&mut params)?;                  // rank 0's values of host 0
 //! ```
 //!
+//! On an error end the program by [`std::process::exit`]: finalising MPI waits for the other hosts.
+//!
 //! Ranks are numbered from 0 on each host, in errors, too. A launcher's job on several hosts
 //! without [`Builder::hosts`](crate::Builder::hosts) is an error of `build`: its ranks would train
 //! a model for each host.
@@ -45,14 +47,15 @@
 //! # The mean
 //! Σ wᵢ · xᵢ / Σ wᵢ over all ranks of all hosts. Each host's mean is made in f32 (f64 for f64) and
 //! travels so; the hosts' means are weighted by the sum of their ranks' weights and summed in f64,
-//! in the order of hosts; the result is rounded once to the tensor's dtype. It differs from that of
+//! in the order of hosts; the result is rounded to f32 and to the tensor's dtype. It differs from that of
 //! one world of all ranks by the roundings of f32. All ranks get the same bits, and a value that
 //! all hosts' means have alike stays as it is. On every host a rank must have weight: otherwise
 //! that host gets [`Error::AllWeightsZero`](crate::Error::AllWeightsZero), and the others refuse.
 //!
 //! An [`outer`](crate::guide::outer) optimizer's step, and a
 //! [`stage`](crate::Builder::stage), are made from the mean of all hosts. State is divided among
-//! the ranks of a host, the same on all hosts.
+//! the ranks of a host, the same on all hosts. A stage must leave the same on all hosts: one that
+//! adds noise of its own would lead them apart, and nothing compares that.
 //!
 //! # Bytes
 //! For S bytes of parameters in f32, n ranks a host and h hosts, each rank sends
@@ -64,8 +67,9 @@
 //!
 //! [`Hierarchy::Outer`](crate::Hierarchy::Outer) makes only every k-th average one of all hosts,
 //! and those between of one host: with `Schedule::every(h)` ranks agree within hosts every h steps,
-//! and between them every k·h. This is the two-level case of PyTorch's
-//! `HierarchicalModelAverager`. An outer optimizer makes a step at each of both. Schedules that
+//! and between them every k·h; `sync` and `finish` are of all hosts. This is the two-level case of
+//! PyTorch's `HierarchicalModelAverager`. It has the plain mean only: outer optimizers and stages
+//! would lead hosts apart between averages of all. Schedules that
 //! measure (`overhead`, `budget`, `divergence`) need [`Hierarchy::Every`](crate::Hierarchy::Every).
 //!
 //! # All or nothing
@@ -75,24 +79,27 @@
 //!
 //! | what happens before the vote | what the ranks get; no tensor changes |
 //! |---|---|
-//! | a host's own sum fails: a NaN, a wrong tensor, a veto | that host: its error; the others: [`Error::HostRefused`](crate::Error::HostRefused), or [`Error::StageVetoed`](crate::Error::StageVetoed) of the rank that exchanges with it. All can go on |
-//! | hosts differ in ranks, tensors, options, schedule or call | [`Error::HostsDiffer`](crate::Error::HostsDiffer), with both values |
-//! | a host is late for three quarters of [`Builder::timeout`](crate::Builder::timeout), or its link fails | [`Error::HostLost`](crate::Error::HostLost). The link has ended |
-//! | a rank dies | its host: [`Error::PeerLost`](crate::Error::PeerLost); the others: `HostLost` |
+//! | a host's own sum fails: a NaN, a wrong tensor, a veto | that host: its error; the others: [`Error::HostRefused`](crate::Error::HostRefused). All can go on |
+//! | hosts differ in ranks, tensors, options or call, or one has made no step | [`Error::HostsDiffer`](crate::Error::HostsDiffer) |
+//! | a host has not come, or has not sent, within three quarters of [`Builder::timeout`](crate::Builder::timeout); its link fails | [`Error::HostLost`](crate::Error::HostLost). The link has ended |
+//! | a rank dies, or the averaging is aborted | its host: its error, such as [`Error::PeerLost`](crate::Error::PeerLost); the others: `HostLost` |
 //!
-//! A link that has ended is not mended: **restart all hosts from the checkpoint.** MPI itself ends
-//! all ranks when one dies, unless it was told otherwise. A host can recover its ranks among
-//! themselves, but has fewer then: the others tell by `HostsDiffer`. Nobody joins.
+//! A rank whose own exchange went well, beside one whose exchange failed, gets
+//! [`Error::StageVetoed`](crate::Error::StageVetoed) with that rank's reason.
 //!
-//! One case is left. A host that dies, or is cut off, between the last exchange and its own vote
-//! leaves it uncommitted where other hosts have committed. No protocol closes that gap, which is
-//! as long as one message within a host. The hosts' next average compares the numbers of their
-//! commits, and is an error.
+//! A link that has ended is not mended: **restart all hosts from the checkpoint.** `recover` and
+//! joins are refused: hosts would not have the same ranks any more. MPI itself ends all ranks when
+//! one dies, unless it was told otherwise.
+//!
+//! One case is left. A host that is lost, or stopped for longer than the wait lasts, between its
+//! word in the last exchange and its own vote is left uncommitted where others have committed. No
+//! protocol closes that gap altogether. The link of that host has ended then: the others' next
+//! average is `HostLost`.
 //!
 //! # Limits
 //! Ranks on CPUs, by the ring with its commit; no compression, no overlap, no
 //! [`LocalSgd::done`](crate::LocalSgd::done). A rank waits in its call, also for the link. Buffers
-//! take 12 MiB at most for each averager. All hosts have the same number of ranks and of
+//! take 12 MiB at most for each averager, and 8 MiB in `MpiHosts`. All hosts have the same number of ranks and of
 //! [`channels`](crate::Builder::channels), whose default depends on the cores. `barrier` and
 //! `all_reduce_scalars` are of the ranks of one host. What the ranks of host 0 have
 //! [saved](crate::LocalSgd::save) is enough to restart all hosts.

@@ -1,13 +1,15 @@
 //! Link between hosts over MPI.
 
 use std::os::raw::{c_int, c_void};
-use std::time::{Duration, Instant};
+use std::sync::Mutex;
+use std::time::Duration;
 
 use ::mpi::environment::{is_finalized, is_initialized, threading_support};
 use ::mpi::ffi;
 use ::mpi::Threading;
 
-use super::{Hosts, HostsError};
+use super::{Hosts, HostsError, Limit};
+use crate::sync::lock;
 use crate::{Communicator, Error, Result};
 
 /// Link between hosts over MPI, by the crate `mpi`.
@@ -17,7 +19,8 @@ use crate::{Communicator, Error, Result};
 /// `Multiple`. Hosts are what MPI calls shared-memory domains. Each has the same number of ranks.
 ///
 /// A call that is late ends with an error, and its memory stays with MPI: no further call is made.
-/// Then end the program, without finalising MPI.
+/// Then end the program by [`std::process::exit`], without finalising MPI, which would wait for the
+/// other hosts.
 ///
 /// ```no_run
 /// use mpi::Threading;
@@ -29,7 +32,10 @@ use crate::{Communicator, Error, Result};
 /// let mut model = vec![vec![0.0f32; 1000]];
 /// let builder = ParamAverager::builder(communicator).hosts(link, Hierarchy::Every);
 /// let mut averager = builder.build(&mut model)?;
-/// averager.average(&mut model)?; // over all ranks of all hosts
+/// if let Err(error) = averager.average(&mut model) { // over all ranks of all hosts
+///     eprintln!("{error}");
+///     std::process::exit(1);
+/// }
 /// # Ok::<(), param_averager::Error>(())
 /// ```
 #[derive(Debug)]
@@ -46,6 +52,9 @@ pub struct MpiHosts {
 // SAFETY: a communicator of MPI may be used by any thread that MPI's level of thread support
 // allows, which `check_thread` compares before every call.
 unsafe impl Send for MpiHosts {}
+
+/// Lock of calls of MPI, of which `Threading::Serialized` allows one at a time.
+static ONE: Mutex<()> = Mutex::new(());
 
 /// Polls of a call before it yields, and yields before it sleeps.
 const POLLS: u32 = 1000;
@@ -112,7 +121,7 @@ impl MpiHosts {
         .map_err(failed)?;
         let (host, count) = rank_and_size(hosts.group).map_err(failed)?;
         (hosts.host, hosts.hosts) = (host as usize, count as usize);
-        // After the collective calls, which all ranks make.
+        // Checked behind the collective calls, which all ranks make.
         if (rank as usize, size as usize) != (communicator.rank(), communicator.world_size()) {
             return Err(wrong(format!(
                 "this process is rank {} of {} on its host, and rank {rank} of {size} for MPI: \
@@ -129,28 +138,27 @@ impl MpiHosts {
     fn wait(
         &mut self,
         name: &str,
-        deadline: Instant,
+        limit: &Limit<'_>,
         start: impl FnOnce(&mut Self, &mut ffi::MPI_Request) -> c_int,
     ) -> Result<(), HostsError> {
         check_thread()?;
-        // SAFETY: MPI is initialised.
+        // SAFETY: MPI is initialised, as `check_thread` has found.
         let mut request = unsafe { ffi::RSMPI_REQUEST_NULL };
-        checked(name, start(self, &mut request))?;
-        let mut polls = 0u32;
-        loop {
-            let mut done = 0;
-            // SAFETY: as above.
-            let code = unsafe { ffi::MPI_Test(&mut request, &mut done, ffi::RSMPI_STATUS_IGNORE) };
-            let result = checked(name, code);
-            if result.is_ok() && done != 0 {
-                return Ok(());
-            }
-            if result.is_err() || Instant::now() >= deadline {
-                // MPI may still use them: a collective call can't be cancelled.
-                std::mem::forget(std::mem::take(&mut self.send));
-                std::mem::forget(std::mem::take(&mut self.receive));
-                let late = || HostsError::new(None, format!("{name} of all hosts has not ended"));
-                return Err(result.err().unwrap_or_else(late));
+        let started = {
+            let _one = lock(&ONE);
+            start(self, &mut request)
+        };
+        let mut made = checked(name, started);
+        let (mut polls, mut done) = (0u32, 0);
+        while made.is_ok() && done == 0 {
+            let code = {
+                let _one = lock(&ONE);
+                // SAFETY: as above.
+                unsafe { ffi::MPI_Test(&mut request, &mut done, ffi::RSMPI_STATUS_IGNORE) }
+            };
+            made = checked(name, code);
+            if made.is_ok() && done == 0 {
+                made = limit.check();
             }
             polls += 1;
             match polls {
@@ -159,6 +167,12 @@ impl MpiHosts {
                 _ => std::thread::sleep(SLEEP),
             }
         }
+        if made.is_err() {
+            // MPI may still use them: a collective call can't be cancelled.
+            std::mem::forget(std::mem::take(&mut self.send));
+            std::mem::forget(std::mem::take(&mut self.receive));
+        }
+        made
     }
 }
 
@@ -175,12 +189,13 @@ impl Hosts for MpiHosts {
         &mut self,
         send: &[u8],
         receive: &mut [u8],
-        deadline: Instant,
+        limit: &Limit<'_>,
     ) -> Result<(), HostsError> {
         let part = count(send.len() / self.hosts)?;
+        has_parts(send.len() == receive.len() && send.len() % self.hosts == 0)?;
         fill(&mut self.send, send);
         self.receive.resize(receive.len(), 0);
-        self.wait("MPI_Ialltoall", deadline, |own, request| {
+        self.wait("MPI_Ialltoall", limit, |own, request| {
             let bytes = own.buffers();
             // SAFETY: the buffers have a part for each host, and `wait` keeps them until MPI has
             // ended the call.
@@ -197,12 +212,13 @@ impl Hosts for MpiHosts {
         &mut self,
         send: &[u8],
         receive: &mut [u8],
-        deadline: Instant,
+        limit: &Limit<'_>,
     ) -> Result<(), HostsError> {
         let part = count(send.len())?;
+        has_parts(send.len() * self.hosts == receive.len())?;
         fill(&mut self.send, send);
         self.receive.resize(receive.len(), 0);
-        self.wait("MPI_Iallgather", deadline, |own, request| {
+        self.wait("MPI_Iallgather", limit, |own, request| {
             let bytes = own.buffers();
             // SAFETY: as above.
             unsafe {
@@ -251,6 +267,12 @@ fn fill(buffer: &mut Vec<u8>, bytes: &[u8]) {
     buffer.extend_from_slice(bytes);
 }
 
+/// Error of buffers that do not have a part for each host.
+fn has_parts(fits: bool) -> Result<(), HostsError> {
+    let wrong = || HostsError::new(None, "the buffers do not have a part for each host");
+    fits.then_some(()).ok_or_else(wrong)
+}
+
 fn count(bytes: usize) -> Result<c_int, HostsError> {
     let too_long = |_| HostsError::new(None, format!("{bytes} bytes are too many for MPI"));
     c_int::try_from(bytes).map_err(too_long)
@@ -278,8 +300,12 @@ fn checked(name: &str, code: c_int) -> Result<(), HostsError> {
     Err(HostsError::new(None, format!("{name} has failed: {text}")))
 }
 
-/// Error if MPI must not be called on this thread.
+/// Error if MPI must not be called, or not on this thread.
 fn check_thread() -> Result<(), HostsError> {
+    if !is_initialized() || is_finalized() {
+        let reason = "MPI is finalised: keep the universe until all averagers are dropped";
+        return Err(HostsError::new(None, reason));
+    }
     let level = threading_support();
     let mut is_main = 0;
     // SAFETY: MPI is initialised.

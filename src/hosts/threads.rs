@@ -1,9 +1,9 @@
 //! Link between "hosts" that are worlds of threads of one process.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::Duration;
 
-use super::{Hosts, HostsError};
+use super::{Hosts, HostsError, Limit};
 use crate::sync::{lock, wait_timeout};
 
 /// Link between worlds of threads in one process, each of which stands for a host: for tests of a
@@ -73,16 +73,16 @@ impl ThreadHosts {
     fn exchange(
         &mut self,
         send: &[u8],
-        deadline: Instant,
+        limit: &Limit<'_>,
         mut receive: impl FnMut(usize, &[u8]),
     ) -> Result<(), HostsError> {
         let group = self.group.clone();
         let mut state = lock(&group.state);
         // The call before may still have readers.
-        state = group.wait(state, deadline, |state| state.sent[self.host].is_some())?;
+        state = group.wait(state, limit, |state| state.sent[self.host].is_some())?;
         state.sent[self.host] = Some(send.to_vec());
         group.changed.notify_all();
-        state = group.wait(state, deadline, |state| state.sent.iter().any(Option::is_none))?;
+        state = group.wait(state, limit, |state| state.sent.iter().any(Option::is_none))?;
         for (host, sent) in state.sent.iter().enumerate() {
             let sent = sent.as_deref().unwrap_or_default();
             if sent.len() != send.len() {
@@ -105,21 +105,24 @@ impl Group {
     fn wait<'a>(
         &self,
         mut state: MutexGuard<'a, State>,
-        deadline: Instant,
+        limit: &Limit<'_>,
         lasts: impl Fn(&State) -> bool,
     ) -> Result<MutexGuard<'a, State>, HostsError> {
-        while lasts(&state) {
+        /// Time between two looks at the limit.
+        const LOOK: Duration = Duration::from_millis(5);
+        loop {
             if let Some(host) = state.left {
                 return Err(HostsError::new(Some(host), "it has left the link between hosts"));
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                let late = state.sent.iter().position(Option::is_none);
-                return Err(HostsError::new(late, "it has not come to an exchange of all hosts"));
+            if !lasts(&state) {
+                return Ok(state);
             }
-            state = wait_timeout(&self.changed, state, left);
+            limit.check().map_err(|error| HostsError {
+                host: state.sent.iter().position(Option::is_none),
+                ..error
+            })?;
+            state = wait_timeout(&self.changed, state, LOOK);
         }
-        Ok(state)
     }
 
     fn leave(&self, host: usize) {
@@ -141,11 +144,11 @@ impl Hosts for ThreadHosts {
         &mut self,
         send: &[u8],
         receive: &mut [u8],
-        deadline: Instant,
+        limit: &Limit<'_>,
     ) -> Result<(), HostsError> {
         let part = send.len() / self.hosts();
         let own = self.host * part..(self.host + 1) * part;
-        self.exchange(send, deadline, |host, sent| {
+        self.exchange(send, limit, |host, sent| {
             receive[host * part..][..part].copy_from_slice(&sent[own.clone()]);
         })
     }
@@ -154,9 +157,9 @@ impl Hosts for ThreadHosts {
         &mut self,
         send: &[u8],
         receive: &mut [u8],
-        deadline: Instant,
+        limit: &Limit<'_>,
     ) -> Result<(), HostsError> {
-        self.exchange(send, deadline, |host, sent| {
+        self.exchange(send, limit, |host, sent| {
             receive[host * send.len()..][..send.len()].copy_from_slice(sent);
         })
     }

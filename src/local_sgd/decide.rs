@@ -93,7 +93,10 @@ impl LocalSgd {
     /// The result of a due average, unless this rank has no learning rate: its peers have got an
     /// error.
     pub(super) fn unless_without_rate(&self, made: Result<Action>) -> Result<Action> {
-        let is_refused = matches!(made, Err(Error::SchedulesDiffer { .. }) | Ok(Action::Enqueued));
+        let is_refused = matches!(
+            made,
+            Err(Error::SchedulesDiffer { .. } | Error::HostsDiffer { .. }) | Ok(Action::Enqueued)
+        );
         let rate = self.measured.rate;
         if !is_refused || !self.schedule().needs_rate() || rate.is_some_and(is_rate) {
             return made;
@@ -123,7 +126,9 @@ impl LocalSgd {
             _ => {}
         }
         let (bytes, ranks) = (report.bytes as f64, report.world_size as f64);
-        let sent = 2.0 * bytes * report.compression.ratio() * (ranks - 1.0) / ranks;
+        let within = 2.0 * bytes * report.compression.ratio() * (ranks - 1.0) / ranks;
+        let between = if report.hosts > 1 { self.averager.bytes_to_hosts() } else { 0.0 };
+        let sent = within + between;
         Agreed { measured: report.measured, sent, rate }
     }
 

@@ -133,7 +133,8 @@ impl Communicator {
     /// Changes the view, with or without a preceding failure. Admits a joiner if all ranks pass
     /// `admits`.
     pub(crate) fn next(&self, timeout: Duration, admits: bool) -> Result<Communicator> {
-        self.bootstrap.change_view(timeout, admits).map(Communicator::of)
+        let next = self.bootstrap.change_view(timeout, admits).map(Communicator::of)?;
+        Ok(Communicator { hosts: self.hosts, ..next })
     }
 
     /// Exchanges handshakes with all ranks and returns them if they agree; see

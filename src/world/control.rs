@@ -5,7 +5,8 @@ use std::mem::offset_of;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::abi::{
-    PaBoard, PaControl, PaHost, PaRecord, PA_ABORTED, PA_COMMITTED, PA_DEPARTED, PA_MAX_WORLD,
+    PaBoard, PaControl, PaHost, PaRecord, PA_ABORTED, PA_COMMITTED, PA_DEPARTED, PA_FLAG_DONE,
+    PA_FLAG_UNNEEDED, PA_FLAG_WEIGHTED, PA_MAX_WORLD,
 };
 use crate::backend::{Arrivals, Failure, Memory, World};
 
@@ -137,18 +138,24 @@ impl Control {
         (last != position).then(|| (vec![last], false))
     }
 
-    /// Sum of the weights of all ranks in the average that they have met for. 0 where the host
-    /// can't read it.
-    pub(crate) fn weight(&self, epoch: u32, world: usize) -> f64 {
-        let Some(start) = self.memory.host_pointer() else { return 0.0 };
-        let record = offset_of!(PaBoard, record) + (epoch & 1) as usize * size_of::<PaRecord>();
-        let of = |position: usize| {
-            let at = of_board(position, record + offset_of!(PaRecord, weight));
+    /// Sum of the weights of all ranks in the average that they have met for, as kernels count
+    /// them (`weight_of` in `kernels/barriers.h`), and whether ranks with news have passed weights.
+    /// 0 where the host can't read it.
+    pub(crate) fn weight(&self, epoch: u32, world: usize) -> (f64, bool) {
+        let Some(start) = self.memory.host_pointer() else { return (0.0, false) };
+        let at = offset_of!(PaBoard, record) + (epoch & 1) as usize * size_of::<PaRecord>();
+        let record = |position: usize| {
             // SAFETY: in bounds and aligned. A rank has written its record before it came to the
             // meeting, and writes it again after the next one only.
-            unsafe { start.add(at).cast::<f64>().read() }
+            unsafe { start.add(of_board(position, at)).cast::<PaRecord>().read() }
         };
-        (0..world).map(of).filter(|weight| *weight > 0.0).sum()
+        const WITHOUT_NEWS: u32 = PA_FLAG_DONE | PA_FLAG_UNNEEDED;
+        let has_news = |record: &PaRecord| record.flags & WITHOUT_NEWS == 0;
+        let news = (0..world).map(record).find(has_news).unwrap_or_else(|| record(0));
+        let is_weighted = has_news(&news) && news.flags & PA_FLAG_WEIGHTED != 0;
+        let counts = |record: &PaRecord| !is_weighted || record.flags & PA_FLAG_WEIGHTED != 0;
+        let counted = (0..world).map(record).filter(counts).map(|record| record.weight);
+        (counted.filter(|weight| *weight > 0.0).sum(), is_weighted)
     }
 
     /// The failure that a host has found. Kernels then report the same.

@@ -2,9 +2,7 @@
 //! receives all hosts' values of it, and sends their mean to all. Sums are made in f64, in the
 //! order of hosts, so that all hosts get the same bits.
 
-use std::time::Instant;
-
-use crate::hosts::{Hosts, HostsError};
+use crate::hosts::{Hosts, HostsError, Limit};
 use crate::stage::{Span, Values};
 
 /// Bytes of a piece of the shard, on one host.
@@ -84,12 +82,12 @@ impl Sums {
         link: &mut dyn Hosts,
         spans: &[Span],
         weights: &[f64],
-        deadline: Instant,
+        limit: &Limit<'_>,
     ) -> Result<(), HostsError> {
         // SAFETY: guaranteed by the caller, here and below.
-        unsafe { self.average_of::<f32>(link, spans, weights, deadline) }?;
+        unsafe { self.average_of::<f32>(link, spans, weights, limit) }?;
         // SAFETY: as above.
-        unsafe { self.average_of::<f64>(link, spans, weights, deadline) }
+        unsafe { self.average_of::<f64>(link, spans, weights, limit) }
     }
 
     /// `average` for the values of one type.
@@ -101,14 +99,14 @@ impl Sums {
         link: &mut dyn Hosts,
         spans: &[Span],
         weights: &[f64],
-        deadline: Instant,
+        limit: &Limit<'_>,
     ) -> Result<(), HostsError> {
         // SAFETY: guaranteed by the caller. Spans are disjoint.
         let values = spans.iter().filter_map(|span| T::of(unsafe { span.values() }));
         let mut values: Vec<&mut [T]> = values.collect();
         let all: usize = values.iter().map(|values| values.len()).sum();
         let words = |values: usize| (values * size_of::<T>()).div_ceil(8);
-        // At least one value for each host.
+        // One value for each host, at least.
         let most = (PIECE / size_of::<T>() / self.hosts).max(1);
         let (mut from, mut to) = (Place::default(), Place::default());
         for begin in (0..all).step_by(most * self.hosts) {
@@ -127,10 +125,10 @@ impl Sums {
             let receive = &mut of::<T>(&mut self.receive)[..part * self.hosts];
             let mean = &mut of::<T>(&mut self.mean)[..part];
             let (sent, received) = (bytemuck::cast_slice(send), bytemuck::cast_slice_mut(receive));
-            link.all_to_all(sent, received, deadline)?;
+            link.all_to_all(sent, received, limit)?;
             mean_of(receive, weights, mean);
             let received = bytemuck::cast_slice_mut(receive);
-            link.all_gather(bytemuck::cast_slice(mean), received, deadline)?;
+            link.all_gather(bytemuck::cast_slice(mean), received, limit)?;
             let run_of =
                 |at: usize, run: &mut [T]| run.copy_from_slice(&receive[at..][..run.len()]);
             to.each(&mut values, count, run_of);
@@ -176,9 +174,12 @@ impl Place {
 fn mean_of<T: Value>(values: &[T], weights: &[f64], mean: &mut [T]) {
     let part = mean.len();
     let most = weights.iter().copied().fold(0.0, f64::max);
-    // Relative to the largest: equal weights are 1, and none overflows.
+    // Scales: weights relative to the largest, times a power of two by which no sum overflows where
+    // the mean does not.
+    let power = 1.0 / weights.len().next_power_of_two() as f64;
+    let scale = |(host, weight): (usize, &f64)| (host, weight / most * power);
     let counted = weights.iter().enumerate().filter(|(_, &weight)| weight > 0.0);
-    let counted: Vec<(usize, f64)> = counted.map(|(host, weight)| (host, weight / most)).collect();
+    let counted: Vec<(usize, f64)> = counted.map(scale).collect();
     let total: f64 = counted.iter().map(|(_, weight)| weight).sum();
     let Some(&(first, _)) = counted.first() else { return };
     for (tile, means) in mean.chunks_mut(TILE).enumerate() {
@@ -252,10 +253,10 @@ mod tests {
                         spans.extend(
                             narrows.map(|v| span(Dtype::F32, v.as_mut_ptr() as u64, v.len())),
                         );
-                        let deadline = Instant::now() + Duration::from_secs(60);
+                        let limit = Limit::new(Duration::from_secs(60), &|| false);
                         let mut sums = Sums::new(hosts);
                         // SAFETY: the spans are those vectors, which nothing else uses.
-                        unsafe { sums.average(&mut links[0], &spans, weights, deadline) }.unwrap();
+                        unsafe { sums.average(&mut links[0], &spans, weights, &limit) }.unwrap();
                         (narrow, wide)
                     })
                 };
@@ -314,7 +315,7 @@ mod tests {
             &mut self,
             send: &[u8],
             receive: &mut [u8],
-            _: Instant,
+            _: &Limit<'_>,
         ) -> Result<(), HostsError> {
             let part = send.len() / self.hosts;
             (self.calls, self.bytes) = (self.calls + 1, self.bytes + send.len() - part);
@@ -325,7 +326,7 @@ mod tests {
             &mut self,
             send: &[u8],
             receive: &mut [u8],
-            _: Instant,
+            _: &Limit<'_>,
         ) -> Result<(), HostsError> {
             self.calls += 1;
             self.bytes += send.len() * (self.hosts - 1);
@@ -346,9 +347,9 @@ mod tests {
                 Span { tensor: 0, dtype: Dtype::F32, first: 0, elements: part, at: 0, address };
             let mut link = Counting { hosts, calls: 0, bytes: 0 };
             let (mut sums, weights) = (Sums::new(hosts), vec![1.0; hosts]);
-            let deadline = Instant::now() + Duration::from_secs(60);
+            let limit = Limit::new(Duration::from_secs(60), &|| false);
             // SAFETY: the span is that vector, which nothing else uses.
-            unsafe { sums.average(&mut link, &[span], &weights, deadline) }.unwrap();
+            unsafe { sums.average(&mut link, &[span], &weights, &limit) }.unwrap();
             assert!(values.iter().all(|&value| value == 1.5));
             let pieces = (4 * part).div_ceil(PIECE / hosts / 4 * 4 * hosts);
             assert_eq!(link.calls, 2 * pieces);

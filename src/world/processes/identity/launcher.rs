@@ -255,7 +255,7 @@ impl Launched {
         let local = get(launcher.local_size).filter(|local| local.trim() != world_size.to_string());
         if let Some(local) = local.filter(|_| launcher.is_torchrun()) {
             let c = launcher.local_size;
-            // Several agents may run on one host.
+            // One host may have several agents.
             if by_hand.is_none() && !get("MASTER_ADDR").is_some_and(|address| is_here(&address)) {
                 return Err(format!(
                     "{c} is {local} and {b} is {world_size}: all ranks of torchrun must be \
@@ -304,6 +304,28 @@ impl Launched {
     }
 }
 
+/// The number of ranks on each host, if it is the same on all: of a number, or of a list of Slurm's,
+/// such as "4(x2)" or "4,4", which adds up to `world_size`.
+fn equal_ranks(list: &str, world_size: usize) -> Option<usize> {
+    let (mut all, mut ranks, mut is_list) = (0, None, false);
+    for part in list.trim().split(',') {
+        let (number, times) = match part.split_once("(x") {
+            Some((number, times)) => (number, times.strip_suffix(')')?.parse().ok()?),
+            None => (part, 1),
+        };
+        let number: usize = number.trim().parse().ok().filter(|&number| number > 0)?;
+        is_list |= times > 1 || ranks.is_some();
+        if *ranks.get_or_insert(number) != number {
+            return None;
+        }
+        all += number * times;
+    }
+    let ranks = ranks?;
+    // Other launchers tell the ranks of this host alone.
+    let fits = if is_list { all == world_size } else { world_size % ranks == 0 };
+    (fits && ranks <= world_size).then_some(ranks)
+}
+
 impl Launcher {
     fn is_torchrun(&self) -> bool {
         self.rank == "RANK"
@@ -319,13 +341,9 @@ impl Launcher {
         let Some(local) = get(self.local_size).filter(|_| !self.is_torchrun()) else {
             return Ok(1);
         };
-        // Slurm writes "4", "4(x2)" or "4,2".
-        let ranks = local.trim().split('(').next().and_then(|ranks| ranks.trim().parse().ok());
-        match ranks {
-            Some(ranks @ 1..) if ranks <= world_size && world_size % ranks == 0 => {
-                Ok(world_size / ranks)
-            }
-            _ => Err(format!(
+        match equal_ranks(&local, world_size) {
+            Some(ranks) => Ok(world_size / ranks),
+            None => Err(format!(
                 "{} is {local} and {} is {world_size}: all hosts must have as many ranks; start \
                  as many on each",
                 self.local_size, self.world_size

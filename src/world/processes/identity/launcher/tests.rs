@@ -119,7 +119,9 @@ fn ranks_of_several_hosts_are_numbered_on_each() {
     let many = [("SLURM_STEP_NUM_TASKS", "65536"), ("SLURM_STEP_TASKS_PER_NODE", "16(x4096)")];
     let many = find(&[&many[..], &slurm[..1], &slurm[3..]].concat()).unwrap();
     assert_eq!((many.rank, many.world_size, many.hosts), (1, 16, 4096));
-    for unequal in ["3,1", "2,1(x2)", "3", "0", "five"] {
+    let list = with("SLURM_STEP_TASKS_PER_NODE", "2,2").unwrap();
+    assert_eq!((list.rank, list.world_size, list.hosts), (1, 2, 2));
+    for unequal in ["3,1", "2,1(x2)", "1(x2),2", "2(x3)", "2(x", "3", "0", "five"] {
         let error = with("SLURM_STEP_TASKS_PER_NODE", unequal).unwrap_err();
         assert!(error.contains(unequal) && error.contains("as many on each"), "{error}");
     }
