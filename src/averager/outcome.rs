@@ -34,8 +34,8 @@ impl ParamAverager {
     /// Result of the average that began at `start`, if that is known.
     pub(super) fn outcome(&mut self, start: Option<Instant>) -> Result<Outcome> {
         self.publish_completed();
+        self.note_stage();
         let committed = self.ended().any(|status| status.committed != 0);
-        self.stage.iter_mut().for_each(|stage| stage.ended(committed));
         let Some(status) =
             self.ended().max_by_key(|status| (status.outcome != PA_COMMITTED, status.outcome))
         else {
@@ -57,7 +57,7 @@ impl ParamAverager {
                 let all_done = status.detail == self.world_size() as u64;
                 return Ok(Outcome::Unneeded { all_done });
             }
-            PA_NON_FINITE if status.detail == PA_VETOED => self.vetoed(rank),
+            PA_NON_FINITE if status.detail >= PA_VETOED => self.vetoed(rank, status),
             PA_NON_FINITE => self.non_finite(rank, status.detail),
             PA_LAYOUT => self.table.error(rank, problem),
             PA_SCHEDULE => self.calls_differ(rank, status),
@@ -207,18 +207,23 @@ impl ParamAverager {
     }
 
     fn non_finite(&self, rank: usize, bad: u64) -> Error {
+        let (tensor, element) = self.place_of_bad(bad);
+        Error::NonFinite { rank, tensor, element }
+    }
+
+    /// Line about the tensor, and element, of a `PaChannel.bad`.
+    pub(super) fn place_of_bad(&self, bad: u64) -> (String, u64) {
         let place = bad.wrapping_sub(1);
         let (bucket, element) = ((place >> 56) as usize, place & ((1 << 56) - 1));
         let bucket = self.table.buckets_of(self.call.fragment).start + bucket;
-        let (tensor, element) = match self.table.buckets.get(bucket) {
+        match self.table.buckets.get(bucket) {
             Some(bucket) => {
                 let (tensor, element) = bucket.locate(element);
                 (self.table.describe(tensor), element)
             }
             // A peer's record must not make this rank panic.
             None => ("a tensor that it has not named".into(), 0),
-        };
-        Error::NonFinite { rank, tensor, element }
+        }
     }
 
     /// Longest wait in the average that timed out: for a rank that has not come, or, in a kernel on

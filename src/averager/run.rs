@@ -22,6 +22,7 @@ impl ParamAverager {
         }
         // A forgotten `Pending` still uses the tables. The next launch reports its fatal error.
         let _ = self.own.engine.finish();
+        self.note_stage();
         Ok(())
     }
 
@@ -101,6 +102,15 @@ impl ParamAverager {
                 expected:
                     "one average that is not captured: the outer optimizer's steps, and what \
                            compression codes, begin from it",
+            });
+        }
+        if is_captured && self.stage.is_some() {
+            return Err(Error::InvalidOption {
+                rank: self.rank(),
+                option: "stream",
+                found: "being captured, with a stage".into(),
+                expected: "a stream that is not captured: the host calls the stage in every \
+                           average, and sees no replay of a graph",
             });
         }
         // If captured, every replay of the graph would report the refusal to the peers.

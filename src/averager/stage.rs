@@ -2,13 +2,14 @@
 
 use super::table::Table;
 use super::watch::Watch;
-use super::{flag, Algorithm, Builder, ParamAverager};
-use crate::abi::{PaArgs, PA_FLAG_VETO, PA_OPEN, PA_PACK_BYTES, PA_RING_VOTE};
+use super::{Algorithm, Builder, ParamAverager};
+use crate::abi::{PaArgs, PaStatus, PA_LEFT, PA_PACK_BYTES, PA_RING_VOTE};
+use crate::backend::cuda::StageStream;
 use crate::backend::{Engine, Gathering, MemorySpace, Order, Unstarted};
 use crate::bucket::Division;
 use crate::hash::Digest;
 use crate::plan::Launch;
-use crate::stage::{Shard, Span, Stage, Veto};
+use crate::stage::{DeviceShard, Function, Shard, Share, Span, Stage, Veto};
 use crate::tensor::Dtype;
 use crate::Error;
 
@@ -52,13 +53,20 @@ impl RankStage {
         })
     }
 
-    /// Calls the function. Returns true if this rank refuses the average.
+    /// Calls the function. Returns true if this rank refuses the average. `on` is the stream of a
+    /// device; `None` on CPUs.
     ///
     /// # Safety
-    /// The reduce has filled the means, and nothing else uses them until this returns.
-    unsafe fn refuses(&mut self, sets_values: bool, describe: &dyn Fn(usize) -> String) -> bool {
+    /// The means hold the sum, on a device behind the earlier work of the stream. Nothing else uses
+    /// them until this returns, on a device until the work has ended that is on the stream then.
+    unsafe fn refuses(
+        &mut self,
+        on: Option<&StageStream>,
+        sets_values: bool,
+        describe: &dyn Fn(usize) -> String,
+    ) -> bool {
         // SAFETY: guaranteed by the caller.
-        self.veto = unsafe { self.call(sets_values, describe) }.err();
+        self.veto = unsafe { self.call(on, sets_values, describe) }.err();
         self.veto.is_some()
     }
 
@@ -66,46 +74,56 @@ impl RankStage {
     /// As `refuses`.
     unsafe fn call(
         &mut self,
+        on: Option<&StageStream>,
         sets_values: bool,
         describe: &dyn Fn(usize) -> String,
     ) -> Result<(), Veto> {
+        // On a device no host knows yet: the vote looks at the values, after the stage.
         // SAFETY: guaranteed by the caller, here and below.
-        if let Some((tensor, element)) = unsafe { self.first_non_finite() } {
+        let bad = if on.is_none() { unsafe { self.first_non_finite() } } else { None };
+        if let Some((tensor, element)) = bad {
             // The rank that holds such a value votes against the average, too, and its error is the
             // one that all ranks get. Otherwise the sum has overflowed.
             let tensor = describe(tensor);
             return Err(Veto::new(format!("the mean is not finite: {tensor}, element {element}")));
         }
         // SAFETY: as above.
-        let before = sets_values.then(|| unsafe { self.digest() });
-        // SAFETY: as above.
-        let mut shard = unsafe { Shard::new(&self.names, &self.spans) };
-        (shard.rank, shard.world_size, shard.layout) = (self.rank, self.world_size, self.layout);
-        shard.sets_values = sets_values;
+        let before = sets_values.then(|| unsafe { self.digest(on) }).transpose()?;
         self.was_called = true;
-        self.stage.call(&mut shard)?;
+        self.stage.call(|function, was_committed| {
+            let share = Share {
+                rank: self.rank,
+                world_size: self.world_size,
+                layout: self.layout,
+                sets_values,
+                was_committed,
+                names: &self.names,
+                spans: &self.spans,
+            };
+            match (function, on) {
+                // SAFETY: as above.
+                (Function::Host(function), None) => function(&mut unsafe { Shard::new(share) }),
+                (Function::Device(function), Some(on)) => {
+                    function(&mut DeviceShard::new(share, on.device(), on.raw()))
+                }
+                _ => unreachable!("a stage for other memory was refused"),
+            }
+        })?;
+        let Some(before) = before else { return Ok(()) };
         // SAFETY: as above; the function has returned.
-        if before.is_some_and(|before| before != unsafe { self.digest() }) {
+        if before != unsafe { self.digest(on) }? {
             return Err(Veto::new(
                 "its function has changed values that all ranks begin with: leave them as they are \
-                 where Shard::sets_values is true",
+                 where `sets_values` is true",
             ));
         }
-        // SAFETY: as above.
-        match unsafe { self.first_non_finite() } {
-            Some((tensor, element)) => Err(Veto::new(format!(
-                "its function has left a value that is not finite, or too large for its dtype, in \
-                 {}, element {element}",
-                describe(tensor)
-            ))),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
-    /// Tensor and element of a value that is rejected, if there is one.
+    /// Tensor and element of a mean that is rejected, if there is one.
     ///
     /// # Safety
-    /// As `refuses`.
+    /// As `refuses`, on CPUs.
     unsafe fn first_non_finite(&self) -> Option<(usize, usize)> {
         if !self.rejects_non_finite {
             return None;
@@ -117,13 +135,27 @@ impl RankStage {
         })
     }
 
+    /// Digest of all values. On a device this waits for the stream.
+    ///
     /// # Safety
     /// As `refuses`.
-    unsafe fn digest(&self) -> u64 {
-        let mut digest = Digest::default();
-        // SAFETY: guaranteed by the caller.
-        self.spans.iter().for_each(|span| digest.add(unsafe { span.values() }.bytes()));
-        digest.value()
+    unsafe fn digest(&self, on: Option<&StageStream>) -> Result<u64, Veto> {
+        let (mut digest, mut copy) = (Digest::default(), vec![]);
+        for span in &self.spans {
+            // SAFETY: guaranteed by the caller.
+            match on {
+                None => digest.add(unsafe { span.values() }.bytes()),
+                Some(on) => {
+                    copy.resize(span.bytes(), 0);
+                    // SAFETY: as above.
+                    unsafe { on.read(span.address, &mut copy) }.map_err(|failed| {
+                        Veto::new(format!("its shard can't be read: {}", String::from(failed)))
+                    })?;
+                    digest.add(&copy);
+                }
+            }
+        }
+        Ok(digest.value())
     }
 
     /// Notes the end of an average.
@@ -188,20 +220,51 @@ impl Builder {
     /// average is refused.
     ///
     /// All ranks have a stage or none. Averages use the ring with its commit; the algorithm
-    /// `Direct` and `all_or_nothing(false)` are refused, and so are CUDA devices. Its state is its
-    /// own: it is in no saved state, and [`Shard::layout`] tells when its parts have changed.
+    /// `Direct` and `all_or_nothing(false)` are refused, and so are CUDA devices, which have
+    /// [`device_stage`](Self::device_stage). Its state is its own: it is in no saved state, and
+    /// [`Shard::layout`] tells when its parts have changed.
     /// [`guide::outer`](crate::guide::outer) has an example. Default: none.
     pub fn stage(
         mut self,
         stage: impl FnMut(&mut Shard<'_>) -> Result<(), Veto> + Send + 'static,
     ) -> Self {
-        self.stage = Some(Stage::new(stage));
+        self.stage = Some(Stage::new(Function::Host(Box::new(stage))));
+        self
+    }
+
+    /// [Stage](Self::stage) of a rank on a CUDA device: a function that enqueues work on the rank's
+    /// [`DeviceShard`] of the mean, and returns. The work runs on the shard's
+    /// [stream](DeviceShard::stream), behind the sum and before the vote of the ranks; peers wait
+    /// for it until the [`timeout`](Self::timeout), and no kernel of theirs does.
+    ///
+    /// It differs from a stage on CPUs in this: the function is called when the sum is enqueued,
+    /// not when it is made. So it is also called in averages that fail before they have summed, and
+    /// where a mean is not finite, which the vote refuses after it. What it returns is known before
+    /// its work has run: a check that needs the values waits for the stream, or leaves a NaN where
+    /// such values are [rejected](Self::reject_non_finite), the default. An average that is
+    /// [started](crate::ParamAverager::start) still returns before it has run, when the functions
+    /// of all ranks of the process have returned.
+    ///
+    /// An average with a stage is not captured into a CUDA graph: that is refused.
+    ///
+    /// # Safety
+    /// The work accesses no memory of the averager but the values of the shard's parts, and those
+    /// only between the earlier and the later work of the shard's stream: on that stream, or on
+    /// others that wait for it and that it waits for. What else the work accesses lives until it
+    /// has run. The function leaves the stream as it was, not captured, and the current context,
+    /// too.
+    pub unsafe fn device_stage(
+        mut self,
+        stage: impl FnMut(&mut DeviceShard<'_>) -> Result<(), Veto> + Send + 'static,
+    ) -> Self {
+        self.stage = Some(Stage::new(Function::Device(Box::new(stage))));
         self
     }
 
     /// Option that contradicts a stage: its name, what was found, and what is expected.
     pub(super) fn stage_refusal(&self) -> Option<(&'static str, &'static str, &'static str)> {
         const RING: &str = "Auto or Ring: only the ring commits after it has summed";
+        let is_on_device = self.stage.as_ref()?.is_on_device;
         if self.algorithm == Algorithm::Direct {
             return Some(("algorithm", "Direct, with a stage", RING));
         }
@@ -209,15 +272,30 @@ impl Builder {
             let expected = "true, the default: a stage comes between the sum and the commit";
             return Some(("all_or_nothing", "false, with a stage", expected));
         }
-        match self.communicator.space() {
-            MemorySpace::Host => None,
-            MemorySpace::Cuda(_) => Some((
+        match (self.communicator.space(), is_on_device) {
+            (MemorySpace::Host, false) | (MemorySpace::Cuda(_), true) => None,
+            (MemorySpace::Cuda(_), false) => Some((
                 "stage",
                 "set, for a rank on a CUDA device",
-                "none: stages are for ranks on CPUs; Builder::outer works on devices",
+                "Builder::device_stage there, whose function has addresses and a stream",
+            )),
+            (MemorySpace::Host, true) => Some((
+                "device_stage",
+                "set, for a rank on CPUs",
+                "Builder::stage there, whose function has the values",
             )),
         }
     }
+}
+
+/// The begin of a text that is too long for a message to all ranks.
+fn shortened(mut text: String) -> String {
+    const MOST: usize = 1000;
+    if let Some((end, _)) = text.char_indices().find(|(at, _)| *at >= MOST) {
+        text.truncate(end);
+        text += " …";
+    }
+    text
 }
 
 /// A rank's stage, in one average.
@@ -248,23 +326,44 @@ pub(super) unsafe fn start(
         };
     };
     stage.veto = None;
-    // SAFETY: guaranteed by the caller. On CPUs, where stages are, the launches have run when
-    // `start` returns.
-    unsafe { engine.start(args, &launches[..vote], order, peers) }?;
-    let is_reduced = engine.ended().iter().all(|status| status.outcome == PA_OPEN);
-    // SAFETY: the reduce has ended, and the kernels that read the means come after this call.
-    let vetoes = is_reduced && watch.pause(|| unsafe { stage.refuses(sets_values, describe) });
-    let args = PaArgs { flags: args.flags | flag(PA_FLAG_VETO, vetoes), ..*args };
+    let mut refuses = |on: Option<&StageStream>| {
+        // SAFETY: the engine calls this behind the reduce, and the kernels that read the means come
+        // after it.
+        watch.pause(|| unsafe { stage.refuses(on, sets_values, describe) })
+    };
     // SAFETY: guaranteed by the caller.
-    unsafe { engine.start(&args, &launches[vote..], order, peers) }
+    unsafe { engine.start_around(args, launches.split_at(vote), order, peers, &mut refuses) }
 }
 
 impl ParamAverager {
-    /// Error of an average that the stage of the rank has refused.
-    pub(super) fn vetoed(&self, rank: usize) -> Error {
-        match self.stage.as_ref().and_then(|stage| stage.veto.as_ref()) {
-            Some(own) => Error::StageVetoed { rank: self.rank(), reason: own.to_string() },
-            None => {
+    /// Notes how the last average with a call of the stage has ended, which is known.
+    pub(super) fn note_stage(&mut self) {
+        let committed = self.ended().any(|status| status.committed != 0);
+        self.stage.iter_mut().for_each(|stage| stage.ended(committed));
+    }
+
+    /// Error of an average that the stage of `rank` has refused.
+    pub(super) fn vetoed(&self, rank: usize, status: PaStatus) -> Error {
+        if status.detail & PA_LEFT != 0 {
+            let (tensor, element) = self.place_of_bad(status.detail ^ PA_LEFT);
+            let reason = format!(
+                "its function has left a value that is not finite, or too large for its dtype, in \
+                 {tensor}, element {element}"
+            );
+            return Error::StageVetoed { rank, reason };
+        }
+        // All ranks get here, and tell one another their reasons: a record has room for a number.
+        let own = self.stage.as_ref().and_then(|stage| stage.veto.as_ref()).map(Veto::to_string);
+        let shown = shortened(own.clone().unwrap_or_default());
+        let is_shown = self.world_size() > 1;
+        let all = is_shown.then(|| self.all_reasons(status.epoch, shown)).flatten();
+        let told = all.map(|mut all| all.swap_remove(rank).0);
+        match (told, own) {
+            (Some(told), _) if rank != self.rank() && !told.is_empty() => {
+                Error::StageVetoed { rank, reason: told }
+            }
+            (_, Some(own)) => Error::StageVetoed { rank: self.rank(), reason: own },
+            (_, None) => {
                 let reason = "that rank's own error has the reason".into();
                 Error::StageVetoed { rank, reason }
             }

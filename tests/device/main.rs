@@ -40,6 +40,9 @@ fn main() -> ExitCode {
     let mut tests = tests![
         cuda::averages_have_the_bits_of_the_cpu: driver,
         cuda::outer_steps_have_the_bits_of_the_cpu: driver,
+        cuda::stages_have_the_bits_of_the_cpu: driver,
+        cuda::stages_refuse_averages_and_nothing_changes: driver,
+        cuda::stages_are_enqueued_on_streams: driver,
         cuda::coded_averages_have_the_bits_of_the_cpu: driver,
         cuda::coded_averages_have_no_race: driver,
         cuda::telemetry_has_the_numbers_of_the_cpu: driver,

@@ -20,7 +20,7 @@ use test_support::Skip;
 
 /// The kernels and the loops that move packs in each: f32, f64, f16, bf16, and in the ring the last
 /// two again with partial sums of f32, where the first partial sum is made of raw packs.
-const KERNELS: [(&str, Expected); 16] = [
+const KERNELS: [(&str, Expected); 17] = [
     // Loops per dtype: two, three and four ranks, and more of them, four by four.
     ("pa_direct", Expected { hot_loops: 4 * 4, loads: 92, talks: true, steps: 0, codes: false }),
     // Loops per dtype: first, middle and last step of the reduce; then middle and last step of the
@@ -43,6 +43,8 @@ const KERNELS: [(&str, Expected); 16] = [
     ),
     // Loops per dtype: the steps of both optimizers.
     ("pa_ring_step", Expected { hot_loops: 4 * 2, loads: 60, talks: true, steps: 0, codes: false }),
+    // Loops per dtype.
+    ("pa_ring_vote", Expected { hot_loops: 4, loads: 20, talks: true, steps: 0, codes: false }),
     // Loops per dtype: first, middle and last step of the gather.
     (
         "pa_ring_mix",

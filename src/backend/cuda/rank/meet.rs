@@ -50,7 +50,8 @@ impl Rank {
         }
     }
 
-    /// Launches for this rank, the only one of this process on its device.
+    /// Launches for this rank, the only one of this process on its device. `goes_on`: see
+    /// `meet_and_launch`.
     #[cfg(processes)]
     pub(super) fn launch_alone(
         &mut self,
@@ -58,11 +59,12 @@ impl Rank {
         way: ProcessWay,
         arrivals: &Arc<dyn Arrivals>,
         peers: &Gathering<'_>,
+        goes_on: bool,
     ) -> Result<Arc<Event>, Unstarted> {
         if way == ProcessWay::InStreams {
             let meeting = self.next_meeting(arrivals, peers);
             super::super::arrivals::watch(meeting.clone());
-            self.watched = Some(meeting.clone());
+            self.watched.push(meeting.clone());
             return Ok(self.launch_all(&[part], Some(&meeting), peers)?);
         }
         // The host comes when the work before the average has ended.
@@ -78,7 +80,7 @@ impl Rank {
             if meets {
                 match self.next_meeting(arrivals, peers).meet() {
                     Ok(()) => {}
-                    Err(failure) if index == 0 => {
+                    Err(failure) if index == 0 && !goes_on => {
                         self.tables.set_stale();
                         return Err(Unstarted::Ended(failure));
                     }
