@@ -344,8 +344,9 @@ impl ParamAverager {
 
     /// Error of an average that the stage of `rank` has refused.
     pub(super) fn vetoed(&self, rank: usize, status: PaStatus) -> Error {
-        if status.detail & PA_LEFT != 0 {
-            let (tensor, element) = self.place_of_bad(status.detail ^ PA_LEFT);
+        const LEFT: u64 = PA_LEFT as u64; // bindgen takes the highest bit for a sign
+        if status.detail & LEFT != 0 {
+            let (tensor, element) = self.place_of_bad(status.detail ^ LEFT);
             let reason = format!(
                 "its function has left a value that is not finite, or too large for its dtype, in \
                  {tensor}, element {element}"

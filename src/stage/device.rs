@@ -56,8 +56,8 @@ impl<'a> DeviceShard<'a> {
     }
 
     /// CUDA stream (`CUstream`) on which the values are the mean, and what follows on it sees what
-    /// the stage has made of them. A non-blocking stream of the averager's own, the same at every
-    /// call. It is not to be captured, and not used after the call.
+    /// the stage has made of them. A non-blocking stream of the averager's own. It is not to be
+    /// captured, and not used after the call.
     pub fn stream(&self) -> *mut c_void {
         self.2
     }

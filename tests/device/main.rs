@@ -87,6 +87,7 @@ fn main() -> ExitCode {
         cuda_processes::an_abort_ends_the_kernels_of_all_processes: driver,
         cuda_processes::kill_at_a_step_leaves_survivors_running: driver,
         cuda_processes::kill_at_any_time_leaves_survivors_running: driver,
+        cuda_processes::kill_beside_a_stage_leaves_survivors_running: driver,
         cuda_processes::kill_of_a_joiner_leaves_members_running: driver,
         cuda_processes::a_process_joins_processes_on_devices: driver,
         cuda_processes::stopped_process_disturbs_no_peer_when_it_resumes: driver,

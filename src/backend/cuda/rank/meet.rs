@@ -7,7 +7,7 @@ use super::super::driver::{call, Failed};
 use super::super::launch::{launch_all, leader_of, Launched, Part};
 use super::super::streams::Event;
 use super::Rank;
-use crate::abi::PA_DEPARTED;
+use crate::abi::{PaArgs, PA_DEPARTED};
 #[cfg(processes)]
 use crate::backend::{Arrivals, ProcessWay};
 use crate::backend::{Attendance, Failure, Gathering, Meeting, Unstarted};
@@ -94,13 +94,18 @@ impl Rank {
             let done = self.launch_all(&[part], None, peers)?;
             if way == ProcessWay::Sequenced {
                 done.synchronize()?;
-                let fault = args.fault_step;
-                if fault != 0 && self.ended().iter().any(|status| status.step == fault) {
-                    break; // a test ends the rank here
+                if self.was_left(&args) {
+                    break;
                 }
             }
         }
         Ok(self.done.clone())
+    }
+
+    /// True if a test ends the rank in the launches so far, which have ended.
+    pub(super) fn was_left(&self, args: &PaArgs) -> bool {
+        let fault = args.fault_step;
+        fault != 0 && self.ended().iter().any(|status| status.step == fault)
     }
 
     /// Launches for this rank as it was done formerly.

@@ -90,6 +90,12 @@ impl Rank {
         refuses: &mut Refuses<'_>,
         peers: &Gathering<'_>,
     ) -> Result<Arc<Event>, Unstarted> {
+        if rest.args.fault_step != 0 {
+            reduced.synchronize()?;
+            if self.was_left(&rest.args) {
+                return Ok(self.done.clone()); // its peers wait for it in the first half
+            }
+        }
         let on = stage.stream.raw();
         // SAFETY: a stream of this rank's context, which is bound.
         unsafe { reduced.hold(on) }?;
