@@ -10,8 +10,11 @@
 #define PA_PACK_BYTES 16
 /* Alignment of shards and channels: no two ranks write one 128-byte line. */
 #define PA_ALIGN_PACKS 8
-/* PaRecord.detail with PA_NON_FINITE: a stage on the host has refused. No PaChannel.bad is it. */
+/* PaRecord.detail with PA_NON_FINITE: a user's stage has refused. No PaChannel.bad is it. */
 #define PA_VETOED 0x7f00000000000000
+/* A bit of PaChannel.bad: the value is not one of a tensor, but what a user's stage has left for
+   one. Larger than PA_VETOED, and than any other `bad`. */
+#define PA_LEFT 0x8000000000000000
 
 enum PaDtype { PA_F32 = 0, PA_F64 = 1, PA_F16 = 2, PA_BF16 = 3 };
 
@@ -20,7 +23,7 @@ enum PaDtype { PA_F32 = 0, PA_F64 = 1, PA_F16 = 2, PA_BF16 = 3 };
 // PaArgs.from_segment.
 // With an outer optimizer: PA_DIRECT_STEP in the place of PA_DIRECT, or PA_RING_STEP between the
 // segments of PA_RING_COMMIT up to n and those from n + 1 on, which PA_RING_MIX runs if mix != 1.
-// With a stage on the host: PA_RING_VOTE behind the segments up to n, and before PA_RING_STEP.
+// With a user's stage: PA_RING_VOTE behind the segments up to n, and before PA_RING_STEP.
 // With PA_FLAG_DELTA, on the copy that PA_SNAPSHOT has made: PA_DIRECT_DELTA in the place of
 // PA_DIRECT, or the segments of PA_RING_COMMIT up to n, and PA_RING_MIX. PA_APPLY comes later.
 // PA_RING_INT8 and PA_RING_BF16 take the place of PA_RING_COMMIT in coded averages, see coded.h.
@@ -41,7 +44,7 @@ enum PaKernel {
   PA_RING_INT8 = 13,
   PA_RING_BF16 = 14,
   PA_REFERENCE = 15, // after an average that is not coded: its result becomes the reference
-  PA_RING_VOTE = 16, // CPUs only: casts the vote after a stage on the host has had the shard
+  PA_RING_VOTE = 16, // casts the vote after a user's stage has had the shard, see host_stage.h
 };
 
 // Outcome of an average. Up to PA_NO_WEIGHT nothing is broken and the next average may run; from
@@ -50,7 +53,7 @@ enum PaKind {
   PA_OPEN = 0,       // not decided yet
   PA_COMMITTED = 1,  // every rank writes the mean
   PA_UNNEEDED = 2,   // no rank had anything to average
-  PA_NON_FINITE = 3, // a rank that rejects NaN and infinity holds one; or PA_VETOED
+  PA_NON_FINITE = 3, // a rank that rejects NaN and infinity holds one; or PA_VETOED; or PA_LEFT
   PA_LAYOUT = 4,     // a rank's tensors differ from those the averager was built for
   PA_SCHEDULE = 5,   // ranks average at different points of the schedule
   PA_WEIGHTING = 6,  // some ranks passed a weight and some did not
@@ -252,7 +255,8 @@ struct PaChannel {
   uint32_t deciding;      // channel 0: lock among the blocks of this rank, see take_turn()
   uint32_t residuals;     // PaResiduals
   uint32_t reserved;
-  uint64_t bad;       // 1 + (bucket << 56 | element) of a NaN or infinity in the own tensors, or 0
+  uint64_t bad;       // 1 + (bucket << 56 | element) of a NaN or infinity in the own tensors, or 0;
+                      // or with PA_LEFT
   double divisor;     // divisor of sums in f64, agreed at the entry barrier
   double divisor_f32; // divisor of sums in f32, whose scales were rounded to f32
   uint64_t agreed_ns; // clock at the end of the entry barrier

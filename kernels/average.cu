@@ -3,6 +3,7 @@
 // launch is enough, since what else runs on the device ends without them.
 #include "coded.h"
 #include "direct.h"
+#include "host_stage.h"
 #include "overlap.h"
 #include "probe.h"
 #include "sample.h"
@@ -36,6 +37,7 @@ PA_KERNEL(pa_direct_delta, run_direct<PA_ISA::DirectEnd::kDelta>)
 PA_KERNEL(pa_ring, run_ring)
 PA_KERNEL(pa_ring_commit, run_ring_commit)
 PA_KERNEL(pa_ring_step, run_ring_step)
+PA_KERNEL(pa_ring_vote, run_ring_vote)
 PA_KERNEL(pa_ring_mix, run_ring_mix)
 PA_KERNEL(pa_ring_int8, run_ring_coded<PA_ISA::Int8>)
 PA_KERNEL(pa_ring_bf16, run_ring_coded<PA_ISA::Bf16>)

@@ -110,11 +110,13 @@ PA_FN void agree_on_measured(const PaControl* control, uint32_t world, uint32_t 
   for (uint32_t i = 0; i < 2; ++i) status.measured[i] = most[i];
 }
 
-// First non-finite value that this rank's blocks have found in its tensors, or 0: PaChannel.bad.
+// First non-finite value that this rank's blocks have found, or 0: PaChannel.bad. One in its
+// tensors comes before what a stage has left, which it may have caused.
 PA_FN uint64_t first_bad(const PaArgs& a) {
-  uint64_t bad = 0;
-  for (uint32_t c = 0; c < a.channels && bad == 0; ++c) bad = at<PaChannel>(a.channel)[c].bad;
-  return bad;
+  uint64_t before = ~uint64_t(0); // the least `bad` less 1, where that of none is the most
+  for (uint32_t c = 0; c < a.channels; ++c)
+    before = min(before, at<PaChannel>(a.channel)[c].bad - 1);
+  return before + 1;
 }
 
 // Publishes this rank's record. Block 0, before the entry barrier.
@@ -221,7 +223,7 @@ PA_NOINLINE bool commit_vote_as_leader(Exec ex, WaitCtx ctx) {
     if (!wait_for_board(ex, ctx, r, vote, good, PA_AT_COMMIT)) return false;
     if (load_acquire(vote) != good + 1) continue;
     // A value that is not finite is told rather than a veto, which it may have caused.
-    const bool vetoes = control->board[r].record[ctx.epoch & 1].detail == PA_VETOED;
+    const bool vetoes = control->board[r].record[ctx.epoch & 1].detail >= PA_VETOED;
     if (!vetoes || !is_bad) code = code_of(uint32_t(PA_NON_FINITE), r);
     is_bad |= !vetoes;
   }

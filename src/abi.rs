@@ -5,6 +5,7 @@ pub const PA_LINE_WORDS: u32 = 32;
 pub const PA_PACK_BYTES: u32 = 16;
 pub const PA_ALIGN_PACKS: u32 = 8;
 pub const PA_VETOED: u64 = 9151314442816847872;
+pub const PA_LEFT: i64 = -9223372036854775808;
 pub const PA_RUN_PACKS: u32 = 64;
 pub const PA_BLOCK_PACKS: u32 = 32;
 pub const PA_NO_SEGMENT: u32 = 4294967295;

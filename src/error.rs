@@ -291,9 +291,11 @@ pub enum Error {
         changed)"
     )]
     StageVetoed {
-        /// Rank of the stage: this one, if its stage is among those that refused.
+        /// Rank of the stage, in the order of the ring the first of those that have refused.
         rank: usize,
-        /// Reason; on a rank whose stage has refused, the text of its own [`Veto`](crate::Veto).
+        /// Text of that rank's [`Veto`](crate::Veto), of which other ranks get 1,000 bytes or a
+        /// little more. If a rank does not look at the outcome within 5 seconds, other ranks are
+        /// only told where the text is, and a rank that has refused gets its own.
         reason: String,
     },
 

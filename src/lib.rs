@@ -206,7 +206,7 @@ pub use outer::{Outer, ParseOuterError};
 pub use overlap::Overlap;
 pub use parameters::Parameters;
 pub use schedule::Schedule;
-pub use stage::{Part, Shard, Values, Veto};
+pub use stage::{DevicePart, DeviceShard, Part, Shard, Values, Veto};
 pub use tensor::{Dtype, Element, TensorMut};
 pub use world::{AbortHandle, Communicator};
 #[cfg(processes)]

@@ -1,11 +1,15 @@
 //! A user's own stage: a function that has this rank's shard of the mean before the commit.
 
+mod device;
+
 use std::any::Any;
 use std::fmt;
 use std::ops::Range;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::slice::from_raw_parts_mut;
 use std::sync::{Arc, Mutex};
+
+pub use device::{DevicePart, DeviceShard};
 
 use crate::sync::lock;
 use crate::Dtype;
@@ -16,15 +20,68 @@ use crate::Dtype;
 /// [parts](Self::parts), each a range of one tensor. They are the same at every average until the
 /// [layout](Self::layout) changes.
 #[derive(Debug)]
-pub struct Shard<'a> {
+pub struct Shard<'a>(Share<'a>);
+
+/// The parts of a shard, and the average that it belongs to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Share<'a> {
     pub(crate) rank: usize,
     pub(crate) world_size: usize,
     pub(crate) layout: u32,
     pub(crate) sets_values: bool,
     pub(crate) was_committed: bool,
-    names: &'a [String],
-    spans: &'a [Span],
+    pub(crate) names: &'a [String],
+    pub(crate) spans: &'a [Span],
 }
+
+/// Declares what a shard tells of itself, wherever its values are.
+macro_rules! tells_of_itself {
+    () => {
+        /// This rank's number.
+        pub fn rank(&self) -> usize {
+            self.0.rank
+        }
+
+        /// The number of ranks.
+        pub fn world_size(&self) -> usize {
+            self.0.world_size
+        }
+
+        /// Number of the division of the model among the ranks. Another number than at the last
+        /// call means other parts: the world has lost or admitted a rank since, or this process has
+        /// joined.
+        pub fn layout(&self) -> u32 {
+            self.0.layout
+        }
+
+        /// True for an average that gives the ranks values to begin with: that of
+        /// [`build`](crate::Builder::build), a [`broadcast`](crate::ParamAverager::broadcast), the
+        /// average of [`LocalSgd::recover`](crate::LocalSgd::recover), and that with a process that
+        /// joins. The stage may look at the values, such as to keep them as an optimizer's anchor;
+        /// to change them is a veto.
+        pub fn sets_values(&self) -> bool {
+            self.0.sets_values
+        }
+
+        /// True if all ranks have committed the average of the stage's last call. False if that
+        /// failed, so that no tensor holds its result: state that depends on it is as before that
+        /// call.
+        pub fn was_committed(&self) -> bool {
+            self.0.was_committed
+        }
+
+        /// Number of values in all parts.
+        pub fn len(&self) -> usize {
+            self.0.spans.last().map_or(0, |last| last.at + last.elements)
+        }
+
+        /// True if this rank has no element: the model has fewer packs of 16 bytes than ranks.
+        pub fn is_empty(&self) -> bool {
+            self.0.spans.is_empty()
+        }
+    };
+}
+use tells_of_itself;
 
 /// Place of a part, and of its values in memory.
 #[derive(Clone, Copy, Debug)]
@@ -72,65 +129,19 @@ pub enum Values<'a> {
 
 impl<'a> Shard<'a> {
     /// # Safety
-    /// The addresses of `spans` are those of initialised values, which nothing else uses for `'a`.
-    pub(crate) unsafe fn new(names: &'a [String], spans: &'a [Span]) -> Self {
-        Shard {
-            rank: 0,
-            world_size: 1,
-            layout: 0,
-            sets_values: false,
-            was_committed: false,
-            names,
-            spans,
-        }
+    /// The addresses of the spans are those of initialised values in memory of the host, which
+    /// nothing else uses for `'a`.
+    pub(crate) unsafe fn new(share: Share<'a>) -> Self {
+        Shard(share)
     }
 
-    /// This rank's number.
-    pub fn rank(&self) -> usize {
-        self.rank
-    }
-
-    /// The number of ranks.
-    pub fn world_size(&self) -> usize {
-        self.world_size
-    }
-
-    /// Number of the division of the model among the ranks. Another number than at the last call
-    /// means other parts: the world has lost or admitted a rank since, or this process has joined.
-    pub fn layout(&self) -> u32 {
-        self.layout
-    }
-
-    /// True for an average that gives the ranks values to begin with: that of
-    /// [`build`](crate::Builder::build), a [`broadcast`](crate::ParamAverager::broadcast), the
-    /// average of [`LocalSgd::recover`](crate::LocalSgd::recover), and that with a process that
-    /// joins. The stage may look at the values, such as to keep them as an optimizer's anchor; to
-    /// change them is a veto.
-    pub fn sets_values(&self) -> bool {
-        self.sets_values
-    }
-
-    /// True if all ranks have committed the average of the stage's last call. False if that failed,
-    /// so that no tensor holds its result: state that depends on it is as before that call.
-    pub fn was_committed(&self) -> bool {
-        self.was_committed
-    }
-
-    /// Number of values in all parts.
-    pub fn len(&self) -> usize {
-        self.spans.last().map_or(0, |last| last.at + last.elements)
-    }
-
-    /// True if this rank has no element: the model has fewer packs of 16 bytes than ranks.
-    pub fn is_empty(&self) -> bool {
-        self.spans.is_empty()
-    }
+    tells_of_itself!();
 
     /// The parts, in an order that stays the same until the layout changes. What a stage leaves in
     /// their values is what all ranks get.
     pub fn parts(&mut self) -> impl ExactSizeIterator<Item = Part<'_>> {
-        let names = self.names;
-        self.spans.iter().map(|span| Part {
+        let Share { names, spans, .. } = self.0;
+        spans.iter().map(|span| Part {
             tensor: span.tensor,
             name: &names[span.tensor],
             dtype: span.dtype,
@@ -196,6 +207,11 @@ fn first_beyond<T: Copy>(values: &[T], fits: impl Fn(T) -> bool) -> Option<usize
 }
 
 impl Span {
+    /// Bytes of the values.
+    pub(crate) fn bytes(&self) -> usize {
+        self.elements * if self.dtype == Dtype::F64 { 8 } else { 4 }
+    }
+
     /// # Safety
     /// The address is that of initialised values, which nothing else uses for `'a`.
     pub(crate) unsafe fn values<'a>(&self) -> Values<'a> {
@@ -237,35 +253,48 @@ impl fmt::Display for Veto {
 
 /// A user's function, which an averager and its successors in later views share.
 #[derive(Clone)]
-pub(crate) struct Stage(Arc<Mutex<Inner>>);
+pub(crate) struct Stage {
+    pub(crate) is_on_device: bool,
+    inner: Arc<Mutex<Inner>>,
+}
 
-type Function = dyn FnMut(&mut Shard<'_>) -> Result<(), Veto> + Send;
+type OnHost = dyn FnMut(&mut Shard<'_>) -> Result<(), Veto> + Send;
+type OnDevice = dyn FnMut(&mut DeviceShard<'_>) -> Result<(), Veto> + Send;
+
+pub(crate) enum Function {
+    Host(Box<OnHost>),
+    Device(Box<OnDevice>),
+}
 
 struct Inner {
     /// True after a panic of the function, whose state may be half changed.
     is_broken: bool,
     was_committed: bool,
-    function: Box<Function>,
+    function: Function,
 }
 
 impl Stage {
-    pub(crate) fn new(
-        function: impl FnMut(&mut Shard<'_>) -> Result<(), Veto> + Send + 'static,
-    ) -> Stage {
-        let function = Box::new(function);
-        Stage(Arc::new(Mutex::new(Inner { is_broken: false, was_committed: false, function })))
+    pub(crate) fn new(function: Function) -> Stage {
+        let is_on_device = matches!(function, Function::Device(_));
+        let inner = Inner { is_broken: false, was_committed: false, function };
+        Stage { is_on_device, inner: Arc::new(Mutex::new(inner)) }
     }
 
-    /// Calls the function. A panic is a veto, now and at every later call.
-    pub(crate) fn call(&self, shard: &mut Shard<'_>) -> Result<(), Veto> {
-        let inner = &mut *lock(&self.0);
+    /// Calls the function by `call`, which is also told whether the average of the last call was
+    /// committed. A panic is a veto, now and at every later call.
+    pub(crate) fn call(
+        &self,
+        call: impl FnOnce(&mut Function, bool) -> Result<(), Veto>,
+    ) -> Result<(), Veto> {
+        let inner = &mut *lock(&self.inner);
         if inner.is_broken {
             let reason = "its function has panicked in an earlier average: build a new averager";
             return Err(Veto::new(reason));
         }
-        shard.was_committed = std::mem::take(&mut inner.was_committed);
+        let was_committed = std::mem::take(&mut inner.was_committed);
         let function = &mut inner.function;
-        catch_unwind(AssertUnwindSafe(|| function(shard))).unwrap_or_else(|panic| {
+        let called = catch_unwind(AssertUnwindSafe(|| call(function, was_committed)));
+        called.unwrap_or_else(|panic| {
             inner.is_broken = true;
             Err(Veto(format!("its function has panicked: {}", text_of(&*panic))))
         })
@@ -273,7 +302,7 @@ impl Stage {
 
     /// Notes whether the average of the last call was committed.
     pub(crate) fn ended(&self, committed: bool) {
-        lock(&self.0).was_committed = committed;
+        lock(&self.inner).was_committed = committed;
     }
 }
 
@@ -284,6 +313,6 @@ fn text_of(panic: &(dyn Any + Send)) -> &str {
 
 impl fmt::Debug for Stage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a function")
+        f.write_str(if self.is_on_device { "a function for devices" } else { "a function" })
     }
 }

@@ -100,9 +100,10 @@ impl ParamAverager {
         self.failed.get_or_insert_with(|| error.clone());
     }
 
-    /// Shows all ranks why an average of this epoch was made, after all of them have learnt that
-    /// their reasons differ. Returns each rank's reason, and whether it was `done`. `None` if a
-    /// rank does not look at the outcome soon.
+    /// Shows all ranks a text about an average of this epoch, after all of them have learnt that it
+    /// has failed: why it was made, since their reasons differ, or why a stage has refused it.
+    /// Returns each rank's text, and whether it was `done`. `None` if a rank does not look at the
+    /// outcome soon.
     pub(super) fn all_reasons(&self, epoch: u32, reason: String) -> Option<Vec<(String, bool)>> {
         /// Longest wait: an average that was enqueued may have its outcome looked at much later.
         const SOON: Duration = Duration::from_secs(5);

@@ -74,6 +74,8 @@ pub(super) struct RankHosts {
     made: u64,
     /// True if the average that is under way is of all hosts.
     is_of_all: bool,
+    /// True until its end is noted.
+    is_open: bool,
     /// Largest of what the ranks of all hosts have measured, in that average.
     measured: [f64; 2],
     /// Wait for the last host to come to that average.
@@ -140,6 +142,7 @@ impl RankHosts {
             since: 0,
             made: 0,
             is_of_all: false,
+            is_open: false,
             measured: [0.0; 2],
             waited: Duration::ZERO,
             link,
@@ -180,12 +183,14 @@ impl RankHosts {
         self.is_of_all = is_last || place::sets_values(place);
         self.since = if self.is_of_all { 0 } else { self.since + 1 };
         self.waited = Duration::ZERO;
+        self.is_open = true;
         self.is_of_all
     }
 
-    /// Notes the end of an average.
+    /// Notes the end of an average, once or more often.
     pub(super) fn ended(&mut self, committed: bool) {
-        self.made += u64::from(committed && self.is_of_all);
+        let is_open = std::mem::take(&mut self.is_open);
+        self.made += u64::from(is_open && committed && self.is_of_all);
     }
 
     /// Tells the other hosts that this one can't average any more.
@@ -441,7 +446,7 @@ impl ParamAverager {
     }
 
     /// True if hosts have averaged alone since the last average of all of them.
-    pub(super) fn has_hosts_apart(&self) -> bool {
+    pub(crate) fn has_hosts_apart(&self) -> bool {
         self.stage.as_ref().is_some_and(RankStage::are_apart)
     }
 

@@ -244,6 +244,9 @@ impl RankMemory {
         if options.overlap.copies() {
             engine.prepare_to_run_aside(rank)?;
         }
+        if options.stage.is_some() {
+            engine.prepare_for_stage(rank)?;
+        }
         Ok(RankMemory {
             engine,
             shards,

@@ -35,8 +35,8 @@ impl ParamAverager {
     /// Result of the average that began at `start`, if that is known.
     pub(super) fn outcome(&mut self, start: Option<Instant>) -> Result<Outcome> {
         self.publish_completed();
+        self.note_stage();
         let committed = self.ended().any(|status| status.committed != 0);
-        self.stage.iter_mut().for_each(|stage| stage.ended(committed));
         let Some(status) =
             self.ended().max_by_key(|status| (status.outcome != PA_COMMITTED, status.outcome))
         else {
@@ -54,11 +54,14 @@ impl ParamAverager {
                 }
                 return Ok(Outcome::Averaged(report));
             }
+            PA_UNNEEDED if self.stage.as_ref().is_some_and(|s| s.error_of_hosts().is_some()) => {
+                self.stage.as_ref().and_then(RankStage::error_of_hosts).expect("just seen")
+            }
             PA_UNNEEDED => {
                 let all_done = status.detail == self.world_size() as u64;
                 return Ok(Outcome::Unneeded { all_done });
             }
-            PA_NON_FINITE if status.detail == PA_VETOED => self.vetoed(rank),
+            PA_NON_FINITE if status.detail >= PA_VETOED => self.vetoed(rank, status),
             PA_NON_FINITE => self.non_finite(rank, status.detail),
             PA_LAYOUT => self.table.error(rank, problem),
             PA_SCHEDULE => self.calls_differ(rank, status),
@@ -164,6 +167,7 @@ impl ParamAverager {
         let has_peers = self.world_size() > 1 || self.options.hosts.is_some();
         let is_measured = self.call.measured.is_some() && has_peers;
         let active = self.ended().map(|status| status.active_ns).max();
+        let waited_for_hosts = self.stage.as_ref().map_or(Duration::ZERO, RankStage::waited);
         let of_hosts = self.stage.as_ref().and_then(RankStage::measured);
         let measured = of_hosts.or_else(|| self.ended().next().map(|status| status.measured));
         Report {
@@ -172,8 +176,10 @@ impl ParamAverager {
                 fragment => self.table.bytes_of(fragment),
             },
             elapsed: start.map_or(Duration::ZERO, |start| start.elapsed()),
-            waited: Duration::from_nanos(waited),
-            active: active.filter(|_| is_measured).map(Duration::from_nanos),
+            waited: Duration::from_nanos(waited) + waited_for_hosts,
+            active: active
+                .filter(|_| is_measured)
+                .map(|active| Duration::from_nanos(active).saturating_sub(waited_for_hosts)),
             measured: measured.filter(|_| is_measured).unwrap_or_default(),
             world_size: self.world_size(),
             hosts: self.stage.as_ref().map_or(1, RankStage::hosts),
@@ -184,7 +190,7 @@ impl ParamAverager {
                 _ => 0,
             },
             join_pending: match self.world_size() {
-                1 => self.communicator.has_joiner(),
+                1 => self.communicator.has_joiner() && self.options.hosts.is_none(),
                 _ => self.ended().next().is_some_and(|status| status.joiner != 0),
             },
             compression: self.compression,
@@ -217,18 +223,23 @@ impl ParamAverager {
     }
 
     fn non_finite(&self, rank: usize, bad: u64) -> Error {
+        let (tensor, element) = self.place_of_bad(bad);
+        Error::NonFinite { rank, tensor, element }
+    }
+
+    /// Line about the tensor, and element, of a `PaChannel.bad`.
+    pub(super) fn place_of_bad(&self, bad: u64) -> (String, u64) {
         let place = bad.wrapping_sub(1);
         let (bucket, element) = ((place >> 56) as usize, place & ((1 << 56) - 1));
         let bucket = self.table.buckets_of(self.call.fragment).start + bucket;
-        let (tensor, element) = match self.table.buckets.get(bucket) {
+        match self.table.buckets.get(bucket) {
             Some(bucket) => {
                 let (tensor, element) = bucket.locate(element);
                 (self.table.describe(tensor), element)
             }
             // A peer's record must not make this rank panic.
             None => ("a tensor that it has not named".into(), 0),
-        };
-        Error::NonFinite { rank, tensor, element }
+        }
     }
 
     /// Longest wait in the average that timed out: for a rank that has not come, or, in a kernel on

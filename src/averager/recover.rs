@@ -142,6 +142,9 @@ impl ParamAverager {
         averages: bool,
         progress: &mut Progress,
     ) -> Result<Regrouped, Halt> {
+        if let Some(refusal) = self.refusal_of_regrouping() {
+            return Err(progress.halt(refusal));
+        }
         // Enqueued work ends by itself.
         self.drop_overlapped();
         let _ = self.own.engine.finish();

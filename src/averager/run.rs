@@ -23,6 +23,7 @@ impl ParamAverager {
         }
         // A forgotten `Pending` still uses the tables. The next launch reports its fatal error.
         let _ = self.own.engine.finish();
+        self.note_stage();
         Ok(())
     }
 
@@ -104,6 +105,15 @@ impl ParamAverager {
                            compression codes, begin from it",
             });
         }
+        if is_captured && self.stage.is_some() {
+            return Err(Error::InvalidOption {
+                rank: self.rank(),
+                option: "stream",
+                found: "being captured, with a stage".into(),
+                expected: "a stream that is not captured: the host calls the stage in every \
+                           average, and sees no replay of a graph",
+            });
+        }
         // If captured, every replay of the graph would report the refusal to the peers.
         if let (Some(refusal), true) = (&refusal, is_captured) {
             return Err(refusal.clone());
@@ -112,8 +122,12 @@ impl ParamAverager {
         let (end, is_coded) = (self.end_of(call), self.is_coded(call));
         self.end = end;
         self.call = call;
-        // A graph replays the same flags each time, but joiners come and go.
-        let has_joiner = self.communicator.has_joiner() && !is_captured;
+        // A graph replays the same flags each time, but joiners come and go. None enters a world
+        // that has a link to other hosts.
+        let has_joiner =
+            self.communicator.has_joiner() && !is_captured && self.options.hosts.is_none();
+        let receives = self.stage.as_ref().is_some_and(|stage| stage.only_receives(call.place));
+        let common = self.args.flags & !flag(PA_FLAG_REJECT_NON_FINITE, receives);
         let of_copy = call.work == Work::OfCopy;
         let (buckets, bucket_count) = self.place_tables(call.fragment, of_copy);
         let args = PaArgs {
@@ -124,7 +138,7 @@ impl ParamAverager {
             detail: problem.map_or(0, |problem| problem.tensor),
             found: problem.map_or(call.place, |problem| problem.found),
             measured: call.measured.unwrap_or_default(),
-            flags: self.args.flags
+            flags: common
                 | flag(PA_FLAG_WEIGHTED, call.weight.is_some())
                 | flag(PA_FLAG_UNNEEDED, call.unneeded)
                 | flag(PA_FLAG_LAYOUT, problem.is_some())
@@ -164,12 +178,19 @@ impl ParamAverager {
         let _waiting = self.watch.waits(start);
         let describe = |tensor| self.table.describe(tensor);
         let weight = |epoch| agreement.control.weight(epoch, self.args.world as usize);
+        let (ranks, own) = (self.args.world as usize, self.args.rank as usize);
+        let is_over = || {
+            let control = &agreement.control;
+            let has_left = |peer| peer != own && control.has_left(peer);
+            control.failure().is_some() || (0..ranks).any(has_left)
+        };
         let stage = self.stage.as_mut();
         let stage = stage.map(|stage| StageOf {
             stage,
             watch: &self.watch,
             wanted: Wanted::new(&call),
             weight: &weight,
+            is_over: &is_over,
             describe: &describe,
         });
         let average = (&args, launches, order, &peers, of_copy);

@@ -1,15 +1,18 @@
 //! Work of the host between the reduce and the vote: the mean over all hosts, and the user's stage.
 
-use super::hosts::{RankHosts, Wanted};
+use std::time::Duration;
+
+use super::hosts::{Own, RankHosts, Wanted};
 use super::table::Table;
 use super::watch::Watch;
-use super::{flag, Algorithm, Builder, ParamAverager};
-use crate::abi::{PaArgs, PA_FLAG_VETO, PA_OPEN, PA_PACK_BYTES, PA_RING_VOTE};
+use super::{Algorithm, Builder, ParamAverager};
+use crate::abi::{PaArgs, PaStatus, PA_LEFT, PA_OPEN, PA_PACK_BYTES, PA_RING_VOTE, PA_UNNEEDED};
+use crate::backend::cuda::StageStream;
 use crate::backend::{Engine, Gathering, MemorySpace, Order, Unstarted};
 use crate::bucket::Division;
 use crate::hash::Digest;
 use crate::plan::Launch;
-use crate::stage::{Shard, Span, Stage, Veto};
+use crate::stage::{DeviceShard, Function, Shard, Share, Span, Stage, Veto};
 use crate::tensor::Dtype;
 use crate::Error;
 
@@ -71,19 +74,21 @@ impl RankStage {
         })
     }
 
-    /// Does the work. Returns true if this rank refuses the average.
+    /// Does the work. Returns true if this rank refuses the average. `on` is the stream of a
+    /// device; `None` on CPUs.
     ///
     /// # Safety
-    /// If `is_reduced`, the reduce has filled the means, and nothing else uses them until this
-    /// returns.
+    /// The means hold the sum, on a device behind the earlier work of the stream. Nothing else uses
+    /// them until this returns, on a device until the work has ended that is on the stream then.
     unsafe fn refuses(
         &mut self,
-        is_reduced: bool,
+        on: Option<&StageStream>,
+        own: Own,
         wanted: Wanted,
-        describe: &dyn Fn(usize) -> String,
+        (describe, is_over): (&dyn Fn(usize) -> String, &dyn Fn() -> bool),
     ) -> bool {
         // SAFETY: guaranteed by the caller.
-        self.refusal = unsafe { self.run(is_reduced, wanted, describe) }.err();
+        self.refusal = unsafe { self.run(on, own, wanted, (describe, is_over)) }.err();
         self.refusal.is_some()
     }
 
@@ -91,40 +96,62 @@ impl RankStage {
     /// As `refuses`.
     unsafe fn run(
         &mut self,
-        is_reduced: bool,
+        on: Option<&StageStream>,
+        own: Own,
         wanted: Wanted,
-        describe: &dyn Fn(usize) -> String,
+        (describe, is_over): (&dyn Fn(usize) -> String, &dyn Fn() -> bool),
     ) -> Result<(), Refusal> {
         let sets_values = wanted.sets_values();
-        let is_of_all = self.hosts.as_ref().is_some_and(|hosts| hosts.is_due(sets_values));
-        self.hosts.iter_mut().for_each(|hosts| hosts.begin(is_of_all));
-        // SAFETY: guaranteed by the caller, here and below.
-        let own = is_reduced.then(|| unsafe { self.check(describe) });
-        if let Some(hosts) = self.hosts.as_mut().filter(|_| is_of_all) {
-            let failed = !matches!(own, Some(Ok(())));
-            // SAFETY: as above.
-            let made = unsafe { hosts.average(&self.spans, wanted, failed) };
-            made.map_err(Refusal::Hosts)?;
-        }
-        let Some(own) = own else { return Ok(()) };
-        own?;
+        let is_of_all = self.hosts.as_mut().is_some_and(|hosts| hosts.begin(wanted.place));
+        let Some(hosts) = self.hosts.as_mut().filter(|_| is_of_all) else {
+            if own == Own::Made {
+                // SAFETY: guaranteed by the caller, here and below.
+                unsafe { self.check(on, describe) }?;
+                // SAFETY: as above.
+                unsafe { self.call(on, sets_values) }?;
+            }
+            return Ok(());
+        };
+        let limit = hosts.limit(is_over);
+        let receives = hosts.only_receives(wanted.place);
         // SAFETY: as above.
-        let called = unsafe { self.call(sets_values, describe) };
-        if let Some(hosts) = self.hosts.as_ref().filter(|_| is_of_all) {
-            let agreed = hosts.agree(called.is_err());
-            called?;
-            return agreed.map_err(Refusal::Hosts);
+        let checked = match own == Own::Made && !receives {
+            true => unsafe { self.check(on, describe) },
+            false => Ok(()),
+        };
+        let own = if checked.is_ok() { own } else { Own::Failed };
+        let hosts = self.hosts.as_mut().expect("it was there");
+        // SAFETY: as above.
+        let made = unsafe { hosts.average(&self.spans, wanted, own, &limit) };
+        checked?;
+        if !made.map_err(Refusal::Hosts)? {
+            return Ok(());
         }
-        Ok(called?)
+        // SAFETY: as above.
+        let left = unsafe { self.call(on, sets_values) }.and_then(|()| {
+            // The vote finds such a value, too, but on this host alone.
+            // SAFETY: as above.
+            unsafe { self.check(on, describe) }
+        });
+        let hosts = self.hosts.as_ref().expect("it was there");
+        let agreed = hosts.agree(left.is_err(), &limit);
+        left?;
+        agreed.map_err(Refusal::Hosts)
     }
 
-    /// Looks at the mean of this host's ranks.
+    /// Looks at the means, on CPUs. On a device no host knows yet: the vote looks at the values,
+    /// after the stage.
     ///
     /// # Safety
     /// As `refuses`.
-    unsafe fn check(&self, describe: &dyn Fn(usize) -> String) -> Result<(), Veto> {
+    unsafe fn check(
+        &self,
+        on: Option<&StageStream>,
+        describe: &dyn Fn(usize) -> String,
+    ) -> Result<(), Veto> {
         // SAFETY: guaranteed by the caller.
-        if let Some((tensor, element)) = unsafe { self.first_non_finite() } {
+        let bad = if on.is_none() { unsafe { self.first_non_finite() } } else { None };
+        if let Some((tensor, element)) = bad {
             // The rank that holds such a value votes against the average, too, and its error is the
             // one that all ranks get. Otherwise the sum has overflowed.
             let tensor = describe(tensor);
@@ -133,55 +160,49 @@ impl RankStage {
         Ok(())
     }
 
-    /// Calls the function, and looks at what it leaves.
+    /// Calls the function, if there is one.
     ///
     /// # Safety
     /// As `refuses`.
-    unsafe fn call(
-        &mut self,
-        sets_values: bool,
-        describe: &dyn Fn(usize) -> String,
-    ) -> Result<(), Veto> {
-        let Some(stage) = &self.stage else {
-            // SAFETY: guaranteed by the caller.
-            return match unsafe { self.first_non_finite() } {
-                Some((tensor, element)) => Err(Veto::new(format!(
-                    "the mean of all hosts is not finite: {}, element {element}",
-                    describe(tensor)
-                ))),
-                None => Ok(()),
-            };
-        };
+    unsafe fn call(&mut self, on: Option<&StageStream>, sets_values: bool) -> Result<(), Veto> {
+        let Some(stage) = &self.stage else { return Ok(()) };
         // SAFETY: guaranteed by the caller, here and below.
-        let before = sets_values.then(|| unsafe { self.digest() });
-        // SAFETY: as above.
-        let mut shard = unsafe { Shard::new(&self.names, &self.spans) };
-        (shard.rank, shard.world_size, shard.layout) = (self.rank, self.world_size, self.layout);
-        shard.sets_values = sets_values;
+        let before = sets_values.then(|| unsafe { self.digest(on) }).transpose()?;
         self.was_called = true;
-        stage.call(&mut shard)?;
+        stage.call(|function, was_committed| {
+            let share = Share {
+                rank: self.rank,
+                world_size: self.world_size,
+                layout: self.layout,
+                sets_values,
+                was_committed,
+                names: &self.names,
+                spans: &self.spans,
+            };
+            match (function, on) {
+                // SAFETY: as above.
+                (Function::Host(function), None) => function(&mut unsafe { Shard::new(share) }),
+                (Function::Device(function), Some(on)) => {
+                    function(&mut DeviceShard::new(share, on.device(), on.raw()))
+                }
+                _ => unreachable!("a stage for other memory was refused"),
+            }
+        })?;
+        let Some(before) = before else { return Ok(()) };
         // SAFETY: as above; the function has returned.
-        if before.is_some_and(|before| before != unsafe { self.digest() }) {
+        if before != unsafe { self.digest(on) }? {
             return Err(Veto::new(
                 "its function has changed values that all ranks begin with: leave them as they are \
-                 where Shard::sets_values is true",
+                 where `sets_values` is true",
             ));
         }
-        // SAFETY: as above.
-        match unsafe { self.first_non_finite() } {
-            Some((tensor, element)) => Err(Veto::new(format!(
-                "its function has left a value that is not finite, or too large for its dtype, in \
-                 {}, element {element}",
-                describe(tensor)
-            ))),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
-    /// Tensor and element of a value that is rejected, if there is one.
+    /// Tensor and element of a mean that is rejected, if there is one.
     ///
     /// # Safety
-    /// As `refuses`.
+    /// As `refuses`, on CPUs.
     unsafe fn first_non_finite(&self) -> Option<(usize, usize)> {
         if !self.rejects_non_finite {
             return None;
@@ -193,13 +214,27 @@ impl RankStage {
         })
     }
 
+    /// Digest of all values. On a device this waits for the stream.
+    ///
     /// # Safety
     /// As `refuses`.
-    unsafe fn digest(&self) -> u64 {
-        let mut digest = Digest::default();
-        // SAFETY: guaranteed by the caller.
-        self.spans.iter().for_each(|span| digest.add(unsafe { span.values() }.bytes()));
-        digest.value()
+    unsafe fn digest(&self, on: Option<&StageStream>) -> Result<u64, Veto> {
+        let (mut digest, mut copy) = (Digest::default(), vec![]);
+        for span in &self.spans {
+            // SAFETY: guaranteed by the caller.
+            match on {
+                None => digest.add(unsafe { span.values() }.bytes()),
+                Some(on) => {
+                    copy.resize(span.bytes(), 0);
+                    // SAFETY: as above.
+                    unsafe { on.read(span.address, &mut copy) }.map_err(|failed| {
+                        Veto::new(format!("its shard can't be read: {}", String::from(failed)))
+                    })?;
+                    digest.add(&copy);
+                }
+            }
+        }
+        Ok(digest.value())
     }
 
     /// Notes the end of an average.
@@ -215,9 +250,32 @@ impl RankStage {
         self.hosts.as_ref().map_or(1, RankHosts::in_last)
     }
 
+    /// True if hosts have averaged alone since the last average of all.
+    pub(super) fn are_apart(&self) -> bool {
+        self.hosts.as_ref().is_some_and(RankHosts::are_apart)
+    }
+
+    /// True if this host's values do not count in an average at this place.
+    pub(super) fn only_receives(&self, place: u64) -> bool {
+        self.hosts.as_ref().is_some_and(|hosts| hosts.only_receives(place))
+    }
+
     /// Largest of what the ranks of all hosts have measured, if the last average was of all.
     pub(super) fn measured(&self) -> Option<[f64; 2]> {
         self.hosts.as_ref().and_then(RankHosts::measured)
+    }
+
+    /// Wait for the last host to come to the last average.
+    pub(super) fn waited(&self) -> Duration {
+        self.hosts.as_ref().map_or(Duration::ZERO, RankHosts::waited)
+    }
+
+    /// Error of the exchange with other hosts in the last average.
+    pub(super) fn error_of_hosts(&self) -> Option<Error> {
+        match &self.refusal {
+            Some(Refusal::Hosts(error)) => Some(error.clone()),
+            _ => None,
+        }
     }
 
     /// Tells other hosts that this one can't average any more.
@@ -282,20 +340,51 @@ impl Builder {
     /// average is refused.
     ///
     /// All ranks have a stage or none. Averages use the ring with its commit; the algorithm
-    /// `Direct` and `all_or_nothing(false)` are refused, and so are CUDA devices. Its state is its
-    /// own: it is in no saved state, and [`Shard::layout`] tells when its parts have changed.
+    /// `Direct` and `all_or_nothing(false)` are refused, and so are CUDA devices, which have
+    /// [`device_stage`](Self::device_stage). Its state is its own: it is in no saved state, and
+    /// [`Shard::layout`] tells when its parts have changed.
     /// [`guide::outer`](crate::guide::outer) has an example. Default: none.
     pub fn stage(
         mut self,
         stage: impl FnMut(&mut Shard<'_>) -> Result<(), Veto> + Send + 'static,
     ) -> Self {
-        self.stage = Some(Stage::new(stage));
+        self.stage = Some(Stage::new(Function::Host(Box::new(stage))));
+        self
+    }
+
+    /// [Stage](Self::stage) of a rank on a CUDA device: a function that enqueues work on the rank's
+    /// [`DeviceShard`] of the mean, and returns. The work runs on the shard's
+    /// [stream](DeviceShard::stream), behind the sum and before the vote of the ranks; peers wait
+    /// for it until the [`timeout`](Self::timeout), and no kernel of theirs does.
+    ///
+    /// It differs from a stage on CPUs in this: the function is called when the sum is enqueued,
+    /// not when it is made. So it is also called in averages that fail before they have summed, and
+    /// where a mean is not finite, which the vote refuses after it. What it returns is known before
+    /// its work has run: a check that needs the values waits for the stream, or leaves a NaN where
+    /// such values are [rejected](Self::reject_non_finite), the default. An average that is
+    /// [started](crate::ParamAverager::start) still returns before it has run, when the functions
+    /// of all ranks of the process have returned.
+    ///
+    /// An average with a stage is not captured into a CUDA graph: that is refused.
+    ///
+    /// # Safety
+    /// The work accesses no memory of the averager but the values of the shard's parts, and those
+    /// only between the earlier and the later work of the shard's stream: on that stream, or on
+    /// others that wait for it and that it waits for. What else the work accesses lives until it
+    /// has run. The function leaves the stream as it was, not captured, and the current context,
+    /// too.
+    pub unsafe fn device_stage(
+        mut self,
+        stage: impl FnMut(&mut DeviceShard<'_>) -> Result<(), Veto> + Send + 'static,
+    ) -> Self {
+        self.stage = Some(Stage::new(Function::Device(Box::new(stage))));
         self
     }
 
     /// Option that contradicts a stage: its name, what was found, and what is expected.
     pub(super) fn stage_refusal(&self) -> Option<(&'static str, &'static str, &'static str)> {
         const RING: &str = "Auto or Ring: only the ring commits after it has summed";
+        let is_on_device = self.stage.as_ref()?.is_on_device;
         if self.algorithm == Algorithm::Direct {
             return Some(("algorithm", "Direct, with a stage", RING));
         }
@@ -303,25 +392,42 @@ impl Builder {
             let expected = "true, the default: a stage comes between the sum and the commit";
             return Some(("all_or_nothing", "false, with a stage", expected));
         }
-        match self.communicator.space() {
-            MemorySpace::Host => None,
-            MemorySpace::Cuda(_) => Some((
+        match (self.communicator.space(), is_on_device) {
+            (MemorySpace::Host, false) | (MemorySpace::Cuda(_), true) => None,
+            (MemorySpace::Cuda(_), false) => Some((
                 "stage",
                 "set, for a rank on a CUDA device",
-                "none: stages are for ranks on CPUs; Builder::outer works on devices",
+                "Builder::device_stage there, whose function has addresses and a stream",
+            )),
+            (MemorySpace::Host, true) => Some((
+                "device_stage",
+                "set, for a rank on CPUs",
+                "Builder::stage there, whose function has the values",
             )),
         }
     }
+}
+
+/// The begin of a text that is too long for a message to all ranks.
+fn shortened(mut text: String) -> String {
+    const MOST: usize = 1000;
+    if let Some((end, _)) = text.char_indices().find(|(at, _)| *at >= MOST) {
+        text.truncate(end);
+        text += " …";
+    }
+    text
 }
 
 /// A rank's stage, in one average.
 pub(super) struct StageOf<'a> {
     pub(super) stage: &'a mut RankStage,
     pub(super) watch: &'a Watch,
-    /// The average, with the weight of this rank alone.
+    /// The average, without what is known when the ranks of this host have met.
     pub(super) wanted: Wanted,
-    /// Sum of the weights of this host's ranks, once they have met.
-    pub(super) weight: &'a dyn Fn(u32) -> f64,
+    /// Sum of the weights of this host's ranks in an epoch, and whether they pass weights.
+    pub(super) weight: &'a dyn Fn(u32) -> (f64, bool),
+    /// True if the ranks of this host can't go on.
+    pub(super) is_over: &'a dyn Fn() -> bool,
     /// The line about a tensor.
     pub(super) describe: &'a dyn Fn(usize) -> String,
 }
@@ -336,7 +442,8 @@ pub(super) unsafe fn start(
     stage: Option<StageOf<'_>>,
 ) -> Result<(), Unstarted> {
     let vote = launches.iter().position(|launch| launch.kernel == PA_RING_VOTE);
-    let (Some(StageOf { stage, watch, wanted, weight, describe }), Some(vote)) = (stage, vote)
+    let (Some(StageOf { stage, watch, wanted, weight, is_over, describe }), Some(vote)) =
+        (stage, vote)
     else {
         // SAFETY: guaranteed by the caller, here and below.
         return match aside {
@@ -346,35 +453,68 @@ pub(super) unsafe fn start(
         };
     };
     stage.refusal = None;
-    // SAFETY: guaranteed by the caller. On CPUs, where stages are, the launches have run when
-    // `start` returns.
-    unsafe { engine.start(args, &launches[..vote], order, peers) }?;
-    let is_reduced = engine.ended().iter().all(|status| status.outcome == PA_OPEN);
-    // SAFETY: the reduce has ended, and the kernels that read the means come after this call.
-    let epoch = engine.ended().first().map_or(0, |status| status.epoch);
-    let measured = engine.ended().first().map_or([0.0; 2], |status| status.measured);
-    let weight = if is_reduced { weight(epoch) } else { 0.0 };
     let has_hosts = stage.hosts.is_some();
-    let wanted = Wanted { weight, measured, ..wanted };
-    // SAFETY: as above.
-    let run = || unsafe { stage.refuses(is_reduced, wanted, describe) };
-    // With a link, the user's function in it is taken for a wait.
-    let refuses = if has_hosts { watch.for_hosts(run) } else { watch.pause(run) };
-    let vetoes = refuses && is_reduced;
-    let args = PaArgs { flags: args.flags | flag(PA_FLAG_VETO, vetoes), ..*args };
+    let mut refuses = |on: Option<&StageStream>, ended: &[PaStatus]| {
+        let outcome = ended.iter().map(|status| status.outcome).find(|&of| of != PA_OPEN);
+        let own = match outcome {
+            None => Own::Made,
+            Some(PA_UNNEEDED) => Own::Unneeded,
+            Some(_) => Own::Failed,
+        };
+        let first = ended.first();
+        let (weight, is_weighted) = first
+            .filter(|_| own == Own::Made)
+            .map_or_else(Default::default, |status| weight(status.epoch));
+        let measured = first.map_or([0.0; 2], |status| status.measured);
+        let wanted = Wanted { weight, is_weighted, measured, ..wanted };
+        // SAFETY: the engine calls this behind the reduce, and the kernels that read the means come
+        // after it.
+        let run = || unsafe { stage.refuses(on, own, wanted, (describe, is_over)) };
+        // With a link, the user's function is taken for a part of the wait.
+        let refuses = if has_hosts { watch.for_hosts(run) } else { watch.pause(run) };
+        refuses && own == Own::Made
+    };
     // SAFETY: guaranteed by the caller.
-    unsafe { engine.start(&args, &launches[vote..], order, peers) }
+    unsafe { engine.start_around(args, launches.split_at(vote), order, peers, &mut refuses) }
 }
 
 impl ParamAverager {
-    /// Error of an average that the stage of the rank has refused.
-    pub(super) fn vetoed(&self, rank: usize) -> Error {
-        match self.stage.as_ref().and_then(|stage| stage.refusal.as_ref()) {
-            Some(Refusal::Hosts(error)) => error.clone(),
-            Some(Refusal::Veto(own)) => {
-                Error::StageVetoed { rank: self.rank(), reason: own.to_string() }
+    /// Notes how the last average with a call of the stage has ended, which is known.
+    pub(super) fn note_stage(&mut self) {
+        let committed = self.ended().any(|status| status.committed != 0);
+        self.stage.iter_mut().for_each(|stage| stage.ended(committed));
+    }
+
+    /// Error of an average that the stage of `rank` has refused.
+    pub(super) fn vetoed(&self, rank: usize, status: PaStatus) -> Error {
+        const LEFT: u64 = PA_LEFT as u64; // bindgen takes the highest bit for a sign
+        if status.detail & LEFT != 0 {
+            let (tensor, element) = self.place_of_bad(status.detail ^ LEFT);
+            let reason = format!(
+                "its function has left a value that is not finite, or too large for its dtype, in \
+                 {tensor}, element {element}"
+            );
+            return Error::StageVetoed { rank, reason };
+        }
+        // All ranks get here, and tell one another their reasons: a record has room for a number.
+        let own = match self.stage.as_ref().and_then(|stage| stage.refusal.as_ref()) {
+            Some(Refusal::Veto(veto)) => Some(veto.to_string()),
+            Some(Refusal::Hosts(error)) => Some(error.to_string()),
+            None => None,
+        };
+        let shown = shortened(own.clone().unwrap_or_default());
+        let is_shown = self.world_size() > 1;
+        let all = is_shown.then(|| self.all_reasons(status.epoch, shown)).flatten();
+        if let Some(error) = self.stage.as_ref().and_then(RankStage::error_of_hosts) {
+            return error;
+        }
+        let told = all.map(|mut all| all.swap_remove(rank).0);
+        match (told, own) {
+            (Some(told), _) if rank != self.rank() && !told.is_empty() => {
+                Error::StageVetoed { rank, reason: told }
             }
-            None => {
+            (_, Some(own)) => Error::StageVetoed { rank: self.rank(), reason: own },
+            (_, None) => {
                 let reason = "that rank's own error has the reason".into();
                 Error::StageVetoed { rank, reason }
             }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::cpu::{Aside, Isa, Workers};
 use super::{cuda, Arrivals, Failure, HostBuffer, Meeting, MemorySpace, World};
-use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PaStatus};
+use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PaStatus, PA_FLAG_VETO};
 use crate::plan::Launch;
 use crate::{DeviceError, Error, Result};
 
@@ -100,6 +100,11 @@ impl<E: Into<String>> From<E> for Unstarted {
     }
 }
 
+/// The host's work between the reduce and the vote, with the stream of a device. On CPUs `None`,
+/// and the channels' statuses after the reduce, which may have failed. True: this rank votes
+/// against the average.
+pub(crate) type Refuses<'a> = dyn FnMut(Option<&cuda::StageStream>, &[PaStatus]) -> bool + 'a;
+
 impl Engine {
     /// Creates the engine. `first` are the channels' states before the first average. `isa` is used
     /// for threads only, and `leads` for devices only: this rank is the first one of its process on
@@ -138,6 +143,16 @@ impl Engine {
             *aside = Some(made.map_err(|reason| Error::Thread { rank, reason })?);
         }
         Ok(())
+    }
+
+    /// Makes `start_around` possible.
+    pub(crate) fn prepare_for_stage(&mut self, rank: usize) -> Result<()> {
+        match self {
+            Engine::Cpu { .. } => Ok(()),
+            Engine::Cuda(engine) => engine.prepare_for_stage().map_err(|failed| {
+                Error::DeviceFailed { rank, source: String::from(failed).into() }
+            }),
+        }
     }
 
     /// Address of the channels' states, for the kernels.
@@ -238,8 +253,36 @@ impl Engine {
                 Ok(())
             }
             // SAFETY: guaranteed by the caller.
-            Engine::Cuda(rank) => unsafe { rank.start(args, launches, order, peers) },
+            Engine::Cuda(rank) => unsafe { rank.start(args, launches, order, peers, None) },
         }
+    }
+
+    /// As `start`, with a call between the launches of the reduce and those from the vote on.
+    /// `refuses` is true if this rank votes against the average. On CPUs it is not called after a
+    /// reduce that has failed; on a device it gets the stream on which the reduce has been made,
+    /// and its work there comes before the vote.
+    ///
+    /// # Safety
+    /// As `start`.
+    pub(crate) unsafe fn start_around(
+        &mut self,
+        args: &PaArgs,
+        (reduce, rest): (&[Launch], &[Launch]),
+        order: Order,
+        peers: &Gathering<'_>,
+        refuses: &mut Refuses<'_>,
+    ) -> Result<(), Unstarted> {
+        if let Engine::Cuda(rank) = self {
+            let stage = Some((rest, refuses));
+            // SAFETY: guaranteed by the caller.
+            return unsafe { rank.start(args, reduce, order, peers, stage) };
+        }
+        // SAFETY: guaranteed by the caller, here and below.
+        unsafe { self.start(args, reduce, order, peers) }?;
+        let vetoes = if refuses(None, self.ended()) { PA_FLAG_VETO } else { 0 };
+        let args = PaArgs { flags: args.flags | vetoes, ..*args };
+        // SAFETY: as above.
+        unsafe { self.start(&args, rest, order, peers) }
     }
 
     /// As `start`, but threads run the launches after this function has returned.
@@ -265,7 +308,7 @@ impl Engine {
             }
             Engine::Cpu { aside: None, .. } => Err("it was not prepared to run aside".into()),
             // SAFETY: guaranteed by the caller.
-            Engine::Cuda(rank) => unsafe { rank.start(args, launches, order, peers) },
+            Engine::Cuda(rank) => unsafe { rank.start(args, launches, order, peers, None) },
         }
     }
 

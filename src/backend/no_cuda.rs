@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::proximity::Connection;
-use super::{Gathering, Order, Unstarted};
+use super::{Gathering, Order, Refuses, Unstarted};
 use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PaStatus};
 use crate::plan::Launch;
 
@@ -110,7 +110,19 @@ absent!(Rank {
     fn longest_wait() -> Duration;
     fn is_done() -> bool;
     fn finish() -> Result<(), Failed>;
+    fn prepare_for_stage() -> Result<(), Failed>;
 });
+
+absent!(StageStream {
+    fn device() -> usize;
+    fn raw() -> *mut c_void;
+});
+
+impl StageStream {
+    pub(crate) unsafe fn read(&self, _: u64, _: &mut [u8]) -> Result<(), Failed> {
+        match *self {}
+    }
+}
 
 impl Rank {
     pub(crate) fn new(
@@ -137,6 +149,7 @@ impl Rank {
         _: &[Launch],
         _: Order,
         _: &Gathering<'_>,
+        _: Option<(&[Launch], &mut Refuses<'_>)>,
     ) -> Result<(), Unstarted> {
         match *self {}
     }

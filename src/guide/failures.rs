@@ -93,7 +93,7 @@
 //! | ranks have different numbers of batches | each calls [`LocalSgd::done`](crate::LocalSgd::done) after its last one, and takes part until all are done |
 //! | an [outer](super::outer) optimizer is set | the result of its step stands in the place of the mean, and a value that is the same on all ranks may change; with `keeping` the ranks differ after an average |
 //! | [`compression`](super::compression) is set | the mean is off by at most n / 254 of the largest difference in its block; ranks hold the same bits |
-//! | a [`stage`](crate::Builder::stage) refuses an average, or panics | [`Error::StageVetoed`](crate::Error::StageVetoed) on every rank; no rank's tensors change, and the world lives |
+//! | a [`stage`](crate::Builder::stage) refuses an average, or panics | [`Error::StageVetoed`](crate::Error::StageVetoed) with its reason on every rank; no rank's tensors change, and the world lives |
 //!
 //! # Limits of the system
 //! If a rank meets a limit while ranks start, build, recover or join, every rank gets the same

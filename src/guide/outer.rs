@@ -77,7 +77,7 @@
 //!
 //! # A stage of one's own
 //! [`Builder::stage`](crate::Builder::stage) calls a function of the program with the rank's
-//! [`Shard`](crate::Shard) of the mean, on CPUs: an optimizer of one's own, a filter, a check. It
+//! [`Shard`](crate::Shard) of the mean: an optimizer of one's own, a filter, a check. It
 //! is called after the sum and before the commit, in f32 (f64 for f64), and costs S/n of time on
 //! each rank. What it leaves in the shard is what all ranks get. This one moves each element by
 //! 0.25 at most, and refuses means that are too far from 0:
@@ -135,11 +135,49 @@
 //! # Ok::<(), Error>(())
 //! ```
 //!
+//! On CUDA devices [`Builder::device_stage`](crate::Builder::device_stage) calls a function that
+//! has the device addresses of these values in a [`DeviceShard`](crate::DeviceShard), and a stream.
+//! It enqueues its work there and returns: nothing waits on the host. This one keeps a tensor at
+//! zero, by a call of the driver:
+//!
+//! ```no_run
+//! # #[cfg(feature = "cuda")] {
+//! use cudarc::driver::sys;
+//! use param_averager::{Communicator, Device, DeviceShard, Dtype, ParamAverager, Veto};
+//!
+//! fn stage(shard: &mut DeviceShard<'_>) -> Result<(), Veto> {
+//!     if shard.sets_values() {
+//!         return Ok(()); // what the ranks begin with stays as it is
+//!     }
+//!     for part in shard.parts().filter(|part| part.name == "frozen") {
+//!         let width = if part.dtype == Dtype::F64 { 8 } else { 4 };
+//!         // SAFETY: the values of a part, on the shard's stream.
+//!         unsafe {
+//!             sys::cuMemsetD8Async(part.pointer, 0, width * part.len, shard.stream().cast())
+//!         }
+//!         .result()?;
+//!     }
+//!     Ok(())
+//! }
+//!
+//! Communicator::run(&[Device::cuda(0), Device::cuda(1)], |communicator| {
+//!     let builder = ParamAverager::builder(communicator);
+//!     // SAFETY: the stage's work uses the values of its shard alone, on the shard's stream.
+//!     let builder = unsafe { builder.device_stage(stage) };
+//!     // builder.build(&mut params)? …
+//!     # drop(builder);
+//!     Ok::<_, param_averager::Error>(())
+//! })?;
+//! # }
+//! # Ok::<(), param_averager::Error>(())
+//! ```
+//!
 //! | event | the stage |
 //! |---|---|
-//! | an average, also in a world of one rank, unless a mean is not finite where that is rejected | is called once on each rank |
+//! | an average, also in a world of one rank, unless a mean is not finite where that is rejected | is called once on each rank; on a device also where a mean is not finite, and in averages that fail later |
 //! | `build`, `broadcast`, `LocalSgd::recover`, a process joins | is called with [`sets_values`](crate::Shard::sets_values): it may look, and must change nothing |
-//! | it returns a [`Veto`](crate::Veto), panics, or leaves a value that is not finite | no tensor changes; [`Error::StageVetoed`](crate::Error::StageVetoed) on every rank; the world lives |
+//! | it returns a [`Veto`](crate::Veto), panics, or leaves a value that is not finite | no tensor changes; [`Error::StageVetoed`](crate::Error::StageVetoed) with the reason on every rank; the world lives |
+//! | its stream is being captured for a CUDA graph | is not called: [`Error::InvalidOption`](crate::Error::InvalidOption) |
 //! | the average fails after its call | [`was_committed`](crate::Shard::was_committed) is false at its next call: state is as before |
 //! | a rank is lost, or a process joins | [`layout`](crate::Shard::layout) is another number, and the parts are others |
 //! | an [`outer`](crate::Builder::outer) optimizer is set, too | comes first; the outer step is made from what it leaves |

@@ -28,6 +28,7 @@
 //! | threads of one process | on the host, also in `start`, which returns when all have called it | one plain launch a device, with the blocks of all its ranks, behind the work of all their streams |
 //! | processes, each with a device, or with MPS | in the front end of their streams, by words in memory (`cuStreamWaitValue32`), so that `start` returns at once; on their hosts if a device lacks that | a launch each |
 //! | processes that share a device without MPS | on their hosts, before each of 2n + 1 steps; `start` returns when the average is done | a launch for each step. Kernels of such processes take turns by time slices, so none waits for another. Start MPS (`nvidia-cuda-mps-control -d`) before the ranks, and they run together |
+//! | any of these, with a [stage](crate::Builder::device_stage) | the same way twice: before the sum, and behind the stages of all ranks | the launches up to the sum, and those from the vote on |
 //! | replays of CUDA graphs | in their kernels, since no host sees them | refused where ranks share a device |
 //!
 //! A meeting ends with the averager's [`timeout`](crate::Builder::timeout), an abort or a death.
@@ -69,7 +70,8 @@
 //! [`graph_outcome`](crate::ParamAverager::graph_outcome) waits for the stream and returns the
 //! result of the last replay. Wrong tensors or a wrong weight are refused while capturing, on that
 //! rank alone. So is, with an outer optimizer, the first average after a recovery or a join, from
-//! which the steps begin. `examples/cuda_graph.rs` shows it.
+//! which the steps begin; and with a [stage](crate::Builder::device_stage) every average, since the
+//! host calls it. `examples/cuda_graph.rs` shows a graph.
 //!
 //! # What can block
 //! Replays of graphs wait for late ranks in their kernels, for as long as `timeout` says, and on a

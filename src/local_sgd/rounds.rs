@@ -122,7 +122,8 @@ impl LocalSgd {
         let (done, recovers) = (place == place::DONE, place == place::RECOVERY);
         let (steps, samples) = (self.since.steps(fragment), self.since.weight(fragment));
         let has_news = steps > 0 && samples != Some(0.0);
-        let evens_out = place == place::FINISH && self.averager.has_mixed();
+        let differ = self.averager.has_mixed() || self.averager.has_hosts_apart();
+        let evens_out = place == place::FINISH && differ;
         let weight = match samples {
             // A rank that is done counts with the steps that no average has had, and then no more.
             _ if done && !has_news => Some(0.0),

@@ -11,6 +11,7 @@ pub mod model;
 mod outer;
 mod overlap;
 mod scenarios;
+mod stage;
 mod steps;
 mod streams;
 mod strict;
@@ -25,6 +26,7 @@ use test_support::{tool, Skip};
 
 pub use outer::outers;
 pub use scenarios::run;
+pub use stage::{staged, with_stage};
 
 fn compiler() -> String {
     std::env::var("CXX").ok().filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".into())
@@ -88,6 +90,22 @@ pub fn outer_calls_that_differ_are_an_error_on_every_rank() {
 
 pub fn outer_states_are_saved_and_loaded() {
     scenario("outer-saved", &[&[ONE]]);
+}
+
+pub fn stages_have_the_bits_of_the_cpu() {
+    scenario("stage", &[&[ONE, ("CUDASIM_SEED", "1")]]);
+    scenario("stage-devices", &[&[TWO, ("CUDASIM_DELAY", "30")]]);
+    scenario("stage-races", &[&[ONE, ("CUDASIM_RACE", "1")]]);
+}
+
+pub fn stages_refuse_averages_and_nothing_changes() {
+    scenario("stage-vetoes", &[&[TWO, ("CUDASIM_SEED", "1")]]);
+    scenario("stage-failures", &[&[TWO]]);
+    scenario("stage-refusals", &[&[TWO]]);
+}
+
+pub fn stages_are_enqueued_on_streams() {
+    scenario("stage-streams", &[&[TWO, ("CUDASIM_DELAY", "30")], &[TWO, ("CUDASIM_RACE", "1")]]);
 }
 
 pub fn coded_averages_have_the_bits_of_the_cpu() {

@@ -222,6 +222,34 @@ pub fn kill_at_any_time_leaves_survivors_running() {
     }
 }
 
+/// The same with a stage, beside which ranks meet twice: a rank dies before its call and after it.
+pub fn kill_beside_a_stage_leaves_survivors_running() {
+    let mut chance = Random(seed());
+    const THREE: &[Setting<'_>] = &[("CUDASIM_DEVICES", "3")];
+    // Ranks that meet in their streams.
+    let alone = Case { devices: &[0, 1, 2], hidden: false, link: "auto", settings: THREE };
+    for (index, case) in DOOMED.into_iter().chain([alone]).enumerate() {
+        for (dead, step) in [(index % 3, Some(2 + index)), ((index + 1) % 3, None)] {
+            let variables = |rank| {
+                let step = step.filter(|_| rank == dead).map(|step| step.to_string());
+                let last = step.map(|step| ("PA_TEST_DIE_AT", step));
+                let stage = ("PA_TEST_STAGE", "1".to_owned());
+                [survivors(), vec![stage], last.into_iter().collect()].concat()
+            };
+            let Some(mut ranks) = case.start("survive", variables) else {
+                return;
+            };
+            if step.is_none() {
+                ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
+                std::thread::sleep(Duration::from_micros(chance.below(200_000)));
+                ranks[dead].signal(Signal::KILL);
+            }
+            assert_eq!(ranks[dead].end(), None, "{:#?}", ranks[dead].output);
+            check_survivors(&mut ranks, dead);
+        }
+    }
+}
+
 /// Starts a rank on a device: one of `begin` first ranks, or a joiner.
 fn one(
     role: &str,

@@ -40,6 +40,9 @@ fn main() -> ExitCode {
     let mut tests = tests![
         cuda::averages_have_the_bits_of_the_cpu: driver,
         cuda::outer_steps_have_the_bits_of_the_cpu: driver,
+        cuda::stages_have_the_bits_of_the_cpu: driver,
+        cuda::stages_refuse_averages_and_nothing_changes: driver,
+        cuda::stages_are_enqueued_on_streams: driver,
         cuda::coded_averages_have_the_bits_of_the_cpu: driver,
         cuda::coded_averages_have_no_race: driver,
         cuda::telemetry_has_the_numbers_of_the_cpu: driver,
@@ -84,6 +87,7 @@ fn main() -> ExitCode {
         cuda_processes::an_abort_ends_the_kernels_of_all_processes: driver,
         cuda_processes::kill_at_a_step_leaves_survivors_running: driver,
         cuda_processes::kill_at_any_time_leaves_survivors_running: driver,
+        cuda_processes::kill_beside_a_stage_leaves_survivors_running: driver,
         cuda_processes::kill_of_a_joiner_leaves_members_running: driver,
         cuda_processes::a_process_joins_processes_on_devices: driver,
         cuda_processes::stopped_process_disturbs_no_peer_when_it_resumes: driver,

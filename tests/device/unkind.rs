@@ -83,6 +83,11 @@ fn some_with_outer(act: &str) -> Vec<String> {
     ["ring 0,0", "direct 0,0,0,0", "ring 0,1,0,1"].map(|of| format!("threads {act} {of}")).to_vec()
 }
 
+/// Worlds of threads with a stage, on one device, on two, and on two that ranks share.
+fn with_stage(act: &str) -> Vec<String> {
+    ["0,0", "0,1", "0,1,0,1"].map(|of| format!("threads {act}+stage ring {of}")).to_vec()
+}
+
 /// Worlds of processes with a device each, and links of their own choice.
 fn processes(act: &str) -> Vec<String> {
     vec![format!("processes {act} auto 0,1"), format!("processes {act} auto 0,1,2")]
@@ -211,6 +216,33 @@ tests! {
         [COOP, ROOM, QUEUES_AND_WAITS].map(|mode| cases(&["outer-devices"], mode)).concat(),
         [COOP, ROOM, SHORT, BLOCKING, QUEUES_AND_WAITS, DISPLAY_AND_WAITS]
             .map(|mode| cases(&["outer-saved", "outer-calls"], mode)).concat(),
+    ].concat();
+
+    /// Stages of ranks that are threads, whose averages meet twice.
+    stages_of_ranks_that_are_threads: "A1-A4", [
+        [COOP, ROOM, QUEUES_AND_WAITS, SHORT, DISPLAY_AND_WAITS]
+            .map(|mode| cases(&with_stage("waited"), mode)).concat(),
+        [QUEUES, ONE_QUEUE].map(|mode| cases(&with_stage("trainers"), mode)).concat(),
+    ].concat();
+    /// The trainer of a late rank acts while its peers wait in an average with a stage.
+    stages_beside_a_late_trainer: "A1, A2, A4", [
+        cases(&["threads resident+stage ring 0,0"], ROOM),
+        cases(&with_stage("alloc"), WAITS),
+        cases(&with_stage("launch"), LAZY),
+        cases(&["threads ahead+stage ring 0,1"], DEPTH),
+        cases(&["threads started+stage ring 0,1"], BLOCKING),
+        cases(&["threads late+stage ring 0,1"], DISPLAY),
+    ].concat();
+    /// Stages of ranks that are processes.
+    stages_of_processes: "A1-A5", [
+        cases(&["processes waited+stage auto 0,0", "processes waited+stage auto 0,0,0,0"], NODE),
+        cases(&["processes waited+stage auto 0,0"], SLICES),
+        cases(&["processes waited+stage auto 0,1,0,1"], NODE_OF_TWO),
+        [ROOM, ONE_QUEUE, DISPLAY, BLOCKING, QUEUES_AND_WAITS].map(|mode| {
+            cases(&["processes waited+stage auto 0,1"], mode)
+        }).concat(),
+        cases(&["processes later+stage auto 0,1", "processes alloc+stage auto 0,1"], WAITS),
+        cases(&["stage-vetoes", "stage-streams"], QUEUES_AND_WAITS),
     ].concat();
 
     /// Averages of copies, beside a trainer on a stream and between devices.

@@ -85,7 +85,7 @@ pub fn stage() -> i32 {
         }
     };
     let left = number("PA_TEST_FINAL").unwrap() as usize;
-    let (mut round, mut good, mut mask, mut vetoes) = (0, 0, None, 0);
+    let (mut round, mut good, mut mask, mut vetoes, mut untold) = (0, 0, None, 0, 0);
     say("ready");
     while good <= number("PA_TEST_ROUNDS").unwrap_or(8) {
         let mut one_round = || -> Result<Option<Report>> {
@@ -127,8 +127,12 @@ pub fn stage() -> i32 {
                         assert!(is_new || *x == states[0][i], "{error}: element {i} is {x}");
                     }
                     match error {
-                        Error::StageVetoed { .. } => {
+                        Error::StageVetoed { ref reason, .. } => {
                             assert!(refused, "round {round} of {all:b}: {error}");
+                            // Or a rank was killed that had to tell its reason.
+                            let is_told = reason == "this round";
+                            assert!(is_told || reason.contains("own error"), "{error}");
+                            untold += u32::from(!is_told);
                             Ok(None)
                         }
                         error => Err(error),
@@ -153,6 +157,10 @@ pub fn stage() -> i32 {
     let seen = seen.lock().unwrap();
     say(&format!("layouts {}", seen.layouts.len()));
     say(&format!("vetoes {vetoes}"));
+    assert!(
+        untold <= 1,
+        "{untold} of {vetoes} vetoes without a reason, in a world that lost a rank"
+    );
     assert!(seen.layouts.windows(2).all(|pair| pair[0] < pair[1]), "{:?}", seen.layouts);
     assert_eq!(seen.begins, Some(is_late()), "the first call of a joiner gives it its values");
     say(&format!("done {round}"));

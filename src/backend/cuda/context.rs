@@ -15,7 +15,7 @@ use crate::backend::reclaim::{register_spare, Reclaim};
 use crate::sync::lock;
 
 /// Names of the kernels, indexed by `PaKernel`.
-const KERNELS: [&str; 16] = [
+const KERNELS: [&str; 17] = [
     "pa_direct",
     "pa_ring",
     "pa_ring_commit",
@@ -32,6 +32,7 @@ const KERNELS: [&str; 16] = [
     "pa_ring_int8",
     "pa_ring_bf16",
     "pa_reference",
+    "pa_ring_vote",
 ];
 /// Name of the kernel that tests peer access.
 const PROBE: &str = "pa_probe";

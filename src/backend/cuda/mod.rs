@@ -35,7 +35,7 @@ pub(crate) use ipc::{IpcImport, Registered};
 pub(crate) use ipc_probe::{IpcPeer, IpcProbe, Round};
 pub(crate) use launch::{Launched, Part, THREADS};
 pub(crate) use memory::{DeviceMemory, Pinned};
-pub(crate) use rank::Rank;
+pub(crate) use rank::{Rank, StageStream};
 pub(crate) use topology::connection;
 #[cfg(processes)]
 pub(crate) use topology::identity;

@@ -1,6 +1,7 @@
 //! One rank on a device: its tables, the states of its channels, and its part of an average.
 
 mod meet;
+mod stage;
 
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -18,8 +19,9 @@ use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PaStatus, PA_OPEN};
 use crate::backend::reclaim::{Busy, Running};
 #[cfg(processes)]
 use crate::backend::Attendance;
-use crate::backend::{Gathering, Order, Unstarted, Way};
+use crate::backend::{Gathering, Order, Refuses, Unstarted, Way};
 use crate::plan::Launch;
+pub(crate) use stage::StageStream;
 
 /// A rank's tables and states.
 #[derive(Debug)]
@@ -27,7 +29,9 @@ pub(crate) struct Rank {
     context: Arc<Context>,
     /// Stream of the launches, if this rank is the first on its device.
     stream: Option<LaunchStream>,
-    /// Recorded behind the work that an average follows.
+    /// Stream of a user's stage, if there is one.
+    stage: Option<StageStream>,
+    /// Recorded behind the work that an average follows, and again behind its stage.
     ready: Arc<Event>,
     /// Recorded behind this rank's launches.
     done: Arc<Event>,
@@ -44,9 +48,9 @@ pub(crate) struct Rank {
     /// Number of the latest meeting of processes that this rank has come to.
     #[cfg(processes)]
     meetings: u32,
-    /// Meeting of the pending average that a stream waits for.
+    /// Meetings of the pending average that a stream waits for.
     #[cfg(processes)]
-    watched: Option<Attendance>,
+    watched: Vec<Attendance>,
     /// The event behind the average that was started and not waited for.
     pending: Option<Arc<Event>>,
     /// Present while an average is pending. Present for good after a capture, since replays of the
@@ -74,6 +78,7 @@ impl Rank {
         let mut rank = Rank {
             context: context.clone(),
             stream: leads.then(|| LaunchStream::new(context)).transpose()?,
+            stage: None,
             ready: Arc::new(Event::new(context)?),
             done: Arc::new(Event::new(context)?),
             local: None,
@@ -85,7 +90,7 @@ impl Rank {
             #[cfg(processes)]
             meetings: 0,
             #[cfg(processes)]
-            watched: None,
+            watched: vec![],
             pending: None,
             busy: None,
             _running: Running::new(),
@@ -142,6 +147,9 @@ impl Rank {
     /// captured, the average becomes a part of the graph, with its current tensors and arguments.
     /// All counters are in device memory, so a graph can be replayed.
     ///
+    /// `stage` has the launches that follow the call of a user's stage, and that call. Ranks meet
+    /// once more before these: no kernel waits for a stage.
+    ///
     /// # Safety
     /// The memory that `args` refers to is as `kernels/abi.h` describes it, in memory that the
     /// device addresses. No other code accesses the tensors until `finish` has returned, and
@@ -153,6 +161,7 @@ impl Rank {
         launches: &[Launch],
         order: Order,
         peers: &Gathering<'_>,
+        stage: Option<(&[Launch], &mut Refuses<'_>)>,
     ) -> Result<(), Unstarted> {
         let _bound = self.context.bind()?;
         let (behind, is_awaited) = match order {
@@ -190,23 +199,40 @@ impl Rank {
             args: *args,
             launches: launches.to_vec(),
         };
-        let done = match peers.way {
-            #[cfg(feature = "__testing")]
-            _ if super::former::is_asked_for() => self.launch_formerly(&part, peers)?,
-            Way::Threads { calls, launches } => {
-                self.launch_together(part, calls, launches, peers)?
-            }
-            #[cfg(processes)]
-            Way::Processes(way, ref arrivals) => self.launch_alone(part, way, arrivals, peers)?,
-            #[cfg(not(processes))]
-            Way::Processes { .. } => unreachable!("this build has threads only"),
-        };
+        let mut done = self.meet_and_launch(part.clone(), peers, false)?;
         self.pending = Some(done.clone());
+        if let Some((launches, refuses)) = stage {
+            let rest = Part { tables: None, launches: launches.to_vec(), ..part };
+            // SAFETY: guaranteed by the caller.
+            done = unsafe { self.launch_behind_stage(&done, rest, refuses, peers) }?;
+            self.pending = Some(done.clone());
+        }
         if is_awaited {
             // SAFETY: guaranteed by the caller.
             unsafe { done.hold(behind) }?;
         }
         Ok(())
+    }
+
+    /// Meets the peers, and launches. `goes_on`: these launches go on with an average, so that a
+    /// peer may end it without this rank's meeting.
+    fn meet_and_launch(
+        &mut self,
+        part: Part,
+        peers: &Gathering<'_>,
+        goes_on: bool,
+    ) -> Result<Arc<Event>, Unstarted> {
+        match peers.way {
+            #[cfg(feature = "__testing")]
+            _ if super::former::is_asked_for() => Ok(self.launch_formerly(&part, peers)?),
+            Way::Threads { calls, launches } => self.launch_together(part, calls, launches, peers),
+            #[cfg(processes)]
+            Way::Processes(way, ref arrivals) => {
+                self.launch_alone(part, way, arrivals, peers, goes_on)
+            }
+            #[cfg(not(processes))]
+            Way::Processes { .. } => unreachable!("this build has threads only"),
+        }
     }
 
     /// Enqueues a kernel that waits for no peer on a stream of the caller, which is not captured.
@@ -363,9 +389,7 @@ impl Rank {
             self.local = None;
         }
         #[cfg(processes)]
-        if let Some(meeting) = self.watched.take() {
-            super::arrivals::forget(&meeting);
-        }
+        self.watched.drain(..).for_each(|meeting| super::arrivals::forget(&meeting));
         self.pending = None; // cleared last, so that a call after an error waits again
         if !self.tables.is_captured() {
             self.busy = None;

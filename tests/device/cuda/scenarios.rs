@@ -5,7 +5,7 @@ use super::outer::{self, outers};
 use super::steps::steps;
 use super::streams::streams;
 use super::way::{shapes, Way, WAY};
-use super::{any_stream, beside, coded, graphs, links, overlap, strict, telemetry};
+use super::{any_stream, beside, coded, graphs, links, overlap, stage, strict, telemetry};
 use param_averager::*;
 use std::sync::Barrier;
 use std::time::Duration;
@@ -33,6 +33,13 @@ pub fn run(scenario: &str) {
         "outer-devices" => outer::on_two_devices(),
         "outer-saved" => outer::saved(),
         "outer-calls" => outer::calls(),
+        "stage" => stage::all(),
+        "stage-devices" => stage::on_two_devices(),
+        "stage-races" => stage::races(),
+        "stage-vetoes" => stage::vetoes(),
+        "stage-failures" => stage::failures(),
+        "stage-streams" => stage::streams(),
+        "stage-refusals" => stage::refusals(),
         "overlap" => overlap::on_one_device(),
         "overlap-devices" => overlap::on_two_devices(),
         "overlap-streams" => overlap::on_streams(),
@@ -140,7 +147,7 @@ fn refusals() {
         };
         assert!(found.contains("1000, on each of 4 ranks") && found.contains("fit"), "{error}");
     }
-    // A stage, which is for CPUs, is refused before any tensor is read; alone, too.
+    // A stage for CPUs is refused before any tensor is read; alone, too.
     for world in [1, 2] {
         let errors = ranks_on(GPU, world, |communicator| {
             let mut model = Model::new(GPU, &shapes(), 0);
@@ -149,7 +156,7 @@ fn refusals() {
         });
         for error in &errors {
             let is_named = matches!(error, Error::InvalidOption { option: "stage", .. });
-            assert!(is_named && error.to_string().contains("Builder::outer"), "{error}");
+            assert!(is_named && error.to_string().contains("Builder::device_stage"), "{error}");
         }
     }
     // Memory of the host, at build and later.

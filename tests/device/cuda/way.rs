@@ -7,6 +7,7 @@ use param_averager::*;
 use test_support::ranks_of;
 
 use super::model::{Model, Shape};
+use super::stage::with_stage;
 
 /// Options of an average.
 #[derive(Clone, Debug)]
@@ -21,6 +22,8 @@ pub struct Way {
     pub narrow_wire: bool,
     pub weighted: bool,
     pub outer: Outer,
+    /// True with the stage of `stage::with_stage`.
+    pub stage: bool,
     pub compression: Compression,
     pub channels: u32,
     pub chunk: usize,
@@ -39,6 +42,7 @@ pub const WAY: Way = Way {
     narrow_wire: false,
     weighted: false,
     outer: Outer::mean(),
+    stage: false,
     compression: Compression::None,
     channels: 2,
     chunk: 4096,
@@ -55,7 +59,12 @@ impl Way {
     pub fn build(&self, communicator: Communicator, model: &mut Model) -> Result<ParamAverager> {
         let link = if communicator.device() == Device::cpu() { Link::Auto } else { self.link };
         let is_mean = self.outer == Outer::mean();
-        test_support::options(communicator)
+        let on = communicator.device();
+        let mut builder = test_support::options(communicator);
+        if self.stage {
+            builder = with_stage(builder, on);
+        }
+        builder
             .algorithm(self.algorithm)
             .start_from(if is_mean { Start::Own } else { Start::Rank(0) })
             .outer(self.outer)

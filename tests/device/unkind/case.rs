@@ -120,7 +120,8 @@ impl Case {
         match (self.scenario.as_str(), highest) {
             ("links", _) => "4",
             ("graphs-devices", _) => "3",
-            (name, None) if name.contains("devices") || name.starts_with("link") => "2",
+            (name, None) if name.contains("devices") => "2",
+            (name, None) if name.starts_with("link") || name.starts_with("stage") => "2",
             (_, Some("0") | None) => "1",
             (_, Some("1")) => "2",
             _ => "4",

@@ -9,6 +9,7 @@ use test_support::ranks_of;
 
 use super::outer::{self, expected, value};
 use super::trainer::{Trainer, ELEMENTS};
+use crate::cuda::{staged, with_stage};
 
 /// Variable with the timeout of the averagers in seconds, for a slot on a GPU.
 const TIMEOUT: &str = "PA_UNKIND_TIMEOUT_S";
@@ -20,13 +21,15 @@ const AHEAD: usize = 1100;
 struct Plan {
     act: String,
     outers: Vec<Outer>,
+    /// True with the stage of `cuda::with_stage`.
+    stage: bool,
     algorithm: Option<Algorithm>,
     devices: Vec<usize>,
     seed: u64,
 }
 
 impl Plan {
-    /// Reads `ACT[+OUTER] ALGORITHM DEVICES [SEED]`, such as `alloc ring 0,1`.
+    /// Reads `ACT[+OUTER|+stage] ALGORITHM DEVICES [SEED]`, such as `alloc ring 0,1`.
     fn new(words: &[&str]) -> Plan {
         let [act, algorithm, devices, ..] = words else { panic!("no plan: {words:?}") };
         let algorithm = match *algorithm {
@@ -37,11 +40,13 @@ impl Plan {
         };
         let devices = devices.split(',').map(|ordinal| ordinal.parse().expect("an ordinal"));
         let seed = words.get(3).map_or(0, |seed| seed.parse().expect("a seed"));
-        let (act, outers) = match act.split_once('+') {
-            Some((act, name)) => (act, outer::named(name)),
-            None => (*act, vec![Outer::mean()]),
+        let (act, name) = act.split_once('+').unwrap_or((act, ""));
+        let outers = match name {
+            "" | "stage" => vec![Outer::mean()],
+            name => outer::named(name),
         };
-        Plan { act: act.to_owned(), outers, algorithm, devices: devices.collect(), seed }
+        let stage = name == "stage";
+        Plan { act: act.to_owned(), outers, stage, algorithm, devices: devices.collect(), seed }
     }
 }
 
@@ -94,6 +99,7 @@ fn averages_with(
 ) -> ParamAverager {
     const ROUNDS: usize = 3;
     let (rank, world) = (communicator.rank(), communicator.world_size());
+    let on = communicator.device();
     // Longer than a wedge takes to be found, so that the simulator says what hangs.
     let timeout = std::env::var(TIMEOUT).map_or(25, |seconds| seconds.parse().expect("seconds"));
     let timeout = Duration::from_secs(timeout);
@@ -113,12 +119,16 @@ fn averages_with(
         trainer.fill(outer::BEGIN);
         trainer.synchronize();
     }
+    if plan.stage {
+        builder = with_stage(builder, on);
+    }
     let mut averager = builder.build(&mut trainer.model).unwrap();
     trainer.more_streams();
     if plan.act == "resident" && rank == 0 {
         trainer.hold();
     }
     for (round, expected) in expected(outer, rank, world, ROUNDS).into_iter().enumerate() {
+        let expected = if plan.stage { staged(expected) } else { expected };
         trainer.fill(value(rank, round));
         if rank + 1 == world && round > 0 {
             trainer.act(&plan.act);

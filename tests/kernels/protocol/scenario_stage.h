@@ -2,6 +2,28 @@
 #pragma once
 #include "scenario_parts.h"
 
+// Averages in turn that are good, and in which the stage of rank 0 leaves a NaN where its shard
+// begins. The stage of the last rank refuses one of these, of which the lowest rank is told.
+inline void leaving(Setup s, uint64_t seed) {
+  s.seed = seed;
+  World w(s);
+  run_script(
+      w, 6,
+      [&](uint32_t k) {
+        Script script = script_of(w, k);
+        for (Call& call : script.calls) call.flags |= PA_FLAG_REJECT_NON_FINITE;
+        script.calls[0].leaves = k % 2 == 1;
+        script.calls.back().vetoes = k == 3 && s.world > 1;
+        return script;
+      },
+      [&](uint32_t k, uint32_t r, const Outcome& o) {
+        expect_outcome(w, r, k, o, k % 2 == 0 ? PA_COMMITTED : PA_NON_FINITE, 0);
+        if (k % 2 == 1 && o.detail != (PA_LEFT | 1))
+          wrong("n=%u, average %u: rank %u was told of %llx", s.world, k, r,
+                static_cast<unsigned long long>(o.detail));
+      });
+}
+
 // Averages of four kinds in turn: a good one; a veto; a veto of one rank beside a value of another
 // that is not finite, which is told; and a value that is not finite alone.
 inline void staged() {
@@ -32,5 +54,6 @@ inline void staged() {
             if (kind == PA_NON_FINITE && (o.detail == PA_VETOED) == is_odd)
               wrong("n=%u, average %u: rank %u was told the wrong reason", world, k, r);
           });
+      leaving(s, seed++);
     }
 }

@@ -41,6 +41,7 @@ struct Call {
   bool anchors = false; // Setup.steps: the average becomes the anchor, without a step
   bool in_full = false; // of a coded setup: the average has no code, and becomes the reference
   bool vetoes = false;  // Setup.stages: the stage refuses
+  bool leaves = false;  // Setup.stages: the stage leaves a NaN where its shard begins
   // Delays before the average, between its launches, and of the last channel alone.
   uint32_t before_us = 0, between_us = 0, last_channel_us = 0;
 };

@@ -351,7 +351,14 @@ struct World {
   // without it.
   void vote(uint32_t r, PaArgs a, const Call& call) const {
     if (call.vetoes) usleep(2000), a.flags |= PA_FLAG_VETO;
+    if (call.leaves) std::memset(first_mean(r, a), 0xff, 8); // NaN in f32 and in f64
     launch(r, a, PA_RING_VOTE, 0);
+  }
+  // Where the mean of the first pack of a rank's shard in channel 0 lies.
+  char* first_mean(uint32_t r, const PaArgs& a) const {
+    const PaBucket& bucket = ranks[r].buckets->as<PaBucket>()[0];
+    if (PA_ISA::ring_shard_packs(bucket, a, 0) == 0) wrong("rank %u has no shard", r);
+    return PA_ISA::at<char>(bucket.mean);
   }
 
   // What a host does when an average has ended on its rank.

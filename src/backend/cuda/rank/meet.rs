@@ -7,7 +7,7 @@ use super::super::driver::{call, Failed};
 use super::super::launch::{launch_all, leader_of, Launched, Part};
 use super::super::streams::Event;
 use super::Rank;
-use crate::abi::PA_DEPARTED;
+use crate::abi::{PaArgs, PA_DEPARTED};
 #[cfg(processes)]
 use crate::backend::{Arrivals, ProcessWay};
 use crate::backend::{Attendance, Failure, Gathering, Meeting, Unstarted};
@@ -50,7 +50,8 @@ impl Rank {
         }
     }
 
-    /// Launches for this rank, the only one of this process on its device.
+    /// Launches for this rank, the only one of this process on its device. `goes_on`: see
+    /// `meet_and_launch`.
     #[cfg(processes)]
     pub(super) fn launch_alone(
         &mut self,
@@ -58,11 +59,12 @@ impl Rank {
         way: ProcessWay,
         arrivals: &Arc<dyn Arrivals>,
         peers: &Gathering<'_>,
+        goes_on: bool,
     ) -> Result<Arc<Event>, Unstarted> {
         if way == ProcessWay::InStreams {
             let meeting = self.next_meeting(arrivals, peers);
             super::super::arrivals::watch(meeting.clone());
-            self.watched = Some(meeting.clone());
+            self.watched.push(meeting.clone());
             return Ok(self.launch_all(&[part], Some(&meeting), peers)?);
         }
         // The host comes when the work before the average has ended.
@@ -78,7 +80,7 @@ impl Rank {
             if meets {
                 match self.next_meeting(arrivals, peers).meet() {
                     Ok(()) => {}
-                    Err(failure) if index == 0 => {
+                    Err(failure) if index == 0 && !goes_on => {
                         self.tables.set_stale();
                         return Err(Unstarted::Ended(failure));
                     }
@@ -92,13 +94,18 @@ impl Rank {
             let done = self.launch_all(&[part], None, peers)?;
             if way == ProcessWay::Sequenced {
                 done.synchronize()?;
-                let fault = args.fault_step;
-                if fault != 0 && self.ended().iter().any(|status| status.step == fault) {
-                    break; // a test ends the rank here
+                if self.was_left(&args) {
+                    break;
                 }
             }
         }
         Ok(self.done.clone())
+    }
+
+    /// True if a test ends the rank in the launches so far, which have ended.
+    pub(super) fn was_left(&self, args: &PaArgs) -> bool {
+        let fault = args.fault_step;
+        fault != 0 && self.ended().iter().any(|status| status.step == fault)
     }
 
     /// Launches for this rank as it was done formerly.

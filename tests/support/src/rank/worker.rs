@@ -112,6 +112,12 @@ pub fn builder(communicator: Communicator) -> Builder {
             crate::options(communicator).channels(number("PA_TEST_CHANNELS").unwrap_or(2) as u32)
         }
     };
+    let builder = match (number("PA_TEST_STAGE"), device() == Device::cpu()) {
+        (None, _) => builder,
+        (Some(_), true) => builder.stage(|_| Ok(())),
+        // SAFETY: the stage enqueues nothing.
+        (Some(_), false) => unsafe { builder.device_stage(|_| Ok(())) },
+    };
     builder
         .link(link)
         .timeout(timeout)
