@@ -25,7 +25,8 @@ pub(crate) enum Step {
     Gather,
     /// Write a mixture of the result and of its former value to each tensor.
     Mix,
-    /// Write the result less its former value to each tensor.
+    /// Write the result less its former value to each tensor; in a coded plan, which leaves the
+    /// tensors as they are, the result to the reference.
     Delta,
     /// Keep this rank's shard of the tensors as the outer optimizer's anchor.
     Anchor,
@@ -195,7 +196,8 @@ impl Plan {
         let votes = Launch { kernel: PA_RING_VOTE, segments: (commit, commit) };
         let reduce = || cut(self.ring, 0, commit);
         let has = |step| self.steps.contains(&step);
-        let mixes = has(Step::Mix) || has(Step::Delta);
+        // A coded ring writes no difference, and gathers by its own kernel.
+        let mixes = (has(Step::Mix) || has(Step::Delta)) && self.ring == PA_RING_COMMIT;
         let reduce = match has(Step::Stage) {
             true => [reduce(), vec![votes]].concat(),
             false if !has(Step::Outer) && !mixes => return cut(self.ring, 0, end),

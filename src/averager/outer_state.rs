@@ -33,6 +33,8 @@ pub(super) struct Launches {
     step_delta: Vec<Launch>,
     coded_mean: Vec<Launch>,
     coded_step: Vec<Launch>,
+    coded_delta: Vec<Launch>,
+    coded_step_delta: Vec<Launch>,
 }
 
 impl Launches {
@@ -63,6 +65,8 @@ impl Launches {
             step_delta: to_if(has_state && copies, End::StepDelta),
             coded_mean: coded(!has_state, End::Mean),
             coded_step: coded(has_state, End::Step),
+            coded_delta: coded(!has_state && copies, End::Delta),
+            coded_step_delta: coded(has_state && copies, End::StepDelta),
         }
     }
 
@@ -75,8 +79,10 @@ impl Launches {
             (End::Step, true) => &self.coded_step,
             (End::Anchor, _) => &self.anchor,
             (End::Mix, _) => &self.mix,
-            (End::Delta, _) => &self.delta,
-            (End::StepDelta, _) => &self.step_delta,
+            (End::Delta, false) => &self.delta,
+            (End::Delta, true) => &self.coded_delta,
+            (End::StepDelta, false) => &self.step_delta,
+            (End::StepDelta, true) => &self.coded_step_delta,
         }
     }
 }

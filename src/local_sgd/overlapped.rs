@@ -31,11 +31,12 @@ impl LocalSgd {
         if let Some(error) = self.refusal_of_overlap() {
             return Err(error);
         }
-        // A joiner gets a model that all ranks have, and the steps of an outer optimizer begin from
-        // one. No average that gives it is enqueued.
-        let has_anchor = self.enqueued.is_some() || self.averager.has_anchor();
+        // A joiner gets a model that all ranks have. The steps of an outer optimizer, and what is
+        // coded, begin from one; no average that gives it is enqueued.
+        let has_begun = self.enqueued.is_some()
+            || (self.averager.has_anchor() && self.averager.has_reference());
         let fragment = match due {
-            _ if self.admits_next || self.is_in_warmup() || !has_anchor => {
+            _ if self.admits_next || self.is_in_warmup() || !has_begun => {
                 return self.make_whole(params, true)
             }
             Due::Whole => None,
