@@ -54,7 +54,9 @@
 //! [`sync`](crate::LocalSgd::sync), [`finish`](crate::LocalSgd::finish), a recovery, the steps of a
 //! warm-up, and the average after which a process joins are of the whole model, and training waits.
 //! [`flush`](crate::LocalSgd::flush) adds a result before its time, for an evaluation or a
-//! checkpoint. [`done`](crate::LocalSgd::done) and schedules that adapt H are refused.
+//! checkpoint. [`done`](crate::LocalSgd::done) and schedules that adapt H are refused. A schedule
+//! that does not fit is an error at its first due average: where ranks have different schedules, on
+//! all of them ([`Error::SchedulesDiffer`](crate::Error::SchedulesDiffer) where it fits).
 //!
 //! # States, and what can go wrong
 //!

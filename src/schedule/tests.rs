@@ -93,7 +93,7 @@ fn schedules_show_as_they_are_built() {
 
 /// Position 4 of a schedule, as the reason to average.
 fn reason(schedule: Schedule) -> Reason {
-    Reason { schedule, course: begun(schedule, 4), rate: None }
+    Reason { schedule, course: begun(schedule, 4), rate: None, unfit: None }
 }
 
 #[test]
@@ -273,7 +273,7 @@ proptest! {
         for between in (step.saturating_add(1)..next).take(20) {
             prop_assert!(!is_due(between));
         }
-        let reason = Reason { schedule, course, rate: None };
+        let reason = Reason { schedule, course, rate: None, unfit: None };
         prop_assert_ne!(reason.digest(step), 0);
     }
 
