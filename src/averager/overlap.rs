@@ -78,7 +78,8 @@ impl ParamAverager {
     /// On this rank alone, with nothing started: [`Error::InvalidOption`] if the averager was built
     /// without a [delay](crate::Overlap::delay), the fragment does not exist, another average is
     /// under way, the stream is being captured, or an outer optimizer has no anchor, or compression
-    /// no reference, yet since a recovery. Tensors that can't be used are an error of `finish_overlapped`, on every rank.
+    /// no reference, yet since a recovery. Tensors that can't be used are an error of
+    /// `finish_overlapped`, on every rank.
     pub fn start_overlapped<P: Lend + ?Sized>(
         &mut self,
         fragment: usize,

@@ -51,8 +51,8 @@ impl LocalSgd {
         }
     }
 
-    /// Error of a schedule that does not fit the options of its averager. At a due average this rank
-    /// takes part, with a reason that no other rank has, so that its peers learn of it.
+    /// Error of a schedule that does not fit the options of its averager. At a due average this
+    /// rank takes part, with a reason that no other rank has, so that its peers learn of it.
     pub(super) fn refusal_at(&self, place: u64) -> Option<Error> {
         if !place::is_step(place) || self.is_alone() {
             return None;

@@ -194,8 +194,8 @@ fn schedules_that_do_not_fit_are_errors() {
     }
 }
 
-/// A schedule that does not fit on one rank alone is an error on all ranks, before any of them waits
-/// for its timeout, and no tensor changes.
+/// A schedule that does not fit on one rank alone is an error on all ranks, before any of them
+/// waits for its timeout, and no tensor changes.
 #[test]
 fn a_schedule_that_does_not_fit_on_one_rank_is_told_to_all() {
     let (fits, unfit) = (Schedule::every(4), Schedule::every(1));

@@ -220,7 +220,8 @@ tests! {
 
     /// Coded averages: on one device and between two, after failures, of copies and in graphs.
     coded_averages: "A1-A4", [
-        [COOP, ROOM, QUEUES_AND_WAITS].map(|mode| cases(&["coded", "coded-devices"], mode)).concat(),
+        [COOP, ROOM, QUEUES_AND_WAITS]
+            .map(|mode| cases(&["coded", "coded-devices"], mode)).concat(),
         [SHORT, BLOCKING, DISPLAY_AND_WAITS]
             .map(|mode| cases(&["coded-devices", "coded-failures"], mode)).concat(),
         [COOP, ROOM, SHORT, BLOCKING, QUEUES_AND_WAITS, DISPLAY_AND_WAITS]

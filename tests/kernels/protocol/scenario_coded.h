@@ -37,8 +37,8 @@ inline void coded() {
             });
       }
 }
-// Averages of copies, of one bucket or of both, whose results are added afterwards. What one of them
-// leaves, or has left when it failed, is that of its buckets alone.
+// Averages of copies, of one bucket or of both, whose results are added afterwards. What one of
+// them leaves, or has left when it failed, is that of its buckets alone.
 inline Script script_of_some(const World& w, uint32_t k) {
   Script script = parts_script(w, k);
   const uint64_t h = mix(w.s.seed * 3000 + k);
