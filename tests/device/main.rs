@@ -24,7 +24,9 @@ fn main() -> ExitCode {
     #[cfg(target_os = "linux")]
     if let Ok(role) = std::env::var(test_support::process::ROLE) {
         test_support::process::exit_as(move || match role.as_str() {
-            role @ ("devices" | "abort" | "threads" | "captures") => cuda_processes::rank(role),
+            role @ ("devices" | "abort" | "threads" | "captures" | "coded-copies") => {
+                cuda_processes::rank(role)
+            }
             "unkind" => unkind::process(),
             role => test_support::rank::run(role),
         });
@@ -89,6 +91,7 @@ fn main() -> ExitCode {
         cuda_processes::kill_of_a_joiner_leaves_members_running: driver,
         cuda_processes::a_process_joins_processes_on_devices: driver,
         cuda_processes::stopped_process_disturbs_no_peer_when_it_resumes: driver,
+        cuda_processes::coded::coded_averages_have_the_bits_of_the_cpu: driver,
         cuda_processes::outer::kills_carry_the_velocity_over: driver,
         cuda_processes::outer::a_joiner_takes_over_its_shard_of_the_velocity: driver,
         cuda_processes::outer::a_capture_before_the_first_average_since_a_recovery_is_refused:
