@@ -111,7 +111,10 @@ pub fn averages_of_copies_have_the_bits_of_the_cpu() {
 }
 
 pub fn coded_averages_of_copies_have_the_bits_of_the_cpu() {
-    scenario("overlap-coded", &[&[TWO, ("CUDASIM_SEED", "1")], &[TWO, ("CUDASIM_RACE", "1")]]);
+    scenario(
+        "coded-copies-devices",
+        &[&[TWO, ("CUDASIM_SEED", "1")], &[TWO, ("CUDASIM_RACE", "1")]],
+    );
 }
 
 pub fn averages_of_copies_are_ordered_with_a_stream() {
@@ -205,7 +208,10 @@ pub fn slices_of_cudarc_are_averaged_in_order() {
 }
 
 pub fn coded_averages_in_graphs_are_replayed() {
-    scenario("graphs-coded", &[&[TWO, ("CUDASIM_DELAY", "30")], &[TWO, ("CUDASIM_RACE", "1")]]);
+    scenario(
+        "coded-graphs-devices",
+        &[&[TWO, ("CUDASIM_DELAY", "30")], &[TWO, ("CUDASIM_RACE", "1")]],
+    );
 }
 
 pub fn graph_refusals_are_errors_of_the_capture() {
