@@ -16,12 +16,12 @@
 // D and T change before the commit. If the average fails after that, which x and A do not notice,
 // the next one begins without residuals: D ← w (x - A), and T from A, or from the outer optimizer's
 // parameters, which are exact. PaBucket.residual_state says so, in the kernels' own memory, since a
-// graph replays the same arguments; for each bucket, since an average of a fragment has some of them
-// only, and changes nothing of the others.
+// graph replays the same arguments; for each bucket, since an average of a fragment has some of
+// them only, and changes nothing of the others.
 //
 // In an average of a copy, x is the copy, which stays as it is: A has the result, and PA_APPLY adds
-// A - x to the tensors. The copies of all ranks differ, and so may the tensors after it: A and T are
-// all that the next average begins from.
+// A - x to the tensors. The ranks' tensors may differ after it; A, which is all that the next
+// average counts from, does not.
 #pragma once
 #include "codec.h"
 #include "ring_launches.h"

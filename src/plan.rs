@@ -319,8 +319,8 @@ mod tests {
             prop_assert_eq!(sampled, expected);
         }
 
-        /// A coded average has another kernel in the place of the ring's, and nothing else; one of a
-        /// copy is launched as one in place. An average in full has one launch more.
+        /// A coded average has another kernel in the place of the ring's, and nothing else; one of
+        /// a copy is launched as one in place. An average in full has one launch more.
         #[test]
         fn a_code_changes_the_kernel_of_the_ring(
             world in 2u32..=16, host: bool, end in ends(), telemetry: bool,
