@@ -265,11 +265,12 @@ impl ParamAverager {
 
     /// True if a rank that has ended its steps takes part in this call, as in any of the schedule.
     /// With an outer optimizer, a stage or a code not in one of another end: the recovery's makes
-    /// no step, and is not coded.
+    /// no step, and is not coded. Nor in one that is refused.
     pub(super) fn is_joined_by_done(&self, call: Call) -> bool {
         let has_step = self.has_outer() || self.stage.is_some() || self.has_code();
         let is_other = has_step && call.place == place::RECOVERY;
-        place::is_of_schedule(call.place) && !is_other
+        let is_refused = call.reason.is_some_and(|reason| reason.unfit.is_some());
+        place::is_of_schedule(call.place) && !is_other && !is_refused
     }
 
     /// Flags of an average with this end.

@@ -41,9 +41,10 @@ impl LocalSgd {
             false => self.enqueue(params, place, fragment),
         };
         let made = match (refusal, made) {
-            (_, Err(error)) if error.is_fatal() => Err(error),
-            (Some(refusal), _) => Err(refusal), // the peers have got `SchedulesDiffer`
-            (None, made) => made,
+            // Its peers have got `SchedulesDiffer`.
+            (Some(refusal), Err(error)) if !error.is_fatal() => Err(refusal),
+            (Some(refusal), Ok(action)) => Err(action.after(refusal)),
+            (_, made) => made,
         };
         match earlier {
             Some(cause) => made.and_then(|action| Err(action.after(cause))),

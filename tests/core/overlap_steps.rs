@@ -235,6 +235,32 @@ fn a_schedule_that_does_not_fit_on_one_rank_is_told_to_all() {
     }
 }
 
+/// Ranks that are done take part in averages of any schedule, but not in one that is refused.
+#[test]
+fn a_schedule_that_does_not_fit_is_told_to_ranks_that_are_done() {
+    ranks(3, |communicator| {
+        let (rank, mut model) = (communicator.rank(), vec![vec![0.0f32; 10]]);
+        let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let unfit = rank == 1;
+        let schedule = if unfit { Schedule::divergence(0.1) } else { Schedule::every(99) };
+        let mut sgd = LocalSgd::new(averager, schedule);
+        let error = (0..10).find_map(|_| {
+            step(rank, &mut model);
+            sgd.step(&mut model).err()
+        });
+        let before = model.clone();
+        let error = error.unwrap_or_else(|| sgd.done(&mut model).unwrap_err());
+        let (option, differ) = (
+            matches!(error, Error::InvalidOption { option: "telemetry", .. }),
+            matches!(error, Error::SchedulesDiffer { .. } | Error::CallsDiffer { .. }),
+        );
+        assert_eq!((option, differ), (unfit, !unfit), "{error}");
+        assert_eq!(error.tensors(), TensorState::Unchanged);
+        assert_eq!(model, before);
+        assert_eq!(model[0], [10.0 * (rank + 1) as f32; 10]);
+    });
+}
+
 /// DiLoCo, and its streaming kinds: all ranks end with one model, near the minimum of their mean.
 #[test]
 fn it_learns_with_an_outer_optimizer() {
