@@ -26,7 +26,8 @@ enum PaDtype { PA_F32 = 0, PA_F64 = 1, PA_F16 = 2, PA_BF16 = 3 };
 // With a user's stage: PA_RING_VOTE behind the segments up to n, and before PA_RING_STEP.
 // With PA_FLAG_DELTA, on the copy that PA_SNAPSHOT has made: PA_DIRECT_DELTA in the place of
 // PA_DIRECT, or the segments of PA_RING_COMMIT up to n, and PA_RING_MIX. PA_APPLY comes later.
-// PA_RING_INT8 and PA_RING_BF16 take the place of PA_RING_COMMIT in coded averages, see coded.h.
+// PA_RING_INT8 and PA_RING_BF16 take the place of PA_RING_COMMIT in coded averages, and of
+// PA_RING_MIX in those of copies, see coded.h.
 enum PaKernel {
   PA_DIRECT = 0,
   PA_RING = 1,
@@ -79,7 +80,7 @@ enum PaPhase {
 // Packs of a block of a code: neighbours that share a scale. The lanes of a warp on CUDA.
 #define PA_BLOCK_PACKS 32
 
-// PaChannel.residuals.
+// PaBucket.residual_state.
 enum PaResiduals {
   PA_RESIDUALS_KEPT = 0,   // they are what the last coded average has left
   PA_RESIDUALS_STALE = 1,  // the next coded average begins without any
@@ -107,7 +108,9 @@ enum PaFlag {
   PA_FLAG_STAGE = 65536,     // PA_RING_COMMIT casts no vote: PA_RING_VOTE does, after the stage
   PA_FLAG_VETO = 131072,     // PA_RING_VOTE: the stage has refused the average
   PA_FLAG_CODED = 524288, // PA_RING_INT8 or PA_RING_BF16 makes the average, on all ranks or on none
-  // The result less the former value is written in the place of the result. With PA_FLAG_WHOLE.
+  // The result less the former value is written in the place of the result. With PA_FLAG_WHOLE. In
+  // a coded average nothing is written there: the reference has the result, and PA_APPLY, which has
+  // PA_FLAG_CODED then, makes the difference.
   PA_FLAG_DELTA = 262144,
 };
 
@@ -152,6 +155,7 @@ struct PaBucket {
   // average, and this rank's part of what the mean still lacks.
   uint64_t reference;
   uint64_t residual;
+  uint64_t residual_state; // u32[channels]: PaResiduals of each block's part of it
   uint64_t sample;        // Pack[channels][sample_packs]: own values before the average, or 0
   uint64_t sample_packs;  // capacity of one channel's sample
   uint64_t sample_period; // packs from the place of one run to that of the next; at least a run
@@ -253,8 +257,6 @@ struct PaChannel {
   uint32_t remote;        // CPU: 1: the next rank's core is remote, see reader_is_remote()
   uint32_t finished;      // channel 0: blocks that have reached the vote, or the exit (PA_DIRECT)
   uint32_t deciding;      // channel 0: lock among the blocks of this rank, see take_turn()
-  uint32_t residuals;     // PaResiduals
-  uint32_t reserved;
   uint64_t bad;       // 1 + (bucket << 56 | element) of a NaN or infinity in the own tensors, or 0;
                       // or with PA_LEFT
   double divisor;     // divisor of sums in f64, agreed at the entry barrier

@@ -15,8 +15,13 @@
 //
 // D and T change before the commit. If the average fails after that, which x and A do not notice,
 // the next one begins without residuals: D ← w (x - A), and T from A, or from the outer optimizer's
-// parameters, which are exact. PaChannel.residuals says so, in the kernels' own memory, since a
-// graph replays the same arguments.
+// parameters, which are exact. PaBucket.residual_state says so, in the kernels' own memory, since a
+// graph replays the same arguments; for each bucket, since an average of a fragment has some of
+// them only, and changes nothing of the others.
+//
+// In an average of a copy, x is the copy, which stays as it is: A has the result, and PA_APPLY adds
+// A - x to the tensors. The ranks' tensors may differ after it; A, which is all that the next
+// average counts from, does not.
 #pragma once
 #include "codec.h"
 #include "ring_launches.h"
@@ -33,7 +38,10 @@ template <class C> struct Coded : Ring<float, false> {
 
   PA_FN Coded(Block& b_, const PaBucket& bucket_, uint32_t index_)
       : Base(b_, bucket_, index_), share(scale / divisor),
-        begins(b_.me->residuals == PA_RESIDUALS_BEGIN) {}
+        begins(residual_state(b_, bucket_) == PA_RESIDUALS_BEGIN) {}
+
+  // True if the own tensors are not written.
+  PA_FN bool keeps() const { return b.a.flags & PA_FLAG_DELTA; }
 
   // Memory of a chunk's packs.
   PA_FN char* reference(const Chunk& c) const {
@@ -190,10 +198,11 @@ template <class C> struct Coded : Ring<float, false> {
         },
         [](uint32_t) {}); // an outer step has made it: then it is in the tensors, too
     b.ex.sync(); // other lanes write these packs to the tensors
-    each_own([&](const auto&, auto g, uint32_t i) { return load<g.kPacks>(from, i); },
-             [&](const auto& own, auto g, uint32_t i, const auto& x) {
-               own.template store<g.kPacks>(i, narrow<float, g.kPacks>(x));
-             });
+    if (!keeps())
+      each_own([&](const auto&, auto g, uint32_t i) { return load<g.kPacks>(from, i); },
+               [&](const auto& own, auto g, uint32_t i, const auto& x) {
+                 own.template store<g.kPacks>(i, narrow<float, g.kPacks>(x));
+               });
     b.leave<false, true>();
     return true;
   }
@@ -204,7 +213,7 @@ template <class C> struct Coded : Ring<float, false> {
     const char* in = b.inbox();
     char* out = kSend ? b.outbox() : nullptr;
     char* from = reference(c);
-    const bool remote = b.remote;
+    const bool remote = b.remote, writes = !keeps();
     const uint32_t count = packs(c);
     if (kSend && C::kScales) {
       const uint64_t scales = C::kBytes * uint64_t(count);
@@ -225,7 +234,7 @@ template <class C> struct Coded : Ring<float, false> {
             store_codes_to_peer<C, K>(out + C::kBytes * uint64_t(i), next.came.codes, remote);
           const auto x = next.reference + next.came.values();
           store<K>(from, i, x);
-          own.template store_nt<K>(i, narrow<float, K>(x));
+          if (writes) own.template store_nt<K>(i, narrow<float, K>(x));
         });
     b.leave<true, kSend>();
     return true;
@@ -279,9 +288,9 @@ template <class C, class F> PA_FN bool each_coded(Block& b, F f) {
 // The begin of the reduce: notes that D changes from here on. The lanes read it behind the barrier
 // of Ring's constructor.
 PA_FN void begin_residuals(Block& b) {
-  if (b.ex.leader())
-    b.me->residuals =
-        b.me->residuals == PA_RESIDUALS_KEPT ? PA_RESIDUALS_ADDED : PA_RESIDUALS_BEGIN;
+  each_residual_state(b, [](uint32_t& state) {
+    state = state == PA_RESIDUALS_KEPT ? PA_RESIDUALS_ADDED : PA_RESIDUALS_BEGIN;
+  });
 }
 
 // One block's share of one launch of a coded average.
@@ -294,8 +303,8 @@ template <class C> PA_FN void run_ring_coded(const Exec& ex, const PaArgs& a) {
       },
       [&](Block& b) __attribute__((always_inline)) {
         const bool good = each_coded<C>(b, [](auto ring) { return ring.run_gather(); });
-        if (good && a.to_segment == PA_SEGMENTS(a.world) && ex.leader())
-          b.me->residuals = PA_RESIDUALS_KEPT;
+        if (good && a.to_segment == PA_SEGMENTS(a.world))
+          each_residual_state(b, [](uint32_t& state) { state = PA_RESIDUALS_KEPT; });
         return good;
       });
 }
@@ -303,8 +312,7 @@ template <class C> PA_FN void run_ring_coded(const Exec& ex, const PaArgs& a) {
 // One block's share of the reference: its packs of the own tensors, after an average that has given
 // all ranks the same values, and has committed.
 PA_FN void run_reference(const Exec& ex, const PaArgs& a) {
-  PaChannel* me = at<PaChannel>(a.channel) + ex.block();
-  if (me->status.outcome != PA_COMMITTED) return;
+  if (at<PaChannel>(a.channel)[ex.block()].status.outcome != PA_COMMITTED) return;
   for (uint32_t i = 0; i < a.bucket_count; ++i) {
     const PaBucket& bucket = at<const PaBucket>(a.buckets)[i];
     const Range all = channel_range(bucket, ex.block());
@@ -318,6 +326,5 @@ PA_FN void run_reference(const Exec& ex, const PaArgs& a) {
           });
     });
   }
-  if (ex.leader()) me->residuals = PA_RESIDUALS_STALE;
 }
 } // namespace PA_ISA

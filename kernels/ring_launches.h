@@ -32,6 +32,19 @@ PA_FN void run_ring(const Exec& ex, const PaArgs& a) {
   b.save();
 }
 
+// PaResiduals of a block's part of a bucket.
+PA_FN uint32_t& residual_state(const Block& b, const PaBucket& bucket) {
+  return at<uint32_t>(bucket.residual_state)[b.ex.block()];
+}
+// Calls f(state), by one lane, for each bucket that coded averages have.
+template <class F> PA_FN void each_residual_state(Block& b, F f) {
+  if (!b.ex.leader()) return;
+  for (uint32_t i = 0; i < b.a.bucket_count; ++i) {
+    const PaBucket& bucket = at<const PaBucket>(b.a.buckets)[i];
+    if (bucket.residual_state) f(residual_state(b, bucket));
+  }
+}
+
 // Ends a launch of PA_RING_COMMIT and its kin, whose next segment is `to`.
 PA_FN void end_launch(Block& b, bool good, uint32_t to) {
   if (b.ex.leader()) {
@@ -67,7 +80,7 @@ PA_FN void run_ring_commit(const Exec& ex, const PaArgs& a) {
       ex, a,
       [](Block& b) __attribute__((always_inline)) {
         // The shard, which is written before the commit, is the target of coded averages, too.
-        if (b.ex.leader()) b.me->residuals = PA_RESIDUALS_STALE;
+        each_residual_state(b, [](uint32_t& state) { state = PA_RESIDUALS_STALE; });
         return each_bucket(b, [](auto ring) { return ring.run_reduce(); });
       },
       [](Block& b) __attribute__((always_inline)) {

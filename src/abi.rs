@@ -141,6 +141,7 @@ pub struct PaBucket {
     pub outer: PaOuter,
     pub reference: u64,
     pub residual: u64,
+    pub residual_state: u64,
     pub sample: u64,
     pub sample_packs: u64,
     pub sample_period: u64,
@@ -153,7 +154,7 @@ pub struct PaBucket {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaBucket"][::std::mem::size_of::<PaBucket>() - 192usize];
+    ["Size of PaBucket"][::std::mem::size_of::<PaBucket>() - 200usize];
     ["Alignment of PaBucket"][::std::mem::align_of::<PaBucket>() - 8usize];
     [
         "Offset of field: PaBucket::segments",
@@ -186,32 +187,35 @@ const _: () = {
         "Offset of field: PaBucket::residual",
     ][::std::mem::offset_of!(PaBucket, residual) - 128usize];
     [
+        "Offset of field: PaBucket::residual_state",
+    ][::std::mem::offset_of!(PaBucket, residual_state) - 136usize];
+    [
         "Offset of field: PaBucket::sample",
-    ][::std::mem::offset_of!(PaBucket, sample) - 136usize];
+    ][::std::mem::offset_of!(PaBucket, sample) - 144usize];
     [
         "Offset of field: PaBucket::sample_packs",
-    ][::std::mem::offset_of!(PaBucket, sample_packs) - 144usize];
+    ][::std::mem::offset_of!(PaBucket, sample_packs) - 152usize];
     [
         "Offset of field: PaBucket::sample_period",
-    ][::std::mem::offset_of!(PaBucket, sample_period) - 152usize];
+    ][::std::mem::offset_of!(PaBucket, sample_period) - 160usize];
     [
         "Offset of field: PaBucket::snapshot",
-    ][::std::mem::offset_of!(PaBucket, snapshot) - 160usize];
+    ][::std::mem::offset_of!(PaBucket, snapshot) - 168usize];
     [
         "Offset of field: PaBucket::source",
-    ][::std::mem::offset_of!(PaBucket, source) - 168usize];
+    ][::std::mem::offset_of!(PaBucket, source) - 176usize];
     [
         "Offset of field: PaBucket::segment_count",
-    ][::std::mem::offset_of!(PaBucket, segment_count) - 176usize];
+    ][::std::mem::offset_of!(PaBucket, segment_count) - 184usize];
     [
         "Offset of field: PaBucket::dtype",
-    ][::std::mem::offset_of!(PaBucket, dtype) - 180usize];
+    ][::std::mem::offset_of!(PaBucket, dtype) - 188usize];
     [
         "Offset of field: PaBucket::chunk",
-    ][::std::mem::offset_of!(PaBucket, chunk) - 184usize];
+    ][::std::mem::offset_of!(PaBucket, chunk) - 192usize];
     [
         "Offset of field: PaBucket::wire_f32",
-    ][::std::mem::offset_of!(PaBucket, wire_f32) - 188usize];
+    ][::std::mem::offset_of!(PaBucket, wire_f32) - 196usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -434,8 +438,6 @@ pub struct PaChannel {
     pub remote: u32,
     pub finished: u32,
     pub deciding: u32,
-    pub residuals: u32,
-    pub reserved: u32,
     pub bad: u64,
     pub divisor: f64,
     pub divisor_f32: f64,
@@ -446,7 +448,7 @@ pub struct PaChannel {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaChannel"][::std::mem::size_of::<PaChannel>() - 464usize];
+    ["Size of PaChannel"][::std::mem::size_of::<PaChannel>() - 456usize];
     ["Alignment of PaChannel"][::std::mem::align_of::<PaChannel>() - 8usize];
     [
         "Offset of field: PaChannel::status",
@@ -470,32 +472,26 @@ const _: () = {
         "Offset of field: PaChannel::deciding",
     ][::std::mem::offset_of!(PaChannel, deciding) - 132usize];
     [
-        "Offset of field: PaChannel::residuals",
-    ][::std::mem::offset_of!(PaChannel, residuals) - 136usize];
-    [
-        "Offset of field: PaChannel::reserved",
-    ][::std::mem::offset_of!(PaChannel, reserved) - 140usize];
-    [
         "Offset of field: PaChannel::bad",
-    ][::std::mem::offset_of!(PaChannel, bad) - 144usize];
+    ][::std::mem::offset_of!(PaChannel, bad) - 136usize];
     [
         "Offset of field: PaChannel::divisor",
-    ][::std::mem::offset_of!(PaChannel, divisor) - 152usize];
+    ][::std::mem::offset_of!(PaChannel, divisor) - 144usize];
     [
         "Offset of field: PaChannel::divisor_f32",
-    ][::std::mem::offset_of!(PaChannel, divisor_f32) - 160usize];
+    ][::std::mem::offset_of!(PaChannel, divisor_f32) - 152usize];
     [
         "Offset of field: PaChannel::agreed_ns",
-    ][::std::mem::offset_of!(PaChannel, agreed_ns) - 168usize];
+    ][::std::mem::offset_of!(PaChannel, agreed_ns) - 160usize];
     [
         "Offset of field: PaChannel::heartbeat",
-    ][::std::mem::offset_of!(PaChannel, heartbeat) - 176usize];
+    ][::std::mem::offset_of!(PaChannel, heartbeat) - 168usize];
     [
         "Offset of field: PaChannel::segments",
-    ][::std::mem::offset_of!(PaChannel, segments) - 208usize];
+    ][::std::mem::offset_of!(PaChannel, segments) - 200usize];
     [
         "Offset of field: PaChannel::scale",
-    ][::std::mem::offset_of!(PaChannel, scale) - 336usize];
+    ][::std::mem::offset_of!(PaChannel, scale) - 328usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]

@@ -60,6 +60,7 @@ use coded::Reference;
 use memory::RankMemory;
 use outer_state::{AnchorState, Launches, OuterState};
 use overlap::UnderWay;
+use pending::Captured;
 use rebuild::Blueprint;
 use recover::Admitted;
 use stage::RankStage;
@@ -148,6 +149,8 @@ pub struct ParamAverager {
     reference: Reference,
     /// Code of the average that was launched last.
     compression: Compression,
+    /// The average that was captured into a CUDA graph last.
+    captured: Option<Captured>,
     /// True if ranks kept a share of their values in the last average that was made.
     mixed: bool,
     /// Share of the outer optimizer's state that no rank of this view had.

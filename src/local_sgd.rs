@@ -131,7 +131,8 @@ impl LocalSgd {
     ///
     /// # Errors
     /// As [`ParamAverager::average`]; [`Error::SchedulesDiffer`] if another rank averages at
-    /// another place of its schedule. If the admission fails, the error is
+    /// another place of its schedule, or its schedule does not fit its averager's options: that
+    /// rank gets [`Error::InvalidOption`]. If the admission fails, the error is
     /// [`Error::AfterAverage`], and the parameters are the mean.
     pub fn step<P: Lend + ?Sized>(&mut self, params: &mut P) -> Result<Action> {
         self.count(params, 1.0)

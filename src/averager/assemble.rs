@@ -137,6 +137,7 @@ impl ParamAverager {
             end: End::Mean,
             reference: Reference::Missing,
             compression: Compression::None,
+            captured: None,
             mixed: false,
             lost_state: 0.0,
             #[cfg(feature = "metrics")]

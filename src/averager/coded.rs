@@ -1,8 +1,8 @@
 //! Coded averages: the memory that they need, and which averages they are.
 
 use super::table::Table;
-use super::{Algorithm, Builder, Call, ParamAverager};
-use crate::abi::{PaBucket, PA_COMMITTED, PA_PACK_BYTES};
+use super::{flag, Algorithm, Builder, Call, ParamAverager, Work};
+use crate::abi::{PaBucket, PA_COMMITTED, PA_FLAG_CODED, PA_PACK_BYTES};
 use crate::backend::{Memory, MemorySpace};
 use crate::schedule::place;
 use crate::tensor::Dtype;
@@ -47,11 +47,6 @@ impl Builder {
                 found("one"),
                 "none: what a stage leaves is rounded by the code on its way to the ranks",
             )),
-            _ if self.overlap.is_on() => Some((
-                "overlap",
-                found(&self.overlap.to_string()),
-                "none: ranks that count from one reference all wait for its next values",
-            )),
             _ if self.outer.mixes() => Some((
                 "outer",
                 found(&self.outer.to_string()),
@@ -74,11 +69,18 @@ impl Builder {
     }
 }
 
-/// Allocates the reference and the residual of a bucket.
-pub(super) fn memory(space: &MemorySpace, raw: &mut PaBucket) -> Result<[Memory; 2], String> {
+/// Allocates the reference and the residual of a bucket. Behind the residual lies a word for each
+/// channel, which says what it is.
+pub(super) fn memory(
+    space: &MemorySpace,
+    raw: &mut PaBucket,
+    channels: u32,
+) -> Result<[Memory; 2], String> {
     let bytes = raw.packs as usize * PA_PACK_BYTES as usize;
-    let both = [Memory::new(space, bytes)?, Memory::new(space, bytes)?];
+    let words = channels as usize * size_of::<u32>();
+    let both = [Memory::new(space, bytes)?, Memory::new(space, bytes + words)?];
     (raw.reference, raw.residual) = (both[0].address(), both[1].address());
+    raw.residual_state = raw.residual + bytes as u64;
     Ok(both)
 }
 
@@ -95,10 +97,18 @@ impl ParamAverager {
         self.reference == Reference::Set && !place::sets_values(call.place)
     }
 
-    /// True if averages can be coded from now on, or are never.
-    pub(super) fn has_reference(&mut self) -> bool {
+    /// True if averages can be coded from now on, or are never. The same on every rank.
+    pub(crate) fn has_reference(&mut self) -> bool {
+        if self.under_way.is_some() {
+            return true; // or it would not have begun; its records are being written
+        }
         self.note_reference();
         !self.has_code() || self.reference == Reference::Set
+    }
+
+    /// Flag of a kernel that goes on from the average that was launched last.
+    pub(super) fn coded_flag(&self) -> u32 {
+        flag(PA_FLAG_CODED, self.compression != Compression::None)
     }
 
     /// Notes that an average is launched.
@@ -108,7 +118,10 @@ impl ParamAverager {
             false => Compression::None,
         };
         // Members of a world that admits a process keep values of their own, which may differ.
+        // All other averages in full are of the whole model, and so give the whole reference: those
+        // of a fragment or of a copy begin with one, and are coded.
         if self.has_code() && !is_coded && call.place != place::ADMISSION {
+            debug_assert!(call.fragment.is_none() && call.work == Work::InPlace, "{call:?}");
             self.reference = Reference::Launched { was_set: self.reference == Reference::Set };
         }
     }

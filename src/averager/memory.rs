@@ -175,7 +175,7 @@ impl RankMemory {
                 ..bytemuck::Zeroable::zeroed()
             };
             if ring && options.compression != Compression::None {
-                coded.push(coded::memory(space, raw).map_err(own_failed)?);
+                coded.push(coded::memory(space, raw, channels).map_err(own_failed)?);
             }
             if options.telemetry {
                 let sample = bucket::Sample::of(bucket.packs, channels);

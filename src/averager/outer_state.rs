@@ -33,6 +33,8 @@ pub(super) struct Launches {
     step_delta: Vec<Launch>,
     coded_mean: Vec<Launch>,
     coded_step: Vec<Launch>,
+    coded_delta: Vec<Launch>,
+    coded_step_delta: Vec<Launch>,
 }
 
 impl Launches {
@@ -63,6 +65,8 @@ impl Launches {
             step_delta: to_if(has_state && copies, End::StepDelta),
             coded_mean: coded(!has_state, End::Mean),
             coded_step: coded(has_state, End::Step),
+            coded_delta: coded(!has_state && copies, End::Delta),
+            coded_step_delta: coded(has_state && copies, End::StepDelta),
         }
     }
 
@@ -75,8 +79,10 @@ impl Launches {
             (End::Step, true) => &self.coded_step,
             (End::Anchor, _) => &self.anchor,
             (End::Mix, _) => &self.mix,
-            (End::Delta, _) => &self.delta,
-            (End::StepDelta, _) => &self.step_delta,
+            (End::Delta, false) => &self.delta,
+            (End::Delta, true) => &self.coded_delta,
+            (End::StepDelta, false) => &self.step_delta,
+            (End::StepDelta, true) => &self.coded_step_delta,
         }
     }
 }
@@ -267,11 +273,12 @@ impl ParamAverager {
 
     /// True if a rank that has ended its steps takes part in this call, as in any of the schedule.
     /// With an outer optimizer, a stage or a code not in one of another end: the recovery's makes
-    /// no step, and is not coded.
+    /// no step, and is not coded. Nor in one that is refused.
     pub(super) fn is_joined_by_done(&self, call: Call) -> bool {
         let has_step = self.has_outer() || self.stage.is_some() || self.has_code();
         let is_other = has_step && call.place == place::RECOVERY;
-        place::is_of_schedule(call.place) && !is_other
+        let is_refused = call.reason.is_some_and(|reason| reason.unfit.is_some());
+        place::is_of_schedule(call.place) && !is_other && !is_refused
     }
 
     /// Flags of an average with this end.

@@ -77,8 +77,9 @@ impl ParamAverager {
     /// # Errors
     /// On this rank alone, with nothing started: [`Error::InvalidOption`] if the averager was built
     /// without a [delay](crate::Overlap::delay), the fragment does not exist, another average is
-    /// under way, the stream is being captured, or an outer optimizer has no anchor yet since a
-    /// recovery. Tensors that can't be used are an error of `finish_overlapped`, on every rank.
+    /// under way, the stream is being captured, or an outer optimizer has no anchor, or compression
+    /// no reference, yet since a recovery. Tensors that can't be used are an error of
+    /// `finish_overlapped`, on every rank.
     pub fn start_overlapped<P: Lend + ?Sized>(
         &mut self,
         fragment: usize,
@@ -152,11 +153,12 @@ impl ParamAverager {
             let found = format!("{}, of {fragments}", call.fragment.unwrap_or(0));
             return refuse("fragment", found, "the number of a fragment, from 0");
         }
-        if !self.has_anchor() {
+        if !(self.has_anchor() && self.has_reference()) {
             return refuse(
                 "overlap",
                 "an average of a copy, before the first average since a recovery".into(),
-                "one average that training waits for: the outer optimizer's steps begin from it",
+                "one average that training waits for: the outer optimizer's steps, and what \
+                 compression codes, begin from it",
             );
         }
         let (start, call) = (Instant::now(), Call { work: Work::OfCopy, ..call });
@@ -277,7 +279,8 @@ impl ParamAverager {
     unsafe fn run_beside(&mut self, kernel: u32, call: Call, order: Order) -> Result<()> {
         let (buckets, bucket_count) = self.place_tables(call.fragment, true);
         let share = 1.0 - self.options.overlap.alpha;
-        let args = PaArgs { buckets, bucket_count, share, ..self.args };
+        let flags = self.args.flags | self.coded_flag();
+        let args = PaArgs { buckets, bucket_count, share, flags, ..self.args };
         // SAFETY: the tables describe the tensors of the caller's promise; all other memory is this
         // averager's.
         unsafe { self.own.engine.run_local(&args, kernel, order) }.map_err(|failed| {

@@ -11,7 +11,8 @@ use super::lend::Begun;
 use super::{Call, Lend, Outcome, ParamAverager, Report};
 use crate::abi::PA_OPEN;
 use crate::notice;
-use crate::{Error, Result};
+use crate::plan::End;
+use crate::{Compression, Error, Result};
 
 /// Average that has been enqueued; [`wait`](Self::wait) returns its report or its error.
 ///
@@ -26,6 +27,14 @@ pub struct Pending<'a> {
     begun: Option<Begun>,
     /// Its result, once it is known.
     over: Option<Result<Outcome>>,
+}
+
+/// Average that was captured into a CUDA graph, for the reports of its replays.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Captured {
+    call: Call,
+    end: End,
+    compression: Compression,
 }
 
 impl ParamAverager {
@@ -101,9 +110,21 @@ impl ParamAverager {
         if self.args.fault_step == 0 && self.ended().any(|status| status.outcome == PA_OPEN) {
             return Err(none);
         }
+        // Averages that were not captured may have been launched since.
+        let Some(captured) = self.captured else { return Err(none) };
+        (self.call, self.end, self.compression) =
+            (captured.call, captured.end, captured.compression);
         match self.outcome(None)? {
             Outcome::Averaged(report) => Ok(report),
             Outcome::Unneeded { .. } => Err(none),
+        }
+    }
+
+    /// Notes what replays make, if the average that was started last was captured.
+    pub(super) fn note_captured(&mut self) {
+        if self.own.engine.was_captured() {
+            let (call, end, compression) = (self.call, self.end, self.compression);
+            self.captured = Some(Captured { call, end, compression });
         }
     }
 

@@ -197,7 +197,10 @@ impl ParamAverager {
         // SAFETY: the tables describe the tensors of the caller's promise; all other memory is this
         // averager's or kept by `agreement`.
         match unsafe { stage::start(&mut self.own.engine, average, stage) } {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                self.note_captured();
+                Ok(())
+            }
             Err(refused @ Unstarted::Refused { .. }) => {
                 (self.anchor, self.reference) = before; // nothing was launched
                 Err(refusal.unwrap_or_else(|| self.unstarted(refused)))

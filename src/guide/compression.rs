@@ -69,9 +69,18 @@
 //! # With other options
 //! * By the ring, which [`Algorithm::Auto`](crate::Algorithm::Auto) then means, all or nothing, for
 //!   tensors of f32 alone. Values that are not finite are always rejected, and so are differences
-//!   that f32 does not hold. A stage, [overlap](crate::Builder::overlap), and an outer optimizer
-//!   that [keeps a share](crate::Outer::keeping), are refused.
-//! * Memory: 8 bytes for each element on every rank, for the reference and the residual.
+//!   that f32 does not hold. A stage, and an outer optimizer that
+//!   [keeps a share](crate::Outer::keeping), are refused.
+//! * [`Overlap`](crate::Overlap): averages of copies and of fragments are coded, with a reference
+//!   and residuals of each fragment's own, which averages of other fragments do not change, also
+//!   where they fail. The difference of a copy from the reference is what travels, and a rank adds
+//!   that of the new reference from its copy: so references are the same on all ranks, though
+//!   their tensors differ. A rank that drops an average, by
+//!   [`drop_overlapped`](crate::ParamAverager::drop_overlapped), has its reference all the same.
+//!   While there is no reference, a due average is of the whole model, in full, and training waits
+//!   for it; [`start_overlapped`](crate::ParamAverager::start_overlapped) is refused.
+//! * Memory: 8 bytes for each element on every rank, for the reference and the residual. Overlap
+//!   needs no more than it does without a code.
 //! * In full, with no code, are averages that give the ranks values to begin with, as those of
 //!   [`build`](crate::Builder::build) and [`broadcast`](crate::ParamAverager::broadcast), and the
 //!   first average after a recovery, after a join, with [`Start::Own`](crate::Start::Own) after
@@ -85,4 +94,5 @@
 //!   joins, and a saved state does not have it: each costs the error of one average at most.
 //! * [`Outer`](crate::Outer): the step is made from exact parameters in f32, and its result is what
 //!   is sent.
+//! * A CUDA graph replays a coded average, whatever averages in full are made between its replays.
 //! * [`Schedule::budget`](crate::Schedule::budget) counts the bytes that travel.

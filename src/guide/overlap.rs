@@ -48,11 +48,15 @@
 //! 0, α 0.
 //!
 //! Fragments are parts of neighbouring tensors, of about as many bytes each. Each has its own due
-//! step, weights, and part of the outer optimizer's state.
+//! step, weights, and part of the outer optimizer's state. With
+//! [compression](super::compression), which is for the same slow links, each has its own reference
+//! and residuals, too: Streaming DiLoCo with 8 bits for an element where the paper has 4.
 //! [`sync`](crate::LocalSgd::sync), [`finish`](crate::LocalSgd::finish), a recovery, the steps of a
 //! warm-up, and the average after which a process joins are of the whole model, and training waits.
 //! [`flush`](crate::LocalSgd::flush) adds a result before its time, for an evaluation or a
-//! checkpoint. [`done`](crate::LocalSgd::done) and schedules that adapt H are refused.
+//! checkpoint. [`done`](crate::LocalSgd::done) and schedules that adapt H are refused. A schedule
+//! that does not fit is an error at its first due average: where ranks have different schedules, on
+//! all of them ([`Error::SchedulesDiffer`](crate::Error::SchedulesDiffer) where it fits).
 //!
 //! # States, and what can go wrong
 //!
@@ -60,7 +64,7 @@
 //! |---|---|---|
 //! | copied; not all ranks have come | the error of `step` τ steps later, on every rank | unchanged |
 //! | summing, before the commit | the same | unchanged |
-//! | committed; results are written to s | the ranks that are left have made the outer step, or none has; a rank whose s is incomplete gets the error | unchanged |
+//! | committed; results are written to s, or to the reference of a code | the ranks that are left have made the outer step, or none has; a rank whose s is incomplete gets the error | unchanged |
 //! | done; not added yet | nothing that happens to peers; the rank's own tensors, which can't be lent or have changed, are its own error | unchanged, or all of it added |
 //!
 //! So an error leaves every tensor as training has left it, whatever its phase (but for

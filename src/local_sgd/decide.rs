@@ -75,6 +75,7 @@ impl LocalSgd {
             schedule: self.schedule(),
             course: self.decisions.course,
             rate: self.rate_at(place),
+            unfit: self.refusal_at(place).map(|_| self.rank()),
         }
     }
 

@@ -31,14 +31,16 @@ impl LocalSgd {
         if !overlap.is_on() || self.is_alone() {
             return self.make_whole(params, false);
         }
-        if let Some(error) = self.refusal_of_overlap() {
-            return Err(error);
+        if self.refusal_of_overlap().is_some() {
+            // Of the whole model, and refused by all ranks: see `refusal_at`.
+            return self.average(params, self.position(), None, true);
         }
-        // A joiner gets a model that all ranks have, and the steps of an outer optimizer begin from
-        // one. No average that gives it is enqueued.
-        let has_anchor = self.enqueued.is_some() || self.averager.has_anchor();
+        // A joiner gets a model that all ranks have. The steps of an outer optimizer, and what is
+        // coded, begin from one; no average that gives it is enqueued.
+        let has_begun = self.enqueued.is_some()
+            || (self.averager.has_anchor() && self.averager.has_reference());
         let fragment = match due {
-            _ if self.admits_next || self.is_in_warmup() || !has_anchor => {
+            _ if self.admits_next || self.is_in_warmup() || !has_begun => {
                 return self.make_whole(params, true)
             }
             Due::Whole => None,
@@ -67,8 +69,11 @@ impl LocalSgd {
     }
 
     /// Error of a schedule that does not fit the overlap.
-    fn refusal_of_overlap(&self) -> Option<Error> {
+    pub(super) fn refusal_of_overlap(&self) -> Option<Error> {
         let overlap = self.averager.overlap();
+        if !overlap.is_on() {
+            return None;
+        }
         let h = self.decisions.course.local_steps;
         let fragments = u64::from(overlap.fragments);
         let (found, expected) = if self.schedule().adapts() {

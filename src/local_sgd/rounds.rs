@@ -22,13 +22,9 @@ impl LocalSgd {
         if self.is_alone() {
             return Ok(Action::Alone);
         }
-        if self.schedule().needs_telemetry() && !self.averager.has_telemetry() {
-            return Err(Error::InvalidOption {
-                rank: self.rank(),
-                option: "telemetry",
-                found: format!("false, with the schedule {}", self.schedule()),
-                expected: "true: the schedule depends on what averages change",
-            });
+        let refusal = self.refusal_at(place).or_else(|| self.refusal_of_telemetry());
+        if let Some(refusal) = refusal.clone().filter(|_| !place::is_step(place)) {
+            return Err(refusal);
         }
         // Peers that have asked for its outcome before do not make this average without this rank.
         let earlier = match self.settle() {
@@ -37,17 +33,42 @@ impl LocalSgd {
         };
         // After `settle`, which sets it: so it is the same on all ranks, whether they have asked
         // for the outcome of the last average before or not.
-        let waits = waits | std::mem::take(&mut self.admits_next);
+        let waits = waits | std::mem::take(&mut self.admits_next) | refusal.is_some();
         self.decisions.before(place);
         self.averager.set_course(self.decisions.course);
         let made = match waits || !self.averager.is_on_stream() {
             true => self.made(params, place, fragment),
             false => self.enqueue(params, place, fragment),
         };
+        let made = match (refusal, made) {
+            // Its peers have got `SchedulesDiffer`.
+            (Some(refusal), Err(error)) if !error.is_fatal() => Err(refusal),
+            (Some(refusal), Ok(action)) => Err(action.after(refusal)),
+            (_, made) => made,
+        };
         match earlier {
             Some(cause) => made.and_then(|action| Err(action.after(cause))),
             None => made,
         }
+    }
+
+    /// Error of a schedule that does not fit the options of its averager. At a due average this
+    /// rank takes part, with a reason that no other rank has, so that its peers learn of it.
+    pub(super) fn refusal_at(&self, place: u64) -> Option<Error> {
+        if !place::is_step(place) || self.is_alone() {
+            return None;
+        }
+        self.refusal_of_overlap().or_else(|| self.refusal_of_telemetry())
+    }
+
+    fn refusal_of_telemetry(&self) -> Option<Error> {
+        let lacks = self.schedule().needs_telemetry() && !self.averager.has_telemetry();
+        lacks.then(|| Error::InvalidOption {
+            rank: self.rank(),
+            option: "telemetry",
+            found: format!("false, with the schedule {}", self.schedule()),
+            expected: "true: the schedule depends on what averages change",
+        })
     }
 
     fn made(

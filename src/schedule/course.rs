@@ -176,6 +176,9 @@ pub(crate) struct Reason {
     pub(crate) course: Course,
     /// Learning rate, if the schedule depends on it and this is the average of a step.
     pub(crate) rate: Option<Rate>,
+    /// Number of this rank if its schedule does not fit the averager's options. The reason differs
+    /// from that of every other rank then, so that no rank averages.
+    pub(crate) unfit: Option<usize>,
 }
 
 /// Learning rate of the step before an average.
@@ -199,9 +202,21 @@ impl Reason {
             Some(Rate::Known(rate)) => (1, rate.to_bits()),
             Some(Rate::Unusable { rank }) => (2, rank as u64),
         };
+        let unfit = self.unfit.map_or(0, |rank| rank as u64 + 1);
         let Course { anchor, local_steps, .. } = self.course;
-        let words =
-            [rule, first, second, warmup, at_most, place, anchor, local_steps, of_rate, rate];
+        let words = [
+            rule,
+            first,
+            second,
+            warmup,
+            at_most,
+            place,
+            anchor,
+            local_steps,
+            of_rate,
+            rate,
+            unfit,
+        ];
         fnv1a(words.iter().flat_map(|word| word.to_le_bytes())) | 1
     }
 
@@ -224,9 +239,13 @@ impl fmt::Display for Reason {
             write!(f, ", with H = {local_steps} from step {anchor}")?;
         }
         match self.rate {
+            None => {}
+            Some(Rate::Known(rate)) => write!(f, " and learning rate {rate}")?,
+            Some(Rate::Unusable { .. }) => write!(f, " and no learning rate")?,
+        }
+        match self.unfit {
             None => Ok(()),
-            Some(Rate::Known(rate)) => write!(f, " and learning rate {rate}"),
-            Some(Rate::Unusable { .. }) => write!(f, " and no learning rate"),
+            Some(_) => write!(f, ", which does not fit its averager's options"),
         }
     }
 }

@@ -93,7 +93,7 @@ fn schedules_show_as_they_are_built() {
 
 /// Position 4 of a schedule, as the reason to average.
 fn reason(schedule: Schedule) -> Reason {
-    Reason { schedule, course: begun(schedule, 4), rate: None }
+    Reason { schedule, course: begun(schedule, 4), rate: None, unfit: None }
 }
 
 #[test]
@@ -122,6 +122,8 @@ fn digests_tell_schedules_decisions_rates_and_places_apart() {
         rate(Rate::Known(0.2)).digest(8),
         rate(Rate::Unusable { rank: 0 }).digest(8),
         rate(Rate::Unusable { rank: 1 }).digest(8),
+        Reason { unfit: Some(0), ..a }.digest(8),
+        Reason { unfit: Some(1), ..a }.digest(8),
         0,
     ];
     for (i, x) in digests.iter().enumerate() {
@@ -133,6 +135,10 @@ fn digests_tell_schedules_decisions_rates_and_places_apart() {
 fn reasons_name_what_was_decided() {
     let shown = |schedule, rate, place| Reason { rate, ..reason(schedule) }.at(place);
     assert_eq!(shown(Schedule::every(4), None, 4), "after step 4 of every(4)");
+    assert_eq!(
+        Reason { unfit: Some(2), ..reason(Schedule::every(4)) }.at(4),
+        "after step 4 of every(4), which does not fit its averager's options"
+    );
     assert_eq!(
         shown(Schedule::every(3), None, place::FINISH),
         "in `sync` or `finish` after step 4 of every(3)"
@@ -273,7 +279,7 @@ proptest! {
         for between in (step.saturating_add(1)..next).take(20) {
             prop_assert!(!is_due(between));
         }
-        let reason = Reason { schedule, course, rate: None };
+        let reason = Reason { schedule, course, rate: None, unfit: None };
         prop_assert_ne!(reason.digest(step), 0);
     }
 
@@ -321,7 +327,7 @@ proptest! {
                 ranks.iter_mut().for_each(|rank| rank.before(place));
                 let digest = |rank: &Decisions| {
                     let Decisions { schedule, course, .. } = rank.clone();
-                    Reason { schedule, course, rate: None }.digest(place)
+                    Reason { schedule, course, rate: None, unfit: None }.digest(place)
                 };
                 let digests: Vec<u64> = ranks.iter().map(digest).collect();
                 prop_assert!(digests.iter().all(|&digest| digest == digests[0]), "{ranks:?}");

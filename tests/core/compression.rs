@@ -133,7 +133,7 @@ impl Case {
 }
 
 /// All values, and zeros where a pack has no element.
-fn padded(model: &[Guarded]) -> Values {
+pub fn padded(model: &[Guarded]) -> Values {
     let of = |tensor: &Guarded| {
         let mut values: Values = (0..tensor.elements).map(|i| tensor.get(i) as f32).collect();
         values.resize(values.len().next_multiple_of(4), 0.0);

@@ -84,6 +84,13 @@ impl Oracle {
         }
     }
 
+    /// An average in full that has given all ranks these values, and the outer steps their begin.
+    pub fn restart(&mut self, values: Vec<f32>) {
+        self.forget();
+        self.target.clone_from(&values);
+        self.reference = values;
+    }
+
     /// What the ranks have after an average of these values.
     pub fn average(&mut self, values: &[Vec<f32>], weights: Option<&[f64]>) {
         let shares = shares(values.len(), weights);

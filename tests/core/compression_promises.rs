@@ -161,9 +161,6 @@ fn what_can_not_be_coded_is_refused() {
     refused("all_or_nothing", "false, with Compression::Int8", |b| b.all_or_nothing(false));
     refused("reject_non_finite", "false, with Compression::Int8", |b| b.reject_non_finite(false));
     refused("stage", "one, with Compression::Int8", |builder| builder.stage(|_| Ok(())));
-    refused("overlap", "fragments 2, delay 0, alpha 0, with Compression::Int8", |builder| {
-        builder.overlap(param_averager::Overlap::default().fragments(2))
-    });
     refused("outer", "sgd(1).keeping(0.5), with Compression::Int8", |builder| {
         builder.outer(Outer::ease(0.5))
     });
@@ -181,18 +178,18 @@ fn what_can_not_be_coded_is_refused() {
     });
 }
 
-/// The reference and the residual are all that compression adds.
+/// The reference and the residual, with a word for each channel, are all that compression adds.
 #[test]
 fn memory_is_8_bytes_for_an_element() {
     const N: usize = 1 << 16;
     let of = |code| {
         ranks(2, move |communicator| {
             let builder = ParamAverager::builder(communicator).compression(code);
-            let builder = builder.algorithm(param_averager::Algorithm::Ring);
+            let builder = builder.algorithm(param_averager::Algorithm::Ring).channels(2);
             builder.build(&mut vec![0.0f32; N]).unwrap().memory_overhead()
         })[0]
     };
-    assert_eq!(of(Compression::Int8) - of(Compression::None), 8 * N);
+    assert_eq!(of(Compression::Int8) - of(Compression::None), 8 * N + 2 * 4);
 }
 
 /// A rank without a peer has nothing to send.

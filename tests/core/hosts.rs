@@ -219,12 +219,15 @@ fn a_value_that_is_not_finite_stops_all_hosts() {
 }
 
 #[test]
-fn a_sum_that_only_all_hosts_make_too_large_is_refused() {
+fn values_that_are_equal_on_all_hosts_stay_as_they_are() {
     let averages = two_averages(|_, _, averager, model| {
-        model[0] = f32::MAX;
-        averager.average(model) // of equal values, it is one
+        model.fill(f32::MAX); // whose sum is too large
+        model[1] = 0.1;
+        averager.average(model)
     });
-    assert!(averages.iter().flatten().all(|each| each[0].0.is_ok() && each[0].1[0] == f32::MAX));
+    for [made, _] in averages.iter().flatten() {
+        assert!(made.0.is_ok() && made.1[0] == f32::MAX && made.1[1] == 0.1);
+    }
 }
 
 #[test]
@@ -396,7 +399,7 @@ fn done_is_refused() {
 fn options_that_do_not_fit_are_refused() {
     use param_averager::Algorithm::Direct;
     type With = fn(Builder) -> Builder;
-    let refused: [(With, &str); 6] = [
+    let refused: [(With, &str); 7] = [
         (|builder| builder.algorithm(Direct), "`algorithm` is Direct, with 2 hosts"),
         (|builder| builder.all_or_nothing(false), "`all_or_nothing` is false, with 2 hosts"),
         (|builder| builder.start_from(Start::Own), "`start_from` is Own, with 2 hosts"),
@@ -408,6 +411,13 @@ fn options_that_do_not_fit_are_refused() {
                 builder.hosts(link, Hierarchy::Outer { every: 0 })
             },
             "`hosts` is Outer { every: 0 }: every: 1 or more",
+        ),
+        (
+            |builder| {
+                let link = ThreadHosts::new(2, 1).remove(0).remove(0);
+                builder.hosts(link, Hierarchy::Outer { every: 2 }).outer(Outer::diloco())
+            },
+            "with 2 hosts: Outer::mean with Hierarchy::Outer",
         ),
     ];
     for (with, text) in refused {
@@ -488,4 +498,149 @@ fn a_rank_that_is_lost_ends_the_averages_of_all_hosts() {
         )
     };
     assert!(results[0].iter().all(lost), "{results:?}");
+}
+
+/// Hosts that fail alone keep the beat of averages of all, and `finish` is one of them.
+#[test]
+fn hosts_keep_the_beat_and_finish_together() {
+    let results = on_hosts(2, 2, |host, communicator, link| {
+        let rank = communicator.rank();
+        let mut model = vec![0.0f32; 100];
+        let hierarchy = Hierarchy::Outer { every: 3 };
+        let builder = ParamAverager::builder(communicator).hosts(link, hierarchy);
+        let mut sgd = LocalSgd::new(builder.build(&mut model).unwrap(), Schedule::every(1));
+        let mut hosts = vec![];
+        for step in 1..=8 {
+            model.fill((2 * host + rank) as f32);
+            if (host, rank, step) == (1, 0, 2) {
+                model[7] = f32::NAN;
+            }
+            hosts.push(match sgd.step(&mut model) {
+                Ok(action) => action.report().unwrap().hosts,
+                Err(error) => {
+                    assert!(matches!(error, Error::NonFinite { rank: 0, .. }), "{error}");
+                    0
+                }
+            });
+        }
+        let before = model[0];
+        let last = sgd.finish(&mut model).unwrap();
+        (hosts, before, last.report().map(|report| report.hosts), model[0])
+    });
+    for (host, ranks) in results.iter().enumerate() {
+        for (hosts, before, last, after) in ranks {
+            let second = if host == 1 { 0 } else { 1 };
+            assert_eq!(*hosts, [1, second, 2, 1, 1, 2, 1, 1]);
+            // Two averages of one host have come since the last of all.
+            assert_eq!((*before, *last, *after), (2.0 * host as f32 + 0.5, Some(2), 1.5));
+        }
+    }
+}
+
+/// Hosts without a step since the last average: none needs one, or they are told of the others'.
+#[test]
+fn hosts_without_steps_need_no_average() {
+    let results = on_hosts(2, 2, |host, communicator, link| {
+        let mut model = vec![1.0f32; 100];
+        let builder = builder(communicator, link).outer(Outer::diloco());
+        let mut sgd = LocalSgd::new(builder.build(&mut model).unwrap(), Schedule::every(2));
+        for step in 0..4 {
+            model.iter_mut().for_each(|value| *value += (host + step) as f32);
+            sgd.step(&mut model).unwrap();
+        }
+        let trained = model.clone();
+        // No outer step is made once more.
+        assert!(matches!(sgd.finish(&mut model), Ok(param_averager::Action::Unneeded)));
+        assert_eq!(model, trained);
+        if host == 0 {
+            sgd.step(&mut model).unwrap();
+        }
+        sgd.finish(&mut model).unwrap_err()
+    });
+    let told = Error::HostsDiffer {
+        host: 1,
+        found: "made no step since its last average".into(),
+        expected: "made steps".into(),
+    };
+    assert!(results.iter().flatten().all(|error| *error == told), "{results:?}");
+}
+
+#[test]
+fn an_abort_ends_the_waits_for_other_hosts() {
+    let results = on_hosts(2, 2, |host, communicator, link| {
+        let mut model = vec![1.0f32; 100];
+        let rank = communicator.rank();
+        let mut averager = builder(communicator, link).build(&mut model).unwrap();
+        let start = std::time::Instant::now();
+        if host == 1 {
+            std::thread::sleep(Duration::from_millis(1500));
+        } else if rank == 0 {
+            let handle = averager.abort_handle();
+            std::thread::spawn(move || {
+                std::thread::sleep(Duration::from_millis(300));
+                handle.abort();
+            });
+        }
+        let error = averager.average(&mut model).unwrap_err();
+        (error, start.elapsed())
+    });
+    for (error, waited) in &results[0] {
+        assert!(matches!(error, Error::Aborted { .. }), "{error}");
+        assert!(*waited < Duration::from_millis(1400), "{waited:?}");
+    }
+    let lost = |(error, _): &(Error, Duration)| matches!(error, Error::HostLost { .. });
+    assert!(results[1].iter().all(lost), "{results:?}");
+}
+
+/// A host of one rank whose tensors can't be lent takes part to say so.
+#[test]
+fn a_failed_loan_on_a_host_of_one_rank_is_told() {
+    struct Fails(Vec<f32>, bool);
+    impl param_averager::Lend for Fails {
+        fn lend(
+            &mut self,
+            average: &mut dyn FnMut(param_averager::Loan<'_>),
+        ) -> Result<(), param_averager::LendError> {
+            if std::mem::take(&mut self.1) {
+                return Err(param_averager::LendError::new("locked elsewhere"));
+            }
+            average(param_averager::Loan::new(&mut self.0));
+            Ok(())
+        }
+    }
+    let results = on_hosts(2, 1, |host, communicator, link| {
+        let mut model = Fails(vec![host as f32; 10], false);
+        let mut averager = builder(communicator, link).build(&mut model).unwrap();
+        model = Fails(vec![host as f32; 10], host == 1);
+        let error = averager.average(&mut model).unwrap_err();
+        averager.average(&mut model).unwrap();
+        assert_eq!(model.0, [0.5; 10]);
+        error
+    });
+    assert_eq!(results[0][0], Error::HostRefused { host: 1 });
+    assert!(matches!(results[1][0], Error::LendFailed { rank: 0, .. }), "{:?}", results[1][0]);
+}
+
+/// Values of another host than 0 do not count where all begin with those of host 0.
+#[test]
+fn a_broadcast_mends_a_host_with_values_that_are_not_finite() {
+    on_hosts(2, 2, |host, communicator, link| {
+        let start = if host == 1 { f32::NAN } else { 3.0 };
+        let mut model = vec![start; 100];
+        let mut averager = builder(communicator, link).build(&mut model).unwrap();
+        assert_eq!(model, [3.0; 100]);
+        model.fill(start);
+        averager.broadcast(1, &mut model).unwrap();
+        assert_eq!(model, [3.0; 100]);
+    });
+}
+
+#[test]
+fn ranks_that_recover_are_refused() {
+    on_hosts(2, 1, |_, communicator, link| {
+        let mut model = vec![0.0f32; 10];
+        let mut averager = builder(communicator, link).build(&mut model).unwrap();
+        let error = averager.admit_joiner(&mut model).unwrap_err().to_string();
+        assert!(error.contains("restart all hosts from a checkpoint"), "{error}");
+    });
 }

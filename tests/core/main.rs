@@ -4,6 +4,7 @@ mod accuracy;
 mod average;
 mod compression;
 mod compression_oracle;
+mod compression_overlap;
 mod compression_promises;
 mod equal;
 mod exchange;

@@ -115,18 +115,18 @@ impl Case {
     }
 }
 
-/// Tensors of each fragment: a tensor belongs to the one in which its middle lies.
-fn fragments(case: &Case) -> Vec<Range<usize>> {
-    let bytes = |&(dtype, elements, _): &(Dtype, usize, usize)| dtype.size() * elements;
-    let all: usize = case.tensors.iter().map(bytes).sum();
+/// Tensors of each fragment, of tensors of these bytes: one belongs to the fragment in which its
+/// middle lies.
+pub fn fragments(bytes: &[usize], fragments: u32) -> Vec<Range<usize>> {
+    let (all, parts): (usize, usize) = (bytes.iter().sum(), fragments as usize);
     let mut before = 0;
-    let of = case.tensors.iter().map(|tensor| {
-        before += bytes(tensor);
-        (2 * before - bytes(tensor)) * case.fragments as usize / (2 * all)
+    let of = bytes.iter().map(|bytes| {
+        before += bytes;
+        (2 * before - bytes) * parts / (2 * all)
     });
     let of: Vec<usize> = of.collect();
     let first = |fragment: usize| of.partition_point(|&other| other < fragment);
-    (0..case.fragments as usize).map(|fragment| first(fragment)..first(fragment + 1)).collect()
+    (0..parts).map(|fragment| first(fragment)..first(fragment + 1)).collect()
 }
 
 /// Against plain averages of the same values, by an averager of its own for each fragment.
@@ -135,7 +135,9 @@ fn check(case: &Case) {
         let mut random = Random(case.seed + communicator.rank() as u64);
         let mut model = case.model();
         model.iter_mut().for_each(|tensor| tensor.fill_random(&mut Random(case.seed)));
-        let ranges = fragments(case);
+        let bytes = |&(dtype, elements, _): &(Dtype, usize, usize)| dtype.size() * elements;
+        let bytes: Vec<usize> = case.tensors.iter().map(bytes).collect();
+        let ranges = fragments(&bytes, case.fragments);
         let mut references: Vec<ParamAverager> = vec![];
         for range in &ranges {
             let builder = case.builder(communicator.clone());

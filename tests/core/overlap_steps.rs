@@ -194,6 +194,73 @@ fn schedules_that_do_not_fit_are_errors() {
     }
 }
 
+/// A schedule that does not fit on one rank alone is an error on all ranks, before any of them
+/// waits for its timeout, and no tensor changes.
+#[test]
+fn a_schedule_that_does_not_fit_on_one_rank_is_told_to_all() {
+    let (fits, unfit) = (Schedule::every(4), Schedule::every(1));
+    let cases = [
+        (Overlap::default().fragments(2), fits, unfit, "2 fragments, with H = 1"),
+        (Overlap::default().fragments(2).delay(1), fits, unfit, "2 fragments, with H = 1"),
+        (Overlap::default().delay(4), fits, unfit, "delay 4, with H = 1"),
+        (Overlap::default().delay(1), fits, Schedule::overhead(0.1), "with overhead(0.1)"),
+        // Telemetry is an option of the averager, which all ranks have alike.
+        (Overlap::default(), fits, Schedule::divergence(0.1), "with the schedule divergence"),
+    ];
+    for (overlap, fits, unfit, expected) in cases {
+        ranks(3, |communicator| {
+            let rank = communicator.rank();
+            let mut model = vec![vec![0.0f32; 10]; 9];
+            let builder = ParamAverager::builder(communicator).allow_unnamed().overlap(overlap);
+            let averager = builder.build(&mut model).unwrap();
+            let mut sgd = LocalSgd::new(averager, if rank == 1 { unfit } else { fits });
+            let error = (0..20).find_map(|_| {
+                step(rank, &mut model);
+                let before = model.clone();
+                let error = sgd.step(&mut model).err()?;
+                assert_eq!(model, before);
+                Some(error)
+            });
+            let error = error.unwrap();
+            let text = error.to_string();
+            match rank {
+                1 => {
+                    assert!(matches!(error, Error::InvalidOption { rank: 1, .. }), "{text}");
+                    assert!(text.contains(expected), "{text}");
+                }
+                _ => assert!(matches!(error, Error::SchedulesDiffer { rank: 1, .. }), "{text}"),
+            }
+            assert_eq!(error.tensors(), TensorState::Unchanged);
+        });
+    }
+}
+
+/// Ranks that are done take part in averages of any schedule, but not in one that is refused.
+#[test]
+fn a_schedule_that_does_not_fit_is_told_to_ranks_that_are_done() {
+    ranks(3, |communicator| {
+        let (rank, mut model) = (communicator.rank(), vec![vec![0.0f32; 10]]);
+        let averager = ParamAverager::builder(communicator).build(&mut model).unwrap();
+        let unfit = rank == 1;
+        let schedule = if unfit { Schedule::divergence(0.1) } else { Schedule::every(99) };
+        let mut sgd = LocalSgd::new(averager, schedule);
+        let error = (0..10).find_map(|_| {
+            step(rank, &mut model);
+            sgd.step(&mut model).err()
+        });
+        let before = model.clone();
+        let error = error.unwrap_or_else(|| sgd.done(&mut model).unwrap_err());
+        let (option, differ) = (
+            matches!(error, Error::InvalidOption { option: "telemetry", .. }),
+            matches!(error, Error::SchedulesDiffer { .. } | Error::CallsDiffer { .. }),
+        );
+        assert_eq!((option, differ), (unfit, !unfit), "{error}");
+        assert_eq!(error.tensors(), TensorState::Unchanged);
+        assert_eq!(model, before);
+        assert_eq!(model[0], [10.0 * (rank + 1) as f32; 10]);
+    });
+}
+
 /// DiLoCo, and its streaming kinds: all ranks end with one model, near the minimum of their mean.
 #[test]
 fn it_learns_with_an_outer_optimizer() {

@@ -128,6 +128,13 @@ pub fn averages_of_copies_have_the_bits_of_the_cpu() {
     scenario("overlap-devices", &[&[("CUDASIM_DEVICES", "2")]]);
 }
 
+pub fn coded_averages_of_copies_have_the_bits_of_the_cpu() {
+    scenario(
+        "coded-copies-devices",
+        &[&[TWO, ("CUDASIM_SEED", "1")], &[TWO, ("CUDASIM_RACE", "1")]],
+    );
+}
+
 pub fn averages_of_copies_are_ordered_with_a_stream() {
     scenario("overlap-streams", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
 }
@@ -216,6 +223,13 @@ pub fn averages_in_graphs_are_replayed() {
 pub fn slices_of_cudarc_are_averaged_in_order() {
     scenario("interop", &[&[ONE, ("CUDASIM_DELAY", "30")], &[ONE, ("CUDASIM_RACE", "1")]]);
     scenario("interop-devices", &[&[("CUDASIM_DEVICES", "2")]]);
+}
+
+pub fn coded_averages_in_graphs_are_replayed() {
+    scenario(
+        "coded-graphs-devices",
+        &[&[TWO, ("CUDASIM_DELAY", "30")], &[TWO, ("CUDASIM_RACE", "1")]],
+    );
 }
 
 pub fn graph_refusals_are_errors_of_the_capture() {

@@ -1,5 +1,6 @@
 //! Averages of processes on CUDA devices: links, refusals, kills and joins.
 
+pub mod coded;
 pub mod outer;
 mod ranks;
 

@@ -24,7 +24,9 @@ fn main() -> ExitCode {
     #[cfg(target_os = "linux")]
     if let Ok(role) = std::env::var(test_support::process::ROLE) {
         test_support::process::exit_as(move || match role.as_str() {
-            role @ ("devices" | "abort" | "threads" | "captures") => cuda_processes::rank(role),
+            role @ ("devices" | "abort" | "threads" | "captures" | "coded-copies") => {
+                cuda_processes::rank(role)
+            }
             "unkind" => unkind::process(),
             role => test_support::rank::run(role),
         });
@@ -49,6 +51,7 @@ fn main() -> ExitCode {
         cuda::outer_calls_that_differ_are_an_error_on_every_rank: driver,
         cuda::outer_states_are_saved_and_loaded: driver,
         cuda::averages_of_copies_have_the_bits_of_the_cpu: driver,
+        cuda::coded_averages_of_copies_have_the_bits_of_the_cpu: driver,
         cuda::averages_of_copies_are_ordered_with_a_stream: driver,
         cuda::averages_have_no_race: driver,
         cuda::refusals_reach_every_rank: driver,
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         cuda::links_have_no_race: driver,
         cuda::failures_between_devices_are_typed_and_change_nothing: driver,
         cuda::averages_in_graphs_are_replayed: driver,
+        cuda::coded_averages_in_graphs_are_replayed: driver,
         cuda::graph_refusals_are_errors_of_the_capture: driver,
         cuda::captures_elsewhere_refuse_only_what_they_must: strict_driver,
         cuda::failing_device_is_reported_to_peers_and_waits_for_none: strict_driver,
@@ -91,6 +95,7 @@ fn main() -> ExitCode {
         cuda_processes::kill_of_a_joiner_leaves_members_running: driver,
         cuda_processes::a_process_joins_processes_on_devices: driver,
         cuda_processes::stopped_process_disturbs_no_peer_when_it_resumes: driver,
+        cuda_processes::coded::coded_averages_have_the_bits_of_the_cpu: driver,
         cuda_processes::outer::kills_carry_the_velocity_over: driver,
         cuda_processes::outer::a_joiner_takes_over_its_shard_of_the_velocity: driver,
         cuda_processes::outer::a_capture_before_the_first_average_since_a_recovery_is_refused:

@@ -250,6 +250,16 @@ tests! {
         COOP, ROOM, SHORT, BLOCKING, QUEUES_AND_WAITS, DISPLAY_AND_WAITS,
     ].map(|mode| cases(&["overlap-streams", "overlap-devices"], mode)).concat();
 
+    /// Coded averages: on one device and between two, after failures, of copies and in graphs.
+    coded_averages: "A1-A4", [
+        [COOP, QUEUES_AND_WAITS].map(|mode| cases(&["coded", "coded-devices"], mode)).concat(),
+        cases(&["coded-devices"], ROOM),
+        [SHORT, BLOCKING, DISPLAY_AND_WAITS]
+            .map(|mode| cases(&["coded-devices", "coded-failures"], mode)).concat(),
+        [COOP, ROOM, SHORT, BLOCKING, QUEUES_AND_WAITS, DISPLAY_AND_WAITS]
+            .map(|mode| cases(&["coded-copies-devices", "coded-graphs-devices"], mode)).concat(),
+    ].concat();
+
     /// The other scenarios of this program, where grids take turns.
     scenarios_with_cooperative_grids_that_take_turns: "A1",
         [cases(&FEW, COOP), cases(&["averages", "links", "link-failures"], COOP)].concat();

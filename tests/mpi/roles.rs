@@ -117,7 +117,7 @@ fn cut() -> Result<(), Error> {
         let unchanged = model.iter().all(|&value| value == (own + round) as f32);
         assert!(unchanged, "rank {own}: {error}");
         assert!(!error.is_fatal());
-        println!("rank {own} unchanged after {:?}: {error}", waited.as_secs());
+        println!("rank {own} unchanged in round {round} after {} s: {error}", waited.as_secs());
         break;
     }
     Ok(())
@@ -134,7 +134,10 @@ fn killed() -> Result<(), Error> {
     let mut averager = short(builder).build(&mut model)?;
     for round in 0.. {
         if (own, round) == (1, 20) {
-            // SAFETY: no memory is involved.
+            println!("rank 1 dies after {round} averages");
+            std::io::stdout().flush().unwrap();
+            std::thread::sleep(Duration::from_millis(500)); // mpirun reads it
+                                                            // SAFETY: no memory is involved.
             unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
         }
         averager.average(&mut model)?;

@@ -20,12 +20,25 @@ fn check_done(ranks: &mut [RankProcess], alive: &[usize]) {
 
 /// Random kills: the others go on from equal values, and every element is within its bound.
 pub fn kills_leave_equal_values_within_their_bound() {
+    kills(&[]);
+}
+
+/// The same where every other average is of a copy.
+pub fn kills_in_averages_of_copies_leave_values_within_their_bound() {
+    kills(&COPIES);
+}
+
+/// Variable of a role whose averages are of copies in part.
+const COPIES: [(&str, &str); 1] = [("PA_TEST_COPIES", "1")];
+
+fn kills(more: &[(&'static str, &str)]) {
+    let more: Vec<_> = more.iter().map(|&(name, value)| (name, value.to_owned())).collect();
     let runs = count(4, 400);
     let mut chance = Random(seed());
     let mut kills = 0;
     for _ in 0..runs {
         let (n, pause) = (3 + chance.below(2) as usize, Duration::from_millis(20));
-        let (mut ranks, alive) = start_and_kill("coded", n, &mut chance, pause, |_| vec![]);
+        let (mut ranks, alive) = start_and_kill("coded", n, &mut chance, pause, |_| more.clone());
         kills += n - alive.len();
         check_done(&mut ranks, &alive);
     }
@@ -34,6 +47,15 @@ pub fn kills_leave_equal_values_within_their_bound() {
 
 /// Kills before the steps of a coded average, `stride` apart.
 pub fn kill_at_any_step_of_a_coded_average() {
+    kill_at_any_step(&[]);
+}
+
+/// The same of a copy: no tensor of a survivor has changed, which the role asserts.
+pub fn kill_at_any_step_of_a_coded_average_of_a_copy() {
+    kill_at_any_step(&COPIES);
+}
+
+fn kill_at_any_step(more: &[(&'static str, &str)]) {
     let (n, stride) = (3, (7 / count(1, 7)).max(1));
     let mut steps = 0;
     for dead in 0..n {
@@ -41,7 +63,8 @@ pub fn kill_at_any_step_of_a_coded_average() {
             let mut ranks = start_all("coded", n, |rank| {
                 let dies = (rank == dead).then(|| ("PA_TEST_DIE_AT", step.to_string()));
                 let last = ("PA_TEST_FINAL", (n - 1).to_string());
-                dies.into_iter().chain([last]).collect()
+                let more = more.iter().map(|&(name, value)| (name, value.to_owned()));
+                dies.into_iter().chain([last]).chain(more).collect()
             });
             if ranks[dead].end() == Some(4) {
                 break; // there is no such step

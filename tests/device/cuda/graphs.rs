@@ -263,3 +263,99 @@ fn replay(devices: &[Device], commit: bool) {
         (averager, model, other, seen) // freed when all ranks are done
     });
 }
+
+/// Coded averages in graphs: each replay has the bits of an average that is not captured, and is
+/// told as coded, also after a failure, and after an average in full between two replays.
+pub fn coded() {
+    for code in [Compression::Bf16, Compression::Int8] {
+        for outer in [Outer::mean(), Outer::diloco()] {
+            replay_coded(code, outer);
+        }
+    }
+}
+
+fn replay_coded(code: Compression, outer: Outer) {
+    const ROUNDS: usize = 6;
+    const FAILS: usize = 3;
+    let devices = [0, 1].map(Device::cuda);
+    let all_ready = Barrier::new(devices.len());
+    ranks_of(&devices, |communicator| {
+        let (rank, on) = (communicator.rank(), communicator.device());
+        let new = |seed: usize| Model::new(on, &[(Dtype::F32, ELEMENTS, 0)], seed as u64);
+        let build = |communicator: &Communicator, start, model: &mut Model| {
+            let builder = test_support::options(communicator.clone()).start_from(start);
+            let builder = builder.compression(code).outer(outer).channels(2);
+            builder.timeout(Duration::from_secs(60)).build(model).unwrap()
+        };
+        let mut sources: Vec<Model> = (0..ROUNDS).map(|round| new(10 * round + rank)).collect();
+        let (mut model, mut twins, mut other) = (new(1000), new(1000), [new(2000), new(2000)]);
+        let mut averager = build(&communicator, Start::Rank(0), &mut model);
+        let mut twin = build(&communicator, Start::Rank(0), &mut twins);
+        let stream = CudaContext::new(super::model::ordinal(on)).unwrap().new_stream().unwrap();
+        let raw = stream.cu_stream();
+        // Its average that gave the values was none of a graph.
+        // SAFETY: the stream lives, and nothing runs on it.
+        let none = unsafe { averager.graph_outcome(raw.cast()) };
+        assert!(matches!(none, Err(Error::InvalidOption { option: "stream", .. })), "{none:?}");
+        let mut kept = vec![];
+        if outer == Outer::mean() {
+            let mut without = build(&communicator, Start::Own, &mut other[0]);
+            // SAFETY: own memory and stream, which live until all is done.
+            unsafe {
+                result::stream::begin_capture(raw, MODE).unwrap();
+                let refused = without.start(&mut RawCudaParams::new(raw.cast(), &mut other[0]));
+                let error = refused.map(drop).unwrap_err().to_string();
+                assert!(error.contains("before the first average"), "{error}");
+                let graph = result::stream::end_capture(raw).unwrap();
+                result::graph::destroy(graph).unwrap();
+            }
+            kept.push(without); // its drop is a copy, which the race detector takes for a race
+        }
+        // SAFETY: as above.
+        let graph = unsafe {
+            capture(raw, || {
+                drop(averager.start(&mut RawCudaParams::new(raw.cast(), &mut model)).unwrap());
+            })
+        };
+        all_ready.wait(); // instantiating may wait for the device
+        if rank == 1 {
+            sources[FAILS].set(0, 300, f32::NAN);
+        }
+        for (round, source) in sources.iter_mut().enumerate() {
+            if round == 2 || round == 5 {
+                for (averager, model) in [&mut averager, &mut twin].into_iter().zip(&mut other) {
+                    let report = averager.broadcast(0, model).unwrap();
+                    assert_eq!(report.compression, Compression::None);
+                }
+            }
+            let from = source.tensor_address(0);
+            // SAFETY: as above.
+            let replayed = unsafe {
+                for to in [&mut model, &mut twins].map(|model| model.tensor_address(0)) {
+                    result::memcpy_dtod_async(to, from, 4 * ELEMENTS, raw).unwrap();
+                }
+                sys::cuGraphLaunch(graph, raw).result().unwrap();
+                averager.graph_outcome(raw.cast())
+            };
+            let made = twin.average(&mut twins);
+            match (replayed, made) {
+                (Ok(replayed), Ok(made)) if round != FAILS => {
+                    assert_eq!((replayed.compression, made.compression), (code, code));
+                    assert_eq!(replayed.bytes, made.bytes);
+                }
+                (Err(Error::NonFinite { element: 300, .. }), Err(Error::NonFinite { .. }))
+                    if round == FAILS => {}
+                (replayed, made) => panic!("round {round}: {replayed:?}, {made:?}"),
+            }
+            model.download();
+            twins.download();
+            assert!(model.bytes() == twins.bytes(), "{code:?}, {outer:?}, round {round}");
+            assert!(model.guards_are_whole());
+        }
+        all_ready.wait();
+        // SAFETY: no replay is under way.
+        unsafe { sys::cuGraphExecDestroy(graph) }.result().unwrap();
+        all_ready.wait();
+        (averager, twin, kept, model, twins, other, sources) // freed when all ranks are done
+    });
+}

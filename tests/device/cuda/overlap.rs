@@ -14,7 +14,11 @@ use super::way::shapes;
 /// What each rank's tensors hold after two averages of each fragment, by the model that it began
 /// with. Tensors move between the start and the end of an average.
 fn averaged(devices: &[Device], case: &Case, order: &[usize]) -> Vec<Vec<u8>> {
-    let shapes = shapes();
+    let mut shapes = shapes();
+    if case.compression != Compression::None {
+        shapes.retain(|(dtype, ..)| *dtype == Dtype::F32);
+        shapes.extend([(Dtype::F32, 2000, 1), (Dtype::F32, 900, 0)]); // of the second fragment
+    }
     let results = ranks_of(devices, |communicator| {
         let (rank, on) = (communicator.rank(), communicator.device());
         let data = if on == Device::cpu() { order[rank] } else { rank };
@@ -24,6 +28,7 @@ fn averaged(devices: &[Device], case: &Case, order: &[usize]) -> Vec<Vec<u8>> {
             .algorithm(case.algorithm)
             .start_from(Start::Rank(0))
             .outer(case.outer)
+            .compression(case.compression)
             .overlap(Overlap::default().fragments(2).delay(1).alpha(case.alpha))
             .channels(2)
             .chunk_bytes(4096)
@@ -56,6 +61,7 @@ fn averaged(devices: &[Device], case: &Case, order: &[usize]) -> Vec<Vec<u8>> {
 struct Case {
     algorithm: Algorithm,
     outer: Outer,
+    compression: Compression,
     alpha: f64,
 }
 
@@ -67,10 +73,28 @@ fn compare(devices: &[Device], algorithm: Algorithm) {
         (Outer::diloco(), 0.0),
         (Outer::adam(0.1, 0.9, 0.99, 1e-3), 0.5),
     ] {
-        let case = Case { algorithm, outer, alpha };
-        let gpu = averaged(devices, &case, &order);
-        let cpu = averaged(&vec![Device::cpu(); devices.len()], &case, &order);
-        assert!(gpu == cpu, "{case:?} on {devices:?}: not the bits of the CPU");
+        let case = Case { algorithm, outer, compression: Compression::None, alpha };
+        compare_case(devices, &case, &order);
+    }
+}
+
+fn compare_case(devices: &[Device], case: &Case, order: &[usize]) {
+    let gpu = averaged(devices, case, order);
+    let cpu = averaged(&vec![Device::cpu(); devices.len()], case, order);
+    assert!(gpu == cpu, "{case:?} on {devices:?}: not the bits of the CPU");
+}
+
+/// In code, on one device and on two.
+pub fn in_code() {
+    let algorithm = Algorithm::Ring;
+    for devices in [&[0, 0, 0][..], &[0, 0], &[0, 1, 0, 1]] {
+        let devices: Vec<Device> = devices.iter().map(|&device| Device::cuda(device)).collect();
+        for compression in [Compression::Bf16, Compression::Int8] {
+            for (outer, alpha) in [(Outer::mean(), 0.25), (Outer::diloco(), 0.0)] {
+                let case = Case { algorithm, outer, compression, alpha };
+                compare_case(&devices, &case, &order_of(&devices));
+            }
+        }
     }
 }
 

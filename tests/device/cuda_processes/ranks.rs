@@ -22,7 +22,7 @@ fn fresh(on: Device, rank: usize, round: u64) -> Model {
     Model::new(on, &SHAPES, 100 * round + rank as u64)
 }
 
-fn hash(bytes: &[u8]) -> u64 {
+pub fn hash(bytes: &[u8]) -> u64 {
     fnv1a(bytes.iter().map(|&byte| u64::from(byte)))
 }
 
@@ -33,6 +33,7 @@ pub fn rank(role: &str) -> i32 {
         "abort" => abort(),
         "threads" => threads(),
         "captures" => super::outer::captures(),
+        "coded-copies" => super::coded::rank(),
         _ => averages(),
     };
     match result {

@@ -43,6 +43,7 @@ constexpr Scenario kScenarios[] = {
     {"leave_at_each_coded_step", leave_at_each_coded_step},
     {"coded", coded},
     {"coded_in_sequence", coded_in_sequence},
+    {"coded_copies", coded_copies},
     {"turns", turns},
     {"beside", beside},
     {"stopped", stopped},

@@ -39,6 +39,7 @@ struct Call {
   // PA_RING_COMMIT: bit s: segment s begins a launch. Others begin as World::cuts() says.
   uint32_t cuts = 0;
   bool anchors = false; // Setup.steps: the average becomes the anchor, without a step
+  uint32_t first_bucket = 0, bucket_count = 0; // of the average; no bucket_count: all
   bool in_full = false; // of a coded setup: the average has no code, and becomes the reference
   bool vetoes = false;  // Setup.stages: the stage refuses
   bool leaves = false;  // Setup.stages: the stage leaves a NaN where its shard begins

@@ -126,7 +126,6 @@ struct World {
       PaChannel& own = rank.channels->as<PaChannel>()[c];
       own.status.epoch = s.epoch, own.send_seq = out, own.recv_seq = in;
       own.segment = PA_NO_SEGMENT;
-      own.residuals = PA_RESIDUALS_STALE;
       *status(r, c) = own.status;
       rank.filled_in->as<uint32_t>()[c * PA_LINE_WORDS] = in;
       rank.drained_in->as<uint32_t>()[c * PA_LINE_WORDS] = out;
@@ -202,11 +201,15 @@ struct World {
     bucket.segments = rank.copies.back()->address();
   }
   // All ranks have had zeros; residuals are NaN, which the first average must not read.
-  static void add_reference(Rank& rank, PaBucket& bucket) {
-    rank.references.push_back(std::make_unique<Region>(bucket.packs * PA_PACK_BYTES, 0));
-    rank.residuals.push_back(std::make_unique<Region>(bucket.packs * PA_PACK_BYTES, 0xff));
+  void add_reference(Rank& rank, PaBucket& bucket) const {
+    const uint64_t bytes = bucket.packs * PA_PACK_BYTES;
+    rank.references.push_back(std::make_unique<Region>(bytes, 0));
+    rank.residuals.push_back(std::make_unique<Region>(bytes + s.channels * 4, 0xff));
     bucket.reference = rank.references.back()->address();
     bucket.residual = rank.residuals.back()->address();
+    bucket.residual_state = bucket.residual + bytes;
+    for (uint32_t c = 0; c < s.channels; ++c)
+      PA_ISA::at<uint32_t>(bucket.residual_state)[c] = PA_RESIDUALS_STALE;
   }
   void clear_state(uint32_t r) const {
     for (const auto& state : ranks[r].states) std::memset(state->base, 0, state->bytes);
@@ -258,10 +261,12 @@ struct World {
     a.spins = s.seed % 2 == 0 ? 200 : 0; // with a core per thread, and without
     // Non-temporal stores always, never, as measured.
     a.remote_ns = s.seed % 3 == 0 ? 0 : s.seed % 3 == 1 ? ~0u : 8;
-    a.bucket_count = uint32_t(s.buckets.size());
+    a.bucket_count = call.bucket_count ? call.bucket_count : uint32_t(s.buckets.size());
+    a.buckets += call.first_bucket * sizeof(PaBucket);
     if (s.steps && !call.anchors) a.flags |= PA_FLAG_STEP | PA_FLAG_WHOLE;
     if (s.stages) a.flags |= PA_FLAG_STAGE | PA_FLAG_STEP;
     if (s.copies) a.flags |= PA_FLAG_DELTA | PA_FLAG_WHOLE, a.share = 1;
+    if (s.copies && s.is_coded()) a.flags |= PA_FLAG_CODED;
     a.flags |= call.flags, a.fault_step = call.fault_step, a.delay_ns = call.delay_ns;
     a.from_segment = 0, a.to_segment = PA_SEGMENTS(s.world);
     return a;
@@ -317,12 +322,13 @@ struct World {
     return o;
   }
 
+  bool mixes() const { return s.copies && !s.is_coded(); }
   // Segments of PA_RING_COMMIT that begin a launch, as a bit mask. With few slots a launch can end
   // behind the record and before the commit only: a segment's chunks must fit the mailbox.
   uint32_t cuts(uint32_t r, const Call& call) const {
     const uint32_t commit = 1u << (s.world + 1);
     uint32_t cuts = call.cuts;
-    if ((s.steps && !call.anchors) || s.stages || s.copies) cuts |= commit;
+    if ((s.steps && !call.anchors) || s.stages || mixes()) cuts |= commit;
     if (s.seed / 2 % 2 != 0 || call.between_us != 0 || stop[r].later_looks != 0) cuts |= commit;
     if ((s.seed + r) % 3 == 0) cuts |= 1u << 1;
     return cuts;
@@ -340,9 +346,9 @@ struct World {
         if (s.steps && !call.anchors) launch(r, a, PA_RING_STEP, 0);
       }
       const bool reduces = a.from_segment <= s.world;
-      const uint32_t kernel = s.copies && !reduces ? uint32_t(PA_RING_MIX)
-                              : call.in_full       ? uint32_t(PA_RING_COMMIT)
-                                                   : s.kernel;
+      const uint32_t kernel = mixes() && !reduces ? uint32_t(PA_RING_MIX)
+                              : call.in_full      ? uint32_t(PA_RING_COMMIT)
+                                                  : s.kernel;
       launch(r, a, kernel, reduces ? call.last_channel_us : 0);
     }
   }

@@ -52,7 +52,7 @@ struct Line {
 pub enum Study {
     /// Outer optimizers and schedules.
     Outer,
-    /// Averages that overlap with training, averages of fragments, and codecs.
+    /// Averages that overlap with training, averages of fragments, codecs, and all of them at once.
     Overlap,
 }
 
@@ -65,7 +65,8 @@ fn lines(study: Study, task: &str, epochs: f64) -> Vec<Line> {
     };
     match task {
         _ if study == Study::Overlap => {
-            let ways: [fn(Options, u64) -> Vec<Way>; 4] = [delays, fragments, slowmo, codecs];
+            let ways: [fn(Options, u64) -> Vec<Way>; 5] =
+                [delays, fragments, slowmo, codecs, streaming];
             let mut lines: Vec<Line> = ways.map(|ways| line(mixed, 16, ways)).into();
             if task == "digits" {
                 lines.extend(ways.map(|ways| line(sorted, 16, ways)));
@@ -111,8 +112,17 @@ fn overlapped(run: &Options, h: u64, with: [f64; 3], colour: RGBColor) -> Way {
         alpha,
         ..run.clone()
     };
-    let outer = if run.outer == Outer::mean() { "mean" } else { "SlowMo" };
-    let name = match format!("{p}{tau}{a}") {
+    let outer = match run.outer {
+        outer if outer == Outer::mean() => "mean",
+        outer if outer == Outer::diloco() => "DiLoCo",
+        _ => "SlowMo",
+    };
+    let codec = match run.codec {
+        Codec::Full => "",
+        Codec::Bf16 => ", bf16",
+        Codec::Int8 => ", int8",
+    };
+    let name = match format!("{p}{tau}{a}{codec}") {
         of if of.is_empty() => format!("{outer}, H {h}"),
         of => format!("{outer}{of}"),
     };
@@ -158,6 +168,20 @@ fn codecs(run: Options, h: u64) -> Vec<Way> {
         way("DiLoCo", Outer::diloco(), Codec::Full, RED),
         way("DiLoCo, bf16", Outer::diloco(), Codec::Bf16, ORANGE),
         way("DiLoCo, int8", Outer::diloco(), Codec::Int8, PINK),
+    ]
+}
+
+/// Fragments, a delay and a code at once, for slow links: Streaming DiLoCo.
+fn streaming(run: Options, h: u64) -> Vec<Way> {
+    let way = |outer, codec, with, colour| {
+        overlapped(&Options { outer, codec, ..run.clone() }, h, with, colour)
+    };
+    vec![
+        way(Outer::diloco(), Codec::Full, [1.0, 0.0, 0.0], RED),
+        way(Outer::diloco(), Codec::Full, [4.0, 4.0, 0.0], ORANGE),
+        way(Outer::diloco(), Codec::Int8, [4.0, 4.0, 0.0], PINK),
+        way(Outer::slowmo(), Codec::Int8, [4.0, 4.0, 0.0], GREEN),
+        way(Outer::mean(), Codec::Int8, [4.0, 4.0, 0.0], BLUE),
     ]
 }
 

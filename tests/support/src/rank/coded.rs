@@ -1,5 +1,6 @@
 //! Role of a rank whose averages are coded, in a world that loses ranks and gets new ones: every
-//! element is within the bound of what the ranks have added, and all ranks have the same bits.
+//! element is within the bound of what the ranks have added, and all ranks have the same bits after
+//! an average in place. With `PA_TEST_COPIES` every other one is of a copy.
 
 use param_averager::*;
 
@@ -41,6 +42,7 @@ struct Trainer {
     /// Step of its third coded average before which it dies.
     dies_at: Option<u32>,
     coded: u32,
+    copies: bool,
 }
 
 impl Trainer {
@@ -80,7 +82,14 @@ impl Trainer {
             // SAFETY: processes average by the ring: no peer touches the tensors.
             unsafe { self.averager.leave_before_step(step) };
         }
-        let made = self.averager.average(&mut self.model);
+        let is_of_copy = self.copies && self.round.is_multiple_of(2);
+        let made = match is_of_copy {
+            true => self
+                .averager
+                .start_overlapped(0, &mut self.model)
+                .and_then(|average| self.averager.finish_overlapped(average, &mut self.model)),
+            false => self.averager.average(&mut self.model),
+        };
         self.model.download();
         if let Some(step) = dies {
             if made.is_err() {
@@ -89,6 +98,13 @@ impl Trainer {
             say(&format!("no step {step}: it has {}", self.averager.steps()));
             std::process::exit(4);
         }
+        assert!(
+            !is_of_copy
+                || made
+                    .as_ref()
+                    .err()
+                    .is_none_or(|error| { error.tensors() == TensorState::Unchanged })
+        );
         let written = match &made {
             Ok(_) => Some(true),
             Err(error) if error.tensors() == TensorState::Unchanged => Some(false),
@@ -122,8 +138,12 @@ impl Trainer {
 pub fn coded() -> i32 {
     let origin = number("PA_TEST_ORIGIN").or(number("PA_TEST_RANK")).unwrap() as u32;
     let mut model = Tensors::new(way(origin, 0), device());
-    let options =
-        |communicator| builder(communicator).reject_non_finite(true).compression(Compression::Int8);
+    let copies = number("PA_TEST_COPIES") == Some(1);
+    let options = |communicator| {
+        let overlap = Overlap::default().delay(u64::from(copies));
+        let builder = builder(communicator).reject_non_finite(true).overlap(overlap);
+        builder.compression(Compression::Int8)
+    };
     let averager = match join().and_then(|world| options(world).build(&mut model)) {
         Ok(averager) => averager,
         Err(error) => {
@@ -132,7 +152,8 @@ pub fn coded() -> i32 {
         }
     };
     let dies_at = number("PA_TEST_DIE_AT").map(|step| step as u32);
-    let mut trainer = Trainer { averager, model, origin, round: 0, view: None, dies_at, coded: 0 };
+    let mut trainer =
+        Trainer { averager, model, origin, round: 0, view: None, dies_at, coded: 0, copies };
     let left = number("PA_TEST_FINAL").unwrap() as usize;
     let mut good = 0;
     say("ready");
@@ -140,7 +161,8 @@ pub fn coded() -> i32 {
         match trainer.step() {
             Ok(report) => {
                 good = if report.world_size == left { good + 1 } else { 0 };
-                if good > number("PA_TEST_ROUNDS").unwrap_or(4) {
+                let is_in_place = !copies || trainer.round % 2 == 1;
+                if is_in_place && good > number("PA_TEST_ROUNDS").unwrap_or(4) {
                     let digest = digest(&trainer.model.values);
                     say(&format!("done {} {digest:x}", trainer.round));
                     return 0;
