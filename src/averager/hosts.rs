@@ -334,8 +334,8 @@ impl Builder {
     ///
     /// The result is the mean of all ranks of all hosts, weighted by rank: each rank's part of the
     /// mean of its host, in f32 (f64 for f64), is summed over the hosts in f64, in their order, and
-    /// rounded to f32 and to the tensors' dtype. All ranks of all hosts get the same bits. Each link
-    /// carries 2 · (h − 1)/h of the bytes of a rank's part for h hosts, in f32. An
+    /// rounded to f32 and to the tensors' dtype. All ranks of all hosts get the same bits. Each
+    /// link carries 2 · (h − 1)/h of the bytes of a rank's part for h hosts, in f32. An
     /// [`outer`](Self::outer) optimizer and a [`stage`](Self::stage) come after it. `hierarchy`
     /// says which averages are of all hosts; `build` and `broadcast` always are, and give all ranks
     /// the values of host 0.

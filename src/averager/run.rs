@@ -179,10 +179,10 @@ impl ParamAverager {
         let describe = |tensor| self.table.describe(tensor);
         let weight = |epoch| agreement.control.weight(epoch, self.args.world as usize);
         let (ranks, own) = (self.args.world as usize, self.args.rank as usize);
-        let is_over = || {
+        let is_over = |needs_peers: bool| {
             let control = &agreement.control;
             let has_left = |peer| peer != own && control.has_left(peer);
-            control.failure().is_some() || (0..ranks).any(has_left)
+            control.failure().is_some() || (needs_peers && (0..ranks).any(has_left))
         };
         let stage = self.stage.as_mut();
         let stage = stage.map(|stage| StageOf {

@@ -426,8 +426,9 @@ pub(super) struct StageOf<'a> {
     pub(super) wanted: Wanted,
     /// Sum of the weights of this host's ranks in an epoch, and whether they pass weights.
     pub(super) weight: &'a dyn Fn(u32) -> (f64, bool),
-    /// True if the ranks of this host can't go on.
-    pub(super) is_over: &'a dyn Fn() -> bool,
+    /// True if the ranks of this host can't go on: the world has failed, or, if this average needs
+    /// them, one has left.
+    pub(super) is_over: &'a dyn Fn(bool) -> bool,
     /// The line about a tensor.
     pub(super) describe: &'a dyn Fn(usize) -> String,
 }
@@ -467,9 +468,11 @@ pub(super) unsafe fn start(
             .map_or_else(Default::default, |status| weight(status.epoch));
         let measured = first.map_or([0.0; 2], |status| status.measured);
         let wanted = Wanted { weight, is_weighted, measured, ..wanted };
+        // Peers vote after this, unless they have ended: then they may leave.
+        let is_over = || is_over(own == Own::Made);
         // SAFETY: the engine calls this behind the reduce, and the kernels that read the means come
         // after it.
-        let run = || unsafe { stage.refuses(on, own, wanted, (describe, is_over)) };
+        let run = || unsafe { stage.refuses(on, own, wanted, (describe, &is_over)) };
         // With a link, the user's function is taken for a part of the wait.
         let refuses = if has_hosts { watch.for_hosts(run) } else { watch.pause(run) };
         refuses && own == Own::Made

@@ -47,10 +47,11 @@
 //! # The mean
 //! Σ wᵢ · xᵢ / Σ wᵢ over all ranks of all hosts. Each host's mean is made in f32 (f64 for f64) and
 //! travels so; the hosts' means are weighted by the sum of their ranks' weights and summed in f64,
-//! in the order of hosts; the result is rounded to f32 and to the tensor's dtype. It differs from that of
-//! one world of all ranks by the roundings of f32. All ranks get the same bits, and a value that
-//! all hosts' means have alike stays as it is. On every host a rank must have weight: otherwise
-//! that host gets [`Error::AllWeightsZero`](crate::Error::AllWeightsZero), and the others refuse.
+//! in the order of hosts; the result is rounded to f32 and to the tensor's dtype. It differs from
+//! that of one world of all ranks by the roundings of f32. All ranks get the same bits, and a value
+//! that all hosts' means have alike stays as it is. On every host a rank must have weight:
+//! otherwise that host gets [`Error::AllWeightsZero`](crate::Error::AllWeightsZero), and the others
+//! refuse.
 //!
 //! An [`outer`](crate::guide::outer) optimizer's step, and a
 //! [`stage`](crate::Builder::stage), are made from the mean of all hosts. State is divided among
@@ -69,8 +70,8 @@
 //! and those between of one host: with `Schedule::every(h)` ranks agree within hosts every h steps,
 //! and between them every k·h; `sync` and `finish` are of all hosts. This is the two-level case of
 //! PyTorch's `HierarchicalModelAverager`. It has the plain mean only: outer optimizers and stages
-//! would lead hosts apart between averages of all. Schedules that
-//! measure (`overhead`, `budget`, `divergence`) need [`Hierarchy::Every`](crate::Hierarchy::Every).
+//! would lead hosts apart between averages of all. Schedules that measure (`overhead`, `budget`,
+//! `divergence`) need [`Hierarchy::Every`](crate::Hierarchy::Every).
 //!
 //! # All or nothing
 //! Before the exchange the ranks of one number show one another what they are about to average, and
@@ -99,9 +100,9 @@
 //! # Limits
 //! Ranks on CPUs, by the ring with its commit; no compression, no overlap, no
 //! [`LocalSgd::done`](crate::LocalSgd::done). A rank waits in its call, also for the link. Buffers
-//! take 12 MiB at most for each averager, and 8 MiB in `MpiHosts`. All hosts have the same number of ranks and of
-//! [`channels`](crate::Builder::channels), whose default depends on the cores. `barrier` and
-//! `all_reduce_scalars` are of the ranks of one host. What the ranks of host 0 have
+//! take 12 MiB at most for each averager, and 8 MiB in `MpiHosts`. All hosts have the same number
+//! of ranks and of [`channels`](crate::Builder::channels), whose default depends on the cores.
+//! `barrier` and `all_reduce_scalars` are of the ranks of one host. What the ranks of host 0 have
 //! [saved](crate::LocalSgd::save) is enough to restart all hosts.
 //!
 //! Tested with Open MPI 4.1 on 2 hosts with 2 ranks and 3 hosts with 1, which were network

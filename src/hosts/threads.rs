@@ -111,11 +111,12 @@ impl Group {
         /// Time between two looks at the limit.
         const LOOK: Duration = Duration::from_millis(5);
         loop {
-            if let Some(host) = state.left {
-                return Err(HostsError::new(Some(host), "it has left the link between hosts"));
-            }
+            // A host may leave as soon as it has read, before others have.
             if !lasts(&state) {
                 return Ok(state);
+            }
+            if let Some(host) = state.left {
+                return Err(HostsError::new(Some(host), "it has left the link between hosts"));
             }
             limit.check().map_err(|error| HostsError {
                 host: state.sent.iter().position(Option::is_none),

@@ -304,8 +304,8 @@ impl Launched {
     }
 }
 
-/// The number of ranks on each host, if it is the same on all: of a number, or of a list of Slurm's,
-/// such as "4(x2)" or "4,4", which adds up to `world_size`.
+/// The number of ranks on each host, if it is the same on all: of a number, or of a list as Slurm
+/// has it, such as "4(x2)" or "4,4", which adds up to `world_size`.
 fn equal_ranks(list: &str, world_size: usize) -> Option<usize> {
     let (mut all, mut ranks, mut is_list) = (0, None, false);
     for part in list.trim().split(',') {
