@@ -8,7 +8,8 @@ mod network;
 
 use std::time::{Duration, Instant};
 
-use mpi::traits::*;
+use mpi::topology::Communicator as _;
+use mpi::traits::CommunicatorCollectives as _;
 use network::{Network, ROLE};
 use param_averager::{Communicator, Device, Hierarchy, MpiHosts, ParamAverager};
 use test_support::output_within;

@@ -310,7 +310,8 @@ fn difference(hosts: &[&[u64]]) -> Option<Error> {
             };
             return Some(Error::HostsDiffer { host, found: word(other), expected: word(first) });
         }
-        for (index, name) in COMMON.iter().enumerate().filter(|(at, _)| first[*at] != other[*at]) {
+        let differs = |(at, _): &(usize, &&str)| first[*at] != other[*at];
+        if let Some((index, name)) = COMMON.iter().enumerate().find(differs) {
             let word = |words: &[u64]| match *name {
                 "ranks" | "channels" => format!("{} {name}", words[index]),
                 "call" => place::call(words[index]),

@@ -80,6 +80,7 @@ mod tests {
             waited: Default::default(),
             active: Default::default(),
             measured: Default::default(),
+            hosts: 1,
             world_size: 2,
             algorithm: Algorithm::Ring,
             channels: 1,

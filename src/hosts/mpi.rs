@@ -192,7 +192,7 @@ impl Hosts for MpiHosts {
         limit: &Limit<'_>,
     ) -> Result<(), HostsError> {
         let part = count(send.len() / self.hosts)?;
-        has_parts(send.len() == receive.len() && send.len() % self.hosts == 0)?;
+        has_parts(send.len() == receive.len() && send.len().is_multiple_of(self.hosts))?;
         fill(&mut self.send, send);
         self.receive.resize(receive.len(), 0);
         self.wait("MPI_Ialltoall", limit, |own, request| {

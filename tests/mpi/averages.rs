@@ -31,7 +31,7 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 /// Digests that the ranks have printed behind `what`.
 fn digests<'a>(ended: &'a Ended, what: &str) -> Vec<&'a str> {
-    let behind = |line: &'a str| Some(line.split_once(what)?.1.rsplit(' ').next()?);
+    let behind = |line: &'a str| line.split_once(what)?.1.rsplit(' ').next();
     ended.said.lines().filter_map(behind).collect()
 }
 

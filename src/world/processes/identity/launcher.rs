@@ -322,7 +322,7 @@ fn equal_ranks(list: &str, world_size: usize) -> Option<usize> {
     }
     let ranks = ranks?;
     // Other launchers tell the ranks of this host alone.
-    let fits = if is_list { all == world_size } else { world_size % ranks == 0 };
+    let fits = if is_list { all == world_size } else { world_size.is_multiple_of(ranks) };
     (fits && ranks <= world_size).then_some(ranks)
 }
 
