@@ -3,6 +3,7 @@
 //! links have a limited rate; ranks share its cores. With `-- --test`, one turn of a small model.
 
 mod common;
+#[allow(dead_code)] // the bench cuts no link
 #[path = "../tests/mpi/network.rs"]
 mod network;
 
@@ -18,6 +19,8 @@ const HOSTS: usize = 2;
 const EACH: usize = 2;
 /// Turns of each method, of which the first does not count.
 const TURNS: usize = 6;
+
+type Method<'a> = Box<dyn FnMut(&mut Vec<Vec<f32>>) + 'a>;
 
 fn main() {
     if let Ok(role) = std::env::var(ROLE) {
@@ -76,7 +79,7 @@ fn rank(is_small: bool) {
     let mut tensor = vec![0.0f32; layout.iter().copied().max().unwrap_or(0)];
     let ranks = all.size() as f32;
     let sum = mpi::collective::SystemOperation::sum();
-    let mut methods: [(&str, Box<dyn FnMut(&mut Vec<Vec<f32>>)>); 3] = [
+    let mut methods: [(&str, Method); 3] = [
         (
             "this crate",
             Box::new(|model| {

@@ -11,6 +11,9 @@ use crate::network::Network;
 pub fn the_example_trains() {
     let mut cargo = Command::new(env!("CARGO"));
     cargo.args(["build", "--quiet", "--example", "hosts", "--features", "mpi"]);
+    if !cfg!(debug_assertions) {
+        cargo.arg("--release");
+    }
     assert!(cargo.status().unwrap().success(), "the example does not build");
     let test = std::env::current_exe().unwrap();
     let program = test.ancestors().nth(2).unwrap().join("examples/hosts");

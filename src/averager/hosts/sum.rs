@@ -212,6 +212,9 @@ mod tests {
     use crate::hosts::ThreadHosts;
     use crate::tensor::Dtype;
 
+    /// Values of the tensors of both types.
+    type Both = (Vec<Vec<f32>>, Vec<Vec<f64>>);
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
         /// Any number of hosts and parts, of both types, against the sum in f64.
@@ -225,10 +228,10 @@ mod tests {
             let value = |host: usize, tensor: usize, at: usize| {
                 let mixed = (seed + 1) * (7 + 31 * host as u64 + 1009 * at as u64) + tensor as u64;
                 // Some are equal on all hosts.
-                if at % 3 == 0 { 1.1 + tensor as f64 } else { (mixed % 1000) as f64 / 7.0 }
+                if at.is_multiple_of(3) { 1.1 + tensor as f64 } else { (mixed % 1000) as f64 / 7.0 }
             };
             let hosts = weights.len();
-            let results: Vec<(Vec<Vec<f32>>, Vec<Vec<f64>>)> = std::thread::scope(|scope| {
+            let results: Vec<Both> = std::thread::scope(|scope| {
                 let run = |(host, mut links): (usize, Vec<ThreadHosts>)| {
                     let (lengths, weights) = (&lengths, &weights);
                     scope.spawn(move || {
@@ -285,7 +288,7 @@ mod tests {
                         };
                         let near = (found - expected).abs() <= ulp * expected.abs();
                         prop_assert!(near, "{found} {expected}");
-                        if at % 3 == 0 {
+                        if at.is_multiple_of(3) {
                             let one = 1.1 + tensor as f64;
                             let same = if wide { one } else { f64::from(one as f32) };
                             prop_assert_eq!(found.to_bits(), same.to_bits());
