@@ -10,29 +10,33 @@ use crate::sync::{lock, wait_timeout};
 /// program that runs on several hosts.
 ///
 /// ```
-/// use param_averager::{Communicator, Device, Error, Hierarchy, ParamAverager, ThreadHosts};
+/// use param_averager::{Communicator, Device, Hierarchy, ParamAverager, Result, ThreadHosts};
+///
+/// fn average(number: usize, communicator: Communicator, link: ThreadHosts) -> Result<Vec<f32>> {
+///     let mut model = vec![0.0; 1000];
+///     let builder = ParamAverager::builder(communicator).hosts(link, Hierarchy::Every);
+///     let mut averager = builder.build(&mut model)?;
+///     model.fill(number as f32);
+///     averager.average(&mut model)?;
+///     Ok(model)
+/// }
 ///
 /// let hosts = ThreadHosts::new(2, 2); // 2 hosts with 2 ranks
-/// let result: Result<(), Error> = std::thread::scope(|scope| {
+/// std::thread::scope(|scope| {
+///     let mut ranks = vec![];
 ///     for (host, links) in hosts.into_iter().enumerate() {
 ///         let world = Communicator::from_devices(&[Device::cpu(); 2])?;
 ///         for (communicator, link) in world.into_iter().zip(links) {
-///             scope.spawn(move || {
-///                 let rank = 2 * host + communicator.rank();
-///                 let mut model = vec![0.0f32; 1000];
-///                 let builder = ParamAverager::builder(communicator);
-///                 let builder = builder.hosts(link, Hierarchy::Every);
-///                 let mut averager = builder.build(&mut model)?;
-///                 model.fill(rank as f32);
-///                 averager.average(&mut model)?;
-///                 assert_eq!(model, [1.5; 1000]); // (0 + 1 + 2 + 3) / 4
-///                 Ok::<_, Error>(())
-///             });
+///             let number = 2 * host + communicator.rank();
+///             ranks.push(scope.spawn(move || average(number, communicator, link)));
 ///         }
 ///     }
-///     Ok(())
-/// });
-/// # result.unwrap();
+///     for rank in ranks {
+///         assert_eq!(rank.join().unwrap()?, [1.5; 1000]); // (0 + 1 + 2 + 3) / 4
+///     }
+///     Ok::<_, param_averager::Error>(())
+/// })?;
+/// # Ok::<(), param_averager::Error>(())
 /// ```
 #[derive(Debug)]
 pub struct ThreadHosts {
