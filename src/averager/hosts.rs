@@ -8,21 +8,18 @@
 //! after its word in the last exchange can be left uncommitted where others have committed. Its
 //! link has ended then, and so the next average of the others fails.
 
+mod options;
 mod sum;
 
 use std::time::{Duration, Instant};
 
-use super::stage::RankStage;
 use super::table::Table;
-use super::{Algorithm, Builder, Call, ParamAverager, Start};
-use crate::backend::MemorySpace;
-use crate::bucket::Bucket;
+use super::{Builder, Call, Start};
 use crate::hash::Digest;
-use crate::hosts::{HostLink, Hosts, HostsError, Limit};
+use crate::hosts::{HostLink, HostsError, Limit};
 use crate::schedule::place;
 use crate::stage::Span;
-use crate::tensor::Dtype;
-use crate::{Compression, Error, Hierarchy, Result, Schedule};
+use crate::{Error, Result};
 use sum::Sums;
 
 /// Words that the ranks of one number show one another before they average.
@@ -326,153 +323,4 @@ fn difference(hosts: &[&[u64]]) -> Option<Error> {
         }
     }
     None
-}
-
-impl Builder {
-    /// Averages over the ranks of several hosts, over a link of this rank to the ranks of the same
-    /// number on all other hosts; see [`guide::hosts`](crate::guide::hosts). Default: none, the
-    /// ranks of one host.
-    ///
-    /// The result is the mean of all ranks of all hosts, weighted by rank: each rank's part of the
-    /// mean of its host, in f32 (f64 for f64), is summed over the hosts in f64, in their order, and
-    /// rounded to f32 and to the tensors' dtype. All ranks of all hosts get the same bits. Each
-    /// link carries 2 · (h − 1)/h of the bytes of a rank's part for h hosts, in f32. An
-    /// [`outer`](Self::outer) optimizer and a [`stage`](Self::stage) come after it. `hierarchy`
-    /// says which averages are of all hosts; `build` and `broadcast` always are, and give all ranks
-    /// the values of host 0.
-    ///
-    /// No tensor changes unless the ranks of all hosts have agreed: [`Error::HostLost`],
-    /// [`Error::HostRefused`] and [`Error::HostsDiffer`] name a host. All hosts have the same
-    /// number of ranks. Ranks are on CPUs, and averages use the ring with its commit. Averagers of
-    /// clones of one builder share the link.
-    pub fn hosts(mut self, link: impl Hosts + 'static, hierarchy: Hierarchy) -> Self {
-        self.hosts = Some((HostLink::new(link), hierarchy));
-        self
-    }
-
-    /// True if the host has work between the sum and the commit.
-    pub(super) fn has_stage(&self) -> bool {
-        self.stage.is_some() || self.hosts.is_some()
-    }
-
-    /// True if averages between those of all hosts are of one host alone.
-    pub(super) fn has_averages_of_one_host(&self) -> bool {
-        self.hosts.as_ref().is_some_and(|(_, hierarchy)| hierarchy.every() > 1)
-    }
-
-    /// The option as all ranks of all hosts have it.
-    pub(super) fn hosts_in_words(&self) -> String {
-        match &self.hosts {
-            None => "none".into(),
-            Some((link, hierarchy)) => format!("{}, {hierarchy:?}", link.hosts),
-        }
-    }
-
-    /// Option that contradicts an average over several hosts: its name, what was found, and what is
-    /// expected.
-    pub(super) fn hosts_refusal(&self) -> Option<(&'static str, String, &'static str)> {
-        let launched = self.communicator.hosts();
-        let Some((link, hierarchy)) = &self.hosts else {
-            let found = format!("none, with ranks on {launched} hosts");
-            let expected = "a link between them (Builder::hosts), or all ranks on one host";
-            return (launched > 1).then_some(("hosts", found, expected));
-        };
-        let refused = |option, found: &str, expected| {
-            Some((option, format!("{found}, with {} hosts", link.hosts), expected))
-        };
-        match () {
-            _ if link.host >= link.hosts => {
-                let found = format!("host {} of {}", link.host, link.hosts);
-                Some(("hosts", found, "a link that numbers hosts from 0"))
-            }
-            _ if launched > 1 && launched != link.hosts => {
-                let found = format!("a link of {}, with ranks on {launched}", link.hosts);
-                Some(("hosts", found, "a link of the hosts that the launcher has started"))
-            }
-            _ if hierarchy.every() == 0 => {
-                Some(("hosts", "Outer { every: 0 }".into(), "every: 1 or more"))
-            }
-            _ if self.algorithm == Algorithm::Direct => refused(
-                "algorithm",
-                "Direct",
-                "Auto or Ring: only the ring commits after it has summed",
-            ),
-            _ if !self.all_or_nothing => refused(
-                "all_or_nothing",
-                "false",
-                "true, the default: hosts agree between the sum and the commit",
-            ),
-            _ if hierarchy.every() > 1 && !self.outer.is_mean() => refused(
-                "outer",
-                &self.outer.to_string(),
-                "Outer::mean with Hierarchy::Outer: steps of one host would lead hosts apart",
-            ),
-            _ if hierarchy.every() > 1 && self.stage.is_some() => refused(
-                "stage",
-                "set",
-                "none with Hierarchy::Outer: stages of one host would lead hosts apart",
-            ),
-            _ if self.start == Start::Own => {
-                refused("start_from", "Own", "Rank or Mean: hosts begin with one model")
-            }
-            _ if self.compression != Compression::None => refused(
-                "compression",
-                &format!("{:?}", self.compression),
-                "Compression::None: no code is made for the link between hosts yet",
-            ),
-            _ if self.overlap.is_on() => refused(
-                "overlap",
-                &self.overlap.to_string(),
-                "Overlap::default(): a rank waits for its link",
-            ),
-            _ => match self.communicator.space() {
-                MemorySpace::Host => None,
-                MemorySpace::Cuda(_) => {
-                    refused("hosts", "set, for a rank on a CUDA device", "ranks on CPUs")
-                }
-            },
-        }
-    }
-}
-
-impl ParamAverager {
-    /// Error of calls that change the members of a world: those of other hosts would not change.
-    pub(super) fn refusal_of_regrouping(&self) -> Option<Error> {
-        self.options.hosts.is_some().then(|| Error::InvalidOption {
-            rank: self.rank(),
-            option: "hosts",
-            found: format!("{}, and ranks that recover or join", self.options.hosts_in_words()),
-            expected: "the same ranks to the end: restart all hosts from a checkpoint",
-        })
-    }
-
-    /// True if hosts have averaged alone since the last average of all of them.
-    pub(crate) fn has_hosts_apart(&self) -> bool {
-        self.stage.as_ref().is_some_and(RankStage::are_apart)
-    }
-
-    /// Bytes that each rank sends to other hosts in an average of all.
-    pub(crate) fn bytes_to_hosts(&self) -> f64 {
-        let Some((link, _)) = &self.options.hosts else { return 0.0 };
-        let wide = |dtype: Dtype| if dtype == Dtype::F64 { 8 } else { 4 };
-        let of = |bucket: &Bucket| -> u64 {
-            bucket.segments.iter().map(|segment| segment.elements * wide(bucket.dtype)).sum()
-        };
-        let bytes = self.table.buckets.iter().map(of).sum::<u64>() as f64;
-        let hosts = link.hosts as f64;
-        2.0 * (hosts - 1.0) / hosts * bytes / self.world_size() as f64
-    }
-
-    /// Error of a schedule that adapts, where some averages are of one host alone: its ranks would
-    /// agree on another H than those of other hosts.
-    pub(crate) fn refusal_of_adapting(&self, schedule: &Schedule) -> Option<Error> {
-        let adapts = schedule.needs_times() || schedule.needs_telemetry();
-        (adapts && self.options.has_averages_of_one_host()).then(|| Error::InvalidOption {
-            rank: self.rank(),
-            option: "hosts",
-            found: format!("{}, with {schedule}", self.options.hosts_in_words()),
-            expected: "Hierarchy::Every, or a schedule that measures nothing, such as \
-                       Schedule::every",
-        })
-    }
 }

@@ -11,6 +11,7 @@ mod exchange;
 mod extremes;
 mod faults;
 mod hosts;
+mod hosts_failures;
 mod lend;
 mod local_sgd;
 mod names;
