@@ -12,7 +12,7 @@ use test_support::ranks;
 
 use crate::hosts::{builder, on_hosts, two_averages, Average};
 
-/// What follows a failure that changes nothing: the tensors as they were, and a good average.
+/// Checks a failure that changes nothing: the tensors are as they were, and the next average is good.
 fn is_whole(averages: &[Vec<[Average; 2]>]) {
     for (host, ranks) in averages.iter().enumerate() {
         for (rank, [failed, next]) in ranks.iter().enumerate() {
@@ -224,7 +224,7 @@ fn schedules_that_adapt_are_refused_where_hosts_average_alone() {
     });
 }
 
-/// A rank that panics takes its host with it; the other host is told.
+/// A rank that leaves takes its host with it; the other host is told.
 #[test]
 fn a_rank_that_is_lost_ends_the_averages_of_all_hosts() {
     let results = on_hosts(2, 2, |host, communicator, link| {
