@@ -12,7 +12,7 @@ use test_support::ranks;
 
 use crate::hosts::{builder, on_hosts, two_averages, Average};
 
-/// Checks a failure that changes nothing: the tensors are as they were, and the next average is good.
+/// Checks a failure that changes nothing: tensors are as they were, and the next average is good.
 fn is_whole(averages: &[Vec<[Average; 2]>]) {
     for (host, ranks) in averages.iter().enumerate() {
         for (rank, [failed, next]) in ranks.iter().enumerate() {
