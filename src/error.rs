@@ -316,7 +316,7 @@ pub enum Error {
     },
 
     /// A host has not made an average of all hosts, since it has failed there. No tensor of any
-    /// rank was changed, and every host can go on.
+    /// rank was changed, and hosts can go on whose own error is not fatal.
     #[error(
         "host {host} has refused the average of all hosts, and its own error has the reason (no \
         tensor of any rank was changed)"

@@ -30,21 +30,21 @@ pub trait Hosts: Send {
 
     /// Sends part h of `send` to host h, and receives this host's part of what host h sends as part
     /// h of `receive`. Both buffers have a part of equal length for each host. Waits while
-    /// [`Limit::check`] is `Ok`.
+    /// [`HostsLimit::check`] is `Ok`.
     fn all_to_all(
         &mut self,
         send: &[u8],
         receive: &mut [u8],
-        limit: &Limit<'_>,
+        limit: &HostsLimit<'_>,
     ) -> Result<(), HostsError>;
 
     /// Sends `send` to all hosts, and receives what host h sends as part h of `receive`. Waits
-    /// while [`Limit::check`] is `Ok`.
+    /// while [`HostsLimit::check`] is `Ok`.
     fn all_gather(
         &mut self,
         send: &[u8],
         receive: &mut [u8],
-        limit: &Limit<'_>,
+        limit: &HostsLimit<'_>,
     ) -> Result<(), HostsError>;
 
     /// Tells the other hosts, if the link can, that this rank makes no further call. Does not wait.
@@ -54,16 +54,16 @@ pub trait Hosts: Send {
 
 /// End of the waits of a link, to be looked at every few milliseconds.
 #[derive(Clone, Copy)]
-pub struct Limit<'a> {
+pub struct HostsLimit<'a> {
     deadline: Option<Instant>,
     /// True if this host's own ranks have failed.
     is_over: &'a dyn Fn() -> bool,
 }
 
-impl<'a> Limit<'a> {
-    /// Limit `patience` from now, or when `is_over` returns true: for tests of a link.
-    pub fn new(patience: Duration, is_over: &'a dyn Fn() -> bool) -> Limit<'a> {
-        Limit { deadline: Instant::now().checked_add(patience), is_over }
+impl<'a> HostsLimit<'a> {
+    /// HostsLimit `patience` from now, or when `is_over` returns true: for tests of a link.
+    pub fn new(patience: Duration, is_over: &'a dyn Fn() -> bool) -> HostsLimit<'a> {
+        HostsLimit { deadline: Instant::now().checked_add(patience), is_over }
     }
 
     /// Error if the wait has to end: time is up, the averaging was aborted, or a rank of this host
@@ -80,9 +80,9 @@ impl<'a> Limit<'a> {
     }
 }
 
-impl fmt::Debug for Limit<'_> {
+impl fmt::Debug for HostsLimit<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Limit({:?})", self.deadline)
+        write!(f, "HostsLimit({:?})", self.deadline)
     }
 }
 

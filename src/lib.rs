@@ -87,7 +87,7 @@
 //! |---|---|---|
 //! | `Communicator::from_env`, `CommunicatorBuilder::build` | all ranks to start | `CommunicatorBuilder::timeout` |
 //! | `MpiHosts::new` | all ranks of all hosts | MPI's own |
-//! | an average of all hosts ([`Builder::hosts`]) | the ranks of its number on all hosts | three quarters of [`Builder::timeout`] |
+//! | an average of all hosts ([`Builder::hosts`]) | the ranks of its number on all hosts | half of [`Builder::timeout`], or seven eighths with the exchange |
 //! | `Communicator::join` | the members to admit this process | `CommunicatorBuilder::timeout` |
 //! | [`Builder::build`], [`ParamAverager::average`] and `start`, [`LocalSgd::finish`], a due [`LocalSgd::step`] or `skip`, `admit_joiner` | every other rank to make the same call | [`Builder::timeout`] for each wait |
 //! | `recover` | the ranks that are left to call it | some times [`Builder::timeout`] |
@@ -197,7 +197,7 @@ pub use error::{
 #[cfg(feature = "mpi")]
 #[cfg_attr(docsrs, doc(cfg(feature = "mpi")))]
 pub use hosts::MpiHosts;
-pub use hosts::{Hierarchy, Hosts, HostsError, ThreadHosts};
+pub use hosts::{Hierarchy, Hosts, HostsError, HostsLimit, ThreadHosts};
 #[cfg(feature = "serde")]
 #[cfg_attr(docsrs, doc(cfg(feature = "serde")))]
 pub use local_sgd::SavedState;

@@ -102,6 +102,7 @@ impl ParamAverager {
         if self.under_way.is_some() {
             return true; // or it would not have begun; its records are being written
         }
+        let _ = self.own.engine.finish(); // of a forgotten `Pending`
         self.note_reference();
         !self.has_code() || self.reference == Reference::Set
     }

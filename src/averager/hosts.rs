@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use super::table::Table;
 use super::{Builder, Call, Start};
 use crate::hash::Digest;
-use crate::hosts::{HostLink, HostsError, Limit};
+use crate::hosts::{HostLink, HostsError, HostsLimit};
 use crate::schedule::place;
 use crate::stage::Span;
 use crate::{Error, Result};
@@ -73,6 +73,8 @@ pub(super) struct RankHosts {
     is_of_all: bool,
     /// True until its end is noted.
     is_open: bool,
+    /// True if hosts have averaged alone since the last average of all that was committed.
+    are_apart: bool,
     /// Largest of what the ranks of all hosts have measured, in that average.
     measured: [f64; 2],
     /// Wait for the last host to come to that average.
@@ -134,26 +136,32 @@ impl RankHosts {
             channels,
             layout: digest.value(),
             starts_with_mean: options.start == Start::Mean,
-            // Less than that of the peers of this host, who wait for the vote meanwhile.
-            patience: options.timeout / 4 * 3,
+            patience: options.timeout,
             since: 0,
             made: 0,
             is_of_all: false,
             is_open: false,
+            are_apart: false,
             measured: [0.0; 2],
             waited: Duration::ZERO,
             link,
         })
     }
 
-    /// True if averages of this host alone have come after the last one of all.
+    /// True if hosts may differ: they have averaged alone since the last average of all.
     pub(super) fn are_apart(&self) -> bool {
-        self.since > 0
+        self.are_apart
     }
 
-    /// Limit of the waits of one average, which end when this host's ranks can't go on.
-    pub(super) fn limit<'a>(&self, is_over: &'a dyn Fn() -> bool) -> Limit<'a> {
-        Limit::new(self.patience, is_over)
+    /// True if the next average of the schedule is of all hosts.
+    pub(super) fn is_next_of_all(&self) -> bool {
+        self.since + 1 >= self.every
+    }
+
+    /// Limits of an average's wait for all hosts to come, and of the exchange of values, from now.
+    /// The wait for the words after it has another quarter of the builder's `timeout`.
+    pub(super) fn limits<'a>(&self, is_over: &'a dyn Fn() -> bool) -> [HostsLimit<'a>; 2] {
+        [self.patience / 2, self.patience / 4 * 3].map(|limit| HostsLimit::new(limit, is_over))
     }
 
     /// Wait for the last host to come to the last average.
@@ -179,6 +187,7 @@ impl RankHosts {
         let is_last = self.since + 1 >= self.every || place == place::FINISH;
         self.is_of_all = is_last || place::sets_values(place);
         self.since = if self.is_of_all { 0 } else { self.since + 1 };
+        self.are_apart |= !self.is_of_all; // on all hosts alike, whether it is committed or not
         self.waited = Duration::ZERO;
         self.is_open = true;
         self.is_of_all
@@ -186,8 +195,10 @@ impl RankHosts {
 
     /// Notes the end of an average, once or more often.
     pub(super) fn ended(&mut self, committed: bool) {
-        let is_open = std::mem::take(&mut self.is_open);
-        self.made += u64::from(is_open && committed && self.is_of_all);
+        if std::mem::take(&mut self.is_open) && committed && self.is_of_all {
+            self.made += 1;
+            self.are_apart = false;
+        }
     }
 
     /// Tells the other hosts that this one can't average any more.
@@ -205,7 +216,7 @@ impl RankHosts {
     }
 
     /// Shows words to the ranks of this number, and returns those of all hosts, host by host.
-    fn show(&self, words: &[u64], limit: &Limit<'_>) -> Result<Vec<u64>> {
+    fn show(&self, words: &[u64], limit: &HostsLimit<'_>) -> Result<Vec<u64>> {
         let mut all = vec![0; words.len() * self.link.hosts];
         let (send, receive) = (bytemuck::cast_slice(words), bytemuck::cast_slice_mut(&mut all));
         let shown = self.link.call(|link| link.all_gather(send, receive, limit));
@@ -223,7 +234,7 @@ impl RankHosts {
         spans: &[Span],
         wanted: Wanted,
         own: Own,
-        limit: &Limit<'_>,
+        [to_come, limit]: &[HostsLimit<'_>; 2],
     ) -> Result<bool> {
         let mut words = [0; WORDS];
         words[..OWN].copy_from_slice(&[
@@ -240,7 +251,7 @@ impl RankHosts {
         words[WEIGHT] = wanted.weight.to_bits();
         words[MEASURED..].copy_from_slice(&wanted.measured.map(f64::to_bits));
         let start = Instant::now();
-        let all = self.show(&words, limit)?;
+        let all = self.show(&words, to_come)?;
         self.waited = start.elapsed();
         let hosts: Vec<&[u64]> = all.chunks(WORDS).collect();
         let is = |own: Own| move |host: &&[u64]| host[OWN] == own as u64;
@@ -285,10 +296,10 @@ impl RankHosts {
 
     /// Last exchange before the vote of this host's ranks: an error if a rank of this number has
     /// failed on any host.
-    pub(super) fn agree(&self, failed: bool, limit: &Limit<'_>) -> Result<()> {
-        // An abort, or the loss of a rank of this host, is not to be found after this word.
-        let failed = failed || limit.check().is_err();
-        let all = self.show(&[failed.into()], limit)?;
+    pub(super) fn agree(&self, failed: bool, is_over: &dyn Fn() -> bool) -> Result<()> {
+        // The ranks of this host wait for its vote as long as the other hosts wait for it.
+        let limit = HostsLimit::new(self.patience / 8, is_over);
+        let all = self.show(&[failed.into()], &limit)?;
         match all.iter().position(|&failed| failed != 0) {
             Some(host) => Err(Error::HostRefused { host }),
             None => Ok(()),

@@ -54,8 +54,8 @@ impl ParamAverager {
                 }
                 return Ok(Outcome::Averaged(report));
             }
-            PA_UNNEEDED if self.stage.as_ref().is_some_and(|s| s.error_of_hosts().is_some()) => {
-                self.stage.as_ref().and_then(RankStage::error_of_hosts).expect("just seen")
+            PA_UNNEEDED if self.error_of_hosts().is_some() => {
+                self.error_of_hosts().expect("just seen")
             }
             PA_UNNEEDED => {
                 let all_done = status.detail == self.world_size() as u64;
@@ -115,6 +115,13 @@ impl ParamAverager {
             true => Error::SchedulesDiffer { rank, reference, found, expected },
             false => Error::CallsDiffer { rank, reference, found, expected },
         }
+    }
+
+    /// Error of the exchange with other hosts in an average that no rank of this one needs. After a
+    /// failure of this host's world, the next call has the error.
+    fn error_of_hosts(&self) -> Option<Error> {
+        let error = self.stage.as_ref().and_then(RankStage::error_of_hosts);
+        error.filter(|_| self.agreement.control.failure().is_none())
     }
 
     /// Notes that this averager can't average any more.

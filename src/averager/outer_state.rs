@@ -338,6 +338,7 @@ impl ParamAverager {
         if self.under_way.is_some() {
             return true; // or it would not have begun; its records are being written
         }
+        let _ = self.own.engine.finish(); // of a forgotten `Pending`
         self.note_anchor();
         !self.has_outer() || self.anchor == AnchorState::Set
     }

@@ -149,6 +149,7 @@ impl ParamAverager {
         self.drop_overlapped();
         let _ = self.own.engine.finish();
         self.note_anchor();
+        self.note_stage();
         if admission != Admission::None {
             match &self.failed {
                 None | Some(Error::StaleView { .. }) => {}

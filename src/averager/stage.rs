@@ -15,6 +15,7 @@ use crate::backend::{Engine, Gathering, Order, Unstarted};
 use crate::bucket::Division;
 use crate::hash::Digest;
 use crate::plan::Launch;
+use crate::schedule::place;
 use crate::stage::{DeviceShard, Function, Shard, Share, Span, Stage, Veto};
 use crate::Error;
 use parts::spans;
@@ -115,7 +116,7 @@ impl RankStage {
             }
             return Ok(());
         };
-        let limit = hosts.limit(is_over);
+        let limits = hosts.limits(is_over);
         let receives = hosts.only_receives(wanted.place);
         // SAFETY: as above.
         let checked = match own == Own::Made && !receives {
@@ -125,7 +126,7 @@ impl RankStage {
         let own = if checked.is_ok() { own } else { Own::Failed };
         let hosts = self.hosts.as_mut().expect("it was there");
         // SAFETY: as above.
-        let made = unsafe { hosts.average(&self.spans, wanted, own, &limit) };
+        let made = unsafe { hosts.average(&self.spans, wanted, own, &limits) };
         checked?;
         if !made.map_err(Refusal::Hosts)? {
             return Ok(());
@@ -136,8 +137,18 @@ impl RankStage {
             // SAFETY: as above.
             unsafe { self.check(on, describe) }
         });
+        // A failure of this host, or a stage that is too slow, is not to be found after its word.
+        let left = left.and_then(|()| {
+            limits[1].check().map_err(|error| {
+                Veto::new(format!(
+                    "the exchange with other hosts and the stage have taken three quarters of the \
+                     builder's `timeout`, or {}: raise it",
+                    error.reason
+                ))
+            })
+        });
         let hosts = self.hosts.as_ref().expect("it was there");
-        let agreed = hosts.agree(left.is_err(), &limit);
+        let agreed = hosts.agree(left.is_err(), is_over);
         left?;
         agreed.map_err(Refusal::Hosts)
     }
@@ -253,9 +264,10 @@ impl RankStage {
         self.hosts.as_ref().map_or(1, RankHosts::in_last)
     }
 
-    /// True if hosts have averaged alone since the last average of all.
-    pub(super) fn are_apart(&self) -> bool {
-        self.hosts.as_ref().is_some_and(RankHosts::are_apart)
+    /// True if an average at this place makes hosts agree that may differ.
+    pub(super) fn evens_out(&self, place: u64) -> bool {
+        let is_of_all = |hosts: &RankHosts| place == place::FINISH || hosts.is_next_of_all();
+        self.hosts.as_ref().is_some_and(|hosts| hosts.are_apart() && is_of_all(hosts))
     }
 
     /// True if this host's values do not count in an average at this place.

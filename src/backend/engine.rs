@@ -258,9 +258,9 @@ impl Engine {
     }
 
     /// As `start`, with a call between the launches of the reduce and those from the vote on.
-    /// `refuses` is true if this rank votes against the average. On CPUs it is not called after a
-    /// reduce that has failed; on a device it gets the stream on which the reduce has been made,
-    /// and its work there comes before the vote.
+    /// `refuses` is true if this rank votes against the average. On CPUs it gets the statuses of
+    /// the reduce, which may have failed; on a device the stream on which the reduce has been
+    /// enqueued, and its work there comes before the vote.
     ///
     /// # Safety
     /// As `start`.

@@ -95,8 +95,15 @@ impl Attendance {
     /// Ends a meeting that has failed for all streams that wait for it, as if every rank had come.
     /// The kernels behind them see why, since the world is poisoned.
     pub(crate) fn release(&self) {
-        self.missing()
-            .for_each(|at| self.arrivals.arrived(at).store(self.number, Ordering::Release));
+        let is_before = |come: u32| (come.wrapping_sub(self.number) as i32) < 0;
+        for at in 0..self.ranks {
+            // A peer may have come to the next meeting meanwhile: its word does not go back.
+            let _ = self.arrivals.arrived(at).fetch_update(
+                Ordering::Release,
+                Ordering::Acquire,
+                |come| is_before(come).then_some(self.number),
+            );
+        }
     }
 
     /// Comes to the meeting and waits on the host for all others.

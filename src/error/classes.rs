@@ -154,6 +154,7 @@ impl Error {
         matches!(
             self,
             Error::Timeout { .. }
+                | Error::HostLost { .. }
                 | Error::Aborted { .. }
                 | Error::PeerLost { .. }
                 | Error::DeviceFailed { .. }

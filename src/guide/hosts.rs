@@ -82,7 +82,7 @@
 //! |---|---|
 //! | a host's own sum fails: a NaN, a wrong tensor, a veto | that host: its error; the others: [`Error::HostRefused`](crate::Error::HostRefused). All can go on |
 //! | hosts differ in ranks, tensors, options or call, or one has made no step | [`Error::HostsDiffer`](crate::Error::HostsDiffer) |
-//! | a host has not come, or has not sent, within three quarters of [`Builder::timeout`](crate::Builder::timeout); its link fails | [`Error::HostLost`](crate::Error::HostLost). The link has ended |
+//! | a host has not come within half of [`Builder::timeout`](crate::Builder::timeout), or not sent within three quarters; its link fails | [`Error::HostLost`](crate::Error::HostLost), which is fatal. The link has ended |
 //! | a rank dies, or the averaging is aborted | its host: its error, such as [`Error::PeerLost`](crate::Error::PeerLost); the others: `HostLost` |
 //!
 //! A rank whose own exchange went well, beside one whose exchange failed, gets
@@ -92,8 +92,9 @@
 //! joins are refused: hosts would not have the same ranks any more. MPI itself ends all ranks when
 //! one dies, unless it was told otherwise.
 //!
-//! One case is left. A host that is lost, or stopped for longer than the wait lasts, between its
-//! word in the last exchange and its own vote is left uncommitted where others have committed. No
+//! One case is left. A host that is lost or stopped between its word in the last exchange and its
+//! own vote, or whose wait in that exchange ends (an eighth of the timeout), is left uncommitted
+//! where others have committed. No
 //! protocol closes that gap altogether. The link of that host has ended then: the others' next
 //! average is `HostLost`.
 //!
@@ -102,8 +103,9 @@
 //! [`LocalSgd::done`](crate::LocalSgd::done). A rank waits in its call, also for the link. Buffers
 //! take 12 MiB at most for each averager, and 8 MiB in `MpiHosts`. All hosts have the same number
 //! of ranks and of [`channels`](crate::Builder::channels), whose default depends on the cores.
-//! `barrier` and `all_reduce_scalars` are of the ranks of one host. What the ranks of host 0 have
-//! [saved](crate::LocalSgd::save) is enough to restart all hosts.
+//! `barrier` and `all_reduce_scalars` are of the ranks of one host. After `sync`, what the ranks of
+//! host 0 have [saved](crate::LocalSgd::save) is enough to restart all hosts. Averages of all hosts
+//! weigh each host by the weights of the last round alone.
 //!
 //! Tested with Open MPI 4.1 on 2 hosts with 2 ranks and 3 hosts with 1, which were network
 //! namespaces of one machine, with a slow link, a cut one and a killed rank; no run on several

@@ -8,7 +8,7 @@ use ::mpi::environment::{is_finalized, is_initialized, threading_support};
 use ::mpi::ffi;
 use ::mpi::Threading;
 
-use super::{Hosts, HostsError, Limit};
+use super::{Hosts, HostsError, HostsLimit};
 use crate::sync::lock;
 use crate::{Communicator, Error, Result};
 
@@ -138,7 +138,7 @@ impl MpiHosts {
     fn wait(
         &mut self,
         name: &str,
-        limit: &Limit<'_>,
+        limit: &HostsLimit<'_>,
         start: impl FnOnce(&mut Self, &mut ffi::MPI_Request) -> c_int,
     ) -> Result<(), HostsError> {
         check_thread()?;
@@ -189,7 +189,7 @@ impl Hosts for MpiHosts {
         &mut self,
         send: &[u8],
         receive: &mut [u8],
-        limit: &Limit<'_>,
+        limit: &HostsLimit<'_>,
     ) -> Result<(), HostsError> {
         let part = count(send.len() / self.hosts)?;
         has_parts(send.len() == receive.len() && send.len().is_multiple_of(self.hosts))?;
@@ -212,7 +212,7 @@ impl Hosts for MpiHosts {
         &mut self,
         send: &[u8],
         receive: &mut [u8],
-        limit: &Limit<'_>,
+        limit: &HostsLimit<'_>,
     ) -> Result<(), HostsError> {
         let part = count(send.len())?;
         has_parts(send.len() * self.hosts == receive.len())?;

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-use super::{Hosts, HostsError, Limit};
+use super::{Hosts, HostsError, HostsLimit};
 use crate::sync::{lock, wait_timeout};
 
 /// Link between worlds of threads in one process, each of which stands for a host: for tests of a
@@ -77,7 +77,7 @@ impl ThreadHosts {
     fn exchange(
         &mut self,
         send: &[u8],
-        limit: &Limit<'_>,
+        limit: &HostsLimit<'_>,
         mut receive: impl FnMut(usize, &[u8]),
     ) -> Result<(), HostsError> {
         let group = self.group.clone();
@@ -109,7 +109,7 @@ impl Group {
     fn wait<'a>(
         &self,
         mut state: MutexGuard<'a, State>,
-        limit: &Limit<'_>,
+        limit: &HostsLimit<'_>,
         lasts: impl Fn(&State) -> bool,
     ) -> Result<MutexGuard<'a, State>, HostsError> {
         /// Time between two looks at the limit.
@@ -149,7 +149,7 @@ impl Hosts for ThreadHosts {
         &mut self,
         send: &[u8],
         receive: &mut [u8],
-        limit: &Limit<'_>,
+        limit: &HostsLimit<'_>,
     ) -> Result<(), HostsError> {
         let part = send.len() / self.hosts();
         let own = self.host * part..(self.host + 1) * part;
@@ -162,7 +162,7 @@ impl Hosts for ThreadHosts {
         &mut self,
         send: &[u8],
         receive: &mut [u8],
-        limit: &Limit<'_>,
+        limit: &HostsLimit<'_>,
     ) -> Result<(), HostsError> {
         self.exchange(send, limit, |host, sent| {
             receive[host * send.len()..][..send.len()].copy_from_slice(sent);

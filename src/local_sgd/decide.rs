@@ -65,7 +65,7 @@ impl LocalSgd {
     fn rate_at(&self, place: u64) -> Option<Rate> {
         (self.schedule().needs_rate() && place::is_step(place)).then(|| match self.measured.rate {
             Some(rate) if is_rate(rate) => Rate::Known(rate),
-            _ => Rate::Unusable { rank: self.averager.rank() },
+            _ => Rate::Unusable { rank: self.averager.number() },
         })
     }
 
@@ -75,7 +75,7 @@ impl LocalSgd {
             schedule: self.schedule(),
             course: self.decisions.course,
             rate: self.rate_at(place),
-            unfit: self.refusal_at(place).map(|_| self.rank()),
+            unfit: self.refusal_at(place).map(|_| self.averager.number()),
         }
     }
 

@@ -24,9 +24,6 @@ impl LocalSgd {
         params: &mut (impl Lend + ?Sized),
         due: Due,
     ) -> Result<Action> {
-        if let Some(error) = self.averager.refusal_of_adapting(&self.schedule()) {
-            return Err(error);
-        }
         let overlap = self.averager.overlap();
         if !overlap.is_on() || self.is_alone() {
             return self.make_whole(params, false);

@@ -22,8 +22,8 @@ impl LocalSgd {
         if self.is_alone() {
             return Ok(Action::Alone);
         }
-        let refusal = self.refusal_at(place).or_else(|| self.refusal_of_telemetry());
-        if let Some(refusal) = refusal.clone().filter(|_| !place::is_step(place)) {
+        let refusal = self.refusal_at(place);
+        if let Some(refusal) = refusal.clone().filter(|_| self.averager.has_no_peer()) {
             return Err(refusal);
         }
         // Peers that have asked for its outcome before do not make this average without this rank.
@@ -58,7 +58,8 @@ impl LocalSgd {
         if !place::is_step(place) || self.is_alone() {
             return None;
         }
-        self.refusal_of_overlap().or_else(|| self.refusal_of_telemetry())
+        let of_hosts = self.averager.refusal_of_adapting(&self.schedule());
+        of_hosts.or_else(|| self.refusal_of_overlap()).or_else(|| self.refusal_of_telemetry())
     }
 
     fn refusal_of_telemetry(&self) -> Option<Error> {
@@ -143,8 +144,8 @@ impl LocalSgd {
         let (done, recovers) = (place == place::DONE, place == place::RECOVERY);
         let (steps, samples) = (self.since.steps(fragment), self.since.weight(fragment));
         let has_news = steps > 0 && samples != Some(0.0);
-        let differ = self.averager.has_mixed() || self.averager.has_hosts_apart();
-        let evens_out = place == place::FINISH && differ;
+        let evens_out = (place == place::FINISH && self.averager.has_mixed())
+            || self.averager.evens_out_hosts(place);
         let weight = match samples {
             // A rank that is done counts with the steps that no average has had, and then no more.
             _ if done && !has_news => Some(0.0),

@@ -144,17 +144,21 @@ impl Control {
     pub(crate) fn weight(&self, epoch: u32, world: usize) -> (f64, bool) {
         let Some(start) = self.memory.host_pointer() else { return (0.0, false) };
         let at = offset_of!(PaBoard, record) + (epoch & 1) as usize * size_of::<PaRecord>();
+        // Flags and weight of a rank. Other fields change until the vote.
         let record = |position: usize| {
-            // SAFETY: in bounds and aligned. A rank has written its record before it came to the
-            // meeting, and writes it again after the next one only.
-            unsafe { start.add(of_board(position, at)).cast::<PaRecord>().read() }
+            // SAFETY: in bounds and aligned. A rank has written both before it came to the meeting,
+            // and writes them again after the next one only.
+            unsafe {
+                let record = start.add(of_board(position, at)).cast::<PaRecord>();
+                ((&raw const (*record).flags).read(), (&raw const (*record).weight).read())
+            }
         };
         const WITHOUT_NEWS: u32 = PA_FLAG_DONE | PA_FLAG_UNNEEDED;
-        let has_news = |record: &PaRecord| record.flags & WITHOUT_NEWS == 0;
+        let has_news = |(flags, _): &(u32, f64)| flags & WITHOUT_NEWS == 0;
         let news = (0..world).map(record).find(has_news).unwrap_or_else(|| record(0));
-        let is_weighted = has_news(&news) && news.flags & PA_FLAG_WEIGHTED != 0;
-        let counts = |record: &PaRecord| !is_weighted || record.flags & PA_FLAG_WEIGHTED != 0;
-        let counted = (0..world).map(record).filter(counts).map(|record| record.weight);
+        let is_weighted = has_news(&news) && news.0 & PA_FLAG_WEIGHTED != 0;
+        let counts = |(flags, _): &(u32, f64)| !is_weighted || flags & PA_FLAG_WEIGHTED != 0;
+        let counted = (0..world).map(record).filter(counts).map(|(_, weight)| weight);
         (counted.filter(|weight| *weight > 0.0).sum(), is_weighted)
     }
 

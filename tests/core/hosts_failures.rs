@@ -121,8 +121,9 @@ fn a_host_that_leaves_or_is_late_is_named() {
                 let of = rank;
                 matches!(error, Error::HostLost { rank, host: Some(1), .. } if *rank == of)
             };
-            assert!(named(first) && named(second), "{first} {second}");
-            assert!(first.tensors() == TensorState::Unchanged && !first.is_fatal());
+            let Error::Poisoned { cause } = second else { panic!("{second}") };
+            assert!(named(first) && named(cause), "{first} {second}");
+            assert!(first.tensors() == TensorState::Unchanged && first.is_fatal());
             assert!(first.to_string().contains("restart all hosts from a checkpoint"), "{first}");
         }
     }
@@ -378,4 +379,63 @@ fn ranks_that_recover_are_refused() {
         let error = averager.admit_joiner(&mut model).unwrap_err().to_string();
         assert!(error.contains("restart all hosts from a checkpoint"), "{error}");
     });
+}
+
+/// Hosts that have averaged alone agree at the next average of all, also without further steps, and
+/// if that fails at the one after it.
+#[test]
+fn hosts_that_are_apart_agree_without_further_steps() {
+    for fails in [false, true] {
+        let results = on_hosts(2, 2, |host, communicator, link| {
+            let rank = communicator.rank();
+            let mut model = vec![0.0f32; 100];
+            let hierarchy = Hierarchy::Outer { every: if fails { 3 } else { 2 } };
+            let builder = ParamAverager::builder(communicator).hosts(link, hierarchy);
+            let mut sgd = LocalSgd::new(builder.build(&mut model).unwrap(), Schedule::every(1));
+            model.fill((2 * host + rank) as f32);
+            sgd.step(&mut model).unwrap();
+            assert_eq!(model[0], 2.0 * host as f32 + 0.5);
+            if fails {
+                if (host, rank) == (0, 1) {
+                    model[3] = f32::INFINITY;
+                }
+                sgd.finish(&mut model).unwrap_err();
+                model[3] = model[0];
+            } else {
+                sgd.skip(&mut model).unwrap(); // the second average, of all hosts
+            }
+            sgd.finish(&mut model).unwrap();
+            model
+        });
+        assert_eq!(results.concat(), vec![vec![1.5; 100]; 4]);
+    }
+}
+
+#[test]
+fn a_stage_that_is_too_slow_is_a_veto() {
+    let results = on_hosts(2, 1, |host, communicator, link| {
+        let mut model = vec![0.0f32; 100];
+        let mut calls = 0;
+        let builder = ParamAverager::builder(communicator).timeout(Duration::from_secs(2));
+        let mut averager = builder
+            .hosts(link, Hierarchy::Every)
+            .stage(move |_| {
+                calls += 1;
+                std::thread::sleep(Duration::from_millis(if calls == 2 { 1600 } else { 0 }));
+                Ok(())
+            })
+            .build(&mut model)
+            .unwrap();
+        model.fill(host as f32);
+        let error = averager.average(&mut model).unwrap_err();
+        assert_eq!(model, [host as f32; 100]);
+        averager.average(&mut model).unwrap();
+        assert_eq!(model, [0.5; 100]);
+        error
+    });
+    let slow = |error: &Error| {
+        matches!(error, Error::StageVetoed { reason, .. } if reason.contains("raise it"))
+            || matches!(error, Error::HostRefused { .. })
+    };
+    assert!(results.iter().flatten().all(slow), "{results:?}");
 }

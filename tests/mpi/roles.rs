@@ -116,7 +116,6 @@ fn cut() -> Result<(), Error> {
         assert!(waited < Duration::from_secs(9), "{waited:?}: {error}");
         let unchanged = model.iter().all(|&value| value == (own + round) as f32);
         assert!(unchanged, "rank {own}: {error}");
-        assert!(!error.is_fatal());
         println!("rank {own} unchanged in round {round} after {} s: {error}", waited.as_secs());
         break;
     }

@@ -1,6 +1,5 @@
 //! Options of a builder for several hosts, and calls that they exclude.
 
-use crate::averager::stage::RankStage;
 use crate::averager::{Algorithm, Builder, ParamAverager, Start};
 use crate::backend::MemorySpace;
 use crate::bucket::Bucket;
@@ -19,7 +18,7 @@ impl Builder {
     /// link carries 2 · (h − 1)/h of the bytes of a rank's part for h hosts, in f32. An
     /// [`outer`](Self::outer) optimizer and a [`stage`](Self::stage) come after it. `hierarchy`
     /// says which averages are of all hosts; `build` and `broadcast` always are, and give all ranks
-    /// the values of host 0.
+    /// the values of host 0, unless [`Start::Mean`] is set.
     ///
     /// No tensor changes unless the ranks of all hosts have agreed: [`Error::HostLost`],
     /// [`Error::HostRefused`] and [`Error::HostsDiffer`] name a host. All hosts have the same
@@ -128,9 +127,20 @@ impl ParamAverager {
         })
     }
 
-    /// True if hosts have averaged alone since the last average of all of them.
-    pub(crate) fn has_hosts_apart(&self) -> bool {
-        self.stage.as_ref().is_some_and(RankStage::are_apart)
+    /// True if an average at this place makes hosts agree that have averaged alone.
+    pub(crate) fn evens_out_hosts(&self, place: u64) -> bool {
+        self.stage.as_ref().is_some_and(|stage| stage.evens_out(place))
+    }
+
+    /// Number of this rank among those of all hosts.
+    pub(crate) fn number(&self) -> usize {
+        let host = self.options.hosts.as_ref().map_or(0, |(link, _)| link.host);
+        host * self.world_size() + self.rank()
+    }
+
+    /// True if no other rank takes part in an average of this one.
+    pub(crate) fn has_no_peer(&self) -> bool {
+        self.world_size() == 1 && self.options.hosts.is_none()
     }
 
     /// Bytes that each rank sends to other hosts in an average of all.

@@ -2,7 +2,7 @@
 //! receives all hosts' values of it, and sends their mean to all. Sums are made in f64, in the
 //! order of hosts, so that all hosts get the same bits.
 
-use crate::hosts::{Hosts, HostsError, Limit};
+use crate::hosts::{Hosts, HostsError, HostsLimit};
 use crate::stage::{Span, Values};
 
 /// Bytes of a piece of the shard, on one host.
@@ -82,7 +82,7 @@ impl Sums {
         link: &mut dyn Hosts,
         spans: &[Span],
         weights: &[f64],
-        limit: &Limit<'_>,
+        limit: &HostsLimit<'_>,
     ) -> Result<(), HostsError> {
         // SAFETY: guaranteed by the caller, here and below.
         unsafe { self.average_of::<f32>(link, spans, weights, limit) }?;
@@ -99,7 +99,7 @@ impl Sums {
         link: &mut dyn Hosts,
         spans: &[Span],
         weights: &[f64],
-        limit: &Limit<'_>,
+        limit: &HostsLimit<'_>,
     ) -> Result<(), HostsError> {
         // SAFETY: guaranteed by the caller. Spans are disjoint.
         let values = spans.iter().filter_map(|span| T::of(unsafe { span.values() }));
@@ -256,7 +256,7 @@ mod tests {
                         spans.extend(
                             narrows.map(|v| span(Dtype::F32, v.as_mut_ptr() as u64, v.len())),
                         );
-                        let limit = Limit::new(Duration::from_secs(60), &|| false);
+                        let limit = HostsLimit::new(Duration::from_secs(60), &|| false);
                         let mut sums = Sums::new(hosts);
                         // SAFETY: the spans are those vectors, which nothing else uses.
                         unsafe { sums.average(&mut links[0], &spans, weights, &limit) }.unwrap();
@@ -318,7 +318,7 @@ mod tests {
             &mut self,
             send: &[u8],
             receive: &mut [u8],
-            _: &Limit<'_>,
+            _: &HostsLimit<'_>,
         ) -> Result<(), HostsError> {
             let part = send.len() / self.hosts;
             (self.calls, self.bytes) = (self.calls + 1, self.bytes + send.len() - part);
@@ -329,7 +329,7 @@ mod tests {
             &mut self,
             send: &[u8],
             receive: &mut [u8],
-            _: &Limit<'_>,
+            _: &HostsLimit<'_>,
         ) -> Result<(), HostsError> {
             self.calls += 1;
             self.bytes += send.len() * (self.hosts - 1);
@@ -350,7 +350,7 @@ mod tests {
                 Span { tensor: 0, dtype: Dtype::F32, first: 0, elements: part, at: 0, address };
             let mut link = Counting { hosts, calls: 0, bytes: 0 };
             let (mut sums, weights) = (Sums::new(hosts), vec![1.0; hosts]);
-            let limit = Limit::new(Duration::from_secs(60), &|| false);
+            let limit = HostsLimit::new(Duration::from_secs(60), &|| false);
             // SAFETY: the span is that vector, which nothing else uses.
             unsafe { sums.average(&mut link, &[span], &weights, &limit) }.unwrap();
             assert!(values.iter().all(|&value| value == 1.5));

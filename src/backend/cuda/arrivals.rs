@@ -73,10 +73,13 @@ fn run() {
     loop {
         state.0.retain_mut(|meeting| {
             let ended = meeting.look();
-            if let Some(Err(_)) = ended {
+            // In a world that has failed it is released until it is forgotten: a stream that comes
+            // late to an earlier meeting sets its rank's word back.
+            let has_failed = meeting.arrivals.failure().is_some();
+            if has_failed {
                 meeting.release();
             }
-            ended.is_none()
+            has_failed || ended.is_none()
         });
         state = match state.0.is_empty() {
             true => wait(&WATCHER.changed, state),

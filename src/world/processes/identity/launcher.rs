@@ -307,7 +307,7 @@ impl Launched {
 /// The number of ranks on each host, if it is the same on all: of a number, or of a list as Slurm
 /// has it, such as "4(x2)" or "4,4", which adds up to `world_size`.
 fn equal_ranks(list: &str, world_size: usize) -> Option<usize> {
-    let (mut all, mut ranks, mut is_list) = (0, None, false);
+    let (mut all, mut ranks, mut is_list) = (0usize, None, false);
     for part in list.trim().split(',') {
         let (number, times) = match part.split_once("(x") {
             Some((number, times)) => (number, times.strip_suffix(')')?.parse().ok()?),
@@ -318,7 +318,7 @@ fn equal_ranks(list: &str, world_size: usize) -> Option<usize> {
         if *ranks.get_or_insert(number) != number {
             return None;
         }
-        all += number * times;
+        all = number.checked_mul(times).and_then(|ranks| ranks.checked_add(all))?;
     }
     let ranks = ranks?;
     // Other launchers tell the ranks of this host alone.
