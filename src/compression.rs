@@ -5,11 +5,11 @@ use crate::abi::{PaKernel, PA_RING_BF16, PA_RING_INT8};
 /// Code in which the ring sends differences, for slow links: PCIe without P2P, whose mailboxes are
 /// in memory of the host.
 ///
-/// Ranks of f32 tensors have had the same values after the last average, the reference. They send
-/// how far each has come from it since, coded. What a code rounds away is not lost: the rank that
-/// has coded adds it to its next difference (error feedback: Seide et al., 2014; Karimireddy et
-/// al., 2019, arXiv 1901.09847). The guide's page on [compression](crate::guide::compression) has
-/// the bounds, and what it costs in memory.
+/// All ranks keep the result of the last average, the reference, and send how far the f32 tensors
+/// of each have come from it since, coded. What a code rounds away is not lost: the rank that has
+/// coded adds it to its next difference (error feedback: Seide et al., 2014; Karimireddy et al.,
+/// 2019, arXiv 1901.09847). The guide's page on [compression](crate::guide::compression) has the
+/// bounds, and what it costs in memory.
 ///
 /// ```
 /// use param_averager::{Communicator, Compression, Device, ParamAverager};

@@ -193,8 +193,9 @@ impl Builder {
     /// Code in which ranks send how far they have come since the last average, for slow links: by
     /// the ring, all or nothing, for tensors of f32 alone; values that are not finite are rejected.
     /// It takes 8 bytes of memory for each element. Averages that give the ranks values to begin
-    /// with are made in full, and so is the first one after a recovery or a join. All ranks get the
-    /// same bits, within a bound of the mean: see
+    /// with are made in full, and so is the first one after a recovery, a join, [`Start::Own`] or,
+    /// with an outer optimizer, [`LocalSgd::load`](crate::LocalSgd::load). All ranks get the same
+    /// reference, within a bound of the mean, and in averages in place the same bits: see
     /// [`guide::compression`](crate::guide::compression). Default: [`Compression::None`].
     pub fn compression(mut self, compression: Compression) -> Self {
         self.compression = compression;

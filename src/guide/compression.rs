@@ -35,11 +35,11 @@
 //!
 //! # What travels
 //! Not parameters, since a parameter that is rounded has lost what the last steps did, but how far
-//! each rank has come from the reference, the values that all ranks had after the last average. In
-//! n − 1 hops the ranks add their shares of the mean difference, and code each partial sum; the
-//! owner of a shard adds the result to it exactly, and sends the difference of the shard from the
-//! reference, in code, to all ranks. All of them, the owner too, add what the code says. So all
-//! ranks have the same bits.
+//! each rank has come from the reference, the result of the last average. In n − 1 hops the ranks
+//! add their shares of the mean difference, and code each partial sum; the owner of a shard adds
+//! the result to it exactly, and sends the difference of the shard from the reference, in code, to
+//! all ranks. All of them, the owner too, add what the code says. So all ranks have the same
+//! reference, and after an average in place the same bits.
 //!
 //! Every rank keeps what its codes have rounded away, in f32, and adds it to what it sends in the
 //! next average: error feedback, as in Seide et al., 2014, "1-bit stochastic gradient descent", and
@@ -56,8 +56,10 @@
 //! An element is off by n · M / 254 at most with `Int8`, and n · M / 256 with `Bf16`, beside what
 //! f32 rounds; that holds for the sum of all averages so far, too, since what is owed was last
 //! forgotten. With an outer optimizer, M is also that of its step, whose gain multiplies what the
-//! hops have rounded: lr · (1 + μ / (1 − μ)) at most for Nesterov's, 7 for DiLoCo's. A value that
-//! is the same on all ranks need not stay as it is: what is owed to it is sent.
+//! hops have rounded: lr · (1 + μ / (1 − μ)) at most for Nesterov's, 7 for DiLoCo's; with
+//! [`Overlap::alpha`](crate::Overlap::alpha), and where a result was not added, also that share of
+//! what the last code has. A value that is the same on all ranks need not stay as it is: what is
+//! owed to it is sent.
 //!
 //! A difference of 3.39e38 and more, half of what lies between f32's least and largest value, is no
 //! code: its block, 128 elements, is NaN on all ranks.

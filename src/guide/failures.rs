@@ -92,7 +92,7 @@
 //! | tensors are passed in another order, or under other names, than at `build` | [`Error::LayoutChanged`](crate::Error::LayoutChanged) on every rank, and no tensor changes: no layer is averaged with another one |
 //! | ranks have different numbers of batches | each calls [`LocalSgd::done`](crate::LocalSgd::done) after its last one, and takes part until all are done |
 //! | an [outer](super::outer) optimizer is set | the result of its step stands in the place of the mean, and a value that is the same on all ranks may change; with `keeping` the ranks differ after an average |
-//! | [`compression`](super::compression) is set | the mean is off by at most n / 254 of the largest difference in its block; ranks hold the same bits |
+//! | [`compression`](super::compression) is set | the mean is off by at most n / 254 of the largest difference in its block; after averages in place ranks hold the same bits |
 //! | a [`stage`](crate::Builder::stage) refuses an average, or panics | [`Error::StageVetoed`](crate::Error::StageVetoed) with its reason on every rank; no rank's tensors change, and the world lives |
 //!
 //! # Limits of the system

@@ -39,12 +39,12 @@ impl Builder {
     /// for it until the [`timeout`](Self::timeout), and no kernel of theirs does.
     ///
     /// It differs from a stage on CPUs in this: the function is called when the sum is enqueued,
-    /// not when it is made. So it is also called in averages that fail before they have summed, and
-    /// where a mean is not finite, which the vote refuses after it. What it returns is known before
-    /// its work has run: a check that needs the values waits for the stream, or leaves a NaN where
-    /// such values are [rejected](Self::reject_non_finite), the default. An average that is
-    /// [started](crate::ParamAverager::start) still returns before it has run, when the functions
-    /// of all ranks of the process have returned.
+    /// not when it is made. So it is also called in averages that fail before they have summed,
+    /// that no rank needs, and where a mean is not finite, which the vote refuses after it. What it
+    /// returns is known before its work has run: a check that needs the values waits for the
+    /// stream, or leaves a NaN where such values are [rejected](Self::reject_non_finite), the
+    /// default. An average that is [started](crate::ParamAverager::start) still returns before it
+    /// has run, when the functions of all ranks of the process have returned.
     ///
     /// An average with a stage is not captured into a CUDA graph: that is refused.
     ///
