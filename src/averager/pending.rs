@@ -114,7 +114,12 @@ impl ParamAverager {
         let Some(captured) = self.captured else { return Err(none) };
         (self.call, self.end, self.compression) =
             (captured.call, captured.end, captured.compression);
-        match self.outcome(None)? {
+        // An average that was not captured may have come after the last replay, and have left the
+        // ranks' values different.
+        let mixed = self.mixed;
+        let outcome = self.outcome(None);
+        self.mixed |= mixed;
+        match outcome? {
             Outcome::Averaged(report) => Ok(report),
             Outcome::Unneeded { .. } => Err(none),
         }

@@ -70,8 +70,9 @@
 //! [`graph_outcome`](crate::ParamAverager::graph_outcome) waits for the stream and returns the
 //! result of the last replay. Wrong tensors or a wrong weight are refused while capturing, on that
 //! rank alone. So is, with an outer optimizer or compression, the first average after a recovery or
-//! a join, from which the steps and the differences begin; and with a [stage](crate::Builder::device_stage) every average, since the
-//! host calls it. `examples/cuda_graph.rs` shows a graph.
+//! a join, from which the steps and the differences begin; and with a
+//! [stage](crate::Builder::device_stage) every average, since the host calls it.
+//! `examples/cuda_graph.rs` shows a graph.
 //!
 //! # What can block
 //! Replays of graphs wait for late ranks in their kernels, for as long as `timeout` says, and on a
