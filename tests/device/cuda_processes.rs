@@ -234,7 +234,7 @@ pub fn kill_beside_a_stage_leaves_survivors_running() {
             let variables = |rank| {
                 let step = step.filter(|_| rank == dead).map(|step| step.to_string());
                 let last = step.map(|step| ("PA_TEST_DIE_AT", step));
-                let stage = ("PA_TEST_STAGE", "1".to_owned());
+                let stage = ("PA_TEST_SHARD_STAGE", "1".to_owned());
                 [survivors(), vec![stage], last.into_iter().collect()].concat()
             };
             let Some(mut ranks) = case.start("survive", variables) else {

@@ -112,7 +112,7 @@ pub fn builder(communicator: Communicator) -> Builder {
             crate::options(communicator).channels(number("PA_TEST_CHANNELS").unwrap_or(2) as u32)
         }
     };
-    let builder = match (number("PA_TEST_STAGE"), device() == Device::cpu()) {
+    let builder = match (number("PA_TEST_SHARD_STAGE"), device() == Device::cpu()) {
         (None, _) => builder,
         (Some(_), true) => builder.stage(|_| Ok(())),
         // SAFETY: the stage enqueues nothing.
