@@ -20,6 +20,7 @@ fn main() -> ExitCode {
     test_support::main(tests![
         protocol::every_scenario_is_clean_in_every_build: cpp,
         protocol::every_mutant_is_caught: cpp,
+        protocol::mutants_compile: cpp,
         protocol::mutants_fit_the_kernels,
         protocol::mutants_that_do_not_fit_are_named,
         protocol::mutants_are_woven_as_expressions_and_statements,

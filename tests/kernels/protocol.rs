@@ -207,6 +207,13 @@ pub fn mutants_fit_the_kernels() {
     }
 }
 
+/// The sources that hold all mutants, in seconds, where `every_mutant_is_caught` takes minutes.
+pub fn mutants_compile() {
+    let kernels = Path::new(env!("CARGO_TARGET_TMPDIR")).join("protocol-mutants-syntax");
+    mutants::write(&mutants::weave(&mutants::table(), &mutants::kernels()), &kernels);
+    harness::check_mutants(&kernels).unwrap_or_else(|error| panic!("{error}"));
+}
+
 pub fn mutants_that_do_not_fit_are_named() {
     let text = "f(x);\n  g(x);\ng(y);\nreturn x + y;\nsync(); // of lanes\n";
     let sources = mutants::Sources::from([("a.h".into(), text.into())]);

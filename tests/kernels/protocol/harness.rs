@@ -146,6 +146,18 @@ pub fn build(flavour: Flavour, with_mutants: Option<&Path>) -> Result<PathBuf, S
     Ok(program)
 }
 
+/// Checks that the harness compiles with these sources of all mutants. Error: the compiler's.
+pub fn check_mutants(kernels: &Path) -> Result<(), String> {
+    let mut command = Command::new(compiler());
+    command.args(FLAGS).args(["-fsyntax-only", "-DPA_MUTANTS", "-I"]).arg(kernels);
+    command.arg(Path::new(ROOT).join("tests/kernels/protocol/harness.cpp"));
+    let output = command.output().map_err(|error| error.to_string())?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
+    }
+}
+
 /// True if the compiler supports the flavour's sanitizer and instruction set: it builds an empty
 /// program.
 fn is_supported(flavour: Flavour) -> bool {
