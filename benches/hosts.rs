@@ -2,9 +2,9 @@
 //! --bench hosts`. The hosts are network namespaces of this machine, 2 with 2 ranks each, whose
 //! links have a limited rate; ranks share its cores. With `-- --test`, one turn of a small model.
 //!
-//! Expected, and not measured yet: at 1 Gbit/s within 1.2 of the link's limit, and MPI's ring of all
-//! ranks at 1.5 of it, since it sends 1.5 times the bytes over each link; at 10 Gbit/s all are far
-//! from the limit, as two cores can't move as much through TCP.
+//! Expected, and not measured yet: at 1 Gbit/s within 1.2 of the link's limit, and MPI's ring of
+//! all ranks at 1.5 of it, since it sends 1.5 times the bytes over each link; at 10 Gbit/s all are
+//! far from the limit, as two cores can't move as much through TCP.
 
 mod common;
 #[allow(dead_code)] // the bench cuts no link
