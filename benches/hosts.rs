@@ -54,7 +54,7 @@ fn main() {
             let of = |word: &str| word.parse::<f64>().expect("a number");
             let words: Vec<f64> = rest.split(' ').map(of).collect();
             let [ms, least, most, bytes] = words[..] else { panic!("{line}") };
-            // What a host must send at least: what all its ranks have, (h − 1)/h of it twice.
+            // Least bytes that a host sends: (h − 1)/h of what its ranks have, twice.
             let limit = 2.0 * (HOSTS - 1) as f64 / HOSTS as f64 * bytes * 8.0 / bits * 1e3;
             let ours = *ours.get_or_insert(ms);
             println!(

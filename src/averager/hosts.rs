@@ -159,7 +159,7 @@ impl RankHosts {
     }
 
     /// Limits of an average's wait for all hosts to come, and of the exchange of values, from now.
-    /// The wait for the words after it has another quarter of the builder's `timeout`.
+    /// The wait for the words after it has an eighth of the builder's `timeout` more.
     pub(super) fn limits<'a>(&self, is_over: &'a dyn Fn() -> bool) -> [HostsLimit<'a>; 2] {
         [self.patience / 2, self.patience / 4 * 3].map(|limit| HostsLimit::new(limit, is_over))
     }

@@ -10,7 +10,7 @@
 //! | What was it, and where? | the variant and its text: rank, tensor, phase, and what to do |
 //! | What caused it? | [`source`](std::error::Error::source) of errors that follow from others |
 //!
-//! Of several hosts, [`guide::hosts`](super::hosts) has what is different.
+//! [`guide::hosts`](super::hosts) has the failures of several hosts.
 //!
 //! Up to the commit of an average, the error is the same on every rank and no rank's tensors have
 //! changed. If a rank stops after the commit, each element on the other ranks is its own value or

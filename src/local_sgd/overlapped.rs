@@ -29,7 +29,7 @@ impl LocalSgd {
             return self.make_whole(params, false);
         }
         if self.refusal_of_overlap().is_some() {
-            // Of the whole model, and refused by all ranks: see `refusal_at`.
+            // An average of the whole model, which all ranks refuse: see `refusal_at`.
             return self.average(params, self.position(), None, true);
         }
         // A joiner gets a model that all ranks have. The steps of an outer optimizer, and what is
