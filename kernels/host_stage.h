@@ -69,10 +69,10 @@ PA_FN void run_ring_vote(const Exec& ex, const PaArgs& a) {
   Block b(ex, a, false);
   for (uint32_t i = 0; i < a.bucket_count; ++i) {
     const PaBucket* bucket = at<const PaBucket>(a.buckets) + i;
-    // What a stage has left that refuses is not looked at. The barrier is also that before the
+    // The values of a stage that vetoes are not checked. The barrier is also the one before the
     // block's part of the vote: the shard is whole.
     const bool vetoes = a.flags & PA_FLAG_VETO;
-    // A value of the own tensors, which may be the cause, is told rather than what is left.
+    // A value of the own tensors, which may be the cause, comes before one that the stage has left.
     const bool had_one = b.me->bad != 0;
     if (ex.any(!vetoes && narrow_shard(ex, *bucket, a)) && !had_one) {
       locate_left(ex, bucket, i, &a, b.me);

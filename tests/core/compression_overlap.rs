@@ -16,13 +16,13 @@ use crate::overlap::fragments;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Event {
-    /// Of a copy of a fragment, whose result is added.
+    /// Average of a copy of a fragment, whose result is added.
     OfCopy,
     /// The same, dropped by rank 0 alone.
     Dropped,
     /// The same, of a fragment in which the last rank holds NaN.
     Fails,
-    /// Of all tensors, in place.
+    /// Average of all tensors, in place.
     Whole,
     /// The same, with NaN in one fragment.
     WholeFails,

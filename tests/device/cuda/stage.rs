@@ -367,7 +367,7 @@ pub fn streams() {
     }
 }
 
-/// What a stage can't do is refused, and nothing is captured or read.
+/// Uses of a stage that are refused: nothing is captured or read.
 pub fn refusals() {
     ranks_of(&[0, 1].map(Device::cuda), |communicator| {
         let on = communicator.device();

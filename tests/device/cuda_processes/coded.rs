@@ -9,7 +9,7 @@ use crate::cuda::model::{Model, Shape};
 use test_support::rank::{builder, device, join, say};
 use test_support::ranks;
 
-/// Of two fragments, the first of which is one tensor.
+/// Model of two fragments, the first of which is one tensor.
 const SHAPES: [Shape; 3] = [(Dtype::F32, 3001, 1), (Dtype::F32, 64, 0), (Dtype::F32, 2500, 3)];
 
 pub fn coded_averages_have_the_bits_of_the_cpu() {
