@@ -13,6 +13,7 @@ use crate::abi::{PaArgs, PaStatus, PA_LEFT, PA_OPEN, PA_RING_VOTE, PA_UNNEEDED};
 use crate::backend::cuda::StageStream;
 use crate::backend::{Engine, Gathering, Order, Unstarted};
 use crate::bucket::Division;
+use crate::error::Phase;
 use crate::hash::Digest;
 use crate::plan::Launch;
 use crate::schedule::place;
@@ -396,6 +397,12 @@ impl ParamAverager {
                  {tensor}, element {element}"
             );
             return Error::StageVetoed { rank, reason };
+        }
+        // A failure of this host's world ends the exchange with other hosts, and its votes can be
+        // counted before its kernels see it.
+        let failure = self.options.hosts.as_ref().and_then(|_| self.agreement.control.failure());
+        if let Some(failure) = failure {
+            return self.fatal(failure, Phase::Commit, false);
         }
         // All ranks get here, and tell one another their reasons: a record has room for a number.
         let own = match self.stage.as_ref().and_then(|stage| stage.refusal.as_ref()) {
