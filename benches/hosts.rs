@@ -2,9 +2,7 @@
 //! --bench hosts`. The hosts are network namespaces of this machine, 2 with 2 ranks each, whose
 //! links have a limited rate; ranks share its cores. With `-- --test`, one turn of a small model.
 //!
-//! Expected, and not measured yet: at 1 Gbit/s within 1.2 of the link's limit, and MPI's ring of
-//! all ranks at 1.5 of it, since it sends 1.5 times the bytes over each link; at 10 Gbit/s all are
-//! far from the limit, as two cores can't move as much through TCP.
+//! The record is `benches/record/2026-11-30-hosts`.
 
 mod common;
 #[allow(dead_code)] // the bench cuts no link
@@ -23,6 +21,9 @@ const HOSTS: usize = 2;
 const EACH: usize = 2;
 /// Turns of each method, of which the first does not count.
 const TURNS: usize = 6;
+const OURS: &str = "this crate";
+/// No average: what this link gives MPI.
+const EXCHANGE: &str = "MPI_Sendrecv of as many bytes as this crate";
 
 type Method<'a> = Box<dyn FnMut(&mut Vec<Vec<f32>>) + 'a>;
 
@@ -83,9 +84,13 @@ fn rank(is_small: bool) {
     let mut tensor = vec![0.0f32; layout.iter().copied().max().unwrap_or(0)];
     let ranks = all.size() as f32;
     let sum = mpi::collective::SystemOperation::sum();
-    let mut methods: [(&str, Method); 3] = [
+    // The bytes of an average over all hosts that a rank sends to that of its number.
+    let own = bytes / 4 * (HOSTS - 1) / HOSTS * 2 / EACH;
+    let mut exchanged = [vec![1.0f32; own], vec![0.0f32; own]];
+    let other = all.process_at_rank((all.rank() + EACH as i32) % all.size());
+    let mut methods: [(&str, Method); 4] = [
         (
-            "this crate",
+            OURS,
             Box::new(|model| {
                 averager.average(model).expect("an average");
             }),
@@ -118,8 +123,15 @@ fn rank(is_small: bool) {
                 }
             }),
         ),
+        (
+            EXCHANGE,
+            Box::new(|_| {
+                let [send, receive] = &mut exchanged;
+                mpi::point_to_point::send_receive_into(&send[..], &other, &mut receive[..], &other);
+            }),
+        ),
     ];
-    let mut seconds = [const { vec![] }; 3];
+    let mut seconds = [const { vec![] }; 4];
     let turns = if is_small { 1 } else { TURNS };
     for turn in 0..turns {
         for ((name, method), seconds) in methods.iter_mut().zip(&mut seconds) {
@@ -129,7 +141,8 @@ fn rank(is_small: bool) {
             method(&mut model);
             all.barrier(); // the time of the last rank
             let took = start.elapsed().as_secs_f64();
-            assert!(model.iter().flatten().all(|&value| value == 1.5), "{name}");
+            let is_mean = || model.iter().flatten().all(|&value| value == 1.5);
+            assert!(*name == EXCHANGE || is_mean(), "{name}");
             if turn > 0 || turns == 1 {
                 seconds.push(took);
             }

@@ -21,14 +21,24 @@ enum Step {
     Idle,
     /// The same, and each step takes from 5 to 15 ms.
     Uneven,
+    /// The core is free, and the last step of a round takes 40 ms more, on each rank in turn: the
+    /// average takes 40 ms, as over a slow link.
+    Late,
     /// The core computes, in its registers.
     Busy,
 }
 
+const LATE: Duration = Duration::from_millis(40);
+
 impl Step {
-    fn make(self, work: u64, random: &mut u64) {
+    /// Makes step `number` of a rank.
+    fn make(self, work: u64, random: &mut u64, rank: usize, number: u64) {
         match self {
             Step::Idle => std::thread::sleep(STEP),
+            Step::Late => {
+                let is_late = number % H == H - 1 && number / H % 2 == rank as u64;
+                std::thread::sleep(STEP + if is_late { LATE } else { Duration::ZERO });
+            }
             Step::Uneven => {
                 *random = random.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(1);
                 std::thread::sleep(Duration::from_micros(5000 + (*random >> 33) % 10_001));
@@ -65,7 +75,8 @@ fn train(
     rounds: u64,
     meeting: &Barrier,
 ) -> Round {
-    let mut random = 7 + communicator.rank() as u64;
+    let rank = communicator.rank();
+    let mut random = 7 + rank as u64;
     let mut model = vec![vec![1.0f32; elements / 16]; 16];
     let builder = ParamAverager::builder(communicator).allow_unnamed().algorithm(algorithm);
     let averager = builder.overlap(overlap.unwrap_or_default()).build(&mut model).unwrap();
@@ -76,7 +87,7 @@ fn train(
             meeting.wait();
             (start, calls) = (Instant::now(), 0.0);
         }
-        step.make(work, &mut random);
+        step.make(work, &mut random, rank, number);
         let call = Instant::now();
         let action = sgd.step(&mut model).unwrap();
         if !matches!(action, Action::Counted { .. } | Action::Alone) {
@@ -91,10 +102,7 @@ fn train(
 
 fn main() {
     let is_test = std::env::args().any(|argument| argument == "--test");
-    let (sizes, rounds, turns): (&[usize], u64, usize) = match is_test {
-        true => (&[1 << 20], 1, 1),
-        false => (&[64 << 20], 2, 7),
-    };
+    let (rounds, turns) = if is_test { (1, 1) } else { (2, 7) };
     let work = calibrate();
     let ways: [(&str, Option<Overlap>); 4] = [
         ("no average", None),
@@ -105,47 +113,47 @@ fn main() {
     println!(
         "step    algorithm      bytes  way          round, ms  lost, ms  in calls, ms  / average"
     );
-    for step in [Step::Idle, Step::Uneven, Step::Busy] {
+    let steps = [(Step::Idle, 64), (Step::Uneven, 64), (Step::Late, 8), (Step::Busy, 64)];
+    for (step, mebibytes) in steps {
         for algorithm in [Algorithm::Direct, Algorithm::Ring] {
-            for &bytes in sizes {
-                // All ways take turns.
-                let mut all: Vec<Vec<Round>> = ways.iter().map(|_| vec![]).collect();
-                for _ in 0..turns {
-                    for (way, rounds_of) in ways.iter().zip(&mut all) {
-                        let meeting = Barrier::new(RANKS);
-                        let world = Communicator::from_devices(&[Device::cpu(); RANKS]).unwrap();
-                        let options = (bytes / 4, algorithm, way.1);
-                        let mut made: Vec<Round> = std::thread::scope(|scope| {
-                            let rank = |communicator| {
-                                let meeting = &meeting;
-                                scope.spawn(move || {
-                                    train(communicator, options, (step, work), rounds, meeting)
-                                })
-                            };
-                            let ranks: Vec<_> = world.into_iter().map(rank).collect();
-                            ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
-                        });
-                        rounds_of.push(made.swap_remove(0));
-                    }
+            let bytes = if is_test { 1 << 20 } else { mebibytes << 20 };
+            // All ways take turns.
+            let mut all: Vec<Vec<Round>> = ways.iter().map(|_| vec![]).collect();
+            for _ in 0..turns {
+                for (way, rounds_of) in ways.iter().zip(&mut all) {
+                    let meeting = Barrier::new(RANKS);
+                    let world = Communicator::from_devices(&[Device::cpu(); RANKS]).unwrap();
+                    let options = (bytes / 4, algorithm, way.1);
+                    let mut made: Vec<Round> = std::thread::scope(|scope| {
+                        let rank = |communicator| {
+                            let meeting = &meeting;
+                            scope.spawn(move || {
+                                train(communicator, options, (step, work), rounds, meeting)
+                            })
+                        };
+                        let ranks: Vec<_> = world.into_iter().map(rank).collect();
+                        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+                    });
+                    rounds_of.push(made.swap_remove(0));
                 }
-                let median = |rounds: &mut Vec<Round>, of: fn(&Round) -> f64| {
-                    rounds.sort_by(|a, b| of(a).total_cmp(&of(b)));
-                    1e3 * of(&rounds[rounds.len() / 2])
-                };
-                let rounds: Vec<f64> =
-                    all.iter_mut().map(|rounds| median(rounds, |round| round.all)).collect();
-                for (index, (name, _)) in ways.iter().enumerate() {
-                    let lost = rounds[index] - rounds[0];
-                    println!(
-                        "{:<7} {:<9} {bytes:>10}  {name:<11}  {:>9.1}  {lost:>8.1}  {:>12.1}  \
-                         {:>9.2}",
-                        format!("{step:?}"),
-                        format!("{algorithm:?}"),
-                        rounds[index],
-                        median(&mut all[index], |round| round.calls),
-                        lost / (rounds[1] - rounds[0]),
-                    );
-                }
+            }
+            let median = |rounds: &mut Vec<Round>, of: fn(&Round) -> f64| {
+                rounds.sort_by(|a, b| of(a).total_cmp(&of(b)));
+                1e3 * of(&rounds[rounds.len() / 2])
+            };
+            let rounds: Vec<f64> =
+                all.iter_mut().map(|rounds| median(rounds, |round| round.all)).collect();
+            for (index, (name, _)) in ways.iter().enumerate() {
+                let lost = rounds[index] - rounds[0];
+                println!(
+                    "{:<7} {:<9} {bytes:>10}  {name:<11}  {:>9.1}  {lost:>8.1}  {:>12.1}  \
+                     {:>9.2}",
+                    format!("{step:?}"),
+                    format!("{algorithm:?}"),
+                    rounds[index],
+                    median(&mut all[index], |round| round.calls),
+                    lost / (rounds[1] - rounds[0]),
+                );
             }
         }
     }

@@ -88,6 +88,11 @@ fn with_stage(act: &str) -> Vec<String> {
     ["0,0", "0,1", "0,1,0,1"].map(|of| format!("threads {act}+stage ring {of}")).to_vec()
 }
 
+/// Worlds of threads whose averages are of copies, by both algorithms, on one device and on two.
+fn with_copies(act: &str) -> Vec<String> {
+    ["ring 0,0", "direct 0,0,0,0", "ring 0,1"].map(|of| format!("threads {act}+copies {of}")).into()
+}
+
 /// Worlds of processes with a device each, and links of their own choice.
 fn processes(act: &str) -> Vec<String> {
     vec![format!("processes {act} auto 0,1"), format!("processes {act} auto 0,1,2")]
@@ -249,6 +254,32 @@ tests! {
     averages_of_copies: "A1-A4", [
         COOP, ROOM, SHORT, BLOCKING, QUEUES_AND_WAITS, DISPLAY_AND_WAITS,
     ].map(|mode| cases(&["overlap-streams", "overlap-devices"], mode)).concat();
+    /// Averages of copies of ranks that are threads, in every mode.
+    averages_of_copies_of_threads: "A1-A4", [
+        [COOP, OCCUPANCY, ROOM, WAITS, LAZY, SHORT, BLOCKING, QUEUES_AND_WAITS, DISPLAY_AND_WAITS]
+            .map(|mode| cases(&with_copies("waited"), mode)).concat(),
+        [QUEUES, THREE_QUEUES, ONE_QUEUE]
+            .map(|mode| cases(&with_copies("trainers"), mode)).concat(),
+    ].concat();
+    /// The trainer of a late rank acts while its peers train on beside an average of a copy.
+    averages_of_copies_beside_a_late_trainer: "A1, A2, A4", [
+        cases(&["threads resident+copies ring 0,0"], ROOM),
+        ["alloc", "free", "pinned", "module"].map(|act| cases(&with_copies(act), WAITS)).concat(),
+        cases(&with_copies("launch"), LAZY),
+        cases(&with_copies("ahead"), DEPTH),
+        cases(&with_copies("alloc"), BLOCKING),
+        cases(&["threads late+copies ring 0,1"], DISPLAY),
+    ].concat();
+    /// Averages of copies of ranks that are processes.
+    averages_of_copies_of_processes: "A1-A5", [
+        cases(&["processes waited+copies auto 0,0", "processes waited+copies auto 0,0,0,0"], NODE),
+        cases(&["processes waited+copies auto 0,0"], SLICES),
+        cases(&["processes waited+copies auto 0,1,0,1"], NODE_OF_TWO),
+        [COOP, ROOM, QUEUES, ONE_QUEUE, LAZY, DISPLAY, SHORT, BLOCKING, QUEUES_AND_WAITS].map(|mode| {
+            cases(&["processes waited+copies auto 0,1"], mode)
+        }).concat(),
+        cases(&["processes later+copies auto 0,1", "processes alloc+copies auto 0,1"], WAITS),
+    ].concat();
 
     /// Coded averages: on one device and between two, after failures, of copies and in graphs.
     coded_averages: "A1-A4", [

@@ -4,7 +4,7 @@
 //!     cargo run --release -p param-averager-candle --example curves -- all DIR
 //!
 //! `outer DIR` does the same with outer optimizers, and `overlap DIR` with averages that overlap
-//! with training.
+//! with training. Runs that the record has are not made again.
 
 mod train;
 
@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 use clap::{Parser, Subcommand, ValueEnum};
 use train::outer::Study;
 use train::record::{kinds, summary, Row};
-use train::{chars::Chars, digits::Digits, outer, plot, telemetry, world, Failure, Options, Task};
+use train::{chars::Chars, digits::Digits, outer, plot, telemetry, world};
+use train::{Failure, Options, Point, Task};
 
 #[derive(Parser)]
 struct Cli {
@@ -122,19 +123,27 @@ fn main() -> Result<(), Failure> {
     }
 }
 
+/// Makes the runs that the record lacks, and adds their rows.
 fn record<T: Task>(folder: &Path, seeds: u64, kinds: Vec<Options>) -> Result<(), Failure> {
-    let mut rows = csv::Writer::from_path(folder.join(format!("{}.csv", T::NAME)))?;
+    let file = folder.join(format!("{}.csv", T::NAME));
+    let known = if file.exists() { rows::<T>(folder)? } else { vec![] };
+    let added = std::fs::OpenOptions::new().create(true).append(true).open(file)?;
+    let mut added = csv::WriterBuilder::new().has_headers(known.is_empty()).from_writer(added);
     for seed in 1..=seeds {
         for kind in &kinds {
             let run = Options { seed, ..kind.clone() };
+            if known.iter().any(|row| row.is_of_run(&Row::new(T::NAME, &run, &Point::default()))) {
+                continue;
+            }
             let start = std::time::Instant::now();
             for point in world::run::<T>(&run, &arguments(T::NAME, &run))? {
-                rows.serialize(Row::new(T::NAME, &run, &point))?;
+                added.serialize(Row::new(T::NAME, &run, &point))?;
             }
+            added.flush()?;
             eprintln!("{:.1} s: {} {run:?}", start.elapsed().as_secs_f64(), T::NAME);
         }
     }
-    Ok(rows.flush()?)
+    Ok(())
 }
 
 /// Command line of a rank that is a process.

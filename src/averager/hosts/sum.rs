@@ -7,6 +7,9 @@ use crate::stage::{Span, Values};
 
 /// Bytes of a piece of the shard, on one host.
 const PIECE: usize = 4 << 20;
+/// Bytes of a host's part of a piece at least, so that with many hosts an exchange is not made of
+/// the latency of its messages.
+const PART: usize = 16 << 10;
 /// Elements that are summed at a time.
 const TILE: usize = 256;
 
@@ -106,8 +109,7 @@ impl Sums {
         let mut values: Vec<&mut [T]> = values.collect();
         let all: usize = values.iter().map(|values| values.len()).sum();
         let words = |values: usize| (values * size_of::<T>()).div_ceil(8);
-        // One value for each host, at least.
-        let most = (PIECE / size_of::<T>() / self.hosts).max(1);
+        let most = piece(self.hosts) / size_of::<T>() / self.hosts;
         let (mut from, mut to) = (Place::default(), Place::default());
         for begin in (0..all).step_by(most * self.hosts) {
             let count = (all - begin).min(most * self.hosts);
@@ -135,6 +137,11 @@ impl Sums {
         }
         Ok(())
     }
+}
+
+/// Bytes of a piece.
+fn piece(hosts: usize) -> usize {
+    PIECE.max(hosts * PART)
 }
 
 fn of<T: Value>(words: &mut [u64]) -> &mut [T] {
@@ -354,13 +361,17 @@ mod tests {
             // SAFETY: the span is that vector, which nothing else uses.
             unsafe { sums.average(&mut link, &[span], &weights, &limit) }.unwrap();
             assert!(values.iter().all(|&value| value == 1.5));
-            let pieces = (4 * part).div_ceil(PIECE / hosts / 4 * 4 * hosts);
+            let pieces = (4 * part).div_ceil(piece(hosts) / hosts / 4 * 4 * hosts);
             assert_eq!(link.calls, 2 * pieces);
             let least = 2 * (hosts - 1) * 4 * part / hosts;
             // One value for each host is added to the last piece at most, in both exchanges.
             let most = least + 2 * 4 * hosts;
             assert!((least..=most).contains(&link.bytes), "{hosts}: {least} {}", link.bytes);
-            assert!(sums.bytes() <= 3 * PIECE + 64, "{hosts}: {}", sums.bytes());
+            assert!(
+                sums.bytes() <= 3 * piece(hosts).min(4 * part) + 16 * hosts,
+                "{hosts}: {}",
+                sums.bytes()
+            );
         }
     }
 }

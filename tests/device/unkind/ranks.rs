@@ -13,6 +13,8 @@ use crate::cuda::{staged, with_stage};
 
 /// Variable with the timeout of the averagers in seconds, for a slot on a GPU.
 const TIMEOUT: &str = "PA_UNKIND_TIMEOUT_S";
+/// What training adds to each element while a copy of it is averaged.
+const TRAINED: f32 = 128.0;
 /// More launches than a launch queue holds.
 const AHEAD: usize = 1100;
 
@@ -23,13 +25,15 @@ struct Plan {
     outers: Vec<Outer>,
     /// True with the stage of `cuda::with_stage`.
     stage: bool,
+    /// True for averages of copies, while training goes on.
+    copies: bool,
     algorithm: Option<Algorithm>,
     devices: Vec<usize>,
     seed: u64,
 }
 
 impl Plan {
-    /// Reads `ACT[+OUTER|+stage] ALGORITHM DEVICES [SEED]`, such as `alloc ring 0,1`.
+    /// Reads `ACT[+OUTER|+stage|+copies] ALGORITHM DEVICES [SEED]`, such as `alloc ring 0,1`.
     fn new(words: &[&str]) -> Plan {
         let [act, algorithm, devices, ..] = words else { panic!("no plan: {words:?}") };
         let algorithm = match *algorithm {
@@ -42,11 +46,11 @@ impl Plan {
         let seed = words.get(3).map_or(0, |seed| seed.parse().expect("a seed"));
         let (act, name) = act.split_once('+').unwrap_or((act, ""));
         let outers = match name {
-            "" | "stage" => vec![Outer::mean()],
+            "" | "stage" | "copies" => vec![Outer::mean()],
             name => outer::named(name),
         };
-        let stage = name == "stage";
-        Plan { act: act.to_owned(), outers, stage, algorithm, devices: devices.collect(), seed }
+        let (stage, copies, devices) = (name == "stage", name == "copies", devices.collect());
+        Plan { act: act.to_owned(), outers, stage, copies, algorithm, devices, seed }
     }
 }
 
@@ -122,13 +126,20 @@ fn averages_with(
     if plan.stage {
         builder = with_stage(builder, on);
     }
+    if plan.copies {
+        builder = builder.overlap(Overlap::default().delay(1));
+    }
     let mut averager = builder.build(&mut trainer.model).unwrap();
     trainer.more_streams();
     if plan.act == "resident" && rank == 0 {
         trainer.hold();
     }
     for (round, expected) in expected(outer, rank, world, ROUNDS).into_iter().enumerate() {
-        let expected = if plan.stage { staged(expected) } else { expected };
+        let expected = match plan {
+            Plan { stage: true, .. } => staged(expected),
+            Plan { copies: true, .. } => expected + TRAINED,
+            _ => expected,
+        };
         trainer.fill(value(rank, round));
         if rank + 1 == world && round > 0 {
             trainer.act(&plan.act);
@@ -137,9 +148,19 @@ fn averages_with(
             trainer.steps(rank);
         }
         let is_started = matches!(plan.act.as_str(), "ahead" | "started");
+        let stream = trainer.stream.cast();
         // SAFETY: own stream and memory, which live until the process ends.
-        let mut params = unsafe { RawCudaParams::new(trainer.stream.cast(), &mut trainer.model) };
-        let report = if is_started {
+        let mut params = unsafe { RawCudaParams::new(stream, &mut trainer.model) };
+        let report = if plan.copies {
+            let average = averager.start_overlapped(0, &mut params).unwrap();
+            trainer.fill(value(rank, round) + TRAINED);
+            if plan.act == "ahead" {
+                (0..AHEAD).for_each(|_| trainer.launch(trainer.step));
+            }
+            // SAFETY: as above.
+            let mut params = unsafe { RawCudaParams::new(stream, &mut trainer.model) };
+            averager.finish_overlapped(average, &mut params).unwrap()
+        } else if is_started {
             let pending = averager.start(&mut params).unwrap();
             if plan.act == "ahead" {
                 (0..AHEAD).for_each(|_| trainer.launch(trainer.step));

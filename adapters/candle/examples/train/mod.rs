@@ -160,7 +160,7 @@ pub enum Init {
 }
 
 /// State of training after so many steps of a rank.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Point {
     pub step: u64,
     pub averages: u64,

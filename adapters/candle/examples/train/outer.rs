@@ -8,13 +8,13 @@ use param_averager::Outer;
 use plotters::prelude::*;
 
 use super::plot::{font, legend, panel, Curve, Drawn, LOSS, ONE_RANK, WIDTH};
-use super::record::{one_rank, shown, Row};
+use super::record::{one_rank, shown, step_ms, Row};
 use super::{Codec, Options, Rule, Shards};
 
 const TITLE: u32 = 66;
 const LEGEND: u32 = 30;
 const PANEL: u32 = 330;
-const NOTES: u32 = 78;
+const NOTES: u32 = 98;
 
 const LIGHT_BLUE: RGBColor = RGBColor(86, 180, 233);
 const BLUE: RGBColor = RGBColor(0, 114, 178);
@@ -223,7 +223,11 @@ fn curves(line: &Line, rows: &[Row], x: &dyn Fn(&Row) -> f64) -> Vec<Curve> {
     curves
 }
 
-/// Picture of a record: the loss over steps and over bytes.
+/// Link of the seconds that are computed: as slow for these small models as 1 Gbit/s for one of
+/// some 10 million parameters.
+const LINK: (&str, f64) = ("0.1 Gbit/s", 0.0125e9);
+
+/// Picture of a record: the loss over steps, over bytes and, of averages that overlap, over seconds.
 pub fn svg(study: Study, task: &str, rows: &[Row]) -> Result<String, Box<dyn Error>> {
     let mut text = String::new();
     draw(study, task, rows, &mut text)?;
@@ -248,6 +252,8 @@ fn draw(study: Study, task: &str, rows: &[Row], text: &mut String) -> Drawn {
     let (_, mut rest) = root.split_vertically(TITLE);
     let steps = |row: &Row| row.step as f64;
     let sent = |row: &Row| row.bytes_sent / 1e6;
+    let step_ms = step_ms(rows);
+    let seconds = |row: &Row| row.seconds(step_ms, LINK.1);
     for line in &lines {
         let (area, below) = rest.split_vertically(LEGEND + PANEL);
         rest = below;
@@ -257,16 +263,20 @@ fn draw(study: Study, task: &str, rows: &[Row], text: &mut String) -> Drawn {
             let across = (WIDTH as i32 - 20) / over.len() as i32;
             legend(&top, (20 + across * index as i32, 18), 12, curve)?;
         }
-        let (left, right) = panels.split_horizontally(WIDTH / 2);
-        panel(&left, (&format!("steps of each rank; {}", line.data), LOSS), &over, false)?;
+        let panels = panels.split_evenly((1, if study == Study::Outer { 2 } else { 3 }));
+        panel(&panels[0], (&format!("steps of each rank; {}", line.data), LOSS), &over, false)?;
         let mut averaging = curves(line, rows, &sent);
         averaging.retain(|curve| curve.colour != ONE_RANK);
         panel(
-            &right,
+            &panels[1],
             (&format!("MB that each rank has sent; {}", line.data), LOSS),
             &averaging,
             true,
         )?;
+        if let Some(panel_of_seconds) = panels.get(2) {
+            let x = format!("seconds over {}, computed; {}", LINK.0, line.data);
+            panel(panel_of_seconds, (&x, LOSS), &curves(line, rows, &seconds), false)?;
+        }
     }
     let outer = [
         "DiLoCo: nesterov(0.7, 0.9). MaxText: nesterov(0.3, 0.9). SlowMo: momentum(1, 0.5). EASGD: \
@@ -276,14 +286,20 @@ fn draw(study: Study, task: &str, rows: &[Row], text: &mut String) -> Drawn {
         "Between averages, and with EASGD, rank 0's own model is tested. Drawn by \
          adapters/candle/examples/curves.rs.",
     ];
+    let computed = format!(
+        "Seconds: steps x {step_ms:.2} ms (median of one rank on a core, measured), and for each \
+         average its bytes / the link's speed, less the steps of its τ. A computation, not a \
+         measurement of a cluster.",
+    );
     let overlap = [
         "τ: steps that training goes on while an average is made. P: fragments, averaged one at a \
          time. α: share of the change that a rank does not take over.",
         "int8, bf16: what differences from the last average travel as, with error feedback. MB: of \
          a ring, 2 (n - 1) / n times what is averaged. Colours: see the legends.",
+        &computed,
         outer[2],
     ];
-    let notes = if study == Study::Outer { outer } else { overlap };
+    let notes = if study == Study::Outer { &outer[..] } else { &overlap };
     for (index, line) in notes.iter().enumerate() {
         rest.draw_text(line, &font(13), (20, 8 + 20 * index as i32))?;
     }
@@ -294,8 +310,14 @@ fn draw(study: Study, task: &str, rows: &[Row], text: &mut String) -> Drawn {
 /// Table of the last tests, in Markdown.
 pub fn summary(study: Study, task: &str, rows: &[Row]) -> String {
     let mut text = "| data | way | test accuracy, % | test loss | least test loss on the way | \
-        steps | averages | MB sent |\n|---|---|---|---|---|---|---|---|\n"
+        steps | averages | MB sent |"
         .to_owned();
+    let step_ms = step_ms(rows);
+    if study == Study::Overlap {
+        write!(text, " s at {}, computed |", LINK.0).expect("a String takes all");
+    }
+    let columns = text.matches('|').count() - 1;
+    writeln!(text, "\n|{}", "---|".repeat(columns)).expect("a String takes all");
     let mut line = |data: &str, name: &str, keep: &dyn Fn(&Row) -> bool| {
         let kept: Vec<&Row> = rows.iter().filter(|row| keep(row)).collect();
         let Some(steps) = kept.iter().map(|row| row.step).max() else { return };
@@ -304,9 +326,14 @@ pub fn summary(study: Study, task: &str, rows: &[Row]) -> String {
             let run = kept.iter().filter(|row| row.seed == last.seed);
             run.map(|row| f64::from(row.test_loss)).fold(f64::MAX, f64::min)
         };
+        let seconds = |row: &Row| row.seconds(step_ms, LINK.1);
+        let seconds = match study {
+            Study::Outer => String::new(),
+            Study::Overlap => format!(" {} |", shown(&seconds, &last, 1)),
+        };
         writeln!(
             text,
-            "| {data} | {name} | {} | {} | {} | {steps} | {} | {} |",
+            "| {data} | {name} | {} | {} | {} | {steps} | {} | {} |{seconds}",
             shown(&|row| f64::from(row.test_accuracy) * 100.0, &last, 1),
             shown(&|row| f64::from(row.test_loss), &last, 3),
             shown(&least, &last, 3),

@@ -73,10 +73,28 @@ impl Row {
         }
     }
 
-    /// Time of training so far over a link, computed: a rank computes, then sends, and nothing
-    /// overlaps. The link has no latency.
+    /// Time of training so far over a link without latency, computed: a rank computes, then sends,
+    /// and of each average as much is hidden as its delay in steps takes.
     pub fn seconds(&self, step_ms: f64, bytes_per_second: f64) -> f64 {
-        self.step as f64 * step_ms / 1e3 + self.bytes_sent / bytes_per_second
+        let step = step_ms / 1e3;
+        let averages = self.averages.max(1) as f64;
+        let average = self.bytes_sent / averages / bytes_per_second;
+        let lost = (average - self.delay() * step).max(0.0);
+        self.step as f64 * step + averages * lost
+    }
+
+    fn delay(&self) -> f64 {
+        let delay = self.overlap.split(", ").find_map(|part| part.strip_prefix("delay "));
+        delay.and_then(|delay| delay.parse().ok()).unwrap_or(0.0)
+    }
+
+    /// True if both are of the same run.
+    pub fn is_of_run(&self, other: &Row) -> bool {
+        let kind =
+            |row: &Row| (row.ranks, row.every, row.shards, row.init, row.processes, row.seed);
+        let way = |row: &Row| (row.outer.clone(), row.overlap.clone(), row.codec, row.schedule);
+        (kind(self), way(self), self.cosine, self.epochs)
+            == (kind(other), way(other), other.cosine, other.epochs)
     }
 }
 
