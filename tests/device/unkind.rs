@@ -275,9 +275,8 @@ tests! {
         cases(&["processes waited+copies auto 0,0", "processes waited+copies auto 0,0,0,0"], NODE),
         cases(&["processes waited+copies auto 0,0"], SLICES),
         cases(&["processes waited+copies auto 0,1,0,1"], NODE_OF_TWO),
-        [COOP, ROOM, QUEUES, ONE_QUEUE, LAZY, DISPLAY, SHORT, BLOCKING, QUEUES_AND_WAITS].map(|mode| {
-            cases(&["processes waited+copies auto 0,1"], mode)
-        }).concat(),
+        [COOP, ROOM, QUEUES, ONE_QUEUE, LAZY, DISPLAY, SHORT, BLOCKING, QUEUES_AND_WAITS]
+            .map(|mode| cases(&["processes waited+copies auto 0,1"], mode)).concat(),
         cases(&["processes later+copies auto 0,1", "processes alloc+copies auto 0,1"], WAITS),
     ].concat();
 

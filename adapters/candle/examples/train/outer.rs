@@ -227,7 +227,8 @@ fn curves(line: &Line, rows: &[Row], x: &dyn Fn(&Row) -> f64) -> Vec<Curve> {
 /// some 10 million parameters.
 const LINK: (&str, f64) = ("0.1 Gbit/s", 0.0125e9);
 
-/// Picture of a record: the loss over steps, over bytes and, of averages that overlap, over seconds.
+/// Picture of a record: the loss over steps, over bytes and, of averages that overlap, over
+/// seconds.
 pub fn svg(study: Study, task: &str, rows: &[Row]) -> Result<String, Box<dyn Error>> {
     let mut text = String::new();
     draw(study, task, rows, &mut text)?;
