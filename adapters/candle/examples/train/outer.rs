@@ -268,14 +268,9 @@ fn draw(study: Study, task: &str, rows: &[Row], text: &mut String) -> Drawn {
         panel(&panels[0], (&format!("steps of each rank; {}", line.data), LOSS), &over, false)?;
         let mut averaging = curves(line, rows, &sent);
         averaging.retain(|curve| curve.colour != ONE_RANK);
-        panel(
-            &panels[1],
-            (&format!("MB that each rank has sent; {}", line.data), LOSS),
-            &averaging,
-            true,
-        )?;
+        panel(&panels[1], ("MB that each rank has sent", LOSS), &averaging, true)?;
         if let Some(panel_of_seconds) = panels.get(2) {
-            let x = format!("seconds over {}, computed; {}", LINK.0, line.data);
+            let x = format!("seconds over {}, computed", LINK.0);
             panel(panel_of_seconds, (&x, LOSS), &curves(line, rows, &seconds), false)?;
         }
     }
