@@ -36,6 +36,9 @@ impl ParamAverager {
     pub(super) fn outcome(&mut self, start: Option<Instant>) -> Result<Outcome> {
         self.publish_completed();
         self.note_stage();
+        if start.is_some() {
+            self.note_no_replay();
+        }
         let committed = self.ended().any(|status| status.committed != 0);
         let Some(status) =
             self.ended().max_by_key(|status| (status.outcome != PA_COMMITTED, status.outcome))

@@ -35,6 +35,8 @@ pub(super) struct Captured {
     call: Call,
     end: End,
     compression: Compression,
+    /// Epoch of an average that was not captured, and whose status is in the place of a replay's.
+    overwritten: Option<u32>,
 }
 
 impl ParamAverager {
@@ -85,6 +87,10 @@ impl ParamAverager {
     /// of the report is 0, since a replay is not timed. The default stream of a thread is waited
     /// for on that thread.
     ///
+    /// # Errors
+    /// Those of an average. [`Error::InvalidOption`] if no replay has come since this averager's
+    /// last average that was not captured, or its last capture.
+    ///
     /// # Safety
     /// The stream is one of the device's primary context, and no replay is under way on another.
     /// While a replay is under way, this averager makes no other average.
@@ -110,12 +116,21 @@ impl ParamAverager {
         if self.args.fault_step == 0 && self.ended().any(|status| status.outcome == PA_OPEN) {
             return Err(none);
         }
-        // Averages that were not captured may have been launched since.
         let Some(captured) = self.captured else { return Err(none) };
+        if self.ended().any(|status| Some(status.epoch) == captured.overwritten) {
+            return Err(Error::InvalidOption {
+                rank: self.rank(),
+                option: "stream",
+                found:
+                    "a stream on which no captured average has been replayed since the last one \
+                        that was not captured"
+                        .into(),
+                expected: "graph_outcome behind a replay, before the next average",
+            });
+        }
         (self.call, self.end, self.compression) =
             (captured.call, captured.end, captured.compression);
-        // An average that was not captured may have come after the last replay, and have left the
-        // ranks' values different.
+        // An average that was not captured may have left the ranks' values different.
         let mixed = self.mixed;
         let outcome = self.outcome(None);
         self.mixed |= mixed;
@@ -129,8 +144,15 @@ impl ParamAverager {
     pub(super) fn note_captured(&mut self) {
         if self.own.engine.was_captured() {
             let (call, end, compression) = (self.call, self.end, self.compression);
-            self.captured = Some(Captured { call, end, compression });
+            self.captured = Some(Captured { call, end, compression, overwritten: None });
+            self.note_no_replay();
         }
+    }
+
+    /// Notes that the status that is there now is of no replay.
+    pub(super) fn note_no_replay(&mut self) {
+        let epoch = self.ended().next().map(|status| status.epoch);
+        self.captured.iter_mut().for_each(|captured| captured.overwritten = epoch);
     }
 
     /// Refuses a stream that is being captured if the caller `waits`.

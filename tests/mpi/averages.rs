@@ -17,7 +17,7 @@ pub fn the_example_trains() {
     assert!(cargo.status().unwrap().success(), "the example does not build");
     let test = std::env::current_exe().unwrap();
     let program = test.ancestors().nth(2).unwrap().join("examples/hosts");
-    let ended = output_within(Network::new(2).mpirun_of(2, &[&program]), LIMIT);
+    let ended = output_within(Network::new(2).mpirun_of(2, &program, None), LIMIT);
     assert_eq!(ended.code, Some(0), "{}", ended.said);
     let count = |text: &str| ended.said.matches(text).count();
     assert_eq!(

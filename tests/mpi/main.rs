@@ -1,5 +1,5 @@
 //! Averages over several hosts by MPI: network namespaces of this machine, joined by a bridge, in
-//! which Open MPI's mpirun starts ranks that are this very program.
+//! which mpirun, of Open MPI or MPICH, starts ranks that are this very program.
 
 mod averages;
 mod network;

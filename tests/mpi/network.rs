@@ -1,5 +1,5 @@
 //! Hosts on one machine: network namespaces on a bridge, each with a host name of its own, in which
-//! mpirun starts its ranks.
+//! mpirun, of Open MPI or MPICH, starts its ranks.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -29,9 +29,21 @@ fn ip(arguments: &str) -> Result<(), String> {
     }
 }
 
+/// True if this program is linked with MPICH, not Open MPI.
+pub fn is_mpich() -> bool {
+    mpi::environment::library_version().is_ok_and(|version| version.contains("MPICH"))
+}
+
+fn launcher() -> &'static str {
+    match is_mpich() {
+        true => "mpiexec.hydra",
+        false => "mpirun",
+    }
+}
+
 /// Skips where namespaces can't be made, or MPI is not there.
 pub fn missing() -> Skip {
-    let tools = [("mpirun", "--version"), ("ip", "-V"), ("tc", "-V")];
+    let tools = [(launcher(), "--version"), ("ip", "-V"), ("tc", "-V")];
     let lacks = tools.iter().find_map(|(program, version)| test_support::tool(program, &[version]));
     let trial = format!("pa-trial-{}", std::process::id());
     let namespaces = || {
@@ -66,9 +78,10 @@ impl Network {
             ip(&format!("-n {space} link set eth0 up"))?;
             ip(&format!("-n {space} link set lo up"))?;
         }
-        // In the place of ssh: the first argument is the address of a host.
+        // In the place of ssh: the first argument, behind an option of MPICH's, is the address of a
+        // host.
         let script = format!(
-            "#!/bin/sh\nhost={name}-${{1##*.}}\nshift\n\
+            "#!/bin/sh\n[ \"$1\" = -x ] && shift\nhost={name}-${{1##*.}}\nshift\n\
              exec ip netns exec $host unshare --uts sh -c \"hostname $host; $*\"\n"
         );
         fs::write(&self.agent, script).map_err(|error| error.to_string())?;
@@ -102,27 +115,35 @@ impl Network {
         ip(&format!("link set {} up", self.outer(host))).unwrap();
     }
 
-    /// Open MPI's mpirun with these ranks on each host, in a role of this program.
+    /// mpirun with these ranks on each host, in a role of this program.
     pub fn mpirun(&self, each: usize, role: &str) -> Command {
         let program = std::env::current_exe().expect("this program");
-        let mut command = self.mpirun_of(each, &[Path::new("-x"), Path::new(ROLE), &program]);
-        command.env(ROLE, role);
-        command
+        self.mpirun_of(each, &program, Some(role))
     }
 
-    /// The same of another program, with the arguments of mpirun before it.
-    pub fn mpirun_of(&self, each: usize, program: &[&Path]) -> Command {
+    /// The same of any program.
+    pub fn mpirun_of(&self, each: usize, program: &Path, role: Option<&str>) -> Command {
         let hosts: Vec<String> =
             (0..self.hosts).map(|host| format!("{}:{each}", address(host))).collect();
+        let mut command = Command::new(launcher());
+        command.envs(role.map(|role| (ROLE, role)));
+        if is_mpich() {
+            command.args(["-launcher", "ssh", "-launcher-exec"]).arg(&self.agent);
+            command.args(["-localhost", &format!("{NETWORK}.254"), "-hosts", &hosts.join(",")]);
+            command.args(["-n", &(self.hosts * each).to_string()]).arg(program);
+            return command;
+        }
         let network = format!("{NETWORK}.0/24");
-        let mut command = Command::new("mpirun");
         command.args(["--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-H"]);
         command.arg(hosts.join(","));
         command.args(["--mca", "plm_rsh_agent"]).arg(&self.agent);
         for option in ["oob_tcp_if_include", "btl_tcp_if_include"] {
             command.args(["--mca", option, &network]);
         }
-        command.args(program);
+        if role.is_some() {
+            command.args(["-x", ROLE]);
+        }
+        command.arg(program);
         command
     }
 }

@@ -207,9 +207,17 @@ fn replay(devices: &[Device], commit: bool) {
             })
         };
         all_ready.wait(); // instantiating may wait for the device
+                          // Of an average before the capture, and of one behind the last replay.
+        let has_no_replay = |averager: &mut ParamAverager| {
+            // SAFETY: the stream lives, and no replay is under way.
+            let none = unsafe { averager.graph_outcome(raw.cast()) }.unwrap_err().to_string();
+            assert!(none.contains("no captured average has been replayed"), "{none}");
+        };
+        has_no_replay(&mut averager);
         for round in 0..4 {
             if round == 2 {
                 averager.average(&mut other).unwrap(); // with tensors elsewhere, between replays
+                has_no_replay(&mut averager);
             }
             // SAFETY: as above.
             let report = unsafe {
