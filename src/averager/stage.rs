@@ -2,6 +2,7 @@
 
 mod options;
 mod parts;
+mod refused;
 
 use std::time::Duration;
 
@@ -9,11 +10,10 @@ use super::hosts::{Own, RankHosts, Wanted};
 use super::table::Table;
 use super::watch::Watch;
 use super::{Builder, ParamAverager};
-use crate::abi::{PaArgs, PaStatus, PA_LEFT, PA_OPEN, PA_RING_VOTE, PA_UNNEEDED};
+use crate::abi::{PaArgs, PaStatus, PA_OPEN, PA_RING_VOTE, PA_UNNEEDED};
 use crate::backend::cuda::StageStream;
 use crate::backend::{Engine, Gathering, Order, Unstarted};
 use crate::bucket::Division;
-use crate::error::Phase;
 use crate::hash::Digest;
 use crate::plan::Launch;
 use crate::schedule::place;
@@ -307,16 +307,6 @@ impl RankStage {
     }
 }
 
-/// The begin of a text that is too long for a message to all ranks.
-fn shortened(mut text: String) -> String {
-    const MOST: usize = 1000;
-    if let Some((end, _)) = text.char_indices().find(|(at, _)| *at >= MOST) {
-        text.truncate(end);
-        text += " …";
-    }
-    text
-}
-
 /// A rank's stage, in one average.
 pub(super) struct StageOf<'a> {
     pub(super) stage: &'a mut RankStage,
@@ -381,54 +371,6 @@ pub(super) unsafe fn start(
 }
 
 impl ParamAverager {
-    /// Notes how the last average with a call of the stage has ended, which is known.
-    pub(super) fn note_stage(&mut self) {
-        let committed = self.ended().any(|status| status.committed != 0);
-        self.stage.iter_mut().for_each(|stage| stage.ended(committed));
-    }
-
-    /// Error of an average that the stage of `rank` has refused.
-    pub(super) fn vetoed(&self, rank: usize, status: PaStatus) -> Error {
-        const LEFT: u64 = PA_LEFT as u64; // bindgen takes the highest bit for a sign
-        if status.detail & LEFT != 0 {
-            let (tensor, element) = self.place_of_bad(status.detail ^ LEFT);
-            let reason = format!(
-                "its function has left a value that is not finite, or too large for its dtype, in \
-                 {tensor}, element {element}"
-            );
-            return Error::StageVetoed { rank, reason };
-        }
-        // A failure of this host's world ends the exchange with other hosts, and its votes can be
-        // counted before its kernels see it.
-        let failure = self.options.hosts.as_ref().and_then(|_| self.agreement.control.failure());
-        if let Some(failure) = failure {
-            return self.fatal(failure, Phase::Commit, false);
-        }
-        // All ranks get here, and tell one another their reasons: a record has room for a number.
-        let own = match self.stage.as_ref().and_then(|stage| stage.refusal.as_ref()) {
-            Some(Refusal::Veto(veto)) => Some(veto.to_string()),
-            Some(Refusal::Hosts(error)) => Some(error.to_string()),
-            None => None,
-        };
-        let shown = shortened(own.clone().unwrap_or_default());
-        let is_shown = self.world_size() > 1;
-        let all = is_shown.then(|| self.all_reasons(status.epoch, shown)).flatten();
-        if let Some(error) = self.stage.as_ref().and_then(RankStage::error_of_hosts) {
-            return error;
-        }
-        let told = all.map(|mut all| all.swap_remove(rank).0);
-        match (told, own) {
-            (Some(told), _) if rank != self.rank() && !told.is_empty() => {
-                Error::StageVetoed { rank, reason: told }
-            }
-            (_, Some(own)) => Error::StageVetoed { rank: self.rank(), reason: own },
-            (_, None) => {
-                let reason = "that rank's own error has the reason".into();
-                Error::StageVetoed { rank, reason }
-            }
-        }
-    }
-
     /// True if an average of this rank has nothing to do but to check its arguments.
     pub(crate) fn is_alone(&self) -> bool {
         self.world_size() == 1 && !self.has_outer() && self.stage.is_none()

@@ -12,6 +12,7 @@ mod extremes;
 mod faults;
 mod hosts;
 mod hosts_failures;
+mod hosts_refusals;
 mod lend;
 mod local_sgd;
 mod names;
