@@ -112,6 +112,6 @@
 //! `sync`, what the ranks of host 0 have [saved](crate::LocalSgd::save) is enough to restart all
 //! hosts. Averages of all hosts weigh each host by the weights of the last round alone.
 //!
-//! Tested with Open MPI 4.1 on 2 hosts with 2 ranks and 3 hosts with 1, which were network
-//! namespaces of one machine, with a slow link, a cut one and a killed rank; no run on several
-//! machines was made.
+//! Tested with Open MPI 4.1 and MPICH 4.0 on 2 hosts with 2 ranks and 3 hosts with 1, which were
+//! network namespaces of one machine, with a slow link, a cut one and a killed rank; no run on
+//! several machines was made.

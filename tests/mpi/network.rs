@@ -128,6 +128,8 @@ impl Network {
         let mut command = Command::new(launcher());
         command.envs(role.map(|role| (ROLE, role)));
         if is_mpich() {
+            // Or it finds that the hosts are one machine, and uses its memory.
+            command.env("UCX_TLS", "tcp,self");
             command.args(["-launcher", "ssh", "-launcher-exec"]).arg(&self.agent);
             command.args(["-localhost", &format!("{NETWORK}.254"), "-hosts", &hosts.join(",")]);
             command.args(["-n", &(self.hosts * each).to_string()]).arg(program);
