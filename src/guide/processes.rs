@@ -24,7 +24,11 @@
 //!     let mut sgd = LocalSgd::new(averager, Schedule::every(8));
 //!     for _batch in 0..100 {
 //!         // train_step(&mut params, batch);
-//!         sgd.step(&mut params)?;
+//!         match sgd.step(&mut params) {
+//!             // Goes on without the lost rank.
+//!             Err(error) if error.is_fatal() => sgd.recover(&mut params)?,
+//!             done => done?,
+//!         };
 //!     }
 //!     sgd.finish(&mut params)?;
 //!     Ok(())

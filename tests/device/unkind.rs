@@ -88,9 +88,18 @@ fn with_stage(act: &str) -> Vec<String> {
     ["0,0", "0,1", "0,1,0,1"].map(|of| format!("threads {act}+stage ring {of}")).to_vec()
 }
 
-/// Worlds of threads whose averages are of copies, by both algorithms, on one device and on two.
+/// Worlds of threads with an option, by both algorithms, on one device and on two.
+fn threads_with(option: &str, act: &str) -> Vec<String> {
+    let worlds = ["ring 0,0", "direct 0,0,0,0", "ring 0,1"];
+    worlds.map(|of| format!("threads {act}+{option} {of}")).into()
+}
+
 fn with_copies(act: &str) -> Vec<String> {
-    ["ring 0,0", "direct 0,0,0,0", "ring 0,1"].map(|of| format!("threads {act}+copies {of}")).into()
+    threads_with("copies", act)
+}
+
+fn with_telemetry(act: &str) -> Vec<String> {
+    threads_with("telemetry", act)
 }
 
 /// Worlds of processes with a device each, and links of their own choice.
@@ -278,6 +287,18 @@ tests! {
         [COOP, ROOM, QUEUES, ONE_QUEUE, LAZY, DISPLAY, SHORT, BLOCKING, QUEUES_AND_WAITS]
             .map(|mode| cases(&["processes waited+copies auto 0,1"], mode)).concat(),
         cases(&["processes later+copies auto 0,1", "processes alloc+copies auto 0,1"], WAITS),
+    ].concat();
+
+    /// Averages with telemetry, which has launches of its own around them.
+    averages_with_telemetry: "A1-A5", [
+        [COOP, ROOM, WAITS, LAZY, SHORT, BLOCKING, QUEUES_AND_WAITS, DISPLAY_AND_WAITS]
+            .map(|mode| cases(&with_telemetry("waited"), mode)).concat(),
+        cases(&with_telemetry("trainers"), ONE_QUEUE),
+        cases(&with_telemetry("alloc"), WAITS),
+        cases(&["threads ahead+telemetry ring 0,1"], DEPTH),
+        cases(&["threads started+telemetry ring 0,1"], BLOCKING),
+        cases(&["processes waited+telemetry auto 0,0"], NODE),
+        cases(&["processes waited+telemetry auto 0,1"], QUEUES_AND_WAITS),
     ].concat();
 
     /// Coded averages: on one device and between two, after failures, of copies and in graphs.

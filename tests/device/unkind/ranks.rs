@@ -27,13 +27,15 @@ struct Plan {
     stage: bool,
     /// True for averages of copies, while training goes on.
     copies: bool,
+    telemetry: bool,
     algorithm: Option<Algorithm>,
     devices: Vec<usize>,
     seed: u64,
 }
 
 impl Plan {
-    /// Reads `ACT[+OUTER|+stage|+copies] ALGORITHM DEVICES [SEED]`, such as `alloc ring 0,1`.
+    /// Reads `ACT[+OPTION] ALGORITHM DEVICES [SEED]`, such as `alloc ring 0,1`. The option is an
+    /// outer optimizer, `stage`, `copies` or `telemetry`.
     fn new(words: &[&str]) -> Plan {
         let [act, algorithm, devices, ..] = words else { panic!("no plan: {words:?}") };
         let algorithm = match *algorithm {
@@ -46,11 +48,12 @@ impl Plan {
         let seed = words.get(3).map_or(0, |seed| seed.parse().expect("a seed"));
         let (act, name) = act.split_once('+').unwrap_or((act, ""));
         let outers = match name {
-            "" | "stage" | "copies" => vec![Outer::mean()],
+            "" | "stage" | "copies" | "telemetry" => vec![Outer::mean()],
             name => outer::named(name),
         };
-        let (stage, copies, devices) = (name == "stage", name == "copies", devices.collect());
-        Plan { act: act.to_owned(), outers, stage, copies, algorithm, devices, seed }
+        let [stage, copies, telemetry] = ["stage", "copies", "telemetry"].map(|of| name == of);
+        let (act, devices) = (act.to_owned(), devices.collect());
+        Plan { act, outers, stage, copies, telemetry, algorithm, devices, seed }
     }
 }
 
@@ -129,6 +132,7 @@ fn averages_with(
     if plan.copies {
         builder = builder.overlap(Overlap::default().delay(1));
     }
+    let builder = builder.telemetry(plan.telemetry);
     let mut averager = builder.build(&mut trainer.model).unwrap();
     trainer.more_streams();
     if plan.act == "resident" && rank == 0 {
@@ -170,6 +174,9 @@ fn averages_with(
             averager.average(&mut params).unwrap()
         };
         assert_eq!((report.world_size, report.bytes), (world, 4 * ELEMENTS as u64));
+        let change = report.telemetry.map(|telemetry| telemetry.largest_change);
+        let changed = f64::from((expected - value(rank, round)).abs());
+        assert_eq!(change, plan.telemetry.then_some(changed), "rank {rank}, {round}");
         let found = trainer.values();
         assert!(
             found.iter().all(|x| *x == expected),
