@@ -75,6 +75,10 @@ pub(super) struct RankHosts {
     is_open: bool,
     /// True if hosts have averaged alone since the last average of all that was committed.
     are_apart: bool,
+    /// Weights that this host's ranks have passed in its own averages since the last one of all
+    /// hosts, and in the average that is under way.
+    passed: f64,
+    passes: f64,
     /// Largest of what the ranks of all hosts have measured, in that average.
     measured: [f64; 2],
     /// Wait for the last host to come to that average.
@@ -142,6 +146,8 @@ impl RankHosts {
             is_of_all: false,
             is_open: false,
             are_apart: false,
+            passed: 0.0,
+            passes: 0.0,
             measured: [0.0; 2],
             waited: Duration::ZERO,
             link,
@@ -183,7 +189,9 @@ impl RankHosts {
     }
 
     /// Begins an average. Returns true if it is of all hosts.
-    pub(super) fn begin(&mut self, place: u64) -> bool {
+    pub(super) fn begin(&mut self, wanted: &Wanted) -> bool {
+        let place = wanted.place;
+        self.passes = if wanted.is_weighted { wanted.weight } else { 0.0 };
         let is_last = self.since + 1 >= self.every || place == place::FINISH;
         self.is_of_all = is_last || place::sets_values(place);
         self.since = if self.is_of_all { 0 } else { self.since + 1 };
@@ -195,9 +203,15 @@ impl RankHosts {
 
     /// Notes the end of an average, once or more often.
     pub(super) fn ended(&mut self, committed: bool) {
-        if std::mem::take(&mut self.is_open) && committed && self.is_of_all {
-            self.made += 1;
-            self.are_apart = false;
+        if !std::mem::take(&mut self.is_open) || !committed {
+            return;
+        }
+        match self.is_of_all {
+            true => {
+                self.made += 1;
+                (self.are_apart, self.passed) = (false, 0.0);
+            }
+            false => self.passed += self.passes,
         }
     }
 
@@ -248,7 +262,9 @@ impl RankHosts {
             wanted.is_weighted.into(),
         ]);
         words[OWN] = own as u64;
-        words[WEIGHT] = wanted.weight.to_bits();
+        // Of all steps since hosts have had one model. Without weights hosts count by their ranks.
+        let passed = if wanted.is_weighted { self.passed } else { 0.0 };
+        words[WEIGHT] = (wanted.weight + passed).to_bits();
         words[MEASURED..].copy_from_slice(&wanted.measured.map(f64::to_bits));
         let start = Instant::now();
         let all = self.show(&words, to_come)?;

@@ -107,7 +107,7 @@ impl RankStage {
         (describe, is_over): (&dyn Fn(usize) -> String, &dyn Fn() -> bool),
     ) -> Result<(), Refusal> {
         let sets_values = wanted.sets_values();
-        let is_of_all = self.hosts.as_mut().is_some_and(|hosts| hosts.begin(wanted.place));
+        let is_of_all = self.hosts.as_mut().is_some_and(|hosts| hosts.begin(&wanted));
         let Some(hosts) = self.hosts.as_mut().filter(|_| is_of_all) else {
             if own == Own::Made {
                 // SAFETY: guaranteed by the caller, here and below.

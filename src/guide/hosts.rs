@@ -73,9 +73,10 @@
 //! [`Hierarchy::Outer`](crate::Hierarchy::Outer) makes only every k-th average one of all hosts,
 //! and those between of one host: with `Schedule::every(h)` ranks agree within hosts every h steps,
 //! and between them every k·h; `sync` and `finish` are of all hosts. This is the two-level case of
-//! PyTorch's `HierarchicalModelAverager`. It has the plain mean only: outer optimizers and stages
-//! would lead hosts apart between averages of all. Schedules that measure (`overhead`, `budget`,
-//! `divergence`) need [`Hierarchy::Every`](crate::Hierarchy::Every).
+//! PyTorch's `HierarchicalModelAverager`. With weights, a host counts by all that its ranks have
+//! passed since the last average of all hosts. It has the plain mean only: outer optimizers and
+//! stages would lead hosts apart between averages of all. Schedules that measure (`overhead`,
+//! `budget`, `divergence`) need [`Hierarchy::Every`](crate::Hierarchy::Every).
 //!
 //! # All or nothing
 //! Before the exchange the ranks of one number show one another what they are about to average, and
@@ -110,7 +111,7 @@
 //! hosts have the same number of ranks and of [`channels`](crate::Builder::channels), whose default
 //! depends on the cores. `barrier` and `all_reduce_scalars` are of the ranks of one host. After
 //! `sync`, what the ranks of host 0 have [saved](crate::LocalSgd::save) is enough to restart all
-//! hosts. Averages of all hosts weigh each host by the weights of the last round alone.
+//! hosts.
 //!
 //! Tested with Open MPI 4.1 and MPICH 4.0 on 2 hosts with 2 ranks and 3 hosts with 1, which were
 //! network namespaces of one machine, with a slow link, a cut one and a killed rank; no run on

@@ -188,6 +188,38 @@ fn averages_between_those_of_all_hosts_are_of_one() {
     });
 }
 
+/// A host counts by the weights of all its rounds since the last average of all hosts, but for
+/// those that have failed.
+#[test]
+fn weights_of_rounds_between_averages_of_all_hosts_add_up() {
+    // Weights of both ranks of each host in each round; the second round of host 1 fails.
+    let weights = [[1.0, 5.0, 2.0], [3.0, 100.0, 4.0]];
+    on_hosts(2, 2, |host, communicator, link| {
+        let rank = communicator.rank();
+        let mut model = vec![0.0f32; 100];
+        let hierarchy = Hierarchy::Outer { every: 3 };
+        let builder = ParamAverager::builder(communicator).hosts(link, hierarchy);
+        let mut averager = builder.build(&mut model).unwrap();
+        for turn in 0..2 {
+            for (round, weight) in weights[host].into_iter().enumerate() {
+                model.fill(host as f32);
+                let fails = (host, round) == (1, 1);
+                model[7] = if fails && rank == 1 { f32::NAN } else { model[7] };
+                let made = averager.average_weighted(&mut model, weight);
+                assert_eq!(made.is_err(), fails, "{made:?}");
+            }
+            // 2 · (1 + 5 + 2) for host 0, 2 · (3 + 4) for host 1.
+            assert_eq!(model, [7.0 / 15.0; 100], "{turn}");
+        }
+        // Without weights, hosts count by their ranks.
+        for _ in 0..3 {
+            model.fill(host as f32);
+            averager.average(&mut model).unwrap();
+        }
+        assert_eq!(model, [0.5; 100]);
+    });
+}
+
 #[test]
 fn values_that_are_equal_on_all_hosts_stay_as_they_are() {
     let averages = two_averages(|_, _, averager, model| {
