@@ -2,9 +2,11 @@
 //! bench --bench hosts_plan`. The averages of one host are made, with a link that counts, and whose
 //! other hosts send what this one sends. With `-- --test`, a small model.
 //!
-//! Seconds are computed: the messages that wait for one another, each with the latency of a link,
-//! and the bytes that a host sends at its rate. Time within a host is not counted. The flat ring
-//! has neighbours in the order of hosts; the tree is binary and pipelined, as NCCL's.
+//! Seconds are computed: the messages between hosts in a row, each with the latency of a link, and
+//! the bytes that a host sends at its rate. Time within a host is not counted. The flat ring has
+//! neighbours in the order of hosts, so that a value crosses a link with every 8th message; the
+//! tree is binary and pipelined, as NCCL's. This crate's messages are counted as if each waited for
+//! the one before.
 
 mod common;
 
@@ -120,8 +122,8 @@ fn main() -> Result<()> {
         let ranks = (RANKS * hosts) as f64;
         let rows = [
             ("this crate", RANKS as f64 * sent, messages),
-            ("flat ring", 2.0 * (1.0 - 1.0 / ranks) * bytes, 2.0 * (ranks - 1.0)),
-            ("tree", 2.0 * bytes, 2.0 * ranks.log2().ceil()),
+            ("flat ring", 2.0 * (1.0 - 1.0 / ranks) * bytes, 2.0 * (ranks - 1.0) / RANKS as f64),
+            ("tree", 2.0 * bytes, 2.0 * f64::from(hosts as u32).log2().ceil()),
         ];
         for (name, sent, messages) in rows {
             print!("| {hosts} | {name} | {:.1} | {messages:.0} |", sent / 1e6);

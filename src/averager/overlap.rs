@@ -124,6 +124,7 @@ impl ParamAverager {
     pub fn drop_overlapped(&mut self) {
         if self.under_way.take().is_some() {
             let _ = self.own.engine.finish();
+            self.note_no_replay();
         }
     }
 

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use super::lend::Begun;
 use super::{Call, Lend, Outcome, ParamAverager, Report};
-use crate::abi::PA_OPEN;
+use crate::abi::{PaStatus, PA_OPEN};
 use crate::notice;
 use crate::plan::End;
 use crate::{Compression, Error, Result};
@@ -37,6 +37,8 @@ pub(super) struct Captured {
     compression: Compression,
     /// Epoch of an average that was not captured, and whose status is in the place of a replay's.
     overwritten: Option<u32>,
+    /// True if an average that was not captured has been launched, whose end is not known.
+    is_beside: bool,
 }
 
 impl ParamAverager {
@@ -89,7 +91,7 @@ impl ParamAverager {
     ///
     /// # Errors
     /// Those of an average. [`Error::InvalidOption`] if no replay has come since this averager's
-    /// last average that was not captured, or its last capture.
+    /// last average that was not captured, or its last capture; a world of one rank can't tell.
     ///
     /// # Safety
     /// The stream is one of the device's primary context, and no replay is under way on another.
@@ -117,7 +119,8 @@ impl ParamAverager {
             return Err(none);
         }
         let Some(captured) = self.captured else { return Err(none) };
-        if self.ended().any(|status| Some(status.epoch) == captured.overwritten) {
+        let is_of_none = |status: PaStatus| Some(status.epoch) == captured.overwritten;
+        if captured.is_beside || self.ended().any(is_of_none) {
             return Err(Error::InvalidOption {
                 rank: self.rank(),
                 option: "stream",
@@ -140,19 +143,24 @@ impl ParamAverager {
         }
     }
 
-    /// Notes what replays make, if the average that was started last was captured.
+    /// Notes what replays make, if the average that was launched last was captured.
     pub(super) fn note_captured(&mut self) {
         if self.own.engine.was_captured() {
             let (call, end, compression) = (self.call, self.end, self.compression);
-            self.captured = Some(Captured { call, end, compression, overwritten: None });
+            let (overwritten, is_beside) = (None, false);
+            self.captured = Some(Captured { call, end, compression, overwritten, is_beside });
             self.note_no_replay();
+        } else if let Some(captured) = &mut self.captured {
+            captured.is_beside = true;
         }
     }
 
     /// Notes that the status that is there now is of no replay.
     pub(super) fn note_no_replay(&mut self) {
         let epoch = self.ended().next().map(|status| status.epoch);
-        self.captured.iter_mut().for_each(|captured| captured.overwritten = epoch);
+        if let Some(captured) = &mut self.captured {
+            (captured.overwritten, captured.is_beside) = (epoch, false);
+        }
     }
 
     /// Refuses a stream that is being captured if the caller `waits`.

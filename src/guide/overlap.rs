@@ -80,8 +80,9 @@
 //! the addition, which reads two and writes one. **On CPUs that share a memory this is as much as
 //! a direct average itself moves**, so overlap hides what an average waits for, and not what it
 //! moves: use it where ranks wait for one another (uneven steps), or between processes by the ring,
-//! or where the link is slow. On two cores a trainer of 64 MiB lost twice what it loses to a direct
-//! average, and a half to as much as to the ring; with 8 MiB and peers that are 40 ms late, a
+//! or where the link is slow. On two cores a trainer of 64 MiB whose steps leave
+//! them idle lost twice what it loses to a direct average, and 0.4 of what it loses to the ring;
+//! with steps that need them 4 times and twice as much; with 8 MiB and peers that are 40 ms late, a
 //! twentieth (`cargo bench --bench overlap`, `benches/record/2026-11-30-overlap`). An average on
 //! CPUs computes on threads of its own meanwhile, as many as it has
 //! [channels](crate::Builder::channels): a trainer whose steps need all cores loses that time.

@@ -194,7 +194,7 @@ impl Hosts for MpiHosts {
         let part = count(send.len() / self.hosts)?;
         has_parts(send.len() == receive.len() && send.len().is_multiple_of(self.hosts))?;
         fill(&mut self.send, send);
-        self.receive.resize(receive.len(), 0);
+        zeros(&mut self.receive, receive.len());
         self.wait("MPI_Ialltoall", limit, |own, request| {
             let bytes = own.buffers();
             // SAFETY: the buffers have a part for each host, and `wait` keeps them until MPI has
@@ -217,7 +217,7 @@ impl Hosts for MpiHosts {
         let part = count(send.len())?;
         has_parts(send.len() * self.hosts == receive.len())?;
         fill(&mut self.send, send);
-        self.receive.resize(receive.len(), 0);
+        zeros(&mut self.receive, receive.len());
         self.wait("MPI_Iallgather", limit, |own, request| {
             let bytes = own.buffers();
             // SAFETY: as above.
@@ -264,7 +264,14 @@ impl Drop for Owned {
 
 fn fill(buffer: &mut Vec<u8>, bytes: &[u8]) {
     buffer.clear();
+    buffer.reserve_exact(bytes.len());
     buffer.extend_from_slice(bytes);
+}
+
+fn zeros(buffer: &mut Vec<u8>, length: usize) {
+    buffer.clear();
+    buffer.reserve_exact(length);
+    buffer.resize(length, 0);
 }
 
 /// Error of buffers that do not have a part for each host.

@@ -179,6 +179,15 @@ impl Control {
         departed & 1 << position != 0
     }
 
+    /// True if this rank has departed before it has completed an average.
+    pub(crate) fn has_lost(&self, position: usize, epoch: u32) -> bool {
+        // `completed` was last written before `departed`, which is acquired first.
+        self.has_left(position) && {
+            let completed = self.host_word(offset_of!(PaHost, completed) + 4 * position);
+            (completed.load(Ordering::Relaxed).wrapping_sub(epoch) as i32) < 0
+        }
+    }
+
     /// The failure that ended this world, as far as the host can tell without asking a device. A
     /// failure in device memory is reported by the next average.
     pub(crate) fn failure(&self) -> Option<Failure> {

@@ -270,7 +270,8 @@ tests! {
         [QUEUES, THREE_QUEUES, ONE_QUEUE]
             .map(|mode| cases(&with_copies("trainers"), mode)).concat(),
     ].concat();
-    /// The trainer of a late rank acts while its peers train on beside an average of a copy.
+    /// The trainer of a rank acts before an average of a copy, so that its peers wait, and beside
+    /// the next one.
     averages_of_copies_beside_a_late_trainer: "A1, A2, A4", [
         cases(&["threads resident+copies ring 0,0"], ROOM),
         ["alloc", "free", "pinned", "module"].map(|act| cases(&with_copies(act), WAITS)).concat(),

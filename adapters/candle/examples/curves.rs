@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand, ValueEnum};
 use train::outer::Study;
-use train::record::{kinds, summary, Row};
+use train::record::{kinds, one_rank, summary, Row};
 use train::{chars::Chars, digits::Digits, outer, plot, telemetry, world};
 use train::{Failure, Options, Point, Task};
 
@@ -123,10 +123,21 @@ fn main() -> Result<(), Failure> {
     }
 }
 
+/// First line of a record.
+fn columns() -> Result<String, Failure> {
+    let mut line = csv::Writer::from_writer(vec![]);
+    line.serialize(Row::new("", &one_rank(1.0), &Point::default()))?;
+    let line = String::from_utf8(line.into_inner().map_err(|error| error.to_string())?)?;
+    Ok(line.lines().next().unwrap_or_default().to_owned())
+}
+
 /// Makes the runs that the record lacks, and adds their rows.
 fn record<T: Task>(folder: &Path, seeds: u64, kinds: Vec<Options>) -> Result<(), Failure> {
     let file = folder.join(format!("{}.csv", T::NAME));
     let known = if file.exists() { rows::<T>(folder)? } else { vec![] };
+    if !known.is_empty() && std::fs::read_to_string(&file)?.lines().next() != Some(&columns()?) {
+        return Err(format!("{} has other columns: name another folder", file.display()).into());
+    }
     let added = std::fs::OpenOptions::new().create(true).append(true).open(file)?;
     let mut added = csv::WriterBuilder::new().has_headers(known.is_empty()).from_writer(added);
     for seed in 1..=seeds {

@@ -120,6 +120,7 @@ impl Sums {
                 (&mut self.mean, part),
             ] {
                 buffer.clear();
+                buffer.reserve_exact(words(length));
                 buffer.resize(words(length), 0); // what no value fills is 0
             }
             let send = &mut of::<T>(&mut self.send)[..part * self.hosts];

@@ -1,8 +1,9 @@
 //! Errors of averages that a rank's stage, or its exchange with other hosts, has refused.
 
 use super::{RankStage, Refusal};
-use crate::abi::{PaStatus, PA_LEFT};
+use crate::abi::{PaStatus, PA_DEPARTED, PA_LEFT};
 use crate::averager::ParamAverager;
+use crate::backend::Failure;
 use crate::error::Phase;
 use crate::Error;
 
@@ -26,9 +27,8 @@ impl ParamAverager {
         }
         // A failure of this host's world ends the exchange with other hosts, and its votes can be
         // counted before its kernels see it.
-        let failure = self.options.hosts.as_ref().and_then(|_| self.agreement.control.failure());
-        if let Some(failure) = failure {
-            return self.fatal(failure, Phase::Commit, false);
+        if let Some(error) = self.failure_with_hosts(status.epoch) {
+            return error;
         }
         // All ranks get here, and tell one another their reasons: a record has room for a number.
         let own = match self.stage.as_ref().and_then(|stage| stage.refusal.as_ref()) {
@@ -39,6 +39,10 @@ impl ParamAverager {
         let shown = shortened(own.clone().unwrap_or_default());
         let is_shown = self.world_size() > 1;
         let all = is_shown.then(|| self.all_reasons(status.epoch, shown)).flatten();
+        // A failure that has come since ends the exchange of reasons.
+        if let Some(error) = self.failure_with_hosts(status.epoch).filter(|_| all.is_none()) {
+            return error;
+        }
         if let Some(error) = self.stage.as_ref().and_then(RankStage::error_of_hosts) {
             return error;
         }
@@ -54,9 +58,21 @@ impl ParamAverager {
             }
         }
     }
+
+    /// Error of this host's world, whose ranks exchange with other hosts, if it has failed, or has
+    /// lost a rank that has not completed this average.
+    fn failure_with_hosts(&self, epoch: u32) -> Option<Error> {
+        self.options.hosts.as_ref()?;
+        let control = &self.agreement.control;
+        let is_lost = |&peer: &usize| peer != self.position() && control.has_lost(peer, epoch);
+        let lost = || (0..self.world_size()).find(is_lost);
+        let lost = || lost().map(|position| Failure { kind: PA_DEPARTED, position });
+        let failure = control.failure().or_else(lost)?;
+        Some(self.fatal(failure, Phase::Commit, false))
+    }
 }
 
-/// The begin of a text that is too long for a message to all ranks.
+/// Beginning of a text that is too long for a message to all ranks.
 fn shortened(mut text: String) -> String {
     const MOST: usize = 1000;
     if let Some((end, _)) = text.char_indices().find(|(at, _)| *at >= MOST) {

@@ -207,7 +207,8 @@ fn replay(devices: &[Device], commit: bool) {
             })
         };
         all_ready.wait(); // instantiating may wait for the device
-                          // Of an average before the capture, and of one behind the last replay.
+
+        // Of an average before the capture, and of one behind the last replay.
         let has_no_replay = |averager: &mut ParamAverager| {
             // SAFETY: the stream lives, and no replay is under way.
             let none = unsafe { averager.graph_outcome(raw.cast()) }.unwrap_err().to_string();
@@ -218,6 +219,9 @@ fn replay(devices: &[Device], commit: bool) {
             if round == 2 {
                 averager.average(&mut other).unwrap(); // with tensors elsewhere, between replays
                 has_no_replay(&mut averager);
+                std::mem::forget(averager.start(&mut other).unwrap());
+                has_no_replay(&mut averager);
+                averager.average(&mut other).unwrap();
             }
             // SAFETY: as above.
             let report = unsafe {

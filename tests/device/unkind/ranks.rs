@@ -145,7 +145,11 @@ fn averages_with(
             _ => expected,
         };
         trainer.fill(value(rank, round));
-        if rank + 1 == world && round > 0 {
+        // Threads meet in the call that starts an average of a copy: then the trainer acts while
+        // its peers train on.
+        let acts = rank + 1 == world && round > 0;
+        let acts_beside = plan.copies && round > 1;
+        if acts && !acts_beside {
             trainer.act(&plan.act);
         }
         if plan.act == "trainers" {
@@ -157,6 +161,9 @@ fn averages_with(
         let mut params = unsafe { RawCudaParams::new(stream, &mut trainer.model) };
         let report = if plan.copies {
             let average = averager.start_overlapped(0, &mut params).unwrap();
+            if acts && acts_beside {
+                trainer.act(&plan.act);
+            }
             trainer.fill(value(rank, round) + TRAINED);
             if plan.act == "ahead" {
                 (0..AHEAD).for_each(|_| trainer.launch(trainer.step));

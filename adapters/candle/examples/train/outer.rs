@@ -223,8 +223,8 @@ fn curves(line: &Line, rows: &[Row], x: &dyn Fn(&Row) -> f64) -> Vec<Curve> {
     curves
 }
 
-/// Link of the seconds that are computed: as slow for these small models as 1 Gbit/s for one of
-/// some 10 million parameters.
+/// Link of the seconds that are computed: as slow for the transformer as 1 Gbit/s for a model of
+/// some 1 million parameters.
 const LINK: (&str, f64) = ("0.1 Gbit/s", 0.0125e9);
 
 /// Picture of a record: the loss over steps, over bytes and, of averages that overlap, over
