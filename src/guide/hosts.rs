@@ -106,12 +106,12 @@
 //! # Limits
 //! Ranks on CPUs, by the ring with its commit; no compression, no overlap, no
 //! [`LocalSgd::done`](crate::LocalSgd::done). A rank waits in its call, also for the link. Buffers
-//! take 12 MiB at most for each averager, and 8 MiB in `MpiHosts`; with more than 256 hosts
-//! 48 KiB · h and 32 KiB · h, but no more than 3 and 2 times the rank's part of the model in f32,
-//! and 24 bytes · h. All hosts have the same number of ranks and of [`channels`](crate::Builder::channels), whose default
-//! depends on the cores. `barrier` and `all_reduce_scalars` are of the ranks of one host. After
-//! `sync`, what the ranks of host 0 have [saved](crate::LocalSgd::save) is enough to restart all
-//! hosts.
+//! take 12 MiB at most for each averager, and 8 MiB in `MpiHosts`; with more than 256 hosts 48 KiB
+//! · h and 32 KiB · h, but no more than 3 and 2 times the rank's part of the model in f32, and 24
+//! bytes · h. All hosts have the same number of ranks and of
+//! [`channels`](crate::Builder::channels), whose default depends on the cores. `barrier` and
+//! `all_reduce_scalars` are of the ranks of one host. After `sync`, what the ranks of host 0 have
+//! [saved](crate::LocalSgd::save) is enough to restart all hosts.
 //!
 //! Tested with Open MPI 4.1 and MPICH 4.0 on 2 hosts with 2 ranks and 3 hosts with 1, which were
 //! network namespaces of one machine, with a slow link, a cut one and a killed rank; no run on
