@@ -135,8 +135,17 @@ fn columns() -> Result<String, Failure> {
 fn record<T: Task>(folder: &Path, seeds: u64, kinds: Vec<Options>) -> Result<(), Failure> {
     let file = folder.join(format!("{}.csv", T::NAME));
     let known = if file.exists() { rows::<T>(folder)? } else { vec![] };
-    if !known.is_empty() && std::fs::read_to_string(&file)?.lines().next() != Some(&columns()?) {
-        return Err(format!("{} has other columns: name another folder", file.display()).into());
+    let is_of = |row: &Row, kind: &Options| {
+        let run = Options { seed: row.seed, ..kind.clone() };
+        row.is_of_run(&Row::new(T::NAME, &run, &Point::default()))
+    };
+    let is_of_another = |row: &Row| !kinds.iter().any(|kind| is_of(row, kind));
+    let has_columns = || -> Result<bool, Failure> {
+        Ok(std::fs::read_to_string(&file)?.lines().next() == Some(&columns()?))
+    };
+    if known.iter().any(is_of_another) || (!known.is_empty() && !has_columns()?) {
+        let file = file.display();
+        return Err(format!("{file} has other runs, or other columns: name another folder").into());
     }
     let added = std::fs::OpenOptions::new().create(true).append(true).open(file)?;
     let mut added = csv::WriterBuilder::new().has_headers(known.is_empty()).from_writer(added);

@@ -69,8 +69,13 @@ fn curves_writes_rows_and_pictures() {
         let table = std::fs::read_to_string(folder.join(format!("{task}.md"))).unwrap();
         assert_eq!(table.lines().filter(|line| line.starts_with("| ")).count(), kinds + 1);
     }
-    run("curves", &format!("outer {path} --seeds 1 --digits-epochs 6 --chars-epochs 0"));
-    let rows = std::fs::read_to_string(folder.join("digits.csv")).unwrap();
+    let outer = format!("outer {path}/outer --seeds 1 --digits-epochs 6 --chars-epochs 0");
+    run("curves", &outer);
+    let folder_of_outer = folder.join("outer");
+    let record = folder_of_outer.join("digits.csv");
+    let rows = std::fs::read_to_string(&record).unwrap();
+    run("curves", &outer); // which has no run left to make
+    assert_eq!(std::fs::read_to_string(&record).unwrap(), rows);
     for (outer, runs) in
         [("mean()", 13), ("\"nesterov(0.7, 0.9)\"", 2), ("\"momentum(1, 0.5)\"", 2)]
     {
@@ -79,9 +84,9 @@ fn curves_writes_rows_and_pictures() {
         });
         assert_eq!(starts.count(), runs, "{outer}: {rows}");
     }
-    let picture = std::fs::read_to_string(folder.join("digits.svg")).unwrap();
+    let picture = std::fs::read_to_string(folder_of_outer.join("digits.svg")).unwrap();
     assert!(["DiLoCo, H = 64", "QSR from 8", "1 rank"].iter().all(|text| picture.contains(text)));
-    let table = std::fs::read_to_string(folder.join("digits.md")).unwrap();
+    let table = std::fs::read_to_string(folder_of_outer.join("digits.md")).unwrap();
     assert_eq!(table.lines().filter(|line| line.starts_with("| ")).count(), 24, "{table}");
     std::fs::remove_dir_all(folder).unwrap();
 }
