@@ -117,6 +117,9 @@ fn cut() -> Result<(), Error> {
         let unchanged = model.iter().all(|&value| value == (own + round) as f32);
         assert!(unchanged, "rank {own}: {error}");
         println!("rank {own} unchanged in round {round} after {} s: {error}", waited.as_secs());
+        std::io::stdout().flush().unwrap();
+        // mpirun ends all ranks of a host with the first that exits without MPI_Finalize.
+        std::thread::sleep(Duration::from_secs(5));
         break;
     }
     Ok(())
