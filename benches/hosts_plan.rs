@@ -25,7 +25,7 @@ const LINKS: [(&str, f64, f64); 3] = [
     ("400 Gbit/s, 2 us", 50e9, 2e-6),
 ];
 
-/// What a rank has sent to other hosts.
+/// Bytes and messages that a rank has sent to other hosts.
 #[derive(Default)]
 struct Sent {
     bytes: AtomicU64,
@@ -123,7 +123,7 @@ fn main() -> Result<()> {
         let rows = [
             ("this crate", RANKS as f64 * sent, messages),
             ("flat ring", 2.0 * (1.0 - 1.0 / ranks) * bytes, 2.0 * (ranks - 1.0) / RANKS as f64),
-            ("tree", 2.0 * bytes, 2.0 * f64::from(hosts as u32).log2().ceil()),
+            ("tree", 2.0 * bytes, f64::from(2 * hosts.ilog2())),
         ];
         for (name, sent, messages) in rows {
             print!("| {hosts} | {name} | {:.1} | {messages:.0} |", sent / 1e6);

@@ -262,7 +262,8 @@ impl RankHosts {
             wanted.is_weighted.into(),
         ]);
         words[OWN] = own as u64;
-        // Of all steps since hosts have had one model. Without weights hosts count by their ranks.
+        // The weights of all steps since hosts have had one model. Without weights hosts count by
+        // their ranks.
         let passed = if wanted.is_weighted { self.passed } else { 0.0 };
         words[WEIGHT] = (wanted.weight + passed).to_bits();
         words[MEASURED..].copy_from_slice(&wanted.measured.map(f64::to_bits));

@@ -90,7 +90,7 @@ impl ParamAverager {
     /// for on that thread.
     ///
     /// # Errors
-    /// Those of an average. [`Error::InvalidOption`] if no replay has come since this averager's
+    /// Errors of an average. [`Error::InvalidOption`] if no replay has come since this averager's
     /// last average that was not captured, or its last capture; a world of one rank can't tell.
     ///
     /// # Safety

@@ -77,14 +77,14 @@
 //!
 //! # What it costs, and when it is worth it
 //! Memory: one copy of the largest fragment. Time: the copy, which reads and writes it once, and
-//! the addition, which reads two and writes one. **On CPUs that share a memory this is as much as
-//! a direct average itself moves**, so overlap hides what an average waits for, and not what it
+//! the addition, which reads two and writes one. **On CPUs that share a memory this is as much as a
+//! direct average itself moves**, so overlap hides what an average waits for, and not what it
 //! moves: use it where ranks wait for one another (uneven steps), or between processes by the ring,
-//! or where the link is slow. On two cores a trainer of 64 MiB whose steps leave
-//! them idle lost twice what it loses to a direct average, and 0.4 of what it loses to the ring;
-//! with steps that need them 4 times and twice as much; with 8 MiB and peers that are 40 ms late, a
-//! twentieth (`cargo bench --bench overlap`, `benches/record/2026-11-30-overlap`). An average on
-//! CPUs computes on threads of its own meanwhile, as many as it has
+//! or where the link is slow. Measured on two cores, with 64 MiB: where steps leave the cores idle,
+//! overlap cost a trainer 2.0 times what a direct average costs it, and 0.4 times what the ring
+//! costs it; where steps compute, 4.1 and 1.9 times. With 8 MiB and a peer that is 40 ms late, it
+//! cost 0.05 times (`cargo bench --bench overlap`, `benches/record/2026-11-30-overlap`). An average
+//! on CPUs computes on threads of its own meanwhile, as many as it has
 //! [channels](crate::Builder::channels): a trainer whose steps need all cores loses that time.
 //!
 //! On CUDA devices the copy and the addition are kernels on the trainer's stream, in its order, and

@@ -1,8 +1,9 @@
 //! Averages over several hosts, each of which is a world of threads: the mean of all ranks, and the
 //! same bits on all of them.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use param_averager::{
     Builder, Communicator, Dtype, Error, Hierarchy, LocalSgd, Outer, ParamAverager, Report,
@@ -32,6 +33,16 @@ pub fn on_hosts<T: Send>(
         let threads: Vec<_> = links.into_iter().enumerate().map(run).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
+}
+
+/// Counts this rank, and waits until `all` ranks are counted, or for a minute: then a rank has
+/// failed, and says why.
+pub fn meet(count: &AtomicUsize, all: usize) {
+    let end = Instant::now() + Duration::from_secs(60);
+    count.fetch_add(1, Ordering::SeqCst);
+    while count.load(Ordering::SeqCst) < all && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 pub fn builder(communicator: Communicator, link: ThreadHosts) -> Builder {

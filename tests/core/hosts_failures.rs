@@ -1,6 +1,7 @@
 //! Averages over several hosts that fail: all or nothing when a host fails, differs, vetoes, leaves
 //! or is late; and what is refused.
 
+use std::sync::atomic::AtomicUsize;
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use param_averager::{
 };
 use test_support::ranks;
 
-use crate::hosts::{builder, on_hosts, two_averages, Average};
+use crate::hosts::{builder, meet, on_hosts, two_averages, Average};
 
 /// Checks a failure that changes nothing: tensors are as they were, and the next average is good.
 fn is_whole(averages: &[Vec<[Average; 2]>]) {
@@ -101,21 +102,21 @@ fn hosts_with_other_ranks_or_tensors_are_told_so() {
 #[test]
 fn a_host_that_leaves_or_is_late_is_named() {
     for leaves in [true, false] {
-        let given_up = &std::sync::Barrier::new(4);
+        let given_up = &AtomicUsize::new(0);
         let results = on_hosts(2, 2, |host, communicator, link| {
             let mut model = vec![1.0f32; 10];
             let builder = builder(communicator, link).timeout(Duration::from_secs(6));
             let mut averager = builder.build(&mut model).unwrap();
             if host == 1 {
                 if !leaves {
-                    given_up.wait();
+                    meet(given_up, 4);
                 }
                 return None;
             }
             let mut own = vec![3.0f32; 10];
             let errors = [averager.average(&mut own), averager.average(&mut own)];
             if !leaves {
-                given_up.wait();
+                meet(given_up, 4);
             }
             assert_eq!(own, [3.0; 10]);
             Some(errors.map(Result::unwrap_err))
@@ -262,13 +263,13 @@ fn hosts_without_steps_need_no_average() {
 fn an_abort_ends_the_waits_for_other_hosts() {
     for wait in [0, 10, 100] {
         // Host 1 comes when both ranks of host 0 have returned.
-        let returned = &std::sync::Barrier::new(4);
+        let returned = &AtomicUsize::new(0);
         let errors = on_hosts(2, 2, |host, communicator, link| {
             let mut model = vec![1.0f32; 100];
             let rank = communicator.rank();
             let mut averager = builder(communicator, link).build(&mut model).unwrap();
             if host == 1 {
-                returned.wait();
+                meet(returned, 4);
                 let first = averager.average(&mut model).unwrap_err();
                 // A rank of host 0 may have come to say that its sum has failed.
                 return match first {
@@ -285,7 +286,7 @@ fn an_abort_ends_the_waits_for_other_hosts() {
                     });
                 }
                 let averaged = averager.average(&mut model);
-                returned.wait();
+                meet(returned, 4);
                 averaged.unwrap_err()
             })
         });

@@ -94,14 +94,6 @@ fn threads_with(option: &str, act: &str) -> Vec<String> {
     worlds.map(|of| format!("threads {act}+{option} {of}")).into()
 }
 
-fn with_copies(act: &str) -> Vec<String> {
-    threads_with("copies", act)
-}
-
-fn with_telemetry(act: &str) -> Vec<String> {
-    threads_with("telemetry", act)
-}
-
 /// Worlds of processes with a device each, and links of their own choice.
 fn processes(act: &str) -> Vec<String> {
     vec![format!("processes {act} auto 0,1"), format!("processes {act} auto 0,1,2")]
@@ -266,18 +258,18 @@ tests! {
     /// Averages of copies of ranks that are threads, in every mode.
     averages_of_copies_of_threads: "A1-A4", [
         [COOP, OCCUPANCY, ROOM, WAITS, LAZY, SHORT, BLOCKING, QUEUES_AND_WAITS, DISPLAY_AND_WAITS]
-            .map(|mode| cases(&with_copies("waited"), mode)).concat(),
+            .map(|mode| cases(&threads_with("copies", "waited"), mode)).concat(),
         [QUEUES, THREE_QUEUES, ONE_QUEUE]
-            .map(|mode| cases(&with_copies("trainers"), mode)).concat(),
+            .map(|mode| cases(&threads_with("copies", "trainers"), mode)).concat(),
     ].concat();
     /// The trainer of a rank acts before an average of a copy, so that its peers wait, and beside
     /// the next one.
     averages_of_copies_beside_a_late_trainer: "A1, A2, A4", [
         cases(&["threads resident+copies ring 0,0"], ROOM),
-        ["alloc", "free", "pinned", "module"].map(|act| cases(&with_copies(act), WAITS)).concat(),
-        cases(&with_copies("launch"), LAZY),
-        cases(&with_copies("ahead"), DEPTH),
-        cases(&with_copies("alloc"), BLOCKING),
+        ["alloc", "free", "pinned", "module"].map(|act| cases(&threads_with("copies", act), WAITS)).concat(),
+        cases(&threads_with("copies", "launch"), LAZY),
+        cases(&threads_with("copies", "ahead"), DEPTH),
+        cases(&threads_with("copies", "alloc"), BLOCKING),
         cases(&["threads late+copies ring 0,1"], DISPLAY),
     ].concat();
     /// Averages of copies of ranks that are processes.
@@ -293,9 +285,9 @@ tests! {
     /// Averages with telemetry, which has launches of its own around them.
     averages_with_telemetry: "A1-A5", [
         [COOP, ROOM, WAITS, LAZY, SHORT, BLOCKING, QUEUES_AND_WAITS, DISPLAY_AND_WAITS]
-            .map(|mode| cases(&with_telemetry("waited"), mode)).concat(),
-        cases(&with_telemetry("trainers"), ONE_QUEUE),
-        cases(&with_telemetry("alloc"), WAITS),
+            .map(|mode| cases(&threads_with("telemetry", "waited"), mode)).concat(),
+        cases(&threads_with("telemetry", "trainers"), ONE_QUEUE),
+        cases(&threads_with("telemetry", "alloc"), WAITS),
         cases(&["threads ahead+telemetry ring 0,1"], DEPTH),
         cases(&["threads started+telemetry ring 0,1"], BLOCKING),
         cases(&["processes waited+telemetry auto 0,0"], NODE),

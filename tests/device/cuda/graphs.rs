@@ -208,7 +208,7 @@ fn replay(devices: &[Device], commit: bool) {
         };
         all_ready.wait(); // instantiating may wait for the device
 
-        // Of an average before the capture, and of one behind the last replay.
+        // Averages before the capture, and behind the last replay, are no replays.
         let has_no_replay = |averager: &mut ParamAverager| {
             // SAFETY: the stream lives, and no replay is under way.
             let none = unsafe { averager.graph_outcome(raw.cast()) }.unwrap_err().to_string();

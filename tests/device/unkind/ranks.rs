@@ -13,7 +13,7 @@ use crate::cuda::{staged, with_stage};
 
 /// Variable with the timeout of the averagers in seconds, for a slot on a GPU.
 const TIMEOUT: &str = "PA_UNKIND_TIMEOUT_S";
-/// What training adds to each element while a copy of it is averaged.
+/// Change that training makes to each element while a copy of it is averaged.
 const TRAINED: f32 = 128.0;
 /// More launches than a launch queue holds.
 const AHEAD: usize = 1100;
