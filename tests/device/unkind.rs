@@ -266,7 +266,8 @@ tests! {
     /// the next one.
     averages_of_copies_beside_a_late_trainer: "A1, A2, A4", [
         cases(&["threads resident+copies ring 0,0"], ROOM),
-        ["alloc", "free", "pinned", "module"].map(|act| cases(&threads_with("copies", act), WAITS)).concat(),
+        ["alloc", "free", "pinned", "module"]
+            .map(|act| cases(&threads_with("copies", act), WAITS)).concat(),
         cases(&threads_with("copies", "launch"), LAZY),
         cases(&threads_with("copies", "ahead"), DEPTH),
         cases(&threads_with("copies", "alloc"), BLOCKING),

@@ -186,6 +186,7 @@ fn replay(devices: &[Device], commit: bool) {
         let stream = CudaContext::new(super::model::ordinal(on)).unwrap().new_stream().unwrap();
         let raw = stream.cu_stream();
         let builder = test_support::options(communicator).all_or_nothing(commit).channels(2);
+        let builder = builder.overlap(Overlap::default().delay(1));
         let mut averager = builder.timeout(Duration::from_secs(60)).build(&mut model).unwrap();
         // SAFETY: the stream lives, and nothing runs on it.
         let none = unsafe { averager.graph_outcome(raw.cast()) };
@@ -222,6 +223,9 @@ fn replay(devices: &[Device], commit: bool) {
                 std::mem::forget(averager.start(&mut other).unwrap());
                 has_no_replay(&mut averager);
                 averager.average(&mut other).unwrap();
+                averager.start_overlapped(0, &mut other).unwrap();
+                averager.drop_overlapped();
+                has_no_replay(&mut averager);
             }
             // SAFETY: as above.
             let report = unsafe {
