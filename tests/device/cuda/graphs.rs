@@ -223,7 +223,7 @@ fn replay(devices: &[Device], commit: bool) {
                 std::mem::forget(averager.start(&mut other).unwrap());
                 has_no_replay(&mut averager);
                 averager.average(&mut other).unwrap();
-                averager.start_overlapped(0, &mut other).unwrap();
+                let _dropped = averager.start_overlapped(0, &mut other).unwrap();
                 averager.drop_overlapped();
                 has_no_replay(&mut averager);
             }
