@@ -291,6 +291,9 @@ impl RankHosts {
             false => f64::from_bits(words[WEIGHT]).min(f64::MAX),
         };
         let weights: Vec<f64> = hosts.iter().enumerate().map(weight).collect();
+        if !weights.iter().any(|&weight| weight > 0.0) {
+            return Err(Error::AllWeightsZero); // the sum of no host would have been made
+        }
         let (link, sums) = (&self.link, &mut self.sums);
         // SAFETY: guaranteed by the caller.
         let made = link.call(|link| unsafe { sums.average(link, spans, &weights, limit) });

@@ -218,9 +218,11 @@ impl RankMemory {
             credits = Some(memory);
         }
         let control = (rank == 0).then(|| {
-            // In memory of the host where not all ranks can address that of one device.
+            // In memory of the host where not all ranks can address that of one device, and where
+            // the hosts of the ranks need the weights of all.
             let placement = options.communicator.placement();
-            let is_host = !placement.one_memory() || options.link == Link::Host;
+            let is_host =
+                !placement.one_memory() || options.link == Link::Host || options.hosts.is_some();
             let memory = Link::place(is_host, placement, space, Control::BYTES)?;
             let words = match memory.host_pointer() {
                 Some(_) => None,
@@ -244,8 +246,12 @@ impl RankMemory {
         if options.overlap.copies() {
             engine.prepare_to_run_aside(rank)?;
         }
-        if options.stage.is_some() {
-            engine.prepare_for_stage(rank)?;
+        if options.has_stage() {
+            let wide = |raw: &PaBucket| if raw.mean == raw.shard { 1 } else { 2 };
+            let sizes = table.raw.iter().zip(&shards);
+            let means: Vec<(u64, usize)> =
+                sizes.map(|(raw, shard)| (raw.mean, wide(raw) * shard.bytes())).collect();
+            engine.prepare_for_stage(rank, options.hosts.is_some().then_some(&means[..]))?;
         }
         Ok(RankMemory {
             engine,

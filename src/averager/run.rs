@@ -109,9 +109,9 @@ impl ParamAverager {
             return Err(Error::InvalidOption {
                 rank: self.rank(),
                 option: "stream",
-                found: "being captured, with a stage".into(),
-                expected: "a stream that is not captured: the host calls the stage in every \
-                           average, and sees no replay of a graph",
+                found: "being captured, with a stage or several hosts".into(),
+                expected: "a stream that is not captured: the host calls the stage, and exchanges \
+                           with other hosts, in every average, and sees no replay of a graph",
             });
         }
         // If captured, every replay of the graph would report the refusal to the peers.

@@ -11,7 +11,7 @@ use super::table::Table;
 use super::watch::Watch;
 use super::{Builder, ParamAverager};
 use crate::abi::{PaArgs, PaStatus, PA_OPEN, PA_RING_VOTE, PA_UNNEEDED};
-use crate::backend::cuda::StageStream;
+use crate::backend::cuda::{Failed, StageStream};
 use crate::backend::{Engine, Gathering, Order, Unstarted};
 use crate::bucket::Division;
 use crate::hash::Digest;
@@ -87,7 +87,7 @@ impl RankStage {
     /// them until this returns, on a device until the work has ended that is on the stream then.
     unsafe fn refuses(
         &mut self,
-        on: Option<&StageStream>,
+        on: Option<&mut StageStream>,
         own: Own,
         wanted: Wanted,
         (describe, is_over): (&dyn Fn(usize) -> String, &dyn Fn() -> bool),
@@ -101,7 +101,7 @@ impl RankStage {
     /// As `refuses`.
     unsafe fn run(
         &mut self,
-        on: Option<&StageStream>,
+        mut on: Option<&mut StageStream>,
         own: Own,
         wanted: Wanted,
         (describe, is_over): (&dyn Fn(usize) -> String, &dyn Fn() -> bool),
@@ -110,33 +110,43 @@ impl RankStage {
         let is_of_all = self.hosts.as_mut().is_some_and(|hosts| hosts.begin(&wanted));
         let Some(hosts) = self.hosts.as_mut().filter(|_| is_of_all) else {
             if own == Own::Made {
-                // SAFETY: guaranteed by the caller, here and below.
-                unsafe { self.check(on, describe) }?;
+                if on.is_none() {
+                    // SAFETY: guaranteed by the caller, here and below.
+                    unsafe { self.check(&self.spans, describe) }?;
+                }
                 // SAFETY: as above.
-                unsafe { self.call(on, sets_values) }?;
+                unsafe { self.call(on.as_deref(), sets_values) }?;
             }
             return Ok(());
         };
         let limits = hosts.limits(is_over);
         let receives = hosts.only_receives(wanted.place);
+        let copied = on.as_deref().map(|on| on_host(&self.spans, on));
+        let spans = copied.as_ref().unwrap_or(&self.spans);
         // SAFETY: as above.
         let checked = match own == Own::Made && !receives {
-            true => unsafe { self.check(on, describe) },
+            true => fetch(&mut on).and_then(|()| unsafe { self.check(spans, describe) }),
             false => Ok(()),
         };
         let own = if checked.is_ok() { own } else { Own::Failed };
         let hosts = self.hosts.as_mut().expect("it was there");
         // SAFETY: as above.
-        let made = unsafe { hosts.average(&self.spans, wanted, own, &limits) };
+        let made = unsafe { hosts.average(spans, wanted, own, &limits) };
         checked?;
         if !made.map_err(Refusal::Hosts)? {
             return Ok(());
         }
+        let put = on.as_deref().map_or(Ok(()), StageStream::put).map_err(unmoved);
         // SAFETY: as above.
-        let left = unsafe { self.call(on, sets_values) }.and_then(|()| {
-            // The vote finds such a value, too, but on this host alone.
+        let left = put.and_then(|()| unsafe { self.call(on.as_deref(), sets_values) });
+        // The vote finds a value that is not finite, too, but on this host alone.
+        let left = left.and_then(|()| {
+            if self.stage.is_some() {
+                fetch(&mut on)?;
+            }
+            let spans = copied.as_ref().unwrap_or(&self.spans);
             // SAFETY: as above.
-            unsafe { self.check(on, describe) }
+            unsafe { self.check(spans, describe) }
         });
         // A failure of this host, or a stage that is too slow, is not to be found after its word.
         let left = left.and_then(|()| {
@@ -154,19 +164,14 @@ impl RankStage {
         agreed.map_err(Refusal::Hosts)
     }
 
-    /// Looks at the means, on CPUs. On a device no host knows yet: the vote looks at the values,
-    /// after the stage.
+    /// Looks at the means, in memory of the host. Where they are on a device alone, the vote looks
+    /// at them, after the stage.
     ///
     /// # Safety
-    /// As `refuses`.
-    unsafe fn check(
-        &self,
-        on: Option<&StageStream>,
-        describe: &dyn Fn(usize) -> String,
-    ) -> Result<(), Veto> {
+    /// The spans' values are initialised, and nothing else uses them.
+    unsafe fn check(&self, spans: &[Span], describe: &dyn Fn(usize) -> String) -> Result<(), Veto> {
         // SAFETY: guaranteed by the caller.
-        let bad = if on.is_none() { unsafe { self.first_non_finite() } } else { None };
-        if let Some((tensor, element)) = bad {
+        if let Some((tensor, element)) = unsafe { self.first_non_finite(spans) } {
             // The rank that holds such a value votes against the average, too, and its error is the
             // one that all ranks get. Otherwise the sum has overflowed.
             let tensor = describe(tensor);
@@ -217,12 +222,12 @@ impl RankStage {
     /// Tensor and element of a mean that is rejected, if there is one.
     ///
     /// # Safety
-    /// As `refuses`, on CPUs.
-    unsafe fn first_non_finite(&self) -> Option<(usize, usize)> {
+    /// As `check`.
+    unsafe fn first_non_finite(&self, spans: &[Span]) -> Option<(usize, usize)> {
         if !self.rejects_non_finite {
             return None;
         }
-        self.spans.iter().find_map(|span| {
+        spans.iter().find_map(|span| {
             // SAFETY: guaranteed by the caller.
             let found = unsafe { span.values() }.first_beyond(span.dtype)?;
             Some((span.tensor, span.first + found))
@@ -242,9 +247,7 @@ impl RankStage {
                 Some(on) => {
                     copy.resize(span.bytes(), 0);
                     // SAFETY: as above.
-                    unsafe { on.read(span.address, &mut copy) }.map_err(|failed| {
-                        Veto::new(format!("its shard can't be read: {}", String::from(failed)))
-                    })?;
+                    unsafe { on.read(span.address, &mut copy) }.map_err(unmoved)?;
                     digest.add(&copy);
                 }
             }
@@ -307,6 +310,20 @@ impl RankStage {
     }
 }
 
+/// The spans in the copy of the shard on the host.
+fn on_host(spans: &[Span], on: &StageStream) -> Vec<Span> {
+    spans.iter().map(|span| Span { address: on.on_host(span.address), ..*span }).collect()
+}
+
+/// Brings the copy on the host up to date, for a rank on a device.
+fn fetch(on: &mut Option<&mut StageStream>) -> Result<(), Veto> {
+    on.as_mut().map_or(Ok(()), |on| on.fetch()).map_err(unmoved)
+}
+
+fn unmoved(failed: Failed) -> Veto {
+    Veto::new(format!("its shard can't be copied to the host and back: {}", String::from(failed)))
+}
+
 /// A rank's stage, in one average.
 pub(super) struct StageOf<'a> {
     pub(super) stage: &'a mut RankStage,
@@ -344,7 +361,7 @@ pub(super) unsafe fn start(
     };
     stage.refusal = None;
     let has_hosts = stage.hosts.is_some();
-    let mut refuses = |on: Option<&StageStream>, ended: &[PaStatus]| {
+    let mut refuses = |on: Option<&mut StageStream>, ended: &[PaStatus]| {
         let outcome = ended.iter().map(|status| status.outcome).find(|&of| of != PA_OPEN);
         let own = match outcome {
             None => Own::Made,

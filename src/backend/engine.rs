@@ -100,10 +100,11 @@ impl<E: Into<String>> From<E> for Unstarted {
     }
 }
 
-/// The host's work between the reduce and the vote, with the stream of a device. On CPUs `None`,
-/// and the channels' statuses after the reduce, which may have failed. True: this rank votes
+/// The host's work between the reduce and the vote, with the stream of a device; on CPUs `None`.
+/// Has the channels' statuses after the reduce, which may have failed; none on a device whose rank
+/// exchanges nothing with other hosts, where the reduce was only enqueued. True: this rank votes
 /// against the average.
-pub(crate) type Refuses<'a> = dyn FnMut(Option<&cuda::StageStream>, &[PaStatus]) -> bool + 'a;
+pub(crate) type Refuses<'a> = dyn FnMut(Option<&mut cuda::StageStream>, &[PaStatus]) -> bool + 'a;
 
 impl Engine {
     /// Creates the engine. `first` are the channels' states before the first average. `isa` is used
@@ -145,11 +146,16 @@ impl Engine {
         Ok(())
     }
 
-    /// Makes `start_around` possible.
-    pub(crate) fn prepare_for_stage(&mut self, rank: usize) -> Result<()> {
+    /// Makes `start_around` possible. `means`: addresses and bytes of the rank's shard, if it
+    /// exchanges that with other hosts.
+    pub(crate) fn prepare_for_stage(
+        &mut self,
+        rank: usize,
+        means: Option<&[(u64, usize)]>,
+    ) -> Result<()> {
         match self {
             Engine::Cpu { .. } => Ok(()),
-            Engine::Cuda(engine) => engine.prepare_for_stage().map_err(|failed| {
+            Engine::Cuda(engine) => engine.prepare_for_stage(means).map_err(|failed| {
                 Error::DeviceFailed { rank, source: String::from(failed).into() }
             }),
         }
@@ -258,9 +264,8 @@ impl Engine {
     }
 
     /// As `start`, with a call between the launches of the reduce and those from the vote on.
-    /// `refuses` is true if this rank votes against the average. On CPUs it gets the statuses of
-    /// the reduce, which may have failed; on a device the stream on which the reduce has been
-    /// enqueued, and its work there comes before the vote.
+    /// `refuses` is true if this rank votes against the average. Its work on the stream that it
+    /// gets on a device comes before the vote.
     ///
     /// # Safety
     /// As `start`.

@@ -110,16 +110,22 @@ absent!(Rank {
     fn longest_wait() -> Duration;
     fn is_done() -> bool;
     fn finish() -> Result<(), Failed>;
-    fn prepare_for_stage() -> Result<(), Failed>;
+    fn prepare_for_stage(means: Option<&[(u64, usize)]>) -> Result<(), Failed>;
 });
 
 absent!(StageStream {
     fn device() -> usize;
+    fn put() -> Result<(), Failed>;
+    fn on_host(mean: u64) -> u64;
     fn raw() -> *mut c_void;
 });
 
 impl StageStream {
     pub(crate) unsafe fn read(&self, _: u64, _: &mut [u8]) -> Result<(), Failed> {
+        match *self {}
+    }
+
+    pub(crate) fn fetch(&mut self) -> Result<(), Failed> {
         match *self {}
     }
 }

@@ -140,7 +140,7 @@ impl Control {
 
     /// Sum of the weights of all ranks in the average that they have met for, as kernels count
     /// them (`weight_of` in `kernels/barriers.h`), and whether ranks with news have passed weights.
-    /// 0 where the host can't read it.
+    /// 0 where the host can't read it, which is never with a link to other hosts.
     pub(crate) fn weight(&self, epoch: u32, world: usize) -> (f64, bool) {
         let Some(start) = self.memory.host_pointer() else { return (0.0, false) };
         let at = offset_of!(PaBoard, record) + (epoch & 1) as usize * size_of::<PaRecord>();

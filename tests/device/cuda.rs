@@ -4,6 +4,7 @@ mod any_stream;
 mod beside;
 mod coded;
 mod graphs;
+mod hosts;
 #[cfg(feature = "cuda")]
 mod interop;
 mod links;
@@ -106,6 +107,21 @@ pub fn stages_refuse_averages_and_nothing_changes() {
 
 pub fn stages_are_enqueued_on_streams() {
     scenario("stage-streams", &[&[TWO, ("CUDASIM_DELAY", "30")], &[TWO, ("CUDASIM_RACE", "1")]]);
+}
+
+pub fn averages_of_several_hosts_have_the_bits_of_the_cpu() {
+    scenario("hosts", &[&[TWO, ("CUDASIM_SEED", "1")]]);
+    scenario("hosts-devices", &[&[FOUR, ("CUDASIM_DELAY", "30")]]);
+    scenario("hosts-streams", &[&[TWO, ("CUDASIM_DELAY", "30")]]);
+}
+
+pub fn averages_of_several_hosts_have_no_race() {
+    scenario("hosts-races", &[&[TWO, ("CUDASIM_RACE", "1")]]);
+}
+
+pub fn hosts_that_fail_change_nothing_on_devices() {
+    scenario("hosts-failures", &[&[TWO, ("CUDASIM_SEED", "1")]]);
+    scenario("hosts-losses", &[&[TWO]]);
 }
 
 pub fn coded_averages_have_the_bits_of_the_cpu() {

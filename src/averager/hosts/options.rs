@@ -1,7 +1,6 @@
 //! Options of a builder for several hosts, and calls that they exclude.
 
 use crate::averager::{Algorithm, Builder, ParamAverager, Start};
-use crate::backend::MemorySpace;
 use crate::bucket::Bucket;
 use crate::hosts::{HostLink, Hosts};
 use crate::tensor::Dtype;
@@ -22,8 +21,13 @@ impl Builder {
     ///
     /// No tensor changes unless the ranks of all hosts have agreed: [`Error::HostLost`],
     /// [`Error::HostRefused`] and [`Error::HostsDiffer`] name a host. All hosts have the same
-    /// number of ranks. Ranks are on CPUs, and averages use the ring with its commit. Averagers of
-    /// clones of one builder share the link.
+    /// number of ranks. Averages use the ring with its commit. Averagers of clones of one builder
+    /// share the link.
+    ///
+    /// On CUDA devices the host exchanges a copy of the rank's part, in page-locked memory: 4 bytes
+    /// (8 for f64) for each of its elements. An average that is
+    /// [started](crate::ParamAverager::start) returns when the exchange has ended, and is not
+    /// captured into a CUDA graph.
     pub fn hosts(mut self, link: impl Hosts + 'static, hierarchy: Hierarchy) -> Self {
         self.hosts = Some((HostLink::new(link), hierarchy));
         self
@@ -106,12 +110,7 @@ impl Builder {
                 &self.overlap.to_string(),
                 "Overlap::default(): a rank waits for its link",
             ),
-            _ => match self.communicator.space() {
-                MemorySpace::Host => None,
-                MemorySpace::Cuda(_) => {
-                    refused("hosts", "set, for a rank on a CUDA device", "ranks on CPUs")
-                }
-            },
+            _ => None,
         }
     }
 }

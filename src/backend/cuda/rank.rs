@@ -29,7 +29,7 @@ pub(crate) struct Rank {
     context: Arc<Context>,
     /// Stream of the launches, if this rank is the first on its device.
     stream: Option<LaunchStream>,
-    /// Stream of a user's stage, if there is one.
+    /// Stream of the work between the halves of an average, if there is any.
     stage: Option<StageStream>,
     /// Recorded behind the work that an average follows, and again behind its stage.
     ready: Arc<Event>,
@@ -101,9 +101,9 @@ impl Rank {
         Ok(rank)
     }
 
-    /// Device memory of this rank in bytes.
+    /// Memory of this rank in bytes.
     pub(crate) fn bytes(&self) -> usize {
-        self.channels.bytes() + self.tables.bytes()
+        self.channels.bytes() + self.tables.bytes() + self.copied_bytes()
     }
 
     pub(crate) fn channels(&self) -> u64 {

@@ -63,7 +63,7 @@ pub fn failures() {
             let way = way(code, 3);
             let mut models: Vec<Model> =
                 (0..4).map(|at| Model::new(GPU, &shapes, (10 * at + rank) as u64)).collect();
-            let mut averager = way.build(communicator, &mut models[0]).unwrap();
+            let mut averager = way.builder(communicator).build(&mut models[0]).unwrap();
             averager.average(&mut models[1]).unwrap();
             if rank == 2 {
                 models[2].set(0, 300, f32::NAN);

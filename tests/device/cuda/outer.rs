@@ -36,7 +36,7 @@ pub fn calls() {
         let way = Way { ranks: 2, algorithm, outer: Outer::diloco(), ..WAY };
         let errors = ranks_on(GPU, 2, |communicator| {
             let mut model = Model::new(GPU, &shapes(), communicator.rank() as u64);
-            let mut averager = way.build(communicator, &mut model).unwrap();
+            let mut averager = way.builder(communicator).build(&mut model).unwrap();
             let error = match averager.rank() {
                 0 => averager.broadcast(0, &mut model).unwrap_err(),
                 _ => averager.average(&mut model).unwrap_err(),
@@ -67,7 +67,7 @@ pub fn saved() {
                 let mut models: Vec<Model> = (0..5)
                     .map(|round| Model::new(on, &shapes, 100 * round + rank as u64))
                     .collect();
-                let averager = way.build(communicator, &mut models[0]).unwrap();
+                let averager = way.builder(communicator).build(&mut models[0]).unwrap();
                 let mut sgd = LocalSgd::new(averager, Schedule::every(1));
                 match states {
                     Some(states) => sgd.load(&states[rank]).unwrap(),

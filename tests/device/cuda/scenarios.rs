@@ -5,7 +5,7 @@ use super::outer::{self, outers};
 use super::steps::steps;
 use super::streams::streams;
 use super::way::{shapes, Way, WAY};
-use super::{any_stream, beside, coded, graphs, links, overlap, stage, strict, telemetry};
+use super::{any_stream, beside, coded, graphs, hosts, links, overlap, stage, strict, telemetry};
 use param_averager::*;
 use std::sync::Barrier;
 use std::time::Duration;
@@ -41,6 +41,12 @@ pub fn run(scenario: &str) {
         "stage-failures" => stage::failures(),
         "stage-streams" => stage::streams(),
         "stage-refusals" => stage::refusals(),
+        "hosts" => hosts::all(),
+        "hosts-devices" => hosts::on_four_devices(),
+        "hosts-races" => hosts::races(),
+        "hosts-failures" => hosts::failures(),
+        "hosts-losses" => hosts::losses(),
+        "hosts-streams" => hosts::streams(),
         "overlap" => overlap::on_one_device(),
         "overlap-devices" => overlap::on_two_devices(),
         "overlap-streams" => overlap::on_streams(),
@@ -301,7 +307,7 @@ fn trainers() {
     let run = |on| {
         ranks_on(on, 3, |communicator| {
             let mut model = Model::new(on, &shapes, communicator.rank() as u64);
-            let averager = WAY.build(communicator, &mut model).unwrap();
+            let averager = WAY.builder(communicator).build(&mut model).unwrap();
             let mut sgd = LocalSgd::new(averager, Schedule::every(3).after_warmup(2));
             for step in 0..7u8 {
                 model.download();

@@ -56,7 +56,7 @@ impl Way {
         self.devices.iter().cycle().take(self.ranks).map(|&ordinal| Device::cuda(ordinal)).collect()
     }
 
-    pub fn build(&self, communicator: Communicator, model: &mut Model) -> Result<ParamAverager> {
+    pub fn builder(&self, communicator: Communicator) -> Builder {
         let link = if communicator.device() == Device::cpu() { Link::Auto } else { self.link };
         let is_mean = self.outer == Outer::mean();
         let on = communicator.device();
@@ -83,7 +83,6 @@ impl Way {
                 poison_slots: true,
                 ..Testing::default()
             })
-            .build(model)
     }
 
     /// Results of two averages of fresh models, or of four with an outer optimizer or a code. The
@@ -100,7 +99,7 @@ impl Way {
             let mut models: Vec<Model> = (0..rounds)
                 .map(|round| Model::new(on, shapes, (100 * round + data) as u64))
                 .collect();
-            let mut averager = self.build(communicator, &mut models[0]).unwrap();
+            let mut averager = self.builder(communicator).build(&mut models[0]).unwrap();
             let mut results = vec![];
             for model in &mut models[1..] {
                 let model = &mut *model;

@@ -1,21 +1,26 @@
-//! A user's stage between two halves of an average: its stream, its call, and the second half.
+//! The host's work between two halves of an average: a user's stage and its stream, copies of the
+//! shard for other hosts, and the second half.
 
 use std::ffi::c_void;
 use std::sync::Arc;
 
 use super::super::driver::{call, Failed};
 use super::super::launch::Part;
+use super::super::memory::Pinned;
 use super::super::streams::{Event, LaunchStream};
 use super::super::Context;
 use super::Rank;
 use crate::abi::{PaArgs, PA_FLAG_VETO};
 use crate::backend::{Gathering, Refuses, Unstarted};
 
-/// The stream on which a user's stage enqueues its work.
+/// The stream of the work between the halves.
 #[derive(Debug)]
 pub(crate) struct StageStream {
     context: Arc<Context>,
     stream: LaunchStream,
+    /// Where the rank exchanges its shard with other hosts: the address of the means of each
+    /// bucket, and a copy of them.
+    copies: Option<Vec<(u64, Pinned)>>,
 }
 
 impl StageStream {
@@ -39,6 +44,39 @@ impl StageStream {
         self.synchronize()
     }
 
+    /// Copies the shard to the host, behind the work of the stream so far, and waits for that.
+    pub(crate) fn fetch(&mut self) -> Result<(), Failed> {
+        let (_bound, on) = (self.context.bind()?, self.stream.raw());
+        for (means, copy) in self.copies.iter_mut().flatten() {
+            let to = copy.bytes_mut();
+            // SAFETY: memory of the same size on both sides, which lives as long as `self`. The
+            // copy is waited for, and its earlier ones lie before it in the stream.
+            unsafe { call!(cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), *means, to.len(), on)) }?;
+        }
+        self.synchronize()
+    }
+
+    /// Enqueues a copy of the shard from the host. Nothing changes that copy until the stream has
+    /// come to its end.
+    pub(crate) fn put(&self) -> Result<(), Failed> {
+        let (_bound, on) = (self.context.bind()?, self.stream.raw());
+        for (means, copy) in self.copies.iter().flatten() {
+            let from = copy.bytes();
+            // SAFETY: as in `fetch`; the caller leaves the copy as it is.
+            unsafe { call!(cuMemcpyHtoDAsync_v2(*means, from.as_ptr().cast(), from.len(), on)) }?;
+        }
+        Ok(())
+    }
+
+    /// Address in the copy on the host of a mean.
+    pub(crate) fn on_host(&self, mean: u64) -> u64 {
+        let of = |(means, copy): &(u64, Pinned)| {
+            let at = mean.checked_sub(*means)?;
+            (at < copy.size() as u64).then(|| copy.address() + at)
+        };
+        self.copies.iter().flatten().find_map(of).expect("an address of the shard")
+    }
+
     fn synchronize(&self) -> Result<(), Failed> {
         let _bound = self.context.bind()?;
         // SAFETY: the stream lives as long as `self`.
@@ -47,11 +85,24 @@ impl StageStream {
 }
 
 impl Rank {
-    /// Makes a stage possible.
-    pub(crate) fn prepare_for_stage(&mut self) -> Result<(), Failed> {
+    /// Makes a stage possible. `means`: addresses and bytes of the shard, bucket by bucket, if the
+    /// rank exchanges it with other hosts.
+    pub(crate) fn prepare_for_stage(
+        &mut self,
+        means: Option<&[(u64, usize)]>,
+    ) -> Result<(), Failed> {
         let (context, stream) = (self.context.clone(), LaunchStream::new(&self.context)?);
-        self.stage = Some(StageStream { context, stream });
+        let copy = |&(address, bytes): &(u64, usize)| Ok((address, Pinned::new(&context, bytes)?));
+        let copies = means.map(|means| means.iter().map(copy).collect::<Result<_, Failed>>());
+        let copies = copies.transpose()?;
+        self.stage = Some(StageStream { context, stream, copies });
         Ok(())
+    }
+
+    /// Memory of the host for copies of the shard, in bytes.
+    pub(super) fn copied_bytes(&self) -> usize {
+        let copies = self.stage.iter().flat_map(|stage| stage.copies.iter().flatten());
+        copies.map(|(_, copy)| copy.size()).sum()
     }
 
     /// Calls the stage behind `reduced`, and launches the second half of the average behind what
@@ -66,9 +117,9 @@ impl Rank {
         refuses: &mut Refuses<'_>,
         peers: &Gathering<'_>,
     ) -> Result<Arc<Event>, Unstarted> {
-        let stage = self.stage.take().expect("prepared when this rank was made");
+        let mut stage = self.stage.take().expect("prepared when this rank was made");
         // SAFETY: guaranteed by the caller.
-        let launched = unsafe { self.launch_behind(&stage, reduced, rest, refuses, peers) };
+        let launched = unsafe { self.launch_behind(&mut stage, reduced, rest, refuses, peers) };
         if launched.is_err() {
             // The shard, and tensors that go back to the caller, are in use until then.
             let _ = stage.synchronize();
@@ -84,7 +135,7 @@ impl Rank {
     /// As `start`.
     unsafe fn launch_behind(
         &mut self,
-        stage: &StageStream,
+        stage: &mut StageStream,
         reduced: &Event,
         rest: Part,
         refuses: &mut Refuses<'_>,
@@ -99,7 +150,15 @@ impl Rank {
         let on = stage.stream.raw();
         // SAFETY: a stream of this rank's context, which is bound.
         unsafe { reduced.hold(on) }?;
-        let vetoes = if refuses(Some(stage), &[]) { PA_FLAG_VETO } else { 0 };
+        let refuses = match stage.copies.is_some() {
+            // Other hosts have to know how this host's own sum has ended.
+            true => {
+                reduced.synchronize()?;
+                refuses(Some(stage), self.ended())
+            }
+            false => refuses(Some(stage), &[]),
+        };
+        let vetoes = if refuses { PA_FLAG_VETO } else { 0 };
         // SAFETY: as above.
         unsafe { self.ready.record(on) }?;
         let args = PaArgs { flags: rest.args.flags | vetoes, ..rest.args };
