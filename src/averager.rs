@@ -279,7 +279,8 @@ impl ParamAverager {
     }
 
     /// Memory of this rank beyond its parameters, in bytes: slots, shard, counters, tables, the
-    /// state of the outer optimizer, and the reference and the residual of compression.
+    /// state of the outer optimizer, the reference and the residual of compression, and buffers for
+    /// other hosts.
     pub fn memory_overhead(&self) -> usize {
         let stage = self.stage.as_ref().map_or(0, RankStage::bytes);
         self.own.bytes(&self.table) + size_of::<PaControl>() + stage

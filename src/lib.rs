@@ -74,7 +74,7 @@
 //! |---|---|---|---|
 //! | threads, on CPUs | tested | not run | not tried |
 //! | processes, on CPUs | tested | not run | no |
-//! | processes of several hosts, on CPUs | tested in network namespaces of one machine | not run | no |
+//! | processes of several hosts | tested in network namespaces of one machine | not run | no |
 //! | threads, on CUDA devices | simulated only: no GPU has run it | not run | not tried |
 //! | processes, on CUDA devices | simulated only: no GPU has run it | not run | no |
 //!

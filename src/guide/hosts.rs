@@ -78,6 +78,15 @@
 //! stages would lead hosts apart between averages of all. Schedules that measure (`overhead`,
 //! `budget`, `divergence`) need [`Hierarchy::Every`](crate::Hierarchy::Every).
 //!
+//! # CUDA devices
+//! Ranks pass `Device::cuda(local_rank)`, and nothing else differs. A rank copies its part of the
+//! host's mean to page-locked memory, which takes 4 bytes (8 for f64) for each of its elements,
+//! exchanges that, and copies the mean of all hosts back: no GPUDirect. Its host waits for the sum
+//! and for the exchange, so that [`start`](crate::ParamAverager::start) returns after both; no
+//! kernel waits meanwhile. Such averages are not captured into CUDA graphs. A
+//! [`device_stage`](crate::Builder::device_stage) is called behind the exchange. Results have the
+//! bits of the same hosts on CPUs. No GPU has run this: it is tested on simulated devices.
+//!
 //! # All or nothing
 //! Before the exchange the ranks of one number show one another what they are about to average, and
 //! after it that they succeeded. Then the ranks of each host vote, as they do without a link. So
@@ -104,7 +113,7 @@
 //! average is `HostLost`.
 //!
 //! # Limits
-//! Ranks on CPUs, by the ring with its commit; no compression, no overlap, no
+//! The ring with its commit; no compression, no overlap, no
 //! [`LocalSgd::done`](crate::LocalSgd::done). A rank waits in its call, also for the link. Buffers
 //! take 12 MiB at most for each averager, and 8 MiB in `MpiHosts`; with more than 256 hosts 48 KiB
 //! · h and 32 KiB · h, but no more than 3 and 2 times the rank's part of the model in f32, and 24

@@ -25,6 +25,7 @@ use std::process::Command;
 use test_support::simulator::{self, no_driver, scenario, Driver, Setting};
 use test_support::{tool, Skip};
 
+pub use hosts::on_hosts;
 pub use outer::outers;
 pub use scenarios::run;
 pub use stage::{staged, with_stage};

@@ -251,6 +251,23 @@ tests! {
         cases(&["stage-vetoes", "stage-streams"], QUEUES_AND_WAITS),
     ].concat();
 
+    /// Ranks of two hosts, which exchange their shards between the two halves of an average.
+    averages_of_several_hosts: "A1-A4", [
+        [COOP, ROOM, WAITS, LAZY, SHORT, QUEUES_AND_WAITS, DISPLAY_AND_WAITS]
+            .map(|mode| cases(&["threads waited+hosts ring 0,0,1,1"], mode)).concat(),
+        [ROOM, QUEUES_AND_WAITS]
+            .map(|mode| cases(&["threads waited+hosts ring 0,1,2,3"], mode)).concat(),
+        [QUEUES, ONE_QUEUE]
+            .map(|mode| cases(&["threads trainers+hosts ring 0,0,1,1"], mode)).concat(),
+        cases(&["threads resident+hosts ring 0,0,1,1"], ROOM),
+        ["alloc", "free", "pinned", "module"]
+            .map(|act| cases(&[format!("threads {act}+hosts ring 0,1,2,3")], WAITS)).concat(),
+        cases(&["threads launch+hosts ring 0,0,1,1"], LAZY),
+        cases(&["threads ahead+hosts ring 0,0,1,1"], DEPTH),
+        cases(&["threads started+hosts ring 0,0,1,1"], BLOCKING),
+        cases(&["threads late+hosts ring 0,0,1,1"], DISPLAY),
+    ].concat();
+
     /// Averages of copies, beside a trainer on a stream and between devices.
     averages_of_copies: "A1-A4", [
         COOP, ROOM, SHORT, BLOCKING, QUEUES_AND_WAITS, DISPLAY_AND_WAITS,

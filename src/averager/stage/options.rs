@@ -46,6 +46,8 @@ impl Builder {
     /// default. An average that is [started](crate::ParamAverager::start) still returns before it
     /// has run, when the functions of all ranks of the process have returned.
     ///
+    /// With a link to other [hosts](Self::hosts) it is called when their mean is made, as on CPUs.
+    ///
     /// An average with a stage is not captured into a CUDA graph: that is refused.
     ///
     /// # Safety

@@ -14,7 +14,7 @@ use super::stage::{staged, with_stage};
 use super::way::{shapes, Way, WAY};
 
 /// Runs ranks on these devices, host by host, and returns their results in that order.
-fn on_hosts<T: Send>(
+pub fn on_hosts<T: Send>(
     devices: &[Vec<Device>],
     rank: impl Fn(usize, Communicator, ThreadHosts) -> T + Sync,
 ) -> Vec<T> {

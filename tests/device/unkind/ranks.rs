@@ -9,7 +9,7 @@ use test_support::ranks_of;
 
 use super::outer::{self, expected, value};
 use super::trainer::{Trainer, ELEMENTS};
-use crate::cuda::{staged, with_stage};
+use crate::cuda::{on_hosts, staged, with_stage};
 
 /// Variable with the timeout of the averagers in seconds, for a slot on a GPU.
 const TIMEOUT: &str = "PA_UNKIND_TIMEOUT_S";
@@ -28,6 +28,8 @@ struct Plan {
     /// True for averages of copies, while training goes on.
     copies: bool,
     telemetry: bool,
+    /// True if each half of the devices is that of a host.
+    hosts: bool,
     algorithm: Option<Algorithm>,
     devices: Vec<usize>,
     seed: u64,
@@ -35,7 +37,7 @@ struct Plan {
 
 impl Plan {
     /// Reads `ACT[+OPTION] ALGORITHM DEVICES [SEED]`, such as `alloc ring 0,1`. The option is an
-    /// outer optimizer, `stage`, `copies` or `telemetry`.
+    /// outer optimizer, `stage`, `copies`, `telemetry` or `hosts`.
     fn new(words: &[&str]) -> Plan {
         let [act, algorithm, devices, ..] = words else { panic!("no plan: {words:?}") };
         let algorithm = match *algorithm {
@@ -48,12 +50,13 @@ impl Plan {
         let seed = words.get(3).map_or(0, |seed| seed.parse().expect("a seed"));
         let (act, name) = act.split_once('+').unwrap_or((act, ""));
         let outers = match name {
-            "" | "stage" | "copies" | "telemetry" => vec![Outer::mean()],
+            "" | "stage" | "copies" | "telemetry" | "hosts" => vec![Outer::mean()],
             name => outer::named(name),
         };
-        let [stage, copies, telemetry] = ["stage", "copies", "telemetry"].map(|of| name == of);
+        let [stage, copies, telemetry, hosts] =
+            ["stage", "copies", "telemetry", "hosts"].map(|of| name == of);
         let (act, devices) = (act.to_owned(), devices.collect());
-        Plan { act, outers, stage, copies, telemetry, algorithm, devices, seed }
+        Plan { act, outers, stage, copies, telemetry, hosts, algorithm, devices, seed }
     }
 }
 
@@ -61,7 +64,14 @@ impl Plan {
 pub fn threads(words: &[&str]) {
     let plan = Plan::new(words);
     let devices: Vec<Device> = plan.devices.iter().copied().map(Device::cuda).collect();
-    ranks_of(&devices, |communicator| averages(&plan, communicator));
+    if plan.hosts {
+        let hosts: Vec<_> = devices.chunks(devices.len() / 2).map(<[Device]>::to_vec).collect();
+        on_hosts(&hosts, |host, communicator, link| {
+            averages(&plan, communicator, Some((host, link)));
+        });
+        return;
+    }
+    ranks_of(&devices, |communicator| averages(&plan, communicator, None));
 }
 
 /// Variable with the plan of a rank that is a process.
@@ -81,17 +91,19 @@ pub fn processes(words: &[&str]) {
 /// Runs one rank of [`processes`], and returns its exit code.
 pub fn process() -> i32 {
     let words = std::env::var(PLAN).expect("a plan");
-    averages(&Plan::new(&words.split(' ').collect::<Vec<_>>()), join().unwrap());
+    averages(&Plan::new(&words.split(' ').collect::<Vec<_>>()), join().unwrap(), None);
     0
 }
 
 /// Three averages by each averager, of other values each time. The peers of the last rank wait for
 /// it twice, while its trainer acts.
-fn averages(plan: &Plan, communicator: Communicator) {
-    let mut trainer =
-        Trainer::new(&plan.act, plan.seed, communicator.device(), communicator.rank());
+fn averages(plan: &Plan, communicator: Communicator, mut link: Option<(usize, ThreadHosts)>) {
+    let before = link.as_ref().map_or(0, |(host, _)| host * communicator.world_size());
+    let rank = before + communicator.rank();
+    let mut trainer = Trainer::new(&plan.act, plan.seed, communicator.device(), rank);
     for &outer in &plan.outers {
-        let averager = averages_with(plan, outer, communicator.clone(), &mut trainer);
+        let link = link.take().map(|(_, link)| link);
+        let averager = averages_with(plan, outer, (rank, communicator.clone(), link), &mut trainer);
         std::mem::forget(averager); // freed with the process
     }
     trainer.release();
@@ -101,12 +113,11 @@ fn averages(plan: &Plan, communicator: Communicator) {
 fn averages_with(
     plan: &Plan,
     outer: Outer,
-    communicator: Communicator,
+    (rank, communicator, link): (usize, Communicator, Option<ThreadHosts>),
     trainer: &mut Trainer,
 ) -> ParamAverager {
     const ROUNDS: usize = 3;
-    let (rank, world) = (communicator.rank(), communicator.world_size());
-    let on = communicator.device();
+    let (world, on) = (plan.devices.len(), communicator.device());
     // Longer than a wedge takes to be found, so that the simulator says what hangs.
     let timeout = std::env::var(TIMEOUT).map_or(25, |seconds| seconds.parse().expect("seconds"));
     let timeout = Duration::from_secs(timeout);
@@ -125,6 +136,9 @@ fn averages_with(
         builder = builder.start_from(Start::Rank(0)).outer(outer);
         trainer.fill(outer::BEGIN);
         trainer.synchronize();
+    }
+    if let Some(link) = link {
+        builder = builder.start_from(Start::Rank(0)).hosts(link, Hierarchy::Every);
     }
     if plan.stage {
         builder = with_stage(builder, on);
@@ -180,7 +194,8 @@ fn averages_with(
         } else {
             averager.average(&mut params).unwrap()
         };
-        assert_eq!((report.world_size, report.bytes), (world, 4 * ELEMENTS as u64));
+        let ranks = report.world_size * report.hosts;
+        assert_eq!((ranks, report.bytes), (world, 4 * ELEMENTS as u64));
         let change = report.telemetry.map(|telemetry| telemetry.largest_change);
         let changed = f64::from((expected - value(rank, round)).abs());
         assert_eq!(change, plan.telemetry.then_some(changed), "rank {rank}, {round}");
