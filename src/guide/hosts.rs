@@ -123,5 +123,5 @@
 //! [saved](crate::LocalSgd::save) is enough to restart all hosts.
 //!
 //! Tested with Open MPI 4.1 and MPICH 4.0 on 2 hosts with 2 ranks and 3 hosts with 1, which were
-//! network namespaces of one machine, with a slow link, a cut one and a killed rank; no run on
-//! several machines was made.
+//! network namespaces of one machine, with a slow link, a cut one and a killed rank, and with ranks
+//! on simulated devices; no run on several machines was made.

@@ -17,7 +17,7 @@ pub fn the_example_trains() {
     assert!(cargo.status().unwrap().success(), "the example does not build");
     let test = std::env::current_exe().unwrap();
     let program = test.ancestors().nth(2).unwrap().join("examples/hosts");
-    let ended = output_within(Network::new(2).mpirun_of(2, &program, None), LIMIT);
+    let ended = output_within(Network::new(2).mpirun_of(2, &program, &[]), LIMIT);
     assert_eq!(ended.code, Some(0), "{}", ended.said);
     let count = |text: &str| ended.said.matches(text).count();
     assert_eq!(
@@ -53,6 +53,16 @@ fn average_alike(hosts: usize, each: usize, network: &Network) {
 
 pub fn two_hosts_average_as_one_world() {
     average_alike(2, 2, &Network::new(2));
+}
+
+/// On simulated devices, or on those of this machine.
+pub fn ranks_on_devices_average_as_one_world() {
+    let settings = [("CUDASIM_DEVICES", "2")];
+    let Some(environment) = test_support::simulator::environment(&settings) else { return };
+    let network = Network::new(2);
+    let ended = output_within(network.mpirun_with(2, "devices", &environment), LIMIT);
+    let averaged = ended.said.matches("of 4 on 2 hosts has averaged on a device").count();
+    assert!(ended.code == Some(0) && averaged == 4, "{:?} {}", ended.code, ended.said);
 }
 
 pub fn three_hosts_average_over_slow_links() {

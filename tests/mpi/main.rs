@@ -14,11 +14,13 @@ fn main() -> ExitCode {
         roles::run(&role);
     }
     let network = network::missing();
+    let devices = network.clone().or_else(test_support::simulator::missing);
     // One at a time: each has the machine's cores, and the network's addresses.
     test_support::main_with_threads(
         1,
         tests![
             averages::two_hosts_average_as_one_world: network,
+            averages::ranks_on_devices_average_as_one_world: devices,
             averages::three_hosts_average_over_slow_links: network,
             averages::a_cut_link_changes_no_tensor: network,
             averages::a_killed_rank_ends_the_job: network,

@@ -117,16 +117,27 @@ impl Network {
 
     /// mpirun with these ranks on each host, in a role of this program.
     pub fn mpirun(&self, each: usize, role: &str) -> Command {
+        self.mpirun_with(each, role, &[])
+    }
+
+    /// The same with more variables.
+    pub fn mpirun_with(&self, each: usize, role: &str, more: &[(&str, String)]) -> Command {
         let program = std::env::current_exe().expect("this program");
-        self.mpirun_of(each, &program, Some(role))
+        let role = (ROLE, role.to_owned());
+        self.mpirun_of(each, &program, &[more, &[role]].concat())
     }
 
     /// The same of any program.
-    pub fn mpirun_of(&self, each: usize, program: &Path, role: Option<&str>) -> Command {
+    pub fn mpirun_of(
+        &self,
+        each: usize,
+        program: &Path,
+        environment: &[(&str, String)],
+    ) -> Command {
         let hosts: Vec<String> =
             (0..self.hosts).map(|host| format!("{}:{each}", address(host))).collect();
         let mut command = Command::new(launcher());
-        command.envs(role.map(|role| (ROLE, role)));
+        command.envs(environment.iter().map(|(name, value)| (name, value)));
         if is_mpich() {
             // Or it finds that the hosts are one machine, and uses its memory.
             command.env("UCX_TLS", "tcp,self");
@@ -142,8 +153,8 @@ impl Network {
         for option in ["oob_tcp_if_include", "btl_tcp_if_include"] {
             command.args(["--mca", option, &network]);
         }
-        if role.is_some() {
-            command.args(["-x", ROLE]);
+        for (name, _) in environment {
+            command.args(["-x", name]);
         }
         command.arg(program);
         command

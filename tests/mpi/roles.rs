@@ -17,6 +17,8 @@ const ROUNDS: usize = 5;
 pub fn run(role: &str) -> ! {
     let result = match role {
         "averages" => averages(),
+        #[cfg(feature = "cuda")]
+        "devices" => devices(),
         "without" => without(),
         "cut" => cut(),
         "killed" => killed(),
@@ -76,6 +78,39 @@ fn averages() -> Result<(), Error> {
     }
     sgd.finish(&mut model)?;
     println!("rank {own} trained: {:016x}", digest(&model));
+    Ok(())
+}
+
+/// Averages of all ranks, each on a device of its host's.
+#[cfg(feature = "cuda")]
+fn devices() -> Result<(), Error> {
+    use param_averager::{CudaParams, CudaTensorMut};
+    const EACH: usize = 50_001;
+    let (_universe, _) = mpi::initialize_with_threading(Threading::Funneled).expect("MPI");
+    let (own, all) = world();
+    let communicator = Communicator::from_env(Device::cuda(own % 2))?;
+    let link = MpiHosts::new(&communicator)?;
+    let hosts = communicator.hosts();
+    let stream = cudarc::driver::CudaContext::new(own % 2).unwrap().new_stream().unwrap();
+    let mut model = stream.alloc_zeros::<f32>(EACH).unwrap();
+    let mut params = CudaParams::new(&stream);
+    params.push(CudaTensorMut::from(&mut model));
+    let builder = ParamAverager::builder(communicator).hosts(link, Hierarchy::Every);
+    let mut averager = builder.timeout(Duration::from_secs(60)).build(&mut params)?;
+    for round in 0..ROUNDS {
+        let value = |rank: usize, i: usize| ((i % 1000) * (rank + 1) + round) as f32;
+        let values: Vec<f32> = (0..EACH).map(|i| value(own, i)).collect();
+        stream.memcpy_htod(&values, &mut model).unwrap();
+        let mut params = CudaParams::new(&stream);
+        params.push(CudaTensorMut::from(&mut model));
+        let report = averager.average(&mut params)?;
+        assert_eq!((report.hosts, report.world_size), (hosts, all / hosts));
+        for (i, found) in stream.clone_dtoh(&model).unwrap().into_iter().enumerate() {
+            let mean = (0..all).map(|rank| value(rank, i)).sum::<f32>() / all as f32;
+            assert_eq!(found, mean, "{i}"); // of whole numbers, and of quarters
+        }
+    }
+    println!("rank {own} of {all} on {hosts} hosts has averaged on a device");
     Ok(())
 }
 
