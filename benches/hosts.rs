@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use mpi::topology::Communicator as _;
 use mpi::traits::CommunicatorCollectives as _;
 use network::{Network, ROLE};
-use param_averager::{Communicator, Device, Hierarchy, MpiHosts, ParamAverager};
+use param_averager::{Communicator, Compression, Device, Hierarchy, MpiHosts, ParamAverager};
 use test_support::output_within;
 
 const HOSTS: usize = 2;
@@ -22,6 +22,7 @@ const EACH: usize = 2;
 /// Turns of each method, of which the first does not count.
 const TURNS: usize = 6;
 const OURS: &str = "this crate";
+const OURS_CODED: &str = "this crate, in int8";
 /// No average: what this link gives MPI.
 const EXCHANGE: &str = "MPI_Sendrecv of as many bytes as this crate";
 
@@ -78,7 +79,10 @@ fn rank(is_small: bool) {
     let layout = if is_small { small } else { gpt2 };
     let mut model: Vec<Vec<f32>> = layout.iter().map(|&n| vec![all.rank() as f32; n]).collect();
     let bytes = 4 * layout.iter().sum::<usize>();
+    let coded_link = MpiHosts::new(&communicator).expect("a link");
     let builder = ParamAverager::builder(communicator).allow_unnamed();
+    let coded = builder.clone().hosts(coded_link, Hierarchy::Every);
+    let mut coded = coded.hosts_compression(Compression::Int8).build(&mut model).expect("built");
     let mut averager = builder.hosts(link, Hierarchy::Every).build(&mut model).expect("built");
     let mut flat = [vec![0.0f32; bytes / 4], vec![0.0f32; bytes / 4]];
     let mut tensor = vec![0.0f32; layout.iter().copied().max().unwrap_or(0)];
@@ -88,11 +92,17 @@ fn rank(is_small: bool) {
     let own = bytes / 4 * (HOSTS - 1) / HOSTS * 2 / EACH;
     let mut exchanged = [vec![1.0f32; own], vec![0.0f32; own]];
     let other = all.process_at_rank((all.rank() + EACH as i32) % all.size());
-    let mut methods: [(&str, Method); 4] = [
+    let mut methods: [(&str, Method); 5] = [
         (
             OURS,
             Box::new(|model| {
                 averager.average(model).expect("an average");
+            }),
+        ),
+        (
+            OURS_CODED,
+            Box::new(|model| {
+                coded.average(model).expect("an average");
             }),
         ),
         (
@@ -131,7 +141,7 @@ fn rank(is_small: bool) {
             }),
         ),
     ];
-    let mut seconds = [const { vec![] }; 4];
+    let mut seconds = [const { vec![] }; 5];
     let turns = if is_small { 1 } else { TURNS };
     for turn in 0..turns {
         for ((name, method), seconds) in methods.iter_mut().zip(&mut seconds) {
@@ -141,7 +151,9 @@ fn rank(is_small: bool) {
             method(&mut model);
             all.barrier(); // the time of the last rank
             let took = start.elapsed().as_secs_f64();
-            let is_mean = || model.iter().flatten().all(|&value| value == 1.5);
+            let error = if *name == OURS_CODED { 0.05 } else { 0.0 };
+            let is_mean =
+                || model.iter().flatten().all(|&value: &f32| (value - 1.5).abs() <= error);
             assert!(*name == EXCHANGE || is_mean(), "{name}");
             if turn > 0 || turns == 1 {
                 seconds.push(took);

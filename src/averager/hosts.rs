@@ -8,6 +8,7 @@
 //! after its word in the last exchange can be left uncommitted where others have committed. Its
 //! link has ended then, and so the next average of the others fails.
 
+mod coded;
 mod options;
 mod sum;
 
@@ -19,16 +20,17 @@ use crate::hash::Digest;
 use crate::hosts::{HostLink, HostsError, HostsLimit};
 use crate::schedule::place;
 use crate::stage::Span;
-use crate::{Error, Result};
+use crate::{Compression, Error, Result};
+use coded::Coded;
 use sum::Sums;
 
 /// Words that the ranks of one number show one another before they average.
-const WORDS: usize = 12;
+const WORDS: usize = 13;
 /// Version of the exchange.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 /// Facts that all hosts have in common, in the order in which they are compared.
-const COMMON: [&str; 8] = [
+const COMMON: [&str; 9] = [
     "protocol version",
     "ranks",
     "channels",
@@ -37,12 +39,13 @@ const COMMON: [&str; 8] = [
     "call",
     "schedule",
     "weighting",
+    "code",
 ];
 /// Words behind those: the state of this host's own sum (an `Own`), the weight of its ranks, and
 /// the largest of what they have measured.
-const OWN: usize = 8;
-const WEIGHT: usize = 9;
-const MEASURED: usize = 10;
+const OWN: usize = 9;
+const WEIGHT: usize = 10;
+const MEASURED: usize = 11;
 
 /// State of the sum of one host's ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +87,7 @@ pub(super) struct RankHosts {
     /// Wait for the last host to come to that average.
     waited: Duration,
     sums: Sums,
+    coded: Option<Coded>,
 }
 
 /// Average that hosts are about to make.
@@ -96,10 +100,12 @@ pub(super) struct Wanted {
     pub(super) is_weighted: bool,
     /// Largest of what they have measured.
     pub(super) measured: [f64; 2],
+    /// True if the outer optimizer makes a step, and so has an anchor.
+    pub(super) has_anchor: bool,
 }
 
 impl Wanted {
-    pub(super) fn new(call: &Call) -> Wanted {
+    pub(super) fn new(call: &Call, has_anchor: bool) -> Wanted {
         Wanted {
             schedule: call.schedule,
             place: call.place,
@@ -107,6 +113,7 @@ impl Wanted {
             weight: 0.0,
             is_weighted: false,
             measured: [0.0; 2],
+            has_anchor,
         }
     }
 
@@ -134,6 +141,8 @@ impl RankHosts {
         }
         Some(RankHosts {
             sums: Sums::new(link.hosts),
+            coded: (options.hosts_compression != Compression::None)
+                .then(|| Coded::new(options.hosts_compression, !options.outer.is_mean())),
             every: hierarchy.every(),
             rank: communicator.rank(),
             ranks: communicator.world_size(),
@@ -210,6 +219,7 @@ impl RankHosts {
             true => {
                 self.made += 1;
                 (self.are_apart, self.passed) = (false, 0.0);
+                self.coded.iter_mut().for_each(Coded::commit);
             }
             false => self.passed += self.passes,
         }
@@ -222,7 +232,7 @@ impl RankHosts {
 
     /// Bytes of the buffers.
     pub(super) fn bytes(&self) -> usize {
-        self.sums.bytes()
+        self.sums.bytes() + self.coded.as_ref().map_or(0, Coded::bytes)
     }
 
     fn lost(&self, error: HostsError) -> Error {
@@ -237,15 +247,26 @@ impl RankHosts {
         shown.map_err(|error| self.lost(error)).map(|()| all)
     }
 
+    /// True if an average can be coded, and is if all hosts average.
+    fn is_coded(&self, wanted: &Wanted) -> bool {
+        let is_set = |coded: &Coded| coded.is_set(wanted.has_anchor);
+        !wanted.sets_values() && self.coded.as_ref().is_some_and(is_set)
+    }
+
+    /// True if an average needs the anchors of the outer optimizer.
+    pub(super) fn needs_anchors(&self, wanted: &Wanted) -> bool {
+        wanted.has_anchor && self.is_coded(wanted)
+    }
+
     /// Replaces the values of this rank's shard by the mean of all hosts, weighted by host. Every
     /// host calls it, also one whose ranks have made no sum. False if no host has anything to
-    /// average.
+    /// average. `anchors` are those of the outer optimizer, if they are needed.
     ///
     /// # Safety
     /// Nothing else uses the values of the spans, which are initialised if `own` is `Made`.
     pub(super) unsafe fn average(
         &mut self,
-        spans: &[Span],
+        (spans, anchors): (&[Span], &[Span]),
         wanted: Wanted,
         own: Own,
         [to_come, limit]: &[HostsLimit<'_>; 2],
@@ -260,6 +281,7 @@ impl RankHosts {
             wanted.place,
             wanted.schedule,
             wanted.is_weighted.into(),
+            self.is_coded(&wanted).into(),
         ]);
         words[OWN] = own as u64;
         // The weights of all steps since hosts have had one model. Without weights hosts count by
@@ -294,9 +316,20 @@ impl RankHosts {
         if !weights.iter().any(|&weight| weight > 0.0) {
             return Err(Error::AllWeightsZero); // the sum of no host would have been made
         }
+        let is_coded = self.is_coded(&wanted);
         let (link, sums) = (&self.link, &mut self.sums);
-        // SAFETY: guaranteed by the caller.
-        let made = link.call(|link| unsafe { sums.average(link, spans, &weights, limit) });
+        let mut coded = self.coded.as_mut();
+        if let Some(coded) = coded.as_mut().filter(|_| wanted.has_anchor && is_coded) {
+            // SAFETY: guaranteed by the caller, here and below.
+            unsafe { coded.refer_to(anchors) };
+        }
+        let code = coded.as_deref_mut().filter(|_| is_coded);
+        // SAFETY: as above.
+        let made = link.call(|link| unsafe { sums.average(link, spans, &weights, limit, code) });
+        if let Some(coded) = coded.filter(|_| made.is_ok() && !is_coded) {
+            // SAFETY: as above.
+            unsafe { coded.made_in_full(spans) };
+        }
         made.map_err(|error| self.lost(error)).map(|()| true)
     }
 
@@ -345,6 +378,8 @@ fn difference(hosts: &[&[u64]]) -> Option<Error> {
                 "call" => place::call(words[index]),
                 "weighting" if words[index] == 0 => "an average without weights".into(),
                 "weighting" => "an average with weights".into(),
+                "code" if words[index] == 0 => "an average in full".into(),
+                "code" => "an average in code".into(),
                 "averages of all hosts" => {
                     format!("committed {} averages of all hosts before", words[index])
                 }

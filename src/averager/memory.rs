@@ -10,7 +10,7 @@ use super::outer_state::OuterState;
 use super::table::Table;
 use crate::abi::*;
 use crate::backend::cpu::instruction_sets;
-use crate::backend::{limits, Engine, Memory, MemorySpace};
+use crate::backend::{limits, Copied, Engine, Memory, MemorySpace};
 use crate::bucket;
 use crate::world::Control;
 use crate::{Compression, DeviceError, Error, Result};
@@ -247,11 +247,16 @@ impl RankMemory {
             engine.prepare_to_run_aside(rank)?;
         }
         if options.has_stage() {
-            let wide = |raw: &PaBucket| if raw.mean == raw.shard { 1 } else { 2 };
-            let sizes = table.raw.iter().zip(&shards);
-            let means: Vec<(u64, usize)> =
-                sizes.map(|(raw, shard)| (raw.mean, wide(raw) * shard.bytes())).collect();
-            engine.prepare_for_stage(rank, options.hosts.is_some().then_some(&means[..]))?;
+            let mut copied = vec![];
+            for (raw, shard) in table.raw.iter().zip(&shards) {
+                // A shard's means, and its anchors, are as wide.
+                let bytes = shard.bytes() * if raw.mean == raw.shard { 1 } else { 2 };
+                copied.push(Copied { address: raw.mean, bytes, is_anchor: false });
+                if options.needs_anchors() {
+                    copied.push(Copied { address: raw.state, bytes, is_anchor: true });
+                }
+            }
+            engine.prepare_for_stage(rank, options.hosts.is_some().then_some(&copied[..]))?;
         }
         Ok(RankMemory {
             engine,

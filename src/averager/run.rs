@@ -188,7 +188,7 @@ impl ParamAverager {
         let stage = stage.map(|stage| StageOf {
             stage,
             watch: &self.watch,
-            wanted: Wanted::new(&call),
+            wanted: Wanted::new(&call, matches!(end, End::Step | End::Mix)),
             weight: &weight,
             is_over: &is_over,
             describe: &describe,

@@ -27,6 +27,8 @@ pub(super) struct RankStage {
     hosts: Option<RankHosts>,
     names: Vec<String>,
     spans: Vec<Span>,
+    /// The same parts of the outer optimizer's anchor, where the exchange with hosts is coded.
+    anchors: Vec<Span>,
     rank: usize,
     world_size: usize,
     layout: u32,
@@ -69,7 +71,11 @@ impl RankStage {
             stage: options.stage.clone(),
             hosts: RankHosts::new(options, table, chunk, channels),
             names: table.names(),
-            spans: spans(table, &division, position),
+            anchors: match options.needs_anchors() {
+                true => spans(table, &division, position, |raw| raw.state),
+                false => vec![],
+            },
+            spans: spans(table, &division, position, |raw| raw.mean),
             rank,
             world_size,
             layout: communicator.view(),
@@ -121,17 +127,23 @@ impl RankStage {
         };
         let limits = hosts.limits(is_over);
         let receives = hosts.only_receives(wanted.place);
+        let needs_anchors = hosts.needs_anchors(&wanted);
         let copied = on.as_deref().map(|on| on_host(&self.spans, on));
         let spans = copied.as_ref().unwrap_or(&self.spans);
+        let anchors = on.as_deref().filter(|_| needs_anchors);
+        let anchors = anchors.map(|on| on_host(&self.anchors, on));
+        let anchors = anchors.as_ref().unwrap_or(&self.anchors);
         // SAFETY: as above.
         let checked = match own == Own::Made && !receives {
-            true => fetch(&mut on).and_then(|()| unsafe { self.check(spans, describe) }),
+            true => {
+                fetch(&mut on, needs_anchors).and_then(|()| unsafe { self.check(spans, describe) })
+            }
             false => Ok(()),
         };
         let own = if checked.is_ok() { own } else { Own::Failed };
         let hosts = self.hosts.as_mut().expect("it was there");
         // SAFETY: as above.
-        let made = unsafe { hosts.average(spans, wanted, own, &limits) };
+        let made = unsafe { hosts.average((spans, anchors), wanted, own, &limits) };
         checked?;
         if !made.map_err(Refusal::Hosts)? {
             return Ok(());
@@ -142,7 +154,7 @@ impl RankStage {
         // The vote finds a value that is not finite, too, but on this host alone.
         let left = left.and_then(|()| {
             if self.stage.is_some() {
-                fetch(&mut on)?;
+                fetch(&mut on, false)?;
             }
             let spans = copied.as_ref().unwrap_or(&self.spans);
             // SAFETY: as above.
@@ -306,6 +318,7 @@ impl RankStage {
     pub(super) fn bytes(&self) -> usize {
         self.hosts.as_ref().map_or(0, RankHosts::bytes)
             + size_of_val(&self.spans[..])
+            + size_of_val(&self.anchors[..])
             + self.names.iter().map(String::len).sum::<usize>()
     }
 }
@@ -315,9 +328,9 @@ fn on_host(spans: &[Span], on: &StageStream) -> Vec<Span> {
     spans.iter().map(|span| Span { address: on.on_host(span.address), ..*span }).collect()
 }
 
-/// Brings the copy on the host up to date, for a rank on a device.
-fn fetch(on: &mut Option<&mut StageStream>) -> Result<(), Veto> {
-    on.as_mut().map_or(Ok(()), |on| on.fetch()).map_err(unmoved)
+/// Brings the copies on the host up to date, for a rank on a device.
+fn fetch(on: &mut Option<&mut StageStream>, with_anchors: bool) -> Result<(), Veto> {
+    on.as_mut().map_or(Ok(()), |on| on.fetch(with_anchors)).map_err(unmoved)
 }
 
 fn unmoved(failed: Failed) -> Veto {

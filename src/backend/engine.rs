@@ -106,6 +106,15 @@ impl<E: Into<String>> From<E> for Unstarted {
 /// against the average.
 pub(crate) type Refuses<'a> = dyn FnMut(Option<&mut cuda::StageStream>, &[PaStatus]) -> bool + 'a;
 
+/// Memory of a rank on a device that its host has a copy of, to exchange it with other hosts.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Copied {
+    pub(crate) address: u64,
+    pub(crate) bytes: usize,
+    /// True for an anchor of the outer optimizer, which goes to the host alone, and not always.
+    pub(crate) is_anchor: bool,
+}
+
 impl Engine {
     /// Creates the engine. `first` are the channels' states before the first average. `isa` is used
     /// for threads only, and `leads` for devices only: this rank is the first one of its process on
@@ -146,16 +155,16 @@ impl Engine {
         Ok(())
     }
 
-    /// Makes `start_around` possible. `means`: addresses and bytes of the rank's shard, if it
-    /// exchanges that with other hosts.
+    /// Makes `start_around` possible. `copied`: the rank's shard, if it exchanges that with other
+    /// hosts.
     pub(crate) fn prepare_for_stage(
         &mut self,
         rank: usize,
-        means: Option<&[(u64, usize)]>,
+        copied: Option<&[Copied]>,
     ) -> Result<()> {
         match self {
             Engine::Cpu { .. } => Ok(()),
-            Engine::Cuda(engine) => engine.prepare_for_stage(means).map_err(|failed| {
+            Engine::Cuda(engine) => engine.prepare_for_stage(copied).map_err(|failed| {
                 Error::DeviceFailed { rank, source: String::from(failed).into() }
             }),
         }

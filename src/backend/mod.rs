@@ -19,7 +19,7 @@ mod memory;
 pub(crate) mod proximity;
 mod reclaim;
 
-pub(crate) use engine::{Engine, Gathering, Order, ProcessWay, Refuses, Unstarted, Way};
+pub(crate) use engine::{Copied, Engine, Gathering, Order, ProcessWay, Refuses, Unstarted, Way};
 pub(crate) use host_buffer::HostBuffer;
 #[cfg(processes)]
 pub(crate) use import_lock::ImportLock;

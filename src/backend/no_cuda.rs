@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::proximity::Connection;
-use super::{Gathering, Order, Refuses, Unstarted};
+use super::{Copied, Gathering, Order, Refuses, Unstarted};
 use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PaStatus};
 use crate::plan::Launch;
 
@@ -110,13 +110,13 @@ absent!(Rank {
     fn longest_wait() -> Duration;
     fn is_done() -> bool;
     fn finish() -> Result<(), Failed>;
-    fn prepare_for_stage(means: Option<&[(u64, usize)]>) -> Result<(), Failed>;
+    fn prepare_for_stage(copied: Option<&[Copied]>) -> Result<(), Failed>;
 });
 
 absent!(StageStream {
     fn device() -> usize;
     fn put() -> Result<(), Failed>;
-    fn on_host(mean: u64) -> u64;
+    fn on_host(address: u64) -> u64;
     fn raw() -> *mut c_void;
 });
 
@@ -125,7 +125,7 @@ impl StageStream {
         match *self {}
     }
 
-    pub(crate) fn fetch(&mut self) -> Result<(), Failed> {
+    pub(crate) fn fetch(&mut self, _: bool) -> Result<(), Failed> {
         match *self {}
     }
 }

@@ -78,6 +78,23 @@
 //! stages would lead hosts apart between averages of all. Schedules that measure (`overhead`,
 //! `budget`, `divergence`) need [`Hierarchy::Every`](crate::Hierarchy::Every).
 //!
+//! # Compression
+//! [`Builder::hosts_compression`](crate::Builder::hosts_compression) has hosts send codes in the
+//! place of f32: [`Bf16`](crate::Compression::Bf16), half of the bytes, or
+//! [`Int8`](crate::Compression::Int8), 0.258 of them. A rank sends how far its part of its host's
+//! mean has come from the reference: the result of the last average of all hosts, or with an outer
+//! optimizer the outer parameters. The rank that has a piece sends the mean of these differences,
+//! in code, and all hosts add it to the reference. What both codes round away is owed, and added
+//! to what the same rank sends in the next average that is committed (error feedback, as in
+//! [`guide::compression`](crate::guide::compression), which is about the ring within a host). So an
+//! average is off by 2 · M / 254 at most with `Int8`, and 2 · M / 512 with `Bf16`, where M is the
+//! largest difference in a block of 128 elements with what is owed to it, or of the element; that
+//! holds for the sum of all averages, too. All ranks of all hosts get the same bits.
+//!
+//! It costs 16 bytes of memory for each element of a rank's part, and 4 more with an outer
+//! optimizer on a CUDA device. Tensors of f64 travel as they are. A value that is the same on all
+//! hosts need not stay as it is. A difference that f32 does not hold is refused.
+//!
 //! # CUDA devices
 //! Ranks pass `Device::cuda(local_rank)`, and nothing else differs. A rank copies its part of the
 //! host's mean to page-locked memory, which takes 4 bytes (8 for f64) for each of its elements,
@@ -113,9 +130,9 @@
 //! average is `HostLost`.
 //!
 //! # Limits
-//! The ring with its commit; no compression, no overlap, no
-//! [`LocalSgd::done`](crate::LocalSgd::done). A rank waits in its call, also for the link. Buffers
-//! take 12 MiB at most for each averager, and 8 MiB in `MpiHosts`; with more than 256 hosts 48 KiB
+//! The ring with its commit; no [`Builder::compression`](crate::Builder::compression), which is of
+//! the ring within a host, no overlap, no [`LocalSgd::done`](crate::LocalSgd::done). A rank waits
+//! in its call, also for the link. Buffers take 12 MiB at most for each averager, and 8 MiB in `MpiHosts`; with more than 256 hosts 48 KiB
 //! · h and 32 KiB · h, but no more than 3 and 2 times the rank's part of the model in f32, and 24
 //! bytes · h. All hosts have the same number of ranks and of
 //! [`channels`](crate::Builder::channels), whose default depends on the cores. `barrier` and

@@ -11,6 +11,7 @@ mod exchange;
 mod extremes;
 mod faults;
 mod hosts;
+mod hosts_compression;
 mod hosts_failures;
 mod hosts_refusals;
 mod lend;

@@ -101,6 +101,7 @@ impl Builder {
             ("overlap", self.overlap.to_string()),
             ("stage", self.stage.as_ref().map_or("none".into(), |stage| format!("{stage:?}"))),
             ("hosts", self.hosts_in_words()),
+            ("hosts_compression", format!("{:?}", self.hosts_compression)),
             ("timeout", format!("{:?}", self.timeout)),
             ("device_timeout", format!("{:?}", self.device_timeout)),
             ("channels", self.channel_count().to_string()),

@@ -33,6 +33,24 @@ impl Builder {
         self
     }
 
+    /// Code in which hosts send their means to one another, for slow links: how far the mean of a
+    /// host has come from the last result, or from the outer optimizer's anchor, in f32. All but
+    /// tensors of f64 are coded; they travel as they are. What a code rounds away is sent in the
+    /// next average, so that all hosts get the same bits within a bound of the mean: see
+    /// [`guide::hosts`](crate::guide::hosts). It takes 16 bytes of memory for each element of a
+    /// rank's part, and values that are not finite are rejected. Averages that give the ranks
+    /// values to begin with travel in full, and so do those from which outer steps begin. Default:
+    /// [`Compression::None`].
+    pub fn hosts_compression(mut self, compression: Compression) -> Self {
+        self.hosts_compression = compression;
+        self
+    }
+
+    /// True if the exchange with other hosts refers to the outer optimizer's anchors.
+    pub(in crate::averager) fn needs_anchors(&self) -> bool {
+        self.hosts_compression != Compression::None && !self.outer.is_mean()
+    }
+
     /// True if the host has work between the sum and the commit.
     pub(in crate::averager) fn has_stage(&self) -> bool {
         self.stage.is_some() || self.hosts.is_some()
@@ -60,7 +78,13 @@ impl Builder {
         let Some((link, hierarchy)) = &self.hosts else {
             let found = format!("none, with ranks on {launched} hosts");
             let expected = "a link between them (Builder::hosts), or all ranks on one host";
-            return (launched > 1).then_some(("hosts", found, expected));
+            if launched > 1 {
+                return Some(("hosts", found, expected));
+            }
+            let found = format!("{:?}, without hosts", self.hosts_compression);
+            let expected = "Builder::hosts, or Compression::None";
+            let is_coded = self.hosts_compression != Compression::None;
+            return is_coded.then_some(("hosts_compression", found, expected));
         };
         let refused = |option, found: &str, expected| {
             Some((option, format!("{found}, with {} hosts", link.hosts), expected))
@@ -103,8 +127,15 @@ impl Builder {
             _ if self.compression != Compression::None => refused(
                 "compression",
                 &format!("{:?}", self.compression),
-                "Compression::None: no code is made for the link between hosts yet",
+                "Compression::None; Builder::hosts_compression is that of the link between hosts",
             ),
+            _ if self.hosts_compression != Compression::None && !self.rejects_non_finite() => {
+                refused(
+                    "reject_non_finite",
+                    "false, with a code",
+                    "true, the default: a value that is not finite has no code",
+                )
+            }
             _ if self.overlap.is_on() => refused(
                 "overlap",
                 &self.overlap.to_string(),
@@ -145,11 +176,13 @@ impl ParamAverager {
     /// Bytes that each rank sends to other hosts in an average of all.
     pub(crate) fn bytes_to_hosts(&self) -> f64 {
         let Some((link, _)) = &self.options.hosts else { return 0.0 };
-        let wide = |dtype: Dtype| if dtype == Dtype::F64 { 8 } else { 4 };
-        let of = |bucket: &Bucket| -> u64 {
-            bucket.segments.iter().map(|segment| segment.elements * wide(bucket.dtype)).sum()
+        let coded = 4.0 * self.options.hosts_compression.ratio();
+        let wide = |dtype: Dtype| if dtype == Dtype::F64 { 8.0 } else { coded };
+        let of = |bucket: &Bucket| {
+            let elements: u64 = bucket.segments.iter().map(|segment| segment.elements).sum();
+            elements as f64 * wide(bucket.dtype)
         };
-        let bytes = self.table.buckets.iter().map(of).sum::<u64>() as f64;
+        let bytes = self.table.buckets.iter().map(of).sum::<f64>();
         let hosts = link.hosts as f64;
         2.0 * (hosts - 1.0) / hosts * bytes / self.world_size() as f64
     }

@@ -2,6 +2,7 @@
 //! receives all hosts' values of it, and sends their mean to all. Sums are made in f64, in the
 //! order of hosts, so that all hosts get the same bits.
 
+use super::coded::Coded;
 use crate::hosts::{Hosts, HostsError, HostsLimit};
 use crate::stage::{Span, Values};
 
@@ -23,7 +24,7 @@ pub(super) struct Sums {
 }
 
 /// Value in the type of sums.
-trait Value: bytemuck::Pod {
+pub(super) trait Value: bytemuck::Pod {
     fn of<'a>(values: Values<'a>) -> Option<&'a mut [Self]>;
     fn wide(self) -> f64;
     fn narrow(wide: f64) -> Self;
@@ -76,7 +77,8 @@ impl Sums {
     }
 
     /// Replaces the values by their mean over all hosts. A host of weight 0 only receives. Values
-    /// that are equal on all hosts that count stay as they are, bit for bit.
+    /// that are equal on all hosts that count stay as they are, bit for bit, unless they are
+    /// `coded`, as those in f32 can be.
     ///
     /// # Safety
     /// The spans' values are initialised, and nothing else uses them.
@@ -86,9 +88,14 @@ impl Sums {
         spans: &[Span],
         weights: &[f64],
         limit: &HostsLimit<'_>,
+        coded: Option<&mut Coded>,
     ) -> Result<(), HostsError> {
         // SAFETY: guaranteed by the caller, here and below.
-        unsafe { self.average_of::<f32>(link, spans, weights, limit) }?;
+        match coded {
+            Some(coded) => unsafe { coded.average(link, spans, weights, limit) },
+            // SAFETY: as above.
+            None => unsafe { self.average_of::<f32>(link, spans, weights, limit) },
+        }?;
         // SAFETY: as above.
         unsafe { self.average_of::<f64>(link, spans, weights, limit) }
     }
@@ -141,7 +148,7 @@ impl Sums {
 }
 
 /// Bytes of a piece.
-fn piece(hosts: usize) -> usize {
+pub(super) fn piece(hosts: usize) -> usize {
     PIECE.max(hosts * PART)
 }
 
@@ -151,14 +158,14 @@ fn of<T: Value>(words: &mut [u64]) -> &mut [T] {
 
 /// Place in a list of slices that are passed through from the first value to the last.
 #[derive(Default)]
-struct Place {
+pub(super) struct Place {
     slice: usize,
     at: usize,
 }
 
 impl Place {
     /// Passes on over the next `count` values, run by run. `f` gets the number of values before.
-    fn each<T>(
+    pub(super) fn each<T>(
         &mut self,
         slices: &mut [&mut [T]],
         count: usize,
@@ -179,7 +186,7 @@ impl Place {
 }
 
 /// Weighted means of `mean.len()` values of each host, which follow one another.
-fn mean_of<T: Value>(values: &[T], weights: &[f64], mean: &mut [T]) {
+pub(super) fn mean_of<T: Value>(values: &[T], weights: &[f64], mean: &mut [T]) {
     let part = mean.len();
     let most = weights.iter().copied().fold(0.0, f64::max);
     // Scales: weights relative to the largest, times a power of two by which no sum overflows where
@@ -267,7 +274,8 @@ mod tests {
                         let limit = HostsLimit::new(Duration::from_secs(60), &|| false);
                         let mut sums = Sums::new(hosts);
                         // SAFETY: the spans are those vectors, which nothing else uses.
-                        unsafe { sums.average(&mut links[0], &spans, weights, &limit) }.unwrap();
+                        unsafe { sums.average(&mut links[0], &spans, weights, &limit, None) }
+                            .unwrap();
                         (narrow, wide)
                     })
                 };
@@ -360,7 +368,7 @@ mod tests {
             let (mut sums, weights) = (Sums::new(hosts), vec![1.0; hosts]);
             let limit = HostsLimit::new(Duration::from_secs(60), &|| false);
             // SAFETY: the span is that vector, which nothing else uses.
-            unsafe { sums.average(&mut link, &[span], &weights, &limit) }.unwrap();
+            unsafe { sums.average(&mut link, &[span], &weights, &limit, None) }.unwrap();
             assert!(values.iter().all(|&value| value == 1.5));
             let pieces = (4 * part).div_ceil(piece(hosts) / hosts / 4 * 4 * hosts);
             assert_eq!(link.calls, 2 * pieces);

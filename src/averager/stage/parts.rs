@@ -1,13 +1,19 @@
 //! Parts of a rank's shard.
 
-use crate::abi::PA_PACK_BYTES;
+use crate::abi::{PaBucket, PA_PACK_BYTES};
 use crate::averager::table::Table;
 use crate::bucket::Division;
 use crate::stage::Span;
 use crate::tensor::Dtype;
 
-/// The parts of a rank's shard: the runs of its packs, cut at the ends of tensors.
-pub(super) fn spans(table: &Table, division: &Division, position: u32) -> Vec<Span> {
+/// The parts of a rank's shard: the runs of its packs, cut at the ends of tensors, in the array at
+/// `array`, in the type of sums.
+pub(super) fn spans(
+    table: &Table,
+    division: &Division,
+    position: u32,
+    array: impl Fn(&PaBucket) -> u64,
+) -> Vec<Span> {
     let (mut spans, mut at) = (vec![], 0);
     for (bucket, raw) in table.buckets.iter().zip(&table.raw) {
         let per_pack = u64::from(PA_PACK_BYTES) / bucket.dtype.size() as u64;
@@ -31,7 +37,7 @@ pub(super) fn spans(table: &Table, division: &Division, position: u32) -> Vec<Sp
                     first: (low - begin) as usize,
                     elements,
                     at,
-                    address: raw.mean + (run.at * per_pack + low - first) * value,
+                    address: array(raw) + (run.at * per_pack + low - first) * value,
                 });
                 at += elements;
             }

@@ -40,6 +40,7 @@ pub fn on_hosts<T: Send>(
 struct Hosted {
     way: Way,
     hierarchy: Hierarchy,
+    code: Compression,
 }
 
 impl Hosted {
@@ -56,7 +57,7 @@ impl Hosted {
             let mut models: Vec<Model> =
                 (0..5).map(|round| Model::new(on, shapes, (100 * round + data) as u64)).collect();
             let builder = self.way.builder(communicator).start_from(Start::Rank(0));
-            let builder = builder.hosts(link, self.hierarchy);
+            let builder = builder.hosts(link, self.hierarchy).hosts_compression(self.code);
             let mut averager = builder.build(&mut models[0]).unwrap();
             let mut results = vec![];
             for (round, model) in (1..).zip(&mut models[1..]) {
@@ -93,7 +94,8 @@ impl Hosted {
     }
 }
 
-const HOSTED: Hosted = Hosted { way: Way { ranks: 2, ..WAY }, hierarchy: Hierarchy::Every };
+const HOSTED: Hosted =
+    Hosted { way: Way { ranks: 2, ..WAY }, hierarchy: Hierarchy::Every, code: Compression::None };
 
 /// Hosts with a device each.
 pub fn all() {
@@ -104,9 +106,17 @@ pub fn all() {
     }
     let (weighted, outer, counter) = (true, Outer::diloco(), u32::MAX - 3);
     let way = Way { weighted, reject: true, counter, ..HOSTED.way };
-    compare(2, Hosted { way, hierarchy: Hierarchy::Outer { every: 2 } }, &shapes[5..]);
+    compare(2, Hosted { way, hierarchy: Hierarchy::Outer { every: 2 }, ..HOSTED }, &shapes[5..]);
     for outer in outers().into_iter().take(2).chain([outer]) {
         compare(2, Hosted { way: Way { outer, ..HOSTED.way }, ..HOSTED }, &shapes[5..]);
+    }
+    for (outer, code) in [
+        (Outer::mean(), Compression::Int8),
+        (Outer::diloco(), Compression::Int8),
+        (Outer::diloco(), Compression::Bf16),
+    ] {
+        let way = Way { outer, reject: true, ..HOSTED.way };
+        compare(2, Hosted { way, code, ..HOSTED }, &shapes);
     }
     let way = Way { channels: 3, slots: 2, chunk: 128, narrow_wire: true, ..HOSTED.way };
     compare(2, Hosted { way, ..HOSTED }, &shapes[5..]);

@@ -11,16 +11,15 @@ use super::super::streams::{Event, LaunchStream};
 use super::super::Context;
 use super::Rank;
 use crate::abi::{PaArgs, PA_FLAG_VETO};
-use crate::backend::{Gathering, Refuses, Unstarted};
+use crate::backend::{Copied, Gathering, Refuses, Unstarted};
 
 /// The stream of the work between the halves.
 #[derive(Debug)]
 pub(crate) struct StageStream {
     context: Arc<Context>,
     stream: LaunchStream,
-    /// Where the rank exchanges its shard with other hosts: the address of the means of each
-    /// bucket, and a copy of them.
-    copies: Option<Vec<(u64, Pinned)>>,
+    /// Copies of what the rank exchanges with other hosts, if it does.
+    copies: Option<Vec<(Copied, Pinned)>>,
 }
 
 impl StageStream {
@@ -45,13 +44,15 @@ impl StageStream {
     }
 
     /// Copies the shard to the host, behind the work of the stream so far, and waits for that.
-    pub(crate) fn fetch(&mut self) -> Result<(), Failed> {
+    pub(crate) fn fetch(&mut self, with_anchors: bool) -> Result<(), Failed> {
         let (_bound, on) = (self.context.bind()?, self.stream.raw());
-        for (means, copy) in self.copies.iter_mut().flatten() {
-            let to = copy.bytes_mut();
+        let is_wanted = |of: &Copied| with_anchors || !of.is_anchor;
+        let copies = self.copies.iter_mut().flatten();
+        for (of, copy) in copies.filter(|(of, _)| is_wanted(of)) {
+            let (from, to) = (of.address, copy.bytes_mut());
             // SAFETY: memory of the same size on both sides, which lives as long as `self`. The
             // copy is waited for, and its earlier ones lie before it in the stream.
-            unsafe { call!(cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), *means, to.len(), on)) }?;
+            unsafe { call!(cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), on)) }?;
         }
         self.synchronize()
     }
@@ -60,18 +61,19 @@ impl StageStream {
     /// come to its end.
     pub(crate) fn put(&self) -> Result<(), Failed> {
         let (_bound, on) = (self.context.bind()?, self.stream.raw());
-        for (means, copy) in self.copies.iter().flatten() {
-            let from = copy.bytes();
+        let copies = self.copies.iter().flatten();
+        for (of, copy) in copies.filter(|(of, _)| !of.is_anchor) {
+            let (to, from) = (of.address, copy.bytes());
             // SAFETY: as in `fetch`; the caller leaves the copy as it is.
-            unsafe { call!(cuMemcpyHtoDAsync_v2(*means, from.as_ptr().cast(), from.len(), on)) }?;
+            unsafe { call!(cuMemcpyHtoDAsync_v2(to, from.as_ptr().cast(), from.len(), on)) }?;
         }
         Ok(())
     }
 
-    /// Address in the copy on the host of a mean.
-    pub(crate) fn on_host(&self, mean: u64) -> u64 {
-        let of = |(means, copy): &(u64, Pinned)| {
-            let at = mean.checked_sub(*means)?;
+    /// Address in a copy on the host of an address on the device.
+    pub(crate) fn on_host(&self, address: u64) -> u64 {
+        let of = |(of, copy): &(Copied, Pinned)| {
+            let at = address.checked_sub(of.address)?;
             (at < copy.size() as u64).then(|| copy.address() + at)
         };
         self.copies.iter().flatten().find_map(of).expect("an address of the shard")
@@ -85,15 +87,11 @@ impl StageStream {
 }
 
 impl Rank {
-    /// Makes a stage possible. `means`: addresses and bytes of the shard, bucket by bucket, if the
-    /// rank exchanges it with other hosts.
-    pub(crate) fn prepare_for_stage(
-        &mut self,
-        means: Option<&[(u64, usize)]>,
-    ) -> Result<(), Failed> {
+    /// Makes a stage possible. `copied`: the shard, if the rank exchanges it with other hosts.
+    pub(crate) fn prepare_for_stage(&mut self, copied: Option<&[Copied]>) -> Result<(), Failed> {
         let (context, stream) = (self.context.clone(), LaunchStream::new(&self.context)?);
-        let copy = |&(address, bytes): &(u64, usize)| Ok((address, Pinned::new(&context, bytes)?));
-        let copies = means.map(|means| means.iter().map(copy).collect::<Result<_, Failed>>());
+        let copy = |&of: &Copied| Ok((of, Pinned::new(&context, of.bytes)?));
+        let copies = copied.map(|copied| copied.iter().map(copy).collect::<Result<_, Failed>>());
         let copies = copies.transpose()?;
         self.stage = Some(StageStream { context, stream, copies });
         Ok(())
