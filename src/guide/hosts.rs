@@ -132,10 +132,10 @@
 //! # Limits
 //! The ring with its commit; no [`Builder::compression`](crate::Builder::compression), which is of
 //! the ring within a host, no overlap, no [`LocalSgd::done`](crate::LocalSgd::done). A rank waits
-//! in its call, also for the link. Buffers take 12 MiB at most for each averager, and 8 MiB in `MpiHosts`; with more than 256 hosts 48 KiB
-//! · h and 32 KiB · h, but no more than 3 and 2 times the rank's part of the model in f32, and 24
-//! bytes · h. All hosts have the same number of ranks and of
-//! [`channels`](crate::Builder::channels), whose default depends on the cores. `barrier` and
+//! in its call, also for the link. Buffers take 12 MiB at most for each averager, and 8 MiB in
+//! `MpiHosts`; with more than 256 hosts 48 KiB · h and 32 KiB · h, but no more than 3 and 2 times
+//! the rank's part of the model in f32, and 24 bytes · h. All hosts have the same number of ranks
+//! and of [`channels`](crate::Builder::channels), whose default depends on the cores. `barrier` and
 //! `all_reduce_scalars` are of the ranks of one host. After `sync`, what the ranks of host 0 have
 //! [saved](crate::LocalSgd::save) is enough to restart all hosts.
 //!
