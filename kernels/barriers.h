@@ -51,8 +51,9 @@ PA_FN uint32_t check_records(const PaControl* control, uint32_t world, uint32_t 
   if (schedule) return schedule;
   if (weighting) return weighting;
   if (weight) return weight;
-  if (!needed) return code_of(uint32_t(PA_UNNEEDED), 0);
-  if (!counts) return code_of(uint32_t(PA_NO_WEIGHT), 0);
+  const bool of_hosts = flags_of(first) & PA_FLAG_HOSTS;
+  if (!needed && !of_hosts) return code_of(uint32_t(PA_UNNEEDED), 0);
+  if (!counts && !of_hosts) return code_of(uint32_t(PA_NO_WEIGHT), 0);
   return non_finite;
 }
 
@@ -70,9 +71,11 @@ PA_FN void compute_scales(const PaControl* control, uint32_t world, uint32_t epo
     if (w > most) most = w;
     if (w > 0) ++count;
   }
+  const bool alike = count == 0; // PA_FLAG_HOSTS
+  if (alike) most = 1, count = world;
   for (uint32_t power = 1; power < count; power *= 2) part *= 0.5;
   for (uint32_t r = 0; r < world; ++r) {
-    const double w = weight_of(control->board[r].record[epoch & 1], news);
+    const double w = alike ? 1 : weight_of(control->board[r].record[epoch & 1], news);
     const double ratio = w / most * part, scale = ratio > kLeast ? ratio : kLeast;
     me->scale[r] = w > 0 ? scale : -1.0;
     if (!(w > 0)) continue;

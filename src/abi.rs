@@ -72,6 +72,7 @@ pub const PA_FLAG_STAGE: PaFlag = 65536;
 pub const PA_FLAG_VETO: PaFlag = 131072;
 pub const PA_FLAG_CODED: PaFlag = 524288;
 pub const PA_FLAG_DELTA: PaFlag = 262144;
+pub const PA_FLAG_HOSTS: PaFlag = 1048576;
 pub type PaFlag = ::std::os::raw::c_uint;
 pub const PA_OUTER_MOMENTUM: PaOuterKind = 0;
 pub const PA_OUTER_ADAM: PaOuterKind = 1;

@@ -43,6 +43,7 @@ const COMMON: [&str; 9] = [
 ];
 /// Words behind those: the state of this host's own sum (an `Own`), the weight of its ranks, and
 /// the largest of what they have measured.
+const WEIGHTING: usize = 7;
 const OWN: usize = 9;
 const WEIGHT: usize = 10;
 const MEASURED: usize = 11;
@@ -52,7 +53,7 @@ const MEASURED: usize = 11;
 pub(super) enum Own {
     Made,
     Failed,
-    /// No rank has anything to average.
+    /// Made, if the average is of all hosts, but no rank of this one has anything to average.
     Unneeded,
 }
 
@@ -168,9 +169,10 @@ impl RankHosts {
         self.are_apart
     }
 
-    /// True if the next average of the schedule is of all hosts.
-    pub(super) fn is_next_of_all(&self) -> bool {
-        self.since + 1 >= self.every
+    /// True if the next average is of all hosts, if it is at this place.
+    pub(super) fn is_of_all(&self, place: u64) -> bool {
+        let is_last = self.since + 1 >= self.every || place == place::FINISH;
+        is_last || place::sets_values(place)
     }
 
     /// Limits of an average's wait for all hosts to come, and of the exchange of values, from now.
@@ -201,8 +203,7 @@ impl RankHosts {
     pub(super) fn begin(&mut self, wanted: &Wanted) -> bool {
         let place = wanted.place;
         self.passes = if wanted.is_weighted { wanted.weight } else { 0.0 };
-        let is_last = self.since + 1 >= self.every || place == place::FINISH;
-        self.is_of_all = is_last || place::sets_values(place);
+        self.is_of_all = self.is_of_all(place);
         self.since = if self.is_of_all { 0 } else { self.since + 1 };
         self.are_apart |= !self.is_of_all; // on all hosts alike, whether it is committed or not
         self.waited = Duration::ZERO;
@@ -308,13 +309,17 @@ impl RankHosts {
             hosts.iter().map(of).fold(0.0, f64::max)
         });
         let of_one = self.gives_values_of_one(wanted.place);
+        // As for ranks: where others pass weights, a host without news counts by its own alone.
+        let is_weighted = |host: &&[u64]| host[WEIGHTING] != 0;
+        let are_weighted = hosts.iter().any(|host| is(Own::Made)(host) && is_weighted(host));
         let weight = |(host, words): (usize, &&[u64])| match of_one {
             true => f64::from(u8::from(host == 0)),
+            false if are_weighted && !is_weighted(words) => 0.0,
             false => f64::from_bits(words[WEIGHT]).min(f64::MAX),
         };
         let weights: Vec<f64> = hosts.iter().enumerate().map(weight).collect();
         if !weights.iter().any(|&weight| weight > 0.0) {
-            return Err(Error::AllWeightsZero); // the sum of no host would have been made
+            return Err(Error::AllWeightsZero);
         }
         let is_coded = self.is_coded(&wanted);
         let (link, sums) = (&self.link, &mut self.sums);
@@ -362,17 +367,15 @@ impl RankHosts {
 
 /// Error of hosts that differ in facts that they must have in common.
 fn difference(hosts: &[&[u64]]) -> Option<Error> {
-    let first = hosts[0];
-    for (host, other) in hosts.iter().enumerate().skip(1) {
-        if first[OWN] != other[OWN] {
-            let word = |words: &[u64]| match words[OWN] == Own::Unneeded as u64 {
-                true => "made no step since its last average".to_owned(),
-                false => "made steps".into(),
-            };
-            return Some(Error::HostsDiffer { host, found: word(other), expected: word(first) });
-        }
-        let differs = |(at, _): &(usize, &&str)| first[*at] != other[*at];
+    let is_needed = |host: &[u64]| host[OWN] != Own::Unneeded as u64;
+    let with_news = hosts.iter().copied().find(|host| is_needed(host)).unwrap_or(hosts[0]);
+    let of = |at: usize| if at == WEIGHTING { with_news } else { hosts[0] };
+    for (host, &other) in hosts.iter().enumerate() {
+        // A host without news may not know of weights yet.
+        let is_compared = |at: usize| at != WEIGHTING || is_needed(other);
+        let differs = |(at, _): &(usize, &&str)| is_compared(*at) && of(*at)[*at] != other[*at];
         if let Some((index, name)) = COMMON.iter().enumerate().find(differs) {
+            let first = of(index);
             let word = |words: &[u64]| match *name {
                 "ranks" | "channels" => format!("{} {name}", words[index]),
                 "call" => place::call(words[index]),

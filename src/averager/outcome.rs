@@ -57,12 +57,12 @@ impl ParamAverager {
                 }
                 return Ok(Outcome::Averaged(report));
             }
-            PA_UNNEEDED if self.error_of_hosts().is_some() => {
-                self.error_of_hosts().expect("just seen")
-            }
             PA_UNNEEDED => {
                 let all_done = status.detail == self.world_size() as u64;
                 return Ok(Outcome::Unneeded { all_done });
+            }
+            PA_NON_FINITE if status.detail >= PA_VETOED && self.is_unneeded_by_hosts() => {
+                return Ok(Outcome::Unneeded { all_done: false });
             }
             PA_NON_FINITE if status.detail >= PA_VETOED => self.vetoed(rank, status),
             PA_NON_FINITE => self.non_finite(rank, status.detail),
@@ -120,11 +120,10 @@ impl ParamAverager {
         }
     }
 
-    /// Error of the exchange with other hosts in an average that no rank of this one needs. After a
-    /// failure of this host's world, the next call has the error.
-    fn error_of_hosts(&self) -> Option<Error> {
-        let error = self.stage.as_ref().and_then(RankStage::error_of_hosts);
-        error.filter(|_| self.agreement.control.failure().is_none())
+    /// True if no rank of any host had anything to average. After a failure of this host's world
+    /// the next call has the error.
+    fn is_unneeded_by_hosts(&self) -> bool {
+        self.stage.as_ref().is_some_and(RankStage::is_unneeded)
     }
 
     /// Notes that this averager can't average any more.

@@ -127,6 +127,7 @@ impl ParamAverager {
         let has_joiner =
             self.communicator.has_joiner() && !is_captured && self.options.hosts.is_none();
         let receives = self.stage.as_ref().is_some_and(|stage| stage.only_receives(call.place));
+        let of_hosts = self.stage.as_ref().is_some_and(|stage| stage.is_of_all_hosts(call.place));
         let common = self.args.flags & !flag(PA_FLAG_REJECT_NON_FINITE, receives);
         let of_copy = call.work == Work::OfCopy;
         let (buckets, bucket_count) = self.place_tables(call.fragment, of_copy);
@@ -148,6 +149,7 @@ impl ParamAverager {
                 | flag(PA_FLAG_DONE, call.place == place::DONE)
                 | flag(PA_FLAG_OF_SCHEDULE, self.is_joined_by_done(call))
                 | flag(PA_FLAG_CODED, is_coded)
+                | flag(PA_FLAG_HOSTS, of_hosts)
                 | ParamAverager::flags_of(end),
             ..self.args
         };

@@ -16,8 +16,8 @@ use crate::backend::{Engine, Gathering, Order, Unstarted};
 use crate::bucket::Division;
 use crate::hash::Digest;
 use crate::plan::Launch;
-use crate::schedule::place;
 use crate::stage::{DeviceShard, Function, Shard, Share, Span, Stage, Veto};
+use crate::world::MetWeight;
 use crate::Error;
 use parts::spans;
 
@@ -44,6 +44,8 @@ enum Refusal {
     Veto(Veto),
     /// Error of the exchange with other hosts.
     Hosts(Error),
+    /// No rank of any host has anything to average.
+    Unneeded,
 }
 
 impl From<Veto> for Refusal {
@@ -134,7 +136,7 @@ impl RankStage {
         let anchors = anchors.map(|on| on_host(&self.anchors, on));
         let anchors = anchors.as_ref().unwrap_or(&self.anchors);
         // SAFETY: as above.
-        let checked = match own == Own::Made && !receives {
+        let checked = match own != Own::Failed && !receives {
             true => {
                 fetch(&mut on, needs_anchors).and_then(|()| unsafe { self.check(spans, describe) })
             }
@@ -146,7 +148,7 @@ impl RankStage {
         let made = unsafe { hosts.average((spans, anchors), wanted, own, &limits) };
         checked?;
         if !made.map_err(Refusal::Hosts)? {
-            return Ok(());
+            return Err(Refusal::Unneeded);
         }
         let put = on.as_deref().map_or(Ok(()), StageStream::put).map_err(unmoved);
         // SAFETY: as above.
@@ -282,8 +284,7 @@ impl RankStage {
 
     /// True if an average at this place makes hosts agree that may differ.
     pub(super) fn evens_out(&self, place: u64) -> bool {
-        let is_of_all = |hosts: &RankHosts| place == place::FINISH || hosts.is_next_of_all();
-        self.hosts.as_ref().is_some_and(|hosts| hosts.are_apart() && is_of_all(hosts))
+        self.hosts.as_ref().is_some_and(|hosts| hosts.are_apart() && hosts.is_of_all(place))
     }
 
     /// True if this host's values do not count in an average at this place.
@@ -307,6 +308,16 @@ impl RankStage {
             Some(Refusal::Hosts(error)) => Some(error.clone()),
             _ => None,
         }
+    }
+
+    /// True if no host has needed the last average.
+    pub(super) fn is_unneeded(&self) -> bool {
+        matches!(self.refusal, Some(Refusal::Unneeded))
+    }
+
+    /// True if an average at this place is of all hosts.
+    pub(super) fn is_of_all_hosts(&self, place: u64) -> bool {
+        self.hosts.as_ref().is_some_and(|hosts| hosts.is_of_all(place))
     }
 
     /// Tells other hosts that this one can't average any more.
@@ -343,8 +354,8 @@ pub(super) struct StageOf<'a> {
     pub(super) watch: &'a Watch,
     /// The average, without what is known when the ranks of this host have met.
     pub(super) wanted: Wanted,
-    /// Sum of the weights of this host's ranks in an epoch, and whether they pass weights.
-    pub(super) weight: &'a dyn Fn(u32) -> (f64, bool),
+    /// Weight of this host's ranks in an epoch.
+    pub(super) weight: &'a dyn Fn(u32) -> Option<MetWeight>,
     /// True if the ranks of this host can't go on: the world has failed, or, if this average needs
     /// them, one has left.
     pub(super) is_over: &'a dyn Fn(bool) -> bool,
@@ -381,20 +392,21 @@ pub(super) unsafe fn start(
             Some(PA_UNNEEDED) => Own::Unneeded,
             Some(_) => Own::Failed,
         };
-        let first = ended.first();
-        let (weight, is_weighted) = first
-            .filter(|_| own == Own::Made)
-            .map_or_else(Default::default, |status| weight(status.epoch));
+        let (first, has_sum) = (ended.first(), own == Own::Made);
+        let met = first.filter(|_| has_sum).and_then(|status| weight(status.epoch));
+        let own = if met.is_some_and(|met| !met.is_needed) { Own::Unneeded } else { own };
+        let (weight, is_weighted) =
+            met.map_or_else(Default::default, |met| (met.sum, met.is_weighted));
         let measured = first.map_or([0.0; 2], |status| status.measured);
         let wanted = Wanted { weight, is_weighted, measured, ..wanted };
         // Peers vote after this, unless they have ended: then they may leave.
-        let is_over = || is_over(own == Own::Made);
+        let is_over = || is_over(has_sum);
         // SAFETY: the engine calls this behind the reduce, and the kernels that read the means come
         // after it.
         let run = || unsafe { stage.refuses(on, own, wanted, (describe, &is_over)) };
         // With a link, the user's function is taken for a part of the wait.
         let refuses = if has_hosts { watch.for_hosts(run) } else { watch.pause(run) };
-        refuses && own == Own::Made
+        refuses && has_sum
     };
     // SAFETY: guaranteed by the caller.
     unsafe { engine.start_around(args, launches.split_at(vote), order, peers, &mut refuses) }

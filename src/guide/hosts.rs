@@ -49,9 +49,8 @@
 //! travels so; the hosts' means are weighted by the sum of their ranks' weights and summed in f64,
 //! in the order of hosts; the result is rounded to f32 and to the tensor's dtype. It differs from
 //! that of one world of all ranks by the roundings of f32. All ranks get the same bits, and a value
-//! that all hosts' means have alike stays as it is. On every host a rank must have weight:
-//! otherwise that host gets [`Error::AllWeightsZero`](crate::Error::AllWeightsZero), and the others
-//! refuse.
+//! that all hosts' means have alike stays as it is. A host whose ranks all have weight 0 only
+//! receives; without weights, one that has made no step counts like the others.
 //!
 //! An [`outer`](crate::guide::outer) optimizer's step, and a
 //! [`stage`](crate::Builder::stage), are made from the mean of all hosts. State is divided among
@@ -112,7 +111,7 @@
 //! | what happens before the vote | what the ranks get; no tensor changes |
 //! |---|---|
 //! | a host's own sum fails: a NaN, a wrong tensor, a veto | that host: its error; the others: [`Error::HostRefused`](crate::Error::HostRefused). All can go on |
-//! | hosts differ in ranks, tensors, options or call, or one has made no step | [`Error::HostsDiffer`](crate::Error::HostsDiffer) |
+//! | hosts differ in ranks, tensors, options or call | [`Error::HostsDiffer`](crate::Error::HostsDiffer) |
 //! | a host has not come within half of [`Builder::timeout`](crate::Builder::timeout), or not sent within three quarters; its link fails | [`Error::HostLost`](crate::Error::HostLost), which is fatal. The link has ended |
 //! | a rank dies, or the averaging is aborted | its host: its error, such as [`Error::PeerLost`](crate::Error::PeerLost); the others: `HostLost` |
 //!

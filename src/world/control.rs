@@ -10,6 +10,17 @@ use crate::abi::{
 };
 use crate::backend::{Arrivals, Failure, Memory, World};
 
+/// Weight of the ranks that have met for an average.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct MetWeight {
+    /// Sum of their weights.
+    pub(crate) sum: f64,
+    /// True if ranks with news have passed weights, or the first rank where none has news.
+    pub(crate) is_weighted: bool,
+    /// True if any has something to average.
+    pub(crate) is_needed: bool,
+}
+
 /// A `PaControl` and its `PaHost`. After construction the host writes single words only.
 #[derive(Debug)]
 pub(crate) struct Control {
@@ -138,11 +149,11 @@ impl Control {
         (last != position).then(|| (vec![last], false))
     }
 
-    /// Sum of the weights of all ranks in the average that they have met for, as kernels count
-    /// them (`weight_of` in `kernels/barriers.h`), and whether ranks with news have passed weights.
-    /// 0 where the host can't read it, which is never with a link to other hosts.
-    pub(crate) fn weight(&self, epoch: u32, world: usize) -> (f64, bool) {
-        let Some(start) = self.memory.host_pointer() else { return (0.0, false) };
+    /// Weight of all ranks in the average that they have met for, as kernels count it (`weight_of`
+    /// in `kernels/barriers.h`). `None` where the host can't read it, which is never with a link to
+    /// other hosts.
+    pub(crate) fn weight(&self, epoch: u32, world: usize) -> Option<MetWeight> {
+        let start = self.memory.host_pointer()?;
         let at = offset_of!(PaBoard, record) + (epoch & 1) as usize * size_of::<PaRecord>();
         // Flags and weight of a rank. Other fields change until the vote.
         let record = |position: usize| {
@@ -156,10 +167,12 @@ impl Control {
         const WITHOUT_NEWS: u32 = PA_FLAG_DONE | PA_FLAG_UNNEEDED;
         let has_news = |(flags, _): &(u32, f64)| flags & WITHOUT_NEWS == 0;
         let news = (0..world).map(record).find(has_news).unwrap_or_else(|| record(0));
-        let is_weighted = has_news(&news) && news.0 & PA_FLAG_WEIGHTED != 0;
+        let is_weighted = news.0 & PA_FLAG_WEIGHTED != 0;
         let counts = |(flags, _): &(u32, f64)| !is_weighted || flags & PA_FLAG_WEIGHTED != 0;
         let counted = (0..world).map(record).filter(counts).map(|(_, weight)| weight);
-        (counted.filter(|weight| *weight > 0.0).sum(), is_weighted)
+        let sum = counted.filter(|weight| *weight > 0.0).sum();
+        let is_needed = (0..world).map(record).any(|(flags, _)| flags & PA_FLAG_UNNEEDED == 0);
+        Some(MetWeight { sum, is_weighted, is_needed })
     }
 
     /// The failure that a host has found. Kernels then report the same.

@@ -21,7 +21,7 @@ mod world_id;
 pub use bootstrap::AbortHandle;
 pub(crate) use bootstrap::{Bootstrap, Rebuild};
 pub use communicator::Communicator;
-pub(crate) use control::Control;
+pub(crate) use control::{Control, MetWeight};
 pub(crate) use exchange::{ExchangeId, Shown, MOST_WORDS};
 pub(crate) use handshake::{Admission, Agreement, Handshake};
 #[cfg(processes)]

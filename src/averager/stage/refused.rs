@@ -34,7 +34,7 @@ impl ParamAverager {
         let own = match self.stage.as_ref().and_then(|stage| stage.refusal.as_ref()) {
             Some(Refusal::Veto(veto)) => Some(veto.to_string()),
             Some(Refusal::Hosts(error)) => Some(error.to_string()),
-            None => None,
+            Some(Refusal::Unneeded) | None => None,
         };
         let shown = shortened(own.clone().unwrap_or_default());
         let is_shown = self.world_size() > 1;
