@@ -192,6 +192,7 @@ fn main() -> std::process::ExitCode {
             resume::a_world_killed_after_a_save_loads_it_and_ends_as_one_that_ran_through,
             schedules::ranks_go_on_with_one_h_after_a_death_and_a_join,
             shared_state::nothing_of_a_lost_state_is_lost,
+            shared_state::a_shared_state_takes_no_more_memory,
             shared_state::a_step_that_was_made_is_not_lost_with_its_average,
             shared_state::the_state_of_a_rank_and_of_the_next_one_can_be_lost,
             shared_state::states_are_passed_on_until_a_step_is_made,

@@ -39,8 +39,8 @@ pub fn kills_while_averages_are_under_way_lose_no_step() {
     note!("{kills} kills in {runs} worlds: every element of one history");
 }
 
-/// The same where states outlive their ranks: nothing is lost, unless a rank and the next one of the
-/// ring are.
+/// The same where states outlive their ranks: nothing is lost, unless a rank and the next one of
+/// the ring are.
 pub fn kills_lose_nothing_of_shared_states() {
     let runs = count(10, 800);
     let mut chance = Random(seed());

@@ -50,6 +50,7 @@ pub fn shared_state() -> i32 {
     let ends = std::env::var("PA_TEST_ENDS").unwrap_or_default();
     let (mut model, mut of_one) = (model(), model());
     let mut sgd = averager(join().unwrap(), &mut model);
+    say(&format!("bytes {}", sgd.averager().memory_overhead()));
     let alone = Communicator::from_devices(&[Device::cpu()]).unwrap().remove(0);
     let mut one = averager(alone, &mut of_one);
     let is_half_made = number("PA_TEST_CHANNELS").is_some(); // the average that ranks die in
@@ -119,6 +120,15 @@ pub fn shared_state() -> i32 {
 /// Runs n ranks of which some die. Returns the share that the others have lost, and whether an
 /// average had other bits for that.
 fn run(n: usize, deaths: &[(usize, &str)], variables: &[(&'static str, &str)]) -> (f64, bool) {
+    run_and_count(n, deaths, variables).0
+}
+
+/// The same, and the memory of a rank in bytes.
+fn run_and_count(
+    n: usize,
+    deaths: &[(usize, &str)],
+    variables: &[(&'static str, &str)],
+) -> ((f64, bool), String) {
     let mut ranks = start_all("shared_state", n, |rank| {
         let end = deaths.iter().find(|(dies, _)| *dies == rank).map(|&(_, end)| end);
         let end = end.map(|end| ("PA_TEST_ENDS", end));
@@ -136,7 +146,7 @@ fn run(n: usize, deaths: &[(usize, &str)], variables: &[(&'static str, &str)]) -
     assert!(results.windows(2).all(|pair| pair[0] == pair[1]), "{deaths:?}: {results:?}");
     let [left, lost, differs] = results[0].split(' ').collect::<Vec<_>>()[..] else { panic!() };
     assert_eq!(left.parse(), Ok(n - deaths.len()));
-    (lost.parse().unwrap(), differs.parse().unwrap())
+    ((lost.parse().unwrap(), differs.parse().unwrap()), ranks[0].said("bytes").remove(0))
 }
 
 const SHARES: (&str, &str) = ("PA_TEST_SHARES", "1");
@@ -155,6 +165,12 @@ pub fn nothing_of_a_lost_state_is_lost() {
         let result = run(n, deaths, &[SHARES, ("PA_TEST_MOMENTS", moments)]);
         assert_eq!(result, (0.0, false), "{n} ranks, {deaths:?}, {moments}");
     }
+}
+
+/// There is one copy of the state, which two ranks map.
+pub fn a_shared_state_takes_no_more_memory() {
+    let [shared, own] = [&[SHARES][..], &[]].map(|variables| run_and_count(3, &[], variables));
+    assert_eq!(shared, own);
 }
 
 /// The rank that dies has made its step, and the others have only a part of the result.

@@ -21,18 +21,15 @@ use crate::ParamAverager;
 impl Builder {
     /// State of the [outer](Self::outer) optimizer in memory that the next rank of the ring maps,
     /// too. That memory outlives the process of a lost rank, and a
-    /// [recovery](ParamAverager::recover) carries over its share from there: nothing of the
+    /// [recovery](ParamAverager::recover) carries its share over from there: nothing of the
     /// velocity is lost, unless the rank and the next one of the ring are lost before the first
-    /// step without them. An average costs no more than without it, and no rank has more memory;
-    /// but the state is shared memory of processes, as mailboxes are.
-    ///
-    /// If a rank is lost while it makes a step, each number of its share is that before the step or
-    /// that after it. From [`LocalSgd::load`](crate::LocalSgd::load) to the first step after it a
-    /// lost rank's share is lost: load again.
+    /// step without the first of them; [`guide::outer`](crate::guide::outer) has all cases. It
+    /// takes no more memory, and averages do nothing more for it; but the state is shared memory of
+    /// processes then, as mailboxes are, with two descriptors more for each averager.
     ///
     /// Has no effect for ranks that are threads, which can't recover, and without an outer
-    /// optimizer. Refused for processes on CUDA devices, whose memory goes with them. Default:
-    /// `false`.
+    /// optimizer. Refused for processes on CUDA devices, of whose memory nothing promises that it
+    /// outlives its process. Default: `false`.
     pub fn share_outer_state(mut self, share: bool) -> Self {
         self.share_outer_state = share;
         self
@@ -52,7 +49,7 @@ impl Builder {
         let is_refused = is_on_device && self.communicator.placement().between_processes();
         (self.share_outer_state && is_refused).then(|| {
             let found = "true, for processes on CUDA devices".into();
-            (found, "false: memory of a device goes with its process; or ranks on CPUs")
+            (found, "false, or ranks on CPUs: memory of a device may end with its process")
         })
     }
 }

@@ -85,8 +85,8 @@ impl Expected {
         let made = |velocity: f32, i: usize| step(self.anchor[i], velocity, mean[i]);
         let fits =
             |velocities: &[f32], i: usize| (made(velocities[i], i).1 - model[i]).abs() <= tolerance;
-        // For each element the velocity that fits and, where another one fits as well, since the two
-        // differ by less than the model's rounding, that one too.
+        // For each element the velocity that fits and, where another one fits as well, since the
+        // two differ by less than the model's rounding, that one too.
         let explain = |history: &History| {
             let one = |i: usize| {
                 let fitting = |all: &[Vec<f32>]| {
