@@ -226,8 +226,8 @@ impl OuterState {
                 _ => &self.memory,
             };
             let mut all = reserved(memory.bytes())?;
-            // SAFETY: this rank's memory, which no average uses now, or that of a rank which is no
-            // more in this rank's world.
+            // SAFETY: this rank's memory, which no average uses now; or that of a rank which this
+            // world has lost. If its process lives, it ends at most a step that it has begun.
             unsafe { memory.read(&mut all) }?;
             for piece in self.pieces(&self.division, &[position], arrays.clone()) {
                 let state = &self.buckets[piece.bucket];

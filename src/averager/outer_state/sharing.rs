@@ -1,12 +1,12 @@
 //! State of the outer optimizer that outlives its rank: the next rank of the ring maps its memory.
 //!
-//! A death between averages leaves the state whole: the next rank maps what the lost one had, so no
-//! copy is needed, which would be one step old. The two states belong together. Where this rank's
-//! step was committed, so was that of the rank before, which makes it whole before it sends the
-//! result, and this rank ends no average without that. It begins its next step when this rank has
-//! come to the next average. If it is lost while it makes a step, each number that it has stored is
-//! whole, but some may be those before the step. Between the loads of a saved state by the two
-//! ranks, the states differ; see `is_previous_alike`.
+//! No rank keeps a copy, which would be one step old after a death between averages. What a lost
+//! rank has left is of the same step as the next rank's own state. A step is committed for all ranks
+//! or for none. The lost rank has made it whole before it has sent its result, and without that the
+//! next rank has not ended the average; the step after it begins when the next rank has come to the
+//! next average. A rank that is lost while it makes a step leaves numbers from before the step and
+//! from after it, each of them whole. While ranks load saved states, one at its time, what one has
+//! may not be what the other has; see `is_previous_alike`.
 
 use std::sync::atomic::Ordering;
 use std::sync::Arc;

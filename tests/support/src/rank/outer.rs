@@ -90,7 +90,7 @@ impl Expected {
         let explain = |history: &History| {
             let one = |i: usize| {
                 let fitting = |all: &[Vec<f32>]| {
-                    all.iter().filter(|other| fits(other, i)).next_back().map(|other| other[i])
+                    all.iter().rfind(|other| fits(other, i)).map(|other| other[i])
                 };
                 let late = fitting(&history.of_late);
                 let kept = fitting(std::slice::from_ref(&history.velocity)).or(late);
