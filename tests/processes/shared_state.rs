@@ -15,6 +15,8 @@ const SAVES: u64 = 1;
 const LOADS: u64 = 3;
 
 type Model = Vec<Guarded>;
+/// Ranks that die, and where they do.
+type Deaths<'a> = &'a [(usize, &'a str)];
 
 fn model() -> Model {
     Dtype::ALL.iter().map(|&dtype| Guarded::new(dtype, 3001, 0)).collect()
@@ -119,14 +121,14 @@ pub fn shared_state() -> i32 {
 
 /// Runs n ranks of which some die. Returns the share that the others have lost, and whether an
 /// average had other bits for that.
-fn run(n: usize, deaths: &[(usize, &str)], variables: &[(&'static str, &str)]) -> (f64, bool) {
+fn run(n: usize, deaths: Deaths<'_>, variables: &[(&'static str, &str)]) -> (f64, bool) {
     run_and_count(n, deaths, variables).0
 }
 
 /// The same, and the memory of a rank in bytes.
 fn run_and_count(
     n: usize,
-    deaths: &[(usize, &str)],
+    deaths: Deaths<'_>,
     variables: &[(&'static str, &str)],
 ) -> ((f64, bool), String) {
     let mut ranks = start_all("shared_state", n, |rank| {
@@ -153,7 +155,7 @@ const SHARES: (&str, &str) = ("PA_TEST_SHARES", "1");
 
 /// The averages after a death have the bits that they would have had without it.
 pub fn nothing_of_a_lost_state_is_lost() {
-    let cases: [(usize, &[(usize, &str)], &str); 6] = [
+    let cases: [(usize, Deaths<'_>, &str); 6] = [
         (4, &[(1, "between averages")], "1"),
         (3, &[(0, "between averages")], "2"),
         (2, &[(0, "between averages")], "1"),

@@ -1,12 +1,12 @@
 //! State of the outer optimizer that outlives its rank: the next rank of the ring maps its memory.
 //!
 //! No rank keeps a copy, which would be one step old after a death between averages. What a lost
-//! rank has left is of the same step as the next rank's own state. A step is committed for all ranks
-//! or for none. The lost rank has made it whole before it has sent its result, and without that the
-//! next rank has not ended the average; the step after it begins when the next rank has come to the
-//! next average. A rank that is lost while it makes a step leaves numbers from before the step and
-//! from after it, each of them whole. While ranks load saved states, one at its time, what one has
-//! may not be what the other has; see `is_previous_alike`.
+//! rank has left is of the same step as the next rank's own state. A step is committed for all
+//! ranks or for none. The lost rank has made it whole before it has sent its result, and without
+//! that the next rank has not ended the average. The step after it begins when the next rank has
+//! come to the next average. A rank that is lost while it makes a step leaves numbers from before
+//! the step and from after it, each of them whole. While ranks load saved states, what one has may
+//! not be what the other has; see `is_previous_alike`.
 
 use std::sync::atomic::Ordering;
 use std::sync::Arc;
