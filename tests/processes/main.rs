@@ -194,6 +194,7 @@ fn main() -> std::process::ExitCode {
             shared_state::nothing_of_a_lost_state_is_lost,
             shared_state::a_shared_state_takes_no_more_memory,
             shared_state::a_step_that_was_made_is_not_lost_with_its_average,
+            shared_state::a_step_that_was_made_in_part_leaves_whole_numbers,
             shared_state::the_state_of_a_rank_and_of_the_next_one_can_be_lost,
             shared_state::states_are_passed_on_until_a_step_is_made,
             shared_state::a_state_that_may_not_be_loaded_is_lost,

@@ -3,7 +3,8 @@
 //! the same values, so their mean is exact, whatever their number is.
 
 use param_averager::*;
-use test_support::process::start_all;
+use rustix::mm::{mprotect, MprotectFlags};
+use test_support::process::{start_all, RankProcess};
 use test_support::rank::{builder, die, join, number, say};
 use test_support::{bits, Guarded, Random};
 
@@ -47,14 +48,48 @@ fn is_committed(error: &Error) -> bool {
     *committed
 }
 
+/// Averager of a world of one rank.
+fn alone(model: &mut Model) -> LocalSgd {
+    averager(Communicator::from_devices(&[Device::cpu()]).unwrap().remove(0), model)
+}
+
+/// Makes the second half of the largest memory that this process shares read-only: a step that it
+/// makes ends the process on the way.
+fn forbid_half_of_the_state() {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let shared = maps.lines().filter(|line| line.contains("/memfd:"));
+    let range = |line: &str| {
+        let (begin, end) = line.split(' ').next()?.split_once('-')?;
+        Some([begin, end].map(|address| usize::from_str_radix(address, 16).unwrap()))
+    };
+    let all: Vec<[usize; 2]> = shared.filter_map(range).collect();
+    let most = all.iter().map(|[begin, end]| end - begin).max().unwrap();
+    for [begin, end] in all.into_iter().filter(|[begin, end]| end - begin == most) {
+        let half = begin + most / 2 / 4096 * 4096;
+        // SAFETY: memory of this process, which dies of it.
+        unsafe { mprotect(half as *mut _, end - half, MprotectFlags::READ) }.unwrap();
+    }
+}
+
+/// Number of elements that are not those of `one`, but those of `other`, and of those of neither.
+fn count_of_others(model: &Model, one: &Model, other: &Model) -> [usize; 2] {
+    let mut counts = [0, 0];
+    for ((tensor, one), other) in model.iter().zip(one).zip(other) {
+        for i in (0..tensor.elements).filter(|&i| tensor.get(i) != one.get(i)) {
+            counts[usize::from(tensor.get(i) != other.get(i))] += 1;
+        }
+    }
+    counts
+}
+
 /// Role: averages, and dies at the place that `PA_TEST_ENDS` names.
 pub fn shared_state() -> i32 {
     let ends = std::env::var("PA_TEST_ENDS").unwrap_or_default();
-    let (mut model, mut of_one) = (model(), model());
+    let (mut model, mut of_one, mut of_late) = (model(), model(), model());
     let mut sgd = averager(join().unwrap(), &mut model);
     say(&format!("bytes {}", sgd.averager().memory_overhead()));
-    let alone = Communicator::from_devices(&[Device::cpu()]).unwrap().remove(0);
-    let mut one = averager(alone, &mut of_one);
+    // The second one does not make the last step before the death.
+    let (mut one, mut late) = (alone(&mut of_one), alone(&mut of_late));
     let is_half_made = number("PA_TEST_CHANNELS").is_some(); // the average that ranks die in
     let (mut round, mut lost, mut differs, mut saved) = (0, 0.0f64, false, None);
     while round < ROUNDS {
@@ -75,6 +110,10 @@ pub fn shared_state() -> i32 {
             _ if round != LAST => 0,
             "between averages" => die(),
             "in the reduce" => 4,
+            "in the step" => {
+                forbid_half_of_the_state();
+                0
+            }
             "in the gather" => sgd.averager().steps() * 3 / 4, // the reduce takes half of them
             _ => 0,
         };
@@ -91,10 +130,19 @@ pub fn shared_state() -> i32 {
         if is_step {
             fill(&mut of_one, round);
             one.averager().average(&mut of_one).unwrap();
+            if round != LAST {
+                fill(&mut of_late, round);
+                late.averager().average(&mut of_late).unwrap();
+            }
             round += 1;
         }
         if made.is_ok() {
             differs |= bits(&model) != bits(&of_one);
+            if is_half_made && round > LAST {
+                let [late, neither] = count_of_others(&model, &of_one, &of_late);
+                say(&format!("late {late}"));
+                say(&format!("neither {neither}"));
+            }
             continue;
         }
         // All ranks begin again with the outer parameters.
@@ -110,6 +158,8 @@ pub fn shared_state() -> i32 {
             }
         };
         one.averager().broadcast(0, &mut of_one).unwrap();
+        of_late = of_one.iter().map(Guarded::copy).collect();
+        late.averager().broadcast(0, &mut of_late).unwrap();
         if ends == "after the anchor" {
             die();
         }
@@ -122,15 +172,15 @@ pub fn shared_state() -> i32 {
 /// Runs n ranks of which some die. Returns the share that the others have lost, and whether an
 /// average had other bits for that.
 fn run(n: usize, deaths: Deaths<'_>, variables: &[(&'static str, &str)]) -> (f64, bool) {
-    run_and_count(n, deaths, variables).0
+    end(n, deaths, variables).0
 }
 
-/// The same, and the memory of a rank in bytes.
-fn run_and_count(
+/// As `run`. The last result is a rank that has not died.
+fn end(
     n: usize,
     deaths: Deaths<'_>,
     variables: &[(&'static str, &str)],
-) -> ((f64, bool), String) {
+) -> ((f64, bool), RankProcess) {
     let mut ranks = start_all("shared_state", n, |rank| {
         let end = deaths.iter().find(|(dies, _)| *dies == rank).map(|&(_, end)| end);
         let end = end.map(|end| ("PA_TEST_ENDS", end));
@@ -148,7 +198,9 @@ fn run_and_count(
     assert!(results.windows(2).all(|pair| pair[0] == pair[1]), "{deaths:?}: {results:?}");
     let [left, lost, differs] = results[0].split(' ').collect::<Vec<_>>()[..] else { panic!() };
     assert_eq!(left.parse(), Ok(n - deaths.len()));
-    ((lost.parse().unwrap(), differs.parse().unwrap()), ranks[0].said("bytes").remove(0))
+    let result = (lost.parse().unwrap(), differs.parse().unwrap());
+    ranks.retain(|rank| !rank.said("done").is_empty());
+    (result, ranks.remove(0))
 }
 
 const SHARES: (&str, &str) = ("PA_TEST_SHARES", "1");
@@ -171,8 +223,8 @@ pub fn nothing_of_a_lost_state_is_lost() {
 
 /// There is one copy of the state, which two ranks map.
 pub fn a_shared_state_takes_no_more_memory() {
-    let [shared, own] = [&[SHARES][..], &[]].map(|variables| run_and_count(3, &[], variables));
-    assert_eq!(shared, own);
+    let bytes = |variables: &[_]| end(3, &[], variables).1.said("bytes");
+    assert_eq!(bytes(&[SHARES]), bytes(&[]));
 }
 
 /// The rank that dies has made its step, and the others have only a part of the result.
@@ -180,6 +232,26 @@ pub fn a_step_that_was_made_is_not_lost_with_its_average() {
     for moments in ["1", "2"] {
         let more = [SHARES, ("PA_TEST_MOMENTS", moments), ("PA_TEST_CHANNELS", "1")];
         assert_eq!(run(3, &[(1, "in the gather")], &more), (0.0, false), "{moments}");
+    }
+}
+
+/// The rank dies while it makes its step: each number of its state is that before it or that after
+/// it.
+pub fn a_step_that_was_made_in_part_leaves_whole_numbers() {
+    for moments in ["1", "2"] {
+        let more = [SHARES, ("PA_TEST_MOMENTS", moments), ("PA_TEST_CHANNELS", "1")];
+        let ((lost, differs), rank) = end(3, &[(1, "in the step")], &more);
+        assert!(lost == 0.0 && differs, "{lost}, {differs}");
+        let counts = |what: &str| -> Vec<usize> {
+            rank.said(what).iter().map(|count| count.parse().unwrap()).collect()
+        };
+        // A third of four times 3,001 elements was the rank's. Of Adam's two moments of an element,
+        // one may be before the step and one after it: of those whose step was being made.
+        let (late, most) = (counts("late"), if moments == "2" { 64 } else { 0 });
+        assert!(!late.is_empty() && late.iter().all(|n| (100..3500).contains(n)), "{late:?}");
+        let neither = counts("neither");
+        assert!(neither.iter().all(|&n| n <= most), "{neither:?}");
+        println!("{moments}: {late:?}, {neither:?}");
     }
 }
 
