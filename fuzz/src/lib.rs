@@ -60,7 +60,8 @@ pub fn frames(data: &[u8]) {
         assert!(received.files() == files && files <= receiver.most_files());
         assert_eq!(received.body(), &rest[20..20 + bytes]);
         rest = &rest[20 + bytes..];
-        let _ = received.parse(&me, [how & 32 != 0, how & 64 != 0, how & 128 != 0]);
+        let (inbox, of_previous, control) = (how & 32 != 0, how & 64 != 0, how & 128 != 0);
+        let _ = received.parse(&me, [inbox, of_previous, control, of_previous]);
     }
     if let (Some((kind, 0, bytes)), false) = (read_header(rest), sent.with_files) {
         let is_right = receiver.takes(kind) && bytes <= rest.len() - 20;

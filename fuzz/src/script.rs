@@ -110,7 +110,7 @@ pub(super) fn message(rank: &Rank, kind: u8, files: usize, keep: u8) -> Vec<u8> 
 /// Header of a message, by the format that `frame` documents: kind, files and bytes of the body.
 pub(super) fn read_header(bytes: &[u8]) -> Option<(u8, usize, usize)> {
     let header = bytes.get(..20)?;
-    let right = header.starts_with(b"PAVG\x06\x00");
+    let right = header.starts_with(b"PAVG\x07\x00");
     right.then(|| {
         (
             header[6],

@@ -111,12 +111,20 @@ impl ParamAverager {
             digest,
             inbox: own.as_ref().ok().and_then(|own| own.inbox.clone()),
             credits: own.as_ref().ok().and_then(|own| own.credits.clone()),
+            state: own.as_ref().ok().and_then(|own| own.shared_state.clone()),
             control: own.as_ref().ok().and_then(|own| own.control.clone()),
         };
         let patience = if options.timeout.is_zero() { defaults::TIMEOUT } else { options.timeout };
         // A refusal of any rank is this call's error.
         let agreement = communicator.agree(handshake, number, patience)?;
-        let own = own?;
+        let mut own = own?;
+        if let (Some(outer), true) = (&mut own.outer, world > 1) {
+            let placement = communicator.placement();
+            let position = placement.position(communicator.rank());
+            let previous = placement.order()[(position + world - 1) % world];
+            let outer = Arc::get_mut(outer).expect("this averager's alone, until it is built");
+            outer.set_previous(agreement.handshakes[previous].state.clone());
+        }
 
         let mut averager = ParamAverager {
             args: bytemuck::Zeroable::zeroed(),

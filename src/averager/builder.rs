@@ -31,6 +31,7 @@ pub struct Builder {
     pub(super) allow_unnamed: bool,
     pub(super) start: Start,
     pub(super) outer: Outer,
+    pub(super) share_outer_state: bool,
     pub(super) compression: Compression,
     pub(super) hosts_compression: Compression,
     pub(super) telemetry: bool,
@@ -84,6 +85,7 @@ impl Builder {
             allow_unnamed: false,
             start: Start::Rank(0),
             outer: Outer::mean(),
+            share_outer_state: false,
             compression: Compression::None,
             hosts_compression: Compression::None,
             telemetry: false,
@@ -185,8 +187,8 @@ impl Builder {
     /// [`all_or_nothing`](Self::all_or_nothing) is, and all ranks must begin with one model:
     /// [`Start::Own`] is refused. The step has state, which a [recovery](ParamAverager::recover)
     /// and a join carry over to the new ranks, except for the share of a rank that was lost: its
-    /// velocity begins at 0 again, see [`Report::lost_state`](crate::Report::lost_state). Default:
-    /// [`Outer::mean`].
+    /// velocity begins at 0 again, see [`Report::lost_state`](crate::Report::lost_state), unless
+    /// [`share_outer_state`](Self::share_outer_state) is set. Default: [`Outer::mean`].
     pub fn outer(mut self, outer: Outer) -> Self {
         self.outer = outer;
         self

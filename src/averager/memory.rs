@@ -123,6 +123,8 @@ pub(super) struct RankMemory {
     /// Memory that neighbours write to; see `Handshake`.
     pub(super) inbox: Option<Arc<Memory>>,
     pub(super) credits: Option<Arc<Memory>>,
+    /// State of the outer optimizer, if the next rank of the ring maps it.
+    pub(super) shared_state: Option<Arc<Memory>>,
     /// Control block of all ranks. Rank 0 has it.
     pub(super) control: Option<Arc<Control>>,
 }
@@ -151,9 +153,13 @@ impl RankMemory {
         let mut coded = vec![];
         let mut outer = match options.outer.is_mean() {
             true => None,
-            false => Some(
-                OuterState::new(options, table, sizes.chunk, channels, ring).map_err(own_failed)?,
-            ),
+            false => {
+                let state = OuterState::new(options, table, sizes.chunk, channels, ring);
+                Some(match options.shares_state() {
+                    true => state.map_err(failed)?,
+                    false => state.map_err(own_failed)?,
+                })
+            }
         };
         for (index, (bucket, raw)) in table.buckets.iter().zip(&mut table.raw).enumerate() {
             let channel_packs = bucket::channel_packs(bucket.packs, channels);
@@ -258,7 +264,9 @@ impl RankMemory {
             }
             engine.prepare_for_stage(rank, options.hosts.is_some().then_some(&copied[..]))?;
         }
+        let shared_state = outer.as_ref().filter(|_| options.shares_state());
         Ok(RankMemory {
+            shared_state: shared_state.map(|outer| outer.memory().clone()),
             engine,
             shards,
             means,

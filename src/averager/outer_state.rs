@@ -2,13 +2,16 @@
 
 mod assembly;
 pub(crate) mod saved;
+mod sharing;
 mod take_over;
 #[cfg(test)]
 mod tests;
 
 use std::ops::Range;
+use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 
+use super::link::Link;
 use super::table::Table;
 use super::{flag, Builder, Call, ParamAverager, Work};
 use crate::abi::{
@@ -109,12 +112,21 @@ pub(super) struct OuterState {
     division: Division,
     /// Ring position of this rank.
     position: u32,
+    /// State of all buckets, one after another.
+    memory: Arc<Memory>,
     buckets: Vec<BucketState>,
+    /// Memory with the state of the rank before this one in the ring, where ranks share theirs. It
+    /// outlives that rank.
+    previous: Option<Arc<Memory>>,
+    /// False from the load of a saved state to the first step since: the rank before may not have
+    /// loaded its own.
+    is_previous_alike: AtomicBool,
 }
 
 #[derive(Debug)]
 struct BucketState {
-    memory: Memory,
+    /// Bytes of the memory before it.
+    at: usize,
     /// The mean before the commit, where it is wider than the tensors.
     mean: Option<Memory>,
     packs: u64,
@@ -137,7 +149,7 @@ impl OuterState {
         let (communicator, slots) = (&options.communicator, options.outer.slots());
         let world = communicator.world_size() as u32;
         let space = communicator.space();
-        let mut buckets = vec![];
+        let (mut buckets, mut at) = (vec![], 0);
         for bucket in &table.buckets {
             let each = bucket::channel_packs(bucket.packs, channels);
             let shard = bucket::shard_packs(each, world, chunk) * u64::from(channels);
@@ -148,21 +160,28 @@ impl OuterState {
                 true => Some(Memory::new(space, array)?),
                 false => None,
             };
-            let memory = Memory::new(space, array * (slots + 1))?;
             let packs = bucket.packs;
-            buckets.push(BucketState { memory, mean, packs, pack_bytes, array, slots });
+            buckets.push(BucketState { at, mean, packs, pack_bytes, array, slots });
+            at += array * (slots + 1);
         }
+        let memory = match options.shares_state() {
+            true => Link::place(true, communicator.placement(), space, at)?,
+            false => Memory::new(space, at)?,
+        };
         Ok(OuterState {
             division: Division { world, channels, chunk, is_ring },
             position: communicator.placement().position(communicator.rank()) as u32,
+            memory: Arc::new(memory),
             buckets,
+            previous: None,
+            is_previous_alike: AtomicBool::new(true),
         })
     }
 
     /// Completes the kernels' table of a bucket.
     pub(super) fn complete(&mut self, index: usize, raw: &mut PaBucket, outer: PaOuter) {
         let state = &self.buckets[index];
-        raw.state = state.memory.address();
+        raw.state = self.memory.address() + state.at as u64;
         raw.outer = outer;
         if self.division.is_ring {
             raw.mean = state.mean.as_ref().map_or(raw.shard, Memory::address);
@@ -170,22 +189,22 @@ impl OuterState {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        let of = |state: &BucketState| {
-            state.memory.bytes() + state.mean.as_ref().map_or(0, Memory::bytes)
-        };
-        self.buckets.iter().map(of).sum()
+        let means = self.buckets.iter().filter_map(|state| state.mean.as_ref());
+        self.memory.bytes() + means.map(Memory::bytes).sum::<usize>()
     }
 
-    /// Pieces of some arrays of the state of a rank at `position`, in the order of its stream of
+    /// Pieces of some arrays of the states of the ranks at `positions`, in the order of a stream of
     /// bytes. Array 0 is the anchor.
-    fn pieces(&self, division: &Division, position: u32, arrays: Range<usize>) -> Vec<Piece> {
+    fn pieces(&self, division: &Division, positions: &[u32], arrays: Range<usize>) -> Vec<Piece> {
         let mut pieces = vec![];
         let mut before = 0;
-        for (bucket, state) in self.buckets.iter().enumerate() {
-            for array in arrays.clone().filter(|&array| array <= state.slots) {
-                for run in division.runs(state.packs, position) {
-                    pieces.push(Piece { bucket, array, run, before });
-                    before += run.packs as usize * state.pack_bytes;
+        for &position in positions {
+            for (bucket, state) in self.buckets.iter().enumerate() {
+                for array in arrays.clone().filter(|&array| array <= state.slots) {
+                    for run in division.runs(state.packs, position) {
+                        pieces.push(Piece { bucket, array, run, before });
+                        before += run.packs as usize * state.pack_bytes;
+                    }
                 }
             }
         }
@@ -197,20 +216,33 @@ impl OuterState {
         pieces.last().map_or(0, |last| last.before + last.bytes(&self.buckets[last.bucket]))
     }
 
-    /// Reads this rank's state as one stream of bytes. No average may be running.
-    pub(super) fn read(&self, arrays: Range<usize>) -> Result<Vec<u8>, String> {
-        let pieces = self.pieces(&self.division, self.position, arrays);
+    /// Reads the states of some positions, this rank's or the one before, as one stream of bytes.
+    /// No average may be running.
+    pub(super) fn read(&self, positions: &[u32], arrays: Range<usize>) -> Result<Vec<u8>, String> {
         let mut bytes = vec![];
-        for (index, state) in self.buckets.iter().enumerate() {
-            let mut all = reserved(state.memory.bytes())?;
-            // SAFETY: this rank's memory, which no average uses now.
-            unsafe { state.memory.read(&mut all) }?;
-            for piece in pieces.iter().filter(|piece| piece.bucket == index) {
-                let at = piece.array * state.array + piece.run.at as usize * state.pack_bytes;
+        for &position in positions {
+            let memory = match &self.previous {
+                Some(previous) if position != self.position => previous,
+                _ => &self.memory,
+            };
+            let mut all = reserved(memory.bytes())?;
+            // SAFETY: this rank's memory, which no average uses now; or that of a rank which this
+            // world has lost. If its process lives, it ends at most a step that it has begun.
+            unsafe { memory.read(&mut all) }?;
+            for piece in self.pieces(&self.division, &[position], arrays.clone()) {
+                let state = &self.buckets[piece.bucket];
+                let at = state.place(piece.array, piece.run.at);
                 bytes.extend_from_slice(&all[at..][..piece.bytes(state)]);
             }
         }
         Ok(bytes)
+    }
+}
+
+impl BucketState {
+    /// Place of a pack of the shard in the memory.
+    fn place(&self, array: usize, pack: u64) -> usize {
+        self.at + array * self.array + pack as usize * self.pack_bytes
     }
 }
 
@@ -352,6 +384,9 @@ impl ParamAverager {
         let is_step = matches!(self.end, End::Step | End::Mix | End::StepDelta);
         if is_step && self.ended().any(has_committed) {
             self.inherited = None;
+            if let Some(outer) = &self.own.outer {
+                outer.note_previous(true);
+            }
         }
         if let AnchorState::Launched { was_set } = self.anchor {
             let is_committed = |status: PaStatus| status.outcome == PA_COMMITTED;

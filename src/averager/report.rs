@@ -41,7 +41,8 @@ pub struct Report {
     /// [`ParamAverager::admit_joiner`](crate::ParamAverager::admit_joiner) admits it.
     pub join_pending: bool,
     /// Share of the [outer optimizer](crate::Outer)'s velocity that was lost with ranks before this
-    /// view of the world, and began at 0 in its first average; the same on every rank.
+    /// view of the world, and began at 0 in its first average; the same on every rank. With
+    /// [`share_outer_state`](crate::Builder::share_outer_state) mostly 0.
     pub lost_state: f64,
     /// Steps of [`LocalSgd`](crate::LocalSgd) on this rank since the average before: H, for an
     /// average that was due. 0 for averages by hand.

@@ -47,7 +47,8 @@
 //! rank was lost, also if another one is lost meanwhile, number themselves anew, and build the
 //! averager again. A process with several averagers recovers each, in any order. Threads of one
 //! process build a new world. `examples/recover.rs` is a program that does it. The state of an
-//! [outer optimizer](super::outer) is carried over, except for the part of the lost rank.
+//! [outer optimizer](super::outer) is carried over, except for the part of the lost rank, or with
+//! [`share_outer_state`](crate::Builder::share_outer_state) all of it.
 //!
 //! ```no_run
 //! use param_averager::{LocalSgd, Result};

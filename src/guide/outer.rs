@@ -63,8 +63,21 @@
 //! | an average, by the schedule or by hand; also in a world of one rank | makes a step | make a step |
 //! | [`broadcast`](crate::ParamAverager::broadcast) | the values that it gives the tensors | stay |
 //! | an average that fails with an error that is not fatal | stays | stay |
-//! | a rank is lost | the mean of the first average after the recovery | stay; 0 in the part of the lost rank ([`Report::lost_state`](crate::Report::lost_state)) |
+//! | a rank is lost | the mean of the first average after the recovery | stay; 0 in the part of the lost rank ([`Report::lost_state`](crate::Report::lost_state)), unless ranks share their states |
 //! | a process joins | the values that all ranks have then | stay, divided anew |
+//!
+//! With [`Builder::share_outer_state`](crate::Builder::share_outer_state), for processes on CPUs,
+//! each rank's state lies in memory that the next rank of the ring maps. It outlives the rank, at
+//! no cost of memory or of work, and the averages after a recovery go on with the whole velocity.
+//! These cases are left:
+//!
+//! | ranks that are lost | velocity and moments |
+//! |---|---|
+//! | one, between averages or in one that is not committed | stay |
+//! | one, in an average that is committed | stay; where its step was not made or half made, its part is that before the step, number by number |
+//! | several, none of them next to another one in the ring | stay |
+//! | a rank and the next one of the ring, before the first step without the first of them | 0 in the first one's part |
+//! | one, from [`LocalSgd::load`](crate::LocalSgd::load) to the first step after it | 0 in its part |
 //!
 //! A NaN that one average lets through stays in v for good. With
 //! [`reject_non_finite`](crate::Builder::reject_non_finite), the ring's default, it is refused; for

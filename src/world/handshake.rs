@@ -41,6 +41,9 @@ pub(crate) struct Handshake {
     pub(crate) inbox: Option<Arc<Memory>>,
     /// Memory that the next rank of the ring writes: `drained` counters.
     pub(crate) credits: Option<Arc<Memory>>,
+    /// Memory that the next rank of the ring reads after this one was lost: the outer optimizer's
+    /// state.
+    pub(crate) state: Option<Arc<Memory>>,
     /// The control block of all ranks. Provided by rank 0.
     pub(crate) control: Option<Arc<Control>>,
 }
@@ -154,6 +157,7 @@ mod tests {
                 digest: None,
                 inbox: None,
                 credits: None,
+                state: None,
                 control: None,
             })
         };

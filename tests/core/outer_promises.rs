@@ -254,6 +254,28 @@ fn outer_optimizers_that_cannot_be_are_refused_by_name() {
     }
 }
 
+/// Ranks that are threads can't recover, so they share no state; but the option is compared.
+#[test]
+fn threads_share_no_state() {
+    let run = |shares: [bool; 2]| {
+        ranks(2, |communicator| {
+            let rank = communicator.rank();
+            let builder = builder(communicator, Algorithm::Ring, HALVES);
+            let mut model = filled(8.0);
+            let mut averager = builder.share_outer_state(shares[rank]).build(&mut model)?;
+            fill(&mut model, rank as f64);
+            averager.average(&mut model)?;
+            Ok::<_, Error>((bits(&model), averager.memory_overhead()))
+        })
+    };
+    let of = |shares| run(shares).into_iter().map(Result::unwrap).collect::<Vec<_>>();
+    assert!(of([true; 2]) == of([false; 2]));
+    for error in run([false, true]).into_iter().map(Result::unwrap_err) {
+        assert!(matches!(error, Error::OptionsDiffer { rank: 1, .. }), "{error}");
+        assert!(error.to_string().contains("share_outer_state = true"), "{error}");
+    }
+}
+
 /// The numbers in the docs of `Outer`: 8 bytes an element over n ranks, 12 for Adam, twice as much
 /// for f64; and by the ring, 4 more for f16 and bf16, whose mean waits for the commit in f32.
 #[test]

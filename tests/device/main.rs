@@ -101,6 +101,7 @@ fn main() -> ExitCode {
         cuda_processes::coded::coded_averages_have_the_bits_of_the_cpu: driver,
         cuda_processes::outer::kills_carry_the_velocity_over: driver,
         cuda_processes::outer::a_joiner_takes_over_its_shard_of_the_velocity: driver,
+        cuda_processes::outer::states_on_devices_are_not_shared: driver,
         cuda_processes::outer::a_capture_before_the_first_average_since_a_recovery_is_refused:
             driver,
     ]);

@@ -39,6 +39,8 @@ mod schedules;
 #[cfg(target_os = "linux")]
 mod several_averagers;
 #[cfg(target_os = "linux")]
+mod shared_state;
+#[cfg(target_os = "linux")]
 mod stage;
 #[cfg(target_os = "linux")]
 mod stops;
@@ -59,6 +61,7 @@ fn main() -> std::process::ExitCode {
             "limited" => limited::limited(),
             "stage" => stage::stage(),
             "left_alone" => partly::left_alone(),
+            "shared_state" => shared_state::shared_state(),
             "stage_sgd" => stage::stage_sgd(),
             "keeps_a_share" => outer_joins::keeps_a_share(),
             "has_large_state" => outer_joins::has_large_state(),
@@ -114,6 +117,8 @@ fn main() -> std::process::ExitCode {
             outer::kills_while_averages_are_under_way_lose_no_step,
             outer::a_joiner_takes_over_its_shard_of_the_velocity,
             outer::a_process_joins_ranks_whose_averages_are_under_way,
+            outer::kills_lose_nothing_of_shared_states,
+            outer::a_process_joins_ranks_that_share_their_states,
             stage::vetoes_and_kills_at_any_time,
             stage::stages_are_told_of_a_process_that_joins,
             stage::stages_are_told_of_a_recovery,
@@ -186,6 +191,13 @@ fn main() -> std::process::ExitCode {
             partly::a_rank_that_is_left_alone_by_half_an_average_says_so,
             resume::a_world_killed_after_a_save_loads_it_and_ends_as_one_that_ran_through,
             schedules::ranks_go_on_with_one_h_after_a_death_and_a_join,
+            shared_state::nothing_of_a_lost_state_is_lost,
+            shared_state::a_shared_state_takes_no_more_memory,
+            shared_state::a_step_that_was_made_is_not_lost_with_its_average,
+            shared_state::a_step_that_was_made_in_part_leaves_whole_numbers,
+            shared_state::the_state_of_a_rank_and_of_the_next_one_can_be_lost,
+            shared_state::states_are_passed_on_until_a_step_is_made,
+            shared_state::a_state_that_may_not_be_loaded_is_lost,
             several_averagers::averagers_are_recovered_in_any_order,
             several_averagers::two_averagers_of_a_world_recover,
             several_averagers::local_sgds_recovered_in_different_orders_fail_at_once,

@@ -226,7 +226,7 @@ pub fn foreign_connections_are_not_waited_for() {
                     0 => b"",
                     1 => b"PAVG",
                     2 => b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-                    _ => b"PAVG\x06\x00\x01\x00\0\0\0\0\0\0\0\0\x02\0\0\0{}",
+                    _ => b"PAVG\x07\x00\x01\x00\0\0\0\0\0\0\0\0\x02\0\0\0{}",
                 };
                 let _ = stream.write_all(said);
                 connections.push(stream);

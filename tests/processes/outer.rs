@@ -39,6 +39,28 @@ pub fn kills_while_averages_are_under_way_lose_no_step() {
     note!("{kills} kills in {runs} worlds: every element of one history");
 }
 
+/// The same where states outlive their ranks: nothing is lost, unless a rank and the next one of
+/// the ring are.
+pub fn kills_lose_nothing_of_shared_states() {
+    let runs = count(10, 800);
+    let mut chance = Random(seed());
+    let (mut kills, mut of_neighbours) = (0, 0);
+    for run in 0..runs {
+        let (n, pause) = (3 + chance.below(2) as usize, Duration::from_millis(20));
+        let all = [("PA_TEST_SHARES", "1".to_owned()), ("PA_TEST_OVERLAP", "1".to_owned())];
+        let variables = |_| all[..1 + run % 2].to_vec();
+        let (mut ranks, alive) = start_and_kill("outer", n, &mut chance, pause, variables);
+        kills += n - alive.len();
+        let lost = check_velocity(&mut ranks, &alive);
+        let is_dead = |rank: usize| !alive.contains(&(rank % n));
+        match (0..n).any(|rank| is_dead(rank) && is_dead(rank + 1)) {
+            true => of_neighbours += 1,
+            false => assert_eq!(lost, 0.0, "{alive:?} of {n}"),
+        }
+    }
+    note!("{kills} kills in {runs} worlds, {of_neighbours} of two neighbours: nothing was lost");
+}
+
 /// A process that joins gets its share of the velocity, and nothing is lost.
 pub fn a_joiner_takes_over_its_shard_of_the_velocity() {
     joins(&[]);
@@ -47,6 +69,11 @@ pub fn a_joiner_takes_over_its_shard_of_the_velocity() {
 /// The same where averages are of copies.
 pub fn a_process_joins_ranks_whose_averages_are_under_way() {
     joins(&[("PA_TEST_OVERLAP", "1".to_owned())]);
+}
+
+/// The same where states outlive their ranks.
+pub fn a_process_joins_ranks_that_share_their_states() {
+    joins(&[("PA_TEST_SHARES", "1".to_owned())]);
 }
 
 fn joins(more: &[(&'static str, String)]) {

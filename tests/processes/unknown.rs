@@ -10,7 +10,7 @@ use proptest::prelude::*;
 /// Acts without a valid `Hello`, but with many that nearly are one.
 fn act() -> impl Strategy<Value = Act> {
     let bytes =
-        prop_oneof![vec(any::<u8>(), 0..100), vec(any::<u8>(), 5000), Just(b"PAVG\x06".to_vec())];
+        prop_oneof![vec(any::<u8>(), 0..100), vec(any::<u8>(), 5000), Just(b"PAVG\x07".to_vec())];
     let files = prop_oneof![4 => Just(0), 1 => any::<u8>()];
     let half_a_hello =
         (files.clone(), 1u8..100).prop_map(|(files, keep)| Act::Send { kind: 0, files, keep });

@@ -33,6 +33,10 @@ impl Builder {
                 "Own, with an outer optimizer".into(),
                 "Rank or Mean: an outer step begins from parameters that all ranks have had",
             ),
+            _ if self.sharing_refusal().is_some() => {
+                let (found, expected) = self.sharing_refusal().expect("just seen");
+                refuse("share_outer_state", found, expected)
+            }
             _ if self.overlap_refusal().is_some() => {
                 let (option, found, expected) = self.overlap_refusal().expect("just seen");
                 refuse(option, found, expected)
@@ -96,6 +100,7 @@ impl Builder {
             ("narrow_wire", self.narrow_wire.to_string()),
             ("start_from", format!("{:?}", self.start)),
             ("outer", self.outer.to_string()),
+            ("share_outer_state", self.share_outer_state.to_string()),
             ("compression", format!("{:?}", self.compression)),
             ("telemetry", self.telemetry.to_string()),
             ("overlap", self.overlap.to_string()),

@@ -25,29 +25,27 @@ impl Piece {
 pub(super) struct Assembly<'a> {
     state: &'a OuterState,
     own: Vec<Piece>,
-    /// Contents of the memory of each bucket.
-    contents: Vec<Vec<u8>>,
+    /// Contents of the memory.
+    contents: Vec<u8>,
 }
 
 impl<'a> Assembly<'a> {
     /// Contents with zeros in `arrays`, which are to be filled. The other arrays stay as they are.
     pub(super) fn new(state: &'a OuterState, arrays: Range<usize>) -> Result<Self, String> {
-        let own = state.pieces(&state.division, state.position, arrays.clone());
-        let mut contents = vec![];
+        let own = state.pieces(&state.division, &[state.position], arrays.clone());
+        let mut contents = reserved(state.memory.bytes())?;
+        // SAFETY: as in `read`.
+        unsafe { state.memory.read(&mut contents) }?;
         for bucket in &state.buckets {
-            let mut all = reserved(bucket.memory.bytes())?;
-            // SAFETY: as in `read`.
-            unsafe { bucket.memory.read(&mut all) }?;
             for array in arrays.clone().filter(|&array| array <= bucket.slots) {
-                all[array * bucket.array..][..bucket.array].fill(0);
+                contents[bucket.place(array, 0)..][..bucket.array].fill(0);
             }
-            contents.push(all);
         }
         Ok(Assembly { state, own, contents })
     }
 
     /// Copies this rank's share of a part of another rank's stream. The part begins `at` bytes into
-    /// that stream; `theirs` are the pieces of that rank.
+    /// that stream; `theirs` are its pieces.
     pub(super) fn add(&mut self, theirs: &[Piece], at: usize, bytes: &[u8]) {
         let end = at + bytes.len();
         let from = theirs.partition_point(|piece| piece.before <= at).saturating_sub(1);
@@ -69,24 +67,19 @@ impl<'a> Assembly<'a> {
             for own in self.own[first..].iter().take_while(is_near) {
                 let mine = own.run.first * size..(own.run.first + own.run.packs) * size;
                 let both = shown.start.max(mine.start)..shown.end.min(mine.end);
-                let to = own.array * bucket.array
-                    + (own.run.at * size + (both.start - mine.start)) as usize;
+                let to = bucket.place(own.array, own.run.at) + (both.start - mine.start) as usize;
                 let skipped =
                     (piece.before as i64 - at as i64 + (both.start - start) as i64) as usize;
                 let count = (both.end - both.start) as usize;
-                self.contents[own.bucket][to..to + count]
-                    .copy_from_slice(&bytes[skipped..skipped + count]);
+                self.contents[to..to + count].copy_from_slice(&bytes[skipped..skipped + count]);
             }
         }
     }
 
     /// Writes the state. No average may be running.
     pub(super) fn write(self) -> Result<(), String> {
-        for (bucket, contents) in self.state.buckets.iter().zip(&self.contents) {
-            // SAFETY: as in `read`.
-            unsafe { bucket.memory.overwrite(contents) }?;
-        }
-        Ok(())
+        // SAFETY: as in `read`.
+        unsafe { self.state.memory.overwrite(&self.contents) }
     }
 }
 

@@ -9,6 +9,7 @@ use crate::averager::coded::Reference;
 use crate::averager::ParamAverager;
 use crate::bucket::{Division, Run};
 use crate::error::StateError;
+use crate::plan::End;
 use crate::saved::{Reader, Writer};
 use crate::Result;
 
@@ -83,7 +84,8 @@ impl ParamAverager {
         to.u32(state.position);
         to.u8((self.anchor == AnchorState::Set).into());
         to.u8(self.mixed.into());
-        let stream = state.read(ALL).map_err(|reason| self.state_error(reason))?;
+        let stream =
+            state.read(&[state.position], ALL).map_err(|reason| self.state_error(reason))?;
         to.bytes(&stream);
         Ok(Some(to.0))
     }
@@ -114,7 +116,7 @@ impl ParamAverager {
         if !shards.iter().all(is_whole) {
             return Err(StateError::Corrupt);
         }
-        let pieces = |shard: &Shard| own.pieces(&shard.division, shard.position, ALL);
+        let pieces = |shard: &Shard| own.pieces(&shard.division, &[shard.position], ALL);
         let all: Vec<Vec<Piece>> = shards.iter().map(pieces).collect();
         let (lacks, of) = own.lacks(&all);
         if lacks > 0 {
@@ -130,6 +132,9 @@ impl ParamAverager {
         self.anchor = if is_set { AnchorState::Set } else { AnchorState::Missing };
         self.mixed = shards.iter().any(|shard| shard.is_mixed);
         self.inherited = None;
+        // Until the first step of all ranks from what they have loaded.
+        own.note_previous(false);
+        self.end = End::Anchor;
         // The outer parameters are other ones than those that the ranks have had last.
         self.reference = Reference::Missing;
         Ok(())

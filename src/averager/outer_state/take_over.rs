@@ -1,15 +1,16 @@
 //! Transfer of the outer optimizer's state to the ranks of a later view.
 
 use super::assembly::{Assembly, Piece};
+use super::sharing::parts;
 use super::OuterState;
 use crate::averager::ParamAverager;
-use crate::bucket::Division;
 use crate::world::Shown;
 use crate::Result;
 
 impl ParamAverager {
     /// Takes over the outer optimizer's slots from an earlier view, whose ranks had other shards.
-    /// Every rank shows its slots, piece by piece, and takes the parts of its new shard.
+    /// Every rank shows its slots, piece by piece, and those of the rank that was before it in the
+    /// ring, if it has them and that rank is lost. It takes the parts of its new shard.
     pub(super) fn take_over(&mut self) -> Result<()> {
         /// Bytes in a message. As text, a word has up to 21 bytes, and a message between processes
         /// takes 64 KiB.
@@ -17,25 +18,18 @@ impl ParamAverager {
         let Some(own) = self.own.outer.clone() else { return Ok(()) };
         let slots = 1..3;
         let old = self.inherited.clone();
-        let stream = old.as_ref().map_or(Ok(vec![]), |old| old.read(slots.clone()));
-        let stream = stream.map_err(|reason| self.state_lost(reason))?;
-        let shown = old.as_ref().map(|old| {
-            let Division { world, channels, chunk, is_ring } = old.division;
-            [world, channels, chunk, is_ring.into(), old.position].map(u64::from)
-        });
         let call = "the outer optimizer's state, at the first average of a view";
-        let words = shown.map_or(vec![], Vec::from);
+        let words = old.as_ref().map_or(vec![], |old| old.header());
         let headers = self.exchange(Shown { call: call.into(), words })?;
-        let pieces: Vec<Vec<Piece>> = headers
+        let parts = parts(headers.iter().map(|shown| &shown.words[..]));
+        let stream = match &old {
+            Some(old) => old.read(&parts[self.rank()].1, slots.clone()),
+            None => Ok(vec![]),
+        };
+        let stream = stream.map_err(|reason| self.state_lost(reason))?;
+        let pieces: Vec<Vec<Piece>> = parts
             .iter()
-            .map(|shown| match shown.words[..] {
-                [world, channels, chunk, is_ring, position] => {
-                    let [world, channels, chunk] = [world, channels, chunk].map(|word| word as u32);
-                    let division = Division { world, channels, chunk, is_ring: is_ring != 0 };
-                    own.pieces(&division, position as u32, slots.clone())
-                }
-                _ => vec![],
-            })
+            .map(|(division, positions)| own.pieces(division, positions, slots.clone()))
             .collect();
         self.lost_state = own.lost_share(&pieces);
         let assembly = Assembly::new(&own, slots);

@@ -3,6 +3,7 @@
 use proptest::prelude::*;
 
 use super::assembly::Assembly;
+use super::sharing::parts;
 use super::*;
 use crate::backend::MemorySpace;
 use crate::plan::End;
@@ -23,15 +24,20 @@ fn byte(bucket: usize, array: usize, at: u64) -> u8 {
 
 impl Model {
     fn state(&self, division: Division, position: u32) -> OuterState {
+        let mut end = 0;
         let bucket = |&(dtype, packs): &(Dtype, u64)| {
             let each = bucket::channel_packs(packs, division.channels);
             let shard = bucket::shard_packs(each, division.world, division.chunk);
             let pack_bytes = pack_bytes(dtype);
             let array = (shard * u64::from(division.channels)) as usize * pack_bytes;
-            let memory = Memory::new(&MemorySpace::Host, array * (self.slots + 1)).unwrap();
-            BucketState { memory, mean: None, packs, pack_bytes, array, slots: self.slots }
+            let at = end;
+            end += array * (self.slots + 1);
+            BucketState { at, mean: None, packs, pack_bytes, array, slots: self.slots }
         };
-        OuterState { division, position, buckets: self.buckets.iter().map(bucket).collect() }
+        let buckets = self.buckets.iter().map(bucket).collect();
+        let memory = Memory::new(&MemorySpace::Host, end).unwrap().into();
+        let is_previous_alike = AtomicBool::new(true);
+        OuterState { division, position, memory, buckets, previous: None, is_previous_alike }
     }
 
     /// Calls `f(bucket, array, byte of the array's index space, byte of the rank's memory)` for all
@@ -42,22 +48,19 @@ impl Model {
             for run in state.division.runs(of.packs, state.position) {
                 for array in 0..=self.slots {
                     for byte in 0..run.packs * size {
-                        let at = array * of.array + (run.at * size + byte) as usize;
-                        f(bucket, array, run.first * size + byte, at);
+                        let place = of.place(array, run.at) + byte as usize;
+                        f(bucket, array, run.first * size + byte, place);
                     }
                 }
             }
         }
     }
 
-    fn contents(&self, state: &OuterState) -> Vec<Vec<u8>> {
-        let read = |bucket: &BucketState| {
-            let mut all = vec![0; bucket.memory.bytes()];
-            // SAFETY: memory of this test.
-            unsafe { bucket.memory.read(&mut all) }.unwrap();
-            all
-        };
-        state.buckets.iter().map(read).collect()
+    fn contents(&self, state: &OuterState) -> Vec<u8> {
+        let mut all = vec![0; state.memory.bytes()];
+        // SAFETY: memory of this test.
+        unsafe { state.memory.read(&mut all) }.unwrap();
+        all
     }
 
     /// The state of a rank after some averages.
@@ -65,12 +68,10 @@ impl Model {
         let state = self.state(division, position);
         let mut contents = self.contents(&state);
         self.each_byte(&state, |bucket, array, at, place| {
-            contents[bucket][place] = byte(bucket, array, at);
+            contents[place] = byte(bucket, array, at);
         });
-        for (bucket, contents) in state.buckets.iter().zip(&contents) {
-            // SAFETY: memory of this test.
-            unsafe { bucket.memory.overwrite(contents) }.unwrap();
-        }
+        // SAFETY: memory of this test.
+        unsafe { state.memory.overwrite(&contents) }.unwrap();
         state
     }
 }
@@ -89,17 +90,35 @@ fn models() -> impl Strategy<Value = Model> {
 
 proptest! {
     /// Slots arrive whole, in messages of any size. Slots of lost ranks are 0, and their share is
-    /// reported. Anchors stay as they are.
+    /// reported; but where the next rank of the ring has that state, too, it shows it. Anchors stay
+    /// as they are.
     #[test]
     fn slots_arrive_in_any_later_view(
         model in models(), before in divisions(), after in divisions(), lost in 0u32..64,
-        words in prop_oneof![Just(1usize), Just(13), Just(2048), 1usize..400],
+        words in prop_oneof![Just(1usize), Just(13), Just(2048), 1usize..400], is_shared: bool,
     ) {
         let piece = 8 * words;
         let alive = |rank: &u32| lost >> rank & 1 == 0;
-        let old: Vec<OuterState> =
-            (0..before.world).filter(alive).map(|rank| model.filled(before, rank)).collect();
-        let streams: Vec<Vec<u8>> = old.iter().map(|old| old.read(1..3).unwrap()).collect();
+        let mut old: Vec<OuterState> =
+            (0..before.world).map(|rank| model.filled(before, rank)).collect();
+        if is_shared && before.world > 1 {
+            for rank in 0..old.len() {
+                let memory = old[(rank + old.len() - 1) % old.len()].memory().clone();
+                old[rank].set_previous(Some(memory));
+            }
+        }
+        old.retain(|old| alive(&old.position));
+        // One of them has joined.
+        let headers: Vec<Vec<u64>> =
+            [vec![]].into_iter().chain(old.iter().map(OuterState::header)).collect();
+        let parts = parts(headers.iter().map(|header| &header[..]));
+        let read = |(old, parts): (&OuterState, &(_, Vec<u32>))| old.read(&parts.1, 1..3).unwrap();
+        let streams: Vec<Vec<u8>> =
+            [vec![]].into_iter().chain(old.iter().zip(&parts[1..]).map(read)).collect();
+        let is_kept = |rank: &u32| {
+            let next = (rank + 1) % before.world;
+            alive(rank) || is_shared && before.world > 1 && alive(&next)
+        };
         let mut owner: Vec<Vec<u32>> =
             model.buckets.iter().map(|&(_, packs)| vec![u32::MAX; packs as usize]).collect();
         for (owner, &(_, packs)) in owner.iter_mut().zip(&model.buckets) {
@@ -110,11 +129,13 @@ proptest! {
             }
         }
         let all: usize = owner.iter().map(Vec::len).sum();
-        let gone = owner.iter().flatten().filter(|rank| !alive(rank)).count();
+        let gone = owner.iter().flatten().filter(|rank| !is_kept(rank)).count();
         for rank in 0..after.world {
             let state = model.filled(after, rank); // what was there before goes
-            let pieces: Vec<Vec<Piece>> =
-                old.iter().map(|old| state.pieces(&before, old.position, 1..3)).collect();
+            let pieces: Vec<Vec<Piece>> = parts
+                .iter()
+                .map(|(division, positions)| state.pieces(division, positions, 1..3))
+                .collect();
             let share = state.lost_share(&pieces);
             prop_assert!((share - gone as f64 / all as f64).abs() < 1e-9, "{share}, {gone}");
             let mut assembly = Assembly::new(&state, 1..3).unwrap();
@@ -128,9 +149,9 @@ proptest! {
             let mut wrong = None;
             model.each_byte(&state, |bucket, array, at, place| {
                 let size = state.buckets[bucket].pack_bytes as u64;
-                let is_kept = array == 0 || alive(&owner[bucket][(at / size) as usize]);
+                let is_kept = array == 0 || is_kept(&owner[bucket][(at / size) as usize]);
                 let want = if is_kept { byte(bucket, array, at) } else { 0 };
-                if contents[bucket][place] != want {
+                if contents[place] != want {
                     wrong.get_or_insert((bucket, array, at));
                 }
             });

@@ -31,6 +31,20 @@ pub fn kills_carry_the_velocity_over() {
     assert!(lost_most > 0.2, "a fourth of the state at least is lost with one of four ranks");
 }
 
+/// No promise says that memory of a device outlives its process.
+pub fn states_on_devices_are_not_shared() {
+    let case = Case { devices: &[0, 1], hidden: false, link: "auto", settings: &[THREE] };
+    let variables = |_| {
+        [("PA_TEST_SHARES", "1"), ("PA_TEST_FINAL", "2")].map(|(name, is)| (name, is.into())).into()
+    };
+    let Some(mut ranks) = case.start("outer", variables) else { return };
+    for rank in &mut ranks {
+        assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
+        let error = &rank.said("error")[0];
+        assert!(error.contains("share_outer_state") && error.contains("CUDA"), "{error}");
+    }
+}
+
 /// A process on a third device gets its shard of the velocity, and nothing is lost.
 pub fn a_joiner_takes_over_its_shard_of_the_velocity() {
     let Some(environment) = environment(&[THREE]) else { return };

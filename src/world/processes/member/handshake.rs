@@ -75,7 +75,7 @@ impl Member {
         let own = handshakes[self.rank()].clone();
         for unopened in unopened {
             let rank = unopened.rank;
-            let wanted @ [inbox, credits, control] = self.wanted(placement, rank);
+            let wanted @ [inbox, credits, control, state] = self.wanted(placement, rank);
             let theirs = unopened.open(Reader {
                 rank: self.rank(),
                 space: placement.space(self.rank()),
@@ -83,6 +83,7 @@ impl Member {
             })?;
             let right = (!inbox || bytes(&theirs.inbox) == bytes(&own.inbox))
                 && (!credits || bytes(&theirs.credits) == bytes(&own.credits))
+                && (!state || bytes(&theirs.state) == bytes(&own.state))
                 && (!control
                     || theirs
                         .control
@@ -118,10 +119,12 @@ impl Member {
         verdicts.into_iter().flatten().next().map_or(Ok(()), Err)
     }
 
-    /// True for the inbox, the credits and the control block of `rank` if this rank uses them.
-    fn wanted(&self, placement: &Placement, rank: usize) -> [bool; 3] {
+    /// True for the inbox, the credits, the control block and the state of `rank` if this rank uses
+    /// them.
+    fn wanted(&self, placement: &Placement, rank: usize) -> [bool; 4] {
         let (own, world) = (placement.position(self.rank()), self.ids().len());
         let position = placement.position(rank);
-        [position == (own + 1) % world, (position + 1) % world == own, rank == 0]
+        let is_previous = (position + 1) % world == own;
+        [position == (own + 1) % world, is_previous, rank == 0, is_previous]
     }
 }

@@ -21,8 +21,8 @@ pub(crate) struct WireHandshake {
     admission: Admission,
     ordinal: Option<String>,
     digest: Option<u64>,
-    /// Handles of inbox, credits and control block, as far as they exist.
-    memories: [Option<MemoryHandle>; 3],
+    /// Handles of inbox, credits, control block and state, as far as they exist.
+    memories: [Option<MemoryHandle>; 4],
 }
 
 /// The rank that opens the memory of a handshake.
@@ -30,8 +30,8 @@ pub(crate) struct WireHandshake {
 pub(crate) struct Reader<'a> {
     pub(crate) rank: usize,
     pub(crate) space: &'a MemorySpace,
-    /// True for inbox, credits and control block if the reader uses them.
-    pub(crate) wanted: [bool; 3],
+    /// True for inbox, credits, control block and state if the reader uses them.
+    pub(crate) wanted: [bool; 4],
 }
 
 impl WireHandshake {
@@ -40,6 +40,7 @@ impl WireHandshake {
             handshake.inbox.as_deref(),
             handshake.credits.as_deref(),
             handshake.control.as_ref().map(|c| c.memory()),
+            handshake.state.as_deref(),
         ];
         let mut files = vec![];
         let memories = memories.map(|memory| {
@@ -77,6 +78,7 @@ impl WireHandshake {
             inbox: None,
             credits: None,
             control: None,
+            state: None,
         };
         Ok(Unopened {
             rank,
@@ -93,7 +95,7 @@ impl WireHandshake {
 pub(crate) struct Unopened {
     pub(crate) rank: usize,
     pub(crate) handshake: Handshake,
-    memories: [Option<MemoryHandle>; 3],
+    memories: [Option<MemoryHandle>; 4],
     files: Vec<OwnedFd>,
     is_short: bool,
 }
@@ -127,6 +129,7 @@ impl Unopened {
         handshake.inbox = open(0)?.map(Arc::new);
         handshake.credits = open(1)?.map(Arc::new);
         handshake.control = open(2)?.map(|memory| Arc::new(Control::of(memory)));
+        handshake.state = open(3)?.map(Arc::new);
         Ok(handshake)
     }
 }

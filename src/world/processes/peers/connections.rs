@@ -369,7 +369,7 @@ const KINDS: [Kind; 9] = [
     Kind::Reach,
 ];
 /// Files of the largest message, a handshake.
-const MOST_FILES: usize = 3;
+const MOST_FILES: usize = 4;
 
 #[cfg(test)]
 mod tests;

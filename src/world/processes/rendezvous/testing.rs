@@ -43,7 +43,7 @@ impl Receiver {
         match self {
             Receiver::Listener => 1,
             Receiver::Waiting => frame::MOST_FILES,
-            Receiver::Peer => 3,
+            Receiver::Peer => 4,
         }
     }
 
@@ -80,7 +80,7 @@ impl Received {
 
     /// Parses the message as its receiver does, which is `rank`. `wanted` is the memory of a
     /// handshake that the receiver opens. False for an invalid message.
-    pub fn parse(self, rank: &Rank, wanted: [bool; 3]) -> bool {
+    pub fn parse(self, rank: &Rank, wanted: [bool; 4]) -> bool {
         let frame = self.0;
         match frame.kind {
             Kind::Hello => frame.parse::<Hello>().is_ok(),
@@ -133,7 +133,7 @@ impl Rank {
                     "refusal": null, "options": [["slots", "4"]], "tensors": ["tensor"],
                     "course": { "position": 0, "anchor": 0, "local_steps": 0 },
                     "admission": "None", "ordinal": null,
-                    "memories": [memory(1), memory(4096), memory(4097)],
+                    "memories": [memory(1), memory(4096), memory(4097), null],
                 });
                 (Kind::Handshake, serde_json::to_vec(&handshake))
             }
@@ -197,7 +197,7 @@ mod tests {
             // A welcome and a handshake lack their files, which are not part of the message.
             let has_files = [Kind::Welcome as u8, Kind::Handshake as u8].contains(&number);
             match has_files {
-                false => assert!(received.parse(&rank, [true; 3]), "{kind}"),
+                false => assert!(received.parse(&rank, [true; 4]), "{kind}"),
                 true if number == Kind::Welcome as u8 => {
                     drop(received.0.parse::<Welcome>().unwrap())
                 }

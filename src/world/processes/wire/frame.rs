@@ -15,7 +15,7 @@ pub(crate) use receive::{receive, short_of_files};
 pub(crate) use send::{send, send_to_all};
 
 /// Version of all messages. A message of another version is refused.
-const VERSION: u16 = 6;
+const VERSION: u16 = 7;
 const MAGIC: [u8; 4] = *b"PAVG";
 const HEADER: usize = 20;
 /// Error kind: this process lacks file descriptors or memory for a message.

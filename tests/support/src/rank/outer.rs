@@ -48,6 +48,13 @@ struct History {
     velocity: Vec<f32>,
     /// Velocities of elements that were lost, by the recovery in which they began at 0.
     of_lost: Vec<Vec<f32>>,
+    /// Velocities of elements whose rank was lost before it had made the last step, and whose state
+    /// was not.
+    of_late: Vec<Vec<f32>>,
+}
+
+fn is_shared() -> bool {
+    number("PA_TEST_SHARES") == Some(1)
 }
 
 fn flat(model: &[Vec<f32>]) -> Vec<f32> {
@@ -65,7 +72,8 @@ fn mean(members: u64, round: u64) -> Vec<f32> {
 
 impl Expected {
     fn new(anchor: Vec<f32>) -> Self {
-        let history = History { velocity: vec![0.0; anchor.len()], of_lost: vec![] };
+        let velocity = vec![0.0; anchor.len()];
+        let history = History { velocity, of_lost: vec![], of_late: vec![] };
         Expected { anchor, histories: vec![history] }
     }
 
@@ -77,16 +85,19 @@ impl Expected {
         let made = |velocity: f32, i: usize| step(self.anchor[i], velocity, mean[i]);
         let fits =
             |velocities: &[f32], i: usize| (made(velocities[i], i).1 - model[i]).abs() <= tolerance;
-        // For each element the velocity that fits and, where a lost one fits as well, since the two
-        // differ by less than the model's rounding, that one too.
+        // For each element the velocity that fits and, where another one fits as well, since the
+        // two differ by less than the model's rounding, that one too.
         let explain = |history: &History| {
             let one = |i: usize| {
-                let lost = history.of_lost.iter().filter(|lost| fits(lost, i));
-                let lost = || lost.clone().next_back().map(|lost| lost[i]); // 0 is the last one
-                let is_kept = fits(&history.velocity, i);
-                let velocity = if is_kept { history.velocity[i] } else { lost()? };
-                let other = lost().unwrap_or(velocity);
-                Some((made(velocity, i).0, made(other, i).0, is_kept))
+                let fitting = |all: &[Vec<f32>]| {
+                    all.iter().rfind(|other| fits(other, i)).map(|other| other[i])
+                };
+                let late = fitting(&history.of_late);
+                let kept = fitting(std::slice::from_ref(&history.velocity)).or(late);
+                let other = fitting(&history.of_lost).or(late); // 0 is the last one
+                let velocity = kept.or(other)?;
+                let other = other.unwrap_or(velocity);
+                Some((made(velocity, i).0, made(other, i).0, kept.is_some()))
             };
             (0..model.len()).map(one).collect::<Option<Vec<(f32, f32, bool)>>>()
         };
@@ -98,7 +109,7 @@ impl Expected {
         let lost = found.iter().filter(|(_, _, is_kept)| !is_kept).count();
         let velocity = found.iter().map(|(velocity, ..)| *velocity).collect();
         let other = found.iter().map(|(_, other, _)| *other).collect();
-        self.histories = vec![History { velocity, of_lost: vec![other] }];
+        self.histories = vec![History { velocity, of_lost: vec![other], of_late: vec![] }];
         self.anchor = model;
         lost as f64 / found.len() as f64
     }
@@ -112,6 +123,12 @@ impl Expected {
         let made = |history: &History| History {
             velocity: after(&history.velocity),
             of_lost: history.of_lost.iter().map(after).collect(),
+            of_late: match is_shared() {
+                true => {
+                    history.of_late.iter().map(after).chain([history.velocity.clone()]).collect()
+                }
+                false => vec![],
+            },
         };
         let made: Vec<History> = self.histories.iter().map(made).collect();
         self.histories.extend(made);
@@ -137,7 +154,8 @@ pub fn outer() -> i32 {
     let options = |communicator| {
         let builder = builder(communicator).start_from(Start::Rank(0));
         let overlap = Overlap::default().delay(number("PA_TEST_OVERLAP").unwrap_or(0));
-        builder.outer(Outer::nesterov(0.5, 0.75)).overlap(overlap)
+        let builder = builder.outer(Outer::nesterov(0.5, 0.75)).overlap(overlap);
+        builder.share_outer_state(is_shared())
     };
     let mut averager = match join().and_then(|world| options(world).build(&mut model)) {
         Ok(averager) => averager,
