@@ -205,6 +205,48 @@
 //! | average | hivemind; DES-LOC with a longer period for each moment | a second averager over the moments, without an outer optimizer, from [`Start::Own`](crate::Start::Own), in a `LocalSgd` with a period of its own |
 //! | reset after an average | flodl with Nesterov, diloco-rs | zero them when [`Action::report`](crate::Action::report) is `Some` |
 //!
+//! Each is a line or two of the trainer. Periods of moments are in steps, as in DES-LOC, where they
+//! are multiples of the parameters':
+//!
+//! ```
+//! use param_averager::{Communicator, Device, LocalSgd, ParamAverager, Result, Schedule, Start};
+//!
+//! #[derive(Clone, Copy)]
+//! enum Inner { Keep, Average, Reset }
+//!
+//! fn train(communicator: Communicator, inner: Inner) -> Result<f32> {
+//!     let target = communicator.rank() as f32;
+//!     let (mut weights, mut moments) = (vec![0.0f32; 100], vec![0.0f32; 100]);
+//!     let builder = ParamAverager::builder(communicator.clone());
+//!     let mut sgd = LocalSgd::new(builder.build(&mut weights)?, Schedule::every(2));
+//!     let builder = ParamAverager::builder(communicator).start_from(Start::Own);
+//!     let mut second = LocalSgd::new(builder.build(&mut moments)?, Schedule::every(6));
+//!     for _batch in 0..12 {
+//!         for (weight, moment) in weights.iter_mut().zip(&mut moments) {
+//!             *moment = 0.9 * *moment + (*weight - target); // momentum, a loss of each rank's own
+//!             *weight -= 0.01 * *moment;
+//!         }
+//!         let action = sgd.step(&mut weights)?;
+//!         match inner {
+//!             Inner::Keep => {}
+//!             Inner::Average => drop(second.step(&mut moments)?),
+//!             Inner::Reset => if action.report().is_some() { moments.fill(0.0) },
+//!         }
+//!     }
+//!     Ok(moments[0])
+//! }
+//!
+//! let run = |inner| Communicator::run(&[Device::cpu(); 2], move |rank| train(rank, inner));
+//! let [keep, average, reset] = [Inner::Keep, Inner::Average, Inner::Reset].map(run);
+//! let (keep, average) = (keep?, average?);
+//! assert!(keep[0] != keep[1] && average[0] == average[1]);
+//! assert_eq!(reset?, [0.0; 2]);
+//! # Ok::<(), param_averager::Error>(())
+//! ```
+//!
+//! After a rank was lost, both are recovered, in the same order on every rank: see
+//! [`LocalSgd::recover`](crate::LocalSgd::recover).
+//!
 //! Momentum that is kept moves a rank on in its direction before the average. Heavy momentum has
 //! cost accuracy that way (tensorflow/tensorflow issue 11581, pytorch/pytorch issue 59699): average
 //! or reset it then.

@@ -45,6 +45,13 @@ fn cases() -> impl Strategy<Value = Case> {
     })
 }
 
+/// Values of a rank's tensors: the last result, what it averages, and the result.
+struct Round {
+    last: Vec<Vec<f64>>,
+    own: Vec<Vec<f64>>,
+    found: Vec<Vec<f64>>,
+}
+
 fn values_of(tensor: &Guarded) -> Vec<f64> {
     (0..tensor.elements).map(|element| tensor.get(element)).collect()
 }
@@ -76,7 +83,7 @@ impl Case {
                 assert!(model.iter().all(Guarded::guards_are_whole));
                 if is_of_all {
                     let found: Vec<Vec<f64>> = model.iter().map(values_of).collect();
-                    rounds.push((last, own, found));
+                    rounds.push(Round { last, own, found });
                 }
             }
             rounds
@@ -85,15 +92,15 @@ impl Case {
         let weights: Vec<f64> =
             (1..=all.len()).map(|weight| if self.weighted { weight as f64 } else { 1.0 }).collect();
         for round in 0..ROUNDS {
-            let found = &all[0][round].2;
-            assert!(all.iter().all(|rank| rank[round].2 == *found), "{self:?}: ranks differ");
+            let found = &all[0][round].found;
+            assert!(all.iter().all(|rank| rank[round].found == *found), "{self:?}: ranks differ");
             if self.every > 1 {
                 continue; // values of one host alone have been averaged before, too
             }
             for (tensor, &(dtype, elements, _)) in self.layout.iter().enumerate() {
                 for element in 0..elements {
                     let values: Vec<f64> =
-                        all.iter().map(|rank| rank[round].1[tensor][element]).collect();
+                        all.iter().map(|rank| rank[round].own[tensor][element]).collect();
                     let (expected, size) = mean(&values, &weights);
                     let found = found[tensor][element];
                     let most = all.iter().map(|rank| largest(&rank[round])).fold(0.0, f64::max);
@@ -111,8 +118,8 @@ impl Case {
 }
 
 /// Largest difference of a rank's values from the last result.
-fn largest((last, own, _): &(Vec<Vec<f64>>, Vec<Vec<f64>>, Vec<Vec<f64>>)) -> f64 {
-    let differences = last.iter().flatten().zip(own.iter().flatten());
+fn largest(round: &Round) -> f64 {
+    let differences = round.last.iter().flatten().zip(round.own.iter().flatten());
     differences.map(|(last, own)| (own - last).abs()).fold(0.0, f64::max)
 }
 
@@ -206,10 +213,10 @@ fn what_codes_round_away_is_sent_later() {
             }
             sums
         });
-        for element in 0..300 {
+        for (element, sum) in sums[0][0].iter().enumerate() {
             let mean = |round| (value(0, round, element) + value(1, round, element)) / 2.0;
             let expected: f64 = (0..ROUNDS).map(|round| f64::from(mean(round))).sum();
-            let off = (sums[0][0][element] - expected).abs();
+            let off = (sum - expected).abs();
             // A step of the block is 160 / 127, of which half is owed twice. Without what is owed,
             // each of the results would be off by as much as 1.
             assert!(off < 2.0 * 160.0 / 127.0, "{code:?}, element {element}: {off}");
