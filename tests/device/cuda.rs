@@ -20,7 +20,6 @@ mod telemetry;
 mod way;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use test_support::simulator::{self, no_driver, scenario, Driver, Setting};
 use test_support::{tool, Skip};
@@ -30,15 +29,11 @@ pub use outer::outers;
 pub use scenarios::run;
 pub use stage::{staged, with_stage};
 
-fn compiler() -> String {
-    std::env::var("CXX").ok().filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".into())
-}
-
 /// Skips where the driver of `cuda/strict_driver.cpp` can't be had.
 pub fn no_strict_driver() -> Skip {
     match simulator::on_own_driver() {
         true => None, // the test itself tells it from a simulated driver
-        false => simulator::missing().or_else(|| tool(&compiler(), &["--version"])),
+        false => simulator::missing().or_else(|| tool(&test_support::compiler(), &["--version"])),
     }
 }
 
@@ -52,22 +47,11 @@ fn strict(name: &str, settings: &[Setting<'_>]) {
     };
     let strict = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     std::fs::create_dir_all(&strict).unwrap();
-    let output = Command::new(compiler())
-        .args([
-            "-std=c++17",
-            "-O1",
-            "-shared",
-            "-fPIC",
-            "-pthread",
-            "tests/device/cuda/strict_driver.cpp",
-            "-Wl,--no-as-needed",
-            "-o",
-        ])
-        .args([strict.join("libcuda.so"), folder.join("libcuda.so.1")])
-        .arg("-ldl")
-        .output()
-        .expect("the compiler runs");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    test_support::shared_library(
+        "tests/device/cuda/strict_driver.cpp".as_ref(),
+        &strict.join("libcuda.so"),
+        &[folder.join("libcuda.so.1").as_ref()],
+    );
     let path = format!("{}:{}", strict.display(), folder.display());
     scenario(name, &[&[&[("LD_LIBRARY_PATH", path.as_str())], settings].concat()]);
 }

@@ -79,31 +79,13 @@ fn methods(table: &str) -> Vec<String> {
 
 /// The stand-in for NCCL. It needs `_Float16` of the compiler.
 fn fake_nccl() -> &'static str {
-    static LIBRARY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
+    static LIBRARY: OnceLock<PathBuf> = OnceLock::new();
     let build = || {
-        let compiler =
-            std::env::var_os("CXX").filter(|name| !name.is_empty()).unwrap_or_else(|| "c++".into());
         let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join("libfake_nccl.so");
-        let mut command = Command::new(compiler);
-        command.args([
-            "-std=c++17",
-            "-O1",
-            "-shared",
-            "-fPIC",
-            "-pthread",
-            "tests/bench_cuda/fake_nccl.cpp",
-            "-o",
-        ]);
-        let output =
-            command.arg(&library).arg("-ldl").output().map_err(|error| error.to_string())?;
-        output
-            .status
-            .success()
-            .then_some(library)
-            .ok_or(String::from_utf8_lossy(&output.stderr).into_owned())
+        test_support::shared_library("tests/bench_cuda/fake_nccl.cpp".as_ref(), &library, &[]);
+        library
     };
-    let built = LIBRARY.get_or_init(build);
-    built.as_ref().unwrap_or_else(|reason| panic!("{reason}")).to_str().unwrap()
+    LIBRARY.get_or_init(build).to_str().expect("a name in UTF-8")
 }
 
 /// No figure of time anywhere, and it says why.

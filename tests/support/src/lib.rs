@@ -6,6 +6,8 @@ mod guarded;
 mod harness;
 pub mod layout;
 mod needs;
+#[cfg(target_os = "linux")]
+pub mod network;
 pub mod notices;
 mod options;
 mod oracle;
@@ -20,7 +22,7 @@ mod threads;
 
 pub use guarded::{bits, guards_are_whole, put, Guarded, GUARD};
 pub use harness::{main, main_with_threads, partly, says_more, Skip, Test};
-pub use needs::{gpu_kernels, tool};
+pub use needs::{compiler, gpu_kernels, shared_library, tool};
 pub use options::options;
 pub use oracle::{fnv1a, format, mean, ulp};
 pub use random::{count, seed, stress, Random};

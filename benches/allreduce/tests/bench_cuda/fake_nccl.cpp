@@ -6,11 +6,10 @@
 // FAKE_NCCL: "crash" ends the process when ranks join, "hang" never lets them, "late" lets an
 // all-reduce fail in the process that measures, though it did not when it was tried.
 // FAKE_NCCL_VERSION: the version that it returns.
+#include "../../../../tests/support/nccl/standin.hpp"
+
 #include <condition_variable>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <dlfcn.h>
 #include <mutex>
 #include <unistd.h>
 #include <vector>
@@ -43,15 +42,7 @@ struct Comm { int rank; };
 struct Call { uint64_t buffer; size_t count; int type, op; Comm *comm; void *stream; };
 thread_local std::vector<Call> calls;
 
-template <class F> F driver(const char *name) {
-    static void *library = dlopen("libcuda.so.1", RTLD_NOW);
-    return reinterpret_cast<F>(dlsym(library, name));
-}
-
-bool is(const char *fault) {
-    const char *wanted = std::getenv("FAKE_NCCL");
-    return wanted && !std::strcmp(wanted, fault);
-}
+bool is(const char *fault) { return asks_for("FAKE_NCCL", fault); }
 
 struct bf16 {
     uint16_t bits;
@@ -105,8 +96,6 @@ int run(const Call &call) {
 } // namespace
 
 extern "C" {
-struct UniqueId { char bytes[128]; };
-
 int ncclGetVersion(int *version) {
     const char *wanted = std::getenv("FAKE_NCCL_VERSION");
     *version = wanted ? std::atoi(wanted) : 23203;
