@@ -6,11 +6,15 @@ use std::time::Duration;
 use super::bootstrap::{AbortHandle, Bootstrap, Elastic, Rebuild};
 use super::exchange::{ExchangeId, Shown};
 use super::handshake::{Agreement, Handshake};
+use super::host_place::HostPlace;
 use super::in_process::ThreadBootstrap;
 use super::placement::Placement;
 use crate::abi::PA_MAX_WORLD;
 use crate::backend::MemorySpace;
 use crate::{Device, Error, Result};
+
+/// Default of `CommunicatorBuilder::timeout`.
+pub(super) const TIMEOUT: Duration = Duration::from_secs(600);
 
 /// The membership of one rank in a world. Send it to the thread that trains this rank.
 ///
@@ -20,8 +24,10 @@ use crate::{Device, Error, Result};
 #[derive(Clone, Debug)]
 pub struct Communicator {
     bootstrap: Arc<dyn Bootstrap>,
-    /// Number of hosts that the launcher has started ranks on.
-    hosts: usize,
+    place: HostPlace,
+    /// Longest wait for the others as a world, or a link to other hosts, is made.
+    #[cfg_attr(not(feature = "nccl"), allow(dead_code))]
+    timeout: Duration,
 }
 
 impl Communicator {
@@ -63,20 +69,38 @@ impl Communicator {
     }
 
     pub(crate) fn of(bootstrap: Arc<dyn Bootstrap>) -> Communicator {
-        Communicator { bootstrap, hosts: 1 }
+        Communicator { bootstrap, place: HostPlace::default(), timeout: TIMEOUT }
     }
 
-    /// The same rank, in a job of this many hosts.
+    /// The same rank, at this place among hosts.
     #[cfg(processes)]
-    pub(super) fn on_hosts(self, hosts: usize) -> Communicator {
-        Communicator { hosts, ..self }
+    pub(super) fn at(self, place: HostPlace, timeout: Duration) -> Communicator {
+        Communicator { place, timeout, ..self }
     }
 
     /// The number of hosts that the launcher of this process has started ranks on, with the ranks
     /// of this communicator on each. 1 unless the communicator was made by `from_env`. More than 1
     /// need a link between them, [`Builder::hosts`](crate::Builder::hosts).
     pub fn hosts(&self) -> usize {
-        self.hosts
+        self.place.hosts
+    }
+
+    /// The number of this host among [`hosts`](Self::hosts), from 0, the same for all its ranks:
+    /// torchrun's `GROUP_RANK` where `PARAM_AVERAGER_HOSTS=agents` is set, Slurm's `SLURM_NODEID`,
+    /// and for Open MPI and MPICH the rank divided by the number of ranks on a host. `None` if they
+    /// have not numbered the ranks host by host, as by `mpirun --map-by node`.
+    pub fn host(&self) -> Option<usize> {
+        self.place.host
+    }
+
+    #[cfg(feature = "nccl")]
+    pub(crate) fn place(&self) -> &HostPlace {
+        &self.place
+    }
+
+    #[cfg(feature = "nccl")]
+    pub(crate) fn timeout(&self) -> Duration {
+        self.timeout
     }
 
     /// The rank of this communicator, from 0 to `world_size() - 1`.
@@ -134,7 +158,7 @@ impl Communicator {
     /// `admits`.
     pub(crate) fn next(&self, timeout: Duration, admits: bool) -> Result<Communicator> {
         let next = self.bootstrap.change_view(timeout, admits).map(Communicator::of)?;
-        Ok(Communicator { hosts: self.hosts, ..next })
+        Ok(Communicator { bootstrap: next.bootstrap, ..self.clone() })
     }
 
     /// Exchanges handshakes with all ranks and returns them if they agree; see

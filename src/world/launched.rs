@@ -3,14 +3,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::communicator::Communicator;
+use super::communicator::{Communicator, TIMEOUT};
+use super::host_place::HostPlace;
 use super::processes::{Known, ProcessBootstrap, Setup};
 use super::world_id::WorldId;
 use crate::abi::PA_MAX_WORLD;
 use crate::{Device, Error, Result};
-
-/// Default of `CommunicatorBuilder::timeout`.
-const TIMEOUT: Duration = Duration::from_secs(600);
 
 impl Communicator {
     /// Joins the ranks of a new world of processes on this host, as the rank that its launcher has
@@ -40,7 +38,9 @@ impl Communicator {
     ///
     /// **Several hosts.** Where Open MPI, MPICH or Slurm have started equally many ranks on each of
     /// several hosts, the world is that of this host's ranks, numbered from 0 on each host, and
-    /// [`Communicator::hosts`] is the number of hosts. Averages over all of them need a link,
+    /// [`Communicator::hosts`] is the number of hosts. So it is with torchrun where
+    /// `PARAM_AVERAGER_HOSTS=agents` says that each agent, `GROUP_RANK` of `GROUP_WORLD_SIZE`, is a
+    /// host; without it, all agents are taken to be on one. Averages over all hosts need a link,
     /// [`Builder::hosts`](crate::Builder::hosts).
     ///
     /// **Rendezvous.** Ranks find one another by the name of their world. The name is made from the
@@ -125,7 +125,7 @@ impl Communicator {
             variable: None,
             device: Device::cpu(),
             timeout: TIMEOUT,
-            hosts: 1,
+            place: HostPlace::default(),
         }
     }
 }
@@ -151,7 +151,7 @@ pub struct CommunicatorBuilder {
     variable: Option<&'static str>,
     device: Device,
     timeout: Duration,
-    hosts: usize,
+    place: HostPlace,
 }
 
 impl CommunicatorBuilder {
@@ -224,7 +224,7 @@ impl CommunicatorBuilder {
         (self.rank, self.world_size) = (Some(found.rank), Some(found.world_size));
         (self.rendezvous, self.source, self.variable) =
             (Some(found.name), found.source, found.variable);
-        self.hosts = found.hosts;
+        self.place = found.place;
         if self.known == Known::No {
             self.known = found.known;
         }
@@ -241,7 +241,7 @@ impl CommunicatorBuilder {
             source: self.source,
             known: self.known,
             variable: self.variable,
-            hosts: self.hosts,
+            place: self.place,
         };
         meet(setup, self.device, self.timeout)
     }
@@ -286,9 +286,9 @@ fn meet(setup: Setup, device: Device, timeout: Duration) -> Result<Communicator>
         );
         return Err(Error::Environment { problem });
     }
-    let hosts = setup.hosts;
+    let place = setup.place.clone();
     let bootstrap = ProcessBootstrap::meet(setup, device, timeout)?;
-    Ok(Communicator::of(Arc::new(bootstrap)).on_hosts(hosts))
+    Ok(Communicator::of(Arc::new(bootstrap)).at(place, timeout))
 }
 
 impl Communicator {

@@ -7,6 +7,7 @@ mod control;
 mod exchange;
 mod gather;
 mod handshake;
+mod host_place;
 mod in_process;
 #[cfg(processes)]
 #[cfg_attr(docsrs, doc(cfg(all(target_os = "linux", feature = "processes"))))]
@@ -24,6 +25,7 @@ pub use communicator::Communicator;
 pub(crate) use control::{Control, MetWeight};
 pub(crate) use exchange::{ExchangeId, Shown, MOST_WORDS};
 pub(crate) use handshake::{Admission, Agreement, Handshake};
+pub(crate) use host_place::HostPlace;
 #[cfg(processes)]
 pub use launched::CommunicatorBuilder;
 pub(crate) use placement::Placement;

@@ -21,6 +21,7 @@ use crate::error::Phase;
 use crate::world::bootstrap::{Abort, AbortHandle, Bootstrap, Elastic, Rebuild};
 use crate::world::exchange::{in_exchange, missing, ExchangeId, Shown};
 use crate::world::handshake::{Agreement, Handshake};
+use crate::world::host_place::HostPlace;
 use crate::world::placement::Placement;
 use crate::world::world_id::WorldId;
 use crate::{notice, Device, Error, Result};
@@ -59,8 +60,7 @@ pub(crate) struct Setup {
     pub(crate) known: Known,
     /// The variable that gave the rank.
     pub(crate) variable: Option<&'static str>,
-    /// Number of hosts with as many ranks each.
-    pub(crate) hosts: usize,
+    pub(crate) place: HostPlace,
 }
 
 impl Setup {
@@ -68,9 +68,9 @@ impl Setup {
     pub(crate) fn of_the_environment(given: Option<String>) -> Result<Setup> {
         let failed = |problem| Error::Environment { problem };
         launcher::variables().try_for_each(|name| text(name).map(drop))?;
-        let launcher::Launched { rank, world_size, name, source, known, variable, hosts } =
+        let launcher::Launched { rank, world_size, name, source, known, variable, place } =
             launcher::Launched::find(variable, given).map_err(failed)?;
-        Ok(Setup { rank, world_size, name, source, known, variable: Some(variable), hosts })
+        Ok(Setup { rank, world_size, name, source, known, variable: Some(variable), place })
     }
 
     /// True if a launcher has set a rank.

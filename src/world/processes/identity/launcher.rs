@@ -1,11 +1,13 @@
 //! Rank, world size and job of this process, from the environment variables that launchers set.
 
+mod hosts;
 #[cfg(test)]
 mod tests;
 
 use crate::abi::PA_MAX_WORLD;
 use crate::world::processes::identity::ancestry::Process;
 use crate::world::processes::identity::job::Known;
+use crate::world::HostPlace;
 
 /// The values found in the environment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,8 +21,7 @@ pub(crate) struct Launched {
     pub(crate) known: Known,
     /// The variable that gave the rank.
     pub(crate) variable: &'static str,
-    /// Number of hosts with as many ranks each.
-    pub(crate) hosts: usize,
+    pub(crate) place: HostPlace,
 }
 
 /// The variables of one launcher: rank, world size, and the number of ranks on this host, if it
@@ -104,7 +105,8 @@ pub(crate) fn variables() -> impl Iterator<Item = &'static str> {
         let Launcher { rank, world_size, local_size, local_rank, job, .. } = *launcher;
         [rank, world_size, local_size, local_rank].into_iter().chain(job.iter().copied())
     };
-    LAUNCHERS.iter().flat_map(of).chain([RENDEZVOUS]).filter(|name| *name != PARENT)
+    let more = [RENDEZVOUS].into_iter().chain(hosts::VARIABLES);
+    LAUNCHERS.iter().flat_map(of).chain(more).filter(|name| *name != PARENT)
 }
 
 /// The process that started all ranks of this host, as pid and start time. Wrappers of single ranks
@@ -232,10 +234,10 @@ impl Launched {
         };
         let (mut rank, mut world_size) = (number(launcher.rank)?, number(launcher.world_size)?);
         let (mut a, mut b) = (launcher.rank, launcher.world_size);
-        let hosts = launcher.hosts(&get, world_size)?;
-        if hosts > 1 {
+        let place = launcher.place(&get, rank, world_size)?;
+        if place.hosts > 1 {
             (a, b) = (launcher.local_rank, launcher.local_size);
-            (rank, world_size) = (number(a)?, world_size / hosts);
+            (rank, world_size) = (number(a)?, world_size / place.hosts);
         }
         if !(1..=PA_MAX_WORLD as usize).contains(&world_size) {
             return Err(format!(
@@ -260,18 +262,21 @@ impl Launched {
                 return Err(format!(
                     "{c} is {local} and {b} is {world_size}: all ranks of torchrun must be \
                      processes of one host; if they are, set MASTER_ADDR to localhost, or \
-                     {RENDEZVOUS} to one name, on all of them; for several hosts start the ranks \
-                     with mpirun or srun"
+                     {RENDEZVOUS} to one name, on all of them; if each agent runs on a host of \
+                     its own, set {}=agents on all of them, or start the ranks with mpirun or \
+                     srun",
+                    hosts::HOSTS
                 ));
             }
         }
         let known = || match get(launcher.knows) {
-            Some(_) => Known::By(launcher.name.into(), launcher.id(&get)),
+            Some(_) => Known::By(launcher.name.into(), launcher.id(&get, &place)),
             None => Known::No,
         };
         let found = |name: String, source: String, known: Known| {
             let variable = launcher.rank;
-            Ok(Launched { rank, world_size, name, source, known, variable, hosts })
+            let place = place.clone();
+            Ok(Launched { rank, world_size, name, source, known, variable, place })
         };
         if let Some(name) = given {
             return found(name, "set by Communicator::builder().rendezvous(..)".into(), known());
@@ -300,30 +305,8 @@ impl Launched {
         }
         let there = launcher.job.iter().filter(|name| get(name).is_some());
         let source = format!("made from {}", there.copied().collect::<Vec<_>>().join(", "));
-        found(launcher.id(&get), source, known())
+        found(launcher.id(&get, &place), source, known())
     }
-}
-
-/// The number of ranks on each host, if it is the same on all: of a number, or of a list as Slurm
-/// has it, such as "4(x2)" or "4,4", which adds up to `world_size`.
-fn equal_ranks(list: &str, world_size: usize) -> Option<usize> {
-    let (mut all, mut ranks, mut is_list) = (0usize, None, false);
-    for part in list.trim().split(',') {
-        let (number, times) = match part.split_once("(x") {
-            Some((number, times)) => (number, times.strip_suffix(')')?.parse().ok()?),
-            None => (part, 1),
-        };
-        let number: usize = number.trim().parse().ok().filter(|&number| number > 0)?;
-        is_list |= times > 1 || ranks.is_some();
-        if *ranks.get_or_insert(number) != number {
-            return None;
-        }
-        all = number.checked_mul(times).and_then(|ranks| ranks.checked_add(all))?;
-    }
-    let ranks = ranks?;
-    // Other launchers tell the ranks of this host alone.
-    let fits = if is_list { all == world_size } else { world_size.is_multiple_of(ranks) };
-    (fits && ranks <= world_size).then_some(ranks)
 }
 
 impl Launcher {
@@ -331,28 +314,11 @@ impl Launcher {
         self.rank == "RANK"
     }
 
-    /// The number of hosts with as many ranks each. An error if they have not as many. 1 for
-    /// torchrun, whose agents may all run on one host.
-    fn hosts(
-        &self,
-        get: &impl Fn(&str) -> Option<String>,
-        world_size: usize,
-    ) -> Result<usize, String> {
-        let Some(local) = get(self.local_size).filter(|_| !self.is_torchrun()) else {
-            return Ok(1);
-        };
-        match equal_ranks(&local, world_size) {
-            Some(ranks) => Ok(world_size / ranks),
-            None => Err(format!(
-                "{} is {local} and {} is {world_size}: all hosts must have as many ranks; start \
-                 as many on each",
-                self.local_size, self.world_size
-            )),
-        }
-    }
-
-    fn id(&self, get: &impl Fn(&str) -> Option<String>) -> String {
-        let job: Vec<String> = self.job.iter().filter_map(|name| get(name)).collect();
+    /// The job's name on this host. Agents of torchrun that are hosts may run on one machine.
+    fn id(&self, get: &impl Fn(&str) -> Option<String>, place: &HostPlace) -> String {
+        let mut job: Vec<String> = self.job.iter().filter_map(|name| get(name)).collect();
+        let agent = place.host.filter(|_| self.is_torchrun() && place.hosts > 1);
+        job.extend(agent.map(|agent| format!("agent {agent}")));
         job.join("/")
     }
 }

@@ -108,7 +108,7 @@ fn ranks_of_several_hosts_are_numbered_on_each() {
     ];
     for launched in [&slurm[..], &mpirun, &mpich] {
         let found = find(launched).unwrap();
-        assert_eq!((found.rank, found.world_size, found.hosts), (1, 2, 2));
+        assert_eq!((found.rank, found.world_size, found.place.hosts), (1, 2, 2));
     }
     let with = |name: &str, value: &'static str| {
         let mut changed = slurm;
@@ -118,15 +118,91 @@ fn ranks_of_several_hosts_are_numbered_on_each() {
     // More ranks than one host can have, on many.
     let many = [("SLURM_STEP_NUM_TASKS", "65536"), ("SLURM_STEP_TASKS_PER_NODE", "16(x4096)")];
     let many = find(&[&many[..], &slurm[..1], &slurm[3..]].concat()).unwrap();
-    assert_eq!((many.rank, many.world_size, many.hosts), (1, 16, 4096));
+    assert_eq!((many.rank, many.world_size, many.place.hosts), (1, 16, 4096));
     let list = with("SLURM_STEP_TASKS_PER_NODE", "2,2").unwrap();
-    assert_eq!((list.rank, list.world_size, list.hosts), (1, 2, 2));
+    assert_eq!((list.rank, list.world_size, list.place.hosts), (1, 2, 2));
     for unequal in ["3,1", "2,1(x2)", "1(x2),2", "2(x3)", "2(x", "3", "0", "five"] {
         let error = with("SLURM_STEP_TASKS_PER_NODE", unequal).unwrap_err();
         assert!(error.contains(unequal) && error.contains("as many on each"), "{error}");
     }
     let error = with("SLURM_STEP_TASKS_PER_NODE", "1(x4)").unwrap_err();
     assert!(error.contains("SLURM_LOCALID is 1 and"), "{error}");
+}
+
+#[test]
+fn agents_of_torchrun_are_hosts_if_they_are_said_to_be() {
+    let torchrun = [
+        ("RANK", "5"),
+        ("WORLD_SIZE", "6"),
+        ("LOCAL_RANK", "1"),
+        ("LOCAL_WORLD_SIZE", "2"),
+        ("GROUP_RANK", "2"),
+        ("GROUP_WORLD_SIZE", "3"),
+        ("MASTER_ADDR", "localhost"),
+        ("MASTER_PORT", "29500"),
+        ("TORCHELASTIC_RUN_ID", "run"),
+        ("TORCHELASTIC_RESTART_COUNT", "0"),
+        (hosts::HOSTS, "agents"),
+    ];
+    let found = find(&torchrun).unwrap();
+    assert_eq!((found.rank, found.world_size), (1, 2));
+    assert_eq!(found.place, HostPlace { hosts: 3, host: Some(2), run: "run".into() });
+    // Agents on one machine are worlds of their own.
+    assert_eq!(found.name, "29500/localhost/run/0/agent 2");
+    assert_eq!(found.known, Known::By("torchrun".into(), found.name));
+    // All of them are one world otherwise.
+    let one = find(&torchrun[..10]).unwrap();
+    assert_eq!((one.rank, one.world_size, one.place), (5, 6, HostPlace::default()));
+    let elsewhere = torchrun[..10].iter().map(|&(name, value)| match name {
+        "MASTER_ADDR" => (name, "far"),
+        _ => (name, value),
+    });
+    let error = find(&elsewhere.collect::<Vec<_>>()).unwrap_err();
+    assert!(error.contains("set PARAM_AVERAGER_HOSTS=agents on all of them"), "{error}");
+    for (name, value, words) in [
+        (hosts::HOSTS, "nodes", "is \"nodes\": set it to agents"),
+        ("GROUP_RANK", "3", "agent 3 of 3: all agents must have as many ranks"),
+        ("GROUP_RANK", "1", "rank 5 of 6, rank 1 of 2 of agent 1 of 3"),
+        ("LOCAL_WORLD_SIZE", "3", "all agents must have as many"),
+        ("LOCAL_RANK", "2", "all agents must have as many"),
+        ("GROUP_WORLD_SIZE", "18446744073709551615", "all agents must have as many"),
+        ("GROUP_RANK", "x", "GROUP_RANK is Some(\"x\")"),
+    ] {
+        let mut changed = torchrun;
+        changed.iter_mut().find(|(other, _)| *other == name).unwrap().1 = value;
+        let error = find(&changed).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
+#[test]
+fn hosts_have_numbers_if_the_launcher_tells() {
+    let host = |variables: &[(&str, &str)]| find(variables).unwrap().place.host;
+    let mpirun = |rank: &'static str, local: &'static str| {
+        [
+            ("OMPI_COMM_WORLD_RANK", rank),
+            ("OMPI_COMM_WORLD_SIZE", "4"),
+            ("OMPI_COMM_WORLD_LOCAL_SIZE", "2"),
+            ("OMPI_COMM_WORLD_LOCAL_RANK", local),
+            ("PMIX_NAMESPACE", "1234"),
+        ]
+    };
+    assert_eq!([host(&mpirun("1", "1")), host(&mpirun("2", "0"))], [Some(0), Some(1)]);
+    assert_eq!(host(&mpirun("1", "0")), None); // by --map-by node
+    assert_eq!(find(&mpirun("1", "1")).unwrap().place.run, "1234");
+    let srun = |node: &'static str| {
+        let of = [
+            ("SLURM_PROCID", "1"),
+            ("SLURM_STEP_NUM_TASKS", "4"),
+            ("SLURM_STEP_TASKS_PER_NODE", "2(x2)"),
+            ("SLURM_LOCALID", "0"),
+            ("SLURM_JOB_ID", "77"),
+            ("SLURM_STEP_ID", "0"),
+        ];
+        find(&[&of[..], &[("SLURM_NODEID", node)]].concat()).unwrap().place
+    };
+    assert_eq!(srun("1"), HostPlace { hosts: 2, host: Some(1), run: "77/0".into() }); // cyclic
+    assert_eq!([srun("2").host, srun("x").host], [None; 2]);
 }
 
 /// Every launcher, and both halves of each pair: never "not launched", which would train alone.
