@@ -1,8 +1,12 @@
 //! Links between hosts: each rank's part of the mean is averaged with the parts of the ranks of the
 //! same number on all other hosts.
 
+#[cfg(any(feature = "mpi", feature = "nccl"))]
+mod looks;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod threads;
 
 use std::fmt;
@@ -12,6 +16,8 @@ use std::time::{Duration, Instant};
 
 #[cfg(feature = "mpi")]
 pub use self::mpi::MpiHosts;
+#[cfg(feature = "nccl")]
+pub use nccl::{NcclHosts, NcclId};
 pub use threads::ThreadHosts;
 
 /// Link of one rank to the ranks of the same number on all other hosts, for
@@ -21,6 +27,7 @@ pub use threads::ThreadHosts;
 /// order, with buffers of the same length. An error ends the link: no further call follows.
 /// [`ThreadHosts`] is a link within a process, for tests.
 #[cfg_attr(feature = "mpi", doc = "[`MpiHosts`] is one over MPI.")]
+#[cfg_attr(feature = "nccl", doc = "[`NcclHosts`] is one over NCCL.")]
 pub trait Hosts: Send {
     /// The number of hosts.
     fn hosts(&self) -> usize;
@@ -110,6 +117,13 @@ impl fmt::Display for HostsError {
 }
 
 impl std::error::Error for HostsError {}
+
+/// Error of buffers that do not have a part for each host.
+#[cfg(any(feature = "mpi", feature = "nccl"))]
+fn has_parts(fits: bool) -> Result<(), HostsError> {
+    let wrong = || HostsError::new(None, "the buffers do not have a part for each host");
+    fits.then_some(()).ok_or_else(wrong)
+}
 
 /// Averages that all hosts take part in; the same on every rank of every host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -11,6 +11,14 @@
     not(feature = "mpi"),
     doc = "`MpiHosts` is a link over MPI (feature `mpi`, which this page was built without);"
 )]
+#![cfg_attr(
+    feature = "nccl",
+    doc = "[`NcclHosts`](crate::NcclHosts) is one over NCCL, for CUDA devices (feature `nccl`);"
+)]
+#![cfg_attr(
+    not(feature = "nccl"),
+    doc = "`NcclHosts` is one over NCCL, for CUDA devices (feature `nccl`, not in this build);"
+)]
 //! [`ThreadHosts`](crate::ThreadHosts) is one within a process, for tests.
 //!
 //! ```text
@@ -43,6 +51,49 @@
 //! Ranks are numbered from 0 on each host, in errors, too. A launcher's job on several hosts
 //! without [`Builder::hosts`](crate::Builder::hosts) is an error of `build`: its ranks would train
 //! a model for each host.
+//!
+//! # NCCL
+//! `NcclHosts`, of the feature `nccl`, carries the same bytes by NCCL: a communicator for each
+//! rank's number, with a rank on each host. NCCL 2.14 or later is loaded when the first link is
+//! made, from `libnccl.so.2`, `libnccl.so` or the file that `PARAM_AVERAGER_NCCL` names; nothing of
+//! it is needed to build. Ranks are on CUDA devices, and NCCL sends from there: their parts, which
+//! are in memory of the host, are copied to the device and back. The program is
+//! `examples/hosts_nccl.rs`.
+//!
+//! ```text
+//! export PARAM_AVERAGER_HOSTS=agents        # on all hosts
+//! torchrun --no-python --nnodes 2 --node-rank N --nproc-per-node 8 --master-addr HOST0 ./trainer
+//!
+//! let communicator = Communicator::from_env(Device::cuda(local_rank))?; // the ranks of this host
+//! let link = NcclHosts::from_env(&communicator)?;
+//! let builder = ParamAverager::builder(communicator).hosts(link, Hierarchy::Every);
+//! ```
+//!
+//! torchrun may start several agents on one host, so `PARAM_AVERAGER_HOSTS=agents` has to say that
+//! each is a host: `GROUP_RANK` of `GROUP_WORLD_SIZE`, with `LOCAL_WORLD_SIZE` ranks. Without it
+//! all agents are taken to be on one host, and `from_env` is an error where they are not. Under
+//! `mpirun` and `srun` hosts are known, and [`Communicator::host`](crate::Communicator::host) is
+//! their number.
+//!
+//! NCCL needs an id for each communicator. `NcclHosts::from_env` fetches it from host 0 by TCP, at
+//! `MASTER_ADDR` and port `PARAM_AVERAGER_HOSTS_PORT` + rank (default: `MASTER_PORT` + 1 + rank):
+//! host 0 opens as many ports as it has ranks. A host with another number of hosts or ranks, one
+//! that has another's number or is of another run, and another program at the port are errors that
+//! say so; connections of strangers are ignored. A program that can send the id by MPI or in a file
+//! passes it to `NcclHosts::new`. Both wait as long as the communicator was told to
+//! ([`CommunicatorBuilder::timeout`](crate::CommunicatorBuilder::timeout)). `NCCL_COMM_ID`, which
+//! all communicators would share, must not be set.
+//!
+//! Communicators do not block: waits look at the limit and at `ncclCommGetAsyncError`. When a host
+//! dies and NCCL sees its connections close, the others' calls end with NCCL's error, else at the
+//! limit. The link is ended then by `ncclCommAbort`, on a thread that nothing waits for, and its
+//! buffers stay with NCCL: end the program and restart all hosts, as after any lost link.
+//!
+//! No bytes have been sent by NCCL itself: NCCL 2.32.3 was loaded and has made an id, and refuses
+//! simulated devices. Tests use a stand-in for it on simulated devices, among processes that are
+//! connected by TCP: 2 hosts with 2 ranks and 3 with 1, the example in two network namespaces with
+//! torchrun's variables, killed, late and missing hosts, failing calls, and an `ncclCommAbort` that
+//! does not return. The stand-in ends a program whose calls NCCL's documents forbid.
 //!
 //! # The mean
 //! Σ wᵢ · xᵢ / Σ wᵢ over all ranks of all hosts. Each host's mean is made in f32 (f64 for f64) and
@@ -133,10 +184,11 @@
 //! the ring within a host, no overlap, no [`LocalSgd::done`](crate::LocalSgd::done). A rank waits
 //! in its call, also for the link. Buffers take 12 MiB at most for each averager, and 8 MiB in
 //! `MpiHosts`; with more than 256 hosts 48 KiB · h and 32 KiB · h, but no more than 3 and 2 times
-//! the rank's part of the model in f32, and 24 bytes · h. All hosts have the same number of ranks
-//! and of [`channels`](crate::Builder::channels), whose default depends on the cores. `barrier` and
-//! `all_reduce_scalars` are of the ranks of one host. After `sync`, what the ranks of host 0 have
-//! [saved](crate::LocalSgd::save) is enough to restart all hosts.
+//! the rank's part of the model in f32, and 24 bytes · h. `NcclHosts` takes 8 MiB of page-locked
+//! memory and of the device's, or as much as `MpiHosts` where that is more. All hosts have the same
+//! number of ranks and of [`channels`](crate::Builder::channels), whose default depends on the
+//! cores. `barrier` and `all_reduce_scalars` are of the ranks of one host. After `sync`, what the
+//! ranks of host 0 have [saved](crate::LocalSgd::save) is enough to restart all hosts.
 //!
 //! Tested with Open MPI 4.1 and MPICH 4.0 on 2 hosts with 2 ranks and 3 hosts with 1, which were
 //! network namespaces of one machine, with a slow link, a cut one and a killed rank, and with ranks

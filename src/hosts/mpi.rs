@@ -2,13 +2,13 @@
 
 use std::os::raw::{c_int, c_void};
 use std::sync::Mutex;
-use std::time::Duration;
 
 use ::mpi::environment::{is_finalized, is_initialized, threading_support};
 use ::mpi::ffi;
 use ::mpi::Threading;
 
-use super::{Hosts, HostsError, HostsLimit};
+use super::looks::Looks;
+use super::{has_parts, Hosts, HostsError, HostsLimit};
 use crate::sync::lock;
 use crate::{Communicator, Error, Result};
 
@@ -55,11 +55,6 @@ unsafe impl Send for MpiHosts {}
 
 /// Lock of calls of MPI, of which `Threading::Serialized` allows one at a time.
 static ONE: Mutex<()> = Mutex::new(());
-
-/// Polls of a call before it yields, and yields before it sleeps.
-const POLLS: u32 = 1000;
-const YIELDS: u32 = 10_000;
-const SLEEP: Duration = Duration::from_micros(50);
 
 impl MpiHosts {
     /// Link of this rank. Collective over all ranks of all hosts (`MPI_COMM_WORLD`).
@@ -149,7 +144,7 @@ impl MpiHosts {
             start(self, &mut request)
         };
         let mut made = checked(name, started);
-        let (mut polls, mut done) = (0u32, 0);
+        let (mut looks, mut done) = (Looks::default(), 0);
         while made.is_ok() && done == 0 {
             let code = {
                 let _one = lock(&ONE);
@@ -160,12 +155,7 @@ impl MpiHosts {
             if made.is_ok() && done == 0 {
                 made = limit.check();
             }
-            polls += 1;
-            match polls {
-                ..POLLS => std::hint::spin_loop(),
-                POLLS..YIELDS => std::thread::yield_now(),
-                _ => std::thread::sleep(SLEEP),
-            }
+            looks.pause();
         }
         if made.is_err() {
             // MPI may still use them: a collective call can't be cancelled.
@@ -272,12 +262,6 @@ fn zeros(buffer: &mut Vec<u8>, length: usize) {
     buffer.clear();
     buffer.reserve_exact(length);
     buffer.resize(length, 0);
-}
-
-/// Error of buffers that do not have a part for each host.
-fn has_parts(fits: bool) -> Result<(), HostsError> {
-    let wrong = || HostsError::new(None, "the buffers do not have a part for each host");
-    fits.then_some(()).ok_or_else(wrong)
 }
 
 fn count(bytes: usize) -> Result<c_int, HostsError> {

@@ -196,6 +196,13 @@ impl Context {
         bind(self.raw)
     }
 
+    /// Runs `f`, which calls another library, with the context current on this thread.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn bound<T>(&self, f: impl FnOnce() -> T) -> Result<T, Failed> {
+        let _bound = self.bind()?;
+        Ok(f())
+    }
+
     /// Index of the device in this process.
     pub(crate) fn ordinal(&self) -> usize {
         self.ordinal

@@ -21,6 +21,8 @@ mod probe;
 #[cfg(processes)]
 mod probe_child;
 mod rank;
+#[cfg(feature = "nccl")]
+mod staging;
 mod streams;
 mod tables;
 mod topology;
@@ -36,6 +38,8 @@ pub(crate) use ipc_probe::{IpcPeer, IpcProbe, Round};
 pub(crate) use launch::{Launched, Part, THREADS};
 pub(crate) use memory::{DeviceMemory, Pinned};
 pub(crate) use rank::{Rank, StageStream};
+#[cfg(feature = "nccl")]
+pub(crate) use staging::Staging;
 pub(crate) use topology::connection;
 #[cfg(processes)]
 pub(crate) use topology::identity;

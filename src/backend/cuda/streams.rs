@@ -49,9 +49,17 @@ impl Event {
 
     /// True if what was recorded has ended, or has failed.
     pub(super) fn is_over(&self) -> bool {
+        self.has_ended().unwrap_or(true)
+    }
+
+    /// True if what was recorded has ended. An error if it has failed.
+    pub(super) fn has_ended(&self) -> Result<bool, Failed> {
+        let _bound = self.context.bind()?;
         // SAFETY: an event of the context that is bound.
-        let ready = self.context.bind().and_then(|_bound| unsafe { call!(cuEventQuery(self.raw)) });
-        !matches!(ready, Err(Failed { result: sys::CUresult::CUDA_ERROR_NOT_READY, .. }))
+        match unsafe { call!(cuEventQuery(self.raw)) } {
+            Err(Failed { result: sys::CUresult::CUDA_ERROR_NOT_READY, .. }) => Ok(false),
+            ended => ended.map(|()| true),
+        }
     }
 
     /// Waits until what was recorded has ended.

@@ -1,0 +1,266 @@
+//! Exchange of an id by TCP: host 0's rank serves it to the ranks of its number on other hosts.
+//!
+//! A guest sends its `Hello`. When all hosts have come, each gets the id, and in the case of a
+//! mistake all get its text. Nothing is read or written that can block: a connection that stays
+//! silent, or is closed, holds nobody up.
+
+#[cfg(test)]
+mod tests;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use super::hello::Hello;
+use super::library::RawId;
+use crate::hosts::{HostsError, HostsLimit};
+
+/// Variable of the first port, that of rank 0.
+const PORT: &str = "PARAM_AVERAGER_HOSTS_PORT";
+/// Variables of torchrun.
+const ADDRESS: &str = "MASTER_ADDR";
+const MASTER_PORT: &str = "MASTER_PORT";
+
+/// First bytes of an answer. The length of a text of refusal follows, and the text, or 0 and the
+/// id.
+const ANSWER: [u8; 8] = *b"pahosta1";
+const HEAD: usize = ANSWER.len() + 4;
+const LONGEST: usize = 1 << 12;
+
+/// Time for a connection to be made, to say its `Hello`, or to take an answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_millis(2);
+/// Connections that have said nothing, at most. The oldest are closed; a guest comes again.
+const SILENT: usize = 64;
+
+/// Address that ids are served at, for the ranks of one number.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    address: String,
+    port: u16,
+}
+
+/// A connection to host 0's rank, from `arrived`, and what it has sent.
+struct Guest {
+    stream: TcpStream,
+    arrived: Instant,
+    said: Vec<u8>,
+}
+
+impl Place {
+    /// The place that environment variables name, for this rank's number.
+    pub(super) fn find(get: impl Fn(&str) -> Option<String>, rank: usize) -> Result<Place, String> {
+        let set = |name| get(name).filter(|value| !value.trim().is_empty());
+        let Some(address) = set(ADDRESS) else {
+            return Err(format!(
+                "{ADDRESS} is not set, where host 0 serves the ids of NCCL's communicators: set \
+                 it to an address of host 0 on all ranks, or pass ids to NcclHosts::new"
+            ));
+        };
+        let (name, next) = match set(PORT) {
+            Some(_) => (PORT, 0),
+            None => (MASTER_PORT, 1),
+        };
+        let Some(value) = set(name) else {
+            return Err(format!(
+                "neither {PORT} nor {MASTER_PORT} is set: set {PORT} to the first of as many free \
+                 ports of host 0 as a host has ranks, on all ranks"
+            ));
+        };
+        let port = value.trim().parse::<u16>().ok().filter(|&port| port > 0);
+        let port = port.and_then(|port| u16::try_from(usize::from(port) + next + rank).ok());
+        let wrong = || format!("{name} is {value:?}, which leaves no port for rank {rank}");
+        port.map(|port| Place { address: address.trim().into(), port }).ok_or_else(wrong)
+    }
+
+    /// Listens, at every address of this host.
+    pub(super) fn listen(&self) -> Result<TcpListener, String> {
+        let all: [SocketAddr; 2] =
+            [(Ipv6Addr::UNSPECIFIED, self.port).into(), (Ipv4Addr::UNSPECIFIED, self.port).into()];
+        let listener = TcpListener::bind(&all[..]).and_then(|listener| {
+            listener.set_nonblocking(true)?;
+            Ok(listener)
+        });
+        listener.map_err(|error| {
+            format!(
+                "host 0 can't listen at port {}, to serve NCCL's ids: {error}; set {PORT} to the \
+                 first of as many free ports as a host has ranks, on all ranks",
+                self.port
+            )
+        })
+    }
+
+    /// Asks host 0's rank for the id, again until it is there.
+    pub(super) fn ask(&self, own: &Hello, limit: &HostsLimit<'_>) -> Result<RawId, HostsError> {
+        let Place { address, port } = self;
+        loop {
+            let reason = match self.ask_once(own, limit) {
+                Ok(Ok(id)) => return Ok(id),
+                Ok(Err(refusal)) => return Err(HostsError::new(Some(0), refusal)),
+                Err(reason) => reason,
+            };
+            limit.check().map_err(|_| {
+                let reason = format!(
+                    "host 0 does not give NCCL's id at {address}:{port} ({reason}): see whether \
+                     it runs, whether {ADDRESS} is its address and whether the port is open; or \
+                     raise the communicator's `timeout`"
+                );
+                HostsError::new(Some(0), reason)
+            })?;
+            sleep(50 * PAUSE);
+        }
+    }
+
+    /// The id, or a refusal; or why there was no answer.
+    fn ask_once(
+        &self,
+        own: &Hello,
+        limit: &HostsLimit<'_>,
+    ) -> Result<Result<RawId, String>, String> {
+        let mut reason = "the name has no address".to_owned();
+        let text = |error: std::io::Error| error.to_string();
+        let all = (self.address.as_str(), self.port).to_socket_addrs().map_err(text)?;
+        let connect = |address| {
+            let made = TcpStream::connect_timeout(&address, PATIENCE);
+            made.map_err(|error| reason = error.to_string()).ok()
+        };
+        let Some(mut stream) = { all }.find_map(connect) else { return Err(reason) };
+        stream.set_write_timeout(Some(PATIENCE)).map_err(text)?;
+        stream.write_all(&own.bytes()).map_err(text)?;
+        stream.set_nonblocking(true).map_err(text)?;
+        let mut said = vec![];
+        loop {
+            let is_open = read(&stream, &mut said, HEAD + LONGEST);
+            if !ANSWER.starts_with(&said[..said.len().min(ANSWER.len())]) {
+                return Ok(Err(format!(
+                    "another program listens at {}:{}: set {PORT} to the first of as many free \
+                     ports of host 0 as a host has ranks, on all ranks",
+                    self.address, self.port
+                )));
+            }
+            if let Some((head, rest)) = said.split_first_chunk::<HEAD>() {
+                let length = u32::from_le_bytes(head[ANSWER.len()..].try_into().expect("4 bytes"));
+                let id: Option<&RawId> = rest.try_into().ok();
+                match (length as usize, id) {
+                    (0, Some(id)) => return Ok(Ok(*id)),
+                    (1.., _) if rest.len() >= length as usize => {
+                        return Ok(Err(String::from_utf8_lossy(rest).into_owned()));
+                    }
+                    _ => {}
+                }
+            }
+            if !is_open {
+                return Err("it has closed the connection".into());
+            }
+            limit.check().map_err(|error| error.reason)?;
+            sleep(PAUSE);
+        }
+    }
+}
+
+/// Serves the id to the ranks of all other hosts.
+pub(super) fn serve(
+    listener: TcpListener,
+    own: &Hello,
+    id: RawId,
+    limit: &HostsLimit<'_>,
+) -> Result<(), HostsError> {
+    let mut silent: Vec<Guest> = vec![];
+    let mut seats: Vec<Option<TcpStream>> = (0..own.hosts).map(|_| None).collect();
+    loop {
+        for _ in 0..SILENT {
+            let Ok((stream, _)) = listener.accept() else { break };
+            if stream.set_nonblocking(true).is_ok() {
+                silent.push(Guest { stream, arrived: Instant::now(), said: vec![] });
+            }
+        }
+        for mut guest in std::mem::take(&mut silent) {
+            let is_open = read(&guest.stream, &mut guest.said, Hello::BYTES);
+            if guest.said.len() < Hello::BYTES {
+                if is_open && guest.arrived.elapsed() < PATIENCE {
+                    silent.push(guest);
+                }
+                continue;
+            }
+            let Some(hello) = Hello::of(&guest.said) else { continue }; // a stranger
+            if hello.run != own.run {
+                let text = "host 0 belongs to another run of the launcher: give each run ports of \
+                            its own";
+                refuse(&mut guest.stream, text);
+                continue;
+            }
+            let seat = seats.get(hello.host).filter(|_| hello.host > 0);
+            let mistake = hello.differs(own).or_else(|| match seat {
+                Some(seat) if seat.as_ref().is_none_or(|stream| !is_alive(stream)) => None,
+                _ => Some("has come twice: give each host a number of its own".into()),
+            });
+            let Some(mistake) = mistake else {
+                seats[hello.host] = Some(guest.stream);
+                continue;
+            };
+            let text = format!("host {} {mistake}", hello.host);
+            let seated = seats.iter_mut().flatten();
+            seated.chain([&mut guest.stream]).for_each(|stream| refuse(stream, &text));
+            return Err(HostsError::new(Some(hello.host), text));
+        }
+        silent.drain(..silent.len().saturating_sub(SILENT));
+        for seat in &mut seats {
+            seat.take_if(|stream| !is_alive(stream)); // another process may come in its place
+        }
+        let missing = (1..own.hosts).filter(|&host| seats[host].is_none());
+        let missing: Vec<usize> = missing.collect();
+        if missing.is_empty() {
+            break;
+        }
+        limit.check().map_err(|_| {
+            let reason = format!(
+                "hosts {missing:?} have not come for NCCL's id: see whether they run, and reach \
+                 {ADDRESS}; or raise the communicator's `timeout`"
+            );
+            HostsError::new(missing.first().copied(), reason)
+        })?;
+        sleep(PAUSE);
+    }
+    for (host, stream) in seats.iter_mut().enumerate() {
+        let Some(stream) = stream else { continue };
+        let answer = [&ANSWER[..], &[0; 4], &id].concat();
+        if let Err(error) = send(stream, &answer) {
+            let reason = format!("host {host} has not taken NCCL's id: {error}");
+            return Err(HostsError::new(Some(host), reason));
+        }
+    }
+    Ok(())
+}
+
+/// Reads what is there, up to `most` bytes in all. False if the connection is closed.
+fn read(mut stream: &TcpStream, said: &mut Vec<u8>, most: usize) -> bool {
+    let mut buffer = [0; 512];
+    while said.len() < most {
+        let room = buffer.len().min(most - said.len());
+        match stream.read(&mut buffer[..room]) {
+            Ok(0) => return false,
+            Ok(bytes) => said.extend(&buffer[..bytes]),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return error.kind() == ErrorKind::WouldBlock,
+        }
+    }
+    true
+}
+
+/// True if a guest that has said its `Hello` still waits.
+fn is_alive(stream: &TcpStream) -> bool {
+    read(stream, &mut vec![], 1)
+}
+
+fn refuse(stream: &mut TcpStream, text: &str) {
+    let text = &text.as_bytes()[..text.len().min(LONGEST)];
+    let length = (text.len() as u32).to_le_bytes();
+    let _ = send(stream, &[&ANSWER[..], &length, text].concat()); // or it sees a closed connection
+}
+
+fn send(stream: &mut TcpStream, bytes: &[u8]) -> std::io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.write_all(bytes)
+}
