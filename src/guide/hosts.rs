@@ -79,7 +79,7 @@
 //! `MASTER_ADDR` and port `PARAM_AVERAGER_HOSTS_PORT` + rank (default: `MASTER_PORT` + 1 + rank):
 //! host 0 opens as many ports as it has ranks. A host with another number of hosts or ranks, one
 //! that has another's number or is of another run, and another program at the port are errors that
-//! say so; connections of strangers are ignored. A program that can send the id by MPI or in a file
+//! say so; other connections are ignored. A program that can send the id by MPI or in a file
 //! passes it to `NcclHosts::new`. Both wait as long as the communicator was told to
 //! ([`CommunicatorBuilder::timeout`](crate::CommunicatorBuilder::timeout)). `NCCL_COMM_ID`, which
 //! all communicators would share, must not be set.

@@ -127,9 +127,9 @@ impl NcclHosts {
                 let place = place.map_err(wrong)?;
                 match host {
                     0 => {
-                        let guests = place.listen().map_err(wrong)?;
+                        let listener = place.listen().map_err(wrong)?;
                         let id = NcclId::new()?;
-                        store::serve(guests, &hello, id.0, &limit).map_err(lost)?;
+                        store::serve(listener, &hello, id.0, &limit).map_err(lost)?;
                         id
                     }
                     _ => NcclId(place.ask(&hello, &limit).map_err(lost)?),

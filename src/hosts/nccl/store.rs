@@ -1,8 +1,8 @@
 //! Exchange of an id by TCP: host 0's rank serves it to the ranks of its number on other hosts.
 //!
-//! A guest sends its `Hello`. When all hosts have come, each gets the id, and in the case of a
+//! A client sends its `Hello`. When all hosts have come, each gets the id, and in the case of a
 //! mistake all get its text. Nothing is read or written that can block: a connection that stays
-//! silent, or is closed, holds nobody up.
+//! silent, or is closed, delays no other.
 
 #[cfg(test)]
 mod tests;
@@ -31,7 +31,7 @@ const LONGEST: usize = 1 << 12;
 /// Time for a connection to be made, to say its `Hello`, or to take an answer.
 const PATIENCE: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(2);
-/// Connections that have said nothing, at most. The oldest are closed; a guest comes again.
+/// Connections that have said nothing, at most. The oldest are closed; a client comes again.
 const SILENT: usize = 64;
 
 /// Address that ids are served at, for the ranks of one number.
@@ -42,7 +42,7 @@ pub(super) struct Place {
 }
 
 /// A connection to host 0's rank, from `arrived`, and what it has sent.
-struct Guest {
+struct Client {
     stream: TcpStream,
     arrived: Instant,
     said: Vec<u8>,
@@ -166,49 +166,49 @@ pub(super) fn serve(
     id: RawId,
     limit: &HostsLimit<'_>,
 ) -> Result<(), HostsError> {
-    let mut silent: Vec<Guest> = vec![];
-    let mut seats: Vec<Option<TcpStream>> = (0..own.hosts).map(|_| None).collect();
+    let mut silent: Vec<Client> = vec![];
+    let mut hosts: Vec<Option<TcpStream>> = (0..own.hosts).map(|_| None).collect();
     loop {
         for _ in 0..SILENT {
             let Ok((stream, _)) = listener.accept() else { break };
             if stream.set_nonblocking(true).is_ok() {
-                silent.push(Guest { stream, arrived: Instant::now(), said: vec![] });
+                silent.push(Client { stream, arrived: Instant::now(), said: vec![] });
             }
         }
-        for mut guest in std::mem::take(&mut silent) {
-            let is_open = read(&guest.stream, &mut guest.said, Hello::BYTES);
-            if guest.said.len() < Hello::BYTES {
-                if is_open && guest.arrived.elapsed() < PATIENCE {
-                    silent.push(guest);
+        for mut client in std::mem::take(&mut silent) {
+            let is_open = read(&client.stream, &mut client.said, Hello::BYTES);
+            if client.said.len() < Hello::BYTES {
+                if is_open && client.arrived.elapsed() < PATIENCE {
+                    silent.push(client);
                 }
                 continue;
             }
-            let Some(hello) = Hello::of(&guest.said) else { continue }; // a stranger
+            let Some(hello) = Hello::of(&client.said) else { continue }; // another program
             if hello.run != own.run {
                 let text = "host 0 belongs to another run of the launcher: give each run ports of \
                             its own";
-                refuse(&mut guest.stream, text);
+                refuse(&mut client.stream, text);
                 continue;
             }
-            let seat = seats.get(hello.host).filter(|_| hello.host > 0);
-            let mistake = hello.differs(own).or_else(|| match seat {
-                Some(seat) if seat.as_ref().is_none_or(|stream| !is_alive(stream)) => None,
+            let place = hosts.get(hello.host).filter(|_| hello.host > 0);
+            let mistake = hello.differs(own).or_else(|| match place {
+                Some(place) if place.as_ref().is_none_or(|stream| !is_alive(stream)) => None,
                 _ => Some("has come twice: give each host a number of its own".into()),
             });
             let Some(mistake) = mistake else {
-                seats[hello.host] = Some(guest.stream);
+                hosts[hello.host] = Some(client.stream);
                 continue;
             };
             let text = format!("host {} {mistake}", hello.host);
-            let seated = seats.iter_mut().flatten();
-            seated.chain([&mut guest.stream]).for_each(|stream| refuse(stream, &text));
+            let connected = hosts.iter_mut().flatten();
+            connected.chain([&mut client.stream]).for_each(|stream| refuse(stream, &text));
             return Err(HostsError::new(Some(hello.host), text));
         }
         silent.drain(..silent.len().saturating_sub(SILENT));
-        for seat in &mut seats {
-            seat.take_if(|stream| !is_alive(stream)); // another process may come in its place
+        for place in &mut hosts {
+            place.take_if(|stream| !is_alive(stream)); // another process may come in its place
         }
-        let missing = (1..own.hosts).filter(|&host| seats[host].is_none());
+        let missing = (1..own.hosts).filter(|&host| hosts[host].is_none());
         let missing: Vec<usize> = missing.collect();
         if missing.is_empty() {
             break;
@@ -222,7 +222,7 @@ pub(super) fn serve(
         })?;
         sleep(PAUSE);
     }
-    for (host, stream) in seats.iter_mut().enumerate() {
+    for (host, stream) in hosts.iter_mut().enumerate() {
         let Some(stream) = stream else { continue };
         let answer = [&ANSWER[..], &[0; 4], &id].concat();
         if let Err(error) = send(stream, &answer) {
@@ -248,7 +248,7 @@ fn read(mut stream: &TcpStream, said: &mut Vec<u8>, most: usize) -> bool {
     true
 }
 
-/// True if a guest that has said its `Hello` still waits.
+/// True if a client that has said its `Hello` still waits.
 fn is_alive(stream: &TcpStream) -> bool {
     read(stream, &mut vec![], 1)
 }

@@ -21,10 +21,10 @@ fn connect(place: &Place) -> TcpStream {
     stream
 }
 
-/// What host 0 gets, and what these guests get, once `before` has had its connections made.
+/// What host 0 gets, and what these clients get, once `before` has had its connections made.
 fn met(
     hosts: usize,
-    guests: &[Hello],
+    clients: &[Hello],
     patience: Duration,
     before: impl FnOnce(&Place) -> Vec<TcpStream>,
 ) -> (Result<(), HostsError>, Vec<Result<RawId, HostsError>>) {
@@ -33,13 +33,13 @@ fn met(
     let limit = || HostsLimit::new(patience, &|| false);
     let results = std::thread::scope(|scope| {
         let serve = scope.spawn(|| serve(listener, &hello(0, hosts), ID, &limit()));
-        let ask = |guest: &Hello| {
-            let (place, guest) = (&place, *guest);
-            scope.spawn(move || place.ask(&guest, &HostsLimit::new(patience, &|| false)))
+        let ask = |client: &Hello| {
+            let (place, client) = (&place, *client);
+            scope.spawn(move || place.ask(&client, &HostsLimit::new(patience, &|| false)))
         };
-        let guests: Vec<_> = guests.iter().map(ask).collect();
-        let guests = guests.into_iter().map(|guest| guest.join().unwrap()).collect();
-        (serve.join().unwrap(), guests)
+        let clients: Vec<_> = clients.iter().map(ask).collect();
+        let clients = clients.into_iter().map(|client| client.join().unwrap()).collect();
+        (serve.join().unwrap(), clients)
     });
     drop(others);
     results
@@ -53,19 +53,19 @@ fn waits(place: &Place) -> Vec<TcpStream> {
 }
 
 #[test]
-fn guests_get_the_id_whatever_strangers_do() {
-    let strangers = |place: &Place| {
+fn clients_get_the_id_whatever_others_do() {
+    let others = |place: &Place| {
         let all = ["", "GET / HTTP/1.1\r\n\r\n", &"x".repeat(1000), "pahosts1"].map(|said| {
             let mut stream = connect(place);
             stream.write_all(said.as_bytes()).unwrap();
             stream
         });
         drop(connect(place));
-        // A guest that dies, in whose place another comes.
+        // A client that dies, in whose place another comes.
         connect(place).write_all(&hello(2, 3).bytes()).unwrap();
         all.into()
     };
-    let (served, got) = met(3, &[hello(1, 3), hello(2, 3)], PATIENT, strangers);
+    let (served, got) = met(3, &[hello(1, 3), hello(2, 3)], PATIENT, others);
     assert_eq!((served, got), (Ok(()), vec![Ok(ID), Ok(ID)]));
     let more_than_wait = |place: &Place| (0..2 * SILENT).map(|_| connect(place)).collect();
     let (served, got) = met(2, &[hello(1, 2)], PATIENT, more_than_wait);
@@ -74,7 +74,7 @@ fn guests_get_the_id_whatever_strangers_do() {
 
 #[test]
 fn a_mistake_is_an_error_of_all() {
-    for (guest, words) in [
+    for (client, words) in [
         (Hello { hosts: 5, ..hello(1, 4) }, "host 1 has hosts: 5, and host 0 has 4"),
         (Hello { ranks: 3, ..hello(1, 4) }, "host 1 has ranks: 3, and host 0 has 4"),
         (Hello { rank: 0, ..hello(1, 4) }, "host 1 has a link of rank 0, and host 0 has 1"),
@@ -82,7 +82,7 @@ fn a_mistake_is_an_error_of_all() {
         (hello(0, 4), "host 0 has come twice"),
         (hello(2, 4), "host 2 has come twice"),
     ] {
-        let (served, got) = met(4, &[guest], PATIENT, waits);
+        let (served, got) = met(4, &[client], PATIENT, waits);
         let (served, got) = (served.unwrap_err(), got[0].clone().unwrap_err());
         assert!(served.reason.contains(words) && got.reason.contains(words), "{served}, {got}");
     }
@@ -90,8 +90,8 @@ fn a_mistake_is_an_error_of_all() {
 
 #[test]
 fn another_run_is_refused_alone() {
-    let guests = [Hello { run: 6, ..hello(1, 2) }, hello(1, 2)];
-    let (served, got) = met(2, &guests, PATIENT, |_| vec![]);
+    let clients = [Hello { run: 6, ..hello(1, 2) }, hello(1, 2)];
+    let (served, got) = met(2, &clients, PATIENT, |_| vec![]);
     let refused = got[0].clone().unwrap_err();
     assert!(refused.reason.contains("another run"), "{refused}");
     assert_eq!((served, &got[1]), (Ok(()), &Ok(ID)));
