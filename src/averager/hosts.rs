@@ -298,11 +298,11 @@ impl RankHosts {
         if let Some(host) = hosts.iter().position(is(Own::Failed)) {
             return Err(Error::HostRefused { host });
         }
-        if hosts.iter().all(is(Own::Unneeded)) {
-            return Ok(false);
-        }
         if let Some(error) = difference(&hosts) {
             return Err(error);
+        }
+        if hosts.iter().all(is(Own::Unneeded)) && !self.are_apart {
+            return Ok(false);
         }
         self.measured = [0, 1].map(|which| {
             let of = |host: &&[u64]| f64::from_bits(host[MEASURED + which]);
@@ -350,6 +350,12 @@ impl RankHosts {
     /// True if this host's values do not count in an average at this place, whatever they are.
     pub(super) fn only_receives(&self, place: u64) -> bool {
         self.link.host != 0 && self.gives_values_of_one(place)
+    }
+
+    /// True if this host's values count in an average, if others do not.
+    pub(super) fn counts(&self, wanted: &Wanted) -> bool {
+        let has_weight = !wanted.is_weighted || wanted.weight + self.passed > 0.0;
+        has_weight && !self.only_receives(wanted.place)
     }
 
     /// Last exchange before the vote of this host's ranks: an error if a rank of this number has

@@ -61,7 +61,7 @@ impl ParamAverager {
                 let all_done = status.detail == self.world_size() as u64;
                 return Ok(Outcome::Unneeded { all_done });
             }
-            PA_NON_FINITE if status.detail >= PA_VETOED && self.is_unneeded_by_hosts() => {
+            PA_NON_FINITE if self.is_unneeded_by_hosts() => {
                 return Ok(Outcome::Unneeded { all_done: false });
             }
             PA_NON_FINITE if status.detail >= PA_VETOED => self.vetoed(rank, status),

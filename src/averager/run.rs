@@ -126,8 +126,10 @@ impl ParamAverager {
         // that has a link to other hosts.
         let has_joiner =
             self.communicator.has_joiner() && !is_captured && self.options.hosts.is_none();
-        let receives = self.stage.as_ref().is_some_and(|stage| stage.only_receives(call.place));
         let of_hosts = self.stage.as_ref().is_some_and(|stage| stage.is_of_all_hosts(call.place));
+        // If no rank of this host has weight, the kernels make a sum all the same.
+        let receives = (of_hosts && call.weight == Some(0.0))
+            || self.stage.as_ref().is_some_and(|stage| stage.only_receives(call.place));
         let common = self.args.flags & !flag(PA_FLAG_REJECT_NON_FINITE, receives);
         let of_copy = call.work == Work::OfCopy;
         let (buckets, bucket_count) = self.place_tables(call.fragment, of_copy);

@@ -3,6 +3,7 @@
 mod options;
 mod parts;
 mod refused;
+mod values;
 
 use std::time::Duration;
 
@@ -11,15 +12,15 @@ use super::table::Table;
 use super::watch::Watch;
 use super::{Builder, ParamAverager};
 use crate::abi::{PaArgs, PaStatus, PA_OPEN, PA_RING_VOTE, PA_UNNEEDED};
-use crate::backend::cuda::{Failed, StageStream};
+use crate::backend::cuda::StageStream;
 use crate::backend::{Engine, Gathering, Order, Unstarted};
 use crate::bucket::Division;
-use crate::hash::Digest;
 use crate::plan::Launch;
 use crate::stage::{DeviceShard, Function, Shard, Share, Span, Stage, Veto};
 use crate::world::MetWeight;
 use crate::Error;
 use parts::spans;
+use values::{fetch, on_host, unmoved};
 
 /// The work of one rank, and the parts of its shard.
 pub(super) struct RankStage {
@@ -128,7 +129,7 @@ impl RankStage {
             return Ok(());
         };
         let limits = hosts.limits(is_over);
-        let receives = hosts.only_receives(wanted.place);
+        let counts = own == Own::Made && hosts.counts(&wanted);
         let needs_anchors = hosts.needs_anchors(&wanted);
         let copied = on.as_deref().map(|on| on_host(&self.spans, on));
         let spans = copied.as_ref().unwrap_or(&self.spans);
@@ -136,11 +137,15 @@ impl RankStage {
         let anchors = anchors.map(|on| on_host(&self.anchors, on));
         let anchors = anchors.as_ref().unwrap_or(&self.anchors);
         // SAFETY: as above.
-        let checked = match own != Own::Failed && !receives {
-            true => {
-                fetch(&mut on, needs_anchors).and_then(|()| unsafe { self.check(spans, describe) })
-            }
-            false => Ok(()),
+        let fetched = match own {
+            Own::Failed => Ok(()),
+            Own::Made | Own::Unneeded => fetch(&mut on, needs_anchors),
+        };
+        // Values that do not count may be anything. Where no other host has news either, none
+        // matters; or else one that is not finite is found in the mean of all hosts.
+        let checked = match counts {
+            true => fetched.and_then(|()| unsafe { self.check(spans, describe) }),
+            false => fetched,
         };
         let own = if checked.is_ok() { own } else { Own::Failed };
         let hosts = self.hosts.as_mut().expect("it was there");
@@ -176,22 +181,6 @@ impl RankStage {
         let agreed = hosts.agree(left.is_err(), is_over);
         left?;
         agreed.map_err(Refusal::Hosts)
-    }
-
-    /// Looks at the means, in memory of the host. Where they are on a device alone, the vote looks
-    /// at them, after the stage.
-    ///
-    /// # Safety
-    /// The spans' values are initialised, and nothing else uses them.
-    unsafe fn check(&self, spans: &[Span], describe: &dyn Fn(usize) -> String) -> Result<(), Veto> {
-        // SAFETY: guaranteed by the caller.
-        if let Some((tensor, element)) = unsafe { self.first_non_finite(spans) } {
-            // The rank that holds such a value votes against the average, too, and its error is the
-            // one that all ranks get. Otherwise the sum has overflowed.
-            let tensor = describe(tensor);
-            return Err(Veto::new(format!("the mean is not finite: {tensor}, element {element}")));
-        }
-        Ok(())
     }
 
     /// Calls the function, if there is one.
@@ -231,42 +220,6 @@ impl RankStage {
             ));
         }
         Ok(())
-    }
-
-    /// Tensor and element of a mean that is rejected, if there is one.
-    ///
-    /// # Safety
-    /// As `check`.
-    unsafe fn first_non_finite(&self, spans: &[Span]) -> Option<(usize, usize)> {
-        if !self.rejects_non_finite {
-            return None;
-        }
-        spans.iter().find_map(|span| {
-            // SAFETY: guaranteed by the caller.
-            let found = unsafe { span.values() }.first_beyond(span.dtype)?;
-            Some((span.tensor, span.first + found))
-        })
-    }
-
-    /// Digest of all values. On a device this waits for the stream.
-    ///
-    /// # Safety
-    /// As `refuses`.
-    unsafe fn digest(&self, on: Option<&StageStream>) -> Result<u64, Veto> {
-        let (mut digest, mut copy) = (Digest::default(), vec![]);
-        for span in &self.spans {
-            // SAFETY: guaranteed by the caller.
-            match on {
-                None => digest.add(unsafe { span.values() }.bytes()),
-                Some(on) => {
-                    copy.resize(span.bytes(), 0);
-                    // SAFETY: as above.
-                    unsafe { on.read(span.address, &mut copy) }.map_err(unmoved)?;
-                    digest.add(&copy);
-                }
-            }
-        }
-        Ok(digest.value())
     }
 
     /// Notes the end of an average.
@@ -332,20 +285,6 @@ impl RankStage {
             + size_of_val(&self.anchors[..])
             + self.names.iter().map(String::len).sum::<usize>()
     }
-}
-
-/// The spans in the copy of the shard on the host.
-fn on_host(spans: &[Span], on: &StageStream) -> Vec<Span> {
-    spans.iter().map(|span| Span { address: on.on_host(span.address), ..*span }).collect()
-}
-
-/// Brings the copies on the host up to date, for a rank on a device.
-fn fetch(on: &mut Option<&mut StageStream>, with_anchors: bool) -> Result<(), Veto> {
-    on.as_mut().map_or(Ok(()), |on| on.fetch(with_anchors)).map_err(unmoved)
-}
-
-fn unmoved(failed: Failed) -> Veto {
-    Veto::new(format!("its shard can't be copied to the host and back: {}", String::from(failed)))
 }
 
 /// A rank's stage, in one average.

@@ -8,6 +8,7 @@ pub(crate) mod cuda;
 #[path = "no_cuda.rs"]
 pub(crate) mod cuda;
 mod engine;
+mod gathering;
 mod host_buffer;
 #[cfg(processes)]
 mod import_lock;
@@ -19,7 +20,8 @@ mod memory;
 pub(crate) mod proximity;
 mod reclaim;
 
-pub(crate) use engine::{Copied, Engine, Gathering, Order, ProcessWay, Refuses, Unstarted, Way};
+pub(crate) use engine::{Copied, Engine, Order, Refuses, Unstarted};
+pub(crate) use gathering::{Gathering, ProcessWay, Way};
 pub(crate) use host_buffer::HostBuffer;
 #[cfg(processes)]
 pub(crate) use import_lock::ImportLock;

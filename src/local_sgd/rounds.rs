@@ -144,8 +144,8 @@ impl LocalSgd {
         let (done, recovers) = (place == place::DONE, place == place::RECOVERY);
         let (steps, samples) = (self.since.steps(fragment), self.since.weight(fragment));
         let has_news = steps > 0 && samples != Some(0.0);
-        let evens_out = (place == place::FINISH && self.averager.has_mixed())
-            || self.averager.evens_out_hosts(place);
+        let evens_out = place == place::FINISH && self.averager.has_mixed();
+        let evens_out_hosts = self.averager.evens_out_hosts(place);
         let weight = match samples {
             // A rank that is done counts with the steps that no average has had, and then no more.
             _ if done && !has_news => Some(0.0),
@@ -154,7 +154,7 @@ impl LocalSgd {
             // that has joined does not know whether the others pass weights.
             None | Some(0.0) if recovers => Some(1.0),
             // No rank has samples, or those that have count alone.
-            Some(0.0) if evens_out => Some(f64::MIN_POSITIVE),
+            Some(0.0) if evens_out || evens_out_hosts => Some(f64::MIN_POSITIVE),
             samples => samples,
         };
         let reason = self.reason(place);

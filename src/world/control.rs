@@ -168,7 +168,8 @@ impl Control {
         let has_news = |(flags, _): &(u32, f64)| flags & WITHOUT_NEWS == 0;
         let news = (0..world).map(record).find(has_news).unwrap_or_else(|| record(0));
         let is_weighted = news.0 & PA_FLAG_WEIGHTED != 0;
-        let counts = |(flags, _): &(u32, f64)| !is_weighted || flags & PA_FLAG_WEIGHTED != 0;
+        let needs_weight = is_weighted && has_news(&news);
+        let counts = |(flags, _): &(u32, f64)| !needs_weight || flags & PA_FLAG_WEIGHTED != 0;
         let counted = (0..world).map(record).filter(counts).map(|(_, weight)| weight);
         let sum = counted.filter(|weight| *weight > 0.0).sum();
         let is_needed = (0..world).map(record).any(|(flags, _)| flags & PA_FLAG_UNNEEDED == 0);

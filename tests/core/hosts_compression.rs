@@ -167,6 +167,7 @@ impl Hosts for Counted {
 #[test]
 fn links_carry_codes_and_memory_holds_state() {
     const ELEMENTS: usize = 1 << 20;
+    let mut without = 0;
     for code in [Compression::None, Compression::Bf16, Compression::Int8] {
         let used = on_hosts(2, 2, |_, communicator, link| {
             let sent = Arc::new(AtomicUsize::new(0));
@@ -180,12 +181,20 @@ fn links_carry_codes_and_memory_holds_state() {
             averager.average(&mut model).unwrap();
             (sent.load(Ordering::Relaxed), averager.memory_overhead())
         });
+        let beside = used[0][0].1;
+        match code {
+            Compression::None => without = beside,
+            _ => {
+                // 16 + 8/2 bytes for each element of the rank's half, and less than 15 MiB.
+                let (more, state) = (beside - without, 20 * ELEMENTS / 2);
+                assert!((state..state + (15 << 20)).contains(&more), "{code:?}: {more}");
+            }
+        }
         // Half of a rank's half, twice, and 13 words before it and one behind.
         let bytes = (4 * ELEMENTS / 2) as f64 * code.ratio() + 8.0 * 14.0;
         for (sent, _) in used.iter().flatten() {
             assert!((*sent as f64 / bytes - 1.0).abs() < 1e-4, "{code:?}: {sent}, not {bytes}");
         }
-        println!("{code:?}: {} bytes beside the model", used[0][0].1);
     }
 }
 
@@ -194,7 +203,10 @@ fn links_carry_codes_and_memory_holds_state() {
 #[test]
 fn what_codes_round_away_is_sent_later() {
     const ROUNDS: usize = 64;
-    for code in CODES {
+    // Weights of host 1, of which some are too small for it to send what it owes.
+    const WEIGHTS: [f64; 5] = [1.0, 0.01, 0.0, 1e-6, 3.0];
+    for (code, is_weighted) in CODES.into_iter().flat_map(|code| [(code, false), (code, true)]) {
+        let weight = |round: usize| if is_weighted { WEIGHTS[round % 5] } else { 1.0 };
         let value = |host: usize, round: usize, element: usize| match element % 128 {
             0 => [100.0, -60.0][(host + round) % 2],
             of => 0.01 * of as f32 * (host + 1) as f32,
@@ -208,18 +220,28 @@ fn what_codes_round_away_is_sent_later() {
                 for (element, at) in model.iter_mut().enumerate() {
                     *at = value(host, round, element);
                 }
-                averager.average(&mut model).unwrap();
+                let own = if host == 0 { 1.0 } else { weight(round) };
+                let made = match is_weighted {
+                    true => averager.average_weighted(&mut model, own),
+                    false => averager.average(&mut model),
+                };
+                assert_eq!(made.unwrap().hosts, 2);
                 sums.iter_mut().zip(&model).for_each(|(sum, at)| *sum += f64::from(*at));
             }
             sums
         });
         for (element, sum) in sums[0][0].iter().enumerate() {
-            let mean = |round| (value(0, round, element) + value(1, round, element)) / 2.0;
-            let expected: f64 = (0..ROUNDS).map(|round| f64::from(mean(round))).sum();
+            let of = |host, round| f64::from(value(host, round, element));
+            let mean = |round| {
+                let weight = weight(round);
+                (of(0, round) + weight * of(1, round)) / (1.0 + weight)
+            };
+            let expected: f64 = (0..ROUNDS).map(mean).sum();
             let off = (sum - expected).abs();
             // A step of the block is 160 / 127, of which half is owed twice. Without what is owed,
             // each of the results would be off by as much as 1.
-            assert!(off < 2.0 * 160.0 / 127.0, "{code:?}, element {element}: {off}");
+            let bound = 2.0 * 160.0 / 127.0;
+            assert!(off < bound, "{code:?}, {is_weighted}, element {element}: {off}");
         }
     }
 }
@@ -286,6 +308,11 @@ fn a_difference_without_a_code_changes_nothing() {
             let builder = builder(communicator, link).hosts_compression(code);
             let mut averager = builder.build(&mut model).unwrap();
             let value = if host == 1 { 3e38 } else { -3e38 };
+            // Without weight it does not count, and nothing is owed.
+            model[500] = value;
+            let weight = if host == 1 { 0.0 } else { 1.0 };
+            averager.average_weighted(&mut model, weight).unwrap();
+            assert_eq!(model[500], -3e38);
             model[500] = value;
             let error = averager.average(&mut model).unwrap_err();
             let is_fit = matches!(error, Error::StageVetoed { .. } | Error::HostRefused { .. });

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use param_averager::{
-    Error, Hierarchy, LocalSgd, Outer, ParamAverager, Schedule, TensorState, ThreadHosts, Veto,
+    Error, Hierarchy, LocalSgd, ParamAverager, Schedule, TensorState, ThreadHosts, Veto,
 };
 use test_support::ranks;
 
@@ -232,69 +232,6 @@ fn hosts_keep_the_beat_and_finish_together() {
 }
 
 /// Hosts without a step since the last average: none needs one, or they are told of the others'.
-#[test]
-fn hosts_without_steps_need_no_average() {
-    let results = on_hosts(2, 2, |host, communicator, link| {
-        let mut model = vec![1.0f32; 100];
-        let builder = builder(communicator, link).outer(Outer::diloco());
-        let mut sgd = LocalSgd::new(builder.build(&mut model).unwrap(), Schedule::every(2));
-        for step in 0..4 {
-            model.iter_mut().for_each(|value| *value += (host + step) as f32);
-            sgd.step(&mut model).unwrap();
-        }
-        let trained = model.clone();
-        // No outer step is made once more.
-        for _ in 0..2 {
-            assert!(matches!(sgd.finish(&mut model), Ok(param_averager::Action::Unneeded)));
-            assert_eq!(model, trained);
-        }
-        if host == 0 {
-            model.iter_mut().for_each(|value| *value += 8.0);
-            sgd.step(&mut model).unwrap();
-        }
-        assert_eq!(sgd.finish(&mut model).unwrap().report().unwrap().hosts, 2);
-        (trained, model)
-    });
-    let (trained, model) = &results[0][0];
-    assert!(results.iter().flatten().all(|(_, of)| of == model));
-    assert!(model[0] - trained[0] > 1.0, "host 1 has counted, and host 0's steps are in it");
-}
-
-/// In one world, too, ranks without weight only receive.
-#[test]
-fn a_host_without_weight_only_receives() {
-    on_hosts(3, 2, |host, communicator, link| {
-        let rank = communicator.rank();
-        let mut model = vec![1.0f32; 1000];
-        let averager = builder(communicator, link).build(&mut model).unwrap();
-        let mut sgd = LocalSgd::new(averager, Schedule::every(1));
-        for samples in [[3.0, 0.0, 1.0], [0.0, 0.0, 2.0], [5.0, 0.0, 0.0]] {
-            model.fill(10.0 * host as f32 + rank as f32);
-            sgd.step_weighted(&mut model, samples[host]).unwrap();
-            let total: f64 = samples.iter().sum();
-            let of = |host: usize| samples[host] / total * (10.0 * host as f64 + 0.5);
-            let mean = (0..3).map(of).sum::<f64>() as f32;
-            assert!((model[0] - mean).abs() < 1e-5 * mean, "{} {mean}", model[0]);
-        }
-        // A host that has not stepped since, and so passes no weight.
-        model.fill(10.0 * host as f32);
-        if host == 2 {
-            sgd.skip(&mut model).unwrap();
-        } else {
-            sgd.step_weighted(&mut model, 1.0).unwrap();
-        }
-        assert_eq!(model[0], 5.0);
-        model.fill(host as f32);
-        let made = sgd.step_weighted(&mut model, 0.0).unwrap();
-        assert!(matches!(made, param_averager::Action::Unneeded), "{made:?}");
-        assert_eq!(model, [host as f32; 1000]);
-        let error = sgd.averager().average_weighted(&mut model, 0.0).unwrap_err();
-        let is_fit = matches!(error, Error::AllWeightsZero | Error::StageVetoed { .. });
-        assert!(is_fit && !error.is_fatal(), "{error}");
-        assert_eq!(model, [host as f32; 1000]);
-    });
-}
-
 #[test]
 fn an_abort_ends_the_waits_for_other_hosts() {
     for wait in [0, 10, 100] {

@@ -107,6 +107,7 @@ pub fn averages_of_several_hosts_have_no_race() {
 pub fn hosts_that_fail_change_nothing_on_devices() {
     scenario("hosts-failures", &[&[TWO, ("CUDASIM_SEED", "1")]]);
     scenario("hosts-losses", &[&[TWO]]);
+    scenario("hosts-unneeded", &[&[TWO]]);
 }
 
 pub fn coded_averages_have_the_bits_of_the_cpu() {

@@ -4,14 +4,18 @@
 use super::sum::{mean_of, piece, Place};
 use crate::hosts::{Hosts, HostsError, HostsLimit};
 use crate::stage::{Span, Values};
-use crate::Compression;
+use crate::{Compression, Dtype};
+
+/// Least share of the weights with which a host sends what it owes.
+const LEAST_SHARE: f32 = 1.0 / 1024.0;
 
 /// State of a rank's codes, for the values of its shard that are in f32.
 #[derive(Default)]
 struct State {
     /// The values that all hosts have had last.
     reference: Vec<f32>,
-    /// What the codes of this host's differences have rounded away.
+    /// What the codes of this host's differences have rounded away, times the host's share of the
+    /// weights: in the units of the mean, so that weights may change.
     own: Vec<f32>,
     /// What the codes of the mean differences have, for this host's part of each piece.
     mean: Vec<f32>,
@@ -90,7 +94,12 @@ impl Coded {
     /// Notes that the last average of all hosts was committed.
     pub(super) fn commit(&mut self) {
         if std::mem::take(&mut self.is_made) {
-            std::mem::swap(&mut self.now, &mut self.next);
+            let State { reference, own, mean } = &mut self.next;
+            std::mem::swap(&mut self.now.own, own);
+            std::mem::swap(&mut self.now.mean, mean);
+            if !self.has_outer {
+                std::mem::swap(&mut self.now.reference, reference);
+            }
             self.is_set = true;
         }
     }
@@ -110,6 +119,12 @@ impl Coded {
         self.is_made = false;
         let Coded { code, has_outer, now, next, values: buffer, sent, received, .. } = self;
         let (code, has_outer, hosts) = (*code, *has_outer, weights.len());
+        // A host of no weight sends nothing, and goes on to owe what it owes. One of little weight
+        // pays nothing of it: as a difference of its own it might be too large.
+        let share = (weights[link.host()] / weights.iter().sum::<f64>()) as f32;
+        let (sends, pays) = (share > 0.0, share > LEAST_SHARE);
+        let payment = if pays { 1.0 / share } else { 0.0 };
+        let kept = if pays { 0.0 } else { 1.0 };
         // SAFETY: guaranteed by the caller. Spans are disjoint.
         let spans = spans.iter().map(|span| unsafe { span.values() });
         let mut values: Vec<&mut [f32]> = spans.filter_map(of_f32).collect();
@@ -143,7 +158,7 @@ impl Coded {
                 for ((to, value), (reference, own)) in
                     differences[at..].iter_mut().zip(run).zip(known)
                 {
-                    *to = *value - reference + own;
+                    *to = if sends { *value - reference + own * payment } else { 0.0 };
                 }
             });
             differences[count..].fill(0.0);
@@ -151,7 +166,11 @@ impl Coded {
                 code.encode(values, codes);
             }
             decode_parts(code, part, sent, decoded);
-            rest_of(differences, decoded, &mut next.own[begin..][..count]);
+            let rests = differences.iter().zip(&*decoded).zip(own);
+            for (next, ((value, decoded), own)) in next.own[begin..][..count].iter_mut().zip(rests)
+            {
+                *next = own * kept + (value - decoded) * share;
+            }
             link.all_to_all(sent, received, limit)?;
             decode_parts(code, part, received, decoded);
             mean_of(decoded, weights, mean);
@@ -159,7 +178,9 @@ impl Coded {
             mean.iter_mut().zip(owed).for_each(|(mean, owed)| *mean += owed);
             code.encode(mean, &mut sent[..length]);
             code.decode(&sent[..length], &mut decoded[..part]);
-            rest_of(mean, decoded, owes);
+            for ((owes, value), decoded) in owes.iter_mut().zip(&*mean).zip(&*decoded) {
+                *owes = value - decoded;
+            }
             link.all_gather(&sent[..length], received, limit)?;
             decode_parts(code, part, received, decoded);
             to.each(&mut values, count, |at, run| {
@@ -184,13 +205,6 @@ fn decode_parts(code: Compression, part: usize, codes: &[u8], values: &mut [f32]
     parts.for_each(|(codes, values)| code.decode(codes, values));
 }
 
-/// What of the values is not in what they were decoded to.
-fn rest_of(values: &[f32], decoded: &[f32], rest: &mut [f32]) {
-    for ((rest, value), decoded) in rest.iter_mut().zip(values).zip(decoded) {
-        *rest = value - decoded;
-    }
-}
-
 fn of_f32(values: Values<'_>) -> Option<&mut [f32]> {
     match values {
         Values::F32(values) => Some(values),
@@ -203,6 +217,8 @@ fn of_f32(values: Values<'_>) -> Option<&mut [f32]> {
 /// # Safety
 /// The spans' values are initialised, and nothing changes them.
 unsafe fn append(spans: &[Span], to: &mut Vec<f32>) {
+    let all = spans.iter().filter(|span| span.dtype != Dtype::F64).map(|span| span.elements);
+    to.reserve_exact(all.sum());
     // SAFETY: guaranteed by the caller.
     let values = spans.iter().filter_map(|span| of_f32(unsafe { span.values() }));
     values.for_each(|values| to.extend_from_slice(values));

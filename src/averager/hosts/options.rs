@@ -37,10 +37,10 @@ impl Builder {
     /// host has come from the last result, or from the outer optimizer's anchor, in f32. All but
     /// tensors of f64 are coded; they travel as they are. What a code rounds away is sent in the
     /// next average, so that all hosts get the same bits within a bound of the mean: see
-    /// [`guide::hosts`](crate::guide::hosts). It takes 16 bytes of memory for each element of a
-    /// rank's part, and values that are not finite are rejected. Averages that give the ranks
-    /// values to begin with travel in full, and so do those from which outer steps begin. Default:
-    /// [`Compression::None`].
+    /// [`guide::hosts`](crate::guide::hosts). It takes 16 + 8/h bytes of memory for each element of
+    /// a rank's part and h hosts, and values that are not finite are rejected. Averages that give
+    /// the ranks values to begin with travel in full, and so do those from which outer steps begin.
+    /// Default: [`Compression::None`].
     pub fn hosts_compression(mut self, compression: Compression) -> Self {
         self.hosts_compression = compression;
         self

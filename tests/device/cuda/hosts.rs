@@ -227,6 +227,34 @@ pub fn failures() {
     }
 }
 
+/// An average that no rank of any host needs moves nothing, and one of a host without weight gives
+/// it the mean of the others.
+pub fn unneeded() {
+    let devices = [vec![Device::cuda(0); 2], vec![Device::cuda(1); 2]];
+    on_hosts(&devices, |host, communicator, link| {
+        let on = communicator.device();
+        let mut model = Model::new(on, &SHAPES, 7);
+        let averager = hosted(communicator, link).build(&mut model).unwrap();
+        let mut sgd = LocalSgd::new(averager, Schedule::every(1));
+        let mut model = Model::new(on, &SHAPES, host as u64);
+        model.download();
+        let before = model.bytes().to_vec();
+        let made = sgd.finish(&mut model).unwrap();
+        assert!(matches!(made, Action::Unneeded), "{made:?}");
+        model.download();
+        assert!(model.bytes() == before);
+        if host == 1 {
+            model.set(0, 4321, f32::NAN);
+        }
+        sgd.step_weighted(&mut model, [1.0, 0.0][host]).unwrap();
+        model.download();
+        let mut expected = Model::new(on, &SHAPES, 0);
+        expected.download();
+        assert!(model.bytes() == expected.bytes());
+        sgd
+    });
+}
+
 /// A host that leaves, that aborts, or that is late: fatal errors, and nothing changes.
 pub fn losses() {
     let devices = [vec![Device::cuda(0); 2], vec![Device::cuda(1); 2]];
@@ -235,7 +263,9 @@ pub fn losses() {
         let results = on_hosts(&devices, |host, communicator, link| {
             let (rank, on) = (communicator.rank(), communicator.device());
             let mut model = Model::new(on, &SHAPES, 7);
-            let builder = hosted(communicator, link).timeout(Duration::from_secs(8));
+            // A host that is late is waited for half as long.
+            let timeout = if how == "late" { 20 } else { 60 };
+            let builder = hosted(communicator, link).timeout(Duration::from_secs(timeout));
             let mut averager = builder.build(&mut model).unwrap();
             let mut model = Model::new(on, &SHAPES, host as u64);
             let before = model.bytes().to_vec();

@@ -45,6 +45,7 @@ pub fn run(scenario: &str) {
         "hosts-devices" => hosts::on_four_devices(),
         "hosts-races" => hosts::races(),
         "hosts-failures" => hosts::failures(),
+        "hosts-unneeded" => hosts::unneeded(),
         "hosts-losses" => hosts::losses(),
         "hosts-streams" => hosts::streams(),
         "overlap" => overlap::on_one_device(),
