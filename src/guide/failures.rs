@@ -48,7 +48,7 @@
 //! averager again. A process with several averagers recovers each, in any order. Threads of one
 //! process build a new world. `examples/recover.rs` is a program that does it. The state of an
 //! [outer optimizer](super::outer) is carried over, except for the part of the lost rank, or with
-//! [`share_outer_state`](crate::Builder::share_outer_state) all of it.
+//! [`share_outer_state`](crate::Builder::share_outer_state) all of it in most cases.
 //!
 //! ```no_run
 //! use param_averager::{LocalSgd, Result};

@@ -67,9 +67,10 @@
 //! | a process joins | the values that all ranks have then | stay, divided anew |
 //!
 //! With [`Builder::share_outer_state`](crate::Builder::share_outer_state), for processes on CPUs,
-//! each rank's state lies in memory that the next rank of the ring maps. It outlives the rank, at
-//! no cost of memory or of work, and the averages after a recovery go on with the whole velocity.
-//! These cases are left:
+//! each rank's state lies in memory that the next rank of the ring maps. It outlives the rank, and
+//! the averages after a recovery go on with the whole velocity. Averages do nothing more for it, and
+//! it takes no more memory but that of a lost rank, until the first step after a recovery. These
+//! cases are left:
 //!
 //! | ranks that are lost | velocity and moments |
 //! |---|---|
@@ -77,7 +78,10 @@
 //! | one, in an average that is committed | stay; where its step was not made or half made, its part is that before the step, number by number |
 //! | several, none of them next to another one in the ring | stay |
 //! | a rank and the next one of the ring, before the first step without the first of them | 0 in the first one's part |
-//! | one, from [`LocalSgd::load`](crate::LocalSgd::load) to the first step after it | 0 in its part |
+//! | one, from [`LocalSgd::load`](crate::LocalSgd::load) to the first step after it | 0 in its part, if its peers have loaded, too: all ranks load, or none |
+//!
+//! A state that is [saved](crate::LocalSgd::save) between a recovery by hand and the next average
+//! lacks the lost rank's part, and can't be loaded: save after that average.
 //!
 //! A NaN that one average lets through stays in v for good. With
 //! [`reject_non_finite`](crate::Builder::reject_non_finite), the ring's default, it is refused; for

@@ -14,6 +14,7 @@ mod hosts;
 mod hosts_compression;
 mod hosts_failures;
 mod hosts_refusals;
+mod hosts_weights;
 mod lend;
 mod local_sgd;
 mod names;

@@ -20,7 +20,15 @@ type Model = Vec<Guarded>;
 type Deaths<'a> = &'a [(usize, &'a str)];
 
 fn model() -> Model {
-    Dtype::ALL.iter().map(|&dtype| Guarded::new(dtype, 3001, 0)).collect()
+    match is_large() {
+        true => vec![Guarded::new(Dtype::F32, 300_000, 0)],
+        false => Dtype::ALL.iter().map(|&dtype| Guarded::new(dtype, 3001, 0)).collect(),
+    }
+}
+
+/// True for a state of many messages, in chunks that are as large as by default.
+fn is_large() -> bool {
+    number("PA_TEST_LARGE_STATE").is_some()
 }
 
 fn fill(model: &mut Model, round: u64) {
@@ -33,11 +41,13 @@ fn fill(model: &mut Model, round: u64) {
 fn averager(world: Communicator, model: &mut Model) -> LocalSgd {
     let outer = match number("PA_TEST_MOMENTS") {
         Some(2) => Outer::adam(2.0, 0.5, 0.75, 1.0),
+        Some(3) => Outer::nesterov(0.5, 0.75).keeping(0.25),
         _ => Outer::nesterov(0.5, 0.75),
     };
     let options = builder(world).start_from(Start::Rank(0)).outer(outer);
     let options = options.share_outer_state(number("PA_TEST_SHARES") == Some(1));
     let channels = number("PA_TEST_CHANNELS").unwrap_or(2) as u32;
+    let options = if is_large() { options.chunk_bytes(256 << 10) } else { options };
     let averager = options.channels(channels).build(model).unwrap();
     LocalSgd::new(averager, Schedule::every(1))
 }
@@ -65,7 +75,8 @@ fn forbid_half_of_the_state() {
     let all: Vec<[usize; 2]> = shared.filter_map(range).collect();
     let most = all.iter().map(|[begin, end]| end - begin).max().unwrap();
     for [begin, end] in all.into_iter().filter(|[begin, end]| end - begin == most) {
-        let half = begin + most / 2 / 4096 * 4096;
+        let page = rustix::param::page_size();
+        let half = begin + most / 2 / page * page;
         // SAFETY: memory of this process, which dies of it.
         unsafe { mprotect(half as *mut _, end - half, MprotectFlags::READ) }.unwrap();
     }
@@ -164,6 +175,10 @@ pub fn shared_state() -> i32 {
             die();
         }
         lost = lost.max(report.lost_state);
+        if number("PA_TEST_SAVES_AGAIN").is_some() {
+            let state = sgd.save().unwrap();
+            say(&format!("loads again: {:?}", sgd.load(&state)));
+        }
     }
     say(&format!("done {} {lost} {differs}", sgd.world_size()));
     0
@@ -284,4 +299,34 @@ pub fn a_state_that_may_not_be_loaded_is_lost() {
         assert!((0.3..0.37).contains(&lost) && differs, "{end}: {lost}, {differs}");
     }
     assert_eq!(run(3, &[(1, "between averages")], &more), (0.0, false), "after a step");
+}
+
+/// Streams of states that differ much in length, and own parts that lie across their ends.
+pub fn a_large_state_is_carried_over() {
+    for (ranks, dies) in [(3, 1), (4, 1)] {
+        let more = [SHARES, ("PA_TEST_LARGE_STATE", "1")];
+        assert_eq!(run(ranks, &[(dies, "between averages")], &more), (0.0, false), "{ranks}");
+    }
+}
+
+pub fn ranks_that_keep_a_share_lose_nothing() {
+    let more = [SHARES, ("PA_TEST_MOMENTS", "3")];
+    for (ranks, deaths) in [
+        (4, &[(1, "between averages")][..]),
+        (3, &[(2, "in the reduce")]),
+        (4, &[(1, "between averages"), (3, "after the anchor")]),
+    ] {
+        assert_eq!(run(ranks, deaths, &more), (0.0, false), "{deaths:?}");
+    }
+}
+
+/// A state that is saved after a recovery, before the next step, is whole.
+pub fn a_state_saved_after_a_recovery_can_be_loaded() {
+    for shares in ["1", "0"] {
+        let more = [("PA_TEST_SHARES", shares), ("PA_TEST_SAVES_AGAIN", "1")];
+        let (_, rank) = end(2, &[(0, "between averages")], &more);
+        let said = rank.said("loads again:");
+        let is_ok = said.iter().all(|line| line.starts_with("Ok"));
+        assert!(is_ok && !said.is_empty(), "{shares}: {said:?}");
+    }
 }

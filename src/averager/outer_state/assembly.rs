@@ -56,6 +56,9 @@ impl<'a> Assembly<'a> {
             let start = piece.run.first * size;
             let shown = start + (at.saturating_sub(piece.before)) as u64
                 ..start + (end - piece.before).min(piece.bytes(bucket)) as u64;
+            if shown.is_empty() {
+                continue; // the stream has ended before this part
+            }
             // Own pieces are in the order of buckets, arrays and packs.
             let array = (piece.bucket, piece.array);
             let first = self.own.partition_point(|own| {

@@ -75,7 +75,11 @@ impl ParamAverager {
     pub(crate) fn save_outer(&mut self) -> Result<Option<Vec<u8>>> {
         let _ = self.own.engine.finish(); // of a forgotten `Pending`
         self.note_anchor();
-        let Some(state) = self.state_to_pass_on() else { return Ok(None) };
+        let state = match self.anchor {
+            AnchorState::ToInherit => self.state_to_pass_on(),
+            _ => self.own.outer.clone(),
+        };
+        let Some(state) = state else { return Ok(None) };
         let Division { world, channels, chunk, is_ring } = state.division;
         let mut to = Writer::default();
         to.text(&self.kind_of_state());

@@ -27,9 +27,9 @@ impl Builder {
     /// takes no more memory, and averages do nothing more for it; but the state is shared memory of
     /// processes then, as mailboxes are, with two descriptors more for each averager.
     ///
-    /// Has no effect for ranks that are threads, which can't recover, and without an outer
-    /// optimizer. Refused for processes on CUDA devices, of whose memory nothing promises that it
-    /// outlives its process. Default: `false`.
+    /// Has no effect without an outer optimizer, and for ranks that can't recover: threads, and
+    /// those of several [hosts](Self::hosts). Refused for processes on CUDA devices, of whose memory
+    /// nothing promises that it outlives its process. Default: `false`.
     pub fn share_outer_state(mut self, share: bool) -> Self {
         self.share_outer_state = share;
         self

@@ -139,9 +139,11 @@ proptest! {
             let share = state.lost_share(&pieces);
             prop_assert!((share - gone as f64 / all as f64).abs() < 1e-9, "{share}, {gone}");
             let mut assembly = Assembly::new(&state, 1..3).unwrap();
-            for (pieces, stream) in pieces.iter().zip(&streams) {
-                for at in (0..stream.len()).step_by(piece) {
-                    assembly.add(pieces, at, &stream[at..(at + piece).min(stream.len())]);
+            let longest = streams.iter().map(Vec::len).max().unwrap_or(0);
+            for at in (0..longest).step_by(piece) {
+                for (pieces, stream) in pieces.iter().zip(&streams) {
+                    let part = stream.get(at..).unwrap_or_default();
+                    assembly.add(pieces, at, &part[..part.len().min(piece)]);
                 }
             }
             assembly.write().unwrap();
