@@ -4,9 +4,9 @@
 //! Each rank makes three steps with them. First all show what they are about to average; a host
 //! whose own sum has failed, or that differs, ends the average on all hosts. Then the shards are
 //! averaged. Then all show whether that, and the stage, succeeded. So the ranks of one number on
-//! all hosts vote alike, and the commit of each host counts the same votes. A host that fails
-//! after its word in the last exchange can be left uncommitted where others have committed. Its
-//! link has ended then, and so the next average of the others fails.
+//! all hosts vote alike, and the commit of each host counts the same votes. A host that fails after
+//! its word in the last exchange, or that the word of a failed host has not reached, can be left
+//! uncommitted where others have committed. Its link has ended, and so their next average fails.
 
 mod coded;
 mod options;

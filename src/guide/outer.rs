@@ -68,9 +68,9 @@
 //!
 //! With [`Builder::share_outer_state`](crate::Builder::share_outer_state), for processes on CPUs,
 //! each rank's state lies in memory that the next rank of the ring maps. It outlives the rank, and
-//! the averages after a recovery go on with the whole velocity. Averages do nothing more for it, and
-//! it takes no more memory but that of a lost rank, until the first step after a recovery. These
-//! cases are left:
+//! the averages after a recovery go on with the whole velocity. Averages do nothing more for it,
+//! and it takes no more memory but that of a lost rank, until the first step after a recovery.
+//! These cases are left:
 //!
 //! | ranks that are lost | velocity and moments |
 //! |---|---|

@@ -28,8 +28,8 @@ impl Builder {
     /// processes then, as mailboxes are, with two descriptors more for each averager.
     ///
     /// Has no effect without an outer optimizer, and for ranks that can't recover: threads, and
-    /// those of several [hosts](Self::hosts). Refused for processes on CUDA devices, of whose memory
-    /// nothing promises that it outlives its process. Default: `false`.
+    /// those of several [hosts](Self::hosts). With one it is refused for processes on CUDA devices,
+    /// of whose memory nothing promises that it outlives its process. Default: `false`.
     pub fn share_outer_state(mut self, share: bool) -> Self {
         self.share_outer_state = share;
         self
@@ -47,7 +47,7 @@ impl Builder {
     pub(in crate::averager) fn sharing_refusal(&self) -> Option<(String, &'static str)> {
         let is_on_device = !matches!(self.communicator.space(), MemorySpace::Host);
         let is_refused = is_on_device && self.communicator.placement().between_processes();
-        (self.share_outer_state && is_refused).then(|| {
+        (self.share_outer_state && is_refused && !self.outer.is_mean()).then(|| {
             let found = "true, for processes on CUDA devices".into();
             (found, "false, or ranks on CPUs: memory of a device may end with its process")
         })
