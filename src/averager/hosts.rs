@@ -322,8 +322,7 @@ impl RankHosts {
             return Err(Error::AllWeightsZero);
         }
         let is_coded = self.is_coded(&wanted);
-        let (link, sums) = (&self.link, &mut self.sums);
-        let mut coded = self.coded.as_mut();
+        let (link, sums, mut coded) = (&self.link, &mut self.sums, self.coded.as_mut());
         if let Some(coded) = coded.as_mut().filter(|_| wanted.has_anchor && is_coded) {
             // SAFETY: guaranteed by the caller, here and below.
             unsafe { coded.refer_to(anchors) };
