@@ -14,10 +14,10 @@ const LEAST_SHARE: f32 = 1.0 / 1024.0;
 struct State {
     /// The values that all hosts have had last.
     reference: Vec<f32>,
-    /// What the codes of this host's differences have rounded away, times the host's share of the
-    /// weights: in the units of the mean, so that weights may change.
+    /// Rest of this host's differences that its codes have rounded away, times the host's share of
+    /// the weights: in the units of the mean, so that weights may change.
     own: Vec<f32>,
-    /// What the codes of the mean differences have, for this host's part of each piece.
+    /// Rest of the mean differences, for this host's part of each piece.
     mean: Vec<f32>,
 }
 
@@ -121,7 +121,9 @@ impl Coded {
         let (code, has_outer, hosts) = (*code, *has_outer, weights.len());
         // A host of no weight sends nothing, and goes on to owe what it owes. One of little weight
         // pays nothing of it: as a difference of its own it might be too large.
-        let share = (weights[link.host()] / weights.iter().sum::<f64>()) as f32;
+        let most = weights.iter().copied().fold(0.0, f64::max); // or their sum may be infinity
+        let all: f64 = weights.iter().map(|weight| weight / most).sum();
+        let share = (weights[link.host()] / most / all) as f32;
         let (sends, pays) = (share > 0.0, share > LEAST_SHARE);
         let payment = if pays { 1.0 / share } else { 0.0 };
         let kept = if pays { 0.0 } else { 1.0 };
