@@ -4,7 +4,8 @@
 use std::sync::{Arc, Mutex};
 
 use param_averager::{
-    Algorithm, Builder, Communicator, Dtype, Outer, ParamAverager, Part, Shard, Start, Values, Veto,
+    Algorithm, Builder, Communicator, Dtype, Error, Outer, ParamAverager, Part, Shard, Start,
+    Values, Veto,
 };
 use proptest::prelude::*;
 use test_support::{bits, count, layout, options, ranks, Guarded, Random};
@@ -258,5 +259,65 @@ fn a_stage_takes_four_bytes_an_element_over_n_for_16_bits_and_none_for_f32() {
         let (with, without) = (of(true), of(false));
         let more = with - without - bytes * elements / 2;
         assert!(more < 4096, "{dtype}: {more} bytes more than {bytes} an element over 2");
+    }
+}
+
+#[test]
+fn ranks_with_and_without_a_stage_differ() {
+    for with in 0..2 {
+        ranks(2, |communicator| {
+            let has_one = communicator.rank() == with;
+            let builder = options(communicator).algorithm(Algorithm::Ring);
+            let builder = if has_one { builder.stage(|_| Ok(())) } else { builder };
+            let error = builder.build(&mut vec![vec![0.0f32; 100], vec![0.0; 7]]).unwrap_err();
+            let Error::OptionsDiffer { rank: 1, found, expected } = &error else {
+                panic!("{error}")
+            };
+            let texts = ["stage = a function", "stage = none"];
+            let want = if with == 1 { texts } else { [texts[1], texts[0]] };
+            assert_eq!([found, expected], want);
+        });
+    }
+}
+
+/// A stage for devices has addresses that CPUs have not.
+#[test]
+fn a_stage_for_devices_is_refused_on_cpus() {
+    for world in [1, 2] {
+        ranks(world, |communicator| {
+            // SAFETY: the function enqueues nothing.
+            let builder = unsafe { options(communicator).device_stage(|_| Ok(())) };
+            let error = builder.build(&mut vec![vec![0.0f32; 100], vec![0.0; 7]]).unwrap_err();
+            let Error::InvalidOption { option: "device_stage", expected, .. } = &error else {
+                panic!("{error}")
+            };
+            assert!(expected.contains("Builder::stage"), "{error}");
+        });
+    }
+}
+
+#[test]
+fn options_that_contradict_a_stage_are_refused() {
+    for world in [1, 2] {
+        let refusal = |with: fn(Builder) -> Builder| {
+            let errors = ranks(world, |communicator| {
+                let builder = with(options(communicator)).stage(|_| Ok(()));
+                match builder.build(&mut vec![vec![0.0f32; 100], vec![0.0; 7]]).unwrap_err() {
+                    Error::InvalidOption { option, found, .. } => {
+                        assert!(found.contains("with a stage"), "{found}");
+                        option
+                    }
+                    other => panic!("{other}"),
+                }
+            });
+            errors[0]
+        };
+        assert_eq!(refusal(|builder| builder.algorithm(Algorithm::Direct)), "algorithm");
+        assert_eq!(refusal(|builder| builder.all_or_nothing(false)), "all_or_nothing");
+        ranks(world, |communicator| {
+            let builder = options(communicator).stage(|_| Ok(()));
+            let averager = builder.build(&mut vec![vec![0.0f32; 100], vec![0.0; 7]]).unwrap();
+            assert_eq!(averager.algorithm(), Algorithm::Ring);
+        });
     }
 }

@@ -6,8 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use param_averager::{
-    Algorithm, Builder, Dtype, Error, ErrorKind, LocalSgd, Outer, Schedule, Shard, Start,
-    TensorState, Veto,
+    Dtype, Error, ErrorKind, LocalSgd, Outer, Schedule, Shard, Start, TensorState, Veto,
 };
 use test_support::{bits, count, options, ranks, seed, Random};
 
@@ -293,66 +292,6 @@ fn a_value_that_is_not_finite_is_told_rather_than_a_veto() {
             assert!(matches!(error, Error::NonFinite { rank, .. } if rank == bad), "{error}");
             model = vectors(rank);
             averager.average(&mut model).unwrap();
-        });
-    }
-}
-
-#[test]
-fn ranks_with_and_without_a_stage_differ() {
-    for with in 0..2 {
-        ranks(2, |communicator| {
-            let has_one = communicator.rank() == with;
-            let builder = options(communicator).algorithm(Algorithm::Ring);
-            let builder = if has_one { builder.stage(|_| Ok(())) } else { builder };
-            let error = builder.build(&mut vectors(0)).unwrap_err();
-            let Error::OptionsDiffer { rank: 1, found, expected } = &error else {
-                panic!("{error}")
-            };
-            let texts = ["stage = a function", "stage = none"];
-            let want = if with == 1 { texts } else { [texts[1], texts[0]] };
-            assert_eq!([found, expected], want);
-        });
-    }
-}
-
-/// A stage for devices has addresses that CPUs have not.
-#[test]
-fn a_stage_for_devices_is_refused_on_cpus() {
-    for world in [1, 2] {
-        ranks(world, |communicator| {
-            // SAFETY: the function enqueues nothing.
-            let builder = unsafe { options(communicator).device_stage(|_| Ok(())) };
-            let error = builder.build(&mut vectors(0)).unwrap_err();
-            let Error::InvalidOption { option: "device_stage", expected, .. } = &error else {
-                panic!("{error}")
-            };
-            assert!(expected.contains("Builder::stage"), "{error}");
-        });
-    }
-}
-
-#[test]
-fn options_that_contradict_a_stage_are_refused() {
-    for world in [1, 2] {
-        let refusal = |with: fn(Builder) -> Builder| {
-            let errors = ranks(world, |communicator| {
-                let builder = with(options(communicator)).stage(|_| Ok(()));
-                match builder.build(&mut vectors(0)).unwrap_err() {
-                    Error::InvalidOption { option, found, .. } => {
-                        assert!(found.contains("with a stage"), "{found}");
-                        option
-                    }
-                    other => panic!("{other}"),
-                }
-            });
-            errors[0]
-        };
-        assert_eq!(refusal(|builder| builder.algorithm(Algorithm::Direct)), "algorithm");
-        assert_eq!(refusal(|builder| builder.all_or_nothing(false)), "all_or_nothing");
-        ranks(world, |communicator| {
-            let builder = options(communicator).stage(|_| Ok(()));
-            let averager = builder.build(&mut vectors(0)).unwrap();
-            assert_eq!(averager.algorithm(), Algorithm::Ring);
         });
     }
 }

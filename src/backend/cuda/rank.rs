@@ -12,7 +12,7 @@ use cudarc::driver::sys;
 use super::driver::{call, Failed};
 use super::launch::{launch, Part};
 use super::memory::Pinned;
-use super::streams::{Event, LaunchStream};
+use super::streams::{is_capturing, Event, LaunchStream};
 use super::tables::Tables;
 use super::{Context, DeviceMemory};
 use crate::abi::{PaArgs, PaBucket, PaChannel, PaSegment, PaStatus, PA_OPEN};
@@ -396,13 +396,4 @@ impl Rank {
         }
         Ok(())
     }
-}
-
-/// # Safety
-/// `stream` belongs to the current context.
-unsafe fn is_capturing(stream: sys::CUstream) -> Result<bool, Failed> {
-    let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
-    // SAFETY: guaranteed by the caller.
-    unsafe { call!(cuStreamIsCapturing(stream, &mut status)) }?;
-    Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
 }

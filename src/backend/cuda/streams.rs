@@ -114,3 +114,14 @@ impl Drop for LaunchStream {
         let _ = unsafe { call!(cuStreamDestroy_v2(self.raw)) };
     }
 }
+
+/// True if a stream is being captured.
+///
+/// # Safety
+/// `stream` belongs to the current context.
+pub(super) unsafe fn is_capturing(stream: sys::CUstream) -> Result<bool, Failed> {
+    let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+    // SAFETY: guaranteed by the caller.
+    unsafe { call!(cuStreamIsCapturing(stream, &mut status)) }?;
+    Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+}

@@ -1,6 +1,7 @@
 // A world of ranks in this process, laid out as abi.h says: control block, and for each rank its
 // tensors, segment tables, mailboxes and channels. Ranks run on threads of their own and share
-// nothing else, so that one may be an average ahead of another.
+// nothing else, so that one may be an average ahead of another. One file of more than 400 lines,
+// since each part of a world has the addresses of the others.
 #pragma once
 #include <atomic>
 #include <cstdarg>
