@@ -54,7 +54,7 @@
 //!
 //! # NCCL
 //! `NcclHosts`, of the feature `nccl`, carries the same bytes by NCCL: a communicator for each
-//! rank's number, with a rank on each host. NCCL 2.14 or later is loaded when the first link is
+//! rank's number, with a rank on each host. NCCL 2.27.3 or later is loaded when the first link is
 //! made, from `libnccl.so.2`, `libnccl.so` or the file that `PARAM_AVERAGER_NCCL` names; nothing of
 //! it is needed to build. Ranks are on CUDA devices, and NCCL sends from there: their parts, which
 //! are in memory of the host, are copied to the device and back. The program is

@@ -24,7 +24,7 @@ const DRAIN: Duration = Duration::from_secs(10);
 /// Link between hosts over NCCL, for ranks on CUDA devices: one communicator for each rank, with
 /// the ranks of its number on all other hosts.
 ///
-/// NCCL 2.14 or later is loaded when the first link is made: `libnccl.so.2`, `libnccl.so`, or the
+/// NCCL 2.27.3 or later is loaded when the first link is made: `libnccl.so.2`, `libnccl.so`, or the
 /// file that `PARAM_AVERAGER_NCCL` names. It chooses the network by its own variables, such as
 /// `NCCL_SOCKET_IFNAME`.
 ///

@@ -107,7 +107,7 @@ pub fn faults_of_nccl_are_errors() {
             "name the file in PARAM_AVERAGER_NCCL",
         ],
     );
-    fails_with(&mut one("STANDIN_NCCL", "old"), &["version 21304", "(2.14) is needed"]);
+    fails_with(&mut one("STANDIN_NCCL", "old"), &["version 22602", "(2.27.3) is needed"]);
     fails_with(&mut one("PA_NCCL_CPU", "1"), &["rank 0 is on a CPU", "Device::cuda"]);
     fails_with(&mut one("STANDIN_NCCL", "init"), &["unhandled system error (simulated)"]);
     for mut rank in Job::new(2, 1).with("STANDIN_NCCL", "group").start("exchange") {

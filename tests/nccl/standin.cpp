@@ -4,7 +4,7 @@
 // holds the stream up until its bytes are there, a rank is lost, or the communicator is aborted. A
 // call that NCCL does not allow ends the process.
 //
-// STANDIN_NCCL: "old" is a version before 2.14, "init" fails as ranks meet, "group" fails in the
+// STANDIN_NCCL: "old" is a version before 2.27.3, "init" fails as ranks meet, "group" fails in the
 // second group, "abort" never returns from ncclCommAbort.
 #include "../support/nccl/standin.hpp"
 
@@ -297,7 +297,7 @@ extern "C" {
 struct Config { size_t size; unsigned magic, version; int blocking; };
 
 int ncclGetVersion(int *version) {
-    *version = is("old") ? 21304 : 22703;
+    *version = is("old") ? 22602 : 22703;
     return Success;
 }
 int ncclGetUniqueId(UniqueId *id) {

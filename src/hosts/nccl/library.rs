@@ -9,8 +9,11 @@ use crate::backend::cuda::Context;
 /// Variable that names the library, instead of `LIBRARIES`.
 pub(super) const LIBRARY: &str = "PARAM_AVERAGER_NCCL";
 const LIBRARIES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
-/// The first version with communicators that do not block, 2.14.
-const LEAST: c_int = 21400;
+/// The least version, 2.27.3. Before it a call's job belongs to the thread that made the call, and
+/// `ncclCommAbort` on another thread (see `Comm::abort`) uses it after it was freed.
+const LEAST: c_int = 22703;
+/// The version of nccl.h that `Config` is of, the first with communicators that do not block.
+const CONFIG_VERSION: c_uint = 21400;
 
 const SUCCESS: c_int = 0;
 const IN_PROGRESS: c_int = 7;
@@ -90,7 +93,7 @@ impl Library {
             ($name:literal) => {
                 // SAFETY: the types are nccl.h's.
                 *unsafe { library.get(concat!($name, "\0").as_bytes()) }.map_err(|_| {
-                    concat!("the NCCL that was loaded has no ", $name, ": install 2.14 or later")
+                    concat!("the NCCL that was loaded has no ", $name, ": install 2.27.3 or later")
                 })?
             };
         }
@@ -100,7 +103,7 @@ impl Library {
         let result = unsafe { get_version(&mut version) };
         if result != SUCCESS || version < LEAST {
             return Err(format!(
-                "the NCCL that was loaded says that it is version {version}, and {LEAST} (2.14) \
+                "the NCCL that was loaded says that it is version {version}, and {LEAST} (2.27.3) \
                  is needed: install a later one, or name its file in {LIBRARY}"
             ));
         }
@@ -186,7 +189,7 @@ impl Comm {
         let mut config = Config {
             size: size_of::<Config>(),
             magic: 0xcafe_beef,
-            version: LEAST as c_uint,
+            version: CONFIG_VERSION,
             blocking: 0,
         };
         let too_many = |_| format!("{ranks} hosts are too many for NCCL");
