@@ -82,7 +82,8 @@
 //! say so; other connections are ignored. A program that can send the id by MPI or in a file
 //! passes it to `NcclHosts::new`. Both wait as long as the communicator was told to
 //! ([`CommunicatorBuilder::timeout`](crate::CommunicatorBuilder::timeout)). `NCCL_COMM_ID`, which
-//! all communicators would share, must not be set.
+//! all communicators would share, and `NCCL_COMM_BLOCKING=1`, which makes NCCL's calls block, are
+//! errors. NCCL takes both from its `nccl.conf` files, too, which is not seen: leave them out there.
 //!
 //! Communicators do not block: waits look at the limit and at `ncclCommGetAsyncError`. When a host
 //! dies and NCCL sees its connections close, the others' calls end with NCCL's error, else at the

@@ -68,7 +68,8 @@ impl NcclId {
     /// have made their links.
     ///
     /// # Errors
-    /// [`Error::Environment`] if NCCL can't be loaded, or finds no network.
+    /// [`Error::Environment`] if NCCL can't be loaded, finds no network, or is told to block by
+    /// `NCCL_COMM_BLOCKING`, or to share one address by `NCCL_COMM_ID`.
     pub fn new() -> Result<NcclId> {
         let wrong = |problem| Error::Environment { problem };
         Library::get().and_then(Library::unique_id).map(NcclId).map_err(wrong)
@@ -104,8 +105,8 @@ impl NcclHosts {
     /// host, by default 10 minutes.
     ///
     /// # Errors
-    /// [`Error::Environment`] if a variable is missing, if NCCL can't be loaded, or for a rank on a
-    /// CPU; [`Error::HostLost`] if hosts differ, if one does not come, or if NCCL fails.
+    /// [`Error::Environment`] if a variable is missing, if NCCL can't be loaded, if
+    /// `NCCL_COMM_BLOCKING` or `NCCL_COMM_ID` is set, or for a rank on a CPU; [`Error::HostLost`] if hosts differ, if one does not come, or if NCCL fails.
     pub fn from_env(communicator: &Communicator) -> Result<NcclHosts> {
         let wrong = |problem| Error::Environment { problem };
         let lost = |error: HostsError| lost(communicator, error);

@@ -108,6 +108,9 @@ pub fn faults_of_nccl_are_errors() {
         ],
     );
     fails_with(&mut one("STANDIN_NCCL", "old"), &["version 22602", "(2.27.3) is needed"]);
+    for (name, value) in [("NCCL_COMM_BLOCKING", "1"), ("NCCL_COMM_ID", "127.0.0.1:29500")] {
+        fails_with(&mut one(name, value), &[name, value, "unset it on all ranks"]);
+    }
     fails_with(&mut one("PA_NCCL_CPU", "1"), &["rank 0 is on a CPU", "Device::cuda"]);
     fails_with(&mut one("STANDIN_NCCL", "init"), &["unhandled system error (simulated)"]);
     for mut rank in Job::new(2, 1).with("STANDIN_NCCL", "group").start("exchange") {

@@ -59,6 +59,7 @@ pub(super) struct Library {
 impl Library {
     /// The library, or the reason why it can't be used and what to do. Looked up once.
     pub(super) fn get() -> Result<&'static Library, String> {
+        refused_variables(|name| std::env::var_os(name))?; // before NCCL reads them
         static LOADED: OnceLock<Result<Library, String>> = OnceLock::new();
         LOADED.get_or_init(Library::load).as_ref().map_err(String::clone)
     }
@@ -151,6 +152,20 @@ impl Library {
         let more = if meaning.contains("NCCL_DEBUG") { "" } else { "; NCCL_DEBUG=WARN says more" };
         Err(format!("{function}: {meaning}{last}{more}"))
     }
+}
+
+/// Error if the environment makes NCCL do what a link does not allow.
+fn refused_variables(get: impl Fn(&str) -> Option<OsString>) -> Result<(), String> {
+    let refused: [(&str, &[&str], &str); 2] = [
+        ("NCCL_COMM_BLOCKING", &["", "0"], "NCCL's calls would block without a limit"),
+        ("NCCL_COMM_ID", &[""], "the communicators of all ranks would meet at one address"),
+    ];
+    for (name, allowed, why) in refused {
+        if let Some(value) = get(name).filter(|value| allowed.iter().all(|other| value != other)) {
+            return Err(format!("{name} is {value:?}, so that {why}: unset it on all ranks"));
+        }
+    }
+    Ok(())
 }
 
 /// A communicator on a device. It does not block: `is_ready` tells when a call has been made. Not
