@@ -71,9 +71,10 @@
 //!
 //! torchrun may start several agents on one host, so `PARAM_AVERAGER_HOSTS=agents` has to say that
 //! each is a host: `GROUP_RANK` of `GROUP_WORLD_SIZE`, with `LOCAL_WORLD_SIZE` ranks. Without it
-//! all agents are taken to be on one host, and `from_env` is an error where they are not. Under
-//! `mpirun` and `srun` hosts are known, and [`Communicator::host`](crate::Communicator::host) is
-//! their number.
+//! all agents are taken to be on one host, and `from_env` is an error where they are not.
+//! [`Communicator::host`](crate::Communicator::host) is a host's number, which `srun` tells as well.
+//! `mpirun` tells none: pass it to `NcclHosts::new`, such as MPI's rank divided by the ranks on a
+//! host where ranks are placed host by host.
 //!
 //! NCCL needs an id for each communicator. `NcclHosts::from_env` fetches it from host 0 by TCP, at
 //! `MASTER_ADDR` and port `PARAM_AVERAGER_HOSTS_PORT` + rank (default: `MASTER_PORT` + 1 + rank):

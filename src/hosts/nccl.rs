@@ -113,8 +113,8 @@ impl NcclHosts {
         let context = device(communicator)?;
         let Some(host) = communicator.host() else {
             return Err(wrong(
-                "the launcher does not number this host: start ranks host by host, as mpirun does \
-                 by default, or pass the number to NcclHosts::new"
+                "the launcher does not number this host (mpirun numbers none): pass the number to \
+                 NcclHosts::new, or start the ranks by srun or torchrun"
                     .into(),
             ));
         };
