@@ -72,7 +72,7 @@
 //! torchrun may start several agents on one host, so `PARAM_AVERAGER_HOSTS=agents` has to say that
 //! each is a host: `GROUP_RANK` of `GROUP_WORLD_SIZE`, with `LOCAL_WORLD_SIZE` ranks. Without it
 //! all agents are taken to be on one host, and `from_env` is an error where they are not.
-//! [`Communicator::host`](crate::Communicator::host) is a host's number, which `srun` tells as well.
+//! [`Communicator::host`](crate::Communicator::host) is a host's number, which `srun` tells, too.
 //! `mpirun` tells none: pass it to `NcclHosts::new`, such as MPI's rank divided by the ranks on a
 //! host where ranks are placed host by host.
 //!
@@ -84,7 +84,8 @@
 //! passes it to `NcclHosts::new`. Both wait as long as the communicator was told to
 //! ([`CommunicatorBuilder::timeout`](crate::CommunicatorBuilder::timeout)). `NCCL_COMM_ID`, which
 //! all communicators would share, and `NCCL_COMM_BLOCKING=1`, which makes NCCL's calls block, are
-//! errors. NCCL takes both from its `nccl.conf` files, too, which is not seen: leave them out there.
+//! errors. NCCL takes both from its `nccl.conf` files, too, which is not seen: leave them out
+//! there.
 //!
 //! Communicators do not block: waits look at the limit and at `ncclCommGetAsyncError`. When a host
 //! dies and NCCL sees its connections close, the others' calls end with NCCL's error, else at the
@@ -181,8 +182,8 @@
 //! one dies, unless it was told otherwise.
 //!
 //! One case is left. A host that is lost or stopped between its word in the last exchange and its
-//! own vote, or whose wait in that exchange ends (an eighth of the timeout), is left uncommitted
-//! where others have committed. No
+//! own vote, or whose wait in that exchange ends (an eighth of the timeout), or to which the word
+//! of a host that has died did not come, is left uncommitted where others have committed. No
 //! protocol closes that gap altogether. The link of that host has ended then: the others' next
 //! average is `HostLost`.
 //!

@@ -106,7 +106,8 @@ impl NcclHosts {
     ///
     /// # Errors
     /// [`Error::Environment`] if a variable is missing, if NCCL can't be loaded, if
-    /// `NCCL_COMM_BLOCKING` or `NCCL_COMM_ID` is set, or for a rank on a CPU; [`Error::HostLost`] if hosts differ, if one does not come, or if NCCL fails.
+    /// `NCCL_COMM_BLOCKING` or `NCCL_COMM_ID` is set, or for a rank on a CPU; [`Error::HostLost`]
+    /// if hosts differ, if one does not come, or if NCCL fails.
     pub fn from_env(communicator: &Communicator) -> Result<NcclHosts> {
         let wrong = |problem| Error::Environment { problem };
         let lost = |error: HostsError| lost(communicator, error);
@@ -242,9 +243,12 @@ impl Open {
         self.wait(limit, |open| open.comm.is_ready())?;
         self.staging.download(bytes).map_err(failed)?;
         self.wait(limit, |open| {
-            let is_downloaded = open.staging.is_downloaded()?;
-            open.comm.is_ready()?; // behind an error, the bytes may be wrong, or never come
-            Ok(is_downloaded)
+            let ready = open.comm.is_ready();
+            // The stream goes on when all bytes are there: an error is that of the next call then.
+            if open.staging.is_downloaded()? {
+                return Ok(true);
+            }
+            ready.map(|_| false)
         })
     }
 

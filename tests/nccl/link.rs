@@ -118,6 +118,9 @@ pub fn faults_of_nccl_are_errors() {
         let early = ["unhandled system error", "remote process exited"];
         assert!(early.iter().any(|text| error.contains(text)), "{error}");
     }
+    // Bytes that have arrived are there, whatever fails behind them.
+    let mut ranks = Job::new(2, 1).with("STANDIN_NCCL", "after").start("arrived");
+    ranks.iter_mut().for_each(|rank| fails_with(rank, &["remote process exited"]));
     // ncclCommAbort does not return, but `abort` does.
     let job = Job::new(2, 1);
     let mut blocked = job.variables(0, 0);
