@@ -16,8 +16,10 @@ use crate::backend::cuda::{Context, Staging};
 use crate::backend::MemorySpace;
 use crate::{Communicator, Error, Result};
 
-/// Bytes of the buffers at first: those of an exchange of up to 256 hosts.
+/// Bytes of the buffers at first: those of an average's exchange of up to 256 hosts, and for each
+/// host of more.
 const BYTES: usize = 4 << 20;
+const BYTES_OF_HOST: usize = 16 << 10;
 /// Longest wait for NCCL to end what it sends, as a link is dropped.
 const DRAIN: Duration = Duration::from_secs(10);
 
@@ -165,7 +167,8 @@ impl NcclHosts {
     }
 
     /// Meets the other hosts, and compares what they show. This first exchange also opens NCCL's
-    /// connections, whose memory could not be allocated beside a kernel that waits for the link.
+    /// connections, and all memory is allocated here: an allocation may wait for the device, which
+    /// no average has to do.
     fn meet(
         context: &Arc<Context>,
         hello: &Hello,
@@ -173,7 +176,7 @@ impl NcclHosts {
         limit: &HostsLimit<'_>,
     ) -> Result<NcclHosts, HostsError> {
         let (host, hosts) = (hello.host, hello.hosts);
-        let staging = Staging::new(context, BYTES).map_err(failed)?;
+        let staging = Staging::new(context, BYTES.max(BYTES_OF_HOST * hosts)).map_err(failed)?;
         let comm = Comm::meet(context, id.0, hosts, host).map_err(failed)?;
         let mut link = NcclHosts { host, hosts, open: Some(Open { comm, staging }) };
         let mut all = vec![0; Hello::BYTES * hosts];
