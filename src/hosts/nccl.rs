@@ -123,21 +123,24 @@ impl NcclHosts {
         };
         let hello = Hello::new(communicator, host, communicator.hosts());
         let limit = HostsLimit::new(communicator.timeout(), &|| false);
-        Library::get().map_err(wrong)?; // before hosts wait for one another
-        let id = match hello.hosts {
-            1 => NcclId::new()?,
+        let place = || {
+            let place = store::Place::find(|name| std::env::var(name).ok(), hello.rank);
+            place.map_err(wrong)
+        };
+        let id = match (hello.hosts, host) {
+            (1, _) => NcclId::new()?,
+            (_, 0) => {
+                let listener = place()?.listen().map_err(wrong)?;
+                let id = Library::get().and_then(Library::unique_id);
+                // The others are told, too, if there is none.
+                let served = store::serve(listener, &hello, id.as_ref(), &limit);
+                let id = id.map_err(wrong)?;
+                served.map_err(lost)?;
+                NcclId(id)
+            }
             _ => {
-                let place = store::Place::find(|name| std::env::var(name).ok(), hello.rank);
-                let place = place.map_err(wrong)?;
-                match host {
-                    0 => {
-                        let listener = place.listen().map_err(wrong)?;
-                        let id = NcclId::new()?;
-                        store::serve(listener, &hello, id.0, &limit).map_err(lost)?;
-                        id
-                    }
-                    _ => NcclId(place.ask(&hello, &limit).map_err(lost)?),
-                }
+                Library::get().map_err(wrong)?; // before this host waits
+                NcclId(place()?.ask(&hello, &limit).map_err(lost)?)
             }
         };
         NcclHosts::meet(&context, &hello, id, &limit).map_err(lost)

@@ -113,6 +113,15 @@ pub fn faults_of_nccl_are_errors() {
     }
     fails_with(&mut one("PA_NCCL_CPU", "1"), &["rank 0 is on a CPU", "Device::cuda"]);
     fails_with(&mut one("STANDIN_NCCL", "init"), &["unhandled system error (simulated)"]);
+    // Other hosts are told that host 0's NCCL is of no use.
+    let job = Job::new(2, 1);
+    let mut old = job.variables(0, 0);
+    old.push(("STANDIN_NCCL", "old".into()));
+    let mut old = test_support::process::start("exchange", &old);
+    let text = ["version 22602", "(2.27.3) is needed"];
+    let told = ["host 0 has no NCCL id", text[0], text[1]];
+    fails_with(&mut job.start_one("exchange", 1, 0), &told);
+    fails_with(&mut old, &text);
     for mut rank in Job::new(2, 1).with("STANDIN_NCCL", "group").start("exchange") {
         let error = error_of(&mut rank);
         let early = ["unhandled system error", "remote process exited"];
