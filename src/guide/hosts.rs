@@ -62,7 +62,8 @@
 //!
 //! ```text
 //! export PARAM_AVERAGER_HOSTS=agents        # on all hosts
-//! torchrun --no-python --nnodes 2 --node-rank N --nproc-per-node 8 --master-addr HOST0 ./trainer
+//! torchrun --no-python --nnodes 2 --node-rank N --nproc-per-node 8 --master-addr HOST0 \
+//!     --rdzv-id RUN ./trainer
 //!
 //! let communicator = Communicator::from_env(Device::cuda(local_rank))?; // the ranks of this host
 //! let link = NcclHosts::from_env(&communicator)?;
@@ -71,7 +72,9 @@
 //!
 //! torchrun may start several agents on one host, so `PARAM_AVERAGER_HOSTS=agents` has to say that
 //! each is a host: `GROUP_RANK` of `GROUP_WORLD_SIZE`, with `LOCAL_WORLD_SIZE` ranks. Without it
-//! all agents are taken to be on one host, and `from_env` is an error where they are not.
+//! all agents are taken to be on one host, and `from_env` is an error where they are not. Agents on
+//! one machine are worlds of their own; names set by hand, `PARAM_AVERAGER_RENDEZVOUS`, must differ
+//! between them.
 //! [`Communicator::host`](crate::Communicator::host) is a host's number, which `srun` tells, too.
 //! `mpirun` tells none: pass it to `NcclHosts::new`, such as MPI's rank divided by the ranks on a
 //! host where ranks are placed host by host.
@@ -80,7 +83,9 @@
 //! `MASTER_ADDR` and port `PARAM_AVERAGER_HOSTS_PORT` + rank (default: `MASTER_PORT` + 1 + rank):
 //! host 0 opens as many ports as it has ranks. A host with another number of hosts or ranks, one
 //! that has another's number or is of another run, and another program at the port are errors that
-//! say so; other connections are ignored. A program that can send the id by MPI or in a file
+//! say so; other connections are ignored. Runs are told apart if the launcher names them: torchrun
+//! by `--rdzv-id`, which is `none` by default, Open MPI and Slurm by themselves, MPICH not at all.
+//! A program that can send the id by MPI or in a file
 //! passes it to `NcclHosts::new`. Both wait as long as the communicator was told to
 //! ([`CommunicatorBuilder::timeout`](crate::CommunicatorBuilder::timeout)). `NCCL_COMM_ID`, which
 //! all communicators would share, and `NCCL_COMM_BLOCKING=1`, which makes NCCL's calls block, are
@@ -96,7 +101,7 @@
 //! simulated devices. Tests use a stand-in for it on simulated devices, among processes that are
 //! connected by TCP: 2 hosts with 2 ranks and 3 with 1, the example in two network namespaces with
 //! torchrun's variables, killed, late and missing hosts, failing calls, and an `ncclCommAbort` that
-//! does not return. The stand-in ends a program whose calls NCCL's documents forbid.
+//! does not return. The stand-in ends a program for some of the calls that NCCL's documents forbid.
 //!
 //! # The mean
 //! Σ wᵢ · xᵢ / Σ wᵢ over all ranks of all hosts. Each host's mean is made in f32 (f64 for f64) and

@@ -112,7 +112,10 @@ pub fn faults_of_nccl_are_errors() {
         fails_with(&mut one(name, value), &[name, value, "unset it on all ranks"]);
     }
     fails_with(&mut one("PA_NCCL_CPU", "1"), &["rank 0 is on a CPU", "Device::cuda"]);
-    fails_with(&mut one("STANDIN_NCCL", "init"), &["unhandled system error (simulated)"]);
+    fails_with(
+        &mut one("STANDIN_NCCL", "init"),
+        &["unhandled system error; NCCL's last warning: simulated"],
+    );
     // Other hosts are told that host 0's NCCL is of no use.
     let job = Job::new(2, 1);
     let mut old = job.variables(0, 0);
@@ -148,10 +151,10 @@ pub fn hosts_that_differ_are_refused() {
     // Two hosts with one number, and one of another run.
     let (job, begin) = (Job::new(3, 1).with("PA_NCCL_TIMEOUT_MS", "45000"), Instant::now());
     let mut first = job.start_one("exchange", 0, 0);
-    let mut stranger = job.variables(2, 0);
-    stranger.push(("TORCHELASTIC_RUN_ID", "another".into()));
-    let mut stranger = test_support::process::start("exchange", &stranger);
-    fails_with(&mut stranger, &["host 0 belongs to another run of the launcher"]);
+    let mut other_run = job.variables(2, 0);
+    other_run.push(("TORCHELASTIC_RUN_ID", "another".into()));
+    let mut other_run = test_support::process::start("exchange", &other_run);
+    fails_with(&mut other_run, &["host 0 belongs to another run of the launcher"]);
     let twice = |restart: &str| {
         let mut variables = job.variables(1, 0);
         variables.push(("TORCHELASTIC_RESTART_COUNT", restart.into())); // a world of its own

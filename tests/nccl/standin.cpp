@@ -6,7 +6,7 @@
 //
 // STANDIN_NCCL: "old" is a version before 2.27.3, "init" fails as ranks meet, "group" fails in the
 // second group, "abort" never returns from ncclCommAbort, "after" fails behind the second group,
-// when its stream is done.
+// when its stream is done. STANDIN_NCCL_ADDRESS: where other hosts reach this one.
 #include "../support/nccl/standin.hpp"
 
 #include <arpa/inet.h>
@@ -15,10 +15,8 @@
 #include <cstdint>
 #include <cstdio>
 #include <deque>
-#include <ifaddrs.h>
 #include <memory>
 #include <mutex>
-#include <net/if.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <sys/socket.h>
@@ -48,18 +46,12 @@ sockaddr_in address_of(Place place) {
     return address;
 }
 
-/// An address of this host that others reach, if it has one.
+/// The address where other ranks reach this process.
 uint32_t own_address() {
-    uint32_t found = htonl(INADDR_LOOPBACK);
-    ifaddrs *all = nullptr;
-    getifaddrs(&all);
-    for (ifaddrs *at = all; at; at = at->ifa_next) {
-        bool is_there = at->ifa_addr && at->ifa_addr->sa_family == AF_INET;
-        if (is_there && (at->ifa_flags & IFF_UP) && !(at->ifa_flags & IFF_LOOPBACK))
-            found = reinterpret_cast<sockaddr_in *>(at->ifa_addr)->sin_addr.s_addr;
-    }
-    freeifaddrs(all);
-    return found;
+    const char *given = std::getenv("STANDIN_NCCL_ADDRESS");
+    in_addr address{};
+    if (inet_pton(AF_INET, given ? given : "127.0.0.1", &address) != 1) misuse("no address");
+    return address.s_addr;
 }
 
 int listen_anywhere(Place &place) {
@@ -337,7 +329,9 @@ int ncclCommGetAsyncError(Comm *comm, int *state) {
     // The caller's first look finds the group enqueued, and copies its bytes behind it.
     if (is("after") && *state == Success && comm->second && ++comm->looks == 2) {
         while (comm->turns[1] < 2) usleep(50);
-        driver<int (*)(void *)>("cuStreamSynchronize")(comm->second);
+        if (driver<int (*)(void *)>("cuCtxSetCurrent")(comm->context) ||
+            driver<int (*)(void *)>("cuStreamSynchronize")(comm->second))
+            misuse("the stream of a group");
         *state = comm->state = Remote;
     }
     return Success;

@@ -144,9 +144,11 @@ impl Library {
         };
         // SAFETY: any number will do.
         let meaning = text(unsafe { (self.get_error_string)(result) });
-        // SAFETY: no communicator: the last error of any.
+        // SAFETY: no communicator: the last error of any, be it this one's or not.
         let last = Some(text(unsafe { (self.get_last_error)(std::ptr::null_mut()) }));
-        let last = last.filter(|last| !last.is_empty()).map(|last| format!(" ({last})"));
+        let last = last
+            .filter(|last| !last.is_empty())
+            .map(|last| format!("; NCCL's last warning: {last}"));
         let last = last.unwrap_or_default();
         // Some of NCCL's texts say so themselves.
         let more = if meaning.contains("NCCL_DEBUG") { "" } else { "; NCCL_DEBUG=WARN says more" };

@@ -13,7 +13,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketA
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use super::hello::Hello;
+use super::hello::{Hello, OTHER_VERSION};
 use super::library::RawId;
 use crate::hosts::{HostsError, HostsLimit};
 
@@ -97,12 +97,8 @@ impl Place {
     /// Asks host 0's rank for the id, again until it is there.
     pub(super) fn ask(&self, own: &Hello, limit: &HostsLimit<'_>) -> Result<RawId, HostsError> {
         let Place { address, port } = self;
+        let mut reason = "no time was left".to_owned();
         loop {
-            let reason = match self.ask_once(own, limit) {
-                Ok(Ok(id)) => return Ok(id),
-                Ok(Err(refusal)) => return Err(HostsError::new(Some(0), refusal)),
-                Err(reason) => reason,
-            };
             limit.check().map_err(|_| {
                 let reason = format!(
                     "host 0 does not give NCCL's id at {address}:{port} ({reason}): see whether \
@@ -111,7 +107,12 @@ impl Place {
                 );
                 HostsError::new(Some(0), reason)
             })?;
-            sleep(50 * PAUSE);
+            reason = match self.ask_once(own, limit) {
+                Ok(Ok(id)) => return Ok(id),
+                Ok(Err(refusal)) => return Err(HostsError::new(Some(0), refusal)),
+                Err(reason) => reason,
+            };
+            sleep(limit.rest(50 * PAUSE));
         }
     }
 
@@ -124,12 +125,12 @@ impl Place {
         let late = |_| "it has not answered".to_owned();
         let text = |error: std::io::Error| error.to_string();
         let all = (self.address.as_str(), self.port).to_socket_addrs().map_err(text)?;
-        let mut made = Err("the name has no address, or no time was left".to_owned());
+        let mut made = Err("the name has no address".to_owned());
         for address in all {
+            made = connect(address, limit.rest(PATIENCE)).map_err(text);
             if made.is_ok() || limit.check().is_err() {
                 break;
             }
-            made = connect(address, limit.rest(PATIENCE)).map_err(text);
         }
         let mut stream = made?;
         limit.check().map_err(late)?;
@@ -198,6 +199,10 @@ pub(super) fn serve(
         }
         for mut client in std::mem::take(&mut silent) {
             let is_open = read(&client.stream, &mut client.said, Hello::BYTES);
+            if Hello::is_of_other_version(&client.said) {
+                refuse(&mut client.stream, &format!("this host {OTHER_VERSION}"));
+                continue;
+            }
             if client.said.len() < Hello::BYTES {
                 if is_open && client.arrived.elapsed() < PATIENCE {
                     silent.push(client);

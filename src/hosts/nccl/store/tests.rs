@@ -99,6 +99,23 @@ fn another_run_is_refused_alone() {
 }
 
 #[test]
+fn another_version_is_refused_alone() {
+    let mut client = None;
+    let before = |place: &Place| {
+        client = Some(connect(place));
+        client.as_ref().unwrap().write_all(b"pahosts0").unwrap();
+        vec![]
+    };
+    let (served, got) = met(2, Ok(ID), &[hello(1, 2)], PATIENT, before);
+    assert_eq!((served, got), (Ok(()), vec![Ok(ID)]));
+    let mut said = String::new();
+    let mut answer = client.unwrap();
+    answer.read_exact(&mut [0; HEAD]).unwrap();
+    answer.read_to_string(&mut said).unwrap();
+    assert!(said.contains("this host is not of this version of param-averager"), "{said}");
+}
+
+#[test]
 fn a_host_that_has_no_id_says_why() {
     let reason = "no network".to_owned();
     let (served, got) = met(3, Err(reason), &[hello(1, 3), hello(2, 3)], PATIENT, |_| vec![]);

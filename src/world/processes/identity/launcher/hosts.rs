@@ -3,7 +3,8 @@
 use super::Launcher;
 use crate::world::HostPlace;
 
-/// Variable that says what a host is for torchrun: with `agents`, each agent is one.
+/// Variable that says what a host is for torchrun: with `agents`, each agent is one. Agents on one
+/// machine need different names where `PARAM_AVERAGER_RENDEZVOUS` sets them.
 pub(super) const HOSTS: &str = "PARAM_AVERAGER_HOSTS";
 const AGENTS: &str = "agents";
 /// torchrun's numbers of an agent and of all agents.
