@@ -108,8 +108,8 @@ impl NcclHosts {
     ///
     /// # Errors
     /// [`Error::Environment`] if a variable is missing, if NCCL can't be loaded, if
-    /// `NCCL_COMM_BLOCKING` or `NCCL_COMM_ID` is set, or for a rank on a CPU; [`Error::HostLost`]
-    /// if hosts differ, if one does not come, or if NCCL fails.
+    /// `NCCL_COMM_BLOCKING=1` or `NCCL_COMM_ID` is set, or for a rank on a CPU;
+    /// [`Error::HostLost`] if hosts differ, if one does not come, or if NCCL fails.
     pub fn from_env(communicator: &Communicator) -> Result<NcclHosts> {
         let wrong = |problem| Error::Environment { problem };
         let lost = |error: HostsError| lost(communicator, error);
@@ -179,7 +179,8 @@ impl NcclHosts {
         limit: &HostsLimit<'_>,
     ) -> Result<NcclHosts, HostsError> {
         let (host, hosts) = (hello.host, hello.hosts);
-        let staging = Staging::new(context, BYTES.max(BYTES_OF_HOST * hosts)).map_err(failed)?;
+        let staging = Staging::new(context, BYTES.max(BYTES_OF_HOST.saturating_mul(hosts)))
+            .map_err(failed)?;
         let comm = Comm::meet(context, id.0, hosts, host).map_err(failed)?;
         let mut link = NcclHosts { host, hosts, open: Some(Open { comm, staging }) };
         let mut all = vec![0; Hello::BYTES * hosts];

@@ -59,7 +59,7 @@ pub(super) struct Library {
 impl Library {
     /// The library, or the reason why it can't be used and what to do. Looked up once.
     pub(super) fn get() -> Result<&'static Library, String> {
-        refused_variables(|name| std::env::var_os(name))?; // before NCCL reads them
+        refused_variables()?; // before NCCL reads them
         static LOADED: OnceLock<Result<Library, String>> = OnceLock::new();
         LOADED.get_or_init(Library::load).as_ref().map_err(String::clone)
     }
@@ -157,13 +157,14 @@ impl Library {
 }
 
 /// Error if the environment makes NCCL do what a link does not allow.
-fn refused_variables(get: impl Fn(&str) -> Option<OsString>) -> Result<(), String> {
+fn refused_variables() -> Result<(), String> {
     let refused: [(&str, &[&str], &str); 2] = [
         ("NCCL_COMM_BLOCKING", &["", "0"], "NCCL's calls would block without a limit"),
         ("NCCL_COMM_ID", &[""], "the communicators of all ranks would meet at one address"),
     ];
     for (name, allowed, why) in refused {
-        if let Some(value) = get(name).filter(|value| allowed.iter().all(|other| value != other)) {
+        let found = std::env::var_os(name);
+        if let Some(value) = found.filter(|value| allowed.iter().all(|other| value != other)) {
             return Err(format!("{name} is {value:?}, so that {why}: unset it on all ranks"));
         }
     }

@@ -289,5 +289,6 @@ fn refusal(text: &str) -> Vec<u8> {
 }
 
 fn refuse(stream: &mut TcpStream, text: &str) {
+    read(stream, &mut vec![], LONGEST); // unread bytes would reset the connection
     let _ = stream.write_all(&refusal(text)); // or it sees a closed connection
 }

@@ -103,7 +103,7 @@ fn another_version_is_refused_alone() {
     let mut client = None;
     let before = |place: &Place| {
         client = Some(connect(place));
-        client.as_ref().unwrap().write_all(b"pahosts0").unwrap();
+        client.as_ref().unwrap().write_all(&[&b"pahosts0"[..], &[1; 100]].concat()).unwrap();
         vec![]
     };
     let (served, got) = met(2, Ok(ID), &[hello(1, 2)], PATIENT, before);
