@@ -3,7 +3,7 @@
 //!     cargo build --release --example hosts_nccl --features nccl
 //!     export PARAM_AVERAGER_HOSTS=agents   # each agent of torchrun is a host
 //!     torchrun --no-python --nnodes 2 --node-rank 0 --nproc-per-node 2 \
-//!         --master-addr host0 target/release/examples/hosts_nccl
+//!         --master-addr host0 --rdzv-id RUN target/release/examples/hosts_nccl
 //!     # the same on host1, with --node-rank 1
 
 use param_averager::{

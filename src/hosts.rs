@@ -80,10 +80,18 @@ impl<'a> HostsLimit<'a> {
             return Err(HostsError::new(None, "the ranks of this host can't go on"));
         }
         if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            let reason = "another host is late: see what it does, or raise the builder's `timeout`";
+            let reason = "another host is late: see what it does, or raise the `timeout` of the \
+                          builder, or of the communicator if the link is being made";
             return Err(HostsError::new(None, reason));
         }
         Ok(())
+    }
+
+    /// Time that is left, and `most` at most.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn rest(&self, most: Duration) -> Duration {
+        let left = |deadline: Instant| deadline.saturating_duration_since(Instant::now());
+        self.deadline.map_or(most, |deadline| left(deadline).min(most))
     }
 }
 

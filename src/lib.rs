@@ -55,7 +55,7 @@
 //! | `tracing` | yes | averages, and notices of long waits, as events of the crate `tracing`; without it, notices are lines on standard error |
 //! | `metrics` | no | averages as counters, gauges and histograms of the crate `metrics` |
 //! | `mpi` | no | `MpiHosts`, the link between hosts over MPI: an MPI with its compiler wrapper, and libclang, to build |
-//! | `nccl` | no | `NcclHosts`, the link between hosts over NCCL 2.14 or later, loaded at run time; brings `cuda` |
+//! | `nccl` | no | `NcclHosts`, the link between hosts over NCCL 2.27.3 or later, loaded at run time; brings `cuda` |
 //! | `serde` | no | `SavedState`, a state of [`LocalSgd`] as a field of a trainer's own checkpoint |
 //! | `half` | yes | slices of `half::f16` and `half::bf16`; tensors of raw parts need no feature |
 //!

@@ -54,7 +54,7 @@
 //!
 //! # NCCL
 //! `NcclHosts`, of the feature `nccl`, carries the same bytes by NCCL: a communicator for each
-//! rank's number, with a rank on each host. NCCL 2.14 or later is loaded when the first link is
+//! rank's number, with a rank on each host. NCCL 2.27.3 or later is loaded when the first link is
 //! made, from `libnccl.so.2`, `libnccl.so` or the file that `PARAM_AVERAGER_NCCL` names; nothing of
 //! it is needed to build. Ranks are on CUDA devices, and NCCL sends from there: their parts, which
 //! are in memory of the host, are copied to the device and back. The program is
@@ -62,7 +62,8 @@
 //!
 //! ```text
 //! export PARAM_AVERAGER_HOSTS=agents        # on all hosts
-//! torchrun --no-python --nnodes 2 --node-rank N --nproc-per-node 8 --master-addr HOST0 ./trainer
+//! torchrun --no-python --nnodes 2 --node-rank N --nproc-per-node 8 --master-addr HOST0 \
+//!     --rdzv-id RUN ./trainer
 //!
 //! let communicator = Communicator::from_env(Device::cuda(local_rank))?; // the ranks of this host
 //! let link = NcclHosts::from_env(&communicator)?;
@@ -71,18 +72,25 @@
 //!
 //! torchrun may start several agents on one host, so `PARAM_AVERAGER_HOSTS=agents` has to say that
 //! each is a host: `GROUP_RANK` of `GROUP_WORLD_SIZE`, with `LOCAL_WORLD_SIZE` ranks. Without it
-//! all agents are taken to be on one host, and `from_env` is an error where they are not. Under
-//! `mpirun` and `srun` hosts are known, and [`Communicator::host`](crate::Communicator::host) is
-//! their number.
+//! all agents are taken to be on one host, and `from_env` is an error where they are not. Agents on
+//! one machine are worlds of their own; names set by hand, `PARAM_AVERAGER_RENDEZVOUS`, must differ
+//! between them.
+//! [`Communicator::host`](crate::Communicator::host) is a host's number, which `srun` tells, too.
+//! `mpirun` tells none: pass it to `NcclHosts::new`, such as MPI's rank divided by the ranks on a
+//! host where ranks are placed host by host.
 //!
 //! NCCL needs an id for each communicator. `NcclHosts::from_env` fetches it from host 0 by TCP, at
 //! `MASTER_ADDR` and port `PARAM_AVERAGER_HOSTS_PORT` + rank (default: `MASTER_PORT` + 1 + rank):
 //! host 0 opens as many ports as it has ranks. A host with another number of hosts or ranks, one
 //! that has another's number or is of another run, and another program at the port are errors that
-//! say so; other connections are ignored. A program that can send the id by MPI or in a file
+//! say so; other connections are ignored. Runs are told apart if the launcher names them: torchrun
+//! by `--rdzv-id`, which is `none` by default, Open MPI and Slurm by themselves, MPICH not at all.
+//! A program that can send the id by MPI or in a file
 //! passes it to `NcclHosts::new`. Both wait as long as the communicator was told to
 //! ([`CommunicatorBuilder::timeout`](crate::CommunicatorBuilder::timeout)). `NCCL_COMM_ID`, which
-//! all communicators would share, must not be set.
+//! all communicators would share, and `NCCL_COMM_BLOCKING=1`, which makes NCCL's calls block, are
+//! errors. NCCL takes both from its `nccl.conf` files, too, which is not seen: leave them out
+//! there.
 //!
 //! Communicators do not block: waits look at the limit and at `ncclCommGetAsyncError`. When a host
 //! dies and NCCL sees its connections close, the others' calls end with NCCL's error, else at the
@@ -93,7 +101,7 @@
 //! simulated devices. Tests use a stand-in for it on simulated devices, among processes that are
 //! connected by TCP: 2 hosts with 2 ranks and 3 with 1, the example in two network namespaces with
 //! torchrun's variables, killed, late and missing hosts, failing calls, and an `ncclCommAbort` that
-//! does not return. The stand-in ends a program whose calls NCCL's documents forbid.
+//! does not return. The stand-in ends a program for some of the calls that NCCL's documents forbid.
 //!
 //! # The mean
 //! Σ wᵢ · xᵢ / Σ wᵢ over all ranks of all hosts. Each host's mean is made in f32 (f64 for f64) and
@@ -179,8 +187,8 @@
 //! one dies, unless it was told otherwise.
 //!
 //! One case is left. A host that is lost or stopped between its word in the last exchange and its
-//! own vote, or whose wait in that exchange ends (an eighth of the timeout), is left uncommitted
-//! where others have committed. No
+//! own vote, or whose wait in that exchange ends (an eighth of the timeout), or to which the word
+//! of a host that has died did not come, is left uncommitted where others have committed. No
 //! protocol closes that gap altogether. The link of that host has ended then: the others' next
 //! average is `HostLost`.
 //!

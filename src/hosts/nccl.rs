@@ -16,15 +16,17 @@ use crate::backend::cuda::{Context, Staging};
 use crate::backend::MemorySpace;
 use crate::{Communicator, Error, Result};
 
-/// Bytes of the buffers at first: those of an exchange of up to 256 hosts.
+/// Bytes of the buffers at first: those of an average's exchange of up to 256 hosts, and for each
+/// host of more.
 const BYTES: usize = 4 << 20;
+const BYTES_OF_HOST: usize = 16 << 10;
 /// Longest wait for NCCL to end what it sends, as a link is dropped.
 const DRAIN: Duration = Duration::from_secs(10);
 
 /// Link between hosts over NCCL, for ranks on CUDA devices: one communicator for each rank, with
 /// the ranks of its number on all other hosts.
 ///
-/// NCCL 2.14 or later is loaded when the first link is made: `libnccl.so.2`, `libnccl.so`, or the
+/// NCCL 2.27.3 or later is loaded when the first link is made: `libnccl.so.2`, `libnccl.so`, or the
 /// file that `PARAM_AVERAGER_NCCL` names. It chooses the network by its own variables, such as
 /// `NCCL_SOCKET_IFNAME`.
 ///
@@ -68,7 +70,8 @@ impl NcclId {
     /// have made their links.
     ///
     /// # Errors
-    /// [`Error::Environment`] if NCCL can't be loaded, or finds no network.
+    /// [`Error::Environment`] if NCCL can't be loaded, finds no network, or is told to block by
+    /// `NCCL_COMM_BLOCKING`, or to share one address by `NCCL_COMM_ID`.
     pub fn new() -> Result<NcclId> {
         let wrong = |problem| Error::Environment { problem };
         Library::get().and_then(Library::unique_id).map(NcclId).map_err(wrong)
@@ -104,36 +107,40 @@ impl NcclHosts {
     /// host, by default 10 minutes.
     ///
     /// # Errors
-    /// [`Error::Environment`] if a variable is missing, if NCCL can't be loaded, or for a rank on a
-    /// CPU; [`Error::HostLost`] if hosts differ, if one does not come, or if NCCL fails.
+    /// [`Error::Environment`] if a variable is missing, if NCCL can't be loaded, if
+    /// `NCCL_COMM_BLOCKING=1` or `NCCL_COMM_ID` is set, or for a rank on a CPU;
+    /// [`Error::HostLost`] if hosts differ, if one does not come, or if NCCL fails.
     pub fn from_env(communicator: &Communicator) -> Result<NcclHosts> {
         let wrong = |problem| Error::Environment { problem };
         let lost = |error: HostsError| lost(communicator, error);
         let context = device(communicator)?;
         let Some(host) = communicator.host() else {
             return Err(wrong(
-                "the launcher does not number this host: start ranks host by host, as mpirun does \
-                 by default, or pass the number to NcclHosts::new"
+                "the launcher does not number this host (mpirun numbers none): pass the number to \
+                 NcclHosts::new, or start the ranks by srun or torchrun"
                     .into(),
             ));
         };
         let hello = Hello::new(communicator, host, communicator.hosts());
         let limit = HostsLimit::new(communicator.timeout(), &|| false);
-        Library::get().map_err(wrong)?; // before hosts wait for one another
-        let id = match hello.hosts {
-            1 => NcclId::new()?,
+        let place = || {
+            let place = store::Place::find(|name| std::env::var(name).ok(), hello.rank);
+            place.map_err(wrong)
+        };
+        let id = match (hello.hosts, host) {
+            (1, _) => NcclId::new()?,
+            (_, 0) => {
+                let listener = place()?.listen().map_err(wrong)?;
+                let id = Library::get().and_then(Library::unique_id);
+                // The others are told, too, if there is none.
+                let served = store::serve(listener, &hello, id.as_ref(), &limit);
+                let id = id.map_err(wrong)?;
+                served.map_err(lost)?;
+                NcclId(id)
+            }
             _ => {
-                let place = store::Place::find(|name| std::env::var(name).ok(), hello.rank);
-                let place = place.map_err(wrong)?;
-                match host {
-                    0 => {
-                        let listener = place.listen().map_err(wrong)?;
-                        let id = NcclId::new()?;
-                        store::serve(listener, &hello, id.0, &limit).map_err(lost)?;
-                        id
-                    }
-                    _ => NcclId(place.ask(&hello, &limit).map_err(lost)?),
-                }
+                Library::get().map_err(wrong)?; // before this host waits
+                NcclId(place()?.ask(&hello, &limit).map_err(lost)?)
             }
         };
         NcclHosts::meet(&context, &hello, id, &limit).map_err(lost)
@@ -163,7 +170,8 @@ impl NcclHosts {
     }
 
     /// Meets the other hosts, and compares what they show. This first exchange also opens NCCL's
-    /// connections, whose memory could not be allocated beside a kernel that waits for the link.
+    /// connections, and all memory is allocated here: an allocation may wait for the device, which
+    /// no average has to do.
     fn meet(
         context: &Arc<Context>,
         hello: &Hello,
@@ -171,7 +179,8 @@ impl NcclHosts {
         limit: &HostsLimit<'_>,
     ) -> Result<NcclHosts, HostsError> {
         let (host, hosts) = (hello.host, hello.hosts);
-        let staging = Staging::new(context, BYTES).map_err(failed)?;
+        let staging = Staging::new(context, BYTES.max(BYTES_OF_HOST.saturating_mul(hosts)))
+            .map_err(failed)?;
         let comm = Comm::meet(context, id.0, hosts, host).map_err(failed)?;
         let mut link = NcclHosts { host, hosts, open: Some(Open { comm, staging }) };
         let mut all = vec![0; Hello::BYTES * hosts];
@@ -241,9 +250,12 @@ impl Open {
         self.wait(limit, |open| open.comm.is_ready())?;
         self.staging.download(bytes).map_err(failed)?;
         self.wait(limit, |open| {
-            let is_downloaded = open.staging.is_downloaded()?;
-            open.comm.is_ready()?; // behind an error, the bytes may be wrong, or never come
-            Ok(is_downloaded)
+            let ready = open.comm.is_ready();
+            // The stream goes on when all bytes are there: an error is that of the next call then.
+            if open.staging.is_downloaded()? {
+                return Ok(true);
+            }
+            ready.map(|_| false)
         })
     }
 

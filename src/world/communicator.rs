@@ -86,9 +86,9 @@ impl Communicator {
     }
 
     /// The number of this host among [`hosts`](Self::hosts), from 0, the same for all its ranks:
-    /// torchrun's `GROUP_RANK` where `PARAM_AVERAGER_HOSTS=agents` is set, Slurm's `SLURM_NODEID`,
-    /// and for Open MPI and MPICH the rank divided by the number of ranks on a host. `None` if they
-    /// have not numbered the ranks host by host, as by `mpirun --map-by node`.
+    /// torchrun's `GROUP_RANK` where `PARAM_AVERAGER_HOSTS=agents` is set, or Slurm's
+    /// `SLURM_NODEID`. `None` for Open MPI and MPICH, which do not number hosts, unless there is
+    /// one host.
     pub fn host(&self) -> Option<usize> {
         self.place.host
     }

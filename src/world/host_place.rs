@@ -5,7 +5,7 @@
 pub(crate) struct HostPlace {
     /// Number of hosts with as many ranks each.
     pub(crate) hosts: usize,
-    /// Number of this host, if the launcher tells.
+    /// Number of this host, if the launcher tells it.
     pub(crate) host: Option<usize>,
     /// Launcher's name of the job, the same on all hosts. Empty if it has none.
     #[cfg_attr(not(feature = "nccl"), allow(dead_code))]

@@ -45,6 +45,7 @@ pub fn the_example_averages_in_two_namespaces() {
     let start = |host, rank| {
         let mut command = network.command(host, &program);
         command.envs(job.variables(host, rank));
+        command.env("STANDIN_NCCL_ADDRESS", network.address(host));
         command
     };
     std::thread::scope(|scope| {

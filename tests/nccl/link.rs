@@ -107,14 +107,32 @@ pub fn faults_of_nccl_are_errors() {
             "name the file in PARAM_AVERAGER_NCCL",
         ],
     );
-    fails_with(&mut one("STANDIN_NCCL", "old"), &["version 21304", "(2.14) is needed"]);
+    fails_with(&mut one("STANDIN_NCCL", "old"), &["version 22602", "(2.27.3) is needed"]);
+    for (name, value) in [("NCCL_COMM_BLOCKING", "1"), ("NCCL_COMM_ID", "127.0.0.1:29500")] {
+        fails_with(&mut one(name, value), &[name, value, "unset it on all ranks"]);
+    }
     fails_with(&mut one("PA_NCCL_CPU", "1"), &["rank 0 is on a CPU", "Device::cuda"]);
-    fails_with(&mut one("STANDIN_NCCL", "init"), &["unhandled system error (simulated)"]);
+    fails_with(
+        &mut one("STANDIN_NCCL", "init"),
+        &["unhandled system error; NCCL's last warning: simulated"],
+    );
+    // Other hosts are told that host 0's NCCL is of no use.
+    let job = Job::new(2, 1);
+    let mut old = job.variables(0, 0);
+    old.push(("STANDIN_NCCL", "old".into()));
+    let mut old = test_support::process::start("exchange", &old);
+    let text = ["version 22602", "(2.27.3) is needed"];
+    let told = ["host 0 has no NCCL id", text[0], text[1]];
+    fails_with(&mut job.start_one("exchange", 1, 0), &told);
+    fails_with(&mut old, &text);
     for mut rank in Job::new(2, 1).with("STANDIN_NCCL", "group").start("exchange") {
         let error = error_of(&mut rank);
         let early = ["unhandled system error", "remote process exited"];
         assert!(early.iter().any(|text| error.contains(text)), "{error}");
     }
+    // Bytes that have arrived are there, whatever fails behind them.
+    let mut ranks = Job::new(2, 1).with("STANDIN_NCCL", "after").start("arrived");
+    ranks.iter_mut().for_each(|rank| fails_with(rank, &["remote process exited"]));
     // ncclCommAbort does not return, but `abort` does.
     let job = Job::new(2, 1);
     let mut blocked = job.variables(0, 0);
@@ -133,10 +151,10 @@ pub fn hosts_that_differ_are_refused() {
     // Two hosts with one number, and one of another run.
     let (job, begin) = (Job::new(3, 1).with("PA_NCCL_TIMEOUT_MS", "45000"), Instant::now());
     let mut first = job.start_one("exchange", 0, 0);
-    let mut stranger = job.variables(2, 0);
-    stranger.push(("TORCHELASTIC_RUN_ID", "another".into()));
-    let mut stranger = test_support::process::start("exchange", &stranger);
-    fails_with(&mut stranger, &["host 0 belongs to another run of the launcher"]);
+    let mut other_run = job.variables(2, 0);
+    other_run.push(("TORCHELASTIC_RUN_ID", "another".into()));
+    let mut other_run = test_support::process::start("exchange", &other_run);
+    fails_with(&mut other_run, &["host 0 belongs to another run of the launcher"]);
     let twice = |restart: &str| {
         let mut variables = job.variables(1, 0);
         variables.push(("TORCHELASTIC_RESTART_COUNT", restart.into())); // a world of its own

@@ -20,6 +20,7 @@ pub fn run(role: &str) -> i32 {
         "alone" => alone(),
         "endless" => endless(),
         "late" => late(),
+        "arrived" => arrived(),
         "aborted" => aborted(),
         "averages" => averages(),
         other => panic!("no role {other}"),
@@ -141,6 +142,17 @@ fn endless() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A call that succeeds, though NCCL has failed when its bytes are there, and one behind it.
+fn arrived() -> Result<()> {
+    let mut link = start()?;
+    let limit = HostsLimit::new(LONG, &|| false);
+    let mut received = [0; 2];
+    let send = [link.host() as u8 + 1];
+    link.all_gather(&send, &mut received, &limit).expect("the bytes that have arrived");
+    assert_eq!(received, [1, 2]);
+    link.all_gather(&send, &mut received, &limit).map_err(of_link)
 }
 
 /// Host 0 waits for a host that comes too late, which gets an error as well.

@@ -5,6 +5,8 @@ use crate::Communicator;
 
 /// First word: "pahosts" and the version of the messages.
 const MAGIC: u64 = u64::from_le_bytes(*b"pahosts1");
+/// Text for ranks of another version, in words behind the name of their host.
+pub(super) const OTHER_VERSION: &str = "is not of this version of param-averager: start one on all";
 const WORDS: usize = 6;
 
 /// A rank of a link.
@@ -46,11 +48,17 @@ impl Hello {
         (magic == MAGIC).then_some(Hello { hosts, host, rank, ranks, run })
     }
 
+    /// True if the first bytes are those of a rank of another version.
+    pub(super) fn is_of_other_version(bytes: &[u8]) -> bool {
+        let own = MAGIC.to_le_bytes();
+        bytes.first_chunk().is_some_and(|first| *first != own && first[..7] == own[..7])
+    }
+
     /// The difference of what a host has shown, if it does not belong to this one's link.
     pub(super) fn compare(shown: &[u8], own: &Hello) -> Option<String> {
         match Hello::of(shown) {
             Some(shown) => shown.differs(own),
-            None => Some("is not of this version of param-averager: start one on all".into()),
+            None => Some(OTHER_VERSION.into()),
         }
     }
 

@@ -9,8 +9,11 @@ use crate::backend::cuda::Context;
 /// Variable that names the library, instead of `LIBRARIES`.
 pub(super) const LIBRARY: &str = "PARAM_AVERAGER_NCCL";
 const LIBRARIES: [&str; 2] = ["libnccl.so.2", "libnccl.so"];
-/// The first version with communicators that do not block, 2.14.
-const LEAST: c_int = 21400;
+/// The least version, 2.27.3. Before it a call's job belongs to the thread that made the call, and
+/// `ncclCommAbort` on another thread (see `Comm::abort`) uses it after it was freed.
+const LEAST: c_int = 22703;
+/// The version of nccl.h that `Config` is of, the first with communicators that do not block.
+const CONFIG_VERSION: c_uint = 21400;
 
 const SUCCESS: c_int = 0;
 const IN_PROGRESS: c_int = 7;
@@ -56,6 +59,7 @@ pub(super) struct Library {
 impl Library {
     /// The library, or the reason why it can't be used and what to do. Looked up once.
     pub(super) fn get() -> Result<&'static Library, String> {
+        refused_variables()?; // before NCCL reads them
         static LOADED: OnceLock<Result<Library, String>> = OnceLock::new();
         LOADED.get_or_init(Library::load).as_ref().map_err(String::clone)
     }
@@ -90,7 +94,7 @@ impl Library {
             ($name:literal) => {
                 // SAFETY: the types are nccl.h's.
                 *unsafe { library.get(concat!($name, "\0").as_bytes()) }.map_err(|_| {
-                    concat!("the NCCL that was loaded has no ", $name, ": install 2.14 or later")
+                    concat!("the NCCL that was loaded has no ", $name, ": install 2.27.3 or later")
                 })?
             };
         }
@@ -100,7 +104,7 @@ impl Library {
         let result = unsafe { get_version(&mut version) };
         if result != SUCCESS || version < LEAST {
             return Err(format!(
-                "the NCCL that was loaded says that it is version {version}, and {LEAST} (2.14) \
+                "the NCCL that was loaded says that it is version {version}, and {LEAST} (2.27.3) \
                  is needed: install a later one, or name its file in {LIBRARY}"
             ));
         }
@@ -140,14 +144,31 @@ impl Library {
         };
         // SAFETY: any number will do.
         let meaning = text(unsafe { (self.get_error_string)(result) });
-        // SAFETY: no communicator: the last error of any.
+        // SAFETY: no communicator: the last error of any, be it this one's or not.
         let last = Some(text(unsafe { (self.get_last_error)(std::ptr::null_mut()) }));
-        let last = last.filter(|last| !last.is_empty()).map(|last| format!(" ({last})"));
+        let last = last
+            .filter(|last| !last.is_empty())
+            .map(|last| format!("; NCCL's last warning: {last}"));
         let last = last.unwrap_or_default();
         // Some of NCCL's texts say so themselves.
         let more = if meaning.contains("NCCL_DEBUG") { "" } else { "; NCCL_DEBUG=WARN says more" };
         Err(format!("{function}: {meaning}{last}{more}"))
     }
+}
+
+/// Error if the environment makes NCCL do what a link does not allow.
+fn refused_variables() -> Result<(), String> {
+    let refused: [(&str, &[&str], &str); 2] = [
+        ("NCCL_COMM_BLOCKING", &["", "0"], "NCCL's calls would block without a limit"),
+        ("NCCL_COMM_ID", &[""], "the communicators of all ranks would meet at one address"),
+    ];
+    for (name, allowed, why) in refused {
+        let found = std::env::var_os(name);
+        if let Some(value) = found.filter(|value| allowed.iter().all(|other| value != other)) {
+            return Err(format!("{name} is {value:?}, so that {why}: unset it on all ranks"));
+        }
+    }
+    Ok(())
 }
 
 /// A communicator on a device. It does not block: `is_ready` tells when a call has been made. Not
@@ -186,7 +207,7 @@ impl Comm {
         let mut config = Config {
             size: size_of::<Config>(),
             magic: 0xcafe_beef,
-            version: LEAST as c_uint,
+            version: CONFIG_VERSION,
             blocking: 0,
         };
         let too_many = |_| format!("{ranks} hosts are too many for NCCL");

@@ -1,8 +1,9 @@
 //! Exchange of an id by TCP: host 0's rank serves it to the ranks of its number on other hosts.
 //!
 //! A client sends its `Hello`. When all hosts have come, each gets the id, and in the case of a
-//! mistake all get its text. Nothing is read or written that can block: a connection that stays
-//! silent, or is closed, delays no other.
+//! mistake all get its text, as they do if host 0 has no id. Host 0 reads and writes nothing that
+//! can block: a connection that stays silent, or is closed, delays no other. A client waits for a
+//! connection within its limit; a look-up of host 0's name takes as long as the system lets it.
 
 #[cfg(test)]
 mod tests;
@@ -12,7 +13,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketA
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use super::hello::Hello;
+use super::hello::{Hello, OTHER_VERSION};
 use super::library::RawId;
 use crate::hosts::{HostsError, HostsLimit};
 
@@ -28,8 +29,10 @@ const ANSWER: [u8; 8] = *b"pahosta1";
 const HEAD: usize = ANSWER.len() + 4;
 const LONGEST: usize = 1 << 12;
 
-/// Time for a connection to be made, to say its `Hello`, or to take an answer.
+/// Time for a connection to be made, or to say its `Hello`.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Time for clients to come, if host 0 has no id for them.
+const REFUSING: Duration = Duration::from_secs(10);
 const PAUSE: Duration = Duration::from_millis(2);
 /// Connections that have said nothing, at most. The oldest are closed; a client comes again.
 const SILENT: usize = 64;
@@ -94,12 +97,8 @@ impl Place {
     /// Asks host 0's rank for the id, again until it is there.
     pub(super) fn ask(&self, own: &Hello, limit: &HostsLimit<'_>) -> Result<RawId, HostsError> {
         let Place { address, port } = self;
+        let mut reason = "no time was left".to_owned();
         loop {
-            let reason = match self.ask_once(own, limit) {
-                Ok(Ok(id)) => return Ok(id),
-                Ok(Err(refusal)) => return Err(HostsError::new(Some(0), refusal)),
-                Err(reason) => reason,
-            };
             limit.check().map_err(|_| {
                 let reason = format!(
                     "host 0 does not give NCCL's id at {address}:{port} ({reason}): see whether \
@@ -108,7 +107,12 @@ impl Place {
                 );
                 HostsError::new(Some(0), reason)
             })?;
-            sleep(50 * PAUSE);
+            reason = match self.ask_once(own, limit) {
+                Ok(Ok(id)) => return Ok(id),
+                Ok(Err(refusal)) => return Err(HostsError::new(Some(0), refusal)),
+                Err(reason) => reason,
+            };
+            sleep(limit.rest(50 * PAUSE));
         }
     }
 
@@ -118,17 +122,19 @@ impl Place {
         own: &Hello,
         limit: &HostsLimit<'_>,
     ) -> Result<Result<RawId, String>, String> {
-        let mut reason = "the name has no address".to_owned();
+        let late = |_| "it has not answered".to_owned();
         let text = |error: std::io::Error| error.to_string();
         let all = (self.address.as_str(), self.port).to_socket_addrs().map_err(text)?;
-        let connect = |address| {
-            let made = TcpStream::connect_timeout(&address, PATIENCE);
-            made.map_err(|error| reason = error.to_string()).ok()
-        };
-        let Some(mut stream) = { all }.find_map(connect) else { return Err(reason) };
-        stream.set_write_timeout(Some(PATIENCE)).map_err(text)?;
+        let mut made = Err("the name has no address".to_owned());
+        for address in all {
+            made = connect(address, limit.rest(PATIENCE)).map_err(text);
+            if made.is_ok() || limit.check().is_err() {
+                break;
+            }
+        }
+        let mut stream = made?;
+        limit.check().map_err(late)?;
         stream.write_all(&own.bytes()).map_err(text)?;
-        stream.set_nonblocking(true).map_err(text)?;
         let mut said = vec![];
         loop {
             let is_open = read(&stream, &mut said, HEAD + LONGEST);
@@ -153,19 +159,35 @@ impl Place {
             if !is_open {
                 return Err("it has closed the connection".into());
             }
-            limit.check().map_err(|error| error.reason)?;
+            limit.check().map_err(late)?;
             sleep(PAUSE);
         }
     }
 }
 
-/// Serves the id to the ranks of all other hosts.
+/// A connection that does not block.
+fn connect(address: SocketAddr, within: Duration) -> std::io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&address, within.max(PAUSE))?;
+    if stream.local_addr()? == stream.peer_addr()? {
+        // Nothing listens, and the system has given the client the very port that it asks.
+        return Err(ErrorKind::ConnectionRefused.into());
+    }
+    stream.set_nonblocking(true)?;
+    Ok(stream)
+}
+
+/// Serves the id to the ranks of all other hosts, or the reason why there is none.
 pub(super) fn serve(
     listener: TcpListener,
     own: &Hello,
-    id: RawId,
+    id: Result<&RawId, &String>,
     limit: &HostsLimit<'_>,
 ) -> Result<(), HostsError> {
+    let answer = match id {
+        Ok(id) => [&ANSWER[..], &[0; 4], id].concat(),
+        Err(problem) => refusal(&format!("host 0 has no NCCL id: {problem}")),
+    };
+    let begin = Instant::now();
     let mut silent: Vec<Client> = vec![];
     let mut hosts: Vec<Option<TcpStream>> = (0..own.hosts).map(|_| None).collect();
     loop {
@@ -177,6 +199,10 @@ pub(super) fn serve(
         }
         for mut client in std::mem::take(&mut silent) {
             let is_open = read(&client.stream, &mut client.said, Hello::BYTES);
+            if Hello::is_of_other_version(&client.said) {
+                refuse(&mut client.stream, &format!("this host {OTHER_VERSION}"));
+                continue;
+            }
             if client.said.len() < Hello::BYTES {
                 if is_open && client.arrived.elapsed() < PATIENCE {
                     silent.push(client);
@@ -210,27 +236,31 @@ pub(super) fn serve(
         }
         let missing = (1..own.hosts).filter(|&host| hosts[host].is_none());
         let missing: Vec<usize> = missing.collect();
-        if missing.is_empty() {
+        if missing.is_empty() || (id.is_err() && begin.elapsed() >= REFUSING) {
             break;
         }
-        limit.check().map_err(|_| {
+        if limit.check().is_err() {
+            if id.is_err() {
+                break; // those that are here are told
+            }
             let reason = format!(
                 "hosts {missing:?} have not come for NCCL's id: see whether they run, and reach \
                  {ADDRESS}; or raise the communicator's `timeout`"
             );
-            HostsError::new(missing.first().copied(), reason)
-        })?;
+            hosts.iter_mut().flatten().for_each(|stream| refuse(stream, &reason));
+            return Err(HostsError::new(missing.first().copied(), reason));
+        }
         sleep(PAUSE);
     }
+    let mut result = Ok(());
     for (host, stream) in hosts.iter_mut().enumerate() {
-        let Some(stream) = stream else { continue };
-        let answer = [&ANSWER[..], &[0; 4], &id].concat();
-        if let Err(error) = send(stream, &answer) {
-            let reason = format!("host {host} has not taken NCCL's id: {error}");
-            return Err(HostsError::new(Some(host), reason));
-        }
+        // A connection that takes nothing, with nothing sent on it before, is lost.
+        let sent = stream.as_mut().map_or(Ok(()), |stream| stream.write_all(&answer));
+        result = result.and(sent.map_err(|error| {
+            HostsError::new(Some(host), format!("host {host} has not taken NCCL's id: {error}"))
+        }));
     }
-    Ok(())
+    result
 }
 
 /// Reads what is there, up to `most` bytes in all. False if the connection is closed.
@@ -253,14 +283,12 @@ fn is_alive(stream: &TcpStream) -> bool {
     read(stream, &mut vec![], 1)
 }
 
-fn refuse(stream: &mut TcpStream, text: &str) {
+fn refusal(text: &str) -> Vec<u8> {
     let text = &text.as_bytes()[..text.len().min(LONGEST)];
-    let length = (text.len() as u32).to_le_bytes();
-    let _ = send(stream, &[&ANSWER[..], &length, text].concat()); // or it sees a closed connection
+    [&ANSWER[..], &(text.len() as u32).to_le_bytes(), text].concat()
 }
 
-fn send(stream: &mut TcpStream, bytes: &[u8]) -> std::io::Result<()> {
-    stream.set_nonblocking(false)?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    stream.write_all(bytes)
+fn refuse(stream: &mut TcpStream, text: &str) {
+    read(stream, &mut vec![], LONGEST); // unread bytes would reset the connection
+    let _ = stream.write_all(&refusal(text)); // or it sees a closed connection
 }

@@ -24,6 +24,7 @@ fn connect(place: &Place) -> TcpStream {
 /// What host 0 gets, and what these clients get, once `before` has had its connections made.
 fn met(
     hosts: usize,
+    id: Result<RawId, String>,
     clients: &[Hello],
     patience: Duration,
     before: impl FnOnce(&Place) -> Vec<TcpStream>,
@@ -32,7 +33,7 @@ fn met(
     let others = before(&place);
     let limit = || HostsLimit::new(patience, &|| false);
     let results = std::thread::scope(|scope| {
-        let serve = scope.spawn(|| serve(listener, &hello(0, hosts), ID, &limit()));
+        let serve = scope.spawn(|| serve(listener, &hello(0, hosts), id.as_ref(), &limit()));
         let ask = |client: &Hello| {
             let (place, client) = (&place, *client);
             scope.spawn(move || place.ask(&client, &HostsLimit::new(patience, &|| false)))
@@ -65,10 +66,10 @@ fn clients_get_the_id_whatever_others_do() {
         connect(place).write_all(&hello(2, 3).bytes()).unwrap();
         all.into()
     };
-    let (served, got) = met(3, &[hello(1, 3), hello(2, 3)], PATIENT, others);
+    let (served, got) = met(3, Ok(ID), &[hello(1, 3), hello(2, 3)], PATIENT, others);
     assert_eq!((served, got), (Ok(()), vec![Ok(ID), Ok(ID)]));
     let more_than_wait = |place: &Place| (0..2 * SILENT).map(|_| connect(place)).collect();
-    let (served, got) = met(2, &[hello(1, 2)], PATIENT, more_than_wait);
+    let (served, got) = met(2, Ok(ID), &[hello(1, 2)], PATIENT, more_than_wait);
     assert_eq!((served, got), (Ok(()), vec![Ok(ID)]));
 }
 
@@ -82,7 +83,7 @@ fn a_mistake_is_an_error_of_all() {
         (hello(0, 4), "host 0 has come twice"),
         (hello(2, 4), "host 2 has come twice"),
     ] {
-        let (served, got) = met(4, &[client], PATIENT, waits);
+        let (served, got) = met(4, Ok(ID), &[client], PATIENT, waits);
         let (served, got) = (served.unwrap_err(), got[0].clone().unwrap_err());
         assert!(served.reason.contains(words) && got.reason.contains(words), "{served}, {got}");
     }
@@ -91,18 +92,54 @@ fn a_mistake_is_an_error_of_all() {
 #[test]
 fn another_run_is_refused_alone() {
     let clients = [Hello { run: 6, ..hello(1, 2) }, hello(1, 2)];
-    let (served, got) = met(2, &clients, PATIENT, |_| vec![]);
+    let (served, got) = met(2, Ok(ID), &clients, PATIENT, |_| vec![]);
     let refused = got[0].clone().unwrap_err();
     assert!(refused.reason.contains("another run"), "{refused}");
     assert_eq!((served, &got[1]), (Ok(()), &Ok(ID)));
 }
 
 #[test]
-fn who_waits_in_vain_has_a_limit() {
-    let (served, _) = met(4, &[], Duration::from_millis(300), waits);
+fn another_version_is_refused_alone() {
+    let mut client = None;
+    let before = |place: &Place| {
+        client = Some(connect(place));
+        client.as_ref().unwrap().write_all(&[&b"pahosts0"[..], &[1; 100]].concat()).unwrap();
+        vec![]
+    };
+    let (served, got) = met(2, Ok(ID), &[hello(1, 2)], PATIENT, before);
+    assert_eq!((served, got), (Ok(()), vec![Ok(ID)]));
+    let mut said = String::new();
+    let mut answer = client.unwrap();
+    answer.read_exact(&mut [0; HEAD]).unwrap();
+    answer.read_to_string(&mut said).unwrap();
+    assert!(said.contains("this host is not of this version of param-averager"), "{said}");
+}
+
+#[test]
+fn a_host_that_has_no_id_says_why() {
+    let reason = "no network".to_owned();
+    let (served, got) = met(3, Err(reason), &[hello(1, 3), hello(2, 3)], PATIENT, |_| vec![]);
+    assert_eq!(served, Ok(()));
+    for got in got {
+        assert_eq!(got.unwrap_err().reason, "host 0 has no NCCL id: no network");
+    }
+}
+
+#[test]
+fn a_wait_for_hosts_that_do_not_come_has_a_limit() {
+    let mut client = None;
+    let before = |place: &Place| {
+        let waits = waits(place);
+        client = Some(waits[0].try_clone().unwrap());
+        waits
+    };
+    let (served, _) = met(4, Ok(ID), &[], Duration::from_millis(300), before);
     let served = served.unwrap_err();
     assert!(served.reason.contains("hosts [1, 3] have not come"), "{served}");
     assert_eq!(served.host, Some(1));
+    let mut said = vec![];
+    client.unwrap().read_to_end(&mut said).unwrap();
+    assert!(said.ends_with(served.reason.as_bytes()), "{said:?}");
     // A server that says nothing.
     let (_listener, place) = place();
     let limit = HostsLimit::new(Duration::from_millis(100), &|| false);

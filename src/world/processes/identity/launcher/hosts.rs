@@ -3,7 +3,8 @@
 use super::Launcher;
 use crate::world::HostPlace;
 
-/// Variable that says what a host is for torchrun: with `agents`, each agent is one.
+/// Variable that says what a host is for torchrun: with `agents`, each agent is one. Agents on one
+/// machine need different names where `PARAM_AVERAGER_RENDEZVOUS` sets them.
 pub(super) const HOSTS: &str = "PARAM_AVERAGER_HOSTS";
 const AGENTS: &str = "agents";
 /// torchrun's numbers of an agent and of all agents.
@@ -65,10 +66,10 @@ impl Launcher {
                 self.local_size, self.world_size
             ));
         };
-        // mpirun does not number hosts. By default it places ranks host by host.
-        let by_rank = || (number(self.local_rank) == Some(rank % ranks)).then_some(rank / ranks);
         let hosts = world_size / ranks;
-        let host = if self.name == "Slurm" { number(NODE) } else { by_rank() };
+        // mpirun does not number hosts, and one rank can't tell how it has placed the others: with
+        // --map-by node, some of its ranks look as if they were placed host by host.
+        let host = number(NODE).filter(|_| self.name == "Slurm");
         let host = if hosts == 1 { Some(0) } else { host.filter(|&host| host < hosts) };
         Ok(HostPlace { hosts, host, run })
     }

@@ -187,8 +187,15 @@ fn hosts_have_numbers_if_the_launcher_tells() {
             ("PMIX_NAMESPACE", "1234"),
         ]
     };
-    assert_eq!([host(&mpirun("1", "1")), host(&mpirun("2", "0"))], [Some(0), Some(1)]);
-    assert_eq!(host(&mpirun("1", "0")), None); // by --map-by node
+    // Rank 0 of --map-by node looks like that of --map-by slot.
+    for (rank, local) in [("0", "0"), ("1", "1"), ("1", "0"), ("2", "0")] {
+        assert_eq!(host(&mpirun(rank, local)), None);
+    }
+    let mpich = |local| {
+        let of = [("PMI_RANK", "0"), ("PMI_SIZE", "2"), ("MPI_LOCALRANKID", "0"), (PARENT, "77")];
+        host(&[&of[..], &[("MPI_LOCALNRANKS", local)]].concat())
+    };
+    assert_eq!([mpich("1"), mpich("2")], [None, Some(0)]);
     assert_eq!(find(&mpirun("1", "1")).unwrap().place.run, "1234");
     let srun = |node: &'static str| {
         let of = [
