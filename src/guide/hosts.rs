@@ -198,7 +198,7 @@
 //! in its call, also for the link. Buffers take 12 MiB at most for each averager, and 8 MiB in
 //! `MpiHosts`; with more than 256 hosts 48 KiB · h and 32 KiB · h, but no more than 3 and 2 times
 //! the rank's part of the model in f32, and 24 bytes · h. `NcclHosts` takes 8 MiB of page-locked
-//! memory and of the device's, or as much as `MpiHosts` where that is more. All hosts have the same
+//! memory and of the device's, with more than 256 hosts 32 KiB · h. All hosts have the same
 //! number of ranks and of [`channels`](crate::Builder::channels), whose default depends on the
 //! cores. `barrier` and `all_reduce_scalars` are of the ranks of one host. After `sync`, what the
 //! ranks of host 0 have [saved](crate::LocalSgd::save) is enough to restart all hosts.

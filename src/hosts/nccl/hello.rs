@@ -1,4 +1,5 @@
-//! What the ranks of a link show one another: the same on all hosts, but for the host's number.
+//! Facts that the ranks of a link show one another: the same on all hosts, but for the number of
+//! the host.
 
 use crate::hash::Digest;
 use crate::Communicator;

@@ -21,7 +21,7 @@ fn connect(place: &Place) -> TcpStream {
     stream
 }
 
-/// What host 0 gets, and what these clients get, once `before` has had its connections made.
+/// Results of host 0 and of these clients, once `before` has had its connections made.
 fn met(
     hosts: usize,
     id: Result<RawId, String>,
