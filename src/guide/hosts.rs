@@ -74,10 +74,9 @@
 //! each is a host: `GROUP_RANK` of `GROUP_WORLD_SIZE`, with `LOCAL_WORLD_SIZE` ranks. Without it
 //! all agents are taken to be on one host, and `from_env` is an error where they are not. Agents on
 //! one machine are worlds of their own; names set by hand, `PARAM_AVERAGER_RENDEZVOUS`, must differ
-//! between them.
-//! [`Communicator::host`](crate::Communicator::host) is a host's number, which `srun` tells, too.
-//! `mpirun` tells none: pass it to `NcclHosts::new`, such as MPI's rank divided by the ranks on a
-//! host where ranks are placed host by host.
+//! between them. [`Communicator::host`](crate::Communicator::host) is a host's number, which `srun`
+//! tells, too. `mpirun` tells none: pass it to `NcclHosts::new`, such as MPI's rank divided by the
+//! ranks on a host where ranks are placed host by host.
 //!
 //! NCCL needs an id for each communicator. `NcclHosts::from_env` fetches it from host 0 by TCP, at
 //! `MASTER_ADDR` and port `PARAM_AVERAGER_HOSTS_PORT` + rank (default: `MASTER_PORT` + 1 + rank):
@@ -85,8 +84,8 @@
 //! that has another's number or is of another run, and another program at the port are errors that
 //! say so; other connections are ignored. Runs are told apart if the launcher names them: torchrun
 //! by `--rdzv-id`, which is `none` by default, Open MPI and Slurm by themselves, MPICH not at all.
-//! A program that can send the id by MPI or in a file
-//! passes it to `NcclHosts::new`. Both wait as long as the communicator was told to
+//! A program that can send the id by MPI or in a file passes it to `NcclHosts::new`. Both wait as
+//! long as the communicator was told to
 //! ([`CommunicatorBuilder::timeout`](crate::CommunicatorBuilder::timeout)). `NCCL_COMM_ID`, which
 //! all communicators would share, and `NCCL_COMM_BLOCKING=1`, which makes NCCL's calls block, are
 //! errors. NCCL takes both from its `nccl.conf` files, too, which is not seen: leave them out
