@@ -143,10 +143,11 @@
 //! optimizer the outer parameters. The rank that has a piece sends the mean of these differences,
 //! in code, and all hosts add it to the reference. What both codes round away is owed, and added
 //! to what the same rank sends in the next average that is committed (error feedback, as in
-//! [`guide::compression`](crate::guide::compression), which is about the ring within a host). So an
-//! average is off by 2 · M / 254 at most with `Int8`, and 2 · M / 512 with `Bf16`, where M is the
-//! largest difference in a block of 128 elements with what is owed to it, or of the element; that
-//! holds for the sum of all averages, too. All ranks of all hosts get the same bits.
+//! [`guide::compression`](crate::guide::compression), which is about the ring within a host). So
+//! the sum of all averages is off by 2 · M / 254 at most with `Int8`, and 2 · M / 512 with `Bf16`,
+//! where M is the largest difference with what is owed to it, in a block of 128 elements or of the
+//! element. One average alone, which also sends what was owed before it, is off by twice as much at
+//! most. All ranks of all hosts get the same bits.
 //!
 //! With weights, what a host owes is in the units of the mean, and one of less than a thousandth of
 //! all weights sends nothing of it.
