@@ -56,8 +56,8 @@
 //! The sum of all averages since what is owed was last forgotten is off by n · M / 254 at most in
 //! an element with `Int8`, and n · M / 256 with `Bf16`, beside what f32 rounds. One average alone,
 //! which also sends what was owed before it, is off by twice as much at most. With an outer
-//! optimizer, M is also that of its step, whose gain multiplies what the hops have rounded: lr · (1
-//! + μ / (1 − μ)) at most for Nesterov's, 7 for DiLoCo's; with
+//! optimizer, M is also that of its step, whose gain multiplies what the hops have rounded:
+//! lr · (1 + μ / (1 − μ)) at most for Nesterov's, 7 for DiLoCo's; with
 //! [`Overlap::alpha`](crate::Overlap::alpha), and where a result was not added, also that share of
 //! what the last code has. A value that is the same on all ranks need not stay as it is: what is
 //! owed to it is sent.
