@@ -18,9 +18,11 @@ fn main() {
 }
 
 fn train() -> Result<(), Box<dyn std::error::Error>> {
-    let device: usize = std::env::var("LOCAL_RANK")?.parse()?;
-    let stream = cudarc::driver::CudaContext::new(device)?.new_stream()?;
+    let rank = std::env::var("LOCAL_RANK");
+    let rank = rank.map_err(|_| "LOCAL_RANK is not set: start this program by torchrun")?;
+    let device: usize = rank.parse()?;
     let communicator = Communicator::from_env(Device::cuda(device))?; // the ranks of this host
+    let stream = cudarc::driver::CudaContext::new(device)?.new_stream()?;
     let (rank, ranks, hosts) =
         (communicator.rank(), communicator.world_size(), communicator.hosts());
     let host = communicator.host().ok_or("no number of this host")?;

@@ -112,8 +112,8 @@ enum PaFlag {
   // a coded average nothing is written there: the reference has the result, and PA_APPLY, which has
   // PA_FLAG_CODED then, makes the difference.
   PA_FLAG_DELTA = 262144,
-  // Ranks of other hosts may have news or weight: so the sum is made without any here. Without
-  // weight all ranks count alike in it, and the host not at all.
+  // The average is of several hosts: the sum is made although no rank here has news or weight.
+  // Where none has weight, all count alike in it. The hosts decide whether it counts.
   PA_FLAG_HOSTS = 1048576,
 };
 

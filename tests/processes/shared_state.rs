@@ -270,8 +270,7 @@ pub fn a_step_that_was_made_in_part_leaves_whole_numbers() {
     }
 }
 
-/// Of a rank and the next one of the ring, the first one's state is lost. So is that of each rank
-/// where states are not shared.
+/// A rank's state is lost if the next rank of the ring is lost, too, or if states are not shared.
 pub fn the_state_of_a_rank_and_of_the_next_one_can_be_lost() {
     let neighbours = [(1, "between averages"), (2, "between averages")];
     let (lost, differs) = run(4, &neighbours, &[SHARES]);
