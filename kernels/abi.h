@@ -254,8 +254,8 @@ struct PaStatus {
 // State of one block, private to its rank, on lines of its own.
 struct PaChannel {
   struct PaStatus status; // the original of the record
-  uint32_t recv_seq;      // chunks taken from the inbox
-  uint32_t send_seq;      // chunks put into the outbox
+  uint32_t recv_seq;      // chunks taken out of links[PA_IN]
+  uint32_t send_seq;      // chunks put into links[PA_OUT]
   uint32_t segment;       // PA_RING_COMMIT: segment that comes next; PA_NO_SEGMENT: none
   uint32_t remote;        // CPU: 1: the next rank's core is remote, see reader_is_remote()
   uint32_t finished;      // channel 0: blocks that have reached the vote, or the exit (PA_DIRECT)
@@ -280,6 +280,18 @@ struct PaChannel {
 #define PA_SEGMENTS(world) (2 * (world) + 1)
 #define PA_NO_SEGMENT 0xffffffffu
 
+// A link of the ring: the mailbox between a rank that writes and one that reads. The slots lie in
+// the reader's memory (push), in the writer's (pull) or in memory of the host; each counter lies
+// beside the rank that polls it.
+struct PaLink {
+  uint64_t slots;   // Pack[channels][slots][slot_packs]
+  uint64_t filled;  // u32 line[channels]: chunks put in, polled by the reader
+  uint64_t drained; // u32 line[channels]: chunks taken out, polled by the writer
+};
+// PaArgs.links and PaProbeSide.links: where this rank reads, from the previous one; and where it
+// writes, to the next one.
+enum PaLinkEnd { PA_IN, PA_OUT, PA_LINKS };
+
 // Arguments of one rank's part of a launch, the same for all its blocks.
 struct PaArgs {
   uint64_t control;     // PaControl*
@@ -287,12 +299,7 @@ struct PaArgs {
   uint64_t status;      // PaStatus[channels], own, in memory of the host
   uint64_t channel;     // PaChannel[channels], own
   uint64_t buckets;     // PaBucket[bucket_count], own
-  uint64_t inbox;       // Pack[channels][slots][slot_packs], own; the previous rank writes it
-  uint64_t outbox;      // the next rank's inbox
-  uint64_t filled_in;   // u32 line[channels]: chunks put into the inbox by the previous rank
-  uint64_t filled_out;  // the next rank's filled_in
-  uint64_t drained_in;  // u32 line[channels]: chunks taken out of the outbox by the next rank
-  uint64_t drained_out; // the previous rank's drained_in
+  struct PaLink links[PA_LINKS];
   uint64_t timeout_ns;  // longest wait for a rank that does not move
   uint64_t schedule;    // schedule, weight, detail, found: see PaRecord
   double weight;
@@ -324,17 +331,12 @@ struct PaLaunch {
   struct PaArgs args[PA_MAX_WORLD];
 };
 
-// One side of a probe. Data and flags lie where the path under test has them: data in the reader's
-// memory (push), in the writer's (pull), or in memory of the host.
+// One side of a probe, which writes and reads: `slots` chunks of `packs` for each block, and rounds
+// in the place of chunks in the counters.
 struct PaProbeSide {
-  uint64_t out;         // data that this side writes: `slots` chunks of `packs` for each block
-  uint64_t in;          // data that this side reads
-  uint64_t filled_out;  // rounds that this side has written, for the other side to poll
-  uint64_t filled_in;   // rounds that the other side has written
-  uint64_t drained_out; // rounds that this side has read, for the other side to poll
-  uint64_t drained_in;  // rounds that the other side has read
-  uint64_t result;      // PaProbeResult, in own memory, zeroed
-  uint64_t limit_ns;    // time from the kernel's start to its last wait
+  struct PaLink links[PA_LINKS];
+  uint64_t result;   // PaProbeResult, in own memory, zeroed
+  uint64_t limit_ns; // time from the kernel's start to its last wait
   uint32_t packs, slots, rounds;
   uint32_t seed_out, seed_in; // of the data
   uint32_t reserved;

@@ -206,17 +206,18 @@ PA_FN void publish_exit(WaitCtx ctx, bool whole) {
   }
 }
 
-// Exits, and waits until all ranks have. False: a rank left its part undone.
+// Exits, and waits until all ranks have. False: a rank left its part undone, or its device failed.
 PA_NOINLINE bool exit_barrier_as_leader(Exec ex, WaitCtx ctx) {
   PaControl* control = ctx.control();
   publish_exit(ctx, true);
   uint32_t undone = 0;
+  bool lost = false;
   for (uint32_t r = 0; r < ctx.a->world; ++r) {
     uint32_t* exited = &control->board[r].exited;
-    wait_for_board(ex, ctx, r, exited, 2 * ctx.epoch, PA_AT_EXIT);
+    lost |= !wait_for_board(ex, ctx, r, exited, 2 * ctx.epoch, PA_AT_EXIT);
     if (load_acquire(exited) == 2 * ctx.epoch + 1) undone = code_of(uint32_t(PA_DEPARTED), r);
   }
-  return undone == 0 || !resolve_failure(ex, ctx, undone, PA_AT_EXIT);
+  return !lost && (undone == 0 || !resolve_failure(ex, ctx, undone, PA_AT_EXIT));
 }
 
 // All sums of this block's share of one bucket. With an outer optimizer not unrolled by ranks on a

@@ -1,14 +1,15 @@
 // Mailboxes between a block and the same block of the neighbouring ranks.
 //
-//   previous rank            this rank                     next rank
-//   ─────────────            ─────────                     ─────────
-//   writes slot s   ──────▶  inbox[s]   outbox[s]  ──────▶  (its inbox)
-//   filled_out      ──────▶  filled_in  filled_out ──────▶  filled_in       chunks put in
-//   drained_in      ◀──────  drained_out  drained_in ◀────  drained_out     chunks taken out
+//   previous rank    links[PA_IN]    this rank    links[PA_OUT]   next rank
+//   ─────────────    ────────────    ─────────    ─────────────   ─────────
+//   writes slot s ──▶ slots[s] ─────▶ reads, writes ──▶ slots[s] ──▶ reads
+//   adds          ──▶ filled   ─────▶ polls, adds   ──▶ filled   ──▶ polls     chunks put in
+//   polls        ◀─── drained  ◀───── adds, polls  ◀─── drained ◀─── adds      chunks taken out
 //
 // Every counter lies beside the rank that polls it, has one writer and only grows; comparisons
-// survive the wrap. A protocol step waits for a chunk in the inbox, for room in the outbox, or for
-// both; works; and publishes.
+// survive the wrap. Slots lie wherever both ranks reach them: the memory model orders them by the
+// counters alone. A protocol step waits for a chunk in links[PA_IN], for room in links[PA_OUT], or
+// for both; works; and publishes.
 #pragma once
 #include "pack.h"
 #include "wait.h"
@@ -65,8 +66,8 @@ struct Block {
     const uint64_t index = uint64_t(ex.block()) * a.slots + (seq & (a.slots - 1));
     return at<char>(box) + index * a.slot_packs * PA_PACK_BYTES;
   }
-  PA_FN char* inbox() const { return slot(a.inbox, recv_seq); }
-  PA_FN char* outbox() const { return slot(a.outbox, send_seq); }
+  PA_FN char* inbox() const { return slot(a.links[PA_IN].slots, recv_seq); }
+  PA_FN char* outbox() const { return slot(a.links[PA_OUT].slots, send_seq); }
 
   // Begins a protocol step. Tests end a block here (fault_step; false in all lanes) or delay it
   // (delay_ns). In production both are 0, and no step has the number 0.
@@ -84,11 +85,11 @@ struct Block {
     bool failed = false;
     if (ex.leader()) {
       if constexpr (kReceive) {
-        uint32_t* filled = line(a.filled_in);
+        uint32_t* filled = line(a.links[PA_IN].filled);
         failed = !wait_for_line(filled, recv_seq + 1, previous(), phase);
       }
       if constexpr (kSend) {
-        uint32_t* drained = line(a.drained_in);
+        uint32_t* drained = line(a.links[PA_OUT].drained);
         if (!failed) failed = !wait_for_line(drained, send_seq + 1 - a.slots, next(), phase);
       }
       // Once per turn of the mailbox: threads move between cores, virtual cores between real ones.
@@ -112,8 +113,8 @@ struct Block {
     if (kSend) ++send_seq;
     if (ex.leader()) {
       fence_release();
-      if (kSend) publish(line(a.filled_out), send_seq);
-      if (kReceive) publish(line(a.drained_out), recv_seq);
+      if (kSend) publish(line(a.links[PA_OUT].filled), send_seq);
+      if (kReceive) publish(line(a.links[PA_IN].drained), recv_seq);
     }
   }
   PA_FN void publish(uint32_t* word, uint32_t value) {

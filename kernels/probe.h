@@ -28,6 +28,7 @@ PA_FN bool probe_wait(const Exec& ex, const uint32_t* word, uint32_t value, uint
 }
 
 PA_FN void run_probe(const Exec& ex, const PaProbeSide& side) {
+  const PaLink &from = side.links[PA_IN], &to = side.links[PA_OUT];
   const uint64_t end = ex.now_ns() + side.limit_ns;
   const uint32_t line = ex.block() * PA_LINE_WORDS;
   const uint64_t block = uint64_t(ex.block()) * side.slots;
@@ -37,20 +38,20 @@ PA_FN void run_probe(const Exec& ex, const PaProbeSide& side) {
   for (uint32_t round = 0; round < side.rounds; ++round) {
     const uint64_t offset = (block + round % side.slots) * side.packs * PA_PACK_BYTES;
     if (round >= side.slots &&
-        !probe_wait(ex, at<uint32_t>(side.drained_in) + line, round - side.slots + 1, end)) {
+        !probe_wait(ex, at<uint32_t>(to.drained) + line, round - side.slots + 1, end)) {
       if (ex.leader()) fetch_add(&result->late, 1);
       break;
     }
-    char* out = at<char>(side.out + offset);
+    char* out = at<char>(to.slots + offset);
     for (uint32_t i = ex.lane(); i < side.packs; i += ex.lanes())
       store_16(out + uint64_t(i) * PA_PACK_BYTES, probe_pack(side.seed_out, round, i));
     ex.sync();
-    if (ex.leader()) store_release(at<uint32_t>(side.filled_out) + line, round + 1);
-    if (!probe_wait(ex, at<uint32_t>(side.filled_in) + line, round + 1, end)) {
+    if (ex.leader()) store_release(at<uint32_t>(to.filled) + line, round + 1);
+    if (!probe_wait(ex, at<uint32_t>(from.filled) + line, round + 1, end)) {
       if (ex.leader()) fetch_add(&result->late, 1);
       break;
     }
-    const char* in = at<char>(side.in + offset);
+    const char* in = at<char>(from.slots + offset);
     uint32_t i = ex.lane();
     const auto check = [&](uint4 found, uint32_t pack) {
       const uint4 v = probe_pack(side.seed_in, round, pack);
@@ -64,7 +65,7 @@ PA_FN void run_probe(const Exec& ex, const PaProbeSide& side) {
     }
     for (; i < side.packs; i += ex.lanes()) check(load_16(in + uint64_t(i) * PA_PACK_BYTES), i);
     ex.sync();
-    if (ex.leader()) store_release(at<uint32_t>(side.drained_out) + line, round + 1);
+    if (ex.leader()) store_release(at<uint32_t>(from.drained) + line, round + 1);
     if (ex.block() == 0 && ex.leader()) {
       if (round == 0) begin = ex.now_ns();
       result->ns = ex.now_ns() - begin;

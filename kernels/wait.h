@@ -1,5 +1,5 @@
 // Waiting for a peer. Every wait ends: with the awaited word, or with a failure that names a rank.
-// Only the wait at the exit barrier, see wait_slow(), accepts nothing but the awaited word.
+// At the exit barrier, see wait_slow(), only the word or the departure of the peer ends it.
 #pragma once
 #include "straggler.h"
 
@@ -93,11 +93,13 @@ PA_NOINLINE bool wait_slow(Exec ex, WaitCtx ctx, uint32_t* word, uint32_t* sleep
   for (uint32_t spins = 1;; ++spins) {
     const uint32_t seen = load_acquire(word);
     if (reached(seen, want)) break;
-    // At the exit barrier only the word itself ends the wait: until a peer has exited, it may write
-    // into this rank's tensors, which the caller is free to drop. Peers reach the exit without
-    // waiting.
+    // At the exit barrier only the word itself, or the departure of the peer, ends the wait: until
+    // a peer has exited, it may write into this rank's tensors, which the caller is free to drop.
+    // Peers reach the exit without waiting, unless their device fails. A rank departs when its
+    // kernels have ended.
     // Not at each poll: a GPU reads memory of the host here.
-    if ((spins % kLookAround == 0 || ex.sleeps(spins, ctx.a->spins)) && phase != PA_AT_EXIT) {
+    const bool looks = spins % kLookAround == 0 || ex.sleeps(spins, ctx.a->spins);
+    if (looks && phase != PA_AT_EXIT) {
       const uint64_t now = ex.now_ns(), waited = now - start;
       const bool ticked = heartbeat != heartbeat_of(now);
       if (ticked) {
@@ -114,10 +116,12 @@ PA_NOINLINE bool wait_slow(Exec ex, WaitCtx ctx, uint32_t* word, uint32_t* sleep
         if (waited > ctx.a->timeout_ns && watched >= watch_ns(*ctx.a))
           failure = code_of(uint32_t(PA_TIMEOUT), find_straggler(ctx, peer));
       }
-      // A rank may have published the word before it departed.
-      if (failure != 0 && reached(load_acquire(word), want)) failure = 0;
-      if (failure != 0) break;
+    } else if (looks && is_lost(ctx, peer)) {
+      failure = code_of(uint32_t(PA_DEPARTED), peer);
     }
+    // A rank may have published the word before it departed.
+    if (failure != 0 && reached(load_acquire(word), want)) failure = 0;
+    if (failure != 0) break;
     ex.pause(spins, ctx.a->spins, word, seen, sleepers);
   }
   ctx.me->status.waited_ns += ex.now_ns() - start;

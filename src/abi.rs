@@ -496,18 +496,34 @@ const _: () = {
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct PaLink {
+    pub slots: u64,
+    pub filled: u64,
+    pub drained: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of PaLink"][::std::mem::size_of::<PaLink>() - 24usize];
+    ["Alignment of PaLink"][::std::mem::align_of::<PaLink>() - 8usize];
+    ["Offset of field: PaLink::slots"][::std::mem::offset_of!(PaLink, slots) - 0usize];
+    ["Offset of field: PaLink::filled"][::std::mem::offset_of!(PaLink, filled) - 8usize];
+    [
+        "Offset of field: PaLink::drained",
+    ][::std::mem::offset_of!(PaLink, drained) - 16usize];
+};
+pub const PA_IN: PaLinkEnd = 0;
+pub const PA_OUT: PaLinkEnd = 1;
+pub const PA_LINKS: PaLinkEnd = 2;
+pub type PaLinkEnd = ::std::os::raw::c_uint;
+#[repr(C)]
+#[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct PaArgs {
     pub control: u64,
     pub host: u64,
     pub status: u64,
     pub channel: u64,
     pub buckets: u64,
-    pub inbox: u64,
-    pub outbox: u64,
-    pub filled_in: u64,
-    pub filled_out: u64,
-    pub drained_in: u64,
-    pub drained_out: u64,
+    pub links: [PaLink; 2usize],
     pub timeout_ns: u64,
     pub schedule: u64,
     pub weight: f64,
@@ -547,22 +563,7 @@ const _: () = {
     [
         "Offset of field: PaArgs::buckets",
     ][::std::mem::offset_of!(PaArgs, buckets) - 32usize];
-    ["Offset of field: PaArgs::inbox"][::std::mem::offset_of!(PaArgs, inbox) - 40usize];
-    [
-        "Offset of field: PaArgs::outbox",
-    ][::std::mem::offset_of!(PaArgs, outbox) - 48usize];
-    [
-        "Offset of field: PaArgs::filled_in",
-    ][::std::mem::offset_of!(PaArgs, filled_in) - 56usize];
-    [
-        "Offset of field: PaArgs::filled_out",
-    ][::std::mem::offset_of!(PaArgs, filled_out) - 64usize];
-    [
-        "Offset of field: PaArgs::drained_in",
-    ][::std::mem::offset_of!(PaArgs, drained_in) - 72usize];
-    [
-        "Offset of field: PaArgs::drained_out",
-    ][::std::mem::offset_of!(PaArgs, drained_out) - 80usize];
+    ["Offset of field: PaArgs::links"][::std::mem::offset_of!(PaArgs, links) - 40usize];
     [
         "Offset of field: PaArgs::timeout_ns",
     ][::std::mem::offset_of!(PaArgs, timeout_ns) - 88usize];
@@ -627,12 +628,7 @@ const _: () = {
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
 pub struct PaProbeSide {
-    pub out: u64,
-    pub in_: u64,
-    pub filled_out: u64,
-    pub filled_in: u64,
-    pub drained_out: u64,
-    pub drained_in: u64,
+    pub links: [PaLink; 2usize],
     pub result: u64,
     pub limit_ns: u64,
     pub packs: u32,
@@ -647,23 +643,8 @@ const _: () = {
     ["Size of PaProbeSide"][::std::mem::size_of::<PaProbeSide>() - 88usize];
     ["Alignment of PaProbeSide"][::std::mem::align_of::<PaProbeSide>() - 8usize];
     [
-        "Offset of field: PaProbeSide::out",
-    ][::std::mem::offset_of!(PaProbeSide, out) - 0usize];
-    [
-        "Offset of field: PaProbeSide::in_",
-    ][::std::mem::offset_of!(PaProbeSide, in_) - 8usize];
-    [
-        "Offset of field: PaProbeSide::filled_out",
-    ][::std::mem::offset_of!(PaProbeSide, filled_out) - 16usize];
-    [
-        "Offset of field: PaProbeSide::filled_in",
-    ][::std::mem::offset_of!(PaProbeSide, filled_in) - 24usize];
-    [
-        "Offset of field: PaProbeSide::drained_out",
-    ][::std::mem::offset_of!(PaProbeSide, drained_out) - 32usize];
-    [
-        "Offset of field: PaProbeSide::drained_in",
-    ][::std::mem::offset_of!(PaProbeSide, drained_in) - 40usize];
+        "Offset of field: PaProbeSide::links",
+    ][::std::mem::offset_of!(PaProbeSide, links) - 0usize];
     [
         "Offset of field: PaProbeSide::result",
     ][::std::mem::offset_of!(PaProbeSide, result) - 48usize];

@@ -1,6 +1,7 @@
 //! The averager: one rank's tensors, the memory it shares with its peers, and the launches of an
 //! average.
 
+mod algorithm;
 mod assemble;
 mod builder;
 mod coded;
@@ -31,6 +32,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use algorithm::Algorithm;
 pub use builder::Builder;
 #[cfg(feature = "__testing")]
 pub use builder::Testing;
@@ -66,28 +68,6 @@ use recover::Admitted;
 use stage::RankStage;
 use table::Table;
 use watch::Watch;
-
-/// Algorithm of an average: how the parameters move and where they are summed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Algorithm {
-    /// [`Direct`](Self::Direct) where every rank can address every other rank's tensors (threads of
-    /// one process, on CPUs or on one CUDA device), else [`Ring`](Self::Ring). Between devices the
-    /// ring is the only choice: memory of a pool, where trainers keep tensors, may be unreadable
-    /// for another device.
-    Auto,
-    /// Ring all-reduce through mailboxes. Extra memory of a rank: at most S/n + 4 MiB for S bytes
-    /// of parameters and n ranks, 16 MiB more on a CUDA device, and the state of an
-    /// [outer optimizer](Builder::outer); 2 S with [compression](Builder::compression); with a
-    /// [stage](Builder::stage) 4 bytes more for each element of f16 and bf16, over n. Shard s is
-    /// summed in the order of ranks s+1, s+2, …, s, counted along
-    /// [`ring_order`](ParamAverager::ring_order).
-    Ring,
-    /// Owner computes: the owner of each part reads all ranks' values, in rank order, and writes
-    /// all ranks' means. No mailboxes, one rounding, at most 1 MiB of extra memory, and the state
-    /// of an [outer optimizer](Builder::outer).
-    Direct,
-}
 
 /// Averages a rank's parameters with those of its peers, in place.
 ///

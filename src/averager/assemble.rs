@@ -9,7 +9,7 @@ use super::memory::{check_room, RankMemory, Sizes, LINE_BYTES};
 use super::outer_state::{AnchorState, Launches};
 use super::rebuild::Blueprint;
 use super::stage::RankStage;
-use super::table::{Layout, Table};
+use super::table::{Layout, Problem, Table};
 use super::watch::Watch;
 use super::{defaults, flag, spins, start, Algorithm, Builder, Call, Lend, ParamAverager, Start};
 use crate::abi::*;
@@ -39,7 +39,8 @@ impl ParamAverager {
         let (rank, world) = (options.communicator.rank(), options.communicator.world_size());
         let (device, space) = (options.communicator.device(), options.communicator.space().clone());
         let fragments = options.overlap.fragments.clamp(1, MOST_FRAGMENTS);
-        let (mut made, mut digest) = (None, None);
+        let readers = options.readers();
+        let (mut made, mut digest, mut is_unreached) = (None, None, false);
         let lent = with_tensors(params, rank, &mut |params| {
             let (mut tensors, mut names) = (0, 0);
             params.visit(&mut |tensor| {
@@ -48,7 +49,14 @@ impl ParamAverager {
                 names += identity.name.len() + identity.outer.map_or(0, str::len);
             });
             made = Some(check_room(tensors, names, rank, world).map(|()| {
-                let (table, problem) = Table::new(params, device, space.clone(), fragments);
+                let mut new =
+                    |readers| Table::new(params, device, space.clone(), readers, fragments);
+                let (mut table, mut problem) = new(readers.clone());
+                let is_auto = options.algorithm == Algorithm::Auto;
+                is_unreached = is_auto && problem.is_some_and(Problem::is_of_direct);
+                if is_unreached {
+                    (table, problem) = new(vec![]);
+                }
                 let refusal = problem.map(|problem| table.error(rank, problem));
                 let refusal = refusal.or_else(|| table.ambiguity(rank, options.allow_unnamed));
                 let mut refusal = refusal.or_else(|| options.uncoded(&table));
@@ -73,6 +81,7 @@ impl ParamAverager {
         let (table, refusal) = found.unwrap_or_else(|error| {
             (Table::of(Layout::none(device, space.clone()).into()), Some(error))
         });
+        options.is_unreached = is_unreached;
         let mut averager = ParamAverager::assemble_for(options, table, refusal, digest, None)?;
         averager.blueprint = Some(Blueprint::of(&averager));
         Ok(averager)
@@ -83,7 +92,7 @@ impl ParamAverager {
     /// is the averager's place among the averagers that are built again; `None`: the next one of
     /// its view.
     pub(super) fn assemble_for(
-        options: Builder,
+        mut options: Builder,
         mut table: Table,
         refusal: Option<Error>,
         digest: Option<u64>,
@@ -109,6 +118,8 @@ impl ParamAverager {
             admission: options.admission,
             ordinal: options.ordinal.clone(),
             digest,
+            is_unreached: options.is_unreached,
+            neighbours: options.neighbours_bytes(sizes, channels),
             inbox: own.as_ref().ok().and_then(|own| own.inbox.clone()),
             credits: own.as_ref().ok().and_then(|own| own.credits.clone()),
             state: own.as_ref().ok().and_then(|own| own.shared_state.clone()),
@@ -118,6 +129,14 @@ impl ParamAverager {
         // A refusal of any rank is this call's error.
         let agreement = communicator.agree(handshake, number, patience)?;
         let mut own = own?;
+        if agreement.handshakes.iter().any(|handshake| handshake.is_unreached) {
+            // All ranks come here, with what they have built for the direct average.
+            drop((own, agreement));
+            options.algorithm = Algorithm::Ring;
+            options.is_unreached = false;
+            let table = Table::of(table.layout.without_readers().into());
+            return Self::assemble_for(options, table, None, digest, number);
+        }
         if let (Some(outer), true) = (&mut own.outer, world > 1) {
             let placement = communicator.placement();
             let position = placement.position(communicator.rank());
@@ -173,14 +192,22 @@ impl ParamAverager {
     /// Arguments that stay the same for all launches.
     fn launch_args(&self, options: &Builder, sizes: Sizes, channels: u32) -> PaArgs {
         let (position, world) = (self.position(), self.world_size());
-        let order = self.communicator.placement().order();
+        let placement = self.communicator.placement();
+        let order = placement.order();
         let handshake = |position: usize| &self.agreement.handshakes[order[position % world]];
         let address =
             |memory: &Option<Arc<Memory>>| memory.as_ref().map_or(0, |memory| memory.address());
         let own = handshake(position);
-        let (own_inbox, own_credits) = (address(&own.inbox), address(&own.credits));
-        let next = address(&handshake(position + 1).inbox);
-        let slots = u64::from(channels) * LINE_BYTES as u64; // behind the counters
+        let [previous, next] = [position + world - 1, position + 1];
+        let is_pull =
+            |other: usize| options.link.is_pull(placement, self.rank(), order[other % world]);
+        // The end of a link where its reader polls, and the one where its writer does.
+        let link = |reads: &Handshake, writes: &Handshake, is_pull| {
+            let (filled, drained) = (address(&reads.inbox), address(&writes.credits));
+            let slots = if is_pull { drained } else { filled };
+            // behind the counters
+            PaLink { slots: slots + u64::from(channels) * LINE_BYTES as u64, filled, drained }
+        };
         let longest_wait = match options.communicator.space() {
             MemorySpace::Host => options.timeout,
             MemorySpace::Cuda(_) => options.timeout.min(options.device_timeout),
@@ -190,12 +217,10 @@ impl ParamAverager {
             host: self.agreement.control.host_address(),
             status: self.own.engine.status(),
             channel: self.own.engine.channels(),
-            inbox: own_inbox + slots,
-            outbox: next + slots,
-            filled_in: own_inbox,
-            filled_out: next,
-            drained_in: own_credits,
-            drained_out: address(&handshake(position + world - 1).credits),
+            links: [
+                link(own, handshake(previous), is_pull(previous)),
+                link(handshake(next), own, is_pull(next)),
+            ],
             timeout_ns: u64::try_from(longest_wait.as_nanos()).unwrap_or(u64::MAX),
             rank: position as u32,
             world: world as u32,

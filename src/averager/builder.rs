@@ -45,6 +45,8 @@ pub struct Builder {
     pub(super) chunk_bytes: Option<usize>,
     /// True if the tensors' uses are ordered on a stream; set by `build`.
     pub(super) on_stream: bool,
+    /// True if other devices can't access this rank's tensors; set by `build`.
+    pub(super) is_unreached: bool,
     /// Course of a `LocalSgd`, part of the handshake: a joiner starts from it.
     pub(super) course: Course,
     /// Role of this rank in an admission.
@@ -98,6 +100,7 @@ impl Builder {
             slots: defaults::SLOTS,
             chunk_bytes: None,
             on_stream: false,
+            is_unreached: false,
             course: Course::default(),
             admission: Admission::None,
             ordinal: None,
@@ -330,9 +333,25 @@ impl Builder {
         match self.algorithm {
             Algorithm::Auto if self.reproducible || self.has_stage() => Algorithm::Ring,
             Algorithm::Auto if self.compression != Compression::None => Algorithm::Ring,
-            Algorithm::Auto if self.communicator.placement().one_memory() => Algorithm::Direct,
+            Algorithm::Auto if self.is_direct_fast() => Algorithm::Direct,
             Algorithm::Auto => Algorithm::Ring,
             chosen => chosen,
+        }
+    }
+
+    /// True if the direct average is faster than the ring, and goes where the link is to go.
+    fn is_direct_fast(&self) -> bool {
+        let placement = self.communicator.placement();
+        placement.one_memory() || (placement.is_joined() && self.link != Link::Host)
+    }
+
+    /// Devices of other ranks that access this rank's tensors.
+    pub(super) fn readers(&self) -> Vec<usize> {
+        match self.chosen_algorithm() {
+            Algorithm::Direct => {
+                self.communicator.placement().other_devices(self.communicator.rank())
+            }
+            _ => vec![],
         }
     }
 

@@ -9,6 +9,7 @@
 //! uncommitted where others have committed. Its link has ended, and so their next average fails.
 
 mod coded;
+mod mean;
 mod options;
 mod sum;
 

@@ -12,12 +12,16 @@ use crate::Error;
 #[non_exhaustive]
 pub enum Link {
     /// [`Peer`](Self::Peer) where a probe that does what an average does succeeds, and is not much
-    /// slower than memory of the host; else [`Host`](Self::Host). Decided for each two neighbours.
-    /// The environment variable `PARAM_AVERAGER_P2P=0` forbids the probe and peer access.
+    /// slower than other paths; else [`Pull`](Self::Pull), between threads where that is much
+    /// faster, or [`Host`](Self::Host). Decided for each two neighbours. The environment variable
+    /// `PARAM_AVERAGER_P2P=0` forbids the probe and peer access.
     Auto,
     /// The receiver's device memory: the sender writes over NVLink or PCIe (P2P), or has the same
     /// device.
     Peer,
+    /// The sender's device memory: the receiver reads over NVLink or PCIe (P2P), or has the same
+    /// device. For fabrics that read faster than they write.
+    Pull,
     /// Page-locked memory of the host, mapped by both devices: the sender writes over PCIe, and the
     /// receiver reads over PCIe.
     Host,
@@ -27,9 +31,20 @@ impl Link {
     /// True if the mailbox between these ranks is in memory of the host.
     pub(super) fn is_host(self, placement: &Placement, rank: usize, other: usize) -> bool {
         match self {
-            Link::Auto => placement.peers(rank, other) != PeerAccess::Verified,
-            Link::Peer => false,
+            Link::Auto => {
+                !matches!(placement.peers(rank, other), PeerAccess::Verified | PeerAccess::Pull)
+            }
+            Link::Peer | Link::Pull => false,
             Link::Host => true,
+        }
+    }
+
+    /// True if the slots between these ranks are in memory of the one that writes them.
+    pub(super) fn is_pull(self, placement: &Placement, rank: usize, other: usize) -> bool {
+        match self {
+            Link::Auto => placement.peers(rank, other) == PeerAccess::Pull,
+            Link::Pull => true,
+            Link::Peer | Link::Host => false,
         }
     }
 
@@ -45,11 +60,11 @@ impl Link {
             let expected = "Auto, or Host, which works everywhere";
             Some(Error::InvalidOption { rank, option: "link", found, expected })
         };
-        if self != Link::Peer {
+        if !matches!(self, Link::Peer | Link::Pull) {
             return None;
         }
         if matches!(communicator.space(), MemorySpace::Host) {
-            return refuse("Peer, which is for CUDA devices".into());
+            return refuse(format!("{self:?}, which is for CUDA devices"));
         }
         let (rank, next, access) = neighbours(placement)
             .map(|(rank, next)| (rank, next, placement.peers(rank, next)))
@@ -65,7 +80,7 @@ impl Link {
             _ => "the driver says so",
         };
         refuse(format!(
-            "Peer, but the devices of ranks {rank} and {next} don't reach each other's memory: \
+            "{self:?}, but the devices of ranks {rank} and {next} don't reach each other's memory: \
              {why}"
         ))
     }

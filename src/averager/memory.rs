@@ -66,22 +66,38 @@ impl Sizes {
         Sizes { chunk, slot_packs: chunk * widest as u32, slots }
     }
 
-    /// Memory for the `filled` counters, followed by the slots.
-    fn inbox(&self, is_host: bool, options: &Builder, channels: u32) -> Result<Memory, String> {
+    /// Bytes of one end of a link: its counters, followed by the slots if they are there.
+    pub(super) fn end_bytes(&self, has_slots: bool, channels: u32) -> usize {
+        let slots = if has_slots { (channels * self.slots) as usize } else { 0 };
+        channels as usize * LINE_BYTES + slots * self.slot_packs as usize * PA_PACK_BYTES as usize
+    }
+
+    /// Memory of one end of a link.
+    fn end(
+        &self,
+        (is_host, has_slots): (bool, bool),
+        options: &Builder,
+        channels: u32,
+    ) -> Result<Memory, String> {
         let (testing, communicator) = (&options.testing, &options.communicator);
-        let slots =
-            (channels * self.slots) as usize * self.slot_packs as usize * PA_PACK_BYTES as usize;
-        let mut memory = Link::place(
-            is_host,
-            communicator.placement(),
-            communicator.space(),
-            channels as usize * LINE_BYTES + slots,
-        )?;
+        let bytes = self.end_bytes(has_slots, channels);
+        let mut memory =
+            Link::place(is_host, communicator.placement(), communicator.space(), bytes)?;
         memory.set(0, bytemuck::cast_slice(&counters(channels, testing)))?;
-        if testing.poison_slots {
+        if testing.poison_slots && has_slots {
             memory.fill_from(channels as usize * LINE_BYTES, 0xff)?;
         }
         Ok(memory)
+    }
+}
+
+impl Builder {
+    /// Bytes of the inbox of the next rank in the ring, and of the credits of the previous one.
+    pub(super) fn neighbours_bytes(&self, sizes: Sizes, channels: u32) -> [usize; 2] {
+        let (placement, rank) = (self.communicator.placement(), self.communicator.rank());
+        let [previous, next] = placement.neighbours(rank);
+        let is_pull = |other| self.link.is_pull(placement, rank, other);
+        [!is_pull(next), is_pull(previous)].map(|has_slots| sizes.end_bytes(has_slots, channels))
     }
 }
 
@@ -213,15 +229,14 @@ impl RankMemory {
         let (mut inbox, mut credits) = (None, None);
         if ring {
             let (placement, link) = (options.communicator.placement(), options.link);
-            let (order, position) = (placement.order(), placement.position(rank));
-            let (previous, next) = (position + order.len() - 1, position + 1);
-            let is_host = |other: usize| link.is_host(placement, rank, order[other % order.len()]);
-            inbox = Some(sizes.inbox(is_host(previous), options, channels).map_err(failed)?);
-            let lines = counters(channels, testing);
-            let mut memory = Link::place(is_host(next), placement, space, size_of_val(&lines[..]))
-                .map_err(failed)?;
-            memory.set(0, bytemuck::cast_slice(&lines)).map_err(failed)?;
-            credits = Some(memory);
+            let [previous, next] = placement.neighbours(rank);
+            let is_host = |other| link.is_host(placement, rank, other);
+            let is_pull = |other| link.is_pull(placement, rank, other);
+            let ends = [(previous, !is_pull(previous)), (next, is_pull(next))];
+            let [from_previous, to_next] = ends.map(|(other, has_slots)| {
+                sizes.end((is_host(other), has_slots), options, channels).map_err(failed)
+            });
+            (inbox, credits) = (Some(from_previous?), Some(to_next?));
         }
         let control = (rank == 0).then(|| {
             // In memory of the host where not all ranks can address that of one device, and where

@@ -154,7 +154,8 @@ mod tests {
     use crate::device::Device;
 
     fn of(values: &mut [Vec<f32>]) -> u64 {
-        let (table, problem) = Table::new(&mut &mut *values, Device::cpu(), MemorySpace::Host, 1);
+        let (table, problem) =
+            Table::new(&mut &mut *values, Device::cpu(), MemorySpace::Host, vec![], 1);
         assert!(problem.is_none());
         // SAFETY: the tensors are borrowed.
         unsafe { digest(&table, &MemorySpace::Host) }.unwrap()

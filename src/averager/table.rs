@@ -19,10 +19,12 @@ use crate::tensor::{Dtype, Identity, Unordered};
 use crate::{Error, Parameters, TensorMut};
 
 /// Tensors that an averager is built for, without their addresses.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Layout {
     device: Device,
     space: MemorySpace,
+    /// Other devices that access the tensors: those of the direct average.
+    readers: Vec<usize>,
     /// Number of fragments.
     fragments: u32,
     names: Vec<Name>,
@@ -30,7 +32,7 @@ pub(super) struct Layout {
 }
 
 /// [`TensorMut::identity`] of a tensor.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Name {
     name: String,
     part: u32,
@@ -108,7 +110,7 @@ impl Layout {
 
     /// Layout of no tensors.
     pub(super) fn none(device: Device, space: MemorySpace) -> Layout {
-        Layout { device, space, fragments: 1, names: vec![], shapes: vec![] }
+        Layout { device, space, readers: vec![], fragments: 1, names: vec![], shapes: vec![] }
     }
 
     /// Number of tensors, and bytes of all their names.
@@ -141,6 +143,11 @@ impl Layout {
         })
     }
 
+    /// The same layout where no other device accesses the tensors.
+    pub(super) fn without_readers(&self) -> Layout {
+        Layout { readers: vec![], ..self.clone() }
+    }
+
     /// Layout of no tensors on the same device.
     pub(super) fn without_tensors(&self) -> Layout {
         Layout::none(self.device, self.space.clone())
@@ -153,6 +160,7 @@ impl Table {
         params: &mut dyn Parameters,
         device: Device,
         space: MemorySpace,
+        readers: Vec<usize>,
         fragments: u32,
     ) -> (Table, Option<Problem>) {
         let (mut names, mut shapes) = (vec![], vec![]);
@@ -163,7 +171,8 @@ impl Table {
             let elements = if elements > most_elements(dtype) { 0 } else { elements };
             shapes.push(Shape { dtype, elements });
         });
-        let mut table = Table::of(Arc::new(Layout { device, space, fragments, names, shapes }));
+        let mut table =
+            Table::of(Arc::new(Layout { device, space, readers, fragments, names, shapes }));
         let problem = table.refresh(params).err();
         (table, problem)
     }
@@ -307,14 +316,16 @@ impl Table {
         }
         // Both ends: a tensor that is longer than its memory would end in another's, or in none.
         let last = address + shape.elements * shape.dtype.size() as u64 - 1;
-        match &self.layout.space {
-            MemorySpace::Cuda(context)
-                if ![address, last].iter().all(|&address| context.owns(address)) =>
-            {
-                return Err(FOREIGN << SHIFT)
+        if let MemorySpace::Cuda(context) = &self.layout.space {
+            let (ends, readers) = ([address, last], &self.layout.readers);
+            if !ends.iter().all(|&end| context.owns(end)) {
+                return Err(FOREIGN << SHIFT);
             }
-            _ => *slot = address,
+            if !readers.is_empty() && !ends.iter().all(|&end| context.lends(end, readers)) {
+                return Err(UNREACHED << SHIFT);
+            }
         }
+        *slot = address;
         (self.moved, self.unchecked) = (true, true);
         Ok(())
     }

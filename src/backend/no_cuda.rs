@@ -41,6 +41,7 @@ absent!(Context {
     fn has_mps() -> bool;
     fn ordinal() -> usize;
     fn owns(address: u64) -> bool;
+    fn lends(address: u64, readers: &[usize]) -> bool;
 });
 
 impl Context {

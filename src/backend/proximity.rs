@@ -54,9 +54,12 @@ pub enum PeerAccess {
     /// through host memory.
     Broken,
     /// Access works, but host memory is much faster. Parameters go through host memory, unless
-    /// [`Link::Peer`](crate::Link::Peer) is asked for, or the environment variable
-    /// `PARAM_AVERAGER_P2P` is `1`.
+    /// [`Link::Peer`](crate::Link::Peer) or [`Link::Pull`](crate::Link::Pull) is asked for, or the
+    /// environment variable `PARAM_AVERAGER_P2P` is `1`.
     Slow,
+    /// Access works, and reads are much faster than writes. Parameters are read from the sender's
+    /// memory.
+    Pull,
     /// Bytes transferred in both directions, by writes and by reads, were right.
     Verified,
 }
@@ -64,7 +67,7 @@ pub enum PeerAccess {
 impl PeerAccess {
     /// True if devices can use each other's memory.
     pub(crate) fn works(self) -> bool {
-        matches!(self, PeerAccess::Slow | PeerAccess::Verified)
+        matches!(self, PeerAccess::Slow | PeerAccess::Pull | PeerAccess::Verified)
     }
 }
 

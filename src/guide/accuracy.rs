@@ -37,7 +37,8 @@
 //! * the number of ranks, their inputs and their weights;
 //! * the outer optimizer, if there is one, with all earlier averages;
 //! * the algorithm, which [`Algorithm::Auto`](crate::Algorithm::Auto) chooses by placement: direct
-//!   between threads of one process, the ring between processes;
+//!   between threads of one process, unless they are on CUDA devices that NVLink does not connect;
+//!   else the ring;
 //! * the [compression](super::compression);
 //! * with three ranks or more by the ring, or with compression:
 //!   [`channels`](crate::Builder::channels), [`chunk_bytes`](crate::Builder::chunk_bytes),

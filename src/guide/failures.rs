@@ -84,7 +84,7 @@
 //! unless set. On CUDA devices this is the wait for a rank to come; within kernels the limit is
 //! [`device_timeout`](crate::Builder::device_timeout). One exception: once the direct average has
 //! begun to write, ranks wait for one another without a limit, since a peer may still be writing
-//! into their tensors.
+//! into their tensors; unless the peer's device fails, which ends its kernels.
 //!
 //! # What else can happen
 //!

@@ -37,9 +37,17 @@ pub(crate) struct Handshake {
     pub(crate) ordinal: Option<String>,
     /// Digest of the tensors' values, if ranks compare them.
     pub(crate) digest: Option<u64>,
-    /// Memory that the previous rank of the ring writes: `filled` counters, then the inbox.
+    /// True if other devices can't access this rank's tensors, as the direct average does. Ranks
+    /// then build for the ring.
+    pub(crate) is_unreached: bool,
+    /// Bytes that the inbox of the next rank of the ring has by this rank's options, and those of
+    /// the previous one's credits. Not sent.
+    pub(crate) neighbours: [usize; 2],
+    /// Memory for the previous rank of the ring: `filled` counters, which it writes, then slots,
+    /// unless they are at its end.
     pub(crate) inbox: Option<Arc<Memory>>,
-    /// Memory that the next rank of the ring writes: `drained` counters.
+    /// Memory for the next rank of the ring: `drained` counters, which it writes, then slots, if
+    /// they are at this end.
     pub(crate) credits: Option<Arc<Memory>>,
     /// Memory that the next rank of the ring reads after this one was lost: the outer optimizer's
     /// state.
@@ -155,6 +163,8 @@ mod tests {
                 admission: Admission::None,
                 ordinal: ordinal.map(str::to_owned),
                 digest: None,
+                is_unreached: false,
+                neighbours: [0; 2],
                 inbox: None,
                 credits: None,
                 state: None,

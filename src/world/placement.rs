@@ -1,6 +1,6 @@
 //! The placement of a world's ranks: their devices, the distances between them, and the ring order.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::backend::cuda::{self, Context};
 use crate::backend::proximity::{all_pairs, Connection, PeerAccess};
@@ -15,6 +15,8 @@ pub(crate) struct Placement {
     spaces: Vec<MemorySpace>,
     /// Peer access between every two ranks, indexed by rank and rank.
     peers: Vec<Vec<PeerAccess>>,
+    /// True if every two ranks share a device, or have devices that NVLink connects.
+    joined: bool,
     /// Ranks in ring order.
     order: Vec<usize>,
     /// What processes have in common. `None` for threads.
@@ -79,7 +81,8 @@ impl Placement {
             (MemorySpace::Cuda(one), MemorySpace::Cuda(other)) => cuda::connection(one, other),
             _ => Ok(Connection::Same),
         });
-        let order = ring_order(&distances(&connections.map_err(failed)?, &peers));
+        let connections = connections.map_err(failed)?;
+        let order = ring_order(&distances(&connections, &peers));
         let occupancies = spaces.iter().zip(devices).filter_map(|(space, device)| match space {
             MemorySpace::Host => None,
             MemorySpace::Cuda(context) => {
@@ -90,6 +93,7 @@ impl Placement {
         Ok(Placement {
             devices: devices.to_vec(),
             spaces,
+            joined: connections.iter().flatten().all(|&way| way <= Connection::NvLink),
             peers,
             order,
             processes: None,
@@ -115,6 +119,7 @@ impl Placement {
             devices: vec![own.0; peers.len()],
             spaces: vec![own.1.clone(); peers.len()],
             order: ring_order(&distances(&connections, &peers)),
+            joined: false,
             peers,
             processes: Some(common),
             occupancy: most_oversubscribed(occupancies),
@@ -155,6 +160,26 @@ impl Placement {
         !self.between_processes() && self.devices.iter().all(|device| *device == self.devices[0])
     }
 
+    /// True if the direct average is possible: the ranks are threads, and every device can access
+    /// the memory of every other.
+    pub(crate) fn reaches_all(&self) -> bool {
+        !self.between_processes() && self.peers.iter().flatten().all(|access| access.works())
+    }
+
+    /// True if the direct average is the fast one: where there is one memory, or NVLink with
+    /// verified access between every two devices. Over PCIe reads are slow.
+    pub(crate) fn is_joined(&self) -> bool {
+        let is_verified = |&access: &PeerAccess| access == PeerAccess::Verified;
+        self.joined && self.reaches_all() && self.peers.iter().flatten().all(is_verified)
+    }
+
+    /// CUDA devices of the other ranks, without that of this rank.
+    pub(crate) fn other_devices(&self, rank: usize) -> Vec<usize> {
+        let ordinals = self.devices.iter().filter(|&&device| device != self.devices[rank]);
+        let ordinals: BTreeSet<usize> = ordinals.filter_map(|device| device.ordinal()).collect();
+        ordinals.into_iter().collect()
+    }
+
     pub(crate) fn peers(&self, rank: usize, other: usize) -> PeerAccess {
         self.peers[rank][other]
     }
@@ -166,6 +191,12 @@ impl Placement {
     /// Position of a rank in the ring.
     pub(crate) fn position(&self, rank: usize) -> usize {
         self.order.iter().position(|&other| other == rank).expect("every rank is in the ring")
+    }
+
+    /// Ranks before and after this one in the ring.
+    pub(crate) fn neighbours(&self, rank: usize) -> [usize; 2] {
+        let (position, world) = (self.position(rank), self.order.len());
+        [position + world - 1, position + 1].map(|position| self.order[position % world])
     }
 
     /// True if two ranks share a CUDA device.

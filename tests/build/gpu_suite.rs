@@ -160,6 +160,30 @@ pub fn outcomes_are_distinguished() {
     }
 }
 
+/// Of the tests, those whose line matches; an expression that matches none is a failure.
+pub fn some_tests_run() {
+    let folder = folder("some_tests_run");
+    let (bundle, driver) = (bundle(&folder), driver(&folder, "Some GPU"));
+    for (only, code, runs) in [("ptx::|partly$", 0, 2), ("nothing", 1, 0)] {
+        let out = folder.join(only.replace('|', "-"));
+        let (output, said) = run(
+            &bundle.join("suite"),
+            true,
+            &[&"run", &out, &"--driver", &driver, &"--only", &only],
+        );
+        assert_eq!(output.status.code(), Some(code), "{said}");
+        let results = results(&out);
+        let entries = results["entries"].as_array().unwrap();
+        let names = entries.iter().filter_map(|entry| entry["name"].as_str());
+        let tests = names.filter(|name| name.starts_with("device ") || name.contains("ptx::"));
+        assert_eq!(tests.count(), runs, "{said}");
+        assert_eq!(said.contains("no test matches it"), runs == 0, "{said}");
+        assert_eq!(status(&results, "bench average"), "passed", "{said}");
+    }
+    let (output, said) = run(&bundle.join("suite"), true, &[&"run", &"out", &"--only", &"("]);
+    assert!(output.status.code() == Some(2) && said.contains("no regular expression"), "{said}");
+}
+
 /// A slot goes on after a part that hangs, ends in time, and writes its page.
 pub fn a_slot_survives_a_part_that_hangs() {
     let folder = folder("a_slot_survives_a_part_that_hangs");

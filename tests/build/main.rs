@@ -24,6 +24,7 @@ fn main() -> ExitCode {
         build_script::architectures_come_from_the_variable_or_from_what_this_nvcc_knows,
         build_script::nvcc_is_found_in_a_toolkit_and_in_a_virtual_environment,
         gpu_suite::outcomes_are_distinguished: tools,
+        gpu_suite::some_tests_run: tools,
         gpu_suite::a_slot_survives_a_part_that_hangs: tools,
         gpu_suite::refusals_name_the_reason: tools,
         gpu_suite::bundles_are_of_default_members: tools,

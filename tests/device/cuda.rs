@@ -11,6 +11,7 @@ mod links;
 pub mod model;
 mod outer;
 mod overlap;
+mod reach;
 mod scenarios;
 mod stage;
 mod steps;
@@ -184,6 +185,10 @@ pub fn mailboxes_in_memory_of_the_host_make_no_difference() {
 
 pub fn ranks_on_several_devices_have_the_bits_of_the_cpu() {
     scenario(
+        "reach",
+        &[&[FOUR, ("CUDASIM_SEED", "3")], &[FOUR, ("CUDASIM_SEED", "4"), ("CUDASIM_DELAY", "30")]],
+    );
+    scenario(
         "links",
         &[&[FOUR, ("CUDASIM_SEED", "3")], &[FOUR, ("CUDASIM_SEED", "4"), ("CUDASIM_DELAY", "30")]],
     );
@@ -206,6 +211,13 @@ pub fn a_probe_that_kills_its_process_does_not_kill_the_trainer() {
 
 pub fn links_have_no_race() {
     scenario("link-races", &[&[TWO, ("CUDASIM_RACE", "1")]]);
+}
+
+pub fn a_device_that_fails_while_it_writes_is_not_waited_for() {
+    match simulator::driver() {
+        Driver::Own => simulator::not_here("lost-device: about a simulated driver"),
+        Driver::Simulated(_) => scenario("lost-device", &[&[TWO]]),
+    }
 }
 
 pub fn failures_between_devices_are_typed_and_change_nothing() {

@@ -79,11 +79,11 @@ pub fn processes_share_a_device() {
 
 pub fn processes_on_two_devices_reach_each_other_or_go_through_the_host() {
     let two = Case { devices: &[0, 1], hidden: false, link: "auto", settings: &[TWO] };
-    for link in ["auto", "peer", "host"] {
+    for link in ["auto", "peer", "pull", "host"] {
         Case { link, ..two }.averages("[0, 1]");
     }
     // Each process sees one device only, as its device 0.
-    for link in ["auto", "peer", "host"] {
+    for link in ["auto", "peer", "pull", "host"] {
         Case { link, hidden: true, ..two }.averages("[0, 1]");
     }
     for settings in [&[TWO, NO_P2P][..], &[TWO, BROKEN], &[TWO, OFF]] {

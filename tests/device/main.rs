@@ -70,6 +70,7 @@ fn main() -> ExitCode {
         cuda::a_probe_that_kills_its_process_does_not_kill_the_trainer: driver,
         cuda::links_have_no_race: driver,
         cuda::failures_between_devices_are_typed_and_change_nothing: driver,
+        cuda::a_device_that_fails_while_it_writes_is_not_waited_for: driver,
         cuda::averages_in_graphs_are_replayed: driver,
         cuda::coded_averages_in_graphs_are_replayed: driver,
         cuda::graph_refusals_are_errors_of_the_capture: driver,

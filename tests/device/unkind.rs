@@ -189,6 +189,24 @@ tests! {
         cases(&["threads peer ring 0,1", "processes peer ring 0,1"], mode)
     }).concat();
 
+    /// The direct average between devices, which access one another's tensors.
+    direct_averages_between_devices: "A1-A4", [
+        [COOP, OCCUPANCY, ROOM, WAITS, LAZY, SHORT, BLOCKING, QUEUES_AND_WAITS, DISPLAY_AND_WAITS]
+            .map(|mode| cases(&["threads waited direct 0,1,0,1"], mode)).concat(),
+        [QUEUES, THREE_QUEUES, ONE_QUEUE]
+            .map(|mode| cases(&["threads trainers direct 0,1,0,1"], mode)).concat(),
+        ["alloc", "free", "pinned", "module"]
+            .map(|act| cases(&[format!("threads {act} direct 0,1")], WAITS)).concat(),
+        cases(&["threads resident direct 0,1"], ROOM),
+        cases(&["threads launch direct 0,1"], LAZY),
+        cases(&["threads ahead direct 0,1"], DEPTH),
+        cases(&["threads started direct 0,1"], BLOCKING),
+        cases(&["threads late direct 0,1"], DISPLAY),
+        ["all", "copies", "telemetry"].map(|option| {
+            cases(&[format!("threads waited+{option} direct 0,1")], QUEUES_AND_WAITS)
+        }).concat(),
+    ].concat();
+
     /// Steps of outer optimizers, which have kernels of their own, in all worlds.
     outer_steps_of_ranks_that_are_threads: "A1-A3",
         [COOP, ROOM, QUEUES_AND_WAITS].map(|mode| cases(&with_outer("waited+all"), mode)).concat();

@@ -128,8 +128,8 @@ pub fn faults_planted_in_the_probe_are_reported() {
         return simulator::not_here("planted faults: about a simulated machine");
     }
     let (driver, nvcc) = (driver(), NVCC.expect("an nvcc"));
-    const FILLED: &str = "if (ex.leader()) store_release(at<uint32_t>(side.filled_out)";
-    const DRAINED: &str = "if (ex.leader()) store_release(at<uint32_t>(side.drained_out)";
+    const FILLED: &str = "if (ex.leader()) store_release(at<uint32_t>(to.filled)";
+    const DRAINED: &str = "if (ex.leader()) store_release(at<uint32_t>(from.drained)";
     let relaxed = |line: &str| line.replace("release", "relaxed");
     for (index, (right, wrong)) in [
         (FILLED.to_owned(), relaxed(FILLED)),

@@ -54,13 +54,13 @@ impl Builder {
                 refuse(option, found.into(), expected)
             }
             _ if self.algorithm == Algorithm::Direct
-                && !self.communicator.placement().one_memory() =>
+                && !self.communicator.placement().reaches_all() =>
             {
                 refuse(
                     "algorithm",
-                    "Direct, on several devices or between processes".into(),
-                    "Auto or Ring, unless all ranks are threads of one process, on CPUs or on one \
-                     device",
+                    "Direct, between processes or devices without peer access".into(),
+                    "Auto or Ring, unless all ranks are threads of one process, on CPUs, on one \
+                     device, or on devices that reach each other's memory",
                 )
             }
             _ => match (self.crowd(), self.link.refusal(&self.communicator)) {

@@ -1,7 +1,7 @@
 //! Coded averages over hosts: what travels is how far a host's mean has come from the reference,
 //! which all hosts have, and what of that its codes have rounded away before.
 
-use super::sum::{mean_of, piece, Place};
+use super::mean::{mean_of, piece, Place};
 use crate::hosts::{Hosts, HostsError, HostsLimit};
 use crate::stage::{Span, Values};
 use crate::{Compression, Dtype};

@@ -13,6 +13,11 @@ pub(in crate::averager) struct Problem {
 }
 
 impl Problem {
+    /// True if the tensors are right for the ring, and not for the direct average.
+    pub(in crate::averager) fn is_of_direct(self) -> bool {
+        self.found == UNREACHED << SHIFT
+    }
+
     /// Problem of a rank whose `Lend` has lent nothing.
     pub(in crate::averager) const NOT_LENT: Problem =
         Problem { tensor: 0, found: NOT_LENT << SHIFT };
@@ -33,6 +38,8 @@ pub(super) const TOO_LONG: u64 = 26;
 pub(super) const NOT_LENT: u64 = 27;
 /// The low bits are the place of the tensor that has the name found, or one of the next two.
 pub(super) const RENAMED: u64 = 28;
+/// Memory that other devices of the world do not reach.
+pub(super) const UNREACHED: u64 = 29;
 pub(super) const NO_NAME: u64 = u32::MAX as u64;
 pub(super) const OTHER_NAME: u64 = NO_NAME - 1;
 pub(super) const SHIFT: u32 = 56;
@@ -68,6 +75,11 @@ impl Table {
                  of that device, and a length in elements",
                 self.layout.device
             )),
+            UNREACHED => trouble(
+                "lies in memory that the devices of other ranks can't access, such as pages of \
+                 cuMemMap, or memory of another process: allocate it with cuMemAlloc or from a \
+                 pool, or build with Algorithm::Ring",
+            ),
             OTHER_CONTEXT => trouble(
                 "belongs to another CudaContext than the stream of its average, so cudarc would \
                  not order its uses: take a \

@@ -77,6 +77,8 @@ driver_api! {
     cuMemcpyDtoHAsync_v2,
     cuMemcpyDtoDAsync_v2,
     cuPointerGetAttribute,
+    cuMemPoolGetAccess,
+    cuMemPoolSetAccess,
 }
 
 /// An NVIDIA driver that has been initialised.

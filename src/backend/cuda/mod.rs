@@ -8,6 +8,7 @@
 mod arrivals;
 mod context;
 mod driver;
+mod facts;
 #[cfg(feature = "__testing")]
 mod former;
 #[cfg(processes)]
@@ -21,16 +22,22 @@ mod probe;
 #[cfg(processes)]
 mod probe_child;
 mod rank;
+mod reach;
 #[cfg(feature = "nccl")]
 mod staging;
 mod streams;
 mod tables;
 mod topology;
 mod topology_display;
+mod trial;
 
 pub(crate) use context::Context;
 pub(crate) use driver::is_of_capture;
 pub(crate) use driver::Failed;
+pub(crate) use facts::connection;
+#[cfg(processes)]
+pub(crate) use facts::identity;
+pub use facts::CudaDevice;
 #[cfg(processes)]
 pub(crate) use ipc::{IpcImport, Registered};
 #[cfg(processes)]
@@ -40,10 +47,7 @@ pub(crate) use memory::{DeviceMemory, Pinned};
 pub(crate) use rank::{Rank, StageStream};
 #[cfg(feature = "nccl")]
 pub(crate) use staging::Staging;
-pub(crate) use topology::connection;
-#[cfg(processes)]
-pub(crate) use topology::identity;
-pub use topology::{CudaDevice, Topology};
+pub use topology::Topology;
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::driver::{call, Failed};
 use super::{Context, DeviceMemory, Pinned};
-use crate::abi::{PaProbeResult, PaProbeSide, PA_LINE_WORDS, PA_PACK_BYTES};
+use crate::abi::{PaLink, PaProbeResult, PaProbeSide, PA_LINE_WORDS, PA_PACK_BYTES};
 
 const THREADS: u32 = 256;
 
@@ -118,18 +118,17 @@ fn limit() -> Duration {
 /// zeroed and hold `size.bytes()`. `is_first` differs between the sides.
 fn side(path: Path, size: Size, own: u64, other: u64, is_first: bool) -> PaProbeSide {
     let (data, flags) = (size.data_bytes() as u64, size.flag_bytes() as u64);
-    let (out, r#in) = match path {
-        Path::Push => (other, own),
-        Path::Pull => (own, other),
+    let link = |writer, reader| PaLink {
+        slots: match path {
+            Path::Push => reader,
+            Path::Pull => writer,
+        },
+        filled: reader + data,
+        drained: writer + data + flags,
     };
     let seeds = [0x1234_5678, 0x89ab_cdef];
     PaProbeSide {
-        out,
-        in_: r#in,
-        filled_out: other + data,
-        filled_in: own + data,
-        drained_out: other + data + flags,
-        drained_in: own + data + flags,
+        links: [link(other, own), link(own, other)],
         result: own + data + 2 * flags,
         limit_ns: limit().as_nanos() as u64,
         packs: size.packs,
@@ -296,6 +295,7 @@ pub(super) fn host(one: &Arc<Context>, other: &Arc<Context>) -> Result<Probed, F
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::abi::{PA_IN, PA_OUT};
 
     #[test]
     fn the_largest_size_covers_64_mib_and_reuses_slots() {
@@ -311,10 +311,9 @@ mod tests {
             let a = side(path, SIZES[1], here, there, true);
             let b = side(path, SIZES[1], there, here, false);
             for (writer, reader) in [(&a, &b), (&b, &a)] {
-                assert_eq!(writer.out, reader.in_);
+                let ends = [writer.links[PA_OUT as usize], reader.links[PA_IN as usize]];
+                assert_eq!(bytemuck::bytes_of(&ends[0]), bytemuck::bytes_of(&ends[1]));
                 assert_eq!(writer.seed_out, reader.seed_in);
-                assert_eq!(writer.filled_out, reader.filled_in);
-                assert_eq!(reader.drained_out, writer.drained_in);
             }
             assert_ne!(a.seed_out, b.seed_out);
         }

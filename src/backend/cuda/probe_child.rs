@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::{peer, Context};
+use super::{trial, Context};
 use crate::backend::proximity::PeerAccess;
 
 /// Variable with the ordinals of the two devices that a child probes.
@@ -57,8 +57,8 @@ fn probe(devices: &str) -> i32 {
     let contexts: Vec<_> =
         ordinals.iter().filter_map(|&ordinal| Context::open(ordinal).ok()).collect();
     let [one, other] = &contexts[..] else { return IS_UNKNOWN };
-    match peer::find(one, other).map(|link| link.access) {
-        Ok(PeerAccess::Verified | PeerAccess::Slow) => WORKS,
+    match trial::find(one, other).map(|link| link.access) {
+        Ok(PeerAccess::Verified | PeerAccess::Pull | PeerAccess::Slow) => WORKS,
         Ok(PeerAccess::Broken) | Err(_) => IS_BROKEN,
         Ok(PeerAccess::Unsupported | PeerAccess::Disabled) => IS_UNKNOWN,
     }

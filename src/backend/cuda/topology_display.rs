@@ -31,6 +31,7 @@ impl Display for Topology {
             match self.peer_access(one, other) {
                 _ if self.connection(one, other) == Connection::Same => "X".into(),
                 PeerAccess::Verified => "OK".into(),
+                PeerAccess::Pull => "PULL".into(),
                 PeerAccess::Slow => "SLOW".into(),
                 PeerAccess::Broken => "BAD".into(),
                 PeerAccess::Disabled => "OFF".into(),
@@ -78,6 +79,7 @@ PXB   several PCIe switches               SYS   the link between NUMA nodes
 PHB   a PCIe host bridge                  ?     the system doesn't say
 OK    kernels of both exchanged bytes, by writing and by reading, and all were right: mailboxes are
       in device memory
+PULL  the same, but reading is much faster: mailboxes are in the sender's memory
 SLOW  the same, but memory of the host is much faster: mailboxes are there
 BAD   the driver says that it works, and bytes were lost or late: mailboxes are in memory of the
       host

@@ -175,6 +175,7 @@ pub fn on_two_devices() {
     let devices = [0, 1].map(Device::cuda);
     for kinds in [[Null; 2], [Blocking; 2], [PerThread; 2], [Legacy, PerThread]] {
         starts(&devices, &kinds, Algorithm::Ring);
+        starts(&devices, &kinds, Algorithm::Direct);
     }
     in_graphs(&devices);
 }

@@ -18,8 +18,9 @@ pub fn on_one_device() {
 }
 
 pub fn on_devices() {
-    for commit in [true, false] {
-        replay(&[0, 1, 2].map(Device::cuda), commit);
+    let ways = [(Algorithm::Ring, true), (Algorithm::Ring, false), (Algorithm::Direct, true)];
+    for (algorithm, commit) in ways {
+        replay(&[0, 1, 2].map(Device::cuda), algorithm, commit);
     }
     refused(&[0, 1, 0].map(Device::cuda));
 }
@@ -86,6 +87,7 @@ pub fn refusals() {
             let stream = CudaContext::new(rank).unwrap().new_stream().unwrap();
             let raw = stream.cu_stream();
             let builder = test_support::options(communicator).all_or_nothing(commit).channels(2);
+            let builder = builder.algorithm(Algorithm::Ring);
             let mut averager = builder.timeout(Duration::from_secs(60)).build(&mut model).unwrap();
             let mut wrong = |averager: &mut ParamAverager, model: &mut Model| {
                 for other in &mut others {
@@ -173,7 +175,7 @@ pub fn refusals() {
     }
 }
 
-fn replay(devices: &[Device], commit: bool) {
+fn replay(devices: &[Device], algorithm: Algorithm, commit: bool) {
     let bits = |value: f32| value.to_bits();
     let all_ready = Barrier::new(devices.len());
     ranks_of(devices, |communicator| {
@@ -186,7 +188,7 @@ fn replay(devices: &[Device], commit: bool) {
         let stream = CudaContext::new(super::model::ordinal(on)).unwrap().new_stream().unwrap();
         let raw = stream.cu_stream();
         let builder = test_support::options(communicator).all_or_nothing(commit).channels(2);
-        let builder = builder.overlap(Overlap::default().delay(1));
+        let builder = builder.algorithm(algorithm).overlap(Overlap::default().delay(1));
         let mut averager = builder.timeout(Duration::from_secs(60)).build(&mut model).unwrap();
         // SAFETY: the stream lives, and nothing runs on it.
         let none = unsafe { averager.graph_outcome(raw.cast()) };

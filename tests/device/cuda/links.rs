@@ -1,6 +1,7 @@
 //! Ranks on several devices, and mailboxes in memory of the host.
 
 use super::model::{Model, Shape};
+use super::reach::direct;
 use super::scenarios::fail;
 use super::way::{shapes, Way, WAY};
 use param_averager::*;
@@ -48,18 +49,19 @@ pub fn every_link() {
     let mut links = vec![Link::Auto, Link::Host];
     let all = || (0..4).flat_map(|one| (0..4).map(move |other| (one, other)));
     if all().all(|(one, other)| topology.peer_access(one, other) == PeerAccess::Verified) {
-        links.push(Link::Peer);
+        links.extend([Link::Peer, Link::Pull]);
     }
     for (one, other) in all() {
         let access = topology.peer_access(one, other);
-        let is_measured = one != other && matches!(access, PeerAccess::Verified | PeerAccess::Slow);
+        let works = [PeerAccess::Verified, PeerAccess::Pull, PeerAccess::Slow];
+        let is_measured = one != other && works.contains(&access);
         let rates = topology.peer_rates(one, other);
         assert_eq!(rates.is_some(), is_measured, "{one}, {other}: {access:?}");
         let all = rates.map(|rates| [rates.push, rates.pull, rates.copy, rates.host]);
         assert!(all.is_none_or(|all| all.iter().all(|rate| *rate > 0.0)), "{rates:?}");
     }
     if simulated {
-        assert_eq!((topology.devices().len(), links.len()), (4, 3));
+        assert_eq!((topology.devices().len(), links.len()), (4, 4));
         for (one, other) in all() {
             // Simulated devices have all native atomics where they reach each other.
             let connection = if one == other { Connection::Same } else { Connection::NvLink };
@@ -89,28 +91,14 @@ pub fn every_link() {
         let mut host =
             test_support::options(communicator.clone()).link(Link::Host).build(&mut model).unwrap();
         let mut auto = test_support::options(communicator).build(&mut model).unwrap();
-        assert_eq!((auto.algorithm(), host.algorithm()), (Algorithm::Ring, Algorithm::Ring));
+        assert_eq!(host.algorithm(), Algorithm::Ring);
         assert_eq!(auto.ring_order(), [0, 1]);
         auto.average(&mut model).unwrap();
         host.average(&mut model).unwrap();
         drop(auto);
         host.average(&mut model).unwrap();
     });
-    // `Algorithm::Direct` needs a single device, and a world has CPUs only or CUDA devices only.
-    let errors = ranks_of(&[Device::cuda(0), Device::cuda(1)], |communicator| {
-        let mut model = Model::new(communicator.device(), &shapes, 0);
-        test_support::options(communicator)
-            .algorithm(Algorithm::Direct)
-            .build(&mut model)
-            .map(drop)
-            .unwrap_err()
-    });
-    for error in errors {
-        assert!(
-            matches!(error, Error::InvalidOption { rank: 0, option: "algorithm", .. }),
-            "{error}"
-        );
-    }
+    // A world has CPUs only or CUDA devices only.
     let error = Communicator::from_devices(&[Device::cuda(0), Device::cpu()]).unwrap_err();
     assert!(error.to_string().contains("rank 1 asks for cpu"), "{error}");
 }
@@ -122,6 +110,7 @@ pub fn pairs() {
         let mut model = Model::new(communicator.device(), &shapes, 0);
         let averager = test_support::options(communicator).build(&mut model).unwrap();
         assert_eq!(averager.ring_order(), [0, 2, 1, 3]);
+        assert_eq!(averager.algorithm(), Algorithm::Ring);
     });
     // Two links of each kind, and weights that go with their ranks.
     for all_or_nothing in [true, false] {
@@ -155,15 +144,18 @@ pub fn not_reached(access: PeerAccess) {
     assert_eq!(topology.connection(0, 1), says);
     ring(3, &[0, 1], Link::Auto).compare_in_order(&shapes(), &[0, 2, 1]);
     ring(2, &[1, 0], Link::Host).compare(&shapes()[5..]);
-    let errors = ranks_of(&[Device::cuda(0), Device::cuda(1)], |communicator| {
-        let mut model = Model::new(communicator.device(), &shapes(), 0);
-        test_support::options(communicator)
-            .link(Link::Peer)
-            .build(&mut model)
-            .map(drop)
-            .unwrap_err()
-    });
-    for error in errors {
+    let refused = |set: fn(Builder) -> Builder| {
+        ranks_of(&[Device::cuda(0), Device::cuda(1)], |communicator| {
+            let mut model = Model::new(communicator.device(), &shapes(), 0);
+            set(test_support::options(communicator)).build(&mut model).map(drop).unwrap_err()
+        })
+    };
+    for error in refused(|builder| builder.algorithm(Algorithm::Direct)) {
+        let is_named = matches!(error, Error::InvalidOption { rank: 0, option: "algorithm", .. });
+        assert!(is_named && error.to_string().contains("without peer access"), "{error}");
+    }
+    let pulled = refused(|builder| builder.link(Link::Pull));
+    for error in refused(|builder| builder.link(Link::Peer)).into_iter().chain(pulled) {
         let Error::InvalidOption { rank: 0, option: "link", found, .. } = &error else {
             panic!("{error}")
         };
@@ -181,6 +173,7 @@ pub fn races() {
     for (ranks, devices, link) in [
         (2, &[0usize, 1][..], Link::Auto),
         (2, &[0, 1], Link::Host),
+        (3, &[0, 1], Link::Pull),
         (3, &[0, 1, 0], Link::Host),
         (3, &[0], Link::Host),
     ] {
@@ -188,11 +181,16 @@ pub fn races() {
             Way { all_or_nothing, slots: 2, chunk: 256, ..ring(ranks, devices, link) }.run(&shapes);
         }
     }
+    for outer in [Outer::mean(), Outer::diloco(), Outer::adam(0.1, 0.9, 0.99, 1e-3)] {
+        Way { outer, ..direct(3, &[0, 1]) }.run(&shapes);
+    }
 }
 
 pub fn failures() {
     let two = [0, 1, 0].map(Device::cuda);
+    fail(&two, Link::Auto, Algorithm::Direct, true);
     fail(&two, Link::Auto, Algorithm::Ring, true);
+    fail(&two, Link::Pull, Algorithm::Ring, true);
     fail(&two, Link::Host, Algorithm::Ring, false);
 }
 

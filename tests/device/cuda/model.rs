@@ -1,6 +1,6 @@
 //! A model in memory of the host or of a device, with guard bytes around every tensor.
 
-use cudarc::driver::{result, CudaContext};
+use cudarc::driver::{result, sys, CudaContext};
 use param_averager::{Device, Dtype, Parameters, TensorMut};
 use std::ops::Range;
 use std::sync::Arc;
@@ -28,7 +28,19 @@ pub struct Model {
     /// Contents: on a CPU, the memory itself.
     host: Vec<u64>,
     device: Option<(Arc<CudaContext>, u64)>,
+    kind: Kind,
     on: Device,
+}
+
+/// Allocator of a model on a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `cuMemAlloc`.
+    Plain,
+    /// The device's current pool, as cudarc's `CudaStream::alloc`.
+    Pool,
+    /// `cuMemAllocManaged`: memory that a device owns, and that is neither of the former.
+    Managed,
 }
 
 /// Memory of a CUDA device.
@@ -40,6 +52,11 @@ pub fn ordinal(device: Device) -> usize {
 impl Model {
     /// Fresh data, which depends on the seed alone.
     pub fn new(on: Device, shapes: &[Shape], seed: u64) -> Model {
+        Model::of(Kind::Plain, on, shapes, seed)
+    }
+
+    /// [`Model::new`], in memory of another kind.
+    pub fn of(kind: Kind, on: Device, shapes: &[Shape], seed: u64) -> Model {
         let mut end = 0;
         let tensors: Vec<Tensor> = shapes
             .iter()
@@ -58,13 +75,21 @@ impl Model {
                 put(tensor.dtype, random.value(), element);
             }
         }
-        let mut model = Model { tensors, host, device: None, on };
+        let mut model = Model { tensors, host, device: None, kind, on };
         if on != Device::cpu() {
             let context = CudaContext::new(ordinal(on)).unwrap();
             context.bind_to_thread().unwrap();
-            // SAFETY: a context is bound.
-            let address = unsafe { result::malloc_sync(model.bytes().len()) }.unwrap();
-            model.device = Some((context, address));
+            let bytes = model.bytes().len();
+            let attached = sys::CUmemAttach_flags::CU_MEM_ATTACH_GLOBAL;
+            // SAFETY: a context is bound, and the null stream is its own.
+            let address = unsafe {
+                match kind {
+                    Kind::Plain => result::malloc_sync(bytes),
+                    Kind::Pool => result::malloc_async(std::ptr::null_mut(), bytes),
+                    Kind::Managed => result::malloc_managed(bytes, attached),
+                }
+            };
+            model.device = Some((context, address.unwrap()));
             model.upload();
         }
         model
@@ -93,6 +118,14 @@ impl Model {
             // SAFETY: own memory, which nothing else uses.
             unsafe { result::memcpy_htod_sync(*address, self.bytes()) }.unwrap();
         }
+    }
+
+    /// Frees the device's memory, behind the back of those that use it.
+    pub fn free(&mut self) {
+        let (context, address) = self.device.as_ref().expect("a device");
+        context.bind_to_thread().unwrap();
+        // SAFETY: allocated by `of`; a test that does this never drops the model.
+        unsafe { result::free_sync(*address) }.unwrap();
     }
 
     /// Copies the device's memory to the host.
@@ -136,8 +169,12 @@ impl Drop for Model {
     fn drop(&mut self) {
         if let Some((context, address)) = &self.device {
             context.bind_to_thread().unwrap();
-            // SAFETY: allocated by `new`.
-            unsafe { result::free_sync(*address) }.unwrap();
+            // SAFETY: allocated by `of`.
+            match self.kind {
+                Kind::Pool => unsafe { result::free_async(*address, std::ptr::null_mut()) },
+                _ => unsafe { result::free_sync(*address) },
+            }
+            .unwrap();
         }
     }
 }

@@ -109,7 +109,9 @@ pub fn on_one_device() {
 pub fn on_two_devices() {
     for ranks in [2, 4] {
         let devices: Vec<Device> = (0..ranks).map(|rank| Device::cuda(rank % 2)).collect();
-        compare(&devices, Algorithm::Ring);
+        for algorithm in [Algorithm::Direct, Algorithm::Ring] {
+            compare(&devices, algorithm);
+        }
     }
 }
 

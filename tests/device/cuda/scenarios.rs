@@ -5,7 +5,8 @@ use super::outer::{self, outers};
 use super::steps::steps;
 use super::streams::streams;
 use super::way::{shapes, Way, WAY};
-use super::{any_stream, beside, coded, graphs, hosts, links, overlap, stage, strict, telemetry};
+use super::{any_stream, beside, coded, graphs, hosts, links, overlap};
+use super::{reach, stage, strict, telemetry};
 use param_averager::*;
 use std::sync::Barrier;
 use std::time::Duration;
@@ -60,6 +61,8 @@ pub fn run(scenario: &str) {
         "telemetry-devices" => telemetry::on_two_devices(),
         "host-failures" => links::host_failures(),
         "links" => links::every_link(),
+        "reach" => reach::everywhere(),
+        "lost-device" => reach::lost_device(),
         "pairs" => links::pairs(),
         "no-p2p" => links::not_reached(PeerAccess::Unsupported),
         "broken-p2p" => links::not_reached(PeerAccess::Broken),

@@ -32,14 +32,15 @@ fn told(devices: &[Device], algorithm: Algorithm, all_or_nothing: bool) -> Vec<V
 pub fn on_one_device() {
     for ranks in [2, 3] {
         let devices = vec![Device::cuda(0); ranks];
-        compare(&devices, &[(Algorithm::Direct, true), RING, RING_WITHOUT_COMMIT]);
+        compare(&devices, &[DIRECT, RING, RING_WITHOUT_COMMIT]);
     }
 }
 
 pub fn on_two_devices() {
-    compare(&[Device::cuda(0), Device::cuda(1)], &[RING, RING_WITHOUT_COMMIT]);
+    compare(&[Device::cuda(0), Device::cuda(1)], &[DIRECT, RING, RING_WITHOUT_COMMIT]);
 }
 
+const DIRECT: (Algorithm, bool) = (Algorithm::Direct, true);
 const RING: (Algorithm, bool) = (Algorithm::Ring, true);
 const RING_WITHOUT_COMMIT: (Algorithm, bool) = (Algorithm::Ring, false);
 

@@ -37,6 +37,7 @@ constexpr Scenario kScenarios[] = {
     {"non_finite", non_finite},
     {"timeout", timeout},
     {"departed", departed},
+    {"lost_at_exit", lost_at_exit},
     {"abort", aborted},
     {"decision", decision},
     {"leave_at_each_step", leave_at_each_step},

@@ -102,6 +102,36 @@ inline void departed() {
     }
 }
 
+// Direct: a device fails while its rank writes, so that the rank publishes no exit. Peers wait
+// until it departs, which is when its other blocks have ended, and then end.
+inline void lost_at_exit() {
+  for (uint64_t seed = 150; seed < 162; ++seed) {
+    const Setup s = setup_of(Mode::kDirect, 2 + seed % 3, 2 + seed % 2, seed);
+    const uint32_t lost = uint32_t(seed / 2 % s.world);
+    World w(s);
+    std::vector<Outcome> o(s.world);
+    std::thread device([&] {
+      const uint32_t written = s.channels - 1;
+      while (PA_ISA::load_acquire(&w.channel(lost, 0)->finished) != written) usleep(50);
+      usleep(seed % 2 == 0 ? 2000 : 0);
+      w.depart(lost);
+    });
+    each_rank(w, [&](uint32_t r) {
+      fill(w, Plan{}, r);
+      Call call;
+      if (r == lost) call.last_channel_us = kNever;
+      o[r] = w.average(r, call);
+    });
+    device.join();
+    for (uint32_t r = 0; r < s.world; ++r) {
+      expect_outcome(w, r, 0, o[r], PA_DEPARTED, lost);
+      if (o[r].phase != PA_AT_EXIT || !o[r].committed)
+        wrong("rank %u ended in phase %u, committed %u", r, o[r].phase, o[r].committed);
+      if (r != lost) check(w, Plan{}, r, Expect::kEither);
+    }
+  }
+}
+
 inline void abort_world(World& w, uint32_t rank) {
   PA_ISA::store_release(&w.host()->abort, PA_ISA::code_of(uint32_t(PA_ABORTED), rank));
 }

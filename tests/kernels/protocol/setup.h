@@ -46,6 +46,8 @@ struct Call {
   // Delays before the average, between its launches, and of the last channel alone.
   uint32_t before_us = 0, between_us = 0, last_channel_us = 0;
 };
+// As `last_channel_us`: the last channel does not run, as on a device that fails.
+constexpr uint32_t kNever = ~0u;
 // Outcome on that rank.
 struct Outcome {
   uint32_t kind = PA_OPEN, peer = 0, phase = 0;

@@ -247,12 +247,10 @@ struct World {
     a.status = own.statuses->address();
     a.channel = own.channels->address();
     a.buckets = own.buckets->address();
-    a.inbox = own.inbox->address();
-    a.outbox = next.inbox->address();
-    a.filled_in = own.filled_in->address();
-    a.filled_out = next.filled_in->address();
-    a.drained_in = own.drained_in->address();
-    a.drained_out = previous.drained_in->address();
+    a.links[PA_IN] = {own.inbox->address(), own.filled_in->address(),
+                      previous.drained_in->address()};
+    a.links[PA_OUT] = {next.inbox->address(), next.filled_in->address(),
+                       own.drained_in->address()};
     a.timeout_ns = s.timeout_ns;
     a.schedule = call.schedule, a.weight = call.weight, a.detail = call.detail,
     a.found = call.found;
@@ -282,7 +280,8 @@ struct World {
     for (auto& block : shared)
       pthread_barrier_init(&block.barrier, nullptr, s.lanes), block.flag[0] = block.flag[1] = 0;
 #endif
-    for (uint32_t c = 0; c < s.channels; ++c)
+    const uint32_t blocks = last_channel_us == kNever ? s.channels - 1 : s.channels;
+    for (uint32_t c = 0; c < blocks; ++c)
       for (uint32_t lane = 0; lane < s.lanes; ++lane)
         threads.emplace_back([&, c, lane] {
           delay_state = mix(seed ^ (r << 20 | c << 10 | lane));

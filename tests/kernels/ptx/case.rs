@@ -6,6 +6,9 @@ use param_averager::Dtype;
 use std::sync::atomic::{AtomicU32, Ordering};
 use test_support::{guards_are_whole, ulp, Guarded, Random, GUARD};
 
+const IN: usize = PA_IN as usize;
+const OUT: usize = PA_OUT as usize;
+
 /// Kernels that the ranks launch.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum How {
@@ -141,9 +144,12 @@ impl Case {
             .collect();
         for rank in 0..self.world {
             let (next, previous) = ((rank + 1) % self.world, (rank + self.world - 1) % self.world);
-            ranks[rank].args.outbox = ranks[next].args.inbox;
-            ranks[rank].args.filled_out = ranks[next].args.filled_in;
-            ranks[rank].args.drained_out = ranks[previous].args.drained_in;
+            let drained = |rank: usize| ranks[rank].args.links[OUT].drained;
+            let (into_own, out_of_own) = (drained(previous), drained(rank));
+            let next = ranks[next].args.links[IN];
+            let links = &mut ranks[rank].args.links;
+            links[IN].drained = into_own;
+            links[OUT] = PaLink { drained: out_of_own, ..next };
         }
         let jobs: Vec<Job> = (0..self.world)
             .filter(|&rank| self.missing != Some(rank))
@@ -290,9 +296,9 @@ impl Case {
         machine.write(rank, args.status, statuses);
         args.channel = place(bytemuck::cast_slice(&channels));
         args.buckets = place(bytemuck::cast_slice(&buckets));
-        args.inbox = place(&slots);
-        args.filled_in = place(bytemuck::cast_slice(&counters));
-        args.drained_in = place(bytemuck::cast_slice(&counters));
+        args.links[IN].slots = place(&slots);
+        args.links[IN].filled = place(bytemuck::cast_slice(&counters));
+        args.links[OUT].drained = place(bytemuck::cast_slice(&counters));
         args.timeout_ns = self.timeout_ms * 1_000_000;
         args.rank = rank as u32;
         args.world = self.world as u32;

@@ -7,7 +7,9 @@ use cudarc::driver::{
     result, sys, CudaContext, CudaFunction, CudaStream, DeviceRepr, LaunchConfig, PushKernelArg,
 };
 use cudarc::nvrtc::Ptx;
-use param_averager::__testing::abi::{PaProbeResult, PaProbeSide, PA_LINE_WORDS, PA_PACK_BYTES};
+use param_averager::__testing::abi::{
+    PaLink, PaProbeResult, PaProbeSide, PA_LINE_WORDS, PA_PACK_BYTES,
+};
 
 const BLOCKS: u32 = 2;
 const PACKS: u32 = 100;
@@ -61,14 +63,13 @@ impl<'a> Side<'a> {
     /// Arguments of this side. `pushes`: data lie in their reader's memory.
     fn args(&self, other: &Side<'_>, pushes: bool, seeds: (u32, u32)) -> PaProbeSide {
         let (own, theirs) = (self.address, other.address);
-        let (out, in_) = if pushes { (theirs, own) } else { (own, theirs) };
+        let link = |writer, reader| PaLink {
+            slots: if pushes { reader } else { writer },
+            filled: reader + DATA,
+            drained: writer + DATA + FLAGS,
+        };
         PaProbeSide {
-            out,
-            in_,
-            filled_out: theirs + DATA,
-            filled_in: own + DATA,
-            drained_out: theirs + DATA + FLAGS,
-            drained_in: own + DATA + FLAGS,
+            links: [link(theirs, own), link(own, theirs)],
             result: own + DATA + 2 * FLAGS,
             limit_ns: 100_000_000, // 3 s by the simulator's slow clock
             packs: PACKS,

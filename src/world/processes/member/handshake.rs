@@ -81,8 +81,11 @@ impl Member {
                 space: placement.space(self.rank()),
                 wanted,
             })?;
-            let right = (!inbox || bytes(&theirs.inbox) == bytes(&own.inbox))
-                && (!credits || bytes(&theirs.credits) == bytes(&own.credits))
+            let is_of = |memory, bytes_of_options| {
+                bytes(memory) == own.inbox.as_ref().map(|_| bytes_of_options)
+            };
+            let right = (!inbox || is_of(&theirs.inbox, own.neighbours[0]))
+                && (!credits || is_of(&theirs.credits, own.neighbours[1]))
                 && (!state || bytes(&theirs.state) == bytes(&own.state))
                 && (!control
                     || theirs

@@ -75,6 +75,8 @@ impl WireHandshake {
             admission: wire.admission,
             ordinal: wire.ordinal,
             digest: wire.digest,
+            is_unreached: false, // processes build for the ring
+            neighbours: [0; 2],
             inbox: None,
             credits: None,
             control: None,

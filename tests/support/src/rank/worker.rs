@@ -103,6 +103,7 @@ pub fn builder(communicator: Communicator) -> Builder {
     let timeout = duration("PA_TEST_TIMEOUT_MS");
     let link = match std::env::var("PA_TEST_LINK").as_deref() {
         Ok("peer") => Link::Peer,
+        Ok("pull") => Link::Pull,
         Ok("host") => Link::Host,
         _ => Link::Auto,
     };
