@@ -63,6 +63,29 @@ impl Schedule {
         Schedule::of(Rule::Every(h))
     }
 
+    /// Schedules of groups of ranks within groups, a period for each, the smallest group first:
+    /// after a step, the group of the largest period that divides its number averages, and no
+    /// other, as with PyTorch's `HierarchicalModelAverager`. Each group is a world of its own, with
+    /// a [`LocalSgd`](crate::LocalSgd) of its schedule, and a rank calls `step` of all of its
+    /// groups after each optimizer step. All have the same [warm-up](Self::after_warmup), whose
+    /// averages the last group makes, that of all ranks. Its `finish` makes the last average.
+    /// [`guide::practice`](crate::guide::practice) has a program. For ranks of several hosts see
+    /// [`Hierarchy`](crate::Hierarchy).
+    ///
+    /// # Panics
+    /// If a period is 0, or is not a multiple of the one before it and larger.
+    pub fn hierarchical<const N: usize>(periods: [u64; N]) -> [Self; N] {
+        std::array::from_fn(|level| {
+            let h = periods[level];
+            let Some(&above) = periods.get(level + 1) else { return Schedule::every(h) };
+            assert!(
+                h > 0 && above > h && above.is_multiple_of(h),
+                "Schedule::hierarchical({periods:?}): each period is a multiple of the one before"
+            );
+            Schedule::of(Rule::Level { h, above })
+        })
+    }
+
     /// Averages less often as the learning rate η falls: H = max(h_base, ⌊(alpha / η)²⌋), the
     /// quadratic synchronization rule (QSR) of Gu et al., 2024, "A Quadratic Synchronization Rule
     /// for Distributed Deep Learning", arXiv 2310.14423. η is that of the last step before the
@@ -169,7 +192,13 @@ impl Schedule {
 
     /// True if H depends on more than the position.
     pub(crate) fn adapts(&self) -> bool {
-        !matches!(self.rule, Rule::Every(_))
+        !matches!(self.rule, Rule::Every(_) | Rule::Level { .. })
+    }
+
+    /// True if the round that ends so many steps after the warm-up has no average, since a larger
+    /// group makes it; 0: the warm-up.
+    fn is_left_out(&self, end: u64) -> bool {
+        matches!(self.rule, Rule::Level { above, .. } if end.is_multiple_of(above))
     }
 
     /// True if every step up to this position is averaged.

@@ -37,6 +37,44 @@
 //! falls, and [`Schedule::divergence`](crate::Schedule::divergence) more often when the ranks'
 //! parameters move too far from their mean.
 //!
+//! Where some ranks are nearer to one another than to the rest, groups of them may average more
+//! often than all ranks: [`Schedule::hierarchical`](crate::Schedule::hierarchical) has the rule of
+//! PyTorch's `HierarchicalModelAverager`. Each group is a world of its own, and so is that of all
+//! ranks; ranks that are processes join theirs by
+//! [`Communicator::builder`](crate::Communicator::builder), with a name for each group. On several
+//! hosts [`Hierarchy`](crate::Hierarchy) does it in one world.
+//!
+//! ```
+//! use param_averager::{Communicator, Device, LocalSgd, ParamAverager, Result, Schedule};
+//!
+//! fn train((pair, all): (Communicator, Communicator)) -> Result<f32> {
+//!     let (rank, mut model) = (all.rank() as f32, vec![0.0f32; 100]);
+//!     let [often, rarely] = Schedule::hierarchical([2, 8]);
+//!     let averager = ParamAverager::builder(pair).build(&mut model)?;
+//!     let mut pair = LocalSgd::new(averager, often); // after steps 2, 4, 6, 10, …
+//!     let averager = ParamAverager::builder(all).build(&mut model)?;
+//!     let mut all = LocalSgd::new(averager, rarely); // after steps 8, 16, …
+//!     for _ in 0..15 {
+//!         model.iter_mut().for_each(|weight| *weight += rank); // an inner step
+//!         pair.step(&mut model)?;
+//!         all.step(&mut model)?;
+//!     }
+//!     all.finish(&mut model)?;
+//!     Ok(model[0])
+//! }
+//!
+//! let cpus = [Device::cpu(); 4];
+//! let pairs = [Communicator::from_devices(&cpus[..2])?, Communicator::from_devices(&cpus[2..])?];
+//! let all = Communicator::from_devices(&cpus)?;
+//! let worlds = pairs.into_iter().flatten().zip(all);
+//! let threads: Vec<_> =
+//!     worlds.map(|worlds| std::thread::spawn(move || train(worlds))).collect();
+//! for thread in threads {
+//!     assert_eq!(thread.join().unwrap()?, 15.0 * 1.5); // the mean of all ranks
+//! }
+//! # Ok::<(), param_averager::Error>(())
+//! ```
+//!
 //! Accelerate's default is 8. A larger H saves nothing more once averages are a few percent of the
 //! time, and lets the ranks' models drift apart, the more the higher the learning rate. On mixed
 //! data, H up to 64 cost a perceptron that had converged nothing that could be measured, 4 ranks on

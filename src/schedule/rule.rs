@@ -10,7 +10,16 @@ const FIRST: u64 = 10;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Rule {
     Every(u64),
-    Quadratic { alpha: Parameter, base: u64 },
+    /// Every `h` steps, except for those of which `above` is a divisor: a larger group averages
+    /// after them.
+    Level {
+        h: u64,
+        above: u64,
+    },
+    Quadratic {
+        alpha: Parameter,
+        base: u64,
+    },
     Overhead(Parameter),
     Budget(Parameter),
     Divergence(Parameter),
@@ -48,7 +57,7 @@ impl Rule {
     /// H of the first round.
     pub(super) fn first(self) -> u64 {
         match self {
-            Rule::Every(h) | Rule::Quadratic { base: h, .. } => h,
+            Rule::Every(h) | Rule::Level { h, .. } | Rule::Quadratic { base: h, .. } => h,
             Rule::Overhead(_) | Rule::Budget(_) | Rule::Divergence(_) => FIRST,
         }
     }
@@ -58,7 +67,7 @@ impl Rule {
         let Agreed { measured, sent, rate } = *agreed;
         let [step, average] = measured;
         let next = match self {
-            Rule::Every(h) => h,
+            Rule::Every(h) | Rule::Level { h, .. } => h,
             Rule::Quadratic { alpha, base } => match rate {
                 Some(rate) => base.max((alpha.get() / rate).powi(2).floor() as u64),
                 None => h,
@@ -92,15 +101,17 @@ impl Rule {
             Rule::Overhead(target) => [2, target.0, 0],
             Rule::Budget(rate) => [3, rate.0, 0],
             Rule::Divergence(target) => [4, target.0, 0],
+            Rule::Level { h, above } => [5, h, above],
         }
     }
 }
 
-/// The call that builds it.
+/// The call that builds it; of a level of a hierarchy, its steps.
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Rule::Every(h) => write!(f, "every({h})"),
+            Rule::Level { h, above } => write!(f, "every({h}) without every({above})"),
             Rule::Quadratic { alpha, base } => write!(f, "quadratic({}, {base})", alpha.get()),
             Rule::Overhead(target) => write!(f, "overhead({})", target.get()),
             Rule::Budget(rate) => write!(f, "budget({})", rate.get()),

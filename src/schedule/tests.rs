@@ -37,6 +37,32 @@ fn post_local_averages_at_the_steps_of_pytorch() {
     assert_eq!(Schedule::every(4).post_local(100), Schedule::every(4).after_warmup(101));
 }
 
+/// At each step PyTorch's `HierarchicalModelAverager`, with steps counted from 0, takes the largest
+/// period that divides it after the warm-up.
+#[test]
+fn levels_average_at_the_steps_of_pytorch() {
+    for (periods, start) in [([2, 4, 8], 0), ([1, 3, 6], 5), ([3, 6, 12], 1)] {
+        let levels = Schedule::hierarchical(periods).map(|level| level.post_local(start));
+        for step in 0..60u64 {
+            let pytorch = step
+                .checked_sub(start)
+                .and_then(|after| (0..3).rev().find(|&level| after.is_multiple_of(periods[level])));
+            // Up to there gradients are all-reduced, which the last level stands for.
+            let expected = if step < start { Some(2) } else { pytorch };
+            // The first parameters are averaged by the last level as well: 0 is a multiple of all.
+            let position = step + 1;
+            for (level, schedule) in levels.iter().enumerate() {
+                let found = begun(*schedule, position).due(schedule, 1).is_some();
+                assert_eq!(found, expected == Some(level), "{schedule} after {position}");
+            }
+        }
+    }
+    let [inner, outer] = Schedule::hierarchical([2, 8]);
+    assert_eq!((due(inner), outer), (vec![2, 4, 6, 10, 12], Schedule::every(8)));
+    assert_eq!(due(inner.after_warmup(3)), [5, 7, 9]);
+    assert_eq!(inner.to_string(), "every(2) without every(8)");
+}
+
 #[test]
 fn each_fragment_is_due_once_a_round() {
     for (h, fragments, warmup) in [(8, 4, 0), (7, 3, 2), (5, 5, 0), (100, 7, 9), (3, 1, 1)] {
@@ -66,7 +92,15 @@ fn each_fragment_is_due_once_a_round() {
 
 #[test]
 fn steps_until_the_next_average_are_those_to_the_next_one_that_is_due() {
-    for schedule in [Schedule::every(4), Schedule::every(1), Schedule::every(5).after_warmup(3)] {
+    let [level, _] = Schedule::hierarchical([3, 6]);
+    for schedule in [
+        Schedule::every(4),
+        Schedule::every(1),
+        Schedule::every(5).after_warmup(3),
+        level,
+        level.after_warmup(4),
+        level.at_most(2),
+    ] {
         for position in 0..40 {
             let is_due = |&step: &u64| begun(schedule, step).due(&schedule, 1).is_some();
             let next = (position + 1..).find(is_due).unwrap();
@@ -163,6 +197,7 @@ fn words_of_a_schedule_never_change() {
     assert_eq!(Schedule::overhead(0.05).words(), [2, bits(0.05), 0, 0, 200]);
     assert_eq!(Schedule::budget(1e6).at_most(9).words(), [3, bits(1e6), 0, 0, 9]);
     assert_eq!(Schedule::divergence(0.05).words(), [4, bits(0.05), 0, 0, u64::MAX]);
+    assert_eq!(Schedule::hierarchical([2, 8])[0].words(), [5, 2, 8, 0, at_most]);
 }
 
 fn refuses(build: fn() -> Schedule) -> String {
@@ -182,6 +217,9 @@ fn parameters_without_a_meaning_are_refused() {
         (|| Schedule::overhead(f64::NAN), "overhead(NaN)"),
         (|| Schedule::budget(f64::INFINITY), "budget(inf)"),
         (|| Schedule::divergence(-0.1), "divergence(-0.1): a share is above 0"),
+        (|| Schedule::hierarchical([2, 5])[0], "hierarchical([2, 5]): each period is a multiple"),
+        (|| Schedule::hierarchical([4, 4])[0], "a multiple of the one before"),
+        (|| Schedule::hierarchical([0, 4])[0], "a multiple of the one before"),
     ] {
         let text = refuses(build);
         assert!(text.contains(says), "{text}");
@@ -208,6 +246,7 @@ fn schedule() -> impl Strategy<Value = Schedule> {
         (0.01..2.0f64).prop_map(Schedule::overhead),
         (1.0..1e6f64).prop_map(Schedule::budget),
         (0.01..2.0f64).prop_map(Schedule::divergence),
+        (1u64..4, 2u64..4).prop_map(|(h, of)| Schedule::hierarchical([h, of * h])[0]),
     ];
     (rule, 0u64..4, 1u64..40).prop_map(|(rule, w, h)| rule.after_warmup(w).at_most(h))
 }
@@ -281,6 +320,23 @@ proptest! {
         }
         let reason = Reason { schedule, course, rate: None, unfit: None };
         prop_assert_ne!(reason.digest(step), 0);
+    }
+
+    #[test]
+    fn any_level_and_step_have_an_answer(
+        h in near_powers(), factor in 2u64..5, warmup in near_powers(), step in near_powers()
+    ) {
+        let h = h.max(1);
+        prop_assume!(h.checked_mul(factor).is_some());
+        let schedule = Schedule::hierarchical([h, h * factor])[0].after_warmup(warmup);
+        let until = begun(schedule, step).until_next(&schedule, 1);
+        prop_assert!(until >= 1);
+        let is_due = |step| begun(schedule, step).due(&schedule, 1).is_some();
+        let next = step.saturating_add(until);
+        prop_assert!(is_due(next) || next == u64::MAX, "{schedule} after {step}: {next}");
+        for between in (step.saturating_add(1)..next).take(20) {
+            prop_assert!(!is_due(between));
+        }
     }
 
     #[test]
