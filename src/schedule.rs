@@ -195,10 +195,10 @@ impl Schedule {
         !matches!(self.rule, Rule::Every(_) | Rule::Level { .. })
     }
 
-    /// True if the round that ends so many steps after the warm-up has no average, since a larger
-    /// group makes it; 0: the warm-up.
-    fn is_left_out(&self, end: u64) -> bool {
-        matches!(self.rule, Rule::Level { above, .. } if end.is_multiple_of(above))
+    /// True if the round of `h` steps that ends so many steps after the warm-up has no average,
+    /// since a larger group makes it; 0: the warm-up. Never of two rounds in a row.
+    fn is_left_out(&self, end: u64, h: u64) -> bool {
+        matches!(self.rule, Rule::Level { above, .. } if h < above && end.is_multiple_of(above))
     }
 
     /// True if every step up to this position is averaged.

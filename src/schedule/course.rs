@@ -48,11 +48,12 @@ impl Course {
         let Course { position, anchor, local_steps } = *self;
         let from = anchor.max(schedule.warmup);
         if position > 0 && position <= schedule.warmup {
-            return (!schedule.is_left_out(0)).then_some(Due::Whole);
+            return (!schedule.is_left_out(0, local_steps)).then_some(Due::Whole);
         }
         let before = position.checked_sub(from)?.checked_sub(1)?;
         let step = before % local_steps + 1;
-        if schedule.is_left_out((before - (step - 1)).saturating_add(local_steps)) {
+        let end = (before - (step - 1)).saturating_add(local_steps);
+        if schedule.is_left_out(end, local_steps) {
             return None;
         }
         if fragments == 1 {
@@ -71,7 +72,7 @@ impl Course {
         let step = position.saturating_sub(from) % local_steps;
         // A round that is left out is followed by one that is not.
         let end = (position.saturating_sub(from) - step).checked_add(local_steps);
-        let left_out = end.filter(|&end| schedule.is_left_out(end));
+        let left_out = end.filter(|&end| schedule.is_left_out(end, local_steps));
         if let Some(end) = left_out.and_then(|end| from.checked_add(end)) {
             let next = Course { position: end, ..*self }.until_next(schedule, fragments);
             return (end - position).saturating_add(next);
@@ -80,7 +81,9 @@ impl Course {
         let next = fragments_by(step, local_steps, fragments) + 1;
         let at = (u128::from(next) * u128::from(local_steps)).div_euclid(fragments.into()) as u64;
         let next = match position {
-            _ if position < schedule.warmup && !schedule.is_left_out(0) => position + 1,
+            _ if position < schedule.warmup && !schedule.is_left_out(0, local_steps) => {
+                position + 1
+            }
             _ if position < from => from.saturating_add(at),
             _ => position.saturating_add(at - step),
         };
