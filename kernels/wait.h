@@ -1,4 +1,4 @@
-// Waiting for a peer. Every wait ends: with the awaited word, or with a failure that names a rank.
+// Waiting for a peer. A wait ends with the awaited word, or with a failure that names a rank.
 // At the exit barrier, see wait_slow(), only the word or the departure of the peer ends it.
 #pragma once
 #include "straggler.h"

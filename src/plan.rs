@@ -52,6 +52,11 @@ impl Launch {
         Launch { kernel, segments: (0, 0) }
     }
 
+    /// True if its kernel waits for all ranks to exit, since they write to the tensors of all.
+    pub(crate) fn waits_for_exits(self) -> bool {
+        [PA_DIRECT, PA_DIRECT_STEP, PA_DIRECT_DELTA].contains(&self.kernel)
+    }
+
     /// True if a rank whose tensors are wrong takes part, to tell its peers.
     pub(crate) fn meets(self) -> bool {
         ![PA_SCAN, PA_ANCHOR, PA_REFERENCE, PA_SAMPLE, PA_COMPARE].contains(&self.kernel)

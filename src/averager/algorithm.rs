@@ -9,23 +9,27 @@ use crate::{Builder, Error, ParamAverager};
 pub enum Algorithm {
     /// [`Direct`](Self::Direct) where ranks are threads of one process, on CPUs, on one CUDA device
     /// or on devices that NVLink connects, with verified access between every two; else
-    /// [`Ring`](Self::Ring). The ring also where the tensors of any rank, as they are when the
-    /// averager is built, lie in memory that other devices can't access.
+    /// [`Ring`](Self::Ring). Also the ring, if tensors of any rank lie, when the averager is built,
+    /// in memory that other devices can't access; and with
+    /// [`Link::Host`](crate::Link::Host), on several devices.
     Auto,
     /// Ring all-reduce through mailboxes. Extra memory of a rank: at most S/n + 4 MiB for S bytes
-    /// of parameters and n ranks, 16 MiB more on a CUDA device, and the state of an
+    /// of parameters and n ranks, on a CUDA device 16 MiB more, or twice that where a rank reads
+    /// from its own memory and writes to its own; and the state of an
     /// [outer optimizer](Builder::outer); 2 S with [compression](Builder::compression); with a
     /// [stage](Builder::stage) 4 bytes more for each element of f16 and bf16, over n. Shard s is
     /// summed in the order of ranks s+1, s+2, …, s, counted along
     /// [`ring_order`](ParamAverager::ring_order).
     Ring,
-    /// Owner computes: the owner of each part reads all ranks' values, in rank order, and writes
-    /// all ranks' means. No mailboxes, one rounding, at most 1 MiB of extra memory, and the state
+    /// Owner computes: the owner of each part reads all ranks' values, adds them in the order of
+    /// [`ring_order`](ParamAverager::ring_order), which is that of the ranks unless they are on
+    /// several CUDA devices, and writes all ranks' means. No mailboxes, one rounding, at most 1 MiB of extra memory, and the state
     /// of an [outer optimizer](Builder::outer).
     ///
-    /// Between CUDA devices it needs peer access, and tensors in memory of `cuMemAlloc` or of a
-    /// pool (`cuMemAllocAsync`, as cudarc allocates): the pool is made accessible to the devices of
-    /// the other ranks (`cuMemPoolSetAccess`). Tensors elsewhere are an
-    /// [`Error::InvalidTensor`].
+    /// Between CUDA devices it needs peer access, which a probe of its own has found to work, and
+    /// tensors in memory that `cuMemAlloc` has allocated in the primary context, or of a pool
+    /// (`cuMemAllocAsync`, as cudarc allocates): the pool is made accessible to the devices of the
+    /// other ranks (`cuMemPoolSetAccess`). Tensors elsewhere are an [`Error::InvalidTensor`], found
+    /// when an address is new; what lies at one that stays is taken for the same memory.
     Direct,
 }

@@ -347,9 +347,10 @@ impl Builder {
 
     /// Devices of other ranks that access this rank's tensors.
     pub(super) fn readers(&self) -> Vec<usize> {
+        let placement = self.communicator.placement();
         match self.chosen_algorithm() {
-            Algorithm::Direct => {
-                self.communicator.placement().other_devices(self.communicator.rank())
+            Algorithm::Direct if placement.reaches_all() => {
+                placement.other_devices(self.communicator.rank())
             }
             _ => vec![],
         }

@@ -85,7 +85,7 @@ impl Link {
         ))
     }
 
-    /// Zeroed memory that a neighbour writes to.
+    /// Zeroed memory that a neighbour accesses.
     pub(super) fn place(
         is_host: bool,
         placement: &Placement,

@@ -136,7 +136,7 @@ pub(super) struct RankMemory {
     samples: Vec<Memory>,
     /// Copy of one fragment, where averages are made of copies.
     copy: Option<Memory>,
-    /// Memory that neighbours write to; see `Handshake`.
+    /// Memory that neighbours access; see `Handshake`.
     pub(super) inbox: Option<Arc<Memory>>,
     pub(super) credits: Option<Arc<Memory>>,
     /// State of the outer optimizer, if the next rank of the ring maps it.

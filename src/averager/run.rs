@@ -175,7 +175,11 @@ impl ParamAverager {
             shares_device: placement.shares_device(),
             way: match placement.process_way() {
                 Some(way) => Way::Processes(way, agreement.control.clone()),
-                None => Way::Threads { calls: &agreement.calls, launches: &agreement.launches },
+                None => Way::Threads {
+                    calls: &agreement.calls,
+                    launches: &agreement.launches,
+                    world: agreement.control.clone(),
+                },
             },
         };
         // Threads run the whole average in this call, and ranks on devices meet in it.

@@ -95,6 +95,8 @@ pub(super) struct Table {
     pub(super) moved: bool,
     /// True if addresses have changed since the tensors were last checked for overlap.
     unchecked: bool,
+    /// Pool of tensors that other devices were given access to last, in this `refresh`.
+    shared_pool: u64,
 }
 
 impl Layout {
@@ -195,6 +197,7 @@ impl Table {
             bytes,
             moved: true,
             unchecked: true,
+            shared_pool: 0,
         }
     }
 
@@ -263,6 +266,7 @@ impl Table {
         params: &'a mut (dyn Parameters + '_),
     ) -> Result<(), Problem> {
         let (mut index, mut problem) = (0, None);
+        self.shared_pool = 0; // a pool may be destroyed, and its handle be another's later
         params.visit(&mut |tensor: TensorMut<'a>| {
             if let Err(found) = self.take(index, &tensor) {
                 problem = problem.or(Some(Problem { tensor: index as u64, found }));
@@ -321,7 +325,8 @@ impl Table {
             if !ends.iter().all(|&end| context.owns(end)) {
                 return Err(FOREIGN << SHIFT);
             }
-            if !readers.is_empty() && !ends.iter().all(|&end| context.lends(end, readers)) {
+            let mut lends = |&end: &u64| context.lends(end, readers, &mut self.shared_pool);
+            if !readers.is_empty() && !ends.iter().all(&mut lends) {
                 return Err(UNREACHED << SHIFT);
             }
         }

@@ -23,7 +23,11 @@ pub(crate) struct Gathering<'a> {
 /// Way in which ranks on devices meet.
 pub(crate) enum Way<'a> {
     /// Ranks that are threads of one process: all calls first, then all launches.
-    Threads { calls: &'a Meeting<cuda::Part>, launches: &'a Meeting<cuda::Launched> },
+    Threads {
+        calls: &'a Meeting<cuda::Part>,
+        launches: &'a Meeting<cuda::Launched>,
+        world: Arc<dyn Arrivals>,
+    },
     /// Ranks that are processes.
     Processes(ProcessWay, Arc<dyn Arrivals>),
 }

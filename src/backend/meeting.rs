@@ -33,6 +33,9 @@ pub(crate) trait World {
 
     /// Ends the world, unless it has ended.
     fn poison(&self, failure: Failure);
+
+    /// Records that a rank has departed: its kernels have ended.
+    fn depart(&self, position: usize);
 }
 
 /// Words in memory that all processes of a world map, one for each rank: the number of the latest
@@ -214,6 +217,7 @@ impl<T> Meeting<T> {
                 false
             }
             fn poison(&self, _: Failure) {}
+            fn depart(&self, _: usize) {}
         }
         let all = self.all_gather(position, own, &Lasting, Duration::MAX);
         all.unwrap_or_else(|_| unreachable!("a world that does not fail"))
@@ -244,6 +248,9 @@ mod tests {
         }
         fn poison(&self, failure: Failure) {
             lock(&self.0).0.get_or_insert(failure);
+        }
+        fn depart(&self, position: usize) {
+            lock(&self.0).1.push(position);
         }
     }
 

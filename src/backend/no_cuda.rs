@@ -41,7 +41,7 @@ absent!(Context {
     fn has_mps() -> bool;
     fn ordinal() -> usize;
     fn owns(address: u64) -> bool;
-    fn lends(address: u64, readers: &[usize]) -> bool;
+    fn lends(address: u64, readers: &[usize], shared: &mut u64) -> bool;
 });
 
 impl Context {
@@ -193,6 +193,10 @@ pub(crate) mod peer {
     }
 
     pub(crate) fn access(one: &Arc<Context>, _: &Arc<Context>) -> Result<PeerAccess, Failed> {
+        match **one {}
+    }
+
+    pub(crate) fn is_direct(one: &Arc<Context>, _: &Arc<Context>) -> Result<bool, Failed> {
         match **one {}
     }
 }

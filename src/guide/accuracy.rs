@@ -40,6 +40,8 @@
 //!   between threads of one process, unless they are on CUDA devices that NVLink does not connect;
 //!   else the ring;
 //! * the [compression](super::compression);
+//! * directly, with three ranks or more on several CUDA devices:
+//!   [`ring_order`](crate::ParamAverager::ring_order);
 //! * with three ranks or more by the ring, or with compression:
 //!   [`channels`](crate::Builder::channels), [`chunk_bytes`](crate::Builder::chunk_bytes),
 //!   [`narrow_wire`](crate::Builder::narrow_wire) and

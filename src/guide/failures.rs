@@ -84,7 +84,8 @@
 //! unless set. On CUDA devices this is the wait for a rank to come; within kernels the limit is
 //! [`device_timeout`](crate::Builder::device_timeout). One exception: once the direct average has
 //! begun to write, ranks wait for one another without a limit, since a peer may still be writing
-//! into their tensors; unless the peer's device fails, which ends its kernels.
+//! into their tensors; unless it departs, or its device fails and a rank waits on the host, which
+//! sees that.
 //!
 //! # What else can happen
 //!

@@ -112,7 +112,9 @@
 //! shards. Tensors lie in memory of `cuMemAlloc` or of a pool then (`cuMemAllocAsync`, as cudarc
 //! allocates). A pool is made accessible to the other devices of the world, for good
 //! (`cuMemPoolSetAccess`); if other memory is found when the averager is built, all ranks take the
-//! ring.
+//! ring. A pool that other devices can access may make the driver wait for their kernels when it
+//! grows or shrinks; where graphs have averages, which wait for late ranks in kernels, set the
+//! pool's release threshold so that it does neither, or use the ring.
 //!
 //! # candle
 //! candle's `Device::new_cuda` uses the per-thread default stream, which is blocking;

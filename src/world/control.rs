@@ -251,6 +251,10 @@ impl World for Control {
     fn poison(&self, failure: Failure) {
         self.poison(failure.kind, failure.position);
     }
+
+    fn depart(&self, position: usize) {
+        self.leave(position);
+    }
 }
 
 impl Arrivals for Control {

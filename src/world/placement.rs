@@ -17,6 +17,9 @@ pub(crate) struct Placement {
     peers: Vec<Vec<PeerAccess>>,
     /// True if every two ranks share a device, or have devices that NVLink connects.
     joined: bool,
+    /// True if the direct average is possible: the ranks are threads, and every device can access
+    /// the memory of every other.
+    reaches_all: bool,
     /// Ranks in ring order.
     order: Vec<usize>,
     /// What processes have in common. `None` for threads.
@@ -77,6 +80,11 @@ impl Placement {
             _ => Ok(PeerAccess::Verified),
         });
         let peers = peers.map_err(failed)?;
+        let direct = all_pairs(&spaces, |one, other| match (one, other) {
+            (MemorySpace::Cuda(one), MemorySpace::Cuda(other)) => cuda::peer::is_direct(one, other),
+            _ => Ok(true),
+        });
+        let reaches_all = direct.map_err(failed)?.iter().flatten().all(|&direct| direct);
         let connections = all_pairs(&spaces, |one, other| match (one, other) {
             (MemorySpace::Cuda(one), MemorySpace::Cuda(other)) => cuda::connection(one, other),
             _ => Ok(Connection::Same),
@@ -94,6 +102,7 @@ impl Placement {
             devices: devices.to_vec(),
             spaces,
             joined: connections.iter().flatten().all(|&way| way <= Connection::NvLink),
+            reaches_all,
             peers,
             order,
             processes: None,
@@ -120,6 +129,7 @@ impl Placement {
             spaces: vec![own.1.clone(); peers.len()],
             order: ring_order(&distances(&connections, &peers)),
             joined: false,
+            reaches_all: false,
             peers,
             processes: Some(common),
             occupancy: most_oversubscribed(occupancies),
@@ -160,17 +170,16 @@ impl Placement {
         !self.between_processes() && self.devices.iter().all(|device| *device == self.devices[0])
     }
 
-    /// True if the direct average is possible: the ranks are threads, and every device can access
-    /// the memory of every other.
+    /// True if the direct average is possible.
     pub(crate) fn reaches_all(&self) -> bool {
-        !self.between_processes() && self.peers.iter().flatten().all(|access| access.works())
+        self.reaches_all
     }
 
     /// True if the direct average is the fast one: where there is one memory, or NVLink with
     /// verified access between every two devices. Over PCIe reads are slow.
     pub(crate) fn is_joined(&self) -> bool {
         let is_verified = |&access: &PeerAccess| access == PeerAccess::Verified;
-        self.joined && self.reaches_all() && self.peers.iter().flatten().all(is_verified)
+        self.joined && self.reaches_all && self.peers.iter().flatten().all(is_verified)
     }
 
     /// CUDA devices of the other ranks, without that of this rank.
@@ -220,7 +229,8 @@ impl Placement {
 fn distances(connections: &[Vec<Connection>], peers: &[Vec<PeerAccess>]) -> Vec<Vec<u32>> {
     const DETOUR: u32 = 100; // longer than any direct connection
     let distance = |(&way, &access): (&Connection, &PeerAccess)| {
-        way as u32 + if access == PeerAccess::Verified { 0 } else { DETOUR }
+        let is_straight = matches!(access, PeerAccess::Verified | PeerAccess::Pull);
+        way as u32 + if is_straight { 0 } else { DETOUR }
     };
     connections
         .iter()

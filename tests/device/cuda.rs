@@ -216,7 +216,12 @@ pub fn links_have_no_race() {
 pub fn a_device_that_fails_while_it_writes_is_not_waited_for() {
     match simulator::driver() {
         Driver::Own => simulator::not_here("lost-device: about a simulated driver"),
-        Driver::Simulated(_) => scenario("lost-device", &[&[TWO]]),
+        Driver::Simulated(_) => {
+            // A device that has failed is lost to its process.
+            for name in ["lost-device", "lost-device-unseen", "lost-device-shared"] {
+                scenario(name, &[&[TWO]]);
+            }
+        }
     }
 }
 

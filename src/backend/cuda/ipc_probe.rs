@@ -5,7 +5,7 @@
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
-use super::probe::{read, run, warm_up, Path, SIZES};
+use super::probe::{read, run, warm_up, Path, Place, SIZES};
 use super::Context;
 use crate::backend::{Memory, MemoryHandle, MemorySpace};
 
@@ -95,8 +95,9 @@ impl IpcProbe {
         round: Round,
         is_first: bool,
     ) -> Result<Outcome, String> {
-        let memory = (self.memory.address(), peer.memory.address());
-        let found = run(&self.context, round.path, SIZES[round.size], memory, is_first)?;
+        let size = SIZES[round.size];
+        let places = [&self.memory, &peer.memory].map(|memory| Place::at(memory.address(), size));
+        let found = run(&self.context, round.path, size, places, is_first)?;
         Ok(Outcome { is_right: found.is_right, is_quick: found.goes_on() })
     }
 }

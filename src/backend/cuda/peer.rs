@@ -23,10 +23,15 @@ pub(crate) fn access(one: &Arc<Context>, other: &Arc<Context>) -> Result<PeerAcc
     link(one, other).map(|link| link.access)
 }
 
+/// True if each device can access tensors on the other, as the direct average does.
+pub(crate) fn is_direct(one: &Arc<Context>, other: &Arc<Context>) -> Result<bool, Failed> {
+    link(one, other).map(|link| link.is_direct)
+}
+
 /// [`access`], with rates.
 pub(crate) fn link(one: &Arc<Context>, other: &Arc<Context>) -> Result<Link, Failed> {
     if one.ordinal() == other.ordinal() {
-        return Ok(Link { access: PeerAccess::Verified, rates: None });
+        return Ok(Link { access: PeerAccess::Verified, rates: None, is_direct: true });
     }
     // By ordinals, the lower one first. Locked during a test: a test that fails disables the
     // access, which must not happen under the kernels of a concurrent test of the same pair.
@@ -41,7 +46,7 @@ pub(crate) fn link(one: &Arc<Context>, other: &Arc<Context>) -> Result<Link, Fai
     #[cfg(not(processes))]
     let is_broken = false;
     let found = match is_broken {
-        true => Link { access: PeerAccess::Broken, rates: None },
+        true => Link { access: PeerAccess::Broken, rates: None, is_direct: false },
         false => find(one, other)?,
     };
     known.insert(pair, found);

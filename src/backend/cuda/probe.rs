@@ -114,22 +114,36 @@ fn limit() -> Duration {
     set.map_or(DEFAULT_LIMIT, Duration::from_millis)
 }
 
-/// Arguments of the side with memory at `own`; the memory of the other side is at `other`. Both are
-/// zeroed and hold `size.bytes()`. `is_first` differs between the sides.
-fn side(path: Path, size: Size, own: u64, other: u64, is_first: bool) -> PaProbeSide {
-    let (data, flags) = (size.data_bytes() as u64, size.flag_bytes() as u64);
-    let link = |writer, reader| PaLink {
+/// Addresses of one side's memory, which is zeroed: its data, and its flags and result.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    data: u64,
+    flags: u64,
+}
+
+impl Place {
+    /// Memory of `size.bytes()` at this address.
+    pub(super) fn at(address: u64, size: Size) -> Place {
+        Place { data: address, flags: address + size.data_bytes() as u64 }
+    }
+}
+
+/// Arguments of the side with memory at `own`; the memory of the other side is at `other`.
+/// `is_first` differs between the sides.
+fn side(path: Path, size: Size, own: Place, other: Place, is_first: bool) -> PaProbeSide {
+    let flags = size.flag_bytes() as u64;
+    let link = |writer: Place, reader: Place| PaLink {
         slots: match path {
-            Path::Push => reader,
-            Path::Pull => writer,
+            Path::Push => reader.data,
+            Path::Pull => writer.data,
         },
-        filled: reader + data,
-        drained: writer + data + flags,
+        filled: reader.flags,
+        drained: writer.flags + flags,
     };
     let seeds = [0x1234_5678, 0x89ab_cdef];
     PaProbeSide {
         links: [link(other, own), link(own, other)],
-        result: own + data + 2 * flags,
+        result: own.flags + 2 * flags,
         limit_ns: limit().as_nanos() as u64,
         packs: size.packs,
         slots: size.slots,
@@ -149,15 +163,15 @@ pub(super) fn warm_up(context: &Context) -> Result<(), Failed> {
 /// Runs one side of a probe and waits for it. The other side runs at the same time, so that nothing
 /// is allocated here: that may wait for the other side's kernel.
 ///
-/// `memory` is this side's, `other` the address of the other side's, mapped here. Both are zeroed.
+/// `own` is this side's memory, `other` the other side's, mapped here.
 pub(super) fn run(
     context: &Context,
     path: Path,
     size: Size,
-    (memory, other): (u64, u64),
+    [own, other]: [Place; 2],
     is_first: bool,
 ) -> Result<Found, Failed> {
-    let side = side(path, size, memory, other, is_first);
+    let side = side(path, size, own, other, is_first);
     let start = Instant::now(); // by the host's clock: a simulated device may have another
     launch(context, &side, size.blocks)?;
     let took = start.elapsed();
@@ -202,39 +216,21 @@ fn launch(on: &Context, side: &PaProbeSide, blocks: u32) -> Result<(), Failed> {
     })
 }
 
-/// Memory of one side in one process.
-trait Side {
-    fn at(&self) -> u64;
-}
-
-impl Side for DeviceMemory {
-    fn at(&self) -> u64 {
-        self.address()
-    }
-}
-
-impl Side for Pinned {
-    fn at(&self) -> u64 {
-        self.address()
-    }
-}
-
-/// Probes a path between two devices of this process, with memory from `allocate`, and returns what
-/// the slower side found at the largest size that was tried.
-fn between<M: Side>(
+/// Probes a path between two devices of this process, and returns what the slower side found at the
+/// largest size that was tried. `allocate` allocates one side, and tells where it is.
+fn between<M>(
     one: &Arc<Context>,
     other: &Arc<Context>,
     path: Path,
-    allocate: impl Fn(&Arc<Context>, usize) -> Result<M, Failed>,
+    allocate: impl Fn(&Arc<Context>, Size) -> Result<(M, Place), Failed>,
 ) -> Result<Probed, Failed> {
     let mut sizes = 0;
     loop {
         let size = SIZES[sizes];
-        let memory = [allocate(one, size.bytes())?, allocate(other, size.bytes())?];
-        let [first, second] = [memory[0].at(), memory[1].at()];
+        let [(_ours, first), (_theirs, second)] = [allocate(one, size)?, allocate(other, size)?];
         let found = both(
-            || run(one, path, size, (first, second), true),
-            || run(other, path, size, (second, first), false),
+            || run(one, path, size, [first, second], true),
+            || run(other, path, size, [second, first], false),
         )?;
         sizes += 1;
         let found = found[0].worse(&found[1]);
@@ -282,14 +278,37 @@ pub(super) fn copies(
     Ok(bytes as f64 / took[0].max(took[1]).as_nanos().max(1) as f64)
 }
 
-/// Probes writes to, or reads from, the other device's memory. Access is enabled both ways.
+/// Probes writes to, or reads from, the other device's memory, as the ring makes them: data and
+/// flags lie in memory of devices. Access is enabled both ways.
 pub(super) fn peer(one: &Arc<Context>, other: &Arc<Context>, path: Path) -> Result<Probed, Failed> {
-    between(one, other, path, DeviceMemory::new)
+    between(one, other, path, |context, size| {
+        let memory = DeviceMemory::new(context, size.bytes())?;
+        let place = Place::at(memory.address(), size);
+        Ok((memory, place))
+    })
+}
+
+/// Probes the same as the direct average does it: flags lie in memory of the host.
+pub(super) fn direct(
+    one: &Arc<Context>,
+    other: &Arc<Context>,
+    path: Path,
+) -> Result<Probed, Failed> {
+    between(one, other, path, |context, size| {
+        let data = DeviceMemory::new(context, size.data_bytes())?;
+        let flags = Pinned::new(context, size.bytes() - size.data_bytes())?;
+        let place = Place { data: data.address(), flags: flags.address() };
+        Ok(((data, flags), place))
+    })
 }
 
 /// Probes page-locked memory of the host.
 pub(super) fn host(one: &Arc<Context>, other: &Arc<Context>) -> Result<Probed, Failed> {
-    between(one, other, Path::Push, Pinned::new)
+    between(one, other, Path::Push, |context, size| {
+        let memory = Pinned::new(context, size.bytes())?;
+        let place = Place::at(memory.address(), size);
+        Ok((memory, place))
+    })
 }
 
 #[cfg(test)]
@@ -307,7 +326,7 @@ mod tests {
     #[test]
     fn sides_read_what_the_other_side_writes() {
         for path in [Path::Push, Path::Pull] {
-            let (here, there) = (1 << 32, 2 << 32);
+            let [here, there] = [1 << 32, 2 << 32].map(|at| Place::at(at, SIZES[1]));
             let a = side(path, SIZES[1], here, there, true);
             let b = side(path, SIZES[1], there, here, false);
             for (writer, reader) in [(&a, &b), (&b, &a)] {

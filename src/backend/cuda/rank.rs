@@ -1,5 +1,7 @@
 //! One rank on a device: its tables, the states of its channels, and its part of an average.
 
+mod beside;
+mod capture;
 mod meet;
 mod stage;
 
@@ -21,6 +23,7 @@ use crate::backend::reclaim::{Busy, Running};
 use crate::backend::Attendance;
 use crate::backend::{Gathering, Order, Refuses, Unstarted, Way};
 use crate::plan::Launch;
+use beside::Beside;
 pub(crate) use stage::StageStream;
 
 /// A rank's tables and states.
@@ -53,6 +56,8 @@ pub(crate) struct Rank {
     watched: Vec<Attendance>,
     /// The event behind the average that was started and not waited for.
     pending: Option<Arc<Event>>,
+    /// Launches of that average on other devices, where its kernels wait for these without limit.
+    beside: Vec<Beside>,
     /// Present while an average is pending. Present for good after a capture, since replays of the
     /// graph are not observed here.
     busy: Option<Busy>,
@@ -92,6 +97,7 @@ impl Rank {
             #[cfg(processes)]
             watched: vec![],
             pending: None,
+            beside: vec![],
             busy: None,
             _running: Running::new(),
         };
@@ -225,7 +231,9 @@ impl Rank {
         match peers.way {
             #[cfg(feature = "__testing")]
             _ if super::former::is_asked_for() => Ok(self.launch_formerly(&part, peers)?),
-            Way::Threads { calls, launches } => self.launch_together(part, calls, launches, peers),
+            Way::Threads { calls, launches, ref world } => {
+                self.launch_together(part, calls, launches, (peers, world))
+            }
             #[cfg(processes)]
             Way::Processes(way, ref arrivals) => {
                 self.launch_alone(part, way, arrivals, peers, goes_on)
@@ -274,102 +282,9 @@ impl Rank {
         Ok(())
     }
 
-    /// Makes an average a part of the graph that is captured on the stream.
-    ///
-    /// # Safety
-    /// As `start`; the work does not run before the graph does.
-    unsafe fn capture(
-        &mut self,
-        args: &PaArgs,
-        launches: &[Launch],
-        stream: sys::CUstream,
-        peers: &Gathering<'_>,
-    ) -> Result<(), Unstarted> {
-        if peers.shares_device {
-            // Nothing promises that two graphs run at the same time on one device.
-            self.capturing = false;
-            return Err(Unstarted::Refused {
-                found: "being captured, in a world where ranks share a device".into(),
-                expected: "a stream that is not captured, or a device for each rank: the averages \
-                    of graphs wait for one another on their devices",
-            });
-        }
-        let tables = self.tables.copy()?;
-        // Ranks meet in the kernels, since no host sees a replay.
-        if !self.context.ends_long_kernels() {
-            self.longest_wait = peers.timeout;
-        }
-        let timeout_ns = u64::try_from(self.longest_wait.as_nanos()).unwrap_or(u64::MAX);
-        let args = PaArgs { buckets: tables.address(), timeout_ns, ..*args };
-        let enqueue = |&each: &Launch| {
-            // SAFETY: guaranteed by the caller.
-            unsafe { launch(&self.context, each, &[args], stream) }
-        };
-        match launches.iter().try_for_each(enqueue) {
-            // The capture failed, so there will be no graph.
-            Err(failed) if failed.is_of_capture() => {
-                self.tables.take_back(tables);
-                self.capturing = false;
-                Err(Unstarted::Refused {
-                    found: format!("a stream whose capture has failed ({failed})"),
-                    expected: "a stream whose capture can continue: end this capture, and capture \
-                        again",
-                })
-            }
-            captured => {
-                self.tables.keep(tables);
-                Ok(captured?)
-            }
-        }
-    }
-
-    /// True if the average that was started last was captured and so has not run.
-    pub(crate) fn was_captured(&self) -> bool {
-        self.capturing
-    }
-
     /// Longest wait for a peer in the kernels of the average that was started last.
     pub(crate) fn longest_wait(&self) -> Duration {
         self.longest_wait
-    }
-
-    /// Waits for a stream on which a graph was replayed.
-    ///
-    /// # Safety
-    /// `stream` belongs to this context.
-    pub(crate) unsafe fn wait_for(&self, stream: sys::CUstream) -> Result<(), Unstarted> {
-        // SAFETY: guaranteed by the caller.
-        match unsafe { self.is_capturing(stream) } {
-            // Waiting would invalidate the capture.
-            Ok(true) => Err(Unstarted::Refused {
-                found: "a stream that is being captured".into(),
-                expected: "a stream on which a graph with this averager's average was launched",
-            }),
-            // SAFETY: as above.
-            Ok(false) => Ok(unsafe { self.synchronize(stream) }?),
-            Err(failed) if failed.is_of_capture() => {
-                Err(Unstarted::beside_a_capture(&failed.to_string()))
-            }
-            Err(failed) => Err(failed.into()),
-        }
-    }
-
-    /// # Safety
-    /// `stream` belongs to this context.
-    unsafe fn synchronize(&self, stream: sys::CUstream) -> Result<(), Failed> {
-        let _bound = self.context.bind()?;
-        // SAFETY: guaranteed by the caller.
-        unsafe { call!(cuStreamSynchronize(stream)) }
-    }
-
-    /// True if the stream is being captured.
-    ///
-    /// # Safety
-    /// `stream` belongs to this context.
-    pub(crate) unsafe fn is_capturing(&self, stream: sys::CUstream) -> Result<bool, Failed> {
-        let _bound = self.context.bind()?;
-        // SAFETY: guaranteed by the caller.
-        unsafe { is_capturing(stream) }
     }
 
     /// True if the pending average has ended, or there is none.
@@ -381,7 +296,7 @@ impl Rank {
     /// that captures must not make.
     pub(crate) fn finish(&mut self) -> Result<(), Failed> {
         if let Some(done) = &self.pending {
-            done.synchronize()?;
+            beside::wait(done, &mut self.beside)?;
         }
         // The tables, and the memory of this rank, are in use until then.
         if let Some(local) = &self.local {

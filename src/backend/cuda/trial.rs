@@ -22,6 +22,8 @@ const FAST: f64 = 3.0;
 pub(crate) struct Link {
     pub(crate) access: PeerAccess,
     pub(crate) rates: Option<PeerRates>,
+    /// True if each device can access tensors on the other, as the direct average does.
+    pub(crate) is_direct: bool,
 }
 
 /// False if `PARAM_AVERAGER_P2P=0` forbids peer access.
@@ -36,7 +38,7 @@ fn is_asked_for() -> bool {
 
 /// Tries the access in this process.
 pub(super) fn find(one: &Arc<Context>, other: &Arc<Context>) -> Result<Link, Failed> {
-    let without = |access| Ok(Link { access, rates: None });
+    let without = |access| Ok(Link { access, rates: None, is_direct: false });
     if !is_allowed() {
         return without(PeerAccess::Disabled);
     }
@@ -73,7 +75,9 @@ pub(super) fn find(one: &Arc<Context>, other: &Arc<Context>) -> Result<Link, Fai
                 true => PeerAccess::Verified,
                 false => judge(&push, &pull, &host),
             };
-            return Ok(Link { access, rates: Some(rates) });
+            let is_right = |path| Ok(probe::direct(one, other, path)?.found.is_right);
+            let is_direct = is_right(Path::Push)? && is_right(Path::Pull)?;
+            return Ok(Link { access, rates: Some(rates), is_direct });
         }
     }
     // Disables the access that was enabled here, so that the application sees the state it left and

@@ -1,10 +1,13 @@
 //! The direct average between devices, which access one another's tensors.
 
+use std::sync::Barrier;
+
+use cudarc::driver::CudaContext;
 use param_averager::*;
 use test_support::ranks_of;
 
 use super::links::compare;
-use super::model::{Kind, Model};
+use super::model::{ordinal, Kind, Model};
 use super::outer::outers;
 use super::way::{shapes, Way, WAY};
 
@@ -95,27 +98,47 @@ fn memory() {
     });
 }
 
-/// Two devices, of which one fails while it writes: the other does not wait for its exit. The
-/// device fails since a tensor was freed, which only a simulated one notices for certain.
-pub fn lost_device() {
-    let devices = [0, 1].map(Device::cuda);
+/// Two devices, of which one fails while it writes: the other does not wait for its exit, whether a
+/// rank there looks at the failure or not. The device fails since a tensor was freed, which only a
+/// simulated one notices for certain.
+pub fn lost_device(ranks: usize, looks: bool) {
+    let devices: Vec<Device> = (0..ranks).map(|rank| Device::cuda(rank % 2)).collect();
+    let noticed = Barrier::new(ranks);
     let errors = ranks_of(&devices, |communicator| {
-        let rank = communicator.rank();
+        let (rank, on) = (communicator.rank(), communicator.device());
+        let stream = CudaContext::new(ordinal(on)).unwrap().new_stream().unwrap();
         // One pack, which is rank 0's part.
-        let mut model = Model::new(communicator.device(), &[(Dtype::F32, 4, 0)], rank as u64);
+        let mut model = Model::new(on, &[(Dtype::F32, 4, 0)], rank as u64);
         let builder = test_support::options(communicator).algorithm(Algorithm::Direct);
         let mut averager = builder.build(&mut model).unwrap();
         averager.average(&mut model).unwrap();
         if rank == 0 {
             model.free();
         }
-        let error = averager.average(&mut model).unwrap_err();
+        // SAFETY: own memory and stream, of which nothing is freed.
+        let pending = unsafe {
+            averager.start(&mut RawCudaParams::new(stream.cu_stream().cast(), &mut model))
+        };
+        let on_lost_device = rank % 2 == 0;
+        if on_lost_device && !looks {
+            noticed.wait();
+        }
+        let error = pending.unwrap().wait().unwrap_err();
+        if !on_lost_device || looks {
+            noticed.wait();
+        }
         let next = averager.average(&mut model).unwrap_err();
         assert!(matches!(next, Error::Poisoned { .. }), "{next}");
-        std::mem::forget((model, averager)); // a context that has failed frees nothing
+        std::mem::forget((stream, model, averager)); // a context that has failed frees nothing
         error
     });
-    assert!(matches!(errors[0], Error::DeviceFailed { rank: 0, .. }), "{}", errors[0]);
-    let is_lost = matches!(errors[1], Error::PeerLost { rank: 0, committed: true, .. });
-    assert!(is_lost && errors[1].tensors() == TensorState::MayBeMixed, "{}", errors[1]);
+    for (rank, error) in errors.iter().enumerate() {
+        match (rank % 2, error) {
+            (0, Error::DeviceFailed { rank: at, .. }) if *at == rank => {}
+            (1, Error::PeerLost { committed: true, .. }) => {
+                assert_eq!(error.tensors(), TensorState::MayBeMixed);
+            }
+            _ => panic!("rank {rank}: {error}"),
+        }
+    }
 }

@@ -9,8 +9,8 @@ use super::super::streams::Event;
 use super::Rank;
 use crate::abi::{PaArgs, PA_DEPARTED};
 #[cfg(processes)]
-use crate::backend::{Arrivals, ProcessWay};
-use crate::backend::{Attendance, Failure, Gathering, Meeting, Unstarted};
+use crate::backend::ProcessWay;
+use crate::backend::{Arrivals, Attendance, Failure, Gathering, Meeting, Unstarted};
 
 impl Rank {
     /// Meets the ranks that are threads of this process, and launches for those on this device if
@@ -20,7 +20,7 @@ impl Rank {
         part: Part,
         calls: &Meeting<Part>,
         launches: &Meeting<Launched>,
-        peers: &Gathering<'_>,
+        (peers, world): (&Gathering<'_>, &Arc<dyn Arrivals>),
     ) -> Result<Arc<Event>, Unstarted> {
         let parts = calls.all_gather(peers.position, part, peers.world, peers.timeout);
         let parts = parts.inspect_err(|_| self.tables.set_stale()).map_err(Unstarted::Ended)?;
@@ -39,6 +39,7 @@ impl Rank {
             }
         };
         let all = launches.all_gather_of_all(peers.position, launched);
+        super::beside::set(&mut self.beside, leader, &parts, &all, world);
         if let Some(panic) = panic {
             resume_unwind(panic);
         }
