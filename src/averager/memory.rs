@@ -154,11 +154,8 @@ impl RankMemory {
         let mut outer = match options.outer.is_mean() {
             true => None,
             false => {
-                let state = OuterState::new(options, table, sizes.chunk, channels, ring);
-                Some(match options.shares_state() {
-                    true => state.map_err(failed)?,
-                    false => state.map_err(own_failed)?,
-                })
+                let division = (sizes.chunk, channels, ring);
+                Some(OuterState::new(options, table, division, failed, own_failed)?)
             }
         };
         for (index, (bucket, raw)) in table.buckets.iter().zip(&mut table.raw).enumerate() {
