@@ -8,7 +8,7 @@ use param_averager::*;
 use super::{one, Case};
 use crate::cuda::model::{ordinal, Model};
 use test_support::process::{check_survivors, check_velocity, name, start_and_kill};
-use test_support::rank::{builder, device, die, join, say};
+use test_support::rank::{builder, device, die, join, number, say};
 use test_support::simulator::{environment, Setting};
 use test_support::{seed, Random};
 
@@ -57,9 +57,12 @@ fn joins(shares: &str) {
 
 pub fn a_capture_before_the_first_average_since_a_recovery_is_refused() {
     let case = Case { devices: &[0, 1, 2], hidden: false, link: "auto", settings: &[THREE] };
-    let Some(mut ranks) = case.start("captures", |_| vec![]) else { return };
-    assert_eq!(ranks[2].end(), None, "{:#?}", ranks[2].output);
-    check_survivors(&mut ranks, 2);
+    for shares in ["0", "1"] {
+        let shares = |_| vec![("PA_TEST_SHARES", shares.to_owned())];
+        let Some(mut ranks) = case.start("captures", shares) else { return };
+        assert_eq!(ranks[2].end(), None, "{:#?}", ranks[2].output);
+        check_survivors(&mut ranks, 2);
+    }
 }
 
 const ELEMENTS: usize = 5000;
@@ -81,6 +84,7 @@ pub fn captures() -> Result<()> {
     // SAFETY: as above.
     let mut params = unsafe { RawCudaParams::new(raw.cast(), &mut model) };
     let options = builder(communicator).start_from(Start::Rank(0)).outer(Outer::sgd(0.5));
+    let options = options.share_outer_state(number("PA_TEST_SHARES") == Some(1));
     let mut averager = options.build(&mut params)?;
     averager.average(&mut params)?;
     if rank == 2 {
