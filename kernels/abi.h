@@ -197,7 +197,8 @@ struct PaBoard {
   uint32_t reserved[2];
   struct PaRecord record[2];
   double measured[2][2]; // of each record, with PA_FLAG_MEASURED: what this rank alone knows
-  uint64_t reserved1[12];
+  uint64_t waited_ns[2]; // of each record, by PA_SAMPLE: its wait in the average before
+  uint64_t reserved1[10];
 };
 
 // Control block, one per world, addressable by every rank.
@@ -297,6 +298,7 @@ struct PaArgs {
   uint64_t control;     // PaControl*
   uint64_t host;        // PaHost*
   uint64_t status;      // PaStatus[channels], own, in memory of the host
+  uint64_t waits;       // PA_COMPARE: u64[world], own, in memory of the host; see PaBoard.waited_ns
   uint64_t channel;     // PaChannel[channels], own
   uint64_t buckets;     // PaBucket[bucket_count], own
   struct PaLink links[PA_LINKS];

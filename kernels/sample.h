@@ -1,6 +1,9 @@
 // Telemetry: own values in a sample of the packs, before an average and after it. Kernels of their
-// own, before and after all others, so that the average itself costs no register more. No peer
-// takes part.
+// own, before and after all others, so that the average itself costs no register more. None waits
+// for a peer.
+//
+// With its sample a rank puts on its board how long it has waited in the average before, which is
+// known by then. Its record is published later, so after the average every rank has these of all.
 //
 // A block's packs of a bucket are divided into periods of one length. One run of PA_RUN_PACKS
 // neighbouring packs of each, at a place that varies from period to period, is in the sample; where
@@ -118,7 +121,27 @@ PA_FN void sum_over_lanes(const Exec& ex, double* sums) {
   for (int i = 0; i < 4; ++i) sums[i] = of[i][lane]; // of the leader: its own last store
 }
 
+// The own wait in the last average, for the record of the next one.
+PA_FN void publish_waited(const PaArgs& a) {
+  const PaChannel* own = at<const PaChannel>(a.channel);
+  uint64_t most = 0;
+  for (uint32_t c = 0; c < a.channels; ++c) {
+    const uint64_t waited_ns = own[c].status.waited_ns;
+    most = waited_ns > most ? waited_ns : most;
+  }
+  const uint32_t epoch = own[0].status.epoch + 1;
+  store_relaxed(&at<PaControl>(a.control)->board[a.rank].waited_ns[epoch & 1], most);
+}
+// The waits of all ranks, which belong to the records of the last average.
+PA_FN void gather_waited(const PaArgs& a) {
+  const uint32_t epoch = at<const PaChannel>(a.channel)->status.epoch;
+  for (uint32_t r = 0; r < a.world; ++r)
+    at<uint64_t>(a.waits)[r] =
+        load_acquire(&at<PaControl>(a.control)->board[r].waited_ns[epoch & 1]);
+}
+
 PA_FN void run_sample(const Exec& ex, const PaArgs& a) {
+  if (ex.block() == 0 && ex.leader()) publish_waited(a);
   for (uint32_t i = 0; i < a.bucket_count; ++i) {
     const PaBucket& bucket = at<const PaBucket>(a.buckets)[i];
     with_dtype(bucket.dtype, [&](auto element) { keep_sample<decltype(element)>(ex, bucket); });
@@ -136,6 +159,7 @@ PA_FN void run_compare(const Exec& ex, const PaArgs& a) {
   }
   sum_over_lanes(ex, sums);
   if (!ex.leader()) return;
+  if (ex.block() == 0) gather_waited(a);
   for (int i = 0; i < 4; ++i) me->status.sampled[i] = sums[i];
   at<PaStatus>(a.status)[ex.block()] = me->status;
 }

@@ -267,7 +267,8 @@ pub struct PaBoard {
     pub reserved: [u32; 2usize],
     pub record: [PaRecord; 2usize],
     pub measured: [[f64; 2usize]; 2usize],
-    pub reserved1: [u64; 12usize],
+    pub waited_ns: [u64; 2usize],
+    pub reserved1: [u64; 10usize],
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
@@ -299,8 +300,11 @@ const _: () = {
         "Offset of field: PaBoard::measured",
     ][::std::mem::offset_of!(PaBoard, measured) - 128usize];
     [
+        "Offset of field: PaBoard::waited_ns",
+    ][::std::mem::offset_of!(PaBoard, waited_ns) - 160usize];
+    [
         "Offset of field: PaBoard::reserved1",
-    ][::std::mem::offset_of!(PaBoard, reserved1) - 160usize];
+    ][::std::mem::offset_of!(PaBoard, reserved1) - 176usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -521,6 +525,7 @@ pub struct PaArgs {
     pub control: u64,
     pub host: u64,
     pub status: u64,
+    pub waits: u64,
     pub channel: u64,
     pub buckets: u64,
     pub links: [PaLink; 2usize],
@@ -548,7 +553,7 @@ pub struct PaArgs {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaArgs"][::std::mem::size_of::<PaArgs>() - 208usize];
+    ["Size of PaArgs"][::std::mem::size_of::<PaArgs>() - 216usize];
     ["Alignment of PaArgs"][::std::mem::align_of::<PaArgs>() - 8usize];
     [
         "Offset of field: PaArgs::control",
@@ -557,62 +562,63 @@ const _: () = {
     [
         "Offset of field: PaArgs::status",
     ][::std::mem::offset_of!(PaArgs, status) - 16usize];
+    ["Offset of field: PaArgs::waits"][::std::mem::offset_of!(PaArgs, waits) - 24usize];
     [
         "Offset of field: PaArgs::channel",
-    ][::std::mem::offset_of!(PaArgs, channel) - 24usize];
+    ][::std::mem::offset_of!(PaArgs, channel) - 32usize];
     [
         "Offset of field: PaArgs::buckets",
-    ][::std::mem::offset_of!(PaArgs, buckets) - 32usize];
-    ["Offset of field: PaArgs::links"][::std::mem::offset_of!(PaArgs, links) - 40usize];
+    ][::std::mem::offset_of!(PaArgs, buckets) - 40usize];
+    ["Offset of field: PaArgs::links"][::std::mem::offset_of!(PaArgs, links) - 48usize];
     [
         "Offset of field: PaArgs::timeout_ns",
-    ][::std::mem::offset_of!(PaArgs, timeout_ns) - 88usize];
+    ][::std::mem::offset_of!(PaArgs, timeout_ns) - 96usize];
     [
         "Offset of field: PaArgs::schedule",
-    ][::std::mem::offset_of!(PaArgs, schedule) - 96usize];
+    ][::std::mem::offset_of!(PaArgs, schedule) - 104usize];
     [
         "Offset of field: PaArgs::weight",
-    ][::std::mem::offset_of!(PaArgs, weight) - 104usize];
+    ][::std::mem::offset_of!(PaArgs, weight) - 112usize];
     [
         "Offset of field: PaArgs::detail",
-    ][::std::mem::offset_of!(PaArgs, detail) - 112usize];
-    ["Offset of field: PaArgs::found"][::std::mem::offset_of!(PaArgs, found) - 120usize];
+    ][::std::mem::offset_of!(PaArgs, detail) - 120usize];
+    ["Offset of field: PaArgs::found"][::std::mem::offset_of!(PaArgs, found) - 128usize];
     [
         "Offset of field: PaArgs::measured",
-    ][::std::mem::offset_of!(PaArgs, measured) - 128usize];
-    ["Offset of field: PaArgs::share"][::std::mem::offset_of!(PaArgs, share) - 144usize];
-    ["Offset of field: PaArgs::rank"][::std::mem::offset_of!(PaArgs, rank) - 152usize];
-    ["Offset of field: PaArgs::world"][::std::mem::offset_of!(PaArgs, world) - 156usize];
+    ][::std::mem::offset_of!(PaArgs, measured) - 136usize];
+    ["Offset of field: PaArgs::share"][::std::mem::offset_of!(PaArgs, share) - 152usize];
+    ["Offset of field: PaArgs::rank"][::std::mem::offset_of!(PaArgs, rank) - 160usize];
+    ["Offset of field: PaArgs::world"][::std::mem::offset_of!(PaArgs, world) - 164usize];
     [
         "Offset of field: PaArgs::channels",
-    ][::std::mem::offset_of!(PaArgs, channels) - 160usize];
-    ["Offset of field: PaArgs::slots"][::std::mem::offset_of!(PaArgs, slots) - 164usize];
+    ][::std::mem::offset_of!(PaArgs, channels) - 168usize];
+    ["Offset of field: PaArgs::slots"][::std::mem::offset_of!(PaArgs, slots) - 172usize];
     [
         "Offset of field: PaArgs::slot_packs",
-    ][::std::mem::offset_of!(PaArgs, slot_packs) - 168usize];
+    ][::std::mem::offset_of!(PaArgs, slot_packs) - 176usize];
     [
         "Offset of field: PaArgs::bucket_count",
-    ][::std::mem::offset_of!(PaArgs, bucket_count) - 172usize];
-    ["Offset of field: PaArgs::flags"][::std::mem::offset_of!(PaArgs, flags) - 176usize];
+    ][::std::mem::offset_of!(PaArgs, bucket_count) - 180usize];
+    ["Offset of field: PaArgs::flags"][::std::mem::offset_of!(PaArgs, flags) - 184usize];
     [
         "Offset of field: PaArgs::fault_step",
-    ][::std::mem::offset_of!(PaArgs, fault_step) - 180usize];
-    ["Offset of field: PaArgs::spins"][::std::mem::offset_of!(PaArgs, spins) - 184usize];
+    ][::std::mem::offset_of!(PaArgs, fault_step) - 188usize];
+    ["Offset of field: PaArgs::spins"][::std::mem::offset_of!(PaArgs, spins) - 192usize];
     [
         "Offset of field: PaArgs::remote_ns",
-    ][::std::mem::offset_of!(PaArgs, remote_ns) - 188usize];
+    ][::std::mem::offset_of!(PaArgs, remote_ns) - 196usize];
     [
         "Offset of field: PaArgs::delay_ns",
-    ][::std::mem::offset_of!(PaArgs, delay_ns) - 192usize];
+    ][::std::mem::offset_of!(PaArgs, delay_ns) - 200usize];
     [
         "Offset of field: PaArgs::from_segment",
-    ][::std::mem::offset_of!(PaArgs, from_segment) - 196usize];
+    ][::std::mem::offset_of!(PaArgs, from_segment) - 204usize];
     [
         "Offset of field: PaArgs::to_segment",
-    ][::std::mem::offset_of!(PaArgs, to_segment) - 200usize];
+    ][::std::mem::offset_of!(PaArgs, to_segment) - 208usize];
     [
         "Offset of field: PaArgs::reserved",
-    ][::std::mem::offset_of!(PaArgs, reserved) - 204usize];
+    ][::std::mem::offset_of!(PaArgs, reserved) - 212usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone, bytemuck::Pod, bytemuck::Zeroable)]
@@ -621,7 +627,7 @@ pub struct PaLaunch {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of PaLaunch"][::std::mem::size_of::<PaLaunch>() - 3328usize];
+    ["Size of PaLaunch"][::std::mem::size_of::<PaLaunch>() - 3456usize];
     ["Alignment of PaLaunch"][::std::mem::align_of::<PaLaunch>() - 8usize];
     ["Offset of field: PaLaunch::args"][::std::mem::offset_of!(PaLaunch, args) - 0usize];
 };

@@ -14,8 +14,8 @@ pub enum Algorithm {
     /// [`Link::Host`](crate::Link::Host), on several devices.
     Auto,
     /// Ring all-reduce through mailboxes. Extra memory of a rank: at most S/n + 4 MiB for S bytes
-    /// of parameters and n ranks, on a CUDA device 16 MiB more, or twice that where a rank reads
-    /// from its own memory and writes to its own; and the state of an
+    /// of parameters and n ranks, on a CUDA device 16 MiB more for each of its two links whose
+    /// mailbox it has, which is one as a rule; and the state of an
     /// [outer optimizer](Builder::outer); 2 S with [compression](Builder::compression); with a
     /// [stage](Builder::stage) 4 bytes more for each element of f16 and bf16, over n. Shard s is
     /// summed in the order of ranks s+1, s+2, …, s, counted along
@@ -23,8 +23,8 @@ pub enum Algorithm {
     Ring,
     /// Owner computes: the owner of each part reads all ranks' values, adds them in the order of
     /// [`ring_order`](ParamAverager::ring_order), which is that of the ranks unless they are on
-    /// several CUDA devices, and writes all ranks' means. No mailboxes, one rounding, at most 1 MiB of extra memory, and the state
-    /// of an [outer optimizer](Builder::outer).
+    /// several CUDA devices, and writes all ranks' means. No mailboxes, one rounding, at most 1 MiB
+    /// of extra memory, and the state of an [outer optimizer](Builder::outer).
     ///
     /// Between CUDA devices it needs peer access, which a probe of its own has found to work, and
     /// tensors in memory that `cuMemAlloc` has allocated in the primary context, or of a pool

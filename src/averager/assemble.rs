@@ -168,7 +168,7 @@ impl ParamAverager {
             mixed: false,
             lost_state: 0.0,
             #[cfg(feature = "metrics")]
-            metrics: super::telemetry::Metrics::new(options.communicator.rank()),
+            metrics: super::telemetry::Metrics::new(communicator.rank(), world),
             stage: RankStage::new(&options, &table, sizes.chunk, channels),
             failed: None,
             exchanges: 0,
@@ -216,6 +216,7 @@ impl ParamAverager {
             control: self.agreement.control.address(),
             host: self.agreement.control.host_address(),
             status: self.own.engine.status(),
+            waits: self.own.waits.as_ref().map_or(0, Memory::address),
             channel: self.own.engine.channels(),
             links: [
                 link(own, handshake(previous), is_pull(previous)),

@@ -211,8 +211,9 @@ impl Builder {
 
     /// Telemetry in each [`Report`](crate::Report): the norm of the parameters, and how far the
     /// average has moved those of this rank, from a sample of about 64 KiB of each dtype at
-    /// most. It costs two small launches, and memory for the sample; nothing travels between the
-    /// ranks.
+    /// most; and how long each rank has [waited](crate::Telemetry::waits) in the average before. It
+    /// costs two small launches, and memory for the sample. A rank reads one number more of each
+    /// other one; nothing is sent or waited for.
     /// [`Schedule::divergence`](crate::Schedule::divergence) needs it. Default: `false`.
     pub fn telemetry(mut self, telemetry: bool) -> Self {
         self.telemetry = telemetry;

@@ -8,6 +8,7 @@ use super::defaults;
 use super::link::Link;
 use super::outer_state::OuterState;
 use super::table::Table;
+use super::telemetry;
 use crate::abi::*;
 use crate::backend::cpu::instruction_sets;
 use crate::backend::{limits, Copied, Engine, Memory, MemorySpace};
@@ -134,6 +135,8 @@ pub(super) struct RankMemory {
     pub(super) coded: Vec<[Memory; 2]>,
     /// Samples for telemetry, for each bucket.
     samples: Vec<Memory>,
+    /// Waits of all ranks, for telemetry.
+    pub(super) waits: Option<Memory>,
     /// Copy of one fragment, where averages are made of copies.
     copy: Option<Memory>,
     /// Memory that neighbours access; see `Handshake`.
@@ -170,11 +173,8 @@ impl RankMemory {
         let mut outer = match options.outer.is_mean() {
             true => None,
             false => {
-                let state = OuterState::new(options, table, sizes.chunk, channels, ring);
-                Some(match options.shares_state() {
-                    true => state.map_err(failed)?,
-                    false => state.map_err(own_failed)?,
-                })
+                let division = (sizes.chunk, channels, ring);
+                Some(OuterState::new(options, table, division, failed, own_failed)?)
             }
         };
         for (index, (bucket, raw)) in table.buckets.iter().zip(&mut table.raw).enumerate() {
@@ -218,6 +218,8 @@ impl RankMemory {
                 }
             }
         }
+        let waits = options.telemetry.then(|| telemetry::waits::memory(space));
+        let waits = waits.transpose().map_err(own_failed)?;
         let mut copy = None;
         if options.overlap.copies() {
             let (bytes, places) = places_of_copies(table);
@@ -288,6 +290,7 @@ impl RankMemory {
             outer: outer.map(Arc::new),
             coded,
             samples,
+            waits,
             copy,
             inbox: inbox.map(Arc::new),
             credits: credits.map(Arc::new),
@@ -297,7 +300,13 @@ impl RankMemory {
 
     /// Number of bytes in all.
     pub(super) fn bytes(&self, table: &Table) -> usize {
-        let own = self.shards.iter().chain(&self.means).chain(&self.samples).chain(&self.copy);
+        let own = self
+            .shards
+            .iter()
+            .chain(&self.means)
+            .chain(&self.samples)
+            .chain(&self.waits)
+            .chain(&self.copy);
         let own = own.chain(self.coded.as_flattened());
         let own: usize = own.map(Memory::bytes).sum();
         let mailbox: usize =

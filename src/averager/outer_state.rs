@@ -138,14 +138,15 @@ struct BucketState {
 }
 
 impl OuterState {
-    /// Allocates zeroed state.
+    /// Allocates zeroed state. `failed` makes the error of memory that ranks share, `own_failed`
+    /// that of other memory.
     pub(super) fn new(
         options: &Builder,
         table: &Table,
-        chunk: u32,
-        channels: u32,
-        is_ring: bool,
-    ) -> Result<OuterState, String> {
+        (chunk, channels, is_ring): (u32, u32, bool),
+        failed: impl Fn(String) -> Error,
+        own_failed: impl Fn(String) -> Error,
+    ) -> Result<OuterState> {
         let (communicator, slots) = (&options.communicator, options.outer.slots());
         let world = communicator.world_size() as u32;
         let space = communicator.space();
@@ -157,7 +158,7 @@ impl OuterState {
             let array = shard as usize * pack_bytes;
             let is_wider = pack_bytes > PA_PACK_BYTES as usize;
             let mean = match is_ring && is_wider {
-                true => Some(Memory::new(space, array)?),
+                true => Some(Memory::new(space, array).map_err(&own_failed)?),
                 false => None,
             };
             let packs = bucket.packs;
@@ -165,8 +166,8 @@ impl OuterState {
             at += array * (slots + 1);
         }
         let memory = match options.shares_state() {
-            true => Link::place(true, communicator.placement(), space, at)?,
-            false => Memory::new(space, at)?,
+            true => Link::place(true, communicator.placement(), space, at).map_err(failed)?,
+            false => Memory::new(space, at).map_err(own_failed)?,
         };
         Ok(OuterState {
             division: Division { world, channels, chunk, is_ring },

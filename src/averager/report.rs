@@ -14,7 +14,8 @@ pub struct Report {
     /// Time from the call to the return.
     pub elapsed: Duration,
     /// Part of `elapsed` spent waiting for peers, at the start or on the way. Maximum over
-    /// channels.
+    /// channels. On CUDA devices ranks meet before their kernels begin, and the wait for that is
+    /// not in it, except in a replay of a graph.
     pub waited: Duration,
     /// Part of `elapsed` since all ranks had come: the time of the average itself. Maximum over
     /// channels. `None`: not measured, since the schedule needs no measurements.
@@ -47,9 +48,9 @@ pub struct Report {
     /// Steps of [`LocalSgd`](crate::LocalSgd) on this rank since the average before: H, for an
     /// average that was due. 0 for averages by hand.
     pub local_steps: u64,
-    /// Change that the average made to this rank's parameters. `None` without
-    /// [`Builder::telemetry`](crate::Builder::telemetry), and for a rank alone that has neither an
-    /// outer optimizer nor a stage.
+    /// Change that the average made to this rank's parameters, and waits of all ranks. `None`
+    /// without [`Builder::telemetry`](crate::Builder::telemetry), and for a rank alone that has
+    /// neither an outer optimizer nor a stage.
     pub telemetry: Option<Telemetry>,
 }
 

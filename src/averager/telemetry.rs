@@ -1,10 +1,13 @@
 //! Telemetry of averages: the change of this rank's parameters by an average, and the ways out:
 //! events of `tracing`, instruments of `metrics`, lines of CSV.
 
+pub(super) mod waits;
+
 use super::{ParamAverager, Report};
 
-/// Norms of one rank's parameters around an average: estimates from a sample of the elements, the
-/// same in every average. For models of up to 4 KiB all elements are in it.
+/// Norms of one rank's parameters around an average, and the waits of all ranks. Norms are
+/// estimates from a sample of the elements, the same in every average. For models of up to 4 KiB
+/// all elements are in it.
 ///
 /// Elements that are NaN or infinite, or were, are in no norm.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -20,6 +23,7 @@ pub struct Telemetry {
     pub largest_change: f64,
     /// Share of the elements that are NaN or infinite after the average, or were before.
     pub non_finite: f64,
+    waits: waits::Waits,
 }
 
 impl Telemetry {
@@ -36,24 +40,29 @@ impl Telemetry {
 impl Report {
     /// Names of the columns of [`csv`](Self::csv), with commas between them.
     pub const CSV_COLUMNS: &str = "world_size,algorithm,bytes,elapsed_s,waited_s,algbw_gb_s,\
-        local_steps,norm,change,relative_change,largest_change,non_finite,lost_state";
+        local_steps,norm,change,relative_change,largest_change,non_finite,lost_state,\
+        waits_s";
 
     /// This report as one line of comma-separated values, without a line break: times in seconds,
-    /// bandwidths in GB/s. The columns of [`Telemetry`] are empty where there is none.
+    /// bandwidths in GB/s. The columns of [`Telemetry`] are empty where there is none. That of
+    /// [`Telemetry::waits`] is a list, with semicolons between the ranks.
     pub fn csv(&self) -> String {
-        let telemetry = match &self.telemetry {
-            Some(of) => format!(
-                "{},{},{},{},{}",
-                of.norm,
-                of.change,
-                of.relative_change(),
-                of.largest_change,
-                of.non_finite
-            ),
-            None => ",,,,".into(),
+        let (telemetry, waits) = match &self.telemetry {
+            Some(of) => {
+                let norms = format!(
+                    "{},{},{},{},{}",
+                    of.norm,
+                    of.change,
+                    of.relative_change(),
+                    of.largest_change,
+                    of.non_finite
+                );
+                (norms, of.waits_in_seconds().to_string())
+            }
+            None => (",,,,".into(), String::new()),
         };
         format!(
-            "{},{:?},{},{},{},{},{},{telemetry},{}",
+            "{},{:?},{},{},{},{},{},{telemetry},{},{waits}",
             self.world_size,
             self.algorithm,
             self.bytes,
@@ -83,14 +92,15 @@ impl ParamAverager {
         let segments = self.table.buckets.iter().flat_map(|bucket| &bucket.segments);
         let elements: u64 = segments.map(|segment| segment.elements).sum();
         let non_finite = (bad / elements.max(1) as f64).min(1.0);
-        Telemetry { norm: norm.sqrt(), change: change.sqrt(), largest_change, non_finite }
+        let (norm, change, waits) = (norm.sqrt(), change.sqrt(), self.waits());
+        Telemetry { norm, change, largest_change, non_finite, waits }
     }
 
     /// Tells subscribers and recorders of an average that this rank has made.
     pub(super) fn publish(&self, report: &Report) {
         #[cfg(feature = "tracing")]
         {
-            let of = report.telemetry;
+            let of = report.telemetry.as_ref();
             tracing::debug!(
                 target: "param_averager",
                 rank = self.rank(),
@@ -106,6 +116,7 @@ impl ParamAverager {
                 relative_change = of.map(|of| of.relative_change()),
                 largest_change = of.map(|of| of.largest_change),
                 non_finite = of.map(|of| of.non_finite),
+                waits_s = of.map(|of| tracing::field::debug(of.waits_in_seconds())),
                 "an average was made"
             );
         }
@@ -129,13 +140,19 @@ pub(super) struct Metrics {
     relative_change: metrics::Gauge,
     largest_change: metrics::Gauge,
     non_finite: metrics::Gauge,
+    /// Waits of all ranks.
+    waits: Vec<metrics::Gauge>,
 }
 
 #[cfg(feature = "metrics")]
 impl Metrics {
-    pub(super) fn new(rank: usize) -> Metrics {
+    pub(super) fn new(rank: usize, world: usize) -> Metrics {
         use metrics::{counter, gauge, histogram};
         let rank = rank.to_string();
+        let wait = |peer: usize| {
+            let peer = peer.to_string();
+            gauge!("param_averager_peer_waited_seconds", "rank" => rank.clone(), "peer" => peer)
+        };
         let gauge = |name: &'static str| gauge!(name, "rank" => rank.clone());
         let histogram = |name: &'static str| histogram!(name, "rank" => rank.clone());
         let counter = |name: &'static str| counter!(name, "rank" => rank.clone());
@@ -151,6 +168,7 @@ impl Metrics {
             relative_change: gauge("param_averager_relative_change"),
             largest_change: gauge("param_averager_largest_change"),
             non_finite: gauge("param_averager_non_finite"),
+            waits: (0..world).map(wait).collect(),
         }
     }
 
@@ -167,6 +185,7 @@ impl Metrics {
             self.relative_change.set(of.relative_change());
             self.largest_change.set(of.largest_change);
             self.non_finite.set(of.non_finite);
+            self.waits.iter().zip(of.waits()).for_each(|(gauge, wait)| gauge.set(*wait));
         }
     }
 }

@@ -183,6 +183,10 @@ impl Memory {
     /// Nothing else writes the memory meanwhile.
     pub(crate) unsafe fn read(&self, to: &mut [u8]) -> Result<(), String> {
         assert!(to.len() <= self.bytes());
+        #[cfg(processes)]
+        if let Memory::Registered(registered) = self {
+            registered.wait_for_device()?;
+        }
         match (self, self.host_pointer()) {
             (_, Some(from)) => {
                 // SAFETY: inside of this memory; the caller's promise.

@@ -229,6 +229,7 @@ mod processes {
     absent!(Registered {
         fn address() -> u64;
         fn memfd() -> &Memfd;
+        fn wait_for_device() -> Result<(), Failed>;
     });
 
     impl Registered {

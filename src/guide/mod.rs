@@ -46,8 +46,8 @@
 //! between the commit and the gather, in a kernel of its own: three launches instead of one. Where
 //! ranks can address each other's tensors (threads of one process, on CPUs, on one CUDA device, or
 //! on devices with verified access over NVLink), [`Algorithm::Auto`](crate::Algorithm::Auto) takes
-//! the direct way instead: the owner of each part reads its n values, adds them in one order, rounds
-//! once and writes n results. The outer step is a part of its one kernel.
+//! the direct way instead: the owner of each part reads its n values, adds them in one order,
+//! rounds once and writes n results. The outer step is a part of its one kernel.
 //!
 //! The kernels' source is written once and compiled for CPUs and, by nvcc, for NVIDIA GPUs. It is
 //! meant to be read: `kernels/ring.h` and `kernels/direct.h` first.

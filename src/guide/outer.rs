@@ -66,16 +66,26 @@
 //! | a rank is lost | the mean of the first average after the recovery | stay; 0 in the part of the lost rank ([`Report::lost_state`](crate::Report::lost_state)), unless ranks share their states |
 //! | a process joins | the values that all ranks have then | stay, divided anew |
 //!
-//! With [`Builder::share_outer_state`](crate::Builder::share_outer_state), for processes on CPUs,
-//! each rank's state lies in memory that the next rank of the ring maps. It outlives the rank, and
-//! the averages after a recovery go on with the whole velocity. Averages do nothing more for it,
-//! and it takes no more memory but that of a lost rank, until the first step after a recovery.
-//! These cases are left:
+//! With [`Builder::share_outer_state`](crate::Builder::share_outer_state), for processes, each
+//! rank's state lies in memory of the host that the next rank of the ring maps. It outlives the
+//! rank, and the averages after a recovery go on with the whole velocity. It takes no more memory
+//! but that of a lost rank, until the first step after a recovery. On CPUs averages do nothing more
+//! for it. On CUDA devices the state is no longer in memory of the device, and each outer step goes
+//! over the device's link to the host, for N parameters, n ranks and k numbers of state for each
+//! (θ and v: 2; with Adam 3):
+//!
+//! | bytes of a rank | of f16, bf16, f32 | of f64 |
+//! |---|---|---|
+//! | of the device, saved | 4 · k · N/n | 8 · k · N/n |
+//! | to the device in a step, and as many from it | 4 · k · N/n | 8 · k · N/n |
+//! | from the device in an average that gives θ (`build`, `broadcast`) | 4 · N/n | 8 · N/n |
+//!
+//! OpenDiLoCo has its outer optimizer in memory of the host, too. These cases are left:
 //!
 //! | ranks that are lost | velocity and moments |
 //! |---|---|
 //! | one, between averages or in one that is not committed | stay |
-//! | one, in an average that is committed | stay; where its step was not made or half made, its part is that before the step, number by number |
+//! | one, in an average that is committed | stay; where its step was not made or half made, its part is that before the step, number by number; on devices tested in simulation only |
 //! | several, none of them next to another one in the ring | stay |
 //! | a rank and the next one of the ring, before the first step without the first of them | 0 in the first one's part |
 //! | one, from [`LocalSgd::load`](crate::LocalSgd::load) to the first step after it | 0 in its part, if its peers have loaded, too: all ranks load, or none |

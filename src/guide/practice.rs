@@ -137,7 +137,8 @@
 //! How far the ranks' parameters are from their mean says whether H is too large. With
 //! [`Builder::telemetry`](crate::Builder::telemetry) every [`Report`](crate::Report) has this
 //! rank's distance, relative to the norm, and the share of values that are not finite, from a
-//! sample; flodl warns from 0.05 on.
+//! sample; flodl warns from 0.05 on. [`Telemetry::waits`](crate::Telemetry::waits) tells on every
+//! rank how long each of them has waited in the average before: a rank that comes late waits least.
 //!
 //! ```
 //! use param_averager::{Action, Communicator, Device, LocalSgd, ParamAverager, Report, Schedule};

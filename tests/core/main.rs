@@ -37,4 +37,5 @@ mod stage_vetoes;
 mod start;
 mod telemetry;
 mod telemetry_sinks;
+mod telemetry_waits;
 mod uneven;

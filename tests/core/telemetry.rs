@@ -68,7 +68,7 @@ fn fill(tensor: &mut Guarded, rank: usize, seed: u64) {
     }
 }
 
-const WAYS: [(Algorithm, bool); 3] =
+pub const WAYS: [(Algorithm, bool); 3] =
     [(Algorithm::Direct, true), (Algorithm::Ring, true), (Algorithm::Ring, false)];
 
 #[test]

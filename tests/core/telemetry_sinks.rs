@@ -32,6 +32,7 @@ fn a_line_of_csv_has_a_value_for_each_column() {
         assert_eq!((of["change"], of["norm"]), (change, change));
         let [largest, bad] = if telemetry { ["0.5", "0"] } else { [""; 2] };
         assert_eq!((of["largest_change"], of["non_finite"]), (largest, bad));
+        assert_eq!(of["waits_s"], if telemetry { "0;0" } else { "" });
     }
 }
 
@@ -88,6 +89,13 @@ fn each_average_is_an_event_of_tracing() {
         assert!(events.iter().all(|event| event["rank"] == rank.to_string()));
         assert_eq!((&events[0]["change"][..], &events[0]["local_steps"][..]), ("2.0", "0"));
         assert_eq!((&events[1]["change"][..], &events[1]["local_steps"][..]), ("0.0", "2"));
+        // Those of all ranks, in the average before.
+        let of = |event: &BTreeMap<_, String>, name: &str| -> f64 { event[name].parse().unwrap() };
+        for (before, event) in events.iter().zip(&events[1..]) {
+            let list = event["waits_s"].trim_matches(['[', ']']);
+            let waits: Vec<f64> = list.split(", ").map(|wait| wait.parse().unwrap()).collect();
+            assert_eq!((waits.len(), waits[rank]), (2, of(before, "waited_s")));
+        }
         assert_eq!(events[0]["message"], "an average was made");
     }
 }
@@ -199,6 +207,10 @@ fn each_average_is_recorded_with_metrics() {
         assert_eq!([of("norm"), of("change"), of("relative_change")], [2.0, 0.0, 0.0]);
         assert_eq!([of("largest_change"), of("non_finite")], [0.0, 0.0]);
         assert!(of("elapsed_seconds") > 0.0 && of("waited_seconds") >= 0.0);
-        assert_eq!(all.len(), 11, "{all:?}");
+        let peers = [0, 1].map(|peer| {
+            all[&format!("param_averager_peer_waited_seconds rank={rank} peer={peer}")]
+        });
+        assert!(peers.iter().all(|&wait| (0.0..100.0).contains(&wait)), "{peers:?}");
+        assert_eq!(all.len(), 13, "{all:?}");
     }
 }

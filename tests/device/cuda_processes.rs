@@ -3,6 +3,7 @@
 pub mod coded;
 pub mod outer;
 mod ranks;
+pub mod shared_state;
 
 use std::time::Duration;
 

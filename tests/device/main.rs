@@ -24,9 +24,8 @@ fn main() -> ExitCode {
     #[cfg(target_os = "linux")]
     if let Ok(role) = std::env::var(test_support::process::ROLE) {
         test_support::process::exit_as(move || match role.as_str() {
-            role @ ("devices" | "abort" | "threads" | "captures" | "coded-copies") => {
-                cuda_processes::rank(role)
-            }
+            role @ ("devices" | "abort" | "threads" | "captures" | "coded-copies"
+            | "shared-bits" | "shared-dies") => cuda_processes::rank(role),
             "unkind" => unkind::process(),
             role => test_support::rank::run(role),
         });
@@ -102,7 +101,12 @@ fn main() -> ExitCode {
         cuda_processes::coded::coded_averages_have_the_bits_of_the_cpu: driver,
         cuda_processes::outer::kills_carry_the_velocity_over: driver,
         cuda_processes::outer::a_joiner_takes_over_its_shard_of_the_velocity: driver,
-        cuda_processes::outer::states_on_devices_are_not_shared: driver,
+        cuda_processes::outer::a_process_joins_ranks_that_share_their_states: driver,
+        cuda_processes::shared_state::a_shared_state_has_the_bits_of_one_on_the_device: driver,
+        cuda_processes::shared_state::nothing_of_a_lost_state_is_lost: driver,
+        cuda_processes::shared_state::a_step_that_was_made_is_not_lost_with_its_average: driver,
+        cuda_processes::shared_state::a_kernel_that_was_cut_off_leaves_its_state: driver,
+        cuda_processes::shared_state::kills_lose_nothing_of_shared_states: driver,
         cuda_processes::outer::a_capture_before_the_first_average_since_a_recovery_is_refused:
             driver,
     ]);

@@ -48,6 +48,7 @@ mod stops;
 mod trainers;
 #[cfg(target_os = "linux")]
 mod unknown;
+mod waits;
 
 #[cfg(not(target_os = "linux"))]
 fn main() {}
@@ -71,6 +72,7 @@ fn main() -> std::process::ExitCode {
             "joins_only" => admissions::joins_only(),
             "fails_late" => admissions::fails_late(),
             "adapts" => schedules::adapts(),
+            "waits" => waits::waits(),
             "first_day" => trainers::first_day(),
             "done_beside_a_death" => trainers::done_beside_a_death(),
             "mean_on_one_core" => trainers::mean_on_one_core(),
@@ -191,6 +193,7 @@ fn main() -> std::process::ExitCode {
             partly::a_rank_that_is_left_alone_by_half_an_average_says_so,
             resume::a_world_killed_after_a_save_loads_it_and_ends_as_one_that_ran_through,
             schedules::ranks_go_on_with_one_h_after_a_death_and_a_join,
+            waits::every_rank_tells_how_long_all_have_waited,
             shared_state::nothing_of_a_lost_state_is_lost,
             shared_state::a_shared_state_takes_no_more_memory,
             shared_state::a_large_state_is_carried_over,

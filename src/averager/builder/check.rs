@@ -33,10 +33,6 @@ impl Builder {
                 "Own, with an outer optimizer".into(),
                 "Rank or Mean: an outer step begins from parameters that all ranks have had",
             ),
-            _ if self.sharing_refusal().is_some() => {
-                let (found, expected) = self.sharing_refusal().expect("just seen");
-                refuse("share_outer_state", found, expected)
-            }
             _ if self.overlap_refusal().is_some() => {
                 let (option, found, expected) = self.overlap_refusal().expect("just seen");
                 refuse(option, found, expected)

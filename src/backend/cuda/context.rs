@@ -235,14 +235,19 @@ impl Context {
         unsafe { call!(cuStreamSynchronize(self.side)) }
     }
 
+    /// Waits for all work that the device has been given so far.
+    pub(crate) fn wait_for_all(&self) -> Result<(), Failed> {
+        let _bound = self.bind()?;
+        // SAFETY: no argument.
+        unsafe { call!(cuCtxSynchronize()) }
+    }
+
     /// Reads bytes after all work that the device has been given so far.
     ///
     /// # Safety
     /// The bytes are in memory of the device that stays allocated.
     pub(crate) unsafe fn read_behind_all(&self, from: u64, to: &mut [u8]) -> Result<(), Failed> {
-        let _bound = self.bind()?;
-        // SAFETY: no argument.
-        unsafe { call!(cuCtxSynchronize()) }?;
+        self.wait_for_all()?;
         self.on_the_side(|stream| {
             // SAFETY: the caller's promise; `to` outlives the copy, which is waited for.
             unsafe { call!(cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), from, to.len(), stream)) }

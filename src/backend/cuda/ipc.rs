@@ -28,8 +28,10 @@ impl Registered {
         let _bound = context.bind()?;
         let start = memfd.address() as *mut _;
         let flags = sys::CU_MEMHOSTREGISTER_PORTABLE | sys::CU_MEMHOSTREGISTER_DEVICEMAP;
+        // Of no bytes, one is mapped.
+        let bytes = memfd.bytes().max(1);
         // SAFETY: mapped with this size until it is unregistered.
-        unsafe { call!(cuMemHostRegister_v2(start, memfd.bytes(), flags)) }?;
+        unsafe { call!(cuMemHostRegister_v2(start, bytes, flags)) }?;
         let mut registered =
             Registered { context: context.clone(), memfd: Some(memfd), address: 0 };
         // SAFETY: registered for devices above.
@@ -39,6 +41,11 @@ impl Registered {
 
     pub(crate) fn address(&self) -> u64 {
         self.address
+    }
+
+    /// Waits until all work that the device has been given so far has written the memory.
+    pub(crate) fn wait_for_device(&self) -> Result<(), Failed> {
+        self.context.wait_for_all()
     }
 
     pub(crate) fn memfd(&self) -> &Memfd {

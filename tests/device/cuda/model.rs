@@ -112,6 +112,18 @@ impl Model {
         self.upload();
     }
 
+    /// Sets all elements to small integers, which depend on the seed alone.
+    pub fn fill(&mut self, seed: u64) {
+        let mut random = Random(seed);
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut self.host);
+        for tensor in &self.tensors {
+            for element in bytes[tensor.bytes()].chunks_exact_mut(tensor.dtype.size()) {
+                put(tensor.dtype, random.below(64) as f64, element);
+            }
+        }
+        self.upload();
+    }
+
     fn upload(&self) {
         if let Some((context, address)) = &self.device {
             context.bind_to_thread().unwrap();

@@ -8,12 +8,12 @@ use param_averager::*;
 use super::{one, Case};
 use crate::cuda::model::{ordinal, Model};
 use test_support::process::{check_survivors, check_velocity, name, start_and_kill};
-use test_support::rank::{builder, device, die, join, say};
+use test_support::rank::{builder, device, die, join, number, say};
 use test_support::simulator::{environment, Setting};
 use test_support::{seed, Random};
 
-const THREE: Setting<'_> = ("CUDASIM_DEVICES", "3");
-const FOUR: Setting<'_> = ("CUDASIM_DEVICES", "4");
+pub const THREE: Setting<'_> = ("CUDASIM_DEVICES", "3");
+pub const FOUR: Setting<'_> = ("CUDASIM_DEVICES", "4");
 
 /// Kills at any time: the velocity of an element goes on, or begins at 0 where its rank was lost,
 /// and reports tell the share that was lost.
@@ -31,26 +31,22 @@ pub fn kills_carry_the_velocity_over() {
     assert!(lost_most > 0.2, "a fourth of the state at least is lost with one of four ranks");
 }
 
-/// No promise says that memory of a device outlives its process.
-pub fn states_on_devices_are_not_shared() {
-    let case = Case { devices: &[0, 1], hidden: false, link: "auto", settings: &[THREE] };
-    let variables = |_| {
-        [("PA_TEST_SHARES", "1"), ("PA_TEST_FINAL", "2")].map(|(name, is)| (name, is.into())).into()
-    };
-    let Some(mut ranks) = case.start("outer", variables) else { return };
-    for rank in &mut ranks {
-        assert_eq!(rank.end(), Some(3), "{:#?}", rank.output);
-        let error = &rank.said("error")[0];
-        assert!(error.contains("share_outer_state") && error.contains("CUDA"), "{error}");
-    }
-}
-
 /// A process on a third device gets its shard of the velocity, and nothing is lost.
 pub fn a_joiner_takes_over_its_shard_of_the_velocity() {
+    joins("0");
+}
+
+/// The same where states are in memory of the host.
+pub fn a_process_joins_ranks_that_share_their_states() {
+    joins("1");
+}
+
+fn joins(shares: &str) {
     let Some(environment) = environment(&[THREE]) else { return };
     let name = name();
-    let until = [("PA_TEST_FINAL", "3".to_owned()), ("PA_TEST_ROUNDS", "5".to_owned())];
-    let environment = [environment, until.to_vec()].concat();
+    let until = [("PA_TEST_FINAL", "3"), ("PA_TEST_ROUNDS", "5"), ("PA_TEST_SHARES", shares)];
+    let environment =
+        [environment, until.map(|(name, is)| (name, is.to_owned())).to_vec()].concat();
     let first = |origin: usize| one("outer", &environment, &name, origin, origin, Some(2));
     let mut ranks = vec![first(0), first(1)];
     ranks.iter_mut().for_each(|rank| drop(rank.wait_for("ready")));
@@ -61,9 +57,12 @@ pub fn a_joiner_takes_over_its_shard_of_the_velocity() {
 
 pub fn a_capture_before_the_first_average_since_a_recovery_is_refused() {
     let case = Case { devices: &[0, 1, 2], hidden: false, link: "auto", settings: &[THREE] };
-    let Some(mut ranks) = case.start("captures", |_| vec![]) else { return };
-    assert_eq!(ranks[2].end(), None, "{:#?}", ranks[2].output);
-    check_survivors(&mut ranks, 2);
+    for shares in ["0", "1"] {
+        let shares = |_| vec![("PA_TEST_SHARES", shares.to_owned())];
+        let Some(mut ranks) = case.start("captures", shares) else { return };
+        assert_eq!(ranks[2].end(), None, "{:#?}", ranks[2].output);
+        check_survivors(&mut ranks, 2);
+    }
 }
 
 const ELEMENTS: usize = 5000;
@@ -85,6 +84,7 @@ pub fn captures() -> Result<()> {
     // SAFETY: as above.
     let mut params = unsafe { RawCudaParams::new(raw.cast(), &mut model) };
     let options = builder(communicator).start_from(Start::Rank(0)).outer(Outer::sgd(0.5));
+    let options = options.share_outer_state(number("PA_TEST_SHARES") == Some(1));
     let mut averager = options.build(&mut params)?;
     averager.average(&mut params)?;
     if rank == 2 {

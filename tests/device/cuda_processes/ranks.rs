@@ -34,6 +34,8 @@ pub fn rank(role: &str) -> i32 {
         "threads" => threads(),
         "captures" => super::outer::captures(),
         "coded-copies" => super::coded::rank(),
+        "shared-bits" => super::shared_state::bits(),
+        "shared-dies" => super::shared_state::dies(),
         _ => averages(),
     };
     match result {

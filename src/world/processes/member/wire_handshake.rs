@@ -109,7 +109,7 @@ impl Unopened {
         let Unopened { rank, mut handshake, memories, files, is_short } = self;
         let refuse = |reason: String| Error::PeerBuildFailed { rank, reason };
         let mut files = files.into_iter();
-        let mut open = |index: usize| -> Result<Option<Memory>> {
+        let mut open = |index: usize, space: &MemorySpace| -> Result<Option<Memory>> {
             let Some(handle) = &memories[index] else { return Ok(None) };
             if is_short {
                 return Err(Error::SharedMemory { rank: reader.rank, reason: short_of_files() });
@@ -119,7 +119,7 @@ impl Unopened {
             if !reader.wanted[index] {
                 return Ok(None);
             }
-            let opened = Memory::open(reader.space, handle, file).map(Some);
+            let opened = Memory::open(space, handle, file).map(Some);
             opened.map_err(|unopened| match unopened {
                 Fault::Wrong(reason) => refuse(reason),
                 Fault::Short(reason) => {
@@ -128,10 +128,11 @@ impl Unopened {
                 }
             })
         };
-        handshake.inbox = open(0)?.map(Arc::new);
-        handshake.credits = open(1)?.map(Arc::new);
-        handshake.control = open(2)?.map(|memory| Arc::new(Control::of(memory)));
-        handshake.state = open(3)?.map(Arc::new);
+        handshake.inbox = open(0, reader.space)?.map(Arc::new);
+        handshake.credits = open(1, reader.space)?.map(Arc::new);
+        handshake.control = open(2, reader.space)?.map(|memory| Arc::new(Control::of(memory)));
+        // No kernel of this rank reads it.
+        handshake.state = open(3, &MemorySpace::Host)?.map(Arc::new);
         Ok(handshake)
     }
 }
