@@ -1,6 +1,7 @@
 //! Failures that end a run early, and their exit codes.
 
 use std::io;
+use std::time::Duration;
 
 /// Exit code 2 is for a command line that can't be right, 1 for everything else.
 #[derive(Debug, thiserror::Error)]
@@ -14,9 +15,15 @@ pub enum Failure {
     /// An error of the library.
     #[error("{0}")]
     Library(#[from] param_averager::Error),
-    /// A rank's thread did not return within the limit that it was given.
-    #[error("a rank did not come back in time")]
-    Late,
+    /// A rank's thread did not return within the limit of NCCL's rows, which alone have one.
+    #[error(
+        "a rank did not come back within {0:?}; --baseline=limit,per-tensor,flatten is without \
+             NCCL"
+    )]
+    Late(Duration),
+    /// The row can't be measured here, which is no failure of the run.
+    #[error("{0}")]
+    Unmeasured(String),
     /// The process of another rank has failed with this exit code and printed why.
     #[error("another rank failed")]
     Peer(u8),

@@ -42,11 +42,6 @@ pub trait Ranks {
     /// Frees what `enter` prepared.
     fn leave(&mut self) {}
 
-    /// True if the row has a result that can be checked.
-    fn has_result(&self, _row: usize) -> bool {
-        true
-    }
-
     /// Host memory of the replicas of a row that this process has.
     fn replicas(&self, row: usize) -> Replicas;
 
@@ -131,8 +126,8 @@ impl Bench {
         let mut found = vec![];
         for row in rows.clone() {
             self.show(group, row, "checking ");
-            let check = self.check && ranks.has_result(row);
-            found.push(check.then(|| self.check(ranks, group, row)).transpose()?);
+            let check = self.check && !group.rows[row].is_copy();
+            found.push(if check { self.check(ranks, group, row)? } else { None });
         }
         let mut records: Vec<Record> = times
             .into_iter()
@@ -169,14 +164,17 @@ impl Bench {
         Ok(check)
     }
 
+    /// `None`: the row can't be measured.
     fn check(
         &mut self,
         ranks: &mut dyn Ranks,
         group: &Group,
         row: usize,
-    ) -> Result<Found, Failure> {
+    ) -> Result<Option<Found>, Failure> {
         let check = self.fill(ranks, group, row)?;
-        ranks.run(row, 1)?;
+        if ranks.run(row, 1)?.is_empty() {
+            return Ok(None);
+        }
         ranks.download()?;
         let last = check.arenas.last().filter(|_| check.first + check.arenas.len() == group.ranks);
         if let (true, Some(last)) = (self.corrupt, last) {
@@ -185,7 +183,7 @@ impl Bench {
         }
         // SAFETY: no rank averages.
         let found = unsafe { check.found() };
-        ranks.agree(row, &check, found)
+        ranks.agree(row, &check, found).map(Some)
     }
 
     fn show(&self, group: &Group, row: usize, what: &str) {

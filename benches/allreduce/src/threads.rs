@@ -37,7 +37,7 @@ impl Threads {
     fn crew(&self, row: Row, flat: &Flat, spare: &[Arc<Arena>]) -> Result<Crew, Failure> {
         if matches!(row.kind, Kind::OnePass | Kind::TwoPass) {
             let between = (row.kind == Kind::TwoPass).then(|| spare[0].clone());
-            return Crew::new(self.passes(between), None);
+            return Crew::new(self.passes(between), Duration::MAX);
         }
         let world = Communicator::from_devices(&vec![Device::cpu(); self.arenas.len()])?;
         let member = |(rank, communicator): (usize, Communicator)| -> Make {
@@ -63,7 +63,7 @@ impl Threads {
                 _ => unreachable!("{} is a row of --backend cuda", row.label()),
             }
         };
-        Crew::new(world.into_iter().enumerate().map(member).collect(), None)
+        Crew::new(world.into_iter().enumerate().map(member).collect(), Duration::MAX)
     }
 
     fn passes(&self, between: Option<Arc<Arena>>) -> Vec<Make> {

@@ -1,10 +1,9 @@
 //! NCCL, loaded at run time, as far as its rows need it, with the types of cudarc's bindings.
 //! (Those load a library without a version in its name only, and panic where there is none.)
 
+use std::cell::Cell;
 use std::ffi::{c_char, c_int, c_void, CStr};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use cudarc::driver::CudaStream;
 use cudarc::nccl::sys::{ncclComm_t, ncclDataType_t, ncclRedOp_t, ncclUniqueId};
@@ -140,37 +139,26 @@ impl Nccl {
     }
 }
 
-/// State that the ranks of one row share.
-#[derive(Clone)]
-pub struct Row {
-    pub nccl: Arc<Nccl>,
-    pub id: ncclUniqueId,
-    /// Some rank has failed, and others may wait for it.
-    pub failed: Arc<AtomicBool>,
-}
+/// NCCL, and what the communicators of one row have in common.
+pub type Loaded = (Arc<Nccl>, ncclUniqueId);
 
 /// One rank's communicator, made and used by one thread with its device bound.
 pub struct Comm {
-    row: Row,
+    nccl: Arc<Nccl>,
     raw: ncclComm_t,
-}
-
-impl Row {
-    /// Collective: returns when all ranks have called it.
-    pub fn join(self, ranks: usize, rank: usize) -> Result<Comm, Failure> {
-        let (mut raw, init) = (std::ptr::null_mut(), self.nccl.comm_init_rank);
-        // SAFETY: given a valid pointer; a device's context is bound.
-        let result = unsafe { init(&mut raw, ranks as c_int, self.id, rank as c_int) };
-        let joined = self.nccl.check("ncclCommInitRank", result);
-        joined.map_err(|error| Failure::Failed(format!("rank {rank}: {error}")))?;
-        Ok(Comm { row: self, raw })
-    }
+    /// A call has failed.
+    failed: Cell<bool>,
 }
 
 impl Comm {
-    fn failed(&self, error: String) -> Failure {
-        self.row.failed.store(true, Ordering::Relaxed);
-        Failure::Failed(format!("NCCL: {error}"))
+    /// Collective: returns when all ranks have called it.
+    pub fn join((nccl, id): Loaded, ranks: usize, rank: usize) -> Result<Comm, Failure> {
+        let (mut raw, init) = (std::ptr::null_mut(), nccl.comm_init_rank);
+        // SAFETY: given a valid pointer; a device's context is bound.
+        let result = unsafe { init(&mut raw, ranks as c_int, id, rank as c_int) };
+        let joined = nccl.check("ncclCommInitRank", result);
+        joined.map_err(|error| Failure::Failed(format!("rank {rank}: {error}")))?;
+        Ok(Comm { nccl, raw, failed: Cell::new(false) })
     }
 
     /// Enqueues all-reduces of these (address, elements, dtype), in place, in one group. `sum`:
@@ -184,9 +172,12 @@ impl Comm {
         sum: bool,
         stream: &CudaStream,
     ) -> Result<(), Failure> {
-        let Nccl { group_start, group_end, all_reduce, .. } = *self.row.nccl;
+        let Nccl { group_start, group_end, all_reduce, .. } = *self.nccl;
         let check = |function: &str, result| {
-            self.row.nccl.check(function, result).map_err(|error| self.failed(error))
+            self.nccl.check(function, result).map_err(|error| {
+                self.failed.set(true);
+                Failure::Failed(format!("NCCL: {error}"))
+            })
         };
         let op = if sum { ncclRedOp_t::ncclSum } else { ncclRedOp_t::ncclAvg };
         // SAFETY: always allowed.
@@ -203,31 +194,13 @@ impl Comm {
         let ended = check("ncclGroupEnd", unsafe { group_end() });
         enqueued.and(ended)
     }
-
-    /// Waits until what was enqueued is done, but not for ever.
-    pub fn wait(
-        &self,
-        is_done: impl Fn() -> Result<bool, Failure>,
-        limit: Duration,
-    ) -> Result<(), Failure> {
-        let begin = Instant::now();
-        while !is_done()? {
-            if begin.elapsed() > limit {
-                return Err(self.failed(format!(
-                    "an all-reduce was not done after {limit:?}; NCCL_DEBUG=INFO says more"
-                )));
-            }
-            std::thread::yield_now();
-        }
-        Ok(())
-    }
 }
 
 impl Drop for Comm {
     /// Collective. After a failure it ends whatever the communicator waits for.
     fn drop(&mut self) {
-        let Nccl { comm_abort, comm_destroy, .. } = *self.row.nccl;
-        let end = if self.row.failed.load(Ordering::Relaxed) { comm_abort } else { comm_destroy };
+        let Nccl { comm_abort, comm_destroy, .. } = *self.nccl;
+        let end = if self.failed.get() { comm_abort } else { comm_destroy };
         // SAFETY: its last use, and what was enqueued is done or has failed. An error leaves
         // nothing to do.
         let _ = unsafe { end(self.raw) };

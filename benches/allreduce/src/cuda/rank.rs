@@ -1,14 +1,13 @@
 //! Work of one rank on a CUDA device in an iteration of each row.
 
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
 use cudarc::driver::{result, sys};
 use param_averager::{Algorithm, Communicator};
 
 use super::flatten::Kernels;
 use super::gpu::{Clock, DeviceMemory, Gpu};
-use super::nccl;
+use super::nccl::{Comm, Loaded};
 use crate::averager::{self, Clock as _, Direction};
 use crate::cli::Options;
 use crate::crew::Work;
@@ -32,7 +31,6 @@ pub struct Rank {
     /// Kernels that move between the two, if a row needs them.
     pub kernels: Option<Arc<Kernels>>,
     pub options: Options,
-    pub limit: Duration,
     /// How many there are.
     pub ranks: usize,
 }
@@ -47,7 +45,7 @@ impl Rank {
         row: Row,
         communicator: Communicator,
         ran: &OnceLock<Algorithm>,
-        nccl: Option<nccl::Row>,
+        nccl: Option<Loaded>,
     ) -> Result<Work, Failure> {
         let (clock, options) = (Clock::new(&self.gpu)?, &self.options);
         let own = self.own.replica(&self.tensors);
@@ -112,11 +110,11 @@ impl Rank {
     fn all_reduce(
         self,
         clock: Clock,
-        row: nccl::Row,
+        nccl: Loaded,
         flat: bool,
         scale: bool,
     ) -> Result<Work, Failure> {
-        let comm = row.join(self.ranks, self.gpu.rank)?;
+        let comm = Comm::join(nccl, self.ranks, self.gpu.rank)?;
         let (memory, tensors) = match flat {
             true => (self.second(), &self.flat.buffers),
             false => (&self.own, &self.tensors),
@@ -131,14 +129,13 @@ impl Rank {
             if flat {
                 kernels.enqueue(Direction::Flatten, None, &clock.stream)?;
             }
-            // SAFETY: memory of `self`, which is this rank's while it works, until the wait below.
+            // SAFETY: memory of `self`, which is this rank's while it works, until `took` returns.
             unsafe { comm.all_reduce(&buffers, scale, &clock.stream) }?;
             if flat || scale {
                 let to = if flat { Direction::Unflatten } else { Direction::InPlace };
                 kernels.enqueue(to, by, &clock.stream)?;
             }
             clock.stop()?;
-            comm.wait(|| clock.is_done(), self.limit)?;
             clock.took()
         }))
     }
