@@ -21,12 +21,10 @@ use std::sync::Arc;
 use multiversion::multiversion;
 
 use crate::memory::{on_all_cores, Arena, Placed};
-use crate::number::{with_number, Float, Number};
+use crate::number::{with_number, Number, CHUNK};
 
 /// Elements that one core checks at a time, in one go.
 const PIECE: usize = 1 << 16;
-/// Elements that are in the first-level cache at a time.
-const CHUNK: usize = 256;
 
 /// The data of one average, and what its result must be.
 pub struct Check {
@@ -181,7 +179,7 @@ impl Check {
 
 /// CHUNK values from `index` on, in the dtype.
 #[inline(always)]
-fn values<T: Number>(key: u32, index: usize, wide: &mut [T::Sum; CHUNK], raw: &mut [T; CHUNK]) {
+fn values<T: Number>(key: u32, index: usize, wide: &mut [f64; CHUNK], raw: &mut [T; CHUNK]) {
     for (k, wide) in wide.iter_mut().enumerate() {
         // lowbias32 of a Weyl sequence; four 16-bit numbers of it and of its product make a bell.
         let mut x = key.wrapping_add((index + k) as u32).wrapping_mul(0x9e37_79b9);
@@ -190,14 +188,14 @@ fn values<T: Number>(key: u32, index: usize, wide: &mut [T::Sum; CHUNK], raw: &m
         x ^= x >> 16;
         let y = (x ^ x >> 13).wrapping_mul(0x85eb_ca6b);
         let sum = (x & 0xffff) + (x >> 16) + (y & 0xffff) + (y >> 16);
-        *wide = T::Sum::of(f64::from(sum as i32 - 131_070) * (4.0 / 131_070.0));
+        *wide = f64::from(sum as i32 - 131_070) * (4.0 / 131_070.0);
     }
     T::narrow(wide, raw);
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512vl+avx512dq+avx2", "x86_64+avx2+fma"))]
 fn fill<T: Number>(elements: &mut [T], key: u32) {
-    let (mut wide, mut raw) = ([T::Sum::default(); CHUNK], [T::default(); CHUNK]);
+    let (mut wide, mut raw) = ([0.0; CHUNK], [T::default(); CHUNK]);
     for (chunk, elements) in elements.chunks_mut(CHUNK).enumerate() {
         values(key, chunk * CHUNK, &mut wide, &mut raw);
         elements.copy_from_slice(&raw[..elements.len()]);
@@ -213,15 +211,15 @@ fn compare<T: Number>(
 ) -> Found {
     let total: f64 = weights.iter().sum();
     let mut found = Found::default();
-    let (mut wide, mut raw) = ([T::Sum::default(); CHUNK], [T::default(); CHUNK]);
+    let (mut wide, mut raw) = ([0.0; CHUNK], [T::default(); CHUNK]);
     for at in (0..results[0].len()).step_by(CHUNK) {
         let (mut sum, mut lost, mut most) = ([0.0f64; CHUNK], [0.0f64; CHUNK], [0.0f64; CHUNK]);
         for (&key, &weight) in keys.iter().zip(weights) {
             values(key, at, &mut wide, &mut raw);
             T::widen(&raw, &mut wide);
             for k in 0..CHUNK {
-                let x: f64 = wide[k].into();
-                let (term, before) = (x * weight, sum[k]);
+                let (x, before) = (wide[k], sum[k]);
+                let term = x * weight;
                 sum[k] += term;
                 if T::MANTISSA == f64::MANTISSA {
                     // The exact loss of the sum: the reference must be better than the result.
@@ -238,7 +236,7 @@ fn compare<T: Number>(
         let (mut off, mut ulps) = ([0u64; CHUNK], [0.0f64; CHUNK]);
         for k in 0..CHUNK {
             let mean = (sum[k] + lost[k]) / total;
-            let error = (wide[k].into() - mean).abs();
+            let error = (wide[k] - mean).abs();
             // A NaN is not within anything.
             off[k] = 1 - u64::from(error <= tolerance.of::<T>(mean, most[k]));
             ulps[k] = error / ulp(most[k], T::MANTISSA, power(T::SMALLEST));
