@@ -10,6 +10,7 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use plotters::style::FontFamily;
 
 use crate::record::{Details, Record};
+use crate::rows::Row;
 
 const WIDTH: u32 = 960;
 /// Heights of a title, of a panel of lines, and of a bar with the gap after it.
@@ -121,15 +122,15 @@ fn lines(area: &Area, panel: &[Record]) -> Drawn {
         .label_style(font(12))
         .axis_desc_style(font(13))
         .draw()?;
-    let mut labels: Vec<&str> = vec![];
+    let mut rows: Vec<Row> = vec![];
     for record in panel {
-        if !labels.contains(&record.row.label()) {
-            labels.push(record.row.label());
+        if !rows.contains(&record.row) {
+            rows.push(record.row);
         }
     }
-    for (index, label) in labels.iter().enumerate() {
+    for (index, row) in rows.iter().enumerate() {
         let colour = COLOURS[index % COLOURS.len()];
-        let points = panel.iter().filter(|record| record.row.label() == *label);
+        let points = panel.iter().filter(|record| record.row == *row);
         let points = points.filter_map(|record| Some((record.bytes as f64, record.algbw()?)));
         let points: Vec<(f64, f64)> = points.collect();
         let line = colour.stroke_width(2);
@@ -137,7 +138,11 @@ fn lines(area: &Area, panel: &[Record]) -> Drawn {
         // Names beside the picture, where no line is.
         let (x, y) = (WIDTH as i32 - 200, 60 + 22 * index as i32);
         area.draw(&PathElement::new([(x, y), (x + 22, y)], line))?;
-        area.draw_text(label, &font(13).pos(Pos::new(HPos::Left, VPos::Center)), (x + 28, y))?;
+        area.draw_text(
+            &row.label(),
+            &font(13).pos(Pos::new(HPos::Left, VPos::Center)),
+            (x + 28, y),
+        )?;
     }
     Ok(())
 }
@@ -154,7 +159,7 @@ fn bars(area: &Area, panel: &[Record]) -> Drawn {
     for (index, record) in panel.iter().enumerate() {
         let top = TITLE as i32 + index as i32 * BAR as i32;
         let y = top + BAR as i32 / 2 - 3;
-        area.draw_text(record.row.label(), &middle(HPos::Right), (LEFT - 10, y))?;
+        area.draw_text(&record.row.label(), &middle(HPos::Right), (LEFT - 10, y))?;
         let Some(ms) = ms(record) else {
             area.draw_text("not measured", &middle(HPos::Left), (FIGURES, y))?;
             continue;

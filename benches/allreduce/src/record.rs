@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::failure::Failure;
-use crate::rows::{RanksAre, Row};
+use crate::rows::Row;
 
 /// The result of a row.
 #[derive(Clone, Debug)]
@@ -117,7 +117,7 @@ impl Record {
                 ("note", note.as_deref().into()),
             ]),
             Details::Processes { start, extra } => fields.extend([
-                ("ranks_are", self.row.ranks_are.map(RanksAre::name).into()),
+                ("ranks_are", self.row.ranks_are.into()),
                 ("ratio_to_threads", short(self.ratio())),
                 ("start_ms", short(Some(start.as_secs_f64() * 1e3))),
                 ("extra_rss_bytes", (*extra).into()),

@@ -107,7 +107,7 @@ impl Table {
             &record.elements.to_string(),
             &record.dtype,
             record.row.redop(),
-            record.row.label(),
+            &record.row.label(),
             &time(record.time()),
             &time(record.times.first().copied()),
             &time(record.times.last().copied()),

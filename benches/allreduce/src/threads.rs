@@ -35,7 +35,7 @@ impl Threads {
 
     /// The threads of a row, ready to run.
     fn crew(&self, row: Row, flat: &Flat, spare: &[Arc<Arena>]) -> Result<Crew, Failure> {
-        if matches!(row.kind, Kind::OnePass | Kind::TwoPass) {
+        if row.is_flat() {
             let between = (row.kind == Kind::TwoPass).then(|| spare[0].clone());
             return Crew::new(self.passes(between), Duration::MAX);
         }
@@ -95,7 +95,7 @@ impl Ranks for Threads {
 
     fn enter(&mut self, group: &Group) -> Result<(), Failure> {
         let (tensors, bytes) = place(&group.layout);
-        let spare = group.rows.iter().map(|row| row.spare_arenas(group.ranks)).max().unwrap_or(0);
+        let spare = group.rows.iter().map(|row| row.spare_blocks(group.ranks)).max().unwrap_or(0);
         self.arenas = self.pool.get(group.ranks + spare, bytes);
         let spare = self.arenas.split_off(group.ranks);
         let flat = Flat::new(&tensors, 1); // as a program's own flat buffer, without gaps

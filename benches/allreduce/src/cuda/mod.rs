@@ -177,7 +177,7 @@ impl Ranks for Cuda {
     fn enter(&mut self, group: &Group) -> Result<(), Failure> {
         let (tensors, bytes) = place(&group.layout);
         let flat = Flat::new(&tensors, ALIGNMENT);
-        let second = group.rows.iter().any(|row| row.needs_second());
+        let second = group.rows.iter().any(|row| row.spare_blocks(1) > 0);
         let second = second.then(|| flat.bytes.max(group.layout.bytes() as usize));
         let kernels = flatten::image().is_ok() && group.rows.iter().any(|row| row.needs_kernels());
         for (rank, ordinal) in devices(group.ranks, self.machine.visible()).into_iter().enumerate()
@@ -243,7 +243,7 @@ impl Ranks for Cuda {
     fn run(&mut self, row: usize, iterations: u32) -> Result<Vec<Duration>, Failure> {
         let entry = &mut self.rows[row];
         let (of, Some(crew)) = (entry.row, &mut entry.crew) else { return Ok(vec![]) };
-        if of.needs_second() {
+        if of.spare_blocks(1) > 0 {
             // The bytes that copies left between the tensors of a flat buffer may be NaN.
             let mut second = self.ranks.iter().filter_map(|rank| rank.second.as_ref());
             second.try_for_each(|memory| memory.zero())?;
