@@ -38,7 +38,7 @@ impl Drop for Rank {
 }
 
 /// Runs this program again for each rank; returns when all have ended.
-pub fn launch(world: usize, began: u64) -> Result<(), Failure> {
+pub fn launch(world: usize, began: f64) -> Result<(), Failure> {
     let start = |rank| {
         start(rank, world, began).map_err(|e| {
             Failure::Failed(format!("cannot start a process for rank {rank}: {e}; use fewer ranks"))
@@ -65,7 +65,7 @@ pub fn launch(world: usize, began: u64) -> Result<(), Failure> {
     }
 }
 
-fn start(rank: usize, world: usize, began: u64) -> std::io::Result<Rank> {
+fn start(rank: usize, world: usize, began: f64) -> std::io::Result<Rank> {
     let me = std::process::id();
     let mut command = Command::new(std::env::current_exe()?);
     command
@@ -88,7 +88,7 @@ fn start(rank: usize, world: usize, began: u64) -> std::io::Result<Rank> {
 
 /// In a rank that `launch` started: ends with the process that started it, and returns when that
 /// began. `None` in others.
-pub fn began() -> Option<u64> {
+pub fn began() -> Option<f64> {
     let value = std::env::var(STARTED_BY).ok()?;
     let (parent, began) = value.split_once(' ')?;
     let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
