@@ -45,10 +45,9 @@ pub fn svg(records: &[Record], file: &mut dyn Write) -> io::Result<()> {
 
 fn draw(records: &[Record], text: &mut String) -> Drawn {
     // A panel of one layout, dtype and number of ranks; of flat buffers, all sizes.
-    let key = |r: &Record| (r.layout.clone(), r.dtype.clone(), r.ranks);
+    let key = |r: &Record| (r.layout.name.clone(), r.layout.dtype_name(), r.ranks);
     let panels: Vec<&[Record]> = records.chunk_by(|a, b| key(a) == key(b)).collect();
-    let sizes = |panel: &[Record]| panel.iter().any(|record| record.bytes != panel[0].bytes);
-    let height = |panel: &&[Record]| match sizes(panel) {
+    let height = |panel: &&[Record]| match has_sizes(panel) {
         true => LINES,
         false => TITLE + BAR * panel.len() as u32 + 34,
     };
@@ -62,7 +61,7 @@ fn draw(records: &[Record], text: &mut String) -> Drawn {
     for panel in panels {
         let (area, below) = rest.split_vertically(height(&panel));
         rest = below;
-        if sizes(panel) {
+        if has_sizes(panel) {
             lines(&area, panel)?;
         } else {
             bars(&area, panel)?;
@@ -76,17 +75,20 @@ fn font(size: i32) -> TextStyle<'static> {
     (FontFamily::SansSerif, size).into_text_style(&(WIDTH, WIDTH)).color(&BLACK)
 }
 
+/// True for a sweep.
+fn has_sizes(panel: &[Record]) -> bool {
+    panel.iter().any(|record| record.layout.bytes() != panel[0].layout.bytes())
+}
+
 fn title(panel: &[Record]) -> String {
-    let Record { layout, dtype, ranks, bytes, tensors, .. } = &panel[0];
-    let on = format!("{dtype}, {ranks} ranks");
-    match panel.iter().any(|record| record.bytes != *bytes) {
-        true => format!("Bandwidth over size: {layout} buffers, {on}"),
-        false => {
-            let one = *tensors == 1;
-            let tensors = format!("{tensors} tensor{}", if one { "" } else { "s" });
-            format!("Time of an average (ms): {layout}, {tensors}, {}, {on}", shown(*bytes as f64))
-        }
+    let Record { layout, ranks, .. } = &panel[0];
+    let (name, on) = (&layout.name, format!("{}, {ranks} ranks", layout.dtype_name()));
+    if has_sizes(panel) {
+        return format!("Bandwidth over size: {name} buffers, {on}");
     }
+    let (tensors, size) = (layout.tensors.len(), shown(layout.bytes() as f64));
+    let tensors = format!("{tensors} tensor{}", if tensors == 1 { "" } else { "s" });
+    format!("Time of an average (ms): {name}, {tensors}, {size}, {on}")
 }
 
 /// Bytes in powers of 1024.
@@ -102,7 +104,7 @@ fn lines(area: &Area, panel: &[Record]) -> Drawn {
     let of = |value: fn(f64, f64) -> f64, first: f64, each: &dyn Fn(&Record) -> Option<f64>| {
         panel.iter().filter_map(each).fold(first, value)
     };
-    let size = |record: &Record| Some(record.bytes as f64);
+    let size = |record: &Record| Some(record.layout.bytes() as f64);
     let (least, most) = (of(f64::min, f64::MAX, &size), of(f64::max, 1.0, &size));
     let top = of(f64::max, 1e-3, &Record::algbw) * 1.1;
     let mut chart = ChartBuilder::on(area)
@@ -131,7 +133,7 @@ fn lines(area: &Area, panel: &[Record]) -> Drawn {
     for (index, row) in rows.iter().enumerate() {
         let colour = COLOURS[index % COLOURS.len()];
         let points = panel.iter().filter(|record| record.row == *row);
-        let points = points.filter_map(|record| Some((record.bytes as f64, record.algbw()?)));
+        let points = points.filter_map(|record| Some((size(record)?, record.algbw()?)));
         let points: Vec<(f64, f64)> = points.collect();
         let line = colour.stroke_width(2);
         chart.draw_series(LineSeries::new(points.clone(), line).point_size(3))?;

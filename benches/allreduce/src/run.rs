@@ -12,6 +12,7 @@ use crate::layout::Layout;
 use crate::memory::{available, gib, Arena, Placed};
 use crate::plan::{Group, Section};
 use crate::record::{Details, Record};
+use crate::rows::Row;
 use crate::verify::{Check, Found};
 
 /// The iterations of a row are made in so many turns.
@@ -102,41 +103,33 @@ impl Bench {
         ranks: &mut dyn Ranks,
         group: &Group,
     ) -> Result<Vec<Record>, Failure> {
-        let rows = 0..group.rows.len();
         ranks.enter(group)?;
         // The bytes there may be of another dtype, and NaNs and subnormals are slow on some
         // machines. Where dtypes are mixed, a flat buffer has them in other places.
         self.fill(ranks, group, 0)?;
         let mixed = group.layout.dtype().is_none();
-        let mut times = vec![vec![]; rows.len()];
+        let mut records: Vec<Record> = group.rows.iter().map(|&row| record(group, row)).collect();
         for turn in 0..TURNS {
             let before = if turn == 0 { group.warmup } else { group.warmup / 4 };
             let share = (group.iterations + TURNS - 1 - turn) / TURNS;
-            for row in rows.clone() {
+            for (row, record) in records.iter_mut().enumerate() {
                 self.show(group, row, "");
                 if share > 0 {
                     if mixed {
                         self.fill(ranks, group, row)?;
                     }
                     let new = ranks.run(row, before + share)?;
-                    times[row].extend(new.into_iter().skip(before as usize));
+                    record.times.extend(new.into_iter().skip(before as usize));
                 }
             }
         }
-        let mut found = vec![];
-        for row in rows.clone() {
-            self.show(group, row, "checking ");
-            let check = self.check && !group.rows[row].is_copy();
-            found.push(if check { self.check(ranks, group, row)? } else { None });
-        }
-        let mut records: Vec<Record> = times
-            .into_iter()
-            .zip(&found)
-            .zip(rows)
-            .map(|((times, found), row)| record(group, row, times, *found))
-            .collect();
         for (row, record) in records.iter_mut().enumerate() {
-            ranks.complete(row, found[row], record);
+            self.show(group, row, "checking ");
+            let check = self.check && !record.row.is_copy();
+            let found = if check { self.check(ranks, group, row)? } else { None };
+            record.times.sort();
+            record.wrong = found.map(|found| found.wrong);
+            ranks.complete(row, found, record);
         }
         ranks.leave();
         let yardstick = records.iter().find(|record| record.row.is_yardstick());
@@ -193,21 +186,11 @@ impl Bench {
     }
 }
 
-fn record(group: &Group, row: usize, mut times: Vec<Duration>, found: Option<Found>) -> Record {
-    times.sort();
-    Record {
-        row: group.rows[row],
-        layout: group.layout.name.clone(),
-        tensors: group.layout.tensors.len(),
-        dtype: group.layout.dtype_name(),
-        ranks: group.ranks,
-        elements: group.layout.elements(),
-        bytes: group.layout.bytes(),
-        times,
-        wrong: found.map(|found| found.wrong),
-        yardstick: None,
-        details: Details::Cpu,
-    }
+/// The record of a row that has not been measured yet.
+fn record(group: &Group, row: Row) -> Record {
+    let (layout, ranks) = (group.layout.clone(), group.ranks);
+    let (times, wrong, yardstick, details) = (vec![], None, None, Details::Cpu);
+    Record { row, layout, ranks, times, wrong, yardstick, details }
 }
 
 /// Refuses what does not fit in memory, before anything is allocated.

@@ -160,9 +160,9 @@ impl Report {
         let figure = |x: Option<f64>| x.map_or("-".into(), |x| format!("{x:.2}"));
         let compared = record.ratio().filter(|_| !(self.processes && record.row.is_yardstick()));
         let cells = [
-            &record.bytes.to_string(),
-            &record.elements.to_string(),
-            &record.dtype,
+            &record.layout.bytes().to_string(),
+            &record.layout.elements().to_string(),
+            &record.layout.dtype_name(),
             record.row.redop(),
             &record.row.label(),
             &time(record.time()),
