@@ -201,7 +201,7 @@ pub struct Measuring {
 }
 
 /// The averager's options, for all rows that use one.
-#[derive(Clone, Debug, Group)]
+#[derive(Clone, Debug, Default, Group)]
 #[command(next_help_heading = "The averager's options")]
 pub struct Options {
     /// On CUDA devices, where the ring's mailboxes are: auto, peer (device memory) or host

@@ -83,9 +83,7 @@ fn measure(args: &Args, sections: &[Section], ranks: &mut dyn Ranks) -> Result<u
     let report = ranks.prints().then(|| Report::open(args, sections, ranks, progress.clone()));
     let report = report.transpose();
     ranks.confirm(report.as_ref().err())?;
-    let (mut report, options) = (report?, args.options.clone());
-    let (check, corrupt) = (args.measuring.check == 1, args.corrupt);
-    let mut bench = Bench { options, check, corrupt, progress, seed: 0 };
+    let (mut report, mut bench) = (report?, Bench::new(args, progress));
     for section in sections {
         let on = ranks.describe(section.groups[0].ranks);
         let mut heading = Some([section.heading.clone(), on]);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use indicatif::ProgressBar;
 
-use crate::cli::Options;
+use crate::cli::{Args, Options};
 use crate::failure::Failure;
 use crate::layout::Layout;
 use crate::memory::{available, gib, Arena, Placed};
@@ -81,16 +81,21 @@ pub struct Replicas {
 }
 
 pub struct Bench {
-    pub options: Options,
-    pub check: bool,
+    options: Options,
+    check: bool,
     /// Every checked result gets a wrong element.
-    pub corrupt: bool,
-    pub progress: ProgressBar,
+    corrupt: bool,
+    progress: ProgressBar,
     /// Seed of the next data.
-    pub seed: u64,
+    seed: u64,
 }
 
 impl Bench {
+    pub fn new(args: &Args, progress: ProgressBar) -> Self {
+        let (check, corrupt) = (args.measuring.check == 1, args.corrupt);
+        Bench { options: args.options.clone(), check, corrupt, progress, seed: 0 }
+    }
+
     /// Steps of the progress bar.
     pub fn steps(sections: &[Section]) -> u64 {
         let groups = sections.iter().flat_map(|section| &section.groups);

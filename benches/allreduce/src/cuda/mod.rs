@@ -17,11 +17,11 @@ use std::time::Duration;
 
 use param_averager::{Algorithm, Communicator, Device};
 
-use crate::cli::{Args, Options};
+use crate::cli::Args;
 use crate::crew::{Crew, Make};
 use crate::failure::Failure;
 use crate::layout::Layout;
-use crate::memory::{place, Arena, Flat, Pool};
+use crate::memory::{arenas, place, Arena, Flat};
 use crate::plan::{Group, Section};
 use crate::record::{Details, Record};
 use crate::rows::{Kind, Row};
@@ -38,12 +38,7 @@ const ALIGNMENT: usize = 16;
 /// Constants of a run, and the present group.
 pub struct Cuda {
     machine: Machine,
-    options: Options,
-    pool: Pool,
-    /// How long NCCL may take for one thing.
-    limit: Duration,
-    /// Try NCCL in a process of its own first.
-    probe: bool,
+    args: Args,
     /// NCCL, or why it can't be used, by the number of ranks.
     nccl: BTreeMap<usize, Result<Arc<Nccl>, String>>,
     /// Host memory of the replicas.
@@ -84,24 +79,20 @@ impl Cuda {
         if groups.any(|group| sharing(group) && group.rows.iter().any(|row| row.is_nccl())) {
             nccl::allow_sharing();
         }
-        Ok(Cuda {
-            machine,
-            options: args.options.clone(),
-            pool: Pool::default(),
-            limit: args.options.timeout.unwrap_or(Duration::from_secs(60)),
-            probe: args.nccl_probe.is_none(),
-            nccl: BTreeMap::new(),
-            arenas: vec![],
-            rows: vec![],
-            ranks: vec![],
-        })
+        let (args, nccl) = (args.clone(), BTreeMap::new());
+        Ok(Cuda { machine, args, nccl, arenas: vec![], rows: vec![], ranks: vec![] })
+    }
+
+    /// How long NCCL may take for one thing.
+    fn limit(&self) -> Duration {
+        self.args.options.timeout.unwrap_or(Duration::from_secs(60))
     }
 
     /// NCCL for so many ranks, or why it can't be used.
     fn load_nccl(&mut self, ranks: usize) -> Result<Loaded, String> {
-        let (visible, probe, limit) = (self.machine.visible(), self.probe, self.limit);
+        let (visible, limit) = (self.machine.visible(), self.limit());
         let load = || {
-            if probe {
+            if self.args.nccl_probe.is_none() {
                 probe::ask(ranks, limit)?;
             }
             let loaded = Nccl::load(placement(ranks, visible), ranks > visible);
@@ -134,7 +125,7 @@ impl Cuda {
             Box::new(move || rank.work(row, communicator, &ran, nccl))
         };
         let members = Communicator::from_devices(&on)?.into_iter().map(member).collect();
-        let limit = if nccl.is_some() { self.limit } else { Duration::MAX };
+        let limit = if nccl.is_some() { self.limit() } else { Duration::MAX };
         Ok((Crew::new(members, limit)?, nccl.map(|(nccl, _)| nccl.what.clone())))
     }
 
@@ -196,11 +187,11 @@ impl Ranks for Cuda {
                 own,
                 second: second.map(Arc::new),
                 kernels: kernels.map(Arc::new),
-                options: self.options.clone(),
+                options: self.args.options.clone(),
                 ranks: group.ranks,
             });
         }
-        self.arenas = self.pool.get(group.ranks, bytes);
+        self.arenas = arenas(group.ranks, bytes);
         for &row in &group.rows {
             let ran = Arc::default();
             let (crew, note) = match self.crew(row, &ran) {
@@ -215,6 +206,7 @@ impl Ranks for Cuda {
     fn leave(&mut self) {
         self.rows.clear();
         self.ranks.clear();
+        self.arenas.clear();
     }
 
     fn replicas(&self, _row: usize) -> Replicas {

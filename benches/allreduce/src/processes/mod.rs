@@ -15,7 +15,7 @@ use crate::cli::{Args, Options};
 use crate::crew::Work;
 use crate::failure::Failure;
 use crate::layout::Layout;
-use crate::memory::{cores, cpus, place, Arena, Placed, Pool};
+use crate::memory::{arena, cores, cpus, place, resident, Arena, Placed};
 use crate::plan::Group;
 use crate::record::{Details, Record};
 use crate::rows::Kind;
@@ -55,8 +55,6 @@ pub struct Processes {
     options: Options,
     /// From the start of the first process to the end of the first average.
     start: Duration,
-    /// This rank's memory, on ranks other than 0.
-    pool: Pool,
     /// Rank 0's threads. Their first replica is this rank's own.
     threads: Threads,
     group: Option<Entered>,
@@ -93,8 +91,7 @@ pub fn start(args: &mut Args) -> Result<Option<Processes>, Failure> {
     let mut board = builder.channels(1).build(&mut model[..])?;
     board.average(&mut model[..])?;
     let (options, threads) = (args.options.clone(), Threads::new(&args.options));
-    let (pool, group, start) = (Pool::default(), None, Duration::ZERO);
-    let mut ranks = Processes { board, options, start, pool, threads, group };
+    let mut ranks = Processes { board, options, start: Duration::ZERO, threads, group: None };
     let [first, began] = ranks.most([now(), -began])?;
     ranks.start = duration(first + began);
     Ok(Some(ranks))
@@ -200,20 +197,20 @@ impl Ranks for Processes {
             self.threads.enter(&Group { rows, ..group.clone() })?;
             self.threads.replicas(0).arenas[0].clone()
         } else {
-            self.pool.get(1, bytes)[0].clone()
+            arena(bytes)
         };
         let Kind::Average { algorithm, commit, .. } = group.rows[PROCESSES].kind else {
             unreachable!("--processes has rows of the library's only")
         };
         let replica = Replica::on_host(&arena, &tensors);
-        let before = resident::now();
+        let before = resident();
         let builder = self.options.builder(self.board.communicator().clone(), algorithm, commit);
         let weight = self.options.weight(self.rank());
         let ran = OnceLock::new();
         let mut average = averager::average(Host, builder, None, replica, weight, &ran)?;
         average()?;
         // The most of any rank; none if a rank can't tell.
-        let extra = before.and_then(|before| Some(resident::most()?.saturating_sub(before)));
+        let extra = before.and_then(|before| Some(resident()?.saturating_sub(before)));
         let [extra] = self.most([extra.map_or(f64::INFINITY, |extra| extra as f64)])?;
         let extra = extra.is_finite().then_some(extra as u64);
         self.group = Some(Entered { arena, tensors, average, extra });
@@ -268,24 +265,5 @@ impl Ranks for Processes {
             [code] if code > 0.0 && failed.is_none() => Err(Failure::Peer((code - 1.0) as u8)),
             _ => Ok(()),
         }
-    }
-}
-
-/// Memory of this process. No crate resets the high-water mark.
-mod resident {
-    /// Bytes now; `most` is of the time from here on.
-    pub fn now() -> Option<u64> {
-        std::fs::write("/proc/self/clear_refs", "5").ok()?; // resets VmHWM
-        field("VmRSS:")
-    }
-
-    pub fn most() -> Option<u64> {
-        field("VmHWM:")
-    }
-
-    fn field(name: &str) -> Option<u64> {
-        let text = std::fs::read_to_string("/proc/self/status").ok()?;
-        let value = text.lines().find_map(|line| line.strip_prefix(name))?;
-        Some(value.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
     }
 }
