@@ -1,7 +1,6 @@
 //! Host memory of the ranks' replicas: one block for each rank, mapped and touched once, with the
 //! tensors placed in it.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use memmap2::{MmapOptions, MmapRaw};
@@ -110,17 +109,6 @@ impl Flat {
         };
         self.spans.iter().flat_map(cut).collect()
     }
-}
-
-/// Calls `f(0..count)` on all cores and adds up the results.
-pub fn on_all_cores(count: usize, f: impl Fn(usize) -> u64 + Sync) -> u64 {
-    let next = AtomicUsize::new(0);
-    let jobs = || std::iter::repeat_with(|| next.fetch_add(1, Ordering::Relaxed));
-    let work = || jobs().take_while(|&job| job < count).map(&f).sum::<u64>();
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = (1..cores().min(count)).map(|_| scope.spawn(work)).collect();
-        work() + threads.into_iter().map(|thread| thread.join().expect("adds numbers")).sum::<u64>()
-    })
 }
 
 /// Cores that this process may use.

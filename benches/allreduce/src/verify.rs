@@ -15,12 +15,13 @@
 //! * bf16, f16 of a collective that scales each input in the dtype, too: n + 1 ulp of the largest
 //!   input.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::Arc;
 
 use multiversion::multiversion;
 
-use crate::memory::{on_all_cores, Arena, Placed};
+use crate::memory::{cores, Arena, Placed};
 use crate::number::{with_number, Number, CHUNK};
 
 /// Elements that one core checks at a time, in one go.
@@ -78,26 +79,27 @@ struct Piece {
 }
 
 impl Check {
-    fn pieces(&self) -> Vec<Piece> {
+    /// Calls `f` for every piece, on all cores, and adds up the results.
+    fn sum(&self, f: impl Fn(Piece) -> u64 + Sync) -> u64 {
         let pieces = self.tensors.iter().enumerate().flat_map(|(tensor, placed)| {
             let piece =
                 move |begin| Piece { tensor, begin, elements: PIECE.min(placed.elements - begin) };
             (0..placed.elements).step_by(PIECE).map(piece)
         });
-        pieces.collect()
+        let (pieces, next) = (pieces.collect::<Vec<_>>(), AtomicUsize::new(0));
+        let take = || pieces.get(next.fetch_add(1, Ordering::Relaxed)).copied();
+        let work = || std::iter::from_fn(take).map(&f).sum::<u64>();
+        std::thread::scope(|scope| {
+            let more = (1..cores().min(pieces.len())).map(|_| scope.spawn(work));
+            let more: Vec<_> = more.collect();
+            work() + more.into_iter().map(|each| each.join().expect("adds numbers")).sum::<u64>()
+        })
     }
 
-    fn start<T>(&self, arena: usize, piece: Piece) -> *mut T {
-        let bytes = self.tensors[piece.tensor].offset + piece.begin * size_of::<T>();
-        // SAFETY: placed inside of the arena.
-        unsafe { self.arenas[arena].as_mut_ptr().add(bytes).cast() }
-    }
-
-    /// # Safety
-    /// No thread writes there for as long as the slice is used.
-    unsafe fn slice<T>(&self, arena: usize, piece: Piece) -> &[T] {
-        // SAFETY: placed inside of the arena, which is initialised; the rest is the caller's.
-        unsafe { std::slice::from_raw_parts(self.start(arena, piece), piece.elements) }
+    fn elements<T>(&self, arena: usize, piece: Piece) -> *mut [T] {
+        let start = self.tensors[piece.tensor].offset + piece.begin * size_of::<T>();
+        let start = self.arenas[arena].as_mut_ptr().wrapping_add(start);
+        std::ptr::slice_from_raw_parts_mut(start.cast(), piece.elements)
     }
 
     fn key(&self, rank: usize, piece: Piece) -> u32 {
@@ -115,15 +117,14 @@ impl Check {
     /// # Safety
     /// No other thread uses the arenas meanwhile.
     pub unsafe fn fill(&self) {
-        let (pieces, arenas) = (self.pieces(), self.arenas.len());
-        on_all_cores(pieces.len() * arenas, |job| {
-            let (arena, piece) = (job % arenas, pieces[job / arenas]);
-            with_number!(self.tensors[piece.tensor].dtype, T => {
-                let start = self.start::<T>(arena, piece);
-                // SAFETY: placed inside of the arena, and each job has elements of its own.
-                let values = unsafe { std::slice::from_raw_parts_mut(start, piece.elements) };
-                fill(values, self.key(self.first + arena, piece))
-            });
+        self.sum(|piece| {
+            for arena in 0..self.arenas.len() {
+                with_number!(self.tensors[piece.tensor].dtype, T => {
+                    // SAFETY: placed inside of the arena, and no two pieces share elements.
+                    let values = unsafe { &mut *self.elements::<T>(arena, piece) };
+                    fill(values, self.key(self.first + arena, piece))
+                });
+            }
             0
         });
     }
@@ -134,17 +135,16 @@ impl Check {
     /// # Safety
     /// No other thread writes to the arenas meanwhile.
     pub unsafe fn digest(&self) -> u64 {
-        let pieces = self.pieces();
         // 32 bits of each piece, so that the sum has room.
-        on_all_cores(pieces.len(), |job| {
-            with_number!(self.tensors[pieces[job].tensor].dtype, T => {
-                // SAFETY: the caller's.
-                let elements = unsafe { self.slice::<T>(0, pieces[job]) };
-                let mix = |sum: u64, x: &T| {
-                    (sum ^ x.bits()).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29)
-                };
-                elements.iter().fold(job as u64, mix) >> 32
-            })
+        self.sum(|piece| {
+            let mut hasher = DefaultHasher::new();
+            (piece.tensor, piece.begin).hash(&mut hasher);
+            let size = self.tensors[piece.tensor].dtype.size();
+            let bytes =
+                Piece { begin: size * piece.begin, elements: size * piece.elements, ..piece };
+            // SAFETY: placed inside of the arena, which is initialised; the rest is the caller's.
+            hasher.write(unsafe { &*self.elements::<u8>(0, bytes) });
+            hasher.finish() >> 32
         })
     }
 
@@ -156,13 +156,11 @@ impl Check {
         if self.arenas.is_empty() {
             return Found::default();
         }
-        let pieces = self.pieces();
         let ulps = AtomicU64::new(0f64.to_bits());
-        let wrong = on_all_cores(pieces.len(), |job| {
-            let piece = pieces[job];
+        let wrong = self.sum(|piece| {
             with_number!(self.tensors[piece.tensor].dtype, T => {
-                // SAFETY: the caller's.
-                let result = |arena| unsafe { self.slice::<T>(arena, piece) };
+                // SAFETY: as above.
+                let result = |arena| unsafe { &*self.elements::<T>(arena, piece) };
                 let results: Vec<&[T]> = (0..self.arenas.len()).map(result).collect();
                 let keys = (0..self.weights.len()).map(|rank| self.key(rank, piece));
                 let keys: Vec<u32> = keys.collect();
