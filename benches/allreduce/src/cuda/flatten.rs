@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaFunction, CudaModule, CudaStream, LaunchConfig, PushKernelArg};
 use cudarc::nvrtc::Ptx;
-use param_averager::Dtype;
 
 use super::gpu::{Clock, DeviceMemory, Gpu};
 use crate::averager::Direction;
@@ -54,15 +53,11 @@ impl Kernels {
         table.upload(bytemuck::cast_slice(&rows))?;
         let image = Ptx::from_binary(image().map_err(|reason| gpu.failed(reason))?.to_vec());
         let module = gpu.check("cuModuleLoadData of flatten.cu", gpu.context.load_module(image))?;
-        let mut dtypes = vec![];
-        for dtype in Dtype::ALL {
-            let count = pieces.iter().filter(|piece| piece.dtype == dtype).count();
-            let Some(first) = pieces.iter().position(|piece| piece.dtype == dtype) else {
-                continue;
-            };
-            let first = table.address + (first * size_of::<Row>()) as u64;
-            let kernel = function(gpu, &module, &format!("scale_{dtype}"))?;
-            dtypes.push((kernel, first, count as u32));
+        let (mut dtypes, mut first) = (vec![], table.address);
+        for rows in pieces.chunk_by(|a, b| a.dtype == b.dtype) {
+            let kernel = function(gpu, &module, &format!("scale_{}", rows[0].dtype))?;
+            dtypes.push((kernel, first, rows.len() as u32));
+            first += (rows.len() * size_of::<Row>()) as u64;
         }
         let copy = function(gpu, &module, "move_bytes")?;
         let blocks = gpu.processors()? * BLOCKS_PER_PROCESSOR;
