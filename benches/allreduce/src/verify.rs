@@ -164,8 +164,7 @@ impl Check {
                 let results: Vec<&[T]> = (0..self.arenas.len()).map(result).collect();
                 let keys = (0..self.weights.len()).map(|rank| self.key(rank, piece));
                 let keys: Vec<u32> = keys.collect();
-                let tolerance = Tolerance::new::<T>(&self.weights, self.roundings);
-                let found = compare(&results, &keys, &self.weights, tolerance);
+                let found = compare(&results, &keys, &self.weights, self.roundings);
                 // The bits of numbers that are not negative are ordered as the numbers are.
                 ulps.fetch_max(found.ulps.to_bits(), Ordering::Relaxed);
                 found.wrong
@@ -205,9 +204,9 @@ fn compare<T: Number>(
     results: &[&[T]],
     keys: &[u32],
     weights: &[f64],
-    tolerance: Tolerance,
+    roundings: Roundings,
 ) -> Found {
-    let total: f64 = weights.iter().sum();
+    let (n, total) = (weights.len() as f64, weights.iter().sum::<f64>());
     let mut found = Found::default();
     let (mut wide, mut raw) = ([0.0; CHUNK], [T::default(); CHUNK]);
     for at in (0..results[0].len()).step_by(CHUNK) {
@@ -236,8 +235,8 @@ fn compare<T: Number>(
             let mean = (sum[k] + lost[k]) / total;
             let error = (wide[k] - mean).abs();
             // A NaN is not within anything.
-            off[k] = 1 - u64::from(error <= tolerance.of::<T>(mean, most[k]));
-            ulps[k] = error / ulp(most[k], T::MANTISSA, power(T::SMALLEST));
+            off[k] = 1 - u64::from(error <= roundings.bound::<T>(n, mean, most[k]));
+            ulps[k] = error / ulp::<T>(most[k]);
         }
         found.wrong += off[..count].iter().sum::<u64>();
         for &ulps in &ulps[..count] {
@@ -252,47 +251,29 @@ fn compare<T: Number>(
     found
 }
 
-/// How far from the mean a result may be.
-#[derive(Clone, Copy, Debug)]
-struct Tolerance {
-    /// Ulps of the largest input, in the type of sums.
-    ulps: f64,
-    /// How often a partial mean, which is no larger than the largest input, is rounded to the
-    /// dtype on its way.
-    hops: f64,
-    /// Ulps of the largest input in the dtype itself, instead of all that.
-    scaled: Option<f64>,
-    /// Error of two subtractions of values within ±4, or 0.
-    step: f64,
-}
-
-impl Tolerance {
-    fn new<T: Number>(weights: &[f64], roundings: Roundings) -> Self {
-        let (n, half, wire) = (weights.len() as f64, size_of::<T>() == 2, roundings.wire);
-        let hops = if half && wire == Wire::Narrow { (n - 2.0).max(0.0) } else { 0.0 };
-        // Each input loses half an ulp to the rounded 1/n and half to its product, each hop half an
-        // ulp of the sum.
-        let scaled = (half && wire == Wire::NarrowAndScaled).then_some(n + 1.0);
-        // Half an ulp of θ − mean, within ±8, and half an ulp of the result.
-        let mantissa = if half { f32::MANTISSA } else { T::MANTISSA };
-        let step = if roundings.stepped { power(2 - mantissa) } else { 0.0 };
-        Tolerance { ulps: n + f64::from(roundings.more), hops, scaled, step }
-    }
-
-    /// Bound of the error of a result that should be `mean`; `most`: the largest input's |x|.
+impl Roundings {
+    /// Bound of the error of a result of n ranks that should be `mean`; `most`: the largest input's
+    /// |x|.
     #[inline(always)]
-    fn of<T: Number>(&self, mean: f64, most: f64) -> f64 {
-        let ulp_of = |x| ulp(x, T::MANTISSA, power(T::SMALLEST));
-        if let Some(ulps) = self.scaled {
-            return ulps * ulp_of(most);
-        }
+    fn bound<T: Number>(&self, n: f64, mean: f64, most: f64) -> f64 {
+        let ulps = n + f64::from(self.more);
+        // Half an ulp of θ − mean, within ±8, and half an ulp of the result.
+        let step = |mantissa| if self.stepped { power(2 - mantissa) } else { 0.0 };
         if size_of::<T>() > 2 {
-            return self.ulps * ulp_of(most) + self.step;
+            return ulps * ulp::<T>(most) + step(T::MANTISSA);
         }
+        let hops = match self.wire {
+            Wire::Wide => 0.0,
+            // How often a partial mean, which is no larger than the largest input, is rounded.
+            Wire::Narrow => (n - 2.0).max(0.0),
+            // Each input loses half an ulp to the rounded 1/n and half to its product, each hop
+            // half an ulp of the sum.
+            Wire::NarrowAndScaled => return (n + 1.0) * ulp::<T>(most),
+        };
         // A partial mean is made of a partial sum in f32, and back, with five roundings.
-        let summed = (self.ulps + 5.0 * self.hops) * ulp(most, f32::MANTISSA, power(f32::SMALLEST));
-        let before = summed + self.step + self.hops * 0.5 * ulp_of(most);
-        before + 0.5 * ulp_of(mean.abs() + before)
+        let summed = (ulps + 5.0 * hops) * ulp::<f32>(most) + step(f32::MANTISSA);
+        let before = summed + hops * 0.5 * ulp::<T>(most);
+        before + 0.5 * ulp::<T>(mean.abs() + before)
     }
 }
 
@@ -306,10 +287,11 @@ fn power(exponent: i32) -> f64 {
     }
 }
 
-/// Distance of neighbours at x ≥ 0 for so many bits of mantissa.
+/// Distance of neighbours at x ≥ 0.
 #[inline(always)]
-fn ulp(x: f64, mantissa: i32, smallest: f64) -> f64 {
-    (f64::from_bits(x.to_bits() & 0x7ff0_0000_0000_0000) * power(-mantissa)).max(smallest)
+fn ulp<T: Number>(x: f64) -> f64 {
+    let exponent = f64::from_bits(x.to_bits() & 0x7ff0_0000_0000_0000);
+    (exponent * power(-T::MANTISSA)).max(power(T::SMALLEST))
 }
 
 #[cfg(test)]
