@@ -24,31 +24,28 @@ pub enum Failure {
     /// The row can't be measured here, which is no failure of the run.
     #[error("{0}")]
     Unmeasured(String),
-    /// The process of another rank has failed with this exit code and printed why.
+    /// Nothing is to print: the process of another rank has failed with this exit code and printed
+    /// why, or (0) the reader of standard output has seen enough, as in `allreduce-bench | head`.
     #[error("another rank failed")]
-    Peer(u8),
-    /// Standard output.
-    #[error("cannot write to standard output: {0}")]
-    Output(#[from] io::Error),
+    Silent(u8),
+}
+
+impl From<io::Error> for Failure {
+    /// Of standard output.
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::BrokenPipe => Failure::Silent(0),
+            _ => Failure::Failed(format!("cannot write to standard output: {error}")),
+        }
+    }
 }
 
 impl Failure {
     pub fn exit_code(&self) -> u8 {
         match self {
             Failure::Usage(_) | Failure::Library(param_averager::Error::InvalidOption { .. }) => 2,
-            Failure::Peer(code) => *code,
-            // The reader has seen enough, as in `allreduce-bench | head`.
-            Failure::Output(error) if error.kind() == io::ErrorKind::BrokenPipe => 0,
+            Failure::Silent(code) => *code,
             _ => 1,
-        }
-    }
-
-    /// True where there is nothing to print.
-    pub fn is_silent(&self) -> bool {
-        match self {
-            Failure::Peer(_) => true,
-            Failure::Output(error) => error.kind() == io::ErrorKind::BrokenPipe,
-            _ => false,
         }
     }
 }

@@ -42,7 +42,7 @@ fn main() -> ExitCode {
             ExitCode::from(1)
         }
         Err(failure) => {
-            if !failure.is_silent() {
+            if !matches!(failure, Failure::Silent(_)) {
                 // In one piece: other ranks may write, too.
                 let line = format!("error: {failure}\n");
                 eprint!("{line}");

@@ -176,11 +176,8 @@ fn ranks(args: &Args, default: &[usize]) -> Vec<usize> {
 }
 
 fn dtypes(args: &Args) -> Option<Vec<Dtype>> {
-    let each = args.what.datatype.iter().flat_map(|datatype| match *datatype {
-        Datatype::All => Dtype::ALL.to_vec(),
-        Datatype::One(dtype) => vec![dtype],
-    });
-    Some(each.collect::<Vec<_>>()).filter(|dtypes| !dtypes.is_empty())
+    let all: Vec<_> = args.what.datatype.iter().flat_map(|Datatype(each)| each.clone()).collect();
+    (!all.is_empty()).then_some(all)
 }
 
 /// The library's rows.

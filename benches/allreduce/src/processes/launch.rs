@@ -71,7 +71,7 @@ pub fn launch(world: usize, began: f64) -> Result<(), Failure> {
     if code == 0 {
         return Ok(());
     }
-    Err(Failure::Peer(code))
+    Err(Failure::Silent(code))
 }
 
 fn start(rank: usize, world: usize, began: f64) -> std::io::Result<Rank> {

@@ -262,7 +262,7 @@ impl Ranks for Processes {
     fn confirm(&mut self, failed: Option<&Failure>) -> Result<(), Failure> {
         let code = failed.map_or(0.0, |failure| 1.0 + f64::from(failure.exit_code()));
         match self.most([code])? {
-            [code] if code > 0.0 && failed.is_none() => Err(Failure::Peer((code - 1.0) as u8)),
+            [code] if code > 0.0 && failed.is_none() => Err(Failure::Silent((code - 1.0) as u8)),
             _ => Ok(()),
         }
     }
