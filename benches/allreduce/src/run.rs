@@ -74,6 +74,7 @@ pub trait Ranks {
 }
 
 /// Host memory of the ranks from `first` on.
+#[derive(Clone)]
 pub struct Replicas {
     pub first: usize,
     pub arenas: Vec<Arc<Arena>>,

@@ -10,12 +10,8 @@ use crate::averager::Direction;
 use crate::failure::Failure;
 use crate::memory::Flat;
 
+// IMAGE: the kernels as build.rs made them, or why there are none.
 include!(concat!(env!("OUT_DIR"), "/flatten.rs"));
-
-/// The kernels as build.rs made them, or why there are none.
-pub fn image() -> Result<&'static [u8], &'static str> {
-    FLATTEN
-}
 
 /// Threads of a block, and packs of 16 bytes that each has in flight: those of `flatten.cu`.
 const THREADS: u32 = 512;
@@ -51,7 +47,7 @@ impl Kernels {
         let rows: Vec<Row> = pieces.iter().map(|p| row(p.tensor, p.flat, p.bytes)).collect();
         let table = DeviceMemory::new(gpu, size_of_val(&rows[..]))?;
         table.upload(bytemuck::cast_slice(&rows))?;
-        let image = Ptx::from_binary(image().map_err(|reason| gpu.failed(reason))?.to_vec());
+        let image = Ptx::from_binary(IMAGE.map_err(|reason| gpu.failed(reason))?.to_vec());
         let module = gpu.check("cuModuleLoadData of flatten.cu", gpu.context.load_module(image))?;
         let (mut dtypes, mut first) = (vec![], table.address);
         for rows in pieces.chunk_by(|a, b| a.dtype == b.dtype) {

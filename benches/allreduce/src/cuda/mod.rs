@@ -114,7 +114,7 @@ impl Cuda {
             return Err(Failure::Unmeasured("it is for ranks on one device".into()));
         }
         if row.needs_kernels() {
-            flatten::image().map_err(|reason| Failure::Unmeasured(reason.into()))?;
+            flatten::IMAGE.map_err(|reason| Failure::Unmeasured(reason.into()))?;
         }
         let nccl = row.is_nccl().then(|| self.load_nccl(ranks).map_err(Failure::Unmeasured));
         let nccl = nccl.transpose()?;
@@ -170,7 +170,7 @@ impl Ranks for Cuda {
         let flat = Flat::new(&tensors, ALIGNMENT);
         let second = group.rows.iter().any(|row| row.spare_blocks(1) > 0);
         let second = second.then(|| flat.bytes.max(group.layout.bytes() as usize));
-        let kernels = flatten::image().is_ok() && group.rows.iter().any(|row| row.needs_kernels());
+        let kernels = flatten::IMAGE.is_ok() && group.rows.iter().any(|row| row.needs_kernels());
         for (rank, ordinal) in devices(group.ranks, self.machine.visible()).into_iter().enumerate()
         {
             let gpu = Gpu::open(&self.machine, rank, ordinal)?;

@@ -4,7 +4,7 @@
 
 mod launch;
 
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use param_averager::{Communicator, Device, ParamAverager, Reduction, Start};
@@ -15,7 +15,7 @@ use crate::cli::{Args, Options};
 use crate::crew::Work;
 use crate::failure::Failure;
 use crate::layout::Layout;
-use crate::memory::{arena, cores, cpus, place, resident, Arena, Placed};
+use crate::memory::{arena, cores, cpus, place, resident};
 use crate::plan::Group;
 use crate::record::{Details, Record};
 use crate::rows::Kind;
@@ -62,8 +62,7 @@ pub struct Processes {
 
 /// The present group.
 struct Entered {
-    arena: Arc<Arena>,
-    tensors: Arc<[Placed]>,
+    replicas: Replicas,
     average: Work,
     extra: Option<u64>,
 }
@@ -213,7 +212,8 @@ impl Ranks for Processes {
         let extra = before.and_then(|before| Some(resident()?.saturating_sub(before)));
         let [extra] = self.most([extra.map_or(f64::INFINITY, |extra| extra as f64)])?;
         let extra = extra.is_finite().then_some(extra as u64);
-        self.group = Some(Entered { arena, tensors, average, extra });
+        let replicas = Replicas { first: self.rank(), arenas: vec![arena], tensors };
+        self.group = Some(Entered { replicas, average, extra });
         Ok(())
     }
 
@@ -223,13 +223,11 @@ impl Ranks for Processes {
     }
 
     fn replicas(&self, row: usize) -> Replicas {
-        let Entered { arena, tensors, .. } = self.group.as_ref().expect("enter was called");
+        let own = self.group.as_ref().expect("enter was called").replicas.clone();
         match (row, self.rank()) {
-            (PROCESSES, first) => {
-                Replicas { first, arenas: vec![arena.clone()], tensors: tensors.clone() }
-            }
+            (PROCESSES, _) => own,
             (_, 0) => self.threads.replicas(0),
-            _ => Replicas { first: 0, arenas: vec![], tensors: tensors.clone() },
+            _ => Replicas { arenas: vec![], ..own },
         }
     }
 
