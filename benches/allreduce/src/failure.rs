@@ -24,14 +24,14 @@ pub enum Failure {
     /// The row can't be measured here, which is no failure of the run.
     #[error("{0}")]
     Unmeasured(String),
-    /// Nothing is to print: the process of another rank has failed with this exit code and printed
+    /// End without a text: the process of another rank has failed with this exit code and printed
     /// why, or (0) the reader of standard output has seen enough, as in `allreduce-bench | head`.
     #[error("another rank failed")]
     Silent(u8),
 }
 
 impl From<io::Error> for Failure {
-    /// Of standard output.
+    /// Failure of standard output.
     fn from(error: io::Error) -> Self {
         match error.kind() {
             io::ErrorKind::BrokenPipe => Failure::Silent(0),

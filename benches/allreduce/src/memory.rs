@@ -25,7 +25,7 @@ pub fn arena(bytes: usize) -> Arc<Arena> {
     Arc::new(memory.expect("it was found to fit").into())
 }
 
-/// So many arenas, mapped at the same time, since touching memory for the first time is slow.
+/// Arenas, mapped at the same time, since touching memory for the first time is slow.
 pub fn arenas(count: usize, bytes: usize) -> Vec<Arc<Arena>> {
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..count).map(|_| scope.spawn(|| arena(bytes))).collect();

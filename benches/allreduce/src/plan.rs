@@ -230,7 +230,7 @@ fn with_baselines(
 }
 
 impl Section {
-    /// Of one model, or of sizes of flat buffers.
+    /// Section of one model, or of sizes of flat buffers.
     fn new(groups: Vec<Group>) -> Section {
         let Group { layout, ranks, iterations, warmup, .. } = &groups[0];
         let scale = layout.scale.map_or(String::new(), |scale| format!(" at scale {scale}"));

@@ -10,7 +10,7 @@ use crate::verify::{Roundings, Wire};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
     pub kind: Kind,
-    /// With `--processes`: `PROCESSES` or `THREADS`.
+    /// Kind of the ranks with `--processes`: `PROCESSES` or `THREADS`.
     pub ranks_are: Option<&'static str>,
 }
 

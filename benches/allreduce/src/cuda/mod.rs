@@ -83,7 +83,7 @@ impl Cuda {
         Ok(Cuda { machine, args, nccl, arenas: vec![], rows: vec![], ranks: vec![] })
     }
 
-    /// How long NCCL may take for one thing.
+    /// Longest time that NCCL may take for one thing.
     fn limit(&self) -> Duration {
         self.args.options.timeout.unwrap_or(Duration::from_secs(60))
     }
