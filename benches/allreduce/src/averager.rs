@@ -83,9 +83,13 @@ impl Replica {
         Replica::new(arena.as_mut_ptr(), tensors, Device::cpu(), arena.clone())
     }
 
-    /// One of its tensors, without its name: tensors of one size share an averager. Within one
-    /// borrow of the replica, each is used once.
-    fn tensor(&self, index: usize) -> TensorMut<'_> {
+    /// One of its tensors, without its name: tensors of one size share an averager.
+    pub fn tensor(&mut self, index: usize) -> TensorMut<'_> {
+        self.placed(index)
+    }
+
+    /// The same; within one borrow of the replica, each is used once.
+    fn placed(&self, index: usize) -> TensorMut<'_> {
         let Placed { offset, elements, dtype, .. } = &self.tensors[index];
         let start = self.start.wrapping_add(*offset);
         // SAFETY: placed inside of the memory, which is initialised and kept; one crew runs at a
@@ -98,7 +102,7 @@ impl Parameters for Replica {
     fn visit<'a>(&'a mut self, visit: &mut dyn FnMut(TensorMut<'a>)) {
         let replica: &'a Replica = self;
         for (index, tensor) in replica.tensors.iter().enumerate() {
-            visit(replica.tensor(index).named(&tensor.name));
+            visit(replica.placed(index).named(&tensor.name));
         }
     }
 }
@@ -197,7 +201,7 @@ pub fn per_tensor(
     clock: impl Clock + 'static,
     options: &Options,
     communicator: Communicator,
-    replica: Replica,
+    mut replica: Replica,
 ) -> Result<Work, Failure> {
     let (mut averagers, mut known, mut uses) = (vec![], BTreeMap::new(), vec![]);
     for index in 0..replica.tensors.len() {

@@ -1,8 +1,9 @@
 //! Tries NCCL in a process of its own first. Where it can't be used it may not only return an
 //! error: on some machines it waits for ever, or ends the process. Then only its rows are left out.
 
+use std::io::Read;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
 use param_averager::Dtype;
@@ -20,23 +21,39 @@ use crate::run::Bench;
 const BYTES: u64 = 4 << 16;
 const ANSWER: &str = "nccl-probe: ";
 
-/// Checks that this many ranks can average with NCCL here. The error says why not; a call that does
-/// not come back within the limit is one, too.
+/// Checks that this many ranks can average with NCCL here. The error says why not.
 pub fn ask(ranks: usize, limit: Duration) -> Result<(), String> {
     let failed =
         |error: std::io::Error| format!("this program can't start itself to try NCCL: {error}");
     let mut command = Command::new(std::env::current_exe().map_err(failed)?);
     command.arg(format!("--nccl-probe={ranks}")).arg(format!("--timeout={}", limit.as_secs_f64()));
     command.args(["--backend", "cuda"]);
-    let output = command.stdin(Stdio::null()).stderr(Stdio::null()).output().map_err(failed)?;
-    let said = String::from_utf8_lossy(&output.stdout);
-    match said.lines().rev().find_map(|line| line.strip_prefix(ANSWER)) {
-        Some("ok") => Ok(()),
-        Some(reason) => Err(reason.into()),
-        None => Err(format!(
-            "NCCL ended the process that tried it ({}); NCCL_DEBUG=INFO says more",
-            output.status
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = command.spawn().map_err(failed)?;
+    // A start, a meeting, an average, and the end.
+    let (begin, limit) = (Instant::now(), 4 * limit);
+    let status = loop {
+        match child.try_wait().map_err(failed)? {
+            Some(status) => break Some(status),
+            None if begin.elapsed() > limit => break None,
+            None => std::thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    if status.is_none() {
+        let _ = child.kill(); // it may be over by now
+        let _ = child.wait();
+    }
+    // One line, which the pipe holds.
+    let mut said = String::new();
+    let _ = child.stdout.take().map(|mut out| out.read_to_string(&mut said));
+    let answer = said.lines().rev().find_map(|line| line.strip_prefix(ANSWER));
+    match (answer, status) {
+        (Some("ok"), _) => Ok(()),
+        (Some(reason), _) => Err(reason.into()),
+        (None, Some(status)) => Err(format!(
+            "NCCL ended the process that tried it ({status}); NCCL_DEBUG=INFO says more"
         )),
+        (None, None) => Err(format!("NCCL did not come back within {limit:?} when it was tried")),
     }
 }
 
